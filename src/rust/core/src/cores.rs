@@ -1,0 +1,492 @@
+//! What a host has to give: the cores this process may use, and its memory.
+//!
+//! The number of cores follows `parallelly::availableCores()`, which R users know: the cores the
+//! system lets us have (affinity and control groups), less if a scheduler or a test harness gave
+//! this job fewer. The R option `mc.cores` is no concern of this crate: the R side takes the
+//! smaller of it and of [`usable_cores`] (parallel itself sets the option from `MC_CORES`).
+//!
+//! Never calls R; safe to call from any thread.
+
+pub(crate) mod cgroup;
+
+use cgroup::Version;
+
+/// The number of cores this process may use, at least 1.
+///
+/// The smaller of what the system allows (CPU affinity and control group quotas) and of what
+/// the variables of schedulers say; see [`usable_cores_with`].
+pub fn usable_cores() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    // An administrator's fallback is meant for machines where nobody has set a limit.
+    let limited = online_cores().is_some_and(|online| allowed < online);
+    usable_cores_with(allowed, |name| {
+        if limited && FALLBACK.contains(&name) {
+            return None;
+        }
+        std::env::var(name).ok()
+    })
+}
+
+const FALLBACK: [&str; 2] = [
+    "R_PARALLELLY_AVAILABLECORES_FALLBACK",
+    "R_FUTURE_AVAILABLECORES_FALLBACK",
+];
+
+/// The pure part of [`usable_cores`]: `system` cores, and the environment as a function.
+///
+/// The variables are those of `parallelly::availableCores()`, and the smallest number wins:
+///
+/// - Slurm: `SLURM_CPUS_PER_TASK`; else, on one node, `SLURM_CPUS_ON_NODE`; else, on several,
+///   the first of `SLURM_TASKS_PER_NODE` (such as `4(x2),3`);
+/// - PBS: `PBS_NUM_PPN`, else `NCPUS`; Grid Engine: `NSLOTS`; LSF: `LSB_DJOB_NUMPROC`;
+///   PJM (Fujitsu): `PJM_VNODE_CORE`, else `PJM_PROC_BY_NODE`;
+/// - `BIOCPARALLEL_WORKER_NUMBER`; at most 4 on Bioconductor's build machines
+///   (`IS_BIOC_BUILD_MACHINE` true, or `BBS_HOME` set);
+/// - at most 2 under `R CMD check --as-cran` (`_R_CHECK_LIMIT_CORES_` set and not false);
+/// - when none of these says anything, `R_PARALLELLY_AVAILABLECORES_FALLBACK`.
+///
+/// Where parallelly stops with an error (a number below 1), the variable is passed over, as is
+/// everything that is not a number. `system` is never exceeded: a job that was given 8 slots by
+/// a scheduler that does not enforce them still has only the cores there are.
+pub fn usable_cores_with(system: usize, env: impl Fn(&str) -> Option<String>) -> usize {
+    let number = |name: &str| env(name).as_deref().and_then(parse_integer);
+    let cores = |name: &str| number(name).and_then(positive);
+
+    let limits = [
+        slurm(&env),
+        cores("PBS_NUM_PPN").or_else(|| cores("NCPUS")),
+        cores("NSLOTS"),
+        cores("LSB_DJOB_NUMPROC"),
+        cores("PJM_VNODE_CORE").or_else(|| cores("PJM_PROC_BY_NODE")),
+        cores("BIOCPARALLEL_WORKER_NUMBER"),
+        bioconductor(&env),
+        check_limit(&env),
+    ];
+    let told = limits.into_iter().flatten().min();
+    let told = told.or_else(|| FALLBACK.into_iter().find_map(cores));
+    told.map_or(system, |cores| cores.min(system)).max(1)
+}
+
+/// As R's `as.integer()` reads text: blanks around it, decimals cut off, exponents, hexadecimal.
+fn parse_integer(text: &str) -> Option<i64> {
+    let text = text.trim();
+    let (sign, digits) = match text.strip_prefix('-') {
+        Some(rest) => (-1, rest),
+        None => (1, text.strip_prefix('+').unwrap_or(text)),
+    };
+    let value = match digits
+        .strip_prefix("0x")
+        .or_else(|| digits.strip_prefix("0X"))
+    {
+        Some(hex) if hex.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+            i64::from_str_radix(hex, 16).ok()?
+        }
+        Some(_) => return None,
+        // What f64 takes beyond digits ("inf", "nan") starts with a letter.
+        None if digits.starts_with(|first: char| first.is_ascii_digit() || first == '.') => {
+            let value = digits.parse::<f64>().ok()?;
+            // Out of the range of R's integers is NA there.
+            if value > f64::from(i32::MAX) {
+                return None;
+            }
+            value as i64
+        }
+        None => return None,
+    };
+    (value <= i64::from(i32::MAX)).then_some(sign * value)
+}
+
+fn positive(value: i64) -> Option<usize> {
+    usize::try_from(value).ok().filter(|&value| value > 0)
+}
+
+fn slurm(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
+    let number = |name: &str| env(name).as_deref().and_then(parse_integer);
+    if let Some(cores) = number("SLURM_CPUS_PER_TASK") {
+        return positive(cores);
+    }
+    let nodes = number("SLURM_JOB_NUM_NODES")
+        .or_else(|| number("SLURM_NNODES"))
+        .unwrap_or(1);
+    if nodes == 1 {
+        number("SLURM_CPUS_ON_NODE").and_then(positive)
+    } else {
+        first_count(&env("SLURM_TASKS_PER_NODE")?)
+    }
+}
+
+/// The first number of Slurm's "4(x2),3": the job's first node is the one its script runs on.
+/// If any part of it cannot be read, none is trusted.
+fn first_count(text: &str) -> Option<usize> {
+    let mut first = None;
+    for part in text.split(',') {
+        let part: String = part.chars().filter(|c| !c.is_whitespace()).collect();
+        if part.is_empty() {
+            continue;
+        }
+        let count = match part.split_once("(x") {
+            Some((count, times)) => {
+                times.strip_suffix(')')?.parse::<u32>().ok()?;
+                count
+            }
+            None => &part,
+        };
+        let count = count.parse::<u32>().ok()?;
+        first = first.or(Some(count));
+    }
+    first.and_then(|count| positive(i64::from(count)))
+}
+
+/// The build machines ask for at most four. `BBS_HOME` is the path of the build system, so that
+/// its being set is what counts.
+fn bioconductor(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
+    let machine = env("IS_BIOC_BUILD_MACHINE")
+        .is_some_and(|value| matches!(value.trim(), "T" | "TRUE" | "true" | "True"));
+    let home = env("BBS_HOME")
+        .is_some_and(|value| !matches!(value.trim(), "" | "F" | "FALSE" | "false" | "False"));
+    (machine || home).then_some(4)
+}
+
+/// `R CMD check --as-cran` allows two, whatever the value ("TRUE", "warn", "error").
+fn check_limit(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
+    let value = env("_R_CHECK_LIMIT_CORES_")?.to_lowercase();
+    (!value.is_empty() && value != "false").then_some(2)
+}
+
+#[cfg(unix)]
+fn online_cores() -> Option<usize> {
+    // SAFETY: sysconf only reads its argument; -1 (unknown) is turned into None.
+    let online = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    usize::try_from(online).ok()
+}
+
+#[cfg(not(unix))]
+fn online_cores() -> Option<usize> {
+    None
+}
+
+/// The memory of this host in bytes, `(total, available)`, as far as this process may use it.
+///
+/// From /proc/meminfo, cut to the limits of the control groups (v2 and v1) it is in. None where
+/// there is no /proc/meminfo.
+pub fn host_memory() -> Option<(u64, u64)> {
+    if !cfg!(target_os = "linux") {
+        return None;
+    }
+    let meminfo = parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+    let groups = cgroup::directories("memory").into_iter().map(|level| {
+        let at = &level.directory;
+        let (limit, current, cache) = match level.version {
+            Version::V2 => ("memory.max", "memory.current", "inactive_file"),
+            Version::V1 => (
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            ),
+        };
+        MemoryGroup {
+            limit: cgroup::read_number(at, limit),
+            current: cgroup::read_number(at, current),
+            reclaimable: cgroup::read_field(at, "memory.stat", cache),
+        }
+    });
+    Some(restrict_memory(meminfo, groups))
+}
+
+/// What one level of the control groups says about memory.
+#[derive(Clone, Copy, Debug, Default)]
+struct MemoryGroup {
+    limit: Option<u64>,
+    current: Option<u64>,
+    /// Page cache: counted as used, given up when the memory is wanted.
+    reclaimable: Option<u64>,
+}
+
+/// Total and available bytes from the text of /proc/meminfo.
+fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
+    let bytes = |name: &str| -> Option<u64> {
+        let rest = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        let mut words = rest.split_whitespace();
+        let value = words.next()?.parse::<u64>().ok()?;
+        match words.next() {
+            Some("kB") => value.checked_mul(1024),
+            _ => None,
+        }
+    };
+    let total = bytes("MemTotal")?;
+    // Kernels before 3.14 have no MemAvailable; free and page cache are near enough.
+    let available = bytes("MemAvailable").or_else(|| {
+        let cache = bytes("Buffers").unwrap_or(0) + bytes("Cached").unwrap_or(0);
+        Some(bytes("MemFree")? + cache)
+    })?;
+    Some((total, available.min(total)))
+}
+
+/// A group without a limit restricts nothing (v1 writes "no limit" as a number near 2^63, which
+/// needs no case of its own: it is more than any machine has).
+fn restrict_memory(
+    (mut total, mut available): (u64, u64),
+    groups: impl Iterator<Item = MemoryGroup>,
+) -> (u64, u64) {
+    for group in groups {
+        let Some(limit) = group.limit else { continue };
+        total = total.min(limit);
+        let used = group.current.unwrap_or(0);
+        let used = used.saturating_sub(group.reclaimable.unwrap_or(0));
+        available = available.min(limit.saturating_sub(used));
+    }
+    (total, available)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(system: usize, variables: &[(&str, &str)]) -> usize {
+        usable_cores_with(system, |name| {
+            variables
+                .iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        })
+    }
+
+    #[test]
+    fn without_variables_it_is_the_systems() {
+        assert_eq!(with(16, &[]), 16);
+        assert_eq!(with(1, &[]), 1);
+        assert_eq!(with(0, &[]), 1);
+    }
+
+    #[test]
+    fn each_scheduler_is_heard() {
+        for name in [
+            "SLURM_CPUS_PER_TASK",
+            "SLURM_CPUS_ON_NODE",
+            "PBS_NUM_PPN",
+            "NCPUS",
+            "NSLOTS",
+            "LSB_DJOB_NUMPROC",
+            "PJM_VNODE_CORE",
+            "PJM_PROC_BY_NODE",
+            "BIOCPARALLEL_WORKER_NUMBER",
+            "R_PARALLELLY_AVAILABLECORES_FALLBACK",
+            "R_FUTURE_AVAILABLECORES_FALLBACK",
+        ] {
+            assert_eq!(with(16, &[(name, "3")]), 3, "{name}");
+            assert_eq!(with(16, &[(name, "15")]), 15, "{name}");
+            assert_eq!(with(16, &[(name, "16")]), 16, "{name}");
+            assert_eq!(with(16, &[(name, "17")]), 16, "{name}: more than there are");
+        }
+    }
+
+    #[test]
+    fn the_smallest_wins() {
+        assert_eq!(with(16, &[("NSLOTS", "8"), ("PBS_NUM_PPN", "4")]), 4);
+        assert_eq!(
+            with(16, &[("NSLOTS", "8"), ("_R_CHECK_LIMIT_CORES_", "TRUE")]),
+            2
+        );
+    }
+
+    #[test]
+    fn garbage_is_passed_over() {
+        for value in [
+            "",
+            " ",
+            "abc",
+            "0",
+            "-1",
+            "-0",
+            "0.5",
+            "inf",
+            "infinity",
+            "nan",
+            "NA",
+            "TRUE",
+            "3x",
+            "3 4",
+            "0x",
+            "0xg",
+            "0x-4",
+            "--3",
+            "+-3",
+            "3000000000",
+            "1e99",
+            "0xffffffff",
+            "99999999999999999999999",
+            "\u{0663}",
+            "%d",
+        ] {
+            for name in ["NSLOTS", "SLURM_CPUS_PER_TASK", "NCPUS"] {
+                assert_eq!(with(16, &[(name, value)]), 16, "{name}={value:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_as_r_reads_them() {
+        for (value, expected) in [
+            (" 4 ", 4),
+            ("\t4\n", 4),
+            ("2.7", 2),
+            ("1e1", 10),
+            ("0x10", 16),
+            ("+5", 5),
+            ("007", 7),
+        ] {
+            assert_eq!(with(100, &[("NSLOTS", value)]), expected, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn pbs_and_pjm_prefer_the_first() {
+        assert_eq!(with(16, &[("PBS_NUM_PPN", "6"), ("NCPUS", "2")]), 6);
+        assert_eq!(with(16, &[("PBS_NUM_PPN", "x"), ("NCPUS", "2")]), 2);
+        assert_eq!(
+            with(16, &[("PJM_VNODE_CORE", "6"), ("PJM_PROC_BY_NODE", "2")]),
+            6
+        );
+    }
+
+    #[test]
+    fn slurm_by_number_of_nodes() {
+        let on_node = ("SLURM_CPUS_ON_NODE", "6");
+        let per_node = ("SLURM_TASKS_PER_NODE", "4(x2),3");
+        assert_eq!(
+            with(16, &[("SLURM_CPUS_PER_TASK", "2"), on_node, per_node]),
+            2
+        );
+        assert_eq!(with(16, &[on_node, per_node]), 6);
+        assert_eq!(
+            with(16, &[("SLURM_JOB_NUM_NODES", "1"), on_node, per_node]),
+            6
+        );
+        assert_eq!(
+            with(16, &[("SLURM_JOB_NUM_NODES", "3"), on_node, per_node]),
+            4
+        );
+        assert_eq!(with(16, &[("SLURM_NNODES", "3"), on_node, per_node]), 4);
+        assert_eq!(with(16, &[("SLURM_JOB_NUM_NODES", "3"), on_node]), 16);
+    }
+
+    #[test]
+    fn slurm_counts_by_node() {
+        for (text, expected) in [
+            ("3", Some(3)),
+            ("3,4", Some(3)),
+            ("3(x2)", Some(3)),
+            (" 3 (x2) , 4", Some(3)),
+            (",5", Some(5)),
+            ("", None),
+            ("x", None),
+            ("3,x", None),
+            ("3(x)", None),
+            ("3(x2", None),
+            ("(x2)", None),
+            ("0", None),
+            ("-2", None),
+        ] {
+            assert_eq!(first_count(text), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn bioconductors_machines_get_four() {
+        for value in ["TRUE", "true", "T"] {
+            assert_eq!(with(16, &[("IS_BIOC_BUILD_MACHINE", value)]), 4);
+        }
+        for value in ["FALSE", "", "no"] {
+            assert_eq!(with(16, &[("IS_BIOC_BUILD_MACHINE", value)]), 16);
+        }
+        assert_eq!(with(16, &[("BBS_HOME", "/home/biocbuild/BBS")]), 4);
+        assert_eq!(with(16, &[("BBS_HOME", "")]), 16);
+        assert_eq!(with(3, &[("BBS_HOME", "/x")]), 3);
+    }
+
+    #[test]
+    fn checks_get_two() {
+        for value in ["TRUE", "true", "warn", "error", "1"] {
+            assert_eq!(with(16, &[("_R_CHECK_LIMIT_CORES_", value)]), 2);
+        }
+        for value in ["FALSE", "false", ""] {
+            assert_eq!(with(16, &[("_R_CHECK_LIMIT_CORES_", value)]), 16);
+        }
+    }
+
+    #[test]
+    fn the_fallback_is_for_when_nothing_else_is_set() {
+        let fallback = ("R_PARALLELLY_AVAILABLECORES_FALLBACK", "1");
+        assert_eq!(with(16, &[fallback]), 1);
+        assert_eq!(with(16, &[fallback, ("NSLOTS", "4")]), 4);
+        assert_eq!(with(16, &[fallback, ("NSLOTS", "junk")]), 1);
+    }
+
+    #[test]
+    fn this_machine_has_cores() {
+        let cores = usable_cores();
+        assert!(cores >= 1);
+        assert!(cores <= std::thread::available_parallelism().map_or(1, usize::from));
+    }
+
+    const MEMINFO: &str = "MemTotal:       1000 kB\nMemFree:         200 kB\n\
+        MemAvailable:    700 kB\nBuffers:          50 kB\nCached:          100 kB\n";
+
+    #[test]
+    fn meminfo() {
+        assert_eq!(parse_meminfo(MEMINFO), Some((1_024_000, 716_800)));
+        let old = MEMINFO.replace("MemAvailable", "Other");
+        assert_eq!(parse_meminfo(&old), Some((1_024_000, 350 * 1024)));
+        for text in [
+            "",
+            "MemTotal:",
+            "MemTotal: x kB\nMemAvailable: 1 kB",
+            "MemTotal: 10\nMemAvailable: 1",
+            "MemTotal: 10 kB\n",
+            "MemTotal: 99999999999999999999 kB\nMemAvailable: 1 kB",
+            "MemTotal: 18446744073709551615 kB\nMemAvailable: 1 kB",
+            "XMemTotal: 10 kB\nMemAvailable: 1 kB",
+        ] {
+            assert_eq!(parse_meminfo(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn groups_restrict_memory() {
+        let group = |limit, current, reclaimable| MemoryGroup {
+            limit,
+            current,
+            reclaimable,
+        };
+        let restrict =
+            |groups: &[MemoryGroup]| restrict_memory((1000, 700), groups.iter().copied());
+        assert_eq!(restrict(&[]), (1000, 700));
+        assert_eq!(restrict(&[group(None, Some(999), None)]), (1000, 700));
+        assert_eq!(
+            restrict(&[group(Some(1 << 62), Some(9), None)]),
+            (1000, 700)
+        );
+        assert_eq!(restrict(&[group(Some(500), Some(100), None)]), (500, 400));
+        assert_eq!(
+            restrict(&[group(Some(500), Some(100), Some(60))]),
+            (500, 460)
+        );
+        assert_eq!(restrict(&[group(Some(500), Some(600), None)]), (500, 0));
+        assert_eq!(restrict(&[group(Some(500), None, None)]), (500, 500));
+        // The tightest level of the path counts, whichever it is.
+        let levels = [
+            group(Some(900), Some(850), None),
+            group(Some(400), Some(100), None),
+        ];
+        assert_eq!(restrict(&levels), (400, 50));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn this_machine_has_memory() {
+        let (total, available) = host_memory().expect("/proc/meminfo");
+        assert!(available > 0 && available <= total);
+    }
+}

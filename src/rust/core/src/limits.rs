@@ -1,0 +1,576 @@
+//! What a number of workers needs of the system, looked at before anything is started.
+//!
+//! A limit that is met half-way through a start shows as an obscure failure of some fork or pipe,
+//! with hundreds of processes to take down again. So each is read beforehand, and the first
+//! that is too small is reported with the number needed, the number there is, and what to do.
+//! What cannot be read is taken as sufficient: this check never refuses what might have worked.
+//!
+//! Never calls R; safe to call from any thread.
+
+use crate::cores::cgroup;
+use std::fmt;
+use std::io;
+
+/// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
+const FILES_PER_WORKER: u64 = 2;
+/// Descriptors the agent needs anyway: standard streams, poll, signals, cached payloads, R's own.
+const FILES_RESERVE: u64 = 64;
+/// Processes and threads besides the workers: the agent, the hub's thread, and some room for
+/// whatever else the user starts meanwhile.
+const PROCESSES_RESERVE: u64 = 16;
+
+/// A limit of the system that is too small for the workers asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shortfall {
+    /// What there is too little of: "open files" or "processes".
+    pub what: &'static str,
+    /// How many of it the workers need.
+    pub needed: u64,
+    /// How many of it can be had.
+    pub available: u64,
+    /// What the user can do about it.
+    pub remedy: String,
+}
+
+impl fmt::Display for Shortfall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "not enough {}: {} needed, {} available; {}",
+            self.what, self.needed, self.available, self.remedy
+        )
+    }
+}
+
+impl std::error::Error for Shortfall {}
+
+/// A limit and how much of it is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// The most there can be.
+    pub limit: u64,
+    /// How many there are.
+    pub used: u64,
+}
+
+impl Room {
+    /// How many more fit.
+    pub fn left(self) -> u64 {
+        self.limit.saturating_sub(self.used)
+    }
+}
+
+/// The limits of a system as far as they are known; None is unknown or unlimited.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SystemLimits {
+    /// Open files a process can have: the hard limit, or what a privileged process may raise
+    /// it to.
+    pub open_files: Option<u64>,
+    /// Processes and threads of this user (RLIMIT_NPROC); None for those it does not bind.
+    pub user_processes: Option<Room>,
+    /// Processes and threads of each control group this process is in, innermost first.
+    pub group_processes: Vec<Room>,
+    /// Process numbers of the system (kernel.pid_max).
+    pub pids: Option<Room>,
+    /// Threads of the system (kernel.threads-max).
+    pub threads: Option<Room>,
+}
+
+impl SystemLimits {
+    /// The limits of this system, now.
+    pub fn now() -> SystemLimits {
+        platform::limits()
+    }
+}
+
+/// Whether this system can take `workers` more workers, as far as can be told.
+///
+/// # Errors
+/// The first limit that is too small.
+pub fn check(workers: usize) -> Result<(), Shortfall> {
+    check_with(&SystemLimits::now(), workers)
+}
+
+/// The pure part of [`check`].
+///
+/// # Errors
+/// The first limit that is too small.
+pub fn check_with(limits: &SystemLimits, workers: usize) -> Result<(), Shortfall> {
+    let files = open_files_needed(workers);
+    if let Some(available) = limits.open_files.filter(|&available| available < files) {
+        return Err(Shortfall {
+            what: "open files",
+            needed: files,
+            available,
+            remedy: "raise the hard limit of open files (ulimit -Hn, nofile in \
+                     /etc/security/limits.conf), or start fewer workers"
+                .to_owned(),
+        });
+    }
+
+    let needed = (workers as u64).saturating_add(PROCESSES_RESERVE);
+    let processes = |room: &Room, remedy: &str| {
+        if room.left() >= needed {
+            return Ok(());
+        }
+        Err(Shortfall {
+            what: "processes",
+            needed,
+            available: room.left(),
+            remedy: format!(
+                "{} of {} are in use: {remedy}, or start fewer workers",
+                room.used, room.limit
+            ),
+        })
+    };
+    if let Some(room) = &limits.user_processes {
+        processes(
+            room,
+            "raise the user's limit of processes (ulimit -u, nproc in /etc/security/limits.conf)",
+        )?;
+    }
+    for room in &limits.group_processes {
+        processes(
+            room,
+            "raise pids.max of the control group (TasksMax in systemd, --pids-limit in containers)",
+        )?;
+    }
+    if let Some(room) = &limits.pids {
+        processes(room, "raise the kernel's limit (sysctl kernel.pid_max)")?;
+    }
+    if let Some(room) = &limits.threads {
+        processes(room, "raise the kernel's limit (sysctl kernel.threads-max)")?;
+    }
+    Ok(())
+}
+
+/// Open files an agent with `workers` workers needs.
+pub fn open_files_needed(workers: usize) -> u64 {
+    (workers as u64)
+        .saturating_mul(FILES_PER_WORKER)
+        .saturating_add(FILES_RESERVE)
+}
+
+/// Raises this process' soft limit of open files to `needed`, or as far as it may, and tells what
+/// it is then. It is never lowered, and not raised beyond need: a process that hands descriptors
+/// above 1023 to select() fails, and children inherit the limit.
+///
+/// # Errors
+/// Those of getrlimit and setrlimit.
+pub fn raise_open_files(needed: u64) -> io::Result<u64> {
+    platform::raise_open_files(needed)
+}
+
+#[cfg(unix)]
+mod platform {
+    use super::{Room, SystemLimits, cgroup, io};
+    use std::fs;
+    use std::path::Path;
+
+    pub(super) fn limits() -> SystemLimits {
+        let mut limits = SystemLimits {
+            open_files: open_files().ok().and_then(|limit| finite(limit.rlim_max)),
+            ..SystemLimits::default()
+        };
+        if cfg!(target_os = "linux") {
+            linux_limits(&mut limits, Path::new("/proc"));
+        }
+        limits
+    }
+
+    /// Completes `limits` with what is to be read in `proc`.
+    pub(super) fn linux_limits(limits: &mut SystemLimits, proc: &Path) {
+        let number = |path: &str| -> Option<u64> {
+            fs::read_to_string(proc.join(path))
+                .ok()?
+                .trim()
+                .parse()
+                .ok()
+        };
+        let status = fs::read_to_string(proc.join("self/status")).unwrap_or_default();
+        let users = fs::read_to_string(proc.join("self/uid_map"));
+        // Root and capabilities inside a user namespace (a rootless container) do not lift limits.
+        let genuine = users.map_or(true, |map| maps_all_users(&map));
+        let capabilities = if genuine {
+            Capabilities::parse(&status)
+        } else {
+            Capabilities::default()
+        };
+
+        if capabilities.resource {
+            // It may raise its own hard limit, as far as the kernel takes any.
+            limits.open_files = match (limits.open_files, number("sys/fs/nr_open")) {
+                (Some(hard), Some(most)) => Some(hard.max(most)),
+                _ => None,
+            };
+        }
+        // SAFETY: getuid has no arguments and cannot fail.
+        let user = unsafe { libc::getuid() };
+        let exempt = capabilities.resource || capabilities.admin || (genuine && user == 0);
+        let limit = user_processes().ok().and_then(finite);
+        if let (false, Some(limit)) = (exempt, limit) {
+            limits.user_processes = tasks_of(proc, user).map(|used| Room { limit, used });
+        }
+
+        for level in cgroup::directories("pids") {
+            let limit = cgroup::read_number(&level.directory, "pids.max");
+            let used = cgroup::read_number(&level.directory, "pids.current");
+            if let (Some(limit), Some(used)) = (limit, used) {
+                limits.group_processes.push(Room { limit, used });
+            }
+        }
+
+        // Threads take process numbers too, so that one count serves both limits.
+        let used = fs::read_to_string(proc.join("loadavg"))
+            .ok()
+            .as_deref()
+            .and_then(tasks_in_loadavg);
+        let room = |path: &str| {
+            Some(Room {
+                limit: number(path)?,
+                used: used?,
+            })
+        };
+        limits.pids = room("sys/kernel/pid_max");
+        limits.threads = room("sys/kernel/threads-max");
+    }
+
+    /// The fourth field of /proc/loadavg is "running/all": all tasks of the system.
+    pub(super) fn tasks_in_loadavg(text: &str) -> Option<u64> {
+        let (_, all) = text.split_whitespace().nth(3)?.split_once('/')?;
+        all.parse().ok()
+    }
+
+    /// Whether the text of /proc/self/uid_map is that of the initial user namespace.
+    pub(super) fn maps_all_users(map: &str) -> bool {
+        map.split_whitespace().eq(["0", "0", "4294967295"])
+    }
+
+    #[derive(Debug, Default, PartialEq, Eq)]
+    pub(super) struct Capabilities {
+        /// CAP_SYS_RESOURCE
+        pub(super) resource: bool,
+        /// CAP_SYS_ADMIN
+        pub(super) admin: bool,
+    }
+
+    impl Capabilities {
+        /// From the text of /proc/self/status.
+        pub(super) fn parse(status: &str) -> Capabilities {
+            let set = status
+                .lines()
+                .find_map(|line| line.strip_prefix("CapEff:"))
+                .and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+                .unwrap_or(0);
+            Capabilities {
+                resource: set & (1 << 24) != 0,
+                admin: set & (1 << 21) != 0,
+            }
+        }
+    }
+
+    /// Processes and threads of a user. With /proc mounted hidepid, one's own are still there.
+    fn tasks_of(proc: &Path, user: u32) -> Option<u64> {
+        let tasks = fs::read_dir(proc)
+            .ok()?
+            .flatten()
+            .filter(|entry| {
+                let name = entry.file_name();
+                name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+            })
+            // Those that have ended meanwhile cannot be read, and do not count.
+            .filter_map(|entry| fs::read_to_string(entry.path().join("status")).ok())
+            .filter_map(|status| user_and_threads(&status))
+            .filter(|&(owner, _)| owner == user)
+            .map(|(_, threads)| threads)
+            .sum();
+        Some(tasks)
+    }
+
+    /// Real user (the one RLIMIT_NPROC counts by) and threads, from a process' status.
+    pub(super) fn user_and_threads(status: &str) -> Option<(u32, u64)> {
+        let first = |name: &str| {
+            status
+                .lines()
+                .find_map(|line| line.strip_prefix(name))?
+                .split_whitespace()
+                .next()
+        };
+        Some((
+            first("Uid:")?.parse().ok()?,
+            first("Threads:")?.parse().ok()?,
+        ))
+    }
+
+    fn finite(limit: libc::rlim_t) -> Option<u64> {
+        // rlim_t is narrower than u64 on some 32-bit systems.
+        #[allow(clippy::unnecessary_cast)]
+        (limit != libc::RLIM_INFINITY).then_some(limit as u64)
+    }
+
+    fn open_files() -> io::Result<libc::rlimit> {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the pointer is to a live rlimit, which the call fills in.
+        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0 {
+            Ok(limit)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    fn set_open_files(limit: libc::rlimit) -> io::Result<()> {
+        // SAFETY: the pointer is to a live rlimit, which the call only reads.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    fn user_processes() -> io::Result<libc::rlim_t> {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the pointer is to a live rlimit, which the call fills in.
+        if unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limit) } == 0 {
+            // fork() looks at the soft limit, and workers' packages expect it untouched.
+            Ok(limit.rlim_cur)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
+        let limit = open_files()?;
+        let soft = finite(limit.rlim_cur).unwrap_or(u64::MAX);
+        if soft >= needed {
+            return Ok(soft);
+        }
+        let wanted = libc::rlim_t::try_from(needed).unwrap_or(libc::RLIM_INFINITY);
+        if wanted > limit.rlim_max {
+            // Privileged processes may raise the hard limit as well; for others it stands.
+            let both = libc::rlimit {
+                rlim_cur: wanted,
+                rlim_max: wanted,
+            };
+            if set_open_files(both).is_ok() {
+                return Ok(needed);
+            }
+        }
+        let reachable = libc::rlimit {
+            rlim_cur: wanted.min(limit.rlim_max),
+            rlim_max: limit.rlim_max,
+        };
+        set_open_files(reachable)?;
+        Ok(finite(reachable.rlim_cur).unwrap_or(u64::MAX))
+    }
+}
+
+#[cfg(not(unix))]
+mod platform {
+    use super::{SystemLimits, io};
+
+    pub(super) fn limits() -> SystemLimits {
+        SystemLimits::default()
+    }
+
+    /// There is no such limit to raise.
+    pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
+        Ok(needed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn room(limit: u64, used: u64) -> Option<Room> {
+        Some(Room { limit, used })
+    }
+
+    #[test]
+    fn unknown_limits_pass() {
+        for workers in [0, 1, 1_000_000, usize::MAX] {
+            assert_eq!(check_with(&SystemLimits::default(), workers), Ok(()));
+        }
+    }
+
+    #[test]
+    fn open_files_on_both_sides() {
+        let limits = |open_files| SystemLimits {
+            open_files: Some(open_files),
+            ..SystemLimits::default()
+        };
+        assert_eq!(open_files_needed(100), 264);
+        assert_eq!(check_with(&limits(264), 100), Ok(()));
+        let short = check_with(&limits(263), 100).unwrap_err();
+        assert_eq!(
+            (short.what, short.needed, short.available),
+            ("open files", 264, 263)
+        );
+        assert!(short.remedy.contains("ulimit -Hn"));
+    }
+
+    #[test]
+    fn processes_on_both_sides_of_each_limit() {
+        type Set = fn(&mut SystemLimits, Room);
+        let cases: [(Set, &str); 4] = [
+            (
+                |limits, room| limits.user_processes = Some(room),
+                "ulimit -u",
+            ),
+            (|limits, room| limits.group_processes.push(room), "pids.max"),
+            (|limits, room| limits.pids = Some(room), "kernel.pid_max"),
+            (
+                |limits, room| limits.threads = Some(room),
+                "kernel.threads-max",
+            ),
+        ];
+        for (set, remedy) in cases {
+            let check = |limit| {
+                let mut limits = SystemLimits::default();
+                set(&mut limits, Room { limit, used: 50 });
+                check_with(&limits, 100)
+            };
+            assert_eq!(check(166), Ok(()), "{remedy}");
+            let short = check(165).unwrap_err();
+            assert_eq!(
+                (short.what, short.needed, short.available),
+                ("processes", 116, 115),
+                "{remedy}"
+            );
+            assert!(short.remedy.contains(remedy), "{}", short.remedy);
+            assert!(short.remedy.contains("50 of 165"), "{}", short.remedy);
+        }
+    }
+
+    #[test]
+    fn every_group_of_the_path_counts() {
+        let wide = Room {
+            limit: 9000,
+            used: 0,
+        };
+        let narrow = Room { limit: 20, used: 9 };
+        for groups in [vec![wide, narrow], vec![narrow, wide]] {
+            let limits = SystemLimits {
+                group_processes: groups,
+                ..SystemLimits::default()
+            };
+            assert_eq!(check_with(&limits, 100).unwrap_err().available, 11);
+        }
+    }
+
+    #[test]
+    fn more_used_than_allowed_leaves_none() {
+        let limits = SystemLimits {
+            user_processes: room(10, 20),
+            ..SystemLimits::default()
+        };
+        assert_eq!(check_with(&limits, 1).unwrap_err().available, 0);
+    }
+
+    #[test]
+    fn huge_numbers_do_not_overflow() {
+        let limits = SystemLimits {
+            open_files: Some(1000),
+            pids: room(u64::MAX, 0),
+            ..SystemLimits::default()
+        };
+        let short = check_with(&limits, usize::MAX).unwrap_err();
+        assert_eq!((short.needed, short.available), (u64::MAX, 1000));
+    }
+
+    #[test]
+    fn it_reads_as_a_sentence() {
+        let short = Shortfall {
+            what: "open files",
+            needed: 264,
+            available: 100,
+            remedy: "start fewer".to_owned(),
+        };
+        assert_eq!(
+            short.to_string(),
+            "not enough open files: 264 needed, 100 available; start fewer"
+        );
+    }
+
+    #[test]
+    fn this_machine_takes_a_worker() {
+        assert_eq!(check(1), Ok(()));
+    }
+
+    #[cfg(unix)]
+    mod unix {
+        use super::super::platform::{
+            Capabilities, linux_limits, maps_all_users, tasks_in_loadavg, user_and_threads,
+        };
+        use super::super::*;
+        use std::fs;
+
+        #[test]
+        fn raising_open_files_never_lowers_and_never_fails_below_the_hard_limit() {
+            let before = raise_open_files(0).unwrap();
+            assert_eq!(raise_open_files(before).unwrap(), before);
+            assert!(raise_open_files(before.saturating_sub(1)).unwrap() >= before);
+            let most = SystemLimits::now().open_files.unwrap_or(u64::MAX);
+            if before < most {
+                assert_eq!(raise_open_files(before + 1).unwrap(), before + 1);
+            }
+        }
+
+        #[test]
+        fn user_namespaces() {
+            assert!(maps_all_users("         0          0 4294967295\n"));
+            for map in ["", "0 1000 1\n", "0 1000 1\n1 100000 65536\n"] {
+                assert!(!maps_all_users(map), "{map:?}");
+            }
+        }
+
+        #[test]
+        fn loadavg() {
+            assert_eq!(tasks_in_loadavg("0.00 0.01 0.05 2/83 5037\n"), Some(83));
+            for text in ["", "0.00 0.01 0.05", "0 0 0 2 5037", "0 0 0 2/x 5037"] {
+                assert_eq!(tasks_in_loadavg(text), None, "{text:?}");
+            }
+        }
+
+        #[test]
+        fn status() {
+            let status = "Name:\tR\nUid:\t1000\t0\t0\t0\nThreads:\t3\nCapEff:\t0000000001000000\n";
+            assert_eq!(user_and_threads(status), Some((1000, 3)));
+            assert_eq!(user_and_threads("Uid:\nThreads:\t1\n"), None);
+            assert_eq!(user_and_threads("Uid:\t1\n"), None);
+            assert_eq!(user_and_threads(""), None);
+            let parsed = |text| {
+                let found = Capabilities::parse(text);
+                (found.resource, found.admin)
+            };
+            assert_eq!(parsed(status), (true, false));
+            assert_eq!(parsed("CapEff:\t0000000000200000\n"), (false, true));
+            assert_eq!(parsed("CapEff:\tzz\n"), (false, false));
+            assert_eq!(parsed(""), (false, false));
+        }
+
+        #[test]
+        fn an_empty_proc_is_unknown() {
+            let proc =
+                std::env::temp_dir().join(format!("rustcluster-proc-{}", std::process::id()));
+            fs::create_dir_all(proc.join("sys/kernel")).unwrap();
+            let mut limits = SystemLimits::default();
+            linux_limits(&mut limits, &proc);
+            assert_eq!((limits.pids, limits.threads), (None, None));
+
+            fs::write(proc.join("loadavg"), "0 0 0 1/83 9\n").unwrap();
+            fs::write(proc.join("sys/kernel/pid_max"), "32768\n").unwrap();
+            fs::write(proc.join("sys/kernel/threads-max"), "junk\n").unwrap();
+            linux_limits(&mut limits, &proc);
+            assert_eq!(limits.pids.unwrap().left(), 32768 - 83);
+            assert_eq!(limits.threads, None);
+            fs::remove_dir_all(&proc).unwrap();
+        }
+    }
+}
