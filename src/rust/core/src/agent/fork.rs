@@ -1,0 +1,45 @@
+//! Making a worker by fork: milliseconds, and memory shared until it is written to.
+
+use super::process::{Made, Process};
+use crate::worker::Channel;
+use crate::{signals, sys};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+
+/// Forks. The child's stdout and stderr go to its output pipe, it leads a process group, dies
+/// with its parent, and holds SIGINT back until its first task. What else it inherits of the
+/// agent goes when the agent's value is dropped there.
+///
+/// # Errors
+/// When descriptors or processes have run out.
+pub fn fork(worker: u32) -> io::Result<Made> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let (output, output_end) = sys::pipe()?;
+    sys::flush_stdio();
+    let parent = std::process::id();
+    // The child must not take a signal meant for it before its own handlers are back.
+    signals::block_interrupt();
+    // SAFETY: the agent has one thread, so the child is a whole copy of it.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        -1 => {
+            let error = io::Error::last_os_error();
+            signals::unblock_interrupt();
+            Err(error)
+        }
+        0 => {
+            sys::own_process_group();
+            sys::die_with_parent(parent);
+            drop(ours);
+            drop(output);
+            sys::redirect(output_end.as_raw_fd(), 1)?;
+            sys::redirect(output_end.as_raw_fd(), 2)?;
+            Ok(Made::Child(Channel::new(theirs, worker)))
+        }
+        pid => {
+            signals::unblock_interrupt();
+            Ok(Made::Parent(Process::new(pid as u32, ours, output)?))
+        }
+    }
+}

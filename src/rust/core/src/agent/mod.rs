@@ -1,0 +1,815 @@
+//! The agent: one process a host that makes workers, relays between them and the head, and sees
+//! to it that nothing outlives the cluster.
+//!
+//! One thread, one mio loop, no R while it runs. It never blocks on a peer. When the head asks
+//! for the end, or its stream ends for whatever reason, every worker is ended and then the agent.
+
+mod fork;
+mod process;
+pub mod state;
+
+use crate::frame::{self, ABORT, Frame, Header, Kind, LAST, MAX_BODY};
+use crate::limits;
+use crate::message::{
+    self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
+    WorkerReady,
+};
+use crate::outbuf::OutBuf;
+use crate::scheduler::ProtocolError;
+use crate::worker::Channel;
+use crate::{cores, signals, sys};
+use bytes::{Buf, Bytes, BytesMut};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use process::{Made, Process};
+use state::{Book, Ending, Route};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+const HEAD_IN: Token = Token(0);
+const HEAD_OUT: Token = Token(1);
+const SIGNALS: Token = Token(2);
+const PARENT: Token = Token(3);
+const FIRST_WORKER: usize = 4;
+
+/// While this much waits for the head, nothing more is read from workers.
+const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
+/// Bytes read at a time.
+const READ: usize = 256 * 1024;
+/// Workers made between two looks at the streams.
+const MAKE_AT_ONCE: usize = 8;
+
+/// Signals whose handling the agent changes, and that its forks get back as they were.
+const CHANGED: [libc::c_int; 5] = [
+    libc::SIGCHLD,
+    libc::SIGTERM,
+    libc::SIGHUP,
+    libc::SIGPIPE,
+    libc::SIGINT,
+];
+
+/// An agent that has talked to its head and not yet made workers.
+pub struct Greeted {
+    reader: File,
+    writer: File,
+    received: BytesMut,
+    /// What the head wants.
+    pub start: Start,
+    head_pid: u32,
+}
+
+/// How [`Agent::run`] ends.
+pub enum Role {
+    /// This process is a forked worker.
+    Worker(Channel),
+    /// The cluster is over, and all workers have ended.
+    Done,
+}
+
+/// Facts about this process for the other side.
+pub fn hello(package: &str, r_version: &str) -> Hello {
+    let (memory_total, memory_available) = cores::host_memory().unwrap_or((0, 0));
+    Hello {
+        protocol: message::PROTOCOL,
+        package: package.to_owned(),
+        r_version: r_version.to_owned(),
+        big_endian: cfg!(target_endian = "big"),
+        pid: std::process::id(),
+        hostname: sys::hostname(),
+        cores: cores::usable_cores() as u32,
+        memory_total,
+        memory_available,
+    }
+}
+
+/// Takes over stdin and stdout and waits for the head to say what it wants.
+///
+/// # Errors
+/// When the head is gone, is another version, or is no head.
+pub fn greet(hello: &Hello) -> io::Result<Greeted> {
+    let (reader, writer) = sys::take_stdio()?;
+    greet_over(reader, writer, hello)
+}
+
+fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
+    let greeting = message::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
+    let mut out = OutBuf::default();
+    out.push_bytes(MAGIC);
+    out.push(&greeting);
+    while !out.is_empty() {
+        out.write_with(|slices| writer.write_vectored(slices))?;
+    }
+    let mut preamble = Preamble::default();
+    let mut buffer = [0u8; 4096];
+    let mut received = loop {
+        let n = read_some(&mut reader, &mut buffer)?;
+        match preamble.feed(&buffer[..n]) {
+            PreambleState::Open(rest) => break BytesMut::from(&rest[..]),
+            PreambleState::Incomplete => {}
+            PreambleState::NotOurs => return Err(io::Error::other("no head at the other end")),
+        }
+    };
+    let mut head = None;
+    loop {
+        while let Some(frame) = frame::decode(&mut received).map_err(io::Error::other)? {
+            if frame.header.kind != Kind::Control {
+                return Err(io::Error::other("the head did not greet"));
+            }
+            match message::decode(&frame.body).map_err(io::Error::other)? {
+                ToAgent::Hello(other) => {
+                    hello.check(&other).map_err(io::Error::other)?;
+                    head = Some(other.pid);
+                }
+                ToAgent::Start(start) => {
+                    let Some(head_pid) = head else {
+                        return Err(io::Error::other("the head did not greet"));
+                    };
+                    return Ok(Greeted {
+                        reader,
+                        writer,
+                        received,
+                        start,
+                        head_pid,
+                    });
+                }
+                _ => return Err(io::Error::other("the head gave up")),
+            }
+        }
+        let n = read_some(&mut reader, &mut buffer)?;
+        received.extend_from_slice(&buffer[..n]);
+    }
+}
+
+fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match reader.read(buffer) {
+            Ok(0) => return Err(io::Error::other("the head is gone")),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+impl Greeted {
+    /// Tells the head that nothing was or will be started, and why.
+    ///
+    /// # Errors
+    /// When the head is gone.
+    pub fn fail(mut self, reason: String) -> io::Result<()> {
+        self.tell(&ToHead::StartFailed { reason })
+    }
+
+    fn tell(&mut self, message: &ToHead) -> io::Result<()> {
+        let frame = message::encode(message).map_err(io::Error::other)?;
+        let mut out = OutBuf::default();
+        out.push(&frame);
+        while !out.is_empty() {
+            out.write_with(|slices| self.writer.write_vectored(slices))?;
+        }
+        Ok(())
+    }
+
+    /// Checks this host's limits and becomes the agent proper; on a shortfall the head is told
+    /// and nothing is started.
+    ///
+    /// # Errors
+    /// When a stream cannot be watched, or the limits are too low.
+    pub fn agent(mut self) -> io::Result<Agent> {
+        let workers = self.start.workers as usize;
+        if let Err(short) = limits::check(workers) {
+            let message = short.remedy.clone();
+            self.tell(&ToHead::Limits {
+                what: short.what.to_owned(),
+                needed: short.needed,
+                available: short.available,
+                remedy: short.remedy,
+            })?;
+            return Err(io::Error::other(message));
+        }
+        limits::raise_open_files(limits::open_files_needed(workers))?;
+        Agent::new(self)
+    }
+}
+
+/// See the module's documentation.
+pub struct Agent {
+    poll: Poll,
+    reader: File,
+    writer: File,
+    received: BytesMut,
+    to_head: OutBuf,
+    head_blocked: bool,
+    /// The head is gone or has asked for the end.
+    ending: bool,
+    start: Start,
+    outfile: Option<File>,
+    book: Book,
+    workers: Vec<Option<Process>>,
+    /// Workers yet to be made; `true` for one that replaces another.
+    to_make: VecDeque<(u32, bool)>,
+    replacing: Vec<bool>,
+    /// Workers with bytes waiting to be written.
+    dirty: Vec<u32>,
+    /// Workers that may have more to read than the last look took.
+    unread: Vec<u32>,
+    signals: UnixStream,
+    asked_to_end: Arc<AtomicBool>,
+    _parent: Option<OwnedFd>,
+    saved: signals::Saved,
+    epoch: Instant,
+    scratch: Vec<u8>,
+}
+
+impl Agent {
+    fn new(greeted: Greeted) -> io::Result<Agent> {
+        let poll = Poll::new()?;
+        let registry = poll.registry();
+        sys::set_nonblocking(greeted.writer.as_raw_fd(), true)?;
+        let fd = greeted.reader.as_raw_fd();
+        sys::set_nonblocking(fd, true)?;
+        registry.register(&mut SourceFd(&fd), HEAD_IN, Interest::READABLE)?;
+        let saved = signals::save(&CHANGED);
+        let (signals_in, signals_out) = UnixStream::pair()?;
+        signals_in.set_nonblocking(true)?;
+        let asked_to_end = Arc::new(AtomicBool::new(false));
+        for signal in [libc::SIGTERM, libc::SIGHUP] {
+            signal_hook::flag::register(signal, asked_to_end.clone())?;
+        }
+        // After the flags: who is woken by the pipe finds them set.
+        for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGHUP] {
+            signal_hook::low_level::pipe::register(signal, signals_out.try_clone()?)?;
+        }
+        signals::ignore(&[libc::SIGPIPE, libc::SIGINT]);
+        let fd = signals_in.as_raw_fd();
+        registry.register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)?;
+        // A head on this machine may die while a fork of it keeps the stream open.
+        let parent = sys::watch_parent(greeted.head_pid);
+        if let Some(parent) = &parent {
+            let fd = parent.as_raw_fd();
+            registry.register(&mut SourceFd(&fd), PARENT, Interest::READABLE)?;
+        }
+        let count = greeted.start.workers;
+        let outfile = match &greeted.start.outfile {
+            Outfile::File(path) => Some(File::options().append(true).create(true).open(path)?),
+            _ => None,
+        };
+        Ok(Agent {
+            poll,
+            reader: greeted.reader,
+            writer: greeted.writer,
+            received: greeted.received,
+            to_head: OutBuf::default(),
+            head_blocked: false,
+            ending: false,
+            outfile,
+            start: greeted.start,
+            book: Book::new(count as usize),
+            workers: (0..count).map(|_| None).collect(),
+            to_make: (0..count).map(|worker| (worker, false)).collect(),
+            replacing: vec![false; count as usize],
+            dirty: Vec::new(),
+            unread: Vec::new(),
+            signals: signals_in,
+            asked_to_end,
+            _parent: parent,
+            saved,
+            epoch: Instant::now(),
+            scratch: vec![0; READ],
+        })
+    }
+
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    /// Serves until the cluster is over, or, in a forked worker, until that exists.
+    ///
+    /// # Errors
+    /// When the system fails in a way that leaves nothing to do. Workers then end with the agent.
+    pub fn run(&mut self) -> io::Result<Role> {
+        let mut events = Events::with_capacity(1024);
+        loop {
+            if let Some(channel) = self.make_some()? {
+                return Ok(Role::Worker(channel));
+            }
+            let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
+            let timeout = if self.to_make.is_empty() && !can_read {
+                let next = self.book.next_deadline();
+                next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
+            } else {
+                Some(Duration::ZERO)
+            };
+            match self.poll.poll(&mut events, timeout) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            }
+            let mut ended = false;
+            for event in &events {
+                match event.token() {
+                    HEAD_IN => self.read_head(),
+                    HEAD_OUT => {
+                        self.head_blocked = false;
+                        let fd = self.writer.as_raw_fd();
+                        self.poll.registry().deregister(&mut SourceFd(&fd))?;
+                    }
+                    SIGNALS => ended = true,
+                    PARENT => self.end(),
+                    Token(token) => {
+                        let worker = ((token - FIRST_WORKER) / 2) as u32;
+                        if (token - FIRST_WORKER) % 2 == 1 {
+                            self.read_output(worker);
+                            continue;
+                        }
+                        if event.is_readable() || event.is_read_closed() {
+                            self.read_worker(worker);
+                        }
+                        if event.is_writable() {
+                            self.dirty.push(worker);
+                        }
+                    }
+                }
+            }
+            if self.to_head.len() < HEAD_BACKLOG {
+                for worker in std::mem::take(&mut self.unread) {
+                    self.read_worker(worker);
+                    self.read_output(worker);
+                }
+            }
+            if ended {
+                self.on_signals();
+            }
+            for worker in self.book.overdue(self.now()) {
+                if let Some(process) = &self.workers[worker as usize] {
+                    process.kill();
+                }
+            }
+            for worker in std::mem::take(&mut self.dirty) {
+                self.write_worker(worker);
+            }
+            self.write_head();
+            if self.ending && self.to_make.is_empty() && self.book.all_gone() {
+                return Ok(Role::Done);
+            }
+        }
+    }
+
+    /// Makes the next few workers. `Some` in a forked one.
+    fn make_some(&mut self) -> io::Result<Option<Channel>> {
+        for _ in 0..MAKE_AT_ONCE {
+            let Some((worker, replaces)) = self.to_make.pop_front() else {
+                break;
+            };
+            if self.ending {
+                self.book.stop(worker, self.epoch.elapsed());
+                self.book.exited(worker);
+                continue;
+            }
+            self.replacing[worker as usize] = replaces;
+            let made = match self.start.mode {
+                StartMode::Fork => self.fork(worker),
+                StartMode::Spawn => process::spawn(&self.start, worker),
+            };
+            match made {
+                Ok(Made::Child(channel)) => return Ok(Some(channel)),
+                Ok(Made::Parent(process)) => {
+                    let token = FIRST_WORKER + 2 * worker as usize;
+                    let registry = self.poll.registry();
+                    let fd = process.channel.as_raw_fd();
+                    registry.register(&mut SourceFd(&fd), Token(token), Interest::READABLE)?;
+                    let fd = process.output.as_raw_fd();
+                    registry.register(&mut SourceFd(&fd), Token(token + 1), Interest::READABLE)?;
+                    self.workers[worker as usize] = Some(process);
+                    self.dirty.push(worker);
+                }
+                Err(error) => {
+                    self.book.exited(worker);
+                    let loss = Loss {
+                        pid: 0,
+                        exit: message::Exit::Unknown,
+                        tail: format!("a worker could not be started: {error}"),
+                        memory_available: cores::host_memory().map_or(0, |memory| memory.1),
+                    };
+                    self.tell(&ToHead::WorkerLost { worker, loss });
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn fork(&mut self, worker: u32) -> io::Result<Made> {
+        let made = fork::fork(worker)?;
+        if let Made::Child(_) = made {
+            self.saved.restore();
+            sys::renice(self.start.renice);
+        }
+        Ok(made)
+    }
+
+    fn tell(&mut self, message: &ToHead) {
+        // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
+        // message than its agent.
+        match message::encode(message) {
+            Ok(frame) if !self.ending => self.to_head.push(&frame),
+            _ => {}
+        }
+    }
+
+    fn read_head(&mut self) {
+        loop {
+            match self.reader.read(&mut self.scratch) {
+                Ok(0) => return self.end(),
+                Ok(n) => {
+                    self.received.extend_from_slice(&self.scratch[..n]);
+                    if let Err(error) = self.on_head_bytes() {
+                        eprintln!("rustcluster agent: {error}");
+                        return self.end();
+                    }
+                    // On a stream a short read means that no more is there, and that more will
+                    // be announced.
+                    if n < self.scratch.len() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => return self.end(),
+            }
+        }
+    }
+
+    fn on_head_bytes(&mut self) -> Result<(), ProtocolError> {
+        let text = |error: frame::FrameError| ProtocolError(error.to_string());
+        while let Some(frame) = frame::decode(&mut self.received).map_err(text)? {
+            let header = frame.header;
+            match header.kind {
+                Kind::Data => {
+                    if self.book.to_worker(&header)? == Route::Forward {
+                        self.send_worker(header.worker, &frame);
+                    }
+                }
+                Kind::Credit => {
+                    if self.book.credit(header.worker, header.task, header.len)? {
+                        self.unread.push(header.worker);
+                    }
+                }
+                Kind::Control => {
+                    let message = message::decode(&frame.body)
+                        .map_err(|error| ProtocolError(error.to_string()))?;
+                    self.on_message(message)?;
+                }
+                Kind::Output | Kind::Cancel => {
+                    return Err(ProtocolError("a frame that is not for an agent".into()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn on_message(&mut self, message: ToAgent) -> Result<(), ProtocolError> {
+        match message {
+            ToAgent::Cancel { worker, task } => {
+                if self.book.cancel(worker, task, self.now())? {
+                    self.interrupt(worker, task);
+                    // What is left of the answer is dropped without being asked for.
+                    self.unread.push(worker);
+                }
+            }
+            ToAgent::StopWorker { worker } => self.stop_worker(worker),
+            ToAgent::Stop => self.end(),
+            ToAgent::Hello(_) | ToAgent::Start(_) => {
+                return Err(ProtocolError("a second greeting".into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// A cancel frame, then SIGINT: see [`crate::worker`].
+    fn interrupt(&mut self, worker: u32, task: u64) {
+        if let Some(process) = &mut self.workers[worker as usize] {
+            process.interrupt = true;
+            let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
+            self.send_worker(worker, &frame);
+        }
+    }
+
+    fn stop_worker(&mut self, worker: u32) {
+        let now = self.now();
+        let Some(busy) = self.book.stop(worker, now) else {
+            return;
+        };
+        if let Some(task) = self.book.task(worker).filter(|_| busy) {
+            self.interrupt(worker, task);
+        }
+        if let Some(process) = &mut self.workers[worker as usize] {
+            process.closing = true;
+            self.dirty.push(worker);
+        }
+    }
+
+    /// Ends all workers, and with them the agent.
+    fn end(&mut self) {
+        if std::mem::replace(&mut self.ending, true) {
+            return;
+        }
+        for worker in 0..self.workers.len() as u32 {
+            if self.workers[worker as usize].is_some() {
+                self.stop_worker(worker);
+            }
+        }
+    }
+
+    fn send_worker(&mut self, worker: u32, frame: &Frame) {
+        if let Some(process) = &mut self.workers[worker as usize] {
+            process.outgoing.push(frame);
+            self.dirty.push(worker);
+        }
+    }
+
+    fn write_worker(&mut self, worker: u32) {
+        let Some(process) = &mut self.workers[worker as usize] else {
+            return;
+        };
+        let mut passed = 0;
+        while !process.outgoing.is_empty() {
+            let fd = process.channel.as_raw_fd();
+            match process.outgoing.write_with(|slices| sys::send(fd, slices)) {
+                Ok(n) => passed += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Not writable now; or the worker is gone, which its exit will tell.
+                Err(_) => break,
+            }
+        }
+        // Writability is asked for only while there is something to write: otherwise every
+        // message that a worker reads would wake the agent.
+        if process.outgoing.is_empty() == process.write_blocked {
+            process.write_blocked = !process.write_blocked;
+            let interest = if process.write_blocked {
+                Interest::READABLE | Interest::WRITABLE
+            } else {
+                Interest::READABLE
+            };
+            let token = Token(FIRST_WORKER + 2 * worker as usize);
+            let fd = process.channel.as_raw_fd();
+            let mut source = SourceFd(&fd);
+            let _ = self
+                .poll
+                .registry()
+                .reregister(&mut source, token, interest);
+        }
+        if process.outgoing.is_empty() {
+            if std::mem::take(&mut process.interrupt) {
+                process.signal(libc::SIGINT);
+            }
+            if std::mem::take(&mut process.closing) {
+                // A worker that waits for a task sees the end of the stream and ends.
+                let _ = process.channel.shutdown(std::net::Shutdown::Write);
+            }
+        }
+        match self.book.passed(worker, passed) {
+            Some((task, bytes)) if !self.ending => {
+                self.to_head.push(&Frame::credit(worker, task, bytes));
+            }
+            _ => {}
+        }
+    }
+
+    fn write_head(&mut self) {
+        while !self.to_head.is_empty() && !self.head_blocked {
+            let writer = &mut self.writer;
+            match self
+                .to_head
+                .write_with(|slices| writer.write_vectored(slices))
+            {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.head_blocked = true;
+                    let fd = self.writer.as_raw_fd();
+                    let writable = Interest::WRITABLE;
+                    let registry = self.poll.registry();
+                    if registry
+                        .register(&mut SourceFd(&fd), HEAD_OUT, writable)
+                        .is_err()
+                    {
+                        self.end();
+                    }
+                }
+                Err(_) => {
+                    self.to_head = OutBuf::default();
+                    self.end();
+                }
+            }
+        }
+    }
+
+    fn read_worker(&mut self, worker: u32) {
+        if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
+            self.unread.push(worker);
+            return;
+        }
+        let Some(process) = &mut self.workers[worker as usize] else {
+            return;
+        };
+        // What is held is dealt with first: only when it has gone is more read.
+        let mut held = std::mem::take(&mut process.received);
+        let mut broken = self.on_worker_bytes(worker, &mut held).is_err();
+        while held.len() < HEADER_AND_BODY && !broken {
+            let Some(process) = &mut self.workers[worker as usize] else {
+                return;
+            };
+            match process.channel.read(&mut self.scratch) {
+                Ok(0) => {
+                    // Its end of the channel is closed, which only its end should do.
+                    process.hung_up = true;
+                    break;
+                }
+                Ok(n) => {
+                    held.extend_from_slice(&self.scratch[..n]);
+                    let short = n < self.scratch.len();
+                    broken = self.on_worker_bytes(worker, &mut held).is_err();
+                    if short {
+                        break;
+                    }
+                    if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
+                        self.unread.push(worker);
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    process.hung_up = true;
+                    break;
+                }
+            }
+        }
+        let Some(process) = &mut self.workers[worker as usize] else {
+            return;
+        };
+        process.received = held;
+        // Its exit, by itself or by this, tells the rest.
+        if broken {
+            process.kill();
+        } else if process.hung_up {
+            self.book.hung_up(worker, self.epoch.elapsed());
+        }
+    }
+
+    /// Passes on the whole frames in `held`, up to one that must wait.
+    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> Result<(), ProtocolError> {
+        let text = |error: frame::FrameError| ProtocolError(error.to_string());
+        while let Some(mut header) = Header::decode(held).map_err(text)? {
+            if held.len() < frame::HEADER_LEN + header.body_len() {
+                break;
+            }
+            // Whatever it says, it is this worker.
+            header.worker = worker;
+            match header.kind {
+                Kind::Data => {
+                    let route = self.book.from_worker(&header)?;
+                    if route == Route::Hold {
+                        break;
+                    }
+                    held.advance(frame::HEADER_LEN);
+                    let body = held.split_to(header.body_len());
+                    match route {
+                        Route::Forward if !self.ending => {
+                            let body = body.freeze();
+                            self.to_head.push(&Frame { header, body });
+                        }
+                        Route::Ended if !self.ending => {
+                            let flags = LAST | ABORT;
+                            let task = header.task;
+                            let ended = Frame::new(Kind::Data, flags, worker, task, Bytes::new());
+                            self.to_head.push(&ended);
+                        }
+                        _ => {}
+                    }
+                }
+                Kind::Control => {
+                    held.advance(frame::HEADER_LEN);
+                    let body = held.split_to(header.body_len());
+                    let ready: WorkerReady =
+                        message::decode(&body).map_err(|error| ProtocolError(error.to_string()))?;
+                    self.on_ready(worker, ready);
+                }
+                _ => return Err(ProtocolError("a frame that is not for an agent".into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn on_ready(&mut self, worker: u32, ready: WorkerReady) {
+        let Some(process) = &mut self.workers[worker as usize] else {
+            return;
+        };
+        process.tempdir = Some(ready.tempdir);
+        let pid = process.pid;
+        if !self.book.ready(worker) {
+            return;
+        }
+        let message = if self.replacing[worker as usize] {
+            ToHead::WorkerReplaced { worker, pid }
+        } else {
+            ToHead::WorkerUp { worker, pid }
+        };
+        self.tell(&message);
+    }
+
+    fn read_output(&mut self, worker: u32) {
+        let Some(process) = &mut self.workers[worker as usize] else {
+            return;
+        };
+        // Bounded, so that a worker that never stops printing does not stop the others.
+        for _ in 0..4 {
+            if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
+                break;
+            }
+            match process.output.read(&mut self.scratch) {
+                Ok(0) => return,
+                Ok(n) => {
+                    let bytes = &self.scratch[..n];
+                    process.tail.push(bytes);
+                    if let Some(file) = &mut self.outfile {
+                        // A full disk must not end the computation.
+                        let _ = file.write_all(bytes);
+                    }
+                    if self.start.outfile == Outfile::Console && !self.ending {
+                        for chunk in bytes.chunks(MAX_BODY) {
+                            let body = Bytes::copy_from_slice(chunk);
+                            self.to_head
+                                .push(&Frame::new(Kind::Output, 0, worker, 0, body));
+                        }
+                    }
+                    if n < self.scratch.len() {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return,
+            }
+        }
+        self.unread.push(worker);
+    }
+
+    /// A child ended, or somebody wants the agent to.
+    fn on_signals(&mut self) {
+        let mut buffer = [0u8; 256];
+        while matches!(self.signals.read(&mut buffer), Ok(n) if n > 0) {}
+        for worker in 0..self.workers.len() as u32 {
+            let ended = match &self.workers[worker as usize] {
+                Some(process) => sys::peek_exit(process.pid),
+                None => false,
+            };
+            if ended {
+                self.on_exit(worker);
+            }
+        }
+        if self.asked_to_end.load(Ordering::Relaxed) {
+            self.end();
+        }
+    }
+
+    fn on_exit(&mut self, worker: u32) {
+        // An answer that was whole before the end still counts, and so do last words.
+        self.read_worker(worker);
+        self.read_output(worker);
+        let Some(mut process) = self.workers[worker as usize].take() else {
+            return;
+        };
+        // Before the process is reaped, so that its number cannot be another's. This also ends
+        // what it started and did not wait for.
+        process.kill();
+        let exit = sys::reap(process.pid);
+        let registry = self.poll.registry();
+        for fd in [process.channel.as_raw_fd(), process.output.as_raw_fd()] {
+            let _ = registry.deregister(&mut SourceFd(&fd));
+        }
+        if let Some(tempdir) = process.tempdir.take() {
+            // Already gone if it ended in good order.
+            let _ = std::fs::remove_dir_all(tempdir);
+        }
+        match self.book.exited(worker) {
+            Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
+            Ending::Replace => self.to_make.push_back((worker, true)),
+            Ending::Lost => {
+                let loss = Loss {
+                    pid: process.pid,
+                    exit,
+                    tail: process.tail.text(),
+                    memory_available: cores::host_memory().map_or(0, |memory| memory.1),
+                };
+                self.tell(&ToHead::WorkerLost { worker, loss });
+            }
+        }
+    }
+}
+
+/// More than this is not read from a worker while a frame of it waits.
+const HEADER_AND_BODY: usize = frame::HEADER_LEN + MAX_BODY;

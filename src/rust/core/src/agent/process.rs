@@ -1,0 +1,148 @@
+//! A worker's process as its agent sees it, and how a separate one is started.
+
+use crate::message::{self, Start, WorkerConfig};
+use crate::outbuf::OutBuf;
+use crate::worker::Channel;
+use crate::{signals, sys};
+use bytes::BytesMut;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+/// Bytes of a worker's output that error messages show.
+const TAIL: usize = 4 * 1024;
+
+/// The end of what was written.
+#[derive(Debug, Default)]
+pub struct Tail(VecDeque<u8>);
+
+impl Tail {
+    pub fn push(&mut self, bytes: &[u8]) {
+        let bytes = &bytes[bytes.len().saturating_sub(TAIL)..];
+        let excess = (self.0.len() + bytes.len()).saturating_sub(TAIL);
+        self.0.drain(..excess);
+        self.0.extend(bytes);
+    }
+
+    pub fn text(&self) -> String {
+        let bytes: Vec<u8> = self.0.iter().copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// See the module's documentation.
+pub struct Process {
+    pub pid: u32,
+    pub channel: UnixStream,
+    /// Its stdout and stderr.
+    pub output: File,
+    pub received: BytesMut,
+    pub outgoing: OutBuf,
+    pub tail: Tail,
+    pub tempdir: Option<String>,
+    /// Send SIGINT once all is written.
+    pub interrupt: bool,
+    /// Close the channel once all is written.
+    pub closing: bool,
+    /// It has closed its end of the channel.
+    pub hung_up: bool,
+    /// Its channel is full.
+    pub write_blocked: bool,
+}
+
+/// The two sides of making a worker.
+pub enum Made {
+    Parent(Process),
+    /// Only after a fork: this is the worker.
+    Child(Channel),
+}
+
+impl Process {
+    pub fn new(pid: u32, channel: UnixStream, output: OwnedFd) -> io::Result<Process> {
+        channel.set_nonblocking(true)?;
+        sys::set_nonblocking(output.as_raw_fd(), true)?;
+        Ok(Process {
+            pid,
+            channel,
+            output: output.into(),
+            received: BytesMut::new(),
+            outgoing: OutBuf::default(),
+            tail: Tail::default(),
+            tempdir: None,
+            interrupt: false,
+            closing: false,
+            hung_up: false,
+            write_blocked: false,
+        })
+    }
+
+    /// Sends a signal to the worker alone. That it has just ended is no error.
+    pub fn signal(&self, signal: libc::c_int) {
+        let _ = signals::kill(self.pid as i32, signal);
+    }
+
+    /// Kills the worker and what it started, unless that made itself independent.
+    pub fn kill(&self) {
+        // The group does not exist if the worker has not yet come to make it.
+        let _ = signals::kill(-(self.pid as i32), libc::SIGKILL);
+        self.signal(libc::SIGKILL);
+    }
+}
+
+/// Starts a worker as a separate R process, its channel being its stdin.
+pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let (output, output_end) = sys::pipe()?;
+    let Some((program, arguments)) = start.spawn_command.split_first() else {
+        return Err(io::Error::other("no command to start a worker"));
+    };
+    let parent = std::process::id();
+    let renice = start.renice;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::from(output_end.try_clone()?))
+        .stderr(Stdio::from(output_end))
+        .process_group(0);
+    // SAFETY: between fork and exec only prctl, getppid, nice and _exit are called, which are
+    // async-signal-safe.
+    unsafe {
+        command.pre_exec(move || {
+            sys::die_with_parent(parent);
+            sys::renice(renice);
+            Ok(())
+        });
+    }
+    // The handle is dropped: the agent waits for its children by pid.
+    let pid = command.spawn()?.id();
+    let mut process = Process::new(pid, ours, output)?;
+    let config = WorkerConfig {
+        packages: start.packages.clone(),
+    };
+    let frame = message::encode_for(worker, &config).map_err(io::Error::other)?;
+    process.outgoing.push(&frame);
+    Ok(Made::Parent(process))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_keeps_the_end() {
+        let mut tail = Tail::default();
+        tail.push(b"start ");
+        tail.push(&[b'x'; TAIL - 1]);
+        assert_eq!(tail.text().len(), TAIL);
+        tail.push(b"end");
+        assert_eq!(tail.text().len(), TAIL);
+        assert!(tail.text().ends_with("xend"));
+        tail.push(&[b'y'; 3 * TAIL]);
+        assert_eq!(tail.text(), "y".repeat(TAIL));
+    }
+}

@@ -1,0 +1,326 @@
+//! Frames: the unit of every byte stream, between head and agent and between agent and worker.
+//!
+//! A frame is a fixed little-endian header of [`HEADER_LEN`] bytes and a body of at most
+//! [`MAX_BODY`] bytes. The announced length is checked against that limit before anything is
+//! allocated, so a peer that announces 2^32 bytes costs nothing. No I/O happens here.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use std::fmt;
+
+/// Bytes of a header: kind (1), flags (1), reserved (2), worker (4), task (8), length (4).
+pub const HEADER_LEN: usize = 20;
+
+/// The largest body of one frame. Longer bodies are cut into chunks of this size, which is also
+/// the most that one worker's data can delay another's.
+pub const MAX_BODY: usize = 64 * 1024;
+
+/// Bodies up to this size are copied out of the receive buffer, so that a small result which
+/// waits to be collected does not keep a whole receive buffer alive.
+const COPY_BELOW: usize = 8 * 1024;
+
+/// First chunk of a body: what came before for the same worker is dropped.
+pub const FIRST: u8 = 1;
+/// Last chunk of a body.
+pub const LAST: u8 = 2;
+/// With [`LAST`], towards a worker: forget this message, do not answer it. Towards the head: the
+/// task was cancelled and its worker is free again.
+pub const ABORT: u8 = 4;
+
+/// What a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// A control message (see [`crate::message`]).
+    Control = 1,
+    /// A chunk of a serialized R message of `task`, opaque to us.
+    Data = 2,
+    /// Leave to send more bytes of the body of `task`; has no body, the count is in `len`.
+    Credit = 3,
+    /// What a worker wrote to its stdout or stderr.
+    Output = 4,
+    /// Towards a worker: the running task was cancelled.
+    Cancel = 5,
+}
+
+impl Kind {
+    fn from_byte(byte: u8) -> Option<Kind> {
+        Some(match byte {
+            1 => Kind::Control,
+            2 => Kind::Data,
+            3 => Kind::Credit,
+            4 => Kind::Output,
+            5 => Kind::Cancel,
+            _ => return None,
+        })
+    }
+}
+
+/// The fixed part of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Header {
+    pub kind: Kind,
+    pub flags: u8,
+    /// The worker's index on its host, from 0.
+    pub worker: u32,
+    /// The task, unique within a cluster.
+    pub task: u64,
+    /// Bytes of the body; for [`Kind::Credit`], which has no body, the number of bytes granted.
+    pub len: u32,
+}
+
+impl Header {
+    /// Bytes of body that follow this header.
+    pub fn body_len(&self) -> usize {
+        match self.kind {
+            Kind::Credit => 0,
+            _ => self.len as usize,
+        }
+    }
+
+    /// Appends the header's bytes to `out`.
+    pub fn encode(&self, out: &mut impl BufMut) {
+        out.put_u8(self.kind as u8);
+        out.put_u8(self.flags);
+        out.put_u16_le(0);
+        out.put_u32_le(self.worker);
+        out.put_u64_le(self.task);
+        out.put_u32_le(self.len);
+    }
+
+    /// The header's bytes.
+    pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0u8; HEADER_LEN];
+        self.encode(&mut &mut bytes[..]);
+        bytes
+    }
+
+    /// Reads a header. `Ok(None)` if `bytes` is shorter than a header.
+    pub fn decode(mut bytes: &[u8]) -> Result<Option<Header>, FrameError> {
+        if bytes.len() < HEADER_LEN {
+            return Ok(None);
+        }
+        let kind = bytes.get_u8();
+        let flags = bytes.get_u8();
+        let reserved = bytes.get_u16_le();
+        let worker = bytes.get_u32_le();
+        let task = bytes.get_u64_le();
+        let len = bytes.get_u32_le();
+        let kind = Kind::from_byte(kind).ok_or(FrameError::UnknownKind(kind))?;
+        if reserved != 0 || flags & !(FIRST | LAST | ABORT) != 0 {
+            return Err(FrameError::BadFlags { flags, reserved });
+        }
+        let header = Header {
+            kind,
+            flags,
+            worker,
+            task,
+            len,
+        };
+        if header.body_len() > MAX_BODY {
+            return Err(FrameError::TooLong(len));
+        }
+        Ok(Some(header))
+    }
+}
+
+/// A header with its body.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    pub header: Header,
+    pub body: Bytes,
+}
+
+impl Frame {
+    /// A frame of `kind` whose length field is that of `body`.
+    pub fn new(kind: Kind, flags: u8, worker: u32, task: u64, body: Bytes) -> Frame {
+        debug_assert!(body.len() <= MAX_BODY);
+        let len = body.len() as u32;
+        Frame {
+            header: Header {
+                kind,
+                flags,
+                worker,
+                task,
+                len,
+            },
+            body,
+        }
+    }
+
+    /// Leave for `worker` to send `bytes` more of the body of `task`.
+    pub fn credit(worker: u32, task: u64, bytes: u32) -> Frame {
+        Frame {
+            header: Header {
+                kind: Kind::Credit,
+                flags: 0,
+                worker,
+                task,
+                len: bytes,
+            },
+            body: Bytes::new(),
+        }
+    }
+
+    /// Bytes on the wire.
+    pub fn wire_len(&self) -> usize {
+        HEADER_LEN + self.body.len()
+    }
+}
+
+/// Takes one whole frame off the front of `buffer`. `Ok(None)`: more bytes are needed, which is
+/// not an error.
+pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
+    let Some(header) = Header::decode(buffer)? else {
+        return Ok(None);
+    };
+    let body_len = header.body_len();
+    if buffer.len() < HEADER_LEN + body_len {
+        // Room for exactly what was announced, which `Header::decode` has bounded.
+        buffer.reserve(HEADER_LEN + body_len - buffer.len());
+        return Ok(None);
+    }
+    buffer.advance(HEADER_LEN);
+    let body = if body_len <= COPY_BELOW {
+        let body = Bytes::copy_from_slice(&buffer[..body_len]);
+        buffer.advance(body_len);
+        body
+    } else {
+        buffer.split_to(body_len).freeze()
+    };
+    Ok(Some(Frame { header, body }))
+}
+
+/// Bytes that are not a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FrameError {
+    UnknownKind(u8),
+    BadFlags { flags: u8, reserved: u16 },
+    TooLong(u32),
+}
+
+impl fmt::Display for FrameError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FrameError::UnknownKind(kind) => write!(f, "unknown frame kind {kind}"),
+            FrameError::BadFlags { flags, reserved } => {
+                write!(f, "unknown frame flags {flags:#x}, reserved {reserved:#x}")
+            }
+            FrameError::TooLong(len) => write!(
+                f,
+                "a frame announces a body of {len} bytes, more than the limit of {MAX_BODY}"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for FrameError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_frame() -> impl Strategy<Value = Frame> {
+        (
+            prop_oneof![
+                Just(Kind::Control),
+                Just(Kind::Data),
+                Just(Kind::Output),
+                Just(Kind::Cancel)
+            ],
+            0u8..8,
+            any::<u32>(),
+            any::<u64>(),
+            prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..64),
+                prop::collection::vec(any::<u8>(), 8000..9000),
+                Just(vec![7u8; MAX_BODY])
+            ],
+        )
+            .prop_map(|(kind, flags, worker, task, body)| {
+                Frame::new(kind, flags, worker, task, body.into())
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_of_frames_survives_any_cutting(
+            frames in prop::collection::vec(any_frame(), 0..8),
+            cuts in prop::collection::vec(1usize..70_000, 0..40),
+        ) {
+            let mut wire = BytesMut::new();
+            for frame in &frames {
+                frame.header.encode(&mut wire);
+                wire.extend_from_slice(&frame.body);
+            }
+            let mut received = BytesMut::new();
+            let mut decoded = Vec::new();
+            let mut cuts = cuts.into_iter();
+            while !wire.is_empty() {
+                let n = cuts.next().unwrap_or(usize::MAX).min(wire.len());
+                received.extend_from_slice(&wire.split_to(n));
+                while let Some(frame) = decode(&mut received).unwrap() {
+                    decoded.push(frame);
+                }
+            }
+            prop_assert_eq!(decoded, frames);
+            prop_assert!(received.is_empty());
+        }
+
+        #[test]
+        fn random_bytes_never_panic_and_never_allocate_more_than_a_frame(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
+            let mut buffer = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = decode(&mut buffer) {}
+            prop_assert!(buffer.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
+        }
+    }
+
+    #[test]
+    fn golden_header() {
+        let header = Header {
+            kind: Kind::Data,
+            flags: FIRST | LAST,
+            worker: 0x0102_0304,
+            task: 0x0506_0708_090a_0b0c,
+            len: 0x1000,
+        };
+        let bytes = header.to_bytes();
+        assert_eq!(
+            bytes,
+            [
+                2, 3, 0, 0, 4, 3, 2, 1, 0x0c, 0x0b, 0x0a, 9, 8, 7, 6, 5, 0, 0x10, 0, 0
+            ]
+        );
+        assert_eq!(Header::decode(&bytes), Ok(Some(header)));
+    }
+
+    #[test]
+    fn a_length_above_the_limit_is_refused_and_one_at_the_limit_is_not() {
+        let mut header = Frame::new(Kind::Data, 0, 0, 0, Bytes::new()).header;
+        header.len = MAX_BODY as u32;
+        assert!(Header::decode(&header.to_bytes()).is_ok());
+        header.len = MAX_BODY as u32 + 1;
+        assert_eq!(
+            Header::decode(&header.to_bytes()),
+            Err(FrameError::TooLong(header.len))
+        );
+        header.len = u32::MAX;
+        assert!(Header::decode(&header.to_bytes()).is_err());
+    }
+
+    #[test]
+    fn unknown_kinds_and_flags_are_refused() {
+        let mut bytes = Frame::credit(1, 2, 3).header.to_bytes();
+        assert!(Header::decode(&bytes).is_ok());
+        bytes[1] = 8;
+        assert!(Header::decode(&bytes).is_err());
+        bytes[1] = 0;
+        bytes[2] = 1;
+        assert!(Header::decode(&bytes).is_err());
+        bytes[2] = 0;
+        bytes[0] = 0;
+        assert_eq!(Header::decode(&bytes), Err(FrameError::UnknownKind(0)));
+    }
+}

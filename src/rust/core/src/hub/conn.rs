@@ -1,0 +1,301 @@
+//! One agent's connection: launching it, greeting it, reading from it, and finding out why it
+//! ended.
+
+use super::{Core, Host, HostFailure};
+use crate::frame::{self, Frame, Kind};
+use crate::launch::{self, AgentProcess, Launched};
+use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, ToAgent, ToHead};
+use crate::outbuf::OutBuf;
+use bytes::BytesMut;
+use std::cell::RefCell;
+use std::io;
+use std::process::ExitStatus;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{Interest, Ready};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout;
+
+/// How long an agent may take to end its workers and itself once asked. Its own grace for
+/// workers is shorter.
+const STOP_PATIENCE: Duration = Duration::from_millis(950);
+
+/// Bytes of an agent's stderr that error messages show.
+const TAIL: usize = 8 * 1024;
+
+/// The parts of a connection that the rest of the hub uses.
+#[derive(Default)]
+pub struct Conn {
+    /// Set once the agent has greeted.
+    pub stream: Option<Rc<UnixStream>>,
+    pub out: OutBuf,
+    /// The stream took no more.
+    pub blocked: bool,
+    /// `blocked` has been set.
+    pub interest: Rc<Notify>,
+    /// The cluster stops.
+    pub stop: Rc<Notify>,
+}
+
+/// Serves one agent from its launch to its end.
+pub async fn serve(core: Rc<RefCell<Core>>, agent: usize, host: Host, hello: Hello) {
+    let (exit_tx, exit) = oneshot::channel();
+    let launched = launch::start(&host.launch, move |status| {
+        let _ = exit_tx.send(status);
+    });
+    let launched = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            let program = host.launch.command.first();
+            let program = program.map(|p| p.to_string_lossy().into_owned());
+            let program = program.unwrap_or_default();
+            let reason = format!("the agent could not be started: {program}: {error}");
+            fail(&core, agent, HostFailure::new(reason));
+            return;
+        }
+    };
+    let Launched {
+        stream,
+        stderr,
+        process,
+    } = launched;
+    core.borrow().shared.set_agent_pid(agent, process.pid());
+    let tail = Rc::new(RefCell::new(Vec::new()));
+    if let Ok(stderr) = pipe::Receiver::from_owned_fd(stderr.into()) {
+        tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
+    }
+    let mut noise = Preamble::default();
+    let ended = talk(&core, agent, &host, &hello, stream, &mut noise).await;
+    // The stream is closed on our side too from here on, which asks the agent to end, if it is
+    // still there.
+    {
+        let mut core = core.borrow_mut();
+        core.conns[agent].stream = None;
+        core.conns[agent].out = OutBuf::default();
+    }
+    let status = await_exit(&process, exit).await;
+    // What it wrote last may still be in the pipe.
+    tokio::task::yield_now().await;
+    let exited = match status {
+        Some(status) => describe(status),
+        None => "it did not end when asked to and could not be killed".to_owned(),
+    };
+    let reason = match ended {
+        Ok(()) => format!("the agent's process {exited}"),
+        Err(error) => format!("{error} (the agent's process {exited})"),
+    };
+    let failure = HostFailure {
+        reason,
+        stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
+        stdout: noise.noise(),
+    };
+    fail(&core, agent, failure);
+}
+
+fn fail(core: &Rc<RefCell<Core>>, agent: usize, failure: HostFailure) {
+    let mut core = core.borrow_mut();
+    core.fail_host(agent, failure);
+    core.settle();
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => message::Exit::Status(code).to_string(),
+        (_, Some(signal)) => message::Exit::Signal(signal).to_string(),
+        _ => message::Exit::Unknown.to_string(),
+    }
+}
+
+async fn await_exit(
+    process: &Arc<AgentProcess>,
+    mut exit: oneshot::Receiver<io::Result<ExitStatus>>,
+) -> Option<ExitStatus> {
+    let waited = match timeout(STOP_PATIENCE, &mut exit).await {
+        Ok(waited) => waited,
+        Err(_) => {
+            process.kill();
+            timeout(STOP_PATIENCE, exit).await.ok()?
+        }
+    };
+    waited.ok()?.ok()
+}
+
+async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
+    let mut buffer = vec![0u8; 4096];
+    while stderr.readable().await.is_ok() {
+        match stderr.try_read(&mut buffer) {
+            Ok(0) => return,
+            Ok(n) => {
+                let mut tail = tail.borrow_mut();
+                tail.extend_from_slice(&buffer[..n]);
+                let excess = tail.len().saturating_sub(TAIL);
+                tail.drain(..excess);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Greets the agent and then serves its stream to the end. An error says why the head ended it.
+async fn talk(
+    core: &Rc<RefCell<Core>>,
+    agent: usize,
+    host: &Host,
+    hello: &Hello,
+    stream: std::os::unix::net::UnixStream,
+    preamble: &mut Preamble,
+) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    let stream = Rc::new(UnixStream::from_std(stream)?);
+    let stop = core.borrow().conns[agent].stop.clone();
+    let mut received = tokio::select! {
+        received = greet(core, agent, host, hello, &stream, preamble) => match received? {
+            Some(received) => received,
+            None => return Ok(()),
+        },
+        // Nobody has been told to stop yet: the end of the stream says it.
+        () = stop.notified() => return Ok(()),
+    };
+    let interest = {
+        let mut core = core.borrow_mut();
+        core.conns[agent].stream = Some(stream.clone());
+        core.conns[agent].interest.clone()
+    };
+    core.borrow_mut().settle();
+    // Frames may have come with the greeting.
+    on_bytes(core, agent, &mut received)?;
+    loop {
+        let wanted = if core.borrow().conns[agent].blocked {
+            Interest::READABLE | Interest::WRITABLE
+        } else {
+            Interest::READABLE
+        };
+        let ready = tokio::select! {
+            ready = stream.ready(wanted) => ready?,
+            () = interest.notified() => continue,
+        };
+        if (ready.is_writable() || ready.is_write_closed()) && wanted.is_writable() {
+            let mut core = core.borrow_mut();
+            core.conns[agent].blocked = false;
+            core.settle();
+        }
+        if ready.is_readable() || ready.is_read_closed() {
+            while let Some(n) = read(&stream, &mut received)? {
+                if n == 0 {
+                    return Ok(());
+                }
+                on_bytes(core, agent, &mut received)?;
+            }
+        }
+        if ready == Ready::EMPTY {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// One read. `None`: nothing there now.
+fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize>> {
+    received.reserve(16 * 1024);
+    match stream.try_read_buf(received) {
+        Ok(n) => Ok(Some(n)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        // The agent was killed with bytes of ours unread.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Some(0)),
+        Err(error) => Err(error),
+    }
+}
+
+fn on_bytes(core: &Rc<RefCell<Core>>, agent: usize, received: &mut BytesMut) -> io::Result<()> {
+    let mut core = core.borrow_mut();
+    let mut outcome = Ok(());
+    loop {
+        match frame::decode(received) {
+            Ok(Some(frame)) => {
+                if let Err(error) = core.scheduler.on_frame(agent, frame) {
+                    outcome = Err(io::Error::other(format!("the agent sent {error}")));
+                    break;
+                }
+            }
+            Ok(None) => break,
+            Err(error) => {
+                outcome = Err(io::Error::other(format!("the agent sent {error}")));
+                break;
+            }
+        }
+    }
+    core.settle();
+    outcome
+}
+
+/// Sends magic and hello, skips what a shell printed, checks the agent's hello, and queues what
+/// it is to start. `None`: it ended first.
+async fn greet(
+    core: &Rc<RefCell<Core>>,
+    agent: usize,
+    host: &Host,
+    hello: &Hello,
+    stream: &Rc<UnixStream>,
+    preamble: &mut Preamble,
+) -> io::Result<Option<BytesMut>> {
+    let greeting = message::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
+    let mut out = OutBuf::default();
+    out.push_bytes(MAGIC);
+    out.push(&greeting);
+    while !out.is_empty() {
+        stream.writable().await?;
+        match out.write_with(|slices| stream.try_write_vectored(slices)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // It may have ended at once; what it said is worth more than this error.
+            Err(_) => break,
+            Ok(_) => {}
+        }
+    }
+    let mut received = BytesMut::new();
+    let mut open = false;
+    loop {
+        stream.readable().await?;
+        let mut fresh = BytesMut::new();
+        match read(stream, &mut fresh)? {
+            None => continue,
+            Some(0) => return Ok(None),
+            Some(_) if open => received.extend_from_slice(&fresh),
+            Some(_) => match preamble.feed(&fresh) {
+                PreambleState::Incomplete => continue,
+                PreambleState::NotOurs => {
+                    return Err(io::Error::other(
+                        "what was started is no rustcluster agent: it prints without end",
+                    ));
+                }
+                PreambleState::Open(rest) => {
+                    open = true;
+                    received.extend_from_slice(&rest);
+                }
+            },
+        }
+        let decoded = frame::decode(&mut received)
+            .map_err(|error| io::Error::other(format!("the agent sent {error}")))?;
+        if let Some(frame) = decoded {
+            let theirs = theirs(&frame)?;
+            hello.check(&theirs).map_err(io::Error::other)?;
+            let mut core = core.borrow_mut();
+            core.shared.set_agent_hello(agent, theirs);
+            let start = ToAgent::Start(host.start.clone());
+            core.scheduler
+                .send_control(agent, &start)
+                .map_err(io::Error::other)?;
+            return Ok(Some(received));
+        }
+    }
+}
+
+fn theirs(frame: &Frame) -> io::Result<Hello> {
+    match message::decode(&frame.body) {
+        Ok(ToHead::Hello(hello)) if frame.header.kind == Kind::Control => Ok(hello),
+        _ => Err(io::Error::other("the agent did not greet")),
+    }
+}

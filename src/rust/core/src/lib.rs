@@ -1,0 +1,18 @@
+//! rustcluster without R: the head's hub, the hosts' agents, the workers' channels, and the wire
+//! between them.
+//!
+//! Nothing here calls R, so everything builds and tests with cargo alone. [`frame`], [`message`],
+//! [`scheduler`] and [`agent::state`] do no I/O at all.
+
+pub mod agent;
+pub mod cores;
+pub mod frame;
+pub mod hub;
+pub mod launch;
+pub mod limits;
+pub mod message;
+pub mod outbuf;
+pub mod scheduler;
+pub mod signals;
+pub mod sys;
+pub mod worker;

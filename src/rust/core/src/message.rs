@@ -1,0 +1,396 @@
+//! Control messages: what head and agent tell each other besides tasks and results.
+//!
+//! This is the only module that knows bincode. The crate is complete but no longer maintained
+//! (RUSTSEC-2025-0141), so it is pinned, decodes under a size limit, and stays behind
+//! [`encode`] and [`decode`].
+
+use crate::frame::{FIRST, Frame, Kind, LAST, MAX_BODY};
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// Version of everything that goes over the wire. Head and agent must have the same.
+pub const PROTOCOL: u32 = 1;
+
+/// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
+pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
+
+/// The most noise before [`MAGIC`] that is skipped.
+pub const MAX_NOISE: usize = 64 * 1024;
+
+const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
+    .with_little_endian()
+    .with_fixed_int_encoding()
+    .with_limit::<MAX_BODY>();
+
+/// What each side says of itself first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    pub protocol: u32,
+    /// Version of the rustcluster package.
+    pub package: String,
+    /// Version of R, as in "4.2.2".
+    pub r_version: String,
+    pub big_endian: bool,
+    pub pid: u32,
+    pub hostname: String,
+    /// Cores that this process may use.
+    pub cores: u32,
+    /// Bytes of memory, 0 if unknown.
+    pub memory_total: u64,
+    pub memory_available: u64,
+}
+
+impl Hello {
+    /// Whether the two can talk; if not, why, naming both.
+    pub fn check(&self, other: &Hello) -> Result<(), String> {
+        if self.protocol != other.protocol || self.package != other.package {
+            return Err(format!(
+                "rustcluster {} (protocol {}) on {} cannot talk to rustcluster {} (protocol {}) on {}: \
+                 install the same version on both",
+                self.package,
+                self.protocol,
+                self.hostname,
+                other.package,
+                other.protocol,
+                other.hostname
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// How an agent makes its workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StartMode {
+    /// `fork()` of the agent.
+    Fork,
+    /// A separate R process.
+    Spawn,
+}
+
+/// Where what workers print goes. The tail that error messages show is kept in any case.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outfile {
+    /// Nowhere else.
+    Discard,
+    /// To the head's console.
+    Console,
+    /// Appended to this file on the worker's host.
+    File(String),
+}
+
+/// What an agent is to start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    pub workers: u32,
+    pub mode: StartMode,
+    /// Packages to attach before the first worker is made.
+    pub packages: Vec<String>,
+    pub outfile: Outfile,
+    /// Added to the niceness of each worker.
+    pub renice: i32,
+    /// The command that starts one spawned worker.
+    pub spawn_command: Vec<String>,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Exit {
+    Status(i32),
+    Signal(i32),
+    /// It could not be waited for.
+    Unknown,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::Status(status) => write!(f, "exited with status {status}"),
+            Exit::Signal(signal) => write!(f, "was killed by signal {signal}"),
+            Exit::Unknown => write!(f, "ended"),
+        }
+    }
+}
+
+/// A worker that ended without being asked to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loss {
+    pub pid: u32,
+    pub exit: Exit,
+    /// The end of what it wrote to stdout and stderr.
+    pub tail: String,
+    /// Bytes of memory available on its host after its end, 0 if unknown.
+    pub memory_available: u64,
+}
+
+/// Head to agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToAgent {
+    Hello(Hello),
+    Start(Start),
+    /// Interrupt `worker` if it is still at `task`.
+    Cancel {
+        worker: u32,
+        task: u64,
+    },
+    /// End this worker, whatever it does.
+    StopWorker {
+        worker: u32,
+    },
+    /// End all workers, then the agent.
+    Stop,
+}
+
+/// Agent to head.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToHead {
+    Hello(Hello),
+    /// Nothing was started.
+    StartFailed {
+        reason: String,
+    },
+    /// Nothing was started: the host's limits are too low.
+    Limits {
+        what: String,
+        needed: u64,
+        available: u64,
+        remedy: String,
+    },
+    WorkerUp {
+        worker: u32,
+        pid: u32,
+    },
+    WorkerLost {
+        worker: u32,
+        loss: Loss,
+    },
+    /// The worker did not heed an interrupt, was killed, and this fresh one took its place.
+    WorkerReplaced {
+        worker: u32,
+        pid: u32,
+    },
+    /// The worker ended because it was asked to.
+    WorkerStopped {
+        worker: u32,
+    },
+}
+
+/// What an agent tells a spawned worker first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerConfig {
+    pub packages: Vec<String>,
+}
+
+/// What a worker tells its agent once it can take tasks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerReady {
+    /// Its own temporary directory, removed by the agent if it cannot do so itself.
+    pub tempdir: String,
+}
+
+/// A control message that could not be written or read.
+#[derive(Debug)]
+pub struct MessageError(String);
+
+impl fmt::Display for MessageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bad control message: {}", self.0)
+    }
+}
+
+impl std::error::Error for MessageError {}
+
+/// Puts a message into a control frame.
+///
+/// # Errors
+/// When it does not fit into one frame.
+pub fn encode<M: Serialize>(message: &M) -> Result<Frame, MessageError> {
+    encode_for(0, message)
+}
+
+/// As [`encode`], with a worker in the header.
+///
+/// # Errors
+/// When it does not fit into one frame.
+pub fn encode_for<M: Serialize>(worker: u32, message: &M) -> Result<Frame, MessageError> {
+    let body = bincode::serde::encode_to_vec(message, CONFIG)
+        .map_err(|error| MessageError(error.to_string()))?;
+    if body.len() > MAX_BODY {
+        return Err(MessageError(format!(
+            "{} bytes, more than a frame's {MAX_BODY}",
+            body.len()
+        )));
+    }
+    let flags = FIRST | LAST;
+    Ok(Frame::new(
+        Kind::Control,
+        flags,
+        worker,
+        0,
+        Bytes::from(body),
+    ))
+}
+
+/// Reads the body of a control frame, all of it.
+///
+/// # Errors
+/// When the bytes are not exactly one `M`.
+pub fn decode<M: DeserializeOwned>(body: &[u8]) -> Result<M, MessageError> {
+    let (message, used) = bincode::serde::decode_from_slice(body, CONFIG)
+        .map_err(|error| MessageError(error.to_string()))?;
+    if used != body.len() {
+        return Err(MessageError(format!(
+            "{} bytes follow its end",
+            body.len() - used
+        )));
+    }
+    Ok(message)
+}
+
+/// Looks for [`MAGIC`] at the start of a stream. Holds what came before it.
+#[derive(Debug, Default)]
+pub struct Preamble {
+    seen: Vec<u8>,
+}
+
+/// What [`Preamble::feed`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum PreambleState {
+    /// Not yet there.
+    Incomplete,
+    /// The stream proper begins with these bytes.
+    Open(Vec<u8>),
+    /// More than [`MAX_NOISE`] bytes and no magic among them.
+    NotOurs,
+}
+
+impl Preamble {
+    /// Takes the next bytes of the stream.
+    pub fn feed(&mut self, bytes: &[u8]) -> PreambleState {
+        // The magic can only end in the new bytes, so only its overlap with the old is searched.
+        let from = self.seen.len().saturating_sub(MAGIC.len());
+        self.seen.extend_from_slice(bytes);
+        let found = self.seen[from..]
+            .windows(MAGIC.len())
+            .position(|window| window == MAGIC);
+        match found {
+            Some(at) => {
+                let rest = self.seen[from + at + MAGIC.len()..].to_vec();
+                self.seen.truncate(from + at);
+                PreambleState::Open(rest)
+            }
+            None if self.seen.len() > MAX_NOISE => PreambleState::NotOurs,
+            None => PreambleState::Incomplete,
+        }
+    }
+
+    /// What came before the magic, as text.
+    pub fn noise(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn hello() -> Hello {
+        Hello {
+            protocol: PROTOCOL,
+            package: "0.1.0".into(),
+            r_version: "4.2.2".into(),
+            hostname: "head".into(),
+            cores: 4,
+            ..Hello::default()
+        }
+    }
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let messages = [
+            ToHead::Hello(hello()),
+            ToHead::WorkerLost {
+                worker: 7,
+                loss: Loss {
+                    pid: 12,
+                    exit: Exit::Signal(9),
+                    tail: "Error in \u{2018}f\u{2019}: 100%s".into(),
+                    memory_available: 1 << 40,
+                },
+            },
+        ];
+        for message in messages {
+            let frame = encode(&message).unwrap();
+            assert_eq!(decode::<ToHead>(&frame.body).unwrap(), message);
+            let mut longer = frame.body.to_vec();
+            longer.push(0);
+            assert!(decode::<ToHead>(&longer).is_err());
+            assert!(decode::<ToHead>(&frame.body[..frame.body.len() - 1]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_message_that_does_not_fit_a_frame_is_an_error() {
+        let reason = "x".repeat(MAX_BODY);
+        assert!(encode(&ToHead::StartFailed { reason }).is_err());
+    }
+
+    #[test]
+    fn versions_that_differ_are_named() {
+        let mut other = hello();
+        assert!(hello().check(&other).is_ok());
+        other.package = "0.2.0".into();
+        other.hostname = "node1".into();
+        let message = hello().check(&other).unwrap_err();
+        for part in ["0.1.0", "0.2.0", "head", "node1"] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bodies_are_errors_not_panics(body in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = decode::<ToHead>(&body);
+            let _ = decode::<ToAgent>(&body);
+            let _ = decode::<WorkerReady>(&body);
+        }
+
+        #[test]
+        fn noise_before_the_magic_is_skipped(
+            noise in prop::collection::vec(any::<u8>(), 0..500),
+            rest in prop::collection::vec(any::<u8>(), 0..50),
+            cut in 1usize..60,
+        ) {
+            let mut wire = noise.clone();
+            wire.extend_from_slice(MAGIC);
+            wire.extend_from_slice(&rest);
+            let mut preamble = Preamble::default();
+            let mut opened = None;
+            for piece in wire.chunks(cut) {
+                match &mut opened {
+                    None => match preamble.feed(piece) {
+                        PreambleState::Open(bytes) => opened = Some(bytes),
+                        state => prop_assert_eq!(state, PreambleState::Incomplete),
+                    },
+                    Some(bytes) => bytes.extend_from_slice(piece),
+                }
+            }
+            prop_assert_eq!(opened, Some(rest));
+            prop_assert_eq!(preamble.noise(), String::from_utf8_lossy(&noise));
+        }
+    }
+
+    #[test]
+    fn a_flood_without_the_magic_is_not_ours() {
+        let mut preamble = Preamble::default();
+        assert_eq!(
+            preamble.feed(&vec![b'x'; MAX_NOISE]),
+            PreambleState::Incomplete
+        );
+        assert_eq!(preamble.feed(b"x"), PreambleState::NotOurs);
+    }
+}

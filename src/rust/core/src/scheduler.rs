@@ -1,0 +1,785 @@
+//! The head's bookkeeping: which task is where, what may be sent, what has ended.
+//!
+//! A pure state machine. Frames and commands go in; frames come out of [`Scheduler::next_frame`]
+//! when a stream can take them, and notes for R out of [`Scheduler::take_notes`]. There is no
+//! socket, clock or thread here, so that thousands of workers and years of faults can be
+//! simulated.
+//!
+//! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
+//! start in the order of submission and one at a time; bytes of one worker never hold up
+//! another's by more than a chunk; what the head buffers stays under the limit plus one result.
+
+use crate::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::message::{self, Loss, ToAgent, ToHead};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::fmt;
+use std::mem;
+use std::sync::Arc;
+
+/// Identifies a task, for ever and over all workers of a cluster.
+pub type TaskId = u64;
+/// Groups the tasks of one call of a verb, so that they can be cancelled together.
+pub type JobId = u64;
+/// A worker's index in its cluster, from 0.
+pub type Rank = u32;
+
+/// Bytes of a task that may be on the way to a worker before its agent has passed them on.
+pub const SEND_WINDOW: usize = 1024 * 1024;
+/// Bytes of a result that an agent sends without being asked: results up to here are "small".
+pub const RESULT_WINDOW: usize = 256 * 1024;
+/// Bytes of a large result that the head asks for at a time.
+pub const GRANT: usize = 1024 * 1024;
+
+/// The bytes of a result, as they arrived.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Body {
+    pub chunks: VecDeque<Bytes>,
+    pub len: usize,
+}
+
+/// Why a worker is no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// Its process ended by itself or was killed.
+    Worker(Loss),
+    /// Its host's agent, or the way to it, was lost.
+    Host(String),
+    /// It was stopped on request.
+    Stopped,
+}
+
+/// How a task ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The worker's answer: a serialized R object, which may well be an R error.
+    Answer(Body),
+    /// The worker ended before it could answer.
+    Lost(Arc<Gone>),
+    /// The head no longer wants the answer.
+    Cancelled,
+}
+
+/// What the rest of the head must know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    Up {
+        rank: Rank,
+        pid: u32,
+    },
+    Replaced {
+        rank: Rank,
+        pid: u32,
+    },
+    Gone {
+        rank: Rank,
+        gone: Arc<Gone>,
+    },
+    Done {
+        rank: Rank,
+        task: TaskId,
+        job: JobId,
+        outcome: Outcome,
+    },
+    Output {
+        rank: Rank,
+        bytes: Bytes,
+    },
+    /// The agent could not start its workers.
+    StartFailed {
+        agent: usize,
+        reason: ToHead,
+    },
+}
+
+/// Whose answer R is waiting for. Large results are asked for accordingly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    Nothing,
+    Any,
+    Rank(Rank),
+}
+
+/// Something that no agent of ours would send.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ProtocolError(pub String);
+
+impl fmt::Display for ProtocolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ProtocolError {}
+
+#[derive(Debug)]
+enum WorkerState {
+    Starting,
+    Up,
+    Gone(Arc<Gone>),
+}
+
+#[derive(Debug)]
+struct Task {
+    id: TaskId,
+    job: JobId,
+    chunks: VecDeque<Bytes>,
+    /// The last chunk has been submitted.
+    complete: bool,
+}
+
+impl Task {
+    fn queued_bytes(&self) -> usize {
+        self.chunks.iter().map(Bytes::len).sum()
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// The message is on its way to the worker. `first`: nothing of it has been sent yet.
+    Sending { first: bool, window: usize },
+    /// The worker has the whole message.
+    Running,
+}
+
+/// The task that occupies a worker.
+#[derive(Debug)]
+struct Current {
+    task: Task,
+    phase: Phase,
+    /// The answer is not wanted any more; the worker is busy until its agent says so.
+    cancelled: bool,
+    answer: Body,
+    /// Bytes of the answer received, also those dropped again.
+    received: usize,
+    /// Bytes of the answer that the agent may send in all.
+    granted: usize,
+    /// In the queue of those who wait for a grant.
+    starving: bool,
+}
+
+#[derive(Debug)]
+struct Worker {
+    agent: usize,
+    index: u32,
+    state: WorkerState,
+    queue: VecDeque<Task>,
+    current: Option<Current>,
+    /// In its agent's `sendable`.
+    sendable: bool,
+}
+
+impl Worker {
+    fn can_send(&self) -> bool {
+        match &self.current {
+            Some(Current {
+                task,
+                phase: Phase::Sending { window, .. },
+                ..
+            }) => match task.chunks.front() {
+                Some(chunk) => *window >= chunk.len(),
+                None => task.complete,
+            },
+            _ => false,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Agent {
+    ranks: Vec<Rank>,
+    /// Go first.
+    control: VecDeque<Frame>,
+    /// Workers with a chunk to send, each once, in turn.
+    sendable: VecDeque<Rank>,
+    lost: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Scheduler {
+    agents: Vec<Agent>,
+    workers: Vec<Worker>,
+    notes: Vec<Note>,
+    /// Bytes of results held, complete or not, until R takes them.
+    buffered: usize,
+    /// Bytes granted beyond the small results' window that have not arrived.
+    reserved: usize,
+    limit: usize,
+    starving: VecDeque<Rank>,
+    want: Want,
+    /// R is blocked in sending: results must flow or nothing would ever move again.
+    unlimited: bool,
+    /// Bytes of tasks that left the queues since the last `take_released`.
+    released: usize,
+}
+
+impl Scheduler {
+    /// `hosts`: the ranks on each agent. `limit`: bytes of results to buffer.
+    pub fn new(hosts: Vec<Vec<Rank>>, limit: usize) -> Scheduler {
+        let count = hosts.iter().map(Vec::len).sum();
+        let mut places = vec![(0, 0); count];
+        for (agent, ranks) in hosts.iter().enumerate() {
+            for (index, &rank) in ranks.iter().enumerate() {
+                places[rank as usize] = (agent, index as u32);
+            }
+        }
+        Scheduler {
+            agents: hosts
+                .into_iter()
+                .map(|ranks| Agent {
+                    ranks,
+                    control: VecDeque::new(),
+                    sendable: VecDeque::new(),
+                    lost: false,
+                })
+                .collect(),
+            workers: places
+                .into_iter()
+                .map(|(agent, index)| Worker {
+                    agent,
+                    index,
+                    state: WorkerState::Starting,
+                    queue: VecDeque::new(),
+                    current: None,
+                    sendable: false,
+                })
+                .collect(),
+            notes: Vec::new(),
+            buffered: 0,
+            reserved: 0,
+            limit,
+            starving: VecDeque::new(),
+            want: Want::Nothing,
+            unlimited: false,
+            released: 0,
+        }
+    }
+
+    /// What happened since the last call.
+    pub fn take_notes(&mut self) -> Vec<Note> {
+        mem::take(&mut self.notes)
+    }
+
+    /// Bytes of tasks that were sent or dropped since the last call.
+    pub fn take_released(&mut self) -> usize {
+        mem::take(&mut self.released)
+    }
+
+    /// Whether a result waits on its host because of the limit.
+    pub fn is_starving(&self) -> bool {
+        !self.starving.is_empty()
+    }
+
+    /// Bytes of results held.
+    pub fn buffered(&self) -> usize {
+        self.buffered
+    }
+
+    /// Queues a control message.
+    pub fn send_control(&mut self, agent: usize, message: &ToAgent) -> Result<(), ProtocolError> {
+        let frame = message::encode(message).map_err(|error| ProtocolError(error.to_string()))?;
+        self.push_control(agent, frame);
+        Ok(())
+    }
+
+    fn push_control(&mut self, agent: usize, frame: Frame) {
+        if !self.agents[agent].lost {
+            self.agents[agent].control.push_back(frame);
+        }
+    }
+
+    /// A chunk, at most [`MAX_BODY`] long, of a task's message. The first one queues the task.
+    pub fn submit(
+        &mut self,
+        rank: Rank,
+        id: TaskId,
+        job: JobId,
+        chunk: Bytes,
+        first: bool,
+        last: bool,
+    ) {
+        debug_assert!(chunk.len() <= MAX_BODY);
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        if let WorkerState::Gone(gone) = &worker.state {
+            self.released += chunk.len();
+            if first {
+                let outcome = Outcome::Lost(gone.clone());
+                self.notes.push(Note::Done {
+                    rank,
+                    task: id,
+                    job,
+                    outcome,
+                });
+            }
+            return;
+        }
+        if first {
+            worker.queue.push_back(Task {
+                id,
+                job,
+                chunks: VecDeque::new(),
+                complete: false,
+            });
+        }
+        let current = worker.current.as_mut().map(|current| &mut current.task);
+        let task = worker.queue.back_mut().or(current);
+        match task {
+            Some(task) if task.id == id && !task.complete => {
+                task.complete = last;
+                if !chunk.is_empty() {
+                    task.chunks.push_back(chunk);
+                }
+            }
+            // Cancelled while R was still writing it.
+            _ => self.released += chunk.len(),
+        }
+        self.dispatch(rank);
+    }
+
+    /// R could not finish writing this task's message; it ends as cancelled.
+    pub fn cancel_task(&mut self, rank: Rank, id: TaskId) {
+        self.cancel_matching(rank, |task| task.id == id);
+    }
+
+    /// Cancels all tasks of `job` that have not ended.
+    pub fn cancel_job(&mut self, job: JobId) {
+        for rank in 0..self.workers.len() as Rank {
+            self.cancel_matching(rank, |task| task.job == job);
+        }
+    }
+
+    fn cancel_matching(&mut self, rank: Rank, matches: impl Fn(&Task) -> bool) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        let mut cancelled = Vec::new();
+        let agent = worker.agent;
+        let index = worker.index;
+        let mut frame = None;
+        let matching = |current: &&mut Current| matches(&current.task) && !current.cancelled;
+        if let Some(current) = worker.current.as_mut().filter(matching) {
+            cancelled.push((current.task.id, current.task.job));
+            self.released += current.task.queued_bytes();
+            match current.phase {
+                Phase::Sending { first, .. } => {
+                    if !first {
+                        let flags = LAST | ABORT;
+                        let id = current.task.id;
+                        frame = Some(Frame::new(Kind::Data, flags, index, id, Bytes::new()));
+                    }
+                    worker.current = None;
+                }
+                Phase::Running => {
+                    current.cancelled = true;
+                    current.task.chunks.clear();
+                    self.buffered -= current.answer.len;
+                    current.answer = Body::default();
+                    let task = current.task.id;
+                    let cancel = ToAgent::Cancel {
+                        worker: index,
+                        task,
+                    };
+                    // A message of two integers fits into a frame.
+                    frame = message::encode(&cancel).ok();
+                }
+            }
+        }
+        let mut kept = VecDeque::with_capacity(worker.queue.len());
+        for task in mem::take(&mut worker.queue) {
+            if matches(&task) {
+                cancelled.push((task.id, task.job));
+                self.released += task.queued_bytes();
+            } else {
+                kept.push_back(task);
+            }
+        }
+        worker.queue = kept;
+        for (task, job) in cancelled {
+            let outcome = Outcome::Cancelled;
+            self.notes.push(Note::Done {
+                rank,
+                task,
+                job,
+                outcome,
+            });
+        }
+        if let Some(frame) = frame {
+            self.push_control(agent, frame);
+        }
+        self.dispatch(rank);
+        self.grant();
+    }
+
+    /// Ends a worker, whatever it does.
+    pub fn stop_worker(&mut self, rank: Rank) {
+        let Some(worker) = self.workers.get(rank as usize) else {
+            return;
+        };
+        if matches!(worker.state, WorkerState::Gone(_)) {
+            return;
+        }
+        let (agent, worker) = (worker.agent, worker.index);
+        if let Ok(frame) = message::encode(&ToAgent::StopWorker { worker }) {
+            self.push_control(agent, frame);
+        }
+        self.lose(rank, Arc::new(Gone::Stopped));
+    }
+
+    /// Whether any worker is starting or up.
+    pub fn any_left(&self) -> bool {
+        let gone = |worker: &Worker| matches!(worker.state, WorkerState::Gone(_));
+        !self.workers.iter().all(gone)
+    }
+
+    /// Says whose answer R waits for.
+    pub fn want(&mut self, want: Want) {
+        self.want = want;
+        self.grant();
+    }
+
+    /// R is blocked in sending, or no longer.
+    pub fn set_unlimited(&mut self, unlimited: bool) {
+        self.unlimited = unlimited;
+        self.grant();
+    }
+
+    /// R took answers of this many bytes.
+    pub fn taken(&mut self, bytes: usize) {
+        self.buffered -= bytes;
+        self.grant();
+    }
+
+    /// An agent is gone: everything on it is lost.
+    pub fn agent_lost(&mut self, agent: usize, reason: &str) {
+        if mem::replace(&mut self.agents[agent].lost, true) {
+            return;
+        }
+        self.agents[agent].control.clear();
+        self.agents[agent].sendable.clear();
+        let gone = Arc::new(Gone::Host(reason.to_owned()));
+        for rank in self.agents[agent].ranks.clone() {
+            self.lose(rank, gone.clone());
+        }
+    }
+
+    fn lose(&mut self, rank: Rank, gone: Arc<Gone>) {
+        let worker = &mut self.workers[rank as usize];
+        if matches!(worker.state, WorkerState::Gone(_)) {
+            return;
+        }
+        worker.state = WorkerState::Gone(gone.clone());
+        self.notes.push(Note::Gone {
+            rank,
+            gone: gone.clone(),
+        });
+        let mut ended = Vec::new();
+        if let Some(current) = worker.current.take() {
+            self.released += current.task.queued_bytes();
+            self.buffered -= current.answer.len;
+            self.reserved -= current.reserved();
+            if !current.cancelled {
+                ended.push(current.task);
+            }
+        }
+        for task in mem::take(&mut worker.queue) {
+            self.released += task.queued_bytes();
+            ended.push(task);
+        }
+        for task in ended {
+            self.notes.push(Note::Done {
+                rank,
+                task: task.id,
+                job: task.job,
+                outcome: Outcome::Lost(gone.clone()),
+            });
+        }
+        self.starving.retain(|&starving| starving != rank);
+        self.grant();
+    }
+
+    /// Gives an idle worker its next task and lets it be sent.
+    fn dispatch(&mut self, rank: Rank) {
+        let worker = &mut self.workers[rank as usize];
+        if !matches!(worker.state, WorkerState::Up) {
+            return;
+        }
+        if worker.current.is_none() {
+            worker.current = worker.queue.pop_front().map(|task| Current {
+                task,
+                phase: Phase::Sending {
+                    first: true,
+                    window: SEND_WINDOW,
+                },
+                cancelled: false,
+                answer: Body::default(),
+                received: 0,
+                granted: RESULT_WINDOW,
+                starving: false,
+            });
+        }
+        if !worker.sendable && worker.can_send() {
+            worker.sendable = true;
+            self.agents[worker.agent].sendable.push_back(rank);
+        }
+    }
+
+    /// The next frame for an agent's stream, if there is one.
+    pub fn next_frame(&mut self, agent: usize) -> Option<Frame> {
+        if let Some(frame) = self.agents[agent].control.pop_front() {
+            return Some(frame);
+        }
+        while let Some(rank) = self.agents[agent].sendable.pop_front() {
+            let worker = &mut self.workers[rank as usize];
+            worker.sendable = false;
+            // A task may have been cancelled or lost since its worker was put into the queue.
+            if !worker.can_send() {
+                continue;
+            }
+            let Some(current) = &mut worker.current else {
+                continue;
+            };
+            let Phase::Sending { first, window } = &mut current.phase else {
+                continue;
+            };
+            let chunk = current.task.chunks.pop_front().unwrap_or_default();
+            *window -= chunk.len();
+            self.released += chunk.len();
+            let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
+            if current.task.complete && current.task.chunks.is_empty() {
+                flags |= LAST;
+                current.phase = Phase::Running;
+            }
+            let frame = Frame::new(Kind::Data, flags, worker.index, current.task.id, chunk);
+            self.dispatch(rank);
+            return Some(frame);
+        }
+        None
+    }
+
+    /// A frame from an agent.
+    ///
+    /// # Errors
+    /// When no agent of ours would send it: the agent is then not to be trusted any further.
+    pub fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), ProtocolError> {
+        let header = frame.header;
+        match header.kind {
+            Kind::Control => {
+                let message = message::decode(&frame.body)
+                    .map_err(|error| ProtocolError(error.to_string()))?;
+                self.on_message(agent, message)
+            }
+            Kind::Data => {
+                let rank = self.rank(agent, header.worker)?;
+                self.on_data(rank, header.task, header.flags, frame.body)
+            }
+            Kind::Credit => {
+                let rank = self.rank(agent, header.worker)?;
+                match &mut self.workers[rank as usize].current {
+                    Some(Current {
+                        task,
+                        phase: Phase::Sending { window, .. },
+                        ..
+                    }) if task.id == header.task => {
+                        *window = window.saturating_add(header.len as usize);
+                        self.dispatch(rank);
+                    }
+                    // Of a task that has been sent or has ended.
+                    _ => {}
+                }
+                Ok(())
+            }
+            Kind::Output => {
+                let rank = self.rank(agent, header.worker)?;
+                let bytes = frame.body;
+                self.notes.push(Note::Output { rank, bytes });
+                Ok(())
+            }
+            Kind::Cancel => Err(ProtocolError("a cancel frame from an agent".into())),
+        }
+    }
+
+    fn rank(&self, agent: usize, worker: u32) -> Result<Rank, ProtocolError> {
+        let ranks = &self.agents[agent].ranks;
+        ranks.get(worker as usize).copied().ok_or_else(|| {
+            ProtocolError(format!(
+                "a frame of worker {worker} on a host with {} workers",
+                ranks.len()
+            ))
+        })
+    }
+
+    fn on_message(&mut self, agent: usize, message: ToHead) -> Result<(), ProtocolError> {
+        match message {
+            ToHead::Hello(_) => return Err(ProtocolError("a second hello".into())),
+            ToHead::StartFailed { .. } | ToHead::Limits { .. } => {
+                let reason = message;
+                self.notes.push(Note::StartFailed { agent, reason });
+            }
+            ToHead::WorkerUp { worker, pid } => {
+                let rank = self.rank(agent, worker)?;
+                let worker = &mut self.workers[rank as usize];
+                if matches!(worker.state, WorkerState::Starting) {
+                    worker.state = WorkerState::Up;
+                    self.notes.push(Note::Up { rank, pid });
+                    self.dispatch(rank);
+                }
+            }
+            ToHead::WorkerLost { worker, loss } => {
+                let rank = self.rank(agent, worker)?;
+                self.lose(rank, Arc::new(Gone::Worker(loss)));
+            }
+            ToHead::WorkerReplaced { worker, pid } => {
+                let rank = self.rank(agent, worker)?;
+                let worker = &mut self.workers[rank as usize];
+                match &worker.current {
+                    Some(current) if current.cancelled => self.free(rank),
+                    // Stopped in the meantime.
+                    _ if matches!(worker.state, WorkerState::Gone(_)) => return Ok(()),
+                    _ => return Err(ProtocolError("a busy worker was replaced".into())),
+                }
+                self.notes.push(Note::Replaced { rank, pid });
+                self.dispatch(rank);
+            }
+            ToHead::WorkerStopped { worker } => {
+                let rank = self.rank(agent, worker)?;
+                self.lose(rank, Arc::new(Gone::Stopped));
+            }
+        }
+        Ok(())
+    }
+
+    fn on_data(
+        &mut self,
+        rank: Rank,
+        task: TaskId,
+        flags: u8,
+        chunk: Bytes,
+    ) -> Result<(), ProtocolError> {
+        let worker = &mut self.workers[rank as usize];
+        if matches!(worker.state, WorkerState::Gone(_)) {
+            // Stopped by us; its agent may not have known.
+            return Ok(());
+        }
+        let Some(current) = &mut worker.current else {
+            return Err(ProtocolError(format!("an answer of idle worker {rank}")));
+        };
+        if current.task.id != task || !matches!(current.phase, Phase::Running) {
+            return Err(ProtocolError(format!(
+                "an answer to task {task} from worker {rank}, which has task {}",
+                current.task.id
+            )));
+        }
+        let before = current.reserved();
+        current.received += chunk.len();
+        self.reserved -= before - current.reserved();
+        if current.received > current.granted {
+            return Err(ProtocolError(format!(
+                "worker {rank} sent {} bytes, {} were granted",
+                current.received, current.granted
+            )));
+        }
+        if current.cancelled {
+            if flags & LAST != 0 {
+                self.free(rank);
+                self.dispatch(rank);
+            }
+            self.grant();
+            return Ok(());
+        }
+        if flags & ABORT != 0 {
+            return Err(ProtocolError(format!(
+                "worker {rank} gave up task {task}, which was not cancelled"
+            )));
+        }
+        if flags & FIRST != 0 {
+            self.buffered -= current.answer.len;
+            current.answer = Body::default();
+        }
+        self.buffered += chunk.len();
+        current.answer.len += chunk.len();
+        if !chunk.is_empty() {
+            current.answer.chunks.push_back(chunk);
+        }
+        if flags & LAST != 0 {
+            let answer = mem::take(&mut current.answer);
+            let job = current.task.job;
+            self.free(rank);
+            let outcome = Outcome::Answer(answer);
+            self.notes.push(Note::Done {
+                rank,
+                task,
+                job,
+                outcome,
+            });
+            self.dispatch(rank);
+            self.grant();
+        } else {
+            if !current.starving && current.granted - current.received < RESULT_WINDOW / 2 {
+                current.starving = true;
+                // In turn while there is room; beyond the limit the same one until it is whole.
+                if self.unlimited || self.buffered + self.reserved < self.limit {
+                    self.starving.push_back(rank);
+                } else {
+                    self.starving.push_front(rank);
+                }
+            }
+            self.grant();
+        }
+        Ok(())
+    }
+
+    /// Frees a worker of its current task.
+    fn free(&mut self, rank: Rank) {
+        if let Some(current) = self.workers[rank as usize].current.take() {
+            self.reserved -= current.reserved();
+            self.buffered -= current.answer.len;
+            if current.starving {
+                self.starving.retain(|&starving| starving != rank);
+            }
+        }
+    }
+
+    /// Asks for more of large results: while there is room, or because R waits for them.
+    fn grant(&mut self) {
+        while !self.starving.is_empty() {
+            let room = self.unlimited || self.buffered + self.reserved < self.limit;
+            let at = match self.want {
+                _ if room => 0,
+                // One result alone is completed beyond the limit: R takes it as soon as it is.
+                Want::Any if self.reserved == 0 => 0,
+                Want::Rank(rank) => match self.starving.iter().position(|&s| s == rank) {
+                    Some(at) => at,
+                    None => return,
+                },
+                _ => return,
+            };
+            let Some(rank) = self.starving.remove(at) else {
+                return;
+            };
+            let worker = &mut self.workers[rank as usize];
+            let Some(current) = &mut worker.current else {
+                continue;
+            };
+            current.starving = false;
+            if current.cancelled {
+                continue;
+            }
+            let before = current.reserved();
+            current.granted += GRANT;
+            self.reserved += current.reserved() - before;
+            let frame = Frame::credit(worker.index, current.task.id, GRANT as u32);
+            let agent = worker.agent;
+            self.push_control(agent, frame);
+        }
+    }
+}
+
+impl Current {
+    /// Bytes granted beyond the small results' window and not yet received.
+    fn reserved(&self) -> usize {
+        self.granted - self.received.clamp(RESULT_WINDOW, self.granted)
+    }
+}

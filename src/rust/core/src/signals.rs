@@ -1,0 +1,114 @@
+//! Signal masks and dispositions. Everything unsafe about signals is here.
+
+use std::io;
+use std::mem::MaybeUninit;
+
+/// A set with the given signals.
+fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initializes the set; sigaddset gets an initialized one and fails
+    // harmlessly on a bad signal number.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for &signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        set.assume_init()
+    }
+}
+
+fn mask(how: libc::c_int, set: &libc::sigset_t) -> libc::sigset_t {
+    let mut old = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: both pointers are valid; with a valid `how` the call cannot fail and fills `old`.
+    unsafe {
+        libc::pthread_sigmask(how, set, old.as_mut_ptr());
+        old.assume_init()
+    }
+}
+
+/// Runs `start` with all signals blocked in this thread, so that threads it starts never handle
+/// one: R's handlers belong to R's thread.
+pub fn with_all_blocked<T>(start: impl FnOnce() -> T) -> T {
+    let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigfillset initializes the set.
+    let all = unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        all.assume_init()
+    };
+    let old = mask(libc::SIG_SETMASK, &all);
+    let result = start();
+    mask(libc::SIG_SETMASK, &old);
+    result
+}
+
+/// Keeps SIGINT pending instead of letting R handle it.
+pub fn block_interrupt() {
+    mask(libc::SIG_BLOCK, &set_of(&[libc::SIGINT]));
+}
+
+/// Lets R handle SIGINT again, a pending one at once.
+pub fn unblock_interrupt() {
+    mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGINT]));
+}
+
+/// Forgets a SIGINT that is pending. SIGINT must be blocked.
+pub fn discard_interrupt() {
+    let interrupt = set_of(&[libc::SIGINT]);
+    let mut pending = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigpending fills the set; sigwait gets valid pointers and returns at once, because
+    // the signal is pending and blocked in the only thread.
+    unsafe {
+        if libc::sigpending(pending.as_mut_ptr()) == 0
+            && libc::sigismember(pending.as_ptr(), libc::SIGINT) == 1
+        {
+            let mut signal = 0;
+            libc::sigwait(&interrupt, &mut signal);
+        }
+    }
+}
+
+/// Dispositions as they were, to be put back in a forked child.
+pub struct Saved(Vec<(libc::c_int, libc::sigaction)>);
+
+/// Remembers how these signals are handled now.
+pub fn save(signals: &[libc::c_int]) -> Saved {
+    let current = |&signal: &libc::c_int| {
+        let mut action = MaybeUninit::<libc::sigaction>::uninit();
+        // SAFETY: a null new action only reads the old one into a valid pointer.
+        let read = unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+        // SAFETY: filled on success.
+        (read == 0).then(|| (signal, unsafe { action.assume_init() }))
+    };
+    Saved(signals.iter().filter_map(current).collect())
+}
+
+impl Saved {
+    /// Puts the dispositions back.
+    pub fn restore(&self) {
+        for (signal, action) in &self.0 {
+            // SAFETY: the action came from sigaction for the same signal.
+            unsafe { libc::sigaction(*signal, action, std::ptr::null_mut()) };
+        }
+    }
+}
+
+/// Ignores these signals.
+pub fn ignore(signals: &[libc::c_int]) {
+    for &signal in signals {
+        // SAFETY: SIG_IGN is a valid disposition.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Sends a signal to a process, or with a negative number to its process group.
+///
+/// # Errors
+/// The system's, such as that there is no such process.
+pub fn kill(pid: i32, signal: libc::c_int) -> io::Result<()> {
+    // SAFETY: kill has no memory effects in this process.
+    if unsafe { libc::kill(pid, signal) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
