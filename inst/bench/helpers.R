@@ -1,0 +1,178 @@
+# What bench.R is made of: measuring, reporting, and clusters that are always taken down.
+
+## Reporting --------------------------------------------------------------------------------------
+
+results <- new.env()
+results$goals <- character()           # "met", "not met", "not measured"
+results$errors <- 0L
+
+section <- function(title) cat("\n", title, "\n", sep = "")
+
+# One figure. `goal` is a list(text, met), from at_least() or at_most(), or NULL.
+report <- function(what, psock = NULL, ours = NULL, ratio = NULL, goal = NULL) {
+  cat(sprintf("  %-34s %14s %14s %9s   %s\n", what,
+              if (is.null(psock)) "" else psock, if (is.null(ours)) "" else ours,
+              if (is.null(ratio)) "" else sprintf("%.2f", ratio),
+              if (is.null(goal)) "" else sprintf("%s: %s", goal$text, goal$state)))
+  if (!is.null(goal)) results$goals <- c(results$goals, goal$state)
+}
+
+report_head <- function(ratio = "ratio") {
+  cat(sprintf("  %-34s %14s %14s %9s   %s\n", "", "PSOCK", "rustcluster", ratio, "goal"))
+}
+
+goal <- function(text, met) {
+  list(text = text, state = if (is.na(met)) "not measured" else if (met) "met" else "NOT MET")
+}
+at_least <- function(value, limit, unit = "") {
+  goal(sprintf("at least %g%s", limit, unit), value >= limit)
+}
+at_most <- function(value, limit, unit = "") {
+  goal(sprintf("at most %g%s", limit, unit), value <= limit)
+}
+
+seconds <- function(x) sprintf("%.2f s", x)
+micros <- function(x) sprintf("%.0f us", x * 1e6)
+megabytes <- function(x) sprintf("%.2f MB", x)
+rate <- function(x) sprintf("%.0f /s", x)
+
+# Runs a section; an error in it is reported, and the next one runs.
+attempt <- function(code) {
+  tryCatch(code, error = function(e) {
+    results$errors <- results$errors + 1L
+    cat("  ERROR: ", conditionMessage(e), "\n", sep = "")
+  })
+  invisible(gc())
+}
+
+## Clusters ---------------------------------------------------------------------------------------
+
+backends <- list(
+  psock = function(n) parallel::makePSOCKcluster(n),
+  ours = function(n) rustcluster::makeRustCluster(n)
+)
+
+# The processes of a cluster's workers, and of what else it has started on this machine.
+workers <- function(cl) {
+  if (inherits(cl, "RustCluster")) rustcluster::clusterPids(cl)
+  else unlist(parallel::clusterCall(cl, Sys.getpid))
+}
+agents <- function(cl) {
+  if (inherits(cl, "RustCluster")) rustcluster::agentPids(cl) else integer()
+}
+processes <- function(cl) c(agents(cl), workers(cl))
+
+# Evaluates fun(clusters) with one cluster of n workers of each of the backends, which are stopped
+# and gone afterwards, whatever happens: what is left of one measurement would disturb the next.
+with_clusters <- function(n, fun, which = names(backends)) {
+  clusters <- list()
+  pids <- integer()
+  on.exit({
+    for (cl in clusters) try(parallel::stopCluster(cl))
+    wait_gone(pids)
+  })
+  for (name in which) {
+    cl <- backends[[name]](n)
+    clusters[[name]] <- cl
+    pids <- c(pids, processes(cl))
+  }
+  fun(clusters)
+}
+
+running <- function(pids) {
+  pids <- pids[tools::pskill(pids, 0L)]
+  # Zombies are for whoever inherited them to collect; they do not run.
+  zombie <- function(pid) any(grepl("\\) Z ", read(sprintf("/proc/%d/stat", pid))))
+  pids[!vapply(pids, zombie, NA)]
+}
+
+wait_gone <- function(pids, timeout = 30) {
+  end <- Sys.time() + timeout
+  while (length(running(pids)) && Sys.time() < end) Sys.sleep(0.05)
+  length(running(pids))
+}
+
+# Time until every one of n workers has answered a clusterCall.
+time_to_up <- function(backend, n) {
+  cl <- NULL
+  pids <- integer()
+  on.exit({
+    if (!is.null(cl)) try(parallel::stopCluster(cl))
+    wait_gone(pids)
+  })
+  elapsed <- system.time({
+    cl <- backends[[backend]](n)
+    answers <- parallel::clusterCall(cl, identity, 1L)
+  })[["elapsed"]]
+  stopifnot(identical(answers, rep(list(1L), n)))
+  pids <- processes(cl)
+  elapsed
+}
+
+# Both backends in turns, the first one changing, so that neither profits from what the machine
+# does meanwhile; medians are less moved by it than means.
+interleaved <- function(times, measure) {
+  values <- lapply(backends, function(b) numeric())
+  for (i in seq_len(times)) {
+    for (name in if (i %% 2L) names(backends) else rev(names(backends))) {
+      values[[name]] <- c(values[[name]], measure(name))
+    }
+  }
+  lapply(values, median)
+}
+
+## The system -------------------------------------------------------------------------------------
+
+read <- function(file) {
+  tryCatch(suppressWarnings(readLines(file)), error = function(e) character())
+}
+
+# Proportional set size in MB: pages shared by k processes count as 1/k in each.
+pss <- function(pids) {
+  vapply(pids, function(pid) {
+    line <- grep("^Pss:", read(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
+    if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA_real_
+  }, 0)
+}
+
+# utime + stime of a process in seconds, all its threads. The scheduler's own account, in
+# nanoseconds, where the kernel keeps it; else the clock ticks of stat, which are 10 ms.
+cpu_seconds <- function(pid) {
+  files <- Sys.glob(sprintf("/proc/%s/task/*/schedstat", pid))
+  spent <- vapply(files, function(file) as.numeric(strsplit(c(read(file), "0"), " ")[[1L]][1L]), 0)
+  if (length(spent) && sum(spent) > 0) return(sum(spent) / 1e9)
+  stat <- read(sprintf("/proc/%s/stat", pid))
+  if (!length(stat)) return(NA_real_)
+  # Counted behind the name, which may have blanks in it: utime and stime are fields 14 and 15.
+  fields <- strsplit(sub("^.*\\) ", "", stat), " ")[[1L]]
+  sum(as.numeric(fields[12:13])) / 100
+}
+
+memory_available <- function() {
+  line <- grep("^MemAvailable:", read("/proc/meminfo"), value = TRUE)
+  if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA_real_
+}
+
+# Whether there is memory for n workers of a kind; says so if not.
+affordable <- function(what, n, each) {
+  needed <- n * each + 512
+  there <- memory_available()
+  fits <- is.na(there) || there >= needed
+  if (!fits) {
+    cat(sprintf("  %-34s skipped: %.0f MB of memory needed, %.0f MB available\n",
+                what, needed, there))
+  }
+  fits
+}
+each <- c(psock = 45, ours = 8)        # MB a worker, for affordable() only
+
+describe_machine <- function() {
+  cpu <- grep("^(model name|Model|Hardware)\\s*:", read("/proc/cpuinfo"), value = TRUE)
+  cpu <- if (length(cpu)) sub("^[^:]*:\\s*", "", cpu[1L]) else Sys.info()[["machine"]]
+  total <- grep("^MemTotal:", read("/proc/meminfo"), value = TRUE)
+  total <- if (length(total)) as.numeric(gsub("[^0-9]", "", total)) / 1024^2 else NA
+  cat(sprintf("%s, %d cores, %.1f GB, %s %s, %s\n", cpu, parallel::detectCores(), total,
+              Sys.info()[["sysname"]], Sys.info()[["release"]], Sys.info()[["machine"]]))
+  cat(sprintf("%s, rustcluster %s, %s\n", R.version.string,
+              format(utils::packageVersion("rustcluster")), format(Sys.time(), "%Y-%m-%d %H:%M")))
+}
