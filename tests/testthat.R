@@ -1,0 +1,5 @@
+library(testthat)
+library(parallel)
+library(rustcluster)
+
+test_check("rustcluster")

@@ -1,0 +1,140 @@
+# PSOCK is the oracle: what a verb of parallel gives with a PSOCK cluster is
+# what it must give with a rust cluster of the same size.
+
+# The verbs are called by their plain names, as in a script.
+suppressPackageStartupMessages(library(parallel))
+
+# Code typed in a test file carries the file with it (srcref); sent to a
+# worker this would be most of the message.
+strip_srcref <- function(x) {
+  if (is.call(x)) {
+    attributes(x) <- NULL
+    if (identical(x[[1L]], as.name("function")) && length(x) > 3L) {
+      x <- x[1:3]
+    }
+    for (i in seq_along(x)) {
+      # A missing argument, as in x[, 1], cannot be held in a variable.
+      if (!identical(x[[i]], quote(expr = )) && !is.null(x[[i]])) x[[i]] <- strip_srcref(x[[i]])
+    }
+  }
+  x
+}
+
+clusters <- new.env(parent = emptyenv())
+
+# The pair of clusters of this file, started when first asked for and kept,
+# because starting PSOCK's workers is most of the time these tests take.
+cluster_pair <- function(n = 4L) {
+  key <- as.character(n)
+  if (is.null(clusters[[key]])) {
+    # In this order, so that both see the same environment variables.
+    psock <- parallel::makePSOCKcluster(n)
+    rust <- tryCatch(makeRustCluster(n), error = function(e) {
+      parallel::stopCluster(psock)
+      stop(e)
+    })
+    clusters[[key]] <- list(psock = psock, rust = note_processes(rust))
+  }
+  clusters[[key]]
+}
+
+# Called at the end of a file that used the pair.
+stop_cluster_pairs <- function() {
+  for (key in ls(clusters)) {
+    lapply(clusters[[key]], stop_quietly)
+    rm(list = key, envir = clusters)
+  }
+  invisible()
+}
+
+# All that a call can give: its value and whether that is visible, or its
+# error; its warnings, messages and output.
+outcome <- function(expr, cl, values = list()) {
+  # Below the global environment, as in a function of a user's script.
+  env <- list2env(c(list(cl = cl), values), parent = globalenv())
+  seen <- list(warnings = list(), messages = list())
+  condition <- function(e) {
+    list(class = class(e), message = conditionMessage(e))
+  }
+  seen$output <- utils::capture.output(
+    result <- withCallingHandlers(
+      tryCatch(withVisible(eval(expr, env)), error = function(e) {
+        c(condition(e), call = paste(deparse(conditionCall(e)), collapse = "\n"))
+      }),
+      warning = function(w) {
+        seen$warnings <<- c(seen$warnings, list(condition(w)))
+        tryInvokeRestart("muffleWarning")
+      },
+      message = function(m) {
+        seen$messages <<- c(seen$messages, list(condition(m)))
+        tryInvokeRestart("muffleMessage")
+      }
+    )
+  )
+  c(list(result = result), seen)
+}
+
+describe_outcome <- function(x) {
+  paste(utils::capture.output(utils::str(x, give.attr = TRUE, list.len = 20)), collapse = "\n")
+}
+
+# Evaluates the call once with `cl` bound to a PSOCK and once to a rust
+# cluster, and compares all that it gives. Values in `...` are bound beside
+# `cl`. Returns rust's outcome, so that a test can make sure that what was
+# compared is what it meant to compare.
+expect_same_as_psock <- function(expr, ..., n = 4L) {
+  expr <- strip_srcref(substitute(expr))
+  values <- list(...)
+  pair <- cluster_pair(n)
+  want <- outcome(expr, pair$psock, values)
+  got <- outcome(expr, pair$rust, values)
+  same <- identical(got, want)
+  expect(same, if (!same) {
+    paste0(
+      paste(deparse(expr), collapse = "\n"), " differs\nPSOCK:\n", describe_outcome(want),
+      "\nrust:\n", describe_outcome(got)
+    )
+  } else "")
+  invisible(got)
+}
+
+# The same, and the call must succeed: guards against two equal typos.
+expect_same_value <- function(expr, ..., n = 4L) {
+  call <- match.call()
+  call[[1L]] <- quote(expect_same_as_psock)
+  got <- eval(call, parent.frame())
+  expect(
+    !is.null(got$result$visible) || is.null(got$result$message),
+    paste("both failed:", got$result$message)
+  )
+  invisible(got$result$value)
+}
+
+# The same, and the call must fail.
+expect_same_error <- function(expr, ..., n = 4L) {
+  call <- match.call()
+  call[[1L]] <- quote(expect_same_as_psock)
+  got <- eval(call, parent.frame())
+  expect("error" %in% got$result$class, "no error was raised")
+  invisible(got$result)
+}
+
+# The condition that the expression raises, or NULL.
+caught <- function(expr) {
+  tryCatch({
+    expr
+    NULL
+  }, error = identity)
+}
+
+# Fails unless the condition has the package's class, and all classes above.
+expect_rust_error <- function(cnd, what) {
+  expect(
+    inherits(cnd, "condition"),
+    "no condition was raised"
+  )
+  expect_s3_class(cnd, paste0("rustcluster_", what))
+  expect_s3_class(cnd, "rustcluster_error")
+  expect_s3_class(cnd, "error")
+  invisible(cnd)
+}

@@ -1,0 +1,313 @@
+# Processes: who is alive, who descends from whom, and R scripts run as
+# children of the test session. Everything is read from /proc, because what a
+# test wants to know is what the kernel knows, not what the package believes.
+
+skip_unless_proc <- function() {
+  skip_if_not(dir.exists("/proc/self/task"), "needs /proc")
+}
+
+long_tests <- function() {
+  nzchar(Sys.getenv("RUSTCLUSTER_LONG_TESTS"))
+}
+
+skip_unless_long <- function() {
+  skip_if_not(long_tests(), "set RUSTCLUSTER_LONG_TESTS=1 to run the long tests")
+}
+
+# What is between the name's closing parenthesis and the end of
+# /proc/<pid>/stat: state, ppid, pgrp, session, ... A name may hold anything,
+# including parentheses and blanks, hence the greedy match.
+proc_stat <- function(pid) {
+  file <- sprintf("/proc/%d/stat", as.integer(pid))
+  line <- tryCatch(
+    suppressWarnings(readLines(file, n = 1L)),
+    error = function(e) character()
+  )
+  if (length(line) == 0L) {
+    return(NULL)
+  }
+  strsplit(sub("^.*\\) ", "", line), " ", fixed = TRUE)[[1L]]
+}
+
+proc_state <- function(pid) {
+  stat <- proc_stat(pid)
+  if (is.null(stat)) NA_character_ else stat[[1L]]
+}
+
+proc_parent <- function(pid) as.integer(proc_stat(pid)[[2L]])
+proc_group <- function(pid) as.integer(proc_stat(pid)[[3L]])
+proc_session <- function(pid) as.integer(proc_stat(pid)[[4L]])
+proc_nice <- function(pid) as.integer(proc_stat(pid)[[17L]])
+
+# A zombie has ended: who has to reap it (often pid 1) is not our question.
+alive <- function(pids) {
+  vapply(as.integer(pids), function(pid) {
+    state <- proc_state(pid)
+    !is.na(state) && !state %in% c("Z", "X")
+  }, logical(1))
+}
+
+all_pids <- function() {
+  as.integer(grep("^[0-9]+$", list.files("/proc"), value = TRUE))
+}
+
+# Children, grandchildren, ... of `pid`, zombies included: a zombie child of
+# the head is a process somebody forgot to wait for.
+descendants <- function(pid = Sys.getpid()) {
+  pids <- all_pids()
+  parents <- vapply(pids, function(p) {
+    stat <- proc_stat(p)
+    if (is.null(stat)) NA_integer_ else as.integer(stat[[2L]])
+  }, integer(1))
+  found <- integer()
+  layer <- as.integer(pid)
+  repeat {
+    layer <- setdiff(pids[parents %in% layer], found)
+    if (length(layer) == 0L) {
+      return(sort(found))
+    }
+    found <- c(found, layer)
+  }
+}
+
+open_fds <- function(pid = "self") length(list.files(sprintf("/proc/%s/fd", pid)))
+threads_of <- function(pid = "self") length(list.files(sprintf("/proc/%s/task", pid)))
+
+# Polls, because what is waited for happens in another process. The bound only
+# guards against waiting for ever; it is not what is being tested.
+wait_until <- function(cond, timeout = 30, interval = 0.02) {
+  deadline <- proc.time()[[3L]] + timeout
+  repeat {
+    if (isTRUE(cond())) {
+      return(TRUE)
+    }
+    if (proc.time()[[3L]] > deadline) {
+      return(FALSE)
+    }
+    Sys.sleep(interval)
+  }
+}
+
+# The promise is one second. The slack is for a machine that is busy with
+# something else; RUSTCLUSTER_TEST_SLACK=0 tests the promise to the letter.
+slack <- function() as.numeric(Sys.getenv("RUSTCLUSTER_TEST_SLACK", "4"))
+
+expect_gone <- function(pids, within = 1) {
+  pids <- as.integer(pids)
+  gone <- wait_until(function() !any(alive(pids)), timeout = within + slack())
+  left <- pids[alive(pids)]
+  what <- vapply(left, function(p) {
+    paste0(p, " (", gsub("\\s+", " ", process_command(p)), ")")
+  }, "")
+  expect(gone, paste("still there:", paste(what, collapse = ", ")))
+  # Whatever was left would disturb the tests that follow.
+  for (p in left) tools::pskill(p, tools::SIGKILL)
+  invisible(gone)
+}
+
+expect_alive <- function(pids) {
+  dead <- as.integer(pids)[!alive(pids)]
+  expect(length(dead) == 0L, paste("gone:", paste(dead, collapse = ", ")))
+  invisible(pids)
+}
+
+process_command <- function(pid) {
+  file <- sprintf("/proc/%d/cmdline", as.integer(pid))
+  bytes <- tryCatch(
+    suppressWarnings(readBin(file, "raw", 4096L)),
+    error = function(e) raw()
+  )
+  bytes[bytes == as.raw(0L)] <- as.raw(32L)
+  rawToChar(bytes)
+}
+
+# ---- nothing may be left at the end of a file --------------------------------
+
+leftovers <- new.env(parent = emptyenv())
+
+# Called at the top of a file.
+watch_processes <- function() {
+  leftovers$before <- if (dir.exists("/proc")) descendants() else integer()
+  leftovers$pids <- integer()
+}
+
+# Notes the processes of a cluster. A worker that replaces another is not
+# known here, but it is a descendant of the head while that lives.
+note_processes <- function(cl) {
+  leftovers$pids <- unique(c(
+    leftovers$pids,
+    as.integer(clusterPids(cl)), as.integer(agentPids(cl))
+  ))
+  cl
+}
+
+note_pids <- function(pids) {
+  leftovers$pids <- unique(c(leftovers$pids, as.integer(pids)))
+  invisible(pids)
+}
+
+# Called as the last test of a file, when its clusters have been stopped.
+expect_no_leftovers <- function() {
+  expect_gone(leftovers$pids)
+  wait_until(
+    function() length(setdiff(descendants(), leftovers$before)) == 0L,
+    timeout = 1 + slack()
+  )
+  left <- setdiff(descendants(), leftovers$before)
+  expect(
+    length(left) == 0L,
+    paste("children left:", paste(left, vapply(left, process_command, ""), collapse = "; "))
+  )
+}
+
+# ---- clusters that end with the test -----------------------------------------
+
+# A rust cluster, stopped when the calling test (or function) ends: on.exit()
+# of that frame, so that no package is needed for it.
+local_cluster <- function(..., .frame = parent.frame()) {
+  cl <- note_processes(makeRustCluster(...))
+  do.call(
+    "on.exit",
+    list(bquote(.(stop_quietly)(.(cl))), add = TRUE, after = FALSE),
+    envir = .frame
+  )
+  cl
+}
+
+stop_quietly <- function(cl) {
+  tryCatch(
+    suppressWarnings(parallel::stopCluster(cl)),
+    error = function(e) NULL
+  )
+  invisible()
+}
+
+# ---- R scripts as children ---------------------------------------------------
+
+# Starts `code` (an expression in braces) as a script of a new Rscript, with
+# both packages attached, and returns at once. In the script,
+#   say(...)  appends a line to a file that child_lines() reads,
+# and `dir` is a folder shared with the test. `values` are put before the code.
+#
+# The child is started through a shell that outlives it and writes down its
+# exit status: R has no way to start a process in the background and to ask
+# for its status later.
+start_child <- function(code, values = list(), prefix = "exec",
+                        env = character(), args = character(),
+                        attach = TRUE, prelude = "", public = FALSE,
+                        .frame = parent.frame()) {
+  dir <- tempfile("child-", tmpdir = if (public) "/tmp" else tempdir())
+  dir.create(dir)
+  if (public) Sys.chmod(dir, "1777", use_umask = FALSE)
+  code <- strip_srcref(substitute(code))
+  script <- file.path(dir, "script.R")
+  head <- c(
+    sprintf("dir <- %s", deparse(dir)),
+    "say <- function(...) cat(paste(...), '\\n', sep = '', file = file.path(dir, 'said'), append = TRUE)",
+    "seconds <- function() proc.time()[[3L]]",
+    if (attach) {
+      c(
+        "suppressPackageStartupMessages(library(parallel))",
+        "suppressPackageStartupMessages(library(rustcluster))"
+      )
+    }
+  )
+  for (name in names(values)) {
+    head <- c(head, paste(name, "<-", paste(deparse(values[[name]]), collapse = "\n")))
+  }
+  body <- if (is.call(code) && identical(code[[1L]], as.name("{"))) as.list(code)[-1L] else list(code)
+  text <- unlist(lapply(body, deparse, width.cutoff = 100L))
+  writeLines(c(head, text), script)
+  env <- c(paste0("R_LIBS=", shQuote(paste(.libPaths(), collapse = ":"))), "R_TESTS=", env)
+  rscript <- file.path(R.home("bin"), "Rscript")
+  run <- paste(prefix, shQuote(rscript), paste(args, collapse = " "), shQuote(script))
+  shell <- c(
+    "#!/bin/sh",
+    paste("export", env),
+    prelude,
+    sprintf(
+      "( %s ) >%s 2>%s </dev/null &", run,
+      shQuote(file.path(dir, "out")), shQuote(file.path(dir, "err"))
+    ),
+    sprintf("echo $! >%s", shQuote(file.path(dir, "pid"))),
+    "wait $!",
+    # Renamed into place, so that whoever sees it sees all of it.
+    sprintf("echo $? >%s", shQuote(file.path(dir, "status.new"))),
+    sprintf("mv %s %s", shQuote(file.path(dir, "status.new")), shQuote(file.path(dir, "status")))
+  )
+  start <- file.path(dir, "start.sh")
+  writeLines(shell, start)
+  system(paste("sh", shQuote(start), ">/dev/null 2>&1 &"), wait = FALSE)
+  pidfile <- file.path(dir, "pid")
+  if (!wait_until(function() isTRUE(file.size(pidfile) > 0), 20)) {
+    stop("the child R session did not start")
+  }
+  child <- list(dir = dir, pid = as.integer(readLines(pidfile)))
+  do.call(
+    "on.exit",
+    list(bquote(.(end_child)(.(child))), add = TRUE, after = FALSE),
+    envir = .frame
+  )
+  child
+}
+
+end_child <- function(child) {
+  if (is.na(child_status(child))) tools::pskill(child$pid, tools::SIGKILL)
+  unlink(child$dir, recursive = TRUE)
+}
+
+child_read <- function(child, what) {
+  file <- file.path(child$dir, what)
+  if (file.exists(file)) readLines(file, warn = FALSE) else character()
+}
+
+# The lines said so far; a value said as `say("name", ...)` is found by name.
+child_lines <- function(child) child_read(child, "said")
+
+child_said <- function(child, name) {
+  lines <- child_lines(child)
+  hit <- lines[startsWith(lines, paste0(name, " ")) | lines == name]
+  if (length(hit) == 0L) NULL else trimws(substring(hit[[length(hit)]], nchar(name) + 2L))
+}
+
+child_pids <- function(child, name) {
+  as.integer(strsplit(child_said(child, name), " +")[[1L]])
+}
+
+child_status <- function(child) {
+  status <- child_read(child, "status")
+  if (length(status) == 0L) NA_integer_ else as.integer(status)
+}
+
+child_report <- function(child) {
+  paste(c(
+    "said:", child_lines(child), "out:", utils::tail(child_read(child, "out"), 30),
+    "err:", utils::tail(child_read(child, "err"), 30)
+  ), collapse = "\n")
+}
+
+# Waits until the child has said `name`. When it does not, the test fails with
+# all that the child has said, instead of waiting for ever.
+child_wait_for <- function(child, name, timeout = 60) {
+  said <- wait_until(
+    function() !is.null(child_said(child, name)) || !is.na(child_status(child)),
+    timeout
+  )
+  ok <- said && !is.null(child_said(child, name))
+  if (!ok) stop("the child never said '", name, "'\n", child_report(child), call. = FALSE)
+  child_said(child, name)
+}
+
+child_wait_end <- function(child, timeout = 60) {
+  ended <- wait_until(function() !is.na(child_status(child)), timeout)
+  if (!ended) stop("the child did not end\n", child_report(child), call. = FALSE)
+  child_status(child)
+}
+
+child_signal <- function(child, signal) tools::pskill(child$pid, signal)
+
+expect_child_ends_well <- function(child, timeout = 60) {
+  status <- child_wait_end(child, timeout)
+  expect(identical(status, 0L), paste0("status ", status, "\n", child_report(child)))
+  invisible(status)
+}

@@ -1,0 +1,278 @@
+# A cluster is a list of nodes; a node is one process.
+
+skip_on_cran()
+watch_processes()
+
+quoted <- function(code) {
+  # The quotes of sQuote() are an option, which testthat turns off.
+  old <- options(useFancyQuotes = TRUE)
+  on.exit(options(old))
+  utils::capture.output(code)
+}
+
+test_that("a cluster prints as a socket cluster does", {
+  pair <- cluster_pair()
+  expect_equal(quoted(print(pair$rust)), quoted(print(pair$psock)))
+  skip_if_not(l10n_info()$`UTF-8`, "the quotes need UTF-8")
+  expect_identical(quoted(print(pair$rust)), "socket cluster with 4 nodes on host \u2018localhost\u2019")
+  expect_identical(quoted(print(pair$rust[1:2])), "socket cluster with 2 nodes on host \u2018localhost\u2019")
+  quoted(value <- withVisible(print(pair$rust)))
+  expect_false(value$visible)
+  expect_identical(class(value$value), class(pair$rust))
+})
+
+test_that("a node prints as parallel's node does, with its pid", {
+  pair <- cluster_pair()
+  expect_equal(
+    gsub("[0-9]+", "<pid>", quoted(print(pair$rust[[1]]))),
+    gsub("[0-9]+", "<pid>", quoted(print(pair$psock[[1]])))
+  )
+  for (i in 1:4) {
+    pid <- clusterCall(pair$rust[i], Sys.getpid)[[1L]]
+    expect_match(quoted(print(pair$rust[[i]])), sprintf("with pid %d$", pid))
+  }
+})
+
+test_that("classes, host and rank", {
+  cl <- cluster_pair()$rust
+  expect_identical(class(cl), c("RustCluster", "cluster"))
+  expect_identical(class(cl[[2]]), "RustNode")
+  expect_length(cl, 4L)
+  expect_equal(vapply(cl, function(node) node$host, ""), rep("localhost", 4))
+  expect_equal(vapply(cl, function(node) as.integer(node$rank), 1L), 1:4)
+  expect_identical(class(cl[2:3]), class(cl))
+  expect_identical(class(rev(cl)), class(cl))
+  expect_identical(class(cl[-1]), class(cl))
+  expect_equal(vapply(cl[c(3, 1)], function(node) as.integer(node$rank), 1L), c(3L, 1L))
+  expect_length(cl[integer()], 0L)
+  expect_identical(cl[[2]]$host, "localhost")
+  expect_null(cl[[2]]$noSuchField)
+})
+
+test_that("clusterPids() are the workers' own, whatever part is asked", {
+  cl <- cluster_pair()$rust
+  pids <- clusterPids(cl)
+  expect_type(pids, "integer")
+  expect_length(pids, 4L)
+  expect_false(anyDuplicated(pids) > 0L)
+  expect_equal(as.integer(pids), unlist(clusterCall(cl, Sys.getpid)))
+  expect_equal(as.integer(clusterPids(cl[c(3, 1)])), as.integer(pids[c(3, 1)]))
+  expect_equal(as.integer(clusterPids(rev(cl))), as.integer(rev(pids)))
+  expect_equal(as.integer(clusterPids(cl[2])), as.integer(pids[2]))
+})
+
+test_that("one agent for the host, none of the workers", {
+  skip_unless_proc()
+  cl <- cluster_pair()$rust
+  agent <- agentPids(cl)
+  expect_length(agent, 1L)
+  expect_alive(agent)
+  expect_false(agent %in% clusterPids(cl))
+  expect_false(Sys.getpid() %in% c(agent, clusterPids(cl)))
+  # Workers of start = "fork" are the agent's children.
+  expect_equal(unique(vapply(clusterPids(cl), proc_parent, 1L)), as.integer(agent))
+  # And the agent is ours.
+  expect_true(agent %in% descendants())
+})
+
+test_that("what was put into a node stays in that node", {
+  expect_same_value({
+    value <- "only in the second"
+    clusterExport(cl[2], "value", envir = environment())
+    clusterCall(cl, exists, "value")
+  })
+  expect_same_value(clusterCall(rev(cl), exists, "value"))
+  expect_same_value(clusterCall(cl[-1], exists, "value"))
+  expect_same_value(clusterCall(cl[c(3, 2)], exists, "value"))
+  expect_same_value(parSapply(cl[c(4, 2)], 1:6, function(i) exists("value")))
+  expect_same_value(clusterCall(cl[2], get, "value"))
+  expect_same_value(clusterEvalQ(cl[2], rm(value)))
+  expect_same_value({
+    clusterApply(cl, 1:4, function(i) assign("rank", i, envir = .GlobalEnv))
+    list(
+      unlist(clusterEvalQ(rev(cl), rank)), unlist(clusterEvalQ(cl[-1], rank)),
+      unlist(clusterEvalQ(cl[c(3, 1)], rank)), unlist(clusterEvalQ(cl[c(TRUE, FALSE)], rank))
+    )
+  })
+  expect_same_value(clusterEvalQ(cl, rm(rank)))
+})
+
+test_that("a node named twice answers twice", {
+  pids <- clusterPids(cluster_pair()$rust)
+  got <- clusterCall(cluster_pair()$rust[c(2, 2, 1)], Sys.getpid)
+  expect_equal(unlist(got), as.integer(pids[c(2, 2, 1)]))
+})
+
+test_that("format, str and summary show no pointer and no innards", {
+  cl <- cluster_pair()$rust
+  shown <- list(
+    format = utils::capture.output(print(format(cl))),
+    format_node = utils::capture.output(print(format(cl[[1]]))),
+    str = utils::capture.output(utils::str(cl)),
+    str_node = utils::capture.output(utils::str(cl[[1]])),
+    summary = utils::capture.output(print(summary(cl))),
+    summary_node = utils::capture.output(print(summary(cl[[1]])))
+  )
+  for (what in names(shown)) {
+    text <- paste(shown[[what]], collapse = "\n")
+    expect_no_match <- function(pattern) {
+      expect(!grepl(pattern, text), paste0(what, " shows ", pattern, ":\n", text))
+    }
+    expect_no_match("0x[0-9a-f]{4,}")
+    expect_no_match("externalptr|<pointer")
+    expect_lte(length(shown[[what]]), 40L)
+  }
+  mask <- function(x) gsub("[0-9]{3,}", "<pid>", x)
+  expect_snapshot(utils::str(cl), transform = mask)
+  expect_snapshot(utils::str(cl[[1]]), transform = mask)
+  expect_snapshot(summary(cl), transform = mask)
+  expect_snapshot(format(cl), transform = mask)
+  expect_snapshot(print(cl), transform = mask)
+  expect_snapshot(print(cl[[1]]), transform = mask)
+})
+
+test_that("messages to a node are answered in the order they were sent", {
+  expect_same_value({
+    for (k in 1:2) for (i in 1:4) parallel:::sendCall(cl[[i]], identity, list(c(k, i)))
+    list(lapply(cl, parallel:::recvResult), lapply(cl, parallel:::recvResult))
+  })
+  # Many at once in one node, state and all.
+  expect_same_value({
+    clusterEvalQ(cl[3], count <- 0)
+    for (k in 1:50) {
+      parallel:::sendCall(cl[[3]], function() count <<- count + 1, list(), tag = k)
+    }
+    got <- lapply(1:50, function(k) parallel:::recvData(cl[[3]]))
+    list(sapply(got, `[[`, "tag"), lengths(lapply(got, `[[`, "value")), clusterEvalQ(cl[3], rm(count)))
+  })
+  # Answers of one node do not wait for another node.
+  expect_same_value({
+    parallel:::sendCall(cl[[1]], function() {
+      Sys.sleep(0.4)
+      "slow"
+    }, list())
+    parallel:::sendCall(cl[[2]], function() "fast", list())
+    c(parallel:::recvResult(cl[[2]]), parallel:::recvResult(cl[[1]]))
+  })
+})
+
+test_that("recvOneResult gives the first to answer, with its place in the cluster", {
+  expect_same_value({
+    delays <- c(0.6, 0.05, 0.4, 0.2)
+    for (i in 1:4) parallel:::sendCall(cl[[i]], function(s) {
+      Sys.sleep(s)
+      s
+    }, list(delays[i]), tag = i)
+    lapply(1:4, function(k) parallel:::recvOneResult(cl))
+  })
+  # The place is that in the part that was asked, not the rank.
+  expect_same_value({
+    part <- cl[c(4, 2)]
+    parallel:::sendCall(part[[2]], identity, list("of node 2"), tag = "t")
+    parallel:::recvOneResult(part)
+  })
+  # Of a part only, although another node has answered earlier.
+  expect_same_value({
+    parallel:::sendCall(cl[[1]], identity, list("first"))
+    parallel:::sendCall(cl[[3]], function() {
+      Sys.sleep(0.3)
+      "third"
+    }, list())
+    list(parallel:::recvOneResult(cl[3:4]), parallel:::recvOneResult(cl))
+  })
+})
+
+test_that("recvOneResult starves no node", {
+  cl <- cluster_pair()$rust
+  # All nodes always have an answer waiting; each gets a turn.
+  for (i in 1:4) for (k in 1:20) parallel:::sendCall(cl[[i]], identity, list(k))
+  Sys.sleep(0.5)
+  nodes <- integer()
+  for (k in 1:80) {
+    got <- parallel:::recvOneResult(cl)
+    nodes <- c(nodes, got$node)
+  }
+  expect_equal(as.integer(table(factor(nodes, 1:4))), rep(20L, 4))
+  # Within the first twenty answers all four have been heard.
+  expect_equal(sort(unique(nodes[1:20])), 1:4)
+})
+
+test_that("fast nodes do most of the work of clusterApplyLB", {
+  cl <- cluster_pair()$rust
+  who <- unlist(clusterApplyLB(cl, 1:40, function(i) {
+    if (i == 1L) Sys.sleep(1)
+    Sys.getpid()
+  }))
+  expect_equal(sum(who == clusterPids(cl)[[1L]]), 1L)
+  expect_setequal(unique(who), clusterPids(cl))
+})
+
+test_that("stopping a part leaves the others as they are", {
+  skip_unless_proc()
+  cl <- local_cluster(4)
+  agent <- agentPids(cl)
+  pids <- clusterPids(cl)
+  clusterApply(cl, 1:4, function(i) assign("mine", i, envir = .GlobalEnv))
+  stopCluster(cl[2])
+  expect_gone(pids[[2]])
+  expect_alive(pids[-2])
+  expect_alive(agent)
+  expect_equal(unlist(clusterEvalQ(cl[-2], mine)), c(1, 3, 4))
+  expect_equal(unlist(parLapply(cl[c(1, 4)], 1:5, function(i) i + 1)), 2:6)
+  expect_rust_error(caught(clusterCall(cl[2], identity, 1)), "stopped")
+  expect_rust_error(caught(clusterCall(cl, identity, 1)), "stopped")
+  # What the failed call had sent to others does not come as an answer now.
+  expect_equal(clusterCall(cl[-2], identity, "right"), rep(list("right"), 3))
+  stopCluster(cl[c(1, 3)])
+  expect_gone(pids[c(1, 3)])
+  expect_equal(clusterEvalQ(cl[4], mine), list(4L))
+  stopCluster(cl)
+  expect_gone(c(pids, agent))
+})
+
+test_that("the cluster lives as long as any node of it is held", {
+  skip_unless_proc()
+  keep <- local({
+    cl <- note_processes(makeRustCluster(3))
+    cl[[2]]
+  })
+  gc()
+  gc()
+  parallel:::sendCall(keep, Sys.getpid, list())
+  pid <- parallel:::recvResult(keep)
+  expect_alive(pid)
+  expect_true(pid %in% leftovers$pids)
+  rm(keep)
+  gc()
+  gc()
+  expect_gone(pid)
+})
+
+test_that("two clusters at once keep to themselves", {
+  a <- local_cluster(2)
+  b <- local_cluster(3)
+  expect_length(intersect(clusterPids(a), clusterPids(b)), 0L)
+  for (i in 1:2) parallel:::sendCall(a[[i]], identity, list(paste("a", i)))
+  for (i in 1:3) parallel:::sendCall(b[[i]], identity, list(paste("b", i)))
+  expect_equal(lapply(b, parallel:::recvResult), list("b 1", "b 2", "b 3"))
+  expect_equal(lapply(a, parallel:::recvResult), list("a 1", "a 2"))
+  # Nodes of both in one, as parallel allows.
+  both <- structure(c(unclass(a), unclass(b)), class = class(a))
+  expect_equal(unlist(clusterCall(both, Sys.getpid)), as.integer(c(clusterPids(a), clusterPids(b))))
+  expect_equal(unlist(clusterApplyLB(both, 1:30, identity)), 1:30)
+  stopCluster(a)
+  expect_equal(clusterCall(b, identity, 1), rep(list(1), 3))
+})
+
+test_that("R's registry of cluster types knows RUST, where R has one", {
+  skip_if_not(exists("registerClusterType", envir = asNamespace("parallel")))
+  cl <- note_processes(parallel::makeCluster(2, type = "RUST"))
+  expect_s3_class(cl, "RustCluster")
+  expect_equal(clusterCall(cl, identity, 1), list(1, 1))
+  stopCluster(cl)
+})
+
+test_that("nothing is left", {
+  stop_cluster_pairs()
+  expect_no_leftovers()
+})
