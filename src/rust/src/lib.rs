@@ -1,0 +1,29 @@
+//! R's view of rustcluster-core: thin shells that convert, call and hand errors back as values.
+//!
+//! Every function here runs on R's thread. No R function that can jump is called outside of
+//! [`unwind`]. A value that is not what was asked for tells R what happened (see R/boundary.R):
+//! `NULL`, not yet; a character vector, a failure; a pairlist, a jump of R's to be taken up.
+
+mod agent;
+mod failure;
+mod head;
+mod stream;
+mod unwind;
+mod worker;
+
+use extendr_api::prelude::*;
+
+/// Cores that this process may use: affinity, cgroups and schedulers' variables considered.
+/// @noRd
+#[extendr]
+fn usable_cores() -> i32 {
+    i32::try_from(rustcluster_core::cores::usable_cores()).unwrap_or(i32::MAX)
+}
+
+extendr_module! {
+    mod rustcluster;
+    fn usable_cores;
+    use agent;
+    use head;
+    use worker;
+}

@@ -63,12 +63,18 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// The stream this process was started with: stdin and stdout are taken out of R's reach. What R
 /// or anything else prints from now on goes to stderr, and stdin is empty.
 pub fn take_stdio() -> io::Result<(File, File)> {
-    let reader = File::from(duplicate(0)?);
+    let reader = take_stdin()?;
     let writer = File::from(duplicate(1)?);
-    let null = File::open("/dev/null")?;
-    redirect(null.as_raw_fd(), 0)?;
     redirect(2, 1)?;
     Ok((reader, writer))
+}
+
+/// Stdin, taken out of R's reach: what R reads from now on is empty.
+pub fn take_stdin() -> io::Result<File> {
+    let reader = File::from(duplicate(0)?);
+    let null = File::open("/dev/null")?;
+    redirect(null.as_raw_fd(), 0)?;
+    Ok(reader)
 }
 
 /// Reads what has arrived, without waiting: `WouldBlock` if nothing has.

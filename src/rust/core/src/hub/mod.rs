@@ -10,7 +10,7 @@ mod handle;
 mod shared;
 
 pub use handle::{Answer, Hub, Progress};
-pub use shared::{Event, HostFailure};
+pub use shared::{Event, HostFailure, HostView, WorkerView};
 
 use crate::frame::Kind;
 use crate::launch::Launch;

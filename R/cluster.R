@@ -1,0 +1,381 @@
+#' Make a cluster of R workers
+#'
+#' A drop-in for [parallel::makeCluster()] and [parallel::makePSOCKcluster()].
+#' All functions of \pkg{parallel} that take a cluster work on the result. It
+#' uses no R connection, neither here nor on its workers, so their number is
+#' bound by memory and not by R's table of 128 connections.
+#'
+#' An agent, one R process, is started and forks the workers; it holds one
+#' stream of bytes to this session, ends with it, and ends its workers with
+#' itself. Workers start with the global environment, search path and options of
+#' a PSOCK worker. Each has its own temporary directory, its own random seed and
+#' its own process group.
+#'
+#' @param spec (number, or character) How many workers, or `"localhost"` once
+#'   for each. Default: the cores that this session may use, by affinity,
+#'   cgroups, and the variables of Slurm, PBS, SGE, LSF and others (as
+#'   `parallelly::availableCores()` counts them), or option `mc.cores` if that
+#'   is less. Hosts other than `"localhost"` are for a later version.
+#' @param type (character) Accepted, so that calls of
+#'   [parallel::makeCluster()] work as they are, and not used.
+#' @param ... Any argument of [parallel::makePSOCKcluster()], by name. With the
+#'   meaning that they have there: `outfile` (default `"/dev/null"`; `""` shows
+#'   the workers' output here, a line at a time, after their host and rank; a
+#'   file is appended to), `rscript`, `rscript_args`, `homogeneous`, `methods`,
+#'   `renice` (added to the workers' niceness), `rlibs`, `setup_timeout` (in
+#'   seconds; default 120). Without any meaning here, and accepted for the sake
+#'   of old code: `port`, `master`, `timeout`, `useXDR`, `setup_strategy`,
+#'   `user`, `rshcmd` and others. Defaults set with
+#'   `parallel::setDefaultClusterOptions()` count. Any other argument is an
+#'   error.
+#' @param packages (character) Packages to attach in all workers. They are
+#'   loaded once, by the agent, before it forks, which takes less time and
+#'   memory than loading them in each worker.
+#' @param rscript_envs (character) Environment variables of the workers: with
+#'   names, their values, `NA` to unset one; without names, the variables of
+#'   this session to pass on.
+#' @param start (character) `"fork"` makes each worker by forking the agent,
+#'   which takes milliseconds. `"spawn"` starts a separate R process for each,
+#'   for packages that do not survive a fork.
+#' @param threads (integer) Threads that the BLAS, OpenMP and `mc.cores` may use
+#'   in each worker; default 1. Set in the environment before R starts:
+#'   `OMP_NUM_THREADS`, `OPENBLAS_NUM_THREADS`, `MKL_NUM_THREADS`,
+#'   `BLIS_NUM_THREADS`, `VECLIB_MAXIMUM_THREADS`, `R_DATATABLE_NUM_THREADS`,
+#'   `MC_CORES`.
+#'
+#' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of
+#'   class `"RustNode"`, each a list with `host` (character), `rank` (integer,
+#'   from 1) and a handle. A node stands for one process until that ends. Subsets,
+#'   as `cl[1:2]`, are clusters too.
+#'
+#' @section Ends:
+#' | what happens | what follows |
+#' |---|---|
+#' | `stopCluster(cl)` | returns when no process is left; busy workers are interrupted, and killed after 0.6 s |
+#' | `stopCluster(cl[1:2])` | these workers end, the others stay |
+#' | the cluster is garbage-collected | as `stopCluster()`, without waiting |
+#' | this session ends, or is killed | agent and workers end within a second |
+#' | Ctrl-C in a call | its tasks are interrupted, and the next call is right; a worker that does not heed it for 2 s is killed and replaced, with a warning |
+#' | a worker ends in a task | error `rustcluster_worker_lost` at once; the other nodes stay usable |
+#' | a worker calls `quit()` | the same |
+#' | the agent is killed | its workers end; error `rustcluster_host_failed` |
+#'
+#' What a worker has started itself is killed with it, unless that has made
+#' itself the leader of another process group.
+#'
+#' @section Errors:
+#' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and
+#' `rustcluster_start_failed`, before anything is started or with nothing left
+#' of it; later those listed in [rustcluster-package].
+#'
+#' @seealso [clusterPids()]
+#' @examples
+#' library(parallel)
+#' cl <- makeRustCluster(2)
+#' print(cl)
+#' parSapply(cl, 1:4, function(i) i^2)
+#' stopCluster(cl)
+#' @export
+makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages = NULL,
+                            rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L) {
+  options <- clusterOptions(list(...))
+  # The name that makePSOCKcluster() has for it.
+  if (!is.null(options$names)) spec <- options$names
+  hosts <- specHosts(spec)
+  start <- tryCatch(match.arg(start), error = function(e) {
+    badArgument("start", "must be \"fork\" or \"spawn\"")
+  })
+  if (!is.null(packages) && (!is.character(packages) || anyNA(packages) || !all(nzchar(packages)))) {
+    badArgument("packages", "must be a character vector of packages' names")
+  }
+  threads <- count(threads, "threads", 4096)
+  short <- limits_check(length(hosts))
+  if (!is.null(short)) raiseFailure(short, hosts)
+
+  launch <- localLaunch(options, c(threadVariables(threads), variables(rscript_envs)))
+  agent <- list(
+    host = "localhost",
+    command = launch$agent,
+    env = launch$env,
+    ranks = seq_along(hosts),
+    packages = as.character(packages),
+    outfile = options$outfile,
+    renice = options$renice,
+    mode = start,
+    spawn = launch$worker
+  )
+  pointer <- checked(hub_start(list(agent), packageVersionText(), rVersionText()), hosts)
+  handle <- newHandle(pointer, hosts, options$outfile)
+  awaitStart(handle, options$setup_timeout)
+  newCluster(handle)
+}
+
+newHandle <- function(pointer, hosts, outfile) {
+  handle <- new.env(parent = emptyenv())
+  handle$pointer <- pointer
+  handle$hosts <- hosts
+  # Ranks that have not been stopped.
+  handle$alive <- seq_along(hosts)
+  handle$stopped <- FALSE
+  # The job under way: see parallel.R.
+  handle$verb <- NULL
+  handle$depth <- 0L
+  handle$job <- noJob
+  # Output of workers: nothing to look for unless it is to be shown.
+  handle$quiet <- FALSE
+  handle$partial <- list()
+  handle
+}
+
+awaitStart <- function(handle, timeout) {
+  started <- FALSE
+  on.exit(if (!started) {
+    hub_stop(handle$pointer)
+    while (identical(hub_closed(handle$pointer), FALSE)) Sys.sleep(0)
+  })
+  deadline <- proc.time()[["elapsed"]] + timeout
+  repeat {
+    up <- checked(hub_progress(handle$pointer), handle$hosts)
+    if (up == length(handle$hosts)) break
+    if (proc.time()[["elapsed"]] > deadline) {
+      abort(
+        "start_failed", "only ", up, " of ", length(handle$hosts), " workers on host ",
+        sQuote(handle$hosts[[1L]]), " were up after ", timeout,
+        " seconds: raise `setup_timeout`, or ask for fewer",
+        fields = list(host = handle$hosts[[1L]])
+      )
+    }
+    Sys.sleep(0)
+  }
+  started <- TRUE
+}
+
+newCluster <- function(handle) {
+  nodes <- lapply(seq_along(handle$hosts), function(rank) {
+    structure(list(host = handle$hosts[[rank]], rank = rank, handle = handle), class = "RustNode")
+  })
+  structure(nodes, class = c("RustCluster", "cluster"))
+}
+
+# Arguments ------------------------------------------------------------------------------------
+
+# A number of workers or threads.
+count <- function(value, argument, most) {
+  bad <- !is.numeric(value) || length(value) < 1L || is.na(value[[1L]]) || value[[1L]] < 1
+  if (bad) badArgument(argument, "must be a number, at least 1")
+  if (value[[1L]] > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
+  as.integer(value[[1L]])
+}
+
+# Far beyond what a machine can hold: more is a mistake.
+mostWorkers <- 100000
+
+specHosts <- function(spec) {
+  if (is.numeric(spec)) return(rep("localhost", count(spec, "spec", mostWorkers)))
+  if (is.character(spec) && length(spec) && !anyNA(spec)) {
+    other <- setdiff(spec, "localhost")
+    if (!length(other)) return(spec)
+    abort(
+      "not_yet", "`spec`: workers on other hosts (", paste(sQuote(other), collapse = ", "),
+      ") are not supported yet: give a number, or \"localhost\" once for each worker",
+      fields = list(argument = "spec")
+    )
+  }
+  if (is.list(spec) && length(spec)) {
+    abort(
+      "not_yet", "`spec`: lists of hosts are not supported yet: give a number of workers",
+      fields = list(argument = "spec")
+    )
+  }
+  badArgument("spec", "must be a number of workers, or \"localhost\" once for each worker")
+}
+
+# Arguments of parallel's clusters that mean something here, with how each is checked.
+meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", "renice", "rlibs",
+                "setup_timeout", "names", "manual")
+# Those that do not, including snow's.
+meaningless <- c("port", "master", "timeout", "useXDR", "setup_strategy", "user", "rshcmd",
+                 "rshopts", "type", "rprog", "rhome", "scriptdir", "snowlib", "useRscript", "host")
+
+clusterOptions <- function(given) {
+  names <- names(given)
+  if (length(given) && (is.null(names) || !all(nzchar(names)))) {
+    badArgument("...", "all further arguments must be named")
+  }
+  unknown <- setdiff(names, c(meaningful, meaningless))
+  if (length(unknown)) {
+    abort(
+      "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", ": ",
+      paste0("`", unknown, "`", collapse = ", "), fields = list(argument = unknown)
+    )
+  }
+  # What setDefaultClusterOptions() has set.
+  defaults <- as.list(get0("defaultClusterOptions", parallelNamespace()))
+  options <- utils::modifyList(defaults[intersect(meaningful, names(defaults))], given)
+
+  text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
+    !is.na(options[[name]])
+  if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" for this console")
+  if (!text("rscript") || !nzchar(options$rscript)) {
+    badArgument("rscript", "must be one command")
+  }
+  if (!is.character(options$rscript_args)) {
+    badArgument("rscript_args", "must be a character vector")
+  }
+  for (name in c("homogeneous", "methods", "manual")) {
+    if (!isTRUE(options[[name]]) && !isFALSE(options[[name]])) {
+      badArgument(name, "must be TRUE or FALSE")
+    }
+  }
+  if (options$manual) {
+    abort("not_yet", "`manual = TRUE` is not supported yet", fields = list(argument = "manual"))
+  }
+  renice <- options$renice
+  if (length(renice) != 1L || !(is.na(renice) || is.numeric(renice))) {
+    badArgument("renice", "must be one number, or NA")
+  }
+  options$renice <- if (is.na(renice)) 0L else as.integer(renice)
+  timeout <- options$setup_timeout
+  if (!is.numeric(timeout) || length(timeout) != 1L || is.na(timeout) || timeout <= 0) {
+    badArgument("setup_timeout", "must be a number of seconds above 0")
+  }
+  if (is.null(given$rscript) && !options$homogeneous) options$rscript <- "Rscript"
+  options
+}
+
+threadVariables <- function(threads) {
+  names <- c("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+             "VECLIB_MAXIMUM_THREADS", "R_DATATABLE_NUM_THREADS", "MC_CORES")
+  structure(rep(as.character(threads), length(names)), names = names)
+}
+
+variables <- function(envs) {
+  if (is.null(envs)) return(character())
+  if (!is.character(envs) && !(is.atomic(envs) && !is.null(names(envs)))) {
+    badArgument("rscript_envs", "must be a named vector, or names of variables")
+  }
+  values <- structure(as.character(envs), names = names(envs))
+  if (is.null(names(values))) names(values) <- rep("", length(values))
+  passed <- !nzchar(names(values))
+  names(values)[passed] <- values[passed]
+  values[passed] <- Sys.getenv(values[passed], unset = NA)
+  if (anyNA(names(values)) || any(grepl("=", names(values), fixed = TRUE)) || !all(nzchar(names(values)))) {
+    badArgument("rscript_envs", "holds a name that no variable can have")
+  }
+  values
+}
+
+# The commands for this machine, and what is added to the environment.
+localLaunch <- function(options, env) {
+  arguments <- c(
+    options$rscript_args,
+    if (!options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats"
+  )
+  command <- function(role) c(options$rscript, arguments, "-e", startExpression(role))
+  library <- dirname(getNamespaceInfo("rustcluster", "path"))
+  env <- c(RUSTCLUSTER_LIB = library, if (nzchar(options$rlibs)) c(R_LIBS = options$rlibs), env)
+  # A separate worker is a child of the agent, which has dropped this variable by then.
+  worker <- c("env", paste0("RUSTCLUSTER_LIB=", library), command("workerMain"))
+  list(agent = command("agentMain"), worker = worker, env = env[!duplicated(names(env), fromLast = TRUE)])
+}
+
+usableCores <- function() {
+  cores <- usable_cores()
+  option <- suppressWarnings(as.integer(getOption("mc.cores", NA_integer_)))
+  if (length(option) == 1L && !is.na(option) && option >= 1L) cores <- min(cores, option)
+  cores
+}
+
+# Looking at clusters --------------------------------------------------------------------------
+
+#' Process numbers of a cluster
+#'
+#' Known here already: no worker is asked.
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one.
+#' @return `clusterPids()`: integer, the pid of each node's worker, on its host;
+#'   `NA` for one that is gone. `agentPids()`: integer, the pid of the agent on
+#'   each host, without those that are gone.
+#' @section Errors:
+#' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
+#' @examples
+#' cl <- makeRustCluster(2)
+#' clusterPids(cl)
+#' parallel::stopCluster(cl)
+#' @export
+clusterPids <- function(cl) {
+  handle <- clusterHandle(cl)
+  if (handle$stopped) return(rep(NA_integer_, length(cl)))
+  pids <- checked(hub_pids(handle$pointer), handle$hosts)
+  pids[vapply(cl, function(node) as.integer(node[["rank"]]), 0L)]
+}
+
+#' @rdname clusterPids
+#' @export
+agentPids <- function(cl) {
+  handle <- clusterHandle(cl)
+  if (handle$stopped) return(integer())
+  checked(hub_agent_pids(handle$pointer), handle$hosts)
+}
+
+clusterHandle <- function(cl) {
+  if (!inherits(cl, "RustCluster") || !length(cl)) {
+    badArgument("cl", "must be a cluster made by makeRustCluster()")
+  }
+  cl[[1L]][["handle"]]
+}
+
+#' @export
+print.RustCluster <- function(x, ...) {
+  cat(format(x), "\n", sep = "")
+  invisible(x)
+}
+
+#' @export
+format.RustCluster <- function(x, ...) {
+  hosts <- unique(vapply(x, `[[`, "", "host"))
+  sprintf(
+    ngettext(
+      length(hosts), "socket cluster with %d nodes on host %s",
+      "socket cluster with %d nodes on hosts %s"
+    ),
+    length(x), paste(sQuote(hosts), collapse = ", ")
+  )
+}
+
+#' @export
+print.RustNode <- function(x, ...) {
+  handle <- x[["handle"]]
+  pid <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle$hosts)[[x[["rank"]]]]
+  if (is.na(pid)) {
+    cat(format(x), " whose worker is gone\n", sep = "")
+  } else {
+    cat(format(x), " with pid ", pid, "\n", sep = "")
+  }
+  invisible(x)
+}
+
+#' @export
+format.RustNode <- function(x, ...) {
+  sprintf("node of a socket cluster on host %s", sQuote(x[["host"]]))
+}
+
+#' @export
+summary.RustCluster <- function(object, ...) {
+  hosts <- vapply(object, `[[`, "", "host")
+  data.frame(
+    host = unique(hosts), workers = as.integer(table(factor(hosts, unique(hosts)))),
+    stringsAsFactors = FALSE
+  )
+}
+
+#' @importFrom utils str
+#' @export
+str.RustCluster <- function(object, ...) {
+  cat(" ", format(object), "\n", sep = "")
+}
+
+#' @export
+str.RustNode <- function(object, ...) {
+  cat(" ", format(object), ", rank ", object[["rank"]], "\n", sep = "")
+}

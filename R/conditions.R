@@ -1,0 +1,93 @@
+# All conditions of the package are made here: the class says what happened, the fields carry the
+# data, and the message says what to do.
+
+rustclusterCondition <- function(kind, message, ..., type = "error", call = NULL) {
+  class <- c(paste0("rustcluster_", kind), paste0("rustcluster_", type), type, "condition")
+  structure(class = class, list(message = message, call = call, ...))
+}
+
+abort <- function(kind, ..., fields = list()) {
+  # Messages may hold any text of a worker's: it is never taken for a format.
+  message <- paste0(...)
+  stop(do.call(rustclusterCondition, c(list(kind, message), fields)))
+}
+
+badArgument <- function(argument, ...) {
+  abort("bad_argument", "`", argument, "` ", ..., fields = list(argument = argument))
+}
+
+# The end of what a process printed, indented under its heading.
+tailText <- function(heading, text) {
+  text <- sub("[[:space:]]+$", "", text)
+  if (is.null(text) || !nzchar(text)) return("")
+  lines <- utils::tail(strsplit(text, "\n", fixed = TRUE)[[1]], 20L)
+  paste0("\n", heading, ":\n", paste0("  ", lines, collapse = "\n"))
+}
+
+signalName <- function(signal) {
+  names <- c("1" = "SIGHUP", "2" = "SIGINT", "3" = "SIGQUIT", "4" = "SIGILL", "6" = "SIGABRT",
+             "7" = "SIGBUS", "8" = "SIGFPE", "9" = "SIGKILL", "11" = "SIGSEGV",
+             "13" = "SIGPIPE", "15" = "SIGTERM")
+  name <- names[as.character(signal)]
+  if (is.na(name)) "" else paste0(" (", name, ")")
+}
+
+# Raises what a Rust function handed back instead of its result: a named character vector.
+raiseFailure <- function(failure, hosts = character(), call = NULL) {
+  field <- function(name) if (name %in% names(failure)) failure[[name]]
+  number <- function(name) {
+    value <- field(name)
+    if (!is.null(value)) suppressWarnings(as.integer(value))
+  }
+  kind <- field("kind")
+  rank <- number("rank")
+  agent <- number("agent")
+  host <- if (!is.null(rank)) hosts[rank] else if (length(hosts)) hosts[[1L]] else "localhost"
+  reason <- field("reason")
+  node <- paste0("worker ", rank, " on host ", sQuote(host))
+  message <- switch(kind,
+    worker_lost = paste0(
+      node, " (pid ", field("pid"), ") ", reason,
+      if (!is.null(field("signal"))) signalName(number("signal")),
+      tailText("the end of its output", field("stderr"))
+    ),
+    host_failed = paste0("host ", sQuote(host), " of worker ", rank, " is lost: ", reason),
+    stopped = if (is.null(rank)) {
+      "the cluster has been stopped: make a new one with makeRustCluster()"
+    } else {
+      paste0(node, " has been stopped")
+    },
+    restored = paste0(
+      "this cluster was saved and loaded, or copied to another process: its workers belong to ",
+      "the session that made them. Make a new one with makeRustCluster()"
+    ),
+    forked = paste0(
+      "this process is a fork of the one that made the cluster (mclapply and the like), and ",
+      "cannot use it. Make a cluster of its own here, or call it from the parent"
+    ),
+    busy = "the cluster is in the middle of another call of this session",
+    no_task = "an answer was asked for, but no task is outstanding on these nodes",
+    limits = paste0(
+      "not enough ", field("what"), " for so many workers: ", field("needed"), " needed, ",
+      field("available"), " available; ", reason
+    ),
+    start_failed = paste0(
+      "the cluster could not be started on host ", sQuote(host), ": ", reason,
+      tailText("its stderr", field("stderr")), tailText("its output", field("stdout"))
+    ),
+    bad_argument = paste0("`", field("argument"), "`: ", reason),
+    reason
+  )
+  fields <- list()
+  for (name in intersect(c("reason", "stderr", "stdout", "what", "argument"), names(failure))) {
+    fields[[name]] <- field(name)
+  }
+  for (name in intersect(c("rank", "pid", "signal", "status"), names(failure))) {
+    fields[[name]] <- number(name)
+  }
+  for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
+    fields[[name]] <- as.numeric(field(name))
+  }
+  if (!is.null(rank) || kind == "start_failed") fields$host <- host
+  stop(do.call(rustclusterCondition, c(list(kind, message, call = call), fields)))
+}

@@ -1,0 +1,99 @@
+#' Cores that this process may use: affinity, cgroups and schedulers' variables considered.
+#' @noRd
+usable_cores <- function() .Call(wrap__usable_cores)
+
+#' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
+#' attach and whether workers will be forked.
+#' @noRd
+agent_greet <- function(package, r_version) .Call(wrap__agent_greet, package, r_version)
+
+#' Tells the head that nothing can be started, and why.
+#' @noRd
+agent_fail <- function(reason) .Call(wrap__agent_fail, reason)
+
+#' Makes the workers and serves them. Returns `TRUE` in a forked worker, `FALSE` when the cluster
+#' is over.
+#' @noRd
+agent_run <- function() .Call(wrap__agent_run)
+
+#' Checks the system's limits for a number of workers on this machine.
+#' @noRd
+limits_check <- function(workers) .Call(wrap__limits_check, workers)
+
+#' Starts a cluster and returns its handle at once. `hosts`: a list with an element for each
+#' agent, each a list of host, command, env (named; NA removes), ranks, packages, outfile, renice,
+#' mode, spawn.
+#' @noRd
+hub_start <- function(hosts, package, r_version) .Call(wrap__hub_start, hosts, package, r_version)
+
+#' How far a start has come: the number of workers up, invisibly waiting a little for more.
+#' @noRd
+hub_progress <- function(handle) .Call(wrap__hub_progress, handle)
+
+#' A number for the tasks of one call of a verb.
+#' @noRd
+hub_new_job <- function(handle) .Call(wrap__hub_new_job, handle)
+
+#' Cancels what is left of a job. Returns how many tasks that was.
+#' @noRd
+hub_cancel_job <- function(handle, job) .Call(wrap__hub_cancel_job, handle, job)
+
+#' Sends a message to a node.
+#' @noRd
+hub_send <- function(handle, rank, job, message) .Call(wrap__hub_send, handle, rank, job, message)
+
+#' The answer of a node to the oldest message sent to it.
+#' @noRd
+hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
+
+#' The next answer of any of these nodes: a list of its place among them and the answer.
+#' @noRd
+hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
+
+#' Stops these nodes; with the last ones the cluster.
+#' @noRd
+hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
+
+#' Stops the cluster.
+#' @noRd
+hub_stop <- function(handle) .Call(wrap__hub_stop, handle)
+
+#' Whether nothing is left of a stopped cluster; waits a little for that.
+#' @noRd
+hub_closed <- function(handle) .Call(wrap__hub_closed, handle)
+
+#' The pid of each worker, NA for those that are gone.
+#' @noRd
+hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
+
+#' The pid of each agent.
+#' @noRd
+hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
+
+#' What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
+#' that workers printed.
+#' @noRd
+hub_events <- function(handle) .Call(wrap__hub_events, handle)
+
+#' In a separate process: takes the channel from stdin and returns the packages to attach.
+#' @noRd
+worker_connect <- function() .Call(wrap__worker_connect)
+
+#' Makes R forget its temporary directory, which in a fork is the agent's, so that
+#' `tempdir(check = TRUE)` makes a new one.
+#' @noRd
+worker_forget_tempdir <- function() .Call(wrap__worker_forget_tempdir)
+
+#' Tells the agent that this worker can take tasks.
+#' @noRd
+worker_ready <- function(tempdir) .Call(wrap__worker_ready, tempdir)
+
+#' The next message; `NULL` if there will be none. From its return to the next call of a function
+#' here, SIGINT reaches R.
+#' @noRd
+worker_next <- function() .Call(wrap__worker_next)
+
+#' Answers the current message.
+#' @noRd
+worker_send <- function(answer) .Call(wrap__worker_send, answer)
+

@@ -1,0 +1,28 @@
+//! Compiles the C helper that catches R's jumps. It is here and not among the package's own C
+//! files because the `document` program, which has no part of those, links to it too.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+fn main() {
+    println!("cargo:rerun-if-changed=csrc/unwind.c");
+    println!("cargo:rerun-if-env-changed=R_INCLUDE_DIR");
+    cc::Build::new()
+        .file("csrc/unwind.c")
+        .include(include_dir())
+        .compile("rustcluster_unwind");
+}
+
+/// Where R's headers are: as the Makevars say, or as R itself does.
+fn include_dir() -> PathBuf {
+    if let Some(dir) = std::env::var_os("R_INCLUDE_DIR") {
+        return PathBuf::from(dir);
+    }
+    let home = std::env::var_os("R_HOME");
+    let r = home.map_or("R".into(), |home| PathBuf::from(home).join("bin").join("R"));
+    let output = Command::new(r)
+        .args(["--no-echo", "--no-restore", "-e", "cat(R.home('include'))"])
+        .output()
+        .expect("R is needed to build this package: none was found on the PATH");
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+}

@@ -1,0 +1,57 @@
+//! Failures as values: a named character vector, from which R makes a classed condition
+//! (R/conditions.R).
+
+use extendr_api::prelude::*;
+use rustcluster_core::message::{Exit, Loss};
+use rustcluster_core::scheduler::{Gone, Rank};
+
+/// What went wrong: the end of the condition's class, and what it carries.
+pub struct Failure(Vec<(&'static str, String)>);
+
+impl Failure {
+    pub fn new(kind: &str) -> Failure {
+        Failure(vec![("kind", kind.to_owned())])
+    }
+
+    pub fn with(mut self, name: &'static str, value: impl ToString) -> Failure {
+        self.0.push((name, value.to_string()));
+        self
+    }
+
+    /// A worker that is no more. Ranks are counted from 1 in R.
+    pub fn gone(rank: Rank, gone: &Gone) -> Failure {
+        match gone {
+            Gone::Worker(loss) => Failure::lost(rank, loss),
+            Gone::Host(reason) => Failure::new("host_failed")
+                .with("rank", rank + 1)
+                .with("reason", reason),
+            Gone::Stopped => Failure::new("stopped").with("rank", rank + 1),
+        }
+    }
+
+    pub fn lost(rank: Rank, loss: &Loss) -> Failure {
+        let failure = Failure::new("worker_lost")
+            .with("rank", rank + 1)
+            .with("pid", loss.pid)
+            .with("reason", loss.exit)
+            .with("memory_available", loss.memory_available)
+            .with("stderr", &loss.tail);
+        match loss.exit {
+            Exit::Status(status) => failure.with("status", status),
+            Exit::Signal(signal) => failure.with("signal", signal),
+            Exit::Unknown => failure,
+        }
+    }
+}
+
+impl From<Failure> for Robj {
+    fn from(failure: Failure) -> Robj {
+        let (names, values): (Vec<_>, Vec<_>) = failure.0.into_iter().unzip();
+        // R's strings hold no NUL; what a worker prints may.
+        let clean = values.iter().map(|value| value.replace('\0', ""));
+        let mut robj = Robj::from(clean.collect::<Vec<_>>());
+        // Cannot fail: as many names as values.
+        let _ = robj.set_names(names);
+        robj
+    }
+}

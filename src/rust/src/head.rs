@@ -1,0 +1,446 @@
+//! The head's functions: a [`Hub`] behind an external pointer.
+
+use crate::failure::Failure;
+use crate::stream::{self, Sink};
+use crate::unwind::Jump;
+use extendr_api::prelude::*;
+use rustcluster_core::agent;
+use rustcluster_core::hub::{Answer, Event, Host, Hub, Progress};
+use rustcluster_core::launch::Launch;
+use rustcluster_core::limits;
+use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
+use rustcluster_core::scheduler::Rank;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::time::Duration;
+
+/// R's thread waits in slices of this length, and lets R look for interrupts in between.
+const SLICE: Duration = Duration::from_millis(100);
+
+/// Bytes of results that the head buffers before it leaves them on their hosts.
+const RESULT_LIMIT: usize = 512 * 1024 * 1024;
+
+/// What an external pointer of ours holds. R code that runs while one of its functions is under
+/// way may call another: no borrow is held while R may run code.
+struct Cluster {
+    hub: RefCell<Hub>,
+    /// The last list of nodes that a result was asked for from any of, with each rank's place in
+    /// it. Kept alive, so that the same address means the same list: asking again for the same
+    /// one, as a verb does once a task, costs nothing however long it is.
+    nodes: Cell<Option<(Robj, Vec<u32>)>>,
+}
+
+/// No place in a list of nodes.
+const ABSENT: u32 = u32::MAX;
+
+/// Runs `body` with the cluster behind `handle`, if it can be used.
+fn with_cluster(
+    handle: &Robj,
+    body: impl FnOnce(&Cluster) -> std::result::Result<Robj, Failure>,
+) -> Robj {
+    let checked = || -> std::result::Result<Robj, Failure> {
+        if !handle.is_external_pointer() {
+            return Err(Failure::new("restored"));
+        }
+        // Nil after it has been saved and loaded.
+        let pointer: &ExternalPtr<Cluster> = handle
+            .try_into()
+            .map_err(|_| Failure::new("restored"))?;
+        let cluster = pointer.try_addr().map_err(|_| Failure::new("restored"))?;
+        let hub = cluster
+            .hub
+            .try_borrow()
+            .map_err(|_| Failure::new("busy"))?;
+        if hub.is_forked() {
+            return Err(Failure::new("forked"));
+        }
+        drop(hub);
+        body(cluster)
+    };
+    checked().unwrap_or_else(Robj::from)
+}
+
+fn with_hub(
+    handle: &Robj,
+    body: impl FnOnce(&mut Hub) -> std::result::Result<Robj, Failure>,
+) -> Robj {
+    with_cluster(handle, |cluster| body(&mut cluster.hub.borrow_mut()))
+}
+
+/// A rank of R's, from 1, as one of ours.
+fn rank_of(hub: &Hub, rank: i32) -> std::result::Result<Rank, Failure> {
+    match usize::try_from(rank) {
+        Ok(rank) if (1..=hub.size()).contains(&rank) => Ok(rank as Rank - 1),
+        _ => Err(Failure::new("bad_argument")
+            .with("argument", "node")
+            .with("reason", format!("rank {rank} of {}", hub.size()))),
+    }
+}
+
+fn strings(value: &Robj) -> Vec<String> {
+    let all = value.as_str_vector().unwrap_or_default();
+    all.into_iter().map(str::to_owned).collect()
+}
+
+/// Checks the system's limits for a number of workers on this machine.
+/// @noRd
+#[extendr]
+fn limits_check(workers: i32) -> Robj {
+    match limits::check(usize::try_from(workers).unwrap_or(0)) {
+        Ok(()) => ().into(),
+        Err(short) => Failure::new("limits")
+            .with("what", short.what)
+            .with("needed", short.needed)
+            .with("available", short.available)
+            .with("reason", short.remedy)
+            .into(),
+    }
+}
+
+/// Starts a cluster and returns its handle at once. `hosts`: a list with an element for each
+/// agent, each a list of host, command, env (named; NA removes), ranks, packages, outfile, renice,
+/// mode, spawn.
+/// @noRd
+#[extendr]
+fn hub_start(hosts: List, package: &str, r_version: &str) -> Robj {
+    let parsed: Option<Vec<Host>> = hosts.values().map(|host| host_of(&host)).collect();
+    let Some(hosts) = parsed else {
+        return Failure::new("bad_argument")
+            .with("argument", "hosts")
+            .with("reason", "not a description of hosts")
+            .into();
+    };
+    match Hub::start(hosts, agent::hello(package, r_version), RESULT_LIMIT) {
+        Ok(hub) => {
+            let cluster = Cluster {
+                hub: RefCell::new(hub),
+                nodes: Cell::new(None),
+            };
+            ExternalPtr::new(cluster).into()
+        }
+        Err(error) => Failure::new("start_failed").with("reason", error).into(),
+    }
+}
+
+fn host_of(host: &Robj) -> Option<Host> {
+    let fields: HashMap<&str, Robj> = host.as_list()?.iter().collect();
+    let text = |name: &str| Some(fields.get(name)?.as_str()?.to_owned());
+    let env = fields.get("env")?;
+    let names = env.names().into_iter().flatten().map(str::to_owned);
+    let values = env.as_str_vector().unwrap_or_default();
+    let env = names.zip(values).map(|(name, value)| {
+        let value = (!value.is_na()).then(|| value.into());
+        (name.into(), value)
+    });
+    let ranks = fields.get("ranks")?.as_integer_vector()?;
+    let start = Start {
+        workers: ranks.len() as u32,
+        mode: match fields.get("mode")?.as_str()? {
+            "spawn" => StartMode::Spawn,
+            _ => StartMode::Fork,
+        },
+        packages: strings(fields.get("packages")?),
+        outfile: match fields.get("outfile")?.as_str()? {
+            "" => Outfile::Console,
+            "/dev/null" => Outfile::Discard,
+            path => Outfile::File(path.to_owned()),
+        },
+        renice: fields.get("renice")?.as_integer()?,
+        spawn_command: strings(fields.get("spawn")?),
+    };
+    Some(Host {
+        launch: Launch {
+            host: text("host")?,
+            command: strings(fields.get("command")?).into_iter().map(Into::into).collect(),
+            env: env.collect(),
+        },
+        start,
+        ranks: ranks.into_iter().map(|rank| (rank - 1) as Rank).collect(),
+    })
+}
+
+/// How far a start has come: the number of workers up, invisibly waiting a little for more.
+/// @noRd
+#[extendr]
+fn hub_progress(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let failure = match hub.progress(SLICE) {
+            Progress::Starting { up } => return Ok((up as i32).into()),
+            Progress::Up => return Ok((hub.size() as i32).into()),
+            Progress::Refused { host, reason } => match reason {
+                ToHead::Limits {
+                    what,
+                    needed,
+                    available,
+                    remedy,
+                } => Failure::new("limits")
+                    .with("agent", host + 1)
+                    .with("what", what)
+                    .with("needed", needed)
+                    .with("available", available)
+                    .with("reason", remedy),
+                ToHead::StartFailed { reason } => Failure::new("start_failed")
+                    .with("agent", host + 1)
+                    .with("reason", reason),
+                _ => Failure::new("start_failed").with("agent", host + 1),
+            },
+            Progress::HostFailed { host, failure } => Failure::new("start_failed")
+                .with("agent", host + 1)
+                .with("reason", failure.reason)
+                .with("stderr", failure.stderr)
+                .with("stdout", failure.stdout),
+            Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
+                .with("rank", rank + 1)
+                .with("reason", format!("a worker {} before it was ready", loss.exit))
+                .with("stderr", loss.tail),
+        };
+        Err(failure)
+    })
+}
+
+/// A number for the tasks of one call of a verb.
+/// @noRd
+#[extendr]
+fn hub_new_job(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| Ok((hub.new_job() as f64).into()))
+}
+
+/// Cancels what is left of a job. Returns how many tasks that was.
+/// @noRd
+#[extendr]
+fn hub_cancel_job(handle: Robj, job: f64) -> Robj {
+    with_hub(&handle, |hub| Ok((hub.cancel_job(job as u64) as i32).into()))
+}
+
+/// The hub as R's serialization writes to it.
+struct ToHub<'a>(&'a Cluster);
+
+impl Sink for ToHub<'_> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.0.hub.borrow_mut().write(bytes)
+    }
+
+    fn wait(&mut self) -> bool {
+        self.0.hub.borrow_mut().wait_to_send(SLICE)
+    }
+}
+
+/// Sends a message to a node.
+/// @noRd
+#[extendr]
+fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let rank = rank_of(&cluster.hub.borrow(), rank)?;
+        let begun = cluster.hub.borrow_mut().begin(rank, job as u64);
+        begun.map_err(|gone| Failure::gone(rank, &gone))?;
+        match stream::serialize(&message, &mut ToHub(cluster)) {
+            Ok(()) => {
+                cluster.hub.borrow_mut().finish();
+                Ok(().into())
+            }
+            Err(Jump(token)) => {
+                cluster.hub.borrow_mut().abandon();
+                Ok(token)
+            }
+        }
+    })
+}
+
+fn nothing_sent() -> Failure {
+    Failure::new("no_task")
+}
+
+/// The answer of a node to the oldest message sent to it.
+/// @noRd
+#[extendr]
+fn hub_receive(handle: Robj, rank: i32) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let answer = {
+            let mut hub = cluster.hub.borrow_mut();
+            let rank = rank_of(&hub, rank)?;
+            hub.receive(rank, SLICE)
+        };
+        match answer {
+            Answer::Ready { body, .. } => Ok(match stream::unserialize(body) {
+                Ok(value) => value,
+                Err(Jump(token)) => token,
+            }),
+            Answer::Lost { rank, gone } => Err(Failure::gone(rank, &gone)),
+            Answer::Pending => Ok(().into()),
+            Answer::NothingSent => Err(nothing_sent()),
+        }
+    })
+}
+
+/// The next answer of any of these nodes: a list of its place among them and the answer.
+/// @noRd
+#[extendr]
+fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let size = cluster.hub.borrow().size();
+        let places = match cluster.nodes.take() {
+            // SAFETY: addresses are compared, not used.
+            Some((known, places)) if unsafe { known.get() == nodes.get() } => places,
+            _ => places_of(&nodes, &handle, size)?,
+        };
+        let place = |rank: Rank| places.get(rank as usize).copied().unwrap_or(ABSENT);
+        let answer = {
+            let mut hub = cluster.hub.borrow_mut();
+            hub.receive_any(|rank| place(rank) != ABSENT, SLICE)
+        };
+        let result = match answer {
+            Answer::Ready { rank, body } => Ok(match stream::unserialize(body) {
+                Ok(value) => {
+                    let node = place(rank) as i32;
+                    List::from_names_and_values(["node", "value"], [Robj::from(node), value])
+                        .map_or_else(|_| ().into(), Robj::from)
+                }
+                Err(Jump(token)) => token,
+            }),
+            Answer::Lost { rank, gone } => Err(Failure::gone(rank, &gone)),
+            Answer::Pending => Ok(().into()),
+            Answer::NothingSent => Err(nothing_sent()),
+        };
+        cluster.nodes.set(Some((nodes, places)));
+        result
+    })
+}
+
+/// Each rank's place, from 1, in a list of nodes.
+fn places_of(
+    nodes: &Robj,
+    handle: &Robj,
+    size: usize,
+) -> std::result::Result<Vec<u32>, Failure> {
+    let bad = |reason: &str| {
+        Failure::new("bad_argument")
+            .with("argument", "cl")
+            .with("reason", reason)
+    };
+    let list = nodes.as_list().ok_or_else(|| bad("not a list of nodes"))?;
+    let mut places = vec![ABSENT; size];
+    for (at, node) in list.values().enumerate() {
+        let fields: HashMap<&str, Robj> = match node.as_list() {
+            Some(fields) => fields.iter().collect(),
+            None => return Err(bad("not a list of nodes")),
+        };
+        let own = fields
+            .get("handle")
+            .and_then(Robj::as_environment)
+            .and_then(|env| env.local("pointer").ok())
+            // SAFETY: addresses are compared, not used.
+            .is_some_and(|pointer: Robj| unsafe { pointer.get() == handle.get() });
+        if !own {
+            return Err(bad("its nodes are not all of one cluster"));
+        }
+        let rank = fields.get("rank").and_then(Robj::as_integer).unwrap_or(0);
+        match usize::try_from(rank) {
+            Ok(rank) if (1..=size).contains(&rank) => {
+                let place = &mut places[rank - 1];
+                *place = (*place).min(at as u32 + 1);
+            }
+            _ => return Err(bad("a node's rank is out of range")),
+        }
+    }
+    Ok(places)
+}
+
+/// Stops these nodes; with the last ones the cluster.
+/// @noRd
+#[extendr]
+fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        hub.stop_workers(ranks?);
+        Ok(().into())
+    })
+}
+
+/// Stops the cluster.
+/// @noRd
+#[extendr]
+fn hub_stop(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.stop();
+        Ok(().into())
+    })
+}
+
+/// Whether nothing is left of a stopped cluster; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_closed(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| Ok(hub.is_closed(SLICE).into()))
+}
+
+/// The pid of each worker, NA for those that are gone.
+/// @noRd
+#[extendr]
+fn hub_pids(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let pids = (0..hub.size() as Rank).map(|rank| {
+            let worker = hub.worker(rank);
+            let pid = worker.pid.filter(|_| worker.gone.is_none());
+            pid.map(|pid| pid as i32)
+        });
+        Ok(pids.collect::<Vec<Option<i32>>>().into())
+    })
+}
+
+/// The pid of each agent.
+/// @noRd
+#[extendr]
+fn hub_agent_pids(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let hosts = hub.hosts();
+        let running = |host: &&_| {
+            let host: &rustcluster_core::hub::HostView = host;
+            host.failure.is_none()
+        };
+        let pids = hosts.iter().filter(running).filter_map(|host| host.pid);
+        Ok(pids.map(|pid| pid as i32).collect::<Vec<i32>>().into())
+    })
+}
+
+/// What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
+/// that workers printed.
+/// @noRd
+#[extendr]
+fn hub_events(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let (mut replaced, mut ranks, mut texts) = (Vec::new(), Vec::new(), Vec::new());
+        for event in hub.take_events() {
+            match event {
+                Event::Replaced { rank } => replaced.push(rank as i32 + 1),
+                Event::Output { rank, bytes } => {
+                    ranks.push(rank as i32 + 1);
+                    texts.push(String::from_utf8_lossy(&bytes).replace('\0', ""));
+                }
+            }
+        }
+        if replaced.is_empty() && ranks.is_empty() {
+            return Ok(().into());
+        }
+        let list = list!(replaced = replaced, ranks = ranks, texts = texts);
+        Ok(list.into())
+    })
+}
+
+extendr_module! {
+    mod head;
+    fn limits_check;
+    fn hub_start;
+    fn hub_progress;
+    fn hub_new_job;
+    fn hub_cancel_job;
+    fn hub_send;
+    fn hub_receive;
+    fn hub_receive_any;
+    fn hub_stop_nodes;
+    fn hub_stop;
+    fn hub_closed;
+    fn hub_pids;
+    fn hub_agent_pids;
+    fn hub_events;
+}

@@ -1,0 +1,146 @@
+//! R objects to bytes and back, through R's own serialization, piece by piece.
+
+use crate::unwind::{self, Jump};
+use bytes::Buf;
+use extendr_api::prelude::*;
+use extendr_ffi::{
+    R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
+    R_outpstream_t, R_pstream_format_t, Rf_error, SEXP,
+};
+use rustcluster_core::scheduler::Body;
+use std::ffi::{c_char, c_int, c_void};
+
+/// Version 3 of R's serialization: ALTREP compact vectors and the native encoding survive.
+const VERSION: c_int = 3;
+
+/// Takes the bytes of a serialized object.
+pub trait Sink {
+    /// Takes some. Returns whether to call [`Sink::wait`] until it says no.
+    fn write(&mut self, bytes: &[u8]) -> bool;
+    /// Waits a little for room. Returns whether there is none yet.
+    fn wait(&mut self) -> bool {
+        false
+    }
+}
+
+struct Writer<'a> {
+    sink: &'a mut dyn Sink,
+    object: SEXP,
+}
+
+/// Writes `object` to `sink`, in this machine's byte order.
+///
+/// # Errors
+/// When R jumped: what was written by then is incomplete.
+pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<(), Jump> {
+    // SAFETY: the object is protected by its Robj.
+    let object = unsafe { object.get() };
+    let mut writer = Writer { sink, object };
+    unwind::protect(serialize_under_protection, &mut writer).map(drop)
+}
+
+unsafe extern "C" fn serialize_under_protection(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the writer of `serialize`, which outlives this call. This frame and those
+    // of the callbacks hold nothing that is to be dropped when R jumps.
+    unsafe {
+        let mut stream = R_outpstream_st {
+            data,
+            type_: R_pstream_format_t::R_pstream_binary_format,
+            version: VERSION,
+            OutChar: Some(out_char),
+            OutBytes: Some(out_bytes),
+            OutPersistHookFunc: None,
+            OutPersistHookData: R_NilValue,
+        };
+        R_Serialize((*data.cast::<Writer<'_>>()).object, &mut stream);
+        R_NilValue
+    }
+}
+
+unsafe extern "C" fn out_char(stream: R_outpstream_t, byte: c_int) {
+    let mut byte = byte as u8;
+    // SAFETY: as for out_bytes.
+    unsafe { out_bytes(stream, (&raw mut byte).cast(), 1) };
+}
+
+unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: c_int) {
+    // SAFETY: R hands back our writer and `len` readable bytes. When check_interrupt jumps, this
+    // frame holds nothing to be dropped.
+    unsafe {
+        let writer = (*stream).data.cast::<Writer<'_>>();
+        let bytes = std::slice::from_raw_parts(bytes.cast::<u8>(), len.max(0) as usize);
+        let mut wait = (*writer).sink.write(bytes);
+        while wait {
+            wait = (*writer).sink.wait();
+            unwind::check_interrupt();
+        }
+    }
+}
+
+/// Reads an object. Bytes are given back as they are read.
+///
+/// # Errors
+/// When R jumped, as it does with an error when the bytes are no R object or too few.
+pub fn unserialize(mut body: Body) -> std::result::Result<Robj, Jump> {
+    unwind::protect(unserialize_under_protection, &mut body)
+}
+
+unsafe extern "C" fn unserialize_under_protection(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the body of `unserialize`, which outlives this call. This frame and those
+    // of the callbacks hold nothing that is to be dropped when R jumps.
+    unsafe {
+        let mut stream = R_inpstream_st {
+            data,
+            type_: R_pstream_format_t::R_pstream_any_format,
+            InChar: Some(in_char),
+            InBytes: Some(in_bytes),
+            InPersistHookFunc: None,
+            InPersistHookData: R_NilValue,
+            native_encoding: [0; 64],
+            nat2nat_obj: std::ptr::null_mut(),
+            nat2utf8_obj: std::ptr::null_mut(),
+        };
+        R_Unserialize(&mut stream)
+    }
+}
+
+unsafe extern "C" fn in_char(stream: R_inpstream_t) -> c_int {
+    let mut byte = 0u8;
+    // SAFETY: as for in_bytes.
+    unsafe { in_bytes(stream, (&raw mut byte).cast(), 1) };
+    c_int::from(byte)
+}
+
+unsafe extern "C" fn in_bytes(stream: R_inpstream_t, bytes: *mut c_void, len: c_int) {
+    const CUT: *const c_char = c"the serialized object is cut short".as_ptr();
+    // SAFETY: R hands back our body and room for `len` bytes. Rf_error jumps; this frame then
+    // holds nothing to be dropped. The message has no format directive.
+    unsafe {
+        let body = (*stream).data.cast::<Body>();
+        let out = std::slice::from_raw_parts_mut(bytes.cast::<u8>(), len.max(0) as usize);
+        if !read(&mut *body, out) {
+            Rf_error(CUT);
+        }
+    }
+}
+
+/// Fills `out` from the front of `body`. Returns whether there was enough.
+fn read(body: &mut Body, mut out: &mut [u8]) -> bool {
+    if body.len < out.len() {
+        return false;
+    }
+    body.len -= out.len();
+    while !out.is_empty() {
+        let Some(chunk) = body.chunks.front_mut() else {
+            return false;
+        };
+        let n = chunk.len().min(out.len());
+        let (now, later) = out.split_at_mut(n);
+        chunk.copy_to_slice(now);
+        out = later;
+        if chunk.is_empty() {
+            body.chunks.pop_front();
+        }
+    }
+    true
+}

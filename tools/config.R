@@ -1,0 +1,32 @@
+# Makes src/Makevars from src/Makevars.in.
+source("tools/rust.R")
+rust <- find_rust()
+windows <- .Platform$OS.type == "windows"
+# A release tarball brings the sources of all crates and is built without a network; a checkout
+# gets them from the registry and keeps what it has compiled.
+vendored <- file.exists("src/rust/vendor.tar.xz")
+flags <- c(
+  "--locked",
+  if (vendored) "--offline",
+  # As CRAN's policy asks.
+  if (vendored) "-j 2"
+)
+values <- c(
+  CARGO = rust$cargo,
+  # cargo finds rustc on the PATH.
+  CARGO_PATH = if (nzchar(rust$dir)) paste0('PATH="', rust$dir, ':$$PATH"') else "",
+  CARGO_FLAGS = paste(flags, collapse = " "),
+  # The machine's paths do not belong in the library.
+  RUSTFLAGS = "--remap-path-prefix=`pwd`=.",
+  CLEAN = if (vendored && !windows) "rust_clean" else "",
+  UNPACK = if (vendored) {
+    paste("cd rust && rm -rf vendor && tar xJf vendor.tar.xz && mkdir -p .cargo &&",
+          "cp vendor-config.toml .cargo/config.toml")
+  } else "@true"
+)
+file <- if (windows) "src/Makevars.win" else "src/Makevars"
+lines <- readLines(paste0(file, ".in"))
+for (name in names(values)) {
+  lines <- gsub(paste0("@", name, "@"), values[[name]], lines, fixed = TRUE)
+}
+writeLines(lines, file)

@@ -1,0 +1,46 @@
+# Finds the Rust toolchain: sourced by msrv.R and config.R.
+
+# The versions that DESCRIPTION asks for.
+required_rust <- function() {
+  needs <- read.dcf("DESCRIPTION", fields = "SystemRequirements")[[1]]
+  version <- regmatches(needs, regexec("rustc *\\(?>= *([0-9.]+)", needs))[[1]][2]
+  if (is.na(version)) stop("DESCRIPTION names no version of rustc")
+  version
+}
+
+# Where cargo and rustc may be, besides PATH: rustup's place, and Debian's packages cargo-web and
+# rustc-web, which have versions beside the distribution's own.
+rust_dirs <- function() {
+  home <- Sys.getenv("CARGO_HOME", file.path(Sys.getenv("HOME"), ".cargo"))
+  versioned <- rev(Sys.glob("/usr/lib/rust-*/bin"))
+  c("", file.path(home, "bin"), versioned)
+}
+
+version_of <- function(program) {
+  out <- tryCatch(
+    suppressWarnings(system2(program, "--version", stdout = TRUE, stderr = FALSE)),
+    error = function(e) character()
+  )
+  found <- regmatches(out, regexpr("[0-9]+\\.[0-9]+\\.[0-9]+", out))
+  if (length(found)) found[[1]] else NA_character_
+}
+
+# The first directory with both programs, new enough; NULL if there is none. What was found on the
+# way is in attribute "seen".
+find_rust <- function(needs = required_rust()) {
+  seen <- character()
+  for (dir in rust_dirs()) {
+    path <- function(program) if (nzchar(dir)) file.path(dir, program) else program
+    cargo <- version_of(path("cargo"))
+    rustc <- version_of(path("rustc"))
+    if (is.na(cargo) && is.na(rustc)) next
+    where <- if (nzchar(dir)) dir else "the PATH"
+    seen <- c(seen, sprintf("on %s: cargo %s, rustc %s", where,
+                            if (is.na(cargo)) "missing" else cargo,
+                            if (is.na(rustc)) "missing" else rustc))
+    if (!is.na(cargo) && !is.na(rustc) && numeric_version(rustc) >= needs) {
+      return(list(dir = dir, cargo = path("cargo"), rustc = rustc))
+    }
+  }
+  structure(list(), seen = seen)
+}
