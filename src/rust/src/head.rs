@@ -281,7 +281,7 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
         let places = match cluster.nodes.take() {
             // SAFETY: addresses are compared, not used.
             Some((known, places)) if unsafe { known.get() == nodes.get() } => places,
-            _ => places_of(&nodes, &handle, size)?,
+            _ => places_of(&nodes, size)?,
         };
         let place = |rank: Rank| places.get(rank as usize).copied().unwrap_or(ABSENT);
         let answer = {
@@ -307,11 +307,7 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
 }
 
 /// Each rank's place, from 1, in a list of nodes.
-fn places_of(
-    nodes: &Robj,
-    handle: &Robj,
-    size: usize,
-) -> std::result::Result<Vec<u32>, Failure> {
+fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
     let bad = |reason: &str| {
         Failure::new("bad_argument")
             .with("argument", "cl")
@@ -319,18 +315,15 @@ fn places_of(
     };
     let list = nodes.as_list().ok_or_else(|| bad("not a list of nodes"))?;
     let mut places = vec![ABSENT; size];
+    let mut first = None;
     for (at, node) in list.values().enumerate() {
         let fields: HashMap<&str, Robj> = match node.as_list() {
             Some(fields) => fields.iter().collect(),
             None => return Err(bad("not a list of nodes")),
         };
-        let own = fields
-            .get("handle")
-            .and_then(Robj::as_environment)
-            .and_then(|env| env.local("pointer").ok())
-            // SAFETY: addresses are compared, not used.
-            .is_some_and(|pointer: Robj| unsafe { pointer.get() == handle.get() });
-        if !own {
+        // SAFETY: addresses are compared, not used.
+        let own = fields.get("handle").map(|handle| unsafe { handle.get() });
+        if *first.get_or_insert(own) != own {
             return Err(bad("its nodes are not all of one cluster"));
         }
         let rank = fields.get("rank").and_then(Robj::as_integer).unwrap_or(0);
