@@ -119,10 +119,8 @@ newHandle <- function(pointer, hosts, outfile) {
   handle$stopped <- FALSE
   # The job under way: see parallel.R.
   handle$verb <- NULL
-  handle$depth <- 0L
+  handle$depth <- noDepth
   handle$job <- noJob
-  # Output of workers: nothing to look for unless it is to be shown.
-  handle$quiet <- FALSE
   handle$partial <- list()
   handle
 }

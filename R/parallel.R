@@ -8,117 +8,122 @@
 #' @exportS3Method parallel::sendData
 sendData.RustNode <- function(node, data) {
   handle <- node[["handle"]]
-  depth <- handle$depth
-  verb <- handle$verb
-  if (is.null(verb) || sys.nframe() <= depth || !identical(sys.frame(depth), verb)) {
+  if (sys.nframe() <= handle$depth || !identical(sys.frame(handle$depth), handle$verb)) {
     openJob(handle, sys.nframe())
   }
   result <- hub_send(handle$pointer, node[["rank"]], handle$job, data)
-  if (!is.null(result)) sendFailed(result, handle)
-  invisible()
-}
-
-# 0 stands for no job: a send from outside of any verb, which is nobody's to cancel.
-noJob <- 0
-
-openJob <- function(handle, frames) {
-  depth <- verbDepth(frames)
-  if (is.null(depth)) {
-    handle$verb <- NULL
-    handle$job <- noJob
-    return()
-  }
-  verb <- sys.frame(depth)
-  handle$job <- checked(hub_new_job(handle$pointer))
-  handle$depth <- depth
-  handle$verb <- verb
-  do.call(on.exit, list(bquote(.(closeJob)(.(handle), .(handle$job))), add = TRUE), envir = verb)
-}
-
-closeJob <- function(handle, job) {
-  handle$verb <- NULL
-  hub_cancel_job(handle$pointer, job)
-  if (!handle$quiet) showEvents(handle)
-}
-
-# The frame that calls parallel's sendCall(): that of a verb, if its function is one of parallel's
-# or ours. `frames`: the number of the method's own frame.
-verbDepth <- function(frames) {
-  plumbing <- plumbing()
-  for (depth in rev(seq_len(frames - 1L))) {
-    fun <- sys.function(depth)
-    if (any(vapply(plumbing, identical, NA, fun))) next
-    env <- topenv(environment(fun))
-    # dynamicClusterApply() sends from a closure of its own.
-    frame <- parent.env(sys.frame(depth))
-    if (!identical(frame, env)) {
-      for (outer in rev(seq_len(depth - 1L))) {
-        if (identical(sys.frame(outer), frame)) {
-          depth <- outer
-          break
-        }
-      }
-    }
-    if (identical(env, parallelNamespace())) return(depth)
-    return(NULL)
-  }
-  NULL
-}
-
-parallelNamespace <- function() asNamespace("parallel")
-
-# What lies between a verb and a method.
-plumbing <- function() {
-  names <- c("sendData", "postNode", "sendCall")
-  c(list(sendData.RustNode), mget(names, parallelNamespace(), mode = "function"))
-}
-
-sendFailed <- function(result, handle) {
+  if (is.null(result)) return(invisible())
   if (typeof(result) == "character") handleFailed(result, handle)
   unwound(result)
 }
 
+# 0 stands for no job: a send from outside of any verb, which is nobody's to cancel.
+noJob <- 0
+# Deeper than any frame: no verb.
+noDepth <- .Machine$integer.max
+
+openJob <- function(handle, frames) {
+  depth <- verbDepth(frames)
+  handle$depth <- noDepth
+  handle$job <- noJob
+  if (is.null(depth)) return()
+  verb <- sys.frame(depth)
+  handle$job <- checked(hub_new_job(handle$pointer))
+  handle$verb <- verb
+  handle$depth <- depth
+  do.call(on.exit, list(as.call(list(closeJob, handle, handle$job)), TRUE), envir = verb)
+}
+
+closeJob <- function(handle, job) {
+  if (identical(handle$job, job)) {
+    handle$verb <- NULL
+    handle$depth <- noDepth
+    handle$job <- noJob
+  }
+  hub_cancel_job(handle$pointer, job)
+  showEvents(handle)
+}
+
+# The functions of parallel that send tasks and receive the answers, from one frame each.
+# dynamicClusterApply() sends from a closure of its own, submit().
+verbs <- c("clusterCall", "staticClusterApply", "dynamicClusterApply")
+
+# The number of the frame of the verb that sends, or NULL: what is sent by other code, or by hand,
+# is received by it as it likes. `frames`: the number of the method's own frame.
+verbDepth <- function(frames) {
+  depth <- frames - 1L
+  while (depth > 0L) {
+    name <- calledName(sys.call(depth))
+    if (name %in% verbs) {
+      ours <- identical(topenv(environment(sys.function(depth))), parallelNamespace())
+      return(if (ours) depth)
+    }
+    # Between the verb and the method.
+    if (!name %in% c("sendData", "postNode", "sendCall", "submit")) return(NULL)
+    depth <- depth - 1L
+  }
+  NULL
+}
+
+# "f" of f(x) and of p::f(x).
+calledName <- function(call) {
+  head <- call[[1L]]
+  if (is.call(head) && length(head) == 3L) head <- head[[3L]]
+  if (is.symbol(head)) as.character(head) else ""
+}
+
+parallelNamespace <- function() asNamespace("parallel")
+
 handleFailed <- function(failure, handle) {
-  if (isTRUE(handle$stopped)) failure <- c(kind = "stopped")
+  if (handle$stopped) failure <- c(kind = "stopped")
   raiseFailure(failure, handle$hosts)
 }
 
 #' @exportS3Method parallel::recvData
 recvData.RustNode <- function(node) {
   handle <- node[["handle"]]
-  receive(handle, function() hub_receive(handle$pointer, node[["rank"]]))
+  rank <- node[["rank"]]
+  withCallingHandlers(
+    repeat {
+      result <- hub_receive(handle$pointer, rank)
+      if (typeof(result) == "list") return(result)
+      noAnswer(result, handle)
+    },
+    error = unreadable
+  )
 }
 
 #' @exportS3Method parallel::recvOneData
 recvOneData.RustCluster <- function(cl) {
   if (!length(cl)) badArgument("cl", "has no nodes")
   handle <- cl[[1L]][["handle"]]
-  receive(handle, function() hub_receive_any(handle$pointer, cl))
+  withCallingHandlers(
+    repeat {
+      result <- hub_receive_any(handle$pointer, cl)
+      if (typeof(result) == "list") return(result)
+      noAnswer(result, handle)
+    },
+    error = unreadable
+  )
 }
 
 # Rust waits in slices; in between R looks for interrupts, time limits and its front end's events,
 # which is what Sys.sleep(0) does.
-receive <- function(handle, poll) {
-  repeat {
-    # The only errors in here are those of reading an answer.
-    result <- tryCatch(
-      {
-        result <- poll()
-        if (typeof(result) == "pairlist") unwound(result)
-        result
-      },
-      error = unreadable
-    )
-    switch(typeof(result),
-      list = return(result),
-      character = handleFailed(result, handle)
-    )
-    if (!handle$quiet) showEvents(handle)
-    Sys.sleep(0)
-  }
+noAnswer <- function(result, handle) {
+  switch(typeof(result),
+    character = handleFailed(result, handle),
+    pairlist = unwound(result)
+  )
+  showEvents(handle)
+  Sys.sleep(0)
 }
 
+# The errors that are raised while an answer is received, other than our own, are those of reading
+# it, and those of R itself (a time limit).
 unreadable <- function(e) {
+  call <- conditionCall(e)
+  reading <- is.call(call) && calledName(call) %in% c("hub_receive", "hub_receive_any")
+  if (!reading || inherits(e, "rustcluster_error")) return()
   abort("protocol", "an answer could not be read: ", conditionMessage(e), fields = list(parent = e))
 }
 

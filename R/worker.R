@@ -64,37 +64,30 @@ attachPackages <- function(packages) {
 
 serveTasks <- function() {
   checked(worker_ready(tempdir(check = TRUE)))
+  # The message that is being worked on.
   state <- new.env(parent = emptyenv())
-  # An interrupt that the task does not catch ends it, and nothing else.
-  while (tryCatch(serveUntilInterrupt(state), interrupt = function(e) answerInterrupt(state))) NULL
+  # What a task does not catch itself ends it, and nothing else. The handlers are made once and not
+  # for each task.
+  while (tryCatch(
+    serveUntilJump(state),
+    interrupt = function(e) answerFailure(state, "the task was interrupted"),
+    error = function(e) answerFailure(state, conditionMessage(e), e)
+  )) NULL
 }
 
-serveUntilInterrupt <- function(state) {
+serveUntilJump <- function(state) {
   while (serveTask(state)) NULL
   FALSE
 }
 
-answerInterrupt <- function(state) {
-  if (!is.null(state$message)) {
-    value <- structure("the task was interrupted", class = c("snow-try-error", "try-error"))
-    answer(state$message, value, FALSE, proc.time() - state$begun)
-    state$message <- NULL
-  }
-  TRUE
-}
-
 # parallel's workCommand(), from the message to the answer. FALSE at the end.
 serveTask <- function(state) {
+  state$message <- NULL
   message <- worker_next()
   if (is.null(message)) return(FALSE)
-  message <- switch(typeof(message),
-    list = message,
-    pairlist = tryCatch(unwound(message), error = unreadTask),
-    checked(message)
-  )
-  if (message$type == "DONE") return(FALSE)
-  state$begun <- proc.time()
+  if (typeof(message) != "list") checked(message)
   state$message <- message
+  if (message$type == "DONE") return(FALSE)
   success <- TRUE
   handler <- function(e) {
     success <<- FALSE
@@ -103,24 +96,20 @@ serveTask <- function(state) {
   t1 <- proc.time()
   value <- tryCatch(do.call(message$data$fun, message$data$args, quote = TRUE), error = handler)
   t2 <- proc.time()
-  answer(message, value, success, t2 - t1)
-  state$message <- NULL
+  sent <- worker_send(list(
+    type = "VALUE", value = value, success = success, time = t2 - t1, tag = message$data$tag
+  ))
+  if (!is.null(sent)) checked(sent)
   TRUE
 }
 
-# A message that could not be read is answered with the error of reading it.
-unreadTask <- function(e) {
-  list(type = "EXEC", data = list(fun = stop, args = list(e)))
-}
-
-answer <- function(message, value, success, time) {
-  answer <- list(type = "VALUE", value = value, success = success, time = time,
-                 tag = message$data$tag)
-  failed <- tryCatch(checked(worker_send(answer)), error = identity)
-  if (inherits(failed, "error") && !inherits(failed, "rustcluster_error")) {
-    # The value cannot be serialized.
-    answer$value <- structure(conditionMessage(failed), class = c("snow-try-error", "try-error"))
-    answer$success <- FALSE
-    checked(worker_send(answer))
-  }
+# An interrupt, or an error outside of the task's own code: the message could not be read, or the
+# value could not be serialized. Without a channel there is nobody to tell.
+answerFailure <- function(state, text, e = NULL) {
+  if (inherits(e, "rustcluster_error")) stop(e)
+  checked(worker_send(list(
+    type = "VALUE", value = structure(text, class = c("snow-try-error", "try-error")),
+    success = FALSE, time = structure(numeric(5), class = "proc_time"), tag = state$message$data$tag
+  )))
+  TRUE
 }

@@ -265,7 +265,6 @@ test_that("outfile: the workers' output is appended to a file", {
     cat("cat from", i, "\n")
     print(paste("print from", i))
     message("message from ", i)
-    system(paste("echo subprocess of", i))
     i
   })
   stopCluster(cl)
@@ -275,7 +274,6 @@ test_that("outfile: the workers' output is appended to a file", {
   expect_equal(found("cat from [12]"), 2)
   expect_equal(found("print from [12]"), 2)
   expect_equal(found("message from [12]"), 2)
-  expect_equal(found("subprocess of [12]"), 2)
 })
 
 test_that("outfile = \"\": the workers' output comes to the head's", {

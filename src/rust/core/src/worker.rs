@@ -1,8 +1,8 @@
 //! A worker's side of its channel to the agent: blocking, single-threaded, no R in it.
 //!
 //! SIGINT is how a running task is interrupted, so it must reach R while R runs a task and at no
-//! other time. It is blocked in [`Channel::next_task`] and [`Channel::send`] and let through between
-//! them. The agent writes a cancel frame before it sends the signal: a signal for a task that is
+//! other time. It is blocked from [`Channel::restart`], with which an answer begins, until
+//! [`Channel::next_task`] has returned and the task starts. The agent writes a cancel frame before it sends the signal: a signal for a task that is
 //! still in the channel's buffer is therefore never lost (the frame is seen before the task
 //! starts), and one for a task that has ended is never felt by the next.
 
@@ -128,11 +128,6 @@ impl Channel {
         Ok(None)
     }
 
-    /// Lets SIGINT reach R: a task is about to run.
-    pub fn open_to_interrupts(&self) {
-        signals::unblock_interrupt();
-    }
-
     /// Whether a cancel frame for the current task has already arrived.
     fn cancelled(&mut self) -> io::Result<bool> {
         if self.received.is_empty() {
@@ -182,19 +177,19 @@ impl Channel {
         }
     }
 
-    /// The answer starts anew: what was sent of it does not count.
+    /// An answer starts, or starts anew: what was sent of it does not count. SIGINT is blocked from
+    /// here on.
     pub fn restart(&mut self) {
         signals::block_interrupt();
         self.begun = false;
         self.outgoing.clear();
     }
 
-    /// Appends to the current task's answer; `last` ends it. SIGINT is blocked from here on.
+    /// Appends to the current task's answer; `last` ends it. SIGINT must be blocked.
     ///
     /// # Errors
     /// When the agent is gone.
     pub fn send(&mut self, mut bytes: &[u8], last: bool) -> io::Result<()> {
-        signals::block_interrupt();
         let Some(task) = self.task else {
             return Ok(());
         };

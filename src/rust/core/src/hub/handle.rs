@@ -14,11 +14,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 /// Bytes of tasks that may wait to be sent before R's thread waits too.
 const SEND_LIMIT: usize = 32 * 1024 * 1024;
+
+/// How long R's thread watches for an answer before it sleeps: about what it takes, to and fro, to
+/// put a core to sleep and wake it.
+const WATCH: Duration = Duration::from_micros(1000);
 
 /// A job that no verb of ours stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
@@ -81,6 +85,8 @@ pub struct Hub {
     next_job: JobId,
     /// A message is being written.
     writing: Option<Writing>,
+    /// How long R has lately waited for answers, on average.
+    usual_wait: Duration,
 }
 
 #[derive(Debug)]
@@ -128,6 +134,7 @@ impl Hub {
             next_task: 1,
             next_job: NO_JOB + 1,
             writing: None,
+            usual_wait: Duration::ZERO,
         })
     }
 
@@ -400,6 +407,12 @@ impl Hub {
     ) -> Answer {
         let mut found = look(self);
         if found.is_none() {
+            let began = Instant::now();
+            found = self.watch(began, &mut look);
+            self.usual_wait = (3 * self.usual_wait + began.elapsed()) / 4;
+        }
+        if found.is_none() {
+            let began = Instant::now();
             let shared = self.shared();
             shared.set_want(want);
             if shared.starving.load(Ordering::SeqCst) {
@@ -413,6 +426,7 @@ impl Hub {
                 found = look(self);
             }
             self.shared().set_want(Want::Nothing);
+            self.usual_wait += began.elapsed() / 4;
         }
         let Some((rank, task, outcome)) = found else {
             return Answer::Pending;
@@ -427,6 +441,28 @@ impl Hub {
             // Only what R no longer expects is cancelled.
             Outcome::Cancelled => Answer::NothingSent,
         }
+    }
+
+    /// Watches for a change without sleeping, if answers have usually come so soon that sleeping
+    /// and being woken would take longer than the answer itself. Gives the core away at every
+    /// look, to whoever wants it.
+    fn watch<T>(&self, began: Instant, look: &mut impl FnMut(&Hub) -> Option<T>) -> Option<T> {
+        if self.usual_wait > WATCH {
+            return None;
+        }
+        let mut seen = self.shared().changes();
+        while began.elapsed() < WATCH {
+            thread::yield_now();
+            let changes = self.shared().changes();
+            if changes != seen {
+                seen = changes;
+                let found = look(self);
+                if found.is_some() {
+                    return found;
+                }
+            }
+        }
+        None
     }
 
     /// A task has ended and R knows it.

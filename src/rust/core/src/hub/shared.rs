@@ -91,6 +91,8 @@ pub struct Shared {
     /// Bytes of tasks submitted and not yet sent.
     pub queued: AtomicUsize,
     want: AtomicU64,
+    /// Counts the changes of the inbox, for R's thread to watch without taking the lock.
+    changes: AtomicUsize,
     pub result_limit: usize,
 }
 
@@ -113,6 +115,7 @@ impl Shared {
             send_blocked: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
             want: AtomicU64::new(0),
+            changes: AtomicUsize::new(0),
             result_limit,
         })
     }
@@ -143,6 +146,7 @@ impl Shared {
         let waiting = {
             let mut inbox = self.inbox();
             change(&mut inbox);
+            self.changes.fetch_add(1, Ordering::Release);
             std::mem::take(&mut inbox.waiting)
         };
         if waiting {
@@ -230,6 +234,10 @@ impl Shared {
             }
             inbox.closed = true;
         });
+    }
+
+    pub fn changes(&self) -> usize {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// Sleeps until the hub changes something, `most` has passed, or a signal arrives. The
