@@ -159,18 +159,22 @@ newCluster <- function(handle) {
 
 # A number of workers or threads.
 count <- function(value, argument, most) {
-  bad <- !is.numeric(value) || length(value) < 1L || is.na(value[[1L]]) || value[[1L]] < 1
-  if (bad) badArgument(argument, "must be a number, at least 1")
-  if (value[[1L]] > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
-  as.integer(value[[1L]])
+  if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
+    badArgument(argument, "must be a number, at least 1")
+  }
+  if (value > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
+  as.integer(value)
 }
 
 # Far beyond what a machine can hold: more is a mistake.
 mostWorkers <- 100000
 
 specHosts <- function(spec) {
-  if (is.numeric(spec)) return(rep("localhost", count(spec, "spec", mostWorkers)))
-  if (is.character(spec) && length(spec) && !anyNA(spec)) {
+  # Of several numbers makePSOCKcluster() takes the first.
+  if (is.numeric(spec) && length(spec)) {
+    return(rep("localhost", count(spec[[1L]], "spec", mostWorkers)))
+  }
+  if (is.character(spec) && length(spec) && !anyNA(spec) && all(nzchar(spec))) {
     other <- setdiff(spec, "localhost")
     if (!length(other)) return(spec)
     abort(

@@ -185,7 +185,7 @@ test_that("each worker leads a process group, apart from the head's and the agen
   expect_false(agent %in% groups)
   expect_false(agent == proc_group(Sys.getpid()))
   # What a task starts is in the worker's group, and so ends with the worker.
-  sleeper <- as.integer(clusterCall(cl[2], function() system("sleep 300 & echo $!", intern = TRUE))[[1L]])
+  sleeper <- as.integer(clusterCall(cl[2], function() system("sleep 300 >/dev/null 2>&1 & echo $!", intern = TRUE))[[1L]])
   expect_equal(proc_group(sleeper), groups[[2L]])
   note_pids(sleeper)
   stopCluster(cl)
