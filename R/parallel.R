@@ -182,5 +182,6 @@ stopNodes <- function(nodes) {
   handle$stopped <- TRUE
   # Returns when nothing is left, which the agents' own time limits bound.
   while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
+  showEvents(handle)
   invisible()
 }

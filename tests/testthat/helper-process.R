@@ -237,7 +237,7 @@ start_child <- function(code, values = list(), prefix = "exec",
   )
   start <- file.path(dir, "start.sh")
   writeLines(shell, start)
-  system(paste("sh", shQuote(start), ">/dev/null 2>&1 &"), wait = FALSE)
+  system(paste("sh", shQuote(start), ">/dev/null 2>&1"), wait = FALSE)
   pidfile <- file.path(dir, "pid")
   if (!wait_until(function() isTRUE(file.size(pidfile) > 0), 20)) {
     stop("the child R session did not start")

@@ -385,7 +385,8 @@ impl Agent {
                     let fd = process.output.as_raw_fd();
                     registry.register(&mut SourceFd(&fd), Token(token + 1), Interest::READABLE)?;
                     self.workers[worker as usize] = Some(process);
-                    self.dirty.push(worker);
+                    // A separate process is told at once what to load.
+                    self.write_worker(worker);
                 }
                 Err(error) => {
                     self.book.exited(worker);
