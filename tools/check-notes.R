@@ -1,0 +1,24 @@
+# Reads the log of R CMD check. Fails on an error, a warning, or a note that has another cause than
+# the lack of a network, the size of the library, or that the package is new.
+log <- readLines(commandArgs(TRUE))
+starts <- grep("^\\* checking", log)
+ends <- c(starts[-1L] - 1L, length(log))
+bad <- character()
+for (i in seq_along(starts)) {
+  lines <- log[starts[i]:ends[i]]
+  result <- regmatches(lines[1L], regexpr("(ERROR|WARNING|NOTE)$", lines[1L]))
+  if (!length(result)) {
+    later <- grep("^ *(ERROR|WARNING|NOTE)$", lines, value = TRUE)
+    if (!length(later)) next
+    result <- trimws(later[1L])
+  }
+  allowed <- result == "NOTE" && grepl(
+    "CRAN incoming feasibility|future file timestamps|installed package size|package dependencies",
+    lines[1L]
+  )
+  if (!allowed) bad <- c(bad, lines)
+}
+if (length(bad)) {
+  writeLines(bad)
+  quit(status = 1L)
+}

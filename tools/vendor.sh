@@ -1,0 +1,28 @@
+#!/bin/bash
+# Makes the release tarball, which holds the sources of all crates and is built without a network.
+# The checkout stays as it is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+into=$PWD
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+git archive --prefix=rustcluster/ HEAD | tar x -C "$work"
+cd "$work/rustcluster/src/rust"
+cargo vendor --locked --quiet vendor >vendor-config.toml
+cargo metadata --locked --format-version 1 >"$work/metadata.json"
+python3 - "$work/metadata.json" >"$work/rustcluster/inst/AUTHORS" <<'PYTHON'
+import json, sys
+print("The library contains these Rust crates, with their authors and licences:\n")
+packages = json.load(open(sys.argv[1]))["packages"]
+for package in sorted(packages, key=lambda package: (package["name"], package["version"])):
+    if package["source"] is None:
+        continue
+    authors = ", ".join(package["authors"]) or "see " + (package["repository"] or "its page")
+    print(f'{package["name"]} {package["version"]}: {authors}. {package["license"]}')
+PYTHON
+tar cJf vendor.tar.xz vendor
+rm -rf vendor
+cd "$work"
+R CMD build --no-build-vignettes rustcluster
+mv rustcluster_*.tar.gz "$into/"
+echo "made $(ls "$into"/rustcluster_*.tar.gz)"
