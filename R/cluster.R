@@ -269,9 +269,10 @@ variables <- function(envs) {
 
 # The commands for this machine, and what is added to the environment.
 localLaunch <- function(options, env) {
+  # The same as for a PSOCK worker.
   arguments <- c(
-    options$rscript_args,
-    if (!options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats"
+    if (options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats,methods",
+    options$rscript_args
   )
   command <- function(role) c(options$rscript, arguments, "-e", startExpression(role))
   library <- dirname(getNamespaceInfo("rustcluster", "path"))

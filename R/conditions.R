@@ -18,8 +18,8 @@ badArgument <- function(argument, ...) {
 
 # The end of what a process printed, indented under its heading.
 tailText <- function(heading, text) {
-  text <- sub("[[:space:]]+$", "", text)
-  if (is.null(text) || !nzchar(text)) return("")
+  text <- sub("[[:space:]]+$", "", if (is.null(text)) "" else text)
+  if (!nzchar(text)) return("")
   lines <- utils::tail(strsplit(text, "\n", fixed = TRUE)[[1]], 20L)
   paste0("\n", heading, ":\n", paste0("  ", lines, collapse = "\n"))
 }

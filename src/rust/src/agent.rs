@@ -36,7 +36,10 @@ fn agent_greet(package: &str, r_version: &str) -> Robj {
 /// @noRd
 #[extendr]
 fn agent_fail(reason: &str) -> Robj {
-    match GREETED.take().map(|greeted| greeted.fail(reason.to_owned())) {
+    match GREETED
+        .take()
+        .map(|greeted| greeted.fail(reason.to_owned()))
+    {
         Some(Err(error)) => failed(&error),
         _ => ().into(),
     }

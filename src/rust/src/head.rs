@@ -43,14 +43,10 @@ fn with_cluster(
             return Err(Failure::new("restored"));
         }
         // Nil after it has been saved and loaded.
-        let pointer: &ExternalPtr<Cluster> = handle
-            .try_into()
-            .map_err(|_| Failure::new("restored"))?;
+        let pointer: &ExternalPtr<Cluster> =
+            handle.try_into().map_err(|_| Failure::new("restored"))?;
         let cluster = pointer.try_addr().map_err(|_| Failure::new("restored"))?;
-        let hub = cluster
-            .hub
-            .try_borrow()
-            .map_err(|_| Failure::new("busy"))?;
+        let hub = cluster.hub.try_borrow().map_err(|_| Failure::new("busy"))?;
         if hub.is_forked() {
             return Err(Failure::new("forked"));
         }
@@ -151,7 +147,10 @@ fn host_of(host: &Robj) -> Option<Host> {
     Some(Host {
         launch: Launch {
             host: text("host")?,
-            command: strings(fields.get("command")?).into_iter().map(Into::into).collect(),
+            command: strings(fields.get("command")?)
+                .into_iter()
+                .map(Into::into)
+                .collect(),
             env: env.collect(),
         },
         start,
@@ -191,7 +190,10 @@ fn hub_progress(handle: Robj) -> Robj {
                 .with("stdout", failure.stdout),
             Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
                 .with("rank", rank + 1)
-                .with("reason", format!("a worker {} before it was ready", loss.exit))
+                .with(
+                    "reason",
+                    format!("a worker {} before it was ready", loss.exit),
+                )
                 .with("stderr", loss.tail),
         };
         Err(failure)
@@ -209,7 +211,10 @@ fn hub_new_job(handle: Robj) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_cancel_job(handle: Robj, job: f64) -> Robj {
-    with_hub(&handle, |hub| Ok((hub.cancel_job(job as u64) as i32).into()))
+    with_hub(
+        &handle,
+        |hub| Ok((hub.cancel_job(job as u64) as i32).into()),
+    )
 }
 
 /// The hub as R's serialization writes to it.

@@ -53,9 +53,7 @@ fn worker_connect() -> Robj {
         CHANNEL.set(Some(channel));
         Ok(list!(packages = config.packages).into())
     };
-    connect().unwrap_or_else(|error| {
-        Failure::new("agent_failed").with("reason", error).into()
-    })
+    connect().unwrap_or_else(|error| Failure::new("agent_failed").with("reason", error).into())
 }
 
 /// Makes R forget its temporary directory, which in a fork is the agent's, so that

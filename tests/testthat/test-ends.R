@@ -1,0 +1,140 @@
+# Whatever ends first, nothing is left behind, and the head says what happened.
+
+watch_processes()
+
+busy <- function(cl) {
+  for (node in cl) parallel:::sendCall(node, function() repeat NULL, list())
+  Sys.sleep(0.3)
+}
+
+cluster_processes <- function(cl) c(agentPids(cl), clusterPids(cl))
+
+test_that("stopCluster leaves nothing, idle, busy or called twice", {
+  for (start in c("fork", "spawn")) {
+    cl <- makeRustCluster(3, start = start)
+    pids <- cluster_processes(cl)
+    stopCluster(cl)
+    expect_gone(pids)
+    expect_no_error(stopCluster(cl))
+    expect_rust_error(caught(clusterCall(cl, identity, 1)), "stopped")
+
+    cl <- makeRustCluster(3, start = start)
+    pids <- cluster_processes(cl)
+    busy(cl)
+    stopCluster(cl)
+    expect_gone(pids)
+  }
+})
+
+test_that("a cluster that is collected ends", {
+  cl <- makeRustCluster(2)
+  pids <- cluster_processes(cl)
+  rm(cl)
+  gc()
+  expect_gone(pids)
+})
+
+for (how in c("q()", "stop('as it happens')", "SIGTERM", "SIGKILL")) {
+  test_that(paste("nothing outlives a head with busy workers that ends by", how), {
+    skip_unless_proc()
+    child <- start_child({
+      cl <- makeRustCluster(3)
+      for (node in cl) parallel:::sendCall(node, function() repeat NULL, list())
+      Sys.sleep(0.3)
+      say(c(agentPids(cl), clusterPids(cl)))
+      if (how == "q()") q("no")
+      if (how == "stop('as it happens')") stop("as it happens")
+      Sys.sleep(60)
+    }, values = list(how = how))
+    expect_true(wait_until(function() length(child_lines(child)) > 0, 20))
+    pids <- as.integer(strsplit(trimws(child_lines(child)[[1L]]), " +")[[1L]])
+    expect_length(pids, 4L)
+    if (startsWith(how, "SIG")) {
+      tools::pskill(child$pid, if (how == "SIGTERM") tools::SIGTERM else tools::SIGKILL)
+    }
+    expect_gone(pids)
+  })
+}
+
+test_that("a worker that is killed is named at once, and the others go on", {
+  cl <- local_cluster(3)
+  pid <- clusterPids(cl)[[2L]]
+  began <- proc.time()[[3L]]
+  error <- caught(clusterApply(cl, 1:3, function(i) {
+    if (i == 2) {
+      message("last words: 100%s")
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+    }
+    Sys.sleep(30)
+  }))
+  expect_lt(proc.time()[[3L]] - began, 15)
+  expect_rust_error(error, "worker_lost")
+  expect_equal(error$rank, 2L)
+  expect_equal(error$host, "localhost")
+  expect_equal(error$pid, pid)
+  expect_equal(error$signal, 9L)
+  expect_match(error$stderr, "last words: 100%s", fixed = TRUE)
+  expect_match(conditionMessage(error), "SIGKILL")
+  # The others' tasks were cancelled; they are the same processes, and answer.
+  expect_equal(unlist(clusterCall(cl[-2], Sys.getpid)), as.integer(clusterPids(cl)[-2]))
+  expect_true(is.na(clusterPids(cl)[[2L]]))
+  expect_rust_error(caught(clusterCall(cl, identity, 1)), "worker_lost")
+  expect_equal(clusterCall(cl[-2], identity, 1), list(1, 1))
+  expect_no_error(stopCluster(cl))
+})
+
+test_that("a worker that quits tells its status", {
+  cl <- local_cluster(2)
+  error <- caught(clusterCall(cl[1], function() quit(status = 3)))
+  expect_rust_error(error, "worker_lost")
+  expect_equal(error$status, 3L)
+  expect_equal(clusterCall(cl[2], identity, 1), list(1))
+})
+
+test_that("a killed agent takes its workers along and is reported", {
+  cl <- local_cluster(3)
+  pids <- cluster_processes(cl)
+  tools::pskill(agentPids(cl), tools::SIGKILL)
+  expect_rust_error(caught(clusterCall(cl, Sys.sleep, 30)), "host_failed")
+  expect_gone(pids)
+  expect_no_error(stopCluster(cl))
+})
+
+test_that("an agent that is asked to end, by SIGTERM, ends in good order", {
+  cl <- local_cluster(2)
+  pids <- cluster_processes(cl)
+  tools::pskill(agentPids(cl), tools::SIGTERM)
+  expect_rust_error(caught(clusterCall(cl, Sys.sleep, 30)), "host_failed")
+  expect_gone(pids)
+})
+
+test_that("a forked child can neither use nor end the cluster", {
+  cl <- local_cluster(2)
+  got <- parallel::mccollect(parallel::mcparallel({
+    error <- tryCatch(clusterCall(cl, identity, 1), error = identity)
+    stopped <- tryCatch(stopCluster(cl), error = identity)
+    rm(cl)
+    gc()
+    list(class(error), class(stopped))
+  }))[[1L]]
+  expect_true("rustcluster_forked" %in% got[[1L]])
+  expect_true("rustcluster_forked" %in% got[[2L]])
+  expect_equal(clusterCall(cl, identity, 1), list(1, 1))
+})
+
+test_that("a forked child that lives on does not keep the workers of a killed head", {
+  skip_unless_proc()
+  child <- start_child({
+    cl <- makeRustCluster(2)
+    fork <- parallel::mcparallel(Sys.sleep(20))
+    say(c(agentPids(cl), clusterPids(cl)), fork$pid)
+    Sys.sleep(60)
+  })
+  expect_true(wait_until(function() length(child_lines(child)) > 0, 20))
+  said <- lapply(strsplit(trimws(child_lines(child)), " +"), as.integer)
+  pids <- unique(vapply(said, `[[`, 0L, 1L))
+  forks <- unique(vapply(said, `[[`, 0L, 2L))
+  tools::pskill(child$pid, tools::SIGKILL)
+  expect_gone(pids)
+  tools::pskill(forks, tools::SIGKILL)
+})
