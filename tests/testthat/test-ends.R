@@ -41,7 +41,7 @@ for (how in c("q()", "stop('as it happens')", "SIGTERM", "SIGKILL")) {
       cl <- makeRustCluster(3)
       for (node in cl) parallel:::sendCall(node, function() repeat NULL, list())
       Sys.sleep(0.3)
-      say(c(agentPids(cl), clusterPids(cl)))
+      say(paste(c(agentPids(cl), clusterPids(cl)), collapse = " "))
       if (how == "q()") q("no")
       if (how == "stop('as it happens')") stop("as it happens")
       Sys.sleep(60)

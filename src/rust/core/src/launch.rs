@@ -81,10 +81,11 @@ pub fn start(
             None => command.env_remove(name),
         };
     }
-    // SAFETY: setsid is async-signal-safe. It cannot fail in a fresh fork.
+    // SAFETY: setsid and pthread_sigmask are async-signal-safe. setsid cannot fail in a fresh fork.
     unsafe {
         command.pre_exec(|| {
             libc::setsid();
+            signals::unblock_all();
             Ok(())
         });
     }

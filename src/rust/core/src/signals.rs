@@ -41,6 +41,11 @@ pub fn with_all_blocked<T>(start: impl FnOnce() -> T) -> T {
     result
 }
 
+/// Blocks no signal: for a process that was started from a thread that blocks all.
+pub fn unblock_all() {
+    mask(libc::SIG_SETMASK, &set_of(&[]));
+}
+
 /// Keeps SIGINT pending instead of letting R handle it.
 pub fn block_interrupt() {
     mask(libc::SIG_BLOCK, &set_of(&[libc::SIGINT]));

@@ -109,12 +109,13 @@ pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
         .stdout(Stdio::from(output_end.try_clone()?))
         .stderr(Stdio::from(output_end))
         .process_group(0);
-    // SAFETY: between fork and exec only prctl, getppid, nice and _exit are called, which are
-    // async-signal-safe.
+    // SAFETY: between fork and exec only prctl, getppid, nice, pthread_sigmask and _exit are
+    // called, which are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
             sys::die_with_parent(parent);
             sys::renice(renice);
+            signals::unblock_all();
             Ok(())
         });
     }
