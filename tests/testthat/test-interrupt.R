@@ -5,7 +5,7 @@ watch_processes()
 
 # Sends SIGINT to this process after a while, from outside.
 interrupt_after <- function(seconds) {
-  system(sprintf("sleep %.4f; kill -INT %d", seconds, Sys.getpid()), wait = FALSE)
+  system(sprintf("(sleep %.4f; kill -INT %d)", seconds, Sys.getpid()), wait = FALSE)
 }
 
 interrupted <- function(expr, after) {
