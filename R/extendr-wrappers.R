@@ -79,11 +79,6 @@ hub_events <- function(handle) .Call(wrap__hub_events, handle)
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
 
-#' Makes R forget its temporary directory, which in a fork is the agent's, so that
-#' `tempdir(check = TRUE)` makes a new one.
-#' @noRd
-worker_forget_tempdir <- function() .Call(wrap__worker_forget_tempdir)
-
 #' Tells the agent that this worker can take tasks.
 #' @noRd
 worker_ready <- function(tempdir) .Call(wrap__worker_ready, tempdir)

@@ -72,7 +72,7 @@ calledName <- function(call) {
   if (is.symbol(head)) as.character(head) else ""
 }
 
-parallelNamespace <- function() asNamespace("parallel")
+parallelNamespace <- function() environment(parallel::clusterCall)
 
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- c(kind = "stopped")

@@ -20,13 +20,12 @@ agentMain <- function() {
     }
     # Each fork seeds its own generator, as a fresh process does.
     rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    # Each fork finds the folder gone and makes one of its own: see serveTasks().
+    unlink(tempdir(), recursive = TRUE)
     gc()
   }
   forked <- checked(agent_run())
-  if (forked) {
-    worker_forget_tempdir()
-    serveTasks()
-  }
+  if (forked) serveTasks()
 }
 
 workerMain <- function() {

@@ -4,8 +4,12 @@ log <- readLines(commandArgs(TRUE))
 starts <- grep("^\\* checking", log)
 ends <- c(starts[-1L] - 1L, length(log))
 bad <- character()
+# What comes of having no network.
+offline <- "unable to access index for repository|cannot open URL|^Status|^See|^ *.*00check.log|^for details"
 for (i in seq_along(starts)) {
   lines <- log[starts[i]:ends[i]]
+  body <- lines[-1L][nzchar(trimws(lines[-1L]))]
+  if (length(body) && all(grepl(offline, body))) next
   result <- regmatches(lines[1L], regexpr("(ERROR|WARNING|NOTE)$", lines[1L]))
   if (!length(result)) {
     later <- grep("^ *(ERROR|WARNING|NOTE)$", lines, value = TRUE)

@@ -9,18 +9,12 @@ use rustcluster_core::signals;
 use rustcluster_core::sys;
 use rustcluster_core::worker::Channel;
 use std::cell::RefCell;
-use std::ffi::c_char;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
-}
-
-unsafe extern "C" {
-    /// R's temporary directory (Rembedded.h).
-    static mut R_TempDir: *mut c_char;
 }
 
 /// Makes `channel` this process's.
@@ -54,17 +48,6 @@ fn worker_connect() -> Robj {
         Ok(list!(packages = config.packages).into())
     };
     connect().unwrap_or_else(|error| Failure::new("agent_failed").with("reason", error).into())
-}
-
-/// Makes R forget its temporary directory, which in a fork is the agent's, so that
-/// `tempdir(check = TRUE)` makes a new one.
-/// @noRd
-#[extendr]
-fn worker_forget_tempdir() {
-    const NONE: &std::ffi::CStr = c"";
-    // SAFETY: on R's thread, the only one. R looks whether the directory exists, which the empty
-    // name does not, and then replaces the pointer. The old string is the agent's and small.
-    unsafe { R_TempDir = NONE.as_ptr().cast_mut() };
 }
 
 /// Tells the agent that this worker can take tasks.
@@ -142,7 +125,6 @@ fn worker_send(answer: Robj) -> Robj {
 extendr_module! {
     mod worker;
     fn worker_connect;
-    fn worker_forget_tempdir;
     fn worker_ready;
     fn worker_next;
     fn worker_send;
