@@ -207,6 +207,10 @@ pub struct Scheduler {
     reserved: usize,
     limit: usize,
     starving: VecDeque<Rank>,
+    /// Results that were granted more and do not yet need more again.
+    flowing: usize,
+    /// Whose result is being completed beyond the limit for want of any.
+    alone: Option<Rank>,
     want: Want,
     /// R is blocked in sending: results must flow or nothing would ever move again.
     unlimited: bool,
@@ -250,6 +254,8 @@ impl Scheduler {
             reserved: 0,
             limit,
             starving: VecDeque::new(),
+            flowing: 0,
+            alone: None,
             want: Want::Nothing,
             unlimited: false,
             released: 0,
@@ -373,6 +379,9 @@ impl Scheduler {
                     worker.current = None;
                 }
                 Phase::Running => {
+                    // What is still to come of it is dropped, so it takes no room from others.
+                    self.reserved -= current.reserved();
+                    self.flowing -= usize::from(current.flowing());
                     current.cancelled = true;
                     current.task.chunks.clear();
                     self.buffered -= current.answer.len;
@@ -480,6 +489,7 @@ impl Scheduler {
             self.released += current.task.queued_bytes();
             self.buffered -= current.answer.len;
             self.reserved -= current.reserved();
+            self.flowing -= usize::from(current.flowing());
             if !current.cancelled {
                 ended.push(current.task);
             }
@@ -718,13 +728,9 @@ impl Scheduler {
             self.grant();
         } else {
             if !current.starving && current.granted - current.received < RESULT_WINDOW / 2 {
+                self.flowing -= usize::from(current.flowing());
                 current.starving = true;
-                // In turn while there is room; beyond the limit the same one until it is whole.
-                if self.unlimited || self.buffered + self.reserved < self.limit {
-                    self.starving.push_back(rank);
-                } else {
-                    self.starving.push_front(rank);
-                }
+                self.starving.push_back(rank);
             }
             self.grant();
         }
@@ -735,6 +741,7 @@ impl Scheduler {
     fn free(&mut self, rank: Rank) {
         if let Some(current) = self.workers[rank as usize].current.take() {
             self.reserved -= current.reserved();
+            self.flowing -= usize::from(current.flowing());
             self.buffered -= current.answer.len;
             if current.starving {
                 self.starving.retain(|&starving| starving != rank);
@@ -749,7 +756,12 @@ impl Scheduler {
             let at = match self.want {
                 _ if room => 0,
                 // One result alone is completed beyond the limit: R takes it as soon as it is.
-                Want::Any if self.reserved == 0 => 0,
+                Want::Any if self.flowing == 0 => {
+                    let same = |&rank: &Rank| Some(rank) == self.alone;
+                    let at = self.starving.iter().position(same).unwrap_or(0);
+                    self.alone = Some(self.starving[at]);
+                    at
+                }
                 Want::Rank(rank) => match self.starving.iter().position(|&s| s == rank) {
                     Some(at) => at,
                     None => return,
@@ -770,6 +782,7 @@ impl Scheduler {
             let before = current.reserved();
             current.granted += GRANT;
             self.reserved += current.reserved() - before;
+            self.flowing += usize::from(current.flowing());
             let frame = Frame::credit(worker.index, current.task.id, GRANT as u32);
             let agent = worker.agent;
             self.push_control(agent, frame);
@@ -778,8 +791,16 @@ impl Scheduler {
 }
 
 impl Current {
-    /// Bytes granted beyond the small results' window and not yet received.
+    /// Bytes granted beyond the small results' window, not yet received and still wanted.
     fn reserved(&self) -> usize {
+        if self.cancelled {
+            return 0;
+        }
         self.granted - self.received.clamp(RESULT_WINDOW, self.granted)
+    }
+
+    /// More was granted of a large result, and it does not need more yet.
+    fn flowing(&self) -> bool {
+        !self.cancelled && !self.starving && self.granted > RESULT_WINDOW
     }
 }
