@@ -20,6 +20,8 @@ agentMain <- function() {
     }
     # Each fork seeds its own generator, as a fresh process does.
     rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    # At its end every R process that has loaded parallel loads tools, too: once is enough.
+    loadNamespace("tools")
     # Each fork finds the folder gone and makes one of its own: see serveTasks().
     unlink(tempdir(), recursive = TRUE)
     gc()

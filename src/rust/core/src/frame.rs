@@ -34,7 +34,8 @@ pub enum Kind {
     Control = 1,
     /// A chunk of a serialized R message of `task`, opaque to us.
     Data = 2,
-    /// Leave to send more bytes of the body of `task`; has no body, the count is in `len`.
+    /// Leave to send more bytes; has no body, the count is in `len`. Towards an agent: of the
+    /// answer to `task`. Towards the head: to this worker, of any task.
     Credit = 3,
     /// What a worker wrote to its stdout or stderr.
     Output = 4,

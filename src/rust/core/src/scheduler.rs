@@ -7,9 +7,10 @@
 //!
 //! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
 //! start in the order of submission and one at a time; bytes of one worker never hold up
-//! another's by more than a chunk; what the head buffers stays under the limit plus one result.
+//! another's by more than a chunk; what the head buffers of large results stays under the limit
+//! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
-use crate::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::frame::{ABORT, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -24,7 +25,9 @@ pub type JobId = u64;
 /// A worker's index in its cluster, from 0.
 pub type Rank = u32;
 
-/// Bytes of a task that may be on the way to a worker before its agent has passed them on.
+/// Bytes of frames of tasks that may be on the way to a worker before its agent has passed them
+/// on. Counted over all its tasks, so that those withdrawn half sent do not pile up in the agent
+/// of a worker that does not read.
 pub const SEND_WINDOW: usize = 1024 * 1024;
 /// Bytes of a result that an agent sends without being asked: results up to here are "small".
 pub const RESULT_WINDOW: usize = 256 * 1024;
@@ -137,7 +140,7 @@ impl Task {
 #[derive(Debug)]
 enum Phase {
     /// The message is on its way to the worker. `first`: nothing of it has been sent yet.
-    Sending { first: bool, window: usize },
+    Sending { first: bool },
     /// The worker has the whole message.
     Running,
 }
@@ -165,6 +168,8 @@ struct Worker {
     state: WorkerState,
     queue: VecDeque<Task>,
     current: Option<Current>,
+    /// Bytes that may be sent: see [`SEND_WINDOW`].
+    window: usize,
     /// In its agent's `sendable`.
     sendable: bool,
 }
@@ -174,11 +179,11 @@ impl Worker {
         match &self.current {
             Some(Current {
                 task,
-                phase: Phase::Sending { window, .. },
+                phase: Phase::Sending { .. },
                 ..
             }) => match task.chunks.front() {
-                Some(chunk) => *window >= chunk.len(),
-                None => task.complete,
+                Some(chunk) => self.window >= HEADER_LEN + chunk.len(),
+                None => task.complete && self.window >= HEADER_LEN,
             },
             _ => false,
         }
@@ -246,6 +251,7 @@ impl Scheduler {
                     state: WorkerState::Starting,
                     queue: VecDeque::new(),
                     current: None,
+                    window: SEND_WINDOW,
                     sendable: false,
                 })
                 .collect(),
@@ -370,8 +376,9 @@ impl Scheduler {
             cancelled.push((current.task.id, current.task.job));
             self.released += current.task.queued_bytes();
             match current.phase {
-                Phase::Sending { first, .. } => {
+                Phase::Sending { first } => {
                     if !first {
+                        worker.window = worker.window.saturating_sub(HEADER_LEN);
                         let flags = LAST | ABORT;
                         let id = current.task.id;
                         frame = Some(Frame::new(Kind::Data, flags, index, id, Bytes::new()));
@@ -519,10 +526,7 @@ impl Scheduler {
         if worker.current.is_none() {
             worker.current = worker.queue.pop_front().map(|task| Current {
                 task,
-                phase: Phase::Sending {
-                    first: true,
-                    window: SEND_WINDOW,
-                },
+                phase: Phase::Sending { first: true },
                 cancelled: false,
                 answer: Body::default(),
                 received: 0,
@@ -551,11 +555,11 @@ impl Scheduler {
             let Some(current) = &mut worker.current else {
                 continue;
             };
-            let Phase::Sending { first, window } = &mut current.phase else {
+            let Phase::Sending { first } = &mut current.phase else {
                 continue;
             };
             let chunk = current.task.chunks.pop_front().unwrap_or_default();
-            *window -= chunk.len();
+            worker.window -= HEADER_LEN + chunk.len();
             self.released += chunk.len();
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
             if current.task.complete && current.task.chunks.is_empty() {
@@ -587,18 +591,11 @@ impl Scheduler {
             }
             Kind::Credit => {
                 let rank = self.rank(agent, header.worker)?;
-                match &mut self.workers[rank as usize].current {
-                    Some(Current {
-                        task,
-                        phase: Phase::Sending { window, .. },
-                        ..
-                    }) if task.id == header.task => {
-                        *window = window.saturating_add(header.len as usize);
-                        self.dispatch(rank);
-                    }
-                    // Of a task that has been sent or has ended.
-                    _ => {}
-                }
+                let worker = &mut self.workers[rank as usize];
+                let window = worker.window.saturating_add(header.len as usize);
+                // Agents also count what they themselves tell a worker.
+                worker.window = window.min(SEND_WINDOW);
+                self.dispatch(rank);
                 Ok(())
             }
             Kind::Output => {
@@ -650,6 +647,8 @@ impl Scheduler {
                     _ if matches!(worker.state, WorkerState::Gone(_)) => return Ok(()),
                     _ => return Err(ProtocolError("a busy worker was replaced".into())),
                 }
+                // What the killed one had not read is gone.
+                self.workers[rank as usize].window = SEND_WINDOW;
                 self.notes.push(Note::Replaced { rank, pid });
                 self.dispatch(rank);
             }

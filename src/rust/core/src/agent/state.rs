@@ -121,7 +121,6 @@ impl Book {
                     cancelled: None,
                 };
                 entry.credit = RESULT_WINDOW;
-                entry.passed = 0;
             }
             Phase::Busy { task, .. } if task == header.task && header.flags & FIRST == 0 => {}
             phase => {
@@ -141,13 +140,16 @@ impl Book {
     pub fn passed(&mut self, worker: u32, bytes: usize) -> Option<(u64, u32)> {
         let entry = self.workers.get_mut(worker as usize)?;
         entry.passed += bytes;
-        match entry.phase {
-            Phase::Busy { task, .. } if entry.passed >= SEND_WINDOW / 2 => {
-                let passed = std::mem::take(&mut entry.passed);
-                Some((task, u32::try_from(passed).unwrap_or(u32::MAX)))
-            }
-            _ => None,
+        if entry.passed < SEND_WINDOW / 2 {
+            return None;
         }
+        let passed = std::mem::take(&mut entry.passed);
+        // Of whatever task: the window is the worker's.
+        let task = match entry.phase {
+            Phase::Busy { task, .. } => task,
+            _ => 0,
+        };
+        Some((task, u32::try_from(passed).unwrap_or(u32::MAX)))
     }
 
     /// A data frame from a worker.
@@ -238,6 +240,7 @@ impl Book {
         };
         let phase = std::mem::replace(&mut entry.phase, Phase::Gone);
         entry.hung_up = None;
+        entry.passed = 0;
         if entry.stopping.is_some() {
             return Ending::Stopped;
         }
