@@ -17,6 +17,8 @@ need_rust rust-web-clippy rustfmt-web
 R_HOME=$(R RHOME)
 R_INCLUDE_DIR=$(R --no-echo --no-restore -e "cat(R.home('include'))")
 export R_HOME R_INCLUDE_DIR NOT_CRAN=true
+# Where no time zone is set, R asks systemd for it, which answers on stderr where it does not run.
+export TZ="${TZ:-UTC}"
 if ! cargo nextest --version >/dev/null 2>&1; then
   cargo install --locked cargo-nextest ||
     echo "cargo-nextest could not be installed: cargo test takes its place"

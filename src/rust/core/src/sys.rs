@@ -190,15 +190,27 @@ pub fn await_exit(pid: u32) {
     }
 }
 
+/// A child that has ended, if there is one. It is left to be waited for.
+pub fn peek_any_exit() -> Option<u32> {
+    peek(libc::P_ALL, 0)
+}
+
 /// Whether a child has ended. It is left to be waited for.
 pub fn peek_exit(pid: u32) -> bool {
+    peek(libc::P_PID, pid).is_some()
+}
+
+fn peek(which: libc::idtype_t, pid: u32) -> Option<u32> {
     let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
     let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
     // SAFETY: waitid fills the zeroed struct; WNOWAIT leaves the child to be waited for.
-    unsafe {
-        libc::waitid(libc::P_PID, pid as libc::id_t, info.as_mut_ptr(), flags) == 0
-            && info.assume_init().si_pid() != 0
-    }
+    let pid = unsafe {
+        match libc::waitid(which, pid as libc::id_t, info.as_mut_ptr(), flags) {
+            0 => info.assume_init().si_pid(),
+            _ => 0,
+        }
+    };
+    (pid != 0).then_some(pid as u32)
 }
 
 /// Waits for a child that has ended.

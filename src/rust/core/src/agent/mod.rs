@@ -763,6 +763,24 @@ impl Agent {
     fn on_signals(&mut self) {
         let mut buffer = [0u8; 256];
         while matches!(self.signals.read(&mut buffer), Ok(n) if n > 0) {}
+        // One after another; all are looked at only if the next to be waited for is not ours, as a
+        // child that a package started may be.
+        while let Some(pid) = sys::peek_any_exit() {
+            let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
+            match self.workers.iter().position(ours) {
+                Some(worker) => self.on_exit(worker as u32),
+                None => {
+                    self.look_at_all();
+                    break;
+                }
+            }
+        }
+        if self.asked_to_end.load(Ordering::Relaxed) {
+            self.end();
+        }
+    }
+
+    fn look_at_all(&mut self) {
         for worker in 0..self.workers.len() as u32 {
             let ended = match &self.workers[worker as usize] {
                 Some(process) => sys::peek_exit(process.pid),
@@ -771,9 +789,6 @@ impl Agent {
             if ended {
                 self.on_exit(worker);
             }
-        }
-        if self.asked_to_end.load(Ordering::Relaxed) {
-            self.end();
         }
     }
 
