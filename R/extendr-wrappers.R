@@ -83,12 +83,12 @@ worker_connect <- function() .Call(wrap__worker_connect)
 #' @noRd
 worker_ready <- function(tempdir) .Call(wrap__worker_ready, tempdir)
 
-#' The next message; `NULL` if there will be none. From its return to the next call of a function
-#' here, SIGINT reaches R.
+#' Serves tasks until there will be no more, which gives `NULL`, or R jumps. SIGINT reaches R while
+#' a task runs and at no other time.
 #' @noRd
-worker_next <- function() .Call(wrap__worker_next)
+worker_serve <- function() .Call(wrap__worker_serve)
 
-#' Answers the current message.
+#' Answers the task that R jumped out of with this error.
 #' @noRd
-worker_send <- function(answer) .Call(wrap__worker_send, answer)
+worker_fail <- function(value) .Call(wrap__worker_fail, value)
 

@@ -65,52 +65,27 @@ attachPackages <- function(packages) {
 
 serveTasks <- function() {
   checked(worker_ready(tempdir(check = TRUE)))
-  # The message that is being worked on.
-  state <- new.env(parent = emptyenv())
   # What a task does not catch itself ends it, and nothing else. The handlers are made once and not
   # for each task.
   while (tryCatch(
-    serveUntilJump(state),
-    interrupt = function(e) answerFailure(state, "the task was interrupted"),
-    error = function(e) answerFailure(state, conditionMessage(e), e)
+    serveUntilJump(),
+    interrupt = function(e) answerFailure(e, "the task was interrupted"),
+    error = function(e) answerFailure(e, conditionMessage(e))
   )) NULL
 }
 
-serveUntilJump <- function(state) {
-  while (serveTask(state)) NULL
+# FALSE at the end.
+serveUntilJump <- function() {
+  checked(worker_serve())
   FALSE
 }
 
-# parallel's workCommand(), from the message to the answer. FALSE at the end.
-serveTask <- function(state) {
-  state$message <- NULL
-  message <- worker_next()
-  if (is.null(message)) return(FALSE)
-  if (typeof(message) != "list") checked(message)
-  state$message <- message
-  if (message$type == "DONE") return(FALSE)
-  success <- TRUE
-  handler <- function(e) {
-    success <<- FALSE
-    structure(conditionMessage(e), class = c("snow-try-error", "try-error"))
-  }
-  t1 <- proc.time()
-  value <- tryCatch(do.call(message$data$fun, message$data$args, quote = TRUE), error = handler)
-  t2 <- proc.time()
-  sent <- worker_send(list(
-    type = "VALUE", value = value, success = success, time = t2 - t1, tag = message$data$tag
-  ))
-  if (!is.null(sent)) checked(sent)
-  TRUE
-}
-
-# An interrupt, or an error outside of the task's own code: the message could not be read, or the
-# value could not be serialized. Without a channel there is nobody to tell.
-answerFailure <- function(state, text, e = NULL) {
-  if (inherits(e, "rustcluster_error")) stop(e)
-  checked(worker_send(list(
-    type = "VALUE", value = structure(text, class = c("snow-try-error", "try-error")),
-    success = FALSE, time = structure(numeric(5), class = "proc_time"), tag = state$message$data$tag
-  )))
+# An error or an interrupt of the task's, or an error outside of its code: the message could not be
+# read, or the value could not be serialized. Without a task, or anybody to tell, it is our own end.
+answerFailure <- function(e, text) {
+  value <- structure(text, class = c("snow-try-error", "try-error"))
+  failure <- worker_fail(value)
+  if (is.character(failure)) stop(e)
+  checked(failure)
   TRUE
 }

@@ -1,16 +1,17 @@
-//! Compiles the C helper that catches R's jumps. It is here and not among the package's own C
-//! files because the `document` program, which has no part of those, links to it too.
+//! Compiles the C helpers that catch R's jumps and run tasks. They are here and not among the package's own C
+//! files because the `document` program, which has no part of those, links to them too.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
-    println!("cargo:rerun-if-changed=csrc/unwind.c");
+    println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=R_INCLUDE_DIR");
     cc::Build::new()
         .file("csrc/unwind.c")
+        .file("csrc/task.c")
         .include(include_dir())
-        .compile("rustcluster_unwind");
+        .compile("rustcluster_c");
 }
 
 /// Where R's headers are: as the Makevars say, or as R itself does.

@@ -52,9 +52,16 @@ pub fn protect<T>(
     function: unsafe extern "C" fn(*mut c_void) -> SEXP,
     data: &mut T,
 ) -> std::result::Result<Robj, Jump> {
+    call(function, std::ptr::from_mut(data).cast())
+}
+
+/// [`protect`] for a function that is given a pointer as it is.
+pub fn call(
+    function: unsafe extern "C" fn(*mut c_void) -> SEXP,
+    data: *mut c_void,
+) -> std::result::Result<Robj, Jump> {
     let token = token();
     let mut out: SEXP = std::ptr::null_mut();
-    let data = std::ptr::from_mut(data).cast();
     // SAFETY: on R's thread; `data` outlives the call; the token is preserved.
     unsafe {
         if rustcluster_unwind_protect(function, data, &raw mut out, token) == 0 {

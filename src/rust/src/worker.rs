@@ -4,11 +4,13 @@ use crate::failure::Failure;
 use crate::stream::{self, Sink};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
+use extendr_ffi::SEXP;
 use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::signals;
 use rustcluster_core::sys;
 use rustcluster_core::worker::Channel;
 use std::cell::RefCell;
+use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -24,14 +26,10 @@ pub fn adopt(mut channel: Channel) -> io::Result<()> {
     Ok(())
 }
 
-fn with_channel(body: impl FnOnce(&mut Channel) -> io::Result<Robj>) -> Robj {
-    CHANNEL.with_borrow_mut(|channel| {
-        let result = match channel {
-            Some(channel) => body(channel),
-            None => Err(io::Error::other("this process is not a worker")),
-        };
-        let failed = |error: io::Error| Failure::new("agent_failed").with("reason", error);
-        result.unwrap_or_else(|error| failed(error).into())
+fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Result<T> {
+    CHANNEL.with_borrow_mut(|channel| match channel {
+        Some(channel) => body(channel),
+        None => Err(io::Error::other("this process is not a worker")),
     })
 }
 
@@ -47,38 +45,17 @@ fn worker_connect() -> Robj {
         CHANNEL.set(Some(channel));
         Ok(list!(packages = config.packages).into())
     };
-    connect().unwrap_or_else(|error| Failure::new("agent_failed").with("reason", error).into())
+    connect().unwrap_or_else(|error| to_r(error.into()))
 }
 
 /// Tells the agent that this worker can take tasks.
 /// @noRd
 #[extendr]
 fn worker_ready(tempdir: &str) -> Robj {
-    with_channel(|channel| channel.ready(tempdir.to_owned()).map(Robj::from))
-}
-
-/// The next message; `NULL` if there will be none. From its return to the next call of a function
-/// here, SIGINT reaches R.
-/// @noRd
-#[extendr]
-fn worker_next() -> Robj {
-    signals::block_interrupt();
-    // One that came too late for the task before.
-    unwind::forget_interrupt();
-    let mut body = None;
-    let waited = with_channel(|channel| {
-        body = channel.next_task()?;
-        Ok(().into())
-    });
-    let Some(body) = body else {
-        return waited;
-    };
-    let message = match stream::unserialize(body) {
-        Ok(message) => message,
-        Err(Jump(token)) => token,
-    };
-    signals::unblock_interrupt();
-    message
+    match with_channel(|channel| channel.ready(tempdir.to_owned())) {
+        Ok(()) => ().into(),
+        Err(error) => to_r(error.into()),
+    }
 }
 
 /// The channel as R's serialization writes to it. The first failure is kept: there is nobody left
@@ -95,30 +72,102 @@ impl Sink for ToAgent {
 }
 
 fn send(bytes: &[u8], last: bool) -> io::Result<()> {
-    CHANNEL.with_borrow_mut(|channel| match channel {
-        Some(channel) => channel.send(bytes, last),
-        None => Err(io::Error::other("this process is not a worker")),
-    })
+    with_channel(|channel| channel.send(bytes, last))
 }
 
-/// Answers the current message.
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_run_task(message: *mut c_void) -> SEXP;
+    fn rustcluster_fail_task(value: *mut c_void) -> SEXP;
+}
+
+/// What ends the serving of tasks.
+enum Stop {
+    /// There will be no more.
+    Done,
+    Jump(Jump),
+    Failed(io::Error),
+}
+
+impl From<Jump> for Stop {
+    fn from(jump: Jump) -> Stop {
+        Stop::Jump(jump)
+    }
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Stop {
+        Stop::Failed(error)
+    }
+}
+
+fn to_r(stop: Stop) -> Robj {
+    // Whatever R does next, it is not for a task's interrupt to end it.
+    signals::block_interrupt();
+    match stop {
+        Stop::Done => ().into(),
+        Stop::Jump(Jump(token)) => {
+            unwind::forget_interrupt();
+            token
+        }
+        Stop::Failed(error) => Failure::new("agent_failed").with("reason", error).into(),
+    }
+}
+
+/// Serves tasks until there will be no more, which gives `NULL`, or R jumps. SIGINT reaches R while
+/// a task runs and at no other time.
 /// @noRd
 #[extendr]
-fn worker_send(answer: Robj) -> Robj {
-    let begun = with_channel(|channel| {
+fn worker_serve() -> Robj {
+    loop {
+        if let Err(stop) = serve_one() {
+            return to_r(stop);
+        }
+    }
+}
+
+fn serve_one() -> std::result::Result<(), Stop> {
+    signals::block_interrupt();
+    // One that came too late for the task before.
+    unwind::forget_interrupt();
+    let next = with_channel(Channel::next_task)?;
+    let message = stream::unserialize(next.ok_or(Stop::Done)?)?;
+    signals::unblock_interrupt();
+    // SAFETY: only the pointer is passed on; the Robj keeps the object alive.
+    let answer = unwind::call(rustcluster_run_task, unsafe { message.get() }.cast())?;
+    if answer.is_null() {
+        return Err(Stop::Done);
+    }
+    send_answer(&answer)
+}
+
+fn send_answer(answer: &Robj) -> std::result::Result<(), Stop> {
+    with_channel(|channel| {
         channel.restart();
-        Ok(().into())
-    });
-    if !begun.is_null() {
-        return begun;
-    }
+        Ok(())
+    })?;
     let mut sink = ToAgent(Ok(()));
-    if let Err(Jump(token)) = stream::serialize(&answer, &mut sink) {
-        return token;
-    }
-    match sink.0.and_then(|()| send(&[], true)) {
+    stream::serialize(answer, &mut sink)?;
+    sink.0?;
+    Ok(send(&[], true)?)
+}
+
+/// Answers the task that R jumped out of with this error.
+/// @noRd
+#[extendr]
+fn worker_fail(value: Robj) -> Robj {
+    let fail = || {
+        if !with_channel(|channel| Ok(channel.is_busy()))? {
+            return Err(io::Error::other("there is no task to be answered").into());
+        }
+        // SAFETY: as in serve_one.
+        let answer = unwind::call(rustcluster_fail_task, unsafe { value.get() }.cast())?;
+        send_answer(&answer)
+    };
+    match fail() {
         Ok(()) => ().into(),
-        Err(error) => Failure::new("agent_failed").with("reason", error).into(),
+        Err(stop) => to_r(stop),
     }
 }
 
@@ -126,6 +175,6 @@ extendr_module! {
     mod worker;
     fn worker_connect;
     fn worker_ready;
-    fn worker_next;
-    fn worker_send;
+    fn worker_serve;
+    fn worker_fail;
 }

@@ -2,9 +2,10 @@
 //!
 //! SIGINT is how a running task is interrupted, so it must reach R while R runs a task and at no
 //! other time. It is blocked from [`Channel::restart`], with which an answer begins, until
-//! [`Channel::next_task`] has returned and the task starts. The agent writes a cancel frame before it sends the signal: a signal for a task that is
-//! still in the channel's buffer is therefore never lost (the frame is seen before the task
-//! starts), and one for a task that has ended is never felt by the next.
+//! [`Channel::next_task`] has returned and the task starts. The agent writes a cancel frame before
+//! it sends the signal: a signal for a task that is still in the channel's buffer is therefore never
+//! lost (the frame is seen before the task starts), and one for a task that has ended is never felt
+//! by the next.
 
 use crate::frame::{self, FIRST, Frame, Kind, LAST, MAX_BODY};
 use crate::message::{self, WorkerReady};
@@ -175,6 +176,11 @@ impl Channel {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Whether R has a task that is not answered.
+    pub fn is_busy(&self) -> bool {
+        self.task.is_some()
     }
 
     /// An answer starts, or starts anew: what was sent of it does not count. SIGINT is blocked from
