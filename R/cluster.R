@@ -117,10 +117,9 @@ newHandle <- function(pointer, hosts, outfile) {
   # Ranks that have not been stopped.
   handle$alive <- seq_along(hosts)
   handle$stopped <- FALSE
-  # The job under way: see parallel.R.
-  handle$verb <- NULL
-  handle$depth <- noDepth
+  # The job under way, and how many there have been: see parallel.R.
   handle$job <- noJob
+  handle$jobs <- noJob
   handle$partial <- list()
   handle
 }
@@ -212,7 +211,7 @@ clusterOptions <- function(given) {
     )
   }
   # What setDefaultClusterOptions() has set.
-  defaults <- as.list(get0("defaultClusterOptions", parallelNamespace()))
+  defaults <- as.list(get0("defaultClusterOptions", asNamespace("parallel")))
   options <- utils::modifyList(defaults[intersect(meaningful, names(defaults))], given)
 
   text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&

@@ -30,14 +30,6 @@ hub_start <- function(hosts, package, r_version) .Call(wrap__hub_start, hosts, p
 #' @noRd
 hub_progress <- function(handle) .Call(wrap__hub_progress, handle)
 
-#' A number for the tasks of one call of a verb.
-#' @noRd
-hub_new_job <- function(handle) .Call(wrap__hub_new_job, handle)
-
-#' Cancels what is left of a job. Returns how many tasks that was.
-#' @noRd
-hub_cancel_job <- function(handle, job) .Call(wrap__hub_cancel_job, handle, job)
-
 #' Sends a message to a node.
 #' @noRd
 hub_send <- function(handle, rank, job, message) .Call(wrap__hub_send, handle, rank, job, message)
@@ -71,9 +63,13 @@ hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
 hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
 
 #' What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
-#' that workers printed.
+#' that workers printed. `NULL` if there is nothing.
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
+
+#' Cancels what is left of a job. Returns what there is to be shown.
+#' @noRd
+hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
 #' In a separate process: takes the channel from stdin and returns the packages to attach.
 #' @noRd

@@ -3,76 +3,68 @@
 # A verb of parallel sends its tasks and receives their answers from one frame. When that frame
 # is left before all answers are in (an interrupt, an error, a lost worker), the rest must be
 # cancelled, or the next verb would take old answers for its own. So the first send from a verb's
-# frame opens a job and hangs its end on the frame's exit.
+# frame opens a job and hangs its end on the frame's exit: while a job is open, its verb runs.
 
 #' @exportS3Method parallel::sendData
 sendData.RustNode <- function(node, data) {
   handle <- node[["handle"]]
-  if (sys.nframe() <= handle$depth || !identical(sys.frame(handle$depth), handle$verb)) {
-    openJob(handle, sys.nframe())
-  }
+  if (handle$job == noJob) openJob(handle, sys.nframe())
   result <- hub_send(handle$pointer, node[["rank"]], handle$job, data)
   if (is.null(result)) return(invisible())
   if (typeof(result) == "character") handleFailed(result, handle)
   unwound(result)
 }
 
-# 0 stands for no job: a send from outside of any verb, which is nobody's to cancel.
+# Stands for no job: what is sent from outside of any verb is nobody's to cancel.
 noJob <- 0
-# Deeper than any frame: no verb.
-noDepth <- .Machine$integer.max
 
+# `frames`: the number of the method's own frame.
 openJob <- function(handle, frames) {
   depth <- verbDepth(frames)
-  handle$depth <- noDepth
-  handle$job <- noJob
   if (is.null(depth)) return()
-  verb <- sys.frame(depth)
-  handle$job <- checked(hub_new_job(handle$pointer))
-  handle$verb <- verb
-  handle$depth <- depth
-  do.call(on.exit, list(as.call(list(closeJob, handle, handle$job)), TRUE), envir = verb)
+  handle$jobs <- handle$jobs + 1
+  handle$job <- handle$jobs
+  end <- as.call(list(closeJob, handle, handle$job))
+  do.call(on.exit, list(end, TRUE), envir = sys.frame(depth))
 }
 
 closeJob <- function(handle, job) {
-  if (identical(handle$job, job)) {
-    handle$verb <- NULL
-    handle$depth <- noDepth
-    handle$job <- noJob
-  }
-  hub_cancel_job(handle$pointer, job)
-  showEvents(handle)
+  if (handle$job == job) handle$job <- noJob
+  show(hub_close_job(handle$pointer, job), handle)
 }
 
-# The functions of parallel that send tasks and receive the answers, from one frame each.
-# dynamicClusterApply() sends from a closure of its own, submit().
-verbs <- c("clusterCall", "staticClusterApply", "dynamicClusterApply")
+# The functions of parallel between a task and our method, and those that send tasks and receive
+# the answers from one frame. Filled when the package is loaded.
+parallels <- new.env(parent = emptyenv())
+
+findParallels <- function() {
+  names <- c("sendData", "postNode", "sendCall", "clusterCall", "staticClusterApply",
+             "dynamicClusterApply")
+  for (name in names) {
+    assign(name, get(name, asNamespace("parallel")), parallels)
+  }
+}
 
 # The number of the frame of the verb that sends, or NULL: what is sent by other code, or by hand,
-# is received by it as it likes. `frames`: the number of the method's own frame.
+# is received by it as it likes.
 verbDepth <- function(frames) {
-  depth <- frames - 1L
-  while (depth > 0L) {
-    name <- calledName(sys.call(depth))
-    if (name %in% verbs) {
-      ours <- identical(topenv(environment(sys.function(depth))), parallelNamespace())
-      return(if (ours) depth)
-    }
-    # Between the verb and the method.
-    if (!name %in% c("sendData", "postNode", "sendCall", "submit")) return(NULL)
-    depth <- depth - 1L
+  if (
+    frames < 5L || !identical(sys.function(frames - 3L), parallels$sendCall) ||
+      !identical(sys.function(frames - 2L), parallels$postNode) ||
+      !identical(sys.function(frames - 1L), parallels$sendData)
+  ) {
+    return(NULL)
+  }
+  verb <- sys.function(frames - 4L)
+  if (identical(verb, parallels$clusterCall) || identical(verb, parallels$staticClusterApply)) {
+    return(frames - 4L)
+  }
+  # It sends from a function of its own.
+  if (frames > 5L && identical(sys.function(frames - 5L), parallels$dynamicClusterApply)) {
+    return(frames - 5L)
   }
   NULL
 }
-
-# "f" of f(x) and of p::f(x).
-calledName <- function(call) {
-  head <- call[[1L]]
-  if (is.call(head) && length(head) == 3L) head <- head[[3L]]
-  if (is.symbol(head)) as.character(head) else ""
-}
-
-parallelNamespace <- function() environment(parallel::clusterCall)
 
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- c(kind = "stopped")
@@ -122,14 +114,18 @@ noAnswer <- function(result, handle) {
 # it, and those of R itself (a time limit).
 unreadable <- function(e) {
   call <- conditionCall(e)
-  reading <- is.call(call) && calledName(call) %in% c("hub_receive", "hub_receive_any")
+  reading <- is.call(call) && is.symbol(call[[1L]]) &&
+    as.character(call[[1L]]) %in% c("hub_receive", "hub_receive_any")
   if (!reading || inherits(e, "rustcluster_error")) return()
   abort("protocol", "an answer could not be read: ", conditionMessage(e), fields = list(parent = e))
 }
 
 # What workers printed, if that is wanted, and which of them were replaced.
 showEvents <- function(handle) {
-  events <- hub_events(handle$pointer)
+  show(hub_events(handle$pointer), handle)
+}
+
+show <- function(events, handle) {
   if (is.null(events) || is.character(events)) return(invisible())
   for (i in seq_along(events$ranks)) {
     rank <- events$ranks[[i]]

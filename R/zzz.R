@@ -1,4 +1,5 @@
 .onLoad <- function(libname, pkgname) {
+  findParallels()
   # New in R 4.5: makeCluster(type = "RUST").
   register <- get0("registerClusterType", asNamespace("parallel"), inherits = FALSE)
   if (is.function(register)) register("RUST", makeRustCluster)

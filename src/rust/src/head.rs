@@ -200,23 +200,6 @@ fn hub_progress(handle: Robj) -> Robj {
     })
 }
 
-/// A number for the tasks of one call of a verb.
-/// @noRd
-#[extendr]
-fn hub_new_job(handle: Robj) -> Robj {
-    with_hub(&handle, |hub| Ok((hub.new_job() as f64).into()))
-}
-
-/// Cancels what is left of a job. Returns how many tasks that was.
-/// @noRd
-#[extendr]
-fn hub_cancel_job(handle: Robj, job: f64) -> Robj {
-    with_hub(
-        &handle,
-        |hub| Ok((hub.cancel_job(job as u64) as i32).into()),
-    )
-}
-
 /// The hub as R's serialization writes to it.
 struct ToHub<'a>(&'a Cluster);
 
@@ -402,27 +385,38 @@ fn hub_agent_pids(handle: Robj) -> Robj {
 }
 
 /// What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
-/// that workers printed.
+/// that workers printed. `NULL` if there is nothing.
 /// @noRd
 #[extendr]
 fn hub_events(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| Ok(events(hub)))
+}
+
+/// Cancels what is left of a job. Returns what there is to be shown.
+/// @noRd
+#[extendr]
+fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_hub(&handle, |hub| {
-        let (mut replaced, mut ranks, mut texts) = (Vec::new(), Vec::new(), Vec::new());
-        for event in hub.take_events() {
-            match event {
-                Event::Replaced { rank } => replaced.push(rank as i32 + 1),
-                Event::Output { rank, bytes } => {
-                    ranks.push(rank as i32 + 1);
-                    texts.push(String::from_utf8_lossy(&bytes).replace('\0', ""));
-                }
+        hub.cancel_job(job as u64);
+        Ok(events(hub))
+    })
+}
+
+fn events(hub: &Hub) -> Robj {
+    let (mut replaced, mut ranks, mut texts) = (Vec::new(), Vec::new(), Vec::new());
+    for event in hub.take_events() {
+        match event {
+            Event::Replaced { rank } => replaced.push(rank as i32 + 1),
+            Event::Output { rank, bytes } => {
+                ranks.push(rank as i32 + 1);
+                texts.push(String::from_utf8_lossy(&bytes).replace('\0', ""));
             }
         }
-        if replaced.is_empty() && ranks.is_empty() {
-            return Ok(().into());
-        }
-        let list = list!(replaced = replaced, ranks = ranks, texts = texts);
-        Ok(list.into())
-    })
+    }
+    if replaced.is_empty() && ranks.is_empty() {
+        return ().into();
+    }
+    list!(replaced = replaced, ranks = ranks, texts = texts).into()
 }
 
 extendr_module! {
@@ -430,8 +424,6 @@ extendr_module! {
     fn limits_check;
     fn hub_start;
     fn hub_progress;
-    fn hub_new_job;
-    fn hub_cancel_job;
     fn hub_send;
     fn hub_receive;
     fn hub_receive_any;
@@ -441,4 +433,5 @@ extendr_module! {
     fn hub_pids;
     fn hub_agent_pids;
     fn hub_events;
+    fn hub_close_job;
 }

@@ -36,15 +36,30 @@ pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<(), 
     // SAFETY: the object is protected by its Robj.
     let object = unsafe { object.get() };
     let mut writer = Writer { sink, object };
-    unwind::protect(serialize_under_protection, &mut writer).map(drop)
+    unwind::protect(write_protected, &mut writer).map(drop)
 }
 
-unsafe extern "C" fn serialize_under_protection(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the writer of `serialize`, which outlives this call. This frame and those
-    // of the callbacks hold nothing that is to be dropped when R jumps.
+unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the writer of `serialize`, which outlives this call. This frame holds
+    // nothing that is to be dropped.
     unsafe {
+        let writer = data.cast::<Writer<'_>>();
+        write((*writer).object, (*writer).sink);
+        R_NilValue
+    }
+}
+
+/// [`serialize`] for functions under [`unwind::protect`].
+///
+/// # Safety
+/// R may jump out of it; `object` must be protected.
+pub unsafe fn write(object: SEXP, sink: &mut dyn Sink) {
+    // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
+    // dropped when R jumps.
+    unsafe {
+        let mut sink = sink;
         let mut stream = R_outpstream_st {
-            data,
+            data: (&raw mut sink).cast(),
             type_: R_pstream_format_t::R_pstream_binary_format,
             version: VERSION,
             OutChar: Some(out_char),
@@ -52,8 +67,7 @@ unsafe extern "C" fn serialize_under_protection(data: *mut c_void) -> SEXP {
             OutPersistHookFunc: None,
             OutPersistHookData: R_NilValue,
         };
-        R_Serialize((*data.cast::<Writer<'_>>()).object, &mut stream);
-        R_NilValue
+        R_Serialize(object, &mut stream);
     }
 }
 
@@ -64,14 +78,14 @@ unsafe extern "C" fn out_char(stream: R_outpstream_t, byte: c_int) {
 }
 
 unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: c_int) {
-    // SAFETY: R hands back our writer and `len` readable bytes. When check_interrupt jumps, this
+    // SAFETY: R hands back our sink and `len` readable bytes. When check_interrupt jumps, this
     // frame holds nothing to be dropped.
     unsafe {
-        let writer = (*stream).data.cast::<Writer<'_>>();
+        let sink = (*stream).data.cast::<&mut dyn Sink>();
         let bytes = std::slice::from_raw_parts(bytes.cast::<u8>(), len.max(0) as usize);
-        let mut wait = (*writer).sink.write(bytes);
+        let mut wait = (*sink).write(bytes);
         while wait {
-            wait = (*writer).sink.wait();
+            wait = (*sink).wait();
             unwind::check_interrupt();
         }
     }
@@ -82,15 +96,24 @@ unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: 
 /// # Errors
 /// When R jumped, as it does with an error when the bytes are no R object or too few.
 pub fn unserialize(mut body: Body) -> std::result::Result<Robj, Jump> {
-    unwind::protect(unserialize_under_protection, &mut body)
+    unwind::protect(read_protected, &mut body)
 }
 
-unsafe extern "C" fn unserialize_under_protection(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the body of `unserialize`, which outlives this call. This frame and those
-    // of the callbacks hold nothing that is to be dropped when R jumps.
+unsafe extern "C" fn read_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the body of `unserialize`, which outlives this call.
+    unsafe { read(&mut *data.cast::<Body>()) }
+}
+
+/// [`unserialize`] for functions under [`unwind::protect`]. The value is not protected.
+///
+/// # Safety
+/// R may jump out of it.
+pub unsafe fn read(body: &mut Body) -> SEXP {
+    // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
+    // dropped when R jumps.
     unsafe {
         let mut stream = R_inpstream_st {
-            data,
+            data: std::ptr::from_mut(body).cast(),
             type_: R_pstream_format_t::R_pstream_any_format,
             InChar: Some(in_char),
             InBytes: Some(in_bytes),
@@ -118,14 +141,14 @@ unsafe extern "C" fn in_bytes(stream: R_inpstream_t, bytes: *mut c_void, len: c_
     unsafe {
         let body = (*stream).data.cast::<Body>();
         let out = std::slice::from_raw_parts_mut(bytes.cast::<u8>(), len.max(0) as usize);
-        if !read(&mut *body, out) {
+        if !fill(&mut *body, out) {
             Rf_error(CUT);
         }
     }
 }
 
 /// Fills `out` from the front of `body`. Returns whether there was enough.
-fn read(body: &mut Body, mut out: &mut [u8]) -> bool {
+fn fill(body: &mut Body, mut out: &mut [u8]) -> bool {
     if body.len < out.len() {
         return false;
     }

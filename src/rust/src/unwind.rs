@@ -43,8 +43,8 @@ fn token() -> SEXP {
 /// R jumped; the value is what R's wrapper needs to take the jump up.
 pub struct Jump(pub Robj);
 
-/// Calls `function` with `data`. It may call R functions that jump, so no frame of it may hold
-/// anything that is to be dropped.
+/// Calls `function` with `data` and protects its value. It may call R functions that jump, so no
+/// frame of it may hold anything that is to be dropped.
 ///
 /// # Errors
 /// When R jumped.
@@ -52,20 +52,23 @@ pub fn protect<T>(
     function: unsafe extern "C" fn(*mut c_void) -> SEXP,
     data: &mut T,
 ) -> std::result::Result<Robj, Jump> {
-    call(function, std::ptr::from_mut(data).cast())
+    let value = run(function, data)?;
+    // SAFETY: on R's thread; nothing was allocated since the function returned it.
+    Ok(unsafe { Robj::from_sexp(value) })
 }
 
-/// [`protect`] for a function that is given a pointer as it is.
-pub fn call(
+/// [`protect`] for a function whose value is not wanted, or protected otherwise.
+pub fn run<T>(
     function: unsafe extern "C" fn(*mut c_void) -> SEXP,
-    data: *mut c_void,
-) -> std::result::Result<Robj, Jump> {
+    data: &mut T,
+) -> std::result::Result<SEXP, Jump> {
     let token = token();
     let mut out: SEXP = std::ptr::null_mut();
+    let data = std::ptr::from_mut(data).cast();
     // SAFETY: on R's thread; `data` outlives the call; the token is preserved.
     unsafe {
         if rustcluster_unwind_protect(function, data, &raw mut out, token) == 0 {
-            Ok(Robj::from_sexp(out))
+            Ok(out)
         } else {
             Err(Jump(Robj::from_sexp(token)))
         }

@@ -4,8 +4,9 @@ use crate::failure::Failure;
 use crate::stream::{self, Sink};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
-use extendr_ffi::SEXP;
+use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::message::WorkerConfig;
+use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
 use rustcluster_core::sys;
 use rustcluster_core::worker::Channel;
@@ -71,6 +72,20 @@ impl Sink for ToAgent {
     }
 }
 
+impl ToAgent {
+    fn begin(&mut self) {
+        self.0 = with_channel(|channel| {
+            channel.restart();
+            Ok(())
+        });
+    }
+
+    fn finish(self) -> std::result::Result<(), Stop> {
+        self.0?;
+        Ok(send(&[], true)?)
+    }
+}
+
 fn send(bytes: &[u8], last: bool) -> io::Result<()> {
     with_channel(|channel| channel.send(bytes, last))
 }
@@ -127,30 +142,46 @@ fn worker_serve() -> Robj {
     }
 }
 
+/// One task: what of it is not R's, and therefore outlives a jump.
+struct Turn {
+    body: Body,
+    sink: ToAgent,
+    done: bool,
+}
+
 fn serve_one() -> std::result::Result<(), Stop> {
     signals::block_interrupt();
     // One that came too late for the task before.
     unwind::forget_interrupt();
-    let next = with_channel(Channel::next_task)?;
-    let message = stream::unserialize(next.ok_or(Stop::Done)?)?;
-    signals::unblock_interrupt();
-    // SAFETY: only the pointer is passed on; the Robj keeps the object alive.
-    let answer = unwind::call(rustcluster_run_task, unsafe { message.get() }.cast())?;
-    if answer.is_null() {
+    let mut turn = Turn {
+        body: with_channel(Channel::next_task)?.ok_or(Stop::Done)?,
+        sink: ToAgent(Ok(())),
+        done: false,
+    };
+    unwind::run(turn_protected, &mut turn)?;
+    if turn.done {
         return Err(Stop::Done);
     }
-    send_answer(&answer)
+    turn.sink.finish()
 }
 
-fn send_answer(answer: &Robj) -> std::result::Result<(), Stop> {
-    with_channel(|channel| {
-        channel.restart();
-        Ok(())
-    })?;
-    let mut sink = ToAgent(Ok(()));
-    stream::serialize(answer, &mut sink)?;
-    sink.0?;
-    Ok(send(&[], true)?)
+unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
+    // that is called here, and this frame holds nothing that is to be dropped then.
+    unsafe {
+        let turn = data.cast::<Turn>();
+        let message = Rf_protect(stream::read(&mut (*turn).body));
+        signals::unblock_interrupt();
+        let answer = Rf_protect(rustcluster_run_task(message.cast()));
+        if answer == R_NilValue {
+            (*turn).done = true;
+        } else {
+            (*turn).sink.begin();
+            stream::write(answer, &mut (*turn).sink);
+        }
+        Rf_unprotect(2);
+        R_NilValue
+    }
 }
 
 /// Answers the task that R jumped out of with this error.
@@ -161,13 +192,34 @@ fn worker_fail(value: Robj) -> Robj {
         if !with_channel(|channel| Ok(channel.is_busy()))? {
             return Err(io::Error::other("there is no task to be answered").into());
         }
-        // SAFETY: as in serve_one.
-        let answer = unwind::call(rustcluster_fail_task, unsafe { value.get() }.cast())?;
-        send_answer(&answer)
+        let mut turn = Failed {
+            // SAFETY: the Robj keeps the object alive.
+            value: unsafe { value.get() },
+            sink: ToAgent(Ok(())),
+        };
+        unwind::run(failed_protected, &mut turn)?;
+        turn.sink.finish()
     };
     match fail() {
         Ok(()) => ().into(),
         Err(stop) => to_r(stop),
+    }
+}
+
+struct Failed {
+    value: SEXP,
+    sink: ToAgent,
+}
+
+unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: as in turn_protected.
+    unsafe {
+        let turn = data.cast::<Failed>();
+        let answer = Rf_protect(rustcluster_fail_task((*turn).value.cast()));
+        (*turn).sink.begin();
+        stream::write(answer, &mut (*turn).sink);
+        Rf_unprotect(1);
+        R_NilValue
     }
 }
 

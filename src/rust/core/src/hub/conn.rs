@@ -1,7 +1,7 @@
-//! One agent's connection: launching it, greeting it, reading from it, and finding out why it
-//! ended.
+//! One agent's connection: launching it, greeting it, and finding out why it ended.
 
-use super::{Core, Host, HostFailure};
+use super::inbox::HostFailure;
+use super::{Host, shared::Shared};
 use crate::frame::{self, Frame, Kind};
 use crate::launch::{self, AgentProcess, Launched};
 use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, ToAgent, ToHead};
@@ -13,7 +13,6 @@ use std::process::ExitStatus;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{Interest, Ready};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
@@ -30,18 +29,23 @@ const TAIL: usize = 8 * 1024;
 #[derive(Default)]
 pub struct Conn {
     /// Set once the agent has greeted.
-    pub stream: Option<Rc<UnixStream>>,
+    pub stream: Option<Arc<std::os::unix::net::UnixStream>>,
+    pub received: BytesMut,
     pub out: OutBuf,
     /// The stream took no more.
     pub blocked: bool,
-    /// `blocked` has been set.
-    pub interest: Rc<Notify>,
+    /// What the hub's thread watches the stream for.
+    pub watched: Option<mio::Interest>,
+    /// How the stream ended.
+    pub end: Option<io::Result<()>>,
+    /// `end` has been set.
+    pub over: Arc<Notify>,
     /// The cluster stops.
-    pub stop: Rc<Notify>,
+    pub stop: Arc<Notify>,
 }
 
 /// Serves one agent from its launch to its end.
-pub async fn serve(core: Rc<RefCell<Core>>, agent: usize, host: Host, hello: Hello) {
+pub async fn serve(shared: Arc<Shared>, agent: usize, host: Host, hello: Hello) {
     let (exit_tx, exit) = oneshot::channel();
     let launched = launch::start(&host.launch, move |status| {
         let _ = exit_tx.send(status);
@@ -53,7 +57,7 @@ pub async fn serve(core: Rc<RefCell<Core>>, agent: usize, host: Host, hello: Hel
             let program = program.map(|p| p.to_string_lossy().into_owned());
             let program = program.unwrap_or_default();
             let reason = format!("the agent could not be started: {program}: {error}");
-            fail(&core, agent, HostFailure::new(reason));
+            fail(&shared, agent, HostFailure::new(reason));
             return;
         }
     };
@@ -62,20 +66,20 @@ pub async fn serve(core: Rc<RefCell<Core>>, agent: usize, host: Host, hello: Hel
         stderr,
         process,
     } = launched;
-    core.borrow().shared.set_agent_pid(agent, process.pid());
+    {
+        let mut core = shared.core();
+        core.inbox.hosts[agent].pid = Some(process.pid());
+        core.changed();
+    }
     let tail = Rc::new(RefCell::new(Vec::new()));
     if let Ok(stderr) = pipe::Receiver::from_owned_fd(stderr.into()) {
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
     let mut noise = Preamble::default();
-    let ended = talk(&core, agent, &host, &hello, stream, &mut noise).await;
+    let ended = talk(&shared, agent, &host, &hello, stream, &mut noise).await;
     // The stream is closed on our side too from here on, which asks the agent to end, if it is
     // still there.
-    {
-        let mut core = core.borrow_mut();
-        core.conns[agent].stream = None;
-        core.conns[agent].out = OutBuf::default();
-    }
+    let ended = ended.and(shared.core().detach(agent));
     let status = await_exit(&process, exit).await;
     // What it wrote last may still be in the pipe.
     tokio::task::yield_now().await;
@@ -92,13 +96,15 @@ pub async fn serve(core: Rc<RefCell<Core>>, agent: usize, host: Host, hello: Hel
         stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
         stdout: noise.noise(),
     };
-    fail(&core, agent, failure);
+    fail(&shared, agent, failure);
 }
 
-fn fail(core: &Rc<RefCell<Core>>, agent: usize, failure: HostFailure) {
-    let mut core = core.borrow_mut();
-    core.fail_host(agent, failure);
+fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
+    let mut core = shared.core();
+    core.scheduler.agent_lost(agent, &failure.reason);
+    core.inbox.hosts[agent].failure = Some(failure);
     core.settle();
+    core.changed();
 }
 
 fn describe(status: ExitStatus) -> String {
@@ -141,9 +147,9 @@ async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
     }
 }
 
-/// Greets the agent and then serves its stream to the end. An error says why the head ended it.
+/// Greets the agent, and waits for the end of what follows. An error says why the head ended it.
 async fn talk(
-    core: &Rc<RefCell<Core>>,
+    shared: &Shared,
     agent: usize,
     host: &Host,
     hello: &Hello,
@@ -151,51 +157,26 @@ async fn talk(
     preamble: &mut Preamble,
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
-    let stream = Rc::new(UnixStream::from_std(stream)?);
-    let stop = core.borrow().conns[agent].stop.clone();
-    let mut received = tokio::select! {
-        received = greet(core, agent, host, hello, &stream, preamble) => match received? {
+    let stream = UnixStream::from_std(stream)?;
+    let (stop, over) = {
+        let core = shared.core();
+        (
+            core.conns[agent].stop.clone(),
+            core.conns[agent].over.clone(),
+        )
+    };
+    let received = tokio::select! {
+        received = greet(shared, agent, host, hello, &stream, preamble) => match received? {
             Some(received) => received,
             None => return Ok(()),
         },
         // Nobody has been told to stop yet: the end of the stream says it.
         () = stop.notified() => return Ok(()),
     };
-    let interest = {
-        let mut core = core.borrow_mut();
-        core.conns[agent].stream = Some(stream.clone());
-        core.conns[agent].interest.clone()
-    };
-    core.borrow_mut().settle();
-    // Frames may have come with the greeting.
-    on_bytes(core, agent, &mut received)?;
-    loop {
-        let wanted = if core.borrow().conns[agent].blocked {
-            Interest::READABLE | Interest::WRITABLE
-        } else {
-            Interest::READABLE
-        };
-        let ready = tokio::select! {
-            ready = stream.ready(wanted) => ready?,
-            () = interest.notified() => continue,
-        };
-        if (ready.is_writable() || ready.is_write_closed()) && wanted.is_writable() {
-            let mut core = core.borrow_mut();
-            core.conns[agent].blocked = false;
-            core.settle();
-        }
-        if ready.is_readable() || ready.is_read_closed() {
-            while let Some(n) = read(&stream, &mut received)? {
-                if n == 0 {
-                    return Ok(());
-                }
-                on_bytes(core, agent, &mut received)?;
-            }
-        }
-        if ready == Ready::EMPTY {
-            tokio::task::yield_now().await;
-        }
-    }
+    let stream = stream.into_std()?;
+    shared.core().attach(agent, stream, received);
+    over.notified().await;
+    Ok(())
 }
 
 /// One read. `None`: nothing there now.
@@ -210,36 +191,14 @@ fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize
     }
 }
 
-fn on_bytes(core: &Rc<RefCell<Core>>, agent: usize, received: &mut BytesMut) -> io::Result<()> {
-    let mut core = core.borrow_mut();
-    let mut outcome = Ok(());
-    loop {
-        match frame::decode(received) {
-            Ok(Some(frame)) => {
-                if let Err(error) = core.scheduler.on_frame(agent, frame) {
-                    outcome = Err(io::Error::other(format!("the agent sent {error}")));
-                    break;
-                }
-            }
-            Ok(None) => break,
-            Err(error) => {
-                outcome = Err(io::Error::other(format!("the agent sent {error}")));
-                break;
-            }
-        }
-    }
-    core.settle();
-    outcome
-}
-
 /// Sends magic and hello, skips what a shell printed, checks the agent's hello, and queues what
 /// it is to start. `None`: it ended first.
 async fn greet(
-    core: &Rc<RefCell<Core>>,
+    shared: &Shared,
     agent: usize,
     host: &Host,
     hello: &Hello,
-    stream: &Rc<UnixStream>,
+    stream: &UnixStream,
     preamble: &mut Preamble,
 ) -> io::Result<Option<BytesMut>> {
     let greeting = message::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
@@ -282,8 +241,8 @@ async fn greet(
         if let Some(frame) = decoded {
             let theirs = theirs(&frame)?;
             hello.check(&theirs).map_err(io::Error::other)?;
-            let mut core = core.borrow_mut();
-            core.shared.set_agent_hello(agent, theirs);
+            let mut core = shared.core();
+            core.inbox.hosts[agent].hello = Some(theirs);
             let start = ToAgent::Start(host.start.clone());
             core.scheduler
                 .send_control(agent, &start)

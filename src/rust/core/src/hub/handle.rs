@@ -1,7 +1,8 @@
 //! The handle of R's thread to its hub. Belongs to that thread; never calls R.
 
-use super::shared::{HostView, Shared, WorkerView};
-use super::{Command, Event, Host, HostFailure, run};
+use super::inbox::{Event, HostFailure, HostView, WorkerView};
+use super::shared::{Core, Shared};
+use super::{Host, run};
 use crate::frame::MAX_BODY;
 use crate::message::{Hello, Loss, ToHead};
 use crate::scheduler::{Body, Gone, JobId, Outcome, Rank, TaskId, Want};
@@ -11,20 +12,14 @@ use std::collections::VecDeque;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use std::time::Duration;
 
 /// Bytes of tasks that may wait to be sent before R's thread waits too.
 const SEND_LIMIT: usize = 32 * 1024 * 1024;
 
-/// How long R's thread watches for an answer before it sleeps: about what it takes, to and fro, to
-/// put a core to sleep and wake it.
-const WATCH: Duration = Duration::from_micros(1000);
-
-/// A job that no verb of ours stands behind: see [`Hub::begin`].
+/// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
 
 /// What there is for R.
@@ -68,7 +63,6 @@ pub enum Progress {
 
 struct Inner {
     shared: Arc<Shared>,
-    commands: UnboundedSender<Command>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -82,11 +76,8 @@ pub struct Hub {
     outstanding: Vec<VecDeque<(TaskId, JobId)>>,
     outstanding_count: usize,
     next_task: TaskId,
-    next_job: JobId,
     /// A message is being written.
     writing: Option<Writing>,
-    /// How long R has lately waited for answers, on average.
-    usual_wait: Duration,
 }
 
 #[derive(Debug)]
@@ -106,15 +97,19 @@ impl Hub {
     /// When the system has no thread or descriptor left.
     pub fn start(hosts: Vec<Host>, hello: Hello, result_limit: usize) -> io::Result<Hub> {
         let workers = hosts.iter().map(|host| host.ranks.len()).sum();
-        let shared = Arc::new(Shared::new(workers, hosts.len(), result_limit)?);
-        let (commands, receiver) = unbounded_channel();
+        let ranks = hosts.iter().map(|host| host.ranks.clone()).collect();
+        let watched = mio::Poll::new()?;
+        let registry = watched.registry().try_clone()?;
+        let shared = Arc::new(Shared::new(ranks, result_limit, registry)?);
         let theirs = shared.clone();
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, receiver)));
-            theirs.close(match result {
+            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, watched)));
+            let mut core = theirs.core();
+            core.inbox.close(match result {
                 Ok(()) => "the cluster was stopped",
                 Err(_) => "the head's event loop failed: this is a bug in rustcluster",
             });
+            core.changed();
         };
         let thread = signals::with_all_blocked(|| {
             thread::Builder::new()
@@ -123,7 +118,6 @@ impl Hub {
         })?;
         let inner = Inner {
             shared,
-            commands,
             thread: Some(thread),
         };
         Ok(Hub {
@@ -132,9 +126,7 @@ impl Hub {
             outstanding: vec![VecDeque::new(); workers],
             outstanding_count: 0,
             next_task: 1,
-            next_job: NO_JOB + 1,
             writing: None,
-            usual_wait: Duration::ZERO,
         })
     }
 
@@ -149,53 +141,35 @@ impl Hub {
         self.outstanding.len()
     }
 
-    fn shared(&self) -> &Shared {
-        &self.inner.shared
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.inner.shared.core()
     }
 
-    fn command(&self, command: Command) {
-        // Fails only when the hub's thread has ended, and then there is nothing to do.
-        let _ = self.inner.commands.send(command);
-    }
-
-    /// How far the start has come; waits up to `most` for a change if it is under way.
+    /// How far the start has come; waits up to `most` for its end.
     pub fn progress(&self, most: Duration) -> Progress {
-        for waited in [false, true] {
-            {
-                let mut inbox = self.shared().inbox();
-                for (host, view) in inbox.hosts.iter().enumerate() {
-                    if let Some(reason) = view.start_failure.clone() {
-                        return Progress::Refused { host, reason };
-                    }
+        let ended = self.inner.shared.wait(most, |core| {
+            let inbox = &core.inbox;
+            for (host, view) in inbox.hosts.iter().enumerate() {
+                if let Some(reason) = view.start_failure.clone() {
+                    return Some(Progress::Refused { host, reason });
                 }
-                for (rank, worker) in inbox.workers.iter().enumerate() {
-                    if let Some(Gone::Worker(loss)) = worker.gone.as_deref() {
-                        let (rank, loss) = (rank as Rank, loss.clone());
-                        return Progress::WorkerFailed { rank, loss };
-                    }
-                }
-                for (host, view) in inbox.hosts.iter().enumerate() {
-                    if let Some(failure) = view.failure.clone() {
-                        return Progress::HostFailed { host, failure };
-                    }
-                }
-                if inbox.up == inbox.workers.len() {
-                    return Progress::Up;
-                }
-                if waited {
-                    return Progress::Starting { up: inbox.up };
-                }
-                inbox.waiting = true;
             }
-            self.shared().wait(most);
-        }
-        Progress::Starting { up: 0 }
-    }
-
-    /// A new job: the tasks of one call of a verb.
-    pub fn new_job(&mut self) -> JobId {
-        self.next_job += 1;
-        self.next_job
+            for (rank, worker) in inbox.workers.iter().enumerate() {
+                if let Some(Gone::Worker(loss)) = worker.gone.as_deref() {
+                    let (rank, loss) = (rank as Rank, loss.clone());
+                    return Some(Progress::WorkerFailed { rank, loss });
+                }
+            }
+            for (host, view) in inbox.hosts.iter().enumerate() {
+                if let Some(failure) = view.failure.clone() {
+                    return Some(Progress::HostFailed { host, failure });
+                }
+            }
+            (inbox.up == inbox.workers.len()).then_some(Progress::Up)
+        });
+        ended.unwrap_or_else(|| Progress::Starting {
+            up: self.core().inbox.up,
+        })
     }
 
     /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. A verb that finds
@@ -216,8 +190,7 @@ impl Hub {
             self.outstanding[rank as usize] = kept;
             self.outstanding_count -= stale.len();
             for (task, _) in stale {
-                self.forget(task);
-                self.command(Command::CancelTask { rank, task });
+                cancel(&mut self.core(), rank, task);
             }
         }
         let task = self.next_task;
@@ -245,31 +218,25 @@ impl Hub {
             bytes = later;
             let next = Vec::with_capacity(MAX_BODY);
             let chunk = std::mem::replace(&mut writing.buffer, next);
-            submit(&self.inner, writing, chunk, false);
+            submit(&mut self.inner.shared.core(), writing, chunk, false);
             sent = true;
         }
         writing.buffer.extend_from_slice(bytes);
-        sent && self.must_wait_to_send()
-    }
-
-    fn must_wait_to_send(&self) -> bool {
-        self.shared().queued.load(Ordering::SeqCst) > SEND_LIMIT
+        sent && self.core().queued > SEND_LIMIT
     }
 
     /// Waits up to `most` for what was written to be sent. Returns whether to wait on.
     pub fn wait_to_send(&mut self, most: Duration) -> bool {
-        let shared = self.shared();
-        shared.send_blocked.store(true, Ordering::SeqCst);
-        if shared.starving.load(Ordering::SeqCst) {
-            self.command(Command::Look);
-        }
-        shared.inbox().waiting = true;
-        if self.must_wait_to_send() {
-            shared.wait(most);
-        }
-        let wait = self.must_wait_to_send() && !shared.inbox().closed;
+        // Results must flow, whatever waits already: the workers that are to read what is sent may
+        // be blocked in writing them.
+        let mut core = self.core();
+        core.scheduler.set_unlimited(true);
+        core.settle();
+        drop(core);
+        let room = |core: &mut Core| (core.queued <= SEND_LIMIT || core.inbox.closed).then_some(());
+        let wait = self.inner.shared.wait(most, room).is_none();
         if !wait {
-            shared.send_blocked.store(false, Ordering::SeqCst);
+            self.core().scheduler.set_unlimited(false);
         }
         wait
     }
@@ -282,63 +249,43 @@ impl Hub {
         self.outstanding[writing.rank as usize].push_back((writing.task, writing.job));
         self.outstanding_count += 1;
         let chunk = std::mem::take(&mut writing.buffer);
-        submit(&self.inner, &mut writing, chunk, true);
+        submit(&mut self.core(), &mut writing, chunk, true);
     }
 
     /// Takes back the message that is being written, if there is one: R could not finish it.
     pub fn abandon(&mut self) {
-        self.shared().send_blocked.store(false, Ordering::SeqCst);
         if let Some(writing) = self.writing.take().filter(|writing| !writing.first) {
-            let Writing { rank, task, .. } = writing;
-            self.forget(task);
-            self.command(Command::CancelTask { rank, task });
+            let mut core = self.core();
+            core.scheduler.set_unlimited(false);
+            cancel(&mut core, writing.rank, writing.task);
         }
     }
 
-    /// Drops what there may be of an answer.
-    fn forget(&mut self, task: TaskId) {
-        let outcome = {
-            let mut inbox = self.shared().inbox();
-            inbox.lost.retain(|lost| lost.2 != task);
-            inbox.expected.remove(&task)
-        };
-        if let Some(Some(Outcome::Answer(body))) = outcome {
-            self.took(body.len);
-        }
-    }
-
-    fn took(&self, bytes: usize) {
-        let shared = self.shared();
-        shared.taken.fetch_add(bytes, Ordering::SeqCst);
-        if shared.starving.load(Ordering::SeqCst) {
-            self.command(Command::Look);
-        }
-    }
-
-    /// Cancels the job's tasks that have not been received. Returns how many there were.
-    pub fn cancel_job(&mut self, job: JobId) -> usize {
+    /// Cancels the job's tasks that have not been received.
+    pub fn cancel_job(&mut self, job: JobId) {
         self.abandon();
         // The usual end of a verb.
         if self.outstanding_count == 0 {
-            return 0;
+            return;
         }
         let mut cancelled = Vec::new();
-        for tasks in &mut self.outstanding {
+        for (rank, tasks) in self.outstanding.iter_mut().enumerate() {
             tasks.retain(|&(task, other)| {
                 if other == job {
-                    cancelled.push(task);
+                    cancelled.push((rank as Rank, task));
                 }
                 other != job
             });
         }
         if !cancelled.is_empty() {
             self.outstanding_count -= cancelled.len();
-            for &task in &cancelled {
-                self.forget(task);
+            let mut core = self.core();
+            for &(rank, task) in &cancelled {
+                forget(&mut core, rank, task);
             }
-            self.command(Command::CancelJob(job));
+            core.scheduler.cancel_job(job);
+            core.settle();
         }
-        cancelled.len()
     }
 
     /// The answer to the oldest task outstanding on a worker; waits up to `most` for it. When
@@ -347,19 +294,8 @@ impl Hub {
         let Some(&(task, job)) = self.outstanding[rank as usize].front() else {
             return Answer::NothingSent;
         };
-        self.poll(most, Want::Rank(rank), |hub| {
-            let mut inbox = hub.shared().inbox();
-            if let Some(outcome) = inbox.expected.get_mut(&task).and_then(Option::take) {
-                return Some((rank, task, outcome));
-            }
-            if job == NO_JOB || inbox.lost.is_empty() {
-                return None;
-            }
-            let at = inbox.lost.iter().position(|lost| lost.0 == job)?;
-            let (_, rank, task) = inbox.lost[at];
-            let outcome = inbox.expected.get_mut(&task).and_then(Option::take)?;
-            Some((rank, task, outcome))
-        })
+        let look = |core: &mut Core| core.inbox.take(rank, task, job);
+        self.receive_next(most, Want::Rank(rank), look)
     }
 
     /// The next answer from any of the workers that `includes`, in the order of their arrival;
@@ -368,27 +304,8 @@ impl Hub {
         if self.outstanding_count == 0 {
             return Answer::NothingSent;
         }
-        let answer = self.poll(most, Want::Any, |hub| {
-            let mut guard = hub.shared().inbox();
-            let inbox = &mut *guard;
-            let mut at = 0;
-            while let Some(&(rank, task)) = inbox.ready.get(at) {
-                let Some(slot) = inbox.expected.get_mut(&task) else {
-                    // Received by rank, or cancelled.
-                    inbox.ready.remove(at);
-                    continue;
-                };
-                if includes(rank) {
-                    inbox.ready.remove(at);
-                    if let Some(outcome) = slot.take() {
-                        return Some((rank, task, outcome));
-                    }
-                    continue;
-                }
-                at += 1;
-            }
-            None
-        });
+        let look = |core: &mut Core| core.inbox.take_any(&includes);
+        let answer = self.receive_next(most, Want::Any, look);
         if let Answer::Pending = answer {
             let some =
                 |(rank, tasks): (usize, &VecDeque<_>)| !tasks.is_empty() && includes(rank as Rank);
@@ -399,122 +316,71 @@ impl Hub {
         answer
     }
 
-    fn poll(
+    fn receive_next(
         &mut self,
         most: Duration,
         want: Want,
-        mut look: impl FnMut(&Hub) -> Option<(Rank, TaskId, Outcome)>,
+        look: impl Fn(&mut Core) -> Option<(Rank, TaskId, Outcome)>,
     ) -> Answer {
-        let mut found = look(self);
+        let mut core = self.core();
+        let mut found = look(&mut core);
         if found.is_none() {
-            let began = Instant::now();
-            found = self.watch(began, &mut look);
-            self.usual_wait = (3 * self.usual_wait + began.elapsed()) / 4;
-        }
-        if found.is_none() {
-            let began = Instant::now();
-            let shared = self.shared();
-            shared.set_want(want);
-            if shared.starving.load(Ordering::SeqCst) {
-                self.command(Command::Look);
-            }
-            shared.inbox().waiting = true;
-            // Between the first look and `waiting` something may have come.
-            found = look(self);
-            if found.is_none() {
-                self.shared().wait(most);
-                found = look(self);
-            }
-            self.shared().set_want(Want::Nothing);
-            self.usual_wait += began.elapsed() / 4;
+            core.scheduler.want(want);
+            core.settle();
+            drop(core);
+            found = self.inner.shared.wait(most, look);
+            core = self.core();
+            core.scheduler.want(Want::Nothing);
         }
         let Some((rank, task, outcome)) = found else {
             return Answer::Pending;
         };
-        self.settle(rank, task);
+        core.inbox.forget(rank, task);
+        if let Outcome::Answer(body) = &outcome {
+            took(&mut core, body.len);
+        }
+        drop(core);
+        let tasks = &mut self.outstanding[rank as usize];
+        if let Some(at) = tasks.iter().position(|&(other, _)| other == task) {
+            tasks.remove(at);
+            self.outstanding_count -= 1;
+        }
         match outcome {
-            Outcome::Answer(body) => {
-                self.took(body.len);
-                Answer::Ready { rank, body }
-            }
+            Outcome::Answer(body) => Answer::Ready { rank, body },
             Outcome::Lost(gone) => Answer::Lost { rank, gone },
             // Only what R no longer expects is cancelled.
             Outcome::Cancelled => Answer::NothingSent,
         }
     }
 
-    /// Watches for a change without sleeping, if answers have usually come so soon that sleeping
-    /// and being woken would take longer than the answer itself. Gives the core away at every
-    /// look, to whoever wants it.
-    fn watch<T>(&self, began: Instant, look: &mut impl FnMut(&Hub) -> Option<T>) -> Option<T> {
-        if self.usual_wait > WATCH {
-            return None;
-        }
-        let mut seen = self.shared().changes();
-        while began.elapsed() < WATCH {
-            thread::yield_now();
-            let changes = self.shared().changes();
-            if changes != seen {
-                seen = changes;
-                let found = look(self);
-                if found.is_some() {
-                    return found;
-                }
-            }
-        }
-        None
-    }
-
-    /// A task has ended and R knows it.
-    fn settle(&mut self, rank: Rank, task: TaskId) {
-        let tasks = &mut self.outstanding[rank as usize];
-        if let Some(at) = tasks.iter().position(|&(other, _)| other == task) {
-            tasks.remove(at);
-            self.outstanding_count -= 1;
-        }
-        let mut inbox = self.shared().inbox();
-        inbox.expected.remove(&task);
-        if inbox.ready.front() == Some(&(rank, task)) {
-            inbox.ready.pop_front();
-        }
-        inbox.lost.retain(|lost| lost.2 != task);
-        if inbox.expected.is_empty() {
-            inbox.ready.clear();
-        }
-    }
-
     /// Ends some workers, whatever they do; with the last one, the cluster. What was outstanding
     /// on them is forgotten.
     pub fn stop_workers(&mut self, ranks: Vec<Rank>) {
+        let shared = self.inner.shared.clone();
+        let mut core = shared.core();
         for &rank in &ranks {
             let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
             self.outstanding_count -= tasks.len();
             for (task, _) in tasks {
-                self.forget(task);
+                forget(&mut core, rank, task);
             }
-            let mut inbox = self.shared().inbox();
-            let worker = &mut inbox.workers[rank as usize];
-            worker.gone.get_or_insert_with(|| Arc::new(Gone::Stopped));
+            core.scheduler.stop_worker(rank);
         }
-        self.command(Command::StopWorkers(ranks));
+        core.settle();
+        if !core.scheduler.any_left() {
+            core.stop(&shared.stopped);
+        }
     }
 
     /// Ends the cluster.
     pub fn stop(&self) {
-        self.command(Command::Stop);
+        self.core().stop(&self.inner.shared.stopped);
     }
 
     /// Whether the cluster has ended and nothing of it is left; waits up to `most` for that.
     pub fn is_closed(&mut self, most: Duration) -> bool {
-        let closed = {
-            let mut inbox = self.shared().inbox();
-            inbox.waiting = true;
-            inbox.closed
-        };
-        if !closed {
-            self.shared().wait(most);
-        }
-        let closed = closed || self.shared().inbox().closed;
+        let closed = |core: &mut Core| core.inbox.closed.then_some(());
+        let closed = self.inner.shared.wait(most, closed).is_some();
         if closed {
             if let Some(thread) = self.inner.thread.take() {
                 // Its last act was to say that it is closed.
@@ -526,41 +392,54 @@ impl Hub {
 
     /// A worker as it is known now.
     pub fn worker(&self, rank: Rank) -> WorkerView {
-        let inbox = self.shared().inbox();
-        inbox
-            .workers
-            .get(rank as usize)
-            .cloned()
-            .unwrap_or_default()
+        let core = self.core();
+        let worker = core.inbox.workers.get(rank as usize);
+        worker.cloned().unwrap_or_default()
     }
 
     /// All hosts as they are known now.
     pub fn hosts(&self) -> Vec<HostView> {
-        self.shared().inbox().hosts.clone()
+        self.core().inbox.hosts.clone()
     }
 
     /// What has come to be shown since the last call.
     pub fn take_events(&self) -> Vec<Event> {
-        self.shared().inbox().events.drain(..).collect()
+        self.core().inbox.events.drain(..).collect()
     }
 }
 
-fn submit(inner: &Inner, writing: &mut Writing, chunk: Vec<u8>, last: bool) {
+fn submit(core: &mut Core, writing: &mut Writing, chunk: Vec<u8>, last: bool) {
     let first = std::mem::replace(&mut writing.first, false);
+    let &mut Writing {
+        rank, task, job, ..
+    } = writing;
     if first {
-        inner.shared.inbox().expected.insert(writing.task, None);
+        core.inbox.expect(task);
     }
-    inner.shared.queued.fetch_add(chunk.len(), Ordering::SeqCst);
-    let command = Command::Submit {
-        rank: writing.rank,
-        task: writing.task,
-        job: writing.job,
-        chunk: Bytes::from(chunk),
-        first,
-        last,
-    };
-    // As in `Hub::command`.
-    let _ = inner.commands.send(command);
+    core.queued += chunk.len();
+    core.scheduler
+        .submit(rank, task, job, Bytes::from(chunk), first, last);
+    core.settle();
+}
+
+/// Drops what there may be of an answer.
+fn forget(core: &mut Core, rank: Rank, task: TaskId) {
+    let bytes = core.inbox.forget(rank, task);
+    took(core, bytes);
+}
+
+/// There is room for other results.
+fn took(core: &mut Core, bytes: usize) {
+    if bytes > 0 {
+        core.scheduler.taken(bytes);
+        core.settle();
+    }
+}
+
+fn cancel(core: &mut Core, rank: Rank, task: TaskId) {
+    forget(core, rank, task);
+    core.scheduler.cancel_task(rank, task);
+    core.settle();
 }
 
 impl Drop for Hub {

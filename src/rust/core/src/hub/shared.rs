@@ -1,260 +1,439 @@
-//! What R's thread and the hub's thread share: an inbox under a mutex, a few counters, and a
-//! socket pair by which the hub wakes R.
+//! What R's thread and the hub's thread share: one [`Core`] under a lock, and a way to wake each
+//! other.
 //!
-//! The mutex is held for map look-ups and queue operations only: never while R code runs, never
-//! across an allocation by R, an interrupt check or I/O.
+//! Either thread reads and writes the agents' streams, without blocking and with the lock held.
+//! While R waits it reads them itself: an answer that had to pass through another thread would be
+//! twice as long on its way. Once R has been busy with something else for a [`TICK`], the hub's
+//! thread does the reading. The lock is never held while R code runs, across an allocation by R, or
+//! while anybody sleeps.
 
-use crate::message::{Hello, ToHead};
-use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId, Want};
-use bytes::Bytes;
-use std::collections::{HashMap, VecDeque};
+use super::conn::Conn;
+use super::inbox::Inbox;
+use crate::frame;
+use crate::message::ToAgent;
+use crate::outbuf::OutBuf;
+use crate::scheduler::{Rank, Scheduler};
+use crate::sys;
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
 
-/// Why a host is gone, with what its agent's command printed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HostFailure {
-    pub reason: String,
-    pub stderr: String,
-    pub stdout: String,
+/// Bytes put together for one write.
+const WRITE: usize = 256 * 1024;
+/// Bytes read at a time.
+const READ: usize = 64 * 1024;
+
+/// How long R may leave the streams unread, and then some, before the hub's thread reads them.
+pub const TICK: Duration = Duration::from_millis(2);
+
+/// How long R's thread watches for an answer before it sleeps: about what it takes, to and fro, to
+/// put a core to sleep and wake it, on every way station.
+const WATCH: Duration = Duration::from_millis(1);
+
+/// Who reads the streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reader {
+    Hub,
+    R,
 }
 
-impl HostFailure {
-    pub fn new(reason: String) -> HostFailure {
-        HostFailure {
-            reason,
-            ..HostFailure::default()
-        }
-    }
-}
-
-/// What R shows when it gets to it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A worker was killed because it did not heed an interrupt; a fresh one took its place.
-    Replaced { rank: Rank },
-    /// A worker printed this.
-    Output { rank: Rank, bytes: Bytes },
-}
-
-/// A worker as R's thread sees it.
-#[derive(Clone, Debug, Default)]
-pub struct WorkerView {
-    pub pid: Option<u32>,
-    pub gone: Option<Arc<Gone>>,
-}
-
-/// A host as R's thread sees it.
-#[derive(Clone, Debug, Default)]
-pub struct HostView {
-    /// The process that was launched: here the agent itself.
-    pub pid: Option<u32>,
-    pub hello: Option<Hello>,
-    pub start_failure: Option<ToHead>,
-    pub failure: Option<HostFailure>,
-}
-
-#[derive(Default)]
-pub struct Inbox {
-    /// R waits, or is about to, and is to be woken by the next change.
-    pub waiting: bool,
-    /// Tasks whose end R wants to know, with the outcome once there is one.
-    pub expected: HashMap<TaskId, Option<Outcome>>,
-    /// Ended tasks in the order of their ends. May hold tasks that are no longer expected.
-    pub ready: VecDeque<(Rank, TaskId)>,
-    /// Lost tasks that R has not been told of.
-    pub lost: Vec<(JobId, Rank, TaskId)>,
-    pub workers: Vec<WorkerView>,
-    pub hosts: Vec<HostView>,
-    pub events: VecDeque<Event>,
-    /// Workers that have come up.
-    pub up: usize,
-    /// The hub's thread has ended.
-    pub closed: bool,
+/// See the module's documentation.
+pub struct Core {
+    pub scheduler: Scheduler,
+    pub conns: Vec<Conn>,
+    pub inbox: Inbox,
+    /// Bytes of tasks submitted and not yet sent.
+    pub queued: usize,
+    /// The end has been asked for.
+    pub stopping: bool,
+    /// What the hub's thread watches.
+    registry: Registry,
+    reader: Reader,
+    /// R waits.
+    waiting: bool,
+    /// When `waiting` last changed.
+    since: Instant,
+    /// The hub's thread looks every [`TICK`] whether it has to read.
+    ticking: bool,
+    /// R sleeps and is to be woken by the next change.
+    asleep: bool,
+    /// Counts the changes of the inbox and of `queued`.
+    changes: u64,
+    /// How long R has lately waited for answers, on average.
+    usual_wait: Duration,
+    wake: UnixStream,
+    scratch: Vec<u8>,
 }
 
 /// See the module's documentation.
 pub struct Shared {
-    inbox: Mutex<Inbox>,
-    wake: UnixStream,
+    core: Mutex<Core>,
     woken: UnixStream,
-    /// Bytes of answers that R took since the hub looked.
-    pub taken: AtomicUsize,
-    /// An answer waits on its host for want of room here: R tells the hub when it makes some.
-    pub starving: AtomicBool,
-    /// R is blocked in sending.
-    pub send_blocked: AtomicBool,
-    /// Bytes of tasks submitted and not yet sent.
-    pub queued: AtomicUsize,
-    want: AtomicU64,
-    /// Counts the changes of the inbox, for R's thread to watch without taking the lock.
-    changes: AtomicUsize,
-    pub result_limit: usize,
+    /// R has begun to read and the hub's thread is to look after it.
+    pub taken_over: Notify,
+    /// `stopping` was set.
+    pub stopped: Notify,
 }
 
 impl Shared {
-    pub fn new(workers: usize, hosts: usize, result_limit: usize) -> io::Result<Shared> {
+    pub fn new(ranks: Vec<Vec<Rank>>, limit: usize, registry: Registry) -> io::Result<Shared> {
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        let inbox = Inbox {
-            workers: vec![WorkerView::default(); workers],
-            hosts: vec![HostView::default(); hosts],
-            ..Inbox::default()
-        };
+        let hosts = ranks.len();
+        let workers = ranks.iter().map(Vec::len).sum();
         Ok(Shared {
-            inbox: Mutex::new(inbox),
-            wake,
+            core: Mutex::new(Core {
+                scheduler: Scheduler::new(ranks, limit),
+                conns: (0..hosts).map(|_| Conn::default()).collect(),
+                inbox: Inbox::new(workers, hosts),
+                queued: 0,
+                stopping: false,
+                registry,
+                reader: Reader::Hub,
+                waiting: false,
+                since: Instant::now(),
+                ticking: false,
+                asleep: false,
+                changes: 0,
+                usual_wait: Duration::ZERO,
+                wake,
+                scratch: vec![0; READ],
+            }),
             woken,
-            taken: AtomicUsize::new(0),
-            starving: AtomicBool::new(false),
-            send_blocked: AtomicBool::new(false),
-            queued: AtomicUsize::new(0),
-            want: AtomicU64::new(0),
-            changes: AtomicUsize::new(0),
-            result_limit,
+            taken_over: Notify::new(),
+            stopped: Notify::new(),
         })
     }
 
-    pub fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        // A panic while it was held would have been in our own few lines: the data is whole.
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn core(&self) -> MutexGuard<'_, Core> {
+        // A panic while it was held would have been the hub's: it then closes the inbox.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn wanted(&self) -> Want {
-        match self.want.load(Ordering::SeqCst) {
-            0 => Want::Nothing,
-            1 => Want::Any,
-            rank => Want::Rank((rank - 2) as Rank),
+    /// R's thread waits, up to `most` or until a signal comes, for `look` to find something. It
+    /// looks at first and after every change.
+    pub fn wait<T>(
+        &self,
+        most: Duration,
+        mut look: impl FnMut(&mut Core) -> Option<T>,
+    ) -> Option<T> {
+        let mut core = self.core();
+        let mut found = look(&mut core);
+        if found.is_some() {
+            return found;
+        }
+        let began = Instant::now();
+        let mut seen = core.changes;
+        core.begin_reading(began, &self.taken_over);
+        // If answers have usually come so soon that to sleep and to be woken would take longer than
+        // the answer itself, R's thread does not sleep, but gives its core away at every look.
+        let watch = core.usual_wait <= WATCH;
+        let mut waited = Duration::ZERO;
+        let mut interrupted = false;
+        loop {
+            if core.changes != seen {
+                seen = core.changes;
+                found = look(&mut core);
+            }
+            if found.is_some() || waited >= most || interrupted {
+                break;
+            }
+            if watch && waited < WATCH {
+                drop(core);
+                thread::yield_now();
+                core = self.core();
+            } else {
+                core.asleep = true;
+                let streams = core.streams();
+                drop(core);
+                interrupted = self.sleep(&streams, most - waited);
+                core = self.core();
+                core.asleep = false;
+            }
+            core.read_all();
+            waited = began.elapsed();
+        }
+        core.usual_wait = (3 * core.usual_wait + waited) / 4;
+        core.end_reading(began + waited);
+        found
+    }
+
+    /// Sleeps until a stream can be read, the other thread changes something, or a signal comes,
+    /// which is what is returned: R then gets to handle it at once.
+    fn sleep(&self, streams: &[Arc<UnixStream>], most: Duration) -> bool {
+        let fds = streams.iter().map(|stream| stream.as_raw_fd());
+        let mut polled: Vec<libc::pollfd> = fds
+            .chain([self.woken.as_raw_fd()])
+            .map(|fd| libc::pollfd {
+                fd,
+                events: libc::POLLIN,
+                revents: 0,
+            })
+            .collect();
+        let most = libc::c_int::try_from(most.as_millis() + 1).unwrap_or(libc::c_int::MAX);
+        // SAFETY: as many valid pollfds as are announced, of descriptors that stay open.
+        let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, most) };
+        if polled.last().is_some_and(|woken| woken.revents != 0) {
+            let mut buffer = [0u8; 64];
+            let _ = (&self.woken).read(&mut buffer);
+        }
+        ready < 0
+    }
+
+    /// What the hub's thread does every [`TICK`] while R waits or has just done so. Returns whether
+    /// to go on with it.
+    pub fn tick(&self) -> bool {
+        let mut core = self.core();
+        if core.since.elapsed() < TICK {
+            return true;
+        }
+        core.ticking = false;
+        if !core.waiting {
+            core.set_reader(Reader::Hub);
+        }
+        // Whoever waits for long gives the reading back when that is over.
+        false
+    }
+}
+
+impl Core {
+    fn begin_reading(&mut self, now: Instant, taken_over: &Notify) {
+        self.waiting = true;
+        self.since = now;
+        self.set_reader(Reader::R);
+        if !self.ticking {
+            self.ticking = true;
+            taken_over.notify_one();
+        }
+        self.read_all();
+    }
+
+    fn end_reading(&mut self, now: Instant) {
+        self.waiting = false;
+        self.since = now;
+        if !self.ticking {
+            self.set_reader(Reader::Hub);
         }
     }
 
-    pub fn set_want(&self, want: Want) {
-        let code = match want {
-            Want::Nothing => 0,
-            Want::Any => 1,
-            Want::Rank(rank) => u64::from(rank) + 2,
-        };
-        self.want.store(code, Ordering::SeqCst);
+    fn set_reader(&mut self, reader: Reader) {
+        if self.reader != reader {
+            self.reader = reader;
+            for agent in 0..self.conns.len() {
+                self.watch(agent);
+            }
+        }
     }
 
-    fn change(&self, change: impl FnOnce(&mut Inbox)) {
-        let waiting = {
-            let mut inbox = self.inbox();
-            change(&mut inbox);
-            self.changes.fetch_add(1, Ordering::Release);
-            std::mem::take(&mut inbox.waiting)
+    /// Lets the hub's thread watch a stream for what it is to do there.
+    fn watch(&mut self, agent: usize) {
+        let conn = &mut self.conns[agent];
+        let reads = self.reader == Reader::Hub && conn.end.is_none();
+        let wanted = match (reads, conn.blocked) {
+            (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
+            (true, false) => Some(Interest::READABLE),
+            (false, true) => Some(Interest::WRITABLE),
+            (false, false) => None,
         };
-        if waiting {
+        let Some(stream) = conn.stream.as_ref().filter(|_| conn.watched != wanted) else {
+            return;
+        };
+        let fd = stream.as_raw_fd();
+        let mut source = SourceFd(&fd);
+        let token = Token(agent);
+        let done = match (conn.watched, wanted) {
+            (None, Some(interest)) => self.registry.register(&mut source, token, interest),
+            (Some(_), Some(interest)) => self.registry.reregister(&mut source, token, interest),
+            _ => self.registry.deregister(&mut source),
+        };
+        match done {
+            Ok(()) => conn.watched = wanted,
+            Err(error) => self.end(agent, Err(error)),
+        }
+    }
+
+    /// The stream to an agent that has greeted, and what came with the greeting.
+    pub fn attach(&mut self, agent: usize, stream: UnixStream, received: bytes::BytesMut) {
+        let conn = &mut self.conns[agent];
+        conn.stream = Some(Arc::new(stream));
+        conn.received = received;
+        self.watch(agent);
+        self.on_bytes(agent);
+        self.settle();
+        // R, if it sleeps, does not know the stream yet.
+        self.changed();
+    }
+
+    /// Closes the stream, for the agent too, and whoever has a copy of our end.
+    pub fn detach(&mut self, agent: usize) -> io::Result<()> {
+        let conn = &mut self.conns[agent];
+        let end = conn.end.take().unwrap_or(Ok(()));
+        conn.end = Some(Ok(()));
+        conn.blocked = false;
+        conn.out = OutBuf::default();
+        self.watch(agent);
+        if let Some(stream) = self.conns[agent].stream.take() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        end
+    }
+
+    /// The stream has ended, by itself or because what it carried made no sense.
+    fn end(&mut self, agent: usize, result: io::Result<()>) {
+        let conn = &mut self.conns[agent];
+        if conn.end.is_none() {
+            conn.end = Some(result);
+            conn.blocked = false;
+            conn.over.notify_one();
+            self.watch(agent);
+        }
+    }
+
+    fn streams(&self) -> Vec<Arc<UnixStream>> {
+        let open = self.conns.iter().filter(|conn| conn.end.is_none());
+        open.filter_map(|conn| conn.stream.clone()).collect()
+    }
+
+    fn read_all(&mut self) {
+        for agent in 0..self.conns.len() {
+            self.read(agent);
+        }
+    }
+
+    /// Reads what is there now, up to [`READ`] bytes. Returns whether there may be more.
+    pub fn read(&mut self, agent: usize) -> bool {
+        let conn = &mut self.conns[agent];
+        let Some(mut stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
+            return false;
+        };
+        match stream.read(&mut self.scratch) {
+            Ok(0) => self.end(agent, Ok(())),
+            Ok(n) => {
+                conn.received.extend_from_slice(&self.scratch[..n]);
+                self.on_bytes(agent);
+                self.settle();
+                return true;
+            }
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock => {}
+                io::ErrorKind::Interrupted => return true,
+                // The agent was killed with bytes of ours unread.
+                io::ErrorKind::ConnectionReset => self.end(agent, Ok(())),
+                _ => self.end(agent, Err(error)),
+            },
+        }
+        false
+    }
+
+    fn on_bytes(&mut self, agent: usize) {
+        loop {
+            let result = match frame::decode(&mut self.conns[agent].received) {
+                Ok(Some(frame)) => self
+                    .scheduler
+                    .on_frame(agent, frame)
+                    .map_err(|e| e.to_string()),
+                Ok(None) => return,
+                Err(error) => Err(error.to_string()),
+            };
+            if let Err(error) = result {
+                let error = io::Error::other(format!("the agent sent {error}"));
+                return self.end(agent, Err(error));
+            }
+        }
+    }
+
+    /// The stream takes bytes again.
+    pub fn on_writable(&mut self, agent: usize) {
+        self.conns[agent].blocked = false;
+        self.settle();
+        self.watch(agent);
+    }
+
+    /// After any change: sends what can be sent, and takes note of what R must know.
+    pub fn settle(&mut self) {
+        loop {
+            for agent in 0..self.conns.len() {
+                self.flush(agent);
+            }
+            let released = self.scheduler.take_released();
+            let notes = self.scheduler.take_notes();
+            if released == 0 && notes.is_empty() {
+                return;
+            }
+            self.queued -= released;
+            for note in notes {
+                let dropped = self.inbox.note(note);
+                if dropped > 0 {
+                    self.scheduler.taken(dropped);
+                }
+            }
+            self.changed();
+        }
+    }
+
+    /// Wakes R, if it sleeps, to look at what has changed.
+    pub fn changed(&mut self) {
+        self.changes += 1;
+        if std::mem::take(&mut self.asleep) {
             // Full means that R has been woken already.
             let _ = (&self.wake).write(&[1]);
         }
     }
 
-    /// Makes known what the scheduler noted, and that `released` bytes of tasks have gone.
-    pub fn publish(&self, notes: Vec<Note>, released: usize) {
-        if released > 0 {
-            self.queued.fetch_sub(released, Ordering::SeqCst);
-        }
-        let unblocked = released > 0 && self.send_blocked.load(Ordering::SeqCst);
-        if notes.is_empty() && !unblocked {
+    /// Writes to an agent as much as its stream takes now.
+    fn flush(&mut self, agent: usize) {
+        let conn = &mut self.conns[agent];
+        let Some(stream) = conn.stream.as_deref() else {
             return;
-        }
-        let mut dropped = 0;
-        self.change(|inbox| {
-            for note in notes {
-                match note {
-                    Note::Up { rank, pid } => {
-                        inbox.up += 1;
-                        inbox.workers[rank as usize].pid = Some(pid);
-                    }
-                    Note::Replaced { rank, pid } => {
-                        inbox.workers[rank as usize].pid = Some(pid);
-                        inbox.events.push_back(Event::Replaced { rank });
-                    }
-                    Note::Gone { rank, gone } => inbox.workers[rank as usize].gone = Some(gone),
-                    Note::Done {
-                        rank,
-                        task,
-                        job,
-                        outcome,
-                    } => match inbox.expected.get_mut(&task) {
-                        Some(slot) => {
-                            if matches!(outcome, Outcome::Lost(_)) {
-                                inbox.lost.push((job, rank, task));
-                            }
-                            *slot = Some(outcome);
-                            inbox.ready.push_back((rank, task));
-                        }
-                        None => {
-                            if let Outcome::Answer(body) = outcome {
-                                dropped += body.len;
-                            }
-                        }
-                    },
-                    Note::Output { rank, bytes } => {
-                        inbox.events.push_back(Event::Output { rank, bytes });
-                    }
-                    Note::StartFailed { agent, reason } => {
-                        inbox.hosts[agent].start_failure = Some(reason);
-                    }
+        };
+        while !conn.blocked {
+            while conn.out.len() < WRITE {
+                let Some(frame) = self.scheduler.next_frame(agent) else {
+                    break;
+                };
+                conn.out.push(&frame);
+            }
+            if conn.out.is_empty() {
+                return;
+            }
+            match conn
+                .out
+                .write_with(|slices| sys::send(stream.as_raw_fd(), slices))
+            {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    conn.blocked = conn.end.is_none();
+                    self.watch(agent);
+                    return;
+                }
+                Err(_) => {
+                    // Who reads finds the end of the stream, and why.
+                    conn.out = OutBuf::default();
+                    return;
                 }
             }
-        });
-        if dropped > 0 {
-            self.taken.fetch_add(dropped, Ordering::SeqCst);
         }
     }
 
-    pub fn set_agent_pid(&self, agent: usize, pid: u32) {
-        self.change(|inbox| inbox.hosts[agent].pid = Some(pid));
-    }
-
-    pub fn set_agent_hello(&self, agent: usize, hello: Hello) {
-        self.change(|inbox| inbox.hosts[agent].hello = Some(hello));
-    }
-
-    pub fn host_failed(&self, agent: usize, failure: HostFailure) {
-        self.change(|inbox| inbox.hosts[agent].failure = Some(failure));
-    }
-
-    /// The hub's thread ends. Normally nothing is left to be lost by then.
-    pub fn close(&self, reason: &str) {
-        self.change(|inbox| {
-            let gone = Arc::new(Gone::Host(reason.to_owned()));
-            for worker in &mut inbox.workers {
-                worker.gone.get_or_insert_with(|| gone.clone());
-            }
-            for slot in inbox.expected.values_mut() {
-                slot.get_or_insert_with(|| Outcome::Lost(gone.clone()));
-            }
-            inbox.closed = true;
-        });
-    }
-
-    pub fn changes(&self) -> usize {
-        self.changes.load(Ordering::Acquire)
-    }
-
-    /// Sleeps until the hub changes something, `most` has passed, or a signal arrives. The
-    /// caller has set `waiting` while it held the inbox, so nothing is missed.
-    pub fn wait(&self, most: Duration) {
-        let mut poll = libc::pollfd {
-            fd: self.woken.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let most = libc::c_int::try_from(most.as_millis()).unwrap_or(libc::c_int::MAX);
-        // SAFETY: one valid pollfd. A signal ends the wait with EINTR, which is wanted: R then
-        // gets to handle it at once.
-        let ready = unsafe { libc::poll(&mut poll, 1, most) };
-        if ready > 0 {
-            let mut buffer = [0u8; 64];
-            let _ = (&self.woken).read(&mut buffer);
+    /// Ends the cluster.
+    pub fn stop(&mut self, stopped: &Notify) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
         }
+        for agent in 0..self.conns.len() {
+            // Without a greeting there is nobody to tell: the stream's end must do.
+            let _ = self.scheduler.send_control(agent, &ToAgent::Stop);
+            self.conns[agent].stop.notify_one();
+        }
+        self.settle();
+        stopped.notify_one();
     }
 }

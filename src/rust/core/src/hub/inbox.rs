@@ -1,0 +1,188 @@
+//! What the hub knows and R has not been told yet.
+
+use crate::message::{Hello, ToHead};
+use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
+use bytes::Bytes;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Why a host is gone, with what its agent's command printed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostFailure {
+    pub reason: String,
+    pub stderr: String,
+    pub stdout: String,
+}
+
+impl HostFailure {
+    pub fn new(reason: String) -> HostFailure {
+        HostFailure {
+            reason,
+            ..HostFailure::default()
+        }
+    }
+}
+
+/// What R shows when it gets to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A worker was killed because it did not heed an interrupt; a fresh one took its place.
+    Replaced { rank: Rank },
+    /// A worker printed this.
+    Output { rank: Rank, bytes: Bytes },
+}
+
+/// A worker as R's thread sees it.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerView {
+    pub pid: Option<u32>,
+    pub gone: Option<Arc<Gone>>,
+}
+
+/// A host as R's thread sees it.
+#[derive(Clone, Debug, Default)]
+pub struct HostView {
+    /// The process that was launched: here the agent itself.
+    pub pid: Option<u32>,
+    pub hello: Option<Hello>,
+    pub start_failure: Option<ToHead>,
+    pub failure: Option<HostFailure>,
+}
+
+/// See the module's documentation.
+#[derive(Default)]
+pub struct Inbox {
+    /// Tasks whose end R wants to know, with the outcome once there is one.
+    expected: HashMap<TaskId, Option<Outcome>>,
+    /// Ended tasks in the order of their ends. May hold tasks that are no longer expected.
+    ready: VecDeque<(Rank, TaskId)>,
+    /// Lost tasks that R has not been told of.
+    lost: Vec<(JobId, Rank, TaskId)>,
+    pub workers: Vec<WorkerView>,
+    pub hosts: Vec<HostView>,
+    pub events: VecDeque<Event>,
+    /// Workers that have come up.
+    pub up: usize,
+    /// The hub's thread has ended.
+    pub closed: bool,
+}
+
+impl Inbox {
+    pub fn new(workers: usize, hosts: usize) -> Inbox {
+        Inbox {
+            workers: vec![WorkerView::default(); workers],
+            hosts: vec![HostView::default(); hosts],
+            ..Inbox::default()
+        }
+    }
+
+    /// Takes in what the scheduler noted. Returns the bytes of answers that nobody expects.
+    pub fn note(&mut self, note: Note) -> usize {
+        match note {
+            Note::Up { rank, pid } => {
+                self.up += 1;
+                self.workers[rank as usize].pid = Some(pid);
+            }
+            Note::Replaced { rank, pid } => {
+                self.workers[rank as usize].pid = Some(pid);
+                self.events.push_back(Event::Replaced { rank });
+            }
+            Note::Gone { rank, gone } => self.workers[rank as usize].gone = Some(gone),
+            Note::Done {
+                rank,
+                task,
+                job,
+                outcome,
+            } => match self.expected.get_mut(&task) {
+                Some(slot) => {
+                    if matches!(outcome, Outcome::Lost(_)) {
+                        self.lost.push((job, rank, task));
+                    }
+                    *slot = Some(outcome);
+                    self.ready.push_back((rank, task));
+                }
+                None => {
+                    if let Outcome::Answer(body) = outcome {
+                        return body.len;
+                    }
+                }
+            },
+            Note::Output { rank, bytes } => self.events.push_back(Event::Output { rank, bytes }),
+            Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
+        }
+        0
+    }
+
+    /// R wants to know of this task's end.
+    pub fn expect(&mut self, task: TaskId) {
+        self.expected.insert(task, None);
+    }
+
+    /// The end of this task, or else the loss of another of the same job, unless that is 0.
+    pub fn take(
+        &mut self,
+        rank: Rank,
+        task: TaskId,
+        job: JobId,
+    ) -> Option<(Rank, TaskId, Outcome)> {
+        if let Some(outcome) = self.expected.get_mut(&task).and_then(Option::take) {
+            return Some((rank, task, outcome));
+        }
+        if job == 0 || self.lost.is_empty() {
+            return None;
+        }
+        let at = self.lost.iter().position(|lost| lost.0 == job)?;
+        let (_, rank, task) = self.lost[at];
+        let outcome = self.expected.get_mut(&task).and_then(Option::take)?;
+        Some((rank, task, outcome))
+    }
+
+    /// The first task to have ended of the workers that `includes`.
+    pub fn take_any(&mut self, includes: impl Fn(Rank) -> bool) -> Option<(Rank, TaskId, Outcome)> {
+        let mut at = 0;
+        while let Some(&(rank, task)) = self.ready.get(at) {
+            let Some(slot) = self.expected.get_mut(&task) else {
+                // Received by rank, or cancelled.
+                self.ready.remove(at);
+                continue;
+            };
+            if includes(rank) {
+                self.ready.remove(at);
+                if let Some(outcome) = slot.take() {
+                    return Some((rank, task, outcome));
+                }
+                continue;
+            }
+            at += 1;
+        }
+        None
+    }
+
+    /// R knows how this task ended, or does not want to. Returns what there is of an answer.
+    pub fn forget(&mut self, rank: Rank, task: TaskId) -> usize {
+        let outcome = self.expected.remove(&task).flatten();
+        if self.ready.front() == Some(&(rank, task)) {
+            self.ready.pop_front();
+        }
+        self.lost.retain(|lost| lost.2 != task);
+        if self.expected.is_empty() {
+            self.ready.clear();
+        }
+        match outcome {
+            Some(Outcome::Answer(body)) => body.len,
+            _ => 0,
+        }
+    }
+
+    /// The hub's thread ends. Normally nothing is left to be lost by then.
+    pub fn close(&mut self, reason: &str) {
+        let gone = Arc::new(Gone::Host(reason.to_owned()));
+        for worker in &mut self.workers {
+            worker.gone.get_or_insert_with(|| gone.clone());
+        }
+        for slot in self.expected.values_mut() {
+            slot.get_or_insert_with(|| Outcome::Lost(gone.clone()));
+        }
+        self.closed = true;
+    }
+}
