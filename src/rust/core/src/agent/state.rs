@@ -70,6 +70,8 @@ pub enum Ending {
 #[derive(Debug)]
 pub struct Book {
     workers: Vec<Entry>,
+    /// Some worker may have a deadline. Mostly none has, and then none is looked for.
+    timed: bool,
 }
 
 impl Book {
@@ -84,7 +86,10 @@ impl Book {
                 passed: 0,
             })
             .collect();
-        Book { workers }
+        Book {
+            workers,
+            timed: false,
+        }
     }
 
     fn entry(&mut self, worker: u32) -> Result<&mut Entry, ProtocolError> {
@@ -202,6 +207,7 @@ impl Book {
                 cancelled,
             } if *busy == task && cancelled.is_none() => {
                 *cancelled = Some(now + INTERRUPT_GRACE);
+                self.timed = true;
                 Ok(true)
             }
             _ => Ok(false),
@@ -215,6 +221,7 @@ impl Book {
             return None;
         }
         entry.stopping.get_or_insert(now + STOP_GRACE);
+        self.timed = true;
         Some(matches!(entry.phase, Phase::Busy { .. }))
     }
 
@@ -222,6 +229,7 @@ impl Book {
     pub fn hung_up(&mut self, worker: u32, now: Now) {
         if let Some(entry) = self.workers.get_mut(worker as usize) {
             entry.hung_up.get_or_insert(now + INTERRUPT_GRACE);
+            self.timed = true;
         }
     }
 
@@ -272,6 +280,9 @@ impl Book {
 
     /// When [`Book::overdue`] should next be asked.
     pub fn next_deadline(&self) -> Option<Now> {
+        if !self.timed {
+            return None;
+        }
         self.workers.iter().filter_map(Book::deadline).min()
     }
 
@@ -279,8 +290,13 @@ impl Book {
     /// which a killed process should not need.
     pub fn overdue(&mut self, now: Now) -> Vec<u32> {
         let mut overdue = Vec::new();
+        if !std::mem::take(&mut self.timed) {
+            return overdue;
+        }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
-            if Book::deadline(entry).is_none_or(|at| at > now) {
+            let deadline = Book::deadline(entry);
+            self.timed |= deadline.is_some();
+            if deadline.is_none_or(|at| at > now) {
                 continue;
             }
             overdue.push(worker as u32);
