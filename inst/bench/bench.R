@@ -104,21 +104,26 @@ if (wanted("throughput")) {
   section("Tasks a second of clusterApplyLB(cl, 1:5000, identity)")
   report_head("rc/PSOCK")
   goals <- c(`2` = 1.3, `32` = 2, `100` = 4)
+  tasks_a_second <- function(cl) {
+    time <- system.time(answers <- parallel::clusterApplyLB(cl, 1:5000, identity))[["elapsed"]]
+    stopifnot(identical(answers, as.list(1:5000)))
+    5000 / time
+  }
   for (n in if (quick) c(2L, 32L) else c(2L, 32L, 100L)) attempt({
     what <- sprintf("%d workers", n)
-    if (affordable(what, n, sum(each))) with_clusters(n, function(clusters) {
-      expected <- as.list(1:5000)
-      tasks <- interleaved(if (quick) 2L else 5L, function(backend) {
-        time <- system.time({
-          answers <- parallel::clusterApplyLB(clusters[[backend]], 1:5000, identity)
-        })[["elapsed"]]
-        stopifnot(identical(answers, expected))
-        5000 / time
+    if (affordable(what, n, max(each))) {
+      # One cluster at a time, as a user has; the other's workers would take memory and caches. The
+      # first run is not timed: R is still compiling then, and the workers' memory is new.
+      tasks <- interleaved(if (quick) 1L else 3L, function(backend) {
+        with_clusters(n, function(clusters) {
+          tasks_a_second(clusters[[backend]])
+          median(replicate(3L, tasks_a_second(clusters[[backend]])))
+        }, backend)
       })
       ratio <- tasks$ours / tasks$psock
       report(what, rate(tasks$psock), rate(tasks$ours), ratio,
              at_least(ratio, goals[[as.character(n)]]))
-    })
+    }
   })
 }
 
