@@ -16,6 +16,12 @@ use bytes::{Bytes, BytesMut};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// If the next task has lately come so soon, a worker watches for it that long before it sleeps,
+/// and gives its core away at every look: to sleep and to be woken would take longer.
+const WATCH: Duration = Duration::from_micros(300);
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -28,6 +34,8 @@ pub struct Channel {
     /// A chunk of the answer has been sent.
     begun: bool,
     outgoing: Vec<u8>,
+    /// How long the agent has lately let wait for what comes next, on average.
+    usual_wait: Duration,
 }
 
 impl Channel {
@@ -41,6 +49,7 @@ impl Channel {
             task: None,
             begun: false,
             outgoing: Vec::new(),
+            usual_wait: Duration::ZERO,
         }
     }
 
@@ -165,17 +174,27 @@ impl Channel {
 
     fn fill(&mut self) -> io::Result<usize> {
         let mut buffer = [0u8; 16 * 1024];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(0),
-                Ok(n) => {
-                    self.received.extend_from_slice(&buffer[..n]);
-                    return Ok(n);
-                }
-                Err(error) => return Err(error),
+        let began = Instant::now();
+        let watch = self.usual_wait <= WATCH;
+        let n = loop {
+            let read = if watch && began.elapsed() < WATCH {
+                sys::recv_nowait(self.stream.as_raw_fd(), &mut buffer)
+            } else {
+                self.stream.read(&mut buffer)
+            };
+            match read {
+                Ok(n) => break n,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => thread::yield_now(),
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::ConnectionReset => break 0,
+                    _ => return Err(error),
+                },
             }
-        }
+        };
+        self.usual_wait = (3 * self.usual_wait + began.elapsed()) / 4;
+        self.received.extend_from_slice(&buffer[..n]);
+        Ok(n)
     }
 
     /// Whether R has a task that is not answered.
