@@ -6,7 +6,8 @@ skip_unless_proc()
 watch_processes()
 
 expect_limits_error <- function(child, what) {
-  child_wait_for(child, "class")
+  # The last that it says.
+  child_wait_for(child, "small")
   expect_match(child_said(child, "class"), "rustcluster_limits rustcluster_error", fixed = TRUE)
   expect_match(child_said(child, "message"), what, fixed = TRUE)
   numbers <- as.numeric(strsplit(child_said(child, "numbers"), " ")[[1L]])
@@ -26,7 +27,11 @@ test_that("too few open files", {
     say("message", gsub("\n", " ", conditionMessage(error)))
     say("numbers", error$needed, error$available)
     say("needed", format(error$needed, scientific = FALSE))
-    say("children", length(system(paste("pgrep -P", Sys.getpid(), "-f Rscript"), intern = TRUE)))
+    parents <- vapply(list.files("/proc", "^[0-9]+$", full.names = TRUE), function(dir) {
+      stat <- tryCatch(readLines(file.path(dir, "stat")), error = function(e) "", warning = function(w) "")
+      sub("^.*\\) . ([0-9]+) .*", "\\1", stat[1L])
+    }, "")
+    say("children", sum(parents == Sys.getpid()))
     cl <- makeRustCluster(2)
     say("small", paste(unlist(clusterApply(cl, 1:2, identity)), collapse = " "))
     stopCluster(cl)
@@ -54,7 +59,11 @@ test_that("too few processes", {
     say("message", gsub("\n", " ", conditionMessage(error)))
     say("numbers", error$needed, error$available)
     say("needed", format(error$needed, scientific = FALSE))
-    say("children", length(system(paste("pgrep -P", Sys.getpid(), "-f Rscript"), intern = TRUE)))
+    parents <- vapply(list.files("/proc", "^[0-9]+$", full.names = TRUE), function(dir) {
+      stat <- tryCatch(readLines(file.path(dir, "stat")), error = function(e) "", warning = function(w) "")
+      sub("^.*\\) . ([0-9]+) .*", "\\1", stat[1L])
+    }, "")
+    say("children", sum(parents == Sys.getpid()))
     cl <- makeRustCluster(2)
     say("small", paste(unlist(clusterApply(cl, 1:2, identity)), collapse = " "))
     stopCluster(cl)
@@ -63,4 +72,6 @@ test_that("too few processes", {
   expect_limits_error(child, "processes")
 })
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})

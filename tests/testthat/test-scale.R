@@ -14,13 +14,22 @@ pss <- function(pids) {
   sum(vapply(pids, of, 0))
 }
 
+# Functions of the global environment, as a script's are: those of a test would take its frame along
+# to every worker, the cluster included.
+square <- eval(quote(function(i) i^2), globalenv())
+filled <- eval(quote(function(i) {
+  x <- numeric(32e6)
+  x[] <- i
+  x
+}), globalenv())
+
 expect_verbs <- function(cl) {
   n <- length(cl)
   seq <- seq_len(n)
   expect_length(unique(unlist(clusterCall(cl, Sys.getpid))), n)
   expect_equal(clusterEvalQ(cl, 1 + 1), rep(list(2), n))
   expect_equal(clusterApply(cl, seq, identity), as.list(seq))
-  expect_equal(clusterApplyLB(cl, seq_len(2 * n), function(i) i^2), as.list(seq_len(2 * n)^2))
+  expect_equal(clusterApplyLB(cl, seq_len(2 * n), square), as.list(seq_len(2 * n)^2))
   expect_equal(clusterMap(cl, `+`, seq, 2), as.list(seq + 2))
   x <- 42
   clusterExport(cl, "x", environment())
@@ -77,7 +86,7 @@ test_that("results of 4 GB in all come through a buffer of 512 MB", {
   # Each is dropped as it comes: what the head holds is what it buffers, and what R has not
   # collected yet.
   for (i in seq_along(cl)) {
-    parallel:::sendCall(cl[[i]], function(i) { x <- numeric(32e6); x[] <- i; x }, list(i))
+    parallel:::sendCall(cl[[i]], filled, list(i))
   }
   Sys.sleep(5)
   seen <- integer()
@@ -101,4 +110,6 @@ test_that("2 GB to one worker, in bounded memory, while others go on", {
   expect_equal(clusterCall(cl, identity, 2), list(2, 2))
 })
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})

@@ -14,10 +14,6 @@ pub const HEADER_LEN: usize = 20;
 /// the most that one worker's data can delay another's.
 pub const MAX_BODY: usize = 64 * 1024;
 
-/// Bodies up to this size are copied out of the receive buffer, so that a small result which
-/// waits to be collected does not keep a whole receive buffer alive.
-const COPY_BELOW: usize = 8 * 1024;
-
 /// First chunk of a body: what came before for the same worker is dropped.
 pub const FIRST: u8 = 1;
 /// Last chunk of a body.
@@ -181,13 +177,9 @@ pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
         return Ok(None);
     }
     buffer.advance(HEADER_LEN);
-    let body = if body_len <= COPY_BELOW {
-        let body = Bytes::copy_from_slice(&buffer[..body_len]);
-        buffer.advance(body_len);
-        body
-    } else {
-        buffer.split_to(body_len).freeze()
-    };
+    // Copied, so that a result which waits to be collected does not keep a receive buffer alive.
+    let body = Bytes::copy_from_slice(&buffer[..body_len]);
+    buffer.advance(body_len);
     Ok(Some(Frame { header, body }))
 }
 

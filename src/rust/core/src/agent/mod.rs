@@ -216,8 +216,9 @@ pub struct Agent {
     replacing: Vec<bool>,
     /// Workers with bytes waiting to be written.
     dirty: Vec<u32>,
-    /// Workers that may have more to read than the last look took.
+    /// Workers that may have more to read than the last look took, each once.
     unread: Vec<u32>,
+    is_unread: Vec<bool>,
     signals: UnixStream,
     asked_to_end: Arc<AtomicBool>,
     _parent: Option<OwnedFd>,
@@ -275,6 +276,7 @@ impl Agent {
             replacing: vec![false; count as usize],
             dirty: Vec::new(),
             unread: Vec::new(),
+            is_unread: vec![false; count as usize],
             signals: signals_in,
             asked_to_end,
             _parent: parent,
@@ -337,6 +339,7 @@ impl Agent {
             }
             if self.to_head.len() < HEAD_BACKLOG {
                 for worker in std::mem::take(&mut self.unread) {
+                    self.is_unread[worker as usize] = false;
                     self.read_worker(worker);
                     self.read_output(worker);
                 }
@@ -412,6 +415,12 @@ impl Agent {
         Ok(made)
     }
 
+    fn read_again(&mut self, worker: u32) {
+        if !std::mem::replace(&mut self.is_unread[worker as usize], true) {
+            self.unread.push(worker);
+        }
+    }
+
     fn tell(&mut self, message: &ToHead) {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
@@ -456,7 +465,7 @@ impl Agent {
                 }
                 Kind::Credit => {
                     if self.book.credit(header.worker, header.task, header.len)? {
-                        self.unread.push(header.worker);
+                        self.read_again(header.worker);
                     }
                 }
                 Kind::Control => {
@@ -478,7 +487,7 @@ impl Agent {
                 if self.book.cancel(worker, task, self.now())? {
                     self.interrupt(worker, task);
                     // What is left of the answer is dropped without being asked for.
-                    self.unread.push(worker);
+                    self.read_again(worker);
                 }
             }
             ToAgent::StopWorker { worker } => self.stop_worker(worker),
@@ -611,7 +620,7 @@ impl Agent {
 
     fn read_worker(&mut self, worker: u32) {
         if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
-            self.unread.push(worker);
+            self.read_again(worker);
             return;
         }
         let Some(process) = &mut self.workers[worker as usize] else {
@@ -638,7 +647,7 @@ impl Agent {
                         break;
                     }
                     if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
-                        self.unread.push(worker);
+                        self.read_again(worker);
                         break;
                     }
                 }
@@ -756,7 +765,7 @@ impl Agent {
                 Err(_) => return,
             }
         }
-        self.unread.push(worker);
+        self.read_again(worker);
     }
 
     /// A child ended, or somebody wants the agent to.
