@@ -65,6 +65,56 @@ test_that("the frames above a task are those of PSOCK", {
   expect_same_error(clusterCall(cl, function() match.arg("a", "b")))
 })
 
+test_that("a task is called as do.call(fun, args, quote = TRUE) calls it", {
+  # By name, and what is no closure.
+  expect_same_value(clusterCall(cl, "sum", 1, 2))
+  expect_same_value(clusterCall(cl, sum, 1, NA, na.rm = TRUE))
+  expect_same_value(clusterCall(cl, `if`, TRUE, "yes", "no"))
+  expect_same_value(clusterCall(cl, quote, quote(a + b)))
+  # Arguments are values: symbols and calls are not evaluated again.
+  expect_same_value(clusterCall(cl, class, quote(no_such_variable)))
+  expect_same_value(clusterCall(cl, function(x) substitute(x), quote(f(1))))
+  expect_same_value(clusterCall(cl, function(...) names(list(...)), a = 1, 2, b = NULL))
+  expect_same_value(clusterCall(cl, function(x, y) c(missing(x), missing(y)), y = 1))
+  expect_same_value(clusterCall(cl, function(x) deparse(match.call()), 1:3))
+  expect_same_value(clusterCall(cl, function(x) deparse(sys.call()), 1:3))
+  expect_same_error(clusterCall(cl, 5, 1))
+  expect_same_error(clusterCall(cl, "no_such_function"))
+  expect_same_error(clusterCall(cl, quote(sum), 1))
+})
+
+test_that("what a task assigns where it was called from is gone after it", {
+  expect_same_value(clusterCall(cl, assign, "left_behind", 1))
+  expect_same_value(clusterCall(cl, exists, "left_behind"))
+  expect_same_value(clusterCall(cl, function() identical(parent.frame(), globalenv())))
+  expect_same_value(clusterCall(cl, function() environmentName(parent.env(parent.frame()))))
+})
+
+test_that("how a task may end", {
+  expect_same_value(clusterCall(cl, function() invisible(3)))
+  expect_same_value(clusterCall(cl, function() callCC(function(k) k("out"))))
+  expect_same_value(clusterCall(cl, function() withRestarts(invokeRestart("mine", 4), mine = identity)))
+  expect_same_value(clusterCall(cl, function() {
+    warning("not an error")
+    signalCondition(simpleCondition("neither"))
+  }))
+  expect_same_error(clusterCall(cl, function() stop(structure(
+    list(message = "of a class", call = NULL), class = c("custom", "error", "condition")
+  ))))
+  expect_same_error(clusterCall(cl, function() {
+    f <- function(n) f(n + 1)
+    options(expressions = 200)
+    on.exit(options(expressions = 5000))
+    f(1)
+  }))
+  # An error of this package's in a task is the task's and not the worker's.
+  expect_same_error(clusterCall(cl, function() stop(structure(
+    list(message = "looks like ours", call = NULL),
+    class = c("rustcluster_worker_lost", "rustcluster_error", "error", "condition")
+  ))))
+  expect_same_value(clusterCall(cl, identity, "the next"))
+})
+
 test_that("environment variables", {
   differ <- c(
     # One thread a worker unless asked otherwise: documented.

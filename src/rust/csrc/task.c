@@ -6,7 +6,7 @@
 #include <string.h>
 
 /* What is made once or must live as long as a task does: the elements of one preserved list. */
-enum { MESSAGE, BEGAN, CLOCK, CALLER, TYPE, NAMES, KEPT };
+enum { MESSAGE, BEGAN, CLOCK, QUOTE, CALLER, TYPE, NAMES, KEPT };
 static SEXP kept = NULL;
 
 static void keep(int what, SEXP value)
@@ -22,6 +22,9 @@ static void prepare(void)
         return;
     SEXP list = PROTECT(Rf_allocVector(VECSXP, KEPT));
     SET_VECTOR_ELT(list, CLOCK, Rf_lang1(Rf_findFun(Rf_install("proc.time"), R_BaseEnv)));
+    /* quote or base::quote, as this R's do.call() has it. */
+    SEXP enquote = PROTECT(Rf_lang2(Rf_install("enquote"), R_NilValue));
+    SET_VECTOR_ELT(list, QUOTE, CAR(Rf_eval(enquote, R_BaseEnv)));
     SET_VECTOR_ELT(list, TYPE, Rf_mkString("VALUE"));
     SEXP name = PROTECT(Rf_mkString("parallel"));
     SET_VECTOR_ELT(list, CALLER, R_FindNamespace(name));
@@ -33,7 +36,7 @@ static void prepare(void)
     MARK_NOT_MUTABLE(of_answer);
     R_PreserveObject(list);
     kept = list;
-    UNPROTECT(2);
+    UNPROTECT(3);
 }
 
 /* An element of a list by its name, or NULL. */
@@ -50,7 +53,7 @@ static SEXP field(SEXP list, const char *name)
 
 static SEXP quoted(SEXP value)
 {
-    return Rf_lang2(R_QuoteSymbol, value);
+    return Rf_lang2(VECTOR_ELT(kept, QUOTE), value);
 }
 
 /* The call that do.call(fun, args, quote = TRUE) makes; that of do.call itself where there is more
