@@ -122,6 +122,16 @@ test_that("a forked child can neither use nor end the cluster", {
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 
+test_that("an agent that is stopped by SIGSTOP is killed in the end", {
+  # After 10 s.
+  skip_unless_long()
+  cl <- local_cluster(2)
+  pids <- c(agentPids(cl), clusterPids(cl))
+  tools::pskill(agentPids(cl), tools::SIGSTOP)
+  stopCluster(cl)
+  expect_gone(pids)
+})
+
 test_that("a forked child that lives on does not keep the workers of a killed head", {
   skip_unless_proc()
   child <- start_child({

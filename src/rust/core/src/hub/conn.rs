@@ -16,11 +16,14 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-/// How long an agent may take to end its workers and itself once asked. Its own grace for
-/// workers is shorter.
-const STOP_PATIENCE: Duration = Duration::from_millis(950);
+/// How long an agent's process may take to end once its stream has ended.
+const EXIT_PATIENCE: Duration = Duration::from_millis(950);
+
+/// How long an agent may take to end its workers and then its stream once asked, before it is
+/// killed, and they with it. Its own grace for workers is 0.6 s; the rest is for a busy machine.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes of an agent's stderr that error messages show.
 const TAIL: usize = 8 * 1024;
@@ -120,11 +123,11 @@ async fn await_exit(
     process: &Arc<AgentProcess>,
     mut exit: oneshot::Receiver<io::Result<ExitStatus>>,
 ) -> Option<ExitStatus> {
-    let waited = match timeout(STOP_PATIENCE, &mut exit).await {
+    let waited = match timeout(EXIT_PATIENCE, &mut exit).await {
         Ok(waited) => waited,
         Err(_) => {
             process.kill();
-            timeout(STOP_PATIENCE, exit).await.ok()?
+            timeout(EXIT_PATIENCE, exit).await.ok()?
         }
     };
     waited.ok()?.ok()
@@ -175,8 +178,14 @@ async fn talk(
     };
     let stream = stream.into_std()?;
     shared.core().attach(agent, stream, received);
-    over.notified().await;
-    Ok(())
+    let stopped = async {
+        stop.notified().await;
+        sleep(STOP_PATIENCE).await;
+    };
+    tokio::select! {
+        () = over.notified() => Ok(()),
+        () = stopped => Err(io::Error::other("the agent did not heed that it was to stop")),
+    }
 }
 
 /// One read. `None`: nothing there now.
