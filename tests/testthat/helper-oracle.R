@@ -127,6 +127,12 @@ caught <- function(expr) {
   }, error = identity)
 }
 
+# An error as snapshots have it, whatever the version of testthat.
+show_error <- function(expr) {
+  error <- caught(expr)
+  cat(class(error)[[1L]], ": ", conditionMessage(error), "\n", sep = "")
+}
+
 # Fails unless the condition has the package's class, and all classes above.
 expect_rust_error <- function(cnd, what) {
   expect(

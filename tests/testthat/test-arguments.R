@@ -23,16 +23,15 @@ test_that("spec must say how many workers, and that must be possible", {
 })
 
 test_that("the messages about spec", {
-  expect_snapshot(error = TRUE, {
-    makeRustCluster(0)
-    makeRustCluster(-1)
-    makeRustCluster(NA)
-    makeRustCluster(1e9)
-    makeRustCluster(2.5)
-    makeRustCluster(list())
-    makeRustCluster(character())
-    makeRustCluster(NULL)
-    makeRustCluster(TRUE)
+  expect_snapshot({
+    show_error(makeRustCluster(0))
+    show_error(makeRustCluster(-1))
+    show_error(makeRustCluster(NA))
+    show_error(makeRustCluster(1e9))
+    show_error(makeRustCluster(list()))
+    show_error(makeRustCluster(character()))
+    show_error(makeRustCluster(NULL))
+    show_error(makeRustCluster(TRUE))
   })
 })
 
@@ -44,8 +43,8 @@ test_that("a host other than this one is not yet possible, and says so", {
     expect_match(conditionMessage(error), spec[[length(spec)]], fixed = TRUE)
   }
   expect_rust_error(caught(makeRustCluster("otherhost")), "not_yet")
-  expect_snapshot(makeRustCluster("otherhost"), error = TRUE)
-  expect_snapshot(makeRustCluster("abc"), error = TRUE)
+  expect_snapshot(show_error(makeRustCluster("otherhost")))
+  expect_snapshot(show_error(makeRustCluster("abc")))
 })
 
 test_that("an unknown argument is named", {
@@ -56,9 +55,9 @@ test_that("an unknown argument is named", {
   expect_match(conditionMessage(error), "first", fixed = TRUE)
   expect_match(conditionMessage(error), "second", fixed = TRUE)
   expect_rust_error(caught(makeRustCluster(2, NULL, NULL, "fork", 1L, 99, 98, 97)), "bad_argument")
-  expect_snapshot(error = TRUE, {
-    makeRustCluster(2, noSuchArgument = 1)
-    makeRustCluster(2, first = 1, second = 2)
+  expect_snapshot({
+    show_error(makeRustCluster(2, noSuchArgument = 1))
+    show_error(makeRustCluster(2, first = 1, second = 2))
   })
 })
 
@@ -82,13 +81,13 @@ test_that("other wrong arguments are named", {
   expect_bad_argument(makeRustCluster(2, methods = "no"), "methods")
   expect_bad_argument(makeRustCluster(2, renice = "very"), "renice")
   expect_bad_argument(makeRustCluster(2, rscript_args = 1), "rscript_args")
-  expect_snapshot(error = TRUE, {
-    makeRustCluster(2, start = "thread")
-    makeRustCluster(2, threads = 0)
-    makeRustCluster(2, packages = 1)
-    makeRustCluster(2, rscript_envs = 1)
-    makeRustCluster(2, outfile = 1)
-    makeRustCluster(2, setup_timeout = "soon")
+  expect_snapshot({
+    show_error(makeRustCluster(2, start = "thread"))
+    show_error(makeRustCluster(2, threads = 0))
+    show_error(makeRustCluster(2, packages = 1))
+    show_error(makeRustCluster(2, rscript_envs = 1))
+    show_error(makeRustCluster(2, outfile = 1))
+    show_error(makeRustCluster(2, setup_timeout = "soon"))
   })
 })
 
