@@ -8,7 +8,17 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 git archive --prefix=rustcluster/ HEAD | tar x -C "$work"
 cd "$work/rustcluster/src/rust"
-cargo vendor --locked --quiet vendor >vendor-config.toml
+cargo vendor --locked --quiet vendor >/dev/null
+cat >vendor-config.toml <<'TOML'
+[source.crates-io]
+replace-with = "vendored-sources"
+
+[source.vendored-sources]
+directory = "vendor"
+TOML
+# All that is needed is there: nothing but these sources is looked at.
+CARGO_HOME="$work/empty" cargo metadata --locked --offline --config vendor-config.toml \
+  --format-version 1 >/dev/null
 cargo metadata --locked --format-version 1 >"$work/metadata.json"
 python3 - "$work/metadata.json" >"$work/rustcluster/inst/AUTHORS" <<'PYTHON'
 import json, sys
