@@ -17,8 +17,10 @@ replace-with = "vendored-sources"
 directory = "vendor"
 TOML
 # All that is needed is there: nothing but these sources is looked at.
-CARGO_HOME="$work/empty" cargo metadata --locked --offline --config vendor-config.toml \
-  --format-version 1 >/dev/null
+mkdir .cargo
+cp vendor-config.toml .cargo/config.toml
+CARGO_HOME="$work/empty" cargo metadata --locked --offline --format-version 1 >/dev/null
+rm -r .cargo
 cargo metadata --locked --format-version 1 >"$work/metadata.json"
 python3 - "$work/metadata.json" >"$work/rustcluster/inst/AUTHORS" <<'PYTHON'
 import json, sys
