@@ -35,6 +35,6 @@ PYTHON
 tar cJf vendor.tar.xz vendor
 rm -rf vendor
 cd "$work"
-R CMD build --no-build-vignettes rustcluster
+R CMD build rustcluster
 mv rustcluster_*.tar.gz "$into/"
 echo "made $(ls "$into"/rustcluster_*.tar.gz)"
