@@ -40,9 +40,8 @@ parallels <- new.env(parent = emptyenv())
 findParallels <- function() {
   names <- c("sendData", "postNode", "sendCall", "clusterCall", "staticClusterApply",
              "dynamicClusterApply")
-  for (name in names) {
-    assign(name, get(name, asNamespace("parallel")), parallels)
-  }
+  namespace <- environment(parallel::clusterCall)
+  for (name in names) assign(name, get(name, namespace), parallels)
 }
 
 # The number of the frame of the verb that sends, or NULL: what is sent by other code, or by hand,
