@@ -53,6 +53,11 @@ test_that("the limit of open files is raised to what is allowed", {
 test_that("too few processes", {
   # root is not held to this limit.
   skip_if(Sys.info()[["effective_user"]] != "root" || !nzchar(Sys.which("setpriv")))
+  # Where this package is, another user may not be let in.
+  library <- tempfile("library-", tmpdir = "/tmp")
+  dir.create(library)
+  on.exit(unlink(library, recursive = TRUE))
+  file.copy(system.file(package = "rustcluster"), library, recursive = TRUE)
   child <- start_child({
     error <- tryCatch(makeRustCluster(1000), error = identity)
     say("class", paste(class(error), collapse = " "))
@@ -68,7 +73,7 @@ test_that("too few processes", {
     say("small", paste(unlist(clusterApply(cl, 1:2, identity)), collapse = " "))
     stopCluster(cl)
   }, prefix = "exec setpriv --reuid=65534 --regid=65534 --clear-groups prlimit --nproc=200:200",
-  public = TRUE, env = "HOME=/tmp")
+  public = TRUE, env = c("HOME=/tmp", paste0("R_LIBS=", library)))
   expect_limits_error(child, "processes")
 })
 

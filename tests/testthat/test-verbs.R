@@ -27,7 +27,7 @@ test_that("clusterEvalQ", {
   expect_same_value(clusterEvalQ(cl, library(stats4)))
   expect_same_value(clusterEvalQ(cl, environmentName(environment())))
   expect_same_value(clusterEvalQ(cl, detach("package:stats4")))
-  expect_same_error(clusterEvalQ(cl, library("notInstalledAnywhere", character.only = TRUE)))
+  expect_same_error(clusterCall(cl, library, "notInstalledAnywhere", character.only = TRUE))
 })
 
 test_that("clusterApply", {
