@@ -22,10 +22,12 @@ agentMain <- function() {
     rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
     # At its end every R process that has loaded parallel loads tools, too: once is enough.
     loadNamespace("tools")
-    warmCompiler()
+    readCompiler()
     # Each fork finds the folder gone and makes one of its own: see serveTasks().
     unlink(tempdir(), recursive = TRUE)
-    gc()
+    # What is here by now counts as old for the forks' collections, which then do not write to it:
+    # a young collection does that, in a tenth of the time of a full one.
+    gc(full = FALSE)
   }
   forked <- checked(agent_run())
   if (forked) serveTasks()
@@ -33,21 +35,9 @@ agentMain <- function() {
 
 # R compiles a function when it is called for the second time, or when it loops, and reads its
 # compiler for that: some 15 MB, which forks share if their agent has read it already.
-warmCompiler <- function() {
-  compiler::cmpfun(function(x, ...) {
-    total <- 0
-    for (i in seq_along(x)) {
-      if (i > 1L && x[[i]] >= 0 || is.na(total)) next
-      x[i] <- total <- total + x[[i]] * 2
-    }
-    while (total > 0) {
-      total <- -total
-      repeat break
-    }
-    names(x)[1L] <- switch(class(total), numeric = "a", "b")
-    y <- lapply(x, function(v) v$z)
-    list(y, ...)$a
-  })
+readCompiler <- function() {
+  as.list(asNamespace("compiler"), all.names = TRUE)
+  invisible()
 }
 
 workerMain <- function() {
