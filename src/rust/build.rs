@@ -1,5 +1,6 @@
-//! Compiles the C helpers that catch R's jumps and run tasks. They are here and not among the package's own C
-//! files because the `document` program, which has no part of those, links to them too.
+//! Compiles the C helpers that catch R's jumps and run tasks. They are here and not among the
+//! package's own C files because the `document` program, which has no part of those, links to them
+//! too.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,8 +9,7 @@ fn main() {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=R_INCLUDE_DIR");
     cc::Build::new()
-        .file("csrc/unwind.c")
-        .file("csrc/task.c")
+        .files(["answer", "task", "unwind", "value"].map(|name| format!("csrc/{name}.c")))
         .include(include_dir())
         .compile("rustcluster_c");
 }

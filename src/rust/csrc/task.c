@@ -3,10 +3,13 @@
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
+#include <math.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <time.h>
 
 /* What is made once or must live as long as a task does: the elements of one preserved list. */
-enum { MESSAGE, BEGAN, CLOCK, QUOTE, CALLER, TYPE, NAMES, KEPT };
+enum { THE_FUN, THE_ARGS, THE_TAG, QUOTE, CALLER, KEPT };
 static SEXP kept = NULL;
 
 static void keep(int what, SEXP value)
@@ -16,24 +19,14 @@ static void keep(int what, SEXP value)
 
 static void prepare(void)
 {
-    static const char *names[] = {"type", "value", "success", "time", "tag"};
-
     if (kept)
         return;
     SEXP list = PROTECT(Rf_allocVector(VECSXP, KEPT));
-    SET_VECTOR_ELT(list, CLOCK, Rf_lang1(Rf_findFun(Rf_install("proc.time"), R_BaseEnv)));
     /* quote or base::quote, as this R's do.call() has it. */
     SEXP enquote = PROTECT(Rf_lang2(Rf_install("enquote"), R_NilValue));
     SET_VECTOR_ELT(list, QUOTE, CAR(Rf_eval(enquote, R_BaseEnv)));
-    SET_VECTOR_ELT(list, TYPE, Rf_mkString("VALUE"));
     SEXP name = PROTECT(Rf_mkString("parallel"));
     SET_VECTOR_ELT(list, CALLER, R_FindNamespace(name));
-    SEXP of_answer = Rf_allocVector(STRSXP, 5);
-    SET_VECTOR_ELT(list, NAMES, of_answer);
-    for (int i = 0; i < 5; i++)
-        SET_STRING_ELT(of_answer, i, Rf_mkChar(names[i]));
-    MARK_NOT_MUTABLE(VECTOR_ELT(list, TYPE));
-    MARK_NOT_MUTABLE(of_answer);
     R_PreserveObject(list);
     kept = list;
     UNPROTECT(3);
@@ -83,62 +76,83 @@ static SEXP call_of(SEXP fun, SEXP args)
     return call;
 }
 
-static SEXP now(void)
+/* As proc.time() has it: user, system, elapsed, and the first two of children, in seconds, cut or
+ * rounded to milliseconds. */
+static void now(double time[5])
 {
-    return Rf_eval(VECTOR_ELT(kept, CLOCK), R_BaseEnv);
+    static time_t start = 0;
+    struct rusage self, children;
+    struct timespec clock;
+
+    clock_gettime(CLOCK_MONOTONIC, &clock);
+    getrusage(RUSAGE_SELF, &self);
+    getrusage(RUSAGE_CHILDREN, &children);
+    if (!start)
+        start = clock.tv_sec;
+    time[0] = self.ru_utime.tv_sec + 1e-3 * (self.ru_utime.tv_usec / 1000);
+    time[1] = self.ru_stime.tv_sec + 1e-3 * (self.ru_stime.tv_usec / 1000);
+    time[2] = (clock.tv_sec - start) + 1e-3 * rint(1e-6 * clock.tv_nsec);
+    time[3] = children.ru_utime.tv_sec + 1e-3 * (children.ru_utime.tv_usec / 1000);
+    time[4] = children.ru_stime.tv_sec + 1e-3 * (children.ru_stime.tv_usec / 1000);
 }
 
-/* The time since the task began, as the difference of two proc.time()s. */
-static SEXP elapsed(void)
+static double began[5];
+static int timed = 0;
+
+/* What a message holds; 0 if that is that there will be no more. */
+int rustcluster_take_message(void *message)
 {
-    SEXP time = now(), began = VECTOR_ELT(kept, BEGAN);
-
-    for (R_xlen_t i = 0; i < Rf_xlength(time); i++)
-        REAL(time)[i] -= TYPEOF(began) == REALSXP ? REAL(began)[i] : REAL(time)[i];
-    return time;
-}
-
-static SEXP answer_of(SEXP value, int success)
-{
-    SEXP answer = PROTECT(Rf_allocVector(VECSXP, 5));
-
-    SET_VECTOR_ELT(answer, 1, value);
-    SET_VECTOR_ELT(answer, 3, elapsed());
-    SET_VECTOR_ELT(answer, 0, VECTOR_ELT(kept, TYPE));
-    SET_VECTOR_ELT(answer, 2, Rf_ScalarLogical(success));
-    SET_VECTOR_ELT(answer, 4, field(field(VECTOR_ELT(kept, MESSAGE), "data"), "tag"));
-    Rf_setAttrib(answer, R_NamesSymbol, VECTOR_ELT(kept, NAMES));
-    keep(MESSAGE, R_NilValue);
-    keep(BEGAN, R_NilValue);
-    UNPROTECT(1);
-    return answer;
-}
-
-/* The answer to a message; NULL to the one that says that there will be no more. */
-SEXP rustcluster_run_task(void *message)
-{
-    prepare();
-    keep(MESSAGE, (SEXP) message);
-    keep(BEGAN, R_NilValue);
     SEXP type = field((SEXP) message, "type"), data = field((SEXP) message, "data");
+
+    prepare();
+    timed = 0;
     if (TYPEOF(type) != STRSXP || LENGTH(type) != 1)
         Rf_error("a message without a type");
     if (!strcmp(CHAR(STRING_ELT(type, 0)), "DONE"))
-        return R_NilValue;
-    SEXP call = PROTECT(call_of(field(data, "fun"), field(data, "args")));
+        return 0;
+    keep(THE_FUN, field(data, "fun"));
+    keep(THE_ARGS, field(data, "args"));
+    keep(THE_TAG, field(data, "tag"));
+    return 1;
+}
+
+/* The same of one that came in parts. */
+void rustcluster_take_call(void *fun, void *args, void *tag)
+{
+    prepare();
+    timed = 0;
+    keep(THE_FUN, (SEXP) fun);
+    keep(THE_ARGS, (SEXP) args);
+    keep(THE_TAG, (SEXP) tag);
+}
+
+/* The value of the task that was taken. */
+SEXP rustcluster_run_task(void)
+{
+    SEXP call = PROTECT(call_of(VECTOR_ELT(kept, THE_FUN), VECTOR_ELT(kept, THE_ARGS)));
     /* A frame of its own for each task, where workCommand() has its own: what a task assigns in
      * its caller's frame is gone after it. */
     SEXP caller = PROTECT(R_NewEnv(VECTOR_ELT(kept, CALLER), FALSE, 0));
-    keep(BEGAN, now());
-    SEXP value = PROTECT(Rf_eval(call, caller));
-    SEXP answer = answer_of(value, TRUE);
-    UNPROTECT(3);
-    return answer;
+
+    now(began);
+    timed = 1;
+    SEXP value = Rf_eval(call, caller);
+    UNPROTECT(2);
+    return value;
 }
 
-/* The answer to a message that came to nothing. */
-SEXP rustcluster_fail_task(void *value)
+/* Ends the task: its tag, and in `time` the difference of two proc.time()s. The tag is not
+ * protected. */
+SEXP rustcluster_end_task(double time[5])
 {
     prepare();
-    return answer_of((SEXP) value, FALSE);
+    now(time);
+    for (int i = 0; i < 5; i++)
+        time[i] = timed ? time[i] - began[i] : 0;
+    SEXP tag = VECTOR_ELT(kept, THE_TAG);
+    timed = 0;
+    keep(THE_FUN, R_NilValue);
+    keep(THE_ARGS, R_NilValue);
+    keep(THE_TAG, R_NilValue);
+    return tag;
 }

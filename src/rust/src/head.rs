@@ -1,17 +1,20 @@
 //! The head's functions: a [`Hub`] behind an external pointer.
 
 use crate::failure::Failure;
+use crate::plain::{self, Sent};
 use crate::stream::{self, Sink};
-use crate::unwind::Jump;
+use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
+use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::agent;
 use rustcluster_core::hub::{Answer, Event, Host, Hub, Progress};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
-use rustcluster_core::scheduler::Rank;
+use rustcluster_core::scheduler::{Body, Rank};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 /// R's thread waits in slices of this length, and lets R look for interrupts in between.
@@ -28,6 +31,8 @@ struct Cluster {
     /// it. Kept alive, so that the same address means the same list: asking again for the same
     /// one, as a verb does once a task, costs nothing however long it is.
     nodes: Cell<Option<(Robj, Vec<u32>)>>,
+    /// For [`plain`]: the functions that have lately been sent, and room for a message.
+    sent: Cell<(Sent, Vec<u8>)>,
 }
 
 /// No place in a list of nodes.
@@ -111,6 +116,7 @@ fn hub_start(hosts: List, package: &str, r_version: &str) -> Robj {
             let cluster = Cluster {
                 hub: RefCell::new(hub),
                 nodes: Cell::new(None),
+                sent: Cell::default(),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -221,7 +227,17 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj) -> Robj {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
         let begun = cluster.hub.borrow_mut().begin(rank, job as u64);
         begun.map_err(|gone| Failure::gone(rank, &gone))?;
-        match stream::serialize(&message, &mut ToHub(cluster)) {
+        let (mut sent, mut bytes) = cluster.sent.take();
+        let written = match plain::write_task(&message, &mut sent, &mut bytes) {
+            Ok(true) => {
+                cluster.hub.borrow_mut().write(&bytes);
+                Ok(())
+            }
+            Ok(false) => stream::serialize(&message, &mut ToHub(cluster)),
+            Err(jump) => Err(jump),
+        };
+        cluster.sent.set((sent, bytes));
+        match written {
             Ok(()) => {
                 cluster.hub.borrow_mut().finish();
                 Ok(().into())
@@ -232,6 +248,50 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj) -> Robj {
             }
         }
     })
+}
+
+/// An answer as `recvData()` gives it; with a node's place, from 1, as `recvOneData()` does.
+fn read_answer(mut body: Body, place: i32) -> Robj {
+    struct Reading<'a> {
+        body: &'a mut Body,
+        place: i32,
+    }
+    unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
+        // SAFETY: `data` is the reading below, which outlives this call. This frame holds nothing
+        // that is to be dropped when R jumps.
+        unsafe {
+            let reading = data.cast::<Reading<'_>>();
+            let answer = match (*reading)
+                .body
+                .whole()
+                .filter(|bytes| plain::is_plain(bytes))
+            {
+                Some(bytes) => plain::read_answer(bytes),
+                None => stream::read((*reading).body),
+            };
+            if (*reading).place == 0 {
+                return answer;
+            }
+            let answer = Rf_protect(answer);
+            let placed = rustcluster_placed((*reading).place, answer.cast());
+            Rf_unprotect(1);
+            placed
+        }
+    }
+    let mut reading = Reading {
+        body: &mut body,
+        place,
+    };
+    match unwind::protect(read, &mut reading) {
+        Ok(answer) => answer,
+        Err(Jump(token)) => token,
+    }
+}
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
 }
 
 fn nothing_sent() -> Failure {
@@ -249,10 +309,7 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
             hub.receive(rank, SLICE)
         };
         match answer {
-            Answer::Ready { body, .. } => Ok(match stream::unserialize(body) {
-                Ok(value) => value,
-                Err(Jump(token)) => token,
-            }),
+            Answer::Ready { body, .. } => Ok(read_answer(body, 0)),
             Answer::Lost { rank, gone } => Err(Failure::gone(rank, &gone)),
             Answer::Pending => Ok(().into()),
             Answer::NothingSent => Err(nothing_sent()),
@@ -277,14 +334,7 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             hub.receive_any(|rank| place(rank) != ABSENT, SLICE)
         };
         let result = match answer {
-            Answer::Ready { rank, body } => Ok(match stream::unserialize(body) {
-                Ok(value) => {
-                    let node = place(rank) as i32;
-                    List::from_names_and_values(["node", "value"], [Robj::from(node), value])
-                        .map_or_else(|_| ().into(), Robj::from)
-                }
-                Err(Jump(token)) => token,
-            }),
+            Answer::Ready { rank, body } => Ok(read_answer(body, place(rank) as i32)),
             Answer::Lost { rank, gone } => Err(Failure::gone(rank, &gone)),
             Answer::Pending => Ok(().into()),
             Answer::NothingSent => Err(nothing_sent()),

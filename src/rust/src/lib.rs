@@ -7,6 +7,7 @@
 mod agent;
 mod failure;
 mod head;
+mod plain;
 mod stream;
 mod unwind;
 mod worker;

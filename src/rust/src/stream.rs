@@ -8,6 +8,7 @@ use extendr_ffi::{
     R_outpstream_t, R_pstream_format_t, Rf_error, SEXP,
 };
 use rustcluster_core::scheduler::Body;
+use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void};
 
 /// Version 3 of R's serialization: ALTREP compact vectors and the native encoding survive.
@@ -23,9 +24,16 @@ pub trait Sink {
     }
 }
 
+/// Gives the bytes of a serialized object.
+pub trait Source {
+    /// Fills `out` from the front of what there is. Returns whether there was enough.
+    fn fill(&mut self, out: &mut [u8]) -> bool;
+}
+
 struct Writer<'a> {
     sink: &'a mut dyn Sink,
     object: SEXP,
+    hook: Hook,
 }
 
 /// Writes `object` to `sink`, in this machine's byte order.
@@ -35,8 +43,75 @@ struct Writer<'a> {
 pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<(), Jump> {
     // SAFETY: the object is protected by its Robj.
     let object = unsafe { object.get() };
-    let mut writer = Writer { sink, object };
+    let mut writer = Writer {
+        sink,
+        object,
+        hook: None,
+    };
     unwind::protect(write_protected, &mut writer).map(drop)
+}
+
+/// R asks it about every environment but the global one, those of the base package and of others,
+/// and about every external pointer and weak reference.
+type Hook = Option<unsafe extern "C" fn(SEXP, SEXP) -> SEXP>;
+
+thread_local! {
+    /// What is being serialized holds something that may change.
+    static CHANGEABLE: Cell<bool> = const { Cell::new(false) };
+}
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_is_source(value: *mut c_void) -> c_int;
+}
+
+unsafe extern "C" fn note_changeable(object: SEXP, _: SEXP) -> SEXP {
+    // SAFETY: on R's thread; neither function jumps.
+    unsafe {
+        // Where a function's source is kept does not change.
+        if rustcluster_is_source(object.cast()) == 0 {
+            CHANGEABLE.set(true);
+        }
+        R_NilValue
+    }
+}
+
+struct Bounded {
+    bytes: Vec<u8>,
+    most: usize,
+    over: bool,
+}
+
+impl Sink for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.over |= self.bytes.len() + bytes.len() > self.most;
+        if !self.over {
+            self.bytes.extend_from_slice(bytes);
+        }
+        false
+    }
+}
+
+/// The serialized form of an object in which nothing can change, if it has at most `most` bytes.
+///
+/// # Errors
+/// When R jumped.
+pub fn serialize_fixed(object: &Robj, most: usize) -> std::result::Result<Option<Vec<u8>>, Jump> {
+    CHANGEABLE.set(false);
+    let mut sink = Bounded {
+        bytes: Vec::new(),
+        most,
+        over: false,
+    };
+    let mut writer = Writer {
+        sink: &mut sink,
+        // SAFETY: the object is protected by its Robj.
+        object: unsafe { object.get() },
+        hook: Some(note_changeable),
+    };
+    unwind::protect(write_protected, &mut writer)?;
+    Ok((!sink.over && !CHANGEABLE.get()).then_some(sink.bytes))
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
@@ -44,7 +119,7 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     // nothing that is to be dropped.
     unsafe {
         let writer = data.cast::<Writer<'_>>();
-        write((*writer).object, (*writer).sink);
+        write_with((*writer).object, (*writer).sink, (*writer).hook);
         R_NilValue
     }
 }
@@ -54,6 +129,11 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
 /// # Safety
 /// R may jump out of it; `object` must be protected.
 pub unsafe fn write(object: SEXP, sink: &mut dyn Sink) {
+    // SAFETY: the caller's.
+    unsafe { write_with(object, sink, None) }
+}
+
+unsafe fn write_with(object: SEXP, sink: &mut dyn Sink, hook: Hook) {
     // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
     // dropped when R jumps.
     unsafe {
@@ -64,7 +144,7 @@ pub unsafe fn write(object: SEXP, sink: &mut dyn Sink) {
             version: VERSION,
             OutChar: Some(out_char),
             OutBytes: Some(out_bytes),
-            OutPersistHookFunc: None,
+            OutPersistHookFunc: hook,
             OutPersistHookData: R_NilValue,
         };
         R_Serialize(object, &mut stream);
@@ -91,29 +171,18 @@ unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: 
     }
 }
 
-/// Reads an object. Bytes are given back as they are read.
-///
-/// # Errors
-/// When R jumped, as it does with an error when the bytes are no R object or too few.
-pub fn unserialize(mut body: Body) -> std::result::Result<Robj, Jump> {
-    unwind::protect(read_protected, &mut body)
-}
-
-unsafe extern "C" fn read_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the body of `unserialize`, which outlives this call.
-    unsafe { read(&mut *data.cast::<Body>()) }
-}
-
-/// [`unserialize`] for functions under [`unwind::protect`]. The value is not protected.
+/// Reads an object; its value is not protected.
 ///
 /// # Safety
-/// R may jump out of it.
-pub unsafe fn read(body: &mut Body) -> SEXP {
+/// Under [`unwind::protect`]: R jumps, as it does with an error when the bytes are no R object or
+/// too few.
+pub unsafe fn read(source: &mut dyn Source) -> SEXP {
     // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
     // dropped when R jumps.
     unsafe {
+        let mut source = source;
         let mut stream = R_inpstream_st {
-            data: std::ptr::from_mut(body).cast(),
+            data: (&raw mut source).cast(),
             type_: R_pstream_format_t::R_pstream_any_format,
             InChar: Some(in_char),
             InBytes: Some(in_bytes),
@@ -136,34 +205,47 @@ unsafe extern "C" fn in_char(stream: R_inpstream_t) -> c_int {
 
 unsafe extern "C" fn in_bytes(stream: R_inpstream_t, bytes: *mut c_void, len: c_int) {
     const CUT: *const c_char = c"the serialized object is cut short".as_ptr();
-    // SAFETY: R hands back our body and room for `len` bytes. Rf_error jumps; this frame then
+    // SAFETY: R hands back our source and room for `len` bytes. Rf_error jumps; this frame then
     // holds nothing to be dropped. The message has no format directive.
     unsafe {
-        let body = (*stream).data.cast::<Body>();
+        let source = (*stream).data.cast::<&mut dyn Source>();
         let out = std::slice::from_raw_parts_mut(bytes.cast::<u8>(), len.max(0) as usize);
-        if !fill(&mut *body, out) {
+        if !(*source).fill(out) {
             Rf_error(CUT);
         }
     }
 }
 
-/// Fills `out` from the front of `body`. Returns whether there was enough.
-fn fill(body: &mut Body, mut out: &mut [u8]) -> bool {
-    if body.len < out.len() {
-        return false;
-    }
-    body.len -= out.len();
-    while !out.is_empty() {
-        let Some(chunk) = body.chunks.front_mut() else {
+impl Source for Body {
+    fn fill(&mut self, mut out: &mut [u8]) -> bool {
+        if self.len < out.len() {
             return false;
-        };
-        let n = chunk.len().min(out.len());
-        let (now, later) = out.split_at_mut(n);
-        chunk.copy_to_slice(now);
-        out = later;
-        if chunk.is_empty() {
-            body.chunks.pop_front();
         }
+        self.len -= out.len();
+        while !out.is_empty() {
+            let Some(chunk) = self.chunks.front_mut() else {
+                return false;
+            };
+            let n = chunk.len().min(out.len());
+            let (now, later) = out.split_at_mut(n);
+            chunk.copy_to_slice(now);
+            out = later;
+            if chunk.is_empty() {
+                self.chunks.pop_front();
+            }
+        }
+        true
     }
-    true
+}
+
+impl Source for &[u8] {
+    fn fill(&mut self, out: &mut [u8]) -> bool {
+        if self.len() < out.len() {
+            return false;
+        }
+        let (now, later) = self.split_at(out.len());
+        out.copy_from_slice(now);
+        *self = later;
+        true
+    }
 }

@@ -1,17 +1,18 @@
 //! A worker's functions. One channel a process.
 
 use crate::failure::Failure;
+use crate::plain::{self, Received};
 use crate::stream::{self, Sink};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
-use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
+use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
 use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
 use rustcluster_core::sys;
 use rustcluster_core::worker::Channel;
-use std::cell::RefCell;
-use std::ffi::c_void;
+use std::cell::{Cell, RefCell};
+use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -93,8 +94,16 @@ fn send(bytes: &[u8], last: bool) -> io::Result<()> {
 // SEXP is a pointer to a type that is opaque on this side.
 #[allow(improper_ctypes)]
 unsafe extern "C" {
-    fn rustcluster_run_task(message: *mut c_void) -> SEXP;
-    fn rustcluster_fail_task(value: *mut c_void) -> SEXP;
+    fn rustcluster_take_message(message: *mut c_void) -> c_int;
+    fn rustcluster_take_call(function: *mut c_void, arguments: *mut c_void, tag: *mut c_void);
+    fn rustcluster_run_task() -> SEXP;
+    fn rustcluster_end_task(time: *mut f64) -> SEXP;
+    fn rustcluster_answer(
+        value: *mut c_void,
+        success: c_int,
+        time: *const f64,
+        tag: *mut c_void,
+    ) -> SEXP;
 }
 
 /// What ends the serving of tasks.
@@ -147,6 +156,18 @@ struct Turn {
     body: Body,
     sink: ToAgent,
     done: bool,
+    kept: Kept,
+}
+
+/// What is kept from task to task for [`plain`]: functions, and room for an answer.
+#[derive(Default)]
+struct Kept {
+    received: Received,
+    answer: Vec<u8>,
+}
+
+thread_local! {
+    static KEPT: Cell<Kept> = Cell::default();
 }
 
 fn serve_one() -> std::result::Result<(), Stop> {
@@ -157,8 +178,11 @@ fn serve_one() -> std::result::Result<(), Stop> {
         body: with_channel(Channel::next_task)?.ok_or(Stop::Done)?,
         sink: ToAgent(Ok(())),
         done: false,
+        kept: KEPT.take(),
     };
-    unwind::run(turn_protected, &mut turn)?;
+    let ran = unwind::run(turn_protected, &mut turn);
+    KEPT.set(turn.kept);
+    ran?;
     if turn.done {
         return Err(Stop::Done);
     }
@@ -170,17 +194,45 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
         let turn = data.cast::<Turn>();
-        let message = Rf_protect(stream::read(&mut (*turn).body));
+        match (*turn).body.whole().filter(|bytes| plain::is_plain(bytes)) {
+            Some(bytes) => {
+                let call = Rf_protect(plain::read_task(bytes, &mut (*turn).kept.received));
+                let part = |i| VECTOR_ELT(call, i).cast();
+                rustcluster_take_call(part(0), part(1), part(2));
+            }
+            None => {
+                let message = Rf_protect(stream::read(&mut (*turn).body));
+                (*turn).done = rustcluster_take_message(message.cast()) == 0;
+            }
+        }
+        Rf_unprotect(1);
+        if (*turn).done {
+            return R_NilValue;
+        }
         signals::unblock_interrupt();
-        let answer = Rf_protect(rustcluster_run_task(message.cast()));
-        if answer == R_NilValue {
-            (*turn).done = true;
+        let value = Rf_protect(rustcluster_run_task());
+        let mut time = [0.0; 5];
+        let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
+        (*turn).sink.begin();
+        if plain::write_answer(value, &time, tag, &mut (*turn).kept.answer) {
+            (*turn).sink.write(&(*turn).kept.answer);
         } else {
-            (*turn).sink.begin();
-            stream::write(answer, &mut (*turn).sink);
+            write_slowly(value, true, &time, tag, &mut (*turn).sink);
         }
         Rf_unprotect(2);
         R_NilValue
+    }
+}
+
+/// # Safety
+/// Under [`unwind::run`], with protected values.
+unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, sink: &mut ToAgent) {
+    // SAFETY: the caller's; R may jump, and this frame holds nothing that is to be dropped then.
+    unsafe {
+        let success = c_int::from(success);
+        let answer = rustcluster_answer(value.cast(), success, time.as_ptr(), tag.cast());
+        stream::write(Rf_protect(answer), sink);
+        Rf_unprotect(1);
     }
 }
 
@@ -215,9 +267,10 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
     // SAFETY: as in turn_protected.
     unsafe {
         let turn = data.cast::<Failed>();
-        let answer = Rf_protect(rustcluster_fail_task((*turn).value.cast()));
+        let mut time = [0.0; 5];
+        let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
         (*turn).sink.begin();
-        stream::write(answer, &mut (*turn).sink);
+        write_slowly((*turn).value, false, &time, tag, &mut (*turn).sink);
         Rf_unprotect(1);
         R_NilValue
     }

@@ -41,6 +41,16 @@ pub struct Body {
     pub len: usize,
 }
 
+impl Body {
+    /// All of it, if it came in one chunk.
+    pub fn whole(&self) -> Option<&[u8]> {
+        let [chunk] = self.chunks.as_slices().0 else {
+            return None;
+        };
+        (chunk.len() == self.len).then_some(chunk)
+    }
+}
+
 /// Why a worker is no more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Gone {

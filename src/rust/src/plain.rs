@@ -1,0 +1,602 @@
+//! Tasks and answers of small plain values, as most are, in a form of our own: it takes a fraction
+//! of the time and memory of R's serialization, which begins with a table of 9 KB for references
+//! that a plain value does not have. What is not plain (other attributes than names, environments,
+//! ALTREP vectors, strings in an encoding of this machine's) or not small goes through [`stream`].
+//!
+//! Functions count as plain if nothing in them can change: see [`Sent`]. Their serialized form is
+//! made once and sent each time; a worker that has read the same bytes before uses what it has.
+//!
+//! All numbers are in the byte order of this machine.
+
+use crate::stream;
+use crate::unwind::Jump;
+use extendr_api::prelude::*;
+use extendr_ffi::{
+    cetype_t, R_BaseEnv, R_BaseNamespace, R_GlobalEnv, R_IsNamespaceEnv, R_NaString, R_NamesSymbol,
+    R_NilValue, R_PreserveObject, R_ReleaseObject, Rboolean, Rf_allocVector, Rf_error,
+    Rf_mkCharLenCE, Rf_protect, Rf_setAttrib, Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL,
+    MARK_NOT_MUTABLE, RAW, REAL, R_CHAR, SET_STRING_ELT, SET_VECTOR_ELT, SEXP, SEXPTYPE,
+    STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
+};
+use std::ffi::{c_char, c_int, c_void};
+
+/// What a message of this form begins with. R's serialization begins with 'A', 'B' or 'X'.
+const TASK: u8 = 1;
+const ANSWER: u8 = 2;
+
+/// Bytes of a message of this form, at most.
+pub const MOST: usize = 32 * 1024;
+
+/// Lists in lists, at most.
+const DEPTH: u32 = 16;
+
+/// Functions that are kept, at most.
+const KEPT: usize = 8;
+
+/// Marks a vector that has names.
+const NAMED: u8 = 0x80;
+
+/// Stands for the length of `NA_character_`.
+const NA: u32 = u32::MAX;
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn Rf_getCharCE(string: SEXP) -> c_int;
+    fn rustcluster_attributes(value: SEXP) -> c_int;
+    fn rustcluster_names(value: SEXP) -> SEXP;
+    fn rustcluster_closure_env(function: SEXP) -> SEXP;
+    fn rustcluster_answer(
+        value: *mut c_void,
+        success: c_int,
+        time: *const f64,
+        tag: *mut c_void,
+    ) -> SEXP;
+}
+
+// Writing ---------------------------------------------------------------------------------------
+
+/// Why a value has not been written.
+enum Unfit {
+    NotPlain,
+    Jump(Jump),
+}
+
+/// The functions that have lately been sent. A function is a value: while it is held here and
+/// marked as not to be changed in place, its bytes stay what they are, unless it can reach an
+/// environment whose content may change. So kept are those of the global environment and of
+/// namespaces, which are sent by name, without other environments or external pointers in them.
+#[derive(Default)]
+pub struct Sent {
+    functions: Vec<(Robj, Vec<u8>)>,
+    /// Where those have been seen that are not of this kind. Not held: another one at the same
+    /// place is not treated wrongly, but as any value.
+    refused: Vec<SEXP>,
+    oldest: usize,
+}
+
+impl Sent {
+    fn find(&mut self, function: SEXP) -> std::result::Result<&[u8], Unfit> {
+        // SAFETY: addresses are compared, not used.
+        let same = |(known, _): &(Robj, Vec<u8>)| unsafe { known.get() } == function;
+        let at = match self.functions.iter().position(same) {
+            Some(at) => at,
+            None => self.add(function)?,
+        };
+        Ok(&self.functions[at].1)
+    }
+
+    fn add(&mut self, function: SEXP) -> std::result::Result<usize, Unfit> {
+        if self.refused.contains(&function) || !may_keep(function) {
+            return Err(Unfit::NotPlain);
+        }
+        // SAFETY: on R's thread; the caller protects the function.
+        let robj = unsafe { Robj::from_sexp(function) };
+        let bytes = stream::serialize_fixed(&robj, MOST).map_err(Unfit::Jump)?;
+        let Some(bytes) = bytes else {
+            if self.refused.len() == KEPT {
+                self.refused.remove(0);
+            }
+            self.refused.push(function);
+            return Err(Unfit::NotPlain);
+        };
+        // SAFETY: on R's thread.
+        unsafe { MARK_NOT_MUTABLE(function) };
+        if self.functions.len() < KEPT {
+            self.functions.push((robj, bytes));
+            return Ok(self.functions.len() - 1);
+        }
+        let at = self.oldest;
+        self.oldest = (at + 1) % KEPT;
+        self.functions[at] = (robj, bytes);
+        Ok(at)
+    }
+}
+
+fn may_keep(function: SEXP) -> bool {
+    // SAFETY: on R's thread; none of these functions jumps.
+    unsafe {
+        if TYPEOF(function) != SEXPTYPE::CLOSXP {
+            return true;
+        }
+        let env = rustcluster_closure_env(function);
+        env == R_GlobalEnv
+            || env == R_BaseNamespace
+            || env == R_BaseEnv
+            || R_IsNamespaceEnv(env) == Rboolean::TRUE
+    }
+}
+
+struct Writer<'a> {
+    out: &'a mut Vec<u8>,
+    /// Without it there are no functions.
+    sent: Option<&'a mut Sent>,
+}
+
+type Written = std::result::Result<(), Unfit>;
+
+impl Writer<'_> {
+    fn bytes(&mut self, bytes: &[u8]) -> Written {
+        if self.out.len() + bytes.len() > MOST {
+            return Err(Unfit::NotPlain);
+        }
+        self.out.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn length(&mut self, length: usize) -> Written {
+        // What is too long for a u32 is too long for a message.
+        self.bytes(&u32::try_from(length).map_or(NA, |n| n).to_ne_bytes())
+    }
+
+    /// # Safety
+    /// On R's thread, with a live value. R does not jump: nothing is allocated, and what is
+    /// ALTREP is not looked into.
+    unsafe fn value(&mut self, value: SEXP, depth: u32) -> Written {
+        // SAFETY: the caller's; lengths and types are looked at first.
+        unsafe {
+            let kind = TYPEOF(value);
+            let code = kind as u8;
+            let size = match kind {
+                SEXPTYPE::NILSXP => return self.bytes(&[code]),
+                SEXPTYPE::CLOSXP | SEXPTYPE::BUILTINSXP | SEXPTYPE::SPECIALSXP => {
+                    return self.function(value);
+                }
+                SEXPTYPE::LGLSXP | SEXPTYPE::INTSXP => 4,
+                SEXPTYPE::REALSXP => 8,
+                SEXPTYPE::RAWSXP => 1,
+                SEXPTYPE::STRSXP | SEXPTYPE::VECSXP => 0,
+                _ => return Err(Unfit::NotPlain),
+            };
+            let named = match rustcluster_attributes(value) {
+                0 => 0,
+                1 => NAMED,
+                _ => return Err(Unfit::NotPlain),
+            };
+            let length = XLENGTH(value) as usize;
+            // Every element takes a byte or more.
+            if ALTREP(value) != 0 || depth == 0 || length > MOST {
+                return Err(Unfit::NotPlain);
+            }
+            self.bytes(&[code | named])?;
+            self.length(length)?;
+            match kind {
+                SEXPTYPE::STRSXP => {
+                    for i in 0..length {
+                        self.string(STRING_ELT(value, i as isize))?;
+                    }
+                }
+                SEXPTYPE::VECSXP => {
+                    for i in 0..length {
+                        self.value(VECTOR_ELT(value, i as isize), depth - 1)?;
+                    }
+                }
+                // Of an empty vector there is no address to be used.
+                _ if length == 0 => {}
+                _ => {
+                    let data: *const u8 = match kind {
+                        SEXPTYPE::LGLSXP => LOGICAL(value).cast(),
+                        SEXPTYPE::INTSXP => INTEGER(value).cast(),
+                        SEXPTYPE::REALSXP => REAL(value).cast(),
+                        _ => RAW(value).cast(),
+                    };
+                    self.bytes(std::slice::from_raw_parts(data, length * size))?;
+                }
+            }
+            if named == NAMED {
+                self.value(rustcluster_names(value), 1)?;
+            }
+            Ok(())
+        }
+    }
+
+    /// # Safety
+    /// As for [`Writer::value`].
+    unsafe fn string(&mut self, string: SEXP) -> Written {
+        // SAFETY: the caller's; R's strings are as long as they say.
+        unsafe {
+            if string == R_NaString {
+                return self.length(NA as usize);
+            }
+            let length = LENGTH(string) as usize;
+            let bytes = std::slice::from_raw_parts(R_CHAR(string).cast::<u8>(), length);
+            let encoding = Rf_getCharCE(string);
+            if encoding == cetype_t::CE_NATIVE as c_int && !bytes.is_ascii() {
+                return Err(Unfit::NotPlain);
+            }
+            self.length(length)?;
+            self.bytes(&[encoding as u8])?;
+            self.bytes(bytes)
+        }
+    }
+
+    fn function(&mut self, function: SEXP) -> Written {
+        let Some(sent) = self.sent.take() else {
+            return Err(Unfit::NotPlain);
+        };
+        let written = sent.find(function).and_then(|bytes| {
+            self.bytes(&[SEXPTYPE::CLOSXP as u8])?;
+            self.length(bytes.len())?;
+            self.bytes(bytes)
+        });
+        self.sent = Some(sent);
+        written
+    }
+}
+
+/// The elements of a message of parallel's that asks for a task: function, arguments, tag.
+///
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+unsafe fn task_of(message: SEXP) -> Option<[SEXP; 3]> {
+    // SAFETY: the caller's; lengths and types are looked at first.
+    unsafe {
+        let data = *fields(message, ["type", "data", "tag"])?.get(1)?;
+        let kind = fields(message, ["type", "data", "tag"])?[0];
+        let is_task = TYPEOF(kind) == SEXPTYPE::STRSXP
+            && LENGTH(kind) == 1
+            && text(STRING_ELT(kind, 0)) == b"EXEC";
+        let [function, arguments, _, tag] = fields(data, ["fun", "args", "return", "tag"])?;
+        is_task.then_some([function, arguments, tag])
+    }
+}
+
+/// # Safety
+/// As for [`task_of`].
+unsafe fn fields<const N: usize>(list: SEXP, names: [&str; N]) -> Option<[SEXP; N]> {
+    // SAFETY: the caller's.
+    unsafe {
+        if TYPEOF(list) != SEXPTYPE::VECSXP
+            || XLENGTH(list) != N as isize
+            || rustcluster_attributes(list) != 1
+        {
+            return None;
+        }
+        let given = rustcluster_names(list);
+        let same = |i: usize| text(STRING_ELT(given, i as isize)) == names[i].as_bytes();
+        (0..N)
+            .all(same)
+            .then(|| std::array::from_fn(|i| VECTOR_ELT(list, i as isize)))
+    }
+}
+
+/// # Safety
+/// As for [`task_of`], of a string.
+unsafe fn text<'a>(string: SEXP) -> &'a [u8] {
+    // SAFETY: the caller's.
+    unsafe { std::slice::from_raw_parts(R_CHAR(string).cast::<u8>(), LENGTH(string) as usize) }
+}
+
+/// Writes a message of parallel's to `out`, if it is of this kind. Returns whether it is.
+///
+/// # Errors
+/// When R jumped.
+pub fn write_task(
+    message: &Robj,
+    sent: &mut Sent,
+    out: &mut Vec<u8>,
+) -> std::result::Result<bool, Jump> {
+    // SAFETY: on R's thread; the Robj keeps all of it alive.
+    unsafe {
+        let Some(parts) = task_of(message.get()) else {
+            return Ok(false);
+        };
+        write(TASK, &[], parts.iter().copied(), Some(sent), out)
+    }
+}
+
+/// Writes an answer to `out`, if it is of this kind. Returns whether it is.
+///
+/// # Safety
+/// On R's thread, with live values. R does not jump.
+pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Vec<u8>) -> bool {
+    let mut head = [0; 40];
+    for (at, seconds) in head.chunks_exact_mut(8).zip(time) {
+        at.copy_from_slice(&seconds.to_ne_bytes());
+    }
+    // SAFETY: the caller's. Only a function could make R jump.
+    unsafe {
+        matches!(
+            write(ANSWER, &head, [tag, value].into_iter(), None, out),
+            Ok(true)
+        )
+    }
+}
+
+/// # Safety
+/// On R's thread, with live values.
+unsafe fn write(
+    form: u8,
+    head: &[u8],
+    values: impl Iterator<Item = SEXP>,
+    sent: Option<&mut Sent>,
+    out: &mut Vec<u8>,
+) -> std::result::Result<bool, Jump> {
+    out.clear();
+    let mut writer = Writer { out, sent };
+    let mut written = writer.bytes(&[form]).and_then(|()| writer.bytes(head));
+    for value in values {
+        // SAFETY: the caller's.
+        written = written.and_then(|()| unsafe { writer.value(value, DEPTH) });
+    }
+    match written {
+        Ok(()) => Ok(true),
+        Err(Unfit::NotPlain) => Ok(false),
+        Err(Unfit::Jump(jump)) => Err(jump),
+    }
+}
+
+// Reading ---------------------------------------------------------------------------------------
+
+/// The functions that have lately been received, by their bytes. Preserved as long as this lives,
+/// which is as long as the process does.
+#[derive(Default)]
+pub struct Received {
+    functions: Vec<(Vec<u8>, SEXP)>,
+    oldest: usize,
+}
+
+impl Received {
+    fn find(&self, bytes: &[u8]) -> Option<SEXP> {
+        let same = |(known, _): &&(Vec<u8>, SEXP)| known == bytes;
+        self.functions
+            .iter()
+            .find(same)
+            .map(|&(_, function)| function)
+    }
+
+    /// # Safety
+    /// On R's thread; the function is protected.
+    unsafe fn add(&mut self, bytes: &[u8], function: SEXP) {
+        // SAFETY: the caller's. R_PreserveObject may jump if there is no memory: nothing that is
+        // to be dropped has been made by then.
+        unsafe {
+            R_PreserveObject(function);
+            MARK_NOT_MUTABLE(function);
+        }
+        let entry = (bytes.to_vec(), function);
+        if self.functions.len() < KEPT {
+            self.functions.push(entry);
+            return;
+        }
+        let (_, old) = std::mem::replace(&mut self.functions[self.oldest], entry);
+        self.oldest = (self.oldest + 1) % KEPT;
+        // SAFETY: preserved when it was added.
+        unsafe { R_ReleaseObject(old) };
+    }
+}
+
+/// Reads from the front of a message. Its functions may jump, as R's errors do, so that neither it
+/// nor any frame of its holds what is to be dropped.
+struct Reader<'a> {
+    bytes: &'a [u8],
+    /// Without it there are no functions.
+    received: Option<&'a mut Received>,
+}
+
+impl Reader<'_> {
+    unsafe fn bad(&self) -> ! {
+        const BAD: *const c_char = c"a message that is damaged or cut short".as_ptr();
+        // SAFETY: jumps; the message has no format directive.
+        unsafe { Rf_error(BAD) };
+        #[allow(unreachable_code)]
+        {
+            unreachable!("Rf_error returned")
+        }
+    }
+
+    unsafe fn take(&mut self, n: usize) -> &[u8] {
+        if n > self.bytes.len() {
+            // SAFETY: the caller's.
+            unsafe { self.bad() };
+        }
+        let (now, later) = self.bytes.split_at(n);
+        self.bytes = later;
+        now
+    }
+
+    unsafe fn byte(&mut self) -> u8 {
+        // SAFETY: the caller's.
+        unsafe { self.take(1)[0] }
+    }
+
+    unsafe fn u32(&mut self) -> u32 {
+        let mut number = [0; 4];
+        // SAFETY: the caller's.
+        number.copy_from_slice(unsafe { self.take(4) });
+        u32::from_ne_bytes(number)
+    }
+
+    unsafe fn f64(&mut self) -> f64 {
+        let mut number = [0; 8];
+        // SAFETY: the caller's.
+        number.copy_from_slice(unsafe { self.take(8) });
+        f64::from_ne_bytes(number)
+    }
+
+    /// The value is not protected.
+    unsafe fn value(&mut self, depth: u32) -> SEXP {
+        // SAFETY: under unwind::protect. What has been allocated is protected while anything else
+        // is, and nothing is written beyond the length it was made with.
+        unsafe {
+            let code = self.byte();
+            let kind = code & !NAMED;
+            if kind == SEXPTYPE::NILSXP as u8 {
+                return R_NilValue;
+            }
+            if kind == SEXPTYPE::CLOSXP as u8 {
+                return self.function();
+            }
+            let length = self.u32() as usize;
+            if length > self.bytes.len() || depth == 0 {
+                self.bad();
+            }
+            let value = if kind == SEXPTYPE::STRSXP as u8 {
+                let value = Rf_protect(Rf_allocVector(SEXPTYPE::STRSXP, length as isize));
+                for i in 0..length {
+                    SET_STRING_ELT(value, i as isize, self.string());
+                }
+                value
+            } else if kind == SEXPTYPE::VECSXP as u8 {
+                let value = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, length as isize));
+                for i in 0..length {
+                    SET_VECTOR_ELT(value, i as isize, self.value(depth - 1));
+                }
+                value
+            } else if kind == SEXPTYPE::LGLSXP as u8 {
+                self.numbers(SEXPTYPE::LGLSXP, length, 4, |value| LOGICAL(value).cast())
+            } else if kind == SEXPTYPE::INTSXP as u8 {
+                self.numbers(SEXPTYPE::INTSXP, length, 4, |value| INTEGER(value).cast())
+            } else if kind == SEXPTYPE::REALSXP as u8 {
+                self.numbers(SEXPTYPE::REALSXP, length, 8, |value| REAL(value).cast())
+            } else if kind == SEXPTYPE::RAWSXP as u8 {
+                self.numbers(SEXPTYPE::RAWSXP, length, 1, |value| RAW(value).cast())
+            } else {
+                self.bad()
+            };
+            if code & NAMED != 0 {
+                let names = Rf_protect(self.value(1));
+                if TYPEOF(names) != SEXPTYPE::STRSXP || XLENGTH(names) != length as isize {
+                    self.bad();
+                }
+                Rf_setAttrib(value, R_NamesSymbol, names);
+                Rf_unprotect(1);
+            }
+            Rf_unprotect(1);
+            value
+        }
+    }
+
+    /// A protected vector.
+    unsafe fn numbers(
+        &mut self,
+        kind: SEXPTYPE,
+        length: usize,
+        size: usize,
+        data: impl Fn(SEXP) -> *mut u8,
+    ) -> SEXP {
+        // SAFETY: `take` gives as many bytes as the vector has.
+        unsafe {
+            let value = Rf_protect(Rf_allocVector(kind, length as isize));
+            let from = self.take(length * size);
+            if length > 0 {
+                std::ptr::copy_nonoverlapping(from.as_ptr(), data(value), from.len());
+            }
+            value
+        }
+    }
+
+    unsafe fn string(&mut self) -> SEXP {
+        // SAFETY: under unwind::protect. The bytes are those that R had as a string in the same
+        // encoding; others are an error of R's.
+        unsafe {
+            let length = self.u32();
+            if length == NA {
+                return R_NaString;
+            }
+            let encoding = match self.byte() {
+                0 => cetype_t::CE_NATIVE,
+                1 => cetype_t::CE_UTF8,
+                2 => cetype_t::CE_BYTES,
+                4 => cetype_t::CE_LATIN1,
+                _ => self.bad(),
+            };
+            let bytes = self.take(length as usize);
+            Rf_mkCharLenCE(bytes.as_ptr().cast(), bytes.len() as c_int, encoding)
+        }
+    }
+
+    unsafe fn function(&mut self) -> SEXP {
+        // SAFETY: under unwind::protect.
+        unsafe {
+            let length = self.u32() as usize;
+            if length > self.bytes.len() {
+                self.bad();
+            }
+            let (mut bytes, later) = self.bytes.split_at(length);
+            let all = bytes;
+            self.bytes = later;
+            let Some(received) = self.received.as_deref_mut() else {
+                self.bad();
+            };
+            if let Some(known) = received.find(all) {
+                return known;
+            }
+            let function = Rf_protect(stream::read(&mut bytes));
+            received.add(all, function);
+            Rf_unprotect(1);
+            function
+        }
+    }
+}
+
+/// Whether a message is of this form.
+pub fn is_plain(bytes: &[u8]) -> bool {
+    matches!(bytes.first(), Some(&(TASK | ANSWER)))
+}
+
+/// A task's function, arguments and tag, in one list that is not protected.
+///
+/// # Safety
+/// Under [`crate::unwind::protect`]: R may jump.
+pub unsafe fn read_task(bytes: &[u8], received: &mut Received) -> SEXP {
+    let mut reader = Reader {
+        bytes,
+        received: Some(received),
+    };
+    // SAFETY: the caller's.
+    unsafe {
+        if reader.byte() != TASK {
+            reader.bad();
+        }
+        let parts = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 3));
+        for i in 0..3 {
+            SET_VECTOR_ELT(parts, i, reader.value(DEPTH));
+        }
+        Rf_unprotect(1);
+        parts
+    }
+}
+
+/// An answer as parallel's `recvData()` gives it, not protected.
+///
+/// # Safety
+/// Under [`crate::unwind::protect`]: R may jump.
+pub unsafe fn read_answer(bytes: &[u8]) -> SEXP {
+    let mut reader = Reader {
+        bytes,
+        received: None,
+    };
+    // SAFETY: the caller's.
+    unsafe {
+        if reader.byte() != ANSWER {
+            reader.bad();
+        }
+        let time: [f64; 5] = std::array::from_fn(|_| reader.f64());
+        let tag = Rf_protect(reader.value(DEPTH));
+        let value = Rf_protect(reader.value(DEPTH));
+        let answer = rustcluster_answer(value.cast(), 1, time.as_ptr(), tag.cast());
+        Rf_unprotect(2);
+        answer
+    }
+}
