@@ -12,11 +12,11 @@ use crate::stream;
 use crate::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    cetype_t, R_BaseEnv, R_BaseNamespace, R_GlobalEnv, R_IsNamespaceEnv, R_NaString, R_NamesSymbol,
-    R_NilValue, R_PreserveObject, R_ReleaseObject, Rboolean, Rf_allocVector, Rf_error,
-    Rf_mkCharLenCE, Rf_protect, Rf_setAttrib, Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL,
-    MARK_NOT_MUTABLE, RAW, REAL, R_CHAR, SET_STRING_ELT, SET_VECTOR_ELT, SEXP, SEXPTYPE,
-    STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
+    R_BaseEnv, R_BaseNamespace, R_GlobalEnv, R_IsNamespaceEnv, R_NaString, R_NamesSymbol,
+    R_NilValue, R_PreserveObject, R_ReleaseObject, Rboolean, Rf_allocVector, Rf_error, Rf_protect,
+    Rf_setAttrib, Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL, MARK_NOT_MUTABLE, RAW, REAL,
+    R_CHAR, SET_STRING_ELT, SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT,
+    XLENGTH,
 };
 use std::ffi::{c_char, c_int, c_void};
 
@@ -36,13 +36,20 @@ const KEPT: usize = 8;
 /// Marks a vector that has names.
 const NAMED: u8 = 0x80;
 
+/// R's `cetype_t`: native, UTF-8, bytes, latin1.
+const ENCODINGS: [u8; 4] = [NATIVE, 1, 2, 4];
+const NATIVE: u8 = 0;
+
 /// Stands for the length of `NA_character_`.
 const NA: u32 = u32::MAX;
 
 // SEXP is a pointer to a type that is opaque on this side.
 #[allow(improper_ctypes)]
 unsafe extern "C" {
+    // R's encodings as numbers: extendr's enum has those of latin1 and bytes wrong.
     fn Rf_getCharCE(string: SEXP) -> c_int;
+    fn Rf_mkCharLenCE(bytes: *const c_char, length: c_int, encoding: c_int) -> SEXP;
+    fn Rf_shallow_duplicate(value: SEXP) -> SEXP;
     fn rustcluster_attributes(value: SEXP) -> c_int;
     fn rustcluster_names(value: SEXP) -> SEXP;
     fn rustcluster_closure_env(function: SEXP) -> SEXP;
@@ -220,12 +227,12 @@ impl Writer<'_> {
             }
             let length = LENGTH(string) as usize;
             let bytes = std::slice::from_raw_parts(R_CHAR(string).cast::<u8>(), length);
-            let encoding = Rf_getCharCE(string);
-            if encoding == cetype_t::CE_NATIVE as c_int && !bytes.is_ascii() {
+            let encoding = Rf_getCharCE(string) as u8;
+            if !ENCODINGS.contains(&encoding) || (encoding == NATIVE && !bytes.is_ascii()) {
                 return Err(Unfit::NotPlain);
             }
             self.length(length)?;
-            self.bytes(&[encoding as u8])?;
+            self.bytes(&[encoding])?;
             self.bytes(bytes)
         }
     }
@@ -514,15 +521,12 @@ impl Reader<'_> {
             if length == NA {
                 return R_NaString;
             }
-            let encoding = match self.byte() {
-                0 => cetype_t::CE_NATIVE,
-                1 => cetype_t::CE_UTF8,
-                2 => cetype_t::CE_BYTES,
-                4 => cetype_t::CE_LATIN1,
-                _ => self.bad(),
-            };
+            let encoding = self.byte();
+            if !ENCODINGS.contains(&encoding) {
+                self.bad();
+            }
             let bytes = self.take(length as usize);
-            Rf_mkCharLenCE(bytes.as_ptr().cast(), bytes.len() as c_int, encoding)
+            Rf_mkCharLenCE(bytes.as_ptr().cast(), bytes.len() as c_int, encoding.into())
         }
     }
 
@@ -539,13 +543,18 @@ impl Reader<'_> {
             let Some(received) = self.received.as_deref_mut() else {
                 self.bad();
             };
-            if let Some(known) = received.find(all) {
-                return known;
-            }
-            let function = Rf_protect(stream::read(&mut bytes));
-            received.add(all, function);
-            Rf_unprotect(1);
-            function
+            let known = match received.find(all) {
+                Some(known) => known,
+                None => {
+                    let function = Rf_protect(stream::read(&mut bytes));
+                    received.add(all, function);
+                    Rf_unprotect(1);
+                    function
+                }
+            };
+            // One that has never been called, as it is with PSOCK: R compiles a function at its
+            // second call, which costs each worker more than most functions are worth.
+            Rf_shallow_duplicate(known)
         }
     }
 }
