@@ -184,7 +184,9 @@ if (wanted("thousand")) {
       for (name in names(wrong)) cat("    ", name, ": ", wrong[[name]], "\n", sep = "")
       report("time for these", ours = seconds(time))
       memory <- sum(pss(pids)) / 1024
-      report("memory after them", ours = sprintf("%.2f GB", memory), goal = at_most(memory, 8, " GB"))
+      report("memory after them",
+        ours = sprintf("%.2f GB", memory), goal = at_most(memory, 8, " GB")
+      )
       time <- system.time({
         parallel::stopCluster(cl)
         cl <- NULL

@@ -11,7 +11,8 @@ global <- function(f) {
 
 verbs <- list(
   clusterCall = function(cl) {
-    same(parallel::clusterCall(cl, global(function(a, b) a + b), 1, b = 2), rep(list(3), length(cl)))
+    sums <- parallel::clusterCall(cl, global(function(a, b) a + b), 1, b = 2)
+    same(sums, rep(list(3), length(cl)))
   },
   clusterEvalQ = function(cl) {
     same(parallel::clusterEvalQ(cl, 6 * 7), rep(list(42), length(cl)))

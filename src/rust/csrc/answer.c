@@ -21,7 +21,9 @@ static void prepare(void)
 {
     static const char *const type[] = {"VALUE"};
     static const char *const names[] = {"type", "value", "success", "time", "tag"};
-    static const char *const times[] = {"user.self", "sys.self", "elapsed", "user.child", "sys.child"};
+    static const char *const times[] = {
+        "user.self", "sys.self", "elapsed", "user.child", "sys.child",
+    };
     static const char *const time_class[] = {"proc_time"};
     static const char *const placed[] = {"node", "value"};
 
