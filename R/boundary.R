@@ -9,9 +9,9 @@ unwound <- function(result) {
 }
 
 # For functions whose result is neither a character vector nor a pairlist.
-checked <- function(result, hosts = character()) {
+checked <- function(result, handle = NULL) {
   switch(typeof(result),
-    character = raiseFailure(result, hosts),
+    character = raiseFailure(result, handle),
     pairlist = unwound(result),
     result
   )

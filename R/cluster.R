@@ -77,81 +77,42 @@
 #' stopCluster(cl)
 #' @export
 makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages = NULL,
-                            rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L) {
+                            rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L,
+                            onFailure = c("error", "warn"), progress = interactive()) {
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
-  hosts <- specHosts(spec)
-  start <- tryCatch(match.arg(start), error = function(e) {
-    badArgument("start", "must be \"fork\" or \"spawn\"")
-  })
   if (!is.null(packages) && (!is.character(packages) || anyNA(packages) || !all(nzchar(packages)))) {
     badArgument("packages", "must be a character vector of packages' names")
   }
-  threads <- count(threads, "threads", 4096)
-  short <- limits_check(length(hosts))
-  if (!is.null(short)) raiseFailure(short, hosts)
-
-  launch <- localLaunch(options, c(threadVariables(threads), variables(rscript_envs)))
-  agent <- list(
-    host = "localhost",
-    command = launch$agent,
-    env = launch$env,
-    ranks = seq_along(hosts),
-    packages = as.character(packages),
-    outfile = options$outfile,
-    renice = options$renice,
-    mode = start,
-    spawn = launch$worker
+  tolerant <- tryCatch(match.arg(onFailure), error = function(e) {
+    badArgument("onFailure", "must be \"error\" or \"warn\"")
+  }) == "warn"
+  if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
+  defaults <- c(
+    list(
+      rscript_envs = variables(rscript_envs), threads = count(threads, "threads", 4096),
+      renice = options$renice, start = startMode(start)
+    ),
+    options[intersect(c("rscript", "rlibs", "user", "rshcmd", "rshopts"), names(options))]
   )
-  pointer <- checked(hub_start(list(agent), packageVersionText(), rVersionText()), hosts)
-  handle <- newHandle(pointer, hosts, options$outfile)
-  awaitStart(handle, options$setup_timeout)
-  newCluster(handle)
-}
+  asked <- specHosts(spec, defaults)
+  here <- vapply(asked$hosts, `[[`, NA, "here")
+  short <- limits_check(sum(asked$workers[here[asked$owner]], na.rm = TRUE))
+  if (!is.null(short)) raiseFailure(short)
 
-newHandle <- function(pointer, hosts, outfile) {
-  handle <- new.env(parent = emptyenv())
-  handle$pointer <- pointer
-  handle$hosts <- hosts
-  # Ranks that have not been stopped.
-  handle$alive <- seq_along(hosts)
-  handle$stopped <- FALSE
-  # The job under way, and how many there have been: see parallel.R.
-  handle$job <- noJob
-  handle$jobs <- noJob
-  handle$partial <- list()
-  handle
-}
-
-awaitStart <- function(handle, timeout) {
+  launches <- lapply(asked$hosts, hostLaunch, options)
+  pointer <- checked(hub_start(launches, packageVersionText(), rVersionText(), R.version$platform))
+  handle <- newHandle(pointer, asked$hosts)
+  deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
-  on.exit(if (!started) {
-    hub_stop(handle$pointer)
-    while (identical(hub_closed(handle$pointer), FALSE)) Sys.sleep(0)
-  })
-  deadline <- proc.time()[["elapsed"]] + timeout
-  repeat {
-    up <- checked(hub_progress(handle$pointer), handle$hosts)
-    if (up == length(handle$hosts)) break
-    if (proc.time()[["elapsed"]] > deadline) {
-      abort(
-        "start_failed", "only ", up, " of ", length(handle$hosts), " workers on host ",
-        sQuote(handle$hosts[[1L]]), " were up after ", timeout,
-        " seconds: raise `setup_timeout`, or ask for fewer",
-        fields = list(host = handle$hosts[[1L]])
-      )
-    }
-    Sys.sleep(0)
-  }
+  on.exit(if (!started) abandon(handle))
+  greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
+  plans <- hostPlans(handle, asked, launches, as.character(packages), options$outfile)
+  checked(hub_go(handle$pointer, plans))
+  handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   started <- TRUE
-}
-
-newCluster <- function(handle) {
-  nodes <- lapply(seq_along(handle$hosts), function(rank) {
-    structure(list(host = handle$hosts[[rank]], rank = rank, handle = handle), class = "RustNode")
-  })
-  structure(nodes, class = c("RustCluster", "cluster"))
+  newCluster(handle, handle$alive)
 }
 
 # Arguments ------------------------------------------------------------------------------------
@@ -165,38 +126,12 @@ count <- function(value, argument, most) {
   as.integer(value)
 }
 
-# Far beyond what a machine can hold: more is a mistake.
-mostWorkers <- 100000
-
-specHosts <- function(spec) {
-  # Of several numbers makePSOCKcluster() takes the first.
-  if (is.numeric(spec) && length(spec)) {
-    return(rep("localhost", count(spec[[1L]], "spec", mostWorkers)))
-  }
-  if (is.character(spec) && length(spec) && !anyNA(spec) && all(nzchar(spec))) {
-    other <- setdiff(spec, "localhost")
-    if (!length(other)) return(spec)
-    abort(
-      "not_yet", "`spec`: workers on other hosts (", paste(sQuote(other), collapse = ", "),
-      ") are not supported yet: give a number, or \"localhost\" once for each worker",
-      fields = list(argument = "spec")
-    )
-  }
-  if (is.list(spec) && length(spec)) {
-    abort(
-      "not_yet", "`spec`: lists of hosts are not supported yet: give a number of workers",
-      fields = list(argument = "spec")
-    )
-  }
-  badArgument("spec", "must be a number of workers, or \"localhost\" once for each worker")
-}
-
 # Arguments of parallel's clusters that mean something here, with how each is checked.
 meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", "renice", "rlibs",
-                "setup_timeout", "names", "manual")
+                "setup_timeout", "names", "manual", "user", "rshcmd", "rshopts")
 # Those that do not, including snow's.
-meaningless <- c("port", "master", "timeout", "useXDR", "setup_strategy", "user", "rshcmd",
-                 "rshopts", "type", "rprog", "rhome", "scriptdir", "snowlib", "useRscript", "host")
+meaningless <- c("port", "master", "timeout", "useXDR", "setup_strategy", "type", "rprog", "rhome",
+                 "scriptdir", "snowlib", "useRscript", "host")
 
 clusterOptions <- function(given) {
   names <- names(given)
@@ -217,7 +152,7 @@ clusterOptions <- function(given) {
   text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
     !is.na(options[[name]])
   if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" for this console")
-  if (!text("rscript") || !nzchar(options$rscript)) {
+  if (!text("rscript") || !nzchar(options[["rscript"]])) {
     badArgument("rscript", "must be one command")
   }
   if (!is.character(options$rscript_args)) {
@@ -240,45 +175,16 @@ clusterOptions <- function(given) {
   if (!is.numeric(timeout) || length(timeout) != 1L || is.na(timeout) || timeout <= 0) {
     badArgument("setup_timeout", "must be a number of seconds above 0")
   }
-  if (is.null(given$rscript) && !options$homogeneous) options$rscript <- "Rscript"
+  for (name in intersect(c("user", "rshcmd", "rshopts"), names(given))) {
+    options[[name]] <- texts(given[[name]], name, if (name == "user") 1L)
+  }
+  # What parallel has by default is left to ssh, and elsewhere to the PATH.
+  if (identical(options$user, Sys.info()[["user"]]) && is.null(given$user)) options$user <- NULL
+  if (identical(options$rshcmd, "ssh")) options$rshcmd <- NULL
+  if (!nzchar(paste(options$rlibs, collapse = ""))) options$rlibs <- NULL
+  options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
+  if (is.null(given[["rscript"]])) options$rscript <- NULL
   options
-}
-
-threadVariables <- function(threads) {
-  names <- c("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
-             "VECLIB_MAXIMUM_THREADS", "R_DATATABLE_NUM_THREADS", "MC_CORES")
-  structure(rep(as.character(threads), length(names)), names = names)
-}
-
-variables <- function(envs) {
-  if (is.null(envs)) return(character())
-  if (!is.character(envs) && !(is.atomic(envs) && !is.null(names(envs)))) {
-    badArgument("rscript_envs", "must be a named vector, or names of variables")
-  }
-  values <- structure(as.character(envs), names = names(envs))
-  if (is.null(names(values))) names(values) <- rep("", length(values))
-  passed <- !nzchar(names(values))
-  names(values)[passed] <- values[passed]
-  values[passed] <- Sys.getenv(values[passed], unset = NA)
-  if (anyNA(names(values)) || any(grepl("=", names(values), fixed = TRUE)) || !all(nzchar(names(values)))) {
-    badArgument("rscript_envs", "holds a name that no variable can have")
-  }
-  values
-}
-
-# The commands for this machine, and what is added to the environment.
-localLaunch <- function(options, env) {
-  # The same as for a PSOCK worker.
-  arguments <- c(
-    if (options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats,methods",
-    options$rscript_args
-  )
-  command <- function(role) c(options$rscript, arguments, "-e", startExpression(role))
-  library <- dirname(getNamespaceInfo("rustcluster", "path"))
-  env <- c(RUSTCLUSTER_LIB = library, if (nzchar(options$rlibs)) c(R_LIBS = options$rlibs), env)
-  # A separate worker is a child of the agent, which has dropped this variable by then.
-  worker <- c("env", paste0("RUSTCLUSTER_LIB=", library), command("workerMain"))
-  list(agent = command("agentMain"), worker = worker, env = env[!duplicated(names(env), fromLast = TRUE)])
 }
 
 usableCores <- function() {
@@ -308,7 +214,7 @@ usableCores <- function() {
 clusterPids <- function(cl) {
   handle <- clusterHandle(cl)
   if (handle$stopped) return(rep(NA_integer_, length(cl)))
-  pids <- checked(hub_pids(handle$pointer), handle$hosts)
+  pids <- checked(hub_pids(handle$pointer), handle)
   pids[vapply(cl, function(node) as.integer(node[["rank"]]), 0L)]
 }
 
@@ -317,7 +223,7 @@ clusterPids <- function(cl) {
 agentPids <- function(cl) {
   handle <- clusterHandle(cl)
   if (handle$stopped) return(integer())
-  checked(hub_agent_pids(handle$pointer), handle$hosts)
+  checked(hub_agent_pids(handle$pointer), handle)
 }
 
 clusterHandle <- function(cl) {
@@ -348,7 +254,7 @@ format.RustCluster <- function(x, ...) {
 #' @export
 print.RustNode <- function(x, ...) {
   handle <- x[["handle"]]
-  pid <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle$hosts)[[x[["rank"]]]]
+  pid <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)[[x[["rank"]]]]
   if (is.na(pid)) {
     cat(format(x), " whose worker is gone\n", sep = "")
   } else {

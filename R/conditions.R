@@ -33,7 +33,7 @@ signalName <- function(signal) {
 }
 
 # Raises what a Rust function handed back instead of its result: a named character vector.
-raiseFailure <- function(failure, hosts = character(), call = NULL) {
+raiseFailure <- function(failure, handle = NULL, call = NULL) {
   field <- function(name) if (name %in% names(failure)) failure[[name]]
   number <- function(name) {
     value <- field(name)
@@ -42,7 +42,9 @@ raiseFailure <- function(failure, hosts = character(), call = NULL) {
   kind <- field("kind")
   rank <- number("rank")
   agent <- number("agent")
-  host <- if (!is.null(rank)) hosts[rank] else if (length(hosts)) hosts[[1L]] else "localhost"
+  owner <- if (is.null(rank)) agent else handle$owner[rank]
+  settings <- if (is.null(owner)) list(host = "localhost") else handle$agents[[owner]]
+  host <- settings$host
   reason <- field("reason")
   node <- paste0("worker ", rank, " on host ", sQuote(host))
   message <- switch(kind,
@@ -72,8 +74,8 @@ raiseFailure <- function(failure, hosts = character(), call = NULL) {
       field("available"), " available; ", reason
     ),
     start_failed = paste0(
-      "the cluster could not be started on host ", sQuote(host), ": ", reason,
-      tailText("its stderr", field("stderr")), tailText("its output", field("stdout"))
+      "the cluster could not be started on host ", sQuote(host), ": ",
+      hostProblem(settings, reason, field("stderr"), field("stdout"))
     ),
     bad_argument = paste0("`", field("argument"), "`: ", reason),
     reason

@@ -2,10 +2,15 @@
 #' @noRd
 usable_cores <- function() .Call(wrap__usable_cores)
 
+#' Whether it is the address of an interface of this machine. Of the loopback's only the usual one
+#' counts: others may be forwarded to other machines.
+#' @noRd
+is_own_address <- function(text) .Call(wrap__is_own_address, text)
+
 #' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
 #' attach and whether workers will be forked.
 #' @noRd
-agent_greet <- function(package, r_version) .Call(wrap__agent_greet, package, r_version)
+agent_greet <- function(package, r_version, platform) .Call(wrap__agent_greet, package, r_version, platform)
 
 #' Tells the head that nothing can be started, and why.
 #' @noRd
@@ -20,15 +25,28 @@ agent_run <- function() .Call(wrap__agent_run)
 #' @noRd
 limits_check <- function(workers) .Call(wrap__limits_check, workers)
 
-#' Starts a cluster and returns its handle at once. `hosts`: a list with an element for each
-#' agent, each a list of host, command, env (named; NA removes), ranks, packages, outfile, renice,
-#' mode, spawn.
+#' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
+#' for each, each a list of host, command, env (named; NA removes).
 #' @noRd
-hub_start <- function(hosts, package, r_version) .Call(wrap__hub_start, hosts, package, r_version)
+hub_start <- function(hosts, package, r_version, platform) .Call(wrap__hub_start, hosts, package, r_version, platform)
 
-#' How far a start has come: the number of workers up, invisibly waiting a little for more.
+#' Whether all agents have greeted or failed; waits a little for that.
 #' @noRd
-hub_progress <- function(handle) .Call(wrap__hub_progress, handle)
+hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
+
+#' What is known of each host: a list of vectors with an element for each.
+#' @noRd
+hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
+
+#' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
+#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn.
+#' @noRd
+hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
+
+#' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
+#' has failed counts as done, and is not an error.
+#' @noRd
+hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
 
 #' Sends a message to a node.
 #' @noRd

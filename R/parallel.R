@@ -67,7 +67,7 @@ verbDepth <- function(frames) {
 
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- c(kind = "stopped")
-  raiseFailure(failure, handle$hosts)
+  raiseFailure(failure, handle)
 }
 
 #' @exportS3Method parallel::recvData

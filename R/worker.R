@@ -11,7 +11,7 @@ startExpression <- function(role) {
 
 agentMain <- function() {
   Sys.unsetenv("RUSTCLUSTER_LIB")
-  config <- checked(agent_greet(packageVersionText(), rVersionText()))
+  config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform))
   if (config$forks) {
     failure <- attachPackages(config$packages)
     if (!is.null(failure)) {

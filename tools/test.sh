@@ -12,7 +12,7 @@ step() {
 
 step "what the tests need"
 need_packages r-base-core r-base-dev r-cran-testthat r-cran-roxygen2 r-cran-knitr \
-  r-cran-rmarkdown r-cran-parallelly pandoc procps xz-utils devscripts qpdf
+  r-cran-rmarkdown r-cran-parallelly r-cran-cli openssh-server pandoc procps xz-utils devscripts qpdf
 need_rust rust-web-clippy rustfmt-web
 R_HOME=$(R RHOME)
 R_INCLUDE_DIR=$(R --no-echo --no-restore -e "cat(R.home('include'))")

@@ -20,8 +20,8 @@ fn failed(error: &io::Error) -> Robj {
 /// attach and whether workers will be forked.
 /// @noRd
 #[extendr]
-fn agent_greet(package: &str, r_version: &str) -> Robj {
-    match agent::greet(&agent::hello(package, r_version)) {
+fn agent_greet(package: &str, r_version: &str, platform: &str) -> Robj {
+    match agent::greet(&agent::hello(package, r_version, platform)) {
         Ok(greeted) => {
             let packages = greeted.start.packages.clone();
             let forks = greeted.start.mode == StartMode::Fork;

@@ -7,7 +7,7 @@ use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::agent;
-use rustcluster_core::hub::{Answer, Event, Host, Hub, Progress};
+use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
@@ -98,20 +98,17 @@ fn limits_check(workers: i32) -> Robj {
     }
 }
 
-/// Starts a cluster and returns its handle at once. `hosts`: a list with an element for each
-/// agent, each a list of host, command, env (named; NA removes), ranks, packages, outfile, renice,
-/// mode, spawn.
+/// Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
+/// for each, each a list of host, command, env (named; NA removes).
 /// @noRd
 #[extendr]
-fn hub_start(hosts: List, package: &str, r_version: &str) -> Robj {
-    let parsed: Option<Vec<Host>> = hosts.values().map(|host| host_of(&host)).collect();
+fn hub_start(hosts: List, package: &str, r_version: &str, platform: &str) -> Robj {
+    let parsed: Option<Vec<Launch>> = hosts.values().map(|host| launch_of(&host)).collect();
     let Some(hosts) = parsed else {
-        return Failure::new("bad_argument")
-            .with("argument", "hosts")
-            .with("reason", "not a description of hosts")
-            .into();
+        return not_a_description("hosts");
     };
-    match Hub::start(hosts, agent::hello(package, r_version), RESULT_LIMIT) {
+    let hello = agent::hello(package, r_version, platform);
+    match Hub::start(hosts, hello, RESULT_LIMIT) {
         Ok(hub) => {
             let cluster = Cluster {
                 hub: RefCell::new(hub),
@@ -124,9 +121,15 @@ fn hub_start(hosts: List, package: &str, r_version: &str) -> Robj {
     }
 }
 
-fn host_of(host: &Robj) -> Option<Host> {
+fn not_a_description(argument: &str) -> Robj {
+    Failure::new("bad_argument")
+        .with("argument", argument)
+        .with("reason", "not a description of hosts")
+        .into()
+}
+
+fn launch_of(host: &Robj) -> Option<Launch> {
     let fields: HashMap<&str, Robj> = host.as_list()?.iter().collect();
-    let text = |name: &str| Some(fields.get(name)?.as_str()?.to_owned());
     let env = fields.get("env")?;
     let names = env.names().into_iter().flatten().map(str::to_owned);
     let values = env.as_str_vector().unwrap_or_default();
@@ -134,6 +137,90 @@ fn host_of(host: &Robj) -> Option<Host> {
         let value = (!value.is_na()).then(|| value.into());
         (name.into(), value)
     });
+    let command = strings(fields.get("command")?);
+    Some(Launch {
+        host: fields.get("host")?.as_str()?.to_owned(),
+        command: command.into_iter().map(Into::into).collect(),
+        env: env.collect(),
+    })
+}
+
+/// Whether all agents have greeted or failed; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_greeted(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| Ok(hub.greeted(SLICE).into()))
+}
+
+/// What is known of each host: a list of vectors with an element for each.
+/// @noRd
+#[extendr]
+fn hub_hosts(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let hosts = hub.hosts();
+        let text = |of: &dyn Fn(&HostView) -> Option<String>| -> Vec<Option<String>> {
+            let clean = |text: String| text.replace('\0', "");
+            hosts.iter().map(|host| of(host).map(clean)).collect()
+        };
+        let number = |of: &dyn Fn(&HostView) -> Option<f64>| -> Vec<Option<f64>> {
+            hosts.iter().map(of).collect()
+        };
+        let refusal = |host: &HostView| host.start_failure.as_ref().map(refusal);
+        Ok(list!(
+            hostname = text(&|h| Some(h.hello.as_ref()?.hostname.clone())),
+            r_version = text(&|h| Some(h.hello.as_ref()?.r_version.clone())),
+            platform = text(&|h| Some(h.hello.as_ref()?.platform.clone())),
+            cores = number(&|h| Some(h.hello.as_ref()?.cores.into())),
+            memory = number(&|h| Some(h.hello.as_ref()?.memory_total as f64)),
+            available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
+            greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
+            up = number(&|h| Some(h.up?.as_secs_f64())),
+            reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
+            stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
+            stdout = text(&|h| Some(h.failure.as_ref()?.stdout.clone()))
+        )
+        .into())
+    })
+}
+
+fn refusal(reason: &ToHead) -> String {
+    match reason {
+        ToHead::Limits {
+            what,
+            needed,
+            available,
+            remedy,
+        } => format!(
+            "not enough {what} for so many workers: {needed} needed, {available} available; {remedy}"
+        ),
+        ToHead::StartFailed { reason } => reason.clone(),
+        _ => String::new(),
+    }
+}
+
+/// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
+/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn.
+/// @noRd
+#[extendr]
+fn hub_go(handle: Robj, plans: List) -> Robj {
+    let parsed: Option<Vec<Option<Plan>>> = plans
+        .values()
+        .map(|plan| match plan.is_null() {
+            true => Some(None),
+            false => plan_of(&plan).map(Some),
+        })
+        .collect();
+    let Some(plans) = parsed else {
+        return not_a_description("plans");
+    };
+    with_hub(&handle, |hub| match hub.go(plans) {
+        Ok(()) => Ok(().into()),
+        Err(error) => Err(Failure::new("start_failed").with("reason", error)),
+    })
+}
+
+fn plan_of(plan: &Robj) -> Option<Plan> {
+    let fields: HashMap<&str, Robj> = plan.as_list()?.iter().collect();
     let ranks = fields.get("ranks")?.as_integer_vector()?;
     let start = Start {
         workers: ranks.len() as u32,
@@ -150,26 +237,19 @@ fn host_of(host: &Robj) -> Option<Host> {
         renice: fields.get("renice")?.as_integer()?,
         spawn_command: strings(fields.get("spawn")?),
     };
-    Some(Host {
-        launch: Launch {
-            host: text("host")?,
-            command: strings(fields.get("command")?)
-                .into_iter()
-                .map(Into::into)
-                .collect(),
-            env: env.collect(),
-        },
+    Some(Plan {
         start,
         ranks: ranks.into_iter().map(|rank| (rank - 1) as Rank).collect(),
     })
 }
 
-/// How far a start has come: the number of workers up, invisibly waiting a little for more.
+/// How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
+/// has failed counts as done, and is not an error.
 /// @noRd
 #[extendr]
-fn hub_progress(handle: Robj) -> Robj {
+fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
     with_hub(&handle, |hub| {
-        let failure = match hub.progress(SLICE) {
+        let failure = match hub.progress(tolerant, SLICE) {
             Progress::Starting { up } => return Ok((up as i32).into()),
             Progress::Up => return Ok((hub.size() as i32).into()),
             Progress::Refused { host, reason } => match reason {
@@ -473,6 +553,9 @@ extendr_module! {
     mod head;
     fn limits_check;
     fn hub_start;
+    fn hub_greeted;
+    fn hub_hosts;
+    fn hub_go;
     fn hub_progress;
     fn hub_send;
     fn hub_receive;

@@ -21,9 +21,18 @@ fn usable_cores() -> i32 {
     i32::try_from(rustcluster_core::cores::usable_cores()).unwrap_or(i32::MAX)
 }
 
+/// Whether it is the address of an interface of this machine. Of the loopback's only the usual one
+/// counts: others may be forwarded to other machines.
+/// @noRd
+#[extendr]
+fn is_own_address(text: &str) -> bool {
+    rustcluster_core::launch::is_own_address(text)
+}
+
 extendr_module! {
     mod rustcluster;
     fn usable_cores;
+    fn is_own_address;
     use agent;
     use head;
     use worker;

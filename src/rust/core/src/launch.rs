@@ -3,6 +3,7 @@
 use crate::signals;
 use std::ffi::OsString;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -104,6 +105,17 @@ pub fn start(
         stderr,
         process,
     })
+}
+
+/// Whether `text` is the address of an interface of this machine. Of the loopback's only the usual
+/// one counts: others may be forwarded to other machines.
+pub fn is_own_address(text: &str) -> bool {
+    match text.parse::<IpAddr>() {
+        Ok(ip) if ip.is_loopback() => ip == Ipv4Addr::LOCALHOST || ip == Ipv6Addr::LOCALHOST,
+        // A socket can be bound to no other.
+        Ok(ip) => !ip.is_unspecified() && UdpSocket::bind((ip, 0)).is_ok(),
+        Err(_) => false,
+    }
 }
 
 /// A thread that sleeps in wait(). Neither SIGCHLD nor waitpid(-1) would do: in R's process both

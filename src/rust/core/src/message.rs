@@ -33,6 +33,8 @@ pub struct Hello {
     pub package: String,
     /// Version of R, as in "4.2.2".
     pub r_version: String,
+    /// As R names it, as in "x86_64-pc-linux-gnu".
+    pub platform: String,
     pub big_endian: bool,
     pub pid: u32,
     pub hostname: String,

@@ -73,12 +73,13 @@ pub enum Role {
 }
 
 /// Facts about this process for the other side.
-pub fn hello(package: &str, r_version: &str) -> Hello {
+pub fn hello(package: &str, r_version: &str, platform: &str) -> Hello {
     let (memory_total, memory_available) = cores::host_memory().unwrap_or((0, 0));
     Hello {
         protocol: message::PROTOCOL,
         package: package.to_owned(),
         r_version: r_version.to_owned(),
+        platform: platform.to_owned(),
         big_endian: cfg!(target_endian = "big"),
         pid: std::process::id(),
         hostname: sys::hostname(),

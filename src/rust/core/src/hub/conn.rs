@@ -1,9 +1,9 @@
 //! One agent's connection: launching it, greeting it, and finding out why it ended.
 
 use super::inbox::HostFailure;
-use super::{Host, shared::Shared};
+use super::shared::Shared;
 use crate::frame::{self, Frame, Kind};
-use crate::launch::{self, AgentProcess, Launched};
+use crate::launch::{self, AgentProcess, Launch, Launched};
 use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, ToAgent, ToHead};
 use crate::outbuf::OutBuf;
 use bytes::BytesMut;
@@ -48,15 +48,15 @@ pub struct Conn {
 }
 
 /// Serves one agent from its launch to its end.
-pub async fn serve(shared: Arc<Shared>, agent: usize, host: Host, hello: Hello) {
+pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hello) {
     let (exit_tx, exit) = oneshot::channel();
-    let launched = launch::start(&host.launch, move |status| {
+    let launched = launch::start(&launch, move |status| {
         let _ = exit_tx.send(status);
     });
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
-            let program = host.launch.command.first();
+            let program = launch.command.first();
             let program = program.map(|p| p.to_string_lossy().into_owned());
             let program = program.unwrap_or_default();
             let reason = format!("the agent could not be started: {program}: {error}");
@@ -79,7 +79,7 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, host: Host, hello: Hello) 
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
     let mut noise = Preamble::default();
-    let ended = talk(&shared, agent, &host, &hello, stream, &mut noise).await;
+    let ended = talk(&shared, agent, &hello, stream, &mut noise).await;
     // The stream is closed on our side too from here on, which asks the agent to end, if it is
     // still there.
     let ended = ended.and(shared.core().detach(agent));
@@ -154,7 +154,6 @@ async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
 async fn talk(
     shared: &Shared,
     agent: usize,
-    host: &Host,
     hello: &Hello,
     stream: std::os::unix::net::UnixStream,
     preamble: &mut Preamble,
@@ -169,7 +168,7 @@ async fn talk(
         )
     };
     let received = tokio::select! {
-        received = greet(shared, agent, host, hello, &stream, preamble) => match received? {
+        received = greet(shared, agent, hello, &stream, preamble) => match received? {
             Some(received) => received,
             None => return Ok(()),
         },
@@ -200,12 +199,11 @@ fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize
     }
 }
 
-/// Sends magic and hello, skips what a shell printed, checks the agent's hello, and queues what
-/// it is to start. `None`: it ended first.
+/// Sends magic and hello, skips what a shell printed, and checks the agent's hello.
+/// `None`: it ended first.
 async fn greet(
     shared: &Shared,
     agent: usize,
-    host: &Host,
     hello: &Hello,
     stream: &UnixStream,
     preamble: &mut Preamble,
@@ -251,11 +249,7 @@ async fn greet(
             let theirs = theirs(&frame)?;
             hello.check(&theirs).map_err(io::Error::other)?;
             let mut core = shared.core();
-            core.inbox.hosts[agent].hello = Some(theirs);
-            let start = ToAgent::Start(host.start.clone());
-            core.scheduler
-                .send_control(agent, &start)
-                .map_err(io::Error::other)?;
+            core.inbox.greeted(agent, theirs);
             return Ok(Some(received));
         }
     }

@@ -2,10 +2,11 @@
 
 use super::inbox::{Event, HostFailure, HostView, WorkerView};
 use super::shared::{Core, Shared};
-use super::{Host, run};
+use super::{Plan, run};
 use crate::frame::MAX_BODY;
-use crate::message::{Hello, Loss, ToHead};
-use crate::scheduler::{Body, Gone, JobId, Outcome, Rank, TaskId, Want};
+use crate::launch::Launch;
+use crate::message::{Hello, Loss, ToAgent, ToHead};
+use crate::scheduler::{Body, Gone, JobId, Outcome, ProtocolError, Rank, TaskId, Want};
 use crate::signals;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -90,17 +91,16 @@ struct Writing {
 }
 
 impl Hub {
-    /// Starts the hub's thread, which starts the agents. `result_limit`: bytes of results to
+    /// Starts the hub's thread, which starts the agents; [`Hub::greeted`] and [`Hub::go`] follow.
+    /// `result_limit`: bytes of results to
     /// buffer.
     ///
     /// # Errors
     /// When the system has no thread or descriptor left.
-    pub fn start(hosts: Vec<Host>, hello: Hello, result_limit: usize) -> io::Result<Hub> {
-        let workers = hosts.iter().map(|host| host.ranks.len()).sum();
-        let ranks = hosts.iter().map(|host| host.ranks.clone()).collect();
+    pub fn start(hosts: Vec<Launch>, hello: Hello, result_limit: usize) -> io::Result<Hub> {
         let watched = mio::Poll::new()?;
         let registry = watched.registry().try_clone()?;
-        let shared = Arc::new(Shared::new(ranks, result_limit, registry)?);
+        let shared = Arc::new(Shared::new(hosts.len(), result_limit, registry)?);
         let theirs = shared.clone();
         let body = move || {
             let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, watched)));
@@ -123,7 +123,7 @@ impl Hub {
         Ok(Hub {
             inner: ManuallyDrop::new(inner),
             owner: std::process::id(),
-            outstanding: vec![VecDeque::new(); workers],
+            outstanding: Vec::new(),
             outstanding_count: 0,
             next_task: 1,
             writing: None,
@@ -145,10 +145,53 @@ impl Hub {
         self.inner.shared.core()
     }
 
-    /// How far the start has come; waits up to `most` for its end.
-    pub fn progress(&self, most: Duration) -> Progress {
+    /// Whether all agents have greeted or failed; waits up to `most` for that.
+    pub fn greeted(&self, most: Duration) -> bool {
+        let greeted = |core: &mut Core| {
+            let mut hosts = core.inbox.hosts.iter();
+            let known = hosts.all(|host| host.hello.is_some() || host.failure.is_some());
+            known.then_some(())
+        };
+        self.inner.shared.wait(most, greeted).is_some()
+    }
+
+    /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
+    /// all plans are those from 0 to their number.
+    ///
+    /// # Errors
+    /// When a plan does not fit into one message.
+    pub fn go(&mut self, plans: Vec<Option<Plan>>) -> Result<(), ProtocolError> {
+        let ranks = |plan: &Option<Plan>| plan.as_ref().map_or(vec![], |plan| plan.ranks.clone());
+        let ranks: Vec<Vec<Rank>> = plans.iter().map(ranks).collect();
+        self.outstanding = vec![VecDeque::new(); ranks.iter().map(Vec::len).sum()];
+        let shared = self.inner.shared.clone();
+        let mut core = shared.core();
+        core.set_ranks(ranks);
+        for (agent, plan) in plans.into_iter().enumerate() {
+            match plan {
+                Some(plan) => {
+                    let start = ToAgent::Start(plan.start);
+                    core.scheduler.send_control(agent, &start)?;
+                }
+                None => {
+                    core.scheduler.send_control(agent, &ToAgent::Stop)?;
+                    core.conns[agent].stop.notify_one();
+                }
+            }
+        }
+        core.settle();
+        Ok(())
+    }
+
+    /// How far the start has come; waits up to `most` for its end. `tolerant`: what has failed is
+    /// left to be found in [`Hub::hosts`] and [`Hub::worker`].
+    pub fn progress(&self, tolerant: bool, most: Duration) -> Progress {
         let ended = self.inner.shared.wait(most, |core| {
             let inbox = &core.inbox;
+            if tolerant {
+                let known = |w: &WorkerView| w.pid.is_some() || w.gone.is_some();
+                return inbox.workers.iter().all(known).then_some(Progress::Up);
+            }
             for (host, view) in inbox.hosts.iter().enumerate() {
                 if let Some(reason) = view.start_failure.clone() {
                     return Some(Progress::Refused { host, reason });

@@ -5,6 +5,7 @@ use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Why a host is gone, with what its agent's command printed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub enum Event {
 /// A worker as R's thread sees it.
 #[derive(Clone, Debug, Default)]
 pub struct WorkerView {
+    /// The place of its host among all.
+    pub agent: usize,
     pub pid: Option<u32>,
     pub gone: Option<Arc<Gone>>,
 }
@@ -45,13 +48,16 @@ pub struct HostView {
     /// The process that was launched: here the agent itself.
     pub pid: Option<u32>,
     pub hello: Option<Hello>,
+    /// From the start to the greeting, and to the last worker that came up.
+    pub greeted: Option<Duration>,
+    pub up: Option<Duration>,
     pub start_failure: Option<ToHead>,
     pub failure: Option<HostFailure>,
 }
 
 /// See the module's documentation.
-#[derive(Default)]
 pub struct Inbox {
+    began: Instant,
     /// Tasks whose end R wants to know, with the outcome once there is one.
     expected: HashMap<TaskId, Option<Outcome>>,
     /// Ended tasks in the order of their ends. May hold tasks that are no longer expected.
@@ -68,12 +74,35 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    pub fn new(workers: usize, hosts: usize) -> Inbox {
+    pub fn new(hosts: usize) -> Inbox {
         Inbox {
-            workers: vec![WorkerView::default(); workers],
+            began: Instant::now(),
+            expected: HashMap::new(),
+            ready: VecDeque::new(),
+            lost: Vec::new(),
+            workers: Vec::new(),
             hosts: vec![HostView::default(); hosts],
-            ..Inbox::default()
+            events: VecDeque::new(),
+            up: 0,
+            closed: false,
         }
+    }
+
+    pub fn set_workers(&mut self, ranks: &[Vec<Rank>]) {
+        let workers = ranks.iter().map(Vec::len).sum();
+        self.workers = vec![WorkerView::default(); workers];
+        for (agent, ranks) in ranks.iter().enumerate() {
+            for &rank in ranks {
+                self.workers[rank as usize].agent = agent;
+            }
+        }
+    }
+
+    /// An agent has greeted.
+    pub fn greeted(&mut self, agent: usize, hello: Hello) {
+        let host = &mut self.hosts[agent];
+        host.hello = Some(hello);
+        host.greeted = Some(self.began.elapsed());
     }
 
     /// Takes in what the scheduler noted. Returns the bytes of answers that nobody expects.
@@ -81,7 +110,9 @@ impl Inbox {
         match note {
             Note::Up { rank, pid } => {
                 self.up += 1;
-                self.workers[rank as usize].pid = Some(pid);
+                let worker = &mut self.workers[rank as usize];
+                worker.pid = Some(pid);
+                self.hosts[worker.agent].up = Some(self.began.elapsed());
             }
             Note::Replaced { rank, pid } => {
                 self.workers[rank as usize].pid = Some(pid);

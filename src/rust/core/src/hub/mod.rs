@@ -23,17 +23,16 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// One host of a cluster: how its agent is started and what it is to start.
+/// What one host's agent is to start.
 #[derive(Clone, Debug)]
-pub struct Host {
-    pub launch: Launch,
+pub struct Plan {
     pub start: Start,
     /// The ranks of its workers, in the order of their index there.
     pub ranks: Vec<Rank>,
 }
 
 /// The hub's thread.
-fn run(hosts: Vec<Host>, hello: Hello, shared: &Arc<Shared>, watched: mio::Poll) {
+fn run(hosts: Vec<Launch>, hello: Hello, shared: &Arc<Shared>, watched: mio::Poll) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -54,7 +53,7 @@ fn run(hosts: Vec<Host>, hello: Hello, shared: &Arc<Shared>, watched: mio::Poll)
 }
 
 async fn serve(
-    hosts: Vec<Host>,
+    hosts: Vec<Launch>,
     hello: Hello,
     shared: Arc<Shared>,
     watched: mio::Poll,

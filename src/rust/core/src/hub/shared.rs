@@ -48,6 +48,8 @@ pub struct Core {
     pub scheduler: Scheduler,
     pub conns: Vec<Conn>,
     pub inbox: Inbox,
+    /// Bytes of results to buffer.
+    limit: usize,
     /// Bytes of tasks submitted and not yet sent.
     pub queued: usize,
     /// The end has been asked for.
@@ -82,17 +84,16 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(ranks: Vec<Vec<Rank>>, limit: usize, registry: Registry) -> io::Result<Shared> {
+    pub fn new(hosts: usize, limit: usize, registry: Registry) -> io::Result<Shared> {
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        let hosts = ranks.len();
-        let workers = ranks.iter().map(Vec::len).sum();
         Ok(Shared {
             core: Mutex::new(Core {
-                scheduler: Scheduler::new(ranks, limit),
+                scheduler: Scheduler::new(vec![Vec::new(); hosts], limit),
+                limit,
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
-                inbox: Inbox::new(workers, hosts),
+                inbox: Inbox::new(hosts),
                 queued: 0,
                 stopping: false,
                 registry,
@@ -256,6 +257,17 @@ impl Core {
         match done {
             Ok(()) => conn.watched = wanted,
             Err(error) => self.end(agent, Err(error)),
+        }
+    }
+
+    /// The workers of each agent are known now. Nothing has been sent to any.
+    pub fn set_ranks(&mut self, ranks: Vec<Vec<Rank>>) {
+        self.inbox.set_workers(&ranks);
+        self.scheduler = Scheduler::new(ranks, self.limit);
+        for agent in 0..self.conns.len() {
+            if let Some(failure) = &self.inbox.hosts[agent].failure {
+                self.scheduler.agent_lost(agent, &failure.reason);
+            }
         }
     }
 

@@ -1,0 +1,135 @@
+# From what makeRustCluster() was asked for to one entry for each agent.
+
+hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd", "rshopts",
+                  "rscript_envs", "threads", "renice", "start")
+
+# A list of `hosts`, each a list of settings with an agent of its own (`here`: reached without ssh,
+# because it is this machine, and nothing about the way to it or the user was asked for), and, in the order of the
+# spec, `owner` (the place of an entry's host among them) and `workers` (NA for all usable cores).
+specHosts <- function(spec, defaults = list()) {
+  entries <- specEntries(spec)
+  workers <- vapply(entries, `[[`, 0L, "workers")
+  if (sum(workers, na.rm = TRUE) > mostWorkers) {
+    badArgument("spec", "must ask for at most ", format(mostWorkers, scientific = FALSE), " workers")
+  }
+  here <- list()
+  hosts <- lapply(entries, function(entry) {
+    settings <- entry$settings
+    way <- settings[intersect(names(settings), c("port", "rshcmd", "rshopts"))]
+    settings <- c(settings, defaults[setdiff(names(defaults), names(settings))])
+    if (is.null(here[[settings$host]])) here[[settings$host]] <<- isHere(settings$host)
+    own <- is.null(settings$user) || settings$user == Sys.info()[["user"]]
+    c(settings, here = own && !length(way) && here[[settings$host]])
+  })
+  keys <- vapply(hosts, function(host) {
+    paste(deparse(host[order(names(host))]), collapse = "")
+  }, "")
+  list(hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers)
+}
+
+# Far beyond what machines can hold: more is a mistake.
+mostWorkers <- 100000
+
+specEntries <- function(spec) {
+  if (is.numeric(spec) && length(spec) && !is.null(names(spec))) {
+    return(Map(function(host, workers) namedEntry(host, count(workers, "spec", mostWorkers)),
+               names(spec), spec, USE.NAMES = FALSE))
+  }
+  # Of several numbers makePSOCKcluster() takes the first.
+  if (is.numeric(spec) && length(spec)) {
+    workers <- count(spec[[1L]], "spec", mostWorkers)
+    return(list(namedEntry("localhost", workers)))
+  }
+  if (is.character(spec) && length(spec)) {
+    return(lapply(unname(spec), namedEntry, workers = 1L))
+  }
+  if (is.list(spec) && length(spec)) {
+    if ("host" %in% names(spec)) spec <- list(spec)
+    entries <- lapply(seq_along(spec), function(i) listEntry(spec[[i]], i))
+    counted <- vapply(entries, function(entry) "ncore" %in% names(entry), NA)
+    # parallel's form has an entry a worker.
+    flat <- !any(counted) && anyDuplicated(entries) > 0L
+    return(lapply(entries, function(entry) {
+      workers <- if (flat) 1L else if (is.null(entry$ncore)) NA_integer_ else entry$ncore
+      entry$ncore <- NULL
+      list(settings = entry, workers = workers)
+    }))
+  }
+  badArgument(
+    "spec", "must be a number of workers, hosts' names, numbers of workers named by their hosts, ",
+    "or a list of hosts"
+  )
+}
+
+namedEntry <- function(text, workers) {
+  text <- hostName(text, "spec")
+  user <- if (grepl("@", text, fixed = TRUE)) sub("@[^@]*$", "", text)
+  host <- hostName(sub("^.*@", "", text), "spec")
+  if (!is.null(user)) user <- hostName(user, "spec")
+  list(settings = c(list(host = host), if (!is.null(user)) list(user = user)), workers = workers)
+}
+
+# ssh takes what begins with a hyphen for an option.
+hostName <- function(text, argument) {
+  ok <- is.character(text) && length(text) == 1L && !is.na(text) && nzchar(text) &&
+    !grepl("^-|[[:space:][:cntrl:]]", text)
+  if (!ok) badArgument(argument, "must name a host or a user, without spaces or a leading hyphen")
+  text
+}
+
+listEntry <- function(entry, i) {
+  where <- paste0("spec[[", i, "]]")
+  if (is.character(entry) && length(entry) == 1L) entry <- namedEntry(entry, 1L)$settings
+  if (!is.list(entry) || is.null(entry$host)) {
+    badArgument("spec", "must have a `host` in each of its lists; element ", i, " has none")
+  }
+  unknown <- setdiff(names(entry), hostSettings)
+  if (length(unknown) || !all(nzchar(names(entry)))) {
+    badArgument("spec", "has unknown settings in element ", i, ": ",
+                paste0("`", unknown, "`", collapse = ", "), "; there are ",
+                paste0("`", hostSettings, "`", collapse = ", "))
+  }
+  field <- function(name) paste0(where, "$", name)
+  at <- hostName(entry$host, field("host"))
+  if (grepl("@", at, fixed = TRUE) && is.null(entry$user)) {
+    entry[c("host", "user")] <- namedEntry(at, 1L)$settings[c("host", "user")]
+  }
+  # NULL and NA are settings that are not made; for ncore they mean all cores.
+  asked <- "ncore" %in% names(entry)
+  unset <- vapply(entry, function(value) is.null(value) || (length(value) == 1L && is.na(value)), NA)
+  entry <- entry[!unset]
+  checked <- list(
+    user = function(x, f) hostName(x, f),
+    ncore = function(x, f) count(x, f, mostWorkers),
+    port = function(x, f) count(x, f, 65535),
+    threads = function(x, f) count(x, f, 4096),
+    renice = function(x, f) if (is.numeric(x)) as.integer(x[[1L]]) else badArgument(f, "must be a number"),
+    rscript = function(x, f) texts(x, f, 1L), rlibs = texts, rshcmd = texts, rshopts = texts,
+    rscript_envs = function(x, f) variables(x, f),
+    start = function(x, f) startMode(x, f)
+  )
+  for (name in intersect(names(checked), names(entry))) {
+    entry[[name]] <- checked[[name]](entry[[name]], field(name))
+  }
+  if (asked && is.null(entry$ncore)) entry$ncore <- NA_integer_
+  entry
+}
+
+texts <- function(value, argument, length = NULL) {
+  ok <- is.character(value) && base::length(value) && !anyNA(value) && all(nzchar(value)) &&
+    (is.null(length) || base::length(value) == length)
+  if (!ok) badArgument(argument, if (is.null(length)) "must be a character vector" else "must be one text")
+  value
+}
+
+startMode <- function(value, argument = "start") {
+  tryCatch(match.arg(value, c("fork", "spawn")), error = function(e) {
+    badArgument(argument, "must be \"fork\" or \"spawn\"")
+  })
+}
+
+# Whether a name or an address is this machine's own. Other names are ssh's to resolve.
+isHere <- function(host) {
+  own <- Sys.info()[["nodename"]]
+  tolower(host) %in% tolower(c("localhost", own, sub("[.].*", "", own))) || is_own_address(host)
+}

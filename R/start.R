@@ -1,0 +1,142 @@
+# From launched agents to a cluster: they greet, are told what to start, and start it.
+
+newHandle <- function(pointer, agents) {
+  handle <- new.env(parent = emptyenv())
+  handle$pointer <- pointer
+  # Of each agent, the settings of its host; of each rank, the name of its host and the place of
+  # its agent.
+  handle$agents <- agents
+  handle$hosts <- character()
+  handle$owner <- integer()
+  handle$report <- NULL
+  # Ranks that have not been stopped.
+  handle$alive <- integer()
+  handle$stopped <- FALSE
+  # The job under way, and how many there have been: see parallel.R.
+  handle$job <- noJob
+  handle$jobs <- noJob
+  handle$partial <- list()
+  handle
+}
+
+# Ends what was started of a cluster that does not come to be.
+abandon <- function(handle) {
+  hub_stop(handle$pointer)
+  while (identical(hub_closed(handle$pointer), FALSE)) Sys.sleep(0)
+}
+
+# Waits for the agents' greetings and fills in the report.
+greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
+  workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
+  shown <- logical(length(workers))
+  repeat {
+    done <- checked(hub_greeted(handle$pointer))
+    late <- proc.time()[["elapsed"]] > deadline
+    if (progress || done || late) {
+      report <- hostReport(handle, workers)
+      known <- !is.na(report$r_version) | !is.na(report$problem)
+      if (progress) for (i in which(known & !shown)) showHost(report, i)
+      shown <- known
+    }
+    if (done || late) break
+    Sys.sleep(0)
+  }
+  report$problem[!known] <- paste0(
+    "no answer within ", timeout, " seconds: raise `setup_timeout`, or see what keeps it"
+  )
+  all <- is.na(report$workers)
+  report$workers[all] <- report$cores[all]
+  report$problem <- ifelse(
+    is.na(report$problem), tooLittleMemory(handle$agents, report), report$problem
+  )
+  handle$report <- report
+  failed <- which(!is.na(report$problem))
+  if (length(failed)) hostsFailed(handle, failed, tolerant)
+  other <- is.na(report$problem) & !report$r_version %in% rVersionText()
+  if (any(other)) {
+    warning(rustclusterCondition(
+      "versions", paste0(
+        paste0("R ", report$r_version[other], " on host ", sQuote(report$host[other]),
+               collapse = ", "),
+        ", and R ", rVersionText(), " here: results may differ"
+      ),
+      host = report$host[other], type = "warning"
+    ))
+  }
+}
+
+# Bytes that a worker takes at least, as measured by inst/bench: a fork, and a process of its own.
+leastMemory <- c(fork = 2e6, spawn = 37e6)
+
+tooLittleMemory <- function(agents, report) {
+  least <- leastMemory[vapply(agents, `[[`, "", "start")] * report$workers
+  short <- !is.na(report$available) & report$available > 0 & report$available < least
+  ifelse(short, sprintf(
+    "too little memory for %d workers: %.1f GB needed at least, %.1f GB available; ask for fewer",
+    report$workers, least / 1e9, report$available / 1e9
+  ), NA_character_)
+}
+
+hostsFailed <- function(handle, failed, tolerant) {
+  report <- handle$report
+  message <- failedHosts(report, failed)
+  fields <- list(host = report$host[failed], report = report)
+  if (all(!is.na(report$problem)) || !tolerant) {
+    abort("start_failed", "the cluster could not be started: ", message, fields = fields)
+  }
+  warning(do.call(rustclusterCondition, c(
+    list("host_left_out", paste0("the cluster goes on without some hosts: ", message)),
+    fields, type = "warning"
+  )))
+}
+
+# What each agent is to start; NULL for one that is not wanted.
+hostPlans <- function(handle, asked, launches, packages, outfile) {
+  report <- handle$report
+  usable <- is.na(report$problem)
+  workers <- asked$workers
+  all <- is.na(workers)
+  workers[all] <- report$cores[asked$owner[all]]
+  kept <- usable[asked$owner]
+  owner <- rep(asked$owner[kept], workers[kept])
+  handle$owner <- owner
+  handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
+  lapply(seq_along(launches), function(i) {
+    if (!usable[[i]]) return(NULL)
+    list(
+      ranks = which(owner == i), packages = packages, outfile = outfile,
+      renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start,
+      spawn = launches[[i]]$worker
+    )
+  })
+}
+
+# The ranks that are up in the end.
+awaitStart <- function(handle, deadline, timeout, tolerant) {
+  repeat {
+    up <- checked(hub_progress(handle$pointer, tolerant), handle)
+    if (up == length(handle$hosts)) break
+    if (proc.time()[["elapsed"]] > deadline) {
+      abort(
+        "start_failed", "only ", up, " of ", length(handle$hosts), " workers were up after ",
+        timeout, " seconds: raise `setup_timeout`, or ask for fewer",
+        fields = list(host = unique(handle$hosts))
+      )
+    }
+    Sys.sleep(0)
+  }
+  before <- handle$report
+  report <- hostReport(handle, before$workers)
+  report$problem <- ifelse(is.na(before$problem), report$problem, before$problem)
+  handle$report <- report
+  failed <- which(!is.na(report$problem) & is.na(before$problem))
+  if (length(failed)) hostsFailed(handle, failed, tolerant)
+  which(!is.na(checked(hub_pids(handle$pointer), handle)))
+}
+
+newCluster <- function(handle, ranks) {
+  nodes <- lapply(ranks, function(rank) {
+    structure(list(host = handle$hosts[[rank]], rank = rank, handle = handle), class = "RustNode")
+  })
+  structure(nodes, class = c("RustCluster", "cluster"))
+}
