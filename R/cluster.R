@@ -175,11 +175,13 @@ clusterOptions <- function(given) {
   if (!is.numeric(timeout) || length(timeout) != 1L || is.na(timeout) || timeout <= 0) {
     badArgument("setup_timeout", "must be a number of seconds above 0")
   }
-  for (name in intersect(c("user", "rshcmd", "rshopts"), names(given))) {
-    options[[name]] <- texts(given[[name]], name, if (name == "user") 1L)
+  for (name in intersect(c("user", "rshcmd", "rshopts"), names(options))) {
+    value <- options[[name]]
+    unset <- !length(value) || identical(value, "") || (length(value) == 1L && is.na(value))
+    options[[name]] <- if (!unset) texts(value, name, if (name == "user") 1L)
   }
   # What parallel has by default is left to ssh, and elsewhere to the PATH.
-  if (identical(options$user, Sys.info()[["user"]]) && is.null(given$user)) options$user <- NULL
+  if (identical(options$user, Sys.info()[["user"]]) && is.null(given[["user"]])) options$user <- NULL
   if (identical(options$rshcmd, "ssh")) options$rshcmd <- NULL
   if (!nzchar(paste(options$rlibs, collapse = ""))) options$rlibs <- NULL
   options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"

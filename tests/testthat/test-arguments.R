@@ -35,18 +35,6 @@ test_that("the messages about spec", {
   })
 })
 
-test_that("a host other than this one is not yet possible, and says so", {
-  for (spec in list("otherhost", c("localhost", "otherhost"), "user@otherhost", "abc", "4")) {
-    error <- caught(makeRustCluster(spec))
-    expect_s3_class(error, "rustcluster_error")
-    expect_true(inherits(error, "rustcluster_not_yet") || inherits(error, "rustcluster_bad_argument"))
-    expect_match(conditionMessage(error), spec[[length(spec)]], fixed = TRUE)
-  }
-  expect_rust_error(caught(makeRustCluster("otherhost")), "not_yet")
-  expect_snapshot(show_error(makeRustCluster("otherhost")))
-  expect_snapshot(show_error(makeRustCluster("abc")))
-})
-
 test_that("an unknown argument is named", {
   error <- caught(makeRustCluster(2, noSuchArgument = 1))
   expect_rust_error(error, "bad_argument")

@@ -1,8 +1,8 @@
 # Small plain values and functions travel in a form of their own: what arrives must be what R's
 # serialization would have brought.
 
-cl <- makeRustCluster(2)
-withr::defer(stopCluster(cl), teardown_env())
+watch_processes()
+cl <- note_processes(makeRustCluster(2))
 
 there <- function(value) clusterCall(cl[1], identity, value)[[1]]
 
@@ -162,4 +162,9 @@ test_that("an answer has what parallel's has", {
   expect_named(answer$time, names(proc.time()))
   expect_gt(answer$time[["elapsed"]], 0.04)
   expect_lt(answer$time[["elapsed"]], 30)
+})
+
+test_that("nothing is left", {
+  stopCluster(cl)
+  expect_no_leftovers()
 })

@@ -505,11 +505,10 @@ fn hub_pids(handle: Robj) -> Robj {
 fn hub_agent_pids(handle: Robj) -> Robj {
     with_hub(&handle, |hub| {
         let hosts = hub.hosts();
-        let running = |host: &&_| {
-            let host: &rustcluster_core::hub::HostView = host;
-            host.failure.is_none()
-        };
-        let pids = hosts.iter().filter(running).filter_map(|host| host.pid);
+        let running = |host: &&HostView| host.failure.is_none();
+        // What was launched for another host is the ssh to it.
+        let pid = |host: &HostView| host.hello.as_ref().map(|hello| hello.pid).or(host.pid);
+        let pids = hosts.iter().filter(running).filter_map(pid);
         Ok(pids.map(|pid| pid as i32).collect::<Vec<i32>>().into())
     })
 }

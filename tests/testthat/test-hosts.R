@@ -1,0 +1,201 @@
+watch_processes()
+
+entries <- function(spec) {
+  asked <- rustcluster:::specHosts(spec)
+  list(
+    hosts = vapply(asked$hosts, `[[`, "", "host"), owner = asked$owner, workers = asked$workers
+  )
+}
+
+test_that("all forms of spec name the same hosts", {
+  nodes <- function(spec) {
+    asked <- entries(spec)
+    rep(asked$hosts[asked$owner], asked$workers)
+  }
+  want <- c("h1", "h1", "h2", "h3", "h3", "h3")
+  expect_identical(nodes(want), want)
+  expect_identical(nodes(c(h1 = 2, h2 = 1, h3 = 3)), want)
+  machines <- list(
+    list(host = "h1", user = "u", ncore = 2), list(host = "h2", user = "u", ncore = 1),
+    list(host = "h3", user = "u", ncore = 3)
+  )
+  expect_identical(nodes(machines), want)
+  flat <- unlist(lapply(machines, function(m) {
+    rep(list(list(host = m$host, user = m$user)), m$ncore)
+  }), recursive = FALSE)
+  expect_identical(nodes(flat), want)
+  expect_length(entries(flat)$hosts, 3)
+  # In the order given, with an agent a host.
+  mixed <- c("h2", "h1", "h2")
+  expect_identical(nodes(mixed), mixed)
+  expect_identical(entries(mixed)$hosts, c("h2", "h1"))
+})
+
+test_that("without ncore a host gives all its cores", {
+  expect_identical(entries(list(list(host = "h1"), list(host = "h2", ncore = NA)))$workers,
+                   c(NA_integer_, NA_integer_))
+  expect_identical(entries(list(host = "h1"))$workers, NA_integer_)
+  expect_identical(entries(list(list(host = "h1"), list(host = "h2", ncore = 3)))$workers, c(NA, 3L))
+})
+
+test_that("users and settings make agents of their own", {
+  asked <- rustcluster:::specHosts(c("u@h1", "h1", "v@h1", "u@h1"))
+  expect_identical(asked$owner, c(1L, 2L, 3L, 1L))
+  expect_identical(vapply(asked$hosts, function(h) as.character(c(h$user, NA)[[1]]), ""), c("u", NA, "v"))
+  asked <- rustcluster:::specHosts(
+    list(list(host = "h1", ncore = 1, port = 22), list(host = "h1", ncore = 1))
+  )
+  expect_length(asked$hosts, 2)
+})
+
+test_that("this machine is known by its names and addresses", {
+  here <- function(...) rustcluster:::specHosts(list(list(ncore = 1, ...)))$hosts[[1]]$here
+  expect_true(here(host = "localhost"))
+  expect_true(here(host = "127.0.0.1"))
+  expect_true(here(host = "::1"))
+  expect_true(here(host = Sys.info()[["nodename"]]))
+  expect_true(here(host = "localhost", user = Sys.info()[["user"]]))
+  expect_false(here(host = "localhost", user = "another"))
+  expect_false(here(host = "localhost", port = 22))
+  expect_false(here(host = "127.0.0.2"))
+  expect_false(here(host = "192.0.2.1"))
+  expect_false(here(host = "0.0.0.0"))
+})
+
+test_that("what is wrong with a spec is named", {
+  for (spec in list(
+    list(list(ncore = 2)), list(list(host = "")), list(list(host = NA)), "-oProxyCommand=x",
+    "a b", "u@", "@h", c(h1 = 0), c(h1 = NA_real_), list(list(host = "h", bogus = 1)),
+    list(list(host = "h", ncore = 0)), list(list(host = "h", port = 1e6)),
+    list(list(host = "h", user = "-l")), list(list(host = "h", rshcmd = 1)), list(1, 2)
+  )) {
+    error <- caught(makeRustCluster(spec))
+    expect_rust_error(error, "bad_argument")
+    expect_match(error$argument, "^spec")
+  }
+  expect_match(conditionMessage(caught(makeRustCluster(list(list(host = "h", bogus = 1))))), "bogus")
+  expect_rust_error(caught(makeRustCluster(2, onFailure = "maybe")), "bad_argument")
+  expect_rust_error(caught(makeRustCluster(2, progress = NA)), "bad_argument")
+})
+
+test_that("a command survives every shell there is", {
+  odd <- "a b'c\"d$e`f\\g!h;i|j&k\tl\nm%n*?[]{}~#<>()\u00e9"
+  script <- rustcluster:::remoteScript(c("printf", "%s", odd), c(HERE = odd, GONE = NA))
+  line <- rustcluster:::loginShellCommand(script)
+  for (shell in c("sh", "bash", "dash", "zsh", "fish", "csh", "tcsh", "ksh")) {
+    if (!nzchar(Sys.which(shell))) next
+    out <- tempfile()
+    system2(Sys.which(shell), c("-c", shQuote(line)), stdout = out)
+    expect_identical(readBin(out, "raw", 1e4), charToRaw(enc2utf8(odd)))
+  }
+})
+
+test_that("hosts over ssh are one cluster", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1, localhost = 1))
+  expect_output(
+    print(cl), "socket cluster with 4 nodes on hosts .127.0.0.2., .127.0.0.3., .localhost."
+  )
+  hosts <- clusterHosts(cl)
+  expect_identical(hosts$workers, c(2L, 1L, 1L))
+  expect_identical(hosts$up, c(2L, 1L, 1L))
+  expect_true(all(is.na(hosts$problem)))
+  expect_identical(hosts$r_version, rep(as.character(getRversion()), 3))
+  expect_length(unique(agentPids(cl)), 3)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  expect_equal(parSapply(cl, 1:20, function(i) i + x), 1:20 + 5)
+  came <- unlist(clusterEvalQ(cl, nzchar(Sys.getenv("SSH_CONNECTION"))))
+  expect_identical(came, c(TRUE, TRUE, TRUE, FALSE))
+  big <- clusterApply(cl, 1:4, function(i) rep(i, 1e6))
+  expect_identical(vapply(big, sum, 0), 1:4 * 1e6)
+  stopCluster(cl)
+  expect_gone(leftovers$pids)
+})
+
+test_that("a list of hosts as parallel flattens it, with all arguments of its own", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  user <- Sys.info()[["user"]]
+  machines <- list(
+    list(host = "127.0.0.2", user = user, ncore = 2), list(host = "127.0.0.3", user = user, ncore = 3)
+  )
+  spec <- unlist(lapply(machines, function(m) {
+    rep(list(list(host = m$host, user = m$user)), m$ncore)
+  }), recursive = FALSE)
+  cl <- over_ssh(ssh, spec, type = "PSOCK", master = "127.0.0.1")
+  expect_output(print(cl), "socket cluster with 5 nodes on hosts .127.0.0.2., .127.0.0.3.")
+  expect_identical(nrow(clusterHosts(cl)), 2L)
+  same <- over_ssh(ssh, machines)
+  expect_identical(vapply(same, `[[`, "", "host"), vapply(cl, `[[`, "", "host"))
+})
+
+test_that("a host that cannot be is named, with what to do, and nothing is left of the others", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  start <- function(host, ...) {
+    caught(over_ssh(ssh, list(list(host = "127.0.0.2", ncore = 1), c(list(ncore = 1), host)), ...))
+  }
+  expect_problem <- function(host, text) {
+    error <- start(host)
+    expect_rust_error(error, "start_failed")
+    expect_identical(error$host, host$host)
+    expect_match(conditionMessage(error), text)
+    expect_match(conditionMessage(error), host$host, fixed = TRUE)
+  }
+  expect_problem(list(host = "no-such-host.invalid"), "cannot be resolved")
+  expect_problem(list(host = "127.0.0.4", port = free_port()), "no sshd listens")
+  expect_problem(list(host = "127.0.0.4", rlibs = "/nowhere"), "installOnHosts")
+  expect_problem(list(host = "127.0.0.4", rscript = "/no/Rscript"), "Rscript is not found")
+  expect_problem(list(host = "127.0.0.5", rshopts = c(
+    "-o", "StrictHostKeyChecking=yes", "-o", "UserKnownHostsFile=/dev/null"
+  )), "host key is not known")
+  expect_problem(list(host = "127.0.0.4", rshopts = c(
+    "-o", "IdentityFile=/nowhere", "-o", "IdentityAgent=none", "-F", "none",
+    "-o", paste0("Port=", sub(".* ", "", readLines(file.path(ssh$dir, "ssh_config"))[[2]])),
+    "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"
+  )), "no key of yours")
+  expect_no_leftovers()
+})
+
+test_that("a cluster goes on with the hosts there are", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  expect_warning(
+    cl <- over_ssh(ssh, c("127.0.0.2", "no-such-host.invalid", "127.0.0.2"), onFailure = "warn"),
+    class = "rustcluster_host_left_out"
+  )
+  expect_length(cl, 2)
+  expect_equal(unlist(clusterApply(cl, 1:4, function(i) i)), 1:4)
+  hosts <- clusterHosts(cl)
+  expect_identical(hosts$up, c(2L, 0L))
+  expect_match(hosts$problem[[2]], "resolved")
+  expect_rust_error(
+    caught(over_ssh(ssh, "no-such-host.invalid", onFailure = "warn")), "start_failed"
+  )
+})
+
+test_that("a lost ssh is its host's end, and only that", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1))
+  there <- clusterPids(cl)
+  clients <- Filter(
+    function(pid) grepl("127.0.0.2", process_command(pid), fixed = TRUE),
+    setdiff(descendants(), leftovers$before)
+  )
+  tools::pskill(clients[[1]], tools::SIGKILL)
+  error <- caught(clusterCall(cl[1:2], Sys.sleep, 100))
+  expect_rust_error(error, "host_failed")
+  expect_identical(error$host, "127.0.0.2")
+  expect_identical(clusterCall(cl[3], identity, 3), list(3))
+  expect_gone(there[1:2])
+  expect_match(clusterHosts(cl)$problem[[1]], "killed")
+  expect_silent(stopCluster(cl))
+  expect_gone(there)
+})
+
+test_that("nothing is left", {
+  expect_no_leftovers()
+})
