@@ -78,7 +78,7 @@
 #' @export
 makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages = NULL,
                             rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L,
-                            onFailure = c("error", "warn"), progress = interactive()) {
+                            onFailure = c("error", "warn"), patience = 20, progress = interactive()) {
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
@@ -88,6 +88,9 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   tolerant <- tryCatch(match.arg(onFailure), error = function(e) {
     badArgument("onFailure", "must be \"error\" or \"warn\"")
   }) == "warn"
+  if (!is.numeric(patience) || length(patience) != 1L || !isTRUE(patience >= 1 && patience <= 1e6)) {
+    badArgument("patience", "must be a number of seconds from 1 to 1e6")
+  }
   if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
   defaults <- c(
     list(
@@ -108,7 +111,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   started <- FALSE
   on.exit(if (!started) abandon(handle))
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
-  plans <- hostPlans(handle, asked, launches, as.character(packages), options$outfile)
+  plans <- hostPlans(handle, asked, launches, as.character(packages), options$outfile, patience)
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   started <- TRUE

@@ -91,7 +91,7 @@ hostsFailed <- function(handle, failed, tolerant) {
 }
 
 # What each agent is to start; NULL for one that is not wanted.
-hostPlans <- function(handle, asked, launches, packages, outfile) {
+hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
   report <- handle$report
   usable <- is.na(report$problem)
   workers <- asked$workers
@@ -106,7 +106,9 @@ hostPlans <- function(handle, asked, launches, packages, outfile) {
     list(
       ranks = which(owner == i), packages = packages, outfile = outfile,
       renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start,
-      spawn = launches[[i]]$worker
+      spawn = launches[[i]]$worker,
+      # On this machine the end of the stream, or of the process, is known at once.
+      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * patience)
     )
   })
 }

@@ -196,6 +196,50 @@ test_that("a lost ssh is its host's end, and only that", {
   expect_gone(there)
 })
 
+test_that("a host that falls silent is lost, and notices itself that the head is", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1), patience = 2)
+  there <- clusterPids(cl)
+  agent <- agentPids(cl)[[1]]
+  client <- Filter(
+    function(pid) grepl("127.0.0.2", process_command(pid), fixed = TRUE),
+    setdiff(descendants(), leftovers$before)
+  )[[1]]
+  # The way is cut, and no end of any stream tells it.
+  tools::pskill(client, tools::SIGSTOP)
+  error <- caught(clusterCall(cl[1], Sys.sleep, 100))
+  expect_rust_error(error, "host_failed")
+  expect_match(conditionMessage(error), "nothing was heard")
+  expect_gone(c(agent, there[1:2]))
+  expect_identical(clusterCall(cl[3], identity, 3), list(3))
+  # Not lost: busy, and then idle, for longer than that.
+  expect_identical(clusterCall(cl[3], function() {
+    Sys.sleep(4)
+    4
+  }), list(4))
+  Sys.sleep(4)
+  expect_identical(clusterCall(cl[3], identity, 5), list(5))
+})
+
+test_that("a head that falls silent is the end of its hosts", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 1), patience = 2)
+  there <- c(clusterPids(cl), agentPids(cl))
+  tools::pskill(there[[2]], tools::SIGSTOP)
+  Sys.sleep(1)
+  tools::pskill(there[[2]], tools::SIGCONT)
+  expect_identical(clusterCall(cl, identity, 1), list(1))
+  client <- Filter(
+    function(pid) grepl("127.0.0.2", process_command(pid), fixed = TRUE),
+    setdiff(descendants(), leftovers$before)
+  )[[1]]
+  tools::pskill(client, tools::SIGSTOP)
+  wait_until(function() !any(alive(there)), timeout = 2 + slack())
+  expect_gone(there)
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })

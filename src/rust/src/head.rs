@@ -199,7 +199,7 @@ fn refusal(reason: &ToHead) -> String {
 }
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn.
+/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, and patience (in milliseconds).
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -236,6 +236,7 @@ fn plan_of(plan: &Robj) -> Option<Plan> {
         },
         renice: fields.get("renice")?.as_integer()?,
         spawn_command: strings(fields.get("spawn")?),
+        patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
     };
     Some(Plan {
         start,

@@ -12,6 +12,7 @@ pub mod launch;
 pub mod limits;
 pub mod message;
 pub mod outbuf;
+pub mod pulse;
 pub mod scheduler;
 pub mod signals;
 pub mod sys;

@@ -96,6 +96,9 @@ pub struct Start {
     pub renice: i32,
     /// The command that starts one spawned worker.
     pub spawn_command: Vec<String>,
+    /// Milliseconds of silence after which each side takes the other for gone; 0: the stream's end
+    /// tells it.
+    pub patience: u32,
 }
 
 /// How a process ended.
@@ -144,6 +147,8 @@ pub enum ToAgent {
     },
     /// End all workers, then the agent.
     Stop,
+    /// The head is there.
+    Alive,
 }
 
 /// Agent to head.
@@ -178,6 +183,8 @@ pub enum ToHead {
     WorkerStopped {
         worker: u32,
     },
+    /// The agent is there.
+    Alive,
 }
 
 /// What an agent tells a spawned worker first.

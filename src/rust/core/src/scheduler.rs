@@ -662,6 +662,8 @@ impl Scheduler {
                 self.notes.push(Note::Replaced { rank, pid });
                 self.dispatch(rank);
             }
+            // That anything came is what counts.
+            ToHead::Alive => {}
             ToHead::WorkerStopped { worker } => {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Gone::Stopped));

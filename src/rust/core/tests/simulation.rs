@@ -1116,6 +1116,7 @@ impl Host {
                         self.interrupt(worker, task);
                     }
                 }
+                ToAgent::Alive => {}
                 ToAgent::StopWorker { worker } => {
                     if let Some(busy) = self.book.stop(worker, now) {
                         if let Some(task) = self.book.task(worker).filter(|_| busy) {

@@ -15,6 +15,7 @@ use crate::message::{
     WorkerReady,
 };
 use crate::outbuf::OutBuf;
+use crate::pulse::Pulse;
 use crate::scheduler::ProtocolError;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
@@ -222,6 +223,8 @@ pub struct Agent {
     is_unread: Vec<bool>,
     signals: UnixStream,
     asked_to_end: Arc<AtomicBool>,
+    /// Of a head on another machine.
+    pulse: Option<Pulse>,
     _parent: Option<OwnedFd>,
     saved: signals::Saved,
     epoch: Instant,
@@ -261,7 +264,9 @@ impl Agent {
             Outfile::File(path) => Some(File::options().append(true).create(true).open(path)?),
             _ => None,
         };
+        let patience = Duration::from_millis(greeted.start.patience.into());
         Ok(Agent {
+            pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
             poll,
             reader: greeted.reader,
             writer: greeted.writer,
@@ -303,7 +308,9 @@ impl Agent {
             }
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read {
-                let next = self.book.next_deadline();
+                let pulse = self.pulse.as_ref().filter(|_| !self.ending);
+                let deadlines = [self.book.next_deadline(), pulse.map(Pulse::next)];
+                let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
                 Some(Duration::ZERO)
@@ -348,6 +355,7 @@ impl Agent {
             if ended {
                 self.on_signals();
             }
+            self.feel_pulse();
             for worker in self.book.overdue(self.now()) {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();
@@ -360,6 +368,21 @@ impl Agent {
             if self.ending && self.to_make.is_empty() && self.book.all_gone() {
                 return Ok(Role::Done);
             }
+        }
+    }
+
+    /// Tells the head that this side is alive, and ends if nothing shows that the head is.
+    fn feel_pulse(&mut self) {
+        let now = self.now();
+        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.ending) else {
+            return;
+        };
+        if pulse.is_silent(now) {
+            eprintln!("rustcluster agent: nothing was heard from the head for too long");
+            self.end();
+        } else if pulse.speak(now) && self.to_head.is_empty() {
+            // What waits to be sent is a sign of life itself.
+            self.tell(&ToHead::Alive);
         }
     }
 
@@ -436,6 +459,10 @@ impl Agent {
             match self.reader.read(&mut self.scratch) {
                 Ok(0) => return self.end(),
                 Ok(n) => {
+                    let now = self.epoch.elapsed();
+                    if let Some(pulse) = &mut self.pulse {
+                        pulse.hear(now);
+                    }
                     self.received.extend_from_slice(&self.scratch[..n]);
                     if let Err(error) = self.on_head_bytes() {
                         eprintln!("rustcluster agent: {error}");
@@ -493,6 +520,8 @@ impl Agent {
             }
             ToAgent::StopWorker { worker } => self.stop_worker(worker),
             ToAgent::Stop => self.end(),
+            // That anything came is what counts.
+            ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {
                 return Err(ProtocolError("a second greeting".into()));
             }

@@ -6,13 +6,14 @@ use crate::frame::{self, Frame, Kind};
 use crate::launch::{self, AgentProcess, Launch, Launched};
 use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, ToAgent, ToHead};
 use crate::outbuf::OutBuf;
+use crate::pulse::Pulse;
 use bytes::BytesMut;
 use std::cell::RefCell;
 use std::io;
 use std::process::ExitStatus;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
@@ -45,6 +46,12 @@ pub struct Conn {
     pub over: Arc<Notify>,
     /// The cluster stops.
     pub stop: Arc<Notify>,
+    /// Of an agent on another machine, how long it may be silent; set before `planned`.
+    pub patience: Duration,
+    /// It has been told what to start.
+    pub planned: Arc<Notify>,
+    /// When something last came from it, once it serves.
+    pub heard: Option<Instant>,
 }
 
 /// Serves one agent from its launch to its end.
@@ -183,7 +190,43 @@ async fn talk(
     };
     tokio::select! {
         () = over.notified() => Ok(()),
+        error = silence(shared, agent) => Err(error),
         () = stopped => Err(io::Error::other("the agent did not heed that it was to stop")),
+    }
+}
+
+/// Tells the agent that the head is alive, and waits for it to be silent for too long. While it
+/// loads packages it cannot answer; from its first message after that on, it can.
+async fn silence(shared: &Shared, agent: usize) -> io::Error {
+    let began = Instant::now();
+    let planned = shared.core().conns[agent].planned.clone();
+    planned.notified().await;
+    let patience = shared.core().conns[agent].patience;
+    if patience.is_zero() {
+        std::future::pending::<()>().await;
+    }
+    let mut pulse: Option<Pulse> = None;
+    loop {
+        sleep(patience / 16).await;
+        let mut core = shared.core();
+        if core.conns[agent].heard.is_none() {
+            continue;
+        }
+        // What came while this process was stopped counts.
+        core.read(agent);
+        let now = began.elapsed();
+        let pulse = pulse.get_or_insert_with(|| Pulse::new(patience, now));
+        if let Some(heard) = core.conns[agent].heard {
+            pulse.hear(heard.saturating_duration_since(began));
+        }
+        if pulse.is_silent(now) {
+            let seconds = patience.as_secs_f64();
+            return io::Error::other(format!("nothing was heard from it for {seconds} seconds"));
+        }
+        if pulse.speak(now) {
+            let _ = core.scheduler.send_control(agent, &ToAgent::Alive);
+            core.settle();
+        }
     }
 }
 

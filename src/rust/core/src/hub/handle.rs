@@ -170,8 +170,11 @@ impl Hub {
         for (agent, plan) in plans.into_iter().enumerate() {
             match plan {
                 Some(plan) => {
+                    let patience = Duration::from_millis(plan.start.patience.into());
+                    core.conns[agent].patience = patience;
                     let start = ToAgent::Start(plan.start);
                     core.scheduler.send_control(agent, &start)?;
+                    core.conns[agent].planned.notify_one();
                 }
                 None => {
                     core.scheduler.send_control(agent, &ToAgent::Stop)?;

@@ -329,6 +329,9 @@ impl Core {
             Ok(0) => self.end(agent, Ok(())),
             Ok(n) => {
                 conn.received.extend_from_slice(&self.scratch[..n]);
+                if !conn.patience.is_zero() {
+                    conn.heard = Some(Instant::now());
+                }
                 self.on_bytes(agent);
                 self.settle();
                 return true;
