@@ -11,11 +11,22 @@
 #' a PSOCK worker. Each has its own temporary directory, its own random seed and
 #' its own process group.
 #'
-#' @param spec (number, or character) How many workers, or `"localhost"` once
-#'   for each. Default: the cores that this session may use, by affinity,
-#'   cgroups, and the variables of Slurm, PBS, SGE, LSF and others (as
-#'   `parallelly::availableCores()` counts them), or option `mc.cores` if that
-#'   is less. Hosts other than `"localhost"` are for a later version.
+#' @param spec How many workers, and where. Nodes are in the order given; equal
+#'   hosts share an agent.
+#'   * (number) workers on this machine. Default: the cores that this session may
+#'     use, by affinity, cgroups, and the variables of Slurm, PBS, SGE, LSF and
+#'     others (as `parallelly::availableCores()` counts them), or option
+#'     `mc.cores` if that is less.
+#'   * (number, with names) workers on each of the hosts named.
+#'   * (character) a host, or `"user@host"`, for each worker.
+#'   * (list) a list for each host, with `host` and any of `user`, `ncore` (how
+#'     many workers; missing or `NA`: the cores that may be used there), `port`
+#'     (of its sshd), `rscript`, `rlibs`, `rshcmd`, `rshopts`, `rscript_envs`,
+#'     `threads`, `renice`, `start`. If no element has `ncore` and some are
+#'     equal, each stands for one worker, as in \pkg{parallel}.
+#'
+#'   `"localhost"`, and this machine's name and addresses, are reached without
+#'   ssh, unless another user, a port or an ssh of its own is asked for.
 #' @param type (character) Accepted, so that calls of
 #'   [parallel::makeCluster()] work as they are, and not used.
 #' @param ... Any argument of [parallel::makePSOCKcluster()], by name. With the
@@ -23,9 +34,12 @@
 #'   the workers' output here, a line at a time, after their host and rank; a
 #'   file is appended to), `rscript`, `rscript_args`, `homogeneous`, `methods`,
 #'   `renice` (added to the workers' niceness), `rlibs`, `setup_timeout` (in
-#'   seconds; default 120). Without any meaning here, and accepted for the sake
-#'   of old code: `port`, `master`, `timeout`, `useXDR`, `setup_strategy`,
-#'   `user`, `rshcmd` and others. Defaults set with
+#'   seconds; default 120), `user`, `rshcmd` (a command line, or a character
+#'   vector of a command and its arguments; default `"ssh"`), `rshopts` (further
+#'   arguments). Without any meaning here, and accepted for the sake of old code:
+#'   `port`, `master`, `timeout`, `useXDR`, `setup_strategy` and others. On other
+#'   hosts the `Rscript` of their PATH is run, unless `rscript` says otherwise.
+#'   Defaults set with
 #'   `parallel::setDefaultClusterOptions()` count. Any other argument is an
 #'   error.
 #' @param packages (character) Packages to attach in all workers. They are
@@ -42,6 +56,13 @@
 #'   `OMP_NUM_THREADS`, `OPENBLAS_NUM_THREADS`, `MKL_NUM_THREADS`,
 #'   `BLIS_NUM_THREADS`, `VECLIB_MAXIMUM_THREADS`, `R_DATATABLE_NUM_THREADS`,
 #'   `MC_CORES`.
+#' @param onFailure (character) What follows if a host cannot be started:
+#'   `"error"`, with nothing left running anywhere, or `"warn"`: a warning of
+#'   class `rustcluster_host_left_out`, and the cluster goes on with the others.
+#' @param patience (number) Seconds of silence after which this session takes
+#'   another host for lost, and its agent this session; default 20. An agent says
+#'   that it is there four times in that time, however busy its workers are.
+#' @param progress (logical) Whether to show a line for each host as it comes up.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of
 #'   class `"RustNode"`, each a list with `host` (character), `rank` (integer,
@@ -68,7 +89,7 @@
 #' `rustcluster_start_failed`, before anything is started or with nothing left
 #' of it; later those listed in [rustcluster-package].
 #'
-#' @seealso [clusterPids()]
+#' @seealso [clusterHosts()], [clusterPids()]
 #' @examples
 #' library(parallel)
 #' cl <- makeRustCluster(2)

@@ -80,11 +80,11 @@ hostProblem <- function(host, reason, stderr, stdout) {
       "`ssh-copy-id` and `ssh-add`"
     ),
     "no package called .rustcluster" = paste0(
-      "rustcluster is not installed there: `installOnHosts(\"", here, "\")` does it; or give its ",
-      "library as `rlibs`"
+      "rustcluster is not installed there: install it with `R CMD INSTALL`, or give the library ",
+      "that has it as `rlibs`"
     ),
     "cannot talk to rustcluster|bad control message" = paste0(
-      "install the same version of rustcluster there: `installOnHosts(\"", here, "\")`"
+      "install the same version of rustcluster there, with `R CMD INSTALL`"
     ),
     "Rscript: not found|Rscript: command not found|Rscript.?: No such file" = paste0(
       "Rscript is not found there: install R, or give its path as `rscript`"

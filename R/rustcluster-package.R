@@ -21,6 +21,10 @@
 #'   \item{`rustcluster_forked`}{the cluster belongs to the process that this one was forked from.}
 #'   \item{`rustcluster_restored`}{the cluster was saved and loaded: it belongs to a session that has ended.}
 #' }
+#' Warnings are of class `"rustcluster_warning"` and one of
+#' `rustcluster_host_left_out` (a host could not be started, and
+#' `onFailure = "warn"`; fields `host`, `report`), `rustcluster_versions` (R is
+#' another version there; field `host`) and `rustcluster_worker_replaced`.
 #' A warning of class `rustcluster_worker_replaced` (field `rank`) says that a
 #' worker did not heed an interrupt, was killed, and has been replaced by a
 #' fresh one.
