@@ -39,7 +39,8 @@ hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
 hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, and patience (in milliseconds).
+#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
+#' keep (in bytes), and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 

@@ -101,6 +101,7 @@ hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
   owner <- rep(asked$owner[kept], workers[kept])
   handle$owner <- owner
   handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
+  xdr <- otherByteOrder(handle)
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
     list(
@@ -108,9 +109,24 @@ hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
       renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start,
       spawn = launches[[i]]$worker,
       # On this machine the end of the stream, or of the process, is known at once.
-      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * patience)
+      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * patience),
+      # Nor is there anything to be saved on the way.
+      keep = if (asked$hosts[[i]]$here) 0 else keptBytes(report$available[[i]]),
+      xdr = xdr[[i]]
     )
   })
+}
+
+# Of each host, whether it and this session have to meet in the network's byte order.
+otherByteOrder <- function(handle) {
+  bigEndian <- checked(hub_hosts(handle$pointer))$big_endian == 1
+  bigEndian != (.Platform$endian == "big")
+}
+
+# How much of what was sent to one worker an agent keeps for the next.
+keptBytes <- function(available) {
+  if (is.na(available) || available <= 0) return(64 * 2^20)
+  min(max(available / 8, 16 * 2^20), 2^30)
 }
 
 # The ranks that are up in the end.

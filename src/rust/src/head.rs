@@ -2,16 +2,17 @@
 
 use crate::failure::Failure;
 use crate::plain::{self, Sent};
-use crate::stream::{self, Sink};
+use crate::repeat;
+use crate::stream::{self, Format, Sink};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::agent;
-use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress};
+use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, NO_JOB};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
-use rustcluster_core::scheduler::{Body, Rank};
+use rustcluster_core::scheduler::{Body, JobId, Rank};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
@@ -33,6 +34,10 @@ struct Cluster {
     nodes: Cell<Option<(Robj, Vec<u32>)>>,
     /// For [`plain`]: the functions that have lately been sent, and room for a message.
     sent: Cell<(Sent, Vec<u8>)>,
+    /// The last large message.
+    last: Cell<Option<repeat::Sent>>,
+    /// Of each worker, what it is sent that is not plain.
+    formats: RefCell<Vec<Format>>,
 }
 
 /// No place in a list of nodes.
@@ -114,6 +119,8 @@ fn hub_start(hosts: List, package: &str, r_version: &str, platform: &str) -> Rob
                 hub: RefCell::new(hub),
                 nodes: Cell::new(None),
                 sent: Cell::default(),
+                last: Cell::new(None),
+                formats: RefCell::default(),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -170,6 +177,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             hostname = text(&|h| Some(h.hello.as_ref()?.hostname.clone())),
             r_version = text(&|h| Some(h.hello.as_ref()?.r_version.clone())),
             platform = text(&|h| Some(h.hello.as_ref()?.platform.clone())),
+            big_endian = number(&|h| Some(f64::from(u8::from(h.hello.as_ref()?.big_endian)))),
             cores = number(&|h| Some(h.hello.as_ref()?.cores.into())),
             memory = number(&|h| Some(h.hello.as_ref()?.memory_total as f64)),
             available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
@@ -199,11 +207,12 @@ fn refusal(reason: &ToHead) -> String {
 }
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, and patience (in milliseconds).
+/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
+/// keep (in bytes), and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
-    let parsed: Option<Vec<Option<Plan>>> = plans
+    let parsed: Option<Vec<Option<(Plan, Format)>>> = plans
         .values()
         .map(|plan| match plan.is_null() {
             true => Some(None),
@@ -213,13 +222,23 @@ fn hub_go(handle: Robj, plans: List) -> Robj {
     let Some(plans) = parsed else {
         return not_a_description("plans");
     };
-    with_hub(&handle, |hub| match hub.go(plans) {
-        Ok(()) => Ok(().into()),
-        Err(error) => Err(Failure::new("start_failed").with("reason", error)),
+    let mut formats = Vec::new();
+    for (plan, format) in plans.iter().flatten() {
+        for &rank in &plan.ranks {
+            formats.resize(formats.len().max(rank as usize + 1), Format::Native);
+            formats[rank as usize] = *format;
+        }
+    }
+    let plans = plans.into_iter().map(|plan| Some(plan?.0)).collect();
+    with_cluster(&handle, |cluster| {
+        cluster.formats.replace(formats);
+        let gone = cluster.hub.borrow_mut().go(plans);
+        gone.map_err(|error| Failure::new("start_failed").with("reason", error))?;
+        Ok(().into())
     })
 }
 
-fn plan_of(plan: &Robj) -> Option<Plan> {
+fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
     let fields: HashMap<&str, Robj> = plan.as_list()?.iter().collect();
     let ranks = fields.get("ranks")?.as_integer_vector()?;
     let start = Start {
@@ -237,11 +256,14 @@ fn plan_of(plan: &Robj) -> Option<Plan> {
         renice: fields.get("renice")?.as_integer()?,
         spawn_command: strings(fields.get("spawn")?),
         patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
+        keep: fields.get("keep")?.as_real()? as u64,
     };
-    Some(Plan {
-        start,
-        ranks: ranks.into_iter().map(|rank| (rank - 1) as Rank).collect(),
-    })
+    let format = match fields.get("xdr")?.as_bool()? {
+        true => Format::Xdr,
+        false => Format::Native,
+    };
+    let ranks = ranks.into_iter().map(|rank| (rank - 1) as Rank).collect();
+    Some((Plan { start, ranks }, format))
 }
 
 /// How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
@@ -308,16 +330,12 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj) -> Robj {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
         let begun = cluster.hub.borrow_mut().begin(rank, job as u64);
         begun.map_err(|gone| Failure::gone(rank, &gone))?;
-        let (mut sent, mut bytes) = cluster.sent.take();
-        let written = match plain::write_task(&message, &mut sent, &mut bytes) {
-            Ok(true) => {
-                cluster.hub.borrow_mut().write(&bytes);
-                Ok(())
-            }
-            Ok(false) => stream::serialize(&message, &mut ToHub(cluster)),
+        let format = cluster.formats.borrow()[rank as usize];
+        let written = match send_plain(cluster, format, &message) {
+            Ok(true) => Ok(()),
+            Ok(false) => send_large(cluster, job as u64, format, &message),
             Err(jump) => Err(jump),
         };
-        cluster.sent.set((sent, bytes));
         match written {
             Ok(()) => {
                 cluster.hub.borrow_mut().finish();
@@ -329,6 +347,52 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj) -> Robj {
             }
         }
     })
+}
+
+/// Writes a message to the hub if it is plain. Returns whether it is.
+fn send_plain(
+    cluster: &Cluster,
+    format: Format,
+    message: &Robj,
+) -> std::result::Result<bool, Jump> {
+    if format != Format::Native {
+        return Ok(false);
+    }
+    let (mut sent, mut bytes) = cluster.sent.take();
+    let written = plain::write_task(message, &mut sent, &mut bytes);
+    if let Ok(true) = written {
+        cluster.hub.borrow_mut().write(&bytes);
+    }
+    cluster.sent.set((sent, bytes));
+    written
+}
+
+/// Writes a message to the hub that is not plain.
+fn send_large(
+    cluster: &Cluster,
+    job: JobId,
+    format: Format,
+    message: &Robj,
+) -> std::result::Result<(), Jump> {
+    // R code may run below, and with it another send: then there is nothing to be repeated.
+    let last = cluster
+        .last
+        .take()
+        .filter(|last| last.is(job, format, message));
+    if let Some(last) = last {
+        last.send(&cluster.hub, SLICE)?;
+        cluster.last.set(Some(last));
+        return Ok(());
+    }
+    if job != NO_JOB {
+        cluster.hub.borrow_mut().record();
+    }
+    let fixed = stream::serialize(message, format, &mut ToHub(cluster))?;
+    let recorded = cluster.hub.borrow_mut().recorded();
+    let sent = recorded.filter(|_| fixed);
+    let sent = sent.map(|chunks| repeat::Sent::new(job, format, message, chunks));
+    cluster.last.set(sent);
+    Ok(())
 }
 
 /// An answer as `recvData()` gives it; with a node's place, from 1, as `recvOneData()` does.
@@ -526,9 +590,11 @@ fn hub_events(handle: Robj) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
-    with_hub(&handle, |hub| {
+    with_cluster(&handle, |cluster| {
+        cluster.last.set(None);
+        let mut hub = cluster.hub.borrow_mut();
         hub.cancel_job(job as u64);
-        Ok(events(hub))
+        Ok(events(&hub))
     })
 }
 

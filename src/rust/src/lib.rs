@@ -8,6 +8,7 @@ mod agent;
 mod failure;
 mod head;
 mod plain;
+mod repeat;
 mod stream;
 mod unwind;
 mod worker;

@@ -255,7 +255,7 @@ impl Writer<'_> {
 ///
 /// # Safety
 /// On R's thread, with a live value. R does not jump.
-unsafe fn task_of(message: SEXP) -> Option<[SEXP; 3]> {
+pub unsafe fn task_of(message: SEXP) -> Option<[SEXP; 3]> {
     // SAFETY: the caller's; lengths and types are looked at first.
     unsafe {
         let data = *fields(message, ["type", "data", "tag"])?.get(1)?;

@@ -30,25 +30,52 @@ pub trait Source {
     fn fill(&mut self, out: &mut [u8]) -> bool;
 }
 
+/// Formats of R's serialization.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// In the byte order of this machine.
+    #[default]
+    Native,
+    /// In the network's byte order, which all can read.
+    Xdr,
+}
+
+impl Format {
+    /// That of the bytes of an object.
+    pub fn of(bytes: &[u8]) -> Format {
+        match bytes.first() {
+            Some(b'X') => Format::Xdr,
+            _ => Format::Native,
+        }
+    }
+}
+
 struct Writer<'a> {
     sink: &'a mut dyn Sink,
     object: SEXP,
+    format: Format,
     hook: Hook,
 }
 
-/// Writes `object` to `sink`, in this machine's byte order.
+/// Writes `object` to `sink`. Returns whether nothing in it can change.
 ///
 /// # Errors
 /// When R jumped: what was written by then is incomplete.
-pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<(), Jump> {
-    // SAFETY: the object is protected by its Robj.
-    let object = unsafe { object.get() };
+pub fn serialize(
+    object: &Robj,
+    format: Format,
+    sink: &mut dyn Sink,
+) -> std::result::Result<bool, Jump> {
+    CHANGEABLE.set(false);
     let mut writer = Writer {
         sink,
-        object,
-        hook: None,
+        // SAFETY: the object is protected by its Robj.
+        object: unsafe { object.get() },
+        format,
+        hook: Some(note_changeable),
     };
-    unwind::protect(write_protected, &mut writer).map(drop)
+    unwind::protect(write_protected, &mut writer)?;
+    Ok(!CHANGEABLE.get())
 }
 
 /// R asks it about every environment but the global one, those of the base package and of others,
@@ -98,20 +125,13 @@ impl Sink for Bounded {
 /// # Errors
 /// When R jumped.
 pub fn serialize_fixed(object: &Robj, most: usize) -> std::result::Result<Option<Vec<u8>>, Jump> {
-    CHANGEABLE.set(false);
     let mut sink = Bounded {
         bytes: Vec::new(),
         most,
         over: false,
     };
-    let mut writer = Writer {
-        sink: &mut sink,
-        // SAFETY: the object is protected by its Robj.
-        object: unsafe { object.get() },
-        hook: Some(note_changeable),
-    };
-    unwind::protect(write_protected, &mut writer)?;
-    Ok((!sink.over && !CHANGEABLE.get()).then_some(sink.bytes))
+    let fixed = serialize(object, Format::Native, &mut sink)?;
+    Ok((!sink.over && fixed).then_some(sink.bytes))
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
@@ -119,7 +139,8 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     // nothing that is to be dropped.
     unsafe {
         let writer = data.cast::<Writer<'_>>();
-        write_with((*writer).object, (*writer).sink, (*writer).hook);
+        let writer = &mut *writer;
+        write_with(writer.object, writer.format, writer.sink, writer.hook);
         R_NilValue
     }
 }
@@ -128,19 +149,22 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
 ///
 /// # Safety
 /// R may jump out of it; `object` must be protected.
-pub unsafe fn write(object: SEXP, sink: &mut dyn Sink) {
+pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
     // SAFETY: the caller's.
-    unsafe { write_with(object, sink, None) }
+    unsafe { write_with(object, format, sink, None) }
 }
 
-unsafe fn write_with(object: SEXP, sink: &mut dyn Sink, hook: Hook) {
+unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Hook) {
     // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
     // dropped when R jumps.
     unsafe {
         let mut sink = sink;
         let mut stream = R_outpstream_st {
             data: (&raw mut sink).cast(),
-            type_: R_pstream_format_t::R_pstream_binary_format,
+            type_: match format {
+                Format::Native => R_pstream_format_t::R_pstream_binary_format,
+                Format::Xdr => R_pstream_format_t::R_pstream_xdr_format,
+            },
             version: VERSION,
             OutChar: Some(out_char),
             OutBytes: Some(out_bytes),

@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::plain::{self, Received};
-use crate::stream::{self, Sink};
+use crate::stream::{self, Format, Sink};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
@@ -168,6 +168,8 @@ struct Kept {
 
 thread_local! {
     static KEPT: Cell<Kept> = Cell::default();
+    /// That of the task under way, and so of its answer.
+    static FORMAT: Cell<Format> = const { Cell::new(Format::Native) };
 }
 
 fn serve_one() -> std::result::Result<(), Stop> {
@@ -180,6 +182,9 @@ fn serve_one() -> std::result::Result<(), Stop> {
         done: false,
         kept: KEPT.take(),
     };
+    FORMAT.set(Format::of(
+        turn.body.chunks.front().map_or(&[], |chunk| chunk),
+    ));
     let ran = unwind::run(turn_protected, &mut turn);
     KEPT.set(turn.kept);
     ran?;
@@ -214,7 +219,8 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
         (*turn).sink.begin();
-        if plain::write_answer(value, &time, tag, &mut (*turn).kept.answer) {
+        let native = FORMAT.get() == Format::Native;
+        if native && plain::write_answer(value, &time, tag, &mut (*turn).kept.answer) {
             (*turn).sink.write(&(*turn).kept.answer);
         } else {
             write_slowly(value, true, &time, tag, &mut (*turn).sink);
@@ -231,7 +237,7 @@ unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, s
     unsafe {
         let success = c_int::from(success);
         let answer = rustcluster_answer(value.cast(), success, time.as_ptr(), tag.cast());
-        stream::write(Rf_protect(answer), sink);
+        stream::write(Rf_protect(answer), FORMAT.get(), sink);
         Rf_unprotect(1);
     }
 }

@@ -21,6 +21,10 @@ pub const LAST: u8 = 2;
 /// With [`LAST`], towards a worker: forget this message, do not answer it. Towards the head: the
 /// task was cancelled and its worker is free again.
 pub const ABORT: u8 = 4;
+/// Towards an agent: to be kept, under the next number. See [`crate::share`].
+pub const KEEP: u8 = 8;
+/// Towards an agent: the body is the number (8 bytes) of a kept chunk, which is meant.
+pub const SAME: u8 = 16;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +107,7 @@ impl Header {
         let task = bytes.get_u64_le();
         let len = bytes.get_u32_le();
         let kind = Kind::from_byte(kind).ok_or(FrameError::UnknownKind(kind))?;
-        if reserved != 0 || flags & !(FIRST | LAST | ABORT) != 0 {
+        if reserved != 0 || flags & !(FIRST | LAST | ABORT | KEEP | SAME) != 0 {
             return Err(FrameError::BadFlags { flags, reserved });
         }
         let header = Header {
@@ -221,7 +225,7 @@ mod tests {
                 Just(Kind::Output),
                 Just(Kind::Cancel)
             ],
-            0u8..8,
+            0u8..32,
             any::<u32>(),
             any::<u64>(),
             prop_oneof![
@@ -307,7 +311,7 @@ mod tests {
     fn unknown_kinds_and_flags_are_refused() {
         let mut bytes = Frame::credit(1, 2, 3).header.to_bytes();
         assert!(Header::decode(&bytes).is_ok());
-        bytes[1] = 8;
+        bytes[1] = 32;
         assert!(Header::decode(&bytes).is_err());
         bytes[1] = 0;
         bytes[2] = 1;

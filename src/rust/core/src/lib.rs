@@ -14,6 +14,7 @@ pub mod message;
 pub mod outbuf;
 pub mod pulse;
 pub mod scheduler;
+pub mod share;
 pub mod signals;
 pub mod sys;
 pub mod worker;

@@ -99,6 +99,8 @@ pub struct Start {
     /// Milliseconds of silence after which each side takes the other for gone; 0: the stream's end
     /// tells it.
     pub patience: u32,
+    /// Bytes of tasks that the agent keeps for its other workers (see [`crate::share`]); 0: none.
+    pub keep: u64,
 }
 
 /// How a process ended.

@@ -12,6 +12,7 @@
 
 use crate::frame::{ABORT, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
+use crate::share::{Chunk, Mirror};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::fmt;
@@ -136,14 +137,14 @@ enum WorkerState {
 struct Task {
     id: TaskId,
     job: JobId,
-    chunks: VecDeque<Bytes>,
+    chunks: VecDeque<Chunk>,
     /// The last chunk has been submitted.
     complete: bool,
 }
 
 impl Task {
     fn queued_bytes(&self) -> usize {
-        self.chunks.iter().map(Bytes::len).sum()
+        self.chunks.iter().map(|chunk| chunk.bytes.len()).sum()
     }
 }
 
@@ -192,7 +193,7 @@ impl Worker {
                 phase: Phase::Sending { .. },
                 ..
             }) => match task.chunks.front() {
-                Some(chunk) => self.window >= HEADER_LEN + chunk.len(),
+                Some(chunk) => self.window >= HEADER_LEN + chunk.bytes.len(),
                 None => task.complete && self.window >= HEADER_LEN,
             },
             _ => false,
@@ -207,6 +208,8 @@ struct Agent {
     control: VecDeque<Frame>,
     /// Workers with a chunk to send, each once, in turn.
     sendable: VecDeque<Rank>,
+    /// What it keeps, if it keeps chunks.
+    mirror: Option<Mirror>,
     lost: bool,
 }
 
@@ -250,6 +253,7 @@ impl Scheduler {
                     ranks,
                     control: VecDeque::new(),
                     sendable: VecDeque::new(),
+                    mirror: None,
                     lost: false,
                 })
                 .collect(),
@@ -276,6 +280,11 @@ impl Scheduler {
             unlimited: false,
             released: 0,
         }
+    }
+
+    /// From its first task on, an agent keeps up to `most` bytes of chunks.
+    pub fn share(&mut self, agent: usize, most: usize) {
+        self.agents[agent].mirror = Some(Mirror::new(most));
     }
 
     /// What happened since the last call.
@@ -317,16 +326,16 @@ impl Scheduler {
         rank: Rank,
         id: TaskId,
         job: JobId,
-        chunk: Bytes,
+        chunk: Chunk,
         first: bool,
         last: bool,
     ) {
-        debug_assert!(chunk.len() <= MAX_BODY);
+        debug_assert!(chunk.bytes.len() <= MAX_BODY);
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
         if let WorkerState::Gone(gone) = &worker.state {
-            self.released += chunk.len();
+            self.released += chunk.bytes.len();
             if first {
                 let outcome = Outcome::Lost(gone.clone());
                 self.notes.push(Note::Done {
@@ -351,12 +360,12 @@ impl Scheduler {
         match task {
             Some(task) if task.id == id && !task.complete => {
                 task.complete = last;
-                if !chunk.is_empty() {
+                if !chunk.bytes.is_empty() {
                     task.chunks.push_back(chunk);
                 }
             }
             // Cancelled while R was still writing it.
-            _ => self.released += chunk.len(),
+            _ => self.released += chunk.bytes.len(),
         }
         self.dispatch(rank);
     }
@@ -569,14 +578,24 @@ impl Scheduler {
                 continue;
             };
             let chunk = current.task.chunks.pop_front().unwrap_or_default();
-            worker.window -= HEADER_LEN + chunk.len();
-            self.released += chunk.len();
+            worker.window -= HEADER_LEN + chunk.bytes.len();
+            self.released += chunk.bytes.len();
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
             if current.task.complete && current.task.chunks.is_empty() {
                 flags |= LAST;
                 current.phase = Phase::Running;
             }
-            let frame = Frame::new(Kind::Data, flags, worker.index, current.task.id, chunk);
+            let (kept, body) = match &mut self.agents[agent].mirror {
+                Some(mirror) => mirror.send(chunk),
+                None => (0, chunk.bytes),
+            };
+            let frame = Frame::new(
+                Kind::Data,
+                flags | kept,
+                worker.index,
+                current.task.id,
+                body,
+            );
             self.dispatch(rank);
             return Some(frame);
         }

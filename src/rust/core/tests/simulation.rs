@@ -18,6 +18,7 @@ use rustcluster_core::scheduler::{
     Body, GRANT, Gone, JobId, Note, Outcome, RESULT_WINDOW, Rank, SEND_WINDOW, Scheduler, TaskId,
     Want,
 };
+use rustcluster_core::share::{Chunk, Kept};
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::sync::OnceLock;
@@ -43,9 +44,11 @@ fn pattern() -> &'static Bytes {
     })
 }
 
-/// Where in the pattern a task's message (or answer) begins.
+/// Where in the pattern a task's message (or answer) begins. Messages of four tasks in a row are
+/// the same, as far as they go.
 fn origin(task: TaskId, answer: bool) -> usize {
-    (task as usize * 2 + usize::from(answer)) * 7_919 % 1_000_003
+    let number = if answer { task } else { task / 4 * 4 };
+    (number as usize * 2 + usize::from(answer)) * 7_919 % 1_000_003
 }
 
 fn part(task: TaskId, answer: bool, from: usize, len: usize) -> Bytes {
@@ -163,6 +166,7 @@ struct Host {
     down: Pipe,
     received: BytesMut,
     book: Book,
+    kept: Kept,
     processes: Vec<Option<Process>>,
     to_make: VecDeque<(u32, bool)>,
     replacing: Vec<bool>,
@@ -194,6 +198,8 @@ struct Setup {
     order: Order,
     /// One in so many actions is a fault; 0: none.
     faults: u32,
+    /// Bytes of chunks that agents keep, if they do.
+    keep: Option<usize>,
     /// R may be blocked in sending, so that the limit does not hold.
     blocking: bool,
     slow: bool,
@@ -222,6 +228,7 @@ impl Setup {
             whole_chunks: rng.random(),
             order: [Order::ByRank, Order::AsTheyCome, Order::Mixed][rng.random_range(0..3)],
             faults: [0, 200, 40][rng.random_range(0..3)],
+            keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
             blocking: rng.random_ratio(1, 6),
             slow: rng.random(),
             actions: 800 + 60 * workers,
@@ -307,6 +314,7 @@ impl Sim {
             down: Pipe::new(setup.stream),
             received: BytesMut::new(),
             book: Book::new(ranks.len()),
+            kept: Kept::new(setup.keep.unwrap_or(0)),
             processes: ranks.iter().map(|_| None).collect(),
             to_make: (0..ranks.len() as u32)
                 .map(|worker| (worker, false))
@@ -316,9 +324,16 @@ impl Sim {
             up: Pipe::new(setup.stream),
             head_received: BytesMut::new(),
         });
+        let hosts: Vec<Host> = hosts.collect();
+        let mut scheduler = Scheduler::new(ranks, setup.limit);
+        for agent in 0..hosts.len() {
+            if let Some(most) = setup.keep {
+                scheduler.share(agent, most);
+            }
+        }
         Sim {
-            hosts: hosts.collect(),
-            scheduler: Scheduler::new(ranks, setup.limit),
+            hosts,
+            scheduler,
             now: Duration::ZERO,
             place,
             gone: vec![false; setup.workers],
@@ -415,7 +430,8 @@ impl Sim {
         };
         // The last chunk may be empty, and may follow later.
         let last = n == left && (self.setup.whole_chunks || self.rng.random());
-        let chunk = part(writing.task, false, writing.sent, n);
+        let at = origin(writing.task, false) + writing.sent;
+        let bytes = part(writing.task, false, writing.sent, n);
         let (rank, job) = (task.rank, task.job);
         let first = std::mem::replace(&mut writing.first, false);
         let id = writing.task;
@@ -425,6 +441,11 @@ impl Sim {
             self.writing = None;
         }
         self.submitted += n;
+        let key = self
+            .setup
+            .keep
+            .map(|_| at as u128 * MAX_BODY as u128 * 2 + n as u128);
+        let chunk = Chunk { bytes, key };
         self.scheduler.submit(rank, id, job, chunk, first, last);
         self.notes();
     }
@@ -700,8 +721,8 @@ impl Sim {
             return;
         }
         self.moved += host.down.read(&mut host.received, most) as u64;
-        while let Some(frame) = frame::decode(&mut host.received).expect("a frame") {
-            if let Err(error) = host.on_head_frame(&frame, self.now) {
+        while let Some(mut frame) = frame::decode(&mut host.received).expect("a frame") {
+            if let Err(error) = host.on_head_frame(&mut frame, self.now) {
                 panic!("agent {at} refuses {:?}: {error}", frame.header);
             }
         }
@@ -1092,7 +1113,11 @@ fn check_answer(task: TaskId, len: usize, body: &Body) {
 
 /// The agent, as in `agent/mod.rs`, without its system calls.
 impl Host {
-    fn on_head_frame(&mut self, frame: &Frame, now: Now) -> Result<(), String> {
+    fn on_head_frame(&mut self, frame: &mut Frame, now: Now) -> Result<(), String> {
+        if frame.header.kind == Kind::Data {
+            let kept = self.kept.receive(frame);
+            kept.map_err(|error| error.to_string())?;
+        }
         let header = &frame.header;
         match header.kind {
             Kind::Data => {
@@ -1427,6 +1452,7 @@ fn a_thousand_workers_on_several_hosts() {
         whole_chunks: false,
         order: Order::Mixed,
         faults: 20,
+        keep: Some(1_000_000),
         blocking: false,
         slow: true,
         actions: 30_000,

@@ -17,6 +17,7 @@ use crate::message::{
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
 use crate::scheduler::ProtocolError;
+use crate::share::Kept;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
 use bytes::{Buf, Bytes, BytesMut};
@@ -212,6 +213,7 @@ pub struct Agent {
     start: Start,
     outfile: Option<File>,
     book: Book,
+    kept: Kept,
     workers: Vec<Option<Process>>,
     /// Workers yet to be made; `true` for one that replaces another.
     to_make: VecDeque<(u32, bool)>,
@@ -275,6 +277,7 @@ impl Agent {
             head_blocked: false,
             ending: false,
             outfile,
+            kept: Kept::new(usize::try_from(greeted.start.keep).unwrap_or(0)),
             start: greeted.start,
             book: Book::new(count as usize),
             workers: (0..count).map(|_| None).collect(),
@@ -483,11 +486,12 @@ impl Agent {
 
     fn on_head_bytes(&mut self) -> Result<(), ProtocolError> {
         let text = |error: frame::FrameError| ProtocolError(error.to_string());
-        while let Some(frame) = frame::decode(&mut self.received).map_err(text)? {
+        while let Some(mut frame) = frame::decode(&mut self.received).map_err(text)? {
             let header = frame.header;
             match header.kind {
                 Kind::Data => {
-                    if self.book.to_worker(&header)? == Route::Forward {
+                    self.kept.receive(&mut frame)?;
+                    if self.book.to_worker(&frame.header)? == Route::Forward {
                         self.send_worker(header.worker, &frame);
                     }
                 }

@@ -7,6 +7,7 @@ use crate::frame::MAX_BODY;
 use crate::launch::Launch;
 use crate::message::{Hello, Loss, ToAgent, ToHead};
 use crate::scheduler::{Body, Gone, JobId, Outcome, ProtocolError, Rank, TaskId, Want};
+use crate::share::{self, Chunk};
 use crate::signals;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -19,6 +20,12 @@ use std::time::Duration;
 
 /// Bytes of tasks that may wait to be sent before R's thread waits too.
 const SEND_LIMIT: usize = 32 * 1024 * 1024;
+
+/// Bytes of a message that are looked at together for where to cut them.
+const CUT: usize = 4 * MAX_BODY;
+
+/// Bytes of a recorded message, at most.
+const RECORD_LIMIT: usize = 128 * 1024 * 1024;
 
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
@@ -79,6 +86,8 @@ pub struct Hub {
     next_task: TaskId,
     /// A message is being written.
     writing: Option<Writing>,
+    /// Some agent keeps chunks.
+    shares: bool,
 }
 
 #[derive(Debug)]
@@ -88,6 +97,9 @@ struct Writing {
     job: JobId,
     buffer: Vec<u8>,
     first: bool,
+    /// What has been submitted of it, if that is to be known and not too much.
+    recorded: Option<Vec<Chunk>>,
+    recorded_bytes: usize,
 }
 
 impl Hub {
@@ -127,6 +139,7 @@ impl Hub {
             outstanding_count: 0,
             next_task: 1,
             writing: None,
+            shares: false,
         })
     }
 
@@ -167,11 +180,17 @@ impl Hub {
         let shared = self.inner.shared.clone();
         let mut core = shared.core();
         core.set_ranks(ranks);
+        self.shares = false;
         for (agent, plan) in plans.into_iter().enumerate() {
             match plan {
                 Some(plan) => {
                     let patience = Duration::from_millis(plan.start.patience.into());
                     core.conns[agent].patience = patience;
+                    if plan.start.keep > 0 {
+                        self.shares = true;
+                        let most = usize::try_from(plan.start.keep).unwrap_or(usize::MAX);
+                        core.scheduler.share(agent, most);
+                    }
                     let start = ToAgent::Start(plan.start);
                     core.scheduler.send_control(agent, &start)?;
                     core.conns[agent].planned.notify_one();
@@ -247,8 +266,25 @@ impl Hub {
             job,
             buffer: Vec::new(),
             first: true,
+            recorded: None,
+            recorded_bytes: 0,
         });
         Ok(())
+    }
+
+    /// The message that is being written is to be had from [`Hub::recorded`].
+    pub fn record(&mut self) {
+        if let Some(writing) = &mut self.writing {
+            writing.recorded = Some(Vec::new());
+        }
+    }
+
+    /// All that was written of the message, if it is recorded and not too large to be held.
+    pub fn recorded(&mut self) -> Option<Vec<Chunk>> {
+        let writing = self.writing.as_mut()?;
+        let chunks = writing.chunks(self.shares, true);
+        submit(&mut self.inner.shared.core(), writing, chunks, false);
+        writing.recorded.take()
     }
 
     /// Appends to the message. Returns whether so much waits to be sent that the caller should
@@ -257,18 +293,28 @@ impl Hub {
         let Some(writing) = &mut self.writing else {
             return false;
         };
+        let full = if self.shares { CUT } else { MAX_BODY };
         let mut sent = false;
-        while writing.buffer.len() + bytes.len() > MAX_BODY {
-            let (now, later) = bytes.split_at(MAX_BODY - writing.buffer.len());
+        while writing.buffer.len() + bytes.len() > full {
+            let (now, later) = bytes.split_at(full - writing.buffer.len());
             writing.buffer.extend_from_slice(now);
             bytes = later;
-            let next = Vec::with_capacity(MAX_BODY);
-            let chunk = std::mem::replace(&mut writing.buffer, next);
-            submit(&mut self.inner.shared.core(), writing, chunk, false);
+            let chunks = writing.chunks(self.shares, false);
+            submit(&mut self.inner.shared.core(), writing, chunks, false);
             sent = true;
         }
         writing.buffer.extend_from_slice(bytes);
         sent && self.core().queued > SEND_LIMIT
+    }
+
+    /// As [`Hub::write`], for chunks of a message that was recorded.
+    pub fn write_chunks(&mut self, chunks: &[Chunk]) -> bool {
+        let Some(writing) = &mut self.writing else {
+            return false;
+        };
+        let mut core = self.inner.shared.core();
+        submit(&mut core, writing, chunks.to_vec(), false);
+        core.queued > SEND_LIMIT
     }
 
     /// Waits up to `most` for what was written to be sent. Returns whether to wait on.
@@ -294,8 +340,8 @@ impl Hub {
         };
         self.outstanding[writing.rank as usize].push_back((writing.task, writing.job));
         self.outstanding_count += 1;
-        let chunk = std::mem::take(&mut writing.buffer);
-        submit(&mut self.core(), &mut writing, chunk, true);
+        let chunks = writing.chunks(self.shares, true);
+        submit(&mut self.core(), &mut writing, chunks, true);
     }
 
     /// Takes back the message that is being written, if there is one: R could not finish it.
@@ -454,17 +500,44 @@ impl Hub {
     }
 }
 
-fn submit(core: &mut Core, writing: &mut Writing, chunk: Vec<u8>, last: bool) {
-    let first = std::mem::replace(&mut writing.first, false);
+impl Writing {
+    /// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
+    fn chunks(&mut self, shares: bool, last: bool) -> Vec<Chunk> {
+        let chunks = if shares {
+            share::cut(&mut self.buffer, last)
+        } else {
+            let room = if last { 0 } else { MAX_BODY };
+            let buffer = std::mem::replace(&mut self.buffer, Vec::with_capacity(room));
+            vec![Bytes::from(buffer).into()]
+        };
+        if let Some(recorded) = &mut self.recorded {
+            self.recorded_bytes += chunks.iter().map(|chunk| chunk.bytes.len()).sum::<usize>();
+            recorded.extend_from_slice(&chunks);
+            if self.recorded_bytes > RECORD_LIMIT {
+                self.recorded = None;
+            }
+        }
+        chunks
+    }
+}
+
+fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: bool) {
+    if last && chunks.is_empty() {
+        chunks.push(Chunk::default());
+    }
     let &mut Writing {
         rank, task, job, ..
     } = writing;
-    if first {
-        core.inbox.expect(task);
+    let count = chunks.len();
+    for (at, chunk) in chunks.into_iter().enumerate() {
+        let first = std::mem::replace(&mut writing.first, false);
+        if first {
+            core.inbox.expect(task);
+        }
+        core.queued += chunk.bytes.len();
+        let last = last && at + 1 == count;
+        core.scheduler.submit(rank, task, job, chunk, first, last);
     }
-    core.queued += chunk.len();
-    core.scheduler
-        .submit(rank, task, job, Bytes::from(chunk), first, last);
     core.settle();
 }
 

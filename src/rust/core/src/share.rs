@@ -1,0 +1,272 @@
+//! Payloads once a host: what the head sends to one worker of another machine and then to the next
+//! crosses the link once.
+//!
+//! Messages are cut where their content says so ([`cut`]: FastCDC, Xia et al., USENIX ATC 2016), so
+//! that a function or an argument that many messages have in common gives the same chunks wherever
+//! in them it is. The agent keeps chunks as they pass, up to a number of bytes, least recently used
+//! out first. The head knows which these are, since it sees the same chunks in the same order
+//! ([`Mirror`]), and sends the number of a chunk that the agent has ([`Kept`]) instead of it.
+
+use crate::frame::{Frame, KEEP, MAX_BODY, SAME};
+use crate::scheduler::ProtocolError;
+use bytes::Bytes;
+use fastcdc::v2020::{self, MASKS};
+use lru::LruCache;
+use std::hash::Hash;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Chunks have at least so many bytes; shorter messages are not looked at.
+const SHORTEST: usize = 2 * 1024;
+/// As long are most: a function of a few kilobytes has some of its own, and the header of a frame
+/// is 0.2 % of it.
+const USUAL: usize = 8 * 1024;
+/// FastCDC's normalization at its level 1: chunks shorter than usual are cut by a mask of one bit
+/// more than longer ones.
+const MASK_BELOW: u64 = MASKS[USUAL.ilog2() as usize + 1];
+const MASK_ABOVE: u64 = MASKS[USUAL.ilog2() as usize - 1];
+
+/// A piece of a message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chunk {
+    pub bytes: Bytes,
+    /// What it is known by, if it may be shared: a hash of its content (XXH3, 128 bits).
+    pub key: Option<u128>,
+}
+
+impl From<Bytes> for Chunk {
+    /// A chunk that is not shared.
+    fn from(bytes: Bytes) -> Chunk {
+        Chunk { bytes, key: None }
+    }
+}
+
+/// Cuts chunks off the front of `buffer`. Unless it is the `last` of a message, what might go on is
+/// left there.
+pub fn cut(buffer: &mut Vec<u8>, last: bool) -> Vec<Chunk> {
+    let mut chunks = Vec::new();
+    let mut from = 0;
+    while last && from < buffer.len() || buffer.len() - from >= MAX_BODY {
+        let rest = &buffer[from..];
+        let (_, end) = v2020::cut(
+            rest,
+            SHORTEST,
+            USUAL,
+            MAX_BODY,
+            MASK_BELOW,
+            MASK_ABOVE,
+            MASK_BELOW << 1,
+            MASK_ABOVE << 1,
+        );
+        let bytes = &rest[..end];
+        chunks.push(Chunk {
+            key: (end >= SHORTEST).then(|| xxh3_128(bytes)),
+            bytes: Bytes::copy_from_slice(bytes),
+        });
+        from += end;
+    }
+    buffer.drain(..from);
+    chunks
+}
+
+/// Values with their sizes, of which the least recently used go first when there are too many.
+#[derive(Debug)]
+struct Bounded<K: Hash + Eq, V> {
+    values: LruCache<K, (V, usize)>,
+    bytes: usize,
+    most: usize,
+}
+
+impl<K: Hash + Eq, V> Bounded<K, V> {
+    fn new(most: usize) -> Bounded<K, V> {
+        Bounded {
+            values: LruCache::unbounded(),
+            bytes: 0,
+            most,
+        }
+    }
+
+    fn get(&mut self, key: &K) -> Option<&V> {
+        self.values.get(key).map(|(value, _)| value)
+    }
+
+    fn insert(&mut self, key: K, value: V, size: usize) {
+        self.bytes += size;
+        if let Some((_, replaced)) = self.values.put(key, (value, size)) {
+            self.bytes -= replaced;
+        }
+        while self.bytes > self.most {
+            let Some((_, (_, size))) = self.values.pop_lru() else {
+                break;
+            };
+            self.bytes -= size;
+        }
+    }
+}
+
+/// What the head knows of the chunks that an agent keeps.
+#[derive(Debug)]
+pub struct Mirror {
+    numbers: Bounded<u128, u64>,
+    next: u64,
+}
+
+impl Mirror {
+    /// Of an agent that keeps up to `most` bytes.
+    pub fn new(most: usize) -> Mirror {
+        Mirror {
+            numbers: Bounded::new(most),
+            next: 0,
+        }
+    }
+
+    /// The flags and the body of the frame by which the agent gets this chunk.
+    pub fn send(&mut self, chunk: Chunk) -> (u8, Bytes) {
+        let Some(key) = chunk.key else {
+            return (0, chunk.bytes);
+        };
+        if let Some(number) = self.numbers.get(&key) {
+            return (SAME, Bytes::copy_from_slice(&number.to_le_bytes()));
+        }
+        self.numbers.insert(key, self.next, chunk.bytes.len());
+        self.next += 1;
+        (KEEP, chunk.bytes)
+    }
+}
+
+/// The chunks that an agent keeps.
+#[derive(Debug)]
+pub struct Kept {
+    chunks: Bounded<u64, Bytes>,
+    next: u64,
+}
+
+impl Kept {
+    /// Keeps up to `most` bytes.
+    pub fn new(most: usize) -> Kept {
+        Kept {
+            chunks: Bounded::new(most),
+            next: 0,
+        }
+    }
+
+    /// Makes of a data frame from the head what a worker is to get.
+    ///
+    /// # Errors
+    /// When the frame names a chunk that is not kept.
+    pub fn receive(&mut self, frame: &mut Frame) -> Result<(), ProtocolError> {
+        let flags = frame.header.flags;
+        if flags & SAME != 0 {
+            let number: Option<[u8; 8]> = frame.body[..].try_into().ok();
+            let bytes = number.and_then(|number| self.chunks.get(&u64::from_le_bytes(number)));
+            let bytes = bytes.ok_or_else(|| {
+                ProtocolError("a frame refers to a chunk that is not kept".into())
+            })?;
+            frame.body = bytes.clone();
+            frame.header.len = bytes.len() as u32;
+        } else if flags & KEEP != 0 {
+            let size = frame.body.len();
+            self.chunks.insert(self.next, frame.body.clone(), size);
+            self.next += 1;
+        }
+        frame.header.flags = flags & !(SAME | KEEP);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Kind;
+    use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{RngCore, SeedableRng};
+
+    fn noise(seed: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        StdRng::seed_from_u64(seed).fill_bytes(&mut bytes);
+        bytes
+    }
+
+    /// As the hub cuts a message that comes in pieces.
+    fn cut_in_pieces(message: &[u8], piece: usize) -> Vec<Chunk> {
+        let mut buffer = Vec::new();
+        let mut chunks = Vec::new();
+        for piece in message.chunks(piece) {
+            buffer.extend_from_slice(piece);
+            chunks.extend(cut(&mut buffer, false));
+        }
+        chunks.extend(cut(&mut buffer, true));
+        assert!(buffer.is_empty());
+        chunks
+    }
+
+    fn wire(mirror: &mut Mirror, kept: &mut Kept, chunks: &[Chunk]) -> (usize, Vec<u8>) {
+        let (mut crossed, mut received) = (0, Vec::new());
+        for chunk in chunks {
+            let (flags, body) = mirror.send(chunk.clone());
+            crossed += body.len();
+            let mut frame = Frame::new(Kind::Data, flags, 0, 1, body);
+            kept.receive(&mut frame).unwrap();
+            assert_eq!(frame.header.flags, 0);
+            assert_eq!(frame.header.body_len(), frame.body.len());
+            received.extend_from_slice(&frame.body);
+        }
+        (crossed, received)
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_are_the_message_however_it_comes(
+            len in 0usize..300_000, piece in 1usize..200_000, runs in any::<bool>(),
+        ) {
+            let mut message = noise(len as u64, len);
+            if runs {
+                message[len / 4..len / 2].fill(0);
+            }
+            let chunks = cut_in_pieces(&message, piece);
+            prop_assert_eq!(&cut_in_pieces(&message, len + 1), &chunks);
+            prop_assert!(chunks.iter().all(|c| !c.bytes.is_empty() && c.bytes.len() <= MAX_BODY));
+            let whole: Vec<u8> = chunks.iter().flat_map(|c| c.bytes.to_vec()).collect();
+            prop_assert_eq!(whole, message);
+        }
+
+        #[test]
+        fn what_arrives_is_what_was_sent_however_little_is_kept(
+            most in 0usize..400_000, which in prop::collection::vec(0u64..6, 1..30),
+        ) {
+            let (mut mirror, mut kept) = (Mirror::new(most), Kept::new(most));
+            for seed in which {
+                let message = noise(seed, 20_000 + 17_000 * seed as usize);
+                let (_, received) = wire(&mut mirror, &mut kept, &cut_in_pieces(&message, 70_000));
+                prop_assert_eq!(received, message);
+                prop_assert!(kept.chunks.bytes <= most);
+                prop_assert_eq!(kept.chunks.bytes, mirror.numbers.bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn what_messages_have_in_common_crosses_once() {
+        let (mut mirror, mut kept) = (Mirror::new(1 << 24), Kept::new(1 << 24));
+        let common = noise(1, 1_000_000);
+        let mut crossed = 0;
+        for seed in 0..64 {
+            let mut message = noise(100 + seed, 100 + 13 * seed as usize);
+            message.extend_from_slice(&common);
+            message.extend(noise(200 + seed, 500));
+            let (bytes, received) = wire(&mut mirror, &mut kept, &cut_in_pieces(&message, 70_000));
+            assert_eq!(received, message);
+            crossed += bytes;
+        }
+        assert!(crossed < 3 * common.len(), "{crossed}");
+    }
+
+    #[test]
+    fn a_chunk_that_is_not_kept_is_an_error() {
+        let mut kept = Kept::new(1 << 20);
+        for body in [&[0u8; 8][..], &[0; 7], &[]] {
+            let mut frame = Frame::new(Kind::Data, SAME, 0, 1, Bytes::copy_from_slice(body));
+            assert!(kept.receive(&mut frame).is_err());
+        }
+    }
+}

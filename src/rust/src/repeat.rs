@@ -1,0 +1,136 @@
+//! A message that goes to many nodes is serialized once where that is known to be safe: `clusterCall`
+//! and `clusterExport` make the same message anew for each node, of the same values.
+//!
+//! Safe means: the values are the very same ones, nothing in them is an environment (or an external
+//! pointer) whose content may have changed in between, and it is still the same call of the verb, so
+//! that no code of the user's has run that could have changed a value in place.
+
+use crate::plain;
+use crate::stream::Format;
+use crate::unwind;
+use extendr_api::prelude::*;
+use extendr_ffi::{R_NilValue, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
+use rustcluster_core::hub::Hub;
+use rustcluster_core::scheduler::JobId;
+use rustcluster_core::share::Chunk;
+use std::cell::RefCell;
+use std::ffi::{c_int, c_void};
+use std::time::Duration;
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_attributes(value: SEXP) -> c_int;
+    fn rustcluster_names(value: SEXP) -> SEXP;
+}
+
+/// A message that was sent.
+pub struct Sent {
+    job: JobId,
+    format: Format,
+    /// Held, so that the same address means the same value.
+    message: Robj,
+    chunks: Vec<Chunk>,
+}
+
+impl Sent {
+    /// A message in which nothing can change, as it was sent.
+    pub fn new(job: JobId, format: Format, message: &Robj, chunks: Vec<Chunk>) -> Sent {
+        Sent {
+            job,
+            format,
+            message: message.clone(),
+            chunks,
+        }
+    }
+
+    /// Whether this message would be the same.
+    pub fn is(&self, job: JobId, format: Format, message: &Robj) -> bool {
+        // SAFETY: on R's thread; both are alive.
+        let same = unsafe { same_task(self.message.get(), message.get()) };
+        self.job == job && self.format == format && same
+    }
+
+    /// Writes it to the hub again.
+    ///
+    /// # Errors
+    /// When R jumped, because of an interrupt.
+    pub fn send(
+        &self,
+        hub: &RefCell<Hub>,
+        slice: Duration,
+    ) -> std::result::Result<(), unwind::Jump> {
+        let mut sending = Sending {
+            hub,
+            chunks: &self.chunks,
+            slice,
+        };
+        unwind::protect(send_protected, &mut sending).map(drop)
+    }
+}
+
+struct Sending<'a> {
+    hub: &'a RefCell<Hub>,
+    chunks: &'a [Chunk],
+    slice: Duration,
+}
+
+/// Chunks submitted at a time.
+const AT_ONCE: usize = 32;
+
+unsafe extern "C" fn send_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the sending of `Sent::send`, which outlives this call. When check_interrupt
+    // jumps, this frame holds nothing that is to be dropped.
+    unsafe {
+        let sending = &*data.cast::<Sending<'_>>();
+        for chunks in sending.chunks.chunks(AT_ONCE) {
+            let mut wait = sending.hub.borrow_mut().write_chunks(chunks);
+            while wait {
+                wait = sending.hub.borrow_mut().wait_to_send(sending.slice);
+                unwind::check_interrupt();
+            }
+        }
+        R_NilValue
+    }
+}
+
+/// Whether two messages of parallel's ask for the same, of the very same values. Their lists are made
+/// anew for each.
+///
+/// # Safety
+/// On R's thread, with live values. R does not jump.
+unsafe fn same_task(a: SEXP, b: SEXP) -> bool {
+    // SAFETY: the caller's.
+    unsafe {
+        let (Some(a), Some(b)) = (plain::task_of(a), plain::task_of(b)) else {
+            return false;
+        };
+        let [(function, arguments, tag), (function_b, arguments_b, tag_b)] =
+            [a, b].map(|[function, arguments, tag]| (function, arguments, tag));
+        function == function_b
+            && TYPEOF(tag) == SEXPTYPE::NILSXP
+            && TYPEOF(tag_b) == SEXPTYPE::NILSXP
+            && same_elements(arguments, arguments_b)
+    }
+}
+
+/// # Safety
+/// As for [`same_task`].
+unsafe fn same_elements(a: SEXP, b: SEXP) -> bool {
+    // SAFETY: the caller's; lengths and types are looked at first.
+    unsafe {
+        let list = |list: SEXP| TYPEOF(list) == SEXPTYPE::VECSXP;
+        let attributes = rustcluster_attributes(a);
+        if !list(a) || !list(b) || XLENGTH(a) != XLENGTH(b) {
+            return false;
+        }
+        // None, or names alone.
+        if attributes > 1 || attributes != rustcluster_attributes(b) {
+            return false;
+        }
+        let length = XLENGTH(a);
+        let names = |i| STRING_ELT(rustcluster_names(a), i) == STRING_ELT(rustcluster_names(b), i);
+        (0..length).all(|i| VECTOR_ELT(a, i) == VECTOR_ELT(b, i))
+            && (attributes == 0 || (0..length).all(names))
+    }
+}
