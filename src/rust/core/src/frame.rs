@@ -23,7 +23,8 @@ pub const LAST: u8 = 2;
 pub const ABORT: u8 = 4;
 /// Towards an agent: to be kept, under the next number. See [`crate::share`].
 pub const KEEP: u8 = 8;
-/// Towards an agent: the body is the number (8 bytes) of a kept chunk, which is meant.
+/// Towards an agent: instead of the body there is the number of a kept chunk (8 bytes), and how many
+/// chunks of successive numbers are meant (4 bytes), which together are no longer than a body.
 pub const SAME: u8 = 16;
 
 /// What a frame carries.

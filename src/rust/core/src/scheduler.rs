@@ -12,7 +12,7 @@
 
 use crate::frame::{ABORT, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
-use crate::share::{Chunk, Mirror};
+use crate::share::{Chunk, Mirror, Sent};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::fmt;
@@ -577,25 +577,28 @@ impl Scheduler {
             let Phase::Sending { first } = &mut current.phase else {
                 continue;
             };
-            let chunk = current.task.chunks.pop_front().unwrap_or_default();
-            worker.window -= HEADER_LEN + chunk.bytes.len();
-            self.released += chunk.bytes.len();
+            let chunks = &mut current.task.chunks;
+            let sent = match &mut self.agents[agent].mirror {
+                Some(mirror) => mirror.send(chunks, worker.window - HEADER_LEN),
+                None => {
+                    let body = chunks.pop_front().unwrap_or_default().bytes;
+                    let len = body.len();
+                    Sent {
+                        flags: 0,
+                        body,
+                        len,
+                    }
+                }
+            };
+            worker.window -= HEADER_LEN + sent.len;
+            self.released += sent.len;
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
             if current.task.complete && current.task.chunks.is_empty() {
                 flags |= LAST;
                 current.phase = Phase::Running;
             }
-            let (kept, body) = match &mut self.agents[agent].mirror {
-                Some(mirror) => mirror.send(chunk),
-                None => (0, chunk.bytes),
-            };
-            let frame = Frame::new(
-                Kind::Data,
-                flags | kept,
-                worker.index,
-                current.task.id,
-                body,
-            );
+            let (flags, task) = (flags | sent.flags, current.task.id);
+            let frame = Frame::new(Kind::Data, flags, worker.index, task, sent.body);
             self.dispatch(rank);
             return Some(frame);
         }
