@@ -121,6 +121,18 @@ process_command <- function(pid) {
   rawToChar(bytes)
 }
 
+# The package's function of this name is another one, until the calling frame ends.
+local_function <- function(name, fun, .frame = parent.frame()) {
+  namespace <- asNamespace("rustcluster")
+  put <- function(fun) {
+    unlockBinding(name, namespace)
+    assign(name, fun, namespace)
+    lockBinding(name, namespace)
+  }
+  do.call("on.exit", list(bquote(.(put)(.(get(name, namespace)))), add = TRUE), envir = .frame)
+  put(fun)
+}
+
 # ---- nothing may be left at the end of a file --------------------------------
 
 leftovers <- new.env(parent = emptyenv())

@@ -240,6 +240,115 @@ test_that("a head that falls silent is the end of its hosts", {
   expect_gone(there)
 })
 
+# The ssh processes of a host, and the bytes that they have read: from us, and from the host.
+clients_of <- function(host) {
+  Filter(
+    function(pid) grepl(host, process_command(pid), fixed = TRUE),
+    setdiff(descendants(), leftovers$before)
+  )
+}
+bytes_read <- function(pid) {
+  io <- readLines(sprintf("/proc/%d/io", pid))
+  as.numeric(sub("rchar: ", "", grep("^rchar", io, value = TRUE)))
+}
+
+test_that("what many workers of a host get crosses the link once", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 8, localhost = 1))
+  client <- clients_of("127.0.0.2")[[1]]
+  crossed <- function(expr) {
+    before <- bytes_read(client)
+    force(expr)
+    bytes_read(client) - before
+  }
+  x <- runif(250000)
+  here <- environment()
+  expect_lt(crossed(clusterExport(cl, "x", here)), 1.2 * 2e6)
+  expect_identical(unique(clusterEvalQ(cl, x)), list(x))
+  # Again the same, and the same within something else.
+  expect_lt(crossed(clusterExport(cl, "x", here)), 0.1 * 2e6)
+  expect_lt(crossed(r <- parLapply(cl, 1:90, function(i, x) i + x[[i]], x)), 0.4 * 2e6)
+  expect_equal(unlist(r), 1:90 + x[1:90])
+  # Changed in place.
+  x[[1]] <- 0
+  clusterExport(cl, "x", here)
+  expect_identical(unique(clusterEvalQ(cl, x)), list(x))
+  # More than once an equal message, of which one part changes.
+  e <- new.env()
+  for (i in 1:3) {
+    e$x <- x + i
+    expect_identical(unique(clusterCall(cl, function(e) e$x[[2]], e)), list(x[[2]] + i))
+  }
+})
+
+test_that("a large result does not hold up a small one of the same host", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 2))
+  send <- function(node, fun) sendCall(node, fun, list())
+  sendCall <- parallel:::sendCall
+  clusterEvalQ(cl, x <- numeric(1e7))
+  send(cl[[1]], function() x)
+  send(cl[[2]], function() 1)
+  first <- parallel:::recvOneResult(cl)
+  expect_identical(first$node, 2L)
+  second <- parallel:::recvOneResult(cl)
+  expect_identical(second$node, 1L)
+  expect_length(second$value, 1e7)
+})
+
+test_that("output of other hosts is shown, or goes to a file there", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  say <- function() {
+    cat("one\ntwo\n")
+    message("100%s")
+    Sys.getpid()
+  }
+  environment(say) <- globalenv()
+  cl <- over_ssh(ssh, c("127.0.0.2" = 1, "127.0.0.3" = 1), outfile = "")
+  shown <- character()
+  pids <- list()
+  wait_until(function() {
+    shown <<- c(shown, capture.output({
+      if (!length(pids)) pids <<- clusterCall(cl, say) else clusterCall(cl, identity, 1)
+    }))
+    length(shown) >= 6L
+  })
+  expect_setequal(shown, c(
+    paste0("[127.0.0.2 1] ", c("one", "two", "100%s")),
+    paste0("[127.0.0.3 2] ", c("one", "two", "100%s"))
+  ))
+  stopCluster(cl)
+
+  file <- tempfile("it's 100% ", fileext = ".log")
+  on.exit(unlink(file))
+  writeLines("before", file)
+  cl <- over_ssh(ssh, c("127.0.0.2" = 1), outfile = file)
+  clusterCall(cl, say)
+  expect_true(wait_until(function() length(readLines(file)) == 4L))
+  expect_identical(readLines(file), c("before", "one", "two", "100%s"))
+})
+
+test_that("a host of another byte order is talked to in XDR", {
+  local_function("otherByteOrder", function(handle) TRUE)
+  cl <- local_cluster(2)
+  values <- list(
+    NULL, 1L, NA, c(a = 1.5, b = NaN, c = NA), "\u00fc", 1:1e5, quote(a + b), mtcars,
+    as.raw(0:255), 1i, globalenv(), function(x) x + 1
+  )
+  for (value in values) {
+    expect_equal(clusterCall(cl, identity, value), list(value, value), ignore_function_env = TRUE)
+  }
+  x <- runif(1e5)
+  clusterExport(cl, "x", environment())
+  expect_identical(clusterEvalQ(cl, x), list(x, x))
+  expect_equal(parSapply(cl, 1:10, function(i) i^2), (1:10)^2)
+  expect_error(clusterCall(cl, stop, "so"), "so")
+  expect_error(clusterCall(cl, function() quit("no")), class = "rustcluster_worker_lost")
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })
