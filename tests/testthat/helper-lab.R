@@ -21,8 +21,9 @@ run <- function(...) {
 local_lab <- function(n = 5, .frame = parent.frame()) {
   # Of a run that was killed.
   end_lab(n)
-  dir <- tempfile("lab-")
-  dir.create(dir, mode = "0700")
+  # Other users' sshds read what is in it.
+  dir <- tempfile("rclab-", dirname(tempdir()))
+  dir.create(dir, mode = "0755")
   path <- function(name) file.path(dir, name)
   do.call("on.exit", list(bquote({
     end_lab(.(n))
