@@ -183,9 +183,25 @@ pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     }
     buffer.advance(HEADER_LEN);
     // Copied, so that a result which waits to be collected does not keep a receive buffer alive.
-    let body = Bytes::copy_from_slice(&buffer[..body_len]);
+    let body = copy(&buffer[..body_len]);
     buffer.advance(body_len);
     Ok(Some(Frame { header, body }))
+}
+
+/// Bodies from here on have pages of their own.
+const PAGED: usize = 32 * 1024;
+
+/// Results wait in bodies by the thousand, made by one thread and dropped by another. Those that are
+/// not small are mapped, so that their memory goes back to the system with them: in malloc's arenas,
+/// one for each thread, twice the limit was seen in use, and much of it kept for ever.
+fn copy(bytes: &[u8]) -> Bytes {
+    if bytes.len() >= PAGED {
+        if let Ok(mut pages) = memmap2::MmapMut::map_anon(bytes.len()) {
+            pages.copy_from_slice(bytes);
+            return Bytes::from_owner(pages);
+        }
+    }
+    Bytes::copy_from_slice(bytes)
 }
 
 /// Bytes that are not a frame.
