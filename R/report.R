@@ -80,11 +80,11 @@ hostProblem <- function(host, reason, stderr, stdout) {
       "`ssh-copy-id` and `ssh-add`"
     ),
     "no package called .rustcluster" = paste0(
-      "rustcluster is not installed there: install it with `R CMD INSTALL`, or give the library ",
-      "that has it as `rlibs`"
+      "rustcluster is not installed there: run `installOnHosts(\"", here, "\")`, or give the ",
+      "library that has it as `rlibs`"
     ),
     "cannot talk to rustcluster|bad control message" = paste0(
-      "install the same version of rustcluster there, with `R CMD INSTALL`"
+      "install the same version of rustcluster there, with `installOnHosts(\"", here, "\")`"
     ),
     "Rscript: not found|Rscript: command not found|Rscript.?: No such file" = paste0(
       "Rscript is not found there: install R, or give its path as `rscript`"
@@ -109,8 +109,12 @@ showHost <- function(report, i) {
       "%s: R %s, %d cores, %.1f s", row$host, row$r_version, row$cores, row$seconds
     ))
   } else {
-    cli::cli_alert_danger(cli::format_inline("{row$host}: {strsplit(row$problem, '\n')[[1]][[1]]}"))
+    showProblem(row)
   }
+}
+
+showProblem <- function(row) {
+  cli::cli_alert_danger(cli::format_inline("{row$host}: {strsplit(row$problem, '\n')[[1]][[1]]}"))
 }
 
 failedHosts <- function(report, failed) {

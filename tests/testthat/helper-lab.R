@@ -53,6 +53,8 @@ local_lab <- function(n = 5, .frame = parent.frame()) {
     run("ip -n", space, "addr add", paste0(lab_host(i), "/24"), "dev eth0")
     run("ip -n", space, "link set eth0 up")
     run("ip -n", space, "link set lo up")
+    # All of this machine's addresses are to be reached from there, as PSOCK's workers need it.
+    run("ip -n", space, "route add default via", paste0("10.99.", i, ".1"))
     # Not `ip netns exec`, which hides the cgroups.
     run(
       "nsenter --net=/run/netns/", space, " unshare --uts sh -c 'hostname host", i, "; ",

@@ -1,0 +1,14 @@
+# Puts the package's source into the package that is being installed, for installOnHosts().
+package <- Sys.getenv("R_PACKAGE_DIR")
+if (nzchar(package)) {
+  files <- list.files(".", recursive = TRUE, all.files = TRUE)
+  made <- c(
+    "^src/rust/(target|vendor|[.]cargo)/", "^src/Makevars(.win)?$", "[.](o|so|dll|a)$", "[.]tar[.]gz$",
+    "^[.](git|ci)/", "[.]Rcheck/"
+  )
+  files <- files[!grepl(paste(made, collapse = "|"), files)]
+  dir.create(file.path(package, "source"), showWarnings = FALSE)
+  utils::tar(
+    file.path(package, "source", "rustcluster.tar.gz"), files, compression = "gzip", tar = "internal"
+  )
+}
