@@ -198,6 +198,4 @@ if (wanted("thousand")) {
   })
 }
 
-cat(sprintf("\n%d goals met, %d not met, %d not measured, %d errors\n", sum(results$goals == "met"),
-            sum(results$goals == "NOT MET"), sum(results$goals == "not measured"), results$errors))
-if (results$errors) quit(status = 1L)
+finish()

@@ -1,4 +1,4 @@
-# What bench.R is made of: measuring, reporting, and clusters that are always taken down.
+# What bench.R and hosts.R are made of: measuring, reporting, and clusters that are always taken down.
 
 ## Reporting --------------------------------------------------------------------------------------
 
@@ -35,6 +35,13 @@ seconds <- function(x) sprintf("%.2f s", x)
 micros <- function(x) sprintf("%.0f us", x * 1e6)
 megabytes <- function(x) sprintf("%.2f MB", x)
 rate <- function(x) sprintf("%.0f /s", x)
+
+# The last line of a bench, and its status.
+finish <- function() {
+  cat(sprintf("\n%d goals met, %d not met, %d not measured, %d errors\n", sum(results$goals == "met"),
+              sum(results$goals == "NOT MET"), sum(results$goals == "not measured"), results$errors))
+  if (results$errors) quit(status = 1L)
+}
 
 # Runs a section; an error in it is reported, and the next one runs.
 attempt <- function(code) {

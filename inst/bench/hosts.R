@@ -1,0 +1,85 @@
+# rustcluster beside parallel's PSOCK clusters, over ssh.
+#
+#   Rscript hosts.R [ssh="ssh -F file"] [master=address] [rlibs=folder] [workers=319] host1 host2 ...
+#
+# The hosts must be reachable with ssh without a password, and reach this machine at `master` (for
+# PSOCK alone; default: its name), and have rustcluster installed, in `rlibs` if that is no library
+# that R there knows. In a checkout, tools/lab.R runs it with five hosts in network namespaces.
+
+arguments <- commandArgs(trailingOnly = TRUE)
+option <- function(name, default = NULL) {
+  given <- arguments[startsWith(arguments, paste0(name, "="))]
+  if (length(given)) sub("^[^=]*=", "", given[[1L]]) else default
+}
+hosts <- arguments[!grepl("=", arguments, fixed = TRUE)]
+if (!length(hosts)) stop("usage: Rscript hosts.R [ssh=...] [master=...] [workers=...] host1 host2 ...")
+ssh <- option("ssh", "ssh")
+master <- option("master", Sys.info()[["nodename"]])
+rlibs <- option("rlibs")
+many <- as.integer(option("workers", "319"))
+
+here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
+here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
+source(file.path(here, "helpers.R"))
+
+library(parallel)
+invisible(loadNamespace("rustcluster"))
+
+spread <- function(n) rep(hosts, length.out = n)
+backends <- list(
+  psock = function(n) parallel::makePSOCKcluster(spread(n), rshcmd = ssh, master = master),
+  ours = function(n) rustcluster::makeRustCluster(spread(n), rshcmd = ssh, rlibs = rlibs)
+)
+# Other machines' processes are not to be seen from here.
+processes <- function(cl) integer()
+
+describe_machine()
+cat(length(hosts), "hosts:", hosts, "\n")
+for (backend in names(backends)) attempt(time_to_up(backend, length(hosts)))
+
+section("Start-up, until all workers have answered a clusterCall")
+report_head("PSOCK/rc")
+attempt({
+  time <- interleaved(3L, function(backend) time_to_up(backend, 20L))
+  ratio <- time$psock / time$ours
+  report("20 workers", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 5))
+})
+attempt({
+  time <- median(replicate(3L, time_to_up("ours", many)))
+  report(sprintf("%d workers", many), ours = seconds(time), goal = at_most(time, 5, " s"))
+})
+
+section(sprintf("The head, with %d workers", many))
+report_head()
+attempt(with_clusters(many, function(clusters) {
+  cl <- clusters$ours
+  me <- Sys.getpid()
+  clusterCall(cl, identity, 1L)
+  report("memory: PSS", ours = megabytes(pss(me)))
+  clients <- system2("pgrep", c("-P", me), stdout = TRUE)
+  report("memory of its ssh processes", ours = megabytes(sum(pss(as.integer(clients)), na.rm = TRUE)))
+  cpu <- function(seconds) {
+    before <- cpu_seconds(me)
+    Sys.sleep(seconds)
+    (cpu_seconds(me) - before) / seconds * 1000
+  }
+  # The R without a cluster sleeps just so.
+  report("CPU while nothing is asked", ours = sprintf("%.2f ms/s", cpu(20)))
+  wait <- function() {
+    end <- Sys.time() + 10
+    while (Sys.time() < end) Sys.sleep(0.1)
+    1L
+  }
+  # A script's function: it does not take this call along.
+  environment(wait) <- globalenv()
+  before <- cpu_seconds(me)
+  time <- system.time(r <- clusterCall(cl, wait))[["elapsed"]]
+  stopifnot(identical(r, rep(list(1L), many)))
+  spent <- (cpu_seconds(me) - before) / time * 1000
+  report("CPU while it waits for all of them", ours = sprintf("%.2f ms/s", spent))
+  tasks <- system.time(r <- clusterApplyLB(cl, 1:20000, identity))[["elapsed"]]
+  stopifnot(identical(r, as.list(1:20000)))
+  report("clusterApplyLB(cl, 1:20000, identity)", ours = rate(20000 / tasks))
+}, "ours"))
+
+finish()
