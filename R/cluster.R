@@ -89,7 +89,7 @@
 #' `rustcluster_start_failed`, before anything is started or with nothing left
 #' of it; later those listed in [rustcluster-package].
 #'
-#' @seealso [clusterHosts()], [clusterPids()]
+#' @seealso [clusterHosts()], [clusterPids()], [installOnHosts()]
 #' @examples
 #' library(parallel)
 #' cl <- makeRustCluster(2)

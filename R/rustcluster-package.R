@@ -13,6 +13,7 @@
 #'   \item{`rustcluster_not_yet`}{asked for is what this version cannot do.}
 #'   \item{`rustcluster_limits`}{the system's limits are too low; fields `what`, `needed`, `available`.}
 #'   \item{`rustcluster_start_failed`}{the cluster could not be started, and nothing of it is left; fields `host`, `stderr`.}
+#'   \item{`rustcluster_install_failed`}{[installOnHosts()] failed on some hosts; fields `host`, `report`.}
 #'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes).}
 #'   \item{`rustcluster_host_failed`}{a host's agent, or the way to it, was lost; fields `host`, `rank`.}
 #'   \item{`rustcluster_protocol`}{an answer could not be read.}
@@ -24,10 +25,9 @@
 #' Warnings are of class `"rustcluster_warning"` and one of
 #' `rustcluster_host_left_out` (a host could not be started, and
 #' `onFailure = "warn"`; fields `host`, `report`), `rustcluster_versions` (R is
-#' another version there; field `host`) and `rustcluster_worker_replaced`.
-#' A warning of class `rustcluster_worker_replaced` (field `rank`) says that a
+#' another version there; field `host`) and `rustcluster_worker_replaced` (a
 #' worker did not heed an interrupt, was killed, and has been replaced by a
-#' fresh one.
+#' fresh one; fields `rank`, `host`).
 #'
 #' @keywords internal
 #' @useDynLib rustcluster, .registration = TRUE

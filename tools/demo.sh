@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/install.sh
-need_packages r-base-core r-base-dev xz-utils
+need_packages r-base-core r-base-dev r-cran-cli xz-utils
 need_rust
 library=$(Rscript --vanilla -e '
   place <- .libPaths()[file.access(.libPaths(), 2) == 0]
