@@ -67,7 +67,7 @@ test_that("a toolchain that is missing or too old is told, and how to get one", 
   source <- edited_source("DESCRIPTION", function(lines) sub("rustc \\(>= [0-9.]+", "rustc (>= 99.0", lines))
   library <- tempfile("it's a library-")
   on.exit(unlink(c(library, source), recursive = TRUE))
-  report <- sendSource(
+  report <- rustcluster:::sendSource(
     hosts_of(ssh, c("127.0.0.2", "127.0.0.3"), rlibs = library), source, 600, FALSE
   )
   expect_match(report$problem, "cargo and rustc, version 99.0 or newer, are missing there")
@@ -82,7 +82,7 @@ test_that("the end of what a failed installation says is shown", {
   library <- tempfile("library-")
   on.exit(unlink(c(library, source), recursive = TRUE))
   expect_message(
-    report <- sendSource(hosts_of(ssh, "127.0.0.2", rlibs = library), source, 600, TRUE),
+    report <- rustcluster:::sendSource(hosts_of(ssh, "127.0.0.2", rlibs = library), source, 600, TRUE),
     "R CMD INSTALL ended with status 1"
   )
   expect_match(report$problem, "configuration failed")
@@ -95,7 +95,7 @@ test_that("who takes too long is given up", {
   writeLines(c("#!/bin/sh", "sleep 100"), slow)
   Sys.chmod(slow, "0755")
   source <- system.file("source", "rustcluster.tar.gz", package = "rustcluster")
-  report <- sendSource(hosts_of(ssh, "127.0.0.2", rscript = slow), source, 1, FALSE)
+  report <- rustcluster:::sendSource(hosts_of(ssh, "127.0.0.2", rscript = slow), source, 1, FALSE)
   expect_match(report$problem, "timeout")
 })
 
