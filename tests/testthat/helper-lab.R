@@ -85,7 +85,8 @@ lab_pids <- function(n = 5) {
     as.integer(system(paste0("ip netns pids rclab", i), intern = TRUE))
   }))
   name <- vapply(pids, function(pid) {
-    tryCatch(readLines(file.path("/proc", pid, "comm"), warn = FALSE), error = function(e) "", warning = function(e) "")
+    file <- sprintf("/proc/%d/comm", pid)
+    tryCatch(suppressWarnings(readLines(file)), error = function(e) "")
   }, "")
   pids[!name %in% c("", "sshd")]
 }
