@@ -333,6 +333,32 @@ test_that("output of other hosts is shown, or goes to a file there", {
   expect_identical(readLines(file), c("before", "one", "two", "100%s"))
 })
 
+test_that("another version of R there is a warning", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  # What a profile there does: R itself then says that it is another version.
+  other <- file.path(ssh$dir, "Rscript")
+  writeLines(c(
+    "#!/bin/sh",
+    "cat > \"$0.profile\" <<'END'",
+    "unlockBinding(\"R.version\", baseenv())",
+    "R.version$major <- \"3\"; R.version$minor <- \"9.9\"",
+    "assign(\"R.version\", R.version, baseenv())",
+    "END",
+    "R_PROFILE_USER=\"$0.profile\" exec Rscript \"$@\""
+  ), other)
+  Sys.chmod(other, "0755")
+  expect_warning(
+    cl <- over_ssh(ssh, list(
+      list(host = "127.0.0.2", ncore = 1, rscript = other), list(host = "127.0.0.3", ncore = 1)
+    )),
+    "R 3.9.9 on host .127.0.0.2.",
+    class = "rustcluster_versions"
+  )
+  expect_identical(clusterHosts(cl)$r_version, c("3.9.9", as.character(getRversion())))
+  expect_identical(clusterCall(cl, identity, 1), list(1, 1))
+})
+
 test_that("a host of another byte order is talked to in XDR", {
   local_function("otherByteOrder", function(handle) TRUE)
   cl <- local_cluster(2)

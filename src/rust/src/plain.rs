@@ -50,10 +50,10 @@ unsafe extern "C" {
     fn Rf_getCharCE(string: SEXP) -> c_int;
     fn Rf_mkCharLenCE(bytes: *const c_char, length: c_int, encoding: c_int) -> SEXP;
     fn Rf_shallow_duplicate(value: SEXP) -> SEXP;
-    fn rustcluster_attributes(value: SEXP) -> c_int;
-    fn rustcluster_names(value: SEXP) -> SEXP;
+    pub fn rustcluster_attributes(value: SEXP) -> c_int;
+    pub fn rustcluster_names(value: SEXP) -> SEXP;
     fn rustcluster_closure_env(function: SEXP) -> SEXP;
-    fn rustcluster_answer(
+    pub fn rustcluster_answer(
         value: *mut c_void,
         success: c_int,
         time: *const f64,

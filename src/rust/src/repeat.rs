@@ -5,7 +5,7 @@
 //! pointer) whose content may have changed in between, and it is still the same call of the verb, so
 //! that no code of the user's has run that could have changed a value in place.
 
-use crate::plain;
+use crate::plain::{self, rustcluster_attributes, rustcluster_names};
 use crate::stream::Format;
 use crate::unwind;
 use extendr_api::prelude::*;
@@ -14,15 +14,8 @@ use rustcluster_core::hub::Hub;
 use rustcluster_core::scheduler::JobId;
 use rustcluster_core::share::Chunk;
 use std::cell::RefCell;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 use std::time::Duration;
-
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
-unsafe extern "C" {
-    fn rustcluster_attributes(value: SEXP) -> c_int;
-    fn rustcluster_names(value: SEXP) -> SEXP;
-}
 
 /// A message that was sent.
 pub struct Sent {

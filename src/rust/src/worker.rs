@@ -98,12 +98,6 @@ unsafe extern "C" {
     fn rustcluster_take_call(function: *mut c_void, arguments: *mut c_void, tag: *mut c_void);
     fn rustcluster_run_task() -> SEXP;
     fn rustcluster_end_task(time: *mut f64) -> SEXP;
-    fn rustcluster_answer(
-        value: *mut c_void,
-        success: c_int,
-        time: *const f64,
-        tag: *mut c_void,
-    ) -> SEXP;
 }
 
 /// What ends the serving of tasks.
@@ -236,7 +230,7 @@ unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, s
     // SAFETY: the caller's; R may jump, and this frame holds nothing that is to be dropped then.
     unsafe {
         let success = c_int::from(success);
-        let answer = rustcluster_answer(value.cast(), success, time.as_ptr(), tag.cast());
+        let answer = plain::rustcluster_answer(value.cast(), success, time.as_ptr(), tag.cast());
         stream::write(Rf_protect(answer), FORMAT.get(), sink);
         Rf_unprotect(1);
     }
