@@ -99,7 +99,9 @@
 #' @export
 makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages = NULL,
                             rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L,
-                            onFailure = c("error", "warn"), patience = 20, progress = interactive()) {
+                            onFailure = c("error", "warn"), patience = 20, retries = 2,
+                            timeout = Inf, reconnect = FALSE, buffer_limit = 512 * 2^20,
+                            keep_limit = NULL, progress = interactive()) {
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
@@ -109,10 +111,14 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   tolerant <- tryCatch(match.arg(onFailure), error = function(e) {
     badArgument("onFailure", "must be \"error\" or \"warn\"")
   }) == "warn"
-  if (!is.numeric(patience) || length(patience) != 1L || !isTRUE(patience >= 1 && patience <= 1e6)) {
-    badArgument("patience", "must be a number of seconds from 1 to 1e6")
+  between(patience, "patience", "of seconds", 1, 1e6)
+  between(retries, "retries", "", 0, 1e6)
+  if (!identical(timeout, Inf)) between(timeout, "timeout", "of seconds", 0.001, 1e9)
+  between(buffer_limit, "buffer_limit", "of bytes", 2^20, 2^50)
+  if (!is.null(keep_limit)) between(keep_limit, "keep_limit", "of bytes", 0, 2^50)
+  for (name in c("progress", "reconnect")) {
+    if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
-  if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
   defaults <- c(
     list(
       rscript_envs = variables(rscript_envs), threads = count(threads, "threads", 4096),
@@ -126,13 +132,20 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (!is.null(short)) raiseFailure(short)
 
   launches <- lapply(asked$hosts, hostLaunch, options)
-  pointer <- checked(hub_start(launches, packageVersionText(), rVersionText(), R.version$platform))
+  pointer <- checked(hub_start(
+    launches, packageVersionText(), rVersionText(), R.version$platform, buffer_limit
+  ))
   handle <- newHandle(pointer, asked$hosts)
+  handle$retries <- floor(retries)
+  handle$timeout <- timeout
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
   on.exit(if (!started) abandon(handle))
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
-  plans <- hostPlans(handle, asked, launches, as.character(packages), options$outfile, patience)
+  plans <- hostPlans(handle, asked, launches, list(
+    packages = as.character(packages), outfile = options$outfile, patience = patience,
+    timeout = timeout, keep = keep_limit, reconnect = reconnect
+  ))
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   started <- TRUE
@@ -154,7 +167,7 @@ count <- function(value, argument, most) {
 meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", "renice", "rlibs",
                 "setup_timeout", "names", "manual", "user", "rshcmd", "rshopts")
 # Those that do not, including snow's.
-meaningless <- c("port", "master", "timeout", "useXDR", "setup_strategy", "type", "rprog", "rhome",
+meaningless <- c("port", "master", "useXDR", "setup_strategy", "type", "rprog", "rhome",
                  "scriptdir", "snowlib", "useRscript", "host")
 
 clusterOptions <- function(given) {
@@ -211,6 +224,13 @@ clusterOptions <- function(given) {
   options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
   if (is.null(given[["rscript"]])) options$rscript <- NULL
   options
+}
+
+between <- function(value, argument, what, least, most) {
+  if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= least && value <= most)) {
+    badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(least), " to ",
+                format(most))
+  }
 }
 
 usableCores <- function() {

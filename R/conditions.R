@@ -12,6 +12,10 @@ abort <- function(kind, ..., fields = list()) {
   stop(do.call(rustclusterCondition, c(list(kind, message), fields)))
 }
 
+alert <- function(kind, ..., fields = list()) {
+  warning(do.call(rustclusterCondition, c(list(kind, paste0(...)), fields, type = "warning")))
+}
+
 badArgument <- function(argument, ...) {
   abort("bad_argument", "`", argument, "` ", ..., fields = list(argument = argument))
 }
@@ -33,7 +37,11 @@ signalName <- function(signal) {
 }
 
 # Raises what a Rust function handed back instead of its result: a named character vector.
-raiseFailure <- function(failure, handle = NULL, call = NULL) {
+raiseFailure <- function(failure, handle = NULL) {
+  stop(failureCondition(failure, handle))
+}
+
+failureCondition <- function(failure, handle = NULL, type = "error") {
   field <- function(name) if (name %in% names(failure)) failure[[name]]
   number <- function(name) {
     value <- field(name)
@@ -51,9 +59,28 @@ raiseFailure <- function(failure, handle = NULL, call = NULL) {
     worker_lost = paste0(
       node, " (pid ", field("pid"), ") ", reason,
       if (!is.null(field("signal"))) signalName(number("signal")),
+      if (identical(field("replaced"), "false")) {
+        ", and no other takes its place; `cl[!is.na(clusterPids(cl))]` leaves it out"
+      },
       tailText("the end of its output", field("stderr"))
     ),
-    host_failed = paste0("host ", sQuote(host), " of worker ", rank, " is lost: ", reason),
+    host_failed = paste0(
+      "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
+      reason, "; `cl[!is.na(clusterPids(cl))]` leaves its nodes out"
+    ),
+    timeout = paste0(
+      "task ", field("index"), " took longer than its ", format(handle$timeout), " s on ", node,
+      " and was ended"
+    ),
+    worker_replaced = paste0(
+      node, " did not heed an interrupt and was killed; a fresh one with its exports and random ",
+      "numbers has taken its place"
+    ),
+    state_not_kept = paste0(
+      "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more ",
+      "than the ", format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB that are kept of it ",
+      "(`keep_limit`): workers that are lost there will not be replaced"
+    ),
     stopped = if (is.null(rank)) {
       "the cluster has been stopped: make a new one with makeRustCluster()"
     } else {
@@ -84,12 +111,13 @@ raiseFailure <- function(failure, handle = NULL, call = NULL) {
   for (name in intersect(c("reason", "stderr", "stdout", "what", "argument"), names(failure))) {
     fields[[name]] <- field(name)
   }
-  for (name in intersect(c("rank", "pid", "signal", "status"), names(failure))) {
+  for (name in intersect(c("rank", "pid", "signal", "status", "index"), names(failure))) {
     fields[[name]] <- number(name)
   }
   for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
     fields[[name]] <- as.numeric(field(name))
   }
-  if (!is.null(rank) || kind == "start_failed") fields$host <- host
-  stop(do.call(rustclusterCondition, c(list(kind, message, call = call), fields)))
+  if ("replaced" %in% names(failure)) fields$replaced <- field("replaced") == "true"
+  if (!is.null(rank) || !is.null(agent) || kind == "start_failed") fields$host <- host
+  do.call(rustclusterCondition, c(list(kind, message, type = type), fields))
 }

@@ -26,9 +26,10 @@ agent_run <- function() .Call(wrap__agent_run)
 limits_check <- function(workers) .Call(wrap__limits_check, workers)
 
 #' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
-#' for each, each a list of host, command, env (named; NA removes).
+#' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
+#' that are buffered here before they are left on their hosts.
 #' @noRd
-hub_start <- function(hosts, package, r_version, platform) .Call(wrap__hub_start, hosts, package, r_version, platform)
+hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
 
 #' Whether all agents have greeted or failed; waits a little for that.
 #' @noRd
@@ -40,7 +41,7 @@ hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep (in bytes), and xdr.
+#' keep and state (in bytes), timeout (of tasks, in milliseconds) and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 
@@ -49,9 +50,26 @@ hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 #' @noRd
 hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
 
-#' Sends a message to a node.
+#' Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
+#' it sets there (`""`: of nothing in particular).
 #' @noRd
-hub_send <- function(handle, rank, job, message) .Call(wrap__hub_send, handle, rank, job, message)
+hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, handle, rank, job, message, lasts)
+
+#' Sends a task again that was lost.
+#' @noRd
+hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)
+
+#' A task that was lost is not tried again: who asks for its answer is told so.
+#' @noRd
+hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
+
+#' Nobody wants to know any more what became of a task that was lost.
+#' @noRd
+hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
+
+#' The message of a task that ended without an answer. It is asked for once.
+#' @noRd
+hub_message <- function(handle, task) .Call(wrap__hub_message, handle, task)
 
 #' The answer of a node to the oldest message sent to it.
 #' @noRd
@@ -81,8 +99,7 @@ hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
 #' @noRd
 hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
 
-#' What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
-#' that workers printed. `NULL` if there is nothing.
+#' What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
 

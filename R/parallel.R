@@ -8,8 +8,8 @@
 #' @exportS3Method parallel::sendData
 sendData.RustNode <- function(node, data) {
   handle <- node[["handle"]]
-  if (handle$job == noJob) openJob(handle, sys.nframe())
-  result <- hub_send(handle$pointer, node[["rank"]], handle$job, data)
+  if (handle$job == noJob) openJob(handle, sys.nframe(), data)
+  result <- hub_send(handle$pointer, node[["rank"]], handle$job, data, handle$lasts)
   if (is.null(result)) return(invisible())
   if (typeof(result) == "character") handleFailed(result, handle)
   unwound(result)
@@ -19,18 +19,31 @@ sendData.RustNode <- function(node, data) {
 noJob <- 0
 
 # `frames`: the number of the method's own frame.
-openJob <- function(handle, frames) {
+openJob <- function(handle, frames, data) {
   depth <- verbDepth(frames)
   if (is.null(depth)) return()
   handle$jobs <- handle$jobs + 1
   handle$job <- handle$jobs
+  handle$lasts <- settingOf(sys.function(depth), data$data)
   end <- as.call(list(closeJob, handle, handle$job))
   do.call(on.exit, list(end, TRUE), envir = sys.frame(depth))
 }
 
 closeJob <- function(handle, job) {
-  if (handle$job == job) handle$job <- noJob
+  if (handle$job == job) {
+    handle$job <- noJob
+    handle$lasts <- NULL
+  }
+  if (length(handle$losses)) handle$losses <- list()
   show(hub_close_job(handle$pointer, job), handle)
+}
+
+# What clusterCall() does on a worker lasts, and so does what clusterExport() and clusterEvalQ(), which
+# call it, and clusterSetRNGStream() do: the name of the variable that is set, or "". NULL for others.
+settingOf <- function(verb, call) {
+  if (identical(verb, parallels$clusterSetRNGStream)) return(".Random.seed")
+  if (!identical(verb, parallels$clusterCall)) return(NULL)
+  if (identical(call$fun, parallels$gets)) call$args[[1L]] else ""
 }
 
 # The functions of parallel between a task and our method, and those that send tasks and receive
@@ -38,10 +51,11 @@ closeJob <- function(handle, job) {
 parallels <- new.env(parent = emptyenv())
 
 findParallels <- function() {
-  names <- c("sendData", "postNode", "sendCall", "clusterCall", "staticClusterApply",
-             "dynamicClusterApply")
+  names <- c("sendData", "postNode", "sendCall", "clusterCall", "clusterSetRNGStream",
+             "staticClusterApply", "dynamicClusterApply", "checkForRemoteErrors")
   namespace <- environment(parallel::clusterCall)
   for (name in names) assign(name, get(name, namespace), parallels)
+  parallels$gets <- get("gets", environment(parallel::clusterExport))
 }
 
 # The number of the frame of the verb that sends, or NULL: what is sent by other code, or by hand,
@@ -55,8 +69,8 @@ verbDepth <- function(frames) {
     return(NULL)
   }
   verb <- sys.function(frames - 4L)
-  if (identical(verb, parallels$clusterCall) || identical(verb, parallels$staticClusterApply)) {
-    return(frames - 4L)
+  for (name in c("clusterCall", "staticClusterApply", "clusterSetRNGStream")) {
+    if (identical(verb, parallels[[name]])) return(frames - 4L)
   }
   # It sends from a function of its own.
   if (frames > 5L && identical(sys.function(frames - 5L), parallels$dynamicClusterApply)) {
@@ -78,7 +92,8 @@ recvData.RustNode <- function(node) {
     repeat {
       result <- hub_receive(handle$pointer, rank)
       if (typeof(result) == "list") return(result)
-      noAnswer(result, handle)
+      result <- noAnswer(result, handle)
+      if (!is.null(result)) return(result)
     },
     error = unreadable
   )
@@ -92,21 +107,23 @@ recvOneData.RustCluster <- function(cl) {
     repeat {
       result <- hub_receive_any(handle$pointer, cl)
       if (typeof(result) == "list") return(result)
-      noAnswer(result, handle)
+      answer <- noAnswer(result, handle)
+      if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
     },
     error = unreadable
   )
 }
 
 # Rust waits in slices; in between R looks for interrupts, time limits and its front end's events,
-# which is what Sys.sleep(0) does.
+# which is what Sys.sleep(0) does. Returns an answer if it has to be made here.
 noAnswer <- function(result, handle) {
-  switch(typeof(result),
-    character = handleFailed(result, handle),
+  answer <- switch(typeof(result),
+    character = if ("task" %in% names(result)) taskEnded(result, handle) else handleFailed(result, handle),
     pairlist = unwound(result)
   )
   showEvents(handle)
-  Sys.sleep(0)
+  if (is.null(answer)) Sys.sleep(0)
+  answer
 }
 
 # The errors that are raised while an answer is received, other than our own, are those of reading
@@ -117,43 +134,6 @@ unreadable <- function(e) {
     as.character(call[[1L]]) %in% c("hub_receive", "hub_receive_any")
   if (!reading || inherits(e, "rustcluster_error")) return()
   abort("protocol", "an answer could not be read: ", conditionMessage(e), fields = list(parent = e))
-}
-
-# What workers printed, if that is wanted, and which of them were replaced.
-showEvents <- function(handle) {
-  show(hub_events(handle$pointer), handle)
-}
-
-show <- function(events, handle) {
-  if (is.null(events) || is.character(events)) return(invisible())
-  for (i in seq_along(events$ranks)) {
-    rank <- events$ranks[[i]]
-    showOutput(handle, rank, events$texts[[i]])
-  }
-  for (rank in events$replaced) {
-    warning(rustclusterCondition(
-      "worker_replaced",
-      paste0(
-        "worker ", rank, " on host ", sQuote(handle$hosts[[rank]]), " did not heed an interrupt ",
-        "and was killed; a fresh one has taken its place, without what had been exported to it"
-      ),
-      rank = rank, host = handle$hosts[[rank]], type = "warning"
-    ))
-  }
-  invisible()
-}
-
-# Whole lines only; the rest waits for its end.
-showOutput <- function(handle, rank, text) {
-  key <- as.character(rank)
-  text <- paste0(handle$partial[[key]], text)
-  lines <- strsplit(text, "\n", fixed = TRUE)[[1L]]
-  whole <- endsWith(text, "\n")
-  handle$partial[[key]] <- if (whole) "" else utils::tail(lines, 1L)
-  if (!whole) lines <- utils::head(lines, -1L)
-  if (length(lines)) {
-    cat(paste0("[", handle$hosts[[rank]], " ", rank, "] ", lines, "\n"), sep = "")
-  }
 }
 
 #' @exportS3Method parallel::closeNode

@@ -16,6 +16,12 @@ newHandle <- function(pointer, agents) {
   handle$job <- noJob
   handle$jobs <- noJob
   handle$partial <- list()
+  # Whether what the job under way sends lasts on the workers (parallel.R), and the losses of each of
+  # its tasks (faults.R).
+  handle$lasts <- NULL
+  handle$losses <- list()
+  # Of each agent, the bytes of what lasts on its workers that it keeps.
+  handle$stateLimit <- numeric()
   handle
 }
 
@@ -91,7 +97,7 @@ hostsFailed <- function(handle, failed, tolerant) {
 }
 
 # What each agent is to start; NULL for one that is not wanted.
-hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
+hostPlans <- function(handle, asked, launches, settings) {
   report <- handle$report
   usable <- is.na(report$problem)
   workers <- asked$workers
@@ -101,17 +107,20 @@ hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
   owner <- rep(asked$owner[kept], workers[kept])
   handle$owner <- owner
   handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
+  handle$stateLimit <- vapply(report$available, keptBytes, 0, settings$keep)
   xdr <- otherByteOrder(handle)
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
     list(
-      ranks = which(owner == i), packages = packages, outfile = outfile,
+      ranks = which(owner == i), packages = settings$packages, outfile = settings$outfile,
       renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start,
       spawn = launches[[i]]$worker,
       # On this machine the end of the stream, or of the process, is known at once.
-      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * patience),
+      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$patience),
       # Nor is there anything to be saved on the way.
-      keep = if (asked$hosts[[i]]$here) 0 else keptBytes(report$available[[i]]),
+      keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
+      state = handle$stateLimit[[i]],
+      timeout = if (is.finite(settings$timeout)) ceiling(1000 * settings$timeout) else 0,
       xdr = xdr[[i]]
     )
   })
@@ -123,8 +132,9 @@ otherByteOrder <- function(handle) {
   bigEndian != (.Platform$endian == "big")
 }
 
-# How much of what was sent to one worker an agent keeps for the next.
-keptBytes <- function(available) {
+# How much of what was sent to one worker an agent keeps for the next, and how much of what lasts.
+keptBytes <- function(available, asked) {
+  if (!is.null(asked)) return(asked)
   if (is.na(available) || available <= 0) return(64 * 2^20)
   min(max(available / 8, 16 * 2^20), 2^30)
 }

@@ -12,17 +12,15 @@ use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, NO_JOB
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
-use rustcluster_core::scheduler::{Body, JobId, Rank};
+use rustcluster_core::scheduler::{Body, JobId, Rank, TaskId};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 /// R's thread waits in slices of this length, and lets R look for interrupts in between.
 const SLICE: Duration = Duration::from_millis(100);
-
-/// Bytes of results that the head buffers before it leaves them on their hosts.
-const RESULT_LIMIT: usize = 512 * 1024 * 1024;
 
 /// What an external pointer of ours holds. R code that runs while one of its functions is under
 /// way may call another: no borrow is held while R may run code.
@@ -38,6 +36,22 @@ struct Cluster {
     last: Cell<Option<repeat::Sent>>,
     /// Of each worker, what it is sent that is not plain.
     formats: RefCell<Vec<Format>>,
+    /// The messages of tasks that have not been answered, to be sent again if need be.
+    messages: RefCell<HashMap<TaskId, Message>>,
+    /// The job that last sent something, and how much it has sent.
+    sent_by_job: Cell<(JobId, i32)>,
+}
+
+/// A message for as long as its task is outstanding.
+struct Message {
+    /// As it came from R, which shares its values: it costs no memory of its own.
+    message: Robj,
+    /// The worker that R gave it to.
+    owner: Rank,
+    job: JobId,
+    /// Which of the job's tasks it is, from 1.
+    index: i32,
+    lasts: Option<u64>,
 }
 
 /// No place in a list of nodes.
@@ -104,16 +118,23 @@ fn limits_check(workers: i32) -> Robj {
 }
 
 /// Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
-/// for each, each a list of host, command, env (named; NA removes).
+/// for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
+/// that are buffered here before they are left on their hosts.
 /// @noRd
 #[extendr]
-fn hub_start(hosts: List, package: &str, r_version: &str, platform: &str) -> Robj {
+fn hub_start(
+    hosts: List,
+    package: &str,
+    r_version: &str,
+    platform: &str,
+    buffer_limit: f64,
+) -> Robj {
     let parsed: Option<Vec<Launch>> = hosts.values().map(|host| launch_of(&host)).collect();
     let Some(hosts) = parsed else {
         return not_a_description("hosts");
     };
     let hello = agent::hello(package, r_version, platform);
-    match Hub::start(hosts, hello, RESULT_LIMIT) {
+    match Hub::start(hosts, hello, buffer_limit as usize) {
         Ok(hub) => {
             let cluster = Cluster {
                 hub: RefCell::new(hub),
@@ -121,6 +142,8 @@ fn hub_start(hosts: List, package: &str, r_version: &str, platform: &str) -> Rob
                 sent: Cell::default(),
                 last: Cell::new(None),
                 formats: RefCell::default(),
+                messages: RefCell::default(),
+                sent_by_job: Cell::new((NO_JOB, 0)),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -208,7 +231,7 @@ fn refusal(reason: &ToHead) -> String {
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-/// keep (in bytes), and xdr.
+/// keep and state (in bytes), timeout (of tasks, in milliseconds) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -257,6 +280,8 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         spawn_command: strings(fields.get("spawn")?),
         patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
         keep: fields.get("keep")?.as_real()? as u64,
+        state: fields.get("state")?.as_real()? as u64,
+        timeout: fields.get("timeout")?.as_real()? as u64,
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,
@@ -322,30 +347,118 @@ impl Sink for ToHub<'_> {
     }
 }
 
-/// Sends a message to a node.
+/// Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
+/// it sets there (`""`: of nothing in particular).
 /// @noRd
 #[extendr]
-fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj) -> Robj {
+fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        let rank = rank_of(&cluster.hub.borrow(), rank)?;
-        let begun = cluster.hub.borrow_mut().begin(rank, job as u64);
-        begun.map_err(|gone| Failure::gone(rank, &gone))?;
-        let format = cluster.formats.borrow()[rank as usize];
-        let written = match send_plain(cluster, format, &message) {
-            Ok(true) => Ok(()),
-            Ok(false) => send_large(cluster, job as u64, format, &message),
-            Err(jump) => Err(jump),
-        };
-        match written {
-            Ok(()) => {
-                cluster.hub.borrow_mut().finish();
-                Ok(().into())
-            }
-            Err(Jump(token)) => {
-                cluster.hub.borrow_mut().abandon();
-                Ok(token)
-            }
+        let owner = rank_of(&cluster.hub.borrow(), rank)?;
+        let job = job as u64;
+        let lasts = lasts.as_str().map(name_of);
+        let begun = cluster.hub.borrow_mut().begin(owner, job, lasts);
+        let (task, place) = begun.map_err(|gone| Failure::gone(owner, &gone))?;
+        let written = write(cluster, place, job, &message);
+        if written.is_null() {
+            let index = match cluster.sent_by_job.get() {
+                (last, index) if last == job => index + 1,
+                _ => 1,
+            };
+            cluster.sent_by_job.set((job, index));
+            let message = Message {
+                message,
+                owner,
+                job,
+                index,
+                lasts,
+            };
+            cluster.messages.borrow_mut().insert(task, message);
         }
+        Ok(written)
+    })
+}
+
+/// Writes a message to the hub, where its task has begun. `NULL`, or a jump.
+fn write(cluster: &Cluster, place: Rank, job: JobId, message: &Robj) -> Robj {
+    let format = cluster.formats.borrow()[place as usize];
+    let written = match send_plain(cluster, format, message) {
+        Ok(true) => Ok(()),
+        Ok(false) => send_large(cluster, job, format, message),
+        Err(jump) => Err(jump),
+    };
+    match written {
+        Ok(()) => {
+            cluster.hub.borrow_mut().finish();
+            ().into()
+        }
+        Err(Jump(token)) => {
+            cluster.hub.borrow_mut().abandon();
+            token
+        }
+    }
+}
+
+/// A number for the name of what a message sets; 0 for none.
+fn name_of(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    if name.is_empty() {
+        0
+    } else {
+        hasher.finish().max(1)
+    }
+}
+
+/// Sends a task again that was lost.
+/// @noRd
+#[extendr]
+fn hub_try_again(handle: Robj, task: f64) -> Robj {
+    let task = task as TaskId;
+    with_cluster(&handle, |cluster| {
+        let (message, owner, job, lasts) = match cluster.messages.borrow().get(&task) {
+            Some(m) => (m.message.clone(), m.owner, m.job, m.lasts),
+            None => return Err(Failure::new("no_task")),
+        };
+        let begun = cluster.hub.borrow_mut().try_again(owner, task, lasts);
+        let place = begun.map_err(|gone| Failure::gone(owner, &gone))?;
+        Ok(write(cluster, place, job, &message))
+    })
+}
+
+/// A task that was lost is not tried again: who asks for its answer is told so.
+/// @noRd
+#[extendr]
+fn hub_give_up(handle: Robj, task: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let task = task as TaskId;
+        if let Some(message) = cluster.messages.borrow().get(&task) {
+            cluster.hub.borrow_mut().give_up(message.owner, task);
+        }
+        Ok(().into())
+    })
+}
+
+/// Nobody wants to know any more what became of a task that was lost.
+/// @noRd
+#[extendr]
+fn hub_forget(handle: Robj, task: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let task = task as TaskId;
+        let message = cluster.messages.borrow_mut().remove(&task);
+        if let Some(message) = message {
+            cluster.hub.borrow_mut().forget(message.owner, task);
+        }
+        Ok(().into())
+    })
+}
+
+/// The message of a task that ended without an answer. It is asked for once.
+/// @noRd
+#[extendr]
+fn hub_message(handle: Robj, task: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let message = cluster.messages.borrow_mut().remove(&(task as TaskId));
+        message.map_or_else(|| Err(Failure::new("no_task")), |m| Ok(m.message))
     })
 }
 
@@ -439,10 +552,6 @@ unsafe extern "C" {
     fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
 }
 
-fn nothing_sent() -> Failure {
-    Failure::new("no_task")
-}
-
 /// The answer of a node to the oldest message sent to it.
 /// @noRd
 #[extendr]
@@ -453,13 +562,41 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
             let rank = rank_of(&hub, rank)?;
             hub.receive(rank, SLICE)
         };
-        match answer {
-            Answer::Ready { body, .. } => Ok(read_answer(body, 0)),
-            Answer::Lost { rank, gone } => Err(Failure::gone(rank, &gone)),
-            Answer::Pending => Ok(().into()),
-            Answer::NothingSent => Err(nothing_sent()),
-        }
+        answered(cluster, answer, |_| 0)
     })
+}
+
+/// What R gets of an answer: with the place of its node, or without if that is 0.
+fn answered(
+    cluster: &Cluster,
+    answer: Answer,
+    place: impl Fn(Rank) -> i32,
+) -> std::result::Result<Robj, Failure> {
+    let ended = |failure: Failure, rank: Rank, task: TaskId| {
+        let messages = cluster.messages.borrow();
+        let index = messages.get(&task).map_or(0, |message| message.index);
+        Err(failure
+            .with("place", place(rank))
+            .with("task", task)
+            .with("index", index))
+    };
+    let of_rank = |kind: &str, rank: Rank| Failure::new(kind).with("rank", rank + 1);
+    match answer {
+        Answer::Ready { rank, task, body } => {
+            cluster.messages.borrow_mut().remove(&task);
+            Ok(read_answer(body, place(rank)))
+        }
+        Answer::Lost {
+            rank,
+            place,
+            task,
+            gone,
+        } => ended(Failure::gone(place, &gone), rank, task),
+        Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
+        Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),
+        Answer::Pending => Ok(().into()),
+        Answer::NothingSent => Err(Failure::new("no_task")),
+    }
 }
 
 /// The next answer of any of these nodes: a list of its place among them and the answer.
@@ -478,12 +615,7 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             let mut hub = cluster.hub.borrow_mut();
             hub.receive_any(|rank| place(rank) != ABSENT, SLICE)
         };
-        let result = match answer {
-            Answer::Ready { rank, body } => Ok(read_answer(body, place(rank) as i32)),
-            Answer::Lost { rank, gone } => Err(Failure::gone(rank, &gone)),
-            Answer::Pending => Ok(().into()),
-            Answer::NothingSent => Err(nothing_sent()),
-        };
+        let result = answered(cluster, answer, |rank| place(rank) as i32);
         cluster.nodes.set(Some((nodes, places)));
         result
     })
@@ -578,8 +710,7 @@ fn hub_agent_pids(handle: Robj) -> Robj {
     })
 }
 
-/// What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
-/// that workers printed. `NULL` if there is nothing.
+/// What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
 /// @noRd
 #[extendr]
 fn hub_events(handle: Robj) -> Robj {
@@ -591,28 +722,40 @@ fn hub_events(handle: Robj) -> Robj {
 #[extendr]
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
+        let job = job as JobId;
         cluster.last.set(None);
-        let mut hub = cluster.hub.borrow_mut();
-        hub.cancel_job(job as u64);
+        cluster.hub.borrow_mut().cancel_job(job);
+        let mut messages = cluster.messages.borrow_mut();
+        if !messages.is_empty() {
+            messages.retain(|_, message| message.job != job);
+        }
+        drop(messages);
+        let hub = cluster.hub.borrow();
         Ok(events(&hub))
     })
 }
 
 fn events(hub: &Hub) -> Robj {
-    let (mut replaced, mut ranks, mut texts) = (Vec::new(), Vec::new(), Vec::new());
-    for event in hub.take_events() {
-        match event {
-            Event::Replaced { rank } => replaced.push(rank as i32 + 1),
-            Event::Output { rank, bytes } => {
-                ranks.push(rank as i32 + 1);
-                texts.push(String::from_utf8_lossy(&bytes).replace('\0', ""));
-            }
-        }
-    }
-    if replaced.is_empty() && ranks.is_empty() {
+    let events = hub.take_events();
+    if events.is_empty() {
         return ().into();
     }
-    list!(replaced = replaced, ranks = ranks, texts = texts).into()
+    let shown = events.into_iter().map(|event| match event {
+        Event::Replaced { rank } => Failure::new("worker_replaced").with("rank", rank + 1),
+        Event::Lost {
+            rank,
+            loss,
+            replaced,
+        } => Failure::lost(rank, &loss).with("replaced", replaced),
+        Event::HostLost { agent, reason } => Failure::new("host_failed")
+            .with("agent", agent + 1)
+            .with("reason", reason),
+        Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
+        Event::Output { rank, bytes } => Failure::new("output")
+            .with("rank", rank + 1)
+            .with("text", String::from_utf8_lossy(&bytes)),
+    });
+    List::from_values(shown.map(Robj::from)).into()
 }
 
 extendr_module! {
@@ -624,6 +767,10 @@ extendr_module! {
     fn hub_go;
     fn hub_progress;
     fn hub_send;
+    fn hub_try_again;
+    fn hub_give_up;
+    fn hub_forget;
+    fn hub_message;
     fn hub_receive;
     fn hub_receive_any;
     fn hub_stop_nodes;

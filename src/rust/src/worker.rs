@@ -10,7 +10,7 @@ use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
 use rustcluster_core::sys;
-use rustcluster_core::worker::Channel;
+use rustcluster_core::worker::{Channel, Seed};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -98,6 +98,10 @@ unsafe extern "C" {
     fn rustcluster_take_call(function: *mut c_void, arguments: *mut c_void, tag: *mut c_void);
     fn rustcluster_run_task() -> SEXP;
     fn rustcluster_end_task(time: *mut f64) -> SEXP;
+    fn rustcluster_set_seed(values: *const c_void, count: c_int, guest: c_int);
+    fn rustcluster_seed_changed(values: *mut *const c_int, count: *mut c_int) -> c_int;
+    fn rustcluster_is_guest() -> c_int;
+    fn rustcluster_own_seed();
 }
 
 /// What ends the serving of tasks.
@@ -148,6 +152,8 @@ fn worker_serve() -> Robj {
 /// One task: what of it is not R's, and therefore outlives a jump.
 struct Turn {
     body: Body,
+    /// Integers of random number generators' states, and whether they are another's.
+    seeds: Vec<(Vec<c_int>, bool)>,
     sink: ToAgent,
     done: bool,
     kept: Kept,
@@ -172,6 +178,7 @@ fn serve_one() -> std::result::Result<(), Stop> {
     unwind::forget_interrupt();
     let mut turn = Turn {
         body: with_channel(Channel::next_task)?.ok_or(Stop::Done)?,
+        seeds: with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?,
         sink: ToAgent(Ok(())),
         done: false,
         kept: KEPT.take(),
@@ -208,11 +215,16 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         if (*turn).done {
             return R_NilValue;
         }
+        for (values, guest) in &(*turn).seeds {
+            let count = values.len() as c_int;
+            rustcluster_set_seed(values.as_ptr().cast(), count, c_int::from(*guest));
+        }
         signals::unblock_interrupt();
         let value = Rf_protect(rustcluster_run_task());
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
         (*turn).sink.begin();
+        leave_seed();
         let native = FORMAT.get() == Format::Native;
         if native && plain::write_answer(value, &time, tag, &mut (*turn).kept.answer) {
             (*turn).sink.write(&(*turn).kept.answer);
@@ -222,6 +234,45 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         Rf_unprotect(2);
         R_NilValue
     }
+}
+
+/// Has the agent told in which state the task leaves the random number generator, if it has used it.
+///
+/// # Safety
+/// Under [`unwind::run`]. SIGINT must be blocked.
+unsafe fn leave_seed() {
+    // SAFETY: the caller's; R may jump out of what is called here, and this frame then holds nothing
+    // that is to be dropped.
+    unsafe {
+        let guest = rustcluster_is_guest() != 0;
+        let (mut values, mut count) = (std::ptr::null(), 0);
+        if rustcluster_seed_changed(&raw mut values, &raw mut count) != 0 {
+            tell_seed(values, count, guest);
+        }
+        rustcluster_own_seed();
+    }
+}
+
+fn integers(seed: &Seed) -> (Vec<c_int>, bool) {
+    let values = seed.bytes.chunks_exact(size_of::<c_int>());
+    let value = |bytes: &[u8]| bytes.try_into().map_or(0, c_int::from_le_bytes);
+    (values.map(value).collect(), seed.guest)
+}
+
+/// # Safety
+/// There must be as many values as are announced.
+unsafe fn tell_seed(values: *const c_int, count: c_int, guest: bool) {
+    let values = match usize::try_from(count) {
+        // SAFETY: the caller's.
+        Ok(count) if count > 0 => unsafe { std::slice::from_raw_parts(values, count) },
+        _ => &[],
+    };
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    // Without a channel there is nobody to tell.
+    let _ = with_channel(|channel| {
+        channel.leave_seed(Seed { bytes, guest });
+        Ok(())
+    });
 }
 
 /// # Safety
@@ -270,6 +321,7 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
         (*turn).sink.begin();
+        leave_seed();
         write_slowly((*turn).value, false, &time, tag, &mut (*turn).sink);
         Rf_unprotect(1);
         R_NilValue

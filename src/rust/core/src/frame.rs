@@ -26,6 +26,11 @@ pub const KEEP: u8 = 8;
 /// Towards an agent: instead of the body there is the number of a kept chunk (8 bytes), and how many
 /// chunks of successive numbers are meant (4 bytes), which together are no longer than a body.
 pub const SAME: u8 = 16;
+/// Of a seed: that of a task which another worker should have had, and for that task alone.
+pub const GUEST: u8 = 32;
+
+/// All flags that there are.
+const FLAGS: u8 = FIRST | LAST | ABORT | KEEP | SAME | GUEST;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +47,14 @@ pub enum Kind {
     Output = 4,
     /// Towards a worker: the running task was cancelled.
     Cancel = 5,
+    /// The state of a worker's random number generator, R's `.Random.seed` as bytes. Towards a
+    /// worker: to be put in place before the next task. From a worker: what the task that is being
+    /// answered left. With [`GUEST`] it is not the worker's own.
+    Seed = 6,
+    /// Towards an agent: what the next message to this worker does there lasts, and is to be done
+    /// again if the worker has to be replaced (see [`crate::agent::replay`]). The body, 8 bytes,
+    /// names what it sets; 0: nothing in particular.
+    State = 7,
 }
 
 impl Kind {
@@ -52,6 +65,8 @@ impl Kind {
             3 => Kind::Credit,
             4 => Kind::Output,
             5 => Kind::Cancel,
+            6 => Kind::Seed,
+            7 => Kind::State,
             _ => return None,
         })
     }
@@ -108,7 +123,7 @@ impl Header {
         let task = bytes.get_u64_le();
         let len = bytes.get_u32_le();
         let kind = Kind::from_byte(kind).ok_or(FrameError::UnknownKind(kind))?;
-        if reserved != 0 || flags & !(FIRST | LAST | ABORT | KEEP | SAME) != 0 {
+        if reserved != 0 || flags & !FLAGS != 0 {
             return Err(FrameError::BadFlags { flags, reserved });
         }
         let header = Header {
@@ -240,9 +255,11 @@ mod tests {
                 Just(Kind::Control),
                 Just(Kind::Data),
                 Just(Kind::Output),
-                Just(Kind::Cancel)
+                Just(Kind::Cancel),
+                Just(Kind::Seed),
+                Just(Kind::State)
             ],
-            0u8..32,
+            0u8..64,
             any::<u32>(),
             any::<u64>(),
             prop_oneof![
@@ -328,7 +345,7 @@ mod tests {
     fn unknown_kinds_and_flags_are_refused() {
         let mut bytes = Frame::credit(1, 2, 3).header.to_bytes();
         assert!(Header::decode(&bytes).is_ok());
-        bytes[1] = 32;
+        bytes[1] = 64;
         assert!(Header::decode(&bytes).is_err());
         bytes[1] = 0;
         bytes[2] = 1;

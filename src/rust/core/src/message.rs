@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
 pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
@@ -101,6 +101,11 @@ pub struct Start {
     pub patience: u32,
     /// Bytes of tasks that the agent keeps for its other workers (see [`crate::share`]); 0: none.
     pub keep: u64,
+    /// Bytes of what lasts on workers that the agent holds to restore those it replaces (see
+    /// [`crate::agent::replay`]).
+    pub state: u64,
+    /// Milliseconds that a task may take; 0: any time.
+    pub timeout: u64,
 }
 
 /// How a process ended.
@@ -143,6 +148,11 @@ pub enum ToAgent {
         worker: u32,
         task: u64,
     },
+    /// The head knows that this worker was lost and is being replaced. What it sent to the worker
+    /// before this was meant for the lost one.
+    LossNoted {
+        worker: u32,
+    },
     /// End this worker, whatever it does.
     StopWorker {
         worker: u32,
@@ -172,11 +182,23 @@ pub enum ToHead {
         worker: u32,
         pid: u32,
     },
+    /// A worker ended without being asked to. `replaced`: a fresh one is on its way to its place.
     WorkerLost {
         worker: u32,
         loss: Loss,
+        replaced: bool,
     },
-    /// The worker did not heed an interrupt, was killed, and this fresh one took its place.
+    /// The task took longer than it may: its worker is interrupted, and killed if need be.
+    TimedOut {
+        worker: u32,
+        task: u64,
+    },
+    /// What lasts on this worker is more than is held: it will not be replaced.
+    StateNotKept {
+        worker: u32,
+    },
+    /// The fresh worker that takes the place of one that was lost, or killed because it did not heed
+    /// an interrupt, has been brought to that one's state.
     WorkerReplaced {
         worker: u32,
         pid: u32,
@@ -332,6 +354,7 @@ mod tests {
                     tail: "Error in \u{2018}f\u{2019}: 100%s".into(),
                     memory_available: 1 << 40,
                 },
+                replaced: true,
             },
         ];
         for message in messages {

@@ -6,11 +6,12 @@
 //! simulated.
 //!
 //! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
-//! start in the order of submission and one at a time; bytes of one worker never hold up
+//! start in the order of submission and one at a time, and a task that was lost with its worker
+//! before those that follow it, if it is submitted again; bytes of one worker never hold up
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
-use crate::frame::{ABORT, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
+use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::Bytes;
@@ -34,6 +35,10 @@ pub const SEND_WINDOW: usize = 1024 * 1024;
 pub const RESULT_WINDOW: usize = 256 * 1024;
 /// Bytes of a large result that the head asks for at a time.
 pub const GRANT: usize = 1024 * 1024;
+
+/// A host on which so many workers (and twice as many as it has) are lost in a row, without a task
+/// that ends in between, is left out.
+pub const LOSSES_IN_A_ROW: usize = 10;
 
 /// The bytes of a result, as they arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -68,8 +73,11 @@ pub enum Gone {
 pub enum Outcome {
     /// The worker's answer: a serialized R object, which may well be an R error.
     Answer(Body),
-    /// The worker ended before it could answer.
+    /// The worker ended before it could answer. If another takes its place, tasks that follow wait
+    /// until this one has been submitted again or [`Scheduler::let_go`].
     Lost(Arc<Gone>),
+    /// It took longer than it may.
+    TimedOut,
     /// The head no longer wants the answer.
     Cancelled,
 }
@@ -81,9 +89,28 @@ pub enum Note {
         rank: Rank,
         pid: u32,
     },
+    /// A worker was lost; a fresh one is on its way to its place. `task`: it had one, which is told
+    /// apart.
+    Lost {
+        rank: Rank,
+        loss: Loss,
+        task: bool,
+    },
+    /// A fresh worker has taken the place of one that was lost; `killed`: that had not heeded an
+    /// interrupt.
     Replaced {
         rank: Rank,
         pid: u32,
+        killed: bool,
+    },
+    /// What lasts on a worker is more than its host holds.
+    StateNotKept {
+        rank: Rank,
+    },
+    /// Its workers were lost again and again: it is to be left alone.
+    LeftOut {
+        agent: usize,
+        reason: String,
     },
     Gone {
         rank: Rank,
@@ -126,6 +153,21 @@ impl fmt::Display for ProtocolError {
 
 impl std::error::Error for ProtocolError {}
 
+/// A task to be submitted.
+#[derive(Clone, Debug, Default)]
+pub struct Order {
+    pub rank: Rank,
+    pub task: TaskId,
+    pub job: JobId,
+    /// It goes before all others: it was lost with its worker and is submitted again.
+    pub again: bool,
+    /// What it does to the worker lasts, under this name; 0: under none.
+    pub lasts: Option<u64>,
+    /// The worker whose task it was, if that is another: it goes on with that one's random numbers,
+    /// if they are known here.
+    pub instead_of: Option<Rank>,
+}
+
 #[derive(Debug)]
 enum WorkerState {
     Starting,
@@ -140,6 +182,8 @@ struct Task {
     chunks: VecDeque<Chunk>,
     /// The last chunk has been submitted.
     complete: bool,
+    lasts: Option<u64>,
+    instead_of: Option<Rank>,
 }
 
 impl Task {
@@ -170,6 +214,10 @@ struct Current {
     granted: usize,
     /// In the queue of those who wait for a grant.
     starving: bool,
+    /// The state that the random number generator is to have for it, if that is another worker's.
+    before: Option<Bytes>,
+    /// The state in which it leaves the generator of this worker.
+    after: Option<(Rank, Bytes)>,
 }
 
 #[derive(Debug)]
@@ -179,6 +227,11 @@ struct Worker {
     state: WorkerState,
     queue: VecDeque<Task>,
     current: Option<Current>,
+    /// This task was lost with the worker before. Until it is known what becomes of it, those that
+    /// follow wait.
+    undecided: Option<(TaskId, JobId)>,
+    /// The state of its random number generator, if that is known here.
+    seed: Option<Bytes>,
     /// Bytes that may be sent: see [`SEND_WINDOW`].
     window: usize,
     /// In its agent's `sendable`.
@@ -204,6 +257,8 @@ impl Worker {
 #[derive(Debug)]
 struct Agent {
     ranks: Vec<Rank>,
+    /// Frames that belong together with the one that was given out last.
+    together: VecDeque<Frame>,
     /// Go first.
     control: VecDeque<Frame>,
     /// Workers with a chunk to send, each once, in turn.
@@ -211,6 +266,8 @@ struct Agent {
     /// What it keeps, if it keeps chunks.
     mirror: Option<Mirror>,
     lost: bool,
+    /// Losses since a task last ended there.
+    losses: usize,
 }
 
 /// See the module's documentation.
@@ -251,10 +308,12 @@ impl Scheduler {
                 .into_iter()
                 .map(|ranks| Agent {
                     ranks,
+                    together: VecDeque::new(),
                     control: VecDeque::new(),
                     sendable: VecDeque::new(),
                     mirror: None,
                     lost: false,
+                    losses: 0,
                 })
                 .collect(),
             workers: places
@@ -265,6 +324,8 @@ impl Scheduler {
                     state: WorkerState::Starting,
                     queue: VecDeque::new(),
                     current: None,
+                    undecided: None,
+                    seed: None,
                     window: SEND_WINDOW,
                     sendable: false,
                 })
@@ -320,69 +381,87 @@ impl Scheduler {
         }
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, of a task's message. The first one queues the task.
-    pub fn submit(
-        &mut self,
-        rank: Rank,
-        id: TaskId,
-        job: JobId,
-        chunk: Chunk,
-        first: bool,
-        last: bool,
-    ) {
+    /// A task; its message follows in chunks.
+    pub fn submit(&mut self, order: Order) {
+        let Some(worker) = self.workers.get_mut(order.rank as usize) else {
+            return;
+        };
+        if let WorkerState::Gone(gone) = &worker.state {
+            self.notes.push(Note::Done {
+                rank: order.rank,
+                task: order.task,
+                job: order.job,
+                outcome: Outcome::Lost(gone.clone()),
+            });
+            return;
+        }
+        let task = Task {
+            id: order.task,
+            job: order.job,
+            chunks: VecDeque::new(),
+            complete: false,
+            lasts: order.lasts,
+            instead_of: order.instead_of,
+        };
+        if order.again {
+            worker.undecided = None;
+            worker.queue.push_front(task);
+        } else {
+            worker.queue.push_back(task);
+        }
+        self.dispatch(order.rank);
+    }
+
+    /// A chunk, at most [`MAX_BODY`] long, of the message of a task.
+    pub fn append(&mut self, rank: Rank, id: TaskId, chunk: Chunk, last: bool) {
         debug_assert!(chunk.bytes.len() <= MAX_BODY);
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
-        if let WorkerState::Gone(gone) = &worker.state {
-            self.released += chunk.bytes.len();
-            if first {
-                let outcome = Outcome::Lost(gone.clone());
-                self.notes.push(Note::Done {
-                    rank,
-                    task: id,
-                    job,
-                    outcome,
-                });
-            }
-            return;
-        }
-        if first {
-            worker.queue.push_back(Task {
-                id,
-                job,
-                chunks: VecDeque::new(),
-                complete: false,
-            });
-        }
+        let open = |task: &&mut Task| task.id == id && !task.complete;
         let current = worker.current.as_mut().map(|current| &mut current.task);
-        let task = worker.queue.back_mut().or(current);
+        // The last one, the first one if it was submitted again, or the current one.
+        let mut task = worker.queue.iter_mut().rev().find(open);
+        if task.is_none() {
+            task = current.filter(open);
+        }
         match task {
-            Some(task) if task.id == id && !task.complete => {
+            Some(task) => {
                 task.complete = last;
                 if !chunk.bytes.is_empty() {
                     task.chunks.push_back(chunk);
                 }
             }
-            // Cancelled while R was still writing it.
-            _ => self.released += chunk.bytes.len(),
+            // Cancelled or lost while R was still writing it.
+            None => self.released += chunk.bytes.len(),
         }
         self.dispatch(rank);
     }
 
+    /// The task that was lost with its worker, if it is still that which others wait for, will not
+    /// be submitted again.
+    pub fn let_go(&mut self, rank: Rank, id: TaskId) {
+        if let Some(worker) = self.workers.get_mut(rank as usize) {
+            if worker.undecided.is_some_and(|(task, _)| task == id) {
+                worker.undecided = None;
+                self.dispatch(rank);
+            }
+        }
+    }
+
     /// R could not finish writing this task's message; it ends as cancelled.
     pub fn cancel_task(&mut self, rank: Rank, id: TaskId) {
-        self.cancel_matching(rank, |task| task.id == id);
+        self.cancel_matching(rank, |task, _| task == id);
     }
 
     /// Cancels all tasks of `job` that have not ended.
     pub fn cancel_job(&mut self, job: JobId) {
         for rank in 0..self.workers.len() as Rank {
-            self.cancel_matching(rank, |task| task.job == job);
+            self.cancel_matching(rank, |_, other| other == job);
         }
     }
 
-    fn cancel_matching(&mut self, rank: Rank, matches: impl Fn(&Task) -> bool) {
+    fn cancel_matching(&mut self, rank: Rank, matches: impl Fn(TaskId, JobId) -> bool) {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
@@ -390,7 +469,13 @@ impl Scheduler {
         let agent = worker.agent;
         let index = worker.index;
         let mut frame = None;
-        let matching = |current: &&mut Current| matches(&current.task) && !current.cancelled;
+        let mut running = false;
+        let matching = |current: &&mut Current| {
+            matches(current.task.id, current.task.job) && !current.cancelled
+        };
+        // It has ended as lost already.
+        let undecided = worker.undecided;
+        worker.undecided = undecided.filter(|&(task, job)| !matches(task, job));
         if let Some(current) = worker.current.as_mut().filter(matching) {
             cancelled.push((current.task.id, current.task.job));
             self.released += current.task.queued_bytes();
@@ -405,13 +490,7 @@ impl Scheduler {
                     worker.current = None;
                 }
                 Phase::Running => {
-                    // What is still to come of it is dropped, so it takes no room from others.
-                    self.reserved -= current.reserved();
-                    self.flowing -= usize::from(current.flowing());
-                    current.cancelled = true;
-                    current.task.chunks.clear();
-                    self.buffered -= current.answer.len;
-                    current.answer = Body::default();
+                    running = true;
                     let task = current.task.id;
                     let cancel = ToAgent::Cancel {
                         worker: index,
@@ -422,9 +501,13 @@ impl Scheduler {
                 }
             }
         }
+        if running {
+            self.drop_answer(rank);
+        }
+        let worker = &mut self.workers[rank as usize];
         let mut kept = VecDeque::with_capacity(worker.queue.len());
         for task in mem::take(&mut worker.queue) {
-            if matches(&task) {
+            if matches(task.id, task.job) {
                 cancelled.push((task.id, task.job));
                 self.released += task.queued_bytes();
             } else {
@@ -446,6 +529,18 @@ impl Scheduler {
         }
         self.dispatch(rank);
         self.grant();
+    }
+
+    /// The answer that a worker is at is not wanted. What is still to come of it is dropped, so it
+    /// takes no room from others.
+    fn drop_answer(&mut self, rank: Rank) {
+        if let Some(current) = &mut self.workers[rank as usize].current {
+            self.reserved -= current.reserved();
+            self.flowing -= usize::from(current.flowing());
+            self.buffered -= current.answer.len;
+            current.answer = Body::default();
+            current.cancelled = true;
+        }
     }
 
     /// Ends a worker, whatever it does.
@@ -492,6 +587,7 @@ impl Scheduler {
         if mem::replace(&mut self.agents[agent].lost, true) {
             return;
         }
+        self.agents[agent].together.clear();
         self.agents[agent].control.clear();
         self.agents[agent].sendable.clear();
         let gone = Arc::new(Gone::Host(reason.to_owned()));
@@ -510,17 +606,9 @@ impl Scheduler {
             rank,
             gone: gone.clone(),
         });
-        let mut ended = Vec::new();
-        if let Some(current) = worker.current.take() {
-            self.released += current.task.queued_bytes();
-            self.buffered -= current.answer.len;
-            self.reserved -= current.reserved();
-            self.flowing -= usize::from(current.flowing());
-            if !current.cancelled {
-                ended.push(current.task);
-            }
-        }
-        for task in mem::take(&mut worker.queue) {
+        worker.undecided = None;
+        let mut ended: Vec<Task> = self.drop_current(rank).into_iter().collect();
+        for task in mem::take(&mut self.workers[rank as usize].queue) {
             self.released += task.queued_bytes();
             ended.push(task);
         }
@@ -532,27 +620,95 @@ impl Scheduler {
                 outcome: Outcome::Lost(gone.clone()),
             });
         }
-        self.starving.retain(|&starving| starving != rank);
         self.grant();
+    }
+
+    /// Takes the task from a worker that has ended. Returns it if its answer is still wanted.
+    fn drop_current(&mut self, rank: Rank) -> Option<Task> {
+        self.starving.retain(|&starving| starving != rank);
+        let current = self.workers[rank as usize].current.take()?;
+        self.released += current.task.queued_bytes();
+        self.buffered -= current.answer.len;
+        self.reserved -= current.reserved();
+        self.flowing -= usize::from(current.flowing());
+        (!current.cancelled).then_some(current.task)
+    }
+
+    /// A worker has ended, and a fresh one will take its place: what waits for it goes on waiting.
+    fn replace(&mut self, rank: Rank, loss: Loss) {
+        let worker = &mut self.workers[rank as usize];
+        if matches!(worker.state, WorkerState::Gone(_)) {
+            return;
+        }
+        let (agent, index) = (worker.agent, worker.index);
+        worker.state = WorkerState::Starting;
+        // What the lost one had not read is gone.
+        worker.window = SEND_WINDOW;
+        if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
+            self.push_control(agent, frame);
+        }
+        let task = self.drop_current(rank);
+        self.notes.push(Note::Lost {
+            rank,
+            loss: loss.clone(),
+            task: task.is_some(),
+        });
+        if let Some(task) = task {
+            self.workers[rank as usize].undecided = Some((task.id, task.job));
+            self.notes.push(Note::Done {
+                rank,
+                task: task.id,
+                job: task.job,
+                outcome: Outcome::Lost(Arc::new(Gone::Worker(loss))),
+            });
+        }
+        self.grant();
+        self.count_loss(agent);
+    }
+
+    fn count_loss(&mut self, at: usize) {
+        let agent = &mut self.agents[at];
+        agent.losses += 1;
+        if agent.lost || agent.losses < LOSSES_IN_A_ROW.max(2 * agent.ranks.len()) {
+            return;
+        }
+        let reason = format!(
+            "{} of its workers were lost in a row, and no task ended in between: it is left out",
+            agent.losses
+        );
+        // Last of all, the end.
+        self.agents[at].control.clear();
+        let _ = self.send_control(at, &ToAgent::Stop);
+        let control = mem::take(&mut self.agents[at].control);
+        self.agent_lost(at, &reason);
+        self.agents[at].control = control;
+        self.notes.push(Note::LeftOut { agent: at, reason });
     }
 
     /// Gives an idle worker its next task and lets it be sent.
     fn dispatch(&mut self, rank: Rank) {
         let worker = &mut self.workers[rank as usize];
-        if !matches!(worker.state, WorkerState::Up) {
+        if !matches!(worker.state, WorkerState::Up) || worker.undecided.is_some() {
             return;
         }
         if worker.current.is_none() {
-            worker.current = worker.queue.pop_front().map(|task| Current {
-                task,
-                phase: Phase::Sending { first: true },
-                cancelled: false,
-                answer: Body::default(),
-                received: 0,
-                granted: RESULT_WINDOW,
-                starving: false,
-            });
+            if let Some(task) = worker.queue.pop_front() {
+                let whose = task.instead_of.map(|other| other as usize);
+                let before = whose.and_then(|other| self.workers.get(other)?.seed.clone());
+                self.workers[rank as usize].current = Some(Current {
+                    task,
+                    phase: Phase::Sending { first: true },
+                    cancelled: false,
+                    answer: Body::default(),
+                    received: 0,
+                    granted: RESULT_WINDOW,
+                    starving: false,
+                    before,
+                    after: None,
+                });
+            }
         }
+        let worker = &mut self.workers[rank as usize];
         if !worker.sendable && worker.can_send() {
             worker.sendable = true;
             self.agents[worker.agent].sendable.push_back(rank);
@@ -561,7 +717,8 @@ impl Scheduler {
 
     /// The next frame for an agent's stream, if there is one.
     pub fn next_frame(&mut self, agent: usize) -> Option<Frame> {
-        if let Some(frame) = self.agents[agent].control.pop_front() {
+        let queued = self.agents[agent].together.pop_front();
+        if let Some(frame) = queued.or_else(|| self.agents[agent].control.pop_front()) {
             return Some(frame);
         }
         while let Some(rank) = self.agents[agent].sendable.pop_front() {
@@ -598,9 +755,19 @@ impl Scheduler {
                 current.phase = Phase::Running;
             }
             let (flags, task) = (flags | sent.flags, current.task.id);
-            let frame = Frame::new(Kind::Data, flags, worker.index, task, sent.body);
+            let index = worker.index;
+            let frame = Frame::new(Kind::Data, flags, index, task, sent.body);
+            let together = &mut self.agents[agent].together;
+            if let Some(seed) = current.before.take() {
+                together.push_back(Frame::new(Kind::Seed, GUEST, index, task, seed));
+            }
+            if let Some(name) = current.task.lasts.take() {
+                let name = Bytes::copy_from_slice(&name.to_le_bytes());
+                together.push_back(Frame::new(Kind::State, 0, index, task, name));
+            }
+            together.push_back(frame);
             self.dispatch(rank);
-            return Some(frame);
+            return self.agents[agent].together.pop_front();
         }
         None
     }
@@ -636,7 +803,20 @@ impl Scheduler {
                 self.notes.push(Note::Output { rank, bytes });
                 Ok(())
             }
-            Kind::Cancel => Err(ProtocolError("a cancel frame from an agent".into())),
+            Kind::Seed => {
+                let rank = self.rank(agent, header.worker)?;
+                let worker = &mut self.workers[rank as usize];
+                if let Some(current) = &mut worker.current {
+                    if current.task.id == header.task {
+                        let other = current.task.instead_of.filter(|_| header.flags & GUEST != 0);
+                        current.after = Some((other.unwrap_or(rank), frame.body));
+                    }
+                }
+                Ok(())
+            }
+            Kind::Cancel | Kind::State => {
+                Err(ProtocolError("a frame that is not for the head".into()))
+            }
         }
     }
 
@@ -666,22 +846,43 @@ impl Scheduler {
                     self.dispatch(rank);
                 }
             }
-            ToHead::WorkerLost { worker, loss } => {
+            ToHead::WorkerLost {
+                worker,
+                loss,
+                replaced,
+            } => {
                 let rank = self.rank(agent, worker)?;
-                self.lose(rank, Arc::new(Gone::Worker(loss)));
+                if replaced {
+                    self.replace(rank, loss);
+                } else {
+                    self.lose(rank, Arc::new(Gone::Worker(loss)));
+                    self.count_loss(agent);
+                }
+            }
+            ToHead::TimedOut { worker, task } => {
+                let rank = self.rank(agent, worker)?;
+                self.time_out(rank, task);
+            }
+            ToHead::StateNotKept { worker } => {
+                let rank = self.rank(agent, worker)?;
+                self.notes.push(Note::StateNotKept { rank });
             }
             ToHead::WorkerReplaced { worker, pid } => {
                 let rank = self.rank(agent, worker)?;
                 let worker = &mut self.workers[rank as usize];
-                match &worker.current {
-                    Some(current) if current.cancelled => self.free(rank),
+                let killed = match (&worker.state, &worker.current) {
                     // Stopped in the meantime.
-                    _ if matches!(worker.state, WorkerState::Gone(_)) => return Ok(()),
+                    (WorkerState::Gone(_), _) => return Ok(()),
+                    (WorkerState::Starting, None) => false,
+                    (_, Some(current)) if current.cancelled => true,
+                    // It ended by itself just after its last task.
                     _ => return Err(ProtocolError("a busy worker was replaced".into())),
-                }
-                // What the killed one had not read is gone.
-                self.workers[rank as usize].window = SEND_WINDOW;
-                self.notes.push(Note::Replaced { rank, pid });
+                };
+                self.free(rank);
+                let worker = &mut self.workers[rank as usize];
+                worker.state = WorkerState::Up;
+                worker.window = SEND_WINDOW;
+                self.notes.push(Note::Replaced { rank, pid, killed });
                 self.dispatch(rank);
             }
             // That anything came is what counts.
@@ -692,6 +893,27 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    /// A task took longer than it may. Its worker is busy until its agent says otherwise.
+    fn time_out(&mut self, rank: Rank, id: TaskId) {
+        let worker = &mut self.workers[rank as usize];
+        let Some(current) = worker.current.as_mut() else {
+            return;
+        };
+        let running = matches!(current.phase, Phase::Running);
+        if current.task.id != id || current.cancelled || !running {
+            return;
+        }
+        let job = current.task.job;
+        self.drop_answer(rank);
+        self.notes.push(Note::Done {
+            rank,
+            task: id,
+            job,
+            outcome: Outcome::TimedOut,
+        });
+        self.grant();
     }
 
     fn on_data(
@@ -724,6 +946,16 @@ impl Scheduler {
                 current.received, current.granted
             )));
         }
+        if flags & LAST != 0 {
+            self.agents[worker.agent].losses = 0;
+            if let Some((whose, seed)) = current.after.take() {
+                self.workers[whose as usize].seed = Some(seed);
+            }
+        }
+        let worker = &mut self.workers[rank as usize];
+        let Some(current) = &mut worker.current else {
+            return Ok(());
+        };
         if current.cancelled {
             if flags & LAST != 0 {
                 self.free(rank);

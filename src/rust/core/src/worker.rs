@@ -7,8 +7,9 @@
 //! lost (the frame is seen before the task starts), and one for a task that has ended is never felt
 //! by the next.
 
-use crate::frame::{self, FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::frame::{self, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
 use crate::message::{self, WorkerReady};
+use crate::outbuf::OutBuf;
 use crate::scheduler::{Body, TaskId};
 use crate::signals;
 use crate::sys;
@@ -23,6 +24,15 @@ use std::time::{Duration, Instant};
 /// and gives its core away at every look: to sleep and to be woken would take longer.
 const WATCH: Duration = Duration::from_micros(300);
 
+/// The state of a random number generator: the integers of R's `.Random.seed`,
+/// little-endian; none if there is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seed {
+    pub bytes: Bytes,
+    /// It is not this worker's, and for one task alone.
+    pub guest: bool,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Channel {
@@ -34,6 +44,10 @@ pub struct Channel {
     /// A chunk of the answer has been sent.
     begun: bool,
     outgoing: Vec<u8>,
+    /// To be put in place before the next task, one after the other.
+    seeds_before: Vec<Seed>,
+    /// What the task has left, to be told with its answer.
+    seed_after: Option<Seed>,
     /// How long the agent has lately let wait for what comes next, on average.
     usual_wait: Duration,
 }
@@ -49,6 +63,8 @@ impl Channel {
             task: None,
             begun: false,
             outgoing: Vec::new(),
+            seeds_before: Vec::new(),
+            seed_after: None,
             usual_wait: Duration::ZERO,
         }
     }
@@ -75,7 +91,7 @@ impl Channel {
     pub fn ready(&mut self, tempdir: String) -> io::Result<()> {
         let frame =
             message::encode_for(self.index, &WorkerReady { tempdir }).map_err(io::Error::other)?;
-        self.write(&frame)
+        self.write(&[&frame])
     }
 
     /// Reads one control message, before the first task.
@@ -106,7 +122,11 @@ impl Channel {
         while let Some(frame) = self.frame()? {
             let header = frame.header;
             match header.kind {
-                Kind::Data if header.flags & frame::ABORT != 0 => incoming = None,
+                Kind::Data if header.flags & frame::ABORT != 0 => {
+                    incoming = None;
+                    // That of a task which will not come.
+                    self.seeds_before.retain(|seed| !seed.guest);
+                }
                 Kind::Data => {
                     if header.flags & FIRST != 0 {
                         body = Body::default();
@@ -124,11 +144,17 @@ impl Channel {
                         signals::discard_interrupt();
                         if self.cancelled()? {
                             self.send(&[], true)?;
+                            self.seeds_before.retain(|seed| !seed.guest);
                             body = Body::default();
                             continue;
                         }
                         return Ok(Some(body));
                     }
+                }
+                Kind::Seed => {
+                    let guest = header.flags & GUEST != 0;
+                    let bytes = frame.body;
+                    self.seeds_before.push(Seed { bytes, guest });
                 }
                 // Of a task that has ended.
                 Kind::Cancel => {}
@@ -136,6 +162,16 @@ impl Channel {
             }
         }
         Ok(None)
+    }
+
+    /// The seeds to be put in place, one after the other, before the task that has come.
+    pub fn take_seeds(&mut self) -> Vec<Seed> {
+        std::mem::take(&mut self.seeds_before)
+    }
+
+    /// The task leaves this seed; it is told with the end of its answer.
+    pub fn leave_seed(&mut self, seed: Seed) {
+        self.seed_after = Some(seed);
     }
 
     /// Whether a cancel frame for the current task has already arrived.
@@ -147,13 +183,13 @@ impl Channel {
                 read => self.received.extend_from_slice(&buffer[..read?]),
             }
         }
-        // Only a cancel frame can follow a task that has not been answered.
-        Ok(match self.buffered()? {
-            Some(frame) => {
-                frame.header.kind == Kind::Cancel && Some(frame.header.task) == self.task
-            }
-            None => false,
-        })
+        // What may follow besides is the next of the tasks by which this worker is restored.
+        let next = Header::decode(&self.received).map_err(io::Error::other)?;
+        if next.is_none_or(|header| header.kind != Kind::Cancel) {
+            return Ok(false);
+        }
+        let frame = self.buffered()?;
+        Ok(frame.is_some_and(|frame| Some(frame.header.task) == self.task))
     }
 
     fn buffered(&mut self) -> io::Result<Option<Frame>> {
@@ -236,12 +272,23 @@ impl Channel {
         let first = !std::mem::replace(&mut self.begun, true);
         let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
         let body = Bytes::from(std::mem::take(&mut self.outgoing));
-        self.write(&Frame::new(Kind::Data, flags, self.index, task, body))
+        let answer = Frame::new(Kind::Data, flags, self.index, task, body);
+        let seed = if last { self.seed_after.take() } else { None };
+        match seed {
+            Some(seed) => {
+                let flags = if seed.guest { GUEST } else { 0 };
+                let seed = Frame::new(Kind::Seed, flags, self.index, task, seed.bytes);
+                self.write(&[&seed, &answer])
+            }
+            None => self.write(&[&answer]),
+        }
     }
 
-    fn write(&mut self, frame: &Frame) -> io::Result<()> {
-        let mut out = crate::outbuf::OutBuf::default();
-        out.push(frame);
+    fn write(&mut self, frames: &[&Frame]) -> io::Result<()> {
+        let mut out = OutBuf::default();
+        for frame in frames {
+            out.push(frame);
+        }
         while !out.is_empty() {
             match out.write_with(|slices| sys::send(self.stream.as_raw_fd(), slices)) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),

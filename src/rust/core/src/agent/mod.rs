@@ -6,9 +6,10 @@
 
 mod fork;
 mod process;
+pub mod replay;
 pub mod state;
 
-use crate::frame::{self, ABORT, Frame, Header, Kind, LAST, MAX_BODY};
+use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
 use crate::message::{
     self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
@@ -24,7 +25,8 @@ use bytes::{Buf, Bytes, BytesMut};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
-use state::{Book, Ending, Route};
+use replay::Replay;
+use state::{Book, Ending, REPLAY, Ready, Route};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -44,6 +46,11 @@ const FIRST_WORKER: usize = 4;
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
+/// Longer states of random number generators are not the head's to know: those are no streams that
+/// a task could go on with elsewhere. L'Ecuyer-CMRG's, of which `clusterSetRNGStream()` makes its
+/// streams, has 28 bytes.
+const SEED_TO_HEAD: usize = 64;
+
 /// Workers made between two looks at the streams.
 const MAKE_AT_ONCE: usize = 8;
 
@@ -214,6 +221,7 @@ pub struct Agent {
     outfile: Option<File>,
     book: Book,
     kept: Kept,
+    replay: Replay,
     workers: Vec<Option<Process>>,
     /// Workers yet to be made; `true` for one that replaces another.
     to_make: VecDeque<(u32, bool)>,
@@ -267,6 +275,8 @@ impl Agent {
             _ => None,
         };
         let patience = Duration::from_millis(greeted.start.patience.into());
+        let timeout = Duration::from_millis(greeted.start.timeout);
+        let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
         Ok(Agent {
             pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
             poll,
@@ -277,9 +287,10 @@ impl Agent {
             head_blocked: false,
             ending: false,
             outfile,
-            kept: Kept::new(usize::try_from(greeted.start.keep).unwrap_or(0)),
+            kept: Kept::new(bytes(greeted.start.keep)),
+            replay: Replay::new(count as usize, bytes(greeted.start.state)),
             start: greeted.start,
-            book: Book::new(count as usize),
+            book: Book::new(count as usize, (!timeout.is_zero()).then_some(timeout)),
             workers: (0..count).map(|_| None).collect(),
             to_make: (0..count).map(|worker| (worker, false)).collect(),
             replacing: vec![false; count as usize],
@@ -359,6 +370,11 @@ impl Agent {
                 self.on_signals();
             }
             self.feel_pulse();
+            for (worker, task) in self.book.out_of_time(self.now()) {
+                self.tell(&ToHead::TimedOut { worker, task });
+                self.interrupt(worker, task);
+                self.read_again(worker);
+            }
             for worker in self.book.overdue(self.now()) {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();
@@ -396,8 +412,7 @@ impl Agent {
                 break;
             };
             if self.ending {
-                self.book.stop(worker, self.epoch.elapsed());
-                self.book.exited(worker);
+                self.book.give_up(worker);
                 continue;
             }
             self.replacing[worker as usize] = replaces;
@@ -419,14 +434,19 @@ impl Agent {
                     self.write_worker(worker);
                 }
                 Err(error) => {
-                    self.book.exited(worker);
+                    self.book.give_up(worker);
                     let loss = Loss {
                         pid: 0,
                         exit: message::Exit::Unknown,
                         tail: format!("a worker could not be started: {error}"),
                         memory_available: cores::host_memory().map_or(0, |memory| memory.1),
                     };
-                    self.tell(&ToHead::WorkerLost { worker, loss });
+                    let replaced = false;
+                    self.tell(&ToHead::WorkerLost {
+                        worker,
+                        loss,
+                        replaced,
+                    });
                 }
             }
         }
@@ -491,8 +511,27 @@ impl Agent {
             match header.kind {
                 Kind::Data => {
                     self.kept.receive(&mut frame)?;
-                    if self.book.to_worker(&frame.header)? == Route::Forward {
+                    let now = self.now();
+                    if self.book.to_worker(&frame.header, now)? == Route::Forward {
+                        if header.flags & ABORT == 0 {
+                            let last = header.flags & LAST != 0;
+                            self.replay.piece(header.worker, &frame.body, last);
+                        } else {
+                            self.replay.done(header.worker, false);
+                        }
                         self.send_worker(header.worker, &frame);
+                    }
+                }
+                Kind::Seed => {
+                    if self.book.is_meant(header.worker)? {
+                        self.send_worker(header.worker, &frame);
+                    }
+                }
+                Kind::State => {
+                    let name = <[u8; 8]>::try_from(&frame.body[..]);
+                    let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
+                    if self.book.is_meant(header.worker)? {
+                        self.replay.expect(header.worker, u64::from_le_bytes(name));
                     }
                 }
                 Kind::Credit => {
@@ -522,6 +561,7 @@ impl Agent {
                     self.read_again(worker);
                 }
             }
+            ToAgent::LossNoted { worker } => self.book.noted(worker)?,
             ToAgent::StopWorker { worker } => self.stop_worker(worker),
             ToAgent::Stop => self.end(),
             // That anything came is what counts.
@@ -722,7 +762,14 @@ impl Agent {
                     }
                     held.advance(frame::HEADER_LEN);
                     let body = held.split_to(header.body_len());
+                    if header.flags & LAST != 0 && header.task & REPLAY == 0 {
+                        let lasts = route == Route::Forward;
+                        if self.replay.done(worker, lasts) {
+                            self.tell(&ToHead::StateNotKept { worker });
+                        }
+                    }
                     match route {
+                        Route::Restored => self.tell_up(worker),
                         Route::Forward if !self.ending => {
                             let body = body.freeze();
                             self.to_head.push(&Frame { header, body });
@@ -743,6 +790,20 @@ impl Agent {
                         message::decode(&body).map_err(|error| ProtocolError(error.to_string()))?;
                     self.on_ready(worker, ready);
                 }
+                Kind::Seed => {
+                    held.advance(frame::HEADER_LEN);
+                    let body = Bytes::copy_from_slice(&held.split_to(header.body_len()));
+                    // What is done again has been reported before.
+                    if self.book.task(worker).is_none() {
+                        continue;
+                    }
+                    if header.flags & GUEST == 0 {
+                        self.replay.seed(worker, body.clone());
+                    }
+                    if body.len() <= SEED_TO_HEAD && !self.ending {
+                        self.to_head.push(&Frame { header, body });
+                    }
+                }
                 _ => return Err(ProtocolError("a frame that is not for an agent".into())),
             }
         }
@@ -754,10 +815,38 @@ impl Agent {
             return;
         };
         process.tempdir = Some(ready.tempdir);
-        let pid = process.pid;
-        if !self.book.ready(worker) {
+        let again = match self.replacing[worker as usize] {
+            true => self.replay.restore(worker),
+            false => replay::Restore::default(),
+        };
+        let state = self.book.ready(worker, again.messages.len());
+        if state == Ready::Already {
             return;
         }
+        for (number, pieces) in (REPLAY..).zip(again.messages) {
+            let count = pieces.len();
+            for (at, body) in pieces.into_iter().enumerate() {
+                let first = if at == 0 { FIRST } else { 0 };
+                let last = if at + 1 == count { LAST } else { 0 };
+                let frame = Frame::new(Kind::Data, first | last, worker, number, body);
+                self.send_worker(worker, &frame);
+            }
+        }
+        if let Some(seed) = again.seed {
+            let frame = Frame::new(Kind::Seed, 0, worker, 0, seed);
+            self.send_worker(worker, &frame);
+        }
+        if state == Ready::Up {
+            self.tell_up(worker);
+        }
+    }
+
+    /// The head may send it tasks.
+    fn tell_up(&mut self, worker: u32) {
+        let Some(process) = &self.workers[worker as usize] else {
+            return;
+        };
+        let pid = process.pid;
         let message = if self.replacing[worker as usize] {
             ToHead::WorkerReplaced { worker, pid }
         } else {
@@ -854,17 +943,26 @@ impl Agent {
             // Already gone if it ended in good order.
             let _ = std::fs::remove_dir_all(tempdir);
         }
-        match self.book.exited(worker) {
+        self.replay.lost(worker);
+        let restorable = self.replay.is_complete(worker) && !self.ending;
+        match self.book.exited(worker, restorable) {
             Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
             Ending::Replace => self.to_make.push_back((worker, true)),
-            Ending::Lost => {
+            Ending::Lost { replaced } => {
                 let loss = Loss {
                     pid: process.pid,
                     exit,
                     tail: process.tail.text(),
                     memory_available: cores::host_memory().map_or(0, |memory| memory.1),
                 };
-                self.tell(&ToHead::WorkerLost { worker, loss });
+                self.tell(&ToHead::WorkerLost {
+                    worker,
+                    loss,
+                    replaced,
+                });
+                if replaced {
+                    self.to_make.push_back((worker, true));
+                }
             }
         }
     }

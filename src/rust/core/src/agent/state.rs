@@ -14,6 +14,13 @@ pub const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
 /// the second within which everything must be gone.
 pub const STOP_GRACE: Duration = Duration::from_millis(600);
 
+/// In the numbers of tasks by which a worker is brought to the state of the one before it.
+pub const REPLAY: u64 = 1 << 63;
+
+/// A fresh worker that has ended so often before it was as far as the one before it is not made
+/// again.
+const SETBACKS: u32 = 3;
+
 /// The time, since any fixed moment.
 pub type Now = Duration;
 
@@ -21,11 +28,17 @@ pub type Now = Duration;
 enum Phase {
     /// Made, not yet ready.
     Starting,
+    /// Doing so many tasks again that the one before it had done.
+    Restoring {
+        left: usize,
+    },
     Idle,
     Busy {
         task: u64,
-        /// Cancelled: its worker is killed if it has not answered by then.
+        /// Cancelled, or out of time: its worker is killed if it has not answered by then.
         cancelled: Option<Now>,
+        /// When it will be out of time.
+        deadline: Option<Now>,
     },
     Gone,
 }
@@ -41,6 +54,13 @@ struct Entry {
     credit: usize,
     /// Bytes passed on to the worker and not yet reported to the head.
     passed: usize,
+    /// It, or one before it in its place, has been ready.
+    came_up: bool,
+    /// Losses that the head has been told of and may not know yet: what it sends until then was
+    /// meant for the one before.
+    unnoted: u32,
+    /// How often it has ended since it was last ready for the head's tasks.
+    setbacks: u32,
 }
 
 /// What to do with a frame.
@@ -52,6 +72,19 @@ pub enum Route {
     Drop,
     /// Drop it and tell the head that the cancelled task has ended.
     Ended,
+    /// Drop it: the worker is now as far as the one before it was.
+    Restored,
+}
+
+/// What it means that a worker is ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ready {
+    /// It was so before.
+    Already,
+    /// The head may send it tasks.
+    Up,
+    /// It is to do some tasks again first.
+    Restoring,
 }
 
 /// What an exit means.
@@ -59,10 +92,10 @@ pub enum Route {
 pub enum Ending {
     /// It was asked to.
     Stopped,
-    /// It was not: the head must know.
-    Lost,
-    /// It ended, or was killed, while a cancelled task kept it busy: a fresh worker takes its
-    /// place.
+    /// It was not: the head must know. `replaced`: a fresh worker takes its place.
+    Lost { replaced: bool },
+    /// It ended, or was killed, while a cancelled task kept it busy, or before it was what the one
+    /// before it had been: a fresh worker takes its place.
     Replace,
 }
 
@@ -72,11 +105,13 @@ pub struct Book {
     workers: Vec<Entry>,
     /// Some worker may have a deadline. Mostly none has, and then none is looked for.
     timed: bool,
+    /// How long a task may take.
+    timeout: Option<Duration>,
 }
 
 impl Book {
-    /// A host with `count` workers, all starting.
-    pub fn new(count: usize) -> Book {
+    /// A host with `count` workers, all starting, whose tasks may take so long.
+    pub fn new(count: usize, timeout: Option<Duration>) -> Book {
         let workers = (0..count)
             .map(|_| Entry {
                 phase: Phase::Starting,
@@ -84,11 +119,15 @@ impl Book {
                 hung_up: None,
                 credit: 0,
                 passed: 0,
+                came_up: false,
+                unnoted: 0,
+                setbacks: 0,
             })
             .collect();
         Book {
             workers,
             timed: false,
+            timeout,
         }
     }
 
@@ -99,31 +138,59 @@ impl Book {
             .ok_or_else(|| ProtocolError(format!("worker {worker} of {count}")))
     }
 
-    /// A worker is ready. Returns whether it was starting.
-    pub fn ready(&mut self, worker: u32) -> bool {
+    /// A worker is ready, and has so many tasks to do again.
+    pub fn ready(&mut self, worker: u32, again: usize) -> Ready {
         match self.workers.get_mut(worker as usize) {
             Some(entry) if entry.phase == Phase::Starting => {
+                entry.came_up = true;
+                if again > 0 {
+                    entry.phase = Phase::Restoring { left: again };
+                    return Ready::Restoring;
+                }
                 entry.phase = Phase::Idle;
-                true
+                entry.setbacks = 0;
+                Ready::Up
             }
-            _ => false,
+            _ => Ready::Already,
         }
+    }
+
+    /// The head knows of a loss.
+    ///
+    /// # Errors
+    /// When there is no such worker.
+    pub fn noted(&mut self, worker: u32) -> Result<(), ProtocolError> {
+        let entry = self.entry(worker)?;
+        entry.unnoted = entry.unnoted.saturating_sub(1);
+        Ok(())
+    }
+
+    /// Whether what the head sends to a worker is meant for that worker.
+    ///
+    /// # Errors
+    /// When there is no such worker.
+    pub fn is_meant(&mut self, worker: u32) -> Result<bool, ProtocolError> {
+        let entry = self.entry(worker)?;
+        let there = entry.phase != Phase::Gone && entry.stopping.is_none();
+        Ok(there && entry.unnoted == 0)
     }
 
     /// A data frame from the head to a worker.
     ///
     /// # Errors
     /// When the head would not send it.
-    pub fn to_worker(&mut self, header: &Header) -> Result<Route, ProtocolError> {
-        let entry = self.entry(header.worker)?;
-        if entry.phase == Phase::Gone || entry.stopping.is_some() {
+    pub fn to_worker(&mut self, header: &Header, now: Now) -> Result<Route, ProtocolError> {
+        if !self.is_meant(header.worker)? {
             return Ok(Route::Drop);
         }
+        let timeout = self.timeout;
+        let entry = self.entry(header.worker)?;
         match entry.phase {
-            Phase::Idle if header.flags & FIRST != 0 => {
+            Phase::Idle if header.flags & FIRST != 0 && header.task & REPLAY == 0 => {
                 entry.phase = Phase::Busy {
                     task: header.task,
                     cancelled: None,
+                    deadline: None,
                 };
                 entry.credit = RESULT_WINDOW;
             }
@@ -135,6 +202,11 @@ impl Book {
                 )));
             }
         }
+        if let (Phase::Busy { deadline, .. }, true) = (&mut entry.phase, header.flags & LAST != 0) {
+            *deadline = timeout.map(|timeout| now + timeout);
+            self.timed |= timeout.is_some();
+        }
+        let entry = self.entry(header.worker)?;
         if header.flags & ABORT != 0 {
             entry.phase = Phase::Idle;
         }
@@ -144,6 +216,10 @@ impl Book {
     /// Bytes have reached a worker. Returns the credit to give back to the head, if it is time.
     pub fn passed(&mut self, worker: u32, bytes: usize) -> Option<(u64, u32)> {
         let entry = self.workers.get_mut(worker as usize)?;
+        // What the agent itself gives a worker is not the head's.
+        if matches!(entry.phase, Phase::Starting | Phase::Restoring { .. }) {
+            return None;
+        }
         entry.passed += bytes;
         if entry.passed < SEND_WINDOW / 2 {
             return None;
@@ -163,14 +239,29 @@ impl Book {
     /// When a worker of ours would not send it.
     pub fn from_worker(&mut self, header: &Header) -> Result<Route, ProtocolError> {
         let entry = self.entry(header.worker)?;
-        let Phase::Busy { task, cancelled } = entry.phase else {
+        let last = header.flags & LAST != 0;
+        if let Phase::Restoring { left } = &mut entry.phase {
+            if header.task & REPLAY == 0 {
+                return Err(ProtocolError("an answer to a task of the worker before".into()));
+            }
+            *left -= usize::from(last);
+            if *left > 0 {
+                return Ok(Route::Drop);
+            }
+            entry.phase = Phase::Idle;
+            entry.setbacks = 0;
+            return Ok(Route::Restored);
+        }
+        let Phase::Busy {
+            task, cancelled, ..
+        } = entry.phase
+        else {
             return Err(ProtocolError("an answer from an idle worker".into()));
         };
         if task != header.task {
             return Err(ProtocolError("an answer to another task".into()));
         }
         let len = header.body_len();
-        let last = header.flags & LAST != 0;
         if cancelled.is_some() {
             if last {
                 entry.phase = Phase::Idle;
@@ -205,6 +296,7 @@ impl Book {
             Phase::Busy {
                 task: busy,
                 cancelled,
+                ..
             } if *busy == task && cancelled.is_none() => {
                 *cancelled = Some(now + INTERRUPT_GRACE);
                 self.timed = true;
@@ -212,6 +304,28 @@ impl Book {
             }
             _ => Ok(false),
         }
+    }
+
+    /// Tasks that are out of time: their workers are to be interrupted. Each is named once.
+    pub fn out_of_time(&mut self, now: Now) -> Vec<(u32, u64)> {
+        let mut out = Vec::new();
+        if !self.timed || self.timeout.is_none() {
+            return out;
+        }
+        for (worker, entry) in self.workers.iter_mut().enumerate() {
+            if let Phase::Busy {
+                task,
+                cancelled: cancelled @ None,
+                deadline: Some(deadline),
+            } = &mut entry.phase
+            {
+                if *deadline <= now {
+                    *cancelled = Some(now + INTERRUPT_GRACE);
+                    out.push((worker as u32, *task));
+                }
+            }
+        }
+        out
     }
 
     /// A worker is asked to end. Returns whether it is still there, and whether it is busy.
@@ -241,8 +355,8 @@ impl Book {
         }
     }
 
-    /// A worker's process has ended.
-    pub fn exited(&mut self, worker: u32) -> Ending {
+    /// A worker's process has ended. `restorable`: another can be made what it was.
+    pub fn exited(&mut self, worker: u32, restorable: bool) -> Ending {
         let Some(entry) = self.workers.get_mut(worker as usize) else {
             return Ending::Stopped;
         };
@@ -252,14 +366,29 @@ impl Book {
         if entry.stopping.is_some() {
             return Ending::Stopped;
         }
+        if matches!(phase, Phase::Starting | Phase::Restoring { .. }) {
+            entry.setbacks += 1;
+        }
+        if !restorable || !entry.came_up || entry.setbacks >= SETBACKS {
+            return Ending::Lost { replaced: false };
+        }
+        entry.phase = Phase::Starting;
         match phase {
+            Phase::Starting | Phase::Restoring { .. } => Ending::Replace,
             Phase::Busy {
                 cancelled: Some(_), ..
-            } => {
-                entry.phase = Phase::Starting;
-                Ending::Replace
+            } => Ending::Replace,
+            _ => {
+                entry.unnoted += 1;
+                Ending::Lost { replaced: true }
             }
-            _ => Ending::Lost,
+        }
+    }
+
+    /// There will be no worker in this place.
+    pub fn give_up(&mut self, worker: u32) {
+        if let Some(entry) = self.workers.get_mut(worker as usize) {
+            entry.phase = Phase::Gone;
         }
     }
 
@@ -268,22 +397,36 @@ impl Book {
         self.workers.iter().all(|entry| entry.phase == Phase::Gone)
     }
 
-    fn deadline(entry: &Entry) -> Option<Now> {
+    /// When it is to be killed.
+    fn end_by(entry: &Entry) -> Option<Now> {
         let cancelled = match entry.phase {
             Phase::Gone => return None,
             Phase::Busy { cancelled, .. } => cancelled,
             _ => None,
         };
-        let deadlines = [cancelled, entry.stopping, entry.hung_up];
-        deadlines.into_iter().flatten().min()
+        let ends = [cancelled, entry.stopping, entry.hung_up];
+        ends.into_iter().flatten().min()
     }
 
-    /// When [`Book::overdue`] should next be asked.
+    /// When its task is out of time.
+    fn task_by(entry: &Entry) -> Option<Now> {
+        match entry.phase {
+            Phase::Busy {
+                cancelled: None,
+                deadline,
+                ..
+            } => deadline,
+            _ => None,
+        }
+    }
+
+    /// When [`Book::overdue`] and [`Book::out_of_time`] should next be asked.
     pub fn next_deadline(&self) -> Option<Now> {
         if !self.timed {
             return None;
         }
-        self.workers.iter().filter_map(Book::deadline).min()
+        let both = |entry| [Book::end_by(entry), Book::task_by(entry)];
+        self.workers.iter().flat_map(both).flatten().min()
     }
 
     /// Workers whose time is up: they are to be killed. Each is named again only after a second,
@@ -294,9 +437,9 @@ impl Book {
             return overdue;
         }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
-            let deadline = Book::deadline(entry);
-            self.timed |= deadline.is_some();
-            if deadline.is_none_or(|at| at > now) {
+            let end = Book::end_by(entry);
+            self.timed |= end.is_some() || Book::task_by(entry).is_some();
+            if end.is_none_or(|at| at > now) {
                 continue;
             }
             overdue.push(worker as u32);
@@ -305,10 +448,10 @@ impl Book {
                 Phase::Busy { cancelled, .. } => Some(cancelled),
                 _ => None,
             };
-            let deadlines = [&mut entry.stopping, &mut entry.hung_up];
-            for deadline in deadlines.into_iter().chain(cancelled) {
-                if deadline.is_some() {
-                    *deadline = again;
+            let ends = [&mut entry.stopping, &mut entry.hung_up];
+            for end in ends.into_iter().chain(cancelled) {
+                if end.is_some() {
+                    *end = again;
                 }
             }
         }
@@ -334,10 +477,10 @@ mod tests {
     }
 
     fn busy() -> Book {
-        let mut book = Book::new(1);
-        assert!(book.ready(0));
+        let mut book = Book::new(1, None);
+        assert_eq!(book.ready(0, 0), Ready::Up);
         assert_eq!(
-            book.to_worker(&data(1, FIRST | LAST, 9)),
+            book.to_worker(&data(1, FIRST | LAST, 9), MS),
             Ok(Route::Forward)
         );
         book
@@ -371,7 +514,7 @@ mod tests {
         assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Ended));
         assert_eq!(book.cancel(0, 1, MS), Ok(false));
         assert_eq!(book.next_deadline(), None);
-        assert_eq!(book.exited(0), Ending::Lost);
+        assert_eq!(book.exited(0, true), Ending::Lost { replaced: true });
     }
 
     #[test]
@@ -382,8 +525,8 @@ mod tests {
         assert!(book.overdue(INTERRUPT_GRACE).is_empty());
         assert_eq!(book.overdue(MS + INTERRUPT_GRACE), [0]);
         assert!(book.overdue(2 * MS + INTERRUPT_GRACE).is_empty());
-        assert_eq!(book.exited(0), Ending::Replace);
-        assert!(book.ready(0));
+        assert_eq!(book.exited(0, true), Ending::Replace);
+        assert_eq!(book.ready(0, 0), Ready::Up);
         assert_eq!(book.task(0), None);
     }
 
@@ -393,26 +536,26 @@ mod tests {
         assert_eq!(book.stop(0, MS), Some(true));
         assert_eq!(book.stop(0, 9 * MS), Some(true));
         assert_eq!(book.next_deadline(), Some(MS + STOP_GRACE));
-        assert_eq!(book.to_worker(&data(2, FIRST, 1)), Ok(Route::Drop));
-        assert_eq!(book.exited(0), Ending::Stopped);
+        assert_eq!(book.to_worker(&data(2, FIRST, 1), MS), Ok(Route::Drop));
+        assert_eq!(book.exited(0, true), Ending::Stopped);
         assert!(book.all_gone());
         assert_eq!(book.stop(0, MS), None);
     }
 
     #[test]
     fn an_aborted_message_leaves_the_worker_idle() {
-        let mut book = Book::new(1);
-        book.ready(0);
-        assert_eq!(book.to_worker(&data(1, FIRST, 5)), Ok(Route::Forward));
+        let mut book = Book::new(1, None);
+        book.ready(0, 0);
+        assert_eq!(book.to_worker(&data(1, FIRST, 5), MS), Ok(Route::Forward));
         assert_eq!(
-            book.to_worker(&data(1, LAST | ABORT, 0)),
+            book.to_worker(&data(1, LAST | ABORT, 0), MS),
             Ok(Route::Forward)
         );
         assert_eq!(
-            book.to_worker(&data(2, FIRST | LAST, 5)),
+            book.to_worker(&data(2, FIRST | LAST, 5), MS),
             Ok(Route::Forward)
         );
-        assert!(book.to_worker(&data(3, FIRST | LAST, 5)).is_err());
+        assert!(book.to_worker(&data(3, FIRST | LAST, 5), MS).is_err());
     }
 
     #[test]
@@ -421,5 +564,63 @@ mod tests {
         assert_eq!(book.passed(0, SEND_WINDOW / 2 - 1), None);
         assert_eq!(book.passed(0, 1), Some((1, (SEND_WINDOW / 2) as u32)));
         assert_eq!(book.passed(0, 1), None);
+    }
+
+    #[test]
+    fn a_task_that_is_out_of_time_is_interrupted_and_then_its_worker_is_overdue() {
+        let mut book = Book::new(1, Some(10 * MS));
+        book.ready(0, 0);
+        assert_eq!(book.to_worker(&data(1, FIRST, 9), MS), Ok(Route::Forward));
+        // The time counts from when the worker has all of the message.
+        assert_eq!(book.next_deadline(), None);
+        assert_eq!(
+            book.to_worker(&data(1, LAST, 9), 5 * MS),
+            Ok(Route::Forward)
+        );
+        assert_eq!(book.next_deadline(), Some(15 * MS));
+        assert!(book.out_of_time(14 * MS).is_empty());
+        assert!(book.overdue(15 * MS).is_empty());
+        assert_eq!(book.out_of_time(15 * MS), [(0, 1)]);
+        assert!(book.out_of_time(16 * MS).is_empty());
+        let end = 15 * MS + INTERRUPT_GRACE;
+        assert_eq!(book.next_deadline(), Some(end));
+        assert!(book.overdue(end - MS).is_empty());
+        assert_eq!(book.overdue(end), [0]);
+        assert_eq!(book.exited(0, true), Ending::Replace);
+    }
+
+    #[test]
+    fn a_lost_worker_is_replaced_and_restored_before_it_is_heard_of() {
+        let mut book = busy();
+        assert_eq!(book.exited(0, true), Ending::Lost { replaced: true });
+        // What was under way to the lost one.
+        assert_eq!(book.to_worker(&data(1, LAST, 9), MS), Ok(Route::Drop));
+        assert_eq!(book.to_worker(&data(2, FIRST, 9), MS), Ok(Route::Drop));
+        assert_eq!(book.ready(0, 2), Ready::Restoring);
+        assert_eq!(book.passed(0, SEND_WINDOW), None);
+        let again = |n| data(REPLAY + n, FIRST | LAST, 3);
+        assert_eq!(book.from_worker(&again(0)), Ok(Route::Drop));
+        assert_eq!(book.from_worker(&again(1)), Ok(Route::Restored));
+        assert_eq!(book.to_worker(&data(2, FIRST, 9), MS), Ok(Route::Drop));
+        assert_eq!(book.noted(0), Ok(()));
+        assert_eq!(
+            book.to_worker(&data(1, FIRST | LAST, 9), MS),
+            Ok(Route::Forward)
+        );
+    }
+
+    #[test]
+    fn a_worker_that_does_not_come_up_again_is_given_up_after_some_tries() {
+        let mut book = busy();
+        assert_eq!(book.exited(0, true), Ending::Lost { replaced: true });
+        for _ in 1..SETBACKS {
+            assert_eq!(book.exited(0, true), Ending::Replace);
+        }
+        assert_eq!(book.exited(0, true), Ending::Lost { replaced: false });
+        assert!(book.all_gone());
+        // Nor is one that was never there, or whose state is not known.
+        let mut book = Book::new(1, None);
+        assert_eq!(book.exited(0, true), Ending::Lost { replaced: false });
+        assert_eq!(busy().exited(0, false), Ending::Lost { replaced: false });
     }
 }

@@ -112,7 +112,7 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
 fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
     let mut core = shared.core();
     core.scheduler.agent_lost(agent, &failure.reason);
-    core.inbox.hosts[agent].failure = Some(failure);
+    core.inbox.hosts[agent].failure.get_or_insert(failure);
     core.settle();
     core.changed();
 }

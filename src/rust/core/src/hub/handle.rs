@@ -1,16 +1,16 @@
 //! The handle of R's thread to its hub. Belongs to that thread; never calls R.
 
-use super::inbox::{Event, HostFailure, HostView, WorkerView};
+use super::inbox::{End, Event, HostFailure, HostView, WorkerView};
 use super::shared::{Core, Shared};
 use super::{Plan, run};
 use crate::frame::MAX_BODY;
 use crate::launch::Launch;
 use crate::message::{Hello, Loss, ToAgent, ToHead};
-use crate::scheduler::{Body, Gone, JobId, Outcome, ProtocolError, Rank, TaskId, Want};
+use crate::scheduler::{Body, Gone, JobId, Order, Outcome, ProtocolError, Rank, TaskId, Want};
 use crate::share::{self, Chunk};
 use crate::signals;
 use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -30,16 +30,31 @@ const RECORD_LIMIT: usize = 128 * 1024 * 1024;
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
 
-/// What there is for R.
+/// What there is for R. `rank` is the worker that R gave the task to.
 #[derive(Debug)]
 pub enum Answer {
     Ready {
         rank: Rank,
+        task: TaskId,
         body: Body,
     },
+    /// Its worker was lost. [`Hub::try_again`], [`Hub::give_up`] or [`Hub::forget`] must follow.
     Lost {
         rank: Rank,
+        /// The worker that had it.
+        place: Rank,
+        task: TaskId,
         gone: Arc<Gone>,
+    },
+    /// It took longer than it may.
+    TimedOut {
+        rank: Rank,
+        task: TaskId,
+    },
+    /// [`Hub::give_up`] was called for it.
+    GivenUp {
+        rank: Rank,
+        task: TaskId,
     },
     /// Not yet.
     Pending,
@@ -83,6 +98,8 @@ pub struct Hub {
     /// Tasks sent and not received, per worker, in order.
     outstanding: Vec<VecDeque<(TaskId, JobId)>>,
     outstanding_count: usize,
+    /// Tasks that are with another worker than the one that R gave them to, because that was lost.
+    moved: HashMap<TaskId, Rank>,
     next_task: TaskId,
     /// A message is being written.
     writing: Option<Writing>,
@@ -92,9 +109,11 @@ pub struct Hub {
 
 #[derive(Debug)]
 struct Writing {
-    rank: Rank,
-    task: TaskId,
-    job: JobId,
+    order: Order,
+    /// The worker that R gave it to.
+    owner: Rank,
+    /// It has been outstanding before.
+    again: bool,
     buffer: Vec<u8>,
     first: bool,
     /// What has been submitted of it, if that is to be known and not too much.
@@ -137,6 +156,7 @@ impl Hub {
             owner: std::process::id(),
             outstanding: Vec::new(),
             outstanding_count: 0,
+            moved: HashMap::new(),
             next_task: 1,
             writing: None,
             shares: false,
@@ -237,17 +257,35 @@ impl Hub {
         })
     }
 
-    /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. A verb that finds
-    /// tasks of others on its worker cancels them: they are left over from a call that was
-    /// interrupted, and their answers would be taken for its own.
+    /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
+    /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
+    /// cancels them: they are left over from a call that was interrupted, and their answers would be
+    /// taken for its own. If the worker was lost in the course of this very job, another stands in.
+    /// Returns the number of the task, and the worker that gets it.
     ///
     /// # Errors
     /// When the worker is gone.
-    pub fn begin(&mut self, rank: Rank, job: JobId) -> Result<(), Arc<Gone>> {
+    pub fn begin(
+        &mut self,
+        rank: Rank,
+        job: JobId,
+        lasts: Option<u64>,
+    ) -> Result<(TaskId, Rank), Arc<Gone>> {
         self.abandon();
-        if let Some(gone) = self.worker(rank).gone {
-            return Err(gone);
-        }
+        let worker = {
+            let mut core = self.core();
+            core.inbox.job = job;
+            let workers = &core.inbox.workers;
+            workers.get(rank as usize).cloned().unwrap_or_default()
+        };
+        let place = match worker.gone {
+            None => rank,
+            Some(gone) => {
+                let just_now = job != NO_JOB && worker.gone_in == job && lasts.is_none();
+                let place = if just_now { self.elsewhere(&gone) } else { None };
+                place.ok_or(gone)?
+            }
+        };
         let stale = |&(_, other): &(TaskId, JobId)| job != NO_JOB && other != job;
         if self.outstanding[rank as usize].iter().any(stale) {
             let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
@@ -255,21 +293,121 @@ impl Hub {
             self.outstanding[rank as usize] = kept;
             self.outstanding_count -= stale.len();
             for (task, _) in stale {
-                cancel(&mut self.core(), rank, task);
+                self.cancel(rank, task);
             }
         }
         let task = self.next_task;
         self.next_task += 1;
-        self.writing = Some(Writing {
-            rank,
+        if place != rank {
+            self.moved.insert(task, place);
+        }
+        let order = Order {
+            rank: place,
             task,
             job,
-            buffer: Vec::new(),
-            first: true,
-            recorded: None,
-            recorded_bytes: 0,
-        });
-        Ok(())
+            again: false,
+            lasts,
+            instead_of: (place != rank).then_some(rank),
+        };
+        self.writing = Some(Writing::new(order, rank, false));
+        Ok((task, place))
+    }
+
+    /// As [`Hub::begin`], for a task that was lost: with the worker that takes the place of the lost
+    /// one, or if there is none, with another. Returns the worker that gets it.
+    ///
+    /// # Errors
+    /// When there is nobody to take it.
+    pub fn try_again(
+        &mut self,
+        rank: Rank,
+        task: TaskId,
+        lasts: Option<u64>,
+    ) -> Result<Rank, Arc<Gone>> {
+        self.abandon();
+        let tasks = self.outstanding[rank as usize].iter();
+        let job = tasks.copied().find(|&(other, _)| other == task);
+        let job = job.map_or(NO_JOB, |(_, job)| job);
+        let before = self.place(rank, task);
+        let place = match self.worker(before).gone {
+            None => before,
+            Some(gone) => {
+                let place = if lasts.is_none() { self.elsewhere(&gone) } else { None };
+                place.ok_or(gone)?
+            }
+        };
+        if place != rank {
+            self.moved.insert(task, place);
+        }
+        let order = Order {
+            rank: place,
+            task,
+            job,
+            again: place == before,
+            lasts,
+            instead_of: (place != rank).then_some(rank),
+        };
+        self.writing = Some(Writing::new(order, rank, true));
+        Ok(place)
+    }
+
+    /// A task that was lost is not tried again: who asks for its answer is told so.
+    pub fn give_up(&mut self, rank: Rank, task: TaskId) {
+        let place = self.place(rank, task);
+        let mut core = self.core();
+        core.inbox.give_up(task);
+        core.scheduler.let_go(place, task);
+        core.settle();
+    }
+
+    /// Nobody wants to know any more what became of a task that was lost.
+    pub fn forget(&mut self, rank: Rank, task: TaskId) {
+        let place = self.place(rank, task);
+        self.strike(rank, task);
+        let mut core = self.core();
+        core.inbox.forget(task);
+        core.scheduler.let_go(place, task);
+        core.settle();
+    }
+
+    /// The worker that has the task which R gave to `rank`.
+    fn place(&self, rank: Rank, task: TaskId) -> Rank {
+        self.moved.get(&task).copied().unwrap_or(rank)
+    }
+
+    /// The worker with the least to do, to stand in for one that is gone, unless that was stopped.
+    fn elsewhere(&self, gone: &Gone) -> Option<Rank> {
+        if matches!(gone, Gone::Stopped) {
+            return None;
+        }
+        let mut load: Vec<usize> = self.outstanding.iter().map(VecDeque::len).collect();
+        for &place in self.moved.values() {
+            load[place as usize] += 1;
+        }
+        let core = self.core();
+        let living = core.inbox.workers.iter().zip(&load).enumerate();
+        let living = living.filter(|(_, (worker, _))| worker.gone.is_none());
+        let least = living.min_by_key(|&(_, (_, load))| load)?;
+        Some(least.0 as Rank)
+    }
+
+    /// Takes a task off the list of those that are outstanding.
+    fn strike(&mut self, rank: Rank, task: TaskId) {
+        self.moved.remove(&task);
+        let tasks = &mut self.outstanding[rank as usize];
+        if let Some(at) = tasks.iter().position(|&(other, _)| other == task) {
+            tasks.remove(at);
+            self.outstanding_count -= 1;
+        }
+    }
+
+    fn cancel(&mut self, rank: Rank, task: TaskId) {
+        let place = self.place(rank, task);
+        self.moved.remove(&task);
+        let mut core = self.core();
+        forget(&mut core, task);
+        core.scheduler.cancel_task(place, task);
+        core.settle();
     }
 
     /// The message that is being written is to be had from [`Hub::recorded`].
@@ -338,24 +476,36 @@ impl Hub {
         let Some(mut writing) = self.writing.take() else {
             return;
         };
-        self.outstanding[writing.rank as usize].push_back((writing.task, writing.job));
-        self.outstanding_count += 1;
+        if !writing.again {
+            let task = (writing.order.task, writing.order.job);
+            self.outstanding[writing.owner as usize].push_back(task);
+            self.outstanding_count += 1;
+        }
         let chunks = writing.chunks(self.shares, true);
         submit(&mut self.core(), &mut writing, chunks, true);
     }
 
     /// Takes back the message that is being written, if there is one: R could not finish it.
     pub fn abandon(&mut self) {
-        if let Some(writing) = self.writing.take().filter(|writing| !writing.first) {
-            let mut core = self.core();
-            core.scheduler.set_unlimited(false);
-            cancel(&mut core, writing.rank, writing.task);
+        let Some(writing) = self.writing.take() else {
+            return;
+        };
+        let (owner, task) = (writing.owner, writing.order.task);
+        if !writing.first {
+            self.core().scheduler.set_unlimited(false);
+            self.cancel(owner, task);
         }
+        if writing.again {
+            // Whoever would decide on it has been interrupted in doing so.
+            self.forget(owner, task);
+        }
+        self.moved.remove(&task);
     }
 
     /// Cancels the job's tasks that have not been received.
     pub fn cancel_job(&mut self, job: JobId) {
         self.abandon();
+        self.core().inbox.job = NO_JOB;
         // The usual end of a verb.
         if self.outstanding_count == 0 {
             return;
@@ -372,11 +522,15 @@ impl Hub {
         if !cancelled.is_empty() {
             self.outstanding_count -= cancelled.len();
             let mut core = self.core();
-            for &(rank, task) in &cancelled {
-                forget(&mut core, rank, task);
+            for &(_, task) in &cancelled {
+                forget(&mut core, task);
             }
             core.scheduler.cancel_job(job);
             core.settle();
+            drop(core);
+            for (_, task) in cancelled {
+                self.moved.remove(&task);
+            }
         }
     }
 
@@ -386,7 +540,7 @@ impl Hub {
         let Some(&(task, job)) = self.outstanding[rank as usize].front() else {
             return Answer::NothingSent;
         };
-        let look = |core: &mut Core| core.inbox.take(rank, task, job);
+        let look = |core: &mut Core| core.inbox.take(task, job);
         self.receive_next(most, Want::Rank(rank), look)
     }
 
@@ -412,7 +566,7 @@ impl Hub {
         &mut self,
         most: Duration,
         want: Want,
-        look: impl Fn(&mut Core) -> Option<(Rank, TaskId, Outcome)>,
+        look: impl Fn(&mut Core) -> Option<(Rank, TaskId, End)>,
     ) -> Answer {
         let mut core = self.core();
         let mut found = look(&mut core);
@@ -424,24 +578,32 @@ impl Hub {
             core = self.core();
             core.scheduler.want(Want::Nothing);
         }
-        let Some((rank, task, outcome)) = found else {
+        let Some((rank, task, end)) = found else {
             return Answer::Pending;
         };
-        core.inbox.forget(rank, task);
-        if let Outcome::Answer(body) = &outcome {
+        if let End::Outcome(Outcome::Lost(gone)) = end {
+            core.inbox.told(task);
+            drop(core);
+            let place = self.place(rank, task);
+            return Answer::Lost {
+                rank,
+                place,
+                task,
+                gone,
+            };
+        }
+        core.inbox.forget(task);
+        if let End::Outcome(Outcome::Answer(body)) = &end {
             took(&mut core, body.len);
         }
         drop(core);
-        let tasks = &mut self.outstanding[rank as usize];
-        if let Some(at) = tasks.iter().position(|&(other, _)| other == task) {
-            tasks.remove(at);
-            self.outstanding_count -= 1;
-        }
-        match outcome {
-            Outcome::Answer(body) => Answer::Ready { rank, body },
-            Outcome::Lost(gone) => Answer::Lost { rank, gone },
+        self.strike(rank, task);
+        match end {
+            End::Outcome(Outcome::Answer(body)) => Answer::Ready { rank, task, body },
+            End::Outcome(Outcome::TimedOut) => Answer::TimedOut { rank, task },
+            End::GivenUp => Answer::GivenUp { rank, task },
             // Only what R no longer expects is cancelled.
-            Outcome::Cancelled => Answer::NothingSent,
+            End::Outcome(Outcome::Cancelled | Outcome::Lost(_)) => Answer::NothingSent,
         }
     }
 
@@ -454,7 +616,10 @@ impl Hub {
             let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
             self.outstanding_count -= tasks.len();
             for (task, _) in tasks {
-                forget(&mut core, rank, task);
+                forget(&mut core, task);
+                if let Some(place) = self.moved.remove(&task) {
+                    core.scheduler.cancel_task(place, task);
+                }
             }
             core.scheduler.stop_worker(rank);
         }
@@ -501,6 +666,18 @@ impl Hub {
 }
 
 impl Writing {
+    fn new(order: Order, owner: Rank, again: bool) -> Writing {
+        Writing {
+            order,
+            owner,
+            again,
+            buffer: Vec::new(),
+            first: true,
+            recorded: None,
+            recorded_bytes: 0,
+        }
+    }
+
     /// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
     fn chunks(&mut self, shares: bool, last: bool) -> Vec<Chunk> {
         let chunks = if shares {
@@ -525,25 +702,23 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
     if last && chunks.is_empty() {
         chunks.push(Chunk::default());
     }
-    let &mut Writing {
-        rank, task, job, ..
-    } = writing;
+    if std::mem::replace(&mut writing.first, false) {
+        core.inbox.expect(writing.order.task, writing.owner);
+        core.scheduler.submit(writing.order.clone());
+    }
+    let &Order { rank, task, .. } = &writing.order;
     let count = chunks.len();
     for (at, chunk) in chunks.into_iter().enumerate() {
-        let first = std::mem::replace(&mut writing.first, false);
-        if first {
-            core.inbox.expect(task);
-        }
         core.queued += chunk.bytes.len();
         let last = last && at + 1 == count;
-        core.scheduler.submit(rank, task, job, chunk, first, last);
+        core.scheduler.append(rank, task, chunk, last);
     }
     core.settle();
 }
 
 /// Drops what there may be of an answer.
-fn forget(core: &mut Core, rank: Rank, task: TaskId) {
-    let bytes = core.inbox.forget(rank, task);
+fn forget(core: &mut Core, task: TaskId) {
+    let bytes = core.inbox.forget(task);
     took(core, bytes);
 }
 
@@ -553,12 +728,6 @@ fn took(core: &mut Core, bytes: usize) {
         core.scheduler.taken(bytes);
         core.settle();
     }
-}
-
-fn cancel(core: &mut Core, rank: Rank, task: TaskId) {
-    forget(core, rank, task);
-    core.scheduler.cancel_task(rank, task);
-    core.settle();
 }
 
 impl Drop for Hub {

@@ -1,6 +1,6 @@
 //! What the hub knows and R has not been told yet.
 
-use crate::message::{Hello, ToHead};
+use crate::message::{Hello, Loss, ToHead};
 use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
@@ -29,6 +29,17 @@ impl HostFailure {
 pub enum Event {
     /// A worker was killed because it did not heed an interrupt; a fresh one took its place.
     Replaced { rank: Rank },
+    /// A worker was lost, without a task of which R hears. `replaced`: a fresh one takes its place.
+    Lost {
+        rank: Rank,
+        loss: Loss,
+        replaced: bool,
+    },
+    /// A host was lost, or is left out.
+    HostLost { agent: usize, reason: String },
+    /// What lasts on the workers of this host is more than it holds: workers that are lost there
+    /// will not be replaced.
+    StateNotKept { agent: usize },
     /// A worker printed this.
     Output { rank: Rank, bytes: Bytes },
 }
@@ -40,6 +51,8 @@ pub struct WorkerView {
     pub agent: usize,
     pub pid: Option<u32>,
     pub gone: Option<Arc<Gone>>,
+    /// The job that was open when it was lost for good.
+    pub gone_in: JobId,
 }
 
 /// A host as R's thread sees it.
@@ -53,14 +66,35 @@ pub struct HostView {
     pub up: Option<Duration>,
     pub start_failure: Option<ToHead>,
     pub failure: Option<HostFailure>,
+    /// R knows, or will, that it is lost; that its workers' state is not kept.
+    told_lost: bool,
+    told_state: bool,
+}
+
+/// How a task ended, as far as R is concerned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    Outcome(Outcome),
+    /// It was lost too often, and is not tried again.
+    GivenUp,
+}
+
+#[derive(Debug)]
+struct Expected {
+    /// The worker that R gave it to.
+    owner: Rank,
+    end: Option<End>,
 }
 
 /// See the module's documentation.
 pub struct Inbox {
     began: Instant,
-    /// Tasks whose end R wants to know, with the outcome once there is one.
-    expected: HashMap<TaskId, Option<Outcome>>,
-    /// Ended tasks in the order of their ends. May hold tasks that are no longer expected.
+    /// The job that is open.
+    pub job: JobId,
+    /// Tasks whose end R wants to know.
+    expected: HashMap<TaskId, Expected>,
+    /// Ended tasks, with their owners, in the order of their ends. May hold tasks that are no longer
+    /// expected.
     ready: VecDeque<(Rank, TaskId)>,
     /// Lost tasks that R has not been told of.
     lost: Vec<(JobId, Rank, TaskId)>,
@@ -77,6 +111,7 @@ impl Inbox {
     pub fn new(hosts: usize) -> Inbox {
         Inbox {
             began: Instant::now(),
+            job: 0,
             expected: HashMap::new(),
             ready: VecDeque::new(),
             lost: Vec::new(),
@@ -114,23 +149,42 @@ impl Inbox {
                 worker.pid = Some(pid);
                 self.hosts[worker.agent].up = Some(self.began.elapsed());
             }
-            Note::Replaced { rank, pid } => {
+            Note::Replaced { rank, pid, killed } => {
                 self.workers[rank as usize].pid = Some(pid);
-                self.events.push_back(Event::Replaced { rank });
+                if killed {
+                    self.events.push_back(Event::Replaced { rank });
+                }
             }
-            Note::Gone { rank, gone } => self.workers[rank as usize].gone = Some(gone),
+            Note::Lost { rank, loss, task } => {
+                self.workers[rank as usize].pid = None;
+                if !task {
+                    self.events.push_back(Event::Lost {
+                        rank,
+                        loss,
+                        replaced: true,
+                    });
+                }
+            }
+            Note::StateNotKept { rank } => {
+                let agent = self.workers[rank as usize].agent;
+                if !std::mem::replace(&mut self.hosts[agent].told_state, true) {
+                    self.events.push_back(Event::StateNotKept { agent });
+                }
+            }
+            Note::LeftOut { agent, reason } => {
+                let failure = &mut self.hosts[agent].failure;
+                failure.get_or_insert_with(|| HostFailure::new(reason));
+            }
+            Note::Gone { rank, gone } => self.gone(rank, gone),
             Note::Done {
-                rank,
-                task,
-                job,
-                outcome,
+                task, job, outcome, ..
             } => match self.expected.get_mut(&task) {
-                Some(slot) => {
+                Some(expected) => {
                     if matches!(outcome, Outcome::Lost(_)) {
-                        self.lost.push((job, rank, task));
+                        self.lost.push((job, expected.owner, task));
                     }
-                    *slot = Some(outcome);
-                    self.ready.push_back((rank, task));
+                    self.ready.push_back((expected.owner, task));
+                    expected.end = Some(End::Outcome(outcome));
                 }
                 None => {
                     if let Outcome::Answer(body) = outcome {
@@ -144,43 +198,61 @@ impl Inbox {
         0
     }
 
-    /// R wants to know of this task's end.
-    pub fn expect(&mut self, task: TaskId) {
-        self.expected.insert(task, None);
+    fn gone(&mut self, rank: Rank, gone: Arc<Gone>) {
+        let worker = &mut self.workers[rank as usize];
+        let was_up = worker.pid.is_some();
+        worker.gone_in = self.job;
+        let agent = worker.agent;
+        match &*gone {
+            Gone::Worker(loss) if was_up => self.events.push_back(Event::Lost {
+                rank,
+                loss: loss.clone(),
+                replaced: false,
+            }),
+            Gone::Host(reason) if was_up => {
+                if !std::mem::replace(&mut self.hosts[agent].told_lost, true) {
+                    let reason = reason.clone();
+                    self.events.push_back(Event::HostLost { agent, reason });
+                }
+            }
+            _ => {}
+        }
+        self.workers[rank as usize].gone = Some(gone);
+    }
+
+    /// R wants to know of the end of this task, which it gave to `owner`.
+    pub fn expect(&mut self, task: TaskId, owner: Rank) {
+        self.expected.insert(task, Expected { owner, end: None });
+    }
+
+    fn take_end(&mut self, task: TaskId) -> Option<(Rank, TaskId, End)> {
+        let expected = self.expected.get_mut(&task)?;
+        Some((expected.owner, task, expected.end.take()?))
     }
 
     /// The end of this task, or else the loss of another of the same job, unless that is 0.
-    pub fn take(
-        &mut self,
-        rank: Rank,
-        task: TaskId,
-        job: JobId,
-    ) -> Option<(Rank, TaskId, Outcome)> {
-        if let Some(outcome) = self.expected.get_mut(&task).and_then(Option::take) {
-            return Some((rank, task, outcome));
-        }
-        if job == 0 || self.lost.is_empty() {
-            return None;
+    pub fn take(&mut self, task: TaskId, job: JobId) -> Option<(Rank, TaskId, End)> {
+        let end = self.take_end(task);
+        if end.is_some() || job == 0 || self.lost.is_empty() {
+            return end;
         }
         let at = self.lost.iter().position(|lost| lost.0 == job)?;
-        let (_, rank, task) = self.lost[at];
-        let outcome = self.expected.get_mut(&task).and_then(Option::take)?;
-        Some((rank, task, outcome))
+        self.take_end(self.lost[at].2)
     }
 
     /// The first task to have ended of the workers that `includes`.
-    pub fn take_any(&mut self, includes: impl Fn(Rank) -> bool) -> Option<(Rank, TaskId, Outcome)> {
+    pub fn take_any(&mut self, includes: impl Fn(Rank) -> bool) -> Option<(Rank, TaskId, End)> {
         let mut at = 0;
-        while let Some(&(rank, task)) = self.ready.get(at) {
-            let Some(slot) = self.expected.get_mut(&task) else {
+        while let Some(&(owner, task)) = self.ready.get(at) {
+            if !self.expected.contains_key(&task) {
                 // Received by rank, or cancelled.
                 self.ready.remove(at);
                 continue;
-            };
-            if includes(rank) {
+            }
+            if includes(owner) {
                 self.ready.remove(at);
-                if let Some(outcome) = slot.take() {
-                    return Some((rank, task, outcome));
+                if let end @ Some(_) = self.take_end(task) {
+                    return end;
                 }
                 continue;
             }
@@ -189,18 +261,34 @@ impl Inbox {
         None
     }
 
+    /// R has been told that this task was lost, and decides what becomes of it.
+    pub fn told(&mut self, task: TaskId) {
+        self.ready.retain(|ready| ready.1 != task);
+        self.lost.retain(|lost| lost.2 != task);
+    }
+
+    /// R does not try this task again; it is told so when it asks for the answer.
+    pub fn give_up(&mut self, task: TaskId) {
+        if let Some(expected) = self.expected.get_mut(&task) {
+            expected.end = Some(End::GivenUp);
+            self.ready.push_back((expected.owner, task));
+        }
+    }
+
     /// R knows how this task ended, or does not want to. Returns what there is of an answer.
-    pub fn forget(&mut self, rank: Rank, task: TaskId) -> usize {
-        let outcome = self.expected.remove(&task).flatten();
-        if self.ready.front() == Some(&(rank, task)) {
+    pub fn forget(&mut self, task: TaskId) -> usize {
+        let end = self.expected.remove(&task).and_then(|e| e.end);
+        if self.ready.front().is_some_and(|ready| ready.1 == task) {
             self.ready.pop_front();
         }
-        self.lost.retain(|lost| lost.2 != task);
+        if !self.lost.is_empty() {
+            self.lost.retain(|lost| lost.2 != task);
+        }
         if self.expected.is_empty() {
             self.ready.clear();
         }
-        match outcome {
-            Some(Outcome::Answer(body)) => body.len,
+        match end {
+            Some(End::Outcome(Outcome::Answer(body))) => body.len,
             _ => 0,
         }
     }
@@ -211,8 +299,9 @@ impl Inbox {
         for worker in &mut self.workers {
             worker.gone.get_or_insert_with(|| gone.clone());
         }
-        for slot in self.expected.values_mut() {
-            slot.get_or_insert_with(|| Outcome::Lost(gone.clone()));
+        for expected in self.expected.values_mut() {
+            let lost = || End::Outcome(Outcome::Lost(gone.clone()));
+            expected.end.get_or_insert_with(lost);
         }
         self.closed = true;
     }

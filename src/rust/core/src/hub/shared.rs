@@ -12,7 +12,7 @@ use super::inbox::Inbox;
 use crate::frame;
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
-use crate::scheduler::{Rank, Scheduler};
+use crate::scheduler::{Note, Rank, Scheduler};
 use crate::sys;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -384,6 +384,10 @@ impl Core {
             }
             self.queued -= released;
             for note in notes {
+                if let Note::LeftOut { agent, .. } = &note {
+                    // If it does not end when asked to, it is ended.
+                    self.conns[*agent].stop.notify_one();
+                }
                 let dropped = self.inbox.note(note);
                 if dropped > 0 {
                     self.scheduler.taken(dropped);

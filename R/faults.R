@@ -1,0 +1,137 @@
+# What becomes of tasks whose worker, host or time is gone, and what the user is told of losses.
+
+# A task has ended without its worker's answer. Returns what stands for its answer, or NULL if that
+# is still to come.
+taskEnded <- function(failure, handle) {
+  task <- failure[["task"]]
+  switch(failure[["kind"]],
+    timeout = failedAnswer(task, failureCondition(failure, handle), handle),
+    task_failed = failedAnswer(task, taskFailed(failure, handle), handle),
+    taskLost(task, failure, handle)
+  )
+}
+
+taskLost <- function(task, failure, handle) {
+  loss <- failureCondition(failure, handle)
+  handle$losses[[task]] <- c(handle$losses[[task]], list(loss))
+  number <- as.numeric(task)
+  if (inherits(loss, "rustcluster_stopped") || handle$retries == 0) return(giveUp(number, loss, handle))
+  if (length(handle$losses[[task]]) > handle$retries) {
+    checked(hub_give_up(handle$pointer, number), handle)
+  } else {
+    # Nobody can take it, or it is bound to what is lost: there is no use in going on.
+    again <- hub_try_again(handle$pointer, number)
+    if (typeof(again) == "character") return(giveUp(number, loss, handle))
+    checked(again)
+  }
+  # The task is safe before the warning, which may be turned into a jump. A lost host is told of once.
+  if (inherits(loss, "rustcluster_worker_lost")) {
+    warning(failureCondition(c(failure, replaced = "true"), handle, "warning"))
+  }
+  NULL
+}
+
+giveUp <- function(number, loss, handle) {
+  checked(hub_forget(handle$pointer, number), handle)
+  showEvents(handle, except = loss)
+  stop(loss)
+}
+
+taskFailed <- function(failure, handle) {
+  losses <- handle$losses[[failure[["task"]]]]
+  index <- as.integer(failure[["index"]])
+  texts <- vapply(losses, conditionMessage, "")
+  rustclusterCondition(
+    "task_failed",
+    paste0(
+      "task ", index, " was lost with its worker ", length(losses), " times and is not tried again; ",
+      "the results of the others are in the condition (`results`). Its losses:\n",
+      paste0("- ", texts, collapse = "\n")
+    ),
+    index = index, losses = losses
+  )
+}
+
+# A value in the place of the answer of a task that has none. parallel takes it for an error of the
+# task's, and when it comes to raise that, our condition is raised: see as.character() below.
+failedAnswer <- function(task, condition, handle) {
+  message <- checked(hub_message(handle$pointer, as.numeric(task)), handle)
+  value <- structure(
+    conditionMessage(condition), class = c("rustcluster_failure", "snow-try-error", "try-error"),
+    condition = condition
+  )
+  list(
+    type = "VALUE", value = value, success = FALSE, time = noTime, tag = message$data$tag
+  )
+}
+
+noTime <- structure(
+  c(user.self = 0, sys.self = 0, elapsed = 0, user.child = 0, sys.child = 0), class = "proc_time"
+)
+
+# parallel's checkForRemoteErrors() raises an error with the text of the first task that failed. It is
+# the one place where all results of a verb and what failed among them meet.
+#' @export
+as.character.rustcluster_failure <- function(x, ...) {
+  frames <- sys.nframe()
+  for (frame in rev(seq_len(frames))) {
+    if (identical(sys.function(frame), parallels$checkForRemoteErrors)) {
+      raiseTaskFailure(x, get("val", sys.frame(frame)))
+    }
+  }
+  as.vector(unclass(x))
+}
+
+raiseTaskFailure <- function(first, values) {
+  failed <- vapply(values, inherits, NA, "rustcluster_failure")
+  condition <- attr(first, "condition")
+  condition$failures <- lapply(values[failed], attr, "condition")
+  condition$results <- values
+  condition$results[failed] <- list(NULL)
+  others <- sum(failed) - 1L
+  if (others) {
+    condition$message <- paste0(
+      condition$message, "\n(and ", others, ngettext(others, " other task", " other tasks"), " failed)"
+    )
+  }
+  stop(condition)
+}
+
+# What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever
+# asks.
+showEvents <- function(handle, except = NULL) {
+  show(hub_events(handle$pointer), handle, except)
+}
+
+show <- function(events, handle, except = NULL) {
+  if (is.null(events) || is.character(events)) return(invisible())
+  conditions <- list()
+  for (event in events) {
+    if (event[["kind"]] == "output") {
+      showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
+    } else {
+      conditions <- c(conditions, list(failureCondition(event, handle, "warning")))
+    }
+  }
+  # Last, because a warning may be turned into a jump.
+  for (condition in conditions) {
+    told <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
+      (is.null(condition$rank) || identical(condition$rank, except$rank))
+    if (!told) warning(condition)
+  }
+  invisible()
+}
+
+# Whole lines only; the rest waits for its end.
+showOutput <- function(handle, rank, text) {
+  key <- as.character(rank)
+  text <- paste0(handle$partial[[key]], text)
+  lines <- strsplit(text, "\n", fixed = TRUE)[[1L]]
+  whole <- endsWith(text, "\n")
+  handle$partial[[key]] <- if (whole) "" else utils::tail(lines, 1L)
+  if (!whole) lines <- utils::head(lines, -1L)
+  if (length(lines)) {
+    cat(paste0("[", handle$hosts[[rank]], " ", rank, "] ", lines, "\n"), sep = "")
+  }
+}
+

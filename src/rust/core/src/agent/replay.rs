@@ -1,0 +1,408 @@
+//! What lasts on workers, held so that a worker which takes the place of another can be brought to
+//! the state that one was in.
+//!
+//! Messages that last (exports, and what else is called on nodes by name) are held in the order in
+//! which each worker got them, from the moment it has answered; a worker that has to be replaced
+//! gets them again in that order, and then the last known state of its random number generator.
+//! Messages of many workers are the same, so they are cut into blocks, and of equal blocks one is
+//! held. When what is held passes its bound, the worker whose message it was is no longer
+//! restorable: half a state would give wrong results without a word.
+//!
+//! Pure: no process, socket or clock.
+
+use crate::frame::MAX_BODY;
+use bytes::{Bytes, BytesMut};
+use std::collections::HashMap;
+use std::mem;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Counted for each message and block of a worker besides the bytes themselves.
+const OVERHEAD: usize = 64;
+
+/// The most messages for one worker: to do so many again takes seconds.
+const MOST_MESSAGES: usize = 100_000;
+
+/// How far back an earlier value of what a message sets is looked for.
+const LOOK_BACK: usize = 1_000;
+
+type Key = u128;
+
+#[derive(Debug)]
+struct Message {
+    /// What it sets; 0: nothing in particular.
+    name: u64,
+    blocks: Vec<Key>,
+}
+
+/// A message on its way to a worker that has not answered it.
+#[derive(Debug)]
+struct Open {
+    message: Message,
+    /// What does not fill a block yet.
+    rest: BytesMut,
+    /// The bound was passed.
+    too_much: bool,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    messages: Vec<Message>,
+    open: Option<Open>,
+    /// Its random number generator's state after the last task.
+    seed: Option<Bytes>,
+    /// The same after the task under way.
+    next_seed: Option<Bytes>,
+    /// Not all of its state is held.
+    incomplete: bool,
+}
+
+/// What brings a fresh worker to the state of the one before.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Restore {
+    /// In order, each in pieces of at most [`MAX_BODY`] bytes.
+    pub messages: Vec<Vec<Bytes>>,
+    pub seed: Option<Bytes>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Replay {
+    blocks: HashMap<Key, (Bytes, usize)>,
+    workers: Vec<Memory>,
+    bytes: usize,
+    most: usize,
+}
+
+impl Replay {
+    /// For a number of workers; holds up to `most` bytes.
+    pub fn new(workers: usize, most: usize) -> Replay {
+        Replay {
+            blocks: HashMap::new(),
+            workers: (0..workers).map(|_| Memory::default()).collect(),
+            bytes: 0,
+            most,
+        }
+    }
+
+    /// The next message to this worker lasts.
+    pub fn expect(&mut self, worker: u32, name: u64) {
+        self.close(worker);
+        let Some(memory) = self.workers.get_mut(worker as usize) else {
+            return;
+        };
+        if !memory.incomplete {
+            memory.open = Some(Open {
+                message: Message {
+                    name,
+                    blocks: Vec::new(),
+                },
+                rest: BytesMut::new(),
+                too_much: memory.messages.len() >= MOST_MESSAGES,
+            });
+        }
+    }
+
+    /// A piece of a message, at most [`MAX_BODY`] bytes, has been sent to this worker.
+    pub fn piece(&mut self, worker: u32, bytes: &Bytes, last: bool) {
+        let memory = self.workers.get_mut(worker as usize);
+        let Some(mut open) = memory.and_then(|memory| memory.open.take()) else {
+            return;
+        };
+        if !open.too_much {
+            if open.rest.is_empty() && (last || bytes.len() == MAX_BODY) {
+                self.hold(&mut open, bytes.clone());
+            } else {
+                // Blocks are cut by their place in the message, however it came.
+                let mut bytes = &bytes[..];
+                while !bytes.is_empty() || last && !open.rest.is_empty() {
+                    let n = bytes.len().min(MAX_BODY - open.rest.len());
+                    open.rest.extend_from_slice(&bytes[..n]);
+                    bytes = &bytes[n..];
+                    if open.rest.len() == MAX_BODY || last && bytes.is_empty() {
+                        let block = open.rest.split().freeze();
+                        self.hold(&mut open, block);
+                    }
+                }
+            }
+        }
+        self.workers[worker as usize].open = Some(open);
+    }
+
+    fn hold(&mut self, open: &mut Open, bytes: Bytes) {
+        if open.too_much || bytes.is_empty() {
+            return;
+        }
+        let key = xxh3_128(&bytes);
+        let held = self.blocks.get_mut(&key);
+        let more = OVERHEAD + if held.is_some() { 0 } else { bytes.len() };
+        if self.bytes + more > self.most {
+            open.too_much = true;
+            return;
+        }
+        self.bytes += more;
+        match held {
+            Some((_, users)) => *users += 1,
+            None => {
+                self.blocks.insert(key, (bytes, 1));
+            }
+        }
+        open.message.blocks.push(key);
+    }
+
+    /// The task under way left its worker's random number generator in this state. Empty: it has
+    /// none.
+    pub fn seed(&mut self, worker: u32, seed: Bytes) {
+        if let Some(memory) = self.workers.get_mut(worker as usize) {
+            memory.next_seed = Some(seed);
+        }
+    }
+
+    /// The worker has ended its task; `lasts`: as it was meant to. Returns whether it has just become
+    /// a worker that cannot be restored.
+    pub fn done(&mut self, worker: u32, lasts: bool) -> bool {
+        let Some(memory) = self.workers.get_mut(worker as usize) else {
+            return false;
+        };
+        if let Some(seed) = memory.next_seed.take() {
+            memory.seed = Some(seed);
+        }
+        if !lasts {
+            self.close(worker);
+            return false;
+        }
+        let Some(open) = memory.open.take() else {
+            return false;
+        };
+        let full = self.bytes + OVERHEAD > self.most;
+        if open.too_much || full {
+            memory.incomplete = true;
+            let messages = mem::take(&mut memory.messages);
+            self.bytes -= OVERHEAD * messages.len();
+            for message in messages.iter().chain([&open.message]) {
+                self.release(message);
+            }
+            return true;
+        }
+        if open.message.blocks.is_empty() {
+            return false;
+        }
+        // What was set before to the same name, if nothing in between can have looked at it.
+        let name = open.message.name;
+        let recent = memory.messages.iter().enumerate().rev().take(LOOK_BACK);
+        let mut settings = recent.take_while(|(_, earlier)| name != 0 && earlier.name != 0);
+        let same = settings.find(|(_, earlier)| earlier.name == name);
+        let replaced = same.map(|(at, _)| at).map(|at| memory.messages.remove(at));
+        memory.messages.push(open.message);
+        self.bytes += OVERHEAD;
+        if let Some(replaced) = replaced {
+            self.bytes -= OVERHEAD;
+            self.release(&replaced);
+        }
+        false
+    }
+
+    /// The worker's process has ended: the message it was at has not lasted.
+    pub fn lost(&mut self, worker: u32) {
+        self.close(worker);
+        if let Some(memory) = self.workers.get_mut(worker as usize) {
+            memory.next_seed = None;
+        }
+    }
+
+    fn close(&mut self, worker: u32) {
+        let memory = self.workers.get_mut(worker as usize);
+        if let Some(open) = memory.and_then(|memory| memory.open.take()) {
+            self.release(&open.message);
+        }
+    }
+
+    fn release(&mut self, message: &Message) {
+        for key in &message.blocks {
+            self.bytes -= OVERHEAD;
+            if let Some((bytes, users)) = self.blocks.get_mut(key) {
+                *users -= 1;
+                if *users == 0 {
+                    self.bytes -= bytes.len();
+                    self.blocks.remove(key);
+                }
+            }
+        }
+    }
+
+    /// Whether all of this worker's state is held.
+    pub fn is_complete(&self, worker: u32) -> bool {
+        let memory = self.workers.get(worker as usize);
+        memory.is_some_and(|memory| !memory.incomplete)
+    }
+
+    /// What a worker in this place is to be given.
+    pub fn restore(&self, worker: u32) -> Restore {
+        let Some(memory) = self.workers.get(worker as usize) else {
+            return Restore::default();
+        };
+        let block = |key: &Key| Some(self.blocks.get(key)?.0.clone());
+        let pieces = |message: &Message| message.blocks.iter().filter_map(block).collect();
+        Restore {
+            messages: memory.messages.iter().map(pieces).collect(),
+            seed: memory.seed.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn give(replay: &mut Replay, worker: u32, name: u64, message: &[u8], piece: usize) -> bool {
+        replay.expect(worker, name);
+        send(replay, worker, message, piece);
+        replay.done(worker, true)
+    }
+
+    fn send(replay: &mut Replay, worker: u32, message: &[u8], piece: usize) {
+        let mut pieces = message.chunks(piece).peekable();
+        while let Some(bytes) = pieces.next() {
+            let bytes = Bytes::copy_from_slice(bytes);
+            replay.piece(worker, &bytes, pieces.peek().is_none());
+        }
+    }
+
+    fn restored(replay: &Replay, worker: u32) -> Vec<Vec<u8>> {
+        let restore = replay.restore(worker);
+        let whole = |pieces: &Vec<Bytes>| pieces.concat();
+        for pieces in &restore.messages {
+            assert!(pieces.iter().all(|piece| piece.len() <= MAX_BODY));
+        }
+        restore.messages.iter().map(whole).collect()
+    }
+
+    fn noise(seed: u64, len: usize) -> Vec<u8> {
+        use rand::{RngCore, SeedableRng};
+        let mut bytes = vec![0; len];
+        rand::rngs::StdRng::seed_from_u64(seed).fill_bytes(&mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn what_many_workers_got_is_held_once() {
+        let mut replay = Replay::new(64, 1_500_000);
+        let message = noise(1, 1_000_000);
+        for worker in 0..64 {
+            // However the message was cut on its way.
+            let piece = [MAX_BODY, 1_000, 50_000][worker as usize % 3];
+            assert!(!give(&mut replay, worker, 0, &message, piece));
+        }
+        for worker in 0..64 {
+            assert_eq!(restored(&replay, worker), std::slice::from_ref(&message));
+        }
+        assert_eq!(replay.blocks.len(), 1_000_000usize.div_ceil(MAX_BODY));
+    }
+
+    #[test]
+    fn an_interrupted_or_lost_message_does_not_last_and_is_let_go() {
+        let mut replay = Replay::new(1, 1 << 20);
+        give(&mut replay, 0, 0, b"kept", 9);
+        let held = replay.bytes;
+        replay.expect(0, 0);
+        send(&mut replay, 0, &noise(2, 200_000), MAX_BODY);
+        assert!(!replay.done(0, false));
+        replay.expect(0, 0);
+        send(&mut replay, 0, &noise(3, 200_000), MAX_BODY);
+        replay.lost(0);
+        // A task that is not expected to last does not.
+        send(&mut replay, 0, b"task", 9);
+        assert!(!replay.done(0, true));
+        assert_eq!(restored(&replay, 0), [b"kept"]);
+        assert_eq!(replay.bytes, held);
+    }
+
+    #[test]
+    fn a_name_that_is_set_again_takes_no_more_room() {
+        let mut replay = Replay::new(1, 1 << 20);
+        for i in 0..100 {
+            give(&mut replay, 0, 7, &noise(i, 300_000), MAX_BODY);
+            give(&mut replay, 0, 8, b"other", 9);
+        }
+        assert_eq!(restored(&replay, 0), [noise(99, 300_000), b"other".to_vec()]);
+        // What may have used the value keeps it.
+        give(&mut replay, 0, 0, b"uses", 9);
+        give(&mut replay, 0, 7, b"new", 9);
+        assert_eq!(restored(&replay, 0).len(), 4);
+    }
+
+    #[test]
+    fn beyond_the_bound_a_worker_is_not_restorable_and_others_are() {
+        let mut replay = Replay::new(2, 100_000 + 3 * OVERHEAD);
+        assert!(!give(&mut replay, 0, 0, &noise(1, 50_000), MAX_BODY));
+        assert!(!give(&mut replay, 1, 0, b"small", 9));
+        assert!(give(&mut replay, 0, 0, &noise(2, 60_000), MAX_BODY));
+        assert!(!replay.is_complete(0));
+        assert_eq!(restored(&replay, 0), Vec::<Vec<u8>>::new());
+        // Said once.
+        assert!(!give(&mut replay, 0, 0, b"more", 9));
+        assert!(replay.is_complete(1));
+        assert_eq!(restored(&replay, 1), [b"small"]);
+        // Its room is free again.
+        assert!(!give(&mut replay, 1, 0, &noise(2, 60_000), MAX_BODY));
+    }
+
+    #[test]
+    fn the_seed_is_that_after_the_last_task_that_ended() {
+        let mut replay = Replay::new(1, 1 << 20);
+        assert_eq!(replay.restore(0).seed, None);
+        replay.seed(0, Bytes::from_static(b"one"));
+        assert_eq!(replay.restore(0).seed, None);
+        replay.done(0, true);
+        replay.seed(0, Bytes::from_static(b"two"));
+        replay.lost(0);
+        assert_eq!(replay.restore(0).seed.as_deref(), Some(&b"one"[..]));
+        replay.seed(0, Bytes::from_static(b"three"));
+        replay.done(0, false);
+        assert_eq!(replay.restore(0).seed.as_deref(), Some(&b"three"[..]));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_held_is_what_was_given_and_within_the_bound(
+            most in 0usize..600_000,
+            steps in prop::collection::vec((0u32..4, 0u64..3, 0u64..5, any::<bool>(), 0u32..10), 1..60),
+        ) {
+            let mut replay = Replay::new(4, most);
+            let mut model: Vec<Option<Vec<(u64, Vec<u8>)>>> = vec![Some(Vec::new()); 4];
+            for (worker, name, seed, short, fate) in steps {
+                let message = noise(seed, if short { 50 } else { 40_000 + 30_000 * seed as usize });
+                replay.expect(worker, name);
+                send(&mut replay, worker, &message, MAX_BODY);
+                let memory = &mut model[worker as usize];
+                match fate {
+                    0 => replay.lost(worker),
+                    1 => prop_assert!(!replay.done(worker, false)),
+                    _ => if replay.done(worker, true) {
+                        *memory = None;
+                    } else if let Some(messages) = memory {
+                        let recent = messages.iter().enumerate().rev();
+                        let mut settings = recent.take_while(|(_, m)| name != 0 && m.0 != 0);
+                        let same = settings.find(|(_, m)| m.0 == name).map(|(at, _)| at);
+                        same.map(|at| messages.remove(at));
+                        messages.push((name, message));
+                    }
+                }
+                prop_assert!(replay.bytes <= most);
+            }
+            for (worker, messages) in model.iter().enumerate() {
+                prop_assert_eq!(replay.is_complete(worker as u32), messages.is_some());
+                let messages = messages.iter().flatten().map(|m| m.1.clone()).collect::<Vec<_>>();
+                prop_assert_eq!(restored(&replay, worker as u32), messages);
+            }
+            for worker in 0..4 {
+                replay.workers[worker].incomplete = true;
+                let messages = mem::take(&mut replay.workers[worker].messages);
+                replay.bytes -= OVERHEAD * messages.len();
+                messages.iter().for_each(|message| replay.release(message));
+            }
+            prop_assert_eq!(replay.bytes, 0);
+            prop_assert!(replay.blocks.is_empty());
+        }
+    }
+}
