@@ -141,10 +141,14 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
   on.exit(if (!started) abandon(handle))
+  if (reconnect) {
+    most <- if (is.null(keep_limit)) 2^30 else keep_limit
+    checked(hub_reconnect(pointer, tempfile("rustcluster-"), most))
+  }
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
-    timeout = timeout, keep = keep_limit, reconnect = reconnect
+    timeout = timeout, keep = keep_limit
   ))
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)

@@ -76,6 +76,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       node, " did not heed an interrupt and was killed; a fresh one with its exports and random ",
       "numbers has taken its place"
     ),
+    host_back = paste0("host ", sQuote(host), " is back, with all that was on it\n"),
     state_not_kept = paste0(
       "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more ",
       "than the ", format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB that are kept of it ",

@@ -39,6 +39,11 @@ hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
 #' @noRd
 hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
+#' Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
+#' made at `path`, up to `most` bytes.
+#' @noRd
+hub_reconnect <- function(handle, path, most) .Call(wrap__hub_reconnect, handle, path, most)
+
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 #' keep and state (in bytes), timeout (of tasks, in milliseconds) and xdr.

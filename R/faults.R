@@ -110,14 +110,16 @@ show <- function(events, handle, except = NULL) {
     if (event[["kind"]] == "output") {
       showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
     } else {
-      conditions <- c(conditions, list(failureCondition(event, handle, "warning")))
+      type <- if (event[["kind"]] == "host_back") "message" else "warning"
+      conditions <- c(conditions, list(failureCondition(event, handle, type)))
     }
   }
   # Last, because a warning may be turned into a jump.
   for (condition in conditions) {
     told <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
       (is.null(condition$rank) || identical(condition$rank, except$rank))
-    if (!told) warning(condition)
+    if (told) next
+    if (inherits(condition, "message")) message(condition) else warning(condition)
   }
   invisible()
 }

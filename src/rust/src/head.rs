@@ -17,6 +17,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
 use std::time::Duration;
 
 /// R's thread waits in slices of this length, and lets R look for interrupts in between.
@@ -227,6 +228,18 @@ fn refusal(reason: &ToHead) -> String {
         ToHead::StartFailed { reason } => reason.clone(),
         _ => String::new(),
     }
+}
+
+/// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
+/// made at `path`, up to `most` bytes.
+/// @noRd
+#[extendr]
+fn hub_reconnect(handle: Robj, path: &str, most: f64) -> Robj {
+    with_hub(&handle, |hub| {
+        let made = hub.reconnect(Path::new(path), most as u64);
+        made.map_err(|error| Failure::new("start_failed").with("reason", error))?;
+        Ok(().into())
+    })
 }
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
@@ -750,6 +763,7 @@ fn events(hub: &Hub) -> Robj {
         Event::HostLost { agent, reason } => Failure::new("host_failed")
             .with("agent", agent + 1)
             .with("reason", reason),
+        Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
         Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
         Event::Output { rank, bytes } => Failure::new("output")
             .with("rank", rank + 1)
@@ -764,6 +778,7 @@ extendr_module! {
     fn hub_start;
     fn hub_greeted;
     fn hub_hosts;
+    fn hub_reconnect;
     fn hub_go;
     fn hub_progress;
     fn hub_send;

@@ -267,7 +267,10 @@ unsafe fn tell_seed(values: *const c_int, count: c_int, guest: bool) {
         Ok(count) if count > 0 => unsafe { std::slice::from_raw_parts(values, count) },
         _ => &[],
     };
-    let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let bytes = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
     // Without a channel there is nobody to tell.
     let _ = with_channel(|channel| {
         channel.leave_seed(Seed { bytes, guest });

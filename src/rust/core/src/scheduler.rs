@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 /// Identifies a task, for ever and over all workers of a cluster.
 pub type TaskId = u64;
+/// In the numbers of tasks by which the head restores workers of a host that is back.
+pub const RESTORE: TaskId = 1 << 62;
 /// Groups the tasks of one call of a verb, so that they can be cancelled together.
 pub type JobId = u64;
 /// A worker's index in its cluster, from 0.
@@ -184,10 +186,16 @@ struct Task {
     complete: bool,
     lasts: Option<u64>,
     instead_of: Option<Rank>,
+    /// The state of the random number generator that the worker is to have after it.
+    leaves: Option<Bytes>,
 }
 
 impl Task {
+    /// What R's thread counts as waiting to be sent.
     fn queued_bytes(&self) -> usize {
+        if self.id & RESTORE != 0 {
+            return 0;
+        }
         self.chunks.iter().map(|chunk| chunk.bytes.len()).sum()
     }
 }
@@ -402,6 +410,7 @@ impl Scheduler {
             complete: false,
             lasts: order.lasts,
             instead_of: order.instead_of,
+            leaves: None,
         };
         if order.again {
             worker.undecided = None;
@@ -410,6 +419,75 @@ impl Scheduler {
             worker.queue.push_back(task);
         }
         self.dispatch(order.rank);
+    }
+
+    /// An agent that was lost is back, a fresh one that is to make its workers anew. Those that were
+    /// gone before are stopped again; the others come up as at first.
+    ///
+    /// # Errors
+    /// When `start` does not fit into one message.
+    pub fn agent_back(&mut self, at: usize, start: &ToAgent) -> Result<(), ProtocolError> {
+        let agent = &mut self.agents[at];
+        agent.lost = false;
+        agent.losses = 0;
+        agent.mirror = agent.mirror.as_ref().map(Mirror::fresh);
+        self.send_control(at, start)?;
+        for rank in self.agents[at].ranks.clone() {
+            let worker = &mut self.workers[rank as usize];
+            match &worker.state {
+                WorkerState::Gone(gone) if !matches!(**gone, Gone::Host(_)) => {
+                    let stop = ToAgent::StopWorker {
+                        worker: worker.index,
+                    };
+                    self.send_control(at, &stop)?;
+                }
+                _ => {
+                    worker.state = WorkerState::Starting;
+                    worker.window = SEND_WINDOW;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a worker can be sent tasks.
+    pub fn is_up(&self, rank: Rank) -> bool {
+        let worker = self.workers.get(rank as usize);
+        worker.is_some_and(|worker| matches!(worker.state, WorkerState::Up))
+    }
+
+    /// Whether an agent keeps chunks.
+    pub fn shares(&self, agent: usize) -> bool {
+        self.agents[agent].mirror.is_some()
+    }
+
+    /// All that brings a worker which is back to the state it had: messages with their numbers and
+    /// names, one task after the other. Returns whether there is anything to be done.
+    pub fn restore(&mut self, rank: Rank, messages: Vec<(TaskId, u64, Vec<Chunk>)>) -> bool {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return false;
+        };
+        let seed = worker.seed.clone();
+        let (agent, index) = (worker.agent, worker.index);
+        let count = messages.len();
+        for (at, (id, name, chunks)) in messages.into_iter().enumerate() {
+            worker.queue.push_back(Task {
+                id,
+                job: 0,
+                chunks: chunks.into(),
+                complete: true,
+                lasts: Some(name),
+                instead_of: None,
+                leaves: seed.clone().filter(|_| at + 1 == count),
+            });
+        }
+        if count == 0 {
+            if let Some(seed) = seed {
+                self.push_control(agent, Frame::new(Kind::Seed, 0, index, 0, seed));
+            }
+        }
+        self.dispatch(rank);
+        count > 0
     }
 
     /// A chunk, at most [`MAX_BODY`] long, of the message of a task.
@@ -748,7 +826,9 @@ impl Scheduler {
                 }
             };
             worker.window -= HEADER_LEN + sent.len;
-            self.released += sent.len;
+            if current.task.id & RESTORE == 0 {
+                self.released += sent.len;
+            }
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
             if current.task.complete && current.task.chunks.is_empty() {
                 flags |= LAST;
@@ -766,6 +846,11 @@ impl Scheduler {
                 together.push_back(Frame::new(Kind::State, 0, index, task, name));
             }
             together.push_back(frame);
+            if flags & LAST != 0 {
+                if let Some(seed) = current.task.leaves.take() {
+                    together.push_back(Frame::new(Kind::Seed, 0, index, 0, seed));
+                }
+            }
             self.dispatch(rank);
             return self.agents[agent].together.pop_front();
         }
@@ -808,7 +893,10 @@ impl Scheduler {
                 let worker = &mut self.workers[rank as usize];
                 if let Some(current) = &mut worker.current {
                     if current.task.id == header.task {
-                        let other = current.task.instead_of.filter(|_| header.flags & GUEST != 0);
+                        let other = current
+                            .task
+                            .instead_of
+                            .filter(|_| header.flags & GUEST != 0);
                         current.after = Some((other.unwrap_or(rank), frame.body));
                     }
                 }

@@ -48,25 +48,35 @@ pub fn cut(buffer: &mut Vec<u8>, last: bool) -> Vec<Chunk> {
     let mut from = 0;
     while last && from < buffer.len() || buffer.len() - from >= MAX_BODY {
         let rest = &buffer[from..];
-        let (_, end) = v2020::cut(
-            rest,
-            SHORTEST,
-            USUAL,
-            MAX_BODY,
-            MASK_BELOW,
-            MASK_ABOVE,
-            MASK_BELOW << 1,
-            MASK_ABOVE << 1,
-        );
-        let bytes = &rest[..end];
-        chunks.push(Chunk {
-            key: (end >= SHORTEST).then(|| xxh3_128(bytes)),
-            bytes: Bytes::copy_from_slice(bytes),
-        });
+        let end = end_of_chunk(rest);
+        chunks.push(chunk(Bytes::copy_from_slice(&rest[..end])));
         from += end;
     }
     buffer.drain(..from);
     chunks
+}
+
+/// Cuts a whole message into the same chunks, without copying it.
+pub fn cut_whole(mut message: Bytes) -> Vec<Chunk> {
+    let mut chunks = Vec::new();
+    while !message.is_empty() {
+        let end = end_of_chunk(&message);
+        chunks.push(chunk(message.split_to(end)));
+    }
+    chunks
+}
+
+fn end_of_chunk(bytes: &[u8]) -> usize {
+    let (below, above) = (MASK_BELOW << 1, MASK_ABOVE << 1);
+    let (_, end) = v2020::cut(
+        bytes, SHORTEST, USUAL, MAX_BODY, MASK_BELOW, MASK_ABOVE, below, above,
+    );
+    end
+}
+
+fn chunk(bytes: Bytes) -> Chunk {
+    let key = (bytes.len() >= SHORTEST).then(|| xxh3_128(&bytes));
+    Chunk { bytes, key }
 }
 
 /// Values with their sizes, of which the least recently used go first when there are too many.
@@ -133,6 +143,11 @@ impl Mirror {
             numbers: Bounded::new(most),
             next: 0,
         }
+    }
+
+    /// Of an agent that has taken the place of this one's.
+    pub fn fresh(&self) -> Mirror {
+        Mirror::new(self.numbers.most)
     }
 
     /// Takes what goes into one frame off the front of `chunks`: as many as the agent has in a row,
@@ -293,6 +308,7 @@ mod tests {
             }
             let chunks = cut_in_pieces(&message, piece);
             prop_assert_eq!(&cut_in_pieces(&message, len + 1), &chunks);
+            prop_assert_eq!(&cut_whole(Bytes::from(message.clone())), &chunks);
             prop_assert!(chunks.iter().all(|c| !c.bytes.is_empty() && c.bytes.len() <= MAX_BODY));
             let whole: Vec<u8> = chunks.iter().flat_map(|c| c.bytes.to_vec()).collect();
             prop_assert_eq!(whole, message);

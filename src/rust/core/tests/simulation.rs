@@ -8,15 +8,16 @@
 use bytes::{Buf, Bytes, BytesMut};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
-use rustcluster_core::agent::state::{Book, Ending, Now, Route};
+use rustcluster_core::agent::replay::Replay;
+use rustcluster_core::agent::state::{Book, Ending, Now, REPLAY, Ready, Route};
 use rustcluster_core::frame::{
-    self, ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
+    self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
 };
 use rustcluster_core::message::{self, Exit, Loss, ToAgent, ToHead, WorkerReady};
 use rustcluster_core::outbuf::OutBuf;
 use rustcluster_core::scheduler::{
-    Body, GRANT, Gone, JobId, Note, Outcome, RESULT_WINDOW, Rank, SEND_WINDOW, Scheduler, TaskId,
-    Want,
+    Body, GRANT, Gone, JobId, Note, Order as Submission, Outcome, RESULT_WINDOW, Rank, SEND_WINDOW,
+    Scheduler, TaskId, Want,
 };
 use rustcluster_core::share::{Chunk, Kept};
 use std::collections::{HashMap, VecDeque};

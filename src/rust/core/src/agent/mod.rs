@@ -316,6 +316,11 @@ impl Agent {
     /// When the system fails in a way that leaves nothing to do. Workers then end with the agent.
     pub fn run(&mut self) -> io::Result<Role> {
         let mut events = Events::with_capacity(1024);
+        // What came together with the greeting.
+        if let Err(error) = self.on_head_bytes() {
+            eprintln!("rustcluster agent: {error}");
+            self.end();
+        }
         loop {
             if let Some(channel) = self.make_some()? {
                 return Ok(Role::Worker(channel));
@@ -413,6 +418,11 @@ impl Agent {
             };
             if self.ending {
                 self.book.give_up(worker);
+                continue;
+            }
+            if self.book.is_stopping(worker) {
+                self.book.give_up(worker);
+                self.tell(&ToHead::WorkerStopped { worker });
                 continue;
             }
             self.replacing[worker as usize] = replaces;
@@ -524,6 +534,9 @@ impl Agent {
                 }
                 Kind::Seed => {
                     if self.book.is_meant(header.worker)? {
+                        if header.flags & GUEST == 0 {
+                            self.replay.set_seed(header.worker, frame.body.clone());
+                        }
                         self.send_worker(header.worker, &frame);
                     }
                 }

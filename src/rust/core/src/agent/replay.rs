@@ -157,6 +157,13 @@ impl Replay {
         }
     }
 
+    /// The head has put this state in place.
+    pub fn set_seed(&mut self, worker: u32, seed: Bytes) {
+        if let Some(memory) = self.workers.get_mut(worker as usize) {
+            memory.seed = Some(seed);
+        }
+    }
+
     /// The worker has ended its task; `lasts`: as it was meant to. Returns whether it has just become
     /// a worker that cannot be restored.
     pub fn done(&mut self, worker: u32, lasts: bool) -> bool {
@@ -324,7 +331,10 @@ mod tests {
             give(&mut replay, 0, 7, &noise(i, 300_000), MAX_BODY);
             give(&mut replay, 0, 8, b"other", 9);
         }
-        assert_eq!(restored(&replay, 0), [noise(99, 300_000), b"other".to_vec()]);
+        assert_eq!(
+            restored(&replay, 0),
+            [noise(99, 300_000), b"other".to_vec()]
+        );
         // What may have used the value keeps it.
         give(&mut replay, 0, 0, b"uses", 9);
         give(&mut replay, 0, 7, b"new", 9);

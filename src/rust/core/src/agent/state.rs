@@ -165,6 +165,12 @@ impl Book {
         Ok(())
     }
 
+    /// Whether a worker is to end.
+    pub fn is_stopping(&self, worker: u32) -> bool {
+        let entry = self.workers.get(worker as usize);
+        entry.is_some_and(|entry| entry.stopping.is_some())
+    }
+
     /// Whether what the head sends to a worker is meant for that worker.
     ///
     /// # Errors
@@ -242,7 +248,9 @@ impl Book {
         let last = header.flags & LAST != 0;
         if let Phase::Restoring { left } = &mut entry.phase {
             if header.task & REPLAY == 0 {
-                return Err(ProtocolError("an answer to a task of the worker before".into()));
+                return Err(ProtocolError(
+                    "an answer to a task of the worker before".into(),
+                ));
             }
             *left -= usize::from(last);
             if *left > 0 {

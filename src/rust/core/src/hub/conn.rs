@@ -2,9 +2,10 @@
 
 use super::inbox::HostFailure;
 use super::shared::Shared;
+use super::spool::Spool;
 use crate::frame::{self, Frame, Kind};
 use crate::launch::{self, AgentProcess, Launch, Launched};
-use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, ToAgent, ToHead};
+use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, Start, ToAgent, ToHead};
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
 use bytes::BytesMut;
@@ -52,12 +53,56 @@ pub struct Conn {
     pub planned: Arc<Notify>,
     /// When something last came from it, once it serves.
     pub heard: Option<Instant>,
+    /// What it was told to start, if it is to be taken back when it is lost.
+    pub plan: Option<Start>,
+    /// Its end is meant.
+    pub for_good: bool,
 }
 
-/// Serves one agent from its launch to its end.
+/// How long to wait before a lost host is tried again: at first, and at most.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Serves one agent from its launch to its end, and if it is to be taken back, those that follow it.
 pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hello) {
+    let failure = serve_one(&shared, agent, &launch, &hello, false).await;
+    fail(&shared, agent, failure);
+    let mut wait = FIRST_WAIT;
+    loop {
+        let stop = {
+            let core = shared.core();
+            let complete = core.spool.as_ref().is_some_and(Spool::is_complete);
+            let conn = &core.conns[agent];
+            if conn.for_good || conn.plan.is_none() || !complete {
+                return;
+            }
+            conn.stop.clone()
+        };
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = stop.notified() => return,
+        }
+        let failure = serve_one(&shared, agent, &launch, &hello, true).await;
+        let was_back = shared.core().inbox.hosts[agent].failure.is_none();
+        wait = if was_back {
+            FIRST_WAIT
+        } else {
+            (2 * wait).min(LONGEST_WAIT)
+        };
+        fail(&shared, agent, failure);
+    }
+}
+
+/// One agent from its launch to its end, and why it ended. `again`: there was one before.
+async fn serve_one(
+    shared: &Arc<Shared>,
+    agent: usize,
+    launch: &Launch,
+    hello: &Hello,
+    again: bool,
+) -> HostFailure {
     let (exit_tx, exit) = oneshot::channel();
-    let launched = launch::start(&launch, move |status| {
+    let launched = launch::start(launch, move |status| {
         let _ = exit_tx.send(status);
     });
     let launched = match launched {
@@ -67,8 +112,7 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
             let program = program.map(|p| p.to_string_lossy().into_owned());
             let program = program.unwrap_or_default();
             let reason = format!("the agent could not be started: {program}: {error}");
-            fail(&shared, agent, HostFailure::new(reason));
-            return;
+            return HostFailure::new(reason);
         }
     };
     let Launched {
@@ -86,7 +130,7 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
     let mut noise = Preamble::default();
-    let ended = talk(&shared, agent, &hello, stream, &mut noise).await;
+    let ended = talk(shared, agent, hello, stream, &mut noise, again).await;
     // The stream is closed on our side too from here on, which asks the agent to end, if it is
     // still there.
     let ended = ended.and(shared.core().detach(agent));
@@ -101,12 +145,11 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
         Ok(()) => format!("the agent's process {exited}"),
         Err(error) => format!("{error} (the agent's process {exited})"),
     };
-    let failure = HostFailure {
+    HostFailure {
         reason,
         stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
         stdout: noise.noise(),
-    };
-    fail(&shared, agent, failure);
+    }
 }
 
 fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
@@ -164,6 +207,7 @@ async fn talk(
     hello: &Hello,
     stream: std::os::unix::net::UnixStream,
     preamble: &mut Preamble,
+    again: bool,
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
@@ -183,7 +227,13 @@ async fn talk(
         () = stop.notified() => return Ok(()),
     };
     let stream = stream.into_std()?;
-    shared.core().attach(agent, stream, received);
+    {
+        let mut core = shared.core();
+        if again {
+            core.agent_back(agent)?;
+        }
+        core.attach(agent, stream, received);
+    }
     let stopped = async {
         stop.notified().await;
         sleep(STOP_PATIENCE).await;

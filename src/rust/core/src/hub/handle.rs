@@ -2,6 +2,7 @@
 
 use super::inbox::{End, Event, HostFailure, HostView, WorkerView};
 use super::shared::{Core, Shared};
+use super::spool::Spool;
 use super::{Plan, run};
 use crate::frame::MAX_BODY;
 use crate::launch::Launch;
@@ -14,6 +15,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -47,15 +49,9 @@ pub enum Answer {
         gone: Arc<Gone>,
     },
     /// It took longer than it may.
-    TimedOut {
-        rank: Rank,
-        task: TaskId,
-    },
+    TimedOut { rank: Rank, task: TaskId },
     /// [`Hub::give_up`] was called for it.
-    GivenUp {
-        rank: Rank,
-        task: TaskId,
-    },
+    GivenUp { rank: Rank, task: TaskId },
     /// Not yet.
     Pending,
     /// There is no task to wait for.
@@ -188,6 +184,17 @@ impl Hub {
         self.inner.shared.wait(most, greeted).is_some()
     }
 
+    /// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
+    /// made at `path`, up to `most` bytes. To be called before [`Hub::go`].
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn reconnect(&mut self, path: &Path, most: u64) -> io::Result<()> {
+        let spool = Spool::new(path, most)?;
+        self.core().spool = Some(spool);
+        Ok(())
+    }
+
     /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
     /// all plans are those from 0 to their number.
     ///
@@ -206,6 +213,9 @@ impl Hub {
                 Some(plan) => {
                     let patience = Duration::from_millis(plan.start.patience.into());
                     core.conns[agent].patience = patience;
+                    if core.spool.is_some() {
+                        core.conns[agent].plan = Some(plan.start.clone());
+                    }
                     if plan.start.keep > 0 {
                         self.shares = true;
                         let most = usize::try_from(plan.start.keep).unwrap_or(usize::MAX);
@@ -282,7 +292,11 @@ impl Hub {
             None => rank,
             Some(gone) => {
                 let just_now = job != NO_JOB && worker.gone_in == job && lasts.is_none();
-                let place = if just_now { self.elsewhere(&gone) } else { None };
+                let place = if just_now {
+                    self.elsewhere(&gone)
+                } else {
+                    None
+                };
                 place.ok_or(gone)?
             }
         };
@@ -332,7 +346,11 @@ impl Hub {
         let place = match self.worker(before).gone {
             None => before,
             Some(gone) => {
-                let place = if lasts.is_none() { self.elsewhere(&gone) } else { None };
+                let place = if lasts.is_none() {
+                    self.elsewhere(&gone)
+                } else {
+                    None
+                };
                 place.ok_or(gone)?
             }
         };
@@ -482,7 +500,11 @@ impl Hub {
             self.outstanding_count += 1;
         }
         let chunks = writing.chunks(self.shares, true);
-        submit(&mut self.core(), &mut writing, chunks, true);
+        let mut core = self.core();
+        submit(&mut core, &mut writing, chunks, true);
+        if let Some(spool) = &mut core.spool {
+            spool.finish();
+        }
     }
 
     /// Takes back the message that is being written, if there is one: R could not finish it.
@@ -491,6 +513,9 @@ impl Hub {
             return;
         };
         let (owner, task) = (writing.owner, writing.order.task);
+        if let Some(spool) = &mut self.core().spool {
+            spool.abandon();
+        }
         if !writing.first {
             self.core().scheduler.set_unlimited(false);
             self.cancel(owner, task);
@@ -704,9 +729,15 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
     }
     if std::mem::replace(&mut writing.first, false) {
         core.inbox.expect(writing.order.task, writing.owner);
+        if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
+            spool.begin(writing.order.task, name);
+        }
         core.scheduler.submit(writing.order.clone());
     }
     let &Order { rank, task, .. } = &writing.order;
+    if let Some(spool) = &mut core.spool {
+        spool.write(&chunks);
+    }
     let count = chunks.len();
     for (at, chunk) in chunks.into_iter().enumerate() {
         core.queued += chunk.bytes.len();

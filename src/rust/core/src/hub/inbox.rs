@@ -37,6 +37,8 @@ pub enum Event {
     },
     /// A host was lost, or is left out.
     HostLost { agent: usize, reason: String },
+    /// A host that was lost is back, with all that was on it.
+    HostBack { agent: usize },
     /// What lasts on the workers of this host is more than it holds: workers that are lost there
     /// will not be replaced.
     StateNotKept { agent: usize },
@@ -144,8 +146,9 @@ impl Inbox {
     pub fn note(&mut self, note: Note) -> usize {
         match note {
             Note::Up { rank, pid } => {
-                self.up += 1;
                 let worker = &mut self.workers[rank as usize];
+                // That of a host which is back is up once it is what it was.
+                self.up += usize::from(worker.gone.is_none());
                 worker.pid = Some(pid);
                 self.hosts[worker.agent].up = Some(self.began.elapsed());
             }
@@ -218,6 +221,20 @@ impl Inbox {
             _ => {}
         }
         self.workers[rank as usize].gone = Some(gone);
+    }
+
+    /// A worker that was gone is there again, and what it was.
+    pub fn back(&mut self, rank: Rank) {
+        let worker = &mut self.workers[rank as usize];
+        worker.gone = None;
+        let agent = worker.agent;
+        let lost =
+            |w: &WorkerView| w.agent == agent && matches!(w.gone.as_deref(), Some(Gone::Host(_)));
+        if !self.workers.iter().any(lost) {
+            self.hosts[agent].failure = None;
+            self.hosts[agent].told_lost = false;
+            self.events.push_back(Event::HostBack { agent });
+        }
     }
 
     /// R wants to know of the end of this task, which it gave to `owner`.

@@ -7,7 +7,9 @@
 mod conn;
 mod handle;
 mod inbox;
+mod restore;
 mod shared;
+mod spool;
 
 pub use handle::{Answer, Hub, NO_JOB, Progress};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};

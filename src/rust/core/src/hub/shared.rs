@@ -9,10 +9,12 @@
 
 use super::conn::Conn;
 use super::inbox::Inbox;
+use super::restore::Restoring;
+use super::spool::Spool;
 use crate::frame;
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
-use crate::scheduler::{Note, Rank, Scheduler};
+use crate::scheduler::{Note, Outcome, Rank, Scheduler};
 use crate::sys;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -48,6 +50,9 @@ pub struct Core {
     pub scheduler: Scheduler,
     pub conns: Vec<Conn>,
     pub inbox: Inbox,
+    /// What lasts on workers, if hosts are to be taken back.
+    pub spool: Option<Spool>,
+    pub restoring: Restoring,
     /// Bytes of results to buffer.
     limit: usize,
     /// Bytes of tasks submitted and not yet sent.
@@ -94,6 +99,8 @@ impl Shared {
                 limit,
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
+                spool: None,
+                restoring: Restoring::default(),
                 queued: 0,
                 stopping: false,
                 registry,
@@ -283,6 +290,24 @@ impl Core {
         self.changed();
     }
 
+    /// A fresh agent has greeted where one was lost.
+    ///
+    /// # Errors
+    /// When nothing is known of what it is to start.
+    pub fn agent_back(&mut self, agent: usize) -> io::Result<()> {
+        let conn = &mut self.conns[agent];
+        let Some(start) = conn.plan.clone() else {
+            return Err(io::Error::other("it was not part of the cluster"));
+        };
+        conn.end = None;
+        conn.out = OutBuf::default();
+        conn.heard = None;
+        conn.watched = None;
+        conn.planned.notify_one();
+        let back = self.scheduler.agent_back(agent, &ToAgent::Start(start));
+        back.map_err(io::Error::other)
+    }
+
     /// Closes the stream, for the agent too, and whoever has a copy of our end.
     pub fn detach(&mut self, agent: usize) -> io::Result<()> {
         let conn = &mut self.conns[agent];
@@ -384,9 +409,26 @@ impl Core {
             }
             self.queued -= released;
             for note in notes {
-                if let Note::LeftOut { agent, .. } = &note {
-                    // If it does not end when asked to, it is ended.
-                    self.conns[*agent].stop.notify_one();
+                match &note {
+                    Note::LeftOut { agent, .. } => {
+                        // If it does not end when asked to, it is ended.
+                        self.conns[*agent].for_good = true;
+                        self.conns[*agent].stop.notify_one();
+                    }
+                    Note::Up { rank, .. } => self.worker_up(*rank),
+                    Note::Done {
+                        rank,
+                        task,
+                        outcome,
+                        ..
+                    } => {
+                        if let Some(spool) = &mut self.spool {
+                            let lasts = matches!(outcome, Outcome::Answer(_));
+                            spool.ended(*task, *rank, lasts);
+                        }
+                        self.restored(*rank, *task, outcome);
+                    }
+                    _ => {}
                 }
                 let dropped = self.inbox.note(note);
                 if dropped > 0 {
@@ -450,6 +492,7 @@ impl Core {
         for agent in 0..self.conns.len() {
             // Without a greeting there is nobody to tell: the stream's end must do.
             let _ = self.scheduler.send_control(agent, &ToAgent::Stop);
+            self.conns[agent].for_good = true;
             self.conns[agent].stop.notify_one();
         }
         self.settle();
