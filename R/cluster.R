@@ -62,6 +62,23 @@
 #' @param patience (number) Seconds of silence after which this session takes
 #'   another host for lost, and its agent this session; default 20. An agent says
 #'   that it is there four times in that time, however busy its workers are.
+#' @param retries (integer) How often a task is tried again that was lost with its
+#'   worker, host or link; default 2. See section Faults. `0`: a loss is an error
+#'   at once.
+#' @param timeout (number) Seconds that a task may take, from when its worker has
+#'   all of its message; default `Inf`. A task that takes longer is interrupted,
+#'   and its worker killed and replaced if it does not heed that for 2 s; an error
+#'   of class `rustcluster_timeout` takes the place of its result.
+#' @param reconnect (logical) Whether a lost host is tried again, after 1 s, 2 s,
+#'   4 s and so on up to every 30 s, until `stopCluster()`. When it is back, its
+#'   workers are brought to the state they had, and its nodes are usable again;
+#'   a message says so.
+#' @param buffer_limit (number) Bytes of results that this session holds before it
+#'   leaves large ones on their hosts until they are asked for; default 512 MiB.
+#' @param keep_limit (number) Bytes that an agent keeps of what lasts on its
+#'   workers, to restore those that it replaces (and, on other hosts, as much again
+#'   of what may be sent to another worker). Default: an eighth of the memory that
+#'   is available there, from 16 MiB to 1 GiB. See section Faults.
 #' @param progress (logical) Whether to show a line for each host as it comes up.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of
@@ -69,20 +86,52 @@
 #'   from 1) and a handle. A node stands for one process until that ends. Subsets,
 #'   as `cl[1:2]`, are clusters too.
 #'
+#' @section Faults:
+#' A worker that is lost is replaced at once by its agent, and the new one is brought
+#' to the state of the old: what `clusterExport()`, `clusterEvalQ()`, `clusterCall()`
+#' and `clusterSetRNGStream()` did on it is done again, in the same order and with
+#' the values that were sent then, and its random numbers go on where the last task
+#' that ended left them. What other tasks left behind is gone, and so is what an
+#' interrupted call did. Replaced workers are only those whose whole state is kept:
+#' when that takes more than `keep_limit`, a warning (`rustcluster_state_not_kept`)
+#' says that workers lost there will not be replaced from then on.
+#'
+#' The task that was lost is tried again on that worker, before all others that wait
+#' for it, with the same random numbers as at first; a warning
+#' (`rustcluster_worker_lost`) tells of each loss. If its host is lost, it is given
+#' to a worker of another host, with the random numbers of the lost one if those are
+#' L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their nodes, and
+#' fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
+#' it is back (`reconnect`); `cl[!is.na(clusterPids(cl))]` leaves them out. A host
+#' whose workers are lost again and again (at least ten, and twice as many as it has,
+#' without a task that ends in between) is left out, with a warning.
+#'
+#' A task that was lost `retries + 1` times is not tried again. The others go on, and in
+#' the end an error of class `rustcluster_task_failed` is raised, with fields `index`
+#' (integer, which of the tasks that were sent), `losses` (a list of conditions),
+#' `results` (a list of the results of all tasks, `NULL` for those that have none) and
+#' `failures` (all errors of this kind). `rustcluster_timeout` has these fields, too.
+#' If a task before it failed with an error of its own, \pkg{parallel} raises that
+#' instead. Errors of R code are results, and never tried again.
+#'
 #' @section Ends:
 #' | what happens | what follows |
 #' |---|---|
-#' | `stopCluster(cl)` | returns when no process is left; busy workers are interrupted, and killed after 0.6 s |
+#' | `stopCluster(cl)`, idle, busy, again, or in the middle of a call | returns when no process is left; busy workers are interrupted, and killed after 0.6 s; the call fails with `rustcluster_stopped` |
 #' | `stopCluster(cl[1:2])` | these workers end, the others stay |
-#' | the cluster is garbage-collected | as `stopCluster()`, without waiting |
-#' | this session ends, or is killed | agent and workers end within a second |
-#' | Ctrl-C in a call | its tasks are interrupted, and the next call is right; a worker that does not heed it for 2 s is killed and replaced, with a warning |
-#' | a worker ends in a task | error `rustcluster_worker_lost` at once; the other nodes stay usable |
-#' | a worker calls `quit()` | the same |
-#' | the agent is killed | its workers end; error `rustcluster_host_failed` |
+#' | the last handle is garbage-collected | as `stopCluster()`, without waiting |
+#' | `stopCluster()` in a fork of this session | `rustcluster_forked`; nothing ends |
+#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second |
+#' | Ctrl-C, a time limit, an error in a handler, in a call | its tasks are interrupted, and the next call is right; a worker that does not heed it for 2 s is killed and replaced, with a warning |
+#' | a worker ends (`quit()`, a signal, out of memory) | it is replaced and its task tried again: see Faults |
+#' | a worker ignores SIGTERM, or has closed its descriptors | it is killed; the latter is a loss as above |
+#' | the agent or its ssh is killed, or told to end | its workers end within a second, with all that they started; the tasks move to other hosts |
+#' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
+#' | a disk is full on the host | errors of the tasks that write to it; `outfile` misses lines |
 #'
-#' What a worker has started itself is killed with it, unless that has made
-#' itself the leader of another process group.
+#' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it,
+#' unless that has made itself the leader of another process group: then it goes on, and a warning of
+#' class `rustcluster_left_behind` names it.
 #'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and

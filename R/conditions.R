@@ -62,6 +62,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       if (identical(field("replaced"), "false")) {
         ", and no other takes its place; `cl[!is.na(clusterPids(cl))]` leaves it out"
       },
+      if (!is.null(field("again"))) {
+        paste0("; task ", field("index"), if (field("again") == "TRUE") " is tried again" else " is given up")
+      },
       tailText("the end of its output", field("stderr"))
     ),
     host_failed = paste0(

@@ -16,17 +16,18 @@ taskLost <- function(task, failure, handle) {
   handle$losses[[task]] <- c(handle$losses[[task]], list(loss))
   number <- as.numeric(task)
   if (inherits(loss, "rustcluster_stopped") || handle$retries == 0) return(giveUp(number, loss, handle))
-  if (length(handle$losses[[task]]) > handle$retries) {
-    checked(hub_give_up(handle$pointer, number), handle)
-  } else {
+  again <- length(handle$losses[[task]]) <= handle$retries
+  if (again) {
+    sent <- hub_try_again(handle$pointer, number)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
-    again <- hub_try_again(handle$pointer, number)
-    if (typeof(again) == "character") return(giveUp(number, loss, handle))
-    checked(again)
+    if (typeof(sent) == "character") return(giveUp(number, loss, handle))
+    checked(sent)
+  } else {
+    checked(hub_give_up(handle$pointer, number), handle)
   }
   # The task is safe before the warning, which may be turned into a jump. A lost host is told of once.
   if (inherits(loss, "rustcluster_worker_lost")) {
-    warning(failureCondition(c(failure, replaced = "true"), handle, "warning"))
+    warning(failureCondition(c(failure, replaced = "true", again = again), handle, "warning"))
   }
   NULL
 }

@@ -14,7 +14,9 @@
 #'   \item{`rustcluster_limits`}{the system's limits are too low; fields `what`, `needed`, `available`.}
 #'   \item{`rustcluster_start_failed`}{the cluster could not be started, and nothing of it is left; fields `host`, `stderr`.}
 #'   \item{`rustcluster_install_failed`}{[installOnHosts()] failed on some hosts; fields `host`, `report`.}
-#'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes).}
+#'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one, and the task is not to be tried again (`retries = 0`), or nobody takes the worker's place; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical, whether the host seems to have run out of memory).}
+#'   \item{`rustcluster_task_failed`}{a task was lost with its worker too often; fields `index`, `losses`, `results`, `failures`: see [makeRustCluster()].}
+#'   \item{`rustcluster_timeout`}{a task took longer than `timeout`; fields `host`, `rank`, `index`, `results`, `failures`.}
 #'   \item{`rustcluster_host_failed`}{a host's agent, or the way to it, was lost; fields `host`, `rank`.}
 #'   \item{`rustcluster_protocol`}{an answer could not be read.}
 #'   \item{`rustcluster_no_task`}{an answer was asked for, and nothing had been sent.}
@@ -23,11 +25,16 @@
 #'   \item{`rustcluster_restored`}{the cluster was saved and loaded: it belongs to a session that has ended.}
 #' }
 #' Warnings are of class `"rustcluster_warning"` and one of
-#' `rustcluster_host_left_out` (a host could not be started, and
-#' `onFailure = "warn"`; fields `host`, `report`), `rustcluster_versions` (R is
-#' another version there; field `host`) and `rustcluster_worker_replaced` (a
-#' worker did not heed an interrupt, was killed, and has been replaced by a
-#' fresh one; fields `rank`, `host`).
+#' \describe{
+#'   \item{`rustcluster_worker_lost`}{a worker ended and has been replaced (field `replaced`); its task, if it had one, is tried again. Fields as above.}
+#'   \item{`rustcluster_worker_replaced`}{a worker did not heed an interrupt, was killed, and has been replaced; fields `rank`, `host`.}
+#'   \item{`rustcluster_host_failed`}{a host was lost, or is left out because its workers were lost again and again; fields `host`, `reason`.}
+#'   \item{`rustcluster_state_not_kept`}{what lasts on a host's workers is more than is kept: they will not be replaced; field `host`.}
+#'   \item{`rustcluster_left_behind`}{what a worker started has made itself independent and goes on; fields `host`, `rank`, `pid`, `command`.}
+#'   \item{`rustcluster_host_left_out`}{a host could not be started, and `onFailure = "warn"`; fields `host`, `report`.}
+#'   \item{`rustcluster_versions`}{R is another version there; field `host`.}
+#' }
+#' A message of class `"rustcluster_host_back"` tells that a lost host is back.
 #'
 #' @keywords internal
 #' @useDynLib rustcluster, .registration = TRUE
