@@ -5,6 +5,7 @@
 //! for the end, or its stream ends for whatever reason, every worker is ended and then the agent.
 
 mod fork;
+mod guard;
 mod process;
 pub mod state;
 
@@ -21,6 +22,7 @@ use crate::share::Kept;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
 use bytes::{Buf, Bytes, BytesMut};
+use guard::Guard;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
@@ -229,6 +231,7 @@ pub struct Agent {
     pulse: Option<Pulse>,
     _parent: Option<OwnedFd>,
     saved: signals::Saved,
+    guard: Guard,
     epoch: Instant,
     scratch: Vec<u8>,
 }
@@ -290,6 +293,7 @@ impl Agent {
             asked_to_end,
             _parent: parent,
             saved,
+            guard: Guard::start(count as usize),
             epoch: Instant::now(),
             scratch: vec![0; READ],
         })
@@ -408,6 +412,7 @@ impl Agent {
             match made {
                 Ok(Made::Child(channel)) => return Ok(Some(channel)),
                 Ok(Made::Parent(process)) => {
+                    self.guard.made(worker, process.pid);
                     let token = FIRST_WORKER + 2 * worker as usize;
                     let registry = self.poll.registry();
                     let fd = process.channel.as_raw_fd();
@@ -812,6 +817,7 @@ impl Agent {
             let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
             match self.workers.iter().position(ours) {
                 Some(worker) => self.on_exit(worker as u32),
+                None if self.guard.reap(pid) => {}
                 None => {
                     self.look_at_all();
                     break;
@@ -845,6 +851,7 @@ impl Agent {
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
         process.kill();
+        self.guard.ended(worker);
         let exit = sys::reap(process.pid);
         let registry = self.poll.registry();
         for fd in [process.channel.as_raw_fd(), process.output.as_raw_fd()] {
