@@ -81,8 +81,10 @@
 #' | a worker calls `quit()` | the same |
 #' | the agent is killed | its workers end; error `rustcluster_host_failed` |
 #'
-#' What a worker has started itself is killed with it, unless that has made
-#' itself the leader of another process group.
+#' What a worker has started itself is killed with it, and with a killed agent,
+#' unless it has made itself the leader of another process group (as `setsid`
+#' does). Then it goes on, and on Linux a warning of class
+#' `rustcluster_left_behind` tells of it when its worker has ended.
 #'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and

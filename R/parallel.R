@@ -140,7 +140,23 @@ show <- function(events, handle) {
       rank = rank, host = handle$hosts[[rank]], type = "warning"
     ))
   }
+  for (process in events$left) warning(leftBehind(process, handle))
   invisible()
+}
+
+leftBehind <- function(process, handle) {
+  host <- handle$agents[[process$agent]]$host
+  who <- if (is.na(process$rank)) "a worker" else paste("worker", process$rank)
+  rustclusterCondition(
+    "left_behind",
+    paste0(
+      who, " on host ", sQuote(host), " has left process ", process$pid, " behind (",
+      process$command, "): it made itself independent of its worker and goes on. End it with `kill ",
+      process$pid, "` on that host"
+    ),
+    host = host, rank = process$rank, pid = process$pid, command = process$command,
+    type = "warning"
+  )
 }
 
 # Whole lines only; the rest waits for its end.

@@ -25,9 +25,12 @@
 #' Warnings are of class `"rustcluster_warning"` and one of
 #' `rustcluster_host_left_out` (a host could not be started, and
 #' `onFailure = "warn"`; fields `host`, `report`), `rustcluster_versions` (R is
-#' another version there; field `host`) and `rustcluster_worker_replaced` (a
+#' another version there; field `host`), `rustcluster_worker_replaced` (a
 #' worker did not heed an interrupt, was killed, and has been replaced by a
-#' fresh one; fields `rank`, `host`).
+#' fresh one; fields `rank`, `host`) and `rustcluster_left_behind` (a process
+#' that a worker had started, and that made itself independent of it, goes on
+#' after its worker's end; fields `host`, `rank`, or `NA` if it is not known,
+#' `pid`, `command`).
 #'
 #' @keywords internal
 #' @useDynLib rustcluster, .registration = TRUE

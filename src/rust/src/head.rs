@@ -578,8 +578,9 @@ fn hub_agent_pids(handle: Robj) -> Robj {
     })
 }
 
-/// What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
-/// that workers printed. `NULL` if there is nothing.
+/// What there is to be shown: a list of the ranks of replaced workers, of ranks and lines that
+/// workers printed, and of processes that they left behind (the place of their agent, the rank of
+/// their worker, pid, command). `NULL` if there is nothing.
 /// @noRd
 #[extendr]
 fn hub_events(handle: Robj) -> Robj {
@@ -600,6 +601,7 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
 
 fn events(hub: &Hub) -> Robj {
     let (mut replaced, mut ranks, mut texts) = (Vec::new(), Vec::new(), Vec::new());
+    let mut left: Vec<Robj> = Vec::new();
     for event in hub.take_events() {
         match event {
             Event::Replaced { rank } => replaced.push(rank as i32 + 1),
@@ -607,12 +609,33 @@ fn events(hub: &Hub) -> Robj {
                 ranks.push(rank as i32 + 1);
                 texts.push(String::from_utf8_lossy(&bytes).replace('\0', ""));
             }
+            Event::LeftBehind {
+                agent,
+                rank,
+                pid,
+                command,
+            } => left.push(
+                list!(
+                    agent = agent as i32 + 1,
+                    rank = rank.map(|rank| rank as i32 + 1),
+                    pid = pid as i32,
+                    command = command.replace('\0', "")
+                )
+                .into(),
+            ),
         }
     }
-    if replaced.is_empty() && ranks.is_empty() {
+    if replaced.is_empty() && ranks.is_empty() && left.is_empty() {
         return ().into();
     }
-    list!(replaced = replaced, ranks = ranks, texts = texts).into()
+    let left = List::from_values(left);
+    list!(
+        replaced = replaced,
+        ranks = ranks,
+        texts = texts,
+        left = left
+    )
+    .into()
 }
 
 extendr_module! {

@@ -187,6 +187,12 @@ pub enum ToHead {
     },
     /// The agent is there.
     Alive,
+    /// A process that a worker left and that goes on after its end. `worker`: if that is known.
+    LeftBehind {
+        worker: Option<u32>,
+        pid: u32,
+        command: String,
+    },
 }
 
 /// What an agent tells a spawned worker first.
@@ -332,6 +338,11 @@ mod tests {
                     tail: "Error in \u{2018}f\u{2019}: 100%s".into(),
                     memory_available: 1 << 40,
                 },
+            },
+            ToHead::LeftBehind {
+                worker: Some(3),
+                pid: 17,
+                command: "sleep 300".into(),
             },
         ];
         for message in messages {
