@@ -129,9 +129,10 @@
 #' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
 #' | a disk is full on the host | errors of the tasks that write to it; `outfile` misses lines |
 #'
-#' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it,
-#' unless that has made itself the leader of another process group: then it goes on, and a warning of
-#' class `rustcluster_left_behind` names it.
+#' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it, and
+#' with a killed agent, unless that has made itself the leader of another process group (as `setsid`
+#' does): then it goes on, and on Linux a warning of class `rustcluster_left_behind` names it when its
+#' worker has ended.
 #'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and

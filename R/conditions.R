@@ -79,6 +79,11 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       node, " did not heed an interrupt and was killed; a fresh one with its exports and random ",
       "numbers has taken its place"
     ),
+    left_behind = paste0(
+      if (is.null(rank)) "a worker" else paste("worker", rank), " on host ", sQuote(host),
+      " has left process ", field("pid"), " behind (", field("command"), "): it made itself independent ",
+      "of its worker and goes on. End it with `kill ", field("pid"), "` on that host"
+    ),
     host_back = paste0("host ", sQuote(host), " is back, with all that was on it\n"),
     state_not_kept = paste0(
       "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more ",
@@ -112,7 +117,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     reason
   )
   fields <- list()
-  for (name in intersect(c("reason", "stderr", "stdout", "what", "argument"), names(failure))) {
+  for (name in intersect(c("reason", "stderr", "stdout", "what", "argument", "command"), names(failure))) {
     fields[[name]] <- field(name)
   }
   for (name in intersect(c("rank", "pid", "signal", "status", "index"), names(failure))) {

@@ -765,6 +765,21 @@ fn events(hub: &Hub) -> Robj {
             .with("reason", reason),
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
         Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
+        Event::LeftBehind {
+            agent,
+            rank,
+            pid,
+            command,
+        } => {
+            let failure = Failure::new("left_behind")
+                .with("agent", agent + 1)
+                .with("pid", pid)
+                .with("command", command);
+            match rank {
+                Some(rank) => failure.with("rank", rank + 1),
+                None => failure,
+            }
+        }
         Event::Output { rank, bytes } => Failure::new("output")
             .with("rank", rank + 1)
             .with("text", String::from_utf8_lossy(&bytes)),

@@ -15,8 +15,8 @@ use std::io;
 const FILES_PER_WORKER: u64 = 2;
 /// Descriptors the agent needs anyway: standard streams, poll, signals, cached payloads, R's own.
 const FILES_RESERVE: u64 = 64;
-/// Processes and threads besides the workers: the agent, the hub's thread, and some room for
-/// whatever else the user starts meanwhile.
+/// Processes and threads besides the workers: the agent, its guard, the hub's thread, and some room
+/// for whatever else the user starts meanwhile.
 const PROCESSES_RESERVE: u64 = 16;
 
 /// A limit of the system that is too small for the workers asked for.

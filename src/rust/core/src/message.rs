@@ -209,6 +209,12 @@ pub enum ToHead {
     },
     /// The agent is there.
     Alive,
+    /// A process that a worker left and that goes on after its end. `worker`: if that is known.
+    LeftBehind {
+        worker: Option<u32>,
+        pid: u32,
+        command: String,
+    },
 }
 
 /// What an agent tells a spawned worker first.
@@ -355,6 +361,11 @@ mod tests {
                     memory_available: 1 << 40,
                 },
                 replaced: true,
+            },
+            ToHead::LeftBehind {
+                worker: Some(3),
+                pid: 17,
+                command: "sleep 300".into(),
             },
         ];
         for message in messages {

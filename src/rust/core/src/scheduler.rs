@@ -133,6 +133,13 @@ pub enum Note {
         agent: usize,
         reason: ToHead,
     },
+    /// A process that a worker of this agent left goes on.
+    LeftBehind {
+        agent: usize,
+        rank: Option<Rank>,
+        pid: u32,
+        command: String,
+    },
 }
 
 /// Whose answer R is waiting for. Large results are asked for accordingly.
@@ -978,6 +985,19 @@ impl Scheduler {
             ToHead::WorkerStopped { worker } => {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Gone::Stopped));
+            }
+            ToHead::LeftBehind {
+                worker,
+                pid,
+                command,
+            } => {
+                let rank = worker.map(|worker| self.rank(agent, worker)).transpose()?;
+                self.notes.push(Note::LeftBehind {
+                    agent,
+                    rank,
+                    pid,
+                    command,
+                });
             }
         }
         Ok(())

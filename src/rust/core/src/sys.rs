@@ -163,6 +163,15 @@ pub fn die_with_parent(parent: u32) {
     let _ = parent;
 }
 
+/// Makes this process the parent of all below it that lose theirs, where the system can.
+pub fn adopt_orphans() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: prctl with these arguments has no memory effects.
+    unsafe {
+        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong);
+    }
+}
+
 /// Makes this process the leader of a process group of its own.
 pub fn own_process_group() {
     // SAFETY: no memory effects.

@@ -592,7 +592,7 @@ impl Sim {
                     assert!(!self.gone[rank as usize]);
                     self.seen.replaced += 1;
                 }
-                Note::Output { .. } | Note::StartFailed { .. } => {}
+                Note::Output { .. } | Note::StartFailed { .. } | Note::LeftBehind { .. } => {}
             }
         }
         self.released += self.scheduler.take_released();

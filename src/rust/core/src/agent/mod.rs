@@ -5,9 +5,11 @@
 //! for the end, or its stream ends for whatever reason, every worker is ended and then the agent.
 
 mod fork;
+mod guard;
 mod process;
 pub mod replay;
 pub mod state;
+mod strays;
 
 use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
@@ -22,6 +24,7 @@ use crate::share::Kept;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
 use bytes::{Buf, Bytes, BytesMut};
+use guard::Guard;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
@@ -35,6 +38,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use strays::Strays;
 
 const HEAD_IN: Token = Token(0);
 const HEAD_OUT: Token = Token(1);
@@ -237,6 +241,8 @@ pub struct Agent {
     pulse: Option<Pulse>,
     _parent: Option<OwnedFd>,
     saved: signals::Saved,
+    guard: Guard,
+    strays: Strays,
     epoch: Instant,
     scratch: Vec<u8>,
 }
@@ -301,6 +307,8 @@ impl Agent {
             asked_to_end,
             _parent: parent,
             saved,
+            guard: Guard::start(count as usize),
+            strays: Strays::adopt(),
             epoch: Instant::now(),
             scratch: vec![0; READ],
         })
@@ -328,7 +336,8 @@ impl Agent {
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read {
                 let pulse = self.pulse.as_ref().filter(|_| !self.ending);
-                let deadlines = [self.book.next_deadline(), pulse.map(Pulse::next)];
+                let farewell = self.strays.deadline();
+                let deadlines = [self.book.next_deadline(), pulse.map(Pulse::next), farewell];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -389,7 +398,8 @@ impl Agent {
                 self.write_worker(worker);
             }
             self.write_head();
-            if self.ending && self.to_make.is_empty() && self.book.all_gone() {
+            let over = self.ending && self.to_make.is_empty() && self.book.all_gone();
+            if over && self.has_said_farewell() {
                 return Ok(Role::Done);
             }
         }
@@ -433,6 +443,8 @@ impl Agent {
             match made {
                 Ok(Made::Child(channel)) => return Ok(Some(channel)),
                 Ok(Made::Parent(process)) => {
+                    self.guard.made(worker, process.pid);
+                    self.strays.made(process.pid);
                     let token = FIRST_WORKER + 2 * worker as usize;
                     let registry = self.poll.registry();
                     let fd = process.channel.as_raw_fd();
@@ -827,6 +839,8 @@ impl Agent {
         let Some(process) = &mut self.workers[worker as usize] else {
             return;
         };
+        let pid = process.pid;
+        self.strays.ready(worker, pid, &ready.tempdir);
         process.tempdir = Some(ready.tempdir);
         let again = match self.replacing[worker as usize] {
             true => self.replay.restore(worker),
@@ -914,12 +928,14 @@ impl Agent {
             let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
             match self.workers.iter().position(ours) {
                 Some(worker) => self.on_exit(worker as u32),
+                None if self.guard.reap(pid) || self.strays.reap(pid) => {}
                 None => {
                     self.look_at_all();
                     break;
                 }
             }
         }
+        self.report_more_strays();
         if self.asked_to_end.load(Ordering::Relaxed) {
             self.end();
         }
@@ -935,6 +951,9 @@ impl Agent {
                 self.on_exit(worker);
             }
         }
+        let workers = &self.workers;
+        self.strays
+            .reap_all(|pid| workers.iter().flatten().any(|process| process.pid == pid));
     }
 
     fn on_exit(&mut self, worker: u32) {
@@ -947,7 +966,9 @@ impl Agent {
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
         process.kill();
+        self.guard.ended(worker);
         let exit = sys::reap(process.pid);
+        self.report_strays(process.pid);
         let registry = self.poll.registry();
         for fd in [process.channel.as_raw_fd(), process.output.as_raw_fd()] {
             let _ = registry.deregister(&mut SourceFd(&fd));

@@ -44,6 +44,13 @@ pub enum Event {
     StateNotKept { agent: usize },
     /// A worker printed this.
     Output { rank: Rank, bytes: Bytes },
+    /// A process that a worker of this agent left goes on.
+    LeftBehind {
+        agent: usize,
+        rank: Option<Rank>,
+        pid: u32,
+        command: String,
+    },
 }
 
 /// A worker as R's thread sees it.
@@ -196,6 +203,17 @@ impl Inbox {
                 }
             },
             Note::Output { rank, bytes } => self.events.push_back(Event::Output { rank, bytes }),
+            Note::LeftBehind {
+                agent,
+                rank,
+                pid,
+                command,
+            } => self.events.push_back(Event::LeftBehind {
+                agent,
+                rank,
+                pid,
+                command,
+            }),
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
         }
         0

@@ -1,0 +1,451 @@
+//! The guard: a small process that outlives an agent that is killed by as much as it takes to kill
+//! what the workers of that agent have started.
+//!
+//! When an agent ends, whatever the reason, the system kills its workers, but nothing else in
+//! their process groups. The guard knows the workers from a pipe that only the agent holds the
+//! other end of; when that end is closed and workers are still listed, it kills their groups.
+//!
+//! It is a fork of the agent that runs no R code, holds no descriptor but the pipe, and gives up
+//! the memory that it has from the agent, which would otherwise be copied for it page by page as
+//! the agent goes on.
+
+use crate::{signals, sys};
+use std::fs::File;
+use std::io::{self, Write};
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+/// A message: a worker's index and its pid, 0 when it has ended. Short enough to be written and
+/// read as a whole.
+const MESSAGE: usize = 8;
+
+/// The guard as the agent sees it.
+pub struct Guard {
+    /// Closed by the system when the agent is killed. `None`: there is no guard.
+    pipe: Option<File>,
+    pid: u32,
+    /// The process that started it. A forked worker has a copy of this value, and the guard is
+    /// none of its business.
+    owner: u32,
+    /// Workers that the guard knows of.
+    listed: usize,
+}
+
+impl Guard {
+    /// Starts a guard for up to `workers` workers. Without one, a killed agent leaves more behind:
+    /// that it cannot be started is no reason not to start workers, and if processes have run out
+    /// they will say so.
+    pub fn start(workers: usize) -> Guard {
+        let (pipe, pid) = match start(workers) {
+            Ok((pipe, pid)) => (Some(pipe), pid),
+            Err(_) => (None, 0),
+        };
+        Guard {
+            pipe,
+            pid,
+            owner: std::process::id(),
+            listed: 0,
+        }
+    }
+
+    /// Its pid, if there is one.
+    pub fn pid(&self) -> Option<u32> {
+        self.pipe.as_ref().map(|_| self.pid)
+    }
+
+    /// A worker exists.
+    pub fn made(&mut self, worker: u32, pid: u32) {
+        self.listed += 1;
+        self.tell(worker, pid);
+    }
+
+    /// A worker has ended. To be said before it is reaped, while its pid can be nobody else's.
+    pub fn ended(&mut self, worker: u32) {
+        self.listed = self.listed.saturating_sub(1);
+        self.tell(worker, 0);
+    }
+
+    fn tell(&mut self, worker: u32, pid: u32) {
+        let Some(pipe) = &mut self.pipe else {
+            return;
+        };
+        let mut message = [0; MESSAGE];
+        message[..4].copy_from_slice(&worker.to_ne_bytes());
+        message[4..].copy_from_slice(&pid.to_ne_bytes());
+        loop {
+            match pipe.write(&message) {
+                Ok(_) => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // It has ended, or does not read: somebody has stopped it. It may then not know
+                // of a worker's end, and kill what later gets the same pid.
+                Err(_) => return self.dismiss(),
+            }
+        }
+    }
+
+    /// A child has ended. Returns whether it was the guard, which is then reaped.
+    pub fn reap(&mut self, pid: u32) -> bool {
+        if self.pid() != Some(pid) {
+            return false;
+        }
+        self.pipe = None;
+        sys::reap(pid);
+        true
+    }
+
+    /// Ends the guard without its having killed anything.
+    fn dismiss(&mut self) {
+        if self.pipe.is_some() {
+            let _ = signals::kill(self.pid as i32, libc::SIGKILL);
+            self.reap(self.pid);
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        // With workers left, the agent ends because something failed: closing the pipe has the
+        // guard do what it is for.
+        if self.owner == std::process::id() && self.listed == 0 {
+            self.dismiss();
+        }
+    }
+}
+
+fn start(workers: usize) -> io::Result<(File, u32)> {
+    let (reader, writer) = sys::pipe()?;
+    sys::set_nonblocking(writer.as_raw_fd(), true)?;
+    let others = open_files()
+        .into_iter()
+        .filter(|&fd| fd != reader.as_raw_fd());
+    let others: Vec<RawFd> = others.collect();
+    let null = File::open("/dev/null")?;
+    // Of this thread's stack.
+    let here = 0u8;
+    let unneeded = Unneeded::now(&[&raw const here as usize, thread_variables()]);
+    // No signal is handled in the guard: R's and the agent's handlers are not made for it.
+    let pid = signals::with_all_blocked(|| {
+        // SAFETY: the agent has one thread, so the child is a whole copy of it.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            watch(&reader, &null, &others, workers, unneeded);
+        }
+        pid
+    });
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((File::from(writer), pid as u32))
+}
+
+/// Numbers of the open descriptors. They are looked up because counting through all that there
+/// could be may take a long time where the limit is high.
+fn open_files() -> Vec<RawFd> {
+    match std::fs::read_dir("/dev/fd") {
+        Ok(entries) => entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .collect(),
+        Err(_) => (0..1024).collect(),
+    }
+}
+
+/// The guard's whole life, in the forked child. From where it gives up its memory on it calls
+/// nothing that allocates, and only functions of libc that were bound when this library was
+/// loaded.
+fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneeded: Unneeded) -> ! {
+    let pipe = reader.as_raw_fd();
+    for target in 0..3 {
+        let _ = sys::redirect(null.as_raw_fd(), target);
+    }
+    for &fd in others.iter().chain(&[null.as_raw_fd()]) {
+        if fd > 2 && fd != pipe {
+            // SAFETY: nothing in this process uses it any more, nor drops it: it ends by _exit.
+            unsafe { libc::close(fd) };
+        }
+    }
+    // SAFETY: no memory effects; the paths and names are C strings.
+    unsafe {
+        libc::setsid();
+        // Else a file system could not be unmounted.
+        libc::chdir(c"/".as_ptr());
+        #[cfg(target_os = "linux")]
+        libc::prctl(libc::PR_SET_NAME, c"rc-guard".as_ptr());
+    }
+    unneeded.give_up();
+    let Some(pids) = table(workers) else {
+        exit();
+    };
+    let mut buffer = [0u8; 64 * MESSAGE];
+    loop {
+        // SAFETY: pointer and length are those of the buffer.
+        let n = unsafe { libc::read(pipe, buffer.as_mut_ptr().cast(), buffer.len()) };
+        let Ok(n) = usize::try_from(n) else {
+            if io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) {
+                continue;
+            }
+            break;
+        };
+        if n == 0 {
+            break;
+        }
+        for message in buffer.chunks_exact(MESSAGE).take(n / MESSAGE) {
+            let number = |at: usize| {
+                let mut bytes = [0; 4];
+                for (to, from) in bytes.iter_mut().zip(message.iter().skip(at)) {
+                    *to = *from;
+                }
+                u32::from_ne_bytes(bytes)
+            };
+            if let Some(pid) = pids.get_mut(number(0) as usize) {
+                *pid = number(4);
+            }
+        }
+    }
+    for &mut pid in pids {
+        if pid != 0 {
+            let _ = signals::kill(-(pid as i32), libc::SIGKILL);
+        }
+    }
+    exit();
+}
+
+fn exit() -> ! {
+    // SAFETY: ends this process, which is a fork: without R's exit handlers, and without writing
+    // out what the agent had in its buffers.
+    unsafe { libc::_exit(0) }
+}
+
+/// A pid for each worker, in pages of their own.
+fn table(workers: usize) -> Option<&'static mut [u32]> {
+    let bytes = workers.max(1).checked_mul(size_of::<u32>())?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
+    // SAFETY: a new mapping, aligned to a page, zeroed, never unmapped, and used by nobody else.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0);
+        if at == libc::MAP_FAILED {
+            return None;
+        }
+        Some(std::slice::from_raw_parts_mut(at.cast(), workers.max(1)))
+    }
+}
+
+/// An address among this thread's variables.
+fn thread_variables() -> usize {
+    #[cfg(target_os = "linux")]
+    // SAFETY: returns a pointer, which is not followed.
+    return unsafe { libc::__errno_location() } as usize;
+    #[cfg(not(target_os = "linux"))]
+    return 0;
+}
+
+/// Memory of the agent that the guard can do without: R's heap, mostly.
+#[derive(Clone, Copy)]
+struct Unneeded([(usize, usize); 64]);
+
+impl Unneeded {
+    fn now(keep: &[usize]) -> Unneeded {
+        let maps = match cfg!(target_os = "linux") {
+            true => std::fs::read_to_string("/proc/self/maps").unwrap_or_default(),
+            false => String::new(),
+        };
+        let mut ranges = [(0, 0); 64];
+        for (slot, range) in ranges.iter_mut().zip(unneeded_in(&maps, keep)) {
+            *slot = (range.start, range.len());
+        }
+        Unneeded(ranges)
+    }
+
+    /// Only in the guard.
+    fn give_up(self) {
+        for (start, len) in self.0 {
+            if len > 0 {
+                // SAFETY: these are whole mappings that were made to allocate from. Whatever they
+                // hold belongs to code that never runs again in this process.
+                unsafe { libc::munmap(start as *mut libc::c_void, len) };
+            }
+        }
+    }
+}
+
+/// What is not worth a system call.
+const LEAST: usize = 256 * 1024;
+
+/// Mappings in the text of /proc/self/maps that were made to allocate from, the largest first.
+/// Not among them are those with an address to `keep`, and those that begin where one of a file
+/// ends: they hold the variables of a program or library.
+fn unneeded_in(maps: &str, keep: &[usize]) -> Vec<Range<usize>> {
+    let mut ranges = Vec::new();
+    let mut file_end = 0;
+    for line in maps.lines() {
+        // "55d0c0a00000-55d0c5b00000 rw-p 00000000 00:00 0    [heap]"
+        let mut fields = line.split_ascii_whitespace();
+        let (Some(range), Some(permissions)) = (fields.next(), fields.next()) else {
+            continue;
+        };
+        let Some((start, end)) = range.split_once('-') else {
+            continue;
+        };
+        let address = |text: &str| usize::from_str_radix(text, 16);
+        let (Ok(start), Ok(end)) = (address(start), address(end)) else {
+            continue;
+        };
+        let heap = match fields.nth(3) {
+            None => start != file_end,
+            Some("[heap]") => true,
+            Some(name) => {
+                if !name.starts_with('[') {
+                    file_end = end;
+                }
+                false
+            }
+        };
+        let range = start..end;
+        let kept = keep.iter().any(|address| range.contains(address));
+        if heap && permissions.starts_with("rw") && permissions.ends_with('p') && !kept {
+            ranges.push(range);
+        }
+    }
+    ranges.retain(|range| range.len() >= LEAST);
+    ranges.sort_by_key(|range| std::cmp::Reverse(range.len()));
+    ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::CommandExt;
+    use std::process::{Child, Command, Stdio};
+    use std::time::{Duration, Instant};
+
+    /// A stand-in for a worker, with a child.
+    fn worker() -> Child {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "sleep 300 & sleep 300"])
+            .stdin(Stdio::null());
+        command.process_group(0).spawn().unwrap()
+    }
+
+    fn exists(pid: i32) -> bool {
+        signals::kill(pid, 0).is_ok()
+    }
+
+    fn until(condition: impl Fn() -> bool) -> bool {
+        let began = Instant::now();
+        while !condition() {
+            if began.elapsed() > Duration::from_secs(20) {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+
+    #[test]
+    fn at_the_pipes_end_the_groups_of_listed_workers_are_killed() {
+        let mut guard = Guard::start(3);
+        let (mut first, mut second) = (worker(), worker());
+        guard.made(0, first.id());
+        guard.made(2, second.id());
+        // What has ended is left alone.
+        guard.ended(2);
+        let pid = guard.pid().unwrap();
+        drop(guard);
+        assert!(until(|| sys::peek_exit(first.id())));
+        first.wait().unwrap();
+        assert!(until(|| !exists(-(first.id() as i32))));
+        assert!(until(|| sys::peek_exit(pid)));
+        sys::reap(pid);
+        assert!(second.try_wait().unwrap().is_none());
+        signals::kill(-(second.id() as i32), libc::SIGKILL).unwrap();
+        second.wait().unwrap();
+    }
+
+    #[test]
+    fn without_workers_it_ends_with_its_owner() {
+        let mut guard = Guard::start(1);
+        let mut child = worker();
+        guard.made(0, child.id());
+        guard.ended(0);
+        let pid = guard.pid().unwrap() as i32;
+        assert!(exists(pid));
+        drop(guard);
+        assert!(!exists(pid));
+        assert!(child.try_wait().unwrap().is_none());
+        signals::kill(-(child.id() as i32), libc::SIGKILL).unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn it_heeds_no_signal_and_its_own_end_is_no_harm() {
+        let mut guard = Guard::start(1);
+        let pid = guard.pid().unwrap();
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGPIPE] {
+            signals::kill(pid as i32, signal).unwrap();
+        }
+        assert!(!sys::peek_exit(pid));
+        signals::kill(pid as i32, libc::SIGKILL).unwrap();
+        sys::await_exit(pid);
+        assert!(!guard.reap(pid + 1));
+        assert!(guard.reap(pid));
+        assert_eq!(guard.pid(), None);
+        guard.made(0, 1);
+    }
+
+    #[test]
+    fn one_that_does_not_read_is_dismissed() {
+        let mut guard = Guard::start(1);
+        let pid = guard.pid().unwrap() as i32;
+        signals::kill(pid, libc::SIGSTOP).unwrap();
+        for _ in 0..1_000_000 {
+            guard.made(0, 0);
+            if guard.pid().is_none() {
+                break;
+            }
+        }
+        assert_eq!(guard.pid(), None);
+        assert!(!exists(pid));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn it_holds_nothing_but_its_pipe() {
+        let guard = Guard::start(1);
+        let folder = format!("/proc/{}/fd", guard.pid().unwrap());
+        let targets = || -> Vec<String> {
+            let entries = std::fs::read_dir(&folder).unwrap();
+            let link = |entry: io::Result<std::fs::DirEntry>| {
+                std::fs::read_link(entry.unwrap().path()).unwrap()
+            };
+            entries
+                .map(|entry| link(entry).display().to_string())
+                .collect()
+        };
+        assert!(until(|| targets().len() == 4), "{:?}", targets());
+        let null = targets().iter().filter(|name| *name == "/dev/null").count();
+        assert_eq!(null, 3);
+        drop(guard);
+    }
+
+    #[test]
+    fn only_what_was_made_to_allocate_from_is_given_up() {
+        let maps = "\
+            400000-401000 r-xp 00000000 fe:00 1 /usr/lib/R/bin/exec/R\n\
+            401000-601000 rw-p 00000000 fe:00 1 /usr/lib/R/bin/exec/R\n\
+            601000-a01000 rw-p 00000000 00:00 0 \n\
+            2000000-4000000 rw-p 00000000 00:00 0                          [heap]\n\
+            7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \n\
+            7f0000500000-7f0000900000 r--p 00000000 00:00 0 \n\
+            7f0001000000-7f0001400000 rw-s 00000000 00:01 7 /dev/zero (deleted)\n\
+            7f0002000000-7f0002400000 rw-p 00000000 00:00 0 \n\
+            7f0003000000-7f0003001000 rw-p 00000000 00:00 0 \n\
+            7ffc00000000-7ffc00800000 rw-p 00000000 00:00 0 [stack]\n\
+            nonsense\n";
+        assert_eq!(
+            unneeded_in(maps, &[0x7f00_0200_1000]),
+            [0x200_0000..0x400_0000, 0x7f00_0000_0000..0x7f00_0040_0000]
+        );
+        assert!(unneeded_in("", &[]).is_empty());
+    }
+}

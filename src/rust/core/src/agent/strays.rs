@@ -1,0 +1,366 @@
+//! What workers leave behind: processes that made themselves independent of their worker, by a
+//! process group of their own, and go on when it has ended.
+//!
+//! The agent has the system make it the parent of whatever below it loses its own (a "subreaper",
+//! on Linux alone). So such processes can be seen. They are not ended, because somebody may have
+//! meant them to go on; the head is told of each. Those that end are waited for here, because
+//! nobody else would.
+
+use super::Agent;
+use crate::message::{self, ToHead};
+use crate::sys;
+use std::collections::{HashMap, HashSet};
+use std::io::Read;
+use std::time::Duration;
+
+/// How long the last words to the head may take, and what was killed with its worker may take to
+/// end, before the agent ends anyway. With the grace that workers have it is less than the second
+/// in which all must be gone.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// Bytes of a command line that the head is told.
+const COMMAND: usize = 200;
+
+/// R sets this in each session's environment, and so in that of what the session starts.
+const SESSION: &[u8] = b"R_SESSION_TMPDIR=";
+
+/// A worker that has been ready, by its temporary directory.
+struct Owner {
+    worker: u32,
+    pid: u32,
+    ended: bool,
+}
+
+/// See the module's documentation.
+pub struct Strays {
+    /// Children that this process has not got from workers. Whoever started them may wait for them.
+    own: HashSet<u32>,
+    /// The process groups of all workers, ended ones too. What is in them is killed with them.
+    groups: HashSet<u32>,
+    owners: HashMap<Vec<u8>, Owner>,
+    reported: HashSet<u32>,
+    /// One has ended, so that its children may have become ours.
+    reaped: bool,
+    /// When the agent's last words are over.
+    farewell: Option<Duration>,
+    /// There are such.
+    last_words: bool,
+}
+
+/// A child that nobody has reported.
+struct Stray {
+    worker: Option<u32>,
+    pid: u32,
+    command: String,
+}
+
+impl Strays {
+    /// From now on this process is the parent of what its workers leave. To be called when it has
+    /// all children of its own, other than workers.
+    pub fn adopt() -> Strays {
+        sys::adopt_orphans();
+        Strays {
+            own: children().into_iter().collect(),
+            groups: HashSet::new(),
+            owners: HashMap::new(),
+            reported: HashSet::new(),
+            reaped: false,
+            farewell: None,
+            last_words: false,
+        }
+    }
+
+    /// A worker exists.
+    pub fn made(&mut self, pid: u32) {
+        self.groups.insert(pid);
+    }
+
+    /// A worker has told its temporary directory, by which what it starts is known for its own.
+    pub fn ready(&mut self, worker: u32, pid: u32, tempdir: &str) {
+        let ended = false;
+        let owner = Owner { worker, pid, ended };
+        self.owners.insert(tempdir.as_bytes().to_vec(), owner);
+    }
+
+    fn is_known(&self, pid: u32) -> bool {
+        self.own.contains(&pid) || self.reported.contains(&pid)
+    }
+
+    /// A child that is no worker has ended. Waits for it if it came from a worker; returns whether
+    /// it did.
+    pub fn reap(&mut self, pid: u32) -> bool {
+        let adopted = !self.own.contains(&pid) && children().contains(&pid);
+        if adopted {
+            self.forget(pid);
+        }
+        adopted
+    }
+
+    fn forget(&mut self, pid: u32) {
+        sys::reap(pid);
+        // The number may become another's.
+        self.reported.remove(&pid);
+        self.reaped = true;
+    }
+
+    /// As [`Strays::reap`] for all there may be, leaving out the running workers.
+    pub fn reap_all(&mut self, is_worker: impl Fn(u32) -> bool) {
+        for pid in children() {
+            let ended = |pid| stat_of(pid).is_some_and(|stat| stat.has_ended());
+            if !self.own.contains(&pid) && !is_worker(pid) && ended(pid) {
+                self.forget(pid);
+            }
+        }
+    }
+
+    /// Children to be reported, and whether there are others that were killed and have not quite
+    /// ended: what they started may follow. `unowned`: also those of which it is not known whose
+    /// they are.
+    fn look(&mut self, unowned: bool, is_worker: impl Fn(u32) -> bool) -> (Vec<Stray>, bool) {
+        let mut strays = Vec::new();
+        let mut dying = false;
+        for pid in children() {
+            if self.is_known(pid) || is_worker(pid) {
+                continue;
+            }
+            let Some(stat) = stat_of(pid) else {
+                continue;
+            };
+            if stat.has_ended() || self.groups.contains(&stat.group) {
+                dying = true;
+                continue;
+            }
+            let owner = session_of(pid).and_then(|session| self.owners.get(&session));
+            let Some(command) = command_of(pid) else {
+                dying = true;
+                continue;
+            };
+            if !owner.map_or(unowned, |owner| owner.ended) {
+                continue;
+            }
+            self.reported.insert(pid);
+            strays.push(Stray {
+                worker: owner.map(|owner| owner.worker),
+                pid,
+                command,
+            });
+        }
+        (strays, dying)
+    }
+
+    /// When [`Agent::has_said_farewell`] should be asked at the latest.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.farewell
+    }
+}
+
+impl Agent {
+    /// Tells the head of what a worker that has ended left behind.
+    pub(super) fn report_strays(&mut self, ended: u32) {
+        for owner in self.strays.owners.values_mut() {
+            owner.ended |= owner.pid == ended;
+        }
+        // At the end all are looked at together.
+        if !self.ending {
+            self.find_strays(true);
+        }
+    }
+
+    /// Tells the head of what those that have ended left behind.
+    pub(super) fn report_more_strays(&mut self) {
+        if std::mem::take(&mut self.strays.reaped) && !self.ending {
+            self.find_strays(false);
+        }
+    }
+
+    /// Returns whether there may be more to come.
+    fn find_strays(&mut self, unowned: bool) -> bool {
+        let workers = &self.workers;
+        let is_worker = |pid| workers.iter().flatten().any(|process| process.pid == pid);
+        let (strays, dying) = self.strays.look(unowned, is_worker);
+        for Stray {
+            worker,
+            pid,
+            command,
+        } in strays
+        {
+            let message = ToHead::LeftBehind {
+                worker,
+                pid,
+                command,
+            };
+            // Also while the agent ends.
+            if let Ok(frame) = message::encode(&message) {
+                self.to_head.push(&frame);
+                self.strays.last_words |= self.ending;
+            }
+        }
+        dying
+    }
+
+    /// When all workers are gone: whether the head has been told what they left behind, or cannot
+    /// be told.
+    pub(super) fn has_said_farewell(&mut self) -> bool {
+        let now = self.now();
+        let deadline = *self.strays.farewell.get_or_insert(now + FAREWELL);
+        if now >= deadline {
+            return true;
+        }
+        let dying = self.find_strays(true);
+        self.write_head();
+        // Without last words, what has not been sent yet is of no use to anybody.
+        !dying && (!self.strays.last_words || self.to_head.is_empty())
+    }
+}
+
+/// The children of this thread, ended ones too: what is adopted comes to the first thread of a
+/// process, and what other threads started is theirs to be waited for.
+fn children() -> Vec<u32> {
+    if !cfg!(target_os = "linux") {
+        return Vec::new();
+    }
+    let me = std::process::id();
+    if let Ok(text) = std::fs::read_to_string(format!("/proc/{me}/task/{me}/children")) {
+        let numbers = text.split_ascii_whitespace();
+        return numbers.filter_map(|pid| pid.parse().ok()).collect();
+    }
+    // The kernel was built without that file. Whose child a process is can then not be told from
+    // outside if there are several threads.
+    let threads = std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let ours = |&pid: &u32| threads == 1 && stat_of(pid).is_some_and(|stat| stat.parent == me);
+    pids.filter(ours).collect()
+}
+
+/// What the system says of a process.
+#[derive(Debug, PartialEq, Eq)]
+struct Stat {
+    state: u8,
+    parent: u32,
+    group: u32,
+}
+
+impl Stat {
+    /// The text of /proc/PID/stat. A name may hold anything, including parentheses and blanks.
+    fn parse(text: &str) -> Option<Stat> {
+        let (_, rest) = text.rsplit_once(") ")?;
+        let mut fields = rest.split(' ');
+        Some(Stat {
+            state: *fields.next()?.as_bytes().first()?,
+            parent: fields.next()?.parse().ok()?,
+            group: fields.next()?.parse().ok()?,
+        })
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self.state, b'Z' | b'X')
+    }
+}
+
+fn stat_of(pid: u32) -> Option<Stat> {
+    let text = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
+    Stat::parse(&String::from_utf8_lossy(&text))
+}
+
+/// The R session that a process was started from.
+fn session_of(pid: u32) -> Option<Vec<u8>> {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let mut variables = environment.split(|&byte| byte == 0);
+    variables.find_map(|variable| variable.strip_prefix(SESSION).map(<[u8]>::to_vec))
+}
+
+/// `None` while it begins another program, and when it is about to end: there is no saying then
+/// what it is, or whose.
+fn command_of(pid: u32) -> Option<String> {
+    let file = std::fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
+    let mut bytes = Vec::new();
+    file.take(4 * COMMAND as u64).read_to_end(&mut bytes).ok()?;
+    (!bytes.is_empty()).then(|| command_text(&bytes))
+}
+
+/// A command line to be shown: on one line, and no longer than [`COMMAND`] bytes.
+fn command_text(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let text = text.trim_end_matches('\0');
+    let blank = |c: char| if c.is_control() { ' ' } else { c };
+    let mut text: String = text.chars().map(blank).collect();
+    if text.len() > COMMAND {
+        let dots = "...";
+        let cut = (0..=COMMAND - dots.len())
+            .rev()
+            .find(|&at| text.is_char_boundary(at));
+        text.truncate(cut.unwrap_or(0));
+        text.push_str(dots);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stat_is_read_behind_the_name() {
+        let stat = Stat::parse("12 (a) S 1 (b) R 34 56 7 0 -1\n");
+        assert_eq!(
+            stat,
+            Some(Stat {
+                state: b'R',
+                parent: 34,
+                group: 56
+            })
+        );
+        assert!(Stat::parse("12 (sh) Z 3 4").unwrap().has_ended());
+        assert!(!Stat::parse("12 (sh) D 3 4").unwrap().has_ended());
+        for text in [
+            "",
+            "12 (sh)",
+            "12 (sh) ",
+            "12 (sh) S",
+            "12 (sh) S x 4",
+            ") ",
+        ] {
+            assert_eq!(Stat::parse(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn commands_are_shown_on_a_line_of_bounded_length() {
+        assert_eq!(command_text(b"sleep\x00300\x00"), "sleep 300");
+        assert_eq!(command_text(b"sh\0-c\0a\nb\x1b[1m\0"), "sh -c a b [1m");
+        assert_eq!(command_text(b""), "");
+        assert_eq!(command_text(b"\xff"), "\u{fffd}");
+        let long = command_text("\u{e4}".repeat(300).as_bytes());
+        assert!(
+            long.len() <= COMMAND && long.ends_with("\u{e4}..."),
+            "{long}"
+        );
+        assert_eq!(command_text(&[b'x'; COMMAND]).len(), COMMAND);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_process_is_found_and_known_by_its_session() {
+        let mut command = std::process::Command::new("sleep");
+        let mut child = command
+            .arg("300")
+            .env("R_SESSION_TMPDIR", "/tmp/Rtmp7")
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        // Its arguments may be there only a little after it has begun to run.
+        while command_of(pid).as_deref() != Some("sleep 300") {
+            std::thread::yield_now();
+        }
+        let stat = stat_of(pid).unwrap();
+        assert_eq!(stat.parent, std::process::id());
+        assert_eq!(session_of(pid), Some(b"/tmp/Rtmp7".to_vec()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(stat_of(pid), None);
+        assert_eq!(session_of(pid), None);
+    }
+}
