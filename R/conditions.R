@@ -126,6 +126,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
     fields[[name]] <- as.numeric(field(name))
   }
+  if (kind == "left_behind" && is.null(rank)) fields$rank <- NA_integer_
   if ("replaced" %in% names(failure)) fields$replaced <- field("replaced") == "true"
   if (!is.null(rank) || !is.null(agent) || kind == "start_failed") fields$host <- host
   do.call(rustclusterCondition, c(list(kind, message, type = type), fields))
