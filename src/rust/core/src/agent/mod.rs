@@ -16,7 +16,7 @@ use crate::message::{
 };
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
-use crate::scheduler::ProtocolError;
+use crate::scheduler::{ProtocolError, SEND_WINDOW};
 use crate::share::Kept;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
@@ -42,6 +42,9 @@ const FIRST_WORKER: usize = 4;
 
 /// While this much waits for the head, nothing more is read from workers.
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
+/// Bytes that may wait for a worker: the head's window, and what the agent itself sends, which it may
+/// have taken for room.
+const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
 /// Workers made between two looks at the streams.
@@ -100,7 +103,11 @@ pub fn greet(hello: &Hello) -> io::Result<Greeted> {
     greet_over(reader, writer, hello)
 }
 
-fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
+/// As [`greet`], over any stream.
+///
+/// # Errors
+/// When the head is gone, is another version, or is no head.
+pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
     let greeting = message::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
     out.push_bytes(MAGIC);
@@ -493,6 +500,7 @@ impl Agent {
                     self.kept.receive(&mut frame)?;
                     if self.book.to_worker(&frame.header)? == Route::Forward {
                         self.send_worker(header.worker, &frame);
+                        self.check_backlog(header.worker)?;
                     }
                 }
                 Kind::Credit => {
@@ -572,6 +580,16 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.outgoing.push(frame);
             self.dirty.push(worker);
+        }
+    }
+
+    /// A head that heeds no window could fill this host's memory.
+    fn check_backlog(&self, worker: u32) -> Result<(), ProtocolError> {
+        match &self.workers[worker as usize] {
+            Some(process) if process.outgoing.len() > WORKER_BACKLOG => Err(ProtocolError(
+                format!("more for worker {worker} than it may be sent"),
+            )),
+            _ => Ok(()),
         }
     }
 
@@ -741,7 +759,7 @@ impl Agent {
                     let body = held.split_to(header.body_len());
                     let ready: WorkerReady =
                         message::decode(&body).map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_ready(worker, ready);
+                    self.on_ready(worker, ready)?;
                 }
                 _ => return Err(ProtocolError("a frame that is not for an agent".into())),
             }
@@ -749,21 +767,22 @@ impl Agent {
         Ok(())
     }
 
-    fn on_ready(&mut self, worker: u32, ready: WorkerReady) {
+    fn on_ready(&mut self, worker: u32, ready: WorkerReady) -> Result<(), ProtocolError> {
         let Some(process) = &mut self.workers[worker as usize] else {
-            return;
+            return Ok(());
         };
-        process.tempdir = Some(ready.tempdir);
-        let pid = process.pid;
         if !self.book.ready(worker) {
-            return;
+            return Err(ProtocolError("a worker is ready twice".into()));
         }
+        process.tempdir = Some(ready.tempdir).filter(|path| process::is_tempdir(path));
+        let pid = process.pid;
         let message = if self.replacing[worker as usize] {
             ToHead::WorkerReplaced { worker, pid }
         } else {
             ToHead::WorkerUp { worker, pid }
         };
         self.tell(&message);
+        Ok(())
     }
 
     fn read_output(&mut self, worker: u32) {

@@ -37,6 +37,8 @@ struct Entry {
     stopping: Option<Now>,
     /// It closed its channel, which should be its end, and is killed if that is not so by then.
     hung_up: Option<Now>,
+    /// The whole message of the current task has passed: before that there is no answer.
+    complete: bool,
     /// Bytes of the current answer that may still go to the head.
     credit: usize,
     /// Bytes passed on to the worker and not yet reported to the head.
@@ -82,6 +84,7 @@ impl Book {
                 phase: Phase::Starting,
                 stopping: None,
                 hung_up: None,
+                complete: false,
                 credit: 0,
                 passed: 0,
             })
@@ -127,7 +130,8 @@ impl Book {
                 };
                 entry.credit = RESULT_WINDOW;
             }
-            Phase::Busy { task, .. } if task == header.task && header.flags & FIRST == 0 => {}
+            Phase::Busy { task, .. }
+                if task == header.task && header.flags & FIRST == 0 && !entry.complete => {}
             phase => {
                 return Err(ProtocolError(format!(
                     "task {} for worker {}, which is {phase:?}",
@@ -135,6 +139,7 @@ impl Book {
                 )));
             }
         }
+        entry.complete = header.flags & LAST != 0;
         if header.flags & ABORT != 0 {
             entry.phase = Phase::Idle;
         }
@@ -168,6 +173,10 @@ impl Book {
         };
         if task != header.task {
             return Err(ProtocolError("an answer to another task".into()));
+        }
+        // The head would take the whole host for broken.
+        if !entry.complete || header.flags & !(FIRST | LAST) != 0 {
+            return Err(ProtocolError("an answer that no worker gives".into()));
         }
         let len = header.body_len();
         let last = header.flags & LAST != 0;
@@ -356,6 +365,21 @@ mod tests {
         assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Forward));
         assert_eq!(book.credit(0, 1, 1), Ok(false));
         assert!(book.from_worker(&data(1, LAST, 1)).is_err());
+    }
+
+    #[test]
+    fn an_answer_before_its_task_is_whole_or_with_flags_of_others_is_the_workers_fault() {
+        let mut book = Book::new(1);
+        book.ready(0);
+        assert_eq!(book.to_worker(&data(1, FIRST, 5)), Ok(Route::Forward));
+        assert!(book.from_worker(&data(1, FIRST | LAST, 1)).is_err());
+        assert_eq!(book.to_worker(&data(1, LAST, 5)), Ok(Route::Forward));
+        assert!(book.to_worker(&data(1, LAST, 5)).is_err());
+        assert!(book.from_worker(&data(1, LAST | ABORT, 0)).is_err());
+        assert_eq!(
+            book.from_worker(&data(1, FIRST | LAST, 1)),
+            Ok(Route::Forward)
+        );
     }
 
     #[test]
