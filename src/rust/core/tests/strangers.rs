@@ -7,7 +7,7 @@
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{self, Role};
-use rustcluster_core::frame::{FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY};
+use rustcluster_core::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY};
 use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress};
 use rustcluster_core::launch::{self, Launch, Launched};
 use rustcluster_core::message::{
@@ -774,5 +774,65 @@ fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
         close(hub);
         // What it had named as its temporary directory is none of R's.
         assert!(scratch.0.exists());
+    }
+}
+
+#[test]
+fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
+    let scratch = Scratch::new();
+    let ready = control(&WorkerReady {
+        tempdir: String::new(),
+    });
+    let ready = scratch.file("ready", &ready);
+    let cases = [
+        vec![0xee; 300],
+        announce(Kind::Data, u32::MAX),
+        // Cut off in the middle of an answer, and then something else.
+        [&announce(Kind::Data, 10)[..], &[0xee; 300]].concat(),
+        data(FIRST | LAST, 0, 2, b"of another task"),
+        // What agents alone may say of a task.
+        data(LAST | ABORT, 0, 1, b""),
+        // The message is not yet whole.
+        data(FIRST | LAST, 0, 1, b"an answer"),
+    ];
+    for (at, bytes) in cases.iter().enumerate() {
+        let path = scratch.file(&format!("worker{at}"), bytes);
+        let mut wanted = start(2);
+        wanted.mode = StartMode::Spawn;
+        // The configuration, of 28 bytes, and the beginning of a task are read before.
+        let script = "cat \"$1\" >&0; head -c 40 >/dev/null; cat \"$2\" >&0; exec sleep 1000";
+        let [ready, path] = [&ready, &path].map(|path| path.to_string_lossy().into_owned());
+        let command = ["sh", "-c", script, "sh", &ready, &path].map(str::to_owned);
+        wanted.spawn_command = command.into();
+        let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+        greeted(&hub);
+        hub.go(vec![Some(Plan {
+            start: wanted,
+            ranks: vec![0, 1],
+        })])
+        .unwrap();
+        eventually("both are up", || {
+            matches!(hub.progress(false, SLICE), Progress::Up)
+        });
+        hub.begin(0, 1).unwrap();
+        hub.write(&[7; 2 * MAX_BODY]);
+        if at + 1 < cases.len() {
+            hub.finish();
+        } else {
+            eventually("the worker's loss", || hub.worker(0).gone.is_some());
+            hub.finish();
+        }
+        let answer = receive(&mut hub, 0);
+        let Answer::Lost { rank: 0, gone } = answer else {
+            panic!("case {at}: {answer:?}");
+        };
+        let Gone::Worker(loss) = &*gone else {
+            panic!("case {at}: {gone:?}");
+        };
+        assert_eq!(loss.exit, Exit::Signal(9), "case {at}");
+        expect_gone(loss.pid);
+        assert!(hub.worker(1).gone.is_none());
+        assert!(hub.hosts()[0].failure.is_none());
+        close(hub);
     }
 }
