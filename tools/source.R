@@ -3,7 +3,8 @@ package <- Sys.getenv("R_PACKAGE_DIR")
 if (nzchar(package)) {
   files <- list.files(".", recursive = TRUE, all.files = TRUE)
   made <- c(
-    "^src/rust/(target|vendor|[.]cargo)/", "^src/Makevars(.win)?$", "[.](o|so|dll|a)$", "[.]tar[.]gz$",
+    "^src/rust/(target|vendor|[.]cargo|core/fuzz)/", "^src/Makevars(.win)?$", "[.](o|so|dll|a)$",
+    "[.]tar[.]gz$",
     "^[.](git|ci)/", "[.]Rcheck/"
   )
   files <- files[!grepl(paste(made, collapse = "|"), files)]

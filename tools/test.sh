@@ -26,6 +26,7 @@ fi
 
 step "cargo fmt"
 (cd src/rust && cargo fmt --all --check)
+(cd src/rust/core/fuzz && cargo fmt --check)
 step "cargo clippy"
 (cd src/rust && cargo clippy --quiet --locked --workspace --all-targets -- -D warnings)
 step "tests of the core"

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod cores;
 pub mod frame;
+pub mod greeting;
 pub mod hub;
 pub mod launch;
 pub mod limits;

@@ -42,6 +42,10 @@ pub const GRANT: usize = 1024 * 1024;
 /// that ends in between, is left out.
 pub const LOSSES_IN_A_ROW: usize = 10;
 
+/// Chunks of a result are not held apart if they are no longer than this together. Our workers fill
+/// theirs; those of another would take many times the bytes that are counted.
+const SMALL: usize = 4 * 1024;
+
 /// The bytes of a result, as they arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Body {
@@ -56,6 +60,17 @@ impl Body {
             return None;
         };
         (chunk.len() == self.len).then_some(chunk)
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        self.len += chunk.len();
+        match self.chunks.back_mut() {
+            _ if chunk.is_empty() => {}
+            Some(last) if last.len() + chunk.len() <= SMALL => {
+                *last = [&last[..], &chunk[..]].concat().into();
+            }
+            _ => self.chunks.push_back(chunk),
+        }
     }
 }
 
@@ -1082,10 +1097,7 @@ impl Scheduler {
             current.answer = Body::default();
         }
         self.buffered += chunk.len();
-        current.answer.len += chunk.len();
-        if !chunk.is_empty() {
-            current.answer.chunks.push_back(chunk);
-        }
+        current.answer.push(chunk);
         if flags & LAST != 0 {
             let answer = mem::take(&mut current.answer);
             let job = current.task.job;
@@ -1175,5 +1187,25 @@ impl Current {
     /// More was granted of a large result, and it does not need more yet.
     fn flowing(&self) -> bool {
         !self.cancelled && !self.starving && self.granted > RESULT_WINDOW
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
+        let mut body = Body::default();
+        for i in 0..100_000u32 {
+            body.push(Bytes::copy_from_slice(&[i as u8]));
+            body.push(Bytes::new());
+        }
+        body.push(vec![7; MAX_BODY].into());
+        assert_eq!(body.len, 100_000 + MAX_BODY);
+        assert!(body.chunks.len() < 60, "{}", body.chunks.len());
+        let bytes: Vec<u8> = body.chunks.iter().flatten().copied().collect();
+        assert_eq!(bytes.len(), body.len);
+        assert!((0..100_000).all(|i| bytes[i] == i as u8));
     }
 }

@@ -26,6 +26,9 @@ const USUAL: usize = 4 * 1024;
 const MASK_BELOW: u64 = MASKS[USUAL.ilog2() as usize + 1];
 const MASK_ABOVE: u64 = MASKS[USUAL.ilog2() as usize - 1];
 
+/// Counted for a chunk that is kept, besides its bytes: without it, empty ones could be kept for ever.
+const ENTRY: usize = 128;
+
 /// A piece of a message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chunk {
@@ -106,6 +109,7 @@ impl<K: Hash + Eq, V> Bounded<K, V> {
     }
 
     fn insert(&mut self, key: K, value: V, size: usize) {
+        let size = size + ENTRY;
         self.bytes += size;
         if let Some((_, replaced)) = self.values.put(key, (value, size)) {
             self.bytes -= replaced;
@@ -343,6 +347,16 @@ mod tests {
             crossed += bytes;
         }
         assert!(crossed < 2 * common.len(), "{crossed}");
+    }
+
+    #[test]
+    fn empty_chunks_are_not_kept_for_ever() {
+        let mut kept = Kept::new(100 * ENTRY);
+        for _ in 0..1_000 {
+            let mut frame = Frame::new(Kind::Data, KEEP, 0, 1, Bytes::new());
+            kept.receive(&mut frame).unwrap();
+        }
+        assert_eq!(kept.chunks.values.len(), 100);
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::message::{
 };
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
-use crate::scheduler::ProtocolError;
+use crate::scheduler::{ProtocolError, SEND_WINDOW};
 use crate::share::Kept;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
@@ -48,6 +48,9 @@ const FIRST_WORKER: usize = 4;
 
 /// While this much waits for the head, nothing more is read from workers.
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
+/// Bytes that may wait for a worker: the head's window, and what the agent itself sends, which it may
+/// have taken for room.
+const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
 /// Longer states of random number generators are not the head's to know: those are no streams that
@@ -111,7 +114,11 @@ pub fn greet(hello: &Hello) -> io::Result<Greeted> {
     greet_over(reader, writer, hello)
 }
 
-fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
+/// As [`greet`], over any stream.
+///
+/// # Errors
+/// When the head is gone, is another version, or is no head.
+pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
     let greeting = message::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
     out.push_bytes(MAGIC);
@@ -542,6 +549,7 @@ impl Agent {
                             self.replay.done(header.worker, false);
                         }
                         self.send_worker(header.worker, &frame);
+                        self.check_backlog(header.worker)?;
                     }
                 }
                 Kind::Seed => {
@@ -637,6 +645,16 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.outgoing.push(frame);
             self.dirty.push(worker);
+        }
+    }
+
+    /// A head that heeds no window could fill this host's memory.
+    fn check_backlog(&self, worker: u32) -> Result<(), ProtocolError> {
+        match &self.workers[worker as usize] {
+            Some(process) if process.outgoing.len() > WORKER_BACKLOG => Err(ProtocolError(
+                format!("more for worker {worker} than it may be sent"),
+            )),
+            _ => Ok(()),
         }
     }
 
@@ -813,7 +831,7 @@ impl Agent {
                     let body = held.split_to(header.body_len());
                     let ready: WorkerReady =
                         message::decode(&body).map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_ready(worker, ready);
+                    self.on_ready(worker, ready)?;
                 }
                 Kind::Seed => {
                     held.advance(frame::HEADER_LEN);
@@ -835,21 +853,21 @@ impl Agent {
         Ok(())
     }
 
-    fn on_ready(&mut self, worker: u32, ready: WorkerReady) {
+    fn on_ready(&mut self, worker: u32, ready: WorkerReady) -> Result<(), ProtocolError> {
         let Some(process) = &mut self.workers[worker as usize] else {
-            return;
+            return Ok(());
         };
         let pid = process.pid;
-        self.strays.ready(worker, pid, &ready.tempdir);
-        process.tempdir = Some(ready.tempdir);
         let again = match self.replacing[worker as usize] {
             true => self.replay.restore(worker),
             false => replay::Restore::default(),
         };
         let state = self.book.ready(worker, again.messages.len());
         if state == Ready::Already {
-            return;
+            return Err(ProtocolError("a worker is ready twice".into()));
         }
+        self.strays.ready(worker, pid, &ready.tempdir);
+        process.tempdir = Some(ready.tempdir).filter(|path| process::is_tempdir(path));
         for (number, pieces) in (REPLAY..).zip(again.messages) {
             let count = pieces.len();
             for (at, body) in pieces.into_iter().enumerate() {
@@ -866,6 +884,7 @@ impl Agent {
         if state == Ready::Up {
             self.tell_up(worker);
         }
+        Ok(())
     }
 
     /// The head may send it tasks.

@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Bytes of a worker's output that error messages show.
@@ -32,6 +33,14 @@ impl Tail {
         let bytes: Vec<u8> = self.0.iter().copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
+}
+
+/// Whether the path could be that of a temporary directory of R's. It is going to be removed with all
+/// that is in it, so a worker gone wild must not have it be any.
+pub fn is_tempdir(path: &str) -> bool {
+    let path = Path::new(path);
+    let name = path.file_name().and_then(|name| name.to_str());
+    path.is_absolute() && name.is_some_and(|name| name.starts_with("Rtmp"))
 }
 
 /// See the module's documentation.
@@ -133,6 +142,14 @@ pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_temporary_directories_of_r_are_removed() {
+        assert!(is_tempdir("/tmp/RtmpA1b2C3"));
+        for path in ["/", "", "/home/Rtmp/x", "RtmpA1b2C3", "/tmp/RtmpA1b2C3/.."] {
+            assert!(!is_tempdir(path), "{path}");
+        }
+    }
 
     #[test]
     fn a_tail_keeps_the_end() {

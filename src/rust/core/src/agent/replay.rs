@@ -285,10 +285,9 @@ mod tests {
     }
 
     fn noise(seed: u64, len: usize) -> Vec<u8> {
-        use rand::{RngCore, SeedableRng};
-        let mut bytes = vec![0; len];
-        rand::rngs::StdRng::seed_from_u64(seed).fill_bytes(&mut bytes);
-        bytes
+        // Cheap, and different in each block for each seed.
+        let byte = |i: usize| (i as u64 / 1000 + 31 * seed) as u8 ^ i as u8;
+        (0..len).map(byte).collect()
     }
 
     #[test]
@@ -375,13 +374,13 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_held_is_what_was_given_and_within_the_bound(
-            most in 0usize..600_000,
-            steps in prop::collection::vec((0u32..4, 0u64..3, 0u64..5, any::<bool>(), 0u32..10), 1..60),
+            most in 0usize..400_000,
+            steps in prop::collection::vec((0u32..4, 0u64..3, 0u64..5, any::<bool>(), 0u32..10), 1..40),
         ) {
             let mut replay = Replay::new(4, most);
             let mut model: Vec<Option<Vec<(u64, Vec<u8>)>>> = vec![Some(Vec::new()); 4];
             for (worker, name, seed, short, fate) in steps {
-                let message = noise(seed, if short { 50 } else { 40_000 + 30_000 * seed as usize });
+                let message = noise(seed, if short { 50 } else { 40_000 + 15_000 * seed as usize });
                 replay.expect(worker, name);
                 send(&mut replay, worker, &message, MAX_BODY);
                 let memory = &mut model[worker as usize];

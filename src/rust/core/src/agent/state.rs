@@ -50,6 +50,8 @@ struct Entry {
     stopping: Option<Now>,
     /// It closed its channel, which should be its end, and is killed if that is not so by then.
     hung_up: Option<Now>,
+    /// The whole message of the current task has passed: before that there is no answer.
+    complete: bool,
     /// Bytes of the current answer that may still go to the head.
     credit: usize,
     /// Bytes passed on to the worker and not yet reported to the head.
@@ -117,6 +119,7 @@ impl Book {
                 phase: Phase::Starting,
                 stopping: None,
                 hung_up: None,
+                complete: false,
                 credit: 0,
                 passed: 0,
                 came_up: false,
@@ -200,7 +203,8 @@ impl Book {
                 };
                 entry.credit = RESULT_WINDOW;
             }
-            Phase::Busy { task, .. } if task == header.task && header.flags & FIRST == 0 => {}
+            Phase::Busy { task, .. }
+                if task == header.task && header.flags & FIRST == 0 && !entry.complete => {}
             phase => {
                 return Err(ProtocolError(format!(
                     "task {} for worker {}, which is {phase:?}",
@@ -208,7 +212,9 @@ impl Book {
                 )));
             }
         }
-        if let (Phase::Busy { deadline, .. }, true) = (&mut entry.phase, header.flags & LAST != 0) {
+        let whole = header.flags & LAST != 0;
+        entry.complete = whole;
+        if let (Phase::Busy { deadline, .. }, true) = (&mut entry.phase, whole) {
             *deadline = timeout.map(|timeout| now + timeout);
             self.timed |= timeout.is_some();
         }
@@ -268,6 +274,10 @@ impl Book {
         };
         if task != header.task {
             return Err(ProtocolError("an answer to another task".into()));
+        }
+        // The head would take the whole host for broken.
+        if !entry.complete || header.flags & !(FIRST | LAST) != 0 {
+            return Err(ProtocolError("an answer that no worker gives".into()));
         }
         let len = header.body_len();
         if cancelled.is_some() {
@@ -507,6 +517,21 @@ mod tests {
         assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Forward));
         assert_eq!(book.credit(0, 1, 1), Ok(false));
         assert!(book.from_worker(&data(1, LAST, 1)).is_err());
+    }
+
+    #[test]
+    fn an_answer_before_its_task_is_whole_or_with_flags_of_others_is_the_workers_fault() {
+        let mut book = Book::new(1, None);
+        book.ready(0, 0);
+        assert_eq!(book.to_worker(&data(1, FIRST, 5), MS), Ok(Route::Forward));
+        assert!(book.from_worker(&data(1, FIRST | LAST, 1)).is_err());
+        assert_eq!(book.to_worker(&data(1, LAST, 5), MS), Ok(Route::Forward));
+        assert!(book.to_worker(&data(1, LAST, 5), MS).is_err());
+        assert!(book.from_worker(&data(1, LAST | ABORT, 0)).is_err());
+        assert_eq!(
+            book.from_worker(&data(1, FIRST | LAST, 1)),
+            Ok(Route::Forward)
+        );
     }
 
     #[test]

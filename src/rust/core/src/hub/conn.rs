@@ -3,9 +3,9 @@
 use super::inbox::HostFailure;
 use super::shared::Shared;
 use super::spool::Spool;
-use crate::frame::{self, Frame, Kind};
+use crate::greeting::Greeting;
 use crate::launch::{self, AgentProcess, Launch, Launched};
-use crate::message::{self, Hello, MAGIC, Preamble, PreambleState, Start, ToAgent, ToHead};
+use crate::message::{self, Hello, MAGIC, Start, ToAgent};
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
 use bytes::BytesMut;
@@ -129,8 +129,8 @@ async fn serve_one(
     if let Ok(stderr) = pipe::Receiver::from_owned_fd(stderr.into()) {
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
-    let mut noise = Preamble::default();
-    let ended = talk(shared, agent, hello, stream, &mut noise, again).await;
+    let mut greeting = Greeting::default();
+    let ended = talk(shared, agent, hello, stream, &mut greeting, again).await;
     // The stream is closed on our side too from here on, which asks the agent to end, if it is
     // still there.
     let ended = ended.and(shared.core().detach(agent));
@@ -148,7 +148,7 @@ async fn serve_one(
     HostFailure {
         reason,
         stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
-        stdout: noise.noise(),
+        stdout: greeting.noise(),
     }
 }
 
@@ -206,7 +206,7 @@ async fn talk(
     agent: usize,
     hello: &Hello,
     stream: std::os::unix::net::UnixStream,
-    preamble: &mut Preamble,
+    greeting: &mut Greeting,
     again: bool,
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
@@ -219,7 +219,7 @@ async fn talk(
         )
     };
     let received = tokio::select! {
-        received = greet(shared, agent, hello, &stream, preamble) => match received? {
+        received = greet(shared, agent, hello, &stream, greeting) => match received? {
             Some(received) => received,
             None => return Ok(()),
         },
@@ -299,12 +299,12 @@ async fn greet(
     agent: usize,
     hello: &Hello,
     stream: &UnixStream,
-    preamble: &mut Preamble,
+    greeting: &mut Greeting,
 ) -> io::Result<Option<BytesMut>> {
-    let greeting = message::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
+    let ours = message::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
     out.push_bytes(MAGIC);
-    out.push(&greeting);
+    out.push(&ours);
     while !out.is_empty() {
         stream.writable().await?;
         match out.write_with(|slices| stream.try_write_vectored(slices)) {
@@ -314,43 +314,18 @@ async fn greet(
             Ok(_) => {}
         }
     }
-    let mut received = BytesMut::new();
-    let mut open = false;
     loop {
         stream.readable().await?;
         let mut fresh = BytesMut::new();
         match read(stream, &mut fresh)? {
             None => continue,
             Some(0) => return Ok(None),
-            Some(_) if open => received.extend_from_slice(&fresh),
-            Some(_) => match preamble.feed(&fresh) {
-                PreambleState::Incomplete => continue,
-                PreambleState::NotOurs => {
-                    return Err(io::Error::other(
-                        "what was started is no rustcluster agent: it prints without end",
-                    ));
-                }
-                PreambleState::Open(rest) => {
-                    open = true;
-                    received.extend_from_slice(&rest);
-                }
-            },
+            Some(_) => {}
         }
-        let decoded = frame::decode(&mut received)
-            .map_err(|error| io::Error::other(format!("the agent sent {error}")))?;
-        if let Some(frame) = decoded {
-            let theirs = theirs(&frame)?;
+        if let Some(theirs) = greeting.feed(&fresh).map_err(io::Error::other)? {
             hello.check(&theirs).map_err(io::Error::other)?;
-            let mut core = shared.core();
-            core.inbox.greeted(agent, theirs);
-            return Ok(Some(received));
+            shared.core().inbox.greeted(agent, theirs);
+            return Ok(Some(greeting.take_rest()));
         }
-    }
-}
-
-fn theirs(frame: &Frame) -> io::Result<Hello> {
-    match message::decode(&frame.body) {
-        Ok(ToHead::Hello(hello)) if frame.header.kind == Kind::Control => Ok(hello),
-        _ => Err(io::Error::other("the agent did not greet")),
     }
 }

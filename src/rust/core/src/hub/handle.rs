@@ -686,7 +686,7 @@ impl Hub {
 
     /// What has come to be shown since the last call.
     pub fn take_events(&self) -> Vec<Event> {
-        self.core().inbox.events.drain(..).collect()
+        self.core().inbox.take_events()
     }
 }
 

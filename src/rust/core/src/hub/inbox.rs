@@ -7,6 +7,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Bytes of output that wait to be shown: while R does something else, nobody takes them.
+const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
+/// Counted for each piece of it, besides its bytes.
+const OUTPUT_PIECE: usize = 64;
+
 /// Why a host is gone, with what its agent's command printed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFailure {
@@ -109,7 +114,11 @@ pub struct Inbox {
     lost: Vec<(JobId, Rank, TaskId)>,
     pub workers: Vec<WorkerView>,
     pub hosts: Vec<HostView>,
-    pub events: VecDeque<Event>,
+    events: VecDeque<Event>,
+    /// Bytes of output among the events, as they are counted.
+    output: usize,
+    /// Whether output is left out, since too much waited.
+    mute: bool,
     /// Workers that have come up.
     pub up: usize,
     /// The hub's thread has ended.
@@ -127,6 +136,8 @@ impl Inbox {
             workers: Vec::new(),
             hosts: vec![HostView::default(); hosts],
             events: VecDeque::new(),
+            output: 0,
+            mute: false,
             up: 0,
             closed: false,
         }
@@ -202,7 +213,6 @@ impl Inbox {
                     }
                 }
             },
-            Note::Output { rank, bytes } => self.events.push_back(Event::Output { rank, bytes }),
             Note::LeftBehind {
                 agent,
                 rank,
@@ -214,9 +224,31 @@ impl Inbox {
                 pid,
                 command,
             }),
+            Note::Output { rank, bytes } => self.printed(rank, bytes),
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
         }
         0
+    }
+
+    fn printed(&mut self, rank: Rank, bytes: Bytes) {
+        if self.mute {
+            return;
+        }
+        self.output += bytes.len() + OUTPUT_PIECE;
+        self.mute = self.output > OUTPUT_LIMIT;
+        self.events.push_back(Event::Output { rank, bytes });
+        if self.mute {
+            let bytes =
+                Bytes::from_static(b"\n... too much output to be kept: the rest is left out\n");
+            self.events.push_back(Event::Output { rank, bytes });
+        }
+    }
+
+    /// What has come to be shown since the last call.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        self.output = 0;
+        self.mute = false;
+        self.events.drain(..).collect()
     }
 
     fn gone(&mut self, rank: Rank, gone: Arc<Gone>) {
@@ -339,5 +371,39 @@ impl Inbox {
             expected.end.get_or_insert_with(lost);
         }
         self.closed = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_that_nobody_takes_is_bounded_and_its_end_is_told() {
+        let mut inbox = Inbox::new(1);
+        inbox.set_workers(&[vec![0]]);
+        let bytes = Bytes::from(vec![b'x'; 1000]);
+        let printed = |rank, bytes: &Bytes| Note::Output {
+            rank,
+            bytes: bytes.clone(),
+        };
+        for _ in 0..OUTPUT_LIMIT / 500 {
+            inbox.note(printed(0, &bytes));
+        }
+        inbox.note(Note::Replaced {
+            rank: 0,
+            pid: 1,
+            killed: true,
+        });
+        let events = inbox.take_events();
+        assert!(events.len() <= OUTPUT_LIMIT / 1000 + 2);
+        assert_eq!(events.last(), Some(&Event::Replaced { rank: 0 }));
+        let Event::Output { bytes: told, .. } = &events[events.len() - 2] else {
+            panic!("{:?}", events.last());
+        };
+        assert!(told.ends_with(b"left out\n"));
+        // Once it is shown there is room again.
+        inbox.note(printed(0, &bytes));
+        assert_eq!(inbox.take_events(), [Event::Output { rank: 0, bytes }]);
     }
 }

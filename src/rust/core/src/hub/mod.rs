@@ -79,31 +79,47 @@ async fn serve(
     Ok(())
 }
 
+/// Reads of one stream before the others, and the hub's other tasks, have their turn: an agent that
+/// never stops sending must hold up nothing but itself.
+const READS: usize = 16;
+
 /// Serves the streams that R's thread does not.
 async fn watch(shared: Arc<Shared>, mut watched: AsyncFd<mio::Poll>) -> io::Result<()> {
     let mut events = Events::with_capacity(64);
+    // Streams that may hold more than was read of them, which will not be announced again.
+    let mut unread: Vec<usize> = Vec::new();
     loop {
-        let mut ready = watched.readable_mut().await?;
-        match ready
-            .get_inner_mut()
-            .poll(&mut events, Some(Duration::ZERO))
-        {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-            _ => {}
-        }
-        if events.is_empty() {
-            ready.clear_ready();
+        if unread.is_empty() {
+            let mut ready = watched.readable_mut().await?;
+            poll(ready.get_inner_mut(), &mut events)?;
+            if events.is_empty() {
+                ready.clear_ready();
+            }
+        } else {
+            poll(watched.get_mut(), &mut events)?;
         }
         for event in &events {
             let agent = event.token().0;
             if event.is_writable() || event.is_write_closed() {
                 shared.core().on_writable(agent);
             }
-            if event.is_readable() || event.is_read_closed() {
-                // Each time under the lock anew: R may want it.
-                while shared.core().read(agent) {}
+            let readable = event.is_readable() || event.is_read_closed();
+            if readable && !unread.contains(&agent) {
+                unread.push(agent);
             }
         }
+        // Each time under the lock anew: R may want it.
+        unread.retain(|&agent| (0..READS).all(|_| shared.core().read(agent)));
+        if !unread.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+fn poll(watched: &mut mio::Poll, events: &mut Events) -> io::Result<()> {
+    match watched.poll(events, Some(Duration::ZERO)) {
+        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
     }
 }
 

@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn each_worker_gets_what_lasted_on_it_in_order() {
         let mut spool = spool(1 << 20);
-        for rank in 0..3 {
+        for rank in 0..3u32 {
             send(&mut spool, u64::from(rank), 0, b"for all of them");
         }
         send(&mut spool, 3, 0, b"for one");

@@ -1,0 +1,130 @@
+//! What an agent says first, as the head takes it: anything a login shell prints, the magic line, a
+//! hello. No I/O happens here.
+
+use crate::frame::{self, Frame, Kind};
+use crate::message::{self, Hello, Preamble, PreambleState, ToHead};
+use bytes::BytesMut;
+use std::fmt;
+
+/// More cores than any host has: how many workers it is to have may depend on what it says.
+const MOST_CORES: u32 = 1 << 16;
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Greeting {
+    preamble: Preamble,
+    open: bool,
+    received: BytesMut,
+}
+
+/// Why what was started is no agent.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Stranger(String);
+
+impl fmt::Display for Stranger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Stranger {}
+
+impl Greeting {
+    /// Takes the next bytes of the stream. `None`: the hello is still to come.
+    ///
+    /// # Errors
+    /// When no agent would send them.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<Hello>, Stranger> {
+        if self.open {
+            self.received.extend_from_slice(bytes);
+        } else {
+            match self.preamble.feed(bytes) {
+                PreambleState::Incomplete => return Ok(None),
+                PreambleState::NotOurs => {
+                    let what = "what was started is no rustcluster agent: it prints without end";
+                    return Err(Stranger(what.to_owned()));
+                }
+                PreambleState::Open(rest) => {
+                    self.open = true;
+                    self.received.extend_from_slice(&rest);
+                }
+            }
+        }
+        let decoded = frame::decode(&mut self.received)
+            .map_err(|error| Stranger(format!("the agent sent {error}")))?;
+        decoded.map(|frame| hello(&frame)).transpose()
+    }
+
+    /// What came before the magic line, as text.
+    pub fn noise(&self) -> String {
+        self.preamble.noise()
+    }
+
+    /// What has come after the hello.
+    pub fn take_rest(&mut self) -> BytesMut {
+        std::mem::take(&mut self.received)
+    }
+}
+
+fn hello(frame: &Frame) -> Result<Hello, Stranger> {
+    match message::decode(&frame.body) {
+        Ok(ToHead::Hello(hello)) if frame.header.kind == Kind::Control => {
+            if hello.cores > MOST_CORES {
+                return Err(Stranger(format!("the agent claims {} cores", hello.cores)));
+            }
+            Ok(hello)
+        }
+        _ => Err(Stranger("the agent did not greet".to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{MAGIC, ToAgent};
+
+    fn says(message: &impl serde::Serialize) -> Vec<u8> {
+        let frame = message::encode(message).unwrap();
+        [MAGIC, &frame.header.to_bytes(), &frame.body].concat()
+    }
+
+    #[test]
+    fn a_hello_is_found_behind_noise_and_what_follows_is_kept() {
+        let hello = Hello::default();
+        let mut wire = b"Last login: 100%\n".to_vec();
+        wire.extend(says(&ToHead::Hello(hello.clone())));
+        wire.extend(b"more");
+        for slice in [1, 7, wire.len()] {
+            let mut greeting = Greeting::default();
+            let mut found = None;
+            for bytes in wire.chunks(slice) {
+                match found {
+                    None => found = greeting.feed(bytes).unwrap(),
+                    Some(_) => greeting.received.extend_from_slice(bytes),
+                }
+            }
+            assert_eq!(found.as_ref(), Some(&hello));
+            assert_eq!(greeting.noise(), "Last login: 100%\n");
+            assert_eq!(&greeting.take_rest()[..], b"more");
+        }
+    }
+
+    #[test]
+    fn who_does_not_greet_is_a_stranger() {
+        let cores = u32::MAX;
+        let boaster = Hello {
+            cores,
+            ..Hello::default()
+        };
+        for (wire, why) in [
+            (says(&ToHead::Alive), "did not greet"),
+            (says(&ToAgent::Stop), "did not greet"),
+            (says(&ToHead::Hello(boaster)), "cores"),
+            ([MAGIC, &[255; 20]].concat(), "frame kind"),
+            (vec![b'y'; message::MAX_NOISE + 1], "prints without end"),
+        ] {
+            let error = Greeting::default().feed(&wire).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+}

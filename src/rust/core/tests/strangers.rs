@@ -1,0 +1,850 @@
+//! Whoever is at the other end of a stream and whatever comes from there: a host, an agent or a
+//! worker that is none is named as such and ends, and nothing else is the worse for it.
+//!
+//! The strangers are shells and `cat`s. Where a real agent is needed, it is this test's own
+//! executable, whose workers answer with what they were asked.
+
+use rand::rngs::StdRng;
+use rand::{Rng, RngCore, SeedableRng};
+use rustcluster_core::agent::{self, Role};
+use rustcluster_core::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY};
+use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress};
+use rustcluster_core::launch::{self, Launch, Launched};
+use rustcluster_core::message::{
+    self, Exit, Hello, MAGIC, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
+};
+use rustcluster_core::scheduler::{Gone, Rank, SEND_WINDOW};
+use rustcluster_core::worker::Channel;
+use serde::Serialize;
+use std::ffi::{CString, OsString};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Against waiting for ever; not what is tested.
+const PATIENCE: Duration = Duration::from_secs(60);
+const SLICE: Duration = Duration::from_millis(100);
+const LIMIT: usize = 1 << 20;
+
+// ---- what is sent ----
+
+fn hello() -> Hello {
+    agent::hello("0.1.0", "4.2.2", "test")
+}
+
+fn wire(frame: &Frame) -> Vec<u8> {
+    [&frame.header.to_bytes()[..], &frame.body].concat()
+}
+
+fn control(message: &impl Serialize) -> Vec<u8> {
+    wire(&message::encode(message).unwrap())
+}
+
+fn greeting(hello: Hello) -> Vec<u8> {
+    [MAGIC, &control(&ToHead::Hello(hello))].concat()
+}
+
+fn data(flags: u8, worker: u32, task: u64, body: &[u8]) -> Vec<u8> {
+    wire(&Frame::new(
+        Kind::Data,
+        flags,
+        worker,
+        task,
+        body.to_vec().into(),
+    ))
+}
+
+/// A header alone, of whatever length.
+fn announce(kind: Kind, len: u32) -> Vec<u8> {
+    let header = Header {
+        kind,
+        flags: FIRST,
+        worker: 0,
+        task: 1,
+        len,
+    };
+    header.to_bytes().to_vec()
+}
+
+fn up(worker: u32) -> Vec<u8> {
+    control(&ToHead::WorkerUp { worker, pid: 1 })
+}
+
+/// Random bytes, of which some seeds begin as a frame of ours might.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut bytes = vec![0; rng.random_range(1..3_000)];
+    rng.fill_bytes(&mut bytes);
+    let known = rng.random_range(0..6usize).min(bytes.len());
+    let start = [rng.random_range(1..6), rng.random_range(0..4), 0, 0, 0, 0];
+    bytes[..known].copy_from_slice(&start[..known]);
+    bytes
+}
+
+// ---- who sends it ----
+
+/// A directory that goes with the test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Scratch {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rustcluster-strangers-{}-{count}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir(&path).unwrap();
+        Scratch(path)
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    /// A command that sends what is written into the file, once that is opened, and ends when it
+    /// is closed.
+    fn mouthpiece(&self, name: &str) -> (Launch, Mouth) {
+        let path = self.0.join(name);
+        let text = CString::new(path.as_os_str().as_bytes()).unwrap();
+        // SAFETY: a string that ends with a NUL.
+        assert_eq!(unsafe { libc::mkfifo(text.as_ptr(), 0o600) }, 0);
+        (shell("exec cat \"$1\"", &path), Mouth(path))
+    }
+}
+
+/// Where a mouthpiece's words are to be put.
+struct Mouth(PathBuf);
+
+impl Mouth {
+    /// Opens it, once its command has done so, and greets.
+    fn greet(self) -> File {
+        let mut mouth = File::options().write(true).open(&self.0).unwrap();
+        mouth.write_all(&greeting(hello())).unwrap();
+        mouth
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// `sh -c script`, with a path as `$1`.
+fn shell(script: &str, path: &Path) -> Launch {
+    let command = ["sh", "-c", script, "sh"].map(OsString::from);
+    Launch {
+        host: "stranger".into(),
+        command: command
+            .into_iter()
+            .chain([path.as_os_str().to_owned()])
+            .collect(),
+        env: Vec::new(),
+    }
+}
+
+const AS_AGENT: &str = "RUSTCLUSTER_TEST_AS_AGENT";
+
+fn real_agent() -> Launch {
+    let name = "is_an_agent_when_it_is_asked_to_be";
+    Launch {
+        host: "real".into(),
+        command: [
+            std::env::current_exe().unwrap().into_os_string(),
+            name.into(),
+            "--exact".into(),
+            "--nocapture".into(),
+        ]
+        .into(),
+        env: vec![(AS_AGENT.into(), Some("1".into()))],
+    }
+}
+
+/// No test: see [`real_agent`]. What the test runner prints before is noise to the head.
+#[test]
+fn is_an_agent_when_it_is_asked_to_be() {
+    if std::env::var_os(AS_AGENT).is_none() {
+        return;
+    }
+    let served = agent::greet(&hello())
+        .and_then(agent::Greeted::agent)
+        .and_then(|mut agent| agent.run());
+    match served {
+        Ok(Role::Worker(channel)) => std::process::exit(answer(channel)),
+        Ok(Role::Done) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("{error}");
+            std::process::exit(1);
+        }
+    }
+}
+
+/// A worker: each answer is the task.
+fn answer(mut channel: Channel) -> i32 {
+    let mut served = channel.ready(String::new());
+    while served.is_ok() {
+        match channel.next_task() {
+            Ok(Some(task)) => {
+                let bytes: Vec<u8> = task.chunks.into_iter().flatten().collect();
+                channel.restart();
+                served = channel.send(&bytes, true);
+            }
+            Ok(None) => return 0,
+            Err(error) => served = Err(error),
+        }
+    }
+    1
+}
+
+fn start(workers: u32) -> Start {
+    Start {
+        workers,
+        mode: StartMode::Fork,
+        packages: Vec::new(),
+        outfile: Outfile::Discard,
+        renice: 0,
+        spawn_command: Vec::new(),
+        patience: 0,
+        keep: 0,
+        state: 1 << 20,
+        timeout: 0,
+    }
+}
+
+fn plan(ranks: &[Rank]) -> Option<Plan> {
+    Some(Plan {
+        start: start(ranks.len() as u32),
+        ranks: ranks.to_vec(),
+    })
+}
+
+// ---- what is to be seen of it ----
+
+fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < PATIENCE, "never: {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a process has ended. One that nobody has waited for has.
+fn is_gone(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat
+        .rsplit(") ")
+        .next()
+        .and_then(|rest| rest.chars().next());
+    stat.is_empty() || state.is_some_and(|state| "ZX".contains(state))
+}
+
+fn expect_gone(pid: u32) {
+    eventually(&format!("the end of process {pid}"), || is_gone(pid));
+}
+
+fn greeted(hub: &Hub) {
+    eventually("all have greeted or failed", || hub.greeted(SLICE));
+}
+
+fn send(hub: &mut Hub, rank: Rank, bytes: &[u8]) {
+    hub.begin(rank, u64::from(rank) + 1, None).unwrap();
+    hub.write(bytes);
+    hub.finish();
+}
+
+fn receive(hub: &mut Hub, rank: Rank) -> Answer {
+    let began = Instant::now();
+    loop {
+        match hub.receive(rank, SLICE) {
+            Answer::Pending => assert!(began.elapsed() < PATIENCE, "no answer of {rank}"),
+            answer => return answer,
+        }
+    }
+}
+
+fn expect_answers(hub: &mut Hub, rank: Rank) {
+    let task = vec![rank as u8; 100_000];
+    send(hub, rank, &task);
+    let answer = receive(hub, rank);
+    let Answer::Ready { body, .. } = answer else {
+        panic!("{answer:?}");
+    };
+    let bytes: Vec<u8> = body.chunks.into_iter().flatten().collect();
+    assert!(bytes == task);
+}
+
+/// Why the host of a worker with an answer outstanding was given up.
+fn expect_lost(hub: &mut Hub, rank: Rank) -> String {
+    match receive(hub, rank) {
+        Answer::Lost { gone, .. } => match &*gone {
+            Gone::Host(reason) => reason.clone(),
+            other => panic!("{other:?}"),
+        },
+        answer => panic!("{answer:?}"),
+    }
+}
+
+fn failure(hub: &Hub, host: usize) -> HostView {
+    eventually("the host's failure", || hub.hosts()[host].failure.is_some());
+    hub.hosts()[host].clone()
+}
+
+/// Stops the cluster and sees that nothing is left of what was launched.
+fn close(mut hub: Hub) {
+    let pids: Vec<u32> = hub.hosts().iter().filter_map(|host| host.pid).collect();
+    hub.stop();
+    eventually("the cluster's end", || hub.is_closed(SLICE));
+    for pid in pids {
+        assert!(is_gone(pid), "process {pid} is left");
+    }
+}
+
+#[test]
+fn who_does_not_greet_is_named_and_ends() {
+    let scratch = Scratch::new();
+    let said = |name: &str, bytes: &[u8]| {
+        let path = scratch.file(name, bytes);
+        shell("cat \"$1\"; exec sleep 1000", &path)
+    };
+    let mut cut = greeting(hello());
+    cut.truncate(MAGIC.len() + HEADER_LEN + 10);
+    let other = Hello {
+        package: "99.0".into(),
+        ..hello()
+    };
+    let boaster = Hello {
+        cores: u32::MAX,
+        ..hello()
+    };
+    let nowhere = Path::new("/nonexistent");
+    let cases: Vec<(Launch, &str)> = vec![
+        (shell("exit 3", nowhere), "exited with status 3"),
+        (shell("kill -9 $$", nowhere), "killed by signal 9"),
+        (shell("exec yes", nowhere), "prints without end"),
+        (
+            said("garbage", &[MAGIC, &[0xee; 999]].concat()),
+            "unknown frame kind 238",
+        ),
+        (
+            said(
+                "huge",
+                &[MAGIC, &announce(Kind::Control, u32::MAX)].concat(),
+            ),
+            "announces a body of 4294967295 bytes",
+        ),
+        (
+            said("order", &[MAGIC, &up(0)].concat()),
+            "the agent did not greet",
+        ),
+        (
+            said("version", &greeting(other)),
+            "cannot talk to rustcluster 99.0",
+        ),
+        (said("cores", &greeting(boaster)), "claims 4294967295 cores"),
+        (
+            shell("cat \"$1\"", &scratch.file("cut", &cut)),
+            "exited with status 0",
+        ),
+    ];
+    let (mut launches, expected): (Vec<_>, Vec<_>) = cases.into_iter().unzip();
+    launches.push(real_agent());
+    // It says nothing at all, and does not end: how long to wait is R's business.
+    launches.push(shell("exec sleep 1000", nowhere));
+    let real = expected.len();
+    let mut hub = Hub::start(launches, hello(), LIMIT).unwrap();
+    for (host, expected) in expected.iter().enumerate() {
+        let host = failure(&hub, host);
+        let reason = host.failure.unwrap().reason;
+        assert!(reason.contains(expected), "{reason}");
+        expect_gone(host.pid.unwrap());
+    }
+    eventually("the real agent's greeting", || {
+        hub.hosts()[real].hello.is_some()
+    });
+    let mut plans: Vec<Option<Plan>> = vec![None; real + 2];
+    plans[real] = plan(&[0, 1]);
+    hub.go(plans).unwrap();
+    expect_answers(&mut hub, 1);
+    close(hub);
+}
+
+#[test]
+fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
+    let scratch = Scratch::new();
+    // What comes when a task is outstanding, and why the host is then given up.
+    let mut cases: Vec<(Vec<u8>, &str)> = vec![
+        (vec![0; 100], "unknown frame kind 0"),
+        (announce(Kind::Data, u32::MAX), "announces a body"),
+        (announce(Kind::Output, u32::MAX), "announces a body"),
+        (data(FIRST | LAST, 7, 1, b"x"), "worker 7 on a host with 1"),
+        (data(FIRST | LAST, u32::MAX, 1, b"x"), "on a host with 1"),
+        (
+            data(FIRST | LAST, 0, 999_999, b"x"),
+            "an answer to task 999999",
+        ),
+        (wire(&Frame::credit(3, 1, 5)), "worker 3 on a host with 1"),
+        (
+            wire(&Frame::new(Kind::Cancel, 0, 0, 1, Default::default())),
+            "a frame that is not for the head",
+        ),
+        (control(&ToHead::Hello(hello())), "a second hello"),
+        (
+            control(&ToHead::WorkerReplaced { worker: 0, pid: 1 }),
+            "a busy worker was replaced",
+        ),
+        (up(9), "worker 9 on a host with 1"),
+        (control(&ToAgent::Start(start(1))), "the agent sent"),
+        (
+            data(FIRST, 0, 0, &[0; MAX_BODY]).repeat(20),
+            "an answer to task 0",
+        ),
+        // Cut in the middle of a frame.
+        (announce(Kind::Data, 1000), "exited with status 0"),
+        (
+            announce(Kind::Data, 1000)[..7].to_vec(),
+            "exited with status 0",
+        ),
+        // Credit that is not due is no harm.
+        (wire(&Frame::credit(0, 1, u32::MAX)), "exited with status 0"),
+        (up(0), "exited with status 0"),
+        (Vec::new(), "exited with status 0"),
+    ];
+    for seed in 0..24 {
+        cases.push((noise(seed), "the agent"));
+    }
+    let (mut launches, mut mouths) = (Vec::new(), Vec::new());
+    for at in 0..cases.len() {
+        let (launch, mouth) = scratch.mouthpiece(&format!("mouth{at}"));
+        launches.push(launch);
+        mouths.push(mouth);
+    }
+    launches.push(real_agent());
+    let real = cases.len() as Rank;
+    let mut hub = Hub::start(launches, hello(), LIMIT).unwrap();
+    let mut mouths: Vec<File> = mouths.into_iter().map(Mouth::greet).collect();
+    greeted(&hub);
+    hub.go((0..=real).map(|rank| plan(&[rank])).collect())
+        .unwrap();
+    for mouth in &mut mouths {
+        mouth.write_all(&up(0)).unwrap();
+    }
+    eventually("all are up", || {
+        matches!(hub.progress(false, SLICE), Progress::Up)
+    });
+    expect_answers(&mut hub, real);
+    for (rank, ((bytes, expected), mut mouth)) in cases.iter().zip(mouths).enumerate() {
+        let rank = rank as Rank;
+        send(&mut hub, rank, b"a task");
+        let sent = bytes.clone();
+        let sender = thread::spawn(move || {
+            // What is not an error by itself ends with the stream. It may be gone before the end.
+            let _ = mouth.write_all(&sent);
+        });
+        let reason = expect_lost(&mut hub, rank);
+        assert!(reason.contains(expected), "{reason}");
+        sender.join().unwrap();
+        expect_answers(&mut hub, real);
+    }
+    for rank in 0..real {
+        expect_gone(failure(&hub, rank as usize).pid.unwrap());
+    }
+    close(hub);
+}
+
+#[test]
+fn the_answer_of_a_stranger_stays_within_what_was_granted() {
+    let scratch = Scratch::new();
+    let (launch, mouth) = scratch.mouthpiece("mouth");
+    let mut hub = Hub::start(vec![launch, real_agent()], hello(), LIMIT).unwrap();
+    let mut mouth = mouth.greet();
+    greeted(&hub);
+    hub.go(vec![plan(&[0]), plan(&[1])]).unwrap();
+    mouth.write_all(&up(0)).unwrap();
+    eventually("all are up", || {
+        matches!(hub.progress(false, SLICE), Progress::Up)
+    });
+    send(&mut hub, 0, b"a task");
+    // The first task of a cluster. Without end, and R does not ask for it.
+    let flood = thread::spawn(move || {
+        let chunk = data(FIRST, 0, 1, &[7; MAX_BODY]);
+        let rest = data(0, 0, 1, &[7; MAX_BODY]);
+        let mut sent = mouth.write_all(&chunk);
+        for _ in 0..10_000 {
+            sent = sent.and_then(|()| mouth.write_all(&rest));
+        }
+    });
+    let reason = failure(&hub, 0).failure.unwrap().reason;
+    assert!(reason.contains("were granted"), "{reason}");
+    assert_eq!(expect_lost(&mut hub, 0), reason);
+    flood.join().unwrap();
+    expect_answers(&mut hub, 1);
+    close(hub);
+}
+
+#[test]
+fn a_host_that_never_stops_sending_holds_up_no_other() {
+    let scratch = Scratch::new();
+    let (flooder, flood) = scratch.mouthpiece("flood");
+    let (other, mouth) = scratch.mouthpiece("mouth");
+    let launches = vec![flooder, real_agent(), other];
+    let mut hub = Hub::start(launches, hello(), LIMIT).unwrap();
+    let (mut flood, mouth) = (flood.greet(), mouth.greet());
+    greeted(&hub);
+    hub.go(vec![plan(&[0]), plan(&[1]), plan(&[2])]).unwrap();
+    let flood = thread::spawn(move || {
+        let alive = control(&ToHead::Alive).repeat(20_000);
+        while flood.write_all(&alive).is_ok() {}
+    });
+    expect_answers(&mut hub, 1);
+    // While R does something else, the hub's thread serves them all.
+    drop(mouth);
+    let other = failure(&hub, 2);
+    assert!(other.failure.unwrap().reason.contains("status 0"));
+    expect_answers(&mut hub, 1);
+    let flooder = hub.hosts()[0].pid.unwrap();
+    // SAFETY: no memory effects. The head has not waited for it: it has not been told of its end.
+    unsafe { libc::kill(-(flooder as i32), libc::SIGKILL) };
+    failure(&hub, 0);
+    flood.join().unwrap();
+    close(hub);
+}
+
+/// Bytes of memory that this process has in use.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kilobytes = line.unwrap().split_whitespace().nth(1).unwrap();
+    kilobytes.parse::<usize>().unwrap() * 1024
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn announced_lengths_take_no_memory() {
+    let scratch = Scratch::new();
+    let launches_and_mouths = (0..32).map(|at| scratch.mouthpiece(&format!("mouth{at}")));
+    let (launches, mouths): (Vec<_>, Vec<_>) = launches_and_mouths.unzip();
+    let mut hub = Hub::start(launches, hello(), LIMIT).unwrap();
+    let mut mouths: Vec<File> = mouths.into_iter().map(Mouth::greet).collect();
+    greeted(&hub);
+    hub.go((0..32).map(|rank| plan(&[rank])).collect()).unwrap();
+    let before = resident();
+    for (at, mouth) in mouths.iter_mut().enumerate() {
+        // A message that consists of a text of 2^64 - 1 bytes.
+        let mut endless = vec![1, 0, 0, 0];
+        endless.extend([0xff; 8]);
+        let endless = Frame::new(Kind::Control, FIRST | LAST, 0, 0, endless.into());
+        let bytes = match at % 4 {
+            // Half of them keep the rest waiting for what they may announce.
+            0 | 1 => announce(Kind::Data, MAX_BODY as u32),
+            2 => announce(Kind::Data, u32::MAX),
+            _ => wire(&endless),
+        };
+        mouth.write_all(&bytes).unwrap();
+    }
+    for at in (0..32).filter(|at| at % 4 > 1) {
+        failure(&hub, at);
+    }
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes");
+    drop(mouths);
+    for at in 0..32 {
+        failure(&hub, at);
+    }
+    close(hub);
+}
+
+#[test]
+fn what_a_stranger_prints_without_end_is_bounded() {
+    let scratch = Scratch::new();
+    let path = scratch.file("hello", &greeting(hello()));
+    let piece = wire(&Frame::new(Kind::Output, 0, 0, 0, vec![b'x'; 999].into()));
+    scratch.file("output", &piece.repeat(2_000));
+    // When the head is told to go on there are 40 MB of it.
+    let script = "cat \"$1\"; cd \"${1%/*}\"; while [ ! -e go ]; do sleep 0.01; done
+        for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do cat output; done";
+    let mut hub = Hub::start(vec![shell(script, &path)], hello(), LIMIT).unwrap();
+    greeted(&hub);
+    hub.go(vec![plan(&[0])]).unwrap();
+    scratch.file("go", b"");
+    failure(&hub, 0);
+    let shown: usize = hub
+        .take_events()
+        .iter()
+        .map(|event| match event {
+            Event::Output { bytes, .. } => bytes.len(),
+            _ => 0,
+        })
+        .sum();
+    assert!((1 << 20..20 << 20).contains(&shown), "{shown}");
+    close(hub);
+}
+
+// ---- the agent ----
+
+/// A real agent, and how it ends.
+struct Seen {
+    launched: Launched,
+    exit: Receiver<Option<i32>>,
+}
+
+impl Seen {
+    fn new() -> Seen {
+        let (tell, exit) = mpsc::channel();
+        let launched = launch::start(&real_agent(), move |status| {
+            let _ = tell.send(status.unwrap().code());
+        });
+        Seen {
+            launched: launched.unwrap(),
+            exit,
+        }
+    }
+
+    fn say(&mut self, bytes: &[u8]) {
+        // It may have heard enough.
+        let _ = self.launched.stream.write_all(bytes);
+    }
+
+    /// The next message that is in what it says.
+    fn hear(&mut self) -> ToHead {
+        let mut header = [0; HEADER_LEN];
+        self.launched.stream.read_exact(&mut header).unwrap();
+        let header = Header::decode(&header).unwrap().unwrap();
+        let mut body = vec![0; header.body_len()];
+        self.launched.stream.read_exact(&mut body).unwrap();
+        message::decode(&body).unwrap()
+    }
+
+    /// Greets it and has it make a worker. Returns the worker's pid.
+    fn greet(&mut self, start: Start) -> u32 {
+        self.say(&[MAGIC, &control(&ToAgent::Hello(hello()))].concat());
+        let mut seen = Vec::new();
+        while !seen.ends_with(MAGIC) {
+            let mut byte = [0];
+            self.launched.stream.read_exact(&mut byte).unwrap();
+            seen.extend(byte);
+        }
+        assert!(matches!(self.hear(), ToHead::Hello(_)));
+        self.say(&control(&ToAgent::Start(start)));
+        match self.hear() {
+            ToHead::WorkerUp { worker: 0, pid } => pid,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Its end, which is its own doing.
+    fn expect_end(mut self) {
+        let ended = self.exit.recv_timeout(PATIENCE);
+        if ended.is_err() {
+            self.launched.process.kill();
+        }
+        let mut said = String::new();
+        let _ = self.launched.stderr.read_to_string(&mut said);
+        assert!(matches!(ended, Ok(Some(_))), "{ended:?} {said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+}
+
+#[test]
+fn an_agent_ends_when_its_head_is_a_stranger() {
+    let start_nothing = [
+        MAGIC,
+        &control(&ToAgent::Hello(hello())),
+        &control(&ToAgent::Start(start(u32::MAX))),
+    ];
+    let other = Hello {
+        protocol: 77,
+        ..hello()
+    };
+    let mut cases = vec![
+        vec![b'y'; 2 * message::MAX_NOISE],
+        [MAGIC, &[0xee; 99]].concat(),
+        [MAGIC, &announce(Kind::Control, u32::MAX)].concat(),
+        [MAGIC, &control(&ToAgent::Start(start(1)))].concat(),
+        [MAGIC, &control(&ToAgent::Hello(other))].concat(),
+        [MAGIC, &data(FIRST | LAST, 0, 1, b"x")].concat(),
+        // More workers than any host can have.
+        start_nothing.concat(),
+    ];
+    cases.extend((100..104).map(|seed| [MAGIC, &noise(seed)].concat()));
+    for bytes in cases {
+        let mut agent = Seen::new();
+        agent.say(&bytes);
+        let _ = agent.launched.stream.shutdown(std::net::Shutdown::Write);
+        agent.expect_end();
+    }
+}
+
+#[test]
+fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
+    let more_than_the_window = {
+        let mut bytes = data(FIRST, 0, 1, &[1; MAX_BODY]);
+        bytes.extend(data(0, 0, 1, &[1; MAX_BODY]).repeat(40 * SEND_WINDOW / MAX_BODY));
+        bytes
+    };
+    let mut cases = vec![
+        vec![0xee; 500],
+        announce(Kind::Data, u32::MAX),
+        data(FIRST | LAST, 5, 1, b"x"),
+        // The rest of a task that has no beginning.
+        data(LAST, 0, 1, b"x"),
+        data(FIRST | LAST, 0, 1, b"x").repeat(2),
+        wire(&Frame::credit(u32::MAX, 1, 5)),
+        wire(&Frame::new(Kind::Output, 0, 0, 1, Default::default())),
+        control(&ToAgent::Cancel { worker: 3, task: 1 }),
+        control(&ToAgent::Hello(hello())),
+        control(&ToAgent::Start(start(1))),
+        control(&up(0)),
+    ];
+    cases.extend((200..204).map(noise));
+    for (at, bytes) in cases.into_iter().enumerate() {
+        let mut agent = Seen::new();
+        let worker = agent.greet(start(1));
+        agent.say(&bytes);
+        // Random bytes may be the beginning of something.
+        let _ = agent.launched.stream.shutdown(std::net::Shutdown::Write);
+        agent.expect_end();
+        println!("case {at}");
+        expect_gone(worker);
+    }
+    // A worker that reads nothing, and a head that does not mind.
+    let mut agent = Seen::new();
+    let worker = agent.greet(start(1));
+    // SAFETY: no memory effects; the worker is there until its agent ends.
+    unsafe { libc::kill(worker as i32, libc::SIGSTOP) };
+    agent.say(&more_than_the_window);
+    agent.expect_end();
+    expect_gone(worker);
+}
+
+// ---- the workers ----
+
+#[test]
+fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
+    let scratch = Scratch::new();
+    let ready = control(&WorkerReady {
+        tempdir: scratch.0.to_string_lossy().into_owned(),
+    });
+    let cases = [
+        vec![0xee; 300],
+        [MAGIC, b"and more"].concat(),
+        announce(Kind::Data, u32::MAX),
+        announce(Kind::Control, u32::MAX),
+        data(FIRST | LAST, 0, 1, b"x"),
+        wire(&Frame::credit(0, 1, 5)),
+        wire(&Frame::new(Kind::Cancel, 0, 0, 1, Default::default())),
+        control(&ToHead::Alive),
+        ready.repeat(2),
+        [&ready[..], &data(FIRST | LAST, 0, 1, b"x")].concat(),
+    ];
+    for (at, bytes) in cases.iter().enumerate() {
+        let path = scratch.file(&format!("worker{at}"), bytes);
+        let mut wanted = start(2);
+        wanted.mode = StartMode::Spawn;
+        // The channel is the worker's stdin. The second of them does nothing.
+        let script = "if mkdir \"$1.made\" 2>/dev/null; then cat \"$1\" >&0; fi; exec sleep 1000";
+        let path = path.to_string_lossy().into_owned();
+        let command = ["sh", "-c", script, "sh", &path].map(str::to_owned);
+        wanted.spawn_command = command.into();
+        let ranks = vec![0, 1];
+        let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+        greeted(&hub);
+        hub.go(vec![Some(Plan {
+            start: wanted,
+            ranks,
+        })])
+        .unwrap();
+        let lost = |hub: &Hub| {
+            // One that had been ready is replaced, by one that does nothing.
+            let replaced = hub.take_events().into_iter().find_map(|event| match event {
+                Event::Lost { rank, loss, .. } => Some((rank, loss)),
+                _ => None,
+            });
+            let gone = |rank| match hub.worker(rank).gone.as_deref() {
+                Some(Gone::Worker(loss)) => Some((rank, loss.clone())),
+                _ => None,
+            };
+            replaced.or_else(|| [0, 1].into_iter().find_map(gone))
+        };
+        let mut found = None;
+        eventually("the worker's loss", || {
+            found = lost(&hub);
+            found.is_some()
+        });
+        let (rank, loss) = found.unwrap();
+        assert_eq!(loss.exit, Exit::Signal(9), "case {at}");
+        expect_gone(loss.pid);
+        assert!(hub.worker(1 - rank).gone.is_none());
+        assert!(hub.hosts()[0].failure.is_none());
+        close(hub);
+        // What it had named as its temporary directory is none of R's.
+        assert!(scratch.0.exists());
+    }
+}
+
+#[test]
+fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
+    let scratch = Scratch::new();
+    let ready = control(&WorkerReady {
+        tempdir: String::new(),
+    });
+    let ready = scratch.file("ready", &ready);
+    let cases = [
+        vec![0xee; 300],
+        announce(Kind::Data, u32::MAX),
+        // Cut off in the middle of an answer, and then something else.
+        [&announce(Kind::Data, 10)[..], &[0xee; 300]].concat(),
+        data(FIRST | LAST, 0, 2, b"of another task"),
+        // What agents alone may say of a task.
+        data(LAST | ABORT, 0, 1, b""),
+        // The message is not yet whole.
+        data(FIRST | LAST, 0, 1, b"an answer"),
+    ];
+    for (at, bytes) in cases.iter().enumerate() {
+        let path = scratch.file(&format!("worker{at}"), bytes);
+        let mut wanted = start(2);
+        wanted.mode = StartMode::Spawn;
+        // The configuration, of 28 bytes, and the beginning of a task are read before.
+        let script = "cat \"$1\" >&0; head -c 40 >/dev/null; cat \"$2\" >&0; exec sleep 1000";
+        let [ready, path] = [&ready, &path].map(|path| path.to_string_lossy().into_owned());
+        let command = ["sh", "-c", script, "sh", &ready, &path].map(str::to_owned);
+        wanted.spawn_command = command.into();
+        let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+        greeted(&hub);
+        hub.go(vec![Some(Plan {
+            start: wanted,
+            ranks: vec![0, 1],
+        })])
+        .unwrap();
+        eventually("both are up", || {
+            matches!(hub.progress(false, SLICE), Progress::Up)
+        });
+        let first = hub.worker(0).pid;
+        hub.begin(0, 1, None).unwrap();
+        hub.write(&[7; 2 * MAX_BODY]);
+        if at + 1 < cases.len() {
+            hub.finish();
+        } else {
+            eventually("the worker's loss", || hub.worker(0).pid != first);
+            hub.finish();
+        }
+        let answer = receive(&mut hub, 0);
+        let Answer::Lost { rank: 0, gone, .. } = answer else {
+            panic!("case {at}: {answer:?}");
+        };
+        let Gone::Worker(loss) = &*gone else {
+            panic!("case {at}: {gone:?}");
+        };
+        assert_eq!(loss.exit, Exit::Signal(9), "case {at}");
+        expect_gone(loss.pid);
+        assert!(hub.worker(1).gone.is_none());
+        assert!(hub.hosts()[0].failure.is_none());
+        close(hub);
+    }
+}
