@@ -56,6 +56,14 @@
 #'   `OMP_NUM_THREADS`, `OPENBLAS_NUM_THREADS`, `MKL_NUM_THREADS`,
 #'   `BLIS_NUM_THREADS`, `VECLIB_MAXIMUM_THREADS`, `R_DATATABLE_NUM_THREADS`,
 #'   `MC_CORES`.
+#' @param memory_limit (number) Bytes of memory that each worker may have for its
+#'   own, R and its packages included (some 60 MB); at least 100e6, default `Inf`:
+#'   as many as there are. A task that wants more ends with R's error ("cannot
+#'   allocate vector of size ..."), which says that it is this limit, and the
+#'   worker goes on. Code that cannot cope with that, as R itself when it is out
+#'   of its smallest pieces, ends the worker. What counts is what was allocated,
+#'   used or not. On Linux only (`RLIMIT_DATA`), and of
+#'   each process that a worker starts, too.
 #' @param onFailure (character) What follows if a host cannot be started:
 #'   `"error"`, with nothing left running anywhere, or `"warn"`: a warning of
 #'   class `rustcluster_host_left_out`, and the cluster goes on with the others.
@@ -101,7 +109,8 @@
 #' @export
 makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages = NULL,
                             rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L,
-                            onFailure = c("error", "warn"), patience = 20, progress = interactive()) {
+                            memory_limit = Inf, onFailure = c("error", "warn"), patience = 20,
+                            progress = interactive()) {
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
@@ -114,6 +123,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (!is.numeric(patience) || length(patience) != 1L || !isTRUE(patience >= 1 && patience <= 1e6)) {
     badArgument("patience", "must be a number of seconds from 1 to 1e6")
   }
+  memoryLimit <- memoryLimit(memory_limit)
   if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
   defaults <- c(
     list(
@@ -134,7 +144,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   started <- FALSE
   on.exit(if (!started) abandon(handle))
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
-  plans <- hostPlans(handle, asked, launches, as.character(packages), options$outfile, patience)
+  plans <- hostPlans(handle, asked, launches, as.character(packages), options$outfile, patience,
+                     memoryLimit)
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   started <- TRUE
@@ -150,6 +161,24 @@ count <- function(value, argument, most) {
   }
   if (value > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
   as.integer(value)
+}
+
+# Less than this, and R itself has no room.
+leastMemoryLimit <- 100e6
+
+# In bytes; 0 for none.
+memoryLimit <- function(value) {
+  if (!is.numeric(value) || length(value) != 1L || is.na(value)) {
+    badArgument("memory_limit", "must be a number of bytes, or Inf")
+  }
+  if (value < leastMemoryLimit) {
+    badArgument(
+      "memory_limit", "must be at least ", format(leastMemoryLimit, scientific = FALSE),
+      " bytes: a worker needs that much for R itself"
+    )
+  }
+  # More than any machine has is no limit either.
+  if (value > 2^53) 0 else as.numeric(value)
 }
 
 # Arguments of parallel's clusters that mean something here, with how each is checked.

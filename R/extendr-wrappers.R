@@ -40,7 +40,7 @@ hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep (in bytes), and xdr.
+#' keep (in bytes), memory_limit (in bytes; 0 for none), and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 
@@ -81,14 +81,19 @@ hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
 #' @noRd
 hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
 
-#' What there is to be shown: a list of the ranks of replaced workers, and of ranks and lines
-#' that workers printed. `NULL` if there is nothing.
+#' What there is to be shown: a list of the ranks of replaced workers, of ranks and lines that
+#' workers printed, and of processes that they left behind (the place of their agent, the rank of
+#' their worker, pid, command). `NULL` if there is nothing.
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
 
 #' Cancels what is left of a job. Returns what there is to be shown.
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
+
+#' The bytes of memory that this worker may have; 0 if there is no limit.
+#' @noRd
+worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 
 #' In a separate process: takes the channel from stdin and returns the packages to attach.
 #' @noRd

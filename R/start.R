@@ -91,7 +91,7 @@ hostsFailed <- function(handle, failed, tolerant) {
 }
 
 # What each agent is to start; NULL for one that is not wanted.
-hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
+hostPlans <- function(handle, asked, launches, packages, outfile, patience, memoryLimit) {
   report <- handle$report
   usable <- is.na(report$problem)
   workers <- asked$workers
@@ -112,6 +112,7 @@ hostPlans <- function(handle, asked, launches, packages, outfile, patience) {
       patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * patience),
       # Nor is there anything to be saved on the way.
       keep = if (asked$hosts[[i]]$here) 0 else keptBytes(report$available[[i]]),
+      memory_limit = memoryLimit,
       xdr = xdr[[i]]
     )
   })

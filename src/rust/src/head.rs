@@ -208,7 +208,7 @@ fn refusal(reason: &ToHead) -> String {
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-/// keep (in bytes), and xdr.
+/// keep (in bytes), memory_limit (in bytes; 0 for none), and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -257,6 +257,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         spawn_command: strings(fields.get("spawn")?),
         patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
         keep: fields.get("keep")?.as_real()? as u64,
+        memory_limit: fields.get("memory_limit")?.as_real()? as u64,
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,

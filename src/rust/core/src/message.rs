@@ -101,6 +101,8 @@ pub struct Start {
     pub patience: u32,
     /// Bytes of tasks that the agent keeps for its other workers (see [`crate::share`]); 0: none.
     pub keep: u64,
+    /// Bytes of memory that a worker may have; 0: as many as it wants.
+    pub memory_limit: u64,
 }
 
 /// How a process ended.
@@ -199,6 +201,8 @@ pub enum ToHead {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
     pub packages: Vec<String>,
+    /// As in [`Start`].
+    pub memory_limit: u64,
 }
 
 /// What a worker tells its agent once it can take tasks.

@@ -124,6 +124,7 @@ pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
     let mut process = Process::new(pid, ours, output)?;
     let config = WorkerConfig {
         packages: start.packages.clone(),
+        memory_limit: start.memory_limit,
     };
     let frame = message::encode_for(worker, &config).map_err(io::Error::other)?;
     process.outgoing.push(&frame);

@@ -1,0 +1,78 @@
+# A limit of a worker's memory, and what is said of a host that has run out of it.
+
+skip_on_cran()
+watch_processes()
+
+test_that("a memory_limit that cannot be is a clear error", {
+  for (bad in list("1 GB", NA_real_, NULL, c(1e9, 2e9), TRUE, 0, -1, 99e6)) {
+    error <- caught(makeRustCluster(1, memory_limit = bad))
+    expect_rust_error(error, "bad_argument")
+    expect_equal(error$argument, "memory_limit")
+  }
+})
+
+test_that("a task over the limit ends with R's error, and its worker goes on", {
+  skip_on_os(c("mac", "windows", "solaris"))
+  for (start in c("fork", "spawn")) {
+    cl <- local_cluster(2, start = start, memory_limit = 512e6)
+    pids <- clusterPids(cl)
+    error <- caught(clusterCall(cl, function() length(numeric(1e8))))
+    expect_match(conditionMessage(error), "cannot allocate vector of size 762.9 Mb", fixed = TRUE)
+    expect_match(conditionMessage(error), "(this worker's memory_limit is 512 MB)", fixed = TRUE)
+    # As a value, too, and only that error.
+    node <- cl[[1L]]
+    parallel:::sendCall(node, function() length(numeric(1e8)), list())
+    value <- parallel:::recvResult(node)
+    expect_s3_class(value, "try-error")
+    expect_match(value, "memory_limit is 512 MB", fixed = TRUE)
+    error <- caught(clusterCall(cl, function() stop("of another kind")))
+    expect_false(grepl("memory_limit", conditionMessage(error)))
+    # The task may deal with it itself.
+    expect_equal(
+      clusterCall(cl, function() tryCatch(numeric(1e8), error = function(e) "small")),
+      list("small", "small")
+    )
+    # Below the limit there is room, for one task after the other.
+    for (i in 1:5) expect_equal(clusterCall(cl, function() length(numeric(2e7))), list(2e7, 2e7))
+    expect_equal(clusterCall(cl, identity, 1), list(1, 1))
+    expect_equal(clusterPids(cl), pids)
+    stopCluster(cl)
+  }
+})
+
+test_that("a worker that cannot cope with the limit is lost, as any other", {
+  skip_on_os(c("mac", "windows", "solaris"))
+  cl <- local_cluster(2, memory_limit = 200e6)
+  # R itself may not: it is out of its smallest pieces when it is to make the error.
+  error <- caught(clusterCall(cl[1], function() {
+    x <- NULL
+    repeat x <- list(x, 1:10 + 0)
+  }))
+  expect_s3_class(error, "error")
+  if (inherits(error, "rustcluster_error")) expect_rust_error(error, "worker_lost")
+  expect_equal(clusterCall(cl[2], identity, 1), list(1))
+})
+
+test_that("in another language the limit is named, too", {
+  skip_on_os(c("mac", "windows", "solaris"))
+  worker <- asNamespace("rustcluster")
+  local_function("worker_memory_limit", function() 1.5e9)
+  text <- "cannot allocate vector of size 8.0 Gb"
+  expect_equal(worker$withMemoryLimit(text), paste(text, "(this worker's memory_limit is 1.5 GB)"))
+  translated <- sprintf(gettext("cannot allocate vector of size %0.1f Gb", domain = "R"), 8)
+  expect_match(worker$withMemoryLimit(translated), "memory_limit", fixed = TRUE)
+  for (other in c("", "no", "cannot open the connection")) {
+    expect_identical(worker$withMemoryLimit(other), other)
+  }
+})
+
+test_that("without a limit there is none", {
+  skip_unless_proc()
+  limits <- function() grep("data size", readLines("/proc/self/limits"), value = TRUE)
+  cl <- local_cluster(1)
+  expect_equal(clusterCall(cl, limits)[[1L]], limits())
+})
+
+test_that("nothing is left", {
+  expect_no_leftovers()
+})
