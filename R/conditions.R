@@ -32,6 +32,19 @@ signalName <- function(signal) {
   if (is.na(name)) "" else paste0(" (", name, ")")
 }
 
+outOfMemory <- function(left) {
+  paste0(
+    ": it looks as if the host ran out of memory",
+    # 0 is what is not known.
+    if (left > 0) paste0(" (", formatBytes(left), " were left after its end)"),
+    ". Ask for fewer workers there, or bound what each may have (`memory_limit`)"
+  )
+}
+
+formatBytes <- function(bytes) {
+  if (bytes < 1e9) sprintf("%.1f MB", bytes / 1e6) else sprintf("%.1f GB", bytes / 1e9)
+}
+
 # Raises what a Rust function handed back instead of its result: a named character vector.
 raiseFailure <- function(failure, handle = NULL, call = NULL) {
   field <- function(name) if (name %in% names(failure)) failure[[name]]
@@ -51,6 +64,7 @@ raiseFailure <- function(failure, handle = NULL, call = NULL) {
     worker_lost = paste0(
       node, " (pid ", field("pid"), ") ", reason,
       if (!is.null(field("signal"))) signalName(number("signal")),
+      if (identical(field("oom"), "TRUE")) outOfMemory(as.numeric(field("memory_available"))),
       tailText("the end of its output", field("stderr"))
     ),
     host_failed = paste0("host ", sQuote(host), " of worker ", rank, " is lost: ", reason),
@@ -90,6 +104,7 @@ raiseFailure <- function(failure, handle = NULL, call = NULL) {
   for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
     fields[[name]] <- as.numeric(field(name))
   }
+  if (!is.null(field("oom"))) fields$oom <- as.logical(field("oom"))
   if (!is.null(rank) || kind == "start_failed") fields$host <- host
   stop(do.call(rustclusterCondition, c(list(kind, message, call = call), fields)))
 }

@@ -14,7 +14,7 @@
 #'   \item{`rustcluster_limits`}{the system's limits are too low; fields `what`, `needed`, `available`.}
 #'   \item{`rustcluster_start_failed`}{the cluster could not be started, and nothing of it is left; fields `host`, `stderr`.}
 #'   \item{`rustcluster_install_failed`}{[installOnHosts()] failed on some hosts; fields `host`, `report`.}
-#'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes).}
+#'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical: it looks as if its host ran out of memory).}
 #'   \item{`rustcluster_host_failed`}{a host's agent, or the way to it, was lost; fields `host`, `rank`.}
 #'   \item{`rustcluster_protocol`}{an answer could not be read.}
 #'   \item{`rustcluster_no_task`}{an answer was asked for, and nothing had been sent.}

@@ -73,6 +73,76 @@ test_that("without a limit there is none", {
   expect_equal(clusterCall(cl, limits)[[1L]], limits())
 })
 
+# The folder of a control group whose processes may have `bytes` together, until the calling frame
+# ends; NULL where none can be made.
+memory_group <- function(bytes, .frame = parent.frame()) {
+  name <- paste0("rustcluster-test-", Sys.getpid())
+  v1 <- file.path("/sys/fs/cgroup/memory", name)
+  v2 <- file.path("/sys/fs/cgroup", name)
+  limit <- "memory.limit_in_bytes"
+  group <- v1
+  if (!dir.exists("/sys/fs/cgroup/memory")) {
+    limit <- "memory.max"
+    group <- v2
+  }
+  made <- suppressWarnings(dir.create(group))
+  if (!made || !file.exists(file.path(group, limit))) {
+    if (made) system(paste("rmdir", group))
+    return(NULL)
+  }
+  remove <- function() wait_until(function() system(paste("rmdir", group, "2>/dev/null")) == 0L, 10)
+  do.call("on.exit", list(bquote(.(remove)()), add = TRUE), envir = .frame)
+  writeLines(format(bytes, scientific = FALSE), file.path(group, limit))
+  # Swap would only put it off.
+  swap <- file.path(group, c("memory.memsw.limit_in_bytes", "memory.swap.max"))
+  if (file.exists(swap[[1L]])) {
+    try(writeLines(format(bytes, scientific = FALSE), swap[[1L]]), silent = TRUE)
+  } else if (file.exists(swap[[2L]])) {
+    try(writeLines("0", swap[[2L]]), silent = TRUE)
+  }
+  group
+}
+
+test_that("a worker that the kernel kills for want of memory is said to be that", {
+  skip_unless_proc()
+  group <- memory_group(400e6)
+  skip_if(is.null(group), "needs a memory control group that can be made")
+  child <- start_child({
+    cl <- makeRustCluster(2)
+    error <- tryCatch(clusterCall(cl[1], function() {
+      x <- list()
+      for (i in 1:100) x[[i]] <- rep(1, 1e7)
+    }), error = identity)
+    say("class", class(error)[[1L]])
+    say("oom", error$oom)
+    say("signal", error$signal)
+    say("left", error$memory_available > 0)
+    say("message", gsub("\n", " ", conditionMessage(error)))
+    # The next one is killed by somebody else.
+    error <- tryCatch(clusterCall(cl[2], function() {
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+    }), error = identity)
+    say("other", error$oom)
+    stopCluster(cl)
+  }, prefix = sprintf("echo $(exec sh -c 'echo $PPID') >%s/cgroup.procs; exec", group))
+  expect_child_ends_well(child)
+  expect_equal(child_said(child, "class"), "rustcluster_worker_lost")
+  expect_equal(child_said(child, "oom"), "TRUE")
+  expect_equal(child_said(child, "signal"), "9")
+  expect_equal(child_said(child, "left"), "TRUE")
+  expect_match(child_said(child, "message"), "it looks as if the host ran out of memory (", fixed = TRUE)
+  expect_equal(child_said(child, "other"), "FALSE")
+})
+
+test_that("any other end is not", {
+  cl <- local_cluster(2)
+  error <- caught(clusterCall(cl[1], function() tools::pskill(Sys.getpid(), tools::SIGKILL)))
+  expect_identical(error$oom, FALSE)
+  expect_gt(error$memory_available, 0)
+  expect_false(grepl("memory", conditionMessage(error)))
+  expect_identical(caught(clusterCall(cl[2], quit))$oom, FALSE)
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })

@@ -133,6 +133,8 @@ pub struct Loss {
     pub tail: String,
     /// Bytes of memory available on its host after its end, 0 if unknown.
     pub memory_available: u64,
+    /// It looks as if the system killed it because its host ran out of memory.
+    pub oom: bool,
 }
 
 /// Head to agent.
@@ -341,6 +343,7 @@ mod tests {
                     exit: Exit::Signal(9),
                     tail: "Error in \u{2018}f\u{2019}: 100%s".into(),
                     memory_available: 1 << 40,
+                    oom: true,
                 },
             },
             ToHead::LeftBehind {

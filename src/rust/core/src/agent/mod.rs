@@ -10,6 +10,7 @@ mod process;
 pub mod state;
 mod strays;
 
+use crate::cores::OutOfMemory;
 use crate::frame::{self, ABORT, Frame, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
 use crate::message::{
@@ -235,6 +236,7 @@ pub struct Agent {
     saved: signals::Saved,
     guard: Guard,
     strays: Strays,
+    memory: OutOfMemory,
     epoch: Instant,
     scratch: Vec<u8>,
 }
@@ -298,6 +300,7 @@ impl Agent {
             saved,
             guard: Guard::start(count as usize),
             strays: Strays::adopt(),
+            memory: OutOfMemory::watch(),
             epoch: Instant::now(),
             scratch: vec![0; READ],
         })
@@ -437,6 +440,7 @@ impl Agent {
                         exit: message::Exit::Unknown,
                         tail: format!("a worker could not be started: {error}"),
                         memory_available: cores::host_memory().map_or(0, |memory| memory.1),
+                        oom: false,
                     };
                     self.tell(&ToHead::WorkerLost { worker, loss });
                 }
@@ -862,7 +866,7 @@ impl Agent {
         };
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
-        process.kill();
+        process.kill_group();
         self.guard.ended(worker);
         let exit = sys::reap(process.pid);
         self.report_strays(process.pid);
@@ -883,6 +887,7 @@ impl Agent {
                     exit,
                     tail: process.tail.text(),
                     memory_available: cores::host_memory().map_or(0, |memory| memory.1),
+                    oom: process.was_killed_by_others(exit) && self.memory.explains_kill(),
                 };
                 self.tell(&ToHead::WorkerLost { worker, loss });
             }
