@@ -56,6 +56,14 @@
 #'   `OMP_NUM_THREADS`, `OPENBLAS_NUM_THREADS`, `MKL_NUM_THREADS`,
 #'   `BLIS_NUM_THREADS`, `VECLIB_MAXIMUM_THREADS`, `R_DATATABLE_NUM_THREADS`,
 #'   `MC_CORES`.
+#' @param memory_limit (number) Bytes of memory that each worker may have for its
+#'   own, R and its packages included (some 60 MB); at least 100e6, default `Inf`:
+#'   as many as there are. A task that wants more ends with R's error ("cannot
+#'   allocate vector of size ..."), which says that it is this limit, and the
+#'   worker goes on. Code that cannot cope with that, as R itself when it is out
+#'   of its smallest pieces, ends the worker. What counts is what was allocated,
+#'   used or not. On Linux only (`RLIMIT_DATA`), and of
+#'   each process that a worker starts, too.
 #' @param onFailure (character) What follows if a host cannot be started:
 #'   `"error"`, with nothing left running anywhere, or `"warn"`: a warning of
 #'   class `rustcluster_host_left_out`, and the cluster goes on with the others.
@@ -149,9 +157,10 @@
 #' @export
 makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages = NULL,
                             rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L,
-                            onFailure = c("error", "warn"), patience = 20, retries = 2,
-                            timeout = Inf, reconnect = FALSE, buffer_limit = 512 * 2^20,
-                            keep_limit = NULL, progress = interactive()) {
+                            memory_limit = Inf, onFailure = c("error", "warn"), patience = 20,
+                            retries = 2, timeout = Inf, reconnect = FALSE,
+                            buffer_limit = 512 * 2^20, keep_limit = NULL,
+                            progress = interactive()) {
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
@@ -169,6 +178,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   for (name in c("progress", "reconnect")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
+  memoryLimit <- memoryLimit(memory_limit)
   defaults <- c(
     list(
       rscript_envs = variables(rscript_envs), threads = count(threads, "threads", 4096),
@@ -198,7 +208,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
-    timeout = timeout, keep = keep_limit
+    timeout = timeout, keep = keep_limit, memory = memoryLimit
   ))
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
@@ -215,6 +225,24 @@ count <- function(value, argument, most) {
   }
   if (value > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
   as.integer(value)
+}
+
+# Less than this, and R itself has no room.
+leastMemoryLimit <- 100e6
+
+# In bytes; 0 for none.
+memoryLimit <- function(value) {
+  if (!is.numeric(value) || length(value) != 1L || is.na(value)) {
+    badArgument("memory_limit", "must be a number of bytes, or Inf")
+  }
+  if (value < leastMemoryLimit) {
+    badArgument(
+      "memory_limit", "must be at least ", format(leastMemoryLimit, scientific = FALSE),
+      " bytes: a worker needs that much for R itself"
+    )
+  }
+  # More than any machine has is no limit either.
+  if (value > 2^53) 0 else as.numeric(value)
 }
 
 # Arguments of parallel's clusters that mean something here, with how each is checked.

@@ -36,6 +36,19 @@ signalName <- function(signal) {
   if (is.na(name)) "" else paste0(" (", name, ")")
 }
 
+outOfMemory <- function(left) {
+  paste0(
+    "; it looks as if the host ran out of memory",
+    # 0 is what is not known.
+    if (left > 0) paste0(" (", formatBytes(left), " were left after its end)"),
+    ": ask for fewer workers there, or bound what each may have (`memory_limit`)"
+  )
+}
+
+formatBytes <- function(bytes) {
+  if (bytes < 1e9) sprintf("%.1f MB", bytes / 1e6) else sprintf("%.1f GB", bytes / 1e9)
+}
+
 # Raises what a Rust function handed back instead of its result: a named character vector.
 raiseFailure <- function(failure, handle = NULL) {
   stop(failureCondition(failure, handle))
@@ -59,8 +72,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     worker_lost = paste0(
       node, " (pid ", field("pid"), ") ", reason,
       if (!is.null(field("signal"))) signalName(number("signal")),
+      if (identical(field("oom"), "TRUE")) outOfMemory(as.numeric(field("memory_available"))),
       if (identical(field("replaced"), "false")) {
-        ", and no other takes its place; `cl[!is.na(clusterPids(cl))]` leaves it out"
+        "; no other takes its place: `cl[!is.na(clusterPids(cl))]` leaves it out"
       },
       if (!is.null(field("again"))) {
         paste0("; task ", field("index"), if (field("again") == "TRUE") " is tried again" else " is given up")
@@ -126,6 +140,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
     fields[[name]] <- as.numeric(field(name))
   }
+  if (!is.null(field("oom"))) fields$oom <- as.logical(field("oom"))
   if (kind == "left_behind" && is.null(rank)) fields$rank <- NA_integer_
   if ("replaced" %in% names(failure)) fields$replaced <- field("replaced") == "true"
   if (!is.null(rank) || !is.null(agent) || kind == "start_failed") fields$host <- host

@@ -46,7 +46,8 @@ hub_reconnect <- function(handle, path, most) .Call(wrap__hub_reconnect, handle,
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep and state (in bytes), timeout (of tasks, in milliseconds) and xdr.
+#' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
+#' none) and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 
@@ -111,6 +112,10 @@ hub_events <- function(handle) .Call(wrap__hub_events, handle)
 #' Cancels what is left of a job. Returns what there is to be shown.
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
+
+#' The bytes of memory that this worker may have; 0 if there is no limit.
+#' @noRd
+worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 
 #' In a separate process: takes the channel from stdin and returns the packages to attach.
 #' @noRd

@@ -121,6 +121,7 @@ hostPlans <- function(handle, asked, launches, settings) {
       keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],
       timeout = if (is.finite(settings$timeout)) ceiling(1000 * settings$timeout) else 0,
+      memory_limit = settings$memory,
       xdr = xdr[[i]]
     )
   })

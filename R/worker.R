@@ -80,8 +80,31 @@ serveTasks <- function() {
   while (tryCatch(
     serveUntilJump(),
     interrupt = function(e) answerFailure(e, "the task was interrupted"),
-    error = function(e) answerFailure(e, conditionMessage(e))
+    error = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
   )) NULL
+}
+
+# How R's errors begin that say that there is no more memory.
+noMemory <- c(
+  "cannot allocate vector of size %0.1f Gb", "cannot allocate vector of size %0.1f Mb",
+  "cannot allocate vector of size %0.f Kb", "cannot allocate memory block of size %0.1f Tb",
+  "cannot allocate memory block of size %0.1f Gb", "cannot allocate memory block of size %0.1f Mb",
+  "cannot allocate memory block of size %0.f Kb", "vector memory exhausted (limit reached?)",
+  "cons memory exhausted (limit reached?)", "'Calloc' could not allocate memory (%.0f of %u bytes)",
+  "'R_Calloc' could not allocate memory (%.0f of %u bytes)",
+  "'Realloc' could not re-allocate memory (%.0f bytes)",
+  "'R_Realloc' could not re-allocate memory (%.0f bytes)"
+)
+
+# An error's text, which says so if it comes from this worker's limit.
+withMemoryLimit <- function(text) {
+  limit <- worker_memory_limit()
+  if (limit == 0 || length(text) != 1L || is.na(text)) return(text)
+  # R's messages are in the language of the session.
+  beginnings <- sub("[%(].*", "", c(noMemory, gettext(noMemory, domain = "R")))
+  if (!any(startsWith(text, beginnings[nzchar(beginnings)]))) return(text)
+  size <- if (limit < 1e9) sprintf("%.4g MB", limit / 1e6) else sprintf("%.4g GB", limit / 1e9)
+  paste0(text, " (this worker's memory_limit is ", size, ")")
 }
 
 # FALSE at the end.

@@ -4,7 +4,8 @@ use crate::failure::Failure;
 use crate::worker;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::{self, Greeted, Role};
-use rustcluster_core::message::StartMode;
+use rustcluster_core::limits;
+use rustcluster_core::message::{Start, StartMode};
 use std::cell::RefCell;
 use std::io;
 
@@ -45,6 +46,23 @@ fn agent_fail(reason: &str) -> Robj {
     }
 }
 
+/// What a worker must be able to allocate beyond what it begins with.
+const ROOM: u64 = 16 << 20;
+
+/// Why workers cannot begin under their memory limit: forks have what this process has.
+fn too_low(start: &Start) -> Option<String> {
+    let counted = limits::memory_counted().filter(|_| start.mode == StartMode::Fork)?;
+    let limit = start.memory_limit;
+    (limit > 0 && limit < counted.saturating_add(ROOM)).then(|| {
+        format!(
+            "a `memory_limit` of {:.0} MB is too low: with the packages that it starts with, a \
+             worker has {:.0} MB before its first task",
+            limit as f64 / 1e6,
+            counted as f64 / 1e6
+        )
+    })
+}
+
 /// Makes the workers and serves them. Returns `TRUE` in a forked worker, `FALSE` when the cluster
 /// is over.
 /// @noRd
@@ -53,12 +71,19 @@ fn agent_run() -> Robj {
     let Some(greeted) = GREETED.take() else {
         return failed(&io::Error::other("the head has not been greeted"));
     };
+    let limit = greeted.start.memory_limit;
+    if let Some(reason) = too_low(&greeted.start) {
+        return match greeted.fail(reason) {
+            Ok(()) => false.into(),
+            Err(error) => failed(&error),
+        };
+    }
     let served = greeted.agent().and_then(|mut agent| agent.run());
     // The agent's value has been dropped here, in a fork too, and with it all descriptors that
     // are not the worker's own.
     match served {
         Ok(Role::Done) => false.into(),
-        Ok(Role::Worker(channel)) => match worker::adopt(channel) {
+        Ok(Role::Worker(channel)) => match worker::adopt(channel, limit) {
             Ok(()) => true.into(),
             Err(error) => failed(&error),
         },

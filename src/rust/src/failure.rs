@@ -35,6 +35,7 @@ impl Failure {
             .with("pid", loss.pid)
             .with("reason", loss.exit)
             .with("memory_available", loss.memory_available)
+            .with("oom", if loss.oom { "TRUE" } else { "FALSE" })
             .with("stderr", &loss.tail);
         match loss.exit {
             Exit::Status(status) => failure.with("status", status),

@@ -244,7 +244,8 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64) -> Robj {
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-/// keep and state (in bytes), timeout (of tasks, in milliseconds) and xdr.
+/// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
+/// none) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -295,6 +296,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         keep: fields.get("keep")?.as_real()? as u64,
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
+        memory_limit: fields.get("memory_limit")?.as_real()? as u64,
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,

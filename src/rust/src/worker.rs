@@ -6,6 +6,7 @@ use crate::stream::{self, Format, Sink};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
+use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
@@ -19,13 +20,31 @@ use std::os::unix::net::UnixStream;
 
 thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
+    /// In bytes; 0: none.
+    static MEMORY_LIMIT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Makes `channel` this process's.
-pub fn adopt(mut channel: Channel) -> io::Result<()> {
+/// Makes `channel` this process's, and limits its memory.
+pub fn adopt(mut channel: Channel, memory_limit: u64) -> io::Result<()> {
     channel.renumber()?;
+    limit_memory(memory_limit)?;
     CHANNEL.set(Some(channel));
     Ok(())
+}
+
+fn limit_memory(bytes: u64) -> io::Result<()> {
+    if bytes > 0 {
+        limits::limit_memory(bytes)?;
+    }
+    MEMORY_LIMIT.set(bytes);
+    Ok(())
+}
+
+/// The bytes of memory that this worker may have; 0 if there is no limit.
+/// @noRd
+#[extendr]
+fn worker_memory_limit() -> f64 {
+    MEMORY_LIMIT.get() as f64
 }
 
 fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Result<T> {
@@ -44,6 +63,7 @@ fn worker_connect() -> Robj {
         let stream = UnixStream::from(OwnedFd::from(reader));
         let mut channel = Channel::new(stream, 0);
         let config: WorkerConfig = channel.config()?;
+        limit_memory(config.memory_limit)?;
         CHANNEL.set(Some(channel));
         Ok(list!(packages = config.packages).into())
     };
@@ -333,6 +353,7 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
 
 extendr_module! {
     mod worker;
+    fn worker_memory_limit;
     fn worker_connect;
     fn worker_ready;
     fn worker_serve;

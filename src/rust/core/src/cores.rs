@@ -193,6 +193,70 @@ pub fn host_memory() -> Option<(u64, u64)> {
     Some(restrict_memory(meminfo, groups))
 }
 
+/// Whether processes end for want of memory: the kernel kills one then, by SIGKILL, and counts it.
+#[derive(Debug)]
+pub struct OutOfMemory {
+    /// The count when it was last looked at.
+    seen: Option<u64>,
+    /// Of those counted since, the ones that no process has been put down to. Several may be killed
+    /// before the first is looked at.
+    unclaimed: u64,
+}
+
+impl OutOfMemory {
+    /// Counts from now on.
+    pub fn watch() -> OutOfMemory {
+        OutOfMemory {
+            seen: oom_kills(),
+            unclaimed: 0,
+        }
+    }
+
+    /// Whether it looks as if a process that was killed by somebody else has been killed for want
+    /// of memory.
+    pub fn explains_kill(&mut self) -> bool {
+        self.explains(oom_kills(), host_memory())
+    }
+
+    fn explains(&mut self, count: Option<u64>, memory: Option<(u64, u64)>) -> bool {
+        if let (Some(seen), Some(count)) = (self.seen, count) {
+            self.unclaimed += count.saturating_sub(seen);
+        }
+        self.seen = count.or(self.seen);
+        let counted = self.unclaimed > 0;
+        self.unclaimed = self.unclaimed.saturating_sub(1);
+        // Where nothing is counted, or another group had the process.
+        counted || memory.is_some_and(|(total, available)| available < total / 50)
+    }
+}
+
+/// How many processes the kernel has killed for want of memory, as far as it concerns ours.
+fn oom_kills() -> Option<u64> {
+    let groups = cgroup::directories("memory").into_iter().map(|level| {
+        let file = match level.version {
+            Version::V2 => "memory.events",
+            Version::V1 => "memory.oom_control",
+        };
+        cgroup::read_field(&level.directory, file, OOM_KILL)
+    });
+    let vmstat = || std::fs::read_to_string("/proc/vmstat").ok();
+    oom_kills_from(groups, vmstat)
+}
+
+const OOM_KILL: &str = "oom_kill";
+
+/// The innermost group that counts is the one that our processes are in: it counts them, and those
+/// in groups below (in v2), wherever the limit was that was met; the groups above would add others'.
+/// The machine's own count, which is everybody's, is for where there is none.
+fn oom_kills_from(
+    mut groups: impl Iterator<Item = Option<u64>>,
+    vmstat: impl FnOnce() -> Option<String>,
+) -> Option<u64> {
+    groups
+        .find_map(|count| count)
+        .or_else(|| cgroup::field(&vmstat()?, OOM_KILL))
+}
+
 /// What one level of the control groups says about memory.
 #[derive(Clone, Copy, Debug, Default)]
 struct MemoryGroup {
@@ -243,6 +307,58 @@ fn restrict_memory(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kills_are_counted_where_our_processes_are() {
+        let vmstat = || Some("nr_free_pages 5\noom_kill 9\n".to_owned());
+        let none = || -> Option<String> { None };
+        assert_eq!(
+            oom_kills_from([None, Some(3), Some(7)].into_iter(), vmstat),
+            Some(3)
+        );
+        assert_eq!(oom_kills_from([None, None].into_iter(), vmstat), Some(9));
+        assert_eq!(oom_kills_from([].into_iter(), none), None);
+        assert_eq!(
+            oom_kills_from([].into_iter(), || Some("oom_kill x".into())),
+            None
+        );
+        let events = "low 0\nhigh 0\nmax 12\noom 2\noom_kill 1\noom_group_kill 0\n";
+        assert_eq!(cgroup::field(events, OOM_KILL), Some(1));
+        let control = "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n";
+        assert_eq!(cgroup::field(control, OOM_KILL), Some(4));
+        // Kernels before 4.13.
+        assert_eq!(
+            cgroup::field("oom_kill_disable 0\nunder_oom 0\n", OOM_KILL),
+            None
+        );
+    }
+
+    #[test]
+    fn a_kill_is_explained_by_a_count_that_grew_or_by_what_is_left() {
+        let plenty = Some((1000, 500));
+        let mut memory = OutOfMemory {
+            seen: Some(3),
+            unclaimed: 0,
+        };
+        assert!(!memory.explains(Some(3), plenty));
+        // Two at once, and each counts once.
+        assert!(memory.explains(Some(5), plenty));
+        assert!(memory.explains(Some(5), plenty));
+        assert!(!memory.explains(Some(5), plenty));
+        assert!(memory.explains(Some(5), Some((1000, 19))));
+        assert!(!memory.explains(Some(5), Some((1000, 20))));
+        assert!(!memory.explains(None, None));
+        assert!(memory.explains(Some(6), None));
+        // A group that is another by now.
+        assert!(!memory.explains(Some(0), plenty));
+        assert!(memory.explains(Some(1), plenty));
+        let mut unknown = OutOfMemory {
+            seen: None,
+            unclaimed: 0,
+        };
+        assert!(!unknown.explains(Some(8), plenty));
+        assert!(unknown.explains(Some(9), plenty));
+    }
 
     fn with(system: usize, variables: &[(&str, &str)]) -> usize {
         usable_cores_with(system, |name| {

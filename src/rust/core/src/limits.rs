@@ -161,11 +161,58 @@ pub fn raise_open_files(needed: u64) -> io::Result<u64> {
     platform::raise_open_files(needed)
 }
 
+/// Lets this process have at most `bytes` of memory that it can write to and that is its own
+/// (heap and data, whether used or not). Beyond that the system gives it no more. Only Linux heeds
+/// it.
+///
+/// # Errors
+/// Those of getrlimit and setrlimit.
+pub fn limit_memory(bytes: u64) -> io::Result<()> {
+    platform::limit_memory(bytes)
+}
+
+/// Bytes that count for [`limit_memory`] in this process now, if the system tells.
+pub fn memory_counted() -> Option<u64> {
+    if !cfg!(target_os = "linux") {
+        return None;
+    }
+    parse_counted(&std::fs::read_to_string("/proc/self/status").ok()?)
+}
+
+/// [`memory_counted`] from the text of /proc/self/status.
+fn parse_counted(status: &str) -> Option<u64> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmData:"))?;
+    let kilobytes = line.trim().strip_suffix("kB")?.trim_end().parse::<u64>();
+    kilobytes.ok()?.checked_mul(1024)
+}
+
 #[cfg(unix)]
 mod platform {
     use super::{Room, SystemLimits, cgroup, io};
     use std::fs;
     use std::path::Path;
+
+    pub(super) fn limit_memory(bytes: u64) -> io::Result<()> {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the struct is valid, and the calls only fill or read it.
+        unsafe {
+            if libc::getrlimit(libc::RLIMIT_DATA, &mut limit) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // A limit that was there before cannot be exceeded.
+            limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
+            limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
+            if libc::setrlimit(libc::RLIMIT_DATA, &limit) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
 
     pub(super) fn limits() -> SystemLimits {
         let mut limits = SystemLimits {
@@ -378,6 +425,11 @@ mod platform {
         SystemLimits::default()
     }
 
+    /// There is no such limit.
+    pub(super) fn limit_memory(_bytes: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// There is no such limit to raise.
     pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
         Ok(needed)
@@ -390,6 +442,22 @@ mod tests {
 
     fn room(limit: u64, used: u64) -> Option<Room> {
         Some(Room { limit, used })
+    }
+
+    #[test]
+    fn what_counts_for_the_memory_limit_is_read() {
+        let status = "Name:\tR\nVmData:\t   51200 kB\nVmStk:\t 132 kB\n";
+        assert_eq!(parse_counted(status), Some(51200 * 1024));
+        for status in [
+            "",
+            "VmData:\n",
+            "VmData:\t x kB\n",
+            "VmData:\t 5\n",
+            "VmStk:\t 5 kB\n",
+        ] {
+            assert_eq!(parse_counted(status), None, "{status:?}");
+        }
+        assert_eq!(memory_counted().is_some(), cfg!(target_os = "linux"));
     }
 
     #[test]

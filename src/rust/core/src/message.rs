@@ -106,6 +106,8 @@ pub struct Start {
     pub state: u64,
     /// Milliseconds that a task may take; 0: any time.
     pub timeout: u64,
+    /// Bytes of memory that a worker may have; 0: as many as it wants.
+    pub memory_limit: u64,
 }
 
 /// How a process ended.
@@ -136,6 +138,8 @@ pub struct Loss {
     pub tail: String,
     /// Bytes of memory available on its host after its end, 0 if unknown.
     pub memory_available: u64,
+    /// It looks as if the system killed it because its host ran out of memory.
+    pub oom: bool,
 }
 
 /// Head to agent.
@@ -221,6 +225,8 @@ pub enum ToHead {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
     pub packages: Vec<String>,
+    /// As in [`Start`].
+    pub memory_limit: u64,
 }
 
 /// What a worker tells its agent once it can take tasks.
@@ -359,6 +365,7 @@ mod tests {
                     exit: Exit::Signal(9),
                     tail: "Error in \u{2018}f\u{2019}: 100%s".into(),
                     memory_available: 1 << 40,
+                    oom: true,
                 },
                 replaced: true,
             },

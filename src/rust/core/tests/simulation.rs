@@ -1247,6 +1247,7 @@ impl Host {
                     exit: Exit::Signal(9),
                     tail: "killed".into(),
                     memory_available: 0,
+                    oom: false,
                 },
             }),
         }

@@ -214,6 +214,7 @@ fn start(workers: u32) -> Start {
         keep: 0,
         state: 1 << 20,
         timeout: 0,
+        memory_limit: 0,
     }
 }
 

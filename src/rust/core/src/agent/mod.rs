@@ -11,6 +11,7 @@ pub mod replay;
 pub mod state;
 mod strays;
 
+use crate::cores::OutOfMemory;
 use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
 use crate::message::{
@@ -250,6 +251,7 @@ pub struct Agent {
     saved: signals::Saved,
     guard: Guard,
     strays: Strays,
+    memory: OutOfMemory,
     epoch: Instant,
     scratch: Vec<u8>,
 }
@@ -316,6 +318,7 @@ impl Agent {
             saved,
             guard: Guard::start(count as usize),
             strays: Strays::adopt(),
+            memory: OutOfMemory::watch(),
             epoch: Instant::now(),
             scratch: vec![0; READ],
         })
@@ -469,6 +472,7 @@ impl Agent {
                         exit: message::Exit::Unknown,
                         tail: format!("a worker could not be started: {error}"),
                         memory_available: cores::host_memory().map_or(0, |memory| memory.1),
+                        oom: false,
                     };
                     let replaced = false;
                     self.tell(&ToHead::WorkerLost {
@@ -984,7 +988,7 @@ impl Agent {
         };
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
-        process.kill();
+        process.kill_group();
         self.guard.ended(worker);
         let exit = sys::reap(process.pid);
         self.report_strays(process.pid);
@@ -1007,6 +1011,7 @@ impl Agent {
                     exit,
                     tail: process.tail.text(),
                     memory_available: cores::host_memory().map_or(0, |memory| memory.1),
+                    oom: process.was_killed_by_others(exit) && self.memory.explains_kill(),
                 };
                 self.tell(&ToHead::WorkerLost {
                     worker,

@@ -1,10 +1,11 @@
 //! A worker's process as its agent sees it, and how a separate one is started.
 
-use crate::message::{self, Start, WorkerConfig};
+use crate::message::{self, Exit, Start, WorkerConfig};
 use crate::outbuf::OutBuf;
 use crate::worker::Channel;
 use crate::{signals, sys};
 use bytes::BytesMut;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -61,6 +62,8 @@ pub struct Process {
     pub hung_up: bool,
     /// Its channel is full.
     pub write_blocked: bool,
+    /// It was killed from here.
+    pub killed: Cell<bool>,
 }
 
 /// The two sides of making a worker.
@@ -86,6 +89,7 @@ impl Process {
             closing: false,
             hung_up: false,
             write_blocked: false,
+            killed: Cell::new(false),
         })
     }
 
@@ -94,8 +98,19 @@ impl Process {
         let _ = signals::kill(self.pid as i32, signal);
     }
 
+    /// Whether somebody else has killed it, given how it ended.
+    pub fn was_killed_by_others(&self, exit: Exit) -> bool {
+        exit == Exit::Signal(libc::SIGKILL) && !self.killed.get()
+    }
+
     /// Kills the worker and what it started, unless that made itself independent.
     pub fn kill(&self) {
+        self.killed.set(true);
+        self.kill_group();
+    }
+
+    /// As [`Process::kill`], when the worker has ended by itself.
+    pub fn kill_group(&self) {
         // The group does not exist if the worker has not yet come to make it.
         let _ = signals::kill(-(self.pid as i32), libc::SIGKILL);
         self.signal(libc::SIGKILL);
@@ -133,6 +148,7 @@ pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
     let mut process = Process::new(pid, ours, output)?;
     let config = WorkerConfig {
         packages: start.packages.clone(),
+        memory_limit: start.memory_limit,
     };
     let frame = message::encode_for(worker, &config).map_err(io::Error::other)?;
     process.outgoing.push(&frame);

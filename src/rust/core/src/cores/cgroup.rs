@@ -138,7 +138,11 @@ pub(crate) fn read_number(directory: &Path, file: &str) -> Option<u64> {
 
 /// A value in a file of "name value" lines, such as memory.stat.
 pub(crate) fn read_field(directory: &Path, file: &str, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(directory.join(file)).ok()?;
+    field(&fs::read_to_string(directory.join(file)).ok()?, name)
+}
+
+/// [`read_field`] from the file's text.
+pub(crate) fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(' ')?;
         (key == name).then(|| value.trim().parse().ok()).flatten()
