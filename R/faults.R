@@ -21,13 +21,14 @@ taskLost <- function(task, failure, handle) {
   } else {
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
     again <- hub_try_again(handle$pointer, number)
-    if (typeof(again) == "character") return(giveUp(number, loss, handle))
+    if (typeof(again) == "character") {
+      return(giveUp(number, failureCondition(again, handle), handle))
+    }
     checked(again)
   }
-  # The task is safe before the warning, which may be turned into a jump. A lost host is told of once.
-  if (inherits(loss, "rustcluster_worker_lost")) {
-    warning(failureCondition(c(failure, replaced = "true"), handle, "warning"))
-  }
+  # The task is safe before the warning, which may be turned into a jump. That a host is lost, or a
+  # worker for good, is an event of its own.
+  if (isTRUE(loss$replaced)) warning(failureCondition(failure, handle, "warning"))
   NULL
 }
 

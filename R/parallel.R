@@ -8,7 +8,14 @@
 #' @exportS3Method parallel::sendData
 sendData.RustNode <- function(node, data) {
   handle <- node[["handle"]]
-  if (handle$job == noJob) openJob(handle, sys.nframe(), data)
+  # What the task is made of may be the result of another call.
+  force(data)
+  if (handle$job == noJob) {
+    openJob(handle, sys.nframe(), data)
+  } else if (handle$frames != sys.nframe()) {
+    # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
+    raiseFailure(c(kind = "busy"), handle)
+  }
   result <- hub_send(handle$pointer, node[["rank"]], handle$job, data, handle$lasts)
   if (is.null(result)) return(invisible())
   if (typeof(result) == "character") handleFailed(result, handle)
@@ -24,6 +31,7 @@ openJob <- function(handle, frames, data) {
   if (is.null(depth)) return()
   handle$jobs <- handle$jobs + 1
   handle$job <- handle$jobs
+  handle$frames <- frames
   handle$lasts <- settingOf(sys.function(depth), data$data)
   end <- as.call(list(closeJob, handle, handle$job))
   do.call(on.exit, list(end, TRUE), envir = sys.frame(depth))
@@ -81,7 +89,10 @@ verbDepth <- function(frames) {
 
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- c(kind = "stopped")
-  raiseFailure(failure, handle)
+  condition <- failureCondition(failure, handle)
+  # What is raised is not warned of as well.
+  showEvents(handle, except = condition)
+  stop(condition)
 }
 
 #' @exportS3Method parallel::recvData
