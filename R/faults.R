@@ -20,14 +20,17 @@ taskLost <- function(task, failure, handle) {
   if (again) {
     sent <- hub_try_again(handle$pointer, number)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
-    if (typeof(sent) == "character") return(giveUp(number, loss, handle))
+    if (typeof(sent) == "character") {
+      return(giveUp(number, failureCondition(sent, handle), handle))
+    }
     checked(sent)
   } else {
     checked(hub_give_up(handle$pointer, number), handle)
   }
-  # The task is safe before the warning, which may be turned into a jump. A lost host is told of once.
-  if (inherits(loss, "rustcluster_worker_lost")) {
-    warning(failureCondition(c(failure, replaced = "true", again = again), handle, "warning"))
+  # The task is safe before the warning, which may be turned into a jump. That a host is lost, or a
+  # worker for good, is an event of its own.
+  if (isTRUE(loss$replaced)) {
+    warning(failureCondition(c(failure, again = again), handle, "warning"))
   }
   NULL
 }

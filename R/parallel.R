@@ -8,7 +8,18 @@
 #' @exportS3Method parallel::sendData
 sendData.RustNode <- function(node, data) {
   handle <- node[["handle"]]
-  if (handle$job == noJob) openJob(handle, sys.nframe(), data)
+  # What the task is made of may be the result of another call.
+  force(data)
+  frames <- sys.nframe()
+  # What closes a job is R code, too, and may have been interrupted.
+  over <- handle$job != noJob && !identical(sys.frame(min(handle$depth, frames)), handle$frame)
+  if (over) closeJob(handle, handle$job)
+  if (handle$job == noJob) {
+    openJob(handle, frames, data)
+  } else if (handle$frames != frames) {
+    # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
+    raiseFailure(c(kind = "busy"), handle)
+  }
   result <- hub_send(handle$pointer, node[["rank"]], handle$job, data, handle$lasts)
   if (is.null(result)) return(invisible())
   if (typeof(result) == "character") handleFailed(result, handle)
@@ -23,8 +34,11 @@ openJob <- function(handle, frames, data) {
   depth <- verbDepth(frames)
   if (is.null(depth)) return()
   handle$jobs <- handle$jobs + 1
-  handle$job <- handle$jobs
+  handle$frames <- frames
+  handle$depth <- depth
+  handle$frame <- sys.frame(depth)
   handle$lasts <- settingOf(sys.function(depth), data$data)
+  handle$job <- handle$jobs
   end <- as.call(list(closeJob, handle, handle$job))
   do.call(on.exit, list(end, TRUE), envir = sys.frame(depth))
 }
@@ -33,6 +47,7 @@ closeJob <- function(handle, job) {
   if (handle$job == job) {
     handle$job <- noJob
     handle$lasts <- NULL
+    handle$frame <- NULL
   }
   if (length(handle$losses)) handle$losses <- list()
   show(hub_close_job(handle$pointer, job), handle)
@@ -81,7 +96,10 @@ verbDepth <- function(frames) {
 
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- c(kind = "stopped")
-  raiseFailure(failure, handle)
+  condition <- failureCondition(failure, handle)
+  # What is raised is not warned of as well.
+  showEvents(handle, except = condition)
+  stop(condition)
 }
 
 #' @exportS3Method parallel::recvData

@@ -79,6 +79,29 @@ test_that("other wrong arguments are named", {
   })
 })
 
+test_that("wrong arguments about faults and limits are named", {
+  wrong <- list(
+    retries = list(-1, NA, NaN, Inf, "two", 1:2, NULL, TRUE, list(1), 1e7),
+    timeout = list(0, -1, NA, NaN, -Inf, "soon", 1:2, NULL, 1e10, 1e-9),
+    keep_limit = list(-1, NA, "much", 1:2, Inf, FALSE),
+    buffer_limit = list(0, 1, -1, NA, "much", c(2^20, 2^20), NULL, Inf),
+    reconnect = list(NA, 1, "yes", NULL, c(TRUE, FALSE))
+  )
+  for (argument in names(wrong)) {
+    for (value in wrong[[argument]]) {
+      arguments <- c(list(2), setNames(list(value), argument))
+      expect_bad_argument(do.call(makeRustCluster, arguments), argument)
+    }
+  }
+  expect_snapshot({
+    show_error(makeRustCluster(2, retries = -1))
+    show_error(makeRustCluster(2, timeout = 0))
+    show_error(makeRustCluster(2, keep_limit = -1))
+    show_error(makeRustCluster(2, buffer_limit = 1))
+    show_error(makeRustCluster(2, reconnect = NA))
+  })
+})
+
 test_that("an rscript that is not there, or is not R, is an error with the reason", {
   skip_on_cran()
   error <- caught(makeRustCluster(2, rscript = "/no/such/Rscript"))

@@ -57,8 +57,8 @@ for (how in c("q()", "stop('as it happens')", "SIGTERM", "SIGKILL")) {
 }
 
 test_that("a worker that is killed is named at once, and the others go on", {
-  cl <- local_cluster(3)
-  pid <- clusterPids(cl)[[2L]]
+  cl <- local_cluster(3, retries = 0)
+  pids <- clusterPids(cl)
   began <- proc.time()[[3L]]
   error <- caught(clusterApply(cl, 1:3, function(i) {
     if (i == 2) {
@@ -71,24 +71,38 @@ test_that("a worker that is killed is named at once, and the others go on", {
   expect_rust_error(error, "worker_lost")
   expect_equal(error$rank, 2L)
   expect_equal(error$host, "localhost")
-  expect_equal(error$pid, pid)
+  expect_equal(error$pid, pids[[2L]])
   expect_equal(error$signal, 9L)
   expect_match(error$stderr, "last words: 100%s", fixed = TRUE)
   expect_match(conditionMessage(error), "SIGKILL")
-  # The others' tasks were cancelled; they are the same processes, and answer.
-  expect_equal(unlist(clusterCall(cl[-2], Sys.getpid)), as.integer(clusterPids(cl)[-2]))
-  expect_true(is.na(clusterPids(cl)[[2L]]))
-  expect_rust_error(caught(clusterCall(cl, identity, 1)), "worker_lost")
-  expect_equal(clusterCall(cl[-2], identity, 1), list(1, 1))
+  # The others' tasks were cancelled; they are the same processes, and answer. Another process has
+  # taken the lost one's place.
+  now <- unlist(clusterCall(cl, Sys.getpid))
+  expect_equal(now, as.integer(clusterPids(cl)))
+  expect_equal(now[-2L], as.integer(pids[-2L]))
+  expect_false(now[[2L]] %in% pids)
+  note_pids(now)
   expect_no_error(stopCluster(cl))
+  expect_gone(c(pids, now))
+})
+
+test_that("a worker that is killed while it is idle comes back", {
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  tools::pskill(pids[[1L]], tools::SIGKILL)
+  expect_warning(got <- unlist(clusterCall(cl, Sys.getpid)), class = "rustcluster_worker_lost")
+  expect_equal(got, as.integer(clusterPids(cl)))
+  expect_equal(got[[2L]], pids[[2L]])
+  expect_false(got[[1L]] == pids[[1L]])
+  note_pids(got)
 })
 
 test_that("a worker that quits tells its status", {
-  cl <- local_cluster(2)
+  cl <- local_cluster(2, retries = 0)
   error <- caught(clusterCall(cl[1], function() quit(status = 3)))
   expect_rust_error(error, "worker_lost")
   expect_equal(error$status, 3L)
-  expect_equal(clusterCall(cl[2], identity, 1), list(1))
+  expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 
 test_that("a killed agent takes its workers along and is reported", {

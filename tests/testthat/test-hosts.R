@@ -377,7 +377,16 @@ test_that("a host of another byte order is talked to in XDR", {
   expect_identical(clusterEvalQ(cl, x), list(x, x))
   expect_equal(parSapply(cl, 1:10, function(i) i^2), (1:10)^2)
   expect_error(clusterCall(cl, stop, "so"), "so")
-  expect_error(clusterCall(cl, function() quit("no")), class = "rustcluster_worker_lost")
+  # Nor does what is held of its workers' state depend on it.
+  mark <- tempfile()
+  expect_warning(
+    got <- clusterApply(cl, 1:2, function(i, mark) {
+      if (i == 1 && !file.exists(mark) && file.create(mark)) quit("no")
+      sum(x)
+    }, mark),
+    class = "rustcluster_worker_lost"
+  )
+  expect_identical(got, list(sum(x), sum(x)))
 })
 
 test_that("nothing is left", {

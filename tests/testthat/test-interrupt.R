@@ -105,6 +105,245 @@ test_that("a worker that does not heed an interrupt is replaced, with a warning"
   expect_gone(pids[[1L]])
 })
 
+# C code, compiled and loaded here; returns its file. `stop_button`: sets what R looks for after so many
+# microseconds, as a front end's button does, from another thread and without a signal. `deaf`: heeds
+# nothing.
+compiled <- function(.frame = parent.frame()) {
+  skip_on_cran()
+  dir <- tempfile("c-")
+  dir.create(dir)
+  source <- file.path(dir, "helpers.c")
+  writeLines(c(
+    "#include <pthread.h>",
+    "#include <unistd.h>",
+    "extern int R_interrupts_pending;",
+    "static int delay;",
+    "static void *press(void *unused) {",
+    "  usleep(delay);",
+    "  R_interrupts_pending = 1;",
+    "  return unused;",
+    "}",
+    "void stop_button(int *microseconds) {",
+    "  pthread_t thread;",
+    "  delay = *microseconds;",
+    "  if (pthread_create(&thread, 0, press, 0) == 0) pthread_detach(thread);",
+    "}",
+    "void deaf(void) {",
+    "  for (;;) sleep(60);",
+    "}"
+  ), source)
+  status <- suppressWarnings(system2(
+    file.path(R.home("bin"), "R"), c("CMD", "SHLIB", "-o", shQuote(file.path(dir, "helpers.so")), shQuote(source)),
+    stdout = FALSE, stderr = FALSE
+  ))
+  if (status != 0L) skip("there is no compiler")
+  library <- file.path(dir, "helpers.so")
+  dyn.load(library)
+  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE), envir = .frame)
+  library
+}
+
+test_that("the stop button of a front end, which sends no signal, ends any call", {
+  compiled()
+  cl <- local_cluster(3)
+  pids <- clusterPids(cl)
+  big <- numeric(2e7)
+  # Not C code: R itself would lose sight of it.
+  for (call in list(
+    quote(clusterCall(cl, Sys.sleep, 60)),
+    quote(clusterApply(cl, 1:9, function(i) repeat NULL)),
+    quote(clusterApplyLB(cl, 1:9, function(i) Sys.sleep(60))),
+    quote(repeat clusterExport(cl, "big", environment())),
+    quote(repeat clusterCall(cl, function(n) numeric(n), 1e7))
+  )) {
+    began <- proc.time()[[3L]]
+    got <- tryCatch(
+      {
+        .C("stop_button", 300000L)
+        eval(call)
+      },
+      interrupt = function(e) "interrupted"
+    )
+    expect_identical(got, "interrupted")
+    expect_lt(proc.time()[[3L]] - began, 10)
+    expect_equal(clusterApply(cl, 1:3, function(i) i), as.list(1:3))
+  }
+  expect_equal(clusterPids(cl), pids)
+})
+
+test_that("C code that does not heed interrupts costs its worker, and nothing of its state", {
+  library <- compiled()
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  x <- "exported"
+  clusterExport(cl, "x", environment())
+  # It has to be loaded again where the worker is replaced.
+  clusterCall(cl, dyn.load, library)
+  clusterSetRNGStream(cl, 5)
+  drawn <- clusterCall(cl, stats::runif, 1)
+  clusterSetRNGStream(cl, 5)
+  interrupted(clusterCall(cl[1], function() .C("deaf")), 0.5)
+  expect_identical(clusterEvalQ(cl[2], x), list(x))
+  expect_warning(
+    got <- clusterEvalQ(cl, list(x, is.loaded("deaf"))),
+    class = "rustcluster_worker_replaced"
+  )
+  expect_identical(got, rep(list(list(x, TRUE)), 2))
+  expect_identical(clusterCall(cl, stats::runif, 1), drawn)
+  expect_identical(clusterPids(cl) == pids, c(FALSE, TRUE))
+  expect_gone(pids[[1L]])
+})
+
+test_that("a time limit ends each kind of call, wherever it is", {
+  cl <- local_cluster(3)
+  pids <- clusterPids(cl)
+  big <- numeric(2e7)
+  # As R.utils::withTimeout() does it.
+  limited <- function(expr, seconds) {
+    on.exit(setTimeLimit())
+    tryCatch(
+      {
+        setTimeLimit(elapsed = seconds, transient = TRUE)
+        expr
+      },
+      error = function(e) if (grepl("time limit", conditionMessage(e))) "too late" else stop(e)
+    )
+  }
+  for (call in list(
+    quote(clusterCall(cl, function() repeat NULL)),
+    quote(parLapply(cl, 1:9, function(i) Sys.sleep(60))),
+    quote(clusterApplyLB(cl, 1:9, function(i) Sys.sleep(60))),
+    quote(repeat clusterExport(cl, "big", environment())),
+    quote(repeat clusterCall(cl, function(n) numeric(n), 1e7))
+  )) {
+    expect_identical(limited(eval(call), 0.5), "too late")
+    expect_equal(clusterApply(cl, 1:3, function(i) i), as.list(1:3))
+  }
+  expect_equal(clusterPids(cl), pids)
+})
+
+test_that("an error in a handler of a message or warning, in the middle of a verb", {
+  cl <- local_cluster(3)
+  pids <- clusterPids(cl)
+  for (tell in list(message, warning)) {
+    x <- structure(as.list(1:9), class = "chatty")
+    registerS3method("[[", "chatty", function(x, i) {
+      if (i == 5) tell("at five")
+      i
+    }, environment())
+    handler <- function(w) stop("of the handler's")
+    for (verb in list(clusterApply, clusterApplyLB)) {
+      expect_error(
+        withCallingHandlers(
+          verb(cl, x, function(i) "stale"), message = handler, warning = handler
+        ),
+        "of the handler's"
+      )
+      expect_equal(clusterApply(cl, 1:6, identity), as.list(1:6))
+      # Without one, or where it goes on, it changes nothing.
+      expect_identical(
+        suppressMessages(suppressWarnings(verb(cl, x, function(i) i))), as.list(1:9)
+      )
+    }
+  }
+  expect_equal(clusterPids(cl), pids)
+})
+
+test_that("a call in the arguments of another, and after one whose end was interrupted", {
+  cl <- local_cluster(2)
+  got <- clusterCall(cl, identity, sum(unlist(clusterCall(cl, identity, 3))))
+  expect_identical(got, list(6, 6))
+  # What closes a call's job is R code: here it has been interrupted before it did anything.
+  registerS3method("[[", "trap", function(x, i) if (i == 2) stop("trapped") else i, environment())
+  left_open <- function() {
+    local_function("closeJob", function(handle, job) NULL)
+    clusterApply(cl, structure(list(1, 2), class = "trap"), function(i) "stale")
+  }
+  for (i in 1:2) {
+    expect_error(left_open(), "trapped")
+    expect_identical(clusterCall(cl, identity, "fresh"), list("fresh", "fresh"))
+    expect_error(left_open(), "trapped")
+    expect_identical(identity(clusterApplyLB(cl, 1:3, identity)), list(1L, 2L, 3L))
+    expect_error(left_open(), "trapped")
+    parallel:::sendCall(cl[[2]], identity, list("by hand"))
+    expect_identical(parallel:::recvResult(cl[[2]]), "by hand")
+  }
+})
+
+test_that("interrupts at random moments of all kinds of calls", {
+  cl <- local_cluster(3)
+  base <- "of the beginning"
+  here <- environment()
+  clusterExport(cl, "base", here)
+  some <- numeric(3e5)
+  # Each ends one worker, once.
+  mortal <- eval(quote(function(i, traps) {
+    for (file in traps) {
+      if (i > 2 && file.exists(file) && suppressWarnings(file.remove(file))) {
+        tools::pskill(Sys.getpid(), tools::SIGKILL)
+      }
+    }
+    "stale"
+  }), globalenv())
+  stale <- eval(quote(function(...) "stale"), globalenv())
+  calls <- list(
+    quote(clusterApply(cl, 1:20, stale)),
+    quote(clusterApplyLB(cl, 1:20, stale)),
+    quote(parLapply(cl, 1:20, stale)),
+    quote(parSapplyLB(cl, 1:20, stale)),
+    quote(clusterMap(cl, stale, 1:7, 1:7)),
+    quote(clusterCall(cl, stale)),
+    quote(clusterCall(cl, Sys.sleep, 1)),
+    quote(clusterEvalQ(cl, other <- "stale")),
+    quote(clusterExport(cl, "some", here)),
+    quote(clusterApply(cl, 1:6, function(i) numeric(3e5))),
+    quote(clusterSetRNGStream(cl, 1)),
+    quote(parLapply(cl, 1:6, mortal, traps)),
+    quote(clusterApplyLB(cl, 1:9, mortal, traps)),
+    quote(clusterCall(cl, mortal, 3, traps))
+  )
+  set.seed(as.integer(Sys.getpid()))
+  rounds <- if (long_tests()) 1000 else 60
+  for (round in seq_len(rounds)) {
+    call <- calls[[sample.int(length(calls), 1L)]]
+    deadly <- "traps" %in% all.names(call)
+    traps <- if (deadly) tempfile(rep("trap-", 2)) else character()
+    file.create(traps)
+    before <- clusterPids(cl)
+    what <- paste0("round ", round, ": ", paste(deparse(call), collapse = " "))
+    # Losses may be told in the middle or at the end, by the interrupted call or by the next.
+    suppressWarnings(
+      {
+        interrupt_after(stats::runif(1, 0, 0.05))
+        tryCatch(repeat eval(call), interrupt = function(e) NULL)
+        got <- clusterCall(cl, function(unique) c(base, unique), what)
+        more <- clusterApplyLB(cl, round + 1:4, identity)
+      },
+      classes = "rustcluster_worker_lost"
+    )
+    right <- identical(got, rep(list(c(base, what)), 3)) && identical(more, as.list(round + 1:4))
+    if (!right) break
+    if (!deadly && !identical(clusterPids(cl), before)) break
+    right <- NA
+  }
+  expect(is.na(right), paste(what, "-", if (isFALSE(right)) "wrong answers" else "workers were replaced"))
+  note_processes(cl)
+})
+
+test_that("1 GB on its way to a worker, or from it, is interrupted at once", {
+  skip_unless_long()
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  big <- numeric(1e9 / 8)
+  for (after in c(0.1, 0.5, 1)) {
+    interrupted(repeat clusterCall(cl, length, big), after)
+    expect_identical(clusterCall(cl, identity, after), list(after, after))
+    interrupted(repeat clusterCall(cl[1], function(n) numeric(n), 1e9 / 8), after)
+    expect_identical(clusterCall(cl, identity, after), list(after, after))
+  }
+  expect_equal(clusterPids(cl), pids)
+})
+
 test_that("Ctrl-C at a terminal does not reach agents or workers", {
   skip_unless_proc()
   cl <- local_cluster(2)
@@ -113,4 +352,9 @@ test_that("Ctrl-C at a terminal does not reach agents or workers", {
   }
   own <- session(Sys.getpid())
   for (pid in c(agentPids(cl), clusterPids(cl))) expect_false(session(pid) == own)
+})
+
+test_that("nothing is left", {
+  skip_unless_proc()
+  expect_no_leftovers()
 })

@@ -108,7 +108,7 @@ test_that("a worker that the kernel kills for want of memory is said to be that"
   group <- memory_group(400e6)
   skip_if(is.null(group), "needs a memory control group that can be made")
   child <- start_child({
-    cl <- makeRustCluster(2)
+    cl <- makeRustCluster(2, retries = 0)
     error <- tryCatch(clusterCall(cl[1], function() {
       x <- list()
       for (i in 1:100) x[[i]] <- rep(1, 1e7)
@@ -135,7 +135,7 @@ test_that("a worker that the kernel kills for want of memory is said to be that"
 })
 
 test_that("any other end is not", {
-  cl <- local_cluster(2)
+  cl <- local_cluster(2, retries = 0)
   error <- caught(clusterCall(cl[1], function() tools::pskill(Sys.getpid(), tools::SIGKILL)))
   expect_identical(error$oom, FALSE)
   expect_gt(error$memory_available, 0)

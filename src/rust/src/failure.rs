@@ -18,10 +18,10 @@ impl Failure {
         self
     }
 
-    /// A worker that is no more. Ranks are counted from 1 in R.
+    /// A worker that is no more, and that no other replaces. Ranks are counted from 1 in R.
     pub fn gone(rank: Rank, gone: &Gone) -> Failure {
         match gone {
-            Gone::Worker(loss) => Failure::lost(rank, loss),
+            Gone::Worker(loss) => Failure::lost(rank, loss).with("replaced", false),
             Gone::Host(reason) => Failure::new("host_failed")
                 .with("rank", rank + 1)
                 .with("reason", reason),

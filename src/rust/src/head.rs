@@ -12,7 +12,7 @@ use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, NO_JOB
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
-use rustcluster_core::scheduler::{Body, JobId, Rank, TaskId};
+use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
@@ -41,6 +41,16 @@ struct Cluster {
     messages: RefCell<HashMap<TaskId, Message>>,
     /// The job that last sent something, and how much it has sent.
     sent_by_job: Cell<(JobId, i32)>,
+}
+
+impl Cluster {
+    /// Lets go of the messages of tasks that were cancelled.
+    fn forget_messages(&self, hub: &Hub) {
+        let mut messages = self.messages.borrow_mut();
+        if !messages.is_empty() {
+            messages.retain(|&task, _| hub.expects(task));
+        }
+    }
 }
 
 /// A message for as long as its task is outstanding.
@@ -435,7 +445,7 @@ fn hub_try_again(handle: Robj, task: f64) -> Robj {
             None => return Err(Failure::new("no_task")),
         };
         let begun = cluster.hub.borrow_mut().try_again(owner, task, lasts);
-        let place = begun.map_err(|gone| Failure::gone(owner, &gone))?;
+        let place = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
         Ok(write(cluster, place, job, &message))
     })
 }
@@ -606,7 +616,14 @@ fn answered(
             place,
             task,
             gone,
-        } => ended(Failure::gone(place, &gone), rank, task),
+        } => {
+            let replaced = cluster.hub.borrow().worker(place).gone.is_none();
+            let failure = match &*gone {
+                Gone::Worker(loss) => Failure::lost(place, loss).with("replaced", replaced),
+                gone => Failure::gone(place, gone),
+            };
+            ended(failure, rank, task)
+        }
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
         Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),
         Answer::Pending => Ok(().into()),
@@ -672,10 +689,12 @@ fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure
 /// @noRd
 #[extendr]
 fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
-    with_hub(&handle, |hub| {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
         let ranks: std::result::Result<Vec<Rank>, Failure> =
-            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
         hub.stop_workers(ranks?);
+        cluster.forget_messages(&hub);
         Ok(().into())
     })
 }
@@ -740,12 +759,8 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
         let job = job as JobId;
         cluster.last.set(None);
         cluster.hub.borrow_mut().cancel_job(job);
-        let mut messages = cluster.messages.borrow_mut();
-        if !messages.is_empty() {
-            messages.retain(|_, message| message.job != job);
-        }
-        drop(messages);
         let hub = cluster.hub.borrow();
+        cluster.forget_messages(&hub);
         Ok(events(&hub))
     })
 }

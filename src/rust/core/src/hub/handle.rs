@@ -331,13 +331,13 @@ impl Hub {
     /// one, or if there is none, with another. Returns the worker that gets it.
     ///
     /// # Errors
-    /// When there is nobody to take it.
+    /// When there is nobody to take it: the worker that had it last, and what became of that.
     pub fn try_again(
         &mut self,
         rank: Rank,
         task: TaskId,
         lasts: Option<u64>,
-    ) -> Result<Rank, Arc<Gone>> {
+    ) -> Result<Rank, (Rank, Arc<Gone>)> {
         self.abandon();
         let tasks = self.outstanding[rank as usize].iter();
         let job = tasks.copied().find(|&(other, _)| other == task);
@@ -351,7 +351,7 @@ impl Hub {
                 } else {
                     None
                 };
-                place.ok_or(gone)?
+                place.ok_or((before, gone))?
             }
         };
         if place != rank {
@@ -670,6 +670,11 @@ impl Hub {
             }
         }
         closed
+    }
+
+    /// Whether the end of this task is to be asked for.
+    pub fn expects(&self, task: TaskId) -> bool {
+        self.core().inbox.expects(task)
     }
 
     /// A worker as it is known now.

@@ -292,6 +292,10 @@ impl Inbox {
         self.expected.insert(task, Expected { owner, end: None });
     }
 
+    pub fn expects(&self, task: TaskId) -> bool {
+        self.expected.contains_key(&task)
+    }
+
     fn take_end(&mut self, task: TaskId) -> Option<(Rank, TaskId, End)> {
         let expected = self.expected.get_mut(&task)?;
         Some((expected.owner, task, expected.end.take()?))

@@ -1,0 +1,715 @@
+# Workers and hosts are lost, and tasks take too long: answers are those of a run without faults, and
+# what cannot be answered is told.
+
+skip_on_cran()
+watch_processes()
+sendCall <- parallel:::sendCall
+recvResult <- parallel:::recvResult
+recvOneResult <- parallel:::recvOneResult
+
+# Functions of the global environment, as a script's are: those of a test would take its frame along.
+global <- function(expr) eval(strip_srcref(substitute(expr)), globalenv())
+
+# Files each of which ends one process: that which removes it.
+trap <- function(n = 1) {
+  files <- tempfile(rep("trap-", n))
+  file.create(files)
+  files
+}
+
+spring <- global(function(trap) {
+  for (file in trap) {
+    if (file.exists(file) && suppressWarnings(file.remove(file))) {
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+      Sys.sleep(60)
+    }
+  }
+})
+
+# The value of the call and the losses it warned of. Other warnings pass.
+with_losses <- function(expr) {
+  losses <- list()
+  value <- withCallingHandlers(expr, rustcluster_worker_lost = function(w) {
+    if (!inherits(w, "warning")) return()
+    losses <<- c(losses, list(w))
+    invokeRestart("muffleWarning")
+  })
+  list(value = value, losses = losses)
+}
+
+# The call gives the same on PSOCK, without faults, and with as many losses as there are traps.
+# `before` brings the workers to a state of which no try may lose anything.
+expect_unharmed <- function(expr, before = NULL, traps = 1, cl = cluster_pair(3)$rust, ...) {
+  expr <- strip_srcref(substitute(expr))
+  before <- strip_srcref(substitute(before))
+  values <- list(..., spring = spring)
+  run <- function(cl, trap) {
+    env <- list2env(c(list(cl = cl, trap = trap), values), parent = globalenv())
+    eval(before, env)
+    with_losses(eval(expr, env))
+  }
+  want <- run(cluster_pair(3)$psock[seq_along(cl)], character())
+  whole <- run(cl, character())
+  what <- paste(deparse(expr), collapse = "\n")
+  expect(identical(whole$value, want$value), paste("without a fault", what, "is not PSOCK's"))
+  got <- run(cl, trap(traps))
+  expect(identical(got$value, want$value), paste0(
+    what, " differs\nPSOCK:\n", describe_outcome(want$value), "\nwith a loss:\n",
+    describe_outcome(got$value)
+  ))
+  expect(
+    length(got$losses) == traps,
+    paste(what, "told of", length(got$losses), "losses, and not of", traps)
+  )
+  note_processes(cl)
+  # The workers left behind are those that are known, and as they were.
+  expect_equal(unlist(clusterCall(cl, Sys.getpid)), as.integer(clusterPids(cl)))
+  expect_false(anyNA(clusterPids(cl)))
+  invisible(got$value)
+}
+
+streams <- quote(clusterSetRNGStream(cl, 42))
+
+# Draws before its end and after it, so that a second try has to begin where the first one did.
+draws <- global(function(i, spring, trap, at = 5) {
+  first <- stats::rnorm(2)
+  if (i %in% at) spring(trap)
+  list(i, first, stats::runif(1), sample.int(1000L, 2L))
+})
+
+test_that("a worker killed in the middle of a verb changes no answer, nor its random numbers", {
+  for (n in 1:2) {
+    expect_unharmed(
+      list(
+        clusterApply(cl, 1:10, draws, spring, trap, 5:6),
+        clusterCall(cl, stats::rnorm, 1)
+      ),
+      clusterSetRNGStream(cl, 42), traps = n, draws = draws
+    )
+  }
+  expect_unharmed(
+    list(
+      parLapply(cl, 1:10, draws, spring, trap), parLapply(cl, 1:4, draws, spring, trap),
+      clusterEvalQ(cl, .Random.seed)
+    ),
+    clusterSetRNGStream(cl, 1), draws = draws
+  )
+  expect_unharmed(
+    parSapply(cl, 1:10, function(i, draws, ...) unlist(draws(i, ...)), draws, spring, trap),
+    clusterSetRNGStream(cl, 2), draws = draws
+  )
+  expect_unharmed(
+    clusterMap(cl, function(i, j, draws, ...) c(draws(i, ...), j), 1:7, 7:1, MoreArgs = list(draws, spring, trap)),
+    clusterSetRNGStream(cl, 3), draws = draws
+  )
+  expect_unharmed(
+    list(clusterCall(cl, draws, 5, spring, trap), clusterCall(cl, draws, 1, spring, trap)),
+    clusterSetRNGStream(cl, 4), draws = draws
+  )
+  # Which worker gets which task is chance, what it draws from is not.
+  expect_unharmed(
+    clusterApplyLB(cl, 1:20, function(i, draws, ...) {
+      set.seed(i)
+      draws(i, ...)
+    }, draws, spring, trap),
+    draws = draws
+  )
+  expect_unharmed(
+    parLapplyLB(cl, 1:20, function(i, draws, ...) {
+      set.seed(i)
+      draws(i, ...)
+    }, draws, spring, trap),
+    draws = draws
+  )
+})
+
+test_that("plain generators of any kind go on where they were", {
+  for (kind in c("Mersenne-Twister", "Wichmann-Hill", "Marsaglia-Multicarry", "Knuth-TAOCP-2002")) {
+    expect_unharmed(
+      list(
+        clusterApply(cl, 1:10, draws, spring, trap), clusterCall(cl, stats::runif, 2),
+        clusterEvalQ(cl, RNGkind())
+      ),
+      {
+        clusterCall(cl, function(kind) {
+          RNGkind(kind, "Ahrens-Dieter")
+          set.seed(1)
+        }, kind)
+        # Not by a call that lasts: the state is that which the last task of whatever kind has left.
+        clusterApply(cl, seq_along(cl), function(i) {
+          set.seed(i)
+          stats::runif(7)
+        })
+      },
+      draws = draws, kind = kind
+    )
+  }
+  # As is the choice of the default.
+  clusterCall(cluster_pair(3)$rust, RNGkind, "default", "default", "default")
+  clusterCall(cluster_pair(3)$psock, RNGkind, "default", "default", "default")
+})
+
+test_that("exports, calls, options and packages are there again, each as of its time", {
+  for (start in c("fork", "spawn")) {
+    cl <- local_cluster(3, start = start)
+    expect_unharmed(
+      list(
+        clusterApply(cl, 1:6, function(i, spring, trap) {
+          if (i == 2) spring(trap)
+          list(
+            x, y, shared$at, f(10), getOption("digits"), "package:splines" %in% search(),
+            dim(bs(1:10, df = 4)), environmentName(topenv())
+          )
+        }, spring, trap),
+        clusterEvalQ(cl, sort(ls())), clusterCall(cl, function() count)
+      ),
+      {
+        x <- 1
+        shared <- new.env()
+        shared$at <- "export"
+        clusterExport(cl, c("x", "shared"), environment())
+        # What the head does with it later was not exported.
+        shared$at <- "later"
+        clusterEvalQ(cl, y <- x + 1)
+        x <- 2
+        clusterExport(cl, "x", environment())
+        clusterEvalQ(cl, {
+          library(splines)
+          options(digits = 5)
+          count <- 0
+          f <- function(k) k * y
+        })
+        for (i in 1:3) clusterCall(cl, function() count <<- count + 1)
+        clusterExport(cl, "spring", environment())
+        clusterEvalQ(cl, rm(spring))
+      },
+      cl = cl
+    )
+    stopCluster(cl)
+  }
+})
+
+test_that("each worker has its own state again, whatever part of the cluster it came by", {
+  cl <- local_cluster(3)
+  for (i in 1:3) {
+    mine <- letters[[i]]
+    clusterExport(cl[i], "mine", environment())
+  }
+  clusterEvalQ(cl[2:3], both <- paste0(mine, mine))
+  clusterCall(rev(cl)[1], function() last <<- TRUE)
+  clusterSetRNGStream(cl[c(3, 1)], 5)
+  told <- global(function(i, spring, trap) {
+    spring(trap)
+    c(mine, get0("both", ifnotfound = ""), exists("last"))
+  })
+  want <- list(c("a", "", FALSE), c("b", "bb", FALSE), c("c", "cc", TRUE))
+  for (part in list(2:3, 3:1, 1, c(3, 1))) {
+    got <- with_losses(clusterApply(cl[part], part, told, spring, trap(length(part))))
+    expect_identical(got$value, want[part])
+    expect_gte(length(got$losses), 1)
+  }
+  sendCall(cl[[2]], told, list(1, spring, trap()))
+  got <- with_losses(recvResult(cl[[2]]))
+  expect_identical(got$value, want[[2]])
+  expect_length(got$losses, 1)
+  note_processes(cl)
+})
+
+# In place of R.utils::withTimeout().
+setting_time_limit <- function(expr, seconds = 0.3) {
+  on.exit(setTimeLimit())
+  setTimeLimit(elapsed = seconds, transient = TRUE)
+  expr
+}
+
+test_that("what was interrupted, or ended its worker, is not part of the state", {
+  cl <- local_cluster(2)
+  here <- environment()
+  x <- 1
+  clusterExport(cl, "x", here)
+  expect_error(setting_time_limit(clusterCall(cl, function() {
+    x <<- "half"
+    Sys.sleep(60)
+  })), "time limit")
+  x <- 3
+  # An error is the end of a call like any other: what it did before lasts.
+  expect_error(clusterCall(cl, function() {
+    z <<- 1
+    stop("so")
+  }), "so")
+  bad <- caught(with_losses(clusterCall(cl[1], function() {
+    x <<- "lost"
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+    Sys.sleep(60)
+  })))
+  expect_rust_error(bad, "task_failed")
+  expect_identical(clusterEvalQ(cl[1], c(x, z)), list(c(1, 1)))
+  note_processes(cl)
+})
+
+test_that("several, or all, workers may be killed at the same time, busy or idle", {
+  cl <- local_cluster(3)
+  x <- 7
+  clusterExport(cl, "x", environment())
+  clusterSetRNGStream(cl, 3)
+  want <- parallel::clusterApply(cl, 1:3, function(i) stats::rnorm(2))
+  for (victims in list(1:2, 1:3)) {
+    clusterSetRNGStream(cl, 3)
+    # All of them wait for the last, and are killed by it.
+    mark <- tempfile()
+    got <- with_losses(clusterApply(cl, 1:3, function(i, pids, mark) {
+      drawn <- stats::rnorm(2)
+      if (!file.exists(mark)) {
+        if (i == 3) {
+          file.create(mark)
+          tools::pskill(pids, tools::SIGKILL)
+        }
+        if (i <= length(pids)) Sys.sleep(60)
+      }
+      stopifnot(x == 7)
+      drawn
+    }, clusterPids(cl[victims]), mark))
+    expect_identical(got$value, want)
+    expect_length(got$losses, length(victims))
+    # Nobody works.
+    note_processes(cl)
+    tools::pskill(clusterPids(cl)[victims], tools::SIGKILL)
+    got <- with_losses(clusterEvalQ(cl, x))
+    expect_identical(got$value, list(7, 7, 7))
+    expect_length(got$losses, length(victims))
+    note_processes(cl)
+    expect_silent(clusterEvalQ(cl, x))
+  }
+})
+
+test_that("a loss while nobody asks is told at the next call", {
+  cl <- local_cluster(2)
+  x <- 7
+  clusterExport(cl, "x", environment())
+  pid <- clusterPids(cl)[[1L]]
+  tools::pskill(pid, tools::SIGKILL)
+  expect_gone(pid)
+  # The agent, and the hub's thread, see to it meanwhile.
+  expect_true(wait_until(function() !clusterPids(cl)[[1L]] %in% c(NA, pid)))
+  got <- with_losses(clusterEvalQ(cl, x))
+  expect_identical(got$value, list(7, 7))
+  expect_length(got$losses, 1)
+  loss <- got$losses[[1L]]
+  expect_s3_class(loss, c("rustcluster_worker_lost", "rustcluster_warning", "warning"), exact = FALSE)
+  expect_identical(loss[c("rank", "pid", "signal", "host", "replaced")], list(
+    rank = 1L, pid = pid, signal = 9L, host = "localhost", replaced = TRUE
+  ))
+  expect_gt(loss$memory_available, 0)
+  expect_silent(clusterEvalQ(cl, x))
+  note_processes(cl)
+})
+
+test_that("a worker killed while 50 MB come to it, or from it", {
+  cl <- local_cluster(2)
+  x <- numeric(50e6 / 8) + 1
+  # It reads nothing more, and the head is stuck in the middle of sending.
+  for (verb in 1:2) {
+    pid <- clusterPids(cl)[[1L]]
+    tools::pskill(pid, tools::SIGSTOP)
+    system(sprintf("(sleep 0.4; kill -KILL %d) &", pid))
+    got <- with_losses(switch(verb,
+      clusterApply(cl, 1:2, function(i, x) sum(x) + i, x),
+      {
+        clusterExport(cl, "x", environment())
+        clusterApply(cl, 1:2, function(i) sum(x) + i)
+      }
+    ))
+    expect_identical(got$value, list(sum(x) + 1, sum(x) + 2))
+    expect_length(got$losses, 1)
+  }
+  # The head takes no more of an answer than it has room for, so that it is still being sent.
+  cl <- local_cluster(2, buffer_limit = 2^20)
+  clusterExport(cl, "x", environment())
+  mark <- tempfile()
+  sendCall(cl[[2]], global(function(mark) {
+    file.create(mark)
+    x
+  }), list(mark))
+  sendCall(cl[[2]], global(function() "next"), list())
+  pid <- clusterPids(cl)[[2L]]
+  expect_true(wait_until(function() file.exists(mark) && proc_state(pid) == "S"))
+  tools::pskill(pid, tools::SIGKILL)
+  got <- with_losses(recvResult(cl[[2]]))
+  expect_identical(got$value, x)
+  expect_length(got$losses, 1)
+  expect_identical(recvResult(cl[[2]]), "next")
+  note_processes(cl)
+})
+
+test_that("by hand: each node answers in order, lost or not", {
+  cl <- local_cluster(2)
+  clusterEvalQ(cl, count <- 100)
+  traps <- trap(4)
+  for (k in 1:4) for (i in 1:2) {
+    sendCall(cl[[i]], function(k, i, spring, trap) {
+      if ((k + i) %% 2) spring(trap)
+      c(k, i, count)
+    }, list(k, i, spring, traps[[k]]), tag = k)
+  }
+  got <- with_losses(lapply(1:4, function(k) lapply(cl, recvResult)))
+  expect_identical(got$value, lapply(1:4, function(k) list(c(k, 1, 100), c(k, 2, 100))))
+  expect_length(got$losses, 4)
+  for (i in 1:2) sendCall(cl[[i]], function(i, spring, trap) {
+    spring(trap)
+    i
+  }, list(i * 10, spring, trap()), tag = letters[[i]])
+  got <- with_losses(list(recvOneResult(cl), recvOneResult(cl)))
+  answers <- got$value[order(vapply(got$value, `[[`, 0L, "node"))]
+  expect_identical(answers, list(
+    list(value = 10, node = 1L, tag = "a"), list(value = 20, node = 2L, tag = "b")
+  ))
+  note_processes(cl)
+})
+
+test_that("a worker killed again while it is brought back to its state", {
+  cl <- local_cluster(2)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  # Done again: the first time with no trap there, the second with one.
+  files <- tempfile(rep("trap-", 2))
+  clusterCall(cl[1], spring, files)
+  clusterEvalQ(cl[1], y <- x + 1)
+  file.create(files)
+  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  expect_identical(with_losses(clusterEvalQ(cl[1], c(x, y)))$value, list(c(5, 6)))
+  expect_false(any(file.exists(files)))
+  # Every time: there is an end to that, and others go on.
+  deadly <- tempfile()
+  clusterCall(cl[1], function(file) if (file.exists(file)) quit("no", 3), deadly)
+  file.create(deadly)
+  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  error <- caught(with_losses(clusterEvalQ(cl[1], x)))
+  expect_rust_error(error, "worker_lost")
+  expect_false(error$replaced)
+  expect_match(conditionMessage(error), "no other takes its place")
+  expect_identical(clusterEvalQ(cl[2], x), list(5))
+  expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
+  expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], x), list(5))
+})
+
+poison <- global(function(i, bad) {
+  if (i %in% bad) {
+    message("task ", i, ": 100%s")
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+    Sys.sleep(60)
+  }
+  i * 10
+})
+
+test_that("a task that ends every worker is given up, and all else is kept", {
+  cl <- local_cluster(3)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  pids <- clusterPids(cl)
+  got <- with_losses(caught(clusterApply(cl, 1:9, poison, 5)))
+  error <- got$value
+  expect_rust_error(error, "task_failed")
+  expect_length(got$losses, 3)
+  expect_identical(error$index, 5L)
+  expect_identical(error$results, replace(as.list(1:9 * 10), 5, list(NULL)))
+  expect_length(error$failures, 1)
+  expect_length(error$losses, 3)
+  for (loss in error$losses) {
+    expect_s3_class(loss, "rustcluster_worker_lost")
+    expect_identical(loss[c("rank", "host", "signal")], list(rank = 2L, host = "localhost", signal = 9L))
+    expect_identical(loss$stderr, "task 5: 100%s\n")
+    expect_gt(loss$memory_available, 0)
+  }
+  expect_identical(error$losses[[1]]$pid, pids[[2]])
+  expect_length(unique(vapply(error$losses, `[[`, 0L, "pid")), 3)
+  expect_match(conditionMessage(error), "task 5 was lost with its worker 3 times", fixed = TRUE)
+  expect_match(conditionMessage(error), "SIGKILL")
+  # Here all workers have their state, and those that lost nothing are the same.
+  expect_identical(clusterEvalQ(cl, x), list(5, 5, 5))
+  expect_identical(clusterPids(cl)[-2], pids[-2])
+
+  for (verb in list(clusterApplyLB, parLapplyLB)) {
+    error <- with_losses(caught(verb(cl, 1:9, poison, 9)))$value
+    expect_rust_error(error, "task_failed")
+    expect_identical(sum(lengths(error$losses) > 0), 3L)
+  }
+  # The part of parLapply() that held it.
+  error <- with_losses(caught(parLapply(cl, 1:9, poison, 5)))$value
+  expect_rust_error(error, "task_failed")
+  expect_identical(error$index, 2L)
+  expect_identical(error$results, list(list(10, 20, 30), NULL, list(70, 80, 90)))
+  expect_rust_error(with_losses(caught(parSapply(cl, 1:9, poison, 5)))$value, "task_failed")
+  expect_rust_error(with_losses(caught(clusterMap(cl, poison, 1:9, 5)))$value, "task_failed")
+  expect_identical(clusterApply(cl, 1:9, poison, 0), as.list(1:9 * 10))
+  note_processes(cl)
+})
+
+test_that("several such tasks, and errors of R beside them", {
+  cl <- local_cluster(3)
+  error <- with_losses(caught(clusterApply(cl, 1:9, poison, c(2, 6))))$value
+  expect_rust_error(error, "task_failed")
+  expect_identical(error$index, 2L)
+  expect_identical(vapply(error$failures, `[[`, 0L, "index"), c(2L, 6L))
+  expect_identical(error$results, replace(as.list(1:9 * 10), c(2, 6), list(NULL)))
+  expect_match(conditionMessage(error), "and 1 other task failed")
+  mixed <- global(function(i, poison) if (i == 4) stop("of R's") else poison(i, 2))
+  error <- with_losses(caught(clusterApply(cl, 1:6, mixed, poison)))$value
+  expect_rust_error(error, "task_failed")
+  expect_s3_class(error$results[[4]], "try-error")
+  expect_identical(error$results[-c(2, 4)], list(10, 30, 50, 60))
+  # parallel raises the first.
+  mixed <- global(function(i, poison) if (i == 1) stop("of R's") else poison(i, 2))
+  error <- with_losses(caught(clusterApply(cl, 1:6, mixed, poison)))$value
+  expect_match(conditionMessage(error), "2 nodes produced errors; first error: of R's", fixed = TRUE)
+  # By hand it is a value that try() would give.
+  sendCall(cl[[2]], poison, list(2, 2))
+  sendCall(cl[[2]], poison, list(3, 2))
+  value <- with_losses(recvResult(cl[[2]]))$value
+  expect_s3_class(value, "try-error")
+  expect_s3_class(attr(value, "condition"), "rustcluster_task_failed")
+  expect_identical(recvResult(cl[[2]]), 30)
+  note_processes(cl)
+})
+
+test_that("what is sent again is not held for longer than that", {
+  cl <- local_cluster(2)
+  held <- 3
+  for (i in 1:3) local({
+    e <- new.env()
+    reg.finalizer(e, function(e) held <<- held - 1)
+    sendCall(cl[[1]], function(e) Sys.sleep(60), list(e))
+  })
+  # The next call cancels what was sent by hand and not received.
+  expect_identical(clusterCall(cl, identity, 1), list(1, 1))
+  invisible(gc())
+  expect_identical(held, 0)
+})
+
+test_that("retries = 0 and 1", {
+  cl <- local_cluster(2, retries = 0)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  got <- with_losses(caught(clusterApply(cl, 1:4, poison, 3)))
+  expect_rust_error(got$value, "worker_lost")
+  expect_length(got$losses, 0)
+  expect_identical(got$value$rank, 1L)
+  expect_identical(clusterEvalQ(cl, x), list(5, 5))
+  note_processes(cl)
+  cl <- local_cluster(2, retries = 1)
+  got <- with_losses(caught(clusterApply(cl, 1:4, poison, 3)))
+  expect_rust_error(got$value, "task_failed")
+  expect_length(got$value$losses, 2)
+  expect_length(got$losses, 2)
+  note_processes(cl)
+})
+
+test_that("the warnings of losses may be turned into jumps at any place", {
+  cl <- local_cluster(2)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  right <- function() {
+    expect_identical(with_losses(clusterApply(cl, 1:5, function(i) c(x, i)))$value, lapply(1:5, function(i) c(5, i)))
+    expect_identical(clusterApplyLB(cl, 1:5, sqrt), lapply(1:5, sqrt))
+    expect_length(unique(note_processes(cl)), 2)
+  }
+  verbs <- list(
+    quote(clusterApply(cl, 1:6, function(i, spring, trap) spring(trap), spring, trap())),
+    quote(clusterApplyLB(cl, 1:6, function(i, spring, trap) spring(trap), spring, trap())),
+    quote(clusterCall(cl, spring, trap())),
+    quote({
+      tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+      clusterCall(cl, Sys.sleep, 1)
+    })
+  )
+  for (verb in verbs) {
+    old <- options(warn = 2)
+    expect_error(eval(verb), "converted from warning", info = deparse(verb))
+    options(old)
+    right()
+    expect_s3_class(tryCatch(eval(verb), warning = identity), "rustcluster_worker_lost")
+    right()
+    expect_error(
+      withCallingHandlers(eval(verb), warning = function(w) stop("of the handler's")),
+      "of the handler's"
+    )
+    right()
+  }
+  # A handler that uses the cluster itself, in the middle of the call.
+  inner <- NULL
+  got <- withCallingHandlers(
+    clusterApply(cl, 1:6, function(i, spring, trap) {
+      spring(trap)
+      i
+    }, spring, trap()),
+    rustcluster_worker_lost = function(w) {
+      inner <<- caught(clusterCall(cl, identity, "inner"))
+      invokeRestart("muffleWarning")
+    }
+  )
+  expect_rust_error(inner, "busy")
+  expect_identical(got, as.list(1:6))
+  right()
+})
+
+test_that("beyond keep_limit nothing is restored, and that is told", {
+  cl <- local_cluster(3, keep_limit = 1e6)
+  here <- environment()
+  small <- 1
+  clusterExport(cl, "small", here)
+  big <- runif(2e5)
+  expect_warning(clusterExport(cl, "big", here), class = "rustcluster_state_not_kept")
+  expect_silent(clusterExport(cl, "big", here))
+  expect_silent(clusterEvalQ(cl, small))
+  tools::pskill(clusterPids(cl)[[2]], tools::SIGKILL)
+  error <- caught(clusterEvalQ(cl, sum(big)))
+  expect_rust_error(error, "worker_lost")
+  expect_false(error$replaced)
+  expect_identical(error$rank, 2L)
+  expect_match(conditionMessage(error), "no other takes its place")
+  expect_rust_error(caught(clusterEvalQ(cl[2], 1)), "worker_lost")
+  expect_identical(clusterEvalQ(cl[-2], sum(big)), list(sum(big), sum(big)))
+  expect_identical(clusterPids(cl)[[2]], NA_integer_)
+  # In the middle of a verb, its task goes to another, which has the same state.
+  got <- with_losses(clusterApply(cl[-2], 1:4, function(i, spring, trap) {
+    if (i == 2) spring(trap)
+    i + small
+  }, spring, trap()))
+  expect_identical(got$value, list(2, 3, 4, 5))
+  expect_length(got$losses, 1)
+  expect_false(got$losses[[1]]$replaced)
+  expect_identical(sum(is.na(clusterPids(cl))), 2L)
+  expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], small), list(1))
+})
+
+test_that("tasks that take too long are ended, whatever they are at", {
+  cl <- local_cluster(3, timeout = 1)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  pids <- clusterPids(cl)
+  late <- global(function(i, bad, how) {
+    if (i %in% bad) {
+      repeat switch(how, R = sum(1:10), sleep = Sys.sleep(60), deaf = {
+        tryCatch(Sys.sleep(60), interrupt = function(e) NULL)
+      })
+    }
+    i + x
+  })
+  for (how in c("R", "sleep", "deaf")) {
+    error <- caught(clusterApply(cl, 1:7, late, 5, how))
+    expect_rust_error(error, "timeout")
+    expect_identical(error[c("index", "rank", "host")], list(index = 5L, rank = 2L, host = "localhost"))
+    expect_identical(error$results, replace(as.list(1:7 + 5), 5, list(NULL)))
+    expect_match(conditionMessage(error), "task 5 took longer than its 1 s")
+    # A worker that does not heed the interrupt is killed after a while, of which the next call tells.
+    expect_warning(
+      expect_identical(clusterEvalQ(cl, x), list(5, 5, 5)),
+      class = if (how == "deaf") "rustcluster_worker_replaced", regexp = if (how != "deaf") NA
+    )
+    expect_identical(clusterPids(cl) == pids, c(TRUE, how != "deaf", TRUE))
+  }
+  error <- caught(clusterApplyLB(cl, 1:7, late, c(2, 7), "sleep"))
+  expect_rust_error(error, "timeout")
+  expect_identical(vapply(error$failures, `[[`, 0L, "index"), c(2L, 7L))
+  expect_identical(error$results[-c(2, 7)], as.list(c(1, 3, 4, 5, 6) + 5))
+  # Not tried again: it has had its time.
+  expect_rust_error(caught(clusterCall(cl[1], Sys.sleep, 60)), "timeout")
+  expect_identical(clusterEvalQ(cl, x), list(5, 5, 5))
+  note_processes(cl)
+})
+
+# Two agents on this machine, with two workers each.
+two_hosts <- function(..., .frame = parent.frame()) {
+  local_cluster(list(
+    list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 2, threads = 2)
+  ), ..., .frame = .frame)
+}
+
+test_that("the tasks of a lost host move, and their random numbers with them", {
+  agent <- function(cl) proc_parent(clusterPids(cl)[[3]])
+  work <- global(function(i, kill, mark) {
+    drawn <- stats::rnorm(2)
+    if (!is.na(kill) && i == 7 && !file.exists(mark)) {
+      file.create(mark)
+      tools::pskill(kill, tools::SIGKILL)
+      Sys.sleep(60)
+    }
+    list(i, drawn, x)
+  })
+  run <- function(cl, kill = NA) {
+    x <- "exported"
+    clusterExport(cl, "x", environment())
+    clusterSetRNGStream(cl, 11)
+    clusterApply(cl, 1:14, work, kill, tempfile())
+  }
+  want <- run(two_hosts())
+  cl <- two_hosts()
+  expect_length(agentPids(cl), 2)
+  told <- list()
+  got <- withCallingHandlers(run(cl, agent(cl)), warning = function(w) {
+    told <<- c(told, list(w))
+    invokeRestart("muffleWarning")
+  })
+  expect_identical(got, want)
+  expect_length(told, 1)
+  expect_s3_class(told[[1]], "rustcluster_host_failed")
+  # Whoever addresses its nodes now is told so, and the others are as they were.
+  error <- caught(clusterEvalQ(cl, x))
+  expect_rust_error(error, "host_failed")
+  expect_match(conditionMessage(error), "cl[!is.na(clusterPids(cl))]", fixed = TRUE)
+  expect_rust_error(caught(clusterApply(cl, 1:4, identity)), "host_failed")
+  expect_rust_error(caught(clusterApply(cl[3], 1:4, identity)), "host_failed")
+  rest <- cl[!is.na(clusterPids(cl))]
+  expect_length(rest, 2)
+  expect_identical(clusterEvalQ(rest, x), list("exported", "exported"))
+  expect_identical(parSapply(rest, 1:9, sqrt), sqrt(1:9))
+  stopCluster(cl)
+
+  for (verb in list(clusterApplyLB, parLapply, parLapplyLB)) {
+    cl <- two_hosts()
+    x <- "exported"
+    clusterExport(cl, "x", environment())
+    got <- suppressWarnings(verb(cl, 1:14, function(i, kill, mark) {
+      if (i == 12 && !file.exists(mark)) {
+        file.create(mark)
+        tools::pskill(kill, tools::SIGKILL)
+        Sys.sleep(1)
+      }
+      list(i, x)
+    }, agent(cl), tempfile()), classes = "rustcluster_host_failed")
+    expect_identical(got, lapply(1:14, function(i) list(i, "exported")))
+    stopCluster(cl)
+  }
+})
+
+test_that("clusterCall() is for its nodes, and does not move", {
+  cl <- two_hosts()
+  agents <- agentPids(cl)
+  system(sprintf("(sleep 0.3; kill -KILL %d) &", agents[[2]]))
+  expect_rust_error(caught(clusterCall(cl, Sys.sleep, 60)), "host_failed")
+  expect_identical(clusterCall(cl[1:2], identity, 1), list(1, 1))
+  # By hand neither: only the job that saw the loss goes on.
+  expect_rust_error(caught(sendCall(cl[[3]], identity, list(1))), "host_failed")
+})
+
+test_that("a host whose workers end again and again is left out", {
+  cl <- two_hosts(retries = 1000)
+  there <- clusterPids(cl)[3:4]
+  bad <- global(function(i, host) {
+    if (Sys.getenv("OMP_NUM_THREADS") == host) quit("no", 9)
+    i * 10
+  })
+  expect_warning(
+    got <- with_losses(clusterApply(cl, 1:8, bad, "2")), "left out", class = "rustcluster_host_failed"
+  )
+  expect_identical(got$value, as.list(1:8 * 10))
+  # With the last of them the host is lost, which may be told in its stead.
+  expect_true(length(got$losses) %in% 9:10)
+  expect_gone(there)
+  expect_rust_error(caught(clusterCall(cl, identity, 1)), "host_failed")
+  expect_identical(clusterCall(cl[!is.na(clusterPids(cl))], identity, 1), list(1, 1))
+})
+
+test_that("nothing is left", {
+  stop_cluster_pairs()
+  expect_no_leftovers()
+})
