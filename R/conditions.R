@@ -73,8 +73,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       " and was ended"
     ),
     worker_replaced = paste0(
-      node, " did not heed an interrupt and was killed; a fresh one with its exports and random ",
-      "numbers has taken its place"
+      node, " ended while it was interrupted, or was killed because it did not heed that; a fresh one ",
+      "with its exports and random numbers has taken its place"
     ),
     state_not_kept = paste0(
       "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more ",
