@@ -25,7 +25,7 @@ const SEND_LIMIT: usize = 32 * 1024 * 1024;
 const CUT: usize = 4 * MAX_BODY;
 
 /// Bytes of a recorded message, at most.
-const RECORD_LIMIT: usize = 128 * 1024 * 1024;
+pub const RECORD_LIMIT: usize = 128 * 1024 * 1024;
 
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
@@ -47,15 +47,9 @@ pub enum Answer {
         gone: Arc<Gone>,
     },
     /// It took longer than it may.
-    TimedOut {
-        rank: Rank,
-        task: TaskId,
-    },
+    TimedOut { rank: Rank, task: TaskId },
     /// [`Hub::give_up`] was called for it.
-    GivenUp {
-        rank: Rank,
-        task: TaskId,
-    },
+    GivenUp { rank: Rank, task: TaskId },
     /// Not yet.
     Pending,
     /// There is no task to wait for.
@@ -282,7 +276,11 @@ impl Hub {
             None => rank,
             Some(gone) => {
                 let just_now = job != NO_JOB && worker.gone_in == job && lasts.is_none();
-                let place = if just_now { self.elsewhere(&gone) } else { None };
+                let place = if just_now {
+                    self.elsewhere(&gone)
+                } else {
+                    None
+                };
                 place.ok_or(gone)?
             }
         };
@@ -332,7 +330,11 @@ impl Hub {
         let place = match self.worker(before).gone {
             None => before,
             Some(gone) => {
-                let place = if lasts.is_none() { self.elsewhere(&gone) } else { None };
+                let place = if lasts.is_none() {
+                    self.elsewhere(&gone)
+                } else {
+                    None
+                };
                 place.ok_or((before, gone))?
             }
         };

@@ -9,7 +9,7 @@ mod handle;
 mod inbox;
 mod shared;
 
-pub use handle::{Answer, Hub, NO_JOB, Progress};
+pub use handle::{Answer, Hub, NO_JOB, Progress, RECORD_LIMIT};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
 
 use crate::launch::Launch;
