@@ -3,9 +3,14 @@
 
 watch_processes()
 
-# Sends SIGINT to this process after a while, from outside.
+# Sends SIGINT to this process after a while, from outside. While system() waits for the shell to start
+# that, it ignores the signal, which would be lost.
 interrupt_after <- function(seconds) {
-  system(sprintf("(sleep %.4f; kill -INT %d)", seconds, Sys.getpid()), wait = FALSE)
+  pid <- Sys.getpid()
+  ignored <- sprintf("grep -q '^SigIgn:.*[2367abef]$' /proc/%d/status 2>/dev/null", pid)
+  system(
+    sprintf("(sleep %.4f; while %s; do :; done; kill -INT %d)", seconds, ignored, pid), wait = FALSE
+  )
 }
 
 interrupted <- function(expr, after) {
