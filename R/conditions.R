@@ -90,8 +90,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       " and was ended"
     ),
     worker_replaced = paste0(
-      node, " did not heed an interrupt and was killed; a fresh one with its exports and random ",
-      "numbers has taken its place"
+      node, " ended while it was interrupted, or was killed because it did not heed that; a fresh one ",
+      "with its exports and random numbers has taken its place"
     ),
     left_behind = paste0(
       if (is.null(rank)) "a worker" else paste("worker", rank), " on host ", sQuote(host),

@@ -444,6 +444,18 @@ test_that("a task that ends every worker is given up, and all else is kept", {
   note_processes(cl)
 })
 
+test_that("a cluster on one host outlives tasks that all end their workers", {
+  cl <- local_cluster(4)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  error <- with_losses(caught(clusterApply(cl, 1:8, poison, 1:8)))$value
+  expect_rust_error(error, "task_failed")
+  expect_length(error$failures, 8)
+  expect_identical(error$results, vector("list", 8))
+  expect_identical(clusterEvalQ(cl, x), rep(list(5), 4))
+  note_processes(cl)
+})
+
 test_that("several such tasks, and errors of R beside them", {
   cl <- local_cluster(3)
   error <- with_losses(caught(clusterApply(cl, 1:9, poison, c(2, 6))))$value

@@ -110,6 +110,40 @@ test_that("2 GB to one worker, in bounded memory, while others go on", {
   expect_equal(clusterCall(cl, identity, 2), list(2, 2))
 })
 
+test_that("exporting 1 GB takes the head little memory of its own", {
+  # Of a session of its own: this one's has been larger.
+  child <- start_child({
+    cl <- makeRustCluster(4, keep_limit = 2^33)
+    status <- function(name) {
+      line <- grep(paste0("^", name, ":"), readLines("/proc/self/status"), value = TRUE)
+      1024 * as.numeric(gsub("[^0-9]", "", line))
+    }
+    x <- stats::runif(1e9 / 8)
+    clusterCall(cl, identity, 1)
+    for (verb in c("export", "call", "apply", "by hand")) {
+      gc()
+      # The peak is what is resident now.
+      cat("5", file = "/proc/self/clear_refs")
+      before <- status("VmRSS")
+      switch(verb,
+        export = clusterExport(cl, "x"),
+        call = clusterCall(cl, length, x),
+        apply = clusterApply(cl, 1:4, function(i, x) length(x), x),
+        `by hand` = for (node in cl) parallel:::sendCall(node, length, list(x))
+      )
+      if (verb == "by hand") for (node in cl) stopifnot(parallel:::recvResult(node) == length(x))
+      say(gsub(" ", "_", verb), (status("VmHWM") - before) / 2^20)
+    }
+    say("same", identical(unique(unlist(clusterEvalQ(cl, sum(x)))), sum(x)))
+    stopCluster(cl)
+  })
+  expect_child_ends_well(child, 300)
+  for (verb in c("export", "call", "apply", "by_hand")) {
+    expect_lt(as.numeric(child_said(child, verb)), 64, label = paste("MB that", verb, "took"))
+  }
+  expect_identical(child_said(child, "same"), "TRUE")
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })

@@ -8,7 +8,7 @@ use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::agent;
-use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, NO_JOB};
+use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, NO_JOB, RECORD_LIMIT};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
@@ -522,7 +522,8 @@ fn send_large(
         cluster.last.set(Some(last));
         return Ok(());
     }
-    if job != NO_JOB {
+    // What is too large to be kept is not held until that is found out.
+    if job != NO_JOB && repeat::least_size(message) <= RECORD_LIMIT {
         cluster.hub.borrow_mut().record();
     }
     let fixed = stream::serialize(message, format, &mut ToHub(cluster))?;

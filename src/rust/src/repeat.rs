@@ -9,7 +9,7 @@ use crate::plain::{self, rustcluster_attributes, rustcluster_names};
 use crate::stream::Format;
 use crate::unwind;
 use extendr_api::prelude::*;
-use extendr_ffi::{R_NilValue, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
+use extendr_ffi::{R_NilValue, ALTREP, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
 use rustcluster_core::hub::Hub;
 use rustcluster_core::scheduler::JobId;
 use rustcluster_core::share::Chunk;
@@ -84,6 +84,43 @@ unsafe extern "C" fn send_protected(data: *mut c_void) -> SEXP {
             }
         }
         R_NilValue
+    }
+}
+
+/// Values that are looked at to tell a message's size.
+const LOOKED_AT: usize = 1_000;
+
+/// Bytes that this message takes at least when it is serialized, as far as a few looks tell.
+pub fn least_size(message: &Robj) -> usize {
+    let mut looks = LOOKED_AT;
+    // SAFETY: on R's thread, with a live value.
+    unsafe { least_size_of(message.get(), &mut looks) }
+}
+
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+unsafe fn least_size_of(value: SEXP, looks: &mut usize) -> usize {
+    // SAFETY: the caller's; types and lengths are looked at first.
+    unsafe {
+        // What is computed when it is looked at may be short when it is serialized.
+        if *looks == 0 || ALTREP(value) != 0 {
+            return 0;
+        }
+        *looks -= 1;
+        let length = |value| usize::try_from(XLENGTH(value)).unwrap_or(0);
+        match TYPEOF(value) {
+            SEXPTYPE::RAWSXP => length(value),
+            SEXPTYPE::LGLSXP | SEXPTYPE::INTSXP => 4 * length(value),
+            SEXPTYPE::REALSXP | SEXPTYPE::STRSXP => 8 * length(value),
+            SEXPTYPE::CPLXSXP => 16 * length(value),
+            SEXPTYPE::VECSXP => {
+                let elements = 0..XLENGTH(value).min(LOOKED_AT as isize);
+                elements
+                    .map(|i| least_size_of(VECTOR_ELT(value, i), looks))
+                    .sum()
+            }
+            _ => 0,
+        }
     }
 }
 

@@ -39,7 +39,7 @@ pub const RESULT_WINDOW: usize = 256 * 1024;
 pub const GRANT: usize = 1024 * 1024;
 
 /// A host on which so many workers (and twice as many as it has) are lost in a row, without a task
-/// that ends in between, is left out.
+/// that ends in between, is left out, if there is another.
 pub const LOSSES_IN_A_ROW: usize = 10;
 
 /// Chunks of a result are not held apart if they are no longer than this together. Our workers fill
@@ -767,9 +767,12 @@ impl Scheduler {
     }
 
     fn count_loss(&mut self, at: usize) {
+        let living = |worker: &Worker| !matches!(worker.state, WorkerState::Gone(_));
+        let mut workers = self.workers.iter();
+        let others = workers.any(|worker| worker.agent != at && living(worker));
         let agent = &mut self.agents[at];
         agent.losses += 1;
-        if agent.lost || agent.losses < LOSSES_IN_A_ROW.max(2 * agent.ranks.len()) {
+        if agent.lost || !others || agent.losses < LOSSES_IN_A_ROW.max(2 * agent.ranks.len()) {
             return;
         }
         let reason = format!(

@@ -27,7 +27,7 @@ const SEND_LIMIT: usize = 32 * 1024 * 1024;
 const CUT: usize = 4 * MAX_BODY;
 
 /// Bytes of a recorded message, at most.
-const RECORD_LIMIT: usize = 128 * 1024 * 1024;
+pub const RECORD_LIMIT: usize = 128 * 1024 * 1024;
 
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;

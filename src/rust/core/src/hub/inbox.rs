@@ -64,6 +64,8 @@ pub struct WorkerView {
     /// The place of its host among all.
     pub agent: usize,
     pub pid: Option<u32>,
+    /// It, or one before it in its place, has been up.
+    pub came_up: bool,
     pub gone: Option<Arc<Gone>>,
     /// The job that was open when it was lost for good.
     pub gone_in: JobId,
@@ -168,6 +170,7 @@ impl Inbox {
                 // That of a host which is back is up once it is what it was.
                 self.up += usize::from(worker.gone.is_none());
                 worker.pid = Some(pid);
+                worker.came_up = true;
                 self.hosts[worker.agent].up = Some(self.began.elapsed());
             }
             Note::Replaced { rank, pid, killed } => {
@@ -253,16 +256,16 @@ impl Inbox {
 
     fn gone(&mut self, rank: Rank, gone: Arc<Gone>) {
         let worker = &mut self.workers[rank as usize];
-        let was_up = worker.pid.is_some();
+        let came_up = worker.came_up;
         worker.gone_in = self.job;
         let agent = worker.agent;
         match &*gone {
-            Gone::Worker(loss) if was_up => self.events.push_back(Event::Lost {
+            Gone::Worker(loss) if came_up => self.events.push_back(Event::Lost {
                 rank,
                 loss: loss.clone(),
                 replaced: false,
             }),
-            Gone::Host(reason) if was_up => {
+            Gone::Host(reason) if came_up => {
                 if !std::mem::replace(&mut self.hosts[agent].told_lost, true) {
                     let reason = reason.clone();
                     self.events.push_back(Event::HostLost { agent, reason });
