@@ -164,7 +164,9 @@ pub struct Order {
     /// What it does to the worker lasts, under this name; 0: under none.
     pub lasts: Option<u64>,
     /// The worker whose task it was, if that is another: it goes on with that one's random numbers,
-    /// if they are known here.
+    /// or begins with new ones if they are not known here, and leaves the worker's own alone. It
+    /// does not wait for a lost task of the worker's own to be decided on: R may decide on that only
+    /// when it has the answer to this one.
     pub instead_of: Option<Rank>,
 }
 
@@ -228,7 +230,7 @@ struct Worker {
     queue: VecDeque<Task>,
     current: Option<Current>,
     /// This task was lost with the worker before. Until it is known what becomes of it, those that
-    /// follow wait.
+    /// follow wait, but for those that were another worker's.
     undecided: Option<(TaskId, JobId)>,
     /// The state of its random number generator, if that is known here.
     seed: Option<Bytes>,
@@ -239,6 +241,21 @@ struct Worker {
 }
 
 impl Worker {
+    /// It is known what becomes of a task that was lost.
+    fn decided(&mut self, id: TaskId) {
+        self.undecided = self.undecided.filter(|&(task, _)| task != id);
+    }
+
+    /// Takes out of the queue what is to be done next.
+    fn next_task(&mut self) -> Option<Task> {
+        if self.undecided.is_none() {
+            return self.queue.pop_front();
+        }
+        let stands_in = |task: &Task| task.instead_of.is_some();
+        let at = self.queue.iter().position(stands_in)?;
+        self.queue.remove(at)
+    }
+
     fn can_send(&self) -> bool {
         match &self.current {
             Some(Current {
@@ -404,7 +421,7 @@ impl Scheduler {
             instead_of: order.instead_of,
         };
         if order.again {
-            worker.undecided = None;
+            worker.decided(order.task);
             worker.queue.push_front(task);
         } else {
             worker.queue.push_back(task);
@@ -442,10 +459,8 @@ impl Scheduler {
     /// be submitted again.
     pub fn let_go(&mut self, rank: Rank, id: TaskId) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
-            if worker.undecided.is_some_and(|(task, _)| task == id) {
-                worker.undecided = None;
-                self.dispatch(rank);
-            }
+            worker.decided(id);
+            self.dispatch(rank);
         }
     }
 
@@ -654,7 +669,9 @@ impl Scheduler {
             task: task.is_some(),
         });
         if let Some(task) = task {
-            self.workers[rank as usize].undecided = Some((task.id, task.job));
+            if task.instead_of.is_none() {
+                self.workers[rank as usize].undecided = Some((task.id, task.job));
+            }
             self.notes.push(Note::Done {
                 rank,
                 task: task.id,
@@ -688,13 +705,13 @@ impl Scheduler {
     /// Gives an idle worker its next task and lets it be sent.
     fn dispatch(&mut self, rank: Rank) {
         let worker = &mut self.workers[rank as usize];
-        if !matches!(worker.state, WorkerState::Up) || worker.undecided.is_some() {
+        if !matches!(worker.state, WorkerState::Up) {
             return;
         }
         if worker.current.is_none() {
-            if let Some(task) = worker.queue.pop_front() {
-                let whose = task.instead_of.map(|other| other as usize);
-                let before = whose.and_then(|other| self.workers.get(other)?.seed.clone());
+            if let Some(task) = worker.next_task() {
+                let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
+                let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
                 self.workers[rank as usize].current = Some(Current {
                     task,
                     phase: Phase::Sending { first: true },
@@ -808,7 +825,10 @@ impl Scheduler {
                 let worker = &mut self.workers[rank as usize];
                 if let Some(current) = &mut worker.current {
                     if current.task.id == header.task {
-                        let other = current.task.instead_of.filter(|_| header.flags & GUEST != 0);
+                        let other = current
+                            .task
+                            .instead_of
+                            .filter(|_| header.flags & GUEST != 0);
                         current.after = Some((other.unwrap_or(rank), frame.body));
                     }
                 }

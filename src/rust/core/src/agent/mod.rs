@@ -6,27 +6,25 @@
 
 mod fork;
 mod process;
+pub mod relay;
 pub mod replay;
 pub mod state;
 
-use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
+use crate::frame::{self, Frame, Kind, MAX_BODY};
 use crate::limits;
 use crate::message::{
     self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
-    WorkerReady,
 };
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
-use crate::scheduler::ProtocolError;
-use crate::share::Kept;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
-use replay::Replay;
-use state::{Book, Ending, REPLAY, Ready, Route};
+use relay::{Act, Relay};
+use state::Ending;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -46,11 +44,6 @@ const FIRST_WORKER: usize = 4;
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
-/// Longer states of random number generators are not the head's to know: those are no streams that
-/// a task could go on with elsewhere. L'Ecuyer-CMRG's, of which `clusterSetRNGStream()` makes its
-/// streams, has 28 bytes.
-const SEED_TO_HEAD: usize = 64;
-
 /// Workers made between two looks at the streams.
 const MAKE_AT_ONCE: usize = 8;
 
@@ -219,13 +212,12 @@ pub struct Agent {
     ending: bool,
     start: Start,
     outfile: Option<File>,
-    book: Book,
-    kept: Kept,
-    replay: Replay,
+    relay: Relay,
+    /// What it makes of what has come; empty but for a moment.
+    acts: Vec<Act>,
     workers: Vec<Option<Process>>,
     /// Workers yet to be made; `true` for one that replaces another.
     to_make: VecDeque<(u32, bool)>,
-    replacing: Vec<bool>,
     /// Workers with bytes waiting to be written.
     dirty: Vec<u32>,
     /// Workers that may have more to read than the last look took, each once.
@@ -287,13 +279,16 @@ impl Agent {
             head_blocked: false,
             ending: false,
             outfile,
-            kept: Kept::new(bytes(greeted.start.keep)),
-            replay: Replay::new(count as usize, bytes(greeted.start.state)),
+            relay: Relay::new(
+                count as usize,
+                bytes(greeted.start.keep),
+                bytes(greeted.start.state),
+                (!timeout.is_zero()).then_some(timeout),
+            ),
+            acts: Vec::new(),
             start: greeted.start,
-            book: Book::new(count as usize, (!timeout.is_zero()).then_some(timeout)),
             workers: (0..count).map(|_| None).collect(),
             to_make: (0..count).map(|worker| (worker, false)).collect(),
-            replacing: vec![false; count as usize],
             dirty: Vec::new(),
             unread: Vec::new(),
             is_unread: vec![false; count as usize],
@@ -323,7 +318,7 @@ impl Agent {
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read {
                 let pulse = self.pulse.as_ref().filter(|_| !self.ending);
-                let deadlines = [self.book.next_deadline(), pulse.map(Pulse::next)];
+                let deadlines = [self.relay.book.next_deadline(), pulse.map(Pulse::next)];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -370,12 +365,10 @@ impl Agent {
                 self.on_signals();
             }
             self.feel_pulse();
-            for (worker, task) in self.book.out_of_time(self.now()) {
-                self.tell(&ToHead::TimedOut { worker, task });
-                self.interrupt(worker, task);
-                self.read_again(worker);
-            }
-            for worker in self.book.overdue(self.now()) {
+            let now = self.now();
+            self.relay.out_of_time(now, &mut self.acts);
+            self.act();
+            for worker in self.relay.book.overdue(self.now()) {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();
                 }
@@ -384,7 +377,7 @@ impl Agent {
                 self.write_worker(worker);
             }
             self.write_head();
-            if self.ending && self.to_make.is_empty() && self.book.all_gone() {
+            if self.ending && self.to_make.is_empty() && self.relay.book.all_gone() {
                 return Ok(Role::Done);
             }
         }
@@ -412,10 +405,10 @@ impl Agent {
                 break;
             };
             if self.ending {
-                self.book.give_up(worker);
+                self.relay.book.give_up(worker);
                 continue;
             }
-            self.replacing[worker as usize] = replaces;
+            self.relay.made(worker, replaces);
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
                 StartMode::Spawn => process::spawn(&self.start, worker),
@@ -434,7 +427,7 @@ impl Agent {
                     self.write_worker(worker);
                 }
                 Err(error) => {
-                    self.book.give_up(worker);
+                    self.relay.book.give_up(worker);
                     let loss = Loss {
                         pid: 0,
                         exit: message::Exit::Unknown,
@@ -487,7 +480,11 @@ impl Agent {
                         pulse.hear(now);
                     }
                     self.received.extend_from_slice(&self.scratch[..n]);
-                    if let Err(error) = self.on_head_bytes() {
+                    let result = self
+                        .relay
+                        .from_head(&mut self.received, now, &mut self.acts);
+                    self.act();
+                    if let Err(error) = result {
                         eprintln!("rustcluster agent: {error}");
                         return self.end();
                     }
@@ -504,73 +501,29 @@ impl Agent {
         }
     }
 
-    fn on_head_bytes(&mut self) -> Result<(), ProtocolError> {
-        let text = |error: frame::FrameError| ProtocolError(error.to_string());
-        while let Some(mut frame) = frame::decode(&mut self.received).map_err(text)? {
-            let header = frame.header;
-            match header.kind {
-                Kind::Data => {
-                    self.kept.receive(&mut frame)?;
-                    let now = self.now();
-                    if self.book.to_worker(&frame.header, now)? == Route::Forward {
-                        if header.flags & ABORT == 0 {
-                            let last = header.flags & LAST != 0;
-                            self.replay.piece(header.worker, &frame.body, last);
-                        } else {
-                            self.replay.done(header.worker, false);
-                        }
-                        self.send_worker(header.worker, &frame);
+    /// Does what was decided.
+    fn act(&mut self) {
+        let mut acts = std::mem::take(&mut self.acts);
+        for act in acts.drain(..) {
+            match act {
+                Act::ToHead(frame) if !self.ending => self.to_head.push(&frame),
+                Act::ToHead(_) => {}
+                Act::Tell(message) => self.tell(&message),
+                Act::ToWorker(frame) => self.send_worker(frame.header.worker, &frame),
+                Act::Up { worker, replaces } => self.tell_up(worker, replaces),
+                Act::Interrupt { worker, task } => self.interrupt(worker, task),
+                Act::ReadAgain(worker) => self.read_again(worker),
+                Act::Close(worker) => self.close(worker),
+                Act::TempDir(worker, tempdir) => {
+                    if let Some(process) = &mut self.workers[worker as usize] {
+                        process.tempdir = Some(tempdir);
                     }
                 }
-                Kind::Seed => {
-                    if self.book.is_meant(header.worker)? {
-                        self.send_worker(header.worker, &frame);
-                    }
-                }
-                Kind::State => {
-                    let name = <[u8; 8]>::try_from(&frame.body[..]);
-                    let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
-                    if self.book.is_meant(header.worker)? {
-                        self.replay.expect(header.worker, u64::from_le_bytes(name));
-                    }
-                }
-                Kind::Credit => {
-                    if self.book.credit(header.worker, header.task, header.len)? {
-                        self.read_again(header.worker);
-                    }
-                }
-                Kind::Control => {
-                    let message = message::decode(&frame.body)
-                        .map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_message(message)?;
-                }
-                Kind::Output | Kind::Cancel => {
-                    return Err(ProtocolError("a frame that is not for an agent".into()));
-                }
+                Act::End => self.end(),
             }
         }
-        Ok(())
-    }
-
-    fn on_message(&mut self, message: ToAgent) -> Result<(), ProtocolError> {
-        match message {
-            ToAgent::Cancel { worker, task } => {
-                if self.book.cancel(worker, task, self.now())? {
-                    self.interrupt(worker, task);
-                    // What is left of the answer is dropped without being asked for.
-                    self.read_again(worker);
-                }
-            }
-            ToAgent::LossNoted { worker } => self.book.noted(worker)?,
-            ToAgent::StopWorker { worker } => self.stop_worker(worker),
-            ToAgent::Stop => self.end(),
-            // That anything came is what counts.
-            ToAgent::Alive => {}
-            ToAgent::Hello(_) | ToAgent::Start(_) => {
-                return Err(ProtocolError("a second greeting".into()));
-            }
-        }
-        Ok(())
+        // Its room serves again.
+        self.acts = acts;
     }
 
     /// A cancel frame, then SIGINT: see [`crate::worker`].
@@ -582,14 +535,7 @@ impl Agent {
         }
     }
 
-    fn stop_worker(&mut self, worker: u32) {
-        let now = self.now();
-        let Some(busy) = self.book.stop(worker, now) else {
-            return;
-        };
-        if let Some(task) = self.book.task(worker).filter(|_| busy) {
-            self.interrupt(worker, task);
-        }
+    fn close(&mut self, worker: u32) {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.closing = true;
             self.dirty.push(worker);
@@ -601,11 +547,13 @@ impl Agent {
         if std::mem::replace(&mut self.ending, true) {
             return;
         }
+        let now = self.now();
         for worker in 0..self.workers.len() as u32 {
             if self.workers[worker as usize].is_some() {
-                self.stop_worker(worker);
+                self.relay.stop(worker, now, &mut self.acts);
             }
         }
+        self.act();
     }
 
     fn send_worker(&mut self, worker: u32, frame: &Frame) {
@@ -655,7 +603,7 @@ impl Agent {
                 let _ = process.channel.shutdown(std::net::Shutdown::Write);
             }
         }
-        match self.book.passed(worker, passed) {
+        match self.relay.book.passed(worker, passed) {
             Some((task, bytes)) if !self.ending => {
                 self.to_head.push(&Frame::credit(worker, task, bytes));
             }
@@ -702,7 +650,7 @@ impl Agent {
         };
         // What is held is dealt with first: only when it has gone is more read.
         let mut held = std::mem::take(&mut process.received);
-        let mut broken = self.on_worker_bytes(worker, &mut held).is_err();
+        let mut broken = self.on_worker_bytes(worker, &mut held);
         while held.len() < HEADER_AND_BODY && !broken {
             let Some(process) = &mut self.workers[worker as usize] else {
                 return;
@@ -716,7 +664,7 @@ impl Agent {
                 Ok(n) => {
                     held.extend_from_slice(&self.scratch[..n]);
                     let short = n < self.scratch.len();
-                    broken = self.on_worker_bytes(worker, &mut held).is_err();
+                    broken = self.on_worker_bytes(worker, &mut held);
                     if short {
                         break;
                     }
@@ -741,113 +689,25 @@ impl Agent {
         if broken {
             process.kill();
         } else if process.hung_up {
-            self.book.hung_up(worker, self.epoch.elapsed());
+            self.relay.book.hung_up(worker, self.epoch.elapsed());
         }
     }
 
-    /// Passes on the whole frames in `held`, up to one that must wait.
-    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> Result<(), ProtocolError> {
-        let text = |error: frame::FrameError| ProtocolError(error.to_string());
-        while let Some(mut header) = Header::decode(held).map_err(text)? {
-            if held.len() < frame::HEADER_LEN + header.body_len() {
-                break;
-            }
-            // Whatever it says, it is this worker.
-            header.worker = worker;
-            match header.kind {
-                Kind::Data => {
-                    let route = self.book.from_worker(&header)?;
-                    if route == Route::Hold {
-                        break;
-                    }
-                    held.advance(frame::HEADER_LEN);
-                    let body = held.split_to(header.body_len());
-                    if header.flags & LAST != 0 && header.task & REPLAY == 0 {
-                        let lasts = route == Route::Forward;
-                        if self.replay.done(worker, lasts) {
-                            self.tell(&ToHead::StateNotKept { worker });
-                        }
-                    }
-                    match route {
-                        Route::Restored => self.tell_up(worker),
-                        Route::Forward if !self.ending => {
-                            let body = body.freeze();
-                            self.to_head.push(&Frame { header, body });
-                        }
-                        Route::Ended if !self.ending => {
-                            let flags = LAST | ABORT;
-                            let task = header.task;
-                            let ended = Frame::new(Kind::Data, flags, worker, task, Bytes::new());
-                            self.to_head.push(&ended);
-                        }
-                        _ => {}
-                    }
-                }
-                Kind::Control => {
-                    held.advance(frame::HEADER_LEN);
-                    let body = held.split_to(header.body_len());
-                    let ready: WorkerReady =
-                        message::decode(&body).map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_ready(worker, ready);
-                }
-                Kind::Seed => {
-                    held.advance(frame::HEADER_LEN);
-                    let body = Bytes::copy_from_slice(&held.split_to(header.body_len()));
-                    // What is done again has been reported before.
-                    if self.book.task(worker).is_none() {
-                        continue;
-                    }
-                    if header.flags & GUEST == 0 {
-                        self.replay.seed(worker, body.clone());
-                    }
-                    if body.len() <= SEED_TO_HEAD && !self.ending {
-                        self.to_head.push(&Frame { header, body });
-                    }
-                }
-                _ => return Err(ProtocolError("a frame that is not for an agent".into())),
-            }
-        }
-        Ok(())
-    }
-
-    fn on_ready(&mut self, worker: u32, ready: WorkerReady) {
-        let Some(process) = &mut self.workers[worker as usize] else {
-            return;
-        };
-        process.tempdir = Some(ready.tempdir);
-        let again = match self.replacing[worker as usize] {
-            true => self.replay.restore(worker),
-            false => replay::Restore::default(),
-        };
-        let state = self.book.ready(worker, again.messages.len());
-        if state == Ready::Already {
-            return;
-        }
-        for (number, pieces) in (REPLAY..).zip(again.messages) {
-            let count = pieces.len();
-            for (at, body) in pieces.into_iter().enumerate() {
-                let first = if at == 0 { FIRST } else { 0 };
-                let last = if at + 1 == count { LAST } else { 0 };
-                let frame = Frame::new(Kind::Data, first | last, worker, number, body);
-                self.send_worker(worker, &frame);
-            }
-        }
-        if let Some(seed) = again.seed {
-            let frame = Frame::new(Kind::Seed, 0, worker, 0, seed);
-            self.send_worker(worker, &frame);
-        }
-        if state == Ready::Up {
-            self.tell_up(worker);
-        }
+    /// Passes on the whole frames in `held`, up to one that must wait. Returns whether the worker
+    /// sent what none of ours would.
+    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> bool {
+        let result = self.relay.from_worker(worker, held, &mut self.acts);
+        self.act();
+        result.is_err()
     }
 
     /// The head may send it tasks.
-    fn tell_up(&mut self, worker: u32) {
+    fn tell_up(&mut self, worker: u32, replaces: bool) {
         let Some(process) = &self.workers[worker as usize] else {
             return;
         };
         let pid = process.pid;
-        let message = if self.replacing[worker as usize] {
+        let message = if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {
             ToHead::WorkerUp { worker, pid }
@@ -943,9 +803,7 @@ impl Agent {
             // Already gone if it ended in good order.
             let _ = std::fs::remove_dir_all(tempdir);
         }
-        self.replay.lost(worker);
-        let restorable = self.replay.is_complete(worker) && !self.ending;
-        match self.book.exited(worker, restorable) {
+        match self.relay.exited(worker, !self.ending) {
             Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
             Ending::Replace => self.to_make.push_back((worker, true)),
             Ending::Lost { replaced } => {

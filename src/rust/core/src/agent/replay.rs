@@ -324,7 +324,10 @@ mod tests {
             give(&mut replay, 0, 7, &noise(i, 300_000), MAX_BODY);
             give(&mut replay, 0, 8, b"other", 9);
         }
-        assert_eq!(restored(&replay, 0), [noise(99, 300_000), b"other".to_vec()]);
+        assert_eq!(
+            restored(&replay, 0),
+            [noise(99, 300_000), b"other".to_vec()]
+        );
         // What may have used the value keeps it.
         give(&mut replay, 0, 0, b"uses", 9);
         give(&mut replay, 0, 7, b"new", 9);
@@ -369,7 +372,8 @@ mod tests {
             steps in prop::collection::vec((0u32..4, 0u64..3, 0u64..5, any::<bool>(), 0u32..10), 1..60),
         ) {
             let mut replay = Replay::new(4, most);
-            let mut model: Vec<Option<Vec<(u64, Vec<u8>)>>> = vec![Some(Vec::new()); 4];
+            type Messages = Vec<(u64, Vec<u8>)>;
+            let mut model: Vec<Option<Messages>> = vec![Some(Vec::new()); 4];
             for (worker, name, seed, short, fate) in steps {
                 let message = noise(seed, if short { 50 } else { 40_000 + 30_000 * seed as usize });
                 replay.expect(worker, name);

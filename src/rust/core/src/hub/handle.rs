@@ -47,15 +47,9 @@ pub enum Answer {
         gone: Arc<Gone>,
     },
     /// It took longer than it may.
-    TimedOut {
-        rank: Rank,
-        task: TaskId,
-    },
+    TimedOut { rank: Rank, task: TaskId },
     /// [`Hub::give_up`] was called for it.
-    GivenUp {
-        rank: Rank,
-        task: TaskId,
-    },
+    GivenUp { rank: Rank, task: TaskId },
     /// Not yet.
     Pending,
     /// There is no task to wait for.
@@ -282,7 +276,11 @@ impl Hub {
             None => rank,
             Some(gone) => {
                 let just_now = job != NO_JOB && worker.gone_in == job && lasts.is_none();
-                let place = if just_now { self.elsewhere(&gone) } else { None };
+                let place = if just_now {
+                    self.elsewhere(&gone)
+                } else {
+                    None
+                };
                 place.ok_or(gone)?
             }
         };
@@ -332,7 +330,11 @@ impl Hub {
         let place = match self.worker(before).gone {
             None => before,
             Some(gone) => {
-                let place = if lasts.is_none() { self.elsewhere(&gone) } else { None };
+                let place = if lasts.is_none() {
+                    self.elsewhere(&gone)
+                } else {
+                    None
+                };
                 place.ok_or(gone)?
             }
         };
@@ -541,7 +543,9 @@ impl Hub {
             return Answer::NothingSent;
         };
         let look = |core: &mut Core| core.inbox.take(task, job);
-        self.receive_next(most, Want::Rank(rank), look)
+        // Its result is asked for where the task is.
+        let place = self.place(rank, task);
+        self.receive_next(most, Want::Rank(place), look)
     }
 
     /// The next answer from any of the workers that `includes`, in the order of their arrival;

@@ -209,11 +209,11 @@ impl Inbox {
                 loss: loss.clone(),
                 replaced: false,
             }),
-            Gone::Host(reason) if was_up => {
-                if !std::mem::replace(&mut self.hosts[agent].told_lost, true) {
-                    let reason = reason.clone();
-                    self.events.push_back(Event::HostLost { agent, reason });
-                }
+            Gone::Host(reason)
+                if was_up && !std::mem::replace(&mut self.hosts[agent].told_lost, true) =>
+            {
+                let reason = reason.clone();
+                self.events.push_back(Event::HostLost { agent, reason });
             }
             _ => {}
         }
