@@ -304,3 +304,130 @@ impl Relay {
         self.book.exited(worker, restorable)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbuf::OutBuf;
+
+    fn bytes(frames: &[Frame]) -> BytesMut {
+        let mut out = OutBuf::default();
+        frames.iter().for_each(|frame| out.push(frame));
+        let mut bytes = BytesMut::new();
+        while !out.is_empty() {
+            let wrote: Result<usize, ()> = out.write_with(|slices| {
+                slices
+                    .iter()
+                    .for_each(|slice| bytes.extend_from_slice(slice));
+                Ok(slices.iter().map(|slice| slice.len()).sum())
+            });
+            wrote.unwrap();
+        }
+        bytes
+    }
+
+    fn from_head(relay: &mut Relay, frame: Frame) -> Vec<Act> {
+        let mut acts = Vec::new();
+        let now = Duration::ZERO;
+        relay
+            .from_head(&mut bytes(&[frame]), now, &mut acts)
+            .unwrap();
+        acts
+    }
+
+    fn from_worker(relay: &mut Relay, frames: &[Frame]) -> Vec<Act> {
+        let mut acts = Vec::new();
+        relay.from_worker(0, &mut bytes(frames), &mut acts).unwrap();
+        acts
+    }
+
+    fn ready() -> Frame {
+        let tempdir = String::new();
+        message::encode(&WorkerReady { tempdir }).unwrap()
+    }
+
+    fn data(task: u64, body: &'static [u8]) -> Frame {
+        Frame::new(Kind::Data, FIRST | LAST, 0, task, Bytes::from_static(body))
+    }
+
+    fn seed(flags: u8, task: u64, body: &'static [u8]) -> Frame {
+        Frame::new(Kind::Seed, flags, 0, task, Bytes::from_static(body))
+    }
+
+    /// One worker that is ready.
+    fn up() -> Relay {
+        let mut relay = Relay::new(1, 0, 1 << 20, None);
+        relay.made(0, false);
+        let acts = from_worker(&mut relay, &[ready()]);
+        assert!(matches!(
+            acts[..],
+            [
+                Act::TempDir(..),
+                Act::Up {
+                    replaces: false,
+                    ..
+                }
+            ]
+        ));
+        relay
+    }
+
+    fn to_head(acts: &[Act]) -> Vec<&Frame> {
+        let frames = acts.iter().filter_map(|act| match act {
+            Act::ToHead(frame) => Some(frame),
+            _ => None,
+        });
+        frames.collect()
+    }
+
+    #[test]
+    fn a_seed_that_the_head_is_not_to_know_is_told_as_none() {
+        let mut relay = up();
+        from_head(&mut relay, data(1, b"task"));
+        let long = seed(0, 1, &[7; SEED_TO_HEAD + 1]);
+        let acts = from_worker(&mut relay, &[long, data(1, b"answer")]);
+        let frames = to_head(&acts);
+        assert_eq!(*frames[0], seed(0, 1, b""));
+        assert_eq!(*frames[1], data(1, b"answer"));
+        let restore = relay.replay.restore(0);
+        assert_eq!(restore.seed.unwrap(), [7; SEED_TO_HEAD + 1][..]);
+    }
+
+    #[test]
+    fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
+        let mut relay = up();
+        let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
+        from_head(&mut relay, Frame::new(Kind::State, 0, 0, 1, name));
+        from_head(&mut relay, data(1, b"export"));
+        from_worker(&mut relay, &[seed(0, 1, b"seed"), data(1, b"done")]);
+        from_head(&mut relay, data(2, b"task"));
+        let guest = seed(GUEST, 2, b"guest");
+        from_worker(&mut relay, &[guest]);
+        assert_eq!(relay.exited(0, true), Ending::Lost { replaced: true });
+        relay.made(0, true);
+        let acts = from_worker(&mut relay, &[ready()]);
+        let [Act::TempDir(..), Act::ToWorker(again), Act::ToWorker(seeds)] = &acts[..] else {
+            panic!("{acts:?}");
+        };
+        assert_eq!(*again, data(REPLAY, b"export"));
+        assert_eq!(*seeds, seed(0, 0, b"seed"));
+        // What it does meanwhile was told before.
+        let done = [seed(0, REPLAY, b"other"), data(REPLAY, b"done")];
+        let acts = from_worker(&mut relay, &done);
+        assert!(
+            matches!(
+                acts[..],
+                [Act::Up {
+                    worker: 0,
+                    replaces: true
+                }]
+            ),
+            "{acts:?}"
+        );
+        // What was meant for the one before.
+        assert!(from_head(&mut relay, data(3, b"task")).is_empty());
+        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        from_head(&mut relay, noted);
+        assert_eq!(from_head(&mut relay, data(2, b"task")).len(), 1);
+    }
+}

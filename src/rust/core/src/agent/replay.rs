@@ -366,6 +366,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn what_is_held_is_what_was_given_and_within_the_bound(
             most in 0usize..600_000,

@@ -222,6 +222,8 @@ pub struct Task {
     /// The random number generator's state at its first start, and how many of them the head had
     /// been told for its owner by then.
     pub began_with: Option<(Bytes, usize)>,
+    /// How this try has left the random number generator, if it has used it.
+    pub left: Option<Bytes>,
     /// How many the head had been told when it was first submitted.
     pub since: usize,
     pub end: Option<End>,

@@ -109,6 +109,7 @@ impl Sim {
             losses: 0,
             told: 0,
             began_with: None,
+            left: None,
             since: 0,
             end: None,
         });
@@ -122,6 +123,7 @@ impl Sim {
         let task = &mut self.facts.tasks[id as usize];
         task.complete = false;
         task.started = false;
+        task.left = None;
         if !before {
             task.since = self.facts.places[task.owner as usize].told_seeds.len() - 1;
         }

@@ -140,7 +140,7 @@ impl Process {
                 return moved + 1;
             }
         }
-        moved += worker.answer(rng, calm, whole);
+        moved += worker.answer(rng, facts, rank, (calm, whole));
         moved += self.up.pour(&mut worker.out, most) as u64;
         let idle = worker.running.is_none() && worker.out.is_empty() && self.down.bytes.is_empty();
         if self.closed && idle {
@@ -174,7 +174,7 @@ impl Worker {
                     assert!(running.task & REPLAY != 0);
                     // Done before the next is looked at.
                     while self.running.is_some() {
-                        self.answer(rng, true, true);
+                        self.answer(rng, facts, rank, (true, true));
                     }
                 }
                 self.on_data(task, flags, &frame.body, facts);
@@ -342,7 +342,13 @@ impl Worker {
         }
     }
 
-    fn answer(&mut self, rng: &mut StdRng, calm: bool, whole: bool) -> u64 {
+    fn answer(
+        &mut self,
+        rng: &mut StdRng,
+        facts: &mut Facts,
+        rank: Rank,
+        (calm, whole): (bool, bool),
+    ) -> u64 {
         let Some(running) = &mut self.running else {
             return 0;
         };
@@ -379,6 +385,9 @@ impl Worker {
         if last {
             let after = running.draws.after(&self.seed, task, rng.random());
             if after != self.seed {
+                if !again && !facts.places[rank as usize].gone {
+                    facts.tasks[task as usize].left = Some(after.clone());
+                }
                 let flags = if self.own.is_some() { GUEST } else { 0 };
                 self.out
                     .push(&Frame::new(Kind::Seed, flags, 0, task, after.clone()));
