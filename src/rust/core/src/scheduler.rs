@@ -657,8 +657,6 @@ impl Scheduler {
         }
         let (agent, index) = (worker.agent, worker.index);
         worker.state = WorkerState::Starting;
-        // What the lost one had not read is gone.
-        worker.window = SEND_WINDOW;
         if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
             self.push_control(agent, frame);
         }
@@ -901,6 +899,7 @@ impl Scheduler {
                 self.free(rank);
                 let worker = &mut self.workers[rank as usize];
                 worker.state = WorkerState::Up;
+                // What the one before had not read is gone.
                 worker.window = SEND_WINDOW;
                 self.notes.push(Note::Replaced { rank, pid, killed });
                 self.dispatch(rank);
