@@ -123,6 +123,8 @@ struct Sim {
     arriving: HashMap<Rank, (TaskId, usize)>,
     writing: Option<Message>,
     waiting: Option<Waiting>,
+    /// What R goes on waiting for when it has decided on a lost task.
+    resume: Option<Waiting>,
     submitted: usize,
     released: usize,
     /// Anything that moved, ever.
@@ -173,6 +175,7 @@ impl Sim {
             arriving: HashMap::new(),
             writing: None,
             waiting: None,
+            resume: None,
             submitted: 0,
             released: 0,
             moved: 0,

@@ -188,6 +188,7 @@ impl Sim {
             return;
         };
         let id = writing.task;
+        self.resume = None;
         self.withdraw(id);
         let rank = self.facts.tasks[id as usize].place;
         if writing.again {
@@ -284,6 +285,7 @@ impl Sim {
         let Some((id, len, ready)) = at.and_then(|at| self.ready.remove(at)) else {
             return;
         };
+        let waited = self.waiting;
         self.wait_for(None);
         self.scheduler.taken(len);
         self.moved += 1;
@@ -291,7 +293,10 @@ impl Sim {
             Ready::Answer => self.end(id, End::Answer),
             Ready::TimedOut => self.end(id, End::TimedOut),
             Ready::GivenUp => self.end(id, End::GivenUp),
-            Ready::Lost { stopped } => self.decide(id, stopped),
+            Ready::Lost { stopped } => {
+                self.resume = waited;
+                self.decide(id, stopped);
+            }
         }
         self.notes();
     }
@@ -330,6 +335,7 @@ impl Sim {
 
     /// Nobody can take a lost task: its verb ends with an error.
     fn fail(&mut self, id: TaskId) {
+        self.resume = None;
         self.end(id, End::Error);
         let task = &self.facts.tasks[id as usize];
         let job = task.job;
@@ -355,6 +361,15 @@ impl Sim {
     /// R comes to wait for an answer.
     pub fn wait(&mut self) {
         if self.waiting.is_some() || self.writing.is_some() {
+            return;
+        }
+        let waits = |waiting: &Waiting| match waiting {
+            Waiting::Any => self.outstanding.iter().any(|tasks| !tasks.is_empty()),
+            Waiting::For(owner) => !self.outstanding[*owner as usize].is_empty(),
+        };
+        if let Some(waiting) = self.resume.take().filter(waits) {
+            self.wait_for(Some(waiting));
+            self.take();
             return;
         }
         let by_rank = match self.setup.order {
