@@ -111,7 +111,7 @@
 #' L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their nodes, and
 #' fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
 #' it is back (`reconnect`); `cl[!is.na(clusterPids(cl))]` leaves them out. A host
-#' whose workers are lost again and again (at least ten, and twice as many as it has,
+#' whose workers are lost again and again (at least ten, and four times as many as it has,
 #' without a task that ends in between) is left out, with a warning.
 #'
 #' A task that was lost `retries + 1` times is not tried again. The others go on, and in

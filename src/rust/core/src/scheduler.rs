@@ -38,7 +38,8 @@ pub const RESULT_WINDOW: usize = 256 * 1024;
 /// Bytes of a large result that the head asks for at a time.
 pub const GRANT: usize = 1024 * 1024;
 
-/// A host on which so many workers (and twice as many as it has) are lost in a row, without a task
+/// A host on which so many workers (and four times as many as it has: each may be given a task that
+/// ends it three times) are lost in a row, without a task
 /// that ends in between, is left out, if there is another.
 pub const LOSSES_IN_A_ROW: usize = 10;
 
@@ -188,7 +189,9 @@ pub struct Order {
     /// What it does to the worker lasts, under this name; 0: under none.
     pub lasts: Option<u64>,
     /// The worker whose task it was, if that is another: it goes on with that one's random numbers,
-    /// if they are known here.
+    /// or begins with new ones if they are not known here, and leaves the worker's own alone. It
+    /// does not wait for a lost task of the worker's own to be decided on: R may decide on that only
+    /// when it has the answer to this one.
     pub instead_of: Option<Rank>,
 }
 
@@ -258,7 +261,7 @@ struct Worker {
     queue: VecDeque<Task>,
     current: Option<Current>,
     /// This task was lost with the worker before. Until it is known what becomes of it, those that
-    /// follow wait.
+    /// follow wait, but for those that were another worker's.
     undecided: Option<(TaskId, JobId)>,
     /// The state of its random number generator, if that is known here.
     seed: Option<Bytes>,
@@ -269,6 +272,21 @@ struct Worker {
 }
 
 impl Worker {
+    /// It is known what becomes of a task that was lost.
+    fn decided(&mut self, id: TaskId) {
+        self.undecided = self.undecided.filter(|&(task, _)| task != id);
+    }
+
+    /// Takes out of the queue what is to be done next.
+    fn next_task(&mut self) -> Option<Task> {
+        if self.undecided.is_none() {
+            return self.queue.pop_front();
+        }
+        let stands_in = |task: &Task| task.instead_of.is_some();
+        let at = self.queue.iter().position(stands_in)?;
+        self.queue.remove(at)
+    }
+
     fn can_send(&self) -> bool {
         match &self.current {
             Some(Current {
@@ -435,7 +453,7 @@ impl Scheduler {
             leaves: None,
         };
         if order.again {
-            worker.undecided = None;
+            worker.decided(order.task);
             worker.queue.push_front(task);
         } else {
             worker.queue.push_back(task);
@@ -542,10 +560,8 @@ impl Scheduler {
     /// be submitted again.
     pub fn let_go(&mut self, rank: Rank, id: TaskId) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
-            if worker.undecided.is_some_and(|(task, _)| task == id) {
-                worker.undecided = None;
-                self.dispatch(rank);
-            }
+            worker.decided(id);
+            self.dispatch(rank);
         }
     }
 
@@ -742,19 +758,20 @@ impl Scheduler {
         }
         let (agent, index) = (worker.agent, worker.index);
         worker.state = WorkerState::Starting;
-        // What the lost one had not read is gone.
-        worker.window = SEND_WINDOW;
         if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
             self.push_control(agent, frame);
         }
         let task = self.drop_current(rank);
+        let busy = task.is_some();
         self.notes.push(Note::Lost {
             rank,
             loss: loss.clone(),
-            task: task.is_some(),
+            task: busy,
         });
         if let Some(task) = task {
-            self.workers[rank as usize].undecided = Some((task.id, task.job));
+            if task.instead_of.is_none() {
+                self.workers[rank as usize].undecided = Some((task.id, task.job));
+            }
             self.notes.push(Note::Done {
                 rank,
                 task: task.id,
@@ -763,16 +780,20 @@ impl Scheduler {
             });
         }
         self.grant();
-        self.count_loss(agent);
+        self.count_loss(agent, busy);
     }
 
-    fn count_loss(&mut self, at: usize) {
+    /// `busy`: the worker had a task.
+    fn count_loss(&mut self, at: usize, busy: bool) {
         let living = |worker: &Worker| !matches!(worker.state, WorkerState::Gone(_));
         let mut workers = self.workers.iter();
         let others = workers.any(|worker| worker.agent != at && living(worker));
         let agent = &mut self.agents[at];
         agent.losses += 1;
-        if agent.lost || !others || agent.losses < LOSSES_IN_A_ROW.max(2 * agent.ranks.len()) {
+        // On the last host, tasks that cost their workers come to an end by themselves: each is tried
+        // a few times only.
+        let bounded = busy && !others;
+        if agent.lost || bounded || agent.losses < LOSSES_IN_A_ROW.max(4 * agent.ranks.len()) {
             return;
         }
         let reason = format!(
@@ -791,13 +812,13 @@ impl Scheduler {
     /// Gives an idle worker its next task and lets it be sent.
     fn dispatch(&mut self, rank: Rank) {
         let worker = &mut self.workers[rank as usize];
-        if !matches!(worker.state, WorkerState::Up) || worker.undecided.is_some() {
+        if !matches!(worker.state, WorkerState::Up) {
             return;
         }
         if worker.current.is_none() {
-            if let Some(task) = worker.queue.pop_front() {
-                let whose = task.instead_of.map(|other| other as usize);
-                let before = whose.and_then(|other| self.workers.get(other)?.seed.clone());
+            if let Some(task) = worker.next_task() {
+                let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
+                let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
                 self.workers[rank as usize].current = Some(Current {
                     task,
                     phase: Phase::Sending { first: true },
@@ -969,7 +990,7 @@ impl Scheduler {
                     self.replace(rank, loss);
                 } else {
                     self.lose(rank, Arc::new(Gone::Worker(loss)));
-                    self.count_loss(agent);
+                    self.count_loss(agent, false);
                 }
             }
             ToHead::TimedOut { worker, task } => {
@@ -994,6 +1015,7 @@ impl Scheduler {
                 self.free(rank);
                 let worker = &mut self.workers[rank as usize];
                 worker.state = WorkerState::Up;
+                // What the one before had not read is gone.
                 worker.window = SEND_WINDOW;
                 self.notes.push(Note::Replaced { rank, pid, killed });
                 self.dispatch(rank);
@@ -1196,6 +1218,7 @@ impl Current {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::message::Exit;
 
     #[test]
     fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
@@ -1210,5 +1233,306 @@ mod tests {
         let bytes: Vec<u8> = body.chunks.iter().flatten().copied().collect();
         assert_eq!(bytes.len(), body.len);
         assert!((0..100_000).all(|i| bytes[i] == i as u8));
+    }
+
+    /// Workers that are up, one on each host.
+    fn up(workers: u32) -> Scheduler {
+        let hosts = (0..workers).map(|rank| vec![rank]).collect();
+        let mut scheduler = Scheduler::new(hosts, 1 << 20);
+        for agent in 0..workers as usize {
+            tell(
+                &mut scheduler,
+                agent,
+                &ToHead::WorkerUp { worker: 0, pid: 1 },
+            );
+        }
+        scheduler
+    }
+
+    fn tell(scheduler: &mut Scheduler, agent: usize, message: &ToHead) {
+        let frame = message::encode(message).unwrap();
+        scheduler.on_frame(agent, frame).unwrap();
+    }
+
+    fn submit(scheduler: &mut Scheduler, order: Order) {
+        let (rank, task) = (order.rank, order.task);
+        scheduler.submit(order);
+        let chunk = Bytes::from_static(b"message").into();
+        scheduler.append(rank, task, chunk, true);
+    }
+
+    fn order(rank: Rank, task: TaskId) -> Order {
+        Order {
+            rank,
+            task,
+            job: 1,
+            ..Order::default()
+        }
+    }
+
+    fn again(rank: Rank, task: TaskId) -> Order {
+        Order {
+            again: true,
+            ..order(rank, task)
+        }
+    }
+
+    fn moved(rank: Rank, task: TaskId, from: Rank) -> Order {
+        Order {
+            instead_of: Some(from),
+            ..order(rank, task)
+        }
+    }
+
+    /// The worker of this host is lost and replaced.
+    fn replace(scheduler: &mut Scheduler, agent: usize) {
+        lose(scheduler, agent, true);
+        tell(
+            scheduler,
+            agent,
+            &ToHead::WorkerReplaced { worker: 0, pid: 2 },
+        );
+    }
+
+    fn lose(scheduler: &mut Scheduler, agent: usize, replaced: bool) {
+        let loss = Loss {
+            pid: 1,
+            exit: Exit::Signal(9),
+            tail: String::new(),
+            memory_available: 0,
+            oom: false,
+        };
+        let lost = ToHead::WorkerLost {
+            worker: 0,
+            loss,
+            replaced,
+        };
+        tell(scheduler, agent, &lost);
+    }
+
+    /// The worker of this host answers, and leaves its random numbers so.
+    fn answer(scheduler: &mut Scheduler, agent: usize, task: TaskId, seed: Option<&'static [u8]>) {
+        if let Some(seed) = seed {
+            let seed = Frame::new(Kind::Seed, 0, 0, task, Bytes::from_static(seed));
+            scheduler.on_frame(agent, seed).unwrap();
+        }
+        let answer = Frame::new(Kind::Data, FIRST | LAST, 0, task, Bytes::new());
+        scheduler.on_frame(agent, answer).unwrap();
+    }
+
+    /// Tasks and seeds that are sent to a host now.
+    fn sent(scheduler: &mut Scheduler, agent: usize) -> Vec<(Kind, TaskId, Bytes)> {
+        let frames = std::iter::from_fn(|| scheduler.next_frame(agent));
+        let frames = frames.filter(|frame| frame.header.kind != Kind::Control);
+        frames
+            .map(|frame| (frame.header.kind, frame.header.task, frame.body))
+            .collect()
+    }
+
+    fn tasks_sent(scheduler: &mut Scheduler, agent: usize) -> Vec<TaskId> {
+        let frames = sent(scheduler, agent).into_iter();
+        let data = frames.filter(|frame| frame.0 == Kind::Data);
+        data.map(|frame| frame.1).collect()
+    }
+
+    #[test]
+    fn a_lost_task_that_is_submitted_again_goes_before_those_that_follow() {
+        let mut scheduler = up(1);
+        submit(&mut scheduler, order(0, 1));
+        submit(&mut scheduler, order(0, 2));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        replace(&mut scheduler, 0);
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        submit(&mut scheduler, again(0, 1));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        answer(&mut scheduler, 0, 1, None);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+    }
+
+    #[test]
+    fn what_follows_a_lost_task_goes_on_when_that_is_let_go_or_cancelled() {
+        type End = fn(&mut Scheduler);
+        let ends: [End; 3] = [
+            |scheduler| scheduler.let_go(0, 1),
+            |scheduler| scheduler.cancel_job(7),
+            |scheduler| scheduler.cancel_task(0, 1),
+        ];
+        for end in ends {
+            let mut scheduler = up(1);
+            let first = Order {
+                job: 7,
+                ..order(0, 1)
+            };
+            submit(&mut scheduler, first);
+            submit(&mut scheduler, order(0, 2));
+            assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+            replace(&mut scheduler, 0);
+            scheduler.let_go(0, 2);
+            assert_eq!(tasks_sent(&mut scheduler, 0), []);
+            scheduler.take_notes();
+            end(&mut scheduler);
+            assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+            // It had ended before, as lost.
+            assert_eq!(scheduler.take_notes(), []);
+        }
+    }
+
+    #[test]
+    fn what_was_another_workers_does_not_wait_for_a_lost_task_to_be_decided_on() {
+        let mut scheduler = up(2);
+        submit(&mut scheduler, order(0, 1));
+        submit(&mut scheduler, order(0, 2));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        replace(&mut scheduler, 0);
+        submit(&mut scheduler, moved(0, 3, 1));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
+        // Nor does its own loss, or that it is submitted again, end the wait of others.
+        replace(&mut scheduler, 0);
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        let third = Order {
+            again: true,
+            ..moved(0, 3, 1)
+        };
+        submit(&mut scheduler, third);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
+        answer(&mut scheduler, 0, 3, None);
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        submit(&mut scheduler, again(0, 1));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    }
+
+    #[test]
+    fn who_stands_in_uses_the_random_numbers_of_the_other_or_new_ones() {
+        for (left, found) in [(Some(&b"left"[..]), &b"left"[..]), (None, b"")] {
+            let mut scheduler = up(2);
+            submit(&mut scheduler, order(0, 1));
+            assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+            answer(&mut scheduler, 0, 1, left);
+            lose(&mut scheduler, 0, false);
+            submit(&mut scheduler, moved(1, 2, 0));
+            let frames = sent(&mut scheduler, 1);
+            assert_eq!(frames[0], (Kind::Seed, 2, Bytes::from_static(found)));
+            assert_eq!((frames[1].0, frames[1].1), (Kind::Data, 2));
+        }
+    }
+
+    #[test]
+    fn a_fresh_worker_has_a_whole_window() {
+        let fill = |scheduler: &mut Scheduler, order: Order| {
+            let (rank, task) = (order.rank, order.task);
+            scheduler.submit(order);
+            for _ in 0..2 * SEND_WINDOW / MAX_BODY {
+                let chunk = Bytes::from(vec![0; MAX_BODY]).into();
+                scheduler.append(rank, task, chunk, false);
+            }
+            let frames = sent(scheduler, 0).into_iter();
+            frames
+                .map(|frame| HEADER_LEN + frame.2.len())
+                .sum::<usize>()
+        };
+        let mut scheduler = up(1);
+        let whole = fill(&mut scheduler, order(0, 1));
+        assert!(whole > SEND_WINDOW - HEADER_LEN - MAX_BODY && whole <= SEND_WINDOW);
+        // It is lost with what it had not read.
+        replace(&mut scheduler, 0);
+        assert_eq!(fill(&mut scheduler, again(0, 1)), whole);
+        // It has all of a message, of which its agent has not given back the bytes, and is killed.
+        replace(&mut scheduler, 0);
+        submit(&mut scheduler, again(0, 1));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        scheduler.cancel_task(0, 1);
+        tell(
+            &mut scheduler,
+            0,
+            &ToHead::WorkerReplaced { worker: 0, pid: 2 },
+        );
+        assert_eq!(fill(&mut scheduler, order(0, 2)), whole);
+    }
+
+    #[test]
+    fn a_task_that_is_out_of_time_ends_once() {
+        let mut scheduler = up(1);
+        submit(&mut scheduler, order(0, 1));
+        submit(&mut scheduler, order(0, 2));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        scheduler.take_notes();
+        let late = ToHead::TimedOut { worker: 0, task: 1 };
+        tell(&mut scheduler, 0, &late);
+        assert!(matches!(
+            scheduler.take_notes()[..],
+            [Note::Done {
+                task: 1,
+                outcome: Outcome::TimedOut,
+                ..
+            }]
+        ));
+        scheduler.cancel_task(0, 1);
+        tell(&mut scheduler, 0, &late);
+        // Its worker is busy until that has heeded the interrupt, or is replaced.
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        tell(
+            &mut scheduler,
+            0,
+            &ToHead::WorkerReplaced { worker: 0, pid: 2 },
+        );
+        assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+        let notes = scheduler.take_notes();
+        assert!(matches!(notes[..], [Note::Replaced { killed: true, .. }]));
+    }
+
+    #[test]
+    fn what_waits_on_a_host_that_is_left_out_is_lost_once() {
+        let mut scheduler = up(2);
+        submit(&mut scheduler, order(0, 1));
+        submit(&mut scheduler, order(0, 2));
+        for _ in 0..LOSSES_IN_A_ROW {
+            assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+            replace(&mut scheduler, 0);
+            submit(&mut scheduler, again(0, 1));
+        }
+        let notes = scheduler.take_notes();
+        let lost = |id: TaskId| {
+            let ends = notes.iter().filter(move |note| match note {
+                Note::Done { task, outcome, .. } => {
+                    *task == id && matches!(outcome, Outcome::Lost(_))
+                }
+                _ => false,
+            });
+            ends.count()
+        };
+        // Each of its tries, and that which came too late.
+        assert_eq!(lost(1), LOSSES_IN_A_ROW + 1);
+        assert_eq!(lost(2), 1);
+        let left_out = |note: &&Note| matches!(note, Note::LeftOut { agent: 0, .. });
+        assert_eq!(notes.iter().filter(left_out).count(), 1);
+        let frame = scheduler.next_frame(0).unwrap();
+        assert_eq!(
+            message::decode::<ToAgent>(&frame.body).unwrap(),
+            ToAgent::Stop
+        );
+        assert_eq!(scheduler.next_frame(0), None);
+    }
+
+    #[test]
+    fn the_last_host_is_left_out_only_if_its_workers_end_without_a_task() {
+        let left_out = |scheduler: &mut Scheduler| {
+            let notes = scheduler.take_notes();
+            notes
+                .iter()
+                .any(|note| matches!(note, Note::LeftOut { .. }))
+        };
+        let mut scheduler = up(1);
+        submit(&mut scheduler, order(0, 1));
+        for _ in 0..2 * LOSSES_IN_A_ROW {
+            assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+            replace(&mut scheduler, 0);
+            submit(&mut scheduler, again(0, 1));
+        }
+        assert!(!left_out(&mut scheduler));
+        let mut scheduler = up(1);
+        for _ in 0..LOSSES_IN_A_ROW {
+            replace(&mut scheduler, 0);
+        }
+        assert!(left_out(&mut scheduler));
     }
 }

@@ -7,30 +7,29 @@
 mod fork;
 mod guard;
 mod process;
+pub mod relay;
 pub mod replay;
 pub mod state;
 mod strays;
 
 use crate::cores::OutOfMemory;
-use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
+use crate::frame::{self, Frame, Header, Kind, MAX_BODY};
 use crate::limits;
 use crate::message::{
     self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
-    WorkerReady,
 };
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
-use crate::scheduler::{ProtocolError, SEND_WINDOW};
-use crate::share::Kept;
+use crate::scheduler::SEND_WINDOW;
 use crate::worker::Channel;
 use crate::{cores, signals, sys};
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use guard::Guard;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
-use replay::Replay;
-use state::{Book, Ending, REPLAY, Ready, Route};
+use relay::{Act, Relay};
+use state::{Ending, REPLAY};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -54,11 +53,6 @@ const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
 const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
-/// Longer states of random number generators are not the head's to know: those are no streams that
-/// a task could go on with elsewhere. L'Ecuyer-CMRG's, of which `clusterSetRNGStream()` makes its
-/// streams, has 28 bytes.
-const SEED_TO_HEAD: usize = 64;
-
 /// Workers made between two looks at the streams.
 const MAKE_AT_ONCE: usize = 8;
 
@@ -231,13 +225,12 @@ pub struct Agent {
     ending: bool,
     start: Start,
     outfile: Option<File>,
-    book: Book,
-    kept: Kept,
-    replay: Replay,
+    relay: Relay,
+    /// What it makes of what has come; empty but for a moment.
+    acts: Vec<Act>,
     workers: Vec<Option<Process>>,
     /// Workers yet to be made; `true` for one that replaces another.
     to_make: VecDeque<(u32, bool)>,
-    replacing: Vec<bool>,
     /// Workers with bytes waiting to be written.
     dirty: Vec<u32>,
     /// Workers that may have more to read than the last look took, each once.
@@ -302,13 +295,16 @@ impl Agent {
             head_blocked: false,
             ending: false,
             outfile,
-            kept: Kept::new(bytes(greeted.start.keep)),
-            replay: Replay::new(count as usize, bytes(greeted.start.state)),
+            relay: Relay::new(
+                count as usize,
+                bytes(greeted.start.keep),
+                bytes(greeted.start.state),
+                (!timeout.is_zero()).then_some(timeout),
+            ),
+            acts: Vec::new(),
             start: greeted.start,
-            book: Book::new(count as usize, (!timeout.is_zero()).then_some(timeout)),
             workers: (0..count).map(|_| None).collect(),
             to_make: (0..count).map(|worker| (worker, false)).collect(),
-            replacing: vec![false; count as usize],
             dirty: Vec::new(),
             unread: Vec::new(),
             is_unread: vec![false; count as usize],
@@ -335,10 +331,7 @@ impl Agent {
     pub fn run(&mut self) -> io::Result<Role> {
         let mut events = Events::with_capacity(1024);
         // What came together with the greeting.
-        if let Err(error) = self.on_head_bytes() {
-            eprintln!("rustcluster agent: {error}");
-            self.end();
-        }
+        self.on_head_bytes();
         loop {
             if let Some(channel) = self.make_some()? {
                 return Ok(Role::Worker(channel));
@@ -347,7 +340,11 @@ impl Agent {
             let timeout = if self.to_make.is_empty() && !can_read {
                 let pulse = self.pulse.as_ref().filter(|_| !self.ending);
                 let farewell = self.strays.deadline();
-                let deadlines = [self.book.next_deadline(), pulse.map(Pulse::next), farewell];
+                let deadlines = [
+                    self.relay.book.next_deadline(),
+                    pulse.map(Pulse::next),
+                    farewell,
+                ];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -394,12 +391,10 @@ impl Agent {
                 self.on_signals();
             }
             self.feel_pulse();
-            for (worker, task) in self.book.out_of_time(self.now()) {
-                self.tell(&ToHead::TimedOut { worker, task });
-                self.interrupt(worker, task);
-                self.read_again(worker);
-            }
-            for worker in self.book.overdue(self.now()) {
+            let now = self.now();
+            self.relay.out_of_time(now, &mut self.acts);
+            self.act();
+            for worker in self.relay.book.overdue(self.now()) {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();
                 }
@@ -408,7 +403,7 @@ impl Agent {
                 self.write_worker(worker);
             }
             self.write_head();
-            let over = self.ending && self.to_make.is_empty() && self.book.all_gone();
+            let over = self.ending && self.to_make.is_empty() && self.relay.book.all_gone();
             if over && self.has_said_farewell() {
                 return Ok(Role::Done);
             }
@@ -437,15 +432,15 @@ impl Agent {
                 break;
             };
             if self.ending {
-                self.book.give_up(worker);
+                self.relay.book.give_up(worker);
                 continue;
             }
-            if self.book.is_stopping(worker) {
-                self.book.give_up(worker);
+            if self.relay.book.is_stopping(worker) {
+                self.relay.book.give_up(worker);
                 self.tell(&ToHead::WorkerStopped { worker });
                 continue;
             }
-            self.replacing[worker as usize] = replaces;
+            self.relay.made(worker, replaces);
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
                 StartMode::Spawn => process::spawn(&self.start, worker),
@@ -466,7 +461,7 @@ impl Agent {
                     self.write_worker(worker);
                 }
                 Err(error) => {
-                    self.book.give_up(worker);
+                    self.relay.book.give_up(worker);
                     let loss = Loss {
                         pid: 0,
                         exit: message::Exit::Unknown,
@@ -520,9 +515,9 @@ impl Agent {
                         pulse.hear(now);
                     }
                     self.received.extend_from_slice(&self.scratch[..n]);
-                    if let Err(error) = self.on_head_bytes() {
-                        eprintln!("rustcluster agent: {error}");
-                        return self.end();
+                    self.on_head_bytes();
+                    if self.ending {
+                        return;
                     }
                     // On a stream a short read means that no more is there, and that more will
                     // be announced.
@@ -537,77 +532,50 @@ impl Agent {
         }
     }
 
-    fn on_head_bytes(&mut self) -> Result<(), ProtocolError> {
-        let text = |error: frame::FrameError| ProtocolError(error.to_string());
-        while let Some(mut frame) = frame::decode(&mut self.received).map_err(text)? {
-            let header = frame.header;
-            match header.kind {
-                Kind::Data => {
-                    self.kept.receive(&mut frame)?;
-                    let now = self.now();
-                    if self.book.to_worker(&frame.header, now)? == Route::Forward {
-                        if header.flags & ABORT == 0 {
-                            let last = header.flags & LAST != 0;
-                            self.replay.piece(header.worker, &frame.body, last);
-                        } else {
-                            self.replay.done(header.worker, false);
-                        }
-                        self.send_worker(header.worker, &frame);
-                        self.check_backlog(header.worker)?;
-                    }
-                }
-                Kind::Seed => {
-                    if self.book.is_meant(header.worker)? {
-                        if header.flags & GUEST == 0 {
-                            self.replay.set_seed(header.worker, frame.body.clone());
-                        }
-                        self.send_worker(header.worker, &frame);
-                    }
-                }
-                Kind::State => {
-                    let name = <[u8; 8]>::try_from(&frame.body[..]);
-                    let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
-                    if self.book.is_meant(header.worker)? {
-                        self.replay.expect(header.worker, u64::from_le_bytes(name));
-                    }
-                }
-                Kind::Credit => {
-                    if self.book.credit(header.worker, header.task, header.len)? {
-                        self.read_again(header.worker);
-                    }
-                }
-                Kind::Control => {
-                    let message = message::decode(&frame.body)
-                        .map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_message(message)?;
-                }
-                Kind::Output | Kind::Cancel => {
-                    return Err(ProtocolError("a frame that is not for an agent".into()));
-                }
-            }
+    fn on_head_bytes(&mut self) {
+        let (now, received) = (self.epoch.elapsed(), &mut self.received);
+        let result = self.relay.from_head(received, now, &mut self.acts);
+        self.act();
+        if let Err(error) = result {
+            eprintln!("rustcluster agent: {error}");
+            self.end();
         }
-        Ok(())
     }
 
-    fn on_message(&mut self, message: ToAgent) -> Result<(), ProtocolError> {
-        match message {
-            ToAgent::Cancel { worker, task } => {
-                if self.book.cancel(worker, task, self.now())? {
-                    self.interrupt(worker, task);
-                    // What is left of the answer is dropped without being asked for.
-                    self.read_again(worker);
+    /// Does what was decided.
+    fn act(&mut self) {
+        let mut acts = std::mem::take(&mut self.acts);
+        for act in acts.drain(..) {
+            match act {
+                Act::ToHead(frame) if !self.ending => self.to_head.push(&frame),
+                Act::ToHead(_) => {}
+                Act::Tell(message) => self.tell(&message),
+                Act::ToWorker(frame) => {
+                    let Header { worker, task, .. } = frame.header;
+                    self.send_worker(worker, &frame);
+                    // What a fresh worker is restored by is the agent's own.
+                    if task & REPLAY == 0 && !self.has_room(worker) {
+                        eprintln!(
+                            "rustcluster agent: more for worker {worker} than it has room for"
+                        );
+                        self.end();
+                    }
                 }
-            }
-            ToAgent::LossNoted { worker } => self.book.noted(worker)?,
-            ToAgent::StopWorker { worker } => self.stop_worker(worker),
-            ToAgent::Stop => self.end(),
-            // That anything came is what counts.
-            ToAgent::Alive => {}
-            ToAgent::Hello(_) | ToAgent::Start(_) => {
-                return Err(ProtocolError("a second greeting".into()));
+                Act::Up { worker, replaces } => self.tell_up(worker, replaces),
+                Act::Interrupt { worker, task } => self.interrupt(worker, task),
+                Act::ReadAgain(worker) => self.read_again(worker),
+                Act::Close(worker) => self.close(worker),
+                Act::TempDir(worker, tempdir) => {
+                    if let Some(process) = &mut self.workers[worker as usize] {
+                        self.strays.ready(worker, process.pid, &tempdir);
+                        process.tempdir = Some(tempdir).filter(|path| process::is_tempdir(path));
+                    }
+                }
+                Act::End => self.end(),
             }
         }
-        Ok(())
+        // Its room serves again.
+        self.acts = acts;
     }
 
     /// A cancel frame, then SIGINT: see [`crate::worker`].
@@ -619,14 +587,7 @@ impl Agent {
         }
     }
 
-    fn stop_worker(&mut self, worker: u32) {
-        let now = self.now();
-        let Some(busy) = self.book.stop(worker, now) else {
-            return;
-        };
-        if let Some(task) = self.book.task(worker).filter(|_| busy) {
-            self.interrupt(worker, task);
-        }
+    fn close(&mut self, worker: u32) {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.closing = true;
             self.dirty.push(worker);
@@ -638,11 +599,13 @@ impl Agent {
         if std::mem::replace(&mut self.ending, true) {
             return;
         }
+        let now = self.now();
         for worker in 0..self.workers.len() as u32 {
             if self.workers[worker as usize].is_some() {
-                self.stop_worker(worker);
+                self.relay.stop(worker, now, &mut self.acts);
             }
         }
+        self.act();
     }
 
     fn send_worker(&mut self, worker: u32, frame: &Frame) {
@@ -653,13 +616,9 @@ impl Agent {
     }
 
     /// A head that heeds no window could fill this host's memory.
-    fn check_backlog(&self, worker: u32) -> Result<(), ProtocolError> {
-        match &self.workers[worker as usize] {
-            Some(process) if process.outgoing.len() > WORKER_BACKLOG => Err(ProtocolError(
-                format!("more for worker {worker} than it may be sent"),
-            )),
-            _ => Ok(()),
-        }
+    fn has_room(&self, worker: u32) -> bool {
+        let process = self.workers[worker as usize].as_ref();
+        process.is_none_or(|process| process.outgoing.len() <= WORKER_BACKLOG)
     }
 
     fn write_worker(&mut self, worker: u32) {
@@ -702,7 +661,7 @@ impl Agent {
                 let _ = process.channel.shutdown(std::net::Shutdown::Write);
             }
         }
-        match self.book.passed(worker, passed) {
+        match self.relay.book.passed(worker, passed) {
             Some((task, bytes)) if !self.ending => {
                 self.to_head.push(&Frame::credit(worker, task, bytes));
             }
@@ -749,7 +708,7 @@ impl Agent {
         };
         // What is held is dealt with first: only when it has gone is more read.
         let mut held = std::mem::take(&mut process.received);
-        let mut broken = self.on_worker_bytes(worker, &mut held).is_err();
+        let mut broken = self.on_worker_bytes(worker, &mut held);
         while held.len() < HEADER_AND_BODY && !broken {
             let Some(process) = &mut self.workers[worker as usize] else {
                 return;
@@ -763,7 +722,7 @@ impl Agent {
                 Ok(n) => {
                     held.extend_from_slice(&self.scratch[..n]);
                     let short = n < self.scratch.len();
-                    broken = self.on_worker_bytes(worker, &mut held).is_err();
+                    broken = self.on_worker_bytes(worker, &mut held);
                     if short {
                         break;
                     }
@@ -788,116 +747,25 @@ impl Agent {
         if broken {
             process.kill();
         } else if process.hung_up {
-            self.book.hung_up(worker, self.epoch.elapsed());
+            self.relay.book.hung_up(worker, self.epoch.elapsed());
         }
     }
 
-    /// Passes on the whole frames in `held`, up to one that must wait.
-    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> Result<(), ProtocolError> {
-        let text = |error: frame::FrameError| ProtocolError(error.to_string());
-        while let Some(mut header) = Header::decode(held).map_err(text)? {
-            if held.len() < frame::HEADER_LEN + header.body_len() {
-                break;
-            }
-            // Whatever it says, it is this worker.
-            header.worker = worker;
-            match header.kind {
-                Kind::Data => {
-                    let route = self.book.from_worker(&header)?;
-                    if route == Route::Hold {
-                        break;
-                    }
-                    held.advance(frame::HEADER_LEN);
-                    let body = held.split_to(header.body_len());
-                    if header.flags & LAST != 0 && header.task & REPLAY == 0 {
-                        let lasts = route == Route::Forward;
-                        if self.replay.done(worker, lasts) {
-                            self.tell(&ToHead::StateNotKept { worker });
-                        }
-                    }
-                    match route {
-                        Route::Restored => self.tell_up(worker),
-                        Route::Forward if !self.ending => {
-                            let body = body.freeze();
-                            self.to_head.push(&Frame { header, body });
-                        }
-                        Route::Ended if !self.ending => {
-                            let flags = LAST | ABORT;
-                            let task = header.task;
-                            let ended = Frame::new(Kind::Data, flags, worker, task, Bytes::new());
-                            self.to_head.push(&ended);
-                        }
-                        _ => {}
-                    }
-                }
-                Kind::Control => {
-                    held.advance(frame::HEADER_LEN);
-                    let body = held.split_to(header.body_len());
-                    let ready: WorkerReady =
-                        message::decode(&body).map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_ready(worker, ready)?;
-                }
-                Kind::Seed => {
-                    held.advance(frame::HEADER_LEN);
-                    let body = Bytes::copy_from_slice(&held.split_to(header.body_len()));
-                    // What is done again has been reported before.
-                    if self.book.task(worker).is_none() {
-                        continue;
-                    }
-                    if header.flags & GUEST == 0 {
-                        self.replay.seed(worker, body.clone());
-                    }
-                    if body.len() <= SEED_TO_HEAD && !self.ending {
-                        self.to_head.push(&Frame { header, body });
-                    }
-                }
-                _ => return Err(ProtocolError("a frame that is not for an agent".into())),
-            }
-        }
-        Ok(())
-    }
-
-    fn on_ready(&mut self, worker: u32, ready: WorkerReady) -> Result<(), ProtocolError> {
-        let Some(process) = &mut self.workers[worker as usize] else {
-            return Ok(());
-        };
-        let pid = process.pid;
-        let again = match self.replacing[worker as usize] {
-            true => self.replay.restore(worker),
-            false => replay::Restore::default(),
-        };
-        let state = self.book.ready(worker, again.messages.len());
-        if state == Ready::Already {
-            return Err(ProtocolError("a worker is ready twice".into()));
-        }
-        self.strays.ready(worker, pid, &ready.tempdir);
-        process.tempdir = Some(ready.tempdir).filter(|path| process::is_tempdir(path));
-        for (number, pieces) in (REPLAY..).zip(again.messages) {
-            let count = pieces.len();
-            for (at, body) in pieces.into_iter().enumerate() {
-                let first = if at == 0 { FIRST } else { 0 };
-                let last = if at + 1 == count { LAST } else { 0 };
-                let frame = Frame::new(Kind::Data, first | last, worker, number, body);
-                self.send_worker(worker, &frame);
-            }
-        }
-        if let Some(seed) = again.seed {
-            let frame = Frame::new(Kind::Seed, 0, worker, 0, seed);
-            self.send_worker(worker, &frame);
-        }
-        if state == Ready::Up {
-            self.tell_up(worker);
-        }
-        Ok(())
+    /// Passes on the whole frames in `held`, up to one that must wait. Returns whether the worker
+    /// sent what none of ours would.
+    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> bool {
+        let result = self.relay.from_worker(worker, held, &mut self.acts);
+        self.act();
+        result.is_err()
     }
 
     /// The head may send it tasks.
-    fn tell_up(&mut self, worker: u32) {
+    fn tell_up(&mut self, worker: u32, replaces: bool) {
         let Some(process) = &self.workers[worker as usize] else {
             return;
         };
         let pid = process.pid;
-        let message = if self.replacing[worker as usize] {
+        let message = if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {
             ToHead::WorkerUp { worker, pid }
@@ -1000,9 +868,7 @@ impl Agent {
             // Already gone if it ended in good order.
             let _ = std::fs::remove_dir_all(tempdir);
         }
-        self.replay.lost(worker);
-        let restorable = self.replay.is_complete(worker) && !self.ending;
-        match self.book.exited(worker, restorable) {
+        match self.relay.exited(worker, !self.ending) {
             Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
             Ending::Replace => self.to_make.push_back((worker, true)),
             Ending::Lost { replaced } => {

@@ -372,13 +372,15 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn what_is_held_is_what_was_given_and_within_the_bound(
             most in 0usize..400_000,
             steps in prop::collection::vec((0u32..4, 0u64..3, 0u64..5, any::<bool>(), 0u32..10), 1..40),
         ) {
             let mut replay = Replay::new(4, most);
-            let mut model: Vec<Option<Vec<(u64, Vec<u8>)>>> = vec![Some(Vec::new()); 4];
+            type Messages = Vec<(u64, Vec<u8>)>;
+            let mut model: Vec<Option<Messages>> = vec![Some(Vec::new()); 4];
             for (worker, name, seed, short, fate) in steps {
                 let message = noise(seed, if short { 50 } else { 40_000 + 15_000 * seed as usize });
                 replay.expect(worker, name);

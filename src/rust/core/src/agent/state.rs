@@ -267,18 +267,22 @@ impl Book {
             return Ok(Route::Restored);
         }
         let Phase::Busy {
-            task, cancelled, ..
-        } = entry.phase
+            task,
+            cancelled,
+            deadline,
+        } = &mut entry.phase
         else {
             return Err(ProtocolError("an answer from an idle worker".into()));
         };
-        if task != header.task {
+        if *task != header.task {
             return Err(ProtocolError("an answer to another task".into()));
         }
         // The head would take the whole host for broken.
         if !entry.complete || header.flags & !(FIRST | LAST) != 0 {
             return Err(ProtocolError("an answer that no worker gives".into()));
         }
+        // It has done what it had to. How long its answer has to wait for the head is not its fault.
+        *deadline = None;
         let len = header.body_len();
         if cancelled.is_some() {
             if last {
@@ -620,6 +624,21 @@ mod tests {
         assert!(book.overdue(end - MS).is_empty());
         assert_eq!(book.overdue(end), [0]);
         assert_eq!(book.exited(0, true), Ending::Replace);
+    }
+
+    #[test]
+    fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
+        let mut book = Book::new(1, Some(10 * MS));
+        book.ready(0, 0);
+        let whole = data(1, FIRST | LAST, 9);
+        assert_eq!(book.to_worker(&whole, MS), Ok(Route::Forward));
+        assert_eq!(
+            book.from_worker(&data(1, FIRST, RESULT_WINDOW)),
+            Ok(Route::Forward)
+        );
+        assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Hold));
+        assert_eq!(book.next_deadline(), None);
+        assert!(book.out_of_time(20 * MS).is_empty());
     }
 
     #[test]

@@ -566,7 +566,9 @@ impl Hub {
             return Answer::NothingSent;
         };
         let look = |core: &mut Core| core.inbox.take(task, job);
-        self.receive_next(most, Want::Rank(rank), look)
+        // Its result is asked for where the task is.
+        let place = self.place(rank, task);
+        self.receive_next(most, Want::Rank(place), look)
     }
 
     /// The next answer from any of the workers that `includes`, in the order of their arrival;

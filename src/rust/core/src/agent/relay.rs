@@ -1,0 +1,437 @@
+//! The agent's decisions: what becomes of each frame, of each worker that is ready, out of time or
+//! gone. What it makes of them is a list of [`Act`]s.
+//!
+//! Pure, as are the parts it is made of: [`state`](super::state), [`replay`](super::replay) and
+//! [`share`](crate::share).
+
+use super::replay::{Replay, Restore};
+use super::state::{Book, Ending, Now, REPLAY, Ready, Route};
+use crate::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST};
+use crate::message::{self, ToAgent, ToHead, WorkerReady};
+use crate::scheduler::ProtocolError;
+use crate::share::Kept;
+use bytes::{Buf, Bytes, BytesMut};
+use std::time::Duration;
+
+/// Longer states of random number generators are not the head's to know: those are no streams that
+/// a task could go on with elsewhere. L'Ecuyer-CMRG's, of which `clusterSetRNGStream()` makes its
+/// streams, has 28 bytes.
+const SEED_TO_HEAD: usize = 64;
+
+/// What an agent is to do.
+#[derive(Debug)]
+pub enum Act {
+    ToHead(Frame),
+    Tell(ToHead),
+    /// To the worker in its header.
+    ToWorker(Frame),
+    /// The head may send tasks to this worker. `replaces`: it stands in another's place.
+    Up {
+        worker: u32,
+        replaces: bool,
+    },
+    Interrupt {
+        worker: u32,
+        task: u64,
+    },
+    /// What a worker had to wait with may be dealt with now.
+    ReadAgain(u32),
+    /// No more goes to this worker.
+    Close(u32),
+    /// This is where the worker has its temporary files.
+    TempDir(u32, String),
+    /// The head wants the end of it all.
+    End,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Relay {
+    pub book: Book,
+    kept: Kept,
+    replay: Replay,
+    /// The worker in this place was made to replace another.
+    replaces: Vec<bool>,
+}
+
+fn text(error: impl std::fmt::Display) -> ProtocolError {
+    ProtocolError(error.to_string())
+}
+
+impl Relay {
+    /// For a number of workers, whose tasks may take so long. `keep`: bytes of chunks to keep;
+    /// `state`: bytes to hold of what lasts on workers.
+    pub fn new(workers: usize, keep: usize, state: usize, timeout: Option<Duration>) -> Relay {
+        Relay {
+            book: Book::new(workers, timeout),
+            kept: Kept::new(keep),
+            replay: Replay::new(workers, state),
+            replaces: vec![false; workers],
+        }
+    }
+
+    /// A worker is being made.
+    pub fn made(&mut self, worker: u32, replaces: bool) {
+        self.replaces[worker as usize] = replaces;
+    }
+
+    /// The whole frames that have come from the head.
+    ///
+    /// # Errors
+    /// When the head would not send them.
+    pub fn from_head(
+        &mut self,
+        received: &mut BytesMut,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
+        while let Some(frame) = frame::decode(received).map_err(text)? {
+            self.on_head_frame(frame, now, acts)?;
+        }
+        Ok(())
+    }
+
+    fn on_head_frame(
+        &mut self,
+        mut frame: Frame,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
+        let header = frame.header;
+        let worker = header.worker;
+        match header.kind {
+            Kind::Data => {
+                self.kept.receive(&mut frame)?;
+                if self.book.to_worker(&frame.header, now)? == Route::Forward {
+                    if header.flags & ABORT == 0 {
+                        let last = header.flags & LAST != 0;
+                        self.replay.piece(worker, &frame.body, last);
+                    } else {
+                        self.replay.done(worker, false);
+                    }
+                    acts.push(Act::ToWorker(frame));
+                }
+            }
+            Kind::Seed => {
+                if self.book.is_meant(worker)? {
+                    if header.flags & GUEST == 0 {
+                        self.replay.set_seed(worker, frame.body.clone());
+                    }
+                    acts.push(Act::ToWorker(frame));
+                }
+            }
+            Kind::State => {
+                let name = <[u8; 8]>::try_from(&frame.body[..]);
+                let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
+                if self.book.is_meant(worker)? {
+                    self.replay.expect(worker, u64::from_le_bytes(name));
+                }
+            }
+            Kind::Credit => {
+                if self.book.credit(worker, header.task, header.len)? {
+                    acts.push(Act::ReadAgain(worker));
+                }
+            }
+            Kind::Control => {
+                self.on_message(message::decode(&frame.body).map_err(text)?, now, acts)?
+            }
+            Kind::Output | Kind::Cancel => {
+                return Err(ProtocolError("a frame that is not for an agent".into()));
+            }
+        }
+        Ok(())
+    }
+
+    fn on_message(
+        &mut self,
+        message: ToAgent,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
+        match message {
+            ToAgent::Cancel { worker, task } => {
+                if self.book.cancel(worker, task, now)? {
+                    acts.push(Act::Interrupt { worker, task });
+                    // What is left of the answer is dropped without being asked for.
+                    acts.push(Act::ReadAgain(worker));
+                }
+            }
+            ToAgent::LossNoted { worker } => self.book.noted(worker)?,
+            ToAgent::StopWorker { worker } => self.stop(worker, now, acts),
+            ToAgent::Stop => acts.push(Act::End),
+            // That anything came is what counts.
+            ToAgent::Alive => {}
+            ToAgent::Hello(_) | ToAgent::Start(_) => {
+                return Err(ProtocolError("a second greeting".into()));
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker is to end, whatever it does.
+    pub fn stop(&mut self, worker: u32, now: Now, acts: &mut Vec<Act>) {
+        let Some(busy) = self.book.stop(worker, now) else {
+            return;
+        };
+        if let Some(task) = self.book.task(worker).filter(|_| busy) {
+            acts.push(Act::Interrupt { worker, task });
+        }
+        acts.push(Act::Close(worker));
+    }
+
+    /// The whole frames in `held`, which have come from a worker, up to one that must wait.
+    ///
+    /// # Errors
+    /// When a worker of ours would not send them. What came before is among the acts.
+    pub fn from_worker(
+        &mut self,
+        worker: u32,
+        held: &mut BytesMut,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
+        while let Some(mut header) = Header::decode(held).map_err(text)? {
+            if held.len() < HEADER_LEN + header.body_len() {
+                break;
+            }
+            // Whatever it says, it is this worker.
+            header.worker = worker;
+            let route = match header.kind {
+                Kind::Data => self.book.from_worker(&header)?,
+                _ => Route::Forward,
+            };
+            if route == Route::Hold {
+                break;
+            }
+            held.advance(HEADER_LEN);
+            let body = held.split_to(header.body_len());
+            match header.kind {
+                Kind::Data => self.on_answer(&header, route, body, acts),
+                Kind::Control => {
+                    let ready: WorkerReady = message::decode(&body).map_err(text)?;
+                    acts.push(Act::TempDir(worker, ready.tempdir));
+                    self.on_ready(worker, acts)?;
+                }
+                Kind::Seed => self.on_seed(header, &body, acts),
+                _ => return Err(ProtocolError("a frame that is not for an agent".into())),
+            }
+        }
+        Ok(())
+    }
+
+    fn on_answer(&mut self, header: &Header, route: Route, body: BytesMut, acts: &mut Vec<Act>) {
+        let (worker, task) = (header.worker, header.task);
+        if header.flags & LAST != 0 && task & REPLAY == 0 {
+            let lasts = route == Route::Forward;
+            if self.replay.done(worker, lasts) {
+                acts.push(Act::Tell(ToHead::StateNotKept { worker }));
+            }
+        }
+        match route {
+            Route::Restored => self.up(worker, acts),
+            Route::Forward => acts.push(Act::ToHead(Frame {
+                header: *header,
+                body: body.freeze(),
+            })),
+            Route::Ended => {
+                let ended = Frame::new(Kind::Data, LAST | ABORT, worker, task, Bytes::new());
+                acts.push(Act::ToHead(ended));
+            }
+            Route::Drop | Route::Hold => {}
+        }
+    }
+
+    fn on_seed(&mut self, header: Header, body: &[u8], acts: &mut Vec<Act>) {
+        let worker = header.worker;
+        // What is done again has been reported before.
+        if self.book.task(worker).is_none() {
+            return;
+        }
+        if header.flags & GUEST == 0 {
+            self.replay.seed(worker, Bytes::copy_from_slice(body));
+        }
+        // Without a word the head would take the one before for the state that this task has left.
+        let known = if body.len() <= SEED_TO_HEAD {
+            body
+        } else {
+            &[]
+        };
+        let known = Bytes::copy_from_slice(known);
+        let frame = Frame::new(Kind::Seed, header.flags, worker, header.task, known);
+        acts.push(Act::ToHead(frame));
+    }
+
+    fn on_ready(&mut self, worker: u32, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
+        let again = match self.replaces[worker as usize] {
+            true => self.replay.restore(worker),
+            false => Restore::default(),
+        };
+        let state = self.book.ready(worker, again.messages.len());
+        if state == Ready::Already {
+            return Err(ProtocolError("a worker is ready twice".into()));
+        }
+        for (number, pieces) in (REPLAY..).zip(again.messages) {
+            let count = pieces.len();
+            for (at, body) in pieces.into_iter().enumerate() {
+                let first = if at == 0 { FIRST } else { 0 };
+                let last = if at + 1 == count { LAST } else { 0 };
+                let frame = Frame::new(Kind::Data, first | last, worker, number, body);
+                acts.push(Act::ToWorker(frame));
+            }
+        }
+        if let Some(seed) = again.seed {
+            acts.push(Act::ToWorker(Frame::new(Kind::Seed, 0, worker, 0, seed)));
+        }
+        if state == Ready::Up {
+            self.up(worker, acts);
+        }
+        Ok(())
+    }
+
+    fn up(&self, worker: u32, acts: &mut Vec<Act>) {
+        let replaces = self.replaces[worker as usize];
+        acts.push(Act::Up { worker, replaces });
+    }
+
+    /// Tasks that are out of time by now.
+    pub fn out_of_time(&mut self, now: Now, acts: &mut Vec<Act>) {
+        for (worker, task) in self.book.out_of_time(now) {
+            acts.push(Act::Tell(ToHead::TimedOut { worker, task }));
+            acts.push(Act::Interrupt { worker, task });
+            acts.push(Act::ReadAgain(worker));
+        }
+    }
+
+    /// A worker's process has ended. `may_replace`: the host is to go on.
+    pub fn exited(&mut self, worker: u32, may_replace: bool) -> Ending {
+        self.replay.lost(worker);
+        let restorable = may_replace && self.replay.is_complete(worker);
+        self.book.exited(worker, restorable)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbuf::OutBuf;
+
+    fn bytes(frames: &[Frame]) -> BytesMut {
+        let mut out = OutBuf::default();
+        frames.iter().for_each(|frame| out.push(frame));
+        let mut bytes = BytesMut::new();
+        while !out.is_empty() {
+            let wrote: Result<usize, ()> = out.write_with(|slices| {
+                slices
+                    .iter()
+                    .for_each(|slice| bytes.extend_from_slice(slice));
+                Ok(slices.iter().map(|slice| slice.len()).sum())
+            });
+            wrote.unwrap();
+        }
+        bytes
+    }
+
+    fn from_head(relay: &mut Relay, frame: Frame) -> Vec<Act> {
+        let mut acts = Vec::new();
+        let now = Duration::ZERO;
+        relay
+            .from_head(&mut bytes(&[frame]), now, &mut acts)
+            .unwrap();
+        acts
+    }
+
+    fn from_worker(relay: &mut Relay, frames: &[Frame]) -> Vec<Act> {
+        let mut acts = Vec::new();
+        relay.from_worker(0, &mut bytes(frames), &mut acts).unwrap();
+        acts
+    }
+
+    fn ready() -> Frame {
+        let tempdir = String::new();
+        message::encode(&WorkerReady { tempdir }).unwrap()
+    }
+
+    fn data(task: u64, body: &'static [u8]) -> Frame {
+        Frame::new(Kind::Data, FIRST | LAST, 0, task, Bytes::from_static(body))
+    }
+
+    fn seed(flags: u8, task: u64, body: &'static [u8]) -> Frame {
+        Frame::new(Kind::Seed, flags, 0, task, Bytes::from_static(body))
+    }
+
+    /// One worker that is ready.
+    fn up() -> Relay {
+        let mut relay = Relay::new(1, 0, 1 << 20, None);
+        relay.made(0, false);
+        let acts = from_worker(&mut relay, &[ready()]);
+        assert!(matches!(
+            acts[..],
+            [
+                Act::TempDir(..),
+                Act::Up {
+                    replaces: false,
+                    ..
+                }
+            ]
+        ));
+        relay
+    }
+
+    fn to_head(acts: &[Act]) -> Vec<&Frame> {
+        let frames = acts.iter().filter_map(|act| match act {
+            Act::ToHead(frame) => Some(frame),
+            _ => None,
+        });
+        frames.collect()
+    }
+
+    #[test]
+    fn a_seed_that_the_head_is_not_to_know_is_told_as_none() {
+        let mut relay = up();
+        from_head(&mut relay, data(1, b"task"));
+        let long = seed(0, 1, &[7; SEED_TO_HEAD + 1]);
+        let acts = from_worker(&mut relay, &[long, data(1, b"answer")]);
+        let frames = to_head(&acts);
+        assert_eq!(*frames[0], seed(0, 1, b""));
+        assert_eq!(*frames[1], data(1, b"answer"));
+        let restore = relay.replay.restore(0);
+        assert_eq!(restore.seed.unwrap(), [7; SEED_TO_HEAD + 1][..]);
+    }
+
+    #[test]
+    fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
+        let mut relay = up();
+        let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
+        from_head(&mut relay, Frame::new(Kind::State, 0, 0, 1, name));
+        from_head(&mut relay, data(1, b"export"));
+        from_worker(&mut relay, &[seed(0, 1, b"seed"), data(1, b"done")]);
+        from_head(&mut relay, data(2, b"task"));
+        let guest = seed(GUEST, 2, b"guest");
+        from_worker(&mut relay, &[guest]);
+        assert_eq!(relay.exited(0, true), Ending::Lost { replaced: true });
+        relay.made(0, true);
+        let acts = from_worker(&mut relay, &[ready()]);
+        let [Act::TempDir(..), Act::ToWorker(again), Act::ToWorker(seeds)] = &acts[..] else {
+            panic!("{acts:?}");
+        };
+        assert_eq!(*again, data(REPLAY, b"export"));
+        assert_eq!(*seeds, seed(0, 0, b"seed"));
+        // What it does meanwhile was told before.
+        let done = [seed(0, REPLAY, b"other"), data(REPLAY, b"done")];
+        let acts = from_worker(&mut relay, &done);
+        assert!(
+            matches!(
+                acts[..],
+                [Act::Up {
+                    worker: 0,
+                    replaces: true
+                }]
+            ),
+            "{acts:?}"
+        );
+        // What was meant for the one before.
+        assert!(from_head(&mut relay, data(3, b"task")).is_empty());
+        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        from_head(&mut relay, noted);
+        assert_eq!(from_head(&mut relay, data(2, b"task")).len(), 1);
+    }
+}

@@ -1,0 +1,285 @@
+//! Simulated hosts: the agent, as in `agent/mod.rs`, without its system calls.
+
+use crate::parts::{Facts, Pipe};
+use crate::worker::Process;
+use bytes::{Bytes, BytesMut};
+use rustcluster_core::agent::relay::{Act, Relay};
+use rustcluster_core::agent::state::{Ending, Now, REPLAY};
+use rustcluster_core::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::message::{self, Exit, Loss, ToHead};
+use rustcluster_core::outbuf::OutBuf;
+use rustcluster_core::scheduler::Rank;
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// As the agent reads at a time.
+pub const READ: usize = 256 * 1024;
+/// Agents stop reading from workers when so much waits for the head. Less than in reality, so
+/// that it happens.
+pub const BACKLOG: usize = 512 * 1024;
+/// A fresh worker that has ended so often before it was as far as the one before it is not made
+/// again.
+const SETBACKS: u32 = 3;
+
+/// What ails a host.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Curse {
+    None,
+    /// Workers end when they start a task.
+    Tasks,
+    /// They end before they can be given one.
+    Starts,
+}
+
+pub struct Host {
+    pub lost: bool,
+    pub curse: Curse,
+    pub ranks: Vec<Rank>,
+    pub out: OutBuf,
+    pub down: Pipe,
+    pub received: BytesMut,
+    pub relay: Relay,
+    acts: Vec<Act>,
+    timeout: Option<Duration>,
+    pub processes: Vec<Option<Process>>,
+    pub to_make: VecDeque<(u32, bool)>,
+    pub to_head: OutBuf,
+    pub up: Pipe,
+    pub head_received: BytesMut,
+}
+
+impl Host {
+    pub fn new(
+        ranks: &[Rank],
+        stream: usize,
+        (keep, state): (usize, usize),
+        timeout: Option<Duration>,
+    ) -> Host {
+        let workers = ranks.len() as u32;
+        Host {
+            lost: false,
+            curse: Curse::None,
+            ranks: ranks.to_vec(),
+            out: OutBuf::default(),
+            down: Pipe::new(stream),
+            received: BytesMut::new(),
+            relay: Relay::new(ranks.len(), keep, state, timeout),
+            acts: Vec::new(),
+            timeout,
+            processes: ranks.iter().map(|_| None).collect(),
+            to_make: (0..workers).map(|worker| (worker, false)).collect(),
+            to_head: OutBuf::default(),
+            up: Pipe::new(stream),
+            head_received: BytesMut::new(),
+        }
+    }
+
+    pub fn read_head(&mut self, most: usize, now: Now, facts: &mut Facts) -> u64 {
+        let moved = self.down.read(&mut self.received, most);
+        let result = self
+            .relay
+            .from_head(&mut self.received, now, &mut self.acts);
+        self.act(now, facts);
+        if let Err(error) = result {
+            panic!("an agent refuses what the head sent: {error}");
+        }
+        moved as u64
+    }
+
+    /// Does what was decided.
+    fn act(&mut self, now: Now, facts: &mut Facts) {
+        for act in std::mem::take(&mut self.acts) {
+            match act {
+                Act::ToHead(frame) => {
+                    self.look_at(&frame, facts);
+                    self.to_head.push(&frame);
+                }
+                Act::Tell(message) => {
+                    match message {
+                        ToHead::TimedOut { worker, task } => self.check_time(worker, task, now),
+                        ToHead::StateNotKept { worker } => {
+                            let rank = self.ranks[worker as usize];
+                            assert!(facts.places[rank as usize].kept, "said twice");
+                            facts.places[rank as usize].kept = false;
+                        }
+                        _ => {}
+                    }
+                    self.tell(&message);
+                }
+                Act::ToWorker(frame) => self.send_worker(&frame, now),
+                Act::Up { worker, replaces } => self.tell_up(worker, replaces, facts),
+                Act::Interrupt { worker, task } => {
+                    let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
+                    self.send_worker(&frame, now);
+                }
+                // All that can be read is read at every step.
+                Act::ReadAgain(_) => {}
+                Act::Close(worker) => {
+                    if let Some(process) = &mut self.processes[worker as usize] {
+                        process.closing = true;
+                    }
+                }
+                Act::TempDir(worker, _) => {
+                    let rank = self.ranks[worker as usize];
+                    facts.places[rank as usize].came_up = true;
+                }
+                Act::End => self.lost = true,
+            }
+        }
+    }
+
+    /// What lasts on a worker, and how it leaves its random numbers, is what is known when its agent
+    /// has passed on the end of an answer.
+    fn look_at(&mut self, frame: &Frame, facts: &mut Facts) {
+        let header = &frame.header;
+        let worker = header.worker as usize;
+        let process = self.processes[worker].as_mut().expect("a process");
+        if header.kind != Kind::Data {
+            return;
+        }
+        process.answering = true;
+        if header.flags & LAST == 0 {
+            return;
+        }
+        process.complete = None;
+        process.answering = false;
+        let place = &mut facts.places[self.ranks[worker] as usize];
+        place.seed = process.worker.seed.clone();
+        let effect = facts.tasks[header.task as usize].effect;
+        if header.flags & ABORT == 0 {
+            place.effects.extend(effect);
+        } else {
+            // What an interrupted or late task may have done does not count.
+            let effects = &mut process.worker.effects;
+            effects.retain(|effect| effect.task != header.task);
+        }
+    }
+
+    /// A task may take so long from when its worker has all of it, and is not out of time once it
+    /// has begun to answer.
+    fn check_time(&self, worker: u32, task: u64, now: Now) {
+        let process = self.processes[worker as usize].as_ref();
+        let process = process.expect("a process");
+        let timeout = self.timeout.expect("a time limit");
+        let (complete, since) = process.complete.expect("a task");
+        assert_eq!(complete, task);
+        assert!(
+            since + timeout <= now,
+            "task {task} is out of time too early"
+        );
+        assert!(!process.answering, "task {task} has ended in time");
+    }
+
+    fn send_worker(&mut self, frame: &Frame, now: Now) {
+        let header = &frame.header;
+        if let Some(process) = &mut self.processes[header.worker as usize] {
+            process.outgoing.push(frame);
+            if header.kind != Kind::Data || header.task & REPLAY != 0 {
+                process.given += frame.wire_len();
+            } else if header.flags & LAST != 0 {
+                process.complete = (header.flags & ABORT == 0).then_some((header.task, now));
+            }
+        }
+    }
+
+    fn tell(&mut self, message: &ToHead) {
+        self.to_head
+            .push(&message::encode(message).expect("a frame"));
+    }
+
+    fn tell_up(&mut self, worker: u32, replaces: bool, facts: &mut Facts) {
+        let rank = self.ranks[worker as usize];
+        let place = &mut facts.places[rank as usize];
+        place.setbacks = 0;
+        facts.seen.restored += usize::from(replaces && !place.effects.is_empty());
+        let process = self.processes[worker as usize].as_mut();
+        process.expect("a process").is_up = true;
+        let pid = worker + 1000;
+        self.tell(&if replaces {
+            ToHead::WorkerReplaced { worker, pid }
+        } else {
+            ToHead::WorkerUp { worker, pid }
+        });
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Now, facts: &mut Facts) -> u64 {
+        let mut moved = 0;
+        self.relay.out_of_time(now, &mut self.acts);
+        moved += self.acts.len() as u64;
+        self.act(now, facts);
+        for worker in self.relay.book.overdue(now) {
+            if let Some(process) = &mut self.processes[worker as usize] {
+                process.dead = true;
+                moved += 1;
+            }
+        }
+        moved
+    }
+
+    pub fn read_worker(&mut self, worker: u32, most: usize, now: Now, facts: &mut Facts) -> u64 {
+        if self.to_head.len() >= BACKLOG {
+            return 0;
+        }
+        let mut moved = self.pass_on(worker, now, facts);
+        if let Some(process) = &mut self.processes[worker as usize] {
+            if process.held.len() < HEADER_LEN + MAX_BODY {
+                moved += process.up.read(&mut process.held, most.min(READ)) as u64;
+                moved += self.pass_on(worker, now, facts);
+            }
+        }
+        moved
+    }
+
+    /// Passes on the whole frames that are held, up to one that must wait.
+    fn pass_on(&mut self, worker: u32, now: Now, facts: &mut Facts) -> u64 {
+        let Some(process) = &mut self.processes[worker as usize] else {
+            return 0;
+        };
+        let mut held = std::mem::take(&mut process.held);
+        let before = held.len();
+        let result = self.relay.from_worker(worker, &mut held, &mut self.acts);
+        result.expect("what a worker may send");
+        let moved = before - held.len();
+        if let Some(process) = &mut self.processes[worker as usize] {
+            process.held = held;
+        }
+        self.act(now, facts);
+        moved as u64
+    }
+
+    pub fn on_exit(&mut self, worker: u32, now: Now, facts: &mut Facts) {
+        // An answer that was whole before the end still counts, if there is room for it.
+        while self.read_worker(worker, READ, now, facts) > 0 {}
+        let process = self.processes[worker as usize].take().expect("a process");
+        let rank = self.ranks[worker as usize];
+        let place = &mut facts.places[rank as usize];
+        place.setbacks += u32::from(!process.is_up);
+        let may_be_replaced = place.kept && place.came_up && place.setbacks < SETBACKS;
+        match self.relay.exited(worker, true) {
+            Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
+            Ending::Replace => {
+                assert!(may_be_replaced);
+                self.to_make.push_back((worker, true));
+            }
+            Ending::Lost { replaced } => {
+                assert_eq!(replaced, may_be_replaced, "worker {rank}");
+                let loss = Loss {
+                    pid: worker + 1000,
+                    exit: Exit::Signal(9),
+                    tail: "killed".into(),
+                    memory_available: 0,
+                    oom: false,
+                };
+                self.tell(&ToHead::WorkerLost {
+                    worker,
+                    loss,
+                    replaced,
+                });
+                if replaced {
+                    self.to_make.push_back((worker, true));
+                }
+            }
+        }
+    }
+}

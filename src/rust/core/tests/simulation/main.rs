@@ -1,0 +1,726 @@
+//! Seeded simulation of a whole cluster: the head's scheduler, the agents' decisions and made-up
+//! workers, joined by byte streams that hold little and deliver in slices of any size.
+//!
+//! There is no process, socket or clock here, so one seed is one history, for ever. A seed that
+//! fails is printed; `RUSTCLUSTER_SEED=<n>` replays it alone, `RUSTCLUSTER_LONG_TESTS=1` runs
+//! 10,000 of them.
+
+mod host;
+mod parts;
+mod r;
+mod worker;
+
+use bytes::Bytes;
+use host::{BACKLOG, Curse, Host, READ};
+use parts::{End, Facts, LARGEST, Place, Seen, slice};
+use r::{Message, Ready, Waiting};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rustcluster_core::agent::state::Now;
+use rustcluster_core::frame::{self, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::scheduler::{JobId, Rank, SEND_WINDOW, Scheduler, TaskId};
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+use worker::Process;
+
+/// As the hub puts together for one write.
+const WRITE: usize = 256 * 1024;
+
+/// How R takes answers.
+#[derive(Clone, Copy, PartialEq)]
+enum TakeOrder {
+    ByRank,
+    AsTheyCome,
+    Mixed,
+}
+
+struct Setup {
+    workers: usize,
+    hosts: usize,
+    limit: usize,
+    /// Bytes that a stream between head and agent holds.
+    stream: usize,
+    /// Bytes that a worker's channel holds.
+    channel: usize,
+    /// 0: small messages and answers, 1: some large, 2: large answers.
+    sizes: u32,
+    /// Chunks as our own workers and R's side cut them, or of any size.
+    whole_chunks: bool,
+    order: TakeOrder,
+    /// One in so many actions is a fault; 0: none.
+    faults: u32,
+    /// One in so many tasks does what lasts.
+    lasting: u32,
+    /// How often a lost task is tried again.
+    retries: usize,
+    /// How long a task may take.
+    timeout: Option<Duration>,
+    /// Bytes of chunks that agents keep, if they do.
+    keep: Option<usize>,
+    /// Bytes of what lasts that agents hold.
+    state: usize,
+    /// R may be blocked in sending, so that the limit does not hold.
+    blocking: bool,
+    slow: bool,
+    actions: usize,
+    largest: usize,
+}
+
+impl Setup {
+    fn random(rng: &mut StdRng) -> Setup {
+        let workers = match rng.random_range(0..4) {
+            0 => rng.random_range(1..=3),
+            1 => rng.random_range(1..=10),
+            _ => rng.random_range(1..=40),
+        };
+        let sizes = rng.random_range(0..3);
+        // Much data through narrow streams would only take long.
+        let workers = if sizes == 2 { workers.min(8) } else { workers };
+        let narrow = if sizes == 0 { 0 } else { 1 };
+        let timeout = [0, 0, 100, 2_000, 20_000][rng.random_range(0..5)];
+        Setup {
+            workers,
+            hosts: rng.random_range(1..=workers.min(4)),
+            limit: [0, 1, 300_000, 1_000_000, 4_000_000][rng.random_range(0..5)],
+            stream: [200, 5_000, 70_000, 250_000][rng.random_range(narrow..4)],
+            channel: [100, 5_000, 70_000, 200_000][rng.random_range(narrow..4)],
+            sizes,
+            whole_chunks: rng.random(),
+            order: match rng.random_range(0..3) {
+                0 => TakeOrder::ByRank,
+                1 => TakeOrder::AsTheyCome,
+                _ => TakeOrder::Mixed,
+            },
+            faults: [0, 60, 10, 2][rng.random_range(0..4)],
+            lasting: [2, 6, 30][rng.random_range(0..3)],
+            retries: rng.random_range(0..4),
+            timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
+            keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
+            state: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
+            blocking: rng.random_ratio(1, 6),
+            slow: rng.random(),
+            actions: 800 + 60 * workers,
+            largest: LARGEST,
+        }
+    }
+}
+
+struct Sim {
+    setup: Setup,
+    rng: StdRng,
+    now: Now,
+    scheduler: Scheduler,
+    hosts: Vec<Host>,
+    /// Where each worker is.
+    at: Vec<(usize, u32)>,
+    facts: Facts,
+    job: JobId,
+    /// As in the hub's handle: tasks sent and not received, by the worker that R gave them to.
+    outstanding: Vec<VecDeque<TaskId>>,
+    /// What R has not taken, in order, with the bytes it holds.
+    ready: VecDeque<(TaskId, usize, Ready)>,
+    /// Bytes the head should hold of answers that are not whole.
+    arriving: HashMap<Rank, (TaskId, usize)>,
+    writing: Option<Message>,
+    waiting: Option<Waiting>,
+    /// What R goes on waiting for when it has decided on a lost task.
+    resume: Option<Waiting>,
+    submitted: usize,
+    released: usize,
+    /// Anything that moved, ever.
+    moved: u64,
+}
+
+impl Sim {
+    fn new(setup: Setup, mut rng: StdRng) -> Sim {
+        // Ranks are dealt at random, as they are when hosts are named in turn.
+        let mut ranks: Vec<Vec<Rank>> = vec![Vec::new(); setup.hosts];
+        for rank in 0..setup.workers {
+            let host = if rank < setup.hosts {
+                rank
+            } else {
+                rng.random_range(0..setup.hosts)
+            };
+            ranks[host].push(rank as Rank);
+        }
+        let mut at = vec![(0, 0); setup.workers];
+        for (host, ranks) in ranks.iter().enumerate() {
+            for (index, &rank) in ranks.iter().enumerate() {
+                at[rank as usize] = (host, index as u32);
+            }
+        }
+        let bounds = (setup.keep.unwrap_or(0), setup.state);
+        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds, setup.timeout);
+        let hosts: Vec<Host> = ranks.iter().map(host).collect();
+        let mut scheduler = Scheduler::new(ranks, setup.limit);
+        for agent in 0..hosts.len() {
+            if let Some(most) = setup.keep {
+                scheduler.share(agent, most);
+            }
+        }
+        Sim {
+            hosts,
+            scheduler,
+            now: Duration::ZERO,
+            at,
+            facts: Facts {
+                tasks: Vec::new(),
+                places: (0..setup.workers).map(|_| Place::new()).collect(),
+                retries: setup.retries,
+                seen: Seen::default(),
+            },
+            job: 1,
+            outstanding: vec![VecDeque::new(); setup.workers],
+            ready: VecDeque::new(),
+            arriving: HashMap::new(),
+            writing: None,
+            waiting: None,
+            resume: None,
+            submitted: 0,
+            released: 0,
+            moved: 0,
+            setup,
+            rng,
+        }
+    }
+
+    fn is_gone(&self, rank: Rank) -> bool {
+        self.facts.places[rank as usize].gone
+    }
+
+    // ---- head and agents ----
+
+    fn flush(&mut self, at: usize, most: usize) {
+        let host = &mut self.hosts[at];
+        if host.lost {
+            return;
+        }
+        while host.out.len() < WRITE {
+            let Some(frame) = self.scheduler.next_frame(at) else {
+                break;
+            };
+            assert!(frame.body.len() <= MAX_BODY);
+            host.out.push(&frame);
+        }
+        self.moved += host.down.pour(&mut host.out, most) as u64;
+        self.notes();
+    }
+
+    fn head_read(&mut self, at: usize, most: usize) {
+        let host = &mut self.hosts[at];
+        if host.lost {
+            return;
+        }
+        self.moved += host.up.read(&mut host.head_received, most) as u64;
+        while let Some(frame) = frame::decode(&mut self.hosts[at].head_received).expect("a frame") {
+            self.arrives(at, &frame);
+            let header = frame.header;
+            if let Err(error) = self.scheduler.on_frame(at, frame) {
+                panic!("the head refuses {header:?}: {error}");
+            }
+            self.notes();
+        }
+    }
+
+    /// What the head should make of a frame.
+    fn arrives(&mut self, at: usize, frame: &Frame) {
+        let header = &frame.header;
+        if !matches!(header.kind, Kind::Data | Kind::Seed) {
+            return;
+        }
+        let rank = self.hosts[at].ranks[header.worker as usize];
+        let task = &self.facts.tasks[header.task as usize];
+        if self.is_gone(rank) {
+            return;
+        }
+        if header.kind == Kind::Seed {
+            assert_eq!(header.flags & GUEST != 0, task.is_moved());
+            return;
+        }
+        if let (true, Some(seed)) = (header.flags & LAST != 0, &task.left) {
+            // Those of a moved task are its owner's.
+            let seeds = &mut self.facts.places[task.owner as usize].told_seeds;
+            seeds.push(match seed.len() {
+                0..=64 => seed.clone(),
+                _ => Bytes::new(),
+            });
+        }
+        if !task.open {
+            return;
+        }
+        let entry = self.arriving.entry(rank).or_insert((header.task, 0));
+        if header.flags & FIRST != 0 {
+            *entry = (header.task, 0);
+        }
+        assert_eq!(entry.0, header.task, "answers of one worker are mixed");
+        entry.1 += frame.body.len();
+    }
+
+    fn agent_read(&mut self, at: usize, most: usize) {
+        let host = &mut self.hosts[at];
+        if !host.lost {
+            self.moved += host.read_head(most, self.now, &mut self.facts);
+        }
+    }
+
+    fn agent_write(&mut self, at: usize, most: usize) {
+        let host = &mut self.hosts[at];
+        if !host.lost {
+            self.moved += host.up.pour(&mut host.to_head, most) as u64;
+        }
+    }
+
+    fn make(&mut self, at: usize) {
+        let host = &mut self.hosts[at];
+        if host.lost {
+            return;
+        }
+        let Some((worker, replaces)) = host.to_make.pop_front() else {
+            return;
+        };
+        self.moved += 1;
+        host.relay.made(worker, replaces);
+        let slow = self.setup.slow && self.rng.random_ratio(1, 5);
+        let slow = if slow {
+            self.rng.random_range(0..300)
+        } else {
+            0
+        };
+        let process = Process::new(worker, self.setup.channel, slow);
+        host.processes[worker as usize] = Some(process);
+    }
+
+    fn tick(&mut self) {
+        for host in self.hosts.iter_mut().filter(|host| !host.lost) {
+            self.moved += host.tick(self.now, &mut self.facts);
+        }
+    }
+
+    /// One step of a worker's process and of its agent's with it. `at_most` bytes to and fro.
+    fn step_worker(&mut self, at: usize, worker: u32, most: usize, calm: bool) {
+        let host = &mut self.hosts[at];
+        if host.lost {
+            return;
+        }
+        let Some(process) = &mut host.processes[worker as usize] else {
+            return;
+        };
+        if process.is_idle() {
+            return;
+        }
+        if host.curse == Curse::Starts && !process.is_up && self.rng.random_ratio(1, 3) {
+            process.dead = true;
+        }
+        let passed = if process.dead {
+            0
+        } else {
+            process.down.pour(&mut process.outgoing, most)
+        };
+        // One window, whatever was withdrawn, and what is not counted.
+        let bound = SEND_WINDOW + HEADER_LEN * 64 + process.given;
+        assert!(
+            process.outgoing.len() <= bound,
+            "{} bytes wait for one worker",
+            process.outgoing.len()
+        );
+        if process.outgoing.is_empty() {
+            process.given = 0;
+        }
+        assert!(process.held.len() <= HEADER_LEN + MAX_BODY + READ);
+        if process.outgoing.is_empty() && std::mem::take(&mut process.closing) {
+            process.closed = true;
+        }
+        if let Some((task, bytes)) = host.relay.book.passed(worker, passed) {
+            host.to_head.push(&Frame::credit(worker, task, bytes));
+        }
+        self.moved += passed as u64;
+        let Some(process) = &mut host.processes[worker as usize] else {
+            return;
+        };
+        if !process.dead {
+            let manner = (most, calm, self.setup.whole_chunks);
+            let rank = host.ranks[worker as usize];
+            let cursed = host.curse == Curse::Tasks;
+            self.moved += process.run(&mut self.rng, &mut self.facts, rank, manner, cursed);
+        }
+        self.moved += host.read_worker(worker, most, self.now, &mut self.facts);
+        // An exit is noticed a while later.
+        let Some(process) = &host.processes[worker as usize] else {
+            return;
+        };
+        if process.dead && (calm || self.rng.random_ratio(1, 4)) {
+            self.moved += 1;
+            host.on_exit(worker, self.now, &mut self.facts);
+        }
+        assert!(
+            host.to_head.len() <= BACKLOG + 2 * READ + 200 * host.ranks.len(),
+            "{} bytes wait for the head",
+            host.to_head.len()
+        );
+    }
+
+    // ---- the history ----
+
+    fn chaos(&mut self) {
+        for _ in 0..self.setup.actions {
+            match self.rng.random_range(0..20) {
+                0..4 if self.waiting.is_none() => {
+                    for _ in 0..=self.setup.workers / 1_000 {
+                        self.send_something();
+                    }
+                }
+                4 | 5 => self.wait(),
+                6 => {
+                    self.now += Duration::from_millis(self.rng.random_range(0..300));
+                    self.tick();
+                }
+                7 if self.setup.faults > 0 => {
+                    if self.rng.random_ratio(1, self.setup.faults) || self.rng.random_ratio(1, 60) {
+                        for _ in 0..=self.setup.workers / 200 {
+                            self.fault();
+                        }
+                    }
+                    if self.waiting.is_some() && self.rng.random_ratio(1, 20) {
+                        self.interrupt();
+                    }
+                }
+                8 if self.setup.blocking => {
+                    let unlimited = self.writing.is_some() && self.rng.random();
+                    self.scheduler.set_unlimited(unlimited);
+                    self.notes();
+                }
+                _ => {
+                    for _ in 0..=self.hosts.len() / 20 {
+                        let at = self.rng.random_range(0..self.hosts.len());
+                        for _ in 0..4 {
+                            self.pump(at);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn send_something(&mut self) {
+        if self.writing.is_some() {
+            if self.rng.random_ratio(1, 40) {
+                self.abandon();
+                return;
+            }
+            let chunks = self.rng.random_range(1..30);
+            for _ in 0..chunks {
+                self.write_chunk();
+            }
+            return;
+        }
+        let rank = self.rng.random_range(0..self.setup.workers);
+        // Also to workers that are gone: R may not have heard of it yet.
+        if self.outstanding[rank].len() < 3 {
+            self.begin_task(rank as Rank, false);
+            self.write_chunk();
+        }
+    }
+
+    /// Ctrl-C while R waits: the job it waits for is given up.
+    fn interrupt(&mut self) {
+        let job = match self.waiting {
+            Some(Waiting::For(rank)) => {
+                let front = self.outstanding[rank as usize].front();
+                front.map(|&task| self.facts.tasks[task as usize].job)
+            }
+            _ => Some(self.job),
+        };
+        self.wait_for(None);
+        if let Some(job) = job {
+            self.cancel_job(job);
+        }
+    }
+
+    fn fault(&mut self) {
+        let rank = self.rng.random_range(0..self.setup.workers) as Rank;
+        let (at, worker) = self.at[rank as usize];
+        match self.rng.random_range(0..24) {
+            0..7 => {
+                let job = self.rng.random_range(0..=self.job);
+                self.cancel_job(job);
+            }
+            7..10 => {
+                let job = self.job;
+                self.cancel_job(job);
+            }
+            10..18 => {
+                // Whoever it hits, or who has most to read.
+                let waiting = |process: &&mut Process| process.outgoing.len();
+                let processes = &mut self.hosts[at].processes;
+                let process = match self.rng.random() {
+                    true => processes[worker as usize].as_mut(),
+                    false => processes.iter_mut().flatten().max_by_key(waiting),
+                };
+                if let Some(process) = process {
+                    process.dead = true;
+                }
+            }
+            18 => {
+                self.scheduler.stop_worker(rank);
+                self.notes();
+                assert!(self.is_gone(rank));
+            }
+            19 | 20 => {
+                // Its end of the channel closes, and the process lives on.
+                if self.hosts[at].processes[worker as usize].is_some() {
+                    let now = self.now;
+                    self.hosts[at].relay.book.hung_up(worker, now);
+                }
+            }
+            21 | 22 => {
+                let host = &mut self.hosts[at];
+                host.curse = match (host.curse, self.rng.random_range(0..3)) {
+                    (Curse::None, 0) => Curse::Starts,
+                    (Curse::None, _) => Curse::Tasks,
+                    _ => Curse::None,
+                };
+            }
+            _ => {
+                if self
+                    .rng
+                    .random_ratio(1, 3 + self.setup.workers as u32 / 100)
+                {
+                    self.hosts[at].lost = true;
+                    self.scheduler.agent_lost(at, "lost");
+                    self.notes();
+                    let ranks = &self.hosts[at].ranks;
+                    assert!(ranks.iter().all(|&rank| self.is_gone(rank)));
+                }
+            }
+        }
+    }
+
+    fn pump(&mut self, at: usize) {
+        let n = slice(&mut self.rng);
+        match self.rng.random_range(0..10) {
+            0 => self.flush(at, n),
+            1 => self.agent_read(at, n),
+            2 => self.agent_write(at, n),
+            3 => self.head_read(at, n),
+            4 => self.make(at),
+            _ => {
+                let count = self.hosts[at].ranks.len();
+                for _ in 0..count.min(8) {
+                    let worker = self.rng.random_range(0..count) as u32;
+                    let n = slice(&mut self.rng);
+                    self.step_worker(at, worker, n, false);
+                }
+            }
+        }
+    }
+
+    /// One look at everything, as fast as the streams allow.
+    fn sweep(&mut self) {
+        const MOST: usize = usize::MAX;
+        for at in 0..self.hosts.len() {
+            self.flush(at, MOST);
+            self.agent_read(at, MOST);
+            for worker in 0..self.hosts[at].ranks.len() as u32 {
+                self.make(at);
+                self.step_worker(at, worker, MOST, true);
+            }
+            self.agent_write(at, MOST);
+            self.head_read(at, MOST);
+        }
+    }
+
+    fn write_all(&mut self) {
+        while self.writing.is_some() {
+            self.write_chunk();
+        }
+    }
+
+    /// R takes what is there, and then waits for something that is not.
+    fn take_all(&mut self) {
+        while self.waiting.is_none() && !self.outstanding.iter().all(VecDeque::is_empty) {
+            self.wait();
+            self.write_all();
+        }
+    }
+
+    /// No more faults, but for those of cursed hosts: everything must end by itself.
+    fn drain(&mut self) {
+        self.write_all();
+        self.scheduler.set_unlimited(false);
+        if self.setup.timeout.is_none() {
+            // R would wait for these for ever, and so would their users.
+            let tasks = self.facts.tasks.iter();
+            let stuck = tasks.filter(|task| task.stuck && task.end.is_none());
+            let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
+            for job in jobs {
+                self.cancel_job(job);
+            }
+        }
+        let mut before = self.moved;
+        let mut idle = 0;
+        let mut sweeps = 0;
+        loop {
+            self.take_all();
+            self.sweep();
+            sweeps += 1;
+            assert!(sweeps < 2_000_000, "no end in sight");
+            if self.moved != before {
+                before = self.moved;
+                idle = 0;
+                continue;
+            }
+            idle += 1;
+            // Only time can help now: tasks that are out of time, and workers that were to end and
+            // do not.
+            let living = self.hosts.iter().filter(|host| !host.lost);
+            let next = living.filter_map(|host| host.relay.book.next_deadline());
+            if let Some(next) = next.min() {
+                self.now = self.now.max(next);
+                self.tick();
+            } else if self.outstanding.iter().all(VecDeque::is_empty) {
+                break;
+            }
+            assert!(idle < 10, "deadlock: {}", self.describe());
+        }
+    }
+
+    fn describe(&self) -> String {
+        let tasks = self.facts.tasks.iter().enumerate();
+        let open = tasks.filter(|(_, task)| task.end.is_none());
+        let open = open.map(|(id, task)| (id, task.owner, task.place, task.open));
+        let open: Vec<_> = open.take(10).collect();
+        format!(
+            "R waits for {:?}; open (task, owner, place, with the scheduler): {open:?}; held {}; \
+             arriving {:?}; starving {}; ready {:?}",
+            self.waiting,
+            self.scheduler.buffered(),
+            self.arriving,
+            self.scheduler.is_starving(),
+            self.ready,
+        )
+    }
+
+    /// After all has ended.
+    fn check_rest(&mut self) {
+        let tasks = &self.facts.tasks;
+        assert!(tasks.iter().all(|task| task.end.is_some() && !task.open));
+        assert!(self.ready.is_empty() && self.arriving.is_empty());
+        assert_eq!(self.scheduler.buffered(), 0);
+        assert!(!self.scheduler.is_starving());
+        assert_eq!(self.released, self.submitted);
+        for at in 0..self.hosts.len() {
+            assert_eq!(self.scheduler.next_frame(at), None);
+            let host = &self.hosts[at];
+            if host.lost {
+                continue;
+            }
+            for (index, &rank) in host.ranks.iter().enumerate() {
+                assert_eq!(host.relay.book.task(index as u32), None);
+                let process = host.processes[index].is_some();
+                assert_eq!(process, !self.is_gone(rank), "worker {rank}");
+            }
+        }
+        let mut places = self.facts.places.iter();
+        let any_left = places.any(|place| !place.gone);
+        assert_eq!(self.scheduler.any_left(), any_left);
+    }
+
+    fn run(&mut self) {
+        self.chaos();
+        self.drain();
+        self.check_rest();
+        // Whoever is left must be as good as new.
+        for host in &mut self.hosts {
+            host.curse = Curse::None;
+        }
+        let first = self.facts.tasks.len();
+        for rank in 0..self.setup.workers as Rank {
+            if !self.is_gone(rank) {
+                self.begin_task(rank, true);
+                self.write_all();
+            }
+        }
+        self.drain();
+        self.check_rest();
+        let ends = self.facts.tasks.iter();
+        ends.clone()
+            .skip(first)
+            .for_each(|task| assert_eq!(task.end, Some(End::Answer)));
+        let ended = |end: End| ends.clone().filter(|task| task.end == Some(end)).count();
+        self.facts.seen.given_up = ended(End::GivenUp);
+        self.facts.seen.errors = ended(End::Error);
+    }
+}
+
+/// Says which seed it was when a test fails.
+struct Named(u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let seed = self.0;
+            eprintln!("seed {seed} fails; RUSTCLUSTER_SEED={seed} replays it alone");
+        }
+    }
+}
+
+fn chosen() -> Option<u64> {
+    let seed = std::env::var("RUSTCLUSTER_SEED").ok()?;
+    Some(seed.parse().expect("RUSTCLUSTER_SEED is a number"))
+}
+
+fn is_long() -> bool {
+    std::env::var("RUSTCLUSTER_LONG_TESTS").is_ok_and(|long| long == "1")
+}
+
+#[test]
+fn every_task_ends_exactly_once_whatever_happens() {
+    let seeds = match chosen() {
+        Some(seed) => seed..seed + 1,
+        None if is_long() => 0..10_000,
+        None => 0..250,
+    };
+    let mut seen = Seen::default();
+    for seed in seeds {
+        let _named = Named(seed);
+        let mut rng = StdRng::seed_from_u64(seed);
+        let setup = Setup::random(&mut rng);
+        let mut sim = Sim::new(setup, rng);
+        sim.run();
+        seen.add(&sim.facts.seen);
+    }
+    eprintln!("{seen:?}");
+    // A simulation in which nothing happens would find nothing.
+    let few = seen.counts().iter().any(|&count| count < 5);
+    assert!(!few || chosen().is_some(), "{seen:?}");
+}
+
+#[test]
+fn ten_thousand_workers_on_a_hundred_hosts() {
+    let seed = chosen().unwrap_or(1_000);
+    let _named = Named(seed);
+    let rng = StdRng::seed_from_u64(seed);
+    let setup = Setup {
+        workers: 10_000,
+        hosts: 100,
+        limit: 2_000_000,
+        stream: 200_000,
+        channel: 50_000,
+        sizes: 1,
+        whole_chunks: false,
+        order: TakeOrder::Mixed,
+        faults: 5,
+        lasting: 4,
+        retries: 2,
+        timeout: Some(Duration::from_secs(60)),
+        keep: Some(1_000_000),
+        state: 10_000_000,
+        blocking: false,
+        slow: true,
+        actions: if is_long() { 1_000_000 } else { 15_000 },
+        largest: if is_long() { 400_000 } else { 20_000 },
+    };
+    let mut sim = Sim::new(setup, rng);
+    sim.run();
+    eprintln!("{:?}", sim.facts.seen);
+}

@@ -1,0 +1,403 @@
+//! Simulated workers: what `worker.rs` and R do, in steps.
+
+use crate::parts::{Draws, Effect, Facts, Manners, Pipe, digest, part};
+use bytes::{Bytes, BytesMut};
+use rand::Rng;
+use rand::rngs::StdRng;
+use rustcluster_core::agent::state::{Now, REPLAY};
+use rustcluster_core::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
+use rustcluster_core::message::{self, WorkerReady};
+use rustcluster_core::outbuf::OutBuf;
+use rustcluster_core::scheduler::{Rank, TaskId};
+use xxhash_rust::xxh3::Xxh3;
+
+/// A message that is being received.
+struct Incoming {
+    task: TaskId,
+    at: usize,
+    /// Of a message that lasts.
+    hasher: Option<Box<Xxh3>>,
+}
+
+/// A task that a simulated worker is at.
+struct Running {
+    task: TaskId,
+    sent: usize,
+    len: usize,
+    begun: bool,
+    /// Nothing of it has been done yet.
+    fresh: bool,
+    /// Steps before the next chunk.
+    pause: u32,
+    /// Where the answer is to begin anew, once.
+    restart_at: Option<usize>,
+    stuck: bool,
+    manners: Manners,
+    draws: Draws,
+    effect: Option<Effect>,
+}
+
+pub struct Worker {
+    received: BytesMut,
+    pub out: OutBuf,
+    incoming: Option<Incoming>,
+    running: Option<Running>,
+    /// What lasts on it.
+    pub effects: Vec<Effect>,
+    /// The state of its random number generator; empty: it has none.
+    pub seed: Bytes,
+    /// Its own while that of another is in place.
+    own: Option<Bytes>,
+    /// To be put in place before the next task.
+    seeds_before: Vec<(Bytes, bool)>,
+    /// Reads a few bytes at a time for so many steps.
+    slow: u32,
+}
+
+/// A worker's process with its agent's end of the channel.
+pub struct Process {
+    pub outgoing: OutBuf,
+    pub down: Pipe,
+    pub up: Pipe,
+    pub held: BytesMut,
+    pub worker: Worker,
+    pub closing: bool,
+    pub closed: bool,
+    pub dead: bool,
+    /// The head may send it tasks.
+    pub is_up: bool,
+    /// Bytes that its agent gave it of its own accord.
+    pub given: usize,
+    /// When all of a task's message had come, and whether the agent has seen some of the answer.
+    pub complete: Option<(TaskId, Now)>,
+    pub answering: bool,
+}
+
+impl Process {
+    pub fn new(index: u32, channel: usize, slow: u32) -> Process {
+        let tempdir = String::new();
+        let ready = message::encode_for(index, &WorkerReady { tempdir }).expect("a frame");
+        let mut out = OutBuf::default();
+        out.push(&ready);
+        Process {
+            outgoing: OutBuf::default(),
+            down: Pipe::new(channel),
+            up: Pipe::new(channel),
+            held: BytesMut::new(),
+            worker: Worker {
+                received: BytesMut::new(),
+                out,
+                incoming: None,
+                running: None,
+                effects: Vec::new(),
+                seed: Bytes::new(),
+                own: None,
+                seeds_before: Vec::new(),
+                slow,
+            },
+            closing: false,
+            closed: false,
+            dead: false,
+            is_up: false,
+            given: 0,
+            complete: None,
+            answering: false,
+        }
+    }
+
+    /// Whether a step would change nothing.
+    pub fn is_idle(&self) -> bool {
+        let worker = &self.worker;
+        let streams = self.down.bytes.is_empty() && self.up.bytes.is_empty();
+        let buffers = self.outgoing.is_empty() && self.held.is_empty() && worker.out.is_empty();
+        let at_rest = worker.running.is_none() && !self.dead && !self.closing && !self.closed;
+        streams && buffers && at_rest
+    }
+
+    /// One step of the simulated worker. Returns whether anything moved. `cursed`: it ends when it
+    /// starts a task.
+    pub fn run(
+        &mut self,
+        rng: &mut StdRng,
+        facts: &mut Facts,
+        rank: Rank,
+        (most, calm, whole): (usize, bool, bool),
+        cursed: bool,
+    ) -> u64 {
+        let worker = &mut self.worker;
+        let most = if worker.slow > 0 && !calm {
+            worker.slow -= 1;
+            // A few bytes, or none at all.
+            most.min(rng.random_range(0..40))
+        } else {
+            most
+        };
+        let mut moved = self.down.read(&mut worker.received, most) as u64;
+        while let Some(frame) = frame::decode(&mut worker.received).expect("a frame") {
+            let lethal = worker.on_frame(frame, rng, facts, rank);
+            if lethal || cursed && worker.is_at_a_task() {
+                self.dead = true;
+                return moved + 1;
+            }
+        }
+        moved += worker.answer(rng, facts, rank, (calm, whole));
+        moved += self.up.pour(&mut worker.out, most) as u64;
+        let idle = worker.running.is_none() && worker.out.is_empty() && self.down.bytes.is_empty();
+        if self.closed && idle {
+            self.dead = true;
+            moved += 1;
+        }
+        moved
+    }
+}
+
+impl Worker {
+    fn is_at_a_task(&self) -> bool {
+        let running = self.running.as_ref();
+        running.is_some_and(|running| running.task & REPLAY == 0)
+    }
+
+    /// Returns whether this was its end.
+    fn on_frame(&mut self, frame: Frame, rng: &mut StdRng, facts: &mut Facts, rank: Rank) -> bool {
+        let Header { flags, task, .. } = frame.header;
+        match frame.header.kind {
+            Kind::Data if flags & ABORT != 0 => {
+                assert!(self.running.is_none());
+                self.incoming = None;
+                self.seeds_before.retain(|seed| !seed.1);
+            }
+            Kind::Data => {
+                // What it does again comes all at once.
+                let again = task & REPLAY != 0;
+                assert!(self.running.is_none() || again, "two tasks at once");
+                if let (true, Some(running)) = (again, &self.running) {
+                    assert!(running.task & REPLAY != 0);
+                    // Done before the next is looked at.
+                    while self.running.is_some() {
+                        self.answer(rng, facts, rank, (true, true));
+                    }
+                }
+                self.on_data(task, flags, &frame.body, facts);
+                if flags & LAST != 0 {
+                    return self.start(rng, facts, rank);
+                }
+            }
+            Kind::Seed => self.seeds_before.push((frame.body, flags & GUEST != 0)),
+            Kind::Cancel => self.on_cancel(task, rng),
+            kind => panic!("a worker got {kind:?}"),
+        }
+        false
+    }
+
+    fn on_data(&mut self, task: TaskId, flags: u8, body: &Bytes, facts: &Facts) {
+        let again = task & REPLAY != 0;
+        if flags & FIRST != 0 {
+            assert!(self.incoming.is_none(), "a message within a message");
+            let lasts = again || facts.tasks[task as usize].effect.is_some();
+            self.incoming = Some(Incoming {
+                task,
+                at: 0,
+                hasher: lasts.then(Box::default),
+            });
+        }
+        let incoming = self.incoming.as_mut().expect("a chunk of no task");
+        assert_eq!(incoming.task, task);
+        if !again {
+            let expected = part(task, false, incoming.at, body.len());
+            assert!(*body == expected, "task {task} arrives changed");
+        }
+        incoming.at += body.len();
+        if let Some(hasher) = &mut incoming.hasher {
+            hasher.update(body);
+        }
+    }
+
+    /// All of a message is there. Returns whether this was its end.
+    fn start(&mut self, rng: &mut StdRng, facts: &mut Facts, rank: Rank) -> bool {
+        let Incoming { task, at, hasher } = self.incoming.take().expect("a message");
+        let effect = hasher.map(|hasher| Effect::of(task, &hasher));
+        for (seed, guest) in std::mem::take(&mut self.seeds_before) {
+            let before = std::mem::replace(&mut self.seed, seed);
+            if guest {
+                self.own.get_or_insert(before);
+            }
+        }
+        let mut running = Running {
+            task,
+            sent: 0,
+            len: 0,
+            begun: false,
+            fresh: true,
+            pause: rng.random_range(0..4),
+            restart_at: None,
+            stuck: false,
+            manners: Manners::Stop,
+            draws: Draws::Nothing,
+            effect,
+        };
+        if let (true, Some(effect)) = (task & REPLAY != 0, effect) {
+            running.len = effect.hash as usize % 3_000;
+            running.draws = effect.draws();
+            self.running = Some(running);
+            return false;
+        }
+        self.check_start(task, facts, rank);
+        let state = &mut facts.tasks[task as usize];
+        assert_eq!(at, state.len);
+        assert_eq!(effect, state.effect);
+        running.len = state.answer_len;
+        running.draws = state.draws;
+        running.stuck = state.stuck;
+        running.manners = state.manners;
+        let restart = running.len > 0 && rng.random_ratio(1, 10);
+        running.restart_at = restart.then(|| rng.random_range(0..running.len));
+        self.running = Some(running);
+        state.poison
+    }
+
+    /// Whether this worker is what the task must find.
+    fn check_start(&self, id: TaskId, facts: &mut Facts, rank: Rank) {
+        if facts.places[rank as usize].gone {
+            // It was stopped or given up, and has not heard of that. The task may be elsewhere by now.
+            return;
+        }
+        let owner = facts.tasks[id as usize].owner;
+        let told_seeds = facts.places[owner as usize].told_seeds.clone();
+        let place = &mut facts.places[rank as usize];
+        let task = &mut facts.tasks[id as usize];
+        assert_eq!(task.place, rank);
+        assert!(task.complete);
+        assert!(
+            task.starts <= task.losses,
+            "task {id} starts once too often"
+        );
+        assert!(task.losses <= facts.retries, "task {id} is tried too often");
+        task.starts += 1;
+        assert!(!std::mem::replace(&mut task.started, true), "started twice");
+        assert_eq!(
+            digest(&self.effects),
+            digest(&place.effects),
+            "worker {rank} is not what it was before task {id}: {:?} {:?}",
+            self.effects,
+            place.effects
+        );
+        assert_eq!(
+            self.own.as_ref().unwrap_or(&self.seed),
+            &place.seed,
+            "worker {rank}'s random numbers at task {id}"
+        );
+        if task.is_moved() {
+            assert!(
+                self.own.is_some(),
+                "moved task {id} uses its worker's random numbers"
+            );
+            let known = &told_seeds[task.since..];
+            assert!(known.contains(&self.seed), "moved task {id}");
+        } else {
+            assert!(self.own.is_none());
+            assert!(id >= place.last_started, "tasks start out of order");
+            place.last_started = id;
+        }
+        match &task.began_with {
+            Some((seed, told)) if !task.is_moved() || *told == told_seeds.len() => {
+                // The first try may have been where it was not a guest.
+                let known = !task.is_moved() || told_seeds.last() == Some(seed);
+                assert!(
+                    !known || *seed == self.seed,
+                    "task {id} begins with other random numbers than at first"
+                );
+            }
+            Some(_) => {}
+            None => task.began_with = Some((self.seed.clone(), told_seeds.len())),
+        }
+    }
+
+    fn on_cancel(&mut self, task: TaskId, rng: &mut StdRng) {
+        match &mut self.running {
+            Some(running) if running.task == task => {
+                if running.fresh && rng.random() {
+                    // It is seen before the task starts.
+                    running.stuck = false;
+                    running.len = 0;
+                    running.draws = Draws::Nothing;
+                    running.effect = None;
+                    running.restart_at = None;
+                    return;
+                }
+                match running.manners {
+                    Manners::Stop => {
+                        running.len = running.sent;
+                        running.stuck = false;
+                    }
+                    Manners::Restart => {
+                        running.sent = 0;
+                        running.begun = false;
+                        running.stuck = false;
+                    }
+                    Manners::Ignore => {}
+                }
+            }
+            // It has ended.
+            _ => {}
+        }
+    }
+
+    fn answer(
+        &mut self,
+        rng: &mut StdRng,
+        facts: &mut Facts,
+        rank: Rank,
+        (calm, whole): (bool, bool),
+    ) -> u64 {
+        let Some(running) = &mut self.running else {
+            return 0;
+        };
+        let again = running.task & REPLAY != 0;
+        if running.stuck || self.out.len() > MAX_BODY && !again {
+            return 0;
+        }
+        running.fresh = false;
+        if running.pause > 0 && !calm {
+            running.pause -= 1;
+            return 1;
+        }
+        if running.restart_at.is_some_and(|at| running.sent >= at) {
+            running.restart_at = None;
+            running.sent = 0;
+            running.begun = false;
+        }
+        let left = running.len - running.sent;
+        let n = if whole {
+            left.min(MAX_BODY)
+        } else {
+            rng.random_range(1..=MAX_BODY).min(left)
+        };
+        let first = !std::mem::replace(&mut running.begun, true);
+        let last = n == left;
+        let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
+        let task = running.task;
+        let body = match again {
+            true => part(0, true, 0, n),
+            false => part(task, true, running.sent, n),
+        };
+        running.sent += n;
+        running.pause = rng.random_range(0..3);
+        if last {
+            let after = running.draws.after(&self.seed, task, rng.random());
+            if after != self.seed {
+                if !again && !facts.places[rank as usize].gone {
+                    facts.tasks[task as usize].left = Some(after.clone());
+                }
+                let flags = if self.own.is_some() { GUEST } else { 0 };
+                self.out
+                    .push(&Frame::new(Kind::Seed, flags, 0, task, after.clone()));
+            }
+            self.seed = self.own.take().unwrap_or(after);
+            self.effects.extend(running.effect);
+            self.running = None;
+        }
+        // The agent knows whose channel this is.
+        self.out.push(&Frame::new(Kind::Data, flags, 0, task, body));
+        1
+    }
+}
