@@ -37,7 +37,7 @@
 #'   seconds; default 120), `user`, `rshcmd` (a command line, or a character
 #'   vector of a command and its arguments; default `"ssh"`), `rshopts` (further
 #'   arguments). Without any meaning here, and accepted for the sake of old code:
-#'   `port`, `master`, `timeout`, `useXDR`, `setup_strategy` and others. On other
+#'   `port`, `master`, `useXDR`, `setup_strategy` and others. On other
 #'   hosts the `Rscript` of their PATH is run, unless `rscript` says otherwise.
 #'   Defaults set with
 #'   `parallel::setDefaultClusterOptions()` count. Any other argument is an

@@ -256,7 +256,7 @@ impl Relay {
             &[]
         };
         let known = Bytes::copy_from_slice(known);
-        let frame = Frame::new(Kind::Seed, header.flags, worker, header.task, known);
+        let frame = Frame::new(Kind::Seed, header.flags & GUEST, worker, header.task, known);
         acts.push(Act::ToHead(frame));
     }
 

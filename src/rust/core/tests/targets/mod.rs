@@ -3,11 +3,11 @@
 //! `corpus.rs` replays what it has found.
 
 use bytes::{Buf, Bytes, BytesMut};
-use rustcluster_core::agent::replay::Replay;
-use rustcluster_core::agent::state::{Book, Ending, REPLAY, Ready, Route};
+use rustcluster_core::agent::relay::{Act, Relay};
+use rustcluster_core::agent::state::Ending;
 use rustcluster_core::agent::{self, Greeted};
 use rustcluster_core::frame::{
-    self, FIRST, Frame, FrameError, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
+    self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
 };
 use rustcluster_core::greeting::Greeting;
 use rustcluster_core::message::{
@@ -16,7 +16,6 @@ use rustcluster_core::message::{
 use rustcluster_core::scheduler::{
     GRANT, Note, Order, Outcome, ProtocolError, RESULT_WINDOW, Rank, Scheduler, Want,
 };
-use rustcluster_core::share::Kept;
 use rustcluster_core::sys;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -420,17 +419,18 @@ pub fn to_head(data: &[u8]) {
     head.end();
 }
 
-/// As the agent: what it relays, without the processes.
+/// The agent's decisions, and as little of the rest as they need.
 struct Host {
-    book: Book,
-    kept: Kept,
-    replay: Replay,
+    relay: Relay,
     received: BytesMut,
+    /// What has come from each worker and waits.
+    held: [BytesMut; WORKERS],
     now: Duration,
     /// Workers that are to be made.
     starting: Vec<u32>,
     /// Bytes on their way to each worker.
     forwarded: [usize; WORKERS],
+    acts: Vec<Act>,
 }
 
 const WORKERS: usize = 3;
@@ -438,76 +438,52 @@ const WORKERS: usize = 3;
 impl Host {
     fn receive(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
         self.received.extend_from_slice(bytes);
-        let text = |error: FrameError| ProtocolError(error.to_string());
-        while let Some(mut frame) = frame::decode(&mut self.received).map_err(text)? {
-            let header = frame.header;
-            match header.kind {
-                Kind::Data => {
-                    self.kept.receive(&mut frame)?;
-                    assert_eq!(frame.header.body_len(), frame.body.len());
-                    assert!(frame.body.len() <= MAX_BODY);
-                    let now = self.now;
-                    if self.book.to_worker(&frame.header, now)? == Route::Forward {
-                        let last = header.flags & LAST != 0;
-                        self.replay.piece(header.worker, &frame.body, last);
-                        self.forwarded[header.worker as usize] += frame.wire_len();
-                    }
-                }
-                Kind::Seed => {
-                    if self.book.is_meant(header.worker)? {
-                        self.replay.set_seed(header.worker, frame.body);
-                    }
-                }
-                Kind::State => {
-                    if self.book.is_meant(header.worker)? {
-                        self.replay.expect(header.worker, header.task % 3);
-                    }
-                }
-                Kind::Credit => {
-                    if self.book.credit(header.worker, header.task, header.len)? {
-                        assert!((header.worker as usize) < WORKERS);
-                    }
-                }
-                Kind::Control => {
-                    let message = message::decode(&frame.body)
-                        .map_err(|error| ProtocolError(error.to_string()))?;
-                    self.on_message(message)?;
-                }
-                _ => return Err(ProtocolError("a frame that is not for an agent".into())),
-            }
-        }
+        let result = self
+            .relay
+            .from_head(&mut self.received, self.now, &mut self.acts);
+        self.act();
         assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
-        Ok(())
+        result
     }
 
-    fn on_message(&mut self, message: ToAgent) -> Result<(), ProtocolError> {
-        match message {
-            ToAgent::Cancel { worker, task } => {
-                let interrupt = self.book.cancel(worker, task, self.now)?;
-                assert!(!interrupt || self.book.task(worker) == Some(task));
+    fn act(&mut self) {
+        for act in std::mem::take(&mut self.acts) {
+            match act {
+                Act::ToWorker(frame) => {
+                    assert_eq!(frame.header.body_len(), frame.body.len());
+                    assert!(frame.body.len() <= MAX_BODY);
+                    self.forwarded[frame.header.worker as usize] += frame.wire_len();
+                }
+                Act::ToHead(frame) => {
+                    assert!((frame.header.worker as usize) < WORKERS);
+                    assert_eq!(frame.header.flags & !(FIRST | LAST | ABORT | GUEST), 0);
+                }
+                Act::Interrupt { worker, task } => {
+                    assert_eq!(self.relay.book.task(worker), Some(task));
+                }
+                Act::ReadAgain(worker) => self.from_worker(worker, &[]),
+                Act::Up { worker, .. } | Act::Close(worker) | Act::TempDir(worker, _) => {
+                    assert!((worker as usize) < WORKERS);
+                }
+                Act::Tell(message) => assert!(message::encode(&message).is_ok()),
+                Act::End => {}
             }
-            ToAgent::LossNoted { worker } => self.book.noted(worker)?,
-            ToAgent::StopWorker { worker } => {
-                let stopped = self.book.stop(worker, self.now).is_some();
-                assert!(!stopped || (worker as usize) < WORKERS);
-            }
-            _ => {}
         }
-        Ok(())
     }
 
     /// A worker that sends nonsense is killed; the others are none the wiser.
-    fn answer(&mut self, header: &Header) {
-        let worker = header.worker;
-        let route = self.book.from_worker(header);
-        if (worker as usize) < WORKERS && header.flags & LAST != 0 && route != Ok(Route::Hold) {
-            self.replay.done(worker, route == Ok(Route::Forward));
+    fn from_worker(&mut self, worker: u32, bytes: &[u8]) {
+        if self.starting.contains(&worker) {
+            return;
         }
-        match route {
-            Ok(Route::Forward) => assert_eq!(header.flags & !(FIRST | LAST), 0),
-            Ok(_) => {}
-            Err(_) if (worker as usize) < WORKERS => self.exit(worker),
-            Err(_) => {}
+        let held = &mut self.held[worker as usize];
+        held.extend_from_slice(bytes);
+        let mut bytes = std::mem::take(held);
+        let result = self.relay.from_worker(worker, &mut bytes, &mut self.acts);
+        self.held[worker as usize] = bytes;
+        self.act();
+        if result.is_err() {
+            self.exit(worker);
         }
     }
 
@@ -515,29 +491,40 @@ impl Host {
         if self.starting.contains(&worker) {
             return;
         }
-        self.replay.lost(worker);
-        let restorable = self.replay.is_complete(worker);
-        match self.book.exited(worker, restorable) {
+        self.held[worker as usize].clear();
+        match self.relay.exited(worker, true) {
             Ending::Replace | Ending::Lost { replaced: true } => self.starting.push(worker),
             _ => {}
         }
     }
+
+    fn make(&mut self, worker: u32, replaces: bool) {
+        self.relay.made(worker, replaces);
+        let tempdir = String::new();
+        let ready = message::encode(&WorkerReady { tempdir }).expect("a small message");
+        self.from_worker(worker, &wire(&ready));
+    }
+}
+
+fn wire(frame: &Frame) -> Vec<u8> {
+    [&frame.header.to_bytes(), &frame.body[..]].concat()
 }
 
 /// A stream from a head after the handshake, while workers go about theirs.
 pub fn to_agent(data: &[u8]) {
     let mut script = Script(data);
+    let timeout = Some(Duration::from_secs(3));
     let mut host = Host {
-        book: Book::new(WORKERS, Some(Duration::from_secs(3))),
-        kept: Kept::new(200_000),
-        replay: Replay::new(WORKERS, 300_000),
+        relay: Relay::new(WORKERS, 200_000, 300_000, timeout),
         received: BytesMut::new(),
+        held: Default::default(),
         now: Duration::ZERO,
         starting: Vec::new(),
         forwarded: [0; WORKERS],
+        acts: Vec::new(),
     };
     for worker in 0..WORKERS as u32 {
-        assert_eq!(host.book.ready(worker, 0), Ready::Up);
+        host.make(worker, false);
     }
     while let Some(step) = script.next() {
         let worker = u32::from(step >> 4) % WORKERS as u32;
@@ -556,54 +543,47 @@ pub fn to_agent(data: &[u8]) {
                 host.receive(script.take(len))
             }
             9 | 10 => {
-                let wire = script.frame([Kind::Data; 4]);
-                if let Ok(Some(mut header)) = Header::decode(&wire) {
-                    // Of those by which it is restored, sometimes.
-                    header.task |= u64::from(header.task % 2) * REPLAY;
-                    host.answer(&header);
+                let mut wire = script.frame([Kind::Data, Kind::Data, Kind::Seed, Kind::Control]);
+                // To one of those tasks by which it is restored, sometimes: the highest bit.
+                if wire.len() >= HEADER_LEN && wire[8] % 2 == 1 {
+                    wire[15] |= 0x80;
                 }
+                host.from_worker(worker, &wire);
                 Ok(())
             }
             11 => {
                 let bytes = std::mem::take(&mut host.forwarded[worker as usize]);
-                if let Some((_, credit)) = host.book.passed(worker, bytes) {
+                if let Some((_, credit)) = host.relay.book.passed(worker, bytes) {
                     assert!(credit as usize >= bytes);
                 }
                 Ok(())
             }
             12 => {
                 // The answer that a worker of ours would give.
-                if let Some(task) = host.book.task(worker) {
-                    let header = Header {
-                        kind: Kind::Data,
-                        flags: FIRST | LAST,
-                        worker,
-                        task,
-                        len: 1,
-                    };
-                    host.answer(&header);
+                if let Some(task) = host.relay.book.task(worker) {
+                    let answer = Bytes::from_static(b"x");
+                    let answer = Frame::new(Kind::Data, FIRST | LAST, worker, task, answer);
+                    host.from_worker(worker, &wire(&answer));
                 }
                 Ok(())
             }
             13 => {
                 host.now += Duration::from_millis(700);
-                for (worker, task) in host.book.out_of_time(host.now) {
-                    assert_eq!(host.book.task(worker), Some(task));
-                }
-                for worker in host.book.overdue(host.now) {
+                host.relay.out_of_time(host.now, &mut host.acts);
+                host.act();
+                for worker in host.relay.book.overdue(host.now) {
                     host.exit(worker);
                 }
                 Ok(())
             }
             14 => {
                 if let Some(worker) = host.starting.pop() {
-                    let again = host.replay.restore(worker).messages.len();
-                    host.book.ready(worker, again);
+                    host.make(worker, true);
                 }
                 Ok(())
             }
             _ => {
-                host.book.hung_up(worker, host.now);
+                host.relay.book.hung_up(worker, host.now);
                 Ok(())
             }
         };
@@ -612,8 +592,8 @@ pub fn to_agent(data: &[u8]) {
         }
     }
     for worker in 0..WORKERS as u32 {
-        host.book.stop(worker, host.now);
-        host.book.exited(worker, true);
+        host.relay.stop(worker, host.now, &mut host.acts);
+        host.relay.exited(worker, true);
     }
-    assert!(host.book.all_gone());
+    assert!(host.relay.book.all_gone());
 }
