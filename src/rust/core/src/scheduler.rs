@@ -708,6 +708,8 @@ impl Scheduler {
         self.agents[agent].sendable.clear();
         let gone = Arc::new(Gone::Host(reason.to_owned()));
         for rank in self.agents[agent].ranks.clone() {
+            // None is in the queue any more.
+            self.workers[rank as usize].sendable = false;
             self.lose(rank, gone.clone());
         }
     }
@@ -1534,5 +1536,21 @@ mod tests {
             replace(&mut scheduler, 0);
         }
         assert!(left_out(&mut scheduler));
+    }
+
+    #[test]
+    fn what_waited_to_be_sent_when_a_host_was_lost_does_not_hold_up_what_is_sent_when_it_is_back() {
+        let mut scheduler = up(2);
+        submit(&mut scheduler, order(0, 1));
+        scheduler.agent_lost(0, "lost");
+        let start = ToAgent::Alive;
+        scheduler.agent_back(0, &start).unwrap();
+        tell(&mut scheduler, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+        let message = vec![Bytes::from_static(b"restored").into()];
+        assert!(scheduler.restore(0, vec![(RESTORE, 0, message)]));
+        submit(&mut scheduler, order(0, 2));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [RESTORE]);
+        answer(&mut scheduler, 0, RESTORE, None);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
     }
 }

@@ -155,7 +155,12 @@ async fn serve_one(
 fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
     let mut core = shared.core();
     core.scheduler.agent_lost(agent, &failure.reason);
-    core.inbox.hosts[agent].failure.get_or_insert(failure);
+    let for_good = core.conns[agent].for_good;
+    let known = &mut core.inbox.hosts[agent].failure;
+    // Why it was left out says more than how it then ended.
+    if known.is_none() || !for_good {
+        *known = Some(failure);
+    }
     core.settle();
     core.changed();
 }

@@ -180,7 +180,6 @@ impl Inbox {
                 }
             }
             Note::Lost { rank, loss, task } => {
-                self.workers[rank as usize].pid = None;
                 if !task {
                     self.events.push_back(Event::Lost {
                         rank,
@@ -265,11 +264,11 @@ impl Inbox {
                 loss: loss.clone(),
                 replaced: false,
             }),
-            Gone::Host(reason) if came_up => {
-                if !std::mem::replace(&mut self.hosts[agent].told_lost, true) {
-                    let reason = reason.clone();
-                    self.events.push_back(Event::HostLost { agent, reason });
-                }
+            Gone::Host(reason)
+                if came_up && !std::mem::replace(&mut self.hosts[agent].told_lost, true) =>
+            {
+                let reason = reason.clone();
+                self.events.push_back(Event::HostLost { agent, reason });
             }
             _ => {}
         }

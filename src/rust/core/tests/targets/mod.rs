@@ -461,7 +461,7 @@ impl Host {
                 Act::Interrupt { worker, task } => {
                     assert_eq!(self.relay.book.task(worker), Some(task));
                 }
-                Act::ReadAgain(worker) => self.from_worker(worker, &[]),
+                Act::ReadAgain(worker) => self.hear(worker, &[]),
                 Act::Up { worker, .. } | Act::Close(worker) | Act::TempDir(worker, _) => {
                     assert!((worker as usize) < WORKERS);
                 }
@@ -472,7 +472,7 @@ impl Host {
     }
 
     /// A worker that sends nonsense is killed; the others are none the wiser.
-    fn from_worker(&mut self, worker: u32, bytes: &[u8]) {
+    fn hear(&mut self, worker: u32, bytes: &[u8]) {
         if self.starting.contains(&worker) {
             return;
         }
@@ -502,7 +502,7 @@ impl Host {
         self.relay.made(worker, replaces);
         let tempdir = String::new();
         let ready = message::encode(&WorkerReady { tempdir }).expect("a small message");
-        self.from_worker(worker, &wire(&ready));
+        self.hear(worker, &wire(&ready));
     }
 }
 
@@ -548,7 +548,7 @@ pub fn to_agent(data: &[u8]) {
                 if wire.len() >= HEADER_LEN && wire[8] % 2 == 1 {
                     wire[15] |= 0x80;
                 }
-                host.from_worker(worker, &wire);
+                host.hear(worker, &wire);
                 Ok(())
             }
             11 => {
@@ -563,7 +563,7 @@ pub fn to_agent(data: &[u8]) {
                 if let Some(task) = host.relay.book.task(worker) {
                     let answer = Bytes::from_static(b"x");
                     let answer = Frame::new(Kind::Data, FIRST | LAST, worker, task, answer);
-                    host.from_worker(worker, &wire(&answer));
+                    host.hear(worker, &wire(&answer));
                 }
                 Ok(())
             }
