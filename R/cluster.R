@@ -39,8 +39,8 @@
 #'   arguments). Without any meaning here, and accepted for the sake of old code:
 #'   `port`, `master`, `useXDR`, `setup_strategy` and others. On other
 #'   hosts the `Rscript` of their PATH is run, unless `rscript` says otherwise.
-#'   Defaults set with
-#'   `parallel::setDefaultClusterOptions()` count. Any other argument is an
+#'   Defaults set with \pkg{parallel}'s
+#'   `setDefaultClusterOptions()` count. Any other argument is an
 #'   error.
 #' @param packages (character) Packages to attach in all workers. They are
 #'   loaded once, by the agent, before it forks, which takes less time and
@@ -71,18 +71,20 @@
 #'   another host for lost, and its agent this session; default 20. An agent says
 #'   that it is there four times in that time, however busy its workers are.
 #' @param retries (integer) How often a task is tried again that was lost with its
-#'   worker, host or link; default 2. See section Faults. `0`: a loss is an error
-#'   at once.
+#'   worker, host or link, at least 0; default 2. See section Faults. `0`: a loss is
+#'   an error at once.
 #' @param timeout (number) Seconds that a task may take, from when its worker has
-#'   all of its message; default `Inf`. A task that takes longer is interrupted,
-#'   and its worker killed and replaced if it does not heed that for 2 s; an error
-#'   of class `rustcluster_timeout` takes the place of its result.
+#'   all of its message, at least 0.001; default `Inf`. A task that takes longer is
+#'   interrupted, and an error of class `rustcluster_timeout` takes the place of its
+#'   result. If its worker does not heed that for 2 s, as C code and `system()` do
+#'   not, that is killed and replaced.
 #' @param reconnect (logical) Whether a lost host is tried again, after 1 s, 2 s,
 #'   4 s and so on up to every 30 s, until `stopCluster()`. When it is back, its
 #'   workers are brought to the state they had, and its nodes are usable again;
-#'   a message says so.
+#'   a message says so. A call in which the last host is lost does not wait for it.
 #' @param buffer_limit (number) Bytes of results that this session holds before it
-#'   leaves large ones on their hosts until they are asked for; default 512 MiB.
+#'   leaves large ones on their hosts until they are asked for, at least 1 MiB;
+#'   default 512 MiB.
 #' @param keep_limit (number) Bytes that an agent keeps of what lasts on its
 #'   workers, to restore those that it replaces (and, on other hosts, as much again
 #'   of what may be sent to another worker). Default: an eighth of the memory that
@@ -99,15 +101,17 @@
 #' to the state of the old: what `clusterExport()`, `clusterEvalQ()`, `clusterCall()`
 #' and `clusterSetRNGStream()` did on it is done again, in the same order and with
 #' the values that were sent then, and its random numbers go on where the last task
-#' that ended left them. What other tasks left behind is gone, and so is what an
-#' interrupted call did. Replaced workers are only those whose whole state is kept:
+#' that ended left them. What such a call did outside of the worker, as in a file, is
+#' done again, too, and many calls take their time. What other tasks left behind is
+#' gone, and so is what an interrupted call did. Replaced workers are only those whose whole state is kept:
 #' when that takes more than `keep_limit`, a warning (`rustcluster_state_not_kept`)
 #' says that workers lost there will not be replaced from then on.
 #'
 #' The task that was lost is tried again on that worker, before all others that wait
 #' for it, with the same random numbers as at first; a warning
-#' (`rustcluster_worker_lost`) tells of each loss. If its host is lost, it is given
-#' to a worker of another host, with the random numbers of the lost one if those are
+#' (`rustcluster_worker_lost`) tells of each loss, which `options(warn = 2)` makes the
+#' end of the call. If its host is lost, or its worker is not replaced, it is given
+#' to another worker, with the random numbers of the lost one if those are
 #' L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their nodes, and
 #' fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
 #' it is back (`reconnect`); `cl[!is.na(clusterPids(cl))]` leaves them out. A host
@@ -116,7 +120,8 @@
 #'
 #' A task that was lost `retries + 1` times is not tried again. The others go on, and in
 #' the end an error of class `rustcluster_task_failed` is raised, with fields `index`
-#' (integer, which of the tasks that were sent), `losses` (a list of conditions),
+#' (integer, which of the tasks that were sent: of [parallel::parLapply()] and its
+#' kind, which chunk of the elements), `losses` (a list of conditions),
 #' `results` (a list of the results of all tasks, `NULL` for those that have none) and
 #' `failures` (all errors of this kind). `rustcluster_timeout` has these fields, too.
 #' If a task before it failed with an error of its own, \pkg{parallel} raises that
@@ -172,9 +177,10 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   }) == "warn"
   between(patience, "patience", "of seconds", 1, 1e6)
   between(retries, "retries", "", 0, 1e6)
+  if (retries != round(retries)) badArgument("retries", "must be a whole number")
   if (!identical(timeout, Inf)) between(timeout, "timeout", "of seconds", 0.001, 1e9)
-  between(buffer_limit, "buffer_limit", "of bytes", 2^20, 2^50)
-  if (!is.null(keep_limit)) between(keep_limit, "keep_limit", "of bytes", 0, 2^50)
+  between(buffer_limit, "buffer_limit", "of bytes", 2^20, 1e15)
+  if (!is.null(keep_limit)) between(keep_limit, "keep_limit", "of bytes", 0, 1e15)
   for (name in c("progress", "reconnect")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
@@ -196,7 +202,9 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     launches, packageVersionText(), rVersionText(), R.version$platform, buffer_limit
   ))
   handle <- newHandle(pointer, asked$hosts)
-  handle$retries <- floor(retries)
+  handle$retries <- retries
+  handle$reconnect <- reconnect
+  handle$memoryLimit <- memory_limit
   handle$timeout <- timeout
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
@@ -286,8 +294,8 @@ clusterOptions <- function(given) {
     abort("not_yet", "`manual = TRUE` is not supported yet", fields = list(argument = "manual"))
   }
   renice <- options$renice
-  if (length(renice) != 1L || !(is.na(renice) || is.numeric(renice))) {
-    badArgument("renice", "must be one number, or NA")
+  if (length(renice) != 1L || !(is.na(renice) || is.numeric(renice) && abs(renice) <= 40)) {
+    badArgument("renice", "must be one number from -40 to 40, or NA")
   }
   options$renice <- if (is.na(renice)) 0L else as.integer(renice)
   timeout <- options$setup_timeout
@@ -363,7 +371,8 @@ clusterHandle <- function(cl) {
 
 #' @export
 print.RustCluster <- function(x, ...) {
-  cat(format(x), "\n", sep = "")
+  stopped <- length(x) && isTRUE(clusterHandle(x)$stopped)
+  cat(format(x), if (stopped) " that has been stopped", "\n", sep = "")
   invisible(x)
 }
 

@@ -72,10 +72,15 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     worker_lost = paste0(
       node, " (pid ", field("pid"), ") ", reason,
       if (!is.null(field("signal"))) signalName(number("signal")),
+      # What R and Rust do when they get no more memory.
+      if (any(number("signal") %in% c(6L, 11L)) && isTRUE(is.finite(handle$memoryLimit))) {
+        paste0("; it may have met its `memory_limit` of ", formatBytes(handle$memoryLimit))
+      },
       if (identical(field("oom"), "TRUE")) outOfMemory(as.numeric(field("memory_available"))),
       if (identical(field("replaced"), "false")) {
         "; no other takes its place: `cl[!is.na(clusterPids(cl))]` leaves it out"
       },
+      if (is.null(field("task")) && identical(field("replaced"), "true")) "; a fresh one has taken its place",
       if (!is.null(field("again"))) {
         paste0("; task ", field("index"), if (field("again") == "TRUE") " is tried again" else " is given up")
       },
@@ -83,7 +88,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
-      reason, "; `cl[!is.na(clusterPids(cl))]` leaves its nodes out"
+      reason, if (isTRUE(handle$reconnect)) "; it is tried again until it is back, and ",
+      if (!isTRUE(handle$reconnect)) "; ", "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
     ),
     timeout = paste0(
       "task ", field("index"), " took longer than its ", format(handle$timeout), " s on ", node,

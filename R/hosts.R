@@ -103,7 +103,10 @@ listEntry <- function(entry, i) {
     ncore = function(x, f) count(x, f, mostWorkers),
     port = function(x, f) count(x, f, 65535),
     threads = function(x, f) count(x, f, 4096),
-    renice = function(x, f) if (is.numeric(x)) as.integer(x[[1L]]) else badArgument(f, "must be a number"),
+    renice = function(x, f) {
+      if (!is.numeric(x) || !isTRUE(abs(x[[1L]]) <= 40)) badArgument(f, "must be a number from -40 to 40")
+      as.integer(x[[1L]])
+    },
     rscript = function(x, f) texts(x, f, 1L), rlibs = texts, rshcmd = texts, rshopts = texts,
     rscript_envs = function(x, f) variables(x, f),
     start = function(x, f) startMode(x, f)

@@ -442,7 +442,9 @@ impl Host {
             .relay
             .from_head(&mut self.received, self.now, &mut self.acts);
         self.act();
-        assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
+        if result.is_ok() {
+            assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
+        }
         result
     }
 
