@@ -599,12 +599,13 @@ impl Scheduler {
 
     /// An agent is gone: everything on it is lost.
     pub fn agent_lost(&mut self, agent: usize, reason: &str) {
-        if mem::replace(&mut self.agents[agent].lost, true) {
-            return;
-        }
+        // Also what an agent that was left out was still to be told.
         self.agents[agent].together.clear();
         self.agents[agent].control.clear();
         self.agents[agent].sendable.clear();
+        if mem::replace(&mut self.agents[agent].lost, true) {
+            return;
+        }
         let gone = Arc::new(Gone::Host(reason.to_owned()));
         for rank in self.agents[agent].ranks.clone() {
             self.lose(rank, gone.clone());
@@ -1368,6 +1369,17 @@ mod tests {
             message::decode::<ToAgent>(&frame.body).unwrap(),
             ToAgent::Stop
         );
+        assert_eq!(scheduler.next_frame(0), None);
+    }
+
+    #[test]
+    fn nothing_is_left_for_a_host_that_is_lost_after_it_was_left_out() {
+        let mut scheduler = up(1);
+        for _ in 0..LOSSES_IN_A_ROW {
+            replace(&mut scheduler, 0);
+        }
+        assert!(!scheduler.any_left());
+        scheduler.agent_lost(0, "lost");
         assert_eq!(scheduler.next_frame(0), None);
     }
 }
