@@ -700,12 +700,13 @@ impl Scheduler {
 
     /// An agent is gone: everything on it is lost.
     pub fn agent_lost(&mut self, agent: usize, reason: &str) {
-        if mem::replace(&mut self.agents[agent].lost, true) {
-            return;
-        }
+        // Also what an agent that was left out was still to be told.
         self.agents[agent].together.clear();
         self.agents[agent].control.clear();
         self.agents[agent].sendable.clear();
+        if mem::replace(&mut self.agents[agent].lost, true) {
+            return;
+        }
         let gone = Arc::new(Gone::Host(reason.to_owned()));
         for rank in self.agents[agent].ranks.clone() {
             // None is in the queue any more.
@@ -1552,5 +1553,16 @@ mod tests {
         assert_eq!(tasks_sent(&mut scheduler, 0), [RESTORE]);
         answer(&mut scheduler, 0, RESTORE, None);
         assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+    }
+
+    #[test]
+    fn nothing_is_left_for_a_host_that_is_lost_after_it_was_left_out() {
+        let mut scheduler = up(1);
+        for _ in 0..LOSSES_IN_A_ROW {
+            replace(&mut scheduler, 0);
+        }
+        assert!(!scheduler.any_left());
+        scheduler.agent_lost(0, "lost");
+        assert_eq!(scheduler.next_frame(0), None);
     }
 }

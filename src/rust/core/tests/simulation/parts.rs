@@ -249,6 +249,8 @@ pub struct Place {
     /// Some worker was ready, and how many in a row have ended since before they could do tasks.
     pub came_up: bool,
     pub setbacks: u32,
+    /// Tasks of others have been given to it.
+    pub stands_in: bool,
     /// Its state is held.
     pub kept: bool,
 }
@@ -263,6 +265,7 @@ impl Place {
             gone: false,
             came_up: false,
             setbacks: 0,
+            stands_in: false,
             kept: true,
         }
     }

@@ -127,6 +127,7 @@ impl Sim {
         if !before {
             task.since = self.facts.places[task.owner as usize].told_seeds.len() - 1;
         }
+        self.facts.places[task.place as usize].stands_in |= task.is_moved();
         let order = Order {
             rank: task.place,
             task: id,
@@ -505,17 +506,18 @@ impl Sim {
     /// The bound, of the bytes beyond each result's first [`RESULT_WINDOW`] (which comes unasked):
     /// leave is given only while less than the limit is held or on its way, so at most `limit +
     /// GRANT`; beyond that, one result alone is completed for [`Want::Any`], and for [`Want::Rank`]
-    /// one, and those of others' tasks which that worker has to do first, each of which may be asked
-    /// for by up to a [`GRANT`] more than it has.
+    /// one, and, where tasks of several wait for one worker, those which that has to do first, each of
+    /// which may be asked for by up to a [`GRANT`] more than it has.
     fn check_buffered(&self) {
         let arriving = self.arriving.values().copied();
         let held = arriving.chain(self.ready.iter().map(|&(task, len, _)| (task, len)));
-        let (mut all, mut large, mut moved) = (0, 0, 0);
+        let (mut all, mut large, mut others) = (0, 0, 0);
         for (task, len) in held {
             all += len;
             if len > RESULT_WINDOW {
                 large += len - RESULT_WINDOW;
-                moved += usize::from(self.facts.tasks[task as usize].is_moved());
+                let place = self.facts.tasks[task as usize].place;
+                others += usize::from(self.facts.places[place as usize].stands_in);
             }
         }
         assert_eq!(self.scheduler.buffered(), all);
@@ -523,7 +525,7 @@ impl Sim {
             TakeOrder::Mixed => 2,
             _ => 1,
         };
-        let most = self.setup.limit + GRANT + (ways + moved) * (LARGEST + GRANT);
+        let most = self.setup.limit + GRANT + (ways + others) * (LARGEST + GRANT);
         if !self.setup.blocking {
             assert!(large <= most, "{large} bytes of large results, most {most}");
         }
