@@ -211,7 +211,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   on.exit(if (!started) abandon(handle))
   if (reconnect) {
     most <- if (is.null(keep_limit)) 2^30 else keep_limit
-    checked(hub_reconnect(pointer, tempfile("rustcluster-"), most))
+    checked(hub_reconnect(pointer, tempfile("rustcluster-"), most, options$setup_timeout))
+    handle$spoolLimit <- most
   }
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(

@@ -105,7 +105,11 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "of its worker and goes on. End it with `kill ", field("pid"), "` on that host"
     ),
     host_back = paste0("host ", sQuote(host), " is back, with all that was on it\n"),
-    state_not_kept = paste0(
+    state_not_kept = if (is.null(owner)) paste0(
+      "what has been exported to the workers, or called on them, is more than the ",
+      format(handle$spoolLimit / 1e6, digits = 3L), " MB that are kept of it here (`keep_limit`), or than ",
+      "the disk of tempdir() has room for: hosts that are lost will not be tried again"
+    ) else paste0(
       "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more ",
       "than the ", format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB that are kept of it ",
       "(`keep_limit`): workers that are lost there will not be replaced"

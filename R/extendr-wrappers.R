@@ -40,9 +40,9 @@ hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
 hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
 #' Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-#' made at `path`, up to `most` bytes.
+#' made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
 #' @noRd
-hub_reconnect <- function(handle, path, most) .Call(wrap__hub_reconnect, handle, path, most)
+hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnect, handle, path, most, patience)
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),

@@ -26,6 +26,8 @@ newHandle <- function(pointer, agents) {
   handle$losses <- list()
   # Of each agent, the bytes of what lasts on its workers that it keeps.
   handle$stateLimit <- numeric()
+  # The same of the head, for hosts that are to be taken back.
+  handle$spoolLimit <- 0
   handle
 }
 

@@ -241,12 +241,13 @@ fn refusal(reason: &ToHead) -> String {
 }
 
 /// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-/// made at `path`, up to `most` bytes.
+/// made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
 /// @noRd
 #[extendr]
-fn hub_reconnect(handle: Robj, path: &str, most: f64) -> Robj {
+fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
     with_hub(&handle, |hub| {
-        let made = hub.reconnect(Path::new(path), most as u64);
+        let patience = Duration::try_from_secs_f64(patience).unwrap_or(Duration::MAX);
+        let made = hub.reconnect(Path::new(path), most as u64, patience);
         made.map_err(|error| Failure::new("start_failed").with("reason", error))?;
         Ok(().into())
     })
@@ -782,6 +783,7 @@ fn events(hub: &Hub) -> Robj {
             .with("agent", agent + 1)
             .with("reason", reason),
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
+        Event::SpoolIncomplete => Failure::new("state_not_kept"),
         Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
         Event::LeftBehind {
             agent,

@@ -490,6 +490,34 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Whether a worker is no more, for now or for good.
+    pub fn is_gone(&self, rank: Rank) -> bool {
+        let worker = self.workers.get(rank as usize);
+        worker.is_none_or(|worker| matches!(worker.state, WorkerState::Gone(_)))
+    }
+
+    /// Whether an agent had workers that were lost with it, and have not been stopped since.
+    pub fn has_lost(&self, agent: usize) -> bool {
+        let lost = |worker: &Worker| match &worker.state {
+            WorkerState::Gone(gone) => matches!(**gone, Gone::Host(_)),
+            _ => false,
+        };
+        let mut workers = self.workers.iter();
+        workers.any(|worker| worker.agent == agent && lost(worker))
+    }
+
+    /// Whether an agent has workers to make, and none of them has come up yet.
+    pub fn is_starting(&self, agent: usize) -> bool {
+        let workers = self.workers.iter().filter(|worker| worker.agent == agent);
+        let mut living = workers.filter(|w| !matches!(w.state, WorkerState::Gone(_)));
+        let mut any = false;
+        let starting = living.all(|worker| {
+            any = true;
+            matches!(worker.state, WorkerState::Starting)
+        });
+        any && starting
+    }
+
     /// Whether a worker can be sent tasks.
     pub fn is_up(&self, rank: Rank) -> bool {
         let worker = self.workers.get(rank as usize);
@@ -528,6 +556,31 @@ impl Scheduler {
         }
         self.dispatch(rank);
         count > 0
+    }
+
+    /// One of the tasks of [`Scheduler::restore`], once more: its worker was lost with it, and there is
+    /// another. `last`: it is the last of them.
+    pub fn restore_again(
+        &mut self,
+        rank: Rank,
+        (id, name, chunks): (TaskId, u64, Vec<Chunk>),
+        last: bool,
+    ) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        let leaves = worker.seed.clone().filter(|_| last);
+        worker.decided(id);
+        worker.queue.push_front(Task {
+            id,
+            job: 0,
+            chunks: chunks.into(),
+            complete: true,
+            lasts: Some(name),
+            instead_of: None,
+            leaves,
+        });
+        self.dispatch(rank);
     }
 
     /// A chunk, at most [`MAX_BODY`] long, of the message of a task.
@@ -659,19 +712,28 @@ impl Scheduler {
         }
     }
 
-    /// Ends a worker, whatever it does.
+    /// Ends a worker, whatever it does. If its host is lost, it does not come back with that.
     pub fn stop_worker(&mut self, rank: Rank) {
-        let Some(worker) = self.workers.get(rank as usize) else {
+        self.end_worker(rank, Arc::new(Gone::Stopped));
+    }
+
+    /// Ends a worker for this reason.
+    pub fn end_worker(&mut self, rank: Rank, gone: Arc<Gone>) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
-        if matches!(worker.state, WorkerState::Gone(_)) {
+        if let WorkerState::Gone(before) = &worker.state {
+            if matches!(**before, Gone::Host(_)) {
+                worker.state = WorkerState::Gone(gone.clone());
+                self.notes.push(Note::Gone { rank, gone });
+            }
             return;
         }
         let (agent, worker) = (worker.agent, worker.index);
         if let Ok(frame) = message::encode(&ToAgent::StopWorker { worker }) {
             self.push_control(agent, frame);
         }
-        self.lose(rank, Arc::new(Gone::Stopped));
+        self.lose(rank, gone);
     }
 
     /// Whether any worker is starting or up.
@@ -704,13 +766,14 @@ impl Scheduler {
         self.agents[agent].together.clear();
         self.agents[agent].control.clear();
         self.agents[agent].sendable.clear();
+        for &rank in &self.agents[agent].ranks {
+            self.workers[rank as usize].sendable = false;
+        }
         if mem::replace(&mut self.agents[agent].lost, true) {
             return;
         }
         let gone = Arc::new(Gone::Host(reason.to_owned()));
         for rank in self.agents[agent].ranks.clone() {
-            // None is in the queue any more.
-            self.workers[rank as usize].sendable = false;
             self.lose(rank, gone.clone());
         }
     }
@@ -1099,7 +1162,9 @@ impl Scheduler {
         }
         if flags & LAST != 0 {
             self.agents[worker.agent].losses = 0;
-            if let Some((whose, seed)) = current.after.take() {
+            // What restores a worker ends with the state that is known.
+            let after = current.after.take().filter(|_| task & RESTORE == 0);
+            if let Some((whose, seed)) = after {
                 self.workers[whose as usize].seed = Some(seed);
             }
         }
@@ -1540,22 +1605,6 @@ mod tests {
     }
 
     #[test]
-    fn what_waited_to_be_sent_when_a_host_was_lost_does_not_hold_up_what_is_sent_when_it_is_back() {
-        let mut scheduler = up(2);
-        submit(&mut scheduler, order(0, 1));
-        scheduler.agent_lost(0, "lost");
-        let start = ToAgent::Alive;
-        scheduler.agent_back(0, &start).unwrap();
-        tell(&mut scheduler, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
-        let message = vec![Bytes::from_static(b"restored").into()];
-        assert!(scheduler.restore(0, vec![(RESTORE, 0, message)]));
-        submit(&mut scheduler, order(0, 2));
-        assert_eq!(tasks_sent(&mut scheduler, 0), [RESTORE]);
-        answer(&mut scheduler, 0, RESTORE, None);
-        assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
-    }
-
-    #[test]
     fn nothing_is_left_for_a_host_that_is_lost_after_it_was_left_out() {
         let mut scheduler = up(1);
         for _ in 0..LOSSES_IN_A_ROW {
@@ -1564,5 +1613,51 @@ mod tests {
         assert!(!scheduler.any_left());
         scheduler.agent_lost(0, "lost");
         assert_eq!(scheduler.next_frame(0), None);
+    }
+
+    #[test]
+    fn a_host_that_was_lost_while_its_stream_was_full_is_sent_to_again() {
+        let mut s = up(1);
+        submit(&mut s, order(0, 1));
+        // Its message waits to be sent.
+        s.agent_lost(0, "cut");
+        s.take_notes();
+        s.agent_back(0, &ToAgent::Stop).unwrap();
+        tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+        let chunk = Bytes::from_static(b"what lasted").into();
+        s.restore(0, vec![(RESTORE, 0, vec![chunk])]);
+        assert_eq!(tasks_sent(&mut s, 0), [RESTORE]);
+    }
+
+    #[test]
+    fn what_restores_a_worker_does_not_change_which_random_numbers_it_goes_on_with() {
+        let mut s = up(1);
+        submit(&mut s, order(0, 1));
+        tasks_sent(&mut s, 0);
+        answer(&mut s, 0, 1, Some(b"its own"));
+        for pid in 2..4 {
+            s.agent_lost(0, "cut");
+            s.agent_back(0, &ToAgent::Stop).unwrap();
+            tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid });
+            let chunk = Bytes::from_static(b"what lasted").into();
+            s.restore(0, vec![(RESTORE, 0, vec![chunk])]);
+            let seed = (Kind::Seed, 0, Bytes::from_static(b"its own"));
+            assert_eq!(sent(&mut s, 0).last(), Some(&seed));
+            answer(&mut s, 0, RESTORE, Some(b"of the replay"));
+        }
+    }
+
+    #[test]
+    fn a_worker_that_is_stopped_while_its_host_is_lost_is_not_made_again() {
+        let mut s = Scheduler::new(vec![vec![0, 1]], 1 << 20);
+        s.agent_lost(0, "cut");
+        assert!(s.has_lost(0));
+        s.stop_worker(0);
+        s.agent_back(0, &ToAgent::Stop).unwrap();
+        tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 3 });
+        assert!(!s.is_up(0));
+        assert!(s.is_starting(0));
+        tell(&mut s, 0, &ToHead::WorkerUp { worker: 1, pid: 4 });
+        assert!(s.is_up(1) && !s.is_starting(0) && !s.has_lost(0));
     }
 }

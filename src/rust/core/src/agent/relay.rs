@@ -8,7 +8,7 @@ use super::replay::{Replay, Restore};
 use super::state::{Book, Ending, Now, REPLAY, Ready, Route};
 use crate::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST};
 use crate::message::{self, ToAgent, ToHead, WorkerReady};
-use crate::scheduler::ProtocolError;
+use crate::scheduler::{ProtocolError, RESTORE};
 use crate::share::Kept;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
@@ -244,6 +244,10 @@ impl Relay {
         let worker = header.worker;
         // What is done again has been reported before.
         if self.book.task(worker).is_none() {
+            return;
+        }
+        // Nor is it the state that the worker is to have when the head has restored it.
+        if header.task & RESTORE != 0 {
             return;
         }
         if header.flags & GUEST == 0 {

@@ -4,7 +4,7 @@
 //! come out. Processes, sockets and the clock are in [`super`].
 
 use crate::frame::{ABORT, FIRST, Header, LAST};
-use crate::scheduler::{ProtocolError, RESULT_WINDOW, SEND_WINDOW};
+use crate::scheduler::{ProtocolError, RESTORE, RESULT_WINDOW, SEND_WINDOW};
 use std::time::Duration;
 
 /// How long an interrupted task may take to end before its worker is killed.
@@ -192,7 +192,8 @@ impl Book {
         if !self.is_meant(header.worker)? {
             return Ok(Route::Drop);
         }
-        let timeout = self.timeout;
+        // What restores a worker is no task of R's.
+        let timeout = self.timeout.filter(|_| header.task & RESTORE == 0);
         let entry = self.entry(header.worker)?;
         match entry.phase {
             Phase::Idle if header.flags & FIRST != 0 && header.task & REPLAY == 0 => {

@@ -73,7 +73,8 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
             let core = shared.core();
             let complete = core.spool.as_ref().is_some_and(Spool::is_complete);
             let conn = &core.conns[agent];
-            if conn.for_good || conn.plan.is_none() || !complete {
+            let lost = core.scheduler.has_lost(agent);
+            if conn.for_good || conn.plan.is_none() || !complete || !lost {
                 return;
             }
             conn.stop.clone()
@@ -216,12 +217,21 @@ async fn talk(
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
-    let (stop, over) = {
+    let (stop, over, start_patience) = {
         let core = shared.core();
-        (
-            core.conns[agent].stop.clone(),
-            core.conns[agent].over.clone(),
-        )
+        let conn = &core.conns[agent];
+        (conn.stop.clone(), conn.over.clone(), core.start_patience)
+    };
+    let late = async || {
+        if !again {
+            // R sees to the first start.
+            std::future::pending::<()>().await;
+        }
+        sleep(start_patience).await;
+        let seconds = start_patience.as_secs_f64();
+        io::Error::other(format!(
+            "it was tried again and not up within {seconds} seconds"
+        ))
     };
     let received = tokio::select! {
         received = greet(shared, agent, hello, &stream, greeting) => match received? {
@@ -230,15 +240,26 @@ async fn talk(
         },
         // Nobody has been told to stop yet: the end of the stream says it.
         () = stop.notified() => return Ok(()),
+        error = late() => return Err(error),
     };
     let stream = stream.into_std()?;
     {
         let mut core = shared.core();
         if again {
+            if core.conns[agent].for_good {
+                return Ok(());
+            }
             core.agent_back(agent)?;
         }
         core.attach(agent, stream, received);
     }
+    let started = async {
+        let error = late().await;
+        if !shared.core().scheduler.is_starting(agent) {
+            std::future::pending::<()>().await;
+        }
+        error
+    };
     let stopped = async {
         stop.notified().await;
         sleep(STOP_PATIENCE).await;
@@ -246,6 +267,7 @@ async fn talk(
     tokio::select! {
         () = over.notified() => Ok(()),
         error = silence(shared, agent) => Err(error),
+        error = started => Err(error),
         () = stopped => Err(io::Error::other("the agent did not heed that it was to stop")),
     }
 }

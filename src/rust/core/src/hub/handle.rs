@@ -185,13 +185,16 @@ impl Hub {
     }
 
     /// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-    /// made at `path`, up to `most` bytes. To be called before [`Hub::go`].
+    /// made at `path`, up to `most` bytes. `patience`: how long a host may take to start once it is
+    /// tried again. To be called before [`Hub::go`].
     ///
     /// # Errors
     /// When the file cannot be made.
-    pub fn reconnect(&mut self, path: &Path, most: u64) -> io::Result<()> {
+    pub fn reconnect(&mut self, path: &Path, most: u64, patience: Duration) -> io::Result<()> {
         let spool = Spool::new(path, most)?;
-        self.core().spool = Some(spool);
+        let mut core = self.core();
+        core.spool = Some(spool);
+        core.start_patience = patience;
         Ok(())
     }
 
@@ -505,6 +508,7 @@ impl Hub {
         if let Some(spool) = &mut core.spool {
             spool.finish();
         }
+        core.look_at_spool();
     }
 
     /// Takes back the message that is being written, if there is one: R could not finish it.
@@ -651,7 +655,7 @@ impl Hub {
             core.scheduler.stop_worker(rank);
         }
         core.settle();
-        if !core.scheduler.any_left() {
+        if !core.any_left() {
             core.stop(&shared.stopped);
         }
     }
@@ -737,7 +741,7 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
     if std::mem::replace(&mut writing.first, false) {
         core.inbox.expect(writing.order.task, writing.owner);
         if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
-            spool.begin(writing.order.task, name);
+            spool.begin(writing.order.task, writing.order.rank, name);
         }
         core.scheduler.submit(writing.order.clone());
     }

@@ -47,6 +47,8 @@ pub enum Event {
     /// What lasts on the workers of this host is more than it holds: workers that are lost there
     /// will not be replaced.
     StateNotKept { agent: usize },
+    /// What lasts is more than the head holds: hosts that are lost will not be taken back.
+    SpoolIncomplete,
     /// A worker printed this.
     Output { rank: Rank, bytes: Bytes },
     /// A process that a worker of this agent left goes on.
@@ -125,6 +127,7 @@ pub struct Inbox {
     pub up: usize,
     /// The hub's thread has ended.
     pub closed: bool,
+    told_spool: bool,
 }
 
 impl Inbox {
@@ -142,6 +145,7 @@ impl Inbox {
             mute: false,
             up: 0,
             closed: false,
+            told_spool: false,
         }
     }
 
@@ -277,15 +281,28 @@ impl Inbox {
 
     /// A worker that was gone is there again, and what it was.
     pub fn back(&mut self, rank: Rank) {
-        let worker = &mut self.workers[rank as usize];
-        worker.gone = None;
-        let agent = worker.agent;
-        let lost =
-            |w: &WorkerView| w.agent == agent && matches!(w.gone.as_deref(), Some(Gone::Host(_)));
-        if !self.workers.iter().any(lost) {
+        self.workers[rank as usize].gone = None;
+        self.look_whether_back(rank);
+    }
+
+    /// Tells R if the host of this worker was lost and no worker of it is waited for any more.
+    pub fn look_whether_back(&mut self, rank: Rank) {
+        let agent = self.workers[rank as usize].agent;
+        let of_host = || self.workers.iter().filter(|w| w.agent == agent);
+        let lost = |w: &WorkerView| matches!(w.gone.as_deref(), Some(Gone::Host(_)));
+        let waited_for = of_host().any(lost);
+        let any = of_host().any(|w| w.gone.is_none());
+        if any && !waited_for && self.hosts[agent].told_lost {
             self.hosts[agent].failure = None;
             self.hosts[agent].told_lost = false;
             self.events.push_back(Event::HostBack { agent });
+        }
+    }
+
+    /// Hosts that are lost will not be taken back.
+    pub fn spool_incomplete(&mut self) {
+        if !std::mem::replace(&mut self.told_spool, true) {
+            self.events.push_back(Event::SpoolIncomplete);
         }
     }
 

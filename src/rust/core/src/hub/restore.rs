@@ -11,21 +11,33 @@ use std::collections::{HashMap, VecDeque};
 /// their bytes.
 const AT_ONCE: usize = 8;
 
+/// A worker that is lost so often while it is being restored is given up.
+const LOSSES: u32 = 3;
+
 #[derive(Default)]
 pub struct Restoring {
     waiting: VecDeque<Rank>,
-    /// The last task of each that is being restored.
-    active: HashMap<Rank, TaskId>,
+    active: HashMap<Rank, Active>,
     next: TaskId,
+}
+
+/// A worker that is being restored.
+struct Active {
+    /// Of its tasks.
+    first: TaskId,
+    last: TaskId,
+    losses: u32,
 }
 
 impl Core {
     /// A worker has come up. If it is one that was gone, it is to be restored.
     pub fn worker_up(&mut self, rank: Rank) {
-        if self.inbox.workers[rank as usize].gone.is_some() {
+        let gone = self.inbox.workers[rank as usize].gone.is_some();
+        // It may wait since its host was there before.
+        if gone && !self.restoring.waiting.contains(&rank) {
             self.restoring.waiting.push_back(rank);
-            self.restore_next();
         }
+        self.restore_next();
     }
 
     fn restore_next(&mut self) {
@@ -37,47 +49,80 @@ impl Core {
                 // Its host was lost again.
                 continue;
             }
-            let agent = self.inbox.workers[rank as usize].agent;
-            let spool = self.spool.as_ref().filter(|spool| spool.is_complete());
-            let messages = spool.and_then(|spool| spool.restore(rank).ok());
-            let Some(messages) = messages else {
+            let Some(messages) = self.messages(rank) else {
                 // Half a state would give wrong results without a word.
                 self.scheduler.stop_worker(rank);
                 continue;
             };
-            let shares = self.scheduler.shares(agent);
-            let mut tasks = Vec::new();
-            for (name, message) in messages {
-                let chunks = if shares {
-                    share::cut_whole(message)
-                } else {
-                    pieces(message)
-                };
-                tasks.push((RESTORE | self.restoring.next, name, chunks));
-                self.restoring.next += 1;
-            }
+            let first = RESTORE | self.restoring.next;
+            let tasks: Vec<_> = (first..)
+                .zip(messages)
+                .map(|(task, (name, message))| (task, name, self.chunks(rank, message)))
+                .collect();
+            self.restoring.next += tasks.len() as TaskId;
             let last = tasks.last().map(|task| task.0);
             self.scheduler.restore(rank, tasks);
             match last {
                 Some(last) => {
-                    self.restoring.active.insert(rank, last);
+                    let losses = 0;
+                    let active = Active {
+                        first,
+                        last,
+                        losses,
+                    };
+                    self.restoring.active.insert(rank, active);
                 }
                 None => self.inbox.back(rank),
             }
         }
     }
 
+    /// What a worker is restored by, if all of that is held.
+    fn messages(&self, rank: Rank) -> Option<Vec<(u64, Bytes)>> {
+        let spool = self.spool.as_ref().filter(|spool| spool.is_complete());
+        spool.and_then(|spool| spool.restore(rank).ok())
+    }
+
+    fn chunks(&self, rank: Rank, message: Bytes) -> Vec<Chunk> {
+        let agent = self.inbox.workers[rank as usize].agent;
+        if self.scheduler.shares(agent) {
+            share::cut_whole(message)
+        } else {
+            pieces(message)
+        }
+    }
+
     /// A task has ended, which may be one of those that restore a worker.
     pub fn restored(&mut self, rank: Rank, task: TaskId, outcome: &Outcome) {
-        if task & RESTORE == 0 || !self.restoring.active.contains_key(&rank) {
+        let Some(active) = self.restoring.active.get_mut(&rank) else {
+            return;
+        };
+        if !(active.first..=active.last).contains(&task) {
             return;
         }
         match outcome {
+            Outcome::Answer(_) if task < active.last => return,
             Outcome::Answer(_) => {
-                if self.restoring.active.get(&rank) == Some(&task) {
-                    self.restoring.active.remove(&rank);
-                    self.inbox.back(rank);
+                self.restoring.active.remove(&rank);
+                self.inbox.back(rank);
+            }
+            Outcome::Lost(gone) if !self.scheduler.is_gone(rank) => {
+                active.losses += 1;
+                let (first, last, losses) = (active.first, active.last, active.losses);
+                // Its agent brings the next worker as far as this one was.
+                let messages = self.messages(rank).filter(|_| losses < LOSSES);
+                let message = messages.and_then(|m| m.into_iter().nth((task - first) as usize));
+                if let Some((name, message)) = message {
+                    let chunks = self.chunks(rank, message);
+                    let order = (task, name, chunks);
+                    return self.scheduler.restore_again(rank, order, task == last);
                 }
+                self.restoring.active.remove(&rank);
+                self.scheduler.end_worker(rank, gone.clone());
+            }
+            // With its host, which may be back again, or for good.
+            Outcome::Lost(_) => {
+                self.restoring.active.remove(&rank);
             }
             _ => {
                 self.restoring.active.remove(&rank);

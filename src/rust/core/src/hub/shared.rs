@@ -53,6 +53,8 @@ pub struct Core {
     /// What lasts on workers, if hosts are to be taken back.
     pub spool: Option<Spool>,
     pub restoring: Restoring,
+    /// How long a host that is tried again may take to start.
+    pub start_patience: Duration,
     /// Bytes of results to buffer.
     limit: usize,
     /// Bytes of tasks submitted and not yet sent.
@@ -101,6 +103,7 @@ impl Shared {
                 inbox: Inbox::new(hosts),
                 spool: None,
                 restoring: Restoring::default(),
+                start_patience: Duration::MAX,
                 queued: 0,
                 stopping: false,
                 registry,
@@ -430,13 +433,42 @@ impl Core {
                     }
                     _ => {}
                 }
+                let gone = match &note {
+                    Note::Gone { rank, .. } => Some(*rank),
+                    _ => None,
+                };
                 let dropped = self.inbox.note(note);
+                if let Some(rank) = gone {
+                    // It may have been the last that the others waited for.
+                    self.inbox.look_whether_back(rank);
+                }
                 if dropped > 0 {
                     self.scheduler.taken(dropped);
                 }
             }
             self.changed();
         }
+    }
+
+    /// R is to know when hosts will not be taken back any more.
+    pub fn look_at_spool(&mut self) {
+        if self
+            .spool
+            .as_ref()
+            .is_some_and(|spool| !spool.is_complete())
+        {
+            self.inbox.spool_incomplete();
+        }
+    }
+
+    /// Whether any worker is starting or up, or may be again.
+    pub fn any_left(&self) -> bool {
+        let takes_back = self.spool.as_ref().is_some_and(Spool::is_complete);
+        let back = |agent: usize| {
+            let conn = &self.conns[agent];
+            conn.plan.is_some() && !conn.for_good && self.scheduler.has_lost(agent)
+        };
+        self.scheduler.any_left() || takes_back && (0..self.conns.len()).any(back)
     }
 
     /// Wakes R, if it sleeps, to look at what has changed.

@@ -9,7 +9,7 @@ use crate::scheduler::{Rank, TaskId};
 use crate::share::Chunk;
 use bytes::Bytes;
 use memmap2::Mmap;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -24,12 +24,20 @@ struct Message {
     digest: u128,
     /// On these it has lasted, and still does.
     ranks: BTreeSet<Rank>,
-    /// Sent, and not answered yet.
-    pending: usize,
+    /// Sent to these, and not answered yet.
+    pending: BTreeSet<Rank>,
+}
+
+impl Message {
+    /// Whether it is on its way to this worker, or has been there.
+    fn is_for(&self, rank: Rank) -> bool {
+        self.ranks.contains(&rank) || self.pending.contains(&rank)
+    }
 }
 
 struct Open {
     task: TaskId,
+    rank: Rank,
     name: u64,
     hash: Xxh3,
     len: u64,
@@ -38,12 +46,15 @@ struct Open {
 /// See the module's documentation.
 pub struct Spool {
     file: File,
-    /// In the order of sending; numbered from `first`.
-    messages: Vec<Message>,
+    /// By their numbers, in the order of sending.
+    messages: BTreeMap<u64, Message>,
+    next: u64,
     /// The message of each task that is not answered.
-    tasks: HashMap<TaskId, usize>,
+    tasks: HashMap<TaskId, u64>,
     open: Option<Open>,
     end: u64,
+    /// Bytes of the file that are taken up.
+    held: u64,
     most: u64,
     /// Something that lasts is not in the file.
     incomplete: bool,
@@ -61,19 +72,22 @@ impl Spool {
         std::fs::remove_file(path)?;
         Ok(Spool {
             file,
-            messages: Vec::new(),
+            messages: BTreeMap::new(),
+            next: 0,
             tasks: HashMap::new(),
             open: None,
             end: 0,
+            held: 0,
             most,
             incomplete: false,
         })
     }
 
-    /// A message begins that is to last, under this name (0: none).
-    pub fn begin(&mut self, task: TaskId, name: u64) {
+    /// A message to this worker begins that is to last, under this name (0: none).
+    pub fn begin(&mut self, task: TaskId, rank: Rank, name: u64) {
         self.open = Some(Open {
             task,
+            rank,
             name,
             hash: Xxh3::new(),
             len: 0,
@@ -89,8 +103,12 @@ impl Spool {
             let at = self.end + open.len;
             open.len += chunk.bytes.len() as u64;
             // It may turn out to be the same as the last one.
-            let last = self.messages.last().map_or(0, |last| last.len);
-            if self.incomplete || self.end + open.len > self.most + last {
+            let last = self
+                .messages
+                .values()
+                .next_back()
+                .map_or(0, |last| last.len);
+            if self.incomplete || self.held + open.len > self.most + last {
                 self.incomplete = true;
                 return;
             }
@@ -109,27 +127,34 @@ impl Spool {
             return;
         }
         let digest = open.hash.digest128();
-        let last = self.messages.last_mut();
+        let same = |last: &Message| {
+            last.digest == digest
+                && last.len == open.len
+                && last.name == open.name
+                // To the same worker it is said once more.
+                && !last.is_for(open.rank)
+        };
         // To many workers goes the same, one after the other.
-        if let Some(last) = last
-            .filter(|last| last.digest == digest && last.len == open.len && last.name == open.name)
-        {
-            last.pending += 1;
-        } else if self.end + open.len > self.most {
+        if let Some((&number, last)) = self.messages.iter_mut().next_back().filter(|m| same(m.1)) {
+            last.pending.insert(open.rank);
+            self.tasks.insert(open.task, number);
+        } else if self.held + open.len > self.most {
             self.incomplete = true;
-            return;
         } else {
-            self.messages.push(Message {
+            let message = Message {
                 name: open.name,
                 from: self.end,
                 len: open.len,
                 digest,
                 ranks: BTreeSet::new(),
-                pending: 1,
-            });
+                pending: [open.rank].into(),
+            };
+            self.messages.insert(self.next, message);
+            self.tasks.insert(open.task, self.next);
+            self.next += 1;
             self.end += open.len;
+            self.held += open.len;
         }
-        self.tasks.insert(open.task, self.messages.len() - 1);
     }
 
     /// The message will not be complete.
@@ -139,13 +164,15 @@ impl Spool {
 
     /// A task has ended; `lasts`: with what it did to its worker.
     pub fn ended(&mut self, task: TaskId, rank: Rank, lasts: bool) {
-        let Some(at) = self.tasks.remove(&task) else {
+        let Some(number) = self.tasks.remove(&task) else {
             return;
         };
-        let message = &mut self.messages[at];
-        message.pending -= 1;
-        if !lasts {
+        let Some(message) = self.messages.get_mut(&number) else {
             return;
+        };
+        message.pending.remove(&rank);
+        if !lasts {
+            return self.clear(number);
         }
         message.ranks.insert(rank);
         let name = message.name;
@@ -153,19 +180,25 @@ impl Spool {
             return;
         }
         // What was set before to the same name, if nothing in between can have looked at it.
-        for earlier in self.messages[..at].iter_mut().rev() {
-            if earlier.ranks.contains(&rank) {
-                if earlier.name == 0 {
-                    break;
-                }
-                if earlier.name == name {
-                    earlier.ranks.remove(&rank);
-                    let unused = earlier.ranks.is_empty() && earlier.pending == 0;
-                    if unused {
-                        let (from, len) = (earlier.from, earlier.len);
-                        give_back(&self.file, from, len);
-                    }
-                    break;
+        let mut of_rank = self.messages.range_mut(..number).rev();
+        let mut of_rank = of_rank
+            .by_ref()
+            .filter(|(_, earlier)| earlier.ranks.contains(&rank))
+            .take_while(|(_, earlier)| earlier.name != 0);
+        let replaced = of_rank.find(|(_, earlier)| earlier.name == name);
+        if let Some((&replaced, earlier)) = replaced {
+            earlier.ranks.remove(&rank);
+            self.clear(replaced);
+        }
+    }
+
+    /// Lets go of a message that no worker has or may come to have.
+    fn clear(&mut self, number: u64) {
+        let unused = |m: &Message| m.ranks.is_empty() && m.pending.is_empty();
+        if self.messages.get(&number).is_some_and(unused) {
+            if let Some(message) = self.messages.remove(&number) {
+                if give_back(&self.file, message.from, message.len) {
+                    self.held -= message.len;
                 }
             }
         }
@@ -187,7 +220,7 @@ impl Spool {
         // SAFETY: the file has no name, and what is in it is not written again while a message of it
         // may be in use: it only grows, and gives back what no worker has.
         let map = Bytes::from_owner(unsafe { Mmap::map(&self.file)? });
-        let of_rank = self.messages.iter().filter(|m| m.ranks.contains(&rank));
+        let of_rank = self.messages.values().filter(|m| m.ranks.contains(&rank));
         let message = |m: &Message| {
             let from = usize::try_from(m.from).ok()?;
             let to = from.checked_add(usize::try_from(m.len).ok()?)?;
@@ -197,18 +230,21 @@ impl Spool {
     }
 }
 
-/// Has the file system take back what a part of the file takes up, if it can.
-fn give_back(file: &File, from: u64, len: u64) {
+/// Has the file system take back what a part of the file takes up. Returns whether it has done so.
+fn give_back(file: &File, from: u64, len: u64) -> bool {
     #[cfg(target_os = "linux")]
     {
         use std::os::fd::AsRawFd;
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let (from, len) = (from as libc::off_t, len as libc::off_t);
         // SAFETY: fallocate has no memory effects. That it fails costs room on the disk alone.
-        unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) };
+        unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) == 0 }
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = (file, from, len);
+    {
+        let _ = (file, from, len);
+        false
+    }
 }
 
 #[cfg(test)]
@@ -225,8 +261,8 @@ mod tests {
         spool
     }
 
-    fn send(spool: &mut Spool, task: TaskId, name: u64, message: &[u8]) {
-        spool.begin(task, name);
+    fn send(spool: &mut Spool, task: TaskId, rank: Rank, name: u64, message: &[u8]) {
+        spool.begin(task, rank, name);
         for part in message.chunks(7) {
             spool.write(&[Bytes::copy_from_slice(part).into()]);
         }
@@ -242,14 +278,14 @@ mod tests {
     fn each_worker_gets_what_lasted_on_it_in_order() {
         let mut spool = spool(1 << 20);
         for rank in 0..3u32 {
-            send(&mut spool, u64::from(rank), 0, b"for all of them");
+            send(&mut spool, u64::from(rank), rank, 0, b"for all of them");
         }
-        send(&mut spool, 3, 0, b"for one");
+        send(&mut spool, 3, 1, 0, b"for one");
         for rank in 0..3 {
             spool.ended(u64::from(rank), rank, true);
         }
         spool.ended(3, 1, true);
-        send(&mut spool, 4, 0, b"interrupted");
+        send(&mut spool, 4, 1, 0, b"interrupted");
         spool.ended(4, 1, false);
         assert_eq!(restored(&spool, 0), [b"for all of them"]);
         assert_eq!(restored(&spool, 1), [&b"for all of them"[..], b"for one"]);
@@ -268,7 +304,7 @@ mod tests {
             (7, "third"),
         ];
         for (task, (name, text)) in (0..).zip(messages) {
-            send(&mut spool, task, name, text.as_bytes());
+            send(&mut spool, task, 0, name, text.as_bytes());
             spool.ended(task, 0, true);
         }
         let texts: [&[u8]; 4] = [b"other", b"second", b"uses", b"third"];
@@ -278,11 +314,47 @@ mod tests {
     #[test]
     fn beyond_the_bound_it_is_not_complete() {
         let mut spool = spool(20);
-        send(&mut spool, 0, 0, &[1; 20]);
-        // The same once more takes no room.
-        send(&mut spool, 1, 0, &[1; 20]);
+        send(&mut spool, 0, 0, 0, &[1; 20]);
+        // The same for another worker takes no room.
+        send(&mut spool, 1, 1, 0, &[1; 20]);
         assert!(spool.is_complete());
-        send(&mut spool, 2, 0, &[2; 20]);
+        send(&mut spool, 2, 0, 0, &[2; 20]);
         assert!(!spool.is_complete());
+    }
+
+    #[test]
+    fn what_is_said_to_a_worker_twice_is_done_twice() {
+        let mut spool = spool(1 << 20);
+        for task in 0..3u64 {
+            for rank in 0..2 {
+                let task = 2 * task + u64::from(rank);
+                send(&mut spool, task, rank, 0, b"x <- x + 1");
+                // The second before it is answered.
+                if task != 2 {
+                    spool.ended(task, rank, true);
+                }
+            }
+        }
+        spool.ended(2, 0, true);
+        assert_eq!(restored(&spool, 0).len(), 3);
+        assert_eq!(restored(&spool, 1).len(), 3);
+        assert_eq!(spool.messages.len(), 3);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_no_worker_has_any_more_does_not_count() {
+        let mut spool = spool(50);
+        for task in 0..1000u64 {
+            send(&mut spool, task, 0, 7, &task.to_le_bytes().repeat(3));
+            spool.ended(task, 0, true);
+        }
+        for task in 1000..2000u64 {
+            send(&mut spool, task, 0, 0, &task.to_le_bytes().repeat(3));
+            spool.ended(task, 0, false);
+        }
+        assert!(spool.is_complete());
+        assert_eq!(restored(&spool, 0), [999u64.to_le_bytes().repeat(3)]);
+        assert_eq!((spool.messages.len(), spool.tasks.len()), (1, 0));
     }
 }

@@ -410,9 +410,11 @@ impl Sim {
                     let just_lost = lost.take() == Some(rank);
                     self.done(rank, task, job, outcome, just_lost);
                 }
-                Note::Gone { rank, .. } => {
+                Note::Gone { rank, gone } => {
                     let place = &mut self.facts.places[rank as usize];
-                    assert!(!std::mem::replace(&mut place.gone, true));
+                    // Once; or it is stopped when its host is lost, and does not come back with that.
+                    let again = std::mem::replace(&mut place.gone, true);
+                    assert!(!again || matches!(*gone, Gone::Stopped));
                     self.arriving.remove(&rank);
                 }
                 Note::Lost { rank, task, .. } => {
