@@ -12,7 +12,7 @@ sendData.RustNode <- function(node, data) {
   force(data)
   frames <- sys.nframe()
   # What closes a job is R code, too, and may have been interrupted.
-  over <- handle$job != noJob && !identical(sys.frame(min(handle$depth, frames)), handle$frame)
+  over <- handle$job != noJob && !identical(sys.frame(min(handle$depth, frames)), openFrames[[handle$id]])
   if (over) closeJob(handle, handle$job)
   if (handle$job == noJob) {
     openJob(handle, frames, data)
@@ -26,6 +26,11 @@ sendData.RustNode <- function(node, data) {
   unwound(result)
 }
 
+# The frame of each cluster's open job, by the cluster's name here. Not in the handle: whoever sends a
+# function that was made where there is a cluster sends the handle along, and would send the verb's
+# frame with all its tasks and results.
+openFrames <- new.env(parent = emptyenv())
+
 # Stands for no job: what is sent from outside of any verb is nobody's to cancel.
 noJob <- 0
 
@@ -36,7 +41,7 @@ openJob <- function(handle, frames, data) {
   handle$jobs <- handle$jobs + 1
   handle$frames <- frames
   handle$depth <- depth
-  handle$frame <- sys.frame(depth)
+  assign(handle$id, sys.frame(depth), openFrames)
   handle$lasts <- settingOf(sys.function(depth), data$data)
   handle$job <- handle$jobs
   end <- as.call(list(closeJob, handle, handle$job))
@@ -47,7 +52,7 @@ closeJob <- function(handle, job) {
   if (handle$job == job) {
     handle$job <- noJob
     handle$lasts <- NULL
-    handle$frame <- NULL
+    assign(handle$id, NULL, openFrames)
   }
   if (length(handle$losses)) handle$losses <- list()
   show(hub_close_job(handle$pointer, job), handle)

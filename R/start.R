@@ -12,12 +12,12 @@ newHandle <- function(pointer, agents) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
-  # The job under way, the number of the frame of its sends, its verb's frame and the number of that,
-  # and how many jobs there have been: see parallel.R.
+  # The job under way, the numbers of the frames of its sends and of its verb, the name of the cluster
+  # for that frame itself, and how many jobs there have been: see parallel.R.
   handle$job <- noJob
   handle$frames <- 0L
-  handle$frame <- NULL
   handle$depth <- 0L
+  handle$id <- basename(tempfile("cluster"))
   handle$jobs <- noJob
   handle$partial <- list()
   # Whether what the job under way sends lasts on the workers (parallel.R), and the losses of each of

@@ -272,6 +272,18 @@ test_that("R's registry of cluster types knows RUST, where R has one", {
   stopCluster(cl)
 })
 
+test_that("a cluster that a task takes along is small, also in the middle of a verb", {
+  cl <- local_cluster(2)
+  sizes <- integer()
+  x <- structure(list(numeric(1e6), numeric(1e6)), class = "watched")
+  registerS3method("[[", "watched", function(x, i) {
+    sizes <<- c(sizes, length(serialize(cl, NULL)))
+    unclass(x)[[i]]
+  }, environment())
+  expect_equal(clusterApply(cl, x, length), list(1e6, 1e6))
+  expect_lt(max(sizes), 50e3)
+})
+
 test_that("nothing is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
