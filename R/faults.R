@@ -13,10 +13,10 @@ taskEnded <- function(failure, handle) {
 
 taskLost <- function(task, failure, handle) {
   loss <- failureCondition(failure, handle)
-  handle$losses[[task]] <- c(handle$losses[[task]], list(loss))
+  losses <- c(handle$losses[[task]], list(loss))
   number <- as.numeric(task)
   if (inherits(loss, "rustcluster_stopped") || handle$retries == 0) return(giveUp(number, loss, handle))
-  again <- length(handle$losses[[task]]) <= handle$retries
+  again <- length(losses) <= handle$retries
   if (again) {
     sent <- hub_try_again(handle$pointer, number)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
@@ -24,7 +24,10 @@ taskLost <- function(task, failure, handle) {
       return(giveUp(number, failureCondition(sent, handle), handle))
     }
     checked(sent)
+    # Not before: whoever is interrupted is told of the loss once more.
+    handle$losses[[task]] <- losses
   } else {
+    handle$losses[[task]] <- losses
     checked(hub_give_up(handle$pointer, number), handle)
   }
   # The task is safe before the warning, which may be turned into a jump. That a host is lost, or a

@@ -170,6 +170,24 @@ test_that("a host that stands still when it is tried again is tried once more", 
   expect_identical(told(clusterCall(cl, identity, 5))$value, rep(list(5), 4))
 })
 
+test_that("tasks draw the same numbers if a host is lost and back while a verb is under way", {
+  cl <- hosts_back()
+  run <- function(kill = NULL) {
+    clusterSetRNGStream(cl, 7)
+    if (length(kill)) system(sprintf("(sleep 0.4; kill -KILL %d) &", kill))
+    told(clusterApply(cl, 1:80, function(i) {
+      Sys.sleep(0.15)
+      c(i, runif(1))
+    }))$value
+  }
+  want <- run()
+  for (i in 1:2) {
+    expect_identical(run(agents_of(cl)[[i]]), want)
+    expect_true(wait_until(all_there(cl)))
+    note_processes(cl)
+  }
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })

@@ -721,6 +721,61 @@ test_that("a host whose workers end again and again is left out", {
   expect_identical(clusterCall(cl[!is.na(clusterPids(cl))], identity, 1), list(1, 1))
 })
 
+test_that("who is interrupted before it is known what becomes of a lost task is told of it again", {
+  cl <- local_cluster(2)
+  original <- get("failureCondition", asNamespace("rustcluster"))
+  calls <- 0
+  local_function("failureCondition", function(...) {
+    calls <<- calls + 1
+    if (calls == 1) stop("interrupted")
+    original(...)
+  })
+  work <- global(function(trap, spring, value) {
+    spring(trap)
+    value
+  })
+  sendCall(cl[[1]], work, list(trap(), spring, 5))
+  sendCall(cl[[1]], identity, list(6))
+  sendCall(cl[[2]], work, list(trap(), spring, 7))
+  expect_identical(conditionMessage(caught(recvResult(cl[[1]]))), "interrupted")
+  got <- with_losses(list(recvResult(cl[[1]]), recvResult(cl[[1]]), recvResult(cl[[2]])))
+  expect_identical(got$value, list(5, 6, 7))
+  expect_length(got$losses, 2)
+  calls <- 0
+  sendCall(cl[[2]], work, list(trap(), spring, 8))
+  expect_identical(conditionMessage(caught(recvOneResult(cl))), "interrupted")
+  got <- with_losses(recvOneResult(cl))
+  expect_identical(got$value$value, 8)
+  expect_length(got$losses, 1)
+  note_processes(cl)
+})
+
+test_that("a task that has ended in time is not out of time because the head stands still", {
+  skip_unless_proc()
+  script <- tempfile(fileext = ".R")
+  writeLines(c(
+    "library(parallel)", "library(rustcluster)",
+    "cl <- makeRustCluster(2, timeout = 2, outfile = '', progress = FALSE)",
+    "line <- strrep('x', 1e6)",
+    "print_much <- function(line) {",
+    "  for (i in 1:10) cat(line, '\\n')",
+    "  1",
+    "}",
+    "parallel:::sendCall(cl[[1]], print_much, list(line))",
+    "parallel:::sendCall(cl[[2]], function() {",
+    "  Sys.sleep(1)",
+    "  2",
+    "}, list())",
+    "system(sprintf('(sleep 4; kill -CONT %d) &', Sys.getpid()))",
+    "tools::pskill(Sys.getpid(), tools::SIGSTOP)",
+    "got <- parallel:::recvResult(cl[[2]])",
+    "cat('\\ngot', if (is.numeric(got)) got else class(got), '\\n')",
+    "stopCluster(cl)"
+  ), script)
+  out <- system2(file.path(R.home("bin"), "Rscript"), script, stdout = TRUE, stderr = TRUE)
+  expect_identical(grep("^got", out, value = TRUE), "got 2 ")
+})
+
 test_that("nothing is left", {
   stop_cluster_pairs()
   expect_no_leftovers()

@@ -211,8 +211,8 @@ struct Task {
     complete: bool,
     lasts: Option<u64>,
     instead_of: Option<Rank>,
-    /// The state of the random number generator that the worker is to have after it.
-    leaves: Option<Bytes>,
+    /// The worker is to have its known random numbers after it.
+    leaves_seed: bool,
 }
 
 impl Task {
@@ -450,7 +450,7 @@ impl Scheduler {
             complete: false,
             lasts: order.lasts,
             instead_of: order.instead_of,
-            leaves: None,
+            leaves_seed: false,
         };
         if order.again {
             worker.decided(order.task);
@@ -546,7 +546,7 @@ impl Scheduler {
                 complete: true,
                 lasts: Some(name),
                 instead_of: None,
-                leaves: seed.clone().filter(|_| at + 1 == count),
+                leaves_seed: at + 1 == count,
             });
         }
         if count == 0 {
@@ -569,7 +569,6 @@ impl Scheduler {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
-        let leaves = worker.seed.clone().filter(|_| last);
         worker.decided(id);
         worker.queue.push_front(Task {
             id,
@@ -578,7 +577,7 @@ impl Scheduler {
             complete: true,
             lasts: Some(name),
             instead_of: None,
-            leaves,
+            leaves_seed: last,
         });
         self.dispatch(rank);
     }
@@ -959,7 +958,8 @@ impl Scheduler {
             }
             together.push_back(frame);
             if flags & LAST != 0 {
-                if let Some(seed) = current.task.leaves.take() {
+                let seed = worker.seed.clone();
+                if let Some(seed) = seed.filter(|_| current.task.leaves_seed) {
                     together.push_back(Frame::new(Kind::Seed, 0, index, 0, seed));
                 }
             }
@@ -1165,7 +1165,10 @@ impl Scheduler {
             // What restores a worker ends with the state that is known.
             let after = current.after.take().filter(|_| task & RESTORE == 0);
             if let Some((whose, seed)) = after {
-                self.workers[whose as usize].seed = Some(seed);
+                self.workers[whose as usize].seed = Some(seed.clone());
+                if whose != rank {
+                    self.put_seed(whose, seed);
+                }
             }
         }
         let worker = &mut self.workers[rank as usize];
@@ -1213,6 +1216,20 @@ impl Scheduler {
             self.grant();
         }
         Ok(())
+    }
+
+    /// What another worker did for this one has left its random numbers so: if it is back in the
+    /// meantime, it goes on from there.
+    fn put_seed(&mut self, rank: Rank, seed: Bytes) {
+        let worker = &self.workers[rank as usize];
+        // One that is still being sent what restores it gets them in the end.
+        let at_rest = worker.current.as_ref().is_none_or(|current| {
+            current.task.id & RESTORE != 0 && matches!(current.phase, Phase::Running)
+        });
+        if matches!(worker.state, WorkerState::Up) && at_rest {
+            let (agent, index) = (worker.agent, worker.index);
+            self.push_control(agent, Frame::new(Kind::Seed, 0, index, 0, seed));
+        }
     }
 
     /// Frees a worker of its current task.
@@ -1659,5 +1676,28 @@ mod tests {
         assert!(s.is_starting(0));
         tell(&mut s, 0, &ToHead::WorkerUp { worker: 1, pid: 4 });
         assert!(s.is_up(1) && !s.is_starting(0) && !s.has_lost(0));
+    }
+
+    #[test]
+    fn a_worker_that_is_back_goes_on_where_who_stood_in_left_its_random_numbers() {
+        let mut s = up(2);
+        submit(&mut s, order(0, 1));
+        tasks_sent(&mut s, 0);
+        answer(&mut s, 0, 1, Some(b"before"));
+        s.agent_lost(0, "cut");
+        submit(&mut s, moved(1, 2, 0));
+        tasks_sent(&mut s, 1);
+        s.agent_back(0, &ToAgent::Stop).unwrap();
+        tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+        let seed = |seed| (Kind::Seed, 0, Bytes::from_static(seed));
+        let chunk = Bytes::from_static(b"what lasted").into();
+        s.restore(0, vec![(RESTORE, 0, vec![chunk])]);
+        assert_eq!(sent(&mut s, 0).last(), Some(&seed(b"before")));
+        let left = Frame::new(Kind::Seed, GUEST, 0, 2, Bytes::from_static(b"after"));
+        s.on_frame(1, left).unwrap();
+        answer(&mut s, 1, 2, None);
+        assert_eq!(sent(&mut s, 0), [seed(b"after")]);
+        // Nor has that become the other's.
+        assert!(sent(&mut s, 1).is_empty());
     }
 }

@@ -340,11 +340,12 @@ impl Agent {
             let timeout = if self.to_make.is_empty() && !can_read {
                 let pulse = self.pulse.as_ref().filter(|_| !self.ending);
                 let farewell = self.strays.deadline();
-                let deadlines = [
-                    self.relay.book.next_deadline(),
-                    pulse.map(Pulse::next),
-                    farewell,
-                ];
+                let deadline = if self.to_head.len() < HEAD_BACKLOG {
+                    self.relay.book.next_deadline()
+                } else {
+                    self.relay.book.next_end()
+                };
+                let deadlines = [deadline, pulse.map(Pulse::next), farewell];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -391,9 +392,13 @@ impl Agent {
                 self.on_signals();
             }
             self.feel_pulse();
-            let now = self.now();
-            self.relay.out_of_time(now, &mut self.acts);
-            self.act();
+            // While the head does not take what there is, a task may have been answered in time and
+            // the answer not been looked at.
+            if self.to_head.len() < HEAD_BACKLOG {
+                let now = self.now();
+                self.relay.out_of_time(now, &mut self.acts);
+                self.act();
+            }
             for worker in self.relay.book.overdue(self.now()) {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();

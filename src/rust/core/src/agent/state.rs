@@ -452,6 +452,12 @@ impl Book {
         self.workers.iter().flat_map(both).flatten().min()
     }
 
+    /// When [`Book::overdue`] should next be asked.
+    pub fn next_end(&self) -> Option<Now> {
+        let workers = self.workers.iter().filter(|_| self.timed);
+        workers.filter_map(Book::end_by).min()
+    }
+
     /// Workers whose time is up: they are to be killed. Each is named again only after a second,
     /// which a killed process should not need.
     pub fn overdue(&mut self, now: Now) -> Vec<u32> {

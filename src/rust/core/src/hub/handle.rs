@@ -40,7 +40,8 @@ pub enum Answer {
         task: TaskId,
         body: Body,
     },
-    /// Its worker was lost. [`Hub::try_again`], [`Hub::give_up`] or [`Hub::forget`] must follow.
+    /// Its worker was lost. That is told until [`Hub::try_again`], [`Hub::give_up`] or [`Hub::forget`]
+    /// has followed.
     Lost {
         rank: Rank,
         /// The worker that had it.
@@ -357,6 +358,7 @@ impl Hub {
                 place.ok_or((before, gone))?
             }
         };
+        self.core().inbox.decided(task);
         if place != rank {
             self.moved.insert(task, place);
         }
@@ -613,7 +615,6 @@ impl Hub {
             return Answer::Pending;
         };
         if let End::Outcome(Outcome::Lost(gone)) = end {
-            core.inbox.told(task);
             drop(core);
             let place = self.place(rank, task);
             return Answer::Lost {

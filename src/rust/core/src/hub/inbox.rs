@@ -317,7 +317,12 @@ impl Inbox {
 
     fn take_end(&mut self, task: TaskId) -> Option<(Rank, TaskId, End)> {
         let expected = self.expected.get_mut(&task)?;
-        Some((expected.owner, task, expected.end.take()?))
+        let end = match &expected.end {
+            // Stays until R has decided: it may be interrupted before.
+            Some(End::Outcome(Outcome::Lost(gone))) => End::Outcome(Outcome::Lost(gone.clone())),
+            _ => expected.end.take()?,
+        };
+        Some((expected.owner, task, end))
     }
 
     /// The end of this task, or else the loss of another of the same job, unless that is 0.
@@ -340,8 +345,11 @@ impl Inbox {
                 continue;
             }
             if includes(owner) {
-                self.ready.remove(at);
-                if let end @ Some(_) = self.take_end(task) {
+                let end = self.take_end(task);
+                if !matches!(end, Some((_, _, End::Outcome(Outcome::Lost(_))))) {
+                    self.ready.remove(at);
+                }
+                if end.is_some() {
                     return end;
                 }
                 continue;
@@ -351,14 +359,18 @@ impl Inbox {
         None
     }
 
-    /// R has been told that this task was lost, and decides what becomes of it.
-    pub fn told(&mut self, task: TaskId) {
+    /// R has decided what becomes of a task that was lost.
+    pub fn decided(&mut self, task: TaskId) {
         self.ready.retain(|ready| ready.1 != task);
         self.lost.retain(|lost| lost.2 != task);
+        if let Some(expected) = self.expected.get_mut(&task) {
+            expected.end = None;
+        }
     }
 
     /// R does not try this task again; it is told so when it asks for the answer.
     pub fn give_up(&mut self, task: TaskId) {
+        self.decided(task);
         if let Some(expected) = self.expected.get_mut(&task) {
             expected.end = Some(End::GivenUp);
             self.ready.push_back((expected.owner, task));
