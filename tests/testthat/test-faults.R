@@ -776,6 +776,27 @@ test_that("a task that has ended in time is not out of time because the head sta
   expect_identical(grep("^got", out, value = TRUE), "got 2 ")
 })
 
+test_that("only a node of the same call stands in for a lost one: others may not have what it needs", {
+  agents <- lapply(1:3, function(i) list(host = "localhost", ncore = 2, threads = i))
+  cl <- local_cluster(agents)
+  value <- "old"
+  clusterExport(cl, "value", environment())
+  value <- "new"
+  clusterExport(cl[1:4], "value", environment())
+  tries <- tempfile()
+  lost <- agentPids(cl)[[2L]]
+  # Those of the third host have nothing to do, and would be the first choice.
+  got <- suppressWarnings(clusterApply(cl[1:4], 1:12, function(i, tries, lost) {
+    if (i == 3 && !file.exists(tries)) {
+      file.create(tries)
+      tools::pskill(lost, tools::SIGKILL)
+      Sys.sleep(60)
+    }
+    value
+  }, tries, lost))
+  expect_equal(got, rep(list("new"), 12))
+})
+
 test_that("nothing is left", {
   stop_cluster_pairs()
   expect_no_leftovers()

@@ -97,6 +97,8 @@ pub struct Hub {
     outstanding_count: usize,
     /// Tasks that are with another worker than the one that R gave them to, because that was lost.
     moved: HashMap<TaskId, Rank>,
+    /// The workers that the last job has given tasks to. Others may not have what its tasks need.
+    members: (JobId, Vec<bool>),
     next_task: TaskId,
     /// A message is being written.
     writing: Option<Writing>,
@@ -154,6 +156,7 @@ impl Hub {
             outstanding: Vec::new(),
             outstanding_count: 0,
             moved: HashMap::new(),
+            members: (NO_JOB, Vec::new()),
             next_task: 1,
             writing: None,
             shares: false,
@@ -292,18 +295,22 @@ impl Hub {
             let workers = &core.inbox.workers;
             workers.get(rank as usize).cloned().unwrap_or_default()
         };
+        if self.members.0 != job || self.members.1.is_empty() {
+            self.members = (job, vec![false; self.outstanding.len()]);
+        }
         let place = match worker.gone {
             None => rank,
             Some(gone) => {
-                let just_now = job != NO_JOB && worker.gone_in == job && lasts.is_none();
+                let just_now = worker.gone_in == job && lasts.is_none();
                 let place = if just_now {
-                    self.elsewhere(&gone)
+                    self.elsewhere(&gone, job)
                 } else {
                     None
                 };
                 place.ok_or(gone)?
             }
         };
+        self.members.1[rank as usize] = true;
         let stale = |&(_, other): &(TaskId, JobId)| job != NO_JOB && other != job;
         if self.outstanding[rank as usize].iter().any(stale) {
             let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
@@ -351,7 +358,7 @@ impl Hub {
             None => before,
             Some(gone) => {
                 let place = if lasts.is_none() {
-                    self.elsewhere(&gone)
+                    self.elsewhere(&gone, job)
                 } else {
                     None
                 };
@@ -398,9 +405,11 @@ impl Hub {
         self.moved.get(&task).copied().unwrap_or(rank)
     }
 
-    /// The worker with the least to do, to stand in for one that is gone, unless that was stopped.
-    fn elsewhere(&self, gone: &Gone) -> Option<Rank> {
-        if matches!(gone, Gone::Stopped) {
+    /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
+    /// unless that was stopped.
+    fn elsewhere(&self, gone: &Gone, job: JobId) -> Option<Rank> {
+        let (last, members) = &self.members;
+        if matches!(gone, Gone::Stopped) || job == NO_JOB || *last != job {
             return None;
         }
         let mut load: Vec<usize> = self.outstanding.iter().map(VecDeque::len).collect();
@@ -409,7 +418,7 @@ impl Hub {
         }
         let core = self.core();
         let living = core.inbox.workers.iter().zip(&load).enumerate();
-        let living = living.filter(|(_, (worker, _))| worker.gone.is_none());
+        let living = living.filter(|(rank, (worker, _))| worker.gone.is_none() && members[*rank]);
         let least = living.min_by_key(|&(_, (_, load))| load)?;
         Some(least.0 as Rank)
     }
