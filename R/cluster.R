@@ -80,8 +80,8 @@
 #'   not, that is killed and replaced.
 #' @param reconnect (logical) Whether a lost host is tried again, after 1 s, 2 s,
 #'   4 s and so on up to every 30 s, until `stopCluster()`. When it is back, its
-#'   workers are brought to the state they had, and its nodes are usable again;
-#'   a message says so. A call in which the last host is lost does not wait for it.
+#'   workers are brought to the state they had (of random numbers, if they are
+#'   L'Ecuyer-CMRG streams), and its nodes are usable again; a message says so. A call in which the last host is lost does not wait for it.
 #' @param buffer_limit (number) Bytes of results that this session holds before it
 #'   leaves large ones on their hosts until they are asked for, at least 1 MiB;
 #'   default 512 MiB.
@@ -111,8 +111,8 @@
 #' for it, with the same random numbers as at first; a warning
 #' (`rustcluster_worker_lost`) tells of each loss, which `options(warn = 2)` makes the
 #' end of the call. If its host is lost, or its worker is not replaced, it is given
-#' to another worker, with the random numbers of the lost one if those are
-#' L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their nodes, and
+#' to another worker that the same call uses, with the random numbers of the lost one if
+#' those are L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their nodes, and
 #' fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
 #' it is back (`reconnect`); `cl[!is.na(clusterPids(cl))]` leaves them out. A host
 #' whose workers are lost again and again (at least ten, and four times as many as it has,

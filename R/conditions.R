@@ -104,7 +104,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       " has left process ", field("pid"), " behind (", field("command"), "): it made itself independent ",
       "of its worker and goes on. End it with `kill ", field("pid"), "` on that host"
     ),
-    host_back = paste0("host ", sQuote(host), " is back, with all that was on it\n"),
+    host_back = paste0(
+      "host ", sQuote(host), " is back, with its exports and its streams of random numbers\n"
+    ),
     state_not_kept = if (is.null(owner)) paste0(
       "what has been exported to the workers, or called on them, is more than the ",
       format(handle$spoolLimit / 1e6, digits = 3L), " MB that are kept of it here (`keep_limit`), or than ",
