@@ -176,10 +176,12 @@ calls <- list(
     list(got, rep(list(c(id, id + 1)), 2L * length(cl)))
   },
   random = function(cl, id) {
-    clusterSetRNGStream(cl, id)
+    # A seed is an integer.
+    seed <- id %% 1e9
+    clusterSetRNGStream(cl, seed)
     got <- clusterApply(cl, seq_len(3L * length(cl)), function(i) stats::runif(1))
     n <- length(cl)
-    list(matrix(unlist(got), n, 3), do.call(rbind, streams(id, n, 3L)))
+    list(matrix(unlist(got), n, 3), do.call(rbind, streams(seed, n, 3L)))
   }
 )
 
