@@ -797,6 +797,27 @@ test_that("only a node of the same call stands in for a lost one: others may not
   expect_equal(got, rep(list("new"), 12))
 })
 
+test_that("a worker is restored by more than may be sent to one at a time", {
+  cl <- local_cluster(2)
+  large <- numeric(2e6)
+  clusterExport(cl, "large", environment())
+  clusterSetRNGStream(cl, 1)
+  first <- clusterCall(cl, stats::runif, 1)
+  agent <- agentPids(cl)
+  pid <- clusterPids(cl)[[1L]]
+  for (i in 1:3) {
+    tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+    expect_true(wait_until(function() clusterPids(cl)[[1L]] != pid))
+    pid <- clusterPids(cl)[[1L]]
+    expect_warning(got <- clusterCall(cl, function() sum(large)), class = "rustcluster_worker_lost")
+    expect_equal(got, list(0, 0))
+  }
+  expect_equal(agentPids(cl), agent)
+  second <- clusterCall(cl, stats::runif, 1)
+  clusterSetRNGStream(cl, 1)
+  expect_identical(list(first, second), list(clusterCall(cl, stats::runif, 1), clusterCall(cl, stats::runif, 1)))
+})
+
 test_that("nothing is left", {
   stop_cluster_pairs()
   expect_no_leftovers()

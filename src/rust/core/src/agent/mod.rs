@@ -556,10 +556,13 @@ impl Agent {
                 Act::ToHead(_) => {}
                 Act::Tell(message) => self.tell(&message),
                 Act::ToWorker(frame) => {
-                    let Header { worker, task, .. } = frame.header;
+                    let Header {
+                        kind, worker, task, ..
+                    } = frame.header;
                     self.send_worker(worker, &frame);
-                    // What a fresh worker is restored by is the agent's own.
-                    if task & REPLAY == 0 && !self.has_room(worker) {
+                    // What a fresh worker is restored by is the agent's own, and no fault of the head's.
+                    let of_head = kind == Kind::Data && task & REPLAY == 0;
+                    if of_head && !self.has_room(worker) {
                         eprintln!(
                             "rustcluster agent: more for worker {worker} than it has room for"
                         );
