@@ -12,10 +12,6 @@ abort <- function(kind, ..., fields = list()) {
   stop(do.call(rustclusterCondition, c(list(kind, message), fields)))
 }
 
-alert <- function(kind, ..., fields = list()) {
-  warning(do.call(rustclusterCondition, c(list(kind, paste0(...)), fields, type = "warning")))
-}
-
 badArgument <- function(argument, ...) {
   abort("bad_argument", "`", argument, "` ", ..., fields = list(argument = argument))
 }
@@ -88,8 +84,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
-      reason, if (isTRUE(handle$reconnect)) "; it is tried again until it is back, and ",
-      if (!isTRUE(handle$reconnect)) "; ", "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
+      reason, if (isTRUE(handle$reconnect)) "; it is tried again until it is back, and " else "; ",
+      "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
     ),
     timeout = paste0(
       "task ", field("index"), " took longer than its ", format(handle$timeout), " s on ", node,

@@ -39,8 +39,8 @@ pub const RESULT_WINDOW: usize = 256 * 1024;
 pub const GRANT: usize = 1024 * 1024;
 
 /// A host on which so many workers (and four times as many as it has: each may be given a task that
-/// ends it three times) are lost in a row, without a task
-/// that ends in between, is left out, if there is another.
+/// ends it three times) are lost in a row, without a task that ends in between, is left out, if there
+/// is another.
 pub const LOSSES_IN_A_ROW: usize = 10;
 
 /// Chunks of a result are not held apart if they are no longer than this together. Our workers fill
@@ -195,6 +195,9 @@ pub struct Order {
     pub instead_of: Option<Rank>,
 }
 
+/// A message by which a worker is restored: its task's number, its name and its chunks.
+pub type Restoring = (TaskId, u64, Vec<Chunk>);
+
 #[derive(Debug)]
 enum WorkerState {
     Starting,
@@ -216,6 +219,19 @@ struct Task {
 }
 
 impl Task {
+    /// One of those that bring a worker which is back to the state it had. `last`: it is the last.
+    fn restoring((id, name, chunks): Restoring, last: bool) -> Task {
+        Task {
+            id,
+            job: 0,
+            chunks: chunks.into(),
+            complete: true,
+            lasts: Some(name),
+            instead_of: None,
+            leaves_seed: last,
+        }
+    }
+
     /// What R's thread counts as waiting to be sent.
     fn queued_bytes(&self) -> usize {
         if self.id & RESTORE != 0 {
@@ -529,25 +545,17 @@ impl Scheduler {
         self.agents[agent].mirror.is_some()
     }
 
-    /// All that brings a worker which is back to the state it had: messages with their numbers and
-    /// names, one task after the other. Returns whether there is anything to be done.
-    pub fn restore(&mut self, rank: Rank, messages: Vec<(TaskId, u64, Vec<Chunk>)>) -> bool {
+    /// All that brings a worker which is back to the state it had, one task after the other.
+    pub fn restore(&mut self, rank: Rank, messages: Vec<Restoring>) {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
-            return false;
+            return;
         };
         let seed = worker.seed.clone();
         let (agent, index) = (worker.agent, worker.index);
         let count = messages.len();
-        for (at, (id, name, chunks)) in messages.into_iter().enumerate() {
-            worker.queue.push_back(Task {
-                id,
-                job: 0,
-                chunks: chunks.into(),
-                complete: true,
-                lasts: Some(name),
-                instead_of: None,
-                leaves_seed: at + 1 == count,
-            });
+        for (at, message) in messages.into_iter().enumerate() {
+            let task = Task::restoring(message, at + 1 == count);
+            worker.queue.push_back(task);
         }
         if count == 0 {
             if let Some(seed) = seed {
@@ -555,30 +563,16 @@ impl Scheduler {
             }
         }
         self.dispatch(rank);
-        count > 0
     }
 
     /// One of the tasks of [`Scheduler::restore`], once more: its worker was lost with it, and there is
     /// another. `last`: it is the last of them.
-    pub fn restore_again(
-        &mut self,
-        rank: Rank,
-        (id, name, chunks): (TaskId, u64, Vec<Chunk>),
-        last: bool,
-    ) {
+    pub fn restore_again(&mut self, rank: Rank, message: Restoring, last: bool) {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
-        worker.decided(id);
-        worker.queue.push_front(Task {
-            id,
-            job: 0,
-            chunks: chunks.into(),
-            complete: true,
-            lasts: Some(name),
-            instead_of: None,
-            leaves_seed: last,
-        });
+        worker.decided(message.0);
+        worker.queue.push_front(Task::restoring(message, last));
         self.dispatch(rank);
     }
 
@@ -788,7 +782,7 @@ impl Scheduler {
             gone: gone.clone(),
         });
         worker.undecided = None;
-        let mut ended: Vec<Task> = self.drop_current(rank).into_iter().collect();
+        let mut ended: Vec<Task> = self.free(rank).into_iter().collect();
         for task in mem::take(&mut self.workers[rank as usize].queue) {
             self.released += task.queued_bytes();
             ended.push(task);
@@ -804,17 +798,6 @@ impl Scheduler {
         self.grant();
     }
 
-    /// Takes the task from a worker that has ended. Returns it if its answer is still wanted.
-    fn drop_current(&mut self, rank: Rank) -> Option<Task> {
-        self.starving.retain(|&starving| starving != rank);
-        let current = self.workers[rank as usize].current.take()?;
-        self.released += current.task.queued_bytes();
-        self.buffered -= current.answer.len;
-        self.reserved -= current.reserved();
-        self.flowing -= usize::from(current.flowing());
-        (!current.cancelled).then_some(current.task)
-    }
-
     /// A worker has ended, and a fresh one will take its place: what waits for it goes on waiting.
     fn replace(&mut self, rank: Rank, loss: Loss) {
         let worker = &mut self.workers[rank as usize];
@@ -826,7 +809,7 @@ impl Scheduler {
         if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
             self.push_control(agent, frame);
         }
-        let task = self.drop_current(rank);
+        let task = self.free(rank);
         let busy = task.is_some();
         self.notes.push(Note::Lost {
             rank,
@@ -1075,7 +1058,6 @@ impl Scheduler {
                     (WorkerState::Gone(_), _) => return Ok(()),
                     (WorkerState::Starting, None) => false,
                     (_, Some(current)) if current.cancelled => true,
-                    // It ended by itself just after its last task.
                     _ => return Err(ProtocolError("a busy worker was replaced".into())),
                 };
                 self.free(rank);
@@ -1232,16 +1214,17 @@ impl Scheduler {
         }
     }
 
-    /// Frees a worker of its current task.
-    fn free(&mut self, rank: Rank) {
-        if let Some(current) = self.workers[rank as usize].current.take() {
-            self.reserved -= current.reserved();
-            self.flowing -= usize::from(current.flowing());
-            self.buffered -= current.answer.len;
-            if current.starving {
-                self.starving.retain(|&starving| starving != rank);
-            }
+    /// Frees a worker of its current task. Returns that if its answer is still wanted.
+    fn free(&mut self, rank: Rank) -> Option<Task> {
+        let current = self.workers[rank as usize].current.take()?;
+        self.released += current.task.queued_bytes();
+        self.buffered -= current.answer.len;
+        self.reserved -= current.reserved();
+        self.flowing -= usize::from(current.flowing());
+        if current.starving {
+            self.starving.retain(|&starving| starving != rank);
         }
+        (!current.cancelled).then_some(current.task)
     }
 
     /// Asks for more of large results: while there is room, or because R waits for them.

@@ -301,13 +301,9 @@ impl Hub {
         let place = match worker.gone {
             None => rank,
             Some(gone) => {
-                let just_now = worker.gone_in == job && lasts.is_none();
-                let place = if just_now {
-                    self.elsewhere(&gone, job)
-                } else {
-                    None
-                };
-                place.ok_or(gone)?
+                let just_now = worker.gone_in == job;
+                let stand_in = || self.elsewhere(&gone, job, lasts);
+                just_now.then(stand_in).flatten().ok_or(gone)?
             }
         };
         self.members.1[rank as usize] = true;
@@ -323,18 +319,14 @@ impl Hub {
         }
         let task = self.next_task;
         self.next_task += 1;
-        if place != rank {
-            self.moved.insert(task, place);
-        }
         let order = Order {
             rank: place,
             task,
             job,
-            again: false,
             lasts,
-            instead_of: (place != rank).then_some(rank),
+            ..Order::default()
         };
-        self.writing = Some(Writing::new(order, rank, false));
+        self.write_order(order, rank, false);
         Ok((task, place))
     }
 
@@ -357,28 +349,31 @@ impl Hub {
         let place = match self.worker(before).gone {
             None => before,
             Some(gone) => {
-                let place = if lasts.is_none() {
-                    self.elsewhere(&gone, job)
-                } else {
-                    None
-                };
-                place.ok_or((before, gone))?
+                let stand_in = self.elsewhere(&gone, job, lasts);
+                stand_in.ok_or((before, gone))?
             }
         };
         self.core().inbox.decided(task);
-        if place != rank {
-            self.moved.insert(task, place);
-        }
         let order = Order {
             rank: place,
             task,
             job,
             again: place == before,
             lasts,
-            instead_of: (place != rank).then_some(rank),
+            ..Order::default()
         };
-        self.writing = Some(Writing::new(order, rank, true));
+        self.write_order(order, rank, true);
         Ok(place)
+    }
+
+    /// The message of this task, which R gave to `owner`, is written next. `again`: it has been
+    /// outstanding before.
+    fn write_order(&mut self, mut order: Order, owner: Rank, again: bool) {
+        if order.rank != owner {
+            self.moved.insert(order.task, order.rank);
+            order.instead_of = Some(owner);
+        }
+        self.writing = Some(Writing::new(order, owner, again));
     }
 
     /// A task that was lost is not tried again: who asks for its answer is told so.
@@ -406,10 +401,11 @@ impl Hub {
     }
 
     /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
-    /// unless that was stopped.
-    fn elsewhere(&self, gone: &Gone, job: JobId) -> Option<Rank> {
+    /// unless that was stopped, or the task is bound to it by what lasts there.
+    fn elsewhere(&self, gone: &Gone, job: JobId, lasts: Option<u64>) -> Option<Rank> {
         let (last, members) = &self.members;
-        if matches!(gone, Gone::Stopped) || job == NO_JOB || *last != job {
+        let bound = matches!(gone, Gone::Stopped) || lasts.is_some();
+        if bound || job == NO_JOB || *last != job {
             return None;
         }
         let mut load: Vec<usize> = self.outstanding.iter().map(VecDeque::len).collect();

@@ -277,6 +277,8 @@ impl Inbox {
             _ => {}
         }
         self.workers[rank as usize].gone = Some(gone);
+        // It may have been the last that the others waited for.
+        self.look_whether_back(rank);
     }
 
     /// A worker that was gone is there again, and what it was.
@@ -286,7 +288,7 @@ impl Inbox {
     }
 
     /// Tells R if the host of this worker was lost and no worker of it is waited for any more.
-    pub fn look_whether_back(&mut self, rank: Rank) {
+    fn look_whether_back(&mut self, rank: Rank) {
         let agent = self.workers[rank as usize].agent;
         let of_host = || self.workers.iter().filter(|w| w.agent == agent);
         let lost = |w: &WorkerView| matches!(w.gone.as_deref(), Some(Gone::Host(_)));

@@ -433,15 +433,7 @@ impl Core {
                     }
                     _ => {}
                 }
-                let gone = match &note {
-                    Note::Gone { rank, .. } => Some(*rank),
-                    _ => None,
-                };
                 let dropped = self.inbox.note(note);
-                if let Some(rank) = gone {
-                    // It may have been the last that the others waited for.
-                    self.inbox.look_whether_back(rank);
-                }
                 if dropped > 0 {
                     self.scheduler.taken(dropped);
                 }
@@ -452,11 +444,8 @@ impl Core {
 
     /// R is to know when hosts will not be taken back any more.
     pub fn look_at_spool(&mut self) {
-        if self
-            .spool
-            .as_ref()
-            .is_some_and(|spool| !spool.is_complete())
-        {
+        let incomplete = |spool: &Spool| !spool.is_complete();
+        if self.spool.as_ref().is_some_and(incomplete) {
             self.inbox.spool_incomplete();
         }
     }
