@@ -81,7 +81,8 @@
 #' @param reconnect (logical) Whether a lost host is tried again, after 1 s, 2 s,
 #'   4 s and so on up to every 30 s, until `stopCluster()`. When it is back, its
 #'   workers are brought to the state they had (of random numbers, if they are
-#'   L'Ecuyer-CMRG streams), and its nodes are usable again; a message says so. A call in which the last host is lost does not wait for it.
+#'   L'Ecuyer-CMRG streams), and its nodes are usable again; a message says so. A
+#'   call in which the last host is lost does not wait for it.
 #' @param buffer_limit (number) Bytes of results that this session holds before it
 #'   leaves large ones on their hosts until they are asked for, at least 1 MiB;
 #'   default 512 MiB.
@@ -103,17 +104,18 @@
 #' the values that were sent then, and its random numbers go on where the last task
 #' that ended left them. What such a call did outside of the worker, as in a file, is
 #' done again, too, and many calls take their time. What other tasks left behind is
-#' gone, and so is what an interrupted call did. Replaced workers are only those whose whole state is kept:
-#' when that takes more than `keep_limit`, a warning (`rustcluster_state_not_kept`)
-#' says that workers lost there will not be replaced from then on.
+#' gone, and so is what an interrupted call did. Replaced are only those workers whose
+#' whole state is kept: when that takes more than `keep_limit`, a warning
+#' (`rustcluster_state_not_kept`) says that workers lost there will not be replaced from
+#' then on.
 #'
 #' The task that was lost is tried again on that worker, before all others that wait
 #' for it, with the same random numbers as at first; a warning
 #' (`rustcluster_worker_lost`) tells of each loss, which `options(warn = 2)` makes the
 #' end of the call. If its host is lost, or its worker is not replaced, it is given
 #' to another worker that the same call uses, with the random numbers of the lost one if
-#' those are L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their nodes, and
-#' fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
+#' those are L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their
+#' nodes, and fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
 #' it is back (`reconnect`); `cl[!is.na(clusterPids(cl))]` leaves them out. A host
 #' whose workers are lost again and again (at least ten, and four times as many as it has,
 #' without a task that ends in between) is left out, with a warning.
@@ -184,7 +186,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   for (name in c("progress", "reconnect")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
-  memoryLimit <- memoryLimit(memory_limit)
+  memory <- memoryLimit(memory_limit)
   defaults <- c(
     list(
       rscript_envs = variables(rscript_envs), threads = count(threads, "threads", 4096),
@@ -217,7 +219,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
-    timeout = timeout, keep = keep_limit, memory = memoryLimit
+    timeout = timeout, keep = keep_limit, memory = memory
   ))
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
