@@ -78,7 +78,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; a fresh one has taken its place",
       if (!is.null(field("again"))) {
-        paste0("; task ", field("index"), if (field("again") == "TRUE") " is tried again" else " is given up")
+        # Tasks that crossed together are lost together.
+        tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
+        are <- if (startsWith(tasks, "tasks")) "are" else "is"
+        paste(";", tasks, are, if (field("again") == "TRUE") "tried again" else "given up")
       },
       tailText("the end of its output", field("stderr"))
     ),
@@ -88,7 +91,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
     ),
     timeout = paste0(
-      "task ", field("index"), " took longer than its ", format(handle$timeout), " s on ", node,
+      "task ", field("index"), " took longer than its ",
+      format(if (is.null(field("limit"))) handle$timeout else as.numeric(field("limit"))), " s on ", node,
       " and was ended"
     ),
     worker_replaced = paste0(

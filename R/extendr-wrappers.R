@@ -85,6 +85,10 @@ hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 #' @noRd
 hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
 
+#' The rank of each of these nodes, if they are all of one cluster.
+#' @noRd
+cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
+
 #' Stops these nodes; with the last ones the cluster.
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
@@ -113,6 +117,37 @@ hub_events <- function(handle) .Call(wrap__hub_events, handle)
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
+#' Begins a job. `ranks`: of the nodes, from 1. `assignment`: "free" or "round". `common`: a list of
+#' the function and a list of arguments that all tasks have. `elements`: a vector without a class,
+#' or a function of an element's number. `spread`: an element is a list of arguments. `seed`: a
+#' function that gives each element's seed, or `NULL`. `order`: of the elements, or `NULL`. `singly`:
+#' no two tasks cross together.
+#' @noRd
+job_begin <- function(handle, job, ranks, count, common, elements, settings) .Call(wrap__job_begin, handle, job, ranks, count, common, elements, settings)
+
+#' Gives tasks out and takes answers, for some time. Returns TRUE once all are there, and `NULL`
+#' before, or what R has to decide on.
+#' @noRd
+job_step <- function(handle) .Call(wrap__job_step, handle)
+
+#' The elements of a unit whose task was lost or took too long, from 1.
+#' @noRd
+job_tasks <- function(handle, task) .Call(wrap__job_tasks, handle, task)
+
+#' A unit has ended without an answer: `again` of its elements, one by one, are to be tried again; the
+#' others have `value` for a result. `bound`: its worker is gone, and no other has taken its place.
+#' @noRd
+job_settle <- function(handle, task, again, values) .Call(wrap__job_settle, handle, task, again, values)
+
+#' What has come of the job: a list of its results, the numbers of those that are errors, and of those
+#' that are new since this was last asked.
+#' @noRd
+job_results <- function(handle) .Call(wrap__job_results, handle)
+
+#' How far the job is: tasks, those that have ended, and workers that are busy.
+#' @noRd
+job_progress <- function(handle) .Call(wrap__job_progress, handle)
+
 #' The bytes of memory that this worker may have; 0 if there is no limit.
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
@@ -130,7 +165,8 @@ worker_ready <- function(tempdir) .Call(wrap__worker_ready, tempdir)
 #' @noRd
 worker_serve <- function() .Call(wrap__worker_serve)
 
-#' Answers the task that R jumped out of with this error.
+#' Answers the task that R jumped out of with this error. `interrupted`: by an interrupt, so that what
+#' else came with it is not begun.
 #' @noRd
-worker_fail <- function(value) .Call(wrap__worker_fail, value)
+worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, interrupted)
 

@@ -45,8 +45,10 @@ giveUp <- function(number, loss, handle) {
 }
 
 taskFailed <- function(failure, handle) {
-  losses <- handle$losses[[failure[["task"]]]]
-  index <- as.integer(failure[["index"]])
+  quarantined(as.integer(failure[["index"]]), handle$losses[[failure[["task"]]]])
+}
+
+quarantined <- function(index, losses) {
   texts <- vapply(losses, conditionMessage, "")
   rustclusterCondition(
     "task_failed",
@@ -61,14 +63,18 @@ taskFailed <- function(failure, handle) {
 
 # A value in the place of the answer of a task that has none. parallel takes it for an error of the
 # task's, and when it comes to raise that, our condition is raised: see as.character() below.
-failedAnswer <- function(task, condition, handle) {
-  message <- checked(hub_message(handle$pointer, as.numeric(task)), handle)
-  value <- structure(
+failureValue <- function(condition) {
+  structure(
     conditionMessage(condition), class = c("rustcluster_failure", "snow-try-error", "try-error"),
     condition = condition
   )
+}
+
+failedAnswer <- function(task, condition, handle) {
+  message <- checked(hub_message(handle$pointer, as.numeric(task)), handle)
   list(
-    type = "VALUE", value = value, success = FALSE, time = noTime, tag = message$data$tag
+    type = "VALUE", value = failureValue(condition), success = FALSE, time = noTime,
+    tag = message$data$tag
   )
 }
 

@@ -11,19 +11,31 @@ sendData.RustNode <- function(node, data) {
   # What the task is made of may be the result of another call.
   force(data)
   frames <- sys.nframe()
-  # What closes a job is R code, too, and may have been interrupted.
-  over <- handle$job != noJob && !identical(sys.frame(min(handle$depth, frames)), openFrames[[handle$id]])
-  if (over) closeJob(handle, handle$job)
+  closeStale(handle, frames)
   if (handle$job == noJob) {
-    openJob(handle, frames, data)
+    depth <- verbDepth(frames)
+    if (!is.null(depth)) {
+      job <- openJob(handle, depth, frames, settingOf(sys.function(depth), data$data))
+      do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(depth))
+    }
   } else if (handle$frames != frames) {
     # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
     raiseFailure(c(kind = "busy"), handle)
   }
-  result <- hub_send(handle$pointer, node[["rank"]], handle$job, data, handle$lasts)
+  sendTask(handle, node[["rank"]], data)
+}
+
+sendTask <- function(handle, rank, message) {
+  result <- hub_send(handle$pointer, rank, handle$job, message, handle$lasts)
   if (is.null(result)) return(invisible())
   if (typeof(result) == "character") handleFailed(result, handle)
   unwound(result)
+}
+
+# What closes a job is R code, too, and may have been interrupted.
+closeStale <- function(handle, frames) {
+  over <- handle$job != noJob && !identical(sys.frame(min(handle$depth, frames)), openFrames[[handle$id]])
+  if (over) closeJob(handle, handle$job)
 }
 
 # The frame of each cluster's open job, by the cluster's name here. Not in the handle: whoever sends a
@@ -34,18 +46,23 @@ openFrames <- new.env(parent = emptyenv())
 # Stands for no job: what is sent from outside of any verb is nobody's to cancel.
 noJob <- 0
 
-# `frames`: the number of the method's own frame.
-openJob <- function(handle, frames, data) {
-  depth <- verbDepth(frames)
-  if (is.null(depth)) return()
+# `depth`: the number of the verb's frame; `frames`: that of the method by which it sends, or 0 if it
+# sends by none; `lasts`: see settingOf(). Returns the job's number. Its end is for the verb's frame to
+# close it.
+openJob <- function(handle, depth, frames, lasts) {
   handle$jobs <- handle$jobs + 1
   handle$frames <- frames
   handle$depth <- depth
   assign(handle$id, sys.frame(depth), openFrames)
-  handle$lasts <- settingOf(sys.function(depth), data$data)
+  handle$lasts <- lasts
   handle$job <- handle$jobs
-  end <- as.call(list(closeJob, handle, handle$job))
-  do.call(on.exit, list(end, TRUE), envir = sys.frame(depth))
+}
+
+# The same for a verb of ours, whose frame has this number.
+beginJob <- function(handle, depth, lasts) {
+  closeStale(handle, sys.nframe())
+  if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
+  openJob(handle, depth, 0L, lasts)
 }
 
 closeJob <- function(handle, job) {
@@ -154,7 +171,7 @@ noAnswer <- function(result, handle) {
 unreadable <- function(e) {
   call <- conditionCall(e)
   reading <- is.call(call) && is.symbol(call[[1L]]) &&
-    as.character(call[[1L]]) %in% c("hub_receive", "hub_receive_any")
+    as.character(call[[1L]]) %in% c("hub_receive", "hub_receive_any", "job_step")
   if (!reading || inherits(e, "rustcluster_error")) return()
   abort("protocol", "an answer could not be read: ", conditionMessage(e), fields = list(parent = e))
 }

@@ -79,7 +79,7 @@ serveTasks <- function() {
   # for each task.
   while (tryCatch(
     serveUntilJump(),
-    interrupt = function(e) answerFailure(e, "the task was interrupted"),
+    interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE),
     error = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
   )) NULL
 }
@@ -115,9 +115,9 @@ serveUntilJump <- function() {
 
 # An error or an interrupt of the task's, or an error outside of its code: the message could not be
 # read, or the value could not be serialized. Without a task, or anybody to tell, it is our own end.
-answerFailure <- function(e, text) {
+answerFailure <- function(e, text, interrupted = FALSE) {
   value <- structure(text, class = c("snow-try-error", "try-error"))
-  failure <- worker_fail(value)
+  failure <- worker_fail(value, interrupted)
   if (is.character(failure)) stop(e)
   checked(failure)
   TRUE

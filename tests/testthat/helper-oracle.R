@@ -1,5 +1,6 @@
 # PSOCK is the oracle: what a verb of parallel gives with a PSOCK cluster is
-# what it must give with a rust cluster of the same size.
+# what it must give with a rust cluster of the same size, and what our own
+# verb of the same name must give.
 
 # The verbs are called by their plain names, as in a script.
 suppressPackageStartupMessages(library(parallel))
@@ -34,6 +35,8 @@ cluster_pair <- function(n = 4L) {
       stop(e)
     })
     clusters[[key]] <- list(psock = psock, rust = note_processes(rust))
+    # Of its own, because a call may leave something on its nodes.
+    clusters[[key]]$ours <- note_processes(makeRustCluster(n))
   }
   clusters[[key]]
 }
@@ -45,6 +48,12 @@ stop_cluster_pairs <- function() {
     rm(list = key, envir = clusters)
   }
   invisible()
+}
+
+# Our verbs, to be found before parallel's.
+our_verbs <- function() {
+  names <- intersect(getNamespaceExports("rustcluster"), getNamespaceExports("parallel"))
+  mget(names, asNamespace("rustcluster"))
 }
 
 # All that a call can give: its value and whether that is visible, or its
@@ -78,8 +87,8 @@ describe_outcome <- function(x) {
   paste(utils::capture.output(utils::str(x, give.attr = TRUE, list.len = 20)), collapse = "\n")
 }
 
-# Evaluates the call once with `cl` bound to a PSOCK and once to a rust
-# cluster, and compares all that it gives. Values in `...` are bound beside
+# Evaluates the call with `cl` bound to a PSOCK and to a rust cluster, and to another of these with our
+# verbs, and compares all that it gives. Values in `...` are bound beside
 # `cl`. Returns rust's outcome, so that a test can make sure that what was
 # compared is what it meant to compare.
 expect_same_as_psock <- function(expr, ..., n = 4L) {
@@ -87,14 +96,16 @@ expect_same_as_psock <- function(expr, ..., n = 4L) {
   values <- list(...)
   pair <- cluster_pair(n)
   want <- outcome(expr, pair$psock, values)
-  got <- outcome(expr, pair$rust, values)
-  same <- identical(got, want)
-  expect(same, if (!same) {
-    paste0(
-      paste(deparse(expr), collapse = "\n"), " differs\nPSOCK:\n", describe_outcome(want),
-      "\nrust:\n", describe_outcome(got)
-    )
-  } else "")
+  for (whose in c("ours", "rust")) {
+    got <- outcome(expr, pair[[whose]], c(values, if (whose == "ours") our_verbs()))
+    same <- identical(got, want)
+    expect(same, if (!same) {
+      paste0(
+        paste(deparse(expr), collapse = "\n"), " differs\nPSOCK:\n", describe_outcome(want),
+        "\n", whose, ":\n", describe_outcome(got)
+      )
+    } else "")
+  }
   invisible(got)
 }
 

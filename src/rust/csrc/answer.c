@@ -3,6 +3,8 @@
 #include <R.h>
 #include <Rinternals.h>
 
+SEXP rustcluster_arguments(void *common, void *element, int spread);
+
 enum { TYPE, NAMES, TIME_NAMES, TIME_CLASS, PLACED_NAMES, KEPT };
 static SEXP kept = NULL;
 
@@ -73,4 +75,40 @@ SEXP rustcluster_placed(int node, void *answer)
     Rf_setAttrib(placed, R_NamesSymbol, VECTOR_ELT(kept, PLACED_NAMES));
     UNPROTECT(1);
     return placed;
+}
+
+/* The value of such an answer. */
+SEXP rustcluster_answer_value(void *answer)
+{
+    SEXP all = (SEXP) answer;
+
+    return TYPEOF(all) == VECSXP && Rf_xlength(all) == 5 ? VECTOR_ELT(all, 1) : R_NilValue;
+}
+
+static SEXP named(int n, const char *const *names)
+{
+    SEXP list = PROTECT(Rf_allocVector(VECSXP, n));
+
+    Rf_setAttrib(list, R_NamesSymbol, strings(n, names));
+    UNPROTECT(1);
+    return list;
+}
+
+/* parallel's message for one of the tasks that have `common`, a list of a function and of arguments;
+ * `element`: its first argument, or, to be `spread`, a list of arguments. The result is not
+ * protected. */
+SEXP rustcluster_message(void *common, void *element, int spread)
+{
+    static const char *const of_message[] = {"type", "data", "tag"};
+    static const char *const of_data[] = {"fun", "args", "return", "tag"};
+    SEXP args = PROTECT(rustcluster_arguments(common, element, spread));
+    SEXP message = PROTECT(named(3, of_message)), data = named(4, of_data);
+
+    SET_VECTOR_ELT(message, 1, data);
+    SET_VECTOR_ELT(message, 0, Rf_mkString("EXEC"));
+    SET_VECTOR_ELT(data, 0, VECTOR_ELT((SEXP) common, 0));
+    SET_VECTOR_ELT(data, 1, args);
+    SET_VECTOR_ELT(data, 2, Rf_ScalarLogical(TRUE));
+    UNPROTECT(2);
+    return message;
 }

@@ -126,16 +126,79 @@ void rustcluster_take_call(void *fun, void *args, void *tag)
     keep(THE_TAG, (SEXP) tag);
 }
 
-/* The value of the task that was taken. */
-SEXP rustcluster_run_task(void)
+/* The names of a list, or NULL. */
+static SEXP names_of(SEXP list)
+{
+    SEXP names = Rf_getAttrib(list, R_NamesSymbol);
+
+    return TYPEOF(names) == STRSXP ? names : NULL;
+}
+
+/* The arguments of one of many tasks that have `common`, a list of a function and of arguments.
+ * `element`: its first argument, or, to be `spread`, a list of arguments. The result is not
+ * protected. */
+SEXP rustcluster_arguments(void *common, void *element, int spread)
+{
+    SEXP rest = VECTOR_ELT((SEXP) common, 1);
+    R_xlen_t first = spread ? Rf_xlength((SEXP) element) : 1, more = Rf_xlength(rest);
+    SEXP args = PROTECT(Rf_allocVector(VECSXP, first + more));
+    SEXP of_first = spread ? names_of((SEXP) element) : NULL, of_more = names_of(rest);
+
+    for (R_xlen_t i = 0; i < first; i++)
+        SET_VECTOR_ELT(args, i, spread ? VECTOR_ELT((SEXP) element, i) : (SEXP) element);
+    for (R_xlen_t i = 0; i < more; i++)
+        SET_VECTOR_ELT(args, first + i, VECTOR_ELT(rest, i));
+    if (of_first || of_more) {
+        SEXP names = PROTECT(Rf_allocVector(STRSXP, first + more));
+        for (R_xlen_t i = 0; of_first && i < first; i++)
+            SET_STRING_ELT(names, i, STRING_ELT(of_first, i));
+        for (R_xlen_t i = 0; of_more && i < more; i++)
+            SET_STRING_ELT(names, first + i, STRING_ELT(of_more, i));
+        Rf_setAttrib(args, R_NamesSymbol, names);
+        UNPROTECT(1);
+    }
+    UNPROTECT(1);
+    return args;
+}
+
+/* Takes one of many tasks. */
+void rustcluster_take_element(void *common, void *element, int spread)
+{
+    prepare();
+    timed = 0;
+    SEXP args = rustcluster_arguments(common, element, spread);
+    keep(THE_ARGS, args);
+    keep(THE_FUN, VECTOR_ELT((SEXP) common, 0));
+    keep(THE_TAG, R_NilValue);
+}
+
+/* The same with a function that has never been called: R compiles one at its second call. The result
+ * is not protected. */
+SEXP rustcluster_fresh_function(void *common)
+{
+    SEXP fun = VECTOR_ELT((SEXP) common, 0);
+
+    if (TYPEOF(fun) != CLOSXP)
+        return (SEXP) common;
+    SEXP fresh = PROTECT(Rf_allocVector(VECSXP, 2));
+    SET_VECTOR_ELT(fresh, 0, Rf_shallow_duplicate(fun));
+    SET_VECTOR_ELT(fresh, 1, VECTOR_ELT((SEXP) common, 1));
+    UNPROTECT(1);
+    return fresh;
+}
+
+/* The value of the task that was taken; `with_time`: for rustcluster_end_task(). */
+SEXP rustcluster_run_task(int with_time)
 {
     SEXP call = PROTECT(call_of(VECTOR_ELT(kept, THE_FUN), VECTOR_ELT(kept, THE_ARGS)));
     /* A frame of its own for each task, where workCommand() has its own: what a task assigns in
      * its caller's frame is gone after it. */
     SEXP caller = PROTECT(R_NewEnv(VECTOR_ELT(kept, CALLER), FALSE, 0));
 
-    now(began);
-    timed = 1;
+    if (with_time) {
+        now(began);
+        timed = 1;
+    }
     SEXP value = Rf_eval(call, caller);
     UNPROTECT(2);
     return value;

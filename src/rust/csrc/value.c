@@ -35,3 +35,42 @@ int rustcluster_is_source(void *value)
 {
     return Rf_inherits((SEXP) value, "srcfile");
 }
+
+/* An element of a list or of a plain vector of strings, numbers or logical values, from 0; not
+ * protected. R may jump. */
+SEXP rustcluster_element(void *vector, R_xlen_t at)
+{
+    SEXP from = (SEXP) vector;
+
+    switch (TYPEOF(from)) {
+    case VECSXP:
+        return VECTOR_ELT(from, at);
+    case STRSXP:
+        return Rf_ScalarString(STRING_ELT(from, at));
+    case INTSXP:
+        return Rf_ScalarInteger(INTEGER_ELT(from, at));
+    case LGLSXP:
+        return Rf_ScalarLogical(LOGICAL_ELT(from, at));
+    case REALSXP:
+        return Rf_ScalarReal(REAL_ELT(from, at));
+    default:
+        Rf_error("not a vector of elements");
+    }
+}
+
+/* The value of a function of a number, not protected. R may jump. */
+SEXP rustcluster_call_with(void *function, double number)
+{
+    SEXP call = PROTECT(Rf_lang2((SEXP) function, R_NilValue));
+
+    SETCADR(call, Rf_ScalarReal(number));
+    SEXP value = Rf_eval(call, R_GlobalEnv);
+    UNPROTECT(1);
+    return value;
+}
+
+/* Whether it is what parallel takes for an error. */
+int rustcluster_is_error(void *value)
+{
+    return OBJECT((SEXP) value) && Rf_inherits((SEXP) value, "try-error");
+}

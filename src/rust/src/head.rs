@@ -1,6 +1,7 @@
 //! The head's functions: a [`Hub`] behind an external pointer.
 
 use crate::failure::Failure;
+use crate::job::Job;
 use crate::plain::{self, Sent};
 use crate::repeat;
 use crate::stream::{self, Format, Sink};
@@ -21,12 +22,12 @@ use std::path::Path;
 use std::time::Duration;
 
 /// R's thread waits in slices of this length, and lets R look for interrupts in between.
-const SLICE: Duration = Duration::from_millis(100);
+pub const SLICE: Duration = Duration::from_millis(100);
 
 /// What an external pointer of ours holds. R code that runs while one of its functions is under
 /// way may call another: no borrow is held while R may run code.
-struct Cluster {
-    hub: RefCell<Hub>,
+pub struct Cluster {
+    pub hub: RefCell<Hub>,
     /// The last list of nodes that a result was asked for from any of, with each rank's place in
     /// it. Kept alive, so that the same address means the same list: asking again for the same
     /// one, as a verb does once a task, costs nothing however long it is.
@@ -36,11 +37,13 @@ struct Cluster {
     /// The last large message.
     last: Cell<Option<repeat::Sent>>,
     /// Of each worker, what it is sent that is not plain.
-    formats: RefCell<Vec<Format>>,
+    pub formats: RefCell<Vec<Format>>,
     /// The messages of tasks that have not been answered, to be sent again if need be.
     messages: RefCell<HashMap<TaskId, Message>>,
     /// The job that last sent something, and how much it has sent.
     sent_by_job: Cell<(JobId, i32)>,
+    /// The job that is open, if it is one of ours and not a verb of parallel's.
+    pub job: RefCell<Option<Box<Job>>>,
 }
 
 impl Cluster {
@@ -69,7 +72,7 @@ struct Message {
 const ABSENT: u32 = u32::MAX;
 
 /// Runs `body` with the cluster behind `handle`, if it can be used.
-fn with_cluster(
+pub fn with_cluster(
     handle: &Robj,
     body: impl FnOnce(&Cluster) -> std::result::Result<Robj, Failure>,
 ) -> Robj {
@@ -99,7 +102,7 @@ fn with_hub(
 }
 
 /// A rank of R's, from 1, as one of ours.
-fn rank_of(hub: &Hub, rank: i32) -> std::result::Result<Rank, Failure> {
+pub fn rank_of(hub: &Hub, rank: i32) -> std::result::Result<Rank, Failure> {
     match usize::try_from(rank) {
         Ok(rank) if (1..=hub.size()).contains(&rank) => Ok(rank as Rank - 1),
         _ => Err(Failure::new("bad_argument")
@@ -155,6 +158,7 @@ fn hub_start(
                 formats: RefCell::default(),
                 messages: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
+                job: RefCell::new(None),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -361,7 +365,7 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
 }
 
 /// The hub as R's serialization writes to it.
-struct ToHub<'a>(&'a Cluster);
+pub struct ToHub<'a>(pub &'a Cluster);
 
 impl Sink for ToHub<'_> {
     fn write(&mut self, bytes: &[u8]) -> bool {
@@ -535,6 +539,20 @@ fn send_large(
     Ok(())
 }
 
+/// An answer as `recvData()` gives it, not protected.
+///
+/// # Safety
+/// Under [`unwind::protect`]: R may jump.
+pub unsafe fn read_body(body: &mut Body) -> SEXP {
+    // SAFETY: the caller's; this frame holds nothing that is to be dropped.
+    unsafe {
+        match body.whole().filter(|bytes| plain::is_plain(bytes)) {
+            Some(bytes) => plain::read_answer(bytes),
+            None => stream::read(body),
+        }
+    }
+}
+
 /// An answer as `recvData()` gives it; with a node's place, from 1, as `recvOneData()` does.
 fn read_answer(mut body: Body, place: i32) -> Robj {
     struct Reading<'a> {
@@ -546,14 +564,7 @@ fn read_answer(mut body: Body, place: i32) -> Robj {
         // that is to be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
-            let answer = match (*reading)
-                .body
-                .whole()
-                .filter(|bytes| plain::is_plain(bytes))
-            {
-                Some(bytes) => plain::read_answer(bytes),
-                None => stream::read((*reading).body),
-            };
+            let answer = read_body((*reading).body);
             if (*reading).place == 0 {
                 return answer;
             }
@@ -655,17 +666,25 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
     })
 }
 
-/// Each rank's place, from 1, in a list of nodes.
-fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
+/// The rank of each of these nodes, if they are all of one cluster.
+/// @noRd
+#[extendr]
+fn cluster_ranks(nodes: Robj) -> Robj {
+    match ranks_of(&nodes) {
+        Ok(ranks) => ranks.into(),
+        Err(failure) => failure.into(),
+    }
+}
+
+fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
     let bad = |reason: &str| {
         Failure::new("bad_argument")
             .with("argument", "cl")
             .with("reason", reason)
     };
     let list = nodes.as_list().ok_or_else(|| bad("not a list of nodes"))?;
-    let mut places = vec![ABSENT; size];
     let mut first = None;
-    for (at, node) in list.values().enumerate() {
+    let rank = |node: Robj| {
         let fields: HashMap<&str, Robj> = match node.as_list() {
             Some(fields) => fields.iter().collect(),
             None => return Err(bad("not a list of nodes")),
@@ -675,7 +694,20 @@ fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure
         if *first.get_or_insert(own) != own {
             return Err(bad("its nodes are not all of one cluster"));
         }
-        let rank = fields.get("rank").and_then(Robj::as_integer).unwrap_or(0);
+        Ok(fields.get("rank").and_then(Robj::as_integer).unwrap_or(0))
+    };
+    list.values().map(rank).collect()
+}
+
+/// Each rank's place, from 1, in a list of nodes.
+fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
+    let bad = |reason: &str| {
+        Failure::new("bad_argument")
+            .with("argument", "cl")
+            .with("reason", reason)
+    };
+    let mut places = vec![ABSENT; size];
+    for (at, rank) in ranks_of(nodes)?.into_iter().enumerate() {
         match usize::try_from(rank) {
             Ok(rank) if (1..=size).contains(&rank) => {
                 let place = &mut places[rank - 1];
@@ -760,6 +792,7 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let job = job as JobId;
         cluster.last.set(None);
+        drop(cluster.job.take());
         cluster.hub.borrow_mut().cancel_job(job);
         let hub = cluster.hub.borrow();
         cluster.forget_messages(&hub);
@@ -823,6 +856,7 @@ extendr_module! {
     fn hub_message;
     fn hub_receive;
     fn hub_receive_any;
+    fn cluster_ranks;
     fn hub_stop_nodes;
     fn hub_stop;
     fn hub_closed;

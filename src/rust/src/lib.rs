@@ -7,9 +7,11 @@
 mod agent;
 mod failure;
 mod head;
+mod job;
 mod plain;
 mod repeat;
 mod stream;
+mod unit;
 mod unwind;
 mod worker;
 
@@ -36,5 +38,6 @@ extendr_module! {
     fn is_own_address;
     use agent;
     use head;
+    use job;
     use worker;
 }

@@ -136,6 +136,8 @@ fn may_keep(function: SEXP) -> bool {
 
 struct Writer<'a> {
     out: &'a mut Vec<u8>,
+    /// Bytes that there may be of it, with what was there before.
+    most: usize,
     /// Without it there are no functions.
     sent: Option<&'a mut Sent>,
 }
@@ -144,7 +146,7 @@ type Written = std::result::Result<(), Unfit>;
 
 impl Writer<'_> {
     fn bytes(&mut self, bytes: &[u8]) -> Written {
-        if self.out.len() + bytes.len() > MOST {
+        if self.out.len() + bytes.len() > self.most {
             return Err(Unfit::NotPlain);
         }
         self.out.extend_from_slice(bytes);
@@ -340,7 +342,8 @@ unsafe fn write(
     out: &mut Vec<u8>,
 ) -> std::result::Result<bool, Jump> {
     out.clear();
-    let mut writer = Writer { out, sent };
+    let most = MOST;
+    let mut writer = Writer { out, most, sent };
     let mut written = writer.bytes(&[form]).and_then(|()| writer.bytes(head));
     for value in values {
         // SAFETY: the caller's.
@@ -351,6 +354,23 @@ unsafe fn write(
         Err(Unfit::NotPlain) => Ok(false),
         Err(Unfit::Jump(jump)) => Err(jump),
     }
+}
+
+/// Appends a value to `out`, if it is plain and no function. Returns whether it is.
+///
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
+    let before = out.len();
+    let most = before + MOST;
+    let sent = None;
+    let mut writer = Writer { out, most, sent };
+    // SAFETY: the caller's.
+    let written = unsafe { writer.value(value, DEPTH) }.is_ok();
+    if !written {
+        out.truncate(before);
+    }
+    written
 }
 
 // Reading ---------------------------------------------------------------------------------------
@@ -585,6 +605,19 @@ pub unsafe fn read_task(bytes: &[u8], received: &mut Received) -> SEXP {
         Rf_unprotect(1);
         parts
     }
+}
+
+/// A value that [`append_value`] wrote, not protected.
+///
+/// # Safety
+/// Under [`crate::unwind::protect`]: R may jump.
+pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
+    let mut reader = Reader {
+        bytes,
+        received: None,
+    };
+    // SAFETY: the caller's.
+    unsafe { reader.value(DEPTH) }
 }
 
 /// An answer as parallel's `recvData()` gives it, not protected.

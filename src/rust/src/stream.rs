@@ -154,6 +154,17 @@ pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
     unsafe { write_with(object, format, sink, None) }
 }
 
+/// The same; returns whether nothing in the object can change.
+///
+/// # Safety
+/// As for [`write`].
+pub unsafe fn write_fixed(object: SEXP, sink: &mut dyn Sink) -> bool {
+    CHANGEABLE.set(false);
+    // SAFETY: the caller's.
+    unsafe { write_with(object, Format::Native, sink, Some(note_changeable)) };
+    !CHANGEABLE.get()
+}
+
 unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Hook) {
     // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
     // dropped when R jumps.

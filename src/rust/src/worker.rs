@@ -3,9 +3,13 @@
 use crate::failure::Failure;
 use crate::plain::{self, Received};
 use crate::stream::{self, Format, Sink};
+use crate::unit::{self, AnswerHead};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
-use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
+use extendr_ffi::{
+    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_protect, Rf_unprotect, MARK_NOT_MUTABLE, SEXP,
+    VECTOR_ELT,
+};
 use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::scheduler::Body;
@@ -17,6 +21,7 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
@@ -116,7 +121,9 @@ fn send(bytes: &[u8], last: bool) -> io::Result<()> {
 unsafe extern "C" {
     fn rustcluster_take_message(message: *mut c_void) -> c_int;
     fn rustcluster_take_call(function: *mut c_void, arguments: *mut c_void, tag: *mut c_void);
-    fn rustcluster_run_task() -> SEXP;
+    fn rustcluster_take_element(common: *mut c_void, element: *mut c_void, spread: c_int);
+    fn rustcluster_fresh_function(common: *mut c_void) -> SEXP;
+    fn rustcluster_run_task(with_time: c_int) -> SEXP;
     fn rustcluster_end_task(time: *mut f64) -> SEXP;
     fn rustcluster_set_seed(values: *const c_void, count: c_int, guest: c_int);
     fn rustcluster_seed_changed(values: *mut *const c_int, count: *mut c_int) -> c_int;
@@ -177,42 +184,88 @@ struct Turn {
     sink: ToAgent,
     done: bool,
     kept: Kept,
+    /// It is one of several.
+    unit: Option<Unit>,
 }
 
-/// What is kept from task to task for [`plain`]: functions, and room for an answer.
+/// What is kept from task to task: functions, and room for an answer.
 #[derive(Default)]
 struct Kept {
     received: Received,
     answer: Vec<u8>,
+    common: Common,
 }
 
 thread_local! {
     static KEPT: Cell<Kept> = Cell::default();
     /// That of the task under way, and so of its answer.
     static FORMAT: Cell<Format> = const { Cell::new(Format::Native) };
+    /// The unit out of whose task R has jumped.
+    static INTERRUPTED: Cell<Option<Unit>> = const { Cell::new(None) };
 }
 
 fn serve_one() -> std::result::Result<(), Stop> {
     signals::block_interrupt();
-    // One that came too late for the task before.
-    unwind::forget_interrupt();
-    let mut turn = Turn {
-        body: with_channel(Channel::next_task)?.ok_or(Stop::Done)?,
-        seeds: with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?,
-        sink: ToAgent(Ok(())),
-        done: false,
-        kept: KEPT.take(),
+    let mut turn = match INTERRUPTED.take() {
+        Some(unit) => Turn::again(unit),
+        None => Turn::next()?,
     };
-    FORMAT.set(Format::of(
-        turn.body.chunks.front().map_or(&[], |chunk| chunk),
-    ));
-    let ran = unwind::run(turn_protected, &mut turn);
+    let ran = match turn.unit {
+        Some(_) => unwind::run(unit_protected, &mut turn),
+        None => unwind::run(turn_protected, &mut turn),
+    };
     KEPT.set(turn.kept);
+    if ran.is_err() {
+        INTERRUPTED.set(turn.unit);
+    }
     ran?;
     if turn.done {
         return Err(Stop::Done);
     }
     turn.sink.finish()
+}
+
+impl Turn {
+    fn next() -> std::result::Result<Turn, Stop> {
+        // One that came too late for the task before.
+        unwind::forget_interrupt();
+        let mut body = with_channel(Channel::next_task)?.ok_or(Stop::Done)?;
+        FORMAT.set(Format::of(body.chunks.front().map_or(&[], |chunk| chunk)));
+        let unit = unit::Head::read(&mut body).map(Unit::new);
+        Ok(Turn {
+            seeds: with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?,
+            body: match unit {
+                Some(_) => Body::default(),
+                None => std::mem::take(&mut body),
+            },
+            sink: ToAgent(Ok(())),
+            done: false,
+            kept: KEPT.take(),
+            unit: unit.map(|unit| Unit { body, ..unit }),
+        })
+    }
+
+    /// Goes on with a unit.
+    fn again(unit: Unit) -> Turn {
+        Turn {
+            body: Body::default(),
+            seeds: Vec::new(),
+            sink: ToAgent(Ok(())),
+            done: false,
+            kept: KEPT.take(),
+            unit: Some(unit),
+        }
+    }
+}
+
+/// # Safety
+/// Under [`unwind::run`].
+unsafe fn put_seeds(seeds: &[(Vec<c_int>, bool)]) {
+    for (values, guest) in seeds {
+        let count = values.len() as c_int;
+        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        unsafe { rustcluster_set_seed(values.as_ptr().cast(), count, c_int::from(*guest)) };
+    }
 }
 
 unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
@@ -235,12 +288,9 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         if (*turn).done {
             return R_NilValue;
         }
-        for (values, guest) in &(*turn).seeds {
-            let count = values.len() as c_int;
-            rustcluster_set_seed(values.as_ptr().cast(), count, c_int::from(*guest));
-        }
+        put_seeds(&(*turn).seeds);
         signals::unblock_interrupt();
-        let value = Rf_protect(rustcluster_run_task());
+        let value = Rf_protect(rustcluster_run_task(1));
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
         (*turn).sink.begin();
@@ -253,6 +303,197 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         }
         Rf_unprotect(2);
         R_NilValue
+    }
+}
+
+/// Calls of a function from its second on let R compile it, which takes longer than most functions
+/// are worth: so many are of copies that have never been called, as all are with PSOCK.
+const NOT_COMPILED: u32 = 50;
+
+/// What the tasks of a job have in common, as it came last.
+#[derive(Default)]
+struct Common {
+    job: u64,
+    /// In R's serialization.
+    bytes: Vec<u8>,
+    /// The list, preserved, if nothing in it can change.
+    value: Option<SEXP>,
+    uses: u32,
+}
+
+impl Common {
+    /// # Safety
+    /// Under [`unwind::run`]; the value is not protected.
+    unsafe fn get(&mut self, fixed: bool) -> SEXP {
+        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        unsafe {
+            let value = match self.value {
+                Some(value) => value,
+                None => {
+                    let mut bytes = &self.bytes[..];
+                    let value = stream::read(&mut bytes);
+                    if !fixed {
+                        return value;
+                    }
+                    Rf_protect(value);
+                    R_PreserveObject(value);
+                    MARK_NOT_MUTABLE(VECTOR_ELT(value, 0));
+                    Rf_unprotect(1);
+                    self.value = Some(value);
+                    value
+                }
+            };
+            self.uses = self.uses.saturating_add(1);
+            if self.uses < NOT_COMPILED {
+                rustcluster_fresh_function(value.cast())
+            } else {
+                value
+            }
+        }
+    }
+
+    fn forget(&mut self) {
+        if let Some(value) = self.value.take() {
+            // SAFETY: on R's thread; preserved when it was made.
+            unsafe { R_ReleaseObject(value) };
+        }
+        *self = Common::default();
+    }
+}
+
+/// Tasks that came together.
+struct Unit {
+    head: unit::Head,
+    body: Body,
+    began: Instant,
+    /// Tasks that have been begun.
+    begun: u32,
+    /// An element is being read: if R jumps, those that follow cannot be.
+    reading: bool,
+    /// Results of tasks before the one under way, and perhaps a part of its own.
+    results: Vec<u8>,
+    /// Bytes of those before.
+    whole: usize,
+    scratch: Vec<u8>,
+}
+
+impl Unit {
+    fn new(head: unit::Head) -> Unit {
+        Unit {
+            head,
+            body: Body::default(),
+            began: Instant::now(),
+            begun: 0,
+            reading: false,
+            results: Vec::new(),
+            whole: 0,
+            scratch: Vec::new(),
+        }
+    }
+
+    fn is(&self, flag: u8) -> bool {
+        self.head.flags & flag != 0
+    }
+
+    /// What comes before the results.
+    fn answer_head(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(16);
+        AnswerHead {
+            seconds: self.began.elapsed().as_secs_f64(),
+            count: self.begun,
+        }
+        .write(&mut out);
+        out
+    }
+}
+
+unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
+    // that is called here, and this frame holds nothing that is to be dropped then.
+    unsafe {
+        let turn = &mut *data.cast::<Turn>();
+        let Some(unit) = &mut turn.unit else {
+            return R_NilValue;
+        };
+        if unit.begun == 0 {
+            put_seeds(&turn.seeds);
+            if unit.is(unit::COMMON) {
+                take_common(unit, &mut turn.kept.common);
+            }
+        }
+        signals::unblock_interrupt();
+        while unit.begun < unit.head.count {
+            unit.begun += 1;
+            unit.reading = true;
+            if unit.is(unit::SEEDED) {
+                let seed = unit::read_seed(&mut unit.body);
+                rustcluster_set_seed(seed.as_ptr().cast(), unit::SEED as c_int, 1);
+            }
+            let element = Rf_protect(unit::read_value(&mut unit.body, &mut unit.scratch));
+            unit.reading = false;
+            let common = Rf_protect(turn.kept.common.get(unit.is(unit::FIXED)));
+            let spread = c_int::from(unit.is(unit::SPREAD));
+            rustcluster_take_element(common.cast(), element.cast(), spread);
+            let value = Rf_protect(rustcluster_run_task(0));
+            if unit.begun == unit.head.count {
+                end_unit(unit, &mut turn.sink, Some(value));
+            } else {
+                unit.results.push(unit::VALUE);
+                if !unit::append_plain(value, &mut unit.results) {
+                    unit::write_serialized(value, &mut unit.results);
+                }
+                unit.whole = unit.results.len();
+            }
+            Rf_unprotect(3);
+        }
+        R_NilValue
+    }
+}
+
+/// # Safety
+/// Under [`unwind::run`].
+unsafe fn take_common(unit: &mut Unit, common: &mut Common) {
+    let mut length = [0; 8];
+    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+    unsafe { unit::read_bytes(&mut unit.body, &mut length) };
+    let length = u64::from_ne_bytes(length) as usize;
+    if common.job != unit.head.job {
+        common.forget();
+        common.job = unit.head.job;
+        common.bytes.resize(length, 0);
+        // SAFETY: as above.
+        unsafe { unit::read_bytes(&mut unit.body, &mut common.bytes) };
+    } else {
+        unit.body.skip(length);
+    }
+}
+
+/// Writes the answer of a unit. `last`: the value of the last task, which is not among the results.
+///
+/// # Safety
+/// Under [`unwind::run`], with a protected value.
+unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
+    // SAFETY: the caller's; what is to be dropped in this frame is, before R may jump.
+    unsafe {
+        let mut time = [0.0; 5];
+        rustcluster_end_task(time.as_mut_ptr());
+        sink.begin();
+        if unit.is(unit::SEEDED) {
+            rustcluster_own_seed();
+        } else {
+            leave_seed();
+        }
+        sink.write(&unit.answer_head());
+        sink.write(&unit.results);
+        if let Some(value) = last {
+            sink.write(&[unit::VALUE]);
+            unit.scratch.clear();
+            if unit::append_plain(value, &mut unit.scratch) {
+                sink.write(&unit.scratch);
+            } else {
+                unit::write_serialized(value, sink);
+            }
+        }
     }
 }
 
@@ -310,20 +551,29 @@ unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, s
     }
 }
 
-/// Answers the task that R jumped out of with this error.
+/// Answers the task that R jumped out of with this error. `interrupted`: by an interrupt, so that what
+/// else came with it is not begun.
 /// @noRd
 #[extendr]
-fn worker_fail(value: Robj) -> Robj {
+fn worker_fail(value: Robj, interrupted: bool) -> Robj {
     let fail = || {
         if !with_channel(|channel| Ok(channel.is_busy()))? {
             return Err(io::Error::other("there is no task to be answered").into());
         }
+        let unit = INTERRUPTED.take();
         let mut turn = Failed {
             // SAFETY: the Robj keeps the object alive.
             value: unsafe { value.get() },
             sink: ToAgent(Ok(())),
+            unit,
+            goes_on: false,
+            interrupted,
         };
         unwind::run(failed_protected, &mut turn)?;
+        if turn.goes_on {
+            INTERRUPTED.set(turn.unit);
+            return Ok(());
+        }
         turn.sink.finish()
     };
     match fail() {
@@ -335,17 +585,32 @@ fn worker_fail(value: Robj) -> Robj {
 struct Failed {
     value: SEXP,
     sink: ToAgent,
+    unit: Option<Unit>,
+    /// There are more tasks in the unit.
+    goes_on: bool,
+    interrupted: bool,
 }
 
 unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
     // SAFETY: as in turn_protected.
     unsafe {
-        let turn = data.cast::<Failed>();
+        let turn = &mut *data.cast::<Failed>();
+        if let Some(unit) = &mut turn.unit {
+            unit.results.truncate(unit.whole);
+            unit.results.push(unit::ERROR);
+            unit::write_serialized(turn.value, &mut unit.results);
+            unit.whole = unit.results.len();
+            turn.goes_on = unit.begun < unit.head.count && !unit.reading && !turn.interrupted;
+            if !turn.goes_on {
+                end_unit(unit, &mut turn.sink, None);
+            }
+            return R_NilValue;
+        }
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
-        (*turn).sink.begin();
+        turn.sink.begin();
         leave_seed();
-        write_slowly((*turn).value, false, &time, tag, &mut (*turn).sink);
+        write_slowly(turn.value, false, &time, tag, &mut turn.sink);
         Rf_unprotect(1);
         R_NilValue
     }

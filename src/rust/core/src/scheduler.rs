@@ -14,7 +14,7 @@
 use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
 use crate::share::{Chunk, Mirror, Sent};
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use std::collections::VecDeque;
 use std::fmt;
 use std::mem;
@@ -61,6 +61,18 @@ impl Body {
             return None;
         };
         (chunk.len() == self.len).then_some(chunk)
+    }
+
+    /// Drops so many bytes off the front, or all.
+    pub fn skip(&mut self, mut count: usize) {
+        self.len = self.len.saturating_sub(count);
+        while let Some(chunk) = self.chunks.front_mut() {
+            if chunk.len() > count {
+                return chunk.advance(count);
+            }
+            count -= chunk.len();
+            self.chunks.pop_front();
+        }
     }
 
     fn push(&mut self, chunk: Bytes) {

@@ -1,0 +1,120 @@
+# All tasks of one call of a verb, handed over together: Rust gives them out and collects the answers,
+# and comes back here now and then for interrupts, and when it is to be decided what becomes of a task
+# whose worker was lost.
+
+# The places of a cluster's nodes among its workers. NULL for what our verbs leave to parallel's: what
+# is no cluster of ours, nodes of several, and nodes that are there twice, whose tasks have an order
+# among them.
+nativeRanks <- function(cl) {
+  if (!inherits(cl, "RustCluster") || !length(cl)) return(NULL)
+  ranks <- cluster_ranks(cl)
+  if (typeof(ranks) == "integer" && !anyDuplicated(ranks)) ranks
+}
+
+# Runs the tasks. `elements`: a vector, or a function of a task's number. Returns the list of results;
+# `failed`, an attribute, are the numbers of those that are errors.
+#   common: arguments that all tasks have.
+#   round: the tasks go round the nodes, and do not go to whoever is free.
+#   spread: an element is a list of arguments, and not the first one.
+#   each: is called with the numbers of tasks that have been answered, and all results so far; FALSE
+#     ends the job.
+runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = FALSE, seed = NULL,
+                   order = NULL, retries = handle$retries, timeout = Inf, each = NULL,
+                   progress = wantsProgress()) {
+  handle <- cl[[1L]][["handle"]]
+  job <- beginJob(handle, sys.nframe(), NULL)
+  on.exit(closeJob(handle, job))
+  # One that took too long is known by its message.
+  singly <- is.finite(handle$timeout) || is.finite(timeout)
+  settings <- list(
+    round = round, spread = spread, seed = seed, order = order, singly = singly, timeout = timeout
+  )
+  begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
+  if (is.character(begun)) handleFailed(begun, handle)
+  checked(begun)
+  shown <- if (progress) showProgress(handle, n)
+  withCallingHandlers(
+    repeat {
+      step <- job_step(handle$pointer)
+      if (isTRUE(step)) break
+      switch(typeof(step),
+        character = {
+          if (!"task" %in% names(step)) handleFailed(step, handle)
+          unitEnded(step, handle, retries, timeout)
+        },
+        pairlist = unwound(step)
+      )
+      showEvents(handle)
+      if (!is.null(shown)) shown()
+      if (!is.null(each)) {
+        results <- job_results(handle$pointer)
+        if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]]))) break
+      }
+      Sys.sleep(0)
+    },
+    error = unreadable
+  )
+  results <- job_results(handle$pointer)
+  if (!is.null(shown)) shown()
+  if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]])
+  structure(list(results[[1L]], results[[2L]]), names = c("values", "failed"))
+}
+
+# Tasks that were together have ended without an answer.
+unitEnded <- function(failure, handle, retries, timeout) {
+  number <- as.numeric(failure[["task"]])
+  tasks <- job_tasks(handle$pointer, number)
+  failure <- c(failure, tasks = spanText(tasks))
+  again <- integer()
+  warn <- NULL
+  if (failure[["kind"]] == "timeout") {
+    if (is.finite(timeout)) failure <- c(failure, limit = timeout)
+    condition <- failureCondition(failure, handle)
+    values <- lapply(tasks, function(task) failureValue(condition))
+  } else {
+    loss <- failureCondition(failure, handle)
+    if (inherits(loss, "rustcluster_stopped") || retries == 0) {
+      showEvents(handle, except = loss)
+      stop(loss)
+    }
+    keys <- paste0("element", tasks)
+    for (key in keys) handle$losses[[key]] <- c(handle$losses[[key]], list(loss))
+    lost <- lengths(handle$losses[keys])
+    again <- tasks[lost <= retries]
+    values <- Map(
+      function(task, key) failureValue(quarantined(task, handle$losses[[key]])),
+      tasks[lost > retries], keys[lost > retries]
+    )
+    # That a host is lost, or a worker for good, is an event of its own.
+    if (isTRUE(loss$replaced)) {
+      warn <- failureCondition(c(failure, again = length(again) > 0L), handle, "warning")
+    }
+  }
+  checked(job_settle(handle$pointer, number, again, unname(values)), handle)
+  # The tasks are safe before the warning, which may be turned into a jump.
+  if (!is.null(warn)) warning(warn)
+}
+
+# "task 3" or "tasks 3 to 9".
+spanText <- function(tasks) {
+  if (length(tasks) == 1L) return(paste("task", tasks))
+  if (identical(tasks, seq(tasks[[1L]], length.out = length(tasks)))) {
+    return(paste("tasks", tasks[[1L]], "to", tasks[[length(tasks)]]))
+  }
+  text <- toString(utils::head(tasks, 5L))
+  paste0("tasks ", text, if (length(tasks) > 5L) " and others")
+}
+
+# Raises what went wrong with any of the tasks, as parallel does, or returns the results. `chunks`:
+# each stands for so many tasks of parallel's as these numbers say.
+checkedResults <- function(job, chunks = NULL) {
+  val <- job$values
+  if (!length(job$failed)) return(val)
+  first <- val[[job$failed[[1L]]]]
+  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, val)
+  failed <- job$failed
+  if (!is.null(chunks)) failed <- failed[!duplicated(chunks[failed])]
+  val <- val[failed]
+  checkForRemoteErrors <- parallels$checkForRemoteErrors
+  checkForRemoteErrors(val)
+}

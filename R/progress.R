@@ -1,0 +1,24 @@
+# What is shown of a job while it runs.
+
+wantsProgress <- function() {
+  isTRUE(getOption("rustcluster.progress"))
+}
+
+# Returns a function that brings the bar up to date. It ends with the frame that has called.
+showProgress <- function(handle, n, envir = parent.frame()) {
+  busy <- 0
+  workers <- ""
+  bar <- cli::cli_progress_bar(
+    total = n, clear = FALSE, .envir = envir,
+    format = paste0(
+      "{cli::pb_bar} {cli::pb_current}/{cli::pb_total} tasks | {cli::pb_rate} | ",
+      "{cli::pb_extra$busy} busy | ETA {cli::pb_eta}"
+    ),
+    format_done = "{cli::pb_total} tasks in {cli::pb_elapsed} ({cli::pb_rate})",
+    extra = list(busy = 0)
+  )
+  function() {
+    at <- job_progress(handle$pointer)
+    cli::cli_progress_update(set = at[[2L]], id = bar, extra = list(busy = at[[3L]]), .envir = envir)
+  }
+}

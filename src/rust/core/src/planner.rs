@@ -1,0 +1,473 @@
+//! Which tasks of a job a worker is given next, and how many at once.
+//!
+//! A pure state machine: the head tells it what has ended and how long that took, and asks it for
+//! the next unit, a few tasks that cross together and are answered together. One task a unit is the
+//! fairest and costs a message for each; so units are as large as it takes for the messages not to
+//! matter, and no larger ([`Planner::size`]). Where a worker would be idle while its answer and the
+//! next unit are on their way, one unit is sent ahead.
+//!
+//! Where the assignment is free, tasks are begun in the given order, and units get smaller towards
+//! the end, as in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no unit has more than a
+//! half of what would be left for each worker.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Who gets which task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Assignment {
+    /// Whoever is free.
+    Free,
+    /// The tasks go round: the first to the first place, and so on, and begin anew after the last.
+    Round,
+}
+
+/// Tasks in one unit, at most.
+const MOST: usize = 10_000;
+
+/// Bytes of answers that a unit should not be longer than.
+const ANSWER: f64 = 128.0 * 1024.0;
+
+/// A unit should take so many times as long as the head is busy with it, and as many times for each
+/// place as all together: the head then is busy for a quarter of the time at most.
+const COST: f64 = 20.0;
+const COST_OF_ALL: f64 = 4.0;
+
+/// A unit should take so many times as long as a message to the worker and back.
+const ROUND_TRIPS: f64 = 2.0;
+
+/// A unit is sent ahead if a worker would be idle for more than this part of its time without it.
+const IDLE: f64 = 0.02;
+
+/// How much a measurement counts beside all before it.
+const NEW: f64 = 0.1;
+
+/// Tasks that cross together, by their numbers from 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unit {
+    pub tasks: Vec<usize>,
+    /// The worker is still at another.
+    pub ahead: bool,
+}
+
+/// How a unit that was answered went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ended {
+    /// Tasks of it that have been done.
+    pub tasks: usize,
+    /// For how long the worker was at it.
+    pub busy: Duration,
+    /// From when it was sent until it was answered, if it was not sent ahead.
+    pub turnaround: Option<Duration>,
+    /// Bytes of the answer.
+    pub bytes: usize,
+}
+
+/// Tasks that have not been given out.
+#[derive(Debug)]
+struct Queue {
+    /// They were given out and came back.
+    again: VecDeque<usize>,
+    next: usize,
+    step: usize,
+    end: usize,
+}
+
+impl Queue {
+    fn len(&self) -> usize {
+        self.again.len() + self.end.saturating_sub(self.next).div_ceil(self.step)
+    }
+
+    fn pop(&mut self) -> Option<usize> {
+        self.again.pop_front().or_else(|| {
+            let task = self.next;
+            (task < self.end).then(|| self.next += self.step)?;
+            Some(task)
+        })
+    }
+}
+
+#[derive(Debug, Default)]
+struct Place {
+    /// Tasks of each unit that is out, the running one first.
+    out: VecDeque<usize>,
+    /// Seconds from a unit's sending to its answer in which the worker was not at it: the way there
+    /// and back.
+    round_trip: Option<f64>,
+    /// When the running unit was sent, or, if that was ahead, when the one before was answered.
+    since: f64,
+    gone: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Planner {
+    assignment: Assignment,
+    /// One, or one for each place.
+    queues: Vec<Queue>,
+    places: Vec<Place>,
+    living: usize,
+    /// Tasks that are given out one by one.
+    singly: bool,
+    /// Seconds of a task: lately, and of all so far.
+    recent: Option<f64>,
+    seconds: f64,
+    done: usize,
+    /// Bytes of a task's answer.
+    bytes: f64,
+    /// Seconds that the head is busy with a unit.
+    cost: f64,
+    /// The least time that the way has taken, to any place.
+    way: f64,
+}
+
+impl Planner {
+    /// For a number of tasks and of places, of which there must be one.
+    pub fn new(assignment: Assignment, tasks: usize, places: usize) -> Planner {
+        let queue = |first, step| Queue {
+            again: VecDeque::new(),
+            next: first,
+            step,
+            end: tasks,
+        };
+        Planner {
+            assignment,
+            queues: match assignment {
+                Assignment::Free => vec![queue(0, 1)],
+                Assignment::Round => (0..places).map(|at| queue(at, places)).collect(),
+            },
+            places: (0..places).map(|_| Place::default()).collect(),
+            living: places,
+            singly: false,
+            recent: None,
+            seconds: 0.0,
+            done: 0,
+            bytes: 0.0,
+            cost: 0.0,
+            way: 0.0,
+        }
+    }
+
+    /// From now on units have one task.
+    pub fn singly(&mut self) {
+        self.singly = true;
+    }
+
+    fn queue(&mut self, place: usize) -> &mut Queue {
+        match self.assignment {
+            Assignment::Free => &mut self.queues[0],
+            Assignment::Round => &mut self.queues[place],
+        }
+    }
+
+    /// Tasks that have not been given out.
+    pub fn left(&self) -> usize {
+        self.queues.iter().map(Queue::len).sum()
+    }
+
+    /// What this place gets next, if it is to get anything now. Tasks of it that cannot be sent
+    /// with the others are given back with [`Planner::returned`]. `now`: time since some beginning.
+    pub fn next(&mut self, place: usize, now: Duration) -> Option<Unit> {
+        let now = now.as_secs_f64();
+        let ahead = !self.places[place].out.is_empty();
+        if self.places[place].gone || self.queue(place).len() == 0 {
+            return None;
+        }
+        let task = self.task(now).filter(|_| !self.singly);
+        if ahead && !task.is_some_and(|task| self.may_send_ahead(place, task)) {
+            return None;
+        }
+        let size = task.map_or(1, |task| self.size(place, task));
+        let queue = self.queue(place);
+        let tasks: Vec<usize> = std::iter::from_fn(|| queue.pop()).take(size).collect();
+        let at = &mut self.places[place];
+        at.out.push_back(tasks.len());
+        if !ahead {
+            at.since = now;
+        }
+        Some(Unit { tasks, ahead })
+    }
+
+    /// Seconds that a task is expected to take. Rather too many: a unit that takes longer than was
+    /// thought holds up the end. The first tasks to end are short ones: the time that others have
+    /// been running counts too (the maximum likelihood for exponential times of which some are cut).
+    fn task(&self, now: f64) -> Option<f64> {
+        let recent = self.recent?;
+        let running = self.places.iter().filter(|place| !place.out.is_empty());
+        let passed = |place: &Place| now - place.since - place.round_trip.unwrap_or(self.way);
+        let running: f64 = running.map(|place| passed(place).max(0.0)).sum();
+        let mean = (self.seconds + running) / self.done as f64;
+        Some(recent.max(mean).max(1e-9))
+    }
+
+    fn size(&self, place: usize, task: f64) -> usize {
+        let round_trip = self.places[place].round_trip.unwrap_or(0.0);
+        let way = ROUND_TRIPS * round_trip;
+        let work = COST.max(COST_OF_ALL * self.living as f64) * self.cost;
+        let enough = (way.max(work) / task).min(ANSWER / self.bytes.max(1.0));
+        let fair = match self.assignment {
+            Assignment::Free => {
+                let (len, living) = (self.queues[0].len(), self.living.max(1));
+                // With one that runs and one ahead, shorter ones would not fill the way.
+                let shortest = (round_trip / 2.0 / task) as usize;
+                (len / (2 * living)).max(shortest.min(len.div_ceil(living)))
+            }
+            Assignment::Round => self.queues[place].len(),
+        };
+        fair.min(MOST).min(enough as usize).max(1)
+    }
+
+    /// Whether a second unit may be sent to this place.
+    fn may_send_ahead(&self, place: usize, task: f64) -> bool {
+        let at = &self.places[place];
+        let (1, Some(way), Some(running)) = (at.out.len(), at.round_trip, at.out.front()) else {
+            return false;
+        };
+        let unit = *running as f64 * task;
+        let queue = match self.assignment {
+            Assignment::Free => &self.queues[0],
+            Assignment::Round => return way > IDLE * unit,
+        };
+        // Towards the end it may have to wait for a task that takes long while others are idle.
+        let most = match queue.len() > 2 * self.living {
+            true => IDLE * unit,
+            false => unit,
+        };
+        way > most
+    }
+
+    /// The oldest unit of this place has been answered.
+    pub fn ended(&mut self, place: usize, ended: Ended, now: Duration) {
+        let at = &mut self.places[place];
+        at.out.pop_front();
+        at.since = now.as_secs_f64();
+        let busy = ended.busy.as_secs_f64();
+        if let Some(turnaround) = ended.turnaround {
+            let way = (turnaround.as_secs_f64() - busy).max(0.0);
+            // The least is what the way takes; what is more is that somebody was busy.
+            at.round_trip = Some(match at.round_trip {
+                Some(before) if way > before => before + NEW * (way - before),
+                _ => way,
+            });
+            self.way = match self.done {
+                0 => way,
+                _ => self.way.min(way),
+            };
+        }
+        if ended.tasks == 0 {
+            return;
+        }
+        let count = ended.tasks as f64;
+        let (task, bytes) = (busy / count, ended.bytes as f64 / count);
+        let mix = |before: f64, now: f64| before + NEW * (now - before);
+        self.recent = Some(self.recent.map_or(task, |before| mix(before, task)));
+        self.bytes = match self.done {
+            0 => bytes,
+            _ => mix(self.bytes, bytes).max(bytes.min(self.bytes)),
+        };
+        self.seconds += busy;
+        self.done += ended.tasks;
+    }
+
+    /// The unit of this place that was given out last, or the oldest one if that is lost, has ended
+    /// in another way.
+    pub fn dropped(&mut self, place: usize, last: bool) {
+        let out = &mut self.places[place].out;
+        if last {
+            out.pop_back();
+        } else {
+            out.pop_front();
+        }
+    }
+
+    /// Only so many tasks of the unit that was given out last have been sent.
+    pub fn shortened(&mut self, place: usize, tasks: usize) {
+        if let Some(last) = self.places[place].out.back_mut() {
+            *last = tasks;
+        }
+    }
+
+    /// These tasks of this place, in this order, are to be given out again, before all others.
+    pub fn returned(&mut self, place: usize, tasks: &[usize]) {
+        let queue = self.queue(place);
+        for &task in tasks.iter().rev() {
+            queue.again.push_front(task);
+        }
+    }
+
+    /// No more is to go to this place. What is bound to it stays.
+    pub fn gone(&mut self, place: usize) {
+        let at = &mut self.places[place];
+        if !std::mem::replace(&mut at.gone, true) {
+            self.living -= 1;
+        }
+    }
+
+    /// Whether anybody is left.
+    pub fn any_left(&self) -> bool {
+        self.living > 0
+    }
+
+    /// Units that are out at this place.
+    pub fn out(&self, place: usize) -> usize {
+        self.places[place].out.len()
+    }
+
+    /// The head was busy for so long with one unit.
+    pub fn took(&mut self, time: Duration) {
+        let time = time.as_secs_f64();
+        self.cost = match self.cost {
+            0.0 => time,
+            before => before + NEW * (time - before),
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+    use std::cmp::Reverse;
+    use std::collections::BinaryHeap;
+
+    /// Seconds until the last answer, if each place takes a unit from when it has it, and a message
+    /// takes `way` each way; and how often each task was done.
+    fn run(planner: &mut Planner, times: &[f64], way: f64, cost: f64) -> (f64, Vec<u32>) {
+        let places = planner.places.len();
+        let nanos = |seconds: f64| (seconds * 1e9) as u64;
+        let mut free = vec![0.0f64; places];
+        let mut done = vec![0; times.len()];
+        // Of answers: when, where, when sent, how long it took, which.
+        let mut answers = BinaryHeap::new();
+        let mut units: Vec<(Vec<usize>, f64, f64, bool)> = Vec::new();
+        let mut now = 0.0f64;
+        let mut waiting: Vec<usize> = (0..places).collect();
+        loop {
+            for place in std::mem::take(&mut waiting) {
+                while let Some(unit) = planner.next(place, Duration::from_secs_f64(now)) {
+                    now += cost;
+                    planner.took(Duration::from_secs_f64(cost));
+                    let begins = free[place].max(now + way);
+                    let busy: f64 = unit.tasks.iter().map(|&task| times[task]).sum();
+                    free[place] = begins + busy;
+                    answers.push(Reverse((nanos(begins + busy + way), place, units.len())));
+                    units.push((unit.tasks, now, busy, unit.ahead));
+                }
+            }
+            let Some(Reverse((at, place, unit))) = answers.pop() else {
+                return (now, done);
+            };
+            now = now.max(at as f64 / 1e9);
+            let (tasks, sent, busy, ahead) = &units[unit];
+            tasks.iter().for_each(|&task| done[task] += 1);
+            planner.ended(
+                place,
+                Ended {
+                    tasks: tasks.len(),
+                    busy: Duration::from_secs_f64(*busy),
+                    turnaround: (!ahead).then(|| Duration::from_secs_f64(now - sent)),
+                    bytes: 10 * tasks.len(),
+                },
+                Duration::from_secs_f64(now),
+            );
+            waiting.push(place);
+        }
+    }
+
+    fn greedy(times: &[f64], places: usize) -> f64 {
+        let mut free: BinaryHeap<Reverse<u64>> = (0..places).map(|_| Reverse(0)).collect();
+        let mut end = 0;
+        for time in times {
+            let Some(Reverse(at)) = free.pop() else { break };
+            let at = at + (time * 1e9) as u64;
+            end = end.max(at);
+            free.push(Reverse(at));
+        }
+        end as f64 / 1e9
+    }
+
+    fn exponential(seed: u64, count: usize, mean: f64, most: f64) -> Vec<f64> {
+        let mut random = StdRng::seed_from_u64(seed);
+        let time = |_| (-mean * (1.0 - random.random::<f64>()).ln()).min(most);
+        (0..count).map(time).collect()
+    }
+
+    #[test]
+    fn uneven_tasks_end_as_soon_as_if_each_were_given_out_alone() {
+        for seed in 0..20 {
+            let times = exponential(seed, 400, 0.05, 0.5);
+            let mut planner = Planner::new(Assignment::Free, 400, 32);
+            let (end, _) = run(&mut planner, &times, 1e-4, 3e-5);
+            let bound = greedy(&times, 32);
+            assert!(end < 1.03 * bound, "{end} {bound}");
+        }
+    }
+
+    #[test]
+    fn many_short_tasks_take_few_messages_and_end_together() {
+        let times = exponential(1, 100_000, 1e-5, 1e-4);
+        let mut planner = Planner::new(Assignment::Free, times.len(), 16);
+        let (end, _) = run(&mut planner, &times, 1e-4, 3e-5);
+        let bound = greedy(&times, 16);
+        assert!(end < 1.25 * bound, "{end} {bound}");
+    }
+
+    #[test]
+    fn a_long_way_is_hidden() {
+        for assignment in [Assignment::Free, Assignment::Round] {
+            let times = vec![0.01; 6400];
+            let mut planner = Planner::new(assignment, times.len(), 64);
+            let (end, _) = run(&mut planner, &times, 0.025, 5e-5);
+            assert!(end < 1.2, "{assignment:?} {end}");
+        }
+    }
+
+    #[test]
+    fn large_answers_come_one_by_one() {
+        let mut planner = Planner::new(Assignment::Free, 1000, 2);
+        planner.took(Duration::from_millis(1));
+        planner.next(0, Duration::ZERO);
+        planner.ended(
+            0,
+            Ended {
+                tasks: 1,
+                busy: Duration::from_micros(1),
+                turnaround: Some(Duration::from_millis(1)),
+                bytes: 1 << 20,
+            },
+            Duration::from_millis(1),
+        );
+        assert_eq!(planner.next(0, Duration::from_millis(1)).map(|unit| unit.tasks.len()), Some(1));
+    }
+
+    proptest! {
+        #[test]
+        fn each_task_is_given_out_once(
+            tasks in 0usize..3_000, places in 1usize..40, seed in any::<u64>(), free in any::<bool>(),
+            way in 0.0f64..0.03, mean in 1e-6f64..0.02,
+        ) {
+            let assignment = if free { Assignment::Free } else { Assignment::Round };
+            let times = exponential(seed, tasks, mean, 1.0);
+            let mut planner = Planner::new(assignment, tasks, places);
+            let (_, done) = run(&mut planner, &times, way, 2e-5);
+            prop_assert!(done.iter().all(|&count| count == 1));
+            prop_assert_eq!(planner.left(), 0);
+        }
+
+        #[test]
+        fn what_comes_back_goes_first_and_to_its_place(
+            tasks in 10usize..100, places in 1usize..10,
+        ) {
+            let mut planner = Planner::new(Assignment::Round, tasks, places);
+            let unit = planner.next(0, Duration::ZERO).unwrap();
+            planner.dropped(0, false);
+            planner.returned(0, &unit.tasks);
+            prop_assert_eq!(planner.next(0, Duration::ZERO).unwrap().tasks, unit.tasks);
+            planner.dropped(0, false);
+            planner.gone(0);
+            prop_assert_eq!(planner.next(0, Duration::ZERO), None);
+        }
+    }
+}

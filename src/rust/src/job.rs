@@ -1,0 +1,744 @@
+//! Jobs: all tasks of one call of a verb, given out and collected here, on R's thread, and not one by
+//! one in R code. See [`Planner`] for who gets what, [`crate::unit`] for the messages.
+//!
+//! What happens to tasks besides that they are answered (a lost worker, a time limit) is R's to decide
+//! on: [`job_step`] then returns a failure with the number of the unit's task.
+
+use crate::failure::Failure;
+use crate::head::{self, Cluster, ToHub, SLICE};
+use crate::stream::{self, Format, Sink};
+use crate::unit;
+use crate::unwind::{self, Jump};
+use extendr_api::prelude::*;
+use extendr_ffi::{
+    INTEGER_ELT, R_NilValue, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF,
+    XLENGTH,
+};
+use rustcluster_core::hub::Answer;
+use rustcluster_core::planner::{Assignment, Ended, Planner};
+use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::time::{Duration, Instant};
+
+/// Bytes of elements in one message, beyond which no more are added.
+const FULL: usize = 48 * 1024;
+/// An element that is longer goes alone.
+const LONG: usize = 64 * 1024;
+
+/// See the module's documentation.
+pub struct Job {
+    id: JobId,
+    /// The worker of each place.
+    ranks: Vec<Rank>,
+    /// The places of each worker.
+    places: HashMap<Rank, usize>,
+    /// The list of function and common arguments, and its serialized form.
+    common: Robj,
+    common_bytes: Vec<u8>,
+    /// Of [`unit::Head`].
+    flags: u8,
+    elements: Elements,
+    /// A function that gives the seed of a task, or `NULL`.
+    seed: Robj,
+    /// The task that is begun at each position; otherwise in their order.
+    order: Option<Vec<usize>>,
+    /// A list with an element for each task.
+    results: Robj,
+    assignment: Assignment,
+    planner: Planner,
+    sent: HashMap<TaskId, Sent>,
+    /// Places that may be given more.
+    ready: Vec<usize>,
+    done: usize,
+    /// Tasks whose result is an error, from 1.
+    failed: Vec<i32>,
+    /// Tasks that have been answered since R last asked, from 1.
+    fresh: Vec<i32>,
+    began: Instant,
+    scratch: Vec<u8>,
+    message: Vec<u8>,
+}
+
+/// A unit that is out.
+struct Sent {
+    place: usize,
+    /// From 0.
+    tasks: Vec<usize>,
+    at: Instant,
+    ahead: bool,
+}
+
+enum Elements {
+    /// A plain vector.
+    Vector(Robj),
+    /// A function of the number of an element, from 1.
+    Function(Robj),
+}
+
+impl Elements {
+    /// An element, not protected.
+    ///
+    /// # Safety
+    /// Under [`unwind::run`]: R may jump.
+    unsafe fn get(&self, index: usize) -> SEXP {
+        // SAFETY: the caller's; R checks what it is asked for. No frame here holds what is to be
+        // dropped when R jumps.
+        unsafe {
+            match self {
+                Elements::Vector(vector) => rustcluster_element(vector.get().cast(), index as isize),
+                Elements::Function(function) => rustcluster_call_with(function.get().cast(), index as f64 + 1.0),
+            }
+        }
+    }
+}
+
+/// Why a unit has not been sent.
+enum Unsent {
+    Jump(Jump),
+    Failure(Failure),
+}
+
+impl From<Jump> for Unsent {
+    fn from(jump: Jump) -> Unsent {
+        Unsent::Jump(jump)
+    }
+}
+
+impl From<Failure> for Unsent {
+    fn from(failure: Failure) -> Unsent {
+        Unsent::Failure(failure)
+    }
+}
+
+impl From<Unsent> for Robj {
+    fn from(unsent: Unsent) -> Robj {
+        match unsent {
+            Unsent::Jump(Jump(token)) => token,
+            Unsent::Failure(failure) => failure.into(),
+        }
+    }
+}
+
+/// Begins a job. `ranks`: of the nodes, from 1. `assignment`: "free" or "round". `common`: a list of
+/// the function and a list of arguments that all tasks have. `elements`: a vector without a class,
+/// or a function of an element's number. `spread`: an element is a list of arguments. `seed`: a
+/// function that gives each element's seed, or `NULL`. `order`: of the elements, or `NULL`. `singly`:
+/// no two tasks cross together.
+/// @noRd
+#[extendr]
+fn job_begin(
+    handle: Robj,
+    job: f64,
+    ranks: &[i32],
+    count: f64,
+    common: Robj,
+    elements: Robj,
+    settings: List,
+) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        if cluster.job.try_borrow().map_or(true, |job| job.is_some()) {
+            return Err(Failure::new("busy"));
+        }
+        let hub = cluster.hub.borrow();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| head::rank_of(&hub, rank)).collect();
+        let ranks = ranks?;
+        for &rank in &ranks {
+            if let Some(gone) = hub.worker(rank).gone {
+                return Err(Failure::gone(rank, &gone));
+            }
+        }
+        drop(hub);
+        let count = count as usize;
+        let settings: HashMap<&str, Robj> = settings.iter().collect();
+        let flag = |name| settings.get(name).and_then(Robj::as_bool).unwrap_or(false);
+        let assignment = match flag("round") {
+            true => Assignment::Round,
+            false => Assignment::Free,
+        };
+        let order = settings.get("order").and_then(|order| {
+            let order = order.as_integer_slice()?;
+            Some(order.iter().map(|&at| at as usize - 1).collect())
+        });
+        let seed = settings.get("seed").cloned().unwrap_or_default();
+        let mut bytes = Vec::new();
+        let fixed = match stream::serialize(&common, Format::Native, &mut bytes) {
+            Ok(fixed) => fixed,
+            Err(Jump(token)) => return Ok(token),
+        };
+        let flags = [
+            (fixed, unit::FIXED),
+            (flag("spread"), unit::SPREAD),
+            (!seed.is_null(), unit::SEEDED),
+        ];
+        let flags = flags.iter().filter(|(is, _)| *is).map(|(_, flag)| flag).sum();
+        let mut planner = Planner::new(assignment, count, ranks.len());
+        if flag("singly") {
+            planner.singly();
+        }
+        let new = Job {
+            id: job as JobId,
+            places: ranks.iter().enumerate().map(|(at, &rank)| (rank, at)).collect(),
+            ready: (0..ranks.len()).rev().collect(),
+            ranks,
+            common,
+            common_bytes: bytes,
+            flags,
+            elements: match elements.is_function() {
+                true => Elements::Function(elements),
+                false => Elements::Vector(elements),
+            },
+            seed,
+            order,
+            results: List::new(count).into(),
+            assignment,
+            planner,
+            sent: HashMap::new(),
+            done: 0,
+            failed: Vec::new(),
+            fresh: Vec::new(),
+            began: Instant::now(),
+            scratch: Vec::new(),
+            message: Vec::new(),
+        };
+        cluster.job.replace(Some(Box::new(new)));
+        Ok(().into())
+    })
+}
+
+/// Gives tasks out and takes answers, for some time. Returns TRUE once all are there, and `NULL`
+/// before, or what R has to decide on.
+/// @noRd
+#[extendr]
+fn job_step(handle: Robj) -> Robj {
+    with_job(&handle, |cluster, job| job.step(cluster))
+}
+
+/// Runs `body` with the job that is open. It is not to be had while that is so: R code that runs in
+/// the middle finds the cluster busy.
+fn with_job(
+    handle: &Robj,
+    body: impl FnOnce(&Cluster, &mut Job) -> std::result::Result<Robj, Unsent>,
+) -> Robj {
+    head::with_cluster(handle, |cluster| {
+        let Some(mut job) = cluster.job.take() else {
+            return Err(Failure::new("busy"));
+        };
+        let result = body(cluster, &mut job);
+        cluster.job.replace(Some(job));
+        match result {
+            Ok(value) => Ok(value),
+            Err(unsent) => Ok(unsent.into()),
+        }
+    })
+}
+
+impl Job {
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn task(&self, position: usize) -> usize {
+        self.order.as_ref().map_or(position, |order| order[position])
+    }
+
+    fn step(&mut self, cluster: &Cluster) -> std::result::Result<Robj, Unsent> {
+        let until = Instant::now() + SLICE;
+        loop {
+            while let Some(place) = self.ready.pop() {
+                if let Err(unsent) = self.fill(cluster, place) {
+                    self.ready.push(place);
+                    return Err(unsent);
+                }
+            }
+            if self.done as isize == self.results.len() as isize {
+                return Ok(true.into());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(().into());
+            }
+            let answer = {
+                let mut hub = cluster.hub.borrow_mut();
+                hub.receive_any(|rank| self.places.contains_key(&rank), left)
+            };
+            match answer {
+                Answer::Ready { task, body, .. } => self.take(task, body)?,
+                Answer::Pending => return Ok(().into()),
+                Answer::NothingSent => {
+                    return Err(Failure::new("protocol")
+                        .with("reason", "tasks are left and nothing is out: a bug in rustcluster")
+                        .into());
+                }
+                Answer::Lost {
+                    place, task, gone, ..
+                } => {
+                    let replaced = cluster.hub.borrow().worker(place).gone.is_none();
+                    let failure = match &*gone {
+                        Gone::Worker(loss) => {
+                            Failure::lost(place, loss).with("replaced", replaced)
+                        }
+                        gone => Failure::gone(place, gone),
+                    };
+                    return Err(self.of_task(failure, task).into());
+                }
+                Answer::TimedOut { rank, task } => {
+                    let failure = Failure::new("timeout").with("rank", rank + 1);
+                    return Err(self.of_task(failure, task).into());
+                }
+                Answer::GivenUp { .. } => {}
+            }
+        }
+    }
+
+    fn of_task(&self, failure: Failure, task: TaskId) -> Failure {
+        let index = self.sent.get(&task).and_then(|sent| sent.tasks.first());
+        let index = index.map_or(0, |&first| self.task(first) + 1);
+        failure.with("task", task).with("index", index)
+    }
+
+    /// Sends a place what it is to have now.
+    fn fill(&mut self, cluster: &Cluster, place: usize) -> std::result::Result<(), Unsent> {
+        if self.is_gone(cluster, place)? {
+            return Ok(());
+        }
+        loop {
+            let began = Instant::now();
+            let now = self.now();
+            let Some(unit) = self.planner.next(place, now) else {
+                return Ok(());
+            };
+            let sent = self.send(cluster, place, &unit.tasks, unit.ahead, false);
+            let count = match &sent {
+                Ok(count) => *count,
+                Err(_) => 0,
+            };
+            if count < unit.tasks.len() {
+                self.planner.returned(place, &unit.tasks[count..]);
+            }
+            if count == 0 {
+                self.planner.dropped(place, true);
+            } else {
+                self.planner.shortened(place, count);
+            }
+            sent?;
+            self.planner.took(began.elapsed());
+        }
+    }
+
+    /// Whether the worker of this place is gone, and others are there to do its part.
+    fn is_gone(&mut self, cluster: &Cluster, place: usize) -> std::result::Result<bool, Failure> {
+        if self.assignment == Assignment::Round {
+            return Ok(false);
+        }
+        let rank = self.ranks[place];
+        let Some(gone) = cluster.hub.borrow().worker(rank).gone else {
+            return Ok(false);
+        };
+        self.planner.gone(place);
+        match self.planner.any_left() {
+            true => Ok(true),
+            false => Err(Failure::gone(rank, &gone)),
+        }
+    }
+
+    /// Sends as many of these tasks as fit into one message. Returns how many. `first`: before what
+    /// waits for the worker already.
+    fn send(
+        &mut self,
+        cluster: &Cluster,
+        place: usize,
+        positions: &[usize],
+        ahead: bool,
+        first: bool,
+    ) -> std::result::Result<usize, Unsent> {
+        let rank = self.ranks[place];
+        let (count, form) = match cluster.formats.borrow()[rank as usize] {
+            Format::Native => self.gather(positions)?,
+            Format::Xdr => (1, Form::Message),
+        };
+        let begun = cluster.hub.borrow_mut().begin(rank, self.id, None);
+        let (task, on) = begun.map_err(|gone| Failure::gone(rank, &gone))?;
+        let _ = (ahead, first);
+        let written = self.write(cluster, on, positions[0], form);
+        match written {
+            Ok(()) => cluster.hub.borrow_mut().finish(),
+            Err(jump) => {
+                cluster.hub.borrow_mut().abandon();
+                return Err(jump.into());
+            }
+        }
+        let sent = Sent {
+            place,
+            tasks: positions[..count].to_vec(),
+            at: Instant::now(),
+            ahead,
+        };
+        self.sent.insert(task, sent);
+        Ok(count)
+    }
+
+    fn write(
+        &mut self,
+        cluster: &Cluster,
+        on: Rank,
+        position: usize,
+        form: Form,
+    ) -> std::result::Result<(), Jump> {
+        let index = self.task(position);
+        match form {
+            Form::Unit => {
+                if cluster.hub.borrow_mut().write(&self.message) {
+                    // Not much is under way for what is this short.
+                    while cluster.hub.borrow_mut().wait_to_send(SLICE) {
+                        unwind::run(check, &mut ())?;
+                    }
+                }
+                Ok(())
+            }
+            Form::Long | Form::Message => {
+                let message = matches!(form, Form::Message);
+                let mut writing = Writing {
+                    job: self,
+                    index,
+                    message,
+                    format: cluster.formats.borrow()[on as usize],
+                    sink: &mut ToHub(cluster),
+                    prefix: Vec::new(),
+                };
+                unwind::run(write_long, &mut writing).map(drop)
+            }
+        }
+    }
+
+    /// Puts as many of these tasks as fit into one message.
+    fn gather(&mut self, positions: &[usize]) -> std::result::Result<(usize, Form), Jump> {
+        self.message.clear();
+        let head = unit::Head {
+            flags: self.flags | unit::COMMON,
+            job: self.id,
+            count: 0,
+        };
+        head.write(&mut self.message);
+        let common = self.common_bytes.len() as u64;
+        self.message.extend_from_slice(&common.to_ne_bytes());
+        self.message.extend_from_slice(&self.common_bytes);
+        let mut gathering = Gathering {
+            indices: positions.iter().map(|&at| self.task(at)).collect(),
+            job: self,
+            count: 0,
+            stopped: None,
+        };
+        unwind::run(gather_protected, &mut gathering)?;
+        let (count, stopped) = (gathering.count, gathering.stopped);
+        match stopped {
+            Some(form) if count == 0 => Ok((1, form)),
+            _ => {
+                unit::Head::count(&mut self.message, count as u32);
+                Ok((count, Form::Unit))
+            }
+        }
+    }
+
+    /// Takes a unit's answer.
+    fn take(&mut self, task: TaskId, body: Body) -> std::result::Result<(), Unsent> {
+        let Some(sent) = self.sent.remove(&task) else {
+            return Ok(());
+        };
+        let now = Instant::now();
+        let bytes = body.len;
+        let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();
+        let mut taking = Taking {
+            job: self,
+            indices,
+            body,
+            seconds: 0.0,
+            count: 0,
+        };
+        let taken = unwind::run(take_protected, &mut taking);
+        let (seconds, count) = (taking.seconds, taking.count);
+        taken?;
+        let turnaround = (!sent.ahead).then(|| now.duration_since(sent.at));
+        let ended = Ended {
+            tasks: count,
+            busy: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
+            turnaround,
+            bytes,
+        };
+        let at = self.now();
+        self.planner.ended(sent.place, ended, at);
+        if count < sent.tasks.len() {
+            self.planner.returned(sent.place, &sent.tasks[count..]);
+        }
+        self.done += count;
+        self.ready.push(sent.place);
+        Ok(())
+    }
+}
+
+unsafe extern "C" fn check(_: *mut c_void) -> SEXP {
+    // SAFETY: under unwind::run; this frame holds nothing.
+    unsafe {
+        unwind::check_interrupt();
+        R_NilValue
+    }
+}
+
+/// How elements cross.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// As [`Job::message`] has them.
+    Unit,
+    /// One alone, serialized as it is sent.
+    Long,
+    /// One in a message of parallel's: it holds what may change, as what is common may, and they may
+    /// hold the same.
+    Message,
+}
+
+struct Gathering<'a> {
+    job: &'a mut Job,
+    indices: Vec<usize>,
+    count: usize,
+    /// Why the next one has not been added.
+    stopped: Option<Form>,
+}
+
+unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the gathering above, which outlives this call. This frame holds nothing that
+    // is to be dropped when R jumps.
+    unsafe {
+        let gathering = &mut *data.cast::<Gathering<'_>>();
+        let job = &mut *gathering.job;
+        while gathering.count < gathering.indices.len() && job.message.len() < FULL + job.common_bytes.len() {
+            let index = gathering.indices[gathering.count];
+            let before = job.message.len();
+            add_seed(&job.seed, index, &mut job.message);
+            let element = Rf_protect(job.elements.get(index));
+            if !unit::append_plain(element, &mut job.message) {
+                unit::begin_serialized(&mut job.message);
+                let mut sink = Bounded(&mut job.message, before + LONG);
+                let fixed = stream::write_fixed(element, &mut sink);
+                let long = job.message.len() >= before + LONG;
+                // If neither can change, they cannot have in common what does.
+                let fixed = fixed || job.flags & unit::FIXED != 0;
+                if !fixed || long {
+                    job.message.truncate(before);
+                    gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
+                    Rf_unprotect(1);
+                    return R_NilValue;
+                }
+            }
+            Rf_unprotect(1);
+            gathering.count += 1;
+        }
+        R_NilValue
+    }
+}
+
+/// # Safety
+/// Under [`unwind::run`].
+unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
+    if seed.is_null() {
+        return;
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        let state = rustcluster_call_with(seed.get().cast(), index as f64 + 1.0);
+        for at in 0..unit::SEED as isize {
+            let number = match TYPEOF(state) == SEXPTYPE::INTSXP && XLENGTH(state) > at {
+                true => INTEGER_ELT(state, at),
+                false => 0,
+            };
+            out.extend_from_slice(&number.to_ne_bytes());
+        }
+    }
+}
+
+/// Takes no more than so many bytes in all.
+struct Bounded<'a>(&'a mut Vec<u8>, usize);
+
+impl Sink for Bounded<'_> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        let room = self.1.saturating_sub(self.0.len());
+        self.0.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        false
+    }
+}
+
+struct Writing<'a> {
+    job: &'a Job,
+    index: usize,
+    message: bool,
+    format: Format,
+    sink: &'a mut dyn Sink,
+    prefix: Vec<u8>,
+}
+
+unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
+    // is to be dropped when R jumps.
+    unsafe {
+        let writing = &mut *data.cast::<Writing<'_>>();
+        let job = writing.job;
+        let element = Rf_protect(job.elements.get(writing.index));
+        if writing.message {
+            let common = job.common.get();
+            let spread = c_int::from(job.flags & unit::SPREAD != 0);
+            let message = rustcluster_message(common.cast(), element.cast(), spread);
+            stream::write(Rf_protect(message), writing.format, writing.sink);
+            Rf_unprotect(1);
+        } else {
+            let prefix = &mut writing.prefix;
+            unit::Head {
+                flags: job.flags | unit::COMMON,
+                job: job.id,
+                count: 1,
+            }
+            .write(prefix);
+            prefix.extend_from_slice(&(job.common_bytes.len() as u64).to_ne_bytes());
+            prefix.extend_from_slice(&job.common_bytes);
+            add_seed(&job.seed, writing.index, prefix);
+            writing.sink.write(prefix);
+            unit::write_serialized(element, writing.sink);
+        }
+        Rf_unprotect(1);
+        R_NilValue
+    }
+}
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_message(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
+    fn rustcluster_element(vector: *mut c_void, at: isize) -> SEXP;
+    fn rustcluster_call_with(function: *mut c_void, number: f64) -> SEXP;
+    fn rustcluster_is_error(value: *mut c_void) -> c_int;
+    fn rustcluster_answer_value(answer: *mut c_void) -> SEXP;
+}
+
+struct Taking<'a> {
+    job: &'a mut Job,
+    indices: Vec<usize>,
+    body: Body,
+    seconds: f64,
+    count: usize,
+}
+
+unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the taking above, which outlives this call. This frame holds nothing that is
+    // to be dropped when R jumps.
+    unsafe {
+        let taking = &mut *data.cast::<Taking<'_>>();
+        let job = &mut *taking.job;
+        let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
+            let answer = Rf_protect(head::read_body(&mut taking.body));
+            job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));
+            Rf_unprotect(1);
+            taking.count = 1;
+            return R_NilValue;
+        };
+        taking.seconds = head.seconds;
+        while taking.count < taking.indices.len().min(head.count as usize) {
+            let mut kind = [0];
+            unit::read_bytes(&mut taking.body, &mut kind);
+            let value = unit::read_value(&mut taking.body, &mut job.scratch);
+            job.put(taking.indices[taking.count], value);
+            taking.count += 1;
+        }
+        R_NilValue
+    }
+}
+
+impl Job {
+    /// Notes a result. The value need not be protected.
+    fn put(&mut self, index: usize, value: SEXP) {
+        // SAFETY: on R's thread; the list has as many elements as there are tasks; none of these
+        // functions jumps or allocates.
+        unsafe {
+            SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
+            if rustcluster_is_error(value.cast()) != 0 {
+                self.failed.push(index as i32 + 1);
+            }
+        }
+        self.fresh.push(index as i32 + 1);
+    }
+}
+
+/// The elements of a unit whose task was lost or took too long, from 1.
+/// @noRd
+#[extendr]
+fn job_tasks(handle: Robj, task: f64) -> Robj {
+    with_job(&handle, |_, job| {
+        let sent = job.sent.get(&(task as TaskId));
+        let tasks = sent.map_or(&[][..], |sent| &sent.tasks);
+        let tasks: Vec<i32> = tasks.iter().map(|&at| job.task(at) as i32 + 1).collect();
+        Ok(tasks.into())
+    })
+}
+
+/// A unit has ended without an answer: `again` of its elements, one by one, are to be tried again; the
+/// others have `value` for a result. `bound`: its worker is gone, and no other has taken its place.
+/// @noRd
+#[extendr]
+fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
+    with_job(&handle, |cluster, job| {
+        let id = task as TaskId;
+        let Some(sent) = job.sent.remove(&id) else {
+            return Ok(().into());
+        };
+        job.planner.dropped(sent.place, false);
+        let is_again = |position: &&usize| again.contains(&(job.task(**position) as i32 + 1));
+        let tasks: Vec<usize> = sent.tasks.iter().filter(is_again).copied().collect();
+        let given_up: Vec<usize> = sent.tasks.iter().filter(|at| !is_again(at)).copied().collect();
+        for (position, value) in given_up.into_iter().zip(values.values()) {
+            let index = job.task(position);
+            // SAFETY: the list keeps it alive.
+            unsafe { job.put(index, value.get()) };
+            job.done += 1;
+        }
+        job.planner.returned(sent.place, &tasks);
+        let rank = job.ranks[sent.place];
+        let mut hub = cluster.hub.borrow_mut();
+        hub.forget(rank, id);
+        if hub.worker(rank).gone.is_some() {
+            job.planner.gone(sent.place);
+        }
+        job.ready.push(sent.place);
+        Ok(().into())
+    })
+}
+
+/// What has come of the job: a list of its results, the numbers of those that are errors, and of those
+/// that are new since this was last asked.
+/// @noRd
+#[extendr]
+fn job_results(handle: Robj) -> Robj {
+    with_job(&handle, |_, job| {
+        let mut failed = job.failed.clone();
+        failed.sort_unstable();
+        let fresh = std::mem::take(&mut job.fresh);
+        Ok(list!(job.results.clone(), failed, fresh).into())
+    })
+}
+
+/// How far the job is: tasks, those that have ended, and workers that are busy.
+/// @noRd
+#[extendr]
+fn job_progress(handle: Robj) -> Robj {
+    with_job(&handle, |_, job| {
+        let busy = (0..job.ranks.len()).filter(|&at| job.planner.out(at) > 0).count();
+        Ok([job.results.len(), job.done, busy].map(|n| n as f64).to_vec().into())
+    })
+}
+
+extendr_module! {
+    mod job;
+    fn job_begin;
+    fn job_step;
+    fn job_tasks;
+    fn job_settle;
+    fn job_results;
+    fn job_progress;
+}

@@ -1,0 +1,204 @@
+//! Units: tasks of a job that cross together, and their answers. What they have in common, a function
+//! and arguments, is sent apart, as a list of the two.
+//!
+//! A value is either plain (see [`crate::plain`]) or in R's serialization, whichever its first byte
+//! says. All numbers are in the byte order of this machine.
+
+use crate::plain;
+use crate::stream::{self, Format, Sink, Source};
+use extendr_api::prelude::*;
+use extendr_ffi::{Rf_error, SEXP};
+use rustcluster_core::scheduler::Body;
+use std::ffi::{c_char, c_int};
+
+/// What a message of this form begins with: see [`crate::plain`] for others.
+pub const UNIT: u8 = 3;
+pub const ANSWER: u8 = 4;
+
+/// The elements are lists of arguments.
+pub const SPREAD: u8 = 1;
+/// Each element comes with a state of the random number generator.
+pub const SEEDED: u8 = 2;
+/// Nothing in what the tasks have in common can change.
+pub const FIXED: u8 = 4;
+/// What they have in common is in this message.
+pub const COMMON: u8 = 8;
+
+/// What a result begins with: its value follows, or that of an error.
+pub const VALUE: u8 = 1;
+pub const ERROR: u8 = 2;
+
+const PLAIN: u8 = 1;
+const SERIALIZED: u8 = 2;
+
+/// Integers of a state of L'Ecuyer's generator, with its kind.
+pub const SEED: usize = 7;
+
+/// The beginning of a unit: the elements follow, each after its seed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Head {
+    pub flags: u8,
+    /// Under which the worker keeps what is common.
+    pub job: u64,
+    pub count: u32,
+}
+
+impl Head {
+    pub fn write(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&[UNIT, self.flags]);
+        out.extend_from_slice(&self.job.to_ne_bytes());
+        out.extend_from_slice(&self.count.to_ne_bytes());
+    }
+
+    /// Puts another count into a message that begins with this.
+    pub fn count(message: &mut [u8], count: u32) {
+        if let Some(at) = message.get_mut(10..14) {
+            at.copy_from_slice(&count.to_ne_bytes());
+        }
+    }
+
+    /// Takes it off the front of a message, if that is a unit.
+    pub fn read(body: &mut Body) -> Option<Head> {
+        let mut bytes = [0; 14];
+        if body.chunks.front()?.first() != Some(&UNIT) || !body.fill(&mut bytes) {
+            return None;
+        }
+        let [_, flags, rest @ ..] = bytes;
+        let (job, count) = rest.split_first_chunk()?;
+        Some(Head {
+            flags,
+            job: u64::from_ne_bytes(*job),
+            count: u32::from_ne_bytes(count.try_into().ok()?),
+        })
+    }
+}
+
+/// The beginning of a unit's answer: the results follow.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AnswerHead {
+    /// Seconds that the worker was at it.
+    pub seconds: f64,
+    /// Of how many of its tasks, counted from the first.
+    pub count: u32,
+}
+
+impl AnswerHead {
+    pub fn write(self, out: &mut Vec<u8>) {
+        out.push(ANSWER);
+        out.extend_from_slice(&self.seconds.to_ne_bytes());
+        out.extend_from_slice(&self.count.to_ne_bytes());
+    }
+
+    /// Takes it off the front of an answer, if that is one of a unit.
+    pub fn read(body: &mut Body) -> Option<AnswerHead> {
+        let mut bytes = [0; 13];
+        if body.chunks.front()?.first() != Some(&ANSWER) || !body.fill(&mut bytes) {
+            return None;
+        }
+        let (seconds, count) = bytes[1..].split_first_chunk()?;
+        Some(AnswerHead {
+            seconds: f64::from_ne_bytes(*seconds),
+            count: u32::from_ne_bytes(count.try_into().ok()?),
+        })
+    }
+}
+
+/// Appends a value to `out` if it is plain. Returns whether it is.
+///
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+pub unsafe fn append_plain(value: SEXP, out: &mut Vec<u8>) -> bool {
+    let before = out.len();
+    out.extend_from_slice(&[PLAIN, 0, 0, 0, 0]);
+    // SAFETY: the caller's.
+    if !unsafe { plain::append_value(value, out) } {
+        out.truncate(before);
+        return false;
+    }
+    let length = (out.len() - before - 5) as u32;
+    out[before + 1..before + 5].copy_from_slice(&length.to_ne_bytes());
+    true
+}
+
+/// Writes what a value that is not plain begins with; [`stream::write`] or [`stream::serialize`]
+/// follows.
+pub fn begin_serialized(sink: &mut dyn Sink) -> bool {
+    sink.write(&[SERIALIZED])
+}
+
+/// Writes a value that is not plain.
+///
+/// # Safety
+/// Under [`crate::unwind::protect`], with a protected value: R may jump.
+pub unsafe fn write_serialized(value: SEXP, sink: &mut dyn Sink) {
+    begin_serialized(sink);
+    // SAFETY: the caller's.
+    unsafe { stream::write(value, Format::Native, sink) };
+}
+
+/// Takes some bytes off the front.
+///
+/// # Safety
+/// Under [`crate::unwind::protect`]: R jumps if there are fewer.
+pub unsafe fn read_bytes(body: &mut Body, out: &mut [u8]) {
+    const CUT: *const c_char = c"a message that is cut short".as_ptr();
+    if !body.fill(out) {
+        // SAFETY: jumps; the message has no format directive.
+        unsafe { Rf_error(CUT) };
+    }
+}
+
+/// A state of the random number generator.
+///
+/// # Safety
+/// As for [`read_bytes`].
+pub unsafe fn read_seed(body: &mut Body) -> [c_int; SEED] {
+    let mut bytes = [0; 4 * SEED];
+    // SAFETY: the caller's.
+    unsafe { read_bytes(body, &mut bytes) };
+    std::array::from_fn(|i| {
+        let at = &bytes[4 * i..4 * i + 4];
+        at.try_into().map_or(0, c_int::from_ne_bytes)
+    })
+}
+
+/// Takes a value off the front; it is not protected. `scratch`: kept by the caller.
+///
+/// # Safety
+/// As for [`read_bytes`]; R jumps also if it is no value.
+pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
+    const BAD: *const c_char = c"a message that is damaged".as_ptr();
+    // SAFETY: the caller's. No frame here holds what is to be dropped when R jumps.
+    unsafe {
+        let mut kind = [0];
+        read_bytes(body, &mut kind);
+        match kind[0] {
+            SERIALIZED => stream::read(body),
+            PLAIN => {
+                let mut length = [0; 4];
+                read_bytes(body, &mut length);
+                let length = u32::from_ne_bytes(length) as usize;
+                if length > plain::MOST {
+                    Rf_error(BAD);
+                }
+                scratch.resize(length, 0);
+                read_bytes(body, scratch);
+                plain::read_value(scratch)
+            }
+            _ => {
+                Rf_error(BAD);
+                #[allow(unreachable_code)]
+                {
+                    unreachable!("Rf_error returned")
+                }
+            }
+        }
+    }
+}
+
+impl Sink for Vec<u8> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.extend_from_slice(bytes);
+        false
+    }
+}
