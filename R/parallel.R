@@ -89,7 +89,7 @@ parallels <- new.env(parent = emptyenv())
 
 findParallels <- function() {
   names <- c("sendData", "postNode", "sendCall", "clusterCall", "clusterSetRNGStream",
-             "staticClusterApply", "dynamicClusterApply", "checkForRemoteErrors")
+             "staticClusterApply", "dynamicClusterApply", "checkForRemoteErrors", "defaultCluster")
   namespace <- environment(parallel::clusterCall)
   for (name in names) assign(name, get(name, namespace), parallels)
   parallels$gets <- get("gets", environment(parallel::clusterExport))

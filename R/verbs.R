@@ -51,191 +51,163 @@
 #' @name verbs
 NULL
 
-#' @rdname verbs
-#' @export
-clusterCall <- function(cl = NULL, fun, ...) {
-  cl <- given(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallel::clusterCall(cl, fun, ...))
-  callNodes(cl, ranks, fun, list(...), "")
-}
+# Those above what hands out tasks are parallel's own, as this version of R has them, over ours: see
+# findVerbs().
 
 #' @rdname verbs
 #' @export
-clusterEvalQ <- function(cl = NULL, expr) {
-  expr <- substitute(expr)
-  clusterCall(cl, eval, expr, envir = .GlobalEnv)
-}
+clusterCall <- NULL
 
 #' @rdname verbs
 #' @export
-clusterExport <- function(cl = NULL, varlist, envir = .GlobalEnv) {
-  cl <- given(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallel::clusterExport(cl, varlist, envir))
-  for (name in varlist) {
-    callNodes(cl, ranks, parallels$gets, list(name, get(name, envir = envir)), name)
+clusterEvalQ <- NULL
+
+#' @rdname verbs
+#' @export
+clusterExport <- NULL
+
+#' @rdname verbs
+#' @export
+clusterApply <- NULL
+
+#' @rdname verbs
+#' @export
+clusterApplyLB <- NULL
+
+#' @rdname verbs
+#' @export
+clusterMap <- NULL
+
+#' @rdname verbs
+#' @export
+parLapply <- NULL
+
+#' @rdname verbs
+#' @export
+parLapplyLB <- NULL
+
+#' @rdname verbs
+#' @export
+parSapply <- NULL
+
+#' @rdname verbs
+#' @export
+parSapplyLB <- NULL
+
+#' @rdname verbs
+#' @export
+parApply <- NULL
+
+#' @rdname verbs
+#' @export
+parRapply <- NULL
+
+#' @rdname verbs
+#' @export
+parCapply <- NULL
+
+# Puts the verbs in their place, when the package is loaded. What they split and put together, and how,
+# is what this version of R does; below them are the functions here.
+findVerbs <- function(namespace = topenv()) {
+  theirs <- environment(parallel::clusterApply)
+  below <- new.env(parent = theirs)
+  below$clusterCall <- callNodes
+  below$staticClusterApply <- roundTasks
+  below$dynamicClusterApply <- freeTasks
+  below$gets <- parallels$gets
+  names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",
+             "parLapplyLB", "parSapply", "parSapplyLB", "parApply", "parRapply", "parCapply")
+  for (name in names) {
+    verb <- get(name, theirs)
+    environment(verb) <- below
+    assign(name, verb, below)
+    assign(name, verb, namespace)
   }
+  assign("clusterCall", callNodes, namespace)
+  # Their parLapplyLB() cuts elements into chunks before it knows how long they take.
+  chunked <- below$parLapplyLB
+  free <- freeElements
+  formals(free) <- formals(chunked)
+  environment(free) <- list2env(list(chunked = chunked), parent = namespace)
+  below$parLapplyLB <- free
+  assign("parLapplyLB", free, namespace)
 }
 
-#' @rdname verbs
-#' @export
-clusterApply <- function(cl = NULL, x, fun, ...) {
-  cl <- given(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallel::clusterApply(cl, x, fun, ...))
-  applyTasks(cl, ranks, x, fun, list(...), round = TRUE)
-}
-
-#' @rdname verbs
-#' @export
-clusterApplyLB <- function(cl = NULL, x, fun, ...) {
-  cl <- given(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallel::clusterApplyLB(cl, x, fun, ...))
-  applyTasks(cl, ranks, x, fun, list(...), round = FALSE)
-}
-
-#' @rdname verbs
-#' @export
-clusterMap <- function(cl = NULL, fun, ..., MoreArgs = NULL, RECYCLE = TRUE, SIMPLIFY = FALSE,
-                       USE.NAMES = TRUE, .scheduling = c("static", "dynamic")) {
-  over$clusterMap(
-    given(cl), fun, ..., MoreArgs = MoreArgs, RECYCLE = RECYCLE, SIMPLIFY = SIMPLIFY,
-    USE.NAMES = USE.NAMES, .scheduling = .scheduling
-  )
-}
-
-#' @rdname verbs
-#' @export
-parLapply <- function(cl = NULL, X, fun, ..., chunk.size = NULL) {
-  over$parLapply(given(cl), X, fun, ..., chunk.size = chunk.size)
-}
-
-#' @rdname verbs
-#' @export
-parLapplyLB <- function(cl = NULL, X, fun, ..., chunk.size = NULL) {
-  cl <- given(cl)
+# The body of parLapplyLB(), with its arguments.
+freeElements <- function(cl, X, fun, ..., chunk.size) {
+  defaultCluster <- parallels$defaultCluster
+  cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
   n <- length(X)
   # How a vector with a class is taken apart is known to its class alone.
   if (is.null(ranks) || !n || is.object(X) || !isPlain(X)) {
-    return(over$parLapplyLB(cl, X, fun, ..., chunk.size = chunk.size))
+    return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
   }
   job <- runJob(cl, ranks, n, match.fun(fun), list(...), X)
-  val <- if (length(job$failed)) {
-    # parallel makes twice as many chunks as there are nodes, and counts those that fail.
-    chunks <- parallel::splitIndices(n, 2L * length(cl))
-    checkedResults(job, rep(seq_along(chunks), lengths(chunks)))
-  } else {
-    job$values
-  }
+  # parallel makes twice as many chunks as there are nodes, and counts those that fail.
+  chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
+  val <- checkedResults(job, rep(seq_along(chunks), chunks))
   names(val) <- names(X)
   val
-}
-
-#' @rdname verbs
-#' @export
-parSapply <- function(cl = NULL, X, FUN, ..., simplify = TRUE, USE.NAMES = TRUE, chunk.size = NULL) {
-  over$parSapply(
-    given(cl), X, FUN, ..., simplify = simplify, USE.NAMES = USE.NAMES, chunk.size = chunk.size
-  )
-}
-
-#' @rdname verbs
-#' @export
-parSapplyLB <- function(cl = NULL, X, FUN, ..., simplify = TRUE, USE.NAMES = TRUE, chunk.size = NULL) {
-  over$parSapplyLB(
-    given(cl), X, FUN, ..., simplify = simplify, USE.NAMES = USE.NAMES, chunk.size = chunk.size
-  )
-}
-
-#' @rdname verbs
-#' @export
-parApply <- function(cl = NULL, X, MARGIN, FUN, ..., chunk.size = NULL) {
-  over$parApply(given(cl), X, MARGIN, FUN, ..., chunk.size = chunk.size)
-}
-
-#' @rdname verbs
-#' @export
-parRapply <- function(cl = NULL, x, FUN, ..., chunk.size = NULL) {
-  over$parRapply(given(cl), x, FUN, ..., chunk.size = chunk.size)
-}
-
-#' @rdname verbs
-#' @export
-parCapply <- function(cl = NULL, x, FUN, ..., chunk.size = NULL) {
-  over$parCapply(given(cl), x, FUN, ..., chunk.size = chunk.size)
-}
-
-# parallel's own functions above those that hand out tasks, over ours: what they split and put together,
-# and how, is what this version of R does. Filled when the package is loaded.
-over <- new.env(parent = emptyenv())
-
-findVerbs <- function() {
-  namespace <- environment(parallel::clusterApply)
-  ours <- new.env(parent = namespace)
-  for (name in c("clusterApply", "clusterApplyLB", "parLapplyLB")) {
-    assign(name, get(name, topenv()), ours)
-  }
-  ours$staticClusterApply <- function(cl = NULL, fun, n, argfun) {
-    applyCalls(parallels$staticClusterApply, cl, fun, n, argfun, round = TRUE)
-  }
-  ours$dynamicClusterApply <- function(cl = NULL, fun, n, argfun) {
-    applyCalls(parallels$dynamicClusterApply, cl, fun, n, argfun, round = FALSE)
-  }
-  names <- c("clusterMap", "parLapply", "parLapplyLB", "parSapply", "parSapplyLB", "parApply",
-             "parRapply", "parCapply")
-  for (name in names) {
-    verb <- get(name, namespace)
-    environment(verb) <- ours
-    assign(name, verb, over)
-    if (!exists(name, ours, inherits = FALSE)) assign(name, verb, ours)
-  }
-}
-
-# The default cluster where none is given. parallel says it if there is none.
-given <- function(cl) {
-  if (is.null(cl)) parallel::getDefaultCluster() else cl
 }
 
 isPlain <- function(x) {
   typeof(x) %in% c("list", "character", "double", "integer", "logical")
 }
 
-applyTasks <- function(cl, ranks, x, fun, common, round) {
-  n <- length(x)
-  if (!n) return(invisible())
-  elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
-  checkedResults(runJob(cl, ranks, n, fun, common, elements, round))
-}
-
-# What parallel's clusterMap() calls: `argfun` gives all arguments of a task. Those that are the same
-# for all are found where it was made.
-applyCalls <- function(parallels, cl, fun, n, argfun, round) {
+# In the place of parallel's functions of these names, with their arguments.
+roundTasks <- function(cl = NULL, fun, n, argfun) {
+  defaultCluster <- parallels$defaultCluster
+  cl <- defaultCluster(cl)
   ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallels(cl, fun, n, argfun))
-  if (!n) return(invisible())
-  made <- environment(argfun)
-  more <- made[["MoreArgs"]]
-  args <- made[["args"]]
-  if (is.list(args) && (is.null(more) || is.list(more))) {
-    elements <- function(i) lapply(args, function(x) x[[i]])
-  } else {
-    elements <- argfun
-    more <- NULL
-  }
-  checkedResults(runJob(cl, ranks, n, fun, as.list(more), elements, round, spread = TRUE))
+  if (is.null(ranks)) return(parallels$staticClusterApply(cl, fun, n, argfun))
+  if (n <= 0L) return(invisible())
+  fun
+  checkedResults(runTasks(cl, ranks, fun, n, argfun, round = TRUE))
 }
 
-# The same call on all nodes. `lasts`: the name of what it sets there, or "".
-callNodes <- function(cl, ranks, fun, args, lasts) {
+freeTasks <- function(cl = NULL, fun, n, argfun) {
+  defaultCluster <- parallels$defaultCluster
+  cl <- defaultCluster(cl)
+  ranks <- nativeRanks(cl)
+  if (is.null(ranks)) return(parallels$dynamicClusterApply(cl, fun, n, argfun))
+  if (n <= 0L) return(invisible())
+  fun
+  checkedResults(runTasks(cl, ranks, fun, n, argfun, round = FALSE))
+}
+
+# `argfun` gives all arguments of a task by its number. Those that are the same for all tasks are
+# found where the verb has made it, if it is one of those that are known.
+runTasks <- function(cl, ranks, fun, n, argfun, round) {
+  made <- environment(argfun)
+  of_apply <- quote(c(list(x[[i]]), list(...)))
+  of_map <- quote(c(lapply(args, function(x) x[[i]]), MoreArgs))
+  if (identical(body(argfun), of_apply)) {
+    x <- made[["x"]]
+    elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
+    common <- eval(quote(list(...)), made)
+    runJob(cl, ranks, n, fun, common, elements, round)
+  } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
+    args <- made$args
+    elements <- function(i) lapply(args, function(x) x[[i]])
+    runJob(cl, ranks, n, fun, as.list(made$MoreArgs), elements, round, spread = TRUE)
+  } else {
+    runJob(cl, ranks, n, fun, list(), argfun, round, spread = TRUE)
+  }
+}
+
+# In the place of clusterCall(): the same call on all nodes.
+callNodes <- function(cl = NULL, fun, ...) {
+  defaultCluster <- parallels$defaultCluster
+  cl <- defaultCluster(cl)
+  ranks <- nativeRanks(cl)
+  if (is.null(ranks)) return(parallels$clusterCall(cl, fun, ...))
   handle <- cl[[1L]][["handle"]]
-  job <- beginJob(handle, sys.nframe(), lasts)
+  data <- list(fun = fun, args = list(...), return = TRUE, tag = NULL)
+  job <- beginJob(handle, sys.nframe(), settingOf(parallels$clusterCall, data))
   on.exit(closeJob(handle, job))
-  message <- list(type = "EXEC", data = list(fun = fun, args = args, return = TRUE, tag = NULL), tag = NULL)
-  for (node in cl) sendTask(handle, node[["rank"]], message)
+  for (rank in ranks) sendTask(handle, rank, list(type = "EXEC", data = data, tag = NULL))
   checkForRemoteErrors <- parallels$checkForRemoteErrors
-  val <- lapply(cl, function(node) recvData.RustNode(node)$value)
-  checkForRemoteErrors(val)
+  recvResult <- function(node) recvData.RustNode(node)$value
+  checkForRemoteErrors(lapply(cl, recvResult))
 }
