@@ -117,11 +117,12 @@ hub_events <- function(handle) .Call(wrap__hub_events, handle)
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
-#' Begins a job. `ranks`: of the nodes, from 1. `assignment`: "free" or "round". `common`: a list of
-#' the function and a list of arguments that all tasks have. `elements`: a vector without a class,
-#' or a function of an element's number. `spread`: an element is a list of arguments. `seed`: a
-#' function that gives each element's seed, or `NULL`. `order`: of the elements, or `NULL`. `singly`:
-#' no two tasks cross together.
+#' Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
+#' that all tasks have. `elements`: a vector without a class, or a function of an element's number.
+#' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
+#' element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+#' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
+#' in seconds).
 #' @noRd
 job_begin <- function(handle, job, ranks, count, common, elements, settings) .Call(wrap__job_begin, handle, job, ranks, count, common, elements, settings)
 
@@ -134,8 +135,8 @@ job_step <- function(handle) .Call(wrap__job_step, handle)
 #' @noRd
 job_tasks <- function(handle, task) .Call(wrap__job_tasks, handle, task)
 
-#' A unit has ended without an answer: `again` of its elements, one by one, are to be tried again; the
-#' others have `value` for a result. `bound`: its worker is gone, and no other has taken its place.
+#' A unit has ended without an answer: `again` of its elements are to be tried again, one by one; the
+#' others have `values` for results.
 #' @noRd
 job_settle <- function(handle, task, again, values) .Call(wrap__job_settle, handle, task, again, values)
 

@@ -56,6 +56,8 @@ pub struct Job {
     /// Tasks that have been answered since R last asked, from 1.
     fresh: Vec<i32>,
     began: Instant,
+    /// How long a task may take.
+    timeout: Option<Duration>,
     scratch: Vec<u8>,
     message: Vec<u8>,
 }
@@ -120,11 +122,12 @@ impl From<Unsent> for Robj {
     }
 }
 
-/// Begins a job. `ranks`: of the nodes, from 1. `assignment`: "free" or "round". `common`: a list of
-/// the function and a list of arguments that all tasks have. `elements`: a vector without a class,
-/// or a function of an element's number. `spread`: an element is a list of arguments. `seed`: a
-/// function that gives each element's seed, or `NULL`. `order`: of the elements, or `NULL`. `singly`:
-/// no two tasks cross together.
+/// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
+/// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
+/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
+/// element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+/// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
+/// in seconds).
 /// @noRd
 #[extendr]
 fn job_begin(
@@ -161,6 +164,8 @@ fn job_begin(
             let order = order.as_integer_slice()?;
             Some(order.iter().map(|&at| at as usize - 1).collect())
         });
+        let timeout = settings.get("timeout").and_then(Robj::as_real);
+        let timeout = timeout.unwrap_or(f64::INFINITY);
         let seed = settings.get("seed").cloned().unwrap_or_default();
         let mut bytes = Vec::new();
         let fixed = match stream::serialize(&common, Format::Native, &mut bytes) {
@@ -199,6 +204,7 @@ fn job_begin(
             failed: Vec::new(),
             fresh: Vec::new(),
             began: Instant::now(),
+            timeout: Duration::try_from_secs_f64(timeout).ok(),
             scratch: Vec::new(),
             message: Vec::new(),
         };
@@ -255,9 +261,19 @@ impl Job {
             if self.done as isize == self.results.len() as isize {
                 return Ok(true.into());
             }
-            let left = until.saturating_duration_since(Instant::now());
+            let mut left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(().into());
+            }
+            if let Some(timeout) = self.timeout {
+                let next = self.sent.iter().min_by_key(|(_, sent)| sent.at);
+                if let Some((&task, sent)) = next {
+                    let rest = timeout.saturating_sub(sent.at.elapsed());
+                    if rest.is_zero() {
+                        return Err(self.time_out(cluster, task, sent.place).into());
+                    }
+                    left = left.min(rest);
+                }
             }
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
@@ -265,7 +281,9 @@ impl Job {
             };
             match answer {
                 Answer::Ready { task, body, .. } => self.take(task, body)?,
-                Answer::Pending => return Ok(().into()),
+                // Until it is time, or a signal has come.
+                Answer::Pending if self.timeout.is_none() => return Ok(().into()),
+                Answer::Pending => {}
                 Answer::NothingSent => {
                     return Err(Failure::new("protocol")
                         .with("reason", "tasks are left and nothing is out: a bug in rustcluster")
@@ -290,6 +308,14 @@ impl Job {
                 Answer::GivenUp { .. } => {}
             }
         }
+    }
+
+    /// Ends a task that has taken too long.
+    fn time_out(&self, cluster: &Cluster, task: TaskId, place: usize) -> Failure {
+        let rank = self.ranks[place];
+        cluster.hub.borrow_mut().cancel_task(rank, task);
+        let failure = Failure::new("timeout").with("rank", rank + 1);
+        self.of_task(failure, task)
     }
 
     fn of_task(&self, failure: Failure, task: TaskId) -> Failure {
@@ -678,8 +704,8 @@ fn job_tasks(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// A unit has ended without an answer: `again` of its elements, one by one, are to be tried again; the
-/// others have `value` for a result. `bound`: its worker is gone, and no other has taken its place.
+/// A unit has ended without an answer: `again` of its elements are to be tried again, one by one; the
+/// others have `values` for results.
 /// @noRd
 #[extendr]
 fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {

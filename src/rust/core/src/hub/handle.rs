@@ -429,6 +429,12 @@ impl Hub {
         }
     }
 
+    /// Cancels a task, of which nothing more is wanted.
+    pub fn cancel_task(&mut self, rank: Rank, task: TaskId) {
+        self.cancel(rank, task);
+        self.strike(rank, task);
+    }
+
     fn cancel(&mut self, rank: Rank, task: TaskId) {
         let place = self.place(rank, task);
         self.moved.remove(&task);

@@ -1,0 +1,113 @@
+#' Apply a function over a list on a cluster, with more to be had
+#'
+#' As [base::lapply()], on the workers of a cluster made by [makeRustCluster()]: elements are begun in
+#' order by whoever is free, short ones cross together.
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
+#'   \pkg{parallel}'s `setDefaultCluster()` has set.
+#' @param X A vector or list; other objects are taken apart by [base::as.list()].
+#' @param FUN (function) What to call with each element, or the name of it.
+#' @param ... Further arguments of `FUN`, the same for all.
+#' @param .progress (logical) Whether to show a bar with the elements done, their rate, the workers that
+#'   are busy and the time that is left. Default: option `rustcluster.progress`.
+#' @param .seed (logical or integer) With a number, each element has a stream of random numbers of its
+#'   own, of L'Ecuyer's generator ([parallel::nextRNGStream()], from `set.seed(.seed)` on), so that
+#'   the results do not depend on the workers, their number, retries or `.order`. `TRUE` takes the number
+#'   from this session's generator. Workers' own random numbers stay as they are. `FALSE`, the default:
+#'   elements use their worker's.
+#' @param .timeout (number) Seconds that an element may take, from when it is sent; default `Inf`. What
+#'   takes longer is interrupted, and killed if it does not heed that, and an error of class
+#'   `rustcluster_timeout` takes the place of its result.
+#' @param .retries (integer) How often an element is tried again that was lost with its worker, if not
+#'   as often as `retries` of the cluster.
+#' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.
+#'   With the longest first, the end is even. Results are in the order of `X` all the same.
+#' @param .onResult (function) Is called here with an element's number and result as soon as it is known.
+#' @param .errors (character) `"finish"`: an error of an element's is raised when all others are done,
+#'   as with \pkg{parallel}; `"stop"`: at once, and what has not ended is cancelled; `"return"`: it is
+#'   the element's result, of class `"try-error"`, whose text it is, and with a condition of ours as its
+#'   attribute `"condition"` if the element was lost or took too long.
+#' @return A list with the results, named as `X`.
+#' @section Errors:
+#' An error of `FUN`'s is raised as \pkg{parallel} does: one of class `simpleError` with its text.
+#' `rustcluster_task_failed`, `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
+#' `rustcluster_bad_argument`: see [makeRustCluster()].
+#' @examples
+#' cl <- makeRustCluster(2)
+#' clusterLapply(cl, 1:3, function(i) rnorm(1, i), .seed = 42)
+#' seen <- 0
+#' clusterLapply(cl, 1:4, sqrt, .onResult = function(i, value) seen <<- seen + 1)
+#' seen
+#' parallel::stopCluster(cl)
+#' @export
+clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustcluster.progress", FALSE),
+                          .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
+                          .onResult = NULL, .errors = c("finish", "stop", "return")) {
+  if (is.null(cl)) cl <- parallel::getDefaultCluster()
+  handle <- clusterHandle(cl)
+  ranks <- checked(cluster_ranks(cl))
+  if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
+  FUN <- match.fun(FUN)
+  if (!is.vector(X) || is.object(X)) X <- as.list(X)
+  if (!isPlain(X)) X <- as.list(X)
+  n <- length(X)
+  if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
+  if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
+  if (is.null(.retries)) .retries <- handle$retries
+  between(.retries, ".retries", "", 0, 1e6)
+  if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
+  .errors <- match.arg(.errors)
+  if (!is.null(.order)) {
+    whole <- is.numeric(.order) && length(.order) == n && identical(sort(as.integer(.order)), seq_len(n))
+    if (!whole) badArgument(".order", "must have each number from 1 to ", n, " once")
+    .order <- as.integer(.order)
+  }
+  if (!n) return(structure(list(), names = names(X)))
+  seed <- streamsOf(.seed, n)
+  each <- if (!is.null(.onResult) || .errors == "stop") {
+    function(fresh, values) {
+      for (i in fresh) {
+        if (!is.null(.onResult)) .onResult(i, values[[i]])
+        if (.errors == "stop" && inherits(values[[i]], "try-error")) return(FALSE)
+      }
+    }
+  }
+  job <- runJob(
+    cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
+    each = each, progress = .progress
+  )
+  values <- if (.errors == "return") job$values else checkedResults(job)
+  names(values) <- names(X)
+  values
+}
+
+# A function that gives the seed of an element by its number, or NULL.
+streamsOf <- function(seed, n) {
+  if (isFALSE(seed) || is.null(seed)) return(NULL)
+  if (isTRUE(seed)) {
+    seed <- sample.int(.Machine$integer.max, 1L)
+  } else if (!is.numeric(seed) || length(seed) != 1L || is.na(seed) || abs(seed) > .Machine$integer.max) {
+    badArgument(".seed", "must be TRUE, FALSE or one whole number")
+  }
+  # The session's generator is left as it is.
+  kind <- RNGkind()
+  before <- get0(".Random.seed", globalenv(), inherits = FALSE)
+  on.exit({
+    RNGkind(kind[[1L]], kind[[2L]], kind[[3L]])
+    if (is.null(before)) {
+      rm(list = ".Random.seed", envir = globalenv())
+    } else {
+      assign(".Random.seed", before, globalenv())
+    }
+  })
+  set.seed(as.integer(seed), "L'Ecuyer-CMRG", "Inversion", "Rejection")
+  first <- get(".Random.seed", globalenv())
+  # Made when they are needed, mostly one after the other, and kept for those that are tried again.
+  streams <- list(first)
+  function(i) {
+    while (length(streams) < i) {
+      streams[[length(streams) + 1L]] <<- parallel::nextRNGStream(streams[[length(streams)]])
+    }
+    streams[[i]]
+  }
+}
