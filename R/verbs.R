@@ -207,7 +207,14 @@ callNodes <- function(cl = NULL, fun, ...) {
   job <- beginJob(handle, sys.nframe(), settingOf(parallels$clusterCall, data))
   on.exit(closeJob(handle, job))
   for (rank in ranks) sendTask(handle, rank, list(type = "EXEC", data = data, tag = NULL))
+  # As they come: what waits for its turn would go through memory twice.
+  answers <- vector("list", length(cl))
+  for (i in seq_along(cl)) {
+    answer <- recvOneData.RustCluster(cl)
+    answers[answer$node] <- list(answer$value$value)
+  }
   checkForRemoteErrors <- parallels$checkForRemoteErrors
-  recvResult <- function(node) recvData.RustNode(node)$value
+  recvResult <- identity
+  cl <- answers
   checkForRemoteErrors(lapply(cl, recvResult))
 }

@@ -16,6 +16,7 @@ use extendr_ffi::{
 };
 use rustcluster_core::hub::Answer;
 use rustcluster_core::planner::{Assignment, Ended, Planner};
+use rustcluster_core::share;
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
@@ -36,6 +37,8 @@ pub struct Job {
     /// The list of function and common arguments, and its serialized form.
     common: Robj,
     common_bytes: Vec<u8>,
+    /// Under which workers keep it.
+    key: u64,
     /// Of [`unit::Head`].
     flags: u8,
     elements: Elements,
@@ -188,6 +191,11 @@ fn job_begin(
             ready: (0..ranks.len()).rev().collect(),
             ranks,
             common,
+            key: match fixed {
+                // Known again in the next job: R compiles a function once, then.
+                true => share::key_of(&bytes) as u64,
+                false => job as u64,
+            },
             common_bytes: bytes,
             flags,
             elements: match elements.is_function() {
@@ -443,7 +451,7 @@ impl Job {
         self.message.clear();
         let head = unit::Head {
             flags: self.flags | unit::COMMON,
-            job: self.id,
+            key: self.key,
             count: 0,
         };
         head.write(&mut self.message);
@@ -619,7 +627,7 @@ unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
             let prefix = &mut writing.prefix;
             unit::Head {
                 flags: job.flags | unit::COMMON,
-                job: job.id,
+                key: job.key,
                 count: 1,
             }
             .write(prefix);

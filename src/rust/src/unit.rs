@@ -39,14 +39,14 @@ pub const SEED: usize = 7;
 pub struct Head {
     pub flags: u8,
     /// Under which the worker keeps what is common.
-    pub job: u64,
+    pub key: u64,
     pub count: u32,
 }
 
 impl Head {
     pub fn write(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&[UNIT, self.flags]);
-        out.extend_from_slice(&self.job.to_ne_bytes());
+        out.extend_from_slice(&self.key.to_ne_bytes());
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
@@ -64,10 +64,10 @@ impl Head {
             return None;
         }
         let [_, flags, rest @ ..] = bytes;
-        let (job, count) = rest.split_first_chunk()?;
+        let (key, count) = rest.split_first_chunk()?;
         Some(Head {
             flags,
-            job: u64::from_ne_bytes(*job),
+            key: u64::from_ne_bytes(*key),
             count: u32::from_ne_bytes(count.try_into().ok()?),
         })
     }

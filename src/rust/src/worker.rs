@@ -313,7 +313,7 @@ const NOT_COMPILED: u32 = 50;
 /// What the tasks of a job have in common, as it came last.
 #[derive(Default)]
 struct Common {
-    job: u64,
+    key: u64,
     /// In R's serialization.
     bytes: Vec<u8>,
     /// The list, preserved, if nothing in it can change.
@@ -457,9 +457,9 @@ unsafe fn take_common(unit: &mut Unit, common: &mut Common) {
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe { unit::read_bytes(&mut unit.body, &mut length) };
     let length = u64::from_ne_bytes(length) as usize;
-    if common.job != unit.head.job {
+    if common.key != unit.head.key {
         common.forget();
-        common.job = unit.head.job;
+        common.key = unit.head.key;
         common.bytes.resize(length, 0);
         // SAFETY: as above.
         unsafe { unit::read_bytes(&mut unit.body, &mut common.bytes) };

@@ -77,8 +77,13 @@ fn end_of_chunk(bytes: &[u8]) -> usize {
     end
 }
 
+/// What some content is known by.
+pub fn key_of(bytes: &[u8]) -> u128 {
+    xxh3_128(bytes)
+}
+
 fn chunk(bytes: Bytes) -> Chunk {
-    let key = (bytes.len() >= SHORTEST).then(|| xxh3_128(&bytes));
+    let key = (bytes.len() >= SHORTEST).then(|| key_of(&bytes));
     Chunk { bytes, key }
 }
 
