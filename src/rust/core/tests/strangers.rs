@@ -254,7 +254,7 @@ fn greeted(hub: &Hub) {
 }
 
 fn send(hub: &mut Hub, rank: Rank, bytes: &[u8]) {
-    hub.begin(rank, u64::from(rank) + 1, None).unwrap();
+    hub.begin(rank, u64::from(rank) + 1, None, false).unwrap();
     hub.write(bytes);
     hub.finish();
 }
@@ -827,7 +827,7 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
             matches!(hub.progress(false, SLICE), Progress::Up)
         });
         let first = hub.worker(0).pid;
-        hub.begin(0, 1, None).unwrap();
+        hub.begin(0, 1, None, false).unwrap();
         hub.write(&[7; 2 * MAX_BODY]);
         if at + 1 < cases.len() {
             hub.finish();

@@ -304,6 +304,7 @@ impl Head {
             job: task / 4,
             lasts: (len % 3 == 0).then_some(task % 2),
             instead_of: (len % 5 == 0).then_some((rank + 1) % RANKS),
+            ahead: len % 2 == 0,
             ..Order::default()
         });
         self.scheduler.append(rank, task, chunk, true);
@@ -406,7 +407,7 @@ pub fn to_head(data: &[u8]) {
                         Want::Any
                     }),
                     _ if operand == 0 => scheduler.stop_worker(rank),
-                    _ => {}
+                    _ => scheduler.recall(rank, operand.into()),
                 }
                 head.settle();
                 Ok(())
@@ -481,7 +482,9 @@ impl Host {
         let held = &mut self.held[worker as usize];
         held.extend_from_slice(bytes);
         let mut bytes = std::mem::take(held);
-        let result = self.relay.from_worker(worker, &mut bytes, &mut self.acts);
+        let result = self
+            .relay
+            .from_worker(worker, &mut bytes, self.now, &mut self.acts);
         self.held[worker as usize] = bytes;
         self.act();
         if result.is_err() {
