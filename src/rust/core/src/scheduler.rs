@@ -1921,4 +1921,213 @@ mod tests {
         // Nor has that become the other's.
         assert!(sent(&mut s, 1).is_empty());
     }
+
+    fn ahead(rank: Rank, task: TaskId) -> Order {
+        Order {
+            ahead: true,
+            ..order(rank, task)
+        }
+    }
+
+    /// The agent has dropped a task that had not started.
+    fn dropped(scheduler: &mut Scheduler, task: TaskId) -> Result<(), ProtocolError> {
+        let dropped = Frame::new(Kind::Data, LAST | ABORT, 0, task, Bytes::new());
+        scheduler.on_frame(0, dropped)
+    }
+
+    /// Tasks that have ended since the last call, and how.
+    fn ends(scheduler: &mut Scheduler) -> Vec<(TaskId, &'static str)> {
+        let ends = scheduler.take_notes().into_iter();
+        let ends = ends.filter_map(|note| match note {
+            Note::Done { task, outcome, .. } => Some((task, outcome)),
+            _ => None,
+        });
+        let name = |outcome| match outcome {
+            Outcome::Answer(_) => "answer",
+            Outcome::Lost(_) => "lost",
+            Outcome::TimedOut => "timed out",
+            Outcome::Cancelled => "cancelled",
+            Outcome::Recalled => "recalled",
+        };
+        ends.map(|(task, outcome)| (task, name(outcome))).collect()
+    }
+
+    /// What an agent is told besides tasks.
+    fn told(scheduler: &mut Scheduler) -> Vec<ToAgent> {
+        let frames = std::iter::from_fn(|| scheduler.next_frame(0));
+        let control = frames.filter(|frame| frame.header.kind == Kind::Control);
+        control
+            .map(|frame| message::decode(&frame.body).unwrap())
+            .collect()
+    }
+
+    /// One worker that is at task 1, while task 2 waits at its agent.
+    fn one_ahead() -> Scheduler {
+        let mut s = up(1);
+        submit(&mut s, order(0, 1));
+        submit(&mut s, ahead(0, 2));
+        submit(&mut s, ahead(0, 3));
+        assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
+        s
+    }
+
+    #[test]
+    fn one_task_is_sent_ahead_and_then_the_next() {
+        let mut s = one_ahead();
+        answer(&mut s, 0, 1, None);
+        assert_eq!(tasks_sent(&mut s, 0), [3]);
+        answer(&mut s, 0, 2, None);
+        answer(&mut s, 0, 3, None);
+        assert_eq!(ends(&mut s), [1, 2, 3].map(|task| (task, "answer")));
+    }
+
+    #[test]
+    fn what_is_not_meant_to_be_is_not_sent_ahead() {
+        let lasting = Order {
+            lasts: Some(0),
+            ..ahead(0, 2)
+        };
+        let others = Order {
+            instead_of: Some(1),
+            ..ahead(0, 2)
+        };
+        for second in [order(0, 2), lasting, others] {
+            let mut s = up(2);
+            submit(&mut s, order(0, 1));
+            submit(&mut s, second);
+            submit(&mut s, ahead(0, 3));
+            assert_eq!(tasks_sent(&mut s, 0), [1]);
+            answer(&mut s, 0, 1, None);
+            assert_eq!(tasks_sent(&mut s, 0), [2, 3]);
+        }
+    }
+
+    #[test]
+    fn a_task_that_waited_at_the_agent_is_not_lost_with_its_worker() {
+        let mut s = one_ahead();
+        replace(&mut s, 0);
+        assert_eq!(ends(&mut s), [(1, "lost")]);
+        assert_eq!(tasks_sent(&mut s, 0), []);
+        submit(&mut s, again(0, 1));
+        assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
+        answer(&mut s, 0, 1, None);
+        replace(&mut s, 0);
+        // It had started.
+        assert_eq!(ends(&mut s), [(1, "answer"), (2, "lost")]);
+        s.let_go(0, 2);
+        assert_eq!(tasks_sent(&mut s, 0), [3]);
+        lose(&mut s, 0, false);
+        assert_eq!(ends(&mut s), [(3, "lost")]);
+    }
+
+    #[test]
+    fn with_a_worker_that_is_gone_both_are_lost() {
+        let mut s = one_ahead();
+        s.stop_worker(0);
+        assert_eq!(ends(&mut s), [1, 2, 3].map(|task| (task, "lost")));
+        assert_eq!(dropped(&mut s, 2), Ok(()));
+    }
+
+    #[test]
+    fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_on_its_way_is_not_meant() {
+        let mut s = one_ahead();
+        s.cancel_task(0, 1);
+        tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
+        let first: Vec<Frame> = std::iter::from_fn(|| s.next_frame(0)).collect();
+        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        assert_eq!(first[1], noted);
+        let tasks = first[2..].iter().map(|frame| frame.header.task);
+        assert_eq!(tasks.collect::<Vec<_>>(), [2, 3]);
+        assert_eq!(ends(&mut s), [(1, "cancelled")]);
+    }
+
+    #[test]
+    fn a_cancel_of_both_frees_the_worker_when_the_agent_has_said_so_of_each() {
+        for crossed in [false, true] {
+            let mut s = one_ahead();
+            s.cancel_job(1);
+            let all = [1, 2, 3].map(|task| (task, "cancelled"));
+            assert_eq!(ends(&mut s), all);
+            // What has not started first.
+            let cancels = [2, 1].map(|task| ToAgent::Cancel { worker: 0, task });
+            assert_eq!(told(&mut s), cancels);
+            submit(&mut s, ahead(0, 4));
+            if crossed {
+                answer(&mut s, 0, 1, None);
+                assert_eq!(tasks_sent(&mut s, 0), []);
+                answer(&mut s, 0, 2, None);
+            } else {
+                assert_eq!(dropped(&mut s, 2), Ok(()));
+                assert_eq!(tasks_sent(&mut s, 0), []);
+                answer(&mut s, 0, 1, None);
+            }
+            assert_eq!(tasks_sent(&mut s, 0), [4]);
+            assert_eq!(ends(&mut s), []);
+        }
+    }
+
+    #[test]
+    fn a_task_is_recalled_unless_it_has_started() {
+        let mut s = one_ahead();
+        s.recall(0, 1);
+        s.recall(0, 2);
+        s.recall(0, 2);
+        assert_eq!(told(&mut s), [ToAgent::Recall { worker: 0, task: 2 }]);
+        assert_eq!(ends(&mut s), []);
+        assert_eq!(dropped(&mut s, 2), Ok(()));
+        assert_eq!(ends(&mut s), [(2, "recalled")]);
+        // In its place.
+        assert_eq!(tasks_sent(&mut s, 0), [3]);
+        s.recall(0, 3);
+        answer(&mut s, 0, 1, None);
+        answer(&mut s, 0, 3, None);
+        assert_eq!(ends(&mut s), [(1, "answer"), (3, "answer")]);
+        // It has not been sent, or not wholly.
+        submit(&mut s, order(0, 4));
+        s.submit(ahead(0, 5));
+        s.append(0, 5, Bytes::from_static(b"part").into(), false);
+        submit(&mut s, ahead(0, 6));
+        assert_eq!(tasks_sent(&mut s, 0), [4, 5]);
+        s.recall(0, 6);
+        s.recall(0, 5);
+        assert_eq!(ends(&mut s), [(6, "recalled"), (5, "recalled")]);
+        let abort = Frame::new(Kind::Data, LAST | ABORT, 0, 5, Bytes::new());
+        assert_eq!(s.next_frame(0), Some(abort));
+        // The worker is lost before the agent could answer.
+        submit(&mut s, ahead(0, 7));
+        assert_eq!(tasks_sent(&mut s, 0), [7]);
+        s.recall(0, 7);
+        replace(&mut s, 0);
+        assert_eq!(ends(&mut s), [(4, "lost"), (7, "recalled")]);
+    }
+
+    #[test]
+    fn an_agent_that_drops_what_it_was_not_told_to_is_none_of_ours() {
+        assert!(dropped(&mut one_ahead(), 2).is_err());
+        let mut s = one_ahead();
+        s.recall(0, 2);
+        assert!(dropped(&mut s, 1).is_err());
+        assert!(dropped(&mut s, 3).is_err());
+    }
+
+    #[test]
+    fn the_message_of_a_task_ahead_counts_as_waiting_until_that_has_started() {
+        let message = b"message".len();
+        let mut s = one_ahead();
+        assert_eq!(s.take_released(), message);
+        replace(&mut s, 0);
+        assert_eq!(s.take_released(), 0);
+        s.let_go(0, 1);
+        assert_eq!(tasks_sent(&mut s, 0), [2, 3]);
+        assert_eq!(s.take_released(), message);
+        s.cancel_task(0, 3);
+        assert_eq!(s.take_released(), message);
+        assert_eq!(dropped(&mut s, 3), Ok(()));
+        s.submit(ahead(0, 4));
+        s.append(0, 4, Bytes::from_static(b"message").into(), false);
+        assert_eq!(tasks_sent(&mut s, 0), [4]);
+        assert_eq!(s.take_released(), 0);
+        answer(&mut s, 0, 2, None);
+        assert_eq!(s.take_released(), message);
+    }
 }

@@ -528,4 +528,112 @@ mod tests {
         from_head(&mut relay, noted);
         assert_eq!(from_head(&mut relay, data(2, b"task")).len(), 1);
     }
+
+    fn control(relay: &mut Relay, message: &ToAgent) -> Vec<Act> {
+        from_head(relay, message::encode(message).unwrap())
+    }
+
+    fn to_worker(acts: &[Act]) -> Vec<&Frame> {
+        let frames = acts.iter().filter_map(|act| match act {
+            Act::ToWorker(frame) => Some(frame),
+            _ => None,
+        });
+        frames.collect()
+    }
+
+    fn dropped(task: u64) -> Frame {
+        Frame::new(Kind::Data, LAST | ABORT, 0, task, Bytes::new())
+    }
+
+    #[test]
+    fn a_task_ahead_waits_for_the_end_of_the_one_before() {
+        let mut relay = up();
+        from_head(&mut relay, data(1, b"task"));
+        let guest = seed(GUEST, 2, b"guest");
+        let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
+        let state = Frame::new(Kind::State, 0, 0, 2, name);
+        for frame in [guest.clone(), state, data(2, b"next")] {
+            assert!(from_head(&mut relay, frame).is_empty());
+        }
+        assert_eq!(relay.book.task(0), Some(1));
+        let part = Frame::new(Kind::Data, FIRST, 0, 1, Bytes::from_static(b"part"));
+        assert!(to_worker(&from_worker(&mut relay, &[part])).is_empty());
+        let rest = Frame::new(Kind::Data, LAST, 0, 1, Bytes::from_static(b"rest"));
+        let acts = from_worker(&mut relay, &[rest.clone()]);
+        assert_eq!(to_head(&acts), [&rest]);
+        assert_eq!(to_worker(&acts), [&guest, &data(2, b"next")]);
+        assert_eq!(relay.book.task(0), Some(2));
+        // What lasts is the second.
+        from_worker(&mut relay, &[data(2, b"done")]);
+        assert_eq!(relay.replay.restore(0).messages, [[&b"next"[..]]]);
+    }
+
+    #[test]
+    fn a_task_ahead_is_dropped_unless_it_has_started() {
+        let cancel = |task| ToAgent::Cancel { worker: 0, task };
+        let recall = |task| ToAgent::Recall { worker: 0, task };
+        for message in [cancel(2), recall(2)] {
+            let mut relay = up();
+            from_head(&mut relay, data(1, b"task"));
+            from_head(&mut relay, data(2, b"next"));
+            let acts = control(&mut relay, &message);
+            assert!(matches!(&acts[..], [Act::ToHead(frame)] if *frame == dropped(2)));
+            assert!(control(&mut relay, &message).is_empty());
+            let acts = from_worker(&mut relay, &[data(1, b"answer")]);
+            assert!(to_worker(&acts).is_empty());
+            assert_eq!(relay.book.task(0), None);
+        }
+        let mut relay = up();
+        from_head(&mut relay, data(1, b"task"));
+        from_head(&mut relay, data(2, b"next"));
+        from_worker(&mut relay, &[data(1, b"answer")]);
+        assert!(control(&mut relay, &recall(2)).is_empty());
+        let acts = control(&mut relay, &cancel(2));
+        assert!(matches!(acts[0], Act::Interrupt { worker: 0, task: 2 }));
+        // Of a message that has not wholly come, its abort is the end.
+        let part = |task| Frame::new(Kind::Data, FIRST, 0, task, Bytes::from_static(b"part"));
+        from_head(&mut relay, part(3));
+        assert!(control(&mut relay, &recall(3)).is_empty());
+        assert!(from_head(&mut relay, dropped(3)).is_empty());
+        from_head(&mut relay, part(4));
+        let acts = from_worker(&mut relay, &[data(2, b"answer")]);
+        assert_eq!(to_worker(&acts), [&part(4)]);
+        let acts = from_head(&mut relay, dropped(4));
+        assert_eq!(to_worker(&acts), [&dropped(4)]);
+    }
+
+    #[test]
+    fn a_task_ahead_goes_down_with_its_worker_and_comes_again() {
+        for cancelled in [false, true] {
+            let mut relay = up();
+            from_head(&mut relay, data(1, b"task"));
+            from_head(&mut relay, data(2, b"next"));
+            if cancelled {
+                control(&mut relay, &ToAgent::Cancel { worker: 0, task: 1 });
+            }
+            let ending = relay.exited(0, true);
+            assert_eq!(ending == Ending::Replace, cancelled);
+            assert_eq!(relay.held(0), 0);
+            relay.made(0, true);
+            assert!(to_worker(&from_worker(&mut relay, &[ready()])).is_empty());
+            // Another that was on its way.
+            assert!(from_head(&mut relay, data(3, b"late")).is_empty());
+            control(&mut relay, &ToAgent::LossNoted { worker: 0 });
+            let acts = from_head(&mut relay, data(2, b"next"));
+            assert_eq!(to_worker(&acts), [&data(2, b"next")]);
+        }
+    }
+
+    #[test]
+    fn a_task_ahead_has_its_time_from_when_it_starts() {
+        let ms = Duration::from_millis;
+        let mut relay = Relay::new(1, 0, 0, Some(ms(10)));
+        from_worker(&mut relay, &[ready()]);
+        from_head(&mut relay, data(1, b"task"));
+        from_head(&mut relay, data(2, b"next"));
+        let mut acts = Vec::new();
+        let mut answer = bytes(&[data(1, b"answer")]);
+        relay.from_worker(0, &mut answer, ms(7), &mut acts).unwrap();
+        assert_eq!(relay.book.next_deadline(), Some(ms(17)));
+    }
 }

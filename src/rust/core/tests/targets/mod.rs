@@ -14,7 +14,7 @@ use rustcluster_core::message::{
     self, Hello, MAGIC, MAX_NOISE, PROTOCOL, ToAgent, ToHead, WorkerConfig, WorkerReady,
 };
 use rustcluster_core::scheduler::{
-    GRANT, Note, Order, Outcome, ProtocolError, RESULT_WINDOW, Rank, Scheduler, Want,
+    GRANT, Note, Order, Outcome, ProtocolError, RESULT_WINDOW, Rank, SEND_WINDOW, Scheduler, Want,
 };
 use rustcluster_core::sys;
 use serde::Serialize;
@@ -445,6 +445,10 @@ impl Host {
         self.act();
         if result.is_ok() {
             assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
+        }
+        for worker in 0..WORKERS as u32 {
+            let most = 2 * SEND_WINDOW + HEADER_LEN + MAX_BODY;
+            assert!(self.relay.held(worker) <= most);
         }
         result
     }
