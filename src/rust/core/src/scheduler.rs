@@ -635,6 +635,12 @@ impl Scheduler {
         worker.is_some_and(|worker| matches!(worker.state, WorkerState::Up))
     }
 
+    /// Bytes that may be sent to a worker now.
+    pub fn window(&self, rank: Rank) -> usize {
+        let worker = self.workers.get(rank as usize);
+        worker.map_or(0, |worker| worker.window)
+    }
+
     /// Whether an agent keeps chunks.
     pub fn shares(&self, agent: usize) -> bool {
         self.agents[agent].mirror.is_some()

@@ -246,6 +246,12 @@ impl Book {
         Some((task, u32::try_from(passed).unwrap_or(u32::MAX)))
     }
 
+    /// Bytes that have reached a worker and are still to be given back to the head.
+    pub fn unreported(&self, worker: u32) -> usize {
+        let entry = self.workers.get(worker as usize);
+        entry.map_or(0, |entry| entry.passed)
+    }
+
     /// A data frame from a worker.
     ///
     /// # Errors

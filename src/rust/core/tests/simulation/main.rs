@@ -670,6 +670,13 @@ impl Sim {
                 assert_eq!(host.relay.book.task(index as u32), None);
                 let process = host.processes[index].is_some();
                 assert_eq!(process, !self.is_gone(rank), "worker {rank}");
+                if process {
+                    // All room is given back, or about to be.
+                    assert_eq!(host.relay.held(index as u32), 0);
+                    let reported = self.scheduler.window(rank);
+                    let room = reported + host.relay.book.unreported(index as u32);
+                    assert!(room >= SEND_WINDOW, "worker {rank} has room for {room}");
+                }
             }
         }
         let mut places = self.facts.places.iter();
