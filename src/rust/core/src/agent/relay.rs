@@ -559,7 +559,7 @@ mod tests {
         let part = Frame::new(Kind::Data, FIRST, 0, 1, Bytes::from_static(b"part"));
         assert!(to_worker(&from_worker(&mut relay, &[part])).is_empty());
         let rest = Frame::new(Kind::Data, LAST, 0, 1, Bytes::from_static(b"rest"));
-        let acts = from_worker(&mut relay, &[rest.clone()]);
+        let acts = from_worker(&mut relay, std::slice::from_ref(&rest));
         assert_eq!(to_head(&acts), [&rest]);
         assert_eq!(to_worker(&acts), [&guest, &data(2, b"next")]);
         assert_eq!(relay.book.task(0), Some(2));
