@@ -386,7 +386,7 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Ro
         let owner = rank_of(&cluster.hub.borrow(), rank)?;
         let job = job as u64;
         let lasts = lasts.as_str().map(name_of);
-        let begun = cluster.hub.borrow_mut().begin(owner, job, lasts);
+        let begun = cluster.hub.borrow_mut().begin(owner, job, lasts, false);
         let (task, place) = begun.map_err(|gone| Failure::gone(owner, &gone))?;
         let written = write(cluster, place, job, &message);
         if written.is_null() {
@@ -638,6 +638,7 @@ fn answered(
             ended(failure, rank, task)
         }
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
+        Answer::Recalled { rank, task } => ended(of_rank("recalled", rank), rank, task),
         Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),
         Answer::Pending => Ok(().into()),
         Answer::NothingSent => Err(Failure::new("no_task")),

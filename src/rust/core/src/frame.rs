@@ -19,7 +19,7 @@ pub const FIRST: u8 = 1;
 /// Last chunk of a body.
 pub const LAST: u8 = 2;
 /// With [`LAST`], towards a worker: forget this message, do not answer it. Towards the head: the
-/// task was cancelled and its worker is free again.
+/// task was cancelled and its worker is free again, or it was dropped before it had started.
 pub const ABORT: u8 = 4;
 /// Towards an agent: to be kept, under the next number. See [`crate::share`].
 pub const KEEP: u8 = 8;

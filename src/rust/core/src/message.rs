@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
 pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
@@ -147,12 +147,12 @@ pub struct Loss {
 pub enum ToAgent {
     Hello(Hello),
     Start(Start),
-    /// Interrupt `worker` if it is still at `task`.
+    /// Interrupt `worker` if it is still at `task`; drop the task if it has not started.
     Cancel {
         worker: u32,
         task: u64,
     },
-    /// The head knows that this worker was lost and is being replaced. What it sent to the worker
+    /// The head knows that this worker was lost or killed and is being replaced. What it sent to the worker
     /// before this was meant for the lost one.
     LossNoted {
         worker: u32,
@@ -165,6 +165,11 @@ pub enum ToAgent {
     Stop,
     /// The head is there.
     Alive,
+    /// Drop `task` if it has not started, and say so as of one that was cancelled. Otherwise let it be.
+    Recall {
+        worker: u32,
+        task: u64,
+    },
 }
 
 /// Agent to head.

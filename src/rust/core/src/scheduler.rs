@@ -7,7 +7,8 @@
 //!
 //! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
 //! start in the order of submission and one at a time, and a task that was lost with its worker
-//! before those that follow it, if it is submitted again; bytes of one worker never hold up
+//! before those that follow it, if it is submitted again; one that was sent ahead (see
+//! [`Order::ahead`]) and has not started is not lost with a worker that is replaced; bytes of one worker never hold up
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
@@ -110,6 +111,8 @@ pub enum Outcome {
     TimedOut,
     /// The head no longer wants the answer.
     Cancelled,
+    /// It was taken back before it had started: see [`Scheduler::recall`].
+    Recalled,
 }
 
 /// What the rest of the head must know.
@@ -205,6 +208,9 @@ pub struct Order {
     /// does not wait for a lost task of the worker's own to be decided on: R may decide on that only
     /// when it has the answer to this one.
     pub instead_of: Option<Rank>,
+    /// It may be sent to its worker's agent while the worker is at the one before. That of another
+    /// worker, and one that lasts, never is.
+    pub ahead: bool,
 }
 
 /// A message by which a worker is restored: its task's number, its name and its chunks.
@@ -226,6 +232,7 @@ struct Task {
     complete: bool,
     lasts: Option<u64>,
     instead_of: Option<Rank>,
+    ahead: bool,
     /// The worker is to have its known random numbers after it.
     leaves_seed: bool,
 }
@@ -240,6 +247,7 @@ impl Task {
             complete: true,
             lasts: Some(name),
             instead_of: None,
+            ahead: false,
             leaves_seed: last,
         }
     }
@@ -281,6 +289,60 @@ struct Current {
     after: Option<(Rank, Bytes)>,
 }
 
+impl Current {
+    fn new(task: Task, before: Option<Bytes>) -> Current {
+        Current {
+            task,
+            phase: Phase::Sending { first: true },
+            cancelled: false,
+            answer: Body::default(),
+            received: 0,
+            granted: RESULT_WINDOW,
+            starving: false,
+            before,
+            after: None,
+        }
+    }
+}
+
+/// The task that waits at the agent, or is on its way there, while its worker is at another.
+#[derive(Debug)]
+struct Next {
+    /// Its chunks are those that have not been sent.
+    task: Task,
+    phase: Phase,
+    /// All chunks, also those that have been sent: until it has started, it may have to be sent to
+    /// another worker in that place.
+    kept: VecDeque<Chunk>,
+    /// It is not wanted any more. The agent says whether it had started.
+    cancelled: bool,
+    /// It is to be had back. If it had started, the agent says nothing.
+    recalled: bool,
+}
+
+impl Next {
+    fn new(task: Task) -> Next {
+        Next {
+            kept: task.chunks.clone(),
+            task,
+            phase: Phase::Sending { first: true },
+            cancelled: false,
+            recalled: false,
+        }
+    }
+
+    /// What R's thread counts as waiting to be sent: all of it, as it may be sent once more.
+    fn queued_bytes(&self) -> usize {
+        self.kept.iter().map(|chunk| chunk.bytes.len()).sum()
+    }
+
+    /// As it was before any of it was sent.
+    fn unsent(mut self) -> Task {
+        self.task.chunks = self.kept;
+        self.task
+    }
+}
+
 #[derive(Debug)]
 struct Worker {
     agent: usize,
@@ -288,6 +350,8 @@ struct Worker {
     state: WorkerState,
     queue: VecDeque<Task>,
     current: Option<Current>,
+    /// Only while there is a current one.
+    next: Option<Next>,
     /// This task was lost with the worker before. Until it is known what becomes of it, those that
     /// follow wait, but for those that were another worker's.
     undecided: Option<(TaskId, JobId)>,
@@ -315,18 +379,47 @@ impl Worker {
         self.queue.remove(at)
     }
 
+    /// Takes out of the queue what may be sent while the worker is at another task. That one must
+    /// have been sent, so that it waits for nothing; and after one that restores the worker, the head
+    /// may still have random numbers for it.
+    fn task_ahead(&mut self) -> Option<Task> {
+        let current = self.current.as_ref()?;
+        let runs = matches!(current.phase, Phase::Running) && !current.cancelled;
+        if !runs || current.task.id & RESTORE != 0 || self.undecided.is_some() {
+            return None;
+        }
+        let may = |task: &Task| task.ahead && task.lasts.is_none() && task.instead_of.is_none();
+        if !self.queue.front().is_some_and(may) {
+            return None;
+        }
+        self.queue.pop_front()
+    }
+
+    /// The task whose message is being sent.
+    fn sending(&self) -> Option<&Task> {
+        let sending = |phase: &Phase| matches!(phase, Phase::Sending { .. });
+        let current = self.current.as_ref().filter(|c| sending(&c.phase));
+        let next = self.next.as_ref().filter(|n| sending(&n.phase));
+        current.map(|c| &c.task).or(next.map(|n| &n.task))
+    }
+
     fn can_send(&self) -> bool {
-        match &self.current {
-            Some(Current {
-                task,
-                phase: Phase::Sending { .. },
-                ..
-            }) => match task.chunks.front() {
+        self.sending()
+            .is_some_and(|task| match task.chunks.front() {
                 Some(chunk) => self.window >= HEADER_LEN + chunk.bytes.len(),
                 None => task.complete && self.window >= HEADER_LEN,
-            },
-            _ => false,
+            })
+    }
+
+    /// Takes back what was being sent, of which the agent has a part unless nothing was sent yet.
+    /// Returns what the agent is to be told.
+    fn abort(&mut self, id: TaskId, first: bool) -> Option<Frame> {
+        if first {
+            return None;
         }
+        self.window = self.window.saturating_sub(HEADER_LEN);
+        let flags = LAST | ABORT;
+        Some(Frame::new(Kind::Data, flags, self.index, id, Bytes::new()))
     }
 }
 
@@ -400,6 +493,7 @@ impl Scheduler {
                     state: WorkerState::Starting,
                     queue: VecDeque::new(),
                     current: None,
+                    next: None,
                     undecided: None,
                     seed: None,
                     window: SEND_WINDOW,
@@ -478,6 +572,7 @@ impl Scheduler {
             complete: false,
             lasts: order.lasts,
             instead_of: order.instead_of,
+            ahead: order.ahead,
             leaves_seed: false,
         };
         if order.again {
@@ -552,6 +647,12 @@ impl Scheduler {
         worker.is_some_and(|worker| matches!(worker.state, WorkerState::Up))
     }
 
+    /// Bytes that may be sent to a worker now.
+    pub fn window(&self, rank: Rank) -> usize {
+        let worker = self.workers.get(rank as usize);
+        worker.map_or(0, |worker| worker.window)
+    }
+
     /// Whether an agent keeps chunks.
     pub fn shares(&self, agent: usize) -> bool {
         self.agents[agent].mirror.is_some()
@@ -608,8 +709,17 @@ impl Scheduler {
                     task.chunks.push_back(chunk);
                 }
             }
-            // Cancelled or lost while R was still writing it.
-            None => self.released += chunk.bytes.len(),
+            None => match &mut worker.next {
+                Some(next) if next.task.id == id && !next.task.complete => {
+                    next.task.complete = last;
+                    if !chunk.bytes.is_empty() {
+                        next.kept.push_back(chunk.clone());
+                        next.task.chunks.push_back(chunk);
+                    }
+                }
+                // Cancelled or lost while R was still writing it.
+                _ => self.released += chunk.bytes.len(),
+            },
         }
         self.dispatch(rank);
     }
@@ -642,7 +752,7 @@ impl Scheduler {
         let mut cancelled = Vec::new();
         let agent = worker.agent;
         let index = worker.index;
-        let mut frame = None;
+        let mut frames = Vec::new();
         let mut running = false;
         let matching = |current: &&mut Current| {
             matches(current.task.id, current.task.job) && !current.cancelled
@@ -650,17 +760,38 @@ impl Scheduler {
         // It has ended as lost already.
         let undecided = worker.undecided;
         worker.undecided = undecided.filter(|&(task, job)| !matches(task, job));
+        // Before the agent is told of the one that runs: this one would start then.
+        let next = worker.next.as_mut();
+        let next = next.filter(|n| matches(n.task.id, n.task.job) && !n.cancelled);
+        let mut waiting = None;
+        if let Some(next) = next {
+            waiting = Some((next.task.id, next.task.job));
+            self.released += next.queued_bytes();
+            match next.phase {
+                Phase::Sending { first } => {
+                    let task = next.task.id;
+                    frames.extend(worker.abort(task, first));
+                    worker.next = None;
+                }
+                Phase::Running => {
+                    next.kept.clear();
+                    next.cancelled = true;
+                    let task = next.task.id;
+                    let cancel = ToAgent::Cancel {
+                        worker: index,
+                        task,
+                    };
+                    frames.extend(message::encode(&cancel).ok());
+                }
+            }
+        }
         if let Some(current) = worker.current.as_mut().filter(matching) {
             cancelled.push((current.task.id, current.task.job));
             self.released += current.task.queued_bytes();
             match current.phase {
                 Phase::Sending { first } => {
-                    if !first {
-                        worker.window = worker.window.saturating_sub(HEADER_LEN);
-                        let flags = LAST | ABORT;
-                        let id = current.task.id;
-                        frame = Some(Frame::new(Kind::Data, flags, index, id, Bytes::new()));
-                    }
+                    let id = current.task.id;
+                    frames.extend(worker.abort(id, first));
                     worker.current = None;
                 }
                 Phase::Running => {
@@ -671,10 +802,11 @@ impl Scheduler {
                         task,
                     };
                     // A message of two integers fits into a frame.
-                    frame = message::encode(&cancel).ok();
+                    frames.extend(message::encode(&cancel).ok());
                 }
             }
         }
+        cancelled.extend(waiting);
         if running {
             self.drop_answer(rank);
         }
@@ -698,11 +830,81 @@ impl Scheduler {
                 outcome,
             });
         }
-        if let Some(frame) = frame {
+        for frame in frames {
             self.push_control(agent, frame);
         }
         self.dispatch(rank);
         self.grant();
+    }
+
+    /// Takes back a task that has not started, so that another worker can have it: it ends as
+    /// [`Outcome::Recalled`], at once or when its agent has confirmed that. One that has started, or
+    /// is the next thing that its worker will do, is left alone.
+    pub fn recall(&mut self, rank: Rank, id: TaskId) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        if id & RESTORE != 0 {
+            return;
+        }
+        if let Some(at) = worker.queue.iter().position(|task| task.id == id) {
+            if let Some(task) = worker.queue.remove(at) {
+                self.released += task.queued_bytes();
+                self.recalled(rank, &task);
+                self.dispatch(rank);
+            }
+            return;
+        }
+        let next = worker.next.as_mut();
+        let Some(next) = next.filter(|n| n.task.id == id && !n.cancelled && !n.recalled) else {
+            return;
+        };
+        let agent = worker.agent;
+        match next.phase {
+            Phase::Sending { first } => {
+                let frame = worker.abort(id, first);
+                if let Some(next) = worker.next.take() {
+                    self.released += next.queued_bytes();
+                    self.recalled(rank, &next.task);
+                }
+                if let Some(frame) = frame {
+                    self.push_control(agent, frame);
+                }
+                self.dispatch(rank);
+            }
+            Phase::Running => {
+                let worker = worker.index;
+                let recall = ToAgent::Recall { worker, task: id };
+                if let Ok(frame) = message::encode(&recall) {
+                    next.recalled = true;
+                    self.push_control(agent, frame);
+                }
+            }
+        }
+    }
+
+    fn recalled(&mut self, rank: Rank, task: &Task) {
+        self.notes.push(Note::Done {
+            rank,
+            task: task.id,
+            job: task.job,
+            outcome: Outcome::Recalled,
+        });
+    }
+
+    /// The worker has ended, and what waited behind its task had not started: it goes on waiting for
+    /// the one that takes its place.
+    fn put_back(&mut self, rank: Rank) {
+        let worker = &mut self.workers[rank as usize];
+        match worker.next.take() {
+            Some(next) if next.recalled && !next.cancelled => {
+                self.released += next.queued_bytes();
+                self.recalled(rank, &next.task);
+            }
+            Some(next) if !next.cancelled => worker.queue.push_front(next.unsent()),
+            // It has been told.
+            _ => {}
+        }
     }
 
     /// The answer that a worker is at is not wanted. What is still to come of it is dropped, so it
@@ -795,6 +997,10 @@ impl Scheduler {
         });
         worker.undecided = None;
         let mut ended: Vec<Task> = self.free(rank).into_iter().collect();
+        if let Some(next) = self.workers[rank as usize].next.take() {
+            self.released += next.queued_bytes();
+            ended.extend((!next.cancelled).then_some(next.task));
+        }
         for task in mem::take(&mut self.workers[rank as usize].queue) {
             self.released += task.queued_bytes();
             ended.push(task);
@@ -839,6 +1045,7 @@ impl Scheduler {
                 outcome: Outcome::Lost(Arc::new(Gone::Worker(loss))),
             });
         }
+        self.put_back(rank);
         self.grant();
         self.count_loss(agent, busy);
     }
@@ -876,23 +1083,24 @@ impl Scheduler {
             return;
         }
         if worker.current.is_none() {
-            if let Some(task) = worker.next_task() {
+            if let Some(next) = worker.next.take() {
+                // Its agent has let it start, so what was sent is not needed here any more.
+                let mut current = Current::new(next.task, None);
+                let kept = next.kept.iter().map(|chunk| chunk.bytes.len());
+                self.released += kept.sum::<usize>() - current.task.queued_bytes();
+                current.phase = next.phase;
+                current.cancelled = next.cancelled;
+                worker.current = Some(current);
+            } else if let Some(task) = worker.next_task() {
                 let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
                 let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
-                self.workers[rank as usize].current = Some(Current {
-                    task,
-                    phase: Phase::Sending { first: true },
-                    cancelled: false,
-                    answer: Body::default(),
-                    received: 0,
-                    granted: RESULT_WINDOW,
-                    starving: false,
-                    before,
-                    after: None,
-                });
+                self.workers[rank as usize].current = Some(Current::new(task, before));
             }
         }
         let worker = &mut self.workers[rank as usize];
+        if worker.next.is_none() {
+            worker.next = worker.task_ahead().map(Next::new);
+        }
         if !worker.sendable && worker.can_send() {
             worker.sendable = true;
             self.agents[worker.agent].sendable.push_back(rank);
@@ -912,13 +1120,23 @@ impl Scheduler {
             if !worker.can_send() {
                 continue;
             }
-            let Some(current) = &mut worker.current else {
+            let mut before = None;
+            let mut ahead = false;
+            let (task, phase) = match (&mut worker.current, &mut worker.next) {
+                (Some(current), _) if matches!(current.phase, Phase::Sending { .. }) => {
+                    before = current.before.take();
+                    (&mut current.task, &mut current.phase)
+                }
+                (_, Some(next)) => {
+                    ahead = true;
+                    (&mut next.task, &mut next.phase)
+                }
+                _ => continue,
+            };
+            let Phase::Sending { first } = phase else {
                 continue;
             };
-            let Phase::Sending { first } = &mut current.phase else {
-                continue;
-            };
-            let chunks = &mut current.task.chunks;
+            let chunks = &mut task.chunks;
             let sent = match &mut self.agents[agent].mirror {
                 Some(mirror) => mirror.send(chunks, worker.window - HEADER_LEN),
                 None => {
@@ -932,29 +1150,29 @@ impl Scheduler {
                 }
             };
             worker.window -= HEADER_LEN + sent.len;
-            if current.task.id & RESTORE == 0 {
+            if task.id & RESTORE == 0 && !ahead {
                 self.released += sent.len;
             }
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
-            if current.task.complete && current.task.chunks.is_empty() {
+            if task.complete && task.chunks.is_empty() {
                 flags |= LAST;
-                current.phase = Phase::Running;
+                *phase = Phase::Running;
             }
-            let (flags, task) = (flags | sent.flags, current.task.id);
+            let (flags, id) = (flags | sent.flags, task.id);
             let index = worker.index;
-            let frame = Frame::new(Kind::Data, flags, index, task, sent.body);
+            let frame = Frame::new(Kind::Data, flags, index, id, sent.body);
             let together = &mut self.agents[agent].together;
-            if let Some(seed) = current.before.take() {
-                together.push_back(Frame::new(Kind::Seed, GUEST, index, task, seed));
+            if let Some(seed) = before {
+                together.push_back(Frame::new(Kind::Seed, GUEST, index, id, seed));
             }
-            if let Some(name) = current.task.lasts.take() {
+            if let Some(name) = task.lasts.take() {
                 let name = Bytes::copy_from_slice(&name.to_le_bytes());
-                together.push_back(Frame::new(Kind::State, 0, index, task, name));
+                together.push_back(Frame::new(Kind::State, 0, index, id, name));
             }
             together.push_back(frame);
             if flags & LAST != 0 {
                 let seed = worker.seed.clone();
-                if let Some(seed) = seed.filter(|_| current.task.leaves_seed) {
+                if let Some(seed) = seed.filter(|_| task.leaves_seed) {
                     together.push_back(Frame::new(Kind::Seed, 0, index, 0, seed));
                 }
             }
@@ -1073,6 +1291,13 @@ impl Scheduler {
                     _ => return Err(ProtocolError("a busy worker was replaced".into())),
                 };
                 self.free(rank);
+                if killed {
+                    // What was sent ahead, and may be on its way, went down with the one before.
+                    let worker = &self.workers[rank as usize];
+                    let (agent, worker) = (worker.agent, worker.index);
+                    self.send_control(agent, &ToAgent::LossNoted { worker })?;
+                    self.put_back(rank);
+                }
                 let worker = &mut self.workers[rank as usize];
                 worker.state = WorkerState::Up;
                 // What the one before had not read is gone.
@@ -1134,6 +1359,14 @@ impl Scheduler {
         let worker = &mut self.workers[rank as usize];
         if matches!(worker.state, WorkerState::Gone(_)) {
             // Stopped by us; its agent may not have known.
+            return Ok(());
+        }
+        let dropped = |next: &&mut Next| {
+            let asked = next.cancelled || next.recalled;
+            next.task.id == task && asked && flags == LAST | ABORT && chunk.is_empty()
+        };
+        if worker.next.as_mut().filter(dropped).is_some() {
+            self.not_started(rank);
             return Ok(());
         }
         let Some(current) = &mut worker.current else {
@@ -1210,6 +1443,17 @@ impl Scheduler {
             self.grant();
         }
         Ok(())
+    }
+
+    /// The agent has dropped what waited there, as it was told to.
+    fn not_started(&mut self, rank: Rank) {
+        if let Some(next) = self.workers[rank as usize].next.take() {
+            self.released += next.queued_bytes();
+            if !next.cancelled {
+                self.recalled(rank, &next.task);
+            }
+        }
+        self.dispatch(rank);
     }
 
     /// What another worker did for this one has left its random numbers so: if it is back in the
@@ -1694,5 +1938,214 @@ mod tests {
         assert_eq!(sent(&mut s, 0), [seed(b"after")]);
         // Nor has that become the other's.
         assert!(sent(&mut s, 1).is_empty());
+    }
+
+    fn ahead(rank: Rank, task: TaskId) -> Order {
+        Order {
+            ahead: true,
+            ..order(rank, task)
+        }
+    }
+
+    /// The agent has dropped a task that had not started.
+    fn dropped(scheduler: &mut Scheduler, task: TaskId) -> Result<(), ProtocolError> {
+        let dropped = Frame::new(Kind::Data, LAST | ABORT, 0, task, Bytes::new());
+        scheduler.on_frame(0, dropped)
+    }
+
+    /// Tasks that have ended since the last call, and how.
+    fn ends(scheduler: &mut Scheduler) -> Vec<(TaskId, &'static str)> {
+        let ends = scheduler.take_notes().into_iter();
+        let ends = ends.filter_map(|note| match note {
+            Note::Done { task, outcome, .. } => Some((task, outcome)),
+            _ => None,
+        });
+        let name = |outcome| match outcome {
+            Outcome::Answer(_) => "answer",
+            Outcome::Lost(_) => "lost",
+            Outcome::TimedOut => "timed out",
+            Outcome::Cancelled => "cancelled",
+            Outcome::Recalled => "recalled",
+        };
+        ends.map(|(task, outcome)| (task, name(outcome))).collect()
+    }
+
+    /// What an agent is told besides tasks.
+    fn told(scheduler: &mut Scheduler) -> Vec<ToAgent> {
+        let frames = std::iter::from_fn(|| scheduler.next_frame(0));
+        let control = frames.filter(|frame| frame.header.kind == Kind::Control);
+        control
+            .map(|frame| message::decode(&frame.body).unwrap())
+            .collect()
+    }
+
+    /// One worker that is at task 1, while task 2 waits at its agent.
+    fn one_ahead() -> Scheduler {
+        let mut s = up(1);
+        submit(&mut s, order(0, 1));
+        submit(&mut s, ahead(0, 2));
+        submit(&mut s, ahead(0, 3));
+        assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
+        s
+    }
+
+    #[test]
+    fn one_task_is_sent_ahead_and_then_the_next() {
+        let mut s = one_ahead();
+        answer(&mut s, 0, 1, None);
+        assert_eq!(tasks_sent(&mut s, 0), [3]);
+        answer(&mut s, 0, 2, None);
+        answer(&mut s, 0, 3, None);
+        assert_eq!(ends(&mut s), [1, 2, 3].map(|task| (task, "answer")));
+    }
+
+    #[test]
+    fn what_is_not_meant_to_be_is_not_sent_ahead() {
+        let lasting = Order {
+            lasts: Some(0),
+            ..ahead(0, 2)
+        };
+        let others = Order {
+            instead_of: Some(1),
+            ..ahead(0, 2)
+        };
+        for second in [order(0, 2), lasting, others] {
+            let mut s = up(2);
+            submit(&mut s, order(0, 1));
+            submit(&mut s, second);
+            submit(&mut s, ahead(0, 3));
+            assert_eq!(tasks_sent(&mut s, 0), [1]);
+            answer(&mut s, 0, 1, None);
+            assert_eq!(tasks_sent(&mut s, 0), [2, 3]);
+        }
+    }
+
+    #[test]
+    fn a_task_that_waited_at_the_agent_is_not_lost_with_its_worker() {
+        let mut s = one_ahead();
+        replace(&mut s, 0);
+        assert_eq!(ends(&mut s), [(1, "lost")]);
+        assert_eq!(tasks_sent(&mut s, 0), []);
+        submit(&mut s, again(0, 1));
+        assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
+        answer(&mut s, 0, 1, None);
+        replace(&mut s, 0);
+        // It had started.
+        assert_eq!(ends(&mut s), [(1, "answer"), (2, "lost")]);
+        s.let_go(0, 2);
+        assert_eq!(tasks_sent(&mut s, 0), [3]);
+        lose(&mut s, 0, false);
+        assert_eq!(ends(&mut s), [(3, "lost")]);
+    }
+
+    #[test]
+    fn with_a_worker_that_is_gone_both_are_lost() {
+        let mut s = one_ahead();
+        s.stop_worker(0);
+        assert_eq!(ends(&mut s), [1, 2, 3].map(|task| (task, "lost")));
+        assert_eq!(dropped(&mut s, 2), Ok(()));
+    }
+
+    #[test]
+    fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_on_its_way_is_not_meant() {
+        let mut s = one_ahead();
+        s.cancel_task(0, 1);
+        tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
+        let first: Vec<Frame> = std::iter::from_fn(|| s.next_frame(0)).collect();
+        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        assert_eq!(first[1], noted);
+        let tasks = first[2..].iter().map(|frame| frame.header.task);
+        assert_eq!(tasks.collect::<Vec<_>>(), [2, 3]);
+        assert_eq!(ends(&mut s), [(1, "cancelled")]);
+    }
+
+    #[test]
+    fn a_cancel_of_both_frees_the_worker_when_the_agent_has_said_so_of_each() {
+        for crossed in [false, true] {
+            let mut s = one_ahead();
+            s.cancel_job(1);
+            let all = [1, 2, 3].map(|task| (task, "cancelled"));
+            assert_eq!(ends(&mut s), all);
+            // What has not started first.
+            let cancels = [2, 1].map(|task| ToAgent::Cancel { worker: 0, task });
+            assert_eq!(told(&mut s), cancels);
+            submit(&mut s, ahead(0, 4));
+            if crossed {
+                answer(&mut s, 0, 1, None);
+                assert_eq!(tasks_sent(&mut s, 0), []);
+                answer(&mut s, 0, 2, None);
+            } else {
+                assert_eq!(dropped(&mut s, 2), Ok(()));
+                assert_eq!(tasks_sent(&mut s, 0), []);
+                answer(&mut s, 0, 1, None);
+            }
+            assert_eq!(tasks_sent(&mut s, 0), [4]);
+            assert_eq!(ends(&mut s), []);
+        }
+    }
+
+    #[test]
+    fn a_task_is_recalled_unless_it_has_started() {
+        let mut s = one_ahead();
+        s.recall(0, 1);
+        s.recall(0, 2);
+        s.recall(0, 2);
+        assert_eq!(told(&mut s), [ToAgent::Recall { worker: 0, task: 2 }]);
+        assert_eq!(ends(&mut s), []);
+        assert_eq!(dropped(&mut s, 2), Ok(()));
+        assert_eq!(ends(&mut s), [(2, "recalled")]);
+        // In its place.
+        assert_eq!(tasks_sent(&mut s, 0), [3]);
+        s.recall(0, 3);
+        answer(&mut s, 0, 1, None);
+        answer(&mut s, 0, 3, None);
+        assert_eq!(ends(&mut s), [(1, "answer"), (3, "answer")]);
+        // It has not been sent, or not wholly.
+        submit(&mut s, order(0, 4));
+        s.submit(ahead(0, 5));
+        s.append(0, 5, Bytes::from_static(b"part").into(), false);
+        submit(&mut s, ahead(0, 6));
+        assert_eq!(tasks_sent(&mut s, 0), [4, 5]);
+        s.recall(0, 6);
+        s.recall(0, 5);
+        assert_eq!(ends(&mut s), [(6, "recalled"), (5, "recalled")]);
+        let abort = Frame::new(Kind::Data, LAST | ABORT, 0, 5, Bytes::new());
+        assert_eq!(s.next_frame(0), Some(abort));
+        // The worker is lost before the agent could answer.
+        submit(&mut s, ahead(0, 7));
+        assert_eq!(tasks_sent(&mut s, 0), [7]);
+        s.recall(0, 7);
+        replace(&mut s, 0);
+        assert_eq!(ends(&mut s), [(4, "lost"), (7, "recalled")]);
+    }
+
+    #[test]
+    fn an_agent_that_drops_what_it_was_not_told_to_is_none_of_ours() {
+        assert!(dropped(&mut one_ahead(), 2).is_err());
+        let mut s = one_ahead();
+        s.recall(0, 2);
+        assert!(dropped(&mut s, 1).is_err());
+        assert!(dropped(&mut s, 3).is_err());
+    }
+
+    #[test]
+    fn the_message_of_a_task_ahead_counts_as_waiting_until_that_has_started() {
+        let message = b"message".len();
+        let mut s = one_ahead();
+        assert_eq!(s.take_released(), message);
+        replace(&mut s, 0);
+        assert_eq!(s.take_released(), 0);
+        s.let_go(0, 1);
+        assert_eq!(tasks_sent(&mut s, 0), [2, 3]);
+        assert_eq!(s.take_released(), message);
+        s.cancel_task(0, 3);
+        assert_eq!(s.take_released(), message);
+        assert_eq!(dropped(&mut s, 3), Ok(()));
+        s.submit(ahead(0, 4));
+        s.append(0, 4, Bytes::from_static(b"message").into(), false);
+        assert_eq!(tasks_sent(&mut s, 0), [4]);
+        assert_eq!(s.take_released(), 0);
+        answer(&mut s, 0, 2, None);
+        assert_eq!(s.take_released(), message);
     }
 }

@@ -185,6 +185,9 @@ fn is_an_agent_when_it_is_asked_to_be() {
     }
 }
 
+/// A task that takes a while.
+const SLEEP: &[u8] = b"sleep";
+
 /// A worker: each answer is the task.
 fn answer(mut channel: Channel) -> i32 {
     let mut served = channel.ready(String::new());
@@ -192,6 +195,9 @@ fn answer(mut channel: Channel) -> i32 {
         match channel.next_task() {
             Ok(Some(task)) => {
                 let bytes: Vec<u8> = task.chunks.into_iter().flatten().collect();
+                if bytes == SLEEP {
+                    thread::sleep(Duration::from_millis(300));
+                }
                 channel.restart();
                 served = channel.send(&bytes, true);
             }
@@ -254,7 +260,7 @@ fn greeted(hub: &Hub) {
 }
 
 fn send(hub: &mut Hub, rank: Rank, bytes: &[u8]) {
-    hub.begin(rank, u64::from(rank) + 1, None).unwrap();
+    hub.begin(rank, u64::from(rank) + 1, None, false).unwrap();
     hub.write(bytes);
     hub.finish();
 }
@@ -827,7 +833,7 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
             matches!(hub.progress(false, SLICE), Progress::Up)
         });
         let first = hub.worker(0).pid;
-        hub.begin(0, 1, None).unwrap();
+        hub.begin(0, 1, None, false).unwrap();
         hub.write(&[7; 2 * MAX_BODY]);
         if at + 1 < cases.len() {
             hub.finish();
@@ -848,4 +854,57 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
         assert!(hub.hosts()[0].failure.is_none());
         close(hub);
     }
+}
+
+#[test]
+fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
+    let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+    greeted(&hub);
+    hub.go(vec![plan(&[0])]).unwrap();
+    eventually("it is up", || {
+        matches!(hub.progress(false, SLICE), Progress::Up)
+    });
+    let large = vec![7; 3 * SEND_WINDOW];
+    let messages = [SLEEP, b"waits there", b"had back from here", &large, SLEEP];
+    let send = |hub: &mut Hub, message: &&[u8]| {
+        let (task, _) = hub.begin(0, 1, None, true).unwrap();
+        hub.write(message);
+        hub.finish();
+        task
+    };
+    let tasks: Vec<u64> = messages.iter().map(|m| send(&mut hub, m)).collect();
+    // While the first runs: one that waits at the agent, and one that has not been sent.
+    thread::sleep(Duration::from_millis(100));
+    hub.recall(0, tasks[0]);
+    hub.recall(0, tasks[1]);
+    hub.recall(0, tasks[2]);
+    for (at, &expected) in tasks.iter().enumerate() {
+        let answer = receive(&mut hub, 0);
+        match answer {
+            Answer::Recalled { rank: 0, task } if at == 1 || at == 2 => {
+                assert_eq!(task, expected);
+                assert!(!hub.expects(task));
+            }
+            Answer::Ready { task, body, .. } if at != 1 && at != 2 => {
+                assert_eq!(task, expected);
+                let bytes: Vec<u8> = body.chunks.into_iter().flatten().collect();
+                assert!(bytes == messages[at]);
+            }
+            answer => panic!("task {at}: {answer:?}"),
+        }
+        hub.recall(0, expected);
+    }
+    assert!(matches!(receive(&mut hub, 0), Answer::NothingSent));
+    // And with its process, what waits behind a task is not lost.
+    let tasks: Vec<u64> = [SLEEP, b"next"].iter().map(|m| send(&mut hub, m)).collect();
+    thread::sleep(Duration::from_millis(100));
+    let pid = hub.worker(0).pid.unwrap();
+    // SAFETY: a process of ours.
+    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+    let answer = receive(&mut hub, 0);
+    assert!(matches!(answer, Answer::Lost { task, .. } if task == tasks[0]));
+    hub.forget(0, tasks[0]);
+    let answer = receive(&mut hub, 0);
+    assert!(matches!(answer, Answer::Ready { task, .. } if task == tasks[1]));
+    close(hub);
 }

@@ -6,6 +6,7 @@
 
 mod fork;
 mod guard;
+pub mod held;
 mod process;
 pub mod relay;
 pub mod replay;
@@ -13,7 +14,7 @@ pub mod state;
 mod strays;
 
 use crate::cores::OutOfMemory;
-use crate::frame::{self, Frame, Header, Kind, MAX_BODY};
+use crate::frame::{self, FIRST, Frame, Header, Kind, MAX_BODY};
 use crate::limits;
 use crate::message::{
     self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
@@ -557,8 +558,19 @@ impl Agent {
                 Act::Tell(message) => self.tell(&message),
                 Act::ToWorker(frame) => {
                     let Header {
-                        kind, worker, task, ..
+                        kind,
+                        flags,
+                        worker,
+                        task,
+                        ..
                     } = frame.header;
+                    if kind == Kind::Data && flags & FIRST != 0 {
+                        // An interrupt was meant for the task before, which has ended, and must not
+                        // follow this one.
+                        if let Some(process) = &mut self.workers[worker as usize] {
+                            process.interrupt = false;
+                        }
+                    }
                     self.send_worker(worker, &frame);
                     // What a fresh worker is restored by is the agent's own, and no fault of the head's.
                     let of_head = kind == Kind::Data && task & REPLAY == 0;
@@ -762,7 +774,8 @@ impl Agent {
     /// Passes on the whole frames in `held`, up to one that must wait. Returns whether the worker
     /// sent what none of ours would.
     fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> bool {
-        let result = self.relay.from_worker(worker, held, &mut self.acts);
+        let now = self.now();
+        let result = self.relay.from_worker(worker, held, now, &mut self.acts);
         self.act();
         result.is_err()
     }

@@ -1,9 +1,10 @@
 //! The agent's decisions: what becomes of each frame, of each worker that is ready, out of time or
 //! gone. What it makes of them is a list of [`Act`]s.
 //!
-//! Pure, as are the parts it is made of: [`state`](super::state), [`replay`](super::replay) and
-//! [`share`](crate::share).
+//! Pure, as are the parts it is made of: [`state`](super::state), [`replay`](super::replay),
+//! [`held`](super::held) and [`share`](crate::share).
 
+use super::held::Held;
 use super::replay::{Replay, Restore};
 use super::state::{Book, Ending, Now, REPLAY, Ready, Route};
 use crate::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST};
@@ -50,12 +51,20 @@ pub struct Relay {
     pub book: Book,
     kept: Kept,
     replay: Replay,
+    held: Held,
     /// The worker in this place was made to replace another.
     replaces: Vec<bool>,
 }
 
 fn text(error: impl std::fmt::Display) -> ProtocolError {
     ProtocolError(error.to_string())
+}
+
+/// What a message that lasts sets.
+fn name(body: &[u8]) -> Result<u64, ProtocolError> {
+    let name = <[u8; 8]>::try_from(body);
+    let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
+    Ok(u64::from_le_bytes(name))
 }
 
 impl Relay {
@@ -66,6 +75,7 @@ impl Relay {
             book: Book::new(workers, timeout),
             kept: Kept::new(keep),
             replay: Replay::new(workers, state),
+            held: Held::new(workers),
             replaces: vec![false; workers],
         }
     }
@@ -97,11 +107,76 @@ impl Relay {
         now: Now,
         acts: &mut Vec<Act>,
     ) -> Result<(), ProtocolError> {
+        if frame.header.kind == Kind::Data {
+            self.kept.receive(&mut frame)?;
+        }
+        if !self.is_ahead(&frame)? {
+            return self.pass(frame, now, acts);
+        }
+        let worker = frame.header.worker;
+        if let Some(dropped) = self.held.hold(frame)? {
+            self.give_back(worker, dropped, acts);
+        }
+        Ok(())
+    }
+
+    /// Whether a frame is of a task that is to start when its worker has ended the one that it is at.
+    fn is_ahead(&mut self, frame: &Frame) -> Result<bool, ProtocolError> {
+        let Header { worker, task, .. } = frame.header;
+        match frame.header.kind {
+            Kind::Data => {}
+            // Others are of no task.
+            Kind::Seed if task != 0 => {}
+            Kind::State => {
+                name(&frame.body)?;
+            }
+            _ => return Ok(false),
+        }
+        let meant = self.book.is_meant(worker)? && task & REPLAY == 0;
+        Ok(meant && self.book.task(worker).is_some_and(|busy| busy != task))
+    }
+
+    /// The worker has ended its task: the next one goes on to it, as if it had just come.
+    fn pass_held(
+        &mut self,
+        worker: u32,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
+        for frame in self.held.take(worker) {
+            self.pass(frame, now, acts)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that were held will not reach the worker.
+    fn give_back(&mut self, worker: u32, bytes: usize, acts: &mut Vec<Act>) {
+        if let Some((task, bytes)) = self.book.passed(worker, bytes) {
+            acts.push(Act::ToHead(Frame::credit(worker, task, bytes)));
+        }
+    }
+
+    /// Drops a task that has not started, if it is held. Returns whether it was.
+    fn withdraw(&mut self, worker: u32, task: u64, acts: &mut Vec<Act>) -> bool {
+        let Some(dropped) = self.held.withdraw(worker, task) else {
+            return false;
+        };
+        let ended = Frame::new(Kind::Data, LAST | ABORT, worker, task, Bytes::new());
+        acts.push(Act::ToHead(ended));
+        self.give_back(worker, dropped, acts);
+        true
+    }
+
+    /// Bytes that are held for a worker.
+    pub fn held(&self, worker: u32) -> usize {
+        self.held.bytes(worker)
+    }
+
+    fn pass(&mut self, frame: Frame, now: Now, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
         let header = frame.header;
         let worker = header.worker;
         match header.kind {
             Kind::Data => {
-                self.kept.receive(&mut frame)?;
                 if self.book.to_worker(&frame.header, now)? == Route::Forward {
                     if header.flags & ABORT == 0 {
                         let last = header.flags & LAST != 0;
@@ -121,10 +196,9 @@ impl Relay {
                 }
             }
             Kind::State => {
-                let name = <[u8; 8]>::try_from(&frame.body[..]);
-                let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
+                let name = name(&frame.body)?;
                 if self.book.is_meant(worker)? {
-                    self.replay.expect(worker, u64::from_le_bytes(name));
+                    self.replay.expect(worker, name);
                 }
             }
             Kind::Credit => {
@@ -150,11 +224,15 @@ impl Relay {
     ) -> Result<(), ProtocolError> {
         match message {
             ToAgent::Cancel { worker, task } => {
-                if self.book.cancel(worker, task, now)? {
+                if !self.withdraw(worker, task, acts) && self.book.cancel(worker, task, now)? {
                     acts.push(Act::Interrupt { worker, task });
                     // What is left of the answer is dropped without being asked for.
                     acts.push(Act::ReadAgain(worker));
                 }
+            }
+            ToAgent::Recall { worker, task } => {
+                self.book.is_meant(worker)?;
+                self.withdraw(worker, task, acts);
             }
             ToAgent::LossNoted { worker } => self.book.noted(worker)?,
             ToAgent::StopWorker { worker } => self.stop(worker, now, acts),
@@ -173,6 +251,7 @@ impl Relay {
         let Some(busy) = self.book.stop(worker, now) else {
             return;
         };
+        self.held.take(worker);
         if let Some(task) = self.book.task(worker).filter(|_| busy) {
             acts.push(Act::Interrupt { worker, task });
         }
@@ -187,6 +266,7 @@ impl Relay {
         &mut self,
         worker: u32,
         held: &mut BytesMut,
+        now: Now,
         acts: &mut Vec<Act>,
     ) -> Result<(), ProtocolError> {
         while let Some(mut header) = Header::decode(held).map_err(text)? {
@@ -205,7 +285,12 @@ impl Relay {
             held.advance(HEADER_LEN);
             let body = held.split_to(header.body_len());
             match header.kind {
-                Kind::Data => self.on_answer(&header, route, body, acts),
+                Kind::Data => {
+                    self.on_answer(&header, route, body, acts);
+                    if header.flags & LAST != 0 {
+                        self.pass_held(worker, now, acts)?;
+                    }
+                }
                 Kind::Control => {
                     let ready: WorkerReady = message::decode(&body).map_err(text)?;
                     acts.push(Act::TempDir(worker, ready.tempdir));
@@ -308,6 +393,8 @@ impl Relay {
     /// A worker's process has ended. `may_replace`: the host is to go on.
     pub fn exited(&mut self, worker: u32, may_replace: bool) -> Ending {
         self.replay.lost(worker);
+        // The head sends it again, to whoever takes the worker's place.
+        self.held.take(worker);
         let restorable = may_replace && self.replay.is_complete(worker);
         self.book.exited(worker, restorable)
     }
@@ -345,7 +432,10 @@ mod tests {
 
     fn from_worker(relay: &mut Relay, frames: &[Frame]) -> Vec<Act> {
         let mut acts = Vec::new();
-        relay.from_worker(0, &mut bytes(frames), &mut acts).unwrap();
+        let now = Duration::ZERO;
+        relay
+            .from_worker(0, &mut bytes(frames), now, &mut acts)
+            .unwrap();
         acts
     }
 
@@ -437,5 +527,113 @@ mod tests {
         let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
         from_head(&mut relay, noted);
         assert_eq!(from_head(&mut relay, data(2, b"task")).len(), 1);
+    }
+
+    fn control(relay: &mut Relay, message: &ToAgent) -> Vec<Act> {
+        from_head(relay, message::encode(message).unwrap())
+    }
+
+    fn to_worker(acts: &[Act]) -> Vec<&Frame> {
+        let frames = acts.iter().filter_map(|act| match act {
+            Act::ToWorker(frame) => Some(frame),
+            _ => None,
+        });
+        frames.collect()
+    }
+
+    fn dropped(task: u64) -> Frame {
+        Frame::new(Kind::Data, LAST | ABORT, 0, task, Bytes::new())
+    }
+
+    #[test]
+    fn a_task_ahead_waits_for_the_end_of_the_one_before() {
+        let mut relay = up();
+        from_head(&mut relay, data(1, b"task"));
+        let guest = seed(GUEST, 2, b"guest");
+        let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
+        let state = Frame::new(Kind::State, 0, 0, 2, name);
+        for frame in [guest.clone(), state, data(2, b"next")] {
+            assert!(from_head(&mut relay, frame).is_empty());
+        }
+        assert_eq!(relay.book.task(0), Some(1));
+        let part = Frame::new(Kind::Data, FIRST, 0, 1, Bytes::from_static(b"part"));
+        assert!(to_worker(&from_worker(&mut relay, &[part])).is_empty());
+        let rest = Frame::new(Kind::Data, LAST, 0, 1, Bytes::from_static(b"rest"));
+        let acts = from_worker(&mut relay, std::slice::from_ref(&rest));
+        assert_eq!(to_head(&acts), [&rest]);
+        assert_eq!(to_worker(&acts), [&guest, &data(2, b"next")]);
+        assert_eq!(relay.book.task(0), Some(2));
+        // What lasts is the second.
+        from_worker(&mut relay, &[data(2, b"done")]);
+        assert_eq!(relay.replay.restore(0).messages, [[&b"next"[..]]]);
+    }
+
+    #[test]
+    fn a_task_ahead_is_dropped_unless_it_has_started() {
+        let cancel = |task| ToAgent::Cancel { worker: 0, task };
+        let recall = |task| ToAgent::Recall { worker: 0, task };
+        for message in [cancel(2), recall(2)] {
+            let mut relay = up();
+            from_head(&mut relay, data(1, b"task"));
+            from_head(&mut relay, data(2, b"next"));
+            let acts = control(&mut relay, &message);
+            assert!(matches!(&acts[..], [Act::ToHead(frame)] if *frame == dropped(2)));
+            assert!(control(&mut relay, &message).is_empty());
+            let acts = from_worker(&mut relay, &[data(1, b"answer")]);
+            assert!(to_worker(&acts).is_empty());
+            assert_eq!(relay.book.task(0), None);
+        }
+        let mut relay = up();
+        from_head(&mut relay, data(1, b"task"));
+        from_head(&mut relay, data(2, b"next"));
+        from_worker(&mut relay, &[data(1, b"answer")]);
+        assert!(control(&mut relay, &recall(2)).is_empty());
+        let acts = control(&mut relay, &cancel(2));
+        assert!(matches!(acts[0], Act::Interrupt { worker: 0, task: 2 }));
+        // Of a message that has not wholly come, its abort is the end.
+        let part = |task| Frame::new(Kind::Data, FIRST, 0, task, Bytes::from_static(b"part"));
+        from_head(&mut relay, part(3));
+        assert!(control(&mut relay, &recall(3)).is_empty());
+        assert!(from_head(&mut relay, dropped(3)).is_empty());
+        from_head(&mut relay, part(4));
+        let acts = from_worker(&mut relay, &[data(2, b"answer")]);
+        assert_eq!(to_worker(&acts), [&part(4)]);
+        let acts = from_head(&mut relay, dropped(4));
+        assert_eq!(to_worker(&acts), [&dropped(4)]);
+    }
+
+    #[test]
+    fn a_task_ahead_goes_down_with_its_worker_and_comes_again() {
+        for cancelled in [false, true] {
+            let mut relay = up();
+            from_head(&mut relay, data(1, b"task"));
+            from_head(&mut relay, data(2, b"next"));
+            if cancelled {
+                control(&mut relay, &ToAgent::Cancel { worker: 0, task: 1 });
+            }
+            let ending = relay.exited(0, true);
+            assert_eq!(ending == Ending::Replace, cancelled);
+            assert_eq!(relay.held(0), 0);
+            relay.made(0, true);
+            assert!(to_worker(&from_worker(&mut relay, &[ready()])).is_empty());
+            // Another that was on its way.
+            assert!(from_head(&mut relay, data(3, b"late")).is_empty());
+            control(&mut relay, &ToAgent::LossNoted { worker: 0 });
+            let acts = from_head(&mut relay, data(2, b"next"));
+            assert_eq!(to_worker(&acts), [&data(2, b"next")]);
+        }
+    }
+
+    #[test]
+    fn a_task_ahead_has_its_time_from_when_it_starts() {
+        let ms = Duration::from_millis;
+        let mut relay = Relay::new(1, 0, 0, Some(ms(10)));
+        from_worker(&mut relay, &[ready()]);
+        from_head(&mut relay, data(1, b"task"));
+        from_head(&mut relay, data(2, b"next"));
+        let mut acts = Vec::new();
+        let mut answer = bytes(&[data(1, b"answer")]);
+        relay.from_worker(0, &mut answer, ms(7), &mut acts).unwrap();
+        assert_eq!(relay.book.next_deadline(), Some(ms(17)));
     }
 }

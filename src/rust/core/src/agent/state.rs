@@ -58,7 +58,7 @@ struct Entry {
     passed: usize,
     /// It, or one before it in its place, has been ready.
     came_up: bool,
-    /// Losses that the head has been told of and may not know yet: what it sends until then was
+    /// Ends that the head has been or will be told of and may not know yet: what it sends until then was
     /// meant for the one before.
     unnoted: u32,
     /// How often it has ended since it was last ready for the head's tasks.
@@ -246,6 +246,12 @@ impl Book {
         Some((task, u32::try_from(passed).unwrap_or(u32::MAX)))
     }
 
+    /// Bytes that have reached a worker and are still to be given back to the head.
+    pub fn unreported(&self, worker: u32) -> usize {
+        let entry = self.workers.get(worker as usize);
+        entry.map_or(0, |entry| entry.passed)
+    }
+
     /// A data frame from a worker.
     ///
     /// # Errors
@@ -400,7 +406,11 @@ impl Book {
             Phase::Starting | Phase::Restoring { .. } => Ending::Replace,
             Phase::Busy {
                 cancelled: Some(_), ..
-            } => Ending::Replace,
+            } => {
+                // The next task may be on its way, or have come.
+                entry.unnoted += 1;
+                Ending::Replace
+            }
             _ => {
                 entry.unnoted += 1;
                 Ending::Lost { replaced: true }

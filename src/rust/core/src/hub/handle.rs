@@ -51,6 +51,8 @@ pub enum Answer {
     },
     /// It took longer than it may.
     TimedOut { rank: Rank, task: TaskId },
+    /// It was taken back before it had started: see [`Hub::recall`].
+    Recalled { rank: Rank, task: TaskId },
     /// [`Hub::give_up`] was called for it.
     GivenUp { rank: Rank, task: TaskId },
     /// Not yet.
@@ -275,7 +277,8 @@ impl Hub {
     }
 
     /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
-    /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
+    /// there lasts, under this name (0: none). `ahead`: it may be sent while the worker is at the task
+    /// before. A verb that finds tasks of others on its worker
     /// cancels them: they are left over from a call that was interrupted, and their answers would be
     /// taken for its own. If the worker was lost in the course of this very job, another stands in.
     /// Returns the number of the task, and the worker that gets it.
@@ -287,6 +290,7 @@ impl Hub {
         rank: Rank,
         job: JobId,
         lasts: Option<u64>,
+        ahead: bool,
     ) -> Result<(TaskId, Rank), Arc<Gone>> {
         self.abandon();
         let worker = {
@@ -324,6 +328,7 @@ impl Hub {
             task,
             job,
             lasts,
+            ahead,
             ..Order::default()
         };
         self.write_order(order, rank, false);
@@ -441,6 +446,18 @@ impl Hub {
         let mut core = self.core();
         forget(&mut core, task);
         core.scheduler.cancel_task(place, task);
+        core.settle();
+    }
+
+    /// Takes back the task that R gave to `rank`, if it has not started. Its end is then
+    /// [`Answer::Recalled`]; if it has started, it is answered as if nothing had been said.
+    pub fn recall(&mut self, rank: Rank, task: TaskId) {
+        if self.writing.as_ref().is_some_and(|w| w.order.task == task) {
+            return;
+        }
+        let place = self.place(rank, task);
+        let mut core = self.core();
+        core.scheduler.recall(place, task);
         core.settle();
     }
 
@@ -644,6 +661,7 @@ impl Hub {
         match end {
             End::Outcome(Outcome::Answer(body)) => Answer::Ready { rank, task, body },
             End::Outcome(Outcome::TimedOut) => Answer::TimedOut { rank, task },
+            End::Outcome(Outcome::Recalled) => Answer::Recalled { rank, task },
             End::GivenUp => Answer::GivenUp { rank, task },
             // Only what R no longer expects is cancelled.
             End::Outcome(Outcome::Cancelled | Outcome::Lost(_)) => Answer::NothingSent,

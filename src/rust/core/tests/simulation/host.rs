@@ -137,6 +137,12 @@ impl Host {
         if header.kind != Kind::Data {
             return;
         }
+        if process.complete.is_none_or(|(task, _)| task != header.task) {
+            // It waited here, and has been dropped.
+            assert_eq!(header.flags, LAST | ABORT);
+            assert!(!facts.tasks[header.task as usize].started);
+            return;
+        }
         process.answering = true;
         if header.flags & LAST == 0 {
             return;
@@ -238,7 +244,9 @@ impl Host {
         };
         let mut held = std::mem::take(&mut process.held);
         let before = held.len();
-        let result = self.relay.from_worker(worker, &mut held, &mut self.acts);
+        let result = self
+            .relay
+            .from_worker(worker, &mut held, now, &mut self.acts);
         result.expect("what a worker may send");
         let moved = before - held.len();
         if let Some(process) = &mut self.processes[worker as usize] {

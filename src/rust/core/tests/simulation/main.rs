@@ -17,7 +17,7 @@ use r::{Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::agent::state::Now;
-use rustcluster_core::frame::{self, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
 use rustcluster_core::scheduler::{JobId, Rank, SEND_WINDOW, Scheduler, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -55,6 +55,8 @@ struct Setup {
     retries: usize,
     /// How long a task may take.
     timeout: Option<Duration>,
+    /// One in so many tasks may be sent ahead; 0: none.
+    ahead: u32,
     /// Bytes of chunks that agents keep, if they do.
     keep: Option<usize>,
     /// Bytes of what lasts that agents hold.
@@ -94,6 +96,7 @@ impl Setup {
             faults: [0, 60, 10, 2][rng.random_range(0..4)],
             lasting: [2, 6, 30][rng.random_range(0..3)],
             retries: rng.random_range(0..4),
+            ahead: [0, 1, 1, 2][rng.random_range(0..4)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
             keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
             state: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
@@ -191,19 +194,54 @@ impl Sim {
     // ---- head and agents ----
 
     fn flush(&mut self, at: usize, most: usize) {
-        let host = &mut self.hosts[at];
-        if host.lost {
+        if self.hosts[at].lost {
             return;
         }
-        while host.out.len() < WRITE {
+        while self.hosts[at].out.len() < WRITE {
             let Some(frame) = self.scheduler.next_frame(at) else {
                 break;
             };
             assert!(frame.body.len() <= MAX_BODY);
-            host.out.push(&frame);
+            self.leaves(at, &frame);
+            self.hosts[at].out.push(&frame);
         }
+        let host = &mut self.hosts[at];
         self.moved += host.down.pour(&mut host.out, most) as u64;
         self.notes();
+    }
+
+    /// What the head may send: one task after the other, and one further ahead.
+    fn leaves(&mut self, at: usize, frame: &Frame) {
+        let header = &frame.header;
+        if header.kind != Kind::Data {
+            return;
+        }
+        let rank = self.hosts[at].ranks[header.worker as usize];
+        let place = &mut self.facts.places[rank as usize];
+        let id = header.task;
+        if header.flags & ABORT != 0 {
+            if place.next == Some(id) {
+                place.next = None;
+                self.facts.seen.dropped += 1;
+            } else if place.current == Some(id) {
+                assert_eq!(place.next, None);
+                place.current = None;
+            }
+            return;
+        }
+        if header.flags & FIRST == 0 {
+            assert!(place.current == Some(id) || place.next == Some(id));
+            return;
+        }
+        if place.current.is_none() {
+            place.current = Some(id);
+            return;
+        }
+        let task = &self.facts.tasks[id as usize];
+        assert!(task.ahead && task.effect.is_none() && !task.is_moved());
+        assert_eq!(place.next, None, "two tasks ahead");
+        place.next = Some(id);
+        self.facts.seen.ahead += 1;
     }
 
     fn head_read(&mut self, at: usize, most: usize) {
@@ -232,6 +270,18 @@ impl Sim {
         let task = &self.facts.tasks[header.task as usize];
         if self.is_gone(rank) {
             return;
+        }
+        let place = &mut self.facts.places[rank as usize];
+        if header.kind == Kind::Data && header.flags & LAST != 0 {
+            if place.next == Some(header.task) {
+                // It has been dropped before it started.
+                assert!(header.flags & ABORT != 0 && !task.started);
+                place.next = None;
+                self.facts.seen.dropped += 1;
+                return;
+            }
+            assert_eq!(place.current, Some(header.task));
+            place.current = place.next.take();
         }
         if header.kind == Kind::Seed {
             assert_eq!(header.flags & GUEST != 0, task.is_moved());
@@ -316,12 +366,13 @@ impl Sim {
         } else {
             process.down.pour(&mut process.outgoing, most)
         };
+        let held = host.relay.held(worker);
         // One window, whatever was withdrawn, and what is not counted.
         let bound = SEND_WINDOW + HEADER_LEN * 64 + process.given;
         assert!(
-            process.outgoing.len() <= bound,
-            "{} bytes wait for one worker",
-            process.outgoing.len()
+            process.outgoing.len() + held <= bound,
+            "{} bytes wait for one worker, {held} of them ahead",
+            process.outgoing.len() + held
         );
         if process.outgoing.is_empty() {
             process.given = 0;
@@ -374,6 +425,7 @@ impl Sim {
                     self.now += Duration::from_millis(self.rng.random_range(0..300));
                     self.tick();
                 }
+                9 if self.setup.ahead > 0 => self.recall(),
                 7 if self.setup.faults > 0 => {
                     if self.rng.random_ratio(1, self.setup.faults) || self.rng.random_ratio(1, 60) {
                         for _ in 0..=self.setup.workers / 200 {
@@ -618,6 +670,13 @@ impl Sim {
                 assert_eq!(host.relay.book.task(index as u32), None);
                 let process = host.processes[index].is_some();
                 assert_eq!(process, !self.is_gone(rank), "worker {rank}");
+                if process {
+                    // All room is given back, or about to be.
+                    assert_eq!(host.relay.held(index as u32), 0);
+                    let reported = self.scheduler.window(rank);
+                    let room = reported + host.relay.book.unreported(index as u32);
+                    assert!(room >= SEND_WINDOW, "worker {rank} has room for {room}");
+                }
             }
         }
         let mut places = self.facts.places.iter();
@@ -713,6 +772,7 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         lasting: 4,
         retries: 2,
         timeout: Some(Duration::from_secs(60)),
+        ahead: 2,
         keep: Some(1_000_000),
         state: 10_000_000,
         blocking: false,

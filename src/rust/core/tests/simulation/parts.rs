@@ -191,6 +191,8 @@ pub enum End {
     Error,
     /// R did not want it any more.
     Cancelled,
+    /// R took it back before it had started.
+    Recalled,
 }
 
 /// A task as those who look on know it.
@@ -209,6 +211,11 @@ pub struct Task {
     pub draws: Draws,
     /// What it does lasts.
     pub effect: Option<Effect>,
+    /// It may be sent while another runs.
+    pub ahead: bool,
+    /// R has asked to have it back, and got it.
+    pub asked_back: bool,
+    pub recalled: bool,
     /// All of it was submitted.
     pub complete: bool,
     /// The scheduler has it and has not said how it ended.
@@ -253,6 +260,12 @@ pub struct Place {
     pub stands_in: bool,
     /// Its state is held.
     pub kept: bool,
+    /// The task that the head has sent there and that has not ended for the head, and the one that it
+    /// has sent besides.
+    pub current: Option<TaskId>,
+    pub next: Option<TaskId>,
+    /// The same when the last worker was lost.
+    pub next_when_lost: Option<TaskId>,
 }
 
 impl Place {
@@ -267,6 +280,9 @@ impl Place {
             setbacks: 0,
             stands_in: false,
             kept: true,
+            current: None,
+            next: None,
+            next_when_lost: None,
         }
     }
 }
@@ -304,10 +320,18 @@ pub struct Seen {
     pub left_out: usize,
     /// Times that a result waited on its host.
     pub starved: usize,
+    /// Tasks that were sent ahead; of those, ones that were sent again since their worker was lost,
+    /// and ones that were dropped before they started.
+    pub ahead: usize,
+    pub put_back: usize,
+    pub dropped: usize,
+    /// Tasks that R got back, and ones that it asked for in vain.
+    pub recalled: usize,
+    pub in_vain: usize,
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 15] {
+    pub fn counts(&self) -> [usize; 20] {
         [
             self.answers,
             self.cancelled,
@@ -324,6 +348,11 @@ impl Seen {
             self.guests,
             self.left_out,
             self.starved,
+            self.ahead,
+            self.put_back,
+            self.dropped,
+            self.recalled,
+            self.in_vain,
         ]
     }
 
@@ -345,6 +374,11 @@ impl Seen {
             &mut self.guests,
             &mut self.left_out,
             &mut self.starved,
+            &mut self.ahead,
+            &mut self.put_back,
+            &mut self.dropped,
+            &mut self.recalled,
+            &mut self.in_vain,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

@@ -30,6 +30,7 @@ pub enum Ready {
     Answer,
     TimedOut,
     GivenUp,
+    Recalled,
     Lost { stopped: bool },
 }
 
@@ -102,6 +103,9 @@ impl Sim {
             },
             draws,
             effect,
+            ahead: self.setup.ahead > 0 && self.rng.random_ratio(1, self.setup.ahead),
+            asked_back: false,
+            recalled: false,
             complete: false,
             open: false,
             starts: 0,
@@ -135,6 +139,7 @@ impl Sim {
             again,
             lasts: task.effect.map(|effect| effect.name()),
             instead_of: task.is_moved().then_some(task.owner),
+            ahead: task.ahead,
         };
         self.writing = Some(Message {
             task: id,
@@ -253,6 +258,23 @@ impl Sim {
         }
     }
 
+    /// R wants to give one of its tasks to another worker, if it has not started.
+    pub fn recall(&mut self) {
+        let owner = self.rng.random_range(0..self.setup.workers);
+        let tasks = &self.outstanding[owner];
+        if tasks.is_empty() {
+            return;
+        }
+        let id = tasks[self.rng.random_range(0..tasks.len())];
+        if self.writing.as_ref().is_some_and(|w| w.task == id) {
+            return;
+        }
+        let task = &mut self.facts.tasks[id as usize];
+        task.asked_back = true;
+        self.scheduler.recall(task.place, id);
+        self.notes();
+    }
+
     /// A living worker to stand in for one that is gone.
     fn elsewhere(&mut self) -> Option<Rank> {
         let places = self.facts.places.iter().enumerate();
@@ -294,6 +316,7 @@ impl Sim {
             Ready::Answer => self.end(id, End::Answer),
             Ready::TimedOut => self.end(id, End::TimedOut),
             Ready::GivenUp => self.end(id, End::GivenUp),
+            Ready::Recalled => self.end(id, End::Recalled),
             Ready::Lost { stopped } => {
                 self.resume = waited;
                 self.decide(id, stopped);
@@ -415,6 +438,7 @@ impl Sim {
                     // Once; or it is stopped when its host is lost, and does not come back with that.
                     let again = std::mem::replace(&mut place.gone, true);
                     assert!(!again || matches!(*gone, Gone::Stopped));
+                    (place.current, place.next) = (None, None);
                     self.arriving.remove(&rank);
                 }
                 Note::Lost { rank, task, .. } => {
@@ -422,11 +446,19 @@ impl Sim {
                     assert!(!place.gone);
                     assert_eq!(lost, None, "the loss of a task is not told");
                     lost = task.then_some(rank);
+                    place.current = None;
+                    place.next_when_lost = place.next.take();
+                    self.facts.seen.put_back += usize::from(place.next_when_lost.is_some());
                     self.arriving.remove(&rank);
                 }
                 Note::Up { rank, .. } => assert!(!self.facts.places[rank as usize].gone),
                 Note::Replaced { rank, killed, .. } => {
-                    assert!(!self.facts.places[rank as usize].gone);
+                    let place = &mut self.facts.places[rank as usize];
+                    assert!(!place.gone);
+                    assert!(killed || place.current.is_none());
+                    place.current = None;
+                    let next = place.next.take();
+                    self.facts.seen.put_back += usize::from(next.is_some());
                     self.facts.seen.killed += usize::from(killed);
                     self.facts.seen.replaced += usize::from(!killed);
                 }
@@ -473,6 +505,7 @@ impl Sim {
                 assert_eq!(self.arriving.remove(&rank), Some((id, body.len)));
                 check_answer(id, task.answer_len, &body);
                 self.facts.seen.answers += 1;
+                self.facts.seen.in_vain += usize::from(task.asked_back);
                 self.facts.seen.guests += usize::from(task.is_moved() && !task.draws.is_nothing());
                 (Ready::Answer, body.len)
             }
@@ -480,6 +513,10 @@ impl Sim {
                 assert!(wanted);
                 assert!(place.gone || just_lost, "lost to a living worker");
                 assert!(!matches!(*gone, Gone::Worker(ref loss) if loss.tail != "killed"));
+                assert!(
+                    place.gone || place.next_when_lost != Some(id),
+                    "task {id} is lost before its turn"
+                );
                 // With a host the last answers may be lost on their way.
                 assert!(!lasts || place.gone, "lost task {id} lasts");
                 task.losses += 1;
@@ -493,6 +530,13 @@ impl Sim {
                 self.arriving.remove(&rank);
                 self.facts.seen.timed_out += 1;
                 (Ready::TimedOut, 0)
+            }
+            Outcome::Recalled => {
+                assert!(wanted && task.asked_back);
+                assert!(!task.started, "task {id} is recalled and has started");
+                task.recalled = true;
+                self.facts.seen.recalled += 1;
+                (Ready::Recalled, 0)
             }
             Outcome::Cancelled => {
                 assert_eq!(task.end, Some(End::Cancelled), "cancelled by nobody");

@@ -267,6 +267,7 @@ impl Worker {
         let task = &mut facts.tasks[id as usize];
         assert_eq!(task.place, rank);
         assert!(task.complete);
+        assert!(!task.recalled, "recalled task {id} starts");
         assert!(
             task.starts <= task.losses,
             "task {id} starts once too often"

@@ -14,7 +14,7 @@ use rustcluster_core::message::{
     self, Hello, MAGIC, MAX_NOISE, PROTOCOL, ToAgent, ToHead, WorkerConfig, WorkerReady,
 };
 use rustcluster_core::scheduler::{
-    GRANT, Note, Order, Outcome, ProtocolError, RESULT_WINDOW, Rank, Scheduler, Want,
+    GRANT, Note, Order, Outcome, ProtocolError, RESULT_WINDOW, Rank, SEND_WINDOW, Scheduler, Want,
 };
 use rustcluster_core::sys;
 use serde::Serialize;
@@ -304,6 +304,7 @@ impl Head {
             job: task / 4,
             lasts: (len % 3 == 0).then_some(task % 2),
             instead_of: (len % 5 == 0).then_some((rank + 1) % RANKS),
+            ahead: len % 2 == 0,
             ..Order::default()
         });
         self.scheduler.append(rank, task, chunk, true);
@@ -406,7 +407,7 @@ pub fn to_head(data: &[u8]) {
                         Want::Any
                     }),
                     _ if operand == 0 => scheduler.stop_worker(rank),
-                    _ => {}
+                    _ => scheduler.recall(rank, operand.into()),
                 }
                 head.settle();
                 Ok(())
@@ -445,6 +446,10 @@ impl Host {
         if result.is_ok() {
             assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
         }
+        for worker in 0..WORKERS as u32 {
+            let most = 2 * SEND_WINDOW + HEADER_LEN + MAX_BODY;
+            assert!(self.relay.held(worker) <= most);
+        }
         result
     }
 
@@ -481,7 +486,9 @@ impl Host {
         let held = &mut self.held[worker as usize];
         held.extend_from_slice(bytes);
         let mut bytes = std::mem::take(held);
-        let result = self.relay.from_worker(worker, &mut bytes, &mut self.acts);
+        let result = self
+            .relay
+            .from_worker(worker, &mut bytes, self.now, &mut self.acts);
         self.held[worker as usize] = bytes;
         self.act();
         if result.is_err() {
