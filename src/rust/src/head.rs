@@ -9,7 +9,9 @@ use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::agent;
-use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, NO_JOB, RECORD_LIMIT};
+use rustcluster_core::hub::{
+    Answer, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB, RECORD_LIMIT,
+};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
@@ -386,7 +388,10 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Ro
         let owner = rank_of(&cluster.hub.borrow(), rank)?;
         let job = job as u64;
         let lasts = lasts.as_str().map(name_of);
-        let begun = cluster.hub.borrow_mut().begin(owner, job, lasts, false);
+        let begun = cluster
+            .hub
+            .borrow_mut()
+            .begin(owner, job, lasts, Turn::Last);
         let (task, place) = begun.map_err(|gone| Failure::gone(owner, &gone))?;
         let written = write(cluster, place, job, &message);
         if written.is_null() {

@@ -11,14 +11,14 @@ use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    INTEGER_ELT, R_NilValue, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF,
+    R_NilValue, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF,
     XLENGTH,
 };
-use rustcluster_core::hub::Answer;
+use rustcluster_core::hub::{Answer, Turn};
 use rustcluster_core::planner::{Assignment, Ended, Planner};
-use rustcluster_core::share;
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
-use std::collections::HashMap;
+use rustcluster_core::share;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ pub struct Job {
     assignment: Assignment,
     planner: Planner,
     sent: HashMap<TaskId, Sent>,
+    /// Those that are out at each place, in the order in which they are begun.
+    lanes: Vec<VecDeque<TaskId>>,
     /// Places that may be given more.
     ready: Vec<usize>,
     done: usize,
@@ -72,6 +74,8 @@ struct Sent {
     tasks: Vec<usize>,
     at: Instant,
     ahead: bool,
+    /// It has been asked back.
+    recalled: bool,
 }
 
 enum Elements {
@@ -91,8 +95,12 @@ impl Elements {
         // dropped when R jumps.
         unsafe {
             match self {
-                Elements::Vector(vector) => rustcluster_element(vector.get().cast(), index as isize),
-                Elements::Function(function) => rustcluster_call_with(function.get().cast(), index as f64 + 1.0),
+                Elements::Vector(vector) => {
+                    rustcluster_element(vector.get().cast(), index as isize)
+                }
+                Elements::Function(function) => {
+                    rustcluster_call_with(function.get().cast(), index as f64 + 1.0)
+                }
             }
         }
     }
@@ -147,8 +155,10 @@ fn job_begin(
             return Err(Failure::new("busy"));
         }
         let hub = cluster.hub.borrow();
-        let ranks: std::result::Result<Vec<Rank>, Failure> =
-            ranks.iter().map(|&rank| head::rank_of(&hub, rank)).collect();
+        let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
+            .iter()
+            .map(|&rank| head::rank_of(&hub, rank))
+            .collect();
         let ranks = ranks?;
         for &rank in &ranks {
             if let Some(gone) = hub.worker(rank).gone {
@@ -180,14 +190,23 @@ fn job_begin(
             (flag("spread"), unit::SPREAD),
             (!seed.is_null(), unit::SEEDED),
         ];
-        let flags = flags.iter().filter(|(is, _)| *is).map(|(_, flag)| flag).sum();
-        let mut planner = Planner::new(assignment, count, ranks.len());
+        let flags = flags
+            .iter()
+            .filter(|(is, _)| *is)
+            .map(|(_, flag)| flag)
+            .sum();
+        let places = ranks.len();
+        let mut planner = Planner::new(assignment, count, places);
         if flag("singly") {
             planner.singly();
         }
         let new = Job {
             id: job as JobId,
-            places: ranks.iter().enumerate().map(|(at, &rank)| (rank, at)).collect(),
+            places: ranks
+                .iter()
+                .enumerate()
+                .map(|(at, &rank)| (rank, at))
+                .collect(),
             ready: (0..ranks.len()).rev().collect(),
             ranks,
             common,
@@ -208,6 +227,7 @@ fn job_begin(
             assignment,
             planner,
             sent: HashMap::new(),
+            lanes: vec![VecDeque::new(); places],
             done: 0,
             failed: Vec::new(),
             fresh: Vec::new(),
@@ -254,7 +274,9 @@ impl Job {
     }
 
     fn task(&self, position: usize) -> usize {
-        self.order.as_ref().map_or(position, |order| order[position])
+        self.order
+            .as_ref()
+            .map_or(position, |order| order[position])
     }
 
     fn step(&mut self, cluster: &Cluster) -> std::result::Result<Robj, Unsent> {
@@ -266,9 +288,10 @@ impl Job {
                     return Err(unsent);
                 }
             }
-            if self.done as isize == self.results.len() as isize {
+            if self.done == self.results.len() {
                 return Ok(true.into());
             }
+            self.recall(cluster);
             let mut left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(().into());
@@ -294,7 +317,10 @@ impl Job {
                 Answer::Pending => {}
                 Answer::NothingSent => {
                     return Err(Failure::new("protocol")
-                        .with("reason", "tasks are left and nothing is out: a bug in rustcluster")
+                        .with(
+                            "reason",
+                            "tasks are left and nothing is out: a bug in rustcluster",
+                        )
                         .into());
                 }
                 Answer::Lost {
@@ -302,9 +328,7 @@ impl Job {
                 } => {
                     let replaced = cluster.hub.borrow().worker(place).gone.is_none();
                     let failure = match &*gone {
-                        Gone::Worker(loss) => {
-                            Failure::lost(place, loss).with("replaced", replaced)
-                        }
+                        Gone::Worker(loss) => Failure::lost(place, loss).with("replaced", replaced),
                         gone => Failure::gone(place, gone),
                     };
                     return Err(self.of_task(failure, task).into());
@@ -312,6 +336,13 @@ impl Job {
                 Answer::TimedOut { rank, task } => {
                     let failure = Failure::new("timeout").with("rank", rank + 1);
                     return Err(self.of_task(failure, task).into());
+                }
+                Answer::Recalled { task, .. } => {
+                    if let Some(sent) = self.remove(task) {
+                        self.planner.dropped(sent.place, true);
+                        self.planner.returned(sent.place, &sent.tasks);
+                        self.wake();
+                    }
                 }
                 Answer::GivenUp { .. } => {}
             }
@@ -343,7 +374,8 @@ impl Job {
             let Some(unit) = self.planner.next(place, now) else {
                 return Ok(());
             };
-            let sent = self.send(cluster, place, &unit.tasks, unit.ahead, false);
+            let turn = if unit.ahead { Turn::Ahead } else { Turn::Last };
+            let sent = self.send(cluster, place, &unit.tasks, turn);
             let count = match &sent {
                 Ok(count) => *count,
                 Err(_) => 0,
@@ -356,7 +388,9 @@ impl Job {
             } else {
                 self.planner.shortened(place, count);
             }
-            sent?;
+            if sent? == 0 {
+                return Ok(());
+            }
             self.planner.took(began.elapsed());
         }
     }
@@ -377,24 +411,25 @@ impl Job {
         }
     }
 
-    /// Sends as many of these tasks as fit into one message. Returns how many. `first`: before what
-    /// waits for the worker already.
+    /// Sends as many of these tasks as fit into one message. Returns how many.
     fn send(
         &mut self,
         cluster: &Cluster,
         place: usize,
         positions: &[usize],
-        ahead: bool,
-        first: bool,
+        turn: Turn,
     ) -> std::result::Result<usize, Unsent> {
         let rank = self.ranks[place];
         let (count, form) = match cluster.formats.borrow()[rank as usize] {
             Format::Native => self.gather(positions)?,
             Format::Xdr => (1, Form::Message),
         };
-        let begun = cluster.hub.borrow_mut().begin(rank, self.id, None);
+        // What is long would wait here, and R with it.
+        if turn == Turn::Ahead && form != Form::Unit {
+            return Ok(0);
+        }
+        let begun = cluster.hub.borrow_mut().begin(rank, self.id, None, turn);
         let (task, on) = begun.map_err(|gone| Failure::gone(rank, &gone))?;
-        let _ = (ahead, first);
         let written = self.write(cluster, on, positions[0], form);
         match written {
             Ok(()) => cluster.hub.borrow_mut().finish(),
@@ -407,9 +442,14 @@ impl Job {
             place,
             tasks: positions[..count].to_vec(),
             at: Instant::now(),
-            ahead,
+            ahead: turn == Turn::Ahead,
+            recalled: false,
         };
         self.sent.insert(task, sent);
+        match turn {
+            Turn::First => self.lanes[place].push_front(task),
+            Turn::Last | Turn::Ahead => self.lanes[place].push_back(task),
+        }
         Ok(count)
     }
 
@@ -475,9 +515,47 @@ impl Job {
         }
     }
 
+    fn remove(&mut self, task: TaskId) -> Option<Sent> {
+        let sent = self.sent.remove(&task)?;
+        self.lanes[sent.place].retain(|&other| other != task);
+        Some(sent)
+    }
+
+    /// Tasks are to be given out again: whoever has nothing to do is looked at.
+    fn wake(&mut self) {
+        for place in 0..self.lanes.len() {
+            if self.lanes[place].is_empty() && !self.ready.contains(&place) {
+                self.ready.push(place);
+            }
+        }
+    }
+
+    /// When all tasks have been given out and some workers have nothing to do, what others have not
+    /// begun is asked back.
+    fn recall(&mut self, cluster: &Cluster) {
+        if self.assignment == Assignment::Round || self.planner.left() > 0 {
+            return;
+        }
+        let is_idle = |lane: &VecDeque<TaskId>| lane.is_empty();
+        let idle = self.lanes.iter().filter(|lane| is_idle(lane)).count();
+        let asked = self.sent.values().filter(|sent| sent.recalled).count();
+        let waiting = self.lanes.iter().filter_map(|lane| lane.get(1).copied());
+        for task in waiting
+            .collect::<Vec<_>>()
+            .into_iter()
+            .take(idle.saturating_sub(asked))
+        {
+            if let Some(sent) = self.sent.get_mut(&task).filter(|sent| !sent.recalled) {
+                sent.recalled = true;
+                let rank = self.ranks[sent.place];
+                cluster.hub.borrow_mut().recall(rank, task);
+            }
+        }
+    }
+
     /// Takes a unit's answer.
     fn take(&mut self, task: TaskId, body: Body) -> std::result::Result<(), Unsent> {
-        let Some(sent) = self.sent.remove(&task) else {
+        let Some(sent) = self.remove(task) else {
             return Ok(());
         };
         let now = Instant::now();
@@ -545,7 +623,9 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let gathering = &mut *data.cast::<Gathering<'_>>();
         let job = &mut *gathering.job;
-        while gathering.count < gathering.indices.len() && job.message.len() < FULL + job.common_bytes.len() {
+        while gathering.count < gathering.indices.len()
+            && job.message.len() < FULL + job.common_bytes.len()
+        {
             let index = gathering.indices[gathering.count];
             let before = job.message.len();
             add_seed(&job.seed, index, &mut job.message);
@@ -719,27 +799,41 @@ fn job_tasks(handle: Robj, task: f64) -> Robj {
 fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
     with_job(&handle, |cluster, job| {
         let id = task as TaskId;
-        let Some(sent) = job.sent.remove(&id) else {
+        let Some(sent) = job.remove(id) else {
             return Ok(().into());
         };
-        job.planner.dropped(sent.place, false);
+        let place = sent.place;
+        job.planner.dropped(place, false);
         let is_again = |position: &&usize| again.contains(&(job.task(**position) as i32 + 1));
         let tasks: Vec<usize> = sent.tasks.iter().filter(is_again).copied().collect();
-        let given_up: Vec<usize> = sent.tasks.iter().filter(|at| !is_again(at)).copied().collect();
+        let given_up: Vec<usize> = sent
+            .tasks
+            .iter()
+            .filter(|at| !is_again(at))
+            .copied()
+            .collect();
         for (position, value) in given_up.into_iter().zip(values.values()) {
             let index = job.task(position);
             // SAFETY: the list keeps it alive.
             unsafe { job.put(index, value.get()) };
             job.done += 1;
         }
-        job.planner.returned(sent.place, &tasks);
-        let rank = job.ranks[sent.place];
+        let rank = job.ranks[place];
+        match job.assignment {
+            Assignment::Free => job.planner.returned(place, &tasks),
+            // Before what follows them: they go on with the random numbers that those before have left.
+            Assignment::Round => {
+                for &position in tasks.iter().rev() {
+                    job.send(cluster, place, &[position], Turn::First)?;
+                    job.planner.given_first(place);
+                }
+            }
+        }
         let mut hub = cluster.hub.borrow_mut();
         hub.forget(rank, id);
-        if hub.worker(rank).gone.is_some() {
-            job.planner.gone(sent.place);
-        }
-        job.ready.push(sent.place);
+        drop(hub);
+        job.ready.push(place);
+        job.wake();
         Ok(().into())
     })
 }
@@ -762,8 +856,13 @@ fn job_results(handle: Robj) -> Robj {
 #[extendr]
 fn job_progress(handle: Robj) -> Robj {
     with_job(&handle, |_, job| {
-        let busy = (0..job.ranks.len()).filter(|&at| job.planner.out(at) > 0).count();
-        Ok([job.results.len(), job.done, busy].map(|n| n as f64).to_vec().into())
+        let busy = (0..job.ranks.len())
+            .filter(|&at| job.planner.out(at) > 0)
+            .count();
+        Ok([job.results.len(), job.done, busy]
+            .map(|n| n as f64)
+            .to_vec()
+            .into())
     })
 }
 

@@ -280,6 +280,11 @@ impl Planner {
         }
     }
 
+    /// A task of this place has been given out again, before all that it has been given.
+    pub fn given_first(&mut self, place: usize) {
+        self.places[place].out.push_front(1);
+    }
+
     /// Only so many tasks of the unit that was given out last have been sent.
     pub fn shortened(&mut self, place: usize, tasks: usize) {
         if let Some(last) = self.places[place].out.back_mut() {
@@ -439,7 +444,12 @@ mod tests {
             },
             Duration::from_millis(1),
         );
-        assert_eq!(planner.next(0, Duration::from_millis(1)).map(|unit| unit.tasks.len()), Some(1));
+        assert_eq!(
+            planner
+                .next(0, Duration::from_millis(1))
+                .map(|unit| unit.tasks.len()),
+            Some(1)
+        );
     }
 
     proptest! {

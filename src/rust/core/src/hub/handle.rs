@@ -32,6 +32,18 @@ pub const RECORD_LIMIT: usize = 128 * 1024 * 1024;
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
 
+/// When a task is to be begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Turn {
+    /// After those that its worker has been given before.
+    #[default]
+    Last,
+    /// The same, and it may be sent while the worker is still at the one before.
+    Ahead,
+    /// Before those that wait.
+    First,
+}
+
 /// What there is for R. `rank` is the worker that R gave the task to.
 #[derive(Debug)]
 pub enum Answer {
@@ -277,8 +289,7 @@ impl Hub {
     }
 
     /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
-    /// there lasts, under this name (0: none). `ahead`: it may be sent while the worker is at the task
-    /// before. A verb that finds tasks of others on its worker
+    /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
     /// cancels them: they are left over from a call that was interrupted, and their answers would be
     /// taken for its own. If the worker was lost in the course of this very job, another stands in.
     /// Returns the number of the task, and the worker that gets it.
@@ -290,7 +301,7 @@ impl Hub {
         rank: Rank,
         job: JobId,
         lasts: Option<u64>,
-        ahead: bool,
+        turn: Turn,
     ) -> Result<(TaskId, Rank), Arc<Gone>> {
         self.abandon();
         let worker = {
@@ -328,7 +339,8 @@ impl Hub {
             task,
             job,
             lasts,
-            ahead,
+            ahead: turn == Turn::Ahead,
+            again: turn == Turn::First,
             ..Order::default()
         };
         self.write_order(order, rank, false);
