@@ -22,6 +22,10 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
 
+/// Places that are given something before answers are looked for, at first; then more and more.
+const AT_ONCE: usize = 8;
+/// How long is then waited for one.
+const FIRST: Duration = Duration::from_micros(500);
 /// Bytes of elements in one message, beyond which no more are added.
 const FULL: usize = 48 * 1024;
 /// An element that is longer goes alone.
@@ -53,8 +57,10 @@ pub struct Job {
     sent: HashMap<TaskId, Sent>,
     /// Those that are out at each place, in the order in which they are begun.
     lanes: Vec<VecDeque<TaskId>>,
+    /// Places that are given something between two looks at what has come.
+    at_once: usize,
     /// Places that may be given more.
-    ready: Vec<usize>,
+    ready: VecDeque<usize>,
     done: usize,
     /// Tasks whose result is an error, from 1.
     failed: Vec<i32>,
@@ -207,7 +213,8 @@ fn job_begin(
                 .enumerate()
                 .map(|(at, &rank)| (rank, at))
                 .collect(),
-            ready: (0..ranks.len()).rev().collect(),
+            at_once: AT_ONCE,
+            ready: (0..ranks.len()).collect(),
             ranks,
             common,
             key: match fixed {
@@ -282,9 +289,12 @@ impl Job {
     fn step(&mut self, cluster: &Cluster) -> std::result::Result<Robj, Unsent> {
         let until = Instant::now() + SLICE;
         loop {
-            while let Some(place) = self.ready.pop() {
+            for _ in 0..self.at_once {
+                let Some(place) = self.ready.pop_front() else {
+                    break;
+                };
                 if let Err(unsent) = self.fill(cluster, place) {
-                    self.ready.push(place);
+                    self.ready.push_back(place);
                     return Err(unsent);
                 }
             }
@@ -306,12 +316,22 @@ impl Job {
                     left = left.min(rest);
                 }
             }
+            if !self.ready.is_empty() {
+                // The first answers tell how large units should be: worth waiting for, as long as not
+                // much time is lost by that if they do not come.
+                left = match self.planner.knows() {
+                    true => Duration::ZERO,
+                    false => FIRST,
+                };
+                self.at_once *= 2;
+            }
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
                 hub.receive_any(|rank| self.places.contains_key(&rank), left)
             };
             match answer {
                 Answer::Ready { task, body, .. } => self.take(task, body)?,
+                Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
                 // Until it is time, or a signal has come.
                 Answer::Pending if self.timeout.is_none() => return Ok(().into()),
                 Answer::Pending => {}
@@ -525,7 +545,7 @@ impl Job {
     fn wake(&mut self) {
         for place in 0..self.lanes.len() {
             if self.lanes[place].is_empty() && !self.ready.contains(&place) {
-                self.ready.push(place);
+                self.ready.push_back(place);
             }
         }
     }
@@ -584,7 +604,7 @@ impl Job {
             self.planner.returned(sent.place, &sent.tasks[count..]);
         }
         self.done += count;
-        self.ready.push(sent.place);
+        self.ready.push_back(sent.place);
         Ok(())
     }
 }
@@ -832,7 +852,7 @@ fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
         let mut hub = cluster.hub.borrow_mut();
         hub.forget(rank, id);
         drop(hub);
-        job.ready.push(place);
+        job.ready.push_back(place);
         job.wake();
         Ok(().into())
     })

@@ -165,6 +165,11 @@ impl Planner {
         self.queues.iter().map(Queue::len).sum()
     }
 
+    /// Whether it is known how long tasks take.
+    pub fn knows(&self) -> bool {
+        self.done > 0
+    }
+
     /// What this place gets next, if it is to get anything now. Tasks of it that cannot be sent
     /// with the others are given back with [`Planner::returned`]. `now`: time since some beginning.
     pub fn next(&mut self, place: usize, now: Duration) -> Option<Unit> {
@@ -209,8 +214,11 @@ impl Planner {
             Assignment::Free => {
                 let (len, living) = (self.queues[0].len(), self.living.max(1));
                 // With one that runs and one ahead, shorter ones would not fill the way.
-                let shortest = (round_trip / 2.0 / task) as usize;
-                (len / (2 * living)).max(shortest.min(len.div_ceil(living)))
+                let filling = (round_trip / 2.0 / task) as usize;
+                // Nor is there any use in giving work to more workers than the head can keep busy.
+                let worth = (COST * self.cost / task) as usize;
+                let even = len / (2 * living);
+                even.max(filling.min(len.div_ceil(living))).max(worth)
             }
             Assignment::Round => self.queues[place].len(),
         };

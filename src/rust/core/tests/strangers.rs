@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{self, Role};
 use rustcluster_core::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY};
-use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress};
+use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
 use rustcluster_core::launch::{self, Launch, Launched};
 use rustcluster_core::message::{
     self, Exit, Hello, MAGIC, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
@@ -260,7 +260,8 @@ fn greeted(hub: &Hub) {
 }
 
 fn send(hub: &mut Hub, rank: Rank, bytes: &[u8]) {
-    hub.begin(rank, u64::from(rank) + 1, None, false).unwrap();
+    hub.begin(rank, u64::from(rank) + 1, None, Turn::Last)
+        .unwrap();
     hub.write(bytes);
     hub.finish();
 }
@@ -833,7 +834,7 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
             matches!(hub.progress(false, SLICE), Progress::Up)
         });
         let first = hub.worker(0).pid;
-        hub.begin(0, 1, None, false).unwrap();
+        hub.begin(0, 1, None, Turn::Last).unwrap();
         hub.write(&[7; 2 * MAX_BODY]);
         if at + 1 < cases.len() {
             hub.finish();
@@ -867,7 +868,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let large = vec![7; 3 * SEND_WINDOW];
     let messages = [SLEEP, b"waits there", b"had back from here", &large, SLEEP];
     let send = |hub: &mut Hub, message: &&[u8]| {
-        let (task, _) = hub.begin(0, 1, None, true).unwrap();
+        let (task, _) = hub.begin(0, 1, None, Turn::Ahead).unwrap();
         hub.write(message);
         hub.finish();
         task
