@@ -1,17 +1,21 @@
 # rustcluster beside parallel's PSOCK clusters, measured in one run on one machine.
 #
-#   Rscript bench.R [--quick] [only=startup,memory,roundtrip,throughput,idle,thousand]
+#   Rscript bench.R [--quick] [only=startup,roundtrip,...] [out=folder]
 #
 # Repetitions of the two are interleaved and their medians compared. Every figure has its goal
 # beside it. Takes some minutes, most of them PSOCK's start-ups; --quick takes fewer repetitions
-# and leaves the large PSOCK clusters out. Ends with status 1 if anything failed to run.
+# and leaves the large PSOCK clusters out. In a folder it leaves performance.csv and performance.png,
+# which vignette("performance") shows. Ends with status 1 if anything failed to run.
 
 arguments <- commandArgs(trailingOnly = TRUE)
 quick <- "--quick" %in% arguments
 is_only <- startsWith(arguments, "only=")
 only <- unlist(strsplit(sub("^only=", "", arguments[is_only]), ","))
-sections <- c("startup", "memory", "roundtrip", "throughput", "idle", "thousand")
-unknown <- c(setdiff(only, sections), setdiff(arguments[!is_only], "--quick"))
+sections <- c("startup", "roundtrip", "throughput", "apply", "export", "gather", "balance", "latency",
+              "memory", "idle", "thousand")
+is_out <- startsWith(arguments, "out=")
+out <- sub("^out=", "", arguments[is_out])
+unknown <- c(setdiff(only, sections), setdiff(arguments[!is_only & !is_out], "--quick"))
 if (length(unknown)) {
   stop("unknown: ", toString(unknown), "; the sections are ", toString(sections))
 }
@@ -24,6 +28,7 @@ source(file.path(here, "verbs.R"))
 
 library(parallel)
 invisible(loadNamespace("rustcluster"))
+times <- if (quick) 1L else 5L
 
 describe_machine()
 # The first start of anything pays for reading it from disk.
@@ -35,9 +40,9 @@ if (wanted("startup")) {
   for (n in if (quick) 32L else c(32L, 100L)) attempt({
     what <- sprintf("%d workers", n)
     if (affordable(what, n, each[["psock"]])) {
-      time <- interleaved(if (quick) 1L else 3L, function(backend) time_to_up(backend, n))
+      time <- interleaved(if (n > 32L) min(times, 3L) else times, function(backend) time_to_up(backend, n))
       ratio <- time$psock / time$ours
-      report(what, seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 10))
+      report(what, seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 15))
     }
   })
   for (n in c(320L, 1000L)) attempt({
@@ -46,6 +51,165 @@ if (wanted("startup")) {
       time <- median(replicate(if (quick) 1L else 3L, time_to_up("ours", n)))
       report(what, ours = seconds(time), goal = if (n == 1000L) at_most(time, 20, " s"))
     }
+  })
+}
+
+if (wanted("roundtrip")) {
+  section("Round trip of clusterCall(cl[1], identity, 1L), median")
+  report_head("rc/PSOCK")
+  attempt(with_clusters(2L, function(clusters) {
+    calls <- if (quick) 200L else 500L
+    ways <- list(
+      psock = function() parallel::clusterCall(clusters$psock[1], identity, 1L),
+      ours = function() parallel::clusterCall(clusters$ours[1], identity, 1L),
+      native = function() rustcluster::clusterCall(clusters$ours[1], identity, 1L)
+    )
+    spent <- lapply(ways, function(way) numeric())
+    for (i in 1:10) for (name in names(ways)) {
+      way <- ways[[name]]
+      spent[[name]] <- c(spent[[name]], vapply(seq_len(calls), function(i) {
+        start <- Sys.time()
+        way()
+        as.numeric(Sys.time()) - as.numeric(start)
+      }, 0))
+    }
+    time <- lapply(spent, median)
+    ratio <- time$ours / time$psock
+    report("parallel::clusterCall()", micros(time$psock), micros(time$ours), ratio, at_most(ratio, 0.6))
+    slow <- lapply(spent, quantile, 0.99, names = FALSE)
+    report("  its 99th percentile", micros(slow$psock), micros(slow$ours), slow$ours / slow$psock)
+    report("clusterCall()", micros(time$psock), micros(time$native), time$native / time$psock)
+  }))
+}
+
+if (wanted("throughput")) {
+  section("Tasks a second of clusterApplyLB(cl, 1:n, identity)")
+  report_head("rc/PSOCK")
+  goals <- list(spelled = c(`2` = 1.5, `100` = 4), native = c(`2` = 3, `100` = 10))
+  tasks_a_second <- function(verb, cl, tasks) {
+    time <- system.time(answers <- verb(cl, seq_len(tasks), identity))[["elapsed"]]
+    stopifnot(identical(answers, as.list(seq_len(tasks))))
+    tasks / time
+  }
+  # One cluster at a time, as a user has; the other's workers would take memory and caches. The first
+  # run is not timed: R is still compiling then, and the workers' memory is new.
+  measure <- function(verb, backend, n, tasks) {
+    with_clusters(n, function(clusters) {
+      cl <- clusters[[backend]]
+      tasks_a_second(verb, cl, tasks)
+      median(replicate(times, tasks_a_second(verb, cl, tasks)))
+    }, backend)
+  }
+  native <- c()
+  for (n in c(2L, 100L)) attempt(if (affordable(sprintf("%d workers", n), n, max(each))) {
+    key <- as.character(n)
+    psock <- measure(parallel::clusterApplyLB, "psock", n, 5000L)
+    spelled <- measure(parallel::clusterApplyLB, "ours", n, 5000L)
+    native[[key]] <- measure(rustcluster::clusterApplyLB, "ours", n, 200000L)
+    ratio <- spelled / psock
+    report(sprintf("parallel::clusterApplyLB(), %d workers", n), rate(psock), rate(spelled), ratio,
+           at_least(ratio, goals$spelled[[key]]))
+    ratio <- native[[key]] / psock
+    report(sprintf("clusterApplyLB(), %d workers", n), rate(psock), rate(native[[key]]), ratio,
+           at_least(ratio, goals$native[[key]]))
+  })
+  attempt(if (affordable("1000 workers", 1000L, each[["ours"]])) {
+    many <- measure(rustcluster::clusterApplyLB, "ours", 1000L, 200000L)
+    report("clusterApplyLB(), 1000 workers", ours = rate(many))
+    if ("2" %in% names(native)) {
+      part <- many / native[["2"]]
+      report("  of the rate with 2", ours = sprintf("%.2f", part), goal = at_least(part, 0.75))
+    }
+  })
+}
+
+# Both backends with n workers, and what a function of each gives, in turns.
+compare <- function(n, measure, which = names(backends)) {
+  with_clusters(n, function(clusters) {
+    lapply(clusters, measure)
+    interleaved(times, function(backend) measure(clusters[[backend]]))
+  })
+}
+elapsed <- function(code) system.time(code)[["elapsed"]]
+
+# Our verbs take any cluster: parallel's do the work for PSOCK.
+if (wanted("apply")) {
+  section("parLapply(cl, 1:1e5, function(i) i), 32 workers")
+  report_head("PSOCK/rc")
+  attempt(if (affordable("32 workers", 32L, sum(each))) {
+    trivial <- eval(quote(function(i) i), globalenv())
+    time <- compare(32L, function(cl) elapsed(rustcluster::parLapply(cl, 1:1e5, trivial)))
+    ratio <- time$psock / time$ours
+    report("parLapply()", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 3))
+  })
+}
+
+if (wanted("export")) {
+  section("clusterExport() of 50 MB to 32 workers")
+  report_head("PSOCK/rc")
+  attempt(if (affordable("32 workers", 32L, sum(each) + 200)) {
+    big <- stats::runif(50e6 / 8)
+    this <- environment()
+    time <- compare(32L, function(cl) elapsed(rustcluster::clusterExport(cl, "big", this)))
+    ratio <- time$psock / time$ours
+    report("time", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 5))
+    with_clusters(32L, function(clusters) {
+      rustcluster::clusterExport(clusters$ours, "times", this)
+      invisible(gc())
+      grown <- peak_growth(rustcluster::clusterExport(clusters$ours, "big", this))
+      report("the head's peak above the object", ours = megabytes(grown), goal = at_most(grown, 16, " MB"))
+    }, "ours")
+  })
+}
+
+if (wanted("gather")) {
+  section("Results of 10 MB from each of 32 workers")
+  report_head("PSOCK/rc")
+  attempt(if (affordable("32 workers", 32L, sum(each) + 100)) {
+    time <- compare(32L, function(cl) {
+      invisible(gc())
+      elapsed(r <- rustcluster::clusterCall(cl, numeric, 10e6 / 8))
+    })
+    ratio <- time$psock / time$ours
+    report("clusterCall(cl, numeric, 1.25e6)", seconds(time$psock), seconds(time$ours), ratio,
+           at_least(ratio, 2))
+  })
+}
+
+if (wanted("balance")) {
+  section("parLapplyLB() of 400 uneven sleeps (mean 50 ms), 32 workers, against a greedy assignment")
+  report_head("")
+  attempt(if (affordable("32 workers", 32L, sum(each))) {
+    set.seed(1)
+    sleeps <- pmin(stats::rexp(400, 20), 0.5)
+    free <- numeric(32)
+    for (sleep in sleeps) {
+      at <- which.min(free)
+      free[[at]] <- free[[at]] + sleep
+    }
+    time <- compare(32L, function(cl) elapsed(rustcluster::parLapplyLB(cl, sleeps, Sys.sleep)))
+    ratio <- lapply(time, `/`, max(free))
+    report("time by that of the greedy one", sprintf("%.3f", ratio$psock), sprintf("%.3f", ratio$ours),
+           goal = at_most(ratio$ours, 1.05))
+  })
+}
+
+if (wanted("latency")) {
+  section("A host 25 ms away: 100 tasks of 10 ms for each of 64 workers")
+  report_head("")
+  attempt(if (!nzchar(Sys.which("perl"))) cat("  skipped: there is no perl\n") else {
+    far <- rustcluster::makeRustCluster(
+      c(far = 64), rshcmd = c("perl", file.path(here, "delay.pl"), "0.025"),
+      rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths()
+    )
+    tryCatch({
+      task <- eval(quote(function(i) Sys.sleep(0.01)), globalenv())
+      rustcluster::clusterApplyLB(far, 1:64, task)
+      time <- median(replicate(times, elapsed(rustcluster::clusterApplyLB(far, 1:6400, task))))
+      report("clusterApplyLB(), by the work itself", ours = sprintf("%.3f", time), goal = at_most(time, 1.2))
+      time <- median(replicate(times, elapsed(rustcluster::clusterApply(far, 1:6400, task))))
+      report("clusterApply(), by the work itself", ours = sprintf("%.3f", time), goal = at_most(time, 1.2))
+    }, finally = parallel::stopCluster(far))
   })
 }
 
@@ -73,57 +237,6 @@ if (wanted("memory")) {
       report("a worker, of 320", ours = megabytes(ours), goal = at_most(ours, 8, " MB"))
       report("the agent, with 320", ours = megabytes(sum(pss(agents(clusters$ours)))))
     }, "ours")
-  })
-}
-
-if (wanted("roundtrip")) {
-  section("Round trip of clusterCall(cl[1], identity, 1L), median")
-  report_head("rc/PSOCK")
-  attempt(with_clusters(2L, function(clusters) {
-    calls <- if (quick) 200L else 500L
-    times <- lapply(clusters, function(cl) numeric())
-    for (i in 1:10) for (name in names(clusters)) {
-      cl <- clusters[[name]]
-      time <- vapply(seq_len(calls), function(i) {
-        start <- Sys.time()
-        parallel::clusterCall(cl[1], identity, 1L)
-        as.numeric(Sys.time()) - as.numeric(start)
-      }, 0)
-      times[[name]] <- c(times[[name]], time)
-    }
-    time <- lapply(times, median)
-    ratio <- time$ours / time$psock
-    report(sprintf("%d calls", 10L * calls), micros(time$psock), micros(time$ours), ratio,
-           at_most(ratio, 0.7))
-    slow <- lapply(times, quantile, 0.99, names = FALSE)
-    report("their 99th percentile", micros(slow$psock), micros(slow$ours), slow$ours / slow$psock)
-  }))
-}
-
-if (wanted("throughput")) {
-  section("Tasks a second of clusterApplyLB(cl, 1:5000, identity)")
-  report_head("rc/PSOCK")
-  goals <- c(`2` = 1.3, `32` = 2, `100` = 4)
-  tasks_a_second <- function(cl) {
-    time <- system.time(answers <- parallel::clusterApplyLB(cl, 1:5000, identity))[["elapsed"]]
-    stopifnot(identical(answers, as.list(1:5000)))
-    5000 / time
-  }
-  for (n in if (quick) c(2L, 32L) else c(2L, 32L, 100L)) attempt({
-    what <- sprintf("%d workers", n)
-    if (affordable(what, n, max(each))) {
-      # One cluster at a time, as a user has; the other's workers would take memory and caches. The
-      # first run is not timed: R is still compiling then, and the workers' memory is new.
-      tasks <- interleaved(if (quick) 1L else 3L, function(backend) {
-        with_clusters(n, function(clusters) {
-          tasks_a_second(clusters[[backend]])
-          median(replicate(3L, tasks_a_second(clusters[[backend]])))
-        }, backend)
-      })
-      ratio <- tasks$ours / tasks$psock
-      report(what, rate(tasks$psock), rate(tasks$ours), ratio,
-             at_least(ratio, goals[[as.character(n)]]))
-    }
   })
 }
 
@@ -198,4 +311,5 @@ if (wanted("thousand")) {
   })
 }
 
+if (length(out)) leave_results(out)
 finish()

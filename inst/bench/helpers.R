@@ -5,8 +5,13 @@
 results <- new.env()
 results$goals <- character()           # "met", "not met", "not measured"
 results$errors <- 0L
+results$figures <- NULL
+results$section <- ""
 
-section <- function(title) cat("\n", title, "\n", sep = "")
+section <- function(title) {
+  results$section <- title
+  cat("\n", title, "\n", sep = "")
+}
 
 # One figure. `goal` is a list(text, met), from at_least() or at_most(), or NULL.
 report <- function(what, psock = NULL, ours = NULL, ratio = NULL, goal = NULL) {
@@ -15,6 +20,34 @@ report <- function(what, psock = NULL, ours = NULL, ratio = NULL, goal = NULL) {
               if (is.null(ratio)) "" else sprintf("%.2f", ratio),
               if (is.null(goal)) "" else sprintf("%s: %s", goal$text, goal$state)))
   if (!is.null(goal)) results$goals <- c(results$goals, goal$state)
+  text <- function(x) if (is.null(x)) "" else trimws(x)
+  results$figures <- rbind(results$figures, data.frame(
+    section = results$section, what = trimws(what), PSOCK = text(psock), rustcluster = text(ours),
+    ratio = if (is.null(ratio)) NA else round(ratio, 2), goal = text(goal$text), met = text(goal$state)
+  ))
+}
+
+# A table and a plot of all figures, in a folder.
+leave_results <- function(folder) {
+  figures <- results$figures
+  utils::write.csv(figures, file.path(folder, "performance.csv"), row.names = FALSE)
+  writeLines(results$machine, file.path(folder, "performance.txt"))
+  shown <- figures[!is.na(figures$ratio) & grepl("^at ", figures$goal), ]
+  if (!nrow(shown)) return(invisible())
+  # A ratio that is to be small is that of times, ours by PSOCK's.
+  times <- ifelse(startsWith(shown$goal, "at most"), 1 / shown$ratio, shown$ratio)
+  grDevices::png(file.path(folder, "performance.png"), 1200, 100 + 60 * nrow(shown), res = 130)
+  on.exit(grDevices::dev.off())
+  graphics::par(mar = c(4, 22, 1, 3), las = 1)
+  labels <- shown$what
+  short <- c("time", "32 workers", "100 workers")
+  labels[shown$what %in% short] <- paste0(sub(",.*", "", shown$section), ": ", shown$what)[shown$what %in% short]
+  at <- graphics::barplot(
+    rev(times), names.arg = rev(labels), horiz = TRUE, log = "x", xlim = c(0.9, 2 * max(times)),
+    xlab = "times as fast as PSOCK", col = "#4477aa", border = NA, cex.names = 0.8
+  )
+  graphics::text(rev(times), at, sprintf("%.1f", rev(times)), pos = 4, cex = 0.8, xpd = NA)
+  graphics::abline(v = 1, lty = 3)
 }
 
 report_head <- function(ratio = "ratio") {
@@ -178,8 +211,25 @@ describe_machine <- function() {
   cpu <- if (length(cpu)) sub("^[^:]*:\\s*", "", cpu[1L]) else Sys.info()[["machine"]]
   total <- grep("^MemTotal:", read("/proc/meminfo"), value = TRUE)
   total <- if (length(total)) as.numeric(gsub("[^0-9]", "", total)) / 1024^2 else NA
-  cat(sprintf("%s, %d cores, %.1f GB, %s %s, %s\n", cpu, parallel::detectCores(), total,
-              Sys.info()[["sysname"]], Sys.info()[["release"]], Sys.info()[["machine"]]))
-  cat(sprintf("%s, rustcluster %s, %s\n", R.version.string,
-              format(utils::packageVersion("rustcluster")), format(Sys.time(), "%Y-%m-%d %H:%M")))
+  results$machine <- c(
+    sprintf(
+      "%s, %d cores, %.1f GB, %s %s, %s", cpu, parallel::detectCores(), total, Sys.info()[["sysname"]],
+      Sys.info()[["release"]], Sys.info()[["machine"]]
+    ),
+    sprintf("%s, rustcluster %s", R.version.string, format(utils::packageVersion("rustcluster")))
+  )
+  cat(results$machine, format(Sys.time(), "%Y-%m-%d %H:%M"), sep = "\n")
+}
+
+# MB by which this process grows at most while the code runs.
+peak_growth <- function(code) {
+  memory <- function(what) {
+    line <- grep(paste0("^", what, ":"), read("/proc/self/status"), value = TRUE)
+    as.numeric(gsub("[^0-9]", "", line)) / 1024
+  }
+  # The highest so far is forgotten.
+  cat("5", file = "/proc/self/clear_refs")
+  before <- memory("VmRSS")
+  force(code)
+  memory("VmHWM") - before
 }

@@ -46,6 +46,8 @@ pub struct Cluster {
     sent_by_job: Cell<(JobId, i32)>,
     /// The job that is open, if it is one of ours and not a verb of parallel's.
     pub job: RefCell<Option<Box<Job>>>,
+    /// Seconds that the way to a worker and back takes, as far as jobs have found out.
+    pub ways: RefCell<HashMap<Rank, f64>>,
 }
 
 impl Cluster {
@@ -161,6 +163,7 @@ fn hub_start(
                 messages: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
                 job: RefCell::new(None),
+                ways: RefCell::default(),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -798,7 +801,9 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let job = job as JobId;
         cluster.last.set(None);
-        drop(cluster.job.take());
+        if let Some(job) = cluster.job.take() {
+            cluster.ways.borrow_mut().extend(job.ways());
+        }
         cluster.hub.borrow_mut().cancel_job(job);
         let hub = cluster.hub.borrow();
         cluster.forget_messages(&hub);

@@ -206,6 +206,10 @@ fn job_begin(
         if flag("singly") {
             planner.singly();
         }
+        let ways = cluster.ways.borrow();
+        for (place, rank) in ranks.iter().enumerate() {
+            planner.expect(place, ways.get(rank).copied());
+        }
         let new = Job {
             id: job as JobId,
             places: ranks
@@ -276,6 +280,12 @@ fn with_job(
 }
 
 impl Job {
+    /// How long the way to each worker and back has taken.
+    pub fn ways(&self) -> impl Iterator<Item = (Rank, f64)> + '_ {
+        let ranks = self.ranks.iter().enumerate();
+        ranks.filter_map(|(place, &rank)| Some((rank, self.planner.way(place)?)))
+    }
+
     fn now(&self) -> Duration {
         self.began.elapsed()
     }

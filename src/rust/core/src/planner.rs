@@ -39,6 +39,10 @@ const ROUND_TRIPS: f64 = 2.0;
 /// A unit is sent ahead if a worker would be idle for more than this part of its time without it.
 const IDLE: f64 = 0.02;
 
+/// Seconds that the way to a worker and back takes if it is on another host: then a second task is sent
+/// to it at the beginning.
+const FAR: f64 = 0.005;
+
 /// How much a measurement counts beside all before it.
 const NEW: f64 = 0.1;
 
@@ -148,6 +152,16 @@ impl Planner {
         }
     }
 
+    /// How long the way to a place and back has taken, as far as it is known: see [`Planner::way`].
+    pub fn expect(&mut self, place: usize, way: Option<f64>) {
+        self.places[place].round_trip = way;
+    }
+
+    /// Seconds that the way to a place and back takes, if that is known.
+    pub fn way(&self, place: usize) -> Option<f64> {
+        self.places[place].round_trip
+    }
+
     /// From now on units have one task.
     pub fn singly(&mut self) {
         self.singly = true;
@@ -179,7 +193,11 @@ impl Planner {
             return None;
         }
         let task = self.task(now).filter(|_| !self.singly);
-        if ahead && !task.is_some_and(|task| self.may_send_ahead(place, task)) {
+        let may_send_ahead = match task {
+            Some(task) => self.may_send_ahead(place, task),
+            None => self.is_far(place),
+        };
+        if ahead && !may_send_ahead {
             return None;
         }
         let size = task.map_or(1, |task| self.size(place, task));
@@ -223,6 +241,13 @@ impl Planner {
             Assignment::Round => self.queues[place].len(),
         };
         fair.min(MOST).min(enough as usize).max(1)
+    }
+
+    /// Whether a second task may be sent to this place before anything is known of how long they take.
+    fn is_far(&self, place: usize) -> bool {
+        let at = &self.places[place];
+        let enough = self.left() > 2 * self.living;
+        enough && !self.singly && at.out.len() == 1 && at.round_trip.is_some_and(|way| way > FAR)
     }
 
     /// Whether a second unit may be sent to this place.
