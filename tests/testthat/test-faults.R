@@ -568,7 +568,7 @@ test_that("beyond keep_limit nothing is restored, and that is told", {
   here <- environment()
   small <- 1
   clusterExport(cl, "small", here)
-  big <- runif(2e5)
+  big <- floor(runif(2e5) * 1e6)
   expect_warning(clusterExport(cl, "big", here), class = "rustcluster_state_not_kept")
   expect_silent(clusterExport(cl, "big", here))
   expect_silent(clusterEvalQ(cl, small))
