@@ -2,16 +2,15 @@
 
 use crate::failure::Failure;
 use crate::plain::{self, Received};
-use crate::stream::{self, Format, Sink};
+use crate::stream::{self, Format, Sink, Source};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
 use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;
-use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
 use rustcluster_core::sys;
-use rustcluster_core::worker::{Channel, Seed};
+use rustcluster_core::worker::{Channel, Seed, Task};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -171,7 +170,7 @@ fn worker_serve() -> Robj {
 
 /// One task: what of it is not R's, and therefore outlives a jump.
 struct Turn {
-    body: Body,
+    task: Task,
     /// Integers of random number generators' states, and whether they are another's.
     seeds: Vec<(Vec<c_int>, bool)>,
     sink: ToAgent,
@@ -186,6 +185,35 @@ struct Kept {
     answer: Vec<u8>,
 }
 
+/// All of a task's message, when it does not come in one piece. What is in shared memory is read
+/// from there.
+struct Message<'a> {
+    task: &'a mut Task,
+    /// Bytes of the payload that have been read.
+    at: usize,
+}
+
+impl Source for Message<'_> {
+    fn fill(&mut self, out: &mut [u8]) -> bool {
+        let payload = self.task.payload.as_ref();
+        let rest = payload.map_or(&[][..], |payload| &payload.bytes[self.at..]);
+        let n = rest.len().min(out.len());
+        let (now, later) = out.split_at_mut(n);
+        now.copy_from_slice(&rest[..n]);
+        self.at += n;
+        later.is_empty() || self.task.body.fill(later)
+    }
+}
+
+/// A message that came in one piece.
+fn whole(task: &Task) -> Option<&[u8]> {
+    match &task.payload {
+        Some(payload) if task.body.len == 0 => Some(&payload.bytes),
+        Some(_) => None,
+        None => task.body.whole(),
+    }
+}
+
 thread_local! {
     static KEPT: Cell<Kept> = Cell::default();
     /// That of the task under way, and so of its answer.
@@ -197,15 +225,17 @@ fn serve_one() -> std::result::Result<(), Stop> {
     // One that came too late for the task before.
     unwind::forget_interrupt();
     let mut turn = Turn {
-        body: with_channel(Channel::next_task)?.ok_or(Stop::Done)?,
+        task: with_channel(Channel::next_task)?.ok_or(Stop::Done)?,
         seeds: with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?,
         sink: ToAgent(Ok(())),
         done: false,
         kept: KEPT.take(),
     };
-    FORMAT.set(Format::of(
-        turn.body.chunks.front().map_or(&[], |chunk| chunk),
-    ));
+    let first = match &turn.task.payload {
+        Some(payload) => Some(&payload.bytes),
+        None => turn.task.body.chunks.front(),
+    };
+    FORMAT.set(Format::of(first.map_or(&[], |bytes| bytes)));
     let ran = unwind::run(turn_protected, &mut turn);
     KEPT.set(turn.kept);
     ran?;
@@ -220,14 +250,15 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
         let turn = data.cast::<Turn>();
-        match (*turn).body.whole().filter(|bytes| plain::is_plain(bytes)) {
-            Some(bytes) => {
+        match whole(&(*turn).task) {
+            Some(bytes) if plain::is_plain(bytes) => {
                 let call = Rf_protect(plain::read_task(bytes, &mut (*turn).kept.received));
                 let part = |i| VECTOR_ELT(call, i).cast();
                 rustcluster_take_call(part(0), part(1), part(2));
             }
-            None => {
-                let message = Rf_protect(stream::read(&mut (*turn).body));
+            _ => {
+                let task = &mut (*turn).task;
+                let message = Rf_protect(stream::read(&mut Message { task, at: 0 }));
                 (*turn).done = rustcluster_take_message(message.cast()) == 0;
             }
         }

@@ -11,8 +11,10 @@
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
+use crate::frame::SHARED;
 use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
+use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -156,6 +158,11 @@ pub enum Note {
         pid: u32,
         command: String,
     },
+    /// The agent cannot go on.
+    Failed {
+        agent: usize,
+        reason: String,
+    },
 }
 
 /// Whose answer R is waiting for. Large results are asked for accordingly.
@@ -193,6 +200,8 @@ pub struct Order {
     /// does not wait for a lost task of the worker's own to be decided on: R may decide on that only
     /// when it has the answer to this one.
     pub instead_of: Option<Rank>,
+    /// Its message begins with this payload, which the worker's agent has.
+    pub payload: Option<PayloadId>,
 }
 
 /// A message by which a worker is restored: its task's number, its name and its chunks.
@@ -214,6 +223,8 @@ struct Task {
     complete: bool,
     lasts: Option<u64>,
     instead_of: Option<Rank>,
+    /// Until it has been named to the agent, what the message begins with.
+    payload: Option<PayloadId>,
     /// The worker is to have its known random numbers after it.
     leaves_seed: bool,
 }
@@ -228,6 +239,7 @@ impl Task {
             complete: true,
             lasts: Some(name),
             instead_of: None,
+            payload: None,
             leaves_seed: last,
         }
     }
@@ -310,6 +322,7 @@ impl Worker {
                 phase: Phase::Sending { .. },
                 ..
             }) => match task.chunks.front() {
+                _ if task.payload.is_some() => self.window >= HEADER_LEN + size_of::<PayloadId>(),
                 Some(chunk) => self.window >= HEADER_LEN + chunk.bytes.len(),
                 None => task.complete && self.window >= HEADER_LEN,
             },
@@ -329,6 +342,8 @@ struct Agent {
     sendable: VecDeque<Rank>,
     /// What it keeps, if it keeps chunks.
     mirror: Option<Mirror>,
+    /// What it has of payloads, or is to be sent.
+    payloads: Payloads,
     lost: bool,
     /// Losses since a task last ended there.
     losses: usize,
@@ -376,6 +391,7 @@ impl Scheduler {
                     control: VecDeque::new(),
                     sendable: VecDeque::new(),
                     mirror: None,
+                    payloads: Payloads::default(),
                     lost: false,
                     losses: 0,
                 })
@@ -459,6 +475,18 @@ impl Scheduler {
             });
             return;
         }
+        let payloads = &self.agents[worker.agent].payloads;
+        if order.payload.is_some_and(|payload| !payloads.has(payload)) {
+            // Its host was lost and is back again, without it.
+            let gone = Gone::Host("the host was lost, and what it had been sent with it".into());
+            self.notes.push(Note::Done {
+                rank: order.rank,
+                task: order.task,
+                job: order.job,
+                outcome: Outcome::Lost(Arc::new(gone)),
+            });
+            return;
+        }
         let task = Task {
             id: order.task,
             job: order.job,
@@ -466,6 +494,7 @@ impl Scheduler {
             complete: false,
             lasts: order.lasts,
             instead_of: order.instead_of,
+            payload: order.payload,
             leaves_seed: false,
         };
         if order.again {
@@ -475,6 +504,95 @@ impl Scheduler {
             worker.queue.push_back(task);
         }
         self.dispatch(order.rank);
+    }
+
+    /// A payload follows in chunks, to the agents of these workers, as far as they are there and do
+    /// not have it. Returns whether there is any.
+    pub fn begin_payload(&mut self, id: PayloadId, ranks: &[Rank]) -> bool {
+        let mut any = false;
+        for &rank in ranks {
+            let worker = self.workers.get(rank as usize);
+            let living = |worker: &&Worker| !matches!(worker.state, WorkerState::Gone(_));
+            if let Some(worker) = worker.filter(living) {
+                let agent = &mut self.agents[worker.agent];
+                any |= !agent.lost && agent.payloads.begin(id);
+            }
+        }
+        any
+    }
+
+    /// A chunk, at most [`MAX_BODY`] long, of the payload that was begun last. Returns whether it
+    /// waits to be sent.
+    pub fn append_payload(&mut self, id: PayloadId, chunk: &Chunk, last: bool) -> bool {
+        let counted = Arc::new(chunk.bytes.len());
+        for agent in &mut self.agents {
+            agent.payloads.append(id, chunk, &counted, last);
+        }
+        Arc::strong_count(&counted) > 1
+    }
+
+    /// The rest of a payload will not come: agents that do not have all of it forget it.
+    pub fn abort_payload(&mut self, id: PayloadId) {
+        for agent in &mut self.agents {
+            agent.payloads.abort(id);
+        }
+    }
+
+    /// No more tasks will begin with it. Those that have been submitted do.
+    pub fn drop_payload(&mut self, id: PayloadId) {
+        for agent in &mut self.agents {
+            agent.payloads.drop_payload(id);
+        }
+    }
+
+    /// Whether a worker's agent has a payload, so that tasks may begin with it.
+    pub fn has_payload(&self, rank: Rank, id: PayloadId) -> bool {
+        let worker = self.workers.get(rank as usize);
+        worker.is_some_and(|worker| self.agents[worker.agent].payloads.has(id))
+    }
+
+    /// Whether the message that is next to be sent to a worker begins with a payload that has not
+    /// been sent yet.
+    fn awaits_payload(&self, rank: Rank) -> bool {
+        let worker = &self.workers[rank as usize];
+        let current = worker.current.as_ref();
+        let payload = current.and_then(|current| current.task.payload);
+        let payloads = &self.agents[worker.agent].payloads;
+        payload.is_some_and(|payload| payloads.is_on_its_way(payload))
+    }
+
+    /// What an agent is next to be told or sent of payloads, if it is the turn of that.
+    fn next_of_payloads(&mut self, at: usize) -> Option<Frame> {
+        let (agents, workers) = (&mut self.agents, &self.workers);
+        let Agent {
+            ranks, payloads, ..
+        } = &mut agents[at];
+        let begins = |task: &Task, id| task.payload == Some(id);
+        let needed = |id: PayloadId| {
+            let mut workers = ranks.iter().map(|&rank| &workers[rank as usize]);
+            workers.any(|worker| {
+                let current = worker.current.as_ref();
+                current.is_some_and(|current| begins(&current.task, id))
+                    || worker.queue.iter().any(|task| begins(task, id))
+            })
+        };
+        while let Some((told, released)) = payloads.forget(needed) {
+            self.released += released;
+            if told.is_some() {
+                return told;
+            }
+        }
+        let agent = &mut agents[at];
+        let others = agent.sendable.len();
+        let (frame, released) = agent.payloads.next(others, agent.mirror.as_mut())?;
+        self.released += released;
+        if frame.header.flags & LAST != 0 {
+            // Messages may have waited for that.
+            for rank in self.agents[at].ranks.clone() {
+                self.dispatch(rank);
+            }
+        }
+        Some(frame)
     }
 
     /// An agent that was lost is back, a fresh one that is to make its workers anew. Those that were
@@ -759,6 +877,7 @@ impl Scheduler {
         self.agents[agent].together.clear();
         self.agents[agent].control.clear();
         self.agents[agent].sendable.clear();
+        self.released += self.agents[agent].payloads.clear();
         for &rank in &self.agents[agent].ranks {
             self.workers[rank as usize].sendable = false;
         }
@@ -880,8 +999,9 @@ impl Scheduler {
                 });
             }
         }
+        let waits = self.awaits_payload(rank);
         let worker = &mut self.workers[rank as usize];
-        if !worker.sendable && worker.can_send() {
+        if !waits && !worker.sendable && worker.can_send() {
             worker.sendable = true;
             self.agents[worker.agent].sendable.push_back(rank);
         }
@@ -893,11 +1013,15 @@ impl Scheduler {
         if let Some(frame) = queued.or_else(|| self.agents[agent].control.pop_front()) {
             return Some(frame);
         }
+        if let Some(frame) = self.next_of_payloads(agent) {
+            return Some(frame);
+        }
         while let Some(rank) = self.agents[agent].sendable.pop_front() {
+            let waits = self.awaits_payload(rank);
             let worker = &mut self.workers[rank as usize];
             worker.sendable = false;
             // A task may have been cancelled or lost since its worker was put into the queue.
-            if !worker.can_send() {
+            if waits || !worker.can_send() {
                 continue;
             }
             let Some(current) = &mut worker.current else {
@@ -907,9 +1031,15 @@ impl Scheduler {
                 continue;
             };
             let chunks = &mut current.task.chunks;
-            let sent = match &mut self.agents[agent].mirror {
-                Some(mirror) => mirror.send(chunks, worker.window - HEADER_LEN),
-                None => {
+            let payload = current.task.payload.take();
+            let sent = match (&mut self.agents[agent].mirror, payload) {
+                (_, Some(payload)) => Sent {
+                    flags: SHARED,
+                    body: Bytes::copy_from_slice(&payload.to_le_bytes()),
+                    len: size_of::<PayloadId>(),
+                },
+                (Some(mirror), None) => mirror.send(chunks, worker.window - HEADER_LEN),
+                (None, None) => {
                     let body = chunks.pop_front().unwrap_or_default().bytes;
                     let len = body.len();
                     Sent {
@@ -920,7 +1050,7 @@ impl Scheduler {
                 }
             };
             worker.window -= HEADER_LEN + sent.len;
-            if current.task.id & RESTORE == 0 {
+            if current.task.id & RESTORE == 0 && payload.is_none() {
                 self.released += sent.len;
             }
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
@@ -949,7 +1079,8 @@ impl Scheduler {
             self.dispatch(rank);
             return self.agents[agent].together.pop_front();
         }
-        None
+        // None of the others has used its turn.
+        self.next_of_payloads(agent)
     }
 
     /// A frame from an agent.
@@ -997,7 +1128,7 @@ impl Scheduler {
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State => {
+            Kind::Cancel | Kind::State | Kind::Payload => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }
@@ -1070,6 +1201,7 @@ impl Scheduler {
             }
             // That anything came is what counts.
             ToHead::Alive => {}
+            ToHead::Failed { reason } => self.notes.push(Note::Failed { agent, reason }),
             ToHead::WorkerStopped { worker } => {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Gone::Stopped));

@@ -4,6 +4,7 @@
 //! The strangers are shells and `cat`s. Where a real agent is needed, it is this test's own
 //! executable, whose workers answer with what they were asked.
 
+use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{self, Role};
@@ -191,7 +192,9 @@ fn answer(mut channel: Channel) -> i32 {
     while served.is_ok() {
         match channel.next_task() {
             Ok(Some(task)) => {
-                let bytes: Vec<u8> = task.chunks.into_iter().flatten().collect();
+                let payload = task.payload.map_or(Bytes::new(), |payload| payload.bytes);
+                let chunks = [payload].into_iter().chain(task.body.chunks);
+                let bytes: Vec<u8> = chunks.flatten().collect();
                 channel.restart();
                 served = channel.send(&bytes, true);
             }
@@ -254,7 +257,8 @@ fn greeted(hub: &Hub) {
 }
 
 fn send(hub: &mut Hub, rank: Rank, bytes: &[u8]) {
-    hub.begin(rank, u64::from(rank) + 1, None).unwrap();
+    hub.begin(rank, u64::from(rank) + 1, None, |_| None)
+        .unwrap();
     hub.write(bytes);
     hub.finish();
 }
@@ -827,7 +831,7 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
             matches!(hub.progress(false, SLICE), Progress::Up)
         });
         let first = hub.worker(0).pid;
-        hub.begin(0, 1, None).unwrap();
+        hub.begin(0, 1, None, |_| None).unwrap();
         hub.write(&[7; 2 * MAX_BODY]);
         if at + 1 < cases.len() {
             hub.finish();

@@ -6,6 +6,8 @@
 
 mod fork;
 mod guard;
+mod memory;
+pub mod payload;
 mod process;
 pub mod relay;
 pub mod replay;
@@ -25,6 +27,7 @@ use crate::worker::Channel;
 use crate::{cores, signals, sys};
 use bytes::{Bytes, BytesMut};
 use guard::Guard;
+use memory::Memories;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
@@ -226,6 +229,8 @@ pub struct Agent {
     start: Start,
     outfile: Option<File>,
     relay: Relay,
+    /// The bytes of payloads.
+    memories: Memories,
     /// What it makes of what has come; empty but for a moment.
     acts: Vec<Act>,
     workers: Vec<Option<Process>>,
@@ -301,6 +306,7 @@ impl Agent {
                 bytes(greeted.start.state),
                 (!timeout.is_zero()).then_some(timeout),
             ),
+            memories: Memories::default(),
             acts: Vec::new(),
             start: greeted.start,
             workers: (0..count).map(|_| None).collect(),
@@ -559,7 +565,7 @@ impl Agent {
                     let Header {
                         kind, worker, task, ..
                     } = frame.header;
-                    self.send_worker(worker, &frame);
+                    self.send_worker(worker, &frame, None);
                     // What a fresh worker is restored by is the agent's own, and no fault of the head's.
                     let of_head = kind == Kind::Data && task & REPLAY == 0;
                     if of_head && !self.has_room(worker) {
@@ -569,6 +575,22 @@ impl Agent {
                         self.end();
                     }
                 }
+                Act::Store {
+                    payload,
+                    bytes,
+                    last,
+                } => {
+                    let stored = self.memories.store(payload, &bytes, last);
+                    if let Err(error) = stored {
+                        self.fail(&format!("no memory for what workers share: {error}"));
+                    }
+                }
+                Act::Hand { frame } => {
+                    // It is there, or this host is about to end for want of it.
+                    let memory = self.memories.get(frame.header.task);
+                    self.send_worker(frame.header.worker, &frame, memory);
+                }
+                Act::Discard(payload) => self.memories.discard(payload),
                 Act::Up { worker, replaces } => self.tell_up(worker, replaces),
                 Act::Interrupt { worker, task } => self.interrupt(worker, task),
                 Act::ReadAgain(worker) => self.read_again(worker),
@@ -591,7 +613,7 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.interrupt = true;
             let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
-            self.send_worker(worker, &frame);
+            self.send_worker(worker, &frame, None);
         }
     }
 
@@ -600,6 +622,13 @@ impl Agent {
             process.closing = true;
             self.dirty.push(worker);
         }
+    }
+
+    /// Tells the head why this host cannot go on, and ends.
+    fn fail(&mut self, reason: &str) {
+        let reason = reason.to_owned();
+        self.tell(&ToHead::Failed { reason });
+        self.end();
     }
 
     /// Ends all workers, and with them the agent.
@@ -616,9 +645,9 @@ impl Agent {
         self.act();
     }
 
-    fn send_worker(&mut self, worker: u32, frame: &Frame) {
+    fn send_worker(&mut self, worker: u32, frame: &Frame, along: Option<Arc<File>>) {
         if let Some(process) = &mut self.workers[worker as usize] {
-            process.outgoing.push(frame);
+            process.outgoing.push(frame, along);
             self.dirty.push(worker);
         }
     }
@@ -636,7 +665,7 @@ impl Agent {
         let mut passed = 0;
         while !process.outgoing.is_empty() {
             let fd = process.channel.as_raw_fd();
-            match process.outgoing.write_with(|slices| sys::send(fd, slices)) {
+            match process.outgoing.write(fd) {
                 Ok(n) => passed += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Not writable now; or the worker is gone, which its exit will tell.
