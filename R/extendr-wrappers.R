@@ -61,6 +61,11 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, handle, rank, job, message, lasts)
 
+#' Sends the same message to many nodes, in this order: as many calls of `hub_send`, but it is
+#' serialized once and crosses to each host once.
+#' @noRd
+hub_broadcast <- function(handle, ranks, job, message, lasts) .Call(wrap__hub_broadcast, handle, ranks, job, message, lasts)
+
 #' Sends a task again that was lost.
 #' @noRd
 hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)

@@ -206,7 +206,11 @@ callNodes <- function(cl = NULL, fun, ...) {
   data <- list(fun = fun, args = list(...), return = TRUE, tag = NULL)
   job <- beginJob(handle, sys.nframe(), settingOf(parallels$clusterCall, data))
   on.exit(closeJob(handle, job))
-  for (rank in ranks) sendTask(handle, rank, list(type = "EXEC", data = data, tag = NULL))
+  sent <- hub_broadcast(
+    handle$pointer, ranks, job, list(type = "EXEC", data = data, tag = NULL), handle$lasts
+  )
+  if (is.character(sent)) handleFailed(sent, handle)
+  checked(sent)
   # As they come: what waits for its turn would go through memory twice.
   answers <- vector("list", length(cl))
   for (i in seq_along(cl)) {

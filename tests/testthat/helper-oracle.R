@@ -3,7 +3,7 @@
 # verb of the same name must give.
 
 # The verbs are called by their plain names, as in a script.
-suppressPackageStartupMessages(library(parallel))
+suppressPackageStartupMessages(library(rustcluster))
 
 # Code typed in a test file carries the file with it (srcref); sent to a
 # worker this would be most of the message.
@@ -50,10 +50,10 @@ stop_cluster_pairs <- function() {
   invisible()
 }
 
-# Our verbs, to be found before parallel's.
-our_verbs <- function() {
+# The verbs that both packages have, as this one has them.
+verbs_of <- function(package) {
   names <- intersect(getNamespaceExports("rustcluster"), getNamespaceExports("parallel"))
-  mget(names, asNamespace("rustcluster"))
+  mget(names, asNamespace(package))
 }
 
 # All that a call can give: its value and whether that is visible, or its
@@ -95,9 +95,9 @@ expect_same_as_psock <- function(expr, ..., n = 4L) {
   expr <- strip_srcref(substitute(expr))
   values <- list(...)
   pair <- cluster_pair(n)
-  want <- outcome(expr, pair$psock, values)
+  want <- outcome(expr, pair$psock, c(values, verbs_of("parallel")))
   for (whose in c("ours", "rust")) {
-    got <- outcome(expr, pair[[whose]], c(values, if (whose == "ours") our_verbs()))
+    got <- outcome(expr, pair[[whose]], c(values, verbs_of(if (whose == "ours") "rustcluster" else "parallel")))
     same <- identical(got, want)
     expect(same, if (!same) {
       paste0(

@@ -408,7 +408,7 @@ test_that("snow's timing hooks get rank and times", {
   cl <- cluster_pair()$rust
   set(hooks)
   on.exit(set(old))
-  clusterCall(cl, Sys.sleep, 0.05)
+  parallel::clusterCall(cl, Sys.sleep, 0.05)
   set(old)
   expect_equal(seen$send, 1:4)
   expect_equal(seen$recv[, 1], 1:4)

@@ -4,6 +4,7 @@
 #include <R.h>
 #include <Rinternals.h>
 #include <Rversion.h>
+#include <limits.h>
 
 /* 0: no attributes; 1: names only; 2: others. */
 int rustcluster_attributes(void *value)
@@ -63,7 +64,7 @@ SEXP rustcluster_call_with(void *function, double number)
 {
     SEXP call = PROTECT(Rf_lang2((SEXP) function, R_NilValue));
 
-    SETCADR(call, Rf_ScalarReal(number));
+    SETCADR(call, number <= INT_MAX ? Rf_ScalarInteger((int) number) : Rf_ScalarReal(number));
     SEXP value = Rf_eval(call, R_GlobalEnv);
     UNPROTECT(1);
     return value;

@@ -83,7 +83,7 @@ fn agent_run() -> Robj {
     // are not the worker's own.
     match served {
         Ok(Role::Done) => false.into(),
-        Ok(Role::Worker(channel)) => match worker::adopt(channel, limit) {
+        Ok(Role::Worker(channel)) => match worker::adopt(*channel, limit) {
             Ok(()) => true.into(),
             Err(error) => failed(&error),
         },

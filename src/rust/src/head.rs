@@ -10,12 +10,14 @@ use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::agent;
 use rustcluster_core::hub::{
-    Answer, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB, RECORD_LIMIT,
+    Answer, Begun, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB, RECORD_LIMIT,
 };
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
+use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
+use rustcluster_core::share;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
@@ -48,6 +50,10 @@ pub struct Cluster {
     pub job: RefCell<Option<Box<Job>>>,
     /// Seconds that the way to a worker and back takes, as far as jobs have found out.
     pub ways: RefCell<HashMap<Rank, f64>>,
+    /// What the tasks of the last job had in common, by its content, if nothing in it can change.
+    common: Cell<Option<(u128, PayloadId)>>,
+    /// Payloads, each with the job that it goes with.
+    payloads: RefCell<Vec<(JobId, PayloadId)>>,
 }
 
 impl Cluster {
@@ -56,6 +62,55 @@ impl Cluster {
         let mut messages = self.messages.borrow_mut();
         if !messages.is_empty() {
             messages.retain(|&task, _| hub.expects(task));
+        }
+    }
+
+    /// Lets go of the payloads of a job.
+    fn drop_payloads(&self, job: JobId) {
+        self.payloads.borrow_mut().retain(|&(other, id)| {
+            if other == job {
+                self.hub.borrow_mut().drop_payload(id);
+            }
+            other != job
+        });
+    }
+
+    /// What a worker is sent that is not plain.
+    fn format(&self, rank: Rank) -> Format {
+        let formats = self.formats.borrow();
+        formats.get(rank as usize).copied().unwrap_or_default()
+    }
+
+    /// A task has been sent; its message is kept for as long as it is outstanding.
+    fn sent(&self, task: TaskId, mut message: Message) {
+        message.index = match self.sent_by_job.get() {
+            (last, index) if last == message.job => index + 1,
+            _ => 1,
+        };
+        self.sent_by_job.set((message.job, message.index));
+        self.messages.borrow_mut().insert(task, message);
+    }
+}
+
+/// A message as payloads, one for each format that it was sent in.
+#[derive(Clone, Copy, Default)]
+struct Shared {
+    native: Option<PayloadId>,
+    xdr: Option<PayloadId>,
+}
+
+impl Shared {
+    fn of(&self, format: Format) -> Option<PayloadId> {
+        match format {
+            Format::Native => self.native,
+            Format::Xdr => self.xdr,
+        }
+    }
+
+    fn set(&mut self, format: Format, id: PayloadId) {
+        match format {
+            Format::Native => self.native = Some(id),
+            Format::Xdr => self.xdr = Some(id),
         }
     }
 }
@@ -70,6 +125,8 @@ struct Message {
     /// Which of the job's tasks it is, from 1.
     index: i32,
     lasts: Option<u64>,
+    /// All of it, where its worker's host has it.
+    shared: Shared,
 }
 
 /// No place in a list of nodes.
@@ -164,6 +221,8 @@ fn hub_start(
                 sent_by_job: Cell::new((NO_JOB, 0)),
                 job: RefCell::new(None),
                 ways: RefCell::default(),
+                common: Cell::new(None),
+                payloads: RefCell::default(),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -389,40 +448,190 @@ impl Sink for ToHub<'_> {
 fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
         let owner = rank_of(&cluster.hub.borrow(), rank)?;
-        let job = job as u64;
+        let job = job as JobId;
         let lasts = lasts.as_str().map(name_of);
-        let begun = cluster
-            .hub
-            .borrow_mut()
-            .begin(owner, job, lasts, Turn::Last);
-        let (task, place) = begun.map_err(|gone| Failure::gone(owner, &gone))?;
-        let written = write(cluster, place, job, &message);
-        if written.is_null() {
-            let index = match cluster.sent_by_job.get() {
-                (last, index) if last == job => index + 1,
-                _ => 1,
-            };
-            cluster.sent_by_job.set((job, index));
-            let message = Message {
-                message,
-                owner,
-                job,
-                index,
-                lasts,
-            };
-            cluster.messages.borrow_mut().insert(task, message);
-        }
-        Ok(written)
+        let shared = Shared::default();
+        send(cluster, owner, job, &message, lasts, shared)
     })
 }
 
+/// Sends a message to a node, as a payload if its host has it. `NULL`, or a jump.
+fn send(
+    cluster: &Cluster,
+    owner: Rank,
+    job: JobId,
+    message: &Robj,
+    lasts: Option<u64>,
+    shared: Shared,
+) -> std::result::Result<Robj, Failure> {
+    let payload = |place| shared.of(cluster.format(place));
+    let begun = cluster
+        .hub
+        .borrow_mut()
+        .begin(owner, job, lasts, Turn::Last, payload);
+    let begun = begun.map_err(|gone| Failure::gone(owner, &gone))?;
+    let written = write(cluster, &begun, job, message);
+    if written.is_null() {
+        let message = Message {
+            message: message.clone(),
+            owner,
+            job,
+            index: 0,
+            lasts,
+            shared,
+        };
+        cluster.sent(begun.task, message);
+    }
+    Ok(written)
+}
+
+/// Sends the same message to many nodes, in this order: as many calls of `hub_send`, but it is
+/// serialized once and crosses to each host once.
+/// @noRd
+#[extendr]
+fn hub_broadcast(handle: Robj, ranks: &[i32], job: f64, message: Robj, lasts: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let owners: std::result::Result<Vec<Rank>, Failure> = {
+            let hub = cluster.hub.borrow();
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect()
+        };
+        let job = job as JobId;
+        let lasts = lasts.as_str().map(name_of);
+        let sent = broadcast(cluster, &owners?, job, &message, lasts);
+        // What goes with no job is not tried again either: its tasks get it, and that is all.
+        if job == NO_JOB {
+            cluster.drop_payloads(job);
+        }
+        sent
+    })
+}
+
+fn broadcast(
+    cluster: &Cluster,
+    owners: &[Rank],
+    job: JobId,
+    message: &Robj,
+    lasts: Option<u64>,
+) -> std::result::Result<Robj, Failure> {
+    let mut shared = Shared::default();
+    if owners.len() > 1 {
+        match share(cluster, owners, job, message, lasts.is_some()) {
+            Ok(made) => shared = made,
+            Err(Jump(token)) => return Ok(token),
+        }
+    }
+    for &owner in owners {
+        let sent = send(cluster, owner, job, message, lasts, shared)?;
+        if !sent.is_null() {
+            return Ok(sent);
+        }
+    }
+    Ok(().into())
+}
+
+/// Sends a message that is not plain to the hosts of these workers, as a payload for each format.
+fn share(
+    cluster: &Cluster,
+    owners: &[Rank],
+    job: JobId,
+    message: &Robj,
+    lasts: bool,
+) -> std::result::Result<Shared, Jump> {
+    let mut shared = Shared::default();
+    for format in [Format::Native, Format::Xdr] {
+        let of_format = owners.iter().copied();
+        let of_format = of_format.filter(|&owner| cluster.format(owner) == format);
+        let ranks: Vec<Rank> = of_format.collect();
+        let plain = format == Format::Native && is_plain(cluster, message)?;
+        if ranks.len() < 2 || plain {
+            continue;
+        }
+        let id = cluster.hub.borrow_mut().begin_payload(&ranks, lasts);
+        if let Err(jump) = stream::serialize(message, format, &mut ToHub(cluster)) {
+            cluster.hub.borrow_mut().abandon();
+            return Err(jump);
+        }
+        cluster.hub.borrow_mut().finish_payload();
+        cluster.payloads.borrow_mut().push((job, id));
+        shared.set(format, id);
+    }
+    Ok(shared)
+}
+
+/// What a job's tasks have in common is kept from job to job up to this size.
+const SMALL: usize = 64 * 1024;
+
+/// Sends what the tasks of a job have in common to the hosts of these workers. Returns the payload, and
+/// whether nothing in it can change.
+///
+/// # Errors
+/// When R jumped.
+pub fn share_common(
+    cluster: &Cluster,
+    ranks: &[Rank],
+    job: JobId,
+    common: &Robj,
+) -> std::result::Result<(PayloadId, bool), Jump> {
+    // The same function as in the job before is known to the workers: R need not compile it again.
+    let small = match repeat::least_size(common) <= SMALL {
+        true => stream::serialize_fixed(common, SMALL)?,
+        false => None,
+    };
+    let key = small.as_deref().map(share::key_of);
+    if let (Some(key), Some((last, id))) = (key, cluster.common.get()) {
+        let has = |&rank: &Rank| cluster.hub.borrow().has_payload(rank, id);
+        if key == last && ranks.iter().all(has) {
+            return Ok((id, true));
+        }
+    }
+    let id = cluster.hub.borrow_mut().begin_payload(ranks, false);
+    let fixed = match small {
+        Some(bytes) => {
+            cluster.hub.borrow_mut().write(&bytes);
+            true
+        }
+        None => match stream::serialize(common, Format::Native, &mut ToHub(cluster)) {
+            Ok(fixed) => fixed,
+            Err(jump) => {
+                cluster.hub.borrow_mut().abandon();
+                return Err(jump);
+            }
+        },
+    };
+    cluster.hub.borrow_mut().finish_payload();
+    match key {
+        Some(key) => {
+            if let Some((_, last)) = cluster.common.replace(Some((key, id))) {
+                cluster.hub.borrow_mut().drop_payload(last);
+            }
+        }
+        None => cluster.payloads.borrow_mut().push((job, id)),
+    }
+    Ok((id, fixed))
+}
+
+/// Sends it once more, to the host of this worker, which does not have it.
+///
+/// # Errors
+/// When R jumped.
+pub fn share_again(
+    cluster: &Cluster,
+    id: PayloadId,
+    place: Rank,
+    common: &Robj,
+) -> std::result::Result<(), Jump> {
+    cluster.hub.borrow_mut().begin_payload_again(id, place);
+    stream::serialize(common, Format::Native, &mut ToHub(cluster))?;
+    cluster.hub.borrow_mut().finish_payload();
+    Ok(())
+}
+
 /// Writes a message to the hub, where its task has begun. `NULL`, or a jump.
-fn write(cluster: &Cluster, place: Rank, job: JobId, message: &Robj) -> Robj {
-    let format = cluster.formats.borrow()[place as usize];
-    let written = match send_plain(cluster, format, message) {
-        Ok(true) => Ok(()),
-        Ok(false) => send_large(cluster, job, format, message),
-        Err(jump) => Err(jump),
+fn write(cluster: &Cluster, begun: &Begun, job: JobId, message: &Robj) -> Robj {
+    let written = match begun.shared {
+        // The payload is all of it.
+        true => Ok(()),
+        false => write_all(cluster, begun.place, job, message),
     };
     match written {
         Ok(()) => {
@@ -434,6 +643,19 @@ fn write(cluster: &Cluster, place: Rank, job: JobId, message: &Robj) -> Robj {
             token
         }
     }
+}
+
+fn write_all(
+    cluster: &Cluster,
+    place: Rank,
+    job: JobId,
+    message: &Robj,
+) -> std::result::Result<(), Jump> {
+    let format = cluster.format(place);
+    if send_plain(cluster, format, message)? {
+        return Ok(());
+    }
+    send_large(cluster, job, format, message)
 }
 
 /// A number for the name of what a message sets; 0 for none.
@@ -453,13 +675,17 @@ fn name_of(name: &str) -> u64 {
 fn hub_try_again(handle: Robj, task: f64) -> Robj {
     let task = task as TaskId;
     with_cluster(&handle, |cluster| {
-        let (message, owner, job, lasts) = match cluster.messages.borrow().get(&task) {
-            Some(m) => (m.message.clone(), m.owner, m.job, m.lasts),
+        let (message, owner, job, lasts, shared) = match cluster.messages.borrow().get(&task) {
+            Some(m) => (m.message.clone(), m.owner, m.job, m.lasts, m.shared),
             None => return Err(Failure::new("no_task")),
         };
-        let begun = cluster.hub.borrow_mut().try_again(owner, task, lasts);
-        let place = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
-        Ok(write(cluster, place, job, &message))
+        let payload = |place| shared.of(cluster.format(place));
+        let begun = cluster
+            .hub
+            .borrow_mut()
+            .try_again(owner, task, lasts, payload);
+        let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
+        Ok(write(cluster, &begun, job, &message))
     })
 }
 
@@ -509,10 +735,25 @@ fn send_plain(
     if format != Format::Native {
         return Ok(false);
     }
+    with_plain(cluster, message, |bytes| {
+        cluster.hub.borrow_mut().write(bytes);
+    })
+}
+
+fn is_plain(cluster: &Cluster, message: &Robj) -> std::result::Result<bool, Jump> {
+    with_plain(cluster, message, |_| ())
+}
+
+/// Runs `then` with the bytes of a message that is plain. Returns whether it is.
+fn with_plain(
+    cluster: &Cluster,
+    message: &Robj,
+    then: impl FnOnce(&[u8]),
+) -> std::result::Result<bool, Jump> {
     let (mut sent, mut bytes) = cluster.sent.take();
     let written = plain::write_task(message, &mut sent, &mut bytes);
     if let Ok(true) = written {
-        cluster.hub.borrow_mut().write(&bytes);
+        then(&bytes);
     }
     cluster.sent.set((sent, bytes));
     written
@@ -794,19 +1035,24 @@ fn hub_events(handle: Robj) -> Robj {
     with_hub(&handle, |hub| Ok(events(hub)))
 }
 
+/// Cancels what is left of a job.
+pub fn close_job(cluster: &Cluster, job: JobId) {
+    cluster.last.set(None);
+    if let Some(job) = cluster.job.take() {
+        cluster.ways.borrow_mut().extend(job.ways());
+    }
+    cluster.hub.borrow_mut().cancel_job(job);
+    cluster.drop_payloads(job);
+    cluster.forget_messages(&cluster.hub.borrow());
+}
+
 /// Cancels what is left of a job. Returns what there is to be shown.
 /// @noRd
 #[extendr]
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
-        let job = job as JobId;
-        cluster.last.set(None);
-        if let Some(job) = cluster.job.take() {
-            cluster.ways.borrow_mut().extend(job.ways());
-        }
-        cluster.hub.borrow_mut().cancel_job(job);
+        close_job(cluster, job as JobId);
         let hub = cluster.hub.borrow();
-        cluster.forget_messages(&hub);
         Ok(events(&hub))
     })
 }
@@ -861,6 +1107,7 @@ extendr_module! {
     fn hub_go;
     fn hub_progress;
     fn hub_send;
+    fn hub_broadcast;
     fn hub_try_again;
     fn hub_give_up;
     fn hub_forget;

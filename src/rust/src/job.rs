@@ -15,9 +15,9 @@ use extendr_ffi::{
     XLENGTH,
 };
 use rustcluster_core::hub::{Answer, Turn};
+use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::planner::{Assignment, Ended, Planner};
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
-use rustcluster_core::share;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
@@ -38,11 +38,9 @@ pub struct Job {
     ranks: Vec<Rank>,
     /// The places of each worker.
     places: HashMap<Rank, usize>,
-    /// The list of function and common arguments, and its serialized form.
+    /// The list of function and common arguments, and the payload by which workers have it.
     common: Robj,
-    common_bytes: Vec<u8>,
-    /// Under which workers keep it.
-    key: u64,
+    payload: PayloadId,
     /// Of [`unit::Head`].
     flags: u8,
     elements: Elements,
@@ -79,7 +77,8 @@ struct Sent {
     /// From 0.
     tasks: Vec<usize>,
     at: Instant,
-    ahead: bool,
+    /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
+    telling: bool,
     /// It has been asked back.
     recalled: bool,
 }
@@ -157,8 +156,10 @@ fn job_begin(
     settings: List,
 ) -> Robj {
     head::with_cluster(&handle, |cluster| {
-        if cluster.job.try_borrow().map_or(true, |job| job.is_some()) {
-            return Err(Failure::new("busy"));
+        // R's code that ends a job may have been interrupted.
+        let stale = cluster.job.borrow().as_ref().map(|job| job.id);
+        if let Some(stale) = stale {
+            head::close_job(cluster, stale);
         }
         let hub = cluster.hub.borrow();
         let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
@@ -186,9 +187,8 @@ fn job_begin(
         let timeout = settings.get("timeout").and_then(Robj::as_real);
         let timeout = timeout.unwrap_or(f64::INFINITY);
         let seed = settings.get("seed").cloned().unwrap_or_default();
-        let mut bytes = Vec::new();
-        let fixed = match stream::serialize(&common, Format::Native, &mut bytes) {
-            Ok(fixed) => fixed,
+        let (payload, fixed) = match head::share_common(cluster, &ranks, job as JobId, &common) {
+            Ok(shared) => shared,
             Err(Jump(token)) => return Ok(token),
         };
         let flags = [
@@ -221,12 +221,7 @@ fn job_begin(
             ready: (0..ranks.len()).collect(),
             ranks,
             common,
-            key: match fixed {
-                // Known again in the next job: R compiles a function once, then.
-                true => share::key_of(&bytes) as u64,
-                false => job as u64,
-            },
-            common_bytes: bytes,
+            payload,
             flags,
             elements: match elements.is_function() {
                 true => Elements::Function(elements),
@@ -458,9 +453,20 @@ impl Job {
         if turn == Turn::Ahead && form != Form::Unit {
             return Ok(0);
         }
-        let begun = cluster.hub.borrow_mut().begin(rank, self.id, None, turn);
-        let (task, on) = begun.map_err(|gone| Failure::gone(rank, &gone))?;
-        let written = self.write(cluster, on, positions[0], form);
+        let payload = (form != Form::Message).then_some(self.payload);
+        let mut hub = cluster.hub.borrow_mut();
+        let begun = hub.begin(rank, self.id, None, turn, |_| payload);
+        drop(hub);
+        let begun = begun.map_err(|gone| Failure::gone(rank, &gone))?;
+        let task = begun.task;
+        let written = match payload {
+            // A host that has come back, say.
+            Some(payload) if !begun.shared => {
+                head::share_again(cluster, payload, begun.place, &self.common)
+            }
+            _ => Ok(()),
+        };
+        let written = written.and_then(|()| self.write(cluster, begun.place, positions[0], form));
         match written {
             Ok(()) => cluster.hub.borrow_mut().finish(),
             Err(jump) => {
@@ -472,7 +478,7 @@ impl Job {
             place,
             tasks: positions[..count].to_vec(),
             at: Instant::now(),
-            ahead: turn == Turn::Ahead,
+            telling: turn == Turn::Last && begun.place == rank,
             recalled: false,
         };
         self.sent.insert(task, sent);
@@ -520,14 +526,10 @@ impl Job {
     fn gather(&mut self, positions: &[usize]) -> std::result::Result<(usize, Form), Jump> {
         self.message.clear();
         let head = unit::Head {
-            flags: self.flags | unit::COMMON,
-            key: self.key,
+            flags: self.flags,
             count: 0,
         };
         head.write(&mut self.message);
-        let common = self.common_bytes.len() as u64;
-        self.message.extend_from_slice(&common.to_ne_bytes());
-        self.message.extend_from_slice(&self.common_bytes);
         let mut gathering = Gathering {
             indices: positions.iter().map(|&at| self.task(at)).collect(),
             job: self,
@@ -601,7 +603,7 @@ impl Job {
         let taken = unwind::run(take_protected, &mut taking);
         let (seconds, count) = (taking.seconds, taking.count);
         taken?;
-        let turnaround = (!sent.ahead).then(|| now.duration_since(sent.at));
+        let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let ended = Ended {
             tasks: count,
             busy: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
@@ -653,9 +655,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let gathering = &mut *data.cast::<Gathering<'_>>();
         let job = &mut *gathering.job;
-        while gathering.count < gathering.indices.len()
-            && job.message.len() < FULL + job.common_bytes.len()
-        {
+        while gathering.count < gathering.indices.len() && job.message.len() < FULL {
             let index = gathering.indices[gathering.count];
             let before = job.message.len();
             add_seed(&job.seed, index, &mut job.message);
@@ -736,13 +736,10 @@ unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
         } else {
             let prefix = &mut writing.prefix;
             unit::Head {
-                flags: job.flags | unit::COMMON,
-                key: job.key,
+                flags: job.flags,
                 count: 1,
             }
             .write(prefix);
-            prefix.extend_from_slice(&(job.common_bytes.len() as u64).to_ne_bytes());
-            prefix.extend_from_slice(&job.common_bytes);
             add_seed(&job.seed, writing.index, prefix);
             writing.sink.write(prefix);
             unit::write_serialized(element, writing.sink);
@@ -849,20 +846,23 @@ fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
             job.done += 1;
         }
         let rank = job.ranks[place];
-        match job.assignment {
-            Assignment::Free => job.planner.returned(place, &tasks),
+        let replaced = cluster.hub.borrow().worker(rank).gone.is_none();
+        if job.assignment == Assignment::Round && replaced {
             // Before what follows them: they go on with the random numbers that those before have left.
-            Assignment::Round => {
-                for &position in tasks.iter().rev() {
-                    job.send(cluster, place, &[position], Turn::First)?;
-                    job.planner.given_first(place);
-                }
+            for &position in tasks.iter().rev() {
+                job.send(cluster, place, &[position], Turn::First)?;
+                job.planner.given_first(place);
             }
+        } else {
+            job.planner.lost(place, &tasks);
         }
         let mut hub = cluster.hub.borrow_mut();
         hub.forget(rank, id);
         drop(hub);
-        job.ready.push_back(place);
+        // All that was with a worker which is gone is told as lost, and in its order.
+        if replaced || job.assignment == Assignment::Free {
+            job.ready.push_back(place);
+        }
         job.wake();
         Ok(().into())
     })

@@ -1,5 +1,5 @@
 //! Units: tasks of a job that cross together, and their answers. What they have in common, a function
-//! and arguments, is sent apart, as a list of the two.
+//! and arguments, is the payload with which their message begins, a list of the two.
 //!
 //! A value is either plain (see [`crate::plain`]) or in R's serialization, whichever its first byte
 //! says. All numbers are in the byte order of this machine.
@@ -21,8 +21,6 @@ pub const SPREAD: u8 = 1;
 pub const SEEDED: u8 = 2;
 /// Nothing in what the tasks have in common can change.
 pub const FIXED: u8 = 4;
-/// What they have in common is in this message.
-pub const COMMON: u8 = 8;
 
 /// What a result begins with: its value follows, or that of an error.
 pub const VALUE: u8 = 1;
@@ -38,37 +36,32 @@ pub const SEED: usize = 7;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Head {
     pub flags: u8,
-    /// Under which the worker keeps what is common.
-    pub key: u64,
     pub count: u32,
 }
 
 impl Head {
     pub fn write(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&[UNIT, self.flags]);
-        out.extend_from_slice(&self.key.to_ne_bytes());
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
     /// Puts another count into a message that begins with this.
     pub fn count(message: &mut [u8], count: u32) {
-        if let Some(at) = message.get_mut(10..14) {
+        if let Some(at) = message.get_mut(2..6) {
             at.copy_from_slice(&count.to_ne_bytes());
         }
     }
 
     /// Takes it off the front of a message, if that is a unit.
     pub fn read(body: &mut Body) -> Option<Head> {
-        let mut bytes = [0; 14];
+        let mut bytes = [0; 6];
         if body.chunks.front()?.first() != Some(&UNIT) || !body.fill(&mut bytes) {
             return None;
         }
-        let [_, flags, rest @ ..] = bytes;
-        let (key, count) = rest.split_first_chunk()?;
+        let [_, flags, count @ ..] = bytes;
         Some(Head {
             flags,
-            key: u64::from_ne_bytes(*key),
-            count: u32::from_ne_bytes(count.try_into().ok()?),
+            count: u32::from_ne_bytes(count),
         })
     }
 }

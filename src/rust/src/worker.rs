@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::plain::{self, Received};
-use crate::stream::{self, Format, Sink};
+use crate::stream::{self, Format, Sink, Source};
 use crate::unit::{self, AnswerHead};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
@@ -15,7 +15,7 @@ use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
 use rustcluster_core::sys;
-use rustcluster_core::worker::{Channel, Seed};
+use rustcluster_core::worker::{Channel, Payload, Seed, Task};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -178,7 +178,7 @@ fn worker_serve() -> Robj {
 
 /// One task: what of it is not R's, and therefore outlives a jump.
 struct Turn {
-    body: Body,
+    task: Task,
     /// Integers of random number generators' states, and whether they are another's.
     seeds: Vec<(Vec<c_int>, bool)>,
     sink: ToAgent,
@@ -194,6 +194,35 @@ struct Kept {
     received: Received,
     answer: Vec<u8>,
     common: Common,
+}
+
+/// All of a task's message, when it does not come in one piece. What is in shared memory is read
+/// from there.
+struct Message<'a> {
+    task: &'a mut Task,
+    /// Bytes of the payload that have been read.
+    at: usize,
+}
+
+impl Source for Message<'_> {
+    fn fill(&mut self, out: &mut [u8]) -> bool {
+        let payload = self.task.payload.as_ref();
+        let rest = payload.map_or(&[][..], |payload| &payload.bytes[self.at..]);
+        let n = rest.len().min(out.len());
+        let (now, later) = out.split_at_mut(n);
+        now.copy_from_slice(&rest[..n]);
+        self.at += n;
+        later.is_empty() || self.task.body.fill(later)
+    }
+}
+
+/// A message that came in one piece.
+fn whole(task: &Task) -> Option<&[u8]> {
+    match &task.payload {
+        Some(payload) if task.body.len == 0 => Some(&payload.bytes),
+        Some(_) => None,
+        None => task.body.whole(),
+    }
 }
 
 thread_local! {
@@ -226,35 +255,45 @@ fn serve_one() -> std::result::Result<(), Stop> {
 }
 
 impl Turn {
-    fn next() -> std::result::Result<Turn, Stop> {
-        // One that came too late for the task before.
-        unwind::forget_interrupt();
-        let mut body = with_channel(Channel::next_task)?.ok_or(Stop::Done)?;
-        FORMAT.set(Format::of(body.chunks.front().map_or(&[], |chunk| chunk)));
-        let unit = unit::Head::read(&mut body).map(Unit::new);
-        Ok(Turn {
-            seeds: with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?,
-            body: match unit {
-                Some(_) => Body::default(),
-                None => std::mem::take(&mut body),
-            },
-            sink: ToAgent(Ok(())),
-            done: false,
-            kept: KEPT.take(),
-            unit: unit.map(|unit| Unit { body, ..unit }),
-        })
-    }
-
-    /// Goes on with a unit.
-    fn again(unit: Unit) -> Turn {
+    fn new(task: Task, unit: Option<Unit>) -> Turn {
         Turn {
-            body: Body::default(),
+            task,
             seeds: Vec::new(),
             sink: ToAgent(Ok(())),
             done: false,
             kept: KEPT.take(),
-            unit: Some(unit),
+            unit,
         }
+    }
+
+    fn next() -> std::result::Result<Turn, Stop> {
+        // One that came too late for the task before.
+        unwind::forget_interrupt();
+        let mut task = with_channel(Channel::next_task)?.ok_or(Stop::Done)?;
+        let seeds =
+            with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?;
+        let unit = match task.payload.take() {
+            Some(payload) => match unit::Head::read(&mut task.body) {
+                Some(head) => Some(Unit::new(head, payload, std::mem::take(&mut task.body))),
+                None => {
+                    task.payload = Some(payload);
+                    None
+                }
+            },
+            None => None,
+        };
+        let first = match &task.payload {
+            Some(payload) => Some(&payload.bytes),
+            None => task.body.chunks.front(),
+        };
+        FORMAT.set(Format::of(first.map_or(&[], |bytes| bytes)));
+        let turn = Turn::new(task, unit);
+        Ok(Turn { seeds, ..turn })
+    }
+
+    /// Goes on with a unit.
+    fn again(unit: Unit) -> Turn {
+        Turn::new(Task::default(), Some(unit))
     }
 }
 
@@ -273,14 +312,15 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
         let turn = data.cast::<Turn>();
-        match (*turn).body.whole().filter(|bytes| plain::is_plain(bytes)) {
-            Some(bytes) => {
+        match whole(&(*turn).task) {
+            Some(bytes) if plain::is_plain(bytes) => {
                 let call = Rf_protect(plain::read_task(bytes, &mut (*turn).kept.received));
                 let part = |i| VECTOR_ELT(call, i).cast();
                 rustcluster_take_call(part(0), part(1), part(2));
             }
-            None => {
-                let message = Rf_protect(stream::read(&mut (*turn).body));
+            _ => {
+                let task = &mut (*turn).task;
+                let message = Rf_protect(stream::read(&mut Message { task, at: 0 }));
                 (*turn).done = rustcluster_take_message(message.cast()) == 0;
             }
         }
@@ -310,12 +350,10 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
 /// are worth: so many are of copies that have never been called, as all are with PSOCK.
 const NOT_COMPILED: u32 = 50;
 
-/// What the tasks of a job have in common, as it came last.
+/// What the tasks of a job have in common, as it came last: in R's serialization, and as a list.
 #[derive(Default)]
 struct Common {
-    key: u64,
-    /// In R's serialization.
-    bytes: Vec<u8>,
+    payload: Payload,
     /// The list, preserved, if nothing in it can change.
     value: Option<SEXP>,
     uses: u32,
@@ -330,7 +368,7 @@ impl Common {
             let value = match self.value {
                 Some(value) => value,
                 None => {
-                    let mut bytes = &self.bytes[..];
+                    let mut bytes = &self.payload.bytes[..];
                     let value = stream::read(&mut bytes);
                     if !fixed {
                         return value;
@@ -352,18 +390,26 @@ impl Common {
         }
     }
 
-    fn forget(&mut self) {
+    /// Takes another, if it is another.
+    fn take(&mut self, payload: &Payload) {
+        if self.payload.id == payload.id {
+            return;
+        }
         if let Some(value) = self.value.take() {
             // SAFETY: on R's thread; preserved when it was made.
             unsafe { R_ReleaseObject(value) };
         }
-        *self = Common::default();
+        *self = Common {
+            payload: payload.clone(),
+            ..Common::default()
+        };
     }
 }
 
 /// Tasks that came together.
 struct Unit {
     head: unit::Head,
+    common: Payload,
     body: Body,
     began: Instant,
     /// Tasks that have been begun.
@@ -378,10 +424,11 @@ struct Unit {
 }
 
 impl Unit {
-    fn new(head: unit::Head) -> Unit {
+    fn new(head: unit::Head, common: Payload, body: Body) -> Unit {
         Unit {
             head,
-            body: Body::default(),
+            common,
+            body,
             began: Instant::now(),
             begun: 0,
             reading: false,
@@ -417,9 +464,7 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
         };
         if unit.begun == 0 {
             put_seeds(&turn.seeds);
-            if unit.is(unit::COMMON) {
-                take_common(unit, &mut turn.kept.common);
-            }
+            turn.kept.common.take(&unit.common);
         }
         signals::unblock_interrupt();
         while unit.begun < unit.head.count {
@@ -447,24 +492,6 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
             Rf_unprotect(3);
         }
         R_NilValue
-    }
-}
-
-/// # Safety
-/// Under [`unwind::run`].
-unsafe fn take_common(unit: &mut Unit, common: &mut Common) {
-    let mut length = [0; 8];
-    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
-    unsafe { unit::read_bytes(&mut unit.body, &mut length) };
-    let length = u64::from_ne_bytes(length) as usize;
-    if common.key != unit.head.key {
-        common.forget();
-        common.key = unit.head.key;
-        common.bytes.resize(length, 0);
-        // SAFETY: as above.
-        unsafe { unit::read_bytes(&mut unit.body, &mut common.bytes) };
-    } else {
-        unit.body.skip(length);
     }
 }
 

@@ -29,8 +29,13 @@ pub const SAME: u8 = 16;
 /// Of a seed: that of a task which another worker should have had, and for that task alone.
 pub const GUEST: u8 = 32;
 
+/// Of the first frame of a message: its body is the number of a payload (8 bytes), with whose bytes
+/// the message begins. Of a payload, towards a worker: its bytes are in a descriptor that comes
+/// along, and the body says how many they are (8 bytes).
+pub const SHARED: u8 = 64;
+
 /// All flags that there are.
-const FLAGS: u8 = FIRST | LAST | ABORT | KEEP | SAME | GUEST;
+const FLAGS: u8 = FIRST | LAST | ABORT | KEEP | SAME | GUEST | SHARED;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +60,9 @@ pub enum Kind {
     /// again if the worker has to be replaced (see [`crate::agent::replay`]). The body, 8 bytes,
     /// names what it sets; 0: nothing in particular.
     State = 7,
+    /// A chunk of what many messages begin with; `task` is its number (see [`crate::payloads`]).
+    /// With [`ABORT`]: it is not needed any more, whether all of it has been sent or not.
+    Payload = 8,
 }
 
 impl Kind {
@@ -67,6 +75,7 @@ impl Kind {
             5 => Kind::Cancel,
             6 => Kind::Seed,
             7 => Kind::State,
+            8 => Kind::Payload,
             _ => return None,
         })
     }
@@ -164,6 +173,20 @@ impl Frame {
         }
     }
 
+    /// The frame with which a message to `worker` begins that begins with a payload. `last`: it is
+    /// all of the message.
+    pub fn shared(worker: u32, task: u64, payload: u64, last: bool) -> Frame {
+        let flags = FIRST | SHARED | if last { LAST } else { 0 };
+        let body = Bytes::copy_from_slice(&payload.to_le_bytes());
+        Frame::new(Kind::Data, flags, worker, task, body)
+    }
+
+    /// The number that the body of this frame is, if it is one.
+    pub fn number(&self) -> Option<u64> {
+        let bytes = <[u8; 8]>::try_from(&self.body[..]).ok()?;
+        Some(u64::from_le_bytes(bytes))
+    }
+
     /// Leave for `worker` to send `bytes` more of the body of `task`.
     pub fn credit(worker: u32, task: u64, bytes: u32) -> Frame {
         Frame {
@@ -257,9 +280,10 @@ mod tests {
                 Just(Kind::Output),
                 Just(Kind::Cancel),
                 Just(Kind::Seed),
-                Just(Kind::State)
+                Just(Kind::State),
+                Just(Kind::Payload)
             ],
-            0u8..64,
+            0u8..128,
             any::<u32>(),
             any::<u64>(),
             prop_oneof![
@@ -345,7 +369,7 @@ mod tests {
     fn unknown_kinds_and_flags_are_refused() {
         let mut bytes = Frame::credit(1, 2, 3).header.to_bytes();
         assert!(Header::decode(&bytes).is_ok());
-        bytes[1] = 64;
+        bytes[1] = 128;
         assert!(Header::decode(&bytes).is_err());
         bytes[1] = 0;
         bytes[2] = 1;

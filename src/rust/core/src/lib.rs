@@ -13,6 +13,7 @@ pub mod launch;
 pub mod limits;
 pub mod message;
 pub mod outbuf;
+pub mod payloads;
 pub mod planner;
 pub mod pulse;
 pub mod scheduler;

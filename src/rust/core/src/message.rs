@@ -224,6 +224,10 @@ pub enum ToHead {
         pid: u32,
         command: String,
     },
+    /// The agent cannot go on and ends all.
+    Failed {
+        reason: String,
+    },
 }
 
 /// What an agent tells a spawned worker first.

@@ -70,8 +70,10 @@ pub struct Ended {
 /// Tasks that have not been given out.
 #[derive(Debug)]
 struct Queue {
-    /// They were given out and came back.
+    /// They were lost. One of them may cost its worker each time, so they go one by one.
     again: VecDeque<usize>,
+    /// They were given out and came back.
+    back: VecDeque<usize>,
     next: usize,
     step: usize,
     end: usize,
@@ -79,11 +81,18 @@ struct Queue {
 
 impl Queue {
     fn len(&self) -> usize {
-        self.again.len() + self.end.saturating_sub(self.next).div_ceil(self.step)
+        self.again.len() + self.back.len() + self.end.saturating_sub(self.next).div_ceil(self.step)
+    }
+
+    fn take(&mut self, count: usize) -> Vec<usize> {
+        match self.again.pop_front() {
+            Some(task) => vec![task],
+            None => std::iter::from_fn(|| self.pop()).take(count).collect(),
+        }
     }
 
     fn pop(&mut self) -> Option<usize> {
-        self.again.pop_front().or_else(|| {
+        self.back.pop_front().or_else(|| {
             let task = self.next;
             (task < self.end).then(|| self.next += self.step)?;
             Some(task)
@@ -130,6 +139,7 @@ impl Planner {
     pub fn new(assignment: Assignment, tasks: usize, places: usize) -> Planner {
         let queue = |first, step| Queue {
             again: VecDeque::new(),
+            back: VecDeque::new(),
             next: first,
             step,
             end: tasks,
@@ -201,8 +211,7 @@ impl Planner {
             return None;
         }
         let size = task.map_or(1, |task| self.size(place, task));
-        let queue = self.queue(place);
-        let tasks: Vec<usize> = std::iter::from_fn(|| queue.pop()).take(size).collect();
+        let tasks = self.queue(place).take(size);
         let at = &mut self.places[place];
         at.out.push_back(tasks.len());
         if !ahead {
@@ -325,12 +334,21 @@ impl Planner {
         }
     }
 
-    /// These tasks of this place, in this order, are to be given out again, before all others.
+    /// These tasks of this place, in this order, have not been begun and are to be given out again,
+    /// before those that have not been given out.
     pub fn returned(&mut self, place: usize, tasks: &[usize]) {
         let queue = self.queue(place);
         for &task in tasks.iter().rev() {
-            queue.again.push_front(task);
+            queue.back.push_front(task);
         }
+    }
+
+    /// These tasks of this place were lost with their worker and are to be given out again, one by one
+    /// and in their order before all others.
+    pub fn lost(&mut self, place: usize, tasks: &[usize]) {
+        let again = &mut self.queue(place).again;
+        again.extend(tasks);
+        again.make_contiguous().sort_unstable();
     }
 
     /// No more is to go to this place. What is bound to it stays.
@@ -507,8 +525,13 @@ mod tests {
             let unit = planner.next(0, Duration::ZERO).unwrap();
             planner.dropped(0, false);
             planner.returned(0, &unit.tasks);
-            prop_assert_eq!(planner.next(0, Duration::ZERO).unwrap().tasks, unit.tasks);
+            prop_assert_eq!(&planner.next(0, Duration::ZERO).unwrap().tasks, &unit.tasks);
             planner.dropped(0, false);
+            planner.lost(0, &[2 * places, 0]);
+            for task in [0, 2 * places] {
+                prop_assert_eq!(planner.next(0, Duration::ZERO).unwrap().tasks, [task]);
+                planner.dropped(0, false);
+            }
             planner.gone(0);
             prop_assert_eq!(planner.next(0, Duration::ZERO), None);
         }

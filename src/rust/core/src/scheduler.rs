@@ -12,8 +12,10 @@
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
+use crate::frame::SHARED;
 use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
 use crate::message::{self, Loss, ToAgent, ToHead};
+use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::{Buf, Bytes};
 use std::collections::VecDeque;
@@ -171,6 +173,11 @@ pub enum Note {
         pid: u32,
         command: String,
     },
+    /// The agent cannot go on.
+    Failed {
+        agent: usize,
+        reason: String,
+    },
 }
 
 /// Whose answer R is waiting for. Large results are asked for accordingly.
@@ -211,6 +218,8 @@ pub struct Order {
     /// It may be sent to its worker's agent while the worker is at the one before. That of another
     /// worker, and one that lasts, never is.
     pub ahead: bool,
+    /// Its message begins with this payload, which the worker's agent has.
+    pub payload: Option<PayloadId>,
 }
 
 /// A message by which a worker is restored: its task's number, its name and its chunks.
@@ -233,6 +242,8 @@ struct Task {
     lasts: Option<u64>,
     instead_of: Option<Rank>,
     ahead: bool,
+    /// Until it has been named to the agent, what the message begins with.
+    payload: Option<PayloadId>,
     /// The worker is to have its known random numbers after it.
     leaves_seed: bool,
 }
@@ -248,6 +259,7 @@ impl Task {
             lasts: Some(name),
             instead_of: None,
             ahead: false,
+            payload: None,
             leaves_seed: last,
         }
     }
@@ -314,6 +326,8 @@ struct Next {
     /// All chunks, also those that have been sent: until it has started, it may have to be sent to
     /// another worker in that place.
     kept: VecDeque<Chunk>,
+    /// What the message begins with.
+    payload: Option<PayloadId>,
     /// It is not wanted any more. The agent says whether it had started.
     cancelled: bool,
     /// It is to be had back. If it had started, the agent says nothing.
@@ -324,6 +338,7 @@ impl Next {
     fn new(task: Task) -> Next {
         Next {
             kept: task.chunks.clone(),
+            payload: task.payload,
             task,
             phase: Phase::Sending { first: true },
             cancelled: false,
@@ -339,6 +354,7 @@ impl Next {
     /// As it was before any of it was sent.
     fn unsent(mut self) -> Task {
         self.task.chunks = self.kept;
+        self.task.payload = self.payload;
         self.task
     }
 }
@@ -406,6 +422,7 @@ impl Worker {
     fn can_send(&self) -> bool {
         self.sending()
             .is_some_and(|task| match task.chunks.front() {
+                _ if task.payload.is_some() => self.window >= HEADER_LEN + size_of::<PayloadId>(),
                 Some(chunk) => self.window >= HEADER_LEN + chunk.bytes.len(),
                 None => task.complete && self.window >= HEADER_LEN,
             })
@@ -434,6 +451,8 @@ struct Agent {
     sendable: VecDeque<Rank>,
     /// What it keeps, if it keeps chunks.
     mirror: Option<Mirror>,
+    /// What it has of payloads, or is to be sent.
+    payloads: Payloads,
     lost: bool,
     /// Losses since a task last ended there.
     losses: usize,
@@ -481,6 +500,7 @@ impl Scheduler {
                     control: VecDeque::new(),
                     sendable: VecDeque::new(),
                     mirror: None,
+                    payloads: Payloads::default(),
                     lost: false,
                     losses: 0,
                 })
@@ -565,6 +585,18 @@ impl Scheduler {
             });
             return;
         }
+        let payloads = &self.agents[worker.agent].payloads;
+        if order.payload.is_some_and(|payload| !payloads.has(payload)) {
+            // Its host was lost and is back again, without it.
+            let gone = Gone::Host("the host was lost, and what it had been sent with it".into());
+            self.notes.push(Note::Done {
+                rank: order.rank,
+                task: order.task,
+                job: order.job,
+                outcome: Outcome::Lost(Arc::new(gone)),
+            });
+            return;
+        }
         let task = Task {
             id: order.task,
             job: order.job,
@@ -573,6 +605,7 @@ impl Scheduler {
             lasts: order.lasts,
             instead_of: order.instead_of,
             ahead: order.ahead,
+            payload: order.payload,
             leaves_seed: false,
         };
         if order.again {
@@ -582,6 +615,99 @@ impl Scheduler {
             worker.queue.push_back(task);
         }
         self.dispatch(order.rank);
+    }
+
+    /// A payload follows in chunks, to the agents of these workers, as far as they are there and do
+    /// not have it. Returns whether there is any.
+    pub fn begin_payload(&mut self, id: PayloadId, ranks: &[Rank]) -> bool {
+        let mut any = false;
+        for &rank in ranks {
+            let worker = self.workers.get(rank as usize);
+            let living = |worker: &&Worker| !matches!(worker.state, WorkerState::Gone(_));
+            if let Some(worker) = worker.filter(living) {
+                let agent = &mut self.agents[worker.agent];
+                any |= !agent.lost && agent.payloads.begin(id);
+            }
+        }
+        any
+    }
+
+    /// A chunk, at most [`MAX_BODY`] long, of the payload that was begun last. Returns whether it
+    /// waits to be sent.
+    pub fn append_payload(&mut self, id: PayloadId, chunk: &Chunk, last: bool) -> bool {
+        let counted = Arc::new(chunk.bytes.len());
+        for agent in &mut self.agents {
+            agent.payloads.append(id, chunk, &counted, last);
+        }
+        Arc::strong_count(&counted) > 1
+    }
+
+    /// The rest of a payload will not come: agents that do not have all of it forget it.
+    pub fn abort_payload(&mut self, id: PayloadId) {
+        for agent in &mut self.agents {
+            agent.payloads.abort(id);
+        }
+    }
+
+    /// No more tasks will begin with it. Those that have been submitted do.
+    pub fn drop_payload(&mut self, id: PayloadId) {
+        for agent in &mut self.agents {
+            agent.payloads.drop_payload(id);
+        }
+    }
+
+    /// Whether a worker's agent has a payload, so that tasks may begin with it.
+    pub fn has_payload(&self, rank: Rank, id: PayloadId) -> bool {
+        let worker = self.workers.get(rank as usize);
+        worker.is_some_and(|worker| self.agents[worker.agent].payloads.has(id))
+    }
+
+    /// Whether the message that is next to be sent to a worker begins with a payload that has not
+    /// been sent yet.
+    fn awaits_payload(&self, rank: Rank) -> bool {
+        let worker = &self.workers[rank as usize];
+        let payload = worker.sending().and_then(|task| task.payload);
+        let payloads = &self.agents[worker.agent].payloads;
+        payload.is_some_and(|payload| payloads.is_on_its_way(payload))
+    }
+
+    /// What an agent is next to be told or sent of payloads, if it is the turn of that.
+    fn next_of_payloads(&mut self, at: usize) -> Option<Frame> {
+        let (agents, workers) = (&mut self.agents, &self.workers);
+        let Agent {
+            ranks, payloads, ..
+        } = &mut agents[at];
+        let begins = |task: &Task, id| task.payload == Some(id);
+        let needed = |id: PayloadId| {
+            let mut workers = ranks.iter().map(|&rank| &workers[rank as usize]);
+            workers.any(|worker| {
+                let current = worker.current.as_ref();
+                // One that is held at the agent may go on to its worker there later, or be sent again.
+                current.is_some_and(|current| begins(&current.task, id))
+                    || worker
+                        .next
+                        .as_ref()
+                        .is_some_and(|next| next.payload == Some(id))
+                    || worker.queue.iter().any(|task| begins(task, id))
+            })
+        };
+        while let Some((told, released)) = payloads.forget(needed) {
+            self.released += released;
+            if told.is_some() {
+                return told;
+            }
+        }
+        let agent = &mut agents[at];
+        let others = agent.sendable.len();
+        let (frame, released) = agent.payloads.next(others, agent.mirror.as_mut())?;
+        self.released += released;
+        if frame.header.flags & LAST != 0 {
+            // Messages may have waited for that.
+            for rank in self.agents[at].ranks.clone() {
+                self.dispatch(rank);
+            }
+        }
+        Some(frame)
     }
 
     /// An agent that was lost is back, a fresh one that is to make its workers anew. Those that were
@@ -973,6 +1099,7 @@ impl Scheduler {
         self.agents[agent].together.clear();
         self.agents[agent].control.clear();
         self.agents[agent].sendable.clear();
+        self.released += self.agents[agent].payloads.clear();
         for &rank in &self.agents[agent].ranks {
             self.workers[rank as usize].sendable = false;
         }
@@ -1101,7 +1228,9 @@ impl Scheduler {
         if worker.next.is_none() {
             worker.next = worker.task_ahead().map(Next::new);
         }
-        if !worker.sendable && worker.can_send() {
+        let waits = self.awaits_payload(rank);
+        let worker = &mut self.workers[rank as usize];
+        if !waits && !worker.sendable && worker.can_send() {
             worker.sendable = true;
             self.agents[worker.agent].sendable.push_back(rank);
         }
@@ -1113,11 +1242,15 @@ impl Scheduler {
         if let Some(frame) = queued.or_else(|| self.agents[agent].control.pop_front()) {
             return Some(frame);
         }
+        if let Some(frame) = self.next_of_payloads(agent) {
+            return Some(frame);
+        }
         while let Some(rank) = self.agents[agent].sendable.pop_front() {
+            let waits = self.awaits_payload(rank);
             let worker = &mut self.workers[rank as usize];
             worker.sendable = false;
             // A task may have been cancelled or lost since its worker was put into the queue.
-            if !worker.can_send() {
+            if waits || !worker.can_send() {
                 continue;
             }
             let mut before = None;
@@ -1137,9 +1270,15 @@ impl Scheduler {
                 continue;
             };
             let chunks = &mut task.chunks;
-            let sent = match &mut self.agents[agent].mirror {
-                Some(mirror) => mirror.send(chunks, worker.window - HEADER_LEN),
-                None => {
+            let payload = task.payload.take();
+            let sent = match (&mut self.agents[agent].mirror, payload) {
+                (_, Some(payload)) => Sent {
+                    flags: SHARED,
+                    body: Bytes::copy_from_slice(&payload.to_le_bytes()),
+                    len: size_of::<PayloadId>(),
+                },
+                (Some(mirror), None) => mirror.send(chunks, worker.window - HEADER_LEN),
+                (None, None) => {
                     let body = chunks.pop_front().unwrap_or_default().bytes;
                     let len = body.len();
                     Sent {
@@ -1150,7 +1289,7 @@ impl Scheduler {
                 }
             };
             worker.window -= HEADER_LEN + sent.len;
-            if task.id & RESTORE == 0 && !ahead {
+            if task.id & RESTORE == 0 && payload.is_none() && !ahead {
                 self.released += sent.len;
             }
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
@@ -1179,7 +1318,8 @@ impl Scheduler {
             self.dispatch(rank);
             return self.agents[agent].together.pop_front();
         }
-        None
+        // None of the others has used its turn.
+        self.next_of_payloads(agent)
     }
 
     /// A frame from an agent.
@@ -1227,7 +1367,7 @@ impl Scheduler {
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State => {
+            Kind::Cancel | Kind::State | Kind::Payload => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }
@@ -1307,6 +1447,7 @@ impl Scheduler {
             }
             // That anything came is what counts.
             ToHead::Alive => {}
+            ToHead::Failed { reason } => self.notes.push(Note::Failed { agent, reason }),
             ToHead::WorkerStopped { worker } => {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Gone::Stopped));

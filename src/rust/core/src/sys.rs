@@ -77,36 +77,162 @@ pub fn take_stdin() -> io::Result<File> {
     Ok(reader)
 }
 
-/// Reads what has arrived, without waiting: `WouldBlock` if nothing has.
-pub fn recv_nowait(fd: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: pointer and length are those of the buffer.
-    let n = unsafe {
-        libc::recv(
-            fd,
-            buffer.as_mut_ptr().cast(),
-            buffer.len(),
-            libc::MSG_DONTWAIT,
-        )
+/// Descriptors that one message may bring. The system closes those for which there is no room.
+const MOST_DESCRIPTORS: usize = 4;
+
+/// Room for the control message that carries descriptors, as aligned as a `cmsghdr` must be.
+type Control = [u64; 8];
+
+const fn control_len(count: usize) -> usize {
+    // SAFETY: no more than arithmetic.
+    unsafe { libc::CMSG_SPACE((count * size_of::<RawFd>()) as libc::c_uint) as usize }
+}
+
+const _: () = assert!(control_len(MOST_DESCRIPTORS) <= size_of::<Control>());
+
+/// Reads from a socket, with the descriptors that come along, which are closed on exec. `wait`: for
+/// something to arrive; without, `WouldBlock` says that nothing has.
+pub fn recv(
+    fd: RawFd,
+    buffer: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+    wait: bool,
+) -> io::Result<usize> {
+    #[cfg(target_os = "linux")]
+    const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
+    #[cfg(not(target_os = "linux"))]
+    const FLAGS: libc::c_int = 0;
+    let flags = FLAGS | if wait { 0 } else { libc::MSG_DONTWAIT };
+    let mut control: Control = [0; 8];
+    let mut slice = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
     };
-    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    // SAFETY: an all-zero msghdr is a valid empty one; what it points to outlives the call, and
+    // lengths are those of what is pointed to. The macros walk what the system has filled in. Each
+    // descriptor that has come is owned by nobody else.
+    unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut slice;
+        message.msg_iovlen = 1;
+        message.msg_control = (&raw mut control).cast();
+        message.msg_controllen = control_len(MOST_DESCRIPTORS) as _;
+        let n = libc::recvmsg(fd, &raw mut message, flags);
+        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            if (*header).cmsg_level == libc::SOL_SOCKET && (*header).cmsg_type == libc::SCM_RIGHTS {
+                let bytes = (*header).cmsg_len as usize - libc::CMSG_LEN(0) as usize;
+                let first = libc::CMSG_DATA(header).cast::<RawFd>();
+                for at in 0..bytes / size_of::<RawFd>() {
+                    let fd = OwnedFd::from_raw_fd(first.add(at).read_unaligned());
+                    if cfg!(not(target_os = "linux")) {
+                        libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC);
+                    }
+                    descriptors.push(fd);
+                }
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+        Ok(n)
+    }
 }
 
 /// Writes to a socket. A closed peer is an error, never a SIGPIPE, which R's handler would answer
 /// with a jump out of our frames.
 pub fn send(fd: RawFd, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
+    send_with(fd, slices, None)
+}
+
+/// As [`send`]; with the first byte goes a descriptor.
+pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) -> io::Result<usize> {
+    let mut control: Control = [0; 8];
     #[cfg(target_os = "linux")]
     const FLAGS: libc::c_int = libc::MSG_NOSIGNAL;
     #[cfg(not(target_os = "linux"))]
     const FLAGS: libc::c_int = 0;
     // SAFETY: IoSlice is guaranteed to be laid out as iovec; an all-zero msghdr is a valid empty
-    // one; sendmsg only reads through the pointers.
+    // one; sendmsg only reads through the pointers. In the control message there is room for a
+    // header and a descriptor.
     let n = unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = slices.as_ptr().cast_mut().cast();
         message.msg_iovlen = slices.len() as _;
+        if let Some(along) = along {
+            message.msg_control = (&raw mut control).cast();
+            message.msg_controllen = control_len(1) as _;
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            if !header.is_null() {
+                (*header).cmsg_level = libc::SOL_SOCKET;
+                (*header).cmsg_type = libc::SCM_RIGHTS;
+                (*header).cmsg_len = libc::CMSG_LEN(size_of::<RawFd>() as libc::c_uint) as _;
+                libc::CMSG_DATA(header)
+                    .cast::<RawFd>()
+                    .write_unaligned(along);
+            }
+        }
         libc::sendmsg(fd, &message, FLAGS)
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// A file in memory alone that has no name.
+///
+/// # Errors
+/// When the system has no descriptor or memory left.
+pub fn memory_file() -> io::Result<File> {
+    #[cfg(target_os = "linux")]
+    {
+        let make = |flags| {
+            let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+            // SAFETY: a string that ends with a NUL; the descriptor is owned by nobody else.
+            unsafe {
+                let fd = libc::memfd_create(c"rustcluster".as_ptr(), flags);
+                check(fd).map(|fd| File::from_raw_fd(fd))
+            }
+        };
+        match make(libc::MFD_NOEXEC_SEAL) {
+            // An older system does not know that flag.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
+            made => made,
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        // As near as these systems come to it.
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rustcluster-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let mut options = File::options();
+        let file = options
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)?;
+        std::fs::remove_file(&path)?;
+        Ok(file)
+    }
+}
+
+/// Sees to it that nobody changes a [`memory_file`] any more, where the system can.
+///
+/// # Errors
+/// When somebody else has it mapped to write to it.
+pub fn seal(file: &File) -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        let seals =
+            libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: fcntl checks its arguments.
+        check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        Ok(())
+    }
 }
 
 /// Writes out what C's stdio holds, so that a forked child does not write it a second time.
@@ -234,5 +360,100 @@ pub fn reap(pid: u32) -> crate::message::Exit {
         Exit::Signal(libc::WTERMSIG(status))
     } else {
         Exit::Status(libc::WEXITSTATUS(status))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{IoSlice, Read, Write};
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
+
+    fn is_open(fd: RawFd) -> bool {
+        // SAFETY: no memory effects.
+        unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+    }
+
+    #[test]
+    fn a_descriptor_goes_along_with_bytes_and_is_closed_on_exec() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut file = memory_file().unwrap();
+        file.write_all(b"in memory").unwrap();
+        seal(&file).unwrap();
+        let slices = [IoSlice::new(b"one"), IoSlice::new(b"two")];
+        let along = Some(file.as_raw_fd());
+        assert_eq!(send(ours.as_raw_fd(), &slices).unwrap(), 6);
+        assert_eq!(send_with(ours.as_raw_fd(), &slices, along).unwrap(), 6);
+        drop(file);
+        let (mut buffer, mut came, mut n) = ([0; 64], Vec::new(), 0);
+        while n < 12 {
+            n += recv(theirs.as_raw_fd(), &mut buffer[n..], &mut came, true).unwrap();
+        }
+        assert_eq!(&buffer[..n], b"onetwoonetwo");
+        let none = recv(theirs.as_raw_fd(), &mut buffer, &mut came, false);
+        assert_eq!(none.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(came.len(), 1);
+        // SAFETY: no memory effects.
+        let flags = unsafe { libc::fcntl(came[0].as_raw_fd(), libc::F_GETFD) };
+        assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
+        let mut file = File::from(came.remove(0));
+        let mut text = [0; 9];
+        file.read_exact_at(&mut text, 0).unwrap();
+        assert_eq!(&text, b"in memory");
+        assert_eq!(file.read(&mut buffer).unwrap(), 0);
+        if cfg!(target_os = "linux") {
+            assert!(file.write_all_at(b"x", 0).is_err());
+            assert!(file.set_len(3).is_err() && file.set_len(30).is_err());
+        }
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn nobody_can_write_to_what_is_sealed() {
+        let mut file = memory_file().unwrap();
+        file.write_all(&[1; 10_000]).unwrap();
+        seal(&file).unwrap();
+        // SAFETY: what comes of it is not used.
+        assert!(unsafe { memmap2::MmapMut::map_mut(&file) }.is_err());
+        // Nor through the system's list of descriptors.
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let again = File::options().write(true).open(path).unwrap();
+        assert!(again.write_all_at(b"x", 0).is_err());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn descriptors_for_which_there_is_no_room_are_not_left_open() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let files: Vec<File> = (0..9).map(|_| memory_file().unwrap()).collect();
+        let mut control = [0u64; 16];
+        let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        // SAFETY: as in send_with, with room for them all.
+        unsafe {
+            let mut slice = libc::iovec {
+                iov_base: b"x".as_ptr().cast_mut().cast(),
+                iov_len: 1,
+            };
+            let mut message: libc::msghdr = std::mem::zeroed();
+            message.msg_iov = &raw mut slice;
+            message.msg_iovlen = 1;
+            message.msg_control = (&raw mut control).cast();
+            message.msg_controllen = control_len(fds.len()) as _;
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN((4 * fds.len()) as libc::c_uint) as _;
+            let data = libc::CMSG_DATA(header).cast::<RawFd>();
+            std::ptr::copy_nonoverlapping(fds.as_ptr(), data, fds.len());
+            assert_eq!(libc::sendmsg(ours.as_raw_fd(), &message, 0), 1);
+        }
+        drop(files);
+        let mut came = Vec::new();
+        recv(theirs.as_raw_fd(), &mut [0; 9], &mut came, true).unwrap();
+        // The padding of the room may have place for one more.
+        assert!(came.len() <= MOST_DESCRIPTORS + 1, "{}", came.len());
+        let fds: Vec<RawFd> = came.iter().map(AsRawFd::as_raw_fd).collect();
+        assert!(fds.iter().all(|&fd| is_open(fd)));
     }
 }

@@ -7,15 +7,19 @@
 //! lost (the frame is seen before the task starts), and one for a task that has ended is never felt
 //! by the next.
 
-use crate::frame::{self, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
+use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED};
 use crate::message::{self, WorkerReady};
 use crate::outbuf::OutBuf;
+use crate::payloads::PayloadId;
 use crate::scheduler::{Body, TaskId};
 use crate::signals;
 use crate::sys;
 use bytes::{Bytes, BytesMut};
-use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use memmap2::MmapOptions;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -33,12 +37,35 @@ pub struct Seed {
     pub guest: bool,
 }
 
+/// What many messages begin with. Its bytes are in memory that all workers of a host share, unless
+/// they are few, and nobody can change them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Payload {
+    /// Other bytes have another number, for as long as the cluster lives.
+    pub id: PayloadId,
+    pub bytes: Bytes,
+}
+
+/// The message of a task: the bytes of its payload, if it has one, and then those of its body.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Task {
+    pub payload: Option<Payload>,
+    pub body: Body,
+}
+
+/// Descriptors that may have come before the frames that they belong to.
+const MOST_DESCRIPTORS: usize = 16;
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Channel {
     stream: UnixStream,
     index: u32,
     received: BytesMut,
+    /// Those that have come along, and belong to frames that have not been looked at.
+    descriptors: VecDeque<OwnedFd>,
+    /// The last payload that the agent has given.
+    payload: Option<Payload>,
     /// The task that R has and has not answered.
     task: Option<TaskId>,
     /// A chunk of the answer has been sent.
@@ -52,6 +79,20 @@ pub struct Channel {
     usual_wait: Duration,
 }
 
+/// The bytes of a payload's memory, as they are there.
+fn map(file: &File, len: u64) -> io::Result<Bytes> {
+    // What is beyond its end could not be read without being killed.
+    if file.metadata()?.len() != len {
+        return Err(io::Error::other("a payload of another length"));
+    }
+    // SAFETY: the file has no name, and the agent has seen to it that nobody writes to it or cuts
+    // it any more. It is mapped to be read, and apart from what others may write.
+    let map = unsafe { MmapOptions::new().map_copy_read_only(file)? };
+    // That it is read from the front to the end is worth knowing, no more.
+    let _ = map.advise(memmap2::Advice::Sequential);
+    Ok(Bytes::from_owner(map))
+}
+
 impl Channel {
     /// Takes over the stream to the agent. SIGINT is blocked from here on.
     pub fn new(stream: UnixStream, index: u32) -> Channel {
@@ -60,6 +101,8 @@ impl Channel {
             stream,
             index,
             received: BytesMut::new(),
+            descriptors: VecDeque::new(),
+            payload: None,
             task: None,
             begun: false,
             outgoing: Vec::new(),
@@ -111,32 +154,39 @@ impl Channel {
     ///
     /// # Errors
     /// When the channel breaks or carries something that is not a frame.
-    pub fn next_task(&mut self) -> io::Result<Option<Body>> {
+    pub fn next_task(&mut self) -> io::Result<Option<Task>> {
         signals::block_interrupt();
         if self.task.is_some() {
             // An interrupt took R out of the task before it could answer.
             self.send(&[], true)?;
         }
-        let mut body = Body::default();
+        let mut next = Task::default();
         let mut incoming = None;
         while let Some(frame) = self.frame()? {
             let header = frame.header;
             match header.kind {
-                Kind::Data if header.flags & frame::ABORT != 0 => {
+                Kind::Data if header.flags & ABORT != 0 => {
                     incoming = None;
                     // That of a task which will not come.
                     self.seeds_before.retain(|seed| !seed.guest);
                 }
                 Kind::Data => {
                     if header.flags & FIRST != 0 {
-                        body = Body::default();
+                        next = Task::default();
                         incoming = Some(header.task);
                     }
                     if incoming != Some(header.task) {
                         return Err(io::Error::other("a chunk of an unknown task"));
                     }
-                    body.len += frame.body.len();
-                    body.chunks.push_back(frame.body);
+                    if header.flags & SHARED != 0 {
+                        let named = |payload: &&Payload| Some(payload.id) == frame.number();
+                        let payload = self.payload.as_ref().filter(named);
+                        let missing = || io::Error::other("a payload that has not been given");
+                        next.payload = Some(payload.ok_or_else(missing)?.clone());
+                    } else {
+                        next.body.len += frame.body.len();
+                        next.body.chunks.push_back(frame.body);
+                    }
                     if header.flags & LAST != 0 {
                         self.task = incoming.take();
                         self.begun = false;
@@ -145,10 +195,17 @@ impl Channel {
                         if self.cancelled()? {
                             self.send(&[], true)?;
                             self.seeds_before.retain(|seed| !seed.guest);
-                            body = Body::default();
+                            next = Task::default();
                             continue;
                         }
-                        return Ok(Some(body));
+                        return Ok(Some(next));
+                    }
+                }
+                Kind::Payload => {
+                    // First the one before goes, or its memory would be held as well.
+                    self.payload = None;
+                    if header.flags & ABORT == 0 {
+                        self.payload = Some(self.given(frame)?);
                     }
                 }
                 Kind::Seed => {
@@ -162,6 +219,21 @@ impl Channel {
             }
         }
         Ok(None)
+    }
+
+    /// The payload that the agent gives with this frame.
+    fn given(&mut self, frame: Frame) -> io::Result<Payload> {
+        let id = frame.header.task;
+        if frame.header.flags & SHARED == 0 {
+            let bytes = frame.body;
+            return Ok(Payload { id, bytes });
+        }
+        let descriptor = self.descriptors.pop_front();
+        let (Some(descriptor), Some(len)) = (descriptor, frame.number()) else {
+            return Err(io::Error::other("a payload without its memory"));
+        };
+        let bytes = map(&File::from(descriptor), len)?;
+        Ok(Payload { id, bytes })
     }
 
     /// The seeds to be put in place, one after the other, before the task that has come.
@@ -178,7 +250,7 @@ impl Channel {
     fn cancelled(&mut self) -> io::Result<bool> {
         if self.received.is_empty() {
             let mut buffer = [0u8; 4 * 1024];
-            match sys::recv_nowait(self.stream.as_raw_fd(), &mut buffer) {
+            match self.recv(&mut buffer, false) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 read => self.received.extend_from_slice(&buffer[..read?]),
             }
@@ -208,17 +280,25 @@ impl Channel {
         }
     }
 
+    /// Reads some bytes, and keeps the descriptors that come along.
+    fn recv(&mut self, buffer: &mut [u8], wait: bool) -> io::Result<usize> {
+        let mut came = Vec::new();
+        let n = sys::recv(self.stream.as_raw_fd(), buffer, &mut came, wait)?;
+        self.descriptors.extend(came);
+        if self.descriptors.len() > MOST_DESCRIPTORS {
+            self.descriptors.clear();
+            return Err(io::Error::other("descriptors that nobody asked for"));
+        }
+        Ok(n)
+    }
+
     fn fill(&mut self) -> io::Result<usize> {
         let mut buffer = [0u8; 16 * 1024];
         let began = Instant::now();
         let watch = self.usual_wait <= WATCH;
         let n = loop {
-            let read = if watch && began.elapsed() < WATCH {
-                sys::recv_nowait(self.stream.as_raw_fd(), &mut buffer)
-            } else {
-                self.stream.read(&mut buffer)
-            };
-            match read {
+            let look = watch && began.elapsed() < WATCH;
+            match self.recv(&mut buffer, !look) {
                 Ok(n) => break n,
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => thread::yield_now(),

@@ -4,6 +4,7 @@
 //! The strangers are shells and `cat`s. Where a real agent is needed, it is this test's own
 //! executable, whose workers answer with what they were asked.
 
+use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{self, Role};
@@ -176,7 +177,7 @@ fn is_an_agent_when_it_is_asked_to_be() {
         .and_then(agent::Greeted::agent)
         .and_then(|mut agent| agent.run());
     match served {
-        Ok(Role::Worker(channel)) => std::process::exit(answer(channel)),
+        Ok(Role::Worker(channel)) => std::process::exit(answer(*channel)),
         Ok(Role::Done) => std::process::exit(0),
         Err(error) => {
             eprintln!("{error}");
@@ -194,7 +195,9 @@ fn answer(mut channel: Channel) -> i32 {
     while served.is_ok() {
         match channel.next_task() {
             Ok(Some(task)) => {
-                let bytes: Vec<u8> = task.chunks.into_iter().flatten().collect();
+                let payload = task.payload.map_or(Bytes::new(), |payload| payload.bytes);
+                let chunks = [payload].into_iter().chain(task.body.chunks);
+                let bytes: Vec<u8> = chunks.flatten().collect();
                 if bytes == SLEEP {
                     thread::sleep(Duration::from_millis(300));
                 }
@@ -260,7 +263,7 @@ fn greeted(hub: &Hub) {
 }
 
 fn send(hub: &mut Hub, rank: Rank, bytes: &[u8]) {
-    hub.begin(rank, u64::from(rank) + 1, None, Turn::Last)
+    hub.begin(rank, u64::from(rank) + 1, None, Turn::Last, |_| None)
         .unwrap();
     hub.write(bytes);
     hub.finish();
@@ -834,7 +837,7 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
             matches!(hub.progress(false, SLICE), Progress::Up)
         });
         let first = hub.worker(0).pid;
-        hub.begin(0, 1, None, Turn::Last).unwrap();
+        hub.begin(0, 1, None, Turn::Last, |_| None).unwrap();
         hub.write(&[7; 2 * MAX_BODY]);
         if at + 1 < cases.len() {
             hub.finish();
@@ -868,7 +871,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let large = vec![7; 3 * SEND_WINDOW];
     let messages = [SLEEP, b"waits there", b"had back from here", &large, SLEEP];
     let send = |hub: &mut Hub, message: &&[u8]| {
-        let (task, _) = hub.begin(0, 1, None, Turn::Ahead).unwrap();
+        let task = hub.begin(0, 1, None, Turn::Ahead, |_| None).unwrap().task;
         hub.write(message);
         hub.finish();
         task

@@ -7,6 +7,8 @@
 mod fork;
 mod guard;
 pub mod held;
+mod memory;
+pub mod payload;
 mod process;
 pub mod relay;
 pub mod replay;
@@ -26,6 +28,7 @@ use crate::worker::Channel;
 use crate::{cores, signals, sys};
 use bytes::{Bytes, BytesMut};
 use guard::Guard;
+use memory::Memories;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use process::{Made, Process};
@@ -79,7 +82,7 @@ pub struct Greeted {
 /// How [`Agent::run`] ends.
 pub enum Role {
     /// This process is a forked worker.
-    Worker(Channel),
+    Worker(Box<Channel>),
     /// The cluster is over, and all workers have ended.
     Done,
 }
@@ -227,6 +230,8 @@ pub struct Agent {
     start: Start,
     outfile: Option<File>,
     relay: Relay,
+    /// The bytes of payloads.
+    memories: Memories,
     /// What it makes of what has come; empty but for a moment.
     acts: Vec<Act>,
     workers: Vec<Option<Process>>,
@@ -302,6 +307,7 @@ impl Agent {
                 bytes(greeted.start.state),
                 (!timeout.is_zero()).then_some(timeout),
             ),
+            memories: Memories::default(),
             acts: Vec::new(),
             start: greeted.start,
             workers: (0..count).map(|_| None).collect(),
@@ -335,7 +341,7 @@ impl Agent {
         self.on_head_bytes();
         loop {
             if let Some(channel) = self.make_some()? {
-                return Ok(Role::Worker(channel));
+                return Ok(Role::Worker(Box::new(channel)));
             }
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read {
@@ -571,7 +577,7 @@ impl Agent {
                             process.interrupt = false;
                         }
                     }
-                    self.send_worker(worker, &frame);
+                    self.send_worker(worker, &frame, None);
                     // What a fresh worker is restored by is the agent's own, and no fault of the head's.
                     let of_head = kind == Kind::Data && task & REPLAY == 0;
                     if of_head && !self.has_room(worker) {
@@ -581,6 +587,22 @@ impl Agent {
                         self.end();
                     }
                 }
+                Act::Store {
+                    payload,
+                    bytes,
+                    last,
+                } => {
+                    let stored = self.memories.store(payload, &bytes, last);
+                    if let Err(error) = stored {
+                        self.fail(&format!("no memory for what workers share: {error}"));
+                    }
+                }
+                Act::Hand { frame } => {
+                    // It is there, or this host is about to end for want of it.
+                    let memory = self.memories.get(frame.header.task);
+                    self.send_worker(frame.header.worker, &frame, memory);
+                }
+                Act::Discard(payload) => self.memories.discard(payload),
                 Act::Up { worker, replaces } => self.tell_up(worker, replaces),
                 Act::Interrupt { worker, task } => self.interrupt(worker, task),
                 Act::ReadAgain(worker) => self.read_again(worker),
@@ -603,7 +625,7 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.interrupt = true;
             let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
-            self.send_worker(worker, &frame);
+            self.send_worker(worker, &frame, None);
         }
     }
 
@@ -612,6 +634,13 @@ impl Agent {
             process.closing = true;
             self.dirty.push(worker);
         }
+    }
+
+    /// Tells the head why this host cannot go on, and ends.
+    fn fail(&mut self, reason: &str) {
+        let reason = reason.to_owned();
+        self.tell(&ToHead::Failed { reason });
+        self.end();
     }
 
     /// Ends all workers, and with them the agent.
@@ -628,9 +657,9 @@ impl Agent {
         self.act();
     }
 
-    fn send_worker(&mut self, worker: u32, frame: &Frame) {
+    fn send_worker(&mut self, worker: u32, frame: &Frame, along: Option<Arc<File>>) {
         if let Some(process) = &mut self.workers[worker as usize] {
-            process.outgoing.push(frame);
+            process.outgoing.push(frame, along);
             self.dirty.push(worker);
         }
     }
@@ -648,7 +677,7 @@ impl Agent {
         let mut passed = 0;
         while !process.outgoing.is_empty() {
             let fd = process.channel.as_raw_fd();
-            match process.outgoing.write_with(|slices| sys::send(fd, slices)) {
+            match process.outgoing.write(fd) {
                 Ok(n) => passed += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Not writable now; or the worker is gone, which its exit will tell.

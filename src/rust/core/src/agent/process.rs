@@ -1,5 +1,6 @@
 //! A worker's process as its agent sees it, and how a separate one is started.
 
+use crate::frame::Frame;
 use crate::message::{self, Exit, Start, WorkerConfig};
 use crate::outbuf::OutBuf;
 use crate::worker::Channel;
@@ -9,11 +10,12 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 /// Bytes of a worker's output that error messages show.
 const TAIL: usize = 4 * 1024;
@@ -36,6 +38,58 @@ impl Tail {
     }
 }
 
+/// What waits to be written to a worker: bytes, with descriptors that go along with some of them.
+#[derive(Debug, Default)]
+pub struct Outgoing {
+    /// In order; with the first byte of each goes its descriptor.
+    parts: VecDeque<(Option<Arc<File>>, OutBuf)>,
+    len: usize,
+}
+
+impl Outgoing {
+    /// Bytes that wait.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Appends a frame, with which a descriptor may go.
+    pub fn push(&mut self, frame: &Frame, along: Option<Arc<File>>) {
+        self.len += frame.wire_len();
+        if along.is_some() || self.parts.is_empty() {
+            self.parts.push_back((along, OutBuf::default()));
+        }
+        if let Some((_, out)) = self.parts.back_mut() {
+            out.push(frame);
+        }
+    }
+
+    /// Writes what the socket takes at once. Returns how many bytes it took.
+    ///
+    /// # Errors
+    /// Those of the socket; `WouldBlock` if it is full.
+    pub fn write(&mut self, fd: RawFd) -> io::Result<usize> {
+        let Some((along, out)) = self.parts.front_mut() else {
+            return Ok(0);
+        };
+        let with = along.as_ref().map(|file| file.as_raw_fd());
+        let written = out.write_with(|slices| sys::send_with(fd, slices, with))?;
+        if written > 0 {
+            *along = None;
+        }
+        self.len -= written;
+        // The last one serves again: mostly there is no other.
+        if out.is_empty() && self.parts.len() > 1 {
+            self.parts.pop_front();
+        }
+        Ok(written)
+    }
+}
+
 /// Whether the path could be that of a temporary directory of R's. It is going to be removed with all
 /// that is in it, so a worker gone wild must not have it be any.
 pub fn is_tempdir(path: &str) -> bool {
@@ -51,7 +105,7 @@ pub struct Process {
     /// Its stdout and stderr.
     pub output: File,
     pub received: BytesMut,
-    pub outgoing: OutBuf,
+    pub outgoing: Outgoing,
     pub tail: Tail,
     pub tempdir: Option<String>,
     /// Send SIGINT once all is written.
@@ -82,7 +136,7 @@ impl Process {
             channel,
             output: output.into(),
             received: BytesMut::new(),
-            outgoing: OutBuf::default(),
+            outgoing: Outgoing::default(),
             tail: Tail::default(),
             tempdir: None,
             interrupt: false,
@@ -151,7 +205,7 @@ pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
         memory_limit: start.memory_limit,
     };
     let frame = message::encode_for(worker, &config).map_err(io::Error::other)?;
-    process.outgoing.push(&frame);
+    process.outgoing.push(&frame, None);
     Ok(Made::Parent(process))
 }
 

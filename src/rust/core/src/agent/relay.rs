@@ -2,13 +2,17 @@
 //! gone. What it makes of them is a list of [`Act`]s.
 //!
 //! Pure, as are the parts it is made of: [`state`](super::state), [`replay`](super::replay),
-//! [`held`](super::held) and [`share`](crate::share).
+//! [`held`](super::held), [`payload`](super::payload) and [`share`](crate::share).
 
 use super::held::Held;
+use super::payload::Payloads;
 use super::replay::{Replay, Restore};
 use super::state::{Book, Ending, Now, REPLAY, Ready, Route};
-use crate::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST};
+use crate::frame::{
+    self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, KEEP, Kind, LAST, SAME, SHARED,
+};
 use crate::message::{self, ToAgent, ToHead, WorkerReady};
+use crate::payloads::PayloadId;
 use crate::scheduler::{ProtocolError, RESTORE};
 use crate::share::Kept;
 use bytes::{Buf, Bytes, BytesMut};
@@ -26,6 +30,18 @@ pub enum Act {
     Tell(ToHead),
     /// To the worker in its header.
     ToWorker(Frame),
+    /// More bytes of a payload, for memory that can be shared; after the `last` nobody may change it.
+    Store {
+        payload: PayloadId,
+        bytes: Bytes,
+        last: bool,
+    },
+    /// To the worker in its header, with the memory in which the payload is.
+    Hand {
+        frame: Frame,
+    },
+    /// The payload is not needed any more.
+    Discard(PayloadId),
     /// The head may send tasks to this worker. `replaces`: it stands in another's place.
     Up {
         worker: u32,
@@ -50,6 +66,7 @@ pub enum Act {
 pub struct Relay {
     pub book: Book,
     kept: Kept,
+    payloads: Payloads,
     replay: Replay,
     held: Held,
     /// The worker in this place was made to replace another.
@@ -74,6 +91,7 @@ impl Relay {
         Relay {
             book: Book::new(workers, timeout),
             kept: Kept::new(keep),
+            payloads: Payloads::new(workers),
             replay: Replay::new(workers, state),
             held: Held::new(workers),
             replaces: vec![false; workers],
@@ -83,6 +101,7 @@ impl Relay {
     /// A worker is being made.
     pub fn made(&mut self, worker: u32, replaces: bool) {
         self.replaces[worker as usize] = replaces;
+        self.payloads.made(worker);
     }
 
     /// The whole frames that have come from the head.
@@ -97,8 +116,16 @@ impl Relay {
     ) -> Result<(), ProtocolError> {
         while let Some(frame) = frame::decode(received).map_err(text)? {
             self.on_head_frame(frame, now, acts)?;
+            self.let_go(acts);
         }
         Ok(())
+    }
+
+    /// Lets go of payloads that nothing which lasts begins with any more.
+    fn let_go(&mut self, acts: &mut Vec<Act>) {
+        for payload in self.replay.take_freed() {
+            self.payloads.release(payload, acts);
+        }
     }
 
     fn on_head_frame(
@@ -172,10 +199,20 @@ impl Relay {
         self.held.bytes(worker)
     }
 
-    fn pass(&mut self, frame: Frame, now: Now, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
+    fn pass(
+        &mut self,
+        mut frame: Frame,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
         let header = frame.header;
         let worker = header.worker;
         match header.kind {
+            Kind::Data if header.flags & SHARED != 0 => self.on_shared(frame, now, acts)?,
+            Kind::Payload => {
+                self.kept.receive(&mut frame)?;
+                self.payloads.receive(frame, acts)?;
+            }
             Kind::Data => {
                 if self.book.to_worker(&frame.header, now)? == Route::Forward {
                     if header.flags & ABORT == 0 {
@@ -212,6 +249,31 @@ impl Relay {
             Kind::Output | Kind::Cancel => {
                 return Err(ProtocolError("a frame that is not for an agent".into()));
             }
+        }
+        Ok(())
+    }
+
+    /// A message begins with a payload.
+    fn on_shared(
+        &mut self,
+        frame: Frame,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
+        let Header { worker, flags, .. } = frame.header;
+        let begins = flags & FIRST != 0 && flags & (ABORT | KEEP | SAME) == 0;
+        let Some(payload) = frame.number().filter(|_| begins) else {
+            return Err(ProtocolError("a bad beginning of a message".into()));
+        };
+        let len = self.payloads.len(payload)?;
+        if self.book.to_worker(&frame.header, now)? == Route::Forward {
+            let last = flags & LAST != 0;
+            if self.replay.payload(worker, payload, len, last) {
+                self.payloads.keep(payload);
+            }
+            let given = self.payloads.give(worker, payload, acts);
+            self.book.gave(worker, given);
+            acts.push(Act::ToWorker(frame));
         }
         Ok(())
     }
@@ -310,6 +372,7 @@ impl Relay {
             if self.replay.done(worker, lasts) {
                 acts.push(Act::Tell(ToHead::StateNotKept { worker }));
             }
+            self.let_go(acts);
         }
         match route {
             Route::Restored => self.up(worker, acts),
@@ -358,15 +421,23 @@ impl Relay {
         if state == Ready::Already {
             return Err(ProtocolError("a worker is ready twice".into()));
         }
-        for (number, pieces) in (REPLAY..).zip(again.messages) {
-            let count = pieces.len();
-            for (at, body) in pieces.into_iter().enumerate() {
-                let first = if at == 0 { FIRST } else { 0 };
+        for (number, message) in (REPLAY..).zip(again.messages) {
+            let count = message.pieces.len();
+            if let Some(payload) = message.payload {
+                let given = self.payloads.give(worker, payload, acts);
+                self.book.gave(worker, given);
+                let shared = Frame::shared(worker, number, payload, count == 0);
+                acts.push(Act::ToWorker(shared));
+            }
+            for (at, body) in message.pieces.into_iter().enumerate() {
+                let begins = at == 0 && message.payload.is_none();
+                let first = if begins { FIRST } else { 0 };
                 let last = if at + 1 == count { LAST } else { 0 };
                 let frame = Frame::new(Kind::Data, first | last, worker, number, body);
                 acts.push(Act::ToWorker(frame));
             }
         }
+        self.payloads.take_back(worker, acts);
         if let Some(seed) = again.seed {
             acts.push(Act::ToWorker(Frame::new(Kind::Seed, 0, worker, 0, seed)));
         }
@@ -392,6 +463,7 @@ impl Relay {
 
     /// A worker's process has ended. `may_replace`: the host is to go on.
     pub fn exited(&mut self, worker: u32, may_replace: bool) -> Ending {
+        // What is thereby freed is let go of when something next comes from the head.
         self.replay.lost(worker);
         // The head sends it again, to whoever takes the worker's place.
         self.held.take(worker);
@@ -565,7 +637,9 @@ mod tests {
         assert_eq!(relay.book.task(0), Some(2));
         // What lasts is the second.
         from_worker(&mut relay, &[data(2, b"done")]);
-        assert_eq!(relay.replay.restore(0).messages, [[&b"next"[..]]]);
+        let again = relay.replay.restore(0).messages;
+        assert_eq!(again.len(), 1);
+        assert_eq!(again[0].pieces, [&b"next"[..]]);
     }
 
     #[test]

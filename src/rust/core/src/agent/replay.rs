@@ -5,12 +5,13 @@
 //! which each worker got them, from the moment it has answered; a worker that has to be replaced
 //! gets them again in that order, and then the last known state of its random number generator.
 //! Messages of many workers are the same, so they are cut into blocks, and of equal blocks one is
-//! held. When what is held passes its bound, the worker whose message it was is no longer
+//! held; what they have in common as a payload is held as such. When what is held passes its bound, the worker whose message it was is no longer
 //! restorable: half a state would give wrong results without a word.
 //!
 //! Pure: no process, socket or clock.
 
 use crate::frame::MAX_BODY;
+use crate::payloads::PayloadId;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::mem;
@@ -31,6 +32,8 @@ type Key = u128;
 struct Message {
     /// What it sets; 0: nothing in particular.
     name: u64,
+    /// It begins with this.
+    payload: Option<PayloadId>,
     blocks: Vec<Key>,
 }
 
@@ -56,11 +59,20 @@ struct Memory {
     incomplete: bool,
 }
 
+/// A message to be sent again.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Again {
+    /// It begins with this payload.
+    pub payload: Option<PayloadId>,
+    /// The rest, in pieces of at most [`MAX_BODY`] bytes.
+    pub pieces: Vec<Bytes>,
+}
+
 /// What brings a fresh worker to the state of the one before.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Restore {
-    /// In order, each in pieces of at most [`MAX_BODY`] bytes.
-    pub messages: Vec<Vec<Bytes>>,
+    /// In order.
+    pub messages: Vec<Again>,
     pub seed: Option<Bytes>,
 }
 
@@ -68,6 +80,10 @@ pub struct Restore {
 #[derive(Debug)]
 pub struct Replay {
     blocks: HashMap<Key, (Bytes, usize)>,
+    /// Bytes and users of the payloads that messages begin with.
+    payloads: HashMap<PayloadId, (usize, usize)>,
+    /// Payloads that have lost their last user.
+    freed: Vec<PayloadId>,
     workers: Vec<Memory>,
     bytes: usize,
     most: usize,
@@ -78,6 +94,8 @@ impl Replay {
     pub fn new(workers: usize, most: usize) -> Replay {
         Replay {
             blocks: HashMap::new(),
+            payloads: HashMap::new(),
+            freed: Vec::new(),
             workers: (0..workers).map(|_| Memory::default()).collect(),
             bytes: 0,
             most,
@@ -94,12 +112,43 @@ impl Replay {
             memory.open = Some(Open {
                 message: Message {
                     name,
+                    payload: None,
                     blocks: Vec::new(),
                 },
                 rest: BytesMut::new(),
                 too_much: memory.messages.len() >= MOST_MESSAGES,
             });
         }
+    }
+
+    /// A message to this worker begins with a payload of so many bytes; `last`: it is all of it.
+    /// Returns whether the payload is needed from now on, until [`Replay::take_freed`] names it.
+    pub fn payload(&mut self, worker: u32, id: PayloadId, len: usize, last: bool) -> bool {
+        let memory = self.workers.get_mut(worker as usize);
+        let open = memory.and_then(|memory| memory.open.as_mut());
+        let Some(open) = open.filter(|open| !open.too_much) else {
+            return false;
+        };
+        debug_assert!(last || open.message.blocks.is_empty());
+        let held = self.payloads.get_mut(&id);
+        let more = OVERHEAD.saturating_add(if held.is_some() { 0 } else { len });
+        if self.bytes.saturating_add(more) > self.most {
+            open.too_much = true;
+            return false;
+        }
+        self.bytes += more;
+        open.message.payload = Some(id);
+        if let Some((_, users)) = held {
+            *users += 1;
+            return false;
+        }
+        self.payloads.insert(id, (len, 1));
+        true
+    }
+
+    /// Payloads that are not needed any more since the last call.
+    pub fn take_freed(&mut self) -> Vec<PayloadId> {
+        mem::take(&mut self.freed)
     }
 
     /// A piece of a message, at most [`MAX_BODY`] bytes, has been sent to this worker.
@@ -190,7 +239,7 @@ impl Replay {
             }
             return true;
         }
-        if open.message.blocks.is_empty() {
+        if open.message.blocks.is_empty() && open.message.payload.is_none() {
             return false;
         }
         // What was set before to the same name, if nothing in between can have looked at it.
@@ -224,6 +273,17 @@ impl Replay {
     }
 
     fn release(&mut self, message: &Message) {
+        if let Some(id) = message.payload {
+            self.bytes -= OVERHEAD;
+            if let Some((len, users)) = self.payloads.get_mut(&id) {
+                *users -= 1;
+                if *users == 0 {
+                    self.bytes -= *len;
+                    self.payloads.remove(&id);
+                    self.freed.push(id);
+                }
+            }
+        }
         for key in &message.blocks {
             self.bytes -= OVERHEAD;
             if let Some((bytes, users)) = self.blocks.get_mut(key) {
@@ -248,9 +308,12 @@ impl Replay {
             return Restore::default();
         };
         let block = |key: &Key| Some(self.blocks.get(key)?.0.clone());
-        let pieces = |message: &Message| message.blocks.iter().filter_map(block).collect();
+        let again = |message: &Message| Again {
+            payload: message.payload,
+            pieces: message.blocks.iter().filter_map(block).collect(),
+        };
         Restore {
-            messages: memory.messages.iter().map(pieces).collect(),
+            messages: memory.messages.iter().map(again).collect(),
             seed: memory.seed.clone(),
         }
     }
@@ -277,9 +340,10 @@ mod tests {
 
     fn restored(replay: &Replay, worker: u32) -> Vec<Vec<u8>> {
         let restore = replay.restore(worker);
-        let whole = |pieces: &Vec<Bytes>| pieces.concat();
-        for pieces in &restore.messages {
-            assert!(pieces.iter().all(|piece| piece.len() <= MAX_BODY));
+        let whole = |message: &Again| message.pieces.concat();
+        for message in &restore.messages {
+            let mut pieces = message.pieces.iter();
+            assert!(pieces.all(|piece| piece.len() <= MAX_BODY));
         }
         restore.messages.iter().map(whole).collect()
     }
@@ -354,6 +418,41 @@ mod tests {
         assert_eq!(restored(&replay, 1), [b"small"]);
         // Its room is free again.
         assert!(!give(&mut replay, 1, 0, &noise(2, 60_000), MAX_BODY));
+    }
+
+    #[test]
+    fn a_payload_counts_once_and_is_needed_until_its_last_message_is_let_go() {
+        let mut replay = Replay::new(3, 10_000);
+        for worker in 0..3 {
+            replay.expect(worker, 7);
+            let first = replay.payload(worker, 1, 9_000, false);
+            assert_eq!(first, worker == 0);
+            replay.piece(worker, &Bytes::from_static(b"rest"), true);
+            assert!(!replay.done(worker, true));
+        }
+        let again = Again {
+            payload: Some(1),
+            pieces: vec![Bytes::from_static(b"rest")],
+        };
+        assert_eq!(replay.restore(2).messages, [again]);
+        // What takes its place.
+        for worker in 0..3 {
+            assert_eq!(replay.take_freed(), []);
+            give(&mut replay, worker, 7, b"other", 9);
+        }
+        assert_eq!(replay.take_freed(), [1]);
+        // One that is interrupted, one that is not to last, and one that is too long.
+        replay.expect(0, 0);
+        assert!(replay.payload(0, 2, 100, true));
+        assert!(!replay.done(0, false));
+        assert_eq!(replay.take_freed(), [2]);
+        assert!(!replay.payload(0, 3, 100, true));
+        assert!(!replay.done(0, true));
+        replay.expect(0, 0);
+        assert!(!replay.payload(0, 4, 10_000, true));
+        assert!(replay.done(0, true));
+        assert!(!replay.is_complete(0));
+        assert_eq!(replay.take_freed(), []);
     }
 
     #[test]

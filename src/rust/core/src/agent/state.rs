@@ -56,6 +56,8 @@ struct Entry {
     credit: usize,
     /// Bytes passed on to the worker and not yet reported to the head.
     passed: usize,
+    /// Bytes on their way to the worker that are not the head's: they do not count for its window.
+    given: usize,
     /// It, or one before it in its place, has been ready.
     came_up: bool,
     /// Ends that the head has been or will be told of and may not know yet: what it sends until then was
@@ -122,6 +124,7 @@ impl Book {
                 complete: false,
                 credit: 0,
                 passed: 0,
+                given: 0,
                 came_up: false,
                 unnoted: 0,
                 setbacks: 0,
@@ -233,7 +236,9 @@ impl Book {
         if matches!(entry.phase, Phase::Starting | Phase::Restoring { .. }) {
             return None;
         }
-        entry.passed += bytes;
+        let given = bytes.min(entry.given);
+        entry.given -= given;
+        entry.passed += bytes - given;
         if entry.passed < SEND_WINDOW / 2 {
             return None;
         }
@@ -250,6 +255,16 @@ impl Book {
     pub fn unreported(&self, worker: u32) -> usize {
         let entry = self.workers.get(worker as usize);
         entry.map_or(0, |entry| entry.passed)
+    }
+
+    /// The agent gives a worker so many bytes of its own accord.
+    pub fn gave(&mut self, worker: u32, bytes: usize) {
+        if let Some(entry) = self.workers.get_mut(worker as usize) {
+            // While it is being restored, nothing counts.
+            if matches!(entry.phase, Phase::Idle | Phase::Busy { .. }) {
+                entry.given += bytes;
+            }
+        }
     }
 
     /// A data frame from a worker.
@@ -392,6 +407,7 @@ impl Book {
         let phase = std::mem::replace(&mut entry.phase, Phase::Gone);
         entry.hung_up = None;
         entry.passed = 0;
+        entry.given = 0;
         if entry.stopping.is_some() {
             return Ending::Stopped;
         }

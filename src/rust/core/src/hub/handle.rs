@@ -7,6 +7,7 @@ use super::{Plan, run};
 use crate::frame::MAX_BODY;
 use crate::launch::Launch;
 use crate::message::{Hello, Loss, ToAgent, ToHead};
+use crate::payloads::PayloadId;
 use crate::scheduler::{Body, Gone, JobId, Order, Outcome, ProtocolError, Rank, TaskId, Want};
 use crate::share::{self, Chunk};
 use crate::signals;
@@ -21,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// Bytes of tasks that may wait to be sent before R's thread waits too.
-const SEND_LIMIT: usize = 32 * 1024 * 1024;
+const SEND_LIMIT: usize = 8 * 1024 * 1024;
 
 /// Bytes of a message that are looked at together for where to cut them.
 const CUT: usize = 4 * MAX_BODY;
@@ -73,6 +74,17 @@ pub enum Answer {
     NothingSent,
 }
 
+/// A task that has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Begun {
+    pub task: TaskId,
+    /// The worker that gets it.
+    pub place: Rank,
+    /// Its message begins with the payload. If not, that worker's host does not have it: then either
+    /// [`Hub::begin_payload_again`] follows, or all of the message is to be written.
+    pub shared: bool,
+}
+
 /// How far a start has come.
 #[derive(Debug)]
 pub enum Progress {
@@ -116,6 +128,9 @@ pub struct Hub {
     next_task: TaskId,
     /// A message is being written.
     writing: Option<Writing>,
+    /// A payload is being written.
+    sharing: Option<Sharing>,
+    next_payload: PayloadId,
     /// Some agent keeps chunks.
     shares: bool,
 }
@@ -127,11 +142,22 @@ struct Writing {
     owner: Rank,
     /// It has been outstanding before.
     again: bool,
+    /// The payload that it is to begin with, if its host gets it.
+    wanted: Option<PayloadId>,
     buffer: Vec<u8>,
     first: bool,
     /// What has been submitted of it, if that is to be known and not too much.
     recorded: Option<Vec<Chunk>>,
     recorded_bytes: usize,
+}
+
+/// A payload that is being written.
+#[derive(Debug)]
+struct Sharing {
+    id: PayloadId,
+    buffer: Vec<u8>,
+    /// It is new, and what lasts begins with it.
+    spooled: bool,
 }
 
 impl Hub {
@@ -173,6 +199,8 @@ impl Hub {
             members: (NO_JOB, Vec::new()),
             next_task: 1,
             writing: None,
+            sharing: None,
+            next_payload: 1,
             shares: false,
         })
     }
@@ -292,7 +320,8 @@ impl Hub {
     /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
     /// cancels them: they are left over from a call that was interrupted, and their answers would be
     /// taken for its own. If the worker was lost in the course of this very job, another stands in.
-    /// Returns the number of the task, and the worker that gets it.
+    /// `payload`: of the worker that gets the task, the payload that its message is to begin with,
+    /// which has been finished.
     ///
     /// # Errors
     /// When the worker is gone.
@@ -302,7 +331,8 @@ impl Hub {
         job: JobId,
         lasts: Option<u64>,
         turn: Turn,
-    ) -> Result<(TaskId, Rank), Arc<Gone>> {
+        payload: impl FnOnce(Rank) -> Option<PayloadId>,
+    ) -> Result<Begun, Arc<Gone>> {
         self.abandon();
         let worker = {
             let mut core = self.core();
@@ -314,10 +344,11 @@ impl Hub {
             self.members = (job, vec![false; self.outstanding.len()]);
         }
         let place = match worker.gone {
-            None => rank,
+            // If it is back while others are still at its tasks, they go on with them, in order.
+            None => self.stand_in(rank, job).unwrap_or(rank),
             Some(gone) => {
                 let just_now = worker.gone_in == job;
-                let stand_in = || self.elsewhere(&gone, job, lasts);
+                let stand_in = || self.elsewhere(rank, &gone, job, lasts);
                 just_now.then(stand_in).flatten().ok_or(gone)?
             }
         };
@@ -343,12 +374,16 @@ impl Hub {
             again: turn == Turn::First,
             ..Order::default()
         };
-        self.write_order(order, rank, false);
-        Ok((task, place))
+        let shared = self.write_order(order, rank, false, payload(place));
+        Ok(Begun {
+            task,
+            place,
+            shared,
+        })
     }
 
     /// As [`Hub::begin`], for a task that was lost: with the worker that takes the place of the lost
-    /// one, or if there is none, with another. Returns the worker that gets it.
+    /// one, or if there is none, with another.
     ///
     /// # Errors
     /// When there is nobody to take it: the worker that had it last, and what became of that.
@@ -357,7 +392,8 @@ impl Hub {
         rank: Rank,
         task: TaskId,
         lasts: Option<u64>,
-    ) -> Result<Rank, (Rank, Arc<Gone>)> {
+        payload: impl FnOnce(Rank) -> Option<PayloadId>,
+    ) -> Result<Begun, (Rank, Arc<Gone>)> {
         self.abandon();
         let tasks = self.outstanding[rank as usize].iter();
         let job = tasks.copied().find(|&(other, _)| other == task);
@@ -366,7 +402,7 @@ impl Hub {
         let place = match self.worker(before).gone {
             None => before,
             Some(gone) => {
-                let stand_in = self.elsewhere(&gone, job, lasts);
+                let stand_in = self.elsewhere(rank, &gone, job, lasts);
                 stand_in.ok_or((before, gone))?
             }
         };
@@ -379,18 +415,114 @@ impl Hub {
             lasts,
             ..Order::default()
         };
-        self.write_order(order, rank, true);
-        Ok(place)
+        let shared = self.write_order(order, rank, true, payload(place));
+        Ok(Begun {
+            task,
+            place,
+            shared,
+        })
     }
 
     /// The message of this task, which R gave to `owner`, is written next. `again`: it has been
-    /// outstanding before.
-    fn write_order(&mut self, mut order: Order, owner: Rank, again: bool) {
+    /// outstanding before. Returns whether it begins with the payload.
+    fn write_order(
+        &mut self,
+        mut order: Order,
+        owner: Rank,
+        again: bool,
+        payload: Option<PayloadId>,
+    ) -> bool {
         if order.rank != owner {
             self.moved.insert(order.task, order.rank);
             order.instead_of = Some(owner);
         }
-        self.writing = Some(Writing::new(order, owner, again));
+        let mut writing = Writing::new(order, owner, again);
+        writing.wanted = payload;
+        let shared = writing.share(&self.core());
+        self.writing = Some(writing);
+        shared
+    }
+
+    /// Begins a payload for the hosts of these workers, with which messages to them can then begin;
+    /// [`Hub::write`] and [`Hub::finish_payload`] follow. `lasts`: what some of these do lasts.
+    pub fn begin_payload(&mut self, ranks: &[Rank], lasts: bool) -> PayloadId {
+        self.abandon();
+        let id = self.next_payload;
+        self.next_payload += 1;
+        let mut core = self.core();
+        core.scheduler.begin_payload(id, ranks);
+        let spool = core.spool.as_mut().filter(|_| lasts);
+        let spooled = spool.is_some();
+        if let Some(spool) = spool {
+            spool.begin_payload(id);
+        }
+        drop(core);
+        self.sharing = Some(Sharing {
+            id,
+            buffer: Vec::new(),
+            spooled,
+        });
+        id
+    }
+
+    /// Begins the very same payload once more, for the host of this worker alone, which does not have
+    /// it. If a task has been begun for that and nothing of its message written, that then begins
+    /// with it, as [`Hub::finish_payload`] tells.
+    pub fn begin_payload_again(&mut self, id: PayloadId, rank: Rank) {
+        self.abandon_payload();
+        self.core().scheduler.begin_payload(id, &[rank]);
+        self.sharing = Some(Sharing {
+            id,
+            buffer: Vec::new(),
+            spooled: false,
+        });
+    }
+
+    /// Ends the payload: messages can begin with it. Returns whether that of the task which has been
+    /// begun, if there is one, does.
+    pub fn finish_payload(&mut self) -> bool {
+        self.submit(true);
+        let Some(sharing) = self.sharing.take() else {
+            return false;
+        };
+        let shared = self.inner.shared.clone();
+        let mut core = shared.core();
+        if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
+            spool.finish_payload();
+        }
+        core.look_at_spool();
+        let writing = self.writing.as_mut();
+        writing.is_some_and(|writing| writing.share(&core))
+    }
+
+    /// Whether a message to this worker can begin with this payload: its host has it.
+    pub fn has_payload(&self, rank: Rank, id: PayloadId) -> bool {
+        self.core().scheduler.has_payload(rank, id)
+    }
+
+    /// No more messages will begin with it. Those of tasks that have been finished do, whenever they
+    /// are sent.
+    pub fn drop_payload(&mut self, id: PayloadId) {
+        let mut core = self.core();
+        core.scheduler.drop_payload(id);
+        if let Some(spool) = &mut core.spool {
+            spool.drop_payload(id);
+        }
+        core.settle();
+    }
+
+    /// Takes back the payload that is being written, if there is one.
+    fn abandon_payload(&mut self) {
+        let Some(sharing) = self.sharing.take() else {
+            return;
+        };
+        let mut core = self.core();
+        core.scheduler.abort_payload(sharing.id);
+        if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
+            spool.abandon_payload();
+        }
+        core.scheduler.set_unlimited(false);
+        core.settle();
     }
 
     /// A task that was lost is not tried again: who asks for its answer is told so.
@@ -417,13 +549,28 @@ impl Hub {
         self.moved.get(&task).copied().unwrap_or(rank)
     }
 
+    /// The worker that has a task which R gave to this one. Tasks that were one worker's go on one
+    /// after the other with its random numbers.
+    fn stand_in(&self, rank: Rank, job: JobId) -> Option<Rank> {
+        if self.moved.is_empty() {
+            return None;
+        }
+        let tasks = self.outstanding[rank as usize].iter();
+        let tasks = tasks.filter(|&&(_, other)| other == job);
+        let mut places = tasks.filter_map(|(task, _)| self.moved.get(task).copied());
+        places.find(|&place| self.worker(place).gone.is_none())
+    }
+
     /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
     /// unless that was stopped, or the task is bound to it by what lasts there.
-    fn elsewhere(&self, gone: &Gone, job: JobId, lasts: Option<u64>) -> Option<Rank> {
+    fn elsewhere(&self, rank: Rank, gone: &Gone, job: JobId, lasts: Option<u64>) -> Option<Rank> {
         let (last, members) = &self.members;
         let bound = matches!(gone, Gone::Stopped) || lasts.is_some();
         if bound || job == NO_JOB || *last != job {
             return None;
+        }
+        if let Some(place) = self.stand_in(rank, job) {
+            return Some(place);
         }
         let mut load: Vec<usize> = self.outstanding.iter().map(VecDeque::len).collect();
         for &place in self.moved.values() {
@@ -488,24 +635,43 @@ impl Hub {
         writing.recorded.take()
     }
 
-    /// Appends to the message. Returns whether so much waits to be sent that the caller should
-    /// call [`Hub::wait_to_send`] until that says no.
+    /// Appends to the payload or message that is being written. Returns whether so much waits to be
+    /// sent that the caller should call [`Hub::wait_to_send`] until that says no.
     pub fn write(&mut self, mut bytes: &[u8]) -> bool {
-        let Some(writing) = &mut self.writing else {
-            return false;
-        };
         let full = if self.shares { CUT } else { MAX_BODY };
         let mut sent = false;
-        while writing.buffer.len() + bytes.len() > full {
-            let (now, later) = bytes.split_at(full - writing.buffer.len());
-            writing.buffer.extend_from_slice(now);
+        while let Some(buffer) = self.buffer() {
+            let room = full - buffer.len().min(full);
+            if bytes.len() <= room {
+                buffer.extend_from_slice(bytes);
+                break;
+            }
+            let (now, later) = bytes.split_at(room);
+            buffer.extend_from_slice(now);
             bytes = later;
-            let chunks = writing.chunks(self.shares, false);
-            submit(&mut self.inner.shared.core(), writing, chunks, false);
+            self.submit(false);
             sent = true;
         }
-        writing.buffer.extend_from_slice(bytes);
         sent && self.core().queued > SEND_LIMIT
+    }
+
+    fn buffer(&mut self) -> Option<&mut Vec<u8>> {
+        match (&mut self.sharing, &mut self.writing) {
+            (Some(sharing), _) => Some(&mut sharing.buffer),
+            (None, Some(writing)) => Some(&mut writing.buffer),
+            (None, None) => None,
+        }
+    }
+
+    /// Submits what is in the buffer; all of it if it is the `last` of a payload.
+    fn submit(&mut self, last: bool) {
+        if let Some(sharing) = &mut self.sharing {
+            let chunks = take_chunks(&mut sharing.buffer, self.shares, last);
+            submit_payload(&mut self.inner.shared.core(), sharing, chunks, last);
+        } else if let Some(writing) = &mut self.writing {
+            let chunks = writing.chunks(self.shares, false);
+            submit(&mut self.inner.shared.core(), writing, chunks, false);
+        }
     }
 
     /// As [`Hub::write`], for chunks of a message that was recorded.
@@ -553,8 +719,10 @@ impl Hub {
         core.look_at_spool();
     }
 
-    /// Takes back the message that is being written, if there is one: R could not finish it.
+    /// Takes back the message and the payload that are being written, if there are any: R could not
+    /// finish them.
     pub fn abandon(&mut self) {
+        self.abandon_payload();
         let Some(writing) = self.writing.take() else {
             return;
         };
@@ -749,6 +917,7 @@ impl Writing {
             order,
             owner,
             again,
+            wanted: None,
             buffer: Vec::new(),
             first: true,
             recorded: None,
@@ -756,15 +925,23 @@ impl Writing {
         }
     }
 
+    /// Lets the message begin with the payload that it is to begin with, if that is possible and
+    /// nothing of it has been submitted. Returns whether it does.
+    fn share(&mut self, core: &Core) -> bool {
+        if self.first {
+            let order = &self.order;
+            // Without it in the file, its host could not be taken back.
+            let spool = core.spool.as_ref().filter(|_| order.lasts.is_some());
+            let spooled = |id| spool.is_none_or(|s| !s.is_complete() || s.has_payload(id));
+            let has = |&id: &PayloadId| core.scheduler.has_payload(order.rank, id) && spooled(id);
+            self.order.payload = self.wanted.filter(has);
+        }
+        self.order.payload.is_some()
+    }
+
     /// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
     fn chunks(&mut self, shares: bool, last: bool) -> Vec<Chunk> {
-        let chunks = if shares {
-            share::cut(&mut self.buffer, last)
-        } else {
-            let room = if last { 0 } else { MAX_BODY };
-            let buffer = std::mem::replace(&mut self.buffer, Vec::with_capacity(room));
-            vec![Bytes::from(buffer).into()]
-        };
+        let chunks = take_chunks(&mut self.buffer, shares, last);
         if let Some(recorded) = &mut self.recorded {
             self.recorded_bytes += chunks.iter().map(|chunk| chunk.bytes.len()).sum::<usize>();
             recorded.extend_from_slice(&chunks);
@@ -776,6 +953,32 @@ impl Writing {
     }
 }
 
+fn take_chunks(buffer: &mut Vec<u8>, shares: bool, last: bool) -> Vec<Chunk> {
+    if shares {
+        return share::cut(buffer, last);
+    }
+    let room = if last { 0 } else { MAX_BODY };
+    let buffer = std::mem::replace(buffer, Vec::with_capacity(room));
+    vec![Bytes::from(buffer).into()]
+}
+
+fn submit_payload(core: &mut Core, sharing: &Sharing, mut chunks: Vec<Chunk>, last: bool) {
+    if last && chunks.is_empty() {
+        chunks.push(Chunk::default());
+    }
+    if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
+        spool.write_payload(&chunks);
+    }
+    let count = chunks.len();
+    for (at, chunk) in chunks.into_iter().enumerate() {
+        let last = last && at + 1 == count;
+        if core.scheduler.append_payload(sharing.id, &chunk, last) {
+            core.queued += chunk.bytes.len();
+        }
+    }
+    core.settle();
+}
+
 fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: bool) {
     if last && chunks.is_empty() {
         chunks.push(Chunk::default());
@@ -783,7 +986,8 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
     if std::mem::replace(&mut writing.first, false) {
         core.inbox.expect(writing.order.task, writing.owner);
         if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
-            spool.begin(writing.order.task, writing.order.rank, name);
+            let order = &writing.order;
+            spool.begin(order.task, order.rank, name, order.payload);
         }
         core.scheduler.submit(writing.order.clone());
     }

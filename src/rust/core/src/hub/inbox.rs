@@ -231,6 +231,8 @@ impl Inbox {
                 command,
             }),
             Note::Output { rank, bytes } => self.printed(rank, bytes),
+            // Its stream is ended for that reason.
+            Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
         }
         0

@@ -11,7 +11,7 @@ mod restore;
 mod shared;
 mod spool;
 
-pub use handle::{Answer, Hub, NO_JOB, Progress, RECORD_LIMIT, Turn};
+pub use handle::{Answer, Begun, Hub, NO_JOB, Progress, RECORD_LIMIT, Turn};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
 
 use crate::launch::Launch;

@@ -1,6 +1,7 @@
 //! Bringing the workers of a host that is back to the state they had.
 
 use super::shared::Core;
+use super::spool::Lasting;
 use crate::frame::MAX_BODY;
 use crate::scheduler::{Outcome, RESTORE, Rank, TaskId};
 use crate::share::{self, Chunk};
@@ -57,7 +58,7 @@ impl Core {
             let first = RESTORE | self.restoring.next;
             let tasks: Vec<_> = (first..)
                 .zip(messages)
-                .map(|(task, (name, message))| (task, name, self.chunks(rank, message)))
+                .map(|(task, (name, parts))| (task, name, self.chunks(rank, parts)))
                 .collect();
             self.restoring.next += tasks.len() as TaskId;
             let last = tasks.last().map(|task| task.0);
@@ -78,18 +79,18 @@ impl Core {
     }
 
     /// What a worker is restored by, if all of that is held.
-    fn messages(&self, rank: Rank) -> Option<Vec<(u64, Bytes)>> {
+    fn messages(&self, rank: Rank) -> Option<Vec<Lasting>> {
         let spool = self.spool.as_ref().filter(|spool| spool.is_complete());
         spool.and_then(|spool| spool.restore(rank).ok())
     }
 
-    fn chunks(&self, rank: Rank, message: Bytes) -> Vec<Chunk> {
+    fn chunks(&self, rank: Rank, parts: Vec<Bytes>) -> Vec<Chunk> {
         let agent = self.inbox.workers[rank as usize].agent;
-        if self.scheduler.shares(agent) {
-            share::cut_whole(message)
-        } else {
-            pieces(message)
-        }
+        let cut = match self.scheduler.shares(agent) {
+            true => share::cut_whole,
+            false => pieces,
+        };
+        parts.into_iter().flat_map(cut).collect()
     }
 
     /// A task has ended, which may be one of those that restore a worker.
@@ -112,8 +113,8 @@ impl Core {
                 // Its agent brings the next worker as far as this one was.
                 let messages = self.messages(rank).filter(|_| losses < LOSSES);
                 let message = messages.and_then(|m| m.into_iter().nth((task - first) as usize));
-                if let Some((name, message)) = message {
-                    let chunks = self.chunks(rank, message);
+                if let Some((name, parts)) = message {
+                    let chunks = self.chunks(rank, parts);
                     let order = (task, name, chunks);
                     return self.scheduler.restore_again(rank, order, task == last);
                 }

@@ -418,6 +418,9 @@ impl Core {
                         self.conns[*agent].for_good = true;
                         self.conns[*agent].stop.notify_one();
                     }
+                    Note::Failed { agent, reason } => {
+                        self.end(*agent, Err(io::Error::other(reason.clone())));
+                    }
                     Note::Up { rank, .. } => self.worker_up(*rank),
                     Note::Done {
                         rank,

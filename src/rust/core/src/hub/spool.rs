@@ -3,8 +3,10 @@
 //!
 //! Messages are written to a file that has no name, in the order in which they are sent, and each
 //! knows on which workers it has lasted. A host that is back gets them from a map of the file: they
-//! take no memory of the head that the system could not have back.
+//! take no memory of the head that the system could not have back. What messages begin with as a
+//! payload is in the file once.
 
+use crate::payloads::PayloadId;
 use crate::scheduler::{Rank, TaskId};
 use crate::share::Chunk;
 use bytes::Bytes;
@@ -19,6 +21,8 @@ use xxhash_rust::xxh3::Xxh3;
 #[derive(Debug)]
 struct Message {
     name: u64,
+    /// It begins with this; the rest is what follows.
+    payload: Option<PayloadId>,
     from: u64,
     len: u64,
     digest: u128,
@@ -35,10 +39,24 @@ impl Message {
     }
 }
 
+/// A message that has lasted: its name, and its bytes in parts.
+pub type Lasting = (u64, Vec<Bytes>);
+
+/// A payload in the file.
+struct Stored {
+    from: u64,
+    len: u64,
+    /// More messages may come to begin with it.
+    wanted: bool,
+    /// So many messages do.
+    users: usize,
+}
+
 struct Open {
     task: TaskId,
     rank: Rank,
     name: u64,
+    payload: Option<PayloadId>,
     hash: Xxh3,
     len: u64,
 }
@@ -52,6 +70,9 @@ pub struct Spool {
     /// The message of each task that is not answered.
     tasks: HashMap<TaskId, u64>,
     open: Option<Open>,
+    payloads: HashMap<PayloadId, Stored>,
+    /// A payload that is being written, and how much of it has been.
+    open_payload: Option<(PayloadId, u64)>,
     end: u64,
     /// Bytes of the file that are taken up.
     held: u64,
@@ -76,6 +97,8 @@ impl Spool {
             next: 0,
             tasks: HashMap::new(),
             open: None,
+            payloads: HashMap::new(),
+            open_payload: None,
             end: 0,
             held: 0,
             most,
@@ -83,12 +106,81 @@ impl Spool {
         })
     }
 
-    /// A message to this worker begins that is to last, under this name (0: none).
-    pub fn begin(&mut self, task: TaskId, rank: Rank, name: u64) {
+    /// A payload begins with which messages begin that are to last.
+    pub fn begin_payload(&mut self, id: PayloadId) {
+        self.open_payload = Some((id, 0));
+    }
+
+    /// Some of the payload.
+    pub fn write_payload(&mut self, chunks: &[Chunk]) {
+        let Some((_, len)) = &mut self.open_payload else {
+            return;
+        };
+        for chunk in chunks {
+            let at = self.end + *len;
+            *len += chunk.bytes.len() as u64;
+            if self.incomplete || self.held + *len > self.most {
+                self.incomplete = true;
+                return;
+            }
+            self.incomplete |= self.file.write_all_at(&chunk.bytes, at).is_err();
+        }
+    }
+
+    /// The payload is complete.
+    pub fn finish_payload(&mut self) {
+        let Some((id, len)) = self.open_payload.take() else {
+            return;
+        };
+        let stored = Stored {
+            from: self.end,
+            len,
+            wanted: true,
+            users: 0,
+        };
+        self.payloads.insert(id, stored);
+        self.end += len;
+        self.held += len;
+    }
+
+    /// The payload will not be complete.
+    pub fn abandon_payload(&mut self) {
+        self.open_payload = None;
+    }
+
+    /// Whether messages that last can begin with this payload.
+    pub fn has_payload(&self, id: PayloadId) -> bool {
+        self.payloads.get(&id).is_some_and(|stored| stored.wanted)
+    }
+
+    /// No more messages will begin with it.
+    pub fn drop_payload(&mut self, id: PayloadId) {
+        if let Some(stored) = self.payloads.get_mut(&id) {
+            stored.wanted = false;
+            self.clear_payload(id);
+        }
+    }
+
+    /// Lets go of a payload that no message begins with or may come to.
+    fn clear_payload(&mut self, id: PayloadId) {
+        let unused = |stored: &Stored| !stored.wanted && stored.users == 0;
+        if self.payloads.get(&id).is_some_and(unused) {
+            if let Some(stored) = self.payloads.remove(&id) {
+                if give_back(&self.file, stored.from, stored.len) {
+                    self.held -= stored.len;
+                }
+            }
+        }
+    }
+
+    /// A message to this worker begins that is to last, under this name (0: none). It begins with
+    /// this payload.
+    pub fn begin(&mut self, task: TaskId, rank: Rank, name: u64, payload: Option<PayloadId>) {
         self.open = Some(Open {
             task,
             rank,
             name,
+            payload,
             hash: Xxh3::new(),
             len: 0,
         });
@@ -131,6 +223,7 @@ impl Spool {
             last.digest == digest
                 && last.len == open.len
                 && last.name == open.name
+                && last.payload == open.payload
                 // To the same worker it is said once more.
                 && !last.is_for(open.rank)
         };
@@ -141,8 +234,16 @@ impl Spool {
         } else if self.held + open.len > self.most {
             self.incomplete = true;
         } else {
+            if let Some(id) = open.payload {
+                match self.payloads.get_mut(&id) {
+                    Some(stored) => stored.users += 1,
+                    // Not all of the message is here.
+                    None => self.incomplete = true,
+                }
+            }
             let message = Message {
                 name: open.name,
+                payload: open.payload,
                 from: self.end,
                 len: open.len,
                 digest,
@@ -200,6 +301,12 @@ impl Spool {
                 if give_back(&self.file, message.from, message.len) {
                     self.held -= message.len;
                 }
+                if let Some(id) = message.payload {
+                    if let Some(stored) = self.payloads.get_mut(&id) {
+                        stored.users = stored.users.saturating_sub(1);
+                    }
+                    self.clear_payload(id);
+                }
             }
         }
     }
@@ -209,24 +316,38 @@ impl Spool {
         !self.incomplete
     }
 
-    /// What has lasted on this worker, in order: names and messages.
+    /// What has lasted on this worker, in order.
     ///
     /// # Errors
     /// When the file cannot be mapped.
-    pub fn restore(&self, rank: Rank) -> io::Result<Vec<(u64, Bytes)>> {
+    pub fn restore(&self, rank: Rank) -> io::Result<Vec<Lasting>> {
         if self.end == 0 {
             return Ok(Vec::new());
         }
         // SAFETY: the file has no name, and what is in it is not written again while a message of it
         // may be in use: it only grows, and gives back what no worker has.
         let map = Bytes::from_owner(unsafe { Mmap::map(&self.file)? });
-        let of_rank = self.messages.values().filter(|m| m.ranks.contains(&rank));
-        let message = |m: &Message| {
-            let from = usize::try_from(m.from).ok()?;
-            let to = from.checked_add(usize::try_from(m.len).ok()?)?;
-            (to <= map.len()).then(|| (m.name, map.slice(from..to)))
+        let part = |from: u64, len: u64| {
+            let from = usize::try_from(from).ok()?;
+            let to = from.checked_add(usize::try_from(len).ok()?)?;
+            (to <= map.len()).then(|| map.slice(from..to))
         };
-        Ok(of_rank.filter_map(message).collect())
+        let of_rank = self.messages.values().filter(|m| m.ranks.contains(&rank));
+        let parts = |m: &Message| {
+            let stored = match m.payload {
+                Some(id) => Some(self.payloads.get(&id)?),
+                None => None,
+            };
+            let stored = stored.map(|stored| (stored.from, stored.len));
+            let parts = stored.into_iter().chain([(m.from, m.len)]);
+            parts.map(|(from, len)| part(from, len)).collect()
+        };
+        let lasting = |m: &Message| {
+            let parts: Option<Vec<Bytes>> = parts(m);
+            let parts = parts.ok_or_else(|| io::Error::other("the file is too short"))?;
+            Ok((m.name, parts))
+        };
+        of_rank.map(lasting).collect()
     }
 }
 
@@ -237,6 +358,10 @@ fn give_back(file: &File, from: u64, len: u64) -> bool {
         use std::os::fd::AsRawFd;
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let (from, len) = (from as libc::off_t, len as libc::off_t);
+        if len == 0 {
+            // Of which the system knows nothing to give back.
+            return true;
+        }
         // SAFETY: fallocate has no memory effects. That it fails costs room on the disk alone.
         unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) == 0 }
     }
@@ -262,7 +387,18 @@ mod tests {
     }
 
     fn send(spool: &mut Spool, task: TaskId, rank: Rank, name: u64, message: &[u8]) {
-        spool.begin(task, rank, name);
+        send_with(spool, task, rank, name, None, message);
+    }
+
+    fn send_with(
+        spool: &mut Spool,
+        task: TaskId,
+        rank: Rank,
+        name: u64,
+        payload: Option<PayloadId>,
+        message: &[u8],
+    ) {
+        spool.begin(task, rank, name, payload);
         for part in message.chunks(7) {
             spool.write(&[Bytes::copy_from_slice(part).into()]);
         }
@@ -271,7 +407,7 @@ mod tests {
 
     fn restored(spool: &Spool, rank: Rank) -> Vec<Vec<u8>> {
         let messages = spool.restore(rank).unwrap();
-        messages.iter().map(|(_, bytes)| bytes.to_vec()).collect()
+        messages.iter().map(|(_, parts)| parts.concat()).collect()
     }
 
     #[test]
@@ -320,6 +456,45 @@ mod tests {
         assert!(spool.is_complete());
         send(&mut spool, 2, 0, 0, &[2; 20]);
         assert!(!spool.is_complete());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn what_messages_begin_with_is_there_once_and_for_as_long_as_one_of_them() {
+        let mut spool = spool(130);
+        let store = |spool: &mut Spool, id: PayloadId, byte: u8| {
+            spool.begin_payload(id);
+            spool.write_payload(&[Bytes::from(vec![byte; 60]).into()]);
+            spool.write_payload(&[Bytes::from(vec![byte; 40]).into()]);
+            spool.finish_payload();
+        };
+        store(&mut spool, 5, 5);
+        for rank in 0..3u32 {
+            let task = u64::from(rank);
+            let rest: &[u8] = if rank == 2 { b"more" } else { b"" };
+            send_with(&mut spool, task, rank, 7, Some(5), rest);
+            spool.ended(task, rank, true);
+        }
+        spool.drop_payload(5);
+        assert!(spool.is_complete() && !spool.has_payload(5));
+        assert_eq!(restored(&spool, 1), [[5; 100]]);
+        assert_eq!(restored(&spool, 2), [[&[5; 100][..], b"more"].concat()]);
+        assert_eq!(spool.held, 104);
+        // Values that take its place.
+        for rank in 0..3u32 {
+            let task = 10 + u64::from(rank);
+            send(&mut spool, task, rank, 7, b"other");
+            spool.ended(task, rank, true);
+        }
+        assert_eq!((spool.held, spool.payloads.len()), (5, 0));
+        // One that no message begins with, and one that is not completed.
+        store(&mut spool, 6, 6);
+        spool.drop_payload(6);
+        spool.begin_payload(7);
+        spool.write_payload(&[Bytes::from(vec![7; 60]).into()]);
+        spool.abandon_payload();
+        assert_eq!((spool.held, spool.is_complete()), (5, true));
+        assert_eq!(restored(&spool, 0), [b"other"]);
     }
 
     #[test]

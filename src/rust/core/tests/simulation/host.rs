@@ -8,8 +8,9 @@ use rustcluster_core::agent::state::{Ending, Now, REPLAY};
 use rustcluster_core::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
 use rustcluster_core::message::{self, Exit, Loss, ToHead};
 use rustcluster_core::outbuf::OutBuf;
+use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::Rank;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 /// As the agent reads at a time.
@@ -40,6 +41,8 @@ pub struct Host {
     pub received: BytesMut,
     pub relay: Relay,
     acts: Vec<Act>,
+    /// Payloads in memory that is shared, with those that are complete.
+    pub stored: HashMap<PayloadId, (BytesMut, bool)>,
     timeout: Option<Duration>,
     pub processes: Vec<Option<Process>>,
     pub to_make: VecDeque<(u32, bool)>,
@@ -65,6 +68,7 @@ impl Host {
             received: BytesMut::new(),
             relay: Relay::new(ranks.len(), keep, state, timeout),
             acts: Vec::new(),
+            stored: HashMap::new(),
             timeout,
             processes: ranks.iter().map(|_| None).collect(),
             to_make: (0..workers).map(|worker| (worker, false)).collect(),
@@ -107,6 +111,27 @@ impl Host {
                     self.tell(&message);
                 }
                 Act::ToWorker(frame) => self.send_worker(&frame, now),
+                Act::Store {
+                    payload,
+                    bytes,
+                    last,
+                } => {
+                    let (stored, complete) = self.stored.entry(payload).or_default();
+                    assert!(!std::mem::replace(complete, last), "payload {payload}");
+                    stored.extend_from_slice(&bytes);
+                }
+                Act::Hand { frame } => {
+                    let (bytes, complete) = &self.stored[&frame.header.task];
+                    assert!(*complete && frame.number() == Some(bytes.len() as u64));
+                    let worker = frame.header.worker as usize;
+                    if let Some(process) = &mut self.processes[worker] {
+                        process.along.push_back(bytes.clone().freeze());
+                    }
+                    self.send_worker(&frame, now);
+                }
+                Act::Discard(payload) => {
+                    assert!(self.stored.remove(&payload).is_some());
+                }
                 Act::Up { worker, replaces } => self.tell_up(worker, replaces, facts),
                 Act::Interrupt { worker, task } => {
                     let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());

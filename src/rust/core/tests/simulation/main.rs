@@ -13,11 +13,12 @@ mod worker;
 use bytes::Bytes;
 use host::{BACKLOG, Curse, Host, READ};
 use parts::{End, Facts, LARGEST, Place, Seen, slice};
-use r::{Message, Ready, Waiting};
+use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::agent::state::Now;
 use rustcluster_core::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::{JobId, Rank, SEND_WINDOW, Scheduler, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -125,6 +126,9 @@ struct Sim {
     /// Bytes the head should hold of answers that are not whole.
     arriving: HashMap<Rank, (TaskId, usize)>,
     writing: Option<Message>,
+    /// Payloads that R has not dropped.
+    made: Vec<Made>,
+    next_payload: PayloadId,
     waiting: Option<Waiting>,
     /// What R goes on waiting for when it has decided on a lost task.
     resume: Option<Waiting>,
@@ -177,6 +181,8 @@ impl Sim {
             ready: VecDeque::new(),
             arriving: HashMap::new(),
             writing: None,
+            made: Vec::new(),
+            next_payload: 0,
             waiting: None,
             resume: None,
             submitted: 0,
@@ -652,6 +658,20 @@ impl Sim {
         )
     }
 
+    /// R needs no payload any more: agents hold those by which they restore workers.
+    fn drop_payloads(&mut self) {
+        for made in std::mem::take(&mut self.made) {
+            self.scheduler.drop_payload(made.id);
+        }
+        for _ in 0..3 {
+            self.sweep();
+        }
+        for host in self.hosts.iter().filter(|host| !host.lost) {
+            let bytes: usize = host.stored.values().map(|stored| stored.0.len()).sum();
+            assert!(bytes <= self.setup.state, "{bytes} bytes are left");
+        }
+    }
+
     /// After all has ended.
     fn check_rest(&mut self) {
         let tasks = &self.facts.tasks;
@@ -687,6 +707,7 @@ impl Sim {
     fn run(&mut self) {
         self.chaos();
         self.drain();
+        self.drop_payloads();
         self.check_rest();
         // Whoever is left must be as good as new.
         for host in &mut self.hosts {

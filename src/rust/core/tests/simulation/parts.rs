@@ -27,8 +27,13 @@ fn pattern() -> &'static Bytes {
 /// Where in the pattern a task's message (or answer) begins. Messages of four tasks in a row are
 /// the same, as far as they go.
 pub fn origin(task: TaskId, answer: bool) -> usize {
-    let number = if answer { task } else { task / 4 * 4 };
+    let number = if answer { task } else { group(task) * 4 };
     (number as usize % 1_000_003 * 2 + usize::from(answer)) * 7_919 % 1_000_003
+}
+
+/// The payload with which the messages of these four tasks in a row may begin.
+pub fn group(task: TaskId) -> TaskId {
+    task / 4
 }
 
 pub fn part(task: TaskId, answer: bool, from: usize, len: usize) -> Bytes {
@@ -328,10 +333,15 @@ pub struct Seen {
     /// Tasks that R got back, and ones that it asked for in vain.
     pub recalled: usize,
     pub in_vain: usize,
+    /// Messages that began with a payload, and of those ones that restored a worker; payloads that
+    /// were not completed.
+    pub shared: usize,
+    pub shared_again: usize,
+    pub aborted: usize,
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 20] {
+    pub fn counts(&self) -> [usize; 23] {
         [
             self.answers,
             self.cancelled,
@@ -353,6 +363,9 @@ impl Seen {
             self.dropped,
             self.recalled,
             self.in_vain,
+            self.shared,
+            self.shared_again,
+            self.aborted,
         ]
     }
 
@@ -379,6 +392,9 @@ impl Seen {
             &mut self.dropped,
             &mut self.recalled,
             &mut self.in_vain,
+            &mut self.shared,
+            &mut self.shared_again,
+            &mut self.aborted,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

@@ -1,10 +1,11 @@
 //! R's thread and its handle, as in `hub/handle.rs` and `R/faults.R`: it sends tasks, waits for their
 //! answers, and decides what becomes of those that were lost.
 
-use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, origin, part};
+use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
 use rustcluster_core::frame::MAX_BODY;
+use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::{
     Body, GRANT, Gone, JobId, Note, Order, Outcome, RESULT_WINDOW, Rank, SEND_WINDOW, TaskId, Want,
 };
@@ -22,6 +23,14 @@ pub struct Message {
     order: Order,
     /// It has been outstanding before.
     again: bool,
+}
+
+/// A payload that R has made.
+pub struct Made {
+    pub id: PayloadId,
+    /// The tasks whose messages may begin with it.
+    group: TaskId,
+    len: usize,
 }
 
 /// What there is for R.
@@ -140,14 +149,87 @@ impl Sim {
             lasts: task.effect.map(|effect| effect.name()),
             instead_of: task.is_moved().then_some(task.owner),
             ahead: task.ahead,
+            payload: None,
         };
+        let (place, len) = (task.place, task.len);
+        let made = self.share(id, place, len);
+        let (payload, sent) = made.map_or((None, 0), |(id, len)| (Some(id), len));
+        let order = Order { payload, ..order };
         self.writing = Some(Message {
             task: id,
-            sent: 0,
+            sent,
             first: true,
             order,
             again: before,
         });
+    }
+
+    /// What a message begins with: its number and its bytes, if it begins with a payload.
+    fn share(&mut self, task: TaskId, place: Rank, len: usize) -> Option<(PayloadId, usize)> {
+        if self.rng.random_ratio(1, 30) && !self.made.is_empty() {
+            let at = self.rng.random_range(0..self.made.len());
+            let made = self.made.swap_remove(at);
+            self.scheduler.drop_payload(made.id);
+            self.notes();
+        }
+        if self.rng.random_ratio(1, 3) {
+            return None;
+        }
+        let group = group(task);
+        let fits = |made: &&Made| made.group == group && made.len <= len;
+        let usable = |made: &&Made| self.scheduler.has_payload(place, made.id);
+        let made = self.made.iter().filter(fits).find(usable);
+        if let Some(made) = made {
+            return Some((made.id, made.len));
+        }
+        // For some of the workers, which may be gone.
+        let mut ranks = vec![place];
+        for _ in 0..self.rng.random_range(0..self.setup.workers.min(20)) {
+            ranks.push(self.rng.random_range(0..self.setup.workers) as Rank);
+        }
+        let most = match self.rng.random_range(0..3) {
+            0 => len,
+            _ => self.rng.random_range(0..=len),
+        };
+        self.next_payload += 1;
+        let id = self.next_payload;
+        self.scheduler.begin_payload(id, &ranks);
+        let gives_up = self.rng.random_ratio(1, 10);
+        let mut at = 0;
+        loop {
+            let n = self.rng.random_range(1..=MAX_BODY).min(most - at);
+            let last = at + n == most;
+            if last && gives_up {
+                self.scheduler.abort_payload(id);
+                self.facts.seen.aborted += 1;
+                self.notes();
+                assert!(!self.scheduler.has_payload(place, id));
+                return None;
+            }
+            let number = (origin(task, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
+            let chunk = Chunk {
+                bytes: part(task, false, at, n),
+                key: self.setup.keep.map(|_| number),
+            };
+            if self.scheduler.append_payload(id, &chunk, last) {
+                self.submitted += n;
+            }
+            at += n;
+            if last {
+                break;
+            }
+            if self.rng.random_ratio(1, 5) {
+                let host = self.at[place as usize].0;
+                self.flush(host, 100_000);
+            }
+        }
+        let has = self.scheduler.has_payload(place, id);
+        self.made.push(Made {
+            id,
+            group,
+            len: most,
+        });
+        has.then_some((id, most))
     }
 
     /// Submits the next chunk of the message that is being written.
@@ -472,7 +554,10 @@ impl Sim {
                     assert!(ranks.iter().all(gone));
                     self.facts.seen.left_out += 1;
                 }
-                Note::Output { .. } | Note::LeftBehind { .. } | Note::StartFailed { .. } => {
+                Note::Output { .. }
+                | Note::LeftBehind { .. }
+                | Note::Failed { .. }
+                | Note::StartFailed { .. } => {
                     panic!("{note:?}")
                 }
             }

@@ -5,10 +5,14 @@ use bytes::{Bytes, BytesMut};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rustcluster_core::agent::state::{Now, REPLAY};
-use rustcluster_core::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY};
+use rustcluster_core::frame::{
+    self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED,
+};
 use rustcluster_core::message::{self, WorkerReady};
 use rustcluster_core::outbuf::OutBuf;
+use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::{Rank, TaskId};
+use std::collections::VecDeque;
 use xxhash_rust::xxh3::Xxh3;
 
 /// A message that is being received.
@@ -41,6 +45,8 @@ pub struct Worker {
     received: BytesMut,
     pub out: OutBuf,
     incoming: Option<Incoming>,
+    /// The last payload that it was given.
+    payload: Option<(PayloadId, Bytes)>,
     running: Option<Running>,
     /// What lasts on it.
     pub effects: Vec<Effect>,
@@ -57,6 +63,8 @@ pub struct Worker {
 /// A worker's process with its agent's end of the channel.
 pub struct Process {
     pub outgoing: OutBuf,
+    /// Memory that goes along with frames.
+    pub along: VecDeque<Bytes>,
     pub down: Pipe,
     pub up: Pipe,
     pub held: BytesMut,
@@ -81,6 +89,7 @@ impl Process {
         out.push(&ready);
         Process {
             outgoing: OutBuf::default(),
+            along: VecDeque::new(),
             down: Pipe::new(channel),
             up: Pipe::new(channel),
             held: BytesMut::new(),
@@ -88,6 +97,7 @@ impl Process {
                 received: BytesMut::new(),
                 out,
                 incoming: None,
+                payload: None,
                 running: None,
                 effects: Vec::new(),
                 seed: Bytes::new(),
@@ -134,7 +144,7 @@ impl Process {
         };
         let mut moved = self.down.read(&mut worker.received, most) as u64;
         while let Some(frame) = frame::decode(&mut worker.received).expect("a frame") {
-            let lethal = worker.on_frame(frame, rng, facts, rank);
+            let lethal = worker.on_frame(frame, &mut self.along, rng, facts, rank);
             if lethal || cursed && worker.is_at_a_task() {
                 self.dead = true;
                 return moved + 1;
@@ -158,7 +168,14 @@ impl Worker {
     }
 
     /// Returns whether this was its end.
-    fn on_frame(&mut self, frame: Frame, rng: &mut StdRng, facts: &mut Facts, rank: Rank) -> bool {
+    fn on_frame(
+        &mut self,
+        frame: Frame,
+        along: &mut VecDeque<Bytes>,
+        rng: &mut StdRng,
+        facts: &mut Facts,
+        rank: Rank,
+    ) -> bool {
         let Header { flags, task, .. } = frame.header;
         match frame.header.kind {
             Kind::Data if flags & ABORT != 0 => {
@@ -177,9 +194,29 @@ impl Worker {
                         self.answer(rng, facts, rank, (true, true));
                     }
                 }
-                self.on_data(task, flags, &frame.body, facts);
+                let body = match flags & SHARED {
+                    0 => frame.body,
+                    _ => {
+                        let (id, bytes) = self.payload.as_ref().expect("a payload");
+                        assert_eq!(Some(*id), frame.number());
+                        facts.seen.shared += usize::from(!again);
+                        facts.seen.shared_again += usize::from(again);
+                        bytes.clone()
+                    }
+                };
+                self.on_data(task, flags, &body, facts);
                 if flags & LAST != 0 {
                     return self.start(rng, facts, rank);
+                }
+            }
+            Kind::Payload => {
+                self.payload = None;
+                let bytes = match flags & SHARED {
+                    0 => frame.body,
+                    _ => along.pop_front().expect("memory"),
+                };
+                if flags & ABORT == 0 {
+                    self.payload = Some((task, bytes));
                 }
             }
             Kind::Seed => self.seeds_before.push((frame.body, flags & GUEST != 0)),

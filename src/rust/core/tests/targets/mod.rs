@@ -431,6 +431,8 @@ struct Host {
     starting: Vec<u32>,
     /// Bytes on their way to each worker.
     forwarded: [usize; WORKERS],
+    /// Payloads in memory that is shared.
+    stored: Vec<u64>,
     acts: Vec<Act>,
 }
 
@@ -456,7 +458,12 @@ impl Host {
     fn act(&mut self) {
         for act in std::mem::take(&mut self.acts) {
             match act {
-                Act::ToWorker(frame) => {
+                Act::Store { payload, .. } => self.stored.push(payload),
+                Act::Discard(payload) => {
+                    assert!(self.stored.contains(&payload));
+                    self.stored.retain(|&stored| stored != payload);
+                }
+                Act::ToWorker(frame) | Act::Hand { frame } => {
                     assert_eq!(frame.header.body_len(), frame.body.len());
                     assert!(frame.body.len() <= MAX_BODY);
                     self.forwarded[frame.header.worker as usize] += frame.wire_len();
@@ -530,6 +537,7 @@ pub fn to_agent(data: &[u8]) {
         now: Duration::ZERO,
         starting: Vec::new(),
         forwarded: [0; WORKERS],
+        stored: Vec::new(),
         acts: Vec::new(),
     };
     for worker in 0..WORKERS as u32 {

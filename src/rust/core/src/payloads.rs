@@ -1,0 +1,261 @@
+//! Payloads: what many messages begin with crosses to each host once. This is what the head knows of
+//! those of one agent, and what it has yet to send it of them.
+//!
+//! A payload is sent while it is being made, in turn with what goes to workers, and before any
+//! message that begins with it. When it is dropped, its agent is told so once no message that waits
+//! to be sent begins with it. How agents and workers go on is in [`crate::agent::payload`] and
+//! [`crate::worker`].
+
+use crate::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::share::{Chunk, Mirror, Sent};
+use bytes::Bytes;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Identifies a payload, for ever and over all hosts of a cluster. It is never that of other bytes.
+pub type PayloadId = u64;
+
+/// A chunk's bytes in the head's memory, counted once however many agents it waits for.
+type Counted = Arc<usize>;
+
+/// Bytes that are not in memory any more, if this was the last agent that they waited for.
+fn release(counted: Counted) -> usize {
+    Arc::into_inner(counted).unwrap_or(0)
+}
+
+#[derive(Debug)]
+struct Stream {
+    id: PayloadId,
+    chunks: VecDeque<Chunk>,
+    counted: VecDeque<Counted>,
+    /// Nothing of it has been sent yet.
+    first: bool,
+    /// The last chunk is there.
+    complete: bool,
+}
+
+impl Stream {
+    fn end(self) -> usize {
+        self.counted.into_iter().map(release).sum()
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    complete: bool,
+    /// The agent has heard of it.
+    begun: bool,
+    dropped: bool,
+}
+
+/// See the module's documentation.
+#[derive(Debug, Default)]
+pub struct Payloads {
+    known: HashMap<PayloadId, State>,
+    /// What is yet to be sent, one after the other.
+    streams: VecDeque<Stream>,
+    /// Turns of workers since the last chunk.
+    turns: usize,
+    /// How many of those known have been dropped.
+    dropped: usize,
+}
+
+impl Payloads {
+    /// Chunks of this payload follow. Returns whether it was not known.
+    pub fn begin(&mut self, id: PayloadId) -> bool {
+        if self.known.contains_key(&id) {
+            return false;
+        }
+        self.known.insert(id, State::default());
+        self.streams.push_back(Stream {
+            id,
+            chunks: VecDeque::new(),
+            counted: VecDeque::new(),
+            first: true,
+            complete: false,
+        });
+        true
+    }
+
+    /// A chunk, at most [`MAX_BODY`] long, if the payload waits for more of them.
+    pub fn append(&mut self, id: PayloadId, chunk: &Chunk, counted: &Counted, last: bool) {
+        let open = |stream: &&mut Stream| stream.id == id && !stream.complete;
+        let Some(stream) = self.streams.iter_mut().find(open) else {
+            return;
+        };
+        if !chunk.bytes.is_empty() {
+            stream.chunks.push_back(chunk.clone());
+            stream.counted.push_back(counted.clone());
+        }
+        if last {
+            stream.complete = true;
+            self.known.entry(id).or_default().complete = true;
+        }
+    }
+
+    /// Whether messages may begin with it.
+    pub fn has(&self, id: PayloadId) -> bool {
+        let state = self.known.get(&id);
+        state.is_some_and(|state| state.complete && !state.dropped)
+    }
+
+    /// Whether the agent has yet to be sent some of it.
+    pub fn is_on_its_way(&self, id: PayloadId) -> bool {
+        self.streams.iter().any(|stream| stream.id == id)
+    }
+
+    /// The rest of a payload that is not complete will not come.
+    pub fn abort(&mut self, id: PayloadId) {
+        if self.known.get(&id).is_some_and(|state| !state.complete) {
+            self.drop_payload(id);
+        }
+    }
+
+    /// No more messages will begin with it.
+    pub fn drop_payload(&mut self, id: PayloadId) {
+        if let Some(state) = self.known.get_mut(&id) {
+            self.dropped += usize::from(!state.dropped);
+            state.dropped = true;
+        }
+    }
+
+    /// Forgets one that was dropped, if there is one with which no message that waits to be sent
+    /// begins: as `needed` tells. Returns what the agent is to be told, if it has heard of it, and the
+    /// bytes that are released.
+    pub fn forget(&mut self, needed: impl Fn(PayloadId) -> bool) -> Option<(Option<Frame>, usize)> {
+        if self.dropped == 0 {
+            return None;
+        }
+        let mut known = self.known.iter();
+        let unneeded = known.find(|&(&id, state)| state.dropped && !needed(id));
+        let id = *unneeded?.0;
+        let state = self.known.remove(&id)?;
+        self.dropped -= 1;
+        let at = self.streams.iter().position(|stream| stream.id == id);
+        let stream = at.and_then(|at| self.streams.remove(at));
+        let told = || Frame::new(Kind::Payload, LAST | ABORT, 0, id, Bytes::new());
+        Some((state.begun.then(told), stream.map_or(0, Stream::end)))
+    }
+
+    /// The next frame, unless it is the turn of one of so many others, and the bytes that are
+    /// released with it.
+    pub fn next(&mut self, others: usize, mirror: Option<&mut Mirror>) -> Option<(Frame, usize)> {
+        let stream = self.streams.front_mut()?;
+        if stream.chunks.is_empty() && !stream.complete {
+            return None;
+        }
+        if self.turns < others {
+            self.turns += 1;
+            return None;
+        }
+        self.turns = 0;
+        let before = stream.chunks.len();
+        let sent = match mirror {
+            Some(mirror) => mirror.send(&mut stream.chunks, MAX_BODY),
+            None => Sent {
+                body: stream.chunks.pop_front().unwrap_or_default().bytes,
+                ..Sent::default()
+            },
+        };
+        let count = before - stream.chunks.len();
+        let released = stream.counted.drain(..count).map(release).sum();
+        let mut flags = sent.flags;
+        if std::mem::replace(&mut stream.first, false) {
+            flags |= FIRST;
+        }
+        let id = stream.id;
+        self.known.entry(id).or_default().begun = true;
+        if stream.complete && stream.chunks.is_empty() {
+            flags |= LAST;
+            self.streams.pop_front();
+        }
+        let frame = Frame::new(Kind::Payload, flags, 0, id, sent.body);
+        Some((frame, released))
+    }
+
+    /// The agent is lost. Returns the bytes that are released.
+    pub fn clear(&mut self) -> usize {
+        let streams = std::mem::take(&mut self.streams);
+        *self = Payloads::default();
+        streams.into_iter().map(Stream::end).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn append(all: &mut [Payloads], id: PayloadId, len: usize, last: bool) {
+        let chunk = Chunk::from(Bytes::from(vec![0; len]));
+        let counted = Arc::new(len);
+        for payloads in all {
+            payloads.append(id, &chunk, &counted, last);
+        }
+    }
+
+    fn flags(next: Option<(Frame, usize)>) -> Option<(u8, usize)> {
+        next.map(|(frame, released)| (frame.header.flags, released))
+    }
+
+    #[test]
+    fn a_chunk_is_released_when_the_last_agent_has_been_sent_it() {
+        let mut all = [
+            Payloads::default(),
+            Payloads::default(),
+            Payloads::default(),
+        ];
+        all.iter_mut()
+            .for_each(|payloads| assert!(payloads.begin(1)));
+        append(&mut all, 1, 10, false);
+        append(&mut all, 1, 20, false);
+        assert!(!all[0].has(1));
+        append(&mut all, 1, 0, true);
+        assert!(all[0].has(1) && all[0].is_on_its_way(1));
+        assert_eq!(flags(all[0].next(0, None)), Some((FIRST, 0)));
+        assert_eq!(all[1].clear(), 0);
+        assert_eq!(flags(all[2].next(0, None)), Some((FIRST, 10)));
+        assert_eq!(flags(all[0].next(0, None)), Some((LAST, 0)));
+        assert_eq!(flags(all[2].next(0, None)), Some((LAST, 20)));
+        assert_eq!(flags(all[0].next(0, None)), None);
+        assert!(all[0].has(1) && !all[0].is_on_its_way(1) && !all[1].has(1));
+        assert!(!all[0].begin(1) && all[1].begin(1));
+    }
+
+    #[test]
+    fn it_takes_its_turn_with_others() {
+        let mut payloads = [Payloads::default()];
+        payloads[0].begin(1);
+        assert_eq!(flags(payloads[0].next(0, None)), None);
+        (0..3).for_each(|_| append(&mut payloads, 1, 10, false));
+        let turns: Vec<bool> = (0..7)
+            .map(|_| payloads[0].next(2, None).is_some())
+            .collect();
+        assert_eq!(turns, [false, false, true, false, false, true, false]);
+    }
+
+    #[test]
+    fn an_agent_is_told_what_it_knows_of_once_no_message_needs_it() {
+        let mut payloads = [Payloads::default()];
+        payloads[0].begin(1);
+        append(&mut payloads, 1, 10, true);
+        assert!(payloads[0].forget(|_| false).is_none());
+        payloads[0].drop_payload(1);
+        payloads[0].drop_payload(1);
+        assert!(!payloads[0].has(1));
+        assert!(payloads[0].forget(|id| id == 1).is_none());
+        payloads[0].next(0, None);
+        let (told, released) = payloads[0].forget(|_| false).unwrap();
+        assert_eq!((told.unwrap().header.flags, released), (LAST | ABORT, 0));
+        assert!(payloads[0].forget(|_| false).is_none());
+        // Nothing of it has been sent.
+        payloads[0].begin(2);
+        append(&mut payloads, 2, 10, false);
+        payloads[0].abort(2);
+        assert_eq!(payloads[0].forget(|_| false), Some((None, 10)));
+        // What is complete is not aborted.
+        payloads[0].begin(3);
+        append(&mut payloads, 3, 10, true);
+        payloads[0].abort(3);
+        assert!(payloads[0].has(3));
+    }
+}
