@@ -13,10 +13,10 @@ sendData.RustNode <- function(node, data) {
   frames <- sys.nframe()
   closeStale(handle, frames)
   if (handle$job == noJob) {
-    depth <- verbDepth(frames)
-    if (!is.null(depth)) {
-      job <- openJob(handle, depth, frames, settingOf(sys.function(depth), data$data))
-      do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(depth))
+    verb <- verbOf(frames)
+    if (!is.null(verb)) {
+      job <- openJob(handle, verb$depth, frames, settingOf(verb$name, data$data))
+      do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(verb$depth))
     }
   } else if (handle$frames != frames) {
     # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
@@ -78,40 +78,36 @@ closeJob <- function(handle, job) {
 # What clusterCall() does on a worker lasts, and so does what clusterExport() and clusterEvalQ(), which
 # call it, and clusterSetRNGStream() do: the name of the variable that is set, or "". NULL for others.
 settingOf <- function(verb, call) {
-  if (identical(verb, parallels$clusterSetRNGStream)) return(".Random.seed")
-  if (!identical(verb, parallels$clusterCall)) return(NULL)
-  if (identical(call$fun, parallels$gets)) call$args[[1L]] else ""
+  switch(verb,
+    clusterSetRNGStream = ".Random.seed",
+    clusterCall = if (identical(call$fun, parallels$gets)) call$args[[1L]] else ""
+  )
 }
 
-# The functions of parallel between a task and our method, and those that send tasks and receive
-# the answers from one frame. Filled when the package is loaded.
+# The functions of parallel that send tasks and receive the answers from one frame, and others that we
+# need to know. Filled when the package is loaded.
 parallels <- new.env(parent = emptyenv())
 
 findParallels <- function() {
-  names <- c("sendData", "postNode", "sendCall", "clusterCall", "clusterSetRNGStream",
-             "staticClusterApply", "dynamicClusterApply", "checkForRemoteErrors", "defaultCluster")
+  names <- c("clusterCall", "clusterSetRNGStream", "staticClusterApply", "dynamicClusterApply",
+             "checkForRemoteErrors", "defaultCluster")
   namespace <- environment(parallel::clusterCall)
   for (name in names) assign(name, get(name, namespace), parallels)
   parallels$gets <- get("gets", environment(parallel::clusterExport))
 }
 
-# The number of the frame of the verb that sends, or NULL: what is sent by other code, or by hand,
-# is received by it as it likes.
-verbDepth <- function(frames) {
-  if (
-    frames < 5L || !identical(sys.function(frames - 3L), parallels$sendCall) ||
-      !identical(sys.function(frames - 2L), parallels$postNode) ||
-      !identical(sys.function(frames - 1L), parallels$sendData)
-  ) {
-    return(NULL)
-  }
+# The verb that sends, by the number of its frame and its name; NULL for other code: what is sent by
+# that, or by hand, is received by it as it likes. Between a verb and the method are three functions of
+# parallel's. To look at a function copies it, so that no more are looked at than need be.
+verbOf <- function(frames) {
+  if (frames < 5L) return(NULL)
   verb <- sys.function(frames - 4L)
   for (name in c("clusterCall", "staticClusterApply", "clusterSetRNGStream")) {
-    if (identical(verb, parallels[[name]])) return(frames - 4L)
+    if (identical(verb, parallels[[name]])) return(list(depth = frames - 4L, name = name))
   }
   # It sends from a function of its own.
   if (frames > 5L && identical(sys.function(frames - 5L), parallels$dynamicClusterApply)) {
-    return(frames - 5L)
+    return(list(depth = frames - 5L, name = "dynamicClusterApply"))
   }
   NULL
 }

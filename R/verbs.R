@@ -204,7 +204,7 @@ callNodes <- function(cl = NULL, fun, ...) {
   if (is.null(ranks)) return(parallels$clusterCall(cl, fun, ...))
   handle <- cl[[1L]][["handle"]]
   data <- list(fun = fun, args = list(...), return = TRUE, tag = NULL)
-  job <- beginJob(handle, sys.nframe(), settingOf(parallels$clusterCall, data))
+  job <- beginJob(handle, sys.nframe(), settingOf("clusterCall", data))
   on.exit(closeJob(handle, job))
   sent <- hub_broadcast(
     handle$pointer, ranks, job, list(type = "EXEC", data = data, tag = NULL), handle$lasts
