@@ -4,6 +4,7 @@
 use crate::payloads::PayloadId;
 use crate::{limits, sys};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -21,11 +22,9 @@ impl Memories {
     /// # Errors
     /// When the system has no memory or descriptor left.
     pub fn store(&mut self, payload: PayloadId, bytes: &[u8], last: bool) -> io::Result<()> {
-        if !self.0.contains_key(&payload) {
-            self.0.insert(payload, Arc::new(new()?));
-        }
-        let Some(file) = self.0.get(&payload) else {
-            return Ok(());
+        let file = match self.0.entry(payload) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(Arc::new(new()?)),
         };
         (&**file).write_all(bytes)?;
         if last { sys::seal(file) } else { Ok(()) }

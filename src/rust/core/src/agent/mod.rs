@@ -78,7 +78,8 @@ pub struct Greeted {
     head_pid: u32,
 }
 
-/// How [`Agent::run`] ends.
+/// How [`Agent::run`] ends. There is one of it in a process.
+#[allow(clippy::large_enum_variant)]
 pub enum Role {
     /// This process is a forked worker.
     Worker(Channel),
@@ -364,7 +365,7 @@ impl Agent {
             let mut ended = false;
             for event in &events {
                 match event.token() {
-                    HEAD_IN => self.read_head(),
+                    HEAD_IN => self.read_head(event.is_read_closed()),
                     HEAD_OUT => {
                         self.head_blocked = false;
                         let fd = self.writer.as_raw_fd();
@@ -516,7 +517,8 @@ impl Agent {
         }
     }
 
-    fn read_head(&mut self) {
+    /// `closed`: the stream's end has been announced, and will not be once more.
+    fn read_head(&mut self, closed: bool) {
         loop {
             match self.reader.read(&mut self.scratch) {
                 Ok(0) => return self.end(),
@@ -532,7 +534,7 @@ impl Agent {
                     }
                     // On a stream a short read means that no more is there, and that more will
                     // be announced.
-                    if n < self.scratch.len() {
+                    if n < self.scratch.len() && !closed {
                         return;
                     }
                 }
@@ -655,7 +657,8 @@ impl Agent {
     /// A head that heeds no window could fill this host's memory.
     fn has_room(&self, worker: u32) -> bool {
         let process = self.workers[worker as usize].as_ref();
-        process.is_none_or(|process| process.outgoing.len() <= WORKER_BACKLOG)
+        let most = WORKER_BACKLOG.saturating_add(self.relay.book.given(worker));
+        process.is_none_or(|process| process.outgoing.len() <= most)
     }
 
     fn write_worker(&mut self, worker: u32) {

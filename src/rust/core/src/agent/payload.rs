@@ -180,3 +180,211 @@ impl Payloads {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn chunk(id: PayloadId, flags: u8, len: usize) -> Frame {
+        Frame::new(Kind::Payload, flags, 0, id, vec![id as u8; len].into())
+    }
+
+    fn receive(payloads: &mut Payloads, frames: &[Frame]) -> Result<Vec<Act>, ProtocolError> {
+        let mut acts = Vec::new();
+        for frame in frames {
+            payloads.receive(frame.clone(), &mut acts)?;
+        }
+        Ok(acts)
+    }
+
+    fn forget(id: PayloadId) -> Frame {
+        chunk(id, LAST | ABORT, 0)
+    }
+
+    #[test]
+    fn what_fits_into_a_frame_is_given_as_it_is_and_once() {
+        let mut payloads = Payloads::new(2);
+        let frames = [chunk(1, FIRST, MAX_BODY - 3), chunk(1, LAST, 3)];
+        assert!(receive(&mut payloads, &frames).unwrap().is_empty());
+        assert_eq!(payloads.len(1), Ok(MAX_BODY));
+        for worker in 0..2 {
+            let mut acts = Vec::new();
+            assert!(payloads.give(worker, 1, &mut acts) > MAX_BODY);
+            let [Act::ToWorker(frame)] = &acts[..] else {
+                panic!("{acts:?}");
+            };
+            assert_eq!((frame.header.worker, frame.header.task), (worker, 1));
+            assert_eq!(frame.body, vec![1; MAX_BODY]);
+            assert_eq!(payloads.give(worker, 1, &mut acts), 0);
+            assert_eq!(acts.len(), 1);
+        }
+        // A fresh process has none; and a worker has the last one only.
+        payloads.made(0);
+        assert!(payloads.give(0, 1, &mut Vec::new()) > 0);
+        receive(&mut payloads, &[chunk(2, FIRST | LAST, 0)]).unwrap();
+        assert!(payloads.give(0, 2, &mut Vec::new()) > 0);
+        assert!(payloads.give(0, 1, &mut Vec::new()) > 0);
+    }
+
+    #[test]
+    fn what_does_not_is_stored_and_handed_over() {
+        let mut payloads = Payloads::new(1);
+        let frames = [
+            chunk(1, FIRST, MAX_BODY - 3),
+            chunk(1, 0, 4),
+            chunk(1, LAST, 5),
+        ];
+        let acts = receive(&mut payloads, &frames).unwrap();
+        let stored = acts.iter().map(|act| match act {
+            Act::Store {
+                payload: 1,
+                bytes,
+                last,
+            } => (bytes.len(), *last),
+            act => panic!("{act:?}"),
+        });
+        let stored: Vec<_> = stored.collect();
+        assert_eq!(stored, [(MAX_BODY - 3, false), (4, false), (5, true)]);
+        let mut acts = Vec::new();
+        payloads.give(0, 1, &mut acts);
+        let [Act::Hand { frame }] = &acts[..] else {
+            panic!("{acts:?}");
+        };
+        assert_eq!(frame.number(), Some(MAX_BODY as u64 + 6));
+    }
+
+    #[test]
+    fn a_payload_that_is_forgotten_is_there_for_as_long_as_it_is_needed() {
+        let mut payloads = Payloads::new(2);
+        receive(&mut payloads, &[chunk(1, FIRST | LAST, MAX_BODY)]).unwrap();
+        receive(
+            &mut payloads,
+            &[chunk(2, FIRST, MAX_BODY), chunk(2, LAST, 1)],
+        )
+        .unwrap();
+        for id in [1, 2] {
+            payloads.keep(id);
+            payloads.give(0, id, &mut Vec::new());
+        }
+        // Who has it is told to let go of it.
+        let acts = receive(&mut payloads, &[forget(2)]).unwrap();
+        assert!(matches!(&acts[..], [Act::ToWorker(frame)] if *frame == forget(2)));
+        assert!(payloads.len(2).is_err());
+        let mut acts = Vec::new();
+        assert!(payloads.give(1, 2, &mut acts) > 0);
+        assert!(payloads.take_back(1, &mut acts) > 0);
+        payloads.release(2, &mut acts);
+        assert!(matches!(
+            acts[..],
+            [Act::Hand { .. }, Act::ToWorker(_), Act::Discard(2)]
+        ));
+        payloads.release(1, &mut acts);
+        assert_eq!((payloads.len(1), acts.len()), (Ok(MAX_BODY), 3));
+        assert!(receive(&mut payloads, &[forget(1)]).unwrap().is_empty());
+        assert!(payloads.payloads.is_empty());
+    }
+
+    #[test]
+    fn what_no_head_sends_is_an_error() {
+        let whole = chunk(1, FIRST | LAST, 9);
+        let cases: Vec<Vec<Frame>> = vec![
+            vec![chunk(1, 0, 9)],
+            vec![chunk(1, LAST, 9)],
+            vec![forget(1)],
+            vec![whole.clone(), whole.clone()],
+            vec![whole.clone(), chunk(1, 0, 9)],
+            vec![whole.clone(), forget(1), forget(1)],
+            vec![chunk(1, FIRST, 9), forget(1), chunk(1, LAST, 9)],
+            vec![chunk(1, FIRST | SHARED, 9)],
+        ];
+        for frames in cases {
+            assert!(
+                receive(&mut Payloads::new(1), &frames).is_err(),
+                "{frames:?}"
+            );
+        }
+        let mut payloads = Payloads::new(1);
+        receive(&mut payloads, &[chunk(1, FIRST, 9)]).unwrap();
+        assert!(payloads.len(1).is_err() && payloads.len(2).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn workers_have_what_they_are_to_have_and_nothing_is_left(
+            steps in prop::collection::vec((0u8..6, 1u64..5, 0u32..3), 1..80),
+        ) {
+            let mut payloads = Payloads::new(3);
+            // As the head, each worker and this side of the wire know it.
+            let (mut known, mut kept) = ([false; 5], [0usize; 5]);
+            let mut has = [None; 3];
+            let mut stored = std::collections::HashSet::new();
+            for (what, id, worker) in steps {
+                let mut acts = Vec::new();
+                let at = id as usize;
+                match what {
+                    // Once its number is free.
+                    0 if !known[at] && kept[at] == 0 => {
+                        let len = if id % 2 == 0 { 9 } else { MAX_BODY };
+                        let frames = [chunk(id, FIRST, len), chunk(id, LAST, 9)];
+                        acts = receive(&mut payloads, &frames).unwrap();
+                        known[at] = true;
+                    }
+                    1 if known[at] => {
+                        acts = receive(&mut payloads, &[forget(id)]).unwrap();
+                        known[at] = false;
+                    }
+                    2 if known[at] => {
+                        payloads.keep(id);
+                        kept[at] += 1;
+                    }
+                    3 if kept[at] > 0 => {
+                        payloads.release(id, &mut acts);
+                        kept[at] -= 1;
+                    }
+                    4 => {
+                        payloads.made(worker);
+                        has[worker as usize] = None;
+                    }
+                    _ if known[at] || kept[at] > 0 => {
+                        payloads.give(worker, id, &mut acts);
+                        if !known[at] {
+                            payloads.take_back(worker, &mut acts);
+                        }
+                    }
+                    _ => {}
+                }
+                for act in acts {
+                    match act {
+                        Act::Store { payload, .. } => {
+                            stored.insert(payload);
+                        }
+                        Act::Discard(payload) => prop_assert!(stored.remove(&payload)),
+                        Act::ToWorker(frame) | Act::Hand { frame } => {
+                            let Frame { header, .. } = frame;
+                            let has = &mut has[header.worker as usize];
+                            if header.flags & ABORT != 0 {
+                                prop_assert_eq!(has.take(), Some(header.task));
+                            } else {
+                                *has = Some(header.task);
+                                let shared = header.flags & SHARED != 0;
+                                prop_assert_eq!(shared, header.task % 2 == 1);
+                                prop_assert!(!shared || stored.contains(&header.task));
+                            }
+                        }
+                        act => panic!("{act:?}"),
+                    }
+                }
+                prop_assert_eq!(&payloads.given[..], &has[..]);
+                for id in has.into_iter().flatten() {
+                    prop_assert!(known[id as usize]);
+                }
+                for id in 1..5 {
+                    let there = known[id] || kept[id] > 0;
+                    prop_assert_eq!(payloads.payloads.contains_key(&(id as u64)), there);
+                    prop_assert_eq!(stored.contains(&(id as u64)), there && id % 2 == 1);
+                }
+            }
+        }
+    }
+}
