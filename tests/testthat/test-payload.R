@@ -185,3 +185,52 @@ test_that("the head does not hold what it sends", {
   broadcast_export(cl, "big", big)
   expect_lt(memory("VmHWM") - before, 16)
 })
+
+test_that("hosts of another byte order get it in theirs", {
+  hosts <- lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads))
+  local_function("otherByteOrder", function(handle) c(FALSE, TRUE))
+  cl <- local_cluster(hosts)
+  big <- runif(1e5)
+  first <- eval(quote(function(x) list(sum(x), environmentName(environment(sys.function())))), globalenv())
+  want <- list(sum(big), "R_GlobalEnv")
+  expect_identical(broadcast(cl, first, big), rep(list(want), 4))
+  expect_identical(broadcast(cl[c(1, 3)], first, big), rep(list(want), 2))
+  expect_identical(broadcast(cl[c(3, 1, 2)], first, big), rep(list(want), 3))
+  expect_identical(broadcast(cl, sum, 1, 2), rep(list(3), 4))
+})
+
+test_that("shared memory is none of the memory that a worker is limited to", {
+  skip_on_os(c("mac", "windows", "solaris"))
+  cl <- local_cluster(2, memory_limit = 300e6)
+  big <- numeric(2e7)
+  expect_identical(broadcast(cl, length, big), list(2e7L, 2e7L))
+  pids <- clusterPids(cl)
+  error <- broadcast(cl, length, numeric(5e7))
+  for (value in error) expect_match(value, "cannot allocate vector", fixed = TRUE)
+  expect_identical(clusterPids(cl), pids)
+  expect_true(wait_until(function() all(shared_memory(pids) == 0L)))
+})
+
+test_that("what is sent by hand goes with no job, and arrives", {
+  cl <- local_cluster(2)
+  handle <- cl[[1L]][["handle"]]
+  big <- runif(1e5)
+  call <- list(fun = sum, args = list(big), return = TRUE, tag = NULL)
+  message <- list(type = "EXEC", data = call, tag = NULL)
+  for (i in 1:2) {
+    sent <- rustcluster:::hub_broadcast(handle$pointer, c(2L, 1L, 2L), 0, message, NULL)
+    expect_null(sent)
+  }
+  got <- lapply(c(1, 2, 2, 1, 2, 2), function(i) parallel:::recvResult(cl[[i]]))
+  expect_identical(got, rep(list(sum(big)), 6))
+  expect_equal(shared_memory(agent_of(cl))[["open", 1]], 0L)
+})
+
+test_that("a node that is gone is an error, and leaves nothing", {
+  cl <- local_cluster(3)
+  agent <- agent_of(cl)
+  stopCluster(cl[2])
+  expect_rust_error(caught(broadcast(cl, length, runif(1e5))), "stopped")
+  expect_identical(clusterCall(cl[c(1, 3)], sum, 1, 2), list(3, 3))
+  expect_true(wait_until(function() all(shared_memory(agent) == 0L)))
+})

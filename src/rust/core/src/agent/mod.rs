@@ -671,6 +671,11 @@ impl Agent {
             match process.outgoing.write(fd) {
                 Ok(n) => passed += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The worker would wait for it for ever.
+                Err(error) if is_want(&error) => {
+                    self.fail(&format!("no memory to send to workers: {error}"));
+                    return;
+                }
                 // Not writable now; or the worker is gone, which its exit will tell.
                 Err(_) => break,
             }
@@ -930,6 +935,14 @@ impl Agent {
             }
         }
     }
+}
+
+/// Whether the system has not enough of something for bytes, or descriptors, to be on their way.
+fn is_want(error: &io::Error) -> bool {
+    let wants = [libc::ETOOMANYREFS, libc::ENOMEM, libc::ENOBUFS];
+    error
+        .raw_os_error()
+        .is_some_and(|code| wants.contains(&code))
 }
 
 /// More than this is not read from a worker while a frame of it waits.
