@@ -379,3 +379,136 @@ impl Channel {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{IoSlice, Write};
+
+    struct Agent(UnixStream);
+
+    impl Agent {
+        fn new() -> (Agent, Channel) {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            (Agent(ours), Channel::new(theirs, 0))
+        }
+
+        fn send(&self, frame: &Frame, along: Option<&File>) {
+            let header = frame.header.to_bytes();
+            let slices = [IoSlice::new(&header), IoSlice::new(&frame.body)];
+            let along = along.map(|file| file.as_raw_fd());
+            let sent = sys::send_with(self.0.as_raw_fd(), &slices, along).unwrap();
+            assert_eq!(sent, frame.wire_len());
+        }
+
+        fn hand(&self, id: PayloadId, bytes: &[u8], announced: usize) {
+            let mut file = sys::memory_file().unwrap();
+            file.write_all(bytes).unwrap();
+            sys::seal(&file).unwrap();
+            let len = Bytes::copy_from_slice(&(announced as u64).to_le_bytes());
+            let frame = Frame::new(Kind::Payload, FIRST | LAST | SHARED, 0, id, len);
+            self.send(&frame, Some(&file));
+        }
+    }
+
+    fn next(channel: &mut Channel) -> (Vec<u8>, Vec<u8>) {
+        let task = channel.next_task().unwrap().unwrap();
+        channel.send(b"answer", true).unwrap();
+        let payload = task.payload.map(|payload| payload.bytes.to_vec());
+        let chunks = task.body.chunks.into_iter().flatten();
+        (payload.unwrap_or_default(), chunks.collect())
+    }
+
+    fn data(task: u64, flags: u8, bytes: &'static [u8]) -> Frame {
+        Frame::new(Kind::Data, flags, 0, task, Bytes::from_static(bytes))
+    }
+
+    #[test]
+    fn messages_begin_with_the_payload_that_was_given_before() {
+        let (agent, mut channel) = Agent::new();
+        let large = vec![7; 200_000];
+        agent.hand(3, &large, large.len());
+        agent.send(&Frame::shared(0, 1, 3, true), None);
+        assert_eq!(next(&mut channel), (large.clone(), Vec::new()));
+        agent.send(&Frame::shared(0, 2, 3, false), None);
+        agent.send(&data(2, 0, b"inline "), None);
+        agent.send(&data(2, LAST, b"part"), None);
+        assert_eq!(next(&mut channel), (large, b"inline part".to_vec()));
+        agent.send(&data(3, FIRST | LAST, b"no payload"), None);
+        assert_eq!(next(&mut channel), (Vec::new(), b"no payload".to_vec()));
+        let small = Bytes::from_static(b"small");
+        let small = Frame::new(Kind::Payload, FIRST | LAST, 0, 4, small);
+        agent.send(&small, None);
+        agent.send(&Frame::shared(0, 4, 4, true), None);
+        assert_eq!(next(&mut channel), (b"small".to_vec(), Vec::new()));
+        assert!(channel.payload.is_some() && channel.descriptors.is_empty());
+        // It is taken back.
+        agent.send(&data(9, LAST | ABORT, b""), None);
+        agent.send(
+            &Frame::new(Kind::Payload, LAST | ABORT, 0, 4, Bytes::new()),
+            None,
+        );
+        agent.send(&data(5, FIRST | LAST, b"x"), None);
+        next(&mut channel);
+        assert_eq!(channel.payload, None);
+        agent.send(&Frame::shared(0, 6, 4, true), None);
+        assert!(channel.next_task().is_err());
+    }
+
+    #[test]
+    fn many_payloads_in_a_row_are_each_that_of_their_task() {
+        let (agent, mut channel) = Agent::new();
+        let sender = thread::spawn(move || {
+            for id in 0..60u64 {
+                agent.hand(id, &vec![id as u8; 70_000], 70_000);
+                agent.send(&Frame::shared(0, id, id, true), None);
+            }
+            agent
+        });
+        for id in 0..60 {
+            assert_eq!(next(&mut channel).0, vec![id as u8; 70_000]);
+            assert!(channel.descriptors.len() <= 2);
+        }
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_payload_without_its_memory_or_of_another_length_is_an_error() {
+        for announced in [0, 99_999, 100_001, usize::MAX] {
+            let (agent, mut channel) = Agent::new();
+            agent.hand(3, &[1; 100_000], announced);
+            agent.send(&Frame::shared(0, 1, 3, true), None);
+            assert!(channel.next_task().is_err());
+        }
+        let (agent, mut channel) = Agent::new();
+        let frame = Frame::new(
+            Kind::Payload,
+            FIRST | LAST | SHARED,
+            0,
+            3,
+            Bytes::copy_from_slice(&5u64.to_le_bytes()),
+        );
+        agent.send(&frame, None);
+        assert!(channel.next_task().is_err());
+    }
+
+    #[test]
+    fn descriptors_that_nobody_asked_for_are_closed() {
+        let (agent, mut channel) = Agent::new();
+        let (mine, theirs) = UnixStream::pair().unwrap();
+        let along = File::from(OwnedFd::from(theirs));
+        let sender = thread::spawn(move || {
+            for _ in 0..=MOST_DESCRIPTORS {
+                agent.send(&data(9, LAST | ABORT, b""), Some(&along));
+            }
+            agent
+        });
+        assert!(channel.next_task().is_err());
+        assert!(channel.descriptors.is_empty());
+        drop(channel);
+        drop(sender.join().unwrap());
+        // The last copy of its other end is closed.
+        let end = sys::recv(mine.as_raw_fd(), &mut [0; 9], &mut Vec::new(), true);
+        assert_eq!(end.unwrap(), 0);
+    }
+}

@@ -60,6 +60,17 @@ fn data(flags: u8, worker: u32, task: u64, body: &[u8]) -> Vec<u8> {
     ))
 }
 
+/// A chunk of a payload.
+fn payload(flags: u8, id: u64) -> Vec<u8> {
+    wire(&Frame::new(
+        Kind::Payload,
+        flags,
+        0,
+        id,
+        vec![7; 30_000].into(),
+    ))
+}
+
 /// A header alone, of whatever length.
 fn announce(kind: Kind, len: u32) -> Vec<u8> {
     let header = Header {
@@ -404,6 +415,14 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
             wire(&Frame::new(Kind::Cancel, 0, 0, 1, Default::default())),
             "a frame that is not for the head",
         ),
+        (payload(FIRST | LAST, 1), "a frame that is not for the head"),
+        (wire(&Frame::shared(0, 2, 1, true)), "an answer to task 2"),
+        (
+            control(&ToHead::Failed {
+                reason: "it has no more".into(),
+            }),
+            "it has no more",
+        ),
         (control(&ToHead::Hello(hello())), "a second hello"),
         (
             control(&ToHead::WorkerReplaced { worker: 0, pid: 1 }),
@@ -597,6 +616,133 @@ fn what_a_stranger_prints_without_end_is_bounded() {
     close(hub);
 }
 
+/// A payload for the hosts of these workers. Nobody has to wait for it to be sent.
+fn share(hub: &mut Hub, ranks: &[Rank], bytes: &[u8], lasts: bool) -> u64 {
+    let id = hub.begin_payload(ranks, lasts);
+    for bytes in bytes.chunks(99_999) {
+        while hub.write(bytes) && hub.wait_to_send(SLICE) {}
+    }
+    hub.finish_payload();
+    id
+}
+
+/// The answer to a task that begins with a payload is that and the rest.
+fn expect_shared(hub: &mut Hub, rank: Rank, id: u64, bytes: &[u8], rest: &[u8]) {
+    let begun = hub.begin(rank, 1, None, Turn::Last, |_| Some(id)).unwrap();
+    assert!(begun.shared && hub.has_payload(rank, id));
+    hub.write(rest);
+    hub.finish();
+    let Answer::Ready { body, .. } = receive(hub, rank) else {
+        panic!("no answer");
+    };
+    let answer: Vec<u8> = body.chunks.into_iter().flatten().collect();
+    assert!(answer == [bytes, rest].concat());
+}
+
+#[test]
+fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
+    let mut hub = Hub::start(vec![real_agent(), real_agent()], hello(), LIMIT).unwrap();
+    greeted(&hub);
+    let mut plans = vec![plan(&[0, 1, 2]), plan(&[3, 4])];
+    if let Some(Some(plan)) = plans.get_mut(1) {
+        // As one on another machine.
+        plan.start.keep = 1 << 20;
+    }
+    hub.go(plans).unwrap();
+    for len in [0, 10, MAX_BODY, MAX_BODY + 1, 3_000_000] {
+        let bytes: Vec<u8> = (0..len).map(|i| (i / 1000 + i) as u8).collect();
+        let id = share(&mut hub, &[0, 1, 2, 3, 4], &bytes, false);
+        for rank in 0..5 {
+            expect_shared(&mut hub, rank, id, &bytes, b"");
+            expect_shared(&mut hub, rank, id, &bytes, b"and the rest");
+        }
+        // What has been submitted still gets it.
+        let begun = hub.begin(2, 1, None, Turn::Last, |_| Some(id)).unwrap();
+        assert!(begun.shared);
+        hub.finish();
+        hub.drop_payload(id);
+        assert!(!hub.has_payload(2, id) && !hub.has_payload(3, id));
+        let Answer::Ready { body, .. } = receive(&mut hub, 2) else {
+            panic!("no answer");
+        };
+        assert_eq!(body.len, len);
+        let begun = hub.begin(2, 1, None, Turn::Last, |_| Some(id)).unwrap();
+        assert!(!begun.shared);
+        hub.write(b"all of it");
+        hub.finish();
+        receive(&mut hub, 2);
+    }
+    // One that is not finished; one for some hosts, which another gets later.
+    hub.begin_payload(&[0, 4], false);
+    hub.write(&vec![1; 1_000_000]);
+    hub.abandon();
+    let bytes = vec![2; 500_000];
+    let id = share(&mut hub, &[0, 1], &bytes, false);
+    expect_shared(&mut hub, 1, id, &bytes, b"");
+    let begun = hub.begin(3, 1, None, Turn::Last, |_| Some(id)).unwrap();
+    assert!(!begun.shared);
+    hub.begin_payload_again(id, 3);
+    hub.write(&bytes);
+    assert!(hub.finish_payload());
+    hub.finish();
+    receive(&mut hub, 3);
+    expect_shared(&mut hub, 4, id, &bytes, b"rest");
+    hub.drop_payload(id);
+    // Each has done something since it was told to let go of it.
+    (0..5).for_each(|rank| expect_answers(&mut hub, rank));
+    if cfg!(target_os = "linux") {
+        let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
+        let of_workers = (0..5).filter_map(|rank| hub.worker(rank).pid);
+        for pid in of_agents.chain(of_workers).collect::<Vec<u32>>() {
+            let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+            assert!(!maps.contains("memfd"), "{maps}");
+            for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+                let target = fs::read_link(fd.unwrap().path()).unwrap_or_default();
+                assert!(!target.to_string_lossy().contains("memfd"), "{target:?}");
+            }
+        }
+    }
+    close(hub);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_host_that_has_no_memory_to_share_says_so_and_costs_no_other() {
+    let real = real_agent();
+    // Files may not be longer than that; those in memory are files.
+    let script = "trap '' XFSZ; ulimit -f 200; exec \"$@\"";
+    let limited = Launch {
+        command: ["sh", "-c", script, "sh"]
+            .map(OsString::from)
+            .into_iter()
+            .chain(real.command.clone())
+            .collect(),
+        ..real.clone()
+    };
+    let mut hub = Hub::start(vec![limited, real], hello(), LIMIT).unwrap();
+    greeted(&hub);
+    hub.go(vec![plan(&[0]), plan(&[1])]).unwrap();
+    expect_answers(&mut hub, 0);
+    let bytes = vec![3; 5_000_000];
+    let id = share(&mut hub, &[0, 1], &bytes, false);
+    if let Ok(begun) = hub.begin(0, 1, None, Turn::Last, |_| Some(id)) {
+        hub.finish();
+        let reason = expect_lost(&mut hub, 0);
+        hub.forget(0, begun.task);
+        assert!(
+            reason.contains("no memory for what workers share"),
+            "{reason}"
+        );
+    }
+    let reason = failure(&hub, 0).failure.unwrap().reason;
+    assert!(
+        reason.contains("no memory for what workers share"),
+        "{reason}"
+    );
+    expect_shared(&mut hub, 1, id, &bytes, b"rest");
+    close(hub);
+}
+
 // ---- the agent ----
 
 /// A real agent, and how it ends.
@@ -712,6 +858,14 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
         control(&ToAgent::Hello(hello())),
         control(&ToAgent::Start(start(1))),
         control(&up(0)),
+        wire(&Frame::shared(0, 1, 7, true)),
+        [payload(FIRST, 7), wire(&Frame::shared(0, 1, 7, true))].concat(),
+        payload(LAST, 7),
+        payload(LAST | ABORT, 7),
+        payload(FIRST | LAST, 7).repeat(2),
+        announce(Kind::Payload, u32::MAX),
+        // Of which there is no end.
+        [payload(FIRST, 7), payload(0, 7).repeat(100)].concat(),
     ];
     cases.extend((200..204).map(noise));
     for (at, bytes) in cases.into_iter().enumerate() {

@@ -23,8 +23,8 @@ impl Memories {
     /// When the system has no memory or descriptor left.
     pub fn store(&mut self, payload: PayloadId, bytes: &[u8], last: bool) -> io::Result<()> {
         let file = match self.0.entry(payload) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Arc::new(new()?)),
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(Arc::new(new()?)),
         };
         (&**file).write_all(bytes)?;
         if last { sys::seal(file) } else { Ok(()) }

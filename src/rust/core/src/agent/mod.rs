@@ -79,7 +79,8 @@ pub struct Greeted {
     head_pid: u32,
 }
 
-/// How [`Agent::run`] ends.
+/// How [`Agent::run`] ends. There is one of it in a process.
+#[allow(clippy::large_enum_variant)]
 pub enum Role {
     /// This process is a forked worker.
     Worker(Box<Channel>),
@@ -365,7 +366,7 @@ impl Agent {
             let mut ended = false;
             for event in &events {
                 match event.token() {
-                    HEAD_IN => self.read_head(),
+                    HEAD_IN => self.read_head(event.is_read_closed()),
                     HEAD_OUT => {
                         self.head_blocked = false;
                         let fd = self.writer.as_raw_fd();
@@ -517,7 +518,8 @@ impl Agent {
         }
     }
 
-    fn read_head(&mut self) {
+    /// `closed`: the stream's end has been announced, and will not be once more.
+    fn read_head(&mut self, closed: bool) {
         loop {
             match self.reader.read(&mut self.scratch) {
                 Ok(0) => return self.end(),
@@ -533,7 +535,7 @@ impl Agent {
                     }
                     // On a stream a short read means that no more is there, and that more will
                     // be announced.
-                    if n < self.scratch.len() {
+                    if n < self.scratch.len() && !closed {
                         return;
                     }
                 }
@@ -667,7 +669,8 @@ impl Agent {
     /// A head that heeds no window could fill this host's memory.
     fn has_room(&self, worker: u32) -> bool {
         let process = self.workers[worker as usize].as_ref();
-        process.is_none_or(|process| process.outgoing.len() <= WORKER_BACKLOG)
+        let most = WORKER_BACKLOG.saturating_add(self.relay.book.given(worker));
+        process.is_none_or(|process| process.outgoing.len() <= most)
     }
 
     fn write_worker(&mut self, worker: u32) {
@@ -680,6 +683,11 @@ impl Agent {
             match process.outgoing.write(fd) {
                 Ok(n) => passed += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The worker would wait for it for ever.
+                Err(error) if is_want(&error) => {
+                    self.fail(&format!("no memory to send to workers: {error}"));
+                    return;
+                }
                 // Not writable now; or the worker is gone, which its exit will tell.
                 Err(_) => break,
             }
@@ -940,6 +948,14 @@ impl Agent {
             }
         }
     }
+}
+
+/// Whether the system has not enough of something for bytes, or descriptors, to be on their way.
+fn is_want(error: &io::Error) -> bool {
+    let wants = [libc::ETOOMANYREFS, libc::ENOMEM, libc::ENOBUFS];
+    error
+        .raw_os_error()
+        .is_some_and(|code| wants.contains(&code))
 }
 
 /// More than this is not read from a worker while a frame of it waits.

@@ -233,4 +233,40 @@ mod tests {
         tail.push(&[b'y'; 3 * TAIL]);
         assert_eq!(tail.text(), "y".repeat(TAIL));
     }
+
+    #[test]
+    fn descriptors_go_with_the_frames_that_they_belong_to() {
+        use crate::frame::{self, Kind, MAX_BODY};
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut outgoing = Outgoing::default();
+        let files: Vec<_> = (0..30)
+            .map(|_| Arc::new(sys::memory_file().unwrap()))
+            .collect();
+        let mut frames = Vec::new();
+        for (at, file) in files.iter().enumerate() {
+            let body = vec![at as u8; [10, MAX_BODY, 5_000][at % 3]];
+            let frame = Frame::new(Kind::Data, 0, 0, at as u64, body.into());
+            // With every other one.
+            let along = (at % 2 == 0).then(|| file.clone());
+            outgoing.push(&frame, along);
+            frames.push(frame);
+        }
+        let (mut received, mut came, mut buffer) = (BytesMut::new(), Vec::new(), [0; 16 * 1024]);
+        let (mut decoded, mut taken) = (Vec::new(), 0);
+        while decoded.len() < frames.len() {
+            while !outgoing.is_empty() && outgoing.write(ours.as_raw_fd()).is_ok() {}
+            let n = sys::recv(theirs.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
+            received.extend_from_slice(&buffer[..n]);
+            while let Some(frame) = frame::decode(&mut received).unwrap() {
+                taken += usize::from(frame.header.task % 2 == 0);
+                decoded.push(frame);
+                // It has come by the time that all of its frame has.
+                assert!(came.len() >= taken);
+            }
+        }
+        assert_eq!((decoded, came.len(), outgoing.len()), (frames, 15, 0));
+        // Nothing holds them any more.
+        assert!(files.iter().all(|file| Arc::strong_count(file) == 1));
+    }
 }

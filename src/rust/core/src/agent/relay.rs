@@ -134,7 +134,7 @@ impl Relay {
         now: Now,
         acts: &mut Vec<Act>,
     ) -> Result<(), ProtocolError> {
-        if frame.header.kind == Kind::Data {
+        if frame.header.kind == Kind::Data && frame.header.flags & SHARED == 0 {
             self.kept.receive(&mut frame)?;
         }
         if !self.is_ahead(&frame)? {
@@ -709,5 +709,76 @@ mod tests {
         let mut answer = bytes(&[data(1, b"answer")]);
         relay.from_worker(0, &mut answer, ms(7), &mut acts).unwrap();
         assert_eq!(relay.book.next_deadline(), Some(ms(17)));
+    }
+    fn payload(flags: u8, id: u64, len: usize) -> Frame {
+        Frame::new(Kind::Payload, flags, 0, id, vec![9; len].into())
+    }
+
+    #[test]
+    fn a_payload_that_lasts_restores_a_worker_though_the_head_has_forgotten_it() {
+        let mut relay = up();
+        let stored = from_head(&mut relay, payload(FIRST, 5, frame::MAX_BODY));
+        assert!(stored.is_empty());
+        let stored = from_head(&mut relay, payload(LAST, 5, 9));
+        assert!(matches!(
+            stored[..],
+            [Act::Store { .. }, Act::Store { last: true, .. }]
+        ));
+        let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
+        from_head(&mut relay, Frame::new(Kind::State, 0, 0, 1, name.clone()));
+        let acts = from_head(&mut relay, Frame::shared(0, 1, 5, true));
+        let [Act::Hand { .. }, Act::ToWorker(task)] = &acts[..] else {
+            panic!("{acts:?}");
+        };
+        assert_eq!(*task, Frame::shared(0, 1, 5, true));
+        from_worker(&mut relay, &[data(1, b"done")]);
+        let acts = from_head(&mut relay, payload(LAST | ABORT, 5, 0));
+        assert!(matches!(acts[..], [Act::ToWorker(_)]), "{acts:?}");
+        relay.exited(0, true);
+        relay.made(0, true);
+        let acts = from_worker(&mut relay, &[ready()]);
+        let [
+            Act::TempDir(..),
+            Act::Hand { .. },
+            Act::ToWorker(again),
+            Act::ToWorker(taken_back),
+        ] = &acts[..]
+        else {
+            panic!("{acts:?}");
+        };
+        assert_eq!(*again, Frame::shared(0, REPLAY, 5, true));
+        assert_eq!(*taken_back, payload(LAST | ABORT, 5, 0));
+        from_worker(&mut relay, &[data(REPLAY, b"done")]);
+        // It is set again, to something else.
+        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        from_head(&mut relay, noted);
+        from_head(&mut relay, Frame::new(Kind::State, 0, 0, 2, name));
+        from_head(&mut relay, data(2, b"other"));
+        let acts = from_worker(&mut relay, &[data(2, b"done")]);
+        assert!(matches!(acts[..], [Act::Discard(5), Act::ToHead(_)]));
+    }
+
+    #[test]
+    fn a_message_that_begins_as_none_of_the_heads_does_is_an_error() {
+        let number = Bytes::copy_from_slice(&5u64.to_le_bytes());
+        let beginning = |flags, body| Frame::new(Kind::Data, flags | SHARED, 0, 1, body);
+        let cases = [
+            // There is no such payload.
+            Frame::shared(0, 1, 6, true),
+            beginning(LAST, number.clone()),
+            beginning(FIRST | ABORT, number.clone()),
+            beginning(FIRST | SAME, number.clone()),
+            beginning(FIRST | KEEP, number.clone()),
+            beginning(FIRST, number.slice(1..)),
+            beginning(FIRST, Bytes::new()),
+            Frame::shared(1, 1, 5, true),
+        ];
+        for frame in cases {
+            let mut relay = up();
+            from_head(&mut relay, payload(FIRST | LAST, 5, 9));
+            let mut received = bytes(std::slice::from_ref(&frame));
+            let result = relay.from_head(&mut received, Duration::ZERO, &mut Vec::new());
+            assert!(result.is_err(), "{frame:?}");
+        }
     }
 }

@@ -267,6 +267,12 @@ impl Book {
         }
     }
 
+    /// Bytes on their way to a worker that the agent has given it.
+    pub fn given(&self, worker: u32) -> usize {
+        let entry = self.workers.get(worker as usize);
+        entry.map_or(0, |entry| entry.given)
+    }
+
     /// A data frame from a worker.
     ///
     /// # Errors
@@ -634,6 +640,20 @@ mod tests {
         assert_eq!(book.passed(0, SEND_WINDOW / 2 - 1), None);
         assert_eq!(book.passed(0, 1), Some((1, (SEND_WINDOW / 2) as u32)));
         assert_eq!(book.passed(0, 1), None);
+    }
+
+    #[test]
+    fn what_the_agent_gives_a_worker_is_no_credit_for_the_head() {
+        let mut book = busy();
+        book.gave(0, SEND_WINDOW);
+        assert_eq!(book.passed(0, SEND_WINDOW), None);
+        assert_eq!(book.given(0), 0);
+        assert_eq!(book.passed(0, SEND_WINDOW / 2 - 1), None);
+        book.gave(0, 10);
+        assert_eq!(book.passed(0, 11), Some((1, (SEND_WINDOW / 2) as u32)));
+        book.gave(0, 10);
+        book.exited(0, true);
+        assert_eq!(book.given(0), 0);
     }
 
     #[test]

@@ -758,7 +758,7 @@ fn every_task_ends_exactly_once_whatever_happens() {
     let seeds = match chosen() {
         Some(seed) => seed..seed + 1,
         None if is_long() => 0..10_000,
-        None => 0..250,
+        None => 0..320,
     };
     let mut seen = Seen::default();
     for seed in seeds {

@@ -215,12 +215,23 @@ impl<'a> Script<'a> {
         taken
     }
 
-    /// A frame that may well be one of ours, as bytes: a few bytes of the script make many.
+    /// A frame that may well be one of ours, as bytes: a few bytes of the script make many. Two of
+    /// the sizes stand for what has to do with payloads.
     fn frame(&mut self, kinds: [Kind; 4]) -> Vec<u8> {
         let what = self.byte();
-        let kind = kinds[usize::from(what >> 6)];
+        let mut kind = kinds[usize::from(what >> 6)];
         let flags = what & 31;
         let (place, size) = (self.byte(), self.byte());
+        if size == 252 {
+            let (worker, task) = (u32::from(place >> 5), u64::from(place & 31));
+            let last = flags & LAST != 0;
+            let mut shared = Frame::shared(worker, task, task % 4, last);
+            shared.header.flags |= flags & !FIRST;
+            return wire(&shared);
+        }
+        if size == 253 {
+            kind = Kind::Payload;
+        }
         let len = match size {
             0..128 => u32::from(size),
             128..250 => (u32::from(size) - 127) * 512,

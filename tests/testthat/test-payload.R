@@ -1,0 +1,236 @@
+# The same message to many workers: it crosses to each host once and reaches them through shared memory.
+
+skip_on_cran()
+skip_unless_proc()
+watch_processes()
+
+agent_of <- function(cl) proc_parent(clusterPids(cl)[[1L]])
+
+# In the global environment of each worker, and of no test.
+digest_of <- eval(quote(function() list(sum(big), length(big), big[c(1, 77, length(big))])), globalenv())
+
+digest_here <- function(big) list(sum(big), length(big), big[c(1, 77, length(big))])
+
+test_that("50 MB arrive at 8 workers as they are, and nothing is left of them", {
+  cl <- local_cluster(8)
+  clusterCall(cl, identity, 1)
+  pids <- clusterPids(cl)
+  agent <- agent_of(cl)
+  files <- c(open_fds(agent), vapply(pids, open_fds, 0L))
+  big <- rnorm(6.5e6)
+  want <- rep(list(digest_here(big)), 8)
+  for (i in 1:3) {
+    expect_identical(broadcast_export(cl, "big", big), rep(list(NULL), 8))
+    # Held by the agent alone, in case a worker has to be replaced.
+    expect_true(wait_until(function() all(shared_memory(pids) == 0L)))
+    expect_equal(shared_memory(agent)[["open", 1]], 1L)
+  }
+  expect_identical(clusterCall(cl, digest_of), want)
+  expect_equal(c(open_fds(agent) - 1L, vapply(pids, open_fds, 0L)), files)
+  # What lasts for no longer than its call is not held at all.
+  expect_identical(unlist(broadcast(cl, function(x) sum(x), big)), rep(sum(big), 8))
+  expect_equal(shared_memory(agent)[["open", 1]], 1L)
+  expect_equal(shared_memory(agent)[["mapped", 1]], 0L)
+  # Nor what another value has taken the place of.
+  cl2 <- local_cluster(2)
+  broadcast_export(cl2, "big", big)
+  expect_equal(shared_memory(agent_of(cl2))[["open", 1]], 1L)
+  broadcast_export(cl2, "big", 1)
+  expect_equal(shared_memory(agent_of(cl2))[["open", 1]], 0L)
+  expect_identical(clusterEvalQ(cl2, big), list(1, 1))
+})
+
+test_that("values of all kinds and sizes are PSOCK's", {
+  pair <- cluster_pair(3)
+  values <- list(
+    NULL, 1L, letters, "\u00fc", 1:10, 1:1e6, as.list(1:20000), mtcars, digest_of,
+    new.env(), quote(a + b), raw(64 * 1024), raw(64 * 1024 - 100), numeric(8192), runif(1e5),
+    list(a = 1, b = list(2, "x")), factor(c("u", "v")), Sys.Date()
+  )
+  look <- eval(quote(function(x) list(class(x), length(x), if (!is.environment(x)) x)), globalenv())
+  for (value in values) {
+    want <- clusterCall(pair$psock, look, value)
+    expect_equal(broadcast(pair$rust, look, value), want)
+    expect_equal(broadcast(pair$rust[2:1], look, value), want[1:2])
+    expect_equal(broadcast(pair$rust[1], look, value), want[1])
+  }
+})
+
+test_that("errors, warnings and what follows are as with any message", {
+  cl <- local_cluster(3)
+  big <- runif(1e5)
+  got <- broadcast(cl, function(x) stop("no ", length(x)), big)
+  for (value in got) expect_match(value, "no 100000", fixed = TRUE)
+  expect_identical(clusterCall(cl, identity, 2), list(2, 2, 2))
+  expect_identical(broadcast(cl, function(x) x[[3]], big), rep(list(big[[3]]), 3))
+})
+
+test_that("a replaced worker has it again, and a lost task is tried again with it", {
+  cl <- local_cluster(3)
+  big <- rnorm(1e6)
+  broadcast_export(cl, "big", big)
+  broadcast_export(cl, "small", 1:3 + 0.5)
+  agent <- agent_of(cl)
+  files <- open_fds(agent)
+  want <- list(digest_here(big), c(1.5, 2.5, 3.5))
+  for (rank in c(2, 2, 1)) {
+    pid <- clusterPids(cl)[[rank]]
+    tools::pskill(pid, tools::SIGKILL)
+    expect_true(wait_until(function() !clusterPids(cl)[[rank]] %in% c(NA, pid)))
+    note_processes(cl)
+    look <- function(digest_of) list(digest_of(), small)
+    environment(look) <- globalenv()
+    expect_identical(suppressWarnings(clusterCall(cl, look, digest_of)), rep(list(want), 3))
+    expect_true(wait_until(function() all(shared_memory(clusterPids(cl)) == 0L)))
+  }
+  expect_equal(open_fds(agent), files)
+  # One ends in the middle of such a task.
+  trap <- tempfile()
+  file.create(trap)
+  die <- function(x, trap) {
+    if (file.exists(trap) && suppressWarnings(file.remove(trap))) {
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+      Sys.sleep(60)
+    }
+    sum(x)
+  }
+  environment(die) <- globalenv()
+  losses <- 0
+  got <- withCallingHandlers(broadcast(cl, die, big, trap), rustcluster_worker_lost = function(w) {
+    losses <<- losses + 1
+    invokeRestart("muffleWarning")
+  })
+  expect_identical(got, rep(list(sum(big)), 3))
+  expect_equal(losses, 1)
+  note_processes(cl)
+  expect_identical(clusterCall(cl, digest_of), rep(list(digest_here(big)), 3))
+  expect_equal(open_fds(agent), files)
+})
+
+test_that("an interrupt at any moment leaves everything clean", {
+  cl <- local_cluster(4)
+  big <- runif(1e7)
+  clusterCall(cl, identity, 1)
+  agent <- agent_of(cl)
+  slow <- function(x) Sys.sleep(5)
+  environment(slow) <- globalenv()
+  files <- open_fds(agent)
+  for (after in c(0.005, 0.02, 0.05, 0.1, 0.5)) {
+    pid <- Sys.getpid()
+    got <- tryCatch({
+      system(sprintf("(sleep %.3f; kill -INT %d)", 0.1 + after, pid), wait = FALSE)
+      Sys.sleep(0.1)
+      repeat broadcast(cl, slow, big)
+    }, interrupt = function(e) "interrupted")
+    expect_identical(got, "interrupted")
+    expect_identical(clusterCall(cl, sum, 1, 2), rep(list(3), 4))
+    expect_true(wait_until(function() all(shared_memory(c(agent, clusterPids(cl))) == 0L)))
+  }
+  note_processes(cl)
+  expect_equal(open_fds(agent), files)
+  expect_identical(broadcast(cl, length, big), rep(list(1e7L), 4))
+})
+
+test_that("a worker cannot change what it shares with others", {
+  cl <- local_cluster(2)
+  path <- broadcast(cl, function(x) {
+    maps <- grep("memfd:rustcluster", readLines("/proc/self/maps"), value = TRUE)
+    maps
+  }, runif(1e5))
+  for (maps in path) {
+    expect_length(maps, 1L)
+    expect_match(maps, "^[0-9a-f]+-[0-9a-f]+ r--p ")
+  }
+})
+
+test_that("hosts that come back have what lasted, sent in one piece", {
+  hosts <- lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads))
+  cl <- local_cluster(hosts, reconnect = TRUE)
+  big <- runif(1e6)
+  broadcast_export(cl, "big", big)
+  agents <- vapply(c(1L, 3L), function(rank) proc_parent(clusterPids(cl)[[rank]]), 0L)
+  tools::pskill(agents[[1L]], tools::SIGKILL)
+  wait_until(function() anyNA(clusterPids(cl)))
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  note_processes(cl)
+  got <- suppressMessages(suppressWarnings(clusterCall(cl, digest_of)))
+  expect_identical(got, rep(list(digest_here(big)), 4))
+  # And it can be sent what others have.
+  expect_identical(broadcast(cl, function(x) sum(x), big), rep(list(sum(big)), 4))
+})
+
+test_that("separate processes get it, too", {
+  cl <- local_cluster(2, start = "spawn")
+  big <- runif(1e6)
+  broadcast_export(cl, "big", big)
+  expect_identical(clusterCall(cl, digest_of), rep(list(digest_here(big)), 2))
+})
+
+test_that("the head does not hold what it sends", {
+  skip_if_not(file.exists("/proc/self/clear_refs"))
+  cl <- local_cluster(8)
+  clusterCall(cl, identity, 1)
+  big <- runif(1e7)
+  memory <- function(what) {
+    line <- grep(paste0("^", what), readLines("/proc/self/status"), value = TRUE)
+    as.numeric(gsub("[^0-9]", "", line)) / 1024
+  }
+  gc()
+  reset <- tryCatch({
+    writeLines("5", "/proc/self/clear_refs")
+    TRUE
+  }, error = function(e) FALSE)
+  skip_if_not(reset)
+  before <- memory("VmRSS")
+  broadcast_export(cl, "big", big)
+  expect_lt(memory("VmHWM") - before, 16)
+})
+
+test_that("hosts of another byte order get it in theirs", {
+  hosts <- lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads))
+  local_function("otherByteOrder", function(handle) c(FALSE, TRUE))
+  cl <- local_cluster(hosts)
+  big <- runif(1e5)
+  first <- eval(quote(function(x) list(sum(x), environmentName(environment(sys.function())))), globalenv())
+  want <- list(sum(big), "R_GlobalEnv")
+  expect_identical(broadcast(cl, first, big), rep(list(want), 4))
+  expect_identical(broadcast(cl[c(1, 3)], first, big), rep(list(want), 2))
+  expect_identical(broadcast(cl[c(3, 1, 2)], first, big), rep(list(want), 3))
+  expect_identical(broadcast(cl, sum, 1, 2), rep(list(3), 4))
+})
+
+test_that("shared memory is none of the memory that a worker is limited to", {
+  skip_on_os(c("mac", "windows", "solaris"))
+  cl <- local_cluster(2, memory_limit = 300e6)
+  big <- numeric(2e7)
+  expect_identical(broadcast(cl, length, big), list(2e7L, 2e7L))
+  pids <- clusterPids(cl)
+  error <- broadcast(cl, length, numeric(5e7))
+  for (value in error) expect_match(value, "cannot allocate vector", fixed = TRUE)
+  expect_identical(clusterPids(cl), pids)
+  expect_true(wait_until(function() all(shared_memory(pids) == 0L)))
+})
+
+test_that("what is sent by hand goes with no job, and arrives", {
+  cl <- local_cluster(2)
+  handle <- cl[[1L]][["handle"]]
+  big <- runif(1e5)
+  call <- list(fun = sum, args = list(big), return = TRUE, tag = NULL)
+  message <- list(type = "EXEC", data = call, tag = NULL)
+  for (i in 1:2) {
+    sent <- rustcluster:::hub_broadcast(handle$pointer, c(2L, 1L, 2L), 0, message, NULL)
+    expect_null(sent)
+  }
+  got <- lapply(c(1, 2, 2, 1, 2, 2), function(i) parallel:::recvResult(cl[[i]]))
+  expect_identical(got, rep(list(sum(big)), 6))
+  expect_equal(shared_memory(agent_of(cl))[["open", 1]], 0L)
+})
+
+test_that("a node that is gone is an error, and leaves nothing", {
+  cl <- local_cluster(3)
+  agent <- agent_of(cl)
+  stopCluster(cl[2])
+  expect_rust_error(caught(broadcast(cl, length, runif(1e5))), "stopped")
+  expect_identical(clusterCall(cl[c(1, 3)], sum, 1, 2), list(3, 3))
+  expect_true(wait_until(function() all(shared_memory(agent) == 0L)))
+})
