@@ -5,7 +5,9 @@
 //! allocated, so a peer that announces 2^32 bytes costs nothing. No I/O happens here.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use memmap2::MmapMut;
 use std::fmt;
+use std::sync::Mutex;
 
 /// Bytes of a header: kind (1), flags (1), reserved (2), worker (4), task (8), length (4).
 pub const HEADER_LEN: usize = 20;
@@ -234,12 +236,54 @@ const PAGED: usize = 32 * 1024;
 /// one for each thread, twice the limit was seen in use, and much of it kept for ever.
 fn copy(bytes: &[u8]) -> Bytes {
     if bytes.len() >= PAGED {
-        if let Ok(mut pages) = memmap2::MmapMut::map_anon(bytes.len()) {
-            pages.copy_from_slice(bytes);
+        if let Some(pages) = Pages::holding(bytes) {
             return Bytes::from_owner(pages);
         }
     }
     Bytes::copy_from_slice(bytes)
+}
+
+/// Room for one body.
+struct Pages {
+    /// There until it is dropped.
+    room: Option<MmapMut>,
+    len: usize,
+}
+
+/// Room that is not in use: what is taken by the next bodies is in the processor's caches, and the
+/// system need not clear it.
+static FREE: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
+/// Bodies that there is such room for.
+const MOST_FREE: usize = 128;
+
+impl Pages {
+    /// None if there is no memory.
+    fn holding(bytes: &[u8]) -> Option<Pages> {
+        // Whoever does not get the lock at once goes without: it may be a fork, and its owner not exist.
+        let free = FREE.try_lock().ok().and_then(|mut free| free.pop());
+        let mut room = free.or_else(|| MmapMut::map_anon(MAX_BODY).ok())?;
+        room.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        Some(Pages {
+            room: Some(room),
+            len: bytes.len(),
+        })
+    }
+}
+
+impl AsRef<[u8]> for Pages {
+    fn as_ref(&self) -> &[u8] {
+        self.room.as_deref().map_or(&[], |room| &room[..self.len])
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        if let (Some(room), Ok(mut free)) = (self.room.take(), FREE.try_lock()) {
+            if free.len() < MOST_FREE {
+                free.push(room);
+            }
+        }
+    }
 }
 
 /// Bytes that are not a frame.

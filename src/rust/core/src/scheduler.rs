@@ -41,6 +41,9 @@ pub const RESULT_WINDOW: usize = 256 * 1024;
 /// Bytes of a large result that the head asks for at a time.
 pub const GRANT: usize = 1024 * 1024;
 
+/// Large results that flow from a host at a time.
+const AT_ONCE: usize = 4;
+
 /// A host on which so many workers (and four times as many as it has: each may be given a task that
 /// ends it three times) are lost in a row, without a task that ends in between, is left out, if there
 /// is another.
@@ -295,6 +298,8 @@ struct Current {
     granted: usize,
     /// In the queue of those who wait for a grant.
     starving: bool,
+    /// It has been granted more than the small results' window.
+    begun: bool,
     /// The state that the random number generator is to have for it, if that is another worker's.
     before: Option<Bytes>,
     /// The state in which it leaves the generator of this worker.
@@ -311,6 +316,7 @@ impl Current {
             received: 0,
             granted: RESULT_WINDOW,
             starving: false,
+            begun: false,
             before,
             after: None,
         }
@@ -454,6 +460,8 @@ struct Agent {
     /// What it has of payloads, or is to be sent.
     payloads: Payloads,
     lost: bool,
+    /// Large results that have begun to flow.
+    begun: usize,
     /// Losses since a task last ended there.
     losses: usize,
 }
@@ -502,6 +510,7 @@ impl Scheduler {
                     mirror: None,
                     payloads: Payloads::default(),
                     lost: false,
+                    begun: 0,
                     losses: 0,
                 })
                 .collect(),
@@ -1042,6 +1051,9 @@ impl Scheduler {
             self.buffered -= current.answer.len;
             current.answer = Body::default();
             current.cancelled = true;
+            if mem::take(&mut current.begun) {
+                self.agents[self.workers[rank as usize].agent].begun -= 1;
+            }
         }
     }
 
@@ -1579,7 +1591,10 @@ impl Scheduler {
             if !current.starving && current.granted - current.received < RESULT_WINDOW / 2 {
                 self.flowing -= usize::from(current.flowing());
                 current.starving = true;
-                self.starving.push_back(rank);
+                match current.begun {
+                    true => self.starving.push_front(rank),
+                    false => self.starving.push_back(rank),
+                }
             }
             self.grant();
         }
@@ -1618,10 +1633,23 @@ impl Scheduler {
         self.buffered -= current.answer.len;
         self.reserved -= current.reserved();
         self.flowing -= usize::from(current.flowing());
+        if current.begun {
+            self.agents[self.workers[rank as usize].agent].begun -= 1;
+        }
         if current.starving {
             self.starving.retain(|&starving| starving != rank);
         }
         (!current.cancelled).then_some(current.task)
+    }
+
+    /// Whether more of this large result is to be had now: a few of a host's at a time. All at once would
+    /// be complete at the same time, and go through memory instead of the processor's caches; and R
+    /// could begin with none before.
+    fn may_flow(&self, rank: Rank) -> bool {
+        let worker = &self.workers[rank as usize];
+        let current = worker.current.as_ref();
+        let begun = current.is_none_or(|current| current.begun || current.cancelled);
+        begun || self.want == Want::Rank(rank) || self.agents[worker.agent].begun < AT_ONCE
     }
 
     /// Asks for more of large results: while there is room, or because R waits for them.
@@ -1629,7 +1657,11 @@ impl Scheduler {
         while !self.starving.is_empty() {
             let room = self.unlimited || self.buffered + self.reserved < self.limit;
             let at = match self.want {
-                _ if room => 0,
+                _ if self.unlimited => 0,
+                _ if room => match self.starving.iter().position(|&rank| self.may_flow(rank)) {
+                    Some(at) => at,
+                    None => return,
+                },
                 // One result alone is completed beyond the limit: R takes it as soon as it is.
                 Want::Any if self.flowing == 0 => {
                     let same = |&rank: &Rank| Some(rank) == self.alone;
@@ -1653,6 +1685,9 @@ impl Scheduler {
             current.starving = false;
             if current.cancelled {
                 continue;
+            }
+            if !mem::replace(&mut current.begun, true) {
+                self.agents[worker.agent].begun += 1;
             }
             let before = current.reserved();
             current.granted += GRANT;
