@@ -135,10 +135,10 @@ job_step <- function(handle) .Call(wrap__job_step, handle)
 #' @noRd
 job_tasks <- function(handle, task) .Call(wrap__job_tasks, handle, task)
 
-#' A unit has ended without an answer: `again` of its elements are to be tried again, one by one; the
-#' others have `values` for results.
+#' A unit has ended without an answer: `again` of its elements are to be tried again, so many of them
+#' `together` at most; the others have `values` for results.
 #' @noRd
-job_settle <- function(handle, task, again, values) .Call(wrap__job_settle, handle, task, again, values)
+job_settle <- function(handle, task, again, together, values) .Call(wrap__job_settle, handle, task, again, together, values)
 
 #' What has come of the job: a list of its results, the numbers of those that are errors, and of those
 #' that are new since this was last asked.

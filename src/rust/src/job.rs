@@ -11,13 +11,13 @@ use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    INTEGER_ELT, R_NilValue, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF,
-    XLENGTH,
+    R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP,
+    SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::hub::Answer;
 use rustcluster_core::planner::{Assignment, Ended, Planner};
-use rustcluster_core::share;
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
+use rustcluster_core::share;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
@@ -44,6 +44,11 @@ pub struct Job {
     elements: Elements,
     /// A function that gives the seed of a task, or `NULL`.
     seed: Robj,
+    /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
+    /// no arguments.
+    seeded: Robj,
+    /// The same of a function that does nothing.
+    nothing: Robj,
     /// The task that is begun at each position; otherwise in their order.
     order: Option<Vec<usize>>,
     /// A list with an element for each task.
@@ -53,6 +58,10 @@ pub struct Job {
     sent: HashMap<TaskId, Sent>,
     /// Places that may be given more.
     ready: Vec<usize>,
+    /// Places whose worker may still be at something else than what it is sent.
+    unsure: Vec<bool>,
+    /// Elements that did not go with those before them, by their numbers: user code has made them, once.
+    held: HashMap<usize, Robj>,
     done: usize,
     /// Tasks whose result is an error, from 1.
     failed: Vec<i32>,
@@ -68,7 +77,7 @@ pub struct Job {
 /// A unit that is out.
 struct Sent {
     place: usize,
-    /// From 0.
+    /// From 0. None: it only tells that the worker has come to it.
     tasks: Vec<usize>,
     at: Instant,
     ahead: bool,
@@ -91,8 +100,12 @@ impl Elements {
         // dropped when R jumps.
         unsafe {
             match self {
-                Elements::Vector(vector) => rustcluster_element(vector.get().cast(), index as isize),
-                Elements::Function(function) => rustcluster_call_with(function.get().cast(), index as f64 + 1.0),
+                Elements::Vector(vector) => {
+                    rustcluster_element(vector.get().cast(), index as isize)
+                }
+                Elements::Function(function) => {
+                    rustcluster_call_with(function.get().cast(), index as f64 + 1.0)
+                }
             }
         }
     }
@@ -129,6 +142,7 @@ impl From<Unsent> for Robj {
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 /// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
 /// element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+/// `seeded` and `nothing` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 /// in seconds).
 /// @noRd
@@ -143,12 +157,15 @@ fn job_begin(
     settings: List,
 ) -> Robj {
     head::with_cluster(&handle, |cluster| {
-        if cluster.job.try_borrow().map_or(true, |job| job.is_some()) {
-            return Err(Failure::new("busy"));
+        // What closes a job is R code, and may have been interrupted.
+        if let Some(left_open) = cluster.job.take() {
+            cluster.hub.borrow_mut().cancel_job(left_open.id);
         }
         let hub = cluster.hub.borrow();
-        let ranks: std::result::Result<Vec<Rank>, Failure> =
-            ranks.iter().map(|&rank| head::rank_of(&hub, rank)).collect();
+        let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
+            .iter()
+            .map(|&rank| head::rank_of(&hub, rank))
+            .collect();
         let ranks = ranks?;
         for &rank in &ranks {
             if let Some(gone) = hub.worker(rank).gone {
@@ -169,7 +186,8 @@ fn job_begin(
         });
         let timeout = settings.get("timeout").and_then(Robj::as_real);
         let timeout = timeout.unwrap_or(f64::INFINITY);
-        let seed = settings.get("seed").cloned().unwrap_or_default();
+        let setting = |name| settings.get(name).cloned().unwrap_or_default();
+        let seed = setting("seed");
         let mut bytes = Vec::new();
         let fixed = match stream::serialize(&common, Format::Native, &mut bytes) {
             Ok(fixed) => fixed,
@@ -180,15 +198,26 @@ fn job_begin(
             (flag("spread"), unit::SPREAD),
             (!seed.is_null(), unit::SEEDED),
         ];
-        let flags = flags.iter().filter(|(is, _)| *is).map(|(_, flag)| flag).sum();
+        let flags = flags
+            .iter()
+            .filter(|(is, _)| *is)
+            .map(|(_, flag)| flag)
+            .sum();
         let mut planner = Planner::new(assignment, count, ranks.len());
         if flag("singly") {
             planner.singly();
         }
         let new = Job {
             id: job as JobId,
-            places: ranks.iter().enumerate().map(|(at, &rank)| (rank, at)).collect(),
+            places: ranks
+                .iter()
+                .enumerate()
+                .map(|(at, &rank)| (rank, at))
+                .collect(),
             ready: (0..ranks.len()).rev().collect(),
+            // Of an earlier call, which was interrupted.
+            unsure: vec![timeout.is_finite(); ranks.len()],
+            held: HashMap::new(),
             ranks,
             common,
             key: match fixed {
@@ -203,6 +232,8 @@ fn job_begin(
                 false => Elements::Vector(elements),
             },
             seed,
+            seeded: setting("seeded"),
+            nothing: setting("nothing"),
             order,
             results: List::new(count).into(),
             assignment,
@@ -254,7 +285,9 @@ impl Job {
     }
 
     fn task(&self, position: usize) -> usize {
-        self.order.as_ref().map_or(position, |order| order[position])
+        self.order
+            .as_ref()
+            .map_or(position, |order| order[position])
     }
 
     fn step(&mut self, cluster: &Cluster) -> std::result::Result<Robj, Unsent> {
@@ -274,7 +307,8 @@ impl Job {
                 return Ok(().into());
             }
             if let Some(timeout) = self.timeout {
-                let next = self.sent.iter().min_by_key(|(_, sent)| sent.at);
+                let timed = self.sent.iter().filter(|(_, sent)| !sent.tasks.is_empty());
+                let next = timed.min_by_key(|(_, sent)| sent.at);
                 if let Some((&task, sent)) = next {
                     let rest = timeout.saturating_sub(sent.at.elapsed());
                     if rest.is_zero() {
@@ -293,29 +327,58 @@ impl Job {
                 Answer::Pending if self.timeout.is_none() => return Ok(().into()),
                 Answer::Pending => {}
                 Answer::NothingSent => {
+                    self.none_stopped(cluster)?;
                     return Err(Failure::new("protocol")
-                        .with("reason", "tasks are left and nothing is out: a bug in rustcluster")
+                        .with(
+                            "reason",
+                            "tasks are left and nothing is out: a bug in rustcluster",
+                        )
                         .into());
                 }
                 Answer::Lost {
                     place, task, gone, ..
                 } => {
+                    if self
+                        .sent
+                        .get(&task)
+                        .is_some_and(|sent| sent.tasks.is_empty())
+                    {
+                        self.settle(cluster, task, &[], 0);
+                        continue;
+                    }
                     let replaced = cluster.hub.borrow().worker(place).gone.is_none();
                     let failure = match &*gone {
-                        Gone::Worker(loss) => {
-                            Failure::lost(place, loss).with("replaced", replaced)
-                        }
+                        Gone::Worker(loss) => Failure::lost(place, loss).with("replaced", replaced),
                         gone => Failure::gone(place, gone),
                     };
                     return Err(self.of_task(failure, task).into());
                 }
                 Answer::TimedOut { rank, task } => {
+                    if self
+                        .sent
+                        .get(&task)
+                        .is_some_and(|sent| sent.tasks.is_empty())
+                    {
+                        self.settle(cluster, task, &[], 0);
+                        continue;
+                    }
                     let failure = Failure::new("timeout").with("rank", rank + 1);
                     return Err(self.of_task(failure, task).into());
                 }
                 Answer::GivenUp { .. } => {}
             }
         }
+    }
+
+    /// What was outstanding on a node that has been stopped, in the middle of the job, is forgotten.
+    fn none_stopped(&self, cluster: &Cluster) -> std::result::Result<(), Failure> {
+        for sent in self.sent.values() {
+            let rank = self.ranks[sent.place];
+            if let Some(gone) = cluster.hub.borrow().worker(rank).gone {
+                return Err(Failure::gone(rank, &gone));
+            }
+        }
+        Ok(())
     }
 
     /// Ends a task that has taken too long.
@@ -337,13 +400,18 @@ impl Job {
         if self.is_gone(cluster, place)? {
             return Ok(());
         }
+        if std::mem::take(&mut self.unsure[place]) && self.planner.has_any(place) {
+            let sent = self.send(cluster, place, &[], false);
+            self.unsure[place] = sent.is_err();
+            return sent.map(drop);
+        }
         loop {
             let began = Instant::now();
             let now = self.now();
             let Some(unit) = self.planner.next(place, now) else {
                 return Ok(());
             };
-            let sent = self.send(cluster, place, &unit.tasks, unit.ahead, false);
+            let sent = self.send(cluster, place, &unit.tasks, unit.ahead);
             let count = match &sent {
                 Ok(count) => *count,
                 Err(_) => 0,
@@ -377,73 +445,69 @@ impl Job {
         }
     }
 
-    /// Sends as many of these tasks as fit into one message. Returns how many. `first`: before what
-    /// waits for the worker already.
+    /// Sends as many of these tasks as fit into one message. Returns how many. With none, what is
+    /// answered when the worker has come to it is sent.
     fn send(
         &mut self,
         cluster: &Cluster,
         place: usize,
         positions: &[usize],
         ahead: bool,
-        first: bool,
     ) -> std::result::Result<usize, Unsent> {
         let rank = self.ranks[place];
-        let (count, form) = match cluster.formats.borrow()[rank as usize] {
-            Format::Native => self.gather(positions)?,
-            Format::Xdr => (1, Form::Message),
-        };
         let begun = cluster.hub.borrow_mut().begin(rank, self.id, None);
         let (task, on) = begun.map_err(|gone| Failure::gone(rank, &gone))?;
-        let _ = (ahead, first);
-        let written = self.write(cluster, on, positions[0], form);
-        match written {
-            Ok(()) => cluster.hub.borrow_mut().finish(),
+        match self.write(cluster, on, positions) {
+            Ok(count) => {
+                cluster.hub.borrow_mut().finish();
+                let sent = Sent {
+                    place,
+                    tasks: positions[..count].to_vec(),
+                    at: Instant::now(),
+                    ahead,
+                };
+                self.sent.insert(task, sent);
+                Ok(count)
+            }
             Err(jump) => {
                 cluster.hub.borrow_mut().abandon();
-                return Err(jump.into());
+                Err(jump.into())
             }
         }
-        let sent = Sent {
-            place,
-            tasks: positions[..count].to_vec(),
-            at: Instant::now(),
-            ahead,
-        };
-        self.sent.insert(task, sent);
-        Ok(count)
     }
 
+    /// Writes a message for the worker that gets it. Returns how many of the tasks it has.
     fn write(
         &mut self,
         cluster: &Cluster,
         on: Rank,
-        position: usize,
-        form: Form,
-    ) -> std::result::Result<(), Jump> {
-        let index = self.task(position);
-        match form {
-            Form::Unit => {
-                if cluster.hub.borrow_mut().write(&self.message) {
-                    // Not much is under way for what is this short.
-                    while cluster.hub.borrow_mut().wait_to_send(SLICE) {
-                        unwind::run(check, &mut ())?;
-                    }
+        positions: &[usize],
+    ) -> std::result::Result<usize, Jump> {
+        let format = cluster.formats.borrow()[on as usize];
+        let (count, form) = match (positions, format) {
+            ([], _) => (0, Form::Nothing),
+            (_, Format::Xdr) => (1, Form::Message),
+            (_, Format::Native) => self.gather(positions)?,
+        };
+        if form == Form::Unit {
+            if cluster.hub.borrow_mut().write(&self.message) {
+                // Not much is under way for what is this short.
+                while cluster.hub.borrow_mut().wait_to_send(SLICE) {
+                    unwind::run(check, &mut ())?;
                 }
-                Ok(())
             }
-            Form::Long | Form::Message => {
-                let message = matches!(form, Form::Message);
-                let mut writing = Writing {
-                    job: self,
-                    index,
-                    message,
-                    format: cluster.formats.borrow()[on as usize],
-                    sink: &mut ToHub(cluster),
-                    prefix: Vec::new(),
-                };
-                unwind::run(write_long, &mut writing).map(drop)
-            }
+            return Ok(count);
         }
+        let mut writing = Writing {
+            index: positions.first().map_or(0, |&first| self.task(first)),
+            job: self,
+            form,
+            format,
+            sink: &mut ToHub(cluster),
+            prefix: Vec::new(),
+        };
+        unwind::run(write_alone, &mut writing)?;
+        Ok(count)
     }
 
     /// Puts as many of these tasks as fit into one message.
@@ -490,6 +554,10 @@ impl Job {
             seconds: 0.0,
             count: 0,
         };
+        if taking.indices.is_empty() {
+            self.ready.push(sent.place);
+            return Ok(());
+        }
         let taken = unwind::run(take_protected, &mut taking);
         let (seconds, count) = (taking.seconds, taking.count);
         taken?;
@@ -529,6 +597,8 @@ enum Form {
     /// One in a message of parallel's: it holds what may change, as what is common may, and they may
     /// hold the same.
     Message,
+    /// No element: a message of parallel's that asks for nothing.
+    Nothing,
 }
 
 struct Gathering<'a> {
@@ -545,11 +615,13 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let gathering = &mut *data.cast::<Gathering<'_>>();
         let job = &mut *gathering.job;
-        while gathering.count < gathering.indices.len() && job.message.len() < FULL + job.common_bytes.len() {
+        while gathering.count < gathering.indices.len()
+            && job.message.len() < FULL + job.common_bytes.len()
+        {
             let index = gathering.indices[gathering.count];
             let before = job.message.len();
             add_seed(&job.seed, index, &mut job.message);
-            let element = Rf_protect(job.elements.get(index));
+            let element = Rf_protect(job.element(index));
             if !unit::append_plain(element, &mut job.message) {
                 unit::begin_serialized(&mut job.message);
                 let mut sink = Bounded(&mut job.message, before + LONG);
@@ -560,6 +632,9 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
                 if !fixed || long {
                     job.message.truncate(before);
                     gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
+                    if let Elements::Function(_) = job.elements {
+                        job.held.insert(index, Robj::from_sexp(element));
+                    }
                     Rf_unprotect(1);
                     return R_NilValue;
                 }
@@ -579,7 +654,7 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
     }
     // SAFETY: the caller's.
     unsafe {
-        let state = rustcluster_call_with(seed.get().cast(), index as f64 + 1.0);
+        let state = seed_of(seed, index);
         for at in 0..unit::SEED as isize {
             let number = match TYPEOF(state) == SEXPTYPE::INTSXP && XLENGTH(state) > at {
                 true => INTEGER_ELT(state, at),
@@ -588,6 +663,15 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
             out.extend_from_slice(&number.to_ne_bytes());
         }
     }
+}
+
+/// The seed of a task, not protected.
+///
+/// # Safety
+/// Under [`unwind::run`].
+unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
+    // SAFETY: the caller's.
+    unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
 }
 
 /// Takes no more than so many bytes in all.
@@ -601,26 +685,59 @@ impl Sink for Bounded<'_> {
     }
 }
 
+impl Job {
+    /// An element, not protected.
+    ///
+    /// # Safety
+    /// As for [`Elements::get`].
+    unsafe fn element(&mut self, index: usize) -> SEXP {
+        // SAFETY: the caller's. The element is not collected before R runs next.
+        unsafe {
+            match self.held.get(&index) {
+                Some(element) => element.get(),
+                None => self.elements.get(index),
+            }
+        }
+    }
+}
+
 struct Writing<'a> {
-    job: &'a Job,
+    job: &'a mut Job,
     index: usize,
-    message: bool,
+    form: Form,
     format: Format,
     sink: &'a mut dyn Sink,
     prefix: Vec<u8>,
 }
 
-unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
+unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
     // is to be dropped when R jumps.
     unsafe {
         let writing = &mut *data.cast::<Writing<'_>>();
-        let job = writing.job;
-        let element = Rf_protect(job.elements.get(writing.index));
-        if writing.message {
+        let job = &mut *writing.job;
+        if writing.form == Form::Nothing {
+            let message = rustcluster_message(job.nothing.get().cast(), R_NilValue.cast(), 1);
+            stream::write(Rf_protect(message), writing.format, writing.sink);
+            Rf_unprotect(1);
+            return R_NilValue;
+        }
+        let element = Rf_protect(job.element(writing.index));
+        if writing.form == Form::Message {
             let common = job.common.get();
             let spread = c_int::from(job.flags & unit::SPREAD != 0);
-            let message = rustcluster_message(common.cast(), element.cast(), spread);
+            let message = if job.seed.is_null() {
+                rustcluster_message(common.cast(), element.cast(), spread)
+            } else {
+                let args = Rf_protect(rustcluster_arguments(common.cast(), element.cast(), spread));
+                let call = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 3));
+                SET_VECTOR_ELT(call, 0, VECTOR_ELT(common, 0));
+                SET_VECTOR_ELT(call, 1, args);
+                SET_VECTOR_ELT(call, 2, seed_of(&job.seed, writing.index));
+                let message = rustcluster_message(job.seeded.get().cast(), call.cast(), 1);
+                Rf_unprotect(2);
+                message
+            };
             stream::write(Rf_protect(message), writing.format, writing.sink);
             Rf_unprotect(1);
         } else {
@@ -638,6 +755,7 @@ unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
             unit::write_serialized(element, writing.sink);
         }
         Rf_unprotect(1);
+        job.held.remove(&writing.index);
         R_NilValue
     }
 }
@@ -646,6 +764,7 @@ unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
 #[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_message(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
+    fn rustcluster_arguments(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
     fn rustcluster_element(vector: *mut c_void, at: isize) -> SEXP;
     fn rustcluster_call_with(function: *mut c_void, number: f64) -> SEXP;
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
@@ -712,36 +831,76 @@ fn job_tasks(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// A unit has ended without an answer: `again` of its elements are to be tried again, one by one; the
-/// others have `values` for results.
+/// A unit has ended without an answer: `again` of its elements are to be tried again, so many of them
+/// `together` at most; the others have `values` for results.
 /// @noRd
 #[extendr]
-fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
+fn job_settle(handle: Robj, task: f64, again: &[i32], together: i32, values: List) -> Robj {
     with_job(&handle, |cluster, job| {
-        let id = task as TaskId;
-        let Some(sent) = job.sent.remove(&id) else {
+        let task = task as TaskId;
+        let Some(sent) = job.sent.get(&task) else {
             return Ok(().into());
         };
-        job.planner.dropped(sent.place, false);
         let is_again = |position: &&usize| again.contains(&(job.task(**position) as i32 + 1));
         let tasks: Vec<usize> = sent.tasks.iter().filter(is_again).copied().collect();
-        let given_up: Vec<usize> = sent.tasks.iter().filter(|at| !is_again(at)).copied().collect();
+        let given_up: Vec<usize> = sent
+            .tasks
+            .iter()
+            .filter(|at| !is_again(at))
+            .copied()
+            .collect();
         for (position, value) in given_up.into_iter().zip(values.values()) {
             let index = job.task(position);
             // SAFETY: the list keeps it alive.
             unsafe { job.put(index, value.get()) };
             job.done += 1;
         }
-        job.planner.returned(sent.place, &tasks);
-        let rank = job.ranks[sent.place];
-        let mut hub = cluster.hub.borrow_mut();
-        hub.forget(rank, id);
-        if hub.worker(rank).gone.is_some() {
-            job.planner.gone(sent.place);
-        }
-        job.ready.push(sent.place);
+        job.settle(cluster, task, &tasks, together.max(1) as usize);
         Ok(().into())
     })
+}
+
+impl Job {
+    /// A unit has ended without an answer, and these tasks of it are to be tried again.
+    fn settle(&mut self, cluster: &Cluster, task: TaskId, again: &[usize], together: usize) {
+        let Some(sent) = self.sent.remove(&task) else {
+            return;
+        };
+        let place = sent.place;
+        let rank = self.ranks[place];
+        let mut hub = cluster.hub.borrow_mut();
+        if !sent.tasks.is_empty() {
+            self.planner.dropped(place, false);
+        }
+        if !again.is_empty() && self.assignment == Assignment::Round {
+            // Those that follow must not be done before: they go on with its random numbers.
+            let mut later: Vec<TaskId> = self
+                .sent
+                .iter()
+                .filter(|(_, sent)| sent.place == place)
+                .map(|(&id, _)| id)
+                .collect();
+            later.sort_unstable();
+            for id in later.into_iter().rev() {
+                let tasks = self
+                    .sent
+                    .remove(&id)
+                    .map(|sent| sent.tasks)
+                    .unwrap_or_default();
+                hub.cancel_task(rank, id);
+                self.planner.dropped(place, true);
+                self.planner.returned(place, &tasks);
+            }
+        }
+        self.planner.suspected(place, again, together);
+        hub.forget(rank, task);
+        // In a round, another stands in for one that is gone.
+        if self.assignment == Assignment::Free && hub.worker(rank).gone.is_some() {
+            self.planner.gone(place);
+        }
+        self.unsure[place] = self.timeout.is_some() && !sent.tasks.is_empty();
+        self.ready.push(place);
+    }
 }
 
 /// What has come of the job: a list of its results, the numbers of those that are errors, and of those
@@ -762,8 +921,13 @@ fn job_results(handle: Robj) -> Robj {
 #[extendr]
 fn job_progress(handle: Robj) -> Robj {
     with_job(&handle, |_, job| {
-        let busy = (0..job.ranks.len()).filter(|&at| job.planner.out(at) > 0).count();
-        Ok([job.results.len(), job.done, busy].map(|n| n as f64).to_vec().into())
+        let busy = (0..job.ranks.len())
+            .filter(|&at| job.planner.out(at) > 0)
+            .count();
+        Ok([job.results.len(), job.done, busy]
+            .map(|n| n as f64)
+            .to_vec()
+            .into())
     })
 }
 

@@ -7,8 +7,8 @@ use crate::unit::{self, AnswerHead};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_protect, Rf_unprotect, MARK_NOT_MUTABLE, SEXP,
-    VECTOR_ELT,
+    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_protect, Rf_unprotect, MARK_NOT_MUTABLE,
+    SEXP, VECTOR_ELT,
 };
 use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;

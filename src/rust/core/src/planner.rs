@@ -10,7 +10,7 @@
 //! the end, as in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no unit has more than a
 //! half of what would be left for each worker.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 /// Who gets which task.
@@ -78,12 +78,15 @@ impl Queue {
         self.again.len() + self.end.saturating_sub(self.next).div_ceil(self.step)
     }
 
-    fn pop(&mut self) -> Option<usize> {
-        self.again.pop_front().or_else(|| {
-            let task = self.next;
-            (task < self.end).then(|| self.next += self.step)?;
-            Some(task)
-        })
+    fn first(&self) -> Option<usize> {
+        let fresh = (self.next < self.end).then_some(self.next);
+        self.again.front().copied().or(fresh)
+    }
+
+    fn pop(&mut self) {
+        if self.again.pop_front().is_none() {
+            self.next += self.step;
+        }
     }
 }
 
@@ -109,6 +112,9 @@ pub struct Planner {
     living: usize,
     /// Tasks that are given out one by one.
     singly: bool,
+    /// Tasks that were lost together, by one of them perhaps, and how many of those may still cross
+    /// together.
+    suspects: HashMap<usize, usize>,
     /// Seconds of a task: lately, and of all so far.
     recent: Option<f64>,
     seconds: f64,
@@ -139,6 +145,7 @@ impl Planner {
             places: (0..places).map(|_| Place::default()).collect(),
             living: places,
             singly: false,
+            suspects: HashMap::new(),
             recent: None,
             seconds: 0.0,
             done: 0,
@@ -165,6 +172,14 @@ impl Planner {
         self.queues.iter().map(Queue::len).sum()
     }
 
+    /// Whether there is anything left for this place.
+    pub fn has_any(&self, place: usize) -> bool {
+        match self.assignment {
+            Assignment::Free => self.queues[0].len() > 0,
+            Assignment::Round => self.queues[place].len() > 0,
+        }
+    }
+
     /// What this place gets next, if it is to get anything now. Tasks of it that cannot be sent
     /// with the others are given back with [`Planner::returned`]. `now`: time since some beginning.
     pub fn next(&mut self, place: usize, now: Duration) -> Option<Unit> {
@@ -178,8 +193,22 @@ impl Planner {
             return None;
         }
         let size = task.map_or(1, |task| self.size(place, task));
-        let queue = self.queue(place);
-        let tasks: Vec<usize> = std::iter::from_fn(|| queue.pop()).take(size).collect();
+        let queue = match self.assignment {
+            Assignment::Free => &mut self.queues[0],
+            Assignment::Round => &mut self.queues[place],
+        };
+        let bound = |task| self.suspects.get(&task).copied().unwrap_or(usize::MAX);
+        let mut tasks = Vec::new();
+        while let Some(task) = queue.first() {
+            let together = tasks
+                .first()
+                .is_none_or(|&first| bound(first) == bound(task));
+            if !together || tasks.len() == size.min(bound(task)) {
+                break;
+            }
+            queue.pop();
+            tasks.push(task);
+        }
         let at = &mut self.places[place];
         at.out.push_back(tasks.len());
         if !ahead {
@@ -293,6 +322,14 @@ impl Planner {
         for &task in tasks.iter().rev() {
             queue.again.push_front(task);
         }
+    }
+
+    /// The same for tasks that were lost together: so many of them may cross together again.
+    pub fn suspected(&mut self, place: usize, tasks: &[usize], together: usize) {
+        let together = together.max(1);
+        self.suspects
+            .extend(tasks.iter().map(|&task| (task, together)));
+        self.returned(place, tasks);
     }
 
     /// No more is to go to this place. What is bound to it stays.
@@ -439,7 +476,12 @@ mod tests {
             },
             Duration::from_millis(1),
         );
-        assert_eq!(planner.next(0, Duration::from_millis(1)).map(|unit| unit.tasks.len()), Some(1));
+        assert_eq!(
+            planner
+                .next(0, Duration::from_millis(1))
+                .map(|unit| unit.tasks.len()),
+            Some(1)
+        );
     }
 
     proptest! {
@@ -468,6 +510,33 @@ mod tests {
             planner.dropped(0, false);
             planner.gone(0);
             prop_assert_eq!(planner.next(0, Duration::ZERO), None);
+        }
+
+        #[test]
+        fn tasks_that_were_lost_together_cross_in_smaller_parts_and_with_no_others(
+            free in any::<bool>(), together in 1usize..9,
+        ) {
+            let assignment = if free { Assignment::Free } else { Assignment::Round };
+            let mut planner = Planner::new(assignment, 1000, 1);
+            planner.took(Duration::from_millis(1));
+            planner.next(0, Duration::ZERO);
+            let ended = Ended { tasks: 1, busy: Duration::from_micros(1), ..Ended::default() };
+            planner.ended(0, ended, Duration::from_millis(1));
+            let lost = planner.next(0, Duration::from_millis(1)).unwrap().tasks;
+            prop_assert!(lost.len() > 9);
+            planner.dropped(0, false);
+            planner.suspected(0, &lost, together);
+            let mut again = Vec::new();
+            while again.len() < lost.len() {
+                let part = planner.next(0, Duration::from_millis(1)).unwrap().tasks;
+                prop_assert!(part.len() <= together);
+                again.extend(part);
+                planner.dropped(0, false);
+            }
+            prop_assert_eq!(again, lost);
+            if free {
+                prop_assert!(planner.next(0, Duration::from_millis(1)).unwrap().tasks.len() > 9);
+            }
         }
     }
 }
