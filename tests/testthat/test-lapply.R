@@ -7,13 +7,14 @@ square <- global(function(i) i^2)
 squares <- function(n) as.list(seq_len(n)^2)
 
 test_that("it is lapply()", {
+  wrap <- global(function(x, ...) list(x))
   cl <- local_cluster(3)
   for (x in list(
     1:10, c(a = 1, b = 2), letters, list(1, "a", NULL), NULL, list(), character(), c(u = TRUE), 1i * 1:3,
     as.raw(1:3), data.frame(a = 1:3, b = 4:6), factor(c("u", "v")), Sys.Date() + 0:2, matrix(1:4, 2),
     expression(a, b + 1), quote(f(x)), pairlist(a = 1, 2), list2env(list(z = 1)), 1:1e4 / 2
   )) {
-    expect_identical(clusterLapply(cl, x, function(x, ...) list(x), 7), lapply(x, function(x, ...) list(x), 7))
+    expect_identical(clusterLapply(cl, x, wrap, 7), lapply(x, wrap, 7))
   }
   expect_identical(clusterLapply(cl, 1:9, "sqrt"), lapply(1:9, sqrt))
   expect_identical(clusterLapply(cl[2], 1:9, sum, 1, 2), lapply(1:9, sum, 1, 2))
@@ -348,14 +349,14 @@ test_that("progress, at a terminal and not", {
     "suppressPackageStartupMessages({library(parallel); library(rustcluster)})",
     "cl <- makeRustCluster(2, progress = FALSE)",
     "slow <- function(i) { Sys.sleep(0.1); i }",
-    "options(rustcluster.progress = TRUE)",
-    "stopifnot(identical(rustcluster::clusterApplyLB(cl, 1:60, slow), as.list(1:60)))",
+    "options(rustcluster.progress = TRUE, cli.progress_show_after = 0)",
+    "stopifnot(identical(rustcluster::clusterApplyLB(cl, 1:12, slow), as.list(1:12)))",
     "options(rustcluster.progress = FALSE)",
-    "stopifnot(identical(clusterLapply(cl, 1:50, slow, .progress = TRUE), as.list(1:50)))",
-    "invisible(clusterLapply(cl, 1:70, slow))",
-    "try(clusterLapply(cl, 1:60, function(i) {",
+    "stopifnot(identical(clusterLapply(cl, 1:11, slow, .progress = TRUE), as.list(1:11)))",
+    "invisible(clusterLapply(cl, 1:13, slow))",
+    "try(clusterLapply(cl, 1:14, function(i) {",
     "  Sys.sleep(0.1)",
-    "  if (i == 40) stop('forty')",
+    "  if (i == 10) stop('forty')",
     "}, .progress = TRUE, .errors = 'stop'))",
     "stopCluster(cl)",
     "cat('all done\\n')"
@@ -368,11 +369,11 @@ test_that("progress, at a terminal and not", {
   out <- system2("script", c("-qec", shQuote(paste(rscript, script)), "/dev/null"), stdout = TRUE, stderr = TRUE)
   text <- paste(out, collapse = "\n")
   expect_match(text, "all done", fixed = TRUE)
-  expect_match(text, "[0-9]+/60 tasks")
-  expect_match(text, "[0-9]+/50 tasks")
+  expect_match(text, "[0-9]+/12 tasks")
+  expect_match(text, "[0-9]+/11 tasks")
   expect_match(text, "[12] busy")
-  expect_match(text, "50 tasks in", fixed = TRUE)
-  expect_no_match(text, "/70 tasks")
+  expect_match(text, "11 tasks in", fixed = TRUE)
+  expect_no_match(text, "/13 tasks")
   expect_match(text, "one node produced an error: forty")
 })
 
