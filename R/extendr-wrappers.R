@@ -126,6 +126,7 @@ hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 #' that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 #' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
 #' element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+#' `seeded` and `nothing` (see [`Job`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 #' in seconds).
 #' @noRd

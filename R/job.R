@@ -27,7 +27,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
   # One that took too long is known by its message.
   singly <- is.finite(handle$timeout) || is.finite(timeout)
   settings <- list(
-    round = round, spread = spread, seed = seed, order = order, singly = singly, timeout = timeout
+    round = round, spread = spread, seed = seed, seeded = list(runSeeded, list()),
+    nothing = list(list, list()), order = order, singly = singly, timeout = timeout
   )
   begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
   if (is.character(begun)) handleFailed(begun, handle)
@@ -73,6 +74,9 @@ unitEnded <- function(failure, handle, retries, timeout) {
     values <- lapply(tasks, function(task) failureValue(condition))
   } else {
     loss <- failureCondition(failure, handle)
+    loss$tasks <- tasks
+    # Which of several has ended it is not known.
+    if (length(tasks) > 1L) loss$index <- NULL
     if (inherits(loss, "rustcluster_stopped") || retries == 0) {
       showEvents(handle, except = loss)
       stop(loss)
@@ -81,6 +85,7 @@ unitEnded <- function(failure, handle, retries, timeout) {
     for (key in keys) handle$losses[[key]] <- c(handle$losses[[key]], list(loss))
     lost <- lengths(handle$losses[keys])
     again <- tasks[lost <= retries]
+    # One of them may end every worker, and others are not to be given up for it: each is tried again alone.
     values <- Map(
       function(task, key) failureValue(quarantined(task, handle$losses[[key]])),
       tasks[lost > retries], keys[lost > retries]
@@ -93,6 +98,20 @@ unitEnded <- function(failure, handle, retries, timeout) {
   checked(job_settle(handle$pointer, number, again, unname(values)), handle)
   # The tasks are safe before the warning, which may be turned into a jump.
   if (!is.null(warn)) warning(warn)
+}
+
+# In a worker, for what crosses in a message of parallel's, which has no place for a seed.
+runSeeded <- function(fun, args, seed) {
+  before <- get0(".Random.seed", globalenv(), inherits = FALSE)
+  on.exit(
+    if (is.null(before)) {
+      rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    } else {
+      assign(".Random.seed", before, globalenv())
+    }
+  )
+  assign(".Random.seed", seed, globalenv())
+  do.call(fun, args, quote = TRUE)
 }
 
 # "task 3" or "tasks 3 to 9".

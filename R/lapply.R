@@ -58,7 +58,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
   .errors <- match.arg(.errors)
   if (!is.null(.order)) {
-    whole <- is.numeric(.order) && length(.order) == n && identical(sort(as.integer(.order)), seq_len(n))
+    whole <- is.numeric(.order) && length(.order) == n && isTRUE(all(sort(.order, na.last = TRUE) == seq_len(n)))
     if (!whole) badArgument(".order", "must have each number from 1 to ", n, " once")
     .order <- as.integer(.order)
   }
@@ -86,7 +86,8 @@ streamsOf <- function(seed, n) {
   if (isFALSE(seed) || is.null(seed)) return(NULL)
   if (isTRUE(seed)) {
     seed <- sample.int(.Machine$integer.max, 1L)
-  } else if (!is.numeric(seed) || length(seed) != 1L || is.na(seed) || abs(seed) > .Machine$integer.max) {
+  } else if (!is.numeric(seed) || length(seed) != 1L || is.na(seed) || abs(seed) > .Machine$integer.max ||
+               seed != trunc(seed)) {
     badArgument(".seed", "must be TRUE, FALSE or one whole number")
   }
   # The session's generator is left as it is.

@@ -139,11 +139,12 @@ freeElements <- function(cl, X, fun, ..., chunk.size) {
   cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
   n <- length(X)
-  # How a vector with a class is taken apart is known to its class alone.
-  if (is.null(ranks) || !n || is.object(X) || !isPlain(X)) {
+  # How a vector with a class is taken apart is known to its class alone, and what a name stands for to
+  # the workers.
+  if (is.null(ranks) || !n || is.object(X) || !isPlain(X) || !is.function(fun)) {
     return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
   }
-  job <- runJob(cl, ranks, n, match.fun(fun), list(...), X)
+  job <- runJob(cl, ranks, n, fun, list(...), X)
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))

@@ -323,3 +323,134 @@ expect_child_ends_well <- function(child, timeout = 60) {
   expect(identical(status, 0L), paste0("status ", status, "\n", child_report(child)))
   invisible(status)
 }
+
+# ---- interrupts ---------------------------------------------------------------
+
+# Sends SIGINT to this process after a while, from outside. While system() waits for the shell to start
+# that, it ignores the signal, which would be lost.
+interrupt_after <- function(seconds) {
+  pid <- Sys.getpid()
+  ignored <- sprintf("grep -q '^SigIgn:.*[2367abef]$' /proc/%d/status 2>/dev/null", pid)
+  system(
+    sprintf("(sleep %.4f; while %s; do :; done; kill -INT %d)", seconds, ignored, pid), wait = FALSE
+  )
+}
+
+interrupted <- function(expr, after) {
+  began <- proc.time()[[3L]]
+  interrupt_after(after)
+  got <- tryCatch(
+    {
+      expr
+      # It may have ended just before.
+      Sys.sleep(10)
+      "not interrupted"
+    },
+    interrupt = function(e) "interrupted"
+  )
+  expect_equal(got, "interrupted")
+  proc.time()[[3L]] - began - after
+}
+
+# In the global environment, so that the functions of a test do not take it along.
+local_big <- function(n, .frame = parent.frame()) {
+  assign("big", numeric(n), globalenv())
+  do.call("on.exit", list(quote(rm("big", envir = globalenv())), add = TRUE), envir = .frame)
+}
+
+# Does it again and again, until the interrupt that is sent after a while is felt. FALSE if it is not,
+# however long that is waited for.
+until_interrupted <- function(expr, after) {
+  code <- substitute(expr)
+  env <- parent.frame()
+  deadline <- proc.time()[[3L]] + 20
+  tryCatch(
+    {
+      # In here, as it may be felt at once.
+      interrupt_after(after)
+      while (proc.time()[[3L]] < deadline) eval(code, env)
+      FALSE
+    },
+    interrupt = function(e) TRUE
+  )
+}
+
+# C code, compiled and loaded here; returns its file. `stop_button`: sets what R looks for after so many
+# microseconds, as a front end's button does, from another thread and without a signal. `deaf`: heeds
+# nothing.
+compiled <- function(.frame = parent.frame()) {
+  skip_on_cran()
+  dir <- tempfile("c-")
+  dir.create(dir)
+  source <- file.path(dir, "helpers.c")
+  writeLines(c(
+    "#include <pthread.h>",
+    "#include <unistd.h>",
+    "extern int R_interrupts_pending;",
+    "static int delay;",
+    "static void *press(void *unused) {",
+    "  usleep(delay);",
+    "  R_interrupts_pending = 1;",
+    "  return unused;",
+    "}",
+    "void stop_button(int *microseconds) {",
+    "  pthread_t thread;",
+    "  delay = *microseconds;",
+    "  if (pthread_create(&thread, 0, press, 0) == 0) pthread_detach(thread);",
+    "}",
+    "void deaf(void) {",
+    "  for (;;) sleep(60);",
+    "}"
+  ), source)
+  status <- suppressWarnings(system2(
+    file.path(R.home("bin"), "R"), c("CMD", "SHLIB", "-o", shQuote(file.path(dir, "helpers.so")), shQuote(source)),
+    stdout = FALSE, stderr = FALSE
+  ))
+  if (status != 0L) skip("there is no compiler")
+  library <- file.path(dir, "helpers.so")
+  dyn.load(library)
+  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE), envir = .frame)
+  library
+}
+
+# ---- faults --------------------------------------------------------------------
+
+# Functions of the global environment, as a script's are: those of a test would take its frame along.
+global <- function(expr) eval(strip_srcref(substitute(expr)), globalenv())
+
+# Files each of which ends one process: that which removes it.
+trap <- function(n = 1) {
+  files <- tempfile(rep("trap-", n))
+  file.create(files)
+  files
+}
+
+spring <- global(function(trap) {
+  for (file in trap) {
+    if (file.exists(file) && suppressWarnings(file.remove(file))) {
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+      Sys.sleep(60)
+    }
+  }
+})
+
+# The value of the call and the losses it warned of. Other warnings pass.
+with_losses <- function(expr) {
+  losses <- list()
+  value <- withCallingHandlers(expr, rustcluster_worker_lost = function(w) {
+    if (!inherits(w, "warning")) return()
+    losses <<- c(losses, list(w))
+    invokeRestart("muffleWarning")
+  })
+  list(value = value, losses = losses)
+}
+
+# Ends its worker, whichever that is.
+poison <- global(function(i, bad) {
+  if (i %in% bad) {
+    message("task ", i, ": 100%s")
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+    Sys.sleep(60)
+  }
+  i * 10
+})

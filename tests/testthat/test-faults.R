@@ -7,36 +7,6 @@ sendCall <- parallel:::sendCall
 recvResult <- parallel:::recvResult
 recvOneResult <- parallel:::recvOneResult
 
-# Functions of the global environment, as a script's are: those of a test would take its frame along.
-global <- function(expr) eval(strip_srcref(substitute(expr)), globalenv())
-
-# Files each of which ends one process: that which removes it.
-trap <- function(n = 1) {
-  files <- tempfile(rep("trap-", n))
-  file.create(files)
-  files
-}
-
-spring <- global(function(trap) {
-  for (file in trap) {
-    if (file.exists(file) && suppressWarnings(file.remove(file))) {
-      tools::pskill(Sys.getpid(), tools::SIGKILL)
-      Sys.sleep(60)
-    }
-  }
-})
-
-# The value of the call and the losses it warned of. Other warnings pass.
-with_losses <- function(expr) {
-  losses <- list()
-  value <- withCallingHandlers(expr, rustcluster_worker_lost = function(w) {
-    if (!inherits(w, "warning")) return()
-    losses <<- c(losses, list(w))
-    invokeRestart("muffleWarning")
-  })
-  list(value = value, losses = losses)
-}
-
 # The call gives the same on PSOCK, without faults, and with as many losses as there are traps.
 # `before` brings the workers to a state of which no try may lose anything.
 expect_unharmed <- function(expr, before = NULL, traps = 1, cl = cluster_pair(3)$rust, ...) {
@@ -390,15 +360,6 @@ test_that("a worker killed again while it is brought back to its state", {
   expect_identical(clusterEvalQ(cl[2], x), list(5))
   expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
   expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], x), list(5))
-})
-
-poison <- global(function(i, bad) {
-  if (i %in% bad) {
-    message("task ", i, ": 100%s")
-    tools::pskill(Sys.getpid(), tools::SIGKILL)
-    Sys.sleep(60)
-  }
-  i * 10
 })
 
 test_that("a task that ends every worker is given up, and all else is kept", {

@@ -3,55 +3,6 @@
 
 watch_processes()
 
-# Sends SIGINT to this process after a while, from outside. While system() waits for the shell to start
-# that, it ignores the signal, which would be lost.
-interrupt_after <- function(seconds) {
-  pid <- Sys.getpid()
-  ignored <- sprintf("grep -q '^SigIgn:.*[2367abef]$' /proc/%d/status 2>/dev/null", pid)
-  system(
-    sprintf("(sleep %.4f; while %s; do :; done; kill -INT %d)", seconds, ignored, pid), wait = FALSE
-  )
-}
-
-interrupted <- function(expr, after) {
-  began <- proc.time()[[3L]]
-  interrupt_after(after)
-  got <- tryCatch(
-    {
-      expr
-      # It may have ended just before.
-      Sys.sleep(10)
-      "not interrupted"
-    },
-    interrupt = function(e) "interrupted"
-  )
-  expect_equal(got, "interrupted")
-  proc.time()[[3L]] - began - after
-}
-
-# In the global environment, so that the functions of a test do not take it along.
-local_big <- function(n, .frame = parent.frame()) {
-  assign("big", numeric(n), globalenv())
-  do.call("on.exit", list(quote(rm("big", envir = globalenv())), add = TRUE), envir = .frame)
-}
-
-# Does it again and again, until the interrupt that is sent after a while is felt. FALSE if it is not,
-# however long that is waited for.
-until_interrupted <- function(expr, after) {
-  code <- substitute(expr)
-  env <- parent.frame()
-  deadline <- proc.time()[[3L]] + 20
-  tryCatch(
-    {
-      # In here, as it may be felt at once.
-      interrupt_after(after)
-      while (proc.time()[[3L]] < deadline) eval(code, env)
-      FALSE
-    },
-    interrupt = function(e) TRUE
-  )
-}
-
 test_that("each kind of call returns within a second, and the next one is right", {
   cl <- local_cluster(3)
   pids <- clusterPids(cl)
@@ -127,44 +78,6 @@ test_that("a worker that does not heed an interrupt is replaced, with a warning"
   expect_equal(clusterPids(cl)[[2L]], pids[[2L]])
   expect_gone(pids[[1L]])
 })
-
-# C code, compiled and loaded here; returns its file. `stop_button`: sets what R looks for after so many
-# microseconds, as a front end's button does, from another thread and without a signal. `deaf`: heeds
-# nothing.
-compiled <- function(.frame = parent.frame()) {
-  skip_on_cran()
-  dir <- tempfile("c-")
-  dir.create(dir)
-  source <- file.path(dir, "helpers.c")
-  writeLines(c(
-    "#include <pthread.h>",
-    "#include <unistd.h>",
-    "extern int R_interrupts_pending;",
-    "static int delay;",
-    "static void *press(void *unused) {",
-    "  usleep(delay);",
-    "  R_interrupts_pending = 1;",
-    "  return unused;",
-    "}",
-    "void stop_button(int *microseconds) {",
-    "  pthread_t thread;",
-    "  delay = *microseconds;",
-    "  if (pthread_create(&thread, 0, press, 0) == 0) pthread_detach(thread);",
-    "}",
-    "void deaf(void) {",
-    "  for (;;) sleep(60);",
-    "}"
-  ), source)
-  status <- suppressWarnings(system2(
-    file.path(R.home("bin"), "R"), c("CMD", "SHLIB", "-o", shQuote(file.path(dir, "helpers.so")), shQuote(source)),
-    stdout = FALSE, stderr = FALSE
-  ))
-  if (status != 0L) skip("there is no compiler")
-  library <- file.path(dir, "helpers.so")
-  dyn.load(library)
-  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE), envir = .frame)
-  library
-}
 
 test_that("the stop button of a front end, which sends no signal, ends any call", {
   compiled()

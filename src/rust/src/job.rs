@@ -11,8 +11,8 @@ use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF,
-    XLENGTH,
+    R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP,
+    SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::hub::{Answer, Turn};
 use rustcluster_core::payloads::PayloadId;
@@ -46,6 +46,11 @@ pub struct Job {
     elements: Elements,
     /// A function that gives the seed of a task, or `NULL`.
     seed: Robj,
+    /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
+    /// no arguments.
+    seeded: Robj,
+    /// The same of a function that does nothing.
+    nothing: Robj,
     /// The task that is begun at each position; otherwise in their order.
     order: Option<Vec<usize>>,
     /// A list with an element for each task.
@@ -59,6 +64,10 @@ pub struct Job {
     at_once: usize,
     /// Places that may be given more.
     ready: VecDeque<usize>,
+    /// Places whose worker may still be at something else than what it is sent.
+    unsure: Vec<bool>,
+    /// Elements that did not go with those before them, by their numbers: user code has made them, once.
+    held: HashMap<usize, Robj>,
     done: usize,
     /// Tasks whose result is an error, from 1.
     failed: Vec<i32>,
@@ -74,7 +83,7 @@ pub struct Job {
 /// A unit that is out.
 struct Sent {
     place: usize,
-    /// From 0.
+    /// From 0. None: it only tells that the worker has come to it.
     tasks: Vec<usize>,
     at: Instant,
     /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
@@ -142,6 +151,7 @@ impl From<Unsent> for Robj {
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 /// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
 /// element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+/// `seeded` and `nothing` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 /// in seconds).
 /// @noRd
@@ -186,7 +196,8 @@ fn job_begin(
         });
         let timeout = settings.get("timeout").and_then(Robj::as_real);
         let timeout = timeout.unwrap_or(f64::INFINITY);
-        let seed = settings.get("seed").cloned().unwrap_or_default();
+        let setting = |name| settings.get(name).cloned().unwrap_or_default();
+        let seed = setting("seed");
         let (payload, fixed) = match head::share_common(cluster, &ranks, job as JobId, &common) {
             Ok(shared) => shared,
             Err(Jump(token)) => return Ok(token),
@@ -218,6 +229,9 @@ fn job_begin(
                 .map(|(at, &rank)| (rank, at))
                 .collect(),
             at_once: AT_ONCE,
+            // Of an earlier call, which was interrupted.
+            unsure: vec![timeout.is_finite(); ranks.len()],
+            held: HashMap::new(),
             ready: (0..ranks.len()).collect(),
             ranks,
             common,
@@ -228,6 +242,8 @@ fn job_begin(
                 false => Elements::Vector(elements),
             },
             seed,
+            seeded: setting("seeded"),
+            nothing: setting("nothing"),
             order,
             results: List::new(count).into(),
             assignment,
@@ -312,7 +328,8 @@ impl Job {
                 return Ok(().into());
             }
             if let Some(timeout) = self.timeout {
-                let next = self.sent.iter().min_by_key(|(_, sent)| sent.at);
+                let timed = self.sent.iter().filter(|(_, sent)| !sent.tasks.is_empty());
+                let next = timed.min_by_key(|(_, sent)| sent.at);
                 if let Some((&task, sent)) = next {
                     let rest = timeout.saturating_sub(sent.at.elapsed());
                     if rest.is_zero() {
@@ -341,6 +358,7 @@ impl Job {
                 Answer::Pending if self.timeout.is_none() => return Ok(().into()),
                 Answer::Pending => {}
                 Answer::NothingSent => {
+                    self.none_stopped(cluster)?;
                     return Err(Failure::new("protocol")
                         .with(
                             "reason",
@@ -351,6 +369,10 @@ impl Job {
                 Answer::Lost {
                     place, task, gone, ..
                 } => {
+                    if self.only_tells(task) {
+                        self.settle(cluster, task, &[])?;
+                        continue;
+                    }
                     let replaced = cluster.hub.borrow().worker(place).gone.is_none();
                     let failure = match &*gone {
                         Gone::Worker(loss) => Failure::lost(place, loss).with("replaced", replaced),
@@ -359,6 +381,10 @@ impl Job {
                     return Err(self.of_task(failure, task).into());
                 }
                 Answer::TimedOut { rank, task } => {
+                    if self.only_tells(task) {
+                        self.settle(cluster, task, &[])?;
+                        continue;
+                    }
                     let failure = Failure::new("timeout").with("rank", rank + 1);
                     return Err(self.of_task(failure, task).into());
                 }
@@ -372,6 +398,23 @@ impl Job {
                 Answer::GivenUp { .. } => {}
             }
         }
+    }
+
+    /// Whether what was sent has no task of the job's.
+    fn only_tells(&self, task: TaskId) -> bool {
+        let sent = self.sent.get(&task);
+        sent.is_some_and(|sent| sent.tasks.is_empty())
+    }
+
+    /// What was outstanding on a node that has been stopped, in the middle of the job, is forgotten.
+    fn none_stopped(&self, cluster: &Cluster) -> std::result::Result<(), Failure> {
+        for sent in self.sent.values() {
+            let rank = self.ranks[sent.place];
+            if let Some(gone) = cluster.hub.borrow().worker(rank).gone {
+                return Err(Failure::gone(rank, &gone));
+            }
+        }
+        Ok(())
     }
 
     /// Ends a task that has taken too long.
@@ -391,6 +434,11 @@ impl Job {
     /// Sends a place what it is to have now.
     fn fill(&mut self, cluster: &Cluster, place: usize) -> std::result::Result<(), Unsent> {
         if self.is_gone(cluster, place)? {
+            return Ok(());
+        }
+        if self.unsure[place] && self.planner.has_any(place) {
+            self.send(cluster, place, &[], Turn::Last)?;
+            self.unsure[place] = false;
             return Ok(());
         }
         loop {
@@ -436,7 +484,8 @@ impl Job {
         }
     }
 
-    /// Sends as many of these tasks as fit into one message. Returns how many.
+    /// Sends as many of these tasks as fit into one message. Returns how many. With none, what is
+    /// answered when the worker has come to it is sent.
     fn send(
         &mut self,
         cluster: &Cluster,
@@ -445,19 +494,28 @@ impl Job {
         turn: Turn,
     ) -> std::result::Result<usize, Unsent> {
         let rank = self.ranks[place];
-        let (count, form) = match cluster.formats.borrow()[rank as usize] {
-            Format::Native => self.gather(positions)?,
-            Format::Xdr => (1, Form::Message),
+        let format = |rank: Rank| cluster.formats.borrow()[rank as usize];
+        let (count, form) = match (positions, format(rank)) {
+            ([], _) => (0, Form::Nothing),
+            (_, Format::Native) => self.gather(positions)?,
+            (_, Format::Xdr) => (1, Form::Message),
         };
         // What is long would wait here, and R with it.
         if turn == Turn::Ahead && form != Form::Unit {
             return Ok(0);
         }
-        let payload = (form != Form::Message).then_some(self.payload);
+        let is_unit = matches!(form, Form::Unit | Form::Long);
+        let payload = |on| (is_unit && format(on) == Format::Native).then_some(self.payload);
         let mut hub = cluster.hub.borrow_mut();
-        let begun = hub.begin(rank, self.id, None, turn, |_| payload);
+        let begun = hub.begin(rank, self.id, None, turn, payload);
         drop(hub);
         let begun = begun.map_err(|gone| Failure::gone(rank, &gone))?;
+        let payload = payload(begun.place);
+        // Another may stand in that reads other numbers.
+        let (count, form) = match payload {
+            None if is_unit => (1, Form::Message),
+            _ => (count, form),
+        };
         let task = begun.task;
         let written = match payload {
             // A host that has come back, say.
@@ -466,7 +524,8 @@ impl Job {
             }
             _ => Ok(()),
         };
-        let written = written.and_then(|()| self.write(cluster, begun.place, positions[0], form));
+        let written =
+            written.and_then(|()| self.write(cluster, begun.place, positions.first(), form));
         match written {
             Ok(()) => cluster.hub.borrow_mut().finish(),
             Err(jump) => {
@@ -493,10 +552,10 @@ impl Job {
         &mut self,
         cluster: &Cluster,
         on: Rank,
-        position: usize,
+        position: Option<&usize>,
         form: Form,
     ) -> std::result::Result<(), Jump> {
-        let index = self.task(position);
+        let index = position.map_or(0, |&position| self.task(position));
         match form {
             Form::Unit => {
                 if cluster.hub.borrow_mut().write(&self.message) {
@@ -507,17 +566,16 @@ impl Job {
                 }
                 Ok(())
             }
-            Form::Long | Form::Message => {
-                let message = matches!(form, Form::Message);
+            Form::Long | Form::Message | Form::Nothing => {
                 let mut writing = Writing {
                     job: self,
                     index,
-                    message,
+                    form,
                     format: cluster.formats.borrow()[on as usize],
                     sink: &mut ToHub(cluster),
                     prefix: Vec::new(),
                 };
-                unwind::run(write_long, &mut writing).map(drop)
+                unwind::run(write_alone, &mut writing).map(drop)
             }
         }
     }
@@ -590,6 +648,10 @@ impl Job {
         let Some(sent) = self.remove(task) else {
             return Ok(());
         };
+        if sent.tasks.is_empty() {
+            self.ready.push_back(sent.place);
+            return Ok(());
+        }
         let now = Instant::now();
         let bytes = body.len;
         let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();
@@ -639,6 +701,8 @@ enum Form {
     /// One in a message of parallel's: it holds what may change, as what is common may, and they may
     /// hold the same.
     Message,
+    /// No element: a message of parallel's that asks for nothing.
+    Nothing,
 }
 
 struct Gathering<'a> {
@@ -659,7 +723,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             let index = gathering.indices[gathering.count];
             let before = job.message.len();
             add_seed(&job.seed, index, &mut job.message);
-            let element = Rf_protect(job.elements.get(index));
+            let element = Rf_protect(job.element(index));
             if !unit::append_plain(element, &mut job.message) {
                 unit::begin_serialized(&mut job.message);
                 let mut sink = Bounded(&mut job.message, before + LONG);
@@ -670,6 +734,9 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
                 if !fixed || long {
                     job.message.truncate(before);
                     gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
+                    if let Elements::Function(_) = job.elements {
+                        job.held.insert(index, Robj::from_sexp(element));
+                    }
                     Rf_unprotect(1);
                     return R_NilValue;
                 }
@@ -689,7 +756,7 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
     }
     // SAFETY: the caller's.
     unsafe {
-        let state = rustcluster_call_with(seed.get().cast(), index as f64 + 1.0);
+        let state = seed_of(seed, index);
         for at in 0..unit::SEED as isize {
             let number = match TYPEOF(state) == SEXPTYPE::INTSXP && XLENGTH(state) > at {
                 true => INTEGER_ELT(state, at),
@@ -698,6 +765,15 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
             out.extend_from_slice(&number.to_ne_bytes());
         }
     }
+}
+
+/// The seed of a task, not protected.
+///
+/// # Safety
+/// Under [`unwind::run`].
+unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
+    // SAFETY: the caller's.
+    unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
 }
 
 /// Takes no more than so many bytes in all.
@@ -711,26 +787,59 @@ impl Sink for Bounded<'_> {
     }
 }
 
+impl Job {
+    /// An element, not protected.
+    ///
+    /// # Safety
+    /// As for [`Elements::get`].
+    unsafe fn element(&mut self, index: usize) -> SEXP {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.held.get(&index) {
+                Some(element) => element.get(),
+                None => self.elements.get(index),
+            }
+        }
+    }
+}
+
 struct Writing<'a> {
-    job: &'a Job,
+    job: &'a mut Job,
     index: usize,
-    message: bool,
+    form: Form,
     format: Format,
     sink: &'a mut dyn Sink,
     prefix: Vec<u8>,
 }
 
-unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
+unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
     // is to be dropped when R jumps.
     unsafe {
         let writing = &mut *data.cast::<Writing<'_>>();
-        let job = writing.job;
-        let element = Rf_protect(job.elements.get(writing.index));
-        if writing.message {
+        let job = &mut *writing.job;
+        if writing.form == Form::Nothing {
+            let message = rustcluster_message(job.nothing.get().cast(), R_NilValue.cast(), 1);
+            stream::write(Rf_protect(message), writing.format, writing.sink);
+            Rf_unprotect(1);
+            return R_NilValue;
+        }
+        let element = Rf_protect(job.element(writing.index));
+        if writing.form == Form::Message {
             let common = job.common.get();
             let spread = c_int::from(job.flags & unit::SPREAD != 0);
-            let message = rustcluster_message(common.cast(), element.cast(), spread);
+            let message = if job.seed.is_null() {
+                rustcluster_message(common.cast(), element.cast(), spread)
+            } else {
+                let args = Rf_protect(rustcluster_arguments(common.cast(), element.cast(), spread));
+                let call = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 3));
+                SET_VECTOR_ELT(call, 0, VECTOR_ELT(common, 0));
+                SET_VECTOR_ELT(call, 1, args);
+                SET_VECTOR_ELT(call, 2, seed_of(&job.seed, writing.index));
+                let message = rustcluster_message(job.seeded.get().cast(), call.cast(), 1);
+                Rf_unprotect(2);
+                message
+            };
             stream::write(Rf_protect(message), writing.format, writing.sink);
             Rf_unprotect(1);
         } else {
@@ -745,6 +854,7 @@ unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
             unit::write_serialized(element, writing.sink);
         }
         Rf_unprotect(1);
+        job.held.remove(&writing.index);
         R_NilValue
     }
 }
@@ -753,6 +863,7 @@ unsafe extern "C" fn write_long(data: *mut c_void) -> SEXP {
 #[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_message(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
+    fn rustcluster_arguments(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
     fn rustcluster_element(vector: *mut c_void, at: isize) -> SEXP;
     fn rustcluster_call_with(function: *mut c_void, number: f64) -> SEXP;
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
@@ -825,47 +936,59 @@ fn job_tasks(handle: Robj, task: f64) -> Robj {
 #[extendr]
 fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
     with_job(&handle, |cluster, job| {
-        let id = task as TaskId;
-        let Some(sent) = job.remove(id) else {
+        let task = task as TaskId;
+        let Some(sent) = job.sent.get(&task) else {
             return Ok(().into());
         };
-        let place = sent.place;
-        job.planner.dropped(place, false);
-        let is_again = |position: &&usize| again.contains(&(job.task(**position) as i32 + 1));
-        let tasks: Vec<usize> = sent.tasks.iter().filter(is_again).copied().collect();
-        let given_up: Vec<usize> = sent
-            .tasks
-            .iter()
-            .filter(|at| !is_again(at))
-            .copied()
-            .collect();
+        let is_again = |position: &usize| again.contains(&(job.task(*position) as i32 + 1));
+        let positions = sent.tasks.iter().copied();
+        let (tasks, given_up): (Vec<usize>, Vec<usize>) = positions.partition(is_again);
         for (position, value) in given_up.into_iter().zip(values.values()) {
             let index = job.task(position);
             // SAFETY: the list keeps it alive.
             unsafe { job.put(index, value.get()) };
             job.done += 1;
         }
-        let rank = job.ranks[place];
-        let replaced = cluster.hub.borrow().worker(rank).gone.is_none();
-        if job.assignment == Assignment::Round && replaced {
-            // Before what follows them: they go on with the random numbers that those before have left.
-            for &position in tasks.iter().rev() {
-                job.send(cluster, place, &[position], Turn::First)?;
-                job.planner.given_first(place);
-            }
-        } else {
-            job.planner.lost(place, &tasks);
-        }
-        let mut hub = cluster.hub.borrow_mut();
-        hub.forget(rank, id);
-        drop(hub);
-        // All that was with a worker which is gone is told as lost, and in its order.
-        if replaced || job.assignment == Assignment::Free {
-            job.ready.push_back(place);
-        }
-        job.wake();
+        job.settle(cluster, task, &tasks)?;
         Ok(().into())
     })
+}
+
+impl Job {
+    /// A unit has ended without an answer, and these tasks of it are to be tried again.
+    fn settle(
+        &mut self,
+        cluster: &Cluster,
+        task: TaskId,
+        again: &[usize],
+    ) -> std::result::Result<(), Unsent> {
+        let Some(sent) = self.remove(task) else {
+            return Ok(());
+        };
+        let place = sent.place;
+        let rank = self.ranks[place];
+        if !sent.tasks.is_empty() {
+            self.planner.dropped(place, false);
+        }
+        let replaced = cluster.hub.borrow().worker(rank).gone.is_none();
+        if self.assignment == Assignment::Round && replaced {
+            // Before what follows them: they go on with the random numbers that those before have left.
+            for &position in again.iter().rev() {
+                self.send(cluster, place, &[position], Turn::First)?;
+                self.planner.given_first(place);
+            }
+        } else {
+            self.planner.lost(place, again);
+        }
+        cluster.hub.borrow_mut().forget(rank, task);
+        self.unsure[place] = self.timeout.is_some() && !sent.tasks.is_empty();
+        // All that was with a worker which is gone is told as lost, and in its order.
+        if replaced || self.assignment == Assignment::Free {
+            self.ready.push_back(place);
+        }
+        self.wake();
+        Ok(())
+    }
 }
 
 /// What has come of the job: a list of its results, the numbers of those that are errors, and of those
