@@ -135,6 +135,28 @@ test_that("a whole host is killed among many short tasks", {
   }
 })
 
+test_that("what a lost host was at is done by others, who had nothing left to do", {
+  cl <- local_cluster(list(list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 1, threads = 2)))
+  agent <- global(function() {
+    stat <- sub("^.*\\) ", "", readLines("/proc/self/stat", n = 1L))
+    as.integer(strsplit(stat, " ", fixed = TRUE)[[1L]][[2L]])
+  })
+  last <- global(function(i, mark, agent) {
+    if (i == 100 && !file.exists(mark)) {
+      file.create(mark)
+      # All else is done by then.
+      Sys.sleep(0.5)
+      tools::pskill(agent(), tools::SIGKILL)
+      Sys.sleep(60)
+    }
+    i
+  })
+  got <- suppressWarnings(
+    rustcluster::clusterApplyLB(cl, 1:100, last, tempfile(), agent), classes = "rustcluster_host_failed"
+  )
+  expect_identical(got, as.list(1:100))
+})
+
 test_that("a time limit of the cluster holds for each task", {
   cl <- local_cluster(2, timeout = 0.5)
   late <- global(function(i, bad, deaf) {

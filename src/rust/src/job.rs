@@ -436,6 +436,10 @@ impl Job {
         if self.is_gone(cluster, place)? {
             return Ok(());
         }
+        // Until it is known that the worker has come to what it is sent.
+        if self.lanes[place].iter().any(|&task| self.only_tells(task)) {
+            return Ok(());
+        }
         if self.unsure[place] && self.planner.has_any(place) {
             self.send(cluster, place, &[], Turn::Last)?;
             self.unsure[place] = false;
