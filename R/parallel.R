@@ -11,7 +11,7 @@ sendData.RustNode <- function(node, data) {
   # What the task is made of may be the result of another call.
   force(data)
   frames <- sys.nframe()
-  closeStale(handle, frames)
+  if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job == noJob) {
     verb <- verbOf(frames)
     if (!is.null(verb)) {
@@ -34,7 +34,7 @@ sendTask <- function(handle, rank, message) {
 
 # What closes a job is R code, too, and may have been interrupted.
 closeStale <- function(handle, frames) {
-  over <- handle$job != noJob && !identical(sys.frame(min(handle$depth, frames)), openFrames[[handle$id]])
+  over <- !identical(sys.frame(min(handle$depth, frames)), openFrames[[handle$id]])
   if (over) closeJob(handle, handle$job)
 }
 
@@ -60,7 +60,7 @@ openJob <- function(handle, depth, frames, lasts) {
 
 # The same for a verb of ours, whose frame has this number.
 beginJob <- function(handle, depth, lasts) {
-  closeStale(handle, sys.nframe())
+  if (handle$job != noJob) closeStale(handle, sys.nframe())
   if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
   openJob(handle, depth, 0L, lasts)
 }

@@ -212,20 +212,40 @@ impl Frame {
 /// Takes one whole frame off the front of `buffer`. `Ok(None)`: more bytes are needed, which is
 /// not an error.
 pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
-    let Some(header) = Header::decode(buffer)? else {
+    let mut rest = &buffer[..];
+    let frame = decode_slice(&mut rest)?;
+    let (len, left) = (buffer.len(), rest.len());
+    match frame {
+        Some(_) => buffer.advance(len - left),
+        // Room for exactly what was announced, which `Header::decode` has bounded.
+        None => buffer.reserve(missing(buffer)),
+    }
+    Ok(frame)
+}
+
+/// The same, off the front of `bytes`.
+pub fn decode_slice(bytes: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
+    let Some(header) = Header::decode(bytes)? else {
         return Ok(None);
     };
-    let body_len = header.body_len();
-    if buffer.len() < HEADER_LEN + body_len {
-        // Room for exactly what was announced, which `Header::decode` has bounded.
-        buffer.reserve(HEADER_LEN + body_len - buffer.len());
+    let len = HEADER_LEN + header.body_len();
+    if bytes.len() < len {
         return Ok(None);
     }
-    buffer.advance(HEADER_LEN);
+    let (whole, rest) = bytes.split_at(len);
+    *bytes = rest;
     // Copied, so that a result which waits to be collected does not keep a receive buffer alive.
-    let body = copy(&buffer[..body_len]);
-    buffer.advance(body_len);
+    let body = copy(&whole[HEADER_LEN..]);
     Ok(Some(Frame { header, body }))
+}
+
+/// How many bytes are missing of the header, or else of the frame, that `bytes` begin with.
+pub fn missing(bytes: &[u8]) -> usize {
+    let wanted = match Header::decode(bytes) {
+        Ok(Some(header)) => HEADER_LEN + header.body_len(),
+        _ => HEADER_LEN,
+    };
+    wanted.saturating_sub(bytes.len())
 }
 
 /// Bodies from here on have pages of their own.

@@ -29,7 +29,7 @@ use tokio::sync::Notify;
 /// Bytes put together for one write.
 const WRITE: usize = 256 * 1024;
 /// Bytes read at a time.
-const READ: usize = 64 * 1024;
+const READ: usize = 256 * 1024;
 
 /// How long R may leave the streams unread, and then some, before the hub's thread reads them.
 pub const TICK: Duration = Duration::from_millis(2);
@@ -356,11 +356,12 @@ impl Core {
         match stream.read(&mut self.scratch) {
             Ok(0) => self.end(agent, Ok(())),
             Ok(n) => {
-                conn.received.extend_from_slice(&self.scratch[..n]);
                 if !conn.patience.is_zero() {
                     conn.heard = Some(Instant::now());
                 }
-                self.on_bytes(agent);
+                let scratch = std::mem::take(&mut self.scratch);
+                self.take_in(agent, &scratch[..n]);
+                self.scratch = scratch;
                 self.settle();
                 return true;
             }
@@ -375,14 +376,34 @@ impl Core {
         false
     }
 
-    fn on_bytes(&mut self, agent: usize) {
+    /// Takes in the frames in what has come. What is there of another is kept until the rest comes; all
+    /// others are not copied for that.
+    fn take_in(&mut self, agent: usize, mut bytes: &[u8]) {
         loop {
-            let result = match frame::decode(&mut self.conns[agent].received) {
+            let received = &mut self.conns[agent].received;
+            let frame = if received.is_empty() {
+                frame::decode_slice(&mut bytes)
+            } else {
+                let missing = frame::missing(received).min(bytes.len());
+                received.extend_from_slice(&bytes[..missing]);
+                bytes = &bytes[missing..];
+                frame::decode(received)
+            };
+            let result = match frame {
                 Ok(Some(frame)) => self
                     .scheduler
                     .on_frame(agent, frame)
                     .map_err(|e| e.to_string()),
-                Ok(None) => return,
+                Ok(None) if bytes.is_empty() => return,
+                // All of its header is there now, or it is the first of what has come.
+                Ok(None) => {
+                    let received = &mut self.conns[agent].received;
+                    if received.is_empty() {
+                        received.extend_from_slice(bytes);
+                        bytes = &[];
+                    }
+                    continue;
+                }
                 Err(error) => Err(error.to_string()),
             };
             if let Err(error) = result {
@@ -390,6 +411,11 @@ impl Core {
                 return self.end(agent, Err(error));
             }
         }
+    }
+
+    fn on_bytes(&mut self, agent: usize) {
+        let received = std::mem::take(&mut self.conns[agent].received);
+        self.take_in(agent, &received);
     }
 
     /// The stream takes bytes again.
