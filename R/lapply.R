@@ -15,7 +15,8 @@
 #'   the results do not depend on the workers, their number, retries or `.order`. `TRUE` takes the number
 #'   from this session's generator. Workers' own random numbers stay as they are. `FALSE`, the default:
 #'   elements use their worker's.
-#' @param .timeout (number) Seconds that an element may take, from when it is sent; default `Inf`. What
+#' @param .timeout (number) Seconds that an element may take, from when it is sent to its worker; default
+#'   `Inf`. Each is then sent when its worker is known to have ended all before. What
 #'   takes longer is interrupted, and killed if it does not heed that, and an error of class
 #'   `rustcluster_timeout` takes the place of its result.
 #' @param .retries (integer) How often an element is tried again that was lost with its worker, if not

@@ -221,6 +221,14 @@ fn job_begin(
         for (place, rank) in ranks.iter().enumerate() {
             planner.expect(place, ways.get(rank).copied());
         }
+        let hub = cluster.hub.borrow();
+        let hosts = hub.hosts();
+        for (place, &rank) in ranks.iter().enumerate() {
+            let agent = hub.worker(rank).agent;
+            let hello = hosts.get(agent).and_then(|host| host.hello.as_ref());
+            planner.place_on(place, agent, hello.map_or(0, |hello| hello.cores as usize));
+        }
+        drop(hub);
         let new = Job {
             id: job as JobId,
             places: ranks
@@ -675,10 +683,11 @@ impl Job {
             indices,
             body,
             seconds: 0.0,
+            slept: true,
             count: 0,
         };
         let taken = unwind::run(take_protected, &mut taking);
-        let (seconds, count) = (taking.seconds, taking.count);
+        let (seconds, slept, count) = (taking.seconds, taking.slept, taking.count);
         taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let ended = Ended {
@@ -686,6 +695,7 @@ impl Job {
             busy: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
             turnaround,
             bytes,
+            slept,
         };
         let at = self.now();
         self.planner.ended(sent.place, ended, at);
@@ -693,6 +703,9 @@ impl Job {
             self.planner.returned(sent.place, &sent.tasks[count..]);
         }
         self.done += count;
+        if self.planner.may_resume() {
+            self.wake();
+        }
         self.ready.push_front(sent.place);
         Ok(())
     }
@@ -890,6 +903,7 @@ struct Taking<'a> {
     indices: Vec<usize>,
     body: Body,
     seconds: f64,
+    slept: bool,
     count: usize,
 }
 
@@ -907,6 +921,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
             return R_NilValue;
         };
         taking.seconds = head.seconds;
+        taking.slept = head.slept;
         while taking.count < taking.indices.len().min(head.count as usize) {
             let mut kind = [0];
             unit::read_bytes(&mut taking.body, &mut kind);

@@ -71,6 +71,8 @@ impl Head {
 pub struct AnswerHead {
     /// Seconds that the worker was at it.
     pub seconds: f64,
+    /// It has waited for something in between.
+    pub slept: bool,
     /// Of how many of its tasks, counted from the first.
     pub count: u32,
 }
@@ -79,18 +81,21 @@ impl AnswerHead {
     pub fn write(self, out: &mut Vec<u8>) {
         out.push(ANSWER);
         out.extend_from_slice(&self.seconds.to_ne_bytes());
+        out.push(self.slept.into());
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
     /// Takes it off the front of an answer, if that is one of a unit.
     pub fn read(body: &mut Body) -> Option<AnswerHead> {
-        let mut bytes = [0; 13];
+        let mut bytes = [0; 14];
         if body.chunks.front()?.first() != Some(&ANSWER) || !body.fill(&mut bytes) {
             return None;
         }
-        let (seconds, count) = bytes[1..].split_first_chunk()?;
+        let (seconds, rest) = bytes[1..].split_first_chunk()?;
+        let (slept, count) = rest.split_first()?;
         Some(AnswerHead {
             seconds: f64::from_ne_bytes(*seconds),
+            slept: *slept != 0,
             count: u32::from_ne_bytes(count.try_into().ok()?),
         })
     }

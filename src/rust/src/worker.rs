@@ -412,6 +412,8 @@ struct Unit {
     common: Payload,
     body: Body,
     began: Instant,
+    /// How often this process had waited for something by then.
+    waits: i64,
     /// Tasks that have been begun.
     begun: u32,
     /// An element is being read: if R jumps, those that follow cannot be.
@@ -430,6 +432,7 @@ impl Unit {
             common,
             body,
             began: Instant::now(),
+            waits: sys::waits(),
             begun: 0,
             reading: false,
             results: Vec::new(),
@@ -447,6 +450,7 @@ impl Unit {
         let mut out = Vec::with_capacity(16);
         AnswerHead {
             seconds: self.began.elapsed().as_secs_f64(),
+            slept: sys::waits() != self.waits,
             count: self.begun,
         }
         .write(&mut out);

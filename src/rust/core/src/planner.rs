@@ -43,6 +43,11 @@ const IDLE: f64 = 0.02;
 /// to it at the beginning.
 const FAR: f64 = 0.005;
 
+/// Tasks are taken for computing if a worker has waited for something in less than this part of the
+/// units. It is so after eight in which none has: a page that is to be fetched may make one wait.
+const WAITING: f64 = 0.2;
+const SLEEP_NEW: f64 = 0.2;
+
 /// How much a measurement counts beside all before it.
 const NEW: f64 = 0.1;
 
@@ -65,6 +70,8 @@ pub struct Ended {
     pub turnaround: Option<Duration>,
     /// Bytes of the answer.
     pub bytes: usize,
+    /// The worker has waited for something: it was not only computing.
+    pub slept: bool,
 }
 
 /// Tasks that have not been given out.
@@ -110,6 +117,15 @@ struct Place {
     /// When the running unit was sent, or, if that was ahead, when the one before was answered.
     since: f64,
     gone: bool,
+    host: usize,
+}
+
+/// A host of some of the places.
+#[derive(Debug, Default)]
+struct Host {
+    cores: usize,
+    /// Places with something to do.
+    active: usize,
 }
 
 /// See the module's documentation.
@@ -119,6 +135,11 @@ pub struct Planner {
     /// One, or one for each place.
     queues: Vec<Queue>,
     places: Vec<Place>,
+    hosts: Vec<Host>,
+    /// Which part of the units has lately slept.
+    sleep: f64,
+    /// Places have been refused work because their host is busy.
+    rests: bool,
     living: usize,
     /// Tasks that are given out one by one.
     singly: bool,
@@ -151,6 +172,9 @@ impl Planner {
                 Assignment::Round => (0..places).map(|at| queue(at, places)).collect(),
             },
             places: (0..places).map(|_| Place::default()).collect(),
+            hosts: vec![Host::default()],
+            sleep: 1.0,
+            rests: false,
             living: places,
             singly: false,
             recent: None,
@@ -160,6 +184,34 @@ impl Planner {
             cost: 0.0,
             way: 0.0,
         }
+    }
+
+    /// On which host, counted from 0, a place is, and how many cores that has, 0 if it is not known.
+    pub fn place_on(&mut self, place: usize, host: usize, cores: usize) {
+        if self.hosts.len() <= host {
+            self.hosts.resize_with(host + 1, Host::default);
+        }
+        self.hosts[host].cores = cores;
+        self.places[place].host = host;
+    }
+
+    /// Whether those that were refused work are to be asked again: once.
+    pub fn may_resume(&mut self) -> bool {
+        self.rests && !self.is_computing() && std::mem::take(&mut self.rests)
+    }
+
+    /// Tasks have lately done nothing but compute.
+    fn is_computing(&self) -> bool {
+        self.sleep < WAITING
+    }
+
+    /// Whether a place with nothing to do is to be left so: its host's cores are all busy with tasks
+    /// so short that several cross together. More processes would only take turns, and each have its
+    /// memory fetched anew.
+    fn is_to_rest(&self, place: usize, size: usize) -> bool {
+        let host = &self.hosts[self.places[place].host];
+        let busy = host.cores > 0 && host.active > host.cores;
+        self.assignment == Assignment::Free && busy && size > 1 && self.is_computing()
     }
 
     /// How long the way to a place and back has taken, as far as it is known: see [`Planner::way`].
@@ -219,11 +271,16 @@ impl Planner {
             return None;
         }
         let size = task.map_or(1, |task| self.size(place, task));
+        if !ahead && self.is_to_rest(place, size) {
+            self.rests = true;
+            return None;
+        }
         let tasks = self.queue(place).take(size);
         let at = &mut self.places[place];
         at.out.push_back(tasks.len());
         if !ahead {
             at.since = now;
+            self.hosts[at.host].active += 1;
         }
         Some(Unit { tasks, ahead })
     }
@@ -288,8 +345,12 @@ impl Planner {
 
     /// The oldest unit of this place has been answered.
     pub fn ended(&mut self, place: usize, ended: Ended, now: Duration) {
+        self.sleep += SLEEP_NEW * (f64::from(u8::from(ended.slept)) - self.sleep);
         let at = &mut self.places[place];
         at.out.pop_front();
+        if at.out.is_empty() {
+            self.hosts[at.host].active -= 1;
+        }
         at.since = now.as_secs_f64();
         let busy = ended.busy.as_secs_f64();
         if let Some(turnaround) = ended.turnaround {
@@ -322,17 +383,24 @@ impl Planner {
     /// The unit of this place that was given out last, or the oldest one if that is lost, has ended
     /// in another way.
     pub fn dropped(&mut self, place: usize, last: bool) {
-        let out = &mut self.places[place].out;
-        if last {
-            out.pop_back();
+        let at = &mut self.places[place];
+        let dropped = if last {
+            at.out.pop_back()
         } else {
-            out.pop_front();
+            at.out.pop_front()
+        };
+        if dropped.is_some() && at.out.is_empty() {
+            self.hosts[at.host].active -= 1;
         }
     }
 
     /// A task of this place has been given out again, before all that it has been given.
     pub fn given_first(&mut self, place: usize) {
-        self.places[place].out.push_front(1);
+        let at = &mut self.places[place];
+        if at.out.is_empty() {
+            self.hosts[at.host].active += 1;
+        }
+        at.out.push_front(1);
     }
 
     /// Only so many tasks of the unit that was given out last have been sent.
@@ -433,6 +501,7 @@ mod tests {
                     busy: Duration::from_secs_f64(*busy),
                     turnaround: (!ahead).then(|| Duration::from_secs_f64(now - sent)),
                     bytes: 10 * tasks.len(),
+                    slept: true,
                 },
                 Duration::from_secs_f64(now),
             );
@@ -500,6 +569,7 @@ mod tests {
                 busy: Duration::from_micros(1),
                 turnaround: Some(Duration::from_millis(1)),
                 bytes: 1 << 20,
+                slept: true,
             },
             Duration::from_millis(1),
         );
@@ -509,6 +579,42 @@ mod tests {
                 .map(|unit| unit.tasks.len()),
             Some(1)
         );
+    }
+
+    #[test]
+    fn no_more_workers_than_cores_take_turns_with_short_computations() {
+        let mut planner = Planner::new(Assignment::Free, 100_000, 100);
+        for place in 0..100 {
+            planner.place_on(place, 0, 2);
+        }
+        let ended = |slept| Ended {
+            tasks: 1,
+            busy: Duration::from_micros(1),
+            turnaround: Some(Duration::from_micros(100)),
+            bytes: 10,
+            slept,
+        };
+        planner.took(Duration::from_micros(30));
+        let ms = Duration::from_millis;
+        for _ in 0..8 {
+            planner.next(0, ms(1));
+            planner.ended(0, ended(false), ms(1));
+        }
+        let begun = (0..100)
+            .filter(|&at| planner.next(at, ms(1)).is_some())
+            .count();
+        assert_eq!(begun, 3);
+        assert!(!planner.may_resume());
+        // They wait for something now: then others can compute.
+        planner.ended(0, ended(true), ms(2));
+        planner.next(0, ms(2));
+        planner.ended(0, ended(true), ms(2));
+        assert!(planner.may_resume());
+        assert!(!planner.may_resume());
+        let begun = (0..100)
+            .filter(|&at| planner.next(at, ms(2)).is_some())
+            .count();
+        assert!(begun > 90, "{begun}");
     }
 
     proptest! {

@@ -363,6 +363,18 @@ pub fn reap(pid: u32) -> crate::message::Exit {
     }
 }
 
+/// How often this process has given up its core to wait for something.
+pub fn waits() -> i64 {
+    // SAFETY: all zeroes are a rusage, and the call fills it.
+    unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+        // A long, whatever its width here.
+        #[allow(clippy::useless_conversion)]
+        usage.ru_nvcsw.into()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
