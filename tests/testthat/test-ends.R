@@ -26,12 +26,25 @@ test_that("stopCluster leaves nothing, idle, busy or called twice", {
   }
 })
 
-test_that("a cluster that is collected ends", {
-  cl <- makeRustCluster(2)
-  pids <- cluster_processes(cl)
-  rm(cl)
-  gc()
-  expect_gone(pids)
+test_that("a cluster that is collected ends, whatever was done on it", {
+  uses <- list(
+    identity,
+    function(cl) clusterCall(cl, identity, 1),
+    function(cl) clusterApply(cl, 1:5, identity),
+    function(cl) clusterApplyLB(cl, 1:5, function(i) i),
+    function(cl) parallel::clusterApplyLB(cl, 1:5, function(i) i),
+    function(cl) clusterExport(cl, "pids", list2env(list(pids = 1))),
+    function(cl) clusterLapply(cl, 1:5, identity, .seed = 1, .onResult = function(i, value) NULL),
+    function(cl) try(clusterApply(cl, 1:5, stop), silent = TRUE)
+  )
+  for (use in uses) {
+    cl <- makeRustCluster(2)
+    pids <- cluster_processes(cl)
+    use(cl)
+    rm(cl)
+    gc()
+    expect_gone(pids)
+  }
 })
 
 for (how in c("q()", "stop('as it happens')", "SIGTERM", "SIGKILL")) {

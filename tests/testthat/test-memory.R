@@ -44,10 +44,10 @@ test_that("a worker that cannot cope with the limit is lost, as any other", {
   skip_on_os(c("mac", "windows", "solaris"))
   cl <- local_cluster(2, memory_limit = 200e6)
   # R itself may not: it is out of its smallest pieces when it is to make the error.
-  error <- caught(clusterCall(cl[1], function() {
+  error <- caught(suppressWarnings(clusterCall(cl[1], function() {
     x <- NULL
     repeat x <- list(x, 1:10 + 0)
-  }))
+  }), classes = "rustcluster_worker_lost"))
   expect_s3_class(error, "error")
   if (inherits(error, "rustcluster_error")) expect_rust_error(error, "worker_lost")
   expect_equal(clusterCall(cl[2], identity, 1), list(1))

@@ -1038,6 +1038,8 @@ fn hub_events(handle: Robj) -> Robj {
 /// Cancels what is left of a job.
 pub fn close_job(cluster: &Cluster, job: JobId) {
     cluster.last.set(None);
+    // Nodes hold the handle, which would never be collected.
+    cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
         cluster.ways.borrow_mut().extend(job.ways());
     }

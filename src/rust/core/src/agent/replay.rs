@@ -17,6 +17,9 @@ use std::collections::HashMap;
 use std::mem;
 use xxhash_rust::xxh3::xxh3_128;
 
+/// Large payloads that are held, at most.
+const MOST_LARGE: usize = 1_000;
+
 /// Counted for each message and block of a worker besides the bytes themselves.
 const OVERHEAD: usize = 64;
 
@@ -130,12 +133,16 @@ impl Replay {
             return false;
         };
         debug_assert!(last || open.message.blocks.is_empty());
-        let held = self.payloads.get_mut(&id);
+        let held = self.payloads.get(&id);
         let more = OVERHEAD.saturating_add(if held.is_some() { 0 } else { len });
-        if self.bytes.saturating_add(more) > self.most {
+        // Each large one is a descriptor.
+        let large = self.payloads.values().filter(|(len, _)| *len > MAX_BODY);
+        let crowded = held.is_none() && len > MAX_BODY && large.count() >= MOST_LARGE;
+        if crowded || self.bytes.saturating_add(more) > self.most {
             open.too_much = true;
             return false;
         }
+        let held = self.payloads.get_mut(&id);
         self.bytes += more;
         open.message.payload = Some(id);
         if let Some((_, users)) = held {
