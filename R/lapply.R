@@ -40,11 +40,12 @@
 #' clusterLapply(cl, 1:4, sqrt, .onResult = function(i, value) seen <<- seen + 1)
 #' seen
 #' parallel::stopCluster(cl)
+#' @importFrom parallel getDefaultCluster
 #' @export
 clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustcluster.progress", FALSE),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return")) {
-  if (is.null(cl)) cl <- parallel::getDefaultCluster()
+  if (is.null(cl)) cl <- getDefaultCluster()
   handle <- clusterHandle(cl)
   ranks <- checked(cluster_ranks(cl))
   if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")

@@ -40,14 +40,17 @@ leave_results <- function(folder) {
   on.exit(grDevices::dev.off())
   graphics::par(mar = c(4, 22, 1, 3), las = 1)
   labels <- shown$what
-  short <- c("time", "32 workers", "100 workers")
-  labels[shown$what %in% short] <- paste0(sub(",.*", "", shown$section), ": ", shown$what)[shown$what %in% short]
-  at <- graphics::barplot(
-    rev(times), names.arg = rev(labels), horiz = TRUE, log = "x", xlim = c(0.9, 2 * max(times)),
-    xlab = "times as fast as PSOCK", col = "#4477aa", border = NA, cex.names = 0.8
+  short <- grepl("^(time|[0-9]+ workers)$", labels)
+  labels[short] <- sub(", until.*", "", paste0(shown$section, ": ", labels)[short])
+  at <- rev(seq_along(times))
+  graphics::plot(
+    times, at, log = "x", type = "n", xlim = range(0.8, 2 * times), ylim = c(0.5, max(at) + 0.5),
+    yaxt = "n", bty = "n", xlab = "times as fast as PSOCK", ylab = ""
   )
-  graphics::text(rev(times), at, sprintf("%.1f", rev(times)), pos = 4, cex = 0.8, xpd = NA)
   graphics::abline(v = 1, lty = 3)
+  graphics::segments(1, at, times, at, lwd = 12, lend = "butt", col = "#4477aa")
+  graphics::axis(2, at, labels, tick = FALSE, cex.axis = 0.8)
+  graphics::text(times, at, sprintf("%.1f", times), pos = 4, cex = 0.8, xpd = NA)
 }
 
 report_head <- function(ratio = "ratio") {
