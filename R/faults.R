@@ -54,7 +54,8 @@ quarantined <- function(index, losses) {
     "task_failed",
     paste0(
       "task ", index, " was lost with its worker ", length(losses), " times and is not tried again; ",
-      "the results of the others are in the condition (`results`). Its losses:\n",
+      "the results of the others are in the condition, as `results`: ",
+      "tryCatch(..., rustcluster_task_failed = function(e) e$results). Its losses:\n",
       paste0("- ", texts, collapse = "\n")
     ),
     index = index, losses = losses

@@ -30,8 +30,8 @@
 #'   attribute `"condition"` if the element was lost or took too long.
 #' @return A list with the results, named as `X`.
 #' @section Errors:
-#' An error of `FUN`'s is raised as \pkg{parallel} does: one of class `simpleError` with its text.
-#' `rustcluster_task_failed`, `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
+#' `rustcluster_element_failed`: errors of `FUN`'s. It has the fields `index` (of the first), `indices` (of
+#' all) and `results` (a list; `NULL` for those). `rustcluster_task_failed`, `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
 #' `rustcluster_bad_argument`: see [makeRustCluster()].
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -46,10 +46,12 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return")) {
   if (is.null(cl)) cl <- getDefaultCluster()
+  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
   handle <- clusterHandle(cl)
   ranks <- checked(cluster_ranks(cl))
   if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
   FUN <- match.fun(FUN)
+  refuseUnknown(...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X)) X <- as.list(X)
   if (!isPlain(X)) X <- as.list(X)
   n <- length(X)
@@ -78,9 +80,33 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
     cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
     each = each, progress = .progress
   )
-  values <- if (.errors == "return") job$values else checkedResults(job)
+  if (.errors != "return" && length(job$failed)) raiseFailed(job)
+  values <- job$values
   names(values) <- names(X)
   values
+}
+
+# Names with a dot are ours or `FUN`'s: others are mistyped.
+refuseUnknown <- function(given, known) {
+  unknown <- setdiff(grep("^[.]", given, value = TRUE), known)
+  # What `FUN` passes on may have any name but ours.
+  if ("..." %in% known) unknown <- unknown[tolower(unknown) %in% tolower(names(formals(clusterLapply)))]
+  if (length(unknown)) badArgument(unknown[[1L]], "is an argument neither of clusterLapply() nor of `FUN`")
+}
+
+raiseFailed <- function(job) {
+  first <- job$values[[job$failed[[1L]]]]
+  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values)
+  others <- length(job$failed) - 1L
+  job$values[job$failed] <- list(NULL)
+  stop(rustclusterCondition(
+    "element_failed",
+    paste0(
+      "element ", job$failed[[1L]], " failed: ", first,
+      if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)"))
+    ),
+    index = job$failed[[1L]], indices = job$failed, results = job$values
+  ))
 }
 
 # A function that gives the seed of an element by its number, or NULL.

@@ -15,6 +15,7 @@
 #'   \item{`rustcluster_start_failed`}{the cluster could not be started, and nothing of it is left; fields `host`, `stderr`.}
 #'   \item{`rustcluster_install_failed`}{[installOnHosts()] failed on some hosts; fields `host`, `report`.}
 #'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one, and the task is not to be tried again (`retries = 0`), or nobody takes the worker's place; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical, whether the host seems to have run out of memory).}
+#'   \item{`rustcluster_element_failed`}{the function raised an error for an element of [clusterLapply()]; fields `index`, `indices`, `results`.}
 #'   \item{`rustcluster_task_failed`}{a task was lost with its worker too often; fields `index`, `losses`, `results`, `failures`: see [makeRustCluster()].}
 #'   \item{`rustcluster_timeout`}{a task took longer than `timeout`; fields `host`, `rank`, `index`, `results`, `failures`.}
 #'   \item{`rustcluster_host_failed`}{a host's agent, or the way to it, was lost; fields `host`, `rank`.}

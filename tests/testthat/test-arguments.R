@@ -16,7 +16,7 @@ expect_bad_argument <- function(expr, argument) {
 test_that("spec must say how many workers, and that must be possible", {
   for (spec in list(
     0, 0L, -1, NA, NA_integer_, NaN, Inf, 1e9, 2^31, 0.5, list(), character(), integer(), NULL,
-    TRUE, "", NA_character_, c("localhost", NA), c("localhost", ""), quote(x), sum, 2i
+    TRUE, "", NA_character_, c("localhost", NA), c("localhost", ""), "2", quote(x), sum, 2i
   )) {
     expect_bad_argument(makeRustCluster(spec), "spec")
   }

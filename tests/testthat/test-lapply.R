@@ -41,6 +41,9 @@ test_that("wrong arguments", {
   for (progress in list(NA, 1, NULL)) bad(".progress", .progress = progress)
   bad(".onResult", .onResult = "print")
   expect_error(clusterLapply(cl, 1:3, sqrt, .errors = "never"), "should be one of")
+  expect_rust_error(caught(clusterLapply(cl, 1:3, sqrt, .sed = 1)), "bad_argument")
+  expect_rust_error(caught(clusterLapply(cl, 1:3, function(x, ...) x, .Seed = 1)), "bad_argument")
+  expect_identical(clusterLapply(cl, 1:2, function(x, .by, ...) x * .by, .by = 2, .id = 1), list(2, 4))
   expect_error(clusterLapply(cl, 1:3), "FUN")
   expect_error(clusterLapply(cl, 1:3, "noSuchFunction"), "noSuchFunction")
   expect_rust_error(caught(clusterLapply(cl[c(1, 1)], 1:3, sqrt)), "bad_argument")
@@ -252,7 +255,7 @@ test_that(".order and .onResult: all of them once, and in that order with one wo
   })))$value
   expect_identical(sort(seen), 1:300)
   expect_identical(which(!kinds %in% c("NULL", "numeric")), c(5L, 100L))
-  expect_match(conditionMessage(error), "2 nodes produced errors; first error: five", fixed = TRUE)
+  expect_match(conditionMessage(error), "element 5 failed: five\n(and 1 other)", fixed = TRUE)
   # As soon as it is known: the last one waits for what is done here.
   mark <- tempfile()
   wait <- global(function(i, mark) {
@@ -315,11 +318,14 @@ test_that(".errors", {
     i
   })
   error <- caught(clusterLapply(cl, 1:40, work, begun, c(3, 9)))
-  expect_match(conditionMessage(error), "2 nodes produced errors; first error: at 3", fixed = TRUE)
+  expect_rust_error(error, "element_failed")
+  expect_match(conditionMessage(error), "element 3 failed: at 3\n(and 1 other)", fixed = TRUE)
+  expect_identical(error$indices, c(3L, 9L))
+  expect_identical(error$results[-c(3, 9)], as.list(1:40)[-c(3, 9)])
   expect_length(list.files(begun), 40)
   unlink(file.path(begun, list.files(begun)))
   error <- caught(clusterLapply(cl, 1:400, work, begun, 3, .errors = "stop"))
-  expect_match(conditionMessage(error), "one node produced an error: at 3", fixed = TRUE)
+  expect_match(conditionMessage(error), "element 3 failed: at 3", fixed = TRUE)
   expect_lt(length(list.files(begun)), 100)
   got <- clusterLapply(cl, stats::setNames(1:40, 41:80), work, begun, c(3, 9), .errors = "return")
   expect_named(got, as.character(41:80))
@@ -374,7 +380,7 @@ test_that("progress, at a terminal and not", {
   expect_match(text, "[12] busy")
   expect_match(text, "11 tasks in", fixed = TRUE)
   expect_no_match(text, "/13 tasks")
-  expect_match(text, "one node produced an error: forty")
+  expect_match(text, "failed: forty")
 })
 
 test_that("nothing is left", {
