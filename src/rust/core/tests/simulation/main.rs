@@ -638,6 +638,8 @@ impl Sim {
             } else if self.outstanding.iter().all(VecDeque::is_empty) {
                 break;
             }
+            // R waits in slices, and says anew in each what it waits for.
+            self.wait_for(self.waiting);
             assert!(idle < 10, "deadlock: {}", self.describe());
         }
     }
