@@ -1,6 +1,7 @@
 //! A worker's functions. One channel a process.
 
 use crate::failure::Failure;
+use crate::mapped;
 use crate::plain::{self, Received};
 use crate::stream::{self, Format, Sink, Source};
 use crate::unit::{self, AnswerHead};
@@ -40,6 +41,7 @@ pub fn adopt(mut channel: Channel, memory_limit: u64) -> io::Result<()> {
 fn limit_memory(bytes: u64) -> io::Result<()> {
     if bytes > 0 {
         limits::limit_memory(bytes)?;
+        mapped::limit(bytes);
     }
     MEMORY_LIMIT.set(bytes);
     Ok(())
@@ -245,6 +247,7 @@ fn serve_one() -> std::result::Result<(), Stop> {
     };
     KEPT.set(turn.kept);
     if ran.is_err() {
+        mapped::end();
         INTERRUPTED.set(turn.unit);
     }
     ran?;
@@ -280,7 +283,10 @@ impl Turn {
                     None
                 }
             },
-            None => None,
+            None => {
+                task.payload = mapped::inline(&mut task.body);
+                None
+            }
         };
         let first = match &task.payload {
             Some(payload) => Some(&payload.bytes),
@@ -320,7 +326,11 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
             }
             _ => {
                 let task = &mut (*turn).task;
-                let message = Rf_protect(stream::read(&mut Message { task, at: 0 }));
+                let message = match &task.payload {
+                    Some(payload) if task.body.len == 0 => mapped::read(payload),
+                    _ => stream::read(&mut Message { task, at: 0 }),
+                };
+                let message = Rf_protect(message);
                 (*turn).done = rustcluster_take_message(message.cast()) == 0;
             }
         }
@@ -368,8 +378,7 @@ impl Common {
             let value = match self.value {
                 Some(value) => value,
                 None => {
-                    let mut bytes = &self.payload.bytes[..];
-                    let value = stream::read(&mut bytes);
+                    let value = mapped::read(&self.payload);
                     if !fixed {
                         return value;
                     }
@@ -378,6 +387,11 @@ impl Common {
                     MARK_NOT_MUTABLE(VECTOR_ELT(value, 0));
                     Rf_unprotect(1);
                     self.value = Some(value);
+                    // Its memory is not needed any more.
+                    self.payload = Payload {
+                        id: self.payload.id,
+                        ..Payload::default()
+                    };
                     value
                 }
             };
