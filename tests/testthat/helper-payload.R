@@ -36,7 +36,7 @@ shared_memory <- function(pids) {
 # Whether no worker has shared memory open, nor more of it mapped than `most` values once those that it
 # does not use any more have been collected.
 only_mapped <- function(cl, most) {
-  clusterCall(cl, gc)
+  broadcast(cl, gc)
   wait_until(function() {
     now <- shared_memory(clusterPids(cl))
     all(now["open", ] == 0L) && all(now["mapped", ] <= most)

@@ -201,16 +201,8 @@ struct mapping {
  * more: that is looked for whenever they pass this bound. To look takes a worker tens of
  * milliseconds, so that the bound leaves room for some messages. */
 static double mapped = 0, bound = 0;
-/* By how much they may grow until then. */
-static double room = 536870912;
-/* They count for a limit of this process's memory, which R's own vectors need, too. */
-static int limited = 0;
-
-void rustcluster_limit_mapped(double limit)
-{
-    room = limit / 8;
-    limited = 1;
-}
+/* By how much they may grow at least until then. */
+static const double room = 536870912;
 
 /* What is read from here on has its vectors in this message, until the next. `file`: -1 if none is
  * to be mapped. */
@@ -265,7 +257,7 @@ static SEXP mapping_of_now(void)
     if (mapped + (double) now.length > bound) {
         R_gc();
         double used = mapped + (double) now.length;
-        bound = used + (used > room && !limited ? used : room);
+        bound = used + (used > room ? used : room);
     }
     void *at = map();
     if (at == MAP_FAILED) {

@@ -40,7 +40,6 @@ unsafe extern "C" {
         file: c_int,
     );
     fn rustcluster_end_mapped();
-    fn rustcluster_limit_mapped(limit: f64);
 }
 
 struct Writer<'a> {
@@ -73,10 +72,7 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let writer = &mut *data.cast::<Writer<'_>>();
         let mut bytes = 0.0;
-        let all = Rf_protect(rustcluster_stand_ins(
-            writer.object.cast(),
-            &raw mut bytes,
-        ));
+        let all = Rf_protect(rustcluster_stand_ins(writer.object.cast(), &raw mut bytes));
         let mut object = writer.object;
         if all != R_NilValue {
             let length = bytes as u64;
@@ -119,19 +115,21 @@ fn data(bytes: &[u8]) -> Option<usize> {
     (length <= bytes.len() - HEAD).then_some(length)
 }
 
-/// The value of a payload, whether it is of this form or in R's serialization; not protected.
+/// The value of a payload, whether it is of this form or in R's serialization; not protected. `map`:
+/// its vectors are mapped, if it is in shared memory, and not copied.
 ///
 /// # Safety
 /// Under [`unwind::protect`]: R may jump, and then [`end`] is to be called before the payload is
 /// dropped.
-pub unsafe fn read(payload: &Payload) -> SEXP {
+pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
     let bytes = &payload.bytes[..];
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe {
         let Some(data) = data(bytes) else {
             return stream::read(&mut { bytes });
         };
-        let file = payload.memory.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let memory = payload.memory.as_ref().filter(|_| map);
+        let file = memory.map_or(-1, AsRawFd::as_raw_fd);
         rustcluster_begin_mapped(bytes.as_ptr().cast(), bytes.len(), HEAD, data, file);
         let value = stream::read(&mut &bytes[HEAD + data..]);
         rustcluster_end_mapped();
@@ -143,12 +141,6 @@ pub unsafe fn read(payload: &Payload) -> SEXP {
 pub fn end() {
     // SAFETY: on R's thread; does not jump.
     unsafe { rustcluster_end_mapped() };
-}
-
-/// This process's memory is limited to so many bytes, and what it maps is among these.
-pub fn limit(bytes: u64) {
-    // SAFETY: on R's thread; does not jump.
-    unsafe { rustcluster_limit_mapped(bytes as f64) };
 }
 
 /// A message of this form that came with the others instead of through shared memory: in one piece,

@@ -41,7 +41,6 @@ pub fn adopt(mut channel: Channel, memory_limit: u64) -> io::Result<()> {
 fn limit_memory(bytes: u64) -> io::Result<()> {
     if bytes > 0 {
         limits::limit_memory(bytes)?;
-        mapped::limit(bytes);
     }
     MEMORY_LIMIT.set(bytes);
     Ok(())
@@ -52,6 +51,12 @@ fn limit_memory(bytes: u64) -> io::Result<()> {
 #[extendr]
 fn worker_memory_limit() -> f64 {
     MEMORY_LIMIT.get() as f64
+}
+
+/// Whether vectors are mapped. A limit of memory counts what is, and R frees none of that when it runs
+/// into the limit: it does its own vectors only.
+fn may_map() -> bool {
+    MEMORY_LIMIT.get() == 0
 }
 
 fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Result<T> {
@@ -327,7 +332,7 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
             _ => {
                 let task = &mut (*turn).task;
                 let message = match &task.payload {
-                    Some(payload) if task.body.len == 0 => mapped::read(payload),
+                    Some(payload) if task.body.len == 0 => mapped::read(payload, may_map()),
                     _ => stream::read(&mut Message { task, at: 0 }),
                 };
                 let message = Rf_protect(message);
@@ -378,7 +383,7 @@ impl Common {
             let value = match self.value {
                 Some(value) => value,
                 None => {
-                    let value = mapped::read(&self.payload);
+                    let value = mapped::read(&self.payload, may_map());
                     if !fixed {
                         return value;
                     }
