@@ -153,6 +153,8 @@ test_that("hosts that come back have what lasted, sent in one piece", {
   cl <- local_cluster(hosts, reconnect = TRUE)
   big <- runif(1e6)
   broadcast_export(cl, "big", big)
+  many <- list(a = matrix(big[1:1e4], 100), b = data.frame(x = big, y = seq_along(big) * 2L), c = "d")
+  broadcast_export(cl, "many", many)
   agents <- vapply(c(1L, 3L), function(rank) proc_parent(clusterPids(cl)[[rank]]), 0L)
   tools::pskill(agents[[1L]], tools::SIGKILL)
   wait_until(function() anyNA(clusterPids(cl)))
@@ -160,6 +162,7 @@ test_that("hosts that come back have what lasted, sent in one piece", {
   note_processes(cl)
   got <- suppressMessages(suppressWarnings(clusterCall(cl, digest_of)))
   expect_identical(got, rep(list(digest_here(big)), 4))
+  expect_identical(clusterEvalQ(cl, many), rep(list(many), 4))
   # And it can be sent what others have.
   expect_identical(broadcast(cl, function(x) sum(x), big), rep(list(sum(big)), 4))
 })
@@ -332,6 +335,34 @@ test_that("mapped vectors take up memory once, and none when they are gone", {
   for (i in 1:50) broadcast_export(cl, "x", small)
   expect_true(only_mapped(cl, 1L))
   clusterEvalQ(cl, rm(x))
+  expect_true(only_mapped(cl, 0L))
+})
+
+test_that("a finalizer that gets to see a mapped vector ends nothing", {
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  clusterEvalQ(cl, {
+    early <- new.env()
+    see <- function(e) seen <<- c(seen, tryCatch(sum(e$x), error = conditionMessage))
+    seen <- NULL
+    reg.finalizer(early, see)
+    NULL
+  })
+  x <- runif(1e5)
+  broadcast_export(cl, "x", x)
+  clusterEvalQ(cl, {
+    late <- new.env()
+    reg.finalizer(late, see)
+    early$x <- late$x <- x
+    rm(early, late, x)
+    NULL
+  })
+  broadcast(cl, gc)
+  for (seen in clusterEvalQ(cl, seen)) {
+    expect_length(seen, 2L)
+    expect_true(as.character(sum(x)) %in% seen || sum(x) %in% seen)
+  }
+  expect_identical(clusterPids(cl), pids)
   expect_true(only_mapped(cl, 0L))
 })
 

@@ -327,7 +327,12 @@ static R_xlen_t length(SEXP x)
 
 static void *at_data(SEXP x)
 {
-    return R_ExternalPtrAddr(R_altrep_data1(x));
+    SEXP data = R_altrep_data1(x);
+
+    /* A finalizer may get to see a vector whose mapping has been finalized before. */
+    if (!R_ExternalPtrAddr(R_ExternalPtrProtected(data)))
+        Rf_error("a vector that is no more");
+    return R_ExternalPtrAddr(data);
 }
 
 static void *data_of(SEXP x, Rboolean writable)
