@@ -5,6 +5,7 @@
 #include <R_ext/Rdynload.h>
 
 void R_init_rustcluster_extendr(DllInfo *dll);
+void rustcluster_register_mapped(DllInfo *dll);
 
 /* The jump that a call of ours returned as a token: R's own code is all that lies between here
  * and its target, so nothing of Rust's is skipped. */
@@ -17,6 +18,7 @@ SEXP rustcluster_continue_unwind(SEXP token)
 void R_init_rustcluster(DllInfo *dll)
 {
     R_init_rustcluster_extendr(dll);
+    rustcluster_register_mapped(dll);
     /* extendr registers its own routines only; the one above is found by name. */
     R_useDynamicSymbols(dll, TRUE);
     R_forceSymbols(dll, FALSE);

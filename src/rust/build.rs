@@ -9,7 +9,10 @@ fn main() {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=R_INCLUDE_DIR");
     cc::Build::new()
-        .files(["answer", "seed", "task", "unwind", "value"].map(|name| format!("csrc/{name}.c")))
+        .files(
+            ["answer", "mapped", "seed", "task", "unwind", "value"]
+                .map(|name| format!("csrc/{name}.c")),
+        )
         .include(include_dir())
         .compile("rustcluster_c");
 }

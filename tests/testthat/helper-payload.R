@@ -32,3 +32,13 @@ shared_memory <- function(pids) {
   }
   vapply(pids, of, c(open = 0L, mapped = 0L))
 }
+
+# Whether no worker has shared memory open, nor more of it mapped than `most` values once those that it
+# does not use any more have been collected.
+only_mapped <- function(cl, most) {
+  broadcast(cl, gc)
+  wait_until(function() {
+    now <- shared_memory(clusterPids(cl))
+    all(now["open", ] == 0L) && all(now["mapped", ] <= most)
+  }, timeout = 10)
+}

@@ -8,6 +8,8 @@ agent_of <- function(cl) proc_parent(clusterPids(cl)[[1L]])
 
 # In the global environment of each worker, and of no test.
 digest_of <- eval(quote(function() list(sum(big), length(big), big[c(1, 77, length(big))])), globalenv())
+# With the source of this file it would be large itself, and held.
+digest_of <- utils::removeSource(digest_of)
 
 digest_here <- function(big) list(sum(big), length(big), big[c(1, 77, length(big))])
 
@@ -21,8 +23,8 @@ test_that("50 MB arrive at 8 workers as they are, and nothing is left of them", 
   want <- rep(list(digest_here(big)), 8)
   for (i in 1:3) {
     expect_identical(broadcast_export(cl, "big", big), rep(list(NULL), 8))
-    # Held by the agent alone, in case a worker has to be replaced.
-    expect_true(wait_until(function() all(shared_memory(pids) == 0L)))
+    # Held open by the agent alone, in case a worker has to be replaced.
+    expect_true(only_mapped(cl, 1L))
     expect_equal(shared_memory(agent)[["open", 1]], 1L)
   }
   expect_identical(parallel::clusterCall(cl, digest_of), want)
@@ -79,9 +81,15 @@ test_that("a replaced worker has it again, and a lost task is tried again with i
     expect_true(wait_until(function() !clusterPids(cl)[[rank]] %in% c(NA, pid)))
     note_processes(cl)
     look <- function(digest_of) list(digest_of(), small)
+    look <- utils::removeSource(look)
     environment(look) <- globalenv()
+<<<<<<< HEAD
     expect_identical(suppressWarnings(parallel::clusterCall(cl, look, digest_of)), rep(list(want), 3))
     expect_true(wait_until(function() all(shared_memory(clusterPids(cl)) == 0L)))
+=======
+    expect_identical(suppressWarnings(clusterCall(cl, look, digest_of)), rep(list(want), 3))
+    expect_true(only_mapped(cl, 1L))
+>>>>>>> work-z
   }
   expect_equal(open_fds(agent), files)
   # One ends in the middle of such a task.
@@ -124,7 +132,8 @@ test_that("an interrupt at any moment leaves everything clean", {
     }, interrupt = function(e) "interrupted")
     expect_identical(got, "interrupted")
     expect_identical(clusterCall(cl, sum, 1, 2), rep(list(3), 4))
-    expect_true(wait_until(function() all(shared_memory(c(agent, clusterPids(cl))) == 0L)))
+    expect_true(only_mapped(cl, 0L))
+    expect_true(wait_until(function() all(shared_memory(agent) == 0L)))
   }
   note_processes(cl)
   expect_equal(open_fds(agent), files)
@@ -138,8 +147,9 @@ test_that("a worker cannot change what it shares with others", {
     maps
   }, runif(1e5))
   for (maps in path) {
-    expect_length(maps, 1L)
-    expect_match(maps, "^[0-9a-f]+-[0-9a-f]+ r--p ")
+    # That of the message, and a private one of its vectors.
+    expect_length(maps, 2L)
+    expect_match(maps, "^[0-9a-f]+-[0-9a-f]+ r[w-]-p ")
   }
 })
 
@@ -148,6 +158,8 @@ test_that("hosts that come back have what lasted, sent in one piece", {
   cl <- local_cluster(hosts, reconnect = TRUE)
   big <- runif(1e6)
   broadcast_export(cl, "big", big)
+  many <- list(a = matrix(big[1:1e4], 100), b = data.frame(x = big, y = seq_along(big) * 2L), c = "d")
+  broadcast_export(cl, "many", many)
   agents <- vapply(c(1L, 3L), function(rank) proc_parent(clusterPids(cl)[[rank]]), 0L)
   tools::pskill(agents[[1L]], tools::SIGKILL)
   wait_until(function() anyNA(clusterPids(cl)))
@@ -155,6 +167,7 @@ test_that("hosts that come back have what lasted, sent in one piece", {
   note_processes(cl)
   got <- suppressMessages(suppressWarnings(parallel::clusterCall(cl, digest_of)))
   expect_identical(got, rep(list(digest_here(big)), 4))
+  expect_identical(clusterEvalQ(cl, many), rep(list(many), 4))
   # And it can be sent what others have.
   expect_identical(broadcast(cl, function(x) sum(x), big), rep(list(sum(big)), 4))
 })
@@ -208,6 +221,10 @@ test_that("shared memory is none of the memory that a worker is limited to", {
   error <- broadcast(cl, length, numeric(5e7))
   for (value in error) expect_match(value, "cannot allocate vector", fixed = TRUE)
   expect_identical(clusterPids(cl), pids)
+  # What is not used any more is not in the way.
+  for (i in 1:6) expect_identical(broadcast(cl, length, big), list(2e7L, 2e7L))
+  make <- eval(quote(function(n) length(numeric(n))), globalenv())
+  expect_identical(clusterCall(cl, make, 2e7), list(2e7L, 2e7L))
   expect_true(wait_until(function() all(shared_memory(pids) == 0L)))
 })
 
@@ -233,4 +250,139 @@ test_that("a node that is gone is an error, and leaves nothing", {
   expect_rust_error(caught(broadcast(cl, length, runif(1e5))), "stopped")
   expect_identical(clusterCall(cl[c(1, 3)], sum, 1, 2), list(3, 3))
   expect_true(wait_until(function() all(shared_memory(agent) == 0L)))
+})
+
+# What a worker says about x: whether it is mapped, and a copy through R's serialization.
+look_at <- eval(quote(function() {
+  path <- tempfile()
+  saveRDS(x, path)
+  on.exit(unlink(path))
+  list(x, readRDS(path), identical(readRDS(path), x), identical(unserialize(serialize(x, NULL)), x))
+}), globalenv())
+
+test_that("large vectors are mapped, and are what they are with PSOCK", {
+  cl <- local_cluster(2)
+  real <- rnorm(2e4)
+  real[7] <- NA
+  values <- list(
+    real, sample(2e4L), rep(c(TRUE, NA), 1e4), complex(real = real, imaginary = 1),
+    as.raw(rep(0:255, 300)), matrix(real, 100), array(1:24000 * 3L, c(20, 30, 40)),
+    stats::setNames(real, paste0("n", seq_along(real))), factor(sample(letters, 2e4, TRUE)),
+    data.frame(a = real, b = sample(2e4L), c = "x"), as.Date("2020-01-01") + real,
+    list(1, list(real, "b", list(c = real))), structure(list(real), class = "some"),
+    list(real, real), real[order(real)], ts(real, start = 2000, frequency = 12), -real
+  )
+  for (x in values) {
+    broadcast_export(cl, "x", x)
+    expect_true(any(shared_memory(clusterPids(cl)[[1L]])["mapped", ] > 0L))
+    for (got in clusterCall(cl, look_at)) expect_identical(got, list(x, x, TRUE, TRUE))
+  }
+  # What is no vector of numbers, or has no data, is as it was.
+  for (x in list(1:1e6, letters, rep(letters, 1e4), list(environment, quote(x)), numeric(100))) {
+    broadcast_export(cl, "x", x)
+    for (got in clusterCall(cl, look_at)) expect_equal(got, list(x, x, TRUE, TRUE))
+  }
+  expect_true(only_mapped(cl, 0L))
+})
+
+test_that("what a worker changes in place is seen by nobody else", {
+  cl <- local_cluster(3)
+  x <- rnorm(1e5)
+  broadcast_export(cl, "x", x)
+  change <- eval(quote(function() {
+    evalq({
+      x[1] <- 0
+      for (i in 2:10) x[[i]] <- i
+    }, globalenv())
+    x[1:11]
+  }), globalenv())
+  first <- eval(quote(function() x[1:11]), globalenv())
+  shown <- c(0, 2:10, x[[11]])
+  expect_identical(parallel::clusterCall(cl[1], change), list(shown))
+  expect_identical(clusterCall(cl, first), list(shown, x[1:11], x[1:11]))
+  # In a worker that takes the place of another, too.
+  pid <- clusterPids(cl)[[2L]]
+  tools::pskill(pid, tools::SIGKILL)
+  expect_true(wait_until(function() !clusterPids(cl)[[2L]] %in% c(NA, pid)))
+  note_processes(cl)
+  got <- suppressWarnings(clusterCall(cl, first))
+  expect_identical(got, list(shown, x[1:11], x[1:11]))
+  broadcast_export(cl, "x", x)
+  expect_identical(clusterCall(cl, first), rep(list(x[1:11]), 3))
+  # Each task of a job has what is sent with all of them.
+  spoil <- eval(quote(function(i, x) {
+    was <- x[1:3]
+    x[1:3] <- i
+    list(was, x[1:4])
+  }), globalenv())
+  got <- parLapply(cl, 1:30, spoil, x)
+  want <- lapply(1:30, function(i) list(x[1:3], c(i, i, i, x[[4L]])))
+  expect_equal(got, want)
+})
+
+test_that("mapped vectors take up memory once, and none when they are gone", {
+  cl <- local_cluster(8)
+  x <- rnorm(6.25e6)
+  clusterCall(cl, gc)
+  pids <- clusterPids(cl)
+  of <- function(pid) {
+    lines <- readLines(sprintf("/proc/%d/smaps_rollup", pid))
+    as.numeric(gsub("[^0-9]", "", grep("^Pss:", lines, value = TRUE))) / 1024
+  }
+  skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", pids[[1L]])))
+  before <- vapply(pids, of, 0)
+  broadcast_export(cl, "x", x)
+  read <- eval(quote(function() c(sum(x), mean(x), x[7], (x %*% x)[1])), globalenv())
+  want <- c(sum(x), mean(x), x[7], (x %*% x)[1])
+  expect_equal(clusterCall(cl, read), rep(list(want), 8))
+  expect_lt(sum(vapply(pids, of, 0) - before), 150)
+  small <- x[1:20000]
+  for (i in 1:50) broadcast_export(cl, "x", small)
+  expect_true(only_mapped(cl, 1L))
+  clusterEvalQ(cl, rm(x))
+  expect_true(only_mapped(cl, 0L))
+})
+
+test_that("a finalizer that gets to see a mapped vector ends nothing", {
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  clusterEvalQ(cl, {
+    early <- new.env()
+    see <- function(e) seen <<- c(seen, tryCatch(sum(e$x), error = conditionMessage))
+    seen <- NULL
+    reg.finalizer(early, see)
+    NULL
+  })
+  x <- runif(1e5)
+  broadcast_export(cl, "x", x)
+  clusterEvalQ(cl, {
+    late <- new.env()
+    reg.finalizer(late, see)
+    early$x <- late$x <- x
+    rm(early, late, x)
+    NULL
+  })
+  broadcast(cl, gc)
+  for (seen in clusterEvalQ(cl, seen)) {
+    expect_length(seen, 2L)
+    expect_true(as.character(sum(x)) %in% seen || sum(x) %in% seen)
+  }
+  expect_identical(clusterPids(cl), pids)
+  expect_true(only_mapped(cl, 0L))
+})
+
+test_that("bytes that are no message are an error", {
+  cl <- local_cluster(1)
+  damaged <- eval(quote(function(bytes) {
+    tryCatch(unserialize(bytes), error = conditionMessage)
+  }), globalenv())
+  # What a stand-in looks like: its class, an offset and a length.
+  info <- as.pairlist(list(as.name("mapped_real"), as.name("rustcluster"), 14L))
+  head <- serialize(NULL, NULL, xdr = FALSE)
+  head <- head[seq_len(length(head) - 4L)]
+  n <- length(head)
+  part <- function(value) serialize(value, NULL, xdr = FALSE)[-seq_len(n)]
+  bytes <- c(head, as.raw(c(238, 0, 0, 0)), part(info), part(c(0, 20000)), part(NULL))
+  expect_identical(clusterCall(cl, damaged, bytes), list("a vector that is nowhere"))
+  expect_identical(clusterCall(cl, sum, 1), list(1))
 })

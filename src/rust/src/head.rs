@@ -2,6 +2,7 @@
 
 use crate::failure::Failure;
 use crate::job::Job;
+use crate::mapped;
 use crate::plain::{self, Sent};
 use crate::repeat;
 use crate::stream::{self, Format, Sink};
@@ -547,7 +548,11 @@ fn share(
             continue;
         }
         let id = cluster.hub.borrow_mut().begin_payload(&ranks, lasts);
-        if let Err(jump) = stream::serialize(message, format, &mut ToHub(cluster)) {
+        let written = match format {
+            Format::Native => mapped::serialize(message, &mut ToHub(cluster)),
+            Format::Xdr => stream::serialize(message, format, &mut ToHub(cluster)),
+        };
+        if let Err(jump) = written {
             cluster.hub.borrow_mut().abandon();
             return Err(jump);
         }
@@ -590,7 +595,7 @@ pub fn share_common(
             cluster.hub.borrow_mut().write(&bytes);
             true
         }
-        None => match stream::serialize(common, Format::Native, &mut ToHub(cluster)) {
+        None => match mapped::serialize(common, &mut ToHub(cluster)) {
             Ok(fixed) => fixed,
             Err(jump) => {
                 cluster.hub.borrow_mut().abandon();
@@ -621,7 +626,7 @@ pub fn share_again(
     common: &Robj,
 ) -> std::result::Result<(), Jump> {
     cluster.hub.borrow_mut().begin_payload_again(id, place);
-    stream::serialize(common, Format::Native, &mut ToHub(cluster))?;
+    mapped::serialize(common, &mut ToHub(cluster))?;
     cluster.hub.borrow_mut().finish_payload();
     Ok(())
 }

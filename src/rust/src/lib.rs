@@ -8,6 +8,7 @@ mod agent;
 mod failure;
 mod head;
 mod job;
+mod mapped;
 mod plain;
 mod repeat;
 mod stream;

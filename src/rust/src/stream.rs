@@ -193,16 +193,25 @@ unsafe extern "C" fn out_char(stream: R_outpstream_t, byte: c_int) {
 }
 
 unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: c_int) {
-    // SAFETY: R hands back our sink and `len` readable bytes. When check_interrupt jumps, this
-    // frame holds nothing to be dropped.
+    // SAFETY: R hands back our sink and `len` readable bytes. When R jumps, this frame holds nothing
+    // to be dropped.
     unsafe {
         let sink = (*stream).data.cast::<&mut dyn Sink>();
         let bytes = std::slice::from_raw_parts(bytes.cast::<u8>(), len.max(0) as usize);
-        let mut wait = (*sink).write(bytes);
-        while wait {
-            wait = (*sink).wait();
-            unwind::check_interrupt();
-        }
+        put(&mut **sink, bytes);
+    }
+}
+
+/// Writes some bytes, and waits for as long as there is no room for more.
+///
+/// # Safety
+/// Under [`unwind::protect`]: R jumps on an interrupt.
+pub unsafe fn put(sink: &mut dyn Sink, bytes: &[u8]) {
+    let mut wait = sink.write(bytes);
+    while wait {
+        wait = sink.wait();
+        // SAFETY: the caller's; this frame holds nothing that is to be dropped.
+        unsafe { unwind::check_interrupt() };
     }
 }
 

@@ -1,6 +1,7 @@
 //! A worker's functions. One channel a process.
 
 use crate::failure::Failure;
+use crate::mapped;
 use crate::plain::{self, Received};
 use crate::stream::{self, Format, Sink, Source};
 use crate::unit::{self, AnswerHead};
@@ -50,6 +51,12 @@ fn limit_memory(bytes: u64) -> io::Result<()> {
 #[extendr]
 fn worker_memory_limit() -> f64 {
     MEMORY_LIMIT.get() as f64
+}
+
+/// Whether vectors are mapped. A limit of memory counts what is, and R frees none of that when it runs
+/// into the limit: it does its own vectors only.
+fn may_map() -> bool {
+    MEMORY_LIMIT.get() == 0
 }
 
 fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Result<T> {
@@ -245,6 +252,7 @@ fn serve_one() -> std::result::Result<(), Stop> {
     };
     KEPT.set(turn.kept);
     if ran.is_err() {
+        mapped::end();
         INTERRUPTED.set(turn.unit);
     }
     ran?;
@@ -280,7 +288,10 @@ impl Turn {
                     None
                 }
             },
-            None => None,
+            None => {
+                task.payload = mapped::inline(&mut task.body);
+                None
+            }
         };
         let first = match &task.payload {
             Some(payload) => Some(&payload.bytes),
@@ -320,7 +331,11 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
             }
             _ => {
                 let task = &mut (*turn).task;
-                let message = Rf_protect(stream::read(&mut Message { task, at: 0 }));
+                let message = match &task.payload {
+                    Some(payload) if task.body.len == 0 => mapped::read(payload, may_map()),
+                    _ => stream::read(&mut Message { task, at: 0 }),
+                };
+                let message = Rf_protect(message);
                 (*turn).done = rustcluster_take_message(message.cast()) == 0;
             }
         }
@@ -368,8 +383,7 @@ impl Common {
             let value = match self.value {
                 Some(value) => value,
                 None => {
-                    let mut bytes = &self.payload.bytes[..];
-                    let value = stream::read(&mut bytes);
+                    let value = mapped::read(&self.payload, may_map());
                     if !fixed {
                         return value;
                     }
@@ -378,6 +392,11 @@ impl Common {
                     MARK_NOT_MUTABLE(VECTOR_ELT(value, 0));
                     Rf_unprotect(1);
                     self.value = Some(value);
+                    // Its memory is not needed any more.
+                    self.payload = Payload {
+                        id: self.payload.id,
+                        ..Payload::default()
+                    };
                     value
                 }
             };

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,12 +40,22 @@ pub struct Seed {
 
 /// What many messages begin with. Its bytes are in memory that all workers of a host share, unless
 /// they are few, and nobody can change them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Payload {
     /// Other bytes have another number, for as long as the cluster lives.
     pub id: PayloadId,
     pub bytes: Bytes,
+    /// The memory that the bytes are in, if it is shared: to be mapped once more.
+    pub memory: Option<Arc<File>>,
 }
+
+impl PartialEq for Payload {
+    fn eq(&self, other: &Payload) -> bool {
+        self.id == other.id && self.bytes == other.bytes
+    }
+}
+
+impl Eq for Payload {}
 
 /// The message of a task: the bytes of its payload, if it has one, and then those of its body.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -226,14 +237,17 @@ impl Channel {
         let id = frame.header.task;
         if frame.header.flags & SHARED == 0 {
             let bytes = frame.body;
-            return Ok(Payload { id, bytes });
+            let memory = None;
+            return Ok(Payload { id, bytes, memory });
         }
         let descriptor = self.descriptors.pop_front();
         let (Some(descriptor), Some(len)) = (descriptor, frame.number()) else {
             return Err(io::Error::other("a payload without its memory"));
         };
-        let bytes = map(&File::from(descriptor), len)?;
-        Ok(Payload { id, bytes })
+        let memory = File::from(descriptor);
+        let bytes = map(&memory, len)?;
+        let memory = Some(Arc::new(memory));
+        Ok(Payload { id, bytes, memory })
     }
 
     /// The seeds to be put in place, one after the other, before the task that has come.

@@ -1,0 +1,454 @@
+/* Large vectors of numbers and of logical values as they are in a payload's memory: a worker maps
+ * them where it would otherwise have a copy of its own.
+ *
+ * R's serialization of ALTREP objects says where they are: the head gives it stand-ins, whose state
+ * is an offset and a length, and a worker makes vectors out of these. The mapping is private and
+ * writable, and one of its own for each time that a message is read: R writes to vectors in place,
+ * which neither another worker nor the next to read the same message is to see. */
+#define R_NO_REMAP
+#include <R.h>
+#include <Rinternals.h>
+#include <R_ext/Altrep.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+/* Bytes of a vector from which on it is worth it. */
+#define LARGE 65536
+/* Where a vector may begin. */
+#define ALIGNED 64
+/* Lists in lists, at most. */
+#define DEPTH 64
+
+#ifndef MAP_NORESERVE
+#define MAP_NORESERVE 0
+#endif
+
+enum { LOGICALS, INTEGERS, REALS, COMPLEXES, RAWS, KINDS };
+static R_altrep_class_t classes[KINDS];
+
+/* KINDS if it is none of these. */
+static int kind_of(SEXP value)
+{
+    switch (TYPEOF(value)) {
+    case LGLSXP:
+        return LOGICALS;
+    case INTSXP:
+        return INTEGERS;
+    case REALSXP:
+        return REALS;
+    case CPLXSXP:
+        return COMPLEXES;
+    case RAWSXP:
+        return RAWS;
+    default:
+        return KINDS;
+    }
+}
+
+static size_t size_of(int kind)
+{
+    static const size_t sizes[KINDS] = {
+        sizeof(int), sizeof(int), sizeof(double), sizeof(Rcomplex), sizeof(Rbyte),
+    };
+
+    return sizes[kind];
+}
+
+/* Of a vector that is none of ours. */
+static void *room_of(SEXP value)
+{
+    switch (TYPEOF(value)) {
+    case LGLSXP:
+        return LOGICAL(value);
+    case INTSXP:
+        return INTEGER(value);
+    case REALSXP:
+        return REAL(value);
+    case CPLXSXP:
+        return COMPLEX(value);
+    default:
+        return RAW(value);
+    }
+}
+
+/* The head: stand-ins ---------------------------------------------------------------------------*/
+
+struct found {
+    /* A pairlist of the vectors, and where it ends. */
+    SEXP first, last;
+    /* Bytes of their data, with what is between them. */
+    double bytes;
+};
+
+/* R's compact sequences have data as well once somebody has asked for it; as sequences they take
+ * some bytes. */
+static int is_sequence(SEXP x)
+{
+    R_xlen_t n = XLENGTH(x);
+
+    switch (TYPEOF(x)) {
+    case INTSXP: {
+        double by = (double) INTEGER_ELT(x, 1) - INTEGER_ELT(x, 0);
+        return INTEGER_NO_NA(x) && (by == 1 || by == -1) &&
+            INTEGER_ELT(x, n - 1) == INTEGER_ELT(x, 0) + by * (double) (n - 1);
+    }
+    case REALSXP: {
+        double by = REAL_ELT(x, 1) - REAL_ELT(x, 0);
+        return REAL_NO_NA(x) && (by == 1 || by == -1) &&
+            REAL_ELT(x, n - 1) == REAL_ELT(x, 0) + by * (double) (n - 1);
+    }
+    default:
+        return 0;
+    }
+}
+
+static SEXP stand_in(SEXP x, int kind, struct found *found)
+{
+    R_xlen_t n = XLENGTH(x);
+    double bytes = (double) n * (double) size_of(kind);
+
+    if (bytes < LARGE || !DATAPTR_OR_NULL(x) || (ALTREP(x) && is_sequence(x)))
+        return x;
+    SEXP cell = PROTECT(Rf_cons(x, R_NilValue));
+    SETCDR(found->last, cell);
+    found->last = cell;
+    SEXP where = PROTECT(Rf_allocVector(REALSXP, 2));
+    REAL(where)[0] = found->bytes;
+    REAL(where)[1] = (double) n;
+    SEXP made = PROTECT(R_new_altrep(classes[kind], R_NilValue, where));
+    SHALLOW_DUPLICATE_ATTRIB(made, x);
+    found->bytes += ALIGNED * (double) ((uint64_t) (bytes + ALIGNED - 1) / ALIGNED);
+    UNPROTECT(3);
+    return made;
+}
+
+/* The value with stand-ins; itself if there are none. */
+static SEXP with_stand_ins(SEXP x, int depth, struct found *found)
+{
+    int kind = kind_of(x);
+
+    if (kind < KINDS)
+        return stand_in(x, kind, found);
+    if (TYPEOF(x) != VECSXP || ALTREP(x) || depth == DEPTH)
+        return x;
+    SEXP copy = x;
+    PROTECT_INDEX at;
+    PROTECT_WITH_INDEX(copy, &at);
+    R_xlen_t n = XLENGTH(x);
+    for (R_xlen_t i = 0; i < n; i++) {
+        SEXP element = VECTOR_ELT(x, i);
+        SEXP instead = with_stand_ins(element, depth + 1, found);
+        if (instead == element)
+            continue;
+        PROTECT(instead);
+        if (copy == x)
+            REPROTECT(copy = Rf_shallow_duplicate(x), at);
+        SET_VECTOR_ELT(copy, i, instead);
+        UNPROTECT(1);
+    }
+    UNPROTECT(1);
+    return copy;
+}
+
+/* The large vectors of a message, as a pairlist, and the message with stand-ins for them before it;
+ * NULL if there are none. `*bytes`: of their data. The result is not protected. R may jump. */
+SEXP rustcluster_stand_ins(void *message, double *bytes)
+{
+    SEXP all = PROTECT(Rf_cons(R_NilValue, R_NilValue));
+    struct found found = {all, all, 0};
+    SEXP instead = with_stand_ins((SEXP) message, 0, &found);
+
+    SETCAR(all, instead);
+    UNPROTECT(1);
+    *bytes = found.bytes;
+    return CDR(all) == R_NilValue ? R_NilValue : all;
+}
+
+/* The data of the vector at the front of such a list, and its bytes; returns what follows it. */
+SEXP rustcluster_vector_data(void *list, const void **data, size_t *bytes)
+{
+    SEXP x = CAR((SEXP) list);
+
+    *data = DATAPTR_OR_NULL(x);
+    *bytes = *data ? (size_t) XLENGTH(x) * size_of(kind_of(x)) : 0;
+    return CDR((SEXP) list);
+}
+
+/* A worker: vectors -----------------------------------------------------------------------------*/
+
+/* The message that is being read. Its data is mapped when the first vector asks for it. */
+static struct {
+    /* All of it; NULL if there is none. */
+    const char *bytes;
+    size_t length;
+    /* Where its data begins and how much that is. */
+    size_t from, data;
+    /* The file that it is in, or -1. */
+    int file;
+} now = {NULL, 0, 0, 0, -1};
+
+/* Its mapping, an external pointer, as an element of a preserved list. */
+static SEXP kept = NULL;
+
+struct mapping {
+    void *at;
+    size_t length;
+};
+
+/* Bytes that are mapped. R does not count them, and so would not look for what is not used any
+ * more: that is looked for whenever they pass this bound. To look takes a worker tens of
+ * milliseconds, so that the bound leaves room for some messages. */
+static double mapped = 0, bound = 0;
+/* By how much they may grow at least until then. */
+static const double room = 536870912;
+
+/* What is read from here on has its vectors in this message, until the next. `file`: -1 if none is
+ * to be mapped. */
+void rustcluster_begin_mapped(const void *bytes, size_t length, size_t from, size_t data, int file)
+{
+    now.bytes = bytes;
+    now.length = length;
+    now.from = from;
+    now.data = data;
+    now.file = file;
+    if (kept)
+        SETCAR(kept, R_NilValue);
+}
+
+void rustcluster_end_mapped(void)
+{
+    rustcluster_begin_mapped(NULL, 0, 0, 0, -1);
+}
+
+static void unmap(SEXP pointer)
+{
+    struct mapping *mapping = R_ExternalPtrAddr(pointer);
+
+    if (!mapping)
+        return;
+    R_ClearExternalPtr(pointer);
+    munmap(mapping->at, mapping->length);
+    mapped -= (double) mapping->length;
+    free(mapping);
+}
+
+static void *map(void)
+{
+    return mmap(NULL, now.length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, now.file, 0);
+}
+
+/* The mapping of the message that is being read. Not protected, but kept. */
+static SEXP mapping_of_now(void)
+{
+    if (!kept) {
+        SEXP list = PROTECT(Rf_cons(R_NilValue, R_NilValue));
+        R_PreserveObject(list);
+        kept = list;
+        UNPROTECT(1);
+    }
+    if (CAR(kept) != R_NilValue)
+        return CAR(kept);
+    SEXP pointer = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
+    R_RegisterCFinalizerEx(pointer, unmap, FALSE);
+    if (bound < room)
+        bound = room;
+    if (mapped + (double) now.length > bound) {
+        R_gc();
+        double used = mapped + (double) now.length;
+        bound = used + (used > room ? used : room);
+    }
+    void *at = map();
+    if (at == MAP_FAILED) {
+        /* What is not used any more may be in the way. */
+        R_gc();
+        at = map();
+    }
+    if (at == MAP_FAILED)
+        Rf_error("cannot allocate vector of size %0.1f Mb", (double) now.data / 1048576);
+    /* Not R_Calloc(): R would jump, and leave the mapping behind. */
+    struct mapping *mapping = (struct mapping *) calloc(1, sizeof *mapping);
+    if (!mapping) {
+        munmap(at, now.length);
+        Rf_error("cannot allocate memory");
+    }
+    mapping->at = at;
+    mapping->length = now.length;
+    mapped += (double) now.length;
+    R_SetExternalPtrAddr(pointer, mapping);
+    SETCAR(kept, pointer);
+    UNPROTECT(1);
+    return pointer;
+}
+
+static SEXP unserialize(int kind, SEXP state)
+{
+    static const SEXPTYPE types[KINDS] = {LGLSXP, INTSXP, REALSXP, CPLXSXP, RAWSXP};
+
+    if (!now.bytes || TYPEOF(state) != REALSXP || XLENGTH(state) != 2)
+        Rf_error("a vector that is nowhere");
+    double offset = REAL(state)[0], n = REAL(state)[1], bytes = n * (double) size_of(kind);
+    if (!(offset >= 0 && n >= 0 && offset + bytes <= (double) now.data) ||
+        offset != (double) (size_t) offset || n != (double) (R_xlen_t) n ||
+        (size_t) offset % ALIGNED)
+        Rf_error("a vector beyond the end of its message");
+    size_t begin = now.from + (size_t) offset;
+    if (now.file < 0) {
+        SEXP copy = Rf_allocVector(types[kind], (R_xlen_t) n);
+        if (bytes > 0)
+            memcpy(room_of(copy), now.bytes + begin, (size_t) bytes);
+        return copy;
+    }
+    SEXP mapping = PROTECT(mapping_of_now());
+    char *at = ((struct mapping *) R_ExternalPtrAddr(mapping))->at;
+    SEXP data = PROTECT(R_MakeExternalPtr(at + begin, R_NilValue, mapping));
+    SEXP length = PROTECT(Rf_ScalarReal(n));
+    SEXP made = R_new_altrep(classes[kind], data, length);
+    UNPROTECT(3);
+    return made;
+}
+
+static int is_stand_in(SEXP x)
+{
+    return R_altrep_data1(x) == R_NilValue;
+}
+
+static SEXP state_of(SEXP x)
+{
+    /* Elsewhere, a vector that is mapped is one like any other. */
+    return is_stand_in(x) ? R_altrep_data2(x) : NULL;
+}
+
+static R_xlen_t length(SEXP x)
+{
+    return (R_xlen_t) REAL_ELT(R_altrep_data2(x), is_stand_in(x) ? 1 : 0);
+}
+
+static void *at_data(SEXP x)
+{
+    SEXP data = R_altrep_data1(x);
+
+    /* A finalizer may get to see a vector whose mapping has been finalized before. */
+    if (!R_ExternalPtrAddr(R_ExternalPtrProtected(data)))
+        Rf_error("a vector that is no more");
+    return R_ExternalPtrAddr(data);
+}
+
+static void *data_of(SEXP x, Rboolean writable)
+{
+    (void) writable;
+    if (is_stand_in(x))
+        Rf_error("a vector without data");
+    return at_data(x);
+}
+
+static const void *data_or_null(SEXP x)
+{
+    return is_stand_in(x) ? NULL : at_data(x);
+}
+
+static Rboolean inspect(SEXP x, int pre, int deep, int pvec, void (*subtree)(SEXP, int, int, int))
+{
+    (void) pre;
+    (void) deep;
+    (void) pvec;
+    (void) subtree;
+    Rprintf(is_stand_in(x) ? " stand-in\n" : " mapped\n");
+    return TRUE;
+}
+
+/* Elements by their numbers, counted from 1: R would ask for one after the other. */
+#define SUBSET(name, type, ctype, na)                                                              \
+    static SEXP name(SEXP x, SEXP index, SEXP call)                                                \
+    {                                                                                              \
+        (void) call;                                                                               \
+        if (is_stand_in(x) || (TYPEOF(index) != INTSXP && TYPEOF(index) != REALSXP))               \
+            return NULL;                                                                           \
+        R_xlen_t count = XLENGTH(index), most = length(x);                                         \
+        SEXP made = PROTECT(Rf_allocVector(type, count));                                          \
+        ctype *to = room_of(made);                                                       \
+        const ctype *from = at_data(x);                                                            \
+        if (TYPEOF(index) == INTSXP) {                                                             \
+            const int *at = INTEGER(index);                                                        \
+            for (R_xlen_t i = 0; i < count; i++)                                                   \
+                to[i] = at[i] > 0 && at[i] <= most ? from[at[i] - 1] : na;                         \
+        } else {                                                                                   \
+            const double *at = REAL(index);                                                        \
+            for (R_xlen_t i = 0; i < count; i++)                                                   \
+                to[i] = at[i] >= 1 && at[i] < (double) most + 1 ? from[(R_xlen_t) at[i] - 1] : na; \
+        }                                                                                          \
+        UNPROTECT(1);                                                                              \
+        return made;                                                                               \
+    }
+
+static Rcomplex na_complex(void)
+{
+    Rcomplex na = {NA_REAL, NA_REAL};
+
+    return na;
+}
+
+SUBSET(logical_subset, LGLSXP, int, NA_LOGICAL)
+SUBSET(integer_subset, INTSXP, int, NA_INTEGER)
+SUBSET(real_subset, REALSXP, double, NA_REAL)
+SUBSET(complex_subset, CPLXSXP, Rcomplex, na_complex())
+SUBSET(raw_subset, RAWSXP, Rbyte, 0)
+
+/* There is no element of what has no data. */
+#define ELEMENT(name, ctype)                                                                       \
+    static ctype name(SEXP x, R_xlen_t i)                                                          \
+    {                                                                                              \
+        return ((const ctype *) data_of(x, FALSE))[i];                                             \
+    }
+
+ELEMENT(int_element, int)
+ELEMENT(real_element, double)
+ELEMENT(complex_element, Rcomplex)
+ELEMENT(raw_element, Rbyte)
+
+#define UNSERIALIZE(name, kind)                                                                    \
+    static SEXP name(SEXP class, SEXP state)                                                       \
+    {                                                                                              \
+        (void) class;                                                                              \
+        return unserialize(kind, state);                                                           \
+    }
+
+UNSERIALIZE(unserialize_logical, LOGICALS)
+UNSERIALIZE(unserialize_integer, INTEGERS)
+UNSERIALIZE(unserialize_real, REALS)
+UNSERIALIZE(unserialize_complex, COMPLEXES)
+UNSERIALIZE(unserialize_raw, RAWS)
+
+/* Makes the classes known to R. Once, when the package is loaded. */
+void rustcluster_register_mapped(DllInfo *dll)
+{
+    static const char package[] = "rustcluster";
+    static SEXP (*const unserializers[KINDS])(SEXP, SEXP) = {
+        unserialize_logical, unserialize_integer, unserialize_real, unserialize_complex,
+        unserialize_raw,
+    };
+    static SEXP (*const subsets[KINDS])(SEXP, SEXP, SEXP) = {
+        logical_subset, integer_subset, real_subset, complex_subset, raw_subset,
+    };
+
+    classes[LOGICALS] = R_make_altlogical_class("mapped_logical", package, dll);
+    classes[INTEGERS] = R_make_altinteger_class("mapped_integer", package, dll);
+    classes[REALS] = R_make_altreal_class("mapped_real", package, dll);
+    classes[COMPLEXES] = R_make_altcomplex_class("mapped_complex", package, dll);
+    classes[RAWS] = R_make_altraw_class("mapped_raw", package, dll);
+    for (int kind = 0; kind < KINDS; kind++) {
+        R_set_altrep_Length_method(classes[kind], length);
+        R_set_altrep_Inspect_method(classes[kind], inspect);
+        R_set_altrep_Serialized_state_method(classes[kind], state_of);
+        R_set_altrep_Unserialize_method(classes[kind], unserializers[kind]);
+        R_set_altvec_Dataptr_method(classes[kind], data_of);
+        R_set_altvec_Dataptr_or_null_method(classes[kind], data_or_null);
+        R_set_altvec_Extract_subset_method(classes[kind], subsets[kind]);
+    }
+    R_set_altlogical_Elt_method(classes[LOGICALS], int_element);
+    R_set_altinteger_Elt_method(classes[INTEGERS], int_element);
+    R_set_altreal_Elt_method(classes[REALS], real_element);
+    R_set_altcomplex_Elt_method(classes[COMPLEXES], complex_element);
+    R_set_altraw_Elt_method(classes[RAWS], raw_element);
+}
