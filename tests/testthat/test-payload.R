@@ -27,7 +27,7 @@ test_that("50 MB arrive at 8 workers as they are, and nothing is left of them", 
     expect_true(only_mapped(cl, 1L))
     expect_equal(shared_memory(agent)[["open", 1]], 1L)
   }
-  expect_identical(parallel::clusterCall(cl, digest_of), want)
+  expect_identical(clusterCall(cl, digest_of), want)
   expect_equal(c(open_fds(agent) - 1L, vapply(pids, open_fds, 0L)), files)
   # What lasts for no longer than its call is not held at all.
   expect_identical(unlist(broadcast(cl, function(x) sum(x), big)), rep(sum(big), 8))
@@ -83,13 +83,8 @@ test_that("a replaced worker has it again, and a lost task is tried again with i
     look <- function(digest_of) list(digest_of(), small)
     look <- utils::removeSource(look)
     environment(look) <- globalenv()
-<<<<<<< HEAD
-    expect_identical(suppressWarnings(parallel::clusterCall(cl, look, digest_of)), rep(list(want), 3))
-    expect_true(wait_until(function() all(shared_memory(clusterPids(cl)) == 0L)))
-=======
     expect_identical(suppressWarnings(clusterCall(cl, look, digest_of)), rep(list(want), 3))
     expect_true(only_mapped(cl, 1L))
->>>>>>> work-z
   }
   expect_equal(open_fds(agent), files)
   # One ends in the middle of such a task.
@@ -111,7 +106,7 @@ test_that("a replaced worker has it again, and a lost task is tried again with i
   expect_identical(got, rep(list(sum(big)), 3))
   expect_equal(losses, 1)
   note_processes(cl)
-  expect_identical(parallel::clusterCall(cl, digest_of), rep(list(digest_here(big)), 3))
+  expect_identical(clusterCall(cl, digest_of), rep(list(digest_here(big)), 3))
   expect_equal(open_fds(agent), files)
 })
 
@@ -165,7 +160,7 @@ test_that("hosts that come back have what lasted, sent in one piece", {
   wait_until(function() anyNA(clusterPids(cl)))
   expect_true(wait_until(function() !anyNA(clusterPids(cl))))
   note_processes(cl)
-  got <- suppressMessages(suppressWarnings(parallel::clusterCall(cl, digest_of)))
+  got <- suppressMessages(suppressWarnings(clusterCall(cl, digest_of)))
   expect_identical(got, rep(list(digest_here(big)), 4))
   expect_identical(clusterEvalQ(cl, many), rep(list(many), 4))
   # And it can be sent what others have.
@@ -176,7 +171,7 @@ test_that("separate processes get it, too", {
   cl <- local_cluster(2, start = "spawn")
   big <- runif(1e6)
   broadcast_export(cl, "big", big)
-  expect_identical(parallel::clusterCall(cl, digest_of), rep(list(digest_here(big)), 2))
+  expect_identical(clusterCall(cl, digest_of), rep(list(digest_here(big)), 2))
 })
 
 test_that("the head does not hold what it sends", {
