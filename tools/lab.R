@@ -1,7 +1,7 @@
 # Runs a bench with five hosts in network namespaces of this machine (as root):
 #   Rscript tools/lab.R             inst/bench/hosts.R
 #   Rscript tools/lab.R soak ...    inst/bench/soak.R with these arguments; links are cut, too
-helpers <- c("helper-ssh.R", "helper-process.R", "helper-lab.R")
+helpers <- c("helper-oracle.R", "helper-ssh.R", "helper-process.R", "helper-lab.R")
 for (file in file.path("tests/testthat", helpers)) source(file)
 
 bench <- function(arguments) {

@@ -312,7 +312,8 @@ test_that("outfile: the workers' output is appended to a file", {
   file <- tempfile()
   writeLines("was here", file)
   cl <- local_cluster(2, outfile = file)
-  clusterApply(cl, 1:2, function(i) {
+  # One after the other: what R prints comes in pieces, and those of two may come in turns.
+  for (i in 1:2) clusterApply(cl[i], i, function(i) {
     cat("cat from", i, "\n")
     print(paste("print from", i))
     message("message from ", i)
