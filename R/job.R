@@ -11,8 +11,8 @@ nativeRanks <- function(cl) {
   if (typeof(ranks) == "integer" && !anyDuplicated(ranks)) ranks
 }
 
-# Runs the tasks. `elements`: a vector, or a function of a task's number. Returns the list of results;
-# `failed`, an attribute, are the numbers of those that are errors.
+# Runs the tasks. `elements`: a vector, or a function of a task's number. Returns a list of `values`, the
+# list of results, and `failed`, the numbers of those that are errors.
 #   common: arguments that all tasks have.
 #   round: the tasks go round the nodes, and do not go to whoever is free.
 #   spread: an element is a list of arguments, and not the first one.
@@ -58,7 +58,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
   if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]])
-  structure(list(results[[1L]], results[[2L]]), names = c("values", "failed"))
+  list(values = results[[1L]], failed = results[[2L]])
 }
 
 # Tasks that were together have ended without an answer.

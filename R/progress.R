@@ -6,8 +6,6 @@ wantsProgress <- function() {
 
 # Returns a function that brings the bar up to date. It ends with the frame that has called.
 showProgress <- function(handle, n, envir = parent.frame()) {
-  busy <- 0
-  workers <- ""
   bar <- cli::cli_progress_bar(
     total = n, clear = FALSE, .envir = envir,
     format = paste0(

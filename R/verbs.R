@@ -112,8 +112,8 @@ findVerbs <- function(namespace = topenv()) {
   theirs <- environment(parallel::clusterApply)
   below <- new.env(parent = theirs)
   below$clusterCall <- callNodes
-  below$staticClusterApply <- roundTasks
-  below$dynamicClusterApply <- freeTasks
+  below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
+  below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
   below$gets <- parallels$gets
   names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",
              "parLapplyLB", "parSapply", "parSapplyLB", "parApply", "parRapply", "parCapply")
@@ -156,25 +156,20 @@ isPlain <- function(x) {
   typeof(x) %in% c("list", "character", "double", "integer", "logical")
 }
 
-# In the place of parallel's functions of these names, with their arguments.
-roundTasks <- function(cl = NULL, fun, n, argfun) {
-  defaultCluster <- parallels$defaultCluster
-  cl <- defaultCluster(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallels$staticClusterApply(cl, fun, n, argfun))
-  if (n <= 0L) return(invisible())
-  fun
-  checkedResults(runTasks(cl, ranks, fun, n, argfun, round = TRUE))
-}
-
-freeTasks <- function(cl = NULL, fun, n, argfun) {
-  defaultCluster <- parallels$defaultCluster
-  cl <- defaultCluster(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallels$dynamicClusterApply(cl, fun, n, argfun))
-  if (n <= 0L) return(invisible())
-  fun
-  checkedResults(runTasks(cl, ranks, fun, n, argfun, round = FALSE))
+# What takes the place of parallel's function of this name, with its arguments.
+handsOut <- function(name, round) {
+  force(round)
+  theirs <- parallels[[name]]
+  function(cl = NULL, fun, n, argfun) {
+    defaultCluster <- parallels$defaultCluster
+    cl <- defaultCluster(cl)
+    ranks <- nativeRanks(cl)
+    if (is.null(ranks)) return(theirs(cl, fun, n, argfun))
+    if (n <= 0L) return(invisible())
+    # Missing, it is missing here, as with parallel.
+    fun
+    checkedResults(runTasks(cl, ranks, fun, n, argfun, round))
+  }
 }
 
 # `argfun` gives all arguments of a task by its number. Those that are the same for all tasks are

@@ -124,7 +124,7 @@ if (wanted("throughput")) {
 }
 
 # Both backends with n workers, and what a function of each gives, in turns.
-compare <- function(n, measure, which = names(backends)) {
+compare <- function(n, measure) {
   with_clusters(n, function(clusters) {
     lapply(clusters, measure)
     interleaved(times, function(backend) measure(clusters[[backend]]))

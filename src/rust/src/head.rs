@@ -547,20 +547,38 @@ fn share(
         if ranks.len() < 2 || plain {
             continue;
         }
-        let id = cluster.hub.borrow_mut().begin_payload(&ranks, lasts);
-        let written = match format {
-            Format::Native => mapped::serialize(message, &mut ToHub(cluster)),
-            Format::Xdr => stream::serialize(message, format, &mut ToHub(cluster)),
-        };
-        if let Err(jump) = written {
-            cluster.hub.borrow_mut().abandon();
-            return Err(jump);
-        }
-        cluster.hub.borrow_mut().finish_payload();
+        let (id, _) = make_payload(cluster, &ranks, lasts, |sink| match format {
+            Format::Native => mapped::serialize(message, sink),
+            Format::Xdr => stream::serialize(message, format, sink),
+        })?;
         cluster.payloads.borrow_mut().push((job, id));
         shared.set(format, id);
     }
     Ok(shared)
+}
+
+/// Sends to the hosts of these workers what `write` writes, as a payload. Returns that and what `write`
+/// does. `lasts`: what some messages that begin with it do lasts.
+///
+/// # Errors
+/// When R jumped: there is no payload then.
+fn make_payload<T>(
+    cluster: &Cluster,
+    ranks: &[Rank],
+    lasts: bool,
+    write: impl FnOnce(&mut ToHub<'_>) -> std::result::Result<T, Jump>,
+) -> std::result::Result<(PayloadId, T), Jump> {
+    let id = cluster.hub.borrow_mut().begin_payload(ranks, lasts);
+    match write(&mut ToHub(cluster)) {
+        Ok(value) => {
+            cluster.hub.borrow_mut().finish_payload();
+            Ok((id, value))
+        }
+        Err(jump) => {
+            cluster.hub.borrow_mut().abandon();
+            Err(jump)
+        }
+    }
 }
 
 /// What a job's tasks have in common is kept from job to job up to this size.
@@ -589,21 +607,13 @@ pub fn share_common(
             return Ok((id, true));
         }
     }
-    let id = cluster.hub.borrow_mut().begin_payload(ranks, false);
-    let fixed = match small {
+    let (id, fixed) = make_payload(cluster, ranks, false, |sink| match small {
         Some(bytes) => {
-            cluster.hub.borrow_mut().write(&bytes);
-            true
+            sink.write(&bytes);
+            Ok(true)
         }
-        None => match mapped::serialize(common, &mut ToHub(cluster)) {
-            Ok(fixed) => fixed,
-            Err(jump) => {
-                cluster.hub.borrow_mut().abandon();
-                return Err(jump);
-            }
-        },
-    };
-    cluster.hub.borrow_mut().finish_payload();
+        None => mapped::serialize(common, sink),
+    })?;
     match key {
         Some(key) => {
             if let Some((_, last)) = cluster.common.replace(Some((key, id))) {
@@ -858,6 +868,17 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
     })
 }
 
+/// What became of the worker that had a task.
+pub fn loss(cluster: &Cluster, place: Rank, gone: &Gone) -> Failure {
+    match gone {
+        Gone::Worker(loss) => {
+            let replaced = cluster.hub.borrow().worker(place).gone.is_none();
+            Failure::lost(place, loss).with("replaced", replaced)
+        }
+        gone => Failure::gone(place, gone),
+    }
+}
+
 /// What R gets of an answer: with the place of its node, or without if that is 0.
 fn answered(
     cluster: &Cluster,
@@ -883,14 +904,7 @@ fn answered(
             place,
             task,
             gone,
-        } => {
-            let replaced = cluster.hub.borrow().worker(place).gone.is_none();
-            let failure = match &*gone {
-                Gone::Worker(loss) => Failure::lost(place, loss).with("replaced", replaced),
-                gone => Failure::gone(place, gone),
-            };
-            ended(failure, rank, task)
-        }
+        } => ended(loss(cluster, place, &gone), rank, task),
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
         Answer::Recalled { rank, task } => ended(of_rank("recalled", rank), rank, task),
         Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),

@@ -6,7 +6,8 @@
 
 use crate::failure::Failure;
 use crate::head::{self, Cluster, ToHub, SLICE};
-use crate::stream::{self, Format, Sink};
+use crate::repeat;
+use crate::stream::{self, Bounded, Format, Sink};
 use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
@@ -14,11 +15,11 @@ use extendr_ffi::{
     R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::hub::{Answer, Turn};
+use rustcluster_core::hub::{Answer, HostView, Turn};
 use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::planner::{Assignment, Ended, Planner};
-use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
-use std::collections::{HashMap, VecDeque};
+use rustcluster_core::scheduler::{Body, JobId, Rank, TaskId};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,7 @@ const AT_ONCE: usize = 8;
 const FIRST: Duration = Duration::from_micros(500);
 /// Bytes of elements in one message, beyond which no more are added.
 const FULL: usize = 48 * 1024;
-/// An element that is longer goes alone.
+/// An element of so many bytes goes alone.
 const LONG: usize = 64 * 1024;
 
 /// See the module's documentation.
@@ -36,8 +37,8 @@ pub struct Job {
     id: JobId,
     /// The worker of each place.
     ranks: Vec<Rank>,
-    /// The places of each worker.
-    places: HashMap<Rank, usize>,
+    /// All of these.
+    members: HashSet<Rank>,
     /// The list of function and common arguments, and the payload by which workers have it.
     common: Robj,
     payload: PayloadId,
@@ -177,11 +178,16 @@ fn job_begin(
             .map(|&rank| head::rank_of(&hub, rank))
             .collect();
         let ranks = ranks?;
+        let mut agents = Vec::with_capacity(ranks.len());
         for &rank in &ranks {
-            if let Some(gone) = hub.worker(rank).gone {
+            let worker = hub.worker(rank);
+            if let Some(gone) = worker.gone {
                 return Err(Failure::gone(rank, &gone));
             }
+            agents.push(worker.agent);
         }
+        let cores = |host: &HostView| host.hello.as_ref().map_or(0, |hello| hello.cores as usize);
+        let cores: Vec<usize> = hub.hosts().iter().map(cores).collect();
         drop(hub);
         let count = count as usize;
         let settings: HashMap<&str, Robj> = settings.iter().collect();
@@ -218,24 +224,13 @@ fn job_begin(
             planner.singly();
         }
         let ways = cluster.ways.borrow();
-        for (place, rank) in ranks.iter().enumerate() {
+        for (place, (rank, agent)) in ranks.iter().zip(agents).enumerate() {
             planner.expect(place, ways.get(rank).copied());
+            planner.place_on(place, agent, cores.get(agent).copied().unwrap_or(0));
         }
-        let hub = cluster.hub.borrow();
-        let hosts = hub.hosts();
-        for (place, &rank) in ranks.iter().enumerate() {
-            let agent = hub.worker(rank).agent;
-            let hello = hosts.get(agent).and_then(|host| host.hello.as_ref());
-            planner.place_on(place, agent, hello.map_or(0, |hello| hello.cores as usize));
-        }
-        drop(hub);
         let new = Job {
             id: job as JobId,
-            places: ranks
-                .iter()
-                .enumerate()
-                .map(|(at, &rank)| (rank, at))
-                .collect(),
+            members: ranks.iter().copied().collect(),
             at_once: AT_ONCE,
             // Of an earlier call, which was interrupted.
             unsure: vec![timeout.is_finite(); ranks.len()],
@@ -365,7 +360,7 @@ impl Job {
             }
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
-                hub.receive_any(|rank| self.places.contains_key(&rank), left)
+                hub.receive_any(|rank| self.members.contains(&rank), left)
             };
             match answer {
                 Answer::Ready { task, body, .. } => {
@@ -392,11 +387,7 @@ impl Job {
                         self.settle(cluster, task, &[])?;
                         continue;
                     }
-                    let replaced = cluster.hub.borrow().worker(place).gone.is_none();
-                    let failure = match &*gone {
-                        Gone::Worker(loss) => Failure::lost(place, loss).with("replaced", replaced),
-                        gone => Failure::gone(place, gone),
-                    };
+                    let failure = head::loss(cluster, place, &gone);
                     return Err(self.of_task(failure, task).into());
                 }
                 Answer::TimedOut { rank, task } => {
@@ -753,12 +744,16 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             add_seed(&job.seed, index, &mut job.message);
             let element = Rf_protect(job.element(index));
             if !unit::append_plain(element, &mut job.message) {
-                unit::begin_serialized(&mut job.message);
-                let mut sink = Bounded(&mut job.message, before + LONG);
-                let fixed = stream::write_fixed(element, &mut sink);
-                let long = job.message.len() >= before + LONG;
-                // If neither can change, they cannot have in common what does.
-                let fixed = fixed || job.flags & unit::FIXED != 0;
+                // If what is common cannot change, they cannot have in common what does.
+                let mut fixed = job.flags & unit::FIXED != 0;
+                // What is seen to be long is not serialized to find that out.
+                let mut long = fixed && repeat::least_size_of_value(element) >= LONG;
+                if !long {
+                    unit::begin_serialized(&mut job.message);
+                    let mut sink = Bounded::new(&mut job.message, before + LONG - 1);
+                    fixed |= stream::write_fixed(element, &mut sink);
+                    long = sink.over;
+                }
                 if !fixed || long {
                     job.message.truncate(before);
                     gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
@@ -802,17 +797,6 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
 unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
     // SAFETY: the caller's.
     unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
-}
-
-/// Takes no more than so many bytes in all.
-struct Bounded<'a>(&'a mut Vec<u8>, usize);
-
-impl Sink for Bounded<'_> {
-    fn write(&mut self, bytes: &[u8]) -> bool {
-        let room = self.1.saturating_sub(self.0.len());
-        self.0.extend_from_slice(&bytes[..bytes.len().min(room)]);
-        false
-    }
 }
 
 impl Job {

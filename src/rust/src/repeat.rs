@@ -92,9 +92,17 @@ const LOOKED_AT: usize = 1_000;
 
 /// Bytes that this message takes at least when it is serialized, as far as a few looks tell.
 pub fn least_size(message: &Robj) -> usize {
-    let mut looks = LOOKED_AT;
     // SAFETY: on R's thread, with a live value.
-    unsafe { least_size_of(message.get(), &mut looks) }
+    unsafe { least_size_of_value(message.get()) }
+}
+
+/// The same of any value.
+///
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+pub unsafe fn least_size_of_value(value: SEXP) -> usize {
+    // SAFETY: the caller's.
+    unsafe { least_size_of(value, &mut { LOOKED_AT }) }
 }
 
 /// # Safety

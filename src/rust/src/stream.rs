@@ -104,13 +104,23 @@ unsafe extern "C" fn note_changeable(object: SEXP, _: SEXP) -> SEXP {
     }
 }
 
-struct Bounded {
-    bytes: Vec<u8>,
+/// Takes bytes up to so many in all, and none any more once there would be more.
+pub struct Bounded<'a> {
+    bytes: &'a mut Vec<u8>,
     most: usize,
-    over: bool,
+    /// There would be more.
+    pub over: bool,
 }
 
-impl Sink for Bounded {
+impl Bounded<'_> {
+    /// `bytes` may hold some already.
+    pub fn new(bytes: &mut Vec<u8>, most: usize) -> Bounded<'_> {
+        let over = false;
+        Bounded { bytes, most, over }
+    }
+}
+
+impl Sink for Bounded<'_> {
     fn write(&mut self, bytes: &[u8]) -> bool {
         self.over |= self.bytes.len() + bytes.len() > self.most;
         if !self.over {
@@ -125,13 +135,11 @@ impl Sink for Bounded {
 /// # Errors
 /// When R jumped.
 pub fn serialize_fixed(object: &Robj, most: usize) -> std::result::Result<Option<Vec<u8>>, Jump> {
-    let mut sink = Bounded {
-        bytes: Vec::new(),
-        most,
-        over: false,
-    };
+    let mut bytes = Vec::new();
+    let mut sink = Bounded::new(&mut bytes, most);
     let fixed = serialize(object, Format::Native, &mut sink)?;
-    Ok((!sink.over && fixed).then_some(sink.bytes))
+    let over = sink.over;
+    Ok((!over && fixed).then_some(bytes))
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {

@@ -120,8 +120,8 @@ pub unsafe fn append_plain(value: SEXP, out: &mut Vec<u8>) -> bool {
 
 /// Writes what a value that is not plain begins with; [`stream::write`] or [`stream::serialize`]
 /// follows.
-pub fn begin_serialized(sink: &mut dyn Sink) -> bool {
-    sink.write(&[SERIALIZED])
+pub fn begin_serialized(sink: &mut dyn Sink) {
+    sink.write(&[SERIALIZED]);
 }
 
 /// Writes a value that is not plain.

@@ -12,8 +12,7 @@
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
-use crate::frame::SHARED;
-use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
+use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED};
 use crate::message::{self, Loss, ToAgent, ToHead};
 use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};

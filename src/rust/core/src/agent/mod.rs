@@ -79,8 +79,7 @@ pub struct Greeted {
     head_pid: u32,
 }
 
-/// How [`Agent::run`] ends. There is one of it in a process.
-#[allow(clippy::large_enum_variant)]
+/// How [`Agent::run`] ends.
 pub enum Role {
     /// This process is a forked worker.
     Worker(Box<Channel>),

@@ -133,24 +133,20 @@ impl Replay {
             return false;
         };
         debug_assert!(last || open.message.blocks.is_empty());
-        let held = self.payloads.get(&id);
-        let more = OVERHEAD.saturating_add(if held.is_some() { 0 } else { len });
+        let held = self.payloads.contains_key(&id);
+        let more = OVERHEAD.saturating_add(if held { 0 } else { len });
         // Each large one is a descriptor.
         let large = self.payloads.values().filter(|(len, _)| *len > MAX_BODY);
-        let crowded = held.is_none() && len > MAX_BODY && large.count() >= MOST_LARGE;
+        let crowded = !held && len > MAX_BODY && large.count() >= MOST_LARGE;
         if crowded || self.bytes.saturating_add(more) > self.most {
             open.too_much = true;
             return false;
         }
-        let held = self.payloads.get_mut(&id);
         self.bytes += more;
         open.message.payload = Some(id);
-        if let Some((_, users)) = held {
-            *users += 1;
-            return false;
-        }
-        self.payloads.insert(id, (len, 1));
-        true
+        let (_, users) = self.payloads.entry(id).or_insert((len, 0));
+        *users += 1;
+        !held
     }
 
     /// Payloads that are not needed any more since the last call.
