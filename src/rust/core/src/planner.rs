@@ -36,6 +36,10 @@ const COST_OF_ALL: f64 = 4.0;
 /// A unit should take so many times as long as a message to the worker and back.
 const ROUND_TRIPS: f64 = 2.0;
 
+/// Seconds that a unit should take at least: what it costs the head, the agent and the worker is taken
+/// from the cores that compute, if they are those of one machine.
+const GRAIN: f64 = 0.002;
+
 /// A unit is sent ahead if a worker would be idle for more than this part of its time without it.
 const IDLE: f64 = 0.02;
 
@@ -301,7 +305,7 @@ impl Planner {
         let round_trip = self.places[place].round_trip.unwrap_or(0.0);
         let way = ROUND_TRIPS * round_trip;
         let work = COST.max(COST_OF_ALL * self.living as f64) * self.cost;
-        let enough = (way.max(work) / task).min(ANSWER / self.bytes.max(1.0));
+        let enough = (way.max(work).max(GRAIN) / task).min(ANSWER / self.bytes.max(1.0));
         let fair = match self.assignment {
             Assignment::Free => {
                 let (len, living) = (self.queues[0].len(), self.living.max(1));

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 /// If the next task has lately come so soon, a worker watches for it that long before it sleeps,
 /// and gives its core away at every look: to sleep and to be woken would take longer.
-const WATCH: Duration = Duration::from_micros(300);
+const WATCH: Duration = Duration::from_micros(200);
 
 /// The state of a random number generator: the integers of R's `.Random.seed`,
 /// little-endian; none if there is none.

@@ -34,9 +34,9 @@ const READ: usize = 256 * 1024;
 /// How long R may leave the streams unread, and then some, before the hub's thread reads them.
 pub const TICK: Duration = Duration::from_millis(2);
 
-/// How long R's thread watches for an answer before it sleeps: about what it takes, to and fro, to
-/// put a core to sleep and wake it, on every way station.
-const WATCH: Duration = Duration::from_millis(1);
+/// How long R's thread watches for an answer before it sleeps: what it usually takes to and fro when
+/// nobody on the way sleeps. If it watched for longer, it would take a core from workers of this machine.
+const WATCH: Duration = Duration::from_micros(100);
 
 /// Who reads the streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
