@@ -11,8 +11,8 @@ arguments <- commandArgs(trailingOnly = TRUE)
 quick <- "--quick" %in% arguments
 is_only <- startsWith(arguments, "only=")
 only <- unlist(strsplit(sub("^only=", "", arguments[is_only]), ","))
-sections <- c("startup", "roundtrip", "throughput", "apply", "export", "gather", "balance", "latency",
-              "memory", "idle", "thousand")
+sections <- c("startup", "roundtrip", "throughput", "apply", "compute", "export", "gather", "balance",
+              "latency", "memory", "idle", "thousand")
 is_out <- startsWith(arguments, "out=")
 out <- sub("^out=", "", arguments[is_out])
 unknown <- c(setdiff(only, sections), setdiff(arguments[!is_only & !is_out], "--quick"))
@@ -141,6 +141,32 @@ if (wanted("apply")) {
     time <- compare(32L, function(cl) elapsed(rustcluster::parLapply(cl, 1:1e5, trivial)))
     ratio <- time$psock / time$ours
     report("parLapply()", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 3))
+  })
+}
+
+# Tasks that do what people do, of some tenths of a millisecond: what a cluster costs beside them.
+if (wanted("compute")) {
+  section("4,000 bootstrap samples of 500 rows, lm() of each")
+  report_head("PSOCK/rc")
+  data <- local({
+    x <- seq(0, 1, length.out = 500)
+    data.frame(x, z = sin(50 * x), y = 2 * x + cos(80 * x))
+  })
+  this <- environment()
+  fit <- global(function(i) {
+    coef(lm(y ~ x + z, data[sample(nrow(data), replace = TRUE), ]))
+  })
+  for (n in c(2L, 40L)) attempt(if (affordable(paste(n, "workers"), n, sum(each))) {
+    for (verb in c("parLapply", "parLapplyLB")) {
+      run <- getExportedValue("rustcluster", verb)
+      time <- compare(n, function(cl) {
+        clusterExport(cl, "data", this)
+        clusterSetRNGStream(cl, 1)
+        elapsed(run(cl, 1:4000, fit))
+      })
+      report(sprintf("%s(), %d workers", verb, n), seconds(time$psock), seconds(time$ours),
+             time$psock / time$ours)
+    }
   })
 }
 
