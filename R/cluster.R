@@ -408,15 +408,6 @@ format.RustNode <- function(x, ...) {
   sprintf("node of a socket cluster on host %s", sQuote(x[["host"]]))
 }
 
-#' @export
-summary.RustCluster <- function(object, ...) {
-  hosts <- vapply(object, `[[`, "", "host")
-  data.frame(
-    host = unique(hosts), workers = as.integer(table(factor(hosts, unique(hosts)))),
-    stringsAsFactors = FALSE
-  )
-}
-
 #' @importFrom utils str
 #' @export
 str.RustCluster <- function(object, ...) {

@@ -42,7 +42,10 @@ outOfMemory <- function(left) {
 }
 
 formatBytes <- function(bytes) {
-  if (bytes < 1e9) sprintf("%.1f MB", bytes / 1e6) else sprintf("%.1f GB", bytes / 1e9)
+  ifelse(
+    bytes < 1e5, sprintf("%.1f kB", bytes / 1e3),
+    ifelse(bytes < 1e9, sprintf("%.1f MB", bytes / 1e6), sprintf("%.1f GB", bytes / 1e9))
+  )
 }
 
 # Raises what a Rust function handed back instead of its result: a named character vector.

@@ -5,7 +5,9 @@ use crate::job::Job;
 use crate::mapped;
 use crate::plain::{self, Sent};
 use crate::repeat;
+use crate::status;
 use crate::stream::{self, Format, Sink};
+use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
@@ -44,7 +46,7 @@ pub struct Cluster {
     /// Of each worker, what it is sent that is not plain.
     pub formats: RefCell<Vec<Format>>,
     /// The messages of tasks that have not been answered, to be sent again if need be.
-    messages: RefCell<HashMap<TaskId, Message>>,
+    pub messages: RefCell<HashMap<TaskId, Message>>,
     /// The job that last sent something, and how much it has sent.
     sent_by_job: Cell<(JobId, i32)>,
     /// The job that is open, if it is one of ours and not a verb of parallel's.
@@ -117,14 +119,14 @@ impl Shared {
 }
 
 /// A message for as long as its task is outstanding.
-struct Message {
+pub struct Message {
     /// As it came from R, which shares its values: it costs no memory of its own.
     message: Robj,
     /// The worker that R gave it to.
     owner: Rank,
     job: JobId,
     /// Which of the job's tasks it is, from 1.
-    index: i32,
+    pub index: i32,
     lasts: Option<u64>,
     /// All of it, where its worker's host has it.
     shared: Shared,
@@ -211,7 +213,8 @@ fn hub_start(
     };
     let hello = agent::hello(package, r_version, platform);
     match Hub::start(hosts, hello, buffer_limit as usize) {
-        Ok(hub) => {
+        Ok(mut hub) => {
+            hub.measure_with(unit::measure);
             let cluster = Cluster {
                 hub: RefCell::new(hub),
                 nodes: Cell::new(None),
@@ -895,9 +898,16 @@ fn answered(
     };
     let of_rank = |kind: &str, rank: Rank| Failure::new(kind).with("rank", rank + 1);
     match answer {
-        Answer::Ready { rank, task, body } => {
+        Answer::Ready {
+            rank,
+            place: at,
+            task,
+            body,
+        } => {
             cluster.messages.borrow_mut().remove(&task);
-            Ok(read_answer(body, place(rank)))
+            let answer = read_answer(body, place(rank));
+            status::note_failure(cluster, at, &answer);
+            Ok(answer)
         }
         Answer::Lost {
             rank,

@@ -7,6 +7,7 @@
 use crate::failure::Failure;
 use crate::head::{self, Cluster, ToHub, SLICE};
 use crate::repeat;
+use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
 use crate::unit;
 use crate::unwind::{self, Jump};
@@ -300,6 +301,12 @@ impl Job {
         ranks.filter_map(|(place, &rank)| Some((rank, self.planner.way(place)?)))
     }
 
+    /// The tasks of a unit that is out: the first one's number, from 1, and how many.
+    pub fn at(&self, task: TaskId) -> Option<(usize, usize)> {
+        let tasks = &self.sent.get(&task)?.tasks;
+        Some((self.task(*tasks.first()?) + 1, tasks.len()))
+    }
+
     fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -363,8 +370,10 @@ impl Job {
                 hub.receive_any(|rank| self.members.contains(&rank), left)
             };
             match answer {
-                Answer::Ready { task, body, .. } => {
-                    self.take(task, body)?;
+                Answer::Ready {
+                    place, task, body, ..
+                } => {
+                    self.take(cluster, place, task, body)?;
                     answered = true;
                 }
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
@@ -657,12 +666,19 @@ impl Job {
         }
     }
 
-    /// Takes a unit's answer.
-    fn take(&mut self, task: TaskId, body: Body) -> std::result::Result<(), Unsent> {
+    /// Takes a unit's answer, which this worker has given.
+    fn take(
+        &mut self,
+        cluster: &Cluster,
+        on: Rank,
+        task: TaskId,
+        body: Body,
+    ) -> std::result::Result<(), Unsent> {
         let Some(sent) = self.remove(task) else {
             return Ok(());
         };
         if sent.tasks.is_empty() {
+            cluster.hub.borrow().uncount(on);
             self.ready.push_back(sent.place);
             return Ok(());
         }
@@ -677,8 +693,16 @@ impl Job {
             slept: true,
             count: 0,
         };
+        let failed = taking.job.failed.len();
         let taken = unwind::run(take_protected, &mut taking);
         let (seconds, slept, count) = (taking.seconds, taking.slept, taking.count);
+        if let Some(last) = self.failed[failed..].last() {
+            // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
+            unsafe {
+                let value = VECTOR_ELT(self.results.get(), *last as isize - 1);
+                status::note_error(cluster, on, value);
+            }
+        }
         taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let ended = Ended {

@@ -11,6 +11,7 @@ mod job;
 mod mapped;
 mod plain;
 mod repeat;
+mod status;
 mod stream;
 mod unit;
 mod unwind;
@@ -40,5 +41,6 @@ extendr_module! {
     use agent;
     use head;
     use job;
+    use status;
     use worker;
 }

@@ -332,6 +332,14 @@ pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Ve
     }
 }
 
+/// The seconds that an answer of this form says it took.
+pub fn elapsed(bytes: &[u8]) -> Option<f64> {
+    let (&form, rest) = bytes.split_first()?;
+    // As in R's proc.time(): user's, system's, elapsed.
+    let seconds = rest.get(16..24).filter(|_| form == ANSWER)?;
+    Some(f64::from_ne_bytes(seconds.try_into().ok()?))
+}
+
 /// # Safety
 /// On R's thread, with live values.
 unsafe fn write(

@@ -8,6 +8,7 @@ use crate::plain;
 use crate::stream::{self, Format, Sink, Source};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_error, SEXP};
+use rustcluster_core::activity::Measured;
 use rustcluster_core::scheduler::Body;
 use std::ffi::{c_char, c_int};
 
@@ -91,14 +92,31 @@ impl AnswerHead {
         if body.chunks.front()?.first() != Some(&ANSWER) || !body.fill(&mut bytes) {
             return None;
         }
-        let (seconds, rest) = bytes[1..].split_first_chunk()?;
+        AnswerHead::of(&bytes)
+    }
+
+    /// What an answer of a unit begins with.
+    fn of(bytes: &[u8]) -> Option<AnswerHead> {
+        let (&kind, rest) = bytes.split_first()?;
+        let (seconds, rest) = rest.split_first_chunk().filter(|_| kind == ANSWER)?;
         let (slept, count) = rest.split_first()?;
         Some(AnswerHead {
             seconds: f64::from_ne_bytes(*seconds),
             slept: *slept != 0,
-            count: u32::from_ne_bytes(count.try_into().ok()?),
+            count: u32::from_ne_bytes(*count.first_chunk()?),
         })
     }
+}
+
+/// What an answer says of how long it took, by its first bytes. One in R's serialization says it at its
+/// end.
+pub fn measure(bytes: &[u8]) -> Option<Measured> {
+    let unit = AnswerHead::of(bytes).map(|head| Measured {
+        seconds: head.seconds,
+        tasks: head.count,
+    });
+    let alone = || plain::elapsed(bytes).map(|seconds| Measured { seconds, tasks: 1 });
+    unit.or_else(alone)
 }
 
 /// Appends a value to `out` if it is plain. Returns whether it is.

@@ -4,6 +4,7 @@
 //! Nothing here calls R, so everything builds and tests with cargo alone. [`frame`], [`message`],
 //! [`scheduler`] and [`agent::state`] do no I/O at all.
 
+pub mod activity;
 pub mod agent;
 pub mod cores;
 pub mod frame;

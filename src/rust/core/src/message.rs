@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
 pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
@@ -129,6 +129,17 @@ impl fmt::Display for Exit {
     }
 }
 
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let oom = if self.oom {
+            ", it seems for want of memory"
+        } else {
+            ""
+        };
+        write!(f, "pid {} {}{oom}", self.pid, self.exit)
+    }
+}
+
 /// A worker that ended without being asked to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Loss {
@@ -170,6 +181,19 @@ pub enum ToAgent {
         worker: u32,
         task: u64,
     },
+    /// What memory do the workers take?
+    Usage {
+        question: u64,
+    },
+}
+
+/// Bytes of memory that a process takes; 0 for what is not known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// All that it has in memory.
+    pub resident: u64,
+    /// Of what it shares with other processes, its part.
+    pub proportional: u64,
 }
 
 /// Agent to head.
@@ -227,6 +251,12 @@ pub enum ToHead {
     /// The agent cannot go on and ends all.
     Failed {
         reason: String,
+    },
+    /// The memory of some workers. `last`: there are no more.
+    Usage {
+        question: u64,
+        workers: Vec<(u32, Usage)>,
+        last: bool,
     },
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A pure state machine. Frames and commands go in; frames come out of [`Scheduler::next_frame`]
 //! when a stream can take them, and notes for R out of [`Scheduler::take_notes`]. There is no
-//! socket, clock or thread here, so that thousands of workers and years of faults can be
+//! socket, clock or thread here (who wants to know when workers were busy tells the time with
+//! [`Scheduler::at`]), so that thousands of workers and years of faults can be
 //! simulated.
 //!
 //! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
@@ -12,8 +13,9 @@
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
 
+use crate::activity::{Measure, Moment, Times, Track};
 use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED};
-use crate::message::{self, Loss, ToAgent, ToHead};
+use crate::message::{self, Loss, ToAgent, ToHead, Usage};
 use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::{Buf, Bytes};
@@ -180,6 +182,31 @@ pub enum Note {
         agent: usize,
         reason: String,
     },
+    /// What workers of this agent take of memory. `question`: see [`ToAgent::Usage`]; `last`: that is
+    /// all of the answer.
+    Usage {
+        agent: usize,
+        question: u64,
+        usages: Vec<(Rank, Usage)>,
+        last: bool,
+    },
+}
+
+/// What a worker is at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// It is being made.
+    #[default]
+    Starting,
+    Idle,
+    /// It has this task, or is being sent it.
+    Busy(TaskId),
+    /// It still has this task, which has been cancelled or took too long.
+    Ending(TaskId),
+    /// It is brought to the state that the one before it had.
+    Restoring,
+    Lost,
+    Stopped,
 }
 
 /// Whose answer R is waiting for. Large results are asked for accordingly.
@@ -303,10 +330,13 @@ struct Current {
     before: Option<Bytes>,
     /// The state in which it leaves the generator of this worker.
     after: Option<(Rank, Bytes)>,
+    times: Times,
+    /// All of the answer has come.
+    answered: bool,
 }
 
 impl Current {
-    fn new(task: Task, before: Option<Bytes>) -> Current {
+    fn new(task: Task, before: Option<Bytes>, begun: Moment) -> Current {
         Current {
             task,
             phase: Phase::Sending { first: true },
@@ -318,6 +348,11 @@ impl Current {
             begun: false,
             before,
             after: None,
+            times: Times {
+                begun,
+                ..Times::default()
+            },
+            answered: false,
         }
     }
 }
@@ -382,6 +417,7 @@ struct Worker {
     window: usize,
     /// In its agent's `sendable`.
     sendable: bool,
+    track: Track,
 }
 
 impl Worker {
@@ -486,6 +522,9 @@ pub struct Scheduler {
     unlimited: bool,
     /// Bytes of tasks that left the queues since the last `take_released`.
     released: usize,
+    /// The time of what happens.
+    now: Moment,
+    measure: Measure,
 }
 
 impl Scheduler {
@@ -526,6 +565,7 @@ impl Scheduler {
                     seed: None,
                     window: SEND_WINDOW,
                     sendable: false,
+                    track: Track::default(),
                 })
                 .collect(),
             notes: Vec::new(),
@@ -538,6 +578,65 @@ impl Scheduler {
             want: Want::Nothing,
             unlimited: false,
             released: 0,
+            now: Moment::ZERO,
+            measure: |_| None,
+        }
+    }
+
+    /// All that happens from here on happens at this time.
+    pub fn at(&mut self, now: Moment) {
+        self.now = now;
+    }
+
+    /// How answers say how long they took.
+    pub fn measure_with(&mut self, measure: Measure) {
+        self.measure = measure;
+    }
+
+    /// What a worker is at.
+    pub fn state(&self, rank: Rank) -> State {
+        let Some(worker) = self.workers.get(rank as usize) else {
+            return State::default();
+        };
+        match (&worker.state, &worker.current) {
+            (WorkerState::Gone(gone), _) => match **gone {
+                Gone::Stopped => State::Stopped,
+                _ => State::Lost,
+            },
+            (WorkerState::Starting, _) if worker.track.lost_since().is_some() => State::Restoring,
+            (WorkerState::Starting, _) => State::Starting,
+            (WorkerState::Up, None) => State::Idle,
+            (WorkerState::Up, Some(current)) => match current.task.id {
+                task if task & RESTORE != 0 => State::Restoring,
+                task if current.cancelled => State::Ending(task),
+                task => State::Busy(task),
+            },
+        }
+    }
+
+    /// What a worker has been at until now.
+    pub fn track(&self, rank: Rank) -> Track {
+        let Some(worker) = self.workers.get(rank as usize) else {
+            return Track::default();
+        };
+        let mut track = worker.track.clone();
+        if let Some(current) = current_of(worker) {
+            track.ended(current.times, 0, self.now);
+        }
+        track
+    }
+
+    /// Something went wrong with a task of this worker.
+    pub fn failed(&mut self, rank: Rank, why: &str) {
+        if let Some(worker) = self.workers.get_mut(rank as usize) {
+            worker.track.failed(why);
+        }
+    }
+
+    /// One task less: it was none of R's.
+    pub fn uncount(&mut self, rank: Rank) {
+        if let Some(worker) = self.workers.get_mut(rank as usize) {
+            worker.track.tasks = worker.track.tasks.saturating_sub(1);
         }
     }
 
@@ -924,9 +1023,10 @@ impl Scheduler {
             self.released += current.task.queued_bytes();
             match current.phase {
                 Phase::Sending { first } => {
-                    let id = current.task.id;
+                    let (id, times) = (current.task.id, current.times);
                     frames.extend(worker.abort(id, first));
                     worker.current = None;
+                    worker.track.ended(times, 0, self.now);
                 }
                 Phase::Running => {
                     running = true;
@@ -1129,6 +1229,11 @@ impl Scheduler {
             return;
         }
         worker.state = WorkerState::Gone(gone.clone());
+        match &*gone {
+            Gone::Worker(loss) => worker.track.lost(&loss.to_string(), self.now),
+            Gone::Host(reason) => worker.track.lost(&format!("host lost: {reason}"), self.now),
+            Gone::Stopped => {}
+        }
         self.notes.push(Note::Gone {
             rank,
             gone: gone.clone(),
@@ -1162,6 +1267,7 @@ impl Scheduler {
         }
         let (agent, index) = (worker.agent, worker.index);
         worker.state = WorkerState::Starting;
+        worker.track.lost(&loss.to_string(), self.now);
         if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
             self.push_control(agent, frame);
         }
@@ -1223,16 +1329,20 @@ impl Scheduler {
         if worker.current.is_none() {
             if let Some(next) = worker.next.take() {
                 // Its agent has let it start, so what was sent is not needed here any more.
-                let mut current = Current::new(next.task, None);
+                let mut current = Current::new(next.task, None, self.now);
                 let kept = next.kept.iter().map(|chunk| chunk.bytes.len());
                 self.released += kept.sum::<usize>() - current.task.queued_bytes();
                 current.phase = next.phase;
+                if let Phase::Running = current.phase {
+                    current.times.sent = Some(self.now);
+                }
                 current.cancelled = next.cancelled;
                 worker.current = Some(current);
             } else if let Some(task) = worker.next_task() {
                 let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
                 let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
-                self.workers[rank as usize].current = Some(Current::new(task, before));
+                let current = Current::new(task, before, self.now);
+                self.workers[rank as usize].current = Some(current);
             }
         }
         let worker = &mut self.workers[rank as usize];
@@ -1266,14 +1376,15 @@ impl Scheduler {
             }
             let mut before = None;
             let mut ahead = false;
-            let (task, phase) = match (&mut worker.current, &mut worker.next) {
+            let (task, phase, times) = match (&mut worker.current, &mut worker.next) {
                 (Some(current), _) if matches!(current.phase, Phase::Sending { .. }) => {
                     before = current.before.take();
-                    (&mut current.task, &mut current.phase)
+                    let times = Some(&mut current.times);
+                    (&mut current.task, &mut current.phase, times)
                 }
                 (_, Some(next)) => {
                     ahead = true;
-                    (&mut next.task, &mut next.phase)
+                    (&mut next.task, &mut next.phase, None)
                 }
                 _ => continue,
             };
@@ -1307,10 +1418,14 @@ impl Scheduler {
             if task.complete && task.chunks.is_empty() {
                 flags |= LAST;
                 *phase = Phase::Running;
+                if let Some(times) = times {
+                    times.sent = Some(self.now);
+                }
             }
             let (flags, id) = (flags | sent.flags, task.id);
             let index = worker.index;
             let frame = Frame::new(Kind::Data, flags, index, id, sent.body);
+            worker.track.bytes_in += frame.wire_len() as u64;
             let together = &mut self.agents[agent].together;
             if let Some(seed) = before {
                 together.push_back(Frame::new(Kind::Seed, GUEST, index, id, seed));
@@ -1406,6 +1521,7 @@ impl Scheduler {
                 let worker = &mut self.workers[rank as usize];
                 if matches!(worker.state, WorkerState::Starting) {
                     worker.state = WorkerState::Up;
+                    worker.track.back(self.now);
                     self.notes.push(Note::Up { rank, pid });
                     self.dispatch(rank);
                 }
@@ -1451,6 +1567,7 @@ impl Scheduler {
                 }
                 let worker = &mut self.workers[rank as usize];
                 worker.state = WorkerState::Up;
+                worker.track.back(self.now);
                 // What the one before had not read is gone.
                 worker.window = SEND_WINDOW;
                 self.notes.push(Note::Replaced { rank, pid, killed });
@@ -1462,6 +1579,20 @@ impl Scheduler {
             ToHead::WorkerStopped { worker } => {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Gone::Stopped));
+            }
+            ToHead::Usage {
+                question,
+                workers,
+                last,
+            } => {
+                let of = |(worker, usage)| Ok((self.rank(agent, worker)?, usage));
+                let usages: Result<Vec<_>, ProtocolError> = workers.into_iter().map(of).collect();
+                self.notes.push(Note::Usage {
+                    agent,
+                    question,
+                    usages: usages?,
+                    last,
+                });
             }
             ToHead::LeftBehind {
                 worker,
@@ -1532,6 +1663,11 @@ impl Scheduler {
         }
         let before = current.reserved();
         current.received += chunk.len();
+        worker.track.bytes_out += (HEADER_LEN + chunk.len()) as u64;
+        if flags & FIRST != 0 {
+            current.times.answered = Some(self.now);
+            current.times.measured = (self.measure)(&chunk);
+        }
         self.reserved -= before - current.reserved();
         if current.received > current.granted {
             return Err(ProtocolError(format!(
@@ -1576,6 +1712,7 @@ impl Scheduler {
         if flags & LAST != 0 {
             let answer = mem::take(&mut current.answer);
             let job = current.task.job;
+            current.answered = true;
             self.free(rank);
             let outcome = Outcome::Answer(answer);
             self.notes.push(Note::Done {
@@ -1627,6 +1764,14 @@ impl Scheduler {
 
     /// Frees a worker of its current task. Returns that if its answer is still wanted.
     fn free(&mut self, rank: Rank) -> Option<Task> {
+        let worker = &mut self.workers[rank as usize];
+        if let Some(current) = current_of(worker) {
+            let (times, answered) = (current.times, current.answered);
+            let tasks = times.measured.map_or(1, |measured| measured.tasks.into());
+            worker
+                .track
+                .ended(times, if answered { tasks } else { 0 }, self.now);
+        }
         let current = self.workers[rank as usize].current.take()?;
         self.released += current.task.queued_bytes();
         self.buffered -= current.answer.len;
@@ -1697,6 +1842,12 @@ impl Scheduler {
             self.push_control(agent, frame);
         }
     }
+}
+
+/// The task that a worker is at, if that is one of R's.
+fn current_of(worker: &Worker) -> Option<&Current> {
+    let current = worker.current.as_ref();
+    current.filter(|current| current.task.id & RESTORE == 0)
 }
 
 impl Current {

@@ -14,6 +14,7 @@ pub mod relay;
 pub mod replay;
 pub mod state;
 mod strays;
+mod usage;
 
 use crate::cores::OutOfMemory;
 use crate::frame::{self, FIRST, Frame, Header, Kind, MAX_BODY};
@@ -43,6 +44,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use strays::Strays;
+use usage::Census;
 
 const HEAD_IN: Token = Token(0);
 const HEAD_OUT: Token = Token(1);
@@ -250,6 +252,8 @@ pub struct Agent {
     saved: signals::Saved,
     guard: Guard,
     strays: Strays,
+    /// What the head wants to know of the workers' memory.
+    census: Option<Census>,
     memory: OutOfMemory,
     epoch: Instant,
     scratch: Vec<u8>,
@@ -321,6 +325,7 @@ impl Agent {
             saved,
             guard: Guard::start(count as usize),
             strays: Strays::adopt(),
+            census: None,
             memory: OutOfMemory::watch(),
             epoch: Instant::now(),
             scratch: vec![0; READ],
@@ -344,7 +349,7 @@ impl Agent {
                 return Ok(Role::Worker(Box::new(channel)));
             }
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
-            let timeout = if self.to_make.is_empty() && !can_read {
+            let timeout = if self.to_make.is_empty() && !can_read && self.census.is_none() {
                 let pulse = self.pulse.as_ref().filter(|_| !self.ending);
                 let farewell = self.strays.deadline();
                 let deadline = if self.to_head.len() < HEAD_BACKLOG {
@@ -414,6 +419,7 @@ impl Agent {
             for worker in std::mem::take(&mut self.dirty) {
                 self.write_worker(worker);
             }
+            self.count_memory();
             self.write_head();
             let over = self.ending && self.to_make.is_empty() && self.relay.book.all_gone();
             if over && self.has_said_farewell() {
@@ -434,6 +440,23 @@ impl Agent {
         } else if pulse.speak(now) && self.to_head.is_empty() {
             // What waits to be sent is a sign of life itself.
             self.tell(&ToHead::Alive);
+        }
+    }
+
+    /// Looks at the memory of the next worker: of a large one that takes a while, and the others are not
+    /// to wait for all.
+    fn count_memory(&mut self) {
+        if self.ending {
+            self.census = None;
+        }
+        let workers = &self.workers;
+        let pid = |worker: u32| Some(workers.get(worker as usize)?.as_ref()?.pid);
+        let told = self.census.as_mut().and_then(|census| census.next(pid));
+        if let Some(message) = told {
+            if let ToHead::Usage { last: true, .. } = &message {
+                self.census = None;
+            }
+            self.tell(&message);
         }
     }
 
@@ -613,6 +636,9 @@ impl Agent {
                         self.strays.ready(worker, process.pid, &tempdir);
                         process.tempdir = Some(tempdir).filter(|path| process::is_tempdir(path));
                     }
+                }
+                Act::Usage { question } => {
+                    self.census = Some(Census::new(question, self.workers.len() as u32));
                 }
                 Act::End => self.end(),
             }

@@ -57,6 +57,10 @@ pub enum Act {
     Close(u32),
     /// This is where the worker has its temporary files.
     TempDir(u32, String),
+    /// The head wants to know what memory the workers take.
+    Usage {
+        question: u64,
+    },
     /// The head wants the end of it all.
     End,
 }
@@ -299,6 +303,7 @@ impl Relay {
             ToAgent::LossNoted { worker } => self.book.noted(worker)?,
             ToAgent::StopWorker { worker } => self.stop(worker, now, acts),
             ToAgent::Stop => acts.push(Act::End),
+            ToAgent::Usage { question } => acts.push(Act::Usage { question }),
             // That anything came is what counts.
             ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {

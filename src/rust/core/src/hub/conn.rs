@@ -57,6 +57,9 @@ pub struct Conn {
     pub plan: Option<Start>,
     /// Its end is meant.
     pub for_good: bool,
+    /// Bytes that went to the host, and that came from it.
+    pub bytes_in: u64,
+    pub bytes_out: u64,
 }
 
 /// How long to wait before a lost host is tried again: at first, and at most.
@@ -155,6 +158,7 @@ async fn serve_one(
 
 fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
     let mut core = shared.core();
+    core.look_at_clock();
     core.scheduler.agent_lost(agent, &failure.reason);
     let for_good = core.conns[agent].for_good;
     let known = &mut core.inbox.hosts[agent].failure;

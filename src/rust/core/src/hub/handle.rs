@@ -50,6 +50,8 @@ pub enum Turn {
 pub enum Answer {
     Ready {
         rank: Rank,
+        /// The worker that had it.
+        place: Rank,
         task: TaskId,
         body: Body,
     },
@@ -216,8 +218,12 @@ impl Hub {
         self.outstanding.len()
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
+    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
         self.inner.shared.core()
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.inner.shared
     }
 
     /// Whether all agents have greeted or failed; waits up to `most` for that.
@@ -837,9 +843,15 @@ impl Hub {
             took(&mut core, body.len);
         }
         drop(core);
+        let place = self.place(rank, task);
         self.strike(rank, task);
         match end {
-            End::Outcome(Outcome::Answer(body)) => Answer::Ready { rank, task, body },
+            End::Outcome(Outcome::Answer(body)) => Answer::Ready {
+                rank,
+                place,
+                task,
+                body,
+            },
             End::Outcome(Outcome::TimedOut) => Answer::TimedOut { rank, task },
             End::Outcome(Outcome::Recalled) => Answer::Recalled { rank, task },
             End::GivenUp => Answer::GivenUp { rank, task },

@@ -1,6 +1,6 @@
 //! What the hub knows and R has not been told yet.
 
-use crate::message::{Hello, Loss, ToHead};
+use crate::message::{Hello, Loss, ToHead, Usage};
 use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
@@ -71,6 +71,8 @@ pub struct WorkerView {
     pub gone: Option<Arc<Gone>>,
     /// The job that was open when it was lost for good.
     pub gone_in: JobId,
+    /// Its memory, when the question of this number was answered.
+    pub usage: Option<(u64, Usage)>,
 }
 
 /// A host as R's thread sees it.
@@ -84,6 +86,9 @@ pub struct HostView {
     pub up: Option<Duration>,
     pub start_failure: Option<ToHead>,
     pub failure: Option<HostFailure>,
+    /// The last question after its workers' memory that was asked, and that was answered.
+    pub asked: u64,
+    pub told: u64,
     /// R knows, or will, that it is lost; that its workers' state is not kept.
     told_lost: bool,
     told_state: bool,
@@ -231,6 +236,19 @@ impl Inbox {
                 command,
             }),
             Note::Output { rank, bytes } => self.printed(rank, bytes),
+            Note::Usage {
+                agent,
+                question,
+                usages,
+                last,
+            } => {
+                for (rank, usage) in usages {
+                    self.workers[rank as usize].usage = Some((question, usage));
+                }
+                if last {
+                    self.hosts[agent].told = question;
+                }
+            }
             // Its stream is ended for that reason.
             Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),

@@ -10,9 +10,11 @@ mod inbox;
 mod restore;
 mod shared;
 mod spool;
+mod status;
 
 pub use handle::{Answer, Begun, Hub, NO_JOB, Progress, RECORD_LIMIT, Turn};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
+pub use status::{HostStatus, Status};
 
 use crate::launch::Launch;
 use crate::message::{Hello, Start};

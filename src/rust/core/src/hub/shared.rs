@@ -11,6 +11,7 @@ use super::conn::Conn;
 use super::inbox::Inbox;
 use super::restore::Restoring;
 use super::spool::Spool;
+use crate::activity::Measure;
 use crate::frame;
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
@@ -76,6 +77,9 @@ pub struct Core {
     changes: u64,
     /// How long R has lately waited for answers, on average.
     usual_wait: Duration,
+    /// The beginning of all times.
+    pub began: Instant,
+    pub measure: Measure,
     wake: UnixStream,
     scratch: Vec<u8>,
 }
@@ -114,6 +118,8 @@ impl Shared {
                 asleep: false,
                 changes: 0,
                 usual_wait: Duration::ZERO,
+                began: Instant::now(),
+                measure: |_| None,
                 wake,
                 scratch: vec![0; READ],
             }),
@@ -274,11 +280,18 @@ impl Core {
     pub fn set_ranks(&mut self, ranks: Vec<Vec<Rank>>) {
         self.inbox.set_workers(&ranks);
         self.scheduler = Scheduler::new(ranks, self.limit);
+        self.scheduler.measure_with(self.measure);
+        self.look_at_clock();
         for agent in 0..self.conns.len() {
             if let Some(failure) = &self.inbox.hosts[agent].failure {
                 self.scheduler.agent_lost(agent, &failure.reason);
             }
         }
+    }
+
+    /// All that happens from here on happens now.
+    pub fn look_at_clock(&mut self) {
+        self.scheduler.at(self.began.elapsed());
     }
 
     /// The stream to an agent that has greeted, and what came with the greeting.
@@ -359,7 +372,9 @@ impl Core {
                 if !conn.patience.is_zero() {
                     conn.heard = Some(Instant::now());
                 }
+                conn.bytes_out += n as u64;
                 let scratch = std::mem::take(&mut self.scratch);
+                self.look_at_clock();
                 self.take_in(agent, &scratch[..n]);
                 self.scratch = scratch;
                 self.settle();
@@ -427,6 +442,7 @@ impl Core {
 
     /// After any change: sends what can be sent, and takes note of what R must know.
     pub fn settle(&mut self) {
+        self.look_at_clock();
         loop {
             for agent in 0..self.conns.len() {
                 self.flush(agent);
@@ -509,6 +525,7 @@ impl Core {
                 let Some(frame) = self.scheduler.next_frame(agent) else {
                     break;
                 };
+                conn.bytes_in += frame.wire_len() as u64;
                 conn.out.push(&frame);
             }
             if conn.out.is_empty() {

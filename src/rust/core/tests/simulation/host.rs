@@ -148,6 +148,8 @@ impl Host {
                     let rank = self.ranks[worker as usize];
                     facts.places[rank as usize].came_up = true;
                 }
+                // It is not asked.
+                Act::Usage { .. } => {}
                 Act::End => self.lost = true,
             }
         }

@@ -555,6 +555,7 @@ impl Sim {
                     self.facts.seen.left_out += 1;
                 }
                 Note::Output { .. }
+                | Note::Usage { .. }
                 | Note::LeftBehind { .. }
                 | Note::Failed { .. }
                 | Note::StartFailed { .. } => {

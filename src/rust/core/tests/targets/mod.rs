@@ -491,7 +491,7 @@ impl Host {
                     assert!((worker as usize) < WORKERS);
                 }
                 Act::Tell(message) => assert!(message::encode(&message).is_ok()),
-                Act::End => {}
+                Act::Usage { .. } | Act::End => {}
             }
         }
     }

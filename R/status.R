@@ -1,0 +1,195 @@
+# What workers are at and have been at. The session knows it anyway, but for memory, which hosts are
+# asked for.
+
+#' What the workers of a cluster are at
+#'
+#' All but the memory is known here already, so that it can be asked at any time: between two calls,
+#' after one that was interrupted, and in the middle of one, as in `.onResult` of [clusterLapply()].
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: then only those workers are told of.
+#' @param memory (logical) Whether to ask the hosts what memory their workers take.
+#' @param timeout (number) Seconds to wait for that, at least 0; default 2. The memory on hosts that do
+#'   not answer in time is `NA`.
+#' @return `clusterStatus()`: a data frame of class `"rustcluster_status"`, with a row for each node:
+#'   \describe{
+#'     \item{host, rank, pid}{(character, integer, integer) of its worker; `pid` is `NA` if that is gone.}
+#'     \item{state}{(character) `"idle"`; `"busy"`, with a task, or being sent it; `"ending"`, still with a
+#'       task that was cancelled or took too long; `"restoring"`, when it takes the place of one that was
+#'       lost; `"lost"`; `"stopped"`; `"starting"`.}
+#'     \item{task, unit}{(integer) the number, in its job, of the task that it has; if it was sent several
+#'       together, of the first, and how many those are.}
+#'     \item{done}{(numeric) tasks that it has answered, one for each message, also of `clusterExport()`
+#'       and `clusterCall()`.}
+#'     \item{seconds}{(numeric) for how long it was busy, the task that it has included.}
+#'     \item{memory, rss}{(numeric) bytes that it has in memory: pages that it shares with others, as
+#'       forks do, counted in part (PSS), and in full (RSS). `NA` if not known.}
+#'     \item{bytes_in, bytes_out}{(numeric) bytes that went to it, and came from it, alone. What all
+#'       workers of a host get crosses to that once, and counts in `summary()` only.}
+#'     \item{losses}{(integer) how often it was lost.}
+#'     \item{error}{(character) the last error that a task of it gave, or how it was last lost; `NA`: none.}
+#'   }
+#'   `summary()`: a data frame with a row for each host, and `workers` (integer), `busy` (integer), `done`,
+#'   `seconds`, `memory` and `losses` of the nodes in `object`, and the bytes that went over the stream of
+#'   the host, with whatever they belonged to.
+#' @section Errors:
+#' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
+#' @seealso [clusterTimeline()], [clusterHosts()].
+#' @examples
+#' cl <- makeRustCluster(2)
+#' clusterApply(cl, 1:4, function(i) sum(rnorm(1e5)))
+#' clusterStatus(cl)
+#' summary(cl)
+#' parallel::stopCluster(cl)
+#' @export
+clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
+  handle <- clusterHandle(cl)
+  if (!isTRUE(memory) && !isFALSE(memory)) badArgument("memory", "must be TRUE or FALSE")
+  between(timeout, "timeout", "of seconds", 0, 1e6)
+  ranks <- checked(cluster_ranks(cl))
+  status <- checked(hub_status(handle$pointer))
+  taken <- if (memory) workersMemory(handle, ranks, timeout) else list()
+  of <- function(values) if (is.null(values)) rep(NA_real_, length(ranks)) else as.numeric(values[ranks])
+  rows <- data.frame(
+    host = handle$hosts[ranks], rank = ranks, pid = as.integer(status$pid[ranks]),
+    state = status$state[ranks], task = as.integer(status$task[ranks]),
+    unit = as.integer(status$unit[ranks]), done = status$done[ranks], seconds = status$seconds[ranks],
+    # Where a host does not know what is shared, all counts.
+    memory = ifelse(is.na(of(taken$proportional)), of(taken$resident), of(taken$proportional)),
+    rss = of(taken$resident), bytes_in = status$bytes_in[ranks], bytes_out = status$bytes_out[ranks],
+    losses = as.integer(status$losses[ranks]), error = as.character(status$error[ranks]),
+    stringsAsFactors = FALSE
+  )
+  structure(rows, class = c("rustcluster_status", "data.frame"))
+}
+
+# Of all workers, as far as the hosts of these answer in time.
+workersMemory <- function(handle, ranks, timeout) {
+  question <- checked(hub_ask_usage(handle$pointer, ranks), handle)
+  deadline <- proc.time()[["elapsed"]] + timeout
+  repeat {
+    left <- deadline - proc.time()[["elapsed"]]
+    usage <- checked(hub_usage(handle$pointer, question, max(left, 0), left <= 0), handle)
+    if (!is.null(usage)) return(usage)
+    # R looks for interrupts.
+    Sys.sleep(0)
+  }
+}
+
+#' @rdname clusterStatus
+#' @param object As `cl`.
+#' @param ... Not used.
+#' @export
+summary.RustCluster <- function(object, ...) {
+  handle <- clusterHandle(object)
+  status <- clusterStatus(object)
+  hosts <- unique(status$host)
+  of <- factor(status$host, hosts)
+  total <- function(values) as.numeric(rowsum(as.numeric(values), of))
+  bytes <- checked(hub_bytes(handle$pointer))
+  agents <- unique(handle$owner[status$rank])
+  of_agents <- factor(vapply(handle$agents[agents], `[[`, "", "host"), hosts)
+  crossed <- function(values) as.numeric(tapply(values[agents], of_agents, sum))
+  known <- ifelse(is.na(status$memory), 0, status$memory)
+  rows <- data.frame(
+    host = hosts, workers = as.integer(table(of)), busy = as.integer(total(status$state == "busy")),
+    done = total(status$done), seconds = total(status$seconds),
+    memory = ifelse(total(!is.na(status$memory)) > 0, total(known), NA),
+    bytes_in = crossed(bytes$bytes_in), bytes_out = crossed(bytes$bytes_out),
+    losses = as.integer(total(status$losses)), stringsAsFactors = FALSE
+  )
+  structure(rows, class = c("rustcluster_summary", "data.frame"))
+}
+
+# Printing -------------------------------------------------------------------------------------
+
+#' @rdname clusterStatus
+#' @param x What `clusterStatus()` has returned.
+#' @param n (integer) Workers that are shown one by one, at most. If there are more, it is a summary by
+#'   hosts, and those that are neither idle nor busy, or have had an error. `Inf`: all.
+#' @export
+print.rustcluster_status <- function(x, n = 24L, ...) {
+  needed <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "bytes_in",
+              "bytes_out", "losses", "error")
+  if (!all(needed %in% names(x))) return(invisible(print(as.data.frame(x), ...)))
+  between(n, "n", "of workers", 0, Inf)
+  hosts <- unique(x$host)
+  states <- table(factor(x$state, unique(x$state)))
+  cat(
+    counted(nrow(x), "worker"), " on ", counted(length(hosts), "host"),
+    if (nrow(x)) paste0(": ", toString(paste(states, names(states)))), "; ",
+    counted(sum(x$done), "task"), " done in ", formatSeconds(sum(x$seconds)), " of work\n",
+    sep = ""
+  )
+  if (nrow(x) <= n) {
+    if (nrow(x)) printTable(workersTable(x))
+    return(invisible(x))
+  }
+  of <- factor(x$host, hosts)
+  count <- function(which) as.integer(rowsum(as.integer(which), of))
+  memory <- as.numeric(rowsum(ifelse(is.na(x$memory), 0, x$memory), of))
+  printTable(data.frame(
+    host = hosts, workers = count(rep(1L, nrow(x))), busy = count(x$state == "busy"),
+    idle = count(x$state == "idle"), other = count(!x$state %in% c("busy", "idle")),
+    done = formatCount(as.numeric(rowsum(x$done, of))),
+    worked = formatSeconds(as.numeric(rowsum(x$seconds, of))),
+    memory = ifelse(memory > 0, formatBytes(memory), "?"), losses = count(x$losses)
+  ))
+  odd <- which(!x$state %in% c("busy", "idle") | !is.na(x$error))
+  if (length(odd)) {
+    shown <- utils::head(odd[order(x$state[odd] %in% c("busy", "idle"))], 10L)
+    cat("\n")
+    printTable(workersTable(x[sort(shown), ]))
+    if (length(odd) > length(shown)) cat("and", length(odd) - length(shown), "others with losses or errors\n")
+  }
+  cat("(print(x, n = Inf) shows all workers)\n")
+  invisible(x)
+}
+
+workersTable <- function(x) {
+  others <- ifelse(x$unit > 1L, paste0("+", x$unit - 1L), "")
+  shown <- data.frame(
+    host = x$host, rank = x$rank, pid = ifelse(is.na(x$pid), "-", x$pid), state = x$state,
+    task = ifelse(is.na(x$task), "-", paste0(x$task, others)),
+    done = formatCount(x$done), worked = formatSeconds(x$seconds),
+    memory = ifelse(is.na(x$memory), "?", formatBytes(x$memory)),
+    `in` = formatBytes(x$bytes_in), out = formatBytes(x$bytes_out), check.names = FALSE
+  )
+  if (any(x$losses > 0L)) shown$losses <- x$losses
+  if (any(!is.na(x$error))) shown$error <- oneLine(x$error, 60L)
+  shown
+}
+
+#' @export
+print.rustcluster_summary <- function(x, ...) {
+  needed <- c("host", "workers", "busy", "done", "seconds", "memory", "bytes_in", "bytes_out", "losses")
+  if (!all(needed %in% names(x))) return(invisible(print(as.data.frame(x), ...)))
+  printTable(data.frame(
+    host = x$host, workers = x$workers, busy = x$busy, done = formatCount(x$done),
+    worked = formatSeconds(x$seconds), memory = ifelse(is.na(x$memory), "?", formatBytes(x$memory)),
+    `in` = formatBytes(x$bytes_in), out = formatBytes(x$bytes_out), losses = x$losses, check.names = FALSE
+  ))
+  invisible(x)
+}
+
+printTable <- function(table) {
+  print(table, row.names = FALSE)
+}
+
+# The first line of each text, at most so wide; "" for none.
+oneLine <- function(text, width) {
+  text <- ifelse(is.na(text), "", sub("\n.*", "", trimws(text)))
+  ifelse(nchar(text) > width, paste0(substr(text, 1L, width - 3L), "..."), text)
+}
+
+counted <- function(count, what) paste0(formatCount(count), " ", what, if (count != 1) "s")
+
+formatCount <- function(count) {
+  format(round(count), big.mark = ",", scientific = FALSE, trim = TRUE)
+}
+
+formatSeconds <- function(seconds) {
+  ifelse(
+    seconds < 100, sprintf("%.1f s", seconds),
+    ifelse(seconds < 6000, sprintf("%.1f min", seconds / 60), sprintf("%.1f h", seconds / 3600))
+  )
+}

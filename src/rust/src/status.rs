@@ -1,0 +1,288 @@
+//! What workers are at and have been at, for R.
+
+use crate::failure::Failure;
+use crate::head::{self, Cluster};
+use extendr_api::prelude::*;
+use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
+use rustcluster_core::activity::{Interval, Kind, Moment, Track};
+use rustcluster_core::scheduler::{Rank, State, TaskId};
+use std::ffi::{c_int, c_void, CStr};
+use std::time::Duration;
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_is_error(value: *mut c_void) -> c_int;
+}
+
+/// Takes note of the error that a task of this worker gave: a value of class `"try-error"`.
+///
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+pub unsafe fn note_error(cluster: &Cluster, rank: Rank, value: SEXP) {
+    // SAFETY: the caller's; the type and length are looked at before the element.
+    unsafe {
+        if TYPEOF(value) == SEXPTYPE::STRSXP && LENGTH(value) > 0 {
+            let text = CStr::from_ptr(R_CHAR(STRING_ELT(value, 0)));
+            let text = text.to_string_lossy();
+            cluster.hub.borrow().failed(rank, text.trim_end());
+        }
+    }
+}
+
+/// The same for an answer as `recvData()` or `recvOneData()` gives it, if its value is an error.
+pub fn note_failure(cluster: &Cluster, rank: Rank, answer: &Robj) {
+    // SAFETY: on R's thread; types and lengths are looked at before elements, and the Robj keeps them
+    // alive. None of these functions jumps.
+    unsafe {
+        let second = |list: SEXP| {
+            let is = TYPEOF(list) == SEXPTYPE::VECSXP && LENGTH(list) > 1;
+            is.then(|| VECTOR_ELT(list, 1))
+        };
+        // Of a node's number and an answer, the latter.
+        let answer = match answer.len() {
+            2 => second(answer.get()),
+            _ => Some(answer.get()),
+        };
+        let value = answer.and_then(second);
+        if let Some(value) = value.filter(|value| rustcluster_is_error(value.cast()) != 0) {
+            note_error(cluster, rank, value);
+        }
+    }
+}
+
+fn state_name(state: State) -> &'static str {
+    match state {
+        State::Starting => "starting",
+        State::Idle => "idle",
+        State::Busy(_) => "busy",
+        State::Ending(_) => "ending",
+        State::Restoring => "restoring",
+        State::Lost => "lost",
+        State::Stopped => "stopped",
+    }
+}
+
+/// The number of a task in its job, and of how many that cross together it is the first.
+fn place_in_job(cluster: &Cluster, task: TaskId) -> Option<(usize, usize)> {
+    let job = cluster.job.try_borrow().ok()?;
+    let unit = job.as_ref().and_then(|job| job.at(task));
+    let alone = || {
+        let messages = cluster.messages.try_borrow().ok()?;
+        let index = messages.get(&task)?.index;
+        Some((usize::try_from(index).ok()?, 1))
+    };
+    unit.or_else(alone)
+}
+
+fn text(text: Option<&String>) -> Option<String> {
+    text.map(|text| text.replace('\0', ""))
+}
+
+/// All workers as they are now: a list of vectors with an element for each.
+/// @noRd
+#[extendr]
+fn hub_status(handle: Robj) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let (workers, now) = cluster.hub.borrow().status();
+        let number = |of: &dyn Fn(&Track) -> f64| -> Vec<f64> {
+            workers.iter().map(|worker| of(&worker.track)).collect()
+        };
+        let places: Vec<_> = workers
+            .iter()
+            .map(|worker| match worker.state {
+                State::Busy(task) | State::Ending(task) => place_in_job(cluster, task),
+                _ => None,
+            })
+            .collect();
+        let pids: Vec<Option<i32>> = workers
+            .iter()
+            .map(|w| w.pid.map(|pid| pid as i32))
+            .collect();
+        let first = places.iter().map(|place| Some(place.as_ref()?.0 as i32));
+        let count = places.iter().map(|place| Some(place.as_ref()?.1 as i32));
+        let errors = workers.iter().map(|w| text(w.track.error.as_ref()));
+        Ok(list!(
+            state = workers
+                .iter()
+                .map(|w| state_name(w.state))
+                .collect::<Vec<_>>(),
+            pid = pids,
+            task = first.collect::<Vec<Option<i32>>>(),
+            unit = count.collect::<Vec<Option<i32>>>(),
+            done = number(&|track| track.tasks as f64),
+            seconds = number(&|track| track.busy.as_secs_f64()),
+            bytes_in = number(&|track| track.bytes_in as f64),
+            bytes_out = number(&|track| track.bytes_out as f64),
+            losses = number(&|track| track.losses as f64),
+            error = errors.collect::<Vec<Option<String>>>(),
+            now = now.as_secs_f64()
+        )
+        .into())
+    })
+}
+
+/// The bytes that went to each host, and that came from it.
+/// @noRd
+#[extendr]
+fn hub_bytes(handle: Robj) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let hosts = cluster.hub.borrow().host_status();
+        let sent: Vec<f64> = hosts.iter().map(|host| host.bytes_in as f64).collect();
+        let received: Vec<f64> = hosts.iter().map(|host| host.bytes_out as f64).collect();
+        Ok(list!(bytes_in = sent, bytes_out = received).into())
+    })
+}
+
+/// Asks the hosts of these workers what memory their workers take. Returns the number of the question.
+/// @noRd
+#[extendr]
+fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let hub = cluster.hub.borrow();
+        let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
+            .iter()
+            .map(|&rank| head::rank_of(&hub, rank))
+            .collect();
+        Ok((hub.ask_usage(&ranks?) as f64).into())
+    })
+}
+
+/// The answer to that: a list of the bytes resident and of those that are its part of what is shared,
+/// of each worker. `NULL`: not yet; waits up to `most` seconds for it. `anyway`: what is known by then.
+/// @noRd
+#[extendr]
+fn hub_usage(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let most = Duration::try_from_secs_f64(most).unwrap_or_default();
+        let hub = cluster.hub.borrow();
+        let Some(usages) = hub.usage(question as u64, most.min(head::SLICE), anyway) else {
+            return Ok(().into());
+        };
+        let known = |bytes: u64| (bytes > 0).then_some(bytes as f64);
+        let resident = usages.iter().map(|usage| known(usage.as_ref()?.resident));
+        let proportional = usages
+            .iter()
+            .map(|usage| known(usage.as_ref()?.proportional));
+        Ok(list!(
+            resident = resident.collect::<Vec<Option<f64>>>(),
+            proportional = proportional.collect::<Vec<Option<f64>>>()
+        )
+        .into())
+    })
+}
+
+/// What some workers have been at: a list of vectors with an element for each interval, and `now`.
+/// @noRd
+#[extendr]
+fn hub_timeline(handle: Robj, ranks: &[i32]) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let (workers, now) = cluster.hub.borrow().status();
+        let mut rows = Rows::default();
+        for &rank in ranks {
+            let at = usize::try_from(rank - 1).ok();
+            if let Some(worker) = at.and_then(|at| workers.get(at)) {
+                rows.add(rank, &worker.track, now);
+            }
+        }
+        Ok(list!(
+            rank = rows.rank,
+            start = rows.start,
+            end = rows.end,
+            kind = rows.kind,
+            busy = rows.busy,
+            tasks = rows.tasks,
+            now = now.as_secs_f64()
+        )
+        .into())
+    })
+}
+
+#[derive(Default)]
+struct Rows {
+    rank: Vec<i32>,
+    start: Vec<f64>,
+    end: Vec<f64>,
+    kind: Vec<&'static str>,
+    busy: Vec<f64>,
+    tasks: Vec<f64>,
+}
+
+impl Rows {
+    /// A worker's intervals and losses, in order. An interval that has grown over a loss is cut there.
+    fn add(&mut self, rank: i32, track: &Track, now: Moment) {
+        let open = track.lost_since().map(|since| (since, now));
+        let mut losses = track.losses().iter().copied().chain(open).peekable();
+        for interval in track.intervals() {
+            let mut rest = *interval;
+            while let Some((lost, back)) = losses.next_if(|loss| loss.0 < interval.end) {
+                if lost > rest.start {
+                    self.add_interval(rank, &cut(&mut rest, lost));
+                }
+                self.push(rank, lost, back, "lost", 0.0, 0.0);
+                cut(&mut rest, back.min(interval.end));
+            }
+            if rest.start < rest.end || interval.start == interval.end {
+                self.add_interval(rank, &rest);
+            }
+        }
+        for (lost, back) in losses {
+            self.push(rank, lost, back, "lost", 0.0, 0.0);
+        }
+    }
+
+    fn add_interval(&mut self, rank: i32, of: &Interval) {
+        let kind = match of.kind {
+            Kind::Busy => "busy",
+            Kind::Transfer => "transfer",
+        };
+        let busy = of.busy.as_secs_f64();
+        self.push(rank, of.start, of.end, kind, busy, of.tasks as f64);
+    }
+
+    fn push(
+        &mut self,
+        rank: i32,
+        from: Moment,
+        to: Moment,
+        kind: &'static str,
+        busy: f64,
+        tasks: f64,
+    ) {
+        self.rank.push(rank);
+        self.start.push(from.as_secs_f64());
+        self.end.push(to.as_secs_f64());
+        self.kind.push(kind);
+        self.busy.push(busy);
+        self.tasks.push(tasks);
+    }
+}
+
+/// Takes off what comes before this moment, with its share of the work.
+fn cut(interval: &mut Interval, at: Moment) -> Interval {
+    let at = at.clamp(interval.start, interval.end);
+    let length = interval.end - interval.start;
+    let share = match length.is_zero() {
+        true => 0.0,
+        false => (at - interval.start).as_secs_f64() / length.as_secs_f64(),
+    };
+    let busy = interval.busy.mul_f64(share);
+    let before = Interval {
+        end: at,
+        busy,
+        ..*interval
+    };
+    interval.start = at;
+    interval.busy = interval.busy.saturating_sub(busy);
+    interval.tasks = 0;
+    before
+}
+
+extendr_module! {
+    mod status;
+    fn hub_status;
+    fn hub_bytes;
+    fn hub_ask_usage;
+    fn hub_usage;
+    fn hub_timeline;
+}
