@@ -155,6 +155,27 @@ job_results <- function(handle) .Call(wrap__job_results, handle)
 #' @noRd
 job_progress <- function(handle) .Call(wrap__job_progress, handle)
 
+#' All workers as they are now: a list of vectors with an element for each.
+#' @noRd
+hub_status <- function(handle) .Call(wrap__hub_status, handle)
+
+#' The bytes that went to each host, and that came from it.
+#' @noRd
+hub_bytes <- function(handle) .Call(wrap__hub_bytes, handle)
+
+#' Asks the hosts of these workers what memory their workers take. Returns the number of the question.
+#' @noRd
+hub_ask_usage <- function(handle, ranks) .Call(wrap__hub_ask_usage, handle, ranks)
+
+#' The answer to that: a list of the bytes resident and of those that are its part of what is shared,
+#' of each worker. `NULL`: not yet; waits up to `most` seconds for it. `anyway`: what is known by then.
+#' @noRd
+hub_usage <- function(handle, question, most, anyway) .Call(wrap__hub_usage, handle, question, most, anyway)
+
+#' What some workers have been at: a list of vectors with an element for each interval, and `now`.
+#' @noRd
+hub_timeline <- function(handle, ranks) .Call(wrap__hub_timeline, handle, ranks)
+
 #' The bytes of memory that this worker may have; 0 if there is no limit.
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
