@@ -105,7 +105,7 @@ summary.RustCluster <- function(object, ...) {
 #' @rdname clusterStatus
 #' @param x What `clusterStatus()` has returned.
 #' @param n (integer) Workers that are shown one by one, at most. If there are more, it is a summary by
-#'   hosts, and those that are neither idle nor busy, or have had an error. `Inf`: all.
+#'   hosts, with those workers that are neither idle nor busy, and the last errors. `Inf`: all.
 #' @export
 print.rustcluster_status <- function(x, n = 24L, ...) {
   needed <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "bytes_in",
@@ -122,6 +122,7 @@ print.rustcluster_status <- function(x, n = 24L, ...) {
   )
   if (nrow(x) <= n) {
     if (nrow(x)) printTable(workersTable(x))
+    showErrors(x)
     return(invisible(x))
   }
   of <- factor(x$host, hosts)
@@ -134,13 +135,13 @@ print.rustcluster_status <- function(x, n = 24L, ...) {
     worked = formatSeconds(as.numeric(rowsum(x$seconds, of))),
     memory = ifelse(memory > 0, formatBytes(memory), "?"), losses = count(x$losses)
   ))
-  odd <- which(!x$state %in% c("busy", "idle") | !is.na(x$error))
+  odd <- which(!x$state %in% c("busy", "idle", "stopped"))
   if (length(odd)) {
-    shown <- utils::head(odd[order(x$state[odd] %in% c("busy", "idle"))], 10L)
     cat("\n")
-    printTable(workersTable(x[sort(shown), ]))
-    if (length(odd) > length(shown)) cat("and", length(odd) - length(shown), "others with losses or errors\n")
+    printTable(workersTable(x[utils::head(odd, 10L), ]))
+    if (length(odd) > 10L) cat("and", length(odd) - 10L, "others that are neither idle nor busy\n")
   }
+  showErrors(x)
   cat("(print(x, n = Inf) shows all workers)\n")
   invisible(x)
 }
@@ -155,8 +156,17 @@ workersTable <- function(x) {
     `in` = formatBytes(x$bytes_in), out = formatBytes(x$bytes_out), check.names = FALSE
   )
   if (any(x$losses > 0L)) shown$losses <- x$losses
-  if (any(!is.na(x$error))) shown$error <- oneLine(x$error, 60L)
   shown
+}
+
+# The last errors of these workers, under their table.
+showErrors <- function(x) {
+  x <- x[!is.na(x$error), ]
+  shown <- utils::head(x, 10L)
+  if (!nrow(shown)) return(invisible())
+  cat("\nLast errors:\n")
+  cat(paste0("  worker ", shown$rank, " on ", shown$host, ": ", oneLine(shown$error, 90L), "\n"), sep = "")
+  if (nrow(x) > nrow(shown)) cat("  and", nrow(x) - nrow(shown), "others\n")
 }
 
 #' @export

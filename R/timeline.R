@@ -6,9 +6,10 @@
 #' and nothing is to be switched on before. Also of clusters that have been stopped.
 #'
 #' The history of a worker takes a bounded number of intervals, 500 and 50 losses, however long it is
-#' (some 30 KB). From the beginning on, gaps of less than 0.1 ms are closed, and whenever there are too
-#' many, the same is done with gaps, and intervals, twice as long as before, so that what remains is as
-#' fine as a picture of it: at least about 1/250 of the time it spans. `busy` and `tasks` stay exact.
+#' (some 30 KB). From the beginning on, an interval of less than 1 ms becomes a part of the next one if that
+#' follows within 1 ms; whenever there are too many, the same is done with twice that time. So intervals of
+#' more than a hundredth of the time that all of them span stay as they are, and `busy` and `tasks` are
+#' exact in any case.
 #'
 #' How long tasks take is measured by workers, together with those that cross with them; large or complex
 #' results of `clusterCall()` and of \pkg{parallel}'s own verbs do not tell it, and for those it is the
@@ -24,7 +25,7 @@
 #'     \item{kind}{(character) `"busy"`; `"transfer"`: it had a task, but message or answer were on their
 #'       way; `"lost"`: from a loss until another has taken its place.}
 #'     \item{busy}{(numeric) seconds of the interval in which it was busy: fewer than the interval has if
-#'       gaps have been closed.}
+#'       it has been put together from several.}
 #'     \item{tasks}{(numeric) tasks that were answered in it.}
 #'   }
 #'   Attribute `"workers"` is a data frame of `host` and `rank` of all nodes, `"now"` (numeric) is when it
@@ -64,7 +65,7 @@ clusterTimeline <- function(cl) {
 #' @param legend (logical) Whether to explain the colours.
 #' @param ... Of `plot()`: further arguments of [graphics::title()]. Of `print()`: not used.
 #' @details `plot()` draws a line for each worker, those of a host together, with its name at the side.
-#'   Intervals in which gaps have been closed are the paler the less of them was work. Losses are crosses
+#'   Intervals that have been put together are the paler the less of them was work. Losses are crosses
 #'   too, since they are mostly too short to be seen. It returns `x`, invisibly.
 #' @export
 plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL,
@@ -97,7 +98,7 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL,
   graphics::par(mai = edges)
   graphics::par(new = TRUE)
   graphics::plot.new()
-  graphics::plot.window(xlim, c(max(rows$y, 0) + 1, 0), xaxs = "i", yaxs = "i")
+  graphics::plot.window(xlim, c(max(rows$y, 0) + 0.5, 0), xaxs = "i", yaxs = "i")
 
   drawRows(x, rows, xlim, col)
   graphics::axis(1L, at = pretty(xlim / unit$seconds) * unit$seconds, labels = pretty(xlim / unit$seconds),
@@ -109,7 +110,7 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL,
     graphics::legend(
       graphics::grconvertX(1, "npc"), graphics::grconvertY(1, "npc"), xjust = 1, yjust = 0, horiz = TRUE,
       legend = c("busy", "idle", "transfer", "lost"), xpd = NA, bty = "n", cex = 0.85, x.intersp = 0.5,
-      fill = c(col[c("busy", "idle", "transfer")], NA), border = NA,
+      fill = c(col[c("busy", "idle", "transfer")], NA), border = c(NA, "grey75", NA, NA),
       pch = c(NA, NA, NA, 4), col = col[["lost"]]
     )
   }
@@ -196,6 +197,10 @@ drawRows <- function(x, rows, xlim, col) {
   if (length(busy)) {
     part <- x$busy[busy] / pmax(x$end[busy] - x$start[busy], 1e-9)
     bar(busy, shades[pmin(pmax(ceiling(part * 8), 1L), 8L)])
+    # One task after the other, where there is room for that.
+    wide <- busy[end[busy] - start[busy] > diff(xlim) / 200 & nrow(rows) <= 60L]
+    y <- rows$y[of[wide]]
+    graphics::segments(start[wide], y - half, y1 = y + half, col = "white", lwd = 0.7)
   }
   for (kind in c("transfer", "lost")) {
     which <- which(inside & x$kind == kind)

@@ -1,7 +1,7 @@
 //! What each worker has been at, as the head sees it: counters, and when it was busy.
 //!
 //! Pure: the time is told. A worker's history takes a bounded number of intervals however long it
-//! is: gaps that are too short to matter beside all of it are closed (see [`Track::push`]).
+//! is: those that are too short to matter beside all of it are put together (see [`Track::push`]).
 
 use std::time::Duration;
 
@@ -14,8 +14,8 @@ pub const MOST: usize = 500;
 /// Times for which a worker was lost, at most: then the oldest are forgotten.
 pub const LOSSES: usize = 50;
 
-/// Gaps that are shorter are closed from the beginning on.
-const FINEST: Duration = Duration::from_micros(100);
+/// Intervals that are shorter are put together from the beginning on.
+const FINEST: Duration = Duration::from_millis(1);
 
 /// What is kept of an error's text.
 const TEXT: usize = 1000;
@@ -121,9 +121,9 @@ impl Track {
         });
     }
 
-    /// Appends an interval, or makes it a part of the last: if only a gap is between them that is
-    /// shorter than the resolution, and they are of the same kind or one of them is as short. Whenever
-    /// there are too many, the resolution is halved until there are half as many.
+    /// Appends an interval, or makes it a part of the last, if that and the gap between them are shorter
+    /// than the resolution. So no two successive ones together are shorter, with the gap between them.
+    /// Whenever there are too many, the resolution is doubled until there are half as many.
     fn push(&mut self, new: Interval) {
         if new.start >= new.end && new.tasks == 0 {
             return;
@@ -191,9 +191,8 @@ fn append(intervals: &mut Vec<Interval>, mut new: Interval, resolution: Duration
     if let Some(last) = intervals.last_mut() {
         new.start = new.start.max(last.end);
         new.end = new.end.max(new.start);
-        let is_near = new.start - last.end < resolution;
-        let is_short = length(&new).min(length(last)) < resolution;
-        if is_near && (new.kind == last.kind || is_short) {
+        let gap = new.start.saturating_sub(last.end);
+        if gap.max(length(last)) < resolution {
             if length(&new) > length(last) {
                 last.kind = new.kind;
             }

@@ -1230,8 +1230,10 @@ impl Scheduler {
         }
         worker.state = WorkerState::Gone(gone.clone());
         match &*gone {
-            Gone::Worker(loss) => worker.track.lost(&loss.to_string(), self.now),
-            Gone::Host(reason) => worker.track.lost(&format!("host lost: {reason}"), self.now),
+            Gone::Worker(loss) => worker.track.lost(&format!("lost: {loss}"), self.now),
+            Gone::Host(reason) => worker
+                .track
+                .lost(&format!("lost with its host: {reason}"), self.now),
             Gone::Stopped => {}
         }
         self.notes.push(Note::Gone {
@@ -1267,7 +1269,7 @@ impl Scheduler {
         }
         let (agent, index) = (worker.agent, worker.index);
         worker.state = WorkerState::Starting;
-        worker.track.lost(&loss.to_string(), self.now);
+        worker.track.lost(&format!("lost: {loss}"), self.now);
         if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
             self.push_control(agent, frame);
         }
