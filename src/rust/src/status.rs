@@ -84,7 +84,7 @@ fn text(text: Option<&String>) -> Option<String> {
 #[extendr]
 fn hub_status(handle: Robj) -> Robj {
     head::with_cluster(&handle, |cluster| {
-        let (workers, now) = cluster.hub.borrow().status();
+        let (workers, now) = cluster.hub.borrow().status(false);
         let number = |of: &dyn Fn(&Track) -> f64| -> Vec<f64> {
             workers.iter().map(|worker| of(&worker.track)).collect()
         };
@@ -177,7 +177,7 @@ fn hub_usage(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
 #[extendr]
 fn hub_timeline(handle: Robj, ranks: &[i32]) -> Robj {
     head::with_cluster(&handle, |cluster| {
-        let (workers, now) = cluster.hub.borrow().status();
+        let (workers, now) = cluster.hub.borrow().status(true);
         let mut rows = Rows::default();
         for &rank in ranks {
             let at = usize::try_from(rank - 1).ok();

@@ -142,6 +142,16 @@ impl Track {
         }
     }
 
+    /// Without the history.
+    pub fn counters(&self) -> Track {
+        Track {
+            error: self.error.clone(),
+            intervals: Vec::new(),
+            lost: Vec::new(),
+            ..*self
+        }
+    }
+
     /// It is gone.
     pub fn lost(&mut self, why: &str, now: Moment) {
         if self.lost_since.is_none() {

@@ -614,12 +614,15 @@ impl Scheduler {
         }
     }
 
-    /// What a worker has been at until now.
-    pub fn track(&self, rank: Rank) -> Track {
+    /// What a worker has been at until now. `history`: also when.
+    pub fn track(&self, rank: Rank, history: bool) -> Track {
         let Some(worker) = self.workers.get(rank as usize) else {
             return Track::default();
         };
-        let mut track = worker.track.clone();
+        let mut track = match history {
+            true => worker.track.clone(),
+            false => worker.track.counters(),
+        };
         if let Some(current) = current_of(worker) {
             track.ended(current.times, 0, self.now);
         }
@@ -1870,6 +1873,7 @@ impl Current {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::activity::{self, Measured};
     use crate::message::Exit;
 
     #[test]
@@ -1979,6 +1983,108 @@ mod tests {
         frames
             .map(|frame| (frame.header.kind, frame.header.task, frame.body))
             .collect()
+    }
+
+    fn at(scheduler: &mut Scheduler, seconds: u64) {
+        scheduler.at(Moment::from_secs(seconds));
+    }
+
+    /// Kinds and times of what a worker was at.
+    fn history(scheduler: &Scheduler, rank: Rank) -> Vec<(activity::Kind, u64, u64)> {
+        let track = scheduler.track(rank, true);
+        let intervals = track.intervals().iter();
+        intervals
+            .map(|i| (i.kind, i.start.as_secs(), i.end.as_secs()))
+            .collect()
+    }
+
+    #[test]
+    fn a_worker_is_busy_from_when_it_has_the_message_until_it_answers() {
+        use activity::Kind::{Busy, Transfer};
+        let mut s = up(1);
+        s.measure_with(|bytes| {
+            (bytes == b"7").then_some(Measured {
+                seconds: 2.0,
+                tasks: 7,
+            })
+        });
+        assert_eq!(s.state(0), State::Idle);
+        at(&mut s, 10);
+        submit(&mut s, order(0, 1));
+        // Sent ahead: it begins when the one before has ended.
+        let ahead = Order {
+            ahead: true,
+            ..order(0, 2)
+        };
+        submit(&mut s, ahead);
+        assert_eq!(s.state(0), State::Busy(1));
+        at(&mut s, 12);
+        assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
+        at(&mut s, 15);
+        assert_eq!(s.track(0, false).busy.as_secs(), 3);
+        answer(&mut s, 0, 1, None);
+        assert_eq!(s.state(0), State::Busy(2));
+        assert_eq!(history(&s, 0), [(Transfer, 10, 12), (Busy, 12, 15)]);
+        // This one says how long it took, and for how many.
+        at(&mut s, 19);
+        let seven = Bytes::from_static(b"7");
+        let first = Frame::new(Kind::Data, FIRST, 0, 2, seven);
+        s.on_frame(0, first).unwrap();
+        at(&mut s, 20);
+        let last = Frame::new(Kind::Data, LAST, 0, 2, Bytes::new());
+        s.on_frame(0, last).unwrap();
+        assert_eq!(s.state(0), State::Idle);
+        let parts = history(&s, 0);
+        assert_eq!(
+            parts[2..],
+            [(Transfer, 15, 17), (Busy, 17, 19), (Transfer, 19, 20)]
+        );
+        let track = s.track(0, false);
+        assert_eq!((track.tasks, track.busy.as_secs()), (8, 5));
+        assert!(track.bytes_in > 0 && track.bytes_out > 0 && track.losses == 0);
+        assert!(track.intervals().is_empty());
+    }
+
+    #[test]
+    fn losses_cancelled_tasks_and_what_restores_are_no_tasks_done() {
+        use activity::Kind::Busy;
+        let mut s = up(1);
+        submit(&mut s, order(0, 1));
+        tasks_sent(&mut s, 0);
+        at(&mut s, 3);
+        lose(&mut s, 0, true);
+        assert_eq!(s.state(0), State::Restoring);
+        at(&mut s, 5);
+        tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
+        let track = s.track(0, true);
+        assert_eq!((track.tasks, track.losses), (0, 1));
+        assert_eq!(history(&s, 0), [(Busy, 0, 3)]);
+        let lost = track.losses().iter();
+        let lost: Vec<_> = lost.map(|of| (of.0.as_secs(), of.1.as_secs())).collect();
+        assert_eq!(lost, [(3, 5)]);
+        assert_eq!(
+            track.error.as_deref(),
+            Some("lost: pid 1 was killed by signal 9")
+        );
+        submit(&mut s, again(0, 1));
+        tasks_sent(&mut s, 0);
+        at(&mut s, 6);
+        s.cancel_job(1);
+        assert_eq!(s.state(0), State::Ending(1));
+        at(&mut s, 8);
+        let ended = Frame::new(Kind::Data, LAST | ABORT, 0, 1, Bytes::new());
+        s.on_frame(0, ended).unwrap();
+        assert_eq!(s.state(0), State::Idle);
+        s.restore(0, vec![(RESTORE, 0, vec![Bytes::from_static(b"x").into()])]);
+        assert_eq!(s.state(0), State::Restoring);
+        tasks_sent(&mut s, 0);
+        at(&mut s, 9);
+        answer(&mut s, 0, RESTORE, None);
+        assert_eq!(history(&s, 0), [(Busy, 0, 3), (Busy, 5, 8)]);
+        s.stop_worker(0);
+        assert_eq!(s.state(0), State::Stopped);
+        let track = s.track(0, false);
+        assert_eq!((track.tasks, track.losses, track.busy.as_secs()), (0, 1, 6));
     }
 
     fn tasks_sent(scheduler: &mut Scheduler, agent: usize) -> Vec<TaskId> {

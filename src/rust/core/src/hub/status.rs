@@ -29,8 +29,9 @@ impl Hub {
         self.core().measure = measure;
     }
 
-    /// All workers as they are now, and how long the cluster has been there.
-    pub fn status(&self) -> (Vec<Status>, Duration) {
+    /// All workers as they are now, and how long the cluster has been there. `history`: also when they
+    /// were busy.
+    pub fn status(&self, history: bool) -> (Vec<Status>, Duration) {
         let mut core = self.core();
         core.look_at_clock();
         let workers = core.inbox.workers.iter().enumerate();
@@ -41,7 +42,7 @@ impl Hub {
             Status {
                 state: if restoring { State::Restoring } else { state },
                 pid: worker.pid.filter(|_| worker.gone.is_none()),
-                track: core.scheduler.track(rank as Rank),
+                track: core.scheduler.track(rank as Rank, history),
             }
         };
         (workers.map(status).collect(), core.began.elapsed())
