@@ -11,10 +11,11 @@ arguments <- commandArgs(trailingOnly = TRUE)
 workers <- if (length(arguments)) as.integer(arguments[[1L]]) else 320L
 file <- if (length(arguments) > 1L) arguments[[2L]] else "timeline.png"
 
-# Tasks that wait, so that a few cores are enough for hundreds of workers: mostly for half a second,
-# some for several.
+# Tasks that wait, so that a few cores are enough for hundreds of workers. As in many a sweep over
+# parameters, the later ones take longer.
 set.seed(1)
-seconds <- rlnorm(3L * workers, log(0.5), 0.9)
+tasks <- 6L * workers
+seconds <- 0.1 + 1.8 * (seq_len(tasks) / tasks)^2 + rexp(tasks, 4)
 task <- function(seconds) Sys.sleep(seconds)
 # What a function takes along is what it was made in: here nothing.
 environment(task) <- globalenv()
@@ -28,7 +29,7 @@ invisible(withCallingHandlers(
     .order = order(seconds, decreasing = TRUE),
     .onResult = function(i, value) {
       done <<- done + 1
-      if (done == workers) tools::pskill(clusterPids(cl)[[workers %/% 2L]], tools::SIGKILL)
+      if (done == 3 * workers) tools::pskill(clusterPids(cl)[[workers %/% 2L]], tools::SIGKILL)
     }
   ),
   rustcluster_worker_lost = function(w) {
