@@ -222,6 +222,10 @@ test_that("workers on other hosts", {
   expect_match(status$error[[1]], "lost with its host")
   expect_true(any(clusterTimeline(cl)$kind == "lost"))
   suppressWarnings(clusterCall(cl[2:3], function() 1))
+  # What is stopped is not lost any longer.
+  parallel::stopCluster(cl)
+  lost <- function() subset(as.data.frame(clusterTimeline(cl)), kind == "lost")$end
+  expect_identical(lost(), lost())
 })
 
 test_that("what makes no sense is an error", {

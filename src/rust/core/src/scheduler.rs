@@ -1170,6 +1170,8 @@ impl Scheduler {
             return;
         };
         if let WorkerState::Gone(before) = &worker.state {
+            // Nobody waits for it any more.
+            worker.track.back(self.now);
             if matches!(**before, Gone::Host(_)) {
                 worker.state = WorkerState::Gone(gone.clone());
                 self.notes.push(Note::Gone { rank, gone });

@@ -16,10 +16,11 @@ use parts::{End, Facts, LARGEST, Place, Seen, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use rustcluster_core::activity::MOST;
 use rustcluster_core::agent::state::Now;
 use rustcluster_core::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
 use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{JobId, Rank, SEND_WINDOW, Scheduler, TaskId};
+use rustcluster_core::scheduler::{JobId, Rank, SEND_WINDOW, Scheduler, State, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 use worker::Process;
@@ -259,6 +260,7 @@ impl Sim {
         while let Some(frame) = frame::decode(&mut self.hosts[at].head_received).expect("a frame") {
             self.arrives(at, &frame);
             let header = frame.header;
+            self.scheduler.at(self.now);
             if let Err(error) = self.scheduler.on_frame(at, frame) {
                 panic!("the head refuses {header:?}: {error}");
             }
@@ -674,6 +676,32 @@ impl Sim {
         }
     }
 
+    /// What is told of what workers have been at.
+    fn check_tracks(&self) {
+        let tracks = (0..self.facts.places.len()).map(|rank| {
+            let rank = rank as Rank;
+            (rank, self.scheduler.track(rank, true))
+        });
+        let mut answers = 0;
+        for (rank, track) in tracks {
+            answers += track.tasks as usize;
+            assert!(track.busy <= self.now);
+            let intervals = track.intervals();
+            assert!(intervals.len() <= MOST);
+            assert!(intervals.windows(2).all(|two| two[0].end <= two[1].start));
+            assert!(
+                intervals
+                    .iter()
+                    .all(|i| i.start <= i.end && i.end <= self.now)
+            );
+            assert_eq!(intervals.iter().map(|i| i.busy).sum::<Now>(), track.busy);
+            let state = self.scheduler.state(rank);
+            let gone = matches!(state, State::Lost | State::Stopped);
+            assert_eq!(gone, self.is_gone(rank), "worker {rank} is {state:?}");
+        }
+        assert_eq!(answers, self.facts.seen.answers);
+    }
+
     /// After all has ended.
     fn check_rest(&mut self) {
         let tasks = &self.facts.tasks;
@@ -682,6 +710,7 @@ impl Sim {
         assert_eq!(self.scheduler.buffered(), 0);
         assert!(!self.scheduler.is_starving());
         assert_eq!(self.released, self.submitted);
+        self.check_tracks();
         for at in 0..self.hosts.len() {
             assert_eq!(self.scheduler.next_frame(at), None);
             let host = &self.hosts[at];
