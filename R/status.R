@@ -28,9 +28,9 @@
 #'     \item{losses}{(integer) how often it was lost.}
 #'     \item{error}{(character) the last error that a task of it gave, or how it was last lost; `NA`: none.}
 #'   }
-#'   `summary()`, which waits for the memory for 2 seconds at most: a data frame with a row for each host, and `workers` (integer), `busy` (integer), `done`,
-#'   `seconds`, `memory` and `losses` of the nodes in `object`, and the bytes that went over the stream of
-#'   the host, with whatever they belonged to.
+#'   `summary()`, which waits for the memory for 2 seconds at most: a data frame with a row for each host,
+#'   and `workers` (integer), `busy` (integer), `done`, `seconds`, `memory` and `losses` of the nodes in
+#'   `object`, and the bytes that went over the stream of the host, with whatever they belonged to.
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
 #' @seealso [clusterTimeline()], [clusterHosts()].
