@@ -41,8 +41,8 @@ root=$(realpath "$roots")/$suite
 make_root "$root" "$suite" "$(dpkg --print-architecture)" "${mirror:-$(default_mirror)}" \
   r-base-core r-base-dev rustc cargo r-cran-cli r-cran-testthat
 # What tests and check use where it is there.
-add_packages "$root" r-cran-knitr r-cran-rmarkdown r-cran-parallelly pandoc qpdf procps iproute2 \
-  iptables openssh-server openssh-client xz-utils devscripts git r-cran-future r-cran-future.apply \
+add_packages "$root" r-cran-knitr r-cran-rmarkdown r-cran-parallelly pandoc qpdf procps bsdutils \
+  mount iproute2 iptables openssh-server openssh-client xz-utils devscripts git r-cran-future r-cran-future.apply \
   r-cran-furrr r-cran-foreach r-cran-doparallel r-cran-dorng r-cran-pbapply r-cran-progressr \
   r-cran-later r-cran-promises r-cran-callr r-cran-boot
 cargo fetch --quiet --locked --manifest-path src/rust/Cargo.toml

@@ -12,7 +12,7 @@ make_root() {
   local dir=$1 suite=$2 arch=$3 mirror=$4
   shift 4
   local made="$suite $arch $*"
-  [ "$(cat "$dir.made" 2>/dev/null)" = "$made" ] && return
+  if [ "$(cat "$dir.made" 2>/dev/null)" = "$made" ]; then return; fi
   echo "making $dir: Debian $suite for $arch"
   rm -rf --one-file-system "$dir" "$dir.made"
   local packages
@@ -28,12 +28,11 @@ make_root() {
 add_packages() {
   local dir=$1
   shift
-  local there
+  local there missing
   there=$(chroot "$dir" apt-cache --generate pkgnames | grep -Fx "$(printf '%s\n' "$@")" | sort)
-  local missing
-  missing=$(comm -23 <(echo "$there") <(chroot "$dir" dpkg-query -W -f '${db:Status-Abbrev} ${Package}\n' |
-    sed -n 's/^ii *//p' | sort))
-  [ -z "$missing" ] && return
+  missing=$(comm -23 <(echo "$there") <(chroot "$dir" dpkg-query -W \
+    -f '${db:Status-Abbrev} ${Package}\n' | sed -n 's/^ii *//p' | sort))
+  if [ -z "$missing" ]; then return; fi
   echo "installing in $dir: "$missing
   cp -L /etc/resolv.conf "$dir/etc/resolv.conf"
   # shellcheck disable=SC2086
