@@ -131,10 +131,10 @@
 #'
 #' @section Cluster type:
 #' In R 4.5 and newer, `parallel::makeCluster(spec, type = "RUST", ...)` is
-#' `makeRustCluster(spec, ...)`, once this package is loaded, which registers the type; and
-#' `parallel::setDefaultClusterOptions(type = "RUST")` makes it what `makeCluster()` makes by default,
-#' also in code that has no `type`. Older versions of R have no register, and say "unknown cluster
-#' type".
+#' `makeRustCluster(spec, ...)`, once this package is loaded, which registers the type.
+#' `parallel::registerClusterType("RUSTDEFAULT", makeRustCluster, make.default = TRUE)` makes it what
+#' `makeCluster()` makes where no `type` is given. Older versions of R have no register, and say
+#' "unknown cluster type".
 #'
 #' @section Ends:
 #' | what happens | what follows |

@@ -34,7 +34,7 @@ if [ "$(id -u)" != 0 ]; then
   exit 1
 fi
 
-need_packages mmdebstrap
+need_packages iproute2 mmdebstrap
 command -v cargo >/dev/null || need_packages cargo
 mkdir -p "$roots"
 root=$(realpath "$roots")/$suite

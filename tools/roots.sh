@@ -63,6 +63,7 @@ inside() {
     dir=$1 crates=$2
     shift 2
     mount --make-rprivate /
+    ip link set lo up
     mount -t proc proc "$dir/proc"
     mount -t sysfs sys "$dir/sys"
     mount --rbind /sys/fs/cgroup "$dir/sys/fs/cgroup"
@@ -73,6 +74,6 @@ inside() {
     # A shell stays the first process, which collects what others leave.
     env -i HOME=/root LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
       NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
-      chroot "$dir" sh -c "ip link set lo up; \"\$@\"; exit \$?" sh "$@"
+      chroot "$dir" sh -c "\"\$@\"; exit \$?" sh "$@"
   ' sh "$dir" "$crates" "$@"
 }
