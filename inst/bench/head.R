@@ -13,7 +13,7 @@ option <- function(name, default = NULL) {
 }
 hosts <- arguments[!grepl("=", arguments, fixed = TRUE)]
 if (!length(hosts)) stop("usage: Rscript head.R [ssh=...] [rlibs=...] [workers=...] host1 host2 ...")
-workers <- as.integer(option("workers", "320"))
+many <- as.integer(option("workers", "320"))
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
@@ -23,7 +23,7 @@ me <- Sys.getpid()
 megabytes <- function(x) sprintf("%.0f MB", x)
 now <- function(what) {
   gc()
-  clients <- as.integer(system2("pgrep", c("-P", me, "-x", "ssh"), stdout = TRUE))
+  clients <- as.integer(suppressWarnings(system2("pgrep", c("-P", me, "-x", "ssh"), stdout = TRUE)))
   ssh <- if (length(clients)) sum(pss(clients), na.rm = TRUE) else 0
   cat(sprintf("  %-46s %10s %10s\n", what, megabytes(pss(me)), megabytes(ssh)))
 }
@@ -31,7 +31,7 @@ now <- function(what) {
 most <- function(what, code, keeps = 0) {
   gc()
   time <- system.time(grown <- peak_growth(code))[["elapsed"]]
-  cat(sprintf("  %-46s %10s of which the result: %s, in %.1f s\n", what, megabytes(grown),
+  cat(sprintf("  %-46s %10s of these the result: %s, in %.1f s\n", what, megabytes(grown),
               megabytes(keeps / 2^20), time))
 }
 
@@ -41,9 +41,9 @@ now("R, parallel")
 suppressPackageStartupMessages(library(rustcluster))
 now("with rustcluster loaded")
 most("most it grows by: start", {
-  cl <- makeRustCluster(rep(hosts, length.out = workers), rshcmd = option("ssh", "ssh"), rlibs = option("rlibs"))
+  cl <- makeRustCluster(rep(hosts, length.out = many), rshcmd = option("ssh", "ssh"), rlibs = option("rlibs"))
 })
-now(sprintf("%d workers on %d hosts", workers, length(hosts)))
+now(sprintf("%d workers on %d hosts", many, length(hosts)))
 big <- as.numeric(seq_len(50 * 2^20 / 8)) + 0.5
 now("with a vector of 50 MB")
 most("most it grows by: clusterExport() of 50 MB", clusterExport(cl, "big"))
@@ -51,9 +51,9 @@ now("after it")
 fetch <- function(i, n) numeric(n) + i
 environment(fetch) <- globalenv()
 most("most it grows by: gather of 1 MB a worker", {
-  all <- clusterApply(cl, seq_len(workers), fetch, 2^17)
-}, keeps = workers * 2^20)
-stopifnot(length(all) == workers, all[[workers]][1L] == workers)
+  all <- clusterApply(cl, seq_len(many), fetch, 2^17)
+}, keeps = many * 2^20)
+stopifnot(length(all) == many, all[[many]][1L] == many)
 now("with these results")
 rm(all)
 now("without them")
@@ -64,7 +64,7 @@ rm(all)
 # The heaviest way to gather: sums of what is fetched are kept, not the vectors.
 most("most it grows by: 4 MB a worker, summed here", {
   total <- 0
-  for (part in split(seq_len(workers), ceiling(seq_len(workers) / 32))) {
+  for (part in split(seq_len(many), ceiling(seq_len(many) / 32))) {
     total <- total + sum(vapply(clusterApply(cl[part], part, fetch, 2^19), sum, 0))
   }
 })
