@@ -28,7 +28,7 @@
 #'   `"localhost"`, and this machine's name and addresses, are reached without
 #'   ssh, unless another user, a port or an ssh of its own is asked for.
 #' @param type (character) Accepted, so that calls of
-#'   [parallel::makeCluster()] work as they are, and not used.
+#'   [parallel::makeCluster()] work as they are, and not used. See section Cluster type.
 #' @param ... Any argument of [parallel::makePSOCKcluster()], by name. With the
 #'   meaning that they have there: `outfile` (default `"/dev/null"`; `""` shows
 #'   the workers' output here, a line at a time, after their host and rank; a
@@ -128,6 +128,13 @@
 #' `failures` (all errors of this kind). `rustcluster_timeout` has these fields, too.
 #' If a task before it failed with an error of its own, \pkg{parallel} raises that
 #' instead. Errors of R code are results, and never tried again.
+#'
+#' @section Cluster type:
+#' In R 4.5 and newer, `parallel::makeCluster(spec, type = "RUST", ...)` is
+#' `makeRustCluster(spec, ...)`, once this package is loaded, which registers the type.
+#' `parallel::registerClusterType("RUSTDEFAULT", makeRustCluster, make.default = TRUE)` makes it what
+#' `makeCluster()` makes where no `type` is given. Older versions of R have no register, and say
+#' "unknown cluster type".
 #'
 #' @section Ends:
 #' | what happens | what follows |

@@ -125,10 +125,9 @@ findVerbs <- function(namespace = topenv()) {
   }
   assign("clusterCall", callNodes, namespace)
   # Their parLapplyLB() cuts elements into chunks before it knows how long they take.
-  chunked <- below$parLapplyLB
+  parallels$chunked <- below$parLapplyLB
   free <- freeElements
-  formals(free) <- formals(chunked)
-  environment(free) <- list2env(list(chunked = chunked), parent = namespace)
+  formals(free) <- formals(parallels$chunked)
   below$parLapplyLB <- free
   assign("parLapplyLB", free, namespace)
 }
@@ -136,6 +135,7 @@ findVerbs <- function(namespace = topenv()) {
 # The body of parLapplyLB(), with its arguments.
 freeElements <- function(cl, X, fun, ..., chunk.size) {
   defaultCluster <- parallels$defaultCluster
+  chunked <- parallels$chunked
   cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
   n <- length(X)

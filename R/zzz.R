@@ -1,8 +1,13 @@
 .onLoad <- function(libname, pkgname) {
   findParallels()
   findVerbs()
-  # New in R 4.5: makeCluster(type = "RUST").
+  registerType()
+}
+
+# New in R 4.5: makeCluster(type = "RUST").
+registerType <- function() {
   register <- get0("registerClusterType", asNamespace("parallel"), inherits = FALSE)
-  if (is.function(register)) register("RUST", makeRustCluster)
+  # Whoever is loaded again replaces what it registered before, which would be warned of.
+  if (is.function(register)) suppressWarnings(register("RUST", makeRustCluster))
 }
 

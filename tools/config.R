@@ -2,9 +2,11 @@
 source("tools/rust.R")
 rust <- find_rust()
 windows <- .Platform$OS.type == "windows"
-# A release tarball brings the sources of all crates and is built without a network; a checkout
-# gets them from the registry and keeps what it has compiled.
+# A release tarball brings the sources of all crates and is built without a network; other sources
+# get them from the registry. A checkout keeps what it has compiled.
 vendored <- file.exists("src/rust/vendor.tar.xz")
+# Which is not in any tarball.
+checkout <- file.exists("tools/document.sh")
 flags <- c(
   "--locked",
   if (vendored) "--offline",
@@ -18,7 +20,7 @@ values <- c(
   CARGO_FLAGS = paste(flags, collapse = " "),
   # The machine's paths do not belong in the library.
   RUSTFLAGS = "--remap-path-prefix=`pwd`=.",
-  CLEAN = if (vendored && !windows) "rust_clean" else "",
+  CLEAN = if (!checkout && !windows) "rust_clean" else "",
   UNPACK = if (vendored) {
     paste("cd rust && rm -rf vendor && tar xJf vendor.tar.xz && mkdir -p .cargo &&",
           "cp vendor-config.toml .cargo/config.toml")

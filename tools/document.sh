@@ -6,7 +6,7 @@ R_HOME=$(R RHOME)
 R_INCLUDE_DIR=$("$R_HOME/bin/R" --no-echo --no-restore -e "cat(R.home('include'))")
 export R_HOME R_INCLUDE_DIR
 ./configure
-make -s -C src -f Makevars rust
+make -s -C src -f Makevars document
 src/rust/target/release/document >R/extendr-wrappers.R
 
 # roxygen2 reads the package as installed.

@@ -1,5 +1,6 @@
 # Runs a bench with five hosts in network namespaces of this machine (as root):
 #   Rscript tools/lab.R             inst/bench/hosts.R
+#   Rscript tools/lab.R head        inst/bench/head.R
 #   Rscript tools/lab.R soak ...    inst/bench/soak.R with these arguments; links are cut, too
 helpers <- c("helper-oracle.R", "helper-ssh.R", "helper-process.R", "helper-lab.R")
 for (file in file.path("tests/testthat", helpers)) source(file)
@@ -15,6 +16,9 @@ bench <- function(arguments) {
     script <- "inst/bench/soak.R"
     ways <- c(ways, paste0("cut=ip link set ", link, " down"), paste0("mend=ip link set ", link, " up"),
               arguments[-1L])
+  } else if (identical(arguments[1L], "head")) {
+    script <- "inst/bench/head.R"
+    ways <- c(ways, arguments[-1L])
   } else {
     script <- "inst/bench/hosts.R"
     ways <- c(ways, "master=10.99.1.1")

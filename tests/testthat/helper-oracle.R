@@ -62,8 +62,9 @@ outcome <- function(expr, cl, values = list()) {
   # Below the global environment, as in a function of a user's script.
   env <- list2env(c(list(cl = cl), values), parent = globalenv())
   seen <- list(warnings = list(), messages = list())
+  # From R 4.5 on, a class tells whether compiled code was run, which is up to R.
   condition <- function(e) {
-    list(class = class(e), message = conditionMessage(e))
+    list(class = setdiff(class(e), c("evalError", "getvarError")), message = conditionMessage(e))
   }
   seen$output <- utils::capture.output(
     result <- withCallingHandlers(

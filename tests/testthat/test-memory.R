@@ -49,7 +49,11 @@ test_that("a worker that cannot cope with the limit is lost, as any other", {
     repeat x <- list(x, 1:10 + 0)
   }), classes = "rustcluster_worker_lost"))
   expect_s3_class(error, "error")
-  if (inherits(error, "rustcluster_error")) expect_rust_error(error, "worker_lost")
+  # It is lost again whenever it is tried.
+  if (inherits(error, "rustcluster_error")) {
+    expect_rust_error(error, "task_failed")
+    for (loss in error$losses) expect_s3_class(loss, "rustcluster_worker_lost")
+  }
   expect_equal(clusterCall(cl[2], identity, 1), list(1))
 })
 

@@ -264,12 +264,55 @@ test_that("two clusters at once keep to themselves", {
   expect_equal(clusterCall(b, identity, 1), rep(list(1), 3))
 })
 
-test_that("R's registry of cluster types knows RUST, where R has one", {
-  skip_if_not(exists("registerClusterType", envir = asNamespace("parallel")))
+skip_without_types <- function() skip_if(getRversion() < "4.5", "R has no register of cluster types")
+
+test_that("R's register of cluster types knows RUST, where R has one", {
+  skip_without_types()
   cl <- note_processes(parallel::makeCluster(2, type = "RUST"))
   expect_s3_class(cl, "RustCluster")
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
   stopCluster(cl)
+})
+
+test_that("makeCluster() passes spec and arguments on", {
+  skip_without_types()
+  cl <- note_processes(parallel::makeCluster(
+    rep("localhost", 3), "RUST", packages = "splines", rscript_envs = c(GIVEN = "1"), retries = 0
+  ))
+  expect_equal(
+    clusterEvalQ(cl, c("package:splines" %in% search(), Sys.getenv("GIVEN"))), rep(list(c("TRUE", "1")), 3)
+  )
+  stopCluster(cl)
+  expect_rust_error(caught(parallel::makeCluster(0, type = "RUST")), "bad_argument")
+  error <- caught(parallel::makeCluster(2, type = "RUST", noSuchArgument = 1))
+  expect_rust_error(error, "bad_argument")
+})
+
+test_that("makeCluster() may make it by default", {
+  skip_without_types()
+  old <- get("defaultClusterOptions", asNamespace("parallel"))$type
+  on.exit(parallel:::setDefaultClusterOptions(type = old))
+  # By name: R before 4.5 has no such function, and looks for it when this is checked.
+  register <- get("registerClusterType", asNamespace("parallel"))
+  register("RUSTDEFAULT", makeRustCluster, make.default = TRUE)
+  cl <- note_processes(parallel::makeCluster(2))
+  expect_s3_class(cl, "RustCluster")
+  expect_equal(parallel::parSapply(cl, 1:3, identity), 1:3)
+  stopCluster(cl)
+})
+
+test_that("a package that is loaded again is registered again, without a warning", {
+  skip_without_types()
+  child <- start_child({
+    options(warn = 2)
+    unloadNamespace("rustcluster")
+    loadNamespace("rustcluster")
+    cl <- parallel::makeCluster(1, type = "RUST")
+    say("pid", unlist(parallel::clusterCall(cl, Sys.getpid)))
+    parallel::stopCluster(cl)
+  })
+  note_pids(as.integer(child_wait_for(child, "pid")))
+  expect_child_ends_well(child)
 })
 
 test_that("a cluster that a task takes along is small, also in the middle of a verb", {

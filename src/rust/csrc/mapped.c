@@ -384,7 +384,7 @@ static Rboolean inspect(SEXP x, int pre, int deep, int pvec, void (*subtree)(SEX
 
 static Rcomplex na_complex(void)
 {
-    Rcomplex na = {NA_REAL, NA_REAL};
+    Rcomplex na = {.r = NA_REAL, .i = NA_REAL};
 
     return na;
 }

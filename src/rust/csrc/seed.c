@@ -2,6 +2,7 @@
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
+#include <Rversion.h>
 #include <string.h>
 
 /* That which was last looked at. Kept, so that the same address means the same value: R makes a new
@@ -19,7 +20,11 @@ static void note(SEXP seed)
 
 static SEXP current(void)
 {
+#if R_VERSION >= R_Version(4, 5, 0)
+    SEXP seed = R_getVarEx(R_SeedsSymbol, R_GlobalEnv, FALSE, R_NilValue);
+#else
     SEXP seed = Rf_findVarInFrame(R_GlobalEnv, R_SeedsSymbol);
+#endif
 
     return TYPEOF(seed) == INTSXP ? seed : R_NilValue;
 }

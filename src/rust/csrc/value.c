@@ -6,20 +6,28 @@
 #include <Rversion.h>
 #include <limits.h>
 
-/* 0: no attributes; 1: names only; 2: others. */
+/* Of a vector. 0: no attributes; 1: names only; 2: others. */
 int rustcluster_attributes(void *value)
 {
-    SEXP all = ATTRIB((SEXP) value);
+    SEXP of = (SEXP) value;
+#if R_VERSION >= R_Version(4, 6, 0)
+    R_xlen_t count = R_getAttribCount(of);
+    int named = count == 1 && R_hasAttrib(of, R_NamesSymbol);
+#else
+    SEXP all = ATTRIB(of);
+    int count = all != R_NilValue;
+    int named = count && TAG(all) == R_NamesSymbol && CDR(all) == R_NilValue;
+#endif
 
-    if (all == R_NilValue)
+    if (!count)
         return 0;
-    return TAG(all) == R_NamesSymbol && CDR(all) == R_NilValue ? 1 : 2;
+    return named ? 1 : 2;
 }
 
-/* Of a vector with names. */
+/* Of a vector that has no attributes but names. */
 SEXP rustcluster_names(void *value)
 {
-    return CAR(ATTRIB((SEXP) value));
+    return Rf_getAttrib((SEXP) value, R_NamesSymbol);
 }
 
 SEXP rustcluster_closure_env(void *function)
@@ -73,5 +81,5 @@ SEXP rustcluster_call_with(void *function, double number)
 /* Whether it is what parallel takes for an error. */
 int rustcluster_is_error(void *value)
 {
-    return OBJECT((SEXP) value) && Rf_inherits((SEXP) value, "try-error");
+    return Rf_isObject((SEXP) value) && Rf_inherits((SEXP) value, "try-error");
 }

@@ -158,17 +158,22 @@ unsafe fn same_elements(a: SEXP, b: SEXP) -> bool {
     // SAFETY: the caller's; lengths and types are looked at first.
     unsafe {
         let list = |list: SEXP| TYPEOF(list) == SEXPTYPE::VECSXP;
-        let attributes = rustcluster_attributes(a);
         if !list(a) || !list(b) || XLENGTH(a) != XLENGTH(b) {
             return false;
         }
+        let attributes = rustcluster_attributes(a);
         // None, or names alone.
         if attributes > 1 || attributes != rustcluster_attributes(b) {
             return false;
         }
         let length = XLENGTH(a);
-        let names = |i| STRING_ELT(rustcluster_names(a), i) == STRING_ELT(rustcluster_names(b), i);
-        (0..length).all(|i| VECTOR_ELT(a, i) == VECTOR_ELT(b, i))
-            && (attributes == 0 || (0..length).all(names))
+        if !(0..length).all(|i| VECTOR_ELT(a, i) == VECTOR_ELT(b, i)) {
+            return false;
+        }
+        if attributes == 0 {
+            return true;
+        }
+        let (names, names_b) = (rustcluster_names(a), rustcluster_names(b));
+        (0..length).all(|i| STRING_ELT(names, i) == STRING_ELT(names_b, i))
     }
 }

@@ -1,0 +1,79 @@
+# Sourced by chroot.sh and arm64.sh: Debian systems in folders, and what runs in them.
+
+# Without a mirror given: the one that this machine's apt uses.
+default_mirror() {
+  apt-get indextargets --format '$(REPO_URI)' 'Identifier: Packages' 'Origin: Debian' \
+    'Label: Debian' 'Component: main' | head -n 1
+}
+
+# make_root DIR SUITE ARCH MIRROR PACKAGE...: a Debian in a folder, once. A list of packages that has
+# changed makes it anew.
+make_root() {
+  local dir=$1 suite=$2 arch=$3 mirror=$4
+  shift 4
+  local made="$suite $arch $*"
+  if [ "$(cat "$dir.made" 2>/dev/null)" = "$made" ]; then return; fi
+  echo "making $dir: Debian $suite for $arch"
+  rm -rf --one-file-system "$dir" "$dir.made"
+  local packages
+  packages=$(IFS=,; echo "$*")
+  # A mirror that stands still, as a snapshot of the archive does, is good enough.
+  mmdebstrap --variant=apt --components=main --arch="$arch" --include="$packages" \
+    --aptopt='Apt::Install-Recommends "false"' --aptopt='Acquire::Check-Valid-Until "false"' --skip=cleanup/apt/lists "$suite" "$dir" "$mirror" \
+    >"$dir.log" 2>&1 || { tail -n 20 "$dir.log"; return 1; }
+  echo "$made" >"$dir.made"
+}
+
+# Those of the packages that the suite in the folder has, installed in it.
+add_packages() {
+  local dir=$1
+  shift
+  local there missing
+  there=$(chroot "$dir" apt-cache --generate pkgnames | grep -Fx "$(printf '%s\n' "$@")" | sort)
+  missing=$(comm -23 <(echo "$there") <(chroot "$dir" dpkg-query -W \
+    -f '${db:Status-Abbrev} ${Package}\n' | sed -n 's/^ii *//p' | sort))
+  if [ -z "$missing" ]; then return; fi
+  echo "installing in $dir: "$missing
+  cp -L /etc/resolv.conf "$dir/etc/resolv.conf"
+  # shellcheck disable=SC2086
+  chroot "$dir" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends \
+    $missing >"$dir.log" 2>&1 || { tail -n 20 "$dir.log"; return 1; }
+}
+
+# The checkout as it is, with what is not committed, but not what git ignores; what cargo has compiled
+# there stays.
+copy_checkout() {
+  local to=$1
+  mkdir -p "$to/src/rust/target"
+  mv "$to/src/rust/target" "$to.target"
+  rm -rf "$to"
+  mkdir -p "$to/src/rust"
+  mv "$to.target" "$to/src/rust/target"
+  git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c 'ls -d -- "$@" 2>/dev/null' sh |
+    tar c -T - | tar x -C "$to"
+}
+
+# inside DIR COMMAND ARGUMENT...: runs it there with processes, mounts and network of its own, of which
+# nothing is left at its end. The crates that this machine has fetched are there.
+inside() {
+  local dir=$1 crates=${CARGO_HOME:-$HOME/.cargo}/registry
+  shift
+  mkdir -p "$dir/root/.cargo/registry" "$crates"
+  unshare --mount --pid --net --ipc --uts --fork --kill-child sh -euc '
+    dir=$1 crates=$2
+    shift 2
+    mount --make-rprivate /
+    ip link set lo up
+    mount -t proc proc "$dir/proc"
+    mount -t sysfs sys "$dir/sys"
+    mount --rbind /sys/fs/cgroup "$dir/sys/fs/cgroup"
+    mount --rbind /dev "$dir/dev"
+    mount -t tmpfs tmp "$dir/tmp"
+    mount -t tmpfs run "$dir/run"
+    mount --bind "$crates" "$dir/root/.cargo/registry"
+    # A shell stays the first process, which collects what others leave.
+    env -i HOME=/root LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
+      NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
+      chroot "$dir" sh -c "\"\$@\"; exit \$?" sh "$@"
+  ' sh "$dir" "$crates" "$@"
+}
