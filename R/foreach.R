@@ -66,7 +66,7 @@ doRustCluster <- function(obj, expr, envir, data) {
   n <- length(iterations)
   values <- list()
   if (n) {
-    each <- foreachCombiner(iterator, n, obj$combineInfo$in.order)
+    each <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
     values <- runJob(data, checked(cluster_ranks(data)), n, runIteration, list(), iterations, each = each)$values
   }
   failure <- foreach::getErrorValue(iterator)

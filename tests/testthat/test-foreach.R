@@ -203,7 +203,7 @@ test_that("nested loops, conditions and iterators", {
     foreach(x = it, .combine = c) %dopar% x
   }, left = 23)
   expect_same_loop(foreach(row = iterators::iter(m, by = "row"), .combine = c) %dopar% sum(row), m = matrix(1:12, 4))
-  expect_same_loop(foreach(x = it) %dopar% x, it = iterators::isplit(1:9, rep(1:3, 3)))
+  expect_same_loop(foreach(x = iterators::isplit(1:9, rep(1:3, 3))) %dopar% x)
   expect_same_loop(foreach(x = iterators::iter(function() stop("iterator"))) %dopar% x, fails = TRUE)
 })
 
@@ -272,7 +272,7 @@ test_that("lost workers: iterations are tried again, and what is lost for good i
     expect_length(got$losses, 2)
 
     run <- function(how) {
-      suppressWarnings(foreach(i = 1:4, .errorhandling = how) %dopar% poison(i, 3))
+      suppressWarnings(foreach(i = 1:4, .errorhandling = how, .export = "poison") %dopar% poison(i, 3))
     }
     error <- caught(run("stop"))
     expect_rust_error(error, "task_failed")
@@ -338,7 +338,7 @@ test_that("an interrupted loop leaves the cluster usable", {
     suppressPackageStartupMessages(library(foreach))
     cl <- makeRustCluster(2)
     registerDoRustCluster(cl)
-    say(c(clusterPids(cl), agentPids(cl)))
+    say(paste(c(clusterPids(cl), agentPids(cl)), collapse = " "))
     tryCatch(
       {
         foreach(i = 1:4) %dopar% {
@@ -349,14 +349,14 @@ test_that("an interrupted loop leaves the cluster usable", {
       },
       interrupt = function(e) say("interrupted")
     )
-    say(foreach(i = 1:3, .combine = c) %dopar% i^2)
+    say(foreach(i = 1:3, .combine = "+") %dopar% i^2)
     stopCluster(cl)
   })
   expect_true(wait_until(function() all(file.exists(file.path(child$dir, c("begun1", "begun2"))))))
   tools::pskill(child$pid, tools::SIGINT)
   expect_true(wait_until(function() !alive(child$pid)))
   said <- child_lines(child)
-  expect_identical(said[-1], c("interrupted", "1", "4", "9"))
+  expect_identical(said[-1], c("interrupted", "14"))
   expect_gone(as.integer(strsplit(said[[1]], " ")[[1]]))
 })
 
