@@ -233,7 +233,7 @@ test_that("doRNG gives the same numbers", {
 
 test_that("what is registered", {
   cl <- local_cluster(3)
-  on.exit(registerDoSEQ())
+  on.exit(registerDoSEQ(), add = TRUE)
   expect_invisible(registerDoRustCluster(cl))
   expect_true(getDoParRegistered())
   expect_identical(getDoParName(), "doRustCluster")
@@ -318,7 +318,7 @@ test_that("a time limit is an error of the iteration", {
 test_that("a progress bar", {
   cl <- local_cluster(2)
   before <- options(rustcluster.progress = TRUE, cli.progress_show_after = 0, cli.dynamic = FALSE)
-  on.exit(options(before))
+  on.exit(options(before), add = TRUE)
   with_backend(function() registerDoRustCluster(cl), {
     shown <- utils::capture.output(
       got <- foreach(i = 1:4, .combine = c) %dopar% {

@@ -18,7 +18,10 @@ test_that("a cluster in a restored session says what has happened and what to do
   expect_gone(as.integer(strsplit(child_lines(first)[[1]], " ")[[1]]))
 
   second <- start_child({
+    # Which has one of its own.
+    here <- dir
     load(workspace)
+    dir <- here
     tell <- function(name, expr) {
       error <- tryCatch({
         expr
