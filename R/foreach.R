@@ -39,6 +39,7 @@ registerDoRustCluster <- function(cl = NULL) {
   if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
   handle <- clusterHandle(cl)
   if (handle$stopped) raiseFailure(c(kind = "stopped"), handle)
+  checked(hub_pids(handle$pointer), handle)
   ranks <- checked(cluster_ranks(cl), handle)
   if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
   foreach::setDoPar(doRustCluster, cl, foreachInfo)

@@ -77,6 +77,8 @@ test_that("caret, with doParallel and with our backend of foreach", {
   skip_unless_long()
   for (package in c("caret", "doParallel")) skip_if_not_installed(package)
   on.exit(foreach::registerDoSEQ())
+  # Its models are found where it is attached.
+  suppressPackageStartupMessages(library(caret))
   pair <- cluster_pair(2L)
   train <- function() {
     set.seed(4)
