@@ -379,34 +379,62 @@ clusterHandle <- function(cl) {
   cl[[1L]][["handle"]]
 }
 
+# What is to be said of a cluster that cannot be used; "" of one that can.
+fate <- function(handle) {
+  pids <- if (!handle$stopped) hub_pids(handle$pointer)
+  kind <- if (handle$stopped) "stopped" else if (is.character(pids)) pids[["kind"]] else ""
+  switch(kind,
+    stopped = " that has been stopped",
+    restored = paste0(
+      " that was saved and loaded, or copied to another process: its workers belong to the session that ",
+      "made them"
+    ),
+    forked = " of the process that this one was forked from",
+    ""
+  )
+}
+
 #' @export
 print.RustCluster <- function(x, ...) {
-  stopped <- length(x) && isTRUE(clusterHandle(x)$stopped)
-  cat(format(x), if (stopped) " that has been stopped", "\n", sep = "")
+  cat(format(x), "\n", sep = "")
+  if (length(x)) {
+    handle <- clusterHandle(x)
+    if (!handle$stopped && nzchar(fate(handle))) cat("Make a new one with makeRustCluster()\n")
+  }
   invisible(x)
 }
 
 #' @export
 format.RustCluster <- function(x, ...) {
   hosts <- unique(vapply(x, `[[`, "", "host"))
-  sprintf(
+  text <- sprintf(
     ngettext(
       length(hosts), "socket cluster with %d nodes on host %s",
       "socket cluster with %d nodes on hosts %s"
     ),
     length(x), paste(sQuote(hosts), collapse = ", ")
   )
+  paste0(text, if (length(x)) fate(clusterHandle(x)))
+}
+
+#' @export
+`[.RustCluster` <- function(x, i) {
+  part <- NextMethod()
+  if (any(vapply(part, is.null, NA))) {
+    badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
+  }
+  part
 }
 
 #' @export
 print.RustNode <- function(x, ...) {
   handle <- x[["handle"]]
-  pid <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)[[x[["rank"]]]]
-  if (is.na(pid)) {
-    cat(format(x), " whose worker is gone\n", sep = "")
-  } else {
-    cat(format(x), " with pid ", pid, "\n", sep = "")
+  fate <- fate(handle)
+  if (!nzchar(fate)) {
+    pid <- checked(hub_pids(handle$pointer), handle)[[x[["rank"]]]]
+    fate <- if (is.na(pid)) " whose worker is gone" else paste(" with pid", pid)
   }
+  cat(format(x), fate, "\n", sep = "")
   invisible(x)
 }
 
@@ -423,5 +451,5 @@ str.RustCluster <- function(object, ...) {
 
 #' @export
 str.RustNode <- function(object, ...) {
-  cat(" ", format(object), ", rank ", object[["rank"]], "\n", sep = "")
+  cat(" ", format(object), ", rank ", object[["rank"]], fate(object[["handle"]]), "\n", sep = "")
 }

@@ -82,7 +82,7 @@ closeJob <- function(handle, job) {
 settingOf <- function(verb, call) {
   switch(verb,
     clusterSetRNGStream = ".Random.seed",
-    clusterCall = if (identical(call$fun, parallels$gets)) call$args[[1L]] else ""
+    clusterCall = if (identical(call$fun, parallels$gets)) call$args[[1L]] else loopOf(call)
   )
 }
 

@@ -10,6 +10,17 @@ quoted <- function(code) {
   utils::capture.output(code)
 }
 
+test_that("nodes that are not there cannot be asked for", {
+  cl <- local_cluster(2)
+  for (i in list(1:3, 3, c(TRUE, FALSE, TRUE), NA)) {
+    expect_rust_error(caught(cl[i]), "bad_argument")
+  }
+  expect_length(cl[0], 0)
+  expect_length(cl[-1], 1)
+  expect_length(cl[c(TRUE, FALSE)], 1)
+  expect_s3_class(cl[2:1], c("RustCluster", "cluster"), exact = TRUE)
+})
+
 test_that("a cluster prints as a socket cluster does", {
   pair <- cluster_pair()
   expect_equal(quoted(print(pair$rust)), quoted(print(pair$psock)))

@@ -328,6 +328,35 @@ test_that("outfile: the workers' output is appended to a file", {
   expect_equal(found("message from [12]"), 2)
 })
 
+test_that("outfile: lines of several workers do not interleave, and the last needs no end", {
+  file <- tempfile()
+  cl <- local_cluster(3, outfile = file)
+  parLapply(cl, 1:3, function(i) {
+    for (k in 1:200) {
+      cat("begin ")
+      flush(stdout())
+      cat(i, k, "")
+      flush(stdout())
+      cat("end\n")
+    }
+    cat("last", i)
+  })
+  stopCluster(cl)
+  lines <- readLines(file, warn = FALSE)
+  expect_identical(sum(grepl("^(last [123])*begin [123] [0-9]+ end$", lines)), 600L)
+  expect_equal(lengths(regmatches(paste(lines, collapse = ""), gregexpr("last [123]", paste(lines, collapse = "")))), 3)
+})
+
+test_that("outfile: a file that cannot be made is named, with its host", {
+  file <- file.path(tempfile("none"), "out")
+  error <- caught(makeRustCluster(2, outfile = file))
+  expect_rust_error(error, "start_failed")
+  expect_identical(error$host, "localhost")
+  expect_match(conditionMessage(error), file, fixed = TRUE)
+  expect_match(conditionMessage(error), "`outfile`", fixed = TRUE)
+  expect_match(conditionMessage(error), "No such file")
+})
+
 test_that("outfile = \"\": the workers' output comes to the head's", {
   child <- start_child({
     cl <- makeRustCluster(2, outfile = "")

@@ -72,7 +72,7 @@ fn agent_run() -> Robj {
         return failed(&io::Error::other("the head has not been greeted"));
     };
     let limit = greeted.start.memory_limit;
-    if let Some(reason) = too_low(&greeted.start) {
+    if let Some(reason) = too_low(&greeted.start).or_else(|| greeted.outfile_problem()) {
         return match greeted.fail(reason) {
             Ok(()) => false.into(),
             Err(error) => failed(&error),

@@ -197,6 +197,17 @@ impl Greeted {
         Ok(())
     }
 
+    /// Why the cluster's `outfile` cannot be written here, if that is so.
+    pub fn outfile_problem(&self) -> Option<String> {
+        let Outfile::File(path) = &self.start.outfile else {
+            return None;
+        };
+        let error = open_outfile(path).err()?;
+        Some(format!(
+            "its `outfile` {path} cannot be opened or made there: {error}"
+        ))
+    }
+
     /// Checks this host's limits and becomes the agent proper; on a shortfall the head is told
     /// and nothing is started.
     ///
@@ -259,6 +270,10 @@ pub struct Agent {
     scratch: Vec<u8>,
 }
 
+fn open_outfile(path: &str) -> io::Result<File> {
+    File::options().append(true).create(true).open(path)
+}
+
 impl Agent {
     fn new(greeted: Greeted) -> io::Result<Agent> {
         let poll = Poll::new()?;
@@ -289,7 +304,7 @@ impl Agent {
         }
         let count = greeted.start.workers;
         let outfile = match &greeted.start.outfile {
-            Outfile::File(path) => Some(File::options().append(true).create(true).open(path)?),
+            Outfile::File(path) => Some(open_outfile(path)?),
             _ => None,
         };
         let patience = Duration::from_millis(greeted.start.patience.into());
@@ -872,7 +887,7 @@ impl Agent {
                     process.tail.push(bytes);
                     if let Some(file) = &mut self.outfile {
                         // A full disk must not end the computation.
-                        let _ = file.write_all(bytes);
+                        let _ = process.lines.push(bytes, file);
                     }
                     if self.start.outfile == Outfile::Console && !self.ending {
                         for chunk in bytes.chunks(MAX_BODY) {
@@ -937,6 +952,9 @@ impl Agent {
         let Some(mut process) = self.workers[worker as usize].take() else {
             return;
         };
+        if let Some(file) = &mut self.outfile {
+            let _ = process.lines.flush(file);
+        }
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
         process.kill_group();

@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -35,6 +35,37 @@ impl Tail {
     pub fn text(&self) -> String {
         let bytes: Vec<u8> = self.0.iter().copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// Bytes of a line that are held until its end.
+const LINE: usize = 64 * 1024;
+
+/// What was written, on its way to a file that others write to as well: whole lines, with one write.
+#[derive(Debug, Default)]
+pub struct Lines(Vec<u8>);
+
+impl Lines {
+    /// A line without an end waits for it, unless it is very long.
+    pub fn push(&mut self, bytes: &[u8], to: &mut impl Write) -> io::Result<()> {
+        let end = bytes.iter().rposition(|byte| *byte == b'\n');
+        let (whole, rest) = bytes.split_at(end.map_or(0, |end| end + 1));
+        self.0.extend_from_slice(whole);
+        let written = if whole.is_empty() {
+            Ok(())
+        } else {
+            self.flush(to)
+        };
+        self.0.extend_from_slice(rest);
+        if self.0.len() < LINE {
+            return written;
+        }
+        self.flush(to)
+    }
+
+    /// There will be no more.
+    pub fn flush(&mut self, to: &mut impl Write) -> io::Result<()> {
+        to.write_all(&std::mem::take(&mut self.0))
     }
 }
 
@@ -107,6 +138,8 @@ pub struct Process {
     pub received: BytesMut,
     pub outgoing: Outgoing,
     pub tail: Tail,
+    /// What is on its way to the cluster's `outfile`.
+    pub lines: Lines,
     pub tempdir: Option<String>,
     /// Send SIGINT once all is written.
     pub interrupt: bool,
@@ -138,6 +171,7 @@ impl Process {
             received: BytesMut::new(),
             outgoing: Outgoing::default(),
             tail: Tail::default(),
+            lines: Lines::default(),
             tempdir: None,
             interrupt: false,
             closing: false,
@@ -232,6 +266,24 @@ mod tests {
         assert!(tail.text().ends_with("xend"));
         tail.push(&[b'y'; 3 * TAIL]);
         assert_eq!(tail.text(), "y".repeat(TAIL));
+    }
+
+    #[test]
+    fn a_line_is_written_when_it_is_whole() {
+        let mut lines = Lines::default();
+        let mut file = Vec::new();
+        lines.push(b"one", &mut file).unwrap();
+        assert_eq!(file, b"");
+        lines.push(b" line\nand\nan", &mut file).unwrap();
+        assert_eq!(file, b"one line\nand\n");
+        lines.push(b"other", &mut file).unwrap();
+        lines.flush(&mut file).unwrap();
+        lines.flush(&mut file).unwrap();
+        assert_eq!(file, b"one line\nand\nanother");
+        lines.push(&[b'x'; LINE - 1], &mut file).unwrap();
+        assert_eq!(file.len(), 20);
+        lines.push(b"x", &mut file).unwrap();
+        assert_eq!(file.len(), 20 + LINE);
     }
 
     #[test]
