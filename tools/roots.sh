@@ -71,9 +71,10 @@ inside() {
     mount -t tmpfs tmp "$dir/tmp"
     mount -t tmpfs run "$dir/run"
     mount --bind "$crates" "$dir/root/.cargo/registry"
-    # A shell stays the first process, which collects what others leave.
+    # A shell stays the first process, which collects what others leave. Those after it have a process
+    # group that is known there: in that of this script, a signal to the group would reach the script.
     env -i HOME=/root LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
       NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
-      chroot "$dir" sh -c "\"\$@\"; exit \$?" sh "$@"
+      chroot "$dir" sh -c "setsid --wait \"\$@\"; exit \$?" sh "$@"
   ' sh "$dir" "$crates" "$@"
 }
