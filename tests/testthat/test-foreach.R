@@ -257,7 +257,7 @@ test_that("what is registered", {
 })
 
 test_that("lost workers: iterations are tried again, and what is lost for good is an error of theirs", {
-  cl <- local_cluster(2, retries = 1)
+  cl <- local_cluster(2)
   with_backend(function() registerDoRustCluster(cl), {
     traps <- trap(2)
     offset <- 100
