@@ -17,10 +17,15 @@ use crate::message::{self, Loss, ToAgent, ToHead};
 use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::{Buf, Bytes};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::mem;
 use std::sync::Arc;
+
+mod calls;
+
+pub use calls::CallPlace;
+use calls::Calls;
 
 /// Identifies a task, for ever and over all workers of a cluster.
 pub type TaskId = u64;
@@ -28,6 +33,8 @@ pub type TaskId = u64;
 pub const RESTORE: TaskId = 1 << 62;
 /// Groups the tasks of one call of a verb, so that they can be cancelled together.
 pub type JobId = u64;
+/// That of all calls for whoever is free: see [`Order::any_of`].
+pub const CALLS: JobId = JobId::MAX;
 /// A worker's index in its cluster, from 0.
 pub type Rank = u32;
 
@@ -222,6 +229,9 @@ pub struct Order {
     pub ahead: bool,
     /// Its message begins with this payload, which the worker's agent has.
     pub payload: Option<PayloadId>,
+    /// It is a call for whichever of these, which are in order, is free first, and `rank` means nothing.
+    /// Its message follows by [`Scheduler::append_call`].
+    pub any_of: Option<Arc<[Rank]>>,
 }
 
 /// A message by which a worker is restored: its task's number, its name and its chunks.
@@ -266,9 +276,14 @@ impl Task {
         }
     }
 
+    /// Whether R's thread counts it among what waits to be sent. It does not wait for calls to be sent.
+    fn is_counted(&self) -> bool {
+        self.id & RESTORE == 0 && self.job != CALLS
+    }
+
     /// What R's thread counts as waiting to be sent.
     fn queued_bytes(&self) -> usize {
-        if self.id & RESTORE != 0 {
+        if !self.is_counted() {
             return 0;
         }
         self.chunks.iter().map(|chunk| chunk.bytes.len()).sum()
@@ -382,6 +397,8 @@ struct Worker {
     window: usize,
     /// In its agent's `sendable`.
     sendable: bool,
+    /// Its host was lost and is back, and it may not be what it was yet.
+    away: bool,
 }
 
 impl Worker {
@@ -486,6 +503,7 @@ pub struct Scheduler {
     unlimited: bool,
     /// Bytes of tasks that left the queues since the last `take_released`.
     released: usize,
+    calls: Calls,
 }
 
 impl Scheduler {
@@ -526,6 +544,7 @@ impl Scheduler {
                     seed: None,
                     window: SEND_WINDOW,
                     sendable: false,
+                    away: false,
                 })
                 .collect(),
             notes: Vec::new(),
@@ -538,6 +557,7 @@ impl Scheduler {
             want: Want::Nothing,
             unlimited: false,
             released: 0,
+            calls: Calls::default(),
         }
     }
 
@@ -580,7 +600,10 @@ impl Scheduler {
     }
 
     /// A task; its message follows in chunks.
-    pub fn submit(&mut self, order: Order) {
+    pub fn submit(&mut self, mut order: Order) {
+        if let Some(any_of) = order.any_of.take() {
+            return self.submit_call(order, any_of);
+        }
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
         };
@@ -740,6 +763,7 @@ impl Scheduler {
                 }
                 _ => {
                     worker.state = WorkerState::Starting;
+                    worker.away = true;
                     worker.window = SEND_WINDOW;
                 }
             }
@@ -1151,6 +1175,7 @@ impl Scheduler {
                 outcome: Outcome::Lost(gone.clone()),
             });
         }
+        self.end_calls_of_nobody();
         self.grant();
     }
 
@@ -1173,7 +1198,7 @@ impl Scheduler {
             task: busy,
         });
         if let Some(task) = task {
-            if task.instead_of.is_none() {
+            if task.instead_of.is_none() && task.job != CALLS {
                 self.workers[rank as usize].undecided = Some((task.id, task.job));
             }
             self.notes.push(Note::Done {
@@ -1233,6 +1258,8 @@ impl Scheduler {
                 let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
                 let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
                 self.workers[rank as usize].current = Some(Current::new(task, before));
+            } else if let Some(task) = self.call_for(rank) {
+                self.workers[rank as usize].current = Some(Current::new(task, None));
             }
         }
         let worker = &mut self.workers[rank as usize];
@@ -1300,7 +1327,7 @@ impl Scheduler {
                 }
             };
             worker.window -= HEADER_LEN + sent.len;
-            if task.id & RESTORE == 0 && payload.is_none() && !ahead {
+            if task.is_counted() && payload.is_none() && !ahead {
                 self.released += sent.len;
             }
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
@@ -1638,6 +1665,7 @@ impl Scheduler {
         if current.starving {
             self.starving.retain(|&starving| starving != rank);
         }
+        self.call_ended(current.task.id);
         (!current.cancelled).then_some(current.task)
     }
 
@@ -1655,8 +1683,10 @@ impl Scheduler {
     fn grant(&mut self) {
         while !self.starving.is_empty() {
             let room = self.unlimited || self.buffered + self.reserved < self.limit;
+            let wanted = self.starving.iter().position(|&rank| self.is_wanted(rank));
             let at = match self.want {
                 _ if self.unlimited => 0,
+                _ if wanted.is_some() => wanted.unwrap_or(0),
                 _ if room => match self.starving.iter().position(|&rank| self.may_flow(rank)) {
                     Some(at) => at,
                     None => return,

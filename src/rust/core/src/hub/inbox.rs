@@ -1,5 +1,6 @@
 //! What the hub knows and R has not been told yet.
 
+use super::calls::Calls;
 use crate::message::{Hello, Loss, ToHead};
 use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
 use bytes::Bytes;
@@ -128,6 +129,7 @@ pub struct Inbox {
     /// The hub's thread has ended.
     pub closed: bool,
     told_spool: bool,
+    pub calls: Calls,
 }
 
 impl Inbox {
@@ -146,6 +148,7 @@ impl Inbox {
             up: 0,
             closed: false,
             told_spool: false,
+            calls: Calls::default(),
         }
     }
 
@@ -203,6 +206,12 @@ impl Inbox {
                 failure.get_or_insert_with(|| HostFailure::new(reason));
             }
             Note::Gone { rank, gone } => self.gone(rank, gone),
+            Note::Done {
+                rank,
+                task,
+                outcome,
+                ..
+            } if self.calls.expects(task) => self.calls.ended(rank, task, outcome),
             Note::Done {
                 task, job, outcome, ..
             } => match self.expected.get_mut(&task) {
@@ -409,6 +418,7 @@ impl Inbox {
             let lost = || End::Outcome(Outcome::Lost(gone.clone()));
             expected.end.get_or_insert_with(lost);
         }
+        self.calls.close(&gone);
         self.closed = true;
     }
 }
