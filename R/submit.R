@@ -94,11 +94,12 @@ theCluster <- function(cl) {
 
 # In a worker.
 evaluateCall <- function(expr, variables, globals, packages) {
-  before <- mget(names(globals), globalenv(), ifnotfound = list(NULL))
-  new <- names(globals)[!vapply(names(globals), exists, NA, globalenv(), inherits = FALSE)]
+  names <- as.character(names(globals))
+  there <- intersect(names, ls(globalenv(), all.names = TRUE))
+  before <- mget(there, globalenv())
   on.exit({
-    list2env(before[!names(before) %in% new], globalenv())
-    rm(list = intersect(new, ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    rm(list = intersect(names, ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    list2env(before, globalenv())
   })
   tryCatch(
     {
