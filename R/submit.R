@@ -204,7 +204,8 @@ openCalls <- new.env(parent = emptyenv())
 recordsOf <- function(handle) openCalls[[handle$id]]
 
 # Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
-submit <- function(cl, fun, args, label) {
+# `tells`: what it tells before its end is wanted.
+submit <- function(cl, fun, args, label, tells = FALSE) {
   handle <- cl[[1L]][["handle"]]
   if (handle$stopped) raiseFailure(c(kind = "stopped"))
   ranks <- unique(checked(cluster_ranks(cl)))
@@ -219,6 +220,7 @@ submit <- function(cl, fun, args, label) {
   record$losses <- list()
   record$state <- "open"
   record$waiters <- list()
+  record$tells <- tells
   sent <- call_submit(handle$pointer, ranks, NULL, record$message)
   if (typeof(sent) == "character") handleFailed(sent, handle)
   record$task <- checked(sent)
@@ -269,6 +271,8 @@ unwoundCall <- function(record, token) {
 
 answered <- function(record, answer) {
   value <- answer$value
+  takeAsides(record)
+  call_forget(record$handle$pointer, record$task)
   if (inherits(value, "rustcluster_raised")) return(endCall(record, "failed", value$error))
   if (isTRUE(answer$success)) return(endCall(record, "done", value$value))
   # It was not R code of the call's own: its value could not be sent, say.
@@ -310,6 +314,19 @@ callLost <- function(losses) {
     ),
     losses = losses
   )
+}
+
+# What the call has told before its end (see tellHead()), for those who want to know.
+takeAsides <- function(record) {
+  if (!isTRUE(record$tells)) return(invisible())
+  asides <- call_asides(record$handle$pointer, record$task)
+  if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+  invisible()
+}
+
+# In a worker: tells the head something before the end of the call under way.
+tellHead <- function(value) {
+  checked(worker_tell(serialize(value, NULL, xdr = FALSE)))
 }
 
 # Does what is to be done about all calls of a cluster.
@@ -362,6 +379,8 @@ awaitCall <- function(record) {
   handle <- record$handle
   while (record$state == "open") {
     lookAtCalls(handle)
+    takeAsides(record)
+    if (length(record$asides)) return(invisible())
     lookAt(record)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)

@@ -46,8 +46,7 @@ fn call_submit(handle: Robj, ranks: &[i32], again: Robj, message: Robj) -> Robj 
     })
 }
 
-/// The answer to a call: `NULL` if it has not ended. What was lost is told until it is tried again or
-/// forgotten.
+/// The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
 /// @noRd
 #[extendr]
 fn call_take(handle: Robj, task: f64) -> Robj {
@@ -61,16 +60,24 @@ fn call_take(handle: Robj, task: f64) -> Robj {
         match end.outcome {
             // It stays where it is until it has been read: R may jump.
             Outcome::Answer(body) => match head::read_whole(body) {
-                Ok(answer) => {
-                    cluster.hub.borrow_mut().forget_call(task);
-                    Ok(answer)
-                }
+                Ok(answer) => Ok(answer),
                 Err(Jump(token)) => Ok(token),
             },
             Outcome::Lost(gone) => ended(head::loss(cluster, end.rank, &gone)),
             Outcome::TimedOut => ended(Failure::new("timeout").with("rank", end.rank + 1)),
             Outcome::Cancelled | Outcome::Recalled => ended(Failure::new("cancelled")),
         }
+    })
+}
+
+/// What a call has told before its end, since this was last asked: a list of raw vectors.
+/// @noRd
+#[extendr]
+fn call_asides(handle: Robj, task: f64) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let asides = cluster.hub.borrow_mut().call_asides(task as TaskId);
+        let asides = asides.iter().map(|aside| Raw::from_bytes(aside));
+        Ok(List::from_values(asides).into())
     })
 }
 
@@ -185,6 +192,7 @@ extendr_module! {
     mod call;
     fn call_submit;
     fn call_take;
+    fn call_asides;
     fn call_place;
     fn call_forget;
     fn call_watch;

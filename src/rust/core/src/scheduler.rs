@@ -170,6 +170,12 @@ pub enum Note {
         rank: Rank,
         bytes: Bytes,
     },
+    /// What a task that has not ended tells, in chunks.
+    Aside {
+        task: TaskId,
+        flags: u8,
+        bytes: Bytes,
+    },
     /// The agent could not start its workers.
     StartFailed {
         agent: usize,
@@ -1389,6 +1395,19 @@ impl Scheduler {
                 let rank = self.rank(agent, header.worker)?;
                 let bytes = frame.body;
                 self.notes.push(Note::Output { rank, bytes });
+                Ok(())
+            }
+            Kind::Aside => {
+                let rank = self.rank(agent, header.worker)?;
+                let current = self.workers[rank as usize].current.as_ref();
+                let its = |c: &&Current| c.task.id == header.task && !c.cancelled;
+                if current.filter(its).is_some() {
+                    self.notes.push(Note::Aside {
+                        task: header.task,
+                        flags: header.flags,
+                        bytes: frame.body,
+                    });
+                }
                 Ok(())
             }
             Kind::Seed => {

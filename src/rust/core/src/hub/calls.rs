@@ -1,8 +1,12 @@
 //! What is known of calls for whoever is free, and of what R is to do about them.
 
+use crate::frame::{FIRST, LAST};
 use crate::scheduler::{Gone, Outcome, Rank, TaskId};
 use std::collections::HashMap;
 use std::sync::Arc;
+
+/// Bytes of what a call has told that wait for R: what it tells beyond is left out.
+const ASIDES_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Has R's event loop look at the calls, from any thread.
 pub type Waker = Box<dyn Fn() + Send>;
@@ -20,6 +24,23 @@ struct Call {
     end: Option<CallEnd>,
     /// R wants to know as soon as it has ended.
     watched: bool,
+    /// What it has told that R has not taken, each in one piece; the last may not be complete.
+    asides: Vec<Vec<u8>>,
+    /// Bytes of these.
+    told: usize,
+    /// The last of these is complete.
+    whole: bool,
+}
+
+impl Call {
+    /// Its worker was lost before it had told all of it.
+    fn drop_incomplete(&mut self) {
+        if !self.whole {
+            self.asides.pop();
+            self.told = self.asides.iter().map(Vec::len).sum();
+            self.whole = true;
+        }
+    }
 }
 
 /// See the module's documentation.
@@ -37,7 +58,9 @@ impl Calls {
     /// A call is on its way, perhaps once more.
     pub fn expect(&mut self, task: TaskId) {
         self.attention.retain(|&other| other != task);
-        self.known.entry(task).or_default().end = None;
+        let call = self.known.entry(task).or_default();
+        call.end = None;
+        call.drop_incomplete();
     }
 
     pub fn expects(&self, task: TaskId) -> bool {
@@ -71,6 +94,40 @@ impl Calls {
         }
     }
 
+    /// A call has told something before its end.
+    pub fn told(&mut self, task: TaskId, flags: u8, bytes: &[u8]) {
+        let Some(call) = self.known.get_mut(&task) else {
+            return;
+        };
+        if flags & FIRST != 0 {
+            call.drop_incomplete();
+            if call.told + bytes.len() > ASIDES_LIMIT {
+                return;
+            }
+            call.asides.push(Vec::new());
+            call.whole = false;
+        }
+        if let Some(aside) = call.asides.last_mut().filter(|_| !call.whole) {
+            aside.extend_from_slice(bytes);
+            call.told += bytes.len();
+            call.whole = flags & LAST != 0;
+        }
+    }
+
+    /// All that a call has told since this was last asked.
+    pub fn take_asides(&mut self, task: TaskId) -> Vec<Vec<u8>> {
+        let Some(call) = self.known.get_mut(&task) else {
+            return Vec::new();
+        };
+        let rest = match call.whole {
+            true => call.asides.len(),
+            false => call.asides.len().saturating_sub(1),
+        };
+        let left = call.asides.split_off(rest);
+        call.told = left.iter().map(Vec::len).sum();
+        std::mem::replace(&mut call.asides, left)
+    }
+
     fn alert(&mut self, task: TaskId) {
         if !self.attention.contains(&task) {
             self.attention.push(task);
@@ -102,7 +159,8 @@ impl Calls {
 
     /// Whether R has something to do: about this call or any other.
     pub fn any_for(&self, task: TaskId) -> bool {
-        let ended = self.known.get(&task).is_none_or(|call| call.end.is_some());
+        let told = |call: &Call| call.end.is_some() || !call.asides.is_empty() && call.whole;
+        let ended = self.known.get(&task).is_none_or(told);
         ended || !self.attention.is_empty()
     }
 

@@ -914,6 +914,11 @@ impl Hub {
         core.settle();
     }
 
+    /// What a call has told before its end, since this was last asked.
+    pub fn call_asides(&mut self, task: TaskId) -> Vec<Vec<u8>> {
+        self.core().inbox.calls.take_asides(task)
+    }
+
     /// The calls about which R has something to do.
     pub fn calls_to_look_at(&mut self) -> Vec<TaskId> {
         self.core().inbox.calls.take_attention()

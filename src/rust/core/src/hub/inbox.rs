@@ -240,6 +240,7 @@ impl Inbox {
                 command,
             }),
             Note::Output { rank, bytes } => self.printed(rank, bytes),
+            Note::Aside { task, flags, bytes } => self.calls.told(task, flags, &bytes),
             // Its stream is ended for that reason.
             Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),

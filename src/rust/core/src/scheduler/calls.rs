@@ -122,9 +122,16 @@ impl Scheduler {
         self.calls.wanted.remove(&id);
     }
 
+    /// Whether the result of what this worker is at is to come whatever the limit: because R wants it, or
+    /// because a call that R wants waits for a worker.
     pub(super) fn is_wanted(&self, rank: Rank) -> bool {
+        let wanted = &self.calls.wanted;
         let current = self.workers[rank as usize].current.as_ref();
-        current.is_some_and(|current| self.calls.wanted.contains(&current.task.id))
+        current.is_some_and(|current| {
+            let mut waiting = self.calls.waiting.iter();
+            let behind = |call: &Waiting| wanted.contains(&call.task.id);
+            current.task.job == CALLS && (wanted.contains(&current.task.id) || waiting.any(behind))
+        })
     }
 
     /// The verb under way uses this worker: it is given no calls until [`Scheduler::verb_over`]. What
