@@ -26,10 +26,13 @@ agent_run <- function() .Call(wrap__agent_run)
 #' @noRd
 call_submit <- function(handle, ranks, again, message) .Call(wrap__call_submit, handle, ranks, again, message)
 
-#' The answer to a call: `NULL` if it has not ended. What was lost is told until it is tried again or
-#' forgotten.
+#' The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
 #' @noRd
 call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
+
+#' What a call has told before its end, since this was last asked: a list of raw vectors.
+#' @noRd
+call_asides <- function(handle, task) .Call(wrap__call_asides, handle, task)
 
 #' Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
 #' @noRd
@@ -212,4 +215,9 @@ worker_serve <- function() .Call(wrap__worker_serve)
 #' else came with it is not begun.
 #' @noRd
 worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, interrupted)
+
+#' In a worker, tells the head something about the task under way before that has ended. Returns whether
+#' there is one.
+#' @noRd
+worker_tell <- function(bytes) .Call(wrap__worker_tell, bytes)
 
