@@ -139,10 +139,10 @@ run.RustFuture <- function(future, ...) {
   expr <- future$expr
   if (length(conditions)) expr <- relayed(expr, immediate)
   expr <- get("getExpression", namespace)(future, expr = expr, conditionClasses = conditions)
-  globals <- as.list(get("globals", namespace)(future))
-  packages <- get("packages", namespace)(future)
+  globals <- as.list(future$globals)
+  packages <- future$packages
   launch(future, future$workers, list(
-    expr = expr, variables = list(), globals = globals[names(globals)], packages = as.character(packages)
+    expr = expr, variables = list(), globals = globals[as.character(names(globals))], packages = as.character(packages)
   ))
 }
 

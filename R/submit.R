@@ -65,8 +65,8 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = parent.frame()) {
+  if (missing(expr)) badArgument("expr", "is missing")
   expr <- substitute(expr)
-  if (identical(expr, quote(expr = ))) badArgument("expr", "is missing")
   given <- list(...)
   if (length(given) && (is.null(names(given)) || !all(nzchar(names(given))))) {
     badArgument("...", "must be named: these are variables for `expr`")

@@ -13,6 +13,7 @@ run_until <- function(there, most = 20) {
 }
 
 then_note <- function(call, seen, name) {
+  force(name)
   promises::then(
     promises::as.promise(call),
     function(value) seen[[name]] <- value,
@@ -27,7 +28,8 @@ test_that("a promise is fulfilled, or rejected with the error", {
     Sys.sleep(0.2)
     6 * 7
   })
-  expect_true(promises::is.promising(call))
+  # Not before that is a generic.
+  if ("UseMethod" %in% all.names(body(promises::is.promising))) expect_true(promises::is.promising(call))
   then_note(call, seen, "value")
   then_note(clusterSubmit(cl, stop("no")), seen, "error")
   ended <- clusterSubmit(cl, "before")
@@ -160,6 +162,87 @@ test_that("results larger than what is buffered come", {
   held[[1L]]$value()
   held[[2L]]$value()
   expect_true(run_until(function() length(ls(seen)) == 4L))
+})
+
+# A client of a Shiny app: as much of its protocol, and of websockets, as is needed.
+web_socket <- function(port) {
+  con <- NULL
+  wait_until(function() {
+    con <<- tryCatch(
+      suppressWarnings(socketConnection("127.0.0.1", port, open = "r+b", blocking = FALSE, timeout = 5)),
+      error = function(e) NULL
+    )
+    !is.null(con)
+  })
+  writeBin(charToRaw(paste0(
+    "GET /websocket/ HTTP/1.1\r\nHost: 127.0.0.1:", port, "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+  )), con)
+  list2env(list(con = con, got = raw()), parent = emptyenv())
+}
+
+web_send <- function(socket, text) {
+  body <- charToRaw(text)
+  length <- if (length(body) < 126L) as.raw(128L + length(body)) else {
+    c(as.raw(128L + 126L), as.raw(length(body) %/% 256L), as.raw(length(body) %% 256L))
+  }
+  # Masked with zeros, that is, as it is.
+  writeBin(c(as.raw(0x81), length, raw(4L), body), socket$con)
+}
+
+# All that has come, as text: frames' headers are between it.
+web_got <- function(socket) {
+  socket$got <- c(socket$got, readBin(socket$con, "raw", 65536L))
+  rawToChar(socket$got[socket$got >= as.raw(32L) & socket$got < as.raw(127L)])
+}
+
+test_that("a Shiny app answers while a call is at work", {
+  skip_unless_long()
+  skip_if_not_installed("shiny")
+  skip_if_not_installed("httpuv")
+  flag <- tempfile()
+  child <- start_child({
+    cl <- makeRustCluster(1)
+    server <- function(input, output, session) {
+      result <- shiny::reactiveVal("none yet")
+      shiny::observeEvent(input$go, {
+        call <- clusterSubmit(cl, {
+          while (!file.exists(flag)) Sys.sleep(0.01)
+          "all done"
+        }, flag = flag)
+        promises::then(promises::as.promise(call), function(value) result(value))
+        NULL
+      })
+      output$quick <- shiny::renderText(paste("answer", input$n))
+      output$slow <- shiny::renderText(paste("result:", result()))
+    }
+    ui <- shiny::fluidPage(shiny::textOutput("quick"), shiny::textOutput("slow"))
+    say("pids", clusterPids(cl), agentPids(cl))
+    say("port", port)
+    shiny::runApp(shiny::shinyApp(ui, server), port = port, launch.browser = FALSE)
+  }, list(flag = flag, port = port <- httpuv::randomPort()))
+  child_wait_for(child, "port")
+  note_pids(child_pids(child, "pids"))
+  socket <- web_socket(port)
+  on.exit(close(socket$con), add = TRUE)
+  saw <- function(text) wait_until(function() grepl(text, web_got(socket), fixed = TRUE), 20)
+  expect_true(saw("101"))
+  web_send(socket, paste0(
+    '{"method":"init","data":{"n":1,"go":0,".clientdata_output_quick_hidden":false,',
+    '".clientdata_output_slow_hidden":false}}'
+  ))
+  expect_true(saw("answer 1"))
+  expect_true(saw("result: none yet"))
+  web_send(socket, '{"method":"update","data":{"go":1}}')
+  for (n in 2:6) {
+    web_send(socket, sprintf('{"method":"update","data":{"n":%d}}', n))
+    expect_true(saw(paste("answer", n)))
+  }
+  expect_false(grepl("all done", web_got(socket), fixed = TRUE))
+  file.create(flag)
+  expect_true(saw("result: all done"))
+  child_signal(child, tools::SIGINT)
+  child_wait_end(child)
 })
 
 test_that("nothing is left", {
