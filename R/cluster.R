@@ -372,6 +372,22 @@ clusterHandle <- function(cl) {
   cl[[1L]][["handle"]]
 }
 
+# Package 'future' knows clusters by their names, which it makes of what is in them if they have none: of
+# ours, that changes.
+namedCluster <- function(cl) {
+  if (!length(cl)) return(cl)
+  ranks <- vapply(cl, function(node) as.integer(node[["rank"]]), 0L)
+  attr(cl, "name") <- paste(c(cl[[1L]][["handle"]]$id, ranks), collapse = "-")
+  cl
+}
+
+#' @export
+`[.RustCluster` <- function(x, ...) {
+  cl <- NextMethod()
+  attr(cl, "name") <- NULL
+  namedCluster(cl)
+}
+
 #' @export
 print.RustCluster <- function(x, ...) {
   stopped <- length(x) && isTRUE(clusterHandle(x)$stopped)

@@ -38,8 +38,7 @@ cluster_rust <- structure(
   class = c("cluster_rust", "multiprocess", "future", "function"),
   init = TRUE,
   tweakable = "workers",
-  factory = function(workers = NULL, ...) futureBackend(workers, ...),
-  cleanup = function(...) stopPlanned()
+  factory = function(workers = NULL, ...) futureBackend(workers, ...)
 )
 
 # The cluster that a plan has made for itself, and of what.
@@ -62,6 +61,9 @@ plannedCluster <- function(workers) {
     stopPlanned()
     planned$cl <- makeRustCluster(workers, progress = FALSE)
     planned$spec <- workers
+    # Versions before 1.40 end with a plan what is registered here, and nothing else.
+    registry <- get0("ClusterRegistry", asNamespace("future"))
+    if (!is.null(registry)) assign("cluster", planned$cl, environment(registry))
   }
   planned$cl
 }
