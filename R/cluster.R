@@ -394,6 +394,16 @@ fate <- function(handle) {
   )
 }
 
+# Package 'future' knows clusters by their names, which it makes of what is in them if they have none: of
+# ours, that changes.
+namedCluster <- function(cl) {
+  if (!length(cl)) return(cl)
+  ranks <- vapply(cl, function(node) as.integer(node[["rank"]]), 0L)
+  attr(cl, "name") <- paste(c(cl[[1L]][["handle"]]$id, ranks), collapse = "-")
+  cl
+}
+}
+
 #' @export
 print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
@@ -423,7 +433,7 @@ format.RustCluster <- function(x, ...) {
   if (any(vapply(part, is.null, NA))) {
     badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
   }
-  part
+  namedCluster(part)
 }
 
 #' @export

@@ -21,6 +21,45 @@ agent_fail <- function(reason) .Call(wrap__agent_fail, reason)
 #' @noRd
 agent_run <- function() .Call(wrap__agent_run)
 
+#' Sends a call to whichever of these workers is free first. `again`: `NULL`, or the number of the call
+#' that was lost and is tried again. Returns its number.
+#' @noRd
+call_submit <- function(handle, ranks, again, message) .Call(wrap__call_submit, handle, ranks, again, message)
+
+#' The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
+#' @noRd
+call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
+
+#' What a call has told before its end, since this was last asked: a list of raw vectors.
+#' @noRd
+call_asides <- function(handle, task) .Call(wrap__call_asides, handle, task)
+
+#' Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
+#' @noRd
+call_place <- function(handle, task) .Call(wrap__call_place, handle, task)
+
+#' Nobody wants to know any more what comes of a call: if it has not ended, it is cancelled.
+#' @noRd
+call_forget <- function(handle, task) .Call(wrap__call_forget, handle, task)
+
+#' R is to be woken when this call has ended: see [`calls_wake`].
+#' @noRd
+call_watch <- function(handle, task) .Call(wrap__call_watch, handle, task)
+
+#' Waits a little for the end of this call, or for something else that is to be done.
+#' @noRd
+call_wait <- function(handle, task) .Call(wrap__call_wait, handle, task)
+
+#' The numbers of the calls about which there is something to do: those that are watched and have
+#' ended, and those that were lost.
+#' @noRd
+calls_to_look_at <- function(handle) .Call(wrap__calls_to_look_at, handle)
+
+#' From now on, callsWoken(number) is called in these loops of package 'later' when there is something
+#' to do about a call.
+#' @noRd
+calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
+
 #' Checks the system's limits for a number of workers on this machine.
 #' @noRd
 limits_check <- function(workers) .Call(wrap__limits_check, workers)
@@ -197,4 +236,9 @@ worker_serve <- function() .Call(wrap__worker_serve)
 #' else came with it is not begun.
 #' @noRd
 worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, interrupted)
+
+#' In a worker, tells the head something about the task under way before that has ended. Returns whether
+#' there is one.
+#' @noRd
+worker_tell <- function(bytes) .Call(wrap__worker_tell, bytes)
 

@@ -195,6 +195,7 @@ stopNodes <- function(nodes) {
   handle$stopped <- TRUE
   # Returns when nothing is left, which the agents' own time limits bound.
   while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
+  lookAtCalls(handle)
   showEvents(handle)
   invisible()
 }

@@ -17,6 +17,8 @@
 #'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one, and the task is not to be tried again (`retries = 0`), or nobody takes the worker's place; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical, whether the host seems to have run out of memory).}
 #'   \item{`rustcluster_element_failed`}{the function raised an error for an element of [clusterLapply()]; fields `index`, `indices`, `results`.}
 #'   \item{`rustcluster_task_failed`}{a task was lost with its worker too often; fields `index`, `losses`, `results`, `failures`: see [makeRustCluster()].}
+#'   \item{`rustcluster_cancelled`}{a call of [clusterSubmit()] was cancelled.}
+#'   \item{`rustcluster_call_failed`}{a call's value could not be sent, or it was interrupted.}
 #'   \item{`rustcluster_timeout`}{a task took longer than `timeout`; fields `host`, `rank`, `index`, `results`, `failures`.}
 #'   \item{`rustcluster_host_failed`}{a host's agent, or the way to it, was lost; fields `host`, `rank`.}
 #'   \item{`rustcluster_protocol`}{an answer could not be read.}

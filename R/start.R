@@ -173,5 +173,5 @@ newCluster <- function(handle, ranks) {
   nodes <- lapply(ranks, function(rank) {
     structure(list(host = handle$hosts[[rank]], rank = rank, handle = handle), class = "RustNode")
   })
-  structure(nodes, class = c("RustCluster", "cluster"))
+  namedCluster(structure(nodes, class = c("RustCluster", "cluster")))
 }

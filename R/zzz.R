@@ -2,6 +2,9 @@
   findParallels()
   findVerbs()
   registerType()
+  # Its generics are others from version to version.
+  setHook(packageEvent("future", "onLoad"), registerFutureMethods)
+  if (isNamespaceLoaded("future")) registerFutureMethods()
 }
 
 # New in R 4.5: makeCluster(type = "RUST").

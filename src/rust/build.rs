@@ -10,8 +10,10 @@ fn main() {
     println!("cargo:rerun-if-env-changed=R_INCLUDE_DIR");
     cc::Build::new()
         .files(
-            ["answer", "mapped", "seed", "task", "unwind", "value"]
-                .map(|name| format!("csrc/{name}.c")),
+            [
+                "answer", "later", "mapped", "seed", "task", "unwind", "value",
+            ]
+            .map(|name| format!("csrc/{name}.c")),
         )
         .include(include_dir())
         .compile("rustcluster_c");

@@ -79,7 +79,7 @@ impl Cluster {
     }
 
     /// What a worker is sent that is not plain.
-    fn format(&self, rank: Rank) -> Format {
+    pub fn format(&self, rank: Rank) -> Format {
         let formats = self.formats.borrow();
         formats.get(rank as usize).copied().unwrap_or_default()
     }
@@ -745,7 +745,7 @@ fn hub_message(handle: Robj, task: f64) -> Robj {
 }
 
 /// Writes a message to the hub if it is plain. Returns whether it is.
-fn send_plain(
+pub fn send_plain(
     cluster: &Cluster,
     format: Format,
     message: &Robj,
@@ -821,7 +821,22 @@ pub unsafe fn read_body(body: &mut Body) -> SEXP {
 }
 
 /// An answer as `recvData()` gives it; with a node's place, from 1, as `recvOneData()` does.
-fn read_answer(mut body: Body, place: i32) -> Robj {
+fn read_answer(body: Body, place: i32) -> Robj {
+    match read_placed(body, place) {
+        Ok(answer) => answer,
+        Err(Jump(token)) => token,
+    }
+}
+
+/// An answer as `recvData()` gives it.
+///
+/// # Errors
+/// When R jumped.
+pub fn read_whole(body: Body) -> std::result::Result<Robj, Jump> {
+    read_placed(body, 0)
+}
+
+fn read_placed(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
         place: i32,
@@ -845,10 +860,7 @@ fn read_answer(mut body: Body, place: i32) -> Robj {
         body: &mut body,
         place,
     };
-    match unwind::protect(read, &mut reading) {
-        Ok(answer) => answer,
-        Err(Jump(token)) => token,
-    }
+    unwind::protect(read, &mut reading)
 }
 
 // SEXP is a pointer to a type that is opaque on this side.

@@ -560,7 +560,7 @@ impl Job {
             place,
             tasks: positions[..count].to_vec(),
             at: Instant::now(),
-            telling: turn == Turn::Last && begun.place == rank,
+            telling: turn == Turn::Last && begun.place == rank && !begun.behind_call,
             recalled: false,
         };
         self.sent.insert(task, sent);

@@ -5,6 +5,7 @@
 //! `NULL`, not yet; a character vector, a failure; a pairlist, a jump of R's to be taken up.
 
 mod agent;
+mod call;
 mod failure;
 mod head;
 mod job;
@@ -39,6 +40,7 @@ extendr_module! {
     fn usable_cores;
     fn is_own_address;
     use agent;
+    use call;
     use head;
     use job;
     use status;

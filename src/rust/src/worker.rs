@@ -632,6 +632,17 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
     }
 }
 
+/// In a worker, tells the head something about the task under way before that has ended. Returns whether
+/// there is one.
+/// @noRd
+#[extendr]
+fn worker_tell(bytes: Raw) -> Robj {
+    match with_channel(|channel| channel.tell(bytes.as_slice())) {
+        Ok(told) => told.into(),
+        Err(_) => false.into(),
+    }
+}
+
 struct Failed {
     value: SEXP,
     sink: ToAgent,
@@ -673,4 +684,5 @@ extendr_module! {
     fn worker_ready;
     fn worker_serve;
     fn worker_fail;
+    fn worker_tell;
 }

@@ -65,6 +65,8 @@ pub enum Kind {
     /// A chunk of what many messages begin with; `task` is its number (see [`crate::payloads`]).
     /// With [`ABORT`]: it is not needed any more, whether all of it has been sent or not.
     Payload = 8,
+    /// Towards the head: what a task tells before it has ended, opaque to us. Not part of its answer.
+    Aside = 9,
 }
 
 impl Kind {
@@ -78,6 +80,7 @@ impl Kind {
             6 => Kind::Seed,
             7 => Kind::State,
             8 => Kind::Payload,
+            9 => Kind::Aside,
             _ => return None,
         })
     }

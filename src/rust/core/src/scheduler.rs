@@ -19,10 +19,15 @@ use crate::message::{self, Loss, ToAgent, ToHead, Usage};
 use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::{Buf, Bytes};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
 use std::mem;
 use std::sync::Arc;
+
+mod calls;
+
+pub use calls::CallPlace;
+use calls::Calls;
 
 /// Identifies a task, for ever and over all workers of a cluster.
 pub type TaskId = u64;
@@ -30,6 +35,8 @@ pub type TaskId = u64;
 pub const RESTORE: TaskId = 1 << 62;
 /// Groups the tasks of one call of a verb, so that they can be cancelled together.
 pub type JobId = u64;
+/// That of all calls for whoever is free: see [`Order::any_of`].
+pub const CALLS: JobId = JobId::MAX;
 /// A worker's index in its cluster, from 0.
 pub type Rank = u32;
 
@@ -165,6 +172,12 @@ pub enum Note {
         rank: Rank,
         bytes: Bytes,
     },
+    /// What a task that has not ended tells, in chunks.
+    Aside {
+        task: TaskId,
+        flags: u8,
+        bytes: Bytes,
+    },
     /// The agent could not start its workers.
     StartFailed {
         agent: usize,
@@ -249,6 +262,9 @@ pub struct Order {
     pub ahead: bool,
     /// Its message begins with this payload, which the worker's agent has.
     pub payload: Option<PayloadId>,
+    /// It is a call for whichever of these, which are in order, is free first, and `rank` means nothing.
+    /// Its message follows by [`Scheduler::append_call`].
+    pub any_of: Option<Arc<[Rank]>>,
 }
 
 /// A message by which a worker is restored: its task's number, its name and its chunks.
@@ -293,9 +309,14 @@ impl Task {
         }
     }
 
+    /// Whether R's thread counts it among what waits to be sent. It does not wait for calls to be sent.
+    fn is_counted(&self) -> bool {
+        self.id & RESTORE == 0 && self.job != CALLS
+    }
+
     /// What R's thread counts as waiting to be sent.
     fn queued_bytes(&self) -> usize {
-        if self.id & RESTORE != 0 {
+        if !self.is_counted() {
             return 0;
         }
         self.chunks.iter().map(|chunk| chunk.bytes.len()).sum()
@@ -418,6 +439,8 @@ struct Worker {
     /// In its agent's `sendable`.
     sendable: bool,
     track: Track,
+    /// Its host was lost and is back, and it may not be what it was yet.
+    away: bool,
 }
 
 impl Worker {
@@ -525,6 +548,7 @@ pub struct Scheduler {
     /// The time of what happens.
     now: Moment,
     measure: Measure,
+    calls: Calls,
 }
 
 impl Scheduler {
@@ -566,6 +590,7 @@ impl Scheduler {
                     window: SEND_WINDOW,
                     sendable: false,
                     track: Track::default(),
+                    away: false,
                 })
                 .collect(),
             notes: Vec::new(),
@@ -580,6 +605,7 @@ impl Scheduler {
             released: 0,
             now: Moment::ZERO,
             measure: |_| None,
+            calls: Calls::default(),
         }
     }
 
@@ -682,7 +708,10 @@ impl Scheduler {
     }
 
     /// A task; its message follows in chunks.
-    pub fn submit(&mut self, order: Order) {
+    pub fn submit(&mut self, mut order: Order) {
+        if let Some(any_of) = order.any_of.take() {
+            return self.submit_call(order, any_of);
+        }
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
         };
@@ -842,6 +871,7 @@ impl Scheduler {
                 }
                 _ => {
                     worker.state = WorkerState::Starting;
+                    worker.away = true;
                     worker.window = SEND_WINDOW;
                 }
             }
@@ -1263,6 +1293,7 @@ impl Scheduler {
                 outcome: Outcome::Lost(gone.clone()),
             });
         }
+        self.end_calls_of_nobody();
         self.grant();
     }
 
@@ -1286,7 +1317,7 @@ impl Scheduler {
             task: busy,
         });
         if let Some(task) = task {
-            if task.instead_of.is_none() {
+            if task.instead_of.is_none() && task.job != CALLS {
                 self.workers[rank as usize].undecided = Some((task.id, task.job));
             }
             self.notes.push(Note::Done {
@@ -1349,6 +1380,9 @@ impl Scheduler {
                 let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
                 let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
                 let current = Current::new(task, before, self.now);
+                self.workers[rank as usize].current = Some(current);
+            } else if let Some(task) = self.call_for(rank) {
+                let current = Current::new(task, None, self.now);
                 self.workers[rank as usize].current = Some(current);
             }
         }
@@ -1418,7 +1452,7 @@ impl Scheduler {
                 }
             };
             worker.window -= HEADER_LEN + sent.len;
-            if task.id & RESTORE == 0 && payload.is_none() && !ahead {
+            if task.is_counted() && payload.is_none() && !ahead {
                 self.released += sent.len;
             }
             let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
@@ -1484,6 +1518,19 @@ impl Scheduler {
                 let rank = self.rank(agent, header.worker)?;
                 let bytes = frame.body;
                 self.notes.push(Note::Output { rank, bytes });
+                Ok(())
+            }
+            Kind::Aside => {
+                let rank = self.rank(agent, header.worker)?;
+                let current = self.workers[rank as usize].current.as_ref();
+                let its = |c: &&Current| c.task.id == header.task && !c.cancelled;
+                if current.filter(its).is_some() {
+                    self.notes.push(Note::Aside {
+                        task: header.task,
+                        flags: header.flags,
+                        bytes: frame.body,
+                    });
+                }
                 Ok(())
             }
             Kind::Seed => {
@@ -1790,6 +1837,7 @@ impl Scheduler {
         if current.starving {
             self.starving.retain(|&starving| starving != rank);
         }
+        self.call_ended(current.task.id);
         (!current.cancelled).then_some(current.task)
     }
 
@@ -1807,8 +1855,10 @@ impl Scheduler {
     fn grant(&mut self) {
         while !self.starving.is_empty() {
             let room = self.unlimited || self.buffered + self.reserved < self.limit;
+            let wanted = self.starving.iter().position(|&rank| self.is_wanted(rank));
             let at = match self.want {
                 _ if self.unlimited => 0,
+                _ if wanted.is_some() => wanted.unwrap_or(0),
                 _ if room => match self.starving.iter().position(|&rank| self.may_flow(rank)) {
                     Some(at) => at,
                     None => return,

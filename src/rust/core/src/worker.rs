@@ -88,6 +88,8 @@ pub struct Channel {
     seed_after: Option<Seed>,
     /// How long the agent has lately let wait for what comes next, on average.
     usual_wait: Duration,
+    /// The process that serves tasks.
+    owner: u32,
 }
 
 /// The bytes of a payload's memory, as they are there.
@@ -120,6 +122,7 @@ impl Channel {
             seeds_before: Vec::new(),
             seed_after: None,
             usual_wait: Duration::ZERO,
+            owner: std::process::id(),
         }
     }
 
@@ -143,6 +146,7 @@ impl Channel {
     /// # Errors
     /// When the agent is gone.
     pub fn ready(&mut self, tempdir: String) -> io::Result<()> {
+        self.owner = std::process::id();
         let frame =
             message::encode_for(self.index, &WorkerReady { tempdir }).map_err(io::Error::other)?;
         self.write(&[&frame])
@@ -360,6 +364,27 @@ impl Channel {
             self.task = None;
         }
         Ok(())
+    }
+
+    /// Tells the head something before the answer: see [`Kind::Aside`]. Returns whether there is a task
+    /// that it could be of.
+    ///
+    /// # Errors
+    /// When the agent is gone.
+    pub fn tell(&mut self, bytes: &[u8]) -> io::Result<bool> {
+        // A fork of the worker has the channel, too, and must leave it alone.
+        let Some(task) = self.task.filter(|_| self.owner == std::process::id()) else {
+            return Ok(false);
+        };
+        let count = bytes.chunks(MAX_BODY).count();
+        for (at, chunk) in bytes.chunks(MAX_BODY).enumerate() {
+            let first = if at == 0 { FIRST } else { 0 };
+            let last = if at + 1 == count { LAST } else { 0 };
+            let body = Bytes::copy_from_slice(chunk);
+            let frame = Frame::new(Kind::Aside, first | last, self.index, task, body);
+            self.write(&[&frame])?;
+        }
+        Ok(true)
     }
 
     fn flush(&mut self, task: TaskId, last: bool) -> io::Result<()> {

@@ -250,7 +250,7 @@ impl Relay {
             Kind::Control => {
                 self.on_message(message::decode(&frame.body).map_err(text)?, now, acts)?
             }
-            Kind::Output | Kind::Cancel => {
+            Kind::Output | Kind::Cancel | Kind::Aside => {
                 return Err(ProtocolError("a frame that is not for an agent".into()));
             }
         }
@@ -364,6 +364,13 @@ impl Relay {
                     self.on_ready(worker, acts)?;
                 }
                 Kind::Seed => self.on_seed(header, &body, acts),
+                // The head leaves out what it does not want any more.
+                Kind::Aside => {
+                    if header.task & REPLAY == 0 && self.book.task(worker) == Some(header.task) {
+                        let body = body.freeze();
+                        acts.push(Act::ToHead(Frame { header, body }));
+                    }
+                }
                 _ => return Err(ProtocolError("a frame that is not for an agent".into())),
             }
         }

@@ -1,5 +1,6 @@
 //! The handle of R's thread to its hub. Belongs to that thread; never calls R.
 
+use super::calls::{CallEnd, Waker};
 use super::inbox::{End, Event, HostFailure, HostView, WorkerView};
 use super::shared::{Core, Shared};
 use super::spool::Spool;
@@ -8,7 +9,9 @@ use crate::frame::MAX_BODY;
 use crate::launch::Launch;
 use crate::message::{Hello, Loss, ToAgent, ToHead};
 use crate::payloads::PayloadId;
-use crate::scheduler::{Body, Gone, JobId, Order, Outcome, ProtocolError, Rank, TaskId, Want};
+use crate::scheduler::{
+    Body, CALLS, CallPlace, Gone, JobId, Order, Outcome, ProtocolError, Rank, TaskId, Want,
+};
 use crate::share::{self, Chunk};
 use crate::signals;
 use bytes::Bytes;
@@ -85,6 +88,8 @@ pub struct Begun {
     /// Its message begins with the payload. If not, that worker's host does not have it: then either
     /// [`Hub::begin_payload_again`] follows, or all of the message is to be written.
     pub shared: bool,
+    /// The worker is at a call, which it ends first.
+    pub behind_call: bool,
 }
 
 /// How far a start has come.
@@ -369,6 +374,13 @@ impl Hub {
                 self.cancel(rank, task);
             }
         }
+        let behind_call = {
+            let mut core = self.core();
+            if job != NO_JOB {
+                core.scheduler.keep_for_verb(place);
+            }
+            core.scheduler.is_at_call(place)
+        };
         let task = self.next_task;
         self.next_task += 1;
         let order = Order {
@@ -385,6 +397,7 @@ impl Hub {
             task,
             place,
             shared,
+            behind_call,
         })
     }
 
@@ -426,6 +439,7 @@ impl Hub {
             task,
             place,
             shared,
+            behind_call: false,
         })
     }
 
@@ -658,7 +672,8 @@ impl Hub {
             self.submit(false);
             sent = true;
         }
-        sent && self.core().queued > SEND_LIMIT
+        let waits = self.writing.as_ref().is_none_or(|w| !w.is_call());
+        sent && waits && self.core().queued > SEND_LIMIT
     }
 
     fn buffer(&mut self) -> Option<&mut Vec<u8>> {
@@ -711,7 +726,7 @@ impl Hub {
         let Some(mut writing) = self.writing.take() else {
             return;
         };
-        if !writing.again {
+        if !writing.again && !writing.is_call() {
             let task = (writing.order.task, writing.order.job);
             self.outstanding[writing.owner as usize].push_back(task);
             self.outstanding_count += 1;
@@ -733,6 +748,9 @@ impl Hub {
             return;
         };
         let (owner, task) = (writing.owner, writing.order.task);
+        if writing.is_call() {
+            return self.forget_call(task);
+        }
         if let Some(spool) = &mut self.core().spool {
             spool.abandon();
         }
@@ -750,7 +768,11 @@ impl Hub {
     /// Cancels the job's tasks that have not been received.
     pub fn cancel_job(&mut self, job: JobId) {
         self.abandon();
-        self.core().inbox.job = NO_JOB;
+        let mut core = self.core();
+        core.inbox.job = NO_JOB;
+        core.scheduler.verb_over();
+        core.settle();
+        drop(core);
         // The usual end of a verb.
         if self.outstanding_count == 0 {
             return;
@@ -860,6 +882,79 @@ impl Hub {
         }
     }
 
+    /// Begins a call for whichever of these workers, which are in order, is free first; [`Hub::write`] and
+    /// [`Hub::finish`] follow. `again`: the call that was lost and is tried again, before all others.
+    pub fn begin_call(&mut self, any_of: Arc<[Rank]>, again: Option<TaskId>) -> TaskId {
+        self.abandon();
+        let task = again.unwrap_or(self.next_task);
+        self.next_task = self.next_task.max(task + 1);
+        let order = Order {
+            task,
+            job: CALLS,
+            again: again.is_some(),
+            any_of: Some(any_of),
+            ..Order::default()
+        };
+        self.writing = Some(Writing::new(order, 0, again.is_some()));
+        task
+    }
+
+    /// Where a call is.
+    pub fn call_place(&self, task: TaskId) -> CallPlace {
+        self.core().scheduler.call_place(task)
+    }
+
+    /// How a call has ended, if it has; told until [`Hub::forget_call`], or until it is tried again.
+    pub fn call_end(&self, task: TaskId) -> Option<CallEnd> {
+        self.core().inbox.calls.end(task)
+    }
+
+    /// R knows how a call ended, or does not want to: if it has not ended, it is cancelled.
+    pub fn forget_call(&mut self, task: TaskId) {
+        let mut core = self.core();
+        let bytes = core.inbox.calls.forget(task);
+        core.scheduler.cancel_call(task);
+        core.settle();
+        took(&mut core, bytes);
+    }
+
+    /// R is to be woken as soon as this call has ended.
+    pub fn watch_call(&mut self, task: TaskId) {
+        let mut core = self.core();
+        core.inbox.calls.watch(task);
+        core.scheduler.want_call(task);
+        core.settle();
+    }
+
+    /// What a call has told before its end, since this was last asked.
+    pub fn call_asides(&mut self, task: TaskId) -> Vec<Vec<u8>> {
+        self.core().inbox.calls.take_asides(task)
+    }
+
+    /// The calls about which R has something to do.
+    pub fn calls_to_look_at(&mut self) -> Vec<TaskId> {
+        self.core().inbox.calls.take_attention()
+    }
+
+    /// From now on, R is woken so to look at them.
+    pub fn wake_with(&mut self, waker: Waker) {
+        self.core().inbox.calls.wake_with(waker);
+    }
+
+    /// Waits up to `most` for the end of this call, or until there is something to do about another.
+    pub fn wait_for_call(&mut self, task: TaskId, most: Duration) {
+        let mut core = self.core();
+        core.scheduler.want_call(task);
+        core.scheduler.await_call(Some(task));
+        core.settle();
+        drop(core);
+        let done = |core: &mut Core| core.inbox.calls.any_for(task).then_some(());
+        self.inner.shared.wait(most, done);
+        let mut core = self.core();
+        core.scheduler.await_call(None);
+        core.settle();
+    }
+
     /// Ends some workers, whatever they do; with the last one, the cluster. What was outstanding
     /// on them is forgotten.
     pub fn stop_workers(&mut self, ranks: Vec<Rank>) {
@@ -937,6 +1032,10 @@ impl Writing {
         }
     }
 
+    fn is_call(&self) -> bool {
+        self.order.any_of.is_some()
+    }
+
     /// Lets the message begin with the payload that it is to begin with, if that is possible and
     /// nothing of it has been submitted. Returns whether it does.
     fn share(&mut self, core: &Core) -> bool {
@@ -995,6 +1094,9 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
     if last && chunks.is_empty() {
         chunks.push(Chunk::default());
     }
+    if writing.is_call() {
+        return submit_call(core, writing, chunks, last);
+    }
     if std::mem::replace(&mut writing.first, false) {
         core.inbox.expect(writing.order.task, writing.owner);
         if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
@@ -1012,6 +1114,24 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
         core.queued += chunk.bytes.len();
         let last = last && at + 1 == count;
         core.scheduler.append(rank, task, chunk, last);
+    }
+    core.settle();
+}
+
+/// R does not wait for calls to be sent: their bytes are held until a worker is free.
+fn submit_call(core: &mut Core, writing: &mut Writing, chunks: Vec<Chunk>, last: bool) {
+    let task = writing.order.task;
+    if std::mem::replace(&mut writing.first, false) {
+        core.inbox.calls.expect(task);
+        core.scheduler.submit(writing.order.clone());
+    }
+    let count = chunks.len();
+    for (at, chunk) in chunks.into_iter().enumerate() {
+        let last = last && at + 1 == count;
+        core.scheduler.append_call(task, chunk, last);
+    }
+    if last && core.inbox.calls.is_watched(task) {
+        core.scheduler.want_call(task);
     }
     core.settle();
 }

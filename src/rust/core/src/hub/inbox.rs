@@ -1,5 +1,6 @@
 //! What the hub knows and R has not been told yet.
 
+use super::calls::Calls;
 use crate::message::{Hello, Loss, ToHead, Usage};
 use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
 use bytes::Bytes;
@@ -133,6 +134,7 @@ pub struct Inbox {
     /// The hub's thread has ended.
     pub closed: bool,
     told_spool: bool,
+    pub calls: Calls,
 }
 
 impl Inbox {
@@ -151,6 +153,7 @@ impl Inbox {
             up: 0,
             closed: false,
             told_spool: false,
+            calls: Calls::default(),
         }
     }
 
@@ -209,6 +212,12 @@ impl Inbox {
             }
             Note::Gone { rank, gone } => self.gone(rank, gone),
             Note::Done {
+                rank,
+                task,
+                outcome,
+                ..
+            } if self.calls.expects(task) => self.calls.ended(rank, task, outcome),
+            Note::Done {
                 task, job, outcome, ..
             } => match self.expected.get_mut(&task) {
                 Some(expected) => {
@@ -249,6 +258,7 @@ impl Inbox {
                     self.hosts[agent].told = question;
                 }
             }
+            Note::Aside { task, flags, bytes } => self.calls.told(task, flags, &bytes),
             // Its stream is ended for that reason.
             Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
@@ -427,6 +437,7 @@ impl Inbox {
             let lost = || End::Outcome(Outcome::Lost(gone.clone()));
             expected.end.get_or_insert_with(lost);
         }
+        self.calls.close(&gone);
         self.closed = true;
     }
 }

@@ -4,6 +4,7 @@
 //! What both need is in [`shared`], under one lock. Only bytes and plain values are in it; nothing
 //! here ever calls R.
 
+mod calls;
 mod conn;
 mod handle;
 mod inbox;
@@ -12,6 +13,7 @@ mod shared;
 mod spool;
 mod status;
 
+pub use calls::{CallEnd, Waker};
 pub use handle::{Answer, Begun, Hub, NO_JOB, Progress, RECORD_LIMIT, Turn};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
 pub use status::{HostStatus, Status};

@@ -41,6 +41,12 @@ impl Core {
         self.restore_next();
     }
 
+    /// The worker is what it was.
+    fn back(&mut self, rank: Rank) {
+        self.inbox.back(rank);
+        self.scheduler.restored(rank);
+    }
+
     fn restore_next(&mut self) {
         while self.restoring.active.len() < AT_ONCE {
             let Some(rank) = self.restoring.waiting.pop_front() else {
@@ -73,7 +79,7 @@ impl Core {
                     };
                     self.restoring.active.insert(rank, active);
                 }
-                None => self.inbox.back(rank),
+                None => self.back(rank),
             }
         }
     }
@@ -105,7 +111,7 @@ impl Core {
             Outcome::Answer(_) if task < active.last => return,
             Outcome::Answer(_) => {
                 self.restoring.active.remove(&rank);
-                self.inbox.back(rank);
+                self.back(rank);
             }
             Outcome::Lost(gone) if !self.scheduler.is_gone(rank) => {
                 active.losses += 1;

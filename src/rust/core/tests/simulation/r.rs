@@ -150,6 +150,7 @@ impl Sim {
             instead_of: task.is_moved().then_some(task.owner),
             ahead: task.ahead,
             payload: None,
+            any_of: None,
         };
         let (place, len) = (task.place, task.len);
         let made = self.share(id, place, len);
@@ -556,6 +557,7 @@ impl Sim {
                 }
                 Note::Output { .. }
                 | Note::Usage { .. }
+                | Note::Aside { .. }
                 | Note::LeftBehind { .. }
                 | Note::Failed { .. }
                 | Note::StartFailed { .. } => {

@@ -1,0 +1,140 @@
+# clusterLapply() as calls, so that the session goes on.
+
+#' Apply a function over a list on a cluster, without waiting
+#'
+#' As [clusterLapply()], but returns at once. Elements cross in groups, each of which is a call such as
+#' [clusterSubmit()] makes.
+#'
+#' @inheritParams clusterLapply
+#' @param .seed (logical or integer) As of [clusterLapply()], with the same streams.
+#' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, as
+#'   that of [clusterSubmit()]; `value()` is a list with the results, named as `X`. It is `"waiting"`
+#'   until its first group has been begun. [promises::as.promise()] works on it.
+#' @section Errors:
+#' `value()` raises, when all have ended, `rustcluster_element_failed` for errors of `FUN`'s, with the
+#' fields of [clusterLapply()] and `parent`, the error itself; for what was lost, took too long or was
+#' cancelled those of [clusterSubmit()], with a field `results`.
+#' @examples
+#' cl <- makeRustCluster(2)
+#' squares <- clusterLapplyAsync(cl, 1:10, function(i) i^2)
+#' squares$status()
+#' str(squares$value())
+#' parallel::stopCluster(cl)
+#' @export
+clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
+  cl <- theCluster(cl)
+  FUN <- match.fun(FUN)
+  refuseUnknown(...names(), names(formals(args(FUN))))
+  if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
+  n <- length(X)
+  seed <- streamsOf(.seed, n)
+  groups <- if (n) parallel::splitIndices(n, min(n, perWorker * length(cl)))
+  common <- list(...)
+  records <- list()
+  made <- FALSE
+  on.exit(if (!made) lapply(records, cancelCall))
+  for (group in groups) {
+    args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = lapply(group, if (is.null(seed)) function(i) NULL else seed))
+    label <- paste0("elements ", group[[1L]], " to ", group[[length(group)]])
+    records <- c(records, list(submit(cl, applyGroup, args, label)))
+  }
+  made <- TRUE
+  newCalls(records, groups, names(X), n)
+}
+
+# Groups that each worker gets, if their elements take the same time.
+perWorker <- 8L
+
+# In a worker.
+applyGroup <- function(fun, elements, common, seeds) {
+  one <- function(element, seed) {
+    args <- c(list(element), common)
+    tryCatch(
+      if (is.null(seed)) do.call(fun, args, quote = TRUE) else seeded(fun, args, seed),
+      error = function(e) structure(list(error = e), class = "rustcluster_raised")
+    )
+  }
+  seeded <- asNamespace("rustcluster")$runSeeded
+  list(value = Map(one, elements, seeds))
+}
+
+newCalls <- function(records, groups, names, n) {
+  force(list(records, groups, names, n))
+  calls <- list(
+    status = function() callsStatus(records),
+    value = function() {
+      for (record in records) awaitCall(record)
+      state <- callsResult(records, groups, names, n)
+      if (state$state != "done") stop(state$result)
+      state$result
+    },
+    cancel = function() invisible(any(vapply(records, cancelCall, NA)))
+  )
+  reg.finalizer(environment(), dropCalls)
+  structure(calls, class = "RustCalls")
+}
+
+dropCalls <- function(envir) {
+  for (record in envir$records) dropCall(list(record = record))
+}
+
+callsStatus <- function(records) {
+  states <- vapply(records, callStatus, "")
+  if (all(states == "waiting") && length(states)) return("waiting")
+  if (any(states %in% c("waiting", "running"))) return("running")
+  bad <- setdiff(states, "done")
+  if (!length(bad)) {
+    failed <- function(record) any(vapply(record$result, inherits, NA, "rustcluster_raised"))
+    return(if (any(vapply(records, failed, NA))) "failed" else "done")
+  }
+  if ("cancelled" %in% bad) "cancelled" else "failed"
+}
+
+# All have ended: the state and the result of the whole.
+callsResult <- function(records, groups, names, n) {
+  results <- structure(vector("list", n), names = names)
+  errors <- list()
+  broken <- NULL
+  for (at in seq_along(records)) {
+    record <- records[[at]]
+    if (record$state != "done") {
+      if (is.null(broken)) broken <- record
+      next
+    }
+    for (k in seq_along(groups[[at]])) {
+      i <- groups[[at]][[k]]
+      value <- record$result[[k]]
+      if (inherits(value, "rustcluster_raised")) errors[[as.character(i)]] <- value$error
+      else results[i] <- list(value)
+    }
+  }
+  if (!is.null(broken)) {
+    broken$result$results <- results
+    return(list(state = broken$state, result = broken$result))
+  }
+  if (!length(errors)) return(list(state = "done", result = results))
+  indices <- as.integer(names(errors))
+  others <- length(errors) - 1L
+  list(state = "failed", result = rustclusterCondition(
+    "element_failed",
+    paste0(
+      "element ", indices[[1L]], " failed: ", conditionMessage(errors[[1L]]),
+      if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)"))
+    ),
+    index = indices[[1L]], indices = indices, results = unname(results), parent = errors[[1L]]
+  ))
+}
+
+#' @export
+format.RustCalls <- function(x, ...) {
+  records <- environment(x$status)$records
+  state <- tryCatch(callsStatus(records), error = function(e) "unusable")
+  ended <- sum(vapply(records, function(record) record$state != "open", NA))
+  paste0("<", length(records), " calls for ", environment(x$status)$n, " elements: ", state, ", ", ended, " ended>")
+}
+
+#' @export
+print.RustCalls <- function(x, ...) {
+  cat(format(x), "\n", sep = "")
+  invisible(x)
+}

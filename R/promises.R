@@ -1,0 +1,86 @@
+# Calls as promises of package 'promises'. Nobody asks again and again whether one has ended: the hub's
+# thread has package 'later' call callsWoken() here.
+
+#' Calls as promises
+#'
+#' [promises::as.promise()] on what [clusterSubmit()] and [clusterLapplyAsync()] return. The session does
+#' not wait for it, and does not look for it either: it is woken when the call has ended, at the console,
+#' in Shiny, and in [later::run_now()]. A promise keeps its call and its cluster alive.
+#'
+#' @param x An object made by [clusterSubmit()] or [clusterLapplyAsync()].
+#' @return A promise, which is fulfilled with the call's value, or rejected with its error: see
+#'   [clusterSubmit()].
+#' @name promises
+#' @examplesIf requireNamespace("promises", quietly = TRUE)
+#' cl <- makeRustCluster(2)
+#' promises::then(promises::as.promise(clusterSubmit(cl, 6 * 7)), print)
+#' for (i in 1:3) later::run_now(5)
+#' parallel::stopCluster(cl)
+#' @exportS3Method promises::as.promise
+as.promise.RustCall <- function(x) {
+  record <- recordOf(x)
+  promises::promise(function(resolve, reject) {
+    whenEnded(record, function(state, result) {
+      if (state == "done") resolve(result) else reject(result)
+    })
+  })
+}
+
+#' @rdname promises
+#' @exportS3Method promises::as.promise
+as.promise.RustCalls <- function(x) {
+  of <- environment(x$status)
+  promises::promise(function(resolve, reject) {
+    left <- length(of$records)
+    ended <- function(...) {
+      left <<- left - 1L
+      if (left > 0L) return()
+      all <- callsResult(of$records, of$groups, of$names, of$n)
+      if (all$state == "done") resolve(all$result) else reject(all$result)
+    }
+    if (left) for (record in of$records) whenEnded(record, ended) else ended()
+  })
+}
+
+#' @rdname promises
+#' @exportS3Method promises::is.promising
+is.promising.RustCall <- function(x) TRUE
+
+#' @rdname promises
+#' @exportS3Method promises::is.promising
+is.promising.RustCalls <- function(x) TRUE
+
+# Of clusters of which calls are waited for, by their numbers, the names by which their records are found.
+# How many there have been: `count`.
+awaited <- new.env(parent = emptyenv())
+awaited$count <- 0
+
+# Calls `waiter` with the state and the result of a call as soon as that has ended.
+whenEnded <- function(record, waiter) {
+  lookAt(record)
+  if (record$state != "open") return(waiter(record$state, record$result))
+  handle <- record$handle
+  if (is.null(handle$number)) {
+    awaited$count <- awaited$count + 1
+    handle$number <- awaited$count
+    assign(as.character(handle$number), handle$id, awaited)
+  }
+  loops <- union(handle$loops, as.integer(later::current_loop()$id))
+  if (!identical(loops, handle$loops)) {
+    checked(calls_wake(handle$pointer, handle$number, loops), handle)
+    handle$loops <- loops
+  }
+  record$waiters <- c(record$waiters, list(waiter))
+  checked(call_watch(handle$pointer, record$task), handle)
+  invisible()
+}
+
+# Package 'later' calls this, by way of the hub.
+callsWoken <- function(number) {
+  id <- awaited[[as.character(number)]]
+  records <- if (!is.null(id)) openCalls[[id]]
+  if (is.null(records)) return()
+  handle <- records[[ls(records)[[1L]]]]$handle
+  lookAtCalls(handle)
+  showEvents(handle)
+}

@@ -1,0 +1,428 @@
+# Single calls: each runs on whichever worker is free first, and this session goes on. They wait in the
+# hub, which gives them out without R. What is left to R is to read answers, and to decide what becomes of
+# a call that was lost with its worker.
+
+#' Run a call on whichever worker is free
+#'
+#' Sends an expression to the cluster and returns at once. It is evaluated by the first worker that has
+#' nothing else to do; calls wait in the order in which they were made, and are begun by themselves,
+#' whatever this session does in the meantime. While a verb (such as [parLapply()]) is under way, its
+#' workers are given no calls.
+#'
+#' The variables that `expr` uses are sent with it: those of the function that calls, and those of the
+#' global environment, also as far as functions use them that are sent. They are found by their names in
+#' the code: what it finds by `get("x")` is to be given in `...`. Those of the global environment are put
+#' into the worker's for as long as the call takes, the others into an environment of its own: nothing is
+#' left behind. Packages of which `expr` uses something and that are attached here are attached there.
+#' An expression has the workers' random numbers.
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
+#'   \pkg{parallel}'s `setDefaultCluster()` has set.
+#' @param expr An expression, such as `f(x)`.
+#' @param ... Variables for the expression, by their names.
+#' @param .packages (character) Further packages to attach before it is evaluated.
+#' @param .envir (environment) Where its variables are.
+#' @return An object of class `"RustCall"`, a list of functions:
+#' \describe{
+#'   \item{`status()`}{character: `"waiting"` for a worker, `"running"`, `"done"`, `"failed"` or
+#'     `"cancelled"`.}
+#'   \item{`value()`}{waits for the value and returns it, or raises what went wrong, as often as it is
+#'     called. An interrupt ends the waiting and nothing else.}
+#'   \item{`cancel()`}{ends the call: one that runs is interrupted, and its worker killed and replaced if
+#'     it does not heed that for 2 s. Returns, invisibly, whether it had not ended before.}
+#' }
+#' A call of which nobody has the object any more is cancelled. [promises::as.promise()] works on it: the
+#' session need not wait, and is woken when the call has ended.
+#' @section Errors:
+#' `value()` raises the error of `expr` as it was raised there. `rustcluster_task_failed` (fields
+#' `losses`): the call was lost with its worker more often than `retries` of the cluster allows.
+#' `rustcluster_worker_lost`, `rustcluster_host_failed`: it was lost, and is not to be tried again or
+#' nobody is left to try it. `rustcluster_timeout`: it took longer than `timeout` of the cluster.
+#' `rustcluster_cancelled`: it was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
+#' `rustcluster_restored`: see [makeRustCluster()].
+#' @seealso [clusterLapplyAsync()]
+#' @examples
+#' cl <- makeRustCluster(2)
+#' x <- 20
+#' call <- clusterSubmit(cl, {
+#'   Sys.sleep(0.1)
+#'   x + 1
+#' })
+#' call$status()
+#' call$value()
+#' calls <- lapply(1:4, function(i) clusterSubmit(cl, i^2))
+#' vapply(calls, function(call) call$value(), 0)
+#'
+#' slow <- clusterSubmit(cl, Sys.sleep(60))
+#' slow$cancel()
+#' slow
+#'
+#' if (requireNamespace("promises", quietly = TRUE)) {
+#'   promises::then(promises::as.promise(clusterSubmit(cl, x + 2)), function(value) print(value))
+#'   # As Shiny and the console do by themselves.
+#'   for (i in 1:3) later::run_now(5)
+#' }
+#' parallel::stopCluster(cl)
+#' @export
+clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = parent.frame()) {
+  if (missing(expr)) badArgument("expr", "is missing")
+  expr <- substitute(expr)
+  given <- list(...)
+  if (length(given) && (is.null(names(given)) || !all(nzchar(names(given))))) {
+    badArgument("...", "must be named: these are variables for `expr`")
+  }
+  if (!is.null(.packages) && (!is.character(.packages) || anyNA(.packages) || !all(nzchar(.packages)))) {
+    badArgument(".packages", "must be a character vector of packages' names")
+  }
+  if (!is.environment(.envir)) badArgument(".envir", "must be an environment")
+  cl <- theCluster(cl)
+  used <- variablesOf(expr, .envir, names(given))
+  args <- list(
+    expr = expr, variables = c(given, used$variables), globals = used$globals,
+    packages = unique(c(.packages, used$packages))
+  )
+  label <- paste(trimws(deparse(expr, width.cutoff = 60L, nlines = 3L)), collapse = " ")
+  newCall(submit(cl, evaluateCall, args, label))
+}
+
+theCluster <- function(cl) {
+  if (is.null(cl)) cl <- getDefaultCluster()
+  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
+  clusterHandle(cl)
+  cl
+}
+
+# In a worker.
+evaluateCall <- function(expr, variables, globals, packages) {
+  names <- as.character(names(globals))
+  there <- intersect(names, ls(globalenv(), all.names = TRUE))
+  before <- mget(there, globalenv())
+  on.exit({
+    rm(list = intersect(names, ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    list2env(before, globalenv())
+  })
+  tryCatch(
+    {
+      for (package in packages) library(package, character.only = TRUE)
+      list2env(globals, globalenv())
+      envir <- list2env(variables, parent = globalenv())
+      list(value = eval(expr, envir))
+    },
+    error = function(e) {
+      # Nobody there has made that call.
+      if (identical(e$call, quote(eval(expr, envir)))) e["call"] <- list(NULL)
+      structure(list(error = e), class = "rustcluster_raised")
+    }
+  )
+}
+
+# What an expression uses --------------------------------------------------------------------------
+
+# A list of `variables` and `globals`, by their names, and of `packages`. Those that are given are not
+# looked for.
+variablesOf <- function(expr, envir, given) {
+  found <- new.env(parent = emptyenv())
+  found$variables <- list()
+  found$globals <- list()
+  found$packages <- character()
+  found$seen <- list()
+  findVariables(setdiff(namesIn(expr), given), envir, found, TRUE)
+  as.list(found)[c("variables", "globals", "packages")]
+}
+
+# `ours`: what is found below the global environment is to be sent, and is not part of a function's
+# environment, which is sent with it.
+findVariables <- function(names, envir, found, ours) {
+  for (name in names) {
+    where <- envir
+    while (!identical(where, emptyenv()) && !exists(name, where, inherits = FALSE)) where <- parent.env(where)
+    if (any(vapply(list(emptyenv(), baseenv(), .BaseNamespaceEnv), identical, NA, where))) next
+    global <- identical(where, globalenv())
+    attached <- attr(where, "name")
+    if (!global && is.character(attached) && startsWith(attached, "package:")) {
+      addPackage(sub("^package:", "", attached), found)
+      next
+    }
+    # An argument that is missing is nothing that could be sent.
+    value <- tryCatch(list(get(name, where, inherits = FALSE)), error = function(e) NULL)
+    if (is.null(value) || identical(value[[1L]], quote(expr = )) || name == "...") next
+    if (global) {
+      if (name %in% names(found$globals)) next
+      found$globals[name] <- value
+    } else if (ours) {
+      found$variables[name] <- value
+    }
+    lookInto(value[[1L]], found)
+  }
+}
+
+# What a function uses of the global environment.
+lookInto <- function(fun, found) {
+  if (typeof(fun) != "closure" || isNamespace(topenv(environment(fun)))) return()
+  for (seen in found$seen) if (identical(seen, fun)) return()
+  found$seen <- c(found$seen, list(fun))
+  names <- setdiff(namesIn(list(formals(fun), body(fun))), names(formals(fun)))
+  findVariables(names, environment(fun), found, FALSE)
+}
+
+addPackage <- function(package, found) {
+  default <- c("methods", "datasets", "utils", "grDevices", "graphics", "stats", "rustcluster")
+  if (!package %in% default) found$packages <- union(found$packages, package)
+}
+
+# The names that some code may look up, but for what is not looked up by its name.
+namesIn <- function(code) {
+  if (is.symbol(code)) {
+    name <- as.character(code)
+    return(if (nzchar(name)) name)
+  }
+  if (is.call(code)) {
+    fun <- code[[1L]]
+    if (is.symbol(fun)) {
+      name <- as.character(fun)
+      if (name %in% c("::", ":::", "quote")) return(NULL)
+      if (name %in% c("$", "@")) code <- code[1:2]
+      if (name == "function") {
+        names <- namesIn(list(code[[2L]], code[[3L]]))
+        return(setdiff(names, names(code[[2L]])))
+      }
+    }
+  } else if (!is.list(code) && !is.pairlist(code) && !is.expression(code)) {
+    return(NULL)
+  }
+  # Missing arguments, as in x[, 1], are symbols, too.
+  unique(unlist(lapply(as.list(code), namesIn)))
+}
+
+# Records ------------------------------------------------------------------------------------------
+
+# What is known here of a call. The records of those that have not ended, by their clusters' names and
+# their numbers: whoever decides on a call that was lost finds its message here. Not in the handle, which
+# goes wherever a node goes.
+openCalls <- new.env(parent = emptyenv())
+
+recordsOf <- function(handle) openCalls[[handle$id]]
+
+# Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
+# `tells`: what it tells before its end is wanted.
+submit <- function(cl, fun, args, label, tells = FALSE) {
+  handle <- cl[[1L]][["handle"]]
+  if (handle$stopped) raiseFailure(c(kind = "stopped"))
+  ranks <- unique(checked(cluster_ranks(cl)))
+  if (handle$job != noJob) closeStale(handle, sys.nframe())
+  record <- new.env(parent = emptyenv())
+  record$handle <- handle
+  record$ranks <- ranks
+  record$label <- label
+  record$began <- proc.time()[["elapsed"]]
+  data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
+  record$message <- list(type = "EXEC", data = data, tag = NULL)
+  record$losses <- list()
+  record$state <- "open"
+  record$waiters <- list()
+  record$tells <- tells
+  sent <- call_submit(handle$pointer, ranks, NULL, record$message)
+  if (typeof(sent) == "character") handleFailed(sent, handle)
+  record$task <- checked(sent)
+  if (is.null(recordsOf(handle))) assign(handle$id, new.env(parent = emptyenv()), openCalls)
+  assign(format(record$task, scientific = FALSE), record, recordsOf(handle))
+  record
+}
+
+# The call has ended: `state` is "done", "failed" or "cancelled", `result` its value or condition.
+endCall <- function(record, state, result) {
+  records <- recordsOf(record$handle)
+  if (!is.null(records)) {
+    rm(list = intersect(format(record$task, scientific = FALSE), ls(records)), envir = records)
+    if (!length(ls(records))) rm(list = record$handle$id, envir = openCalls)
+  }
+  record$result <- result
+  record$state <- state
+  record$took <- proc.time()[["elapsed"]] - record$began
+  record$message <- NULL
+  waiters <- record$waiters
+  record$waiters <- list()
+  for (waiter in waiters) waiter(state, result)
+}
+
+# Looks whether the call has ended, and decides on it if it was lost.
+lookAt <- function(record) {
+  if (record$state != "open") return(invisible())
+  handle <- record$handle
+  end <- withCallingHandlers(call_take(handle$pointer, record$task), error = unreadable)
+  switch(typeof(end),
+    list = answered(record, end),
+    character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle),
+    pairlist = unwoundCall(record, end)
+  )
+  invisible()
+}
+
+# An answer that cannot be read is the call's failure; what is interrupted is read anew.
+unwoundCall <- function(record, token) {
+  withCallingHandlers(unwound(token), error = function(e) {
+    if (record$state != "open") return()
+    call_forget(record$handle$pointer, record$task)
+    endCall(record, "failed", rustclusterCondition(
+      "protocol", paste0("the answer to a call could not be read: ", conditionMessage(e)), parent = e
+    ))
+  })
+}
+
+answered <- function(record, answer) {
+  value <- answer$value
+  takeAsides(record)
+  call_forget(record$handle$pointer, record$task)
+  if (inherits(value, "rustcluster_raised")) return(endCall(record, "failed", value$error))
+  if (isTRUE(answer$success)) return(endCall(record, "done", value$value))
+  # It was not R code of the call's own: its value could not be sent, say.
+  endCall(record, "failed", rustclusterCondition("call_failed", as.character(unclass(value))))
+}
+
+callEnded <- function(record, failure) {
+  handle <- record$handle
+  condition <- failureCondition(c(failure, tasks = "the call", index = NA), handle)
+  condition$index <- NULL
+  failed <- function(condition) {
+    call_forget(handle$pointer, record$task)
+    endCall(record, "failed", condition)
+  }
+  if (failure[["kind"]] == "timeout") return(failed(condition))
+  if (handle$stopped || failure[["kind"]] == "stopped" || handle$retries == 0) {
+    if (handle$stopped) condition <- failureCondition(c(kind = "stopped"), handle)
+    return(failed(condition))
+  }
+  losses <- c(record$losses, list(condition))
+  if (length(losses) > handle$retries) return(failed(callLost(losses)))
+  pids <- hub_pids(handle$pointer)
+  if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
+  sent <- call_submit(handle$pointer, record$ranks, record$task, record$message)
+  if (typeof(sent) == "character") return(failed(failureCondition(sent, handle)))
+  checked(sent)
+  record$losses <- losses
+  if (isTRUE(condition$replaced)) {
+    warning(failureCondition(c(failure, again = TRUE, tasks = "the call"), handle, "warning"))
+  }
+}
+
+callLost <- function(losses) {
+  rustclusterCondition(
+    "task_failed",
+    paste0(
+      "the call was lost with its worker ", length(losses), " times and is not tried again. Its losses:\n",
+      paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
+    ),
+    losses = losses
+  )
+}
+
+# What the call has told before its end (see tellHead()), for those who want to know.
+takeAsides <- function(record) {
+  if (!isTRUE(record$tells)) return(invisible())
+  asides <- call_asides(record$handle$pointer, record$task)
+  if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+  invisible()
+}
+
+# In a worker: tells the head something before the end of the call under way.
+tellHead <- function(value) {
+  checked(worker_tell(serialize(value, NULL, xdr = FALSE)))
+}
+
+# Does what is to be done about all calls of a cluster.
+lookAtCalls <- function(handle) {
+  tasks <- calls_to_look_at(handle$pointer)
+  if (typeof(tasks) != "double") return(invisible())
+  records <- recordsOf(handle)
+  for (task in tasks) {
+    record <- records[[format(task, scientific = FALSE)]]
+    # Whoever was interrupted in sending it has no record of it.
+    if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
+  }
+  invisible()
+}
+
+# The accessors ------------------------------------------------------------------------------------
+
+newCall <- function(record) {
+  force(record)
+  call <- list(
+    status = function() callStatus(record),
+    value = function() callValue(record),
+    cancel = function() invisible(cancelCall(record))
+  )
+  # The functions' environment is all that the object is.
+  reg.finalizer(environment(), dropCall)
+  structure(call, class = "RustCall")
+}
+
+recordOf <- function(call) get("record", environment(call$status))
+
+callStatus <- function(record) {
+  if (record$state != "open") return(record$state)
+  lookAtCalls(record$handle)
+  lookAt(record)
+  if (record$state != "open") return(record$state)
+  place <- checked(call_place(record$handle$pointer, record$task), record$handle)
+  record$place <- place
+  # It may just have ended.
+  if (identical(place, 0L)) "waiting" else "running"
+}
+
+callValue <- function(record) {
+  awaitCall(record)
+  if (record$state != "done") stop(record$result)
+  record$result
+}
+
+awaitCall <- function(record) {
+  handle <- record$handle
+  while (record$state == "open") {
+    lookAtCalls(handle)
+    takeAsides(record)
+    if (length(record$asides)) return(invisible())
+    lookAt(record)
+    if (record$state != "open") break
+    waited <- call_wait(handle$pointer, record$task)
+    if (typeof(waited) == "character") handleFailed(waited, handle)
+    showEvents(handle)
+    Sys.sleep(0)
+  }
+}
+
+cancelCall <- function(record) {
+  if (record$state != "open") return(FALSE)
+  lookAt(record)
+  if (record$state != "open") return(FALSE)
+  checked(call_forget(record$handle$pointer, record$task), record$handle)
+  endCall(record, "cancelled", rustclusterCondition("cancelled", "the call was cancelled"))
+  TRUE
+}
+
+# Nobody has the object any more. Not where it would be another process's call.
+dropCall <- function(envir) {
+  record <- envir$record
+  if (record$state != "open" || length(record$waiters)) return()
+  if (is.null(call_forget(record$handle$pointer, record$task))) {
+    endCall(record, "cancelled", NULL)
+  }
+}
+
+#' @export
+format.RustCall <- function(x, ...) {
+  record <- recordOf(x)
+  state <- tryCatch(callStatus(record), error = function(e) "unusable")
+  label <- record$label
+  if (nchar(label) > 60L) label <- paste0(substr(label, 1L, 57L), "...")
+  took <- if (is.null(record$took)) proc.time()[["elapsed"]] - record$began else record$took
+  place <- if (state == "running" && isTRUE(record$place > 0L)) {
+    paste0(" on worker ", record$place, " on host ", sQuote(record$handle$hosts[[record$place]]))
+  }
+  paste0("<call ", label, ": ", state, place, ", ", format(round(took, 1), nsmall = 1), " s>")
+}
+
+#' @export
+print.RustCall <- function(x, ...) {
+  cat(format(x), "\n", sep = "")
+  invisible(x)
+}

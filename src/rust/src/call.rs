@@ -1,0 +1,202 @@
+//! Calls for whoever is free: sent one by one, and each asked for by its number.
+
+use crate::failure::Failure;
+use crate::head::{self, ToHub, SLICE};
+use crate::stream::{self, Format};
+use crate::unwind::{self, Jump};
+use extendr_api::prelude::*;
+use extendr_ffi::{R_NilValue, SEXP};
+use rustcluster_core::scheduler::{CallPlace, Outcome, Rank, TaskId};
+use std::ffi::{c_int, c_void};
+
+/// Sends a call to whichever of these workers is free first. `again`: `NULL`, or the number of the call
+/// that was lost and is tried again. Returns its number.
+/// @noRd
+#[extendr]
+fn call_submit(handle: Robj, ranks: &[i32], again: Robj, message: Robj) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let mut any_of = {
+            let hub = cluster.hub.borrow();
+            let ranks = ranks.iter().map(|&rank| head::rank_of(&hub, rank));
+            ranks.collect::<std::result::Result<Vec<Rank>, Failure>>()?
+        };
+        any_of.sort_unstable();
+        let xdr = |&rank: &Rank| cluster.format(rank) == Format::Xdr;
+        // All of them can read that.
+        let format = match any_of.iter().any(xdr) {
+            true => Format::Xdr,
+            false => Format::Native,
+        };
+        let again = again.as_real().map(|task| task as TaskId);
+        let task = cluster.hub.borrow_mut().begin_call(any_of.into(), again);
+        let written = head::send_plain(cluster, format, &message).and_then(|sent| match sent {
+            true => Ok(()),
+            false => stream::serialize(&message, format, &mut ToHub(cluster)).map(drop),
+        });
+        match written {
+            Ok(()) => {
+                cluster.hub.borrow_mut().finish();
+                Ok((task as f64).into())
+            }
+            Err(Jump(token)) => {
+                cluster.hub.borrow_mut().abandon();
+                Ok(token)
+            }
+        }
+    })
+}
+
+/// The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
+/// @noRd
+#[extendr]
+fn call_take(handle: Robj, task: f64) -> Robj {
+    let task = task as TaskId;
+    head::with_cluster(&handle, |cluster| {
+        let end = cluster.hub.borrow().call_end(task);
+        let Some(end) = end else {
+            return Ok(().into());
+        };
+        let ended = |failure: Failure| Err(failure.with("task", task));
+        match end.outcome {
+            // It stays where it is until it has been read: R may jump.
+            Outcome::Answer(body) => match head::read_whole(body) {
+                Ok(answer) => Ok(answer),
+                Err(Jump(token)) => Ok(token),
+            },
+            Outcome::Lost(gone) => ended(head::loss(cluster, end.rank, &gone)),
+            Outcome::TimedOut => ended(Failure::new("timeout").with("rank", end.rank + 1)),
+            Outcome::Cancelled | Outcome::Recalled => ended(Failure::new("cancelled")),
+        }
+    })
+}
+
+/// What a call has told before its end, since this was last asked: a list of raw vectors.
+/// @noRd
+#[extendr]
+fn call_asides(handle: Robj, task: f64) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let asides = cluster.hub.borrow_mut().call_asides(task as TaskId);
+        let asides = asides.iter().map(|aside| Raw::from_bytes(aside));
+        Ok(List::from_values(asides).into())
+    })
+}
+
+/// Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
+/// @noRd
+#[extendr]
+fn call_place(handle: Robj, task: f64) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let place = match cluster.hub.borrow().call_place(task as TaskId) {
+            CallPlace::Waiting => Some(0),
+            CallPlace::With(rank) => Some(rank as i32 + 1),
+            CallPlace::Nowhere => None,
+        };
+        Ok(place.into())
+    })
+}
+
+/// Nobody wants to know any more what comes of a call: if it has not ended, it is cancelled.
+/// @noRd
+#[extendr]
+fn call_forget(handle: Robj, task: f64) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        cluster.hub.borrow_mut().forget_call(task as TaskId);
+        Ok(().into())
+    })
+}
+
+/// R is to be woken when this call has ended: see [`calls_wake`].
+/// @noRd
+#[extendr]
+fn call_watch(handle: Robj, task: f64) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        cluster.hub.borrow_mut().watch_call(task as TaskId);
+        Ok(().into())
+    })
+}
+
+/// Waits a little for the end of this call, or for something else that is to be done.
+/// @noRd
+#[extendr]
+fn call_wait(handle: Robj, task: f64) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        hub.wait_for_call(task as TaskId, SLICE);
+        Ok(().into())
+    })
+}
+
+/// The numbers of the calls about which there is something to do: those that are watched and have
+/// ended, and those that were lost.
+/// @noRd
+#[extendr]
+fn calls_to_look_at(handle: Robj) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let calls = cluster.hub.borrow_mut().calls_to_look_at();
+        let calls: Vec<f64> = calls.into_iter().map(|task| task as f64).collect();
+        Ok(calls.into())
+    })
+}
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_later() -> *mut c_void;
+    fn rustcluster_wake(later: *mut c_void, number: usize, l: c_int);
+}
+
+/// A function of package 'later' that any thread may call.
+struct Later(*mut c_void);
+
+// SAFETY: it is the address of a function, which does not change.
+unsafe impl Send for Later {}
+
+impl Later {
+    fn wake(&self, number: usize, in_loop: c_int) {
+        // SAFETY: the function was found by rustcluster_later(); any thread may call it.
+        unsafe { rustcluster_wake(self.0, number, in_loop) };
+    }
+}
+
+unsafe extern "C" fn find_later(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the pointer of calls_wake, which outlives this call; this frame holds nothing
+    // that is to be dropped when R jumps.
+    unsafe {
+        *data.cast::<*mut c_void>() = rustcluster_later();
+        R_NilValue
+    }
+}
+
+/// From now on, callsWoken(number) is called in these loops of package 'later' when there is something
+/// to do about a call.
+/// @noRd
+#[extendr]
+fn calls_wake(handle: Robj, number: f64, loops: &[i32]) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let mut later: *mut c_void = std::ptr::null_mut();
+        if let Err(Jump(token)) = unwind::run(find_later, &mut later) {
+            return Ok(token);
+        }
+        let (later, number, loops) = (Later(later), number as usize, loops.to_vec());
+        let wake = move || {
+            for &in_loop in &loops {
+                later.wake(number, in_loop);
+            }
+        };
+        cluster.hub.borrow_mut().wake_with(Box::new(wake));
+        Ok(().into())
+    })
+}
+
+extendr_module! {
+    mod call;
+    fn call_submit;
+    fn call_take;
+    fn call_asides;
+    fn call_place;
+    fn call_forget;
+    fn call_watch;
+    fn call_wait;
+    fn calls_to_look_at;
+    fn calls_wake;
+}

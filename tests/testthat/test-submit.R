@@ -1,0 +1,326 @@
+# Single calls for whoever is free.
+
+watch_processes()
+
+calls_of <- function(cl) rustcluster:::recordsOf(cl[[1L]]$handle)
+
+test_that("a call gives its value, and its object tells where it is", {
+  cl <- local_cluster(2)
+  call <- clusterSubmit(cl, {
+    while (!file.exists(flag)) Sys.sleep(0.01)
+    list(pid = Sys.getpid(), sum = 1 + 1)
+  }, flag = flag <- tempfile())
+  expect_s3_class(call, "RustCall")
+  expect_equal(call$status(), "running")
+  expect_match(format(call), "^<call .*: running on worker [12] on host .localhost., [0-9.]+ s>$")
+  file.create(flag)
+  value <- call$value()
+  expect_equal(value$sum, 2)
+  expect_true(value$pid %in% clusterPids(cl))
+  expect_identical(call$value(), value)
+  expect_equal(call$status(), "done")
+  expect_output(print(call), "done")
+  expect_null(clusterSubmit(cl, NULL)$value())
+  expect_identical(clusterSubmit(cl, invisible(3))$value(), 3)
+})
+
+test_that("calls wait in their order and go out without this session", {
+  cl <- local_cluster(1)
+  log <- tempfile()
+  note <- function(i) cat(i, "\n", file = log, append = TRUE)
+  calls <- lapply(1:20, function(i) clusterSubmit(cl, note(i)))
+  # No function of ours is called in the meantime.
+  expect_true(wait_until(function() file.exists(log) && length(readLines(log)) == 20L))
+  expect_identical(as.integer(readLines(log)), 1:20)
+  for (call in calls) expect_null(call$value())
+})
+
+test_that("variables are sent, of the function, of the global environment and of functions that use them", {
+  cl <- local_cluster(2)
+  global({
+    calls_offset <- 100
+    calls_add <- function(x) x + calls_offset
+  })
+  on.exit(rm(list = c("calls_offset", "calls_add"), envir = globalenv()))
+  local <- 5
+  twice <- function(x) 2 * calls_add(x)
+  unused <- function() stop("not to be looked at")
+  delayedAssign("lazy", stop("not to be evaluated"))
+  # parallel's workers have none of it, before and after.
+  expect_false(any(unlist(clusterCall(cl, exists, "calls_offset"))))
+  expect_equal(clusterSubmit(cl, twice(local))$value(), 210)
+  expect_equal(clusterSubmit(cl, sapply(1:3, function(local) calls_add(local)))$value(), 101:103)
+  expect_false(any(unlist(clusterCall(cl, exists, "calls_offset"))))
+  # What is there for good is there again.
+  clusterEvalQ(cl, calls_offset <- -1)
+  expect_equal(clusterSubmit(cl, calls_add(1))$value(), 101)
+  expect_equal(unlist(clusterEvalQ(cl, calls_offset)), c(-1, -1))
+  expect_equal(clusterSubmit(cl, given + local, given = 1)$value(), 6)
+  missing_one <- function(cl, x) clusterSubmit(cl, if (FALSE) x else 9)
+  expect_equal(missing_one(cl)$value(), 9)
+  expect_equal(do.call(clusterSubmit, list(cl, quote(1 + 2)))$value(), 3)
+  env <- list2env(list(hidden = 8))
+  expect_equal(clusterSubmit(cl, hidden, .envir = env)$value(), 8)
+  # A package's own function is known where the package is not attached.
+  inside <- function(cl) clusterSubmit(cl, formatBytes(2e6))
+  environment(inside) <- asNamespace("rustcluster")
+  expect_equal(inside(cl)$value(), "2.0 MB")
+})
+
+test_that("packages that are attached here, or named, are attached there", {
+  cl <- local_cluster(1)
+  expect_false("package:tools" %in% clusterEvalQ(cl, search())[[1L]])
+  expect_equal(clusterSubmit(cl, toTitleCase("an example"), .packages = "tools")$value(), "An Example")
+  cl2 <- local_cluster(1)
+  attached <- "package:tools" %in% search()
+  library(tools)
+  if (!attached) on.exit(detach("package:tools"), add = TRUE)
+  expect_equal(clusterSubmit(cl2, toTitleCase("an example"))$value(), "An Example")
+  failed <- caught(clusterSubmit(cl, 1, .packages = "no.such.package")$value())
+  expect_match(conditionMessage(failed), "no.such.package")
+})
+
+test_that("an error is that of the expression, with its class, call and data", {
+  cl <- local_cluster(1)
+  plain <- clusterSubmit(cl, stop("100%s of it"))
+  error <- caught(plain$value())
+  expect_identical(class(error), c("simpleError", "error", "condition"))
+  expect_identical(conditionMessage(error), "100%s of it")
+  expect_null(conditionCall(error))
+  expect_equal(plain$status(), "failed")
+  expect_identical(caught(plain$value()), error)
+  own <- caught(clusterSubmit(cl, stop(structure(
+    class = c("mine", "error", "condition"), list(message = "m", call = quote(f(x)), data = 1:3)
+  )))$value())
+  expect_identical(class(own), c("mine", "error", "condition"))
+  expect_identical(conditionCall(own), quote(f(x)))
+  expect_identical(own$data, 1:3)
+  f <- function(x) log(x)
+  expect_identical(conditionCall(caught(clusterSubmit(cl, f("a"))$value())), quote(log(x)))
+  # The worker goes on.
+  expect_equal(clusterSubmit(cl, 1)$value(), 1)
+})
+
+test_that("a value that cannot be sent, and one that cannot be read, are the call's failure alone", {
+  cl <- local_cluster(1, packages = character())
+  suppressWarnings(expect_rust_error(caught(clusterSubmit(cl, quit("no", 3))$value()), "task_failed"))
+  expect_equal(clusterSubmit(cl, "on it goes")$value(), "on it goes")
+})
+
+test_that("bad arguments are refused", {
+  cl <- local_cluster(1)
+  expect_rust_error(caught(clusterSubmit(1, 2)), "bad_argument")
+  expect_rust_error(caught(clusterSubmit(cl)), "bad_argument")
+  expect_rust_error(caught(clusterSubmit(cl, 1, 2)), "bad_argument")
+  expect_rust_error(caught(clusterSubmit(cl, 1, .packages = NA)), "bad_argument")
+  expect_rust_error(caught(clusterSubmit(cl, 1, .envir = 3)), "bad_argument")
+  expect_rust_error(caught(clusterSubmit(NULL, 1)), "bad_argument")
+  parallel::setDefaultCluster(cl)
+  on.exit(parallel::setDefaultCluster(NULL), add = TRUE)
+  expect_equal(clusterSubmit(expr = 5)$value(), 5)
+})
+
+test_that("verbs and calls leave each other alone", {
+  cl <- local_cluster(2)
+  global(calls_slow <- function(s, x) {
+    Sys.sleep(s)
+    x
+  })
+  on.exit(rm("calls_slow", envir = globalenv()))
+  calls <- lapply(1:8, function(i) clusterSubmit(cl, calls_slow(0.05, i)))
+  # Verbs of ours and of parallel's, static and dynamic, while calls run and wait.
+  expect_equal(parSapply(cl, 1:10, function(i) i), 1:10)
+  expect_equal(parallel::parSapply(cl, 1:10, function(i) i), 1:10)
+  expect_equal(unlist(clusterApplyLB(cl, 1:10, function(i) i)), 1:10)
+  expect_equal(unlist(parallel::clusterApplyLB(cl, 1:10, function(i) i)), 1:10)
+  expect_equal(clusterLapply(cl, 1:10, function(i) i), as.list(1:10))
+  expect_length(unique(unlist(clusterCall(cl, Sys.getpid))), 2L)
+  # By hand.
+  calls <- c(calls, lapply(9:12, function(i) clusterSubmit(cl, calls_slow(0.05, i))))
+  parallel:::sendCall(cl[[1]], identity, list("by hand"))
+  parallel:::sendCall(cl[[1]], identity, list("second"))
+  expect_equal(parallel:::recvResult(cl[[1]]), "by hand")
+  expect_equal(parallel:::recvOneResult(cl)$value, "second")
+  expect_rust_error(caught(parallel:::recvResult(cl[[1]])), "no_task")
+  expect_equal(vapply(calls, function(call) call$value(), 0), 1:12)
+  # An interrupted verb cancels its own.
+  call <- clusterSubmit(cl[1], calls_slow(1, "not hit"))
+  interrupted(clusterApply(cl, c(60, 60), Sys.sleep), 0.2)
+  expect_equal(clusterApply(cl, 1:2, identity), list(1L, 2L))
+  expect_equal(call$value(), "not hit")
+})
+
+test_that("the time limit of an element does not count what a call takes", {
+  cl <- local_cluster(1)
+  calls <- lapply(1:4, function(i) clusterSubmit(cl, Sys.sleep(0.4)))
+  expect_equal(clusterLapply(cl, 1:3, function(i) i, .timeout = 0.3), list(1L, 2L, 3L))
+  for (call in calls) expect_null(call$value())
+})
+
+test_that("a call that is waited for in the middle of a verb is not waited for in vain", {
+  cl <- local_cluster(2)
+  got <- list()
+  clusterLapply(cl, 1:3, identity, .onResult = function(i, value) {
+    got[[i]] <<- clusterSubmit(cl, value * 10)$value()
+  })
+  expect_equal(got, list(10, 20, 30))
+})
+
+test_that("a call that waits, and one that runs, can be cancelled", {
+  cl <- local_cluster(1)
+  first <- clusterSubmit(cl, Sys.sleep(60))
+  second <- clusterSubmit(cl, "second")
+  third <- clusterSubmit(cl, "third")
+  expect_equal(second$status(), "waiting")
+  expect_true(second$cancel())
+  expect_equal(second$status(), "cancelled")
+  expect_true(first$cancel())
+  expect_equal(third$value(), "third")
+  expect_false(first$cancel())
+  expect_false(third$cancel())
+  expect_rust_error(caught(first$value()), "cancelled")
+  expect_rust_error(caught(second$value()), "cancelled")
+})
+
+test_that("an interrupt in value() loses nothing", {
+  cl <- local_cluster(1)
+  call <- clusterSubmit(cl, {
+    Sys.sleep(1)
+    "there"
+  })
+  interrupted(call$value(), 0.2)
+  expect_equal(call$status(), "running")
+  expect_equal(call$value(), "there")
+  # In the middle of reading it.
+  call <- clusterSubmit(cl, lapply(1:5e5, as.character))
+  for (after in c(0.3, 0.5, 0.8)) {
+    interrupt_after(after)
+    tryCatch({
+      call$value()
+      Sys.sleep(10)
+    }, interrupt = function(e) NULL)
+  }
+  expect_equal(length(call$value()), 5e5)
+})
+
+test_that("a lost call is tried again, and given up in the end", {
+  cl <- local_cluster(2)
+  traps <- trap(1)
+  call <- clusterSubmit(cl, {
+    spring(traps)
+    "at last"
+  })
+  got <- with_losses(call$value())
+  expect_equal(got$value, "at last")
+  expect_length(got$losses, 1L)
+  expect_match(conditionMessage(got$losses[[1L]]), "SIGKILL.*the call is tried again")
+  bad <- clusterSubmit(cl, poison(1, 1))
+  good <- clusterSubmit(cl, poison(2, 1))
+  error <- suppressWarnings(caught(bad$value()))
+  expect_rust_error(error, "task_failed")
+  expect_length(error$losses, 3L)
+  expect_match(conditionMessage(error), "task 1: 100%s", fixed = TRUE)
+  expect_equal(good$value(), 20)
+  once <- local_cluster(1, retries = 0)
+  error <- suppressWarnings(caught(clusterSubmit(once, poison(1, 1))$value()))
+  expect_rust_error(error, "worker_lost")
+  expect_identical(error$signal, 9L)
+})
+
+test_that("calls end when nobody is left to take them", {
+  cl <- local_cluster(2)
+  calls <- lapply(1:4, function(i) clusterSubmit(cl, Sys.sleep(60)))
+  tools::pskill(agentPids(cl), tools::SIGKILL)
+  for (call in calls) {
+    error <- suppressWarnings(caught(call$value()))
+    expect_rust_error(error, "host_failed")
+  }
+  error <- suppressWarnings(caught(clusterSubmit(cl, 1)$value()))
+  expect_rust_error(error, "host_failed")
+})
+
+test_that("a call that takes too long ends", {
+  cl <- local_cluster(1, timeout = 0.3)
+  slow <- clusterSubmit(cl, Sys.sleep(60))
+  expect_rust_error(caught(slow$value()), "timeout")
+  expect_equal(slow$status(), "failed")
+  expect_equal(clusterSubmit(cl, 1)$value(), 1)
+})
+
+test_that("a part of a cluster gets its calls, and a stopped node none", {
+  cl <- local_cluster(3)
+  pids <- clusterPids(cl)
+  calls <- lapply(1:6, function(i) clusterSubmit(cl[2:3], Sys.getpid()))
+  expect_true(all(vapply(calls, function(call) call$value(), 0L) %in% pids[2:3]))
+  parallel::stopCluster(cl[2])
+  expect_equal(clusterSubmit(cl[2:3], Sys.getpid())$value(), pids[[3L]])
+  expect_rust_error(caught(clusterSubmit(cl[2], 1)$value()), "stopped")
+})
+
+test_that("a call that nobody has any more is cancelled", {
+  cl <- local_cluster(1)
+  (function() clusterSubmit(cl, Sys.sleep(60)))()
+  kept <- clusterSubmit(cl, "kept")
+  invisible(gc())
+  expect_equal(kept$value(), "kept")
+  expect_null(calls_of(cl))
+})
+
+test_that("stopCluster() ends calls, and a fork refuses", {
+  cl <- makeRustCluster(1)
+  note_processes(cl)
+  calls <- lapply(1:3, function(i) clusterSubmit(cl, Sys.sleep(60)))
+  done <- clusterSubmit(cl[1], 1)
+  forked <- parallel::mccollect(parallel::mcparallel({
+    list(caught(calls[[1]]$value()), caught(calls[[1]]$status()), caught(calls[[1]]$cancel()),
+         caught(clusterSubmit(cl, 1)))
+  }))[[1L]]
+  for (error in forked) expect_rust_error(error, "forked")
+  expect_equal(calls[[1L]]$status(), "running")
+  parallel::stopCluster(cl)
+  for (call in calls) {
+    expect_rust_error(caught(call$value()), "stopped")
+    expect_equal(call$status(), "failed")
+    expect_false(call$cancel())
+  }
+  expect_rust_error(caught(clusterSubmit(cl, 1)), "stopped")
+  expect_null(calls_of(cl))
+})
+
+test_that("large arguments and results cross, beyond the limit too", {
+  cl <- local_cluster(2, buffer_limit = 2^20)
+  x <- as.numeric(1:1e6)
+  calls <- lapply(1:6, function(i) clusterSubmit(cl, x + i))
+  # The last first: the others are in its way.
+  for (i in 6:1) expect_identical(calls[[i]]$value()[c(1, 1e6)], c(1, 1e6) + i)
+})
+
+test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
+  cl <- local_cluster(2)
+  f <- function(i, by) i * by
+  x <- setNames(1:50, paste0("n", 1:50))
+  expect_identical(clusterLapplyAsync(cl, x, f, by = 2)$value(), clusterLapply(cl, x, f, by = 2))
+  expect_identical(clusterLapplyAsync(cl, list(), f)$value(), list())
+  expect_identical(
+    clusterLapplyAsync(cl, 1:5, function(i) rnorm(1), .seed = 7)$value(),
+    clusterLapply(cl, 1:5, function(i) rnorm(1), .seed = 7)
+  )
+  failed <- clusterLapplyAsync(cl, 1:10, function(i) if (i %in% c(3, 9)) stop("bad ", i) else i)
+  error <- caught(failed$value())
+  expect_rust_error(error, "element_failed")
+  expect_identical(error$indices, c(3L, 9L))
+  expect_identical(error$results[c(1, 3)], list(1L, NULL))
+  expect_identical(conditionMessage(error$parent), "bad 3")
+  expect_equal(failed$status(), "failed")
+  slow <- clusterLapplyAsync(cl, 1:100, function(i) Sys.sleep(60))
+  expect_equal(slow$status(), "running")
+  expect_true(slow$cancel())
+  expect_equal(slow$status(), "cancelled")
+  expect_rust_error(caught(slow$value()), "cancelled")
+  expect_output(print(slow), "cancelled")
+  expect_rust_error(caught(clusterLapplyAsync(cl, 1:3, function(i) i, .sede = 1)), "bad_argument")
+})
+
+test_that("nothing is left", {
+  expect_no_leftovers()
+})
