@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::job::Job;
-use crate::mapped;
+use crate::mapped::{self, Memory};
 use crate::plain::{self, Sent};
 use crate::repeat;
 use crate::stream::{self, Format, Sink};
@@ -325,7 +325,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 /// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none) and xdr.
+/// none), here (on this machine) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -377,6 +377,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
+        here: fields.get("here")?.as_bool()?,
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,
@@ -821,6 +822,7 @@ pub unsafe fn read_body(body: &mut Body) -> SEXP {
 fn read_answer(mut body: Body, place: i32) -> Robj {
     struct Reading<'a> {
         body: &'a mut Body,
+        memory: Option<Memory>,
         place: i32,
     }
     unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
@@ -828,6 +830,7 @@ fn read_answer(mut body: Body, place: i32) -> Robj {
         // that is to be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
+            mapped::begin(&(*reading).memory);
             let answer = read_body((*reading).body);
             if (*reading).place == 0 {
                 return answer;
@@ -838,11 +841,15 @@ fn read_answer(mut body: Body, place: i32) -> Robj {
             placed
         }
     }
+    let memory = mapped::open(&mut body);
     let mut reading = Reading {
         body: &mut body,
+        memory,
         place,
     };
-    match unwind::protect(read, &mut reading) {
+    let answer = unwind::protect(read, &mut reading);
+    mapped::end();
+    match answer {
         Ok(answer) => answer,
         Err(Jump(token)) => token,
     }

@@ -6,6 +6,7 @@
 
 use crate::failure::Failure;
 use crate::head::{self, Cluster, ToHub, SLICE};
+use crate::mapped::{self, Memory};
 use crate::repeat;
 use crate::stream::{self, Bounded, Format, Sink};
 use crate::unit;
@@ -658,7 +659,7 @@ impl Job {
     }
 
     /// Takes a unit's answer.
-    fn take(&mut self, task: TaskId, body: Body) -> std::result::Result<(), Unsent> {
+    fn take(&mut self, task: TaskId, mut body: Body) -> std::result::Result<(), Unsent> {
         let Some(sent) = self.remove(task) else {
             return Ok(());
         };
@@ -672,12 +673,14 @@ impl Job {
         let mut taking = Taking {
             job: self,
             indices,
+            memory: mapped::open(&mut body),
             body,
             seconds: 0.0,
             slept: true,
             count: 0,
         };
         let taken = unwind::run(take_protected, &mut taking);
+        mapped::end();
         let (seconds, slept, count) = (taking.seconds, taking.slept, taking.count);
         taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
@@ -886,6 +889,7 @@ struct Taking<'a> {
     job: &'a mut Job,
     indices: Vec<usize>,
     body: Body,
+    memory: Option<Memory>,
     seconds: f64,
     slept: bool,
     count: usize,
@@ -897,6 +901,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
         let job = &mut *taking.job;
+        mapped::begin(&taking.memory);
         let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
             let answer = Rf_protect(head::read_body(&mut taking.body));
             job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));

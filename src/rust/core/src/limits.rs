@@ -171,6 +171,19 @@ pub fn limit_memory(bytes: u64) -> io::Result<()> {
     platform::limit_memory(bytes)
 }
 
+/// Whether this process may make a file of so many bytes; otherwise it would be killed for it.
+pub fn may_make_file(bytes: u64) -> bool {
+    // SAFETY: all zeroes are an rlimit, which the call fills.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        let known = libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) == 0;
+        // Not u64 everywhere.
+        #[allow(clippy::useless_conversion)]
+        let most = u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX);
+        known && bytes <= most
+    }
+}
+
 /// Bytes that count for [`limit_memory`] in this process now, if the system tells.
 pub fn memory_counted() -> Option<u64> {
     if !cfg!(target_os = "linux") {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
 pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
@@ -108,6 +108,8 @@ pub struct Start {
     pub timeout: u64,
     /// Bytes of memory that a worker may have; 0: as many as it wants.
     pub memory_limit: u64,
+    /// The head is on this machine: large answers may go through memory that is shared with it.
+    pub here: bool,
 }
 
 /// How a process ended.
@@ -236,6 +238,8 @@ pub struct WorkerConfig {
     pub packages: Vec<String>,
     /// As in [`Start`].
     pub memory_limit: u64,
+    /// Large answers may go through memory that is shared with the head.
+    pub shares: bool,
 }
 
 /// What a worker tells its agent once it can take tasks.

@@ -72,6 +72,8 @@ const MOST_DESCRIPTORS: usize = 16;
 pub struct Channel {
     stream: UnixStream,
     index: u32,
+    /// Large answers may be given in shared memory.
+    pub shares: bool,
     received: BytesMut,
     /// Those that have come along, and belong to frames that have not been looked at.
     descriptors: VecDeque<OwnedFd>,
@@ -111,6 +113,7 @@ impl Channel {
         Channel {
             stream,
             index,
+            shares: false,
             received: BytesMut::new(),
             descriptors: VecDeque::new(),
             payload: None,
@@ -376,6 +379,41 @@ impl Channel {
             }
             None => self.write(&[&answer]),
         }
+    }
+
+    /// Answers the current task with what is in this memory, which nobody can change any more. SIGINT
+    /// must be blocked. Returns whether it could be sent: if not, the answer is to be sent otherwise.
+    ///
+    /// # Errors
+    /// When the agent is gone.
+    pub fn send_shared(&mut self, memory: &File, len: u64) -> io::Result<bool> {
+        let Some(task) = self.task else {
+            return Ok(true);
+        };
+        if let Some(seed) = self.seed_after.take() {
+            let flags = if seed.guest { GUEST } else { 0 };
+            self.write(&[&Frame::new(Kind::Seed, flags, self.index, task, seed.bytes)])?;
+        }
+        let body = Bytes::copy_from_slice(&len.to_le_bytes());
+        let frame = Frame::new(Kind::Data, FIRST | LAST | SHARED, self.index, task, body);
+        let mut out = OutBuf::default();
+        out.push(&frame);
+        let fd = self.stream.as_raw_fd();
+        let mut along = Some(memory.as_raw_fd());
+        while !out.is_empty() {
+            match out.write_with(|slices| sys::send_with(fd, slices, along)) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(_) => along = None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The system has no room for descriptors on their way.
+                Err(error) if along.is_some() && error.raw_os_error() != Some(libc::EPIPE) => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.task = None;
+        Ok(true)
     }
 
     fn write(&mut self, frames: &[&Frame]) -> io::Result<()> {

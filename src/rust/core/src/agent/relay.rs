@@ -27,6 +27,10 @@ const SEED_TO_HEAD: usize = 64;
 #[derive(Debug)]
 pub enum Act {
     ToHead(Frame),
+    /// The same, with the memory that has come from the worker in its header.
+    Along(Frame),
+    /// The memory that has come from this worker is not wanted.
+    LetGo(u32),
     Tell(ToHead),
     /// To the worker in its header.
     ToWorker(Frame),
@@ -82,6 +86,22 @@ fn name(body: &[u8]) -> Result<u64, ProtocolError> {
     let name = <[u8; 8]>::try_from(body);
     let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
     Ok(u64::from_le_bytes(name))
+}
+
+/// What the head is told of an answer in shared memory; `bytes`: of the frame that will bring it.
+fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
+    if bytes.len() != size_of::<u64>() {
+        return Err(ProtocolError("memory of no length".into()));
+    }
+    let body = Bytes::copy_from_slice(bytes);
+    let flags = FIRST | SHARED;
+    Ok(Frame::new(
+        Kind::Data,
+        flags,
+        header.worker,
+        header.task,
+        body,
+    ))
 }
 
 impl Relay {
@@ -341,7 +361,11 @@ impl Relay {
                 Kind::Data => self.book.from_worker(&header)?,
                 _ => Route::Forward,
             };
-            if route == Route::Hold {
+            if route == Route::Announce {
+                let bytes = &held[HEADER_LEN..][..header.body_len()];
+                acts.push(Act::ToHead(announcement(&header, bytes)?));
+            }
+            if matches!(route, Route::Hold | Route::Announce) {
                 break;
             }
             held.advance(HEADER_LEN);
@@ -374,8 +398,19 @@ impl Relay {
             }
             self.let_go(acts);
         }
+        let shared = header.flags & SHARED != 0;
+        if shared && route != Route::Forward {
+            acts.push(Act::LetGo(worker));
+        }
         match route {
             Route::Restored => self.up(worker, acts),
+            Route::Forward if shared => acts.push(Act::Along(Frame {
+                header: Header {
+                    flags: LAST | SHARED,
+                    ..*header
+                },
+                body: body.freeze(),
+            })),
             Route::Forward => acts.push(Act::ToHead(Frame {
                 header: *header,
                 body: body.freeze(),
@@ -384,7 +419,7 @@ impl Relay {
                 let ended = Frame::new(Kind::Data, LAST | ABORT, worker, task, Bytes::new());
                 acts.push(Act::ToHead(ended));
             }
-            Route::Drop | Route::Hold => {}
+            Route::Drop | Route::Hold | Route::Announce => {}
         }
     }
 

@@ -11,15 +11,16 @@ use super::conn::Conn;
 use super::inbox::Inbox;
 use super::restore::Restoring;
 use super::spool::Spool;
-use crate::frame;
+use crate::frame::{self, Frame, Header, Kind, LAST, SHARED};
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
-use crate::scheduler::{Note, Outcome, Rank, Scheduler};
+use crate::scheduler::{Memory, Note, Outcome, Rank, Scheduler};
 use crate::sys;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -43,6 +44,15 @@ const WATCH: Duration = Duration::from_micros(100);
 enum Reader {
     Hub,
     R,
+}
+
+/// The memory behind a descriptor, if it has so many bytes and nobody can change or cut it any more.
+fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
+    let file = File::from(descriptor);
+    let there = file.metadata().ok()?.len();
+    let fits = there == len && sys::is_sealed(&file);
+    let len = usize::try_from(len).ok().filter(|_| fits)?;
+    Some(Memory::new(len, Some(Arc::new(file))))
 }
 
 /// See the module's documentation.
@@ -304,6 +314,7 @@ impl Core {
         };
         conn.end = None;
         conn.out = OutBuf::default();
+        conn.descriptors.clear();
         conn.heard = None;
         conn.watched = None;
         conn.planned.notify_one();
@@ -318,6 +329,7 @@ impl Core {
         conn.end = Some(Ok(()));
         conn.blocked = false;
         conn.out = OutBuf::default();
+        conn.descriptors.clear();
         self.watch(agent);
         if let Some(stream) = self.conns[agent].stream.take() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -350,15 +362,17 @@ impl Core {
     /// Reads what is there now, up to [`READ`] bytes. Returns whether there may be more.
     pub fn read(&mut self, agent: usize) -> bool {
         let conn = &mut self.conns[agent];
-        let Some(mut stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
+        let Some(stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
             return false;
         };
-        match stream.read(&mut self.scratch) {
+        let mut came = Vec::new();
+        match sys::recv(stream.as_raw_fd(), &mut self.scratch, &mut came, false) {
             Ok(0) => self.end(agent, Ok(())),
             Ok(n) => {
                 if !conn.patience.is_zero() {
                     conn.heard = Some(Instant::now());
                 }
+                conn.descriptors.extend(came);
                 let scratch = std::mem::take(&mut self.scratch);
                 self.take_in(agent, &scratch[..n]);
                 self.scratch = scratch;
@@ -390,10 +404,7 @@ impl Core {
                 frame::decode(received)
             };
             let result = match frame {
-                Ok(Some(frame)) => self
-                    .scheduler
-                    .on_frame(agent, frame)
-                    .map_err(|e| e.to_string()),
+                Ok(Some(frame)) => self.on_frame(agent, frame),
                 Ok(None) if bytes.is_empty() => return,
                 // All of its header is there now, or it is the first of what has come.
                 Ok(None) => {
@@ -411,6 +422,17 @@ impl Core {
                 return self.end(agent, Err(error));
             }
         }
+    }
+
+    fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), String> {
+        let Header { kind, flags, .. } = frame.header;
+        let mut memory = None;
+        if kind == Kind::Data && flags & (SHARED | LAST) == SHARED | LAST {
+            let descriptor = self.conns[agent].descriptors.pop_front();
+            memory = descriptor.and_then(|descriptor| memory_of(descriptor, frame.number()?));
+        }
+        let taken = self.scheduler.on_frame_with(agent, frame, memory);
+        taken.map_err(|error| error.to_string())
     }
 
     fn on_bytes(&mut self, agent: usize) {

@@ -98,6 +98,12 @@ impl Host {
                     self.look_at(&frame, facts);
                     self.to_head.push(&frame);
                 }
+                Act::Along(frame) => {
+                    self.look_at(&frame, facts);
+                    self.to_head.push(&frame);
+                }
+                // There is none but in thought.
+                Act::LetGo(worker) => assert!((worker as usize) < self.ranks.len()),
                 Act::Tell(message) => {
                     match message {
                         ToHead::TimedOut { worker, task } => self.check_time(worker, task, now),

@@ -481,13 +481,22 @@ impl Host {
                 }
                 Act::ToHead(frame) => {
                     assert!((frame.header.worker as usize) < WORKERS);
-                    assert_eq!(frame.header.flags & !(FIRST | LAST | ABORT | GUEST), 0);
+                    let shared = frame.header.flags == FIRST | SHARED && frame.number().is_some();
+                    let flags = frame.header.flags & !(FIRST | LAST | ABORT | GUEST);
+                    assert!(shared || flags == 0);
+                }
+                Act::Along(frame) => {
+                    assert!((frame.header.worker as usize) < WORKERS);
+                    assert!(frame.header.flags == LAST | SHARED && frame.number().is_some());
                 }
                 Act::Interrupt { worker, task } => {
                     assert_eq!(self.relay.book.task(worker), Some(task));
                 }
                 Act::ReadAgain(worker) => self.hear(worker, &[]),
-                Act::Up { worker, .. } | Act::Close(worker) | Act::TempDir(worker, _) => {
+                Act::Up { worker, .. }
+                | Act::Close(worker)
+                | Act::LetGo(worker)
+                | Act::TempDir(worker, _) => {
                     assert!((worker as usize) < WORKERS);
                 }
                 Act::Tell(message) => assert!(message::encode(&message).is_ok()),
