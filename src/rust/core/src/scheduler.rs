@@ -53,6 +53,9 @@ pub const LOSSES_IN_A_ROW: usize = 10;
 /// theirs; those of another would take many times the bytes that are counted.
 const SMALL: usize = 4 * 1024;
 
+/// Bytes of a result in shared memory, at most: sums of them are numbers, too.
+pub const MOST_MEMORY: u64 = 1 << 47;
+
 /// Results in shared memory that are held at a time, but for one that R waits for: each takes a
 /// descriptor.
 const MOST_SHARED: usize = 128;
@@ -64,13 +67,17 @@ pub struct Memory {
     /// None in simulations.
     pub file: Option<Arc<File>>,
     /// By which those that are held are counted.
-    counted: Option<Arc<()>>,
+    _counted: Option<Arc<()>>,
 }
 
 impl Memory {
     pub fn new(len: usize, file: Option<Arc<File>>) -> Memory {
-        let counted = None;
-        Memory { len, file, counted }
+        let _counted = None;
+        Memory {
+            len,
+            file,
+            _counted,
+        }
     }
 }
 
@@ -1638,9 +1645,9 @@ impl Scheduler {
         self.buffered += len;
         match memory {
             Some(memory) => {
-                let counted = Some(self.shared.clone());
+                let _counted = Some(self.shared.clone());
                 current.answer.len = len;
-                current.answer.memory = Some(Memory { counted, ..memory });
+                current.answer.memory = Some(Memory { _counted, ..memory });
             }
             None => current.answer.push(chunk),
         }
@@ -1688,7 +1695,8 @@ impl Scheduler {
         memory: Option<Memory>,
     ) -> Result<(), ProtocolError> {
         let Header { task, flags, .. } = frame.header;
-        let number = frame.number().and_then(|len| usize::try_from(len).ok());
+        let number = frame.number().filter(|&len| len <= MOST_MEMORY);
+        let number = number.and_then(|len| usize::try_from(len).ok());
         let Some(len) = number else {
             return Err(ProtocolError("a result of no length".into()));
         };

@@ -59,6 +59,8 @@ impl Host {
         timeout: Option<Duration>,
     ) -> Host {
         let workers = ranks.len() as u32;
+        let mut relay = Relay::new(ranks.len(), keep, state, timeout);
+        relay.book.shares = true;
         Host {
             lost: false,
             curse: Curse::None,
@@ -66,7 +68,7 @@ impl Host {
             out: OutBuf::default(),
             down: Pipe::new(stream),
             received: BytesMut::new(),
-            relay: Relay::new(ranks.len(), keep, state, timeout),
+            relay,
             acts: Vec::new(),
             stored: HashMap::new(),
             timeout,

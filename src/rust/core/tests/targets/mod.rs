@@ -7,7 +7,7 @@ use rustcluster_core::agent::relay::{Act, Relay};
 use rustcluster_core::agent::state::Ending;
 use rustcluster_core::agent::{self, Greeted};
 use rustcluster_core::frame::{
-    self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
+    self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
 };
 use rustcluster_core::greeting::Greeting;
 use rustcluster_core::message::{
@@ -550,8 +550,10 @@ fn wire(frame: &Frame) -> Vec<u8> {
 pub fn to_agent(data: &[u8]) {
     let mut script = Script(data);
     let timeout = Some(Duration::from_secs(3));
+    let mut relay = Relay::new(WORKERS, 200_000, 300_000, timeout);
+    relay.book.shares = data.first().is_some_and(|byte| byte & 1 == 1);
     let mut host = Host {
-        relay: Relay::new(WORKERS, 200_000, 300_000, timeout),
+        relay,
         received: BytesMut::new(),
         held: Default::default(),
         now: Duration::ZERO,
