@@ -545,6 +545,47 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_in_shared_memory_comes_with_it_and_after_the_seed() {
+        let (agent, mut channel) = Agent::new();
+        agent.send(&data(3, FIRST | LAST, b"task"), None);
+        channel.next_task().unwrap().unwrap();
+        let mut file = sys::memory_file().unwrap();
+        file.write_all(b"in memory").unwrap();
+        assert!(!sys::is_sealed(&file));
+        sys::seal(&file).unwrap();
+        assert_eq!(sys::is_sealed(&file), cfg!(target_os = "linux"));
+        let bytes = Bytes::from_static(b"seed");
+        channel.leave_seed(Seed {
+            bytes,
+            guest: false,
+        });
+        channel.restart();
+        assert!(channel.send_shared(&file, 9).unwrap());
+        assert!(!channel.is_busy());
+        let (mut buffer, mut came, mut received) = ([0; 99], Vec::new(), BytesMut::new());
+        let mut frames = Vec::new();
+        while frames.len() < 2 {
+            let n = sys::recv(agent.0.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
+            received.extend_from_slice(&buffer[..n]);
+            while let Some(frame) = frame::decode(&mut received).unwrap() {
+                frames.push(frame);
+            }
+        }
+        assert_eq!(frames[0].header.kind, Kind::Seed);
+        assert_eq!(frames[1].header.flags, FIRST | LAST | SHARED);
+        assert_eq!((frames[1].number(), came.len()), (Some(9), 1));
+        // The next answer is like any other.
+        agent.send(&data(4, FIRST | LAST, b"task"), None);
+        assert_eq!(next(&mut channel).1, b"task");
+        // Without a task there is nothing to be answered; without an agent that is an error.
+        assert!(channel.send_shared(&file, 9).unwrap());
+        agent.send(&data(5, FIRST | LAST, b"task"), None);
+        channel.next_task().unwrap().unwrap();
+        drop(agent);
+        assert!(channel.send_shared(&file, 9).is_err());
+    }
+
+    #[test]
     fn descriptors_that_nobody_asked_for_are_closed() {
         let (agent, mut channel) = Agent::new();
         let (mine, theirs) = UnixStream::pair().unwrap();
