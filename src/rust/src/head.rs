@@ -17,7 +17,7 @@ use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
 use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
+use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId, MOST_SHARED};
 use rustcluster_core::share;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -355,6 +355,11 @@ fn hub_go(handle: Robj, plans: List) -> Robj {
     })
 }
 
+/// Whether this session may open the files that results in shared memory come in.
+fn has_files() -> bool {
+    limits::open_files_left().is_some_and(|left| left >= 2 * MOST_SHARED as u64)
+}
+
 fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
     let fields: HashMap<&str, Robj> = plan.as_list()?.iter().collect();
     let ranks = fields.get("ranks")?.as_integer_vector()?;
@@ -377,7 +382,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
-        here: fields.get("here")?.as_bool()?,
+        here: fields.get("here")?.as_bool()? && has_files(),
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,

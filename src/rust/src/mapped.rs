@@ -126,35 +126,60 @@ unsafe fn put_data(all: SEXP, length: u64, sink: &mut dyn Sink) {
 /// An answer with so many bytes in large vectors is worth a file of its own.
 const LARGE: f64 = 2097152.0;
 
+/// Bytes of an answer that are written before it is looked again at what memory there is: other workers
+/// write theirs at the same time.
+const STEP: u64 = 16777216;
+
 /// An answer that is put into memory which is shared with the head. Outlives a jump.
 pub struct Answer {
     file: File,
     /// What is not long enough to be written alone.
     buffer: Vec<u8>,
     written: u64,
-    /// The system has no more memory, for one.
+    /// About how many there will be.
+    bytes: u64,
+    /// From how many on it is to be looked at what memory there is.
+    next_look: u64,
+    /// Memory is scarce, for one.
     failed: bool,
 }
 
 impl Answer {
     /// One of about so many bytes. `None`: it is better sent otherwise, since memory is scarce.
     fn new(bytes: u64) -> Option<Answer> {
-        let plenty = |(_, available): (u64, u64)| bytes <= available / 8;
-        if !limits::may_make_file(bytes.saturating_mul(2))
-            || !cores::host_memory().is_some_and(plenty)
-        {
-            return None;
-        }
-        Some(Answer {
+        let mut answer = Answer {
             file: sys::memory_file().ok()?,
             buffer: Vec::with_capacity(PIECE),
             written: 0,
+            bytes,
+            next_look: 0,
             failed: false,
-        })
+        };
+        answer.look(0);
+        (!answer.failed).then_some(answer)
+    }
+
+    /// Whether there is room for what is left of it, if it is time to look: at least for so many bytes and
+    /// [`STEP`] more.
+    fn look(&mut self, bytes: u64) {
+        if self.written + bytes < self.next_look || self.failed {
+            return;
+        }
+        self.next_look = self.written + bytes + STEP;
+        let left = self.bytes.saturating_sub(self.written).max(bytes + STEP);
+        let plenty = |(all, available): (u64, u64)| left <= available / 8 && all / 16 <= available;
+        self.failed = !limits::may_make_file(self.written.saturating_add(left))
+            || !cores::host_memory().is_some_and(plenty);
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.failed = self.failed || self.file.write_all(bytes).is_err();
     }
 
     fn flush(&mut self) {
-        self.failed = self.failed || self.file.write_all(&self.buffer).is_err();
+        let buffer = std::mem::take(&mut self.buffer);
+        self.put(&buffer);
+        self.buffer = buffer;
         self.buffer.clear();
     }
 
@@ -169,6 +194,7 @@ impl Answer {
 
 impl Sink for Answer {
     fn write(&mut self, bytes: &[u8]) -> bool {
+        self.look(bytes.len() as u64);
         self.written += bytes.len() as u64;
         if self.buffer.len() + bytes.len() > PIECE {
             self.flush();
@@ -176,7 +202,7 @@ impl Sink for Answer {
         if bytes.len() < PIECE {
             self.buffer.extend_from_slice(bytes);
         } else {
-            self.failed = self.failed || self.file.write_all(bytes).is_err();
+            self.put(bytes);
         }
         false
     }

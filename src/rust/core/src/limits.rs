@@ -161,6 +161,13 @@ pub fn raise_open_files(needed: u64) -> io::Result<u64> {
     platform::raise_open_files(needed)
 }
 
+/// How many more files this process may open, if the system tells.
+pub fn open_files_left() -> Option<u64> {
+    let open = std::fs::read_dir("/dev/fd").ok()?.count() as u64;
+    let limit = raise_open_files(0).ok()?;
+    Some(Room { limit, used: open }.left())
+}
+
 /// Lets this process have at most `bytes` of memory that it can write to and that is its own
 /// (heap and data, whether used or not). Beyond that the system gives it no more. Only Linux heeds
 /// it.

@@ -58,7 +58,7 @@ pub const MOST_MEMORY: u64 = 1 << 47;
 
 /// Results in shared memory that are held at a time, but for one that R waits for: each takes a
 /// descriptor.
-const MOST_SHARED: usize = 128;
+pub const MOST_SHARED: usize = 128;
 
 /// Shared memory with a whole result. Nobody can change it.
 #[derive(Clone, Debug, Default)]

@@ -425,7 +425,7 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
         ),
         (
             data(LAST | SHARED, 0, 1, &5u64.to_le_bytes()),
-            "a result without its memory",
+            "a result whose memory cannot be opened here",
         ),
         (
             data(FIRST | SHARED, 0, 1, &u64::MAX.to_le_bytes()),

@@ -59,6 +59,8 @@ const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 const READ: usize = 256 * 1024;
 /// Descriptors that may have come from a worker and wait for the frames that they belong to.
 const MOST_DESCRIPTORS: usize = 4;
+/// For the system to have room again.
+const WAIT: Duration = Duration::from_millis(10);
 /// Open files besides one for each worker that answers in shared memory take.
 const MORE_FILES: u64 = 16;
 /// Workers made between two looks at the streams.
@@ -248,6 +250,8 @@ pub struct Agent {
     received: BytesMut,
     to_head: Outgoing,
     head_blocked: bool,
+    /// The system has no room for more on its way to the head: it is tried again soon.
+    head_waits: bool,
     /// The head is gone or has asked for the end.
     ending: bool,
     start: Start,
@@ -330,6 +334,7 @@ impl Agent {
             received: greeted.received,
             to_head: Outgoing::default(),
             head_blocked: false,
+            head_waits: false,
             ending: false,
             outfile,
             relay,
@@ -378,7 +383,8 @@ impl Agent {
                 } else {
                     self.relay.book.next_end()
                 };
-                let deadlines = [deadline, pulse.map(Pulse::next), farewell];
+                let again = self.head_waits.then(|| self.now() + WAIT);
+                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -774,6 +780,7 @@ impl Agent {
     }
 
     fn write_head(&mut self) {
+        self.head_waits = false;
         while !self.to_head.is_empty() && !self.head_blocked {
             let writer = &mut self.writer;
             match self.to_head.write_with(|slices, along| match along {
@@ -793,6 +800,11 @@ impl Agent {
                     {
                         self.end();
                     }
+                }
+                // Descriptors on their way are counted for all processes of a user.
+                Err(error) if is_want(&error) => {
+                    self.head_waits = true;
+                    return;
                 }
                 Err(_) => {
                     self.to_head = Outgoing::default();

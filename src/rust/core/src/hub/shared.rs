@@ -46,6 +46,9 @@ enum Reader {
     R,
 }
 
+/// The system drops descriptors for which there is no room.
+const NO_DESCRIPTOR: &str = "a result whose memory cannot be opened here: too many files are open";
+
 /// The memory behind a descriptor, if it has so many bytes and nobody can change or cut it any more.
 fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
     let file = File::from(descriptor);
@@ -428,8 +431,10 @@ impl Core {
         let Header { kind, flags, .. } = frame.header;
         let mut memory = None;
         if kind == Kind::Data && flags & (SHARED | LAST) == SHARED | LAST {
-            let descriptor = self.conns[agent].descriptors.pop_front();
-            memory = descriptor.and_then(|descriptor| memory_of(descriptor, frame.number()?));
+            let Some(descriptor) = self.conns[agent].descriptors.pop_front() else {
+                return Err(NO_DESCRIPTOR.into());
+            };
+            memory = frame.number().and_then(|len| memory_of(descriptor, len));
         }
         let taken = self.scheduler.on_frame_with(agent, frame, memory);
         taken.map_err(|error| error.to_string())
