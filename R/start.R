@@ -128,6 +128,7 @@ hostPlans <- function(handle, asked, launches, settings) {
       state = handle$stateLimit[[i]],
       timeout = if (is.finite(settings$timeout)) ceiling(1000 * settings$timeout) else 0,
       memory_limit = settings$memory,
+      here = asked$hosts[[i]]$here,
       xdr = xdr[[i]]
     )
   })

@@ -1,5 +1,6 @@
 /* Large vectors of numbers and of logical values as they are in a payload's memory: a worker maps
- * them where it would otherwise have a copy of its own.
+ * them where it would otherwise have a copy of its own, as does the head those of an answer from a
+ * worker on its machine.
  *
  * R's serialization of ALTREP objects says where they are: the head gives it stand-ins, whose state
  * is an offset and a length, and a worker makes vectors out of these. The mapping is private and
@@ -180,8 +181,9 @@ SEXP rustcluster_vector_data(void *list, const void **data, size_t *bytes)
 
 /* The message that is being read. Its data is mapped when the first vector asks for it. */
 static struct {
-    /* All of it; NULL if there is none. */
+    /* All of it; NULL if it is in the file alone. */
     const char *bytes;
+    /* Bytes; 0 if there is none. */
     size_t length;
     /* Where its data begins and how much that is. */
     size_t from, data;
@@ -286,7 +288,7 @@ static SEXP unserialize(int kind, SEXP state)
 {
     static const SEXPTYPE types[KINDS] = {LGLSXP, INTSXP, REALSXP, CPLXSXP, RAWSXP};
 
-    if (!now.bytes || TYPEOF(state) != REALSXP || XLENGTH(state) != 2)
+    if (!now.length || TYPEOF(state) != REALSXP || XLENGTH(state) != 2)
         Rf_error("a vector that is nowhere");
     double offset = REAL(state)[0], n = REAL(state)[1], bytes = n * (double) size_of(kind);
     if (!(offset >= 0 && n >= 0 && offset + bytes <= (double) now.data) ||
@@ -295,6 +297,8 @@ static SEXP unserialize(int kind, SEXP state)
         Rf_error("a vector beyond the end of its message");
     size_t begin = now.from + (size_t) offset;
     if (now.file < 0) {
+        if (!now.bytes)
+            Rf_error("a vector that is nowhere");
         SEXP copy = Rf_allocVector(types[kind], (R_xlen_t) n);
         if (bytes > 0)
             memcpy(room_of(copy), now.bytes + begin, (size_t) bytes);

@@ -19,5 +19,7 @@ int rustcluster_unwind_protect(SEXP (*fn)(void *), void *data, SEXP *out, SEXP t
     if (setjmp(buf))
         return 1;
     *out = R_UnwindProtect(fn, data, back, &buf, token);
+    /* R keeps the value there, and so all of its memory until the next call. */
+    SETCAR(token, R_NilValue);
     return 0;
 }

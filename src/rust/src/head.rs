@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::job::Job;
-use crate::mapped;
+use crate::mapped::{self, Memory};
 use crate::plain::{self, Sent};
 use crate::repeat;
 use crate::status;
@@ -19,7 +19,7 @@ use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
 use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId};
+use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId, MOST_SHARED};
 use rustcluster_core::share;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -328,7 +328,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 /// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none) and xdr.
+/// none), here (on this machine) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -358,6 +358,11 @@ fn hub_go(handle: Robj, plans: List) -> Robj {
     })
 }
 
+/// Whether this session may open the files that results in shared memory come in.
+fn has_files() -> bool {
+    limits::open_files_left().is_some_and(|left| left >= 2 * MOST_SHARED as u64)
+}
+
 fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
     let fields: HashMap<&str, Robj> = plan.as_list()?.iter().collect();
     let ranks = fields.get("ranks")?.as_integer_vector()?;
@@ -380,6 +385,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
+        here: fields.get("here")?.as_bool()? && has_files(),
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,
@@ -839,6 +845,7 @@ pub fn read_whole(body: Body) -> std::result::Result<Robj, Jump> {
 fn read_placed(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
+        memory: Option<Memory>,
         place: i32,
     }
     unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
@@ -846,6 +853,7 @@ fn read_placed(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
         // that is to be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
+            mapped::begin(&(*reading).memory);
             let answer = read_body((*reading).body);
             if (*reading).place == 0 {
                 return answer;
@@ -856,11 +864,15 @@ fn read_placed(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
             placed
         }
     }
+    let memory = mapped::open(&mut body);
     let mut reading = Reading {
         body: &mut body,
+        memory,
         place,
     };
-    unwind::protect(read, &mut reading)
+    let answer = unwind::protect(read, &mut reading);
+    mapped::end();
+    answer
 }
 
 // SEXP is a pointer to a type that is opaque on this side.

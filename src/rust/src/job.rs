@@ -6,6 +6,7 @@
 
 use crate::failure::Failure;
 use crate::head::{self, Cluster, ToHub, SLICE};
+use crate::mapped::{self, Memory};
 use crate::repeat;
 use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
@@ -672,7 +673,7 @@ impl Job {
         cluster: &Cluster,
         on: Rank,
         task: TaskId,
-        body: Body,
+        mut body: Body,
     ) -> std::result::Result<(), Unsent> {
         let Some(sent) = self.remove(task) else {
             return Ok(());
@@ -688,6 +689,7 @@ impl Job {
         let mut taking = Taking {
             job: self,
             indices,
+            memory: mapped::open(&mut body),
             body,
             seconds: 0.0,
             slept: true,
@@ -695,6 +697,7 @@ impl Job {
         };
         let failed = taking.job.failed.len();
         let taken = unwind::run(take_protected, &mut taking);
+        mapped::end();
         let (seconds, slept, count) = (taking.seconds, taking.slept, taking.count);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
@@ -910,6 +913,7 @@ struct Taking<'a> {
     job: &'a mut Job,
     indices: Vec<usize>,
     body: Body,
+    memory: Option<Memory>,
     seconds: f64,
     slept: bool,
     count: usize,
@@ -921,6 +925,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
         let job = &mut *taking.job;
+        mapped::begin(&taking.memory);
         let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
             let answer = Rf_protect(head::read_body(&mut taking.body));
             job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));

@@ -1,9 +1,10 @@
-//! Payloads whose large vectors are mapped by those who read them: see csrc/mapped.c.
+//! Payloads and answers whose large vectors are mapped by those who read them: see csrc/mapped.c.
 //!
 //! Such a payload begins with a head of [`HEAD`] bytes: [`MAPPED`], and from its 8th byte on how many
 //! bytes the data of the vectors takes up, in the byte order of this machine. The data follows, each
 //! vector's from a multiple of [`HEAD`] on, and then the value in R's serialization, with stand-ins
-//! for the vectors.
+//! for the vectors. Of an answer, whatever it is besides stands in place of the value: see
+//! [`crate::unit`].
 
 use crate::stream::{self, Sink};
 use crate::unwind::{self, Jump};
@@ -11,8 +12,13 @@ use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_error, Rf_protect, Rf_unprotect, CAR, CDR, SEXP};
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::worker::Payload;
+use rustcluster_core::{cores, limits, sys};
 use std::ffi::{c_char, c_int, c_void};
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 /// What a payload of this form begins with: see [`crate::plain`] and [`crate::unit`] for others.
 const MAPPED: u8 = 5;
@@ -65,40 +71,15 @@ pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<bool
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
-    const CHANGED: *const c_char = c"a vector has changed while it was sent".as_ptr();
     // SAFETY: `data` is the writer of `serialize`, which outlives this call. R may jump out of all
-    // that is called here, and this frame holds nothing that is to be dropped then. The message has
-    // no format directive.
+    // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
         let writer = &mut *data.cast::<Writer<'_>>();
         let mut bytes = 0.0;
         let all = Rf_protect(rustcluster_stand_ins(writer.object.cast(), &raw mut bytes));
         let mut object = writer.object;
         if all != R_NilValue {
-            let length = bytes as u64;
-            let mut head = [0; HEAD];
-            head[0] = MAPPED;
-            head[8..16].copy_from_slice(&length.to_ne_bytes());
-            stream::put(writer.sink, &head);
-            let mut written = 0;
-            let mut rest = CDR(all);
-            while rest != R_NilValue {
-                let (mut at, mut length) = (std::ptr::null(), 0);
-                rest = rustcluster_vector_data(rest.cast(), &raw mut at, &raw mut length);
-                if length == 0 {
-                    break;
-                }
-                let bytes = std::slice::from_raw_parts(at.cast::<u8>(), length);
-                for piece in bytes.chunks(PIECE) {
-                    stream::put(writer.sink, piece);
-                }
-                let padded = length.next_multiple_of(HEAD);
-                stream::put(writer.sink, &[0; HEAD][..padded - length]);
-                written += padded as u64;
-            }
-            if written != length {
-                Rf_error(CHANGED);
-            }
+            put_data(all, bytes as u64, writer.sink);
             object = CAR(all);
         }
         writer.fixed = stream::write_fixed(object, writer.sink);
@@ -107,12 +88,198 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-/// Bytes of the data of vectors. `None`: it is not of this form.
-fn data(bytes: &[u8]) -> Option<usize> {
+/// Writes the head of a payload and the data of its vectors, as `rustcluster_stand_ins` gives them.
+///
+/// # Safety
+/// Under [`unwind::run`]: R may jump.
+unsafe fn put_data(all: SEXP, length: u64, sink: &mut dyn Sink) {
+    const CHANGED: *const c_char = c"a vector has changed while it was sent".as_ptr();
+    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps. The message
+    // has no format directive.
+    unsafe {
+        let mut head = [0; HEAD];
+        head[0] = MAPPED;
+        head[8..16].copy_from_slice(&length.to_ne_bytes());
+        stream::put(sink, &head);
+        let mut written = 0;
+        let mut rest = CDR(all);
+        while rest != R_NilValue {
+            let (mut at, mut length) = (std::ptr::null(), 0);
+            rest = rustcluster_vector_data(rest.cast(), &raw mut at, &raw mut length);
+            if length == 0 {
+                break;
+            }
+            let bytes = std::slice::from_raw_parts(at.cast::<u8>(), length);
+            for piece in bytes.chunks(PIECE) {
+                stream::put(sink, piece);
+            }
+            let padded = length.next_multiple_of(HEAD);
+            stream::put(sink, &[0; HEAD][..padded - length]);
+            written += padded as u64;
+        }
+        if written != length {
+            Rf_error(CHANGED);
+        }
+    }
+}
+
+/// An answer with so many bytes in large vectors is worth a file of its own.
+const LARGE: f64 = 2097152.0;
+
+/// Bytes of an answer that are written before it is looked again at what memory there is: other workers
+/// write theirs at the same time.
+const STEP: u64 = 16777216;
+
+/// An answer that is put into memory which is shared with the head. Outlives a jump.
+pub struct Answer {
+    file: File,
+    /// What is not long enough to be written alone.
+    buffer: Vec<u8>,
+    written: u64,
+    /// About how many there will be.
+    bytes: u64,
+    /// From how many on it is to be looked at what memory there is.
+    next_look: u64,
+    /// Memory is scarce, for one.
+    failed: bool,
+}
+
+impl Answer {
+    /// One of about so many bytes. `None`: it is better sent otherwise, since memory is scarce.
+    fn new(bytes: u64) -> Option<Answer> {
+        let mut answer = Answer {
+            file: sys::memory_file().ok()?,
+            buffer: Vec::with_capacity(PIECE),
+            written: 0,
+            bytes,
+            next_look: 0,
+            failed: false,
+        };
+        answer.look(0);
+        (!answer.failed).then_some(answer)
+    }
+
+    /// Whether there is room for what is left of it, if it is time to look: at least for so many bytes and
+    /// [`STEP`] more.
+    fn look(&mut self, bytes: u64) {
+        if self.written + bytes < self.next_look || self.failed {
+            return;
+        }
+        self.next_look = self.written + bytes + STEP;
+        let left = self.bytes.saturating_sub(self.written).max(bytes + STEP);
+        let plenty = |(all, available): (u64, u64)| left <= available / 8 && all / 16 <= available;
+        self.failed = !limits::may_make_file(self.written.saturating_add(left))
+            || !cores::host_memory().is_some_and(plenty);
+    }
+
+    fn put(&mut self, bytes: &[u8]) {
+        self.failed = self.failed || self.file.write_all(bytes).is_err();
+    }
+
+    fn flush(&mut self) {
+        let buffer = std::mem::take(&mut self.buffer);
+        self.put(&buffer);
+        self.buffer = buffer;
+        self.buffer.clear();
+    }
+
+    /// All of it is there: its memory, which nobody can change any more, and its length. `None`: there
+    /// was not enough memory.
+    pub fn finish(mut self) -> Option<(File, u64)> {
+        self.flush();
+        let whole = !self.failed && sys::seal(&self.file).is_ok();
+        whole.then_some((self.file, self.written))
+    }
+}
+
+impl Sink for Answer {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.look(bytes.len() as u64);
+        self.written += bytes.len() as u64;
+        if self.buffer.len() + bytes.len() > PIECE {
+            self.flush();
+        }
+        if bytes.len() < PIECE {
+            self.buffer.extend_from_slice(bytes);
+        } else {
+            self.put(bytes);
+        }
+        false
+    }
+}
+
+/// If a value has large vectors, and there is memory for that: puts their data into `answer`, and
+/// returns the value with stand-ins for them, which is to be written behind them; it is not protected.
+///
+/// # Safety
+/// Under [`unwind::run`], with a protected value: R may jump.
+pub unsafe fn share(value: SEXP, answer: &mut Option<Answer>) -> Option<SEXP> {
+    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+    unsafe {
+        let mut bytes = 0.0;
+        let all = Rf_protect(rustcluster_stand_ins(value.cast(), &raw mut bytes));
+        if bytes >= LARGE {
+            *answer = Answer::new(bytes as u64);
+        }
+        if let Some(answer) = answer {
+            put_data(all, bytes as u64, answer);
+        }
+        Rf_unprotect(1);
+        answer.as_ref().map(|_| CAR(all))
+    }
+}
+
+/// The memory of an answer whose vectors are to be mapped.
+pub struct Memory {
+    file: Arc<File>,
+    len: usize,
+    /// Bytes of the data of vectors.
+    data: usize,
+}
+
+/// The memory of an answer, if it is in shared memory; what is behind the data of its vectors is then
+/// in `body`. If it makes no sense, there is nothing in `body`.
+pub fn open(body: &mut Body) -> Option<Memory> {
+    let memory = body.memory.take()?;
+    let (file, len) = (memory.file?, memory.len);
+    body.len = 0;
+    let opened = || -> io::Result<(usize, Vec<u8>)> {
+        let mut head = [0; HEAD];
+        file.read_exact_at(&mut head, 0)?;
+        let data = data(&head, len).ok_or(io::ErrorKind::InvalidData)?;
+        let mut rest = Vec::new();
+        rest.try_reserve_exact(len - HEAD - data)?;
+        rest.resize(len - HEAD - data, 0);
+        file.read_exact_at(&mut rest, (HEAD + data) as u64)?;
+        Ok((data, rest))
+    };
+    let (data, rest) = opened().ok()?;
+    body.len = rest.len();
+    body.chunks.push_back(rest.into());
+    Some(Memory { file, len, data })
+}
+
+/// What is read from here on has its vectors in this memory, until [`end`].
+///
+/// # Safety
+/// Under [`unwind::run`]: R may jump.
+pub unsafe fn begin(memory: &Option<Memory>) {
+    let Some(memory) = memory else {
+        return;
+    };
+    let nowhere = std::ptr::null();
+    let file = memory.file.as_raw_fd();
+    // SAFETY: the file is sealed, and as long as it is said to be.
+    unsafe { rustcluster_begin_mapped(nowhere, memory.len, HEAD, memory.data, file) };
+}
+
+/// Bytes of the data of vectors in a payload of so many bytes, given its beginning. `None`: it is not of
+/// this form.
+fn data(bytes: &[u8], len: usize) -> Option<usize> {
     let head = bytes.get(..HEAD).filter(|head| head[0] == MAPPED)?;
     let length = head[8..16].try_into().map(u64::from_ne_bytes).ok()?;
     let length = usize::try_from(length).ok()?;
-    (length <= bytes.len() - HEAD).then_some(length)
+    (length <= len.checked_sub(HEAD)?).then_some(length)
 }
 
 /// The value of a payload, whether it is of this form or in R's serialization; not protected. `map`:
@@ -125,7 +292,7 @@ pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
     let bytes = &payload.bytes[..];
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe {
-        let Some(data) = data(bytes) else {
+        let Some(data) = data(bytes, bytes.len()) else {
             return stream::read(&mut { bytes });
         };
         let memory = payload.memory.as_ref().filter(|_| map);

@@ -76,6 +76,7 @@ fn worker_connect() -> Robj {
         let mut channel = Channel::new(stream, 0);
         let config: WorkerConfig = channel.config()?;
         limit_memory(config.memory_limit)?;
+        channel.shares = config.shares;
         CHANNEL.set(Some(channel));
         Ok(list!(packages = config.packages).into())
     };
@@ -94,27 +95,73 @@ fn worker_ready(tempdir: &str) -> Robj {
 
 /// The channel as R's serialization writes to it. The first failure is kept: there is nobody left
 /// to send to.
-struct ToAgent(io::Result<()>);
+struct ToAgent {
+    sent: io::Result<()>,
+    /// The answer is put into shared memory instead.
+    shared: Option<mapped::Answer>,
+    /// All of it has been sent that way.
+    done: bool,
+}
 
 impl Sink for ToAgent {
     fn write(&mut self, bytes: &[u8]) -> bool {
-        if self.0.is_ok() {
-            self.0 = send(bytes, false);
+        if let Some(shared) = &mut self.shared {
+            return shared.write(bytes);
+        }
+        if self.sent.is_ok() {
+            self.sent = send(bytes, false);
         }
         false
     }
 }
 
 impl ToAgent {
+    fn new() -> ToAgent {
+        ToAgent {
+            sent: Ok(()),
+            shared: None,
+            done: false,
+        }
+    }
+
     fn begin(&mut self) {
-        self.0 = with_channel(|channel| {
+        self.shared = None;
+        self.sent = with_channel(|channel| {
             channel.restart();
             Ok(())
         });
     }
 
+    /// See [`mapped::share`].
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn share(&mut self, value: SEXP) -> Option<SEXP> {
+        let shares = with_channel(|channel| Ok(channel.shares));
+        if !may_map() || !shares.unwrap_or(false) {
+            return None;
+        }
+        // SAFETY: the caller's.
+        unsafe { mapped::share(value, &mut self.shared) }
+    }
+
+    /// The answer is in shared memory as a whole. Returns whether it could be sent so.
+    fn send_shared(&mut self) -> bool {
+        let Some((file, len)) = self.shared.take().and_then(mapped::Answer::finish) else {
+            return false;
+        };
+        match with_channel(|channel| channel.send_shared(&file, len)) {
+            Ok(sent) => self.done = sent,
+            Err(error) => self.sent = Err(error),
+        }
+        self.done || self.sent.is_err()
+    }
+
     fn finish(self) -> std::result::Result<(), Stop> {
-        self.0?;
+        self.sent?;
+        if self.done {
+            return Ok(());
+        }
         Ok(send(&[], true)?)
     }
 }
@@ -267,7 +314,7 @@ impl Turn {
         Turn {
             task,
             seeds: Vec::new(),
-            sink: ToAgent(Ok(())),
+            sink: ToAgent::new(),
             done: false,
             kept: KEPT.take(),
             unit,
@@ -533,18 +580,35 @@ unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
         } else {
             leave_seed();
         }
-        sink.write(&unit.answer_head());
-        sink.write(&unit.results);
+        unit.scratch.clear();
+        let plain = last.is_some_and(|value| unit::append_plain(value, &mut unit.scratch));
+        if let Some(value) = last.filter(|_| !plain) {
+            if let Some(instead) = sink.share(value) {
+                Rf_protect(instead);
+                write_results(unit, sink);
+                sink.write(&[unit::VALUE]);
+                unit::write_serialized(instead, sink);
+                Rf_unprotect(1);
+                if sink.send_shared() {
+                    return;
+                }
+            }
+        }
+        write_results(unit, sink);
         if let Some(value) = last {
             sink.write(&[unit::VALUE]);
-            unit.scratch.clear();
-            if unit::append_plain(value, &mut unit.scratch) {
+            if plain {
                 sink.write(&unit.scratch);
             } else {
                 unit::write_serialized(value, sink);
             }
         }
     }
+}
+
+fn write_results(unit: &Unit, sink: &mut ToAgent) {
+    sink.write(&unit.answer_head());
+    sink.write(&unit.results);
 }
 
 /// Has the agent told in which state the task leaves the random number generator, if it has used it.
@@ -596,7 +660,17 @@ unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, s
     unsafe {
         let success = c_int::from(success);
         let answer = plain::rustcluster_answer(value.cast(), success, time.as_ptr(), tag.cast());
-        stream::write(Rf_protect(answer), FORMAT.get(), sink);
+        Rf_protect(answer);
+        let native = FORMAT.get() == Format::Native;
+        if let Some(instead) = native.then(|| sink.share(answer)).flatten() {
+            stream::write(Rf_protect(instead), Format::Native, sink);
+            Rf_unprotect(1);
+            if sink.send_shared() {
+                Rf_unprotect(1);
+                return;
+            }
+        }
+        stream::write(answer, FORMAT.get(), sink);
         Rf_unprotect(1);
     }
 }
@@ -614,7 +688,7 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
         let mut turn = Failed {
             // SAFETY: the Robj keeps the object alive.
             value: unsafe { value.get() },
-            sink: ToAgent(Ok(())),
+            sink: ToAgent::new(),
             unit,
             goes_on: false,
             interrupted,

@@ -33,7 +33,9 @@ pub const GUEST: u8 = 32;
 
 /// Of the first frame of a message: its body is the number of a payload (8 bytes), with whose bytes
 /// the message begins. Of a payload, towards a worker: its bytes are in a descriptor that comes
-/// along, and the body says how many they are (8 bytes).
+/// along, and the body says how many they are (8 bytes). Of an answer: the same, of all of it; towards
+/// the head, a frame with [`FIRST`] alone announces it, and that with [`LAST`], which brings it, waits
+/// for the head to ask.
 pub const SHARED: u8 = 64;
 
 /// All flags that there are.

@@ -161,6 +161,13 @@ pub fn raise_open_files(needed: u64) -> io::Result<u64> {
     platform::raise_open_files(needed)
 }
 
+/// How many more files this process may open, if the system tells.
+pub fn open_files_left() -> Option<u64> {
+    let open = std::fs::read_dir("/dev/fd").ok()?.count() as u64;
+    let limit = raise_open_files(0).ok()?;
+    Some(Room { limit, used: open }.left())
+}
+
 /// Lets this process have at most `bytes` of memory that it can write to and that is its own
 /// (heap and data, whether used or not). Beyond that the system gives it no more. Only Linux heeds
 /// it.
@@ -169,6 +176,19 @@ pub fn raise_open_files(needed: u64) -> io::Result<u64> {
 /// Those of getrlimit and setrlimit.
 pub fn limit_memory(bytes: u64) -> io::Result<()> {
     platform::limit_memory(bytes)
+}
+
+/// Whether this process may make a file of so many bytes; otherwise it would be killed for it.
+pub fn may_make_file(bytes: u64) -> bool {
+    // SAFETY: all zeroes are an rlimit, which the call fills.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        let known = libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) == 0;
+        // Not u64 everywhere.
+        #[allow(clippy::useless_conversion)]
+        let most = u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX);
+        known && bytes <= most
+    }
 }
 
 /// Bytes that count for [`limit_memory`] in this process now, if the system tells.

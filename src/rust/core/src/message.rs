@@ -108,6 +108,8 @@ pub struct Start {
     pub timeout: u64,
     /// Bytes of memory that a worker may have; 0: as many as it wants.
     pub memory_limit: u64,
+    /// The head is on this machine: large answers may go through memory that is shared with it.
+    pub here: bool,
 }
 
 /// How a process ended.
@@ -266,6 +268,8 @@ pub struct WorkerConfig {
     pub packages: Vec<String>,
     /// As in [`Start`].
     pub memory_limit: u64,
+    /// Large answers may go through memory that is shared with the head.
+    pub shares: bool,
 }
 
 /// What a worker tells its agent once it can take tasks.

@@ -11,16 +11,17 @@
 //! before those that follow it, if it is submitted again; one that was sent ahead (see
 //! [`Order::ahead`]) and has not started is not lost with a worker that is replaced; bytes of one worker never hold up
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
-//! and a [`GRANT`], but for one result that R waits for by rank and one for want of any.
+//! and a [`GRANT`] (one in shared memory fits under it as a whole), but for one result that R waits for by rank and one for want of any.
 
 use crate::activity::{Measure, Moment, Times, Track};
-use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED};
+use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED};
 use crate::message::{self, Loss, ToAgent, ToHead, Usage};
 use crate::payloads::{PayloadId, Payloads};
 use crate::share::{Chunk, Mirror, Sent};
 use bytes::{Buf, Bytes};
 use std::collections::{HashSet, VecDeque};
 use std::fmt;
+use std::fs::File;
 use std::mem;
 use std::sync::Arc;
 
@@ -61,11 +62,53 @@ pub const LOSSES_IN_A_ROW: usize = 10;
 /// theirs; those of another would take many times the bytes that are counted.
 const SMALL: usize = 4 * 1024;
 
+/// Bytes of a result in shared memory, at most: sums of them are numbers, too.
+pub const MOST_MEMORY: u64 = 1 << 47;
+
+/// Results in shared memory that are held at a time, but for one that R waits for: each takes a
+/// descriptor.
+pub const MOST_SHARED: usize = 128;
+
+/// Shared memory with a whole result. Nobody can change it.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    pub len: usize,
+    /// None in simulations.
+    pub file: Option<Arc<File>>,
+    /// By which those that are held are counted.
+    _counted: Option<Arc<()>>,
+}
+
+impl Memory {
+    pub fn new(len: usize, file: Option<Arc<File>>) -> Memory {
+        let _counted = None;
+        Memory {
+            len,
+            file,
+            _counted,
+        }
+    }
+}
+
+impl PartialEq for Memory {
+    fn eq(&self, other: &Memory) -> bool {
+        let same = match (&self.file, &other.file) {
+            (Some(file), Some(other)) => Arc::ptr_eq(file, other),
+            (file, other) => file.is_none() && other.is_none(),
+        };
+        same && self.len == other.len
+    }
+}
+
+impl Eq for Memory {}
+
 /// The bytes of a result, as they arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Body {
     pub chunks: VecDeque<Bytes>,
     pub len: usize,
+    /// All of them are there, and none in chunks.
+    pub memory: Option<Memory>,
 }
 
 impl Body {
@@ -347,6 +390,8 @@ struct Current {
     starving: bool,
     /// It has been granted more than the small results' window.
     begun: bool,
+    /// It is in shared memory, so many bytes, and comes at once.
+    announced: Option<usize>,
     /// The state that the random number generator is to have for it, if that is another worker's.
     before: Option<Bytes>,
     /// The state in which it leaves the generator of this worker.
@@ -367,6 +412,7 @@ impl Current {
             granted: RESULT_WINDOW,
             starving: false,
             begun: false,
+            announced: None,
             before,
             after: None,
             times: Times {
@@ -536,6 +582,8 @@ pub struct Scheduler {
     reserved: usize,
     limit: usize,
     starving: VecDeque<Rank>,
+    /// As many as there are results in shared memory that have come and are still held, and one more.
+    shared: Arc<()>,
     /// Results that were granted more and do not yet need more again.
     flowing: usize,
     /// Whose result is being completed beyond the limit for want of any.
@@ -598,6 +646,7 @@ impl Scheduler {
             reserved: 0,
             limit,
             starving: VecDeque::new(),
+            shared: Arc::new(()),
             flowing: 0,
             alone: None,
             want: Want::Nothing,
@@ -1494,6 +1543,19 @@ impl Scheduler {
     /// # Errors
     /// When no agent of ours would send it: the agent is then not to be trusted any further.
     pub fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), ProtocolError> {
+        self.on_frame_with(agent, frame, None)
+    }
+
+    /// The same, with the memory that has come along.
+    ///
+    /// # Errors
+    /// As for [`Scheduler::on_frame`].
+    pub fn on_frame_with(
+        &mut self,
+        agent: usize,
+        frame: Frame,
+        memory: Option<Memory>,
+    ) -> Result<(), ProtocolError> {
         let header = frame.header;
         match header.kind {
             Kind::Control => {
@@ -1503,7 +1565,10 @@ impl Scheduler {
             }
             Kind::Data => {
                 let rank = self.rank(agent, header.worker)?;
-                self.on_data(rank, header.task, header.flags, frame.body)
+                match header.flags & SHARED {
+                    0 => self.on_data(rank, header.task, header.flags, frame.body, None),
+                    _ => self.on_shared(rank, &frame, memory),
+                }
             }
             Kind::Credit => {
                 let rank = self.rank(agent, header.worker)?;
@@ -1692,7 +1757,9 @@ impl Scheduler {
         task: TaskId,
         flags: u8,
         chunk: Bytes,
+        memory: Option<Memory>,
     ) -> Result<(), ProtocolError> {
+        let len = memory.as_ref().map_or(chunk.len(), |memory| memory.len);
         let worker = &mut self.workers[rank as usize];
         if matches!(worker.state, WorkerState::Gone(_)) {
             // Stopped by us; its agent may not have known.
@@ -1716,11 +1783,15 @@ impl Scheduler {
             )));
         }
         let before = current.reserved();
-        current.received += chunk.len();
-        worker.track.bytes_out += (HEADER_LEN + chunk.len()) as u64;
+        current.received = current.received.saturating_add(len);
+        worker.track.bytes_out += (HEADER_LEN + len) as u64;
         if flags & FIRST != 0 {
             current.times.answered = Some(self.now);
             current.times.measured = (self.measure)(&chunk);
+        }
+        if memory.is_some() {
+            // Leave for what it had begun to send otherwise may have been taken for leave to send this.
+            current.granted = current.granted.max(current.received);
         }
         self.reserved -= before - current.reserved();
         if current.received > current.granted {
@@ -1761,8 +1832,15 @@ impl Scheduler {
             self.buffered -= current.answer.len;
             current.answer = Body::default();
         }
-        self.buffered += chunk.len();
-        current.answer.push(chunk);
+        self.buffered += len;
+        match memory {
+            Some(memory) => {
+                let _counted = Some(self.shared.clone());
+                current.answer.len = len;
+                current.answer.memory = Some(Memory { _counted, ..memory });
+            }
+            None => current.answer.push(chunk),
+        }
         if flags & LAST != 0 {
             let answer = mem::take(&mut current.answer);
             let job = current.task.job;
@@ -1778,14 +1856,65 @@ impl Scheduler {
             self.dispatch(rank);
             self.grant();
         } else {
-            if !current.starving && current.granted - current.received < RESULT_WINDOW / 2 {
-                self.flowing -= usize::from(current.flowing());
-                current.starving = true;
-                match current.begun {
-                    true => self.starving.push_front(rank),
-                    false => self.starving.push_back(rank),
-                }
+            if current.granted - current.received < RESULT_WINDOW / 2 {
+                self.starves(rank);
             }
+            self.grant();
+        }
+        Ok(())
+    }
+
+    /// The answer that this worker is at needs more to be asked for.
+    fn starves(&mut self, rank: Rank) {
+        let current = self.workers[rank as usize].current.as_mut();
+        let Some(current) = current.filter(|current| !current.starving) else {
+            return;
+        };
+        self.flowing -= usize::from(current.flowing());
+        current.starving = true;
+        match current.begun {
+            true => self.starving.push_front(rank),
+            false => self.starving.push_back(rank),
+        }
+    }
+
+    /// An answer in shared memory: it is announced, or it comes.
+    fn on_shared(
+        &mut self,
+        rank: Rank,
+        frame: &Frame,
+        memory: Option<Memory>,
+    ) -> Result<(), ProtocolError> {
+        let Header { task, flags, .. } = frame.header;
+        let number = frame.number().filter(|&len| len <= MOST_MEMORY);
+        let number = number.and_then(|len| usize::try_from(len).ok());
+        let Some(len) = number else {
+            return Err(ProtocolError("a result of no length".into()));
+        };
+        let current = self.workers[rank as usize].current.as_mut();
+        let current = current.filter(|current| current.task.id == task);
+        if flags == LAST | SHARED {
+            let announced = current.as_ref().and_then(|current| current.announced);
+            let gone = self.is_gone(rank);
+            let memory = memory.filter(|memory| memory.len == len);
+            if memory.is_none() || !gone && announced != Some(len) {
+                return Err(ProtocolError("a result without its memory".into()));
+            }
+            return self.on_data(rank, task, FIRST | LAST, Bytes::new(), memory);
+        }
+        if flags != FIRST | SHARED {
+            return Err(ProtocolError("a bad announcement of a result".into()));
+        }
+        self.on_data(rank, task, FIRST, Bytes::new(), None)?;
+        let current = self.workers[rank as usize].current.as_mut();
+        let Some(current) = current.filter(|current| current.task.id == task) else {
+            return Ok(());
+        };
+        if current.announced.replace(len).is_some() {
+            return Err(ProtocolError("a result that is announced twice".into()));
+        }
+        if !current.cancelled {
+            self.starves(rank);
             self.grant();
         }
         Ok(())
@@ -1851,15 +1980,30 @@ impl Scheduler {
         begun || self.want == Want::Rank(rank) || self.agents[worker.agent].begun < AT_ONCE
     }
 
+    /// Whether there is room for more of a result, by its place among those that need more. One in shared
+    /// memory comes at once, and takes a descriptor.
+    fn has_room(&self, at: Option<usize>) -> bool {
+        let rank = at.and_then(|at| self.starving.get(at));
+        let current = rank.and_then(|&rank| self.workers[rank as usize].current.as_ref());
+        let used = self.buffered.saturating_add(self.reserved);
+        match current.and_then(|current| current.announced) {
+            Some(len) => {
+                used.saturating_add(len) <= self.limit
+                    && Arc::strong_count(&self.shared) <= MOST_SHARED
+            }
+            None => used < self.limit,
+        }
+    }
+
     /// Asks for more of large results: while there is room, or because R waits for them.
     fn grant(&mut self) {
         while !self.starving.is_empty() {
-            let room = self.unlimited || self.buffered + self.reserved < self.limit;
             let wanted = self.starving.iter().position(|&rank| self.is_wanted(rank));
+            let first = self.starving.iter().position(|&rank| self.may_flow(rank));
             let at = match self.want {
                 _ if self.unlimited => 0,
                 _ if wanted.is_some() => wanted.unwrap_or(0),
-                _ if room => match self.starving.iter().position(|&rank| self.may_flow(rank)) {
+                _ if self.has_room(first) => match first {
                     Some(at) => at,
                     None => return,
                 },
@@ -1891,10 +2035,12 @@ impl Scheduler {
                 self.agents[worker.agent].begun += 1;
             }
             let before = current.reserved();
-            current.granted += GRANT;
+            let more = current.announced.unwrap_or(GRANT);
+            current.granted = current.granted.saturating_add(more);
             self.reserved += current.reserved() - before;
             self.flowing += usize::from(current.flowing());
-            let frame = Frame::credit(worker.index, current.task.id, GRANT as u32);
+            let more = u32::try_from(more).unwrap_or(u32::MAX);
+            let frame = Frame::credit(worker.index, current.task.id, more);
             let agent = worker.agent;
             self.push_control(agent, frame);
         }

@@ -235,6 +235,43 @@ pub fn seal(file: &File) -> io::Result<()> {
     }
 }
 
+/// Whether nobody can change a file, nor cut it, any more. Only of a [`memory_file`] can that be said.
+pub fn is_sealed(file: &File) -> bool {
+    #[cfg(target_os = "linux")]
+    {
+        let needed = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        // SAFETY: fcntl checks its arguments.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        seals >= 0 && seals & needed == needed
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        false
+    }
+}
+
+/// The process that made the pair of sockets which this is one of, if the system tells.
+pub fn maker_of_pair(fd: RawFd) -> Option<u32> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: all zeroes are a ucred, which the call fills; the length is its own.
+        unsafe {
+            let mut peer: libc::ucred = std::mem::zeroed();
+            let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+            let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+            let out = (&raw mut peer).cast();
+            check(libc::getsockopt(fd, level, name, out, &raw mut len)).ok()?;
+            u32::try_from(peer.pid).ok()
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = fd;
+        None
+    }
+}
+
 /// Writes out what C's stdio holds, so that a forked child does not write it a second time.
 pub fn flush_stdio() {
     // SAFETY: a null stream means all streams.

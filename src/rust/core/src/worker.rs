@@ -72,6 +72,8 @@ const MOST_DESCRIPTORS: usize = 16;
 pub struct Channel {
     stream: UnixStream,
     index: u32,
+    /// Large answers may be given in shared memory.
+    pub shares: bool,
     received: BytesMut,
     /// Those that have come along, and belong to frames that have not been looked at.
     descriptors: VecDeque<OwnedFd>,
@@ -113,6 +115,7 @@ impl Channel {
         Channel {
             stream,
             index,
+            shares: false,
             received: BytesMut::new(),
             descriptors: VecDeque::new(),
             payload: None,
@@ -403,6 +406,41 @@ impl Channel {
         }
     }
 
+    /// Answers the current task with what is in this memory, which nobody can change any more. SIGINT
+    /// must be blocked. Returns whether it could be sent: if not, the answer is to be sent otherwise.
+    ///
+    /// # Errors
+    /// When the agent is gone.
+    pub fn send_shared(&mut self, memory: &File, len: u64) -> io::Result<bool> {
+        let Some(task) = self.task else {
+            return Ok(true);
+        };
+        if let Some(seed) = self.seed_after.take() {
+            let flags = if seed.guest { GUEST } else { 0 };
+            self.write(&[&Frame::new(Kind::Seed, flags, self.index, task, seed.bytes)])?;
+        }
+        let body = Bytes::copy_from_slice(&len.to_le_bytes());
+        let frame = Frame::new(Kind::Data, FIRST | LAST | SHARED, self.index, task, body);
+        let mut out = OutBuf::default();
+        out.push(&frame);
+        let fd = self.stream.as_raw_fd();
+        let mut along = Some(memory.as_raw_fd());
+        while !out.is_empty() {
+            match out.write_with(|slices| sys::send_with(fd, slices, along)) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(_) => along = None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // The system has no room for descriptors on their way.
+                Err(error) if along.is_some() && error.raw_os_error() != Some(libc::EPIPE) => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.task = None;
+        Ok(true)
+    }
+
     fn write(&mut self, frames: &[&Frame]) -> io::Result<()> {
         let mut out = OutBuf::default();
         for frame in frames {
@@ -529,6 +567,47 @@ mod tests {
         );
         agent.send(&frame, None);
         assert!(channel.next_task().is_err());
+    }
+
+    #[test]
+    fn an_answer_in_shared_memory_comes_with_it_and_after_the_seed() {
+        let (agent, mut channel) = Agent::new();
+        agent.send(&data(3, FIRST | LAST, b"task"), None);
+        channel.next_task().unwrap().unwrap();
+        let mut file = sys::memory_file().unwrap();
+        file.write_all(b"in memory").unwrap();
+        assert!(!sys::is_sealed(&file));
+        sys::seal(&file).unwrap();
+        assert_eq!(sys::is_sealed(&file), cfg!(target_os = "linux"));
+        let bytes = Bytes::from_static(b"seed");
+        channel.leave_seed(Seed {
+            bytes,
+            guest: false,
+        });
+        channel.restart();
+        assert!(channel.send_shared(&file, 9).unwrap());
+        assert!(!channel.is_busy());
+        let (mut buffer, mut came, mut received) = ([0; 99], Vec::new(), BytesMut::new());
+        let mut frames = Vec::new();
+        while frames.len() < 2 {
+            let n = sys::recv(agent.0.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
+            received.extend_from_slice(&buffer[..n]);
+            while let Some(frame) = frame::decode(&mut received).unwrap() {
+                frames.push(frame);
+            }
+        }
+        assert_eq!(frames[0].header.kind, Kind::Seed);
+        assert_eq!(frames[1].header.flags, FIRST | LAST | SHARED);
+        assert_eq!((frames[1].number(), came.len()), (Some(9), 1));
+        // The next answer is like any other.
+        agent.send(&data(4, FIRST | LAST, b"task"), None);
+        assert_eq!(next(&mut channel).1, b"task");
+        // Without a task there is nothing to be answered; without an agent that is an error.
+        assert!(channel.send_shared(&file, 9).unwrap());
+        agent.send(&data(5, FIRST | LAST, b"task"), None);
+        channel.next_task().unwrap().unwrap();
+        drop(agent);
+        assert!(channel.send_shared(&file, 9).is_err());
     }
 
     #[test]

@@ -8,7 +8,9 @@ use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{self, Role};
-use rustcluster_core::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY};
+use rustcluster_core::frame::{
+    ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
+};
 use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
 use rustcluster_core::launch::{self, Launch, Launched};
 use rustcluster_core::message::{
@@ -235,6 +237,7 @@ fn start(workers: u32) -> Start {
         state: 1 << 20,
         timeout: 0,
         memory_limit: 0,
+        here: false,
     }
 }
 
@@ -416,7 +419,18 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
             "a frame that is not for the head",
         ),
         (payload(FIRST | LAST, 1), "a frame that is not for the head"),
-        (wire(&Frame::shared(0, 2, 1, true)), "an answer to task 2"),
+        (
+            wire(&Frame::shared(0, 2, 1, true)),
+            "a bad announcement of a result",
+        ),
+        (
+            data(LAST | SHARED, 0, 1, &5u64.to_le_bytes()),
+            "a result whose memory cannot be opened here",
+        ),
+        (
+            data(FIRST | SHARED, 0, 1, &u64::MAX.to_le_bytes()),
+            "a result of no length",
+        ),
         (
             control(&ToHead::Failed {
                 reason: "it has no more".into(),

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 ///
 /// # Errors
 /// When descriptors or processes have run out.
-pub fn fork(worker: u32) -> io::Result<Made> {
+pub fn fork(worker: u32, shares: bool) -> io::Result<Made> {
     let (ours, theirs) = UnixStream::pair()?;
     let (output, output_end) = sys::pipe()?;
     sys::flush_stdio();
@@ -35,7 +35,9 @@ pub fn fork(worker: u32) -> io::Result<Made> {
             drop(output);
             sys::redirect(output_end.as_raw_fd(), 1)?;
             sys::redirect(output_end.as_raw_fd(), 2)?;
-            Ok(Made::Child(Channel::new(theirs, worker)))
+            let mut channel = Channel::new(theirs, worker);
+            channel.shares = shares;
+            Ok(Made::Child(channel))
         }
         pid => {
             signals::unblock_interrupt();

@@ -32,7 +32,7 @@ use guard::Guard;
 use memory::Memories;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use process::{Made, Process};
+use process::{Made, Outgoing, Process};
 use relay::{Act, Relay};
 use state::{Ending, REPLAY};
 use std::collections::VecDeque;
@@ -59,6 +59,12 @@ const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
 const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
+/// Descriptors that may have come from a worker and wait for the frames that they belong to.
+const MOST_DESCRIPTORS: usize = 4;
+/// For the system to have room again.
+const WAIT: Duration = Duration::from_millis(10);
+/// Open files besides one for each worker that answers in shared memory take.
+const MORE_FILES: u64 = 16;
 /// Workers made between two looks at the streams.
 const MAKE_AT_ONCE: usize = 8;
 
@@ -79,6 +85,8 @@ pub struct Greeted {
     /// What the head wants.
     pub start: Start,
     head_pid: u32,
+    /// The head's numbers are written as ours are.
+    same_order: bool,
 }
 
 /// How [`Agent::run`] ends.
@@ -146,10 +154,10 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
             match message::decode(&frame.body).map_err(io::Error::other)? {
                 ToAgent::Hello(other) => {
                     hello.check(&other).map_err(io::Error::other)?;
-                    head = Some(other.pid);
+                    head = Some((other.pid, other.big_endian == hello.big_endian));
                 }
                 ToAgent::Start(start) => {
-                    let Some(head_pid) = head else {
+                    let Some((head_pid, same_order)) = head else {
                         return Err(io::Error::other("the head did not greet"));
                     };
                     return Ok(Greeted {
@@ -158,6 +166,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                         received,
                         start,
                         head_pid,
+                        same_order,
                     });
                 }
                 _ => return Err(io::Error::other("the head gave up")),
@@ -208,6 +217,22 @@ impl Greeted {
         ))
     }
 
+    /// Whether workers may give their answers in memory that is shared with the head: it is the process
+    /// at the other end of the stream, and there are descriptors enough.
+    fn shares(&self) -> bool {
+        let Start {
+            here,
+            memory_limit,
+            workers,
+            ..
+        } = self.start;
+        let maker = || sys::maker_of_pair(self.writer.as_raw_fd());
+        let near = here && self.same_order && maker() == Some(self.head_pid);
+        let needed = limits::open_files_needed(workers as usize) + u64::from(workers) + MORE_FILES;
+        let enough = || limits::raise_open_files(needed).is_ok_and(|files| files >= needed);
+        near && memory_limit == 0 && enough()
+    }
+
     /// Checks this host's limits and becomes the agent proper; on a shortfall the head is told
     /// and nothing is started.
     ///
@@ -236,8 +261,10 @@ pub struct Agent {
     reader: File,
     writer: File,
     received: BytesMut,
-    to_head: OutBuf,
+    to_head: Outgoing,
     head_blocked: bool,
+    /// The system has no room for more on its way to the head: it is tried again soon.
+    head_waits: bool,
     /// The head is gone or has asked for the end.
     ending: bool,
     start: Start,
@@ -276,6 +303,7 @@ fn open_outfile(path: &str) -> io::Result<File> {
 
 impl Agent {
     fn new(greeted: Greeted) -> io::Result<Agent> {
+        let shares = greeted.shares();
         let poll = Poll::new()?;
         let registry = poll.registry();
         sys::set_nonblocking(greeted.writer.as_raw_fd(), true)?;
@@ -310,22 +338,25 @@ impl Agent {
         let patience = Duration::from_millis(greeted.start.patience.into());
         let timeout = Duration::from_millis(greeted.start.timeout);
         let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        let mut relay = Relay::new(
+            count as usize,
+            bytes(greeted.start.keep),
+            bytes(greeted.start.state),
+            (!timeout.is_zero()).then_some(timeout),
+        );
+        relay.book.shares = shares;
         Ok(Agent {
             pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
             poll,
             reader: greeted.reader,
             writer: greeted.writer,
             received: greeted.received,
-            to_head: OutBuf::default(),
+            to_head: Outgoing::default(),
             head_blocked: false,
+            head_waits: false,
             ending: false,
             outfile,
-            relay: Relay::new(
-                count as usize,
-                bytes(greeted.start.keep),
-                bytes(greeted.start.state),
-                (!timeout.is_zero()).then_some(timeout),
-            ),
+            relay,
             memories: Memories::default(),
             acts: Vec::new(),
             start: greeted.start,
@@ -372,7 +403,8 @@ impl Agent {
                 } else {
                     self.relay.book.next_end()
                 };
-                let deadlines = [deadline, pulse.map(Pulse::next), farewell];
+                let again = self.head_waits.then(|| self.now() + WAIT);
+                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -493,7 +525,7 @@ impl Agent {
             self.relay.made(worker, replaces);
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
-                StartMode::Spawn => process::spawn(&self.start, worker),
+                StartMode::Spawn => process::spawn(&self.start, worker, self.relay.book.shares),
             };
             match made {
                 Ok(Made::Child(channel)) => return Ok(Some(channel)),
@@ -532,7 +564,7 @@ impl Agent {
     }
 
     fn fork(&mut self, worker: u32) -> io::Result<Made> {
-        let made = fork::fork(worker)?;
+        let made = fork::fork(worker, self.relay.book.shares)?;
         if let Made::Child(_) = made {
             self.saved.restore();
             sys::renice(self.start.renice);
@@ -550,7 +582,7 @@ impl Agent {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
         match message::encode(message) {
-            Ok(frame) if !self.ending => self.to_head.push(&frame),
+            Ok(frame) if !self.ending => self.to_head.push(&frame, None),
             _ => {}
         }
     }
@@ -598,8 +630,14 @@ impl Agent {
         let mut acts = std::mem::take(&mut self.acts);
         for act in acts.drain(..) {
             match act {
-                Act::ToHead(frame) if !self.ending => self.to_head.push(&frame),
+                Act::ToHead(frame) if !self.ending => self.to_head.push(&frame, None),
                 Act::ToHead(_) => {}
+                Act::Along(frame) => self.pass_memory(&frame),
+                Act::LetGo(worker) => {
+                    if let Some(process) = &mut self.workers[worker as usize] {
+                        process.descriptors.pop_front();
+                    }
+                }
                 Act::Tell(message) => self.tell(&message),
                 Act::ToWorker(frame) => {
                     let Header {
@@ -660,6 +698,22 @@ impl Agent {
         }
         // Its room serves again.
         self.acts = acts;
+    }
+
+    /// Passes on an answer in shared memory. A worker is user code: if somebody could still change the
+    /// memory, or it is not there, the worker is killed, and its task lost with it.
+    fn pass_memory(&mut self, frame: &Frame) {
+        let Some(process) = &mut self.workers[frame.header.worker as usize] else {
+            return;
+        };
+        let file = process.descriptors.pop_front().map(File::from);
+        let len = |file: &File| file.metadata().ok().map(|data| data.len());
+        let is_right = |file: &File| len(file) == frame.number() && sys::is_sealed(file);
+        match file.filter(is_right) {
+            Some(file) if !self.ending => self.to_head.push(frame, Some(Arc::new(file))),
+            Some(_) => {}
+            None => process.kill(),
+        }
     }
 
     /// A cancel frame, then SIGINT: see [`crate::worker`].
@@ -760,19 +814,20 @@ impl Agent {
         }
         match self.relay.book.passed(worker, passed) {
             Some((task, bytes)) if !self.ending => {
-                self.to_head.push(&Frame::credit(worker, task, bytes));
+                self.to_head.push(&Frame::credit(worker, task, bytes), None);
             }
             _ => {}
         }
     }
 
     fn write_head(&mut self) {
+        self.head_waits = false;
         while !self.to_head.is_empty() && !self.head_blocked {
             let writer = &mut self.writer;
-            match self
-                .to_head
-                .write_with(|slices| writer.write_vectored(slices))
-            {
+            match self.to_head.write_with(|slices, along| match along {
+                Some(_) => sys::send_with(writer.as_raw_fd(), slices, along),
+                None => writer.write_vectored(slices),
+            }) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -787,8 +842,13 @@ impl Agent {
                         self.end();
                     }
                 }
+                // Descriptors on their way are counted for all processes of a user.
+                Err(error) if is_want(&error) => {
+                    self.head_waits = true;
+                    return;
+                }
                 Err(_) => {
-                    self.to_head = OutBuf::default();
+                    self.to_head = Outgoing::default();
                     self.end();
                 }
             }
@@ -810,7 +870,9 @@ impl Agent {
             let Some(process) = &mut self.workers[worker as usize] else {
                 return;
             };
-            match process.channel.read(&mut self.scratch) {
+            let mut came = Vec::new();
+            let fd = process.channel.as_raw_fd();
+            match sys::recv(fd, &mut self.scratch, &mut came, false) {
                 Ok(0) => {
                     // Its end of the channel is closed, which only its end should do.
                     process.hung_up = true;
@@ -818,6 +880,11 @@ impl Agent {
                 }
                 Ok(n) => {
                     held.extend_from_slice(&self.scratch[..n]);
+                    process.descriptors.extend(came);
+                    if process.descriptors.len() > MOST_DESCRIPTORS {
+                        broken = true;
+                        break;
+                    }
                     let short = n < self.scratch.len();
                     broken = self.on_worker_bytes(worker, &mut held);
                     if short {
@@ -893,7 +960,7 @@ impl Agent {
                         for chunk in bytes.chunks(MAX_BODY) {
                             let body = Bytes::copy_from_slice(chunk);
                             self.to_head
-                                .push(&Frame::new(Kind::Output, 0, worker, 0, body));
+                                .push(&Frame::new(Kind::Output, 0, worker, 0, body), None);
                         }
                     }
                     if n < self.scratch.len() {

@@ -104,11 +104,22 @@ impl Outgoing {
     /// # Errors
     /// Those of the socket; `WouldBlock` if it is full.
     pub fn write(&mut self, fd: RawFd) -> io::Result<usize> {
+        self.write_with(|slices, along| sys::send_with(fd, slices, along))
+    }
+
+    /// The same, through `write`, which gets the descriptor that goes along.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    pub fn write_with(
+        &mut self,
+        write: impl FnOnce(&[io::IoSlice<'_>], Option<RawFd>) -> io::Result<usize>,
+    ) -> io::Result<usize> {
         let Some((along, out)) = self.parts.front_mut() else {
             return Ok(0);
         };
         let with = along.as_ref().map(|file| file.as_raw_fd());
-        let written = out.write_with(|slices| sys::send_with(fd, slices, with))?;
+        let written = out.write_with(|slices| write(slices, with))?;
         if written > 0 {
             *along = None;
         }
@@ -136,6 +147,8 @@ pub struct Process {
     /// Its stdout and stderr.
     pub output: File,
     pub received: BytesMut,
+    /// Those that have come along, and belong to frames that have not been passed on.
+    pub descriptors: VecDeque<OwnedFd>,
     pub outgoing: Outgoing,
     pub tail: Tail,
     /// What is on its way to the cluster's `outfile`.
@@ -169,6 +182,7 @@ impl Process {
             channel,
             output: output.into(),
             received: BytesMut::new(),
+            descriptors: VecDeque::new(),
             outgoing: Outgoing::default(),
             tail: Tail::default(),
             lines: Lines::default(),
@@ -206,7 +220,7 @@ impl Process {
 }
 
 /// Starts a worker as a separate R process, its channel being its stdin.
-pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
+pub fn spawn(start: &Start, worker: u32, shares: bool) -> io::Result<Made> {
     let (ours, theirs) = UnixStream::pair()?;
     let (output, output_end) = sys::pipe()?;
     let Some((program, arguments)) = start.spawn_command.split_first() else {
@@ -237,6 +251,7 @@ pub fn spawn(start: &Start, worker: u32) -> io::Result<Made> {
     let config = WorkerConfig {
         packages: start.packages.clone(),
         memory_limit: start.memory_limit,
+        shares,
     };
     let frame = message::encode_for(worker, &config).map_err(io::Error::other)?;
     process.outgoing.push(&frame, None);

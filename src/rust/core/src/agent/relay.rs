@@ -13,7 +13,7 @@ use crate::frame::{
 };
 use crate::message::{self, ToAgent, ToHead, WorkerReady};
 use crate::payloads::PayloadId;
-use crate::scheduler::{ProtocolError, RESTORE};
+use crate::scheduler::{MOST_MEMORY, ProtocolError, RESTORE};
 use crate::share::Kept;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
@@ -27,6 +27,10 @@ const SEED_TO_HEAD: usize = 64;
 #[derive(Debug)]
 pub enum Act {
     ToHead(Frame),
+    /// The same, with the memory that has come from the worker in its header.
+    Along(Frame),
+    /// The memory that has come from this worker is not wanted.
+    LetGo(u32),
     Tell(ToHead),
     /// To the worker in its header.
     ToWorker(Frame),
@@ -86,6 +90,23 @@ fn name(body: &[u8]) -> Result<u64, ProtocolError> {
     let name = <[u8; 8]>::try_from(body);
     let name = name.map_err(|_| ProtocolError("a bad name of a state".into()))?;
     Ok(u64::from_le_bytes(name))
+}
+
+/// What the head is told of an answer in shared memory; `bytes`: of the frame that will bring it.
+fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
+    let len = bytes.try_into().map(u64::from_le_bytes);
+    if !len.is_ok_and(|len| len <= MOST_MEMORY) {
+        return Err(ProtocolError("memory of no length".into()));
+    }
+    let body = Bytes::copy_from_slice(bytes);
+    let flags = FIRST | SHARED;
+    Ok(Frame::new(
+        Kind::Data,
+        flags,
+        header.worker,
+        header.task,
+        body,
+    ))
 }
 
 impl Relay {
@@ -346,7 +367,11 @@ impl Relay {
                 Kind::Data => self.book.from_worker(&header)?,
                 _ => Route::Forward,
             };
-            if route == Route::Hold {
+            if route == Route::Announce {
+                let bytes = &held[HEADER_LEN..][..header.body_len()];
+                acts.push(Act::ToHead(announcement(&header, bytes)?));
+            }
+            if matches!(route, Route::Hold | Route::Announce) {
                 break;
             }
             held.advance(HEADER_LEN);
@@ -386,8 +411,19 @@ impl Relay {
             }
             self.let_go(acts);
         }
+        let shared = header.flags & SHARED != 0;
+        if shared && route != Route::Forward {
+            acts.push(Act::LetGo(worker));
+        }
         match route {
             Route::Restored => self.up(worker, acts),
+            Route::Forward if shared => acts.push(Act::Along(Frame {
+                header: Header {
+                    flags: LAST | SHARED,
+                    ..*header
+                },
+                body: body.freeze(),
+            })),
             Route::Forward => acts.push(Act::ToHead(Frame {
                 header: *header,
                 body: body.freeze(),
@@ -396,7 +432,7 @@ impl Relay {
                 let ended = Frame::new(Kind::Data, LAST | ABORT, worker, task, Bytes::new());
                 acts.push(Act::ToHead(ended));
             }
-            Route::Drop | Route::Hold => {}
+            Route::Drop | Route::Hold | Route::Announce => {}
         }
     }
 
@@ -791,6 +827,70 @@ mod tests {
             let mut received = bytes(std::slice::from_ref(&frame));
             let result = relay.from_head(&mut received, Duration::ZERO, &mut Vec::new());
             assert!(result.is_err(), "{frame:?}");
+        }
+    }
+
+    fn memory(task: u64, len: u64) -> Frame {
+        let body = Bytes::copy_from_slice(&len.to_le_bytes());
+        Frame::new(Kind::Data, FIRST | LAST | SHARED, 0, task, body)
+    }
+
+    #[test]
+    fn an_answer_in_shared_memory_is_announced_and_comes_when_it_is_asked_for() {
+        let mut relay = up();
+        relay.book.shares = true;
+        from_head(&mut relay, data(1, b"task"));
+        let mut held = bytes(&[memory(1, 1 << 40)]);
+        let mut acts = Vec::new();
+        let read = |relay: &mut Relay, held: &mut BytesMut, acts: &mut Vec<Act>| {
+            relay.from_worker(0, held, Duration::ZERO, acts).unwrap();
+        };
+        read(&mut relay, &mut held, &mut acts);
+        read(&mut relay, &mut held, &mut acts);
+        assert_eq!(to_head(&acts).len(), 1);
+        let announced = to_head(&acts)[0].clone();
+        assert_eq!(announced.header.flags, FIRST | SHARED);
+        assert_eq!(announced.number(), Some(1 << 40));
+        assert_eq!(relay.book.task(0), Some(1));
+        acts.clear();
+        let asked = from_head(&mut relay, Frame::credit(0, 1, 9));
+        assert!(matches!(asked[..], [Act::ReadAgain(0)]));
+        read(&mut relay, &mut held, &mut acts);
+        let [Act::Along(frame)] = &acts[..] else {
+            panic!("{acts:?}");
+        };
+        assert_eq!(frame.header.flags, LAST | SHARED);
+        assert_eq!(relay.book.task(0), None);
+        // The next is announced as well; cancelled, it is let go of.
+        from_head(&mut relay, data(2, b"task"));
+        let mut held = bytes(&[memory(2, 5)]);
+        acts.clear();
+        read(&mut relay, &mut held, &mut acts);
+        assert_eq!(to_head(&acts).len(), 1);
+        control(&mut relay, &ToAgent::Cancel { worker: 0, task: 2 });
+        acts.clear();
+        read(&mut relay, &mut held, &mut acts);
+        assert!(matches!(&acts[..], [Act::LetGo(0), Act::ToHead(frame)] if *frame == dropped(2)));
+    }
+
+    #[test]
+    fn memory_that_nobody_asked_for_is_an_error() {
+        let short = Frame::new(
+            Kind::Data,
+            FIRST | LAST | SHARED,
+            0,
+            1,
+            Bytes::from_static(b"1"),
+        );
+        let mut part = memory(1, 5);
+        part.header.flags = FIRST | SHARED;
+        for (shares, frame) in [(false, memory(1, 5)), (true, short), (true, part)] {
+            let mut relay = up();
+            relay.book.shares = shares;
+            from_head(&mut relay, data(1, b"task"));
+            let mut held = bytes(&[frame]);
+            let result = relay.from_worker(0, &mut held, Duration::ZERO, &mut Vec::new());
+            assert!(result.is_err());
         }
     }
 }

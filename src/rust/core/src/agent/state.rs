@@ -3,7 +3,7 @@
 //! A pure state machine, like [`crate::scheduler`]: frames, exits and the time go in, decisions
 //! come out. Processes, sockets and the clock are in [`super`].
 
-use crate::frame::{ABORT, FIRST, Header, LAST};
+use crate::frame::{ABORT, FIRST, Header, LAST, SHARED};
 use crate::scheduler::{ProtocolError, RESTORE, RESULT_WINDOW, SEND_WINDOW};
 use std::time::Duration;
 
@@ -43,6 +43,14 @@ enum Phase {
     Gone,
 }
 
+/// An answer in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Offer {
+    Announced,
+    /// The head wants it.
+    Asked,
+}
+
 #[derive(Debug)]
 struct Entry {
     phase: Phase,
@@ -54,6 +62,8 @@ struct Entry {
     complete: bool,
     /// Bytes of the current answer that may still go to the head.
     credit: usize,
+    /// The current answer is in shared memory, and has been announced.
+    offered: Option<Offer>,
     /// Bytes passed on to the worker and not yet reported to the head.
     passed: usize,
     /// Bytes on their way to the worker that are not the head's: they do not count for its window.
@@ -73,6 +83,8 @@ pub enum Route {
     Forward,
     /// Leave it where it is until the head asks for more.
     Hold,
+    /// The same, and tell the head that it is there.
+    Announce,
     Drop,
     /// Drop it and tell the head that the cancelled task has ended.
     Ended,
@@ -111,6 +123,8 @@ pub struct Book {
     timed: bool,
     /// How long a task may take.
     timeout: Option<Duration>,
+    /// Answers may be in memory that is shared with the head.
+    pub shares: bool,
 }
 
 impl Book {
@@ -123,6 +137,7 @@ impl Book {
                 hung_up: None,
                 complete: false,
                 credit: 0,
+                offered: None,
                 passed: 0,
                 given: 0,
                 came_up: false,
@@ -134,6 +149,7 @@ impl Book {
             workers,
             timed: false,
             timeout,
+            shares: false,
         }
     }
 
@@ -206,6 +222,7 @@ impl Book {
                     deadline: None,
                 };
                 entry.credit = RESULT_WINDOW;
+                entry.offered = None;
             }
             Phase::Busy { task, .. }
                 if task == header.task && header.flags & FIRST == 0 && !entry.complete => {}
@@ -278,6 +295,10 @@ impl Book {
     /// # Errors
     /// When a worker of ours would not send it.
     pub fn from_worker(&mut self, header: &Header) -> Result<Route, ProtocolError> {
+        let shared = header.flags & SHARED != 0;
+        if shared && (!self.shares || header.flags != FIRST | LAST | SHARED) {
+            return Err(ProtocolError("memory that nobody asked for".into()));
+        }
         let entry = self.entry(header.worker)?;
         let last = header.flags & LAST != 0;
         if let Phase::Restoring { left } = &mut entry.phase {
@@ -306,7 +327,7 @@ impl Book {
             return Err(ProtocolError("an answer to another task".into()));
         }
         // The head would take the whole host for broken.
-        if !entry.complete || header.flags & !(FIRST | LAST) != 0 {
+        if !entry.complete || header.flags & !(FIRST | LAST | SHARED) != 0 {
             return Err(ProtocolError("an answer that no worker gives".into()));
         }
         // It has done what it had to. How long its answer has to wait for the head is not its fault.
@@ -319,10 +340,20 @@ impl Book {
             }
             return Ok(Route::Drop);
         }
-        if len > entry.credit {
+        if shared {
+            match entry.offered {
+                None => {
+                    entry.offered = Some(Offer::Announced);
+                    return Ok(Route::Announce);
+                }
+                Some(Offer::Announced) => return Ok(Route::Hold),
+                Some(Offer::Asked) => {}
+            }
+        } else if len > entry.credit {
             return Ok(Route::Hold);
+        } else {
+            entry.credit -= len;
         }
-        entry.credit -= len;
         if last {
             entry.phase = Phase::Idle;
         }
@@ -335,6 +366,7 @@ impl Book {
         let current = matches!(entry.phase, Phase::Busy { task: busy, .. } if busy == task);
         if current {
             entry.credit = entry.credit.saturating_add(bytes as usize);
+            entry.offered = entry.offered.map(|_| Offer::Asked);
         }
         Ok(current)
     }

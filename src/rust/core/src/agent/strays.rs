@@ -191,7 +191,7 @@ impl Agent {
             };
             // Also while the agent ends.
             if let Ok(frame) = message::encode(&message) {
-                self.to_head.push(&frame);
+                self.to_head.push(&frame, None);
                 self.strays.last_words |= self.ending;
             }
         }

@@ -10,7 +10,9 @@ use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
 use bytes::BytesMut;
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::process::ExitStatus;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -36,6 +38,8 @@ pub struct Conn {
     /// Set once the agent has greeted.
     pub stream: Option<Arc<std::os::unix::net::UnixStream>>,
     pub received: BytesMut,
+    /// Those that have come along, and belong to frames that have not been looked at.
+    pub descriptors: VecDeque<OwnedFd>,
     pub out: OutBuf,
     /// The stream took no more.
     pub blocked: bool,

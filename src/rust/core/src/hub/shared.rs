@@ -12,15 +12,16 @@ use super::inbox::Inbox;
 use super::restore::Restoring;
 use super::spool::Spool;
 use crate::activity::Measure;
-use crate::frame;
+use crate::frame::{self, Frame, Header, Kind, LAST, SHARED};
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
-use crate::scheduler::{Note, Outcome, Rank, Scheduler};
+use crate::scheduler::{Memory, Note, Outcome, Rank, Scheduler};
 use crate::sys;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -44,6 +45,18 @@ const WATCH: Duration = Duration::from_micros(100);
 enum Reader {
     Hub,
     R,
+}
+
+/// The system drops descriptors for which there is no room.
+const NO_DESCRIPTOR: &str = "a result whose memory cannot be opened here: too many files are open";
+
+/// The memory behind a descriptor, if it has so many bytes and nobody can change or cut it any more.
+fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
+    let file = File::from(descriptor);
+    let there = file.metadata().ok()?.len();
+    let fits = there == len && sys::is_sealed(&file);
+    let len = usize::try_from(len).ok().filter(|_| fits)?;
+    Some(Memory::new(len, Some(Arc::new(file))))
 }
 
 /// See the module's documentation.
@@ -317,6 +330,7 @@ impl Core {
         };
         conn.end = None;
         conn.out = OutBuf::default();
+        conn.descriptors.clear();
         conn.heard = None;
         conn.watched = None;
         conn.planned.notify_one();
@@ -331,6 +345,7 @@ impl Core {
         conn.end = Some(Ok(()));
         conn.blocked = false;
         conn.out = OutBuf::default();
+        conn.descriptors.clear();
         self.watch(agent);
         if let Some(stream) = self.conns[agent].stream.take() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -363,16 +378,18 @@ impl Core {
     /// Reads what is there now, up to [`READ`] bytes. Returns whether there may be more.
     pub fn read(&mut self, agent: usize) -> bool {
         let conn = &mut self.conns[agent];
-        let Some(mut stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
+        let Some(stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
             return false;
         };
-        match stream.read(&mut self.scratch) {
+        let mut came = Vec::new();
+        match sys::recv(stream.as_raw_fd(), &mut self.scratch, &mut came, false) {
             Ok(0) => self.end(agent, Ok(())),
             Ok(n) => {
                 if !conn.patience.is_zero() {
                     conn.heard = Some(Instant::now());
                 }
                 conn.bytes_out += n as u64;
+                conn.descriptors.extend(came);
                 let scratch = std::mem::take(&mut self.scratch);
                 self.look_at_clock();
                 self.take_in(agent, &scratch[..n]);
@@ -405,10 +422,7 @@ impl Core {
                 frame::decode(received)
             };
             let result = match frame {
-                Ok(Some(frame)) => self
-                    .scheduler
-                    .on_frame(agent, frame)
-                    .map_err(|e| e.to_string()),
+                Ok(Some(frame)) => self.on_frame(agent, frame),
                 Ok(None) if bytes.is_empty() => return,
                 // All of its header is there now, or it is the first of what has come.
                 Ok(None) => {
@@ -426,6 +440,19 @@ impl Core {
                 return self.end(agent, Err(error));
             }
         }
+    }
+
+    fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), String> {
+        let Header { kind, flags, .. } = frame.header;
+        let mut memory = None;
+        if kind == Kind::Data && flags & (SHARED | LAST) == SHARED | LAST {
+            let Some(descriptor) = self.conns[agent].descriptors.pop_front() else {
+                return Err(NO_DESCRIPTOR.into());
+            };
+            memory = frame.number().and_then(|len| memory_of(descriptor, len));
+        }
+        let taken = self.scheduler.on_frame_with(agent, frame, memory);
+        taken.map_err(|error| error.to_string())
     }
 
     fn on_bytes(&mut self, agent: usize) {

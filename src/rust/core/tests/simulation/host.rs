@@ -59,6 +59,8 @@ impl Host {
         timeout: Option<Duration>,
     ) -> Host {
         let workers = ranks.len() as u32;
+        let mut relay = Relay::new(ranks.len(), keep, state, timeout);
+        relay.book.shares = true;
         Host {
             lost: false,
             curse: Curse::None,
@@ -66,7 +68,7 @@ impl Host {
             out: OutBuf::default(),
             down: Pipe::new(stream),
             received: BytesMut::new(),
-            relay: Relay::new(ranks.len(), keep, state, timeout),
+            relay,
             acts: Vec::new(),
             stored: HashMap::new(),
             timeout,
@@ -98,6 +100,12 @@ impl Host {
                     self.look_at(&frame, facts);
                     self.to_head.push(&frame);
                 }
+                Act::Along(frame) => {
+                    self.look_at(&frame, facts);
+                    self.to_head.push(&frame);
+                }
+                // There is none but in thought.
+                Act::LetGo(worker) => assert!((worker as usize) < self.ranks.len()),
                 Act::Tell(message) => {
                     match message {
                         ToHead::TimedOut { worker, task } => self.check_time(worker, task, now),

@@ -18,9 +18,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::activity::MOST;
 use rustcluster_core::agent::state::Now;
-use rustcluster_core::frame::{self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::frame::{
+    self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED,
+};
 use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{JobId, Rank, SEND_WINDOW, Scheduler, State, TaskId};
+use rustcluster_core::scheduler::{JobId, Memory, Rank, SEND_WINDOW, Scheduler, State, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 use worker::Process;
@@ -261,7 +263,12 @@ impl Sim {
             self.arrives(at, &frame);
             let header = frame.header;
             self.scheduler.at(self.now);
-            if let Err(error) = self.scheduler.on_frame(at, frame) {
+            let brings = header.kind == Kind::Data && header.flags == LAST | SHARED;
+            let memory = brings.then(|| {
+                self.facts.seen.in_memory += 1;
+                Memory::new(frame.number().expect("a length") as usize, None)
+            });
+            if let Err(error) = self.scheduler.on_frame_with(at, frame, memory) {
                 panic!("the head refuses {header:?}: {error}");
             }
             self.notes();
@@ -311,7 +318,11 @@ impl Sim {
             *entry = (header.task, 0);
         }
         assert_eq!(entry.0, header.task, "answers of one worker are mixed");
-        entry.1 += frame.body.len();
+        entry.1 += match header.flags & SHARED {
+            0 => frame.body.len(),
+            _ if header.flags & LAST != 0 => frame.number().expect("a length") as usize,
+            _ => 0,
+        };
     }
 
     fn agent_read(&mut self, at: usize, most: usize) {

@@ -323,6 +323,8 @@ pub struct Seen {
     /// Answered tasks that began with another worker's random numbers.
     pub guests: usize,
     pub left_out: usize,
+    /// Answers that came in shared memory.
+    pub in_memory: usize,
     /// Times that a result waited on its host.
     pub starved: usize,
     /// Tasks that were sent ahead; of those, ones that were sent again since their worker was lost,

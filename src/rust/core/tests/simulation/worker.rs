@@ -404,6 +404,8 @@ impl Worker {
             running.sent = 0;
             running.begun = false;
         }
+        // Some of the large ones go through memory that is shared with the head.
+        let shared = !again && !running.begun && running.len > MAX_BODY && rng.random_ratio(1, 3);
         let left = running.len - running.sent;
         let n = if whole {
             left.min(MAX_BODY)
@@ -411,11 +413,13 @@ impl Worker {
             rng.random_range(1..=MAX_BODY).min(left)
         };
         let first = !std::mem::replace(&mut running.begun, true);
-        let last = n == left;
-        let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
+        let last = n == left || shared;
+        let kind = if shared { SHARED } else { 0 };
+        let flags = kind | if first { FIRST } else { 0 } | if last { LAST } else { 0 };
         let task = running.task;
         let body = match again {
             true => part(0, true, 0, n),
+            false if shared => Bytes::copy_from_slice(&(running.len as u64).to_le_bytes()),
             false => part(task, true, running.sent, n),
         };
         running.sent += n;

@@ -7,7 +7,7 @@ use rustcluster_core::agent::relay::{Act, Relay};
 use rustcluster_core::agent::state::Ending;
 use rustcluster_core::agent::{self, Greeted};
 use rustcluster_core::frame::{
-    self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
+    self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
 };
 use rustcluster_core::greeting::Greeting;
 use rustcluster_core::message::{
@@ -481,13 +481,22 @@ impl Host {
                 }
                 Act::ToHead(frame) => {
                     assert!((frame.header.worker as usize) < WORKERS);
-                    assert_eq!(frame.header.flags & !(FIRST | LAST | ABORT | GUEST), 0);
+                    let shared = frame.header.flags == FIRST | SHARED && frame.number().is_some();
+                    let flags = frame.header.flags & !(FIRST | LAST | ABORT | GUEST);
+                    assert!(shared || flags == 0);
+                }
+                Act::Along(frame) => {
+                    assert!((frame.header.worker as usize) < WORKERS);
+                    assert!(frame.header.flags == LAST | SHARED && frame.number().is_some());
                 }
                 Act::Interrupt { worker, task } => {
                     assert_eq!(self.relay.book.task(worker), Some(task));
                 }
                 Act::ReadAgain(worker) => self.hear(worker, &[]),
-                Act::Up { worker, .. } | Act::Close(worker) | Act::TempDir(worker, _) => {
+                Act::Up { worker, .. }
+                | Act::Close(worker)
+                | Act::LetGo(worker)
+                | Act::TempDir(worker, _) => {
                     assert!((worker as usize) < WORKERS);
                 }
                 Act::Tell(message) => assert!(message::encode(&message).is_ok()),
@@ -541,8 +550,10 @@ fn wire(frame: &Frame) -> Vec<u8> {
 pub fn to_agent(data: &[u8]) {
     let mut script = Script(data);
     let timeout = Some(Duration::from_secs(3));
+    let mut relay = Relay::new(WORKERS, 200_000, 300_000, timeout);
+    relay.book.shares = data.first().is_some_and(|byte| byte & 1 == 1);
     let mut host = Host {
-        relay: Relay::new(WORKERS, 200_000, 300_000, timeout),
+        relay,
         received: BytesMut::new(),
         held: Default::default(),
         now: Duration::ZERO,
