@@ -402,7 +402,6 @@ namedCluster <- function(cl) {
   attr(cl, "name") <- paste(c(cl[[1L]][["handle"]]$id, ranks), collapse = "-")
   cl
 }
-}
 
 #' @export
 print.RustCluster <- function(x, ...) {
