@@ -199,11 +199,25 @@ nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ..
 
 # Of both --------------------------------------------------------------------------------------------
 
-workersOf <- function(evaluator) plannedCluster(eval(formals(evaluator)$workers, baseenv()))
+# What is asked of a plan before it has made its cluster does not make it: workers, too, are told the plan
+# of the session.
+workersOf <- function(evaluator) {
+  workers <- eval(formals(evaluator)$workers, baseenv())
+  if (is.function(workers)) workers <- workers()
+  if (is.null(workers)) workers <- usableCores()
+  is_count <- is.numeric(workers) && is.null(names(workers)) && !identical(planned$spec, workers)
+  if (is_count) as.integer(workers) else plannedCluster(workers)
+}
 
-nbrOfWorkers.cluster_rust <- function(evaluator) length(workersOf(evaluator))
+nbrOfWorkers.cluster_rust <- function(evaluator) {
+  workers <- workersOf(evaluator)
+  if (is.integer(workers)) workers else length(workers)
+}
 
-nbrOfFreeWorkers.cluster_rust <- function(evaluator, background = FALSE, ...) freeWorkers(workersOf(evaluator))
+nbrOfFreeWorkers.cluster_rust <- function(evaluator, background = FALSE, ...) {
+  workers <- workersOf(evaluator)
+  if (is.integer(workers)) workers else freeWorkers(workers)
+}
 
 resolved.RustFuture <- function(x, ...) {
   if (x$state == "created") {
