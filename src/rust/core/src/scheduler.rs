@@ -1719,7 +1719,7 @@ impl Scheduler {
         let Some(current) = current.filter(|current| current.task.id == task) else {
             return Ok(());
         };
-        if mem::replace(&mut current.announced, Some(len)).is_some() {
+        if current.announced.replace(len).is_some() {
             return Err(ProtocolError("a result that is announced twice".into()));
         }
         if !current.cancelled {
