@@ -175,7 +175,7 @@ test_that("a session with few open files left gets them the other way", {
       say("mapped", said, "right", identical(got, list(rep(1.5, 1e6), rep(1.5, 1e6))))
       stopCluster(cl)
     },
-    prelude = "ulimit -S -n 100"
+    prelude = "ulimit -n 260"
   )
   expect_child_ends_well(child)
   expect_equal(child_said(child, "mapped"), "FALSE right TRUE")
