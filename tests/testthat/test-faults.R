@@ -292,8 +292,9 @@ test_that("a worker killed while 50 MB come to it, or from it", {
     expect_identical(got$value, list(sum(x) + 1, sum(x) + 2))
     expect_length(got$losses, 1)
   }
-  # The head takes no more of an answer than it has room for, so that it is still being sent.
-  cl <- local_cluster(2, buffer_limit = 2^20)
+  # The head takes no more of an answer than it has room for, so that it is still being sent: with a
+  # limit, answers do not come whole in shared memory.
+  cl <- local_cluster(2, buffer_limit = 2^20, memory_limit = 2^31)
   clusterExport(cl, "x", environment())
   mark <- tempfile()
   sendCall(cl[[2]], global(function(mark) {

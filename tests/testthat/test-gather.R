@@ -165,3 +165,18 @@ test_that("what waits here is bounded, whatever is not taken", {
   expect_identical(clusterCall(cl, numeric, 6e6), rep(list(numeric(6e6)), 4))
   expect_identical(parLapply(cl, 1:12, function(i) numeric(6e6) + i)[[12]], numeric(6e6) + 12)
 })
+
+test_that("a session with few open files left gets them the other way", {
+  child <- start_child(
+    {
+      cl <- makeRustCluster(2)
+      got <- clusterCall(cl, rep, 1.5, 1e6)
+      said <- any(grepl("mapped", utils::capture.output(.Internal(inspect(got[[1L]])))))
+      say("mapped", said, "right", identical(got, list(rep(1.5, 1e6), rep(1.5, 1e6))))
+      stopCluster(cl)
+    },
+    prelude = "ulimit -n 260"
+  )
+  expect_child_ends_well(child)
+  expect_equal(child_said(child, "mapped"), "FALSE right TRUE")
+})

@@ -445,7 +445,7 @@ impl Core {
     fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), String> {
         let Header { kind, flags, .. } = frame.header;
         let mut memory = None;
-        if kind == Kind::Data && flags & (SHARED | LAST) == SHARED | LAST {
+        if kind == Kind::Data && flags == LAST | SHARED {
             let Some(descriptor) = self.conns[agent].descriptors.pop_front() else {
                 return Err(NO_DESCRIPTOR.into());
             };
