@@ -53,7 +53,8 @@ quarantined <- function(index, losses) {
   rustclusterCondition(
     "task_failed",
     paste0(
-      "task ", index, " was lost with its worker ", length(losses), " times and is not tried again; ",
+      "task ", index, " was lost with its worker ",
+      if (length(losses) == 1L) "once" else paste(length(losses), "times"), " and is not tried again; ",
       "the results of the others are in the condition, as `results`: ",
       "tryCatch(..., rustcluster_task_failed = function(e) e$results). Its losses:\n",
       paste0("- ", texts, collapse = "\n")

@@ -16,16 +16,17 @@ nativeRanks <- function(cl) {
 #   common: arguments that all tasks have.
 #   round: the tasks go round the nodes, and do not go to whoever is free.
 #   spread: an element is a list of arguments, and not the first one.
+#   lossEnds: a worker that is lost ends the job with an error.
 #   each: is called with the numbers of tasks that have been answered, and all results so far; FALSE
 #     ends the job.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = FALSE, seed = NULL,
-                   order = NULL, retries = handle$retries, timeout = Inf, each = NULL,
-                   progress = wantsProgress()) {
+                   order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
+                   each = NULL, progress = wantsProgress()) {
   handle <- cl[[1L]][["handle"]]
   job <- beginJob(handle, sys.nframe(), NULL)
   on.exit(closeJob(handle, job))
-  # One that took too long is known by its message.
-  singly <- is.finite(handle$timeout) || is.finite(timeout)
+  # One that took too long, or that is lost and not tried again, is known by its message.
+  singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
   settings <- list(
     round = round, spread = spread, seed = seed, seeded = list(runSeeded, list()),
     nothing = list(list, list()), order = order, singly = singly, timeout = timeout
@@ -41,7 +42,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
       switch(typeof(step),
         character = {
           if (!"task" %in% names(step)) handleFailed(step, handle)
-          unitEnded(step, handle, retries, timeout)
+          unitEnded(step, handle, retries, timeout, lossEnds)
         },
         pairlist = unwound(step)
       )
@@ -62,7 +63,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
 }
 
 # Tasks that were together have ended without an answer.
-unitEnded <- function(failure, handle, retries, timeout) {
+unitEnded <- function(failure, handle, retries, timeout, lossEnds) {
   number <- as.numeric(failure[["task"]])
   tasks <- job_tasks(handle$pointer, number)
   failure <- c(failure, tasks = spanText(tasks))
@@ -77,7 +78,7 @@ unitEnded <- function(failure, handle, retries, timeout) {
     loss$tasks <- tasks
     # Which of several has ended it is not known.
     if (length(tasks) > 1L) loss$index <- NULL
-    if (inherits(loss, "rustcluster_stopped") || retries == 0) {
+    if (inherits(loss, "rustcluster_stopped") || lossEnds) {
       showEvents(handle, except = loss)
       stop(loss)
     }

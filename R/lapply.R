@@ -20,7 +20,7 @@
 #'   takes longer is interrupted, and killed if it does not heed that, and an error of class
 #'   `rustcluster_timeout` takes the place of its result.
 #' @param .retries (integer) How often an element is tried again that was lost with its worker, if not
-#'   as often as `retries` of the cluster.
+#'   as often as `retries` of the cluster. `0`: a loss is an error at once, unless `.errors` is `"return"`.
 #' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.
 #'   With the longest first, the end is even. Results are in the order of `X` all the same.
 #' @param .onResult (function) Is called here with an element's number and result as soon as it is known.
@@ -77,7 +77,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   }
   job <- runJob(
     cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
-    each = each, progress = .progress
+    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress
   )
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values

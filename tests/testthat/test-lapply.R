@@ -342,6 +342,12 @@ test_that(".errors", {
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
   expect_rust_error(attr(got[[30]], "condition"), "task_failed")
   expect_match(as.character(got[[30]]), "task 30 was lost", fixed = TRUE)
+  # One that is not to be tried again fails alone, if others are to go on.
+  suppressWarnings(classes = "rustcluster_worker_lost", {
+    got <- clusterLapply(cl, 1:400, poison, 30, .errors = "return", .retries = 0)
+  })
+  expect_identical(got[-30], as.list((1:400)[-30] * 10))
+  expect_match(as.character(got[[30]]), "task 30 was lost with its worker once", fixed = TRUE)
   expect_rust_error(
     caught(clusterLapply(cl, c(0, 60, 0), Sys.sleep, .timeout = 0.3, .errors = "stop")), "timeout"
   )
