@@ -2780,4 +2780,105 @@ mod tests {
         answer(&mut s, 0, 2, None);
         assert_eq!(s.take_released(), message);
     }
+
+    /// A call for whoever of these is free.
+    fn call(scheduler: &mut Scheduler, task: TaskId, any_of: &[Rank], again: bool) {
+        scheduler.submit(Order {
+            task,
+            job: CALLS,
+            again,
+            any_of: Some(any_of.into()),
+            ..Order::default()
+        });
+        scheduler.append_call(task, Bytes::from_static(b"message").into(), true);
+    }
+
+    #[test]
+    fn calls_go_to_whoever_is_free_in_their_order() {
+        let mut scheduler = up(2);
+        for task in 1..=4 {
+            call(&mut scheduler, task, &[0, 1], false);
+        }
+        call(&mut scheduler, 5, &[1], false);
+        let mut first = tasks_sent(&mut scheduler, 0);
+        first.extend(tasks_sent(&mut scheduler, 1));
+        first.sort_unstable();
+        assert_eq!(first, [1, 2]);
+        assert_eq!(scheduler.call_place(3), CallPlace::Waiting);
+        let CallPlace::With(rank) = scheduler.call_place(1) else {
+            panic!("call 1 is with nobody");
+        };
+        answer(&mut scheduler, rank as usize, 1, None);
+        assert_eq!(tasks_sent(&mut scheduler, rank as usize), [3]);
+        assert_eq!(scheduler.call_place(1), CallPlace::Nowhere);
+        // A task of the worker's own goes before calls that wait.
+        submit(&mut scheduler, order(rank, 9));
+        answer(&mut scheduler, rank as usize, 3, None);
+        assert_eq!(tasks_sent(&mut scheduler, rank as usize), [9]);
+        assert_eq!(scheduler.take_released(), b"message".len());
+    }
+
+    #[test]
+    fn a_verbs_workers_are_given_no_calls_but_one_that_is_waited_for() {
+        let mut scheduler = up(1);
+        scheduler.keep_for_verb(0);
+        call(&mut scheduler, 1, &[0], false);
+        call(&mut scheduler, 2, &[0], false);
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        scheduler.await_call(Some(2));
+        assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+        scheduler.await_call(None);
+        answer(&mut scheduler, 0, 2, None);
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        scheduler.verb_over();
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    }
+
+    #[test]
+    fn a_lost_call_holds_up_nobody_and_goes_first_when_it_is_tried_again() {
+        let mut scheduler = up(1);
+        for task in 1..=3 {
+            call(&mut scheduler, task, &[0], false);
+        }
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        replace(&mut scheduler, 0);
+        assert_eq!(ends(&mut scheduler), [(1, "lost")]);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+        call(&mut scheduler, 1, &[0], true);
+        answer(&mut scheduler, 0, 2, None);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        // With the last of its workers all end.
+        ends(&mut scheduler);
+        lose(&mut scheduler, 0, false);
+        assert_eq!(ends(&mut scheduler), [(1, "lost"), (3, "lost")]);
+        call(&mut scheduler, 4, &[0], false);
+        assert_eq!(ends(&mut scheduler), [(4, "lost")]);
+    }
+
+    #[test]
+    fn a_call_can_be_cancelled_wherever_it_is() {
+        let mut scheduler = up(1);
+        for task in 1..=3 {
+            call(&mut scheduler, task, &[0], false);
+        }
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+        scheduler.cancel_call(2);
+        scheduler.cancel_call(1);
+        assert_eq!(scheduler.call_place(1), CallPlace::Nowhere);
+        let given_up = Frame::new(Kind::Data, LAST | ABORT, 0, 1, Bytes::new());
+        scheduler.on_frame(0, given_up).unwrap();
+        assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
+    }
+
+    #[test]
+    fn a_worker_that_is_back_takes_no_calls_before_it_is_what_it_was() {
+        let mut scheduler = up(2);
+        scheduler.agent_lost(0, "gone");
+        scheduler.agent_back(0, &ToAgent::Alive).unwrap();
+        tell(&mut scheduler, 0, &ToHead::WorkerUp { worker: 0, pid: 3 });
+        call(&mut scheduler, 1, &[0], false);
+        assert_eq!(tasks_sent(&mut scheduler, 0), []);
+        scheduler.restored(0);
+        assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    }
 }

@@ -189,3 +189,67 @@ impl Calls {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn body(bytes: &'static [u8]) -> Outcome {
+        let mut body = crate::scheduler::Body::default();
+        body.chunks.push_back(bytes.into());
+        body.len = bytes.len();
+        Outcome::Answer(body)
+    }
+
+    #[test]
+    fn r_is_woken_once_until_it_has_looked() {
+        let mut calls = Calls::default();
+        let woken = Arc::new(AtomicUsize::new(0));
+        let count = woken.clone();
+        calls.wake_with(Box::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        }));
+        for task in 1..=4 {
+            calls.expect(task);
+        }
+        calls.watch(2);
+        calls.watch(3);
+        // Nobody wants to know of this one.
+        calls.ended(0, 1, body(b"1"));
+        assert_eq!(woken.load(Ordering::Relaxed), 0);
+        calls.ended(0, 2, body(b"2"));
+        calls.ended(0, 3, body(b"3"));
+        assert_eq!(woken.load(Ordering::Relaxed), 1);
+        assert_eq!(calls.take_attention(), [2, 3]);
+        assert_eq!(calls.forget(2), 1);
+        // One that was lost is to be decided on, watched or not.
+        calls.ended(0, 4, Outcome::Lost(Arc::new(Gone::Stopped)));
+        assert_eq!(woken.load(Ordering::Relaxed), 2);
+        assert_eq!(calls.take_attention(), [3, 4]);
+        calls.expect(4);
+        assert_eq!(calls.take_attention(), [3]);
+    }
+
+    #[test]
+    fn what_a_call_tells_is_whole_or_nothing_and_bounded() {
+        let mut calls = Calls::default();
+        calls.expect(1);
+        calls.told(1, FIRST, b"a");
+        assert!(calls.take_asides(1).is_empty());
+        calls.told(1, LAST, b"b");
+        calls.told(1, FIRST | LAST, b"c");
+        calls.told(1, FIRST, b"lost with its worker");
+        calls.expect(1);
+        assert_eq!(calls.take_asides(1), [b"ab".to_vec(), b"c".to_vec()]);
+        let large = vec![0; ASIDES_LIMIT / 2];
+        for _ in 0..3 {
+            calls.told(1, FIRST | LAST, &large);
+        }
+        assert_eq!(calls.take_asides(1).len(), 2);
+        calls.told(1, FIRST | LAST, b"there is room again");
+        assert_eq!(calls.take_asides(1).len(), 1);
+        calls.told(2, FIRST | LAST, b"of nobody");
+        assert!(calls.take_asides(2).is_empty());
+    }
+}
