@@ -7,7 +7,8 @@ wantsProgress <- function() {
 # Returns a function that brings the bar up to date. It ends with the frame that has called.
 showProgress <- function(handle, n, envir = parent.frame()) {
   bar <- cli::cli_progress_bar(
-    total = n, clear = FALSE, .envir = envir,
+    # It is brought up to date once more after its end, when a loss has been settled.
+    total = n, clear = FALSE, auto_terminate = FALSE, .envir = envir,
     format = paste0(
       "{cli::pb_bar} {cli::pb_current}/{cli::pb_total} tasks | {cli::pb_rate} | ",
       "{cli::pb_extra$busy} busy | ETA {cli::pb_eta}"

@@ -11,9 +11,11 @@
 #'
 #' The variables that `expr` uses are sent with it: those of the function that calls, and those of the
 #' global environment, also as far as functions use them that are sent. They are found by their names in
-#' the code: what it finds by `get("x")` is to be given in `...`. Those of the global environment are put
-#' into the worker's for as long as the call takes, the others into an environment of its own: nothing is
-#' left behind. Packages of which `expr` uses something and that are attached here are attached there.
+#' the code: what it finds by `get("x")` is to be given in `...`. A `...` of the function that calls is not
+#' sent: `args <- list(...)` is. Variables of the global environment are put into the worker's for as long as
+#' the call takes, the others into an environment of its own: nothing of what was sent is left behind; what
+#' the expression itself assigns elsewhere is. Packages of which `expr` uses something and that are attached
+#' here are attached there.
 #' An expression has the workers' random numbers.
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
