@@ -349,9 +349,12 @@ test_that(".errors", {
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
   expect_match(as.character(got[[30]]), "task 30 was lost with its worker once", fixed = TRUE)
   # Nor does a bar that is full by then end the call.
-  for (last in list(function(i) if (i == 2) quit(status = 9) else i, function(i) if (i == 2) Sys.sleep(60) else i)) {
+  fates <- list(
+    global(function(i) if (i == 2) quit(status = 9) else i), global(function(i) if (i == 2) Sys.sleep(60) else i)
+  )
+  for (fate in fates) {
     suppressWarnings(classes = "rustcluster_worker_lost", suppressMessages(
-      got <- clusterLapply(cl, 1:2, global(last), .errors = "return", .retries = 0, .timeout = 1, .progress = TRUE)
+      got <- clusterLapply(cl, 1:2, fate, .errors = "return", .retries = 0, .timeout = 1, .progress = TRUE)
     ))
     expect_identical(got[[1]], 1L)
     expect_s3_class(got[[2]], "rustcluster_failure")
