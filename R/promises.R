@@ -80,7 +80,7 @@ callsWoken <- function(number) {
   id <- awaited[[as.character(number)]]
   records <- if (!is.null(id)) openCalls[[id]]
   if (is.null(records)) return()
-  handle <- records[[ls(records)[[1L]]]]$handle
+  handle <- records[[names(records)[[1L]]]]$handle
   lookAtCalls(handle)
   showEvents(handle)
 }

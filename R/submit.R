@@ -235,8 +235,10 @@ submit <- function(cl, fun, args, label, tells = FALSE) {
 endCall <- function(record, state, result) {
   records <- recordsOf(record$handle)
   if (!is.null(records)) {
-    rm(list = intersect(format(record$task, scientific = FALSE), ls(records)), envir = records)
-    if (!length(ls(records))) rm(list = record$handle$id, envir = openCalls)
+    # Not ls(), which sorts: there may be many thousands.
+    name <- format(record$task, scientific = FALSE)
+    if (exists(name, records, inherits = FALSE)) rm(list = name, envir = records)
+    if (!length(records)) rm(list = record$handle$id, envir = openCalls)
   }
   record$result <- result
   record$state <- state

@@ -321,6 +321,15 @@ test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
   expect_rust_error(caught(clusterLapplyAsync(cl, 1:3, function(i) i, .sede = 1)), "bad_argument")
 })
 
+test_that("thousands of calls are no more than many calls", {
+  cl <- local_cluster(2)
+  calls <- lapply(1:3000, function(i) clusterSubmit(cl, i * 2))
+  expect_identical(vapply(calls, function(call) call$value(), 0), 1:3000 * 2)
+  slow <- lapply(1:3000, function(i) clusterSubmit(cl, Sys.sleep(60)))
+  expect_true(all(vapply(slow, function(call) call$cancel(), NA)))
+  expect_identical(clusterSubmit(cl, 1)$value(), 1)
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })
