@@ -398,8 +398,9 @@ fate <- function(handle) {
 # ours, that changes.
 namedCluster <- function(cl) {
   if (!length(cl)) return(cl)
-  ranks <- vapply(cl, function(node) as.integer(node[["rank"]]), 0L)
-  attr(cl, "name") <- paste(c(cl[[1L]][["handle"]]$id, ranks), collapse = "-")
+  nodes <- unclass(cl)
+  ranks <- unlist(lapply(nodes, .subset2, "rank"))
+  attr(cl, "name") <- paste0(.subset2(nodes[[1L]], "handle")$id, "-", paste(ranks, collapse = "-"))
   cl
 }
 
@@ -428,11 +429,16 @@ format.RustCluster <- function(x, ...) {
 
 #' @export
 `[.RustCluster` <- function(x, i) {
-  part <- NextMethod()
-  if (any(vapply(part, is.null, NA))) {
+  part <- .subset(x, i)
+  if (any(lengths(part, FALSE) == 0L)) {
     badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
   }
-  namedCluster(part)
+  class(part) <- oldClass(x)
+  # Often one, once a call, as in clusterCall(cl[1], ...): the short way.
+  if (length(part) != 1L) return(namedCluster(part))
+  node <- .subset2(part, 1L)
+  attr(part, "name") <- paste0(.subset2(node, "handle")$id, "-", .subset2(node, "rank"))
+  part
 }
 
 #' @export

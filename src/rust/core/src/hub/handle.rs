@@ -770,8 +770,9 @@ impl Hub {
         self.abandon();
         let mut core = self.core();
         core.inbox.job = NO_JOB;
-        core.scheduler.verb_over();
-        core.settle();
+        if core.scheduler.verb_over() {
+            core.settle();
+        }
         drop(core);
         // The usual end of a verb.
         if self.outstanding_count == 0 {

@@ -142,12 +142,12 @@ impl Scheduler {
         }
     }
 
-    /// The verb is over.
-    pub fn verb_over(&mut self) {
-        if !self.calls.kept.is_empty() {
-            self.calls.kept.clear();
-            self.hand_out();
-        }
+    /// The verb is over. Returns whether calls have waited for that.
+    pub fn verb_over(&mut self) -> bool {
+        self.calls.kept.clear();
+        let waiting = !self.calls.waiting.is_empty();
+        self.hand_out();
+        waiting
     }
 
     /// A worker of a host that is back is what it was.
