@@ -34,7 +34,8 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   made <- FALSE
   on.exit(if (!made) lapply(records, cancelCall))
   for (group in groups) {
-    args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = lapply(group, if (is.null(seed)) function(i) NULL else seed))
+    seeds <- if (is.null(seed)) vector("list", length(group)) else lapply(group, seed)
+    args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = seeds)
     label <- paste0("elements ", group[[1L]], " to ", group[[length(group)]])
     records <- c(records, list(submit(cl, applyGroup, args, label)))
   }
@@ -113,16 +114,9 @@ callsResult <- function(records, groups, names, n) {
     return(list(state = broken$state, result = broken$result))
   }
   if (!length(errors)) return(list(state = "done", result = results))
-  indices <- as.integer(names(errors))
-  others <- length(errors) - 1L
-  list(state = "failed", result = rustclusterCondition(
-    "element_failed",
-    paste0(
-      "element ", indices[[1L]], " failed: ", conditionMessage(errors[[1L]]),
-      if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)"))
-    ),
-    index = indices[[1L]], indices = indices, results = unname(results), parent = errors[[1L]]
-  ))
+  text <- conditionMessage(errors[[1L]])
+  failed <- elementFailed(text, as.integer(names(errors)), unname(results), parent = errors[[1L]])
+  list(state = "failed", result = failed)
 }
 
 #' @export

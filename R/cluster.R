@@ -379,6 +379,21 @@ clusterHandle <- function(cl) {
   cl[[1L]][["handle"]]
 }
 
+# The cluster that is meant: without one, parallel's default.
+theCluster <- function(cl) {
+  if (is.null(cl)) cl <- getDefaultCluster()
+  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
+  clusterHandle(cl)
+  cl
+}
+
+# The ranks of nodes, each of which must be there once.
+distinctRanks <- function(cl) {
+  ranks <- checked(cluster_ranks(cl), clusterHandle(cl))
+  if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
+  ranks
+}
+
 # What is to be said of a cluster that cannot be used; "" of one that can.
 fate <- function(handle) {
   pids <- if (!handle$stopped) hub_pids(handle$pointer)

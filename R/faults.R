@@ -49,17 +49,21 @@ taskFailed <- function(failure, handle) {
 }
 
 quarantined <- function(index, losses) {
-  texts <- vapply(losses, conditionMessage, "")
+  others <- paste0(
+    "; the results of the others are in the condition, as `results`: ",
+    "tryCatch(..., rustcluster_task_failed = function(e) e$results)"
+  )
   rustclusterCondition(
-    "task_failed",
-    paste0(
-      "task ", index, " was lost with its worker ",
-      if (length(losses) == 1L) "once" else paste(length(losses), "times"), " and is not tried again; ",
-      "the results of the others are in the condition, as `results`: ",
-      "tryCatch(..., rustcluster_task_failed = function(e) e$results). Its losses:\n",
-      paste0("- ", texts, collapse = "\n")
-    ),
-    index = index, losses = losses
+    "task_failed", lostText(paste("task", index), losses, others), index = index, losses = losses
+  )
+}
+
+# Of what is given up, after these losses.
+lostText <- function(what, losses, others = "") {
+  times <- if (length(losses) == 1L) "once" else paste(length(losses), "times")
+  paste0(
+    what, " was lost with its worker ", times, " and is not tried again", others, ". Its losses:\n",
+    paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
   )
 }
 

@@ -35,13 +35,11 @@
 #' parallel::stopCluster(cl)
 #' @export
 registerDoRustCluster <- function(cl = NULL) {
-  if (is.null(cl)) cl <- getDefaultCluster()
-  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
+  cl <- theCluster(cl)
   handle <- clusterHandle(cl)
   if (handle$stopped) raiseFailure(c(kind = "stopped"), handle)
   checked(hub_pids(handle$pointer), handle)
-  ranks <- checked(cluster_ranks(cl), handle)
-  if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
+  distinctRanks(cl)
   foreach::setDoPar(doRustCluster, cl, foreachInfo)
   invisible()
 }

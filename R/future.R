@@ -80,6 +80,11 @@ futuresOf <- function(cl) {
 
 isOpen <- function(record) record$state == "open"
 
+clusterOf <- function(future) {
+  backend <- future[["backend"]]
+  if (is.null(backend)) future$workers else backend[["workers"]]
+}
+
 freeWorkers <- function(cl) {
   handle <- cl[[1L]][["handle"]]
   lookAtCalls(handle)
@@ -222,7 +227,7 @@ nbrOfFreeWorkers.cluster_rust <- function(evaluator, background = FALSE, ...) {
 resolved.RustFuture <- function(x, ...) {
   if (x$state == "created") {
     # Who only wants to know does not wait for a worker.
-    cl <- if (is.null(x[["backend"]])) x$workers else x[["backend"]][["workers"]]
+    cl <- clusterOf(x)
     if (!is.null(cl) && !freeWorkers(cl)) return(FALSE)
     return(NextMethod())
   }
@@ -272,7 +277,7 @@ collect <- function(future) {
     future$result <- error
     if (!future$state %in% c("canceled", "interrupted")) future$state <- if (kind == "FutureError") "failed" else "interrupted"
   }
-  futuresOf(if (is.null(future[["backend"]])) future$workers else future[["backend"]][["workers"]])
+  futuresOf(clusterOf(future))
   future
 }
 

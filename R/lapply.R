@@ -45,11 +45,9 @@
 clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustcluster.progress", FALSE),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return")) {
-  if (is.null(cl)) cl <- getDefaultCluster()
-  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
+  cl <- theCluster(cl)
   handle <- clusterHandle(cl)
-  ranks <- checked(cluster_ranks(cl))
-  if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
+  ranks <- distinctRanks(cl)
   FUN <- match.fun(FUN)
   refuseUnknown(...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
@@ -96,16 +94,21 @@ refuseUnknown <- function(given, known) {
 raiseFailed <- function(job) {
   first <- job$values[[job$failed[[1L]]]]
   if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values)
-  others <- length(job$failed) - 1L
   job$values[job$failed] <- list(NULL)
-  stop(rustclusterCondition(
+  stop(elementFailed(first, job$failed, job$values))
+}
+
+# `text`: what went wrong with the first of the elements with these numbers.
+elementFailed <- function(text, indices, results, ...) {
+  others <- length(indices) - 1L
+  rustclusterCondition(
     "element_failed",
     paste0(
-      "element ", job$failed[[1L]], " failed: ", first,
+      "element ", indices[[1L]], " failed: ", text,
       if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)"))
     ),
-    index = job$failed[[1L]], indices = job$failed, results = job$values
-  ))
+    index = indices[[1L]], indices = indices, results = results, ...
+  )
 }
 
 # A function that gives the seed of an element by its number, or NULL.

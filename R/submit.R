@@ -87,13 +87,6 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   newCall(submit(cl, evaluateCall, args, label))
 }
 
-theCluster <- function(cl) {
-  if (is.null(cl)) cl <- getDefaultCluster()
-  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
-  clusterHandle(cl)
-  cl
-}
-
 # In a worker.
 evaluateCall <- function(expr, variables, globals, packages) {
   names <- as.character(names(globals))
@@ -312,10 +305,7 @@ callEnded <- function(record, failure) {
 callLost <- function(losses) {
   rustclusterCondition(
     "task_failed",
-    paste0(
-      "the call was lost with its worker ", length(losses), " times and is not tried again. Its losses:\n",
-      paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
-    ),
+    lostText("the call", losses),
     losses = losses
   )
 }
