@@ -16,27 +16,18 @@ cd "$(dirname "$0")/.."
 . tools/install.sh
 . tools/roots.sh
 
-usage() {
-  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-roots=$PWD/../roots mirror= suite=trixie tests=()
-for argument in "$@"; do
+take_options "$@"
+suite=trixie tests=()
+for argument in "${rest[@]}"; do
   case $argument in
-    --roots=?*) roots=${argument#*=} ;;
-    --mirror=?*) mirror=${argument#*=} ;;
     --suite=?*) suite=${argument#*=} ;;
     -*) usage ;;
     *) tests+=("$argument") ;;
   esac
 done
 [ ${#tests[@]} != 0 ] || tests=(plain payload)
-if [ "$(id -u)" != 0 ]; then
-  echo "chroots take root" >&2
-  exit 1
-fi
 
+take_root
 need_packages iproute2 mmdebstrap arch-test qemu-user-static binfmt-support
 command -v cargo >/dev/null || need_packages cargo
 # In a container nobody may have done that.
@@ -45,9 +36,6 @@ if ! [ -e /proc/sys/fs/binfmt_misc/register ]; then
 fi
 [ -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ] || update-binfmts --enable qemu-aarch64
 
-mkdir -p "$roots"
-roots=$(realpath "$roots")
-mirror=${mirror:-$(default_mirror)}
 # Debian 12 has a Rust that is new enough beside its own.
 case $suite in
   bookworm) rust="rustc-web cargo-web libstd-rust-web-dev:arm64" ;;
@@ -58,10 +46,10 @@ make_root "$roots/$suite-cross" "$suite" amd64,arm64 "$mirror" r-base-core r-bas
   xz-utils gcc-aarch64-linux-gnu libc6-dev-arm64-cross $rust
 cargo fetch --quiet --locked --manifest-path src/rust/Cargo.toml
 began=$SECONDS
-copy_checkout "$roots/$suite-cross/root/rustcluster"
-inside "$roots/$suite-cross" bash /root/rustcluster/tools/cross-build.sh
-package=$(cd "$roots/$suite-cross/root" && ls rustcluster_*_R_aarch64.tar.gz)
-mv "$roots/$suite-cross/root/$package" "$into/"
+copy_checkout "$roots/$suite-cross/srv/rustcluster"
+inside "$roots/$suite-cross" bash /srv/rustcluster/tools/cross-build.sh
+package=$(cd "$roots/$suite-cross/srv" && ls rustcluster_*_R_aarch64.tar.gz)
+mv "$roots/$suite-cross/srv/$package" "$into/"
 echo "made $into/$package ($((SECONDS - began)) s)"
 [ "${tests[*]}" != build ] || exit 0
 
@@ -69,14 +57,14 @@ root=$roots/$suite-arm64
 make_root "$root" "$suite" arm64 "$mirror" r-base-core r-cran-testthat r-cran-cli procps iproute2 \
   openssh-server openssh-client
 began=$SECONDS
-copy_checkout "$root/root/rustcluster"
-cp "$into/$package" "$root/root/"
+copy_checkout "$root/srv/rustcluster"
+cp "$into/$package" "$root/srv/"
 # Time limits are for machines that run at their own speed.
 inside "$root" env RUSTCLUSTER_TEST_SLACK=60 bash -euc '
   mkdir /tmp/library
-  R CMD INSTALL --library=/tmp/library "/root/$1" >/tmp/install.log 2>&1 || { cat /tmp/install.log; exit 1; }
+  R CMD INSTALL --library=/tmp/library "/srv/$1" >/tmp/install.log 2>&1 || { cat /tmp/install.log; exit 1; }
   shift
-  cd /root/rustcluster
+  cd /srv/rustcluster
   export R_LIBS=/tmp/library
   Rscript -e "cat(R.version.string, R.version\$platform, \"\\n\")"
   status=0

@@ -13,32 +13,22 @@ cd "$(dirname "$0")/.."
 . tools/install.sh
 . tools/roots.sh
 
-usage() {
-  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-}
-
-roots=$PWD/../roots mirror= suite= what=()
-for argument in "$@"; do
+take_options "$@"
+suite= what=()
+for argument in "${rest[@]}"; do
   case $argument in
-    --roots=?*) roots=${argument#*=} ;;
-    --mirror=?*) mirror=${argument#*=} ;;
     -*) usage ;;
     *) if [ -z "$suite" ]; then suite=$argument; else what+=("$argument"); fi ;;
   esac
 done
 [ -n "$suite" ] || usage
 [ ${#what[@]} != 0 ] || what=(tests check)
-if [ "$(id -u)" != 0 ]; then
-  echo "chroots take root" >&2
-  exit 1
-fi
 
+take_root
 need_packages iproute2 mmdebstrap
 command -v cargo >/dev/null || need_packages cargo
-mkdir -p "$roots"
-root=$(realpath "$roots")/$suite
-make_root "$root" "$suite" "$(dpkg --print-architecture)" "${mirror:-$(default_mirror)}" \
+root=$roots/$suite
+make_root "$root" "$suite" "$(dpkg --print-architecture)" "$mirror" \
   r-base-core r-base-dev rustc cargo r-cran-cli r-cran-testthat
 # What tests and check use where it is there.
 add_packages "$root" r-cran-knitr r-cran-rmarkdown r-cran-parallelly pandoc qpdf procps bsdutils \
@@ -46,5 +36,5 @@ add_packages "$root" r-cran-knitr r-cran-rmarkdown r-cran-parallelly pandoc qpdf
   r-cran-furrr r-cran-foreach r-cran-doparallel r-cran-dorng r-cran-pbapply r-cran-progressr \
   r-cran-later r-cran-promises r-cran-callr r-cran-boot
 cargo fetch --quiet --locked --manifest-path src/rust/Cargo.toml
-copy_checkout "$root/root/rustcluster"
-inside "$root" bash /root/rustcluster/tools/on-root.sh "${what[@]}"
+copy_checkout "$root/srv/rustcluster"
+inside "$root" bash /srv/rustcluster/tools/on-root.sh "${what[@]}"

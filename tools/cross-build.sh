@@ -26,4 +26,4 @@ description <- file.path(package, "DESCRIPTION")
 writeLines(sub(built, platform, readLines(description), fixed = TRUE), description)
 R
 version=$(sed -n 's/^Version: //p' DESCRIPTION)
-tar czf "/root/rustcluster_${version}_R_aarch64.tar.gz" -C "$library" rustcluster
+tar czf "/srv/rustcluster_${version}_R_aarch64.tar.gz" -C "$library" rustcluster

@@ -1,5 +1,34 @@
 # Sourced by chroot.sh and arm64.sh: Debian systems in folders, and what runs in them.
 
+usage() {
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+}
+
+# take_options ARGUMENT...: sets `roots` and `mirror`; `rest`: the other arguments.
+take_options() {
+  roots=$PWD/../roots mirror= rest=()
+  local argument
+  for argument in "$@"; do
+    case $argument in
+      --roots=?*) roots=${argument#*=} ;;
+      --mirror=?*) mirror=${argument#*=} ;;
+      *) rest+=("$argument") ;;
+    esac
+  done
+}
+
+# Once the arguments are right: the folder is there, and a mirror known.
+take_root() {
+  if [ "$(id -u)" != 0 ]; then
+    echo "chroots take root" >&2
+    exit 1
+  fi
+  mkdir -p "$roots"
+  roots=$(realpath "$roots")
+  mirror=${mirror:-$(default_mirror)}
+}
+
 # Without a mirror given: the one that this machine's apt uses.
 default_mirror() {
   apt-get indextargets --format '$(REPO_URI)' 'Identifier: Packages' 'Origin: Debian' \
@@ -58,7 +87,7 @@ copy_checkout() {
 inside() {
   local dir=$1 crates=${CARGO_HOME:-$HOME/.cargo}/registry
   shift
-  mkdir -p "$dir/root/.cargo/registry" "$crates"
+  mkdir -p "$dir/srv/.cargo/registry" "$crates"
   unshare --mount --pid --net --ipc --uts --fork --kill-child sh -euc '
     dir=$1 crates=$2
     shift 2
@@ -70,10 +99,10 @@ inside() {
     mount --rbind /dev "$dir/dev"
     mount -t tmpfs tmp "$dir/tmp"
     mount -t tmpfs run "$dir/run"
-    mount --bind "$crates" "$dir/root/.cargo/registry"
+    mount --bind "$crates" "$dir/srv/.cargo/registry"
     # A shell stays the first process, which collects what others leave. Those after it have a process
     # group that is known there: in that of this script, a signal to the group would reach the script.
-    env -i HOME=/root LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
+    env -i HOME=/srv LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
       NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
       chroot "$dir" sh -c "setsid --wait \"\$@\"; exit \$?" sh "$@"
   ' sh "$dir" "$crates" "$@"
