@@ -59,7 +59,7 @@ fn call_take(handle: Robj, task: f64) -> Robj {
         let ended = |failure: Failure| Err(failure.with("task", task));
         match end.outcome {
             // It stays where it is until it has been read: R may jump.
-            Outcome::Answer(body) => match head::read_whole(body) {
+            Outcome::Answer(body) => match head::read_answer(body, 0) {
                 Ok(answer) => Ok(answer),
                 Err(Jump(token)) => Ok(token),
             },

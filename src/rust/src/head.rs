@@ -826,23 +826,11 @@ pub unsafe fn read_body(body: &mut Body) -> SEXP {
     }
 }
 
-/// An answer as `recvData()` gives it; with a node's place, from 1, as `recvOneData()` does.
-fn read_answer(body: Body, place: i32) -> Robj {
-    match read_placed(body, place) {
-        Ok(answer) => answer,
-        Err(Jump(token)) => token,
-    }
-}
-
-/// An answer as `recvData()` gives it.
+/// An answer as `recvData()` gives it; with a node's place, from 1 and not 0, as `recvOneData()` does.
 ///
 /// # Errors
 /// When R jumped.
-pub fn read_whole(body: Body) -> std::result::Result<Robj, Jump> {
-    read_placed(body, 0)
-}
-
-fn read_placed(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
+pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
         memory: Option<Memory>,
@@ -930,6 +918,7 @@ fn answered(
         } => {
             cluster.messages.borrow_mut().remove(&task);
             let answer = read_answer(body, place(rank));
+            let answer = answer.unwrap_or_else(|Jump(token)| token);
             status::note_failure(cluster, at, &answer);
             Ok(answer)
         }

@@ -268,22 +268,12 @@ struct MemoryGroup {
 
 /// Total and available bytes from the text of /proc/meminfo.
 fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
-    let bytes = |name: &str| -> Option<u64> {
-        let rest = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-        let mut words = rest.split_whitespace();
-        let value = words.next()?.parse::<u64>().ok()?;
-        match words.next() {
-            Some("kB") => value.checked_mul(1024),
-            _ => None,
-        }
-    };
-    let total = bytes("MemTotal")?;
+    let bytes = |name| crate::sys::line_bytes(text, name);
+    let total = bytes("MemTotal:")?;
     // Kernels before 3.14 have no MemAvailable; free and page cache are near enough.
-    let available = bytes("MemAvailable").or_else(|| {
-        let cache = bytes("Buffers").unwrap_or(0) + bytes("Cached").unwrap_or(0);
-        Some(bytes("MemFree")? + cache)
+    let available = bytes("MemAvailable:").or_else(|| {
+        let cache = bytes("Buffers:").unwrap_or(0) + bytes("Cached:").unwrap_or(0);
+        Some(bytes("MemFree:")? + cache)
     })?;
     Some((total, available.min(total)))
 }

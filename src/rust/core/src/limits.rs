@@ -8,6 +8,7 @@
 //! Never calls R; safe to call from any thread.
 
 use crate::cores::cgroup;
+use crate::sys::line_bytes;
 use std::fmt;
 use std::io;
 
@@ -201,11 +202,7 @@ pub fn memory_counted() -> Option<u64> {
 
 /// [`memory_counted`] from the text of /proc/self/status.
 fn parse_counted(status: &str) -> Option<u64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmData:"))?;
-    let kilobytes = line.trim().strip_suffix("kB")?.trim_end().parse::<u64>();
-    kilobytes.ok()?.checked_mul(1024)
+    line_bytes(status, "VmData:")
 }
 
 #[cfg(unix)]

@@ -2000,21 +2000,21 @@ impl Scheduler {
         while !self.starving.is_empty() {
             let wanted = self.starving.iter().position(|&rank| self.is_wanted(rank));
             let first = self.starving.iter().position(|&rank| self.may_flow(rank));
-            let at = match self.want {
+            let at = match (self.want, wanted) {
                 _ if self.unlimited => 0,
-                _ if wanted.is_some() => wanted.unwrap_or(0),
+                (_, Some(at)) => at,
                 _ if self.has_room(first) => match first {
                     Some(at) => at,
                     None => return,
                 },
                 // One result alone is completed beyond the limit: R takes it as soon as it is.
-                Want::Any if self.flowing == 0 => {
+                (Want::Any, _) if self.flowing == 0 => {
                     let same = |&rank: &Rank| Some(rank) == self.alone;
                     let at = self.starving.iter().position(same).unwrap_or(0);
                     self.alone = Some(self.starving[at]);
                     at
                 }
-                Want::Rank(rank) => match self.starving.iter().position(|&s| s == rank) {
+                (Want::Rank(rank), _) => match self.starving.iter().position(|&s| s == rank) {
                     Some(at) => at,
                     None => return,
                 },

@@ -235,6 +235,15 @@ pub fn seal(file: &File) -> io::Result<()> {
     }
 }
 
+/// The bytes that a line of a file in /proc tells, as "VmRSS:   123 kB".
+pub fn line_bytes(text: &str, name: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let mut words = rest.split_whitespace();
+    let kilobytes: u64 = words.next()?.parse().ok()?;
+    words.next().filter(|&unit| unit == "kB")?;
+    kilobytes.checked_mul(1024)
+}
+
 /// Whether nobody can change a file, nor cut it, any more. Only of a [`memory_file`] can that be said.
 pub fn is_sealed(file: &File) -> bool {
     #[cfg(target_os = "linux")]

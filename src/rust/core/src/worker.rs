@@ -395,15 +395,18 @@ impl Channel {
         let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
         let body = Bytes::from(std::mem::take(&mut self.outgoing));
         let answer = Frame::new(Kind::Data, flags, self.index, task, body);
-        let seed = if last { self.seed_after.take() } else { None };
+        let seed = if last { self.take_seed(task) } else { None };
         match seed {
-            Some(seed) => {
-                let flags = if seed.guest { GUEST } else { 0 };
-                let seed = Frame::new(Kind::Seed, flags, self.index, task, seed.bytes);
-                self.write(&[&seed, &answer])
-            }
+            Some(seed) => self.write(&[&seed, &answer]),
             None => self.write(&[&answer]),
         }
+    }
+
+    /// The frame that tells the seed which the task leaves, if it does.
+    fn take_seed(&mut self, task: TaskId) -> Option<Frame> {
+        let seed = self.seed_after.take()?;
+        let flags = if seed.guest { GUEST } else { 0 };
+        Some(Frame::new(Kind::Seed, flags, self.index, task, seed.bytes))
     }
 
     /// Answers the current task with what is in this memory, which nobody can change any more. SIGINT
@@ -415,9 +418,8 @@ impl Channel {
         let Some(task) = self.task else {
             return Ok(true);
         };
-        if let Some(seed) = self.seed_after.take() {
-            let flags = if seed.guest { GUEST } else { 0 };
-            self.write(&[&Frame::new(Kind::Seed, flags, self.index, task, seed.bytes)])?;
+        if let Some(seed) = self.take_seed(task) {
+            self.write(&[&seed])?;
         }
         let body = Bytes::copy_from_slice(&len.to_le_bytes());
         let frame = Frame::new(Kind::Data, FIRST | LAST | SHARED, self.index, task, body);

@@ -1,6 +1,7 @@
 //! What memory the workers of an agent take.
 
 use crate::message::{ToHead, Usage};
+use crate::sys::line_bytes;
 use std::fs;
 
 /// Workers in one message, at most.
@@ -49,17 +50,10 @@ fn of_process(pid: u32) -> Option<Usage> {
     let status = || fs::read_to_string(format!("/proc/{pid}/status"));
     let text = rollup.or_else(|_| status()).ok()?;
     let usage = Usage {
-        resident: bytes(&text, "Rss:").or_else(|| bytes(&text, "VmRSS:"))?,
-        proportional: bytes(&text, "Pss:").unwrap_or(0),
+        resident: line_bytes(&text, "Rss:").or_else(|| line_bytes(&text, "VmRSS:"))?,
+        proportional: line_bytes(&text, "Pss:").unwrap_or(0),
     };
     Some(usage)
-}
-
-/// The number of a line as "Rss:   123 kB".
-fn bytes(text: &str, name: &str) -> Option<u64> {
-    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let number: u64 = rest.split_whitespace().next()?.parse().ok()?;
-    number.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -69,10 +63,10 @@ mod tests {
     #[test]
     fn lines_are_found_by_their_whole_names() {
         let text = "5-7 rollup\nRss:      2048 kB\nPss:  10 kB\nPss_Dirty: 7 kB\nSwap: x kB\n";
-        assert_eq!(bytes(text, "Rss:"), Some(2048 * 1024));
-        assert_eq!(bytes(text, "Pss:"), Some(10 * 1024));
-        assert_eq!(bytes(text, "VmRSS:"), None);
-        assert_eq!(bytes(text, "Swap:"), None);
+        assert_eq!(line_bytes(text, "Rss:"), Some(2048 * 1024));
+        assert_eq!(line_bytes(text, "Pss:"), Some(10 * 1024));
+        assert_eq!(line_bytes(text, "VmRSS:"), None);
+        assert_eq!(line_bytes(text, "Swap:"), None);
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub(super) struct Calls {
     /// R will take their results as soon as they are there, whatever the limit.
     wanted: HashSet<TaskId>,
     /// Workers that the verb under way uses.
-    kept: Vec<Rank>,
+    kept: HashSet<Rank>,
 }
 
 impl Scheduler {
@@ -137,9 +137,7 @@ impl Scheduler {
     /// The verb under way uses this worker: it is given no calls until [`Scheduler::verb_over`]. What
     /// the verb finds out about how long its tasks take is then true.
     pub fn keep_for_verb(&mut self, rank: Rank) {
-        if !self.calls.kept.contains(&rank) {
-            self.calls.kept.push(rank);
-        }
+        self.calls.kept.insert(rank);
     }
 
     /// The verb is over. Returns whether calls have waited for that.
