@@ -6,18 +6,13 @@
 # The hosts as for hosts.R. In a checkout, `Rscript tools/lab.R head` runs it with five hosts in network
 # namespaces.
 
-arguments <- commandArgs(trailingOnly = TRUE)
-option <- function(name, default = NULL) {
-  given <- arguments[startsWith(arguments, paste0(name, "="))]
-  if (length(given)) sub("^[^=]*=", "", given[[1L]]) else default
-}
-hosts <- arguments[!grepl("=", arguments, fixed = TRUE)]
-if (!length(hosts)) stop("usage: Rscript head.R [ssh=...] [rlibs=...] [workers=...] host1 host2 ...")
-many <- as.integer(option("workers", "320"))
-
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
 source(file.path(here, "helpers.R"))
+
+hosts <- positional()
+if (!length(hosts)) stop("usage: Rscript head.R [ssh=...] [rlibs=...] [workers=...] host1 host2 ...")
+many <- as.integer(option("workers", "320"))
 
 me <- Sys.getpid()
 megabytes <- function(x) sprintf("%.0f MB", x)

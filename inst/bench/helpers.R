@@ -1,4 +1,16 @@
-# What bench.R and hosts.R are made of: measuring, reporting, and clusters that are always taken down.
+# What the benches are made of: arguments, measuring, reporting, and clusters that are always taken down.
+
+## Arguments --------------------------------------------------------------------------------------
+
+# The value of an argument name=value, and the arguments that are none of these.
+option <- function(name, default = NULL, arguments = commandArgs(trailingOnly = TRUE)) {
+  given <- arguments[startsWith(arguments, paste0(name, "="))]
+  if (length(given)) sub("^[^=]*=", "", given[[1L]]) else default
+}
+
+positional <- function(arguments = commandArgs(trailingOnly = TRUE)) {
+  arguments[!grepl("=", arguments, fixed = TRUE)]
+}
 
 ## Reporting --------------------------------------------------------------------------------------
 

@@ -6,21 +6,16 @@
 # PSOCK alone; default: its name), and have rustcluster installed, in `rlibs` if that is no library
 # that R there knows. In a checkout, tools/lab.R runs it with five hosts in network namespaces.
 
-arguments <- commandArgs(trailingOnly = TRUE)
-option <- function(name, default = NULL) {
-  given <- arguments[startsWith(arguments, paste0(name, "="))]
-  if (length(given)) sub("^[^=]*=", "", given[[1L]]) else default
-}
-hosts <- arguments[!grepl("=", arguments, fixed = TRUE)]
+here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
+here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
+source(file.path(here, "helpers.R"))
+
+hosts <- positional()
 if (!length(hosts)) stop("usage: Rscript hosts.R [ssh=...] [master=...] [workers=...] host1 host2 ...")
 ssh <- option("ssh", "ssh")
 master <- option("master", Sys.info()[["nodename"]])
 rlibs <- option("rlibs")
 many <- as.integer(option("workers", "319"))
-
-here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
-here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
-source(file.path(here, "helpers.R"))
 
 library(parallel)
 invisible(loadNamespace("rustcluster"))

@@ -11,22 +11,17 @@
 #
 # What must be: no answer wrong, none missing, no process left.
 
-arguments <- commandArgs(trailingOnly = TRUE)
-option <- function(name, default = NULL) {
-  given <- arguments[startsWith(arguments, paste0(name, "="))]
-  if (length(given)) sub("^[^=]*=", "", given[[1L]]) else default
-}
-hosts <- arguments[!grepl("=", arguments, fixed = TRUE)]
+here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
+here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
+source(file.path(here, "helpers.R"))
+
+hosts <- positional()
 duration <- as.numeric(option("seconds", "1200"))
 many <- as.integer(option("workers", "320"))
 every <- as.numeric(option("every", "2"))
 cut <- option("cut")
 mend <- option("mend")
 set.seed(as.integer(option("seed", "1")))
-
-here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
-here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
-source(file.path(here, "helpers.R"))
 
 library(parallel)
 library(rustcluster)
