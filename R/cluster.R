@@ -409,16 +409,6 @@ fate <- function(handle) {
   )
 }
 
-# Package 'future' knows clusters by their names, which it makes of what is in them if they have none: of
-# ours, that changes.
-namedCluster <- function(cl) {
-  if (!length(cl)) return(cl)
-  nodes <- unclass(cl)
-  ranks <- unlist(lapply(nodes, .subset2, "rank"))
-  attr(cl, "name") <- paste0(.subset2(nodes[[1L]], "handle")$id, "-", paste(ranks, collapse = "-"))
-  cl
-}
-
 #' @export
 print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
@@ -445,14 +435,10 @@ format.RustCluster <- function(x, ...) {
 #' @export
 `[.RustCluster` <- function(x, i) {
   part <- .subset(x, i)
-  if (any(lengths(part, FALSE) == 0L)) {
+  if (!all(lengths(part, FALSE))) {
     badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
   }
   class(part) <- oldClass(x)
-  # Often one, once a call, as in clusterCall(cl[1], ...): the short way.
-  if (length(part) != 1L) return(namedCluster(part))
-  node <- .subset2(part, 1L)
-  attr(part, "name") <- paste0(.subset2(node, "handle")$id, "-", .subset2(node, "rank"))
   part
 }
 

@@ -41,6 +41,15 @@ cluster_rust <- structure(
   factory = function(workers = NULL, ...) futureBackend(workers, ...)
 )
 
+# For future's own plan(cluster, workers = cl). It knows clusters by their names, which it makes of what is in
+# them if they have none: of ours, that changes.
+#' @exportS3Method parallelly::as.cluster
+as.cluster.RustCluster <- function(x, ...) {
+  ranks <- vapply(x, .subset2, 0L, "rank")
+  attr(x, "name") <- paste(c(clusterHandle(x)$id, ranks), collapse = "-")
+  x
+}
+
 # The cluster that a plan has made for itself, and of what.
 planned <- new.env(parent = emptyenv())
 

@@ -13,8 +13,12 @@
 #' @name promises
 #' @examplesIf requireNamespace("promises", quietly = TRUE)
 #' cl <- makeRustCluster(2)
-#' promises::then(promises::as.promise(clusterSubmit(cl, 6 * 7)), print)
-#' for (i in 1:3) later::run_now(5)
+#' there <- FALSE
+#' promises::then(promises::as.promise(clusterSubmit(cl, 6 * 7)), function(value) {
+#'   print(value)
+#'   there <<- TRUE
+#' })
+#' while (!there) later::run_now(1)
 #' parallel::stopCluster(cl)
 #' @exportS3Method promises::as.promise
 as.promise.RustCall <- function(x) {

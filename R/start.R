@@ -174,5 +174,5 @@ newCluster <- function(handle, ranks) {
   nodes <- lapply(ranks, function(rank) {
     structure(list(host = handle$hosts[[rank]], rank = rank, handle = handle), class = "RustNode")
   })
-  namedCluster(structure(nodes, class = c("RustCluster", "cluster")))
+  structure(nodes, class = c("RustCluster", "cluster"))
 }

@@ -60,9 +60,13 @@
 #' slow
 #'
 #' if (requireNamespace("promises", quietly = TRUE)) {
-#'   promises::then(promises::as.promise(clusterSubmit(cl, x + 2)), function(value) print(value))
+#'   there <- FALSE
+#'   promises::then(promises::as.promise(clusterSubmit(cl, x + 2)), function(value) {
+#'     print(value)
+#'     there <<- TRUE
+#'   })
 #'   # As Shiny and the console do by themselves.
-#'   for (i in 1:3) later::run_now(5)
+#'   while (!there) later::run_now(1)
 #' }
 #' parallel::stopCluster(cl)
 #' @export

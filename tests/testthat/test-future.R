@@ -166,7 +166,7 @@ test_that("future.apply and furrr work over it", {
 })
 
 test_that("future's own cluster plan gives right answers with our nodes", {
-  cl <- local_cluster(2)
+  cl <- local_cluster(3)[2:3]
   local_plan(future::cluster, workers = cl)
   # Where it says that it waits: our nodes have no connections.
   suppressWarnings({
@@ -174,6 +174,8 @@ test_that("future's own cluster plan gives right answers with our nodes", {
     values <- future::value(fs)
   })
   expect_equal(values, as.list((1:5)^2))
+  fs <- lapply(1:2, function(i) future::future(Sys.getpid()))
+  expect_setequal(unlist(suppressWarnings(future::value(fs))), clusterPids(cl))
 })
 
 test_that("nothing is left", {
