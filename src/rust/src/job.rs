@@ -692,13 +692,13 @@ impl Job {
             memory: mapped::open(&mut body),
             body,
             seconds: 0.0,
-            slept: true,
+            computed: None,
             count: 0,
         };
         let failed = taking.job.failed.len();
         let taken = unwind::run(take_protected, &mut taking);
         mapped::end();
-        let (seconds, slept, count) = (taking.seconds, taking.slept, taking.count);
+        let (seconds, computed, count) = (taking.seconds, taking.computed, taking.count);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
             unsafe {
@@ -713,7 +713,7 @@ impl Job {
             busy: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
             turnaround,
             bytes,
-            slept,
+            computed: computed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
         };
         let at = self.now();
         self.planner.ended(sent.place, ended, at);
@@ -915,7 +915,7 @@ struct Taking<'a> {
     body: Body,
     memory: Option<Memory>,
     seconds: f64,
-    slept: bool,
+    computed: Option<f64>,
     count: usize,
 }
 
@@ -934,7 +934,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
             return R_NilValue;
         };
         taking.seconds = head.seconds;
-        taking.slept = head.slept;
+        taking.computed = head.computed;
         while taking.count < taking.indices.len().min(head.count as usize) {
             let mut kind = [0];
             unit::read_bytes(&mut taking.body, &mut kind);

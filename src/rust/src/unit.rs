@@ -67,13 +67,16 @@ impl Head {
     }
 }
 
+/// Bytes of what an answer of a unit begins with.
+pub const ANSWER_HEAD: usize = 21;
+
 /// The beginning of a unit's answer: the results follow.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AnswerHead {
     /// Seconds that the worker was at it.
     pub seconds: f64,
-    /// It has waited for something in between.
-    pub slept: bool,
+    /// Seconds of it for which it had a core, if it has not waited for anything in between.
+    pub computed: Option<f64>,
     /// Of how many of its tasks, counted from the first.
     pub count: u32,
 }
@@ -82,13 +85,13 @@ impl AnswerHead {
     pub fn write(self, out: &mut Vec<u8>) {
         out.push(ANSWER);
         out.extend_from_slice(&self.seconds.to_ne_bytes());
-        out.push(self.slept.into());
+        out.extend_from_slice(&self.computed.unwrap_or(f64::NAN).to_ne_bytes());
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
     /// Takes it off the front of an answer, if that is one of a unit.
     pub fn read(body: &mut Body) -> Option<AnswerHead> {
-        let mut bytes = [0; 14];
+        let mut bytes = [0; ANSWER_HEAD];
         if body.chunks.front()?.first() != Some(&ANSWER) || !body.fill(&mut bytes) {
             return None;
         }
@@ -99,10 +102,11 @@ impl AnswerHead {
     fn of(bytes: &[u8]) -> Option<AnswerHead> {
         let (&kind, rest) = bytes.split_first()?;
         let (seconds, rest) = rest.split_first_chunk().filter(|_| kind == ANSWER)?;
-        let (slept, count) = rest.split_first()?;
+        let (computed, count) = rest.split_first_chunk()?;
+        let computed = f64::from_ne_bytes(*computed);
         Some(AnswerHead {
             seconds: f64::from_ne_bytes(*seconds),
-            slept: *slept != 0,
+            computed: (!computed.is_nan()).then_some(computed),
             count: u32::from_ne_bytes(*count.first_chunk()?),
         })
     }

@@ -15,7 +15,7 @@ use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::signals;
-use rustcluster_core::sys;
+use rustcluster_core::sys::{self, Usage};
 use rustcluster_core::worker::{Channel, Payload, Seed, Task};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
@@ -478,8 +478,8 @@ struct Unit {
     common: Payload,
     body: Body,
     began: Instant,
-    /// How often this process had waited for something by then.
-    waits: i64,
+    /// What this process had had of its cores by then.
+    usage: Usage,
     /// Tasks that have been begun.
     begun: u32,
     /// An element is being read: if R jumps, those that follow cannot be.
@@ -498,7 +498,7 @@ impl Unit {
             common,
             body,
             began: Instant::now(),
-            waits: sys::waits(),
+            usage: Usage::now(),
             begun: 0,
             reading: false,
             results: Vec::new(),
@@ -513,10 +513,10 @@ impl Unit {
 
     /// What comes before the results.
     fn answer_head(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(16);
+        let mut out = Vec::with_capacity(unit::ANSWER_HEAD);
         AnswerHead {
             seconds: self.began.elapsed().as_secs_f64(),
-            slept: sys::waits() != self.waits,
+            computed: self.usage.computed().map(|time| time.as_secs_f64()),
             count: self.begun,
         }
         .write(&mut out);

@@ -74,8 +74,8 @@ pub struct Ended {
     pub turnaround: Option<Duration>,
     /// Bytes of the answer.
     pub bytes: usize,
-    /// The worker has waited for something: it was not only computing.
-    pub slept: bool,
+    /// For how long of it the worker had a core, if it has not waited for anything.
+    pub computed: Option<Duration>,
 }
 
 /// Tasks that have not been given out.
@@ -296,9 +296,21 @@ impl Planner {
         let recent = self.recent?;
         let running = self.places.iter().filter(|place| !place.out.is_empty());
         let passed = |place: &Place| now - place.since - place.round_trip.unwrap_or(self.way);
-        let running: f64 = running.map(|place| passed(place).max(0.0)).sum();
+        let running: f64 = running
+            .map(|place| passed(place).max(0.0) * self.share(place))
+            .sum();
         let mean = (self.seconds + running) / self.done as f64;
         Some(recent.max(mean).max(1e-9))
+    }
+
+    /// Which part of a core a place has, if tasks compute.
+    fn share(&self, place: &Place) -> f64 {
+        let host = &self.hosts[place.host];
+        if self.is_computing() && host.cores > 0 && host.active > host.cores {
+            host.cores as f64 / host.active as f64
+        } else {
+            1.0
+        }
     }
 
     fn size(&self, place: usize, task: f64) -> usize {
@@ -349,7 +361,7 @@ impl Planner {
 
     /// The oldest unit of this place has been answered.
     pub fn ended(&mut self, place: usize, ended: Ended, now: Duration) {
-        self.sleep += SLEEP_NEW * (f64::from(u8::from(ended.slept)) - self.sleep);
+        self.sleep += SLEEP_NEW * (f64::from(u8::from(ended.computed.is_none())) - self.sleep);
         let at = &mut self.places[place];
         at.out.pop_front();
         if at.out.is_empty() {
@@ -373,14 +385,18 @@ impl Planner {
             return;
         }
         let count = ended.tasks as f64;
-        let (task, bytes) = (busy / count, ended.bytes as f64 / count);
+        // Others on its cores do not make a task longer: with fewer at a time it will be as short.
+        let work = ended
+            .computed
+            .map_or(busy, |time| busy.min(time.as_secs_f64()));
+        let (task, bytes) = (work / count, ended.bytes as f64 / count);
         let mix = |before: f64, now: f64| before + NEW * (now - before);
         self.recent = Some(self.recent.map_or(task, |before| mix(before, task)));
         self.bytes = match self.done {
             0 => bytes,
             _ => mix(self.bytes, bytes).max(bytes.min(self.bytes)),
         };
-        self.seconds += busy;
+        self.seconds += work;
         self.done += ended.tasks;
     }
 
@@ -505,7 +521,7 @@ mod tests {
                     busy: Duration::from_secs_f64(*busy),
                     turnaround: (!ahead).then(|| Duration::from_secs_f64(now - sent)),
                     bytes: 10 * tasks.len(),
-                    slept: true,
+                    computed: None,
                 },
                 Duration::from_secs_f64(now),
             );
@@ -573,7 +589,7 @@ mod tests {
                 busy: Duration::from_micros(1),
                 turnaround: Some(Duration::from_millis(1)),
                 bytes: 1 << 20,
-                slept: true,
+                computed: None,
             },
             Duration::from_millis(1),
         );
@@ -591,12 +607,12 @@ mod tests {
         for place in 0..100 {
             planner.place_on(place, 0, 2);
         }
-        let ended = |slept| Ended {
+        let ended = |slept: bool| Ended {
             tasks: 1,
             busy: Duration::from_micros(1),
             turnaround: Some(Duration::from_micros(100)),
             bytes: 10,
-            slept,
+            computed: (!slept).then_some(Duration::from_micros(1)),
         };
         planner.took(Duration::from_micros(30));
         let ms = Duration::from_millis;
@@ -619,6 +635,30 @@ mod tests {
             .filter(|&at| planner.next(at, ms(2)).is_some())
             .count();
         assert!(begun > 90, "{begun}");
+    }
+
+    #[test]
+    fn computations_are_as_short_as_they_are_without_the_others() {
+        let mut planner = Planner::new(Assignment::Free, 10_000, 40);
+        for place in 0..40 {
+            planner.place_on(place, 0, 2);
+        }
+        let ms = Duration::from_millis;
+        for place in 0..40 {
+            assert!(planner.next(place, ms(0)).is_some());
+        }
+        // All of them take turns on two cores.
+        let ended = Ended {
+            tasks: 1,
+            busy: ms(8),
+            turnaround: Some(ms(8)),
+            bytes: 10,
+            computed: Some(Duration::from_micros(400)),
+        };
+        (0..40).for_each(|place| planner.ended(place, ended, ms(8)));
+        let units: Vec<Unit> = (0..40).filter_map(|at| planner.next(at, ms(8))).collect();
+        assert_eq!(units.len(), 3);
+        assert!(units.iter().all(|unit| unit.tasks.len() == 5), "{units:?}");
     }
 
     proptest! {

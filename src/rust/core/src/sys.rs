@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -409,15 +410,39 @@ pub fn reap(pid: u32) -> crate::message::Exit {
     }
 }
 
-/// How often this process has given up its core to wait for something.
-pub fn waits() -> i64 {
-    // SAFETY: all zeroes are a rusage, and the call fills it.
-    unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
-        // A long, whatever its width here.
-        #[allow(clippy::useless_conversion)]
-        usage.ru_nvcsw.into()
+/// What this process has had of its cores.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// For how long it has had one, or several at a time.
+    pub computing: Duration,
+    /// How often it has given up its core to wait for something.
+    pub waits: i64,
+}
+
+impl Usage {
+    pub fn now() -> Usage {
+        // SAFETY: all zeroes are a rusage, and the call fills it.
+        let usage = unsafe {
+            let mut usage: libc::rusage = std::mem::zeroed();
+            libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
+            usage
+        };
+        let duration = |time: libc::timeval| {
+            let seconds = Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0));
+            seconds + Duration::from_micros(u64::try_from(time.tv_usec).unwrap_or(0))
+        };
+        Usage {
+            computing: duration(usage.ru_utime) + duration(usage.ru_stime),
+            // A long, whatever its width here.
+            #[allow(clippy::useless_conversion)]
+            waits: usage.ru_nvcsw.into(),
+        }
+    }
+
+    /// For how long this process has been computing since then, if it has not waited for anything.
+    pub fn computed(&self) -> Option<Duration> {
+        let now = Usage::now();
+        (now.waits == self.waits).then(|| now.computing.saturating_sub(self.computing))
     }
 }
 
