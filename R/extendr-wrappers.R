@@ -121,13 +121,19 @@ hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
 #' @noRd
 hub_message <- function(handle, task) .Call(wrap__hub_message, handle, task)
 
-#' The answer of a node to the oldest message sent to it.
+#' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
+#' hub_read().
 #' @noRd
 hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 
-#' The next answer of any of these nodes: a list of its place among them and the answer.
+#' The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
+#' hub_receive().
 #' @noRd
 hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
+
+#' The answer that hub_receive() or hub_receive_any() has told of.
+#' @noRd
+hub_read <- function(handle) .Call(wrap__hub_read, handle)
 
 #' The rank of each of these nodes, if they are all of one cluster.
 #' @noRd

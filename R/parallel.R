@@ -53,7 +53,7 @@ openJob <- function(handle, depth, frames, lasts) {
   handle$jobs <- handle$jobs + 1
   handle$frames <- frames
   handle$depth <- depth
-  assign(handle$id, sys.frame(depth), openFrames)
+  openFrames[[handle$id]] <- sys.frame(depth)
   handle$lasts <- lasts
   handle$job <- handle$jobs
 }
@@ -126,35 +126,31 @@ handleFailed <- function(failure, handle) {
 recvData.RustNode <- function(node) {
   handle <- node[["handle"]]
   rank <- node[["rank"]]
-  withCallingHandlers(
-    repeat {
-      result <- hub_receive(handle$pointer, rank)
-      if (typeof(result) == "list") return(result)
-      result <- noAnswer(result, handle)
-      if (!is.null(result)) return(result)
-    },
-    error = unreadable
-  )
+  repeat {
+    result <- hub_receive(handle$pointer, rank)
+    if (typeof(result) == "list") return(result)
+    result <- noAnswer(result, handle)
+    if (!is.null(result)) return(result)
+  }
 }
 
 #' @exportS3Method parallel::recvOneData
 recvOneData.RustCluster <- function(cl) {
   if (!length(cl)) badArgument("cl", "has no nodes")
   handle <- cl[[1L]][["handle"]]
-  withCallingHandlers(
-    repeat {
-      result <- hub_receive_any(handle$pointer, cl)
-      if (typeof(result) == "list") return(result)
-      answer <- noAnswer(result, handle)
-      if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
-    },
-    error = unreadable
-  )
+  repeat {
+    result <- hub_receive_any(handle$pointer, cl)
+    if (typeof(result) == "list") return(result)
+    answer <- noAnswer(result, handle)
+    if (typeof(result) == "logical") return(answer)
+    if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
+  }
 }
 
 # Rust waits in slices; in between R looks for interrupts, time limits and its front end's events,
-# which is what Sys.sleep(0) does. Returns an answer if it has to be made here.
+# which is what Sys.sleep(0) does. Returns an answer if it has to be read or made here.
 noAnswer <- function(result, handle) {
+  if (typeof(result) == "logical") return(readAnswer(handle))
   answer <- switch(typeof(result),
     character = if ("task" %in% names(result)) taskEnded(result, handle) else handleFailed(result, handle),
     pairlist = unwound(result)
@@ -164,12 +160,16 @@ noAnswer <- function(result, handle) {
   answer
 }
 
+readAnswer <- function(handle) {
+  withCallingHandlers(checked(hub_read(handle$pointer), handle), error = unreadable)
+}
+
 # The errors that are raised while an answer is received, other than our own, are those of reading
 # it, and those of R itself (a time limit).
 unreadable <- function(e) {
   call <- conditionCall(e)
   reading <- is.call(call) && is.symbol(call[[1L]]) &&
-    as.character(call[[1L]]) %in% c("hub_receive", "hub_receive_any", "job_step")
+    as.character(call[[1L]]) %in% c("hub_read", "job_step")
   if (!reading || inherits(e, "rustcluster_error")) return()
   abort("protocol", "an answer could not be read: ", conditionMessage(e), fields = list(parent = e))
 }

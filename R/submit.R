@@ -250,7 +250,7 @@ endCall <- function(record, state, result) {
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
-  end <- withCallingHandlers(call_take(handle$pointer, record$task), error = unreadable)
+  end <- call_take(handle$pointer, record$task)
   switch(typeof(end),
     list = answered(record, end),
     character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle),

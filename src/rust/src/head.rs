@@ -57,6 +57,15 @@ pub struct Cluster {
     common: Cell<Option<(u128, PayloadId)>>,
     /// Payloads, each with the job that it goes with.
     payloads: RefCell<Vec<(JobId, PayloadId)>>,
+    /// An answer that R has been told of, and is to take with [`hub_read`].
+    unread: Cell<Option<Unread>>,
+}
+
+/// The body of an answer, the place of its node and the worker that had the task.
+struct Unread {
+    body: Body,
+    place: i32,
+    at: Rank,
 }
 
 impl Cluster {
@@ -227,6 +236,7 @@ fn hub_start(
                 ways: RefCell::default(),
                 common: Cell::new(None),
                 payloads: RefCell::default(),
+                unread: Cell::new(None),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -869,7 +879,8 @@ unsafe extern "C" {
     fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
 }
 
-/// The answer of a node to the oldest message sent to it.
+/// The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
+/// hub_read().
 /// @noRd
 #[extendr]
 fn hub_receive(handle: Robj, rank: i32) -> Robj {
@@ -917,10 +928,15 @@ fn answered(
             body,
         } => {
             cluster.messages.borrow_mut().remove(&task);
-            let answer = read_answer(body, place(rank));
-            let answer = answer.unwrap_or_else(|Jump(token)| token);
-            status::note_failure(cluster, at, &answer);
-            Ok(answer)
+            let place = place(rank);
+            let unread = Unread { body, place, at };
+            if unread.body.whole().is_some_and(plain::is_plain) {
+                return Ok(take_answer(cluster, unread));
+            }
+            // R is asked to have a handler for what may go wrong with the others, which costs more than
+            // all else that it does for a plain one.
+            cluster.unread.set(Some(unread));
+            Ok(true.into())
         }
         Answer::Lost {
             rank,
@@ -936,7 +952,24 @@ fn answered(
     }
 }
 
-/// The next answer of any of these nodes: a list of its place among them and the answer.
+fn take_answer(cluster: &Cluster, Unread { body, place, at }: Unread) -> Robj {
+    let answer = read_answer(body, place).unwrap_or_else(|Jump(token)| token);
+    status::note_failure(cluster, at, &answer);
+    answer
+}
+
+/// The answer that hub_receive() or hub_receive_any() has told of.
+/// @noRd
+#[extendr]
+fn hub_read(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let unread = cluster.unread.take();
+        Ok(unread.map_or_else(|| ().into(), |unread| take_answer(cluster, unread)))
+    })
+}
+
+/// The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
+/// hub_receive().
 /// @noRd
 #[extendr]
 fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
@@ -1158,6 +1191,7 @@ extendr_module! {
     fn hub_message;
     fn hub_receive;
     fn hub_receive_any;
+    fn hub_read;
     fn cluster_ranks;
     fn hub_stop_nodes;
     fn hub_stop;
