@@ -190,6 +190,8 @@ runIteration <- function(args) {
 # The name of what beginLoop() and its like of other backends set on a worker, so that the exports of a
 # loop are not kept after the next. What its packages do stays, and so they are part of the name.
 loopOf <- function(call) {
+  # Nearly all other calls have fewer.
+  if (length(call$args) < 3L) return("")
   theirs <- function(package) {
     if (isNamespaceLoaded(package)) get0("workerInit", asNamespace(package), inherits = FALSE)
   }

@@ -7,7 +7,8 @@
 
 #' @exportS3Method parallel::sendData
 sendData.RustNode <- function(node, data) {
-  handle <- node[["handle"]]
+  # Not `[[`, which looks for a method first: this is done once a task.
+  handle <- .subset2(node, "handle")
   # What the task is made of may be the result of another call.
   force(data)
   frames <- sys.nframe()
@@ -22,7 +23,7 @@ sendData.RustNode <- function(node, data) {
     # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
     raiseFailure(c(kind = "busy"), handle)
   }
-  sendTask(handle, node[["rank"]], data)
+  sendTask(handle, .subset2(node, "rank"), data)
 }
 
 sendTask <- function(handle, rank, message) {
@@ -124,8 +125,8 @@ handleFailed <- function(failure, handle) {
 
 #' @exportS3Method parallel::recvData
 recvData.RustNode <- function(node) {
-  handle <- node[["handle"]]
-  rank <- node[["rank"]]
+  handle <- .subset2(node, "handle")
+  rank <- .subset2(node, "rank")
   repeat {
     result <- hub_receive(handle$pointer, rank)
     if (typeof(result) == "list") return(result)
