@@ -23,27 +23,33 @@
 #' @exportS3Method promises::as.promise
 as.promise.RustCall <- function(x) {
   record <- recordOf(x)
-  promises::promise(function(resolve, reject) {
-    whenEnded(record, function(state, result) {
-      if (state == "done") resolve(result) else reject(result)
-    })
-  })
+  promiseOf(function(ended) whenEnded(record, ended))
 }
 
 #' @rdname promises
 #' @exportS3Method promises::as.promise
 as.promise.RustCalls <- function(x) {
   of <- environment(x$status)
-  promises::promise(function(resolve, reject) {
+  promiseOf(function(ended) {
     left <- length(of$records)
-    ended <- function(...) {
+    oneEnded <- function(...) {
       left <<- left - 1L
       if (left > 0L) return()
       all <- callsResult(of$records, of$groups, of$names, of$n)
-      if (all$state == "done") resolve(all$result) else reject(all$result)
+      ended(all$state, all$result)
     }
-    if (left) for (record in of$records) whenEnded(record, ended) else ended()
+    if (left) for (record in of$records) whenEnded(record, oneEnded) else oneEnded()
   })
+}
+
+# `start`: is given the function that takes the state and the result at the end. The promise is rejected by an
+# error that is raised in a handler: Shiny notes the stack where it is raised, and fails at showing an error
+# that has none.
+promiseOf <- function(start) {
+  ended <- promises::promise(function(resolve, reject) {
+    start(function(state, result) resolve(list(state = state, result = result)))
+  })
+  promises::then(ended, function(end) if (end$state == "done") end$result else stop(end$result))
 }
 
 #' @rdname promises

@@ -15,10 +15,14 @@ need_packages r-base-core r-base-dev r-cran-testthat r-cran-roxygen2 r-cran-knit
   r-cran-rmarkdown r-cran-parallelly r-cran-cli openssh-server pandoc procps xz-utils devscripts qpdf \
   r-cran-foreach r-cran-iterators r-cran-doparallel r-cran-dorng r-cran-pbapply r-cran-future \
   r-cran-future.apply r-cran-furrr r-cran-progressr r-cran-later r-cran-promises
-# Packages that take a cluster, and programs that embed R.
+# Packages that take a cluster, programs that embed R, and a browser.
 if [ -n "${RUSTCLUSTER_LONG_TESTS:-}" ]; then
   need_packages r-cran-boot r-cran-caret r-cran-deoptim r-cran-lme4 r-cran-metafor r-cran-mgcv \
     r-cran-pbkrtest r-cran-shiny r-cran-vegan python3-rpy2 python3-jupyter-client r-cran-irkernel
+  # Not on Ubuntu, which has it as a snap; the test is skipped then.
+  if apt-cache show chromium-driver >/dev/null 2>&1; then
+    need_packages chromium chromium-driver python3-selenium
+  fi
 fi
 need_rust rust-web-clippy rustfmt-web
 R_HOME=$(R RHOME)

@@ -111,8 +111,8 @@ expect_alive <- function(pids) {
   invisible(pids)
 }
 
-process_command <- function(pid) {
-  file <- sprintf("/proc/%d/cmdline", as.integer(pid))
+process_command <- function(pid, what = "cmdline") {
+  file <- sprintf("/proc/%d/%s", as.integer(pid), what)
   bytes <- tryCatch(
     suppressWarnings(readBin(file, "raw", 4096L)),
     error = function(e) raw()

@@ -3,31 +3,11 @@
 skip_on_cran()
 watch_processes()
 
-# Runs a script of Python's that may use `libraries`. Returns its output.
-run_python <- function(lines, libraries, env = character()) {
-  skip_unless_long()
-  python <- "/usr/bin/python3"
-  skip_if_not(file.exists(python), "there is no Python")
-  has <- system2(python, c("-c", shQuote(paste("import", toString(libraries)))), stdout = FALSE, stderr = FALSE)
-  skip_if_not(has == 0L, paste("Python has no", toString(libraries)))
-  script <- tempfile(fileext = ".py")
-  writeLines(lines, script)
-  env <- c(
-    paste0("R_LIBS=", shQuote(paste(.libPaths(), collapse = ":"))), paste0("R_HOME=", R.home()), "R_TESTS=", env
-  )
-  output <- suppressWarnings(system2(
-    "timeout", c("-k", "5", "300", python, script), stdout = TRUE, stderr = TRUE, env = env
-  ))
-  list(output = output, status = c(attr(output, "status"), 0L)[[1L]])
-}
-
-# Its R code.
 in_rpy2 <- function(...) {
+  skip_unless_python("rpy2.robjects")
   code <- tempfile(fileext = ".R")
   writeLines(c(...), code)
-  run_python(
-    c("import rpy2.robjects as ro", sprintf("ro.r('source(\"%s\", echo = FALSE)')", code)), "rpy2.robjects"
-  )
+  run_python(c("import rpy2.robjects as ro", sprintf("ro.r('source(\"%s\", echo = FALSE)')", code)))
 }
 
 test_that("tests of the verbs pass in rpy2", {
@@ -73,6 +53,7 @@ test_that("in rpy2 the workers' output and a progress bar reach the console of t
 
 test_that("in Jupyter output, progress and an interrupt are as in a terminal", {
   skip_unless_proc()
+  skip_unless_python("jupyter_client")
   skip_if_not_installed("IRkernel")
   dir <- tempfile("jupyter-")
   spec <- file.path(dir, "kernels", "ir")
@@ -81,7 +62,7 @@ test_that("in Jupyter output, progress and an interrupt are as in a terminal", {
     '{"argv": ["%s", "--slave", "-e", "IRkernel::main()", "--args", "{connection_file}"], "display_name": "R", "language": "R"}',
     file.path(R.home("bin"), "R")
   ), file.path(spec, "kernel.json"))
-  ran <- run_python(env = paste0("JUPYTER_PATH=", dir), libraries = "jupyter_client", lines = c(
+  ran <- run_python(env = paste0("JUPYTER_PATH=", dir), lines = c(
     "import os, queue, time",
     "from jupyter_client import KernelManager",
     sprintf("dir = '%s'", dir),

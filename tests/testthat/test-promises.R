@@ -42,6 +42,23 @@ test_that("a promise is fulfilled, or rejected with the error", {
   expect_equal(call$value(), 42)
 })
 
+# Shiny notes there where an error comes from, and does not get over errors that come from nowhere.
+test_that("an error is raised in a handler", {
+  cl <- local_cluster(1)
+  seen <- new.env()
+  raised <- character()
+  domain <- promises::new_promise_domain(wrapOnFulfilled = function(handler) {
+    force(handler)
+    function(...) withCallingHandlers(handler(...), error = function(e) raised <<- c(raised, conditionMessage(e)))
+  })
+  promises::with_promise_domain(domain, {
+    then_note(clusterSubmit(cl, stop("one")), seen, "one")
+    then_note(clusterLapplyAsync(cl, 1, function(x) stop("two")), seen, "two")
+  })
+  expect_true(run_until(function() length(ls(seen)) == 2L))
+  expect_setequal(raised, c("one", conditionMessage(seen$two)))
+})
+
 test_that("nobody looks until there is something to look at", {
   cl <- local_cluster(1)
   seen <- new.env()
@@ -164,85 +181,124 @@ test_that("results larger than what is buffered come", {
   expect_true(run_until(function() length(ls(seen)) == 4L))
 })
 
-# A client of a Shiny app: as much of its protocol, and of websockets, as is needed.
-web_socket <- function(port) {
-  con <- NULL
-  wait_until(function() {
-    con <<- tryCatch(
-      suppressWarnings(socketConnection("127.0.0.1", port, open = "r+b", blocking = FALSE, timeout = 5)),
-      error = function(e) NULL
-    )
-    !is.null(con)
-  })
-  writeBin(charToRaw(paste0(
-    "GET /websocket/ HTTP/1.1\r\nHost: 127.0.0.1:", port, "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-  )), con)
-  list2env(list(con = con, got = raw()), parent = emptyenv())
-}
-
-web_send <- function(socket, text) {
-  body <- charToRaw(text)
-  length <- if (length(body) < 126L) as.raw(128L + length(body)) else {
-    c(as.raw(128L + 126L), as.raw(length(body) %/% 256L), as.raw(length(body) %% 256L))
-  }
-  # Masked with zeros, that is, as it is.
-  writeBin(c(as.raw(0x81), length, raw(4L), body), socket$con)
-}
-
-# All that has come, as text: frames' headers are between it.
-web_got <- function(socket) {
-  socket$got <- c(socket$got, readBin(socket$con, "raw", 65536L))
-  rawToChar(socket$got[socket$got >= as.raw(32L) & socket$got < as.raw(127L)])
-}
-
-test_that("a Shiny app answers while a call is at work", {
-  skip_unless_long()
+test_that("a Shiny app answers in browsers while calls are at work", {
+  skip_unless_proc()
+  skip_unless_python("selenium")
   skip_if_not_installed("shiny")
-  skip_if_not_installed("httpuv")
-  flag <- tempfile()
+  programs <- Sys.which(c("chromium", "chromedriver"))
+  skip_if_not(all(nzchar(programs)), "there is no Chromium: programs chromium and chromedriver")
   child <- start_child({
-    cl <- makeRustCluster(1)
+    cl <- makeRustCluster(2)
+    # Calls are at work until the browsers' script makes this file.
+    wait_for <- function(file) while (!file.exists(file)) Sys.sleep(0.01)
+    clusterExport(cl, "wait_for")
+    ui <- shiny::fluidPage(
+      lapply(c("count", "go", "cancel", "list", "fail"), function(id) shiny::actionButton(id, id)),
+      lapply(c("counted", "result", "squares", "failed"), shiny::textOutput)
+    )
     server <- function(input, output, session) {
+      session$onSessionEnded(shiny::stopApp)
+      output$counted <- shiny::renderText(paste("count:", input$count))
+      # The session goes on: its outputs take what the call gives when that is there.
       result <- shiny::reactiveVal("none yet")
+      call <- NULL
       shiny::observeEvent(input$go, {
-        call <- clusterSubmit(cl, {
-          while (!file.exists(flag)) Sys.sleep(0.01)
+        call <<- clusterSubmit(cl, {
+          wait_for(file)
           "all done"
-        }, flag = flag)
-        promises::then(promises::as.promise(call), function(value) result(value))
+        }, file = file.path(dir, paste0("go", input$go)))
+        result("at work")
+        promises::then(promises::as.promise(call), result, function(error) result(class(error)[[1L]]))
         NULL
       })
-      shiny::observeEvent(input$stop, shiny::stopApp())
-      output$quick <- shiny::renderText(paste("answer", input$n))
-      output$slow <- shiny::renderText(paste("result:", result()))
+      shiny::observeEvent(input$cancel, call$cancel())
+      output$result <- shiny::renderText(result())
+      # Outputs that are promises, for which Shiny has this session wait, and no other.
+      output$squares <- shiny::renderText({
+        shiny::req(input$list)
+        squares <- clusterLapplyAsync(cl, 1:3, function(i, file) {
+          wait_for(file)
+          i^2
+        }, file = file.path(dir, "list"))
+        promises::then(squares, function(values) paste(unlist(values), collapse = " "))
+      })
+      output$failed <- shiny::renderText({
+        shiny::req(input$fail)
+        promises::as.promise(clusterSubmit(cl, stop("no such thing")))
+      })
     }
-    ui <- shiny::fluidPage(shiny::textOutput("quick"), shiny::textOutput("slow"))
-    say("pids", clusterPids(cl), agentPids(cl))
-    say("port", port)
-    shiny::runApp(shiny::shinyApp(ui, server), port = port, launch.browser = FALSE)
-  }, list(flag = flag, port = port <- httpuv::randomPort()))
-  child_wait_for(child, "port")
+    say("pids", paste(c(clusterPids(cl), agentPids(cl)), collapse = " "))
+    shiny::runApp(shiny::shinyApp(ui, server), launch.browser = function(url) say("url", url))
+  })
+  url <- child_wait_for(child, "url")
   note_pids(child_pids(child, "pids"))
-  socket <- web_socket(port)
-  on.exit(close(socket$con), add = TRUE)
-  saw <- function(text) wait_until(function() grepl(text, web_got(socket), fixed = TRUE), 20)
-  expect_true(saw("101"))
-  web_send(socket, paste0(
-    '{"method":"init","data":{"n":1,"go":0,".clientdata_output_quick_hidden":false,',
-    '".clientdata_output_slow_hidden":false}}'
+  home <- tempfile("browsers-")
+  dir.create(home)
+  on.exit(unlink(home, recursive = TRUE), add = TRUE)
+  ran <- run_python(env = c(paste0(c("HOME=", "TMPDIR="), home), "no_proxy=localhost,127.0.0.1"), lines = c(
+    sprintf("%s = '%s'", c("url", "dir", "home", "chromium", "chromedriver"), c(url, child$dir, home, programs)),
+    "from selenium import webdriver",
+    "from selenium.webdriver.chrome.service import Service",
+    "from selenium.webdriver.support.ui import WebDriverWait",
+    "",
+    "def browser(name):",
+    "    options = webdriver.ChromeOptions()",
+    "    options.binary_location = chromium",
+    "    # Root has no sandbox. By the pipe Chromium sees the end of its driver, and ends, too.",
+    "    for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-component-update',",
+    "                 'remote-debugging-pipe', f'user-data-dir={home}/{name}'):",
+    "        options.add_argument('--' + flag)",
+    "    return webdriver.Chrome(service=Service(chromedriver), options=options)",
+    "",
+    "def text(page, css): return page.find_element('css selector', css).text",
+    "def click(page, button): page.find_element('id', button).click()",
+    "def shows(page, css, what):",
+    "    WebDriverWait(page, 60).until(lambda page: text(page, css) == what, f'{css} does not become: {what}')",
+    "def counts(page):",
+    "    n = int(text(page, '#counted').split()[1])",
+    "    click(page, 'count')",
+    "    shows(page, '#counted', f'count: {n + 1}')",
+    "def let_go(file): open(f'{dir}/{file}', 'w').close()",
+    "",
+    "with browser('one') as one, browser('two') as two:",
+    "    for page in one, two:",
+    "        page.get(url)",
+    "        shows(page, '#counted', 'count: 0')",
+    "        shows(page, '#result', 'none yet')",
+    "    # A call of one's: both go on.",
+    "    click(one, 'go')",
+    "    shows(one, '#result', 'at work')",
+    "    for page in one, two, one, two: counts(page)",
+    "    # An output of two's that is a promise: one goes on.",
+    "    click(two, 'list')",
+    "    shows(two, '#squares.recalculating', '')",
+    "    counts(one)",
+    "    counts(one)",
+    "    assert text(two, '#squares') == ''",
+    "    let_go('list')",
+    "    shows(two, '#squares', '1 4 9')",
+    "    for page in one, two: counts(page)",
+    "    assert text(one, '#result') == 'at work'",
+    "    let_go('go1')",
+    "    shows(one, '#result', 'all done')",
+    "    # Errors.",
+    "    click(two, 'fail')",
+    "    shows(two, '#failed.shiny-output-error', 'no such thing')",
+    "    counts(two)",
+    "    # One that is cancelled, and one after it.",
+    "    click(one, 'go')",
+    "    shows(one, '#result', 'at work')",
+    "    click(one, 'cancel')",
+    "    shows(one, '#result', 'rustcluster_cancelled')",
+    "    let_go('go3')",
+    "    click(one, 'go')",
+    "    shows(one, '#result', 'all done')",
+    "    counts(one)"
   ))
-  expect_true(saw("answer 1"))
-  expect_true(saw("result: none yet"))
-  web_send(socket, '{"method":"update","data":{"go":1}}')
-  for (n in 2:6) {
-    web_send(socket, sprintf('{"method":"update","data":{"n":%d}}', n))
-    expect_true(saw(paste("answer", n)))
-  }
-  expect_false(grepl("all done", web_got(socket), fixed = TRUE))
-  file.create(flag)
-  expect_true(saw("result: all done"))
-  web_send(socket, '{"method":"update","data":{"stop":1}}')
+  expect(ran$status == 0L, paste(c(ran$output, child_report(child)), collapse = "\n"))
+  # Its processes name the folder, or have it in their environment.
+  knows <- function(pid) any(grepl(home, c(process_command(pid), process_command(pid, "environ")), fixed = TRUE))
+  expect_gone(Filter(knows, all_pids()))
   expect_child_ends_well(child)
 })
 
