@@ -154,7 +154,7 @@
 #' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it, and
 #' with a killed agent, unless that has made itself the leader of another process group (as `setsid`
 #' does): then it goes on, and on Linux a warning of class `rustcluster_left_behind` names it when its
-#' worker has ended.
+#' worker has ended. A cluster that a worker has made ends with it.
 #'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and

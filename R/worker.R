@@ -10,7 +10,8 @@ startExpression <- function(role) {
 }
 
 agentMain <- function() {
-  Sys.unsetenv("RUSTCLUSTER_LIB")
+  # This is about the agent, and not about what its workers start.
+  Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD"))
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform))
   if (config$forks) {
     failure <- attachPackages(config$packages)
