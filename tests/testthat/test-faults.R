@@ -784,6 +784,19 @@ test_that("a worker is restored by more than may be sent to one at a time", {
   expect_identical(list(first, second), list(clusterCall(cl, stats::runif, 1), clusterCall(cl, stats::runif, 1)))
 })
 
+test_that("the output that is cited is that of the task that was lost", {
+  cl <- local_cluster(1, retries = 0)
+  last <- function(i) {
+    cat("last words\n")
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+    Sys.sleep(60)
+  }
+  for (verb in list(clusterApply, parallel::clusterApply)) {
+    verb(cl, 1:3, function(i) cat("of an earlier task\n"))
+    expect_identical(caught(verb(cl, 1, last))$stderr, "last words\n")
+  }
+})
+
 test_that("nothing is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
