@@ -36,8 +36,8 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   for (group in groups) {
     seeds <- if (is.null(seed)) vector("list", length(group)) else lapply(group, seed)
     args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = seeds)
-    label <- paste0("elements ", group[[1L]], " to ", group[[length(group)]])
-    records <- c(records, list(submit(cl, applyGroup, args, label)))
+    label <- spanText(group, "element")
+    records <- c(records, list(submit(cl, applyGroup, args, label, label)))
   }
   made <- TRUE
   newCalls(records, groups, names(X), n)

@@ -66,6 +66,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   settings <- if (is.null(owner)) list(host = "localhost") else handle$agents[[owner]]
   host <- settings$host
   reason <- field("reason")
+  # Tasks that crossed together are lost together.
+  tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
   node <- paste0("worker ", rank, " on host ", sQuote(host))
   message <- switch(kind,
     worker_lost = paste0(
@@ -81,9 +83,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; a fresh one has taken its place",
       if (!is.null(field("again"))) {
-        # Tasks that crossed together are lost together.
-        tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
-        are <- if (startsWith(tasks, "tasks")) "are" else "is"
+        are <- if (grepl("^(task|element)s ", tasks)) "are" else "is"
         paste(";", tasks, are, if (field("again") == "TRUE") "tried again" else "given up")
       },
       tailText("the end of its output", field("stderr"))
@@ -94,7 +94,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
     ),
     timeout = paste0(
-      "task ", field("index"), " took longer than its ",
+      tasks, " took longer than its ",
       format(if (is.null(field("limit"))) handle$timeout else as.numeric(field("limit"))), " s on ", node,
       " and was ended"
     ),

@@ -75,7 +75,8 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   }
   job <- runJob(
     cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
-    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress
+    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress,
+    what = "element"
   )
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values

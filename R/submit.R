@@ -203,8 +203,9 @@ openCalls <- new.env(parent = emptyenv())
 recordsOf <- function(handle) openCalls[[handle$id]]
 
 # Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
+# `what`: what errors call it.
 # `tells`: what it tells before its end is wanted.
-submit <- function(cl, fun, args, label, tells = FALSE) {
+submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   handle <- cl[[1L]][["handle"]]
   if (handle$stopped) raiseFailure(c(kind = "stopped"))
   ranks <- unique(checked(cluster_ranks(cl)))
@@ -213,6 +214,7 @@ submit <- function(cl, fun, args, label, tells = FALSE) {
   record$handle <- handle
   record$ranks <- ranks
   record$label <- label
+  record$what <- what
   record$began <- proc.time()[["elapsed"]]
   data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
@@ -282,7 +284,7 @@ answered <- function(record, answer) {
 
 callEnded <- function(record, failure) {
   handle <- record$handle
-  condition <- failureCondition(c(failure, tasks = "the call", index = NA), handle)
+  condition <- failureCondition(c(failure, tasks = record$what, index = NA), handle)
   condition$index <- NULL
   failed <- function(condition) {
     call_forget(handle$pointer, record$task)
@@ -294,7 +296,7 @@ callEnded <- function(record, failure) {
     return(failed(condition))
   }
   losses <- c(record$losses, list(condition))
-  if (length(losses) > handle$retries) return(failed(callLost(losses)))
+  if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
   pids <- hub_pids(handle$pointer)
   if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
   sent <- call_submit(handle$pointer, record$ranks, record$task, record$message)
@@ -306,12 +308,16 @@ callEnded <- function(record, failure) {
   }
 }
 
-callLost <- function(losses) {
-  rustclusterCondition(
-    "task_failed",
-    lostText("the call", losses),
-    losses = losses
-  )
+# Warns of calls that were lost and are tried again. Not before all is done that is to be done: a warning
+# may be turned into a jump.
+tellCallLosses <- function(handle) {
+  losses <- handle$callLosses
+  handle$callLosses <- NULL
+  for (loss in losses) warning(loss)
+}
+
+callLost <- function(what, losses) {
+  rustclusterCondition("task_failed", lostText(what, losses), losses = losses)
 }
 
 # What the call has told before its end (see tellHead()), for those who want to know.

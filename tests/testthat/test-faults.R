@@ -425,7 +425,7 @@ test_that("several such tasks, and errors of R beside them", {
   expect_identical(error$index, 2L)
   expect_identical(vapply(error$failures, `[[`, 0L, "index"), c(2L, 6L))
   expect_identical(error$results, replace(as.list(1:9 * 10), c(2, 6), list(NULL)))
-  expect_match(conditionMessage(error), "and 1 other task failed")
+  expect_match(conditionMessage(error), "and 1 other failed")
   mixed <- global(function(i, poison) if (i == 4) stop("of R's") else poison(i, 2))
   error <- with_losses(caught(clusterApply(cl, 1:6, mixed, poison)))$value
   expect_rust_error(error, "task_failed")
