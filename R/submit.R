@@ -42,6 +42,9 @@
 #' nobody is left to try it. `rustcluster_timeout`: it took longer than `timeout` of the cluster.
 #' `rustcluster_cancelled`: it was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
 #' `rustcluster_restored`: see [makeRustCluster()].
+#'
+#' Of each loss after which a call is tried again a warning tells, at the next look at any call. Where
+#' `options(warn = 2)` makes that an error, the call goes on all the same: ask once more.
 #' @seealso [clusterLapplyAsync()]
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -248,7 +251,7 @@ endCall <- function(record, state, result) {
   for (waiter in waiters) waiter(state, result)
 }
 
-# Looks whether the call has ended, and decides on it if it was lost.
+# Looks whether the call has ended, and decides on it if it was lost: see tellCallLosses().
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
@@ -304,7 +307,8 @@ callEnded <- function(record, failure) {
   checked(sent)
   record$losses <- losses
   if (isTRUE(condition$replaced)) {
-    warning(failureCondition(c(failure, again = TRUE, tasks = "the call"), handle, "warning"))
+    loss <- failureCondition(c(failure, again = TRUE, tasks = record$what), handle, "warning")
+    handle$callLosses <- c(handle$callLosses, list(loss))
   }
 }
 
@@ -343,6 +347,7 @@ lookAtCalls <- function(handle) {
     # Whoever was interrupted in sending it has no record of it.
     if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
   }
+  tellCallLosses(handle)
   invisible()
 }
 
@@ -366,6 +371,7 @@ callStatus <- function(record) {
   if (record$state != "open") return(record$state)
   lookAtCalls(record$handle)
   lookAt(record)
+  tellCallLosses(record$handle)
   if (record$state != "open") return(record$state)
   place <- checked(call_place(record$handle$pointer, record$task), record$handle)
   record$place <- place
@@ -386,6 +392,7 @@ awaitCall <- function(record) {
     takeAsides(record)
     if (length(record$asides)) return(invisible())
     lookAt(record)
+    tellCallLosses(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
     if (typeof(waited) == "character") handleFailed(waited, handle)

@@ -227,6 +227,39 @@ test_that("a lost call is tried again, and given up in the end", {
   expect_identical(error$signal, 9L)
 })
 
+test_that("a warning of a loss that is turned into an error costs no result", {
+  cl <- local_cluster(2)
+  old <- options(warn = 2)
+  on.exit(options(old), add = TRUE, after = FALSE)
+  insist <- function(call) {
+    repeat {
+      value <- tryCatch(call$value(), error = identity)
+      if (!inherits(value, "error")) return(value)
+      expect_match(conditionMessage(value), "converted from warning.*the call is tried again")
+    }
+  }
+  traps <- list(trap(1), trap(1))
+  calls <- lapply(traps, function(traps) {
+    clusterSubmit(cl, {
+      spring(traps)
+      "at last"
+    })
+  })
+  expect_equal(vapply(calls, insist, ""), c("at last", "at last"))
+  # It is cancelled all the same.
+  pids <- clusterPids(cl)
+  traps <- trap(1)
+  call <- clusterSubmit(cl, {
+    spring(traps)
+    Sys.sleep(60)
+  })
+  expect_true(wait_until(function() !identical(clusterPids(cl), pids)))
+  expect_true(call$cancel())
+  expect_equal(call$status(), "cancelled")
+  # It is told of later.
+  expect_error(clusterSubmit(cl, 1)$value(), "the call is tried again")
+})
+
 test_that("calls end when nobody is left to take them", {
   cl <- local_cluster(2)
   calls <- lapply(1:4, function(i) clusterSubmit(cl, Sys.sleep(60)))
