@@ -157,8 +157,7 @@ foreachCombiner <- function(iterator, n, in_order) {
 
 # Of an iteration that has not come to its end: lost, too late, or with a value that cannot be sent.
 foreachError <- function(value) {
-  condition <- attr(value, "condition")
-  if (is.null(condition)) simpleError(as.vector(unclass(value))) else condition
+  if (inherits(value, "rustcluster_failure")) attr(value, "condition") else simpleError(as.vector(unclass(value)))
 }
 
 # In a worker ------------------------------------------------------------------------------------

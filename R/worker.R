@@ -108,6 +108,20 @@ withMemoryLimit <- function(text) {
   paste0(text, " (this worker's memory_limit is ", size, ")")
 }
 
+# A condition without a call that holds the arguments themselves, as ours do. One that is large all the
+# same is left with its text.
+sendable <- function(e, text) {
+  small <- tryCatch(
+    {
+      call <- conditionCall(e)
+      if (is.call(call) && !is.symbol(call[[1L]])) e["call"] <- list(NULL)
+      utils::object.size(e) < 1e5
+    },
+    error = function(e) FALSE
+  )
+  if (small) e else simpleError(text)
+}
+
 # FALSE at the end.
 serveUntilJump <- function() {
   checked(worker_serve())
@@ -117,7 +131,7 @@ serveUntilJump <- function() {
 # An error or an interrupt of the task's, or an error outside of its code: the message could not be
 # read, or the value could not be serialized. Without a task, or anybody to tell, it is our own end.
 answerFailure <- function(e, text, interrupted = FALSE) {
-  value <- structure(text, class = c("snow-try-error", "try-error"))
+  value <- structure(text, class = c("snow-try-error", "try-error"), condition = sendable(e, text))
   failure <- worker_fail(value, interrupted)
   if (is.character(failure)) stop(e)
   checked(failure)

@@ -333,7 +333,16 @@ test_that(".errors", {
   for (i in c(3, 9)) {
     expect_s3_class(got[[i]], "try-error")
     expect_identical(as.character(got[[i]]), paste("at", i))
+    expect_identical(attr(got[[i]], "condition"), simpleError(paste("at", i)))
   }
+  # With the condition as it was raised, if it is not a large one.
+  raise <- global(function(i) stop(structure(class = c("mine", "error", "condition"), list(
+    message = "m", call = quote(f(x)), data = raw(10^i)
+  ))))
+  got <- clusterLapply(cl, c(1, 6), raise, .errors = "return")
+  expect_identical(attr(got[[1]], "condition"), caught(raise(1)))
+  expect_identical(attr(got[[2]], "condition"), simpleError("m"))
+  expect_identical(caught(clusterLapply(cl, 1, raise))$parent, caught(raise(1)))
   # One that is lost, or late, is an error like others.
   suppressWarnings(classes = "rustcluster_worker_lost", {
     expect_rust_error(caught(clusterLapply(cl, 1:400, poison, 30, .errors = "stop")), "task_failed")
