@@ -40,6 +40,7 @@
 #' `losses`): the call was lost with its worker more often than `retries` of the cluster allows.
 #' `rustcluster_worker_lost`, `rustcluster_host_failed`: it was lost, and is not to be tried again or
 #' nobody is left to try it. `rustcluster_timeout`: it took longer than `timeout` of the cluster.
+#' `rustcluster_aborted`: it jumped to R's top level, as by `invokeRestart("abort")`.
 #' `rustcluster_cancelled`: it was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
 #' `rustcluster_restored`: see [makeRustCluster()].
 #'
@@ -103,14 +104,14 @@ evaluateCall <- function(expr, variables, globals, packages) {
     rm(list = intersect(names, ls(globalenv(), all.names = TRUE)), envir = globalenv())
     list2env(before, globalenv())
   })
-  tryCatch(
+  caught(
     {
       for (package in packages) library(package, character.only = TRUE)
       list2env(globals, globalenv())
       envir <- list2env(variables, parent = globalenv())
       list(value = eval(expr, envir))
     },
-    error = function(e) {
+    failed = function(e) {
       # Nobody there has made that call.
       if (identical(e$call, quote(eval(expr, envir)))) e["call"] <- list(NULL)
       structure(list(error = e), class = "rustcluster_raised")

@@ -78,11 +78,37 @@ serveTasks <- function() {
   checked(worker_ready(tempdir(check = TRUE)))
   # What a task does not catch itself ends it, and nothing else. The handlers are made once and not
   # for each task.
-  while (tryCatch(
-    serveUntilJump(),
-    interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE),
-    error = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
+  while (caught(
+    tryCatch(serveUntilJump(), interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE)),
+    failed = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
   )) NULL
+}
+
+# The value of the expression, or of `failed` of the error that ended it. A jump to R's top level, which
+# would end the worker, is such an error.
+caught <- function(expr, failed) {
+  signaled <- NULL
+  withRestarts(
+    withCallingHandlers(tryCatch(expr, error = failed), condition = function(c) signaled <<- c),
+    abort = function() failed(aborted(signaled))
+  )
+}
+
+# `signaled`: the last condition that nobody has caught.
+aborted <- function(signaled) {
+  text <- if (!is.null(signaled)) tryCatch(conditionMessage(signaled), error = function(e) NULL)
+  # What R says before it jumps because of it.
+  stopped <- is.character(text) && length(text) == 1L && grepl(text, geterrmessage(), fixed = TRUE)
+  # It has been said: the next one may be another.
+  try(stop("-"), silent = TRUE)
+  how <- if (stopped) {
+    paste0(
+      "stop() was called with a condition that is no error, of class ", sQuote(class(signaled)[[1L]]), ": ", text
+    )
+  } else {
+    "it was ended by a jump to R's top level, as invokeRestart(\"abort\") makes it"
+  }
+  rustclusterCondition("aborted", how, parent = if (stopped) signaled)
 }
 
 # How R's errors begin that say that there is no more memory.

@@ -351,6 +351,10 @@ test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
   expect_equal(slow$status(), "cancelled")
   expect_rust_error(caught(slow$value()), "cancelled")
   expect_output(print(slow), "cancelled")
+  # What looks like the package's own is a value.
+  raised <- global(function(i) structure(list(error = simpleError("no")), class = "rustcluster_raised"))
+  expect_identical(clusterLapplyAsync(cl, 1:2, raised)$value(), lapply(1:2, raised))
+  expect_identical(clusterSubmit(cl, raised(1))$value(), raised(1))
   expect_rust_error(caught(clusterLapplyAsync(cl, 1:3, function(i) i, .sede = 1)), "bad_argument")
 })
 
