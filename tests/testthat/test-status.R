@@ -321,6 +321,11 @@ test_that("a history is bounded", {
   expect_gte(sum(timeline$busy), 1.2)
 })
 
+test_that("a cluster has no picture but its timeline's", {
+  expect_rust_error(error <- caught(plot(local_cluster(1))), "bad_argument")
+  expect_match(conditionMessage(error), "plot(clusterTimeline(x))", fixed = TRUE)
+})
+
 test_that("plots are drawn for any number of workers", {
   file <- tempfile(fileext = ".pdf")
   grDevices::pdf(file, 9, 6)
