@@ -132,7 +132,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "this process is a fork of the one that made the cluster (mclapply and the like), and ",
       "cannot use it. Make a cluster of its own here, or call it from the parent"
     ),
-    busy = "the cluster is in the middle of another call of this session",
+    busy = paste0(
+      "the cluster is in the middle of another call of this session: use it when that has ended, or make ",
+      "another"
+    ),
     no_task = "an answer was asked for, but no task is outstanding on these nodes",
     limits = paste0(
       "not enough ", field("what"), " for so many workers: ", field("needed"), " needed, ",
