@@ -91,8 +91,15 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
     expr = expr, variables = c(given, used$variables), globals = used$globals,
     packages = unique(c(.packages, used$packages))
   )
-  label <- paste(trimws(deparse(expr, width.cutoff = 60L, nlines = 3L)), collapse = " ")
-  newCall(submit(cl, evaluateCall, args, label))
+  newCall(submit(cl, evaluateCall, args, labelOf(expr)))
+}
+
+# The beginning of an expression's text, in one line.
+labelOf <- function(expr) {
+  lines <- deparse(expr, width.cutoff = 500L, nlines = 10L)
+  # What follows on the next line is another statement, or belongs to this one.
+  ends <- !grepl("[{ ]$", lines) & !grepl("^ *([}]|else )", c(lines[-1L], "}"))
+  substr(paste0(trimws(lines), ifelse(ends, ";", ""), collapse = " "), 1L, 200L)
 }
 
 # In a worker.

@@ -367,6 +367,15 @@ test_that("thousands of calls are no more than many calls", {
   expect_identical(clusterSubmit(cl, 1)$value(), 1)
 })
 
+test_that("a call is shown in one line", {
+  cl <- local_cluster(1)
+  shown <- function(call) sub("<call (.*): [a-z]+.*", "\\1", format(call))
+  expect_equal(shown(clusterSubmit(cl, { a <- 1; a + 2 })), "{ a <- 1; a + 2 }")
+  expect_equal(shown(clusterSubmit(cl, if (TRUE) { 1; 2 } else 3)), "if (TRUE) { 1; 2 } else 3")
+  expect_equal(shown(clusterSubmit(cl, { if (TRUE) 1 else 2; 3 })), "{ if (TRUE) 1 else 2; 3 }")
+  expect_equal(shown(clusterSubmit(cl, sum(1, 2))), "sum(1, 2)")
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })
