@@ -36,8 +36,8 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   for (group in groups) {
     seeds <- if (is.null(seed)) vector("list", length(group)) else lapply(group, seed)
     args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = seeds)
-    label <- paste0("elements ", group[[1L]], " to ", group[[length(group)]])
-    records <- c(records, list(submit(cl, applyGroup, args, label)))
+    label <- spanText(group, "element")
+    records <- c(records, list(submit(cl, applyGroup, args, label, label)))
   }
   made <- TRUE
   newCalls(records, groups, names(X), n)
@@ -46,16 +46,15 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
 # Groups that each worker gets, if their elements take the same time.
 perWorker <- 8L
 
-# In a worker.
+# In a worker. For each element a list with its `value` or its `error`.
 applyGroup <- function(fun, elements, common, seeds) {
   one <- function(element, seed) {
     args <- c(list(element), common)
-    tryCatch(
-      if (is.null(seed)) do.call(fun, args, quote = TRUE) else seeded(fun, args, seed),
-      error = function(e) structure(list(error = e), class = "rustcluster_raised")
+    caught(
+      list(value = if (is.null(seed)) do.call(fun, args, quote = TRUE) else runSeeded(fun, args, seed)),
+      failed = function(e) list(error = e)
     )
   }
-  seeded <- asNamespace("rustcluster")$runSeeded
   list(value = Map(one, elements, seeds))
 }
 
@@ -85,7 +84,7 @@ callsStatus <- function(records) {
   if (any(states %in% c("waiting", "running"))) return("running")
   bad <- setdiff(states, "done")
   if (!length(bad)) {
-    failed <- function(record) any(vapply(record$result, inherits, NA, "rustcluster_raised"))
+    failed <- function(record) any(vapply(record$result, function(one) "error" %in% names(one), NA))
     return(if (any(vapply(records, failed, NA))) "failed" else "done")
   }
   if ("cancelled" %in% bad) "cancelled" else "failed"
@@ -104,9 +103,8 @@ callsResult <- function(records, groups, names, n) {
     }
     for (k in seq_along(groups[[at]])) {
       i <- groups[[at]][[k]]
-      value <- record$result[[k]]
-      if (inherits(value, "rustcluster_raised")) errors[[as.character(i)]] <- value$error
-      else results[i] <- list(value)
+      one <- record$result[[k]]
+      if ("error" %in% names(one)) errors[[as.character(i)]] <- one$error else results[i] <- one["value"]
     }
   }
   if (!is.null(broken)) {

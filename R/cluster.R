@@ -127,7 +127,8 @@
 #' `results` (a list of the results of all tasks, `NULL` for those that have none) and
 #' `failures` (all errors of this kind). `rustcluster_timeout` has these fields, too.
 #' If a task before it failed with an error of its own, \pkg{parallel} raises that
-#' instead. Errors of R code are results, and never tried again.
+#' instead. Errors of R code are results, and never tried again. So is a jump to R's top level, which ends a
+#' PSOCK worker: `stop()` makes it with a condition that is no error, and `invokeRestart("abort")`.
 #'
 #' @section Cluster type:
 #' In R 4.5 and newer, `parallel::makeCluster(spec, type = "RUST", ...)` is
@@ -154,7 +155,7 @@
 #' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it, and
 #' with a killed agent, unless that has made itself the leader of another process group (as `setsid`
 #' does): then it goes on, and on Linux a warning of class `rustcluster_left_behind` names it when its
-#' worker has ended.
+#' worker has ended. A cluster that a worker has made ends with it.
 #'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and

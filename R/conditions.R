@@ -66,6 +66,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   settings <- if (is.null(owner)) list(host = "localhost") else handle$agents[[owner]]
   host <- settings$host
   reason <- field("reason")
+  # Tasks that crossed together are lost together.
+  tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
   node <- paste0("worker ", rank, " on host ", sQuote(host))
   message <- switch(kind,
     worker_lost = paste0(
@@ -81,9 +83,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; a fresh one has taken its place",
       if (!is.null(field("again"))) {
-        # Tasks that crossed together are lost together.
-        tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
-        are <- if (startsWith(tasks, "tasks")) "are" else "is"
+        are <- if (grepl("^(task|element)s ", tasks)) "are" else "is"
         paste(";", tasks, are, if (field("again") == "TRUE") "tried again" else "given up")
       },
       tailText("the end of its output", field("stderr"))
@@ -94,7 +94,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
     ),
     timeout = paste0(
-      "task ", field("index"), " took longer than its ",
+      tasks, " took longer than its ",
       format(if (is.null(field("limit"))) handle$timeout else as.numeric(field("limit"))), " s on ", node,
       " and was ended"
     ),
@@ -132,7 +132,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "this process is a fork of the one that made the cluster (mclapply and the like), and ",
       "cannot use it. Make a cluster of its own here, or call it from the parent"
     ),
-    busy = "the cluster is in the middle of another call of this session",
+    busy = paste0(
+      "the cluster is in the middle of another call of this session: use it when that has ended, or make ",
+      "another"
+    ),
     no_task = "an answer was asked for, but no task is outstanding on these nodes",
     limits = paste0(
       "not enough ", field("what"), " for so many workers: ", field("needed"), " needed, ",

@@ -48,13 +48,13 @@ taskFailed <- function(failure, handle) {
   quarantined(as.integer(failure[["index"]]), handle$losses[[failure[["task"]]]])
 }
 
-quarantined <- function(index, losses) {
+quarantined <- function(index, losses, what = "task") {
   others <- paste0(
     "; the results of the others are in the condition, as `results`: ",
     "tryCatch(..., rustcluster_task_failed = function(e) e$results)"
   )
   rustclusterCondition(
-    "task_failed", lostText(paste("task", index), losses, others), index = index, losses = losses
+    "task_failed", lostText(paste(what, index), losses, others), index = index, losses = losses
   )
 }
 
@@ -110,7 +110,7 @@ raiseTaskFailure <- function(first, values) {
   others <- sum(failed) - 1L
   if (others) {
     condition$message <- paste0(
-      condition$message, "\n(and ", others, ngettext(others, " other task", " other tasks"), " failed)"
+      condition$message, "\n(and ", others, ngettext(others, " other", " others"), " failed)"
     )
   }
   stop(condition)

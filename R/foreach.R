@@ -9,7 +9,8 @@
 #'
 #' * the whole loop is handed over at once: short iterations cross together, and what they have in
 #'   common crosses to each host once;
-#' * results are combined as they come, with `.inorder = FALSE` in whatever order;
+#' * results are combined as they come, with `.inorder = FALSE` in whatever order. So what combines cannot
+#'   use the same cluster (`rustcluster_busy`): let it use another, or none;
 #' * an iteration whose worker is lost is tried again, as said in [makeRustCluster()]; one that is
 #'   lost too often, or takes longer than the cluster's `timeout`, is an error of that iteration for
 #'   `.errorhandling`. With `"stop"` it is raised as the condition that it is;
@@ -157,8 +158,7 @@ foreachCombiner <- function(iterator, n, in_order) {
 
 # Of an iteration that has not come to its end: lost, too late, or with a value that cannot be sent.
 foreachError <- function(value) {
-  condition <- attr(value, "condition")
-  if (is.null(condition)) simpleError(as.vector(unclass(value))) else condition
+  if (inherits(value, "rustcluster_failure")) attr(value, "condition") else simpleError(as.vector(unclass(value)))
 }
 
 # In a worker ------------------------------------------------------------------------------------

@@ -68,13 +68,24 @@ plannedCluster <- function(workers) {
   alive <- !is.null(planned$cl) && !planned$cl[[1L]][["handle"]]$stopped
   if (!alive || !identical(planned$spec, workers)) {
     stopPlanned()
-    planned$cl <- makeRustCluster(workers, progress = FALSE)
+    planned$cl <- clusterFor(workers)
     planned$spec <- workers
     # Versions before 1.40 end with a plan what is registered here, and nothing else.
     registry <- get0("ClusterRegistry", asNamespace("future"))
     if (!is.null(registry)) assign("cluster", planned$cl, environment(registry))
   }
   planned$cl
+}
+
+# What is wrong with it is wrong with the plan's argument.
+clusterFor <- function(workers) {
+  if (inherits(workers, "cluster")) {
+    badArgument("workers", "is a cluster of another kind: plan(cluster, workers = ...) takes that")
+  }
+  tryCatch(makeRustCluster(workers, progress = FALSE), rustcluster_bad_argument = function(e) {
+    if (e$argument != "spec") stop(e)
+    badArgument("workers", sub("`spec` ", "", conditionMessage(e), fixed = TRUE))
+  })
 }
 
 # Futures under way, by their clusters' names.

@@ -19,9 +19,10 @@ nativeRanks <- function(cl) {
 #   lossEnds: a worker that is lost ends the job with an error.
 #   each: is called with the numbers of tasks that have been answered, and all results so far; FALSE
 #     ends the job.
+#   what: what errors call one of them.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = FALSE, seed = NULL,
                    order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
-                   each = NULL, progress = wantsProgress()) {
+                   each = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
   job <- beginJob(handle, sys.nframe(), NULL)
   on.exit(closeJob(handle, job))
@@ -42,7 +43,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
       switch(typeof(step),
         character = {
           if (!"task" %in% names(step)) handleFailed(step, handle)
-          unitEnded(step, handle, retries, timeout, lossEnds)
+          unitEnded(step, handle, retries, timeout, lossEnds, what)
         },
         pairlist = unwound(step)
       )
@@ -63,10 +64,10 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
 }
 
 # Tasks that were together have ended without an answer.
-unitEnded <- function(failure, handle, retries, timeout, lossEnds) {
+unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
   number <- as.numeric(failure[["task"]])
   tasks <- job_tasks(handle$pointer, number)
-  failure <- c(failure, tasks = spanText(tasks))
+  failure <- c(failure, tasks = spanText(tasks, what))
   again <- integer()
   warn <- NULL
   if (failure[["kind"]] == "timeout") {
@@ -88,7 +89,7 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds) {
     again <- tasks[lost <= retries]
     # One of them may end every worker, and others are not to be given up for it: each is tried again alone.
     values <- Map(
-      function(task, key) failureValue(quarantined(task, handle$losses[[key]])),
+      function(task, key) failureValue(quarantined(task, handle$losses[[key]], what)),
       tasks[lost > retries], keys[lost > retries]
     )
     # That a host is lost, or a worker for good, is an event of its own.
@@ -116,13 +117,13 @@ runSeeded <- function(fun, args, seed) {
 }
 
 # "task 3" or "tasks 3 to 9".
-spanText <- function(tasks) {
-  if (length(tasks) == 1L) return(paste("task", tasks))
+spanText <- function(tasks, what) {
+  if (length(tasks) == 1L) return(paste(what, tasks))
   if (identical(tasks, seq(tasks[[1L]], length.out = length(tasks)))) {
-    return(paste("tasks", tasks[[1L]], "to", tasks[[length(tasks)]]))
+    return(paste0(what, "s ", tasks[[1L]], " to ", tasks[[length(tasks)]]))
   }
   text <- toString(utils::head(tasks, 5L))
-  paste0("tasks ", text, if (length(tasks) > 5L) " and others")
+  paste0(what, "s ", text, if (length(tasks) > 5L) " and others")
 }
 
 # Raises what went wrong with any of the tasks, as parallel does, or returns the results. `chunks`:

@@ -26,12 +26,13 @@
 #' @param .onResult (function) Is called here with an element's number and result as soon as it is known.
 #' @param .errors (character) `"finish"`: an error of an element's is raised when all others are done,
 #'   as with \pkg{parallel}; `"stop"`: at once, and what has not ended is cancelled; `"return"`: it is
-#'   the element's result, of class `"try-error"`, whose text it is, and with a condition of ours as its
-#'   attribute `"condition"` if the element was lost or took too long.
+#'   the element's result, of class `"try-error"`, whose text it is, with the condition as its attribute
+#'   `"condition"`: as `FUN` raised it, but only its text if it takes 100 kB or more, and one of ours if the
+#'   element was lost or took too long.
 #' @return A list with the results, named as `X`.
 #' @section Errors:
 #' `rustcluster_element_failed`: errors of `FUN`'s. It has the fields `index` (of the first), `indices` (of
-#' all) and `results` (a list; `NULL` for those). `rustcluster_task_failed`, `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
+#' all), `results` (a list; `NULL` for those) and `parent` (the first error itself). `rustcluster_task_failed`, `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
 #' `rustcluster_bad_argument`: see [makeRustCluster()].
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -75,7 +76,8 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   }
   job <- runJob(
     cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
-    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress
+    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress,
+    what = "element"
   )
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values
@@ -95,7 +97,7 @@ raiseFailed <- function(job) {
   first <- job$values[[job$failed[[1L]]]]
   if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values)
   job$values[job$failed] <- list(NULL)
-  stop(elementFailed(first, job$failed, job$values))
+  stop(elementFailed(first, job$failed, job$values, parent = attr(first, "condition")))
 }
 
 # `text`: what went wrong with the first of the elements with these numbers.

@@ -15,7 +15,8 @@
 #'   \item{`rustcluster_start_failed`}{the cluster could not be started, and nothing of it is left; fields `host`, `stderr`.}
 #'   \item{`rustcluster_install_failed`}{[installOnHosts()] failed on some hosts; fields `host`, `report`.}
 #'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one, and the task is not to be tried again (`retries = 0`), or nobody takes the worker's place; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical, whether the host seems to have run out of memory).}
-#'   \item{`rustcluster_element_failed`}{the function raised an error for an element of [clusterLapply()]; fields `index`, `indices`, `results`.}
+#'   \item{`rustcluster_element_failed`}{the function raised an error for an element of [clusterLapply()]; fields `index`, `indices`, `results`, `parent`.}
+#'   \item{`rustcluster_aborted`}{a call or an element jumped to R's top level, by `stop()` with a condition that is no error (field `parent`) or `invokeRestart("abort")`.}
 #'   \item{`rustcluster_task_failed`}{a task was lost with its worker too often; fields `index`, `losses`, `results`, `failures`: see [makeRustCluster()].}
 #'   \item{`rustcluster_cancelled`}{a call of [clusterSubmit()] was cancelled.}
 #'   \item{`rustcluster_call_failed`}{a call's value could not be sent, or it was interrupted.}

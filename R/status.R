@@ -18,15 +18,18 @@
 #'       lost; `"lost"`; `"stopped"`; `"starting"`.}
 #'     \item{task, unit}{(integer) the number, in its job, of the task that it has; if it was sent several
 #'       together, of the first, and how many those are.}
-#'     \item{done}{(numeric) tasks that it has answered, one for each message, also of `clusterExport()`
-#'       and `clusterCall()`.}
+#'     \item{done}{(numeric) tasks that it has answered, with a value or an error, one for each message,
+#'       also of `clusterExport()` and `clusterCall()`. Those that took too long, were cancelled or were lost
+#'       with it are not among them. The sum of `tasks` in [clusterTimeline()] is the same.}
 #'     \item{seconds}{(numeric) for how long it was busy, the task that it has included.}
 #'     \item{memory, rss}{(numeric) bytes that it has in memory: pages that it shares with others, as
 #'       forks do, counted in part (PSS), and in full (RSS). `NA` if not known.}
 #'     \item{bytes_in, bytes_out}{(numeric) bytes that went to it, and came from it, alone. What all
 #'       workers of a host get crosses to that once, and counts in `summary()` only.}
-#'     \item{losses}{(integer) how often it was lost.}
-#'     \item{error}{(character) the last error that a task of it gave, or how it was last lost; `NA`: none.}
+#'     \item{losses}{(integer) how often it was lost: not, how often it was killed because it did not
+#'       heed an interrupt.}
+#'     \item{error}{(character) the last error that a task of it gave, that one took too long, or how it was
+#'       last lost; `NA`: none.}
 #'   }
 #'   `summary()`, which waits for the memory for 2 seconds at most: a data frame with a row for each host,
 #'   and `workers` (integer), `busy` (integer), `done`, `seconds`, `memory` and `losses` of the nodes in

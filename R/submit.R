@@ -40,8 +40,12 @@
 #' `losses`): the call was lost with its worker more often than `retries` of the cluster allows.
 #' `rustcluster_worker_lost`, `rustcluster_host_failed`: it was lost, and is not to be tried again or
 #' nobody is left to try it. `rustcluster_timeout`: it took longer than `timeout` of the cluster.
+#' `rustcluster_aborted`: it jumped to R's top level, as by `invokeRestart("abort")`.
 #' `rustcluster_cancelled`: it was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
 #' `rustcluster_restored`: see [makeRustCluster()].
+#'
+#' Of each loss after which a call is tried again a warning tells, at the next look at any call. Where
+#' `options(warn = 2)` makes that an error, the call goes on all the same: ask once more.
 #' @seealso [clusterLapplyAsync()]
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -87,8 +91,15 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
     expr = expr, variables = c(given, used$variables), globals = used$globals,
     packages = unique(c(.packages, used$packages))
   )
-  label <- paste(trimws(deparse(expr, width.cutoff = 60L, nlines = 3L)), collapse = " ")
-  newCall(submit(cl, evaluateCall, args, label))
+  newCall(submit(cl, evaluateCall, args, labelOf(expr)))
+}
+
+# The beginning of an expression's text, in one line.
+labelOf <- function(expr) {
+  lines <- deparse(expr, width.cutoff = 500L, nlines = 10L)
+  # What follows on the next line is another statement, or belongs to this one.
+  ends <- !grepl("[{ ]$", lines) & !grepl("^ *([}]|else )", c(lines[-1L], "}"))
+  substr(paste0(trimws(lines), ifelse(ends, ";", ""), collapse = " "), 1L, 200L)
 }
 
 # In a worker.
@@ -100,14 +111,14 @@ evaluateCall <- function(expr, variables, globals, packages) {
     rm(list = intersect(names, ls(globalenv(), all.names = TRUE)), envir = globalenv())
     list2env(before, globalenv())
   })
-  tryCatch(
+  caught(
     {
       for (package in packages) library(package, character.only = TRUE)
       list2env(globals, globalenv())
       envir <- list2env(variables, parent = globalenv())
       list(value = eval(expr, envir))
     },
-    error = function(e) {
+    failed = function(e) {
       # Nobody there has made that call.
       if (identical(e$call, quote(eval(expr, envir)))) e["call"] <- list(NULL)
       structure(list(error = e), class = "rustcluster_raised")
@@ -203,8 +214,9 @@ openCalls <- new.env(parent = emptyenv())
 recordsOf <- function(handle) openCalls[[handle$id]]
 
 # Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
+# `what`: what errors call it.
 # `tells`: what it tells before its end is wanted.
-submit <- function(cl, fun, args, label, tells = FALSE) {
+submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   handle <- cl[[1L]][["handle"]]
   if (handle$stopped) raiseFailure(c(kind = "stopped"))
   ranks <- unique(checked(cluster_ranks(cl)))
@@ -213,6 +225,7 @@ submit <- function(cl, fun, args, label, tells = FALSE) {
   record$handle <- handle
   record$ranks <- ranks
   record$label <- label
+  record$what <- what
   record$began <- proc.time()[["elapsed"]]
   data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
@@ -246,7 +259,7 @@ endCall <- function(record, state, result) {
   for (waiter in waiters) waiter(state, result)
 }
 
-# Looks whether the call has ended, and decides on it if it was lost.
+# Looks whether the call has ended, and decides on it if it was lost: see tellCallLosses().
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
@@ -282,7 +295,7 @@ answered <- function(record, answer) {
 
 callEnded <- function(record, failure) {
   handle <- record$handle
-  condition <- failureCondition(c(failure, tasks = "the call", index = NA), handle)
+  condition <- failureCondition(c(failure, tasks = record$what, index = NA), handle)
   condition$index <- NULL
   failed <- function(condition) {
     call_forget(handle$pointer, record$task)
@@ -294,7 +307,7 @@ callEnded <- function(record, failure) {
     return(failed(condition))
   }
   losses <- c(record$losses, list(condition))
-  if (length(losses) > handle$retries) return(failed(callLost(losses)))
+  if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
   pids <- hub_pids(handle$pointer)
   if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
   sent <- call_submit(handle$pointer, record$ranks, record$task, record$message)
@@ -302,16 +315,21 @@ callEnded <- function(record, failure) {
   checked(sent)
   record$losses <- losses
   if (isTRUE(condition$replaced)) {
-    warning(failureCondition(c(failure, again = TRUE, tasks = "the call"), handle, "warning"))
+    loss <- failureCondition(c(failure, again = TRUE, tasks = record$what), handle, "warning")
+    handle$callLosses <- c(handle$callLosses, list(loss))
   }
 }
 
-callLost <- function(losses) {
-  rustclusterCondition(
-    "task_failed",
-    lostText("the call", losses),
-    losses = losses
-  )
+# Warns of calls that were lost and are tried again. Not before all is done that is to be done: a warning
+# may be turned into a jump.
+tellCallLosses <- function(handle) {
+  losses <- handle$callLosses
+  handle$callLosses <- NULL
+  for (loss in losses) warning(loss)
+}
+
+callLost <- function(what, losses) {
+  rustclusterCondition("task_failed", lostText(what, losses), losses = losses)
 }
 
 # What the call has told before its end (see tellHead()), for those who want to know.
@@ -337,6 +355,7 @@ lookAtCalls <- function(handle) {
     # Whoever was interrupted in sending it has no record of it.
     if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
   }
+  tellCallLosses(handle)
   invisible()
 }
 
@@ -360,6 +379,7 @@ callStatus <- function(record) {
   if (record$state != "open") return(record$state)
   lookAtCalls(record$handle)
   lookAt(record)
+  tellCallLosses(record$handle)
   if (record$state != "open") return(record$state)
   place <- checked(call_place(record$handle$pointer, record$task), record$handle)
   record$place <- place
@@ -380,6 +400,7 @@ awaitCall <- function(record) {
     takeAsides(record)
     if (length(record$asides)) return(invisible())
     lookAt(record)
+    tellCallLosses(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
     if (typeof(waited) == "character") handleFailed(waited, handle)

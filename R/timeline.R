@@ -56,6 +56,11 @@ clusterTimeline <- function(cl) {
   )
 }
 
+#' @export
+plot.RustCluster <- function(x, ...) {
+  badArgument("x", "is a cluster, of which there is no picture: plot(clusterTimeline(x)) shows when its workers were busy")
+}
+
 #' @rdname clusterTimeline
 #' @param x What `clusterTimeline()` has returned, or some rows of it.
 #' @param xlim (numeric) From when to when, in seconds; default: from the first interval to the last.

@@ -10,7 +10,8 @@ startExpression <- function(role) {
 }
 
 agentMain <- function() {
-  Sys.unsetenv("RUSTCLUSTER_LIB")
+  # This is about the agent, and not about what its workers start.
+  Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD"))
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform))
   if (config$forks) {
     failure <- attachPackages(config$packages)
@@ -77,11 +78,37 @@ serveTasks <- function() {
   checked(worker_ready(tempdir(check = TRUE)))
   # What a task does not catch itself ends it, and nothing else. The handlers are made once and not
   # for each task.
-  while (tryCatch(
-    serveUntilJump(),
-    interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE),
-    error = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
+  while (caught(
+    tryCatch(serveUntilJump(), interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE)),
+    failed = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
   )) NULL
+}
+
+# The value of the expression, or of `failed` of the error that ended it. A jump to R's top level, which
+# would end the worker, is such an error.
+caught <- function(expr, failed) {
+  signaled <- NULL
+  withRestarts(
+    withCallingHandlers(tryCatch(expr, error = failed), condition = function(c) signaled <<- c),
+    abort = function() failed(aborted(signaled))
+  )
+}
+
+# `signaled`: the last condition that nobody has caught.
+aborted <- function(signaled) {
+  text <- if (!is.null(signaled)) tryCatch(conditionMessage(signaled), error = function(e) NULL)
+  # What R says before it jumps because of it.
+  stopped <- is.character(text) && length(text) == 1L && grepl(text, geterrmessage(), fixed = TRUE)
+  # It has been said: the next one may be another.
+  try(stop("-"), silent = TRUE)
+  how <- if (stopped) {
+    paste0(
+      "stop() was called with a condition that is no error, of class ", sQuote(class(signaled)[[1L]]), ": ", text
+    )
+  } else {
+    "it was ended by a jump to R's top level, as invokeRestart(\"abort\") makes it"
+  }
+  rustclusterCondition("aborted", how, parent = if (stopped) signaled)
 }
 
 # How R's errors begin that say that there is no more memory.
@@ -107,6 +134,20 @@ withMemoryLimit <- function(text) {
   paste0(text, " (this worker's memory_limit is ", size, ")")
 }
 
+# A condition without a call that holds the arguments themselves, as ours do. One that is large all the
+# same is left with its text.
+sendable <- function(e, text) {
+  small <- tryCatch(
+    {
+      call <- conditionCall(e)
+      if (is.call(call) && !is.symbol(call[[1L]])) e["call"] <- list(NULL)
+      utils::object.size(e) < 1e5
+    },
+    error = function(e) FALSE
+  )
+  if (small) e else simpleError(text)
+}
+
 # FALSE at the end.
 serveUntilJump <- function() {
   checked(worker_serve())
@@ -116,7 +157,7 @@ serveUntilJump <- function() {
 # An error or an interrupt of the task's, or an error outside of its code: the message could not be
 # read, or the value could not be serialized. Without a task, or anybody to tell, it is our own end.
 answerFailure <- function(e, text, interrupted = FALSE) {
-  value <- structure(text, class = c("snow-try-error", "try-error"))
+  value <- structure(text, class = c("snow-try-error", "try-error"), condition = sendable(e, text))
   failure <- worker_fail(value, interrupted)
   if (is.character(failure)) stop(e)
   checked(failure)

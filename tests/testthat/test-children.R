@@ -383,6 +383,27 @@ test_that("a worker that closes all its descriptors is killed, reported and not 
   stopCluster(cl)
 })
 
+test_that("a cluster that a worker has made ends with that worker, and is nothing left behind", {
+  skip_unless_setsid()
+  cl <- local_cluster(2, retries = 0)
+  inner <- clusterApply(cl, 1:2, function(i) {
+    inner <- rustcluster::makeRustCluster(2)
+    assign("inner", inner, globalenv())
+    c(rustcluster::agentPids(inner), rustcluster::clusterPids(inner))
+  })
+  note_pids(unlist(inner))
+  left <- c(start_daemon(cl[1]), start_daemon(cl[2]))
+  got <- warned(caught(clusterCall(cl[1], function() tools::pskill(Sys.getpid(), tools::SIGKILL))))
+  expect_rust_error(got$value, "worker_lost")
+  expect_left_behind(got$warnings, left[[1L]], 1L)
+  expect_gone(inner[[1L]])
+  expect_alive(inner[[2L]])
+  got <- warned(stopCluster(cl))
+  expect_left_behind(got$warnings, left[[2L]], 2L)
+  expect_gone(inner[[2L]])
+  end_processes(left)
+})
+
 test_that("nothing is left", {
   expect_no_leftovers()
 })

@@ -425,7 +425,7 @@ test_that("several such tasks, and errors of R beside them", {
   expect_identical(error$index, 2L)
   expect_identical(vapply(error$failures, `[[`, 0L, "index"), c(2L, 6L))
   expect_identical(error$results, replace(as.list(1:9 * 10), c(2, 6), list(NULL)))
-  expect_match(conditionMessage(error), "and 1 other task failed")
+  expect_match(conditionMessage(error), "and 1 other failed")
   mixed <- global(function(i, poison) if (i == 4) stop("of R's") else poison(i, 2))
   error <- with_losses(caught(clusterApply(cl, 1:6, mixed, poison)))$value
   expect_rust_error(error, "task_failed")
@@ -782,6 +782,19 @@ test_that("a worker is restored by more than may be sent to one at a time", {
   second <- clusterCall(cl, stats::runif, 1)
   clusterSetRNGStream(cl, 1)
   expect_identical(list(first, second), list(clusterCall(cl, stats::runif, 1), clusterCall(cl, stats::runif, 1)))
+})
+
+test_that("the output that is cited is that of the task that was lost", {
+  cl <- local_cluster(1, retries = 0)
+  last <- function(i) {
+    cat("last words\n")
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+    Sys.sleep(60)
+  }
+  for (verb in list(clusterApply, parallel::clusterApply)) {
+    verb(cl, 1:3, function(i) cat("of an earlier task\n"))
+    expect_identical(caught(verb(cl, 1, last))$stderr, "last words\n")
+  }
 })
 
 test_that("nothing is left", {

@@ -150,6 +150,18 @@ test_that("a plan may have a cluster of its own", {
   expect_gone(unlist(pids))
 })
 
+test_that("what is wrong with workers is wrong with the plan", {
+  on.exit(future::plan(future::sequential))
+  wrong <- list(structure(list(), class = c("SOCKcluster", "cluster")), "a b", -1, list(1))
+  for (workers in wrong) {
+    error <- caught(future::plan(cluster_rust, workers = workers))
+    expect_rust_error(error, "bad_argument")
+    expect_identical(error$argument, "workers")
+    expect_match(conditionMessage(error), "^`workers` ")
+    expect_no_match(conditionMessage(error), "spec", fixed = TRUE)
+  }
+})
+
 test_that("future.apply and furrr work over it", {
   cl <- local_cluster(2)
   local_plan(cluster_rust, workers = cl)

@@ -333,7 +333,16 @@ test_that(".errors", {
   for (i in c(3, 9)) {
     expect_s3_class(got[[i]], "try-error")
     expect_identical(as.character(got[[i]]), paste("at", i))
+    expect_identical(attr(got[[i]], "condition"), simpleError(paste("at", i)))
   }
+  # With the condition as it was raised, if it is not a large one.
+  raise <- global(function(i) stop(structure(class = c("mine", "error", "condition"), list(
+    message = "m", call = quote(f(x)), data = raw(10^i)
+  ))))
+  got <- clusterLapply(cl, c(1, 6), raise, .errors = "return")
+  expect_identical(attr(got[[1]], "condition"), caught(raise(1)))
+  expect_identical(attr(got[[2]], "condition"), simpleError("m"))
+  expect_identical(caught(clusterLapply(cl, 1, raise))$parent, caught(raise(1)))
   # One that is lost, or late, is an error like others.
   suppressWarnings(classes = "rustcluster_worker_lost", {
     expect_rust_error(caught(clusterLapply(cl, 1:400, poison, 30, .errors = "stop")), "task_failed")
@@ -341,13 +350,13 @@ test_that(".errors", {
   })
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
   expect_rust_error(attr(got[[30]], "condition"), "task_failed")
-  expect_match(as.character(got[[30]]), "task 30 was lost", fixed = TRUE)
+  expect_match(as.character(got[[30]]), "element 30 was lost", fixed = TRUE)
   # One that is not to be tried again fails alone, if others are to go on.
   suppressWarnings(classes = "rustcluster_worker_lost", {
     got <- clusterLapply(cl, 1:400, poison, 30, .errors = "return", .retries = 0)
   })
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
-  expect_match(as.character(got[[30]]), "task 30 was lost with its worker once", fixed = TRUE)
+  expect_match(as.character(got[[30]]), "element 30 was lost with its worker once", fixed = TRUE)
   # Nor does a bar that is full by then end the call.
   fates <- list(
     global(function(i) if (i == 2) quit(status = 9) else i), global(function(i) if (i == 2) Sys.sleep(60) else i)
@@ -360,8 +369,13 @@ test_that(".errors", {
     expect_s3_class(got[[2]], "rustcluster_failure")
   }
   expect_rust_error(
-    caught(clusterLapply(cl, c(0, 60, 0), Sys.sleep, .timeout = 0.3, .errors = "stop")), "timeout"
+    error <- caught(clusterLapply(cl, c(0, 60, 0), Sys.sleep, .timeout = 0.3, .errors = "stop")), "timeout"
   )
+  expect_match(conditionMessage(error), "element 2 took longer than its 0.3 s", fixed = TRUE)
+  got <- with_losses(caught(clusterLapply(cl, 1:2, poison, 2, .retries = 0)))
+  expect_match(conditionMessage(got$value), "SIGKILL")
+  got <- with_losses(clusterLapply(cl, 1:2, poison, 2, .retries = 0, .errors = "return"))
+  expect_match(conditionMessage(got$losses[[1]]), "; element 2 is given up", fixed = TRUE)
   expect_identical(clusterLapply(cl, 1:9, square), squares(9))
   note_processes(cl)
 })

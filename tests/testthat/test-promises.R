@@ -21,6 +21,26 @@ then_note <- function(call, seen, name) {
   )
 }
 
+test_that("a warning of a loss that is turned into an error rejects nothing", {
+  cl <- local_cluster(2)
+  old <- options(warn = 2)
+  on.exit(options(old), add = TRUE, after = FALSE)
+  seen <- new.env()
+  pids <- clusterPids(cl)
+  traps <- trap(1)
+  call <- clusterSubmit(cl, {
+    spring(traps)
+    "at last"
+  })
+  expect_true(wait_until(function() !identical(clusterPids(cl), pids)))
+  then_note(call, seen, "lost")
+  then_note(clusterSubmit(cl, "other"), seen, "other")
+  there <- function() length(ls(seen)) == 2L
+  for (i in 1:5) tryCatch(run_until(there), error = function(e) expect_match(conditionMessage(e), "tried again"))
+  expect_equal(seen$lost, "at last")
+  expect_equal(seen$other, "other")
+})
+
 test_that("a promise is fulfilled, or rejected with the error", {
   cl <- local_cluster(2)
   seen <- new.env()

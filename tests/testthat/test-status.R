@@ -105,6 +105,26 @@ test_that("the last errors are told, of whatever verb", {
   expect_identical(error[[4]], NA_character_)
 })
 
+test_that("what took too long is not done, nor a loss, in counters and timeline alike", {
+  cl <- local_cluster(2)
+  clusterLapply(cl, 1:6, function(i) if (i == 2) repeat NULL, .timeout = 0.3, .errors = "return")
+  # Its worker is killed, since it does not heed the interrupt.
+  clusterLapply(cl[1], 1, function(i) system("trap '' INT; sleep 60; true"), .timeout = 0.3, .errors = "return")
+  expect_true(wait_until(function() all(clusterStatus(cl, memory = FALSE)$state == "idle")))
+  status <- clusterStatus(cl, memory = FALSE)
+  timeline <- clusterTimeline(cl)
+  expect_equal(sum(status$done), 5)
+  expect_equal(vapply(1:2, function(rank) sum(timeline$tasks[timeline$rank == rank]), 0), status$done)
+  expect_equal(status$losses, c(0L, 0L))
+  expect_match(status$error[[1L]], "took longer", fixed = TRUE)
+  expect_warning(clusterCall(cl, identity, 1), class = "rustcluster_worker_replaced")
+  short <- local_cluster(1, timeout = 0.3)
+  expect_rust_error(caught(clusterApply(short, 1:2, function(i) if (i == 1) repeat NULL)), "timeout")
+  expect_match(clusterStatus(short, memory = FALSE)$error, "took longer", fixed = TRUE)
+  expect_equal(clusterStatus(short, memory = FALSE)$done, 1)
+  expect_equal(sum(clusterTimeline(short)$tasks), 1)
+})
+
 test_that("a call can be watched from inside", {
   cl <- local_cluster(2)
   seen <- list()
@@ -299,6 +319,11 @@ test_that("a history is bounded", {
   expect_identical(sum(timeline$tasks), 1200)
   # R's clock counts milliseconds.
   expect_gte(sum(timeline$busy), 1.2)
+})
+
+test_that("a cluster has no picture but its timeline's", {
+  expect_rust_error(error <- caught(plot(local_cluster(1))), "bad_argument")
+  expect_match(conditionMessage(error), "plot(clusterTimeline(x))", fixed = TRUE)
 })
 
 test_that("plots are drawn for any number of workers", {

@@ -227,6 +227,39 @@ test_that("a lost call is tried again, and given up in the end", {
   expect_identical(error$signal, 9L)
 })
 
+test_that("a warning of a loss that is turned into an error costs no result", {
+  cl <- local_cluster(2)
+  old <- options(warn = 2)
+  on.exit(options(old), add = TRUE, after = FALSE)
+  insist <- function(call) {
+    repeat {
+      value <- tryCatch(call$value(), error = identity)
+      if (!inherits(value, "error")) return(value)
+      expect_match(conditionMessage(value), "converted from warning.*the call is tried again")
+    }
+  }
+  traps <- list(trap(1), trap(1))
+  calls <- lapply(traps, function(traps) {
+    clusterSubmit(cl, {
+      spring(traps)
+      "at last"
+    })
+  })
+  expect_equal(vapply(calls, insist, ""), c("at last", "at last"))
+  # It is cancelled all the same.
+  pids <- clusterPids(cl)
+  traps <- trap(1)
+  call <- clusterSubmit(cl, {
+    spring(traps)
+    Sys.sleep(60)
+  })
+  expect_true(wait_until(function() !identical(clusterPids(cl), pids)))
+  expect_true(call$cancel())
+  expect_equal(call$status(), "cancelled")
+  # It is told of later.
+  expect_error(clusterSubmit(cl, 1)$value(), "the call is tried again")
+})
+
 test_that("calls end when nobody is left to take them", {
   cl <- local_cluster(2)
   calls <- lapply(1:4, function(i) clusterSubmit(cl, Sys.sleep(60)))
@@ -318,6 +351,10 @@ test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
   expect_equal(slow$status(), "cancelled")
   expect_rust_error(caught(slow$value()), "cancelled")
   expect_output(print(slow), "cancelled")
+  # What looks like the package's own is a value.
+  raised <- global(function(i) structure(list(error = simpleError("no")), class = "rustcluster_raised"))
+  expect_identical(clusterLapplyAsync(cl, 1:2, raised)$value(), lapply(1:2, raised))
+  expect_identical(clusterSubmit(cl, raised(1))$value(), raised(1))
   expect_rust_error(caught(clusterLapplyAsync(cl, 1:3, function(i) i, .sede = 1)), "bad_argument")
 })
 
@@ -328,6 +365,15 @@ test_that("thousands of calls are no more than many calls", {
   slow <- lapply(1:3000, function(i) clusterSubmit(cl, Sys.sleep(60)))
   expect_true(all(vapply(slow, function(call) call$cancel(), NA)))
   expect_identical(clusterSubmit(cl, 1)$value(), 1)
+})
+
+test_that("a call is shown in one line", {
+  cl <- local_cluster(1)
+  shown <- function(call) sub("<call (.*): [a-z]+.*", "\\1", format(call))
+  expect_equal(shown(clusterSubmit(cl, { a <- 1; a + 2 })), "{ a <- 1; a + 2 }")
+  expect_equal(shown(clusterSubmit(cl, if (TRUE) { 1; 2 } else 3)), "if (TRUE) { 1; 2 } else 3")
+  expect_equal(shown(clusterSubmit(cl, { if (TRUE) 1 else 2; 3 })), "{ if (TRUE) 1 else 2; 3 }")
+  expect_equal(shown(clusterSubmit(cl, sum(1, 2))), "sum(1, 2)")
 })
 
 test_that("nothing is left", {

@@ -439,6 +439,34 @@ test_that("start = \"spawn\": packages, variables and threads", {
   expect_equal(clusterCall(cl, Sys.getenv, "OMP_NUM_THREADS"), list("2", "2"))
 })
 
+test_that("a jump to the top level is the task's error, and its worker goes on", {
+  cl <- local_cluster(2, retries = 0)
+  pids <- clusterPids(cl)
+  custom <- global(function(i) {
+    if (i == 2) stop(structure(class = c("custom", "condition"), list(message = "no error", call = quote(f(x)))))
+    i
+  })
+  leave <- global(function(i) if (i == 2) invokeRestart("abort") else i)
+  fates <- list(list(custom, "no error, of class .custom.: no error"), list(leave, "top level"))
+  for (fate in fates) {
+    error <- caught(parLapply(cl, 1:4, fate[[1]]))
+    expect_match(conditionMessage(error), paste0("^one node produced an error: .*", fate[[2]]))
+    error <- caught(clusterCall(cl, fate[[1]], 2))
+    expect_match(conditionMessage(error), paste0("^2 nodes produced errors.*", fate[[2]]))
+    got <- clusterLapply(cl, 1:100, fate[[1]], .errors = "return")
+    expect_identical(got[-2], as.list((1:100)[-2]))
+    expect_rust_error(attr(got[[2]], "condition"), "aborted")
+    call <- caught(clusterSubmit(cl, f(2), f = fate[[1]])$value())
+    expect_rust_error(call, "aborted")
+    expect_match(conditionMessage(call), fate[[2]])
+    error <- caught(clusterLapplyAsync(cl, 1:100, fate[[1]])$value())
+    expect_identical(error$indices, 2L)
+    expect_rust_error(error$parent, "aborted")
+    expect_identical(inherits(error$parent$parent, "custom"), identical(fate, fates[[1]]))
+  }
+  expect_identical(clusterPids(cl), pids)
+})
+
 test_that("nothing is left", {
   stop_cluster_pairs()
   expect_no_leftovers()

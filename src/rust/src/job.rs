@@ -17,6 +17,7 @@ use extendr_ffi::{
     R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::activity::TOO_LONG;
 use rustcluster_core::hub::{Answer, HostView, Turn};
 use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::planner::{Assignment, Ended, Planner};
@@ -440,7 +441,9 @@ impl Job {
     /// Ends a task that has taken too long.
     fn time_out(&self, cluster: &Cluster, task: TaskId, place: usize) -> Failure {
         let rank = self.ranks[place];
-        cluster.hub.borrow_mut().cancel_task(rank, task);
+        let mut hub = cluster.hub.borrow_mut();
+        hub.cancel_task(rank, task);
+        hub.failed(rank, TOO_LONG);
         let failure = Failure::new("timeout").with("rank", rank + 1);
         self.of_task(failure, task)
     }

@@ -220,9 +220,11 @@ impl Rows {
                     self.add_interval(rank, &cut(&mut rest, lost));
                 }
                 self.push(rank, lost, back, "lost", 0.0, 0.0);
+                let tasks = rest.tasks;
                 cut(&mut rest, back.min(interval.end));
+                rest.tasks = tasks;
             }
-            if rest.start < rest.end || interval.start == interval.end {
+            if rest.start < rest.end || interval.start == interval.end || rest.tasks > 0 {
                 self.add_interval(rank, &rest);
             }
         }

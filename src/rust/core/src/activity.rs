@@ -20,6 +20,9 @@ const FINEST: Duration = Duration::from_millis(1);
 /// What is kept of an error's text.
 const TEXT: usize = 1000;
 
+/// What is said of a worker whose task took too long.
+pub const TOO_LONG: &str = "a task took longer than it may";
+
 /// What a worker had to do with a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -119,6 +122,15 @@ impl Track {
             busy: Duration::ZERO,
             tasks: 0,
         });
+    }
+
+    /// One task less than was answered: that was none of R's.
+    pub fn uncount(&mut self) {
+        let mut latest = self.intervals.iter_mut().rev();
+        if let Some(interval) = latest.find(|interval| interval.tasks > 0) {
+            interval.tasks -= 1;
+            self.tasks -= 1;
+        }
     }
 
     /// Appends an interval, or makes it a part of the last, if that and the gap between them are shorter
@@ -238,6 +250,18 @@ mod tests {
         intervals
             .map(|i| (i.kind, i.start.as_millis(), i.end.as_millis()))
             .collect()
+    }
+
+    #[test]
+    fn what_is_not_counted_is_in_no_interval_either() {
+        let mut track = Track::default();
+        track.uncount();
+        track.ended(times(0, 0, 20), 1, ms(20));
+        track.ended(times(20, 20, 40), 1, ms(40));
+        track.ended(times(40, 40, 60), 0, ms(60));
+        track.uncount();
+        let tasks: Vec<_> = track.intervals().iter().map(|i| i.tasks).collect();
+        assert_eq!((track.tasks, &tasks[..]), (1, &[1, 0, 0][..]));
     }
 
     #[test]

@@ -11,6 +11,10 @@ use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
+/// Set in the environment of what is started here, to the number of the process that starts it: by that
+/// others know what ends with its head.
+pub const ENDS_WITH_HEAD: &str = "RUSTCLUSTER_ENDS_WITH_HEAD";
+
 /// How to start an agent.
 #[derive(Clone, Debug)]
 pub struct Launch {
@@ -75,7 +79,8 @@ pub fn start(
         .args(arguments)
         .stdin(Stdio::from(theirs.try_clone()?))
         .stdout(Stdio::from(theirs))
-        .stderr(Stdio::piped());
+        .stderr(Stdio::piped())
+        .env(ENDS_WITH_HEAD, std::process::id().to_string());
     for (name, value) in &launch.env {
         match value {
             Some(value) => command.env(name, value),

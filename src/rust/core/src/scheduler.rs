@@ -13,7 +13,7 @@
 //! another's by more than a chunk; what the head buffers of large results stays under the limit
 //! and a [`GRANT`] (one in shared memory fits under it as a whole), but for one result that R waits for by rank and one for want of any.
 
-use crate::activity::{Measure, Moment, Times, Track};
+use crate::activity::{Measure, Moment, TOO_LONG, Times, Track};
 use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED};
 use crate::message::{self, Loss, ToAgent, ToHead, Usage};
 use crate::payloads::{PayloadId, Payloads};
@@ -714,7 +714,7 @@ impl Scheduler {
     /// One task less: it was none of R's.
     pub fn uncount(&mut self, rank: Rank) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
-            worker.track.tasks = worker.track.tasks.saturating_sub(1);
+            worker.track.uncount();
         }
     }
 
@@ -1741,6 +1741,7 @@ impl Scheduler {
             return;
         }
         let job = current.task.job;
+        worker.track.failed(TOO_LONG);
         self.drop_answer(rank);
         self.notes.push(Note::Done {
             rank,

@@ -30,9 +30,10 @@ use crate::{cores, signals, sys};
 use bytes::{Bytes, BytesMut};
 use guard::Guard;
 use memory::Memories;
+use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use process::{Made, Outgoing, Process};
+use process::{Made, Outgoing, Process, Tail};
 use relay::{Act, Relay};
 use state::{Ending, REPLAY};
 use std::collections::VecDeque;
@@ -414,6 +415,12 @@ impl Agent {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
+            // First: what a worker printed before it answered is not of the task that follows.
+            for Token(token) in events.iter().map(Event::token) {
+                if token >= FIRST_WORKER && (token - FIRST_WORKER) % 2 == 1 {
+                    self.read_output(((token - FIRST_WORKER) / 2) as u32);
+                }
+            }
             let mut ended = false;
             for event in &events {
                 match event.token() {
@@ -428,7 +435,6 @@ impl Agent {
                     Token(token) => {
                         let worker = ((token - FIRST_WORKER) / 2) as u32;
                         if (token - FIRST_WORKER) % 2 == 1 {
-                            self.read_output(worker);
                             continue;
                         }
                         if event.is_readable() || event.is_read_closed() {
@@ -648,9 +654,10 @@ impl Agent {
                         ..
                     } = frame.header;
                     if kind == Kind::Data && flags & FIRST != 0 {
-                        // An interrupt was meant for the task before, which has ended, and must not
-                        // follow this one.
+                        // What was printed by now is of the task before, which has ended.
                         if let Some(process) = &mut self.workers[worker as usize] {
+                            process.tail = Tail::default();
+                            // An interrupt was meant for that, too, and must not follow this one.
                             process.interrupt = false;
                         }
                     }

@@ -7,6 +7,7 @@
 //! nobody else would.
 
 use super::Agent;
+use crate::launch::ENDS_WITH_HEAD;
 use crate::message::{self, ToHead};
 use crate::sys;
 use std::collections::{HashMap, HashSet};
@@ -22,7 +23,7 @@ const FAREWELL: Duration = Duration::from_millis(200);
 const COMMAND: usize = 200;
 
 /// R sets this in each session's environment, and so in that of what the session starts.
-const SESSION: &[u8] = b"R_SESSION_TMPDIR=";
+const SESSION: &str = "R_SESSION_TMPDIR";
 
 /// A worker that has been ready, by its temporary directory.
 struct Owner {
@@ -37,6 +38,8 @@ pub struct Strays {
     own: HashSet<u32>,
     /// The process groups of all workers, ended ones too. What is in them is killed with them.
     groups: HashSet<u32>,
+    /// See [`ENDS_WITH_HEAD`]. The workers, forks of this process, have the same.
+    head: Option<Vec<u8>>,
     owners: HashMap<Vec<u8>, Owner>,
     reported: HashSet<u32>,
     /// One has ended, so that its children may have become ours.
@@ -62,6 +65,7 @@ impl Strays {
         Strays {
             own: children().into_iter().collect(),
             groups: HashSet::new(),
+            head: variable_of(std::process::id(), ENDS_WITH_HEAD),
             owners: HashMap::new(),
             reported: HashSet::new(),
             reaped: false,
@@ -130,7 +134,13 @@ impl Strays {
                 dying = true;
                 continue;
             }
-            let owner = session_of(pid).and_then(|session| self.owners.get(&session));
+            // An agent of a cluster that a worker has made, or the way to it, ends with that worker.
+            let head = variable_of(pid, ENDS_WITH_HEAD);
+            if head.is_some() && head != self.head {
+                dying = true;
+                continue;
+            }
+            let owner = variable_of(pid, SESSION).and_then(|session| self.owners.get(&session));
             let Some(command) = command_of(pid) else {
                 dying = true;
                 continue;
@@ -265,11 +275,14 @@ fn stat_of(pid: u32) -> Option<Stat> {
     Stat::parse(&String::from_utf8_lossy(&text))
 }
 
-/// The R session that a process was started from.
-fn session_of(pid: u32) -> Option<Vec<u8>> {
+/// The value of a variable in the environment that a process was started with.
+fn variable_of(pid: u32, name: &str) -> Option<Vec<u8>> {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     let mut variables = environment.split(|&byte| byte == 0);
-    variables.find_map(|variable| variable.strip_prefix(SESSION).map(<[u8]>::to_vec))
+    variables.find_map(|variable| {
+        let value = variable.strip_prefix(name.as_bytes())?;
+        value.strip_prefix(b"=").map(<[u8]>::to_vec)
+    })
 }
 
 /// `None` while it begins another program, and when it is about to end: there is no saying then
@@ -357,10 +370,11 @@ mod tests {
         }
         let stat = stat_of(pid).unwrap();
         assert_eq!(stat.parent, std::process::id());
-        assert_eq!(session_of(pid), Some(b"/tmp/Rtmp7".to_vec()));
+        assert_eq!(variable_of(pid, SESSION), Some(b"/tmp/Rtmp7".to_vec()));
+        assert_eq!(variable_of(pid, "R_SESSION"), None);
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(stat_of(pid), None);
-        assert_eq!(session_of(pid), None);
+        assert_eq!(variable_of(pid, SESSION), None);
     }
 }
