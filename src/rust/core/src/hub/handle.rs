@@ -2,7 +2,7 @@
 
 use super::calls::{CallEnd, Waker};
 use super::inbox::{End, Event, HostFailure, HostView, WorkerView};
-use super::shared::{Core, Shared};
+use super::shared::{Core, Shared, WATCH, WATCH_ONE};
 use super::spool::Spool;
 use super::{Plan, run};
 use crate::frame::MAX_BODY;
@@ -844,7 +844,11 @@ impl Hub {
             core.scheduler.want(want);
             core.settle();
             drop(core);
-            found = self.inner.shared.wait(most, look);
+            let watch = match self.outstanding_count {
+                1 => WATCH_ONE,
+                _ => WATCH,
+            };
+            found = self.inner.shared.wait_watching(most, watch, look);
             core = self.core();
             core.scheduler.want(Want::Nothing);
         }

@@ -38,7 +38,10 @@ pub const TICK: Duration = Duration::from_millis(2);
 
 /// How long R's thread watches for an answer before it sleeps: what it usually takes to and fro when
 /// nobody on the way sleeps. If it watched for longer, it would take a core from workers of this machine.
-const WATCH: Duration = Duration::from_micros(100);
+pub const WATCH: Duration = Duration::from_micros(100);
+
+/// How long it does so if it waits for a single task: there are no other workers to take a core from.
+pub const WATCH_ONE: Duration = Duration::from_millis(1);
 
 /// Who reads the streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,9 +152,17 @@ impl Shared {
 
     /// R's thread waits, up to `most` or until a signal comes, for `look` to find something. It
     /// looks at first and after every change.
-    pub fn wait<T>(
+    pub fn wait<T>(&self, most: Duration, look: impl FnMut(&mut Core) -> Option<T>) -> Option<T> {
+        self.wait_watching(most, WATCH, look)
+    }
+
+    /// If answers have usually come within `watch`, so soon that to sleep and to be woken would take longer
+    /// than the answer itself, R's thread does not sleep for so long, but gives its core away at every
+    /// look.
+    pub fn wait_watching<T>(
         &self,
         most: Duration,
+        watch: Duration,
         mut look: impl FnMut(&mut Core) -> Option<T>,
     ) -> Option<T> {
         let mut core = self.core();
@@ -162,9 +173,7 @@ impl Shared {
         let began = Instant::now();
         let mut seen = core.changes;
         core.begin_reading(began, &self.taken_over);
-        // If answers have usually come so soon that to sleep and to be woken would take longer than
-        // the answer itself, R's thread does not sleep, but gives its core away at every look.
-        let watch = core.usual_wait <= WATCH;
+        let is_usual = core.usual_wait <= watch;
         let mut waited = Duration::ZERO;
         let mut interrupted = false;
         loop {
@@ -175,7 +184,7 @@ impl Shared {
             if found.is_some() || waited >= most || interrupted {
                 break;
             }
-            if watch && waited < WATCH {
+            if is_usual && waited < watch {
                 drop(core);
                 thread::yield_now();
                 core = self.core();
