@@ -162,7 +162,16 @@ noAnswer <- function(result, handle) {
 }
 
 readAnswer <- function(handle) {
-  withCallingHandlers(checked(hub_read(handle$pointer), handle), error = unreadable)
+  answer <- withCallingHandlers(checked(hub_read(handle$pointer), handle), error = unreadable)
+  if (is.null(answer$node)) return(asParallels(answer))
+  answer$value <- asParallels(answer$value)
+  answer
+}
+
+# An error is its text alone there. Ours come with the condition.
+asParallels <- function(answer) {
+  if (isFALSE(answer$success)) attr(answer$value, "condition") <- NULL
+  answer
 }
 
 # The errors that are raised while an answer is received, other than our own, are those of reading

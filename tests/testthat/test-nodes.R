@@ -156,6 +156,11 @@ test_that("messages to a node are answered in the order they were sent", {
     got <- lapply(1:50, function(k) parallel:::recvData(cl[[3]]))
     list(sapply(got, `[[`, "tag"), lengths(lapply(got, `[[`, "value")), clusterEvalQ(cl[3], rm(count)))
   })
+  # An error is its text, and nothing else.
+  expect_same_value({
+    for (i in 1:2) parallel:::sendCall(cl[[i]], function() stop("no"), list(), tag = 1)
+    list(parallel:::recvResult(cl[[1]]), parallel:::recvOneResult(cl))
+  })
   # Answers of one node do not wait for another node.
   expect_same_value({
     parallel:::sendCall(cl[[1]], function() {
