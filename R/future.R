@@ -273,6 +273,10 @@ collect <- function(future) {
     future$.signaledConditions <- NULL
     future$result <- result
     future$state <- "finished"
+  } else if (inherits(result, "FutureLaunchError")) {
+    # Newer versions say so themselves if a worker could not begin, as without a package.
+    future$result <- result
+    future$state <- "failed"
   } else {
     why <- if (inherits(result, "condition")) conditionMessage(result) else "its worker sent something else than a result"
     label <- if (is.null(future$label)) "<none>" else future$label

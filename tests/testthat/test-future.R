@@ -45,6 +45,11 @@ test_that("values, errors, output and conditions are those of multisession", {
   })
   expect_same_future(function() future::value(future::future(toTitleCase("a b"), packages = "tools")))
   expect_same_future(function() future::value(future::future(class(future::plan())[1:2])))
+  # The message has the worker's pid in it.
+  kind <- expect_same_future(function() tryCatch(
+    future::value(future::future(1, packages = "notThere")), error = function(e) class(e)
+  ))
+  expect_true("error" %in% kind$value)
 })
 
 test_that("creating waits only when all workers are busy, and resolved() never", {
