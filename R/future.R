@@ -11,6 +11,7 @@
 #' their workers is as with [clusterSubmit()]; what `clusterExport()` has put there stays. Nested futures are
 #' sequential, unless the plan says otherwise. A future that is lost with its worker is tried again, as often
 #' as `retries` of the cluster says; then it is a `FutureError` that tells how its workers ended.
+#' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture}, the last with `%dopar%` and `%dofuture%`, work over it.
 #'
 #' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works too, but `resolved()` waits
 #' there, and progress comes at the end.
@@ -283,6 +284,10 @@ collect <- function(future) {
     future$.signaledConditions <- NULL
     future$result <- result
     future$state <- "finished"
+  } else if (inherits(result, "FutureLaunchError")) {
+    # Newer versions say so themselves if a worker could not begin, as without a package.
+    future$result <- result
+    future$state <- "failed"
   } else {
     why <- if (inherits(result, "condition")) conditionMessage(result) else "its worker sent something else than a result"
     label <- if (is.null(future$label)) "<none>" else future$label

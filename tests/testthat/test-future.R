@@ -45,6 +45,11 @@ test_that("values, errors, output and conditions are those of multisession", {
   })
   expect_same_future(function() future::value(future::future(toTitleCase("a b"), packages = "tools")))
   expect_same_future(function() future::value(future::future(class(future::plan())[1:2])))
+  # The message has the worker's pid in it.
+  kind <- expect_same_future(function() tryCatch(
+    future::value(future::future(1, packages = "notThere")), error = function(e) class(e)
+  ))
+  expect_true("error" %in% kind$value)
 })
 
 test_that("creating waits only when all workers are busy, and resolved() never", {
@@ -175,6 +180,52 @@ test_that("future.apply and furrr work over it", {
   if (requireNamespace("furrr", quietly = TRUE)) {
     expect_equal(furrr::future_map_dbl(1:5, function(i) i * 2), 1:5 * 2)
   }
+})
+
+test_that("doFuture's loops are those of multisession, also when a worker is lost", {
+  skip_if_not_installed("foreach")
+  skip_if_not_installed("doFuture")
+  foreach <- foreach::foreach
+  `%dopar%` <- foreach::`%dopar%`
+  `%:%` <- foreach::`%:%`
+  # Called by its name, it would have to be in Suggests, and Debian does not have it.
+  getExportedValue("doFuture", "registerDoFuture")()
+  on.exit(foreach::registerDoSEQ())
+  y <- 5
+  expect_same_future(function() {
+    add <- function(x) x + y
+    foreach(i = 1:7, .combine = c) %dopar% add(i)
+  })
+  expect_same_future(function() foreach(i = 1:3, .combine = rbind) %:% foreach(j = 1:2, .combine = c) %dopar% (10 * i + j))
+  expect_same_future(function() foreach(x = c("a b", "c d"), .packages = "tools") %dopar% toTitleCase(x))
+  expect_same_future(function() foreach(i = 1:4) %dopar% {
+    cat("out", i, "\n")
+    warning("warned ", i)
+    if (i == 3) stop("wrong")
+    i
+  })
+  expect_same_future(function() foreach(i = 1:4, .combine = c, .errorhandling = "remove") %dopar% {
+    if (i == 3) stop("wrong")
+    i
+  })
+  if (requireNamespace("doRNG", quietly = TRUE)) {
+    `%dorng%` <- doRNG::`%dorng%`
+    expect_same_future(function() {
+      RNGkind("default", "default", "default")
+      foreach(i = 1:4, .options.RNG = 1) %dorng% stats::runif(2)
+    })
+  }
+  cl <- local_cluster(2)
+  local_plan(cluster_rust, workers = cl)
+  flag <- tempfile()
+  expect_warning(
+    squares <- foreach(i = 1:6, .combine = c) %dopar% {
+      if (i == 5 && dir.create(flag, showWarnings = FALSE)) tools::pskill(Sys.getpid(), 9)
+      i^2
+    },
+    "killed by signal 9 \\(SIGKILL\\); the call is tried again"
+  )
+  expect_equal(squares, (1:6)^2)
 })
 
 test_that("future's own cluster plan gives right answers with our nodes", {
