@@ -19,7 +19,7 @@
 #' An expression has the workers' random numbers.
 #'
 #' What a call sends is held here, serialized, until a worker has it, for each call anew: what is large and
-#' used by many calls is better put on the workers once, by [clusterExport()], and not sent with them.
+#' used by many calls is better put on the workers once, by [clusterExport()], and found there by `get("x")`.
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
 #'   \pkg{parallel}'s `setDefaultCluster()` has set.
