@@ -24,7 +24,7 @@
 clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   cl <- theCluster(cl)
   FUN <- match.fun(FUN)
-  refuseUnknown(...names(), names(formals(args(FUN))))
+  refuseUnknown("clusterLapplyAsync", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
   seed <- streamsOf(.seed, n)

@@ -124,7 +124,8 @@
 #' the end an error of class `rustcluster_task_failed` is raised, with fields `index`
 #' (integer, which of the tasks that were sent: of [parallel::parLapply()] and its
 #' kind, which chunk of the elements), `losses` (a list of conditions),
-#' `results` (a list of the results of all tasks, `NULL` for those that have none) and
+#' `results` (a list of the results of all tasks, `NULL` for those that have none, and the text of its error,
+#' of class `"try-error"`, for one that R code ended) and
 #' `failures` (all errors of this kind). `rustcluster_timeout` has these fields, too.
 #' If a task before it failed with an error of its own, \pkg{parallel} raises that
 #' instead. Errors of R code are results, and never tried again. So is a jump to R's top level, which ends a
@@ -374,9 +375,8 @@ agentPids <- function(cl) {
 }
 
 clusterHandle <- function(cl) {
-  if (!inherits(cl, "RustCluster") || !length(cl)) {
-    badArgument("cl", "must be a cluster made by makeRustCluster()")
-  }
+  if (!inherits(cl, "RustCluster")) badArgument("cl", "must be a cluster made by makeRustCluster()")
+  if (!length(cl)) badArgument("cl", "has no nodes: if all workers are gone, make another by makeRustCluster()")
   cl[[1L]][["handle"]]
 }
 

@@ -20,7 +20,17 @@ badArgument <- function(argument, ...) {
 tailText <- function(heading, text) {
   text <- sub("[[:space:]]+$", "", if (is.null(text)) "" else text)
   if (!nzchar(text)) return("")
-  lines <- utils::tail(strsplit(text, "\n", fixed = TRUE)[[1]], 20L)
+  lines <- strsplit(text, "\n", fixed = TRUE)[[1L]]
+  crash <- grep("^ \\*\\*\\* caught ", lines)
+  if (length(crash)) {
+    # R tells the innermost calls first, and at the end those that are ours.
+    lines <- lines[-seq_len(max(crash) - 1L)]
+    ours <- grep("^ *[0-9]+: (tryCatch\\(|do[.]call\\(fun, args|eval\\(expr, envir\\)|worker_serve\\()", lines)
+    lines <- utils::head(if (length(ours)) lines[seq_len(ours[[1L]] - 1L)] else lines, 20L)
+  } else {
+    lines <- utils::tail(lines, 20L)
+  }
+  lines <- substr(lines, 1L, 500L)
   paste0("\n", heading, ":\n", paste0("  ", lines, collapse = "\n"))
 }
 
@@ -79,7 +89,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       if (identical(field("oom"), "TRUE")) outOfMemory(as.numeric(field("memory_available"))),
       if (identical(field("replaced"), "false")) {
-        "; no other takes its place: `cl[!is.na(clusterPids(cl))]` leaves it out"
+        "; no other takes its place: `cl[!is.na(clusterPids(cl))]` leaves it out, if others are left"
       },
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; a fresh one has taken its place",
       if (!is.null(field("again"))) {
@@ -91,7 +101,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason, if (isTRUE(handle$reconnect)) "; it is tried again until it is back, and " else "; ",
-      "`cl[!is.na(clusterPids(cl))]` leaves its nodes out"
+      "`cl[!is.na(clusterPids(cl))]` leaves its nodes out, if others are left"
     ),
     timeout = paste0(
       tasks, " took longer than its ",

@@ -12,10 +12,11 @@ taskEnded <- function(failure, handle) {
 }
 
 taskLost <- function(task, failure, handle) {
-  loss <- failureCondition(failure, handle)
+  none <- handle$retries == 0
+  loss <- failureCondition(c(failure, again = if (none) FALSE), handle)
   losses <- c(handle$losses[[task]], list(loss))
   number <- as.numeric(task)
-  if (inherits(loss, "rustcluster_stopped") || handle$retries == 0) return(giveUp(number, loss, handle))
+  if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(number, loss, handle))
   again <- length(losses) <= handle$retries
   if (again) {
     sent <- hub_try_again(handle$pointer, number)
@@ -49,20 +50,14 @@ taskFailed <- function(failure, handle) {
 }
 
 quarantined <- function(index, losses, what = "task") {
-  others <- paste0(
-    "; the results of the others are in the condition, as `results`: ",
-    "tryCatch(..., rustcluster_task_failed = function(e) e$results)"
-  )
-  rustclusterCondition(
-    "task_failed", lostText(paste(what, index), losses, others), index = index, losses = losses
-  )
+  rustclusterCondition("task_failed", lostText(paste(what, index), losses), index = index, losses = losses)
 }
 
 # Of what is given up, after these losses.
-lostText <- function(what, losses, others = "") {
+lostText <- function(what, losses) {
   times <- if (length(losses) == 1L) "once" else paste(length(losses), "times")
   paste0(
-    what, " was lost with its worker ", times, " and is not tried again", others, ". Its losses:\n",
+    what, " was lost with its worker ", times, " and is not tried again. Its losses:\n",
     paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
   )
 }
@@ -102,17 +97,24 @@ as.character.rustcluster_failure <- function(x, ...) {
 }
 
 raiseTaskFailure <- function(first, values) {
-  failed <- vapply(values, inherits, NA, "rustcluster_failure")
+  ours <- vapply(values, inherits, NA, "rustcluster_failure")
+  # Others have an error of their own, which is their result.
+  failed <- vapply(values, inherits, NA, "snow-try-error")
   condition <- attr(first, "condition")
-  condition$failures <- lapply(values[failed], attr, "condition")
+  condition$failures <- lapply(values[ours], attr, "condition")
   condition$results <- values
-  condition$results[failed] <- list(NULL)
+  condition$results[ours] <- list(NULL)
   others <- sum(failed) - 1L
-  if (others) {
-    condition$message <- paste0(
-      condition$message, "\n(and ", others, ngettext(others, " other", " others"), " failed)"
-    )
-  }
+  condition$message <- paste0(
+    condition$message,
+    if (others) paste0("\n(and ", others, ngettext(others, " other", " others"), " failed)"),
+    if (!all(failed)) {
+      paste0(
+        "\nThe results of the others are in the condition, as `results`: tryCatch(..., ", class(condition)[[1L]],
+        " = function(e) e$results)"
+      )
+    }
+  )
   stop(condition)
 }
 

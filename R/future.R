@@ -14,7 +14,7 @@
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture}, the last with `%dopar%` and `%dofuture%`, work over it.
 #'
 #' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works too, but `resolved()` waits
-#' there, and progress comes at the end.
+#' there, which versions of future before 1.40 warn of, and progress comes at the end.
 #'
 #' @param ... Further arguments of \pkg{future}'s.
 #' @param workers A cluster made by [makeRustCluster()]. Or what that takes as its `spec`, such as a number:

@@ -75,7 +75,7 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
     condition <- failureCondition(failure, handle)
     values <- lapply(tasks, function(task) failureValue(condition))
   } else {
-    loss <- failureCondition(failure, handle)
+    loss <- failureCondition(c(failure, again = if (lossEnds) FALSE), handle)
     loss$tasks <- tasks
     # Which of several has ended it is not known.
     if (length(tasks) > 1L) loss$index <- NULL

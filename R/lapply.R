@@ -1,7 +1,8 @@
 #' Apply a function over a list on a cluster, with more to be had
 #'
 #' As [base::lapply()], on the workers of a cluster made by [makeRustCluster()]: elements are begun in
-#' order by whoever is free, short ones cross together.
+#' order by whoever is free, short ones cross together. What `FUN` prints, and its messages and warnings, stay on
+#' the workers (see `outfile` of [makeRustCluster()]); those of futures are relayed ([cluster_rust]).
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
 #'   \pkg{parallel}'s `setDefaultCluster()` has set.
@@ -9,7 +10,8 @@
 #' @param FUN (function) What to call with each element, or the name of it.
 #' @param ... Further arguments of `FUN`, the same for all.
 #' @param .progress (logical) Whether to show a bar with the elements done, their rate, the workers that
-#'   are busy and the time that is left. Default: option `rustcluster.progress`.
+#'   are busy and the time that is left, if it takes longer than two seconds or so. Default: option
+#'   `rustcluster.progress`.
 #' @param .seed (logical or integer) With a number, each element has a stream of random numbers of its
 #'   own, of L'Ecuyer's generator ([parallel::nextRNGStream()], from `set.seed(.seed)` on), so that
 #'   the results do not depend on the workers, their number, retries or `.order`. `TRUE` takes the number
@@ -23,7 +25,8 @@
 #'   as often as `retries` of the cluster. `0`: a loss is an error at once, unless `.errors` is `"return"`.
 #' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.
 #'   With the longest first, the end is even. Results are in the order of `X` all the same.
-#' @param .onResult (function) Is called here with an element's number and result as soon as it is known.
+#' @param .onResult (function) Is called here with an element's number and result as soon as it is known. For
+#'   elements that have failed only if `.errors` is `"return"`.
 #' @param .errors (character) `"finish"`: an error of an element's is raised when all others are done,
 #'   as with \pkg{parallel}; `"stop"`: at once, and what has not ended is cancelled; `"return"`: it is
 #'   the element's result, of class `"try-error"`, whose text it is, with the condition as its attribute
@@ -32,7 +35,8 @@
 #' @return A list with the results, named as `X`.
 #' @section Errors:
 #' `rustcluster_element_failed`: errors of `FUN`'s. It has the fields `index` (of the first), `indices` (of
-#' all), `results` (a list; `NULL` for those) and `parent` (the first error itself). `rustcluster_task_failed`, `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
+#' all), `results` (a list; `NULL` for those) and `parent` (the first error itself). `rustcluster_task_failed`, `rustcluster_worker_lost` (with
+#' `.retries = 0`), `rustcluster_timeout`, `rustcluster_host_failed`, `rustcluster_busy`,
 #' `rustcluster_bad_argument`: see [makeRustCluster()].
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -50,15 +54,18 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   handle <- clusterHandle(cl)
   ranks <- distinctRanks(cl)
   FUN <- match.fun(FUN)
-  refuseUnknown(...names(), names(formals(args(FUN))))
+  refuseUnknown("clusterLapply", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
   if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
   if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
   if (is.null(.retries)) .retries <- handle$retries
   between(.retries, ".retries", "", 0, 1e6)
+  if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
   if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
-  .errors <- match.arg(.errors)
+  .errors <- tryCatch(match.arg(.errors), error = function(e) {
+    badArgument(".errors", "must be \"finish\", \"stop\" or \"return\"")
+  })
   if (!is.null(.order)) {
     whole <- is.numeric(.order) && length(.order) == n && isTRUE(all(sort(.order, na.last = TRUE) == seq_len(n)))
     if (!whole) badArgument(".order", "must have each number from 1 to ", n, " once")
@@ -69,8 +76,9 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   each <- if (!is.null(.onResult) || .errors == "stop") {
     function(fresh, values) {
       for (i in fresh) {
-        if (!is.null(.onResult)) .onResult(i, values[[i]])
-        if (.errors == "stop" && inherits(values[[i]], "try-error")) return(FALSE)
+        failed <- inherits(values[[i]], "snow-try-error")
+        if (!is.null(.onResult) && (!failed || .errors == "return")) .onResult(i, values[[i]])
+        if (failed && .errors == "stop") return(FALSE)
       }
     }
   }
@@ -85,12 +93,12 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustclu
   values
 }
 
-# Names with a dot are ours or `FUN`'s: others are mistyped.
-refuseUnknown <- function(given, known) {
+# Names with a dot are those of our function's arguments or `FUN`'s: others are mistyped.
+refuseUnknown <- function(ours, given, known) {
   unknown <- setdiff(grep("^[.]", given, value = TRUE), known)
   # What `FUN` passes on may have any name but ours.
   if ("..." %in% known) unknown <- unknown[tolower(unknown) %in% tolower(names(formals(clusterLapply)))]
-  if (length(unknown)) badArgument(unknown[[1L]], "is an argument neither of clusterLapply() nor of `FUN`")
+  if (length(unknown)) badArgument(unknown[[1L]], "is an argument neither of ", ours, "() nor of `FUN`")
 }
 
 raiseFailed <- function(job) {

@@ -16,7 +16,8 @@
 #' the call takes, the others into an environment of its own: nothing of what was sent is left behind; what
 #' the expression itself assigns elsewhere is. Packages of which `expr` uses something and that are attached
 #' here are attached there.
-#' An expression has the workers' random numbers.
+#' An expression has the workers' random numbers. What it prints, and its messages and warnings, stay on the
+#' worker (see `outfile` of [makeRustCluster()]); those of futures are relayed ([cluster_rust]).
 #'
 #' What a call sends is held here, serialized, until a worker has it, for each call anew: what is large and
 #' used by many calls is better put on the workers once, by [clusterExport()], and found there by `get("x")`.
@@ -89,6 +90,8 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   }
   if (!is.environment(.envir)) badArgument(".envir", "must be an environment")
   cl <- theCluster(cl)
+  unused <- setdiff(grep("^[.]", names(given), value = TRUE), all.names(expr))
+  if (length(unused)) badArgument(unused[[1L]], "is an argument of clusterSubmit() no more than a name in `expr`")
   used <- variablesOf(expr, .envir, names(given))
   args <- list(
     expr = expr, variables = c(given, used$variables), globals = used$globals,

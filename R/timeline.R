@@ -68,7 +68,7 @@ plot.RustCluster <- function(x, ...) {
 #'   were busy.
 #' @param col (character) Colours, with names.
 #' @param legend (logical) Whether to explain the colours.
-#' @param ... Of `plot()`: further arguments of [graphics::title()]. Of `print()`: not used.
+#' @param ... Of `plot()`: further arguments of [graphics::title()], such as `sub`. Of `print()`: not used.
 #' @details `plot()` draws a line for each worker, those of a host together, with its name at the side.
 #'   Intervals that have been put together are the paler the less of them was work. Losses are crosses
 #'   too, since they are mostly too short to be seen. It returns `x`, invisibly.

@@ -431,6 +431,7 @@ test_that("several such tasks, and errors of R beside them", {
   expect_rust_error(error, "task_failed")
   expect_s3_class(error$results[[4]], "try-error")
   expect_identical(error$results[-c(2, 4)], list(10, 30, 50, 60))
+  expect_match(conditionMessage(error), "and 1 other failed)\nThe results of the others are in", fixed = TRUE)
   # parallel raises the first.
   mixed <- global(function(i, poison) if (i == 1) stop("of R's") else poison(i, 2))
   error <- with_losses(caught(clusterApply(cl, 1:6, mixed, poison)))$value
@@ -795,6 +796,19 @@ test_that("the output that is cited is that of the task that was lost", {
     verb(cl, 1:3, function(i) cat("of an earlier task\n"))
     expect_identical(caught(verb(cl, 1, last))$stderr, "last words\n")
   }
+})
+
+test_that("a crash is told by the calls that led to it", {
+  cl <- local_cluster(1, retries = 0)
+  crash <- function(i) {
+    inner <- function() tools::pskill(Sys.getpid(), 11L)
+    inner()
+    Sys.sleep(60)
+  }
+  text <- conditionMessage(caught(clusterLapply(cl, 1, crash)))
+  expect_match(text, "element 1 is given up\nthe end of its output:\n   *** caught segfault ***", fixed = TRUE)
+  expect_match(text, "inner()", fixed = TRUE)
+  expect_no_match(text, "worker_serve|tryCatch")
 })
 
 test_that("nothing is left", {

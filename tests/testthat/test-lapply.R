@@ -37,10 +37,10 @@ test_that("wrong arguments", {
   expect_rust_error(error, "bad_argument")
   for (seed in list("a", NA, 1:2, 1.5, 1e10, Inf)) bad(".seed", .seed = seed)
   for (timeout in list(0, -1, NA, "1", NULL, 1:2)) bad(".timeout", .timeout = timeout)
-  for (retries in list(-1, NA, "1", 1:2)) bad(".retries", .retries = retries)
+  for (retries in list(-1, NA, "1", 1:2, 1.5)) bad(".retries", .retries = retries)
   for (progress in list(NA, 1, NULL)) bad(".progress", .progress = progress)
   bad(".onResult", .onResult = "print")
-  expect_error(clusterLapply(cl, 1:3, sqrt, .errors = "never"), "should be one of")
+  bad(".errors", .errors = "never")
   expect_rust_error(caught(clusterLapply(cl, 1:3, sqrt, .sed = 1)), "bad_argument")
   expect_rust_error(caught(clusterLapply(cl, 1:3, function(x, ...) x, .Seed = 1)), "bad_argument")
   expect_identical(clusterLapply(cl, 1:2, function(x, .by, ...) x * .by, .by = 2, .id = 1), list(2, 4))
@@ -243,19 +243,19 @@ test_that(".order and .onResult: all of them once, and in that order with one wo
     expect_identical(values, unname(got)[seen])
     if (length(part) == 1L) expect_identical(seen, order)
   }
-  # NULL is a result, an error is one too, and what comes after a loss.
+  # NULL is a result, an error is one too if it is asked for, and what comes after a loss.
   seen <- integer()
   kinds <- character()
-  error <- with_losses(caught(clusterLapply(cl, 1:300, global(function(i, poison) {
+  got <- with_losses(clusterLapply(cl, 1:300, global(function(i, poison) {
     if (i == 5) stop("five")
     if (i %% 2) NULL else poison(i, 100)
-  }), poison, .onResult = function(i, value) {
+  }), poison, .errors = "return", .onResult = function(i, value) {
     seen <<- c(seen, i)
     kinds[[i]] <<- class(value)[[1L]]
-  })))$value
+  }))$value
   expect_identical(sort(seen), 1:300)
   expect_identical(which(!kinds %in% c("NULL", "numeric")), c(5L, 100L))
-  expect_match(conditionMessage(error), "element 5 failed: five\n(and 1 other)", fixed = TRUE)
+  expect_identical(as.vector(got[[5]]), "five")
   # As soon as it is known: the last one waits for what is done here.
   mark <- tempfile()
   wait <- global(function(i, mark) {
@@ -305,6 +305,25 @@ test_that("what .onResult does: errors, the cluster's own calls, its end", {
   )
   expect_gone(pids[[1]])
   expect_identical(clusterLapply(cl[2], 1:9, square), squares(9))
+})
+
+test_that(".onResult gets an error only if errors are results", {
+  cl <- local_cluster(2)
+  fails <- global(function(i) if (i == 2) stop("the error") else i)
+  for (errors in c("finish", "stop", "return")) {
+    got <- list()
+    note <- function(i, value) got[[as.character(i)]] <<- value
+    result <- caught(clusterLapply(cl, 1:4, fails, .errors = errors, .onResult = note))
+    if (errors == "return") {
+      expect_null(result)
+      expect_s3_class(got[["2"]], "try-error")
+      expect_length(got, 4)
+    } else {
+      expect_match(conditionMessage(result), "element 2 failed: the error", fixed = TRUE)
+      expect_identical(unlist(got), unlist(sapply(names(got), as.integer)))
+      expect_null(got[["2"]])
+    }
+  }
 })
 
 test_that(".errors", {
