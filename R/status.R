@@ -17,7 +17,7 @@
 #'       task that was cancelled or took too long; `"restoring"`, when it takes the place of one that was
 #'       lost; `"lost"`; `"stopped"`; `"starting"`.}
 #'     \item{task, unit}{(integer) the number, in its job, of the task that it has; if it was sent several
-#'       together, of the first, and how many those are.}
+#'       together, of the first, and how many those are. `NA` for a call of [clusterSubmit()].}
 #'     \item{done}{(numeric) tasks that it has answered, with a value or an error, one for each message,
 #'       also of `clusterExport()` and `clusterCall()`. Those that took too long, were cancelled or were lost
 #'       with it are not among them. The sum of `tasks` in [clusterTimeline()] is the same.}

@@ -66,7 +66,7 @@ plot.RustCluster <- function(x, ...) {
 #' @param xlim (numeric) From when to when, in seconds; default: from the first interval to the last.
 #' @param main (character) The title; default: how many workers there are, and what part of the time they
 #'   were busy.
-#' @param col (character) Colours, with names.
+#' @param col (character) Four colours, named `busy`, `idle`, `transfer` and `lost`.
 #' @param legend (logical) Whether to explain the colours.
 #' @param ... Of `plot()`: further arguments of [graphics::title()], such as `sub`. Of `print()`: not used.
 #' @details `plot()` draws a line for each worker, those of a host together, with its name at the side.

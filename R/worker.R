@@ -106,7 +106,7 @@ aborted <- function(signaled) {
       "stop() was called with a condition that is no error, of class ", sQuote(class(signaled)[[1L]]), ": ", text
     )
   } else {
-    "it was ended by a jump to R's top level, as invokeRestart(\"abort\") makes it"
+    "the task was ended by a jump to R's top level, as invokeRestart(\"abort\") makes it"
   }
   rustclusterCondition("aborted", how, parent = if (stopped) signaled)
 }
