@@ -4,6 +4,7 @@ library(testthat)
 library(rustcluster)
 arguments <- commandArgs(TRUE)
 only <- if (length(arguments) > 1L) paste0("^(", paste(arguments[-1L], collapse = "|"), ")$")
+options(testthat.summary.max_reports = Inf)
 results <- as.data.frame(test_dir("tests/testthat", filter = only, reporter = "summary", stop_on_failure = FALSE,
                                   load_package = "none"))
 counts <- function(results) {
