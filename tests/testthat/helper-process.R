@@ -203,8 +203,9 @@ stop_quietly <- function(cl) {
 #
 # The child is started through a shell that outlives it and writes down its
 # exit status: R has no way to start a process in the background and to ask
-# for its status later.
-start_child <- function(code, values = list(), prefix = "exec",
+# for its status later. What a shell starts so ignores SIGINT, and from 4.6 on R
+# leaves it at that: hence env.
+start_child <- function(code, values = list(), prefix = "exec env --default-signal=INT",
                         env = character(), args = character(),
                         attach = TRUE, prelude = "", public = FALSE,
                         .frame = parent.frame()) {

@@ -31,7 +31,7 @@ expect_same_loop <- function(expr, ..., fails = FALSE) {
         paste(deparse(expr), collapse = "\n"), " differs\nPSOCK:\n", describe_outcome(want),
         "\n", name, ":\n", describe_outcome(got[[name]])
       )
-    })
+    } else "")
   }
   failed <- !is.null(want$result$message)
   expect(failed == fails, paste0(deparse(expr)[[1L]], if (failed) " failed: " else " did not fail", want$result$message))

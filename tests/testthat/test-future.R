@@ -228,17 +228,25 @@ test_that("doFuture's loops are those of multisession, also when a worker is los
   expect_equal(squares, (1:6)^2)
 })
 
-test_that("future's own cluster plan gives right answers with our nodes", {
-  cl <- local_cluster(3)[2:3]
-  local_plan(future::cluster, workers = cl)
-  # Where it says that it waits: our nodes have no connections.
-  suppressWarnings({
-    fs <- lapply(1:5, function(i) future::future(i^2))
-    values <- future::value(fs)
-  })
-  expect_equal(values, as.list((1:5)^2))
-  fs <- lapply(1:2, function(i) future::future(Sys.getpid()))
-  expect_setequal(unlist(suppressWarnings(future::value(fs))), clusterPids(cl))
+test_that("future's own cluster plan gives right answers with our nodes, and with a part of them", {
+  cl <- local_cluster(3)
+  pids <- unlist(clusterCall(cl, Sys.getpid))
+  old <- future::plan()
+  on.exit(future::plan(old), add = TRUE, after = FALSE)
+  for (nodes in list(1:3, 1:2, 3L, 2:1)) {
+    future::plan(future::cluster, workers = cl[nodes])
+    expect_equal(future::nbrOfWorkers(), length(nodes))
+    # Where it says that it waits: our nodes have no connections.
+    suppressWarnings({
+      fs <- lapply(1:5, function(i) future::future(list(i^2, Sys.getpid())))
+      values <- future::value(fs)
+    })
+    expect_equal(lapply(values, `[[`, 1), as.list((1:5)^2))
+    expect_setequal(vapply(values, `[[`, 0L, 2), pids[nodes])
+    expect_equal(future::nbrOfFreeWorkers(), length(nodes))
+  }
+  # What future has made of it leaves the cluster itself as it was.
+  expect_equal(unlist(clusterCall(cl, Sys.getpid)), pids)
 })
 
 test_that("nothing is left", {

@@ -22,6 +22,31 @@ test_that("each kind of call returns within a second, and the next one is right"
   expect_equal(clusterPids(cl), pids)
 })
 
+test_that("workers heed interrupts, however they and their head were started", {
+  skip_unless_proc()
+  # Without env, SIGINT is ignored, as in what a script starts in the background: from 4.6 on, R leaves it
+  # at that.
+  for (prefix in c("exec env --default-signal=INT", "exec")) {
+    child <- start_child({
+      for (start in c("fork", "spawn")) {
+        cl <- makeRustCluster(2, start = start)
+        pids <- clusterPids(cl)
+        # A time limit interrupts as Ctrl-C does, and reaches a head that ignores that.
+        setTimeLimit(elapsed = 1, transient = TRUE)
+        tryCatch(clusterCall(cl, function() repeat NULL), error = function(e) say(start, conditionMessage(e)))
+        setTimeLimit()
+        clusterCall(cl, identity, 1)
+        say(start, if (identical(clusterPids(cl), pids)) "the same" else "others")
+        stopCluster(cl)
+      }
+    }, prefix = prefix)
+    expect_child_ends_well(child)
+    expect_equal(child_lines(child), paste(
+      rep(c("fork", "spawn"), each = 2), c("reached elapsed time limit", "the same")
+    ))
+  }
+})
+
 test_that("no answer of an interrupted call is taken for one of the next", {
   cl <- local_cluster(2)
   set.seed(1)

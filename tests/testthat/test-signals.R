@@ -9,13 +9,13 @@ watch_processes()
 signals <- c(SIGTERM = tools::SIGTERM, SIGHUP = tools::SIGHUP, SIGKILL = tools::SIGKILL)
 
 # A head with an idle and a busy worker; what it has started is said.
-start_head <- function(prefix = "exec", .frame = parent.frame()) {
+start_head <- function(.frame = parent.frame()) {
   child <- start_child({
     cl <- makeRustCluster(2)
     parallel:::sendCall(cl[[1L]], function() repeat NULL, list())
     say("pids", paste(c(agentPids(cl), clusterPids(cl)), collapse = " "))
     Sys.sleep(300)
-  }, prefix = prefix, .frame = .frame)
+  }, .frame = .frame)
   child_wait_for(child, "pids")
   child
 }

@@ -87,11 +87,12 @@ pub fn start(
             None => command.env_remove(name),
         };
     }
-    // SAFETY: setsid and pthread_sigmask are async-signal-safe. setsid cannot fail in a fresh fork.
+    // SAFETY: setsid, pthread_sigmask and signal are async-signal-safe. setsid cannot fail in a
+    // fresh fork.
     unsafe {
         command.pre_exec(|| {
             libc::setsid();
-            signals::unblock_all();
+            signals::reset();
             Ok(())
         });
     }

@@ -41,9 +41,13 @@ pub fn with_all_blocked<T>(start: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Blocks no signal: for a process that was started from a thread that blocks all.
-pub fn unblock_all() {
+/// In a process that is about to become another program: blocks no signal, as the thread that has
+/// started it blocks all, and does not ignore SIGINT, which R from 4.6 on leaves at that. The agent
+/// ignores it, and so does a head that a script has started in the background.
+pub fn reset() {
     mask(libc::SIG_SETMASK, &set_of(&[]));
+    // SAFETY: SIG_DFL is a valid disposition.
+    unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
 }
 
 /// Keeps SIGINT pending instead of letting R handle it.

@@ -235,13 +235,13 @@ pub fn spawn(start: &Start, worker: u32, shares: bool) -> io::Result<Made> {
         .stdout(Stdio::from(output_end.try_clone()?))
         .stderr(Stdio::from(output_end))
         .process_group(0);
-    // SAFETY: between fork and exec only prctl, getppid, nice, pthread_sigmask and _exit are
-    // called, which are async-signal-safe.
+    // SAFETY: between fork and exec only prctl, getppid, nice, pthread_sigmask, signal and
+    // _exit are called, which are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
             sys::die_with_parent(parent);
             sys::renice(renice);
-            signals::unblock_all();
+            signals::reset();
             Ok(())
         });
     }
