@@ -247,22 +247,26 @@ submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record
 }
 
-# The call has ended: `state` is "done", "failed" or "cancelled", `result` its value or condition.
+# The call has ended: `state` is "done", "failed" or "cancelled", `result` its value or condition. The hub
+# forgets it, all or nothing of which is done: what the hub has forgotten must not be open here.
 endCall <- function(record, state, result) {
-  records <- recordsOf(record$handle)
-  if (!is.null(records)) {
-    # Not ls(), which sorts: there may be many thousands.
-    name <- format(record$task, scientific = FALSE)
-    if (exists(name, records, inherits = FALSE)) rm(list = name, envir = records)
-    if (!length(records)) rm(list = record$handle$id, envir = openCalls)
-  }
-  record$result <- result
-  record$state <- state
-  record$took <- proc.time()[["elapsed"]] - record$began
-  record$message <- NULL
-  waiters <- record$waiters
-  record$waiters <- list()
-  for (waiter in waiters) waiter(state, result)
+  suspendInterrupts({
+    record$result <- result
+    record$state <- state
+    record$took <- proc.time()[["elapsed"]] - record$began
+    record$message <- NULL
+    call_forget(record$handle$pointer, record$task)
+    records <- recordsOf(record$handle)
+    if (!is.null(records)) {
+      # Not ls(), which sorts: there may be many thousands.
+      name <- format(record$task, scientific = FALSE)
+      if (exists(name, records, inherits = FALSE)) rm(list = name, envir = records)
+      if (!length(records)) rm(list = record$handle$id, envir = openCalls)
+    }
+    waiters <- record$waiters
+    record$waiters <- list()
+    for (waiter in waiters) waiter(state, result)
+  })
 }
 
 # Looks whether the call has ended, and decides on it if it was lost: see tellCallLosses().
@@ -282,7 +286,6 @@ lookAt <- function(record) {
 unwoundCall <- function(record, token) {
   withCallingHandlers(unwound(token), error = function(e) {
     if (record$state != "open") return()
-    call_forget(record$handle$pointer, record$task)
     endCall(record, "failed", rustclusterCondition(
       "protocol", paste0("the answer to a call could not be read: ", conditionMessage(e)), parent = e
     ))
@@ -292,7 +295,6 @@ unwoundCall <- function(record, token) {
 answered <- function(record, answer) {
   value <- answer$value
   takeAsides(record)
-  call_forget(record$handle$pointer, record$task)
   if (inherits(value, "rustcluster_raised")) return(endCall(record, "failed", value$error))
   if (isTRUE(answer$success)) return(endCall(record, "done", value$value))
   # It was not R code of the call's own: its value could not be sent, say.
@@ -303,10 +305,7 @@ callEnded <- function(record, failure) {
   handle <- record$handle
   condition <- failureCondition(c(failure, tasks = record$what, index = NA), handle)
   condition$index <- NULL
-  failed <- function(condition) {
-    call_forget(handle$pointer, record$task)
-    endCall(record, "failed", condition)
-  }
+  failed <- function(condition) endCall(record, "failed", condition)
   if (failure[["kind"]] == "timeout") return(failed(condition))
   if (handle$stopped || failure[["kind"]] == "stopped" || handle$retries == 0) {
     if (handle$stopped) condition <- failureCondition(c(kind = "stopped"), handle)
@@ -356,11 +355,15 @@ lookAtCalls <- function(handle) {
   tasks <- calls_to_look_at(handle$pointer)
   if (typeof(tasks) != "double") return(invisible())
   records <- recordsOf(handle)
+  looked <- FALSE
+  # An interrupt, or an answer that cannot be read: the others are not to wait until another call ends.
+  on.exit(if (!looked && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
   for (task in tasks) {
     record <- records[[format(task, scientific = FALSE)]]
     # Whoever was interrupted in sending it has no record of it.
     if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
   }
+  looked <- TRUE
   tellCallLosses(handle)
   invisible()
 }
@@ -419,8 +422,11 @@ cancelCall <- function(record) {
   if (record$state != "open") return(FALSE)
   lookAt(record)
   if (record$state != "open") return(FALSE)
-  checked(call_forget(record$handle$pointer, record$task), record$handle)
-  endCall(record, "cancelled", rustclusterCondition("cancelled", "the call was cancelled"))
+  # Not where it would be another process's call.
+  suspendInterrupts({
+    checked(call_forget(record$handle$pointer, record$task), record$handle)
+    endCall(record, "cancelled", rustclusterCondition("cancelled", "the call was cancelled"))
+  })
   TRUE
 }
 
@@ -428,9 +434,9 @@ cancelCall <- function(record) {
 dropCall <- function(envir) {
   record <- envir$record
   if (record$state != "open" || length(record$waiters)) return()
-  if (is.null(call_forget(record$handle$pointer, record$task))) {
-    endCall(record, "cancelled", NULL)
-  }
+  suspendInterrupts({
+    if (is.null(call_forget(record$handle$pointer, record$task))) endCall(record, "cancelled", NULL)
+  })
 }
 
 #' @export

@@ -96,9 +96,11 @@ caught <- function(expr, failed) {
 
 # `signaled`: the last condition that nobody has caught.
 aborted <- function(signaled) {
+  # Text of any kind, and nothing of this may fail: the jump would end the worker.
   text <- if (!is.null(signaled)) tryCatch(conditionMessage(signaled), error = function(e) NULL)
   # What R says before it jumps because of it.
-  stopped <- is.character(text) && length(text) == 1L && grepl(text, geterrmessage(), fixed = TRUE)
+  says <- function() grepl(text, geterrmessage(), fixed = TRUE, useBytes = TRUE)
+  stopped <- is.character(text) && length(text) == 1L && isTRUE(tryCatch(says(), error = function(e) FALSE))
   # It has been said: the next one may be another.
   try(stop("-"), silent = TRUE)
   how <- if (stopped) {

@@ -149,6 +149,27 @@ test_that("losses are dealt with while the session is idle", {
   expect_length(seen$lost$losses, 3L)
 })
 
+test_that("an interrupt while promises are settled leaves none behind", {
+  cl <- local_cluster(2)
+  for (k in 1:5) {
+    n <- 0
+    for (i in 1:500) promises::then(promises::as.promise(clusterSubmit(cl, i, i = i)), function(value) n <<- n + 1)
+    end <- Sys.time() + 30
+    run <- function() while (n < 500 && Sys.time() < end) later::run_now(0.1)
+    # It is felt in a callback, where package later takes it, or between two.
+    interrupt_after(0.02 * k)
+    tryCatch(
+      {
+        run()
+        Sys.sleep(0.5)
+      },
+      interrupt = function(e) NULL
+    )
+    run()
+    expect_identical(n, 500)
+  }
+})
+
 test_that("cancelled and stopped calls are rejected", {
   cl <- makeRustCluster(1)
   note_processes(cl)

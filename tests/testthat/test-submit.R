@@ -210,6 +210,23 @@ test_that("an interrupt in value() loses nothing", {
   expect_equal(length(call$value()), 5e5)
 })
 
+test_that("an interrupt while many calls are read or cancelled leaves none open for ever", {
+  cl <- local_cluster(2)
+  for (way in c("value", "cancel")) {
+    for (k in 1:4) {
+      calls <- lapply(1:500, function(i) clusterSubmit(cl, i, i = i))
+      # All have ended, so that what is interrupted is what follows.
+      calls[[500]]$value()
+      interrupted(for (call in calls) call[[way]](), after = 0.01 * k)
+      states <- vapply(calls, function(call) {
+        tryCatch(call$value(), rustcluster_cancelled = function(e) NULL)
+        call$status()
+      }, "")
+      expect_true(all(states %in% c("done", "cancelled")))
+    }
+  }
+})
+
 test_that("a lost call is tried again, and given up in the end", {
   cl <- local_cluster(2)
   traps <- trap(1)

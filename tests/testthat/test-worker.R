@@ -447,7 +447,17 @@ test_that("a jump to the top level is the task's error, and its worker goes on",
     i
   })
   leave <- global(function(i) if (i == 2) invokeRestart("abort") else i)
-  fates <- list(list(custom, "no error, of class .custom.: no error"), list(leave, "top level"))
+  # Whatever is said before.
+  odd <- global(function(i) {
+    if (i != 2) return(i)
+    for (text in list(NA_character_, rawToChar(as.raw(c(0xff, 0xfe, 0x41))))) {
+      signalCondition(structure(class = c("custom", "condition"), list(message = text, call = NULL)))
+    }
+    invokeRestart("abort")
+  })
+  fates <- list(
+    list(custom, "no error, of class .custom.: no error"), list(leave, "top level"), list(odd, "top level")
+  )
   for (fate in fates) {
     error <- caught(parLapply(cl, 1:4, fate[[1]]))
     expect_match(conditionMessage(error), paste0("^one node produced an error: .*", fate[[2]]))

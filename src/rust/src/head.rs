@@ -1129,6 +1129,8 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         close_job(cluster, job as JobId);
+        // R was interrupted before it took it.
+        cluster.unread.set(None);
         let hub = cluster.hub.borrow();
         Ok(events(&hub))
     })
