@@ -285,6 +285,18 @@ test_that("elements are asked for once, and an error in that ends the call", {
     rustcluster::clusterApply(cl, x, class)
     expect_identical(asked, 30)
   }
+  # Also if they are lost with their worker.
+  work <- global(function(i, spring, trap) {
+    if (i == 15) spring(trap)
+    i
+  })
+  x <- structure(as.list(1:30), class = "asked")
+  asked <- 0
+  got <- with_losses(rustcluster::clusterApplyLB(cl, x, work, spring, trap()))
+  expect_identical(got$value, as.list(1:30))
+  expect_length(got$losses, 1)
+  expect_identical(asked, 30)
+  note_processes(cl)
   for (at in c(1, 7, 400)) {
     x <- structure(replace(as.list(1:500), at, "bad"), class = "asked")
     for (name in c("clusterApply", "clusterApplyLB")) {

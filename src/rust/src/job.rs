@@ -70,7 +70,8 @@ pub struct Job {
     ready: VecDeque<usize>,
     /// Places whose worker may still be at something else than what it is sent.
     unsure: Vec<bool>,
-    /// Elements that did not go with those before them, by their numbers: user code has made them, once.
+    /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
+    /// each, also if that comes back or is lost.
     held: HashMap<usize, Robj>,
     done: usize,
     /// Tasks whose result is an error, from 1.
@@ -709,6 +710,12 @@ impl Job {
                 status::note_error(cluster, on, value);
             }
         }
+        if !self.held.is_empty() {
+            for &at in sent.tasks.iter().take(count) {
+                let index = self.task(at);
+                self.held.remove(&index);
+            }
+        }
         taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let ended = Ended {
@@ -787,9 +794,6 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
                 if !fixed || long {
                     job.message.truncate(before);
                     gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
-                    if let Elements::Function(_) = job.elements {
-                        job.held.insert(index, Robj::from_sexp(element));
-                    }
                     Rf_unprotect(1);
                     return R_NilValue;
                 }
@@ -839,7 +843,14 @@ impl Job {
         unsafe {
             match self.held.get(&index) {
                 Some(element) => element.get(),
-                None => self.elements.get(index),
+                None => {
+                    let element = Rf_protect(self.elements.get(index));
+                    if let Elements::Function(_) = self.elements {
+                        self.held.insert(index, Robj::from_sexp(element));
+                    }
+                    Rf_unprotect(1);
+                    element
+                }
             }
         }
     }
@@ -896,7 +907,6 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
             unit::write_serialized(element, writing.sink);
         }
         Rf_unprotect(1);
-        job.held.remove(&writing.index);
         R_NilValue
     }
 }
@@ -993,6 +1003,7 @@ fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
             let index = job.task(position);
             // SAFETY: the list keeps it alive.
             unsafe { job.put(index, value.get()) };
+            job.held.remove(&index);
             job.done += 1;
         }
         job.settle(cluster, task, &tasks)?;
