@@ -39,7 +39,9 @@ cluster_rust <- structure(
   class = c("cluster_rust", "multiprocess", "future", "function"),
   init = TRUE,
   tweakable = "workers",
-  factory = function(workers = NULL, ...) futureBackend(workers, ...)
+  factory = function(workers = NULL, ...) futureBackend(workers, ...),
+  # The end of a plan. From 1.40 on, stopWorkers() is told of it, and knows whose cluster it is.
+  cleanup = function() if (!exists("launchFuture", asNamespace("future"))) stopPlanned()
 )
 
 # For future's own plan(cluster, workers = cl). It knows clusters by their names, which it makes of what is in
@@ -71,7 +73,7 @@ plannedCluster <- function(workers) {
     stopPlanned()
     planned$cl <- clusterFor(workers)
     planned$spec <- workers
-    # Versions before 1.40 end with a plan what is registered here, and nothing else.
+    # Versions before 1.34 end with a plan what is registered here, and nothing else.
     registry <- get0("ClusterRegistry", asNamespace("future"))
     if (!is.null(registry)) assign("cluster", planned$cl, environment(registry))
   }
