@@ -115,11 +115,12 @@ findVerbs <- function(namespace = topenv()) {
   below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
   below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
   below$gets <- parallels$gets
+  below$splitIndices <- cutIndices
+  below$splitList <- rebound("splitList", below)
   names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",
              "parLapplyLB", "parSapply", "parSapplyLB", "parApply", "parRapply", "parCapply")
   for (name in names) {
-    verb <- get(name, theirs)
-    environment(verb) <- below
+    verb <- rebound(name, below)
     assign(name, verb, below)
     assign(name, verb, namespace)
   }
@@ -130,6 +131,23 @@ findVerbs <- function(namespace = topenv()) {
   formals(free) <- formals(parallels$chunked)
   below$parLapplyLB <- free
   assign("parLapplyLB", free, namespace)
+}
+
+# parallel's function of this name, which finds ours before parallel's.
+rebound <- function(name, below) {
+  theirs <- get(name, parent.env(below))
+  environment(theirs) <- below
+  theirs
+}
+
+# The same as parallel's splitIndices() gives, whose cut() and split() look at each index: a tenth of
+# the time of a parLapply() over 1e5 short elements.
+cutIndices <- function(nx, ncl) {
+  if (ncl < 2L || nx < 2L) return(parallel::splitIndices(nx, ncl))
+  fuzz <- min((nx - 1L) / 1000, 0.4 * nx / ncl)
+  breaks <- floor(seq(1 - fuzz, nx + fuzz, length.out = ncl + 1L))
+  breaks <- as.integer(pmin(pmax(breaks, 0), nx))
+  lapply(seq_along(breaks)[-1L], function(k) breaks[[k - 1L]] + seq_len(breaks[[k]] - breaks[[k - 1L]]))
 }
 
 # The body of parLapplyLB(), with its arguments.

@@ -161,6 +161,17 @@ test_that("parLapply and parLapplyLB", {
   expect_same_value(parLapplyLB(cl, list(), identity))
 })
 
+test_that("chunks are those of parallel", {
+  set.seed(1)
+  for (nx in c(0:40, 99:101, 1000, 2001, sample(1e5, 20))) {
+    for (ncl in c(0:45, 100, 320, sample(2000, 5))) {
+      ours <- rustcluster:::cutIndices(nx, ncl)
+      if (!identical(ours, parallel::splitIndices(nx, ncl))) fail(sprintf("%d by %d", nx, ncl))
+    }
+  }
+  succeed()
+})
+
 test_that("parSapply and parSapplyLB", {
   expect_same_value(parSapply(cl, 1:10, function(i) i^2))
   expect_same_value(parSapply(cl, letters, toupper))

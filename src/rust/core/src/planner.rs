@@ -36,9 +36,11 @@ const COST_OF_ALL: f64 = 4.0;
 /// A unit should take so many times as long as a message to the worker and back.
 const ROUND_TRIPS: f64 = 2.0;
 
-/// Seconds that a unit should take at least: what it costs the head, the agent and the worker is taken
-/// from the cores that compute, if they are those of one machine.
+/// Seconds that a unit should take at least, and if tasks compute: what it costs the head, the agent
+/// and the worker, 0.4 ms where waking a process is slow, is then taken from the cores that compute,
+/// if they are those of one machine.
 const GRAIN: f64 = 0.002;
+const GRAIN_OF_COMPUTING: f64 = 0.02;
 
 /// A unit is sent ahead if a worker would be idle for more than this part of its time without it.
 const IDLE: f64 = 0.02;
@@ -317,7 +319,11 @@ impl Planner {
         let round_trip = self.places[place].round_trip.unwrap_or(0.0);
         let way = ROUND_TRIPS * round_trip;
         let work = COST.max(COST_OF_ALL * self.living as f64) * self.cost;
-        let enough = (way.max(work).max(GRAIN) / task).min(ANSWER / self.bytes.max(1.0));
+        let grain = match self.is_computing() {
+            true => GRAIN_OF_COMPUTING,
+            false => GRAIN,
+        };
+        let enough = (way.max(work).max(grain) / task).min(ANSWER / self.bytes.max(1.0));
         let fair = match self.assignment {
             Assignment::Free => {
                 let (len, living) = (self.queues[0].len(), self.living.max(1));
@@ -658,7 +664,7 @@ mod tests {
         (0..40).for_each(|place| planner.ended(place, ended, ms(8)));
         let units: Vec<Unit> = (0..40).filter_map(|at| planner.next(at, ms(8))).collect();
         assert_eq!(units.len(), 3);
-        assert!(units.iter().all(|unit| unit.tasks.len() == 5), "{units:?}");
+        assert!(units.iter().all(|unit| unit.tasks.len() == 50), "{units:?}");
     }
 
     proptest! {
