@@ -13,7 +13,8 @@
 #' @section Errors:
 #' `value()` raises, when all have ended, `rustcluster_element_failed` for errors of `FUN`'s, with the
 #' fields of [clusterLapply()] and `parent`, the error itself; for what was lost, took too long or was
-#' cancelled those of [clusterSubmit()], with a field `results`.
+#' cancelled those of [clusterSubmit()], with fields `results` and `indices` (of the elements of groups that
+#' have not ended).
 #' @examples
 #' cl <- makeRustCluster(2)
 #' squares <- clusterLapplyAsync(cl, 1:10, function(i) i^2)
@@ -108,7 +109,9 @@ callsResult <- function(records, groups, names, n) {
     }
   }
   if (!is.null(broken)) {
+    missing <- vapply(records, function(record) record$state != "done", NA)
     broken$result$results <- results
+    broken$result$indices <- unlist(groups[missing])
     return(list(state = broken$state, result = broken$result))
   }
   if (!length(errors)) return(list(state = "done", result = results))

@@ -47,7 +47,7 @@
 #' parallel::stopCluster(cl)
 #' @importFrom parallel getDefaultCluster
 #' @export
-clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = getOption("rustcluster.progress", FALSE),
+clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return")) {
   cl <- theCluster(cl)

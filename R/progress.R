@@ -1,7 +1,11 @@
 # What is shown of a job while it runs.
 
 wantsProgress <- function() {
-  isTRUE(getOption("rustcluster.progress"))
+  wanted <- getOption("rustcluster.progress", FALSE)
+  if (!isTRUE(wanted) && !isFALSE(wanted)) {
+    badArgument("rustcluster.progress", "is an option that must be TRUE or FALSE")
+  }
+  wanted
 }
 
 # Returns a function that brings the bar up to date. It ends with the frame that has called.

@@ -66,6 +66,7 @@ plot.RustCluster <- function(x, ...) {
 #' @param xlim (numeric) From when to when, in seconds; default: from the first interval to the last.
 #' @param main (character) The title; default: how many workers there are, and what part of the time they
 #'   were busy.
+#' @param xlab (character) What the axis shows; default: its unit.
 #' @param col (character) Four colours, named `busy`, `idle`, `transfer` and `lost`.
 #' @param legend (logical) Whether to explain the colours.
 #' @param ... Of `plot()`: further arguments of [graphics::title()], such as `sub`. Of `print()`: not used.
@@ -73,7 +74,7 @@ plot.RustCluster <- function(x, ...) {
 #'   Intervals that have been put together are the paler the less of them was work. Losses are crosses
 #'   too, since they are mostly too short to be seen. It returns `x`, invisibly.
 #' @export
-plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL,
+plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
                                       col = c(busy = "#2F6DB5", idle = "#E9EBEE", transfer = "#F0A30A",
                                               lost = "#C81D25"),
                                       legend = TRUE, ...) {
@@ -110,7 +111,8 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL,
                  tcl = -0.3, lwd = 0, lwd.ticks = 1)
   drawLabels(rows, sides, xlim)
   if (is.null(main)) main <- timelineTitle(x, rows, xlim)
-  graphics::title(main = main, xlab = paste(unit$name, "since the cluster was made"), adj = 0, ...)
+  if (is.null(xlab)) xlab <- paste(unit$name, "since the cluster was made")
+  graphics::title(main = main, xlab = xlab, adj = 0, ...)
   if (legend) {
     graphics::legend(
       graphics::grconvertX(1, "npc"), graphics::grconvertY(1, "npc"), xjust = 1, yjust = 0, horiz = TRUE,
