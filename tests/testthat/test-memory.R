@@ -12,7 +12,7 @@ test_that("a memory_limit that cannot be is a clear error", {
 })
 
 test_that("a task over the limit ends with R's error, and its worker goes on", {
-  skip_on_os(c("mac", "windows", "solaris"))
+  skip_unless_memory_limits()
   for (start in c("fork", "spawn")) {
     cl <- local_cluster(2, start = start, memory_limit = 512e6)
     pids <- clusterPids(cl)
@@ -41,7 +41,7 @@ test_that("a task over the limit ends with R's error, and its worker goes on", {
 })
 
 test_that("a worker that cannot cope with the limit is lost, as any other", {
-  skip_on_os(c("mac", "windows", "solaris"))
+  skip_unless_memory_limits()
   cl <- local_cluster(2, memory_limit = 200e6)
   # R itself may not: it is out of its smallest pieces when it is to make the error.
   error <- caught(suppressWarnings(clusterCall(cl[1], function() {

@@ -173,13 +173,17 @@ test_that("messages to a node are answered in the order they were sent", {
 })
 
 test_that("recvOneResult gives the first to answer, with its place in the cluster", {
+  # Each answers when it is let go.
   expect_same_value({
-    delays <- c(0.6, 0.05, 0.4, 0.2)
-    for (i in 1:4) parallel:::sendCall(cl[[i]], function(s) {
-      Sys.sleep(s)
-      s
-    }, list(delays[i]), tag = i)
-    lapply(1:4, function(k) parallel:::recvOneResult(cl))
+    gate <- tempfile(sprintf("gate-%d-", 1:4))
+    for (i in 1:4) parallel:::sendCall(cl[[i]], function(gate, value) {
+      while (!file.exists(gate)) Sys.sleep(0.005)
+      value
+    }, list(gate[i], i), tag = i)
+    lapply(c(2, 4, 3, 1), function(i) {
+      file.create(gate[i])
+      parallel:::recvOneResult(cl)
+    })
   })
   # The place is that in the part that was asked, not the rank.
   expect_same_value({
@@ -189,11 +193,15 @@ test_that("recvOneResult gives the first to answer, with its place in the cluste
   })
   # Of a part only, although another node has answered earlier.
   expect_same_value({
-    parallel:::sendCall(cl[[1]], identity, list("first"))
-    parallel:::sendCall(cl[[3]], function() {
-      Sys.sleep(0.3)
+    gate <- tempfile("gate-")
+    parallel:::sendCall(cl[[1]], function(gate) {
+      file.create(gate)
+      "first"
+    }, list(gate))
+    parallel:::sendCall(cl[[3]], function(gate) {
+      while (!file.exists(gate)) Sys.sleep(0.005)
       "third"
-    }, list())
+    }, list(gate))
     list(parallel:::recvOneResult(cl[3:4]), parallel:::recvOneResult(cl))
   })
 })

@@ -208,7 +208,7 @@ test_that("hosts of another byte order get it in theirs", {
 })
 
 test_that("shared memory is none of the memory that a worker is limited to", {
-  skip_on_os(c("mac", "windows", "solaris"))
+  skip_unless_memory_limits()
   cl <- local_cluster(2, memory_limit = 300e6)
   big <- numeric(2e7)
   expect_identical(broadcast(cl, length, big), list(2e7L, 2e7L))
