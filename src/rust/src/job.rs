@@ -465,7 +465,7 @@ impl Job {
             return Ok(());
         }
         if self.unsure[place] && self.planner.has_any(place) {
-            self.send(cluster, place, &[], Turn::Last)?;
+            self.send(cluster, place, &[], Duration::ZERO, Turn::Last)?;
             self.unsure[place] = false;
             return Ok(());
         }
@@ -476,7 +476,7 @@ impl Job {
                 return Ok(());
             };
             let turn = if unit.ahead { Turn::Ahead } else { Turn::Last };
-            let sent = self.send(cluster, place, &unit.tasks, turn);
+            let sent = self.send(cluster, place, &unit.tasks, unit.most, turn);
             let count = match &sent {
                 Ok(count) => *count,
                 Err(_) => 0,
@@ -512,20 +512,22 @@ impl Job {
         }
     }
 
-    /// Sends as many of these tasks as fit into one message. Returns how many. With none, what is
+    /// Sends as many of these tasks as fit into one message; `most`: see
+    /// [`rustcluster_core::planner::Unit`]. Returns how many. With none, what is
     /// answered when the worker has come to it is sent.
     fn send(
         &mut self,
         cluster: &Cluster,
         place: usize,
         positions: &[usize],
+        most: Duration,
         turn: Turn,
     ) -> std::result::Result<usize, Unsent> {
         let rank = self.ranks[place];
         let format = |rank: Rank| cluster.formats.borrow()[rank as usize];
         let (count, form) = match (positions, format(rank)) {
             ([], _) => (0, Form::Nothing),
-            (_, Format::Native) => self.gather(positions)?,
+            (_, Format::Native) => self.gather(positions, most)?,
             (_, Format::Xdr) => (1, Form::Message),
         };
         // What is long would wait here, and R with it.
@@ -609,11 +611,16 @@ impl Job {
     }
 
     /// Puts as many of these tasks as fit into one message.
-    fn gather(&mut self, positions: &[usize]) -> std::result::Result<(usize, Form), Jump> {
+    fn gather(
+        &mut self,
+        positions: &[usize],
+        most: Duration,
+    ) -> std::result::Result<(usize, Form), Jump> {
         self.message.clear();
         let head = unit::Head {
             flags: self.flags,
             count: 0,
+            most: u32::try_from(most.as_micros()).unwrap_or(0),
         };
         head.write(&mut self.message);
         let mut gathering = Gathering {
@@ -731,7 +738,7 @@ impl Job {
             self.planner.returned(sent.place, &sent.tasks[count..]);
         }
         self.done += count;
-        if self.planner.may_resume() {
+        if count < sent.tasks.len() || self.planner.may_resume() {
             self.wake();
         }
         self.ready.push_front(sent.place);
@@ -900,6 +907,7 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
             unit::Head {
                 flags: job.flags,
                 count: 1,
+                most: 0,
             }
             .write(prefix);
             add_seed(&job.seed, writing.index, prefix);
@@ -1031,7 +1039,7 @@ impl Job {
         if self.assignment == Assignment::Round && replaced {
             // Before what follows them: they go on with the random numbers that those before have left.
             for &position in again.iter().rev() {
-                self.send(cluster, place, &[position], Turn::First)?;
+                self.send(cluster, place, &[position], Duration::ZERO, Turn::First)?;
                 self.planner.given_first(place);
             }
         } else {

@@ -38,12 +38,17 @@ pub const SEED: usize = 7;
 pub struct Head {
     pub flags: u8,
     pub count: u32,
+    /// After so many microseconds those that have not been begun are not to be. 0: never.
+    pub most: u32,
 }
+
+const HEAD: usize = 10;
 
 impl Head {
     pub fn write(self, out: &mut Vec<u8>) {
         out.extend_from_slice(&[UNIT, self.flags]);
         out.extend_from_slice(&self.count.to_ne_bytes());
+        out.extend_from_slice(&self.most.to_ne_bytes());
     }
 
     /// Puts another count into a message that begins with this.
@@ -55,14 +60,16 @@ impl Head {
 
     /// Takes it off the front of a message, if that is a unit.
     pub fn read(body: &mut Body) -> Option<Head> {
-        let mut bytes = [0; 6];
+        let mut bytes = [0; HEAD];
         if body.chunks.front()?.first() != Some(&UNIT) || !body.fill(&mut bytes) {
             return None;
         }
-        let [_, flags, count @ ..] = bytes;
+        let [_, flags, numbers @ ..] = bytes;
+        let (count, most) = numbers.split_first_chunk()?;
         Some(Head {
             flags,
-            count: u32::from_ne_bytes(count),
+            count: u32::from_ne_bytes(*count),
+            most: u32::from_ne_bytes(*most.first_chunk()?),
         })
     }
 }

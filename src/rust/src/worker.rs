@@ -22,7 +22,7 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
@@ -480,6 +480,8 @@ struct Unit {
     began: Instant,
     /// What this process had had of its cores by then.
     usage: Usage,
+    /// When it began, by a clock that is cheap to look at.
+    coarsely: Duration,
     /// Tasks that have been begun.
     begun: u32,
     /// An element is being read: if R jumps, those that follow cannot be.
@@ -499,6 +501,7 @@ impl Unit {
             body,
             began: Instant::now(),
             usage: Usage::now(),
+            coarsely: sys::coarse_now(),
             begun: 0,
             reading: false,
             results: Vec::new(),
@@ -509,6 +512,13 @@ impl Unit {
 
     fn is(&self, flag: u8) -> bool {
         self.head.flags & flag != 0
+    }
+
+    /// There are more tasks, and no others are to do them.
+    fn goes_on(&self) -> bool {
+        let most = Duration::from_micros(self.head.most.into());
+        let is_over = || !most.is_zero() && sys::coarse_now() - self.coarsely > most;
+        self.begun < self.head.count && !is_over()
     }
 
     /// What comes before the results.
@@ -537,7 +547,7 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
             turn.kept.common.take(&unit.common);
         }
         signals::unblock_interrupt();
-        while unit.begun < unit.head.count {
+        loop {
             unit.begun += 1;
             unit.reading = true;
             if unit.is(unit::SEEDED) {
@@ -550,7 +560,8 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
             let spread = c_int::from(unit.is(unit::SPREAD));
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));
-            if unit.begun == unit.head.count {
+            let goes_on = unit.goes_on();
+            if !goes_on {
                 end_unit(unit, &mut turn.sink, Some(value));
             } else {
                 unit.results.push(unit::VALUE);
@@ -560,8 +571,10 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
                 unit.whole = unit.results.len();
             }
             Rf_unprotect(3);
+            if !goes_on {
+                return R_NilValue;
+            }
         }
-        R_NilValue
     }
 }
 
@@ -735,7 +748,7 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
             unit.results.push(unit::ERROR);
             unit::write_serialized(turn.value, &mut unit.results);
             unit.whole = unit.results.len();
-            turn.goes_on = unit.begun < unit.head.count && !unit.reading && !turn.interrupted;
+            turn.goes_on = unit.goes_on() && !unit.reading && !turn.interrupted;
             if !turn.goes_on {
                 end_unit(unit, &mut turn.sink, None);
             }

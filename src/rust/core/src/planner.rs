@@ -8,7 +8,8 @@
 //!
 //! Where the assignment is free, tasks are begun in the given order, and units get smaller towards
 //! the end, as in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no unit has more than a
-//! half of what would be left for each worker.
+//! half of what would be left for each worker. Tasks may turn out to be much longer than those before
+//! them: then the rest of the unit comes back ([`Unit::most`]).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -24,6 +25,9 @@ pub enum Assignment {
 
 /// Tasks in one unit, at most.
 const MOST: usize = 10_000;
+
+/// Seconds that a unit may be at work before its rest comes back, at most.
+const MOST_SECONDS: f64 = 3600.0;
 
 /// Bytes of answers that a unit should not be longer than.
 const ANSWER: f64 = 128.0 * 1024.0;
@@ -41,6 +45,11 @@ const ROUND_TRIPS: f64 = 2.0;
 /// if they are those of one machine.
 const GRAIN: f64 = 0.002;
 const GRAIN_OF_COMPUTING: f64 = 0.02;
+
+/// The rest of a unit comes back when it has taken so many times as long as was thought, and so many
+/// seconds: it may be one of those that are long, or have had a part of a core only.
+const OVER: f64 = 4.0;
+const OVER_LEAST: f64 = 0.02;
 
 /// A unit is sent ahead if a worker would be idle for more than this part of its time without it.
 const IDLE: f64 = 0.02;
@@ -63,6 +72,9 @@ pub struct Unit {
     pub tasks: Vec<usize>,
     /// The worker is still at another.
     pub ahead: bool,
+    /// If the worker has been at it for so long, those that it has not begun are to come back, for
+    /// others to do them. Zero: never.
+    pub most: Duration,
 }
 
 /// How a unit that was answered went.
@@ -288,7 +300,13 @@ impl Planner {
             at.since = now;
             self.hosts[at.host].active += 1;
         }
-        Some(Unit { tasks, ahead })
+        let most = match (self.assignment, task) {
+            (Assignment::Free, Some(task)) if tasks.len() > 1 => Duration::from_secs_f64(
+                (OVER * task * tasks.len() as f64).clamp(OVER_LEAST, MOST_SECONDS),
+            ),
+            _ => Duration::ZERO,
+        };
+        Some(Unit { tasks, ahead, most })
     }
 
     /// Seconds that a task is expected to take. Rather too many: a unit that takes longer than was
@@ -329,10 +347,8 @@ impl Planner {
                 let (len, living) = (self.queues[0].len(), self.living.max(1));
                 // With one that runs and one ahead, shorter ones would not fill the way.
                 let filling = (round_trip / 2.0 / task) as usize;
-                // Nor is there any use in giving work to more workers than the head can keep busy.
-                let worth = (COST * self.cost / task) as usize;
                 let even = len / (2 * living);
-                even.max(filling.min(len.div_ceil(living))).max(worth)
+                even.max(filling.min(len.div_ceil(living)))
             }
             Assignment::Round => self.queues[place].len(),
         };
@@ -499,7 +515,7 @@ mod tests {
         let mut done = vec![0; times.len()];
         // Of answers: when, where, when sent, how long it took, which.
         let mut answers = BinaryHeap::new();
-        let mut units: Vec<(Vec<usize>, f64, f64, bool)> = Vec::new();
+        let mut units: Vec<(Vec<usize>, usize, f64, f64, bool)> = Vec::new();
         let mut now = 0.0f64;
         let mut waiting: Vec<usize> = (0..places).collect();
         loop {
@@ -508,17 +524,25 @@ mod tests {
                     now += cost;
                     planner.took(Duration::from_secs_f64(cost));
                     let begins = free[place].max(now + way);
-                    let busy: f64 = unit.tasks.iter().map(|&task| times[task]).sum();
+                    let (mut busy, mut count) = (0.0, 0);
+                    for &task in &unit.tasks {
+                        if count > 0 && !unit.most.is_zero() && busy > unit.most.as_secs_f64() {
+                            break;
+                        }
+                        busy += times[task];
+                        count += 1;
+                    }
                     free[place] = begins + busy;
                     answers.push(Reverse((nanos(begins + busy + way), place, units.len())));
-                    units.push((unit.tasks, now, busy, unit.ahead));
+                    units.push((unit.tasks, count, now, busy, unit.ahead));
                 }
             }
             let Some(Reverse((at, place, unit))) = answers.pop() else {
                 return (now, done);
             };
             now = now.max(at as f64 / 1e9);
-            let (tasks, sent, busy, ahead) = &units[unit];
+            let (tasks, count, sent, busy, ahead) = &units[unit];
+            let (tasks, rest) = tasks.split_at(*count);
             tasks.iter().for_each(|&task| done[task] += 1);
             planner.ended(
                 place,
@@ -532,6 +556,10 @@ mod tests {
                 Duration::from_secs_f64(now),
             );
             waiting.push(place);
+            if !rest.is_empty() {
+                planner.returned(place, rest);
+                waiting.extend((0..places).filter(|&at| at != place && planner.out(at) == 0));
+            }
         }
     }
 
@@ -571,6 +599,18 @@ mod tests {
         let (end, _) = run(&mut planner, &times, 1e-4, 3e-5);
         let bound = greedy(&times, 16);
         assert!(end < 1.25 * bound, "{end} {bound}");
+    }
+
+    #[test]
+    fn long_tasks_after_short_ones_are_for_all() {
+        for (short, long, places) in [(200, 6, 2), (5000, 40, 4), (2000, 8, 8), (8, 92, 8)] {
+            let mut times = vec![2e-6; short];
+            times.extend(vec![0.1; long]);
+            let mut planner = Planner::new(Assignment::Free, times.len(), places);
+            let (end, _) = run(&mut planner, &times, 1e-4, 3e-5);
+            let bound = greedy(&times, places);
+            assert!(end < bound + 0.11, "{short} {long} {places}: {end} {bound}");
+        }
     }
 
     #[test]
