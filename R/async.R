@@ -7,14 +7,17 @@
 #'
 #' @inheritParams clusterLapply
 #' @param .seed (logical or integer) As of [clusterLapply()], with the same streams.
+#' @details The groups, eight for each worker, are fixed when they are sent. So elements that take longer
+#' are not divided as by `clusterLapply()`, and those of a group are lost, or take too long, together.
+#' There is no progress bar.
 #' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, as
 #'   that of [clusterSubmit()]; `value()` is a list with the results, named as `X`. It is `"waiting"`
 #'   until its first group has been begun. [promises::as.promise()] works on it.
 #' @section Errors:
 #' `value()` raises, when all have ended, `rustcluster_element_failed` for errors of `FUN`'s, with the
 #' fields of [clusterLapply()] and `parent`, the error itself; for what was lost, took too long or was
-#' cancelled those of [clusterSubmit()], with fields `results` and `indices` (of the elements of groups that
-#' have not ended).
+#' cancelled those of [clusterSubmit()], with fields `results`, `indices` (of all elements without a
+#' result) and `errors` (those of `FUN`'s, named by index).
 #' @examples
 #' cl <- makeRustCluster(2)
 #' squares <- clusterLapplyAsync(cl, 1:10, function(i) i^2)
@@ -111,7 +114,8 @@ callsResult <- function(records, groups, names, n) {
   if (!is.null(broken)) {
     missing <- vapply(records, function(record) record$state != "done", NA)
     broken$result$results <- results
-    broken$result$indices <- unlist(groups[missing])
+    broken$result$indices <- sort(c(unlist(groups[missing]), as.integer(names(errors))))
+    broken$result$errors <- errors
     return(list(state = broken$state, result = broken$result))
   }
   if (!length(errors)) return(list(state = "done", result = results))

@@ -57,7 +57,7 @@ quarantined <- function(index, losses, what = "task") {
 lostText <- function(what, losses) {
   times <- if (length(losses) == 1L) "once" else paste(length(losses), "times")
   paste0(
-    what, " was lost with its worker ", times, " and is not tried again. Its losses:\n",
+    what, ": lost with the worker ", times, " and not tried again. The losses:\n",
     paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
   )
 }
@@ -108,14 +108,16 @@ raiseTaskFailure <- function(first, values) {
   condition$message <- paste0(
     condition$message,
     if (others) paste0("\n(and ", others, ngettext(others, " other", " others"), " failed)"),
-    if (!all(failed)) {
-      paste0(
-        "\nThe results of the others are in the condition, as `results`: tryCatch(..., ", class(condition)[[1L]],
-        " = function(e) e$results)"
-      )
-    }
+    if (!all(failed)) whereResults(class(condition)[[1L]])
   )
   stop(condition)
+}
+
+whereResults <- function(class) {
+  paste0(
+    "\nThe results of the others are in the condition, as `results`: tryCatch(..., ", class,
+    " = function(e) e$results)"
+  )
 }
 
 # What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever

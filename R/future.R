@@ -8,9 +8,10 @@
 #' whichever worker is free; with as many futures as there are workers under way, making another waits.
 #' `resolved()` does not wait. Output and conditions are relayed as by `multisession`, those of class
 #' `"immediateCondition"`, as those of \pkg{progressr}, while the future runs. What futures leave behind on
-#' their workers is as with [clusterSubmit()]; what `clusterExport()` has put there stays. Nested futures are
-#' sequential, unless the plan says otherwise. A future that is lost with its worker is tried again, as often
-#' as `retries` of the cluster says; then it is a `FutureError` that tells how its workers ended.
+#' their workers is as with [clusterSubmit()]; what `clusterExport()` has put there stays. One that nobody
+#' holds any more runs to its end all the same. Nested futures are sequential, unless the plan says
+#' otherwise. A future that is lost with its worker is tried again, as often as `retries` of the cluster
+#' says; then it is a `FutureError` that tells how its workers ended.
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture}, the last with `%dopar%` and `%dofuture%`, work over it.
 #'
 #' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works too, but `resolved()` waits

@@ -35,7 +35,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, spread = 
   begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
   if (is.character(begun)) handleFailed(begun, handle)
   checked(begun)
-  shown <- if (progress) showProgress(handle, n)
+  shown <- if (progress) showProgress(handle, n, what)
   withCallingHandlers(
     repeat {
       step <- job_step(handle$pointer)

@@ -115,7 +115,8 @@ elementFailed <- function(text, indices, results, ...) {
     "element_failed",
     paste0(
       "element ", indices[[1L]], " failed: ", text,
-      if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)"))
+      if (others) paste0("\n(and ", others, ngettext(others, " other)", " others)")),
+      if (length(results) > length(indices)) whereResults("rustcluster_element_failed")
     ),
     index = indices[[1L]], indices = indices, results = results, ...
   )

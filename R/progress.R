@@ -9,15 +9,16 @@ wantsProgress <- function() {
 }
 
 # Returns a function that brings the bar up to date. It ends with the frame that has called.
-showProgress <- function(handle, n, envir = parent.frame()) {
+showProgress <- function(handle, n, what, envir = parent.frame()) {
+  whats <- paste0(what, "s")
   bar <- cli::cli_progress_bar(
     # It is brought up to date once more after its end, when a loss has been settled.
     total = n, clear = FALSE, auto_terminate = FALSE, .envir = envir,
     format = paste0(
-      "{cli::pb_bar} {cli::pb_current}/{cli::pb_total} tasks | {cli::pb_rate} | ",
+      "{cli::pb_bar} {cli::pb_current}/{cli::pb_total} ", whats, " | {cli::pb_rate} | ",
       "{cli::pb_extra$busy} busy | ETA {cli::pb_eta}"
     ),
-    format_done = "{cli::pb_total} tasks in {cli::pb_elapsed} ({cli::pb_rate})",
+    format_done = paste("{cli::pb_total}", whats, "in {cli::pb_elapsed} ({cli::pb_rate})"),
     extra = list(busy = 0)
   )
   function() {

@@ -18,7 +18,9 @@
 #'
 #' `fun` and what is in `...` are serialized once a job. A worker reads them once if nothing in them can
 #' change, and otherwise, for a function that was made in another function, anew for each task, as with
-#' \pkg{parallel}.
+#' \pkg{parallel}. For `parLapplyLB()` and `parSapplyLB()` without a `chunk.size` a task is an element,
+#' where it is several for \pkg{parallel}; R then compiles no loops in such a function, so that it pays to
+#' do that before: `compiler::cmpfun(fun)`.
 #'
 #' @param cl A cluster made by [makeRustCluster()], a part of one, or any cluster of
 #'   \pkg{parallel}; `NULL`: the one that \pkg{parallel}'s `setDefaultCluster()` has set.
@@ -39,7 +41,9 @@
 #' As of \pkg{parallel}'s functions, and those of clusters made by [makeRustCluster()]: see there.
 #' @section Progress:
 #' With `options(rustcluster.progress = TRUE)` those that hand out tasks show a bar with the tasks done,
-#' their rate, the time that is left and the workers that are busy.
+#' their rate, the time that is left and the workers that are busy. A task of `parLapply()`, `parSapply()`
+#' and `par*apply()` is all that a worker gets, so there it moves late; with a `chunk.size`, and with
+#' `parLapplyLB()` and `parSapplyLB()`, sooner.
 #' @seealso [clusterLapply()], which can do more.
 #' @examples
 #' cl <- makeRustCluster(2)

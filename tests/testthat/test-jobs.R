@@ -47,6 +47,34 @@ test_that("one of many short tasks ends every worker: it alone is given up", {
   note_processes(cl)
 })
 
+test_that("long tasks after short ones are for all workers", {
+  cl <- local_cluster(2)
+  long <- global(function(i) {
+    if (i > 200) Sys.sleep(0.2)
+    Sys.getpid()
+  })
+  for (name in c("clusterApplyLB", "parLapplyLB", "clusterLapply")) {
+    pids <- unlist(hand(name, cl, 1:208, long))
+    # They may have come in one unit: one has been begun before the others are taken out of it.
+    expect_length(pids, 208)
+    expect_gte(min(table(factor(pids[201:208], clusterPids(cl)))), 2)
+  }
+  # What one has been at before is as it was, whatever came back.
+  x <- as.list(1:300)
+  slow <- global(function(i) {
+    if (i %% 50 == 0) Sys.sleep(0.05)
+    if (i %% 70 == 0) stop("bad ", i)
+    i
+  })
+  error <- caught(hand("clusterApplyLB", cl, x, slow))
+  expect_match(conditionMessage(error), "bad 70", fixed = TRUE)
+  expect_identical(hand("clusterLapply", cl, 1:300, global(function(i) {
+    if (i %% 50 == 0) Sys.sleep(0.05)
+    rnorm(1)
+  }), .seed = 3), hand("clusterLapply", cl[1], 1:300, global(function(i) rnorm(1)), .seed = 3))
+  note_processes(cl)
+})
+
 test_that("several such tasks among many, with more and fewer retries", {
   for (retries in c(1, 4)) {
     cl <- local_cluster(2, retries = retries)

@@ -380,6 +380,14 @@ test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
   expect_rust_error(error <- suppressWarnings(caught(lost$value())), "task_failed")
   expect_identical(error$indices, 2L)
   expect_identical(error$results, list(1L, NULL))
+  both <- clusterLapplyAsync(cl, 1:3, function(i) {
+    if (i == 2) tools::pskill(Sys.getpid(), 9)
+    if (i == 3) stop("bad")
+    i
+  })
+  expect_rust_error(error <- suppressWarnings(caught(both$value())), "task_failed")
+  expect_identical(error$indices, 2:3)
+  expect_identical(lapply(error$errors, conditionMessage), list(`3` = "bad"))
   # What looks like the package's own is a value.
   raised <- global(function(i) structure(list(error = simpleError("no")), class = "rustcluster_raised"))
   expect_identical(clusterLapplyAsync(cl, 1:2, raised)$value(), lapply(1:2, raised))
