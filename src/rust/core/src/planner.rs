@@ -142,6 +142,7 @@ struct Place {
 #[derive(Debug, Default)]
 struct Host {
     cores: usize,
+    living: usize,
     /// Places with something to do.
     active: usize,
 }
@@ -190,7 +191,10 @@ impl Planner {
                 Assignment::Round => (0..places).map(|at| queue(at, places)).collect(),
             },
             places: (0..places).map(|_| Place::default()).collect(),
-            hosts: vec![Host::default()],
+            hosts: vec![Host {
+                living: places,
+                ..Host::default()
+            }],
             sleep: 1.0,
             rests: false,
             living: places,
@@ -210,7 +214,9 @@ impl Planner {
             self.hosts.resize_with(host + 1, Host::default);
         }
         self.hosts[host].cores = cores;
-        self.places[place].host = host;
+        let before = std::mem::replace(&mut self.places[place].host, host);
+        self.hosts[before].living -= 1;
+        self.hosts[host].living += 1;
     }
 
     /// Whether those that were refused work are to be asked again: once.
@@ -224,12 +230,25 @@ impl Planner {
     }
 
     /// Whether a place with nothing to do is to be left so: its host's cores are all busy with tasks
-    /// so short that several cross together. More processes would only take turns, and each have its
-    /// memory fetched anew.
-    fn is_to_rest(&self, place: usize, size: usize) -> bool {
+    /// so short that several are to cross together. More processes would only take turns, and each have
+    /// its memory fetched anew.
+    fn is_to_rest(&self, place: usize, task: Option<f64>) -> bool {
         let host = &self.hosts[self.places[place].host];
         let busy = host.cores > 0 && host.active > host.cores;
-        self.assignment == Assignment::Free && busy && size > 1 && self.is_computing()
+        let is_short = || task.is_some_and(|task| self.enough(place, task) >= 2.0);
+        self.assignment == Assignment::Free && busy && self.is_computing() && is_short()
+    }
+
+    /// Places that there is a core for, or all if tasks wait for something: see [`Planner::is_to_rest`].
+    fn useful(&self) -> usize {
+        let of_host = |host: &Host| match host.cores {
+            0 => host.living,
+            cores => host.living.min(cores + 1),
+        };
+        match self.is_computing() {
+            true => self.hosts.iter().map(of_host).sum(),
+            false => self.living,
+        }
     }
 
     /// How long the way to a place and back has taken, as far as it is known: see [`Planner::way`].
@@ -289,7 +308,7 @@ impl Planner {
             return None;
         }
         let size = task.map_or(1, |task| self.size(place, task));
-        if !ahead && self.is_to_rest(place, size) {
+        if !ahead && self.is_to_rest(place, task) {
             self.rests = true;
             return None;
         }
@@ -333,7 +352,8 @@ impl Planner {
         }
     }
 
-    fn size(&self, place: usize, task: f64) -> usize {
+    /// Tasks with which a unit is large enough for its message not to matter.
+    fn enough(&self, place: usize, task: f64) -> f64 {
         let round_trip = self.places[place].round_trip.unwrap_or(0.0);
         let way = ROUND_TRIPS * round_trip;
         let work = COST.max(COST_OF_ALL * self.living as f64) * self.cost;
@@ -341,18 +361,22 @@ impl Planner {
             true => GRAIN_OF_COMPUTING,
             false => GRAIN,
         };
-        let enough = (way.max(work).max(grain) / task).min(ANSWER / self.bytes.max(1.0));
+        (way.max(work).max(grain) / task).min(ANSWER / self.bytes.max(1.0))
+    }
+
+    fn size(&self, place: usize, task: f64) -> usize {
         let fair = match self.assignment {
             Assignment::Free => {
-                let (len, living) = (self.queues[0].len(), self.living.max(1));
+                let (len, living) = (self.queues[0].len(), self.useful().max(1));
                 // With one that runs and one ahead, shorter ones would not fill the way.
+                let round_trip = self.places[place].round_trip.unwrap_or(0.0);
                 let filling = (round_trip / 2.0 / task) as usize;
                 let even = len / (2 * living);
                 even.max(filling.min(len.div_ceil(living)))
             }
             Assignment::Round => self.queues[place].len(),
         };
-        fair.min(MOST).min(enough as usize).max(1)
+        fair.min(MOST).min(self.enough(place, task) as usize).max(1)
     }
 
     /// Whether a second task may be sent to this place before anything is known of how long they take.
@@ -474,6 +498,7 @@ impl Planner {
         let at = &mut self.places[place];
         if !std::mem::replace(&mut at.gone, true) {
             self.living -= 1;
+            self.hosts[at.host].living -= 1;
         }
     }
 
