@@ -322,6 +322,9 @@ impl Job {
 
     fn step(&mut self, cluster: &Cluster) -> std::result::Result<Robj, Unsent> {
         let until = Instant::now() + SLICE;
+        if self.planner.may_resume(self.now()) {
+            self.wake();
+        }
         let mut answered = false;
         loop {
             // While answers come, those who have answered are given more at once, and others are not
@@ -738,7 +741,7 @@ impl Job {
             self.planner.returned(sent.place, &sent.tasks[count..]);
         }
         self.done += count;
-        if count < sent.tasks.len() || self.planner.may_resume() {
+        if count < sent.tasks.len() || self.planner.may_resume(at) {
             self.wake();
         }
         self.ready.push_front(sent.place);

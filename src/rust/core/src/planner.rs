@@ -219,9 +219,15 @@ impl Planner {
         self.hosts[host].living += 1;
     }
 
-    /// Whether those that were refused work are to be asked again: once.
-    pub fn may_resume(&mut self) -> bool {
-        self.rests && !self.is_computing() && std::mem::take(&mut self.rests)
+    /// Whether those that were refused work are to be asked again, once: tasks wait for something now, or
+    /// take longer than was thought.
+    pub fn may_resume(&mut self, now: Duration) -> bool {
+        let now = now.as_secs_f64();
+        let is_long = || {
+            self.task(now)
+                .is_some_and(|task| 2.0 * task > GRAIN_OF_COMPUTING)
+        };
+        self.rests && (!self.is_computing() || is_long()) && std::mem::take(&mut self.rests)
     }
 
     /// Tasks have lately done nothing but compute.
@@ -230,13 +236,12 @@ impl Planner {
     }
 
     /// Whether a place with nothing to do is to be left so: its host's cores are all busy with tasks
-    /// so short that several are to cross together. More processes would only take turns, and each have
-    /// its memory fetched anew.
-    fn is_to_rest(&self, place: usize, task: Option<f64>) -> bool {
+    /// so short that several cross together. More processes would only take turns, and each have its
+    /// memory fetched anew.
+    fn is_to_rest(&self, place: usize, size: usize) -> bool {
         let host = &self.hosts[self.places[place].host];
         let busy = host.cores > 0 && host.active > host.cores;
-        let is_short = || task.is_some_and(|task| self.enough(place, task) >= 2.0);
-        self.assignment == Assignment::Free && busy && self.is_computing() && is_short()
+        self.assignment == Assignment::Free && busy && size > 1 && self.is_computing()
     }
 
     /// Places that there is a core for, or all if tasks wait for something: see [`Planner::is_to_rest`].
@@ -308,7 +313,7 @@ impl Planner {
             return None;
         }
         let size = task.map_or(1, |task| self.size(place, task));
-        if !ahead && self.is_to_rest(place, task) {
+        if !ahead && self.is_to_rest(place, size) {
             self.rests = true;
             return None;
         }
@@ -695,13 +700,16 @@ mod tests {
             .filter(|&at| planner.next(at, ms(1)).is_some())
             .count();
         assert_eq!(begun, 3);
-        assert!(!planner.may_resume());
+        assert!(!planner.may_resume(ms(1)));
+        // Those that have begun are at long ones, it seems.
+        assert!(planner.may_resume(ms(10_000)));
+        assert!((0..100).all(|at| planner.next(at, ms(1)).is_none()));
         // They wait for something now: then others can compute.
         planner.ended(0, ended(true), ms(2));
         planner.next(0, ms(2));
         planner.ended(0, ended(true), ms(2));
-        assert!(planner.may_resume());
-        assert!(!planner.may_resume());
+        assert!(planner.may_resume(ms(2)));
+        assert!(!planner.may_resume(ms(2)));
         let begun = (0..100)
             .filter(|&at| planner.next(at, ms(2)).is_some())
             .count();
