@@ -99,10 +99,12 @@ callsResult <- function(records, groups, names, n) {
   results <- structure(vector("list", n), names = names)
   errors <- list()
   broken <- NULL
+  without <- integer()
   for (at in seq_along(records)) {
     record <- records[[at]]
     if (record$state != "done") {
       if (is.null(broken)) broken <- record
+      without <- c(without, groups[[at]])
       next
     }
     for (k in seq_along(groups[[at]])) {
@@ -112,9 +114,8 @@ callsResult <- function(records, groups, names, n) {
     }
   }
   if (!is.null(broken)) {
-    missing <- vapply(records, function(record) record$state != "done", NA)
     broken$result$results <- results
-    broken$result$indices <- sort(c(unlist(groups[missing]), as.integer(names(errors))))
+    broken$result$indices <- sort(c(without, as.integer(names(errors))))
     broken$result$errors <- errors
     return(list(state = broken$state, result = broken$result))
   }

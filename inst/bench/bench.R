@@ -142,14 +142,12 @@ if (wanted("apply")) {
     ratio <- time$psock / time$ours
     report("parLapply()", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 3))
     # Neither can take less than that: almost all of it is R, calling the function.
-    calls <- 10L
-    spent <- with_clusters(32L, function(clusters) lapply(clusters, function(cl) {
-      used <- function() sum(vapply(workers(cl), cpu_seconds, 0))
+    spent <- compare(32L, function(cl) {
+      pids <- workers(cl)
+      before <- cpu_of(pids)
       rustcluster::parLapply(cl, 1:1e5, trivial)
-      before <- used()
-      for (i in seq_len(calls)) rustcluster::parLapply(cl, 1:1e5, trivial)
-      (used() - before) / calls / parallel::detectCores()
-    }))
+      (cpu_of(pids) - before) / parallel::detectCores()
+    })
     report("  CPU of its workers, by the cores", seconds(spent$psock), seconds(spent$ours))
   })
 }
@@ -286,18 +284,17 @@ if (wanted("idle")) {
   section("CPU while nothing is asked of 320 workers")
   report_head("")
   show <- function(x) sprintf("%.3f ms/s", x)
-  spent <- function(pids) sum(vapply(pids, cpu_seconds, 0))
   # Of this session, of agents and of workers, in ms a second.
   idle_cpu <- function(agents, workers, period = if (quick) 5 else 20) {
-    for (i in 1:5) spent(Sys.getpid())  # until R has compiled it: that is work, too
+    for (i in 1:5) cpu_of(Sys.getpid())  # until R has compiled it: that is work, too
     Sys.sleep(2)
     # The head last before and first after: reading the others is not idling.
-    before <- c(workers = spent(workers), agent = spent(agents), head = spent(Sys.getpid()))
+    before <- c(workers = cpu_of(workers), agent = cpu_of(agents), head = cpu_of(Sys.getpid()))
     start <- proc.time()[["elapsed"]]
     Sys.sleep(period)
-    after <- c(head = spent(Sys.getpid()))
+    after <- c(head = cpu_of(Sys.getpid()))
     elapsed <- proc.time()[["elapsed"]] - start
-    after <- c(after, agent = spent(agents), workers = spent(workers))
+    after <- c(after, agent = cpu_of(agents), workers = cpu_of(workers))
     (after - before[names(after)]) / elapsed * 1000
   }
   attempt(if (affordable("320 workers", 320L, each[["ours"]])) {

@@ -203,6 +203,9 @@ cpu_seconds <- function(pid) {
   sum(as.numeric(fields[12:13])) / 100
 }
 
+# The same of several processes together.
+cpu_of <- function(pids) sum(vapply(pids, cpu_seconds, 0))
+
 memory_available <- function() {
   line <- grep("^MemAvailable:", read("/proc/meminfo"), value = TRUE)
   if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA_real_

@@ -59,7 +59,7 @@ test_that("long tasks after short ones are for all workers", {
     expect_length(pids, 208)
     expect_gte(min(table(factor(pids[201:208], clusterPids(cl)))), 2)
   }
-  # What one has been at before is as it was, whatever came back.
+  # Errors and random numbers are those of their elements, whatever came back.
   x <- as.list(1:300)
   slow <- global(function(i) {
     if (i %% 50 == 0) Sys.sleep(0.05)

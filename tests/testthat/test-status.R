@@ -334,7 +334,8 @@ test_that("plots are drawn for any number of workers", {
   for (hosts in list(c(a = 1), c(a = 3, b = 5), c(pi = 2, a = 64, b = 64, c = 64, d = 126))) {
     timeline <- simulated_timeline(hosts)
     expect_invisible(plot(timeline))
-    expect_identical(withVisible(plot(timeline, xlim = c(2, 3), main = "part", xlab = "s", legend = FALSE))$value, timeline)
+    part <- withVisible(plot(timeline, xlim = c(2, 3), main = "part", xlab = "s", legend = FALSE))
+    expect_identical(part$value, timeline)
   }
   many <- stats::setNames(rep(1, 100), paste0("a-rather-long-host-name-", 1:100, ".example.org"))
   expect_invisible(plot(simulated_timeline(many)))

@@ -480,8 +480,8 @@ struct Unit {
     began: Instant,
     /// What this process had had of its cores by then.
     usage: Usage,
-    /// When it began, by a clock that is cheap to look at.
-    coarsely: Duration,
+    /// Until when others are begun, by [`sys::coarse_now`]; `None`: until there are none.
+    until: Option<Duration>,
     /// Tasks that have been begun.
     begun: u32,
     /// An element is being read: if R jumps, those that follow cannot be.
@@ -495,13 +495,14 @@ struct Unit {
 
 impl Unit {
     fn new(head: unit::Head, common: Payload, body: Body) -> Unit {
+        let most = Duration::from_micros(head.most.into());
         Unit {
             head,
             common,
             body,
             began: Instant::now(),
             usage: Usage::now(),
-            coarsely: sys::coarse_now(),
+            until: (!most.is_zero()).then(|| sys::coarse_now() + most),
             begun: 0,
             reading: false,
             results: Vec::new(),
@@ -514,10 +515,9 @@ impl Unit {
         self.head.flags & flag != 0
     }
 
-    /// There are more tasks, and no others are to do them.
+    /// There are more tasks, and this worker is to do them.
     fn goes_on(&self) -> bool {
-        let most = Duration::from_micros(self.head.most.into());
-        let is_over = || !most.is_zero() && sys::coarse_now() - self.coarsely > most;
+        let is_over = || self.until.is_some_and(|until| sys::coarse_now() > until);
         self.begun < self.head.count && !is_over()
     }
 
@@ -560,20 +560,17 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
             let spread = c_int::from(unit.is(unit::SPREAD));
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));
-            let goes_on = unit.goes_on();
-            if !goes_on {
+            if !unit.goes_on() {
                 end_unit(unit, &mut turn.sink, Some(value));
-            } else {
-                unit.results.push(unit::VALUE);
-                if !unit::append_plain(value, &mut unit.results) {
-                    unit::write_serialized(value, &mut unit.results);
-                }
-                unit.whole = unit.results.len();
-            }
-            Rf_unprotect(3);
-            if !goes_on {
+                Rf_unprotect(3);
                 return R_NilValue;
             }
+            unit.results.push(unit::VALUE);
+            if !unit::append_plain(value, &mut unit.results) {
+                unit::write_serialized(value, &mut unit.results);
+            }
+            unit.whole = unit.results.len();
+            Rf_unprotect(3);
         }
     }
 }

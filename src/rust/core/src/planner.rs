@@ -142,6 +142,7 @@ struct Place {
 #[derive(Debug, Default)]
 struct Host {
     cores: usize,
+    /// Places that are not gone.
     living: usize,
     /// Places with something to do.
     active: usize,
@@ -159,7 +160,6 @@ pub struct Planner {
     sleep: f64,
     /// Places have been refused work because their host is busy.
     rests: bool,
-    living: usize,
     /// Tasks that are given out one by one.
     singly: bool,
     /// Seconds of a task: lately, and of all so far.
@@ -197,7 +197,6 @@ impl Planner {
             }],
             sleep: 1.0,
             rests: false,
-            living: places,
             singly: false,
             recent: None,
             seconds: 0.0,
@@ -244,6 +243,10 @@ impl Planner {
         self.assignment == Assignment::Free && busy && size > 1 && self.is_computing()
     }
 
+    fn living(&self) -> usize {
+        self.hosts.iter().map(|host| host.living).sum()
+    }
+
     /// Places that there is a core for, or all if tasks wait for something: see [`Planner::is_to_rest`].
     fn useful(&self) -> usize {
         let of_host = |host: &Host| match host.cores {
@@ -252,7 +255,7 @@ impl Planner {
         };
         match self.is_computing() {
             true => self.hosts.iter().map(of_host).sum(),
-            false => self.living,
+            false => self.living(),
         }
     }
 
@@ -361,7 +364,7 @@ impl Planner {
     fn enough(&self, place: usize, task: f64) -> f64 {
         let round_trip = self.places[place].round_trip.unwrap_or(0.0);
         let way = ROUND_TRIPS * round_trip;
-        let work = COST.max(COST_OF_ALL * self.living as f64) * self.cost;
+        let work = COST.max(COST_OF_ALL * self.living() as f64) * self.cost;
         let grain = match self.is_computing() {
             true => GRAIN_OF_COMPUTING,
             false => GRAIN,
@@ -387,7 +390,7 @@ impl Planner {
     /// Whether a second task may be sent to this place before anything is known of how long they take.
     fn is_far(&self, place: usize) -> bool {
         let at = &self.places[place];
-        let enough = self.left() > 2 * self.living;
+        let enough = self.left() > 2 * self.living();
         enough && !self.singly && at.out.len() == 1 && at.round_trip.is_some_and(|way| way > FAR)
     }
 
@@ -403,7 +406,7 @@ impl Planner {
             Assignment::Round => return way > IDLE * unit,
         };
         // Towards the end it may have to wait for a task that takes long while others are idle.
-        let most = match queue.len() > 2 * self.living {
+        let most = match queue.len() > 2 * self.living() {
             true => IDLE * unit,
             false => unit,
         };
@@ -502,14 +505,13 @@ impl Planner {
     pub fn gone(&mut self, place: usize) {
         let at = &mut self.places[place];
         if !std::mem::replace(&mut at.gone, true) {
-            self.living -= 1;
             self.hosts[at.host].living -= 1;
         }
     }
 
     /// Whether anybody is left.
     pub fn any_left(&self) -> bool {
-        self.living > 0
+        self.living() > 0
     }
 
     /// Units that are out at this place.

@@ -410,15 +410,6 @@ pub fn reap(pid: u32) -> crate::message::Exit {
     }
 }
 
-/// What this process has had of its cores.
-#[derive(Clone, Copy, Debug)]
-pub struct Usage {
-    /// For how long it has had one, or several at a time.
-    pub computing: Duration,
-    /// How often it has given up its core to wait for something.
-    pub waits: i64,
-}
-
 /// A time that is never set back, in the steps of the kernel's own clock, some milliseconds: asking for
 /// it costs next to nothing.
 pub fn coarse_now() -> Duration {
@@ -434,6 +425,15 @@ pub fn coarse_now() -> Duration {
     };
     let seconds = Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0));
     seconds + Duration::from_nanos(u64::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// What this process has had of its cores.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    /// For how long it has had one, or several at a time.
+    pub computing: Duration,
+    /// How often it has given up its core to wait for something.
+    pub waits: i64,
 }
 
 impl Usage {
