@@ -172,21 +172,6 @@ void rustcluster_take_element(void *common, void *element, int spread)
     keep(THE_TAG, R_NilValue);
 }
 
-/* The same with a function that has never been called: R compiles one at its second call. The result
- * is not protected. */
-SEXP rustcluster_fresh_function(void *common)
-{
-    SEXP fun = VECTOR_ELT((SEXP) common, 0);
-
-    if (TYPEOF(fun) != CLOSXP)
-        return (SEXP) common;
-    SEXP fresh = PROTECT(Rf_allocVector(VECSXP, 2));
-    SET_VECTOR_ELT(fresh, 0, Rf_shallow_duplicate(fun));
-    SET_VECTOR_ELT(fresh, 1, VECTOR_ELT((SEXP) common, 1));
-    UNPROTECT(1);
-    return fresh;
-}
-
 /* The value of the task that was taken; `with_time`: for rustcluster_end_task(). */
 SEXP rustcluster_run_task(int with_time)
 {

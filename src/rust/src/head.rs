@@ -3,7 +3,7 @@
 use crate::failure::Failure;
 use crate::job::Job;
 use crate::mapped::{self, Memory};
-use crate::plain::{self, Sent};
+use crate::plain;
 use crate::repeat;
 use crate::status;
 use crate::stream::{self, Format, Sink};
@@ -39,8 +39,8 @@ pub struct Cluster {
     /// it. Kept alive, so that the same address means the same list: asking again for the same
     /// one, as a verb does once a task, costs nothing however long it is.
     nodes: Cell<Option<(Robj, Vec<u32>)>>,
-    /// For [`plain`]: the functions that have lately been sent, and room for a message.
-    sent: Cell<(Sent, Vec<u8>)>,
+    /// Buffer for messages of [`plain`].
+    plain: Cell<Vec<u8>>,
     /// The last large message.
     last: Cell<Option<repeat::Sent>>,
     /// Of each worker, what it is sent that is not plain.
@@ -227,7 +227,7 @@ fn hub_start(
             let cluster = Cluster {
                 hub: RefCell::new(hub),
                 nodes: Cell::new(None),
-                sent: Cell::default(),
+                plain: Cell::default(),
                 last: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
@@ -490,7 +490,7 @@ fn send(
         .borrow_mut()
         .begin(owner, job, lasts, Turn::Last, payload);
     let begun = begun.map_err(|gone| Failure::gone(owner, &gone))?;
-    let written = write(cluster, &begun, job, message);
+    let written = write(cluster, &begun, job, message, lasts);
     if written.is_null() {
         let message = Message {
             message: message.clone(),
@@ -661,11 +661,11 @@ pub fn share_again(
 }
 
 /// Writes a message to the hub, where its task has begun. `NULL`, or a jump.
-fn write(cluster: &Cluster, begun: &Begun, job: JobId, message: &Robj) -> Robj {
+fn write(cluster: &Cluster, begun: &Begun, job: JobId, message: &Robj, lasts: Option<u64>) -> Robj {
     let written = match begun.shared {
         // The payload is all of it.
         true => Ok(()),
-        false => write_all(cluster, begun.place, job, message),
+        false => write_all(cluster, begun.place, job, message, lasts),
     };
     match written {
         Ok(()) => {
@@ -684,12 +684,16 @@ fn write_all(
     place: Rank,
     job: JobId,
     message: &Robj,
+    lasts: Option<u64>,
 ) -> std::result::Result<(), Jump> {
     let format = cluster.format(place);
     if send_plain(cluster, format, message)? {
         return Ok(());
     }
-    send_large(cluster, job, format, message)
+    // `clusterCall()` runs no user code between its messages to the nodes. Other senders may, and
+    // that code may change a value in place.
+    let same_for_all = job != NO_JOB && lasts.is_some();
+    send_large(cluster, job, format, message, same_for_all)
 }
 
 /// A number for the name of what a message sets; 0 for none.
@@ -719,7 +723,7 @@ fn hub_try_again(handle: Robj, task: f64) -> Robj {
             .borrow_mut()
             .try_again(owner, task, lasts, payload);
         let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
-        Ok(write(cluster, &begun, job, &message))
+        Ok(write(cluster, &begun, job, &message, lasts))
     })
 }
 
@@ -784,34 +788,36 @@ fn with_plain(
     message: &Robj,
     then: impl FnOnce(&[u8]),
 ) -> std::result::Result<bool, Jump> {
-    let (mut sent, mut bytes) = cluster.sent.take();
-    let written = plain::write_task(message, &mut sent, &mut bytes);
+    let mut bytes = cluster.plain.take();
+    let written = plain::write_task(message, &mut bytes);
     if let Ok(true) = written {
         then(&bytes);
     }
-    cluster.sent.set((sent, bytes));
+    cluster.plain.set(bytes);
     written
 }
 
-/// Writes a message to the hub that is not plain.
+/// Writes a message to the hub that is not plain. `same_for_all`: the sender makes the same message of
+/// unchanged values for each node.
 fn send_large(
     cluster: &Cluster,
     job: JobId,
     format: Format,
     message: &Robj,
+    same_for_all: bool,
 ) -> std::result::Result<(), Jump> {
     // R code may run below, and with it another send: then there is nothing to be repeated.
     let last = cluster
         .last
         .take()
-        .filter(|last| last.is(job, format, message));
+        .filter(|last| same_for_all && last.is(job, format, message));
     if let Some(last) = last {
         last.send(&cluster.hub, SLICE)?;
         cluster.last.set(Some(last));
         return Ok(());
     }
     // What is too large to be kept is not held until that is found out.
-    if job != NO_JOB && repeat::least_size(message) <= RECORD_LIMIT {
+    if same_for_all && repeat::least_size(message) <= RECORD_LIMIT {
         cluster.hub.borrow_mut().record();
     }
     let fixed = stream::serialize(message, format, &mut ToHub(cluster))?;

@@ -47,6 +47,9 @@ pub struct Job {
     payload: PayloadId,
     /// Of [`unit::Head`].
     flags: u8,
+    /// The common list refers to nothing whose identity matters, such as an environment, so that no
+    /// element can share such a thing with it.
+    fixed: bool,
     elements: Elements,
     /// A function that gives the seed of a task, or `NULL`.
     seed: Robj,
@@ -154,7 +157,8 @@ impl From<Unsent> for Robj {
 
 /// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
-/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
+/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `chunked` (tasks
+/// that are sent together share function and common arguments, as in a chunk of parallel's), `spread` (an
 /// element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
 /// `seeded` and `nothing` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
@@ -213,7 +217,7 @@ fn job_begin(
             Err(Jump(token)) => return Ok(token),
         };
         let flags = [
-            (fixed, unit::FIXED),
+            (flag("chunked"), unit::CHUNK),
             (flag("spread"), unit::SPREAD),
             (!seed.is_null(), unit::SEEDED),
         ];
@@ -244,6 +248,7 @@ fn job_begin(
             common,
             payload,
             flags,
+            fixed,
             elements: match elements.is_function() {
                 true => Elements::Function(elements),
                 false => Elements::Vector(elements),
@@ -705,14 +710,13 @@ impl Job {
             indices,
             memory: mapped::open(&mut body),
             body,
-            seconds: 0.0,
-            computed: None,
+            head: None,
             count: 0,
         };
         let failed = taking.job.failed.len();
         let taken = unwind::run(take_protected, &mut taking);
         mapped::end();
-        let (seconds, computed, count) = (taking.seconds, taking.computed, taking.count);
+        let (head, count) = (taking.head.unwrap_or_default(), taking.count);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
             unsafe {
@@ -728,12 +732,14 @@ impl Job {
         }
         taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
+        let time = |seconds| Duration::try_from_secs_f64(seconds).ok();
         let ended = Ended {
             tasks: count,
-            busy: Duration::try_from_secs_f64(seconds).unwrap_or_default(),
+            busy: time(head.seconds).unwrap_or_default(),
             turnaround,
             bytes,
-            computed: computed.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()),
+            computed: head.computed.and_then(time),
+            reading: time(head.reading).unwrap_or_default(),
         };
         let at = self.now();
         self.planner.ended(sent.place, ended, at);
@@ -792,7 +798,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             let element = Rf_protect(job.element(index));
             if !unit::append_plain(element, &mut job.message) {
                 // If what is common cannot change, they cannot have in common what does.
-                let mut fixed = job.flags & unit::FIXED != 0;
+                let mut fixed = job.fixed;
                 // What is seen to be long is not serialized to find that out.
                 let mut long = fixed && repeat::least_size_of_value(element) >= LONG;
                 if !long {
@@ -938,8 +944,8 @@ struct Taking<'a> {
     indices: Vec<usize>,
     body: Body,
     memory: Option<Memory>,
-    seconds: f64,
-    computed: Option<f64>,
+    /// What the answer begins with, if it is one of a unit.
+    head: Option<unit::AnswerHead>,
     count: usize,
 }
 
@@ -957,8 +963,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
             taking.count = 1;
             return R_NilValue;
         };
-        taking.seconds = head.seconds;
-        taking.computed = head.computed;
+        taking.head = Some(head);
         while taking.count < taking.indices.len().min(head.count as usize) {
             let mut kind = [0];
             unit::read_bytes(&mut taking.body, &mut kind);

@@ -1,10 +1,12 @@
 //! Tasks and answers of small plain values, as most are, in a form of our own: it takes a fraction
 //! of the time and memory of R's serialization, which begins with a table of 9 KB for references
-//! that a plain value does not have. What is not plain (other attributes than names, environments,
-//! ALTREP vectors, strings in an encoding of this machine's) or not small goes through [`stream`].
+//! that a plain value does not have. What is not plain (other attributes than names, S4 objects,
+//! environments, ALTREP vectors, strings in an encoding of this machine's) or not small goes through [`stream`].
 //!
-//! Functions count as plain if nothing in them can change: see [`Sent`]. Their serialized form is
-//! made once and sent each time; a worker that has read the same bytes before uses what it has.
+//! A function of the global environment or of a namespace goes inside such a message, in R's
+//! serialization. It is serialized for each message and read for each task. Nothing of it is cached,
+//! because C code may change any part of a function in place, and because a namespace may have been
+//! loaded anew since.
 //!
 //! All numbers are in the byte order of this machine.
 
@@ -13,10 +15,9 @@ use crate::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{
     R_BaseEnv, R_BaseNamespace, R_GlobalEnv, R_IsNamespaceEnv, R_NaString, R_NamesSymbol,
-    R_NilValue, R_PreserveObject, R_ReleaseObject, Rboolean, Rf_allocVector, Rf_error, Rf_protect,
-    Rf_setAttrib, Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL, MARK_NOT_MUTABLE, RAW, REAL,
-    R_CHAR, SET_STRING_ELT, SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT,
-    XLENGTH,
+    R_NilValue, Rboolean, Rf_allocVector, Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib,
+    Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL, RAW, REAL, R_CHAR, SET_STRING_ELT,
+    SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use std::ffi::{c_char, c_int, c_void};
 
@@ -29,9 +30,6 @@ pub const MOST: usize = 32 * 1024;
 
 /// Lists in lists, at most.
 const DEPTH: u32 = 16;
-
-/// Functions that are kept, at most.
-const KEPT: usize = 8;
 
 /// Marks a vector that has names.
 const NAMED: u8 = 0x80;
@@ -49,7 +47,6 @@ unsafe extern "C" {
     // R's encodings as numbers: extendr's enum has those of latin1 and bytes wrong.
     fn Rf_getCharCE(string: SEXP) -> c_int;
     fn Rf_mkCharLenCE(bytes: *const c_char, length: c_int, encoding: c_int) -> SEXP;
-    fn Rf_shallow_duplicate(value: SEXP) -> SEXP;
     pub fn rustcluster_attributes(value: SEXP) -> c_int;
     pub fn rustcluster_names(value: SEXP) -> SEXP;
     fn rustcluster_closure_env(function: SEXP) -> SEXP;
@@ -69,59 +66,12 @@ enum Unfit {
     Jump(Jump),
 }
 
-/// The functions that have lately been sent. A function is a value: while it is held here and
-/// marked as not to be changed in place, its bytes stay what they are, unless it can reach an
-/// environment whose content may change. So kept are those of the global environment and of
-/// namespaces, which are sent by name, without other environments or external pointers in them.
-#[derive(Default)]
-pub struct Sent {
-    functions: Vec<(Robj, Vec<u8>)>,
-    /// Where those have been seen that are not of this kind. Not held: another one at the same
-    /// place is not treated wrongly, but as any value.
-    refused: Vec<SEXP>,
-    oldest: usize,
-}
-
-impl Sent {
-    fn find(&mut self, function: SEXP) -> std::result::Result<&[u8], Unfit> {
-        // SAFETY: addresses are compared, not used.
-        let same = |(known, _): &(Robj, Vec<u8>)| unsafe { known.get() } == function;
-        let at = match self.functions.iter().position(same) {
-            Some(at) => at,
-            None => self.add(function)?,
-        };
-        Ok(&self.functions[at].1)
-    }
-
-    fn add(&mut self, function: SEXP) -> std::result::Result<usize, Unfit> {
-        if self.refused.contains(&function) || !may_keep(function) {
-            return Err(Unfit::NotPlain);
-        }
-        // SAFETY: on R's thread; the caller protects the function.
-        let robj = unsafe { Robj::from_sexp(function) };
-        let bytes = stream::serialize_fixed(&robj, MOST).map_err(Unfit::Jump)?;
-        let Some(bytes) = bytes else {
-            if self.refused.len() == KEPT {
-                self.refused.remove(0);
-            }
-            self.refused.push(function);
-            return Err(Unfit::NotPlain);
-        };
-        // SAFETY: on R's thread.
-        unsafe { MARK_NOT_MUTABLE(function) };
-        if self.functions.len() < KEPT {
-            self.functions.push((robj, bytes));
-            return Ok(self.functions.len() - 1);
-        }
-        let at = self.oldest;
-        self.oldest = (at + 1) % KEPT;
-        self.functions[at] = (robj, bytes);
-        Ok(at)
-    }
-}
-
-fn may_keep(function: SEXP) -> bool {
-    // SAFETY: on R's thread; none of these functions jumps.
+/// Whether a function's environment is one that is sent by name: the global one, or a namespace.
+///
+/// # Safety
+/// On R's thread, with a live function. R does not jump.
+unsafe fn is_global(function: SEXP) -> bool {
+    // SAFETY: the caller's; none of these functions jumps.
     unsafe {
         if TYPEOF(function) != SEXPTYPE::CLOSXP {
             return true;
@@ -138,8 +88,8 @@ struct Writer<'a> {
     out: &'a mut Vec<u8>,
     /// Bytes that there may be of it, with what was there before.
     most: usize,
-    /// Without it there are no functions.
-    sent: Option<&'a mut Sent>,
+    /// Whether functions may be written.
+    functions: bool,
 }
 
 type Written = std::result::Result<(), Unfit>;
@@ -185,6 +135,10 @@ impl Writer<'_> {
             let length = XLENGTH(value) as usize;
             // Every element takes a byte or more.
             if ALTREP(value) != 0 || depth == 0 || length > MOST {
+                return Err(Unfit::NotPlain);
+            }
+            // Bits that may be set without any attribute.
+            if Rf_isObject(value) == Rboolean::TRUE || Rf_isS4(value) == Rboolean::TRUE {
                 return Err(Unfit::NotPlain);
             }
             self.bytes(&[code | named])?;
@@ -239,17 +193,22 @@ impl Writer<'_> {
         }
     }
 
-    fn function(&mut self, function: SEXP) -> Written {
-        let Some(sent) = self.sent.take() else {
+    /// A function is serialized anew each time: C code may have changed any part of it in place.
+    ///
+    /// # Safety
+    /// On R's thread, with a live function.
+    unsafe fn function(&mut self, function: SEXP) -> Written {
+        // SAFETY: the caller's.
+        if !self.functions || !unsafe { is_global(function) } {
             return Err(Unfit::NotPlain);
-        };
-        let written = sent.find(function).and_then(|bytes| {
-            self.bytes(&[SEXPTYPE::CLOSXP as u8])?;
-            self.length(bytes.len())?;
-            self.bytes(bytes)
-        });
-        self.sent = Some(sent);
-        written
+        }
+        // SAFETY: the caller's.
+        let function = unsafe { Robj::from_sexp(function) };
+        let bytes = stream::serialize_fixed(&function, MOST).map_err(Unfit::Jump)?;
+        let bytes = bytes.ok_or(Unfit::NotPlain)?;
+        self.bytes(&[SEXPTYPE::CLOSXP as u8])?;
+        self.length(bytes.len())?;
+        self.bytes(&bytes)
     }
 }
 
@@ -300,17 +259,13 @@ unsafe fn text<'a>(string: SEXP) -> &'a [u8] {
 ///
 /// # Errors
 /// When R jumped.
-pub fn write_task(
-    message: &Robj,
-    sent: &mut Sent,
-    out: &mut Vec<u8>,
-) -> std::result::Result<bool, Jump> {
+pub fn write_task(message: &Robj, out: &mut Vec<u8>) -> std::result::Result<bool, Jump> {
     // SAFETY: on R's thread; the Robj keeps all of it alive.
     unsafe {
         let Some(parts) = task_of(message.get()) else {
             return Ok(false);
         };
-        write(TASK, &[], parts.iter().copied(), Some(sent), out)
+        write(TASK, &[], parts.iter().copied(), true, out)
     }
 }
 
@@ -326,7 +281,7 @@ pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Ve
     // SAFETY: the caller's. Only a function could make R jump.
     unsafe {
         matches!(
-            write(ANSWER, &head, [tag, value].into_iter(), None, out),
+            write(ANSWER, &head, [tag, value].into_iter(), false, out),
             Ok(true)
         )
     }
@@ -346,12 +301,16 @@ unsafe fn write(
     form: u8,
     head: &[u8],
     values: impl Iterator<Item = SEXP>,
-    sent: Option<&mut Sent>,
+    functions: bool,
     out: &mut Vec<u8>,
 ) -> std::result::Result<bool, Jump> {
     out.clear();
     let most = MOST;
-    let mut writer = Writer { out, most, sent };
+    let mut writer = Writer {
+        out,
+        most,
+        functions,
+    };
     let mut written = writer.bytes(&[form]).and_then(|()| writer.bytes(head));
     for value in values {
         // SAFETY: the caller's.
@@ -371,8 +330,11 @@ unsafe fn write(
 pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
     let before = out.len();
     let most = before + MOST;
-    let sent = None;
-    let mut writer = Writer { out, most, sent };
+    let mut writer = Writer {
+        out,
+        most,
+        functions: false,
+    };
     // SAFETY: the caller's.
     let written = unsafe { writer.value(value, DEPTH) }.is_ok();
     if !written {
@@ -383,50 +345,10 @@ pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
 
 // Reading ---------------------------------------------------------------------------------------
 
-/// The functions that have lately been received, by their bytes. Preserved as long as this lives,
-/// which is as long as the process does.
-#[derive(Default)]
-pub struct Received {
-    functions: Vec<(Vec<u8>, SEXP)>,
-    oldest: usize,
-}
-
-impl Received {
-    fn find(&self, bytes: &[u8]) -> Option<SEXP> {
-        let same = |(known, _): &&(Vec<u8>, SEXP)| known == bytes;
-        self.functions
-            .iter()
-            .find(same)
-            .map(|&(_, function)| function)
-    }
-
-    /// # Safety
-    /// On R's thread; the function is protected.
-    unsafe fn add(&mut self, bytes: &[u8], function: SEXP) {
-        // SAFETY: the caller's. R_PreserveObject may jump if there is no memory: nothing that is
-        // to be dropped has been made by then.
-        unsafe {
-            R_PreserveObject(function);
-            MARK_NOT_MUTABLE(function);
-        }
-        let entry = (bytes.to_vec(), function);
-        if self.functions.len() < KEPT {
-            self.functions.push(entry);
-            return;
-        }
-        let (_, old) = std::mem::replace(&mut self.functions[self.oldest], entry);
-        self.oldest = (self.oldest + 1) % KEPT;
-        // SAFETY: preserved when it was added.
-        unsafe { R_ReleaseObject(old) };
-    }
-}
-
 /// Reads from the front of a message. Its functions may jump, as R's errors do, so that neither it
 /// nor any frame of its holds what is to be dropped.
 struct Reader<'a> {
     bytes: &'a [u8],
-    /// Without it there are no functions.
-    received: Option<&'a mut Received>,
 }
 
 impl Reader<'_> {
@@ -566,23 +488,8 @@ impl Reader<'_> {
                 self.bad();
             }
             let (mut bytes, later) = self.bytes.split_at(length);
-            let all = bytes;
             self.bytes = later;
-            let Some(received) = self.received.as_deref_mut() else {
-                self.bad();
-            };
-            let known = match received.find(all) {
-                Some(known) => known,
-                None => {
-                    let function = Rf_protect(stream::read(&mut bytes));
-                    received.add(all, function);
-                    Rf_unprotect(1);
-                    function
-                }
-            };
-            // One that has never been called, as it is with PSOCK: R compiles a function at its
-            // second call, which costs each worker more than most functions are worth.
-            Rf_shallow_duplicate(known)
+            stream::read(&mut bytes)
         }
     }
 }
@@ -596,11 +503,8 @@ pub fn is_plain(bytes: &[u8]) -> bool {
 ///
 /// # Safety
 /// Under [`crate::unwind::protect`]: R may jump.
-pub unsafe fn read_task(bytes: &[u8], received: &mut Received) -> SEXP {
-    let mut reader = Reader {
-        bytes,
-        received: Some(received),
-    };
+pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
+    let mut reader = Reader { bytes };
     // SAFETY: the caller's.
     unsafe {
         if reader.byte() != TASK {
@@ -620,10 +524,7 @@ pub unsafe fn read_task(bytes: &[u8], received: &mut Received) -> SEXP {
 /// # Safety
 /// Under [`crate::unwind::protect`]: R may jump.
 pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
-    let mut reader = Reader {
-        bytes,
-        received: None,
-    };
+    let mut reader = Reader { bytes };
     // SAFETY: the caller's.
     unsafe { reader.value(DEPTH) }
 }
@@ -633,10 +534,7 @@ pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
 /// # Safety
 /// Under [`crate::unwind::protect`]: R may jump.
 pub unsafe fn read_answer(bytes: &[u8]) -> SEXP {
-    let mut reader = Reader {
-        bytes,
-        received: None,
-    };
+    let mut reader = Reader { bytes };
     // SAFETY: the caller's.
     unsafe {
         if reader.byte() != ANSWER {

@@ -10,7 +10,9 @@ use extendr_api::prelude::*;
 use extendr_ffi::{Rf_error, SEXP};
 use rustcluster_core::activity::Measured;
 use rustcluster_core::scheduler::Body;
+use rustcluster_core::sys;
 use std::ffi::{c_char, c_int};
+use std::time::Duration;
 
 /// What a message of this form begins with: see [`crate::plain`] for others.
 pub const UNIT: u8 = 3;
@@ -20,8 +22,9 @@ pub const ANSWER: u8 = 4;
 pub const SPREAD: u8 = 1;
 /// Each element comes with a state of the random number generator.
 pub const SEEDED: u8 = 2;
-/// Nothing in what the tasks have in common can change.
-pub const FIXED: u8 = 4;
+/// The unit stands for a chunk of parallel's: its tasks share the function and the arguments that
+/// they have in common, which are read once. Otherwise each task gets objects of its own.
+pub const CHUNK: u8 = 4;
 
 /// What a result begins with: its value follows, or that of an error.
 pub const VALUE: u8 = 1;
@@ -51,6 +54,12 @@ impl Head {
         out.extend_from_slice(&self.most.to_ne_bytes());
     }
 
+    /// Until when tasks may be begun, by [`sys::coarse_now`], if the first is begun now; `None`: no limit.
+    pub fn until(self) -> Option<Duration> {
+        let most = Duration::from_micros(self.most.into());
+        (!most.is_zero()).then(|| sys::coarse_now() + most)
+    }
+
     /// Puts another count into a message that begins with this.
     pub fn count(message: &mut [u8], count: u32) {
         if let Some(at) = message.get_mut(2..6) {
@@ -75,7 +84,7 @@ impl Head {
 }
 
 /// Bytes of what an answer of a unit begins with.
-pub const ANSWER_HEAD: usize = 21;
+pub const ANSWER_HEAD: usize = 29;
 
 /// The beginning of a unit's answer: the results follow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,6 +93,8 @@ pub struct AnswerHead {
     pub seconds: f64,
     /// Seconds of it for which it had a core, if it has not waited for anything in between.
     pub computed: Option<f64>,
+    /// Seconds before that in which the worker read what the tasks share: see [`CHUNK`].
+    pub reading: f64,
     /// Of how many of its tasks, counted from the first.
     pub count: u32,
 }
@@ -93,6 +104,7 @@ impl AnswerHead {
         out.push(ANSWER);
         out.extend_from_slice(&self.seconds.to_ne_bytes());
         out.extend_from_slice(&self.computed.unwrap_or(f64::NAN).to_ne_bytes());
+        out.extend_from_slice(&self.reading.to_ne_bytes());
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
@@ -109,11 +121,13 @@ impl AnswerHead {
     fn of(bytes: &[u8]) -> Option<AnswerHead> {
         let (&kind, rest) = bytes.split_first()?;
         let (seconds, rest) = rest.split_first_chunk().filter(|_| kind == ANSWER)?;
-        let (computed, count) = rest.split_first_chunk()?;
+        let (computed, rest) = rest.split_first_chunk()?;
+        let (reading, count) = rest.split_first_chunk()?;
         let computed = f64::from_ne_bytes(*computed);
         Some(AnswerHead {
             seconds: f64::from_ne_bytes(*seconds),
             computed: (!computed.is_nan()).then_some(computed),
+            reading: f64::from_ne_bytes(*reading),
             count: u32::from_ne_bytes(*count.first_chunk()?),
         })
     }

@@ -2,14 +2,13 @@
 
 use crate::failure::Failure;
 use crate::mapped;
-use crate::plain::{self, Received};
+use crate::plain;
 use crate::stream::{self, Format, Sink, Source};
 use crate::unit::{self, AnswerHead};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_protect, Rf_unprotect, MARK_NOT_MUTABLE,
-    SEXP, VECTOR_ELT,
+    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT,
 };
 use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;
@@ -176,7 +175,6 @@ unsafe extern "C" {
     fn rustcluster_take_message(message: *mut c_void) -> c_int;
     fn rustcluster_take_call(function: *mut c_void, arguments: *mut c_void, tag: *mut c_void);
     fn rustcluster_take_element(common: *mut c_void, element: *mut c_void, spread: c_int);
-    fn rustcluster_fresh_function(common: *mut c_void) -> SEXP;
     fn rustcluster_run_task(with_time: c_int) -> SEXP;
     fn rustcluster_end_task(time: *mut f64) -> SEXP;
     fn rustcluster_set_seed(values: *const c_void, count: c_int, guest: c_int);
@@ -237,17 +235,10 @@ struct Turn {
     seeds: Vec<(Vec<c_int>, bool)>,
     sink: ToAgent,
     done: bool,
-    kept: Kept,
+    /// Buffer for an answer, reused from task to task.
+    answer: Vec<u8>,
     /// It is one of several.
     unit: Option<Unit>,
-}
-
-/// What is kept from task to task: functions, and room for an answer.
-#[derive(Default)]
-struct Kept {
-    received: Received,
-    answer: Vec<u8>,
-    common: Common,
 }
 
 /// All of a task's message, when it does not come in one piece. What is in shared memory is read
@@ -280,7 +271,7 @@ fn whole(task: &Task) -> Option<&[u8]> {
 }
 
 thread_local! {
-    static KEPT: Cell<Kept> = Cell::default();
+    static ANSWER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
     /// That of the task under way, and so of its answer.
     static FORMAT: Cell<Format> = const { Cell::new(Format::Native) };
     /// The unit out of whose task R has jumped.
@@ -297,7 +288,7 @@ fn serve_one() -> std::result::Result<(), Stop> {
         Some(_) => unwind::run(unit_protected, &mut turn),
         None => unwind::run(turn_protected, &mut turn),
     };
-    KEPT.set(turn.kept);
+    ANSWER.set(turn.answer);
     if ran.is_err() {
         mapped::end();
         INTERRUPTED.set(turn.unit);
@@ -316,7 +307,7 @@ impl Turn {
             seeds: Vec::new(),
             sink: ToAgent::new(),
             done: false,
-            kept: KEPT.take(),
+            answer: ANSWER.take(),
             unit,
         }
     }
@@ -372,7 +363,7 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         let turn = data.cast::<Turn>();
         match whole(&(*turn).task) {
             Some(bytes) if plain::is_plain(bytes) => {
-                let call = Rf_protect(plain::read_task(bytes, &mut (*turn).kept.received));
+                let call = Rf_protect(plain::read_task(bytes));
                 let part = |i| VECTOR_ELT(call, i).cast();
                 rustcluster_take_call(part(0), part(1), part(2));
             }
@@ -398,8 +389,8 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
         (*turn).sink.begin();
         leave_seed();
         let native = FORMAT.get() == Format::Native;
-        if native && plain::write_answer(value, &time, tag, &mut (*turn).kept.answer) {
-            (*turn).sink.write(&(*turn).kept.answer);
+        if native && plain::write_answer(value, &time, tag, &mut (*turn).answer) {
+            (*turn).sink.write(&(*turn).answer);
         } else {
             write_slowly(value, true, &time, tag, &mut (*turn).sink);
         }
@@ -408,74 +399,35 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-/// Calls of a function from its second on let R compile it, which takes longer than most functions
-/// are worth: so many are of copies that have never been called, as all are with PSOCK.
-const NOT_COMPILED: u32 = 50;
+/// A value that R's garbage collector leaves alone for as long as this lives. On R's thread only.
+struct Preserved(SEXP);
 
-/// What the tasks of a job have in common, as it came last: in R's serialization, and as a list.
-#[derive(Default)]
-struct Common {
-    payload: Payload,
-    /// The list, preserved, if nothing in it can change.
-    value: Option<SEXP>,
-    uses: u32,
+impl Preserved {
+    /// # Safety
+    /// Under [`unwind::run`], with a protected value: R may jump.
+    unsafe fn new(value: SEXP) -> Preserved {
+        // SAFETY: the caller's.
+        unsafe { R_PreserveObject(value) };
+        Preserved(value)
+    }
 }
 
-impl Common {
-    /// # Safety
-    /// Under [`unwind::run`]; the value is not protected.
-    unsafe fn get(&mut self, fixed: bool) -> SEXP {
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
-        unsafe {
-            let value = match self.value {
-                Some(value) => value,
-                None => {
-                    let value = mapped::read(&self.payload, may_map());
-                    if !fixed {
-                        return value;
-                    }
-                    Rf_protect(value);
-                    R_PreserveObject(value);
-                    MARK_NOT_MUTABLE(VECTOR_ELT(value, 0));
-                    Rf_unprotect(1);
-                    self.value = Some(value);
-                    // Its memory is not needed any more.
-                    self.payload = Payload {
-                        id: self.payload.id,
-                        ..Payload::default()
-                    };
-                    value
-                }
-            };
-            self.uses = self.uses.saturating_add(1);
-            if self.uses < NOT_COMPILED {
-                rustcluster_fresh_function(value.cast())
-            } else {
-                value
-            }
-        }
-    }
-
-    /// Takes another, if it is another.
-    fn take(&mut self, payload: &Payload) {
-        if self.payload.id == payload.id {
-            return;
-        }
-        if let Some(value) = self.value.take() {
-            // SAFETY: on R's thread; preserved when it was made.
-            unsafe { R_ReleaseObject(value) };
-        }
-        *self = Common {
-            payload: payload.clone(),
-            ..Common::default()
-        };
+impl Drop for Preserved {
+    fn drop(&mut self) {
+        // SAFETY: on R's thread; preserved when it was made.
+        unsafe { R_ReleaseObject(self.0) };
     }
 }
 
 /// Tasks that came together.
 struct Unit {
     head: unit::Head,
+    /// What its tasks have in common, a list of the function and of arguments, as bytes.
     common: Payload,
+    /// The list, if all tasks of the unit share it.
+    shared: Option<Preserved>,
+    /// How long it took to read that.
+    reading_took: Duration,
     body: Body,
     began: Instant,
     /// What this process had had of its cores by then.
@@ -495,14 +447,15 @@ struct Unit {
 
 impl Unit {
     fn new(head: unit::Head, common: Payload, body: Body) -> Unit {
-        let most = Duration::from_micros(head.most.into());
         Unit {
             head,
             common,
+            shared: None,
+            reading_took: Duration::ZERO,
             body,
             began: Instant::now(),
             usage: Usage::now(),
-            until: (!most.is_zero()).then(|| sys::coarse_now() + most),
+            until: head.until(),
             begun: 0,
             reading: false,
             results: Vec::new(),
@@ -513,6 +466,35 @@ impl Unit {
 
     fn is(&self, flag: u8) -> bool {
         self.head.flags & flag != 0
+    }
+
+    /// The function and the arguments that the tasks have in common; not protected. Every task gets
+    /// objects of its own, because C code may change them in place, and because what they refer to by
+    /// name, such as a namespace, may have been replaced since. Tasks of a unit that stands for one of
+    /// parallel's chunks share them, as they do there.
+    ///
+    /// # Safety
+    /// Under [`unwind::run`]: R may jump.
+    unsafe fn read_common(&mut self) -> SEXP {
+        if let Some(shared) = &self.shared {
+            return shared.0;
+        }
+        let began = Instant::now();
+        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        unsafe {
+            let value = mapped::read(&self.common, may_map());
+            if self.is(unit::CHUNK) {
+                Rf_protect(value);
+                self.shared = Some(Preserved::new(value));
+                Rf_unprotect(1);
+                // The planner is told of the reading apart from the tasks.
+                self.reading_took = began.elapsed();
+                self.began = Instant::now();
+                self.usage = Usage::now();
+                self.until = self.head.until();
+            }
+            value
+        }
     }
 
     /// There are more tasks, and this worker is to do them.
@@ -527,6 +509,7 @@ impl Unit {
         AnswerHead {
             seconds: self.began.elapsed().as_secs_f64(),
             computed: self.usage.computed().map(|time| time.as_secs_f64()),
+            reading: self.reading_took.as_secs_f64(),
             count: self.begun,
         }
         .write(&mut out);
@@ -544,7 +527,6 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
         };
         if unit.begun == 0 {
             put_seeds(&turn.seeds);
-            turn.kept.common.take(&unit.common);
         }
         signals::unblock_interrupt();
         loop {
@@ -556,7 +538,7 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
             }
             let element = Rf_protect(unit::read_value(&mut unit.body, &mut unit.scratch));
             unit.reading = false;
-            let common = Rf_protect(turn.kept.common.get(unit.is(unit::FIXED)));
+            let common = Rf_protect(unit.read_common());
             let spread = c_int::from(unit.is(unit::SPREAD));
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));

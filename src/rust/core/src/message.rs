@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
 pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";

@@ -40,6 +40,9 @@ const COST_OF_ALL: f64 = 4.0;
 /// A unit should take so many times as long as a message to the worker and back.
 const ROUND_TRIPS: f64 = 2.0;
 
+/// A unit should take so many times as long as it takes to read what its tasks share.
+const READINGS: f64 = 4.0;
+
 /// Seconds that a unit should take at least, and if tasks compute: what it costs the head, the agent
 /// and the worker, 0.4 ms where waking a process is slow, is then taken from the cores that compute,
 /// if they are those of one machine.
@@ -90,6 +93,8 @@ pub struct Ended {
     pub bytes: usize,
     /// For how long of it the worker had a core, if it has not waited for anything.
     pub computed: Option<Duration>,
+    /// How long the worker had read before that what the tasks of a unit share.
+    pub reading: Duration,
 }
 
 /// Tasks that have not been given out.
@@ -170,6 +175,8 @@ pub struct Planner {
     bytes: f64,
     /// Seconds that the head is busy with a unit.
     cost: f64,
+    /// Seconds in which a worker reads what the tasks of a unit share.
+    reading: f64,
     /// The least time that the way has taken, to any place.
     way: f64,
 }
@@ -203,6 +210,7 @@ impl Planner {
             done: 0,
             bytes: 0.0,
             cost: 0.0,
+            reading: 0.0,
             way: 0.0,
         }
     }
@@ -342,7 +350,8 @@ impl Planner {
     fn task(&self, now: f64) -> Option<f64> {
         let recent = self.recent?;
         let running = self.places.iter().filter(|place| !place.out.is_empty());
-        let passed = |place: &Place| now - place.since - place.round_trip.unwrap_or(self.way);
+        let before = |place: &Place| place.round_trip.unwrap_or(self.way) + self.reading;
+        let passed = |place: &Place| now - place.since - before(place);
         let running: f64 = running
             .map(|place| passed(place).max(0.0) * self.share(place))
             .sum();
@@ -369,16 +378,18 @@ impl Planner {
             true => GRAIN_OF_COMPUTING,
             false => GRAIN,
         };
-        (way.max(work).max(grain) / task).min(ANSWER / self.bytes.max(1.0))
+        let reading = READINGS * self.reading;
+        (way.max(work).max(grain).max(reading) / task).min(ANSWER / self.bytes.max(1.0))
     }
 
     fn size(&self, place: usize, task: f64) -> usize {
         let fair = match self.assignment {
             Assignment::Free => {
                 let (len, living) = (self.queues[0].len(), self.useful().max(1));
-                // With one that runs and one ahead, shorter ones would not fill the way.
+                // With one that runs and one ahead, shorter ones would not fill the way. And a unit that
+                // takes no longer than its reading is better not followed by another.
                 let round_trip = self.places[place].round_trip.unwrap_or(0.0);
-                let filling = (round_trip / 2.0 / task) as usize;
+                let filling = ((round_trip / 2.0 + self.reading) / task) as usize;
                 let even = len / (2 * living);
                 even.max(filling.min(len.div_ceil(living)))
             }
@@ -400,7 +411,7 @@ impl Planner {
         let (1, Some(way), Some(running)) = (at.out.len(), at.round_trip, at.out.front()) else {
             return false;
         };
-        let unit = *running as f64 * task;
+        let unit = self.reading + *running as f64 * task;
         let queue = match self.assignment {
             Assignment::Free => &self.queues[0],
             Assignment::Round => return way > IDLE * unit,
@@ -423,8 +434,9 @@ impl Planner {
         }
         at.since = now.as_secs_f64();
         let busy = ended.busy.as_secs_f64();
+        let reading = ended.reading.as_secs_f64();
         if let Some(turnaround) = ended.turnaround {
-            let way = (turnaround.as_secs_f64() - busy).max(0.0);
+            let way = (turnaround.as_secs_f64() - busy - reading).max(0.0);
             // The least is what the way takes; what is more is that somebody was busy.
             at.round_trip = Some(match at.round_trip {
                 Some(before) if way > before => before + NEW * (way - before),
@@ -449,6 +461,10 @@ impl Planner {
         self.bytes = match self.done {
             0 => bytes,
             _ => mix(self.bytes, bytes).max(bytes.min(self.bytes)),
+        };
+        self.reading = match self.done {
+            0 => reading,
+            _ => mix(self.reading, reading),
         };
         self.seconds += work;
         self.done += ended.tasks;
@@ -584,6 +600,7 @@ mod tests {
                     turnaround: (!ahead).then(|| Duration::from_secs_f64(now - sent)),
                     bytes: 10 * tasks.len(),
                     computed: None,
+                    reading: Duration::ZERO,
                 },
                 Duration::from_secs_f64(now),
             );
@@ -668,6 +685,7 @@ mod tests {
                 turnaround: Some(Duration::from_millis(1)),
                 bytes: 1 << 20,
                 computed: None,
+                reading: Duration::ZERO,
             },
             Duration::from_millis(1),
         );
@@ -691,6 +709,7 @@ mod tests {
             turnaround: Some(Duration::from_micros(100)),
             bytes: 10,
             computed: (!slept).then_some(Duration::from_micros(1)),
+            reading: Duration::ZERO,
         };
         planner.took(Duration::from_micros(30));
         let ms = Duration::from_millis;
@@ -735,6 +754,7 @@ mod tests {
             turnaround: Some(ms(8)),
             bytes: 10,
             computed: Some(Duration::from_micros(400)),
+            reading: Duration::ZERO,
         };
         (0..40).for_each(|place| planner.ended(place, ended, ms(8)));
         let units: Vec<Unit> = (0..40).filter_map(|at| planner.next(at, ms(8))).collect();
