@@ -2,10 +2,10 @@
  * them where it would otherwise have a copy of its own, as does the head those of an answer from a
  * worker on its machine.
  *
- * R's serialization of ALTREP objects says where they are: the head gives it stand-ins, whose state
- * is an offset and a length, and a worker makes vectors out of these. The mapping is private and
- * writable, and one of its own for each time that a message is read: R writes to vectors in place,
- * which neither another worker nor the next to read the same message is to see. */
+ * In the stream of R's serialization such a vector is an ALTREP object of one of these classes, whose
+ * state is an offset and a length (mapped.rs writes it so). The mapping is private and writable, and
+ * each reading of a message makes its own: vectors are written to in place, by R and by C code, which
+ * neither another worker nor the next task that reads the same message may see. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
@@ -74,110 +74,55 @@ static void *room_of(SEXP value)
     }
 }
 
-/* The head: stand-ins ---------------------------------------------------------------------------*/
+/* The writer ------------------------------------------------------------------------------------*/
 
-struct found {
-    /* A pairlist of the vectors, and where it ends. */
-    SEXP first, last;
-    /* Bytes of their data, with what is between them. */
-    double bytes;
-};
-
-/* R's compact sequences have data as well once somebody has asked for it; as sequences they take
- * some bytes. */
-static int is_sequence(SEXP x)
+/* About how many bytes the large vectors of a value have. R does not jump. */
+double rustcluster_large_bytes(void *value, int depth)
 {
-    R_xlen_t n = XLENGTH(x);
-
-    switch (TYPEOF(x)) {
-    case INTSXP: {
-        double by = (double) INTEGER_ELT(x, 1) - INTEGER_ELT(x, 0);
-        return INTEGER_NO_NA(x) && (by == 1 || by == -1) &&
-            INTEGER_ELT(x, n - 1) == INTEGER_ELT(x, 0) + by * (double) (n - 1);
-    }
-    case REALSXP: {
-        double by = REAL_ELT(x, 1) - REAL_ELT(x, 0);
-        return REAL_NO_NA(x) && (by == 1 || by == -1) &&
-            REAL_ELT(x, n - 1) == REAL_ELT(x, 0) + by * (double) (n - 1);
-    }
-    default:
-        return 0;
-    }
-}
-
-static SEXP stand_in(SEXP x, int kind, struct found *found)
-{
-    R_xlen_t n = XLENGTH(x);
-    double bytes = (double) n * (double) size_of(kind);
-
-    if (bytes < LARGE || !DATAPTR_OR_NULL(x) || (ALTREP(x) && is_sequence(x)))
-        return x;
-    SEXP cell = PROTECT(Rf_cons(x, R_NilValue));
-    SETCDR(found->last, cell);
-    found->last = cell;
-    SEXP where = PROTECT(Rf_allocVector(REALSXP, 2));
-    REAL(where)[0] = found->bytes;
-    REAL(where)[1] = (double) n;
-    SEXP made = PROTECT(R_new_altrep(classes[kind], R_NilValue, where));
-    SHALLOW_DUPLICATE_ATTRIB(made, x);
-    found->bytes += ALIGNED * (double) ((uint64_t) (bytes + ALIGNED - 1) / ALIGNED);
-    UNPROTECT(3);
-    return made;
-}
-
-/* The value with stand-ins; itself if there are none. */
-static SEXP with_stand_ins(SEXP x, int depth, struct found *found)
-{
+    SEXP x = (SEXP) value;
     int kind = kind_of(x);
+    double bytes = 0;
 
-    if (kind < KINDS)
-        return stand_in(x, kind, found);
+    if (kind < KINDS) {
+        bytes = (double) XLENGTH(x) * (double) size_of(kind);
+        return bytes < LARGE || !DATAPTR_OR_NULL(x) ? 0 : bytes;
+    }
     if (TYPEOF(x) != VECSXP || ALTREP(x) || depth == DEPTH)
-        return x;
-    SEXP copy = x;
-    PROTECT_INDEX at;
-    PROTECT_WITH_INDEX(copy, &at);
-    R_xlen_t n = XLENGTH(x);
-    for (R_xlen_t i = 0; i < n; i++) {
-        SEXP element = VECTOR_ELT(x, i);
-        SEXP instead = with_stand_ins(element, depth + 1, found);
-        if (instead == element)
-            continue;
-        PROTECT(instead);
-        if (copy == x)
-            REPROTECT(copy = Rf_shallow_duplicate(x), at);
-        SET_VECTOR_ELT(copy, i, instead);
+        return 0;
+    for (R_xlen_t i = 0; i < XLENGTH(x); i++)
+        bytes += rustcluster_large_bytes(VECTOR_ELT(x, i), depth + 1);
+    return bytes;
+}
+
+/* A list of an empty vector of each class, and of the value. R's serialization of it begins with the
+ * classes, so that whoever writes the stream can refer to them later: see mapped.rs. The result is not
+ * protected. */
+SEXP rustcluster_with_classes(void *value)
+{
+    SEXP list = PROTECT(Rf_allocVector(VECSXP, KINDS + 1));
+
+    for (int kind = 0; kind < KINDS; kind++) {
+        SEXP where = PROTECT(Rf_allocVector(REALSXP, 2));
+        REAL(where)[0] = REAL(where)[1] = 0;
+        SET_VECTOR_ELT(list, kind, R_new_altrep(classes[kind], R_NilValue, where));
         UNPROTECT(1);
     }
+    SET_VECTOR_ELT(list, KINDS, (SEXP) value);
     UNPROTECT(1);
-    return copy;
+    return list;
 }
 
-/* The large vectors of a message, as a pairlist, and the message with stand-ins for them before it;
- * NULL if there are none. `*bytes`: of their data. The result is not protected. R may jump. */
-SEXP rustcluster_stand_ins(void *message, double *bytes)
+/* The value of such a list. R jumps if it is none. */
+SEXP rustcluster_without_classes(void *list)
 {
-    SEXP all = PROTECT(Rf_cons(R_NilValue, R_NilValue));
-    struct found found = {all, all, 0};
-    SEXP instead = with_stand_ins((SEXP) message, 0, &found);
+    SEXP all = (SEXP) list;
 
-    SETCAR(all, instead);
-    UNPROTECT(1);
-    *bytes = found.bytes;
-    return CDR(all) == R_NilValue ? R_NilValue : all;
+    if (TYPEOF(all) != VECSXP || XLENGTH(all) != KINDS + 1)
+        Rf_error("a message that is damaged");
+    return VECTOR_ELT(all, KINDS);
 }
 
-/* The data of the vector at the front of such a list, and its bytes; returns what follows it. */
-SEXP rustcluster_vector_data(void *list, const void **data, size_t *bytes)
-{
-    SEXP x = CAR((SEXP) list);
-
-    *data = DATAPTR_OR_NULL(x);
-    *bytes = *data ? (size_t) XLENGTH(x) * size_of(kind_of(x)) : 0;
-    return CDR((SEXP) list);
-}
-
-/* A worker: vectors -----------------------------------------------------------------------------*/
+/* The reader ------------------------------------------------------------------------------------*/
 
 /* The message that is being read. Its data is mapped when the first vector asks for it. */
 static struct {
@@ -185,11 +130,9 @@ static struct {
     const char *bytes;
     /* Bytes; 0 if there is none. */
     size_t length;
-    /* Where its data begins and how much that is. */
-    size_t from, data;
     /* The file that it is in, or -1. */
     int file;
-} now = {NULL, 0, 0, 0, -1};
+} now = {NULL, 0, -1};
 
 /* Its mapping, an external pointer, as an element of a preserved list. */
 static SEXP kept = NULL;
@@ -208,12 +151,10 @@ static const double room = 536870912;
 
 /* What is read from here on has its vectors in this message, until the next. `file`: -1 if none is
  * to be mapped. */
-void rustcluster_begin_mapped(const void *bytes, size_t length, size_t from, size_t data, int file)
+void rustcluster_begin_mapped(const void *bytes, size_t length, int file)
 {
     now.bytes = bytes;
     now.length = length;
-    now.from = from;
-    now.data = data;
     now.file = file;
     if (kept)
         SETCAR(kept, R_NilValue);
@@ -221,7 +162,7 @@ void rustcluster_begin_mapped(const void *bytes, size_t length, size_t from, siz
 
 void rustcluster_end_mapped(void)
 {
-    rustcluster_begin_mapped(NULL, 0, 0, 0, -1);
+    rustcluster_begin_mapped(NULL, 0, -1);
 }
 
 static void unmap(SEXP pointer)
@@ -268,7 +209,7 @@ static SEXP mapping_of_now(void)
         at = map();
     }
     if (at == MAP_FAILED)
-        Rf_error("cannot allocate vector of size %0.1f Mb", (double) now.data / 1048576);
+        Rf_error("cannot allocate vector of size %0.1f Mb", (double) now.length / 1048576);
     /* Not R_Calloc(): R would jump, and leave the mapping behind. */
     struct mapping *mapping = (struct mapping *) calloc(1, sizeof *mapping);
     if (!mapping) {
@@ -291,17 +232,18 @@ static SEXP unserialize(int kind, SEXP state)
     if (!now.length || TYPEOF(state) != REALSXP || XLENGTH(state) != 2)
         Rf_error("a vector that is nowhere");
     double offset = REAL(state)[0], n = REAL(state)[1], bytes = n * (double) size_of(kind);
-    if (!(offset >= 0 && n >= 0 && offset + bytes <= (double) now.data) ||
+    if (!(offset >= 0 && n >= 0 && offset + bytes <= (double) now.length) ||
         offset != (double) (size_t) offset || n != (double) (R_xlen_t) n ||
         (size_t) offset % ALIGNED)
         Rf_error("a vector beyond the end of its message");
-    size_t begin = now.from + (size_t) offset;
+    size_t begin = (size_t) offset;
+    if (n == 0)
+        return Rf_allocVector(types[kind], 0);
     if (now.file < 0) {
         if (!now.bytes)
             Rf_error("a vector that is nowhere");
         SEXP copy = Rf_allocVector(types[kind], (R_xlen_t) n);
-        if (bytes > 0)
-            memcpy(room_of(copy), now.bytes + begin, (size_t) bytes);
+        memcpy(room_of(copy), now.bytes + begin, (size_t) bytes);
         return copy;
     }
     SEXP mapping = PROTECT(mapping_of_now());

@@ -45,6 +45,18 @@ int rustcluster_is_source(void *value)
     return Rf_inherits((SEXP) value, "srcfile");
 }
 
+/* Where the data of such an environment's parse tree is, or NULL. */
+const void *rustcluster_parse_data(void *value)
+{
+#if R_VERSION >= R_Version(4, 5, 0)
+    SEXP data = R_getVarEx(Rf_install("parseData"), (SEXP) value, FALSE, R_NilValue);
+#else
+    SEXP data = Rf_findVarInFrame((SEXP) value, Rf_install("parseData"));
+#endif
+
+    return TYPEOF(data) == INTSXP ? DATAPTR_OR_NULL(data) : NULL;
+}
+
 /* An element of a list or of a plain vector of strings, numbers or logical values, from 0; not
  * protected. R may jump. */
 SEXP rustcluster_element(void *vector, R_xlen_t at)

@@ -828,13 +828,17 @@ fn send_large(
     Ok(())
 }
 
-/// An answer as `recvData()` gives it, not protected.
+/// An answer as `recvData()` gives it, not protected. `memory`: see [`mapped::open`].
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R may jump.
-pub unsafe fn read_body(body: &mut Body) -> SEXP {
+/// Under [`unwind::protect`]: R may jump, and then [`mapped::end`] is to be called.
+pub unsafe fn read_body(body: &mut Body, memory: &Option<Memory>) -> SEXP {
     // SAFETY: the caller's; this frame holds nothing that is to be dropped.
     unsafe {
+        if memory.is_some() {
+            mapped::begin(memory);
+            return mapped::unwrap(stream::read(body));
+        }
         match body.whole().filter(|bytes| plain::is_plain(bytes)) {
             Some(bytes) => plain::read_answer(bytes),
             None => stream::read(body),
@@ -857,8 +861,7 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
         // that is to be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
-            mapped::begin(&(*reading).memory);
-            let answer = read_body((*reading).body);
+            let answer = read_body((*reading).body, &(*reading).memory);
             if (*reading).place == 0 {
                 return answer;
             }

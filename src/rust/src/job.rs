@@ -957,7 +957,8 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
         let job = &mut *taking.job;
         mapped::begin(&taking.memory);
         let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
-            let answer = Rf_protect(head::read_body(&mut taking.body));
+            let answer = head::read_body(&mut taking.body, &taking.memory);
+            let answer = Rf_protect(answer);
             job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));
             Rf_unprotect(1);
             taking.count = 1;

@@ -1,67 +1,257 @@
 //! Payloads and answers whose large vectors are mapped by those who read them: see csrc/mapped.c.
 //!
-//! Such a payload begins with a head of [`HEAD`] bytes: [`MAPPED`], and from its 8th byte on how many
-//! bytes the data of the vectors takes up, in the byte order of this machine. The data follows, each
-//! vector's from a multiple of [`HEAD`] on, and then the value in R's serialization, with stand-ins
-//! for the vectors. Of an answer, whatever it is besides stands in place of the value: see
-//! [`crate::unit`].
+//! Such a message begins with the byte [`MAPPED`]. R's serialization of the value follows, with a gap
+//! wherever a large vector is: an ALTREP object of one of our classes stands in the stream, and the data
+//! of the vector is in the gap, from a multiple of [`ALIGNED`] on. At the end is the list of gaps, each
+//! with its beginning and its length, and the number of gaps. What else an answer holds stands before
+//! the value: see [`crate::unit`]. All numbers have 8 bytes, in the byte order of this machine.
+//!
+//! [`Mapper`] puts the gaps in while R serializes, so that large vectors are found wherever they are,
+//! also in environments and in attributes. It relies on how R's binary format writes a vector: its flags
+//! and its length, four bytes each, and then its data, without a copy and in pieces of 8,096 elements.
 
-use crate::stream::{self, Sink};
+use crate::stream::{self, Sink, Source};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
-use extendr_ffi::{R_NilValue, Rf_error, Rf_protect, Rf_unprotect, CAR, CDR, SEXP};
+use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::scheduler::Body;
 use rustcluster_core::worker::Payload;
 use rustcluster_core::{cores, limits, sys};
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// What a payload of this form begins with: see [`crate::plain`] and [`crate::unit`] for others.
+/// What a message of this form begins with: see [`crate::plain`] and [`crate::unit`] for others.
 const MAPPED: u8 = 5;
 
-/// Also what the data of vectors is aligned to; csrc/mapped.c has it, too.
-const HEAD: usize = 64;
+/// What the data of a vector is aligned to; csrc/mapped.c has it, too.
+const ALIGNED: u64 = 64;
 
-/// Bytes of a vector that are written before interrupts are looked for.
-const PIECE: usize = 64 * 1024;
+/// Bytes of a vector from which on it is mapped; csrc/mapped.c has it, too.
+const LARGE_VECTOR: u64 = 65536;
+
+/// R writes the data of a vector in pieces of so many elements.
+const ELEMENTS_AT_ONCE: usize = 8096;
+
+/// Bytes of an entry in the list of gaps, and of a number.
+const GAP: usize = 16;
+const NUMBER: usize = 8;
 
 // SEXP is a pointer to a type that is opaque on this side.
 #[allow(improper_ctypes)]
 unsafe extern "C" {
-    fn rustcluster_stand_ins(message: *mut c_void, bytes: *mut f64) -> SEXP;
-    fn rustcluster_vector_data(
-        list: *mut c_void,
-        data: *mut *const c_void,
-        bytes: *mut usize,
-    ) -> SEXP;
-    fn rustcluster_begin_mapped(
-        bytes: *const c_void,
-        length: usize,
-        from: usize,
-        data: usize,
-        file: c_int,
-    );
+    fn rustcluster_large_bytes(value: *mut c_void, depth: c_int) -> f64;
+    fn rustcluster_with_classes(value: *mut c_void) -> SEXP;
+    fn rustcluster_without_classes(list: *mut c_void) -> SEXP;
+    fn rustcluster_begin_mapped(bytes: *const c_void, length: usize, file: c_int);
     fn rustcluster_end_mapped();
 }
 
+/// Words of R's serialization format (serialize.c): types of items, flags, and the index that the type
+/// of a reference is packed with.
+mod word {
+    pub const PAIRLIST: i32 = 2;
+    pub const LOGICALS: i32 = 10;
+    pub const INTEGERS: i32 = 13;
+    pub const REALS: i32 = 14;
+    pub const COMPLEXES: i32 = 15;
+    pub const RAWS: i32 = 24;
+    pub const ALTREP: i32 = 238;
+    pub const NIL: i32 = 254;
+    pub const REFERENCE: i32 = 255;
+    pub const TYPE: i32 = 0xff;
+    pub const HAS_ATTRIBUTES: i32 = 1 << 9;
+    pub const HAS_TAG: i32 = 1 << 10;
+}
+
+/// A vector's class: the index by which the stream refers to its name, and the bytes of an element. The
+/// names of the classes are the first symbols in the stream, the package's name is the second.
+fn class_of(kind: i32) -> Option<(i32, u64)> {
+    match kind {
+        word::LOGICALS => Some((1, 4)),
+        word::INTEGERS => Some((3, 4)),
+        word::REALS => Some((4, 8)),
+        word::COMPLEXES => Some((5, 16)),
+        word::RAWS => Some((6, 1)),
+        _ => None,
+    }
+}
+const PACKAGE: i32 = 2;
+
+fn reference(index: i32) -> i32 {
+    index << 8 | word::REFERENCE
+}
+
+/// Takes what R's serialization writes, and passes it on with gaps for the data of large vectors.
+pub struct Mapper<S> {
+    sink: S,
+    /// Bytes that have been passed on.
+    at: u64,
+    /// The last writes of four bytes each, at most four of them: what comes next may be the data of a
+    /// vector, and these its flags and its length.
+    held: Vec<u8>,
+    /// Bytes that are still to come of the data that goes into a gap.
+    left: u64,
+    /// The vector has no attributes, which R would write behind its data.
+    bare: bool,
+    gaps: Vec<u8>,
+    tail: Vec<u8>,
+}
+
+impl<S: Sink> Mapper<S> {
+    pub fn new(sink: S) -> Mapper<S> {
+        let mut mapper = Mapper {
+            sink,
+            at: 0,
+            held: Vec::with_capacity(16),
+            left: 0,
+            bare: false,
+            gaps: Vec::new(),
+            tail: Vec::new(),
+        };
+        mapper.pass(&[MAPPED]);
+        mapper
+    }
+
+    fn pass(&mut self, bytes: &[u8]) -> bool {
+        self.at += bytes.len() as u64;
+        self.sink.write(bytes)
+    }
+
+    fn pass_held(&mut self, count: usize) -> bool {
+        let held = std::mem::take(&mut self.held);
+        let wait = self.pass(&held[..count]);
+        self.held = held;
+        self.held.drain(..count);
+        wait
+    }
+
+    /// The words that were held last, the newest first.
+    fn word(&self, back: usize) -> Option<i32> {
+        let at = self.held.len().checked_sub(4 * (back + 1))?;
+        let bytes = self.held.get(at..at + 4)?;
+        bytes.try_into().ok().map(i32::from_ne_bytes)
+    }
+
+    /// If these bytes are the first of a large vector's data: the words that came before them, the
+    /// vector's flags, and its length.
+    fn vector(&self, bytes: &[u8]) -> Option<(usize, i32, u64)> {
+        let unsigned = |word: i32| u64::from(word as u32);
+        let last = self.word(0)?;
+        let (words, length) = match (self.word(1), self.word(2)) {
+            // A long vector: -1, and its length in two words.
+            (Some(high), Some(-1)) if self.held.len() == 16 => {
+                (4, unsigned(high) << 32 | unsigned(last))
+            }
+            _ => (2, u64::try_from(last).ok()?),
+        };
+        let flags = self.word(words - 1)?;
+        let (_, size) = class_of(flags & word::TYPE)?;
+        let first = length.min(ELEMENTS_AT_ONCE as u64).checked_mul(size)?;
+        let is_large = length.checked_mul(size)? >= LARGE_VECTOR;
+        let is_data = is_large && bytes.len() as u64 == first;
+        (is_data && !stream::is_parse_data(bytes)).then_some((words, flags, length))
+    }
+
+    /// Begins a gap for a vector with these flags and this length.
+    fn begin(&mut self, flags: i32, length: u64) -> bool {
+        let kind = flags & word::TYPE;
+        let Some((class, size)) = class_of(kind) else {
+            return false;
+        };
+        let kept = flags & !(word::TYPE | word::HAS_ATTRIBUTES | word::HAS_TAG);
+        let words = [
+            kept | word::ALTREP,
+            word::PAIRLIST,
+            reference(class),
+            word::PAIRLIST,
+            reference(PACKAGE),
+            word::PAIRLIST,
+            word::INTEGERS,
+            1,
+            kind,
+            word::NIL,
+            word::REALS,
+            2,
+        ];
+        let item = 4 * words.len() as u64 + 2 * NUMBER as u64;
+        let end = self.at + item;
+        let data = end.next_multiple_of(ALIGNED);
+        self.left = length * size;
+        self.bare = flags & word::HAS_ATTRIBUTES == 0;
+        for number in [end, data - end + self.left] {
+            self.gaps.extend_from_slice(&number.to_ne_bytes());
+        }
+        let mut out = Vec::with_capacity((data - self.at) as usize);
+        for word in words {
+            out.extend_from_slice(&word.to_ne_bytes());
+        }
+        for number in [data as f64, length as f64] {
+            out.extend_from_slice(&number.to_ne_bytes());
+        }
+        out.resize((data - self.at) as usize, 0);
+        self.pass(&out)
+    }
+
+    /// All of the value has been written. The tail is what is to follow: what was held, and the list of
+    /// gaps.
+    fn close(&mut self) {
+        self.tail = std::mem::take(&mut self.held);
+        self.tail.extend_from_slice(&self.gaps);
+        let count = (self.gaps.len() / GAP) as u64;
+        self.tail.extend_from_slice(&count.to_ne_bytes());
+    }
+}
+
+impl<S: Sink> Sink for Mapper<S> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        let mut wait = false;
+        if self.left > 0 {
+            wait |= self.pass(bytes);
+        } else if bytes.len() == 4 {
+            if self.held.len() == 16 {
+                wait |= self.pass_held(4);
+            }
+            self.held.extend_from_slice(bytes);
+            return wait;
+        } else if let Some((words, flags, length)) = self.vector(bytes) {
+            let before = self.held.len() - 4 * words;
+            wait |= self.pass_held(before);
+            self.held.clear();
+            wait |= self.begin(flags, length);
+            wait |= self.pass(bytes);
+        } else {
+            wait |= self.pass_held(self.held.len());
+            return wait | self.pass(bytes);
+        }
+        self.left = self.left.saturating_sub(bytes.len() as u64);
+        if self.left == 0 && self.bare {
+            wait |= self.pass(&word::NIL.to_ne_bytes());
+        }
+        wait
+    }
+
+    fn wait(&mut self) -> bool {
+        self.sink.wait()
+    }
+}
+
 struct Writer<'a> {
-    sink: &'a mut dyn Sink,
+    mapper: Mapper<&'a mut dyn Sink>,
     object: SEXP,
     fixed: bool,
 }
 
-/// Writes `object` to `sink` as a payload, in this form if it has large vectors, and otherwise in R's
-/// serialization. Returns whether nothing in it can change.
+/// Writes `object` to `sink` as a message of this form. Returns whether nothing in it can change.
 ///
 /// # Errors
 /// When R jumped: what was written by then is incomplete.
 pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<bool, Jump> {
     let mut writer = Writer {
-        sink,
+        mapper: Mapper::new(sink),
         // SAFETY: the object is protected by its Robj.
         object: unsafe { object.get() },
         fixed: false,
@@ -75,60 +265,25 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
         let writer = &mut *data.cast::<Writer<'_>>();
-        let mut bytes = 0.0;
-        let all = Rf_protect(rustcluster_stand_ins(writer.object.cast(), &raw mut bytes));
-        let mut object = writer.object;
-        if all != R_NilValue {
-            put_data(all, bytes as u64, writer.sink);
-            object = CAR(all);
-        }
-        writer.fixed = stream::write_fixed(object, writer.sink);
+        let all = Rf_protect(rustcluster_with_classes(writer.object.cast()));
+        let mapper = &mut writer.mapper;
+        writer.fixed = stream::write_fixed(all, mapper);
+        mapper.close();
+        stream::put(mapper.sink, &mapper.tail);
         Rf_unprotect(1);
         R_NilValue
     }
 }
 
-/// Writes the head of a payload and the data of its vectors, as `rustcluster_stand_ins` gives them.
-///
-/// # Safety
-/// Under [`unwind::run`]: R may jump.
-unsafe fn put_data(all: SEXP, length: u64, sink: &mut dyn Sink) {
-    const CHANGED: *const c_char = c"a vector has changed while it was sent".as_ptr();
-    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps. The message
-    // has no format directive.
-    unsafe {
-        let mut head = [0; HEAD];
-        head[0] = MAPPED;
-        head[8..16].copy_from_slice(&length.to_ne_bytes());
-        stream::put(sink, &head);
-        let mut written = 0;
-        let mut rest = CDR(all);
-        while rest != R_NilValue {
-            let (mut at, mut length) = (std::ptr::null(), 0);
-            rest = rustcluster_vector_data(rest.cast(), &raw mut at, &raw mut length);
-            if length == 0 {
-                break;
-            }
-            let bytes = std::slice::from_raw_parts(at.cast::<u8>(), length);
-            for piece in bytes.chunks(PIECE) {
-                stream::put(sink, piece);
-            }
-            let padded = length.next_multiple_of(HEAD);
-            stream::put(sink, &[0; HEAD][..padded - length]);
-            written += padded as u64;
-        }
-        if written != length {
-            Rf_error(CHANGED);
-        }
-    }
-}
-
 /// An answer with so many bytes in large vectors is worth a file of its own.
-const LARGE: f64 = 2097152.0;
+const LARGE_ANSWER: f64 = 2097152.0;
 
 /// Bytes of an answer that are written before it is looked again at what memory there is: other workers
 /// write theirs at the same time.
 const STEP: u64 = 16777216;
+
+/// Bytes that are written to it at a time.
+const PIECE: usize = 64 * 1024;
 
 /// An answer that is put into memory which is shared with the head. Outlives a jump.
 pub struct Answer {
@@ -185,10 +340,20 @@ impl Answer {
 
     /// All of it is there: its memory, which nobody can change any more, and its length. `None`: there
     /// was not enough memory.
-    pub fn finish(mut self) -> Option<(File, u64)> {
+    fn finish(mut self) -> Option<(File, u64)> {
         self.flush();
         let whole = !self.failed && sys::seal(&self.file).is_ok();
         whole.then_some((self.file, self.written))
+    }
+}
+
+impl Mapper<Answer> {
+    /// See [`Answer::finish`].
+    pub fn finish(mut self) -> Option<(File, u64)> {
+        self.close();
+        let tail = std::mem::take(&mut self.tail);
+        self.sink.write(&tail);
+        self.sink.finish()
     }
 }
 
@@ -208,55 +373,98 @@ impl Sink for Answer {
     }
 }
 
-/// If a value has large vectors, and there is memory for that: puts their data into `answer`, and
-/// returns the value with stand-ins for them, which is to be written behind them; it is not protected.
+/// If a value has large vectors, and there is memory for that: a place for an answer with it, and what is
+/// to be written there in place of the value, not protected.
 ///
 /// # Safety
 /// Under [`unwind::run`], with a protected value: R may jump.
-pub unsafe fn share(value: SEXP, answer: &mut Option<Answer>) -> Option<SEXP> {
+pub unsafe fn share(value: SEXP) -> Option<(Mapper<Answer>, SEXP)> {
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe {
-        let mut bytes = 0.0;
-        let all = Rf_protect(rustcluster_stand_ins(value.cast(), &raw mut bytes));
-        if bytes >= LARGE {
-            *answer = Answer::new(bytes as u64);
+        let bytes = rustcluster_large_bytes(value.cast(), 0);
+        if bytes < LARGE_ANSWER {
+            return None;
         }
-        if let Some(answer) = answer {
-            put_data(all, bytes as u64, answer);
-        }
-        Rf_unprotect(1);
-        answer.as_ref().map(|_| CAR(all))
+        let instead = rustcluster_with_classes(value.cast());
+        Some((Mapper::new(Answer::new(bytes as u64)?), instead))
     }
+}
+
+/// The value of what [`share`] gave in its place, as it was read. R jumps if it is nothing of that kind.
+///
+/// # Safety
+/// Under [`unwind::run`].
+pub unsafe fn unwrap(value: SEXP) -> SEXP {
+    // SAFETY: the caller's.
+    unsafe { rustcluster_without_classes(value.cast()) }
 }
 
 /// The memory of an answer whose vectors are to be mapped.
 pub struct Memory {
     file: Arc<File>,
     len: usize,
-    /// Bytes of the data of vectors.
-    data: usize,
 }
 
-/// The memory of an answer, if it is in shared memory; what is behind the data of its vectors is then
-/// in `body`. If it makes no sense, there is nothing in `body`.
+/// The gaps in a list of them, as their beginnings and ends.
+fn gaps(list: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
+    let number = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_ne_bytes) as usize;
+    list.chunks_exact(GAP).map(move |gap| {
+        let (at, len) = gap.split_at(NUMBER);
+        (number(at), number(at).saturating_add(number(len)))
+    })
+}
+
+/// Whether they follow one another, and all are before `end`.
+fn are_in_order(list: &[u8], end: usize) -> bool {
+    let mut before = 1;
+    gaps(list).all(|(at, to)| {
+        let is = before <= at && to <= end;
+        before = to;
+        is
+    }) && before <= end
+}
+
+/// Where the list of gaps begins in a message of so many bytes, given its last ones.
+fn list_begin(len: usize, last: [u8; NUMBER]) -> Option<usize> {
+    let count = usize::try_from(u64::from_ne_bytes(last)).ok()?;
+    let list = count.checked_mul(GAP)?.checked_add(NUMBER)?;
+    len.checked_sub(list).filter(|&begin| begin >= 1)
+}
+
+/// The memory of an answer, if it is in shared memory; its stream, without the gaps, is then in `body`. If
+/// it makes no sense, there is nothing in `body`.
 pub fn open(body: &mut Body) -> Option<Memory> {
     let memory = body.memory.take()?;
     let (file, len) = (memory.file?, memory.len);
     body.len = 0;
-    let opened = || -> io::Result<(usize, Vec<u8>)> {
-        let mut head = [0; HEAD];
-        file.read_exact_at(&mut head, 0)?;
-        let data = data(&head, len).ok_or(io::ErrorKind::InvalidData)?;
-        let mut rest = Vec::new();
-        rest.try_reserve_exact(len - HEAD - data)?;
-        rest.resize(len - HEAD - data, 0);
-        file.read_exact_at(&mut rest, (HEAD + data) as u64)?;
-        Ok((data, rest))
+    let piece = |from: usize, to: usize| -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(to - from)?;
+        bytes.resize(to - from, 0);
+        file.read_exact_at(&mut bytes, from as u64)?;
+        Ok(bytes)
     };
-    let (data, rest) = opened().ok()?;
-    body.len = rest.len();
-    body.chunks.push_back(rest.into());
-    Some(Memory { file, len, data })
+    let opened = || -> io::Result<Vec<Vec<u8>>> {
+        let bad = || io::Error::from(io::ErrorKind::InvalidData);
+        let last = len.checked_sub(NUMBER).ok_or_else(bad)?;
+        let count = piece(last, len)?.try_into().map_err(|_| bad())?;
+        let end = list_begin(len, count).ok_or_else(bad)?;
+        if piece(0, 1)? != [MAPPED] {
+            return Err(bad());
+        }
+        let list = piece(end, last)?;
+        if !are_in_order(&list, end) {
+            return Err(bad());
+        }
+        let begins = std::iter::once(1).chain(gaps(&list).map(|gap| gap.1));
+        let ends = gaps(&list).map(|gap| gap.0).chain(std::iter::once(end));
+        begins.zip(ends).map(|(from, to)| piece(from, to)).collect()
+    };
+    for piece in opened().ok()? {
+        body.len += piece.len();
+        body.chunks.push_back(piece.into());
+    }
+    Some(Memory { file, len })
 }
 
 /// What is read from here on has its vectors in this memory, until [`end`].
@@ -267,19 +475,55 @@ pub unsafe fn begin(memory: &Option<Memory>) {
     let Some(memory) = memory else {
         return;
     };
-    let nowhere = std::ptr::null();
     let file = memory.file.as_raw_fd();
     // SAFETY: the file is sealed, and as long as it is said to be.
-    unsafe { rustcluster_begin_mapped(nowhere, memory.len, HEAD, memory.data, file) };
+    unsafe { rustcluster_begin_mapped(std::ptr::null(), memory.len, file) };
 }
 
-/// Bytes of the data of vectors in a payload of so many bytes, given its beginning. `None`: it is not of
-/// this form.
-fn data(bytes: &[u8], len: usize) -> Option<usize> {
-    let head = bytes.get(..HEAD).filter(|head| head[0] == MAPPED)?;
-    let length = head[8..16].try_into().map(u64::from_ne_bytes).ok()?;
-    let length = usize::try_from(length).ok()?;
-    (length <= len.checked_sub(HEAD)?).then_some(length)
+/// The stream of a message of this form, without the gaps. Holds nothing that is to be dropped: R may jump
+/// while it is read.
+struct Gapped<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    /// The list of gaps that are still to come.
+    gaps: &'a [u8],
+}
+
+impl Gapped<'_> {
+    /// `None`: the message is not of this form.
+    fn new(bytes: &[u8]) -> Option<Gapped<'_>> {
+        let last = *bytes.last_chunk()?;
+        let end = list_begin(bytes.len(), last).filter(|_| bytes[0] == MAPPED)?;
+        let gaps = bytes.get(end..bytes.len() - NUMBER)?;
+        are_in_order(gaps, end).then_some(Gapped {
+            bytes: &bytes[..end],
+            at: 1,
+            gaps,
+        })
+    }
+}
+
+impl Source for Gapped<'_> {
+    fn fill(&mut self, mut out: &mut [u8]) -> bool {
+        while !out.is_empty() {
+            let next = gaps(self.gaps).next();
+            let until = next.map_or(self.bytes.len(), |gap| gap.0);
+            if self.at == until {
+                let Some((_, end)) = next else {
+                    return false;
+                };
+                self.at = end;
+                self.gaps = &self.gaps[GAP..];
+                continue;
+            }
+            let n = out.len().min(until - self.at);
+            let (now, later) = out.split_at_mut(n);
+            now.copy_from_slice(&self.bytes[self.at..self.at + n]);
+            self.at += n;
+            out = later;
+        }
+        true
+    }
 }
 
 /// The value of a payload, whether it is of this form or in R's serialization; not protected. `map`:
@@ -292,13 +536,13 @@ pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
     let bytes = &payload.bytes[..];
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe {
-        let Some(data) = data(bytes, bytes.len()) else {
+        let Some(mut stream) = Gapped::new(bytes) else {
             return stream::read(&mut { bytes });
         };
         let memory = payload.memory.as_ref().filter(|_| map);
         let file = memory.map_or(-1, AsRawFd::as_raw_fd);
-        rustcluster_begin_mapped(bytes.as_ptr().cast(), bytes.len(), HEAD, data, file);
-        let value = stream::read(&mut &bytes[HEAD + data..]);
+        rustcluster_begin_mapped(bytes.as_ptr().cast(), bytes.len(), file);
+        let value = unwrap(stream::read(&mut stream));
         rustcluster_end_mapped();
         value
     }

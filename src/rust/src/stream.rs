@@ -24,6 +24,16 @@ pub trait Sink {
     }
 }
 
+impl Sink for &mut dyn Sink {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        (**self).write(bytes)
+    }
+
+    fn wait(&mut self) -> bool {
+        (**self).wait()
+    }
+}
+
 /// Gives the bytes of a serialized object.
 pub trait Source {
     /// Fills `out` from the front of what there is. Returns whether there was enough.
@@ -85,20 +95,31 @@ type Hook = Option<unsafe extern "C" fn(SEXP, SEXP) -> SEXP>;
 thread_local! {
     /// What is being serialized holds something that may change.
     static CHANGEABLE: Cell<bool> = const { Cell::new(false) };
+    /// Where the parse tree of the last source file is that was met while that is being serialized.
+    static PARSE_DATA: Cell<*const c_void> = const { Cell::new(std::ptr::null()) };
+}
+
+/// Whether these bytes are the parse tree of a source file. R keeps functions that it has compiled, and
+/// with them their source: whatever that has mapped would stay.
+pub fn is_parse_data(bytes: &[u8]) -> bool {
+    PARSE_DATA.get() == bytes.as_ptr().cast()
 }
 
 // SEXP is a pointer to a type that is opaque on this side.
 #[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_is_source(value: *mut c_void) -> c_int;
+    fn rustcluster_parse_data(value: *mut c_void) -> *const c_void;
 }
 
 unsafe extern "C" fn note_changeable(object: SEXP, _: SEXP) -> SEXP {
-    // SAFETY: on R's thread; neither function jumps.
+    // SAFETY: on R's thread; none of these functions jumps.
     unsafe {
         // Where a function's source is kept does not change.
         if rustcluster_is_source(object.cast()) == 0 {
             CHANGEABLE.set(true);
+        } else {
+            PARSE_DATA.set(rustcluster_parse_data(object.cast()));
         }
         R_NilValue
     }
@@ -168,6 +189,7 @@ pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
 /// As for [`write`].
 pub unsafe fn write_fixed(object: SEXP, sink: &mut dyn Sink) -> bool {
     CHANGEABLE.set(false);
+    PARSE_DATA.set(std::ptr::null());
     // SAFETY: the caller's.
     unsafe { write_with(object, Format::Native, sink, Some(note_changeable)) };
     !CHANGEABLE.get()

@@ -4,6 +4,7 @@
 //! A value is either plain (see [`crate::plain`]) or in R's serialization, whichever its first byte
 //! says. All numbers are in the byte order of this machine.
 
+use crate::mapped;
 use crate::plain;
 use crate::stream::{self, Format, Sink, Source};
 use extendr_api::prelude::*;
@@ -32,6 +33,8 @@ pub const ERROR: u8 = 2;
 
 const PLAIN: u8 = 1;
 const SERIALIZED: u8 = 2;
+/// Serialized as [`crate::mapped`] has it.
+const GAPPED: u8 = 3;
 
 /// Integers of a state of L'Ecuyer's generator, with its kind.
 pub const SEED: usize = 7;
@@ -177,6 +180,16 @@ pub unsafe fn write_serialized(value: SEXP, sink: &mut dyn Sink) {
     unsafe { stream::write(value, Format::Native, sink) };
 }
 
+/// Writes what [`mapped::share`] gives in place of a value.
+///
+/// # Safety
+/// As for [`write_serialized`].
+pub unsafe fn write_gapped(instead: SEXP, sink: &mut dyn Sink) {
+    sink.write(&[GAPPED]);
+    // SAFETY: the caller's.
+    unsafe { stream::write(instead, Format::Native, sink) };
+}
+
 /// Takes some bytes off the front.
 ///
 /// # Safety
@@ -215,6 +228,7 @@ pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
         read_bytes(body, &mut kind);
         match kind[0] {
             SERIALIZED => stream::read(body),
+            GAPPED => mapped::unwrap(stream::read(body)),
             PLAIN => {
                 let mut length = [0; 4];
                 read_bytes(body, &mut length);

@@ -1,7 +1,7 @@
 //! A worker's functions. One channel a process.
 
 use crate::failure::Failure;
-use crate::mapped;
+use crate::mapped::{self, Answer, Mapper};
 use crate::plain;
 use crate::stream::{self, Format, Sink, Source};
 use crate::unit::{self, AnswerHead};
@@ -97,7 +97,7 @@ fn worker_ready(tempdir: &str) -> Robj {
 struct ToAgent {
     sent: io::Result<()>,
     /// The answer is put into shared memory instead.
-    shared: Option<mapped::Answer>,
+    shared: Option<Mapper<Answer>>,
     /// All of it has been sent that way.
     done: bool,
 }
@@ -141,12 +141,14 @@ impl ToAgent {
             return None;
         }
         // SAFETY: the caller's.
-        unsafe { mapped::share(value, &mut self.shared) }
+        let (answer, instead) = unsafe { mapped::share(value) }?;
+        self.shared = Some(answer);
+        Some(instead)
     }
 
     /// The answer is in shared memory as a whole. Returns whether it could be sent so.
     fn send_shared(&mut self) -> bool {
-        let Some((file, len)) = self.shared.take().and_then(mapped::Answer::finish) else {
+        let Some((file, len)) = self.shared.take().and_then(Mapper::finish) else {
             return false;
         };
         match with_channel(|channel| channel.send_shared(&file, len)) {
@@ -579,7 +581,7 @@ unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
                 Rf_protect(instead);
                 write_results(unit, sink);
                 sink.write(&[unit::VALUE]);
-                unit::write_serialized(instead, sink);
+                unit::write_gapped(instead, sink);
                 Rf_unprotect(1);
                 if sink.send_shared() {
                     return;
