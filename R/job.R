@@ -15,14 +15,15 @@ nativeRanks <- function(cl) {
 # list of results, and `failed`, the numbers of those that are errors.
 #   common: arguments that all tasks have.
 #   round: the tasks go round the nodes, and do not go to whoever is free.
-#   chunked: tasks that are sent together share `fun` and `common`, as those of a chunk do in parallel.
-#     Otherwise each task gets its own, so that none sees what another has changed in place.
+#   shares: what tasks that are sent together share. "nothing": none sees what another has changed in
+#     place. "all": `fun` and `common`, as the elements of a chunk do in parallel. "function": `fun` alone,
+#     if it was made in another function.
 #   spread: an element is a list of arguments, and not the first one.
 #   lossEnds: a worker that is lost ends the job with an error.
 #   each: is called with the numbers of tasks that have been answered, and all results so far; FALSE
 #     ends the job.
 #   what: what errors call one of them.
-runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, chunked = FALSE, spread = FALSE,
+runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = "nothing", spread = FALSE,
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
                    each = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
@@ -31,7 +32,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, chunked =
   # One that took too long, or that is lost and not tried again, is known by its message.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
   settings <- list(
-    round = round, chunked = chunked, spread = spread, seed = seed, seeded = list(runSeeded, list()),
+    round = round, shares = shares, spread = spread, seed = seed, seeded = list(runSeeded, list()),
     nothing = list(list, list()), order = order, singly = singly, timeout = timeout
   )
   begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)

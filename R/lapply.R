@@ -83,7 +83,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     }
   }
   job <- runJob(
-    cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
+    cl, ranks, n, FUN, list(...), X, shares = "function", seed = seed, order = .order, retries = .retries, timeout = .timeout,
     lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress,
     what = "element"
   )

@@ -166,7 +166,7 @@ freeElements <- function(cl, X, fun, ..., chunk.size) {
   if (is.null(ranks) || !n || is.object(X) || !isPlain(X) || !is.function(fun)) {
     return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
   }
-  job <- runJob(cl, ranks, n, fun, list(...), X, chunked = TRUE)
+  job <- runJob(cl, ranks, n, fun, list(...), X, shares = "all")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))

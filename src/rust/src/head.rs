@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::job::Job;
-use crate::mapped::{self, Memory};
+use crate::mapped::{self, Memory, Written};
 use crate::plain;
 use crate::repeat;
 use crate::status;
@@ -53,7 +53,7 @@ pub struct Cluster {
     pub job: RefCell<Option<Box<Job>>>,
     /// Seconds that the way to a worker and back takes, as far as jobs have found out.
     pub ways: RefCell<HashMap<Rank, f64>>,
-    /// What the tasks of the last job had in common, by its content, if nothing in it can change.
+    /// What the tasks of the last job had in common, by its serialized form, if that is short.
     common: Cell<Option<(u128, PayloadId)>>,
     /// Payloads, each with the job that it goes with.
     payloads: RefCell<Vec<(JobId, PayloadId)>>,
@@ -567,8 +567,8 @@ fn share(
             continue;
         }
         let (id, _) = make_payload(cluster, &ranks, lasts, |sink| match format {
-            Format::Native => mapped::serialize(message, sink),
-            Format::Xdr => stream::serialize(message, format, sink),
+            Format::Native => mapped::serialize(message, sink).map(drop),
+            Format::Xdr => stream::serialize(message, format, sink).map(drop),
         })?;
         cluster.payloads.borrow_mut().push((job, id));
         shared.set(format, id);
@@ -603,8 +603,7 @@ fn make_payload<T>(
 /// What a job's tasks have in common is kept from job to job up to this size.
 const SMALL: usize = 64 * 1024;
 
-/// Sends what the tasks of a job have in common to the hosts of these workers. Returns the payload, and
-/// whether nothing in it can change.
+/// Sends what the tasks of a job have in common to the hosts of these workers.
 ///
 /// # Errors
 /// When R jumped.
@@ -613,23 +612,26 @@ pub fn share_common(
     ranks: &[Rank],
     job: JobId,
     common: &Robj,
-) -> std::result::Result<(PayloadId, bool), Jump> {
-    // The same function as in the job before is known to the workers: R need not compile it again.
-    let small = match repeat::least_size(common) <= SMALL {
-        true => stream::serialize_fixed(common, SMALL)?,
+) -> std::result::Result<(PayloadId, Written), Jump> {
+    let short = match repeat::least_size(common) <= SMALL {
+        true => stream::serialize_short(common, SMALL)?,
         false => None,
     };
-    let key = small.as_deref().map(share::key_of);
-    if let (Some(key), Some((last, id))) = (key, cluster.common.get()) {
+    let written = |(bytes, fixed): &(Vec<u8>, bool)| Written {
+        fixed: *fixed,
+        bytes: bytes.len() as u64,
+    };
+    let key = short.as_ref().map(|(bytes, _)| share::key_of(bytes));
+    if let (Some(short), Some((last, id))) = (&short, cluster.common.get()) {
         let has = |&rank: &Rank| cluster.hub.borrow().has_payload(rank, id);
-        if key == last && ranks.iter().all(has) {
-            return Ok((id, true));
+        if key == Some(last) && ranks.iter().all(has) {
+            return Ok((id, written(short)));
         }
     }
-    let (id, fixed) = make_payload(cluster, ranks, false, |sink| match small {
-        Some(bytes) => {
-            sink.write(&bytes);
-            Ok(true)
+    let (id, written) = make_payload(cluster, ranks, false, |sink| match short {
+        Some(short) => {
+            sink.write(&short.0);
+            Ok(written(&short))
         }
         None => mapped::serialize(common, sink),
     })?;
@@ -641,7 +643,7 @@ pub fn share_common(
         }
         None => cluster.payloads.borrow_mut().push((job, id)),
     }
-    Ok((id, fixed))
+    Ok((id, written))
 }
 
 /// Sends it once more, to the host of this worker, which does not have it.

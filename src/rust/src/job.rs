@@ -157,9 +157,9 @@ impl From<Unsent> for Robj {
 
 /// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
-/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `chunked` (tasks
-/// that are sent together share function and common arguments, as in a chunk of parallel's), `spread` (an
-/// element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
+/// tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
+/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
 /// `seeded` and `nothing` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 /// in seconds).
@@ -212,12 +212,18 @@ fn job_begin(
         let timeout = timeout.unwrap_or(f64::INFINITY);
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
         let seed = setting("seed");
-        let (payload, fixed) = match head::share_common(cluster, &ranks, job as JobId, &common) {
+        let (payload, as_written) = match head::share_common(cluster, &ranks, job as JobId, &common)
+        {
             Ok(shared) => shared,
             Err(Jump(token)) => return Ok(token),
         };
+        let shares = settings.get("shares").and_then(Robj::as_str);
         let flags = [
-            (flag("chunked"), unit::CHUNK),
+            (shares == Some("all"), unit::CHUNK),
+            (
+                shares == Some("function") && !as_written.fixed,
+                unit::FUNCTION,
+            ),
             (flag("spread"), unit::SPREAD),
             (!seed.is_null(), unit::SEEDED),
         ];
@@ -230,6 +236,9 @@ fn job_begin(
         let mut planner = Planner::new(assignment, count, places);
         if flag("singly") {
             planner.singly();
+        }
+        if flags & (unit::CHUNK | unit::FUNCTION) != 0 {
+            planner.expect_reading(as_written.bytes);
         }
         let ways = cluster.ways.borrow();
         for (place, (rank, agent)) in ranks.iter().zip(agents).enumerate() {
@@ -248,7 +257,7 @@ fn job_begin(
             common,
             payload,
             flags,
-            fixed,
+            fixed: as_written.fixed,
             elements: match elements.is_function() {
                 true => Elements::Function(elements),
                 false => Elements::Vector(elements),

@@ -245,11 +245,20 @@ struct Writer<'a> {
     fixed: bool,
 }
 
-/// Writes `object` to `sink` as a message of this form. Returns whether nothing in it can change.
+/// What there is to say of an object that has been written.
+#[derive(Clone, Copy, Debug)]
+pub struct Written {
+    /// Nothing in it can change.
+    pub fixed: bool,
+    /// Bytes that have to be read: all but the data of large vectors.
+    pub bytes: u64,
+}
+
+/// Writes `object` to `sink` as a message of this form.
 ///
 /// # Errors
 /// When R jumped: what was written by then is incomplete.
-pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<bool, Jump> {
+pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<Written, Jump> {
     let mut writer = Writer {
         mapper: Mapper::new(sink),
         // SAFETY: the object is protected by its Robj.
@@ -257,7 +266,11 @@ pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<bool
         fixed: false,
     };
     unwind::run(write_protected, &mut writer)?;
-    Ok(writer.fixed)
+    let in_gaps: usize = gaps(&writer.mapper.gaps).map(|(at, to)| to - at).sum();
+    Ok(Written {
+        fixed: writer.fixed,
+        bytes: writer.mapper.at - in_gaps as u64,
+    })
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {

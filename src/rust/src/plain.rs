@@ -204,8 +204,8 @@ impl Writer<'_> {
         }
         // SAFETY: the caller's.
         let function = unsafe { Robj::from_sexp(function) };
-        let bytes = stream::serialize_fixed(&function, MOST).map_err(Unfit::Jump)?;
-        let bytes = bytes.ok_or(Unfit::NotPlain)?;
+        let short = stream::serialize_short(&function, MOST).map_err(Unfit::Jump)?;
+        let (bytes, _) = short.filter(|(_, fixed)| *fixed).ok_or(Unfit::NotPlain)?;
         self.bytes(&[SEXPTYPE::CLOSXP as u8])?;
         self.length(bytes.len())?;
         self.bytes(&bytes)

@@ -151,16 +151,19 @@ impl Sink for Bounded<'_> {
     }
 }
 
-/// The serialized form of an object in which nothing can change, if it has at most `most` bytes.
+/// The serialized form of an object, if it has at most `most` bytes, and whether nothing in it can change.
 ///
 /// # Errors
 /// When R jumped.
-pub fn serialize_fixed(object: &Robj, most: usize) -> std::result::Result<Option<Vec<u8>>, Jump> {
+pub fn serialize_short(
+    object: &Robj,
+    most: usize,
+) -> std::result::Result<Option<(Vec<u8>, bool)>, Jump> {
     let mut bytes = Vec::new();
     let mut sink = Bounded::new(&mut bytes, most);
     let fixed = serialize(object, Format::Native, &mut sink)?;
     let over = sink.over;
-    Ok((!over && fixed).then_some(bytes))
+    Ok((!over).then_some((bytes, fixed)))
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {

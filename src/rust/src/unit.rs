@@ -26,6 +26,9 @@ pub const SEEDED: u8 = 2;
 /// The unit stands for a chunk of parallel's: its tasks share the function and the arguments that
 /// they have in common, which are read once. Otherwise each task gets objects of its own.
 pub const CHUNK: u8 = 4;
+/// The tasks share the function, which is read once, and each gets arguments of its own, if these can be
+/// copied apart from the function.
+pub const FUNCTION: u8 = 8;
 
 /// What a result begins with: its value follows, or that of an error.
 pub const VALUE: u8 = 1;

@@ -3,12 +3,13 @@
 use crate::failure::Failure;
 use crate::mapped::{self, Answer, Mapper};
 use crate::plain;
-use crate::stream::{self, Format, Sink, Source};
+use crate::stream::{self, Bounded, Format, Sink, Source};
 use crate::unit::{self, AnswerHead};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT,
+    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_allocVector, Rf_protect, Rf_unprotect,
+    SET_VECTOR_ELT, SEXP, SEXPTYPE, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::limits;
 use rustcluster_core::message::WorkerConfig;
@@ -421,13 +422,19 @@ impl Drop for Preserved {
     }
 }
 
+/// Bytes of arguments that are copied for each task, at most. Longer ones are read with the function,
+/// because their vectors may be mapped.
+const COPIED: usize = 64 * 1024;
+
 /// Tasks that came together.
 struct Unit {
     head: unit::Head,
     /// What its tasks have in common, a list of the function and of arguments, as bytes.
     common: Payload,
-    /// The list, if all tasks of the unit share it.
+    /// The list, if the tasks share it or its function.
     shared: Option<Preserved>,
+    /// The arguments in it as bytes, if each task gets its own.
+    arguments: Vec<u8>,
     /// How long it took to read that.
     reading_took: Duration,
     body: Body,
@@ -453,6 +460,7 @@ impl Unit {
             head,
             common,
             shared: None,
+            arguments: Vec::new(),
             reading_took: Duration::ZERO,
             body,
             began: Instant::now(),
@@ -472,30 +480,61 @@ impl Unit {
 
     /// The function and the arguments that the tasks have in common; not protected. Every task gets
     /// objects of its own, because C code may change them in place, and because what they refer to by
-    /// name, such as a namespace, may have been replaced since. Tasks of a unit that stands for one of
-    /// parallel's chunks share them, as they do there.
+    /// name, such as a namespace, may have been replaced since. [`unit::CHUNK`] and [`unit::FUNCTION`] are
+    /// the exceptions.
     ///
     /// # Safety
     /// Under [`unwind::run`]: R may jump.
     unsafe fn read_common(&mut self) -> SEXP {
-        if let Some(shared) = &self.shared {
-            return shared.0;
-        }
-        let began = Instant::now();
         // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
         unsafe {
-            let value = mapped::read(&self.common, may_map());
-            if self.is(unit::CHUNK) {
-                Rf_protect(value);
-                self.shared = Some(Preserved::new(value));
+            if self.shared.is_none() {
+                let began = Instant::now();
+                let value = Rf_protect(mapped::read(&self.common, may_map()));
+                if self.is(unit::CHUNK) || self.is(unit::FUNCTION) && self.copy_arguments(value) {
+                    self.shared = Some(Preserved::new(value));
+                    // The planner is told of the reading apart from the tasks.
+                    self.reading_took = began.elapsed();
+                    self.began = Instant::now();
+                    self.usage = Usage::now();
+                    self.until = self.head.until();
+                }
                 Rf_unprotect(1);
-                // The planner is told of the reading apart from the tasks.
-                self.reading_took = began.elapsed();
-                self.began = Instant::now();
-                self.usage = Usage::now();
-                self.until = self.head.until();
+                if self.shared.is_none() {
+                    return value;
+                }
             }
-            value
+            let shared = self.shared.as_ref().map_or(R_NilValue, |shared| shared.0);
+            if self.arguments.is_empty() {
+                return shared;
+            }
+            let own = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 2));
+            SET_VECTOR_ELT(own, 0, VECTOR_ELT(shared, 0));
+            SET_VECTOR_ELT(own, 1, stream::read(&mut &self.arguments[..]));
+            Rf_unprotect(1);
+            own
+        }
+    }
+
+    /// Makes a copy of the arguments in `common` from which each task gets its own. Returns whether that
+    /// can be done: they are short, and refer to nothing that the function may refer to as well.
+    ///
+    /// # Safety
+    /// Under [`unwind::run`], with a protected value: R may jump.
+    unsafe fn copy_arguments(&mut self, common: SEXP) -> bool {
+        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        unsafe {
+            let arguments = VECTOR_ELT(common, 1);
+            if XLENGTH(arguments) == 0 {
+                return true;
+            }
+            let mut sink = Bounded::new(&mut self.arguments, COPIED);
+            let copied = stream::write_fixed(arguments, &mut sink) && !sink.over;
+            if !copied {
+                self.arguments.clear();
+                self.head.flags &= !unit::FUNCTION;
+            }
+            copied
         }
     }
 

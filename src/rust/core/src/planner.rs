@@ -43,6 +43,14 @@ const ROUND_TRIPS: f64 = 2.0;
 /// A unit should take so many times as long as it takes to read what its tasks share.
 const READINGS: f64 = 4.0;
 
+/// Seconds in which a worker reads a byte of it, roughly: a list of many short vectors takes longer, a long
+/// vector less.
+const READING_OF_BYTE: f64 = 1e-8;
+
+/// If reading is expected to take so many seconds, the first units already have several tasks: to find out
+/// with one of them how long tasks take would cost a reading.
+const LONG_READING: f64 = 0.002;
+
 /// Seconds that a unit should take at least, and if tasks compute: what it costs the head, the agent
 /// and the worker, 0.4 ms where waking a process is slow, is then taken from the cores that compute,
 /// if they are those of one machine.
@@ -272,6 +280,11 @@ impl Planner {
         self.places[place].round_trip = way;
     }
 
+    /// The tasks of a unit share what the worker has to read first, which has so many bytes.
+    pub fn expect_reading(&mut self, bytes: u64) {
+        self.reading = READING_OF_BYTE * bytes as f64;
+    }
+
     /// Seconds that the way to a place and back takes, if that is known.
     pub fn way(&self, place: usize) -> Option<f64> {
         self.places[place].round_trip
@@ -323,7 +336,11 @@ impl Planner {
         if ahead && !may_send_ahead {
             return None;
         }
-        let size = task.map_or(1, |task| self.size(place, task));
+        let size = match task {
+            Some(task) => self.size(place, task),
+            None if self.reading > LONG_READING && !self.singly => self.even().clamp(1, MOST),
+            None => 1,
+        };
         if !ahead && self.is_to_rest(place, size) {
             self.rests = true;
             return None;
@@ -335,10 +352,13 @@ impl Planner {
             at.since = now;
             self.hosts[at.host].active += 1;
         }
-        let most = match (self.assignment, task) {
-            (Assignment::Free, Some(task)) if tasks.len() > 1 => Duration::from_secs_f64(
-                (OVER * task * tasks.len() as f64).clamp(OVER_LEAST, MOST_SECONDS),
-            ),
+        let most = match self.assignment {
+            Assignment::Free if tasks.len() > 1 => {
+                let expected = OVER * task.unwrap_or(0.0) * tasks.len() as f64;
+                // What comes back costs another reading.
+                let least = OVER_LEAST.max(READINGS * self.reading).min(MOST_SECONDS);
+                Duration::from_secs_f64(expected.clamp(least, MOST_SECONDS))
+            }
             _ => Duration::ZERO,
         };
         Some(Unit { tasks, ahead, most })
@@ -382,16 +402,22 @@ impl Planner {
         (way.max(work).max(grain).max(reading) / task).min(ANSWER / self.bytes.max(1.0))
     }
 
+    /// Half of an even share of what is left, where the assignment is free.
+    fn even(&self) -> usize {
+        self.queues[0].len() / (2 * self.useful().max(1))
+    }
+
     fn size(&self, place: usize, task: f64) -> usize {
         let fair = match self.assignment {
             Assignment::Free => {
-                let (len, living) = (self.queues[0].len(), self.useful().max(1));
-                // With one that runs and one ahead, shorter ones would not fill the way. And a unit that
-                // takes no longer than its reading is better not followed by another.
+                let len = self.queues[0].len();
+                // With one that runs and one ahead, shorter ones would not fill the way.
                 let round_trip = self.places[place].round_trip.unwrap_or(0.0);
-                let filling = ((round_trip / 2.0 + self.reading) / task) as usize;
-                let even = len / (2 * living);
-                even.max(filling.min(len.div_ceil(living)))
+                let filling = (round_trip / 2.0 / task) as usize;
+                let filling = filling.min(len.div_ceil(self.useful().max(1)));
+                // What takes no longer than another worker would read is better not shared with it.
+                let reading = (self.reading / task) as usize;
+                self.even().max(filling).max(reading.min(len))
             }
             Assignment::Round => self.queues[place].len(),
         };
