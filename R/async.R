@@ -52,14 +52,38 @@ perWorker <- 8L
 
 # In a worker. For each element a list with its `value` or its `error`.
 applyGroup <- function(fun, elements, common, seeds) {
+  own <- ownCopies(fun, common)
   one <- function(element, seed) {
-    args <- c(list(element), common)
+    mine <- own()
+    fun <- mine[[1L]]
+    args <- c(list(element), mine[[2L]])
     caught(
       list(value = if (is.null(seed)) do.call(fun, args, quote = TRUE) else runSeeded(fun, args, seed)),
       failed = function(e) list(error = e)
     )
   }
   list(value = Map(one, elements, seeds))
+}
+
+# A function that gives the function and the arguments of an element in a list: copies, because C code may
+# change them in place. What shares an environment cannot be copied apart and is the same each time.
+ownCopies <- function(fun, common) {
+  both <- fixedBytes(list(fun, common))
+  if (!is.null(both)) return(function() unserialize(both))
+  arguments <- fixedBytes(common)
+  if (is.null(arguments)) return(function() list(fun, common))
+  function() list(fun, unserialize(arguments))
+}
+
+# The value in R's serialization; NULL if it refers to an environment or an external pointer.
+fixedBytes <- function(value) {
+  fixed <- TRUE
+  refers <- function(object) {
+    if (!inherits(object, "srcfile")) fixed <<- FALSE
+    NULL
+  }
+  bytes <- serialize(value, NULL, xdr = FALSE, refhook = refers)
+  if (fixed) bytes
 }
 
 newCalls <- function(records, groups, names, n) {

@@ -385,7 +385,8 @@ until_interrupted <- function(expr, after) {
 
 # C code, compiled and loaded here; returns its file. `stop_button`: sets what R looks for after so many
 # microseconds, as a front end's button does, from another thread and without a signal. `deaf`: heeds
-# nothing.
+# nothing. `bump`: adds 1 to a number in place, whoever else refers to it. `mark`: sets an attribute in
+# place.
 compiled <- function(.frame = parent.frame()) {
   skip_on_cran()
   dir <- tempfile("c-")
@@ -394,6 +395,16 @@ compiled <- function(.frame = parent.frame()) {
   writeLines(c(
     "#include <pthread.h>",
     "#include <unistd.h>",
+    "#include <Rinternals.h>",
+    "SEXP bump(SEXP x) {",
+    "  REAL(x)[0] += 1;",
+    "  return ScalarReal(REAL(x)[0]);",
+    "}",
+    "SEXP mark(SEXP x, SEXP value) {",
+    "  SEXP before = getAttrib(x, install(\"mark\"));",
+    "  setAttrib(x, install(\"mark\"), value);",
+    "  return before;",
+    "}",
     "extern int R_interrupts_pending;",
     "static int delay;",
     "static void *press(void *unused) {",
