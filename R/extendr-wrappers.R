@@ -169,8 +169,9 @@ hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
 #' Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 #' that all tasks have. `elements`: a vector without a class, or a function of an element's number.
-#' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `spread` (an
-#' element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
+#' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
+#' tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
+#' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
 #' `seeded` and `nothing` (see [`Job`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 #' in seconds).

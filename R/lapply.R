@@ -7,8 +7,10 @@
 #' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
 #'   \pkg{parallel}'s `setDefaultCluster()` has set.
 #' @param X A vector or list; other objects are taken apart by [base::as.list()].
-#' @param FUN (function) What to call with each element, or the name of it.
-#' @param ... Further arguments of `FUN`, the same for all.
+#' @param FUN (function) What to call with each element, or the name of it. Each element gets its own copy. If
+#'   `FUN` was made in another function, its environment is shared by the elements that are sent together:
+#'   what `FUN` assigns there may be seen by the next of them.
+#' @param ... Further arguments of `FUN`, the same for all. Each element gets its own copy.
 #' @param .progress (logical) Whether to show a bar with the elements done, their rate, the workers that
 #'   are busy and the time that is left, if it takes longer than two seconds or so. Default: option
 #'   `rustcluster.progress`.

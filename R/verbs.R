@@ -16,11 +16,13 @@
 #' about as long as the message for them, fewer towards the end, and one is sent ahead where the way is
 #' long. `parLapplyLB()` and `parSapplyLB()` without a `chunk.size` choose it so.
 #'
-#' `fun` and what is in `...` are serialized once a job. A worker reads them once if nothing in them can
-#' change, and otherwise, for a function that was made in another function, anew for each task, as with
-#' \pkg{parallel}. For `parLapplyLB()` and `parSapplyLB()` without a `chunk.size` a task is an element,
-#' where it is several for \pkg{parallel}; R then compiles no loops in such a function, so that it pays to
-#' do that before: `compiler::cmpfun(fun)`.
+#' `fun` and the arguments in `...` are serialized once a job and sent once to each host. Each task gets its
+#' own copy of them, as with \pkg{parallel}, so that nothing a task changes, not even C code in place, is seen
+#' by another. For `parLapply()` and the functions built on it, a task is a chunk of elements. `parLapplyLB()`
+#' and `parSapplyLB()` without a `chunk.size` choose the chunks while they run: the elements that are sent
+#' together are a chunk, and share `fun`, the environment it was made in, and `...`. So a function with state
+#' of its own, such as a counter, may give other values than with \pkg{parallel}, which cuts the chunks
+#' beforehand.
 #'
 #' @param cl A cluster made by [makeRustCluster()], a part of one, or any cluster of
 #'   \pkg{parallel}; `NULL`: the one that \pkg{parallel}'s `setDefaultCluster()` has set.
