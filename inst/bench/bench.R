@@ -11,7 +11,7 @@ arguments <- commandArgs(trailingOnly = TRUE)
 quick <- "--quick" %in% arguments
 is_only <- startsWith(arguments, "only=")
 only <- unlist(strsplit(sub("^only=", "", arguments[is_only]), ","))
-sections <- c("startup", "roundtrip", "throughput", "apply", "compute", "export", "gather", "balance",
+sections <- c("startup", "roundtrip", "throughput", "apply", "compute", "frames", "export", "gather", "balance",
               "latency", "memory", "idle", "thousand")
 is_out <- startsWith(arguments, "out=")
 out <- sub("^out=", "", arguments[is_out])
@@ -174,6 +174,35 @@ if (wanted("compute")) {
       })
       report(sprintf("%s(), %d workers", verb, n), seconds(time$psock), seconds(time$ours),
              time$psock / time$ours)
+    }
+  })
+}
+
+# A function that was made in another one takes along what that has.
+if (wanted("frames")) {
+  section("200 elements (40 tasks) of a function with a large frame")
+  report_head("PSOCK/rc")
+  with_frame <- function(big) {
+    force(big)
+    function(i) length(big) + i
+  }
+  frames <- list(`3e5 numbers in a list` = as.list(1:3e5), `1e6 rows of data` = data.frame(a = runif(1e6), b = runif(1e6)),
+                 `40 MB of numbers` = runif(5e6))
+  for (n in c(2L, 32L)) attempt(if (affordable(paste(n, "workers"), n, sum(each))) {
+    for (name in names(frames)) {
+      f <- with_frame(frames[[name]])
+      for (verb in c("parLapply", "parLapplyLB", "parSapplyLB", "clusterApply", "clusterApplyLB", "clusterMap")) {
+        run <- getExportedValue("rustcluster", verb)
+        measure <- switch(verb,
+          clusterApply = , clusterApplyLB = function(cl) elapsed(run(cl, 1:40, f)),
+          clusterMap = function(cl) elapsed(run(cl, f, 1:40)),
+          function(cl) elapsed(run(cl, 1:200, f))
+        )
+        time <- compare(n, measure)
+        ratio <- time$psock / time$ours
+        report(sprintf("%s(), %d, %s", verb, n, name), seconds(time$psock), seconds(time$ours), ratio,
+               at_least(ratio, 1))
+      }
     }
   })
 }
