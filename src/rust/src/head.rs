@@ -338,7 +338,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 /// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none), here (on this machine) and xdr.
+/// none), stop_timeout (in milliseconds), here (on this machine) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -395,6 +395,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
+        stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
         here: fields.get("here")?.as_bool()? && has_files(),
     };
     let format = match fields.get("xdr")?.as_bool()? {
@@ -1058,6 +1059,17 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
+/// Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_ended(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        Ok(hub.have_ended(&ranks?, SLICE).into())
+    })
+}
+
 /// Stops the cluster.
 /// @noRd
 #[extendr]
@@ -1152,6 +1164,7 @@ fn events(hub: &Hub) -> Robj {
             .with("agent", agent + 1)
             .with("reason", reason),
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
+        Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),
         Event::SpoolIncomplete => Failure::new("state_not_kept"),
         Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
         Event::LeftBehind {
@@ -1196,6 +1209,7 @@ extendr_module! {
     fn hub_read;
     fn cluster_ranks;
     fn hub_stop_nodes;
+    fn hub_ended;
     fn hub_stop;
     fn hub_closed;
     fn hub_pids;

@@ -11,6 +11,7 @@ use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_error, Rf_protect, Rf_unprotect, CAR, CDR, SEXP};
 use rustcluster_core::scheduler::Body;
+use rustcluster_core::signals::without_file_size_signal;
 use rustcluster_core::worker::Payload;
 use rustcluster_core::{cores, limits, sys};
 use std::ffi::{c_char, c_int, c_void};
@@ -173,7 +174,9 @@ impl Answer {
     }
 
     fn put(&mut self, bytes: &[u8]) {
-        self.failed = self.failed || self.file.write_all(bytes).is_err();
+        let file = &mut self.file;
+        let write = || file.write_all(bytes);
+        self.failed = self.failed || without_file_size_signal(write).is_err();
     }
 
     fn flush(&mut self) {

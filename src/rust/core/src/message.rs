@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 6;
+pub const PROTOCOL: u32 = 7;
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
 pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
@@ -108,6 +108,8 @@ pub struct Start {
     pub timeout: u64,
     /// Bytes of memory that a worker may have; 0: as many as it wants.
     pub memory_limit: u64,
+    /// Milliseconds that an idle worker may take to end when the head stops it.
+    pub stop_timeout: u64,
     /// The head is on this machine: large answers may go through memory that is shared with it.
     pub here: bool,
 }
@@ -238,9 +240,11 @@ pub enum ToHead {
         worker: u32,
         pid: u32,
     },
-    /// The worker ended because it was asked to.
+    /// The worker ended because it was asked to. `timed_out`: the worker was idle, had not ended within
+    /// [`Start::stop_timeout`], and was killed.
     WorkerStopped {
         worker: u32,
+        timed_out: bool,
     },
     /// The agent is there.
     Alive,

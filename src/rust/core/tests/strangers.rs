@@ -237,6 +237,7 @@ fn start(workers: u32) -> Start {
         state: 1 << 20,
         timeout: 0,
         memory_limit: 0,
+        stop_timeout: 600,
         here: false,
     }
 }

@@ -17,7 +17,7 @@ mod strays;
 mod usage;
 
 use crate::cores::OutOfMemory;
-use crate::frame::{self, FIRST, Frame, Header, Kind, MAX_BODY};
+use crate::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
 use crate::message::{
     self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
@@ -29,7 +29,7 @@ use crate::worker::Channel;
 use crate::{cores, signals, sys};
 use bytes::{Bytes, BytesMut};
 use guard::Guard;
-use memory::Memories;
+use memory::{Memories, Memory};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -70,7 +70,8 @@ const MORE_FILES: u64 = 16;
 const MAKE_AT_ONCE: usize = 8;
 
 /// Signals whose handling the agent changes, and that its forks get back as they were.
-const CHANGED: [libc::c_int; 5] = [
+const CHANGED: [libc::c_int; 6] = [
+    libc::SIGXFSZ,
     libc::SIGCHLD,
     libc::SIGTERM,
     libc::SIGHUP,
@@ -268,6 +269,8 @@ pub struct Agent {
     head_waits: bool,
     /// The head is gone or has asked for the end.
     ending: bool,
+    /// The head is gone, or the agent cannot go on.
+    alone: bool,
     start: Start,
     outfile: Option<File>,
     relay: Relay,
@@ -322,7 +325,8 @@ impl Agent {
         for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGHUP] {
             signal_hook::low_level::pipe::register(signal, signals_out.try_clone()?)?;
         }
-        signals::ignore(&[libc::SIGPIPE, libc::SIGINT]);
+        // Beyond the limit of file sizes, a write fails and the agent does something else.
+        signals::ignore(&[libc::SIGPIPE, libc::SIGINT, libc::SIGXFSZ]);
         let fd = signals_in.as_raw_fd();
         registry.register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)?;
         // A head on this machine may die while a fork of it keeps the stream open.
@@ -346,6 +350,7 @@ impl Agent {
             (!timeout.is_zero()).then_some(timeout),
         );
         relay.book.shares = shares;
+        relay.book.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
         Ok(Agent {
             pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
             poll,
@@ -356,6 +361,7 @@ impl Agent {
             head_blocked: false,
             head_waits: false,
             ending: false,
+            alone: false,
             outfile,
             relay,
             memories: Memories::default(),
@@ -397,7 +403,7 @@ impl Agent {
             }
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read && self.census.is_none() {
-                let pulse = self.pulse.as_ref().filter(|_| !self.ending);
+                let pulse = self.pulse.as_ref().filter(|_| !self.alone);
                 let farewell = self.strays.deadline();
                 let deadline = if self.to_head.len() < HEAD_BACKLOG {
                     self.relay.book.next_deadline()
@@ -484,7 +490,7 @@ impl Agent {
     /// Tells the head that this side is alive, and ends if nothing shows that the head is.
     fn feel_pulse(&mut self) {
         let now = self.now();
-        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.ending) else {
+        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.alone) else {
             return;
         };
         if pulse.is_silent(now) {
@@ -525,13 +531,17 @@ impl Agent {
             }
             if self.relay.book.is_stopping(worker) {
                 self.relay.book.give_up(worker);
-                self.tell(&ToHead::WorkerStopped { worker });
+                let timed_out = false;
+                self.tell(&ToHead::WorkerStopped { worker, timed_out });
                 continue;
             }
             self.relay.made(worker, replaces);
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
-                StartMode::Spawn => process::spawn(&self.start, worker, self.relay.book.shares),
+                StartMode::Spawn => {
+                    let (shares, signals) = (self.relay.book.shares, self.saved.clone());
+                    process::spawn(&self.start, worker, shares, signals)
+                }
             };
             match made {
                 Ok(Made::Child(channel)) => return Ok(Some(channel)),
@@ -587,9 +597,18 @@ impl Agent {
     fn tell(&mut self, message: &ToHead) {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
+        let wanted = !self.ending || *message == ToHead::Alive;
         match message::encode(message) {
-            Ok(frame) if !self.ending => self.to_head.push(&frame, None),
+            Ok(frame) if wanted => self.to_head.push(&frame, None),
             _ => {}
+        }
+    }
+
+    /// Tells the head something that it must know even while the agent ends.
+    fn tell_last(&mut self, message: &ToHead) {
+        if let Ok(frame) = message::encode(message) {
+            self.to_head.push(&frame, None);
+            self.strays.last_words |= self.ending;
         }
     }
 
@@ -605,7 +624,7 @@ impl Agent {
                     }
                     self.received.extend_from_slice(&self.scratch[..n]);
                     self.on_head_bytes();
-                    if self.ending {
+                    if self.alone {
                         return;
                     }
                     // On a stream a short read means that no more is there, and that more will
@@ -676,15 +695,24 @@ impl Agent {
                     bytes,
                     last,
                 } => {
-                    let stored = self.memories.store(payload, &bytes, last);
+                    let stored = self.memories.store(payload, bytes, last);
                     if let Err(error) = stored {
                         self.fail(&format!("no memory for what workers share: {error}"));
                     }
                 }
                 Act::Hand { frame } => {
                     // It is there, or this host is about to end for want of it.
-                    let memory = self.memories.get(frame.header.task);
-                    self.send_worker(frame.header.worker, &frame, memory);
+                    match self.memories.get(frame.header.task) {
+                        Some(Memory::Shared(file)) => {
+                            let file = Some(file.clone());
+                            self.send_worker(frame.header.worker, &frame, file);
+                        }
+                        Some(Memory::Private(chunks)) => {
+                            let chunks = chunks.clone();
+                            self.send_payload(&frame.header, frame.wire_len(), &chunks);
+                        }
+                        None => {}
+                    }
                 }
                 Act::Discard(payload) => self.memories.discard(payload),
                 Act::Up { worker, replaces } => self.tell_up(worker, replaces),
@@ -700,7 +728,7 @@ impl Agent {
                 Act::Usage { question } => {
                     self.census = Some(Census::new(question, self.workers.len() as u32));
                 }
-                Act::End => self.end(),
+                Act::End => self.stop(),
             }
         }
         // Its room serves again.
@@ -746,8 +774,16 @@ impl Agent {
         self.end();
     }
 
-    /// Ends all workers, and with them the agent.
+    /// The head is gone, or the agent cannot go on: ends all workers within the second that is promised.
     fn end(&mut self) {
+        self.stop();
+        if !std::mem::replace(&mut self.alone, true) {
+            self.relay.book.hurry(self.now());
+        }
+    }
+
+    /// Ends all workers, and with them the agent. Idle workers have their time to run exit handlers.
+    fn stop(&mut self) {
         if std::mem::replace(&mut self.ending, true) {
             return;
         }
@@ -765,6 +801,22 @@ impl Agent {
             process.outgoing.push(frame, along);
             self.dirty.push(worker);
         }
+    }
+
+    /// Sends a payload that could not be put into shared memory, in as many frames as it takes. `counted`:
+    /// bytes of it that count as given already.
+    fn send_payload(&mut self, header: &Header, counted: usize, chunks: &[Bytes]) {
+        let Header { worker, task, .. } = *header;
+        let mut bytes = 0;
+        for (at, chunk) in chunks.iter().enumerate() {
+            let first = if at == 0 { FIRST } else { 0 };
+            let last = if at + 1 == chunks.len() { LAST } else { 0 };
+            let frame = Frame::new(Kind::Payload, first | last, worker, task, chunk.clone());
+            bytes += frame.wire_len();
+            self.send_worker(worker, &frame, None);
+        }
+        // The frame that would have gone with the shared memory has been counted.
+        self.relay.book.gave(worker, bytes.saturating_sub(counted));
     }
 
     /// A head that heeds no window could fill this host's memory.
@@ -963,7 +1015,9 @@ impl Agent {
                         // A full disk must not end the computation.
                         let _ = process.lines.push(bytes, file);
                     }
-                    if self.start.outfile == Outfile::Console && !self.ending {
+                    if self.start.outfile == Outfile::Console && !self.alone {
+                        // Also what exit handlers print.
+                        self.strays.last_words |= self.ending;
                         for chunk in bytes.chunks(MAX_BODY) {
                             let body = Bytes::copy_from_slice(chunk);
                             self.to_head
@@ -1044,7 +1098,13 @@ impl Agent {
             let _ = std::fs::remove_dir_all(tempdir);
         }
         match self.relay.exited(worker, !self.ending) {
-            Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
+            Ending::Stopped { timed_out } => {
+                let message = ToHead::WorkerStopped { worker, timed_out };
+                match timed_out {
+                    true => self.tell_last(&message),
+                    false => self.tell(&message),
+                }
+            }
             Ending::Replace => self.to_make.push_back((worker, true)),
             Ending::Lost { replaced } => {
                 let loss = Loss {

@@ -25,8 +25,9 @@ use tokio::time::{sleep, timeout};
 /// How long an agent's process may take to end once its stream has ended.
 const EXIT_PATIENCE: Duration = Duration::from_millis(950);
 
-/// How long an agent may take to end its workers and then its stream once asked, before it is
-/// killed, and they with it. Its own grace for workers is 0.6 s; the rest is for a busy machine.
+/// How long an agent may take to end its workers and then its stream once asked, beyond the time that
+/// idle workers have for it, before it is killed, and they with it. Its own grace for busy workers is
+/// 0.6 s; the rest is for a busy machine.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes of an agent's stderr that error messages show.
@@ -53,6 +54,8 @@ pub struct Conn {
     pub stop: Arc<Notify>,
     /// Of an agent on another machine, how long it may be silent; set before `planned`.
     pub patience: Duration,
+    /// How long idle workers may take to end.
+    pub stop_timeout: Duration,
     /// It has been told what to start.
     pub planned: Arc<Notify>,
     /// When something last came from it, once it serves.
@@ -270,7 +273,8 @@ async fn talk(
     };
     let stopped = async {
         stop.notified().await;
-        sleep(STOP_PATIENCE).await;
+        let stop_timeout = shared.core().conns[agent].stop_timeout;
+        sleep(stop_timeout + STOP_PATIENCE).await;
     };
     tokio::select! {
         () = over.notified() => Ok(()),
