@@ -86,7 +86,7 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 #' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), here (on this machine) and xdr.
+#' none), stop_timeout (in milliseconds), here (on this machine) and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 
@@ -142,6 +142,10 @@ cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
 #' Stops these nodes; with the last ones the cluster.
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
+
+#' Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+#' @noRd
+hub_ended <- function(handle, ranks) .Call(wrap__hub_ended, handle, ranks)
 
 #' Stops the cluster.
 #' @noRd

@@ -722,10 +722,10 @@ fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn a_host_that_has_no_memory_to_share_says_so_and_costs_no_other() {
+fn a_host_without_room_for_shared_memory_is_sent_as_much_without() {
     let real = real_agent();
     // Files may not be longer than that; those in memory are files.
-    let script = "trap '' XFSZ; ulimit -f 200; exec \"$@\"";
+    let script = "ulimit -f 200; exec \"$@\"";
     let limited = Launch {
         command: ["sh", "-c", script, "sh"]
             .map(OsString::from)
@@ -740,21 +740,18 @@ fn a_host_that_has_no_memory_to_share_says_so_and_costs_no_other() {
     expect_answers(&mut hub, 0);
     let bytes = vec![3; 5_000_000];
     let id = share(&mut hub, &[0, 1], &bytes, false);
-    if let Ok(begun) = hub.begin(0, 1, None, Turn::Last, |_| Some(id)) {
-        hub.finish();
-        let reason = expect_lost(&mut hub, 0);
-        hub.forget(0, begun.task);
-        assert!(
-            reason.contains("no memory for what workers share"),
-            "{reason}"
-        );
+    // More often than the head's window would take if that counted what the agent gives.
+    for _ in 0..3 {
+        for rank in 0..2 {
+            expect_shared(&mut hub, rank, id, &bytes, b"rest");
+        }
+        let other = share(&mut hub, &[0, 1], &bytes[..100_000], false);
+        expect_shared(&mut hub, 0, other, &bytes[..100_000], b"");
+        hub.drop_payload(other);
+        expect_answers(&mut hub, 0);
     }
-    let reason = failure(&hub, 0).failure.unwrap().reason;
-    assert!(
-        reason.contains("no memory for what workers share"),
-        "{reason}"
-    );
-    expect_shared(&mut hub, 1, id, &bytes, b"rest");
+    hub.drop_payload(id);
+    expect_answers(&mut hub, 0);
     close(hub);
 }
 
