@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::job::Job;
-use crate::mapped::{self, Memory};
+use crate::mapped;
 use crate::plain::{self, Sent};
 use crate::repeat;
 use crate::status;
@@ -844,7 +844,6 @@ pub unsafe fn read_body(body: &mut Body) -> SEXP {
 pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
-        memory: Option<Memory>,
         place: i32,
     }
     unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
@@ -852,7 +851,6 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
         // that is to be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
-            mapped::begin(&(*reading).memory);
             let answer = read_body((*reading).body);
             if (*reading).place == 0 {
                 return answer;
@@ -866,12 +864,10 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
     let memory = mapped::open(&mut body);
     let mut reading = Reading {
         body: &mut body,
-        memory,
         place,
     };
-    let answer = unwind::protect(read, &mut reading);
-    mapped::end();
-    answer
+    let _reading = mapped::Reading::of(memory.as_ref());
+    unwind::protect(read, &mut reading)
 }
 
 // SEXP is a pointer to a type that is opaque on this side.

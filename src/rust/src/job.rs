@@ -6,7 +6,7 @@
 
 use crate::failure::Failure;
 use crate::head::{self, Cluster, ToHub, SLICE};
-use crate::mapped::{self, Memory};
+use crate::mapped;
 use crate::repeat;
 use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
@@ -700,18 +700,19 @@ impl Job {
         let now = Instant::now();
         let bytes = body.len;
         let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();
+        let memory = mapped::open(&mut body);
         let mut taking = Taking {
             job: self,
             indices,
-            memory: mapped::open(&mut body),
             body,
             seconds: 0.0,
             computed: None,
             count: 0,
         };
         let failed = taking.job.failed.len();
+        let reading = mapped::Reading::of(memory.as_ref());
         let taken = unwind::run(take_protected, &mut taking);
-        mapped::end();
+        drop(reading);
         let (seconds, computed, count) = (taking.seconds, taking.computed, taking.count);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
@@ -937,7 +938,6 @@ struct Taking<'a> {
     job: &'a mut Job,
     indices: Vec<usize>,
     body: Body,
-    memory: Option<Memory>,
     seconds: f64,
     computed: Option<f64>,
     count: usize,
@@ -949,7 +949,6 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
         let job = &mut *taking.job;
-        mapped::begin(&taking.memory);
         let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
             let answer = Rf_protect(head::read_body(&mut taking.body));
             job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));

@@ -39,14 +39,73 @@ unsafe extern "C" {
         data: *mut *const c_void,
         bytes: *mut usize,
     ) -> SEXP;
-    fn rustcluster_begin_mapped(
-        bytes: *const c_void,
-        length: usize,
-        from: usize,
-        data: usize,
-        file: c_int,
-    );
-    fn rustcluster_end_mapped();
+    fn rustcluster_begin_mapped(message: *mut Message, before: *mut Message);
+    fn rustcluster_end_mapped(before: *mut Message);
+}
+
+/// A message whose vectors are being read: `struct message` of csrc/mapped.c.
+#[repr(C)]
+struct Message {
+    bytes: *const c_void,
+    length: usize,
+    from: usize,
+    data: usize,
+    mapping: *mut c_void,
+    file: c_int,
+    unmappable: c_int,
+}
+
+impl Message {
+    /// Of which there is none.
+    const NONE: Message = Message {
+        bytes: std::ptr::null(),
+        length: 0,
+        from: 0,
+        data: 0,
+        mapping: std::ptr::null_mut(),
+        file: -1,
+        unmappable: 0,
+    };
+
+    /// One with so many bytes, of which so many are the data of its vectors.
+    fn new(length: usize, data: usize, file: Option<&File>) -> Message {
+        Message {
+            length,
+            from: HEAD,
+            data,
+            file: file.map_or(-1, AsRawFd::as_raw_fd),
+            ..Message::NONE
+        }
+    }
+}
+
+/// While this lives, what is read has its vectors in one message. Then it is the turn of the message before,
+/// which a finalizer may have interrupted, also if R has jumped in between.
+pub struct Reading {
+    before: Message,
+}
+
+impl Reading {
+    fn begin(mut message: Message) -> Reading {
+        let mut before = Message::NONE;
+        // SAFETY: on R's thread. Copies both, and does not jump.
+        unsafe { rustcluster_begin_mapped(&raw mut message, &raw mut before) };
+        Reading { before }
+    }
+
+    /// Of the memory of an answer, which must live on; `None`: it has no vectors of this form.
+    pub fn of(memory: Option<&Memory>) -> Reading {
+        Reading::begin(memory.map_or(Message::NONE, |memory| {
+            Message::new(memory.len, memory.data, Some(&memory.file))
+        }))
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        // SAFETY: on R's thread; does not jump.
+        unsafe { rustcluster_end_mapped(&raw mut self.before) };
+    }
 }
 
 struct Writer<'a> {
@@ -262,20 +321,6 @@ pub fn open(body: &mut Body) -> Option<Memory> {
     Some(Memory { file, len, data })
 }
 
-/// What is read from here on has its vectors in this memory, until [`end`].
-///
-/// # Safety
-/// Under [`unwind::run`]: R may jump.
-pub unsafe fn begin(memory: &Option<Memory>) {
-    let Some(memory) = memory else {
-        return;
-    };
-    let nowhere = std::ptr::null();
-    let file = memory.file.as_raw_fd();
-    // SAFETY: the file is sealed, and as long as it is said to be.
-    unsafe { rustcluster_begin_mapped(nowhere, memory.len, HEAD, memory.data, file) };
-}
-
 /// Bytes of the data of vectors in a payload of so many bytes, given its beginning. `None`: it is not of
 /// this form.
 fn data(bytes: &[u8], len: usize) -> Option<usize> {
@@ -289,8 +334,8 @@ fn data(bytes: &[u8], len: usize) -> Option<usize> {
 /// its vectors are mapped, if it is in shared memory, and not copied.
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R may jump, and then [`end`] is to be called before the payload is
-/// dropped.
+/// Under [`unwind::protect`], with a [`Reading`] outside of it that ends before the payload is dropped: R
+/// may jump.
 pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
     let bytes = &payload.bytes[..];
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
@@ -299,18 +344,15 @@ pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
             return stream::read(&mut { bytes });
         };
         let memory = payload.memory.as_ref().filter(|_| map);
-        let file = memory.map_or(-1, AsRawFd::as_raw_fd);
-        rustcluster_begin_mapped(bytes.as_ptr().cast(), bytes.len(), HEAD, data, file);
-        let value = stream::read(&mut &bytes[HEAD + data..]);
-        rustcluster_end_mapped();
+        let mut message = Message::new(bytes.len(), data, memory.map(|file| &**file));
+        message.bytes = bytes.as_ptr().cast();
+        let mut before = Message::NONE;
+        rustcluster_begin_mapped(&raw mut message, &raw mut before);
+        let value = Rf_protect(stream::read(&mut &bytes[HEAD + data..]));
+        rustcluster_end_mapped(&raw mut before);
+        Rf_unprotect(1);
         value
     }
-}
-
-/// There is no payload any more whose vectors could be asked for.
-pub fn end() {
-    // SAFETY: on R's thread; does not jump.
-    unsafe { rustcluster_end_mapped() };
 }
 
 /// A message of this form that came with the others instead of through shared memory: in one piece,

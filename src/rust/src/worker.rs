@@ -293,13 +293,14 @@ fn serve_one() -> std::result::Result<(), Stop> {
         Some(unit) => Turn::again(unit),
         None => Turn::next()?,
     };
+    let reading = mapped::Reading::of(None);
     let ran = match turn.unit {
         Some(_) => unwind::run(unit_protected, &mut turn),
         None => unwind::run(turn_protected, &mut turn),
     };
+    drop(reading);
     KEPT.set(turn.kept);
     if ran.is_err() {
-        mapped::end();
         INTERRUPTED.set(turn.unit);
     }
     ran?;
