@@ -8,9 +8,9 @@ usable_cores <- function() .Call(wrap__usable_cores)
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
 #' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-#' attach and whether workers will be forked.
+#' attach and whether workers will be forked. `tempdir`: that of this process.
 #' @noRd
-agent_greet <- function(package, r_version, platform) .Call(wrap__agent_greet, package, r_version, platform)
+agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
 #' Tells the head that nothing can be started, and why.
 #' @noRd
@@ -233,9 +233,9 @@ worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
 
-#' Tells the agent that this worker can take tasks.
+#' Tells the agent this worker's temporary directory, and whether it can take tasks.
 #' @noRd
-worker_ready <- function(tempdir) .Call(wrap__worker_ready, tempdir)
+worker_ready <- function(tempdir, ready) .Call(wrap__worker_ready, tempdir, ready)
 
 #' Serves tasks until there will be no more, which gives `NULL`, or R jumps. SIGINT reaches R while
 #' a task runs and at no other time.

@@ -83,11 +83,11 @@ fn worker_connect() -> Robj {
     connect().unwrap_or_else(|error| to_r(error.into()))
 }
 
-/// Tells the agent that this worker can take tasks.
+/// Tells the agent this worker's temporary directory, and whether it can take tasks.
 /// @noRd
 #[extendr]
-fn worker_ready(tempdir: &str) -> Robj {
-    match with_channel(|channel| channel.ready(tempdir.to_owned())) {
+fn worker_ready(tempdir: &str, ready: bool) -> Robj {
+    match with_channel(|channel| channel.ready(tempdir.to_owned(), ready)) {
         Ok(()) => ().into(),
         Err(error) => to_r(error.into()),
     }

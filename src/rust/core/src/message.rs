@@ -276,11 +276,13 @@ pub struct WorkerConfig {
     pub shares: bool,
 }
 
-/// What a worker tells its agent once it can take tasks.
+/// What a worker tells its agent while it starts, and once it can take tasks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerReady {
     /// Its own temporary directory, removed by the agent if it cannot do so itself.
     pub tempdir: String,
+    /// The worker can take tasks. Before that it is still loading packages.
+    pub ready: bool,
 }
 
 /// A control message that could not be written or read.

@@ -147,14 +147,14 @@ impl Channel {
         self.index
     }
 
-    /// Tells the agent that this worker can take tasks.
+    /// Tells the agent the temporary directory of this worker, and whether it can take tasks.
     ///
     /// # Errors
     /// When the agent is gone.
-    pub fn ready(&mut self, tempdir: String) -> io::Result<()> {
+    pub fn ready(&mut self, tempdir: String, ready: bool) -> io::Result<()> {
         self.owner = std::process::id();
-        let frame =
-            message::encode_for(self.index, &WorkerReady { tempdir }).map_err(io::Error::other)?;
+        let message = WorkerReady { tempdir, ready };
+        let frame = message::encode_for(self.index, &message).map_err(io::Error::other)?;
         self.write(&[&frame])
     }
 

@@ -204,7 +204,7 @@ const SLEEP: &[u8] = b"sleep";
 
 /// A worker: each answer is the task.
 fn answer(mut channel: Channel) -> i32 {
-    let mut served = channel.ready(String::new());
+    let mut served = channel.ready(String::new(), true);
     while served.is_ok() {
         match channel.next_task() {
             Ok(Some(task)) => {
@@ -906,6 +906,7 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
 fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
     let scratch = Scratch::new();
     let ready = control(&WorkerReady {
+        ready: true,
         tempdir: scratch.0.to_string_lossy().into_owned(),
     });
     let cases = [
@@ -969,6 +970,7 @@ fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
 fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
     let scratch = Scratch::new();
     let ready = control(&WorkerReady {
+        ready: true,
         tempdir: String::new(),
     });
     let ready = scratch.file("ready", &ready);

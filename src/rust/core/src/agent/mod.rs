@@ -64,6 +64,8 @@ const READ: usize = 256 * 1024;
 const MOST_DESCRIPTORS: usize = 4;
 /// For the system to have room again.
 const WAIT: Duration = Duration::from_millis(10);
+/// How often the agent looks whether its parent, the head, is still there, where the system cannot tell.
+const LOOK_FOR_PARENT: Duration = Duration::from_millis(200);
 /// Open files besides one for each worker that answers in shared memory take.
 const MORE_FILES: u64 = 16;
 /// Workers made between two looks at the streams.
@@ -89,6 +91,7 @@ pub struct Greeted {
     head_pid: u32,
     /// The head's numbers are written as ours are.
     same_order: bool,
+    guard: Guard,
 }
 
 /// How [`Agent::run`] ends.
@@ -162,7 +165,10 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                     let Some((head_pid, same_order)) = head else {
                         return Err(io::Error::other("the head did not greet"));
                     };
+                    // Before packages are loaded: from here on, what an end leaves is removed.
+                    let guard = Guard::start(start.workers as usize);
                     return Ok(Greeted {
+                        guard,
                         reader,
                         writer,
                         received,
@@ -190,6 +196,13 @@ fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 impl Greeted {
+    /// This process has that temporary directory: it is removed even if the agent is killed.
+    pub fn watch_tempdir(&mut self, tempdir: &str) {
+        if process::is_tempdir(tempdir) {
+            self.guard.watch_tempdir(tempdir);
+        }
+    }
+
     /// Tells the head that nothing was or will be started, and why.
     ///
     /// # Errors
@@ -291,8 +304,12 @@ pub struct Agent {
     /// Of a head on another machine.
     pulse: Option<Pulse>,
     _parent: Option<OwnedFd>,
+    /// The head, which is this process's parent and is to be looked for again and again.
+    looked_for: Option<u32>,
     saved: signals::Saved,
     guard: Guard,
+    /// Temporary directories of workers that have ended, which could not be removed.
+    unremoved: Vec<String>,
     strays: Strays,
     /// What the head wants to know of the workers' memory.
     census: Option<Census>,
@@ -335,6 +352,7 @@ impl Agent {
             let fd = parent.as_raw_fd();
             registry.register(&mut SourceFd(&fd), PARENT, Interest::READABLE)?;
         }
+        let unwatched = parent.is_none() && sys::is_parent(greeted.head_pid);
         let count = greeted.start.workers;
         let outfile = match &greeted.start.outfile {
             Outfile::File(path) => Some(open_outfile(path)?),
@@ -375,8 +393,10 @@ impl Agent {
             signals: signals_in,
             asked_to_end,
             _parent: parent,
+            looked_for: unwatched.then_some(greeted.head_pid),
             saved,
-            guard: Guard::start(count as usize),
+            guard: greeted.guard,
+            unremoved: Vec::new(),
             strays: Strays::adopt(),
             census: None,
             memory: OutOfMemory::watch(),
@@ -411,7 +431,9 @@ impl Agent {
                     self.relay.book.next_end()
                 };
                 let again = self.head_waits.then(|| self.now() + WAIT);
-                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again];
+                let parent = self.looked_for.filter(|_| !self.alone);
+                let look = parent.map(|_| self.now() + LOOK_FOR_PARENT);
+                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again, look];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -462,6 +484,12 @@ impl Agent {
             if ended {
                 self.on_signals();
             }
+            if self
+                .looked_for
+                .is_some_and(|parent| !sys::is_parent(parent))
+            {
+                self.end();
+            }
             self.feel_pulse();
             // While the head does not take what there is, a task may have been answered in time and
             // the answer not been looked at.
@@ -482,6 +510,7 @@ impl Agent {
             self.write_head();
             let over = self.ending && self.to_make.is_empty() && self.relay.book.all_gone();
             if over && self.has_said_farewell() {
+                self.remove_again();
                 return Ok(Role::Done);
             }
         }
@@ -723,6 +752,8 @@ impl Agent {
                     if let Some(process) = &mut self.workers[worker as usize] {
                         self.strays.ready(worker, process.pid, &tempdir);
                         process.tempdir = Some(tempdir).filter(|path| process::is_tempdir(path));
+                        let tempdir = process.tempdir.as_deref().unwrap_or_default();
+                        self.guard.has_tempdir(worker, process.pid, tempdir);
                     }
                 }
                 Act::Usage { question } => {
@@ -1073,7 +1104,25 @@ impl Agent {
             .reap_all(|pid| workers.iter().flatten().any(|process| process.pid == pid));
     }
 
+    /// Removes a temporary directory. What was killed with its worker may still be writing to it: then it is
+    /// tried again later. Returns whether it is gone.
+    fn remove(&mut self, tempdir: String) -> bool {
+        let removed = std::fs::remove_dir_all(&tempdir);
+        let left = removed.is_err_and(|error| error.kind() != io::ErrorKind::NotFound);
+        if left {
+            self.unremoved.push(tempdir);
+        }
+        !left
+    }
+
+    fn remove_again(&mut self) {
+        for tempdir in std::mem::take(&mut self.unremoved) {
+            self.remove(tempdir);
+        }
+    }
+
     fn on_exit(&mut self, worker: u32) {
+        self.remove_again();
         // An answer that was whole before the end still counts, and so do last words.
         self.read_worker(worker);
         self.read_output(worker);
@@ -1086,7 +1135,8 @@ impl Agent {
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
         process.kill_group();
-        self.guard.ended(worker);
+        self.guard
+            .ended(worker, process.tempdir.as_deref().unwrap_or_default());
         let exit = sys::reap(process.pid);
         self.report_strays(process.pid);
         let registry = self.poll.registry();
@@ -1095,7 +1145,9 @@ impl Agent {
         }
         if let Some(tempdir) = process.tempdir.take() {
             // Already gone if it ended in good order.
-            let _ = std::fs::remove_dir_all(tempdir);
+            if self.remove(tempdir) {
+                self.guard.cleared(worker);
+            }
         }
         match self.relay.exited(worker, !self.ending) {
             Ending::Stopped { timed_out } => {
