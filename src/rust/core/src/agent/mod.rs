@@ -26,7 +26,7 @@ use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
 use crate::scheduler::SEND_WINDOW;
 use crate::worker::Channel;
-use crate::{cores, signals, sys};
+use crate::{cores, reserve, signals, sys};
 use bytes::{Bytes, BytesMut};
 use guard::Guard;
 use memory::{Memories, Memory};
@@ -490,6 +490,10 @@ impl Agent {
             {
                 self.end();
             }
+            if reserve::was_used() {
+                let limits = limits::memory_limits();
+                self.fail(&format!("the agent has no memory left{limits}"));
+            }
             self.feel_pulse();
             // While the head does not take what there is, a task may have been answered in time and
             // the answer not been looked at.
@@ -612,6 +616,8 @@ impl Agent {
         let made = fork::fork(worker, self.relay.book.shares)?;
         if let Made::Child(_) = made {
             self.saved.restore();
+            // It would count for the worker's memory limit.
+            reserve::release();
             sys::renice(self.start.renice);
         }
         Ok(made)
