@@ -801,6 +801,10 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.closing = true;
             self.dirty.push(worker);
+            // R is still starting. It removes its temporary directory when it gets this signal.
+            if self.start.mode == StartMode::Spawn && process.tempdir.is_none() {
+                process.signal(libc::SIGUSR2);
+            }
         }
     }
 
