@@ -128,30 +128,26 @@ test_that("finalizers see mapped vectors, also those that come back to life", {
   big <- as.numeric(1:1e6) + 0.5
   seen <- clusterCall(cl, global(function(x) {
     is_mapped <- any(grepl("mapped", utils::capture.output(.Internal(inspect(x)))))
-    log <<- list(is_mapped)
+    finalized <<- list(is_mapped)
     holder <- new.env(parent = emptyenv())
     holder$x <- x
     again <- function(e) {
-      log[[length(log) + 1L]] <<- tryCatch(sum(e$x), error = conditionMessage)
+      finalized[[length(finalized) + 1L]] <<- tryCatch(sum(e$x), error = conditionMessage)
       # Twice: it can be reached again.
-      if (length(log) < 4L) reg.finalizer(e, again, onexit = TRUE)
-      if (length(log) == 3L) back <<- e
+      if (length(finalized) < 4L) reg.finalizer(e, again, onexit = TRUE)
+      if (length(finalized) == 3L) back <<- e
     }
     environment(again) <- list2env(list(again = again), parent = globalenv())
     reg.finalizer(holder, again, onexit = TRUE)
     NULL
   }), big)
-  seen <- clusterEvalQ(cl, {
-    for (i in 1:6) gc()
-    c(log, sum(back$x))
-  })
+  for (i in 1:3) clusterEvalQ(cl, gc())
+  seen <- clusterEvalQ(cl, c(finalized, sum(back$x)))
   is_linux <- Sys.info()[["sysname"]] == "Linux"
   for (of_worker in seen) expect_identical(of_worker, c(list(is_linux), as.list(rep(sum(big), 3L))))
   # No memory is kept for it in the end.
-  clusterEvalQ(cl, {
-    rm(back)
-    for (i in 1:4) gc()
-  })
+  clusterEvalQ(cl, rm(back))
+  for (i in 1:3) clusterEvalQ(cl, gc())
   expect_true(all(shared_memory(clusterPids(cl))["mapped", ] <= 1L))
   # On the head, too.
   holder <- new.env()
