@@ -90,6 +90,10 @@
 #'   workers, to restore those that it replaces (and, on other hosts, as much again
 #'   of what may be sent to another worker). Default: an eighth of the memory that
 #'   is available there, from 16 MiB to 1 GiB. See section Faults.
+#' @param stop_timeout (number) Seconds that `stopCluster()` waits for an idle worker
+#'   to end, at least 0; default 5. In that time the worker runs its exit handlers
+#'   (`.Last()`, `reg.finalizer(onexit = TRUE)`). A worker that takes longer is killed,
+#'   and a warning of class `rustcluster_stop_timeout` names it.
 #' @param progress (logical) Whether to show a line for each host as it comes up.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of
@@ -141,11 +145,11 @@
 #' @section Ends:
 #' | what happens | what follows |
 #' |---|---|
-#' | `stopCluster(cl)`, idle, busy, again, or in the middle of a call | returns when no process is left; busy workers are interrupted, and killed after 0.6 s; the call fails with `rustcluster_stopped` |
-#' | `stopCluster(cl[1:2])` | these workers end, the others stay |
+#' | `stopCluster(cl)`, idle, busy, again, or in the middle of a call | returns when no process is left; idle workers run their exit handlers, and are killed after `stop_timeout` seconds, with a warning; busy workers are interrupted, and killed after 0.6 s; the call fails with `rustcluster_stopped` |
+#' | `stopCluster(cl[1:2])` | the same for these workers; the others stay |
 #' | the last handle is garbage-collected | as `stopCluster()`, without waiting |
 #' | `stopCluster()` in a fork of this session | `rustcluster_forked`; nothing ends |
-#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second |
+#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second: exit handlers of workers have 0.6 s |
 #' | Ctrl-C, a time limit, an error in a handler, in a call | its tasks are interrupted, and the next call is right; a worker that does not heed it for 2 s is killed and replaced, with a warning |
 #' | a worker ends (`quit()`, a signal, out of memory) | it is replaced and its task tried again: see Faults |
 #' | a worker ignores SIGTERM, or has closed its descriptors | it is killed; the latter is a loss as above |
@@ -175,7 +179,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             rscript_envs = NULL, start = c("fork", "spawn"), threads = 1L,
                             memory_limit = Inf, onFailure = c("error", "warn"), patience = 20,
                             retries = 2, timeout = Inf, reconnect = FALSE,
-                            buffer_limit = 512 * 2^20, keep_limit = NULL,
+                            buffer_limit = 512 * 2^20, keep_limit = NULL, stop_timeout = 5,
                             progress = interactive()) {
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
@@ -192,6 +196,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (!identical(timeout, Inf)) between(timeout, "timeout", "of seconds", 0.001, 1e9)
   between(buffer_limit, "buffer_limit", "of bytes", 2^20, 1e15)
   if (!is.null(keep_limit)) between(keep_limit, "keep_limit", "of bytes", 0, 1e15)
+  between(stop_timeout, "stop_timeout", "of seconds", 0, 1e6)
   for (name in c("progress", "reconnect")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
@@ -217,6 +222,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   handle$reconnect <- reconnect
   handle$memoryLimit <- memory_limit
   handle$timeout <- timeout
+  handle$stopTimeout <- stop_timeout
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
   on.exit(if (!started) abandon(handle))
@@ -228,7 +234,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
-    timeout = timeout, keep = keep_limit, memory = memory
+    timeout = timeout, keep = keep_limit, memory = memory, stop_timeout = stop_timeout
   ))
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)

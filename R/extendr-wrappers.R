@@ -8,9 +8,9 @@ usable_cores <- function() .Call(wrap__usable_cores)
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
 #' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-#' attach and whether workers will be forked.
+#' attach and whether workers will be forked. `tempdir`: that of this process.
 #' @noRd
-agent_greet <- function(package, r_version, platform) .Call(wrap__agent_greet, package, r_version, platform)
+agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
 #' Tells the head that nothing can be started, and why.
 #' @noRd
@@ -86,7 +86,7 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 #' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), here (on this machine) and xdr.
+#' none), stop_timeout (in milliseconds), here (on this machine) and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 
@@ -142,6 +142,10 @@ cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
 #' Stops these nodes; with the last ones the cluster.
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
+
+#' Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+#' @noRd
+hub_ended <- function(handle, ranks) .Call(wrap__hub_ended, handle, ranks)
 
 #' Stops the cluster.
 #' @noRd
@@ -230,9 +234,9 @@ worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
 
-#' Tells the agent that this worker can take tasks.
+#' Tells the agent this worker's temporary directory, and whether it can take tasks.
 #' @noRd
-worker_ready <- function(tempdir) .Call(wrap__worker_ready, tempdir)
+worker_ready <- function(tempdir, ready) .Call(wrap__worker_ready, tempdir, ready)
 
 #' Serves tasks until there will be no more, which gives `NULL`, or R jumps. SIGINT reaches R while
 #' a task runs and at no other time.

@@ -128,8 +128,9 @@ showEvents <- function(handle, except = NULL) {
 
 show <- function(events, handle, except = NULL) {
   if (is.null(events) || is.character(events)) return(invisible())
-  conditions <- list()
+  conditions <- slowToEnd(events, handle)
   for (event in events) {
+    if (event[["kind"]] == "stop_timeout") next
     if (event[["kind"]] == "output") {
       showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
     } else {
@@ -145,6 +146,25 @@ show <- function(events, handle, except = NULL) {
     if (inherits(condition, "message")) message(condition) else warning(condition)
   }
   invisible()
+}
+
+# A warning for each host with workers that were killed because they did not end in time.
+slowToEnd <- function(events, handle) {
+  slow <- Filter(function(event) event[["kind"]] == "stop_timeout", events)
+  ranks <- sort(vapply(slow, function(event) as.integer(event[["rank"]]), 0L))
+  lapply(unname(split(ranks, handle$owner[ranks])), function(ranks) {
+    one <- length(ranks) == 1L
+    host <- handle$hosts[[ranks[[1L]]]]
+    rustclusterCondition(
+      "stop_timeout", paste0(
+        if (one) "worker " else "workers ", paste(ranks, collapse = ", "), " on host ", sQuote(host), " did not ",
+        "end within ", format(handle$stopTimeout), " s of `stopCluster()` and ", if (one) "was" else "were",
+        " killed before exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`) had finished; ",
+        "increase `stop_timeout`"
+      ),
+      rank = ranks, host = host, type = "warning"
+    )
+  })
 }
 
 # Whole lines only; the rest waits for its end.

@@ -201,11 +201,14 @@ stopNodes <- function(nodes) {
   ranks <- vapply(nodes, function(node) as.integer(node[["rank"]]), 0L)
   checked(hub_stop_nodes(handle$pointer, ranks))
   handle$alive <- setdiff(handle$alive, ranks)
-  if (length(handle$alive)) return(invisible())
-  handle$stopped <- TRUE
-  # Returns when nothing is left, which the agents' own time limits bound.
-  while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
-  lookAtCalls(handle)
+  # Returns when nothing is left of these nodes, which the agents' own time limits bound.
+  if (length(handle$alive)) {
+    while (!checked(hub_ended(handle$pointer, ranks))) Sys.sleep(0)
+  } else {
+    handle$stopped <- TRUE
+    while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
+    lookAtCalls(handle)
+  }
   showEvents(handle)
   invisible()
 }

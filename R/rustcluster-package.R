@@ -35,6 +35,7 @@
 #'   \item{`rustcluster_host_failed`}{a host was lost, or is left out because its workers were lost again and again; fields `host`, `reason`.}
 #'   \item{`rustcluster_state_not_kept`}{what lasts on a host's workers is more than is kept: they will not be replaced; field `host`.}
 #'   \item{`rustcluster_left_behind`}{what a worker started has made itself independent and goes on; fields `host`, `rank`, `pid`, `command`.}
+#'   \item{`rustcluster_stop_timeout`}{idle workers did not end within `stop_timeout` seconds when they were stopped, and were killed; fields `rank` (integer, of all of them), `host`.}
 #'   \item{`rustcluster_host_left_out`}{a host could not be started, and `onFailure = "warn"`; fields `host`, `report`.}
 #'   \item{`rustcluster_versions`}{R is another version there; field `host`.}
 #' }

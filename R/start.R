@@ -28,6 +28,8 @@ newHandle <- function(pointer, agents) {
   handle$stateLimit <- numeric()
   # The same of the head, for hosts that are to be taken back.
   handle$spoolLimit <- 0
+  # Seconds that an idle worker may take to end.
+  handle$stopTimeout <- 0
   handle
 }
 
@@ -128,6 +130,7 @@ hostPlans <- function(handle, asked, launches, settings) {
       state = handle$stateLimit[[i]],
       timeout = if (is.finite(settings$timeout)) ceiling(1000 * settings$timeout) else 0,
       memory_limit = settings$memory,
+      stop_timeout = ceiling(1000 * settings$stop_timeout),
       here = asked$hosts[[i]]$here,
       xdr = xdr[[i]]
     )

@@ -12,7 +12,7 @@ startExpression <- function(role) {
 agentMain <- function() {
   # This is about the agent, and not about what its workers start.
   Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD"))
-  config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform))
+  config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
   if (config$forks) {
     failure <- attachPackages(config$packages)
     if (!is.null(failure)) {
@@ -44,6 +44,8 @@ readCompiler <- function() {
 workerMain <- function() {
   Sys.unsetenv("RUSTCLUSTER_LIB")
   config <- checked(worker_connect())
+  # Whatever ends this process from here on, the agent knows what is to be removed.
+  checked(worker_ready(tempdir(), FALSE))
   failure <- attachPackages(config$packages)
   if (!is.null(failure)) stop(failure)
   serveTasks()
@@ -75,7 +77,7 @@ attachPackages <- function(packages) {
 }
 
 serveTasks <- function() {
-  checked(worker_ready(tempdir(check = TRUE)))
+  checked(worker_ready(tempdir(check = TRUE), TRUE))
   # What a task does not catch itself ends it, and nothing else. The handlers are made once and not
   # for each task.
   while (caught(

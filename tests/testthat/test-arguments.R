@@ -84,6 +84,7 @@ test_that("wrong arguments about faults and limits are named", {
     retries = list(-1, NA, NaN, Inf, "two", 1:2, NULL, TRUE, list(1), 1e7),
     timeout = list(0, -1, NA, NaN, -Inf, "soon", 1:2, NULL, 1e10, 1e-9),
     keep_limit = list(-1, NA, "much", 1:2, Inf, FALSE),
+    stop_timeout = list(-1, NA, "long", 1:2, Inf, FALSE),
     buffer_limit = list(0, 1, -1, NA, "much", c(2^20, 2^20), NULL, Inf),
     reconnect = list(NA, 1, "yes", NULL, c(TRUE, FALSE))
   )

@@ -101,6 +101,85 @@ test_that("an agent that is killed while it makes workers leaves nothing", {
   }
 })
 
+# A directory in which all temporary directories are, and which is the only place for them.
+local_tmpdir <- function(.frame = parent.frame()) {
+  dir <- tempfile("tmp-")
+  dir.create(dir)
+  before <- Sys.getenv("TMPDIR", NA)
+  restore <- function() {
+    if (is.na(before)) Sys.unsetenv("TMPDIR") else Sys.setenv(TMPDIR = before)
+    unlink(dir, recursive = TRUE)
+  }
+  do.call("on.exit", list(bquote(.(restore)()), add = TRUE), envir = .frame)
+  Sys.setenv(TMPDIR = dir)
+  dir
+}
+
+expect_empty <- function(dir) {
+  wait_until(function() length(list.files(dir)) == 0L, 1 + slack())
+  expect_identical(list.files(dir), character())
+}
+
+test_that("no temporary directory outlives a killed agent or worker", {
+  skip_unless_proc()
+  dir <- local_tmpdir()
+  write <- global(function() repeat writeLines("x", tempfile()))
+  for (start in c("fork", "spawn")) {
+    cl <- local_cluster(3, start = start)
+    clusterEvalQ(cl, writeLines("x", tempfile()))
+    expect_gte(length(list.files(dir)), 3L)
+    tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+    suppressWarnings(clusterCall(cl, function() 1))
+    expect_length(list.files(dir), if (start == "fork") 3L else 4L)
+    parallel:::sendCall(cl[[1L]], write, list())
+    tools::pskill(agentPids(cl), tools::SIGKILL)
+    expect_empty(dir)
+    stop_quietly(cl)
+  }
+})
+
+test_that("no temporary directory is left of what is killed while it starts", {
+  skip_unless_proc()
+  dir <- local_tmpdir()
+  profile <- tempfile("profile-", tmpdir = "/tmp")
+  on.exit(unlink(profile), add = TRUE, after = FALSE)
+  starts <- list(
+    # The agent hangs before it greets.
+    list("Sys.sleep(60)", "fork"),
+    # Workers hang, in R's own start.
+    list("if (any(grepl('workerMain', commandArgs()))) Sys.sleep(60)", "spawn")
+  )
+  for (way in starts) {
+    writeLines(way[[1L]], profile)
+    error <- caught(makeRustCluster(
+      2, setup_timeout = 2, start = way[[2L]], rscript_envs = c(R_PROFILE_USER = profile)
+    ))
+    expect_rust_error(error, "start_failed")
+    expect_empty(dir)
+  }
+})
+
+test_that("no temporary directory of ours outlives a killed head", {
+  skip_unless_proc()
+  dir <- local_tmpdir()
+  for (start in c("fork", "spawn")) {
+    child <- start_child({
+      cl <- makeRustCluster(2, start = start)
+      parallel:::sendCall(cl[[1L]], function() repeat writeLines("x", tempfile()), list())
+      Sys.sleep(0.3)
+      say("own", basename(tempdir()))
+      say("pids", paste(c(agentPids(cl), clusterPids(cl)), collapse = " "))
+      Sys.sleep(60)
+    }, values = list(start = start))
+    child_wait_for(child, "pids")
+    tools::pskill(child$pid, tools::SIGKILL)
+    expect_gone(child_pids(child, "pids"))
+    # R leaves its own.
+    unlink(file.path(dir, child_said(child, "own")), recursive = TRUE)
+    expect_empty(dir)
+  }
+})
+
 test_that("the guard holds nothing of the agent's and takes little memory", {
   skip_unless_proc()
   cl <- local_cluster(2)

@@ -26,6 +26,162 @@ test_that("stopCluster leaves nothing, idle, busy or called twice", {
   }
 })
 
+# On each worker, something that takes so many seconds at its end, and then makes a file.
+end_slowly <- function(cl, seconds, dir, prefix = "") {
+  parallel::clusterApply(cl, seconds, global(function(seconds, dir, prefix) {
+    note <- function(what) file.create(file.path(dir, paste0(prefix, what, "-", seconds)))
+    holder <- new.env()
+    assign("holder", holder, globalenv())
+    reg.finalizer(holder, function(e) {
+      Sys.sleep(seconds)
+      note("finalizer")
+    }, onexit = TRUE)
+    assign(".Last", function() note("Last"), globalenv())
+    NULL
+  }), dir, prefix)
+}
+
+test_that("idle workers run their exit handlers to the end, as those of a PSOCK cluster do", {
+  dir <- tempfile("ends-")
+  dir.create(dir)
+  on.exit(unlink(dir, recursive = TRUE))
+  psock <- parallel::makePSOCKcluster(2)
+  end_slowly(psock, c(0.8, 1), dir, "PSOCK-")
+  stopCluster(psock)
+  expect_true(wait_until(function() length(list.files(dir)) == 4L))
+  for (start in c("fork", "spawn")) {
+    cl <- makeRustCluster(2, start = start, stop_timeout = 60)
+    end_slowly(cl, c(0.8, 1), dir, paste0(start, "-"))
+    pids <- cluster_processes(cl)
+    expect_no_warning(stopCluster(cl))
+    # When this returns, nothing is left, and all has been done.
+    expect_false(any(alive(pids)))
+    expect_setequal(
+      sub("^[^-]*-", "", list.files(dir, paste0("^", start))), sub("^[^-]*-", "", list.files(dir, "^PSOCK"))
+    )
+  }
+})
+
+test_that("exit handlers that take longer than `stop_timeout` are named, and cost no other worker", {
+  dir <- tempfile("ends-")
+  dir.create(dir)
+  on.exit(unlink(dir, recursive = TRUE))
+  cl <- makeRustCluster(4, stop_timeout = 1.5)
+  end_slowly(cl[c(1, 2, 4)], c(0.1, 60, 61), dir)
+  pids <- cluster_processes(cl)
+  # This one is busy: it is killed at once.
+  parallel:::sendCall(cl[[3L]], function() repeat NULL, list())
+  warnings <- list()
+  withCallingHandlers(stopCluster(cl), warning = function(w) {
+    warnings <<- c(warnings, list(w))
+    invokeRestart("muffleWarning")
+  })
+  expect_false(any(alive(pids)))
+  expect_length(warnings, 1L)
+  expect_s3_class(warnings[[1L]], c("rustcluster_stop_timeout", "rustcluster_warning"))
+  expect_identical(warnings[[1L]]$rank, c(2L, 4L))
+  expect_identical(warnings[[1L]]$host, "localhost")
+  expect_match(conditionMessage(warnings[[1L]]), "workers 2, 4 on host .localhost. did not end within 1.5 s")
+  expect_true("finalizer-0.1" %in% list.files(dir))
+  expect_setequal(list.files(dir, "^Last"), c("Last-0.1", "Last-60", "Last-61"))
+})
+
+test_that("a part of a cluster that is stopped has the same time, and is gone when that returns", {
+  dir <- tempfile("ends-")
+  dir.create(dir)
+  on.exit(unlink(dir, recursive = TRUE))
+  cl <- local_cluster(3, stop_timeout = 2)
+  end_slowly(cl, c(0.7, 60, 0), dir)
+  pids <- clusterPids(cl)
+  expect_warning(stopCluster(cl[1:2]), class = "rustcluster_stop_timeout")
+  expect_equal(alive(pids), c(FALSE, FALSE, TRUE))
+  expect_true("finalizer-0.7" %in% list.files(dir))
+  expect_equal(clusterCall(cl[3], identity, 1), list(1))
+  # What is gone already is not waited for.
+  tools::pskill(agentPids(cl), tools::SIGKILL)
+  expect_gone(pids)
+  suppressWarnings(stopCluster(cl))
+})
+
+test_that("a cluster that is being stopped ends at once with its session", {
+  skip_unless_proc()
+  child <- start_child({
+    cl <- makeRustCluster(2, stop_timeout = 60)
+    clusterCall(cl, function() {
+      assign(".Last", function() Sys.sleep(60), globalenv())
+      NULL
+    })
+    say(paste(c(agentPids(cl), clusterPids(cl)), collapse = " "))
+    stopCluster(cl)
+  })
+  expect_true(wait_until(function() length(child_lines(child)) > 0, 20))
+  pids <- as.integer(strsplit(trimws(child_lines(child)[[1L]]), " +")[[1L]])
+  # The workers are at their end by then.
+  Sys.sleep(0.5)
+  expect_alive(pids)
+  tools::pskill(child$pid, tools::SIGKILL)
+  expect_gone(pids)
+})
+
+test_that("finalizers see mapped vectors, also those that come back to life", {
+  cl <- local_cluster(2)
+  big <- as.numeric(1:1e6) + 0.5
+  seen <- clusterCall(cl, global(function(x) {
+    is_mapped <- any(grepl("mapped", utils::capture.output(.Internal(inspect(x)))))
+    finalized <<- list(is_mapped)
+    holder <- new.env(parent = emptyenv())
+    holder$x <- x
+    again <- function(e) {
+      finalized[[length(finalized) + 1L]] <<- tryCatch(sum(e$x), error = conditionMessage)
+      # Twice: it can be reached again.
+      if (length(finalized) < 4L) reg.finalizer(e, again, onexit = TRUE)
+      if (length(finalized) == 3L) back <<- e
+    }
+    environment(again) <- list2env(list(again = again), parent = globalenv())
+    reg.finalizer(holder, again, onexit = TRUE)
+    NULL
+  }), big)
+  for (i in 1:3) clusterEvalQ(cl, gc())
+  seen <- clusterEvalQ(cl, c(finalized, sum(back$x)))
+  is_linux <- Sys.info()[["sysname"]] == "Linux"
+  for (of_worker in seen) expect_identical(of_worker, c(list(is_linux), as.list(rep(sum(big), 3L))))
+  # No memory is kept for it in the end.
+  clusterEvalQ(cl, rm(back))
+  for (i in 1:3) clusterEvalQ(cl, gc())
+  expect_true(all(shared_memory(clusterPids(cl))["mapped", ] <= 1L))
+  # On the head, too.
+  holder <- new.env()
+  holder$x <- clusterCall(cl, function() as.numeric(1:1e6))[[1L]]
+  sum_at_end <- NULL
+  reg.finalizer(holder, function(e) sum_at_end <<- sum(e$x))
+  rm(holder)
+  for (i in 1:3) gc()
+  expect_identical(sum_at_end, sum(as.numeric(1:1e6)))
+})
+
+test_that("a finalizer may read large answers in the middle of another", {
+  cl <- local_cluster(1)
+  other <- local_cluster(1)
+  count <- 0
+  right <- logical()
+  often <- function() {
+    reg.finalizer(new.env(), function(e) {
+      count <<- count + 1
+      right[[count]] <<- identical(clusterCall(other, function() rep(7, 4e5))[[1L]], rep(7, 4e5))
+      if (count < 50) often()
+    })
+    NULL
+  }
+  often()
+  on.exit(gctorture2(0), add = TRUE)
+  gctorture2(300)
+  got <- clusterCall(cl, function() lapply(1:40, function(i) rep(as.numeric(i), 1e4)))[[1L]]
+  gctorture2(0)
+  expect_gt(count, 0)
+  expect_true(all(right))
+  expect_identical(got, lapply(1:40, function(i) rep(as.numeric(i), 1e4)))
+})
+
 test_that("a cluster that is collected ends, whatever was done on it", {
   uses <- list(
     identity,

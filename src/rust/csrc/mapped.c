@@ -10,10 +10,15 @@
 #include <R.h>
 #include <Rinternals.h>
 #include <R_ext/Altrep.h>
+#include <R_ext/Rallocators.h>
+#include <errno.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 /* Bytes of a vector from which on it is worth it. */
 #define LARGE 65536
@@ -124,57 +129,152 @@ SEXP rustcluster_without_classes(void *list)
 
 /* The reader ------------------------------------------------------------------------------------*/
 
-/* The message that is being read. Its data is mapped when the first vector asks for it. */
-static struct {
+/* A message whose vectors are being read. Its data is mapped when the first vector asks for it.
+ * src/mapped.rs has this struct, too. */
+struct message {
     /* All of it; NULL if it is in the file alone. */
     const char *bytes;
-    /* Bytes; 0 if there is none. */
+    /* Bytes; 0 if there is no message. */
     size_t length;
-    /* The file that it is in, or -1. */
+    /* Its mapping, preserved: see below. NULL: there is none. */
+    SEXP mapping;
+    /* The file that it is in, or -1 if nothing is to be mapped. */
     int file;
-} now = {NULL, 0, -1};
+    /* It could not be mapped. */
+    int unmappable;
+};
 
-/* Its mapping, an external pointer, as an element of a preserved list. */
-static SEXP kept = NULL;
+static struct message now = {NULL, 0, NULL, -1, 0};
 
+/* What is read from here on has its vectors in this message, until the end of that. R code may run in
+ * between, a finalizer, and read another message: `before` is to be handed to the end. */
+void rustcluster_begin_mapped(struct message *message, struct message *before)
+{
+    *before = now;
+    now = *message;
+}
+
+void rustcluster_end_mapped(struct message *before)
+{
+    if (now.mapping)
+        R_ReleaseObject(now.mapping);
+    now = *before;
+}
+
+/* A mapping belongs to a vector without a use, which is what the vectors in it are held by. R frees that
+ * vector with the memory function below, and so only when no R code can reach it any more. A finalizer of
+ * the mapping would be run while others, run at the same time, may still reach the vectors. */
 struct mapping {
     void *at;
     size_t length;
+    /* What it counts in `mapped`. */
+    double cost;
 };
 
-/* Bytes that are mapped. R does not count them, and so would not look for what is not used any
- * more: that is looked for whenever they pass this bound. To look takes a worker tens of
+/* Bytes of memory that mappings keep. R does not count them, and so would not look for what is not used
+ * any more: that is looked for whenever they pass this bound. To look takes a worker tens of
  * milliseconds, so that the bound leaves room for some messages. */
-static double mapped = 0, bound = 0;
+static double mapped = 0, bound = 536870912;
 /* By how much they may grow at least until then. */
 static const double room = 536870912;
 
-/* What is read from here on has its vectors in this message, until the next. `file`: -1 if none is
- * to be mapped. */
-void rustcluster_begin_mapped(const void *bytes, size_t length, int file)
+/* The file that was mapped last. Each task maps the same one: that keeps no more memory than one mapping
+ * does, but for page tables and for what is written to. */
+static ino_t last_file = 0;
+static const double again = 1.0 / 64;
+/* Bytes that have been mapped since it was last looked how much has been written to, and how much memory of
+ * its own this process had when R last collected garbage. */
+static double unwatched = 0, own_then = 0;
+
+static double cost_of_now(void)
 {
-    now.bytes = bytes;
-    now.length = length;
-    now.file = file;
-    if (kept)
-        SETCAR(kept, R_NilValue);
+    struct stat of;
+
+    if (fstat(now.file, &of))
+        return (double) now.length;
+    int same = of.st_ino == last_file;
+    last_file = of.st_ino;
+    return same ? again * (double) now.length : (double) now.length;
 }
 
-void rustcluster_end_mapped(void)
+/* Bytes of this process's own memory, heap and pages that were written to; 0 if it is not known. */
+static double own_memory(void)
 {
-    rustcluster_begin_mapped(NULL, 0, -1);
+    double all = 0, shared = 0;
+    FILE *file = fopen("/proc/self/statm", "r");
+
+    if (!file)
+        return 0;
+    if (fscanf(file, "%*f %lf %lf", &all, &shared) != 2)
+        all = shared = 0;
+    fclose(file);
+    return (all - shared) * (double) sysconf(_SC_PAGESIZE);
 }
 
-static void unmap(SEXP pointer)
+/* Collects garbage if mappings that are not used any more may keep much memory. R may jump. */
+static void make_room(double cost)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(pointer);
+    int much = mapped + cost > bound;
 
-    if (!mapping)
+    unwatched += (double) now.length;
+    if (!much && unwatched > room) {
+        unwatched = 0;
+        much = own_memory() > own_then + room;
+    }
+    if (!much)
         return;
-    R_ClearExternalPtr(pointer);
-    munmap(mapping->at, mapping->length);
-    mapped -= (double) mapping->length;
+    R_gc();
+    double used = mapped + cost;
+    bound = used + (used > room ? used : room);
+    own_then = own_memory();
+}
+
+/* Mappings, and the most that there may be: the system allows a process so many (vm.max_map_count), and
+ * when there are no more, nothing can be allocated. */
+static double mappings = 0, most_mappings = 0;
+/* It was looked for mappings that are not used any more when there were too many. */
+static int looked = 0;
+
+/* Three quarters are left to R and to user code. */
+static double read_most_mappings(void)
+{
+    /* Where the system does not tell, its default. */
+    double most = 65530;
+    FILE *file = fopen("/proc/sys/vm/max_map_count", "r");
+
+    if (file) {
+        if (fscanf(file, "%lf", &most) != 1)
+            most = 65530;
+        fclose(file);
+    }
+    return most / 4;
+}
+
+static void *take_mapping(R_allocator_t *allocator, size_t size)
+{
+    void *memory = malloc(size);
+    allocator->data = memory ? calloc(1, sizeof(struct mapping)) : NULL;
+
+    if (!allocator->data) {
+        free(memory);
+        return NULL;
+    }
+    return memory;
+}
+
+static void free_mapping(R_allocator_t *allocator, void *memory)
+{
+    struct mapping *mapping = allocator->data;
+
+    if (mapping->at) {
+        munmap(mapping->at, mapping->length);
+        mapped -= mapping->cost;
+        mappings--;
+        if (mappings < most_mappings / 2)
+            looked = 0;
+    }
     free(mapping);
+    free(memory);
 }
 
 static void *map(void)
@@ -182,47 +282,71 @@ static void *map(void)
     return mmap(NULL, now.length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, now.file, 0);
 }
 
-/* The mapping of the message that is being read. Not protected, but kept. */
-static SEXP mapping_of_now(void)
+/* Whether there may be one more mapping. R may jump. */
+static int has_room(void)
 {
-    if (!kept) {
-        SEXP list = PROTECT(Rf_cons(R_NilValue, R_NilValue));
-        R_PreserveObject(list);
-        kept = list;
-        UNPROTECT(1);
-    }
-    if (CAR(kept) != R_NilValue)
-        return CAR(kept);
-    SEXP pointer = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
-    R_RegisterCFinalizerEx(pointer, unmap, FALSE);
-    if (bound < room)
-        bound = room;
-    if (mapped + (double) now.length > bound) {
+    if (most_mappings == 0)
+        most_mappings = read_most_mappings();
+    if (mappings >= most_mappings && !looked) {
+        looked = 1;
         R_gc();
-        double used = mapped + (double) now.length;
-        bound = used + (used > room ? used : room);
     }
+    return mappings < most_mappings;
+}
+
+/* Copies data of the message that is being read. R may jump. */
+static void copy_data(char *to, size_t begin, size_t bytes)
+{
+    if (now.bytes) {
+        memcpy(to, now.bytes + begin, bytes);
+        return;
+    }
+    while (bytes > 0) {
+        ssize_t n = pread(now.file, to, bytes, (off_t) begin);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            Rf_error("a vector that could not be read");
+        to += n;
+        begin += (size_t) n;
+        bytes -= (size_t) n;
+    }
+}
+
+/* Where the message that is being read is mapped; its mapping is then in `now`. NULL: its vectors are to be
+ * copied. R may jump. */
+static char *mapping_of_now(void)
+{
+    if (now.mapping)
+        return *(char **) RAW(now.mapping);
+    if (now.file < 0 || now.unmappable || !has_room())
+        return NULL;
+    double cost = cost_of_now();
+    make_room(cost);
+    R_allocator_t allocator = {take_mapping, free_mapping, NULL, NULL};
+    SEXP holder = PROTECT(Rf_allocVector3(RAWSXP, sizeof(char *), &allocator));
+    struct mapping *mapping = allocator.data;
+    R_PreserveObject(holder);
+    UNPROTECT(1);
     void *at = map();
     if (at == MAP_FAILED) {
         /* What is not used any more may be in the way. */
         R_gc();
         at = map();
     }
-    if (at == MAP_FAILED)
-        Rf_error("cannot allocate vector of size %0.1f Mb", (double) now.length / 1048576);
-    /* Not R_Calloc(): R would jump, and leave the mapping behind. */
-    struct mapping *mapping = (struct mapping *) calloc(1, sizeof *mapping);
-    if (!mapping) {
-        munmap(at, now.length);
-        Rf_error("cannot allocate memory");
+    if (at == MAP_FAILED) {
+        R_ReleaseObject(holder);
+        now.unmappable = 1;
+        return NULL;
     }
     mapping->at = at;
     mapping->length = now.length;
-    mapped += (double) now.length;
-    R_SetExternalPtrAddr(pointer, mapping);
-    SETCAR(kept, pointer);
-    UNPROTECT(1);
-    return pointer;
+    mapping->cost = cost;
+    mapped += cost;
+    mappings++;
+    *(void **) RAW(holder) = at;
+    now.mapping = holder;
+    return at;
 }
 
 static SEXP unserialize(int kind, SEXP state)
@@ -239,19 +363,19 @@ static SEXP unserialize(int kind, SEXP state)
     size_t begin = (size_t) offset;
     if (n == 0)
         return Rf_allocVector(types[kind], 0);
-    if (now.file < 0) {
-        if (!now.bytes)
+    char *at = mapping_of_now();
+    if (!at) {
+        if (!now.bytes && now.file < 0)
             Rf_error("a vector that is nowhere");
-        SEXP copy = Rf_allocVector(types[kind], (R_xlen_t) n);
-        memcpy(room_of(copy), now.bytes + begin, (size_t) bytes);
+        SEXP copy = PROTECT(Rf_allocVector(types[kind], (R_xlen_t) n));
+        copy_data(room_of(copy), begin, (size_t) bytes);
+        UNPROTECT(1);
         return copy;
     }
-    SEXP mapping = PROTECT(mapping_of_now());
-    char *at = ((struct mapping *) R_ExternalPtrAddr(mapping))->at;
-    SEXP data = PROTECT(R_MakeExternalPtr(at + begin, R_NilValue, mapping));
+    SEXP data = PROTECT(R_MakeExternalPtr(at + begin, R_NilValue, now.mapping));
     SEXP length = PROTECT(Rf_ScalarReal(n));
     SEXP made = R_new_altrep(classes[kind], data, length);
-    UNPROTECT(3);
+    UNPROTECT(2);
     return made;
 }
 
@@ -273,12 +397,7 @@ static R_xlen_t length(SEXP x)
 
 static void *at_data(SEXP x)
 {
-    SEXP data = R_altrep_data1(x);
-
-    /* A finalizer may get to see a vector whose mapping has been finalized before. */
-    if (!R_ExternalPtrAddr(R_ExternalPtrProtected(data)))
-        Rf_error("a vector that is no more");
-    return R_ExternalPtrAddr(data);
+    return R_ExternalPtrAddr(R_altrep_data1(x));
 }
 
 static void *data_of(SEXP x, Rboolean writable)

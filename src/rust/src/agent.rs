@@ -18,12 +18,13 @@ fn failed(error: &io::Error) -> Robj {
 }
 
 /// Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-/// attach and whether workers will be forked.
+/// attach and whether workers will be forked. `tempdir`: that of this process.
 /// @noRd
 #[extendr]
-fn agent_greet(package: &str, r_version: &str, platform: &str) -> Robj {
+fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
     match agent::greet(&agent::hello(package, r_version, platform)) {
-        Ok(greeted) => {
+        Ok(mut greeted) => {
+            greeted.watch_tempdir(tempdir);
             let packages = greeted.start.packages.clone();
             let forks = greeted.start.mode == StartMode::Fork;
             GREETED.set(Some(greeted));

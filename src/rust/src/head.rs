@@ -2,7 +2,7 @@
 
 use crate::failure::Failure;
 use crate::job::Job;
-use crate::mapped::{self, Memory, Written};
+use crate::mapped::{self, Written};
 use crate::plain;
 use crate::repeat;
 use crate::status;
@@ -338,7 +338,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 /// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none), here (on this machine) and xdr.
+/// none), stop_timeout (in milliseconds), here (on this machine) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -395,6 +395,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
+        stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
         here: fields.get("here")?.as_bool()? && has_files(),
     };
     let format = match fields.get("xdr")?.as_bool()? {
@@ -830,18 +831,16 @@ fn send_large(
     Ok(())
 }
 
-/// An answer as `recvData()` gives it, not protected. `memory`: see [`mapped::open`].
+/// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
+/// being read, see [`mapped::Reading`].
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R may jump, and then [`mapped::end`] is to be called.
-pub unsafe fn read_body(body: &mut Body, memory: &Option<Memory>) -> SEXP {
+/// Under [`unwind::protect`]: R may jump.
+pub unsafe fn read_body(body: &mut Body, shared: bool) -> SEXP {
     // SAFETY: the caller's; this frame holds nothing that is to be dropped.
     unsafe {
-        if memory.is_some() {
-            mapped::begin(memory);
-            return mapped::unwrap(stream::read(body));
-        }
         match body.whole().filter(|bytes| plain::is_plain(bytes)) {
+            _ if shared => mapped::unwrap(stream::read(body)),
             Some(bytes) => plain::read_answer(bytes),
             None => stream::read(body),
         }
@@ -855,7 +854,7 @@ pub unsafe fn read_body(body: &mut Body, memory: &Option<Memory>) -> SEXP {
 pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
-        memory: Option<Memory>,
+        shared: bool,
         place: i32,
     }
     unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
@@ -863,7 +862,7 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
         // that is to be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
-            let answer = read_body((*reading).body, &(*reading).memory);
+            let answer = read_body((*reading).body, (*reading).shared);
             if (*reading).place == 0 {
                 return answer;
             }
@@ -876,12 +875,11 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
     let memory = mapped::open(&mut body);
     let mut reading = Reading {
         body: &mut body,
-        memory,
+        shared: memory.is_some(),
         place,
     };
-    let answer = unwind::protect(read, &mut reading);
-    mapped::end();
-    answer
+    let _reading = mapped::Reading::of(memory.as_ref());
+    unwind::protect(read, &mut reading)
 }
 
 // SEXP is a pointer to a type that is opaque on this side.
@@ -1069,6 +1067,17 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
+/// Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_ended(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        Ok(hub.have_ended(&ranks?, SLICE).into())
+    })
+}
+
 /// Stops the cluster.
 /// @noRd
 #[extendr]
@@ -1163,6 +1172,7 @@ fn events(hub: &Hub) -> Robj {
             .with("agent", agent + 1)
             .with("reason", reason),
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
+        Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),
         Event::SpoolIncomplete => Failure::new("state_not_kept"),
         Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
         Event::LeftBehind {
@@ -1207,6 +1217,7 @@ extendr_module! {
     fn hub_read;
     fn cluster_ranks;
     fn hub_stop_nodes;
+    fn hub_ended;
     fn hub_stop;
     fn hub_closed;
     fn hub_pids;

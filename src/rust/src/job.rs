@@ -6,7 +6,7 @@
 
 use crate::failure::Failure;
 use crate::head::{self, Cluster, ToHub, SLICE};
-use crate::mapped::{self, Memory};
+use crate::mapped;
 use crate::repeat;
 use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
@@ -714,17 +714,19 @@ impl Job {
         let now = Instant::now();
         let bytes = body.len;
         let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();
+        let memory = mapped::open(&mut body);
         let mut taking = Taking {
             job: self,
             indices,
-            memory: mapped::open(&mut body),
+            shared: memory.is_some(),
             body,
             head: None,
             count: 0,
         };
         let failed = taking.job.failed.len();
+        let reading = mapped::Reading::of(memory.as_ref());
         let taken = unwind::run(take_protected, &mut taking);
-        mapped::end();
+        drop(reading);
         let (head, count) = (taking.head.unwrap_or_default(), taking.count);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
@@ -952,7 +954,8 @@ struct Taking<'a> {
     job: &'a mut Job,
     indices: Vec<usize>,
     body: Body,
-    memory: Option<Memory>,
+    /// Its vectors are in memory that is shared with the worker.
+    shared: bool,
     /// What the answer begins with, if it is one of a unit.
     head: Option<unit::AnswerHead>,
     count: usize,
@@ -964,9 +967,8 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
         let job = &mut *taking.job;
-        mapped::begin(&taking.memory);
         let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
-            let answer = head::read_body(&mut taking.body, &taking.memory);
+            let answer = head::read_body(&mut taking.body, taking.shared);
             let answer = Rf_protect(answer);
             job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));
             Rf_unprotect(1);

@@ -20,6 +20,9 @@ mod worker;
 
 use extendr_api::prelude::*;
 
+#[global_allocator]
+static ALLOCATOR: rustcluster_core::reserve::Reserving = rustcluster_core::reserve::Reserving;
+
 /// Cores that this process may use: affinity, cgroups and schedulers' variables considered.
 /// @noRd
 #[extendr]

@@ -15,6 +15,7 @@ use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::scheduler::Body;
+use rustcluster_core::signals::without_file_size_signal;
 use rustcluster_core::worker::Payload;
 use rustcluster_core::{cores, limits, sys};
 use std::ffi::{c_int, c_void};
@@ -46,8 +47,67 @@ unsafe extern "C" {
     fn rustcluster_large_bytes(value: *mut c_void, depth: c_int) -> f64;
     fn rustcluster_with_classes(value: *mut c_void) -> SEXP;
     fn rustcluster_without_classes(list: *mut c_void) -> SEXP;
-    fn rustcluster_begin_mapped(bytes: *const c_void, length: usize, file: c_int);
-    fn rustcluster_end_mapped();
+    fn rustcluster_begin_mapped(message: *mut Message, before: *mut Message);
+    fn rustcluster_end_mapped(before: *mut Message);
+}
+
+/// A message whose vectors are being read: `struct message` of csrc/mapped.c.
+#[repr(C)]
+struct Message {
+    bytes: *const c_void,
+    length: usize,
+    mapping: *mut c_void,
+    file: c_int,
+    unmappable: c_int,
+}
+
+impl Message {
+    /// Of which there is none.
+    const NONE: Message = Message {
+        bytes: std::ptr::null(),
+        length: 0,
+        mapping: std::ptr::null_mut(),
+        file: -1,
+        unmappable: 0,
+    };
+
+    /// One with so many bytes.
+    fn new(length: usize, file: Option<&File>) -> Message {
+        Message {
+            length,
+            file: file.map_or(-1, AsRawFd::as_raw_fd),
+            ..Message::NONE
+        }
+    }
+}
+
+/// While this lives, what is read has its vectors in one message. Then it is the turn of the message before,
+/// which a finalizer may have interrupted, also if R has jumped in between.
+pub struct Reading {
+    before: Message,
+}
+
+impl Reading {
+    fn begin(mut message: Message) -> Reading {
+        let mut before = Message::NONE;
+        // SAFETY: on R's thread. Copies both, and does not jump.
+        unsafe { rustcluster_begin_mapped(&raw mut message, &raw mut before) };
+        Reading { before }
+    }
+
+    /// Of the memory of an answer, which must live on; `None`: it has no vectors of this form.
+    pub fn of(memory: Option<&Memory>) -> Reading {
+        Reading::begin(memory.map_or(Message::NONE, |memory| {
+            Message::new(memory.len, Some(&memory.file))
+        }))
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        // SAFETY: on R's thread; does not jump.
+        unsafe { rustcluster_end_mapped(&raw mut self.before) };
+    }
 }
 
 /// Words of R's serialization format (serialize.c): types of items, flags, and the index that the type
@@ -341,7 +401,9 @@ impl Answer {
     }
 
     fn put(&mut self, bytes: &[u8]) {
-        self.failed = self.failed || self.file.write_all(bytes).is_err();
+        let file = &mut self.file;
+        let write = || file.write_all(bytes);
+        self.failed = self.failed || without_file_size_signal(write).is_err();
     }
 
     fn flush(&mut self) {
@@ -480,19 +542,6 @@ pub fn open(body: &mut Body) -> Option<Memory> {
     Some(Memory { file, len })
 }
 
-/// What is read from here on has its vectors in this memory, until [`end`].
-///
-/// # Safety
-/// Under [`unwind::run`]: R may jump.
-pub unsafe fn begin(memory: &Option<Memory>) {
-    let Some(memory) = memory else {
-        return;
-    };
-    let file = memory.file.as_raw_fd();
-    // SAFETY: the file is sealed, and as long as it is said to be.
-    unsafe { rustcluster_begin_mapped(std::ptr::null(), memory.len, file) };
-}
-
 /// The stream of a message of this form, without the gaps. Holds nothing that is to be dropped: R may jump
 /// while it is read.
 struct Gapped<'a> {
@@ -543,8 +592,8 @@ impl Source for Gapped<'_> {
 /// its vectors are mapped, if it is in shared memory, and not copied.
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R may jump, and then [`end`] is to be called before the payload is
-/// dropped.
+/// Under [`unwind::protect`], with a [`Reading`] outside of it that ends before the payload is dropped: R
+/// may jump.
 pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
     let bytes = &payload.bytes[..];
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
@@ -553,18 +602,15 @@ pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
             return stream::read(&mut { bytes });
         };
         let memory = payload.memory.as_ref().filter(|_| map);
-        let file = memory.map_or(-1, AsRawFd::as_raw_fd);
-        rustcluster_begin_mapped(bytes.as_ptr().cast(), bytes.len(), file);
-        let value = unwrap(stream::read(&mut stream));
-        rustcluster_end_mapped();
+        let mut message = Message::new(bytes.len(), memory.map(|file| &**file));
+        message.bytes = bytes.as_ptr().cast();
+        let mut before = Message::NONE;
+        rustcluster_begin_mapped(&raw mut message, &raw mut before);
+        let value = Rf_protect(unwrap(stream::read(&mut stream)));
+        rustcluster_end_mapped(&raw mut before);
+        Rf_unprotect(1);
         value
     }
-}
-
-/// There is no payload any more whose vectors could be asked for.
-pub fn end() {
-    // SAFETY: on R's thread; does not jump.
-    unsafe { rustcluster_end_mapped() };
 }
 
 /// A message of this form that came with the others instead of through shared memory: in one piece,

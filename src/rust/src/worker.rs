@@ -83,11 +83,11 @@ fn worker_connect() -> Robj {
     connect().unwrap_or_else(|error| to_r(error.into()))
 }
 
-/// Tells the agent that this worker can take tasks.
+/// Tells the agent this worker's temporary directory, and whether it can take tasks.
 /// @noRd
 #[extendr]
-fn worker_ready(tempdir: &str) -> Robj {
-    match with_channel(|channel| channel.ready(tempdir.to_owned())) {
+fn worker_ready(tempdir: &str, ready: bool) -> Robj {
+    match with_channel(|channel| channel.ready(tempdir.to_owned(), ready)) {
         Ok(()) => ().into(),
         Err(error) => to_r(error.into()),
     }
@@ -287,13 +287,14 @@ fn serve_one() -> std::result::Result<(), Stop> {
         Some(unit) => Turn::again(unit),
         None => Turn::next()?,
     };
+    let reading = mapped::Reading::of(None);
     let ran = match turn.unit {
         Some(_) => unwind::run(unit_protected, &mut turn),
         None => unwind::run(turn_protected, &mut turn),
     };
+    drop(reading);
     ANSWER.set(turn.answer);
     if ran.is_err() {
-        mapped::end();
         INTERRUPTED.set(turn.unit);
     }
     ran?;

@@ -8,6 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use memmap2::MmapMut;
 use std::fmt;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes of a header: kind (1), flags (1), reserved (2), worker (4), task (8), length (4).
 pub const HEADER_LEN: usize = 20;
@@ -268,6 +269,11 @@ fn copy(bytes: &[u8]) -> Bytes {
     Bytes::copy_from_slice(bytes)
 }
 
+/// Bodies that have pages of their own at a time. A process may have only so many mappings
+/// (vm.max_map_count, 65,530 by default).
+const MOST_PAGED: usize = 16 * 1024;
+static PAGED_NOW: AtomicUsize = AtomicUsize::new(0);
+
 /// Room for one body.
 struct Pages {
     /// There until it is dropped.
@@ -282,12 +288,16 @@ static FREE: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
 const MOST_FREE: usize = 128;
 
 impl Pages {
-    /// None if there is no memory.
+    /// None if there is no memory, or there are too many.
     fn holding(bytes: &[u8]) -> Option<Pages> {
+        if PAGED_NOW.load(Ordering::Relaxed) >= MOST_PAGED {
+            return None;
+        }
         // Whoever does not get the lock at once goes without: it may be a fork, and its owner not exist.
         let free = FREE.try_lock().ok().and_then(|mut free| free.pop());
         let mut room = free.or_else(|| MmapMut::map_anon(MAX_BODY).ok())?;
         room.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        PAGED_NOW.fetch_add(1, Ordering::Relaxed);
         Some(Pages {
             room: Some(room),
             len: bytes.len(),
@@ -303,6 +313,7 @@ impl AsRef<[u8]> for Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
+        PAGED_NOW.fetch_sub(1, Ordering::Relaxed);
         if let (Some(room), Ok(mut free)) = (self.room.take(), FREE.try_lock()) {
             if free.len() < MOST_FREE {
                 free.push(room);

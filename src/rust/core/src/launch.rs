@@ -46,6 +46,14 @@ impl AgentProcess {
         self.pid
     }
 
+    /// Has R, if that is what runs, remove its temporary directory and end.
+    pub fn quit(&self) {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if *running {
+            let _ = signals::kill(self.pid as i32, libc::SIGUSR2);
+        }
+    }
+
     /// Kills it and its process group, if it still runs.
     pub fn kill(&self) {
         // The lock is held for two system calls, by this and by the thread that waits.

@@ -17,6 +17,7 @@ pub mod outbuf;
 pub mod payloads;
 pub mod planner;
 pub mod pulse;
+pub mod reserve;
 pub mod scheduler;
 pub mod share;
 pub mod signals;

@@ -16,6 +16,8 @@ use std::io;
 const FILES_PER_WORKER: u64 = 2;
 /// Descriptors the agent needs anyway: standard streams, poll, signals, cached payloads, R's own.
 const FILES_RESERVE: u64 = 64;
+/// Bytes of address space that the head or an agent takes for itself: a reserve, threads' stacks, buffers.
+const ADDRESS_SPACE: u64 = 32 << 20;
 /// Processes and threads besides the workers: the agent, its guard, the hub's thread, and some room
 /// for whatever else the user starts meanwhile.
 const PROCESSES_RESERVE: u64 = 16;
@@ -75,6 +77,8 @@ pub struct SystemLimits {
     pub pids: Option<Room>,
     /// Threads of the system (kernel.threads-max).
     pub threads: Option<Room>,
+    /// Bytes of address space of this process (RLIMIT_AS).
+    pub address_space: Option<Room>,
 }
 
 impl SystemLimits {
@@ -142,6 +146,19 @@ pub fn check_with(limits: &SystemLimits, workers: usize) -> Result<(), Shortfall
     if let Some(room) = &limits.threads {
         processes(room, "raise the kernel's limit (sysctl kernel.threads-max)")?;
     }
+    let short = |room: &Room| room.left() < ADDRESS_SPACE;
+    if let Some(room) = limits.address_space.filter(short) {
+        return Err(Shortfall {
+            what: "MB of address space",
+            needed: ADDRESS_SPACE >> 20,
+            available: room.left() >> 20,
+            remedy: format!(
+                "{} of {} MB are in use: raise the limit of virtual memory (ulimit -v)",
+                room.used >> 20,
+                room.limit >> 20
+            ),
+        });
+    }
     Ok(())
 }
 
@@ -179,16 +196,25 @@ pub fn limit_memory(bytes: u64) -> io::Result<()> {
     platform::limit_memory(bytes)
 }
 
-/// Whether this process may make a file of so many bytes; otherwise it would be killed for it.
+/// Whether this process may make a file of so many bytes.
 pub fn may_make_file(bytes: u64) -> bool {
-    // SAFETY: all zeroes are an rlimit, which the call fills.
-    unsafe {
-        let mut limit: libc::rlimit = std::mem::zeroed();
-        let known = libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) == 0;
-        // Not u64 everywhere.
-        #[allow(clippy::useless_conversion)]
-        let most = u64::try_from(limit.rlim_cur).unwrap_or(u64::MAX);
-        known && bytes <= most
+    platform::soft_limit(libc::RLIMIT_FSIZE).is_none_or(|most| bytes <= most)
+}
+
+/// The limits of this process's memory, as the end of a sentence that says that there is none left; "" if it
+/// has none.
+pub fn memory_limits() -> String {
+    let names = [
+        ("ulimit -v", libc::RLIMIT_AS),
+        ("ulimit -d", libc::RLIMIT_DATA),
+    ];
+    let limits = names.into_iter().filter_map(|(name, which)| {
+        let limit = platform::soft_limit(which)?;
+        Some(format!("{name}: {} MB", limit >> 20))
+    });
+    match limits.collect::<Vec<_>>().join(", ") {
+        none if none.is_empty() => none,
+        limits => format!(" (its limits: {limits})"),
     }
 }
 
@@ -207,7 +233,7 @@ fn parse_counted(status: &str) -> Option<u64> {
 
 #[cfg(unix)]
 mod platform {
-    use super::{Room, SystemLimits, cgroup, io};
+    use super::{Room, SystemLimits, cgroup, io, line_bytes};
     use std::fs;
     use std::path::Path;
 
@@ -268,6 +294,10 @@ mod platform {
                 _ => None,
             };
         }
+        let used = line_bytes(&status, "VmSize:");
+        limits.address_space = soft_limit(libc::RLIMIT_AS)
+            .zip(used)
+            .map(|(limit, used)| Room { limit, used });
         // SAFETY: getuid has no arguments and cannot fail.
         let user = unsafe { libc::getuid() };
         let exempt = capabilities.resource || capabilities.admin || (genuine && user == 0);
@@ -370,6 +400,22 @@ mod platform {
         // rlim_t is narrower than u64 on some 32-bit systems.
         #[allow(clippy::unnecessary_cast)]
         (limit != libc::RLIM_INFINITY).then_some(limit as u64)
+    }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    type Resource = libc::__rlimit_resource_t;
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    type Resource = libc::c_int;
+
+    /// None: there is no such limit.
+    pub(super) fn soft_limit(which: Resource) -> Option<u64> {
+        let mut limit = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the pointer is to a live rlimit, which the call fills in.
+        let known = unsafe { libc::getrlimit(which, &mut limit) } == 0;
+        if known { finite(limit.rlim_cur) } else { None }
     }
 
     fn open_files() -> io::Result<libc::rlimit> {
@@ -531,6 +577,23 @@ mod tests {
             assert!(short.remedy.contains(remedy), "{}", short.remedy);
             assert!(short.remedy.contains("50 of 165"), "{}", short.remedy);
         }
+    }
+
+    #[test]
+    fn address_space_on_both_sides() {
+        let check = |used| {
+            let limit = 500 << 20;
+            let address_space = Some(Room { limit, used });
+            let limits = SystemLimits {
+                address_space,
+                ..SystemLimits::default()
+            };
+            check_with(&limits, 100)
+        };
+        assert_eq!(check(468 << 20), Ok(()));
+        let short = check(469 << 20).unwrap_err();
+        assert_eq!((short.needed, short.available), (32, 31));
+        assert!(short.remedy.contains("ulimit -v"), "{}", short.remedy);
     }
 
     #[test]

@@ -108,6 +108,8 @@ pub struct Start {
     pub timeout: u64,
     /// Bytes of memory that a worker may have; 0: as many as it wants.
     pub memory_limit: u64,
+    /// Milliseconds that an idle worker may take to end when the head stops it.
+    pub stop_timeout: u64,
     /// The head is on this machine: large answers may go through memory that is shared with it.
     pub here: bool,
 }
@@ -238,9 +240,11 @@ pub enum ToHead {
         worker: u32,
         pid: u32,
     },
-    /// The worker ended because it was asked to.
+    /// The worker ended because it was asked to. `timed_out`: the worker was idle, had not ended within
+    /// [`Start::stop_timeout`], and was killed.
     WorkerStopped {
         worker: u32,
+        timed_out: bool,
     },
     /// The agent is there.
     Alive,
@@ -272,11 +276,13 @@ pub struct WorkerConfig {
     pub shares: bool,
 }
 
-/// What a worker tells its agent once it can take tasks.
+/// What a worker tells its agent while it starts, and once it can take tasks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerReady {
     /// Its own temporary directory, removed by the agent if it cannot do so itself.
     pub tempdir: String,
+    /// The worker can take tasks. Before that it is still loading packages.
+    pub ready: bool,
 }
 
 /// A control message that could not be written or read.

@@ -205,6 +205,12 @@ pub enum Note {
         rank: Rank,
         gone: Arc<Gone>,
     },
+    /// The process of a worker that is gone has ended. `timed_out`: it was idle when it was stopped, and
+    /// was killed because it did not end in time.
+    Ended {
+        rank: Rank,
+        timed_out: bool,
+    },
     Done {
         rank: Rank,
         task: TaskId,
@@ -1656,6 +1662,8 @@ impl Scheduler {
                 } else {
                     self.lose(rank, Arc::new(Gone::Worker(loss)));
                     self.count_loss(agent, false);
+                    let timed_out = false;
+                    self.notes.push(Note::Ended { rank, timed_out });
                 }
             }
             ToHead::TimedOut { worker, task } => {
@@ -1695,9 +1703,10 @@ impl Scheduler {
             // That anything came is what counts.
             ToHead::Alive => {}
             ToHead::Failed { reason } => self.notes.push(Note::Failed { agent, reason }),
-            ToHead::WorkerStopped { worker } => {
+            ToHead::WorkerStopped { worker, timed_out } => {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Gone::Stopped));
+                self.notes.push(Note::Ended { rank, timed_out });
             }
             ToHead::Usage {
                 question,

@@ -62,21 +62,48 @@ pub fn unblock_interrupt() {
 
 /// Forgets a SIGINT that is pending. SIGINT must be blocked.
 pub fn discard_interrupt() {
-    let interrupt = set_of(&[libc::SIGINT]);
+    discard(&set_of(&[libc::SIGINT]), libc::SIGINT);
+}
+
+/// Forgets a signal, which is all that is in `set`, if it is pending. It must be blocked, and taken by no
+/// other thread.
+fn discard(set: &libc::sigset_t, signal: libc::c_int) {
     let mut pending = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigpending fills the set; sigwait gets valid pointers and returns at once, because
-    // the signal is pending and blocked in the only thread.
+    // the signal is pending and blocked in the only thread that could take it.
     unsafe {
         if libc::sigpending(pending.as_mut_ptr()) == 0
-            && libc::sigismember(pending.as_ptr(), libc::SIGINT) == 1
+            && libc::sigismember(pending.as_ptr(), signal) == 1
         {
-            let mut signal = 0;
-            libc::sigwait(&interrupt, &mut signal);
+            let mut taken = 0;
+            libc::sigwait(set, &mut taken);
         }
     }
 }
 
-/// Dispositions as they were, to be put back in a forked child.
+/// Writes to a file without the signal that ends a process which writes more than its limit of file
+/// sizes (`ulimit -f`) allows. That limit holds for files in memory, too.
+///
+/// # Errors
+/// Those of `write`: EFBIG at the limit.
+pub fn without_file_size_signal<T>(write: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let signal = set_of(&[libc::SIGXFSZ]);
+    let old = mask(libc::SIG_BLOCK, &signal);
+    let written = write();
+    let too_large = |error: &io::Error| error.raw_os_error() == Some(libc::EFBIG);
+    // SAFETY: reads a set that sigprocmask has filled.
+    let was_blocked = unsafe { libc::sigismember(&raw const old, libc::SIGXFSZ) } == 1;
+    if !was_blocked {
+        if written.as_ref().is_err_and(too_large) {
+            discard(&signal, libc::SIGXFSZ);
+        }
+        mask(libc::SIG_SETMASK, &old);
+    }
+    written
+}
+
+/// Dispositions as they were, to be put back in a child.
+#[derive(Clone)]
 pub struct Saved(Vec<(libc::c_int, libc::sigaction)>);
 
 /// Remembers how these signals are handled now.

@@ -297,6 +297,12 @@ pub fn hostname() -> String {
     String::from_utf8_lossy(&buffer[..end.unwrap_or(0)]).into_owned()
 }
 
+/// Whether the parent of this process is `parent`: not any more once that has ended.
+pub fn is_parent(parent: u32) -> bool {
+    // SAFETY: no memory effects.
+    unsafe { libc::getppid() as u32 == parent }
+}
+
 /// A descriptor that becomes readable when this process's parent ends, if the system has such
 /// and the parent is still `parent`.
 pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
@@ -304,13 +310,13 @@ pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
     {
         // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
         unsafe {
-            if libc::getppid() as u32 != parent {
+            if !is_parent(parent) {
                 return None;
             }
             let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
             let fd = check(fd).ok().map(|fd| OwnedFd::from_raw_fd(fd))?;
             // Had the parent ended before, its number could be another's by now.
-            (libc::getppid() as u32 == parent).then_some(fd)
+            is_parent(parent).then_some(fd)
         }
     }
     #[cfg(not(target_os = "linux"))]

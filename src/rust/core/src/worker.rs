@@ -79,6 +79,8 @@ pub struct Channel {
     descriptors: VecDeque<OwnedFd>,
     /// The last payload that the agent has given.
     payload: Option<Payload>,
+    /// The beginning of a payload that the agent is giving without shared memory.
+    payload_begun: Vec<u8>,
     /// The task that R has and has not answered.
     task: Option<TaskId>,
     /// A chunk of the answer has been sent.
@@ -119,6 +121,7 @@ impl Channel {
             received: BytesMut::new(),
             descriptors: VecDeque::new(),
             payload: None,
+            payload_begun: Vec::new(),
             task: None,
             begun: false,
             outgoing: Vec::new(),
@@ -144,14 +147,14 @@ impl Channel {
         self.index
     }
 
-    /// Tells the agent that this worker can take tasks.
+    /// Tells the agent the temporary directory of this worker, and whether it can take tasks.
     ///
     /// # Errors
     /// When the agent is gone.
-    pub fn ready(&mut self, tempdir: String) -> io::Result<()> {
+    pub fn ready(&mut self, tempdir: String, ready: bool) -> io::Result<()> {
         self.owner = std::process::id();
-        let frame =
-            message::encode_for(self.index, &WorkerReady { tempdir }).map_err(io::Error::other)?;
+        let message = WorkerReady { tempdir, ready };
+        let frame = message::encode_for(self.index, &message).map_err(io::Error::other)?;
         self.write(&[&frame])
     }
 
@@ -223,7 +226,7 @@ impl Channel {
                     // First the one before goes, or its memory would be held as well.
                     self.payload = None;
                     if header.flags & ABORT == 0 {
-                        self.payload = Some(self.given(frame)?);
+                        self.payload = self.given(frame)?;
                     }
                 }
                 Kind::Seed => {
@@ -239,13 +242,28 @@ impl Channel {
         Ok(None)
     }
 
-    /// The payload that the agent gives with this frame.
-    fn given(&mut self, frame: Frame) -> io::Result<Payload> {
-        let id = frame.header.task;
-        if frame.header.flags & SHARED == 0 {
-            let bytes = frame.body;
+    /// The payload that the agent gives with this frame, if that is its last.
+    fn given(&mut self, frame: Frame) -> io::Result<Option<Payload>> {
+        let Header {
+            task: id, flags, ..
+        } = frame.header;
+        if flags & SHARED == 0 {
             let memory = None;
-            return Ok(Payload { id, bytes, memory });
+            if flags & (FIRST | LAST) == FIRST | LAST {
+                let bytes = frame.body;
+                return Ok(Some(Payload { id, bytes, memory }));
+            }
+            if flags & FIRST != 0 {
+                self.payload_begun = Vec::new();
+            }
+            let more = self.payload_begun.try_reserve(frame.body.len());
+            more.map_err(|_| io::Error::other("no memory for what all tasks have in common"))?;
+            self.payload_begun.extend_from_slice(&frame.body);
+            if flags & LAST == 0 {
+                return Ok(None);
+            }
+            let bytes = Bytes::from(std::mem::take(&mut self.payload_begun));
+            return Ok(Some(Payload { id, bytes, memory }));
         }
         let descriptor = self.descriptors.pop_front();
         let (Some(descriptor), Some(len)) = (descriptor, frame.number()) else {
@@ -254,7 +272,7 @@ impl Channel {
         let memory = File::from(descriptor);
         let bytes = map(&memory, len)?;
         let memory = Some(Arc::new(memory));
-        Ok(Payload { id, bytes, memory })
+        Ok(Some(Payload { id, bytes, memory }))
     }
 
     /// The seeds to be put in place, one after the other, before the task that has come.

@@ -204,7 +204,7 @@ const SLEEP: &[u8] = b"sleep";
 
 /// A worker: each answer is the task.
 fn answer(mut channel: Channel) -> i32 {
-    let mut served = channel.ready(String::new());
+    let mut served = channel.ready(String::new(), true);
     while served.is_ok() {
         match channel.next_task() {
             Ok(Some(task)) => {
@@ -237,6 +237,7 @@ fn start(workers: u32) -> Start {
         state: 1 << 20,
         timeout: 0,
         memory_limit: 0,
+        stop_timeout: 600,
         here: false,
     }
 }
@@ -721,10 +722,10 @@ fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn a_host_that_has_no_memory_to_share_says_so_and_costs_no_other() {
+fn a_host_without_room_for_shared_memory_is_sent_as_much_without() {
     let real = real_agent();
     // Files may not be longer than that; those in memory are files.
-    let script = "trap '' XFSZ; ulimit -f 200; exec \"$@\"";
+    let script = "ulimit -f 200; exec \"$@\"";
     let limited = Launch {
         command: ["sh", "-c", script, "sh"]
             .map(OsString::from)
@@ -739,21 +740,18 @@ fn a_host_that_has_no_memory_to_share_says_so_and_costs_no_other() {
     expect_answers(&mut hub, 0);
     let bytes = vec![3; 5_000_000];
     let id = share(&mut hub, &[0, 1], &bytes, false);
-    if let Ok(begun) = hub.begin(0, 1, None, Turn::Last, |_| Some(id)) {
-        hub.finish();
-        let reason = expect_lost(&mut hub, 0);
-        hub.forget(0, begun.task);
-        assert!(
-            reason.contains("no memory for what workers share"),
-            "{reason}"
-        );
+    // More often than the head's window would take if that counted what the agent gives.
+    for _ in 0..3 {
+        for rank in 0..2 {
+            expect_shared(&mut hub, rank, id, &bytes, b"rest");
+        }
+        let other = share(&mut hub, &[0, 1], &bytes[..100_000], false);
+        expect_shared(&mut hub, 0, other, &bytes[..100_000], b"");
+        hub.drop_payload(other);
+        expect_answers(&mut hub, 0);
     }
-    let reason = failure(&hub, 0).failure.unwrap().reason;
-    assert!(
-        reason.contains("no memory for what workers share"),
-        "{reason}"
-    );
-    expect_shared(&mut hub, 1, id, &bytes, b"rest");
+    hub.drop_payload(id);
+    expect_answers(&mut hub, 0);
     close(hub);
 }
 
@@ -908,6 +906,7 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
 fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
     let scratch = Scratch::new();
     let ready = control(&WorkerReady {
+        ready: true,
         tempdir: scratch.0.to_string_lossy().into_owned(),
     });
     let cases = [
@@ -971,6 +970,7 @@ fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
 fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
     let scratch = Scratch::new();
     let ready = control(&WorkerReady {
+        ready: true,
         tempdir: String::new(),
     });
     let ready = scratch.file("ready", &ready);

@@ -1,9 +1,10 @@
 //! The guard: a small process that outlives an agent that is killed by as much as it takes to kill
-//! what the workers of that agent have started.
+//! what the workers of that agent have started, and to remove the temporary directories of all.
 //!
 //! When an agent ends, whatever the reason, the system kills its workers, but nothing else in
 //! their process groups. The guard knows the workers from a pipe that only the agent holds the
-//! other end of; when that end is closed and workers are still listed, it kills their groups.
+//! other end of; when that end is closed and workers are still listed, it kills their groups. Then it
+//! becomes `rm`, with the directories that are still listed.
 //!
 //! It is a fork of the agent that runs no R code, holds no descriptor but the pipe, and gives up
 //! the memory that it has from the agent, which would otherwise be copied for it page by page as
@@ -15,9 +16,21 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-/// A message: a worker's index and its pid, 0 when it has ended. Short enough to be written and
-/// read as a whole.
-const MESSAGE: usize = 8;
+/// A message: the place of a process, its pid, 0 when it has ended, and its temporary directory, which ends
+/// with a zero; none if it has none, or none any more. Short enough to be written and read as a whole.
+const MESSAGE: usize = 256;
+
+/// Bytes of a directory's path in a message, with the zero at its end.
+const PATH: usize = MESSAGE - 8;
+
+/// How long what was killed may take to end before its directories are removed, in milliseconds.
+const DYING: libc::c_int = 400;
+
+/// How long the guard may take to read what fills its pipe, in milliseconds.
+const READING: libc::c_int = 1000;
+
+/// Milliseconds between two looks whether it has ended.
+const LOOK: libc::c_int = 5;
 
 /// The guard as the agent sees it.
 pub struct Guard {
@@ -53,29 +66,50 @@ impl Guard {
         self.pipe.as_ref().map(|_| self.pid)
     }
 
+    /// The agent has this temporary directory.
+    pub fn watch_tempdir(&mut self, tempdir: &str) {
+        self.tell(AGENT, 0, tempdir);
+    }
+
     /// A worker exists.
     pub fn made(&mut self, worker: u32, pid: u32) {
         self.listed += 1;
-        self.tell(worker, pid);
+        self.tell(worker, pid, "");
     }
 
-    /// A worker has ended. To be said before it is reaped, while its pid can be nobody else's.
-    pub fn ended(&mut self, worker: u32) {
+    /// A worker has this temporary directory.
+    pub fn has_tempdir(&mut self, worker: u32, pid: u32, tempdir: &str) {
+        self.tell(worker, pid, tempdir);
+    }
+
+    /// A worker has ended, and may have left its temporary directory. To be said before it is reaped,
+    /// while its pid can be nobody else's.
+    pub fn ended(&mut self, worker: u32, tempdir: &str) {
         self.listed = self.listed.saturating_sub(1);
-        self.tell(worker, 0);
+        self.tell(worker, 0, tempdir);
     }
 
-    fn tell(&mut self, worker: u32, pid: u32) {
+    /// The temporary directory of a worker that has ended is removed.
+    pub fn cleared(&mut self, worker: u32) {
+        self.tell(worker, 0, "");
+    }
+
+    fn tell(&mut self, place: u32, pid: u32, tempdir: &str) {
         let Some(pipe) = &mut self.pipe else {
             return;
         };
         let mut message = [0; MESSAGE];
-        message[..4].copy_from_slice(&worker.to_ne_bytes());
-        message[4..].copy_from_slice(&pid.to_ne_bytes());
+        message[..4].copy_from_slice(&place.to_ne_bytes());
+        message[4..8].copy_from_slice(&pid.to_ne_bytes());
+        // A path that is cut off would be another's.
+        if tempdir.len() < PATH && !tempdir.contains('\0') {
+            message[8..8 + tempdir.len()].copy_from_slice(tempdir.as_bytes());
+        }
         loop {
             match pipe.write(&message) {
                 Ok(_) => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && has_room(pipe) => {}
                 // It has ended, or does not read: somebody has stopped it. It may then not know
                 // of a worker's end, and kill what later gets the same pid.
                 Err(_) => return self.dismiss(),
@@ -110,6 +144,17 @@ impl Drop for Guard {
             self.dismiss();
         }
     }
+}
+
+/// Waits for the pipe to have room. Returns whether it has.
+fn has_room(pipe: &File) -> bool {
+    let mut polled = libc::pollfd {
+        fd: pipe.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut polled, 1, READING) > 0 }
 }
 
 fn start(workers: usize) -> io::Result<(File, u32)> {
@@ -172,10 +217,11 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
         libc::prctl(libc::PR_SET_NAME, c"rc-guard".as_ptr());
     }
     unneeded.give_up();
-    let Some(pids) = table(workers) else {
+    // The agent's place is behind the workers'.
+    let Some(places) = table::<Place>(workers.saturating_add(1)) else {
         exit();
     };
-    let mut buffer = [0u8; 64 * MESSAGE];
+    let mut buffer = [0u8; 16 * MESSAGE];
     loop {
         // SAFETY: pointer and length are those of the buffer.
         let n = unsafe { libc::read(pipe, buffer.as_mut_ptr().cast(), buffer.len()) };
@@ -196,17 +242,60 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
                 }
                 u32::from_ne_bytes(bytes)
             };
-            if let Some(pid) = pids.get_mut(number(0) as usize) {
-                *pid = number(4);
+            let place = match number(0) {
+                AGENT => workers,
+                place => place as usize,
+            };
+            if let Some(place) = places.get_mut(place) {
+                place.pid = number(4);
+                for (to, from) in place.path.iter_mut().zip(message.iter().skip(8)) {
+                    *to = *from;
+                }
             }
         }
     }
-    for &mut pid in pids {
-        if pid != 0 {
-            let _ = signals::kill(-(pid as i32), libc::SIGKILL);
+    for place in places.iter() {
+        if place.pid != 0 {
+            let _ = signals::kill(-(place.pid as i32), libc::SIGKILL);
         }
     }
+    remove(places);
     exit();
+}
+
+/// Becomes the program that removes the directories, if there are any and that program can be run.
+fn remove(places: &[Place]) {
+    // What was killed may still write to them.
+    let dying = |place: &Place| place.pid != 0 && signals::kill(-(place.pid as i32), 0).is_ok();
+    for _ in 0..DYING / LOOK {
+        if !places.iter().any(dying) {
+            break;
+        }
+        // SAFETY: waits for no descriptor.
+        unsafe { libc::poll(std::ptr::null_mut(), 0, LOOK) };
+    }
+    let command = [c"rm", c"-rf", c"--"];
+    let room = places.len().saturating_add(command.len() + 1);
+    let Some(arguments) = table::<*const libc::c_char>(room) else {
+        return;
+    };
+    let paths = places.iter().filter(|place| place.path[0] != 0);
+    let paths = paths.map(|place| place.path.as_ptr().cast());
+    let mut count = 0;
+    let words = command.iter().map(|word| word.as_ptr()).chain(paths);
+    for (to, word) in arguments.iter_mut().zip(words) {
+        *to = word;
+        count += 1;
+    }
+    if count == command.len() {
+        return;
+    }
+    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+    for program in [c"/bin/rm", c"/usr/bin/rm"] {
+        // SAFETY: C strings; both lists end with a null pointer, as there is one more in the table, which
+        // is zeroed, than there are words.
+        unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+    }
 }
 
 fn exit() -> ! {
@@ -215,18 +304,29 @@ fn exit() -> ! {
     unsafe { libc::_exit(0) }
 }
 
-/// A pid for each worker, in pages of their own.
-fn table(workers: usize) -> Option<&'static mut [u32]> {
-    let bytes = workers.max(1).checked_mul(size_of::<u32>())?;
+/// The place of the agent in messages.
+const AGENT: u32 = u32::MAX;
+
+/// What the guard knows of a process.
+#[repr(C)]
+struct Place {
+    pid: u32,
+    path: [u8; PATH],
+}
+
+/// So many values, whose bytes are zeroes, in pages of their own.
+fn table<T>(count: usize) -> Option<&'static mut [T]> {
+    let bytes = count.checked_mul(size_of::<T>())?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
-    // SAFETY: a new mapping, aligned to a page, zeroed, never unmapped, and used by nobody else.
+    // SAFETY: a new mapping, aligned to a page, zeroed, never unmapped, and used by nobody else. Zeroes are
+    // a valid value of what is stored: numbers and pointers.
     unsafe {
         let at = libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0);
         if at == libc::MAP_FAILED {
             return None;
         }
-        Some(std::slice::from_raw_parts_mut(at.cast(), workers.max(1)))
+        Some(std::slice::from_raw_parts_mut(at.cast(), count))
     }
 }
 
@@ -349,7 +449,7 @@ mod tests {
         guard.made(0, first.id());
         guard.made(2, second.id());
         // What has ended is left alone.
-        guard.ended(2);
+        guard.ended(2, "");
         let pid = guard.pid().unwrap();
         drop(guard);
         assert!(until(|| sys::peek_exit(first.id())));
@@ -363,11 +463,38 @@ mod tests {
     }
 
     #[test]
+    fn directories_that_are_still_listed_are_removed() {
+        let base = std::env::temp_dir().join(format!("rustcluster-guard-{}", std::process::id()));
+        let path = |name: &str| base.join(name).join("below").display().to_string();
+        for name in ["agent", "worker", "ended", "cleared"] {
+            std::fs::create_dir_all(path(name)).unwrap();
+        }
+        let mut guard = Guard::start(3);
+        guard.watch_tempdir(&path("agent"));
+        let mut child = worker();
+        guard.made(0, child.id());
+        guard.has_tempdir(0, child.id(), &path("worker"));
+        guard.made(1, 1);
+        guard.ended(1, &path("ended"));
+        guard.made(2, 1);
+        guard.ended(2, &path("cleared"));
+        guard.cleared(2);
+        let pid = guard.pid().unwrap();
+        drop(guard);
+        child.wait().unwrap();
+        assert!(until(|| sys::peek_exit(pid)));
+        sys::reap(pid);
+        let there = |name| std::path::Path::new(&path(name)).exists();
+        assert!(!there("agent") && !there("worker") && !there("ended") && there("cleared"));
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
     fn without_workers_it_ends_with_its_owner() {
         let mut guard = Guard::start(1);
         let mut child = worker();
         guard.made(0, child.id());
-        guard.ended(0);
+        guard.ended(0, "");
         let pid = guard.pid().unwrap() as i32;
         assert!(exists(pid));
         drop(guard);

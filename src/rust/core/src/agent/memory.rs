@@ -1,38 +1,68 @@
 //! The memory in which an agent shares payloads with its workers: files without a name, which the
 //! system keeps in memory alone and nobody can change once they are complete.
+//!
+//! Where the system allows no such file, or none so large (a limit of file sizes, of open files), the
+//! agent holds the bytes itself, and each worker is sent a copy.
 
 use crate::payloads::PayloadId;
 use crate::{limits, sys};
+use bytes::Bytes;
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 /// Files by which the limit of open ones is raised when that is reached.
 const MORE_FILES: u64 = 1024;
 
+/// Bytes of a payload that are read back at a time: they fit into a frame.
+const CHUNK: usize = crate::frame::MAX_BODY;
+
+/// Where the bytes of a payload are.
+#[derive(Debug)]
+pub enum Memory {
+    /// In memory that workers can map.
+    Shared(Arc<File>),
+    /// In the agent's own, in chunks that each fit into a frame.
+    Private(Vec<Bytes>),
+}
+
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Memories(HashMap<PayloadId, Arc<File>>);
+pub struct Memories(HashMap<PayloadId, Memory>);
 
 impl Memories {
-    /// Appends to a payload's memory; after the `last` nobody can change it any more.
+    /// Appends to a payload's memory; after the `last` nobody can change it any more. The bytes fit into a
+    /// frame.
     ///
     /// # Errors
-    /// When the system has no memory or descriptor left.
-    pub fn store(&mut self, payload: PayloadId, bytes: &[u8], last: bool) -> io::Result<()> {
-        let file = match self.0.entry(payload) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => place.insert(Arc::new(new()?)),
-        };
-        (&**file).write_all(bytes)?;
-        if last { sys::seal(file) } else { Ok(()) }
+    /// When the system has no memory left.
+    pub fn store(&mut self, payload: PayloadId, bytes: Bytes, last: bool) -> io::Result<()> {
+        let memory = self.0.entry(payload).or_insert_with(|| match new() {
+            Ok(file) => Memory::Shared(Arc::new(file)),
+            Err(_) => Memory::Private(Vec::new()),
+        });
+        if let Memory::Shared(file) = memory {
+            let before = file.metadata()?.len();
+            let written = (&**file).write_all(&bytes);
+            if written
+                .and_then(|()| if last { sys::seal(file) } else { Ok(()) })
+                .is_ok()
+            {
+                return Ok(());
+            }
+            *memory = Memory::Private(read_back(file, before)?);
+        }
+        if let Memory::Private(chunks) = memory {
+            chunks.push(bytes);
+        }
+        Ok(())
     }
 
-    /// That of a payload.
-    pub fn get(&self, payload: PayloadId) -> Option<Arc<File>> {
-        self.0.get(&payload).cloned()
+    /// The memory of a payload.
+    pub fn get(&self, payload: PayloadId) -> Option<&Memory> {
+        self.0.get(&payload)
     }
 
     /// A payload is not needed here any more. Its memory is the system's again once no worker has it
@@ -53,6 +83,22 @@ fn new() -> io::Result<File> {
     }
 }
 
+/// The first `len` bytes of a file, in chunks.
+fn read_back(file: &File, len: u64) -> io::Result<Vec<Bytes>> {
+    let mut chunks = Vec::new();
+    let mut at = 0;
+    while at < len {
+        let size = (len - at).min(CHUNK as u64);
+        let mut chunk = Vec::new();
+        chunk.try_reserve_exact(size as usize)?;
+        chunk.resize(size as usize, 0);
+        file.read_exact_at(&mut chunk, at)?;
+        at += size;
+        chunks.push(chunk.into());
+    }
+    Ok(chunks)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,19 +108,42 @@ mod tests {
     #[test]
     fn what_is_stored_is_all_there_and_stays_as_it_is() {
         let mut memories = Memories::default();
-        memories.store(3, b"one ", false).unwrap();
-        memories.store(4, b"other", false).unwrap();
-        memories.store(3, b"two", true).unwrap();
+        memories.store(3, "one ".into(), false).unwrap();
+        memories.store(4, "other".into(), false).unwrap();
+        memories.store(3, "two".into(), true).unwrap();
+        let Some(Memory::Shared(file)) = memories.get(3) else {
+            panic!("{memories:?}");
+        };
+        let file = file.clone();
         assert_eq!(
-            memories.store(3, b"more", true).is_err(),
+            (&*file).write_all(b"more").is_err(),
             cfg!(target_os = "linux")
         );
-        let file = memories.get(3).unwrap();
         memories.discard(3);
         assert!(memories.get(3).is_none() && memories.get(4).is_some());
         let mut text = String::new();
         (&*file).seek(SeekFrom::Start(0)).unwrap();
         (&*file).read_to_string(&mut text).unwrap();
         assert!(text.starts_with("one two"));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn a_payload_that_cannot_be_shared_to_its_end_is_held_as_a_whole() {
+        let mut memories = Memories::default();
+        let bytes = Bytes::from(vec![7; CHUNK]);
+        memories.store(1, bytes.clone(), false).unwrap();
+        memories.store(1, "tail".into(), false).unwrap();
+        let Some(Memory::Shared(file)) = memories.get(1) else {
+            panic!("{memories:?}");
+        };
+        // As a limit of file sizes does, the seal lets no file grow.
+        sys::seal(file).unwrap();
+        memories.store(1, "more".into(), false).unwrap();
+        memories.store(1, "end".into(), true).unwrap();
+        let Some(Memory::Private(chunks)) = memories.get(1) else {
+            panic!("{memories:?}");
+        };
+        assert_eq!(chunks, &[bytes, "tail".into(), "more".into(), "end".into()]);
     }
 }

@@ -17,7 +17,7 @@ mod strays;
 mod usage;
 
 use crate::cores::OutOfMemory;
-use crate::frame::{self, FIRST, Frame, Header, Kind, MAX_BODY};
+use crate::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
 use crate::message::{
     self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
@@ -26,10 +26,10 @@ use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
 use crate::scheduler::SEND_WINDOW;
 use crate::worker::Channel;
-use crate::{cores, signals, sys};
+use crate::{cores, reserve, signals, sys};
 use bytes::{Bytes, BytesMut};
 use guard::Guard;
-use memory::Memories;
+use memory::{Memories, Memory};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -64,13 +64,16 @@ const READ: usize = 256 * 1024;
 const MOST_DESCRIPTORS: usize = 4;
 /// For the system to have room again.
 const WAIT: Duration = Duration::from_millis(10);
+/// How often the agent looks whether its parent, the head, is still there, where the system cannot tell.
+const LOOK_FOR_PARENT: Duration = Duration::from_millis(200);
 /// Open files besides one for each worker that answers in shared memory take.
 const MORE_FILES: u64 = 16;
 /// Workers made between two looks at the streams.
 const MAKE_AT_ONCE: usize = 8;
 
 /// Signals whose handling the agent changes, and that its forks get back as they were.
-const CHANGED: [libc::c_int; 5] = [
+const CHANGED: [libc::c_int; 6] = [
+    libc::SIGXFSZ,
     libc::SIGCHLD,
     libc::SIGTERM,
     libc::SIGHUP,
@@ -88,6 +91,7 @@ pub struct Greeted {
     head_pid: u32,
     /// The head's numbers are written as ours are.
     same_order: bool,
+    guard: Guard,
 }
 
 /// How [`Agent::run`] ends.
@@ -161,7 +165,10 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                     let Some((head_pid, same_order)) = head else {
                         return Err(io::Error::other("the head did not greet"));
                     };
+                    // Before packages are loaded: from here on, what an end leaves is removed.
+                    let guard = Guard::start(start.workers as usize);
                     return Ok(Greeted {
+                        guard,
                         reader,
                         writer,
                         received,
@@ -189,6 +196,13 @@ fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 impl Greeted {
+    /// This process has that temporary directory: it is removed even if the agent is killed.
+    pub fn watch_tempdir(&mut self, tempdir: &str) {
+        if process::is_tempdir(tempdir) {
+            self.guard.watch_tempdir(tempdir);
+        }
+    }
+
     /// Tells the head that nothing was or will be started, and why.
     ///
     /// # Errors
@@ -268,6 +282,8 @@ pub struct Agent {
     head_waits: bool,
     /// The head is gone or has asked for the end.
     ending: bool,
+    /// The head is gone, or the agent cannot go on.
+    alone: bool,
     start: Start,
     outfile: Option<File>,
     relay: Relay,
@@ -288,8 +304,12 @@ pub struct Agent {
     /// Of a head on another machine.
     pulse: Option<Pulse>,
     _parent: Option<OwnedFd>,
+    /// The head, which is this process's parent and is to be looked for again and again.
+    looked_for: Option<u32>,
     saved: signals::Saved,
     guard: Guard,
+    /// Temporary directories of workers that have ended, which could not be removed.
+    unremoved: Vec<String>,
     strays: Strays,
     /// What the head wants to know of the workers' memory.
     census: Option<Census>,
@@ -322,7 +342,8 @@ impl Agent {
         for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGHUP] {
             signal_hook::low_level::pipe::register(signal, signals_out.try_clone()?)?;
         }
-        signals::ignore(&[libc::SIGPIPE, libc::SIGINT]);
+        // Beyond the limit of file sizes, a write fails and the agent does something else.
+        signals::ignore(&[libc::SIGPIPE, libc::SIGINT, libc::SIGXFSZ]);
         let fd = signals_in.as_raw_fd();
         registry.register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)?;
         // A head on this machine may die while a fork of it keeps the stream open.
@@ -331,6 +352,7 @@ impl Agent {
             let fd = parent.as_raw_fd();
             registry.register(&mut SourceFd(&fd), PARENT, Interest::READABLE)?;
         }
+        let unwatched = parent.is_none() && sys::is_parent(greeted.head_pid);
         let count = greeted.start.workers;
         let outfile = match &greeted.start.outfile {
             Outfile::File(path) => Some(open_outfile(path)?),
@@ -346,6 +368,7 @@ impl Agent {
             (!timeout.is_zero()).then_some(timeout),
         );
         relay.book.shares = shares;
+        relay.book.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
         Ok(Agent {
             pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
             poll,
@@ -356,6 +379,7 @@ impl Agent {
             head_blocked: false,
             head_waits: false,
             ending: false,
+            alone: false,
             outfile,
             relay,
             memories: Memories::default(),
@@ -369,8 +393,10 @@ impl Agent {
             signals: signals_in,
             asked_to_end,
             _parent: parent,
+            looked_for: unwatched.then_some(greeted.head_pid),
             saved,
-            guard: Guard::start(count as usize),
+            guard: greeted.guard,
+            unremoved: Vec::new(),
             strays: Strays::adopt(),
             census: None,
             memory: OutOfMemory::watch(),
@@ -397,7 +423,7 @@ impl Agent {
             }
             let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read && self.census.is_none() {
-                let pulse = self.pulse.as_ref().filter(|_| !self.ending);
+                let pulse = self.pulse.as_ref().filter(|_| !self.alone);
                 let farewell = self.strays.deadline();
                 let deadline = if self.to_head.len() < HEAD_BACKLOG {
                     self.relay.book.next_deadline()
@@ -405,7 +431,9 @@ impl Agent {
                     self.relay.book.next_end()
                 };
                 let again = self.head_waits.then(|| self.now() + WAIT);
-                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again];
+                let parent = self.looked_for.filter(|_| !self.alone);
+                let look = parent.map(|_| self.now() + LOOK_FOR_PARENT);
+                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again, look];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -456,6 +484,16 @@ impl Agent {
             if ended {
                 self.on_signals();
             }
+            if self
+                .looked_for
+                .is_some_and(|parent| !sys::is_parent(parent))
+            {
+                self.end();
+            }
+            if reserve::was_used() {
+                let limits = limits::memory_limits();
+                self.fail(&format!("the agent has no memory left{limits}"));
+            }
             self.feel_pulse();
             // While the head does not take what there is, a task may have been answered in time and
             // the answer not been looked at.
@@ -476,6 +514,7 @@ impl Agent {
             self.write_head();
             let over = self.ending && self.to_make.is_empty() && self.relay.book.all_gone();
             if over && self.has_said_farewell() {
+                self.remove_again();
                 return Ok(Role::Done);
             }
         }
@@ -484,7 +523,7 @@ impl Agent {
     /// Tells the head that this side is alive, and ends if nothing shows that the head is.
     fn feel_pulse(&mut self) {
         let now = self.now();
-        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.ending) else {
+        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.alone) else {
             return;
         };
         if pulse.is_silent(now) {
@@ -525,13 +564,17 @@ impl Agent {
             }
             if self.relay.book.is_stopping(worker) {
                 self.relay.book.give_up(worker);
-                self.tell(&ToHead::WorkerStopped { worker });
+                let timed_out = false;
+                self.tell(&ToHead::WorkerStopped { worker, timed_out });
                 continue;
             }
             self.relay.made(worker, replaces);
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
-                StartMode::Spawn => process::spawn(&self.start, worker, self.relay.book.shares),
+                StartMode::Spawn => {
+                    let (shares, signals) = (self.relay.book.shares, self.saved.clone());
+                    process::spawn(&self.start, worker, shares, signals)
+                }
             };
             match made {
                 Ok(Made::Child(channel)) => return Ok(Some(channel)),
@@ -573,6 +616,8 @@ impl Agent {
         let made = fork::fork(worker, self.relay.book.shares)?;
         if let Made::Child(_) = made {
             self.saved.restore();
+            // It would count for the worker's memory limit.
+            reserve::release();
             sys::renice(self.start.renice);
         }
         Ok(made)
@@ -587,9 +632,18 @@ impl Agent {
     fn tell(&mut self, message: &ToHead) {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
+        let wanted = !self.ending || *message == ToHead::Alive;
         match message::encode(message) {
-            Ok(frame) if !self.ending => self.to_head.push(&frame, None),
+            Ok(frame) if wanted => self.to_head.push(&frame, None),
             _ => {}
+        }
+    }
+
+    /// Tells the head something that it must know even while the agent ends.
+    fn tell_last(&mut self, message: &ToHead) {
+        if let Ok(frame) = message::encode(message) {
+            self.to_head.push(&frame, None);
+            self.strays.last_words |= self.ending;
         }
     }
 
@@ -605,7 +659,7 @@ impl Agent {
                     }
                     self.received.extend_from_slice(&self.scratch[..n]);
                     self.on_head_bytes();
-                    if self.ending {
+                    if self.alone {
                         return;
                     }
                     // On a stream a short read means that no more is there, and that more will
@@ -676,15 +730,24 @@ impl Agent {
                     bytes,
                     last,
                 } => {
-                    let stored = self.memories.store(payload, &bytes, last);
+                    let stored = self.memories.store(payload, bytes, last);
                     if let Err(error) = stored {
                         self.fail(&format!("no memory for what workers share: {error}"));
                     }
                 }
                 Act::Hand { frame } => {
                     // It is there, or this host is about to end for want of it.
-                    let memory = self.memories.get(frame.header.task);
-                    self.send_worker(frame.header.worker, &frame, memory);
+                    match self.memories.get(frame.header.task) {
+                        Some(Memory::Shared(file)) => {
+                            let file = Some(file.clone());
+                            self.send_worker(frame.header.worker, &frame, file);
+                        }
+                        Some(Memory::Private(chunks)) => {
+                            let chunks = chunks.clone();
+                            self.send_payload(&frame.header, frame.wire_len(), &chunks);
+                        }
+                        None => {}
+                    }
                 }
                 Act::Discard(payload) => self.memories.discard(payload),
                 Act::Up { worker, replaces } => self.tell_up(worker, replaces),
@@ -695,12 +758,14 @@ impl Agent {
                     if let Some(process) = &mut self.workers[worker as usize] {
                         self.strays.ready(worker, process.pid, &tempdir);
                         process.tempdir = Some(tempdir).filter(|path| process::is_tempdir(path));
+                        let tempdir = process.tempdir.as_deref().unwrap_or_default();
+                        self.guard.has_tempdir(worker, process.pid, tempdir);
                     }
                 }
                 Act::Usage { question } => {
                     self.census = Some(Census::new(question, self.workers.len() as u32));
                 }
-                Act::End => self.end(),
+                Act::End => self.stop(),
             }
         }
         // Its room serves again.
@@ -736,6 +801,10 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.closing = true;
             self.dirty.push(worker);
+            // R is still starting. It removes its temporary directory when it gets this signal.
+            if self.start.mode == StartMode::Spawn && process.tempdir.is_none() {
+                process.signal(libc::SIGUSR2);
+            }
         }
     }
 
@@ -746,8 +815,16 @@ impl Agent {
         self.end();
     }
 
-    /// Ends all workers, and with them the agent.
+    /// The head is gone, or the agent cannot go on: ends all workers within the second that is promised.
     fn end(&mut self) {
+        self.stop();
+        if !std::mem::replace(&mut self.alone, true) {
+            self.relay.book.hurry(self.now());
+        }
+    }
+
+    /// Ends all workers, and with them the agent. Idle workers have their time to run exit handlers.
+    fn stop(&mut self) {
         if std::mem::replace(&mut self.ending, true) {
             return;
         }
@@ -765,6 +842,22 @@ impl Agent {
             process.outgoing.push(frame, along);
             self.dirty.push(worker);
         }
+    }
+
+    /// Sends a payload that could not be put into shared memory, in as many frames as it takes. `counted`:
+    /// bytes of it that count as given already.
+    fn send_payload(&mut self, header: &Header, counted: usize, chunks: &[Bytes]) {
+        let Header { worker, task, .. } = *header;
+        let mut bytes = 0;
+        for (at, chunk) in chunks.iter().enumerate() {
+            let first = if at == 0 { FIRST } else { 0 };
+            let last = if at + 1 == chunks.len() { LAST } else { 0 };
+            let frame = Frame::new(Kind::Payload, first | last, worker, task, chunk.clone());
+            bytes += frame.wire_len();
+            self.send_worker(worker, &frame, None);
+        }
+        // The frame that would have gone with the shared memory has been counted.
+        self.relay.book.gave(worker, bytes.saturating_sub(counted));
     }
 
     /// A head that heeds no window could fill this host's memory.
@@ -963,7 +1056,9 @@ impl Agent {
                         // A full disk must not end the computation.
                         let _ = process.lines.push(bytes, file);
                     }
-                    if self.start.outfile == Outfile::Console && !self.ending {
+                    if self.start.outfile == Outfile::Console && !self.alone {
+                        // Also what exit handlers print.
+                        self.strays.last_words |= self.ending;
                         for chunk in bytes.chunks(MAX_BODY) {
                             let body = Bytes::copy_from_slice(chunk);
                             self.to_head
@@ -1019,7 +1114,25 @@ impl Agent {
             .reap_all(|pid| workers.iter().flatten().any(|process| process.pid == pid));
     }
 
+    /// Removes a temporary directory. What was killed with its worker may still be writing to it: then it is
+    /// tried again later. Returns whether it is gone.
+    fn remove(&mut self, tempdir: String) -> bool {
+        let removed = std::fs::remove_dir_all(&tempdir);
+        let left = removed.is_err_and(|error| error.kind() != io::ErrorKind::NotFound);
+        if left {
+            self.unremoved.push(tempdir);
+        }
+        !left
+    }
+
+    fn remove_again(&mut self) {
+        for tempdir in std::mem::take(&mut self.unremoved) {
+            self.remove(tempdir);
+        }
+    }
+
     fn on_exit(&mut self, worker: u32) {
+        self.remove_again();
         // An answer that was whole before the end still counts, and so do last words.
         self.read_worker(worker);
         self.read_output(worker);
@@ -1032,7 +1145,8 @@ impl Agent {
         // Before the process is reaped, so that its number cannot be another's. This also ends
         // what it started and did not wait for.
         process.kill_group();
-        self.guard.ended(worker);
+        self.guard
+            .ended(worker, process.tempdir.as_deref().unwrap_or_default());
         let exit = sys::reap(process.pid);
         self.report_strays(process.pid);
         let registry = self.poll.registry();
@@ -1041,10 +1155,18 @@ impl Agent {
         }
         if let Some(tempdir) = process.tempdir.take() {
             // Already gone if it ended in good order.
-            let _ = std::fs::remove_dir_all(tempdir);
+            if self.remove(tempdir) {
+                self.guard.cleared(worker);
+            }
         }
         match self.relay.exited(worker, !self.ending) {
-            Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
+            Ending::Stopped { timed_out } => {
+                let message = ToHead::WorkerStopped { worker, timed_out };
+                match timed_out {
+                    true => self.tell_last(&message),
+                    false => self.tell(&message),
+                }
+            }
             Ending::Replace => self.to_make.push_back((worker, true)),
             Ending::Lost { replaced } => {
                 let loss = Loss {

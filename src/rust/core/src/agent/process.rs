@@ -219,8 +219,14 @@ impl Process {
     }
 }
 
-/// Starts a worker as a separate R process, its channel being its stdin.
-pub fn spawn(start: &Start, worker: u32, shares: bool) -> io::Result<Made> {
+/// Starts a worker as a separate R process, its channel being its stdin. `handled`: how signals are
+/// handled in R, and not in the agent.
+pub fn spawn(
+    start: &Start,
+    worker: u32,
+    shares: bool,
+    handled: signals::Saved,
+) -> io::Result<Made> {
     let (ours, theirs) = UnixStream::pair()?;
     let (output, output_end) = sys::pipe()?;
     let Some((program, arguments)) = start.spawn_command.split_first() else {
@@ -235,12 +241,14 @@ pub fn spawn(start: &Start, worker: u32, shares: bool) -> io::Result<Made> {
         .stdout(Stdio::from(output_end.try_clone()?))
         .stderr(Stdio::from(output_end))
         .process_group(0);
-    // SAFETY: between fork and exec only prctl, getppid, nice, pthread_sigmask, signal and
+    // SAFETY: between fork and exec only prctl, getppid, nice, pthread_sigmask, sigaction, signal and
     // _exit are called, which are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
             sys::die_with_parent(parent);
             sys::renice(renice);
+            // What is ignored stays so in the new program.
+            handled.restore();
             signals::reset();
             Ok(())
         });

@@ -386,7 +386,9 @@ impl Relay {
                 Kind::Control => {
                     let ready: WorkerReady = message::decode(&body).map_err(text)?;
                     acts.push(Act::TempDir(worker, ready.tempdir));
-                    self.on_ready(worker, acts)?;
+                    if ready.ready {
+                        self.on_ready(worker, acts)?;
+                    }
                 }
                 Kind::Seed => self.on_seed(header, &body, acts),
                 // The head leaves out what it does not want any more.
@@ -561,7 +563,8 @@ mod tests {
 
     fn ready() -> Frame {
         let tempdir = String::new();
-        message::encode(&WorkerReady { tempdir }).unwrap()
+        let ready = true;
+        message::encode(&WorkerReady { tempdir, ready }).unwrap()
     }
 
     fn data(task: u64, body: &'static [u8]) -> Frame {

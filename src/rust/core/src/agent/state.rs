@@ -10,8 +10,8 @@ use std::time::Duration;
 /// How long an interrupted task may take to end before its worker is killed.
 pub const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
 
-/// How long workers may take to end when the cluster stops before they are killed. Well under
-/// the second within which everything must be gone.
+/// How long workers may take to end before they are killed, when they are busy or the head is gone.
+/// Well under the second within which everything must be gone.
 pub const STOP_GRACE: Duration = Duration::from_millis(600);
 
 /// In the numbers of tasks by which a worker is brought to the state of the one before it.
@@ -56,6 +56,10 @@ struct Entry {
     phase: Phase,
     /// Asked to end, and killed if it has not by then.
     stopping: Option<Now>,
+    /// The worker was idle when it was asked to end: it may finish its exit handlers.
+    may_finish: bool,
+    /// An idle worker was killed because it had not ended in time.
+    stop_timed_out: bool,
     /// It closed its channel, which should be its end, and is killed if that is not so by then.
     hung_up: Option<Now>,
     /// The whole message of the current task has passed: before that there is no answer.
@@ -106,8 +110,8 @@ pub enum Ready {
 /// What an exit means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// It was asked to.
-    Stopped,
+    /// It was asked to. `timed_out`: it was idle, and was killed because it did not end in time.
+    Stopped { timed_out: bool },
     /// It was not: the head must know. `replaced`: a fresh worker takes its place.
     Lost { replaced: bool },
     /// It ended, or was killed, while a cancelled task kept it busy, or before it was what the one
@@ -125,6 +129,8 @@ pub struct Book {
     timeout: Option<Duration>,
     /// Answers may be in memory that is shared with the head.
     pub shares: bool,
+    /// How long an idle worker may take to end when the head stops it.
+    pub stop_timeout: Duration,
 }
 
 impl Book {
@@ -134,6 +140,8 @@ impl Book {
             .map(|_| Entry {
                 phase: Phase::Starting,
                 stopping: None,
+                may_finish: false,
+                stop_timed_out: false,
                 hung_up: None,
                 complete: false,
                 credit: 0,
@@ -150,6 +158,7 @@ impl Book {
             timed: false,
             timeout,
             shares: false,
+            stop_timeout: STOP_GRACE,
         }
     }
 
@@ -416,9 +425,24 @@ impl Book {
         if entry.phase == Phase::Gone {
             return None;
         }
-        entry.stopping.get_or_insert(now + STOP_GRACE);
+        if entry.stopping.is_none() {
+            entry.may_finish = entry.phase == Phase::Idle;
+            let grace = match entry.may_finish {
+                true => self.stop_timeout,
+                false => STOP_GRACE,
+            };
+            entry.stopping = Some(now + grace);
+        }
         self.timed = true;
         Some(matches!(entry.phase, Phase::Busy { .. }))
+    }
+
+    /// The head is gone: workers that were asked to end have no more time than [`STOP_GRACE`].
+    pub fn hurry(&mut self, now: Now) {
+        for entry in &mut self.workers {
+            entry.may_finish = false;
+            entry.stopping = entry.stopping.map(|at| at.min(now + STOP_GRACE));
+        }
     }
 
     /// A worker has closed its end of the channel.
@@ -440,14 +464,15 @@ impl Book {
     /// A worker's process has ended. `restorable`: another can be made what it was.
     pub fn exited(&mut self, worker: u32, restorable: bool) -> Ending {
         let Some(entry) = self.workers.get_mut(worker as usize) else {
-            return Ending::Stopped;
+            return Ending::Stopped { timed_out: false };
         };
         let phase = std::mem::replace(&mut entry.phase, Phase::Gone);
         entry.hung_up = None;
         entry.passed = 0;
         entry.given = 0;
         if entry.stopping.is_some() {
-            return Ending::Stopped;
+            let timed_out = entry.stop_timed_out;
+            return Ending::Stopped { timed_out };
         }
         if matches!(phase, Phase::Starting | Phase::Restoring { .. }) {
             entry.setbacks += 1;
@@ -536,6 +561,7 @@ impl Book {
                 continue;
             }
             overdue.push(worker as u32);
+            entry.stop_timed_out |= entry.may_finish;
             let again = Some(now + Duration::from_secs(1));
             let cancelled = match &mut entry.phase {
                 Phase::Busy { cancelled, .. } => Some(cancelled),
@@ -645,9 +671,37 @@ mod tests {
         assert_eq!(book.stop(0, 9 * MS), Some(true));
         assert_eq!(book.next_deadline(), Some(MS + STOP_GRACE));
         assert_eq!(book.to_worker(&data(2, FIRST, 1), MS), Ok(Route::Drop));
-        assert_eq!(book.exited(0, true), Ending::Stopped);
+        let timed_out = false;
+        assert_eq!(book.exited(0, true), Ending::Stopped { timed_out });
         assert!(book.all_gone());
         assert_eq!(book.stop(0, MS), None);
+    }
+
+    #[test]
+    fn an_idle_worker_has_its_time_to_end_while_the_head_is_there() {
+        let idle = || {
+            let mut book = Book::new(2, None);
+            book.stop_timeout = Duration::from_secs(5);
+            book.ready(0, 0);
+            assert_eq!(book.stop(0, MS), Some(false));
+            // The other worker is starting.
+            assert_eq!(book.stop(1, MS), Some(false));
+            assert_eq!(book.overdue(MS + STOP_GRACE), [1]);
+            let timed_out = false;
+            assert_eq!(book.exited(1, true), Ending::Stopped { timed_out });
+            book
+        };
+        let mut book = idle();
+        assert!(book.overdue(Duration::from_secs(5)).is_empty());
+        assert_eq!(book.overdue(MS + Duration::from_secs(5)), [0]);
+        let timed_out = true;
+        assert_eq!(book.exited(0, true), Ending::Stopped { timed_out });
+        let mut book = idle();
+        book.hurry(9 * MS);
+        assert_eq!(book.next_end(), Some(9 * MS + STOP_GRACE));
+        assert_eq!(book.overdue(9 * MS + STOP_GRACE), [0]);
+        let timed_out = false;
+        assert_eq!(book.exited(0, true), Ending::Stopped { timed_out });
     }
 
     #[test]

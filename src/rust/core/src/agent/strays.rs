@@ -8,7 +8,7 @@
 
 use super::Agent;
 use crate::launch::ENDS_WITH_HEAD;
-use crate::message::{self, ToHead};
+use crate::message::ToHead;
 use crate::sys;
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
@@ -47,7 +47,7 @@ pub struct Strays {
     /// When the agent's last words are over.
     farewell: Option<Duration>,
     /// There are such.
-    last_words: bool,
+    pub last_words: bool,
 }
 
 /// A child that nobody has reported.
@@ -199,11 +199,7 @@ impl Agent {
                 pid,
                 command,
             };
-            // Also while the agent ends.
-            if let Ok(frame) = message::encode(&message) {
-                self.to_head.push(&frame, None);
-                self.strays.last_words |= self.ending;
-            }
+            self.tell_last(&message);
         }
         dying
     }

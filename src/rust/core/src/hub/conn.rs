@@ -25,8 +25,12 @@ use tokio::time::{sleep, timeout};
 /// How long an agent's process may take to end once its stream has ended.
 const EXIT_PATIENCE: Duration = Duration::from_millis(950);
 
-/// How long an agent may take to end its workers and then its stream once asked, before it is
-/// killed, and they with it. Its own grace for workers is 0.6 s; the rest is for a busy machine.
+/// How long an R process that has not greeted may take to end when it is told to.
+const QUIT_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long an agent may take to end its workers and then its stream once asked, beyond the time that
+/// idle workers have for it, before it is killed, and they with it. Its own grace for busy workers is
+/// 0.6 s; the rest is for a busy machine.
 const STOP_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes of an agent's stderr that error messages show.
@@ -53,6 +57,8 @@ pub struct Conn {
     pub stop: Arc<Notify>,
     /// Of an agent on another machine, how long it may be silent; set before `planned`.
     pub patience: Duration,
+    /// How long idle workers may take to end.
+    pub stop_timeout: Duration,
     /// It has been told what to start.
     pub planned: Arc<Notify>,
     /// When something last came from it, once it serves.
@@ -142,7 +148,8 @@ async fn serve_one(
     // The stream is closed on our side too from here on, which asks the agent to end, if it is
     // still there.
     let ended = ended.and(shared.core().detach(agent));
-    let status = await_exit(&process, exit).await;
+    let greeted = shared.core().inbox.hosts[agent].hello.is_some();
+    let status = await_exit(&process, exit, greeted).await;
     // What it wrote last may still be in the pipe.
     tokio::task::yield_now().await;
     let exited = match status {
@@ -186,15 +193,19 @@ fn describe(status: ExitStatus) -> String {
 async fn await_exit(
     process: &Arc<AgentProcess>,
     mut exit: oneshot::Receiver<io::Result<ExitStatus>>,
+    greeted: bool,
 ) -> Option<ExitStatus> {
-    let waited = match timeout(EXIT_PATIENCE, &mut exit).await {
-        Ok(waited) => waited,
-        Err(_) => {
-            process.kill();
-            timeout(EXIT_PATIENCE, exit).await.ok()?
-        }
-    };
-    waited.ok()?.ok()
+    let mut waited = timeout(EXIT_PATIENCE, &mut exit).await;
+    if waited.is_err() && !greeted {
+        // It may hang in a profile, and knows nothing of the stream.
+        process.quit();
+        waited = timeout(QUIT_PATIENCE, &mut exit).await;
+    }
+    if waited.is_err() {
+        process.kill();
+        waited = timeout(EXIT_PATIENCE, exit).await;
+    }
+    waited.ok()?.ok()?.ok()
 }
 
 async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
@@ -270,7 +281,8 @@ async fn talk(
     };
     let stopped = async {
         stop.notified().await;
-        sleep(STOP_PATIENCE).await;
+        let stop_timeout = shared.core().conns[agent].stop_timeout;
+        sleep(stop_timeout + STOP_PATIENCE).await;
     };
     tokio::select! {
         () = over.notified() => Ok(()),

@@ -1,7 +1,7 @@
 //! The handle of R's thread to its hub. Belongs to that thread; never calls R.
 
 use super::calls::{CallEnd, Waker};
-use super::inbox::{End, Event, HostFailure, HostView, WorkerView};
+use super::inbox::{End, Event, HostFailure, HostView, Inbox, WorkerView};
 use super::shared::{Core, Shared, WATCH, WATCH_ONE};
 use super::spool::Spool;
 use super::{Plan, run};
@@ -273,6 +273,7 @@ impl Hub {
                 Some(plan) => {
                     let patience = Duration::from_millis(plan.start.patience.into());
                     core.conns[agent].patience = patience;
+                    core.conns[agent].stop_timeout = Duration::from_millis(plan.start.stop_timeout);
                     if core.spool.is_some() {
                         core.conns[agent].plan = Some(plan.start.clone());
                     }
@@ -980,6 +981,25 @@ impl Hub {
         if !core.any_left() {
             core.stop(&shared.stopped);
         }
+    }
+
+    /// Whether the processes of these workers, which have been stopped, have ended; waits up to `most`
+    /// for that.
+    pub fn have_ended(&self, ranks: &[Rank], most: Duration) -> bool {
+        let ended = |core: &mut Core| {
+            let Inbox {
+                workers,
+                hosts,
+                closed,
+                ..
+            } = &core.inbox;
+            let ended = |&rank: &Rank| match workers.get(rank as usize) {
+                Some(worker) => worker.ended || hosts[worker.agent].failure.is_some(),
+                None => true,
+            };
+            (*closed || ranks.iter().all(ended)).then_some(())
+        };
+        self.inner.shared.wait(most, ended).is_some()
     }
 
     /// Ends the cluster.

@@ -50,6 +50,8 @@ pub enum Event {
     StateNotKept { agent: usize },
     /// What lasts is more than the head holds: hosts that are lost will not be taken back.
     SpoolIncomplete,
+    /// An idle worker did not end within the time it has when it is stopped, and was killed.
+    StopTimedOut { rank: Rank },
     /// A worker printed this.
     Output { rank: Rank, bytes: Bytes },
     /// A process that a worker of this agent left goes on.
@@ -70,6 +72,8 @@ pub struct WorkerView {
     /// It, or one before it in its place, has been up.
     pub came_up: bool,
     pub gone: Option<Arc<Gone>>,
+    /// Its process has ended, and no other takes its place.
+    pub ended: bool,
     /// The job that was open when it was lost for good.
     pub gone_in: JobId,
     /// Its memory, when the question of this number was answered.
@@ -211,6 +215,12 @@ impl Inbox {
                 failure.get_or_insert_with(|| HostFailure::new(reason));
             }
             Note::Gone { rank, gone } => self.gone(rank, gone),
+            Note::Ended { rank, timed_out } => {
+                self.workers[rank as usize].ended = true;
+                if timed_out {
+                    self.events.push_back(Event::StopTimedOut { rank });
+                }
+            }
             Note::Done {
                 rank,
                 task,
@@ -314,6 +324,7 @@ impl Inbox {
     /// A worker that was gone is there again, and what it was.
     pub fn back(&mut self, rank: Rank) {
         self.workers[rank as usize].gone = None;
+        self.workers[rank as usize].ended = false;
         self.look_whether_back(rank);
     }
 

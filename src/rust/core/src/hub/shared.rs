@@ -16,7 +16,7 @@ use crate::frame::{self, Frame, Header, Kind, LAST, SHARED};
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
 use crate::scheduler::{Memory, Note, Outcome, Rank, Scheduler};
-use crate::sys;
+use crate::{limits, reserve, sys};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use std::fs::File;
@@ -390,6 +390,15 @@ impl Core {
         let Some(stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
             return false;
         };
+        if reserve::was_used() {
+            // What is held of this host's results goes with the host.
+            let reason = format!(
+                "this session has no memory left for it{}",
+                limits::memory_limits()
+            );
+            self.end(agent, Err(io::Error::other(reason)));
+            return false;
+        }
         let mut came = Vec::new();
         match sys::recv(stream.as_raw_fd(), &mut self.scratch, &mut came, false) {
             Ok(0) => self.end(agent, Ok(())),

@@ -9,6 +9,7 @@
 use crate::payloads::PayloadId;
 use crate::scheduler::{Rank, TaskId};
 use crate::share::Chunk;
+use crate::signals::without_file_size_signal;
 use bytes::Bytes;
 use memmap2::Mmap;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -59,6 +60,12 @@ struct Open {
     payload: Option<PayloadId>,
     hash: Xxh3,
     len: u64,
+}
+
+/// Writes to the file. Returns whether there is room: the disk may be full, or the file larger than this
+/// process may make any.
+fn put(file: &File, bytes: &[u8], at: u64) -> bool {
+    without_file_size_signal(|| file.write_all_at(bytes, at)).is_ok()
 }
 
 /// See the module's documentation.
@@ -123,7 +130,7 @@ impl Spool {
                 self.incomplete = true;
                 return;
             }
-            self.incomplete |= self.file.write_all_at(&chunk.bytes, at).is_err();
+            self.incomplete |= !put(&self.file, &chunk.bytes, at);
         }
     }
 
@@ -205,8 +212,7 @@ impl Spool {
                 return;
             }
             open.hash.update(&chunk.bytes);
-            // A full disk, mostly.
-            self.incomplete |= self.file.write_all_at(&chunk.bytes, at).is_err();
+            self.incomplete |= !put(&self.file, &chunk.bytes, at);
         }
     }
 

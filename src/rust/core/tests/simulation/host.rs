@@ -300,7 +300,9 @@ impl Host {
         place.setbacks += u32::from(!process.is_up);
         let may_be_replaced = place.kept && place.came_up && place.setbacks < SETBACKS;
         match self.relay.exited(worker, true) {
-            Ending::Stopped => self.tell(&ToHead::WorkerStopped { worker }),
+            Ending::Stopped { timed_out } => {
+                self.tell(&ToHead::WorkerStopped { worker, timed_out });
+            }
             Ending::Replace => {
                 assert!(may_be_replaced);
                 self.to_make.push_back((worker, true));

@@ -555,6 +555,7 @@ impl Sim {
                     assert!(ranks.iter().all(gone));
                     self.facts.seen.left_out += 1;
                 }
+                Note::Ended { .. } => {}
                 Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Aside { .. }

@@ -84,7 +84,14 @@ pub struct Process {
 impl Process {
     pub fn new(index: u32, channel: usize, slow: u32) -> Process {
         let tempdir = String::new();
-        let ready = message::encode_for(index, &WorkerReady { tempdir }).expect("a frame");
+        let ready = message::encode_for(
+            index,
+            &WorkerReady {
+                tempdir,
+                ready: true,
+            },
+        )
+        .expect("a frame");
         let mut out = OutBuf::default();
         out.push(&ready);
         Process {

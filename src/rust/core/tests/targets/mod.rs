@@ -537,7 +537,11 @@ impl Host {
     fn make(&mut self, worker: u32, replaces: bool) {
         self.relay.made(worker, replaces);
         let tempdir = String::new();
-        let ready = message::encode(&WorkerReady { tempdir }).expect("a small message");
+        let ready = message::encode(&WorkerReady {
+            tempdir,
+            ready: true,
+        })
+        .expect("a small message");
         self.hear(worker, &wire(&ready));
     }
 }
