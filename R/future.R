@@ -54,7 +54,7 @@ as.cluster.RustCluster <- function(x, ...) {
   x
 }
 
-# The cluster that a plan has made for itself, and of what.
+# The cluster that the current plan has made for itself, and of what.
 planned <- new.env(parent = emptyenv())
 
 stopPlanned <- function() {
@@ -65,10 +65,15 @@ stopPlanned <- function() {
   invisible()
 }
 
-plannedCluster <- function(workers) {
+# What a plan's `workers` stand for: a cluster, or what makeRustCluster() makes one of.
+workersAsked <- function(workers) {
   if (is.function(workers)) workers <- workers()
+  if (is.null(workers)) usableCores() else workers
+}
+
+plannedCluster <- function(workers) {
+  workers <- workersAsked(workers)
   if (inherits(workers, "RustCluster")) return(workers)
-  if (is.null(workers)) workers <- usableCores()
   alive <- !is.null(planned$cl) && !planned$cl[[1L]][["handle"]]$stopped
   if (!alive || !identical(planned$spec, workers)) {
     stopPlanned()
@@ -86,6 +91,9 @@ clusterFor <- function(workers) {
   if (inherits(workers, "cluster")) {
     badArgument("workers", "is a cluster of another kind: plan(cluster, workers = ...) takes that")
   }
+  if (is.numeric(workers) && is.null(names(workers)) && length(workers) != 1L) {
+    badArgument("workers", "must be a single number of workers, or numbers named by their hosts")
+  }
   tryCatch(makeRustCluster(workers, progress = FALSE), rustcluster_bad_argument = function(e) {
     if (e$argument != "spec") stop(e)
     badArgument("workers", sub("`spec` ", "", conditionMessage(e), fixed = TRUE))
@@ -95,14 +103,20 @@ clusterFor <- function(workers) {
 # Futures under way, by their clusters' names.
 openFutures <- new.env(parent = emptyenv())
 
+# Futures under way on any of these nodes. Those that have ended get their results.
 futuresOf <- function(cl) {
   id <- cl[[1L]][["handle"]]$id
-  futures <- Filter(function(future) isOpen(future$record), openFutures[[id]])
-  if (length(futures)) assign(id, futures, openFutures) else rm(list = intersect(id, ls(openFutures)), envir = openFutures)
-  futures
+  for (future in openFutures[[id]]) if (!isOpen(future$record)) collect(future)
+  ranks <- checked(cluster_ranks(cl))
+  Filter(function(future) any(future$record$ranks %in% ranks), openFutures[[id]])
 }
 
 isOpen <- function(record) record$state == "open"
+
+# `futures`: those of the cluster that are under way from now on.
+setOpenFutures <- function(id, futures) {
+  if (length(futures)) assign(id, futures, openFutures) else rm(list = intersect(id, ls(openFutures)), envir = openFutures)
+}
 
 clusterOf <- function(future) {
   backend <- future[["backend"]]
@@ -110,37 +124,62 @@ clusterOf <- function(future) {
 }
 
 freeWorkers <- function(cl) {
-  handle <- cl[[1L]][["handle"]]
-  lookAtCalls(handle)
-  for (future in futuresOf(cl)) lookAt(future$record)
+  lookAtCalls(cl[[1L]][["handle"]])
+  for (future in futuresOf(cl)) {
+    lookAt(future$record)
+    takeAsides(future$record)
+    relayAsides(future)
+  }
   max(0L, length(cl) - length(futuresOf(cl)))
 }
 
-# Ends when a worker is free.
-awaitFree <- function(cl) {
+# Ends when a worker is free. `limit`: seconds to wait at most.
+awaitFree <- function(cl, limit) {
   handle <- cl[[1L]][["handle"]]
+  began <- proc.time()[["elapsed"]]
   while (!freeWorkers(cl)) {
-    record <- futuresOf(cl)[[1L]]$record
-    checked(call_wait(handle$pointer, record$task), handle)
-    takeAsides(record)
+    waited <- proc.time()[["elapsed"]] - began
+    if (waited > limit) {
+      stop(future::FutureError(sprintf(
+        "TIMEOUT: All %d cluster nodes are still occupied after %s (option future.wait.timeout)",
+        length(cl), format(as.difftime(round(waited, 2L), units = "secs"))
+      )))
+    }
+    checked(call_wait(handle$pointer, futuresOf(cl)[[1L]]$record$task), handle)
     showEvents(handle)
     Sys.sleep(0)
   }
 }
 
-launch <- function(future, cl, args) {
-  awaitFree(cl)
-  label <- future$label
-  if (is.null(label)) label <- "a future"
-  record <- submit(cl, evaluateCall, args, label, tells = TRUE)
+# A lazy future that only resolved() begins is left as it is while all workers are taken: resolved() of it is FALSE.
+leaveForLater <- function(future, cl) {
+  if (freeWorkers(cl)) return()
+  asked <- get("resolved.Future", asNamespace("future"))
+  for (i in rev(seq_len(sys.nframe() - 1L))) {
+    frame <- sys.frame(i)
+    # `return()` there: the frames above it end as by any other jump.
+    if (identical(sys.function(i), asked) && identical(frame$x, future)) do.call(return, list(FALSE), envir = frame)
+  }
+}
+
+launch <- function(future, cl, limit, args) {
+  leaveForLater(future, cl)
+  awaitFree(cl, limit)
+  record <- submit(cl, evaluateCall, args, if (is.null(future$label)) "a future" else future$label, tells = TRUE)
   # Whoever waits for any of them is told of its end.
   call_watch(record$handle$pointer, record$task)
   future$record <- record
   future$state <- "running"
-  id <- cl[[1L]][["handle"]]$id
-  assign(id, c(openFutures[[id]], list(future)), openFutures)
+  id <- record$handle$id
+  setOpenFutures(id, c(openFutures[[id]], list(future)))
   invisible(future)
 }
+
+# Errors about a future name it as future itself does.
+labelOfFuture <- function(future) if (is.null(future$label)) "<none>" else future$label
+
+# A future that has no result yet belongs to the session that made it.
+assertOwner <- function(future) get("assertOwner", asNamespace("future"))(future)
 
 # Before 1.40 ----------------------------------------------------------------------------------------
 
@@ -154,25 +193,30 @@ legacyFuture <- function(..., lazy = FALSE, workers) {
   invisible(future)
 }
 
+# Conditions are captured as by future's cluster backend, so that the worker muffles what it records.
 run.RustFuture <- function(future, ...) {
   namespace <- asNamespace("future")
   if (future$state != "created") {
-    stop(future::FutureError("A future can only be launched once.", future = future))
+    text <- sprintf("A future ('%s') can only be launched once.", labelOfFuture(future))
+    stop(future::FutureError(text, future = future))
   }
-  get("assertOwner", namespace)(future)
-  immediate <- getOption("future.relay.immediate", "immediateCondition")
+  assertOwner(future)
+  expr <- future$expr
   conditions <- future$conditions
-  if (length(conditions)) {
+  if (isTRUE(getOption("future.psock.relay.immediate", TRUE))) {
+    immediate <- getOption("future.relay.immediate", "immediateCondition")
     excluded <- attr(conditions, "exclude", exact = TRUE)
     conditions <- unique(c(conditions, immediate))
     attr(conditions, "exclude") <- excluded
+    if (length(immediate)) expr <- relayed(expr, immediate)
   }
-  expr <- future$expr
-  if (length(conditions)) expr <- relayed(expr, immediate)
-  expr <- get("getExpression", namespace)(future, expr = expr, conditionClasses = conditions)
+  expr <- get("getExpression", namespace)(
+    future, expr = expr, immediateConditions = TRUE, conditionClasses = conditions
+  )
   globals <- as.list(future$globals)
   packages <- future$packages
-  launch(future, future$workers, list(
+  limit <- getOption("future.wait.timeout", Inf)
+  launch(future, future$workers, limit, list(
     expr = expr, variables = list(), globals = globals[as.character(names(globals))], packages = as.character(packages)
   ))
 }
@@ -180,16 +224,33 @@ run.RustFuture <- function(future, ...) {
 # From 1.40 on ---------------------------------------------------------------------------------------
 
 futureBackend <- function(workers, ...) {
+  workers <- workersAsked(workers)
   cl <- plannedCluster(workers)
   make <- get("MultiprocessFutureBackend", asNamespace("future"))
-  backend <- make(workers = cl, reg = paste0("workers-", cl[[1L]][["handle"]]$id), ...)
+  backend <- make(workers = cl, reg = registryOf(cl), ...)
+  # What the plan makes a cluster of its own of.
+  if (!inherits(workers, "RustCluster")) backend[["spec"]] <- list(workers)
   backend[["futureClasses"]] <- c("RustFuture", backend[["futureClasses"]])
   structure(backend, class = c("RustFutureBackend", class(backend)))
 }
 
+registryOf <- function(cl) paste0("workers-", cl[[1L]][["handle"]]$id)
+
+# The cluster of the current plan. A plan that was set aside has stopped its own cluster, and may come back, even in
+# another session: its first future makes the cluster anew.
+currentCluster <- function(backend) {
+  spec <- backend[["spec"]]
+  if (!is.null(spec)) {
+    backend[["workers"]] <- plannedCluster(spec[[1L]])
+    backend[["reg"]] <- registryOf(backend[["workers"]])
+  }
+  backend[["workers"]]
+}
+
 launchFuture.RustFutureBackend <- function(backend, future, ...) {
+  cl <- currentCluster(backend)
   data <- get("getFutureData", asNamespace("future"))(future, mc.cores = 1L)
-  launch(future, backend[["workers"]], list(
+  launch(future, cl, backend[["wait.timeout"]], list(
     expr = quote(base::asNamespace("future")$evalFuture(data)), variables = list(data = data),
     globals = list(), packages = character()
   ))
@@ -207,6 +268,7 @@ getFutureBackendConfigs.RustFuture <- function(future, ...) {
 
 interruptFuture.RustFutureBackend <- function(backend, future, ...) {
   if (isTRUE(backend[["interrupts"]])) {
+    assertOwner(future)
     if (!is.null(future$record)) cancelCall(future$record)
     future[["state"]] <- "interrupted"
   }
@@ -223,7 +285,9 @@ stopWorkers.RustFutureBackend <- function(backend, interrupt = TRUE, ...) {
 nbrOfWorkers.RustFutureBackend <- function(evaluator) length(evaluator[["workers"]])
 
 nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ...) {
-  freeWorkers(evaluator[["workers"]])
+  cl <- evaluator[["workers"]]
+  # Of a plan that was set aside, or has just come back, no worker is taken.
+  if (is.null(evaluator[["spec"]]) || identical(cl, planned$cl)) freeWorkers(cl) else length(cl)
 }
 
 # Of both --------------------------------------------------------------------------------------------
@@ -231,11 +295,9 @@ nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ..
 # What is asked of a plan before it has made its cluster does not make it: workers, too, are told the plan
 # of the session.
 workersOf <- function(evaluator) {
-  workers <- eval(formals(evaluator)$workers, baseenv())
-  if (is.function(workers)) workers <- workers()
-  if (is.null(workers)) workers <- usableCores()
-  is_count <- is.numeric(workers) && is.null(names(workers)) && !identical(planned$spec, workers)
-  if (is_count) as.integer(workers) else plannedCluster(workers)
+  workers <- workersAsked(eval(formals(evaluator)$workers, baseenv()))
+  is_count <- is.numeric(workers) && length(workers) == 1L && is.null(names(workers))
+  if (is_count && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
 }
 
 nbrOfWorkers.cluster_rust <- function(evaluator) {
@@ -256,6 +318,7 @@ resolved.RustFuture <- function(x, ...) {
     return(NextMethod())
   }
   if (is.null(x$result) && !is.null(x$record)) {
+    assertOwner(x)
     lookAtCalls(x$record$handle)
     lookAt(x$record)
     takeAsides(x$record)
@@ -269,6 +332,7 @@ resolved.RustFuture <- function(x, ...) {
 
 result.RustFuture <- function(future, ...) {
   if (future$state == "created") future <- future::run(future)
+  if (is.null(future$result)) assertOwner(future)
   while (is.null(future$result)) {
     awaitCall(future$record)
     relayAsides(future)
@@ -280,6 +344,8 @@ result.RustFuture <- function(future, ...) {
 
 # The call has ended: the future's result is what that gave, or why there is none.
 collect <- function(future) {
+  relayAsides(future)
+  if (!is.null(future$result)) return(future)
   record <- future$record
   result <- record$result
   if (record$state == "done" && inherits(result, "FutureResult")) {
@@ -293,27 +359,32 @@ collect <- function(future) {
     future$state <- "failed"
   } else {
     why <- if (inherits(result, "condition")) conditionMessage(result) else "its worker sent something else than a result"
-    label <- if (is.null(future$label)) "<none>" else future$label
-    kind <- "FutureError"
-    interrupted <- inherits(result, "rustcluster_error") || record$state == "cancelled"
-    # Newer versions tell what was interrupted from what was wrong.
-    if (interrupted && exists("FutureInterruptError", asNamespace("future"))) kind <- "FutureInterruptError"
+    kind <- errorClassOf(future, result)
     error <- get(kind, asNamespace("future"))(
-      paste0("Future (", label, ") could not be resolved: ", why), future = future
+      paste0("Future (", labelOfFuture(future), ") could not be resolved: ", why), future = future
     )
     error$parent <- result
     future$result <- error
     if (!future$state %in% c("canceled", "interrupted")) future$state <- if (kind == "FutureError") "failed" else "interrupted"
   }
-  futuresOf(clusterOf(future))
+  id <- record$handle$id
+  setOpenFutures(id, Filter(function(other) !identical(other$record, record), openFutures[[id]]))
   future
 }
 
-# Conditions that a future has signaled while it runs, as future itself relays them.
+# Newer versions tell what was cancelled, and what was interrupted, from what was wrong.
+errorClassOf <- function(future, result) {
+  interrupted <- inherits(result, "rustcluster_error") || future$record$state == "cancelled"
+  kind <- if (future$state == "canceled") "FutureCanceledError" else if (interrupted) "FutureInterruptError"
+  if (!is.null(kind) && exists(kind, asNamespace("future"))) kind else "FutureError"
+}
+
+# Conditions that a future has signaled while it runs, as future itself relays them. A handler may jump out of it: the
+# others are relayed at the next look.
 relayAsides <- function(future) {
-  asides <- future$record$asides
-  future$record$asides <- NULL
-  for (condition in asides) {
+  while (length(future$record$asides)) {
+    condition <- future$record$asides[[1L]]
+    future$record$asides <- future$record$asides[-1L]
     condition$signaled <- 1L
     entry <- list(condition = condition, signaled = 1L)
     future$.signaledConditions <- c(future$.signaledConditions, list(entry))
@@ -339,7 +410,8 @@ relayed <- function(expr, classes) {
 relayAndMuffle <- function(condition) {
   relayToHead(condition)
   for (restart in computeRestarts(condition)) {
-    if (startsWith(restart$name, "muffle")) invokeRestart(restart)
+    # Restarts may be without a name.
+    if (any(grepl("^muffle", restart$name))) invokeRestart(restart)
   }
 }
 
