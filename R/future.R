@@ -73,7 +73,10 @@ workersAsked <- function(workers) {
 
 plannedCluster <- function(workers) {
   workers <- workersAsked(workers)
-  if (inherits(workers, "RustCluster")) return(workers)
+  if (inherits(workers, "RustCluster")) {
+    asWorkers(clusterHandle(workers))
+    return(workers)
+  }
   alive <- !is.null(planned$cl) && !planned$cl[[1L]][["handle"]]$stopped
   if (!alive || !identical(planned$spec, workers)) {
     stopPlanned()
@@ -86,7 +89,14 @@ plannedCluster <- function(workers) {
   planned$cl
 }
 
-# What is wrong with it is wrong with the plan's argument.
+# What is wrong with the argument of one of our functions is wrong with the plan's.
+asWorkers <- function(code) {
+  tryCatch(code, rustcluster_bad_argument = function(e) {
+    if (!e$argument %in% c("spec", "cl")) stop(e)
+    badArgument("workers", sub("`(spec|cl)` ", "", conditionMessage(e)))
+  })
+}
+
 clusterFor <- function(workers) {
   if (inherits(workers, "cluster")) {
     badArgument("workers", "is a cluster of another kind: plan(cluster, workers = ...) takes that")
@@ -94,10 +104,7 @@ clusterFor <- function(workers) {
   if (is.numeric(workers) && is.null(names(workers)) && length(workers) != 1L) {
     badArgument("workers", "must be a single number of workers, or numbers named by their hosts")
   }
-  tryCatch(makeRustCluster(workers, progress = FALSE), rustcluster_bad_argument = function(e) {
-    if (e$argument != "spec") stop(e)
-    badArgument("workers", sub("`spec` ", "", conditionMessage(e), fixed = TRUE))
-  })
+  asWorkers(makeRustCluster(workers, progress = FALSE))
 }
 
 # Futures under way, by their clusters' names.
