@@ -107,21 +107,25 @@ clusterFor <- function(workers) {
   asWorkers(makeRustCluster(workers, progress = FALSE))
 }
 
-# Futures under way, by their clusters' names.
+# Futures under way, by their clusters' names: lists of `record` and `future`. A future that was cancelled may have
+# been reset since, and its call is still under way.
 openFutures <- new.env(parent = emptyenv())
 
 # Futures under way on any of these nodes. Those that have ended get their results.
 futuresOf <- function(cl) {
   id <- cl[[1L]][["handle"]]$id
-  for (future in openFutures[[id]]) if (!isOpen(future$record)) collect(future)
+  for (open in openFutures[[id]]) if (!isOpen(open$record)) {
+    if (identical(open$future[["record"]], open$record)) collect(open$future) else dropFuture(open$record)
+  }
   ranks <- checked(cluster_ranks(cl))
-  Filter(function(future) any(future$record$ranks %in% ranks), openFutures[[id]])
+  Filter(function(open) any(open$record$ranks %in% ranks), openFutures[[id]])
 }
 
 isOpen <- function(record) record$state == "open"
 
-# `futures`: those of the cluster that are under way from now on.
-setOpenFutures <- function(id, futures) {
+dropFuture <- function(record) {
+  id <- record$handle$id
+  futures <- Filter(function(open) !identical(open$record, record), openFutures[[id]])
   if (length(futures)) assign(id, futures, openFutures) else rm(list = intersect(id, ls(openFutures)), envir = openFutures)
 }
 
@@ -132,10 +136,10 @@ clusterOf <- function(future) {
 
 freeWorkers <- function(cl) {
   lookAtCalls(cl[[1L]][["handle"]])
-  for (future in futuresOf(cl)) {
-    lookAt(future$record)
-    takeAsides(future$record)
-    relayAsides(future)
+  for (open in futuresOf(cl)) {
+    lookAt(open$record)
+    takeAsides(open$record)
+    if (identical(open$future[["record"]], open$record)) relayAsides(open$future)
   }
   max(0L, length(cl) - length(futuresOf(cl)))
 }
@@ -178,7 +182,7 @@ launch <- function(future, cl, limit, args) {
   future$record <- record
   future$state <- "running"
   id <- record$handle$id
-  setOpenFutures(id, c(openFutures[[id]], list(future)))
+  assign(id, c(openFutures[[id]], list(list(record = record, future = future))), openFutures)
   invisible(future)
 }
 
@@ -284,7 +288,10 @@ interruptFuture.RustFutureBackend <- function(backend, future, ...) {
 
 stopWorkers.RustFutureBackend <- function(backend, interrupt = TRUE, ...) {
   cl <- backend[["workers"]]
-  if (interrupt) for (future in futuresOf(cl)) cancelCall(future$record)
+  if (interrupt) for (open in futuresOf(cl)) {
+    if (open$future[["state"]] == "running") open$future[["state"]] <- "canceled"
+    cancelCall(open$record)
+  }
   if (identical(cl, planned$cl)) stopPlanned()
   invisible(TRUE)
 }
@@ -374,8 +381,7 @@ collect <- function(future) {
     future$result <- error
     if (!future$state %in% c("canceled", "interrupted")) future$state <- if (kind == "FutureError") "failed" else "interrupted"
   }
-  id <- record$handle$id
-  setOpenFutures(id, Filter(function(other) !identical(other$record, record), openFutures[[id]]))
+  dropFuture(record)
   future
 }
 
