@@ -19,8 +19,9 @@
 #'
 #' @param ... Further arguments of \pkg{future}'s.
 #' @param workers A cluster made by [makeRustCluster()]. Or what that takes as its `spec`, such as a number:
-#'   then the plan makes a cluster of its own, which is stopped when the plan is changed.
-#'   `NULL`: as many workers as there are usable cores.
+#'   then the plan makes a cluster of its own, which is stopped when the plan is changed, and made anew when the plan
+#'   is set again. Or a function that returns one of these. `NULL`, as by default: as many workers as there are usable
+#'   cores.
 #' @return Not called by itself: see [future::plan()].
 #' @section Errors:
 #' Errors of a future's expression are raised by `value()` as they were raised. A `FutureError` has a field
@@ -36,7 +37,7 @@
 #' parallel::stopCluster(cl)
 #' @export
 cluster_rust <- structure(
-  function(..., workers = NULL) legacyFuture(..., workers = workers),
+  function(..., workers = base::asNamespace("rustcluster")$usableCores()) legacyFuture(..., workers = workers),
   class = c("cluster_rust", "multiprocess", "future", "function"),
   init = TRUE,
   tweakable = "workers",
@@ -104,6 +105,10 @@ clusterFor <- function(workers) {
   if (is.numeric(workers) && is.null(names(workers)) && length(workers) != 1L) {
     badArgument("workers", "must be a single number of workers, or numbers named by their hosts")
   }
+  # A plan for this session is none for its workers.
+  plan <- Sys.getenv("R_FUTURE_PLAN", NA)
+  Sys.unsetenv("R_FUTURE_PLAN")
+  on.exit(if (!is.na(plan)) Sys.setenv(R_FUTURE_PLAN = plan))
   asWorkers(makeRustCluster(workers, progress = FALSE))
 }
 
@@ -176,14 +181,26 @@ leaveForLater <- function(future, cl) {
 launch <- function(future, cl, limit, args) {
   leaveForLater(future, cl)
   awaitFree(cl, limit)
-  record <- submit(cl, evaluateCall, args, if (is.null(future$label)) "a future" else future$label, tells = TRUE)
+  label <- if (is.null(future$label)) "a future" else future$label
+  # As future itself: R warns of packages' environments in what is sent, which future attaches there.
+  record <- suppressWarnings(submit(cl, evaluateCall, args, label, tells = TRUE))
   # Whoever waits for any of them is told of its end.
   call_watch(record$handle$pointer, record$task)
   future$record <- record
   future$state <- "running"
+  countFuture(future, "launched")
   id <- record$handle$id
   assign(id, c(openFutures[[id]], list(list(record = record, future = future))), openFutures)
   invisible(future)
+}
+
+# For those who print a backend.
+countFuture <- function(future, what) {
+  backend <- future[["backend"]]
+  counters <- backend[["counters"]]
+  if (!what %in% names(counters)) return()
+  counters[[what]] <- counters[[what]] + 1L
+  backend[["counters"]] <- counters
 }
 
 # Errors about a future name it as future itself does.
@@ -195,6 +212,7 @@ assertOwner <- function(future) get("assertOwner", asNamespace("future"))(future
 # Before 1.40 ----------------------------------------------------------------------------------------
 
 legacyFuture <- function(..., lazy = FALSE, workers) {
+  ensureFutureMethods()
   cl <- plannedCluster(workers)
   make <- get("MultiprocessFuture", asNamespace("future"))
   future <- make(..., lazy = lazy)
@@ -235,8 +253,10 @@ run.RustFuture <- function(future, ...) {
 # From 1.40 on ---------------------------------------------------------------------------------------
 
 futureBackend <- function(workers, ...) {
+  loading <- ensureFutureMethods()
   workers <- workersAsked(workers)
-  cl <- plannedCluster(workers)
+  # Workers load future as well: it must not start clusters there.
+  cl <- if (!loading || !isCount(workers)) plannedCluster(workers)
   make <- get("MultiprocessFutureBackend", asNamespace("future"))
   backend <- make(workers = cl, reg = registryOf(cl), ...)
   # What the plan makes a cluster of its own of.
@@ -245,7 +265,7 @@ futureBackend <- function(workers, ...) {
   structure(backend, class = c("RustFutureBackend", class(backend)))
 }
 
-registryOf <- function(cl) paste0("workers-", cl[[1L]][["handle"]]$id)
+registryOf <- function(cl) paste0("workers-", if (is.null(cl)) "planned" else cl[[1L]][["handle"]]$id)
 
 # The cluster of the current plan. A plan that was set aside has stopped its own cluster, and may come back, even in
 # another session: its first future makes the cluster anew.
@@ -269,12 +289,11 @@ launchFuture.RustFutureBackend <- function(backend, future, ...) {
 
 getFutureBackendConfigs.RustFuture <- function(future, ...) {
   conditions <- future[["conditions"]]
-  if (is.null(conditions)) return(list())
+  if (is.null(conditions) || isFALSE(getOption("future.psock.relay.immediate"))) return(list())
   classes <- attr(conditions, "immediateConditionClasses", exact = TRUE)
-  if (is.null(classes)) classes <- "immediateCondition"
-  if (!length(classes)) return(list())
-  handlers <- rep(list(relayToHead), length(classes))
-  list(capture = list(immediateConditionHandlers = structure(handlers, names = classes)))
+  if (!is.null(classes) && !length(classes)) return(list())
+  # One class, as future's cluster backend has it: evalFuture() fails at more.
+  list(capture = list(immediateConditionHandlers = list(immediateCondition = relayToHead)))
 }
 
 interruptFuture.RustFutureBackend <- function(backend, future, ...) {
@@ -287,21 +306,41 @@ interruptFuture.RustFutureBackend <- function(backend, future, ...) {
 }
 
 stopWorkers.RustFutureBackend <- function(backend, interrupt = TRUE, ...) {
+  if (!isCurrent(backend)) return(invisible(TRUE))
   cl <- backend[["workers"]]
   if (interrupt) for (open in futuresOf(cl)) {
     if (open$future[["state"]] == "running") open$future[["state"]] <- "canceled"
     cancelCall(open$record)
   }
-  if (identical(cl, planned$cl)) stopPlanned()
+  if (!is.null(backend[["spec"]])) stopPlanned()
   invisible(TRUE)
 }
 
-nbrOfWorkers.RustFutureBackend <- function(evaluator) length(evaluator[["workers"]])
+listFutures.RustFutureBackend <- function(backend, ...) {
+  futures <- lapply(if (isCurrent(backend)) futuresOf(backend[["workers"]]), `[[`, "future")
+  rows <- lapply(futures, function(future) data.frame(
+    counter = as.integer(future[["uuid"]][2L]), start = future[["start"]],
+    label = if (is.null(future[["label"]])) NA_character_ else future[["label"]], resolved = future::resolved(future)
+  ))
+  none <- data.frame(counter = integer(), start = numeric(), label = character(), resolved = logical())
+  data <- do.call(rbind, c(list(none), rows))
+  data[["future"]] <- lapply(futures, list)
+  data
+}
+
+# Whether the backend's cluster is there: that of a plan which was set aside is not.
+isCurrent <- function(backend) {
+  cl <- backend[["workers"]]
+  !is.null(cl) && (is.null(backend[["spec"]]) || identical(cl, planned$cl))
+}
+
+nbrOfWorkers.RustFutureBackend <- function(evaluator) {
+  cl <- evaluator[["workers"]]
+  if (is.null(cl)) as.integer(evaluator[["spec"]][[1L]]) else length(cl)
+}
 
 nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ...) {
-  cl <- evaluator[["workers"]]
-  # Of a plan that was set aside, or has just come back, no worker is taken.
-  if (is.null(evaluator[["spec"]]) || identical(cl, planned$cl)) freeWorkers(cl) else length(cl)
+  if (isCurrent(evaluator)) freeWorkers(evaluator[["workers"]]) else nbrOfWorkers.RustFutureBackend(evaluator)
 }
 
 # Of both --------------------------------------------------------------------------------------------
@@ -310,9 +349,10 @@ nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ..
 # of the session.
 workersOf <- function(evaluator) {
   workers <- workersAsked(eval(formals(evaluator)$workers, baseenv()))
-  is_count <- is.numeric(workers) && length(workers) == 1L && is.null(names(workers))
-  if (is_count && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
+  if (isCount(workers) && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
 }
+
+isCount <- function(workers) is.numeric(workers) && length(workers) == 1L && is.null(names(workers))
 
 nbrOfWorkers.cluster_rust <- function(evaluator) {
   workers <- workersOf(evaluator)
@@ -362,7 +402,17 @@ collect <- function(future) {
   if (!is.null(future$result)) return(future)
   record <- future$record
   result <- record$result
-  if (record$state == "done" && inherits(result, "FutureResult")) {
+  countFuture(future, "finished")
+  raised <- record$raised
+  if (!is.null(raised)) {
+    # Nobody could go on after it: as with future's cluster backend.
+    future$result <- future::FutureError(sprintf(
+      "Future (%s) signaled an error of class %s that is to be relayed immediately, which cannot be done with errors: %s",
+      labelOfFuture(future), class(raised)[[1L]], conditionMessage(raised)
+    ), future = future)
+    future$result$parent <- raised
+    future$state <- "failed"
+  } else if (record$state == "done" && inherits(result, "FutureResult")) {
     result$conditions <- c(future$.signaledConditions, result$conditions)
     future$.signaledConditions <- NULL
     future$result <- result
@@ -403,7 +453,8 @@ relayAsides <- function(future) {
     future$.signaledConditions <- c(future$.signaledConditions, list(entry))
     if (inherits(condition, "message")) message(condition)
     else if (inherits(condition, "warning")) warning(condition)
-    else if (!inherits(condition, "error")) signalCondition(condition)
+    else if (inherits(condition, "error")) future$record$raised <- condition
+    else signalCondition(condition)
   }
 }
 
@@ -428,12 +479,22 @@ relayAndMuffle <- function(condition) {
   }
 }
 
+# future sets the plan that R_FUTURE_PLAN names while it is loaded itself, before anybody is told of that. Returns
+# whether it is being loaded.
+ensureFutureMethods <- function() {
+  table <- get(".__S3MethodsTable__.", asNamespace("future"))
+  loading <- !exists("resolved.RustFuture", table, inherits = FALSE)
+  if (loading) registerFutureMethods()
+  loading
+}
+
 # Generics of future, as far as its version has them.
 registerFutureMethods <- function(...) {
   namespace <- asNamespace("future")
   methods <- c(
     run = "RustFuture", resolved = "RustFuture", result = "RustFuture", getFutureBackendConfigs = "RustFuture",
     launchFuture = "RustFutureBackend", interruptFuture = "RustFutureBackend",
+    listFutures = "RustFutureBackend",
     stopWorkers = "RustFutureBackend", nbrOfWorkers = "RustFutureBackend",
     nbrOfFreeWorkers = "RustFutureBackend", nbrOfWorkers = "cluster_rust", nbrOfFreeWorkers = "cluster_rust"
   )

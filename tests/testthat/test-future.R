@@ -52,59 +52,87 @@ test_that("values, errors, output and conditions are those of multisession", {
   expect_true("error" %in% kind$value)
 })
 
-test_that("conditions are recorded and muffled on the worker as by multisession", {
+test_that("conditions are recorded and muffled on the worker as by future's cluster backend", {
   noted <- function(text, ...) structure(class = c(..., "condition"), list(message = text, call = NULL))
-  # Nothing of what is recorded is seen by anybody else there, such as by `warn`.
-  got <- expect_same_future(function() future::value(future::future({
-    options(warn = 2)
-    as.integer("a")
-    1
-  })))
-  expect_identical(got$value, 1)
-  for (conditions in list(
-    NULL, character(), "message", "warning", structure("condition", exclude = "message"),
-    structure("condition", exclude = "warning")
-  )) {
-    expect_same_future(function() future::value(future::future({
-      options(warn = 2)
-      if (!inherits(conditions, "none")) message("told")
-      warning("warned")
-      1
-    }, conditions = conditions)))
+  signal <- function(cond) {
+    if (inherits(cond, "message")) message(cond) else if (inherits(cond, "warning")) warning(cond) else signalCondition(cond)
   }
-  expect_same_future(function() future::value(future::future(withRestarts({
-    signalCondition(noted("own", "own"))
-    "not muffled"
-  }, muffleOwn = function() "muffled"))))
-  # What is relayed at once is relayed once, and ends nothing there.
-  for (class in list("message", "warning", NULL)) {
-    expect_same_future(function() future::value(future::future({
-      now <- noted("now\n", "immediateCondition", class)
-      if (inherits(now, "message")) message(now) else if (inherits(now, "warning")) warning(now) else signalCondition(now)
+  cases <- list(
+    # Nothing of what is recorded is seen by anybody else there, such as by `warn`.
+    warn = function() future::value(future::future({
+      options(warn = 2)
+      as.integer("a")
+      1
+    })),
+    kinds = function() lapply(
+      list(
+        NULL, character(), "message", "warning", structure("condition", exclude = "message"),
+        structure("condition", exclude = "warning")
+      ),
+      function(conditions) tryCatch(future::value(future::future({
+        message("told")
+        warning("warned")
+        1
+      }, conditions = conditions)), error = conditionMessage)
+    ),
+    muffled = function() future::value(future::future(withRestarts({
+      signal(noted("own", "own"))
+      "not muffled"
+    }, muffleOwn = function() "muffled"))),
+    # What is relayed at once is relayed once, and ends nothing there.
+    now = function() lapply(list("message", "warning", NULL), function(class) future::value(future::future({
+      signal(noted("now\n", "immediateCondition", class))
       warning("later")
       2
-    })))
-  }
-  expect_same_future(function() future::value(future::future({
-    signalCondition(noted("now", "immediateCondition"))
-    stop("wrong")
-  })))
-  expect_same_future(function() {
-    f <- future::future({
-      signalCondition(noted("now", "immediateCondition"))
-      warning("warned")
-      3
-    })
-    list(future::value(f), future::value(f))
-  })
+    }))),
+    wrong = function() future::value(future::future({
+      signal(noted("now", "immediateCondition"))
+      stop("wrong")
+    })),
+    twice = function() {
+      f <- future::future({
+        signal(noted("now", "immediateCondition"))
+        warning("warned")
+        3
+      })
+      list(future::value(f), future::value(f))
+    },
+    off = function() {
+      old <- options(future.psock.relay.immediate = FALSE)
+      on.exit(options(old))
+      future::value(future::future({
+        signal(noted("now", "immediateCondition"))
+        4
+      }))
+    }
+  )
   if (requireNamespace("lifecycle", quietly = TRUE)) {
     # By its name it would have to be in Suggests.
     deprecate <- getExportedValue("lifecycle", "deprecate_warn")
-    got <- expect_same_future(function() future::value(future::future({
+    cases$deprecated <- function() future::value(future::future({
       deprecate("1.0.0", "old()", always = TRUE)
-      4
-    })))
+      5
+    }))
   }
+  all <- function() lapply(cases, function(case) {
+    seen <- outcome(quote(case()), NULL, list(case = case))
+    # Before 1.40 this has in it how conditions are relayed.
+    seen$result$call <- NULL
+    seen
+  })
+  on.exit(future::plan(future::sequential))
+  future::plan(future::cluster, workers = 2)
+  want <- all()
+  future::plan(cluster_rust, workers = local_cluster(2))
+  got <- all()
+  for (name in names(cases)) expect_identical(got[[name]], want[[name]], info = name)
+  expect_identical(got$warn$result$value, 1)
+  expect_length(got$warn$warnings, 1L)
+  expect_length(got$deprecated$warnings, if (is.null(cases$deprecated)) 0L else 1L)
+  # An error cannot be relayed and gone on from.
+  error <- caught(future::value(future::future(stop(noted("now", "own", "immediateCondition", "error")))))
+  expect_s3_class(error, "FutureError")
+  expect_s3_class(error$parent, "own")
 })
 
 test_that("messages of futures are no output of their workers", {
