@@ -6,8 +6,12 @@
 #'
 #' A backend for package \pkg{future}: `plan(rustcluster::cluster_rust, workers = cl)`. Futures are resolved on
 #' whichever worker is free; with as many futures as there are workers under way, making another waits.
-#' `resolved()` does not wait. Output and conditions are relayed as by `multisession`, those of class
-#' `"immediateCondition"`, as those of \pkg{progressr}, while the future runs. What futures leave behind on
+#' `resolved()` does not wait: a lazy future is begun by it if a worker is free. Output and conditions are relayed as by
+#' future's own `cluster` backend, those of class `"immediateCondition"`, as those of \pkg{progressr}, while the future
+#' runs or another waits for a worker. An error of that class cannot be relayed, and is a `FutureError`.
+#' Option `future.wait.timeout` bounds the waiting for a worker. `nbrOfFreeWorkers()` counts workers whose future has
+#' ended as free, also before its value was asked for. A plan may be set by the environment variable `R_FUTURE_PLAN`,
+#' set aside and restored, nested and tweaked. What futures leave behind on
 #' their workers is as with [clusterSubmit()]; what `clusterExport()` has put there stays. One that nobody
 #' holds any more runs to its end all the same. Nested futures are sequential, unless the plan says
 #' otherwise. A future that is lost with its worker is tried again, as often as `retries` of the cluster
@@ -25,7 +29,11 @@
 #' @return Not called by itself: see [future::plan()].
 #' @section Errors:
 #' Errors of a future's expression are raised by `value()` as they were raised. A `FutureError` has a field
-#' `parent`, the condition of ours: see [clusterSubmit()].
+#' `parent`, the condition of ours: see [clusterSubmit()]. From version 1.40 of \pkg{future} on it is a
+#' `FutureInterruptError` if the future was lost with its worker, and a `FutureCanceledError`, as far as the version has
+#' that class, if it was cancelled, also by a change of the plan. `resolved()` and `value()` of a future without a value
+#' are a `FutureError` in any session but the one that made it. `rustcluster_bad_argument` (field `argument`:
+#' `"workers"`) is raised by `plan()`.
 #' @examplesIf requireNamespace("future", quietly = TRUE)
 #' cl <- makeRustCluster(2)
 #' old <- future::plan(cluster_rust, workers = cl)
@@ -178,9 +186,10 @@ leaveForLater <- function(future, cl) {
   }
 }
 
-launch <- function(future, cl, limit, args) {
+launch <- function(future, cl, args) {
   leaveForLater(future, cl)
-  awaitFree(cl, limit)
+  limit <- future[["backend"]][["wait.timeout"]]
+  awaitFree(cl, if (is.null(limit)) getOption("future.wait.timeout", Inf) else limit)
   label <- if (is.null(future$label)) "a future" else future$label
   # As future itself: R warns of packages' environments in what is sent, which future attaches there.
   record <- suppressWarnings(submit(cl, evaluateCall, args, label, tells = TRUE))
@@ -244,8 +253,7 @@ run.RustFuture <- function(future, ...) {
   )
   globals <- as.list(future$globals)
   packages <- future$packages
-  limit <- getOption("future.wait.timeout", Inf)
-  launch(future, future$workers, limit, list(
+  launch(future, future$workers, list(
     expr = expr, variables = list(), globals = globals[as.character(names(globals))], packages = as.character(packages)
   ))
 }
@@ -281,7 +289,7 @@ currentCluster <- function(backend) {
 launchFuture.RustFutureBackend <- function(backend, future, ...) {
   cl <- currentCluster(backend)
   data <- get("getFutureData", asNamespace("future"))(future, mc.cores = 1L)
-  launch(future, cl, backend[["wait.timeout"]], list(
+  launch(future, cl, list(
     expr = quote(base::asNamespace("future")$evalFuture(data)), variables = list(data = data),
     globals = list(), packages = character()
   ))

