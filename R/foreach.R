@@ -16,6 +16,9 @@
 #'   `.errorhandling`. With `"stop"` it is raised as the condition that it is;
 #' * `options(rustcluster.progress = TRUE)` shows a bar.
 #'
+#' `.options.snow` has doParallel's `attachExportEnv`, and its `preschedule`, which has no effect: iterations are
+#' always sent together. Other options in it are ignored with a warning, as by doParallel.
+#'
 #' `doParallel::registerDoParallel(cl)` takes a cluster made by [makeRustCluster()], too, at the speed of
 #' one message an iteration.
 #'
@@ -54,12 +57,13 @@ doRustCluster <- function(obj, expr, envir, data) {
   if (!inherits(obj, "foreach")) stop("obj must be a foreach object")
   iterator <- iterators::iter(obj)
   say <- if (obj$verbose) function(...) cat(sprintf(...)) else function(...) NULL
+  attached <- attachAsked(obj$options$snow, length(data), say)
   exports <- foreachExports(obj, expr, envir, say)
   say("explicitly exporting package(s): %s\n", paste(obj$packages, collapse = ", "))
   # Once here, and not in each worker.
   compile <- get("compile", asNamespace("compiler"))
   compiled <- compile(expr, envir, options = list(suppressUndefined = TRUE))
-  for (problem in callNodes(data, beginLoop, compiled, exports, obj$packages, utils::packageName(envir))) {
+  for (problem in callNodes(data, beginLoop, compiled, exports, obj$packages, utils::packageName(envir), attached)) {
     if (!is.null(problem)) stop("worker initialization failed: ", problem)
   }
   iterations <- as.list(iterator)
@@ -69,6 +73,8 @@ doRustCluster <- function(obj, expr, envir, data) {
     each <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
     values <- runJob(data, checked(cluster_ranks(data)), n, runIteration, list(), iterations, each = each)$values
   }
+  # A loop without anything, for which nothing is attached.
+  if (attached) callNodes(data, beginLoop, NULL, new.env(parent = emptyenv()), obj$packages, NULL, FALSE)
   failure <- foreach::getErrorValue(iterator)
   if (is.null(failure) || obj$errorHandling != "stop") return(foreach::getResult(iterator))
   ours <- function(value) inherits(value, "rustcluster_failure") && identical(attr(value, "condition"), failure)
@@ -76,6 +82,27 @@ doRustCluster <- function(obj, expr, envir, data) {
   if (!is.null(lost)) raiseTaskFailure(lost, values)
   text <- sprintf("task %d failed - \"%s\"", foreach::getErrorIndex(iterator), conditionMessage(failure))
   stop(simpleError(text, expr))
+}
+
+# Whether doParallel's options for PSOCK clusters ask for the exports to be attached on the workers.
+attachAsked <- function(options, workers, say) {
+  complain <- function(...) warning(..., call. = FALSE)
+  unknown <- setdiff(names(options), c("preschedule", "attachExportEnv"))
+  if (length(unknown)) {
+    complain(sprintf("ignoring unrecognized snow option(s): %s", paste(unknown, collapse = ", ")))
+  }
+  given <- function(name, text) {
+    value <- options[[name]]
+    if (is.null(value)) return(FALSE)
+    if (!is.logical(value) || length(value) != 1L) {
+      complain(name, " must be logical value")
+      return(FALSE)
+    }
+    say(text)
+    isTRUE(value)
+  }
+  given("preschedule", sprintf("bundling all tasks into %d chunks\n", workers))
+  given("attachExportEnv", "attaching export environment\n")
 }
 
 # An environment with all that the expression needs besides the iterations' own variables: what is
@@ -166,13 +193,15 @@ foreachError <- function(value) {
 # The loop under way there: its expression and where that is evaluated.
 loop <- new.env(parent = emptyenv())
 
-# Returns NULL, or what went wrong.
-beginLoop <- function(expr, exports, packages, caller) {
+# Returns NULL, or what went wrong. `attached`: functions of other environments find the exports, too.
+beginLoop <- function(expr, exports, packages, caller, attached) {
+  if ("exportEnv" %in% search()) detach("exportEnv", character.only = TRUE)
   # What a package does sees what that package sees.
   found <- !is.null(caller) && suppressWarnings(require(caller, character.only = TRUE, quietly = TRUE))
   parent.env(exports) <- if (found) asNamespace(caller) else globalenv()
   loop$expr <- expr
   loop$variables <- exports
+  if (attached) attach(exports, name = "exportEnv")
   tryCatch(
     {
       for (package in packages) library(package, character.only = TRUE)

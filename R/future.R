@@ -6,8 +6,12 @@
 #'
 #' A backend for package \pkg{future}: `plan(rustcluster::cluster_rust, workers = cl)`. Futures are resolved on
 #' whichever worker is free; with as many futures as there are workers under way, making another waits.
-#' `resolved()` does not wait. Output and conditions are relayed as by `multisession`, those of class
-#' `"immediateCondition"`, as those of \pkg{progressr}, while the future runs. What futures leave behind on
+#' `resolved()` does not wait: a lazy future is begun by it if a worker is free. Output and conditions are relayed as by
+#' future's own `cluster` backend, those of class `"immediateCondition"`, as those of \pkg{progressr}, while the future
+#' runs or another waits for a worker. An error of that class cannot be relayed, and is a `FutureError`.
+#' Option `future.wait.timeout` bounds the waiting for a worker. `nbrOfFreeWorkers()` counts workers whose future has
+#' ended as free, also before its value was asked for. A plan may be set by the environment variable `R_FUTURE_PLAN`,
+#' set aside and restored, nested and tweaked. What futures leave behind on
 #' their workers is as with [clusterSubmit()]; what `clusterExport()` has put there stays. One that nobody
 #' holds any more runs to its end all the same. Nested futures are sequential, unless the plan says
 #' otherwise. A future that is lost with its worker is tried again, as often as `retries` of the cluster
@@ -19,12 +23,17 @@
 #'
 #' @param ... Further arguments of \pkg{future}'s.
 #' @param workers A cluster made by [makeRustCluster()]. Or what that takes as its `spec`, such as a number:
-#'   then the plan makes a cluster of its own, which is stopped when the plan is changed.
-#'   `NULL`: as many workers as there are usable cores.
+#'   then the plan makes a cluster of its own, which is stopped when the plan is changed, and made anew when the plan
+#'   is set again. Or a function that returns one of these. `NULL`, as by default: as many workers as there are usable
+#'   cores.
 #' @return Not called by itself: see [future::plan()].
 #' @section Errors:
 #' Errors of a future's expression are raised by `value()` as they were raised. A `FutureError` has a field
-#' `parent`, the condition of ours: see [clusterSubmit()].
+#' `parent`, the condition of ours: see [clusterSubmit()]. From version 1.40 of \pkg{future} on it is a
+#' `FutureInterruptError` if the future was lost with its worker, and a `FutureCanceledError`, as far as the version has
+#' that class, if it was cancelled, also by a change of the plan. `resolved()` and `value()` of a future without a value
+#' are a `FutureError` in any session but the one that made it. `rustcluster_bad_argument` (field `argument`:
+#' `"workers"`) is raised by `plan()`.
 #' @examplesIf requireNamespace("future", quietly = TRUE)
 #' cl <- makeRustCluster(2)
 #' old <- future::plan(cluster_rust, workers = cl)
@@ -36,7 +45,7 @@
 #' parallel::stopCluster(cl)
 #' @export
 cluster_rust <- structure(
-  function(..., workers = NULL) legacyFuture(..., workers = workers),
+  function(..., workers = base::asNamespace("rustcluster")$usableCores()) legacyFuture(..., workers = workers),
   class = c("cluster_rust", "multiprocess", "future", "function"),
   init = TRUE,
   tweakable = "workers",
@@ -54,7 +63,7 @@ as.cluster.RustCluster <- function(x, ...) {
   x
 }
 
-# The cluster that a plan has made for itself, and of what.
+# The cluster that the current plan has made for itself, and of what.
 planned <- new.env(parent = emptyenv())
 
 stopPlanned <- function() {
@@ -65,10 +74,18 @@ stopPlanned <- function() {
   invisible()
 }
 
-plannedCluster <- function(workers) {
+# What a plan's `workers` stand for: a cluster, or what makeRustCluster() makes one of.
+workersAsked <- function(workers) {
   if (is.function(workers)) workers <- workers()
-  if (inherits(workers, "RustCluster")) return(workers)
-  if (is.null(workers)) workers <- usableCores()
+  if (is.null(workers)) usableCores() else workers
+}
+
+plannedCluster <- function(workers) {
+  workers <- workersAsked(workers)
+  if (inherits(workers, "RustCluster")) {
+    asWorkers(clusterHandle(workers))
+    return(workers)
+  }
   alive <- !is.null(planned$cl) && !planned$cl[[1L]][["handle"]]$stopped
   if (!alive || !identical(planned$spec, workers)) {
     stopPlanned()
@@ -81,28 +98,49 @@ plannedCluster <- function(workers) {
   planned$cl
 }
 
-# What is wrong with it is wrong with the plan's argument.
+# What is wrong with the argument of one of our functions is wrong with the plan's.
+asWorkers <- function(code) {
+  tryCatch(code, rustcluster_bad_argument = function(e) {
+    if (!e$argument %in% c("spec", "cl")) stop(e)
+    badArgument("workers", sub("`(spec|cl)` ", "", conditionMessage(e)))
+  })
+}
+
 clusterFor <- function(workers) {
   if (inherits(workers, "cluster")) {
     badArgument("workers", "is a cluster of another kind: plan(cluster, workers = ...) takes that")
   }
-  tryCatch(makeRustCluster(workers, progress = FALSE), rustcluster_bad_argument = function(e) {
-    if (e$argument != "spec") stop(e)
-    badArgument("workers", sub("`spec` ", "", conditionMessage(e), fixed = TRUE))
-  })
+  if (is.numeric(workers) && is.null(names(workers)) && length(workers) != 1L) {
+    badArgument("workers", "must be a single number of workers, or numbers named by their hosts")
+  }
+  # A plan for this session is none for its workers.
+  plan <- Sys.getenv("R_FUTURE_PLAN", NA)
+  Sys.unsetenv("R_FUTURE_PLAN")
+  on.exit(if (!is.na(plan)) Sys.setenv(R_FUTURE_PLAN = plan))
+  asWorkers(makeRustCluster(workers, progress = FALSE))
 }
 
-# Futures under way, by their clusters' names.
+# Futures under way, by their clusters' names: lists of `record` and `future`. A future that was cancelled may have
+# been reset since, and its call is still under way.
 openFutures <- new.env(parent = emptyenv())
 
+# Futures under way on any of these nodes. Those that have ended get their results.
 futuresOf <- function(cl) {
   id <- cl[[1L]][["handle"]]$id
-  futures <- Filter(function(future) isOpen(future$record), openFutures[[id]])
-  if (length(futures)) assign(id, futures, openFutures) else rm(list = intersect(id, ls(openFutures)), envir = openFutures)
-  futures
+  for (open in openFutures[[id]]) if (!isOpen(open$record)) {
+    if (identical(open$future[["record"]], open$record)) collect(open$future) else dropFuture(open$record)
+  }
+  ranks <- checked(cluster_ranks(cl))
+  Filter(function(open) any(open$record$ranks %in% ranks), openFutures[[id]])
 }
 
 isOpen <- function(record) record$state == "open"
+
+dropFuture <- function(record) {
+  id <- record$handle$id
+  futures <- Filter(function(open) !identical(open$record, record), openFutures[[id]])
+  if (length(futures)) assign(id, futures, openFutures) else rm(list = intersect(id, ls(openFutures)), envir = openFutures)
+}
 
 clusterOf <- function(future) {
   backend <- future[["backend"]]
@@ -110,41 +148,80 @@ clusterOf <- function(future) {
 }
 
 freeWorkers <- function(cl) {
-  handle <- cl[[1L]][["handle"]]
-  lookAtCalls(handle)
-  for (future in futuresOf(cl)) lookAt(future$record)
+  lookAtCalls(cl[[1L]][["handle"]])
+  for (open in futuresOf(cl)) {
+    lookAt(open$record)
+    takeAsides(open$record)
+    if (identical(open$future[["record"]], open$record)) relayAsides(open$future)
+  }
   max(0L, length(cl) - length(futuresOf(cl)))
 }
 
-# Ends when a worker is free.
-awaitFree <- function(cl) {
+# Ends when a worker is free. `limit`: seconds to wait at most.
+awaitFree <- function(cl, limit) {
   handle <- cl[[1L]][["handle"]]
+  began <- proc.time()[["elapsed"]]
   while (!freeWorkers(cl)) {
-    record <- futuresOf(cl)[[1L]]$record
-    checked(call_wait(handle$pointer, record$task), handle)
-    takeAsides(record)
+    waited <- proc.time()[["elapsed"]] - began
+    if (waited > limit) {
+      stop(future::FutureError(sprintf(
+        "TIMEOUT: All %d cluster nodes are still occupied after %s (option future.wait.timeout)",
+        length(cl), format(as.difftime(round(waited, 2L), units = "secs"))
+      )))
+    }
+    checked(call_wait(handle$pointer, futuresOf(cl)[[1L]]$record$task), handle)
     showEvents(handle)
     Sys.sleep(0)
   }
 }
 
+# A lazy future that only resolved() begins is left as it is while all workers are taken: resolved() of it is FALSE.
+leaveForLater <- function(future, cl) {
+  if (freeWorkers(cl)) return()
+  asked <- get("resolved.Future", asNamespace("future"))
+  for (i in rev(seq_len(sys.nframe() - 1L))) {
+    frame <- sys.frame(i)
+    # `return()` there: the frames above it end as by any other jump.
+    if (identical(sys.function(i), asked) && identical(frame$x, future)) do.call(return, list(FALSE), envir = frame)
+  }
+}
+
 launch <- function(future, cl, args) {
-  awaitFree(cl)
-  label <- future$label
-  if (is.null(label)) label <- "a future"
-  record <- submit(cl, evaluateCall, args, label, tells = TRUE)
+  leaveForLater(future, cl)
+  limit <- future[["backend"]][["wait.timeout"]]
+  awaitFree(cl, if (is.null(limit)) getOption("future.wait.timeout", Inf) else limit)
+  label <- if (is.null(future$label)) "a future" else future$label
+  # As future itself: R warns of packages' environments in what is sent, which future attaches there.
+  record <- suppressWarnings(submit(cl, evaluateCall, args, label, tells = TRUE))
   # Whoever waits for any of them is told of its end.
   call_watch(record$handle$pointer, record$task)
   future$record <- record
   future$state <- "running"
-  id <- cl[[1L]][["handle"]]$id
-  assign(id, c(openFutures[[id]], list(future)), openFutures)
+  countFuture(future, "launched")
+  id <- record$handle$id
+  assign(id, c(openFutures[[id]], list(list(record = record, future = future))), openFutures)
   invisible(future)
 }
+
+# For those who print a backend.
+countFuture <- function(future, what) {
+  backend <- future[["backend"]]
+  counters <- backend[["counters"]]
+  if (!what %in% names(counters)) return()
+  counters[[what]] <- counters[[what]] + 1L
+  backend[["counters"]] <- counters
+}
+
+# Errors about a future name it as future itself does.
+labelOfFuture <- function(future) if (is.null(future$label)) "<none>" else future$label
+
+# A future that has no result yet belongs to the session that made it.
+assertOwner <- function(future) get("assertOwner", asNamespace("future"))(future)
 
 # Before 1.40 ----------------------------------------------------------------------------------------
 
 legacyFuture <- function(..., lazy = FALSE, workers) {
+  ensureFutureMethods()
   cl <- plannedCluster(workers)
   make <- get("MultiprocessFuture", asNamespace("future"))
   future <- make(..., lazy = lazy)
@@ -154,22 +231,26 @@ legacyFuture <- function(..., lazy = FALSE, workers) {
   invisible(future)
 }
 
+# Conditions are captured as by future's cluster backend, so that the worker muffles what it records.
 run.RustFuture <- function(future, ...) {
   namespace <- asNamespace("future")
   if (future$state != "created") {
-    stop(future::FutureError("A future can only be launched once.", future = future))
+    text <- sprintf("A future ('%s') can only be launched once.", labelOfFuture(future))
+    stop(future::FutureError(text, future = future))
   }
-  get("assertOwner", namespace)(future)
-  immediate <- getOption("future.relay.immediate", "immediateCondition")
+  assertOwner(future)
+  expr <- future$expr
   conditions <- future$conditions
-  if (length(conditions)) {
+  if (isTRUE(getOption("future.psock.relay.immediate", TRUE))) {
+    immediate <- getOption("future.relay.immediate", "immediateCondition")
     excluded <- attr(conditions, "exclude", exact = TRUE)
     conditions <- unique(c(conditions, immediate))
     attr(conditions, "exclude") <- excluded
+    if (length(immediate)) expr <- relayed(expr, immediate)
   }
-  expr <- future$expr
-  if (length(conditions)) expr <- relayed(expr, immediate)
-  expr <- get("getExpression", namespace)(future, expr = expr, conditionClasses = conditions)
+  expr <- get("getExpression", namespace)(
+    future, expr = expr, immediateConditions = TRUE, conditionClasses = conditions
+  )
   globals <- as.list(future$globals)
   packages <- future$packages
   launch(future, future$workers, list(
@@ -180,16 +261,35 @@ run.RustFuture <- function(future, ...) {
 # From 1.40 on ---------------------------------------------------------------------------------------
 
 futureBackend <- function(workers, ...) {
-  cl <- plannedCluster(workers)
+  loading <- ensureFutureMethods()
+  workers <- workersAsked(workers)
+  # Workers load future as well: it must not start clusters there.
+  cl <- if (!loading || !isCount(workers)) plannedCluster(workers)
   make <- get("MultiprocessFutureBackend", asNamespace("future"))
-  backend <- make(workers = cl, reg = paste0("workers-", cl[[1L]][["handle"]]$id), ...)
+  backend <- make(workers = cl, reg = registryOf(cl), ...)
+  # What the plan makes a cluster of its own of.
+  if (!inherits(workers, "RustCluster")) backend[["spec"]] <- list(workers)
   backend[["futureClasses"]] <- c("RustFuture", backend[["futureClasses"]])
   structure(backend, class = c("RustFutureBackend", class(backend)))
 }
 
+registryOf <- function(cl) paste0("workers-", if (is.null(cl)) "planned" else cl[[1L]][["handle"]]$id)
+
+# The cluster of the current plan. A plan that was set aside has stopped its own cluster, and may come back, even in
+# another session: its first future makes the cluster anew.
+currentCluster <- function(backend) {
+  spec <- backend[["spec"]]
+  if (!is.null(spec)) {
+    backend[["workers"]] <- plannedCluster(spec[[1L]])
+    backend[["reg"]] <- registryOf(backend[["workers"]])
+  }
+  backend[["workers"]]
+}
+
 launchFuture.RustFutureBackend <- function(backend, future, ...) {
+  cl <- currentCluster(backend)
   data <- get("getFutureData", asNamespace("future"))(future, mc.cores = 1L)
-  launch(future, backend[["workers"]], list(
+  launch(future, cl, list(
     expr = quote(base::asNamespace("future")$evalFuture(data)), variables = list(data = data),
     globals = list(), packages = character()
   ))
@@ -197,16 +297,16 @@ launchFuture.RustFutureBackend <- function(backend, future, ...) {
 
 getFutureBackendConfigs.RustFuture <- function(future, ...) {
   conditions <- future[["conditions"]]
-  if (is.null(conditions)) return(list())
+  if (is.null(conditions) || isFALSE(getOption("future.psock.relay.immediate"))) return(list())
   classes <- attr(conditions, "immediateConditionClasses", exact = TRUE)
-  if (is.null(classes)) classes <- "immediateCondition"
-  if (!length(classes)) return(list())
-  handlers <- rep(list(relayToHead), length(classes))
-  list(capture = list(immediateConditionHandlers = structure(handlers, names = classes)))
+  if (!is.null(classes) && !length(classes)) return(list())
+  # One class, as future's cluster backend has it: evalFuture() fails at more.
+  list(capture = list(immediateConditionHandlers = list(immediateCondition = relayToHead)))
 }
 
 interruptFuture.RustFutureBackend <- function(backend, future, ...) {
   if (isTRUE(backend[["interrupts"]])) {
+    assertOwner(future)
     if (!is.null(future$record)) cancelCall(future$record)
     future[["state"]] <- "interrupted"
   }
@@ -214,16 +314,41 @@ interruptFuture.RustFutureBackend <- function(backend, future, ...) {
 }
 
 stopWorkers.RustFutureBackend <- function(backend, interrupt = TRUE, ...) {
+  if (!isCurrent(backend)) return(invisible(TRUE))
   cl <- backend[["workers"]]
-  if (interrupt) for (future in futuresOf(cl)) cancelCall(future$record)
-  if (identical(cl, planned$cl)) stopPlanned()
+  if (interrupt) for (open in futuresOf(cl)) {
+    if (open$future[["state"]] == "running") open$future[["state"]] <- "canceled"
+    cancelCall(open$record)
+  }
+  if (!is.null(backend[["spec"]])) stopPlanned()
   invisible(TRUE)
 }
 
-nbrOfWorkers.RustFutureBackend <- function(evaluator) length(evaluator[["workers"]])
+listFutures.RustFutureBackend <- function(backend, ...) {
+  futures <- lapply(if (isCurrent(backend)) futuresOf(backend[["workers"]]), `[[`, "future")
+  rows <- lapply(futures, function(future) data.frame(
+    counter = as.integer(future[["uuid"]][2L]), start = future[["start"]],
+    label = if (is.null(future[["label"]])) NA_character_ else future[["label"]], resolved = future::resolved(future)
+  ))
+  none <- data.frame(counter = integer(), start = numeric(), label = character(), resolved = logical())
+  data <- do.call(rbind, c(list(none), rows))
+  data[["future"]] <- lapply(futures, list)
+  data
+}
+
+# Whether the backend's cluster is there: that of a plan which was set aside is not.
+isCurrent <- function(backend) {
+  cl <- backend[["workers"]]
+  !is.null(cl) && (is.null(backend[["spec"]]) || identical(cl, planned$cl))
+}
+
+nbrOfWorkers.RustFutureBackend <- function(evaluator) {
+  cl <- evaluator[["workers"]]
+  if (is.null(cl)) as.integer(evaluator[["spec"]][[1L]]) else length(cl)
+}
 
 nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ...) {
-  freeWorkers(evaluator[["workers"]])
+  if (isCurrent(evaluator)) freeWorkers(evaluator[["workers"]]) else nbrOfWorkers.RustFutureBackend(evaluator)
 }
 
 # Of both --------------------------------------------------------------------------------------------
@@ -231,12 +356,11 @@ nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ..
 # What is asked of a plan before it has made its cluster does not make it: workers, too, are told the plan
 # of the session.
 workersOf <- function(evaluator) {
-  workers <- eval(formals(evaluator)$workers, baseenv())
-  if (is.function(workers)) workers <- workers()
-  if (is.null(workers)) workers <- usableCores()
-  is_count <- is.numeric(workers) && is.null(names(workers)) && !identical(planned$spec, workers)
-  if (is_count) as.integer(workers) else plannedCluster(workers)
+  workers <- workersAsked(eval(formals(evaluator)$workers, baseenv()))
+  if (isCount(workers) && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
 }
+
+isCount <- function(workers) is.numeric(workers) && length(workers) == 1L && is.null(names(workers))
 
 nbrOfWorkers.cluster_rust <- function(evaluator) {
   workers <- workersOf(evaluator)
@@ -256,6 +380,7 @@ resolved.RustFuture <- function(x, ...) {
     return(NextMethod())
   }
   if (is.null(x$result) && !is.null(x$record)) {
+    assertOwner(x)
     lookAtCalls(x$record$handle)
     lookAt(x$record)
     takeAsides(x$record)
@@ -269,6 +394,7 @@ resolved.RustFuture <- function(x, ...) {
 
 result.RustFuture <- function(future, ...) {
   if (future$state == "created") future <- future::run(future)
+  if (is.null(future$result)) assertOwner(future)
   while (is.null(future$result)) {
     awaitCall(future$record)
     relayAsides(future)
@@ -280,9 +406,21 @@ result.RustFuture <- function(future, ...) {
 
 # The call has ended: the future's result is what that gave, or why there is none.
 collect <- function(future) {
+  relayAsides(future)
+  if (!is.null(future$result)) return(future)
   record <- future$record
   result <- record$result
-  if (record$state == "done" && inherits(result, "FutureResult")) {
+  countFuture(future, "finished")
+  raised <- record$raised
+  if (!is.null(raised)) {
+    # Nobody could go on after it: as with future's cluster backend.
+    future$result <- future::FutureError(sprintf(
+      "Future (%s) signaled an error of class %s that is to be relayed immediately, which cannot be done with errors: %s",
+      labelOfFuture(future), class(raised)[[1L]], conditionMessage(raised)
+    ), future = future)
+    future$result$parent <- raised
+    future$state <- "failed"
+  } else if (record$state == "done" && inherits(result, "FutureResult")) {
     result$conditions <- c(future$.signaledConditions, result$conditions)
     future$.signaledConditions <- NULL
     future$result <- result
@@ -293,33 +431,38 @@ collect <- function(future) {
     future$state <- "failed"
   } else {
     why <- if (inherits(result, "condition")) conditionMessage(result) else "its worker sent something else than a result"
-    label <- if (is.null(future$label)) "<none>" else future$label
-    kind <- "FutureError"
-    interrupted <- inherits(result, "rustcluster_error") || record$state == "cancelled"
-    # Newer versions tell what was interrupted from what was wrong.
-    if (interrupted && exists("FutureInterruptError", asNamespace("future"))) kind <- "FutureInterruptError"
+    kind <- errorClassOf(future, result)
     error <- get(kind, asNamespace("future"))(
-      paste0("Future (", label, ") could not be resolved: ", why), future = future
+      paste0("Future (", labelOfFuture(future), ") could not be resolved: ", why), future = future
     )
     error$parent <- result
     future$result <- error
     if (!future$state %in% c("canceled", "interrupted")) future$state <- if (kind == "FutureError") "failed" else "interrupted"
   }
-  futuresOf(clusterOf(future))
+  dropFuture(record)
   future
 }
 
-# Conditions that a future has signaled while it runs, as future itself relays them.
+# Newer versions tell what was cancelled, and what was interrupted, from what was wrong.
+errorClassOf <- function(future, result) {
+  interrupted <- inherits(result, "rustcluster_error") || future$record$state == "cancelled"
+  kind <- if (future$state == "canceled") "FutureCanceledError" else if (interrupted) "FutureInterruptError"
+  if (!is.null(kind) && exists(kind, asNamespace("future"))) kind else "FutureError"
+}
+
+# Conditions that a future has signaled while it runs, as future itself relays them. A handler may jump out of it: the
+# others are relayed at the next look.
 relayAsides <- function(future) {
-  asides <- future$record$asides
-  future$record$asides <- NULL
-  for (condition in asides) {
+  while (length(future$record$asides)) {
+    condition <- future$record$asides[[1L]]
+    future$record$asides <- future$record$asides[-1L]
     condition$signaled <- 1L
     entry <- list(condition = condition, signaled = 1L)
     future$.signaledConditions <- c(future$.signaledConditions, list(entry))
     if (inherits(condition, "message")) message(condition)
     else if (inherits(condition, "warning")) warning(condition)
-    else if (!inherits(condition, "error")) signalCondition(condition)
+    else if (inherits(condition, "error")) future$record$raised <- condition
+    else signalCondition(condition)
   }
 }
 
@@ -339,8 +482,18 @@ relayed <- function(expr, classes) {
 relayAndMuffle <- function(condition) {
   relayToHead(condition)
   for (restart in computeRestarts(condition)) {
-    if (startsWith(restart$name, "muffle")) invokeRestart(restart)
+    # Restarts may be without a name.
+    if (any(grepl("^muffle", restart$name))) invokeRestart(restart)
   }
+}
+
+# future sets the plan that R_FUTURE_PLAN names while it is loaded itself, before anybody is told of that. Returns
+# whether it is being loaded.
+ensureFutureMethods <- function() {
+  table <- get(".__S3MethodsTable__.", asNamespace("future"))
+  loading <- !exists("resolved.RustFuture", table, inherits = FALSE)
+  if (loading) registerFutureMethods()
+  loading
 }
 
 # Generics of future, as far as its version has them.
@@ -349,6 +502,7 @@ registerFutureMethods <- function(...) {
   methods <- c(
     run = "RustFuture", resolved = "RustFuture", result = "RustFuture", getFutureBackendConfigs = "RustFuture",
     launchFuture = "RustFutureBackend", interruptFuture = "RustFutureBackend",
+    listFutures = "RustFutureBackend",
     stopWorkers = "RustFutureBackend", nbrOfWorkers = "RustFutureBackend",
     nbrOfFreeWorkers = "RustFutureBackend", nbrOfWorkers = "cluster_rust", nbrOfFreeWorkers = "cluster_rust"
   )

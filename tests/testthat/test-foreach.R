@@ -215,6 +215,20 @@ test_that(".verbose says the same", {
   expect_same_loop(foreach(i = 1:2, .verbose = TRUE) %:% foreach(j = 1:2) %dopar% j)
 })
 
+test_that(".options.snow is what it is to doParallel", {
+  expect_same_loop(foreach(i = 1:3, .options.snow = list(progress = identity, other = 1)) %dopar% i)
+  expect_same_loop(foreach(i = 1:3, .options.snow = list(preschedule = TRUE), .verbose = TRUE) %dopar% i)
+  expect_same_loop(foreach(i = 1:3, .options.snow = list(preschedule = "a", attachExportEnv = 1:2)) %dopar% i)
+  for (attached in c(TRUE, FALSE)) {
+    got <- expect_same_loop(foreach(i = 1:3, .export = "asked", .options.snow = list(attachExportEnv = attached)) %dopar% {
+      c(exists("asked", globalenv()), "exportEnv" %in% search(), i)
+    }, asked = 7, attached = attached)
+    expect_equal(got$result$value[[1L]], c(attached, attached, 1))
+  }
+  # Afterwards nothing is attached any more.
+  expect_false(any(unlist(clusterCall(cluster_pair(3L)$ours, function() "exportEnv" %in% search()))))
+})
+
 test_that("doRNG gives the same numbers", {
   skip_if_not_installed("doRNG")
   suppressPackageStartupMessages(library(doRNG))

@@ -52,6 +52,108 @@ test_that("values, errors, output and conditions are those of multisession", {
   expect_true("error" %in% kind$value)
 })
 
+test_that("conditions are recorded and muffled on the worker as by future's cluster backend", {
+  noted <- function(text, ...) structure(class = c(..., "condition"), list(message = text, call = NULL))
+  signal <- function(cond) {
+    if (inherits(cond, "message")) message(cond) else if (inherits(cond, "warning")) warning(cond) else signalCondition(cond)
+  }
+  cases <- list(
+    # Nothing of what is recorded is seen by anybody else there, such as by `warn`.
+    warn = function() future::value(future::future({
+      options(warn = 2)
+      as.integer("a")
+      1
+    })),
+    kinds = function() lapply(
+      list(
+        NULL, character(), "message", "warning", structure("condition", exclude = "message"),
+        structure("condition", exclude = "warning")
+      ),
+      function(conditions) tryCatch(future::value(future::future({
+        message("told")
+        warning("warned")
+        1
+      }, conditions = conditions)), error = conditionMessage)
+    ),
+    muffled = function() future::value(future::future(withRestarts({
+      signal(noted("own", "own"))
+      "not muffled"
+    }, muffleOwn = function() "muffled"))),
+    # What is relayed at once is relayed once, and ends nothing there.
+    now = function() lapply(list("message", "warning", NULL), function(class) future::value(future::future({
+      signal(noted("now\n", "immediateCondition", class))
+      warning("later")
+      2
+    }))),
+    wrong = function() future::value(future::future({
+      signal(noted("now", "immediateCondition"))
+      stop("wrong")
+    })),
+    twice = function() {
+      f <- future::future({
+        signal(noted("now", "immediateCondition"))
+        warning("warned")
+        3
+      })
+      list(future::value(f), future::value(f))
+    },
+    off = function() {
+      old <- options(future.psock.relay.immediate = FALSE)
+      on.exit(options(old))
+      future::value(future::future({
+        signal(noted("now", "immediateCondition"))
+        4
+      }))
+    }
+  )
+  if (requireNamespace("lifecycle", quietly = TRUE)) {
+    # By its name it would have to be in Suggests.
+    deprecate <- getExportedValue("lifecycle", "deprecate_warn")
+    cases$deprecated <- function() future::value(future::future({
+      deprecate("1.0.0", "old()", always = TRUE)
+      5
+    }))
+  }
+  all <- function() lapply(cases, function(case) {
+    seen <- outcome(quote(case()), NULL, list(case = case))
+    # Before 1.40 this has in it how conditions are relayed.
+    seen$result$call <- NULL
+    seen
+  })
+  on.exit(future::plan(future::sequential))
+  future::plan(future::cluster, workers = 2)
+  want <- all()
+  future::plan(cluster_rust, workers = local_cluster(2))
+  got <- all()
+  for (name in names(cases)) expect_identical(got[[name]], want[[name]], info = name)
+  # From 1.40 on, future lets `warn` turn warnings into errors.
+  if (utils::packageVersion("future") < "1.40") expect_identical(got$warn$result$value, 1)
+  expect_length(got$deprecated$warnings, if (is.null(cases$deprecated)) 0L else 1L)
+  # An error cannot be relayed and gone on from.
+  error <- caught(future::value(future::future(stop(noted("now", "own", "immediateCondition", "error")))))
+  expect_s3_class(error, "FutureError")
+  expect_s3_class(error$parent, "own")
+})
+
+test_that("messages of futures are no output of their workers", {
+  child <- start_child({
+    cl <- makeRustCluster(1, outfile = "")
+    future::plan(cluster_rust, workers = cl)
+    future::value(future::future({
+      message("told by the future")
+      cat("printed by the future\n")
+      system("echo printed by the worker")
+      1
+    }))
+    parallel::stopCluster(cl)
+  })
+  expect_child_ends_well(child)
+  out <- unlist(lapply(file.path(child$dir, c("out", "err")), readLines))
+  expect_length(grep("told by the future", out), 1L)
+  expect_length(grep("printed by the future", out), 1L)
+  expect_length(grep("printed by the worker", out), 1L)
+})
+
 test_that("creating waits only when all workers are busy, and resolved() never", {
   cl <- local_cluster(2)
   local_plan(cluster_rust, workers = cl)
@@ -76,6 +178,63 @@ test_that("creating waits only when all workers are busy, and resolved() never",
   future::value(future::future(leftover))
   expect_equal(unlist(clusterCall(cl, exists, "leftover")), c(FALSE, FALSE))
   expect_equal(unlist(clusterCall(cl, exists, "flag")), c(TRUE, TRUE))
+})
+
+test_that("resolved() of a lazy future begins it when a worker is free, and never waits", {
+  cl <- local_cluster(1)
+  local_plan(cluster_rust, workers = cl)
+  flag <- tempfile()
+  busy <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
+  lazy <- lapply(1:2, function(i) future::future(i, lazy = TRUE))
+  expect_false(any(future::resolved(lazy)))
+  expect_false(any(future::resolved(lazy)))
+  expect_equal(vapply(lazy, function(f) f$state, ""), c("created", "created"))
+  file.create(flag)
+  expect_true(wait_until(function() all(future::resolved(lazy))))
+  expect_equal(future::value(lazy), list(1L, 2L))
+  expect_null(future::value(busy))
+  # Those that have ended are found so by whoever needs a worker.
+  lazy <- future::future(3, lazy = TRUE)
+  future::resolved(lazy)
+  expect_equal(future::value(future::future(4)), 4)
+  expect_equal(lazy$state, "finished")
+})
+
+test_that("waiting for a worker has future's time limit", {
+  cl <- local_cluster(1)
+  old <- options(future.wait.timeout = 0.2)
+  on.exit(options(old))
+  local_plan(cluster_rust, workers = cl)
+  flag <- tempfile()
+  busy <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
+  error <- caught(future::future(1))
+  expect_s3_class(error, "FutureError")
+  expect_match(conditionMessage(error), "TIMEOUT: All 1 cluster nodes are still occupied after 0[.][0-9]+ secs")
+  file.create(flag)
+  expect_null(future::value(busy))
+})
+
+test_that("only the session that made a future asks for its value", {
+  cl <- local_cluster(1)
+  local_plan(cluster_rust, workers = cl)
+  flag <- tempfile()
+  f <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
+  file <- tempfile()
+  on.exit(unlink(file))
+  saveRDS(f, file)
+  child <- start_child({
+    f <- readRDS(file)
+    say(class(tryCatch(future::value(f), error = identity))[[1L]])
+    say(class(tryCatch(future::resolved(f), error = identity))[[1L]])
+  }, list(file = file))
+  expect_child_ends_well(child)
+  expect_equal(child_lines(child), c("FutureError", "FutureError"))
+  file.create(flag)
+  expect_null(future::value(f))
+  # A value that is there may be had anywhere.
+  g <- future::future(5)
+  expect_equal(future::value(g), 5)
+  expect_equal(future::value(future::future(future::value(g))), 5)
 })
 
 test_that("immediate conditions come while the future runs", {
@@ -155,9 +314,99 @@ test_that("a plan may have a cluster of its own", {
   expect_gone(unlist(pids))
 })
 
+test_that("a plan with a cluster of its own comes back", {
+  on.exit(future::plan(future::sequential))
+  answer <- function() future::value(future::future(42))
+  future::plan(cluster_rust, workers = 2)
+  old <- future::plan(future::sequential)
+  for (i in 1:2) {
+    future::plan(old)
+    expect_equal(c(future::nbrOfWorkers(), future::nbrOfFreeWorkers()), c(2, 2))
+    expect_equal(answer(), 42)
+    old <- future::plan(future::sequential)
+  }
+  # As in a workspace that is restored.
+  file <- tempfile()
+  saveRDS(old, file)
+  child <- start_child({
+    future::plan(readRDS(file))
+    say(future::value(future::future(43)))
+    future::plan(future::sequential)
+  }, list(file = file))
+  expect_child_ends_well(child)
+  unlink(file)
+  expect_equal(child_lines(child), "43")
+  # Beside others, one of which has a cluster of its own, too.
+  future::plan(old)
+  other <- future::plan(cluster_rust, workers = 1)
+  expect_equal(c(future::nbrOfWorkers(), answer()), c(1, 42))
+  other <- future::plan(other)
+  expect_equal(c(future::nbrOfWorkers(), answer()), c(2, 42))
+  future::plan(other)
+  expect_equal(c(future::nbrOfWorkers(), answer()), c(1, 42))
+  # To look at one that was set aside makes no cluster, and stops none.
+  pid <- future::value(future::future(Sys.getpid()))
+  capture.output(print(old))
+  expect_equal(future::nbrOfWorkers(old[[1L]]), 2)
+  expect_equal(future::value(future::future(Sys.getpid())), pid)
+  future::plan("reset")
+  expect_gone(pid)
+  future::plan(old)
+  lazy <- future::future(7, lazy = TRUE)
+  old <- future::plan(future::sequential)
+  future::plan(old)
+  expect_equal(future::value(lazy), 7)
+})
+
+test_that("plans may be temporary", {
+  skip_if_not(any(grepl("^with[.]", utils::methods(class = "FutureStrategyList"))), "future has no with() for plans")
+  on.exit(future::plan(future::sequential))
+  answer <- function() c(future::nbrOfWorkers(), future::value(future::future(42)))
+  future::plan(cluster_rust, workers = 2)
+  expect_equal(with(future::plan(future::sequential), answer()), c(1, 42))
+  expect_equal(answer(), c(2, 42))
+  expect_equal(with(future::plan(cluster_rust, workers = 1), answer()), c(1, 42))
+  expect_equal(answer(), c(2, 42))
+  inside <- function() {
+    with(future::plan(cluster_rust, workers = 1), local = TRUE)
+    answer()
+  }
+  expect_equal(inside(), c(1, 42))
+  expect_equal(answer(), c(2, 42))
+})
+
+test_that("plans may be nested, tweaked and named", {
+  on.exit(future::plan(future::sequential))
+  two <- future::tweak(cluster_rust, workers = 2)
+  future::plan(list(two, two))
+  nested <- future::future({
+    pids <- unlist(future::value(lapply(1:2, function(i) future::future({
+      Sys.sleep(0.2)
+      Sys.getpid()
+    }))))
+    c(length(unique(pids)), Sys.getpid() %in% pids, future::nbrOfWorkers())
+  })
+  expect_equal(future::value(nested), c(2, 0, 2))
+  old <- future::plan(future::sequential)
+  future::plan(old)
+  expect_equal(future::value(future::future(future::value(future::future(9)))), 9)
+  future::plan("cluster_rust", workers = 1)
+  expect_equal(c(future::nbrOfWorkers(), future::value(future::future(8))), c(1, 8))
+  future::plan(future::sequential)
+  # As future does itself at its start.
+  child <- start_child({
+    options(mc.cores = 2)
+    say(inherits(future::plan(), "cluster_rust"), future::nbrOfWorkers(), future::value(future::future(5)))
+    future::plan(future::sequential)
+  }, env = "R_FUTURE_PLAN=rustcluster::cluster_rust")
+  expect_child_ends_well(child)
+  expect_equal(child_lines(child), "TRUE 2 5")
+})
+
 test_that("what is wrong with workers is wrong with the plan", {
   on.exit(future::plan(future::sequential))
-  wrong <- list(structure(list(), class = c("SOCKcluster", "cluster")), "a b", -1, list(1))
+  wrong <- list(structure(list(), class = c("SOCKcluster", "cluster")), "a b", -1, list(1), c(1, 2), numeric(), NA, TRUE,
+    structure(list(), class = c("RustCluster", "cluster")))
   for (workers in wrong) {
     error <- caught(future::plan(cluster_rust, workers = workers))
     expect_rust_error(error, "bad_argument")
