@@ -27,7 +27,7 @@
 #' @export
 clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   cl <- theCluster(cl)
-  FUN <- match.fun(FUN)
+  FUN <- theFunction(FUN)
   refuseUnknown("clusterLapplyAsync", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)

@@ -238,6 +238,18 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
 
 # Arguments ------------------------------------------------------------------------------------
 
+# As match.fun(), for the argument of the function that calls.
+theFunction <- function(FUN, envir = parent.frame(2L)) {
+  if (is.function(FUN)) return(FUN)
+  name <- FUN
+  if (!is.symbol(name) && !(is.character(name) && length(name) == 1L)) name <- eval.parent(substitute(substitute(FUN)))
+  found <- if (is.symbol(name) || is.character(name)) {
+    tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) NULL)
+  }
+  if (is.null(found)) badArgument("FUN", "must be a function, or the name of one")
+  found
+}
+
 # A number of workers or threads.
 count <- function(value, argument, most) {
   if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
@@ -360,39 +372,19 @@ usableCores <- function() {
 #' parallel::stopCluster(cl)
 #' @export
 clusterPids <- function(cl) {
-  handle <- clusterHandle(cl)
-  if (handle$stopped) return(rep(NA_integer_, length(cl)))
-  pids <- checked(hub_pids(handle$pointer), handle)
-  pids[vapply(cl, function(node) as.integer(node[["rank"]]), 0L)]
+  byNode(clustersOf(cl), function(handle, ranks) {
+    if (handle$stopped) return(rep(NA_integer_, length(ranks)))
+    checked(hub_pids(handle$pointer), handle)[ranks]
+  })
 }
 
 #' @rdname clusterPids
 #' @export
 agentPids <- function(cl) {
-  handle <- clusterHandle(cl)
-  if (handle$stopped) return(integer())
-  checked(hub_agent_pids(handle$pointer), handle)
-}
-
-clusterHandle <- function(cl) {
-  if (!inherits(cl, "RustCluster")) badArgument("cl", "must be a cluster made by makeRustCluster()")
-  if (!length(cl)) badArgument("cl", "has no nodes: if all workers are gone, make another by makeRustCluster()")
-  cl[[1L]][["handle"]]
-}
-
-# The cluster that is meant: without one, parallel's default.
-theCluster <- function(cl) {
-  if (is.null(cl)) cl <- getDefaultCluster()
-  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
-  clusterHandle(cl)
-  cl
-}
-
-# The ranks of nodes, each of which must be there once.
-distinctRanks <- function(cl) {
-  ranks <- checked(cluster_ranks(cl), clusterHandle(cl))
-  if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
-  ranks
+  unlist(lapply(clustersOf(cl), function(part) {
+    if (part$handle$stopped) return(integer())
+    checked(hub_agent_pids(part$handle$pointer), part$handle)
+  }))
 }
 
 # What is to be said of a cluster that cannot be used; "" of one that can.
@@ -413,10 +405,9 @@ fate <- function(handle) {
 #' @export
 print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
-  if (length(x)) {
-    handle <- clusterHandle(x)
-    if (!handle$stopped && nzchar(fate(handle))) cat("Make a new one with makeRustCluster()\n")
-  }
+  handles <- lapply(clustersAmong(x, which(areOurs(x))), `[[`, "handle")
+  unusable <- vapply(handles, function(handle) !handle$stopped && nzchar(fate(handle)), NA)
+  if (any(unusable)) cat("Make a new one with makeRustCluster()\n")
   invisible(x)
 }
 
@@ -430,7 +421,11 @@ format.RustCluster <- function(x, ...) {
     ),
     length(x), paste(sQuote(hosts), collapse = ", ")
   )
-  paste0(text, if (length(x)) fate(clusterHandle(x)))
+  parts <- clustersAmong(x, which(areOurs(x)))
+  fates <- vapply(parts, function(part) fate(part$handle), "")
+  if (length(parts) < 2L) return(paste0(text, fates))
+  of <- vapply(parts, function(part) spanText(part$places, "node"), "")
+  paste0(text, paste0(", ", of, " of a cluster", fates)[nzchar(fates)], collapse = "")
 }
 
 #' @export

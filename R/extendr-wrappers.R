@@ -131,6 +131,15 @@ hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 #' @noRd
 hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
 
+#' As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
+#' have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+#' @noRd
+hub_look <- function(handle, ranks, places) .Call(wrap__hub_look, handle, ranks, places)
+
+#' Sleeps a little, or until hub_look() may find something in one of these clusters.
+#' @noRd
+hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
+
 #' The answer that hub_receive() or hub_receive_any() has told of.
 #' @noRd
 hub_read <- function(handle) .Call(wrap__hub_read, handle)

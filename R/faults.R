@@ -12,12 +12,13 @@ taskEnded <- function(failure, handle) {
 }
 
 taskLost <- function(task, failure, handle) {
-  none <- handle$retries == 0
+  retries <- if (is.null(handle$policy)) handle$retries else handle$policy$retries
+  none <- if (is.null(handle$policy)) retries == 0 else handle$policy$lossEnds
   loss <- failureCondition(c(failure, again = if (none) FALSE), handle)
   losses <- c(handle$losses[[task]], list(loss))
   number <- as.numeric(task)
   if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(number, loss, handle))
-  again <- length(losses) <= handle$retries
+  again <- length(losses) <= retries
   if (again) {
     sent <- hub_try_again(handle$pointer, number)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
@@ -89,7 +90,7 @@ noTime <- structure(
 as.character.rustcluster_failure <- function(x, ...) {
   frames <- sys.nframe()
   for (frame in rev(seq_len(frames))) {
-    if (identical(sys.function(frame), parallels$checkForRemoteErrors)) {
+    if (isTheirs(sys.function(frame), "checkForRemoteErrors")) {
       raiseTaskFailure(x, get("val", sys.frame(frame)))
     }
   }

@@ -37,10 +37,10 @@
 #' @export
 registerDoRustCluster <- function(cl = NULL) {
   cl <- theCluster(cl)
-  handle <- clusterHandle(cl)
-  if (handle$stopped) raiseFailure(c(kind = "stopped"), handle)
-  checked(hub_pids(handle$pointer), handle)
-  distinctRanks(cl)
+  for (part in clustersOf(cl)) {
+    if (part$handle$stopped) raiseFailure(c(kind = "stopped"), part$handle)
+    checked(hub_pids(part$handle$pointer), part$handle)
+  }
   foreach::setDoPar(doRustCluster, cl, foreachInfo)
   invisible()
 }
@@ -67,7 +67,7 @@ doRustCluster <- function(obj, expr, envir, data) {
   values <- list()
   if (n) {
     each <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
-    values <- runJob(data, checked(cluster_ranks(data)), n, runIteration, list(), iterations, each = each)$values
+    values <- runFree(data, n, runIteration, list(), iterations, each = each)$values
   }
   failure <- foreach::getErrorValue(iterator)
   if (is.null(failure) || obj$errorHandling != "stop") return(foreach::getResult(iterator))
@@ -197,7 +197,7 @@ loopOf <- function(call) {
   }
   packages <- if (identical(call$fun, beginLoop)) {
     call$args[3L]
-  } else if (identical(call$fun, theirs("doParallel"))) {
+  } else if (identical(call$fun, theirs("doParallel")) || identical(call$fun, theirs("doSNOW"))) {
     call$args[4L]
   } else {
     return("")

@@ -45,15 +45,6 @@ cluster_rust <- structure(
   cleanup = function() if (!exists("launchFuture", asNamespace("future"))) stopPlanned()
 )
 
-# For future's own plan(cluster, workers = cl). It knows clusters by their names, which it makes of what is in
-# them if they have none: of ours, that changes.
-#' @exportS3Method parallelly::as.cluster
-as.cluster.RustCluster <- function(x, ...) {
-  ranks <- vapply(x, .subset2, 0L, "rank")
-  attr(x, "name") <- paste(c(clusterHandle(x)$id, ranks), collapse = "-")
-  x
-}
-
 # The cluster that a plan has made for itself, and of what.
 planned <- new.env(parent = emptyenv())
 
@@ -67,7 +58,10 @@ stopPlanned <- function() {
 
 plannedCluster <- function(workers) {
   if (is.function(workers)) workers <- workers()
-  if (inherits(workers, "RustCluster")) return(workers)
+  if (inherits(workers, "RustCluster")) {
+    clusterHandle(workers, "workers")
+    return(workers)
+  }
   if (is.null(workers)) workers <- usableCores()
   alive <- !is.null(planned$cl) && !planned$cl[[1L]][["handle"]]$stopped
   if (!alive || !identical(planned$spec, workers)) {

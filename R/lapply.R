@@ -51,17 +51,20 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return")) {
   cl <- theCluster(cl)
-  handle <- clusterHandle(cl)
-  ranks <- distinctRanks(cl)
-  FUN <- match.fun(FUN)
+  parts <- clustersOf(cl)
+  FUN <- theFunction(FUN)
   refuseUnknown("clusterLapply", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
   if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
   if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
-  if (is.null(.retries)) .retries <- handle$retries
-  between(.retries, ".retries", "", 0, 1e6)
-  if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
+  if (length(parts) > 1L && !identical(.timeout, Inf)) {
+    badArgument(".timeout", "is for nodes of one cluster: with those of several, `timeout` of makeRustCluster() counts")
+  }
+  if (!is.null(.retries)) {
+    between(.retries, ".retries", "", 0, 1e6)
+    if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
+  }
   if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
   .errors <- tryCatch(match.arg(.errors), error = function(e) {
     badArgument(".errors", "must be \"finish\", \"stop\" or \"return\"")
@@ -82,10 +85,9 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
       }
     }
   }
-  job <- runJob(
-    cl, ranks, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
-    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress,
-    what = "element"
+  job <- runFree(
+    cl, n, FUN, list(...), X, seed = seed, order = .order, retries = .retries, timeout = .timeout,
+    returns = .errors == "return", each = each, progress = .progress, what = "element"
   )
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values

@@ -23,7 +23,11 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterHosts <- function(cl) {
-  handle <- clusterHandle(cl)
+  reports <- lapply(clustersOf(cl), function(part) hostsOf(part$handle))
+  do.call(rbind, reports)
+}
+
+hostsOf <- function(handle) {
   report <- handle$report
   pids <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)
   up <- handle$owner[!is.na(pids)]
