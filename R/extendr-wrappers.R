@@ -117,9 +117,9 @@ hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
 #' @noRd
 hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
 
-#' The message of a task that ended without an answer. It is asked for once.
+#' The message of a task that ended without an answer. `last`: it is not asked for again.
 #' @noRd
-hub_message <- function(handle, task) .Call(wrap__hub_message, handle, task)
+hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
 
 #' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
 #' hub_read().

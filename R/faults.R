@@ -4,11 +4,31 @@
 # is still to come.
 taskEnded <- function(failure, handle) {
   task <- failure[["task"]]
+  failure <- amongAll(failure, handle)
   switch(failure[["kind"]],
     timeout = failedAnswer(task, failureCondition(failure, handle), handle),
     task_failed = failedAnswer(task, taskFailed(failure, handle), handle),
     taskLost(task, failure, handle)
   )
+}
+
+# Each cluster counts the tasks that it was sent. The failure with the task's number among all tasks of a verb
+# that has sent them to nodes of several clusters.
+amongAll <- function(failure, handle) {
+  frame <- openFrames[[handle$id]]
+  cl <- if (!is.null(frame)) frame[["cl"]]
+  if (!is.list(cl) || typeof(cluster_ranks(cl)) == "integer") return(failure)
+  tag <- checked(hub_message(handle$pointer, as.numeric(failure[["task"]]), FALSE), handle)$data$tag
+  if (is.null(tag)) {
+    # The verbs without tags give the nodes a task each, in order, until there are no more tasks.
+    own <- Filter(function(part) identical(part$handle, handle), clustersAmong(cl, which(areOurs(cl))))
+    if (!length(own)) return(failure)
+    places <- own[[1L]]$places
+    before <- as.integer(failure[["index"]]) - 1L
+    tag <- before %/% length(places) * length(cl) + places[[before %% length(places) + 1L]]
+  }
+  failure[["index"]] <- tag
+  failure
 }
 
 taskLost <- function(task, failure, handle) {
@@ -73,7 +93,7 @@ failureValue <- function(condition) {
 }
 
 failedAnswer <- function(task, condition, handle) {
-  message <- checked(hub_message(handle$pointer, as.numeric(task)), handle)
+  message <- checked(hub_message(handle$pointer, as.numeric(task), TRUE), handle)
   list(
     type = "VALUE", value = failureValue(condition), success = FALSE, time = noTime,
     tag = message$data$tag

@@ -112,7 +112,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     if (sent < n) send(got$node)
     answer <- got$value
     i <- answer$tag
-    values[i] <- list(ofElement(answer$value, i, what))
+    values[i] <- list(ofElement(answer$value, what))
     failed[[i]] <- isFALSE(answer$success)
     if (!is.null(shown)) shown()
     if (!is.null(each) && isFALSE(each(i, values))) break
@@ -120,16 +120,11 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
   list(values = values, failed = which(failed))
 }
 
-# A failure that names the task by its number in the job, and not by that of its message.
-ofElement <- function(value, i, what) {
+# What has become of a task, which is called an element.
+ofElement <- function(value, what) {
   if (!inherits(value, "rustcluster_failure")) return(value)
   condition <- attr(value, "condition")
-  if (inherits(condition, "rustcluster_task_failed")) {
-    condition <- quarantined(i, condition$losses, what)
-  } else {
-    condition$index <- i
-    condition$message <- sub("^task [0-9]+", paste(what, i), condition$message)
-  }
+  condition$message <- sub("^task ", paste0(what, " "), condition$message)
   failureValue(condition)
 }
 

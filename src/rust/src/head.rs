@@ -753,13 +753,18 @@ fn hub_forget(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// The message of a task that ended without an answer. It is asked for once.
+/// The message of a task that ended without an answer. `last`: it is not asked for again.
 /// @noRd
 #[extendr]
-fn hub_message(handle: Robj, task: f64) -> Robj {
+fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
     with_cluster(&handle, |cluster| {
-        let message = cluster.messages.borrow_mut().remove(&(task as TaskId));
-        message.map_or_else(|| Err(Failure::new("no_task")), |m| Ok(m.message))
+        let task = task as TaskId;
+        let mut messages = cluster.messages.borrow_mut();
+        let message = messages.get(&task).map(|known| known.message.clone());
+        if last {
+            messages.remove(&task);
+        }
+        message.ok_or_else(|| Failure::new("no_task"))
     })
 }
 
