@@ -31,7 +31,7 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   refuseUnknown("clusterLapplyAsync", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
-  seed <- streamsOf(.seed, n)
+  seed <- streamsOf(plain(.seed), n)
   groups <- if (n) parallel::splitIndices(n, min(n, perWorker * length(cl)))
   common <- list(...)
   records <- list()

@@ -177,10 +177,11 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             retries = 2, timeout = Inf, reconnect = FALSE,
                             buffer_limit = 512 * 2^20, keep_limit = NULL,
                             progress = interactive()) {
+  for (name in setdiff(names(formals()), c("spec", "type", "..."))) assign(name, plain(get(name)))
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
-  if (!is.null(packages) && (!is.character(packages) || anyNA(packages) || !all(nzchar(packages)))) {
+  if (!is.null(packages) && !(is.character(packages) && all(isText(packages)) && all(nzchar(packages)))) {
     badArgument("packages", "must be a character vector of packages' names")
   }
   tolerant <- tryCatch(match.arg(onFailure), error = function(e) {
@@ -241,7 +242,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
 # As match.fun(), for the argument of the function that calls.
 theFunction <- function(FUN, envir = parent.frame(2L)) {
   if (is.function(FUN)) return(FUN)
-  name <- FUN
+  name <- plain(FUN)
   if (!is.symbol(name) && !(is.character(name) && length(name) == 1L)) name <- eval.parent(substitute(substitute(FUN)))
   found <- if (is.symbol(name) || is.character(name)) {
     tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) NULL)
@@ -250,8 +251,19 @@ theFunction <- function(FUN, envir = parent.frame(2L)) {
   found
 }
 
+# An argument without its class, whose methods may do anything. What is no number for being of its class stays
+# as it is.
+plain <- function(x) {
+  own <- is.object(x) && !isS4(x) && !inherits(x, c("factor", "Date", "POSIXt", "difftime", "RustCluster", "cluster"))
+  if (own && typeof(x) %in% c("list", "character", "double", "integer", "logical")) unclass(x) else x
+}
+
+# Of each, whether it is a text that can be read here: no NA, nor bytes of which nobody knows the encoding.
+isText <- function(x) !is.na(x) & Encoding(x) != "bytes" & validEnc(x)
+
 # A number of workers or threads.
 count <- function(value, argument, most) {
+  value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
     badArgument(argument, "must be a number, at least 1")
   }
@@ -298,15 +310,18 @@ clusterOptions <- function(given) {
   }
   # What setDefaultClusterOptions() has set.
   defaults <- as.list(get0("defaultClusterOptions", asNamespace("parallel")))
-  options <- utils::modifyList(defaults[intersect(meaningful, names(defaults))], given)
+  # A NULL takes the default's place away.
+  options <- defaults[intersect(meaningful, names(defaults))]
+  options[names(given)] <- NULL
+  options <- c(options, lapply(Filter(Negate(is.null), given), plain))
 
   text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
-    !is.na(options[[name]])
+    isText(options[[name]])
   if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" for this console")
   if (!text("rscript") || !nzchar(options[["rscript"]])) {
     badArgument("rscript", "must be one command")
   }
-  if (!is.character(options$rscript_args)) {
+  if (!is.character(options$rscript_args) || !all(isText(options$rscript_args))) {
     badArgument("rscript_args", "must be a character vector")
   }
   for (name in c("homogeneous", "methods", "manual")) {
@@ -318,7 +333,7 @@ clusterOptions <- function(given) {
     abort("not_yet", "`manual = TRUE` is not supported yet", fields = list(argument = "manual"))
   }
   renice <- options$renice
-  if (length(renice) != 1L || !(is.na(renice) || is.numeric(renice) && abs(renice) <= 40)) {
+  if (!is.atomic(renice) || length(renice) != 1L || !(is.na(renice) || is.numeric(renice) && abs(renice) <= 40)) {
     badArgument("renice", "must be one number from -40 to 40, or NA")
   }
   options$renice <- if (is.na(renice)) 0L else as.integer(renice)
@@ -328,19 +343,24 @@ clusterOptions <- function(given) {
   }
   for (name in intersect(c("user", "rshcmd", "rshopts"), names(options))) {
     value <- options[[name]]
-    unset <- !length(value) || identical(value, "") || (length(value) == 1L && is.na(value))
+    unset <- !length(value) || identical(value, "") || (length(value) == 1L && is.atomic(value) && is.na(value))
     options[[name]] <- if (!unset) texts(value, name, if (name == "user") 1L)
   }
   # What parallel has by default is left to ssh, and elsewhere to the PATH.
   if (identical(options$user, Sys.info()[["user"]]) && is.null(given[["user"]])) options$user <- NULL
   if (identical(options$rshcmd, "ssh")) options$rshcmd <- NULL
-  if (!nzchar(paste(options$rlibs, collapse = ""))) options$rlibs <- NULL
+  # parallel's default is "".
+  if (!is.null(options$rlibs) && !(is.character(options$rlibs) && all(isText(options$rlibs)))) {
+    badArgument("rlibs", "must be a character vector of folders")
+  }
+  if (!any(nzchar(options$rlibs))) options$rlibs <- NULL
   options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
   if (is.null(given[["rscript"]])) options$rscript <- NULL
   options
 }
 
 between <- function(value, argument, what, least, most) {
+  value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= least && value <= most)) {
     badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(least), " to ",
                 format(most))
@@ -430,7 +450,8 @@ format.RustCluster <- function(x, ...) {
 
 #' @export
 `[.RustCluster` <- function(x, i) {
-  part <- .subset(x, i)
+  if (!missing(i)) i <- plain(i)
+  part <- tryCatch(.subset(x, i), error = function(e) badArgument("i", "must be numbers of nodes, or TRUE and FALSE"))
   if (!all(lengths(part, FALSE))) {
     badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
   }

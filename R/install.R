@@ -46,6 +46,7 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
     badArgument(c(unknown, "...")[[1L]], "is not an argument of installOnHosts(), which has ",
                 paste0("`", known, "`", collapse = ", "))
   }
+  timeout <- plain(timeout)
   if (!is.numeric(timeout) || length(timeout) != 1L || !isTRUE(timeout > 0)) {
     badArgument("timeout", "must be a number of seconds above 0")
   }

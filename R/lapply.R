@@ -56,6 +56,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   refuseUnknown("clusterLapply", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
+  for (name in c(".timeout", ".retries", ".order", ".seed", ".errors")) assign(name, plain(get(name)))
   if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
   if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
   if (length(parts) > 1L && !identical(.timeout, Inf)) {

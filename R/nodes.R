@@ -3,7 +3,15 @@
 
 # Of each node, whether it is one of ours.
 areOurs <- function(nodes) {
-  vapply(unclass(nodes), function(node) inherits(node, "RustNode") && is.environment(.subset2(node, "handle")), NA)
+  vapply(unclass(nodes), isNode, NA)
+}
+
+isNode <- function(node) {
+  if (!inherits(node, "RustNode") || !is.list(node)) return(FALSE)
+  handle <- .subset2(node, "handle")
+  rank <- plain(.subset2(node, "rank"))
+  is.environment(handle) && is.character(handle$id) && is.numeric(rank) && length(rank) == 1L &&
+    isTRUE(rank >= 1 && rank <= length(handle$hosts))
 }
 
 # The clusters that the nodes in these places are of: a list with, for each, its `handle`, the `places` of its
@@ -23,6 +31,17 @@ clustersAmong <- function(nodes, places = seq_along(nodes)) {
 
 # The same of a cluster that a user has given.
 clustersOf <- function(cl, argument = "cl") {
+  if (inherits(cl, "RustCluster") && length(cl)) {
+    # Nearly always they are of one cluster, which Rust finds out in less time.
+    ranks <- cluster_ranks(cl)
+    if (typeof(ranks) == "integer" && isNode(cl[[1L]])) {
+      handle <- cl[[1L]][["handle"]]
+      known <- range(ranks)
+      if (known[[1L]] >= 1L && known[[2L]] <= length(handle$hosts)) {
+        return(list(list(handle = handle, places = seq_along(ranks), ranks = ranks)))
+      }
+    }
+  }
   if (!inherits(cl, "cluster") || !is.list(cl)) badArgument(argument, "must be a cluster made by makeRustCluster()")
   if (!length(cl)) {
     badArgument(argument, "has no nodes: if all workers are gone, make another by makeRustCluster()")

@@ -300,7 +300,9 @@ stopNodes <- function(nodes) {
   trying <- function(expr) tryCatch(expr, error = function(e) failures <<- c(failures, list(e)))
   parts <- clustersAmong(nodes, which(ours))
   for (part in parts) trying(endNodes(part$handle, part$ranks))
-  for (node in nodes[!ours]) trying(parallels$stopNode(node))
+  for (node in nodes[!ours]) {
+    trying(if (inherits(node, "RustNode")) badArgument("cl", "has a node that was changed") else parallels$stopNode(node))
+  }
   for (part in parts) trying(awaitEnd(part$handle))
   if (length(failures)) stop(failures[[1L]])
   invisible()

@@ -84,11 +84,11 @@ hostProblem <- function(host, reason, stderr, stdout) {
       "`ssh-copy-id` and `ssh-add`"
     ),
     "no package called .rustcluster" = paste0(
-      "rustcluster is not installed there: run `installOnHosts(\"", here, "\")`, or give the ",
+      "rustcluster is not installed there: run `installOnHosts(\"", writtenHost(host), "\")`, or give the ",
       "library that has it as `rlibs`"
     ),
     "cannot talk to rustcluster|bad control message" = paste0(
-      "install the same version of rustcluster there, with `installOnHosts(\"", here, "\")`"
+      "install the same version of rustcluster there, with `installOnHosts(\"", writtenHost(host), "\")`"
     ),
     "Rscript: not found|Rscript: command not found|Rscript.?: No such file" = paste0(
       "Rscript is not found there: install R, or give its path as `rscript`"

@@ -47,6 +47,7 @@
 clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
   parts <- clustersOf(cl)
   if (!isTRUE(memory) && !isFALSE(memory)) badArgument("memory", "must be TRUE or FALSE")
+  timeout <- plain(timeout)
   between(timeout, "timeout", "of seconds", 0, 1e6)
   deadline <- proc.time()[["elapsed"]] + timeout
   questions <- lapply(parts, function(part) {
@@ -127,7 +128,9 @@ summary.RustCluster <- function(object, ...) {
 print.rustcluster_status <- function(x, n = 24L, ...) {
   needed <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "bytes_in",
               "bytes_out", "losses", "error")
-  if (!all(needed %in% names(x))) return(invisible(print(as.data.frame(x), ...)))
+  numbers <- setdiff(needed, c("host", "state", "error"))
+  if (!hasColumns(x, needed, numbers)) return(invisible(print(as.data.frame(x), ...)))
+  n <- plain(n)
   between(n, "n", "of workers", 0, Inf)
   hosts <- unique(x$host)
   states <- table(factor(x$state, unique(x$state)))
@@ -189,13 +192,18 @@ showErrors <- function(x) {
 #' @export
 print.rustcluster_summary <- function(x, ...) {
   needed <- c("host", "workers", "busy", "done", "seconds", "memory", "bytes_in", "bytes_out", "losses")
-  if (!all(needed %in% names(x))) return(invisible(print(as.data.frame(x), ...)))
+  if (!hasColumns(x, needed, setdiff(needed, "host"))) return(invisible(print(as.data.frame(x), ...)))
   printTable(data.frame(
     host = x$host, workers = x$workers, busy = x$busy, done = formatCount(x$done),
     worked = formatSeconds(x$seconds), memory = ifelse(is.na(x$memory), "?", formatBytes(x$memory)),
     `in` = formatBytes(x$bytes_in), out = formatBytes(x$bytes_out), losses = x$losses, check.names = FALSE
   ))
   invisible(x)
+}
+
+# Whether it is what a print method expects: a user may have changed it.
+hasColumns <- function(x, names, numbers) {
+  all(names %in% names(x)) && all(vapply(unclass(x)[numbers], is.numeric, NA))
 }
 
 printTable <- function(table) {
@@ -208,7 +216,7 @@ oneLine <- function(text, width) {
   ifelse(nchar(text) > width, paste0(substr(text, 1L, width - 3L), "..."), text)
 }
 
-counted <- function(count, what) paste0(formatCount(count), " ", what, if (count != 1) "s")
+counted <- function(count, what) paste0(formatCount(count), " ", what, if (!isTRUE(count == 1)) "s")
 
 formatCount <- function(count) {
   format(round(count), big.mark = ",", scientific = FALSE, trim = TRUE)

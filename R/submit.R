@@ -85,7 +85,8 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   if (length(given) && (is.null(names(given)) || !all(nzchar(names(given))))) {
     badArgument("...", "must be named: these are variables for `expr`")
   }
-  if (!is.null(.packages) && (!is.character(.packages) || anyNA(.packages) || !all(nzchar(.packages)))) {
+  .packages <- plain(.packages)
+  if (!is.null(.packages) && !(is.character(.packages) && all(isText(.packages)) && all(nzchar(.packages)))) {
     badArgument(".packages", "must be a character vector of packages' names")
   }
   if (!is.environment(.envir)) badArgument(".envir", "must be an environment")

@@ -106,6 +106,11 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
   }
   workers <- attr(x, "workers")
   if (is.null(workers)) workers <- unique(as.data.frame(x)[c("host", "rank")])
+  xlim <- plain(xlim)
+  for (name in c("main", "xlab")) {
+    label <- get(name)
+    if (!is.null(label) && !is.vector(label) && !is.language(label)) badArgument(name, "must be a text")
+  }
   if (is.null(xlim)) xlim <- timelineSpan(x)
   if (!is.numeric(xlim) || length(xlim) != 2L || anyNA(xlim) || xlim[[1L]] >= xlim[[2L]]) {
     badArgument("xlim", "must be two numbers of seconds, the smaller one first")
@@ -252,6 +257,7 @@ timelineTitle <- function(x, rows, xlim) {
 #' @param n (integer) Rows to show.
 #' @export
 print.rustcluster_timeline <- function(x, n = 10L, ...) {
+  n <- plain(n)
   between(n, "n", "of rows", 0, Inf)
   plain <- as.data.frame(x)
   cat(counted(nrow(plain), "interval"), if (nrow(plain) > n) paste(", of which the first", n), "\n", sep = "")
