@@ -89,15 +89,15 @@ distinctNodes <- function(cl) {
 c.RustCluster <- function(..., recursive = FALSE) {
   nodesOf <- function(x) {
     if (inherits(x, "RustNode")) return(list(x))
-    if (!is.list(x) || !(inherits(x, "cluster") || all(areOurs(x)))) {
-      badArgument("...", "must be clusters, or nodes of such")
-    }
+    # Nodes of all packages are lists with a class.
+    nodes <- is.list(x) && all(vapply(unclass(x), function(node) is.list(node) && is.object(node), NA))
+    if (!nodes) badArgument("...", "must be clusters, or nodes of clusters")
     attributes(x) <- NULL
     x
   }
   nodes <- do.call(c, lapply(list(...), nodesOf))
   # As parallelly has it: the class that they have in common.
-  structure(nodes, class = c(if (all(areOurs(nodes))) "RustCluster", "cluster"))
+  named(structure(nodes, class = c(if (all(areOurs(nodes))) "RustCluster", "cluster")))
 }
 
 #' @export
@@ -107,20 +107,20 @@ unique.RustCluster <- function(x, incomparables = FALSE, ...) {
 
 # Methods for package parallelly ---------------------------------------------------------------------
 
+#' @exportS3Method parallelly::as.cluster
+as.cluster.RustCluster <- function(x, ...) named(x)
+
 # For future's own plan(cluster, workers = cl). It knows clusters by their names, which it makes of what is in
 # them if they have none: of ours, that changes.
-#' @exportS3Method parallelly::as.cluster
-as.cluster.RustCluster <- function(x, ...) {
-  if (length(x) && all(areOurs(x))) {
-    names <- vapply(unclass(x), function(node) paste(c(node$handle$id, node$rank), collapse = "-"), "")
-    attr(x, "name") <- paste(names, collapse = "-")
-  }
-  x
+named <- function(cl) {
+  nameOf <- function(node) paste(c(node$handle$id, as.integer(node$con), node$rank), collapse = "-")
+  attr(cl, "name") <- paste(vapply(unclass(cl), nameOf, ""), collapse = " ")
+  cl
 }
 
 #' @exportS3Method parallelly::as.cluster
 as.cluster.RustNode <- function(x, ...) {
-  as.cluster.RustCluster(structure(list(x), class = c("RustCluster", "cluster")))
+  named(structure(list(x), class = c("RustCluster", "cluster")))
 }
 
 # NA for a node of a cluster that cannot be used here, as one that was loaded from a file.
