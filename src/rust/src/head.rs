@@ -160,8 +160,7 @@ fn usable(handle: &Robj) -> std::result::Result<&Cluster, Failure> {
         return Err(Failure::new("restored"));
     }
     // Nil after it has been saved and loaded.
-    let pointer: &ExternalPtr<Cluster> =
-        handle.try_into().map_err(|_| Failure::new("restored"))?;
+    let pointer: &ExternalPtr<Cluster> = handle.try_into().map_err(|_| Failure::new("restored"))?;
     let cluster = pointer.try_addr().map_err(|_| Failure::new("restored"))?;
     let hub = cluster.hub.try_borrow().map_err(|_| Failure::new("busy"))?;
     if hub.is_forked() {
@@ -1063,7 +1062,9 @@ fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
         };
         let several = || Failure::new("several_clusters");
         // Nodes of other packages have no handle.
-        let handle = fields.get("handle").filter(|handle| handle.is_environment());
+        let handle = fields
+            .get("handle")
+            .filter(|handle| handle.is_environment());
         // SAFETY: addresses are compared, not used.
         let own = unsafe { handle.ok_or_else(several)?.get() };
         if *first.get_or_insert(own) != own {
