@@ -343,8 +343,9 @@ clusterOptions <- function(given) {
   }
   for (name in intersect(c("user", "rshcmd", "rshopts"), names(options))) {
     value <- options[[name]]
-    unset <- !length(value) || identical(value, "") || (length(value) == 1L && is.atomic(value) && is.na(value))
-    options[[name]] <- if (!unset) texts(value, name, if (name == "user") 1L)
+    nothing <- is.vector(value) && !length(value)
+    unset <- isUnset(value) || nothing || identical(value, "")
+    options[[name]] <- if (!unset) if (name == "user") hostName(value, name) else texts(value, name)
   }
   # What parallel has by default is left to ssh, and elsewhere to the PATH.
   if (identical(options$user, Sys.info()[["user"]]) && is.null(given[["user"]])) options$user <- NULL

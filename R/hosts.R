@@ -108,6 +108,9 @@ hostAddress <- function(text, argument) {
   )
 }
 
+# NULL and NA stand for the default.
+isUnset <- function(value) is.null(value) || (is.atomic(value) && length(value) == 1L && is.na(value))
+
 portNumber <- function(port, refuse) {
   number <- if (grepl("^[0-9]{1,9}$", port)) as.integer(port) else 0L
   if (number < 1L || number > 65535L) refuse("the port must be a number from 1 to 65535")
@@ -161,16 +164,14 @@ listEntry <- function(entry, i) {
   address <- hostAddress(entry$host, field("host"))
   for (name in names(address)) {
     other <- entry[[name]]
-    unset <- name == "host" || !length(other) || (length(other) == 1L && is.na(other))
-    if (!unset && !isTRUE(all.equal(other, address[[name]], check.attributes = FALSE))) {
+    if (name != "host" && !isUnset(other) && !isTRUE(all.equal(other, address[[name]], check.attributes = FALSE))) {
       badArgument(field("host"), "has a ", name, " that contradicts `", name, "`: give it once")
     }
     entry[[name]] <- address[[name]]
   }
   # NULL and NA are settings that are not made; for ncore they mean all cores.
   asked <- "ncore" %in% names(entry)
-  unset <- vapply(entry, function(value) is.null(value) || (length(value) == 1L && is.na(value)), NA)
-  entry <- entry[!unset]
+  entry <- entry[!vapply(entry, isUnset, NA)]
   checked <- list(
     user = function(x, f) hostName(x, f),
     ncore = function(x, f) count(x, f, mostWorkers),

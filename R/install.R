@@ -52,8 +52,8 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
   }
   if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
   for (name in names(given)) {
-    one <- name %in% c("user", "rscript")
-    given[[name]] <- texts(given[[name]], name, if (one) 1L)
+    value <- given[[name]]
+    given[[name]] <- if (name == "user") hostName(value, name) else texts(value, name, if (name == "rscript") 1L)
   }
   # Numbers of workers, and what workers are started with, make no other host.
   hosts <- lapply(specHosts(hosts, given)$hosts, function(host) {

@@ -145,18 +145,15 @@ expect_all_bad <- function(call, argument, values) {
 
 test_that("whatever is wrong with an argument of makeRustCluster() is an error of ours that names it", {
   before <- if (dir.exists("/proc")) descendants() else integer()
-  flags <- wrong_values("true")
-  numbers <- c("numbers", "no_numbers", "no_list", "half", "many")
   texts <- c("text", "texts", "empty", "no_texts", "none")
   takes <- list(
     packages = c(texts[-3], "none"), rscript_envs = c(texts[-3], "none", "no_list"), start = c("texts", "none"),
     threads = c("half", "true", "many"), memory_limit = c("inf", "many"), onFailure = "none", patience = character(),
-    retries = "zero", timeout = "inf", reconnect = "true", buffer_limit = character(), keep_limit = c("zero", "half", "none"),
+    retries = "zero", timeout = c("inf", "half"), reconnect = "true", buffer_limit = character(), keep_limit = c("zero", "half", "none"),
     progress = "true", outfile = c("text", "empty"), rscript = "text", rscript_args = texts[-5],
     homogeneous = "true", methods = "true", manual = "true", renice = c("na", "text_na", "number_na", "nan", "zero", "minus", "half", "none"),
     rlibs = texts, setup_timeout = c("inf", "many", "half"), user = texts[-2], rshcmd = texts, rshopts = texts
   )
-  defaulted <- c("none")
   for (argument in names(takes)) {
     call <- function(value) {
       arguments <- list(2)
@@ -169,7 +166,7 @@ test_that("whatever is wrong with an argument of makeRustCluster() is an error o
     ))
     if (argument == "renice") values$hostile_number <- hostile(99)
     if (argument == "rlibs") values <- values[setdiff(names(values), "hostile_text")]
-    if (argument %in% c("packages", "rscript_args", "rshcmd", "rshopts", "outfile", "rscript", "user")) {
+    if (argument %in% c("packages", "rscript_args", "rshcmd", "rshopts", "outfile", "rscript")) {
       values <- values[setdiff(names(values), "hostile_text")]
     }
     expect_all_bad(call, argument, values)
@@ -201,7 +198,7 @@ test_that("whatever is wrong with an argument of makeRustCluster() is an error o
   call <- function(value) rustcluster:::specHosts(value)
   expect_all_bad(call, "spec", wrong_values("half", "numbers", "matrix", "text", "texts", "hostile_number")[-1])
   for (name in list(bytes(), "h\xffst", "", NA)) expect_bad_argument(makeRustCluster(structure(2, names = name)), "spec")
-  for (name in list(bytes(), "1a", "a b", "")) {
+  for (name in list(bytes(), "1a", "a b")) {
     expect_bad_argument(makeRustCluster(2, rscript_envs = structure("v", names = name)), "rscript_envs")
   }
   if (dir.exists("/proc")) expect_identical(descendants(), before)
@@ -237,8 +234,11 @@ test_that("whatever is wrong with an argument of other functions is an error of 
   of(clusterStatus, "memory", "true", cl = cl)
   of(clusterStatus, "timeout", c("zero", "half"), cl = cl)
   of(installOnHosts, "hosts", c(texts, "half", "numbers", "matrix", "hostile_number"), named = "spec")
-  for (argument in c("user", "rscript")) of(installOnHosts, argument, "text", hosts = "localhost")
-  for (argument in c("rshcmd", "rshopts", "rlibs")) of(installOnHosts, argument, texts, hosts = "localhost")
+  of(installOnHosts, "user", "text", hosts = "localhost")
+  of(installOnHosts, "rscript", c("text", "hostile_text"), hosts = "localhost")
+  for (argument in c("rshcmd", "rshopts", "rlibs")) {
+    of(installOnHosts, argument, c(texts, "hostile_text"), hosts = "localhost")
+  }
   of(installOnHosts, "timeout", c("half", "inf", "many"), hosts = "localhost")
   of(installOnHosts, "progress", "true", hosts = "localhost")
   of(print, "n", c("zero", "half", "inf", "many"), clusterStatus(cl))

@@ -93,8 +93,8 @@ test_that("loops of doSNOW show their progress", {
   skip_if_not_installed("doSNOW")
   on.exit(foreach::registerDoSEQ())
   `%dopar%` <- foreach::`%dopar%`
-  y <- 2
   loops <- function(cl) {
+    y <- 2
     doSNOW::registerDoSNOW(cl)
     seen <- list()
     progress <- function(n, tag) seen[[length(seen) + 1L]] <<- n
