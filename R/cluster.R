@@ -18,12 +18,15 @@
 #'     others (as `parallelly::availableCores()` counts them), or option
 #'     `mc.cores` if that is less.
 #'   * (number, with names) workers on each of the hosts named.
-#'   * (character) a host, or `"user@host"`, for each worker.
+#'   * (character) a host for each worker.
 #'   * (list) a list for each host, with `host` and any of `user`, `ncore` (how
 #'     many workers; missing or `NA`: the cores that may be used there), `port`
 #'     (of its sshd), `rscript`, `rlibs`, `rshcmd`, `rshopts`, `rscript_envs`,
 #'     `threads`, `renice`, `start`. If no element has `ncore` and some are
 #'     equal, each stands for one worker, as in \pkg{parallel}.
+#'
+#'   Wherever a host is named, it may be written with its user and the port of its sshd: `"user@host"`,
+#'   `"host:2222"`, `"[::1]:2222"`, `"ssh://user@host:2222"`. An IPv6 address without a port needs no brackets.
 #'
 #'   `"localhost"`, and this machine's name and addresses, are reached without
 #'   ssh, unless another user, a port or an ssh of its own is asked for.
@@ -130,6 +133,17 @@
 #' If a task before it failed with an error of its own, \pkg{parallel} raises that
 #' instead. Errors of R code are results, and never tried again. So is a jump to R's top level, which ends a
 #' PSOCK worker: `stop()` makes it with a condition that is no error, and `invokeRestart("abort")`.
+#'
+#' @section Several clusters:
+#' `c(cl1, cl2)` is a cluster with the nodes of both, in that order. All verbs work on it, those of
+#' \pkg{parallel} as on a PSOCK cluster with as many nodes. They send one message for each task, and it is
+#' each cluster's own `retries` and `timeout` that count. A lost task is tried again on its own cluster.
+#' [clusterSubmit()] gives a call to the cluster that has the most idle workers when the call is made.
+#' `stopCluster()` ends those workers, each in its own cluster.
+#' `plan(cluster_rust)` of \pkg{future} takes one cluster alone.
+#'
+#' `c(cl, psock)` joins nodes of ours and of a PSOCK cluster. The functions of \pkg{parallel} work on the
+#' result. All other functions of this package refuse it by name.
 #'
 #' @section Cluster type:
 #' In R 4.5 and newer, `parallel::makeCluster(spec, type = "RUST", ...)` is

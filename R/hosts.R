@@ -81,6 +81,8 @@ hostAddress <- function(text, argument) {
   user <- if (grepl("@", rest, fixed = TRUE)) sub("@[^@]*$", "", rest)
   rest <- sub("^.*@", "", rest)
   if (!is.null(user) && grepl(":", user, fixed = TRUE)) {
+    # Error messages end up in logs.
+    text <- paste0(sub(":.*", "", user), ":...@", rest)
     refuse("a password cannot be given; set up a key with `ssh-copy-id`")
   }
   bracketed <- startsWith(rest, "[")

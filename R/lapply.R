@@ -20,7 +20,7 @@
 #' @param .timeout (number) Seconds that an element may take, from when it is sent to its worker; default
 #'   `Inf`. Each is then sent when its worker is known to have ended all before. What
 #'   takes longer is interrupted, and killed if it does not heed that, and an error of class
-#'   `rustcluster_timeout` takes the place of its result.
+#'   `rustcluster_timeout` takes the place of its result. Not with nodes of several clusters.
 #' @param .retries (integer) How often an element is tried again that was lost with its worker, if not
 #'   as often as `retries` of the cluster. `0`: a loss is an error at once, unless `.errors` is `"return"`.
 #' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.

@@ -195,6 +195,10 @@ receiveOfAny <- function(cl, read = readAnswer) {
   ours <- areOurs(nodes)
   others <- which(!ours)
   connections <- lapply(nodes[others], function(node) node$con)
+  mute <- others[!vapply(connections, inherits, NA, "connection")]
+  if (length(mute)) {
+    badArgument("cl", "has nodes that cannot be waited for beside others, since they have no connection: ", spanText(mute, "node"))
+  }
   sources <- clustersAmong(nodes, which(ours))
   if (length(others)) sources <- c(sources, list(NULL))
   turns$count <- turns$count + 1
