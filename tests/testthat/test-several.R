@@ -76,6 +76,14 @@ test_that("every verb gives what PSOCK gives on nodes of several clusters", {
   expect_same_on_all(clusterSplit(cl, 1:10))
 })
 
+test_that("our own verbs find nodes of ours in a cluster that has kept PSOCK's class", {
+  mixtures()
+  cl <- cluster_of(c(unclass(several$psock), unclass(several$a)), class(several$psock))
+  expect_identical(clusterApplyLB(cl, 1:20, identity), as.list(1:20))
+  expect_identical(parLapplyLB(cl, 1:20, identity), as.list(1:20))
+  expect_identical(clusterApply(cl, 1:20, identity), as.list(1:20))
+})
+
 test_that("which node has which task, and its random numbers, are PSOCK's", {
   expect_same_on_all({
     parallel::clusterSetRNGStream(cl, 5)
