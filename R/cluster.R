@@ -255,14 +255,14 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
 
 # As match.fun(), for the argument of the function that calls.
 theFunction <- function(FUN, envir = parent.frame(2L)) {
+  if (missing(FUN)) badArgument("FUN", "is missing")
   if (is.function(FUN)) return(FUN)
   name <- plain(FUN)
   if (!is.symbol(name) && !(is.character(name) && length(name) == 1L)) name <- eval.parent(substitute(substitute(FUN)))
-  found <- if (is.symbol(name) || is.character(name)) {
-    tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) NULL)
-  }
-  if (is.null(found)) badArgument("FUN", "must be a function, or the name of one")
-  found
+  if (!is.symbol(name) && !is.character(name)) badArgument("FUN", "must be a function, or the name of one")
+  tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) {
+    badArgument("FUN", "must be a function, or the name of one: ", conditionMessage(e))
+  })
 }
 
 # An argument without its class, whose methods may do anything. What is no number for being of its class stays

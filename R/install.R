@@ -39,6 +39,7 @@
 #' }
 #' @export
 installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive()) {
+  if (missing(hosts)) badArgument("hosts", "is missing")
   given <- list(...)
   known <- c("user", "rshcmd", "rshopts", "rscript", "rlibs")
   unknown <- setdiff(names(given), known)

@@ -53,6 +53,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   cl <- theCluster(cl)
   parts <- clustersOf(cl)
   FUN <- theFunction(FUN)
+  if (missing(X)) badArgument("X", "is missing")
   refuseUnknown("clusterLapply", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)

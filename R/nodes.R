@@ -31,6 +31,7 @@ clustersAmong <- function(nodes, places = seq_along(nodes)) {
 
 # The same of a cluster that a user has given.
 clustersOf <- function(cl, argument = "cl") {
+  if (missing(cl)) badArgument(argument, "is missing")
   if (inherits(cl, "RustCluster") && length(cl)) {
     # Nearly always they are of one cluster, which Rust finds out in less time.
     ranks <- cluster_ranks(cl)

@@ -242,6 +242,14 @@ test_that("whatever is wrong with an argument of other functions is an error of 
   of(installOnHosts, "timeout", c("half", "inf", "many"), hosts = "localhost")
   of(installOnHosts, "progress", "true", hosts = "localhost")
   of(print, "n", c("zero", "half", "inf", "many"), clusterStatus(cl))
+  for (fun in list(clusterPids, agentPids, clusterHosts, clusterStatus, clusterTimeline)) {
+    expect_bad_argument(fun(), "cl")
+  }
+  for (fun in list(clusterLapply, clusterLapplyAsync)) {
+    expect_bad_argument(fun(cl, FUN = sqrt), "X")
+    expect_bad_argument(fun(cl, 1:2), "FUN")
+  }
+  expect_bad_argument(installOnHosts(), "hosts")
   # What names a function is looked for where the caller is, as by match.fun().
   twice <- function(x) 2 * x
   expect_identical(clusterLapply(cl, 1:2, "twice"), list(2, 4))
