@@ -137,6 +137,13 @@ test_that("hosts over ssh are reached at the port that is written with them", {
   error <- caught(over_ssh(ssh, spec[3]))
   expect_rust_error(error, "start_failed")
   expect_match(conditionMessage(error), "::1")
+  # parallelly's functions go the same way.
+  skip_if_not(requireNamespace("parallelly", quietly = TRUE) && exists("killNode", asNamespace("parallelly")))
+  expect_identical(parallelly::isLocalhostNode(cl), c(FALSE, FALSE))
+  pid <- clusterPids(cl)[[1]]
+  expect_identical(parallelly::killNode(cl[[1]], tools::SIGKILL), TRUE)
+  expect_gone(pid)
+  expect_identical(suppressWarnings(clusterCall(cl, identity, 1)), list(1, 1))
 })
 
 test_that("what is wrong with a spec is named", {
