@@ -28,11 +28,12 @@
 #' @export
 clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   cl <- theCluster(cl)
-  FUN <- match.fun(FUN)
+  FUN <- theFunction(FUN)
+  if (missing(X)) badArgument("X", "is missing")
   refuseUnknown("clusterLapplyAsync", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
-  seed <- streamsOf(.seed, n)
+  seed <- streamsOf(plain(.seed), n)
   groups <- if (n) parallel::splitIndices(n, min(n, perWorker * length(cl)))
   common <- list(...)
   records <- list()

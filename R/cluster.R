@@ -18,12 +18,15 @@
 #'     others (as `parallelly::availableCores()` counts them), or option
 #'     `mc.cores` if that is less.
 #'   * (number, with names) workers on each of the hosts named.
-#'   * (character) a host, or `"user@host"`, for each worker.
+#'   * (character) a host for each worker.
 #'   * (list) a list for each host, with `host` and any of `user`, `ncore` (how
 #'     many workers; missing or `NA`: the cores that may be used there), `port`
 #'     (of its sshd), `rscript`, `rlibs`, `rshcmd`, `rshopts`, `rscript_envs`,
 #'     `threads`, `renice`, `start`. If no element has `ncore` and some are
 #'     equal, each stands for one worker, as in \pkg{parallel}.
+#'
+#'   Wherever a host is named, it may be written with its user and the port of its sshd: `"user@host"`,
+#'   `"host:2222"`, `"[::1]:2222"`, `"ssh://user@host:2222"`. An IPv6 address without a port needs no brackets.
 #'
 #'   `"localhost"`, and this machine's name and addresses, are reached without
 #'   ssh, unless another user, a port or an ssh of its own is asked for.
@@ -135,6 +138,17 @@
 #' instead. Errors of R code are results, and never tried again. So is a jump to R's top level, which ends a
 #' PSOCK worker: `stop()` makes it with a condition that is no error, and `invokeRestart("abort")`.
 #'
+#' @section Several clusters:
+#' `c(cl1, cl2)` is a cluster with the nodes of both, in that order. All verbs work on it, those of
+#' \pkg{parallel} as on a PSOCK cluster with as many nodes. They send one message for each task, and it is
+#' each cluster's own `retries` and `timeout` that count. A lost task is tried again on its own cluster.
+#' [clusterSubmit()] gives a call to the cluster that has the most idle workers when the call is made.
+#' `stopCluster()` ends those workers, each in its own cluster.
+#' `plan(cluster_rust)` of \pkg{future} takes one cluster alone.
+#'
+#' `c(cl, psock)` joins nodes of ours and of a PSOCK cluster. The functions of \pkg{parallel} work on the
+#' result. All other functions of this package refuse it by name.
+#'
 #' @section Cluster type:
 #' In R 4.5 and newer, `parallel::makeCluster(spec, type = "RUST", ...)` is
 #' `makeRustCluster(spec, ...)`, once this package is loaded, which registers the type.
@@ -181,10 +195,11 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             retries = 2, timeout = Inf, reconnect = FALSE,
                             buffer_limit = 512 * 2^20, keep_limit = NULL, stop_timeout = 5,
                             progress = interactive()) {
+  for (name in setdiff(names(formals()), c("spec", "type", "..."))) assign(name, plain(get(name)))
   options <- clusterOptions(list(...))
   # The name that makePSOCKcluster() has for it.
   if (!is.null(options$names)) spec <- options$names
-  if (!is.null(packages) && (!is.character(packages) || anyNA(packages) || !all(nzchar(packages)))) {
+  if (!is.null(packages) && !(is.character(packages) && all(isText(packages)) && all(nzchar(packages)))) {
     badArgument("packages", "must be a character vector of packages' names")
   }
   tolerant <- tryCatch(match.arg(onFailure), error = function(e) {
@@ -244,8 +259,31 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
 
 # Arguments ------------------------------------------------------------------------------------
 
+# As match.fun(), for the argument of the function that calls.
+theFunction <- function(FUN, envir = parent.frame(2L)) {
+  if (missing(FUN)) badArgument("FUN", "is missing")
+  if (is.function(FUN)) return(FUN)
+  name <- plain(FUN)
+  if (!is.symbol(name) && !(is.character(name) && length(name) == 1L)) name <- eval.parent(substitute(substitute(FUN)))
+  if (!is.symbol(name) && !is.character(name)) badArgument("FUN", "must be a function, or the name of one")
+  tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) {
+    badArgument("FUN", "must be a function, or the name of one: ", conditionMessage(e))
+  })
+}
+
+# An argument without its class, whose methods may do anything. What is no number for being of its class stays
+# as it is.
+plain <- function(x) {
+  own <- is.object(x) && !isS4(x) && !inherits(x, c("factor", "Date", "POSIXt", "difftime", "RustCluster", "cluster"))
+  if (own && typeof(x) %in% c("list", "character", "double", "integer", "logical")) unclass(x) else x
+}
+
+# Of each, whether it is a text that can be read here: no NA, nor bytes of which nobody knows the encoding.
+isText <- function(x) !is.na(x) & Encoding(x) != "bytes" & validEnc(x)
+
 # A number of workers or threads.
 count <- function(value, argument, most) {
+  value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
     badArgument(argument, "must be a number, at least 1")
   }
@@ -292,15 +330,18 @@ clusterOptions <- function(given) {
   }
   # What setDefaultClusterOptions() has set.
   defaults <- as.list(get0("defaultClusterOptions", asNamespace("parallel")))
-  options <- utils::modifyList(defaults[intersect(meaningful, names(defaults))], given)
+  # A NULL takes the default's place away.
+  options <- defaults[intersect(meaningful, names(defaults))]
+  options[names(given)] <- NULL
+  options <- c(options, lapply(Filter(Negate(is.null), given), plain))
 
   text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
-    !is.na(options[[name]])
+    isText(options[[name]])
   if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" for this console")
   if (!text("rscript") || !nzchar(options[["rscript"]])) {
     badArgument("rscript", "must be one command")
   }
-  if (!is.character(options$rscript_args)) {
+  if (!is.character(options$rscript_args) || !all(isText(options$rscript_args))) {
     badArgument("rscript_args", "must be a character vector")
   }
   for (name in c("homogeneous", "methods", "manual")) {
@@ -312,7 +353,7 @@ clusterOptions <- function(given) {
     abort("not_yet", "`manual = TRUE` is not supported yet", fields = list(argument = "manual"))
   }
   renice <- options$renice
-  if (length(renice) != 1L || !(is.na(renice) || is.numeric(renice) && abs(renice) <= 40)) {
+  if (!is.atomic(renice) || length(renice) != 1L || !(is.na(renice) || is.numeric(renice) && abs(renice) <= 40)) {
     badArgument("renice", "must be one number from -40 to 40, or NA")
   }
   options$renice <- if (is.na(renice)) 0L else as.integer(renice)
@@ -322,19 +363,25 @@ clusterOptions <- function(given) {
   }
   for (name in intersect(c("user", "rshcmd", "rshopts"), names(options))) {
     value <- options[[name]]
-    unset <- !length(value) || identical(value, "") || (length(value) == 1L && is.na(value))
-    options[[name]] <- if (!unset) texts(value, name, if (name == "user") 1L)
+    nothing <- is.vector(value) && !length(value)
+    unset <- isUnset(value) || nothing || identical(value, "")
+    options[[name]] <- if (!unset) if (name == "user") hostName(value, name) else texts(value, name)
   }
   # What parallel has by default is left to ssh, and elsewhere to the PATH.
   if (identical(options$user, Sys.info()[["user"]]) && is.null(given[["user"]])) options$user <- NULL
   if (identical(options$rshcmd, "ssh")) options$rshcmd <- NULL
-  if (!nzchar(paste(options$rlibs, collapse = ""))) options$rlibs <- NULL
+  # parallel's default is "".
+  if (!is.null(options$rlibs) && !(is.character(options$rlibs) && all(isText(options$rlibs)))) {
+    badArgument("rlibs", "must be a character vector of folders")
+  }
+  if (!any(nzchar(options$rlibs))) options$rlibs <- NULL
   options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
   if (is.null(given[["rscript"]])) options$rscript <- NULL
   options
 }
 
 between <- function(value, argument, what, least, most) {
+  value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= least && value <= most)) {
     badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(least), " to ",
                 format(most))
@@ -366,39 +413,19 @@ usableCores <- function() {
 #' parallel::stopCluster(cl)
 #' @export
 clusterPids <- function(cl) {
-  handle <- clusterHandle(cl)
-  if (handle$stopped) return(rep(NA_integer_, length(cl)))
-  pids <- checked(hub_pids(handle$pointer), handle)
-  pids[vapply(cl, function(node) as.integer(node[["rank"]]), 0L)]
+  byNode(clustersOf(cl), function(handle, ranks) {
+    if (handle$stopped) return(rep(NA_integer_, length(ranks)))
+    checked(hub_pids(handle$pointer), handle)[ranks]
+  })
 }
 
 #' @rdname clusterPids
 #' @export
 agentPids <- function(cl) {
-  handle <- clusterHandle(cl)
-  if (handle$stopped) return(integer())
-  checked(hub_agent_pids(handle$pointer), handle)
-}
-
-clusterHandle <- function(cl) {
-  if (!inherits(cl, "RustCluster")) badArgument("cl", "must be a cluster made by makeRustCluster()")
-  if (!length(cl)) badArgument("cl", "has no nodes: if all workers are gone, make another by makeRustCluster()")
-  cl[[1L]][["handle"]]
-}
-
-# The cluster that is meant: without one, parallel's default.
-theCluster <- function(cl) {
-  if (is.null(cl)) cl <- getDefaultCluster()
-  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
-  clusterHandle(cl)
-  cl
-}
-
-# The ranks of nodes, each of which must be there once.
-distinctRanks <- function(cl) {
-  ranks <- checked(cluster_ranks(cl), clusterHandle(cl))
-  if (anyDuplicated(ranks)) badArgument("cl", "has nodes twice: `unique(cl)` leaves them out")
-  ranks
+  unlist(lapply(clustersOf(cl), function(part) {
+    if (part$handle$stopped) return(integer())
+    checked(hub_agent_pids(part$handle$pointer), part$handle)
+  }))
 }
 
 # What is to be said of a cluster that cannot be used; "" of one that can.
@@ -419,10 +446,9 @@ fate <- function(handle) {
 #' @export
 print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
-  if (length(x)) {
-    handle <- clusterHandle(x)
-    if (!handle$stopped && nzchar(fate(handle))) cat("Make a new one with makeRustCluster()\n")
-  }
+  handles <- lapply(clustersAmong(x, which(areOurs(x))), `[[`, "handle")
+  unusable <- vapply(handles, function(handle) !handle$stopped && nzchar(fate(handle)), NA)
+  if (any(unusable)) cat("Make a new one with makeRustCluster()\n")
   invisible(x)
 }
 
@@ -436,12 +462,17 @@ format.RustCluster <- function(x, ...) {
     ),
     length(x), paste(sQuote(hosts), collapse = ", ")
   )
-  paste0(text, if (length(x)) fate(clusterHandle(x)))
+  parts <- clustersAmong(x, which(areOurs(x)))
+  fates <- vapply(parts, function(part) fate(part$handle), "")
+  if (length(parts) < 2L) return(paste0(text, fates))
+  of <- vapply(parts, function(part) spanText(part$places, "node"), "")
+  paste0(text, paste0(", ", of, " of a cluster", fates)[nzchar(fates)], collapse = "")
 }
 
 #' @export
 `[.RustCluster` <- function(x, i) {
-  part <- .subset(x, i)
+  if (!missing(i)) i <- plain(i)
+  part <- tryCatch(.subset(x, i), error = function(e) badArgument("i", "must be numbers of nodes, or TRUE and FALSE"))
   if (!all(lengths(part, FALSE))) {
     badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
   }

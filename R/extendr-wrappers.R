@@ -117,9 +117,9 @@ hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
 #' @noRd
 hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
 
-#' The message of a task that ended without an answer. It is asked for once.
+#' The message of a task that ended without an answer. `last`: it is not asked for again.
 #' @noRd
-hub_message <- function(handle, task) .Call(wrap__hub_message, handle, task)
+hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
 
 #' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
 #' hub_read().
@@ -130,6 +130,15 @@ hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 #' hub_receive().
 #' @noRd
 hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
+
+#' As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
+#' have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+#' @noRd
+hub_look <- function(handle, ranks, places) .Call(wrap__hub_look, handle, ranks, places)
+
+#' Sleeps a little, or until hub_look() may find something in one of these clusters.
+#' @noRd
+hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
 
 #' The answer that hub_receive() or hub_receive_any() has told of.
 #' @noRd

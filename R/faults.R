@@ -4,6 +4,7 @@
 # is still to come.
 taskEnded <- function(failure, handle) {
   task <- failure[["task"]]
+  failure <- amongAll(failure, handle)
   switch(failure[["kind"]],
     timeout = failedAnswer(task, failureCondition(failure, handle), handle),
     task_failed = failedAnswer(task, taskFailed(failure, handle), handle),
@@ -11,13 +12,33 @@ taskEnded <- function(failure, handle) {
   )
 }
 
+# Each cluster counts the tasks that it was sent. The failure with the task's number among all tasks of a verb
+# that has sent them to nodes of several clusters.
+amongAll <- function(failure, handle) {
+  frame <- openFrames[[handle$id]]
+  cl <- if (!is.null(frame)) frame[["cl"]]
+  if (!is.list(cl) || typeof(cluster_ranks(cl)) == "integer") return(failure)
+  tag <- checked(hub_message(handle$pointer, as.numeric(failure[["task"]]), FALSE), handle)$data$tag
+  if (is.null(tag)) {
+    # The verbs without tags give the nodes a task each, in order, until there are no more tasks.
+    own <- Filter(function(part) identical(part$handle, handle), clustersAmong(cl, which(areOurs(cl))))
+    if (!length(own)) return(failure)
+    places <- own[[1L]]$places
+    before <- as.integer(failure[["index"]]) - 1L
+    tag <- before %/% length(places) * length(cl) + places[[before %% length(places) + 1L]]
+  }
+  failure[["index"]] <- tag
+  failure
+}
+
 taskLost <- function(task, failure, handle) {
-  none <- handle$retries == 0
+  retries <- if (is.null(handle$policy)) handle$retries else handle$policy$retries
+  none <- if (is.null(handle$policy)) retries == 0 else handle$policy$lossEnds
   loss <- failureCondition(c(failure, again = if (none) FALSE), handle)
   losses <- c(handle$losses[[task]], list(loss))
   number <- as.numeric(task)
   if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(number, loss, handle))
-  again <- length(losses) <= handle$retries
+  again <- length(losses) <= retries
   if (again) {
     sent <- hub_try_again(handle$pointer, number)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
@@ -72,7 +93,7 @@ failureValue <- function(condition) {
 }
 
 failedAnswer <- function(task, condition, handle) {
-  message <- checked(hub_message(handle$pointer, as.numeric(task)), handle)
+  message <- checked(hub_message(handle$pointer, as.numeric(task), TRUE), handle)
   list(
     type = "VALUE", value = failureValue(condition), success = FALSE, time = noTime,
     tag = message$data$tag
@@ -89,7 +110,7 @@ noTime <- structure(
 as.character.rustcluster_failure <- function(x, ...) {
   frames <- sys.nframe()
   for (frame in rev(seq_len(frames))) {
-    if (identical(sys.function(frame), parallels$checkForRemoteErrors)) {
+    if (isTheirs(sys.function(frame), "checkForRemoteErrors")) {
       raiseTaskFailure(x, get("val", sys.frame(frame)))
     }
   }

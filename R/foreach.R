@@ -40,10 +40,10 @@
 #' @export
 registerDoRustCluster <- function(cl = NULL) {
   cl <- theCluster(cl)
-  handle <- clusterHandle(cl)
-  if (handle$stopped) raiseFailure(c(kind = "stopped"), handle)
-  checked(hub_pids(handle$pointer), handle)
-  distinctRanks(cl)
+  for (part in clustersOf(cl)) {
+    if (part$handle$stopped) raiseFailure(c(kind = "stopped"), part$handle)
+    checked(hub_pids(part$handle$pointer), part$handle)
+  }
   foreach::setDoPar(doRustCluster, cl, foreachInfo)
   invisible()
 }
@@ -71,7 +71,7 @@ doRustCluster <- function(obj, expr, envir, data) {
   values <- list()
   if (n) {
     each <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
-    values <- runJob(data, checked(cluster_ranks(data)), n, runIteration, list(), iterations, each = each)$values
+    values <- runFree(data, n, runIteration, list(), iterations, each = each)$values
   }
   # A loop without anything, for which nothing is attached.
   if (attached) callNodes(data, beginLoop, NULL, new.env(parent = emptyenv()), obj$packages, NULL, FALSE)
@@ -226,7 +226,7 @@ loopOf <- function(call) {
   }
   packages <- if (identical(call$fun, beginLoop)) {
     call$args[3L]
-  } else if (identical(call$fun, theirs("doParallel"))) {
+  } else if (identical(call$fun, theirs("doParallel")) || identical(call$fun, theirs("doSNOW"))) {
     call$args[4L]
   } else {
     return("")

@@ -54,15 +54,6 @@ cluster_rust <- structure(
   cleanup = function() if (!exists("launchFuture", asNamespace("future"))) stopPlanned()
 )
 
-# For future's own plan(cluster, workers = cl). It knows clusters by their names, which it makes of what is in
-# them if they have none: of ours, that changes.
-#' @exportS3Method parallelly::as.cluster
-as.cluster.RustCluster <- function(x, ...) {
-  ranks <- vapply(x, .subset2, 0L, "rank")
-  attr(x, "name") <- paste(c(clusterHandle(x)$id, ranks), collapse = "-")
-  x
-}
-
 # The cluster that the current plan has made for itself, and of what.
 planned <- new.env(parent = emptyenv())
 
@@ -83,7 +74,7 @@ workersAsked <- function(workers) {
 plannedCluster <- function(workers) {
   workers <- workersAsked(workers)
   if (inherits(workers, "RustCluster")) {
-    asWorkers(clusterHandle(workers))
+    clusterHandle(workers, "workers")
     return(workers)
   }
   alive <- !is.null(planned$cl) && !planned$cl[[1L]][["handle"]]$stopped

@@ -31,6 +31,7 @@ specHosts <- function(spec, defaults = list()) {
 mostWorkers <- 100000
 
 specEntries <- function(spec) {
+  spec <- plain(spec)
   if (is.numeric(spec) && length(spec) && !is.null(names(spec))) {
     return(Map(function(host, workers) namedEntry(host, count(workers, "spec", mostWorkers)),
                names(spec), spec, USE.NAMES = FALSE))
@@ -41,7 +42,7 @@ specEntries <- function(spec) {
     return(list(namedEntry("localhost", workers)))
   }
   if (is.character(spec) && length(spec)) {
-    if (any(grepl("^[0-9]+$", spec))) badArgument("spec", "is a number in quotes: it would be a host's name")
+    if (any(grepl("^[0-9]+$", spec[isText(spec)]))) badArgument("spec", "is a number in quotes: it would be a host's name")
     return(lapply(unname(spec), namedEntry, workers = 1L))
   }
   if (is.list(spec) && length(spec)) {
@@ -63,16 +64,85 @@ specEntries <- function(spec) {
 }
 
 namedEntry <- function(text, workers) {
-  text <- hostName(text, "spec")
-  user <- if (grepl("@", text, fixed = TRUE)) sub("@[^@]*$", "", text)
-  host <- hostName(sub("^.*@", "", text), "spec")
-  if (!is.null(user)) user <- hostName(user, "spec")
-  list(settings = c(list(host = host), if (!is.null(user)) list(user = user)), workers = workers)
+  list(settings = hostAddress(text, "spec"), workers = workers)
+}
+
+# The `host`, and the `user` and `port` if they are given, of a text in one of the forms that ssh and scp know:
+# host, user@host, host:port, [address]:port, ssh://user@host:port. An IPv6 address without a port needs no
+# brackets.
+hostAddress <- function(text, argument) {
+  text <- hostName(text, argument)
+  refuse <- function(...) badArgument(argument, "has an invalid host, ", sQuote(text), ": ", ...)
+  rest <- text
+  if (grepl("://", rest, fixed = TRUE)) {
+    if (!grepl("^ssh://", rest, ignore.case = TRUE)) refuse("of all schemes, only ssh:// is supported")
+    rest <- sub("/$", "", substring(rest, 7L))
+  }
+  user <- if (grepl("@", rest, fixed = TRUE)) sub("@[^@]*$", "", rest)
+  rest <- sub("^.*@", "", rest)
+  if (!is.null(user) && grepl(":", user, fixed = TRUE)) {
+    # Error messages end up in logs.
+    text <- paste0(sub(":.*", "", user), ":...@", rest)
+    refuse("a password cannot be given; set up a key with `ssh-copy-id`")
+  }
+  bracketed <- startsWith(rest, "[")
+  if (bracketed && !grepl("^\\[[^][]+\\](:|$)", rest)) {
+    refuse("its brackets do not match; write [address] or [address]:port")
+  }
+  colons <- nchar(gsub("[^:]", "", rest))
+  if (bracketed) {
+    host <- sub("^\\[(.*)\\].*", "\\1", rest)
+    port <- if (grepl("]:", rest, fixed = TRUE)) sub("^.*\\]:", "", rest)
+  } else {
+    # An IPv6 address has two colons at least.
+    host <- if (colons == 1L) sub(":.*", "", rest) else rest
+    port <- if (colons == 1L) sub(".*:", "", rest)
+  }
+  if (!nzchar(host)) refuse("the name is empty")
+  if ((bracketed || colons > 1L) && !isIPv6(host)) {
+    refuse(sQuote(host), " is not an IPv6 address; write host:port, or [address]:port")
+  }
+  # ssh's own list of characters that no host's name may have, and those of paths.
+  if (grepl("[]['`\"$\\\\;&<>|(){}/,#?]", host)) refuse("a host's name cannot have these characters")
+  c(
+    list(host = hostName(host, argument)), if (!is.null(user)) list(user = hostName(user, argument)),
+    if (!is.null(port)) list(port = portNumber(port, refuse))
+  )
+}
+
+# NULL and NA stand for the default.
+isUnset <- function(value) is.null(value) || (is.atomic(value) && length(value) == 1L && is.na(value))
+
+portNumber <- function(port, refuse) {
+  number <- if (grepl("^[0-9]{1,9}$", port)) as.integer(port) else 0L
+  if (number < 1L || number > 65535L) refuse("the port must be a number from 1 to 65535")
+  number
+}
+
+# Groups of up to four hexadecimal digits, of which "::" stands for one or more that are zero; the last two may
+# be an IPv4 address. A zone may follow.
+isIPv6 <- function(text) {
+  address <- sub("%[A-Za-z0-9_.-]+$", "", text)
+  address <- sub(":([0-9]{1,3}[.]){3}[0-9]{1,3}$", ":0:0", address)
+  if (!grepl("^[0-9A-Fa-f:]+$", address) || grepl(":::|::.*::|^:[^:]|[^:]:$", address)) return(FALSE)
+  groups <- strsplit(address, ":", fixed = TRUE)[[1L]]
+  groups <- groups[nzchar(groups)]
+  all(nchar(groups) <= 4L) && if (grepl("::", address, fixed = TRUE)) length(groups) < 8L else length(groups) == 8L
+}
+
+# How a host is written in a spec.
+writtenHost <- function(host) {
+  name <- host$host
+  if (grepl(":", name, fixed = TRUE) && !is.null(host$port)) name <- paste0("[", name, "]")
+  paste0(
+    if (!is.null(host$user)) paste0(host$user, "@"), name, if (!is.null(host$port)) paste0(":", host$port)
+  )
 }
 
 # ssh takes what begins with a hyphen for an option.
 hostName <- function(text, argument) {
-  ok <- is.character(text) && length(text) == 1L && !is.na(text) && nzchar(text) &&
+  text <- plain(text)
+  ok <- is.character(text) && length(text) == 1L && isText(text) && nzchar(text) &&
     !grepl("^-|[[:space:][:cntrl:]]", text)
   if (!ok) badArgument(argument, "must name a host or a user, without spaces or a leading hyphen")
   text
@@ -80,7 +150,9 @@ hostName <- function(text, argument) {
 
 listEntry <- function(entry, i) {
   where <- paste0("spec[[", i, "]]")
+  entry <- plain(entry)
   if (is.character(entry) && length(entry) == 1L) entry <- namedEntry(entry, 1L)$settings
+  if (is.list(entry)) entry <- lapply(entry, plain)
   if (!is.list(entry) || is.null(entry$host)) {
     badArgument("spec", "must have a `host` in each of its lists; element ", i, " has none")
   }
@@ -91,22 +163,25 @@ listEntry <- function(entry, i) {
                 paste0("`", hostSettings, "`", collapse = ", "))
   }
   field <- function(name) paste0(where, "$", name)
-  at <- hostName(entry$host, field("host"))
-  if (grepl("@", at, fixed = TRUE) && is.null(entry$user)) {
-    entry[c("host", "user")] <- namedEntry(at, 1L)$settings[c("host", "user")]
+  address <- hostAddress(entry$host, field("host"))
+  for (name in names(address)) {
+    other <- entry[[name]]
+    if (name != "host" && !isUnset(other) && !isTRUE(all.equal(other, address[[name]], check.attributes = FALSE))) {
+      badArgument(field("host"), "has a ", name, " that contradicts `", name, "`: give it once")
+    }
+    entry[[name]] <- address[[name]]
   }
   # NULL and NA are settings that are not made; for ncore they mean all cores.
   asked <- "ncore" %in% names(entry)
-  unset <- vapply(entry, function(value) is.null(value) || (length(value) == 1L && is.na(value)), NA)
-  entry <- entry[!unset]
+  entry <- entry[!vapply(entry, isUnset, NA)]
   checked <- list(
     user = function(x, f) hostName(x, f),
     ncore = function(x, f) count(x, f, mostWorkers),
     port = function(x, f) count(x, f, 65535),
     threads = function(x, f) count(x, f, 4096),
     renice = function(x, f) {
-      if (!is.numeric(x) || !isTRUE(abs(x[[1L]]) <= 40)) badArgument(f, "must be a number from -40 to 40")
-      as.integer(x[[1L]])
+      if (!is.numeric(x) || length(x) != 1L || !isTRUE(abs(x) <= 40)) badArgument(f, "must be a number from -40 to 40")
+      as.integer(x)
     },
     rscript = function(x, f) texts(x, f, 1L), rlibs = texts, rshcmd = texts, rshopts = texts,
     rscript_envs = function(x, f) variables(x, f),
@@ -120,7 +195,8 @@ listEntry <- function(entry, i) {
 }
 
 texts <- function(value, argument, length = NULL) {
-  ok <- is.character(value) && base::length(value) && !anyNA(value) && all(nzchar(value)) &&
+  value <- plain(value)
+  ok <- is.character(value) && base::length(value) && all(isText(value)) && all(nzchar(value)) &&
     (is.null(length) || base::length(value) == length)
   if (!ok) badArgument(argument, if (is.null(length)) "must be a character vector" else "must be one text")
   value

@@ -39,6 +39,7 @@
 #' }
 #' @export
 installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive()) {
+  if (missing(hosts)) badArgument("hosts", "is missing")
   given <- list(...)
   known <- c("user", "rshcmd", "rshopts", "rscript", "rlibs")
   unknown <- setdiff(names(given), known)
@@ -46,13 +47,14 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
     badArgument(c(unknown, "...")[[1L]], "is not an argument of installOnHosts(), which has ",
                 paste0("`", known, "`", collapse = ", "))
   }
+  timeout <- plain(timeout)
   if (!is.numeric(timeout) || length(timeout) != 1L || !isTRUE(timeout > 0)) {
     badArgument("timeout", "must be a number of seconds above 0")
   }
   if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
   for (name in names(given)) {
-    one <- name %in% c("user", "rscript")
-    given[[name]] <- texts(given[[name]], name, if (one) 1L)
+    value <- given[[name]]
+    given[[name]] <- if (name == "user") hostName(value, name) else texts(value, name, if (name == "rscript") 1L)
   }
   # Numbers of workers, and what workers are started with, make no other host.
   hosts <- lapply(specHosts(hosts, given)$hosts, function(host) {

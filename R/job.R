@@ -6,7 +6,8 @@
 # is no cluster of ours, nodes of several, and nodes that are there twice, whose tasks have an order
 # among them.
 nativeRanks <- function(cl) {
-  if (!inherits(cl, "RustCluster") || !length(cl)) return(NULL)
+  # Ours that were beside others have this class alone.
+  if (!inherits(cl, "cluster") || !length(cl)) return(NULL)
   ranks <- cluster_ranks(cl)
   if (typeof(ranks) == "integer" && !anyDuplicated(ranks)) ranks
 }
@@ -38,7 +39,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
   if (is.character(begun)) handleFailed(begun, handle)
   checked(begun)
-  shown <- if (progress) showProgress(handle, n, what)
+  shown <- if (progress) showProgress(function() job_progress(handle$pointer)[2:3], n, what)
   withCallingHandlers(
     repeat {
       step <- job_step(handle$pointer)
@@ -64,6 +65,71 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   if (!is.null(shown)) shown()
   if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]])
   list(values = results[[1L]], failed = results[[2L]])
+}
+
+# The same for a verb that leaves it to the cluster which node has which task: a node that is there twice
+# counts once, and the nodes may be of several clusters.
+#   retries: NULL for those of the cluster.
+#   returns: a worker that is lost never ends the job.
+runFree <- function(cl, n, fun, common, elements, shares = "nothing", seed = NULL, order = NULL, retries = NULL,
+                    timeout = Inf, returns = FALSE, each = NULL, progress = wantsProgress(), what = "task") {
+  parts <- clustersOf(cl)
+  if (length(parts) > 1L) {
+    return(runOver(cl, n, fun, common, elements, seed, order, retries, returns, each, progress, what))
+  }
+  if (is.null(retries)) retries <- parts[[1L]]$handle$retries
+  runJob(
+    cl, unique(parts[[1L]]$ranks), n, fun, common, elements, shares = shares, seed = seed, order = order,
+    retries = retries, timeout = timeout, lossEnds = retries == 0 && !returns, each = each, progress = progress,
+    what = what
+  )
+}
+
+# On nodes of several clusters: one message a task, and each cluster has a job of its own.
+runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, each, progress, what) {
+  cl <- distinctNodes(cl)
+  frame <- sys.nframe()
+  for (part in clustersOf(cl)) {
+    handle <- part$handle
+    job <- beginJob(handle, frame, NULL)
+    do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
+    most <- if (is.null(retries)) handle$retries else retries
+    handle$policy <- list(retries = most, lossEnds = most == 0 && !returns)
+  }
+  values <- vector("list", n)
+  failed <- logical(n)
+  sent <- done <- 0L
+  send <- function(place) {
+    sent <<- sent + 1L
+    i <- if (is.null(order)) sent else order[[sent]]
+    args <- c(list(elements[[i]]), common)
+    data <- list(fun = fun, args = args, return = TRUE, tag = i)
+    if (!is.null(seed)) data[c("fun", "args")] <- list(runSeeded, list(fun, args, seed(i)))
+    node <- cl[[place]]
+    sendTask(node$handle, node$rank, list(type = "EXEC", data = data, tag = NULL))
+  }
+  shown <- if (progress) showProgress(function() c(done, sent - done), n, what)
+  for (place in seq_len(min(n, length(cl)))) send(place)
+  while (done < n) {
+    got <- receiveOfAny(cl, readWithConditions)
+    done <- done + 1L
+    if (sent < n) send(got$node)
+    answer <- got$value
+    i <- answer$tag
+    values[i] <- list(ofElement(answer$value, what))
+    failed[[i]] <- isFALSE(answer$success)
+    if (!is.null(shown)) shown()
+    if (!is.null(each) && isFALSE(each(i, values))) break
+  }
+  list(values = values, failed = which(failed))
+}
+
+# What has become of a task, which is called an element.
+ofElement <- function(value, what) {
+  if (!inherits(value, "rustcluster_failure")) return(value)
+  condition <- attr(value, "condition")
+  condition$message <- sub("^task ", paste0(what, " "), condition$message)
+  failureValue(condition)
 }
 
 # Tasks that were together have ended without an answer.

@@ -22,7 +22,7 @@
 #' @param .timeout (number) Seconds that an element may take, from when it is sent to its worker; default
 #'   `Inf`. Each is then sent when its worker is known to have ended all before. What
 #'   takes longer is interrupted, and killed if it does not heed that, and an error of class
-#'   `rustcluster_timeout` takes the place of its result.
+#'   `rustcluster_timeout` takes the place of its result. Not with nodes of several clusters.
 #' @param .retries (integer) How often an element is tried again that was lost with its worker, if not
 #'   as often as `retries` of the cluster. `0`: a loss is an error at once, unless `.errors` is `"return"`.
 #' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.
@@ -53,17 +53,22 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return")) {
   cl <- theCluster(cl)
-  handle <- clusterHandle(cl)
-  ranks <- distinctRanks(cl)
-  FUN <- match.fun(FUN)
+  parts <- clustersOf(cl)
+  FUN <- theFunction(FUN)
+  if (missing(X)) badArgument("X", "is missing")
   refuseUnknown("clusterLapply", ...names(), names(formals(args(FUN))))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
+  for (name in c(".timeout", ".retries", ".order", ".seed", ".errors")) assign(name, plain(get(name)))
   if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
   if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
-  if (is.null(.retries)) .retries <- handle$retries
-  between(.retries, ".retries", "", 0, 1e6)
-  if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
+  if (length(parts) > 1L && !identical(.timeout, Inf)) {
+    badArgument(".timeout", "is for nodes of one cluster: with those of several, `timeout` of makeRustCluster() counts")
+  }
+  if (!is.null(.retries)) {
+    between(.retries, ".retries", "", 0, 1e6)
+    if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
+  }
   if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
   .errors <- tryCatch(match.arg(.errors), error = function(e) {
     badArgument(".errors", "must be \"finish\", \"stop\" or \"return\"")
@@ -84,10 +89,9 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
       }
     }
   }
-  job <- runJob(
-    cl, ranks, n, FUN, list(...), X, shares = "function", seed = seed, order = .order, retries = .retries, timeout = .timeout,
-    lossEnds = .retries == 0 && .errors != "return", each = each, progress = .progress,
-    what = "element"
+  job <- runFree(
+    cl, n, FUN, list(...), X, shares = "function", seed = seed, order = .order, retries = .retries,
+    timeout = .timeout, returns = .errors == "return", each = each, progress = .progress, what = "element"
   )
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values

@@ -78,12 +78,15 @@ threadVariables <- function(threads) {
 }
 
 variables <- function(envs, argument = "rscript_envs") {
+  envs <- plain(envs)
   if (is.null(envs)) return(character())
   if (!is.character(envs) && !(is.atomic(envs) && !is.null(names(envs)))) {
     badArgument(argument, "must be a named vector, or names of variables")
   }
   values <- structure(as.character(envs), names = names(envs))
+  if (!all(is.na(values) | isText(values))) badArgument(argument, "holds a text of an encoding that is not known")
   if (is.null(names(values))) names(values) <- rep("", length(values))
+  if (!all(isText(names(values)))) badArgument(argument, "holds a name that no variable can have")
   passed <- !nzchar(names(values))
   names(values)[passed] <- values[passed]
   values[passed] <- Sys.getenv(values[passed], unset = NA)

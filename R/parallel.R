@@ -6,11 +6,14 @@
 # frame opens a job and hangs its end on the frame's exit: while a job is open, its verb runs.
 
 #' @exportS3Method parallel::sendData
+#' @exportS3Method snow::sendData
 sendData.RustNode <- function(node, data) {
   # Not `[[`, which looks for a method first: this is done once a task.
   handle <- .subset2(node, "handle")
   # What the task is made of may be the result of another call.
   force(data)
+  # stopNode() sends this. A node that has been stopped is stopped again without an error.
+  if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
   frames <- sys.nframe()
   if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job == noJob) {
@@ -72,6 +75,7 @@ closeJob <- function(handle, job) {
   if (handle$job == job) {
     handle$job <- noJob
     handle$lasts <- NULL
+    handle$policy <- NULL
     assign(handle$id, NULL, openFrames)
   }
   if (length(handle$losses)) handle$losses <- list()
@@ -83,8 +87,14 @@ closeJob <- function(handle, job) {
 settingOf <- function(verb, call) {
   switch(verb,
     clusterSetRNGStream = ".Random.seed",
-    clusterCall = if (identical(call$fun, parallels$gets)) call$args[[1L]] else loopOf(call)
+    clusterCall = if (isGets(call$fun)) call$args[[1L]] else loopOf(call)
   )
+}
+
+# The function by which clusterExport() of parallel, or of snow, assigns a variable on a worker.
+isGets <- function(fun) {
+  identical(fun, parallels$gets) ||
+    (isNamespaceLoaded("snow") && identical(fun, get("gets", environment(asNamespace("snow")$clusterExport))))
 }
 
 # The functions of parallel that send tasks and receive the answers from one frame, and others that we
@@ -93,7 +103,7 @@ parallels <- new.env(parent = emptyenv())
 
 findParallels <- function() {
   names <- c("clusterCall", "clusterSetRNGStream", "staticClusterApply", "dynamicClusterApply",
-             "checkForRemoteErrors", "defaultCluster")
+             "checkForRemoteErrors", "defaultCluster", "stopNode")
   namespace <- environment(parallel::clusterCall)
   for (name in names) assign(name, get(name, namespace), parallels)
   parallels$gets <- get("gets", environment(parallel::clusterExport))
@@ -101,18 +111,24 @@ findParallels <- function() {
 
 # The verb that sends, by the number of its frame and its name; NULL for other code: what is sent by
 # that, or by hand, is received by it as it likes. Between a verb and the method are three functions of
-# parallel's. To look at a function copies it, so that no more are looked at than need be.
+# parallel's, or of snow's. To look at a function copies it, so that no more are looked at than need be.
 verbOf <- function(frames) {
   if (frames < 5L) return(NULL)
   verb <- sys.function(frames - 4L)
   for (name in c("clusterCall", "staticClusterApply", "clusterSetRNGStream")) {
-    if (identical(verb, parallels[[name]])) return(list(depth = frames - 4L, name = name))
+    if (isTheirs(verb, name)) return(list(depth = frames - 4L, name = name))
   }
   # It sends from a function of its own.
-  if (frames > 5L && identical(sys.function(frames - 5L), parallels$dynamicClusterApply)) {
+  if (frames > 5L && isTheirs(sys.function(frames - 5L), "dynamicClusterApply")) {
     return(list(depth = frames - 5L, name = "dynamicClusterApply"))
   }
   NULL
+}
+
+# Whether this is the function of this name that parallel has, or snow.
+isTheirs <- function(fun, name) {
+  identical(fun, parallels[[name]]) ||
+    (isNamespaceLoaded("snow") && identical(fun, asNamespace("snow")[[name]]))
 }
 
 handleFailed <- function(failure, handle) {
@@ -124,6 +140,7 @@ handleFailed <- function(failure, handle) {
 }
 
 #' @exportS3Method parallel::recvData
+#' @exportS3Method snow::recvData
 recvData.RustNode <- function(node) {
   handle <- .subset2(node, "handle")
   rank <- .subset2(node, "rank")
@@ -136,22 +153,101 @@ recvData.RustNode <- function(node) {
 }
 
 #' @exportS3Method parallel::recvOneData
+#' @exportS3Method snow::recvOneData
 recvOneData.RustCluster <- function(cl) {
   if (!length(cl)) badArgument("cl", "has no nodes")
   handle <- cl[[1L]][["handle"]]
+  if (is.null(handle)) return(receiveOfAny(cl))
   repeat {
     result <- hub_receive_any(handle$pointer, cl)
     if (typeof(result) == "list") return(result)
+    if (typeof(result) == "character" && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
     answer <- noAnswer(result, handle)
     if (typeof(result) == "logical") return(answer)
     if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
   }
 }
 
+# Our nodes beside others have this class alone: parallelly's c() gives it to them.
+#' @rawNamespace S3method(parallel::recvOneData,cluster)
+#' @rawNamespace S3method(snow::recvOneData,cluster)
+recvOneData.cluster <- function(cl) {
+  if (!any(areOurs(cl))) {
+    class <- paste0("c('", paste(class(cl), collapse = "', '"), "')")
+    if (length(class(cl)) == 1L) class <- dQuote(class(cl), FALSE)
+    stop(simpleError(
+      paste0("no applicable method for 'recvOneData' applied to an object of class ", class),
+      quote(UseMethod("recvOneData"))
+    ))
+  }
+  receiveOfAny(cl)
+}
+
+# How often receiveOfAny() has been asked.
+turns <- new.env(parent = emptyenv())
+turns$count <- 0
+
+# As recvOneData(), for nodes of several clusters, and for those of others that have a connection, as PSOCK's
+# have. Each cluster, and the connections, are looked at first in turn: none is to be left unheard.
+# `read`: reads an answer.
+receiveOfAny <- function(cl, read = readAnswer) {
+  nodes <- unclass(cl)
+  ours <- areOurs(nodes)
+  others <- which(!ours)
+  connections <- lapply(nodes[others], function(node) node$con)
+  mute <- others[!vapply(connections, inherits, NA, "connection")]
+  if (length(mute)) {
+    badArgument("cl", "has nodes that cannot be waited for beside others, since they have no connection: ", spanText(mute, "node"))
+  }
+  sources <- clustersAmong(nodes, which(ours))
+  if (length(others)) sources <- c(sources, list(NULL))
+  turns$count <- turns$count + 1
+  from <- turns$count %% length(sources)
+  sources <- sources[(seq_along(sources) + from - 1) %% length(sources) + 1]
+  repeat {
+    waiting <- list()
+    for (source in sources) {
+      answer <- if (is.null(source)) receiveByConnection(connections, others, 0) else lookFor(source, read)
+      if (is.list(answer)) return(answer)
+      if (isTRUE(answer)) waiting <- c(waiting, list(source$handle$pointer))
+    }
+    if (length(others)) {
+      # What R's sockets wait for, Rust does not know, and the other way round.
+      answer <- receiveByConnection(connections, others, if (length(waiting)) 0.005)
+      if (!is.null(answer)) return(answer)
+    } else if (length(waiting)) {
+      checked(hubs_wait(waiting))
+    } else {
+      handleFailed(c(kind = "no_task"), sources[[1L]]$handle)
+    }
+  }
+}
+
+# The answer of a node of one of several clusters, if there is one; TRUE: there may be one later.
+lookFor <- function(part, read) {
+  handle <- part$handle
+  result <- hub_look(handle$pointer, part$ranks, part$places)
+  if (typeof(result) == "list") return(result)
+  nothing <- typeof(result) == "character" && result[["kind"]] == "no_task"
+  if (nothing && !handle$stopped) return(FALSE)
+  answer <- noAnswer(result, handle, read)
+  if (typeof(result) == "logical") return(answer)
+  if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
+  TRUE
+}
+
+# The same of connections, which are of the nodes in these places; `timeout`: NULL for none.
+receiveByConnection <- function(connections, places, timeout) {
+  ready <- socketSelect(connections, FALSE, timeout)
+  if (!any(ready)) return(NULL)
+  n <- which.max(ready)
+  list(node = places[[n]], value = unserialize(connections[[n]]))
+}
+
 # Rust waits in slices; in between R looks for interrupts, time limits and its front end's events,
 # which is what Sys.sleep(0) does. Returns an answer if it has to be read or made here.
-noAnswer <- function(result, handle) {
-  if (typeof(result) == "logical") return(readAnswer(handle))
+noAnswer <- function(result, handle, read = readAnswer) {
+  if (typeof(result) == "logical") return(read(handle))
   answer <- switch(typeof(result),
     character = if ("task" %in% names(result)) taskEnded(result, handle) else handleFailed(result, handle),
     pairlist = unwound(result)
@@ -162,10 +258,14 @@ noAnswer <- function(result, handle) {
 }
 
 readAnswer <- function(handle) {
-  answer <- withCallingHandlers(checked(hub_read(handle$pointer), handle), error = unreadable)
+  answer <- readWithConditions(handle)
   if (is.null(answer$node)) return(asParallels(answer))
   answer$value <- asParallels(answer$value)
   answer
+}
+
+readWithConditions <- function(handle) {
+  withCallingHandlers(checked(hub_read(handle$pointer), handle), error = unreadable)
 }
 
 # An error is its text alone there. Ours come with the condition.
@@ -185,30 +285,51 @@ unreadable <- function(e) {
 }
 
 #' @exportS3Method parallel::closeNode
+#' @exportS3Method snow::closeNode
 closeNode.RustNode <- function(node) {
   stopNodes(list(node))
 }
 
 #' @exportS3Method parallel::stopCluster
+#' @exportS3Method snow::stopCluster
 stopCluster.RustCluster <- function(cl) {
   stopNodes(cl)
 }
 
+# Stops all of them before it raises what went wrong with any.
 stopNodes <- function(nodes) {
-  if (!length(nodes)) return(invisible())
-  handle <- nodes[[1L]][["handle"]]
-  if (isTRUE(handle$stopped)) return(invisible())
-  ranks <- vapply(nodes, function(node) as.integer(node[["rank"]]), 0L)
+  nodes <- unclass(nodes)
+  ours <- areOurs(nodes)
+  failures <- list()
+  trying <- function(expr) tryCatch(expr, error = function(e) failures <<- c(failures, list(e)))
+  parts <- clustersAmong(nodes, which(ours))
+  for (part in parts) trying(endNodes(part$handle, part$ranks))
+  for (node in nodes[!ours]) {
+    trying(if (inherits(node, "RustNode")) badArgument("cl", "has a node that was changed") else parallels$stopNode(node))
+  }
+  for (part in parts) trying(awaitEnd(part$handle, part$ranks))
+  if (length(failures)) stop(failures[[1L]])
+  invisible()
+}
+
+endNodes <- function(handle, ranks) {
+  if (isTRUE(handle$stopped)) return()
   checked(hub_stop_nodes(handle$pointer, ranks))
   handle$alive <- setdiff(handle$alive, ranks)
-  # Returns when nothing is left of these nodes, which the agents' own time limits bound.
-  if (length(handle$alive)) {
-    while (!checked(hub_ended(handle$pointer, ranks))) Sys.sleep(0)
-  } else {
+  if (!length(handle$alive)) {
     handle$stopped <- TRUE
+    handle$ending <- TRUE
+  }
+}
+
+# Returns when nothing is left of these nodes, which the agents' own time limits bound.
+awaitEnd <- function(handle, ranks) {
+  if (isTRUE(handle$ending)) {
     while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
+    handle$ending <- NULL
     lookAtCalls(handle)
+  } else if (!isTRUE(handle$stopped)) {
+    while (!checked(hub_ended(handle$pointer, ranks))) Sys.sleep(0)
   }
   showEvents(handle)
-  invisible()
 }

@@ -9,7 +9,8 @@ wantsProgress <- function() {
 }
 
 # Returns a function that brings the bar up to date. It ends with the frame that has called.
-showProgress <- function(handle, n, what, envir = parent.frame()) {
+# `progress`: gives the numbers of tasks done, and of workers that are busy.
+showProgress <- function(progress, n, what, envir = parent.frame()) {
   whats <- paste0(what, "s")
   bar <- cli::cli_progress_bar(
     # It is brought up to date once more after its end, when a loss has been settled.
@@ -22,7 +23,7 @@ showProgress <- function(handle, n, what, envir = parent.frame()) {
     extra = list(busy = 0)
   )
   function() {
-    at <- job_progress(handle$pointer)
-    cli::cli_progress_update(set = at[[2L]], id = bar, extra = list(busy = at[[3L]]), .envir = envir)
+    at <- progress()
+    cli::cli_progress_update(set = at[[1L]], id = bar, extra = list(busy = at[[2L]]), .envir = envir)
   }
 }

@@ -23,7 +23,11 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterHosts <- function(cl) {
-  handle <- clusterHandle(cl)
+  reports <- lapply(clustersOf(cl), function(part) hostsOf(part$handle))
+  do.call(rbind, reports)
+}
+
+hostsOf <- function(handle) {
   report <- handle$report
   pids <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)
   up <- handle$owner[!is.na(pids)]
@@ -80,11 +84,11 @@ hostProblem <- function(host, reason, stderr, stdout) {
       "`ssh-copy-id` and `ssh-add`"
     ),
     "no package called .rustcluster" = paste0(
-      "rustcluster is not installed there: run `installOnHosts(\"", here, "\")`, or give the ",
+      "rustcluster is not installed there: run `installOnHosts(\"", writtenHost(host), "\")`, or give the ",
       "library that has it as `rlibs`"
     ),
     "cannot talk to rustcluster|bad control message" = paste0(
-      "install the same version of rustcluster there, with `installOnHosts(\"", here, "\")`"
+      "install the same version of rustcluster there, with `installOnHosts(\"", writtenHost(host), "\")`"
     ),
     "Rscript: not found|Rscript: command not found|Rscript.?: No such file" = paste0(
       "Rscript is not found there: install R, or give its path as `rscript`"

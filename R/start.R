@@ -19,6 +19,9 @@ newHandle <- function(pointer, agents) {
   handle$depth <- 0L
   handle$id <- basename(tempfile("cluster"))
   handle$jobs <- noJob
+  # How often a task of the job under way is tried again, if not as the cluster says, and whether a loss ends
+  # that job.
+  handle$policy <- NULL
   handle$partial <- list()
   # Whether what the job under way sends lasts on the workers (parallel.R), and the losses of each of
   # its tasks (faults.R).

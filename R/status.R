@@ -45,14 +45,27 @@
 #' parallel::stopCluster(cl)
 #' @export
 clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
-  handle <- clusterHandle(cl)
+  parts <- clustersOf(cl)
   if (!isTRUE(memory) && !isFALSE(memory)) badArgument("memory", "must be TRUE or FALSE")
+  timeout <- plain(timeout)
   between(timeout, "timeout", "of seconds", 0, 1e6)
-  ranks <- checked(cluster_ranks(cl))
+  deadline <- proc.time()[["elapsed"]] + timeout
+  questions <- lapply(parts, function(part) {
+    if (memory) checked(hub_ask_usage(part$handle$pointer, part$ranks), part$handle)
+  })
+  rows <- do.call(rbind, Map(function(part, question) {
+    statusOf(part$handle, part$ranks, if (memory) workersMemory(part$handle, question, deadline) else list())
+  }, parts, questions))
+  rows <- rows[order(unlist(lapply(parts, `[[`, "places"))), ]
+  rownames(rows) <- NULL
+  structure(rows, class = c("rustcluster_status", "data.frame"))
+}
+
+# `taken`: the memory of the cluster's workers, if it is to be told.
+statusOf <- function(handle, ranks, taken) {
   status <- checked(hub_status(handle$pointer))
-  taken <- if (memory) workersMemory(handle, ranks, timeout) else list()
   of <- function(values) if (is.null(values)) rep(NA_real_, length(ranks)) else as.numeric(values[ranks])
-  rows <- data.frame(
+  data.frame(
     host = handle$hosts[ranks], rank = ranks, pid = as.integer(status$pid[ranks]),
     state = status$state[ranks], task = as.integer(status$task[ranks]),
     unit = as.integer(status$unit[ranks]), done = status$done[ranks], seconds = status$seconds[ranks],
@@ -62,13 +75,10 @@ clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
     losses = as.integer(status$losses[ranks]), error = as.character(status$error[ranks]),
     stringsAsFactors = FALSE
   )
-  structure(rows, class = c("rustcluster_status", "data.frame"))
 }
 
-# Of all workers, as far as the hosts of these answer in time.
-workersMemory <- function(handle, ranks, timeout) {
-  question <- checked(hub_ask_usage(handle$pointer, ranks), handle)
-  deadline <- proc.time()[["elapsed"]] + timeout
+# Of all workers, as far as the hosts that were asked answer in time.
+workersMemory <- function(handle, question, deadline) {
   repeat {
     left <- deadline - proc.time()[["elapsed"]]
     usage <- checked(hub_usage(handle$pointer, question, max(left, 0), left <= 0), handle)
@@ -83,21 +93,26 @@ workersMemory <- function(handle, ranks, timeout) {
 #' @param ... Not used.
 #' @export
 summary.RustCluster <- function(object, ...) {
-  handle <- clusterHandle(object)
   status <- clusterStatus(object)
   hosts <- unique(status$host)
   of <- factor(status$host, hosts)
   total <- function(values) as.numeric(rowsum(as.numeric(values), of))
-  bytes <- checked(hub_bytes(handle$pointer))
-  agents <- unique(handle$owner[status$rank])
-  of_agents <- factor(vapply(handle$agents[agents], `[[`, "", "host"), hosts)
-  crossed <- function(values) as.numeric(tapply(values[agents], of_agents, sum))
+  crossed <- do.call(rbind, lapply(clustersOf(object), function(part) {
+    handle <- part$handle
+    agents <- unique(handle$owner[part$ranks])
+    bytes <- checked(hub_bytes(handle$pointer))
+    data.frame(
+      host = vapply(handle$agents[agents], `[[`, "", "host"), bytes_in = bytes$bytes_in[agents],
+      bytes_out = bytes$bytes_out[agents], stringsAsFactors = FALSE
+    )
+  }))
+  byHost <- function(values) as.numeric(tapply(values, factor(crossed$host, hosts), sum))
   known <- ifelse(is.na(status$memory), 0, status$memory)
   rows <- data.frame(
     host = hosts, workers = as.integer(table(of)), busy = as.integer(total(status$state == "busy")),
     done = total(status$done), seconds = total(status$seconds),
     memory = ifelse(total(!is.na(status$memory)) > 0, total(known), NA),
-    bytes_in = crossed(bytes$bytes_in), bytes_out = crossed(bytes$bytes_out),
+    bytes_in = byHost(crossed$bytes_in), bytes_out = byHost(crossed$bytes_out),
     losses = as.integer(total(status$losses)), stringsAsFactors = FALSE
   )
   structure(rows, class = c("rustcluster_summary", "data.frame"))
@@ -113,7 +128,9 @@ summary.RustCluster <- function(object, ...) {
 print.rustcluster_status <- function(x, n = 24L, ...) {
   needed <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "bytes_in",
               "bytes_out", "losses", "error")
-  if (!all(needed %in% names(x))) return(invisible(print(as.data.frame(x), ...)))
+  numbers <- setdiff(needed, c("host", "state", "error"))
+  if (!hasColumns(x, needed, numbers)) return(invisible(print(as.data.frame(x), ...)))
+  n <- plain(n)
   between(n, "n", "of workers", 0, Inf)
   hosts <- unique(x$host)
   states <- table(factor(x$state, unique(x$state)))
@@ -175,13 +192,18 @@ showErrors <- function(x) {
 #' @export
 print.rustcluster_summary <- function(x, ...) {
   needed <- c("host", "workers", "busy", "done", "seconds", "memory", "bytes_in", "bytes_out", "losses")
-  if (!all(needed %in% names(x))) return(invisible(print(as.data.frame(x), ...)))
+  if (!hasColumns(x, needed, setdiff(needed, "host"))) return(invisible(print(as.data.frame(x), ...)))
   printTable(data.frame(
     host = x$host, workers = x$workers, busy = x$busy, done = formatCount(x$done),
     worked = formatSeconds(x$seconds), memory = ifelse(is.na(x$memory), "?", formatBytes(x$memory)),
     `in` = formatBytes(x$bytes_in), out = formatBytes(x$bytes_out), losses = x$losses, check.names = FALSE
   ))
   invisible(x)
+}
+
+# Whether it is what a print method expects: a user may have changed it.
+hasColumns <- function(x, names, numbers) {
+  all(names %in% names(x)) && all(vapply(unclass(x)[numbers], is.numeric, NA))
 }
 
 printTable <- function(table) {
@@ -194,7 +216,7 @@ oneLine <- function(text, width) {
   ifelse(nchar(text) > width, paste0(substr(text, 1L, width - 3L), "..."), text)
 }
 
-counted <- function(count, what) paste0(formatCount(count), " ", what, if (count != 1) "s")
+counted <- function(count, what) paste0(formatCount(count), " ", what, if (!isTRUE(count == 1)) "s")
 
 formatCount <- function(count) {
   format(round(count), big.mark = ",", scientific = FALSE, trim = TRUE)

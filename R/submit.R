@@ -85,7 +85,8 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   if (length(given) && (is.null(names(given)) || !all(nzchar(names(given))))) {
     badArgument("...", "must be named: these are variables for `expr`")
   }
-  if (!is.null(.packages) && (!is.character(.packages) || anyNA(.packages) || !all(nzchar(.packages)))) {
+  .packages <- plain(.packages)
+  if (!is.null(.packages) && !(is.character(.packages) && all(isText(.packages)) && all(nzchar(.packages)))) {
     badArgument(".packages", "must be a character vector of packages' names")
   }
   if (!is.environment(.envir)) badArgument(".envir", "must be an environment")
@@ -219,13 +220,28 @@ openCalls <- new.env(parent = emptyenv())
 
 recordsOf <- function(handle) openCalls[[handle$id]]
 
+# Of the clusters that nodes are of, the one that gets the next call: with the most idle workers, or else the
+# fewest calls that have not ended.
+freest <- function(parts) {
+  if (length(parts) == 1L) return(parts[[1L]])
+  usable <- Filter(function(part) !part$handle$stopped, parts)
+  if (!length(usable)) return(parts[[1L]])
+  load <- vapply(usable, function(part) {
+    states <- checked(hub_status(part$handle$pointer), part$handle)$state[part$ranks]
+    idle <- sum(states == "idle")
+    if (idle) -idle else length(recordsOf(part$handle)) / length(part$ranks)
+  }, 0)
+  usable[[which.min(load)]]
+}
+
 # Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
 # `what`: what errors call it.
 # `tells`: what it tells before its end is wanted.
 submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
-  handle <- cl[[1L]][["handle"]]
+  part <- freest(clustersOf(cl))
+  handle <- part$handle
   if (handle$stopped) raiseFailure(c(kind = "stopped"))
-  ranks <- unique(checked(cluster_ranks(cl)))
+  ranks <- unique(part$ranks)
   if (handle$job != noJob) closeStale(handle, sys.nframe())
   record <- new.env(parent = emptyenv())
   record$handle <- handle

@@ -19,8 +19,9 @@
 #' @return A data frame of class `"rustcluster_timeline"`, with a row for each interval, in the order of
 #'   nodes and times. What is in no interval was idle.
 #'   \describe{
-#'     \item{host, rank}{(character, integer) of the node.}
-#'     \item{start, end}{(numeric) in seconds since the cluster was made: attribute `"origin"`, a
+#'     \item{host, rank}{(character, integer) of the node; if the nodes are of several clusters, `rank` is the
+#'       node's place in `cl`.}
+#'     \item{start, end}{(numeric) in seconds since the (first) cluster was made: attribute `"origin"`, a
 #'       date-time (POSIXct).}
 #'     \item{kind}{(character) `"busy"`; `"transfer"`: it had a task, but message or answer were on their
 #'       way; `"lost"`: from a loss until another has taken its place.}
@@ -41,18 +42,38 @@
 #' plot(timeline)
 #' @export
 clusterTimeline <- function(cl) {
-  handle <- clusterHandle(cl)
-  ranks <- checked(cluster_ranks(cl))
-  rows <- checked(hub_timeline(handle$pointer, unique(ranks)))
-  timeline <- data.frame(
-    host = handle$hosts[rows$rank], rank = as.integer(rows$rank), start = as.numeric(rows$start),
-    end = as.numeric(rows$end), kind = as.character(rows$kind), busy = as.numeric(rows$busy),
-    tasks = as.numeric(rows$tasks), stringsAsFactors = FALSE
-  )
+  parts <- clustersOf(cl)
+  now <- Sys.time()
+  rows <- lapply(parts, function(part) checked(hub_timeline(part$handle$pointer, unique(part$ranks))))
+  ages <- vapply(rows, `[[`, 0, "now")
+  timelines <- Map(timelineOf, parts, rows, max(ages) - ages, length(parts) > 1L)
+  timeline <- do.call(rbind, lapply(timelines, `[[`, "intervals"))
+  workers <- do.call(rbind, lapply(timelines, `[[`, "workers"))
+  places <- unlist(lapply(parts, function(part) part$places[!duplicated(part$ranks)]))
+  workers <- workers[order(places), ]
+  timeline <- timeline[order(match(paste(timeline$host, timeline$rank), paste(workers$host, workers$rank))), ]
+  rownames(timeline) <- rownames(workers) <- NULL
   structure(
-    timeline, class = c("rustcluster_timeline", "data.frame"),
-    origin = Sys.time() - rows$now, now = rows$now,
-    workers = data.frame(host = handle$hosts[unique(ranks)], rank = unique(ranks), stringsAsFactors = FALSE)
+    timeline, class = c("rustcluster_timeline", "data.frame"), origin = now - max(ages), now = max(ages),
+    workers = workers
+  )
+}
+
+# The workers of one cluster and their intervals, as data frames. `later`: seconds by which it is younger than
+# the others. `several`: a rank does not tell which worker it is, and a node's place stands for it.
+timelineOf <- function(part, rows, later, several) {
+  hosts <- part$handle$hosts
+  distinct <- !duplicated(part$ranks)
+  ranks <- part$ranks[distinct]
+  known <- if (several) part$places[distinct] else ranks
+  list(
+    intervals = data.frame(
+      host = hosts[rows$rank], rank = as.integer(known[match(rows$rank, ranks)]),
+      start = as.numeric(rows$start) + later, end = as.numeric(rows$end) + later,
+      kind = as.character(rows$kind), busy = as.numeric(rows$busy), tasks = as.numeric(rows$tasks),
+      stringsAsFactors = FALSE
+    ),
+    workers = data.frame(host = hosts[ranks], rank = as.integer(known), stringsAsFactors = FALSE)
   )
 }
 
@@ -85,6 +106,11 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
   }
   workers <- attr(x, "workers")
   if (is.null(workers)) workers <- unique(as.data.frame(x)[c("host", "rank")])
+  xlim <- plain(xlim)
+  for (name in c("main", "xlab")) {
+    label <- get(name)
+    if (!is.null(label) && !is.vector(label) && !is.language(label)) badArgument(name, "must be a text")
+  }
   if (is.null(xlim)) xlim <- timelineSpan(x)
   if (!is.numeric(xlim) || length(xlim) != 2L || anyNA(xlim) || xlim[[1L]] >= xlim[[2L]]) {
     badArgument("xlim", "must be two numbers of seconds, the smaller one first")
@@ -231,6 +257,7 @@ timelineTitle <- function(x, rows, xlim) {
 #' @param n (integer) Rows to show.
 #' @export
 print.rustcluster_timeline <- function(x, n = 10L, ...) {
+  n <- plain(n)
   between(n, "n", "of rows", 0, Inf)
   plain <- as.data.frame(x)
   cat(counted(nrow(plain), "interval"), if (nrow(plain) > n) paste(", of which the first", n), "\n", sep = "")

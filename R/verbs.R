@@ -188,12 +188,18 @@ handsOut <- function(name, round) {
     defaultCluster <- parallels$defaultCluster
     cl <- defaultCluster(cl)
     ranks <- nativeRanks(cl)
-    if (is.null(ranks)) return(theirs(cl, fun, n, argfun))
+    if (is.null(ranks)) return(theirs(receivable(cl), fun, n, argfun))
     if (n <= 0L) return(invisible())
     # Missing, it is missing here, as with parallel.
     fun
     checkedResults(runTasks(cl, ranks, fun, n, argfun, round))
   }
+}
+
+# PSOCK's method of recvOneData() fails at nodes of ours that a user has put among PSOCK's.
+receivable <- function(cl) {
+  if (!inherits(cl, "RustCluster") && any(areOurs(cl))) class(cl) <- "cluster"
+  cl
 }
 
 # `argfun` gives all arguments of a task by its number. Those that are the same for all tasks are

@@ -2,9 +2,14 @@
   findParallels()
   findVerbs()
   registerType()
-  # Its generics are others from version to version.
-  setHook(packageEvent("future", "onLoad"), registerFutureMethods)
-  if (isNamespaceLoaded("future")) registerFutureMethods()
+  # Their generics are others from version to version.
+  onceLoaded("future", registerFutureMethods)
+  onceLoaded("parallelly", registerParallellyMethods)
+}
+
+onceLoaded <- function(package, register) {
+  setHook(packageEvent(package, "onLoad"), register)
+  if (isNamespaceLoaded(package)) register()
 }
 
 # New in R 4.5: makeCluster(type = "RUST").

@@ -33,7 +33,7 @@ make_root "$root" "$suite" "$(dpkg --print-architecture)" "$mirror" \
 # What tests and check use where it is there.
 add_packages "$root" r-cran-knitr r-cran-rmarkdown r-cran-parallelly pandoc qpdf procps bsdutils \
   mount iproute2 iptables openssh-server openssh-client xz-utils devscripts git r-cran-future r-cran-future.apply \
-  r-cran-furrr r-cran-foreach r-cran-doparallel r-cran-dorng r-cran-pbapply r-cran-progressr \
+  r-cran-furrr r-cran-foreach r-cran-doparallel r-cran-dorng r-cran-snow r-cran-dosnow r-cran-pbapply r-cran-progressr \
   r-cran-later r-cran-promises r-cran-callr r-cran-boot
 cargo fetch --quiet --locked --manifest-path src/rust/Cargo.toml
 copy_checkout "$root/srv/rustcluster"

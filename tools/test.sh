@@ -13,7 +13,7 @@ step() {
 step "what the tests need"
 need_packages r-base-core r-base-dev r-cran-testthat r-cran-roxygen2 r-cran-knitr \
   r-cran-rmarkdown r-cran-parallelly r-cran-cli openssh-server pandoc procps xz-utils devscripts qpdf \
-  r-cran-foreach r-cran-iterators r-cran-doparallel r-cran-dorng r-cran-pbapply r-cran-future \
+  r-cran-foreach r-cran-iterators r-cran-doparallel r-cran-dorng r-cran-snow r-cran-dosnow r-cran-pbapply r-cran-future \
   r-cran-future.apply r-cran-furrr r-cran-progressr r-cran-later r-cran-promises
 # Packages that take a cluster, programs that embed R, and a browser.
 if [ -n "${RUSTCLUSTER_LONG_TESTS:-}" ]; then

@@ -103,6 +103,163 @@ test_that("wrong arguments about faults and limits are named", {
   })
 })
 
+bytes <- function() {
+  text <- "h\xffst"
+  Encoding(text) <- "bytes"
+  text
+}
+
+# Of a class that has methods for what a check may ask, and these fail.
+hostile <- function(x) {
+  never <- function(...) stop("a method of the argument's class was called")
+  for (generic in c("length", "is.na", "[[", "format", "as.character", "Ops")) {
+    registerS3method(generic, "hostile", never, environment())
+  }
+  structure(x, class = "hostile")
+}
+
+# Values that hardly any argument takes. `but`: the names of those that this one does.
+wrong_values <- function(...) {
+  values <- list(
+    none = NULL, na = NA, text_na = NA_character_, number_na = NA_real_, nan = NaN, inf = Inf, true = TRUE,
+    zero = 0, minus = -1, half = 0.5, many = 1e300, numbers = c(1, 2), no_numbers = numeric(), no_texts = character(),
+    no_flags = logical(), text = "x", texts = c("a", "b"), empty = "", list = list(1), no_list = list(), fun = sum,
+    name = quote(x), call = quote(f(x)), environment = new.env(), formula = y ~ x, complex = 1i, raw = as.raw(1),
+    bytes = bytes(), invalid = "h\xffst", date = Sys.Date(), factor = factor("a"),
+    time = as.difftime(1, units = "secs"), frame = data.frame(a = 1), matrix = matrix(1:4, 2),
+    expression = expression(a), hostile_number = hostile(-5), hostile_text = hostile("-x y"), hostile_list = hostile(list(2))
+  )
+  values[setdiff(names(values), c(...))]
+}
+
+expect_all_bad <- function(call, argument, values) {
+  for (name in names(values)) {
+    error <- caught(call(values[[name]]))
+    is_bad <- inherits(error, "rustcluster_bad_argument") && identical(error$argument, argument)
+    expect(is_bad, if (is_bad) "" else {
+      paste0("`", argument, "`, ", name, ": ", if (is.null(error)) "accepted" else {
+        paste(class(error)[[1L]], conditionMessage(error))
+      })
+    })
+  }
+}
+
+test_that("whatever is wrong with an argument of makeRustCluster() is an error of ours that names it", {
+  before <- if (dir.exists("/proc")) descendants() else integer()
+  texts <- c("text", "texts", "empty", "no_texts", "none")
+  takes <- list(
+    packages = c(texts[-3], "none"), rscript_envs = c(texts[-3], "none", "no_list"), start = c("texts", "none"),
+    threads = c("half", "true", "many"), memory_limit = c("inf", "many"), onFailure = "none", patience = character(),
+    retries = "zero", timeout = c("inf", "half"), reconnect = "true", buffer_limit = character(), keep_limit = c("zero", "half", "none"),
+    progress = "true", outfile = c("text", "empty"), rscript = "text", rscript_args = texts[-5],
+    homogeneous = "true", methods = "true", manual = "true", renice = c("na", "text_na", "number_na", "nan", "zero", "minus", "half", "none"),
+    rlibs = texts, setup_timeout = c("inf", "many", "half"), user = texts[-2], rshcmd = texts, rshopts = texts
+  )
+  for (argument in names(takes)) {
+    call <- function(value) {
+      arguments <- list(2)
+      arguments[argument] <- list(value)
+      # What is not refused is refused here: no cluster is to be started.
+      do.call(makeRustCluster, c(list(list(list(host = "localhost", ncore = 1, bogus = 1))), arguments[argument]), quote = TRUE)
+    }
+    values <- wrong_values(takes[[argument]], if (argument %in% c("user", "rshcmd", "rshopts")) c(
+      "na", "text_na", "number_na", "nan", "no_numbers", "no_flags", "no_list"
+    ))
+    if (argument == "renice") values$hostile_number <- hostile(99)
+    if (argument == "rlibs") values <- values[setdiff(names(values), "hostile_text")]
+    if (argument %in% c("packages", "rscript_args", "rshcmd", "rshopts", "outfile", "rscript")) {
+      values <- values[setdiff(names(values), "hostile_text")]
+    }
+    expect_all_bad(call, argument, values)
+  }
+  takes <- list(
+    host = c("text"), user = c("text"), ncore = c("half", "true"), port = c("half", "true"), rscript = c("text"),
+    rlibs = c("text", "texts"), rshcmd = c("text", "texts"), rshopts = c("text", "texts"),
+    rscript_envs = c("text", "texts", "no_texts", "no_list"), threads = c("half", "true"),
+    renice = c("zero", "minus", "half"), start = character()
+  )
+  for (setting in names(takes)) {
+    call <- function(value) {
+      entry <- list(host = "localhost", ncore = 1, port = 1)
+      entry[setting] <- list(value)
+      rustcluster:::specHosts(list(entry))
+    }
+    # Not made: the default counts.
+    unset <- if (setting != "host") c("none", "na", "text_na", "number_na", "nan")
+    values <- wrong_values(takes[[setting]], unset, "hostile_list")
+    if (setting == "renice") values <- values[setdiff(names(values), "hostile_number")]
+    if (setting %in% c("rscript", "rlibs", "rshcmd", "rshopts")) values <- values[setdiff(names(values), "hostile_text")]
+    argument <- if (setting == "host") c("spec", "spec[[1]]$host") else paste0("spec[[1]]$", setting)
+    for (name in names(values)) {
+      error <- caught(call(values[[name]]))
+      is_bad <- inherits(error, "rustcluster_bad_argument") && error$argument %in% argument
+      expect(is_bad, paste0(setting, ", ", name, ": ", if (is.null(error)) "accepted" else conditionMessage(error)))
+    }
+  }
+  call <- function(value) rustcluster:::specHosts(value)
+  expect_all_bad(call, "spec", wrong_values("half", "numbers", "matrix", "text", "texts", "hostile_number")[-1])
+  for (name in list(bytes(), "h\xffst", "", NA)) expect_bad_argument(makeRustCluster(structure(2, names = name)), "spec")
+  for (name in list(bytes(), "1a", "a b")) {
+    expect_bad_argument(makeRustCluster(2, rscript_envs = structure("v", names = name)), "rscript_envs")
+  }
+  if (dir.exists("/proc")) expect_identical(descendants(), before)
+})
+
+test_that("whatever is wrong with an argument of other functions is an error of ours that names it", {
+  skip_on_cran()
+  cl <- local_cluster(2)
+  texts <- c("text", "texts")
+  of <- function(fun, argument, takes, ..., named = argument) {
+    call <- function(value) {
+      arguments <- list(...)
+      arguments[argument] <- list(value)
+      do.call(fun, arguments, quote = TRUE)
+    }
+    expect_all_bad(call, named, wrong_values(takes))
+  }
+  for (fun in list(clusterPids, agentPids, clusterHosts, clusterStatus, clusterTimeline)) of(fun, "cl", character())
+  for (fun in list(clusterLapply, clusterLapplyAsync)) {
+    of(fun, "cl", character(), X = 1:2, FUN = sqrt)
+    of(fun, "FUN", "fun", cl = cl, X = 1:2)
+    of(fun, ".seed", c("true", "zero", "minus", "none", "hostile_number"), cl = cl, X = 1:2, FUN = sqrt)
+  }
+  of(clusterLapply, ".progress", "true", cl = cl, X = 1:2, FUN = sqrt)
+  of(clusterLapply, ".timeout", c("inf", "half"), cl = cl, X = 1:2, FUN = sqrt)
+  of(clusterLapply, ".retries", c("zero", "none"), cl = cl, X = 1:2, FUN = sqrt)
+  of(clusterLapply, ".order", c("numbers", "none"), cl = cl, X = 1:2, FUN = sqrt)
+  of(clusterLapply, ".onResult", c("fun", "none"), cl = cl, X = 1:2, FUN = sqrt)
+  of(clusterLapply, ".errors", "none", cl = cl, X = 1:2, FUN = sqrt)
+  of(clusterSubmit, "cl", character(), expr = 1)
+  of(clusterSubmit, ".packages", c("none", "no_texts", texts, "hostile_text"), cl = cl, expr = 1)
+  of(clusterSubmit, ".envir", "environment", cl = cl, expr = 1)
+  of(clusterStatus, "memory", "true", cl = cl)
+  of(clusterStatus, "timeout", c("zero", "half"), cl = cl)
+  of(installOnHosts, "hosts", c(texts, "half", "numbers", "matrix", "hostile_number"), named = "spec")
+  of(installOnHosts, "user", "text", hosts = "localhost")
+  of(installOnHosts, "rscript", c("text", "hostile_text"), hosts = "localhost")
+  for (argument in c("rshcmd", "rshopts", "rlibs")) {
+    of(installOnHosts, argument, c(texts, "hostile_text"), hosts = "localhost")
+  }
+  of(installOnHosts, "timeout", c("half", "inf", "many"), hosts = "localhost")
+  of(installOnHosts, "progress", "true", hosts = "localhost")
+  of(print, "n", c("zero", "half", "inf", "many"), clusterStatus(cl))
+  for (fun in list(clusterPids, agentPids, clusterHosts, clusterStatus, clusterTimeline)) {
+    expect_bad_argument(fun(), "cl")
+  }
+  for (fun in list(clusterLapply, clusterLapplyAsync)) {
+    expect_bad_argument(fun(cl, FUN = sqrt), "X")
+    expect_bad_argument(fun(cl, 1:2), "FUN")
+  }
+  expect_bad_argument(installOnHosts(), "hosts")
+  # What names a function is looked for where the caller is, as by match.fun().
+  twice <- function(x) 2 * x
+  expect_identical(clusterLapply(cl, 1:2, "twice"), list(2, 4))
+  expect_identical(clusterLapply(cl, 1:2, twice), list(2, 4))
+  c <- 1
+  expect_identical(clusterLapply(cl, 1:2, c), list(1L, 2L))
+  for (i in list(as.raw(1), list(1), sum, quote(x))) expect_bad_argument(cl[i], "i")
+})
+
 test_that("an rscript that is not there, or is not R, is an error with the reason", {
   skip_on_cran()
   error <- caught(makeRustCluster(2, rscript = "/no/such/Rscript"))

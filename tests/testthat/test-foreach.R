@@ -262,7 +262,9 @@ test_that("what is registered", {
   setDefaultCluster(NULL)
   expect_identical(getDoParWorkers(), 3L)
   expect_identical(foreach(i = 1:3) %dopar% i, list(1L, 2L, 3L))
-  for (bad in list(NULL, 3, list(), cl[c(1, 1)], cl[0], structure(list(1), class = c("SOCKcluster", "cluster")))) {
+  registerDoRustCluster(cl[c(1, 1)])
+  expect_identical(foreach(i = 1:3) %dopar% i, list(1L, 2L, 3L))
+  for (bad in list(NULL, 3, list(), cl[0], structure(list(1), class = c("SOCKcluster", "cluster")))) {
     expect_rust_error(caught(registerDoRustCluster(bad)), "bad_argument")
   }
   stopCluster(cl)

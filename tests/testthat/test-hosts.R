@@ -62,6 +62,90 @@ test_that("this machine is known by its names and addresses", {
   expect_false(here(host = "0.0.0.0"))
 })
 
+test_that("a host may be written with its user and port, wherever it is named", {
+  want <- list(
+    "node1:2222" = list(host = "node1", port = 2222L), "u@node1" = list(host = "node1", user = "u"),
+    "u@node1:2222" = list(host = "node1", user = "u", port = 2222L), "ssh://node1" = list(host = "node1"),
+    "ssh://u@node1:2222" = list(host = "node1", user = "u", port = 2222L), "SSH://node1:22/" = list(host = "node1", port = 22L),
+    "[::1]" = list(host = "::1"), "[::1]:22" = list(host = "::1", port = 22L), "::1" = list(host = "::1"),
+    "u@[2001:db8::7]:22" = list(host = "2001:db8::7", user = "u", port = 22L),
+    "u@2001:db8::7" = list(host = "2001:db8::7", user = "u"), "ssh://[fe80::1%eth0]:22" = list(host = "fe80::1%eth0", port = 22L),
+    "1:2:3:4:5:6:7:8" = list(host = "1:2:3:4:5:6:7:8"), "::ffff:192.0.2.1" = list(host = "::ffff:192.0.2.1"),
+    "192.0.2.1:22" = list(host = "192.0.2.1", port = 22L), "a@b@node1" = list(host = "node1", user = "a@b")
+  )
+  for (text in names(want)) {
+    numbers <- structure(2, names = text)
+    for (spec in list(text, numbers, list(text), list(list(host = text)), list(list(host = text, ncore = 2)))) {
+      host <- rustcluster:::specHosts(spec)$hosts[[1]]
+      expect_identical(host[names(host) %in% c("host", "user", "port")][names(want[[text]])], want[[text]])
+      expect_identical(setdiff(names(host), c(names(want[[text]]), "here")), character())
+    }
+    # What it is written as is understood again.
+    written <- rustcluster:::writtenHost(want[[text]])
+    expect_identical(rustcluster:::specHosts(written)$hosts[[1]][names(want[[text]])], want[[text]])
+  }
+  # Where both name it, they agree.
+  host <- rustcluster:::specHosts(list(list(host = "u@node1:22", user = "u", port = 22)))$hosts[[1]]
+  expect_identical(host[c("host", "user", "port")], list(host = "node1", user = "u", port = 22L))
+  expect_identical(caught(rustcluster:::specHosts(list(list(host = "node1:22", port = 23))))$argument, "spec[[1]]$host")
+  expect_identical(caught(rustcluster:::specHosts(list(list(host = "u@node1", user = "v"))))$argument, "spec[[1]]$host")
+  # A port makes an agent of its own.
+  expect_length(rustcluster:::specHosts(c("node1:22", "node1:23", "node1:22"))$hosts, 2)
+})
+
+test_that("a host that cannot be is refused by name before anything is started", {
+  wrong <- c(
+    "node1:", "node1:0", "node1:65536", "node1:ssh", "node1:-1", "node1:99999999999", "node1:22:33", ":22", "u@", "@node1",
+    "u@:22", "ssh://", "ssh:///", "http://node1", "ssh://u:secret@node1", "u:secret@node1", "[node1]:22", "[::1", "::1]:22",
+    "[::1]22", "[::1]:", "[::1]:x", "[]", "ssh://node1/path", "node1/path", "a::b::c", "dead:beef:22",
+    "1:2:3:4:5:6:7:8:9", "12345::", ":::", "node$x", "node;x", "node1|x", "`x`", "ssh://-oProxyCommand=x", "u@-x", "-x@node1"
+  )
+  for (text in wrong) {
+    for (call in expression(
+      makeRustCluster(text), makeRustCluster(structure(2, names = text)), makeRustCluster(list(text)),
+      makeRustCluster(list(list(host = text))), installOnHosts(text), installOnHosts(list(list(host = text)))
+    )) {
+      error <- caught(eval(call))
+      expect_rust_error(error, "bad_argument")
+      expect_match(error$argument, "^spec")
+    }
+  }
+  expect_snapshot({
+    show_error(makeRustCluster("node1:ssh"))
+    show_error(makeRustCluster("node1:22:33"))
+    show_error(makeRustCluster("http://node1"))
+    show_error(makeRustCluster("u:secret@node1"))
+    show_error(makeRustCluster("[::1]22"))
+    show_error(makeRustCluster("node1/path"))
+    show_error(makeRustCluster(list(list(host = "node1:22", port = 23))))
+  })
+})
+
+test_that("hosts over ssh are reached at the port that is written with them", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  config <- file.path(ssh$dir, "ssh_config")
+  port <- sub(" Port ", "", grep("^ Port", readLines(config), value = TRUE))
+  # No port but that of the spec.
+  writeLines(grep("^ Port", readLines(config), value = TRUE, invert = TRUE), config)
+  me <- Sys.info()[["user"]]
+  spec <- c(paste0("127.0.0.2:", port), sprintf("ssh://%s@127.0.0.3:%s", me, port), paste0("[::1]:", port))
+  # sshd listens on IPv4 alone.
+  cl <- over_ssh(ssh, spec[1:2])
+  expect_identical(clusterApply(cl, 1:2, identity), list(1L, 2L))
+  expect_identical(clusterHosts(cl)$host, c("127.0.0.2", "127.0.0.3"))
+  error <- caught(over_ssh(ssh, spec[3]))
+  expect_rust_error(error, "start_failed")
+  expect_match(conditionMessage(error), "::1")
+  # parallelly's functions go the same way.
+  skip_if_not(requireNamespace("parallelly", quietly = TRUE) && exists("killNode", asNamespace("parallelly")))
+  expect_identical(parallelly::isLocalhostNode(cl), c(FALSE, FALSE))
+  pid <- clusterPids(cl)[[1]]
+  expect_identical(parallelly::killNode(cl[[1]], tools::SIGKILL), TRUE)
+  expect_gone(pid)
+  expect_identical(suppressWarnings(clusterCall(cl, identity, 1)), list(1, 1))
+})
+
 test_that("what is wrong with a spec is named", {
   for (spec in list(
     list(list(ncore = 2)), list(list(host = "")), list(list(host = NA)), "-oProxyCommand=x",

@@ -289,10 +289,6 @@ test_that("two clusters at once keep to themselves", {
   for (i in 1:3) parallel:::sendCall(b[[i]], identity, list(paste("b", i)))
   expect_equal(lapply(b, parallel:::recvResult), list("b 1", "b 2", "b 3"))
   expect_equal(lapply(a, parallel:::recvResult), list("a 1", "a 2"))
-  # Nodes of both in one: each can be talked to, but there is no waiting for any of them.
-  both <- structure(c(unclass(a), unclass(b)), class = class(a))
-  expect_equal(unlist(clusterCall(both, Sys.getpid)), as.integer(c(clusterPids(a), clusterPids(b))))
-  expect_rust_error(caught(clusterApplyLB(both, 1:30, identity)), "bad_argument")
   stopCluster(a)
   expect_equal(clusterCall(b, identity, 1), rep(list(1), 3))
 })

@@ -149,22 +149,24 @@ pub fn with_cluster(
     handle: &Robj,
     body: impl FnOnce(&Cluster) -> std::result::Result<Robj, Failure>,
 ) -> Robj {
-    let checked = || -> std::result::Result<Robj, Failure> {
-        if !handle.is_external_pointer() {
-            return Err(Failure::new("restored"));
-        }
-        // Nil after it has been saved and loaded.
-        let pointer: &ExternalPtr<Cluster> =
-            handle.try_into().map_err(|_| Failure::new("restored"))?;
-        let cluster = pointer.try_addr().map_err(|_| Failure::new("restored"))?;
-        let hub = cluster.hub.try_borrow().map_err(|_| Failure::new("busy"))?;
-        if hub.is_forked() {
-            return Err(Failure::new("forked"));
-        }
-        drop(hub);
-        body(cluster)
-    };
-    checked().unwrap_or_else(Robj::from)
+    usable(handle)
+        .and_then(body)
+        .unwrap_or_else(|failure| failure.into())
+}
+
+/// The cluster behind `handle`, if it can be used.
+fn usable(handle: &Robj) -> std::result::Result<&Cluster, Failure> {
+    if !handle.is_external_pointer() {
+        return Err(Failure::new("restored"));
+    }
+    // Nil after it has been saved and loaded.
+    let pointer: &ExternalPtr<Cluster> = handle.try_into().map_err(|_| Failure::new("restored"))?;
+    let cluster = pointer.try_addr().map_err(|_| Failure::new("restored"))?;
+    let hub = cluster.hub.try_borrow().map_err(|_| Failure::new("busy"))?;
+    if hub.is_forked() {
+        return Err(Failure::new("forked"));
+    }
+    Ok(cluster)
 }
 
 fn with_hub(
@@ -757,13 +759,18 @@ fn hub_forget(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// The message of a task that ended without an answer. It is asked for once.
+/// The message of a task that ended without an answer. `last`: it is not asked for again.
 /// @noRd
 #[extendr]
-fn hub_message(handle: Robj, task: f64) -> Robj {
+fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
     with_cluster(&handle, |cluster| {
-        let message = cluster.messages.borrow_mut().remove(&(task as TaskId));
-        message.map_or_else(|| Err(Failure::new("no_task")), |m| Ok(m.message))
+        let task = task as TaskId;
+        let mut messages = cluster.messages.borrow_mut();
+        let message = messages.get(&task).map(|known| known.message.clone());
+        if last {
+            messages.remove(&task);
+        }
+        message.ok_or_else(|| Failure::new("no_task"))
     })
 }
 
@@ -1000,6 +1007,45 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
     })
 }
 
+/// As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
+/// have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+/// @noRd
+#[extendr]
+fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut of_ranks = vec![ABSENT; cluster.hub.borrow().size()];
+        for (&rank, &place) in ranks.iter().zip(places) {
+            let rank = rank_of(&cluster.hub.borrow(), rank)?;
+            let known = &mut of_ranks[rank as usize];
+            *known = (*known).min(place as u32);
+        }
+        let place = |rank: Rank| of_ranks.get(rank as usize).copied().unwrap_or(ABSENT);
+        let answer = {
+            let mut hub = cluster.hub.borrow_mut();
+            hub.receive_any(|rank| place(rank) != ABSENT, Duration::ZERO)
+        };
+        answered(cluster, answer, |rank| place(rank) as i32)
+    })
+}
+
+/// Sleeps a little, or until hub_look() may find something in one of these clusters.
+/// @noRd
+#[extendr]
+fn hubs_wait(handles: List) -> Robj {
+    let handles: Vec<Robj> = handles.values().collect();
+    let wait = || -> std::result::Result<(), Failure> {
+        let mut hubs = Vec::with_capacity(handles.len());
+        for handle in &handles {
+            let hub = usable(handle)?.hub.try_borrow();
+            hubs.push(hub.map_err(|_| Failure::new("busy"))?);
+        }
+        let hubs: Vec<&Hub> = hubs.iter().map(|hub| &**hub).collect();
+        Hub::wait_for_any(&hubs, SLICE);
+        Ok(())
+    };
+    wait().map_or_else(Robj::from, |()| ().into())
+}
+
 /// The rank of each of these nodes, if they are all of one cluster.
 /// @noRd
 #[extendr]
@@ -1023,10 +1069,15 @@ fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
             Some(fields) => fields.iter().collect(),
             None => return Err(bad("not a list of nodes")),
         };
+        let several = || Failure::new("several_clusters");
+        // Nodes of other packages have no handle.
+        let handle = fields
+            .get("handle")
+            .filter(|handle| handle.is_environment());
         // SAFETY: addresses are compared, not used.
-        let own = fields.get("handle").map(|handle| unsafe { handle.get() });
+        let own = unsafe { handle.ok_or_else(several)?.get() };
         if *first.get_or_insert(own) != own {
-            return Err(bad("its nodes are not all of one cluster"));
+            return Err(several());
         }
         Ok(fields.get("rank").and_then(Robj::as_integer).unwrap_or(0))
     };
@@ -1214,6 +1265,8 @@ extendr_module! {
     fn hub_message;
     fn hub_receive;
     fn hub_receive_any;
+    fn hub_look;
+    fn hubs_wait;
     fn hub_read;
     fn cluster_ranks;
     fn hub_stop_nodes;

@@ -128,6 +128,8 @@ pub struct Hub {
     /// Tasks sent and not received, per worker, in order.
     outstanding: Vec<VecDeque<(TaskId, JobId)>>,
     outstanding_count: usize,
+    /// How often anything had changed when [`Hub::receive_any`] looked last.
+    seen: u64,
     /// Tasks that are with another worker than the one that R gave them to, because that was lost.
     moved: HashMap<TaskId, Rank>,
     /// The workers that the last job has given tasks to. Others may not have what its tasks need.
@@ -202,6 +204,7 @@ impl Hub {
             owner: std::process::id(),
             outstanding: Vec::new(),
             outstanding_count: 0,
+            seen: 0,
             moved: HashMap::new(),
             members: (NO_JOB, Vec::new()),
             next_task: 1,
@@ -818,6 +821,8 @@ impl Hub {
     /// The next answer from any of the workers that `includes`, in the order of their arrival;
     /// waits up to `most` for one.
     pub fn receive_any(&mut self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer {
+        let changes = self.core().changes();
+        self.seen = changes;
         if self.outstanding_count == 0 {
             return Answer::NothingSent;
         }
@@ -831,6 +836,13 @@ impl Hub {
             }
         }
         answer
+    }
+
+    /// R's thread sleeps, up to `most`, until any of these hubs has something that it did not have when
+    /// [`Hub::receive_any`] looked last, or a signal comes.
+    pub fn wait_for_any(hubs: &[&Hub], most: Duration) {
+        let hubs: Vec<_> = hubs.iter().map(|hub| (hub.shared(), hub.seen)).collect();
+        Shared::sleep_until_any(&hubs, most);
     }
 
     fn receive_next(

@@ -15,7 +15,7 @@ use crate::activity::Measure;
 use crate::frame::{self, Frame, Header, Kind, LAST, SHARED};
 use crate::message::ToAgent;
 use crate::outbuf::OutBuf;
-use crate::scheduler::{Memory, Note, Outcome, Rank, Scheduler};
+use crate::scheduler::{Memory, Note, Outcome, Rank, Scheduler, Want};
 use crate::{limits, reserve, sys};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -207,23 +207,43 @@ impl Shared {
     /// Sleeps until a stream can be read, the other thread changes something, or a signal comes,
     /// which is what is returned: R then gets to handle it at once.
     fn sleep(&self, streams: &[Arc<UnixStream>], most: Duration) -> bool {
-        let fds = streams.iter().map(|stream| stream.as_raw_fd());
-        let mut polled: Vec<libc::pollfd> = fds
-            .chain([self.woken.as_raw_fd()])
-            .map(|fd| libc::pollfd {
-                fd,
-                events: libc::POLLIN,
-                revents: 0,
-            })
-            .collect();
-        let most = libc::c_int::try_from(most.as_millis() + 1).unwrap_or(libc::c_int::MAX);
-        // SAFETY: as many valid pollfds as are announced, of descriptors that stay open.
-        let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, most) };
-        if polled.last().is_some_and(|woken| woken.revents != 0) {
-            let mut buffer = [0u8; 64];
-            let _ = (&self.woken).read(&mut buffer);
+        let interrupted = poll(&[(self, streams)], most);
+        self.drain();
+        interrupted
+    }
+
+    /// Empties the socket by which R's thread is woken.
+    fn drain(&self) {
+        let mut buffer = [0u8; 64];
+        let _ = (&self.woken).read(&mut buffer);
+    }
+
+    /// R's thread sleeps, up to `most`, until any of these hubs has changed since the count of changes
+    /// that comes with it, a stream can be read, or a signal comes.
+    pub fn sleep_until_any(hubs: &[(&Shared, u64)], most: Duration) {
+        let mut sleeping = Vec::with_capacity(hubs.len());
+        let mut changed = false;
+        for &(shared, seen) in hubs {
+            let mut core = shared.core();
+            core.scheduler.want(Want::Any);
+            core.settle();
+            core.begin_reading(Instant::now(), &shared.taken_over);
+            changed |= core.changes != seen;
+            core.asleep = true;
+            sleeping.push((shared, core.streams()));
         }
-        ready < 0
+        if !changed {
+            let polled: Vec<_> = sleeping.iter().map(|(hub, fds)| (*hub, &fds[..])).collect();
+            poll(&polled, most);
+        }
+        for (shared, _) in sleeping {
+            shared.drain();
+            let mut core = shared.core();
+            core.asleep = false;
+            core.read_all();
+            core.scheduler.want(Want::Nothing);
+            core.end_reading(Instant::now());
+        }
     }
 
     /// What the hub's thread does every [`TICK`] while R waits or has just done so. Returns whether
@@ -242,7 +262,32 @@ impl Shared {
     }
 }
 
+/// Sleeps until one of the hubs' streams can be read, one of them wakes R's thread, or a signal comes,
+/// which is what is returned.
+fn poll(hubs: &[(&Shared, &[Arc<UnixStream>])], most: Duration) -> bool {
+    let fds = hubs.iter().flat_map(|(shared, streams)| {
+        let streams = streams.iter().map(|stream| stream.as_raw_fd());
+        streams.chain([shared.woken.as_raw_fd()])
+    });
+    let mut polled: Vec<libc::pollfd> = fds
+        .map(|fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let most = libc::c_int::try_from(most.as_millis() + 1).unwrap_or(libc::c_int::MAX);
+    // SAFETY: as many valid pollfds as are announced, of descriptors that stay open.
+    let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, most) };
+    ready < 0
+}
+
 impl Core {
+    /// How often the inbox or `queued` has changed.
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     fn begin_reading(&mut self, now: Instant, taken_over: &Notify) {
         self.waiting = true;
         self.since = now;
