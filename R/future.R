@@ -311,9 +311,11 @@ collect <- function(future) {
 
 # Conditions that a future has signaled while it runs, as future itself relays them.
 relayAsides <- function(future) {
-  asides <- future$record$asides
-  future$record$asides <- NULL
-  for (condition in asides) {
+  # One at a time: each may be turned into a jump.
+  record <- future$record
+  while (length(record$asides)) {
+    condition <- record$asides[[1L]]
+    record$asides <- record$asides[-1L]
     condition$signaled <- 1L
     entry <- list(condition = condition, signaled = 1L)
     future$.signaledConditions <- c(future$.signaledConditions, list(entry))

@@ -28,7 +28,24 @@ newHandle <- function(pointer, agents) {
   handle$stateLimit <- numeric()
   # The same of the head, for hosts that are to be taken back.
   handle$spoolLimit <- 0
+  # Conditions that the user is still to be told of (faults.R).
+  handle$untold <- list()
+  # By what the hub's thread names the cluster (promises.R).
+  awaited$count <- awaited$count + 1
+  handle$number <- awaited$count
+  assign(as.character(handle$number), handle$id, awaited)
+  assign(handle$id, new.env(parent = emptyenv()), openCalls)
+  reg.finalizer(handle, forgetCluster)
   handle
+}
+
+# What is known of a cluster outside of its handle goes with that.
+forgetCluster <- function(handle) {
+  suppressWarnings({
+    rm(list = as.character(handle$number), envir = awaited)
+    rm(list = handle$id, envir = openCalls)
+    rm(list = handle$id, envir = openFrames)
+  })
 }
 
 # Ends what was started of a cluster that does not come to be.

@@ -156,6 +156,8 @@ struct Writing {
     /// What has been submitted of it, if that is to be known and not too much.
     recorded: Option<Vec<Chunk>>,
     recorded_bytes: usize,
+    /// How a call that is tried again has ended: so it has if it cannot be written.
+    end: Option<CallEnd>,
 }
 
 /// A payload that is being written.
@@ -749,7 +751,13 @@ impl Hub {
         };
         let (owner, task) = (writing.owner, writing.order.task);
         if writing.is_call() {
-            return self.forget_call(task);
+            self.forget_call(task);
+            if let Some(end) = writing.end {
+                let mut core = self.core();
+                core.inbox.calls.expect(task);
+                core.inbox.calls.ended(end.rank, task, end.outcome);
+            }
+            return;
         }
         if let Some(spool) = &mut self.core().spool {
             spool.abandon();
@@ -888,20 +896,32 @@ impl Hub {
     }
 
     /// Begins a call for whichever of these workers, which are in order, is free first; [`Hub::write`] and
-    /// [`Hub::finish`] follow. `again`: the call that was lost and is tried again, before all others.
-    pub fn begin_call(&mut self, any_of: Arc<[Rank]>, again: Option<TaskId>) -> TaskId {
+    /// [`Hub::finish`] follow. `again`: it was lost and is tried again, before all others.
+    pub fn begin_call(&mut self, any_of: Arc<[Rank]>, task: TaskId, again: bool) {
         self.abandon();
-        let task = again.unwrap_or(self.next_task);
-        self.next_task = self.next_task.max(task + 1);
+        let end = if again { self.call_end(task) } else { None };
         let order = Order {
             task,
             job: CALLS,
-            again: again.is_some(),
+            again,
             any_of: Some(any_of),
             ..Order::default()
         };
-        self.writing = Some(Writing::new(order, 0, again.is_some()));
+        let mut writing = Writing::new(order, 0, again);
+        writing.end = end;
+        self.writing = Some(writing);
+    }
+
+    /// The number of a call that is still to be sent.
+    pub fn number_call(&mut self) -> TaskId {
+        let task = self.next_task;
+        self.next_task += 1;
         task
+    }
+
+    /// Whether a message has been begun and not finished.
+    pub fn is_writing(&self) -> bool {
+        self.writing.is_some() || self.sharing.is_some()
     }
 
     /// Where a call is.
@@ -1034,6 +1054,7 @@ impl Writing {
             first: true,
             recorded: None,
             recorded_bytes: 0,
+            end: None,
         }
     }
 
