@@ -225,7 +225,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     checked(hub_reconnect(pointer, tempfile("rustcluster-"), most, options$setup_timeout))
     handle$spoolLimit <- most
   }
-  greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
+  deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
     timeout = timeout, keep = keep_limit, memory = memory

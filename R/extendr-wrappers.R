@@ -104,6 +104,19 @@ hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 #' @noRd
 hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
 
+#' Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
+#' that have not.
+#' @noRd
+hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
+
+#' Whether a host is lost and is going to be tried again.
+#' @noRd
+hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
+
+#' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+#' @noRd
+hub_gone <- function(handle) .Call(wrap__hub_gone, handle)
+
 #' Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
 #' it sets there (`""`: of nothing in particular).
 #' @noRd

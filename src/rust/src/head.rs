@@ -338,6 +338,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
+            status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
             stdout = text(&|h| Some(h.failure.as_ref()?.stdout.clone()))
         )
@@ -471,6 +472,10 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
             Progress::HostFailed { host, failure } => Failure::new("start_failed")
                 .with("agent", host + 1)
                 .with("reason", failure.reason)
+                .with(
+                    "status",
+                    failure.status.map_or_else(String::new, |s| s.to_string()),
+                )
                 .with("stderr", failure.stderr)
                 .with("stdout", failure.stdout),
             Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
@@ -482,6 +487,48 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
                 .with("stderr", loss.tail),
         };
         Err(failure)
+    })
+}
+
+/// Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
+/// that have not.
+/// @noRd
+#[extendr]
+fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        match usize::try_from(agent - 1) {
+            Ok(agent) => hub.leave_out(agent, reason.to_owned()),
+            Err(_) => hub.leave_out_late(reason),
+        }
+        Ok(())
+    })
+}
+
+/// Whether a host is lost and is going to be tried again.
+/// @noRd
+#[extendr]
+fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
+    with_hub(&handle, |hub| {
+        Ok(usize::try_from(agent - 1).is_ok_and(|agent| hub.takes_back(agent)))
+    })
+}
+
+/// Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+/// @noRd
+#[extendr]
+fn hub_gone(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let gone: Vec<Option<Failure>> = {
+            let hub = cluster.hub.borrow();
+            let ranks = 0..hub.size() as Rank;
+            ranks
+                .map(|rank| Some(Failure::gone(rank, &*hub.worker(rank).gone?)))
+                .collect()
+        };
+        let gone = gone
+            .into_iter()
+            .map(|gone| gone.map_or_else(|| ().into(), Robj::from));
+        Ok(List::from_values(gone).into())
     })
 }
 
@@ -1221,6 +1268,9 @@ extendr_module! {
     fn hub_reconnect;
     fn hub_go;
     fn hub_progress;
+    fn hub_leave_out;
+    fn hub_takes_back;
+    fn hub_gone;
     fn hub_send;
     fn hub_broadcast;
     fn hub_try_again;

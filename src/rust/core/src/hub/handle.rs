@@ -329,6 +329,42 @@ impl Hub {
         })
     }
 
+    /// Whether a host is lost and is going to be tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        let core = self.core();
+        agent < core.conns.len() && core.takes_back(agent)
+    }
+
+    /// Ends an agent for this reason: the cluster goes on without its host.
+    pub fn leave_out(&mut self, agent: usize, reason: String) {
+        let mut core = self.core();
+        core.scheduler.leave_out(agent, reason);
+        core.settle();
+    }
+
+    /// Leaves out the hosts of which no worker has come up, and elsewhere ends those that have not.
+    pub fn leave_out_late(&mut self, reason: &str) {
+        let mut core = self.core();
+        for agent in 0..core.inbox.hosts.len() {
+            let workers = core.inbox.workers.iter().enumerate();
+            let of_host =
+                workers.filter(|(_, worker)| worker.agent == agent && worker.gone.is_none());
+            let (up, late): (Vec<_>, Vec<_>) = of_host
+                .map(|(rank, worker)| (rank as Rank, worker.came_up))
+                .partition(|&(_, came_up)| came_up);
+            match (up.is_empty(), late.is_empty()) {
+                (_, true) => {}
+                (true, _) => core.scheduler.leave_out(agent, reason.to_owned()),
+                (false, _) => {
+                    for (rank, _) in late {
+                        core.scheduler.stop_worker(rank);
+                    }
+                }
+            }
+        }
+        core.settle();
+    }
+
     /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
     /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
     /// cancels them: they are left over from a call that was interrupted, and their answers would be
