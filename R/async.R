@@ -43,10 +43,14 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
     seeds <- if (is.null(seed)) vector("list", length(group)) else lapply(group, seed)
     args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = seeds)
     label <- spanText(group, "element")
-    records <- c(records, list(submit(cl, applyGroup, args, label, label)))
+    record <- newRecord(cl, applyGroup, args, label, label)
+    # Before it is sent: whoever is interrupted from then on cancels it.
+    records <- c(records, list(record))
+    sendCall(record)
   }
+  calls <- newCalls(records, groups, names(X), n)
   made <- TRUE
-  newCalls(records, groups, names(X), n)
+  calls
 }
 
 # Groups that each worker gets, if their elements take the same time.

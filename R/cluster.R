@@ -34,8 +34,8 @@
 #'   [parallel::makeCluster()] work as they are, and not used. See section Cluster type.
 #' @param ... Any argument of [parallel::makePSOCKcluster()], by name. With the
 #'   meaning that they have there: `outfile` (default `"/dev/null"`; `""` shows
-#'   the workers' output here, a line at a time, after their host and rank; a
-#'   file is appended to), `rscript`, `rscript_args`, `homogeneous`, `methods`,
+#'   the workers' output here, a line at a time and as it is, control characters included,
+#'   after their host and rank; a file is appended to), `rscript`, `rscript_args`, `homogeneous`, `methods`,
 #'   `renice` (added to the workers' niceness), `rlibs`, `setup_timeout` (in
 #'   seconds; default 120), `user`, `rshcmd` (a command line, or a character
 #'   vector of a command and its arguments; default `"ssh"`), `rshopts` (further
@@ -69,7 +69,9 @@
 #'   each process that a worker starts, too.
 #' @param onFailure (character) What follows if a host cannot be started:
 #'   `"error"`, with nothing left running anywhere, or `"warn"`: a warning of
-#'   class `rustcluster_host_left_out`, and the cluster goes on with the others.
+#'   class `rustcluster_host_left_out`, and the cluster goes on with the others. Of a
+#'   host some of whose workers do not start, the others are used. A host that is late
+#'   (`setup_timeout`) does not shorten the time of the others.
 #' @param patience (number) Seconds of silence after which this session takes
 #'   another host for lost, and its agent this session; default 20. An agent says
 #'   that it is there four times in that time, however busy its workers are.
@@ -246,7 +248,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     checked(hub_reconnect(pointer, tempfile("rustcluster-"), most, options$setup_timeout))
     handle$spoolLimit <- most
   }
-  greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
+  deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
     timeout = timeout, keep = keep_limit, memory = memory, stop_timeout = stop_timeout

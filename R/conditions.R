@@ -3,7 +3,28 @@
 
 rustclusterCondition <- function(kind, message, ..., type = "error", call = NULL) {
   class <- c(paste0("rustcluster_", kind), paste0("rustcluster_", type), type, "condition")
-  structure(class = class, list(message = message, call = call, ...))
+  structure(class = class, list(message = printable(message), call = call, ...))
+}
+
+# Text for a terminal: control characters, which could move its cursor, change its title or hide text, are
+# shown as escapes, and bytes that are no text as <hex>. All that hosts and workers say goes through here before
+# it is printed or becomes a message; what user code prints with `outfile = ""` is its own.
+printable <- function(text) {
+  bytes <- Encoding(text) == "bytes" | !validUTF8(text)
+  text <- enc2utf8(text)
+  text[bytes] <- iconv(text[bytes], "UTF-8", "UTF-8", sub = "byte")
+  text <- gsub("\r\n", "\n", text, fixed = TRUE)
+  # Also those that change the direction of what follows, and line ends of other systems.
+  controls <- "[\\x01-\\x08\\x0b-\\x1f\\x7f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+  found <- which(grepl(controls, text, perl = TRUE))
+  if (!length(found)) return(text)
+  at <- gregexpr(controls, text[found], perl = TRUE)
+  escape <- function(characters) {
+    code <- vapply(characters, utf8ToInt, 0L)
+    ifelse(code < 256L, sprintf("\\x%02x", code), sprintf("\\u%04x", code))
+  }
+  regmatches(text[found], at) <- lapply(regmatches(text[found], at), escape)
+  text
 }
 
 abort <- function(kind, ..., fields = list()) {
@@ -91,7 +112,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       if (identical(field("replaced"), "false")) {
         "; no other takes its place: `cl[!is.na(clusterPids(cl))]` leaves it out, if others are left"
       },
-      if (is.null(field("task")) && identical(field("replaced"), "true")) "; a fresh one has taken its place",
+      if (is.null(field("task")) && identical(field("replaced"), "true")) "; it is being replaced",
       if (!is.null(field("again"))) {
         are <- if (grepl("^(task|element)s ", tasks)) "are" else "is"
         paste(";", tasks, are, if (field("again") == "TRUE") "tried again" else "given up")
@@ -100,7 +121,11 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
-      reason, if (isTRUE(handle$reconnect)) "; it is tried again until it is back, and " else "; ",
+      reason, if (isTRUE(handle$reconnect) && isTRUE(hub_takes_back(handle$pointer, owner))) {
+        "; it is tried again until it is back, and "
+      } else {
+        "; "
+      },
       "`cl[!is.na(clusterPids(cl))]` leaves its nodes out, if others are left"
     ),
     timeout = paste0(
@@ -118,7 +143,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "of its worker and goes on. End it with `kill ", field("pid"), "` on that host"
     ),
     host_back = paste0(
-      "host ", sQuote(host), " is back, with its exports and its streams of random numbers\n"
+      "host ", sQuote(host), " is back; its exports and its L'Ecuyer-CMRG random numbers were restored\n"
     ),
     state_not_kept = if (is.null(owner)) paste0(
       "what has been exported to the workers, or called on them, is more than the ",
@@ -153,7 +178,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     start_failed = paste0(
       "the cluster could not be started on host ", sQuote(host), ": ",
-      hostProblem(settings, reason, field("stderr"), field("stdout"))
+      hostProblem(settings, reason, c(field("stderr"), "")[[1L]], c(field("stdout"), "")[[1L]], c(number("status"), NA)[[1L]],
+                  isTRUE(owner <= NROW(handle$report)) && !is.na(handle$report$r_version[[owner]]))
     ),
     bad_argument = paste0("`", field("argument"), "`: ", reason),
     reason

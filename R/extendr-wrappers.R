@@ -21,10 +21,14 @@ agent_fail <- function(reason) .Call(wrap__agent_fail, reason)
 #' @noRd
 agent_run <- function() .Call(wrap__agent_run)
 
-#' Sends a call to whichever of these workers is free first. `again`: `NULL`, or the number of the call
-#' that was lost and is tried again. Returns its number.
+#' The number of a call that is still to be sent.
 #' @noRd
-call_submit <- function(handle, ranks, again, message) .Call(wrap__call_submit, handle, ranks, again, message)
+call_number <- function(handle) .Call(wrap__call_number, handle)
+
+#' Sends the call of this number to whichever of these workers is free first. `again`: it was lost and is
+#' tried again; if R jumps, it has ended as before.
+#' @noRd
+call_submit <- function(handle, ranks, task, again, message) .Call(wrap__call_submit, handle, ranks, task, again, message)
 
 #' The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
 #' @noRd
@@ -41,6 +45,11 @@ call_place <- function(handle, task) .Call(wrap__call_place, handle, task)
 #' Nobody wants to know any more what comes of a call: if it has not ended, it is cancelled.
 #' @noRd
 call_forget <- function(handle, task) .Call(wrap__call_forget, handle, task)
+
+#' Nobody has the object of a call any more: if it has not ended, it is cancelled. For finalizers, which R
+#' may run while another function here is at work.
+#' @noRd
+call_drop <- function(handle, task) .Call(wrap__call_drop, handle, task)
 
 #' R is to be woken when this call has ended: see [`calls_wake`].
 #' @noRd
@@ -94,6 +103,19 @@ hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 #' has failed counts as done, and is not an error.
 #' @noRd
 hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
+
+#' Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
+#' that have not.
+#' @noRd
+hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
+
+#' Whether a host is lost and is going to be tried again.
+#' @noRd
+hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
+
+#' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+#' @noRd
+hub_gone <- function(handle) .Call(wrap__hub_gone, handle)
 
 #' Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
 #' it sets there (`""`: of nothing in particular).

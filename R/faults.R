@@ -144,9 +144,12 @@ whereResults <- function(class) {
 # What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever
 # asks.
 showEvents <- function(handle, except = NULL) {
-  show(hub_events(handle$pointer), handle, except)
+  # The hub tells each event once.
+  suspendInterrupts(show(hub_events(handle$pointer), handle, except))
+  tell(handle)
 }
 
+# Prints output, and notes conditions for tell().
 show <- function(events, handle, except = NULL) {
   if (is.null(events) || is.character(events)) return(invisible())
   conditions <- slowToEnd(events, handle)
@@ -159,11 +162,20 @@ show <- function(events, handle, except = NULL) {
       conditions <- c(conditions, list(failureCondition(event, handle, type)))
     }
   }
-  # Last, because a warning may be turned into a jump.
   for (condition in conditions) {
     told <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
       (is.null(condition$rank) || identical(condition$rank, except$rank))
-    if (told) next
+    if (!told) handle$untold <- c(handle$untold, list(condition))
+  }
+  invisible()
+}
+
+# Raises the warnings and messages that are due. One at a time: each may be turned into a jump, after which the
+# others are still due, and its handler may run any code.
+tell <- function(handle) {
+  while (length(handle$untold)) {
+    condition <- handle$untold[[1L]]
+    handle$untold <- handle$untold[-1L]
     if (inherits(condition, "message")) message(condition) else warning(condition)
   }
   invisible()

@@ -64,7 +64,7 @@ doRustCluster <- function(obj, expr, envir, data) {
   compile <- get("compile", asNamespace("compiler"))
   compiled <- compile(expr, envir, options = list(suppressUndefined = TRUE))
   for (problem in callNodes(data, beginLoop, compiled, exports, obj$packages, utils::packageName(envir), attached)) {
-    if (!is.null(problem)) stop("worker initialization failed: ", problem)
+    if (!is.null(problem)) stop("worker initialization failed: ", printable(problem))
   }
   iterations <- as.list(iterator)
   n <- length(iterations)

@@ -444,9 +444,11 @@ errorClassOf <- function(future, result) {
 # Conditions that a future has signaled while it runs, as future itself relays them. A handler may jump out of it: the
 # others are relayed at the next look.
 relayAsides <- function(future) {
-  while (length(future$record$asides)) {
-    condition <- future$record$asides[[1L]]
-    future$record$asides <- future$record$asides[-1L]
+  # One at a time: each may be turned into a jump.
+  record <- future$record
+  while (length(record$asides)) {
+    condition <- record$asides[[1L]]
+    record$asides <- record$asides[-1L]
     condition$signaled <- 1L
     entry <- list(condition = condition, signaled = 1L)
     future$.signaledConditions <- c(future$.signaledConditions, list(entry))

@@ -146,7 +146,7 @@ installed <- function(row, host, status, out, err) {
     } else {
       paste("the installation ended with status", status)
     }
-    row$problem <- hostProblem(host, reason, err, out)
+    row$problem <- hostProblem(host, reason, err, out, suppressWarnings(as.integer(c(status, NA)[[1L]])))
     return(row)
   }
   text <- textConnection(parts[[2L]])
@@ -164,7 +164,7 @@ installed <- function(row, host, status, out, err) {
 
 showInstalled <- function(row) {
   if (is.na(row$problem)) {
-    cli::cli_alert_success(sprintf(
+    showDone(sprintf(
       "%s: rustcluster %s in %s, %.0f s", row$host, row$version, row$library, row$seconds
     ))
   } else {

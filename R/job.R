@@ -163,6 +163,8 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
     )
     # That a host is lost, or a worker for good, is an event of its own.
     if (isTRUE(loss$replaced)) {
+      # Those that are given up have an error of their own.
+      if (length(again)) failure[["tasks"]] <- spanText(again, what)
       warn <- failureCondition(c(failure, again = length(again) > 0L), handle, "warning")
     }
   }

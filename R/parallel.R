@@ -70,16 +70,18 @@ beginJob <- function(handle, depth, lasts) {
 }
 
 closeJob <- function(handle, job) {
-  # First: who is interrupted before it is noted here does it once more.
-  events <- hub_close_job(handle$pointer, job)
-  if (handle$job == job) {
-    handle$job <- noJob
-    handle$lasts <- NULL
-    handle$policy <- NULL
-    assign(handle$id, NULL, openFrames)
-  }
-  if (length(handle$losses)) handle$losses <- list()
-  show(events, handle)
+  suspendInterrupts({
+    events <- hub_close_job(handle$pointer, job)
+    if (handle$job == job) {
+      handle$job <- noJob
+      handle$lasts <- NULL
+      handle$policy <- NULL
+      assign(handle$id, NULL, openFrames)
+    }
+    if (length(handle$losses)) handle$losses <- list()
+    show(events, handle)
+  })
+  tell(handle)
 }
 
 # What clusterCall() does on a worker lasts, and so does what clusterExport() and clusterEvalQ(), which

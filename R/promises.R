@@ -60,27 +60,22 @@ is.promising.RustCall <- function(x) TRUE
 #' @exportS3Method promises::is.promising
 is.promising.RustCalls <- function(x) TRUE
 
-# Of clusters of which calls are waited for, by their numbers, the names by which their records are found.
-# How many there have been: `count`.
+# Of clusters, by their numbers, the names by which their records are found. How many there have been: `count`.
 awaited <- new.env(parent = emptyenv())
 awaited$count <- 0
 
 # Calls `waiter` with the state and the result of a call as soon as that has ended.
 whenEnded <- function(record, waiter) {
+  # Before anything is looked at: whatever ends the call from here on tells it.
+  record$waiters <- c(record$waiters, list(waiter))
   lookAt(record)
-  if (record$state != "open") return(waiter(record$state, record$result))
+  if (record$state != "open") return(tellWaiters(record))
   handle <- record$handle
-  if (is.null(handle$number)) {
-    awaited$count <- awaited$count + 1
-    handle$number <- awaited$count
-    assign(as.character(handle$number), handle$id, awaited)
-  }
   loops <- union(handle$loops, as.integer(later::current_loop()$id))
   if (!identical(loops, handle$loops)) {
     checked(calls_wake(handle$pointer, handle$number, loops), handle)
     handle$loops <- loops
   }
-  record$waiters <- c(record$waiters, list(waiter))
   checked(call_watch(handle$pointer, record$task), handle)
   invisible()
 }
@@ -88,9 +83,10 @@ whenEnded <- function(record, waiter) {
 # Package 'later' calls this, by way of the hub.
 callsWoken <- function(number) {
   id <- awaited[[as.character(number)]]
-  records <- if (!is.null(id)) openCalls[[id]]
-  if (is.null(records)) return()
-  handle <- records[[names(records)[[1L]]]]$handle
+  # A copy: a finalizer may remove any of them.
+  records <- if (!is.null(id)) as.list(openCalls[[id]])
+  if (!length(records)) return()
+  handle <- records[[1L]]$handle
   lookAtCalls(handle)
   showEvents(handle)
 }

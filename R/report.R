@@ -46,7 +46,10 @@ hostReport <- function(handle, asked) {
   for (name in c("stderr", "stdout")) known[[name]][is.na(known[[name]])] <- ""
   problems <- rep(NA_character_, length(agents))
   for (i in which(!is.na(known$reason))) {
-    problems[[i]] <- hostProblem(agents[[i]], known$reason[[i]], known$stderr[[i]], known$stdout[[i]])
+    problems[[i]] <- hostProblem(
+      agents[[i]], known$reason[[i]], known$stderr[[i]], known$stdout[[i]], known$status[[i]],
+      !is.na(known$r_version[[i]])
+    )
   }
   data.frame(
     host = text("host"), user = text("user"), workers = as.integer(asked), up = 0L,
@@ -57,68 +60,105 @@ hostReport <- function(handle, asked) {
   )
 }
 
-# What went wrong on a host, with what to do about it where that is known, and its last words.
-hostProblem <- function(host, reason, stderr, stdout) {
-  said <- paste(reason, stderr, stdout)
-  here <- paste0(if (!is.null(host$user)) paste0(host$user, "@"), host$host)
-  ssh <- paste0("ssh ", if (!is.null(host$port)) paste0("-p ", host$port, " "), here)
+# What went wrong on a host, with what to do about it where that is known, and its last words. `status`: with
+# which status the agent's command exited, or NA. `up`: the agent has greeted, so that the command worked.
+hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
+  remedy <- if (up) NULL else commandRemedy(host, reason, stderr, stdout, status)
+  if (grepl("cannot talk to rustcluster|bad control message", reason)) remedy <- versionRemedy(host)
+  paste0(
+    if (is.null(remedy)) reason else paste0(remedy, " (", reason, ")"),
+    tailText("its stderr", stderr), tailText("its output", stdout)
+  )
+}
+
+# What to do if the command of a host has ended before an agent greeted, or NULL. Each program is known by its
+# status, and its messages are looked for only where they are its own: any may print "Permission denied".
+commandRemedy <- function(host, reason, stderr, stdout, status) {
+  ssh <- !isTRUE(host$here)
+  if (grepl("^the agent could not be started: ", reason)) {
+    if (!ssh) return("Rscript cannot be run here: check `rscript`")
+    return("the command that connects to the host cannot be run here: install ssh, or check `rshcmd`")
+  }
+  # ssh's own failure.
+  if (ssh && status %in% 255L) return(sshRemedy(host, stderr))
+  rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
+  if (ssh && status %in% 126L) {
+    return(paste0("Rscript cannot be executed there (", rscript, "): check its permissions, or `rscript`"))
+  }
+  if (ssh && status %in% 127L) {
+    return(paste0("Rscript is not found there (", rscript, "): install R, or give its path as `rscript`"))
+  }
+  if (status %in% 1L && grepl("no package called .rustcluster", stderr)) {
+    return(paste0(
+      "rustcluster is not installed there: run `installOnHosts(\"", writtenHost(host), "\")`, or give the library ",
+      "that has it as `rlibs`"
+    ))
+  }
+  # R writes what it is to run to a temporary file first, and does not notice that nothing was written.
+  nothing <- status %in% 0L && !nzchar(paste0(stderr, stdout))
+  if (nothing || grepl("^Fatal error: (creating temporary file|cannot create 'R_TempDir')", paste0(stderr, stdout))) {
+    return(paste0(
+      "R ended before it ran anything: the disk of its temporary directory (TMPDIR, or /tmp) is full, or ",
+      "cannot be written to",
+      if (nothing && !is.null(host[["rscript"]])) paste0("; or ", rscript, " is not R's Rscript")
+    ))
+  }
+  NULL
+}
+
+addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@"), host$host)
+
+# Here an agent loads what is installed now, and this session what was installed when it began.
+versionRemedy <- function(host) {
+  if (isTRUE(host$here)) return("another version of rustcluster has been installed here: restart this R session")
+  paste0("install the same version of rustcluster there, with `installOnHosts(\"", writtenHost(host), "\")`")
+}
+
+# What to do if ssh itself has failed, or NULL.
+sshRemedy <- function(host, stderr) {
+  command <- paste0("ssh ", if (!is.null(host$port)) paste0("-p ", host$port, " "), addressOf(host))
   remedies <- c(
     "REMOTE HOST IDENTIFICATION HAS CHANGED" = paste0(
       "its host key is another than the one known: if that is right, remove the old one with ",
       "`ssh-keygen -R ", host$host, "`"
     ),
-    "Host key verification failed" = paste0(
-      "its host key is not known: connect once by hand with `", ssh, "`"
-    ),
-    "Could not resolve hostname" = paste0(
+    "^Host key verification failed" = paste0("its host key is not known: connect once by hand with `", command, "`"),
+    "^ssh: Could not resolve hostname" = paste0(
       "its name cannot be resolved: check it, or give an address, or a Host entry in ~/.ssh/config"
     ),
-    "Connection refused" = paste0(
-      "no sshd listens there: start it, or give the right `port`"
-    ),
-    "timed out|No route to host|Network is unreachable" = paste0(
+    "^(ssh|channel [0-9]+): .*Connection refused" = "no sshd listens there: start it, or give the right `port`",
+    "^(ssh|channel [0-9]+): .*(timed out|No route to host|Network is unreachable)|^Connection timed out" = paste0(
       "it cannot be reached: is it on, and in this network?"
     ),
-    "Permission denied|Too many authentication failures" = paste0(
-      "no key of yours is accepted there: see that `", ssh, "` works without a password, with ",
+    "Permission denied \\([a-z,-]+\\)|Too many authentication failures" = paste0(
+      "no key of yours is accepted there: see that `", command, "` works without a password, with ",
       "`ssh-copy-id` and `ssh-add`"
-    ),
-    "no package called .rustcluster" = paste0(
-      "rustcluster is not installed there: run `installOnHosts(\"", writtenHost(host), "\")`, or give the ",
-      "library that has it as `rlibs`"
-    ),
-    "cannot talk to rustcluster|bad control message" = paste0(
-      "install the same version of rustcluster there, with `installOnHosts(\"", writtenHost(host), "\")`"
-    ),
-    "Rscript: not found|Rscript: command not found|Rscript.?: No such file" = paste0(
-      "Rscript is not found there: install R, or give its path as `rscript`"
     )
   )
-  for (pattern in names(remedies)) {
-    if (grepl(pattern, said)) {
-      reason <- paste0(remedies[[pattern]], " (", reason, ")")
-      break
-    }
-  }
-  paste0(
-    reason, tailText("its stderr", stderr), tailText("its output", stdout)
-  )
+  lines <- sub("\r$", "", strsplit(stderr, "\n", fixed = TRUE)[[1L]])
+  for (pattern in names(remedies)) if (any(grepl(pattern, lines))) return(remedies[[pattern]])
+  NULL
 }
 
 # One line a host as it comes up.
 showHost <- function(report, i) {
   row <- report[i, ]
   if (is.na(row$problem)) {
-    cli::cli_alert_success(sprintf(
-      "%s: R %s, %d cores, %.1f s", row$host, row$r_version, row$cores, row$seconds
-    ))
+    showDone(sprintf("%s: R %s, %d cores, %.1f s", row$host, row$r_version, row$cores, row$seconds))
   } else {
     showProblem(row)
   }
 }
 
+# cli evaluates what is in braces: a host's text is to be a value.
+showDone <- function(text) {
+  text <- printable(text)
+  cli::cli_alert_success("{text}")
+}
+
 showProblem <- function(row) {
-  cli::cli_alert_danger(cli::format_inline("{row$host}: {strsplit(row$problem, '\n')[[1]][[1]]}"))
+  text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem)))
+  cli::cli_alert_danger("{text}")
 }
 
 failedHosts <- function(report, failed) {

@@ -33,7 +33,24 @@ newHandle <- function(pointer, agents) {
   handle$spoolLimit <- 0
   # Seconds that an idle worker may take to end.
   handle$stopTimeout <- 0
+  # Conditions that the user is still to be told of (faults.R).
+  handle$untold <- list()
+  # By what the hub's thread names the cluster (promises.R).
+  awaited$count <- awaited$count + 1
+  handle$number <- awaited$count
+  assign(as.character(handle$number), handle$id, awaited)
+  assign(handle$id, new.env(parent = emptyenv()), openCalls)
+  reg.finalizer(handle, forgetCluster)
   handle
+}
+
+# What is known of a cluster outside of its handle goes with that.
+forgetCluster <- function(handle) {
+  suppressWarnings({
+    rm(list = as.character(handle$number), envir = awaited)
+    rm(list = handle$id, envir = openCalls)
+    rm(list = handle$id, envir = openFrames)
+  })
 }
 
 # Ends what was started of a cluster that does not come to be.
@@ -42,7 +59,7 @@ abandon <- function(handle) {
   while (identical(hub_closed(handle$pointer), FALSE)) Sys.sleep(0)
 }
 
-# Waits for the agents' greetings and fills in the report.
+# Waits for the agents' greetings and fills in the report. Returns until when workers may come up.
 greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
   workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
   shown <- logical(length(workers))
@@ -59,7 +76,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
     Sys.sleep(0)
   }
   report$problem[!known] <- paste0(
-    "no answer within ", timeout, " seconds: raise `setup_timeout`, or see what keeps it"
+    "no response within ", timeout, " seconds: check the host or increase `setup_timeout`"
   )
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
@@ -68,7 +85,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
   )
   handle$report <- report
   failed <- which(!is.na(report$problem))
-  if (length(failed)) hostsFailed(handle, failed, tolerant)
+  if (length(failed)) hostsFailed(handle, failed, tolerant, anyNA(report$problem))
   other <- is.na(report$problem) & !report$r_version %in% rVersionText()
   if (any(other)) {
     warning(rustclusterCondition(
@@ -80,6 +97,8 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
       host = report$host[other], type = "warning"
     ))
   }
+  # A host that has used up the time is not to cost the others theirs.
+  if (late && !done) deadline + timeout else deadline
 }
 
 # Bytes that a worker takes at least, as measured by inst/bench: a fork, and a process of its own.
@@ -94,15 +113,16 @@ tooLittleMemory <- function(agents, report) {
   ), NA_character_)
 }
 
-hostsFailed <- function(handle, failed, tolerant) {
+# `left`: whether there are any others.
+hostsFailed <- function(handle, failed, tolerant, left) {
   report <- handle$report
   message <- failedHosts(report, failed)
   fields <- list(host = report$host[failed], report = report)
-  if (all(!is.na(report$problem)) || !tolerant) {
+  if (!left || !tolerant) {
     abort("start_failed", "the cluster could not be started: ", message, fields = fields)
   }
   warning(do.call(rustclusterCondition, c(
-    list("host_left_out", paste0("the cluster goes on without some hosts: ", message)),
+    list("host_left_out", paste0("the cluster goes on without some hosts or workers: ", message)),
     fields, type = "warning"
   )))
 }
@@ -155,25 +175,60 @@ keptBytes <- function(available, asked) {
 
 # The ranks that are up in the end.
 awaitStart <- function(handle, deadline, timeout, tolerant) {
+  late <- paste0("not up within ", timeout, " seconds: increase `setup_timeout`, or check the host")
   repeat {
     up <- checked(hub_progress(handle$pointer, tolerant), handle)
     if (up == length(handle$hosts)) break
     if (proc.time()[["elapsed"]] > deadline) {
-      abort(
-        "start_failed", "only ", up, " of ", length(handle$hosts), " workers were up after ",
-        timeout, " seconds: raise `setup_timeout`, or ask for fewer",
-        fields = list(host = unique(handle$hosts))
-      )
+      # Those that have not come up are gone from here on, and the others stay.
+      if (tolerant) checked(hub_leave_out(handle$pointer, 0L, late)) else startedLate(handle, up, timeout)
     }
     Sys.sleep(0)
   }
   before <- handle$report
   report <- hostReport(handle, before$workers)
   report$problem <- ifelse(is.na(before$problem), report$problem, before$problem)
+  gone <- checked(hub_gone(handle$pointer), handle)
+  for (i in which(is.na(report$problem))) report$problem[[i]] <- workersProblem(gone, which(handle$owner == i), late)
   handle$report <- report
   failed <- which(!is.na(report$problem) & is.na(before$problem))
-  if (length(failed)) hostsFailed(handle, failed, tolerant)
-  which(!is.na(checked(hub_pids(handle$pointer), handle)))
+  ranks <- which(lengths(gone) == 0L)
+  # An agent without workers is not to be taken back, nor to wait for the end.
+  for (i in setdiff(failed, handle$owner[ranks])) checked(hub_leave_out(handle$pointer, i, report$problem[[i]]))
+  if (length(failed)) hostsFailed(handle, failed, tolerant, length(ranks) > 0L)
+  ranks
+}
+
+startedLate <- function(handle, up, timeout) {
+  late <- unique(handle$hosts[is.na(checked(hub_pids(handle$pointer), handle))])
+  abort(
+    "start_failed", "only ", up, " of ", length(handle$hosts), " workers were up after ", timeout,
+    " seconds, and not all of host", if (length(late) > 1L) "s", " ", paste(sQuote(late), collapse = ", "),
+    ": increase `setup_timeout`, check the hosts, or ask for fewer",
+    fields = list(host = late)
+  )
+}
+
+# What went wrong with the workers of a host that have these ranks: the first of those that are gone stands for
+# all. NA if none is.
+workersProblem <- function(gone, ranks, late) {
+  failures <- gone[ranks]
+  failed <- which(lengths(failures) > 0L)
+  if (!length(failed)) return(NA_character_)
+  failure <- failures[[failed[[1L]]]]
+  why <- switch(failure[["kind"]],
+    worker_lost = paste0(
+      failure[["reason"]], if ("signal" %in% names(failure)) signalName(failure[["signal"]]),
+      " before it was ready", tailText("the end of its output", failure[["stderr"]])
+    ),
+    stopped = paste("was", late),
+    failure[["reason"]]
+  )
+  up <- length(ranks) - length(failed)
+  paste0(
+    if (up) paste0("only ", up, " of ", length(ranks), " workers came up") else "no worker came up",
+    ": worker ", ranks[[failed[[1L]]]], " ", why
+  )
 }
 
 newCluster <- function(handle, ranks) {

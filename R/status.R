@@ -185,7 +185,7 @@ showErrors <- function(x) {
   shown <- utils::head(x, 10L)
   if (!nrow(shown)) return(invisible())
   cat("\nLast errors:\n")
-  cat(paste0("  worker ", shown$rank, " on ", shown$host, ": ", oneLine(shown$error, 90L), "\n"), sep = "")
+  cat(paste0("  worker ", shown$rank, " on ", shown$host, ": ", oneLine(printable(shown$error), 90L), "\n"), sep = "")
   if (nrow(x) > nrow(shown)) cat("  and", nrow(x) - nrow(shown), "others\n")
 }
 

@@ -98,7 +98,11 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
     expr = expr, variables = c(given, used$variables), globals = used$globals,
     packages = unique(c(.packages, used$packages))
   )
-  newCall(submit(cl, evaluateCall, args, labelOf(expr)))
+  record <- newRecord(cl, evaluateCall, args, labelOf(expr))
+  # Before it is sent: whoever is interrupted from then on drops it.
+  call <- newCall(record)
+  sendCall(record)
+  call
 }
 
 # The beginning of an expression's text, in one line.
@@ -216,6 +220,10 @@ namesIn <- function(code) {
 # What is known here of a call. The records of those that have not ended, by their clusters' names and
 # their numbers: whoever decides on a call that was lost finds its message here. Not in the handle, which
 # goes wherever a node goes.
+#
+# The garbage collector runs finalizers between any two lines of R code. So a cluster's table lives as long as
+# its handle (newHandle(), forgetCluster()), a record is in the table before its call is sent, and the
+# finalizer of a call, dropCall(), removes its own record and changes nothing else.
 openCalls <- new.env(parent = emptyenv())
 
 recordsOf <- function(handle) openCalls[[handle$id]]
@@ -234,10 +242,22 @@ freest <- function(parts) {
   usable[[which.min(load)]]
 }
 
+keyOf <- function(task) format(task, scientific = FALSE)
+
+# Without a warning if it is not there: a finalizer may have removed it.
+forgetRecord <- function(record) {
+  suppressWarnings(rm(list = keyOf(record$task), envir = recordsOf(record$handle)))
+}
+
 # Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
 # `what`: what errors call it.
 # `tells`: what it tells before its end is wanted.
 submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
+  sendCall(newRecord(cl, fun, args, label, what, tells))
+}
+
+# The record of a call that is still to be sent.
+newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   part <- freest(clustersOf(cl))
   handle <- part$handle
   if (handle$stopped) raiseFailure(c(kind = "stopped"))
@@ -255,11 +275,21 @@ submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record$state <- "open"
   record$waiters <- list()
   record$tells <- tells
-  sent <- call_submit(handle$pointer, ranks, NULL, record$message)
-  if (typeof(sent) == "character") handleFailed(sent, handle)
-  record$task <- checked(sent)
-  if (is.null(recordsOf(handle))) assign(handle$id, new.env(parent = emptyenv()), openCalls)
-  assign(format(record$task, scientific = FALSE), record, recordsOf(handle))
+  task <- call_number(handle$pointer)
+  if (typeof(task) == "character") handleFailed(task, handle)
+  record$task <- task
+  record
+}
+
+sendCall <- function(record) {
+  handle <- record$handle
+  sent <- FALSE
+  on.exit(if (!sent) forgetRecord(record))
+  assign(keyOf(record$task), record, recordsOf(handle))
+  result <- call_submit(handle$pointer, record$ranks, record$task, FALSE, record$message)
+  if (typeof(result) == "character") handleFailed(result, handle)
+  checked(result)
+  sent <- TRUE
   record
 }
 
@@ -272,20 +302,21 @@ endCall <- function(record, state, result) {
     record$took <- proc.time()[["elapsed"]] - record$began
     record$message <- NULL
     call_forget(record$handle$pointer, record$task)
-    records <- recordsOf(record$handle)
-    if (!is.null(records)) {
-      # Not ls(), which sorts: there may be many thousands.
-      name <- format(record$task, scientific = FALSE)
-      if (exists(name, records, inherits = FALSE)) rm(list = name, envir = records)
-      if (!length(records)) rm(list = record$handle$id, envir = openCalls)
-    }
-    waiters <- record$waiters
-    record$waiters <- list()
-    for (waiter in waiters) waiter(state, result)
+    forgetRecord(record)
+    tellWaiters(record)
   })
 }
 
-# Looks whether the call has ended, and decides on it if it was lost: see tellCallLosses().
+# One at a time: each may run any code.
+tellWaiters <- function(record) {
+  while (length(record$waiters)) {
+    waiter <- record$waiters[[1L]]
+    record$waiters <- record$waiters[-1L]
+    waiter(record$state, record$result)
+  }
+}
+
+# Looks whether the call has ended, and decides on it if it was lost.
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
@@ -331,22 +362,18 @@ callEnded <- function(record, failure) {
   if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
   pids <- hub_pids(handle$pointer)
   if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
-  sent <- call_submit(handle$pointer, record$ranks, record$task, record$message)
+  # If this jumps, the call has ended as it had before.
+  sent <- call_submit(handle$pointer, record$ranks, record$task, TRUE, record$message)
   if (typeof(sent) == "character") return(failed(failureCondition(sent, handle)))
   checked(sent)
   record$losses <- losses
+  # Dropped while it was sent.
+  if (record$state != "open") return(call_forget(handle$pointer, record$task))
+  # Told when all is done that is to be done: a warning may be turned into a jump.
   if (isTRUE(condition$replaced)) {
     loss <- failureCondition(c(failure, again = TRUE, tasks = record$what), handle, "warning")
-    handle$callLosses <- c(handle$callLosses, list(loss))
+    handle$untold <- c(handle$untold, list(loss))
   }
-}
-
-# Warns of calls that were lost and are tried again. Not before all is done that is to be done: a warning
-# may be turned into a jump.
-tellCallLosses <- function(handle) {
-  losses <- handle$callLosses
-  handle$callLosses <- NULL
-  for (loss in losses) warning(loss)
 }
 
 callLost <- function(what, losses) {
@@ -356,8 +383,10 @@ callLost <- function(what, losses) {
 # What the call has told before its end (see tellHead()), for those who want to know.
 takeAsides <- function(record) {
   if (!isTRUE(record$tells)) return(invisible())
-  asides <- call_asides(record$handle$pointer, record$task)
-  if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+  suspendInterrupts({
+    asides <- call_asides(record$handle$pointer, record$task)
+    if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+  })
   invisible()
 }
 
@@ -375,12 +404,12 @@ lookAtCalls <- function(handle) {
   # An interrupt, or an answer that cannot be read: the others are not to wait until another call ends.
   on.exit(if (!looked && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
   for (task in tasks) {
-    record <- records[[format(task, scientific = FALSE)]]
-    # Whoever was interrupted in sending it has no record of it.
+    record <- records[[keyOf(task)]]
+    # Of one that was dropped there is no record.
     if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
   }
   looked <- TRUE
-  tellCallLosses(handle)
+  tell(handle)
   invisible()
 }
 
@@ -404,7 +433,7 @@ callStatus <- function(record) {
   if (record$state != "open") return(record$state)
   lookAtCalls(record$handle)
   lookAt(record)
-  tellCallLosses(record$handle)
+  tell(record$handle)
   if (record$state != "open") return(record$state)
   place <- checked(call_place(record$handle$pointer, record$task), record$handle)
   record$place <- place
@@ -425,7 +454,7 @@ awaitCall <- function(record) {
     takeAsides(record)
     if (length(record$asides)) return(invisible())
     lookAt(record)
-    tellCallLosses(handle)
+    tell(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
     if (typeof(waited) == "character") handleFailed(waited, handle)
@@ -446,13 +475,15 @@ cancelCall <- function(record) {
   TRUE
 }
 
-# Nobody has the object any more. Not where it would be another process's call.
+# Nobody has the object any more. This is a finalizer: see `openCalls`.
 dropCall <- function(envir) {
   record <- envir$record
   if (record$state != "open" || length(record$waiters)) return()
-  suspendInterrupts({
-    if (is.null(call_forget(record$handle$pointer, record$task))) endCall(record, "cancelled", NULL)
-  })
+  # Not where it would be another process's call.
+  if (!is.null(call_drop(record$handle$pointer, record$task))) return()
+  record$state <- "cancelled"
+  record$message <- NULL
+  forgetRecord(record)
 }
 
 #' @export

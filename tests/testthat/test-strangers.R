@@ -32,12 +32,12 @@ test_that("whatever is started in the place of an agent is one clear error and l
     ),
     # The head's own words, sent back to it.
     "did not greet|bad control message" = "exec cat",
-    "no answer within" = "exec sleep 100",
-    "no answer within" = c(magic, "exec sleep 100"),
-    "no answer within" = c("trap '' TERM INT HUP", "while :; do sleep 1; done")
+    "no response within" = "exec sleep 100",
+    "no response within" = c(magic, "exec sleep 100"),
+    "no response within" = c("trap '' TERM INT HUP", "while :; do sleep 1; done")
   )
   for (i in seq_along(strangers)) {
-    silent <- names(strangers)[[i]] == "no answer within"
+    silent <- names(strangers)[[i]] == "no response within"
     error <- caught(makeRustCluster(
       2, rscript = do.call(stranger, as.list(strangers[[i]])), setup_timeout = if (silent) 1 else 30
     ))

@@ -320,7 +320,80 @@ test_that("a call that nobody has any more is cancelled", {
   kept <- clusterSubmit(cl, "kept")
   invisible(gc())
   expect_equal(kept$value(), "kept")
-  expect_null(calls_of(cl))
+  expect_length(calls_of(cl), 0L)
+})
+
+test_that("a collection anywhere in a function drops what nobody has, and nothing else", {
+  cl <- local_cluster(1)
+  drop <- function() {
+    clusterSubmit(cl, NULL)
+    NULL
+  }
+  # Collects once, after so many allocations: the finalizer of a dropped call runs there.
+  on.exit(gctorture2(0), add = TRUE, after = FALSE)
+  anywhere <- function(f, to, by) {
+    for (after in seq(10, to, by)) {
+      gc(FALSE)
+      drop()
+      gctorture2(1e7, after)
+      value <- f()
+      gctorture2(0)
+      expect_identical(value, 7)
+    }
+  }
+  anywhere(function() clusterSubmit(cl, 7)$value(), 900, if (long_tests()) 3 else 71)
+  anywhere(function() clusterLapplyAsync(cl, 7, identity)$value()[[1L]], 900, if (long_tests()) 3 else 149)
+  anywhere(function() {
+    clusterSubmit(cl, 8)$cancel()
+    7
+  }, 900, if (long_tests()) 3 else 149)
+  for (i in 1:2) gc()
+  expect_length(calls_of(cl), 0L)
+  expect_true(wait_until(function() all(clusterStatus(cl, memory = FALSE)$state == "idle")))
+  # The table goes with the cluster.
+  id <- cl[[1L]]$handle$id
+  expect_true(exists(id, rustcluster:::openCalls))
+  other <- rustcluster:::newHandle(NULL, list())
+  id <- other$id
+  rm(other)
+  gc()
+  expect_false(exists(id, rustcluster:::openCalls))
+})
+
+test_that("a finalizer of the user's that makes a call costs no other", {
+  cl <- local_cluster(1)
+  made <- 0
+  leave <- function() {
+    e <- new.env()
+    reg.finalizer(e, function(e) made <<- made + inherits(clusterSubmit(cl, 1), "RustCall"))
+    NULL
+  }
+  on.exit(gctorture2(0), add = TRUE, after = FALSE)
+  for (after in seq(10, 700, if (long_tests()) 7 else 69)) {
+    gc(FALSE)
+    leave()
+    gctorture2(1e7, after)
+    # In the middle of writing a message it is refused, which is a warning of R's.
+    value <- suppressWarnings(clusterSubmit(cl, x + 1, x = 6)$value())
+    gctorture2(0)
+    expect_identical(value, 7)
+  }
+  expect_gt(made, 0)
+})
+
+test_that("of several losses each is told, though the first is turned into a jump", {
+  cl <- local_cluster(3)
+  tools::pskill(clusterPids(cl)[1:2], tools::SIGKILL)
+  expect_true(wait_until(function() sum(clusterStatus(cl, memory = FALSE)$losses) == 2L))
+  told <- list()
+  for (i in 1:3) {
+    told <- c(told, list(tryCatch({
+      rustcluster:::showEvents(cl[[1L]]$handle)
+      NULL
+    }, warning = identity)))
+  }
+  expect_setequal(vapply(told[1:2], `[[`, 0L, "rank"), 1:2)
+  expect_null(told[[3L]])
 })
 
 test_that("stopCluster() ends calls, and a fork refuses", {
@@ -341,7 +414,7 @@ test_that("stopCluster() ends calls, and a fork refuses", {
     expect_false(call$cancel())
   }
   expect_rust_error(caught(clusterSubmit(cl, 1)), "stopped")
-  expect_null(calls_of(cl))
+  expect_length(calls_of(cl), 0L)
 })
 
 test_that("large arguments and results cross, beyond the limit too", {

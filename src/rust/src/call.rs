@@ -9,11 +9,22 @@ use extendr_ffi::{R_NilValue, SEXP};
 use rustcluster_core::scheduler::{CallPlace, Outcome, Rank, TaskId};
 use std::ffi::{c_int, c_void};
 
-/// Sends a call to whichever of these workers is free first. `again`: `NULL`, or the number of the call
-/// that was lost and is tried again. Returns its number.
+/// The number of a call that is still to be sent.
 /// @noRd
 #[extendr]
-fn call_submit(handle: Robj, ranks: &[i32], again: Robj, message: Robj) -> Robj {
+fn call_number(handle: Robj) -> Robj {
+    head::with_cluster(&handle, |cluster| {
+        let task = cluster.hub.borrow_mut().number_call();
+        Ok((task as f64).into())
+    })
+}
+
+/// Sends the call of this number to whichever of these workers is free first. `again`: it was lost and is
+/// tried again; if R jumps, it has ended as before.
+/// @noRd
+#[extendr]
+fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Robj) -> Robj {
+    let task = task as TaskId;
     head::with_cluster(&handle, |cluster| {
         let mut any_of = {
             let hub = cluster.hub.borrow();
@@ -27,8 +38,14 @@ fn call_submit(handle: Robj, ranks: &[i32], again: Robj, message: Robj) -> Robj 
             true => Format::Xdr,
             false => Format::Native,
         };
-        let again = again.as_real().map(|task| task as TaskId);
-        let task = cluster.hub.borrow_mut().begin_call(any_of.into(), again);
+        if cluster.hub.borrow().is_writing() {
+            // A finalizer of the user's, while R serializes another message: that would be lost.
+            return Err(Failure::new("busy"));
+        }
+        cluster
+            .hub
+            .borrow_mut()
+            .begin_call(any_of.into(), task, again);
         let written = head::send_plain(cluster, format, &message).and_then(|sent| match sent {
             true => Ok(()),
             false => stream::serialize(&message, format, &mut ToHub(cluster)).map(drop),
@@ -36,7 +53,7 @@ fn call_submit(handle: Robj, ranks: &[i32], again: Robj, message: Robj) -> Robj 
         match written {
             Ok(()) => {
                 cluster.hub.borrow_mut().finish();
-                Ok((task as f64).into())
+                Ok(().into())
             }
             Err(Jump(token)) => {
                 cluster.hub.borrow_mut().abandon();
@@ -103,6 +120,14 @@ fn call_forget(handle: Robj, task: f64) -> Robj {
         cluster.hub.borrow_mut().forget_call(task as TaskId);
         Ok(().into())
     })
+}
+
+/// Nobody has the object of a call any more: if it has not ended, it is cancelled. For finalizers, which R
+/// may run while another function here is at work.
+/// @noRd
+#[extendr]
+fn call_drop(handle: Robj, task: f64) -> Robj {
+    head::drop_call(&handle, task as TaskId)
 }
 
 /// R is to be woken when this call has ended: see [`calls_wake`].
@@ -190,11 +215,13 @@ fn calls_wake(handle: Robj, number: f64, loops: &[i32]) -> Robj {
 
 extendr_module! {
     mod call;
+    fn call_number;
     fn call_submit;
     fn call_take;
     fn call_asides;
     fn call_place;
     fn call_forget;
+    fn call_drop;
     fn call_watch;
     fn call_wait;
     fn calls_to_look_at;

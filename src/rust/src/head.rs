@@ -59,6 +59,8 @@ pub struct Cluster {
     payloads: RefCell<Vec<(JobId, PayloadId)>>,
     /// An answer that R has been told of, and is to take with [`hub_read`].
     unread: Cell<Option<Unread>>,
+    /// Calls that were dropped while the hub was in use.
+    dropped: RefCell<Vec<TaskId>>,
 }
 
 /// The body of an answer, the place of its node and the worker that had the task.
@@ -85,6 +87,13 @@ impl Cluster {
             }
             other != job
         });
+    }
+
+    /// Cancels the calls that were dropped.
+    fn forget_dropped(&self, hub: &mut Hub) {
+        for task in self.dropped.take() {
+            hub.forget_call(task);
+        }
     }
 
     /// What a worker is sent that is not plain.
@@ -149,31 +158,58 @@ pub fn with_cluster(
     handle: &Robj,
     body: impl FnOnce(&Cluster) -> std::result::Result<Robj, Failure>,
 ) -> Robj {
-    usable(handle)
-        .and_then(body)
-        .unwrap_or_else(|failure| failure.into())
+    usable(handle).and_then(body).unwrap_or_else(Robj::from)
 }
 
 /// The cluster behind `handle`, if it can be used.
 fn usable(handle: &Robj) -> std::result::Result<&Cluster, Failure> {
-    if !handle.is_external_pointer() {
-        return Err(Failure::new("restored"));
-    }
-    // Nil after it has been saved and loaded.
-    let pointer: &ExternalPtr<Cluster> = handle.try_into().map_err(|_| Failure::new("restored"))?;
-    let cluster = pointer.try_addr().map_err(|_| Failure::new("restored"))?;
-    let hub = cluster.hub.try_borrow().map_err(|_| Failure::new("busy"))?;
+    let cluster = cluster_of(handle)?;
+    let hub = cluster.hub.try_borrow_mut();
+    let mut hub = hub.map_err(|_| Failure::new("busy"))?;
     if hub.is_forked() {
         return Err(Failure::new("forked"));
     }
+    cluster.forget_dropped(&mut hub);
     Ok(cluster)
 }
 
-fn with_hub(
+fn cluster_of(handle: &Robj) -> std::result::Result<&Cluster, Failure> {
+    let restored = || Failure::new("restored");
+    if !handle.is_external_pointer() {
+        return Err(restored());
+    }
+    // Nil after it has been saved and loaded.
+    let pointer: &ExternalPtr<Cluster> = handle.try_into().map_err(|_| restored())?;
+    pointer.try_addr().map_err(|_| restored())
+}
+
+/// Nobody has the object of a call any more. R runs finalizers whenever something is allocated, and so also
+/// while the hub is in use here: then the call is cancelled at the next use.
+pub fn drop_call(handle: &Robj, task: TaskId) -> Robj {
+    let dropped = || -> std::result::Result<Robj, Failure> {
+        let cluster = cluster_of(handle)?;
+        let hub = cluster.hub.try_borrow_mut();
+        if hub.as_ref().is_ok_and(|hub| hub.is_forked()) {
+            return Err(Failure::new("forked"));
+        }
+        cluster.dropped.borrow_mut().push(task);
+        if let Ok(mut hub) = hub {
+            cluster.forget_dropped(&mut hub);
+        }
+        Ok(().into())
+    };
+    dropped().unwrap_or_else(Robj::from)
+}
+
+/// As [`with_cluster`], for what needs the hub alone. It is not in use any more when R makes the result.
+fn with_hub<T: Into<Robj>>(
     handle: &Robj,
-    body: impl FnOnce(&mut Hub) -> std::result::Result<Robj, Failure>,
+    body: impl FnOnce(&mut Hub) -> std::result::Result<T, Failure>,
 ) -> Robj {
-    with_cluster(handle, |cluster| body(&mut cluster.hub.borrow_mut()))
+    with_cluster(handle, |cluster| {
+        let result = body(&mut cluster.hub.borrow_mut())?;
+        Ok(result.into())
+    })
 }
 
 /// A rank of R's, from 1, as one of ours.
@@ -239,6 +275,7 @@ fn hub_start(
                 common: Cell::new(None),
                 payloads: RefCell::default(),
                 unread: Cell::new(None),
+                dropped: RefCell::default(),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -274,15 +311,15 @@ fn launch_of(host: &Robj) -> Option<Launch> {
 /// @noRd
 #[extendr]
 fn hub_greeted(handle: Robj) -> Robj {
-    with_hub(&handle, |hub| Ok(hub.greeted(SLICE).into()))
+    with_hub(&handle, |hub| Ok(hub.greeted(SLICE)))
 }
 
 /// What is known of each host: a list of vectors with an element for each.
 /// @noRd
 #[extendr]
 fn hub_hosts(handle: Robj) -> Robj {
-    with_hub(&handle, |hub| {
-        let hosts = hub.hosts();
+    with_cluster(&handle, |cluster| {
+        let hosts = cluster.hub.borrow().hosts();
         let text = |of: &dyn Fn(&HostView) -> Option<String>| -> Vec<Option<String>> {
             let clean = |text: String| text.replace('\0', "");
             hosts.iter().map(|host| of(host).map(clean)).collect()
@@ -302,6 +339,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
+            status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
             stdout = text(&|h| Some(h.failure.as_ref()?.stdout.clone()))
         )
@@ -332,8 +370,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
     with_hub(&handle, |hub| {
         let patience = Duration::try_from_secs_f64(patience).unwrap_or(Duration::MAX);
         let made = hub.reconnect(Path::new(path), most as u64, patience);
-        made.map_err(|error| Failure::new("start_failed").with("reason", error))?;
-        Ok(().into())
+        made.map_err(|error| Failure::new("start_failed").with("reason", error))
     })
 }
 
@@ -415,8 +452,8 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
 fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
     with_hub(&handle, |hub| {
         let failure = match hub.progress(tolerant, SLICE) {
-            Progress::Starting { up } => return Ok((up as i32).into()),
-            Progress::Up => return Ok((hub.size() as i32).into()),
+            Progress::Starting { up } => return Ok(up as i32),
+            Progress::Up => return Ok(hub.size() as i32),
             Progress::Refused { host, reason } => match reason {
                 ToHead::Limits {
                     what,
@@ -437,6 +474,10 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
             Progress::HostFailed { host, failure } => Failure::new("start_failed")
                 .with("agent", host + 1)
                 .with("reason", failure.reason)
+                .with(
+                    "status",
+                    failure.status.map_or_else(String::new, |s| s.to_string()),
+                )
                 .with("stderr", failure.stderr)
                 .with("stdout", failure.stdout),
             Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
@@ -448,6 +489,48 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
                 .with("stderr", loss.tail),
         };
         Err(failure)
+    })
+}
+
+/// Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
+/// that have not.
+/// @noRd
+#[extendr]
+fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        match usize::try_from(agent - 1) {
+            Ok(agent) => hub.leave_out(agent, reason.to_owned()),
+            Err(_) => hub.leave_out_late(reason),
+        }
+        Ok(())
+    })
+}
+
+/// Whether a host is lost and is going to be tried again.
+/// @noRd
+#[extendr]
+fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
+    with_hub(&handle, |hub| {
+        Ok(usize::try_from(agent - 1).is_ok_and(|agent| hub.takes_back(agent)))
+    })
+}
+
+/// Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+/// @noRd
+#[extendr]
+fn hub_gone(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let gone: Vec<Option<Failure>> = {
+            let hub = cluster.hub.borrow();
+            let ranks = 0..hub.size() as Rank;
+            ranks
+                .map(|rank| Some(Failure::gone(rank, &*hub.worker(rank).gone?)))
+                .collect()
+        };
+        let gone = gone
+            .into_iter()
+            .map(|gone| gone.map_or_else(|| ().into(), Robj::from));
+        Ok(List::from_values(gone).into())
     })
 }
 
@@ -1125,7 +1208,7 @@ fn hub_ended(handle: Robj, ranks: &[i32]) -> Robj {
     with_hub(&handle, |hub| {
         let ranks: std::result::Result<Vec<Rank>, Failure> =
             ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
-        Ok(hub.have_ended(&ranks?, SLICE).into())
+        Ok(hub.have_ended(&ranks?, SLICE))
     })
 }
 
@@ -1135,7 +1218,7 @@ fn hub_ended(handle: Robj, ranks: &[i32]) -> Robj {
 fn hub_stop(handle: Robj) -> Robj {
     with_hub(&handle, |hub| {
         hub.stop();
-        Ok(().into())
+        Ok(())
     })
 }
 
@@ -1143,7 +1226,7 @@ fn hub_stop(handle: Robj) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_closed(handle: Robj) -> Robj {
-    with_hub(&handle, |hub| Ok(hub.is_closed(SLICE).into()))
+    with_hub(&handle, |hub| Ok(hub.is_closed(SLICE)))
 }
 
 /// The pid of each worker, NA for those that are gone.
@@ -1156,7 +1239,7 @@ fn hub_pids(handle: Robj) -> Robj {
             let pid = worker.pid.filter(|_| worker.gone.is_none());
             pid.map(|pid| pid as i32)
         });
-        Ok(pids.collect::<Vec<Option<i32>>>().into())
+        Ok(pids.collect::<Vec<Option<i32>>>())
     })
 }
 
@@ -1170,7 +1253,7 @@ fn hub_agent_pids(handle: Robj) -> Robj {
         // What was launched for another host is the ssh to it.
         let pid = |host: &HostView| host.hello.as_ref().map(|hello| hello.pid).or(host.pid);
         let pids = hosts.iter().filter(running).filter_map(pid);
-        Ok(pids.map(|pid| pid as i32).collect::<Vec<i32>>().into())
+        Ok(pids.map(|pid| pid as i32).collect::<Vec<i32>>())
     })
 }
 
@@ -1178,7 +1261,7 @@ fn hub_agent_pids(handle: Robj) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_events(handle: Robj) -> Robj {
-    with_hub(&handle, |hub| Ok(events(hub)))
+    with_cluster(&handle, |cluster| Ok(events(cluster)))
 }
 
 /// Cancels what is left of a job.
@@ -1202,13 +1285,12 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
         close_job(cluster, job as JobId);
         // R was interrupted before it took it.
         cluster.unread.set(None);
-        let hub = cluster.hub.borrow();
-        Ok(events(&hub))
+        Ok(events(cluster))
     })
 }
 
-fn events(hub: &Hub) -> Robj {
-    let events = hub.take_events();
+fn events(cluster: &Cluster) -> Robj {
+    let events = cluster.hub.borrow().take_events();
     if events.is_empty() {
         return ().into();
     }
@@ -1257,6 +1339,9 @@ extendr_module! {
     fn hub_reconnect;
     fn hub_go;
     fn hub_progress;
+    fn hub_leave_out;
+    fn hub_takes_back;
+    fn hub_gone;
     fn hub_send;
     fn hub_broadcast;
     fn hub_try_again;

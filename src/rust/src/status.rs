@@ -139,12 +139,15 @@ fn hub_bytes(handle: Robj) -> Robj {
 #[extendr]
 fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
     head::with_cluster(&handle, |cluster| {
-        let hub = cluster.hub.borrow();
-        let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
-            .iter()
-            .map(|&rank| head::rank_of(&hub, rank))
-            .collect();
-        Ok((hub.ask_usage(&ranks?) as f64).into())
+        let question = {
+            let hub = cluster.hub.borrow();
+            let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
+                .iter()
+                .map(|&rank| head::rank_of(&hub, rank))
+                .collect();
+            hub.ask_usage(&ranks?)
+        };
+        Ok((question as f64).into())
     })
 }
 
@@ -155,8 +158,9 @@ fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
 fn hub_usage(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
     head::with_cluster(&handle, |cluster| {
         let most = Duration::try_from_secs_f64(most).unwrap_or_default();
-        let hub = cluster.hub.borrow();
-        let Some(usages) = hub.usage(question as u64, most.min(head::SLICE), anyway) else {
+        let most = most.min(head::SLICE);
+        let usages = cluster.hub.borrow().usage(question as u64, most, anyway);
+        let Some(usages) = usages else {
             return Ok(().into());
         };
         let known = |bytes: u64| (bytes > 0).then_some(bytes as f64);

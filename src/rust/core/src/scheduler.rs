@@ -1404,6 +1404,11 @@ impl Scheduler {
             "{} of its workers were lost in a row, and no task ended in between: it is left out",
             agent.losses
         );
+        self.leave_out(at, reason);
+    }
+
+    /// Ends an agent, whose host is not to be taken back.
+    pub fn leave_out(&mut self, at: usize, reason: String) {
         // Last of all, the end.
         self.agents[at].control.clear();
         let _ = self.send_control(at, &ToAgent::Stop);

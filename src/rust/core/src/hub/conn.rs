@@ -2,7 +2,6 @@
 
 use super::inbox::HostFailure;
 use super::shared::Shared;
-use super::spool::Spool;
 use crate::greeting::Greeting;
 use crate::launch::{self, AgentProcess, Launch, Launched};
 use crate::message::{self, Hello, MAGIC, Start, ToAgent};
@@ -84,13 +83,10 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
     loop {
         let stop = {
             let core = shared.core();
-            let complete = core.spool.as_ref().is_some_and(Spool::is_complete);
-            let conn = &core.conns[agent];
-            let lost = core.scheduler.has_lost(agent);
-            if conn.for_good || conn.plan.is_none() || !complete || !lost {
+            if !core.takes_back(agent) {
                 return;
             }
-            conn.stop.clone()
+            core.conns[agent].stop.clone()
         };
         tokio::select! {
             () = sleep(wait) => {}
@@ -149,12 +145,13 @@ async fn serve_one(
     // still there.
     let ended = ended.and(shared.core().detach(agent));
     let greeted = shared.core().inbox.hosts[agent].hello.is_some();
-    let status = await_exit(&process, exit, greeted).await;
+    let (status, killed) = await_exit(&process, exit, greeted).await;
     // What it wrote last may still be in the pipe.
     tokio::task::yield_now().await;
     let exited = match status {
+        Some(_) if killed => "closed its stream, did not end and was killed".to_owned(),
         Some(status) => describe(status),
-        None => "it did not end when asked to and could not be killed".to_owned(),
+        None => "did not end when asked to and could not be killed".to_owned(),
     };
     let reason = match ended {
         Ok(()) => format!("the agent's process {exited}"),
@@ -164,6 +161,7 @@ async fn serve_one(
         reason,
         stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
         stdout: greeting.noise(),
+        status: status.and_then(|status| status.code()),
     }
 }
 
@@ -190,22 +188,25 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
+/// How it has ended, and whether it was killed for that.
 async fn await_exit(
     process: &Arc<AgentProcess>,
     mut exit: oneshot::Receiver<io::Result<ExitStatus>>,
     greeted: bool,
-) -> Option<ExitStatus> {
+) -> (Option<ExitStatus>, bool) {
+    let known = |waited: Result<io::Result<ExitStatus>, _>| waited.ok().and_then(Result::ok);
     let mut waited = timeout(EXIT_PATIENCE, &mut exit).await;
     if waited.is_err() && !greeted {
         // It may hang in a profile, and knows nothing of the stream.
         process.quit();
         waited = timeout(QUIT_PATIENCE, &mut exit).await;
     }
-    if waited.is_err() {
-        process.kill();
-        waited = timeout(EXIT_PATIENCE, exit).await;
+    if let Ok(waited) = waited {
+        return (known(waited), false);
     }
-    waited.ok()?.ok()?.ok()
+    process.kill();
+    let waited = timeout(EXIT_PATIENCE, exit).await;
+    (waited.ok().and_then(known), true)
 }
 
 async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {

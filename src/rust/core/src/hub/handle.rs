@@ -158,6 +158,8 @@ struct Writing {
     /// What has been submitted of it, if that is to be known and not too much.
     recorded: Option<Vec<Chunk>>,
     recorded_bytes: usize,
+    /// How a call that is tried again has ended: so it has if it cannot be written.
+    end: Option<CallEnd>,
 }
 
 /// A payload that is being written.
@@ -329,6 +331,42 @@ impl Hub {
         ended.unwrap_or_else(|| Progress::Starting {
             up: self.core().inbox.up,
         })
+    }
+
+    /// Whether a host is lost and is going to be tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        let core = self.core();
+        agent < core.conns.len() && core.takes_back(agent)
+    }
+
+    /// Ends an agent for this reason: the cluster goes on without its host.
+    pub fn leave_out(&mut self, agent: usize, reason: String) {
+        let mut core = self.core();
+        core.scheduler.leave_out(agent, reason);
+        core.settle();
+    }
+
+    /// Leaves out the hosts of which no worker has come up, and elsewhere ends those that have not.
+    pub fn leave_out_late(&mut self, reason: &str) {
+        let mut core = self.core();
+        for agent in 0..core.inbox.hosts.len() {
+            let workers = core.inbox.workers.iter().enumerate();
+            let of_host =
+                workers.filter(|(_, worker)| worker.agent == agent && worker.gone.is_none());
+            let (up, late): (Vec<_>, Vec<_>) = of_host
+                .map(|(rank, worker)| (rank as Rank, worker.came_up))
+                .partition(|&(_, came_up)| came_up);
+            match (up.is_empty(), late.is_empty()) {
+                (_, true) => {}
+                (true, _) => core.scheduler.leave_out(agent, reason.to_owned()),
+                (false, _) => {
+                    for (rank, _) in late {
+                        core.scheduler.stop_worker(rank);
+                    }
+                }
+            }
+        }
+        core.settle();
     }
 
     /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
@@ -753,7 +791,13 @@ impl Hub {
         };
         let (owner, task) = (writing.owner, writing.order.task);
         if writing.is_call() {
-            return self.forget_call(task);
+            self.forget_call(task);
+            if let Some(end) = writing.end {
+                let mut core = self.core();
+                core.inbox.calls.expect(task);
+                core.inbox.calls.ended(end.rank, task, end.outcome);
+            }
+            return;
         }
         if let Some(spool) = &mut self.core().spool {
             spool.abandon();
@@ -901,20 +945,32 @@ impl Hub {
     }
 
     /// Begins a call for whichever of these workers, which are in order, is free first; [`Hub::write`] and
-    /// [`Hub::finish`] follow. `again`: the call that was lost and is tried again, before all others.
-    pub fn begin_call(&mut self, any_of: Arc<[Rank]>, again: Option<TaskId>) -> TaskId {
+    /// [`Hub::finish`] follow. `again`: it was lost and is tried again, before all others.
+    pub fn begin_call(&mut self, any_of: Arc<[Rank]>, task: TaskId, again: bool) {
         self.abandon();
-        let task = again.unwrap_or(self.next_task);
-        self.next_task = self.next_task.max(task + 1);
+        let end = if again { self.call_end(task) } else { None };
         let order = Order {
             task,
             job: CALLS,
-            again: again.is_some(),
+            again,
             any_of: Some(any_of),
             ..Order::default()
         };
-        self.writing = Some(Writing::new(order, 0, again.is_some()));
+        let mut writing = Writing::new(order, 0, again);
+        writing.end = end;
+        self.writing = Some(writing);
+    }
+
+    /// The number of a call that is still to be sent.
+    pub fn number_call(&mut self) -> TaskId {
+        let task = self.next_task;
+        self.next_task += 1;
         task
+    }
+
+    /// Whether a message has been begun and not finished.
+    pub fn is_writing(&self) -> bool {
+        self.writing.is_some() || self.sharing.is_some()
     }
 
     /// Where a call is.
@@ -1066,6 +1122,7 @@ impl Writing {
             first: true,
             recorded: None,
             recorded_bytes: 0,
+            end: None,
         }
     }
 

@@ -19,6 +19,8 @@ pub struct HostFailure {
     pub reason: String,
     pub stderr: String,
     pub stdout: String,
+    /// With which status the agent's command exited, if it did.
+    pub status: Option<i32>,
 }
 
 impl HostFailure {

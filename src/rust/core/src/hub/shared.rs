@@ -587,12 +587,14 @@ impl Core {
 
     /// Whether any worker is starting or up, or may be again.
     pub fn any_left(&self) -> bool {
-        let takes_back = self.spool.as_ref().is_some_and(Spool::is_complete);
-        let back = |agent: usize| {
-            let conn = &self.conns[agent];
-            conn.plan.is_some() && !conn.for_good && self.scheduler.has_lost(agent)
-        };
-        self.scheduler.any_left() || takes_back && (0..self.conns.len()).any(back)
+        self.scheduler.any_left() || (0..self.conns.len()).any(|agent| self.takes_back(agent))
+    }
+
+    /// Whether a host is lost and is going to be tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        let conn = &self.conns[agent];
+        let complete = self.spool.as_ref().is_some_and(Spool::is_complete);
+        complete && conn.plan.is_some() && !conn.for_good && self.scheduler.has_lost(agent)
     }
 
     /// Wakes R, if it sleeps, to look at what has changed.

@@ -1,0 +1,255 @@
+# Hosts that fail, each at another point of its start, beside one that does not: no host costs another, and each is
+# named with its reason.
+
+watch_processes()
+
+# A command in the place of Rscript: lines of sh.
+command <- function(...) {
+  file <- tempfile("command-")
+  writeLines(c("#!/bin/sh", ...), file)
+  Sys.chmod(file, "0755")
+  file
+}
+
+# R's Rscript, with R code before ours, in which `put(name, fun)` replaces a function of the package.
+before <- function(...) {
+  code <- tempfile("before-")
+  writeLines(c(
+    "ns <- loadNamespace('rustcluster', lib.loc = c(Sys.getenv('RUSTCLUSTER_LIB'), .libPaths()))",
+    "put <- function(name, fun) { unlockBinding(name, ns); assign(name, fun, ns) }", ...
+  ), code)
+  command(
+    "for last; do :; done", paste0("code=$(cat ", code, ")"), "n=$#; i=1",
+    "while [ $i -lt $n ]; do a=$1; shift; set -- \"$@\" \"$a\"; i=$((i+1)); done; shift",
+    "exec Rscript \"$@\" \"$code", "$last\""
+  )
+}
+
+# A cluster of a host that works and of these. Its warnings are in attribute "warnings".
+beside_good <- function(commands, ..., start = "fork", ncore = 1, .frame = parent.frame()) {
+  bad <- lapply(unname(commands), function(command) {
+    list(host = "127.0.0.1", ncore = ncore, rscript = command, start = start)
+  })
+  warnings <- list()
+  cl <- withCallingHandlers(
+    local_cluster(c(list(list(host = "localhost", ncore = 2)), bad), onFailure = "warn", ..., .frame = .frame),
+    warning = function(w) {
+      warnings <<- c(warnings, list(w))
+      invokeRestart("muffleWarning")
+    }
+  )
+  structure(cl, warnings = warnings)
+}
+
+# Each host has the problem that its name says, and the two workers of the other one work.
+expect_left_out <- function(cl, commands) {
+  hosts <- clusterHosts(cl)
+  expect_identical(hosts$up, c(2L, rep(0L, length(commands))))
+  for (i in seq_along(commands)) expect_match(hosts$problem[[i + 1L]], names(commands)[[i]])
+  told <- paste(vapply(attr(cl, "warnings"), conditionMessage, ""), collapse = "\n")
+  for (reason in sub("^\\^", "", names(commands))) expect_match(told, reason)
+  for (w in attr(cl, "warnings")) {
+    expect_s3_class(w, "rustcluster_host_left_out")
+    expect_true(all(w$host == "127.0.0.1"))
+  }
+  expect_length(cl, 2L)
+  expect_identical(clusterApply(cl, 1:4, function(i) i), as.list(1:4))
+  began <- proc.time()[[3L]]
+  expect_silent(parallel::stopCluster(cl))
+  proc.time()[[3L]] - began
+}
+
+test_that("a host whose command fails is left out alone", {
+  not_executable <- tempfile("command-")
+  writeLines("#!/bin/sh", not_executable)
+  commands <- c(
+    "exited with status 3" = command("exit 3"),
+    "temporary directory .*is full" = command("exit 0"),
+    "prints without end" = command("yes"),
+    "exited with status 7.*its stderr:.*x" = command("head -c 300 /dev/urandom; echo x >&2; exit 7"),
+    "killed by signal 9" = command("kill -9 $$"),
+    "closed its stream, did not end and was killed" = command("exec >&- <&-; exec sleep 100"),
+    "Rscript cannot be run here.*Permission denied" = not_executable,
+    "Rscript cannot be run here.*No such file" = "/nowhere/Rscript",
+    # Not ssh's words: nothing here goes through ssh.
+    "^the agent's process exited with status 255 *\nits stderr:\n.*Permission denied" =
+      command("echo 'u@h: Permission denied (publickey).' >&2; exit 255")
+  )
+  cl <- beside_good(commands)
+  expect_lt(expect_left_out(cl, commands), 5)
+  told <- paste(vapply(attr(cl, "warnings"), conditionMessage, ""), collapse = "\n")
+  expect_no_match(told, "no key of yours")
+  expect_no_leftovers()
+})
+
+test_that("a host that fails in greeting, loading or forking is left out alone", {
+  commands <- c(
+    "installed here: restart this R session" = before("put('packageVersionText', function() '9.9')"),
+    "exited with status 1.*cannot go on" = before("put('attachPackages', function(p) stop('cannot go on'))"),
+    "cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')"),
+    "exited with status 4" = before("put('attachPackages', function(p) quit('no', 4))"),
+    "signal 11.*segfault" = before("put('attachPackages', function(p) tools::pskill(Sys.getpid(), 11))"),
+    "no worker came up: worker [0-9]+ exited with status 5 before it was ready" =
+      before("put('serveTasks', function() quit('no', 5))"),
+    "no worker came up: worker [0-9]+ was killed by signal 9 .SIGKILL. before it was ready" =
+      before("put('serveTasks', function() { tools::pskill(Sys.getpid(), 9); Sys.sleep(9) })")
+  )
+  cl <- beside_good(commands)
+  expect_left_out(cl, commands)
+  expect_no_leftovers()
+})
+
+test_that("a host whose separate workers fail is left out alone, and one that has some of them stays", {
+  commands <- c(
+    "no worker came up: worker [0-9]+ exited with status 4 before it was ready" =
+      before("put('attachPackages', function(p) quit('no', 4))"),
+    "no worker came up: .*x cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')")
+  )
+  cl <- beside_good(commands, start = "spawn")
+  expect_left_out(cl, commands)
+  mark <- tempfile()
+  # The first of the two ends. It is not started again, since it has not been up.
+  once <- before(
+    "serve <- ns$serveTasks",
+    sprintf("put('serveTasks', function() if (suppressWarnings(dir.create('%s'))) quit('no', 6) else serve())", mark)
+  )
+  cl <- beside_good(once, ncore = 2)
+  expect_identical(clusterHosts(cl)$up, c(2L, 1L))
+  expect_match(
+    conditionMessage(attr(cl, "warnings")[[1L]]),
+    "127.0.0.1.*only 1 of 2 workers came up: worker [34] exited with status 6 before it was ready"
+  )
+  expect_length(cl, 3L)
+  expect_identical(clusterApply(cl, 1:6, function(i) i), as.list(1:6))
+})
+
+test_that("a host that hangs at any point of its start is left out alone", {
+  skip_unless_long()
+  commands <- c(
+    "no response within 8 seconds" = command("exec sleep 100"),
+    "no response within 8 seconds" = command("kill -STOP $$"),
+    "not up within 8 seconds" = before("put('attachPackages', function(p) Sys.sleep(100))"),
+    "not up within 8 seconds" = before("put('serveTasks', function() Sys.sleep(100))")
+  )
+  began <- proc.time()[[3L]]
+  cl <- beside_good(commands, setup_timeout = 8)
+  expect_lt(proc.time()[[3L]] - began, 16 + slack())
+  # An agent that loads packages cannot be asked to end, and has some time for it.
+  expect_lt(expect_left_out(cl, commands), 11 + slack())
+  expect_no_leftovers()
+})
+
+test_that("a host that is late is named, and nothing is left", {
+  late <- list(host = "127.0.0.1", ncore = 1, rscript = before("put('serveTasks', function() Sys.sleep(100))"))
+  error <- caught(makeRustCluster(list(list(host = "localhost", ncore = 1), late), setup_timeout = 4))
+  expect_rust_error(error, "start_failed")
+  expect_identical(error$host, "127.0.0.1")
+  expect_match(conditionMessage(error), "only 1 of 2 workers were up after 4 seconds, and not all of host .127.0.0.1.")
+  expect_no_leftovers()
+})
+
+test_that("a host that cannot restore its workers costs no other", {
+  cl <- local_cluster(list(list(host = "localhost", ncore = 1), list(host = "127.0.0.1", ncore = 2)))
+  flag <- tempfile()
+  on.exit(unlink(flag))
+  x <- 1
+  clusterExport(cl, c("flag", "x"), environment())
+  clusterEvalQ(cl, if (file.exists(flag)) quit("no", 3))
+  file.create(flag)
+  tools::pskill(clusterPids(cl)[2:3], tools::SIGKILL)
+  f <- function(i) {
+    Sys.sleep(0.02)
+    i + x
+  }
+  environment(f) <- globalenv()
+  expect_identical(suppressWarnings(unlist(clusterApplyLB(cl, 1:30, f))), 1:30 + 1)
+})
+
+test_that("a full temporary directory is told as that", {
+  if (Sys.info()[["effective_user"]] != "root") skip("only root can mount")
+  dir <- tempfile("full-")
+  dir.create(dir)
+  mounted <- system2("mount", c("-t", "tmpfs", "-o", "size=64k,nr_inodes=12", "tmpfs", dir), stderr = FALSE)
+  if (mounted != 0L) skip("nothing can be mounted here")
+  on.exit({
+    system2("umount", c("-l", dir))
+    unlink(dir, recursive = TRUE)
+  })
+  expect_full <- function() {
+    spec <- list(host = "localhost", ncore = 1, rscript_envs = c(TMPDIR = dir))
+    error <- caught(makeRustCluster(list(spec)))
+    expect_rust_error(error, "start_failed")
+    expect_match(conditionMessage(error), "temporary directory (TMPDIR, or /tmp) is full", fixed = TRUE)
+  }
+  # No room for what is written, and then none for another file.
+  system2("dd", c("if=/dev/zero", paste0("of=", dir, "/fill"), "bs=1k", "count=100"), stdout = FALSE, stderr = FALSE)
+  expect_full()
+  suppressWarnings(file.create(file.path(dir, 1:20)))
+  expect_full()
+})
+
+test_that("only ssh's own failure is told as ssh's", {
+  ours <- list(host = "h1", here = FALSE)
+  problem <- function(stderr, status, up = FALSE, reason = "the agent's process exited") {
+    rustcluster:::hostProblem(ours, reason, stderr, "", status, up)
+  }
+  denied <- "u@h1: Permission denied (publickey,password)."
+  expect_match(problem(denied, 255L), "^no key of yours")
+  expect_match(problem(paste0("banner\n", denied, "\r"), 255L), "^no key of yours")
+  expect_match(problem("ssh: connect to host h1 port 22: Connection refused", 255L), "^no sshd listens")
+  expect_match(problem("ssh: connect to host h1 port 22: Connection timed out", 255L), "^it cannot be reached")
+  # The same words of others.
+  expect_match(problem(denied, 1L), "^the agent's process exited")
+  expect_match(problem(denied, 255L, up = TRUE), "^the agent's process exited")
+  expect_match(problem("cannot open file '/x': Permission denied", 255L), "^the agent's process exited")
+  expect_match(problem("Error: connection to db: Connection refused", 255L), "^the agent's process exited")
+  expect_match(problem("", NA, TRUE, "its `outfile` /x cannot be opened: Permission denied"), "^its `outfile`")
+  expect_match(problem("sh: 1: exec: /x/Rscript: Permission denied", 126L), "^Rscript cannot be executed there")
+  expect_match(problem("sh: 1: exec: Rscript: not found", 127L), "^Rscript is not found there")
+})
+
+test_that("an `outfile` that cannot be written is told as that, also over ssh", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  outfile <- file.path(tempfile("no-such-"), "out")
+  error <- caught(over_ssh(ssh, c("127.0.0.2" = 1), outfile = outfile))
+  expect_rust_error(error, "start_failed")
+  expect_match(conditionMessage(error), "`outfile`", fixed = TRUE)
+  expect_no_match(conditionMessage(error), "no key of yours")
+  not_executable <- file.path(ssh$dir, "Rscript")
+  writeLines("#!/bin/sh", not_executable)
+  error <- caught(over_ssh(ssh, list(list(host = "127.0.0.2", ncore = 1, rscript = not_executable))))
+  expect_match(conditionMessage(error), "Rscript cannot be executed there")
+})
+
+test_that("control characters of hosts and workers are shown, not obeyed", {
+  printable <- rustcluster:::printable
+  expect_identical(printable(c("a\033]0;t\007b\r\nc\td\re", NA, "")), c("a\\x1b]0;t\\x07b\nc\td\\x0de", NA, ""))
+  expect_identical(printable("\u00fc\u202ex\u009b"), "\u00fc\\u202ex\\x9b")
+  expect_identical(printable("bad\xff"), "bad<ff>")
+  expect_identical(printable(character()), character())
+  error <- caught(makeRustCluster(list(list(
+    host = "localhost", ncore = 1, rscript = command("printf '\\033[2Jhello\\a\\n' >&2; exit 7")
+  ))))
+  expect_match(conditionMessage(error), "\\x1b[2Jhello\\x07", fixed = TRUE)
+  expect_no_match(conditionMessage(error), "\033")
+  # cli evaluates what is in braces.
+  row <- data.frame(host = "h", r_version = "{stop(1)}\033", cores = 1L, seconds = 1, problem = NA_character_)
+  expect_message(rustcluster:::showHost(row, 1L), "h: R {stop(1)}\\x1b, 1 cores", fixed = TRUE)
+  row$problem <- "{stop(1)}\033\nmore"
+  expect_message(rustcluster:::showHost(row, 1L), "h: {stop(1)}\\x1b", fixed = TRUE)
+  cl <- local_cluster(1)
+  error <- suppressWarnings(caught(clusterCall(cl, function() {
+    cat("\033[2Jlast words\n")
+    tools::pskill(Sys.getpid(), 9)
+    Sys.sleep(9)
+  })))
+  expect_match(conditionMessage(error), "\\x1b[2Jlast words", fixed = TRUE)
+  expect_no_match(conditionMessage(error), "\033")
+  try(clusterCall(cl, function() stop("\033[31mred")), silent = TRUE)
+  expect_no_match(paste(capture.output(print(clusterStatus(cl))), collapse = "\n"), "\033")
+})
+
+test_that("nothing is left", {
+  expect_no_leftovers()
+})
