@@ -30,10 +30,20 @@ impl Failure {
     }
 
     pub fn lost(rank: Rank, loss: &Loss) -> Failure {
+        let setback = loss.setback;
+        let seconds = |milliseconds: u64| milliseconds as f64 / 1000.0;
+        let reason = match loss.pid {
+            0 => "could not be started".to_owned(),
+            _ => loss.exit.to_string(),
+        };
         let failure = Failure::new("worker_lost")
             .with("rank", rank + 1)
             .with("pid", loss.pid)
-            .with("reason", loss.exit)
+            .with("reason", reason)
+            .with("setbacks", setback.count)
+            .with("restoring", if setback.restoring { "TRUE" } else { "FALSE" })
+            .with("stalled", seconds(setback.stalled))
+            .with("retry", seconds(setback.pause))
             .with("memory_available", loss.memory_available)
             .with("oom", if loss.oom { "TRUE" } else { "FALSE" })
             .with("stderr", &loss.tail);

@@ -394,6 +394,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         keep: fields.get("keep")?.as_real()? as u64,
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
+        setup: fields.get("setup")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         here: fields.get("here")?.as_bool()? && has_files(),
     };
@@ -1143,6 +1144,7 @@ fn events(hub: &Hub) -> Robj {
     }
     let shown = events.into_iter().map(|event| match event {
         Event::Replaced { rank } => Failure::new("worker_replaced").with("rank", rank + 1),
+        Event::Back { rank } => Failure::new("worker_back").with("rank", rank + 1),
         Event::Lost {
             rank,
             loss,

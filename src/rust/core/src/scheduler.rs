@@ -155,6 +155,13 @@ pub enum Gone {
     Stopped,
 }
 
+impl Gone {
+    /// Whether its agent makes another in its place after a pause.
+    pub fn is_tried_again(&self) -> bool {
+        matches!(self, Gone::Worker(loss) if loss.setback.pause > 0)
+    }
+}
+
 /// How a task ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -191,6 +198,11 @@ pub enum Note {
         rank: Rank,
         pid: u32,
         killed: bool,
+    },
+    /// A worker that could not be restored at first is there again, as it was.
+    Back {
+        rank: Rank,
+        pid: u32,
     },
     /// What lasts on a worker is more than its host holds.
     StateNotKept {
@@ -1251,22 +1263,34 @@ impl Scheduler {
         if let WorkerState::Gone(before) = &worker.state {
             // Nobody waits for it any more.
             worker.track.back(self.now);
-            if matches!(**before, Gone::Host(_)) {
+            let tried_again = before.is_tried_again();
+            if tried_again || matches!(**before, Gone::Host(_)) {
                 worker.state = WorkerState::Gone(gone.clone());
                 self.notes.push(Note::Gone { rank, gone });
             }
+            if tried_again {
+                self.tell_stop(rank);
+            }
             return;
         }
+        self.tell_stop(rank);
+        self.lose(rank, gone);
+    }
+
+    fn tell_stop(&mut self, rank: Rank) {
+        let worker = &self.workers[rank as usize];
         let (agent, worker) = (worker.agent, worker.index);
         if let Ok(frame) = message::encode(&ToAgent::StopWorker { worker }) {
             self.push_control(agent, frame);
         }
-        self.lose(rank, gone);
     }
 
-    /// Whether any worker is starting or up.
+    /// Whether any worker is starting or up, or is tried again by its agent.
     pub fn any_left(&self) -> bool {
-        let gone = |worker: &Worker| matches!(worker.state, WorkerState::Gone(_));
+        let gone = |worker: &Worker| match &worker.state {
+            WorkerState::Gone(gone) => !gone.is_tried_again(),
+            _ => false,
+        };
         !self.workers.iter().all(gone)
     }
 
@@ -1309,7 +1333,12 @@ impl Scheduler {
 
     fn lose(&mut self, rank: Rank, gone: Arc<Gone>) {
         let worker = &mut self.workers[rank as usize];
-        if matches!(worker.state, WorkerState::Gone(_)) {
+        if let WorkerState::Gone(before) = &worker.state {
+            // Its agent does not try it again any more; if its host comes back, it does with that.
+            if before.is_tried_again() && !matches!(*gone, Gone::Worker(_)) {
+                worker.state = WorkerState::Gone(gone.clone());
+                self.notes.push(Note::Gone { rank, gone });
+            }
             return;
         }
         worker.state = WorkerState::Gone(gone.clone());
@@ -1647,14 +1676,23 @@ impl Scheduler {
             }
             ToHead::WorkerLost {
                 worker,
-                loss,
+                mut loss,
                 replaced,
             } => {
                 let rank = self.rank(agent, worker)?;
+                if loss.setback.pause > 0 && self.workers[rank as usize].away {
+                    // Its agent knows a part of what restores it.
+                    loss.setback.pause = 0;
+                    self.tell_stop(rank);
+                }
                 if replaced {
                     self.replace(rank, loss);
                 } else {
-                    self.lose(rank, Arc::new(Gone::Worker(loss)));
+                    let gone = Gone::Worker(loss);
+                    if gone.is_tried_again() {
+                        self.send_control(agent, &ToAgent::LossNoted { worker })?;
+                    }
+                    self.lose(rank, Arc::new(gone));
                     self.count_loss(agent, false);
                 }
             }
@@ -1670,6 +1708,10 @@ impl Scheduler {
                 let rank = self.rank(agent, worker)?;
                 let worker = &mut self.workers[rank as usize];
                 let killed = match (&worker.state, &worker.current) {
+                    (WorkerState::Gone(gone), _) if gone.is_tried_again() => {
+                        self.back(rank, pid);
+                        return Ok(());
+                    }
                     // Stopped in the meantime.
                     (WorkerState::Gone(_), _) => return Ok(()),
                     (WorkerState::Starting, None) => false,
@@ -1728,6 +1770,22 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    /// A worker that was gone is there again, and its agent has restored it.
+    fn back(&mut self, rank: Rank, pid: u32) {
+        let worker = &mut self.workers[rank as usize];
+        worker.state = WorkerState::Up;
+        worker.track.back(self.now);
+        worker.window = SEND_WINDOW;
+        let (agent, index) = (worker.agent, worker.index);
+        // Others may have gone on with its random numbers. States that are not known here are empty.
+        let seed = worker.seed.clone().filter(|seed| !seed.is_empty());
+        if let Some(seed) = seed {
+            self.push_control(agent, Frame::new(Kind::Seed, 0, index, 0, seed));
+        }
+        self.notes.push(Note::Back { rank, pid });
+        self.dispatch(rank);
     }
 
     /// A task took longer than it may. Its worker is busy until its agent says otherwise.
@@ -2154,8 +2212,7 @@ mod tests {
             pid: 1,
             exit: Exit::Signal(9),
             tail: String::new(),
-            memory_available: 0,
-            oom: false,
+            ..Loss::default()
         };
         let lost = ToHead::WorkerLost {
             worker: 0,

@@ -236,6 +236,7 @@ fn start(workers: u32) -> Start {
         keep: 0,
         state: 1 << 20,
         timeout: 0,
+        setup: 0,
         memory_limit: 0,
         here: false,
     }
