@@ -86,9 +86,13 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 #' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), here (on this machine) and xdr.
+#' none), setup (of replaced workers, likewise), here (on this machine) and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
+
+#' Whether a host that is lost is tried again.
+#' @noRd
+hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
 
 #' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
 #' has failed counts as done, and is not an error.

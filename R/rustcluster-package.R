@@ -14,7 +14,7 @@
 #'   \item{`rustcluster_limits`}{the system's limits are too low; fields `what`, `needed`, `available`.}
 #'   \item{`rustcluster_start_failed`}{the cluster could not be started, and nothing of it is left; fields `host`, `stderr`.}
 #'   \item{`rustcluster_install_failed`}{[installOnHosts()] failed on some hosts; fields `host`, `report`.}
-#'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one, and the task is not to be tried again (`retries = 0`), or nobody takes the worker's place; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical, whether the host seems to have run out of memory).}
+#'   \item{`rustcluster_worker_lost`}{a worker ended in the middle of a task, or before one, and the task is not to be tried again (`retries = 0`), or nobody takes the worker's place now; fields `host`, `rank`, `pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical, whether the host seems to have run out of memory), `replaced` (logical), `retry` (number, seconds until the worker is tried again; only if it is).}
 #'   \item{`rustcluster_element_failed`}{the function raised an error for an element of [clusterLapply()]; fields `index`, `indices`, `results`, `parent`.}
 #'   \item{`rustcluster_aborted`}{a call or an element jumped to R's top level, by `stop()` with a condition that is no error (field `parent`) or `invokeRestart("abort")`.}
 #'   \item{`rustcluster_task_failed`}{a task was lost with its worker too often; fields `index`, `losses`, `results`, `failures`: see [makeRustCluster()].}
@@ -30,7 +30,7 @@
 #' }
 #' Warnings are of class `"rustcluster_warning"` and one of
 #' \describe{
-#'   \item{`rustcluster_worker_lost`}{a worker ended and has been replaced (field `replaced`); its task, if it had one, is tried again. Fields as above.}
+#'   \item{`rustcluster_worker_lost`}{a worker ended and is being replaced (field `replaced`), or could not be restored (`retry`); its task, if it had one, is tried again. Fields as above.}
 #'   \item{`rustcluster_worker_replaced`}{a worker did not heed an interrupt, was killed, and has been replaced; fields `rank`, `host`.}
 #'   \item{`rustcluster_host_failed`}{a host was lost, or is left out because its workers were lost again and again; fields `host`, `reason`.}
 #'   \item{`rustcluster_state_not_kept`}{what lasts on a host's workers is more than is kept: they will not be replaced; field `host`.}
@@ -38,7 +38,8 @@
 #'   \item{`rustcluster_host_left_out`}{a host could not be started, and `onFailure = "warn"`; fields `host`, `report`.}
 #'   \item{`rustcluster_versions`}{R is another version there; field `host`.}
 #' }
-#' A message of class `"rustcluster_host_back"` tells that a lost host is back.
+#' Messages of class `"rustcluster_host_back"` and `"rustcluster_worker_back"` tell that a lost host, or a
+#' worker that could not be restored at first, is back.
 #'
 #' @keywords internal
 #' @useDynLib rustcluster, .registration = TRUE

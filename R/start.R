@@ -126,13 +126,16 @@ hostPlans <- function(handle, asked, launches, settings) {
       # Nor is there anything to be saved on the way.
       keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],
-      timeout = if (is.finite(settings$timeout)) ceiling(1000 * settings$timeout) else 0,
+      timeout = milliseconds(settings$timeout), setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       here = asked$hosts[[i]]$here,
       xdr = xdr[[i]]
     )
   })
 }
+
+# 0 for any time.
+milliseconds <- function(seconds) if (is.finite(seconds)) ceiling(1000 * seconds) else 0
 
 # Of each host, whether it and this session have to meet in the network's byte order.
 otherByteOrder <- function(handle) {

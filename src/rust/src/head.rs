@@ -17,7 +17,7 @@ use rustcluster_core::hub::{
 };
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
-use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
+use rustcluster_core::message::{Outfile, Setback, Start, StartMode, ToHead};
 use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId, MOST_SHARED};
 use rustcluster_core::share;
@@ -338,7 +338,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 /// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none), here (on this machine) and xdr.
+/// none), setup (of replaced workers, likewise), here (on this machine) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -404,6 +404,16 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
     };
     let ranks = ranks.into_iter().map(|rank| (rank - 1) as Rank).collect();
     Some((Plan { start, ranks }, format))
+}
+
+/// Whether a host that is lost is tried again.
+/// @noRd
+#[extendr]
+fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
+    with_hub(&handle, |hub| {
+        let agent = usize::try_from(agent - 1);
+        Ok(agent.is_ok_and(|agent| hub.takes_back(agent)).into())
+    })
 }
 
 /// How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
@@ -899,8 +909,12 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
 pub fn loss(cluster: &Cluster, place: Rank, gone: &Gone) -> Failure {
     match gone {
         Gone::Worker(loss) => {
-            let replaced = cluster.hub.borrow().worker(place).gone.is_none();
-            Failure::lost(place, loss).with("replaced", replaced)
+            let now = cluster.hub.borrow().worker(place).gone;
+            let last = match now.as_deref() {
+                Some(Gone::Worker(last)) => last.setback,
+                _ => Setback::default(),
+            };
+            Failure::lost(place, loss, last).with("replaced", now.is_none())
         }
         gone => Failure::gone(place, gone),
     }
@@ -1149,7 +1163,7 @@ fn events(hub: &Hub) -> Robj {
             rank,
             loss,
             replaced,
-        } => Failure::lost(rank, &loss).with("replaced", replaced),
+        } => Failure::lost(rank, &loss, loss.setback).with("replaced", replaced),
         Event::HostLost { agent, reason } => Failure::new("host_failed")
             .with("agent", agent + 1)
             .with("reason", reason),
@@ -1186,6 +1200,7 @@ extendr_module! {
     fn hub_hosts;
     fn hub_reconnect;
     fn hub_go;
+    fn hub_takes_back;
     fn hub_progress;
     fn hub_send;
     fn hub_broadcast;

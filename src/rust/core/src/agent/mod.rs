@@ -406,8 +406,8 @@ impl Agent {
             if let Some(channel) = self.make_some()? {
                 return Ok(Role::Worker(Box::new(channel)));
             }
-            let can_read = self.head_unread
-                || !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
+            let can_read =
+                self.head_unread || !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read && self.census.is_none() {
                 let pulse = self.pulse.as_ref().filter(|_| !self.ending);
                 let farewell = self.strays.deadline();
@@ -489,7 +489,8 @@ impl Agent {
             }
             if !self.ending {
                 let due = self.relay.book.to_retry(now);
-                self.to_make.extend(due.into_iter().map(|worker| (worker, true)));
+                self.to_make
+                    .extend(due.into_iter().map(|worker| (worker, true)));
             }
             for worker in std::mem::take(&mut self.dirty) {
                 self.write_worker(worker);

@@ -2,7 +2,6 @@
 
 use super::inbox::HostFailure;
 use super::shared::Shared;
-use super::spool::Spool;
 use crate::greeting::Greeting;
 use crate::launch::{self, AgentProcess, Launch, Launched};
 use crate::message::{self, Hello, MAGIC, Start, ToAgent};
@@ -78,13 +77,10 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
     loop {
         let stop = {
             let core = shared.core();
-            let complete = core.spool.as_ref().is_some_and(Spool::is_complete);
-            let conn = &core.conns[agent];
-            let lost = core.scheduler.has_lost(agent);
-            if conn.for_good || conn.plan.is_none() || !complete || !lost {
+            if !core.takes_back(agent) {
                 return;
             }
-            conn.stop.clone()
+            core.conns[agent].stop.clone()
         };
         tokio::select! {
             () = sleep(wait) => {}

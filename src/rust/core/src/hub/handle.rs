@@ -255,6 +255,11 @@ impl Hub {
         Ok(())
     }
 
+    /// Whether a host that is lost is tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        self.core().takes_back(agent)
+    }
+
     /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
     /// all plans are those from 0 to their number.
     ///

@@ -531,14 +531,18 @@ impl Core {
         }
     }
 
+    /// Whether a host that is lost is tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        let complete = self.spool.as_ref().is_some_and(Spool::is_complete);
+        let conn = self.conns.get(agent).filter(|_| complete);
+        let wanted = conn.is_some_and(|conn| conn.plan.is_some() && !conn.for_good);
+        wanted && self.scheduler.has_lost(agent)
+    }
+
     /// Whether any worker is starting or up, or may be again.
     pub fn any_left(&self) -> bool {
-        let takes_back = self.spool.as_ref().is_some_and(Spool::is_complete);
-        let back = |agent: usize| {
-            let conn = &self.conns[agent];
-            conn.plan.is_some() && !conn.for_good && self.scheduler.has_lost(agent)
-        };
-        self.scheduler.any_left() || takes_back && (0..self.conns.len()).any(back)
+        let mut agents = 0..self.conns.len();
+        self.scheduler.any_left() || agents.any(|agent| self.takes_back(agent))
     }
 
     /// Wakes R, if it sleeps, to look at what has changed.
