@@ -352,15 +352,70 @@ test_that("a worker killed again while it is brought back to its state", {
   # Every time: there is an end to that, and others go on.
   deadly <- tempfile()
   clusterCall(cl[1], function(file) if (file.exists(file)) quit("no", 3), deadly)
+  clusterSetRNGStream(cl, 7)
+  seeds <- clusterEvalQ(cl, .Random.seed)
   file.create(deadly)
-  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  before <- clusterPids(cl)[[1L]]
+  tools::pskill(before, tools::SIGKILL)
   error <- caught(with_losses(clusterEvalQ(cl[1], x)))
   expect_rust_error(error, "worker_lost")
   expect_false(error$replaced)
-  expect_match(conditionMessage(error), "no other takes its place")
+  expect_identical(error$retry, 1)
+  expect_match(conditionMessage(error), "exited with status 3 while it was being restored, 3 times in a row")
+  expect_match(conditionMessage(error), "it is tried again in 1 s")
   expect_identical(clusterEvalQ(cl[2], x), list(5))
   expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
   expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], x), list(5))
+  expect_identical(clusterStatus(cl, memory = FALSE)$state, c("lost", "idle"))
+  # It is as it was when what was wrong is over, also if that takes some tries.
+  Sys.sleep(1.5)
+  expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
+  unlink(deadly)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  expect_false(clusterPids(cl)[[1L]] == before)
+  note_processes(cl)
+  expect_message(got <- clusterEvalQ(cl, x), "is back", class = "rustcluster_worker_back")
+  expect_identical(got, list(5, 5))
+  expect_silent(expect_identical(clusterEvalQ(cl[1], y), list(6)))
+  expect_identical(clusterEvalQ(cl, .Random.seed), seeds)
+  # All starts anew: it is replaced at once.
+  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  expect_identical(with_losses(clusterEvalQ(cl[1], c(x, y)))$value, list(c(5, 6)))
+})
+
+test_that("a restore that does not end is ended after setup_timeout, and tried again", {
+  cl <- local_cluster(3, setup_timeout = 3)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  hangs <- tempfile()
+  clusterCall(cl[1], function(file) while (file.exists(file)) Sys.sleep(0.05), hangs)
+  clusterSetRNGStream(cl, 7)
+  streams <- clusterApply(cl, 1:3, function(i) runif(2))
+  file.create(hangs)
+  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  took <- system.time(error <- caught(with_losses(clusterEvalQ(cl[1], x))))[["elapsed"]]
+  expect_rust_error(error, "worker_lost")
+  expect_match(conditionMessage(error), "repeated to restore it made no progress for 3[.0-9]* s")
+  expect_match(conditionMessage(error), "setup_timeout")
+  expect_lt(took, 3 + 5 + slack())
+  # Others go on, and take over what can be taken over.
+  expect_identical(clusterEvalQ(cl[-1], x), list(5, 5))
+  unlink(hangs)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  note_processes(cl)
+  expect_message(got <- clusterApply(cl, 1:3, function(i) runif(1)), class = "rustcluster_worker_back")
+  clusterSetRNGStream(cl, 7)
+  expect_identical(clusterApply(cl, 1:3, function(i) runif(2)), streams)
+  # A verb whose worker cannot be restored in the middle of it goes on with the others.
+  file.create(hangs)
+  losses <- with_losses(clusterApply(cl, 1:6, function(i, spring, trap) {
+    if (i == 4) spring(trap)
+    i
+  }, spring, trap()))
+  expect_identical(losses$value, as.list(1:6))
+  unlink(hangs)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  note_processes(cl)
 })
 
 test_that("a task that ends every worker is given up, and all else is kept", {
