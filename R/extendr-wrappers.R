@@ -139,6 +139,11 @@ hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, 
 #' @noRd
 hub_read <- function(handle) .Call(wrap__hub_read, handle)
 
+#' The number of the task whose answer is being read or could not be read, and the place of its node.
+#' `NULL`: there is none.
+#' @noRd
+hub_reading <- function(handle) .Call(wrap__hub_reading, handle)
+
 #' The rank of each of these nodes, if they are all of one cluster.
 #' @noRd
 cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)

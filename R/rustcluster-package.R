@@ -22,7 +22,7 @@
 #'   \item{`rustcluster_call_failed`}{a call's value could not be sent, or it was interrupted.}
 #'   \item{`rustcluster_timeout`}{a task took longer than `timeout`; fields `host`, `rank`, `index`, `results`, `failures`.}
 #'   \item{`rustcluster_host_failed`}{a host's agent, or the way to it, was lost; fields `host`, `rank`.}
-#'   \item{`rustcluster_protocol`}{an answer could not be read.}
+#'   \item{`rustcluster_protocol`}{an answer could not be read: it is damaged, or needs a package or memory that is not there; fields `parent`, and of a verb `results`, `failures`.}
 #'   \item{`rustcluster_no_task`}{an answer was asked for, and nothing had been sent.}
 #'   \item{`rustcluster_stopped`}{the cluster, or this node, has been stopped.}
 #'   \item{`rustcluster_forked`}{the cluster belongs to the process that this one was forked from.}

@@ -418,6 +418,54 @@ test_that("a restore that does not end is ended after setup_timeout, and tried a
   note_processes(cl)
 })
 
+test_that("an answer that cannot be read costs its own task, and no other's result", {
+  cl <- local_cluster(3)
+  # A function of a package that is missing here: reading it warns, which is made an error.
+  odd <- global(function(i, bad) {
+    if (!i %in% bad) return(i)
+    namespace <- new.env(parent = baseenv())
+    info <- new.env(parent = baseenv())
+    info$spec <- c(name = "nosuchpackage", version = "1.0")
+    assign(".__NAMESPACE__.", info, namespace)
+    list(namespace)
+  })
+  old <- options(warn = 2)
+  Sys.setenv("_R_NO_REPORT_MISSING_NAMESPACES_" = "false")
+  on.exit({
+    options(old)
+    Sys.unsetenv("_R_NO_REPORT_MISSING_NAMESPACES_")
+  }, add = TRUE, after = FALSE)
+  verbs <- alist(
+    clusterApply(cl, 1:6, odd, c(2, 5)), clusterApplyLB(cl, 1:6, odd, c(2, 5)),
+    parallel::clusterApply(cl, 1:6, odd, c(2, 5)), parallel::clusterApplyLB(cl, 1:6, odd, c(2, 5)),
+    clusterMap(cl, odd, 1:6, MoreArgs = list(c(2, 5)))
+  )
+  for (verb in verbs) {
+    error <- caught(eval(verb))
+    expect_rust_error(error, "protocol")
+    expect_match(conditionMessage(error), "could not be read.*nosuchpackage", info = deparse(verb))
+    expect_identical(error$results, list(1L, NULL, 3L, 4L, NULL, 6L), info = deparse(verb))
+    expect_length(error$failures, 2)
+    expect_s3_class(error$parent, "simpleError")
+    expect_identical(clusterCall(cl, identity, 7), list(7, 7, 7))
+  }
+  # Of short ones that are sent together, too.
+  error <- caught(clusterApplyLB(cl, 1:200, odd, 150))
+  expect_identical(error$results[-150], as.list(1:200)[-150])
+  got <- clusterLapply(cl, 1:9, odd, 4, .errors = "return")
+  expect_identical(got[-4], as.list(1:9)[-4])
+  expect_identical(vapply(got, inherits, NA, "try-error"), 1:9 == 4)
+  expect_rust_error(caught(clusterCall(cl, odd, 1, 1)), "protocol")
+  expect_rust_error(caught(parallel::clusterCall(cl, odd, 1, 1)), "protocol")
+  for (i in 1:3) sendCall(cl[[i]], odd, list(i, 2), tag = i)
+  got <- lapply(1:3, function(i) recvOneResult(cl))
+  got <- got[order(vapply(got, `[[`, 0L, "node"))]
+  expect_identical(lapply(got, `[[`, "tag"), list(1L, 2L, 3L))
+  expect_identical(lapply(got[-2], `[[`, "value"), list(1L, 3L))
+  expect_s3_class(got[[2]]$value, "rustcluster_failure")
+  expect_identical(clusterApply(cl, 1:3, odd, 0), list(1L, 2L, 3L))
+})
+
 test_that("a task that ends every worker is given up, and all else is kept", {
   cl <- local_cluster(3)
   x <- 5

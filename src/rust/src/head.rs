@@ -59,11 +59,15 @@ pub struct Cluster {
     payloads: RefCell<Vec<(JobId, PayloadId)>>,
     /// An answer that R has been told of, and is to take with [`hub_read`].
     unread: Cell<Option<Unread>>,
+    /// The task whose answer is being read, or could not be read because R jumped, and the place of its
+    /// node.
+    pub reading: Cell<Option<(TaskId, i32)>>,
 }
 
-/// The body of an answer, the place of its node and the worker that had the task.
+/// The body of an answer, its task, the place of its node and the worker that had the task.
 struct Unread {
     body: Body,
+    task: TaskId,
     place: i32,
     at: Rank,
 }
@@ -237,6 +241,7 @@ fn hub_start(
                 common: Cell::new(None),
                 payloads: RefCell::default(),
                 unread: Cell::new(None),
+                reading: Cell::new(None),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -942,9 +947,13 @@ fn answered(
             task,
             body,
         } => {
-            cluster.messages.borrow_mut().remove(&task);
             let place = place(rank);
-            let unread = Unread { body, place, at };
+            let unread = Unread {
+                body,
+                task,
+                place,
+                at,
+            };
             if unread.body.whole().is_some_and(plain::is_plain) {
                 return Ok(take_answer(cluster, unread));
             }
@@ -967,10 +976,36 @@ fn answered(
     }
 }
 
-fn take_answer(cluster: &Cluster, Unread { body, place, at }: Unread) -> Robj {
-    let answer = read_answer(body, place).unwrap_or_else(|Jump(token)| token);
-    status::note_failure(cluster, at, &answer);
-    answer
+fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
+    let Unread {
+        body,
+        task,
+        place,
+        at,
+    } = unread;
+    cluster.reading.set(Some((task, place)));
+    match read_answer(body, place) {
+        Ok(answer) => {
+            cluster.reading.set(None);
+            cluster.messages.borrow_mut().remove(&task);
+            status::note_failure(cluster, at, &answer);
+            answer
+        }
+        Err(Jump(token)) => token,
+    }
+}
+
+/// The number of the task whose answer is being read or could not be read, and the place of its node.
+/// `NULL`: there is none.
+/// @noRd
+#[extendr]
+fn hub_reading(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        Ok(match cluster.reading.get() {
+            Some((task, place)) => [task as f64, f64::from(place)].into_robj(),
+            None => ().into(),
+        })
+    })
 }
 
 /// The answer that hub_receive() or hub_receive_any() has told of.
@@ -1211,6 +1246,7 @@ extendr_module! {
     fn hub_receive;
     fn hub_receive_any;
     fn hub_read;
+    fn hub_reading;
     fn cluster_ranks;
     fn hub_stop_nodes;
     fn hub_stop;

@@ -709,10 +709,20 @@ impl Job {
             computed: None,
             count: 0,
         };
-        let failed = taking.job.failed.len();
+        let (failed, fresh) = (taking.job.failed.len(), taking.job.fresh.len());
+        cluster.reading.set(Some((task, 0)));
         let taken = unwind::run(take_protected, &mut taking);
         mapped::end();
         let (seconds, computed, count) = (taking.seconds, taking.computed, taking.count);
+        if let Err(jump) = taken {
+            // R decides on all of it: see job_settle().
+            self.failed.truncate(failed);
+            self.fresh.truncate(fresh);
+            self.lanes[sent.place].push_front(task);
+            self.sent.insert(task, sent);
+            return Err(jump.into());
+        }
+        cluster.reading.set(None);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
             unsafe {
@@ -726,7 +736,6 @@ impl Job {
                 self.held.remove(&index);
             }
         }
-        taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let ended = Ended {
             tasks: count,
