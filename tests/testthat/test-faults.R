@@ -383,6 +383,32 @@ test_that("a worker killed again while it is brought back to its state", {
   expect_identical(with_losses(clusterEvalQ(cl[1], c(x, y)))$value, list(c(5, 6)))
 })
 
+test_that("the random numbers of a worker that is back go on where those who took its tasks left them", {
+  run <- function(disturbed) {
+    cl <- local_cluster(2)
+    deadly <- tempfile()
+    once <- trap()
+    clusterCall(cl[1], function(file) if (file.exists(file)) quit("no", 3), deadly)
+    clusterSetRNGStream(cl, 7)
+    before <- clusterApply(cl, 1:4, function(i) runif(1))
+    if (disturbed) file.create(deadly) else unlink(once)
+    got <- with_losses(clusterApply(cl, 1:6, function(i, spring, trap) {
+      drawn <- runif(1)
+      if (i == 1) spring(trap)
+      drawn
+    }, spring, once))$value
+    if (disturbed) {
+      expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
+      unlink(deadly)
+      expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+      note_processes(cl)
+      expect_message(clusterEvalQ(cl[2], 1), class = "rustcluster_worker_back")
+    }
+    list(before, got, clusterApply(cl, 1:4, function(i) runif(1)), clusterEvalQ(cl, .Random.seed))
+  }
+  expect_identical(run(TRUE), run(FALSE))
+})
+
 test_that("a restore that does not end is ended after setup_timeout, and tried again", {
   cl <- local_cluster(3, setup_timeout = 3)
   x <- 5
