@@ -105,12 +105,12 @@ run_one_model <- function(kills, agents, start, chosen) {
   failure <- tryCatch({
     while (killed < kills) {
       plan <- chosen(list(
-        what = sample(c("export", "assign", "count", "draw", "task", "streams"), 1L),
-        # Of 8 bytes: 0.25 to 4 MB.
-        length = sample(c(32000L, 66000L, 130000L, 260000L, 500000L), 1L),
+        what = sample(c("export", "assign", "count", "draw", "task", "streams"), 1L, prob = c(1, 3, 2, 1, 1, 1)),
+        # Of 8 bytes: 0.25 to 4 MB. From 2 MB on answers go through shared memory.
+        length = sample(c(32000L, 130000L, 270000L, 500000L), 1L),
         value = sample.int(1e6L, 1L), name = sample(c("a", "b", "c"), 1L),
         nodes = if (runif(1) < 0.7) seq_len(n) else sort(sample.int(n, sample.int(n, 1L))),
-        victims = if (runif(1) < 0.6) sample.int(n, sample.int(n, 1L)),
+        victims = if (runif(1) < 0.6) sample.int(n, sample(c(1L, sample.int(n, 1L), n), 1L)),
         after = sample(c(0, 0, 0.001, 0.005, 0.02, 0.05), 1L), again = runif(1) < 0.2
       ))
       last <- plan$what
@@ -150,12 +150,12 @@ run_one_model <- function(kills, agents, start, chosen) {
           # To be done as often as it was asked for.
           got <- call(clusterEvalQ(nodes, {
             count <- count + 1
-            numeric(1e5) + count
+            numeric(3e5) + count
           }))
           for (k in seq_along(plan$nodes)) {
             i <- plan$nodes[[k]]
             model[[i]]$vars$count <- model[[i]]$vars$count + 1
-            if (got[[k]][[1e5]] != model[[i]]$vars$count) stop("another count")
+            if (got[[k]][[3e5]] != model[[i]]$vars$count) stop("another count")
           }
         },
         draw = draw(call(clusterEvalQ(nodes, runif(5))), 5),
