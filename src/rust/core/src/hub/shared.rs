@@ -582,9 +582,17 @@ impl Core {
                     self.watch(agent);
                     return;
                 }
-                Err(_) => {
-                    // Who reads finds the end of the stream, and why.
+                Err(error) => {
                     conn.out = OutBuf::default();
+                    let kind = error.kind();
+                    // Who reads finds the end of the stream, and why. Otherwise it is open, and what is
+                    // left out here would be missing.
+                    if !matches!(
+                        kind,
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) {
+                        self.end(agent, Err(error));
+                    }
                     return;
                 }
             }
