@@ -2131,7 +2131,7 @@ impl Current {
 mod tests {
     use super::*;
     use crate::activity::{self, Measured};
-    use crate::message::Exit;
+    use crate::message::{Exit, Setback};
 
     #[test]
     fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
@@ -2628,6 +2628,91 @@ mod tests {
         assert_eq!(sent(&mut s, 0), [seed(b"after")]);
         // Nor has that become the other's.
         assert!(sent(&mut s, 1).is_empty());
+    }
+
+    /// The worker of this host cannot be restored now; its agent tries it again.
+    fn cannot_be_restored(scheduler: &mut Scheduler, agent: usize) {
+        let setback = Setback {
+            count: 3,
+            restoring: true,
+            stalled: 0,
+            pause: 1_000,
+        };
+        let loss = Loss {
+            setback,
+            ..Loss::default()
+        };
+        let lost = ToHead::WorkerLost {
+            worker: 0,
+            loss,
+            replaced: false,
+        };
+        tell(scheduler, agent, &lost);
+    }
+
+    #[test]
+    fn a_worker_that_is_tried_again_fails_its_tasks_and_comes_back_with_its_random_numbers() {
+        let mut s = up(2);
+        submit(&mut s, order(0, 1));
+        tasks_sent(&mut s, 0);
+        answer(&mut s, 0, 1, Some(b"before"));
+        submit(&mut s, order(0, 2));
+        s.take_notes();
+        cannot_be_restored(&mut s, 0);
+        let notes = s.take_notes();
+        assert!(matches!(notes[0], Note::Gone { rank: 0, .. }));
+        assert!(matches!(
+            notes[1],
+            Note::Done {
+                task: 2,
+                outcome: Outcome::Lost(_),
+                ..
+            }
+        ));
+        assert_eq!(s.state(0), State::Lost);
+        assert!(s.any_left() && !s.has_lost(0));
+        // Another one goes on with its random numbers.
+        submit(&mut s, moved(1, 3, 0));
+        tasks_sent(&mut s, 1);
+        let left = Frame::new(Kind::Seed, GUEST, 0, 3, Bytes::from_static(b"after"));
+        s.on_frame(1, left).unwrap();
+        answer(&mut s, 1, 3, None);
+        sent(&mut s, 0);
+        tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 9 });
+        let back = |note: &Note| *note == Note::Back { rank: 0, pid: 9 };
+        assert!(s.take_notes().iter().any(back));
+        assert_eq!(s.state(0), State::Idle);
+        let seed = (Kind::Seed, 0, Bytes::from_static(b"after"));
+        assert_eq!(sent(&mut s, 0), [seed]);
+        submit(&mut s, order(0, 4));
+        assert_eq!(tasks_sent(&mut s, 0), [4]);
+    }
+
+    #[test]
+    fn a_worker_that_is_tried_again_is_so_with_its_host_and_not_when_it_is_stopped() {
+        let mut s = up(2);
+        for agent in 0..2 {
+            cannot_be_restored(&mut s, agent);
+        }
+        assert!(s.any_left());
+        s.agent_lost(0, "cut");
+        assert!(s.has_lost(0));
+        s.agent_back(0, &ToAgent::Stop).unwrap();
+        tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+        assert!(s.is_up(0));
+        // Half of what its host has is no state to go on with.
+        s.take_notes();
+        cannot_be_restored(&mut s, 0);
+        let for_good = |note: &Note| match note {
+            Note::Gone { gone, .. } => !gone.is_tried_again(),
+            _ => false,
+        };
+        assert!(s.take_notes().iter().any(for_good));
+        s.stop_worker(1);
+        assert_eq!(s.state(1), State::Stopped);
+        assert!(!s.any_left());
+        tell(&mut s, 1, &ToHead::WorkerReplaced { worker: 0, pid: 3 });
+        assert_eq!(s.state(1), State::Stopped);
     }
 
     fn ahead(rank: Rank, task: TaskId) -> Order {
