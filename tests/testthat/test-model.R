@@ -49,8 +49,8 @@ run_model <- function(kills, agents, start, seed) {
   old <- get0(".Random.seed", globalenv(), inherits = FALSE)
   on.exit({
     setTimeLimit()
-    rm(list = intersect(model_names, ls(globalenv())), envir = globalenv())
-    if (is.null(old)) rm(".Random.seed", envir = globalenv()) else assign(".Random.seed", old, globalenv())
+    rm(list = intersect(c(model_names, ".Random.seed"), ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    if (!is.null(old)) assign(".Random.seed", old, globalenv())
   })
   # Neither the model's generator nor those of the tests.
   set.seed(seed, kind = "Mersenne-Twister")
@@ -94,7 +94,7 @@ run_one_model <- function(kills, agents, start, chosen) {
     Reduce(function(s, i) parallel::nextRNGStream(s), seq_len(n - 1L), state, accumulate = TRUE)
   }
   model <- lapply(streams(1), function(seed) list(vars = list(count = 0), seed = seed))
-  killed <- 0L
+  killed <- 0
   last <- "the start"
   call <- function(expr) {
     # A call that hangs is an error, too.
