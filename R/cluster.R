@@ -37,7 +37,8 @@
 #'   the workers' output here, a line at a time and as it is, control characters included,
 #'   after their host and rank; a file is appended to), `rscript`, `rscript_args`, `homogeneous`, `methods`,
 #'   `renice` (added to the workers' niceness), `rlibs`, `setup_timeout` (in
-#'   seconds; default 120), `user`, `rshcmd` (a command line, or a character
+#'   seconds; default 120; also for each step in which a lost worker is replaced,
+#'   see section Faults), `user`, `rshcmd` (a command line, or a character
 #'   vector of a command and its arguments; default `"ssh"`), `rshopts` (further
 #'   arguments). Without any meaning here, and accepted for the sake of old code:
 #'   `port`, `master`, `useXDR`, `setup_strategy` and others. On other
@@ -117,6 +118,13 @@
 #' whole state is kept: when that takes more than `keep_limit`, a warning
 #' (`rustcluster_state_not_kept`) says that workers lost there will not be replaced from
 #' then on.
+#'
+#' A worker that ends three times in a row while it is restored, or makes no progress (with
+#' its start, or with a call that is done again, beyond twice the time that the call took
+#' at first) for `setup_timeout`, is lost for the time being: an error or a warning
+#' (`rustcluster_worker_lost`) says so and why, and `clusterPids()` has `NA` for its node. It is
+#' tried again after 1 s, 2 s, 4 s and so on up to every 30 s. When it is back, with all that was
+#' kept, a message (`rustcluster_worker_back`) says so, and its node is usable again.
 #'
 #' The task that was lost is tried again on that worker, before all others that wait
 #' for it, with the same random numbers as at first; a warning
@@ -251,7 +259,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
-    timeout = timeout, keep = keep_limit, memory = memory, stop_timeout = stop_timeout
+    timeout = timeout, setup = options$setup_timeout, keep = keep_limit, memory = memory,
+    stop_timeout = stop_timeout
   ))
   checked(hub_go(handle$pointer, plans))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)

@@ -72,6 +72,18 @@ outOfMemory <- function(left) {
   )
 }
 
+# Of a worker that ended before it was ready for tasks.
+setbackText <- function(count, restoring, stalled) {
+  if (stalled > 0) {
+    paste0(
+      ": it was killed because ", if (restoring) "a call that was repeated to restore it" else "its start",
+      " made no progress for ", format(stalled), " s (see `setup_timeout`)"
+    )
+  } else if (count > 1L) {
+    paste0(" while it was being ", if (restoring) "restored" else "started", ", ", count, " times in a row")
+  }
+}
+
 formatBytes <- function(bytes) {
   ifelse(
     bytes < 1e5, sprintf("%.1f kB", bytes / 1e3),
@@ -102,16 +114,22 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   node <- paste0("worker ", rank, " on host ", sQuote(host))
   message <- switch(kind,
     worker_lost = paste0(
-      node, " (pid ", field("pid"), ") ", reason,
+      node, if (field("pid") != "0") paste0(" (pid ", field("pid"), ")"), " ", reason,
       if (!is.null(field("signal"))) signalName(number("signal")),
       # What R and Rust do when they get no more memory.
       if (any(number("signal") %in% c(6L, 11L)) && isTRUE(is.finite(handle$memoryLimit))) {
         paste0("; it may have met its `memory_limit` of ", formatBytes(handle$memoryLimit))
       },
       if (identical(field("oom"), "TRUE")) outOfMemory(as.numeric(field("memory_available"))),
-      if (identical(field("replaced"), "false")) {
-        "; no other takes its place: `cl[!is.na(clusterPids(cl))]` leaves it out, if others are left"
-      },
+      setbackText(number("setbacks"), field("restoring") == "TRUE", as.numeric(field("stalled"))),
+      if (identical(field("replaced"), "false")) paste0(
+        if (as.numeric(field("retry")) > 0) {
+          paste0(
+            "; it is tried again in ", field("retry"), " s, and then with growing pauses; until it is back, "
+          )
+        } else "; no other takes its place: ",
+        "`cl[!is.na(clusterPids(cl))]` leaves it out, if others are left"
+      ),
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; it is being replaced",
       if (!is.null(field("again"))) {
         are <- if (grepl("^(task|element)s ", tasks)) "are" else "is"
@@ -121,11 +139,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
-      reason, if (isTRUE(handle$reconnect) && isTRUE(hub_takes_back(handle$pointer, owner))) {
-        "; it is tried again until it is back, and "
-      } else {
-        "; "
-      },
+      reason,
+      if (isTRUE(hub_takes_back(handle$pointer, owner))) "; it is tried again until it is back, and " else "; ",
       "`cl[!is.na(clusterPids(cl))]` leaves its nodes out, if others are left"
     ),
     timeout = paste0(
@@ -142,6 +157,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       " has left process ", field("pid"), " behind (", field("command"), "): it made itself independent ",
       "of its worker and goes on. End it with `kill ", field("pid"), "` on that host"
     ),
+    worker_back = paste0(node, " is back, with its exports and random numbers\n"),
     host_back = paste0(
       "host ", sQuote(host), " is back; its exports and its L'Ecuyer-CMRG random numbers were restored\n"
     ),
@@ -194,6 +210,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
     fields[[name]] <- as.numeric(field(name))
   }
+  if (!is.null(field("retry")) && as.numeric(field("retry")) > 0) fields$retry <- as.numeric(field("retry"))
   if (!is.null(field("oom"))) fields$oom <- as.logical(field("oom"))
   if (kind == "left_behind" && is.null(rank)) fields$rank <- NA_integer_
   if ("replaced" %in% names(failure)) fields$replaced <- field("replaced") == "true"

@@ -95,9 +95,13 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 #' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), stop_timeout (in milliseconds), here (on this machine) and xdr.
+#' none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
+
+#' Whether a host that is lost is tried again.
+#' @noRd
+hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
 
 #' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
 #' has failed counts as done, and is not an error.
@@ -165,6 +169,11 @@ hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
 #' The answer that hub_receive() or hub_receive_any() has told of.
 #' @noRd
 hub_read <- function(handle) .Call(wrap__hub_read, handle)
+
+#' The number of the task whose answer is being read or could not be read, and the place of its node.
+#' `NULL`: there is none.
+#' @noRd
+hub_reading <- function(handle) .Call(wrap__hub_reading, handle)
 
 #' The rank of each of these nodes, if they are all of one cluster.
 #' @noRd

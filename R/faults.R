@@ -158,7 +158,7 @@ show <- function(events, handle, except = NULL) {
     if (event[["kind"]] == "output") {
       showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
     } else {
-      type <- if (event[["kind"]] == "host_back") "message" else "warning"
+      type <- if (event[["kind"]] %in% c("host_back", "worker_back")) "message" else "warning"
       conditions <- c(conditions, list(failureCondition(event, handle, type)))
     }
   }

@@ -40,8 +40,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   if (is.character(begun)) handleFailed(begun, handle)
   checked(begun)
   shown <- if (progress) showProgress(function() job_progress(handle$pointer)[2:3], n, what)
-  withCallingHandlers(
-    repeat {
+  repeat {
+    unread <- answersRead(handle, repeat {
       step <- job_step(handle$pointer)
       if (isTRUE(step)) break
       switch(typeof(step),
@@ -58,9 +58,10 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
         if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]]))) break
       }
       Sys.sleep(0)
-    },
-    error = unreadable
-  )
+    })
+    if (!inherits(unread, "rustcluster_unread")) break
+    unitUnread(unread, handle)
+  }
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
   if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]])
@@ -171,6 +172,15 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
   checked(job_settle(handle$pointer, number, again, unname(values)), handle)
   # The tasks are safe before the warning, which may be turned into a jump.
   if (!is.null(warn)) warning(warn)
+}
+
+# The answer of tasks that were together cannot be read. Which of several is to blame is not known: each is
+# tried again alone.
+unitUnread <- function(unread, handle) {
+  tasks <- job_tasks(handle$pointer, unread$task)
+  several <- length(tasks) > 1L
+  values <- if (several) list() else list(failureValue(notRead(unread, tasks)))
+  checked(job_settle(handle$pointer, unread$task, if (several) tasks else integer(), values), handle)
 }
 
 # In a worker, for what crosses in a message of parallel's, which has no place for a seed.

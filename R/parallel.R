@@ -266,24 +266,41 @@ readAnswer <- function(handle) {
   answer
 }
 
+# An answer as it came. One that cannot be read is the failure of its task.
 readWithConditions <- function(handle) {
-  withCallingHandlers(checked(hub_read(handle$pointer), handle), error = unreadable)
+  answer <- answersRead(handle, checked(hub_read(handle$pointer), handle))
+  if (!inherits(answer, "rustcluster_unread")) return(answer)
+  value <- failedAnswer(as.character(answer$task), notRead(answer), handle)
+  if (answer$place == 0) value else list(node = as.integer(answer$place), value = value)
 }
 
 # An error is its text alone there. Ours come with the condition.
 asParallels <- function(answer) {
-  if (isFALSE(answer$success)) attr(answer$value, "condition") <- NULL
+  if (isFALSE(answer$success) && !inherits(answer$value, "rustcluster_failure")) attr(answer$value, "condition") <- NULL
   answer
 }
 
-# The errors that are raised while an answer is received, other than our own, are those of reading
-# it, and those of R itself (a time limit).
-unreadable <- function(e) {
-  call <- conditionCall(e)
-  reading <- is.call(call) && is.symbol(call[[1L]]) &&
-    as.character(call[[1L]]) %in% c("hub_read", "job_step")
-  if (!reading || inherits(e, "rustcluster_error")) return()
-  abort("protocol", "an answer could not be read: ", conditionMessage(e), fields = list(parent = e))
+# Evaluates what reads answers. If one cannot be read (it is damaged, needs a package that is missing here, or
+# more memory than there is), that costs its own task alone: the value is of class "rustcluster_unread".
+answersRead <- function(handle, expr) {
+  tryCatch(
+    withCallingHandlers(expr, error = function(e) {
+      reading <- hub_reading(handle$pointer)
+      if (!is.double(reading)) return()
+      signalCondition(structure(
+        class = c("rustcluster_unread", "condition"),
+        list(message = conditionMessage(e), call = NULL, task = reading[[1L]], place = reading[[2L]], parent = e)
+      ))
+    }),
+    rustcluster_unread = identity
+  )
+}
+
+notRead <- function(unread, index = NULL) {
+  rustclusterCondition(
+    "protocol", paste0("an answer could not be read: ", conditionMessage(unread)), parent = unread$parent,
+    index = index
+  )
 }
 
 #' @exportS3Method parallel::closeNode

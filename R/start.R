@@ -151,7 +151,7 @@ hostPlans <- function(handle, asked, launches, settings) {
       # Nor is there anything to be saved on the way.
       keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],
-      timeout = if (is.finite(settings$timeout)) ceiling(1000 * settings$timeout) else 0,
+      timeout = milliseconds(settings$timeout), setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       stop_timeout = ceiling(1000 * settings$stop_timeout),
       here = asked$hosts[[i]]$here,
@@ -159,6 +159,9 @@ hostPlans <- function(handle, asked, launches, settings) {
     )
   })
 }
+
+# 0 for any time.
+milliseconds <- function(seconds) if (is.finite(seconds)) ceiling(1000 * seconds) else 0
 
 # Of each host, whether it and this session have to meet in the network's byte order.
 otherByteOrder <- function(handle) {

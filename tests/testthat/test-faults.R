@@ -352,15 +352,144 @@ test_that("a worker killed again while it is brought back to its state", {
   # Every time: there is an end to that, and others go on.
   deadly <- tempfile()
   clusterCall(cl[1], function(file) if (file.exists(file)) quit("no", 3), deadly)
+  clusterSetRNGStream(cl, 7)
+  seeds <- clusterEvalQ(cl, .Random.seed)
   file.create(deadly)
-  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  before <- clusterPids(cl)[[1L]]
+  tools::pskill(before, tools::SIGKILL)
   error <- caught(with_losses(clusterEvalQ(cl[1], x)))
   expect_rust_error(error, "worker_lost")
   expect_false(error$replaced)
-  expect_match(conditionMessage(error), "no other takes its place")
+  expect_identical(error$retry, 1)
+  expect_match(conditionMessage(error), "exited with status 3 while it was being restored, 3 times in a row")
+  expect_match(conditionMessage(error), "it is tried again in 1 s")
   expect_identical(clusterEvalQ(cl[2], x), list(5))
   expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
   expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], x), list(5))
+  expect_identical(clusterStatus(cl, memory = FALSE)$state, c("lost", "idle"))
+  # It is as it was when what was wrong is over, also if that takes some tries.
+  Sys.sleep(1.5)
+  expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
+  unlink(deadly)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  expect_false(clusterPids(cl)[[1L]] == before)
+  note_processes(cl)
+  expect_message(got <- clusterEvalQ(cl, x), "is back", class = "rustcluster_worker_back")
+  expect_identical(got, list(5, 5))
+  expect_silent(expect_identical(clusterEvalQ(cl[1], y), list(6)))
+  expect_identical(clusterEvalQ(cl, .Random.seed), seeds)
+  # All starts anew: it is replaced at once.
+  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  expect_identical(with_losses(clusterEvalQ(cl[1], c(x, y)))$value, list(c(5, 6)))
+})
+
+test_that("the random numbers of a worker that is back go on where those who took its tasks left them", {
+  run <- function(disturbed) {
+    cl <- local_cluster(2)
+    deadly <- tempfile()
+    once <- trap()
+    clusterCall(cl[1], function(file) if (file.exists(file)) quit("no", 3), deadly)
+    clusterSetRNGStream(cl, 7)
+    before <- clusterApply(cl, 1:4, function(i) runif(1))
+    if (disturbed) file.create(deadly) else unlink(once)
+    got <- with_losses(clusterApply(cl, 1:6, function(i, spring, trap) {
+      drawn <- runif(1)
+      if (i == 1) spring(trap)
+      drawn
+    }, spring, once))$value
+    if (disturbed) {
+      expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
+      unlink(deadly)
+      expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+      note_processes(cl)
+      expect_message(clusterEvalQ(cl[2], 1), class = "rustcluster_worker_back")
+    }
+    list(before, got, clusterApply(cl, 1:4, function(i) runif(1)), clusterEvalQ(cl, .Random.seed))
+  }
+  expect_identical(run(TRUE), run(FALSE))
+})
+
+test_that("a restore that does not end is ended after setup_timeout, and tried again", {
+  cl <- local_cluster(3, setup_timeout = 3)
+  x <- 5
+  clusterExport(cl, "x", environment())
+  hangs <- tempfile()
+  clusterCall(cl[1], function(file) while (file.exists(file)) Sys.sleep(0.05), hangs)
+  clusterSetRNGStream(cl, 7)
+  streams <- clusterApply(cl, 1:3, function(i) runif(2))
+  file.create(hangs)
+  tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
+  took <- system.time(error <- caught(with_losses(clusterEvalQ(cl[1], x))))[["elapsed"]]
+  expect_rust_error(error, "worker_lost")
+  expect_match(conditionMessage(error), "repeated to restore it made no progress for 3[.0-9]* s")
+  expect_match(conditionMessage(error), "setup_timeout")
+  expect_lt(took, 3 + 5 + slack())
+  # Others go on, and take over what can be taken over.
+  expect_identical(clusterEvalQ(cl[-1], x), list(5, 5))
+  unlink(hangs)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  note_processes(cl)
+  expect_message(got <- clusterApply(cl, 1:3, function(i) runif(1)), class = "rustcluster_worker_back")
+  clusterSetRNGStream(cl, 7)
+  expect_identical(clusterApply(cl, 1:3, function(i) runif(2)), streams)
+  # A verb whose worker cannot be restored in the middle of it goes on with the others.
+  file.create(hangs)
+  losses <- with_losses(clusterApply(cl, 1:6, function(i, spring, trap) {
+    if (i == 4) spring(trap)
+    i
+  }, spring, trap()))
+  expect_identical(losses$value, as.list(1:6))
+  unlink(hangs)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl))))
+  note_processes(cl)
+})
+
+test_that("an answer that cannot be read costs its own task, and no other's result", {
+  cl <- local_cluster(3)
+  # A function of a package that is missing here: reading it warns, which is made an error.
+  odd <- global(function(i, bad) {
+    if (!i %in% bad) return(i)
+    namespace <- new.env(parent = baseenv())
+    info <- new.env(parent = baseenv())
+    info$spec <- c(name = "nosuchpackage", version = "1.0")
+    assign(".__NAMESPACE__.", info, namespace)
+    list(namespace)
+  })
+  old <- options(warn = 2)
+  Sys.setenv("_R_NO_REPORT_MISSING_NAMESPACES_" = "false")
+  on.exit({
+    options(old)
+    Sys.unsetenv("_R_NO_REPORT_MISSING_NAMESPACES_")
+  }, add = TRUE, after = FALSE)
+  verbs <- alist(
+    clusterApply(cl, 1:6, odd, c(2, 5)), clusterApplyLB(cl, 1:6, odd, c(2, 5)),
+    parallel::clusterApply(cl, 1:6, odd, c(2, 5)), parallel::clusterApplyLB(cl, 1:6, odd, c(2, 5)),
+    clusterMap(cl, odd, 1:6, MoreArgs = list(c(2, 5)))
+  )
+  for (verb in verbs) {
+    error <- caught(eval(verb))
+    expect_rust_error(error, "protocol")
+    expect_match(conditionMessage(error), "could not be read.*nosuchpackage", info = deparse(verb))
+    expect_identical(error$results, list(1L, NULL, 3L, 4L, NULL, 6L), info = deparse(verb))
+    expect_length(error$failures, 2)
+    expect_s3_class(error$parent, "simpleError")
+    expect_identical(clusterCall(cl, identity, 7), list(7, 7, 7))
+  }
+  # Of short ones that are sent together, too.
+  error <- caught(clusterApplyLB(cl, 1:200, odd, 150))
+  expect_identical(error$results[-150], as.list(1:200)[-150])
+  got <- clusterLapply(cl, 1:9, odd, 4, .errors = "return")
+  expect_identical(got[-4], as.list(1:9)[-4])
+  expect_identical(vapply(got, inherits, NA, "try-error"), 1:9 == 4)
+  expect_rust_error(caught(clusterCall(cl, odd, 1, 1)), "protocol")
+  expect_rust_error(caught(parallel::clusterCall(cl, odd, 1, 1)), "protocol")
+  for (i in 1:3) sendCall(cl[[i]], odd, list(i, 2), tag = i)
+  got <- lapply(1:3, function(i) recvOneResult(cl))
+  got <- got[order(vapply(got, `[[`, 0L, "node"))]
+  expect_identical(lapply(got, `[[`, "tag"), list(1L, 2L, 3L))
+  expect_identical(lapply(got[-2], `[[`, "value"), list(1L, 3L))
+  expect_s3_class(got[[2]]$value, "rustcluster_failure")
+  expect_identical(clusterApply(cl, 1:3, odd, 0), list(1L, 2L, 3L))
 })
 
 test_that("a task that ends every worker is given up, and all else is kept", {

@@ -2,7 +2,7 @@
 //! (R/conditions.R).
 
 use extendr_api::prelude::*;
-use rustcluster_core::message::{Exit, Loss};
+use rustcluster_core::message::{Exit, Loss, Setback};
 use rustcluster_core::scheduler::{Gone, Rank};
 
 /// What went wrong: the end of the condition's class, and what it carries.
@@ -21,7 +21,7 @@ impl Failure {
     /// A worker that is no more, and that no other replaces. Ranks are counted from 1 in R.
     pub fn gone(rank: Rank, gone: &Gone) -> Failure {
         match gone {
-            Gone::Worker(loss) => Failure::lost(rank, loss).with("replaced", false),
+            Gone::Worker(loss) => Failure::lost(rank, loss, loss.setback).with("replaced", false),
             Gone::Host(reason) => Failure::new("host_failed")
                 .with("rank", rank + 1)
                 .with("reason", reason),
@@ -29,11 +29,25 @@ impl Failure {
         }
     }
 
-    pub fn lost(rank: Rank, loss: &Loss) -> Failure {
+    /// `last`: that of the loss after which the worker's place is as it is now.
+    pub fn lost(rank: Rank, loss: &Loss, last: Setback) -> Failure {
+        let setback = loss.setback;
+        let seconds = |milliseconds: u64| milliseconds as f64 / 1000.0;
+        let reason = match loss.pid {
+            0 => "could not be started".to_owned(),
+            _ => loss.exit.to_string(),
+        };
         let failure = Failure::new("worker_lost")
             .with("rank", rank + 1)
             .with("pid", loss.pid)
-            .with("reason", loss.exit)
+            .with("reason", reason)
+            .with("setbacks", setback.count)
+            .with(
+                "restoring",
+                if setback.restoring { "TRUE" } else { "FALSE" },
+            )
+            .with("stalled", seconds(setback.stalled))
+            .with("retry", seconds(last.pause))
             .with("memory_available", loss.memory_available)
             .with("oom", if loss.oom { "TRUE" } else { "FALSE" })
             .with("stderr", &loss.tail);

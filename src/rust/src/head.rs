@@ -17,7 +17,7 @@ use rustcluster_core::hub::{
 };
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
-use rustcluster_core::message::{Outfile, Start, StartMode, ToHead};
+use rustcluster_core::message::{Outfile, Setback, Start, StartMode, ToHead};
 use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId, MOST_SHARED};
 use rustcluster_core::share;
@@ -61,11 +61,15 @@ pub struct Cluster {
     unread: Cell<Option<Unread>>,
     /// Calls that were dropped while the hub was in use.
     dropped: RefCell<Vec<TaskId>>,
+    /// The task whose answer is being read, or could not be read because R jumped, and the place of its
+    /// node.
+    pub reading: Cell<Option<(TaskId, i32)>>,
 }
 
-/// The body of an answer, the place of its node and the worker that had the task.
+/// The body of an answer, its task, the place of its node and the worker that had the task.
 struct Unread {
     body: Body,
+    task: TaskId,
     place: i32,
     at: Rank,
 }
@@ -276,6 +280,7 @@ fn hub_start(
                 payloads: RefCell::default(),
                 unread: Cell::new(None),
                 dropped: RefCell::default(),
+                reading: Cell::new(None),
             };
             ExternalPtr::new(cluster).into()
         }
@@ -377,7 +382,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
 /// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none), stop_timeout (in milliseconds), here (on this machine) and xdr.
+/// none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List) -> Robj {
@@ -433,6 +438,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         keep: fields.get("keep")?.as_real()? as u64,
         state: fields.get("state")?.as_real()? as u64,
         timeout: fields.get("timeout")?.as_real()? as u64,
+        setup: fields.get("setup")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
         here: fields.get("here")?.as_bool()? && has_files(),
@@ -997,8 +1003,12 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
 pub fn loss(cluster: &Cluster, place: Rank, gone: &Gone) -> Failure {
     match gone {
         Gone::Worker(loss) => {
-            let replaced = cluster.hub.borrow().worker(place).gone.is_none();
-            Failure::lost(place, loss).with("replaced", replaced)
+            let now = cluster.hub.borrow().worker(place).gone;
+            let last = match now.as_deref() {
+                Some(Gone::Worker(last)) => last.setback,
+                _ => Setback::default(),
+            };
+            Failure::lost(place, loss, last).with("replaced", now.is_none())
         }
         gone => Failure::gone(place, gone),
     }
@@ -1026,9 +1036,13 @@ fn answered(
             task,
             body,
         } => {
-            cluster.messages.borrow_mut().remove(&task);
             let place = place(rank);
-            let unread = Unread { body, place, at };
+            let unread = Unread {
+                body,
+                task,
+                place,
+                at,
+            };
             if unread.body.whole().is_some_and(plain::is_plain) {
                 return Ok(take_answer(cluster, unread));
             }
@@ -1051,10 +1065,36 @@ fn answered(
     }
 }
 
-fn take_answer(cluster: &Cluster, Unread { body, place, at }: Unread) -> Robj {
-    let answer = read_answer(body, place).unwrap_or_else(|Jump(token)| token);
-    status::note_failure(cluster, at, &answer);
-    answer
+fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
+    let Unread {
+        body,
+        task,
+        place,
+        at,
+    } = unread;
+    cluster.reading.set(Some((task, place)));
+    match read_answer(body, place) {
+        Ok(answer) => {
+            cluster.reading.set(None);
+            cluster.messages.borrow_mut().remove(&task);
+            status::note_failure(cluster, at, &answer);
+            answer
+        }
+        Err(Jump(token)) => token,
+    }
+}
+
+/// The number of the task whose answer is being read or could not be read, and the place of its node.
+/// `NULL`: there is none.
+/// @noRd
+#[extendr]
+fn hub_reading(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        Ok(match cluster.reading.get() {
+            Some((task, place)) => [task as f64, f64::from(place)].into_robj(),
+            None => ().into(),
+        })
+    })
 }
 
 /// The answer that hub_receive() or hub_receive_any() has told of.
@@ -1296,11 +1336,12 @@ fn events(cluster: &Cluster) -> Robj {
     }
     let shown = events.into_iter().map(|event| match event {
         Event::Replaced { rank } => Failure::new("worker_replaced").with("rank", rank + 1),
+        Event::Back { rank } => Failure::new("worker_back").with("rank", rank + 1),
         Event::Lost {
             rank,
             loss,
             replaced,
-        } => Failure::lost(rank, &loss).with("replaced", replaced),
+        } => Failure::lost(rank, &loss, loss.setback).with("replaced", replaced),
         Event::HostLost { agent, reason } => Failure::new("host_failed")
             .with("agent", agent + 1)
             .with("reason", reason),
@@ -1338,9 +1379,9 @@ extendr_module! {
     fn hub_hosts;
     fn hub_reconnect;
     fn hub_go;
+    fn hub_takes_back;
     fn hub_progress;
     fn hub_leave_out;
-    fn hub_takes_back;
     fn hub_gone;
     fn hub_send;
     fn hub_broadcast;
@@ -1353,6 +1394,7 @@ extendr_module! {
     fn hub_look;
     fn hubs_wait;
     fn hub_read;
+    fn hub_reading;
     fn cluster_ranks;
     fn hub_stop_nodes;
     fn hub_ended;

@@ -723,11 +723,21 @@ impl Job {
             head: None,
             count: 0,
         };
-        let failed = taking.job.failed.len();
+        let (failed, fresh) = (taking.job.failed.len(), taking.job.fresh.len());
+        cluster.reading.set(Some((task, 0)));
         let reading = mapped::Reading::of(memory.as_ref());
         let taken = unwind::run(take_protected, &mut taking);
         drop(reading);
         let (head, count) = (taking.head.unwrap_or_default(), taking.count);
+        if let Err(jump) = taken {
+            // R decides on all of it: see job_settle().
+            self.failed.truncate(failed);
+            self.fresh.truncate(fresh);
+            self.lanes[sent.place].push_front(task);
+            self.sent.insert(task, sent);
+            return Err(jump.into());
+        }
+        cluster.reading.set(None);
         if let Some(last) = self.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
             unsafe {
@@ -741,7 +751,6 @@ impl Job {
                 self.held.remove(&index);
             }
         }
-        taken?;
         let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let time = |seconds| Duration::try_from_secs_f64(seconds).ok();
         let ended = Ended {

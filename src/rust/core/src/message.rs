@@ -106,6 +106,9 @@ pub struct Start {
     pub state: u64,
     /// Milliseconds that a task may take; 0: any time.
     pub timeout: u64,
+    /// Milliseconds that a worker which replaces another may take to start, and each call that is
+    /// repeated on it besides what that call took at first; 0: any time.
+    pub setup: u64,
     /// Bytes of memory that a worker may have; 0: as many as it wants.
     pub memory_limit: u64,
     /// Milliseconds that an idle worker may take to end when the head stops it.
@@ -115,11 +118,12 @@ pub struct Start {
 }
 
 /// How a process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
     Status(i32),
     Signal(i32),
-    /// It could not be waited for.
+    /// It could not be waited for, or there was none.
+    #[default]
     Unknown,
 }
 
@@ -140,12 +144,28 @@ impl fmt::Display for Loss {
         } else {
             ""
         };
-        write!(f, "pid {} {}{oom}", self.pid, self.exit)
+        if self.pid != 0 {
+            write!(f, "pid {} ", self.pid)?;
+        }
+        write!(f, "{}{oom}", self.exit)
     }
 }
 
+/// A worker that ended before it was ready for tasks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setback {
+    /// How many workers in a row did so in this place; 0: this one had been ready.
+    pub count: u32,
+    /// It had started, and was being restored.
+    pub restoring: bool,
+    /// Its agent killed it because it made no progress for so many milliseconds; 0: its agent did not.
+    pub stalled: u64,
+    /// Milliseconds after which another is made; 0: none is, or one at once.
+    pub pause: u64,
+}
+
 /// A worker that ended without being asked to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Loss {
     pub pid: u32,
     pub exit: Exit,
@@ -155,6 +175,7 @@ pub struct Loss {
     pub memory_available: u64,
     /// It looks as if the system killed it because its host ran out of memory.
     pub oom: bool,
+    pub setback: Setback,
 }
 
 /// Head to agent.
@@ -415,6 +436,12 @@ mod tests {
                     tail: "Error in \u{2018}f\u{2019}: 100%s".into(),
                     memory_available: 1 << 40,
                     oom: true,
+                    setback: Setback {
+                        count: 3,
+                        restoring: true,
+                        stalled: 120_000,
+                        pause: 1_000,
+                    },
                 },
                 replaced: true,
             },

@@ -155,6 +155,13 @@ pub enum Gone {
     Stopped,
 }
 
+impl Gone {
+    /// Whether its agent makes another in its place after a pause.
+    pub fn is_tried_again(&self) -> bool {
+        matches!(self, Gone::Worker(loss) if loss.setback.pause > 0)
+    }
+}
+
 /// How a task ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -191,6 +198,11 @@ pub enum Note {
         rank: Rank,
         pid: u32,
         killed: bool,
+    },
+    /// A worker that could not be restored at first is there again, as it was.
+    Back {
+        rank: Rank,
+        pid: u32,
     },
     /// What lasts on a worker is more than its host holds.
     StateNotKept {
@@ -1257,22 +1269,34 @@ impl Scheduler {
         if let WorkerState::Gone(before) = &worker.state {
             // Nobody waits for it any more.
             worker.track.back(self.now);
-            if matches!(**before, Gone::Host(_)) {
+            let tried_again = before.is_tried_again();
+            if tried_again || matches!(**before, Gone::Host(_)) {
                 worker.state = WorkerState::Gone(gone.clone());
                 self.notes.push(Note::Gone { rank, gone });
             }
+            if tried_again {
+                self.tell_stop(rank);
+            }
             return;
         }
+        self.tell_stop(rank);
+        self.lose(rank, gone);
+    }
+
+    fn tell_stop(&mut self, rank: Rank) {
+        let worker = &self.workers[rank as usize];
         let (agent, worker) = (worker.agent, worker.index);
         if let Ok(frame) = message::encode(&ToAgent::StopWorker { worker }) {
             self.push_control(agent, frame);
         }
-        self.lose(rank, gone);
     }
 
-    /// Whether any worker is starting or up.
+    /// Whether any worker is starting or up, or is tried again by its agent.
     pub fn any_left(&self) -> bool {
-        let gone = |worker: &Worker| matches!(worker.state, WorkerState::Gone(_));
+        let gone = |worker: &Worker| match &worker.state {
+            WorkerState::Gone(gone) => !gone.is_tried_again(),
+            _ => false,
+        };
         !self.workers.iter().all(gone)
     }
 
@@ -1315,7 +1339,12 @@ impl Scheduler {
 
     fn lose(&mut self, rank: Rank, gone: Arc<Gone>) {
         let worker = &mut self.workers[rank as usize];
-        if matches!(worker.state, WorkerState::Gone(_)) {
+        if let WorkerState::Gone(before) = &worker.state {
+            // Its agent does not try it again any more; if its host comes back, it does with that.
+            if before.is_tried_again() && !matches!(*gone, Gone::Worker(_)) {
+                worker.state = WorkerState::Gone(gone.clone());
+                self.notes.push(Note::Gone { rank, gone });
+            }
             return;
         }
         worker.state = WorkerState::Gone(gone.clone());
@@ -1658,14 +1687,23 @@ impl Scheduler {
             }
             ToHead::WorkerLost {
                 worker,
-                loss,
+                mut loss,
                 replaced,
             } => {
                 let rank = self.rank(agent, worker)?;
+                if loss.setback.pause > 0 && self.workers[rank as usize].away {
+                    // Its agent knows a part of what restores it.
+                    loss.setback.pause = 0;
+                    self.tell_stop(rank);
+                }
                 if replaced {
                     self.replace(rank, loss);
                 } else {
-                    self.lose(rank, Arc::new(Gone::Worker(loss)));
+                    let gone = Gone::Worker(loss);
+                    if gone.is_tried_again() {
+                        self.send_control(agent, &ToAgent::LossNoted { worker })?;
+                    }
+                    self.lose(rank, Arc::new(gone));
                     self.count_loss(agent, false);
                     let timed_out = false;
                     self.notes.push(Note::Ended { rank, timed_out });
@@ -1683,6 +1721,10 @@ impl Scheduler {
                 let rank = self.rank(agent, worker)?;
                 let worker = &mut self.workers[rank as usize];
                 let killed = match (&worker.state, &worker.current) {
+                    (WorkerState::Gone(gone), _) if gone.is_tried_again() => {
+                        self.back(rank, pid);
+                        return Ok(());
+                    }
                     // Stopped in the meantime.
                     (WorkerState::Gone(_), _) => return Ok(()),
                     (WorkerState::Starting, None) => false,
@@ -1742,6 +1784,22 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    /// A worker that was gone is there again, and its agent has restored it.
+    fn back(&mut self, rank: Rank, pid: u32) {
+        let worker = &mut self.workers[rank as usize];
+        worker.state = WorkerState::Up;
+        worker.track.back(self.now);
+        worker.window = SEND_WINDOW;
+        let (agent, index) = (worker.agent, worker.index);
+        // Others may have gone on with its random numbers. States that are not known here are empty.
+        let seed = worker.seed.clone().filter(|seed| !seed.is_empty());
+        if let Some(seed) = seed {
+            self.push_control(agent, Frame::new(Kind::Seed, 0, index, 0, seed));
+        }
+        self.notes.push(Note::Back { rank, pid });
+        self.dispatch(rank);
     }
 
     /// A task took longer than it may. Its worker is busy until its agent says otherwise.
@@ -2087,7 +2145,7 @@ impl Current {
 mod tests {
     use super::*;
     use crate::activity::{self, Measured};
-    use crate::message::Exit;
+    use crate::message::{Exit, Setback};
 
     #[test]
     fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
@@ -2168,8 +2226,7 @@ mod tests {
             pid: 1,
             exit: Exit::Signal(9),
             tail: String::new(),
-            memory_available: 0,
-            oom: false,
+            ..Loss::default()
         };
         let lost = ToHead::WorkerLost {
             worker: 0,
@@ -2585,6 +2642,91 @@ mod tests {
         assert_eq!(sent(&mut s, 0), [seed(b"after")]);
         // Nor has that become the other's.
         assert!(sent(&mut s, 1).is_empty());
+    }
+
+    /// The worker of this host cannot be restored now; its agent tries it again.
+    fn cannot_be_restored(scheduler: &mut Scheduler, agent: usize) {
+        let setback = Setback {
+            count: 3,
+            restoring: true,
+            stalled: 0,
+            pause: 1_000,
+        };
+        let loss = Loss {
+            setback,
+            ..Loss::default()
+        };
+        let lost = ToHead::WorkerLost {
+            worker: 0,
+            loss,
+            replaced: false,
+        };
+        tell(scheduler, agent, &lost);
+    }
+
+    #[test]
+    fn a_worker_that_is_tried_again_fails_its_tasks_and_comes_back_with_its_random_numbers() {
+        let mut s = up(2);
+        submit(&mut s, order(0, 1));
+        tasks_sent(&mut s, 0);
+        answer(&mut s, 0, 1, Some(b"before"));
+        submit(&mut s, order(0, 2));
+        s.take_notes();
+        cannot_be_restored(&mut s, 0);
+        let notes = s.take_notes();
+        assert!(matches!(notes[0], Note::Gone { rank: 0, .. }));
+        assert!(matches!(
+            notes[1],
+            Note::Done {
+                task: 2,
+                outcome: Outcome::Lost(_),
+                ..
+            }
+        ));
+        assert_eq!(s.state(0), State::Lost);
+        assert!(s.any_left() && !s.has_lost(0));
+        // Another one goes on with its random numbers.
+        submit(&mut s, moved(1, 3, 0));
+        tasks_sent(&mut s, 1);
+        let left = Frame::new(Kind::Seed, GUEST, 0, 3, Bytes::from_static(b"after"));
+        s.on_frame(1, left).unwrap();
+        answer(&mut s, 1, 3, None);
+        sent(&mut s, 0);
+        tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 9 });
+        let back = |note: &Note| *note == Note::Back { rank: 0, pid: 9 };
+        assert!(s.take_notes().iter().any(back));
+        assert_eq!(s.state(0), State::Idle);
+        let seed = (Kind::Seed, 0, Bytes::from_static(b"after"));
+        assert_eq!(sent(&mut s, 0), [seed]);
+        submit(&mut s, order(0, 4));
+        assert_eq!(tasks_sent(&mut s, 0), [4]);
+    }
+
+    #[test]
+    fn a_worker_that_is_tried_again_is_so_with_its_host_and_not_when_it_is_stopped() {
+        let mut s = up(2);
+        for agent in 0..2 {
+            cannot_be_restored(&mut s, agent);
+        }
+        assert!(s.any_left());
+        s.agent_lost(0, "cut");
+        assert!(s.has_lost(0));
+        s.agent_back(0, &ToAgent::Stop).unwrap();
+        tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+        assert!(s.is_up(0));
+        // Half of what its host has is no state to go on with.
+        s.take_notes();
+        cannot_be_restored(&mut s, 0);
+        let for_good = |note: &Note| match note {
+            Note::Gone { gone, .. } => !gone.is_tried_again(),
+            _ => false,
+        };
+        assert!(s.take_notes().iter().any(for_good));
+        s.stop_worker(1);
+        assert_eq!(s.state(1), State::Stopped);
+        assert!(!s.any_left());
+        tell(&mut s, 1, &ToHead::WorkerReplaced { worker: 0, pid: 3 });
+        assert_eq!(s.state(1), State::Stopped);
     }
 
     fn ahead(rank: Rank, task: TaskId) -> Order {

@@ -17,11 +17,12 @@ use rustcluster_core::message::{
     self, Exit, Hello, MAGIC, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
 };
 use rustcluster_core::scheduler::{Gone, Rank, SEND_WINDOW};
+use rustcluster_core::sys;
 use rustcluster_core::worker::Channel;
 use serde::Serialize;
-use std::ffi::{CString, OsString};
+use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -201,8 +202,16 @@ fn is_an_agent_when_it_is_asked_to_be() {
 
 /// A task that takes a while.
 const SLEEP: &[u8] = b"sleep";
+/// A task that is answered in shared memory, with so many bytes.
+const SHARE: &[u8] = b"share";
+const SHARED_LEN: usize = 100_000;
+/// A task that is answered with so many bytes, sent in pieces.
+const LARGE: &[u8] = b"large";
+const LARGE_LEN: usize = 700_000;
+/// A task that never ends where a file of the name that follows is there.
+const HANG: &[u8] = b"hang";
 
-/// A worker: each answer is the task.
+/// A worker: each answer is the task, but for those above.
 fn answer(mut channel: Channel) -> i32 {
     let mut served = channel.ready(String::new(), true);
     while served.is_ok() {
@@ -214,14 +223,34 @@ fn answer(mut channel: Channel) -> i32 {
                 if bytes == SLEEP {
                     thread::sleep(Duration::from_millis(300));
                 }
+                if let Some(path) = bytes.strip_prefix(HANG) {
+                    while Path::new(OsStr::from_bytes(path)).exists() {
+                        thread::sleep(Duration::from_millis(20));
+                    }
+                }
                 channel.restart();
-                served = channel.send(&bytes, true);
+                served = if bytes == SHARE {
+                    share_answer(&mut channel)
+                } else if bytes == LARGE {
+                    channel.send(&vec![7; LARGE_LEN], true)
+                } else {
+                    channel.send(&bytes, true)
+                };
             }
             Ok(None) => return 0,
             Err(error) => served = Err(error),
         }
     }
     1
+}
+
+fn share_answer(channel: &mut Channel) -> io::Result<()> {
+    let mut file = sys::memory_file()?;
+    file.write_all(&[7; SHARED_LEN])?;
+    sys::seal(&file)?;
+    let sent = channel.send_shared(&file, SHARED_LEN as u64)?;
+    assert!(sent);
+    Ok(())
 }
 
 fn start(workers: u32) -> Start {
@@ -236,6 +265,7 @@ fn start(workers: u32) -> Start {
         keep: 0,
         state: 1 << 20,
         timeout: 0,
+        setup: 0,
         memory_limit: 0,
         stop_timeout: 600,
         here: false,
@@ -1079,4 +1109,137 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let answer = receive(&mut hub, 0);
     assert!(matches!(answer, Answer::Ready { task, .. } if task == tasks[1]));
     close(hub);
+}
+
+// ---- what is read and written ----
+
+/// A task whose effect lasts, and its answer's length.
+fn lasting(hub: &mut Hub, rank: Rank, message: &[u8]) -> usize {
+    hub.begin(rank, 1, Some(0), Turn::Last, |_| None).unwrap();
+    hub.write(message);
+    hub.finish();
+    match receive(hub, rank) {
+        Answer::Ready { body, .. } => body.len,
+        answer => panic!("{answer:?}"),
+    }
+}
+
+fn kill(pid: u32) {
+    // SAFETY: a process of ours, or its number that nobody else has yet.
+    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+}
+
+/// Kills a worker and waits for the one that takes its place.
+fn expect_replaced(hub: &Hub, rank: Rank) {
+    let pid = hub.worker(rank).pid.unwrap();
+    kill(pid);
+    eventually("another worker", || hub.worker(rank).pid != Some(pid));
+    assert!(hub.worker(rank).gone.is_none());
+}
+
+fn bring_up(hub: &mut Hub, start: Start) {
+    greeted(hub);
+    let ranks = (0..start.workers).collect();
+    hub.go(vec![Some(Plan { start, ranks })]).unwrap();
+    eventually("all are up", || {
+        matches!(hub.progress(false, SLICE), Progress::Up)
+    });
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn answers_with_descriptors_among_others_are_all_read() {
+    // What a fresh worker repeats is answered at once, so that its channel holds many answers. Reading
+    // stops behind each that carries a descriptor, although there is more.
+    let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+    let here = Start {
+        here: true,
+        ..start(3)
+    };
+    bring_up(&mut hub, here);
+    for rank in 0..3 {
+        for _ in 0..10 {
+            assert_eq!(lasting(&mut hub, rank, SHARE), SHARED_LEN);
+            assert_eq!(lasting(&mut hub, rank, b"small"), 5);
+            assert_eq!(lasting(&mut hub, rank, SHARE), SHARED_LEN);
+            assert_eq!(lasting(&mut hub, rank, LARGE), LARGE_LEN);
+        }
+    }
+    for _ in 0..4 {
+        for rank in 0..3 {
+            expect_replaced(&hub, rank);
+        }
+        for rank in 0..3 {
+            expect_answers(&mut hub, rank);
+            assert_eq!(lasting(&mut hub, rank, b"after"), 5);
+        }
+    }
+    close(hub);
+}
+
+#[test]
+fn a_restore_that_does_not_end_is_given_up_and_tried_again() {
+    let scratch = Scratch::new();
+    let path = scratch.0.join("hang");
+    let task = [HANG, path.as_os_str().as_bytes()].concat();
+    let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+    let bounded = Start {
+        setup: 300,
+        ..start(2)
+    };
+    bring_up(&mut hub, bounded);
+    assert_eq!(lasting(&mut hub, 0, &task), task.len());
+    scratch.file("hang", b"");
+    let before = hub.worker(0).pid;
+    kill(before.unwrap());
+    eventually("the end of the restore", || hub.worker(0).gone.is_some());
+    let Some(Gone::Worker(loss)) = hub.worker(0).gone.as_deref().cloned() else {
+        panic!("{:?}", hub.worker(0).gone);
+    };
+    assert_eq!(loss.exit, Exit::Signal(9));
+    assert!(loss.setback.restoring && loss.setback.pause == 1_000);
+    assert!(loss.setback.stalled >= 300);
+    let tells = |event: &Event| matches!(event, Event::Lost { rank: 0, replaced: false, loss: told } if *told == loss);
+    assert!(hub.take_events().iter().any(tells));
+    assert!(hub.begin(0, 1, None, Turn::Last, |_| None).is_err());
+    expect_answers(&mut hub, 1);
+    // What was wrong there is over.
+    fs::remove_file(&path).unwrap();
+    eventually("another worker", || hub.worker(0).gone.is_none());
+    assert!(hub.worker(0).pid.is_some() && hub.worker(0).pid != before);
+    assert!(hub.take_events().contains(&Event::Back { rank: 0 }));
+    for rank in 0..2 {
+        expect_answers(&mut hub, rank);
+    }
+    close(hub);
+}
+
+#[test]
+fn a_worker_that_is_to_be_tried_again_does_not_keep_its_cluster() {
+    let scratch = Scratch::new();
+    let path = scratch.0.join("hang");
+    let task = [HANG, path.as_os_str().as_bytes()].concat();
+    for stops_all in [true, false] {
+        let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
+        let bounded = Start {
+            setup: 100,
+            ..start(2)
+        };
+        bring_up(&mut hub, bounded);
+        lasting(&mut hub, 0, &task);
+        scratch.file("hang", b"");
+        kill(hub.worker(0).pid.unwrap());
+        eventually("the end of the restore", || hub.worker(0).gone.is_some());
+        if !stops_all {
+            // It is stopped while it is waited for, and does not come back.
+            hub.stop_workers(vec![0]);
+            assert_eq!(hub.worker(0).gone.as_deref(), Some(&Gone::Stopped));
+            fs::remove_file(&path).unwrap();
+            thread::sleep(Duration::from_millis(1_500));
+            assert_eq!(hub.worker(0).gone.as_deref(), Some(&Gone::Stopped));
+            expect_answers(&mut hub, 1);
+        }
+        close(hub);
+        let _ = fs::remove_file(&path);
+    }
 }

@@ -3,6 +3,10 @@
 //!
 //! One thread, one mio loop, no R while it runs. It never blocks on a peer. When the head asks
 //! for the end, or its stream ends for whatever reason, every worker is ended and then the agent.
+//!
+//! Readiness is edge-triggered: what is left in a stream is not announced again. A stream is
+//! therefore read until the system says `WouldBlock`, or is noted to be read again. A short read
+//! does not mean that the stream is empty: `recvmsg` stops behind bytes that carry a descriptor.
 
 mod fork;
 mod guard;
@@ -60,6 +64,8 @@ const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
 const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 /// Bytes read at a time.
 const READ: usize = 256 * 1024;
+/// Reads of one stream before the others have their turn.
+const READS: usize = 4;
 /// Descriptors that may have come from a worker and wait for the frames that they belong to.
 const MOST_DESCRIPTORS: usize = 4;
 /// For the system to have room again.
@@ -296,6 +302,8 @@ pub struct Agent {
     to_make: VecDeque<(u32, bool)>,
     /// Workers with bytes waiting to be written.
     dirty: Vec<u32>,
+    /// The head's stream may hold more than the last look took.
+    head_unread: bool,
     /// Workers that may have more to read than the last look took, each once.
     unread: Vec<u32>,
     is_unread: Vec<bool>,
@@ -360,6 +368,7 @@ impl Agent {
         };
         let patience = Duration::from_millis(greeted.start.patience.into());
         let timeout = Duration::from_millis(greeted.start.timeout);
+        let setup = Duration::from_millis(greeted.start.setup);
         let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
         let mut relay = Relay::new(
             count as usize,
@@ -369,6 +378,7 @@ impl Agent {
         );
         relay.book.shares = shares;
         relay.book.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
+        relay.book.patience = (!setup.is_zero()).then_some(setup);
         Ok(Agent {
             pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
             poll,
@@ -388,6 +398,7 @@ impl Agent {
             workers: (0..count).map(|_| None).collect(),
             to_make: (0..count).map(|worker| (worker, false)).collect(),
             dirty: Vec::new(),
+            head_unread: false,
             unread: Vec::new(),
             is_unread: vec![false; count as usize],
             signals: signals_in,
@@ -421,7 +432,8 @@ impl Agent {
             if let Some(channel) = self.make_some()? {
                 return Ok(Role::Worker(Box::new(channel)));
             }
-            let can_read = !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
+            let can_read =
+                self.head_unread || !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
             let timeout = if self.to_make.is_empty() && !can_read && self.census.is_none() {
                 let pulse = self.pulse.as_ref().filter(|_| !self.alone);
                 let farewell = self.strays.deadline();
@@ -433,7 +445,15 @@ impl Agent {
                 let again = self.head_waits.then(|| self.now() + WAIT);
                 let parent = self.looked_for.filter(|_| !self.alone);
                 let look = parent.map(|_| self.now() + LOOK_FOR_PARENT);
-                let deadlines = [deadline, pulse.map(Pulse::next), farewell, again, look];
+                let retry = self.relay.book.next_retry().filter(|_| !self.ending);
+                let deadlines = [
+                    deadline,
+                    pulse.map(Pulse::next),
+                    farewell,
+                    again,
+                    look,
+                    retry,
+                ];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
             } else {
@@ -452,7 +472,7 @@ impl Agent {
             let mut ended = false;
             for event in &events {
                 match event.token() {
-                    HEAD_IN => self.read_head(event.is_read_closed()),
+                    HEAD_IN => self.head_unread = true,
                     HEAD_OUT => {
                         self.head_blocked = false;
                         let fd = self.writer.as_raw_fd();
@@ -473,6 +493,9 @@ impl Agent {
                         }
                     }
                 }
+            }
+            if std::mem::take(&mut self.head_unread) {
+                self.read_head();
             }
             if self.to_head.len() < HEAD_BACKLOG {
                 for worker in std::mem::take(&mut self.unread) {
@@ -497,15 +520,22 @@ impl Agent {
             self.feel_pulse();
             // While the head does not take what there is, a task may have been answered in time and
             // the answer not been looked at.
+            let now = self.now();
+            let mut overdue = self.relay.book.overdue(now);
             if self.to_head.len() < HEAD_BACKLOG {
-                let now = self.now();
                 self.relay.out_of_time(now, &mut self.acts);
                 self.act();
+                overdue.extend(self.relay.book.stalled(now));
             }
-            for worker in self.relay.book.overdue(self.now()) {
+            for worker in overdue {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();
                 }
+            }
+            if !self.ending {
+                let due = self.relay.book.to_retry(now);
+                self.to_make
+                    .extend(due.into_iter().map(|worker| (worker, true)));
             }
             for worker in std::mem::take(&mut self.dirty) {
                 self.write_worker(worker);
@@ -568,7 +598,7 @@ impl Agent {
                 self.tell(&ToHead::WorkerStopped { worker, timed_out });
                 continue;
             }
-            self.relay.made(worker, replaces);
+            self.relay.made(worker, replaces, self.now());
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
                 StartMode::Spawn => {
@@ -592,20 +622,11 @@ impl Agent {
                     self.write_worker(worker);
                 }
                 Err(error) => {
-                    self.relay.book.give_up(worker);
                     let loss = Loss {
-                        pid: 0,
-                        exit: message::Exit::Unknown,
                         tail: format!("a worker could not be started: {error}"),
-                        memory_available: cores::host_memory().map_or(0, |memory| memory.1),
-                        oom: false,
+                        ..Loss::default()
                     };
-                    let replaced = false;
-                    self.tell(&ToHead::WorkerLost {
-                        worker,
-                        loss,
-                        replaced,
-                    });
+                    self.lost(worker, loss);
                 }
             }
         }
@@ -647,9 +668,8 @@ impl Agent {
         }
     }
 
-    /// `closed`: the stream's end has been announced, and will not be once more.
-    fn read_head(&mut self, closed: bool) {
-        loop {
+    fn read_head(&mut self) {
+        for _ in 0..READS {
             match self.reader.read(&mut self.scratch) {
                 Ok(0) => return self.end(),
                 Ok(n) => {
@@ -662,17 +682,13 @@ impl Agent {
                     if self.alone {
                         return;
                     }
-                    // On a stream a short read means that no more is there, and that more will
-                    // be announced.
-                    if n < self.scratch.len() && !closed {
-                        return;
-                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(_) => return self.end(),
             }
         }
+        self.head_unread = true;
     }
 
     fn on_head_bytes(&mut self) {
@@ -956,55 +972,53 @@ impl Agent {
     }
 
     fn read_worker(&mut self, worker: u32) {
-        if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
+        if self.read_some_of_worker(worker) {
             self.read_again(worker);
-            return;
+        }
+    }
+
+    /// Reads a bounded number of times. Returns whether there may be more that can be dealt with.
+    fn read_some_of_worker(&mut self, worker: u32) -> bool {
+        if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
+            return true;
         }
         let Some(process) = &mut self.workers[worker as usize] else {
-            return;
+            return false;
         };
         // What is held is dealt with first: only when it has gone is more read.
         let mut held = std::mem::take(&mut process.received);
         let mut broken = self.on_worker_bytes(worker, &mut held);
-        while held.len() < HEADER_AND_BODY && !broken {
+        let mut more = true;
+        for _ in 0..READS {
+            // The rest is read when the head asks for what waits here.
+            more = held.len() < HEADER_AND_BODY && !broken;
+            if !more || self.to_head.len() >= HEAD_BACKLOG && !self.ending {
+                break;
+            }
             let Some(process) = &mut self.workers[worker as usize] else {
-                return;
+                return false;
             };
             let mut came = Vec::new();
             let fd = process.channel.as_raw_fd();
             match sys::recv(fd, &mut self.scratch, &mut came, false) {
-                Ok(0) => {
-                    // Its end of the channel is closed, which only its end should do.
-                    process.hung_up = true;
-                    break;
-                }
-                Ok(n) => {
+                Ok(n) if n > 0 => {
                     held.extend_from_slice(&self.scratch[..n]);
                     process.descriptors.extend(came);
-                    if process.descriptors.len() > MOST_DESCRIPTORS {
-                        broken = true;
-                        break;
-                    }
-                    let short = n < self.scratch.len();
-                    broken = self.on_worker_bytes(worker, &mut held);
-                    if short {
-                        break;
-                    }
-                    if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
-                        self.read_again(worker);
-                        break;
-                    }
+                    broken = process.descriptors.len() > MOST_DESCRIPTORS
+                        || self.on_worker_bytes(worker, &mut held);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => {
-                    process.hung_up = true;
+                read => {
+                    more = false;
+                    // Otherwise its end of the channel is closed, which only its own end should do.
+                    let empty = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+                    process.hung_up |= !read.as_ref().is_err_and(empty);
                     break;
                 }
             }
         }
         let Some(process) = &mut self.workers[worker as usize] else {
-            return;
+            return false;
         };
         process.received = held;
         // Its exit, by itself or by this, tells the rest.
@@ -1013,6 +1027,7 @@ impl Agent {
         } else if process.hung_up {
             self.relay.book.hung_up(worker, self.epoch.elapsed());
         }
+        more && !broken
     }
 
     /// Passes on the whole frames in `held`, up to one that must wait. Returns whether the worker
@@ -1043,7 +1058,7 @@ impl Agent {
             return;
         };
         // Bounded, so that a worker that never stops printing does not stop the others.
-        for _ in 0..4 {
+        for _ in 0..READS {
             if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
                 break;
             }
@@ -1064,9 +1079,6 @@ impl Agent {
                             self.to_head
                                 .push(&Frame::new(Kind::Output, 0, worker, 0, body), None);
                         }
-                    }
-                    if n < self.scratch.len() {
-                        return;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -1134,7 +1146,11 @@ impl Agent {
     fn on_exit(&mut self, worker: u32) {
         self.remove_again();
         // An answer that was whole before the end still counts, and so do last words.
-        self.read_worker(worker);
+        for _ in 0..READS {
+            if !self.read_some_of_worker(worker) {
+                break;
+            }
+        }
         self.read_output(worker);
         let Some(mut process) = self.workers[worker as usize].take() else {
             return;
@@ -1159,7 +1175,19 @@ impl Agent {
                 self.guard.cleared(worker);
             }
         }
-        match self.relay.exited(worker, !self.ending) {
+        let loss = Loss {
+            pid: process.pid,
+            exit,
+            tail: process.tail.text(),
+            oom: process.was_killed_by_others(exit) && self.memory.explains_kill(),
+            ..Loss::default()
+        };
+        self.lost(worker, loss);
+    }
+
+    /// A worker has ended, or could not be made.
+    fn lost(&mut self, worker: u32, mut loss: Loss) {
+        match self.relay.exited(worker, !self.ending, self.now()) {
             Ending::Stopped { timed_out } => {
                 let message = ToHead::WorkerStopped { worker, timed_out };
                 match timed_out {
@@ -1168,14 +1196,10 @@ impl Agent {
                 }
             }
             Ending::Replace => self.to_make.push_back((worker, true)),
-            Ending::Lost { replaced } => {
-                let loss = Loss {
-                    pid: process.pid,
-                    exit,
-                    tail: process.tail.text(),
-                    memory_available: cores::host_memory().map_or(0, |memory| memory.1),
-                    oom: process.was_killed_by_others(exit) && self.memory.explains_kill(),
-                };
+            Ending::Waits => {}
+            Ending::Lost { replaced, setback } => {
+                loss.memory_available = cores::host_memory().map_or(0, |memory| memory.1);
+                loss.setback = setback;
                 self.tell(&ToHead::WorkerLost {
                     worker,
                     loss,

@@ -124,7 +124,8 @@ impl Relay {
     }
 
     /// A worker is being made.
-    pub fn made(&mut self, worker: u32, replaces: bool) {
+    pub fn made(&mut self, worker: u32, replaces: bool, now: Now) {
+        self.book.made(worker, now);
         self.replaces[worker as usize] = replaces;
         self.payloads.made(worker);
     }
@@ -244,7 +245,7 @@ impl Relay {
                         let last = header.flags & LAST != 0;
                         self.replay.piece(worker, &frame.body, last);
                     } else {
-                        self.replay.done(worker, false);
+                        self.replay.done(worker, false, Duration::ZERO);
                     }
                     acts.push(Act::ToWorker(frame));
                 }
@@ -364,7 +365,7 @@ impl Relay {
             // Whatever it says, it is this worker.
             header.worker = worker;
             let route = match header.kind {
-                Kind::Data => self.book.from_worker(&header)?,
+                Kind::Data => self.book.from_worker(&header, now)?,
                 _ => Route::Forward,
             };
             if route == Route::Announce {
@@ -387,7 +388,7 @@ impl Relay {
                     let ready: WorkerReady = message::decode(&body).map_err(text)?;
                     acts.push(Act::TempDir(worker, ready.tempdir));
                     if ready.ready {
-                        self.on_ready(worker, acts)?;
+                        self.on_ready(worker, now, acts)?;
                     }
                 }
                 Kind::Seed => self.on_seed(header, &body, acts),
@@ -408,7 +409,7 @@ impl Relay {
         let (worker, task) = (header.worker, header.task);
         if header.flags & LAST != 0 && task & REPLAY == 0 {
             let lasts = route == Route::Forward;
-            if self.replay.done(worker, lasts) {
+            if self.replay.done(worker, lasts, self.book.took(worker)) {
                 acts.push(Act::Tell(ToHead::StateNotKept { worker }));
             }
             self.let_go(acts);
@@ -462,12 +463,18 @@ impl Relay {
         acts.push(Act::ToHead(frame));
     }
 
-    fn on_ready(&mut self, worker: u32, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
+    fn on_ready(
+        &mut self,
+        worker: u32,
+        now: Now,
+        acts: &mut Vec<Act>,
+    ) -> Result<(), ProtocolError> {
         let again = match self.replaces[worker as usize] {
             true => self.replay.restore(worker),
             false => Restore::default(),
         };
-        let state = self.book.ready(worker, again.messages.len());
+        let took = again.messages.iter().map(|message| message.took).collect();
+        let state = self.book.ready(worker, took, now);
         if state == Ready::Already {
             return Err(ProtocolError("a worker is ready twice".into()));
         }
@@ -511,14 +518,14 @@ impl Relay {
         }
     }
 
-    /// A worker's process has ended. `may_replace`: the host is to go on.
-    pub fn exited(&mut self, worker: u32, may_replace: bool) -> Ending {
+    /// A worker's process has ended, or could not be made. `may_replace`: the host is to go on.
+    pub fn exited(&mut self, worker: u32, may_replace: bool, now: Now) -> Ending {
         // What is thereby freed is let go of when something next comes from the head.
         self.replay.lost(worker);
         // The head sends it again, to whoever takes the worker's place.
         self.held.take(worker);
         let restorable = may_replace && self.replay.is_complete(worker);
-        self.book.exited(worker, restorable)
+        self.book.exited(worker, restorable, now)
     }
 }
 
@@ -578,7 +585,7 @@ mod tests {
     /// One worker that is ready.
     fn up() -> Relay {
         let mut relay = Relay::new(1, 0, 1 << 20, None);
-        relay.made(0, false);
+        relay.made(0, false, Duration::ZERO);
         let acts = from_worker(&mut relay, &[ready()]);
         assert!(matches!(
             acts[..],
@@ -624,8 +631,9 @@ mod tests {
         from_head(&mut relay, data(2, b"task"));
         let guest = seed(GUEST, 2, b"guest");
         from_worker(&mut relay, &[guest]);
-        assert_eq!(relay.exited(0, true), Ending::Lost { replaced: true });
-        relay.made(0, true);
+        let ending = relay.exited(0, true, Duration::ZERO);
+        assert!(matches!(ending, Ending::Lost { replaced: true, .. }));
+        relay.made(0, true, Duration::ZERO);
         let acts = from_worker(&mut relay, &[ready()]);
         let [Act::TempDir(..), Act::ToWorker(again), Act::ToWorker(seeds)] = &acts[..] else {
             panic!("{acts:?}");
@@ -736,10 +744,10 @@ mod tests {
             if cancelled {
                 control(&mut relay, &ToAgent::Cancel { worker: 0, task: 1 });
             }
-            let ending = relay.exited(0, true);
+            let ending = relay.exited(0, true, Duration::ZERO);
             assert_eq!(ending == Ending::Replace, cancelled);
             assert_eq!(relay.held(0), 0);
-            relay.made(0, true);
+            relay.made(0, true, Duration::ZERO);
             assert!(to_worker(&from_worker(&mut relay, &[ready()])).is_empty());
             // Another that was on its way.
             assert!(from_head(&mut relay, data(3, b"late")).is_empty());
@@ -785,8 +793,8 @@ mod tests {
         from_worker(&mut relay, &[data(1, b"done")]);
         let acts = from_head(&mut relay, payload(LAST | ABORT, 5, 0));
         assert!(matches!(acts[..], [Act::ToWorker(_)]), "{acts:?}");
-        relay.exited(0, true);
-        relay.made(0, true);
+        relay.exited(0, true, Duration::ZERO);
+        relay.made(0, true, Duration::ZERO);
         let acts = from_worker(&mut relay, &[ready()]);
         let [
             Act::TempDir(..),

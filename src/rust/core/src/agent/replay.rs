@@ -15,6 +15,7 @@ use crate::payloads::PayloadId;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::mem;
+use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// Large payloads that are held, at most.
@@ -38,6 +39,8 @@ struct Message {
     /// It begins with this.
     payload: Option<PayloadId>,
     blocks: Vec<Key>,
+    /// How long its worker was at it.
+    took: Duration,
 }
 
 /// A message on its way to a worker that has not answered it.
@@ -69,6 +72,8 @@ pub struct Again {
     pub payload: Option<PayloadId>,
     /// The rest, in pieces of at most [`MAX_BODY`] bytes.
     pub pieces: Vec<Bytes>,
+    /// How long a worker was at it when it came from the head.
+    pub took: Duration,
 }
 
 /// What brings a fresh worker to the state of the one before.
@@ -117,6 +122,7 @@ impl Replay {
                     name,
                     payload: None,
                     blocks: Vec::new(),
+                    took: Duration::ZERO,
                 },
                 rest: BytesMut::new(),
                 too_much: memory.messages.len() >= MOST_MESSAGES,
@@ -216,9 +222,9 @@ impl Replay {
         }
     }
 
-    /// The worker has ended its task; `lasts`: as it was meant to. Returns whether it has just become
-    /// a worker that cannot be restored.
-    pub fn done(&mut self, worker: u32, lasts: bool) -> bool {
+    /// The worker has ended its task, which took so long; `lasts`: as it was meant to. Returns whether
+    /// it has just become a worker that cannot be restored.
+    pub fn done(&mut self, worker: u32, lasts: bool, took: Duration) -> bool {
         let Some(memory) = self.workers.get_mut(worker as usize) else {
             return false;
         };
@@ -229,9 +235,10 @@ impl Replay {
             self.close(worker);
             return false;
         }
-        let Some(open) = memory.open.take() else {
+        let Some(mut open) = memory.open.take() else {
             return false;
         };
+        open.message.took = took;
         let full = self.bytes + OVERHEAD > self.most;
         if open.too_much || full {
             memory.incomplete = true;
@@ -314,6 +321,7 @@ impl Replay {
         let again = |message: &Message| Again {
             payload: message.payload,
             pieces: message.blocks.iter().filter_map(block).collect(),
+            took: message.took,
         };
         Restore {
             messages: memory.messages.iter().map(again).collect(),
@@ -330,7 +338,7 @@ mod tests {
     fn give(replay: &mut Replay, worker: u32, name: u64, message: &[u8], piece: usize) -> bool {
         replay.expect(worker, name);
         send(replay, worker, message, piece);
-        replay.done(worker, true)
+        replay.done(worker, true, Duration::ZERO)
     }
 
     fn send(replay: &mut Replay, worker: u32, message: &[u8], piece: usize) {
@@ -379,13 +387,13 @@ mod tests {
         let held = replay.bytes;
         replay.expect(0, 0);
         send(&mut replay, 0, &noise(2, 200_000), MAX_BODY);
-        assert!(!replay.done(0, false));
+        assert!(!replay.done(0, false, Duration::ZERO));
         replay.expect(0, 0);
         send(&mut replay, 0, &noise(3, 200_000), MAX_BODY);
         replay.lost(0);
         // A task that is not expected to last does not.
         send(&mut replay, 0, b"task", 9);
-        assert!(!replay.done(0, true));
+        assert!(!replay.done(0, true, Duration::ZERO));
         assert_eq!(restored(&replay, 0), [b"kept"]);
         assert_eq!(replay.bytes, held);
     }
@@ -431,9 +439,10 @@ mod tests {
             let first = replay.payload(worker, 1, 9_000, false);
             assert_eq!(first, worker == 0);
             replay.piece(worker, &Bytes::from_static(b"rest"), true);
-            assert!(!replay.done(worker, true));
+            assert!(!replay.done(worker, true, Duration::ZERO));
         }
         let again = Again {
+            took: Duration::ZERO,
             payload: Some(1),
             pieces: vec![Bytes::from_static(b"rest")],
         };
@@ -447,13 +456,13 @@ mod tests {
         // One that is interrupted, one that is not to last, and one that is too long.
         replay.expect(0, 0);
         assert!(replay.payload(0, 2, 100, true));
-        assert!(!replay.done(0, false));
+        assert!(!replay.done(0, false, Duration::ZERO));
         assert_eq!(replay.take_freed(), [2]);
         assert!(!replay.payload(0, 3, 100, true));
-        assert!(!replay.done(0, true));
+        assert!(!replay.done(0, true, Duration::ZERO));
         replay.expect(0, 0);
         assert!(!replay.payload(0, 4, 10_000, true));
-        assert!(replay.done(0, true));
+        assert!(replay.done(0, true, Duration::ZERO));
         assert!(!replay.is_complete(0));
         assert_eq!(replay.take_freed(), []);
     }
@@ -464,12 +473,12 @@ mod tests {
         assert_eq!(replay.restore(0).seed, None);
         replay.seed(0, Bytes::from_static(b"one"));
         assert_eq!(replay.restore(0).seed, None);
-        replay.done(0, true);
+        replay.done(0, true, Duration::ZERO);
         replay.seed(0, Bytes::from_static(b"two"));
         replay.lost(0);
         assert_eq!(replay.restore(0).seed.as_deref(), Some(&b"one"[..]));
         replay.seed(0, Bytes::from_static(b"three"));
-        replay.done(0, false);
+        replay.done(0, false, Duration::ZERO);
         assert_eq!(replay.restore(0).seed.as_deref(), Some(&b"three"[..]));
     }
 
@@ -490,8 +499,8 @@ mod tests {
                 let memory = &mut model[worker as usize];
                 match fate {
                     0 => replay.lost(worker),
-                    1 => prop_assert!(!replay.done(worker, false)),
-                    _ => if replay.done(worker, true) {
+                    1 => prop_assert!(!replay.done(worker, false, Duration::ZERO)),
+                    _ => if replay.done(worker, true, Duration::ZERO) {
                         *memory = None;
                     } else if let Some(messages) = memory {
                         let recent = messages.iter().enumerate().rev();

@@ -4,7 +4,9 @@
 //! come out. Processes, sockets and the clock are in [`super`].
 
 use crate::frame::{ABORT, FIRST, Header, LAST, SHARED};
+use crate::message::Setback;
 use crate::scheduler::{ProtocolError, RESTORE, RESULT_WINDOW, SEND_WINDOW};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// How long an interrupted task may take to end before its worker is killed.
@@ -17,9 +19,13 @@ pub const STOP_GRACE: Duration = Duration::from_millis(600);
 /// In the numbers of tasks by which a worker is brought to the state of the one before it.
 pub const REPLAY: u64 = 1 << 63;
 
-/// A fresh worker that has ended so often before it was as far as the one before it is not made
-/// again.
-const SETBACKS: u32 = 3;
+/// After so many workers in a row that ended before they were restored, the next is made after a pause,
+/// and the head is told.
+pub const SETBACKS: u32 = 3;
+
+/// The first of these pauses, and the longest: each is twice as long as the one before.
+pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
+pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The time, since any fixed moment.
 pub type Now = Duration;
@@ -35,6 +41,8 @@ enum Phase {
     Idle,
     Busy {
         task: u64,
+        /// When its worker had all of its message.
+        since: Now,
         /// Cancelled, or out of time: its worker is killed if it has not answered by then.
         cancelled: Option<Now>,
         /// When it will be out of time.
@@ -79,6 +87,41 @@ struct Entry {
     unnoted: u32,
     /// How often it has ended since it was last ready for the head's tasks.
     setbacks: u32,
+    /// How long the worker was at the current task, once it has begun to answer.
+    took: Duration,
+    /// How long each of the tasks that restore it took at first; those that it has done are gone.
+    again: VecDeque<Duration>,
+    /// It is killed if it makes no progress, in starting or with these tasks, until then.
+    progress_by: Option<Now>,
+    /// It was killed because it made none for so long.
+    stalled: Duration,
+    /// Workers are made here after pauses, of which the next is so long.
+    pause: Option<Duration>,
+    /// When the next is made.
+    retry: Option<Now>,
+}
+
+impl Entry {
+    /// It can be given tasks of the head's.
+    fn up(&mut self) {
+        self.phase = Phase::Idle;
+        self.setbacks = 0;
+        self.pause = None;
+        self.progress_by = None;
+        self.again = VecDeque::new();
+    }
+
+    /// How long it may make no progress: the host may be much busier than it was at first.
+    fn allowed(&self, patience: Option<Duration>) -> Option<Duration> {
+        let took = self.again.front().copied().unwrap_or_default();
+        Some(patience?.saturating_add(took.saturating_mul(2)))
+    }
+
+    /// It has made some progress with what restores it.
+    fn progress(&mut self, patience: Option<Duration>, now: Now) {
+        let allowed = self.allowed(patience);
+        self.progress_by = allowed.map(|allowed| now.saturating_add(allowed));
+    }
 }
 
 /// What to do with a frame.
@@ -112,8 +155,10 @@ pub enum Ready {
 pub enum Ending {
     /// It was asked to. `timed_out`: it was idle, and was killed because it did not end in time.
     Stopped { timed_out: bool },
-    /// It was not: the head must know. `replaced`: a fresh worker takes its place.
-    Lost { replaced: bool },
+    /// It was not: the head must know. `replaced`: a fresh worker takes its place at once.
+    Lost { replaced: bool, setback: Setback },
+    /// The head knows that there is none; another is made after a pause.
+    Waits,
     /// It ended, or was killed, while a cancelled task kept it busy, or before it was what the one
     /// before it had been: a fresh worker takes its place.
     Replace,
@@ -125,12 +170,16 @@ pub struct Book {
     workers: Vec<Entry>,
     /// Some worker may have a deadline. Mostly none has, and then none is looked for.
     timed: bool,
+    /// Some worker may be starting, restored or to be made again after a pause. Mostly none is.
+    unsettled: bool,
     /// How long a task may take.
     timeout: Option<Duration>,
     /// Answers may be in memory that is shared with the head.
     pub shares: bool,
     /// How long an idle worker may take to end when the head stops it.
     pub stop_timeout: Duration,
+    /// How long a worker that replaces another may make no progress.
+    pub patience: Option<Duration>,
 }
 
 impl Book {
@@ -151,15 +200,39 @@ impl Book {
                 came_up: false,
                 unnoted: 0,
                 setbacks: 0,
+                took: Duration::ZERO,
+                again: VecDeque::new(),
+                progress_by: None,
+                stalled: Duration::ZERO,
+                pause: None,
+                retry: None,
             })
             .collect();
         Book {
             workers,
             timed: false,
+            unsettled: false,
             timeout,
             shares: false,
             stop_timeout: STOP_GRACE,
+            patience: None,
         }
+    }
+
+    /// A worker is being made.
+    pub fn made(&mut self, worker: u32, now: Now) {
+        let patience = self.patience;
+        self.unsettled = true;
+        if let Some(entry) = self.workers.get_mut(worker as usize) {
+            // R sees to the first start.
+            entry.progress_by = patience.filter(|_| entry.came_up).map(|p| now + p);
+        }
+    }
+
+    /// How long a worker was at its current task, once it has begun to answer.
+    pub fn took(&self, worker: u32) -> Duration {
+        let entry = self.workers.get(worker as usize);
+        entry.map_or(Duration::ZERO, |entry| entry.took)
     }
 
     fn entry(&mut self, worker: u32) -> Result<&mut Entry, ProtocolError> {
@@ -169,17 +242,19 @@ impl Book {
             .ok_or_else(|| ProtocolError(format!("worker {worker} of {count}")))
     }
 
-    /// A worker is ready, and has so many tasks to do again.
-    pub fn ready(&mut self, worker: u32, again: usize) -> Ready {
+    /// A worker is ready, and has tasks to do again, each of which took so long at first.
+    pub fn ready(&mut self, worker: u32, again: VecDeque<Duration>, now: Now) -> Ready {
+        let patience = self.patience;
         match self.workers.get_mut(worker as usize) {
             Some(entry) if entry.phase == Phase::Starting => {
                 entry.came_up = true;
-                if again > 0 {
-                    entry.phase = Phase::Restoring { left: again };
+                if !again.is_empty() {
+                    entry.phase = Phase::Restoring { left: again.len() };
+                    entry.again = again;
+                    entry.progress(patience, now);
                     return Ready::Restoring;
                 }
-                entry.phase = Phase::Idle;
-                entry.setbacks = 0;
+                entry.up();
                 Ready::Up
             }
             _ => Ready::Already,
@@ -227,6 +302,7 @@ impl Book {
             Phase::Idle if header.flags & FIRST != 0 && header.task & REPLAY == 0 => {
                 entry.phase = Phase::Busy {
                     task: header.task,
+                    since: now,
                     cancelled: None,
                     deadline: None,
                 };
@@ -244,7 +320,15 @@ impl Book {
         }
         let whole = header.flags & LAST != 0;
         entry.complete = whole;
-        if let (Phase::Busy { deadline, .. }, true) = (&mut entry.phase, whole) {
+        if let (
+            Phase::Busy {
+                deadline, since, ..
+            },
+            true,
+        ) = (&mut entry.phase, whole)
+        {
+            *since = now;
+            entry.took = Duration::ZERO;
             *deadline = timeout.map(|timeout| now + timeout);
             self.timed |= timeout.is_some();
         }
@@ -303,11 +387,12 @@ impl Book {
     ///
     /// # Errors
     /// When a worker of ours would not send it.
-    pub fn from_worker(&mut self, header: &Header) -> Result<Route, ProtocolError> {
+    pub fn from_worker(&mut self, header: &Header, now: Now) -> Result<Route, ProtocolError> {
         let shared = header.flags & SHARED != 0;
         if shared && (!self.shares || header.flags != FIRST | LAST | SHARED) {
             return Err(ProtocolError("memory that nobody asked for".into()));
         }
+        let patience = self.patience;
         let entry = self.entry(header.worker)?;
         let last = header.flags & LAST != 0;
         if let Phase::Restoring { left } = &mut entry.phase {
@@ -317,15 +402,19 @@ impl Book {
                 ));
             }
             *left -= usize::from(last);
-            if *left > 0 {
-                return Ok(Route::Drop);
+            if *left == 0 {
+                entry.up();
+                return Ok(Route::Restored);
             }
-            entry.phase = Phase::Idle;
-            entry.setbacks = 0;
-            return Ok(Route::Restored);
+            if last {
+                entry.again.pop_front();
+            }
+            entry.progress(patience, now);
+            return Ok(Route::Drop);
         }
         let Phase::Busy {
             task,
+            since,
             cancelled,
             deadline,
         } = &mut entry.phase
@@ -341,6 +430,9 @@ impl Book {
         }
         // It has done what it had to. How long its answer has to wait for the head is not its fault.
         *deadline = None;
+        if entry.took.is_zero() {
+            entry.took = now.saturating_sub(*since);
+        }
         let len = header.body_len();
         if cancelled.is_some() {
             if last {
@@ -408,6 +500,7 @@ impl Book {
                 task,
                 cancelled: cancelled @ None,
                 deadline: Some(deadline),
+                ..
             } = &mut entry.phase
             {
                 if *deadline <= now {
@@ -422,6 +515,7 @@ impl Book {
     /// A worker is asked to end. Returns whether it is still there, and whether it is busy.
     pub fn stop(&mut self, worker: u32, now: Now) -> Option<bool> {
         let entry = self.workers.get_mut(worker as usize)?;
+        entry.retry = None;
         if entry.phase == Phase::Gone {
             return None;
         }
@@ -461,24 +555,53 @@ impl Book {
         }
     }
 
-    /// A worker's process has ended. `restorable`: another can be made what it was.
-    pub fn exited(&mut self, worker: u32, restorable: bool) -> Ending {
+    /// A worker's process has ended, or could not be made. `restorable`: another can be made what it was.
+    pub fn exited(&mut self, worker: u32, restorable: bool, now: Now) -> Ending {
         let Some(entry) = self.workers.get_mut(worker as usize) else {
             return Ending::Stopped { timed_out: false };
         };
         let phase = std::mem::replace(&mut entry.phase, Phase::Gone);
         entry.hung_up = None;
+        entry.progress_by = None;
         entry.passed = 0;
         entry.given = 0;
+        let stalled = std::mem::take(&mut entry.stalled);
         if entry.stopping.is_some() {
             let timed_out = entry.stop_timed_out;
             return Ending::Stopped { timed_out };
         }
+        let mut setback = Setback::default();
         if matches!(phase, Phase::Starting | Phase::Restoring { .. }) {
-            entry.setbacks += 1;
+            entry.setbacks = entry.setbacks.saturating_add(1);
+            let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+            setback.count = entry.setbacks;
+            setback.restoring = matches!(phase, Phase::Restoring { .. });
+            setback.stalled = milliseconds(stalled);
         }
-        if !restorable || !entry.came_up || entry.setbacks >= SETBACKS {
-            return Ending::Lost { replaced: false };
+        if !restorable || !entry.came_up {
+            // What the head sends to it from now on has nobody to go to.
+            return Ending::Lost {
+                replaced: false,
+                setback,
+            };
+        }
+        // One that made no progress would most likely make none again.
+        let pauses = entry.pause.is_some() || !stalled.is_zero() || entry.setbacks >= SETBACKS;
+        if setback.count > 0 && pauses {
+            let told = entry.pause.is_some();
+            let pause = entry.pause.unwrap_or(FIRST_PAUSE);
+            entry.pause = Some((2 * pause).min(LONGEST_PAUSE));
+            entry.retry = Some(now + pause);
+            self.unsettled = true;
+            if told {
+                return Ending::Waits;
+            }
+            entry.unnoted += 1;
+            setback.pause = pause.as_millis() as u64;
+            return Ending::Lost {
+                replaced: false,
+                setback,
+            };
         }
         entry.phase = Phase::Starting;
         match phase {
@@ -492,15 +615,59 @@ impl Book {
             }
             _ => {
                 entry.unnoted += 1;
-                Ending::Lost { replaced: true }
+                Ending::Lost {
+                    replaced: true,
+                    setback,
+                }
             }
         }
+    }
+
+    /// When [`Book::to_retry`] should next be asked.
+    pub fn next_retry(&self) -> Option<Now> {
+        let unsettled = self.workers.iter().filter(|_| self.unsettled);
+        unsettled.filter_map(|entry| entry.retry).min()
+    }
+
+    /// Workers that are to be made now, after a pause.
+    pub fn to_retry(&mut self, now: Now) -> Vec<u32> {
+        let mut due = Vec::new();
+        if !self.unsettled {
+            return due;
+        }
+        for (worker, entry) in self.workers.iter_mut().enumerate() {
+            if entry.retry.take_if(|at| *at <= now).is_some() {
+                entry.phase = Phase::Starting;
+                due.push(worker as u32);
+            }
+        }
+        due
+    }
+
+    /// Workers that have made no progress in starting, or with what restores them, for too long: they
+    /// are to be killed. To be asked when all that has come from workers has been looked at.
+    pub fn stalled(&mut self, now: Now) -> Vec<u32> {
+        let patience = self.patience;
+        let mut stalled = Vec::new();
+        if !std::mem::take(&mut self.unsettled) {
+            return stalled;
+        }
+        for (worker, entry) in self.workers.iter_mut().enumerate() {
+            let starts = matches!(entry.phase, Phase::Starting | Phase::Restoring { .. });
+            self.unsettled |= starts || entry.retry.is_some();
+            if entry.progress_by.take_if(|at| *at <= now).is_some() {
+                entry.stalled = entry.allowed(patience).unwrap_or_default();
+                stalled.push(worker as u32);
+            }
+        }
+        stalled
     }
 
     /// There will be no worker in this place.
     pub fn give_up(&mut self, worker: u32) {
         if let Some(entry) = self.workers.get_mut(worker as usize) {
             entry.phase = Phase::Gone;
+            entry.progress_by = None;
         }
     }
 
@@ -532,13 +699,16 @@ impl Book {
         }
     }
 
-    /// When [`Book::overdue`] and [`Book::out_of_time`] should next be asked.
+    /// When [`Book::overdue`], [`Book::out_of_time`] and [`Book::stalled`] should next be asked.
     pub fn next_deadline(&self) -> Option<Now> {
+        let unsettled = self.workers.iter().filter(|_| self.unsettled);
+        let progress = unsettled.filter_map(|entry| entry.progress_by);
         if !self.timed {
-            return None;
+            return progress.min();
         }
         let both = |entry| [Book::end_by(entry), Book::task_by(entry)];
-        self.workers.iter().flat_map(both).flatten().min()
+        let ends = self.workers.iter().flat_map(both).flatten();
+        ends.chain(progress).min()
     }
 
     /// When [`Book::overdue`] should next be asked.
@@ -595,9 +765,15 @@ mod tests {
         }
     }
 
+    /// One that had been ready is lost.
+    fn lost(replaced: bool) -> Ending {
+        let setback = Setback::default();
+        Ending::Lost { replaced, setback }
+    }
+
     fn busy() -> Book {
         let mut book = Book::new(1, None);
-        assert_eq!(book.ready(0, 0), Ready::Up);
+        assert_eq!(book.ready(0, [].into(), MS), Ready::Up);
         assert_eq!(
             book.to_worker(&data(1, FIRST | LAST, 9), MS),
             Ok(Route::Forward)
@@ -609,28 +785,28 @@ mod tests {
     fn a_small_answer_passes_and_a_large_one_waits_for_the_head() {
         let mut book = busy();
         assert_eq!(
-            book.from_worker(&data(1, FIRST, RESULT_WINDOW)),
+            book.from_worker(&data(1, FIRST, RESULT_WINDOW), MS),
             Ok(Route::Forward)
         );
-        assert_eq!(book.from_worker(&data(1, 0, 1)), Ok(Route::Hold));
+        assert_eq!(book.from_worker(&data(1, 0, 1), MS), Ok(Route::Hold));
         assert_eq!(book.credit(0, 1, 1), Ok(true));
-        assert_eq!(book.from_worker(&data(1, 0, 2)), Ok(Route::Hold));
-        assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Forward));
+        assert_eq!(book.from_worker(&data(1, 0, 2), MS), Ok(Route::Hold));
+        assert_eq!(book.from_worker(&data(1, LAST, 1), MS), Ok(Route::Forward));
         assert_eq!(book.credit(0, 1, 1), Ok(false));
-        assert!(book.from_worker(&data(1, LAST, 1)).is_err());
+        assert!(book.from_worker(&data(1, LAST, 1), MS).is_err());
     }
 
     #[test]
     fn an_answer_before_its_task_is_whole_or_with_flags_of_others_is_the_workers_fault() {
         let mut book = Book::new(1, None);
-        book.ready(0, 0);
+        book.ready(0, [].into(), MS);
         assert_eq!(book.to_worker(&data(1, FIRST, 5), MS), Ok(Route::Forward));
-        assert!(book.from_worker(&data(1, FIRST | LAST, 1)).is_err());
+        assert!(book.from_worker(&data(1, FIRST | LAST, 1), MS).is_err());
         assert_eq!(book.to_worker(&data(1, LAST, 5), MS), Ok(Route::Forward));
         assert!(book.to_worker(&data(1, LAST, 5), MS).is_err());
-        assert!(book.from_worker(&data(1, LAST | ABORT, 0)).is_err());
+        assert!(book.from_worker(&data(1, LAST | ABORT, 0), MS).is_err());
         assert_eq!(
-            book.from_worker(&data(1, FIRST | LAST, 1)),
+            book.from_worker(&data(1, FIRST | LAST, 1), MS),
             Ok(Route::Forward)
         );
     }
@@ -642,13 +818,13 @@ mod tests {
         assert_eq!(book.cancel(0, 1, MS), Ok(true));
         assert_eq!(book.cancel(0, 1, MS), Ok(false));
         assert_eq!(
-            book.from_worker(&data(1, FIRST, 2 * RESULT_WINDOW)),
+            book.from_worker(&data(1, FIRST, 2 * RESULT_WINDOW), MS),
             Ok(Route::Drop)
         );
-        assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Ended));
+        assert_eq!(book.from_worker(&data(1, LAST, 1), MS), Ok(Route::Ended));
         assert_eq!(book.cancel(0, 1, MS), Ok(false));
         assert_eq!(book.next_deadline(), None);
-        assert_eq!(book.exited(0, true), Ending::Lost { replaced: true });
+        assert_eq!(book.exited(0, true, MS), lost(true));
     }
 
     #[test]
@@ -659,8 +835,8 @@ mod tests {
         assert!(book.overdue(INTERRUPT_GRACE).is_empty());
         assert_eq!(book.overdue(MS + INTERRUPT_GRACE), [0]);
         assert!(book.overdue(2 * MS + INTERRUPT_GRACE).is_empty());
-        assert_eq!(book.exited(0, true), Ending::Replace);
-        assert_eq!(book.ready(0, 0), Ready::Up);
+        assert_eq!(book.exited(0, true, MS), Ending::Replace);
+        assert_eq!(book.ready(0, [].into(), MS), Ready::Up);
         assert_eq!(book.task(0), None);
     }
 
@@ -672,7 +848,7 @@ mod tests {
         assert_eq!(book.next_deadline(), Some(MS + STOP_GRACE));
         assert_eq!(book.to_worker(&data(2, FIRST, 1), MS), Ok(Route::Drop));
         let timed_out = false;
-        assert_eq!(book.exited(0, true), Ending::Stopped { timed_out });
+        assert_eq!(book.exited(0, true, MS), Ending::Stopped { timed_out });
         assert!(book.all_gone());
         assert_eq!(book.stop(0, MS), None);
     }
@@ -682,32 +858,32 @@ mod tests {
         let idle = || {
             let mut book = Book::new(2, None);
             book.stop_timeout = Duration::from_secs(5);
-            book.ready(0, 0);
+            book.ready(0, [].into(), MS);
             assert_eq!(book.stop(0, MS), Some(false));
             // The other worker is starting.
             assert_eq!(book.stop(1, MS), Some(false));
             assert_eq!(book.overdue(MS + STOP_GRACE), [1]);
             let timed_out = false;
-            assert_eq!(book.exited(1, true), Ending::Stopped { timed_out });
+            assert_eq!(book.exited(1, true, MS), Ending::Stopped { timed_out });
             book
         };
         let mut book = idle();
         assert!(book.overdue(Duration::from_secs(5)).is_empty());
         assert_eq!(book.overdue(MS + Duration::from_secs(5)), [0]);
         let timed_out = true;
-        assert_eq!(book.exited(0, true), Ending::Stopped { timed_out });
+        assert_eq!(book.exited(0, true, MS), Ending::Stopped { timed_out });
         let mut book = idle();
         book.hurry(9 * MS);
         assert_eq!(book.next_end(), Some(9 * MS + STOP_GRACE));
         assert_eq!(book.overdue(9 * MS + STOP_GRACE), [0]);
         let timed_out = false;
-        assert_eq!(book.exited(0, true), Ending::Stopped { timed_out });
+        assert_eq!(book.exited(0, true, MS), Ending::Stopped { timed_out });
     }
 
     #[test]
     fn an_aborted_message_leaves_the_worker_idle() {
         let mut book = Book::new(1, None);
-        book.ready(0, 0);
+        book.ready(0, [].into(), MS);
         assert_eq!(book.to_worker(&data(1, FIRST, 5), MS), Ok(Route::Forward));
         assert_eq!(
             book.to_worker(&data(1, LAST | ABORT, 0), MS),
@@ -738,14 +914,14 @@ mod tests {
         book.gave(0, 10);
         assert_eq!(book.passed(0, 11), Some((1, (SEND_WINDOW / 2) as u32)));
         book.gave(0, 10);
-        book.exited(0, true);
+        book.exited(0, true, MS);
         assert_eq!(book.given(0), 0);
     }
 
     #[test]
     fn a_task_that_is_out_of_time_is_interrupted_and_then_its_worker_is_overdue() {
         let mut book = Book::new(1, Some(10 * MS));
-        book.ready(0, 0);
+        book.ready(0, [].into(), MS);
         assert_eq!(book.to_worker(&data(1, FIRST, 9), MS), Ok(Route::Forward));
         // The time counts from when the worker has all of the message.
         assert_eq!(book.next_deadline(), None);
@@ -762,20 +938,20 @@ mod tests {
         assert_eq!(book.next_deadline(), Some(end));
         assert!(book.overdue(end - MS).is_empty());
         assert_eq!(book.overdue(end), [0]);
-        assert_eq!(book.exited(0, true), Ending::Replace);
+        assert_eq!(book.exited(0, true, MS), Ending::Replace);
     }
 
     #[test]
     fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
         let mut book = Book::new(1, Some(10 * MS));
-        book.ready(0, 0);
+        book.ready(0, [].into(), MS);
         let whole = data(1, FIRST | LAST, 9);
         assert_eq!(book.to_worker(&whole, MS), Ok(Route::Forward));
         assert_eq!(
-            book.from_worker(&data(1, FIRST, RESULT_WINDOW)),
+            book.from_worker(&data(1, FIRST, RESULT_WINDOW), MS),
             Ok(Route::Forward)
         );
-        assert_eq!(book.from_worker(&data(1, LAST, 1)), Ok(Route::Hold));
+        assert_eq!(book.from_worker(&data(1, LAST, 1), MS), Ok(Route::Hold));
         assert_eq!(book.next_deadline(), None);
         assert!(book.out_of_time(20 * MS).is_empty());
     }
@@ -783,15 +959,15 @@ mod tests {
     #[test]
     fn a_lost_worker_is_replaced_and_restored_before_it_is_heard_of() {
         let mut book = busy();
-        assert_eq!(book.exited(0, true), Ending::Lost { replaced: true });
+        assert_eq!(book.exited(0, true, MS), lost(true));
         // What was under way to the lost one.
         assert_eq!(book.to_worker(&data(1, LAST, 9), MS), Ok(Route::Drop));
         assert_eq!(book.to_worker(&data(2, FIRST, 9), MS), Ok(Route::Drop));
-        assert_eq!(book.ready(0, 2), Ready::Restoring);
+        assert_eq!(book.ready(0, [MS; 2].into(), MS), Ready::Restoring);
         assert_eq!(book.passed(0, SEND_WINDOW), None);
         let again = |n| data(REPLAY + n, FIRST | LAST, 3);
-        assert_eq!(book.from_worker(&again(0)), Ok(Route::Drop));
-        assert_eq!(book.from_worker(&again(1)), Ok(Route::Restored));
+        assert_eq!(book.from_worker(&again(0), MS), Ok(Route::Drop));
+        assert_eq!(book.from_worker(&again(1), MS), Ok(Route::Restored));
         assert_eq!(book.to_worker(&data(2, FIRST, 9), MS), Ok(Route::Drop));
         assert_eq!(book.noted(0), Ok(()));
         assert_eq!(
@@ -800,18 +976,115 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_worker_that_does_not_come_up_again_is_given_up_after_some_tries() {
-        let mut book = busy();
-        assert_eq!(book.exited(0, true), Ending::Lost { replaced: true });
-        for _ in 1..SETBACKS {
-            assert_eq!(book.exited(0, true), Ending::Replace);
+    /// The end of one that had not been ready, which the head is told.
+    fn setback(count: u32, restoring: bool, stalled: Duration, pause: Duration) -> Ending {
+        let setback = Setback {
+            count,
+            restoring,
+            stalled: stalled.as_millis() as u64,
+            pause: pause.as_millis() as u64,
+        };
+        Ending::Lost {
+            replaced: false,
+            setback,
         }
-        assert_eq!(book.exited(0, true), Ending::Lost { replaced: false });
-        assert!(book.all_gone());
+    }
+
+    #[test]
+    fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
+        let mut book = busy();
+        assert_eq!(book.exited(0, true, MS), lost(true));
+        for _ in 1..SETBACKS {
+            assert_eq!(book.exited(0, true, MS), Ending::Replace);
+        }
+        let told = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
+        assert_eq!(book.exited(0, true, MS), told);
+        let (mut now, mut pause) = (MS, FIRST_PAUSE);
+        for _ in 0..9 {
+            assert_eq!(book.next_retry(), Some(now + pause));
+            assert!(book.to_retry(now + pause - MS).is_empty());
+            // Meanwhile nothing is meant for it.
+            assert_eq!(book.to_worker(&data(7, FIRST, 1), now), Ok(Route::Drop));
+            now += pause;
+            assert_eq!(book.to_retry(now), [0]);
+            assert!(book.to_retry(now + pause).is_empty());
+            book.made(0, now);
+            // The head is told once.
+            assert_eq!(book.exited(0, true, now), Ending::Waits);
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
+        assert_eq!(pause, LONGEST_PAUSE);
+        now += pause;
+        book.to_retry(now);
+        assert_eq!(book.ready(0, [MS].into(), now), Ready::Restoring);
+        let again = data(REPLAY, FIRST | LAST, 3);
+        assert_eq!(book.from_worker(&again, now), Ok(Route::Restored));
+        assert_eq!(book.next_retry(), None);
+        // All starts anew.
+        (0..2).for_each(|_| book.noted(0).unwrap());
+        let task = data(8, FIRST | LAST, 3);
+        assert_eq!(book.to_worker(&task, now), Ok(Route::Forward));
+        assert_eq!(book.exited(0, true, now), lost(true));
+        (1..SETBACKS).for_each(|_| assert_eq!(book.exited(0, true, now), Ending::Replace));
+        assert_eq!(
+            book.exited(0, true, now),
+            setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE)
+        );
+        // It is not made again when the head has it stopped, nor when the cluster ends.
+        assert_eq!(book.stop(0, now), None);
+        assert!(book.all_gone() && book.next_retry().is_none());
         // Nor is one that was never there, or whose state is not known.
         let mut book = Book::new(1, None);
-        assert_eq!(book.exited(0, true), Ending::Lost { replaced: false });
-        assert_eq!(busy().exited(0, false), Ending::Lost { replaced: false });
+        let told = setback(1, false, Duration::ZERO, Duration::ZERO);
+        assert_eq!(book.exited(0, true, MS), told);
+        assert_eq!(book.next_retry(), None);
+        assert_eq!(busy().exited(0, false, MS), lost(false));
+    }
+
+    #[test]
+    fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        let mut book = Book::new(1, None);
+        book.patience = Some(PATIENCE);
+        // The first start is for the head to bound.
+        book.made(0, MS);
+        assert!(book.next_deadline().is_none() && book.stalled(9 * PATIENCE).is_empty());
+        book.ready(0, [].into(), MS);
+        book.exited(0, true, MS);
+        book.made(0, MS);
+        assert_eq!(book.next_deadline(), Some(MS + PATIENCE));
+        assert!(book.stalled(PATIENCE).is_empty());
+        assert_eq!(book.stalled(MS + PATIENCE), [0]);
+        assert!(book.stalled(2 * PATIENCE).is_empty());
+        let told = setback(1, false, PATIENCE, FIRST_PAUSE);
+        assert_eq!(book.exited(0, true, MS), told);
+        // The second of what is done again took long at first.
+        book.to_retry(PATIENCE);
+        book.made(0, PATIENCE);
+        let mut now = 2 * PATIENCE - MS;
+        assert_eq!(book.ready(0, [MS, PATIENCE].into(), now), Ready::Restoring);
+        now += PATIENCE + MS;
+        assert!(book.stalled(now).is_empty());
+        let first = data(REPLAY, FIRST | LAST, 3);
+        assert_eq!(book.from_worker(&first, now), Ok(Route::Drop));
+        assert_eq!(book.next_deadline(), Some(now + 3 * PATIENCE));
+        // Part of an answer is progress.
+        now += 3 * PATIENCE - MS;
+        let part = data(REPLAY + 1, FIRST, 3);
+        assert_eq!(book.from_worker(&part, now), Ok(Route::Drop));
+        now += 3 * PATIENCE;
+        assert_eq!(book.stalled(now), [0]);
+        assert_eq!(book.exited(0, true, now), Ending::Waits);
+        assert!(book.next_retry() > Some(now + FIRST_PAUSE));
+    }
+
+    #[test]
+    fn how_long_a_task_took_does_not_include_waiting_for_the_head() {
+        let mut book = busy();
+        let mut answer = data(1, FIRST, RESULT_WINDOW);
+        assert_eq!(book.from_worker(&answer, 5 * MS), Ok(Route::Forward));
+        answer = data(1, LAST, 1);
+        assert_eq!(book.from_worker(&answer, 90 * MS), Ok(Route::Hold));
+        assert_eq!(book.took(0), 4 * MS);
     }
 }

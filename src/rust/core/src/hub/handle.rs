@@ -260,6 +260,11 @@ impl Hub {
         Ok(())
     }
 
+    /// Whether a host that is lost is tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        self.core().takes_back(agent)
+    }
+
     /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
     /// all plans are those from 0 to their number.
     ///
@@ -331,12 +336,6 @@ impl Hub {
         ended.unwrap_or_else(|| Progress::Starting {
             up: self.core().inbox.up,
         })
-    }
-
-    /// Whether a host is lost and is going to be tried again.
-    pub fn takes_back(&self, agent: usize) -> bool {
-        let core = self.core();
-        agent < core.conns.len() && core.takes_back(agent)
     }
 
     /// Ends an agent for this reason: the cluster goes on without its host.

@@ -37,6 +37,8 @@ impl HostFailure {
 pub enum Event {
     /// A worker was killed because it did not heed an interrupt; a fresh one took its place.
     Replaced { rank: Rank },
+    /// A worker that could not be restored at first is there again, as it was.
+    Back { rank: Rank },
     /// A worker was lost, without a task of which R hears. `replaced`: a fresh one takes its place.
     Lost {
         rank: Rank,
@@ -196,6 +198,11 @@ impl Inbox {
                 if killed {
                     self.events.push_back(Event::Replaced { rank });
                 }
+            }
+            Note::Back { rank, pid } => {
+                self.workers[rank as usize].pid = Some(pid);
+                self.back(rank);
+                self.events.push_back(Event::Back { rank });
             }
             Note::Lost { rank, loss, task } => {
                 if !task {

@@ -121,9 +121,12 @@ async fn watch(shared: Arc<Shared>, mut watched: AsyncFd<mio::Poll>) -> io::Resu
 }
 
 fn poll(watched: &mut mio::Poll, events: &mut Events) -> io::Result<()> {
-    match watched.poll(events, Some(Duration::ZERO)) {
-        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
-        _ => Ok(()),
+    loop {
+        match watched.poll(events, Some(Duration::ZERO)) {
+            // No events, but that does not mean that there are none.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            polled => return polled,
+        }
     }
 }
 

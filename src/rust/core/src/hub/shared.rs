@@ -585,16 +585,18 @@ impl Core {
         }
     }
 
-    /// Whether any worker is starting or up, or may be again.
-    pub fn any_left(&self) -> bool {
-        self.scheduler.any_left() || (0..self.conns.len()).any(|agent| self.takes_back(agent))
+    /// Whether a host that is lost is tried again.
+    pub fn takes_back(&self, agent: usize) -> bool {
+        let complete = self.spool.as_ref().is_some_and(Spool::is_complete);
+        let conn = self.conns.get(agent).filter(|_| complete);
+        let wanted = conn.is_some_and(|conn| conn.plan.is_some() && !conn.for_good);
+        wanted && self.scheduler.has_lost(agent)
     }
 
-    /// Whether a host is lost and is going to be tried again.
-    pub fn takes_back(&self, agent: usize) -> bool {
-        let conn = &self.conns[agent];
-        let complete = self.spool.as_ref().is_some_and(Spool::is_complete);
-        complete && conn.plan.is_some() && !conn.for_good && self.scheduler.has_lost(agent)
+    /// Whether any worker is starting or up, or may be again.
+    pub fn any_left(&self) -> bool {
+        let mut agents = 0..self.conns.len();
+        self.scheduler.any_left() || agents.any(|agent| self.takes_back(agent))
     }
 
     /// Wakes R, if it sleeps, to look at what has changed.
@@ -634,9 +636,17 @@ impl Core {
                     self.watch(agent);
                     return;
                 }
-                Err(_) => {
-                    // Who reads finds the end of the stream, and why.
+                Err(error) => {
                     conn.out = OutBuf::default();
+                    let kind = error.kind();
+                    // Who reads finds the end of the stream, and why. Otherwise it is open, and what is
+                    // left out here would be missing.
+                    if !matches!(
+                        kind,
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) {
+                        self.end(agent, Err(error));
+                    }
                     return;
                 }
             }

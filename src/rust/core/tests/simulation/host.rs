@@ -4,7 +4,7 @@ use crate::parts::{Facts, Pipe};
 use crate::worker::Process;
 use bytes::{Bytes, BytesMut};
 use rustcluster_core::agent::relay::{Act, Relay};
-use rustcluster_core::agent::state::{Ending, Now, REPLAY};
+use rustcluster_core::agent::state::{Ending, Now, REPLAY, SETBACKS};
 use rustcluster_core::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
 use rustcluster_core::message::{self, Exit, Loss, ToHead};
 use rustcluster_core::outbuf::OutBuf;
@@ -18,9 +18,6 @@ pub const READ: usize = 256 * 1024;
 /// Agents stop reading from workers when so much waits for the head. Less than in reality, so
 /// that it happens.
 pub const BACKLOG: usize = 512 * 1024;
-/// A fresh worker that has ended so often before it was as far as the one before it is not made
-/// again.
-const SETBACKS: u32 = 3;
 
 /// What ails a host.
 #[derive(Clone, Copy, PartialEq)]
@@ -299,7 +296,7 @@ impl Host {
         let place = &mut facts.places[rank as usize];
         place.setbacks += u32::from(!process.is_up);
         let may_be_replaced = place.kept && place.came_up && place.setbacks < SETBACKS;
-        match self.relay.exited(worker, true) {
+        match self.relay.exited(worker, true, now) {
             Ending::Stopped { timed_out } => {
                 self.tell(&ToHead::WorkerStopped { worker, timed_out });
             }
@@ -307,14 +304,15 @@ impl Host {
                 assert!(may_be_replaced);
                 self.to_make.push_back((worker, true));
             }
-            Ending::Lost { replaced } => {
+            Ending::Waits => assert!(!may_be_replaced),
+            Ending::Lost { replaced, setback } => {
                 assert_eq!(replaced, may_be_replaced, "worker {rank}");
                 let loss = Loss {
                     pid: worker + 1000,
                     exit: Exit::Signal(9),
                     tail: "killed".into(),
-                    memory_available: 0,
-                    oom: false,
+                    setback,
+                    ..Loss::default()
                 };
                 self.tell(&ToHead::WorkerLost {
                     worker,

@@ -348,7 +348,7 @@ impl Sim {
             return;
         };
         self.moved += 1;
-        host.relay.made(worker, replaces);
+        host.relay.made(worker, replaces, self.now);
         let slow = self.setup.slow && self.rng.random_ratio(1, 5);
         let slow = if slow {
             self.rng.random_range(0..300)
@@ -742,7 +742,7 @@ impl Sim {
             }
         }
         let mut places = self.facts.places.iter();
-        let any_left = places.any(|place| !place.gone);
+        let any_left = places.any(|place| !place.gone || place.waits);
         assert_eq!(self.scheduler.any_left(), any_left);
     }
 

@@ -258,6 +258,8 @@ pub struct Place {
     pub last_started: TaskId,
     /// R knows that there will be no more workers.
     pub gone: bool,
+    /// Its agent is to make one again after a pause.
+    pub waits: bool,
     /// Some worker was ready, and how many in a row have ended since before they could do tasks.
     pub came_up: bool,
     pub setbacks: u32,
@@ -281,6 +283,7 @@ impl Place {
             told_seeds: vec![Bytes::new()],
             last_started: 0,
             gone: false,
+            waits: false,
             came_up: false,
             setbacks: 0,
             stands_in: false,

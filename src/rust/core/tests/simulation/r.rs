@@ -518,9 +518,12 @@ impl Sim {
                 }
                 Note::Gone { rank, gone } => {
                     let place = &mut self.facts.places[rank as usize];
-                    // Once; or it is stopped when its host is lost, and does not come back with that.
+                    // Once; or it is stopped when its host is lost, and does not come back with that; or
+                    // its agent, which was to make it again after a pause, is lost or does not do so.
                     let again = std::mem::replace(&mut place.gone, true);
-                    assert!(!again || matches!(*gone, Gone::Stopped));
+                    let waited = std::mem::replace(&mut place.waits, gone.is_tried_again());
+                    let ends_waiting = waited && matches!(*gone, Gone::Host(_));
+                    assert!(!again || matches!(*gone, Gone::Stopped) || ends_waiting);
                     (place.current, place.next) = (None, None);
                     self.arriving.remove(&rank);
                 }
@@ -556,7 +559,9 @@ impl Sim {
                     self.facts.seen.left_out += 1;
                 }
                 Note::Ended { .. } => {}
-                Note::Output { .. }
+                // Agents make no worker again after a pause here.
+                Note::Back { .. }
+                | Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Aside { .. }
                 | Note::LeftBehind { .. }

@@ -528,14 +528,14 @@ impl Host {
             return;
         }
         self.held[worker as usize].clear();
-        match self.relay.exited(worker, true) {
-            Ending::Replace | Ending::Lost { replaced: true } => self.starting.push(worker),
+        match self.relay.exited(worker, true, self.now) {
+            Ending::Replace | Ending::Lost { replaced: true, .. } => self.starting.push(worker),
             _ => {}
         }
     }
 
     fn make(&mut self, worker: u32, replaces: bool) {
-        self.relay.made(worker, replaces);
+        self.relay.made(worker, replaces, self.now);
         let tempdir = String::new();
         let ready = message::encode(&WorkerReady {
             tempdir,
@@ -636,7 +636,7 @@ pub fn to_agent(data: &[u8]) {
     }
     for worker in 0..WORKERS as u32 {
         host.relay.stop(worker, host.now, &mut host.acts);
-        host.relay.exited(worker, true);
+        host.relay.exited(worker, true, host.now);
     }
     assert!(host.relay.book.all_gone());
 }
