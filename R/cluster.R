@@ -55,7 +55,7 @@
 #'   in each worker; default 1. Set in the environment before R starts:
 #'   `OMP_NUM_THREADS`, `OPENBLAS_NUM_THREADS`, `MKL_NUM_THREADS`,
 #'   `BLIS_NUM_THREADS`, `VECLIB_MAXIMUM_THREADS`, `R_DATATABLE_NUM_THREADS`,
-#'   `MC_CORES`.
+#'   `RCPP_PARALLEL_NUM_THREADS`, `MC_CORES`.
 #' @param memory_limit (number) Bytes of memory that each worker may have for its
 #'   own, R and its packages included (some 60 MB); at least 100e6, default `Inf`:
 #'   as many as there are. A task that wants more ends with R's error ("cannot

@@ -8,9 +8,23 @@ usable_cores <- function() .Call(wrap__usable_cores)
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
 #' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-#' attach and whether workers will be forked.
+#' attach, of those that are left to the workers, and whether workers will be forked.
 #' @noRd
 agent_greet <- function(package, r_version, platform) .Call(wrap__agent_greet, package, r_version, platform)
+
+#' At its end, which is to follow, this process begins again with `command`, and goes on with the same
+#' head. The packages `after` are left to the workers then.
+#' @noRd
+agent_restart <- function(command, after) .Call(wrap__agent_restart, command, after)
+
+#' Workers will be R sessions of their own: this one cannot be forked.
+#' @noRd
+agent_spawn <- function() .Call(wrap__agent_spawn)
+
+#' Whether the code in a shared object can read what makes processes differ. `FALSE` if that cannot be
+#' told.
+#' @noRd
+code_reads_sources <- function(path) .Call(wrap__code_reads_sources, path)
 
 #' Tells the head that nothing can be started, and why.
 #' @noRd
