@@ -14,6 +14,10 @@ agentMain <- function() {
   # This is about the agent, and not about what its workers start.
   Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER"))
   after <- union(config$after, intersect(perProcess, config$packages))
+  if (config$forks && startedUnsafe()) {
+    agent_spawn()
+    config$forks <- FALSE
+  }
   if (config$forks) {
     # Each fork seeds its own generator, as a fresh process does: none is left here.
     found <- loadBeforeFork(config$packages, after)
@@ -45,8 +49,8 @@ agentMain <- function() {
 # finalizers, and begins again as an agent that leaves the packages `after` to its workers.
 restartAgent <- function(after) {
   checked(agent_restart(commandArgs(), after))
-  started <- processState()[["started processes"]]
-  for (pid in scan(text = as.character(started), quiet = TRUE)) tools::pskill(pid)
+  # What packages have started is nobody's from then on.
+  tools::pskill(scan(text = as.character(processState()[["started processes"]]), quiet = TRUE))
   quit(save = "no", runLast = FALSE)
 }
 
