@@ -20,7 +20,8 @@ use crate::cores::OutOfMemory;
 use crate::frame::{self, FIRST, Frame, Header, Kind, MAX_BODY};
 use crate::limits;
 use crate::message::{
-    self, Handover, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
+    self, Handover, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode,
+    ToAgent, ToHead,
 };
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
