@@ -142,7 +142,7 @@
 #' is that of a PSOCK worker in any case. Packages that a user's profile loads are looked at in the same way:
 #' if one must not be forked, that host's workers are started as with `start = "spawn"`.
 #'
-#' Known packages are not watched for: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl,
+#' Some packages are known: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl,
 #' snow and terra are always loaded by each worker; data.table and cli are loaded once, and each worker gets
 #' their threads anew. What C code does at load may escape notice: `start = "spawn"` is the way out.
 #' `vignette("packages")` has a table of common packages.

@@ -98,12 +98,13 @@ watchLoading <- function() {
       state
     }, globalenv())
   }
-  last <- processState()
+  directory <- tempdir()
+  last <- processState(directory)
   # What has changed since the last look is of this namespace.
   look <- function(namespace) {
     looking <<- TRUE
     watchSeed()
-    now <- processState()
+    now <- processState(directory)
     looking <<- FALSE
     for (what in names(now)) if (!identical(now[[what]], last[[what]])) note(namespace, what)
     last <<- now
@@ -188,7 +189,7 @@ setBase <- function(name, value) {
 }
 
 # What a fork takes along of this process, besides memory; named by what is said of its changes.
-processState <- function() {
+processState <- function(directory) {
   self <- "/proc/self"
   children <- sprintf("/proc/self/task/%s/children", list.files(file.path(self, "task")))
   list(
@@ -196,12 +197,9 @@ processState <- function() {
     "opened connections" = getAllConnections(),
     "opened files or sockets" = length(list.files(file.path(self, "fd"))),
     "started processes" = unlist(lapply(children[file.exists(children)], readLines, warn = FALSE)),
-    "made files in the temporary directory" = list.files(processTempdir(), all.files = TRUE, no.. = TRUE)
+    "made files in the temporary directory" = list.files(directory, all.files = TRUE, no.. = TRUE)
   )
 }
-
-# tempdir() while that is being watched.
-processTempdir <- function() Sys.getenv("R_SESSION_TMPDIR")
 
 # Whether the compiled code of a namespace can read random bytes, the clock or the process id, from which
 # generators are seeded.
@@ -239,8 +237,8 @@ startedUnsafe <- function() {
     identity, classes = "character", how = "unlist"
   ))
   any(loaded %in% perProcess) || any(vapply(loaded, readsSources, NA)) ||
-    any(grepl(processTempdir(), texts, fixed = TRUE, useBytes = TRUE)) ||
-    length(list.files(processTempdir(), all.files = TRUE, no.. = TRUE)) > 0L ||
+    any(grepl(tempdir(), texts, fixed = TRUE, useBytes = TRUE)) ||
+    length(list.files(tempdir(), all.files = TRUE, no.. = TRUE)) > 0L ||
     length(getAllConnections()) > 3L
 }
 

@@ -50,7 +50,7 @@ agentMain <- function() {
 restartAgent <- function(after) {
   checked(agent_restart(commandArgs(), after))
   # What packages have started is nobody's from then on.
-  tools::pskill(scan(text = as.character(processState()[["started processes"]]), quiet = TRUE))
+  tools::pskill(scan(text = as.character(processState(tempdir())[["started processes"]]), quiet = TRUE))
   quit(save = "no", runLast = FALSE)
 }
 

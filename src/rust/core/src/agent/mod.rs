@@ -1126,3 +1126,15 @@ fn is_want(error: &io::Error) -> bool {
 
 /// More than this is not read from a worker while a frame of it waits.
 const HEADER_AND_BODY: usize = frame::HEADER_LEN + MAX_BODY;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_handover_is_refused_before_stdin_is_taken() {
+        for text in ["", "0", "zz", "ff", "é", "00000000"] {
+            assert!(Greeted::resume(text).is_err(), "{text}");
+        }
+    }
+}
