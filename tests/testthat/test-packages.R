@@ -224,6 +224,11 @@ test_that("data.table has as many threads as are asked for", {
   }
 })
 
+test_that("RcppParallel is told how many threads it has", {
+  cl <- local_cluster(1, threads = 3)
+  expect_identical(clusterEvalQ(cl, Sys.getenv("RCPP_PARALLEL_NUM_THREADS")), list("3"))
+})
+
 test_that("dqrng draws other numbers in each worker", {
   skip_if_not_installed("dqrng")
   cl <- local_cluster(3, packages = "dqrng")
