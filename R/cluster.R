@@ -46,20 +46,21 @@
 #'   Defaults set with \pkg{parallel}'s
 #'   `setDefaultClusterOptions()` count. Any other argument is an
 #'   error.
-#' @param packages (character) Packages to attach in all workers. They are
-#'   loaded once, by the agent, before it forks, which takes less time and
-#'   memory than loading them in each worker.
+#' @param packages (character) Packages to attach in all workers. The agent
+#'   loads them once, before it forks, which takes less time and memory than
+#'   loading them in each worker. Each worker loads those that make state of
+#'   their process at load. See section Packages.
 #' @param rscript_envs (character) Environment variables of the workers: with
 #'   names, their values, `NA` to unset one; without names, the variables of
 #'   this session to pass on.
 #' @param start (character) `"fork"` makes each worker by forking the agent,
 #'   which takes milliseconds. `"spawn"` starts a separate R process for each,
-#'   for packages that do not survive a fork.
+#'   as a PSOCK cluster does.
 #' @param threads (integer) Threads that the BLAS, OpenMP and `mc.cores` may use
 #'   in each worker; default 1. Set in the environment before R starts:
 #'   `OMP_NUM_THREADS`, `OPENBLAS_NUM_THREADS`, `MKL_NUM_THREADS`,
 #'   `BLIS_NUM_THREADS`, `VECLIB_MAXIMUM_THREADS`, `R_DATATABLE_NUM_THREADS`,
-#'   `MC_CORES`.
+#'   `RCPP_PARALLEL_NUM_THREADS`, `MC_CORES`.
 #' @param memory_limit (number) Bytes of memory that each worker may have for its
 #'   own, R and its packages included (some 60 MB); at least 100e6, default `Inf`:
 #'   as many as there are. A task that wants more ends with R's error ("cannot
@@ -147,6 +148,21 @@
 #' If a task before it failed with an error of its own, \pkg{parallel} raises that
 #' instead. Errors of R code are results, and never tried again. So is a jump to R's top level, which ends a
 #' PSOCK worker: `stop()` makes it with a condition that is no error, and `invokeRestart("abort")`.
+#'
+#' @section Packages:
+#' A forked worker has what a package made of the agent's process at load. A package of `packages` is
+#' therefore loaded by each worker, after the fork, if it or a namespace that it imports does one of the
+#' following at load: it draws random numbers, asks for `tempdir()`, `tempfile()`, the process id or the time,
+#' makes files in the temporary directory, opens connections, files or sockets, starts threads or processes,
+#' registers an exit finalizer, or has compiled code that can read the clock, the process id or random bytes.
+#' The agent finds this out by watching the packages load, and then starts anew without them. The search path
+#' is that of a PSOCK worker in any case. Packages that a user's profile loads are looked at in the same way:
+#' if one must not be forked, that host's workers are started as with `start = "spawn"`.
+#'
+#' Some packages are known: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl,
+#' snow and terra are always loaded by each worker; data.table and cli are loaded once, and each worker gets
+#' their threads anew. What C code does at load may escape notice: `start = "spawn"` is the way out.
+#' `vignette("packages")` has a table of common packages.
 #'
 #' @section Several clusters:
 #' `c(cl1, cl2)` is a cluster with the nodes of both, in that order. All verbs work on it, those of

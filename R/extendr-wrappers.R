@@ -8,9 +8,24 @@ usable_cores <- function() .Call(wrap__usable_cores)
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
 #' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-#' attach and whether workers will be forked. `tempdir`: that of this process.
+#' attach, of those that are left to the workers, and whether workers will be forked. `tempdir`: that of
+#' this process.
 #' @noRd
 agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
+
+#' At its end, which is to follow, this process begins again with `command`, and goes on with the same
+#' head. The packages `after` are left to the workers then.
+#' @noRd
+agent_restart <- function(command, after) .Call(wrap__agent_restart, command, after)
+
+#' Workers will be R sessions of their own: this one cannot be forked.
+#' @noRd
+agent_spawn <- function() .Call(wrap__agent_spawn)
+
+#' Whether the code in a shared object can read what makes processes differ. `FALSE` if that cannot be
+#' told.
+#' @noRd
+code_reads_sources <- function(path) .Call(wrap__code_reads_sources, path)
 
 #' Tells the head that nothing can be started, and why.
 #' @noRd
@@ -99,7 +114,7 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 #' @noRd
 hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
 
-#' Whether a host that is lost is tried again.
+#' Whether a host is lost and is going to be tried again.
 #' @noRd
 hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
 
@@ -112,10 +127,6 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' that have not.
 #' @noRd
 hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
-
-#' Whether a host is lost and is going to be tried again.
-#' @noRd
-hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
 
 #' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
 #' @noRd

@@ -73,7 +73,7 @@ sshCommand <- function(host, script) {
 
 threadVariables <- function(threads) {
   names <- c("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
-             "VECLIB_MAXIMUM_THREADS", "R_DATATABLE_NUM_THREADS", "MC_CORES")
+             "VECLIB_MAXIMUM_THREADS", "R_DATATABLE_NUM_THREADS", "RCPP_PARALLEL_NUM_THREADS", "MC_CORES")
   structure(rep(as.character(threads), length(names)), names = names)
 }
 

@@ -10,17 +10,22 @@ startExpression <- function(role) {
 }
 
 agentMain <- function() {
-  # This is about the agent, and not about what its workers start.
-  Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD"))
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
+  # This is about the agent, and not about what its workers start.
+  Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER"))
+  after <- union(config$after, intersect(perProcess, config$packages))
+  if (config$forks && startedUnsafe()) {
+    agent_spawn()
+    config$forks <- FALSE
+  }
   if (config$forks) {
-    failure <- attachPackages(config$packages)
-    if (!is.null(failure)) {
-      agent_fail(failure)
+    # Each fork seeds its own generator, as a fresh process does: none is left here.
+    found <- loadBeforeFork(config$packages, after)
+    if (is.character(found)) {
+      agent_fail(found)
       return(invisible())
     }
-    # Each fork seeds its own generator, as a fresh process does.
-    rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
+    if (length(found)) return(restartAgent(c(after, names(found))))
     # At its end every R process that has loaded parallel loads tools, too: once is enough.
     loadNamespace("tools")
     readCompiler()
@@ -31,7 +36,24 @@ agentMain <- function() {
     gc(full = FALSE)
   }
   forked <- checked(agent_run())
-  if (forked) serveTasks()
+  if (forked) {
+    # Of its own before anything asks for it. Whatever ends this process while it loads packages, the agent
+    # knows what is to be removed.
+    tempdir(check = TRUE)
+    if (length(after)) checked(worker_ready(tempdir(), FALSE))
+    failure <- loadAfterFork(config$packages, after)
+    if (!is.null(failure)) stop(failure)
+    serveTasks()
+  }
+}
+
+# Packages have made what belongs to one process: this one ends like any R session, with its exit
+# finalizers, and begins again as an agent that leaves the packages `after` to its workers.
+restartAgent <- function(after) {
+  checked(agent_restart(commandArgs(), after))
+  # What packages have started is nobody's from then on.
+  tools::pskill(scan(text = as.character(processState(tempdir())[["started processes"]]), quiet = TRUE))
+  quit(save = "no", runLast = FALSE)
 }
 
 # R compiles a function when it is called for the second time, or when it loops, and reads its

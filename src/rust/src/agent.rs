@@ -4,10 +4,17 @@ use crate::failure::Failure;
 use crate::worker;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::{self, Greeted, Role};
-use rustcluster_core::limits;
 use rustcluster_core::message::{Start, StartMode};
+use rustcluster_core::{elf, limits, sys};
 use std::cell::RefCell;
+use std::ffi::OsString;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Mutex;
 
 thread_local! {
     static GREETED: RefCell<Option<Greeted>> = const { RefCell::new(None) };
@@ -17,21 +24,134 @@ fn failed(error: &io::Error) -> Robj {
     Failure::new("agent_failed").with("reason", error).into()
 }
 
+/// The variable by which an agent that starts anew knows what it was.
+const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
+
 /// Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-/// attach and whether workers will be forked. `tempdir`: that of this process.
+/// attach, of those that are left to the workers, and whether workers will be forked. `tempdir`: that of
+/// this process.
 /// @noRd
 #[extendr]
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
-    match agent::greet(&agent::hello(package, r_version, platform)) {
+    ORIGIN.set(Origin::here());
+    let greeted = match std::env::var(HANDOVER) {
+        Ok(text) => Greeted::resume(&text),
+        Err(_) => agent::greet(&agent::hello(package, r_version, platform)),
+    };
+    match greeted {
         Ok(mut greeted) => {
             greeted.watch_tempdir(tempdir);
             let packages = greeted.start.packages.clone();
+            let after = greeted.after.clone();
             let forks = greeted.start.mode == StartMode::Fork;
             GREETED.set(Some(greeted));
-            list!(packages = packages, forks = forks).into()
+            list!(packages = packages, after = after, forks = forks).into()
         }
         Err(error) => failed(&error),
     }
+}
+
+/// What a process was begun with, which its next program begins with, too.
+struct Origin {
+    variables: Vec<(OsString, OsString)>,
+    directory: Option<PathBuf>,
+}
+
+impl Origin {
+    fn here() -> Option<Origin> {
+        let ours = |name: &OsString| name == HANDOVER || name == "R_SESSION_TMPDIR";
+        let variables = std::env::vars_os().filter(|(name, _)| !ours(name));
+        Some(Origin {
+            variables: variables.collect(),
+            directory: std::env::current_dir().ok(),
+        })
+    }
+}
+
+thread_local! {
+    static ORIGIN: RefCell<Option<Origin>> = const { RefCell::new(None) };
+}
+
+/// A program, and what its stdin and stdout are.
+struct Next {
+    command: Command,
+    stdin: File,
+    stdout: File,
+}
+
+/// What the process becomes at its end, if anything.
+static NEXT: Mutex<Option<Next>> = Mutex::new(None);
+
+/// Called by `exit()`, when R is done.
+extern "C" fn become_next() {
+    let Some(mut next) = NEXT.lock().ok().and_then(|mut next| next.take()) else {
+        return;
+    };
+    sys::flush_stdio();
+    // Nothing that packages have opened belongs to the next program.
+    sys::close_others_on_exec();
+    let stdin = sys::redirect(next.stdin.as_raw_fd(), 0);
+    let streams = stdin.and_then(|()| sys::redirect(next.stdout.as_raw_fd(), 1));
+    let error = streams.map_or_else(|error| error, |()| next.command.exec());
+    eprintln!("the agent could not start anew: {error}");
+}
+
+/// At its end, which is to follow, this process begins again with `command`, and goes on with the same
+/// head. The packages `after` are left to the workers then.
+/// @noRd
+#[extendr]
+fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
+    let prepare = || -> io::Result<()> {
+        let missing = || io::Error::other("the head has not been greeted");
+        let greeted = GREETED.take().ok_or_else(missing)?;
+        let origin = ORIGIN.take().ok_or_else(missing)?;
+        let (program, arguments) = command.split_first().ok_or_else(missing)?;
+        let (text, stdin, stdout) = greeted.hand_over(after)?;
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .env_clear()
+            .envs(origin.variables)
+            .env(HANDOVER, text);
+        if let Some(directory) = origin.directory {
+            command.current_dir(directory);
+        }
+        let next = Next {
+            command,
+            stdin,
+            stdout,
+        };
+        *NEXT.lock().map_err(|_| missing())? = Some(next);
+        // SAFETY: the function is there as long as the process, and does not unwind.
+        if unsafe { libc::atexit(become_next) } != 0 {
+            return Err(io::Error::other("no room for another function at exit"));
+        }
+        Ok(())
+    };
+    match prepare() {
+        Ok(()) => ().into(),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Workers will be R sessions of their own: this one cannot be forked.
+/// @noRd
+#[extendr]
+fn agent_spawn() {
+    GREETED.with_borrow_mut(|greeted| {
+        if let Some(greeted) = greeted {
+            greeted.start.mode = StartMode::Spawn;
+        }
+    });
+}
+
+/// Whether the code in a shared object can read what makes processes differ. `FALSE` if that cannot be
+/// told.
+/// @noRd
+#[extendr]
+fn code_reads_sources(path: &str) -> bool {
+    let bytes = std::fs::read(path).ok();
+    bytes.and_then(|bytes| elf::reads_sources(&bytes)) == Some(true)
 }
 
 /// Tells the head that nothing can be started, and why.
@@ -95,6 +215,9 @@ fn agent_run() -> Robj {
 extendr_module! {
     mod agent;
     fn agent_greet;
+    fn agent_restart;
+    fn agent_spawn;
+    fn code_reads_sources;
     fn agent_fail;
     fn agent_run;
 }

@@ -7,6 +7,7 @@
 pub mod activity;
 pub mod agent;
 pub mod cores;
+pub mod elf;
 pub mod frame;
 pub mod greeting;
 pub mod hub;

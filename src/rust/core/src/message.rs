@@ -297,6 +297,19 @@ pub struct WorkerConfig {
     pub shares: bool,
 }
 
+/// What an agent that starts anew in the same process, as another program, needs of what it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handover {
+    pub start: Start,
+    pub head_pid: u32,
+    /// See [`crate::agent::Greeted`].
+    pub same_order: bool,
+    /// Bytes of the head's that have been read and not been dealt with.
+    pub received: Vec<u8>,
+    /// Packages that are left to the workers.
+    pub after: Vec<String>,
+}
+
 /// What a worker tells its agent while it starts, and once it can take tasks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerReady {

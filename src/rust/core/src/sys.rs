@@ -25,6 +25,21 @@ pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     }
 }
 
+/// Marks all descriptors but 0, 1 and 2 to be closed when this process becomes another program.
+pub fn close_others_on_exec() {
+    let open = std::fs::read_dir("/dev/fd").map(|entries| {
+        let names = entries.flatten().map(|entry| entry.file_name());
+        names
+            .filter_map(|name| name.to_str()?.parse().ok())
+            .collect()
+    });
+    let open: Vec<RawFd> = open.unwrap_or_else(|_| (3..1024).collect());
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // SAFETY: fcntl checks the descriptor.
+        unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+    }
+}
+
 /// Makes `target` (0, 1 or 2) refer to what `fd` refers to.
 pub fn redirect(fd: RawFd, target: RawFd) -> io::Result<()> {
     // SAFETY: dup2 checks its arguments.

@@ -24,7 +24,8 @@ use crate::cores::OutOfMemory;
 use crate::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
 use crate::limits;
 use crate::message::{
-    self, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode, ToAgent, ToHead,
+    self, Handover, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode,
+    ToAgent, ToHead,
 };
 use crate::outbuf::OutBuf;
 use crate::pulse::Pulse;
@@ -98,6 +99,8 @@ pub struct Greeted {
     /// The head's numbers are written as ours are.
     same_order: bool,
     guard: Guard,
+    /// Packages that were found out before this process became the program that it is.
+    pub after: Vec<String>,
 }
 
 /// How [`Agent::run`] ends.
@@ -181,6 +184,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                         start,
                         head_pid,
                         same_order,
+                        after: Vec::new(),
                     });
                 }
                 _ => return Err(io::Error::other("the head gave up")),
@@ -207,6 +211,52 @@ impl Greeted {
         if process::is_tempdir(tempdir) {
             self.guard.watch_tempdir(tempdir);
         }
+    }
+
+    /// What [`Greeted::resume`] needs, as text, and the head's stream, which has to be stdin and stdout
+    /// there.
+    ///
+    /// # Errors
+    /// When the text is too long.
+    pub fn hand_over(self, after: Vec<String>) -> io::Result<(String, File, File)> {
+        let handover = Handover {
+            start: self.start,
+            head_pid: self.head_pid,
+            same_order: self.same_order,
+            received: self.received.to_vec(),
+            after,
+        };
+        let frame = message::encode(&handover).map_err(io::Error::other)?;
+        let text = frame.body.iter().map(|byte| format!("{byte:02x}"));
+        Ok((text.collect(), self.reader, self.writer))
+    }
+
+    /// Goes on where another program in this process has handed over.
+    ///
+    /// # Errors
+    /// When the text is damaged, or descriptors cannot be changed.
+    pub fn resume(text: &str) -> io::Result<Greeted> {
+        let damaged = || io::Error::other("a damaged handover");
+        let pairs = text.as_bytes().chunks(2);
+        let bytes: Option<Vec<u8>> = pairs
+            .map(|pair| {
+                let pair = std::str::from_utf8(pair).ok()?;
+                u8::from_str_radix(pair, 16).ok()
+            })
+            .collect();
+        let handover: Handover =
+            message::decode(&bytes.ok_or_else(damaged)?).map_err(io::Error::other)?;
+        let (reader, writer) = sys::take_stdio()?;
+        Ok(Greeted {
+            guard: Guard::start(handover.start.workers as usize),
+            reader,
+            writer,
+            received: BytesMut::from(&handover.received[..]),
+            start: handover.start,
+            head_pid: handover.head_pid,
+            same_order: handover.same_order,
+            after: handover.after,
+        })
     }
 
     /// Tells the head that nothing was or will be started, and why.
@@ -1223,3 +1273,15 @@ fn is_want(error: &io::Error) -> bool {
 
 /// More than this is not read from a worker while a frame of it waits.
 const HEADER_AND_BODY: usize = frame::HEADER_LEN + MAX_BODY;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_handover_is_refused_before_stdin_is_taken() {
+        for text in ["", "0", "zz", "ff", "é", "00000000"] {
+            assert!(Greeted::resume(text).is_err(), "{text}");
+        }
+    }
+}
