@@ -14,7 +14,8 @@ step "what the tests need"
 need_packages r-base-core r-base-dev r-cran-testthat r-cran-roxygen2 r-cran-knitr \
   r-cran-rmarkdown r-cran-parallelly r-cran-cli openssh-server pandoc procps xz-utils devscripts qpdf \
   r-cran-foreach r-cran-iterators r-cran-doparallel r-cran-dorng r-cran-snow r-cran-dosnow r-cran-pbapply r-cran-future \
-  r-cran-future.apply r-cran-furrr r-cran-progressr r-cran-later r-cran-promises
+  r-cran-future.apply r-cran-furrr r-cran-progressr r-cran-later r-cran-promises \
+  r-cran-data.table r-cran-dqrng r-cran-ff
 # Packages that take a cluster, programs that embed R, and a browser.
 if [ -n "${RUSTCLUSTER_LONG_TESTS:-}" ]; then
   need_packages r-cran-boot r-cran-caret r-cran-deoptim r-cran-lme4 r-cran-metafor r-cran-mgcv \
