@@ -201,7 +201,7 @@ beginLoop <- function(expr, exports, packages, caller, attached) {
   parent.env(exports) <- if (found) asNamespace(caller) else globalenv()
   loop$expr <- expr
   loop$variables <- exports
-  if (attached) attach(exports, name = "exportEnv")
+  if (attached) do.call("attach", list(exports, name = "exportEnv"))
   tryCatch(
     {
       for (package in packages) library(package, character.only = TRUE)

@@ -173,7 +173,7 @@ leaveForLater <- function(future, cl) {
   for (i in rev(seq_len(sys.nframe() - 1L))) {
     frame <- sys.frame(i)
     # `return()` there: the frames above it end as by any other jump.
-    if (identical(sys.function(i), asked) && identical(frame$x, future)) do.call(return, list(FALSE), envir = frame)
+    if (identical(sys.function(i), asked) && identical(frame$x, future)) do.call("return", list(FALSE), envir = frame)
   }
 }
 

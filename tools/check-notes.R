@@ -1,6 +1,7 @@
-# Reads the log of R CMD check. Fails on an error, a warning, or a note that has another cause than
-# the lack of a network, the size of the library, or that the package is new.
+# Reads the log of R CMD check. Fails if the check has not come to its end, on an error, a warning, or a note
+# that has another cause than the lack of a network, the size of the library, or that the package is new.
 log <- readLines(commandArgs(TRUE))
+if (!any(startsWith(log, "Status: "))) stop("R CMD check has not come to its end: ", log[length(log)])
 starts <- grep("^\\* checking", log)
 ends <- c(starts[-1L] - 1L, length(log))
 bad <- character()

@@ -320,7 +320,7 @@ test_that("a limit of address space is named, before the start or when it is met
   expect_match(child_said(child, "message"), "not enough MB of address space", fixed = TRUE)
   expect_match(child_said(child, "message"), "ulimit -v", fixed = TRUE)
   kinds <- strsplit(child_said(child, "kinds"), " (?!R)", perl = TRUE)[[1L]]
-  expect_true(all(kinds %in% c("rustcluster_limits", "rustcluster_host_failed", "rustcluster_start_failed", "of R")))
+  expect_true(all(kinds %in% c("rustcluster_limits", "rustcluster_host_failed", "rustcluster_start_failed", "rustcluster_protocol", "of R")))
   if ("rustcluster_host_failed" %in% kinds) expect_match(child_said(child, "lost"), "ulimit -v", fixed = TRUE)
   expect_equal(child_said(child, "later"), "100000 100000")
 })

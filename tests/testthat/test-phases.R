@@ -85,10 +85,10 @@ test_that("a host whose command fails is left out alone", {
 test_that("a host that fails in greeting, loading or forking is left out alone", {
   commands <- c(
     "installed here: restart this R session" = before("put('packageVersionText', function() '9.9')"),
-    "exited with status 1.*cannot go on" = before("put('attachPackages', function(p) stop('cannot go on'))"),
-    "cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')"),
-    "exited with status 4" = before("put('attachPackages', function(p) quit('no', 4))"),
-    "signal 11.*segfault" = before("put('attachPackages', function(p) tools::pskill(Sys.getpid(), 11))"),
+    "exited with status 1.*cannot go on" = before("put('loadBeforeFork', function(packages, after) stop('cannot go on'))"),
+    "cannot be attached" = before("put('loadBeforeFork', function(packages, after) 'x cannot be attached')"),
+    "exited with status 4" = before("put('loadBeforeFork', function(packages, after) quit('no', 4))"),
+    "signal 11.*segfault" = before("put('loadBeforeFork', function(packages, after) tools::pskill(Sys.getpid(), 11))"),
     "no worker came up: worker [0-9]+ exited with status 5 before it was ready" =
       before("put('serveTasks', function() quit('no', 5))"),
     "no worker came up: worker [0-9]+ was killed by signal 9 .SIGKILL. before it was ready" =
@@ -128,7 +128,7 @@ test_that("a host that hangs at any point of its start is left out alone", {
   commands <- c(
     "no response within 8 seconds" = command("exec sleep 100"),
     "no response within 8 seconds" = command("kill -STOP $$"),
-    "not up within 8 seconds" = before("put('attachPackages', function(p) Sys.sleep(100))"),
+    "not up within 8 seconds" = before("put('loadBeforeFork', function(packages, after) Sys.sleep(100))"),
     "not up within 8 seconds" = before("put('serveTasks', function() Sys.sleep(100))")
   )
   began <- proc.time()[[3L]]

@@ -867,9 +867,9 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.closing = true;
             self.dirty.push(worker);
-            // R is still starting. It removes its temporary directory when it gets this signal.
+            // R is still starting. When it is interrupted it ends, and removes its temporary directory.
             if self.start.mode == StartMode::Spawn && process.tempdir.is_none() {
-                process.signal(libc::SIGUSR2);
+                process.signal(libc::SIGINT);
             }
         }
     }

@@ -25,7 +25,7 @@ use tokio::time::{sleep, timeout};
 const EXIT_PATIENCE: Duration = Duration::from_millis(950);
 
 /// How long an R process that has not greeted may take to end when it is told to.
-const QUIT_PATIENCE: Duration = Duration::from_millis(200);
+const INTERRUPT_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How long an agent may take to end its workers and then its stream once asked, beyond the time that
 /// idle workers have for it, before it is killed, and they with it. Its own grace for busy workers is
@@ -196,13 +196,14 @@ async fn await_exit(
 ) -> (Option<ExitStatus>, bool) {
     let known = |waited: Result<io::Result<ExitStatus>, _>| waited.ok().and_then(Result::ok);
     let mut waited = timeout(EXIT_PATIENCE, &mut exit).await;
-    if waited.is_err() && !greeted {
+    let interrupted = waited.is_err() && !greeted;
+    if interrupted {
         // It may hang in a profile, and knows nothing of the stream.
-        process.quit();
-        waited = timeout(QUIT_PATIENCE, &mut exit).await;
+        process.interrupt();
+        waited = timeout(INTERRUPT_PATIENCE, &mut exit).await;
     }
     if let Ok(waited) = waited {
-        return (known(waited), false);
+        return (known(waited), interrupted);
     }
     process.kill();
     let waited = timeout(EXIT_PATIENCE, exit).await;
