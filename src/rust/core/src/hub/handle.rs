@@ -341,7 +341,7 @@ impl Hub {
     /// Ends an agent for this reason: the cluster goes on without its host.
     pub fn leave_out(&mut self, agent: usize, reason: String) {
         let mut core = self.core();
-        core.scheduler.leave_out(agent, reason);
+        core.leave_out(agent, reason);
         core.settle();
     }
 
@@ -357,7 +357,7 @@ impl Hub {
                 .partition(|&(_, came_up)| came_up);
             match (up.is_empty(), late.is_empty()) {
                 (_, true) => {}
-                (true, _) => core.scheduler.leave_out(agent, reason.to_owned()),
+                (true, _) => core.leave_out(agent, reason.to_owned()),
                 (false, _) => {
                     for (rank, _) in late {
                         core.scheduler.stop_worker(rank);

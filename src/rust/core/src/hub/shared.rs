@@ -593,6 +593,14 @@ impl Core {
         wanted && self.scheduler.has_lost(agent)
     }
 
+    /// Leaves out a host for this reason. It has no idle workers that need time to end.
+    pub fn leave_out(&mut self, agent: usize, reason: String) {
+        self.scheduler.leave_out(agent, reason);
+        if let Some(conn) = self.conns.get_mut(agent) {
+            conn.stop_timeout = Duration::ZERO;
+        }
+    }
+
     /// Whether any worker is starting or up, or may be again.
     pub fn any_left(&self) -> bool {
         let mut agents = 0..self.conns.len();
