@@ -10,6 +10,7 @@
 #include <R.h>
 #include <Rinternals.h>
 #include <R_ext/Altrep.h>
+#include <Rversion.h>
 #include <R_ext/Rallocators.h>
 #include <errno.h>
 #include <stdint.h>
@@ -161,14 +162,16 @@ void rustcluster_end_mapped(struct message *before)
     now = *before;
 }
 
-/* A mapping belongs to a vector without a use, which is what the vectors in it are held by. R frees that
- * vector with the memory function below, and so only when no R code can reach it any more. A finalizer of
- * the mapping would be run while others, run at the same time, may still reach the vectors. */
+/* A mapping has a holder, an R object by which its vectors hold it. It must end no sooner than any R code can
+ * reach one of them, but R runs the finalizers of all that it has found unreachable one after the other, and a
+ * later one may still read a vector, or keep it. See new_holder(). */
 struct mapping {
     void *at;
     size_t length;
     /* What it counts in `mapped`. */
     double cost;
+    /* Its finalizer has been run, and no vector has been read since. */
+    int unused;
 };
 
 /* Bytes of memory that mappings keep. R does not count them, and so would not look for what is not used
@@ -211,24 +214,6 @@ static double own_memory(void)
     return (all - shared) * (double) sysconf(_SC_PAGESIZE);
 }
 
-/* Collects garbage if mappings that are not used any more may keep much memory. R may jump. */
-static void make_room(double cost)
-{
-    int much = mapped + cost > bound;
-
-    unwatched += (double) now.length;
-    if (!much && unwatched > room) {
-        unwatched = 0;
-        much = own_memory() > own_then + room;
-    }
-    if (!much)
-        return;
-    R_gc();
-    double used = mapped + cost;
-    bound = used + (used > room ? used : room);
-    own_then = own_memory();
-}
-
 /* Mappings, and the most that there may be: the system allows a process so many (vm.max_map_count), and
  * when there are no more, nothing can be allocated. */
 static double mappings = 0, most_mappings = 0;
@@ -250,7 +235,24 @@ static double read_most_mappings(void)
     return most / 4;
 }
 
-static void *take_mapping(R_allocator_t *allocator, size_t size)
+static void end_mapping(struct mapping *mapping)
+{
+    if (mapping->at) {
+        munmap(mapping->at, mapping->length);
+        mapped -= mapping->cost;
+        mappings--;
+        if (mappings < most_mappings / 2)
+            looked = 0;
+    }
+    free(mapping);
+}
+
+#if R_VERSION < R_Version(4, 6, 0)
+
+/* The holder is a vector without a use. R frees it with the memory function here, and so only when no R code
+ * can reach it any more. */
+
+static void *take_holder(R_allocator_t *allocator, size_t size)
 {
     void *memory = malloc(size);
     allocator->data = memory ? calloc(1, sizeof(struct mapping)) : NULL;
@@ -262,19 +264,98 @@ static void *take_mapping(R_allocator_t *allocator, size_t size)
     return memory;
 }
 
-static void free_mapping(R_allocator_t *allocator, void *memory)
+static void free_holder(R_allocator_t *allocator, void *memory)
 {
-    struct mapping *mapping = allocator->data;
-
-    if (mapping->at) {
-        munmap(mapping->at, mapping->length);
-        mapped -= mapping->cost;
-        mappings--;
-        if (mappings < most_mappings / 2)
-            looked = 0;
-    }
-    free(mapping);
+    end_mapping(allocator->data);
     free(memory);
+}
+
+static SEXP new_holder(void)
+{
+    R_allocator_t allocator = {take_holder, free_holder, NULL, NULL};
+    SEXP holder = Rf_allocVector3(RAWSXP, sizeof(struct mapping *), &allocator);
+
+    *(struct mapping **) RAW(holder) = allocator.data;
+    return holder;
+}
+
+static struct mapping *mapping_in(SEXP holder)
+{
+    return *(struct mapping **) RAW(holder);
+}
+
+static void collect(void)
+{
+    R_gc();
+}
+
+#else
+
+/* This API has no such vectors any more. The holder is an external pointer, whose mapping ends when its
+ * finalizer is run for the second time without a vector having been read in between: finalizers that were run
+ * together with the first have been run by then. */
+
+static void finalize_holder(SEXP holder)
+{
+    struct mapping *mapping = R_ExternalPtrAddr(holder);
+
+    if (!mapping)
+        return;
+    if (mapping->at && !mapping->unused) {
+        mapping->unused = 1;
+        R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
+        return;
+    }
+    R_ClearExternalPtr(holder);
+    end_mapping(mapping);
+}
+
+static SEXP new_holder(void)
+{
+    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
+
+    R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
+    R_SetExternalPtrAddr(holder, calloc(1, sizeof(struct mapping)));
+    if (!R_ExternalPtrAddr(holder))
+        Rf_error("cannot allocate memory");
+    UNPROTECT(1);
+    return holder;
+}
+
+static struct mapping *mapping_in(SEXP holder)
+{
+    struct mapping *mapping = R_ExternalPtrAddr(holder);
+
+    if (!mapping)
+        Rf_error("a vector that is no more");
+    mapping->unused = 0;
+    return mapping;
+}
+
+static void collect(void)
+{
+    R_gc();
+    R_gc();
+}
+
+#endif
+
+/* Collects garbage if mappings that are not used any more may keep much memory. R may jump. */
+static void make_room(double cost)
+{
+    int much = mapped + cost > bound;
+
+    unwatched += (double) now.length;
+    if (!much && unwatched > room) {
+        unwatched = 0;
+        much = own_memory() > own_then + room;
+    }
+    if (!much)
+        return;
+    collect();
+    double used = mapped + cost;
+    bound = used + (used > room ? used : room);
+    own_then = own_memory();
 }
 
 static void *map(void)
@@ -289,7 +370,7 @@ static int has_room(void)
         most_mappings = read_most_mappings();
     if (mappings >= most_mappings && !looked) {
         looked = 1;
-        R_gc();
+        collect();
     }
     return mappings < most_mappings;
 }
@@ -318,20 +399,19 @@ static void copy_data(char *to, size_t begin, size_t bytes)
 static char *mapping_of_now(void)
 {
     if (now.mapping)
-        return *(char **) RAW(now.mapping);
+        return mapping_in(now.mapping)->at;
     if (now.file < 0 || now.unmappable || !has_room())
         return NULL;
     double cost = cost_of_now();
     make_room(cost);
-    R_allocator_t allocator = {take_mapping, free_mapping, NULL, NULL};
-    SEXP holder = PROTECT(Rf_allocVector3(RAWSXP, sizeof(char *), &allocator));
-    struct mapping *mapping = allocator.data;
+    SEXP holder = PROTECT(new_holder());
+    struct mapping *mapping = mapping_in(holder);
     R_PreserveObject(holder);
     UNPROTECT(1);
     void *at = map();
     if (at == MAP_FAILED) {
         /* What is not used any more may be in the way. */
-        R_gc();
+        collect();
         at = map();
     }
     if (at == MAP_FAILED) {
@@ -344,7 +424,6 @@ static char *mapping_of_now(void)
     mapping->cost = cost;
     mapped += cost;
     mappings++;
-    *(void **) RAW(holder) = at;
     now.mapping = holder;
     return at;
 }
@@ -397,7 +476,10 @@ static R_xlen_t length(SEXP x)
 
 static void *at_data(SEXP x)
 {
-    return R_ExternalPtrAddr(R_altrep_data1(x));
+    SEXP data = R_altrep_data1(x);
+
+    mapping_in(R_ExternalPtrProtected(data));
+    return R_ExternalPtrAddr(data);
 }
 
 static void *data_of(SEXP x, Rboolean writable)
