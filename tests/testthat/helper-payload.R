@@ -36,6 +36,8 @@ shared_memory <- function(pids) {
 # Whether no worker has shared memory open, nor more of it mapped than `most` values once those that it
 # does not use any more have been collected.
 only_mapped <- function(cl, most) {
+  # From R 4.6 on it takes two collections.
+  broadcast(cl, gc)
   broadcast(cl, gc)
   wait_until(function() {
     now <- shared_memory(clusterPids(cl))

@@ -170,7 +170,7 @@ struct mapping {
     size_t length;
     /* What it counts in `mapped`. */
     double cost;
-    /* Its finalizer has been run, and no vector has been read since. */
+    /* No vector has been read since its holder's finalizer was run. */
     int unused;
 };
 
@@ -291,40 +291,76 @@ static void collect(void)
 
 #else
 
-/* This API has no such vectors any more. The holder is an external pointer, whose mapping ends when its
- * finalizer is run for the second time without a vector having been read in between: finalizers that were run
- * together with the first have been run by then. */
+/* This API has no such vectors any more. The holder is an external pointer that protects another one, its
+ * twin, which has the mapping and is kept in a list. The holder's finalizer takes the twin off that list: no
+ * finalizer may be registered while others are run, since R may forget it. So the twin's own finalizer is run
+ * by a later collection, when those that were run together with the holder's are done. If one of them has read
+ * a vector, the mapping stays. */
+
+/* Of the twins that are kept: a pairlist whose cells have the cell before them for a value and the twin for a
+ * tag. */
+static SEXP twins = NULL;
+
+static void keep_twin(SEXP holder, SEXP twin)
+{
+    if (!twins) {
+        SEXP first = PROTECT(Rf_cons(R_NilValue, R_NilValue));
+        R_PreserveObject(first);
+        twins = first;
+        UNPROTECT(1);
+    }
+    SEXP cell = PROTECT(Rf_cons(twins, CDR(twins)));
+    SET_TAG(cell, twin);
+    if (CDR(twins) != R_NilValue)
+        SETCAR(CDR(twins), cell);
+    SETCDR(twins, cell);
+    R_SetExternalPtrTag(holder, cell);
+    UNPROTECT(1);
+}
 
 static void finalize_holder(SEXP holder)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(holder);
+    SEXP cell = R_ExternalPtrTag(holder), twin = R_ExternalPtrProtected(holder);
+    struct mapping *mapping = R_ExternalPtrAddr(twin);
 
-    if (!mapping)
+    if (cell == R_NilValue)
         return;
-    if (mapping->at && !mapping->unused) {
+    SETCDR(CAR(cell), CDR(cell));
+    if (CDR(cell) != R_NilValue)
+        SETCAR(CDR(cell), CAR(cell));
+    R_SetExternalPtrTag(holder, R_NilValue);
+    if (mapping)
         mapping->unused = 1;
-        R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
+}
+
+static void finalize_twin(SEXP twin)
+{
+    struct mapping *mapping = R_ExternalPtrAddr(twin);
+
+    if (!mapping || (mapping->at && !mapping->unused))
         return;
-    }
-    R_ClearExternalPtr(holder);
+    R_ClearExternalPtr(twin);
     end_mapping(mapping);
 }
 
 static SEXP new_holder(void)
 {
-    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
+    SEXP twin = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
 
-    R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
-    R_SetExternalPtrAddr(holder, calloc(1, sizeof(struct mapping)));
-    if (!R_ExternalPtrAddr(holder))
+    R_RegisterCFinalizerEx(twin, finalize_twin, FALSE);
+    R_SetExternalPtrAddr(twin, calloc(1, sizeof(struct mapping)));
+    if (!R_ExternalPtrAddr(twin))
         Rf_error("cannot allocate memory");
-    UNPROTECT(1);
+    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, twin));
+    keep_twin(holder, twin);
+    R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
+    UNPROTECT(2);
     return holder;
 }
 
 static struct mapping *mapping_in(SEXP holder)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(holder);
+    struct mapping *mapping = R_ExternalPtrAddr(R_ExternalPtrProtected(holder));
 
     if (!mapping)
         Rf_error("a vector that is no more");

@@ -199,21 +199,22 @@ impl<S: Sink> Mapper<S> {
     /// If these bytes are the first of a large vector's data: the words that came before them, the
     /// vector's flags, and its length.
     fn vector(&self, bytes: &[u8]) -> Option<(usize, i32, u64)> {
-        let unsigned = |word: i32| u64::from(word as u32);
         let last = self.word(0)?;
-        let (words, length) = match (self.word(1), self.word(2)) {
-            // A long vector: -1, and its length in two words.
-            (Some(high), Some(-1)) if self.held.len() == 16 => {
-                (4, unsigned(high) << 32 | unsigned(last))
-            }
-            _ => (2, u64::try_from(last).ok()?),
+        let is_data = |words: usize, length: u64| {
+            let flags = self.word(words - 1)?;
+            let (_, size) = class_of(flags & word::TYPE)?;
+            let first = length.min(ELEMENTS_AT_ONCE as u64).checked_mul(size)?;
+            let is_large = length.checked_mul(size)? >= LARGE_VECTOR;
+            let is_data = is_large && bytes.len() as u64 == first;
+            (is_data && !stream::is_parse_data(bytes)).then_some((words, flags, length))
         };
-        let flags = self.word(words - 1)?;
-        let (_, size) = class_of(flags & word::TYPE)?;
-        let first = length.min(ELEMENTS_AT_ONCE as u64).checked_mul(size)?;
-        let is_large = length.checked_mul(size)? >= LARGE_VECTOR;
-        let is_data = is_large && bytes.len() as u64 == first;
-        (is_data && !stream::is_parse_data(bytes)).then_some((words, flags, length))
+        let short = u64::try_from(last).ok().and_then(|last| is_data(2, last));
+        short.or_else(|| {
+            // A long vector: -1, and its length in two words.
+            self.word(2).filter(|&mark| mark == -1)?;
+            let unsigned = |word: i32| u64::from(word as u32);
+            is_data(4, unsigned(self.word(1)?) << 32 | unsigned(last))
+        })
     }
 
     /// Begins a gap for a vector with these flags and this length.
