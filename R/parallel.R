@@ -286,14 +286,25 @@ answersRead <- function(handle, expr) {
   tryCatch(
     withCallingHandlers(expr, error = function(e) {
       reading <- hub_reading(handle$pointer)
-      if (!is.double(reading)) return()
-      signalCondition(structure(
-        class = c("rustcluster_unread", "condition"),
-        list(message = conditionMessage(e), call = NULL, task = reading[[1L]], place = reading[[2L]], parent = e)
-      ))
+      if (is.double(reading) && !isTimeLimit(e)) signalUnread(e, task = reading[[1L]], place = reading[[2L]])
     }),
     rustcluster_unread = identity
   )
+}
+
+# Jumps to whoever reads an answer, out of the error of doing so.
+signalUnread <- function(e, ...) {
+  signalCondition(structure(
+    class = c("rustcluster_unread", "condition"),
+    list(message = conditionMessage(e), call = NULL, parent = e, ...)
+  ))
+}
+
+# Of setTimeLimit(): it is the session's, and has nothing to do with what is being read.
+isTimeLimit <- function(e) {
+  texts <- c("reached elapsed time limit", "reached CPU time limit", "reached session elapsed time limit",
+             "reached session CPU time limit")
+  any(startsWith(conditionMessage(e), gettext(texts, domain = "R")))
 }
 
 notRead <- function(unread, index = NULL) {

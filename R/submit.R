@@ -320,23 +320,31 @@ tellWaiters <- function(record) {
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
-  end <- call_take(handle$pointer, record$task)
+  end <- takeCall(record)
   switch(typeof(end),
     list = answered(record, end),
-    character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle),
-    pairlist = unwoundCall(record, end)
+    character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle)
   )
   invisible()
 }
 
-# An answer that cannot be read is the call's failure; what is interrupted is read anew.
-unwoundCall <- function(record, token) {
-  withCallingHandlers(unwound(token), error = function(e) {
-    if (record$state != "open") return()
-    endCall(record, "failed", rustclusterCondition(
-      "protocol", paste0("the answer to a call could not be read: ", conditionMessage(e)), parent = e
-    ))
-  })
+# The answer to a call, or a failure; NULL if it has not ended. An answer that cannot be read is the call's
+# failure. What is interrupted is read anew.
+takeCall <- function(record) {
+  tryCatch(
+    withCallingHandlers(
+      {
+        end <- call_take(record$handle$pointer, record$task)
+        if (typeof(end) == "pairlist") unwound(end)
+        end
+      },
+      error = function(e) if (!isTimeLimit(e)) signalUnread(e)
+    ),
+    rustcluster_unread = function(unread) {
+      endCall(record, "failed", notRead(unread))
+      NULL
+    }
+  )
 }
 
 answered <- function(record, answer) {

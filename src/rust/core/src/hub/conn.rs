@@ -283,7 +283,14 @@ async fn talk(
     };
     let stopped = async {
         stop.notified().await;
-        let stop_timeout = shared.core().conns[agent].stop_timeout;
+        let stop_timeout = {
+            let core = shared.core();
+            match core.scheduler.is_starting(agent) {
+                // It has no idle workers that need time to end.
+                true => Duration::ZERO,
+                false => core.conns[agent].stop_timeout,
+            }
+        };
         sleep(stop_timeout + STOP_PATIENCE).await;
     };
     tokio::select! {
