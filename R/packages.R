@@ -137,7 +137,8 @@ watchLoading <- function() {
   )
   watched <- list(
     tempdir = "asked for the temporary directory", tempfile = "asked for the name of a temporary file",
-    Sys.getpid = "asked for the process id", Sys.time = "asked for the time", date = "asked for the time"
+    Sys.getpid = "asked for the process id", Sys.time = "asked for the time", date = "asked for the time",
+    system = "started processes"
   )
   for (name in names(watched)) {
     replaced[[name]] <- telling(name, watched[[name]], function(what) note(innermost(), what))
@@ -154,6 +155,8 @@ watchLoading <- function() {
   list(
     within = within,
     end = function() {
+      # Packages may have kept one of these functions.
+      looking <<- TRUE
       Map(setBase, names(originals), originals)
       rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
     },

@@ -55,6 +55,10 @@ noJob <- 0
 # close it.
 openJob <- function(handle, depth, frames, lasts) {
   handle$jobs <- handle$jobs + 1
+  # Of a call that one of its warnings has ended: they must not end this one.
+  untold <- handle$untold
+  handle$untold <- list()
+  for (condition in untold) message(conditionMessage(condition))
   handle$frames <- frames
   handle$depth <- depth
   openFrames[[handle$id]] <- sys.frame(depth)

@@ -3,7 +3,7 @@
 use crate::failure::Failure;
 use crate::worker;
 use extendr_api::prelude::*;
-use rustcluster_core::agent::{self, Greeted, Role};
+use rustcluster_core::agent::{self, Greeted, Guard, Role};
 use rustcluster_core::message::{Start, StartMode};
 use rustcluster_core::{elf, limits, sys};
 use std::cell::RefCell;
@@ -77,6 +77,9 @@ struct Next {
     command: Command,
     stdin: File,
     stdout: File,
+    /// Removes the temporary directory if R is killed before it has ended. Its pipe is closed then, or by the
+    /// next program.
+    _guard: Guard,
 }
 
 /// What the process becomes at its end, if anything.
@@ -106,7 +109,7 @@ fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
         let greeted = GREETED.take().ok_or_else(missing)?;
         let origin = ORIGIN.take().ok_or_else(missing)?;
         let (program, arguments) = command.split_first().ok_or_else(missing)?;
-        let (text, stdin, stdout) = greeted.hand_over(after)?;
+        let (text, stdin, stdout, guard) = greeted.hand_over(after)?;
         let mut command = Command::new(program);
         command
             .args(arguments)
@@ -120,6 +123,7 @@ fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
             command,
             stdin,
             stdout,
+            _guard: guard,
         };
         *NEXT.lock().map_err(|_| missing())? = Some(next);
         // SAFETY: the function is there as long as the process, and does not unwind.

@@ -33,7 +33,7 @@ use crate::scheduler::SEND_WINDOW;
 use crate::worker::Channel;
 use crate::{cores, reserve, signals, sys};
 use bytes::{Bytes, BytesMut};
-use guard::Guard;
+pub use guard::Guard;
 use memory::{Memories, Memory};
 use mio::event::Event;
 use mio::unix::SourceFd;
@@ -213,12 +213,12 @@ impl Greeted {
         }
     }
 
-    /// What [`Greeted::resume`] needs, as text, and the head's stream, which has to be stdin and stdout
-    /// there.
+    /// What [`Greeted::resume`] needs, as text, the head's stream, which has to be stdin and stdout there, and
+    /// the guard, which is to live until this process is the other program.
     ///
     /// # Errors
     /// When the text is too long.
-    pub fn hand_over(self, after: Vec<String>) -> io::Result<(String, File, File)> {
+    pub fn hand_over(self, after: Vec<String>) -> io::Result<(String, File, File, Guard)> {
         let handover = Handover {
             start: self.start,
             head_pid: self.head_pid,
@@ -228,7 +228,7 @@ impl Greeted {
         };
         let frame = message::encode(&handover).map_err(io::Error::other)?;
         let text = frame.body.iter().map(|byte| format!("{byte:02x}"));
-        Ok((text.collect(), self.reader, self.writer))
+        Ok((text.collect(), self.reader, self.writer, self.guard))
     }
 
     /// Goes on where another program in this process has handed over.
