@@ -38,7 +38,11 @@ kill_later <- function(pids, agents, after, again) {
     others <- kill(c(paste(known, collapse = " "), "*\" $p \"*) ;; *) kill -9 $p;;"))
     those <- paste(those, "sleep 0.02", others, sep = "; ")
   }
-  system(sprintf("(sleep %.3f; %s) 2>/dev/null", after, those), wait = FALSE)
+  # There until it is done.
+  mark <- tempfile("kill-")
+  file.create(mark)
+  system(sprintf("(sleep %.3f; %s; rm -f %s) 2>/dev/null", after, those, mark), wait = FALSE)
+  mark
 }
 
 # Where the kernel tells the children of these.
@@ -95,6 +99,7 @@ run_one_model <- function(kills, agents, start, chosen) {
   }
   model <- lapply(streams(1), function(seed) list(vars = list(count = 0), seed = seed))
   killed <- 0
+  mark <- tempfile("kill-")
   last <- "the start"
   call <- function(expr) {
     # A call that hangs is an error, too.
@@ -114,9 +119,12 @@ run_one_model <- function(kills, agents, start, chosen) {
         after = sample(c(0, 0, 0.001, 0.005, 0.02, 0.05), 1L), again = runif(1) < 0.2
       ))
       last <- plan$what
+      # A worker that is killed while it starts, three times in a row, is lost for some time.
+      if (!wait_until(function() !file.exists(mark), 30)) stop("workers are not being killed")
+      call(clusterApply(cl, seq_len(n), identity))
       pids <- clusterPids(cl)[plan$victims]
       if (length(pids)) {
-        kill_later(pids, agentPids(cl), plan$after, plan$again)
+        mark <- kill_later(pids, agentPids(cl), plan$after, plan$again)
         if (plan$after == 0) wait_until(function() !any(alive(pids)), 5)
       }
       nodes <- cl[plan$nodes]

@@ -291,68 +291,95 @@ static void collect(void)
 
 #else
 
-/* This API has no such vectors any more. The holder is an external pointer that protects another one, its
- * twin, which has the mapping and is kept in a list. The holder's finalizer takes the twin off that list: no
- * finalizer may be registered while others are run, since R may forget it. So the twin's own finalizer is run
- * by a later collection, when those that were run together with the holder's are done. If one of them has read
- * a vector, the mapping stays. */
+/* This API has no such vectors any more. The holder is an external pointer that protects a second one, that
+ * a third one, and so on: its heirs, which are kept in a list. The finalizer of each takes the next off that
+ * list, so that the next one's is run by a later collection: no finalizer may be registered while others are
+ * run, since R may forget it. The mapping ends with the first heir since whose predecessor's end no vector has
+ * been read, which those finalizers may have done that were run with it, or with the last heir. */
+#define HEIRS 4
 
-/* Of the twins that are kept: a pairlist whose cells have the cell before them for a value and the twin for a
- * tag. */
-static SEXP twins = NULL;
+/* Of the heirs that are kept: a pairlist whose cells have the cell before them for a value and the heir for a
+ * tag. An heir has its cell for a tag. */
+static SEXP heirs = NULL;
 
-static void keep_twin(SEXP holder, SEXP twin)
+static void keep_heir(SEXP heir)
 {
-    if (!twins) {
+    if (!heirs) {
         SEXP first = PROTECT(Rf_cons(R_NilValue, R_NilValue));
         R_PreserveObject(first);
-        twins = first;
+        heirs = first;
         UNPROTECT(1);
     }
-    SEXP cell = PROTECT(Rf_cons(twins, CDR(twins)));
-    SET_TAG(cell, twin);
-    if (CDR(twins) != R_NilValue)
-        SETCAR(CDR(twins), cell);
-    SETCDR(twins, cell);
-    R_SetExternalPtrTag(holder, cell);
+    SEXP cell = PROTECT(Rf_cons(heirs, CDR(heirs)));
+    SET_TAG(cell, heir);
+    if (CDR(heirs) != R_NilValue)
+        SETCAR(CDR(heirs), cell);
+    SETCDR(heirs, cell);
+    R_SetExternalPtrTag(heir, cell);
     UNPROTECT(1);
 }
 
-static void finalize_holder(SEXP holder)
+static void let_go_of_heir(SEXP heir)
 {
-    SEXP cell = R_ExternalPtrTag(holder), twin = R_ExternalPtrProtected(holder);
-    struct mapping *mapping = R_ExternalPtrAddr(twin);
+    SEXP cell = heir == R_NilValue ? R_NilValue : R_ExternalPtrTag(heir);
 
     if (cell == R_NilValue)
         return;
     SETCDR(CAR(cell), CDR(cell));
     if (CDR(cell) != R_NilValue)
         SETCAR(CDR(cell), CAR(cell));
-    R_SetExternalPtrTag(holder, R_NilValue);
-    if (mapping)
-        mapping->unused = 1;
+    R_SetExternalPtrTag(heir, R_NilValue);
 }
 
-static void finalize_twin(SEXP twin)
+/* The last heir, whose address is that of the mapping. */
+static SEXP last_heir(SEXP of)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(twin);
+    while (R_ExternalPtrProtected(of) != R_NilValue)
+        of = R_ExternalPtrProtected(of);
+    return of;
+}
 
-    if (!mapping || (mapping->at && !mapping->unused))
-        return;
-    R_ClearExternalPtr(twin);
-    end_mapping(mapping);
+/* The holder's own finalizer. */
+static void finalize_holder(SEXP holder)
+{
+    struct mapping *mapping = R_ExternalPtrAddr(last_heir(holder));
+
+    if (mapping)
+        mapping->unused = 1;
+    let_go_of_heir(R_ExternalPtrProtected(holder));
+}
+
+static void finalize_heir(SEXP heir)
+{
+    SEXP last = last_heir(heir);
+    struct mapping *mapping = R_ExternalPtrAddr(last);
+
+    if (mapping && mapping->at && !mapping->unused && heir != last) {
+        mapping->unused = 1;
+    } else if (mapping) {
+        R_ClearExternalPtr(last);
+        end_mapping(mapping);
+    }
+    let_go_of_heir(R_ExternalPtrProtected(heir));
 }
 
 static SEXP new_holder(void)
 {
-    SEXP twin = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
+    SEXP heir = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
 
-    R_RegisterCFinalizerEx(twin, finalize_twin, FALSE);
-    R_SetExternalPtrAddr(twin, calloc(1, sizeof(struct mapping)));
-    if (!R_ExternalPtrAddr(twin))
+    R_RegisterCFinalizerEx(heir, finalize_heir, FALSE);
+    R_SetExternalPtrAddr(heir, calloc(1, sizeof(struct mapping)));
+    if (!R_ExternalPtrAddr(heir))
         Rf_error("cannot allocate memory");
-    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, twin));
-    keep_twin(holder, twin);
+    for (int i = 1; i < HEIRS; i++) {
+        SEXP before = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, heir));
+        R_RegisterCFinalizerEx(before, finalize_heir, FALSE);
+        keep_heir(heir);
+        UNPROTECT(2);
+        heir = PROTECT(before);
+    }
+    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, heir));
+    keep_heir(heir);
     R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
     UNPROTECT(2);
     return holder;
@@ -360,7 +387,7 @@ static SEXP new_holder(void)
 
 static struct mapping *mapping_in(SEXP holder)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(R_ExternalPtrProtected(holder));
+    struct mapping *mapping = R_ExternalPtrAddr(last_heir(holder));
 
     if (!mapping)
         Rf_error("a vector that is no more");
