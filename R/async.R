@@ -10,6 +10,7 @@
 #' @details The groups, eight for each worker, are fixed when they are sent. So elements that take longer
 #' are not divided as by `clusterLapply()`, and those of a group are lost, or take too long, together.
 #' Each element gets copies of `FUN` and `...`; what refers to an environment is shared within the group.
+#' Each group takes all of `...` along: export large data instead.
 #' There is no progress bar.
 #' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, as
 #'   that of [clusterSubmit()]; `value()` is a list with the results, named as `X`. It is `"waiting"`

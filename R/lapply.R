@@ -10,7 +10,9 @@
 #' @param FUN (function) What to call with each element, or the name of it. Each element gets its own copy. If
 #'   `FUN` was made in another function, its environment is shared by the elements that are sent together:
 #'   what `FUN` assigns there may be seen by the next of them.
-#' @param ... Further arguments of `FUN`, the same for all. Each element gets its own copy.
+#' @param ... Further arguments of `FUN`, the same for all. Each element gets its own copy. That costs little
+#'   for short arguments and for long vectors of numbers, but a large list, or a data frame with text, is read
+#'   anew for each element. Short tasks are faster if such data is in the environment of `FUN`, or exported.
 #' @param .progress (logical) Whether to show a bar with the elements done, their rate, the workers that
 #'   are busy and the time that is left, if it takes longer than two seconds or so. Default: option
 #'   `rustcluster.progress`.
