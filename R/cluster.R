@@ -493,7 +493,7 @@ format.RustCluster <- function(x, ...) {
   fates <- vapply(parts, function(part) fate(part$handle), "")
   if (length(parts) < 2L) return(paste0(text, fates))
   of <- vapply(parts, function(part) spanText(part$places, "node"), "")
-  paste0(text, paste0(", ", of, " of a cluster", fates)[nzchar(fates)], collapse = "")
+  paste(c(text, paste0(", ", of, " of a cluster", fates)[nzchar(fates)]), collapse = "")
 }
 
 #' @export

@@ -358,6 +358,8 @@ test_that("the end of a cluster that was joined is that of all", {
   expect_gone(pids[c(1, 4)])
   expect_identical(clusterApplyLB(c(a[2], b[1]), 1:9, identity), as.list(1:9))
   stopCluster(c(a, b))
+  expect_match(format(c(a, b)), "^socket cluster .*, node.* of a cluster that has been stopped, node.* of a cluster that")
+  expect_length(format(c(a, b)), 1L)
   expect_gone(pids)
   # What is wrong with one does not keep the others from their end.
   a <- local_cluster(1)
