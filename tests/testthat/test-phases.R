@@ -139,6 +139,25 @@ test_that("a host that hangs at any point of its start is left out alone", {
   expect_no_leftovers()
 })
 
+test_that("a head that is killed while an agent loads packages leaves nothing", {
+  skip_unless_proc()
+  told <- tempfile()
+  slow <- before(sprintf(
+    "put('loadBeforeFork', function(packages, after) { cat(Sys.getpid(), tempdir(), '\\n', file = '%s'); repeat NULL })", told
+  ))
+  child <- start_child({
+    makeRustCluster(list(list(host = "127.0.0.1", ncore = 1, rscript = slow)))
+  }, values = list(slow = slow))
+  expect_true(wait_until(function() file.exists(told) && grepl("\n", readChar(told, 1e4), fixed = TRUE), 30))
+  said <- scan(told, "", quiet = TRUE)
+  pids <- c(as.integer(said[[1L]]), descendants(as.integer(said[[1L]])))
+  expect_alive(pids)
+  expect_true(dir.exists(said[[2L]]))
+  tools::pskill(child$pid, tools::SIGKILL)
+  expect_gone(pids)
+  expect_true(wait_until(function() !dir.exists(said[[2L]]), 5))
+})
+
 test_that("a host that is late is named, and nothing is left", {
   late <- list(host = "127.0.0.1", ncore = 1, rscript = before("put('serveTasks', function() Sys.sleep(100))"))
   error <- caught(makeRustCluster(list(list(host = "localhost", ncore = 1), late), setup_timeout = 4))

@@ -41,6 +41,7 @@ fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) ->
     match greeted {
         Ok(mut greeted) => {
             greeted.watch_tempdir(tempdir);
+            greeted.end_with_head();
             let packages = greeted.start.packages.clone();
             let after = greeted.after.clone();
             let forks = greeted.start.mode == StartMode::Fork;

@@ -1,7 +1,10 @@
 //! Signal masks and dispositions. Everything unsafe about signals is here.
 
+use crate::sys;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 /// A set with the given signals.
 fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
@@ -48,6 +51,60 @@ pub fn reset() {
     mask(libc::SIG_SETMASK, &set_of(&[]));
     // SAFETY: SIG_DFL is a valid disposition.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+}
+
+/// The stream at whose end this process ends; -1: there is none.
+static STREAM: AtomicI32 = AtomicI32::new(-1);
+
+/// Calls nothing but what a handler of signals may call.
+extern "C" fn on_stream(_: libc::c_int) {
+    let mut polled = libc::pollfd {
+        fd: STREAM.load(Ordering::Relaxed),
+        events: HUNG_UP,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd; the interrupted code gets back its errno.
+    unsafe {
+        let errno = libc::__errno_location();
+        let before = *errno;
+        if libc::poll(&raw mut polled, 1, 0) == 1 && polled.revents & !libc::POLLNVAL != 0 {
+            libc::_exit(1);
+        }
+        *errno = before;
+    }
+}
+
+const HUNG_UP: libc::c_short = libc::POLLRDHUP;
+
+/// From here on until [`outlive`], this process ends at once when the other side of `stream` does, whatever
+/// code it runs: that code may look at no stream for a long time. Nothing of it is cleaned up.
+///
+/// # Errors
+/// When the descriptor is of a kind that has no such signals.
+pub fn end_with(stream: RawFd) -> io::Result<()> {
+    STREAM.store(stream, Ordering::Relaxed);
+    // SAFETY: the handler only calls what it may, and restarts what it interrupts; fcntl checks the
+    // descriptor.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_stream as *const () as libc::sighandler_t;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGIO, &raw const action, std::ptr::null_mut());
+        if libc::fcntl(stream, libc::F_SETOWN, libc::getpid()) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    sys::set_async(stream, true)?;
+    // It may have ended before.
+    on_stream(libc::SIGIO);
+    Ok(())
+}
+
+/// See [`end_with`]. The handler stays, and does nothing any more: a signal may still be pending.
+pub fn outlive(stream: RawFd) {
+    // A descriptor without such signals has sent none.
+    let _ = sys::set_async(stream, false);
+    STREAM.store(-1, Ordering::Relaxed);
 }
 
 /// Keeps SIGINT pending instead of letting R handle it.

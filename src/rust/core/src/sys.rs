@@ -48,14 +48,19 @@ pub fn redirect(fd: RawFd, target: RawFd) -> io::Result<()> {
 
 /// Sets or clears O_NONBLOCK.
 pub fn set_nonblocking(fd: RawFd, nonblocking: bool) -> io::Result<()> {
+    set_flag(fd, libc::O_NONBLOCK, nonblocking)
+}
+
+/// Whether SIGIO tells of what happens to a descriptor.
+pub fn set_async(fd: RawFd, is_async: bool) -> io::Result<()> {
+    set_flag(fd, libc::O_ASYNC, is_async)
+}
+
+fn set_flag(fd: RawFd, flag: libc::c_int, on: bool) -> io::Result<()> {
     // SAFETY: fcntl checks the descriptor.
     unsafe {
         let flags = check(libc::fcntl(fd, libc::F_GETFL))?;
-        let flags = if nonblocking {
-            flags | libc::O_NONBLOCK
-        } else {
-            flags & !libc::O_NONBLOCK
-        };
+        let flags = if on { flags | flag } else { flags & !flag };
         check(libc::fcntl(fd, libc::F_SETFL, flags)).map(drop)
     }
 }

@@ -206,6 +206,13 @@ fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 impl Greeted {
+    /// From here on this process ends when the head does, also while R loads packages: the guard then removes
+    /// what is left. For a process that runs nothing else.
+    pub fn end_with_head(&self) {
+        // Where it cannot, the end is noticed once packages are loaded.
+        let _ = signals::end_with(self.reader.as_raw_fd());
+    }
+
     /// This process has that temporary directory: it is removed even if the agent is killed.
     pub fn watch_tempdir(&mut self, tempdir: &str) {
         if process::is_tempdir(tempdir) {
@@ -219,6 +226,7 @@ impl Greeted {
     /// # Errors
     /// When the text is too long.
     pub fn hand_over(self, after: Vec<String>) -> io::Result<(String, File, File, Guard)> {
+        signals::outlive(self.reader.as_raw_fd());
         let handover = Handover {
             start: self.start,
             head_pid: self.head_pid,
@@ -387,6 +395,7 @@ impl Agent {
         let registry = poll.registry();
         sys::set_nonblocking(greeted.writer.as_raw_fd(), true)?;
         let fd = greeted.reader.as_raw_fd();
+        signals::outlive(fd);
         sys::set_nonblocking(fd, true)?;
         registry.register(&mut SourceFd(&fd), HEAD_IN, Interest::READABLE)?;
         let saved = signals::save(&CHANGED);
