@@ -187,7 +187,7 @@ test_that("each worker has its own state again, whatever part of the cluster it 
 
 # In place of R.utils::withTimeout().
 setting_time_limit <- function(expr, seconds = 0.3) {
-  on.exit(setTimeLimit())
+  on.exit(setTimeLimit(), add = TRUE)
   setTimeLimit(elapsed = seconds, transient = TRUE)
   expr
 }

@@ -203,7 +203,7 @@ test_that("resolved() of a lazy future begins it when a worker is free, and neve
 test_that("waiting for a worker has future's time limit", {
   cl <- local_cluster(1)
   old <- options(future.wait.timeout = 0.2)
-  on.exit(options(old))
+  on.exit(options(old), add = TRUE)
   local_plan(cluster_rust, workers = cl)
   flag <- tempfile()
   busy <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
@@ -220,7 +220,7 @@ test_that("only the session that made a future asks for its value", {
   flag <- tempfile()
   f <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
   file <- tempfile()
-  on.exit(unlink(file))
+  on.exit(unlink(file), add = TRUE)
   saveRDS(f, file)
   child <- start_child({
     f <- readRDS(file)

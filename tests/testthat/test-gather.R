@@ -62,7 +62,7 @@ test_that("each result is one's own, and like any other vector", {
   expect_identical(got[[2L]], rep(1.5, 1e6))
   expect_identical(got[[1L]][1:4], c(1.5, 1.5, -1, 1.5))
   file <- tempfile()
-  on.exit(unlink(file))
+  on.exit(unlink(file), add = TRUE)
   saveRDS(got, file)
   again <- readRDS(file)
   expect_identical(again, got)
@@ -129,7 +129,7 @@ test_that("workers that are killed with a large answer are replaced, and nothing
   files <- c(open_fds(), open_fds(agent_pid(cl)))
   marks <- tempfile()
   dir.create(marks)
-  on.exit(unlink(marks, recursive = TRUE))
+  on.exit(unlink(marks, recursive = TRUE), add = TRUE)
   # Something else ends the worker at about the time at which it answers: which of its tasks that meets
   # is left to chance.
   late <- eval(quote(function(i, marks) {

@@ -412,7 +412,7 @@ test_that("output of other hosts is shown, or goes to a file there", {
   stopCluster(cl)
 
   file <- tempfile("it's 100% ", fileext = ".log")
-  on.exit(unlink(file))
+  on.exit(unlink(file), add = TRUE)
   writeLines("before", file)
   cl <- over_ssh(ssh, c("127.0.0.2" = 1), outfile = file)
   clusterCall(cl, say)

@@ -66,7 +66,7 @@ test_that("a toolchain that is missing or too old is told, and how to get one", 
   ssh <- local_sshd()
   source <- edited_source("DESCRIPTION", function(lines) sub("rustc \\(>= [0-9.]+", "rustc (>= 99.0", lines))
   library <- tempfile("it's a library-")
-  on.exit(unlink(c(library, source), recursive = TRUE))
+  on.exit(unlink(c(library, source), recursive = TRUE), add = TRUE)
   report <- rustcluster:::sendSource(
     hosts_of(ssh, c("127.0.0.2", "127.0.0.3"), rlibs = library), source, 600, FALSE
   )
@@ -80,7 +80,7 @@ test_that("the end of what a failed installation says is shown", {
   ssh <- local_sshd()
   source <- edited_source("configure", function(lines) c("#!/bin/sh", "echo this is 100% wrong", "exit 3"))
   library <- tempfile("library-")
-  on.exit(unlink(c(library, source), recursive = TRUE))
+  on.exit(unlink(c(library, source), recursive = TRUE), add = TRUE)
   expect_message(
     report <- rustcluster:::sendSource(hosts_of(ssh, "127.0.0.2", rlibs = library), source, 600, TRUE),
     "R CMD INSTALL ended with status 1"
@@ -104,7 +104,7 @@ test_that("a host on which it was installed can be used", {
   skip_without_sshd()
   ssh <- local_sshd()
   library <- tempfile("library-")
-  on.exit(unlink(library, recursive = TRUE))
+  on.exit(unlink(library, recursive = TRUE), add = TRUE)
   report <- installOnHosts("127.0.0.2", rshcmd = ssh$rshcmd, rlibs = library)
   expect_identical(report$problem, NA_character_)
   expect_identical(report$library, normalizePath(library))

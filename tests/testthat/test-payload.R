@@ -251,7 +251,7 @@ test_that("a node that is gone is an error, and leaves nothing", {
 look_at <- eval(quote(function() {
   path <- tempfile()
   saveRDS(x, path)
-  on.exit(unlink(path))
+  on.exit(unlink(path), add = TRUE)
   list(x, readRDS(path), identical(readRDS(path), x), identical(unserialize(serialize(x, NULL)), x))
 }), globalenv())
 

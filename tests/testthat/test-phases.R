@@ -170,7 +170,7 @@ test_that("a host that is late is named, and nothing is left", {
 test_that("a host that cannot restore its workers costs no other", {
   cl <- local_cluster(list(list(host = "localhost", ncore = 1), list(host = "127.0.0.1", ncore = 2)))
   flag <- tempfile()
-  on.exit(unlink(flag))
+  on.exit(unlink(flag), add = TRUE)
   x <- 1
   clusterExport(cl, c("flag", "x"), environment())
   clusterEvalQ(cl, if (file.exists(flag)) quit("no", 3))

@@ -74,7 +74,7 @@ test_that("bytes grow with what is sent and comes back", {
   cl <- local_cluster(2)
   before <- clusterStatus(cl, memory = FALSE)
   assign("status_data", rnorm(1e5), globalenv())
-  on.exit(rm("status_data", envir = globalenv()))
+  on.exit(rm("status_data", envir = globalenv()), add = TRUE)
   clusterExport(cl[1], "status_data")
   after <- clusterStatus(cl, memory = FALSE)
   grown <- after$bytes_in - before$bytes_in
@@ -265,7 +265,7 @@ test_that("what makes no sense is an error", {
   bad("n", print(clusterTimeline(cl), n = NA))
   timeline <- simulated_timeline(c(a = 2))
   grDevices::pdf(NULL)
-  on.exit(grDevices::dev.off())
+  on.exit(grDevices::dev.off(), add = TRUE)
   for (xlim in list(1, c(2, 1), c(NA, 1), "a", c(1, 1))) bad("xlim", plot(timeline, xlim = xlim))
   bad("legend", plot(timeline, legend = NA))
   bad("col", plot(timeline, col = "red"))

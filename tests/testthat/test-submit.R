@@ -41,7 +41,7 @@ test_that("variables are sent, of the function, of the global environment and of
     calls_offset <- 100
     calls_add <- function(x) x + calls_offset
   })
-  on.exit(rm(list = c("calls_offset", "calls_add"), envir = globalenv()))
+  on.exit(rm(list = c("calls_offset", "calls_add"), envir = globalenv()), add = TRUE)
   local <- 5
   twice <- function(x) 2 * calls_add(x)
   unused <- function() stop("not to be looked at")
@@ -133,7 +133,7 @@ test_that("verbs and calls leave each other alone", {
     Sys.sleep(s)
     x
   })
-  on.exit(rm("calls_slow", envir = globalenv()))
+  on.exit(rm("calls_slow", envir = globalenv()), add = TRUE)
   calls <- lapply(1:8, function(i) clusterSubmit(cl, calls_slow(0.05, i)))
   # Verbs of ours and of parallel's, static and dynamic, while calls run and wait.
   expect_equal(parSapply(cl, 1:10, function(i) i), 1:10)
