@@ -386,7 +386,8 @@ until_interrupted <- function(expr, after) {
 # C code, compiled and loaded here; returns its file. `stop_button`: sets what R looks for after so many
 # microseconds, as a front end's button does, from another thread and without a signal. `deaf`: heeds
 # nothing. `bump`: adds 1 to a number in place, whoever else refers to it. `mark`: sets an attribute in
-# place.
+# place. `scribble`: writes what is no message into all sockets of this process; `hang_up`: closes all its
+# files but the first three.
 compiled <- function(.frame = parent.frame()) {
   skip_on_cran()
   dir <- tempfile("c-")
@@ -394,6 +395,7 @@ compiled <- function(.frame = parent.frame()) {
   source <- file.path(dir, "helpers.c")
   writeLines(c(
     "#include <pthread.h>",
+    "#include <sys/socket.h>",
     "#include <unistd.h>",
     "#include <Rinternals.h>",
     "SEXP bump(SEXP x) {",
@@ -416,6 +418,12 @@ compiled <- function(.frame = parent.frame()) {
     "  pthread_t thread;",
     "  delay = *microseconds;",
     "  if (pthread_create(&thread, 0, press, 0) == 0) pthread_detach(thread);",
+    "}",
+    "void scribble(void) {",
+    "  for (int fd = 3; fd < 256; fd++) send(fd, \"no message at all, by any reading of it\", 39, 0);",
+    "}",
+    "void hang_up(void) {",
+    "  for (int fd = 3; fd < 256; fd++) close(fd);",
     "}",
     "void deaf(void) {",
     "  for (;;) sleep(60);",

@@ -1,4 +1,4 @@
-# Hosts that fail, each at another point of its start, beside one that does not: no host costs another, and each is
+# Hosts that fail, each at another point of its life, beside one that does not: no host costs another, and each is
 # named with its reason.
 
 watch_processes()
@@ -183,6 +183,145 @@ test_that("a host that cannot restore its workers costs no other", {
   environment(f) <- globalenv()
   expect_identical(suppressWarnings(unlist(clusterApplyLB(cl, 1:30, f))), 1:30 + 1)
 })
+
+# ---- hosts that are up ------------------------------------------------------------
+
+# A host with two workers that work, and one with two of which the first to call fail() runs `code`, once.
+# Attributes: `mark`, a file that exists from then on; `pids` of all processes; `before`, the temporary
+# directories of others.
+two_hosts <- function(code, ..., .frame = parent.frame()) {
+  before <- list.files(dirname(tempdir()), full.names = TRUE)
+  spec <- list(list(host = "localhost", ncore = 2), list(host = "127.0.0.1", ncore = 2))
+  cl <- local_cluster(spec, onFailure = "warn", ..., .frame = .frame)
+  mark <- tempfile("mark-")
+  fail <- eval(bquote(function() if (suppressWarnings(dir.create(.(mark)))) .(code)), globalenv())
+  clusterCall(cl[3:4], assign, "fail", fail, globalenv())
+  clusterCall(cl[1:2], assign, "fail", global(function() NULL), globalenv())
+  clusterCall(cl, assign, "agent", agentPids(cl)[[2L]], globalenv())
+  clusterCall(cl, dyn.load, compiled(.frame))
+  structure(cl, mark = mark, pids = c(agentPids(cl), clusterPids(cl)), before = before)
+}
+
+# Stops the cluster. Nothing is left of processes, files and directories.
+expect_ends_well <- function(cl) {
+  began <- proc.time()[[3L]]
+  expect_no_error(suppressWarnings(parallel::stopCluster(cl)))
+  expect_lt(proc.time()[[3L]] - began, 20 + slack())
+  expect_gone(attr(cl, "pids"))
+  expect_no_leftovers()
+  left <- function() {
+    now <- list.files(dirname(tempdir()), full.names = TRUE)
+    setdiff(now, c(attr(cl, "before"), tempdir()))
+  }
+  wait_until(function() !length(left()), 1 + slack())
+  expect_identical(left(), character())
+}
+
+# The value of the call, and the texts of the conditions that told of losses.
+with_reports <- function(expr) {
+  told <- ""
+  note <- function(condition) {
+    told <<- paste0(told, conditionMessage(condition), "\n")
+    tryInvokeRestart(if (inherits(condition, "message")) "muffleMessage" else "muffleWarning")
+  }
+  value <- withCallingHandlers(expr, rustcluster_warning = note, rustcluster_message = note)
+  list(value = value, told = told)
+}
+
+# How a worker, or its agent, ends. The names: what is told of that.
+failures <- alist(
+  "worker [34] .*signal 9" = tools::pskill(Sys.getpid(), 9),
+  "worker [34] .*signal 11" = tools::pskill(Sys.getpid(), 11),
+  "worker [34] .*signal 15" = tools::pskill(Sys.getpid(), 15),
+  "worker [34] .*status 7" = quit("no", 7),
+  "worker [34] " = .C("scribble"),
+  "worker [34] " = .C("hang_up"),
+  "127.0.0.1.*signal 9" = tools::pskill(agent, 9),
+  "127.0.0.1" = tools::pskill(agent, 15),
+  "127.0.0.1.*signal 6" = tools::pskill(agent, 6)
+)
+
+test_that("a host that fails while it computes costs no task", {
+  work <- global(function(i) {
+    fail()
+    Sys.sleep(0.01)
+    i * 10
+  })
+  verbs <- alist(
+    clusterApply(cl, 1:40, work), clusterApplyLB(cl, 1:40, work), clusterLapply(cl, 1:40, work),
+    parallel::clusterApply(cl, 1:40, work), parallel::clusterApplyLB(cl, 1:40, work)
+  )
+  for (i in seq_along(failures)) {
+    # Each verb meets some of the failures, and with the long tests all.
+    for (verb in if (long_tests()) verbs else verbs[i %% length(verbs) + 1L]) {
+      cl <- two_hosts(failures[[i]])
+      got <- with_reports(eval(verb))
+      expect_identical(got$value, as.list(1:40 * 10), info = deparse(c(verb, failures[[i]])))
+      expect_true(dir.exists(attr(cl, "mark")))
+      expect_match(got$told, names(failures)[[i]], info = deparse(failures[[i]]))
+      # The good host has lost nothing.
+      expect_identical(clusterPids(cl)[1:2], attr(cl, "pids")[3:4])
+      expect_ends_well(cl)
+    }
+  }
+})
+
+test_that("a host that fails while it answers costs no other its answers", {
+  # The answer is larger than what the head takes before it is asked for: a process that fails then has sent a
+  # part of it.
+  work <- global(function(i) {
+    if (i > 2) file.create(paste0(mark, i))
+    seq_len(2e6) + i
+  })
+  for (whose in c("worker", "agent")) {
+    cl <- two_hosts(quote(NULL), buffer_limit = 2^20, memory_limit = 2^31)
+    environment(work) <- list2env(list(mark = attr(cl, "mark")), parent = globalenv())
+    for (i in 1:4) parallel:::sendCall(cl[[i]], work, list(i))
+    expect_true(wait_until(function() all(file.exists(paste0(attr(cl, "mark"), 3:4)))))
+    pids <- attr(cl, "pids")[-(1:2)]
+    expect_true(wait_until(function() all(vapply(pids, proc_state, "") == "S")))
+    tools::pskill(if (whose == "worker") pids[[3L]] else agentPids(cl)[[2L]], 9)
+    receive <- function(i) tryCatch(parallel:::recvResult(cl[[i]]), rustcluster_host_failed = conditionMessage)
+    got <- with_reports(lapply(1:4, receive))
+    if (whose == "worker") {
+      expect_identical(got$value, lapply(1:4, work))
+      expect_match(got$told, "worker 3 .*signal 9")
+    } else {
+      # What is sent by hand is bound to its node.
+      expect_identical(got$value[1:2], lapply(1:2, work))
+      expect_match(unlist(got$value[3:4]), "127.0.0.1.*signal 9")
+    }
+    expect_ends_well(cl)
+  }
+})
+
+test_that("a host that fails while it is stopped costs no other its end", {
+  # The exit handlers of the good host run to their end.
+  for (i in seq_along(failures)) {
+    cl <- two_hosts(failures[[i]])
+    done <- tempfile(c("done-", "done-"))
+    clusterApply(cl[1:2], done, function(done) {
+      assign(".Last", eval(bquote(function() {
+        Sys.sleep(0.3)
+        file.create(.(done))
+      })), globalenv())
+      NULL
+    })
+    clusterEvalQ(cl[3:4], {
+      .Last <- function() fail()
+    })
+    expect_ends_well(cl)
+    expect_identical(file.exists(done), c(TRUE, TRUE), info = deparse(failures[[i]]))
+    expect_true(dir.exists(attr(cl, "mark")))
+  }
+  for (pid in c("worker", if (long_tests()) "agent")) {
+    cl <- two_hosts(quote(NULL))
+    tools::pskill(attr(cl, "pids")[[if (pid == "worker") 5L else 2L]], tools::SIGSTOP)
+    expect_ends_well(cl)
+  }
+})
+
+# ---- what is told -----------------------------------------------------------------
 
 test_that("a full temporary directory is told as that", {
   if (Sys.info()[["effective_user"]] != "root") skip("only root can mount")
