@@ -1,23 +1,28 @@
 # The generics of parallel that a cluster lives by: with these methods all its verbs work.
 #
-# A verb of parallel sends its tasks and receives their answers from one frame. When that frame
-# is left before all answers are in (an interrupt, an error, a lost worker), the rest must be
-# cancelled, or the next verb would take old answers for its own. So the first send from a verb's
-# frame opens a job and hangs its end on the frame's exit: while a job is open, its verb runs.
+# A verb of parallel sends its tasks and receives their answers from one frame. At its first send the whole
+# job is run here, and the verb returns with the results: see parallel-internals.R. What cannot be run so
+# (nodes of several clusters, a verb of snow's, a version of parallel that looks different) goes on task by
+# task. When the verb's frame is left before all answers are in (an interrupt, an error, a lost worker), the
+# rest must be cancelled, or the next verb would take old answers for its own. So the first send from a
+# verb's frame opens a job and hangs its end on the frame's exit: while a job is open, its verb runs.
 
 #' @exportS3Method parallel::sendData
 #' @exportS3Method snow::sendData
 sendData.RustNode <- function(node, data) {
   # Not `[[`, which looks for a method first: this is done once a task.
   handle <- .subset2(node, "handle")
-  # What the task is made of may be the result of another call.
-  force(data)
-  # stopNode() sends this. A node that has been stopped is stopped again without an error.
-  if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
   frames <- sys.nframe()
   if (handle$job != noJob) closeStale(handle, frames)
+  verb <- if (handle$job == noJob) sendingVerb(frames)
+  # Returns from the verb if its job can be run as a whole.
+  if (!is.null(verb)) runVerb(verb)
+  # What the task is made of may be the result of another call. Errors of that name this function, as with PSOCK.
+  serialize <- function(data, con) data
+  data <- serialize(data, node$con)
+  # stopNode() sends this. A node that has been stopped is stopped again without an error.
+  if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
   if (handle$job == noJob) {
-    verb <- verbOf(frames)
     if (!is.null(verb)) {
       job <- openJob(handle, verb$depth, frames, settingOf(verb$name, data$data))
       do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(verb$depth))
@@ -95,46 +100,6 @@ settingOf <- function(verb, call) {
     clusterSetRNGStream = ".Random.seed",
     clusterCall = if (isGets(call$fun)) call$args[[1L]] else loopOf(call)
   )
-}
-
-# The function by which clusterExport() of parallel, or of snow, assigns a variable on a worker.
-isGets <- function(fun) {
-  identical(fun, parallels$gets) ||
-    (isNamespaceLoaded("snow") && identical(fun, get("gets", environment(asNamespace("snow")$clusterExport))))
-}
-
-# The functions of parallel that send tasks and receive the answers from one frame, and others that we
-# need to know. Filled when the package is loaded.
-parallels <- new.env(parent = emptyenv())
-
-findParallels <- function() {
-  names <- c("clusterCall", "clusterSetRNGStream", "staticClusterApply", "dynamicClusterApply",
-             "checkForRemoteErrors", "defaultCluster", "stopNode")
-  namespace <- environment(parallel::clusterCall)
-  for (name in names) assign(name, get(name, namespace), parallels)
-  parallels$gets <- get("gets", environment(parallel::clusterExport))
-}
-
-# The verb that sends, by the number of its frame and its name; NULL for other code: what is sent by
-# that, or by hand, is received by it as it likes. Between a verb and the method are three functions of
-# parallel's, or of snow's. To look at a function copies it, so that no more are looked at than need be.
-verbOf <- function(frames) {
-  if (frames < 5L) return(NULL)
-  verb <- sys.function(frames - 4L)
-  for (name in c("clusterCall", "staticClusterApply", "clusterSetRNGStream")) {
-    if (isTheirs(verb, name)) return(list(depth = frames - 4L, name = name))
-  }
-  # It sends from a function of its own.
-  if (frames > 5L && isTheirs(sys.function(frames - 5L), "dynamicClusterApply")) {
-    return(list(depth = frames - 5L, name = "dynamicClusterApply"))
-  }
-  NULL
-}
-
-# Whether this is the function of this name that parallel has, or snow.
-isTheirs <- function(fun, name) {
-  identical(fun, parallels[[name]]) ||
-    (isNamespaceLoaded("snow") && identical(fun, asNamespace("snow")[[name]]))
 }
 
 handleFailed <- function(failure, handle) {

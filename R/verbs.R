@@ -57,8 +57,8 @@
 #' @name verbs
 NULL
 
-# Those above what hands out tasks are parallel's own, as this version of R has them, over ours: see
-# findVerbs().
+# All but clusterCall() and parLapplyLB() are parallel's own, as this version of R has them, over functions of
+# ours: see findVerbs().
 
 #' @rdname verbs
 #' @export
@@ -112,40 +112,6 @@ parRapply <- NULL
 #' @export
 parCapply <- NULL
 
-# Puts the verbs in their place, when the package is loaded. What they split and put together, and how,
-# is what this version of R does; below them are the functions here.
-findVerbs <- function(namespace = topenv()) {
-  theirs <- environment(parallel::clusterApply)
-  below <- new.env(parent = theirs)
-  below$clusterCall <- callNodes
-  below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
-  below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
-  below$gets <- parallels$gets
-  below$splitIndices <- cutIndices
-  below$splitList <- rebound("splitList", below)
-  names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",
-             "parLapplyLB", "parSapply", "parSapplyLB", "parApply", "parRapply", "parCapply")
-  for (name in names) {
-    verb <- rebound(name, below)
-    assign(name, verb, below)
-    assign(name, verb, namespace)
-  }
-  assign("clusterCall", callNodes, namespace)
-  # Their parLapplyLB() cuts elements into chunks before it knows how long they take.
-  parallels$chunked <- below$parLapplyLB
-  free <- freeElements
-  formals(free) <- formals(parallels$chunked)
-  below$parLapplyLB <- free
-  assign("parLapplyLB", free, namespace)
-}
-
-# parallel's function of this name, which finds ours before parallel's.
-rebound <- function(name, below) {
-  theirs <- get(name, parent.env(below))
-  environment(theirs) <- below
-  theirs
-}
-
 # The same as parallel's splitIndices() gives, whose cut() and split() look at each index: a tenth of
 # the time of a parLapply() over 1e5 short elements.
 cutIndices <- function(nx, ncl) {
@@ -156,19 +122,27 @@ cutIndices <- function(nx, ncl) {
   lapply(seq_along(breaks)[-1L], function(k) breaks[[k - 1L]] + seq_len(breaks[[k]] - breaks[[k - 1L]]))
 }
 
-# The body of parLapplyLB(), with its arguments.
+# In the place of parLapplyLB(), whose arguments it gets.
 freeElements <- function(cl, X, fun, ..., chunk.size) {
   defaultCluster <- parallels$defaultCluster
   chunked <- parallels$chunked
   cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
+  if (is.null(ranks) || !isFree(cl, X, fun)) return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
+  applyFree(cl, ranks, X, fun, list(...))
+}
+
+# Whether it may be left to the job which elements are sent together. How a vector with a class is taken apart is
+# known to its class alone, and what a name stands for to the workers. Elements that are no more than the nodes
+# go one to each.
+isFree <- function(cl, X, fun) {
+  length(X) > length(cl) && !is.object(X) && isPlain(X) && is.function(fun)
+}
+
+# parLapplyLB() without `chunk.size`.
+applyFree <- function(cl, ranks, X, fun, common) {
   n <- length(X)
-  # How a vector with a class is taken apart is known to its class alone, and what a name stands for to
-  # the workers.
-  if (is.null(ranks) || !n || is.object(X) || !isPlain(X) || !is.function(fun)) {
-    return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
-  }
-  job <- runJob(cl, ranks, n, fun, list(...), X, shares = "all")
+  job <- runJob(cl, ranks, n, fun, common, X, shares = "all")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))
@@ -190,9 +164,9 @@ handsOut <- function(name, round) {
     ranks <- nativeRanks(cl)
     if (is.null(ranks)) return(theirs(receivable(cl), fun, n, argfun))
     if (n <= 0L) return(invisible())
-    # Missing, it is missing here, as with parallel.
-    fun
-    checkedResults(runTasks(cl, ranks, fun, n, argfun, round))
+    # An error here, as with parallel.
+    if (missing(fun)) fun
+    checkedResults(runTasks(cl, ranks, environment(), round))
   }
 }
 
@@ -202,34 +176,18 @@ receivable <- function(cl) {
   cl
 }
 
-# `argfun` gives all arguments of a task by its number. Those that are the same for all tasks are
-# found where the verb has made it, if it is one of those that are known.
-runTasks <- function(cl, ranks, fun, n, argfun, round) {
-  made <- environment(argfun)
-  of_apply <- quote(c(list(x[[i]]), list(...)))
-  of_map <- quote(c(lapply(args, function(x) x[[i]]), MoreArgs))
-  if (identical(body(argfun), of_apply)) {
-    x <- made[["x"]]
-    elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
-    common <- eval(quote(list(...)), made)
-    runJob(cl, ranks, n, fun, common, elements, round)
-  } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
-    args <- made$args
-    elements <- function(i) lapply(args, function(x) x[[i]])
-    runJob(cl, ranks, n, fun, as.list(made$MoreArgs), elements, round, spread = TRUE)
-  } else {
-    runJob(cl, ranks, n, fun, list(), argfun, round, spread = TRUE)
-  }
-}
-
 # In the place of clusterCall(): the same call on all nodes.
 callNodes <- function(cl = NULL, fun, ...) {
   defaultCluster <- parallels$defaultCluster
   cl <- defaultCluster(cl)
   ranks <- nativeRanks(cl)
   if (is.null(ranks)) return(parallels$clusterCall(cl, fun, ...))
+  callAll(cl, ranks, fun, list(...))
+}
+
+callAll <- function(cl, ranks, fun, args) {
   handle <- cl[[1L]][["handle"]]
-  data <- list(fun = fun, args = list(...), return = TRUE, tag = NULL)
+  data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
   job <- beginJob(handle, sys.nframe(), settingOf("clusterCall", data))
   on.exit(closeJob(handle, job))
   sent <- hub_broadcast(

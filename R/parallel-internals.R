@@ -1,0 +1,224 @@
+# All that depends on how parallel is written inside, which R does not promise to keep. Each dependency has a
+# test that names it in tests/testthat/test-parallel-internals.R.
+#
+# parallel's verbs send task by task, through sendCall(), postNode() and the generic sendData(). At the first
+# send the verb's frame holds all that the job is made of. So our method of sendData() finds that frame, runs
+# the whole job as our own verb of that name does, and returns from that frame with the results. Nothing in
+# parallel's namespace is changed. Whatever is not as it is known here is left to go on task by task.
+
+# Functions of parallel, by their names, and `gets`, by which clusterExport() assigns a variable on a worker.
+# `namespace`: parallel's. `known`: of each verb, whether it is written as is known here.
+parallels <- new.env(parent = emptyenv())
+
+# Called when the package is loaded.
+findParallels <- function() {
+  names <- c("clusterCall", "clusterSetRNGStream", "staticClusterApply", "dynamicClusterApply", "clusterApplyLB",
+             "parLapplyLB", "checkForRemoteErrors", "defaultCluster", "stopNode")
+  namespace <- asNamespace("parallel")
+  for (name in names) assign(name, get(name, namespace), parallels)
+  parallels$gets <- get("gets", environment(parallel::clusterExport))
+  parallels$namespace <- namespace
+  parallels$known <- vapply(names(verbCode), function(name) isWrittenAs(parallels[[name]], verbCode[[name]]), NA)
+}
+
+# The arguments of the verbs that are run as a whole, and all names in their bodies, in order: the same from
+# R 4.2 to 4.6. A verb with others is not run as a whole.
+verbCode <- list(
+  clusterCall = list(
+    arguments = "cl fun ...",
+    names = "{ <- cl defaultCluster cl for i seq_along cl sendCall [[ cl i fun list ... checkForRemoteErrors lapply
+             cl recvResult"
+  ),
+  staticClusterApply = list(
+    arguments = "cl fun n argfun",
+    names = "{ <- cl defaultCluster cl <- p length cl if && > n p { <- val vector n <- start while <= start n {
+             <- end min n - + start p <- jobs + - end start for i : jobs sendCall [[ cl i fun argfun - + start i
+             <- [ val : start end lapply [ cl : jobs recvResult <- start + start jobs checkForRemoteErrors val"
+  ),
+  dynamicClusterApply = list(
+    arguments = "cl fun n argfun",
+    names = "{ <- cl defaultCluster cl <- p length cl if && > n p { <- submit function sendCall [[ cl node fun
+             argfun job job for i : min n p submit i i <- val vector n for i : n { <- d recvOneResult cl <- j + i
+             min n p if <= j n submit $ d node j <- [ val $ d tag list $ d value checkForRemoteErrors val"
+  ),
+  parLapplyLB = list(
+    arguments = "cl X fun ... chunk.size",
+    names = "{ <- cl defaultCluster cl <- nchunks dynamicNChunks length X length cl chunk.size do.call c
+             clusterApplyLB cl splitList X nchunks lapply fun ..."
+  )
+)
+
+isWrittenAs <- function(fun, code) {
+  words <- function(text) strsplit(text, "[[:space:]]+")[[1L]]
+  identical(names(formals(fun)), words(code$arguments)) && identical(all.names(body(fun)), words(code$names))
+}
+
+# The verb that sends, for a method of sendData() whose frame has this number; NULL for other code: what is sent
+# by that, or by hand, is received by it as it likes. A list of the number of the verb's frame (`depth`), its
+# `name`, and whether it is parallel's own (`own`) or snow's. Between a verb and the method are sendCall(),
+# postNode() and the generic. sys.function() copies a function, so that no more are asked for than need be.
+sendingVerb <- function(frames) {
+  if (frames < 5L) return(NULL)
+  verb <- verbAt(frames - 4L, c("clusterCall", "staticClusterApply", "clusterSetRNGStream"))
+  # dynamicClusterApply() sends from a function of its own.
+  if (is.null(verb) && frames > 5L) verb <- verbAt(frames - 5L, "dynamicClusterApply")
+  verb
+}
+
+verbAt <- function(depth, names) {
+  fun <- sys.function(depth)
+  for (name in names) {
+    if (isParallels(fun, name)) return(list(depth = depth, name = name, own = TRUE))
+    if (isSnows(fun, name)) return(list(depth = depth, name = name, own = FALSE))
+  }
+  NULL
+}
+
+# Whether this is parallel's function of this name, also as the default method of an S4 generic.
+isParallels <- function(fun, name) {
+  theirs <- parallels[[name]]
+  if (identical(fun, theirs)) return(TRUE)
+  is.function(fun) && identical(environment(fun), parallels$namespace) &&
+    identical(formals(fun), formals(theirs)) && identical(body(fun), body(theirs))
+}
+
+isSnows <- function(fun, name) isNamespaceLoaded("snow") && identical(fun, asNamespace("snow")[[name]])
+
+# The function by which clusterExport() of parallel, or of snow, assigns a variable on a worker.
+isGets <- function(fun) {
+  identical(fun, parallels$gets) ||
+    (isNamespaceLoaded("snow") && identical(fun, get("gets", environment(asNamespace("snow")$clusterExport))))
+}
+
+# Runs the whole job of the verb that sends its first task, and returns from the verb with the results, or raises
+# what the verb would. Returns from here, having done nothing, if the verb is to go on by itself. Nothing is
+# evaluated that the verb would not have evaluated for its first task.
+runVerb <- function(verb) {
+  if (!verb$own || !isTRUE(parallels$known[verb$name])) return()
+  frame <- sys.frame(verb$depth)
+  cl <- frame$cl
+  called <- verb$name == "clusterCall"
+  # There is nothing to gain for a call of one node.
+  if (called && length(cl) == 1L) return()
+  ranks <- nativeRanks(cl)
+  # Whoever measures by snow's hooks wants to see each message.
+  if (is.null(ranks) || !isFirstSend(verb$name, frame) || isTimed()) return()
+  if (called) {
+    fun <- evaluateWithin(serializing, quote(fun), frame)
+    returnFrom(frame, callAll(cl, ranks, fun, evaluateWithin(serializing, quote(list(...)), frame)))
+  }
+  round <- verb$name == "staticClusterApply"
+  chunking <- if (!round) chunkingFrame(verb$depth, cl)
+  if (!is.null(chunking)) {
+    common <- evaluateWithin(makingDynamic, quote(list(...)), chunking)
+    returnFrom(chunking, applyFree(cl, ranks, chunking$X, chunking$fun, common))
+  }
+  returnFrom(frame, checkedResults(runTasks(cl, ranks, frame, round)))
+}
+
+# Whether all of the job is still to be done, and what the verb's variables say is a number of tasks.
+isFirstSend <- function(name, frame) {
+  if (!identical(frame$i, 1L)) return(FALSE)
+  switch(name,
+    clusterCall = TRUE,
+    staticClusterApply = identical(frame$start, 1L) && isCount(frame$n),
+    dynamicClusterApply = is.null(frame$val) && isCount(frame$n)
+  )
+}
+
+isCount <- function(n) is.numeric(n) && length(n) == 1L && isTRUE(n >= 1 & n <= .Machine$integer.max & n == trunc(n))
+
+# The frame of the parLapplyLB() that calls the dynamicClusterApply() in this frame through do.call() and
+# clusterApplyLB(), if it leaves it to us which elements are sent together. NULL for none.
+chunkingFrame <- function(depth, cl) {
+  if (depth < 4L || !isTRUE(parallels$known["parLapplyLB"])) return(NULL)
+  if (!isParallels(sys.function(depth - 1L), "clusterApplyLB")) return(NULL)
+  if (!isParallels(sys.function(depth - 3L), "parLapplyLB")) return(NULL)
+  frame <- sys.frame(depth - 3L)
+  # parallel has an error of its own for a missing function.
+  if (!is.null(frame$chunk.size) || do.call("missing", list(quote(fun)), envir = frame)) return(NULL)
+  evaluateWithin(makingDynamic, quote(fun), frame)
+  if (isFree(cl, frame$X, frame$fun)) frame
+}
+
+# snow's hooks, which parallel calls for each message.
+isTimed <- function() isTRUE(get(".snowTimingData", parallels$namespace)$running())
+
+# The calls within which parallel evaluates a verb's arguments for its first task. R names them in errors such as
+# "object 'x' not found".
+serializing <- quote(serialize(data, node$con))
+makingStatic <- quote(argfun(start + i - 1L))
+makingDynamic <- quote(argfun(job))
+
+# The value of an expression in a frame of parallel's, evaluated within this call as far as errors tell.
+evaluateWithin <- function(call, expr, frame) {
+  within <- new.env(parent = baseenv())
+  do.call(delayedAssign, list("value", expr, frame, within))
+  fun <- function(...) value
+  environment(fun) <- within
+  assign(as.character(call[[1L]]), fun, within)
+  eval(call, within)
+}
+
+# Ends the frame's function with this value. Exit handlers of all frames above it are run.
+returnFrom <- function(frame, value) do.call("return", list(value), envir = frame)
+
+# Runs the tasks of the staticClusterApply() or dynamicClusterApply() in this frame: `argfun` there gives all
+# arguments of a task by its number. Those that are the same for all tasks are found where the verb has made
+# `argfun`, if that is one of those that are known. Returns what runJob() does.
+runTasks <- function(cl, ranks, frame, round) {
+  n <- frame$n
+  fun <- evaluateWithin(serializing, quote(fun), frame)
+  argfun <- frame$argfun
+  made <- environment(argfun)
+  of_apply <- quote(c(list(x[[i]]), list(...)))
+  of_map <- quote(c(lapply(args, function(x) x[[i]]), MoreArgs))
+  making <- if (round) makingStatic else makingDynamic
+  # As many tasks as nodes, or fewer: the first goes to the first node, and so on, as with parallel.
+  round <- round || n <= length(cl)
+  if (identical(body(argfun), of_apply)) {
+    x <- made[["x"]]
+    elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
+    runJob(cl, ranks, n, fun, evaluateWithin(making, quote(list(...)), made), elements, round)
+  } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
+    args <- made$args
+    elements <- function(i) lapply(args, function(x) x[[i]])
+    runJob(cl, ranks, n, fun, as.list(made$MoreArgs), elements, round, spread = TRUE)
+  } else {
+    runJob(cl, ranks, n, fun, list(), argfun, round, spread = TRUE)
+  }
+}
+
+# Puts the verbs in their place, when the package is loaded. What they split and put together, and how,
+# is what this version of R does; below them are the functions here.
+findVerbs <- function(namespace = topenv()) {
+  theirs <- environment(parallel::clusterApply)
+  below <- new.env(parent = theirs)
+  below$clusterCall <- callNodes
+  below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
+  below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
+  below$gets <- parallels$gets
+  below$splitIndices <- cutIndices
+  below$splitList <- rebound("splitList", below)
+  names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",
+             "parLapplyLB", "parSapply", "parSapplyLB", "parApply", "parRapply", "parCapply")
+  for (name in names) {
+    verb <- rebound(name, below)
+    assign(name, verb, below)
+    assign(name, verb, namespace)
+  }
+  assign("clusterCall", callNodes, namespace)
+  # Their parLapplyLB() cuts elements into chunks before it knows how long they take.
+  parallels$chunked <- below$parLapplyLB
+  free <- freeElements
+  formals(free) <- formals(parallels$chunked)
+  below$parLapplyLB <- free
+  assign("parLapplyLB", free, namespace)
+}
+
+# parallel's function of this name, which finds ours before parallel's.
+rebound <- function(name, below) {
+  theirs <- get(name, parent.env(below))
+  environment(theirs) <- below
+  theirs
+}
