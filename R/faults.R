@@ -108,12 +108,8 @@ noTime <- structure(
 # the one place where all results of a verb and what failed among them meet.
 #' @export
 as.character.rustcluster_failure <- function(x, ...) {
-  frames <- sys.nframe()
-  for (frame in rev(seq_len(frames))) {
-    if (isTheirs(sys.function(frame), "checkForRemoteErrors")) {
-      raiseTaskFailure(x, get("val", sys.frame(frame)))
-    }
-  }
+  results <- resultsChecked()
+  if (!is.null(results)) raiseTaskFailure(x, results)
   as.vector(unclass(x))
 }
 

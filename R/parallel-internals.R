@@ -84,6 +84,15 @@ isParallels <- function(fun, name) {
 
 isSnows <- function(fun, name) isNamespaceLoaded("snow") && identical(fun, asNamespace("snow")[[name]])
 
+# The results that a checkForRemoteErrors() which has called us looks through. NULL: none has.
+resultsChecked <- function() {
+  for (depth in rev(seq_len(sys.nframe()))) {
+    fun <- sys.function(depth)
+    if (isParallels(fun, "checkForRemoteErrors") || isSnows(fun, "checkForRemoteErrors")) return(sys.frame(depth)$val)
+  }
+  NULL
+}
+
 # The function by which clusterExport() of parallel, or of snow, assigns a variable on a worker.
 isGets <- function(fun) {
   identical(fun, parallels$gets) ||
@@ -103,18 +112,22 @@ runVerb <- function(verb) {
   ranks <- nativeRanks(cl)
   # Whoever measures by snow's hooks wants to see each message.
   if (is.null(ranks) || !isFirstSend(verb$name, frame) || isTimed()) return()
+  # parallel has an error of its own for that.
+  if (lacksFunction(frame)) return()
   if (called) {
     fun <- evaluateWithin(serializing, quote(fun), frame)
     returnFrom(frame, callAll(cl, ranks, fun, evaluateWithin(serializing, quote(list(...)), frame)))
   }
   round <- verb$name == "staticClusterApply"
-  chunking <- if (!round) chunkingFrame(verb$depth, cl)
+  chunking <- if (!round) chunkingFrame(verb$depth)
   if (!is.null(chunking)) {
     common <- evaluateWithin(makingDynamic, quote(list(...)), chunking)
     returnFrom(chunking, applyFree(cl, ranks, chunking$X, chunking$fun, common))
   }
   returnFrom(frame, checkedResults(runTasks(cl, ranks, frame, round)))
 }
+
+lacksFunction <- function(frame) do.call("missing", list(quote(fun)), envir = frame)
 
 # Whether all of the job is still to be done, and what the verb's variables say is a number of tasks.
 isFirstSend <- function(name, frame) {
@@ -130,15 +143,14 @@ isCount <- function(n) is.numeric(n) && length(n) == 1L && isTRUE(n >= 1 & n <= 
 
 # The frame of the parLapplyLB() that calls the dynamicClusterApply() in this frame through do.call() and
 # clusterApplyLB(), if it leaves it to us which elements are sent together. NULL for none.
-chunkingFrame <- function(depth, cl) {
+chunkingFrame <- function(depth) {
   if (depth < 4L || !isTRUE(parallels$known["parLapplyLB"])) return(NULL)
   if (!isParallels(sys.function(depth - 1L), "clusterApplyLB")) return(NULL)
   if (!isParallels(sys.function(depth - 3L), "parLapplyLB")) return(NULL)
   frame <- sys.frame(depth - 3L)
-  # parallel has an error of its own for a missing function.
-  if (!is.null(frame$chunk.size) || do.call("missing", list(quote(fun)), envir = frame)) return(NULL)
+  if (!is.null(frame$chunk.size) || lacksFunction(frame)) return(NULL)
   evaluateWithin(makingDynamic, quote(fun), frame)
-  if (isFree(cl, frame$X, frame$fun)) frame
+  if (isFree(frame$X, frame$fun)) frame
 }
 
 # snow's hooks, which parallel calls for each message.
@@ -179,7 +191,8 @@ runTasks <- function(cl, ranks, frame, round) {
   if (identical(body(argfun), of_apply)) {
     x <- made[["x"]]
     elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
-    runJob(cl, ranks, n, fun, evaluateWithin(making, quote(list(...)), made), elements, round)
+    common <- evaluateWithin(making, quote(list(...)), made)
+    runJob(cl, ranks, n, fun, common, elements, round)
   } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
     args <- made$args
     elements <- function(i) lapply(args, function(x) x[[i]])

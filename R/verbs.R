@@ -128,15 +128,14 @@ freeElements <- function(cl, X, fun, ..., chunk.size) {
   chunked <- parallels$chunked
   cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
-  if (is.null(ranks) || !isFree(cl, X, fun)) return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
+  if (is.null(ranks) || !isFree(X, fun)) return(chunked(cl, X, fun, ..., chunk.size = chunk.size))
   applyFree(cl, ranks, X, fun, list(...))
 }
 
 # Whether it may be left to the job which elements are sent together. How a vector with a class is taken apart is
-# known to its class alone, and what a name stands for to the workers. Elements that are no more than the nodes
-# go one to each.
-isFree <- function(cl, X, fun) {
-  length(X) > length(cl) && !is.object(X) && isPlain(X) && is.function(fun)
+# known to its class alone, and what a name stands for to the workers.
+isFree <- function(X, fun) {
+  length(X) && !is.object(X) && isPlain(X) && is.function(fun)
 }
 
 # parLapplyLB() without `chunk.size`.
