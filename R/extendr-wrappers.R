@@ -142,6 +142,13 @@ hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, ha
 #' @noRd
 hub_broadcast <- function(handle, ranks, job, message, lasts) .Call(wrap__hub_broadcast, handle, ranks, job, message, lasts)
 
+#' Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. `NULL`, and
+#' nothing has been done: the nodes are of several clusters, or some are there twice. Otherwise a list: of their values;
+#' of which nodes these are there; what came that is no answer, as hub_receive_any() returns it, or `NULL`; and whether
+#' all is done, and the job closed. No code of R's runs in that case, and no interrupt is heeded.
+#' @noRd
+hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, handle, nodes, job, message, lasts)
+
 #' Sends a task again that was lost.
 #' @noRd
 hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)

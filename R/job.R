@@ -9,7 +9,7 @@ nativeRanks <- function(cl) {
   # Ours that were beside others have this class alone.
   if (!inherits(cl, "cluster") || !length(cl)) return(NULL)
   ranks <- cluster_ranks(cl)
-  if (typeof(ranks) == "integer" && !anyDuplicated(ranks)) ranks
+  if (typeof(ranks) == "integer" && (length(ranks) == 1L || !anyDuplicated(ranks))) ranks
 }
 
 # Runs the tasks. `elements`: a vector, or a function of a task's number. Returns a list of `values`, the

@@ -18,7 +18,8 @@ findParallels <- function() {
   for (name in names) assign(name, get(name, namespace), parallels)
   parallels$gets <- get("gets", environment(parallel::clusterExport))
   parallels$namespace <- namespace
-  parallels$known <- vapply(names(verbCode), function(name) isWrittenAs(parallels[[name]], verbCode[[name]]), NA)
+  known <- lapply(names(verbCode), function(name) isWrittenAs(parallels[[name]], verbCode[[name]]))
+  parallels$known <- c(stats::setNames(known, names(verbCode)), clusterSetRNGStream = FALSE)
 }
 
 # The arguments of the verbs that are run as a whole, and all names in their bodies, in order: the same from
@@ -67,10 +68,11 @@ sendingVerb <- function(frames) {
 
 verbAt <- function(depth, names) {
   fun <- sys.function(depth)
-  for (name in names) {
-    if (isParallels(fun, name)) return(list(depth = depth, name = name, own = TRUE))
-    if (isSnows(fun, name)) return(list(depth = depth, name = name, own = FALSE))
-  }
+  home <- environment(fun)
+  own <- identical(home, parallels$namespace)
+  if (!own && !(isNamespaceLoaded("snow") && identical(home, asNamespace("snow")))) return(NULL)
+  is_theirs <- if (own) isParallels else isSnows
+  for (name in names) if (is_theirs(fun, name)) return(list(depth = depth, name = name, own = own))
   NULL
 }
 
@@ -99,25 +101,17 @@ isGets <- function(fun) {
     (isNamespaceLoaded("snow") && identical(fun, get("gets", environment(asNamespace("snow")$clusterExport))))
 }
 
-# Runs the whole job of the verb that sends its first task, and returns from the verb with the results, or raises
-# what the verb would. Returns from here, having done nothing, if the verb is to go on by itself. Nothing is
-# evaluated that the verb would not have evaluated for its first task.
-runVerb <- function(verb) {
-  if (!verb$own || !isTRUE(parallels$known[verb$name])) return()
+# Runs the whole job of the verb that is about to send its first task, unless it is clusterCall(), and returns from the
+# verb with the results, or raises what the verb would. Returns from here, having done nothing, if the verb is to go
+# on by itself. Nothing is evaluated that the verb would not have evaluated for its first task.
+runTasksOf <- function(verb) {
+  if (verb$name == "clusterCall") return()
   frame <- sys.frame(verb$depth)
+  if (!isWhole(verb, frame)) return()
   cl <- frame$cl
-  called <- verb$name == "clusterCall"
-  # There is nothing to gain for a call of one node.
-  if (called && length(cl) == 1L) return()
   ranks <- nativeRanks(cl)
-  # Whoever measures by snow's hooks wants to see each message.
-  if (is.null(ranks) || !isFirstSend(verb$name, frame) || isTimed()) return()
-  # parallel has an error of its own for that.
-  if (lacksFunction(frame)) return()
-  if (called) {
-    fun <- evaluateWithin(serializing, quote(fun), frame)
-    returnFrom(frame, callAll(cl, ranks, fun, evaluateWithin(serializing, quote(list(...)), frame)))
-  }
+  # parallel has an error of its own for a missing function.
+  if (is.null(ranks) || lacksFunction(frame) || !isCount(frame$n)) return()
   round <- verb$name == "staticClusterApply"
   chunking <- if (!round) chunkingFrame(verb$depth)
   if (!is.null(chunking)) {
@@ -127,24 +121,31 @@ runVerb <- function(verb) {
   returnFrom(frame, checkedResults(runTasks(cl, ranks, frame, round)))
 }
 
-lacksFunction <- function(frame) do.call("missing", list(quote(fun)), envir = frame)
-
-# Whether all of the job is still to be done, and what the verb's variables say is a number of tasks.
-isFirstSend <- function(name, frame) {
-  if (!identical(frame$i, 1L)) return(FALSE)
-  switch(name,
-    clusterCall = TRUE,
-    staticClusterApply = identical(frame$start, 1L) && isCount(frame$n),
-    dynamicClusterApply = is.null(frame$val) && isCount(frame$n)
-  )
+# The same for clusterCall(), whose message is the same for all nodes.
+runCallOf <- function(verb, message) {
+  if (verb$name != "clusterCall") return()
+  frame <- sys.frame(verb$depth)
+  if (!isWhole(verb, frame)) return()
+  values <- callAll(frame$cl, message)
+  if (!is.null(values)) returnFrom(frame, values)
 }
+
+# Whether the job of the verb in this frame can be run as a whole: it is written as is known here, all is still to be
+# done, and nobody measures by snow's hooks, which parallel calls for each message.
+isWhole <- function(verb, frame) {
+  verb$own && parallels$known[[verb$name]] && identical(frame$i, 1L) &&
+    switch(verb$name, staticClusterApply = frame$start == 1L, dynamicClusterApply = is.null(frame$val), TRUE) &&
+    !isTRUE(parallels$namespace$.snowTimingData$running())
+}
+
+lacksFunction <- function(frame) do.call("missing", list(quote(fun)), envir = frame)
 
 isCount <- function(n) is.numeric(n) && length(n) == 1L && isTRUE(n >= 1 & n <= .Machine$integer.max & n == trunc(n))
 
 # The frame of the parLapplyLB() that calls the dynamicClusterApply() in this frame through do.call() and
 # clusterApplyLB(), if it leaves it to us which elements are sent together. NULL for none.
 chunkingFrame <- function(depth) {
-  if (depth < 4L || !isTRUE(parallels$known["parLapplyLB"])) return(NULL)
+  if (depth < 4L || !parallels$known$parLapplyLB) return(NULL)
   if (!isParallels(sys.function(depth - 1L), "clusterApplyLB")) return(NULL)
   if (!isParallels(sys.function(depth - 3L), "parLapplyLB")) return(NULL)
   frame <- sys.frame(depth - 3L)
@@ -152,9 +153,6 @@ chunkingFrame <- function(depth) {
   evaluateWithin(makingDynamic, quote(fun), frame)
   if (isFree(frame$X, frame$fun)) frame
 }
-
-# snow's hooks, which parallel calls for each message.
-isTimed <- function() isTRUE(get(".snowTimingData", parallels$namespace)$running())
 
 # The calls within which parallel evaluates a verb's arguments for its first task. R names them in errors such as
 # "object 'x' not found".

@@ -16,7 +16,7 @@ sendData.RustNode <- function(node, data) {
   if (handle$job != noJob) closeStale(handle, frames)
   verb <- if (handle$job == noJob) sendingVerb(frames)
   # Returns from the verb if its job can be run as a whole.
-  if (!is.null(verb)) runVerb(verb)
+  if (!is.null(verb)) runTasksOf(verb)
   # What the task is made of may be the result of another call. Errors of that name this function, as with PSOCK.
   serialize <- function(data, con) data
   data <- serialize(data, node$con)
@@ -24,6 +24,7 @@ sendData.RustNode <- function(node, data) {
   if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
   if (handle$job == noJob) {
     if (!is.null(verb)) {
+      runCallOf(verb, data)
       job <- openJob(handle, verb$depth, frames, settingOf(verb$name, data$data))
       do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(verb$depth))
     }
@@ -60,15 +61,22 @@ noJob <- 0
 # close it.
 openJob <- function(handle, depth, frames, lasts) {
   handle$jobs <- handle$jobs + 1
+  continueJob(handle, handle$jobs, depth, frames, lasts)
+}
+
+# The same for a job with a number, of which something has been sent.
+continueJob <- function(handle, job, depth, frames, lasts) {
   # Of a call that one of its warnings has ended: they must not end this one.
-  untold <- handle$untold
-  handle$untold <- list()
-  for (condition in untold) message(conditionMessage(condition))
+  if (length(handle$untold)) {
+    untold <- handle$untold
+    handle$untold <- list()
+    for (condition in untold) message(conditionMessage(condition))
+  }
   handle$frames <- frames
   handle$depth <- depth
   openFrames[[handle$id]] <- sys.frame(depth)
   handle$lasts <- lasts
-  handle$job <- handle$jobs
+  handle$job <- job
 }
 
 # The same for a verb of ours, whose frame has this number.
@@ -85,12 +93,12 @@ closeJob <- function(handle, job) {
       handle$job <- noJob
       handle$lasts <- NULL
       handle$policy <- NULL
-      assign(handle$id, NULL, openFrames)
+      openFrames[[handle$id]] <- NULL
     }
     if (length(handle$losses)) handle$losses <- list()
-    show(events, handle)
+    if (!is.null(events)) show(events, handle)
   })
-  tell(handle)
+  if (length(handle$untold)) tell(handle)
 }
 
 # What clusterCall() does on a worker lasts, and so does what clusterExport() and clusterEvalQ(), which
@@ -98,7 +106,7 @@ closeJob <- function(handle, job) {
 settingOf <- function(verb, call) {
   switch(verb,
     clusterSetRNGStream = ".Random.seed",
-    clusterCall = if (isGets(call$fun)) call$args[[1L]] else loopOf(call)
+    clusterCall = if (length(call$args) < 2L) "" else if (isGets(call$fun)) call$args[[1L]] else loopOf(call)
   )
 }
 
@@ -129,13 +137,18 @@ recvOneData.RustCluster <- function(cl) {
   if (!length(cl)) badArgument("cl", "has no nodes")
   handle <- cl[[1L]][["handle"]]
   if (is.null(handle)) return(receiveOfAny(cl))
+  nextAnswer(cl, handle, hub_receive_any(handle$pointer, cl))
+}
+
+# `result`: the first that was received.
+nextAnswer <- function(cl, handle, result) {
   repeat {
-    result <- hub_receive_any(handle$pointer, cl)
     if (typeof(result) == "list") return(result)
     if (typeof(result) == "character" && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
     answer <- noAnswer(result, handle)
     if (typeof(result) == "logical") return(answer)
     if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
+    result <- hub_receive_any(handle$pointer, cl)
   }
 }
 

@@ -179,26 +179,37 @@ receivable <- function(cl) {
 callNodes <- function(cl = NULL, fun, ...) {
   defaultCluster <- parallels$defaultCluster
   cl <- defaultCluster(cl)
-  ranks <- nativeRanks(cl)
-  if (is.null(ranks)) return(parallels$clusterCall(cl, fun, ...))
-  callAll(cl, ranks, fun, list(...))
+  message <- list(type = "EXEC", data = list(fun = fun, args = list(...), return = TRUE, tag = NULL), tag = NULL)
+  values <- callAll(cl, message)
+  if (is.null(values)) parallels$clusterCall(cl, fun, ...) else values
 }
 
-callAll <- function(cl, ranks, fun, args) {
-  handle <- cl[[1L]][["handle"]]
-  data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
-  job <- beginJob(handle, sys.nframe(), settingOf("clusterCall", data))
-  on.exit(closeJob(handle, job))
-  sent <- hub_broadcast(
-    handle$pointer, ranks, job, list(type = "EXEC", data = data, tag = NULL), handle$lasts
-  )
-  if (is.character(sent)) handleFailed(sent, handle)
-  checked(sent)
+# Sends the same message to all nodes and returns their values. NULL, and nothing has been done: they are not nodes of
+# one cluster of ours, or one is there twice.
+callAll <- function(cl, message) {
+  handle <- if (length(cl)) cl[[1L]][["handle"]]
+  if (is.null(handle)) return(NULL)
+  if (handle$job != noJob) closeStale(handle, sys.nframe())
+  if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
+  job <- handle$jobs <- handle$jobs + 1
+  lasts <- settingOf("clusterCall", message$data)
+  done <- FALSE
+  on.exit(if (!done) closeJob(handle, job))
+  called <- hub_call(handle$pointer, cl, job, message, lasts)
+  if (is.null(called) || (typeof(called) == "list" && called[[4L]])) {
+    done <- TRUE
+    return(called[[1L]])
+  }
+  continueJob(handle, job, sys.nframe(), 0L, lasts)
+  if (is.character(called)) handleFailed(called, handle)
+  answers <- checked(called)[[1L]]
   # As they come: what waits for its turn would go through memory twice.
-  answers <- vector("list", length(cl))
-  for (i in seq_along(cl)) {
-    answer <- recvOneData.RustCluster(cl)
+  result <- called[[3L]]
+  for (i in seq_len(sum(!called[[2L]]))) {
+    if (is.null(result)) result <- hub_receive_any(handle$pointer, cl)
+    answer <- nextAnswer(cl, handle, result)
     answers[answer$node] <- list(answer$value$value)
+    result <- NULL
   }
   checkForRemoteErrors <- parallels$checkForRemoteErrors
   recvResult <- identity

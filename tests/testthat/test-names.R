@@ -88,8 +88,8 @@ ways <- alist(
   "1" = clusterApply(cl[2:3], 1:9, sqrt),
   "1" = clusterApplyLB(cl[1], 1:3, sqrt),
   "1" = parLapplyLB(cl[c(4, 1)], 1:9, sqrt),
-  # What there is nothing to gain for, or what is not as usual.
-  "0" = clusterCall(cl[1], sum, 1),
+  # Nodes that are there twice, of which the order of tasks is known.
+  "1" = clusterCall(cl[1], sum, 1),
   "0" = clusterCall(cl[c(1, 1, 2)], sum, 1),
   "0" = clusterApply(cl[c(1, 1, 2)], 1:9, sqrt),
   "0" = clusterApply(cl, list(), sqrt),

@@ -26,7 +26,7 @@ use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// R's thread waits in slices of this length, and lets R look for interrupts in between.
 pub const SLICE: Duration = Duration::from_millis(100);
@@ -618,6 +618,76 @@ fn hub_broadcast(handle: Robj, ranks: &[i32], job: f64, message: Robj, lasts: Ro
     })
 }
 
+/// Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. `NULL`, and
+/// nothing has been done: the nodes are of several clusters, or some are there twice. Otherwise a list: of their values;
+/// of which nodes these are there; what came that is no answer, as hub_receive_any() returns it, or `NULL`; and whether
+/// all is done, and the job closed. No code of R's runs in that case, and no interrupt is heeded.
+/// @noRd
+#[extendr]
+fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let Ok(ranks) = ranks_of(&nodes) else {
+            return Ok(().into());
+        };
+        let size = cluster.hub.borrow().size();
+        let mut places = vec![ABSENT; size];
+        let mut owners = Vec::with_capacity(ranks.len());
+        for (at, &rank) in ranks.iter().enumerate() {
+            let owner = rank_of(&cluster.hub.borrow(), rank)?;
+            let place = &mut places[owner as usize];
+            if *place != ABSENT {
+                return Ok(().into());
+            }
+            *place = at as u32;
+            owners.push(owner);
+        }
+        let job = job as JobId;
+        let lasts = lasts.as_str().map(name_of);
+        let sent = broadcast(cluster, &owners, job, &message, lasts)?;
+        if !sent.is_null() {
+            return Ok(sent);
+        }
+        let began = Instant::now();
+        let mut values = List::new(owners.len());
+        let mut there = vec![false; owners.len()];
+        let mut missing = owners.len();
+        let mut next: Robj = ().into();
+        // R then looks for interrupts.
+        while missing > 0 && next.is_null() && began.elapsed() < SLICE {
+            let answer = {
+                let mut hub = cluster.hub.borrow_mut();
+                hub.receive_any(|rank| places[rank as usize] != ABSENT, SLICE)
+            };
+            match answered(cluster, answer, |rank| places[rank as usize] as i32 + 1) {
+                Ok(answer) => match placed(&answer) {
+                    Some((at, value)) => {
+                        let set = values.set_elt(at, value);
+                        set.map_err(|_| Failure::new("no_task"))?;
+                        there[at] = true;
+                        missing -= 1;
+                    }
+                    None => next = answer,
+                },
+                Err(failure) => next = failure.into(),
+            }
+        }
+        let done = missing == 0 && !cluster.hub.borrow().has_events();
+        if done {
+            close_job(cluster, job);
+        }
+        Ok(list!(values, there, next, done).into())
+    })
+}
+
+/// The place, from 0, and the value of an answer that was read with its place.
+fn placed(answer: &Robj) -> Option<(usize, Robj)> {
+    let fields = answer.as_list()?;
+    let place = fields.elt(0).ok()?.as_integer()?;
+    // After its type.
+    let value = fields.elt(1).ok()?.as_list()?.elt(1).ok()?;
+    Some((usize::try_from(place).ok()?.checked_sub(1)?, value))
+}
+
 fn broadcast(
     cluster: &Cluster,
     owners: &[Rank],
@@ -1188,21 +1258,20 @@ fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
     let list = nodes.as_list().ok_or_else(|| bad("not a list of nodes"))?;
     let mut first = None;
     let rank = |node: Robj| {
-        let fields: HashMap<&str, Robj> = match node.as_list() {
-            Some(fields) => fields.iter().collect(),
-            None => return Err(bad("not a list of nodes")),
-        };
         let several = || Failure::new("several_clusters");
+        let fields = node.as_list().ok_or_else(|| bad("not a list of nodes"))?;
+        let field = |wanted: &str| {
+            let mut fields = fields.iter();
+            fields.find_map(|(name, value)| (name == wanted).then_some(value))
+        };
         // Nodes of other packages have no handle.
-        let handle = fields
-            .get("handle")
-            .filter(|handle| handle.is_environment());
+        let handle = field("handle").filter(|handle| handle.is_environment());
         // SAFETY: addresses are compared, not used.
         let own = unsafe { handle.ok_or_else(several)?.get() };
         if *first.get_or_insert(own) != own {
             return Err(several());
         }
-        Ok(fields.get("rank").and_then(Robj::as_integer).unwrap_or(0))
+        Ok(field("rank").and_then(|rank| rank.as_integer()).unwrap_or(0))
     };
     list.values().map(rank).collect()
 }
@@ -1385,6 +1454,7 @@ extendr_module! {
     fn hub_gone;
     fn hub_send;
     fn hub_broadcast;
+    fn hub_call;
     fn hub_try_again;
     fn hub_give_up;
     fn hub_forget;

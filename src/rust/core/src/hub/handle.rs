@@ -1104,6 +1104,11 @@ impl Hub {
         self.core().inbox.hosts.clone()
     }
 
+    /// Whether something has come to be shown.
+    pub fn has_events(&self) -> bool {
+        self.core().inbox.has_events()
+    }
+
     /// What has come to be shown since the last call.
     pub fn take_events(&self) -> Vec<Event> {
         self.core().inbox.take_events()

@@ -299,6 +299,11 @@ impl Inbox {
         }
     }
 
+    /// Whether something has come to be shown.
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
     /// What has come to be shown since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
         self.output = 0;
