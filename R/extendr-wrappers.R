@@ -142,12 +142,16 @@ hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, ha
 #' @noRd
 hub_broadcast <- function(handle, ranks, job, message, lasts) .Call(wrap__hub_broadcast, handle, ranks, job, message, lasts)
 
-#' Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. `NULL`, and
-#' nothing has been done: the nodes are of several clusters, or some are there twice. Otherwise a list: of their values;
-#' of which nodes these are there; what came that is no answer, as hub_receive_any() returns it, or `NULL`; and whether
-#' all is done, and the job closed. No code of R's runs in that case, and no interrupt is heeded.
+#' Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. Returns a list of
+#' their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
+#' has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
 #' @noRd
 hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, handle, nodes, job, message, lasts)
+
+#' What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
+#' answer, as hub_receive_any() returns it, or `NULL`.
+#' @noRd
+hub_called <- function(handle) .Call(wrap__hub_called, handle)
 
 #' Sends a task again that was lost.
 #' @noRd

@@ -60,7 +60,11 @@ isWrittenAs <- function(fun, code) {
 # postNode() and the generic. sys.function() copies a function, so that no more are asked for than need be.
 sendingVerb <- function(frames) {
   if (frames < 5L) return(NULL)
-  verb <- verbAt(frames - 4L, c("clusterCall", "staticClusterApply", "clusterSetRNGStream"))
+  # What is most frequent, and takes least, first.
+  if (identical(sys.function(frames - 4L), parallels$clusterCall)) {
+    return(list(depth = frames - 4L, name = "clusterCall", own = TRUE))
+  }
+  verb <- verbAt(frames - 4L, c("staticClusterApply", "clusterSetRNGStream", "clusterCall"))
   # dynamicClusterApply() sends from a function of its own.
   if (is.null(verb) && frames > 5L) verb <- verbAt(frames - 5L, "dynamicClusterApply")
   verb

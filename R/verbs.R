@@ -195,14 +195,16 @@ callAll <- function(cl, message) {
   lasts <- settingOf("clusterCall", message$data)
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
-  called <- hub_call(handle$pointer, cl, job, message, lasts)
-  if (is.null(called) || (typeof(called) == "list" && called[[4L]])) {
+  answers <- hub_call(handle$pointer, cl, job, message, lasts)
+  if (is.null(answers) || typeof(answers) == "list") {
     done <- TRUE
-    return(called[[1L]])
+    return(answers)
   }
   continueJob(handle, job, sys.nframe(), 0L, lasts)
-  if (is.character(called)) handleFailed(called, handle)
-  answers <- checked(called)[[1L]]
+  if (is.character(answers)) handleFailed(answers, handle)
+  checked(answers)
+  called <- hub_called(handle$pointer)
+  answers <- called[[1L]]
   # As they come: what waits for its turn would go through memory twice.
   result <- called[[3L]]
   for (i in seq_len(sum(!called[[2L]]))) {

@@ -10,7 +10,10 @@ use crate::stream::{self, Format, Sink};
 use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
-use extendr_ffi::{Rf_protect, Rf_unprotect, SEXP};
+use extendr_ffi::{
+    R_NamesSymbol, Rf_getAttrib, Rf_protect, Rf_unprotect, INTEGER_ELT, REAL_ELT, R_CHAR,
+    SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
+};
 use rustcluster_core::agent;
 use rustcluster_core::hub::{
     Answer, Begun, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB, RECORD_LIMIT,
@@ -23,7 +26,7 @@ use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId, MOST_SHARED};
 use rustcluster_core::share;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_void, CStr};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -59,6 +62,8 @@ pub struct Cluster {
     payloads: RefCell<Vec<(JobId, PayloadId)>>,
     /// An answer that R has been told of, and is to take with [`hub_read`].
     unread: Cell<Option<Unread>>,
+    /// What hub_called() is to tell.
+    called: Cell<Option<Called>>,
     /// Calls that were dropped while the hub was in use.
     dropped: RefCell<Vec<TaskId>>,
     /// The task whose answer is being read, or could not be read because R jumped, and the place of its
@@ -271,6 +276,7 @@ fn hub_start(
                 nodes: Cell::new(None),
                 plain: Cell::default(),
                 last: Cell::new(None),
+                called: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
@@ -618,10 +624,16 @@ fn hub_broadcast(handle: Robj, ranks: &[i32], job: f64, message: Robj, lasts: Ro
     })
 }
 
-/// Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. `NULL`, and
-/// nothing has been done: the nodes are of several clusters, or some are there twice. Otherwise a list: of their values;
-/// of which nodes these are there; what came that is no answer, as hub_receive_any() returns it, or `NULL`; and whether
-/// all is done, and the job closed. No code of R's runs in that case, and no interrupt is heeded.
+/// What hub_call() has had of answers when it stopped to wait.
+struct Called {
+    values: Robj,
+    there: Vec<bool>,
+    next: Robj,
+}
+
+/// Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. Returns a list of
+/// their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
+/// has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
 /// @noRd
 #[extendr]
 fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> Robj {
@@ -629,8 +641,7 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
         let Ok(ranks) = ranks_of(&nodes) else {
             return Ok(().into());
         };
-        let size = cluster.hub.borrow().size();
-        let mut places = vec![ABSENT; size];
+        let mut places = vec![ABSENT; cluster.hub.borrow().size()];
         let mut owners = Vec::with_capacity(ranks.len());
         for (at, &rank) in ranks.iter().enumerate() {
             let owner = rank_of(&cluster.hub.borrow(), rank)?;
@@ -648,44 +659,79 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
             return Ok(sent);
         }
         let began = Instant::now();
-        let mut values = List::new(owners.len());
-        let mut there = vec![false; owners.len()];
+        let mut called = Called {
+            values: List::new(owners.len()).into(),
+            there: vec![false; owners.len()],
+            next: ().into(),
+        };
         let mut missing = owners.len();
-        let mut next: Robj = ().into();
         // R then looks for interrupts.
-        while missing > 0 && next.is_null() && began.elapsed() < SLICE {
+        while missing > 0 && called.next.is_null() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
                 hub.receive_any(|rank| places[rank as usize] != ABSENT, SLICE)
             };
             match answered(cluster, answer, |rank| places[rank as usize] as i32 + 1) {
-                Ok(answer) => match placed(&answer) {
-                    Some((at, value)) => {
-                        let set = values.set_elt(at, value);
-                        set.map_err(|_| Failure::new("no_task"))?;
-                        there[at] = true;
-                        missing -= 1;
-                    }
-                    None => next = answer,
+                Ok(answer) => match take_value(&answer, &mut called) {
+                    true => missing -= 1,
+                    false => called.next = answer,
                 },
-                Err(failure) => next = failure.into(),
+                Err(failure) => called.next = failure.into(),
             }
         }
-        let done = missing == 0 && !cluster.hub.borrow().has_events();
-        if done {
+        if missing == 0 && !cluster.hub.borrow().has_events() {
             close_job(cluster, job);
+            return Ok(called.values);
         }
-        Ok(list!(values, there, next, done).into())
+        cluster.called.set(Some(called));
+        Ok(true.into())
     })
 }
 
-/// The place, from 0, and the value of an answer that was read with its place.
-fn placed(answer: &Robj) -> Option<(usize, Robj)> {
-    let fields = answer.as_list()?;
-    let place = fields.elt(0).ok()?.as_integer()?;
-    // After its type.
-    let value = fields.elt(1).ok()?.as_list()?.elt(1).ok()?;
-    Some((usize::try_from(place).ok()?.checked_sub(1)?, value))
+/// Puts the value of an answer that was read with its place among the others. Returns whether it is one.
+fn take_value(answer: &Robj, called: &mut Called) -> bool {
+    // SAFETY: on R's thread, with live values; `values` is ours alone, and as long as `there`. Types and lengths are
+    // looked at first.
+    unsafe {
+        let list =
+            |value: SEXP, least| TYPEOF(value) == SEXPTYPE::VECSXP && XLENGTH(value) >= least;
+        let answer = answer.get();
+        if !list(answer, 2) || !list(VECTOR_ELT(answer, 1), 2) {
+            return false;
+        }
+        let place = VECTOR_ELT(answer, 0);
+        if TYPEOF(place) != SEXPTYPE::INTSXP || XLENGTH(place) != 1 {
+            return false;
+        }
+        let at = INTEGER_ELT(place, 0) - 1;
+        let Some(there) = usize::try_from(at)
+            .ok()
+            .and_then(|at| called.there.get_mut(at))
+        else {
+            return false;
+        };
+        *there = true;
+        // After its type.
+        SET_VECTOR_ELT(
+            called.values.get(),
+            at as isize,
+            VECTOR_ELT(VECTOR_ELT(answer, 1), 1),
+        );
+        true
+    }
+}
+
+/// What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
+/// answer, as hub_receive_any() returns it, or `NULL`.
+/// @noRd
+#[extendr]
+fn hub_called(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        Ok(match cluster.called.take() {
+            Some(called) => list!(called.values, called.there, called.next).into(),
+            None => ().into(),
+        })
+    })
 }
 
 fn broadcast(
@@ -1255,25 +1301,52 @@ fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
             .with("argument", "cl")
             .with("reason", reason)
     };
-    let list = nodes.as_list().ok_or_else(|| bad("not a list of nodes"))?;
-    let mut first = None;
-    let rank = |node: Robj| {
-        let several = || Failure::new("several_clusters");
-        let fields = node.as_list().ok_or_else(|| bad("not a list of nodes"))?;
-        let field = |wanted: &str| {
-            let mut fields = fields.iter();
-            fields.find_map(|(name, value)| (name == wanted).then_some(value))
-        };
-        // Nodes of other packages have no handle.
-        let handle = field("handle").filter(|handle| handle.is_environment());
-        // SAFETY: addresses are compared, not used.
-        let own = unsafe { handle.ok_or_else(several)?.get() };
-        if *first.get_or_insert(own) != own {
-            return Err(several());
+    let several = || Failure::new("several_clusters");
+    // SAFETY: on R's thread, with a live value that nothing changes meanwhile; types and lengths are looked at first,
+    // and none of these functions of R's jumps or allocates. Addresses of handles are compared, not used.
+    unsafe {
+        let list = nodes.get();
+        if TYPEOF(list) != SEXPTYPE::VECSXP {
+            return Err(bad("not a list of nodes"));
         }
-        Ok(field("rank").and_then(|rank| rank.as_integer()).unwrap_or(0))
-    };
-    list.values().map(rank).collect()
+        let mut first = None;
+        let rank = |i: isize| {
+            let node = VECTOR_ELT(list, i);
+            if TYPEOF(node) != SEXPTYPE::VECSXP {
+                return Err(bad("not a list of nodes"));
+            }
+            // Nodes of other packages have no handle.
+            let handle = field(node, c"handle").ok_or_else(several)?;
+            let own = TYPEOF(handle) == SEXPTYPE::ENVSXP;
+            if !own || *first.get_or_insert(handle) != handle {
+                return Err(several());
+            }
+            let rank = field(node, c"rank").filter(|&rank| XLENGTH(rank) == 1);
+            Ok(match rank.map(|rank| (TYPEOF(rank), rank)) {
+                Some((SEXPTYPE::INTSXP, rank)) => INTEGER_ELT(rank, 0),
+                Some((SEXPTYPE::REALSXP, rank)) => REAL_ELT(rank, 0) as i32,
+                _ => 0,
+            })
+        };
+        (0..XLENGTH(list)).map(rank).collect()
+    }
+}
+
+/// The element of this name in a list.
+///
+/// # Safety
+/// On R's thread, with a live list.
+unsafe fn field(list: SEXP, name: &CStr) -> Option<SEXP> {
+    // SAFETY: the caller's; types and lengths are looked at first.
+    unsafe {
+        let names = Rf_getAttrib(list, R_NamesSymbol);
+        let count = XLENGTH(list);
+        if TYPEOF(names) != SEXPTYPE::STRSXP || XLENGTH(names) != count {
+            return None;
+        }
+        let is_named = |&i: &isize| CStr::from_ptr(R_CHAR(STRING_ELT(names, i))) == name;
+        (0..count).find(is_named).map(|i| VECTOR_ELT(list, i))
+    }
 }
 
 /// Each rank's place, from 1, in a list of nodes.
@@ -1392,8 +1465,9 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         close_job(cluster, job as JobId);
-        // R was interrupted before it took it.
+        // R was interrupted before it took them.
         cluster.unread.set(None);
+        cluster.called.set(None);
         Ok(events(cluster))
     })
 }
@@ -1455,6 +1529,7 @@ extendr_module! {
     fn hub_send;
     fn hub_broadcast;
     fn hub_call;
+    fn hub_called;
     fn hub_try_again;
     fn hub_give_up;
     fn hub_forget;
