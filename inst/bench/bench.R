@@ -12,13 +12,15 @@ quick <- "--quick" %in% arguments
 is_only <- startsWith(arguments, "only=")
 only <- unlist(strsplit(sub("^only=", "", arguments[is_only]), ","))
 sections <- c("startup", "roundtrip", "throughput", "apply", "compute", "frames", "export", "gather", "balance",
-              "latency", "memory", "idle", "thousand")
+              "names", "latency", "memory", "idle", "thousand")
 is_out <- startsWith(arguments, "out=")
 out <- sub("^out=", "", arguments[is_out])
 unknown <- c(setdiff(only, sections), setdiff(arguments[!is_only & !is_out], "--quick"))
 if (length(unknown)) {
   stop("unknown: ", toString(unknown), "; the sections are ", toString(sections))
 }
+# These sections, too, measure parallel's own names.
+if ("names" %in% only) only <- c(only, "roundtrip", "throughput", "export")
 wanted <- function(name) !length(only) || name %in% only
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
@@ -55,14 +57,14 @@ if (wanted("startup")) {
 }
 
 if (wanted("roundtrip")) {
-  section("Round trip of clusterCall(cl[1], identity, 1L), median")
+  section("Round trip of clusterCall(cl, identity, 1L), median")
   report_head("rc/PSOCK")
-  attempt(with_clusters(2L, function(clusters) {
-    calls <- if (quick) 200L else 500L
+  # The time of each call of these nodes, by parallel's name with both backends, and by ours (`native`).
+  call_times <- function(clusters, nodes, calls) {
     ways <- list(
-      psock = function() parallel::clusterCall(clusters$psock[1], identity, 1L),
-      ours = function() parallel::clusterCall(clusters$ours[1], identity, 1L),
-      native = function() rustcluster::clusterCall(clusters$ours[1], identity, 1L)
+      psock = function() parallel::clusterCall(clusters$psock[nodes], identity, 1L),
+      ours = function() parallel::clusterCall(clusters$ours[nodes], identity, 1L),
+      native = function() rustcluster::clusterCall(clusters$ours[nodes], identity, 1L)
     )
     spent <- lapply(ways, function(way) numeric())
     for (i in 1:10) for (name in names(ways)) {
@@ -73,13 +75,55 @@ if (wanted("roundtrip")) {
         as.numeric(Sys.time()) - as.numeric(start)
       }, 0))
     }
+    spent
+  }
+  attempt(with_clusters(2L, function(clusters) {
+    spent <- call_times(clusters, 1L, if (quick) 200L else 500L)
     time <- lapply(spent, median)
     ratio <- time$ours / time$psock
-    report("parallel::clusterCall()", micros(time$psock), micros(time$ours), ratio, at_most(ratio, 0.6))
+    report("parallel::clusterCall(), a node", micros(time$psock), micros(time$ours), ratio, at_most(ratio, 0.5))
     slow <- lapply(spent, quantile, 0.99, names = FALSE)
     report("  its 99th percentile", micros(slow$psock), micros(slow$ours), slow$ours / slow$psock)
-    report("clusterCall()", micros(time$psock), micros(time$native), time$native / time$psock)
+    report("clusterCall(), a node", micros(time$psock), micros(time$native), time$native / time$psock)
   }))
+  attempt(if (affordable("32 nodes", 32L, sum(each))) with_clusters(32L, function(clusters) {
+    time <- lapply(call_times(clusters, 1:32, if (quick) 20L else 50L), median)
+    ratio <- time$ours / time$psock
+    report("parallel::clusterCall(), 32 nodes", micros(time$psock), micros(time$ours), ratio, at_most(ratio, 0.5))
+    report("clusterCall(), 32 nodes", micros(time$psock), micros(time$native), time$native / time$psock)
+  }))
+}
+
+# Both backends with n workers, and what a function of each gives, in turns.
+compare <- function(n, measure) {
+  with_clusters(n, function(clusters) {
+    lapply(clusters, measure)
+    interleaved(times, function(backend) measure(clusters[[backend]]))
+  })
+}
+
+# The same for a verb: by parallel's name with both backends, as packages call it, and by ours
+# (`native`). `measure` gets the verb and the cluster.
+compare_names <- function(n, verb, measure, times) {
+  theirs <- getExportedValue("parallel", verb)
+  own <- getExportedValue("rustcluster", verb)
+  with_clusters(n, function(clusters) {
+    ways <- list(
+      psock = function() measure(theirs, clusters$psock),
+      ours = function() measure(theirs, clusters$ours),
+      native = function() measure(own, clusters$ours)
+    )
+    for (way in ways) way()
+    interleaved(times, function(way) ways[[way]](), names(ways))
+  })
+}
+elapsed <- function(code) system.time(code)[["elapsed"]]
+
+# The median of as many measurements as make up 0.3 seconds: of one, if that takes longer.
+several <- function(measure) {
+  spent <- numeric()
+  while (sum(spent) < 0.3) spent <- c(spent, measure())
+  median(spent)
 }
 
 if (wanted("throughput")) {
@@ -113,6 +157,18 @@ if (wanted("throughput")) {
     report(sprintf("clusterApplyLB(), %d workers", n), rate(psock), rate(native[[key]]), ratio,
            at_least(ratio, goals$native[[key]]))
   })
+  attempt(if (affordable("32 workers", 32L, sum(each))) {
+    tasks <- 30000L
+    time <- compare_names(32L, "clusterApplyLB", function(verb, cl) {
+      several(function() tasks / tasks_a_second(verb, cl, tasks))
+    }, min(times, 3L))
+    per <- lapply(time, function(time) tasks / time)
+    ratio <- per$ours / per$psock
+    report("parallel::clusterApplyLB(), 32 workers", rate(per$psock), rate(per$ours), ratio, at_least(ratio, 50))
+    part <- per$ours / per$native
+    report("  of the rate of clusterApplyLB()", ours = sprintf("%.2f", part), goal = at_least(part, 0.9))
+    report("clusterApplyLB(), 32 workers", rate(per$psock), rate(per$native), per$native / per$psock)
+  })
   attempt(if (affordable("1000 workers", 1000L, each[["ours"]])) {
     many <- measure(rustcluster::clusterApplyLB, "ours", 1000L, 2000000L)
     report("clusterApplyLB(), 1000 workers", ours = rate(many))
@@ -122,15 +178,6 @@ if (wanted("throughput")) {
     }
   })
 }
-
-# Both backends with n workers, and what a function of each gives, in turns.
-compare <- function(n, measure) {
-  with_clusters(n, function(clusters) {
-    lapply(clusters, measure)
-    interleaved(times, function(backend) measure(clusters[[backend]]))
-  })
-}
-elapsed <- function(code) system.time(code)[["elapsed"]]
 
 # Our verbs take any cluster: parallel's do the work for PSOCK.
 if (wanted("apply")) {
@@ -213,15 +260,36 @@ if (wanted("export")) {
   attempt(if (affordable("32 workers", 32L, sum(each) + 200)) {
     big <- stats::runif(50e6 / 8)
     this <- environment()
-    time <- compare(32L, function(cl) elapsed(rustcluster::clusterExport(cl, "big", this)))
-    ratio <- time$psock / time$ours
-    report("time", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 5))
-    with_clusters(32L, function(clusters) {
-      rustcluster::clusterExport(clusters$ours, "times", this)
-      invisible(gc())
-      grown <- peak_growth(rustcluster::clusterExport(clusters$ours, "big", this))
-      report("the head's peak above the object", ours = megabytes(grown), goal = at_most(grown, 16, " MB"))
-    }, "ours")
+    time <- compare_names(32L, "clusterExport", function(verb, cl) {
+      several(function() elapsed(verb(cl, "big", this)))
+    }, times)
+    # MB by which the head grows at most, and a worker that has read the variable.
+    growth <- global(function(package) {
+      export <- getExportedValue(package, "clusterExport")
+      with_clusters(32L, function(clusters) {
+        this <- environment()
+        small <- 1
+        export(clusters$ours, "small", this)
+        big <- stats::runif(50e6 / 8)
+        pids <- workers(clusters$ours)
+        before <- mean(uss(pids))
+        invisible(gc())
+        head <- peak_growth(export(clusters$ours, "big", this))
+        parallel::clusterEvalQ(clusters$ours, sum(big))
+        c(head = head, worker = mean(uss(pids)) - before)
+      }, "ours")
+    })
+    show <- function(what, package, ours, limit) {
+      ratio <- time$psock / ours
+      report(what, seconds(time$psock), seconds(ours), ratio, at_least(ratio, limit))
+      grown <- in_new_session(growth, package)
+      report("  the head's peak above the object", ours = megabytes(grown[["head"]]),
+             goal = at_most(grown[["head"]], 16, " MB"))
+      report("  private memory a worker grows by", ours = megabytes(grown[["worker"]]),
+             goal = at_most(grown[["worker"]], 2, " MB"))
+    }
+    show("parallel::clusterExport()", "parallel", time$ours, 15)
+    show("clusterExport()", "rustcluster", time$native, 5)
   })
 }
 
@@ -254,6 +322,48 @@ if (wanted("balance")) {
     ratio <- lapply(time, `/`, max(free))
     report("time by that of the greedy one", sprintf("%.3f", ratio$psock), sprintf("%.3f", ratio$ours),
            goal = at_most(ratio$ours, 1.05))
+  })
+}
+
+# Code written for parallel calls it by its own names: functions of parallel, and packages that use it.
+# "roundtrip", "throughput" and "export" have the rest.
+if (wanted("names")) {
+  section("parLapply() of 32 elements with a common argument of 16 MB, 32 workers")
+  report_head("PSOCK/rc")
+  attempt(if (affordable("32 workers", 32L, sum(each) + 32)) {
+    common <- stats::runif(16e6 / 8)
+    fun <- global(function(i, common) length(common) + i)
+    time <- compare_names(32L, "parLapply", function(verb, cl) {
+      several(function() elapsed(verb(cl, 1:32, fun, common)))
+    }, min(times, 3L))
+    ratio <- time$psock / time$ours
+    report("parallel::parLapply()", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 8))
+    report("parLapply()", seconds(time$psock), seconds(time$native), time$psock / time$native)
+  })
+  section("Packages that call parallel, 8 workers")
+  report_head("PSOCK/rc")
+  packages <- list(
+    boot = function(cl) {
+      ratio <- global(function(d, w) sum(d$x * w) / sum(d$u * w))
+      boot::boot(boot::city, ratio, R = 2000, stype = "w", parallel = "snow", ncpus = length(cl), cl = cl)
+    },
+    # With the progress bar of an interactive session, for which it calls parLapply() a hundred times.
+    pbapply = function(cl) {
+      before <- pbapply::pboptions(type = "timer")
+      on.exit(pbapply::pboptions(before))
+      utils::capture.output(pbapply::pblapply(1:2000, sqrt, cl = cl))
+    }
+  )
+  calls <- c(boot = "boot::boot(), R = 2000", pbapply = "pbapply::pblapply(), 2000 elements")
+  for (package in names(packages)) attempt({
+    if (!requireNamespace(package, quietly = TRUE)) {
+      cat(sprintf("  %-34s skipped: %s is not installed\n", calls[[package]], package))
+    } else if (affordable("8 workers", 8L, sum(each))) {
+      run <- packages[[package]]
+      time <- compare(8L, function(cl) several(function() elapsed(run(cl))))
+      ratio <- time$psock / time$ours
+      report(calls[[package]], seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 1.5))
+    }
   })
 }
 

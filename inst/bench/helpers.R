@@ -52,7 +52,7 @@ leave_results <- function(folder) {
   on.exit(grDevices::dev.off())
   graphics::par(mar = c(4, 22, 1, 3), las = 1)
   labels <- shown$what
-  short <- grepl("^(time|[0-9]+ workers)$", labels)
+  short <- grepl("^[0-9]+ workers$", labels)
   labels[short] <- sub(", until.*", "", paste0(shown$section, ": ", labels)[short])
   at <- rev(seq_along(times))
   graphics::plot(
@@ -164,13 +164,13 @@ time_to_up <- function(backend, n) {
   elapsed
 }
 
-# Both backends in turns, the first one changing, so that neither profits from what the machine
-# does meanwhile; medians are less moved by it than means.
-interleaved <- function(times, measure) {
-  values <- lapply(backends, function(b) numeric())
+# Both backends (or other ways to do the same) in turns, the first one changing, so that none profits
+# from what the machine does meanwhile; medians are less moved by it than means.
+interleaved <- function(times, measure, ways = names(backends)) {
+  values <- sapply(ways, function(way) numeric(), simplify = FALSE)
   for (i in seq_len(times)) {
-    for (name in if (i %% 2L) names(backends) else rev(names(backends))) {
-      values[[name]] <- c(values[[name]], measure(name))
+    for (way in if (i %% 2L) ways else rev(ways)) {
+      values[[way]] <- c(values[[way]], measure(way))
     }
   }
   lapply(values, median)
@@ -182,13 +182,19 @@ read <- function(file) {
   tryCatch(suppressWarnings(readLines(file)), error = function(e) character())
 }
 
-# Proportional set size in MB: pages shared by k processes count as 1/k in each.
-pss <- function(pids) {
+# The sum in MB of the lines of smaps_rollup that match.
+mapped <- function(pids, pattern) {
   vapply(pids, function(pid) {
-    line <- grep("^Pss:", read(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
-    if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA_real_
+    lines <- grep(pattern, read(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
+    if (length(lines)) sum(as.numeric(gsub("[^0-9]", "", lines))) / 1024 else NA_real_
   }, 0)
 }
+
+# Proportional set size in MB: pages shared by k processes count as 1/k in each.
+pss <- function(pids) mapped(pids, "^Pss:")
+
+# Unique set size in MB: pages that no other process shares.
+uss <- function(pids) mapped(pids, "^Private_(Clean|Dirty):")
 
 # utime + stime of a process in seconds, all its threads. The scheduler's own account, in
 # nanoseconds, where the kernel keeps it; else the clock ticks of stat, which are 10 ms.
@@ -237,6 +243,16 @@ describe_machine <- function() {
     sprintf("%s, rustcluster %s", R.version.string, format(utils::packageVersion("rustcluster")))
   )
   cat(results$machine, format(Sys.time(), "%Y-%m-%d %H:%M"), sep = "\n")
+}
+
+# Calls a function of a script in a new R session, where the helpers are: memory that this session has
+# freed and still holds would hide growth.
+in_new_session <- function(fun, ...) {
+  session <- parallel::makePSOCKcluster(1L)
+  on.exit(parallel::stopCluster(session))
+  parallel::clusterCall(session, .libPaths, .libPaths())
+  parallel::clusterCall(session, source, normalizePath(file.path(here, "helpers.R")))
+  parallel::clusterCall(session, fun, ...)[[1L]]
 }
 
 # MB by which this process grows at most while the code runs.
