@@ -5,16 +5,20 @@
 #'
 #' Drop-ins for the functions of the same names in \pkg{parallel}, with the same arguments and
 #' results. With a cluster made by [makeRustCluster()] they hand the whole job over at once; with any
-#' other cluster they call \pkg{parallel}'s. Code that calls `parallel::parLapply()` and so on works
-#' with both kinds of cluster too, at the speed of one message a task.
+#' other cluster they call \pkg{parallel}'s. Code that calls `parallel::parLapply()` and so on, also in
+#' packages, is as fast with a cluster made by [makeRustCluster()]: all that is said here holds for it.
+#' What these functions add is that they divide very long vectors into chunks faster.
+#'
+#' Nodes of several clusters, and nodes that are in `cl` twice, get one message a task.
 #'
 #' What is the same: values, their order and names, errors, what the tasks find and leave on their
 #' node, and, for `clusterApply()`, `clusterMap()`, `parLapply()`, `parSapply()`, `parApply()`,
 #' `parRapply()` and `parCapply()`, which node has which task, and so the random numbers. Where
 #' \pkg{parallel} leaves it open which node gets a task (`clusterApplyLB()`, `parLapplyLB()`,
-#' `parSapplyLB()`, `clusterMap(.scheduling = "dynamic")`), short tasks cross together, as many as take
-#' about as long as the message for them, fewer towards the end, and one is sent ahead where the way is
-#' long. `parLapplyLB()` and `parSapplyLB()` without a `chunk.size` choose it so.
+#' `parSapplyLB()`, `clusterMap(.scheduling = "dynamic")`), short tasks are sent in batches sized so that messaging costs
+#' little; batches shrink towards the end, and on slow links the next batch is prefetched. If there are no more
+#' tasks than nodes, the first goes to the first node, and so on. `parLapplyLB()` and `parSapplyLB()` without a
+#' `chunk.size` send batches of elements.
 #'
 #' `fun` and the arguments in `...` are serialized once a job and sent once to each host. Each task gets its
 #' own copy of them, as with \pkg{parallel}, so that nothing a task changes, not even C code in place, is seen
