@@ -105,102 +105,78 @@ isGets <- function(fun) {
     (isNamespaceLoaded("snow") && identical(fun, get("gets", environment(asNamespace("snow")$clusterExport))))
 }
 
-# Runs the whole job of the verb that is about to send its first task, unless it is clusterCall(), and returns from the
-# verb with the results, or raises what the verb would. Returns from here, having done nothing, if the verb is to go
-# on by itself. Nothing is evaluated that the verb would not have evaluated for its first task.
-runTasksOf <- function(verb) {
-  if (verb$name == "clusterCall") return()
+# Runs the whole job of the verb that is about to send its first task, and returns from the verb with the results, or
+# raises what the verb would. Returns from here, having done nothing, if the verb is to go on by itself. `message`: of
+# the first task. It has been made by the verb, so that all has been evaluated as parallel does.
+runWhole <- function(verb, message) {
   frame <- sys.frame(verb$depth)
   if (!isWhole(verb, frame)) return()
   cl <- frame$cl
-  ranks <- nativeRanks(cl)
-  # parallel has an error of its own for a missing function.
-  if (is.null(ranks) || lacksFunction(frame) || !isCount(frame$n)) return()
-  round <- verb$name == "staticClusterApply"
-  chunking <- if (!round) chunkingFrame(verb$depth)
-  if (!is.null(chunking)) {
-    common <- evaluateWithin(makingDynamic, quote(list(...)), chunking)
-    returnFrom(chunking, applyFree(cl, ranks, chunking$X, chunking$fun, common))
+  if (verb$name == "clusterCall") {
+    values <- callAll(cl, message)
+    if (!is.null(values)) returnFrom(frame, values)
+    return()
   }
-  returnFrom(frame, checkedResults(runTasks(cl, ranks, frame, round)))
-}
-
-# The same for clusterCall(), whose message is the same for all nodes.
-runCallOf <- function(verb, message) {
-  if (verb$name != "clusterCall") return()
-  frame <- sys.frame(verb$depth)
-  if (!isWhole(verb, frame)) return()
-  values <- callAll(frame$cl, message)
-  if (!is.null(values)) returnFrom(frame, values)
+  ranks <- nativeRanks(cl)
+  if (is.null(ranks)) return()
+  round <- verb$name == "staticClusterApply"
+  task <- message$data
+  chunking <- if (!round) chunkingFrame(verb$depth, task$args)
+  if (is.null(chunking)) {
+    job <- runTasks(cl, ranks, task$fun, frame$n, frame$argfun, task$args, round)
+    returnFrom(frame, checkedResults(job))
+  }
+  # Chunk, function, and its further arguments.
+  returnFrom(chunking, applyFree(cl, ranks, chunking$X, task$args[[2L]], task$args[-(1:2)]))
 }
 
 # Whether the job of the verb in this frame can be run as a whole: it is written as is known here, all is still to be
 # done, and nobody measures by snow's hooks, which parallel calls for each message.
 isWhole <- function(verb, frame) {
   verb$own && parallels$known[[verb$name]] && identical(frame$i, 1L) &&
-    switch(verb$name, staticClusterApply = frame$start == 1L, dynamicClusterApply = is.null(frame$val), TRUE) &&
+    switch(verb$name,
+      clusterCall = TRUE,
+      staticClusterApply = frame$start == 1L && isCount(frame$n),
+      dynamicClusterApply = is.null(frame$val) && isCount(frame$n)
+    ) &&
     !isTRUE(parallels$namespace$.snowTimingData$running())
 }
 
-lacksFunction <- function(frame) do.call("missing", list(quote(fun)), envir = frame)
-
-isCount <- function(n) is.numeric(n) && length(n) == 1L && isTRUE(n >= 1 & n <= .Machine$integer.max & n == trunc(n))
+isCount <- function(n) is.numeric(n) && length(n) == 1L && isTRUE(n <= .Machine$integer.max & n == trunc(n))
 
 # The frame of the parLapplyLB() that calls the dynamicClusterApply() in this frame through do.call() and
-# clusterApplyLB(), if it leaves it to us which elements are sent together. NULL for none.
-chunkingFrame <- function(depth) {
-  if (depth < 4L || !parallels$known$parLapplyLB) return(NULL)
+# clusterApplyLB(), if it leaves it to us which elements are sent together. NULL for none. `args`: of the first task.
+chunkingFrame <- function(depth, args) {
+  if (depth < 4L || length(args) < 2L || !parallels$known$parLapplyLB) return(NULL)
   if (!isParallels(sys.function(depth - 1L), "clusterApplyLB")) return(NULL)
   if (!isParallels(sys.function(depth - 3L), "parLapplyLB")) return(NULL)
   frame <- sys.frame(depth - 3L)
-  if (!is.null(frame$chunk.size) || lacksFunction(frame)) return(NULL)
-  evaluateWithin(makingDynamic, quote(fun), frame)
-  if (isFree(frame$X, frame$fun)) frame
-}
-
-# The calls within which parallel evaluates a verb's arguments for its first task. R names them in errors such as
-# "object 'x' not found".
-serializing <- quote(serialize(data, node$con))
-makingStatic <- quote(argfun(start + i - 1L))
-makingDynamic <- quote(argfun(job))
-
-# The value of an expression in a frame of parallel's, evaluated within this call as far as errors tell.
-evaluateWithin <- function(call, expr, frame) {
-  within <- new.env(parent = baseenv())
-  do.call(delayedAssign, list("value", expr, frame, within))
-  fun <- function(...) value
-  environment(fun) <- within
-  assign(as.character(call[[1L]]), fun, within)
-  eval(call, within)
+  if (is.null(frame$chunk.size) && isFree(frame$X, args[[2L]])) frame
 }
 
 # Ends the frame's function with this value. Exit handlers of all frames above it are run.
 returnFrom <- function(frame, value) do.call("return", list(value), envir = frame)
 
-# Runs the tasks of the staticClusterApply() or dynamicClusterApply() in this frame: `argfun` there gives all
-# arguments of a task by its number. Those that are the same for all tasks are found where the verb has made
-# `argfun`, if that is one of those that are known. Returns what runJob() does.
-runTasks <- function(cl, ranks, frame, round) {
-  n <- frame$n
-  fun <- evaluateWithin(serializing, quote(fun), frame)
-  argfun <- frame$argfun
+# Runs the tasks of a staticClusterApply() (`round`) or dynamicClusterApply(). `argfun` gives all arguments of a task by
+# its number, and `first` are those of the first. Those that are the same for all tasks are found if it is one of the
+# functions that are known. Returns what runJob() does.
+runTasks <- function(cl, ranks, fun, n, argfun, first, round) {
   made <- environment(argfun)
   of_apply <- quote(c(list(x[[i]]), list(...)))
   of_map <- quote(c(lapply(args, function(x) x[[i]]), MoreArgs))
-  making <- if (round) makingStatic else makingDynamic
   # As many tasks as nodes, or fewer: the first goes to the first node, and so on, as with parallel.
   round <- round || n <= length(cl)
   if (identical(body(argfun), of_apply)) {
     x <- made[["x"]]
-    elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
-    common <- evaluateWithin(making, quote(list(...)), made)
-    runJob(cl, ranks, n, fun, common, elements, round)
+    # What `[[` of a class does, it does once a task.
+    elements <- if (!is.object(x) && isPlain(x)) x else function(i) if (i == 1) first[[1L]] else x[[i]]
+    runJob(cl, ranks, n, fun, first[-1L], elements, round)
   } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
     args <- made$args
-    elements <- function(i) lapply(args, function(x) x[[i]])
+    elements <- function(i) if (i == 1) first[seq_along(args)] else lapply(args, function(x) x[[i]])
     runJob(cl, ranks, n, fun, as.list(made$MoreArgs), elements, round, spread = TRUE)
   } else {
-    runJob(cl, ranks, n, fun, list(), argfun, round, spread = TRUE)
+    runJob(cl, ranks, n, fun, list(), function(i) if (i == 1) first else argfun(i), round, spread = TRUE)
   }
 }
 

@@ -12,19 +12,18 @@
 sendData.RustNode <- function(node, data) {
   # Not `[[`, which looks for a method first: this is done once a task.
   handle <- .subset2(node, "handle")
-  frames <- sys.nframe()
-  if (handle$job != noJob) closeStale(handle, frames)
-  verb <- if (handle$job == noJob) sendingVerb(frames)
-  # Returns from the verb if its job can be run as a whole.
-  if (!is.null(verb)) runTasksOf(verb)
   # What the task is made of may be the result of another call. Errors of that name this function, as with PSOCK.
   serialize <- function(data, con) data
   data <- serialize(data, node$con)
   # stopNode() sends this. A node that has been stopped is stopped again without an error.
   if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
+  frames <- sys.nframe()
+  if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job == noJob) {
+    verb <- sendingVerb(frames)
     if (!is.null(verb)) {
-      runCallOf(verb, data)
+      # Returns from the verb if its job can be run as a whole.
+      runWhole(verb, data)
       job <- openJob(handle, verb$depth, frames, settingOf(verb$name, data$data))
       do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(verb$depth))
     }

@@ -168,8 +168,11 @@ handsOut <- function(name, round) {
     if (is.null(ranks)) return(theirs(receivable(cl), fun, n, argfun))
     if (n <= 0L) return(invisible())
     # An error here, as with parallel.
-    if (missing(fun)) fun
-    checkedResults(runTasks(cl, ranks, environment(), round))
+    fun
+    # Errors name the same calls.
+    start <- i <- job <- 1L
+    first <- if (round) argfun(start + i - 1L) else argfun(job)
+    checkedResults(runTasks(cl, ranks, fun, n, argfun, first, round))
   }
 }
 
