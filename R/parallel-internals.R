@@ -133,7 +133,7 @@ runWhole <- function(verb, message) {
 # Whether the job of the verb in this frame can be run as a whole: it is written as is known here, all is still to be
 # done, and nobody measures by snow's hooks, which parallel calls for each message.
 isWhole <- function(verb, frame) {
-  verb$own && parallels$known[[verb$name]] && identical(frame$i, 1L) &&
+  verb$own && parallels$known[[verb$name]] && frame$i == 1L &&
     switch(verb$name,
       clusterCall = TRUE,
       staticClusterApply = frame$start == 1L && isCount(frame$n),
