@@ -48,6 +48,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 use strays::Strays;
 use usage::Census;
@@ -73,6 +74,8 @@ const MOST_DESCRIPTORS: usize = 4;
 const WAIT: Duration = Duration::from_millis(10);
 /// How often the agent looks whether its parent, the head, is still there, where the system cannot tell.
 const LOOK_FOR_PARENT: Duration = Duration::from_millis(200);
+/// How long the agent polls for events before it sleeps: what a short task and its messages take.
+const WATCH: Duration = Duration::from_micros(100);
 /// Open files besides one for each worker that answers in shared memory take.
 const MORE_FILES: u64 = 16;
 /// Workers made between two looks at the streams.
@@ -381,6 +384,8 @@ pub struct Agent {
     census: Option<Census>,
     memory: OutOfMemory,
     epoch: Instant,
+    /// How long the agent has lately waited for events.
+    usual_wait: Duration,
     scratch: Vec<u8>,
 }
 
@@ -471,12 +476,40 @@ impl Agent {
             census: None,
             memory: OutOfMemory::watch(),
             epoch: Instant::now(),
+            usual_wait: Duration::ZERO,
             scratch: vec![0; READ],
         })
     }
 
     fn now(&self) -> Duration {
         self.epoch.elapsed()
+    }
+
+    /// Waits for events, up to `timeout`. If they have lately come so soon that to sleep and to be woken would take
+    /// longer, and there is at most one busy worker from which a core could be taken, the agent polls for a while
+    /// before it sleeps, and yields its core after every look.
+    fn wait(&mut self, events: &mut Events, timeout: Option<Duration>) -> io::Result<()> {
+        events.clear();
+        if timeout == Some(Duration::ZERO) {
+            return self.poll.poll(events, timeout);
+        }
+        let began = Instant::now();
+        let most = timeout.map_or(WATCH, |timeout| timeout.min(WATCH));
+        if self.usual_wait <= most && self.relay.book.at_most_one_is_busy() {
+            while began.elapsed() < most {
+                self.poll.poll(events, Some(Duration::ZERO))?;
+                if !events.is_empty() {
+                    break;
+                }
+                thread::yield_now();
+            }
+        }
+        if events.is_empty() {
+            self.poll.poll(events, timeout)?;
+        }
+        // Bounded: after a pause a few short waits tell that messages come soon again.
+        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * WATCH);
+        Ok(())
     }
 
     /// Serves until the cluster is over, or, in a forked worker, until that exists.
@@ -518,7 +551,7 @@ impl Agent {
             } else {
                 Some(Duration::ZERO)
             };
-            match self.poll.poll(&mut events, timeout) {
+            match self.wait(&mut events, timeout) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }

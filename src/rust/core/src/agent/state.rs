@@ -555,6 +555,12 @@ impl Book {
         }
     }
 
+    /// Whether no two workers have tasks.
+    pub fn at_most_one_is_busy(&self) -> bool {
+        let is_busy = |entry: &&Entry| matches!(entry.phase, Phase::Busy { .. });
+        self.workers.iter().filter(is_busy).nth(1).is_none()
+    }
+
     /// A worker's process has ended, or could not be made. `restorable`: another can be made what it was.
     pub fn exited(&mut self, worker: u32, restorable: bool, now: Now) -> Ending {
         let Some(entry) = self.workers.get_mut(worker as usize) else {
