@@ -141,13 +141,16 @@ isFree <- function(X, fun) {
 # parLapplyLB() without `chunk.size`.
 applyFree <- function(cl, ranks, X, fun, common) {
   n <- length(X)
-  job <- runJob(cl, ranks, n, fun, common, X, shares = "all")
+  job <- runJob(cl, ranks, n, applyOne, c(list(FUN = fun), common), X, shares = "all")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))
   names(val) <- names(X)
   val
 }
+
+# In a worker: an element of a chunk, whose function sees the call that lapply() makes there.
+applyOne <- function(X, ...) lapply(list(X), ...)[[1L]]
 
 isPlain <- function(x) {
   typeof(x) %in% c("list", "character", "double", "integer", "logical")
