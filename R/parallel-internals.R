@@ -179,29 +179,48 @@ returnFrom <- function(frame, value) do.call("return", list(value), envir = fram
 
 # Runs the tasks of the staticClusterApply() or dynamicClusterApply() in this frame: `argfun` there gives all
 # arguments of a task by its number. Those that are the same for all tasks are found where the verb has made
-# `argfun`, if that is one of those that are known. Returns what runJob() does.
+# `argfun`, if that is one of those that are known, and after the first of the others, as there. Returns what
+# runJob() does.
 runTasks <- function(cl, ranks, frame, round) {
   n <- frame$n
   fun <- evaluateWithin(serializing, quote(fun), frame)
   argfun <- frame$argfun
   made <- environment(argfun)
-  of_apply <- quote(c(list(x[[i]]), list(...)))
-  of_map <- quote(c(lapply(args, function(x) x[[i]]), MoreArgs))
   making <- if (round) makingStatic else makingDynamic
   # As many tasks as nodes, or fewer: the first goes to the first node, and so on, as with parallel.
   round <- round || n <= length(cl)
-  if (identical(body(argfun), of_apply)) {
-    x <- made[["x"]]
-    elements <- if (!is.object(x) && isPlain(x)) x else function(i) x[[i]]
-    common <- evaluateWithin(making, quote(list(...)), made)
-    runJob(cl, ranks, n, fun, common, elements, round)
-  } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
-    args <- made$args
-    elements <- function(i) lapply(args, function(x) x[[i]])
-    runJob(cl, ranks, n, fun, as.list(made$MoreArgs), elements, round, spread = TRUE)
-  } else {
-    runJob(cl, ranks, n, fun, list(), argfun, round, spread = TRUE)
+  # Both may call verbs of the same cluster, and so are evaluated before the job begins.
+  run <- function(elements, common, spread) {
+    force(elements)
+    force(common)
+    runJob(cl, ranks, n, fun, common, elements, round, spread = spread)
   }
+  asked <- function(element) {
+    first <- element(1L)
+    function(i) if (i == 1L) first else element(i)
+  }
+  if (isMadeAs(argfun, quote(c(list(x[[i]]), list(...))), c("x", "..."))) {
+    x <- made$x
+    elements <- if (!is.object(x) && isPlain(x) && length(x) == n) x else asked(function(i) x[[i]])
+    run(elements, evaluateWithin(making, quote(list(...)), made), FALSE)
+  } else if (isMadeAs(argfun, quote(c(lapply(args, function(x) x[[i]]), MoreArgs)), c("args", "MoreArgs"))) {
+    args <- made$args
+    elements <- asked(function(i) lapply(args, function(x) x[[i]]))
+    more <- evaluateWithin(making, quote(MoreArgs), made)
+    if (is.null(more) || is.list(more)) {
+      run(elements, c(list(), more), TRUE)
+    } else {
+      run(function(i) c(elements(i), more), list(), TRUE)
+    }
+  } else {
+    run(argfun, list(), TRUE)
+  }
+}
+
+# Whether `argfun` is a function of a task's number with this body, made where these variables are.
+isMadeAs <- function(argfun, body, variables) {
+  is.function(argfun) && identical(body(argfun), body) && identical(names(formals(argfun)), "i") &&
+    all(vapply(variables, exists, NA, envir = environment(argfun), inherits = FALSE))
 }
 
 # Puts the verbs in their place, when the package is loaded. What they split and put together, and how,
