@@ -141,7 +141,9 @@ isFree <- function(X, fun) {
 # parLapplyLB() without `chunk.size`.
 applyFree <- function(cl, ranks, X, fun, common) {
   n <- length(X)
-  job <- runJob(cl, ranks, n, applyOne, c(list(FUN = fun), common), X, shares = "all")
+  asLapply <- seesCall(fun) || "FUN" %in% names(common)
+  if (asLapply) common <- c(list(FUN = fun), common)
+  job <- runJob(cl, ranks, n, if (asLapply) applyOne else fun, common, X, shares = "all")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))
@@ -151,6 +153,15 @@ applyFree <- function(cl, ranks, X, fun, common) {
 
 # In a worker: an element of a chunk, whose function sees the call that lapply() makes there.
 applyOne <- function(X, ...) lapply(list(X), ...)[[1L]]
+
+# Whether the function may look at the call that it is called by, or at its caller's frame. For others the detour
+# through lapply() would take several times as long as a short element.
+seesCall <- function(fun) {
+  looks <- c("substitute", "match.call", "sys.call", "sys.calls", "sys.function", "sys.frame", "sys.frames",
+             "sys.parent", "sys.nframe", "parent.frame", "UseMethod", "standardGeneric", "Recall", "enquo", "enquos",
+             "enexpr", "enexprs", "ensym", "ensyms", "caller_env", "caller_call")
+  typeof(fun) == "special" || (typeof(fun) == "closure" && any(all.names(body(fun)) %in% looks))
+}
 
 isPlain <- function(x) {
   typeof(x) %in% c("list", "character", "double", "integer", "logical")
