@@ -122,12 +122,12 @@ runWhole <- function(verb, message) {
   round <- verb$name == "staticClusterApply"
   task <- message$data
   chunking <- if (!round) chunkingFrame(verb$depth, task$args)
-  if (is.null(chunking)) {
-    job <- runTasks(cl, ranks, task$fun, frame$n, frame$argfun, task$args, round)
-    returnFrom(frame, checkedResults(job))
+  if (!is.null(chunking)) {
+    # The arguments are a chunk, the function, and further ones for that.
+    returnFrom(chunking, applyFree(cl, ranks, chunking$X, task$args[[2L]], task$args[-(1:2)]))
   }
-  # Chunk, function, and its further arguments.
-  returnFrom(chunking, applyFree(cl, ranks, chunking$X, task$args[[2L]], task$args[-(1:2)]))
+  tasks <- tasksOf(frame$argfun, frame$n, task$args)
+  if (!is.null(tasks)) returnFrom(frame, runTasks(cl, ranks, task$fun, frame$n, tasks, round))
 }
 
 # Whether the job of the verb in this frame can be run as a whole: it is written as is known here, all is still to be
@@ -157,27 +157,43 @@ chunkingFrame <- function(depth, args) {
 # Ends the frame's function with this value. Exit handlers of all frames above it are run.
 returnFrom <- function(frame, value) do.call("return", list(value), envir = frame)
 
-# Runs the tasks of a staticClusterApply() (`round`) or dynamicClusterApply(). `argfun` gives all arguments of a task by
-# its number, and `first` are those of the first. Those that are the same for all tasks are found if it is one of the
-# functions that are known. Returns what runJob() does.
-runTasks <- function(cl, ranks, fun, n, argfun, first, round) {
+# What the tasks of a staticClusterApply() or dynamicClusterApply() are made of, for runJob(): their `elements`, the
+# arguments that are the same for all (`common`), and whether an element is a list of arguments (`spread`). `argfun`
+# gives all arguments of a task by its number, and `first` are those of the first, which are not made a second time.
+# NULL: `argfun` is none of those that are known, or elements are taken out of an object by code that may have a state,
+# and is to be called in the order of the tasks.
+tasksOf <- function(argfun, n, first) {
+  if (typeof(first) != "list" || !is.function(argfun)) return(NULL)
   made <- environment(argfun)
-  of_apply <- quote(c(list(x[[i]]), list(...)))
-  of_map <- quote(c(lapply(args, function(x) x[[i]]), MoreArgs))
-  # As many tasks as nodes, or fewer: the first goes to the first node, and so on, as with parallel.
-  round <- round || n <= length(cl)
-  if (identical(body(argfun), of_apply)) {
-    x <- made[["x"]]
-    # What `[[` of a class does, it does once a task.
-    elements <- if (!is.object(x) && isPlain(x)) x else function(i) if (i == 1) first[[1L]] else x[[i]]
-    runJob(cl, ranks, n, fun, first[-1L], elements, round)
-  } else if (identical(body(argfun), of_map) && (is.null(made$MoreArgs) || is.list(made$MoreArgs))) {
+  if (isMadeAs(argfun, quote(c(list(x[[i]]), list(...))), c("x", "..."))) {
+    x <- made$x
+    if (hasElementsOfItsOwn(x, made)) return(NULL)
+    is_vector <- !is.object(x) && isPlain(x) && length(x) == n
+    elements <- if (is_vector) x else function(i) if (i == 1) first[[1L]] else x[[i]]
+    list(elements = elements, common = first[-1L], spread = FALSE)
+  } else if (isMadeAs(argfun, quote(c(lapply(args, function(x) x[[i]]), MoreArgs)), c("args", "MoreArgs"))) {
     args <- made$args
-    elements <- function(i) if (i == 1) first[seq_along(args)] else lapply(args, function(x) x[[i]])
-    runJob(cl, ranks, n, fun, as.list(made$MoreArgs), elements, round, spread = TRUE)
-  } else {
-    runJob(cl, ranks, n, fun, list(), function(i) if (i == 1) first else argfun(i), round, spread = TRUE)
+    for (x in args) if (hasElementsOfItsOwn(x, made)) return(NULL)
+    own <- seq_along(args)
+    elements <- function(i) if (i == 1) first[own] else lapply(args, function(x) x[[i]])
+    list(elements = elements, common = first[-own], spread = TRUE)
   }
+}
+
+# Whether `argfun` is a function of a task's number with this body, made where these variables are.
+isMadeAs <- function(argfun, body, variables) {
+  identical(body(argfun), body) && identical(names(formals(argfun)), "i") &&
+    all(vapply(variables, exists, NA, envir = environment(argfun), inherits = FALSE))
+}
+
+# Whether `[[` of an object is other code than R's own.
+hasElementsOfItsOwn <- function(x, envir) {
+  if (!is.object(x)) return(FALSE)
+  own <- function(class) {
+    method <- utils::getS3method("[[", class, optional = TRUE, envir = envir)
+    !is.null(method) && !identical(environment(method), baseenv()) && !identical(environment(method), .BaseNamespaceEnv)
+  }
+  isS4(x) || any(vapply(class(x), own, NA))
 }
 
 # Puts the verbs in their place, when the package is loaded. What they split and put together, and how,

@@ -145,12 +145,26 @@ isFree <- function(X, fun) {
 # parLapplyLB() without `chunk.size`.
 applyFree <- function(cl, ranks, X, fun, common) {
   n <- length(X)
-  job <- runJob(cl, ranks, n, fun, common, X, shares = "all")
+  asLapply <- seesCall(fun) || "FUN" %in% names(common)
+  if (asLapply) common <- c(list(FUN = fun), common)
+  job <- runJob(cl, ranks, n, if (asLapply) applyOne else fun, common, X, shares = "all")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))
   names(val) <- names(X)
   val
+}
+
+# In a worker: an element of a chunk, whose function sees the call that lapply() makes there.
+applyOne <- function(X, ...) lapply(list(X), ...)[[1L]]
+
+# Whether the function may look at the call that it is called by, or at its caller's frame. For others the detour
+# through lapply() would take several times as long as a short element.
+seesCall <- function(fun) {
+  looks <- c("substitute", "match.call", "sys.call", "sys.calls", "sys.function", "sys.frame", "sys.frames",
+             "sys.parent", "sys.nframe", "parent.frame", "UseMethod", "standardGeneric", "Recall", "enquo", "enquos",
+             "enexpr", "enexprs", "ensym", "ensyms", "caller_env", "caller_call")
+  typeof(fun) == "special" || (typeof(fun) == "closure" && any(all.names(body(fun)) %in% looks))
 }
 
 isPlain <- function(x) {
@@ -172,8 +186,23 @@ handsOut <- function(name, round) {
     # Errors name the same calls.
     start <- i <- job <- 1L
     first <- if (round) argfun(start + i - 1L) else argfun(job)
-    checkedResults(runTasks(cl, ranks, fun, n, argfun, first, round))
+    tasks <- tasksOf(argfun, n, first)
+    if (is.null(tasks)) return(theirs(cl, fun, n, asked(argfun, first)))
+    runTasks(cl, ranks, fun, n, tasks, round)
   }
+}
+
+# The same function of a task's number, which does not make what is there of the first task once more.
+asked <- function(argfun, first) {
+  force(first)
+  function(i) if (i == 1) first else argfun(i)
+}
+
+# Runs the tasks of staticClusterApply() (`round`) or dynamicClusterApply(), and returns their results. `tasks`: as
+# tasksOf() gives them. As many tasks as nodes, or fewer: the first goes to the first node, and so on, as with parallel.
+runTasks <- function(cl, ranks, fun, n, tasks, round) {
+  round <- round || n <= length(cl)
+  checkedResults(runJob(cl, ranks, n, fun, tasks$common, tasks$elements, round, spread = tasks$spread))
 }
 
 # PSOCK's method of recvOneData() fails at nodes of ours that a user has put among PSOCK's.

@@ -93,8 +93,13 @@ ways <- alist(
   "0" = clusterCall(cl[c(1, 1, 2)], sum, 1),
   "0" = clusterApply(cl[c(1, 1, 2)], 1:9, sqrt),
   "0" = clusterApply(cl, list(), sqrt),
-  "1" = parallel:::staticClusterApply(cl, sum, 9, function(i) list(i, 1)),
-  "1" = parallel:::dynamicClusterApply(cl, sum, 9L, function(i) list(i, 1)),
+  # A function that gives the arguments may have a state: it is called in the order of the tasks.
+  "0" = parallel:::staticClusterApply(cl, sum, 9, function(i) list(i, 1)),
+  "0" = parallel:::dynamicClusterApply(cl, sum, 9L, function(i) list(i, 1)),
+  # So may elements of a class of its own; R's classes have none.
+  "1" = clusterApply(cl, data.frame(a = 1:2, b = 3:4, c = 5:6), sum),
+  "1" = clusterApply(cl, as.Date("2024-01-01") + 0:8, format),
+  "1" = clusterMap(cl, list, factor(letters[1:6]), as.POSIXct(1:6, origin = "1970-01-01", tz = "UTC")),
   # Results that return() must not evaluate.
   "1" = clusterCall(cl, function() quote(stop("evaluated"))),
   "1" = clusterApply(cl, 1:3, function(i) as.name("nowhere")),
@@ -188,6 +193,83 @@ test_that("tasks go to the nodes to which parallel gives them", {
       unlist(clusterMap(cl, function(i) me, 1:4, .scheduling = "dynamic"))
     )
   })
+})
+
+# Vectors whose elements draw a random number, and whose first element is an error.
+local_elements <- function(.frame = parent.frame()) {
+  methods <- list(
+    `[[.NamesDrawing` = function(x, i) c(unclass(x)[[i]], stats::runif(1)),
+    `[[.NamesBad` = function(x, i) if (i == 1) stop("no first") else unclass(x)[[i]]
+  )
+  for (name in names(methods)) assign(name, methods[[name]], globalenv())
+  do.call("on.exit", list(bquote(rm(list = .(names(methods)), envir = globalenv())), add = TRUE), envir = .frame)
+}
+
+# As in a package, whose functions carry no source along.
+strip_function <- function(fun) {
+  body(fun) <- strip_srcref(body(fun))
+  environment(fun) <- globalenv()
+  utils::removeSource(fun)
+}
+
+test_that("elements of a chunk may have values of class \"try-error\"", {
+  expect_same_value(parLapplyLB(cl, 1:9, function(i) try(stop("said ", i), silent = TRUE)))
+  expect_same_value(parSapplyLB(cl, 1:9, function(i) structure("e", class = c("snow-try-error", "try-error"))))
+  # More bytes than are sent as they are.
+  expect_same_value(parLapplyLB(cl, 1:3, function(i) structure(list(numeric(1e5), globalenv()), class = "try-error")))
+  expect_same_error(parLapplyLB(cl, 1:9, function(i) if (i == 4) stop("four") else try(stop("said"), silent = TRUE)))
+  expect_same_error(clusterApplyLB(cl, 1:9, function(i) try(stop("said"), silent = TRUE)))
+  values <- clusterLapply(cluster_pair()$rust, 1:3, function(i) try(stop("said"), silent = TRUE))
+  expect_identical(vapply(values, class, ""), rep("try-error", 3L))
+})
+
+test_that("a function of parLapplyLB() is called as lapply() calls it", {
+  expect_same_value(parLapplyLB(cl, 1:9, function(x, ...) {
+    list(substitute(x), match.call(), sys.call(), nargs(), sort(ls(parent.frame())))
+  }, 5, a = quote(b)))
+  expect_same_value(parLapplyLB(cl, 1:9, function(x, F, i) x + F + i, F = 2, i = 3))
+  for (fun in c("quote", "substitute", "missing", "return", "if")) {
+    expect_same_error(parLapplyLB(cl, 1:9, get(fun, baseenv())), fun = fun)
+  }
+})
+
+test_that("arguments are evaluated in the order in which parallel does", {
+  # Order shows in random numbers and in which error is raised.
+  local_elements()
+  expect_same_value({
+    set.seed(1)
+    list(
+      clusterApply(cl, structure(1:11, class = "NamesDrawing"), list, stats::runif(1)),
+      clusterApplyLB(cl, structure(1:9, class = "NamesDrawing"), list, stats::runif(1)),
+      clusterMap(cl, list, 1:11, structure(1:11, class = "NamesDrawing"), MoreArgs = list(stats::runif(1))),
+      clusterMap(cl, list, structure(1:9, class = "NamesDrawing"), MoreArgs = 1:2, .scheduling = "dynamic")
+    )
+  })
+  expect_same_error(clusterApply(cl, structure(1:9, class = "NamesBad"), list, stop("argument")))
+  expect_same_error(clusterMap(cl, list, structure(1:9, class = "NamesBad"), MoreArgs = stop("argument")))
+  expect_same_error(clusterMap(cl, list, 1:9, MoreArgs = stop("argument")))
+  expect_same_error(clusterMap(cl, list, 1:9, MoreArgs = nosuch, .scheduling = "dynamic"))
+})
+
+test_that("`MoreArgs` may be anything that c() puts behind a list", {
+  for (more in list(1:2, c(a = 1), pairlist(a = 1), mtcars[1:2], expression(a), as.POSIXlt("2024-01-01", "UTC"), package_version("1.2.3"))) {
+    expect_same_as_psock(clusterMap(cl, list, 1:5, MoreArgs = more), more = more)
+  }
+})
+
+test_that("a function for arguments that looks like parallel's is called if it is made elsewhere", {
+  given <- function(cl, x, fun, ...) {
+    local(parallel:::staticClusterApply(cl, fun, length(x), function(i) c(list(x[[i]]), list(...))))
+  }
+  mapped <- function(cl, args, fun, MoreArgs) {
+    local(parallel:::dynamicClusterApply(cl, fun, 3L, function(i) c(lapply(args, function(x) x[[i]]), MoreArgs)))
+  }
+  backwards <- function(cl, x, fun, ...) {
+    parallel:::staticClusterApply(cl, fun, 5L, function(k, i = 6L - k) c(list(x[[i]]), list(...)))
+  }
+  expect_same_value(given(cl, 1:5, list, 7), given = strip_function(given))
+  expect_same_value(mapped(cl, list(1:3, 3:1), list, list(9)), mapped = strip_function(mapped))
+  expect_same_value(backwards(cl, 1:5, list, 7), backwards = strip_function(backwards))
 })
 
 test_that("arguments are evaluated as often as parallel does", {

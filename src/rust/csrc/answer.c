@@ -85,6 +85,14 @@ SEXP rustcluster_answer_value(void *answer)
     return TYPEOF(all) == VECSXP && Rf_xlength(all) == 5 ? VECTOR_ELT(all, 1) : R_NilValue;
 }
 
+/* Whether such an answer says that its task failed. */
+int rustcluster_answer_failed(void *answer)
+{
+    SEXP all = (SEXP) answer;
+
+    return TYPEOF(all) == VECSXP && Rf_xlength(all) == 5 && Rf_asLogical(VECTOR_ELT(all, 2)) == 0;
+}
+
 static SEXP named(int n, const char *const *names)
 {
     SEXP list = PROTECT(Rf_allocVector(VECSXP, n));

@@ -79,6 +79,9 @@ pub struct Job {
     done: usize,
     /// Tasks whose result is an error, from 1.
     failed: Vec<i32>,
+    /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
+    /// chunks and of lapply() may have such values.
+    by_class: bool,
     /// Tasks that have been answered since R last asked, from 1.
     fresh: Vec<i32>,
     began: Instant,
@@ -273,6 +276,7 @@ fn job_begin(
             lanes: vec![VecDeque::new(); places],
             done: 0,
             failed: Vec::new(),
+            by_class: shares == Some("nothing"),
             fresh: Vec::new(),
             began: Instant::now(),
             timeout: Duration::try_from_secs_f64(timeout).ok(),
@@ -957,6 +961,7 @@ unsafe extern "C" {
     fn rustcluster_call_with(function: *mut c_void, number: f64) -> SEXP;
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
     fn rustcluster_answer_value(answer: *mut c_void) -> SEXP;
+    fn rustcluster_answer_failed(answer: *mut c_void) -> c_int;
 }
 
 struct Taking<'a> {
@@ -979,7 +984,9 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
         let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
             let answer = head::read_body(&mut taking.body, taking.shared);
             let answer = Rf_protect(answer);
-            job.put(taking.indices[0], rustcluster_answer_value(answer.cast()));
+            let value = rustcluster_answer_value(answer.cast());
+            let failed = rustcluster_answer_failed(answer.cast()) != 0;
+            job.put(taking.indices[0], value, failed);
             Rf_unprotect(1);
             taking.count = 1;
             return R_NilValue;
@@ -989,7 +996,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
             let mut kind = [0];
             unit::read_bytes(&mut taking.body, &mut kind);
             let value = unit::read_value(&mut taking.body, &mut job.scratch);
-            job.put(taking.indices[taking.count], value);
+            job.put(taking.indices[taking.count], value, kind[0] == unit::ERROR);
             taking.count += 1;
         }
         R_NilValue
@@ -997,13 +1004,13 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
 }
 
 impl Job {
-    /// Notes a result. The value need not be protected.
-    fn put(&mut self, index: usize, value: SEXP) {
+    /// Notes a result, which may be that the task `failed`. The value need not be protected.
+    fn put(&mut self, index: usize, value: SEXP, failed: bool) {
         // SAFETY: on R's thread; the list has as many elements as there are tasks; none of these
         // functions jumps or allocates.
         unsafe {
             SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
-            if rustcluster_is_error(value.cast()) != 0 {
+            if failed || self.by_class && rustcluster_is_error(value.cast()) != 0 {
                 self.failed.push(index as i32 + 1);
             }
         }
@@ -1039,7 +1046,7 @@ fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
         for (position, value) in given_up.into_iter().zip(values.values()) {
             let index = job.task(position);
             // SAFETY: the list keeps it alive.
-            unsafe { job.put(index, value.get()) };
+            unsafe { job.put(index, value.get(), true) };
             job.held.remove(&index);
             job.done += 1;
         }
