@@ -125,7 +125,7 @@ recvData.RustNode <- function(node) {
   repeat {
     result <- hub_receive(handle$pointer, rank)
     if (typeof(result) == "list") return(result)
-    result <- noAnswer(result, handle)
+    result <- noAnswer(orStopped(result, handle, rank), handle)
     if (!is.null(result)) return(result)
   }
 }
@@ -144,11 +144,18 @@ nextAnswer <- function(cl, handle, result) {
   repeat {
     if (typeof(result) == "list") return(result)
     if (typeof(result) == "character" && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
-    answer <- noAnswer(result, handle)
+    answer <- noAnswer(orStopped(result, handle, cluster_ranks(cl)), handle)
     if (typeof(result) == "logical") return(answer)
     if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
     result <- hub_receive_any(handle$pointer, cl)
   }
+}
+
+# What was outstanding on nodes that have been stopped, as in the middle of a verb, is forgotten.
+orStopped <- function(result, handle, ranks) {
+  if (typeof(result) != "character" || result[["kind"]] != "no_task") return(result)
+  gone <- setdiff(ranks, handle$alive)
+  if (length(gone)) c(kind = "stopped", rank = gone[[1L]]) else result
 }
 
 # Our nodes beside others have this class alone: parallelly's c() gives it to them.
