@@ -39,6 +39,19 @@ SEXP rustcluster_closure_env(void *function)
 #endif
 }
 
+/* Whether two closures are of the same code, in the same environment. */
+int rustcluster_same_closure(void *a, void *b)
+{
+    SEXP x = (SEXP) a, y = (SEXP) b;
+#if R_VERSION >= R_Version(4, 5, 0)
+    int same = R_ClosureFormals(x) == R_ClosureFormals(y) && R_ClosureBody(x) == R_ClosureBody(y);
+#else
+    int same = FORMALS(x) == FORMALS(y) && BODY(x) == BODY(y);
+#endif
+
+    return same && rustcluster_closure_env(x) == rustcluster_closure_env(y);
+}
+
 /* Whether it is where the source of functions is kept. */
 int rustcluster_is_source(void *value)
 {

@@ -38,10 +38,7 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Rob
             true => Format::Xdr,
             false => Format::Native,
         };
-        if cluster.hub.borrow().is_writing() {
-            // A finalizer of the user's, while R serializes another message: that would be lost.
-            return Err(Failure::new("busy"));
-        }
+        head::may_send(cluster)?;
         cluster
             .hub
             .borrow_mut()

@@ -4,7 +4,7 @@ use crate::failure::Failure;
 use crate::job::Job;
 use crate::mapped::{self, Written};
 use crate::plain;
-use crate::repeat;
+use crate::repeat::{Repeated, User, LARGE};
 use crate::status;
 use crate::stream::{self, Format, Sink};
 use crate::unit;
@@ -15,9 +15,7 @@ use extendr_ffi::{
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::agent;
-use rustcluster_core::hub::{
-    Answer, Begun, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB, RECORD_LIMIT,
-};
+use rustcluster_core::hub::{Answer, Begun, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Setback, Start, StartMode, ToHead};
@@ -44,8 +42,8 @@ pub struct Cluster {
     nodes: Cell<Option<(Robj, Vec<u32>)>>,
     /// Buffer for messages of [`plain`].
     plain: Cell<Vec<u8>>,
-    /// The last large message.
-    last: Cell<Option<repeat::Sent>>,
+    /// The last large message that R has sent to a node.
+    last: Cell<Option<Repeated>>,
     /// Of each worker, what it is sent that is not plain.
     pub formats: RefCell<Vec<Format>>,
     /// The messages of tasks that have not been answered, to be sent again if need be.
@@ -81,10 +79,55 @@ struct Unread {
 
 impl Cluster {
     /// Lets go of the messages of tasks that were cancelled.
-    fn forget_messages(&self, hub: &Hub) {
+    fn forget_messages(&self) {
         let mut messages = self.messages.borrow_mut();
         if !messages.is_empty() {
+            let hub = self.hub.borrow();
             messages.retain(|&task, _| hub.expects(task));
+        }
+        drop(messages);
+        self.forget_last();
+    }
+
+    /// Lets go of the message of a task, and returns it.
+    fn forget_message(&self, task: TaskId) -> Option<Message> {
+        let mut message = self.messages.borrow_mut().remove(&task)?;
+        if message.user.take().is_some() {
+            self.forget_last();
+        }
+        Some(message)
+    }
+
+    /// The last large message, if this one may be the same. It is to be given back with
+    /// [`Cluster::keep_last`]: R code that runs in between may send others.
+    fn take_last(&self, job: JobId, lasts: Option<u64>, message: &Robj) -> Option<Repeated> {
+        let last = self.last.take()?;
+        if last.may_be(job, lasts, message) {
+            return Some(last);
+        }
+        self.last.set(Some(last));
+        None
+    }
+
+    /// This is now the last large message.
+    fn keep_last(&self, last: Repeated) {
+        if let Some(other) = self.last.replace(Some(last)) {
+            self.drop_repeated(&other);
+        }
+        self.forget_last();
+    }
+
+    /// Lets go of the last large message if no task has it any more.
+    fn forget_last(&self) {
+        match self.last.take() {
+            Some(last) if !last.is_used() => self.drop_repeated(&last),
+            last => self.last.set(last),
+        }
+    }
+
+    fn drop_repeated(&self, repeated: &Repeated) {
+        for id in repeated.payloads() {
+            self.hub.borrow_mut().drop_payload(id);
         }
     }
 
@@ -124,12 +167,19 @@ impl Cluster {
 
 /// A message as payloads, one for each format that it was sent in.
 #[derive(Clone, Copy, Default)]
-struct Shared {
+pub struct Shared {
     native: Option<PayloadId>,
     xdr: Option<PayloadId>,
 }
 
 impl Shared {
+    /// As this payload alone.
+    pub fn of_one(format: Format, id: PayloadId) -> Shared {
+        let mut shared = Shared::default();
+        shared.set(format, id);
+        shared
+    }
+
     fn of(&self, format: Format) -> Option<PayloadId> {
         match format {
             Format::Native => self.native,
@@ -157,6 +207,35 @@ pub struct Message {
     lasts: Option<u64>,
     /// All of it, where its worker's host has it.
     shared: Shared,
+    /// It is the last large message, or has been.
+    user: Option<User>,
+}
+
+/// Why a message has not been sent.
+pub enum Unsent {
+    Jump(Jump),
+    Failure(Failure),
+}
+
+impl From<Jump> for Unsent {
+    fn from(jump: Jump) -> Unsent {
+        Unsent::Jump(jump)
+    }
+}
+
+impl From<Failure> for Unsent {
+    fn from(failure: Failure) -> Unsent {
+        Unsent::Failure(failure)
+    }
+}
+
+impl From<Unsent> for Robj {
+    fn from(unsent: Unsent) -> Robj {
+        match unsent {
+            Unsent::Jump(Jump(token)) => token,
+            Unsent::Failure(failure) => failure.into(),
+        }
+    }
 }
 
 /// No place in a list of nodes.
@@ -559,21 +638,74 @@ impl Sink for ToHub<'_> {
     }
 }
 
+/// Whether a message may be sent. Code that R runs while it serializes one, a finalizer say, may send none: the
+/// first one would be lost.
+pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
+    match cluster.hub.borrow().is_writing() {
+        true => Err(Failure::new("busy")),
+        false => Ok(()),
+    }
+}
+
 /// Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
 /// it sets there (`""`: of nothing in particular).
 /// @noRd
 #[extendr]
 fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
+        may_send(cluster)?;
         let owner = rank_of(&cluster.hub.borrow(), rank)?;
         let job = job as JobId;
         let lasts = lasts.as_str().map(name_of);
-        let shared = Shared::default();
-        send(cluster, owner, job, &message, lasts, shared)
+        let sent = send_to_node(cluster, owner, job, &message, lasts);
+        Ok(sent.map_or_else(Robj::from, |()| ().into()))
     })
 }
 
-/// Sends a message to a node, as a payload if its host has it. `NULL`, or a jump.
+/// Sends a message to a node, as a payload if it is the same as the last one.
+fn send_to_node(
+    cluster: &Cluster,
+    owner: Rank,
+    job: JobId,
+    message: &Robj,
+    lasts: Option<u64>,
+) -> std::result::Result<(), Unsent> {
+    let mut last = cluster.take_last(job, lasts, message);
+    let shared = match &mut last {
+        Some(same) => same.share(cluster, owner, message).map_err(Unsent::from),
+        None => Ok(None),
+    };
+    let sent = shared.and_then(|shared| {
+        if shared.is_none() {
+            if let Some(changed) = last.take() {
+                cluster.drop_repeated(&changed);
+            }
+        }
+        send(
+            cluster,
+            owner,
+            job,
+            message,
+            lasts,
+            shared.unwrap_or_default(),
+        )
+    });
+    let sent = sent.map(|(task, bytes)| {
+        if last.is_none() && bytes >= LARGE {
+            last = Some(Repeated::new(job, lasts, message));
+        }
+        if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
+            message.user = last.as_ref().map(Repeated::user);
+        }
+    });
+    if let Some(last) = last {
+        cluster.keep_last(last);
+    }
+    sent
+}
+
+/// Sends a message to a node, as a payload if its host has it. Returns its task, and how many bytes R has
+/// serialized for it alone.
 fn send(
     cluster: &Cluster,
     owner: Rank,
@@ -581,26 +713,25 @@ fn send(
     message: &Robj,
     lasts: Option<u64>,
     shared: Shared,
-) -> std::result::Result<Robj, Failure> {
+) -> std::result::Result<(TaskId, usize), Unsent> {
     let payload = |place| shared.of(cluster.format(place));
     let begun = cluster
         .hub
         .borrow_mut()
         .begin(owner, job, lasts, Turn::Last, payload);
     let begun = begun.map_err(|gone| Failure::gone(owner, &gone))?;
-    let written = write(cluster, &begun, job, message, lasts);
-    if written.is_null() {
-        let message = Message {
-            message: message.clone(),
-            owner,
-            job,
-            index: 0,
-            lasts,
-            shared,
-        };
-        cluster.sent(begun.task, message);
-    }
-    Ok(written)
+    let bytes = write(cluster, &begun, message)?;
+    let message = Message {
+        message: message.clone(),
+        owner,
+        job,
+        index: 0,
+        lasts,
+        shared,
+        user: None,
+    };
+    cluster.sent(begun.task, message);
+    Ok((begun.task, bytes))
 }
 
 /// Sends the same message to many nodes, in this order: as many calls of `hub_send`, but it is
@@ -609,6 +740,7 @@ fn send(
 #[extendr]
 fn hub_broadcast(handle: Robj, ranks: &[i32], job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
+        may_send(cluster)?;
         let owners: std::result::Result<Vec<Rank>, Failure> = {
             let hub = cluster.hub.borrow();
             ranks.iter().map(|&rank| rank_of(&hub, rank)).collect()
@@ -620,7 +752,7 @@ fn hub_broadcast(handle: Robj, ranks: &[i32], job: f64, message: Robj, lasts: Ro
         if job == NO_JOB {
             cluster.drop_payloads(job);
         }
-        sent
+        Ok(sent.map_or_else(Robj::from, |()| ().into()))
     })
 }
 
@@ -638,6 +770,7 @@ struct Called {
 #[extendr]
 fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
+        may_send(cluster)?;
         let Ok(ranks) = ranks_of(&nodes) else {
             return Ok(().into());
         };
@@ -654,9 +787,8 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
         }
         let job = job as JobId;
         let lasts = lasts.as_str().map(name_of);
-        let sent = broadcast(cluster, &owners, job, &message, lasts)?;
-        if !sent.is_null() {
-            return Ok(sent);
+        if let Err(unsent) = broadcast(cluster, &owners, job, &message, lasts) {
+            return Ok(unsent.into());
         }
         let began = Instant::now();
         let mut called = Called {
@@ -740,21 +872,15 @@ fn broadcast(
     job: JobId,
     message: &Robj,
     lasts: Option<u64>,
-) -> std::result::Result<Robj, Failure> {
+) -> std::result::Result<(), Unsent> {
     let mut shared = Shared::default();
     if owners.len() > 1 {
-        match share(cluster, owners, job, message, lasts.is_some()) {
-            Ok(made) => shared = made,
-            Err(Jump(token)) => return Ok(token),
-        }
+        shared = share(cluster, owners, job, message, lasts.is_some())?;
     }
     for &owner in owners {
-        let sent = send(cluster, owner, job, message, lasts, shared)?;
-        if !sent.is_null() {
-            return Ok(sent);
-        }
+        send(cluster, owner, job, message, lasts, shared)?;
     }
-    Ok(().into())
+    Ok(())
 }
 
 /// Sends a message that is not plain to the hosts of these workers, as a payload for each format.
@@ -774,14 +900,27 @@ fn share(
         if ranks.len() < 2 || plain {
             continue;
         }
-        let (id, _) = make_payload(cluster, &ranks, lasts, |sink| match format {
-            Format::Native => mapped::serialize(message, sink).map(drop),
-            Format::Xdr => stream::serialize(message, format, sink).map(drop),
-        })?;
+        let write = |hub: &mut ToHub<'_>| write_payload(message, format, hub);
+        let (id, ()) = make_payload(cluster, &ranks, lasts, write)?;
         cluster.payloads.borrow_mut().push((job, id));
         shared.set(format, id);
     }
     Ok(shared)
+}
+
+/// Writes a message as a payload of this format.
+///
+/// # Errors
+/// When R jumped: what was written by then is incomplete.
+pub fn write_payload(
+    message: &Robj,
+    format: Format,
+    sink: &mut dyn Sink,
+) -> std::result::Result<(), Jump> {
+    match format {
+        Format::Native => mapped::serialize(message, sink).map(drop),
+        Format::Xdr => stream::serialize(message, format, sink).map(drop),
+    }
 }
 
 /// Sends to the hosts of these workers what `write` writes, as a payload. Returns that and what `write`
@@ -789,7 +928,7 @@ fn share(
 ///
 /// # Errors
 /// When R jumped: there is no payload then.
-fn make_payload<T>(
+pub fn make_payload<T>(
     cluster: &Cluster,
     ranks: &[Rank],
     lasts: bool,
@@ -821,7 +960,7 @@ pub fn share_common(
     job: JobId,
     common: &Robj,
 ) -> std::result::Result<(PayloadId, Written), Jump> {
-    let short = match repeat::least_size(common) <= SMALL {
+    let short = match stream::least_size(common) <= SMALL {
         true => stream::serialize_short(common, SMALL)?,
         false => None,
     };
@@ -870,40 +1009,50 @@ pub fn share_again(
     Ok(())
 }
 
-/// Writes a message to the hub, where its task has begun. `NULL`, or a jump.
-fn write(cluster: &Cluster, begun: &Begun, job: JobId, message: &Robj, lasts: Option<u64>) -> Robj {
+/// Writes a message to the hub, where its task has begun. Returns how many bytes R has serialized for that:
+/// none for a plain one, or if it is a payload.
+fn write(cluster: &Cluster, begun: &Begun, message: &Robj) -> std::result::Result<usize, Jump> {
     let written = match begun.shared {
         // The payload is all of it.
-        true => Ok(()),
-        false => write_all(cluster, begun.place, job, message, lasts),
+        true => Ok(0),
+        false => write_all(cluster, begun.place, message),
     };
+    let mut hub = cluster.hub.borrow_mut();
     match written {
-        Ok(()) => {
-            cluster.hub.borrow_mut().finish();
-            ().into()
-        }
-        Err(Jump(token)) => {
-            cluster.hub.borrow_mut().abandon();
-            token
-        }
+        Ok(_) => hub.finish(),
+        Err(_) => hub.abandon(),
     }
+    written
 }
 
-fn write_all(
-    cluster: &Cluster,
-    place: Rank,
-    job: JobId,
-    message: &Robj,
-    lasts: Option<u64>,
-) -> std::result::Result<(), Jump> {
+fn write_all(cluster: &Cluster, place: Rank, message: &Robj) -> std::result::Result<usize, Jump> {
     let format = cluster.format(place);
     if send_plain(cluster, format, message)? {
-        return Ok(());
+        return Ok(0);
     }
-    // `clusterCall()` runs no user code between its messages to the nodes. Other senders may, and
-    // that code may change a value in place.
-    let same_for_all = job != NO_JOB && lasts.is_some();
-    send_large(cluster, job, format, message, same_for_all)
+    let mut sink = Counting {
+        hub: ToHub(cluster),
+        bytes: 0,
+    };
+    stream::serialize(message, format, &mut sink)?;
+    Ok(sink.bytes)
+}
+
+/// The hub, and how many bytes have been written to it.
+struct Counting<'a> {
+    hub: ToHub<'a>,
+    bytes: usize,
+}
+
+impl Sink for Counting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.bytes += bytes.len();
+        self.hub.write(bytes)
+    }
+
+    fn wait(&mut self) -> bool {
+        self.hub.wait()
+    }
 }
 
 /// A number for the name of what a message sets; 0 for none.
@@ -923,8 +1072,8 @@ fn name_of(name: &str) -> u64 {
 fn hub_try_again(handle: Robj, task: f64) -> Robj {
     let task = task as TaskId;
     with_cluster(&handle, |cluster| {
-        let (message, owner, job, lasts, shared) = match cluster.messages.borrow().get(&task) {
-            Some(m) => (m.message.clone(), m.owner, m.job, m.lasts, m.shared),
+        let (message, owner, lasts, shared) = match cluster.messages.borrow().get(&task) {
+            Some(m) => (m.message.clone(), m.owner, m.lasts, m.shared),
             None => return Err(Failure::new("no_task")),
         };
         let payload = |place| shared.of(cluster.format(place));
@@ -933,7 +1082,8 @@ fn hub_try_again(handle: Robj, task: f64) -> Robj {
             .borrow_mut()
             .try_again(owner, task, lasts, payload);
         let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
-        Ok(write(cluster, &begun, job, &message, lasts))
+        let written = write(cluster, &begun, &message).map_err(Unsent::from);
+        Ok(written.map_or_else(Robj::from, |_| ().into()))
     })
 }
 
@@ -956,8 +1106,7 @@ fn hub_give_up(handle: Robj, task: f64) -> Robj {
 fn hub_forget(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let task = task as TaskId;
-        let message = cluster.messages.borrow_mut().remove(&task);
-        if let Some(message) = message {
+        if let Some(message) = cluster.forget_message(task) {
             cluster.hub.borrow_mut().forget(message.owner, task);
         }
         Ok(().into())
@@ -970,11 +1119,13 @@ fn hub_forget(handle: Robj, task: f64) -> Robj {
 fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
     with_cluster(&handle, |cluster| {
         let task = task as TaskId;
-        let mut messages = cluster.messages.borrow_mut();
-        let message = messages.get(&task).map(|known| known.message.clone());
-        if last {
-            messages.remove(&task);
-        }
+        let message = match last {
+            true => cluster.forget_message(task).map(|known| known.message),
+            false => {
+                let messages = cluster.messages.borrow();
+                messages.get(&task).map(|known| known.message.clone())
+            }
+        };
         message.ok_or_else(|| Failure::new("no_task"))
     })
 }
@@ -1010,37 +1161,6 @@ fn with_plain(
     }
     cluster.plain.set(bytes);
     written
-}
-
-/// Writes a message to the hub that is not plain. `same_for_all`: the sender makes the same message of
-/// unchanged values for each node.
-fn send_large(
-    cluster: &Cluster,
-    job: JobId,
-    format: Format,
-    message: &Robj,
-    same_for_all: bool,
-) -> std::result::Result<(), Jump> {
-    // R code may run below, and with it another send: then there is nothing to be repeated.
-    let last = cluster
-        .last
-        .take()
-        .filter(|last| same_for_all && last.is(job, format, message));
-    if let Some(last) = last {
-        last.send(&cluster.hub, SLICE)?;
-        cluster.last.set(Some(last));
-        return Ok(());
-    }
-    // What is too large to be kept is not held until that is found out.
-    if same_for_all && repeat::least_size(message) <= RECORD_LIMIT {
-        cluster.hub.borrow_mut().record();
-    }
-    let fixed = stream::serialize(message, format, &mut ToHub(cluster))?;
-    let recorded = cluster.hub.borrow_mut().recorded();
-    let sent = recorded.filter(|_| fixed);
-    let sent = sent.map(|chunks| repeat::Sent::new(job, format, message, chunks));
-    cluster.last.set(sent);
-    Ok(())
 }
 
 /// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
@@ -1192,7 +1312,7 @@ fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
     match read_answer(body, place) {
         Ok(answer) => {
             cluster.reading.set(None);
-            cluster.messages.borrow_mut().remove(&task);
+            cluster.forget_message(task);
             status::note_failure(cluster, at, &answer);
             answer
         }
@@ -1378,7 +1498,8 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
         let ranks: std::result::Result<Vec<Rank>, Failure> =
             ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
         hub.stop_workers(ranks?);
-        cluster.forget_messages(&hub);
+        drop(hub);
+        cluster.forget_messages();
         Ok(().into())
     })
 }
@@ -1448,7 +1569,6 @@ fn hub_events(handle: Robj) -> Robj {
 
 /// Cancels what is left of a job.
 pub fn close_job(cluster: &Cluster, job: JobId) {
-    cluster.last.set(None);
     // Nodes hold the handle, which would never be collected.
     cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
@@ -1456,7 +1576,7 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
     }
     cluster.hub.borrow_mut().cancel_job(job);
     cluster.drop_payloads(job);
-    cluster.forget_messages(&cluster.hub.borrow());
+    cluster.forget_messages();
 }
 
 /// Cancels what is left of a job. Returns what there is to be shown.

@@ -5,9 +5,8 @@
 //! on: [`job_step`] then returns a failure with the number of the unit's task.
 
 use crate::failure::Failure;
-use crate::head::{self, Cluster, ToHub, SLICE};
+use crate::head::{self, Cluster, ToHub, Unsent, SLICE};
 use crate::mapped;
-use crate::repeat;
 use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
 use crate::unit;
@@ -131,33 +130,6 @@ impl Elements {
     }
 }
 
-/// Why a unit has not been sent.
-enum Unsent {
-    Jump(Jump),
-    Failure(Failure),
-}
-
-impl From<Jump> for Unsent {
-    fn from(jump: Jump) -> Unsent {
-        Unsent::Jump(jump)
-    }
-}
-
-impl From<Failure> for Unsent {
-    fn from(failure: Failure) -> Unsent {
-        Unsent::Failure(failure)
-    }
-}
-
-impl From<Unsent> for Robj {
-    fn from(unsent: Unsent) -> Robj {
-        match unsent {
-            Unsent::Jump(Jump(token)) => token,
-            Unsent::Failure(failure) => failure.into(),
-        }
-    }
-}
-
 /// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 /// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
@@ -178,6 +150,7 @@ fn job_begin(
     settings: List,
 ) -> Robj {
     head::with_cluster(&handle, |cluster| {
+        head::may_send(cluster)?;
         // R's code that ends a job may have been interrupted.
         let stale = cluster.job.borrow().as_ref().map(|job| job.id);
         if let Some(stale) = stale {
@@ -824,7 +797,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
                 // If what is common cannot change, they cannot have in common what does.
                 let mut fixed = job.fixed;
                 // What is seen to be long is not serialized to find that out.
-                let mut long = fixed && repeat::least_size_of_value(element) >= LONG;
+                let mut long = fixed && stream::least_size_of_value(element) >= LONG;
                 if !long {
                     unit::begin_serialized(&mut job.message);
                     let mut sink = Bounded::new(&mut job.message, before + LONG - 1);

@@ -1,163 +1,242 @@
-//! A message that goes to many nodes is serialized once where that is known to be safe: `clusterCall`
-//! and `clusterExport` make the same message anew for each node, of the same values.
+//! Messages that R sends node by node: `sendCall()` in a loop, snow's verbs, verbs over nodes of several
+//! clusters. From the second time on, a large message is a payload, which each host gets once and whose
+//! large vectors its workers map.
 //!
-//! Safe means: the values are the very same ones, nothing in them is an environment (or an external
-//! pointer) whose content may have changed in between, and it is still the same call of the verb, so
-//! that no code of the user's has run that could have changed a value in place.
+//! Its bytes decide whether a message is the same as the last one: C code changes values in place,
+//! environments change, and code that R runs while it serializes may do either. That function and arguments
+//! are the same objects is only a reason to look at the bytes, because making a payload of every large
+//! message, or comparing it, would cost those who send each message once.
+//!
+//! 1. The first message is sent as it is, and held.
+//! 2. A second one that may be the same becomes a payload, whether it is the same or not: the payload is
+//!    that message. The fingerprint of its bytes is kept.
+//! 3. Any further one is serialized for its fingerprint alone. If that is the payload's, the message is,
+//!    too; a host that does not have the payload gets it. If not, it is a first message.
+//!
+//! One message is held, and its payload, for as long as a task that was sent it has not been answered.
 
+use crate::head::{self, Cluster, Shared, ToHub};
 use crate::plain::{self, rustcluster_attributes, rustcluster_names};
-use crate::stream::Format;
-use crate::unwind;
+use crate::stream::{Format, Sink};
+use crate::unwind::Jump;
 use extendr_api::prelude::*;
-use extendr_ffi::{R_NilValue, ALTREP, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
-use rustcluster_core::hub::Hub;
-use rustcluster_core::scheduler::JobId;
-use rustcluster_core::share::Chunk;
-use std::cell::RefCell;
-use std::ffi::c_void;
-use std::time::Duration;
+use extendr_ffi::{SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
+use rustcluster_core::payloads::PayloadId;
+use rustcluster_core::scheduler::{JobId, Rank};
+use rustcluster_core::share::Fingerprint;
+use std::ffi::{c_int, c_void};
+use std::rc::Rc;
 
-/// A message that was sent.
-pub struct Sent {
-    job: JobId,
-    format: Format,
-    /// Held, so that the same address means the same value.
-    message: Robj,
-    chunks: Vec<Chunk>,
+/// Bytes from which on a message is worth it: a shorter payload is sent to each worker as it is.
+pub const LARGE: usize = 64 * 1024;
+
+// SEXP is a pointer to a type that is opaque on this side.
+#[allow(improper_ctypes)]
+unsafe extern "C" {
+    fn rustcluster_same_closure(a: *mut c_void, b: *mut c_void) -> c_int;
 }
 
-impl Sent {
-    /// A message in which nothing can change, as it was sent.
-    pub fn new(job: JobId, format: Format, message: &Robj, chunks: Vec<Chunk>) -> Sent {
-        Sent {
+/// A large message that was sent, and may be sent again.
+pub struct Repeated {
+    job: JobId,
+    lasts: Option<u64>,
+    /// Held, so that the same address means the same object.
+    message: Robj,
+    /// What it has been made, in each format.
+    payloads: Vec<Made>,
+    /// So many others hold this as tasks have the message that have not been answered.
+    users: User,
+}
+
+/// A task's share in a [`Repeated`] message.
+pub type User = Rc<()>;
+
+/// A payload, and the fingerprint of its bytes.
+struct Made {
+    format: Format,
+    id: PayloadId,
+    print: (u128, u64),
+}
+
+impl Repeated {
+    /// A message that was sent once.
+    pub fn new(job: JobId, lasts: Option<u64>, message: &Robj) -> Repeated {
+        Repeated {
             job,
-            format,
+            lasts,
             message: message.clone(),
-            chunks,
+            payloads: Vec::new(),
+            users: User::default(),
         }
     }
 
-    /// Whether this message would be the same.
-    pub fn is(&self, job: JobId, format: Format, message: &Robj) -> bool {
+    /// Whether this message may be the same.
+    pub fn may_be(&self, job: JobId, lasts: Option<u64>, message: &Robj) -> bool {
         // SAFETY: on R's thread; both are alive.
-        let same = unsafe { same_task(self.message.get(), message.get()) };
-        self.job == job && self.format == format && same
+        let alike = || unsafe { alike_messages(self.message.get(), message.get()) };
+        self.job == job && self.lasts == lasts && alike()
     }
 
-    /// Writes it to the hub again.
+    /// To be held for as long as a task that was sent the message has not been answered.
+    pub fn user(&self) -> User {
+        self.users.clone()
+    }
+
+    /// Whether there is such a task.
+    pub fn is_used(&self) -> bool {
+        Rc::strong_count(&self.users) > 1
+    }
+
+    /// Its payloads.
+    pub fn payloads(&self) -> impl Iterator<Item = PayloadId> + '_ {
+        self.payloads.iter().map(|made| made.id)
+    }
+
+    /// Has the host of this worker have the message, which [may be](Repeated::may_be) the same, as a
+    /// payload. `None`: it is not the same. The result names no payload if there is none.
     ///
     /// # Errors
-    /// When R jumped, because of an interrupt.
-    pub fn send(
-        &self,
-        hub: &RefCell<Hub>,
-        slice: Duration,
-    ) -> std::result::Result<(), unwind::Jump> {
-        let mut sending = Sending {
-            hub,
-            chunks: &self.chunks,
-            slice,
+    /// When R jumped. The message may be shared all the same the next time.
+    pub fn share(
+        &mut self,
+        cluster: &Cluster,
+        owner: Rank,
+        message: &Robj,
+    ) -> std::result::Result<Option<Shared>, Jump> {
+        // Whoever stands in for it gets the message as it is.
+        if cluster.hub.borrow().worker(owner).gone.is_some() {
+            return Ok(Some(Shared::default()));
+        }
+        let format = cluster.format(owner);
+        let made = self.payloads.iter().find(|made| made.format == format);
+        let Some(&Made { id, print, .. }) = made else {
+            let (id, print) = head::make_payload(cluster, &[owner], self.lasts.is_some(), |hub| {
+                write(message, format, Some(hub))
+            })?;
+            self.payloads.push(Made { format, id, print });
+            return Ok(Some(Shared::of_one(format, id)));
         };
-        unwind::protect(send_protected, &mut sending).map(drop)
+        if write(message, format, None)? != print {
+            return Ok(None);
+        }
+        let has = cluster.hub.borrow().has_payload(owner, id);
+        // Code that R ran in between may have changed it.
+        if !has && !send_again(cluster, id, print, owner, message, format)? {
+            return Ok(None);
+        }
+        Ok(Some(Shared::of_one(format, id)))
     }
 }
 
-struct Sending<'a> {
-    hub: &'a RefCell<Hub>,
-    chunks: &'a [Chunk],
-    slice: Duration,
-}
-
-/// Chunks submitted at a time.
-const AT_ONCE: usize = 32;
-
-unsafe extern "C" fn send_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the sending of `Sent::send`, which outlives this call. When check_interrupt
-    // jumps, this frame holds nothing that is to be dropped.
-    unsafe {
-        let sending = &*data.cast::<Sending<'_>>();
-        for chunks in sending.chunks.chunks(AT_ONCE) {
-            let mut wait = sending.hub.borrow_mut().write_chunks(chunks);
-            while wait {
-                wait = sending.hub.borrow_mut().wait_to_send(sending.slice);
-                unwind::check_interrupt();
-            }
+/// Sends a payload to one more host. Returns whether it has been the same bytes: if not, that host does not
+/// have it.
+fn send_again(
+    cluster: &Cluster,
+    id: PayloadId,
+    print: (u128, u64),
+    owner: Rank,
+    message: &Robj,
+    format: Format,
+) -> std::result::Result<bool, Jump> {
+    cluster.hub.borrow_mut().begin_payload_again(id, owner);
+    let written = write(message, format, Some(&mut ToHub(cluster)));
+    let mut hub = cluster.hub.borrow_mut();
+    match written {
+        Ok(now) if now == print => {
+            hub.finish_payload();
+            Ok(true)
         }
-        R_NilValue
-    }
-}
-
-/// Values that are looked at to tell a message's size.
-const LOOKED_AT: usize = 1_000;
-
-/// Bytes that this message takes at least when it is serialized, as far as a few looks tell.
-pub fn least_size(message: &Robj) -> usize {
-    // SAFETY: on R's thread, with a live value.
-    unsafe { least_size_of_value(message.get()) }
-}
-
-/// The same of any value.
-///
-/// # Safety
-/// On R's thread, with a live value. R does not jump.
-pub unsafe fn least_size_of_value(value: SEXP) -> usize {
-    // SAFETY: the caller's.
-    unsafe { least_size_of(value, &mut { LOOKED_AT }) }
-}
-
-/// # Safety
-/// On R's thread, with a live value. R does not jump.
-unsafe fn least_size_of(value: SEXP, looks: &mut usize) -> usize {
-    // SAFETY: the caller's; types and lengths are looked at first.
-    unsafe {
-        // What is computed when it is looked at may be short when it is serialized.
-        if *looks == 0 || ALTREP(value) != 0 {
-            return 0;
-        }
-        *looks -= 1;
-        let length = |value| usize::try_from(XLENGTH(value)).unwrap_or(0);
-        match TYPEOF(value) {
-            SEXPTYPE::RAWSXP => length(value),
-            SEXPTYPE::LGLSXP | SEXPTYPE::INTSXP => 4 * length(value),
-            SEXPTYPE::REALSXP | SEXPTYPE::STRSXP => 8 * length(value),
-            SEXPTYPE::CPLXSXP => 16 * length(value),
-            SEXPTYPE::VECSXP => {
-                let elements = 0..XLENGTH(value).min(LOOKED_AT as isize);
-                elements
-                    .map(|i| least_size_of(VECTOR_ELT(value, i), looks))
-                    .sum()
-            }
-            _ => 0,
+        other => {
+            hub.abandon();
+            other.map(|_| false)
         }
     }
 }
 
-/// Whether two messages of parallel's ask for the same, of the very same values. Their lists are made
+/// Writes a message to the hub as a payload, or to nowhere. Returns the fingerprint of its bytes.
+fn write(
+    message: &Robj,
+    format: Format,
+    hub: Option<&mut ToHub<'_>>,
+) -> std::result::Result<(u128, u64), Jump> {
+    let mut sink = Printing {
+        print: Fingerprint::default(),
+        hub,
+        unwatched: 0,
+    };
+    head::write_payload(message, format, &mut sink)?;
+    Ok(sink.print.value())
+}
+
+/// Bytes to nowhere after which R is to look for an interrupt.
+const WATCHED: usize = 16 * 1024 * 1024;
+
+/// Takes the fingerprint of what is written.
+struct Printing<'a, 'b> {
+    print: Fingerprint,
+    hub: Option<&'a mut ToHub<'b>>,
+    unwatched: usize,
+}
+
+impl Sink for Printing<'_, '_> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.print.update(bytes);
+        if let Some(hub) = &mut self.hub {
+            return hub.write(bytes);
+        }
+        self.unwatched += bytes.len();
+        let watch = self.unwatched >= WATCHED;
+        if watch {
+            self.unwatched = 0;
+        }
+        watch
+    }
+
+    fn wait(&mut self) -> bool {
+        self.hub.as_mut().is_some_and(|hub| hub.wait())
+    }
+}
+
+/// Whether two messages may be the same. Of those of parallel's that ask for a task, the lists are made
 /// anew for each.
 ///
 /// # Safety
 /// On R's thread, with live values. R does not jump.
-unsafe fn same_task(a: SEXP, b: SEXP) -> bool {
+unsafe fn alike_messages(a: SEXP, b: SEXP) -> bool {
     // SAFETY: the caller's.
     unsafe {
+        if a == b {
+            return true;
+        }
         let (Some(a), Some(b)) = (plain::task_of(a), plain::task_of(b)) else {
             return false;
         };
-        let [(function, arguments, tag), (function_b, arguments_b, tag_b)] =
-            [a, b].map(|[function, arguments, tag]| (function, arguments, tag));
-        function == function_b
-            && TYPEOF(tag) == SEXPTYPE::NILSXP
-            && TYPEOF(tag_b) == SEXPTYPE::NILSXP
-            && same_elements(arguments, arguments_b)
+        let [function, arguments, tag] = a;
+        let [function_b, arguments_b, tag_b] = b;
+        alike(function, function_b) && alike(tag, tag_b) && alike_lists(arguments, arguments_b)
     }
 }
 
 /// # Safety
-/// As for [`same_task`].
-unsafe fn same_elements(a: SEXP, b: SEXP) -> bool {
+/// As for [`alike_messages`].
+unsafe fn alike(a: SEXP, b: SEXP) -> bool {
+    // SAFETY: the caller's; types are looked at first.
+    unsafe {
+        let closure = |value: SEXP| TYPEOF(value) == SEXPTYPE::CLOSXP;
+        // A function that a loop makes anew for each node.
+        a == b || (closure(a) && closure(b) && rustcluster_same_closure(a.cast(), b.cast()) != 0)
+    }
+}
+
+/// # Safety
+/// As for [`alike_messages`].
+unsafe fn alike_lists(a: SEXP, b: SEXP) -> bool {
     // SAFETY: the caller's; lengths and types are looked at first.
     unsafe {
         let list = |list: SEXP| TYPEOF(list) == SEXPTYPE::VECSXP;
+        if a == b {
+            return true;
+        }
         if !list(a) || !list(b) || XLENGTH(a) != XLENGTH(b) {
             return false;
         }
@@ -167,7 +246,7 @@ unsafe fn same_elements(a: SEXP, b: SEXP) -> bool {
             return false;
         }
         let length = XLENGTH(a);
-        if !(0..length).all(|i| VECTOR_ELT(a, i) == VECTOR_ELT(b, i)) {
+        if !(0..length).all(|i| alike(VECTOR_ELT(a, i), VECTOR_ELT(b, i))) {
             return false;
         }
         if attributes == 0 {

@@ -5,7 +5,8 @@ use bytes::Buf;
 use extendr_api::prelude::*;
 use extendr_ffi::{
     R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
-    R_outpstream_t, R_pstream_format_t, Rf_error, SEXP,
+    R_outpstream_t, R_pstream_format_t, Rf_error, ALTREP, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT,
+    XLENGTH,
 };
 use rustcluster_core::scheduler::Body;
 use std::cell::Cell;
@@ -164,6 +165,51 @@ pub fn serialize_short(
     let fixed = serialize(object, Format::Native, &mut sink)?;
     let over = sink.over;
     Ok((!over).then_some((bytes, fixed)))
+}
+
+/// Values that are looked at to tell an object's size.
+const LOOKED_AT: usize = 1_000;
+
+/// Bytes that an object takes at least when it is serialized, as far as a few looks tell.
+pub fn least_size(object: &Robj) -> usize {
+    // SAFETY: on R's thread, with a live value.
+    unsafe { least_size_of_value(object.get()) }
+}
+
+/// The same of any value.
+///
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+pub unsafe fn least_size_of_value(value: SEXP) -> usize {
+    // SAFETY: the caller's.
+    unsafe { least_size_of(value, &mut { LOOKED_AT }) }
+}
+
+/// # Safety
+/// On R's thread, with a live value. R does not jump.
+unsafe fn least_size_of(value: SEXP, looks: &mut usize) -> usize {
+    // SAFETY: the caller's; types and lengths are looked at first.
+    unsafe {
+        // What is computed when it is looked at may be short when it is serialized.
+        if *looks == 0 || ALTREP(value) != 0 {
+            return 0;
+        }
+        *looks -= 1;
+        let length = |value| usize::try_from(XLENGTH(value)).unwrap_or(0);
+        match TYPEOF(value) {
+            SEXPTYPE::RAWSXP => length(value),
+            SEXPTYPE::LGLSXP | SEXPTYPE::INTSXP => 4 * length(value),
+            SEXPTYPE::REALSXP | SEXPTYPE::STRSXP => 8 * length(value),
+            SEXPTYPE::CPLXSXP => 16 * length(value),
+            SEXPTYPE::VECSXP => {
+                let elements = 0..XLENGTH(value).min(LOOKED_AT as isize);
+                elements
+                    .map(|i| least_size_of(VECTOR_ELT(value, i), looks))
+                    .sum()
+            }
+            _ => 0,
+        }
+    }
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {

@@ -14,7 +14,7 @@ use fastcdc::v2020::{self, MASKS};
 use lru::LruCache;
 use std::collections::VecDeque;
 use std::hash::Hash;
-use xxhash_rust::xxh3::xxh3_128;
+use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
 /// Chunks have at least so many bytes; shorter messages are not looked at.
 const SHORTEST: usize = 1024;
@@ -80,6 +80,26 @@ fn end_of_chunk(bytes: &[u8]) -> usize {
 /// What some content is known by.
 pub fn key_of(bytes: &[u8]) -> u128 {
     xxh3_128(bytes)
+}
+
+/// The key and the length of content that comes in pieces.
+#[derive(Clone, Default)]
+pub struct Fingerprint {
+    hash: Xxh3,
+    len: u64,
+}
+
+impl Fingerprint {
+    /// Some more of the content.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.hash.update(bytes);
+        self.len += bytes.len() as u64;
+    }
+
+    /// The same for the same content, however it was cut into pieces.
+    pub fn value(&self) -> (u128, u64) {
+        (self.hash.digest128(), self.len)
+    }
 }
 
 fn chunk(bytes: Bytes) -> Chunk {
@@ -352,6 +372,26 @@ mod tests {
             crossed += bytes;
         }
         assert!(crossed < 2 * common.len(), "{crossed}");
+    }
+
+    #[test]
+    fn fingerprints_are_those_of_the_content() {
+        let message = noise(1, 300_000);
+        let of = |message: &[u8], piece: usize| {
+            let mut print = Fingerprint::default();
+            for piece in message.chunks(piece) {
+                print.update(piece);
+            }
+            print.value()
+        };
+        let whole = (key_of(&message), 300_000);
+        for piece in [4, 999, 64_768, 300_000] {
+            assert_eq!(of(&message, piece), whole);
+        }
+        let mut changed = message.clone();
+        changed[299_999] ^= 1;
+        assert_ne!(of(&changed, 4), whole);
+        assert_ne!(of(&message[..299_999], 4), whole);
     }
 
     #[test]

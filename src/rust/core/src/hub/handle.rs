@@ -30,9 +30,6 @@ const SEND_LIMIT: usize = 8 * 1024 * 1024;
 /// Bytes of a message that are looked at together for where to cut them.
 const CUT: usize = 4 * MAX_BODY;
 
-/// Bytes of a recorded message, at most.
-pub const RECORD_LIMIT: usize = 128 * 1024 * 1024;
-
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
 
@@ -155,9 +152,6 @@ struct Writing {
     wanted: Option<PayloadId>,
     buffer: Vec<u8>,
     first: bool,
-    /// What has been submitted of it, if that is to be known and not too much.
-    recorded: Option<Vec<Chunk>>,
-    recorded_bytes: usize,
     /// How a call that is tried again has ended: so it has if it cannot be written.
     end: Option<CallEnd>,
 }
@@ -681,21 +675,6 @@ impl Hub {
         core.settle();
     }
 
-    /// The message that is being written is to be had from [`Hub::recorded`].
-    pub fn record(&mut self) {
-        if let Some(writing) = &mut self.writing {
-            writing.recorded = Some(Vec::new());
-        }
-    }
-
-    /// All that was written of the message, if it is recorded and not too large to be held.
-    pub fn recorded(&mut self) -> Option<Vec<Chunk>> {
-        let writing = self.writing.as_mut()?;
-        let chunks = writing.chunks(self.shares, true);
-        submit(&mut self.inner.shared.core(), writing, chunks, false);
-        writing.recorded.take()
-    }
-
     /// Appends to the payload or message that is being written. Returns whether so much waits to be
     /// sent that the caller should call [`Hub::wait_to_send`] until that says no.
     pub fn write(&mut self, mut bytes: &[u8]) -> bool {
@@ -731,19 +710,9 @@ impl Hub {
             let chunks = take_chunks(&mut sharing.buffer, self.shares, last);
             submit_payload(&mut self.inner.shared.core(), sharing, chunks, last);
         } else if let Some(writing) = &mut self.writing {
-            let chunks = writing.chunks(self.shares, false);
+            let chunks = take_chunks(&mut writing.buffer, self.shares, false);
             submit(&mut self.inner.shared.core(), writing, chunks, false);
         }
-    }
-
-    /// As [`Hub::write`], for chunks of a message that was recorded.
-    pub fn write_chunks(&mut self, chunks: &[Chunk]) -> bool {
-        let Some(writing) = &mut self.writing else {
-            return false;
-        };
-        let mut core = self.inner.shared.core();
-        submit(&mut core, writing, chunks.to_vec(), false);
-        core.queued > SEND_LIMIT
     }
 
     /// Waits up to `most` for what was written to be sent. Returns whether to wait on.
@@ -772,7 +741,7 @@ impl Hub {
             self.outstanding[writing.owner as usize].push_back(task);
             self.outstanding_count += 1;
         }
-        let chunks = writing.chunks(self.shares, true);
+        let chunks = take_chunks(&mut writing.buffer, self.shares, true);
         let mut core = self.core();
         submit(&mut core, &mut writing, chunks, true);
         if let Some(spool) = &mut core.spool {
@@ -814,7 +783,10 @@ impl Hub {
 
     /// Cancels the job's tasks that have not been received.
     pub fn cancel_job(&mut self, job: JobId) {
-        self.abandon();
+        let is_of_job = |writing: &Writing| writing.order.job == job;
+        if self.writing.as_ref().is_some_and(is_of_job) {
+            self.abandon();
+        }
         let mut core = self.core();
         core.inbox.job = NO_JOB;
         if core.scheduler.verb_over() {
@@ -1124,8 +1096,6 @@ impl Writing {
             wanted: None,
             buffer: Vec::new(),
             first: true,
-            recorded: None,
-            recorded_bytes: 0,
             end: None,
         }
     }
@@ -1147,21 +1117,9 @@ impl Writing {
         }
         self.order.payload.is_some()
     }
-
-    /// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
-    fn chunks(&mut self, shares: bool, last: bool) -> Vec<Chunk> {
-        let chunks = take_chunks(&mut self.buffer, shares, last);
-        if let Some(recorded) = &mut self.recorded {
-            self.recorded_bytes += chunks.iter().map(|chunk| chunk.bytes.len()).sum::<usize>();
-            recorded.extend_from_slice(&chunks);
-            if self.recorded_bytes > RECORD_LIMIT {
-                self.recorded = None;
-            }
-        }
-        chunks
-    }
 }
 
+/// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
 fn take_chunks(buffer: &mut Vec<u8>, shares: bool, last: bool) -> Vec<Chunk> {
     if shares {
         return share::cut(buffer, last);

@@ -14,7 +14,7 @@ mod spool;
 mod status;
 
 pub use calls::{CallEnd, Waker};
-pub use handle::{Answer, Begun, Hub, NO_JOB, Progress, RECORD_LIMIT, Turn};
+pub use handle::{Answer, Begun, Hub, NO_JOB, Progress, Turn};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
 pub use status::{HostStatus, Status};
 
