@@ -444,6 +444,9 @@ compiled <- function(.frame = parent.frame()) {
     "void hang_up(void) {",
     "  for (int fd = 3; fd < 256; fd++) close(fd);",
     "}",
+    "void shut_down(void) {",
+    "  for (int fd = 3; fd < 256; fd++) shutdown(fd, SHUT_RDWR);",
+    "}",
     "void deaf(void) {",
     "  for (;;) sleep(60);",
     "}"

@@ -187,19 +187,21 @@ test_that("a host that cannot restore its workers costs no other", {
 # ---- hosts that are up ------------------------------------------------------------
 
 # A host with two workers that work, and one with two of which the first to call fail() runs `code`, once.
-# Attributes: `mark`, a file that exists from then on; `pids` of all processes; `before`, the temporary
-# directories of others.
+# Attributes: `mark`, a file that exists from then on; `pids` of all processes; `tmp`, where their temporary
+# directories are.
 two_hosts <- function(code, ..., .frame = parent.frame()) {
-  before <- list.files(dirname(tempdir()), full.names = TRUE)
+  tmp <- tempfile("tmp-")
+  dir.create(tmp)
   spec <- list(list(host = "localhost", ncore = 2), list(host = "127.0.0.1", ncore = 2))
-  cl <- local_cluster(spec, onFailure = "warn", ..., .frame = .frame)
+  cl <- local_cluster(spec, onFailure = "warn", rscript_envs = c(TMPDIR = tmp), ..., .frame = .frame)
+  stopifnot(length(list.files(tmp)) > 0L)
   mark <- tempfile("mark-")
   fail <- eval(bquote(function() if (suppressWarnings(dir.create(.(mark)))) .(code)), globalenv())
   clusterCall(cl[3:4], assign, "fail", fail, globalenv())
   clusterCall(cl[1:2], assign, "fail", global(function() NULL), globalenv())
   clusterCall(cl, assign, "agent", agentPids(cl)[[2L]], globalenv())
   clusterCall(cl, dyn.load, compiled(.frame))
-  structure(cl, mark = mark, pids = c(agentPids(cl), clusterPids(cl)), before = before)
+  structure(cl, mark = mark, pids = c(agentPids(cl), clusterPids(cl)), tmp = tmp)
 }
 
 # Stops the cluster. Nothing is left of processes, files and directories.
@@ -209,10 +211,7 @@ expect_ends_well <- function(cl) {
   expect_lt(proc.time()[[3L]] - began, 20 + slack())
   expect_gone(attr(cl, "pids"))
   expect_no_leftovers()
-  left <- function() {
-    now <- list.files(dirname(tempdir()), full.names = TRUE)
-    setdiff(now, c(attr(cl, "before"), tempdir()))
-  }
+  left <- function() list.files(attr(cl, "tmp"))
   wait_until(function() !length(left()), 1 + slack())
   expect_identical(left(), character())
 }
@@ -236,6 +235,7 @@ failures <- alist(
   "worker [34] .*status 7" = quit("no", 7),
   "worker [34] " = .C("scribble"),
   "worker [34] " = .C("hang_up"),
+  "worker [34] " = .C("shut_down"),
   "127.0.0.1.*signal 9" = tools::pskill(agent, 9),
   "127.0.0.1" = tools::pskill(agent, 15),
   "127.0.0.1.*signal 6" = tools::pskill(agent, 6)

@@ -619,10 +619,16 @@ impl Agent {
                 self.act();
                 overdue.extend(self.relay.book.stalled(now));
             }
+            let any_overdue = !overdue.is_empty();
             for worker in overdue {
                 if let Some(process) = &self.workers[worker as usize] {
                     process.kill();
                 }
+            }
+            // Their ends are not told of if code in a worker has shut down the socket of signals, which a fork shares
+            // with its agent.
+            if any_overdue {
+                self.on_signals();
             }
             if !self.ending {
                 let due = self.relay.book.to_retry(now);
