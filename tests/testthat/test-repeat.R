@@ -184,9 +184,9 @@ test_that("messages that differ in anything are not taken for the same", {
   attr(told_too, "some") <- 2
   calls <- list(
     list(f, list(x)), list(f, list(x)), list(f, list(y)), list(f, list(a = x)), list(f, list(b = x)),
-    list(f, list(x, x)), list(g, list(x)), list(h, list(x)), list(g, list(x)), list(told, list(x)), list(told_too, list(x)),
-    list(told, list(x)), list(f, list(x)), list(f, list(x), TRUE, "a tag"), list(f, list(x), TRUE, "another"),
-    list(f, list(x), FALSE), list(f, list(x))
+    list(f, list(x, x)), list(g, list(x)), list(h, list(x)), list(g, list(x)), list(told, list(x)),
+    list(told_too, list(x)), list(told, list(x)), list(f, list(x)), list(f, list(x), TRUE, "a tag"),
+    list(f, list(x), TRUE, "another"), list(f, list(x), FALSE), list(f, list(x))
   )
   results <- lapply(pair, function(cl) {
     lapply(list(1, 1:2, 2:1), function(nodes) {
