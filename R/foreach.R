@@ -19,8 +19,8 @@
 #' `.options.snow` has doParallel's `attachExportEnv`, and its `preschedule`, which has no effect: iterations are
 #' always sent together. Other options in it are ignored with a warning, as by doParallel.
 #'
-#' `doParallel::registerDoParallel(cl)` takes a cluster made by [makeRustCluster()], too, at the speed of
-#' one message an iteration.
+#' `doParallel::registerDoParallel(cl)` takes a cluster made by [makeRustCluster()], too, and is as fast.
+#' `doSNOW::registerDoSNOW(cl)` sends one message an iteration, as with other clusters.
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
 #'   \pkg{parallel}'s `setDefaultCluster()` has set.

@@ -6,10 +6,11 @@
 #' Drop-ins for the functions of the same names in \pkg{parallel}, with the same arguments and
 #' results. With a cluster made by [makeRustCluster()] they hand the whole job over at once; with any
 #' other cluster they call \pkg{parallel}'s. Code that calls `parallel::parLapply()` and so on, also in
-#' packages, is as fast with a cluster made by [makeRustCluster()]: all that is said here holds for it.
-#' What these functions add is that they divide very long vectors into chunks faster.
+#' packages, is as fast with a cluster made by [makeRustCluster()], and all of this page holds for it as
+#' well. What these functions add is that they divide very long vectors into chunks faster.
 #'
-#' Nodes of several clusters, and nodes that are in `cl` twice, get one message a task.
+#' Tasks are sent one by one, at about the speed of PSOCK clusters, to nodes of several clusters, to nodes that
+#' are in `cl` twice, and if a package's own `[[` method makes the elements.
 #'
 #' What is the same: values, their order and names, errors, what the tasks find and leave on their
 #' node, and, for `clusterApply()`, `clusterMap()`, `parLapply()`, `parSapply()`, `parApply()`,

@@ -248,7 +248,8 @@ test_that("after an interrupt, or a warning that jumps, all clusters are usable"
   kill <- function(i) if (i == 3) tools::pskill(Sys.getpid(), 9) else i
   for (verb in list(clusterApply, clusterApplyLB, parallel::clusterApplyLB, clusterLapply)) {
     expect_match(conditionMessage(caught(verb(two, 1:9, kill))), "converted from warning")
-    right()
+    # The task had been sent to another worker before the warning, which tells of its loss now.
+    suppressWarnings(right())
   }
   # A call in a handler finds the clusters busy, whichever it uses.
   for (cl in list(two, several$b)) {
