@@ -347,7 +347,8 @@ impl Channel {
                 },
             }
         };
-        self.usual_wait = (3 * self.usual_wait + began.elapsed()) / 4;
+        // Bounded: after a pause a few short waits tell that tasks come soon again.
+        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * WATCH);
         self.received.extend_from_slice(&buffer[..n]);
         Ok(n)
     }
