@@ -80,9 +80,14 @@ continueJob <- function(handle, job, depth, frames, lasts) {
 
 # The same for a verb of ours, whose frame has this number.
 beginJob <- function(handle, depth, lasts) {
-  if (handle$job != noJob) closeStale(handle, sys.nframe())
-  if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
+  refuseIfBusy(handle, sys.nframe())
   openJob(handle, depth, 0L, lasts)
+}
+
+# An error if another verb is under way, for a verb of ours, which asks from the frame with this number.
+refuseIfBusy <- function(handle, frames) {
+  if (handle$job != noJob) closeStale(handle, frames)
+  if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
 }
 
 closeJob <- function(handle, job) {

@@ -226,8 +226,7 @@ callNodes <- function(cl = NULL, fun, ...) {
 callAll <- function(cl, message) {
   handle <- if (length(cl)) cl[[1L]][["handle"]]
   if (is.null(handle)) return(NULL)
-  if (handle$job != noJob) closeStale(handle, sys.nframe())
-  if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
+  refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
   lasts <- settingOf("clusterCall", message$data)
   done <- FALSE

@@ -77,6 +77,36 @@ descendants <- function(pid = Sys.getpid()) {
   }
 }
 
+# The lines of smaps_rollup that match, as "^Pss:", in MB, for each of these processes.
+memory_of <- function(pids, pattern) {
+  vapply(pids, function(pid) {
+    lines <- grep(pattern, readLines(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
+    as.numeric(gsub("[^0-9]", "", lines)) / 1024
+  }, 0)
+}
+
+skip_unless_smaps <- function(pid) {
+  skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", pid)))
+}
+
+# By how many megabytes this process grows at the most while it evaluates something.
+growth_here <- function(expr) {
+  skip_if_not(file.exists("/proc/self/clear_refs"))
+  memory <- function(what) {
+    line <- grep(paste0("^", what), readLines("/proc/self/status"), value = TRUE)
+    as.numeric(gsub("[^0-9]", "", line)) / 1024
+  }
+  gc()
+  reset <- tryCatch({
+    writeLines("5", "/proc/self/clear_refs")
+    TRUE
+  }, error = function(e) FALSE, warning = function(w) FALSE)
+  skip_if_not(reset)
+  before <- memory("VmRSS")
+  expr
+  memory("VmHWM") - before
+}
+
 open_fds <- function(pid = "self") length(list.files(sprintf("/proc/%s/fd", pid)))
 threads_of <- function(pid = "self") length(list.files(sprintf("/proc/%s/task", pid)))
 

@@ -358,17 +358,13 @@ test_that("an export is held once a host, and common arguments are", {
   cl <- local_cluster(8)
   parallel::clusterCall(cl, gc)
   pids <- clusterPids(cl)
-  of <- function(pid) {
-    lines <- readLines(sprintf("/proc/%d/smaps_rollup", pid))
-    as.numeric(gsub("[^0-9]", "", grep("^Pss:", lines, value = TRUE))) / 1024
-  }
-  skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", pids[[1L]])))
+  skip_unless_smaps(pids[[1L]])
   x <- stats::runif(6.25e6)
-  before <- vapply(pids, of, 0)
+  before <- memory_of(pids, "^Pss:")
   parallel::clusterExport(cl, "x", environment())
   got <- parallel::clusterApply(cl, 1:8, global(function(i, y) sum(x) + sum(y) + i), x)
   expect_equal(unlist(got), 1:8 + 2 * sum(x))
-  expect_lt(sum(vapply(pids, of, 0) - before), 200)
+  expect_lt(sum(memory_of(pids, "^Pss:") - before), 200)
 })
 
 # A verb with random arguments, as a list of the call `expr` and of `values` for it. Which node a task goes to, and what

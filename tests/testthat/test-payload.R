@@ -180,23 +180,10 @@ test_that("separate processes get it, too", {
 })
 
 test_that("the head does not hold what it sends", {
-  skip_if_not(file.exists("/proc/self/clear_refs"))
   cl <- local_cluster(8)
   clusterCall(cl, identity, 1)
   big <- runif(1e7)
-  memory <- function(what) {
-    line <- grep(paste0("^", what), readLines("/proc/self/status"), value = TRUE)
-    as.numeric(gsub("[^0-9]", "", line)) / 1024
-  }
-  gc()
-  reset <- tryCatch({
-    writeLines("5", "/proc/self/clear_refs")
-    TRUE
-  }, error = function(e) FALSE)
-  skip_if_not(reset)
-  before <- memory("VmRSS")
-  broadcast_export(cl, "big", big)
-  expect_lt(memory("VmHWM") - before, 16)
+  expect_lt(growth_here(broadcast_export(cl, "big", big)), 16)
 })
 
 test_that("hosts of another byte order get it in theirs", {
@@ -325,17 +312,13 @@ test_that("mapped vectors take up memory once, and none when they are gone", {
   x <- rnorm(6.25e6)
   clusterCall(cl, gc)
   pids <- clusterPids(cl)
-  of <- function(pid) {
-    lines <- readLines(sprintf("/proc/%d/smaps_rollup", pid))
-    as.numeric(gsub("[^0-9]", "", grep("^Pss:", lines, value = TRUE))) / 1024
-  }
-  skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", pids[[1L]])))
-  before <- vapply(pids, of, 0)
+  skip_unless_smaps(pids[[1L]])
+  before <- memory_of(pids, "^Pss:")
   broadcast_export(cl, "x", x)
   read <- eval(quote(function() c(sum(x), mean(x), x[7], (x %*% x)[1])), globalenv())
   want <- c(sum(x), mean(x), x[7], (x %*% x)[1])
   expect_equal(clusterCall(cl, read), rep(list(want), 8))
-  expect_lt(sum(vapply(pids, of, 0) - before), 150)
+  expect_lt(sum(memory_of(pids, "^Pss:") - before), 150)
   small <- x[1:20000]
   for (i in 1:50) broadcast_export(cl, "x", small)
   expect_true(only_mapped(cl, 1L))

@@ -20,31 +20,8 @@ agents_of <- function(cl) unique(vapply(clusterPids(cl), proc_parent, 0L))
 # Whether x is mapped.
 is_mapped <- global(function(x) any(grepl("mapped", utils::capture.output(.Internal(inspect(x))))))
 
-# How many megabytes a process has in its own memory.
-private <- function(pids) {
-  of <- function(pid) {
-    lines <- readLines(sprintf("/proc/%d/smaps_rollup", pid))
-    as.numeric(gsub("[^0-9]", "", grep("^Private_Dirty:", lines, value = TRUE))) / 1024
-  }
-  vapply(pids, of, 0)
-}
-
-# By how many megabytes this process grows at the most while it evaluates something.
-growth_here <- function(expr) {
-  peak <- function(what) {
-    line <- grep(paste0("^", what), readLines("/proc/self/status"), value = TRUE)
-    as.numeric(gsub("[^0-9]", "", line)) / 1024
-  }
-  gc()
-  reset <- tryCatch({
-    writeLines("5", "/proc/self/clear_refs")
-    TRUE
-  }, error = function(e) FALSE, warning = function(w) FALSE)
-  skip_if_not(reset)
-  before <- peak("VmRSS")
-  expr
-  peak("VmHWM") - before
-}
+# How many megabytes processes have in their own memory.
+private <- function(pids) memory_of(pids, "^Private_Dirty:")
 
 expect_nothing_held <- function(cl) {
   expect_true(wait_until(function() all(shared_memory(agents_of(cl)) == 0L)))
@@ -52,7 +29,7 @@ expect_nothing_held <- function(cl) {
 
 test_that("20 MB that are sent to 8 workers one by one are there once, and nothing is left of them", {
   cl <- local_cluster(8)
-  skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", clusterPids(cl)[[1L]])))
+  skip_unless_smaps(clusterPids(cl)[[1L]])
   big <- runif(2.5e6)
   keep <- global(function(x) {
     assign("kept", x, globalenv())
@@ -81,7 +58,7 @@ test_that("20 MB that are sent to 8 workers one by one are there once, and nothi
 test_that("an export of snow's is there once, is restored, and goes when it is replaced", {
   skip_if_not_installed("snow")
   cl <- local_cluster(4)
-  skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", clusterPids(cl)[[1L]])))
+  skip_unless_smaps(clusterPids(cl)[[1L]])
   big <- runif(2.5e6)
   tell <- global(function() sum(big))
   clusterCall(cl, gc)

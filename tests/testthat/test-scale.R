@@ -6,13 +6,7 @@ skip_unless_proc()
 watch_processes()
 
 # Proportional set size in bytes: what k processes share counts as 1/k in each.
-pss <- function(pids) {
-  of <- function(pid) {
-    line <- grep("^Pss:", readLines(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
-    as.numeric(gsub("[^0-9]", "", line)) * 1024
-  }
-  sum(vapply(pids, of, 0))
-}
+pss <- function(pids) sum(memory_of(pids, "^Pss:")) * 1024^2
 
 # Functions of the global environment, as a script's are: those of a test would take its frame along
 # to every worker, the cluster included.
