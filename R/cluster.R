@@ -498,6 +498,12 @@ format.RustCluster <- function(x, ...) {
 
 #' @export
 `[.RustCluster` <- function(x, i) {
+  # Most calls ask for nodes that there are, by their numbers.
+  if (!missing(i) && is.numeric(i) && !is.object(i) && isTRUE(all(i >= 1 & i <= length(x)))) {
+    part <- .subset(x, i)
+    class(part) <- oldClass(x)
+    return(part)
+  }
   if (!missing(i)) i <- plain(i)
   part <- tryCatch(.subset(x, i), error = function(e) badArgument("i", "must be numbers of nodes, or TRUE and FALSE"))
   if (!all(lengths(part, FALSE))) {

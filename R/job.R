@@ -28,15 +28,25 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
                    each = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
-  job <- beginJob(handle, sys.nframe(), NULL)
-  on.exit(closeJob(handle, job))
+  refuseIfBusy(handle, sys.nframe())
+  job <- handle$jobs <- handle$jobs + 1
+  done <- FALSE
+  on.exit(if (!done) closeJob(handle, job))
   # One that took too long, or that is lost and not tried again, is known by its message.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
   settings <- list(
     round = round, shares = shares, spread = spread, seed = seed, seeded = list(runSeeded, list()),
-    nothing = list(list, list()), order = order, singly = singly, timeout = timeout
+    nothing = list(list, list()), order = order, singly = singly, timeout = timeout,
+    at_once = !singly && is.null(each) && !progress
   )
-  begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
+  begin <- function() job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
+  begun <- begin()
+  if (isFromStale(begun, handle)) begun <- begin()
+  if (typeof(begun) == "list") {
+    done <- TRUE
+    return(list(values = begun[[1L]], failed = begun[[2L]]))
+  }
+  continueJob(handle, job, sys.nframe(), 0L, NULL)
   if (is.character(begun)) handleFailed(begun, handle)
   checked(begun)
   shown <- if (progress) showProgress(function() job_progress(handle$pointer)[2:3], n, what)

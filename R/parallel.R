@@ -37,6 +37,7 @@ sendData.RustNode <- function(node, data) {
 sendTask <- function(handle, rank, message) {
   result <- hub_send(handle$pointer, rank, handle$job, message, handle$lasts)
   if (is.null(result)) return(invisible())
+  if (isFromStale(result, handle)) return(sendTask(handle, rank, message))
   if (typeof(result) == "character") handleFailed(result, handle)
   unwound(result)
 }
@@ -88,6 +89,22 @@ beginJob <- function(handle, depth, lasts) {
 refuseIfBusy <- function(handle, frames) {
   if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
+}
+
+# A verb that may end before R has to note that it is under way is noted in Rust alone: see callAll() and runJob(). Its
+# end may have been interrupted, too. Whether `result` refuses a verb for such a one, which is closed then.
+isFromStale <- function(result, handle) {
+  if (typeof(result) != "character" || !"begun" %in% names(result)) return(FALSE)
+  job <- as.numeric(result[["begun"]])
+  for (depth in seq_len(sys.nframe())) {
+    fun <- sys.function(depth)
+    frame <- sys.frame(depth)
+    if (identical(fun, callAll) || identical(fun, runJob)) {
+      if (identical(frame$handle, handle) && identical(frame$job, job)) return(FALSE)
+    }
+  }
+  closeJob(handle, job)
+  TRUE
 }
 
 closeJob <- function(handle, job) {

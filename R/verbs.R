@@ -224,14 +224,16 @@ callNodes <- function(cl = NULL, fun, ...) {
 # Sends the same message to all nodes and returns their values. NULL, and nothing has been done: they are not nodes of
 # one cluster of ours, or one is there twice.
 callAll <- function(cl, message) {
-  handle <- if (length(cl)) cl[[1L]][["handle"]]
+  # Not `[[`, which looks for methods first.
+  handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
-  refuseIfBusy(handle, sys.nframe())
+  if (handle$job != noJob) refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
   lasts <- settingOf("clusterCall", message$data)
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   answers <- hub_call(handle$pointer, cl, job, message, lasts)
+  if (isFromStale(answers, handle)) answers <- hub_call(handle$pointer, cl, job, message, lasts)
   if (is.null(answers) || typeof(answers) == "list") {
     done <- TRUE
     return(answers)

@@ -306,6 +306,42 @@ test_that("warnings, errors and jumps out of a verb leave the cluster as it was"
   expect_identical(parallel::clusterCall(cl, identity, 4), rep(list(4), 4))
 })
 
+test_that("a finalizer that runs in the middle of a verb takes none of its answers", {
+  cl <- local_cluster(3)
+  inner <- list()
+  # The finalizer runs at the first collection after this.
+  arm <- function() {
+    reg.finalizer(new.env(), function(e) {
+      value <- tryCatch(unlist(clusterCall(cl, identity, 2)), rustcluster_busy = function(e) "busy")
+      inner[[length(inner) + 1L]] <<- value
+    })
+    NULL
+  }
+  on.exit(gctorture2(0), add = TRUE)
+  outer <- list(
+    function() identical(clusterCall(cl, identity, c(1, 5)), rep(list(c(1, 5)), 3L)),
+    function() identical(clusterCall(cl, identity, factor("a")), rep(list(factor("a")), 3L)),
+    function() identical(clusterApply(cl, 1:3, factor), lapply(1:3, factor)),
+    function() identical(parallel::clusterCall(cl, identity, list(1, "a")), rep(list(list(1, "a")), 3L)),
+    function() identical(clusterApply(cl, c(4, 5, 6), identity), list(4, 5, 6)),
+    function() identical(parallel::parLapply(cl, 1:6, identity), as.list(1:6))
+  )
+  for (step in seq(1L, 401L, by = 4L)) {
+    for (call in outer) {
+      arm()
+      gctorture2(step + 2000L, step)
+      right <- call()
+      gctorture2(0)
+      expect_true(right)
+    }
+  }
+  gc()
+  expect_length(inner, 101L * length(outer))
+  refused <- vapply(inner, identical, NA, "busy")
+  expect_true(all(refused | vapply(inner, identical, NA, c(2, 2, 2))))
+  expect_true(any(refused))
+})
+
 test_that("an interrupt ends a verb, and the next one is right", {
   cl <- local_cluster(2)
   verbs <- alist(

@@ -62,6 +62,8 @@ pub struct Cluster {
     unread: Cell<Option<Unread>>,
     /// What hub_called() is to tell.
     called: Cell<Option<Called>>,
+    /// The job of a verb that is under way without a note of it in R: see [`may_begin`].
+    pub begun: Cell<Option<JobId>>,
     /// Calls that were dropped while the hub was in use.
     dropped: RefCell<Vec<TaskId>>,
     /// The task whose answer is being read, or could not be read because R jumped, and the place of its
@@ -356,6 +358,7 @@ fn hub_start(
                 plain: Cell::default(),
                 last: Cell::new(None),
                 called: Cell::new(None),
+                begun: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
@@ -647,13 +650,22 @@ pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
     }
 }
 
+/// Whether a verb may send its first message. A finalizer that R runs in the middle of another verb would take that one's
+/// answers. A verb that takes longer is noted in R, which then refuses others by itself.
+pub fn may_begin(cluster: &Cluster) -> std::result::Result<(), Failure> {
+    match cluster.begun.get() {
+        Some(job) => Err(Failure::new("busy").with("begun", job)),
+        None => may_send(cluster),
+    }
+}
+
 /// Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
 /// it sets there (`""`: of nothing in particular).
 /// @noRd
 #[extendr]
 fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        may_send(cluster)?;
+        may_begin(cluster)?;
         let owner = rank_of(&cluster.hub.borrow(), rank)?;
         let job = job as JobId;
         let lasts = lasts.as_str().map(name_of);
@@ -770,7 +782,7 @@ struct Called {
 #[extendr]
 fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        may_send(cluster)?;
+        may_begin(cluster)?;
         let Ok(ranks) = ranks_of(&nodes) else {
             return Ok(().into());
         };
@@ -787,6 +799,7 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
         }
         let job = job as JobId;
         let lasts = lasts.as_str().map(name_of);
+        cluster.begun.set(Some(job));
         if let Err(unsent) = broadcast(cluster, &owners, job, &message, lasts) {
             return Ok(unsent.into());
         }
@@ -859,6 +872,7 @@ fn take_value(answer: &Robj, called: &mut Called) -> bool {
 #[extendr]
 fn hub_called(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
+        cluster.begun.set(None);
         Ok(match cluster.called.take() {
             Some(called) => list!(called.values, called.there, called.next).into(),
             None => ().into(),
@@ -1569,6 +1583,7 @@ fn hub_events(handle: Robj) -> Robj {
 
 /// Cancels what is left of a job.
 pub fn close_job(cluster: &Cluster, job: JobId) {
+    cluster.begun.set(None);
     // Nodes hold the handle, which would never be collected.
     cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
@@ -1584,7 +1599,12 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
 #[extendr]
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
-        close_job(cluster, job as JobId);
+        let job = job as JobId;
+        // One that was refused because another is under way has nothing to be closed.
+        if cluster.begun.get().is_some_and(|begun| begun != job) {
+            return Ok(().into());
+        }
+        close_job(cluster, job);
         // R was interrupted before it took them.
         cluster.unread.set(None);
         cluster.called.set(None);

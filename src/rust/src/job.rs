@@ -88,6 +88,12 @@ pub struct Job {
     timeout: Option<Duration>,
     scratch: Vec<u8>,
     message: Vec<u8>,
+    /// What the first step, which job_begin() takes, has left for the next: an answer that R must have a handler for,
+    /// or what R has to decide on.
+    unread: Option<(Rank, TaskId, Body)>,
+    said: Option<Unsent>,
+    /// The first step is being taken.
+    first: bool,
 }
 
 /// A unit that is out.
@@ -137,7 +143,8 @@ impl Elements {
 /// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
 /// `seeded` and `nothing` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-/// in seconds).
+/// in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
+/// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
 /// @noRd
 #[extendr]
 fn job_begin(
@@ -150,7 +157,7 @@ fn job_begin(
     settings: List,
 ) -> Robj {
     head::with_cluster(&handle, |cluster| {
-        head::may_send(cluster)?;
+        head::may_begin(cluster)?;
         // R's code that ends a job may have been interrupted.
         let stale = cluster.job.borrow().as_ref().map(|job| job.id);
         if let Some(stale) = stale {
@@ -221,6 +228,7 @@ fn job_begin(
             planner.expect(place, ways.get(rank).copied());
             planner.place_on(place, agent, cores.get(agent).copied().unwrap_or(0));
         }
+        drop(ways);
         let new = Job {
             id: job as JobId,
             members: ranks.iter().copied().collect(),
@@ -255,8 +263,33 @@ fn job_begin(
             timeout: Duration::try_from_secs_f64(timeout).ok(),
             scratch: Vec::new(),
             message: Vec::new(),
+            unread: None,
+            said: None,
+            first: true,
         };
-        cluster.job.replace(Some(Box::new(new)));
+        let at_once = flag("at_once")
+            && new.seed.is_null()
+            && new.timeout.is_none()
+            && matches!(new.elements, Elements::Vector(_))
+            && count <= places;
+        let mut new = Box::new(new);
+        let mut done = false;
+        if at_once {
+            // Until R has noted that a verb is under way, which takes as long as a short job.
+            cluster.begun.set(Some(new.id));
+            match new.step(cluster) {
+                Ok(is_done) => done = is_done,
+                Err(unsent) => new.said = Some(unsent),
+            }
+        }
+        new.first = false;
+        if done && !cluster.hub.borrow().has_events() {
+            let results = new.results();
+            cluster.job.replace(Some(new));
+            head::close_job(cluster, job as JobId);
+            return Ok(results);
+        }
+        cluster.job.replace(Some(new));
         Ok(().into())
     })
 }
@@ -266,7 +299,13 @@ fn job_begin(
 /// @noRd
 #[extendr]
 fn job_step(handle: Robj) -> Robj {
-    with_job(&handle, |cluster, job| job.step(cluster))
+    with_job(&handle, |cluster, job| {
+        cluster.begun.set(None);
+        Ok(match job.step(cluster)? {
+            true => true.into(),
+            false => ().into(),
+        })
+    })
 }
 
 /// Runs `body` with the job that is open. It is not to be had while that is so: R code that runs in
@@ -311,12 +350,22 @@ impl Job {
             .map_or(position, |order| order[position])
     }
 
-    fn step(&mut self, cluster: &Cluster) -> std::result::Result<Robj, Unsent> {
+    /// Gives tasks out and takes answers, for some time. Returns whether all are there.
+    ///
+    /// # Errors
+    /// What R has to decide on.
+    fn step(&mut self, cluster: &Cluster) -> std::result::Result<bool, Unsent> {
+        if let Some(said) = self.said.take() {
+            return Err(said);
+        }
         let until = Instant::now() + SLICE;
         if self.planner.may_resume(self.now()) {
             self.wake();
         }
         let mut answered = false;
+        if let Some((place, task, body)) = self.unread.take() {
+            self.take(cluster, place, task, body)?;
+        }
         loop {
             // While answers come, those who have answered are given more at once, and others are not
             // begun with: it is they who are quick, and have the function and its memory at hand.
@@ -332,12 +381,12 @@ impl Job {
                 }
             }
             if self.done == self.results.len() {
-                return Ok(true.into());
+                return Ok(true);
             }
             self.recall(cluster);
             let mut left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Ok(().into());
+                return Ok(false);
             }
             if let Some(timeout) = self.timeout {
                 let timed = self.sent.iter().filter(|(_, sent)| !sent.tasks.is_empty());
@@ -370,12 +419,16 @@ impl Job {
                 Answer::Ready {
                     place, task, body, ..
                 } => {
+                    if self.first && !body.whole().is_some_and(unit::is_plain_result) {
+                        self.unread = Some((place, task, body));
+                        return Ok(false);
+                    }
                     self.take(cluster, place, task, body)?;
                     answered = true;
                 }
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
                 // Until it is time, or a signal has come.
-                Answer::Pending if self.timeout.is_none() => return Ok(().into()),
+                Answer::Pending if self.timeout.is_none() => return Ok(false),
                 Answer::Pending => {}
                 Answer::NothingSent => {
                     self.none_stopped(cluster)?;
@@ -1070,12 +1123,17 @@ impl Job {
 /// @noRd
 #[extendr]
 fn job_results(handle: Robj) -> Robj {
-    with_job(&handle, |_, job| {
-        let mut failed = job.failed.clone();
+    with_job(&handle, |_, job| Ok(job.results()))
+}
+
+impl Job {
+    /// See [`job_results`].
+    fn results(&mut self) -> Robj {
+        let mut failed = self.failed.clone();
         failed.sort_unstable();
-        let fresh = std::mem::take(&mut job.fresh);
-        Ok(list!(job.results.clone(), failed, fresh).into())
-    })
+        let fresh = std::mem::take(&mut self.fresh);
+        list!(self.results.clone(), failed, fresh).into()
+    }
 }
 
 /// How far the job is: tasks, those that have ended, and workers that are busy.

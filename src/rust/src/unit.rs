@@ -150,6 +150,12 @@ pub fn measure(bytes: &[u8]) -> Option<Measured> {
     unit.or_else(alone)
 }
 
+/// Whether an answer has the result of one task, in the form of [`plain`].
+pub fn is_plain_result(bytes: &[u8]) -> bool {
+    AnswerHead::of(bytes).is_some_and(|head| head.count == 1)
+        && bytes.get(ANSWER_HEAD + 1) == Some(&PLAIN)
+}
+
 /// Appends a value to `out` if it is plain. Returns whether it is.
 ///
 /// # Safety
