@@ -1,7 +1,7 @@
 //! Calls for whoever is free: sent one by one, and each asked for by its number.
 
 use crate::failure::Failure;
-use crate::head::{self, ToHub, SLICE};
+use crate::head::{self, SLICE, ToHub};
 use crate::stream::{self, Format};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;

@@ -14,9 +14,9 @@ use crate::stream;
 use crate::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_BaseEnv, R_BaseNamespace, R_GlobalEnv, R_IsNamespaceEnv, R_NaString, R_NamesSymbol,
-    R_NilValue, Rboolean, Rf_allocVector, Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib,
-    Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL, RAW, REAL, R_CHAR, SET_STRING_ELT,
+    ALTREP, INTEGER, LENGTH, LOGICAL, R_BaseEnv, R_BaseNamespace, R_CHAR, R_GlobalEnv,
+    R_IsNamespaceEnv, R_NaString, R_NamesSymbol, R_NilValue, RAW, REAL, Rboolean, Rf_allocVector,
+    Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib, Rf_unprotect, SET_STRING_ELT,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use std::ffi::{c_char, c_int, c_void};

@@ -6,7 +6,7 @@ use extendr_api::prelude::*;
 use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
 use rustcluster_core::activity::{Interval, Kind, Moment, Track};
 use rustcluster_core::scheduler::{Rank, State, TaskId};
-use std::ffi::{c_int, c_void, CStr};
+use std::ffi::{CStr, c_int, c_void};
 use std::time::Duration;
 
 // SEXP is a pointer to a type that is opaque on this side.

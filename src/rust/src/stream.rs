@@ -4,9 +4,8 @@ use crate::unwind::{self, Jump};
 use bytes::Buf;
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
-    R_outpstream_t, R_pstream_format_t, Rf_error, ALTREP, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT,
-    XLENGTH,
+    ALTREP, R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
+    R_outpstream_t, R_pstream_format_t, Rf_error, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::scheduler::Body;
 use std::cell::Cell;
