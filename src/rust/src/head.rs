@@ -1214,8 +1214,10 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
     unwind::protect(read, &mut reading)
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
 }
@@ -1497,7 +1499,7 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
         let mut hub = cluster.hub.borrow_mut();
         let ranks: std::result::Result<Vec<Rank>, Failure> =
             ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
-        hub.stop_workers(ranks?);
+        hub.stop_workers(&ranks?);
         drop(hub);
         cluster.forget_messages();
         Ok(().into())

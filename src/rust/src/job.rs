@@ -925,8 +925,10 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     }
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_message(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
     fn rustcluster_arguments(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;

@@ -41,8 +41,10 @@ const NATIVE: u8 = 0;
 /// Stands for the length of `NA_character_`.
 const NA: u32 = u32::MAX;
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     // R's encodings as numbers: extendr's enum has those of latin1 and bytes wrong.
     fn Rf_getCharCE(string: SEXP) -> c_int;
@@ -355,11 +357,7 @@ impl Reader<'_> {
     unsafe fn bad(&self) -> ! {
         const BAD: *const c_char = c"a message that is damaged or cut short".as_ptr();
         // SAFETY: jumps; the message has no format directive.
-        unsafe { Rf_error(BAD) };
-        #[allow(unreachable_code)]
-        {
-            unreachable!("Rf_error returned")
-        }
+        unsafe { Rf_error(BAD) }
     }
 
     unsafe fn take(&mut self, n: usize) -> &[u8] {

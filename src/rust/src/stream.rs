@@ -105,8 +105,6 @@ pub fn is_parse_data(bytes: &[u8]) -> bool {
     PARSE_DATA.get() == bytes.as_ptr().cast()
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_is_source(value: *mut c_void) -> c_int;
     fn rustcluster_parse_data(value: *mut c_void) -> *const c_void;
@@ -260,7 +258,7 @@ unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Ho
             OutPersistHookFunc: hook,
             OutPersistHookData: R_NilValue,
         };
-        R_Serialize(object, &mut stream);
+        R_Serialize(object, &raw mut stream);
     }
 }
 
@@ -314,7 +312,7 @@ pub unsafe fn read(source: &mut dyn Source) -> SEXP {
             nat2nat_obj: std::ptr::null_mut(),
             nat2utf8_obj: std::ptr::null_mut(),
         };
-        R_Unserialize(&mut stream)
+        R_Unserialize(&raw mut stream)
     }
 }
 

@@ -155,6 +155,7 @@ impl Track {
     }
 
     /// Without the history.
+    #[must_use]
     pub fn counters(&self) -> Track {
         Track {
             error: self.error.clone(),
@@ -179,7 +180,7 @@ impl Track {
         while !why.is_char_boundary(end) {
             end -= 1;
         }
-        self.error = Some(why[..end].to_owned());
+        self.error = why.get(..end).map(str::to_owned);
     }
 
     /// It is there again.

@@ -777,7 +777,7 @@ impl Scheduler {
     /// A task; its message follows in chunks.
     pub fn submit(&mut self, mut order: Order) {
         if let Some(any_of) = order.any_of.take() {
-            return self.submit_call(order, any_of);
+            return self.submit_call(&order, any_of);
         }
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
@@ -1628,8 +1628,8 @@ impl Scheduler {
             Kind::Aside => {
                 let rank = self.rank(agent, header.worker)?;
                 let current = self.workers[rank as usize].current.as_ref();
-                let its = |c: &&Current| c.task.id == header.task && !c.cancelled;
-                if current.filter(its).is_some() {
+                let its = |c: &Current| c.task.id == header.task && !c.cancelled;
+                if current.is_some_and(its) {
                     self.notes.push(Note::Aside {
                         task: header.task,
                         flags: header.flags,
@@ -1838,11 +1838,11 @@ impl Scheduler {
             // Stopped by us; its agent may not have known.
             return Ok(());
         }
-        let dropped = |next: &&mut Next| {
+        let dropped = |next: &Next| {
             let asked = next.cancelled || next.recalled;
             next.task.id == task && asked && flags == LAST | ABORT && chunk.is_empty()
         };
-        if worker.next.as_mut().filter(dropped).is_some() {
+        if worker.next.as_ref().is_some_and(dropped) {
             self.not_started(rank);
             return Ok(());
         }

@@ -175,6 +175,7 @@ impl Mirror {
     }
 
     /// Of an agent that has taken the place of this one's.
+    #[must_use]
     pub fn fresh(&self) -> Mirror {
         Mirror::new(self.numbers.most)
     }

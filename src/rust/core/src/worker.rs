@@ -494,7 +494,7 @@ mod tests {
         fn send(&self, frame: &Frame, along: Option<&File>) {
             let header = frame.header.to_bytes();
             let slices = [IoSlice::new(&header), IoSlice::new(&frame.body)];
-            let along = along.map(|file| file.as_raw_fd());
+            let along = along.map(AsRawFd::as_raw_fd);
             let sent = sys::send_with(self.0.as_raw_fd(), &slices, along).unwrap();
             assert_eq!(sent, frame.wire_len());
         }

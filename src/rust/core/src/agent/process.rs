@@ -118,7 +118,7 @@ impl Outgoing {
         let Some((along, out)) = self.parts.front_mut() else {
             return Ok(0);
         };
-        let with = along.as_ref().map(|file| file.as_raw_fd());
+        let with = along.as_ref().map(AsRawFd::as_raw_fd);
         let written = out.write_with(|slices| write(slices, with))?;
         if written > 0 {
             *along = None;

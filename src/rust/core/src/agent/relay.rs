@@ -270,7 +270,8 @@ impl Relay {
                 }
             }
             Kind::Control => {
-                self.on_message(message::decode(&frame.body).map_err(text)?, now, acts)?
+                let message = message::decode(&frame.body).map_err(text)?;
+                self.on_message(&message, now, acts)?;
             }
             Kind::Output | Kind::Cancel | Kind::Aside => {
                 return Err(ProtocolError("a frame that is not for an agent".into()));
@@ -306,11 +307,11 @@ impl Relay {
 
     fn on_message(
         &mut self,
-        message: ToAgent,
+        message: &ToAgent,
         now: Now,
         acts: &mut Vec<Act>,
     ) -> Result<(), ProtocolError> {
-        match message {
+        match *message {
             ToAgent::Cancel { worker, task } => {
                 if !self.withdraw(worker, task, acts) && self.book.cancel(worker, task, now)? {
                     acts.push(Act::Interrupt { worker, task });

@@ -1002,10 +1002,10 @@ impl Hub {
 
     /// Ends some workers, whatever they do; with the last one, the cluster. What was outstanding
     /// on them is forgotten.
-    pub fn stop_workers(&mut self, ranks: Vec<Rank>) {
+    pub fn stop_workers(&mut self, ranks: &[Rank]) {
         let shared = self.inner.shared.clone();
         let mut core = shared.core();
-        for &rank in &ranks {
+        for &rank in ranks {
             let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
             self.outstanding_count -= tasks.len();
             for (task, _) in tasks {

@@ -2,7 +2,10 @@
 //! nothing else to do; from then on they are tasks as others are, but that a lost one is nobody's to
 //! wait for.
 
-use super::*;
+use super::{
+    Arc, CALLS, Chunk, HashSet, Note, Order, Outcome, Rank, Scheduler, Task, TaskId, VecDeque,
+    Worker, WorkerState,
+};
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +37,7 @@ pub(super) struct Calls {
 }
 
 impl Scheduler {
-    pub(super) fn submit_call(&mut self, order: Order, any_of: Arc<[Rank]>) {
+    pub(super) fn submit_call(&mut self, order: &Order, any_of: Arc<[Rank]>) {
         let id = order.task;
         let again = order.again;
         let task = Task {
