@@ -232,7 +232,7 @@ pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
 /// The same; returns whether nothing in the object can change.
 ///
 /// # Safety
-/// As for [`write`].
+/// As for [`write()`].
 pub unsafe fn write_fixed(object: SEXP, sink: &mut dyn Sink) -> bool {
     CHANGEABLE.set(false);
     PARSE_DATA.set(std::ptr::null());

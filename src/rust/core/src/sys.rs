@@ -463,6 +463,7 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// What this process has had until now.
     pub fn now() -> Usage {
         // SAFETY: all zeroes are a rusage, and the call fills it.
         let usage = unsafe {

@@ -10,7 +10,9 @@ use super::{
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallPlace {
+    /// It waits for a free worker.
     Waiting,
+    /// This worker has it.
     With(Rank),
     /// It has ended.
     Nowhere,
@@ -59,7 +61,7 @@ impl Scheduler {
         self.end_calls_of_nobody();
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, of the message of a call.
+    /// A chunk, at most [`MAX_BODY`](crate::frame::MAX_BODY) long, of the message of a call.
     pub fn append_call(&mut self, id: TaskId, chunk: Chunk, last: bool) {
         let mut waiting = self.calls.waiting.iter_mut();
         // Cancelled or ended otherwise while R was still writing it, if it is not there.
