@@ -144,7 +144,7 @@ fn class_of(kind: i32) -> Option<(i32, u64)> {
 const PACKAGE: i32 = 2;
 
 fn reference(index: i32) -> i32 {
-    index << 8 | word::REFERENCE
+    (index << 8) | word::REFERENCE
 }
 
 /// Takes what R's serialization writes, and passes it on with gaps for the data of large vectors.
@@ -215,7 +215,7 @@ impl<S: Sink> Mapper<S> {
             // A long vector: -1, and its length in two words.
             self.word(2).filter(|&mark| mark == -1)?;
             let unsigned = |word: i32| u64::from(word as u32);
-            is_data(4, unsigned(self.word(1)?) << 32 | unsigned(last))
+            is_data(4, (unsigned(self.word(1)?) << 32) | unsigned(last))
         })
     }
 

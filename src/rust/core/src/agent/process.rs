@@ -167,6 +167,10 @@ pub struct Process {
 }
 
 /// The two sides of making a worker.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "it is taken apart where it is made"
+)]
 pub enum Made {
     Parent(Process),
     /// Only after a fork: this is the worker.
