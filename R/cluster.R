@@ -183,6 +183,7 @@
 #' "unknown cluster type".
 #'
 #' @section Ends:
+# nolint start: line_length_linter. A row of a table is one line.
 #' | what happens | what follows |
 #' |---|---|
 #' | `stopCluster(cl)`, idle, busy, again, or in the middle of a call | returns when no process is left; idle workers run their exit handlers, and are killed after `stop_timeout` seconds, with a warning; busy workers are interrupted, and killed after 0.6 s; the call fails with `rustcluster_stopped` |
@@ -196,6 +197,7 @@
 #' | the agent or its ssh is killed, or told to end | its workers end within a second, with all that they started; the tasks move to other hosts |
 #' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
 #' | a disk is full on the host | errors of the tasks that write to it; `outfile` misses lines |
+# nolint end
 #'
 #' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it, and
 #' with a killed agent, unless that has made itself the leader of another process group (as `setsid`

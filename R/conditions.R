@@ -194,8 +194,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     start_failed = paste0(
       "the cluster could not be started on host ", sQuote(host), ": ",
-      hostProblem(settings, reason, c(field("stderr"), "")[[1L]], c(field("stdout"), "")[[1L]], c(number("status"), NA)[[1L]],
-                  isTRUE(owner <= NROW(handle$report)) && !is.na(handle$report$r_version[[owner]]))
+      hostProblem(
+        settings, reason, c(field("stderr"), "")[[1L]], c(field("stdout"), "")[[1L]], c(number("status"), NA)[[1L]],
+        isTRUE(owner <= NROW(handle$report)) && !is.na(handle$report$r_version[[owner]])
+      )
     ),
     bad_argument = paste0("`", field("argument"), "`: ", reason),
     reason

@@ -208,4 +208,3 @@ showOutput <- function(handle, rank, text) {
     cat(paste0("[", handle$hosts[[rank]], " ", rank, "] ", lines, "\n"), sep = "")
   }
 }
-

@@ -130,7 +130,11 @@ isOpen <- function(record) record$state == "open"
 dropFuture <- function(record) {
   id <- record$handle$id
   futures <- Filter(function(open) !identical(open$record, record), openFutures[[id]])
-  if (length(futures)) assign(id, futures, openFutures) else rm(list = intersect(id, ls(openFutures)), envir = openFutures)
+  if (length(futures)) {
+    assign(id, futures, openFutures)
+  } else {
+    rm(list = intersect(id, ls(openFutures)), envir = openFutures)
+  }
 }
 
 clusterOf <- function(future) {
@@ -405,9 +409,9 @@ collect <- function(future) {
   raised <- record$raised
   if (!is.null(raised)) {
     # Nobody could go on after it: as with future's cluster backend.
-    future$result <- future::FutureError(sprintf(
-      "Future (%s) signaled an error of class %s that is to be relayed immediately, which cannot be done with errors: %s",
-      labelOfFuture(future), class(raised)[[1L]], conditionMessage(raised)
+    future$result <- future::FutureError(paste0(
+      "Future (", labelOfFuture(future), ") signaled an error of class ", class(raised)[[1L]],
+      " that is to be relayed immediately, which cannot be done with errors: ", conditionMessage(raised)
     ), future = future)
     future$result$parent <- raised
     future$state <- "failed"
@@ -421,14 +425,20 @@ collect <- function(future) {
     future$result <- result
     future$state <- "failed"
   } else {
-    why <- if (inherits(result, "condition")) conditionMessage(result) else "its worker sent something else than a result"
+    why <- if (inherits(result, "condition")) {
+      conditionMessage(result)
+    } else {
+      "its worker sent something else than a result"
+    }
     kind <- errorClassOf(future, result)
     error <- get(kind, asNamespace("future"))(
       paste0("Future (", labelOfFuture(future), ") could not be resolved: ", why), future = future
     )
     error$parent <- result
     future$result <- error
-    if (!future$state %in% c("canceled", "interrupted")) future$state <- if (kind == "FutureError") "failed" else "interrupted"
+    if (!future$state %in% c("canceled", "interrupted")) {
+      future$state <- if (kind == "FutureError") "failed" else "interrupted"
+    }
   }
   dropFuture(record)
   future
@@ -476,7 +486,7 @@ relayAndMuffle <- function(condition) {
   relayToHead(condition)
   for (restart in computeRestarts(condition)) {
     # Restarts may be without a name.
-    if (any(grepl("^muffle", restart$name))) invokeRestart(restart)
+    if (any(startsWith(as.character(restart$name), "muffle"))) invokeRestart(restart)
   }
 }
 

@@ -42,7 +42,9 @@ specEntries <- function(spec) {
     return(list(namedEntry("localhost", workers)))
   }
   if (is.character(spec) && length(spec)) {
-    if (any(grepl("^[0-9]+$", spec[isText(spec)]))) badArgument("spec", "is a number in quotes: it would be a host's name")
+    if (any(grepl("^[0-9]+$", spec[isText(spec)]))) {
+      badArgument("spec", "is a number in quotes: it would be a host's name")
+    }
     return(lapply(unname(spec), namedEntry, workers = 1L))
   }
   if (is.list(spec) && length(spec)) {

@@ -162,7 +162,9 @@ killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
 
 # A node is a process of its cluster's agent, which starts no others.
 cloneNode.RustNode <- function(x, ...) {
-  abort("not_yet", "a node of a cluster made by makeRustCluster() cannot be cloned: make another cluster, and `c()` both")
+  abort(
+    "not_yet", "a node of a cluster made by makeRustCluster() cannot be cloned: make another cluster, and `c()` both"
+  )
 }
 
 # As far as the version of parallelly has the generics.

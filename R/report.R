@@ -75,7 +75,7 @@ hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
 # status, and its messages are looked for only where they are its own: any may print "Permission denied".
 commandRemedy <- function(host, reason, stderr, stdout, status) {
   ssh <- !isTRUE(host$here)
-  if (grepl("^the agent could not be started: ", reason)) {
+  if (startsWith(reason, "the agent could not be started: ")) {
     if (!ssh) return("Rscript cannot be run here: check `rscript`")
     return("the command that connects to the host cannot be run here: install ssh, or check `rshcmd`")
   }
@@ -157,7 +157,8 @@ showDone <- function(text) {
 }
 
 showProblem <- function(row) {
-  text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem)))
+  # For cli, which finds it by name.
+  text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem))) # nolint: object_usage_linter.
   cli::cli_alert_danger("{text}")
 }
 

@@ -79,7 +79,9 @@ timelineOf <- function(part, rows, later, several) {
 
 #' @export
 plot.RustCluster <- function(x, ...) {
-  badArgument("x", "is a cluster, of which there is no picture: plot(clusterTimeline(x)) shows when its workers were busy")
+  badArgument(
+    "x", "is a cluster, of which there is no picture: plot(clusterTimeline(x)) shows when its workers were busy"
+  )
 }
 
 #' @rdname clusterTimeline
@@ -194,7 +196,6 @@ hostLabels <- function(rows) {
 }
 
 drawLabels <- function(rows, sides, xlim) {
-  width <- diff(xlim)
   if (sides$ranks) {
     cex <- min(0.75, 16 / nrow(rows))
     graphics::mtext(rows$rank, side = 2L, at = rows$y, line = 0.3, las = 1L, cex = cex, col = "grey30")

@@ -18,4 +18,3 @@ registerType <- function() {
   # Whoever is loaded again replaces what it registered before, which would be warned of.
   if (is.function(register)) suppressWarnings(register("RUST", makeRustCluster))
 }
-

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Generates R/extendr-wrappers.R, NAMESPACE and man/ anew from the sources.
+# Generates R/extendr-wrappers.R, NAMESPACE and man/ anew from the sources. With an argument, the package is
+# left installed in that folder.
 set -eu
 cd "$(dirname "$0")/.."
 R_HOME=$(R RHOME)
@@ -10,8 +11,12 @@ make -s -C src -f Makevars document
 src/rust/target/release/document >R/extendr-wrappers.R
 
 # roxygen2 reads the package as installed.
-library=$(mktemp -d)
-trap 'rm -rf "$library"' EXIT
+if [ $# = 1 ]; then
+  library=$1
+else
+  library=$(mktemp -d)
+  trap 'rm -rf "$library"' EXIT
+fi
 "$R_HOME/bin/R" CMD INSTALL --no-docs --no-test-load --library="$library" . >"$library/log" 2>&1 ||
   { cat "$library/log"; exit 1; }
 R_LIBS="$library" "$R_HOME/bin/Rscript" -e 'roxygen2::roxygenise(load_code = "installed")'

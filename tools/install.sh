@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: installs what is missing on Debian and Ubuntu.
+# Sourced by check, demo.sh and test.sh: finds what they need, or installs it on Debian and Ubuntu.
 
 as_root() {
   if [ "$(id -u)" = 0 ]; then
@@ -28,19 +28,32 @@ need_packages() {
     "${missing[@]}" >/dev/null
 }
 
-# A Rust toolchain that is new enough: the one there is, or Debian's rustc-web, or rustc. Further
-# arguments: packages of rustc-web's source that are wanted too.
+# A Rust toolchain that is new enough: the one there is, or Debian's rustc-web, or rustc. With the argument
+# "lints", clippy and rustfmt too.
 need_rust() {
-  PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
-  if ! Rscript --vanilla tools/msrv.R >/dev/null 2>&1; then
+  if ! (use_rust) >/dev/null 2>&1; then
     if apt-cache show rustc-web >/dev/null 2>&1; then
-      need_packages rustc-web cargo-web "$@"
+      need_packages rustc-web cargo-web
     else
       need_packages rustc cargo
     fi
   fi
+  use_rust
+  if [ "${1:-}" = lints ] && ! { cargo clippy --version && cargo fmt --version; } >/dev/null 2>&1; then
+    if command -v rustup >/dev/null; then
+      rustup component add clippy rustfmt
+    elif dpkg-query -W rustc-web >/dev/null 2>&1; then
+      need_packages rust-web-clippy rustfmt-web
+    else
+      need_packages rust-clippy rustfmt
+    fi
+  fi
+}
+
+# Puts the toolchain that configure finds on the PATH; fails if there is none.
+use_rust() {
+  PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
   Rscript --vanilla tools/msrv.R
-  # What configure finds in a place of its own must be found by name here, too.
   local dir
   dir=$(Rscript --vanilla -e 'source("tools/rust.R"); cat(find_rust()$dir)')
   if [ -n "$dir" ]; then PATH="$dir:$PATH"; fi

@@ -92,7 +92,9 @@ try_one <- function(package, start) {
   names <- intersect(names(want[[1L]]$hashes), names(got[[1L]]$hashes))
   differ <- function(two) names[two[[1L]]$hashes[names] != two[[2L]]$hashes[names]]
   extra <- function(what) paste(setdiff(unlist(got[[1L]][[what]]), unlist(want[[1L]][[what]])), collapse = " ")
-  count <- function(what) if (got[[1L]][[what]] != want[[1L]][[what]]) paste(want[[1L]][[what]], "->", got[[1L]][[what]]) else ""
+  count <- function(what) {
+    if (got[[1L]][[what]] != want[[1L]][[what]]) paste(want[[1L]][[what]], "->", got[[1L]][[what]]) else ""
+  }
   data.frame(
     package = package, start = start, seconds = round(seconds, 2),
     shared = paste(setdiff(differ(want), differ(got)), collapse = " "),

@@ -8,7 +8,8 @@ options(testthat.summary.max_reports = Inf)
 results <- as.data.frame(test_dir("tests/testthat", filter = only, reporter = "summary", stop_on_failure = FALSE,
                                   load_package = "none"))
 counts <- function(results) {
-  sprintf("%d passed, %d failed, %d skipped", sum(results$passed), sum(results$failed) + sum(results$error), sum(results$skipped))
+  failed <- sum(results$failed) + sum(results$error)
+  sprintf("%d passed, %d failed, %d skipped", sum(results$passed), failed, sum(results$skipped))
 }
 files <- split(results, sub("^test-(.*)[.]R$", "\\1", results$file))
 took <- vapply(files, function(results) sum(results$real), 0)

@@ -144,7 +144,7 @@ if (wanted("throughput")) {
       median(replicate(times, tasks_a_second(verb, cl, tasks)))
     }, backend)
   }
-  native <- c()
+  native <- NULL
   for (n in c(2L, 100L)) attempt(if (affordable(sprintf("%d workers", n), n, max(each))) {
     key <- as.character(n)
     psock <- measure(parallel::clusterApplyLB, "psock", n, 5000L)
@@ -233,8 +233,10 @@ if (wanted("frames")) {
     force(big)
     function(i) length(big) + i
   }
-  frames <- list(`3e5 numbers in a list` = as.list(1:3e5), `1e6 rows of data` = data.frame(a = runif(1e6), b = runif(1e6)),
-                 `40 MB of numbers` = runif(5e6))
+  frames <- list(
+    `3e5 numbers in a list` = as.list(1:3e5), `1e6 rows of data` = data.frame(a = runif(1e6), b = runif(1e6)),
+    `40 MB of numbers` = runif(5e6)
+  )
   for (n in c(2L, 32L)) attempt(if (affordable(paste(n, "workers"), n, sum(each))) {
     for (name in names(frames)) {
       f <- with_frame(frames[[name]])

@@ -44,7 +44,7 @@ leave_results <- function(folder) {
   figures <- results$figures
   utils::write.csv(figures, file.path(folder, "performance.csv"), row.names = FALSE)
   writeLines(results$machine, file.path(folder, "performance.txt"))
-  shown <- figures[!is.na(figures$ratio) & grepl("^at ", figures$goal), ]
+  shown <- figures[!is.na(figures$ratio) & startsWith(figures$goal, "at "), ]
   if (!nrow(shown)) return(invisible())
   # A ratio that is to be small is that of times, ours by PSOCK's.
   times <- ifelse(startsWith(shown$goal, "at most"), 1 / shown$ratio, shown$ratio)

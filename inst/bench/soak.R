@@ -222,7 +222,8 @@ try_call <- function(name, id) {
 memory <- function() {
   rss <- function(pid, field) {
     lines <- tryCatch(suppressWarnings(readLines(sprintf("/proc/%d/%s", pid, field))), error = function(e) "")
-    as.numeric(sub("[^0-9]*([0-9]+).*", "\\1", grep(if (field == "status") "^VmRSS" else "^Pss:", lines, value = TRUE))[1L]) / 1024
+    line <- grep(if (field == "status") "^VmRSS" else "^Pss:", lines, value = TRUE)[1L]
+    as.numeric(sub("[^0-9]*([0-9]+).*", "\\1", line)) / 1024
   }
   pss <- function(pids) sum(vapply(pids, rss, 0, "smaps_rollup"), na.rm = TRUE)
   c(head = rss(Sys.getpid(), "status"), agents = pss(agentPids(cl)),

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-fn main() {
+fn main() -> Result<(), String> {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-env-changed=R_INCLUDE_DIR");
     cc::Build::new()
@@ -15,20 +15,22 @@ fn main() {
             ]
             .map(|name| format!("csrc/{name}.c")),
         )
-        .include(include_dir())
+        .include(include_dir()?)
         .compile("rustcluster_c");
+    Ok(())
 }
 
 /// Where R's headers are: as the Makevars say, or as R itself does.
-fn include_dir() -> PathBuf {
+fn include_dir() -> Result<PathBuf, String> {
     if let Some(dir) = std::env::var_os("R_INCLUDE_DIR") {
-        return PathBuf::from(dir);
+        return Ok(PathBuf::from(dir));
     }
     let home = std::env::var_os("R_HOME");
     let r = home.map_or("R".into(), |home| PathBuf::from(home).join("bin").join("R"));
     let output = Command::new(r)
         .args(["--no-echo", "--no-restore", "-e", "cat(R.home('include'))"])
         .output()
-        .expect("R is needed to build this package: none was found on the PATH");
-    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())
+        .map_err(|error| format!("R is needed to build this package and was not found: {error}"))?;
+    let dir = String::from_utf8_lossy(&output.stdout);
+    Ok(PathBuf::from(dir.trim()))
 }

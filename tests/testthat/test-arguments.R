@@ -173,7 +173,7 @@ test_that("whatever is wrong with an argument of makeRustCluster() is an error o
     expect_all_bad(call, argument, values)
   }
   takes <- list(
-    host = c("text"), user = c("text"), ncore = c("half", "true"), port = c("half", "true"), rscript = c("text"),
+    host = "text", user = "text", ncore = c("half", "true"), port = c("half", "true"), rscript = "text",
     rlibs = c("text", "texts"), rshcmd = c("text", "texts"), rshopts = c("text", "texts"),
     rscript_envs = c("text", "texts", "no_texts", "no_list"), threads = c("half", "true"),
     renice = c("zero", "minus", "half"), start = character()

@@ -1,7 +1,7 @@
 //! Calls for whoever is free: sent one by one, and each asked for by its number.
 
 use crate::failure::Failure;
-use crate::head::{self, ToHub, SLICE};
+use crate::head::{self, SLICE, ToHub};
 use crate::stream::{self, Format};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
@@ -160,8 +160,6 @@ fn calls_to_look_at(handle: Robj) -> Robj {
     })
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_later() -> *mut c_void;
     fn rustcluster_wake(later: *mut c_void, number: usize, l: c_int);

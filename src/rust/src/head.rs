@@ -4,27 +4,27 @@ use crate::failure::Failure;
 use crate::job::Job;
 use crate::mapped::{self, Written};
 use crate::plain;
-use crate::repeat::{Repeated, User, LARGE};
+use crate::repeat::{LARGE, Repeated, User};
 use crate::status;
 use crate::stream::{self, Format, Sink};
 use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NamesSymbol, Rf_getAttrib, Rf_protect, Rf_unprotect, INTEGER_ELT, REAL_ELT, R_CHAR,
+    INTEGER_ELT, R_CHAR, R_NamesSymbol, REAL_ELT, Rf_getAttrib, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::agent;
-use rustcluster_core::hub::{Answer, Begun, Event, HostView, Hub, Plan, Progress, Turn, NO_JOB};
+use rustcluster_core::hub::{Answer, Begun, Event, HostView, Hub, NO_JOB, Plan, Progress, Turn};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::limits;
 use rustcluster_core::message::{Outfile, Setback, Start, StartMode, ToHead};
 use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{Body, Gone, JobId, Rank, TaskId, MOST_SHARED};
+use rustcluster_core::scheduler::{Body, Gone, JobId, MOST_SHARED, Rank, TaskId};
 use rustcluster_core::share;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::ffi::{c_int, c_void, CStr};
+use std::ffi::{CStr, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -1228,8 +1228,10 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
     unwind::protect(read, &mut reading)
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
 }
@@ -1511,7 +1513,7 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
         let mut hub = cluster.hub.borrow_mut();
         let ranks: std::result::Result<Vec<Rank>, Failure> =
             ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
-        hub.stop_workers(ranks?);
+        hub.stop_workers(&ranks?);
         drop(hub);
         cluster.forget_messages();
         Ok(().into())

@@ -5,7 +5,7 @@
 //! on: [`job_step`] then returns a failure with the number of the unit's task.
 
 use crate::failure::Failure;
-use crate::head::{self, Cluster, ToHub, Unsent, SLICE};
+use crate::head::{self, Cluster, SLICE, ToHub, Unsent};
 use crate::mapped;
 use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
@@ -13,7 +13,7 @@ use crate::unit;
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, INTEGER_ELT, SET_VECTOR_ELT, SEXP,
+    INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::activity::TOO_LONG;
@@ -978,8 +978,10 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     }
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_message(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
     fn rustcluster_arguments(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;

@@ -4,6 +4,12 @@
 //! [`unwind`]. A value that is not what was asked for tells R what happened (see R/boundary.R):
 //! `NULL`, not yet; a character vector, a failure; a pairlist, a jump of R's to be taken up.
 
+#![allow(missing_docs, reason = "nothing is public but what extendr generates")]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "extendr passes arguments by value"
+)]
+
 mod agent;
 mod call;
 mod failure;

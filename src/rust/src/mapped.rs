@@ -41,8 +41,10 @@ const ELEMENTS_AT_ONCE: usize = 8096;
 const GAP: usize = 16;
 const NUMBER: usize = 8;
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_large_bytes(value: *mut c_void, depth: c_int) -> f64;
     fn rustcluster_with_classes(value: *mut c_void) -> SEXP;
@@ -142,7 +144,7 @@ fn class_of(kind: i32) -> Option<(i32, u64)> {
 const PACKAGE: i32 = 2;
 
 fn reference(index: i32) -> i32 {
-    index << 8 | word::REFERENCE
+    (index << 8) | word::REFERENCE
 }
 
 /// Takes what R's serialization writes, and passes it on with gaps for the data of large vectors.
@@ -213,7 +215,7 @@ impl<S: Sink> Mapper<S> {
             // A long vector: -1, and its length in two words.
             self.word(2).filter(|&mark| mark == -1)?;
             let unsigned = |word: i32| u64::from(word as u32);
-            is_data(4, unsigned(self.word(1)?) << 32 | unsigned(last))
+            is_data(4, (unsigned(self.word(1)?) << 32) | unsigned(last))
         })
     }
 
@@ -350,11 +352,11 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
 }
 
 /// An answer with so many bytes in large vectors is worth a file of its own.
-const LARGE_ANSWER: f64 = 2097152.0;
+const LARGE_ANSWER: f64 = 2_097_152.0;
 
 /// Bytes of an answer that are written before it is looked again at what memory there is: other workers
 /// write theirs at the same time.
-const STEP: u64 = 16777216;
+const STEP: u64 = 16_777_216;
 
 /// Bytes that are written to it at a time.
 const PIECE: usize = 64 * 1024;

@@ -14,9 +14,9 @@ use crate::stream;
 use crate::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_BaseEnv, R_BaseNamespace, R_GlobalEnv, R_IsNamespaceEnv, R_NaString, R_NamesSymbol,
-    R_NilValue, Rboolean, Rf_allocVector, Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib,
-    Rf_unprotect, ALTREP, INTEGER, LENGTH, LOGICAL, RAW, REAL, R_CHAR, SET_STRING_ELT,
+    ALTREP, INTEGER, LENGTH, LOGICAL, R_BaseEnv, R_BaseNamespace, R_CHAR, R_GlobalEnv,
+    R_IsNamespaceEnv, R_NaString, R_NamesSymbol, R_NilValue, RAW, REAL, Rboolean, Rf_allocVector,
+    Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib, Rf_unprotect, SET_STRING_ELT,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use std::ffi::{c_char, c_int, c_void};
@@ -41,8 +41,10 @@ const NATIVE: u8 = 0;
 /// Stands for the length of `NA_character_`.
 const NA: u32 = u32::MAX;
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     // R's encodings as numbers: extendr's enum has those of latin1 and bytes wrong.
     fn Rf_getCharCE(string: SEXP) -> c_int;
@@ -355,11 +357,7 @@ impl Reader<'_> {
     unsafe fn bad(&self) -> ! {
         const BAD: *const c_char = c"a message that is damaged or cut short".as_ptr();
         // SAFETY: jumps; the message has no format directive.
-        unsafe { Rf_error(BAD) };
-        #[allow(unreachable_code)]
-        {
-            unreachable!("Rf_error returned")
-        }
+        unsafe { Rf_error(BAD) }
     }
 
     unsafe fn take(&mut self, n: usize) -> &[u8] {

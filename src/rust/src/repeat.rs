@@ -30,8 +30,6 @@ use std::rc::Rc;
 /// Bytes from which on a message is worth it: a shorter payload is sent to each worker as it is.
 pub const LARGE: usize = 64 * 1024;
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_same_closure(a: *mut c_void, b: *mut c_void) -> c_int;
 }

@@ -6,11 +6,9 @@ use extendr_api::prelude::*;
 use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
 use rustcluster_core::activity::{Interval, Kind, Moment, Track};
 use rustcluster_core::scheduler::{Rank, State, TaskId};
-use std::ffi::{c_int, c_void, CStr};
+use std::ffi::{CStr, c_int, c_void};
 use std::time::Duration;
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
 }
@@ -267,10 +265,10 @@ impl Rows {
 /// Takes off what comes before this moment, with its share of the work.
 fn cut(interval: &mut Interval, at: Moment) -> Interval {
     let at = at.clamp(interval.start, interval.end);
-    let length = interval.end - interval.start;
+    let length = interval.end.saturating_sub(interval.start);
     let share = match length.is_zero() {
         true => 0.0,
-        false => (at - interval.start).as_secs_f64() / length.as_secs_f64(),
+        false => at.saturating_sub(interval.start).as_secs_f64() / length.as_secs_f64(),
     };
     let busy = interval.busy.mul_f64(share);
     let before = Interval {

@@ -4,9 +4,8 @@ use crate::unwind::{self, Jump};
 use bytes::Buf;
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
-    R_outpstream_t, R_pstream_format_t, Rf_error, ALTREP, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT,
-    XLENGTH,
+    ALTREP, R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
+    R_outpstream_t, R_pstream_format_t, Rf_error, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::scheduler::Body;
 use std::cell::Cell;
@@ -106,8 +105,6 @@ pub fn is_parse_data(bytes: &[u8]) -> bool {
     PARSE_DATA.get() == bytes.as_ptr().cast()
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
 unsafe extern "C" {
     fn rustcluster_is_source(value: *mut c_void) -> c_int;
     fn rustcluster_parse_data(value: *mut c_void) -> *const c_void;
@@ -235,7 +232,7 @@ pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
 /// The same; returns whether nothing in the object can change.
 ///
 /// # Safety
-/// As for [`write`].
+/// As for [`write()`].
 pub unsafe fn write_fixed(object: SEXP, sink: &mut dyn Sink) -> bool {
     CHANGEABLE.set(false);
     PARSE_DATA.set(std::ptr::null());
@@ -261,7 +258,7 @@ unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Ho
             OutPersistHookFunc: hook,
             OutPersistHookData: R_NilValue,
         };
-        R_Serialize(object, &mut stream);
+        R_Serialize(object, &raw mut stream);
     }
 }
 
@@ -315,7 +312,7 @@ pub unsafe fn read(source: &mut dyn Source) -> SEXP {
             nat2nat_obj: std::ptr::null_mut(),
             nat2utf8_obj: std::ptr::null_mut(),
         };
-        R_Unserialize(&mut stream)
+        R_Unserialize(&raw mut stream)
     }
 }
 

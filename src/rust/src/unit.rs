@@ -249,13 +249,7 @@ pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
                 read_bytes(body, scratch);
                 plain::read_value(scratch)
             }
-            _ => {
-                Rf_error(BAD);
-                #[allow(unreachable_code)]
-                {
-                    unreachable!("Rf_error returned")
-                }
-            }
+            _ => Rf_error(BAD),
         }
     }
 }

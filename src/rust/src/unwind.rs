@@ -8,8 +8,10 @@ use extendr_ffi::{R_MakeUnwindCont, R_PreserveObject, SEXP};
 use std::cell::OnceCell;
 use std::ffi::{c_int, c_void};
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_unwind_protect(
         function: unsafe extern "C" fn(*mut c_void) -> SEXP,

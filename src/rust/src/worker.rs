@@ -172,8 +172,10 @@ fn send(bytes: &[u8], last: bool) -> io::Result<()> {
     with_channel(|channel| channel.send(bytes, last))
 }
 
-// SEXP is a pointer to a type that is opaque on this side.
-#[allow(improper_ctypes)]
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
 unsafe extern "C" {
     fn rustcluster_take_message(message: *mut c_void) -> c_int;
     fn rustcluster_take_call(function: *mut c_void, arguments: *mut c_void, tag: *mut c_void);

@@ -35,8 +35,11 @@ pub enum Kind {
 /// A time in which a worker was mostly of use for the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval {
+    /// What the worker was mostly doing.
     pub kind: Kind,
+    /// When the interval starts.
     pub start: Moment,
+    /// When the interval ends.
     pub end: Moment,
     /// For how long in between it was busy.
     pub busy: Duration,
@@ -65,6 +68,7 @@ pub struct Times {
     pub sent: Option<Moment>,
     /// The first of the answer came.
     pub answered: Option<Moment>,
+    /// What the answer said of itself.
     pub measured: Option<Measured>,
 }
 
@@ -73,9 +77,11 @@ pub struct Times {
 pub struct Track {
     /// Tasks that were answered.
     pub tasks: u64,
+    /// For how long the worker was busy, in total.
     pub busy: Duration,
-    /// Bytes of frames to this worker, and from it.
+    /// Bytes of frames to this worker.
     pub bytes_in: u64,
+    /// Bytes of frames from this worker.
     pub bytes_out: u64,
     /// How often it was lost.
     pub losses: u64,
@@ -155,6 +161,7 @@ impl Track {
     }
 
     /// Without the history.
+    #[must_use]
     pub fn counters(&self) -> Track {
         Track {
             error: self.error.clone(),
@@ -179,7 +186,7 @@ impl Track {
         while !why.is_char_boundary(end) {
             end -= 1;
         }
-        self.error = Some(why[..end].to_owned());
+        self.error = why.get(..end).map(str::to_owned);
     }
 
     /// It is there again.

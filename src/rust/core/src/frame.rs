@@ -92,7 +92,9 @@ impl Kind {
 /// The fixed part of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// What the frame carries.
     pub kind: Kind,
+    /// A union of [`FIRST`], [`LAST`] and the other flags of this module.
     pub flags: u8,
     /// The worker's index on its host, from 0.
     pub worker: u32,
@@ -160,7 +162,9 @@ impl Header {
 /// A header with its body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
+    /// The fixed part.
     pub header: Header,
+    /// At most [`MAX_BODY`] bytes.
     pub body: Bytes,
 }
 
@@ -325,8 +329,16 @@ impl Drop for Pages {
 /// Bytes that are not a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameError {
+    /// No [`Kind`] has this number.
     UnknownKind(u8),
-    BadFlags { flags: u8, reserved: u16 },
+    /// A flag that does not exist is set, or a reserved byte is not zero.
+    BadFlags {
+        /// The flags as received.
+        flags: u8,
+        /// The reserved bytes as received.
+        reserved: u16,
+    },
+    /// The body would be longer than [`MAX_BODY`].
     TooLong(u32),
 }
 

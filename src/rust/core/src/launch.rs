@@ -20,6 +20,7 @@ pub const ENDS_WITH_HEAD: &str = "RUSTCLUSTER_ENDS_WITH_HEAD";
 pub struct Launch {
     /// The name of its host in messages.
     pub host: String,
+    /// The program and its arguments. No shell is involved.
     pub command: Vec<OsString>,
     /// Set in the environment, or with `None` removed from it.
     pub env: Vec<(OsString, Option<OsString>)>,
@@ -29,7 +30,9 @@ pub struct Launch {
 pub struct Launched {
     /// Our end of its stdin and stdout.
     pub stream: UnixStream,
+    /// Standard error of the agent's command.
     pub stderr: ChildStderr,
+    /// The process of the agent's command.
     pub process: Arc<AgentProcess>,
 }
 
@@ -42,6 +45,7 @@ pub struct AgentProcess {
 }
 
 impl AgentProcess {
+    /// The process number.
     pub fn pid(&self) -> u32 {
         self.pid
     }

@@ -244,13 +244,13 @@ mod platform {
         };
         // SAFETY: the struct is valid, and the calls only fill or read it.
         unsafe {
-            if libc::getrlimit(libc::RLIMIT_DATA, &mut limit) != 0 {
+            if libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) != 0 {
                 return Err(io::Error::last_os_error());
             }
             // A limit that was there before cannot be exceeded.
             limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
             limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
-            if libc::setrlimit(libc::RLIMIT_DATA, &limit) != 0 {
+            if libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) != 0 {
                 return Err(io::Error::last_os_error());
             }
         }
@@ -397,8 +397,10 @@ mod platform {
     }
 
     fn finite(limit: libc::rlim_t) -> Option<u64> {
-        // rlim_t is narrower than u64 on some 32-bit systems.
-        #[allow(clippy::unnecessary_cast)]
+        #[allow(
+            clippy::unnecessary_cast,
+            reason = "rlim_t is narrower than u64 on some 32-bit systems"
+        )]
         (limit != libc::RLIM_INFINITY).then_some(limit as u64)
     }
 
@@ -414,7 +416,7 @@ mod platform {
             rlim_max: 0,
         };
         // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        let known = unsafe { libc::getrlimit(which, &mut limit) } == 0;
+        let known = unsafe { libc::getrlimit(which, &raw mut limit) } == 0;
         if known { finite(limit.rlim_cur) } else { None }
     }
 
@@ -424,7 +426,7 @@ mod platform {
             rlim_max: 0,
         };
         // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0 {
+        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0 {
             Ok(limit)
         } else {
             Err(io::Error::last_os_error())
@@ -433,7 +435,7 @@ mod platform {
 
     fn set_open_files(limit: libc::rlimit) -> io::Result<()> {
         // SAFETY: the pointer is to a live rlimit, which the call only reads.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0 {
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0 {
             Ok(())
         } else {
             Err(io::Error::last_os_error())
@@ -446,7 +448,7 @@ mod platform {
             rlim_max: 0,
         };
         // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limit) } == 0 {
+        if unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit) } == 0 {
             // fork() looks at the soft limit, and workers' packages expect it untouched.
             Ok(limit.rlim_cur)
         } else {

@@ -28,6 +28,7 @@ const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::co
 /// What each side says of itself first.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
+    /// The sender's [`PROTOCOL`].
     pub protocol: u32,
     /// Version of the rustcluster package.
     pub package: String,
@@ -35,13 +36,17 @@ pub struct Hello {
     pub r_version: String,
     /// As R names it, as in "x86_64-pc-linux-gnu".
     pub platform: String,
+    /// Whether the sender's machine stores the most significant byte first.
     pub big_endian: bool,
+    /// The sender's process number.
     pub pid: u32,
+    /// The host's own name for itself.
     pub hostname: String,
     /// Cores that this process may use.
     pub cores: u32,
     /// Bytes of memory, 0 if unknown.
     pub memory_total: u64,
+    /// Bytes of memory that new processes may take, 0 if unknown.
     pub memory_available: u64,
 }
 
@@ -87,10 +92,13 @@ pub enum Outfile {
 /// What an agent is to start.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
+    /// How many workers to start.
     pub workers: u32,
+    /// How to make them.
     pub mode: StartMode,
     /// Packages to attach before the first worker is made.
     pub packages: Vec<String>,
+    /// Where what the workers print goes.
     pub outfile: Outfile,
     /// Added to the niceness of each worker.
     pub renice: i32,
@@ -120,7 +128,9 @@ pub struct Start {
 /// How a process ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
+    /// It exited with this status.
     Status(i32),
+    /// This signal killed it.
     Signal(i32),
     /// It could not be waited for, or there was none.
     #[default]
@@ -167,7 +177,9 @@ pub struct Setback {
 /// A worker that ended without being asked to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Loss {
+    /// The process number that the worker had, 0 if no process could be started.
     pub pid: u32,
+    /// How the process ended.
     pub exit: Exit,
     /// The end of what it wrote to stdout and stderr.
     pub tail: String,
@@ -175,26 +187,33 @@ pub struct Loss {
     pub memory_available: u64,
     /// It looks as if the system killed it because its host ran out of memory.
     pub oom: bool,
+    /// How far the worker had come, if it was not ready for tasks.
     pub setback: Setback,
 }
 
 /// Head to agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToAgent {
+    /// The head's half of the greeting: the first message on the stream.
     Hello(Hello),
+    /// What to start: follows the greeting, once.
     Start(Start),
     /// Interrupt `worker` if it is still at `task`; drop the task if it has not started.
     Cancel {
+        /// The worker's index on its host.
         worker: u32,
+        /// The task whose answer the head no longer wants.
         task: u64,
     },
     /// The head knows that this worker was lost or killed and is being replaced. What it sent to the worker
     /// before this was meant for the lost one.
     LossNoted {
+        /// The worker's index on its host.
         worker: u32,
     },
     /// End this worker, whatever it does.
     StopWorker {
+        /// The worker's index on its host.
         worker: u32,
     },
     /// End all workers, then the agent.
@@ -203,11 +222,14 @@ pub enum ToAgent {
     Alive,
     /// Drop `task` if it has not started, and say so as of one that was cancelled. Otherwise let it be.
     Recall {
+        /// The worker's index on its host.
         worker: u32,
+        /// The task that the head would give to another worker.
         task: u64,
     },
     /// What memory do the workers take?
     Usage {
+        /// A number that the answer repeats.
         question: u64,
     },
 }
@@ -224,65 +246,90 @@ pub struct Usage {
 /// Agent to head.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToHead {
+    /// The agent's half of the greeting: the first message on the stream.
     Hello(Hello),
     /// Nothing was started.
     StartFailed {
+        /// Why, for the user.
         reason: String,
     },
     /// Nothing was started: the host's limits are too low.
     Limits {
+        /// The resource that is short.
         what: String,
+        /// How many of it the workers need.
         needed: u64,
+        /// How many of it the host has left.
         available: u64,
+        /// What the user can do about it.
         remedy: String,
     },
+    /// A worker has started and is ready for tasks.
     WorkerUp {
+        /// The worker's index on its host.
         worker: u32,
+        /// The worker's process number.
         pid: u32,
     },
-    /// A worker ended without being asked to. `replaced`: a fresh one is on its way to its place.
+    /// A worker ended without being asked to.
     WorkerLost {
+        /// The worker's index on its host.
         worker: u32,
+        /// How the worker ended.
         loss: Loss,
+        /// Whether a fresh worker is on its way to the same place.
         replaced: bool,
     },
     /// The task took longer than it may: its worker is interrupted, and killed if need be.
     TimedOut {
+        /// The worker's index on its host.
         worker: u32,
+        /// The task that exceeded its time limit.
         task: u64,
     },
     /// What lasts on this worker is more than is held: it will not be replaced.
     StateNotKept {
+        /// The worker's index on its host.
         worker: u32,
     },
     /// The fresh worker that takes the place of one that was lost, or killed because it did not heed
     /// an interrupt, has been brought to that one's state.
     WorkerReplaced {
+        /// The worker's index on its host.
         worker: u32,
+        /// The process number of the fresh worker.
         pid: u32,
     },
-    /// The worker ended because it was asked to. `timed_out`: the worker was idle, had not ended within
-    /// [`Start::stop_timeout`], and was killed.
+    /// The worker ended because it was asked to.
     WorkerStopped {
+        /// The worker's index on its host.
         worker: u32,
+        /// Whether the worker was idle, did not end within [`Start::stop_timeout`], and was killed.
         timed_out: bool,
     },
     /// The agent is there.
     Alive,
-    /// A process that a worker left and that goes on after its end. `worker`: if that is known.
+    /// A process that a worker left and that goes on after its end.
     LeftBehind {
+        /// The index of the worker that started the process, if it is known.
         worker: Option<u32>,
+        /// The process number on this host.
         pid: u32,
+        /// The command line of the process.
         command: String,
     },
     /// The agent cannot go on and ends all.
     Failed {
+        /// Why, for the user.
         reason: String,
     },
-    /// The memory of some workers. `last`: there are no more.
+    /// The memory of some workers.
     Usage {
+        /// The number of the question that this answers.
         question: u64,
+        /// Workers by their index on this host, with their memory.
         workers: Vec<(u32, Usage)>,
+        /// Whether the answer is complete with these workers.
         last: bool,
     },
 }
@@ -290,6 +337,7 @@ pub enum ToHead {
 /// What an agent tells a spawned worker first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
+    /// Packages to attach before the first task.
     pub packages: Vec<String>,
     /// As in [`Start`].
     pub memory_limit: u64,
@@ -300,7 +348,9 @@ pub struct WorkerConfig {
 /// What an agent that starts anew in the same process, as another program, needs of what it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
+    /// What the agent was to start.
     pub start: Start,
+    /// The head's process number.
     pub head_pid: u32,
     /// See [`crate::agent::Greeted`].
     pub same_order: bool,

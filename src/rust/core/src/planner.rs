@@ -80,6 +80,7 @@ const NEW: f64 = 0.1;
 /// Tasks that cross together, by their numbers from 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unit {
+    /// The numbers of the tasks, in order.
     pub tasks: Vec<usize>,
     /// The worker is still at another.
     pub ahead: bool,

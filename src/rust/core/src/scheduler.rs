@@ -72,6 +72,7 @@ pub const MOST_SHARED: usize = 128;
 /// Shared memory with a whole result. Nobody can change it.
 #[derive(Clone, Debug, Default)]
 pub struct Memory {
+    /// Bytes of the result.
     pub len: usize,
     /// None in simulations.
     pub file: Option<Arc<File>>,
@@ -80,6 +81,7 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// Memory that is not counted yet among the results held.
     pub fn new(len: usize, file: Option<Arc<File>>) -> Memory {
         let _counted = None;
         Memory {
@@ -105,7 +107,9 @@ impl Eq for Memory {}
 /// The bytes of a result, as they arrived.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Body {
+    /// The bytes in order, in the pieces that they arrived in.
     pub chunks: VecDeque<Bytes>,
+    /// Bytes in all chunks, or in the memory.
     pub len: usize,
     /// All of them are there, and none in chunks.
     pub memory: Option<Memory>,
@@ -181,87 +185,125 @@ pub enum Outcome {
 /// What the rest of the head must know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {
+    /// A worker has started and is ready for tasks.
     Up {
+        /// The worker's rank.
         rank: Rank,
+        /// The worker's process number.
         pid: u32,
     },
-    /// A worker was lost; a fresh one is on its way to its place. `task`: it had one, which is told
-    /// apart.
+    /// A worker was lost; a fresh one is on its way to its place.
     Lost {
+        /// The worker's rank.
         rank: Rank,
+        /// How the worker ended.
         loss: Loss,
+        /// Whether the worker had a task, which is reported by a note of its own.
         task: bool,
     },
-    /// A fresh worker has taken the place of one that was lost; `killed`: that had not heeded an
-    /// interrupt.
+    /// A fresh worker has taken the place of one that was lost.
     Replaced {
+        /// The worker's rank, which the fresh one has too.
         rank: Rank,
+        /// The process number of the fresh worker.
         pid: u32,
+        /// Whether the worker before it was killed because it did not respond to an interrupt.
         killed: bool,
     },
     /// A worker that could not be restored at first is there again, as it was.
     Back {
+        /// The worker's rank.
         rank: Rank,
+        /// The worker's process number.
         pid: u32,
     },
     /// What lasts on a worker is more than its host holds.
     StateNotKept {
+        /// The worker's rank.
         rank: Rank,
     },
     /// Its workers were lost again and again: it is to be left alone.
     LeftOut {
+        /// The host's index among all.
         agent: usize,
+        /// Why, for the user.
         reason: String,
     },
+    /// A worker is gone for good.
     Gone {
+        /// The worker's rank.
         rank: Rank,
+        /// Why it is gone.
         gone: Arc<Gone>,
     },
-    /// The process of a worker that is gone has ended. `timed_out`: it was idle when it was stopped, and
-    /// was killed because it did not end in time.
+    /// The process of a worker that is gone has ended.
     Ended {
+        /// The worker's rank.
         rank: Rank,
+        /// Whether the worker was idle when it was stopped, and was killed because it did not end in time.
         timed_out: bool,
     },
+    /// A task has ended.
     Done {
+        /// The worker that had the task.
         rank: Rank,
+        /// The task that has ended.
         task: TaskId,
+        /// The job that the task belongs to.
         job: JobId,
+        /// The result, or why there is none.
         outcome: Outcome,
     },
+    /// A worker printed something.
     Output {
+        /// The worker's rank.
         rank: Rank,
+        /// What the worker wrote to its standard output or standard error.
         bytes: Bytes,
     },
     /// What a task that has not ended tells, in chunks.
     Aside {
+        /// The task, which has not ended.
         task: TaskId,
+        /// The flags of the frame: [`FIRST`] and [`LAST`] delimit a message.
         flags: u8,
+        /// A chunk of the message.
         bytes: Bytes,
     },
     /// The agent could not start its workers.
     StartFailed {
+        /// The host's index among all.
         agent: usize,
+        /// The agent's own message.
         reason: ToHead,
     },
     /// A process that a worker of this agent left goes on.
     LeftBehind {
+        /// The host's index among all.
         agent: usize,
+        /// The worker that started the process, if it is known.
         rank: Option<Rank>,
+        /// The process number on that host.
         pid: u32,
+        /// The command line of the process.
         command: String,
     },
     /// The agent cannot go on.
     Failed {
+        /// The host's index among all.
         agent: usize,
+        /// Why, for the user.
         reason: String,
     },
-    /// What workers of this agent take of memory. `question`: see [`ToAgent::Usage`]; `last`: that is
-    /// all of the answer.
+    /// What workers of this agent take of memory.
     Usage {
+        /// The host's index among all.
         agent: usize,
+        /// The number of the question: see [`ToAgent::Usage`].
         question: u64,
+        /// Workers by rank, with their memory.
         usages: Vec<(Rank, Usage)>,
+        /// Whether the answer is complete with these workers.
         last: bool,
     },
 }
@@ -272,6 +314,7 @@ pub enum State {
     /// It is being made.
     #[default]
     Starting,
+    /// It is up and has no task.
     Idle,
     /// It has this task, or is being sent it.
     Busy(TaskId),
@@ -279,15 +322,20 @@ pub enum State {
     Ending(TaskId),
     /// It is brought to the state that the one before it had.
     Restoring,
+    /// It ended, or its host was lost, and nothing takes its place.
     Lost,
+    /// It was stopped by the head.
     Stopped,
 }
 
 /// Whose answer R is waiting for. Large results are asked for accordingly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
+    /// R waits for no answer.
     Nothing,
+    /// R takes the next answer of any worker.
     Any,
+    /// R waits for an answer of this worker.
     Rank(Rank),
 }
 
@@ -306,8 +354,11 @@ impl std::error::Error for ProtocolError {}
 /// A task to be submitted.
 #[derive(Clone, Debug, Default)]
 pub struct Order {
+    /// The worker that is to have the task.
     pub rank: Rank,
+    /// The task's number.
     pub task: TaskId,
+    /// The job that the task belongs to.
     pub job: JobId,
     /// It goes before all others: it was lost with its worker and is submitted again.
     pub again: bool,
@@ -777,7 +828,7 @@ impl Scheduler {
     /// A task; its message follows in chunks.
     pub fn submit(&mut self, mut order: Order) {
         if let Some(any_of) = order.any_of.take() {
-            return self.submit_call(order, any_of);
+            return self.submit_call(&order, any_of);
         }
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
@@ -1628,8 +1679,8 @@ impl Scheduler {
             Kind::Aside => {
                 let rank = self.rank(agent, header.worker)?;
                 let current = self.workers[rank as usize].current.as_ref();
-                let its = |c: &&Current| c.task.id == header.task && !c.cancelled;
-                if current.filter(its).is_some() {
+                let its = |c: &Current| c.task.id == header.task && !c.cancelled;
+                if current.is_some_and(its) {
                     self.notes.push(Note::Aside {
                         task: header.task,
                         flags: header.flags,
@@ -1838,11 +1889,11 @@ impl Scheduler {
             // Stopped by us; its agent may not have known.
             return Ok(());
         }
-        let dropped = |next: &&mut Next| {
+        let dropped = |next: &Next| {
             let asked = next.cancelled || next.recalled;
             next.task.id == task && asked && flags == LAST | ABORT && chunk.is_empty()
         };
-        if worker.next.as_mut().filter(dropped).is_some() {
+        if worker.next.as_ref().is_some_and(dropped) {
             self.not_started(rank);
             return Ok(());
         }

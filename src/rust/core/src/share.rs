@@ -32,6 +32,7 @@ const ENTRY: usize = 128;
 /// A piece of a message.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chunk {
+    /// The content.
     pub bytes: Bytes,
     /// What it is known by, if it may be shared: a hash of its content (XXH3, 128 bits).
     pub key: Option<u128>,
@@ -153,6 +154,7 @@ impl<K: Hash + Eq, V> Bounded<K, V> {
 pub struct Sent {
     /// Of the frame.
     pub flags: u8,
+    /// The body of the frame.
     pub body: Bytes,
     /// Bytes that the worker gets.
     pub len: usize,
@@ -175,6 +177,7 @@ impl Mirror {
     }
 
     /// Of an agent that has taken the place of this one's.
+    #[must_use]
     pub fn fresh(&self) -> Mirror {
         Mirror::new(self.numbers.most)
     }

@@ -133,7 +133,7 @@ fn discard(set: &libc::sigset_t, signal: libc::c_int) {
             && libc::sigismember(pending.as_ptr(), signal) == 1
         {
             let mut taken = 0;
-            libc::sigwait(set, &mut taken);
+            libc::sigwait(set, &raw mut taken);
         }
     }
 }

@@ -192,7 +192,7 @@ pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) ->
                     .write_unaligned(along);
             }
         }
-        libc::sendmsg(fd, &message, FLAGS)
+        libc::sendmsg(fd, &raw const message, FLAGS)
     };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
@@ -426,7 +426,7 @@ pub fn reap(pid: u32) -> crate::message::Exit {
     use crate::message::Exit;
     let mut status = 0;
     // SAFETY: waitpid fills the status.
-    let waited = unsafe { libc::waitpid(pid as libc::pid_t, &mut status, 0) };
+    let waited = unsafe { libc::waitpid(pid as libc::pid_t, &raw mut status, 0) };
     if waited != pid as libc::pid_t {
         Exit::Unknown
     } else if libc::WIFSIGNALED(status) {
@@ -463,6 +463,7 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// What this process has had until now.
     pub fn now() -> Usage {
         // SAFETY: all zeroes are a rusage, and the call fills it.
         let usage = unsafe {
@@ -476,8 +477,10 @@ impl Usage {
         };
         Usage {
             computing: duration(usage.ru_utime) + duration(usage.ru_stime),
-            // A long, whatever its width here.
-            #[allow(clippy::useless_conversion)]
+            #[allow(
+                clippy::useless_conversion,
+                reason = "a long is of 32 bits on some systems"
+            )]
             waits: usage.ru_nvcsw.into(),
         }
     }
@@ -572,7 +575,7 @@ mod tests {
             (*header).cmsg_len = libc::CMSG_LEN((4 * fds.len()) as libc::c_uint) as _;
             let data = libc::CMSG_DATA(header).cast::<RawFd>();
             std::ptr::copy_nonoverlapping(fds.as_ptr(), data, fds.len());
-            assert_eq!(libc::sendmsg(ours.as_raw_fd(), &message, 0), 1);
+            assert_eq!(libc::sendmsg(ours.as_raw_fd(), &raw const message, 0), 1);
         }
         drop(files);
         let mut came = Vec::new();

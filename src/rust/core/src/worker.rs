@@ -33,6 +33,7 @@ const WATCH: Duration = Duration::from_micros(200);
 /// little-endian; none if there is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seed {
+    /// Four bytes for each integer.
     pub bytes: Bytes,
     /// It is not this worker's, and for one task alone.
     pub guest: bool,
@@ -44,6 +45,7 @@ pub struct Seed {
 pub struct Payload {
     /// Other bytes have another number, for as long as the cluster lives.
     pub id: PayloadId,
+    /// The content.
     pub bytes: Bytes,
     /// The memory that the bytes are in, if it is shared: to be mapped once more.
     pub memory: Option<Arc<File>>,
@@ -60,7 +62,9 @@ impl Eq for Payload {}
 /// The message of a task: the bytes of its payload, if it has one, and then those of its body.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Task {
+    /// What the message begins with, if it shares that with others.
     pub payload: Option<Payload>,
+    /// The rest of the message.
     pub body: Body,
 }
 
@@ -494,7 +498,7 @@ mod tests {
         fn send(&self, frame: &Frame, along: Option<&File>) {
             let header = frame.header.to_bytes();
             let slices = [IoSlice::new(&header), IoSlice::new(&frame.body)];
-            let along = along.map(|file| file.as_raw_fd());
+            let along = along.map(AsRawFd::as_raw_fd);
             let sent = sys::send_with(self.0.as_raw_fd(), &slices, along).unwrap();
             assert_eq!(sent, frame.wire_len());
         }

@@ -1,6 +1,12 @@
 //! Replays the inputs of the fuzz targets that are kept in `core/fuzz/corpus`, and a good many that
 //! are made at random.
 
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a panic fails the test"
+)]
+
 mod targets;
 
 use rand::rngs::StdRng;

@@ -4,6 +4,14 @@
 //! The strangers are shells and `cat`s. Where a real agent is needed, it is this test's own
 //! executable, whose workers answer with what they were asked.
 
+#![allow(
+    clippy::exit,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic fails the test"
+)]
+
 use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -446,7 +454,7 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
         ),
         (wire(&Frame::credit(3, 1, 5)), "worker 3 on a host with 1"),
         (
-            wire(&Frame::new(Kind::Cancel, 0, 0, 1, Default::default())),
+            wire(&Frame::new(Kind::Cancel, 0, 0, 1, Bytes::default())),
             "a frame that is not for the head",
         ),
         (payload(FIRST | LAST, 1), "a frame that is not for the head"),
@@ -895,7 +903,7 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
         data(LAST, 0, 1, b"x"),
         data(FIRST | LAST, 0, 1, b"x").repeat(2),
         wire(&Frame::credit(u32::MAX, 1, 5)),
-        wire(&Frame::new(Kind::Output, 0, 0, 1, Default::default())),
+        wire(&Frame::new(Kind::Output, 0, 0, 1, Bytes::default())),
         control(&ToAgent::Cancel { worker: 3, task: 1 }),
         control(&ToAgent::Hello(hello())),
         control(&ToAgent::Start(start(1))),
@@ -946,7 +954,7 @@ fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
         announce(Kind::Control, u32::MAX),
         data(FIRST | LAST, 0, 1, b"x"),
         wire(&Frame::credit(0, 1, 5)),
-        wire(&Frame::new(Kind::Cancel, 0, 0, 1, Default::default())),
+        wire(&Frame::new(Kind::Cancel, 0, 0, 1, Bytes::default())),
         control(&ToHead::Alive),
         ready.repeat(2),
         [&ready[..], &data(FIRST | LAST, 0, 1, b"x")].concat(),
@@ -1232,7 +1240,7 @@ fn a_worker_that_is_to_be_tried_again_does_not_keep_its_cluster() {
         eventually("the end of the restore", || hub.worker(0).gone.is_some());
         if !stops_all {
             // It is stopped while it is waited for, and does not come back.
-            hub.stop_workers(vec![0]);
+            hub.stop_workers(&[0]);
             assert_eq!(hub.worker(0).gone.as_deref(), Some(&Gone::Stopped));
             fs::remove_file(&path).unwrap();
             thread::sleep(Duration::from_millis(1_500));

@@ -118,7 +118,7 @@ impl Outgoing {
         let Some((along, out)) = self.parts.front_mut() else {
             return Ok(0);
         };
-        let with = along.as_ref().map(|file| file.as_raw_fd());
+        let with = along.as_ref().map(AsRawFd::as_raw_fd);
         let written = out.write_with(|slices| write(slices, with))?;
         if written > 0 {
             *along = None;
@@ -167,6 +167,10 @@ pub struct Process {
 }
 
 /// The two sides of making a worker.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "it is taken apart where it is made"
+)]
 pub enum Made {
     Parent(Process),
     /// Only after a fork: this is the worker.

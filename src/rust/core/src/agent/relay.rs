@@ -26,33 +26,44 @@ const SEED_TO_HEAD: usize = 64;
 /// What an agent is to do.
 #[derive(Debug)]
 pub enum Act {
+    /// Sends a frame to the head.
     ToHead(Frame),
     /// The same, with the memory that has come from the worker in its header.
     Along(Frame),
     /// The memory that has come from this worker is not wanted.
     LetGo(u32),
+    /// Sends a control message to the head.
     Tell(ToHead),
     /// To the worker in its header.
     ToWorker(Frame),
     /// More bytes of a payload, for memory that can be shared; after the `last` nobody may change it.
     Store {
+        /// The payload that the bytes belong to.
         payload: PayloadId,
+        /// The bytes to append.
         bytes: Bytes,
+        /// Whether the payload is complete with these bytes.
         last: bool,
     },
     /// To the worker in its header, with the memory in which the payload is.
     Hand {
+        /// The frame that begins the task's message.
         frame: Frame,
     },
     /// The payload is not needed any more.
     Discard(PayloadId),
-    /// The head may send tasks to this worker. `replaces`: it stands in another's place.
+    /// The head may send tasks to this worker.
     Up {
+        /// The worker's index on its host.
         worker: u32,
+        /// Whether the worker replaces another in the same place.
         replaces: bool,
     },
+    /// Interrupts a worker if it is still at this task.
     Interrupt {
+        /// The worker's index on its host.
         worker: u32,
+        /// The task that is cancelled.
         task: u64,
     },
     /// What a worker had to wait with may be dealt with now.
@@ -63,6 +74,7 @@ pub enum Act {
     TempDir(u32, String),
     /// The head wants to know what memory the workers take.
     Usage {
+        /// The number of the head's question.
         question: u64,
     },
     /// The head wants the end of it all.
@@ -72,6 +84,7 @@ pub enum Act {
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Relay {
+    /// The state of each worker of this host.
     pub book: Book,
     kept: Kept,
     payloads: Payloads,
@@ -270,7 +283,8 @@ impl Relay {
                 }
             }
             Kind::Control => {
-                self.on_message(message::decode(&frame.body).map_err(text)?, now, acts)?
+                let message = message::decode(&frame.body).map_err(text)?;
+                self.on_message(&message, now, acts)?;
             }
             Kind::Output | Kind::Cancel | Kind::Aside => {
                 return Err(ProtocolError("a frame that is not for an agent".into()));
@@ -306,11 +320,11 @@ impl Relay {
 
     fn on_message(
         &mut self,
-        message: ToAgent,
+        message: &ToAgent,
         now: Now,
         acts: &mut Vec<Act>,
     ) -> Result<(), ProtocolError> {
-        match message {
+        match *message {
             ToAgent::Cancel { worker, task } => {
                 if !self.withdraw(worker, task, acts) && self.book.cancel(worker, task, now)? {
                     acts.push(Act::Interrupt { worker, task });

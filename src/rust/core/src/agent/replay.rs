@@ -81,6 +81,7 @@ pub struct Again {
 pub struct Restore {
     /// In order.
     pub messages: Vec<Again>,
+    /// The state of the random number generator, if it is known.
     pub seed: Option<Bytes>,
 }
 

@@ -23,8 +23,9 @@ pub const REPLAY: u64 = 1 << 63;
 /// and the head is told.
 pub const SETBACKS: u32 = 3;
 
-/// The first of these pauses, and the longest: each is twice as long as the one before.
+/// The first of these pauses. Each is twice as long as the one before.
 pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause before another worker is made.
 pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The time, since any fixed moment.
@@ -127,11 +128,13 @@ impl Entry {
 /// What to do with a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
+    /// Pass the frame on to the head.
     Forward,
     /// Leave it where it is until the head asks for more.
     Hold,
     /// The same, and tell the head that it is there.
     Announce,
+    /// Discard the frame: nobody waits for it.
     Drop,
     /// Drop it and tell the head that the cancelled task has ended.
     Ended,
@@ -153,10 +156,18 @@ pub enum Ready {
 /// What an exit means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// It was asked to. `timed_out`: it was idle, and was killed because it did not end in time.
-    Stopped { timed_out: bool },
-    /// It was not: the head must know. `replaced`: a fresh worker takes its place at once.
-    Lost { replaced: bool, setback: Setback },
+    /// It was asked to.
+    Stopped {
+        /// Whether the worker was idle, and was killed because it did not end in time.
+        timed_out: bool,
+    },
+    /// It was not: the head must know.
+    Lost {
+        /// Whether a fresh worker takes its place at once.
+        replaced: bool,
+        /// How far the worker had come, and what was done about it.
+        setback: Setback,
+    },
     /// The head knows that there is none; another is made after a pause.
     Waits,
     /// It ended, or was killed, while a cancelled task kept it busy, or before it was what the one

@@ -16,6 +16,7 @@ pub type Waker = Box<dyn Fn() + Send>;
 pub struct CallEnd {
     /// The worker that had it, or one that might have.
     pub rank: Rank,
+    /// The call's result, or why there is none.
     pub outcome: Outcome,
 }
 

@@ -45,31 +45,53 @@ pub enum Turn {
     First,
 }
 
-/// What there is for R. `rank` is the worker that R gave the task to.
+/// What there is for R.
 #[derive(Debug)]
 pub enum Answer {
+    /// A task's result has arrived.
     Ready {
+        /// The worker that R gave the task to.
         rank: Rank,
         /// The worker that had it.
         place: Rank,
+        /// The task that was answered.
         task: TaskId,
+        /// The bytes of the result.
         body: Body,
     },
     /// Its worker was lost. That is told until [`Hub::try_again`], [`Hub::give_up`] or [`Hub::forget`]
     /// has followed.
     Lost {
+        /// The worker that R gave the task to.
         rank: Rank,
         /// The worker that had it.
         place: Rank,
+        /// The task that was lost.
         task: TaskId,
+        /// How its worker ended.
         gone: Arc<Gone>,
     },
     /// It took longer than it may.
-    TimedOut { rank: Rank, task: TaskId },
+    TimedOut {
+        /// The worker that R gave the task to.
+        rank: Rank,
+        /// The task that exceeded its time limit.
+        task: TaskId,
+    },
     /// It was taken back before it had started: see [`Hub::recall`].
-    Recalled { rank: Rank, task: TaskId },
+    Recalled {
+        /// The worker that R gave the task to.
+        rank: Rank,
+        /// The task, which R may give to another worker.
+        task: TaskId,
+    },
     /// [`Hub::give_up`] was called for it.
-    GivenUp { rank: Rank, task: TaskId },
+    GivenUp {
+        /// The worker that R gave the task to.
+        rank: Rank,
+        /// The task, which is not tried again.
+        task: TaskId,
+    },
     /// Not yet.
     Pending,
     /// There is no task to wait for.
@@ -79,6 +101,7 @@ pub enum Answer {
 /// A task that has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Begun {
+    /// The number that the task has from now on.
     pub task: TaskId,
     /// The worker that gets it.
     pub place: Rank,
@@ -92,21 +115,32 @@ pub struct Begun {
 /// How far a start has come.
 #[derive(Debug)]
 pub enum Progress {
+    /// Not all workers have come up yet.
     Starting {
+        /// Workers that have come up.
         up: usize,
     },
+    /// All workers have come up.
     Up,
     /// The agent said why not.
     Refused {
+        /// The host's index among all.
         host: usize,
+        /// The agent's own message.
         reason: ToHead,
     },
+    /// A host was lost before its workers came up.
     HostFailed {
+        /// The host's index among all.
         host: usize,
+        /// Why, and what the agent's command printed.
         failure: HostFailure,
     },
+    /// A worker ended before it came up.
     WorkerFailed {
+        /// The worker's rank.
         rank: Rank,
+        /// How the worker ended.
         loss: Loss,
     },
 }
@@ -1002,10 +1036,10 @@ impl Hub {
 
     /// Ends some workers, whatever they do; with the last one, the cluster. What was outstanding
     /// on them is forgotten.
-    pub fn stop_workers(&mut self, ranks: Vec<Rank>) {
+    pub fn stop_workers(&mut self, ranks: &[Rank]) {
         let shared = self.inner.shared.clone();
         let mut core = shared.core();
-        for &rank in &ranks {
+        for &rank in ranks {
             let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
             self.outstanding_count -= tasks.len();
             for (task, _) in tasks {

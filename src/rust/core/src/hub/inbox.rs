@@ -16,14 +16,18 @@ const OUTPUT_PIECE: usize = 64;
 /// Why a host is gone, with what its agent's command printed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFailure {
+    /// What the hub or the agent says of it.
     pub reason: String,
+    /// The end of what the agent's command wrote to its standard error.
     pub stderr: String,
+    /// What the agent's command wrote to its standard output before or instead of the greeting.
     pub stdout: String,
     /// With which status the agent's command exited, if it did.
     pub status: Option<i32>,
 }
 
 impl HostFailure {
+    /// A failure of which the reason alone is known.
     pub fn new(reason: String) -> HostFailure {
         HostFailure {
             reason,
@@ -36,33 +40,65 @@ impl HostFailure {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A worker was killed because it did not heed an interrupt; a fresh one took its place.
-    Replaced { rank: Rank },
-    /// A worker that could not be restored at first is there again, as it was.
-    Back { rank: Rank },
-    /// A worker was lost, without a task of which R hears. `replaced`: a fresh one takes its place.
-    Lost {
+    Replaced {
+        /// The worker's rank, which the fresh one has too.
         rank: Rank,
+    },
+    /// A worker that could not be restored at first is there again, as it was.
+    Back {
+        /// The worker's rank.
+        rank: Rank,
+    },
+    /// A worker was lost, without a task of which R hears.
+    Lost {
+        /// The worker's rank.
+        rank: Rank,
+        /// How the worker ended.
         loss: Loss,
+        /// Whether a fresh worker takes its place.
         replaced: bool,
     },
     /// A host was lost, or is left out.
-    HostLost { agent: usize, reason: String },
+    HostLost {
+        /// The host's index among all.
+        agent: usize,
+        /// Why the host was lost.
+        reason: String,
+    },
     /// A host that was lost is back, with all that was on it.
-    HostBack { agent: usize },
+    HostBack {
+        /// The host's index among all.
+        agent: usize,
+    },
     /// What lasts on the workers of this host is more than it holds: workers that are lost there
     /// will not be replaced.
-    StateNotKept { agent: usize },
+    StateNotKept {
+        /// The host's index among all.
+        agent: usize,
+    },
     /// What lasts is more than the head holds: hosts that are lost will not be taken back.
     SpoolIncomplete,
     /// An idle worker did not end within the time it has when it is stopped, and was killed.
-    StopTimedOut { rank: Rank },
+    StopTimedOut {
+        /// The worker's rank.
+        rank: Rank,
+    },
     /// A worker printed this.
-    Output { rank: Rank, bytes: Bytes },
+    Output {
+        /// The worker's rank.
+        rank: Rank,
+        /// What the worker wrote to its standard output or standard error.
+        bytes: Bytes,
+    },
     /// A process that a worker of this agent left goes on.
     LeftBehind {
+        /// The host's index among all.
         agent: usize,
+        /// The worker that started the process, if it is known.
         rank: Option<Rank>,
+        /// The process number on that host.
         pid: u32,
+        /// The command line of the process.
         command: String,
     },
 }
@@ -72,9 +108,11 @@ pub enum Event {
 pub struct WorkerView {
     /// The place of its host among all.
     pub agent: usize,
+    /// The process number of the worker on its host, once it is up.
     pub pid: Option<u32>,
     /// It, or one before it in its place, has been up.
     pub came_up: bool,
+    /// Why the worker is gone for good, if it is.
     pub gone: Option<Arc<Gone>>,
     /// Its process has ended, and no other takes its place.
     pub ended: bool,
@@ -89,14 +127,19 @@ pub struct WorkerView {
 pub struct HostView {
     /// The process that was launched: here the agent itself.
     pub pid: Option<u32>,
+    /// The agent's greeting, once it has come.
     pub hello: Option<Hello>,
-    /// From the start to the greeting, and to the last worker that came up.
+    /// From the start to the greeting.
     pub greeted: Option<Duration>,
+    /// From the start to the last worker that came up.
     pub up: Option<Duration>,
+    /// The agent's own message, if it could not start its workers.
     pub start_failure: Option<ToHead>,
+    /// Why the host was lost, if it was.
     pub failure: Option<HostFailure>,
-    /// The last question after its workers' memory that was asked, and that was answered.
+    /// The last question after its workers' memory that was asked.
     pub asked: u64,
+    /// The last question after its workers' memory that was answered.
     pub told: u64,
     /// R knows, or will, that it is lost; that its workers' state is not kept.
     told_lost: bool,

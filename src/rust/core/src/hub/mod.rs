@@ -32,6 +32,7 @@ use tokio::io::unix::AsyncFd;
 /// What one host's agent is to start.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// The start message for the agent.
     pub start: Start,
     /// The ranks of its workers, in the order of their index there.
     pub ranks: Vec<Rank>,

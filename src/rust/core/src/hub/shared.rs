@@ -192,7 +192,7 @@ impl Shared {
                 core.asleep = true;
                 let streams = core.streams();
                 drop(core);
-                interrupted = self.sleep(&streams, most - waited);
+                interrupted = self.sleep(&streams, most.saturating_sub(waited));
                 core = self.core();
                 core.asleep = false;
             }
@@ -266,7 +266,7 @@ impl Shared {
 /// which is what is returned.
 fn poll(hubs: &[(&Shared, &[Arc<UnixStream>])], most: Duration) -> bool {
     let fds = hubs.iter().flat_map(|(shared, streams)| {
-        let streams = streams.iter().map(|stream| stream.as_raw_fd());
+        let streams = streams.iter().map(AsRawFd::as_raw_fd);
         streams.chain([shared.woken.as_raw_fd()])
     });
     let mut polled: Vec<libc::pollfd> = fds

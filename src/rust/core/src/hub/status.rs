@@ -11,15 +11,20 @@ use std::time::Duration;
 /// A worker as it is now.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
+    /// What the worker is doing.
     pub state: State,
+    /// The process number of the worker on its host, if it is up.
     pub pid: Option<u32>,
+    /// What the worker has done so far.
     pub track: Track,
 }
 
 /// What went over a host's stream.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostStatus {
+    /// Bytes sent to the host.
     pub bytes_in: u64,
+    /// Bytes received from the host.
     pub bytes_out: u64,
 }
 

@@ -2,12 +2,17 @@
 //! nothing else to do; from then on they are tasks as others are, but that a lost one is nobody's to
 //! wait for.
 
-use super::*;
+use super::{
+    Arc, CALLS, Chunk, HashSet, Note, Order, Outcome, Rank, Scheduler, Task, TaskId, VecDeque,
+    Worker, WorkerState,
+};
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallPlace {
+    /// It waits for a free worker.
     Waiting,
+    /// This worker has it.
     With(Rank),
     /// It has ended.
     Nowhere,
@@ -34,7 +39,7 @@ pub(super) struct Calls {
 }
 
 impl Scheduler {
-    pub(super) fn submit_call(&mut self, order: Order, any_of: Arc<[Rank]>) {
+    pub(super) fn submit_call(&mut self, order: &Order, any_of: Arc<[Rank]>) {
         let id = order.task;
         let again = order.again;
         let task = Task {
@@ -56,7 +61,7 @@ impl Scheduler {
         self.end_calls_of_nobody();
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, of the message of a call.
+    /// A chunk, at most [`MAX_BODY`](crate::frame::MAX_BODY) long, of the message of a call.
     pub fn append_call(&mut self, id: TaskId, chunk: Chunk, last: bool) {
         let mut waiting = self.calls.waiting.iter_mut();
         // Cancelled or ended otherwise while R was still writing it, if it is not there.

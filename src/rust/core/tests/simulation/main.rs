@@ -5,6 +5,13 @@
 //! fails is printed; `RUSTCLUSTER_SEED=<n>` replays it alone, `RUSTCLUSTER_LONG_TESTS=1` runs
 //! 10,000 of them.
 
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a panic fails the test"
+)]
+
 mod host;
 mod parts;
 mod r;

@@ -1,0 +1,13 @@
+# Lints the R code by .lintr, and the tests by tests/.lintr. Prints what is found; fails if that is something.
+# What other files define (the helpers of tests and benches) is not known: usage is checked in R/ alone.
+folders <- c("R", "tests", "tools", "inst/bench")
+lint <- function(folder) {
+  found <- lintr::lint_dir(folder, relative_path = FALSE)
+  Filter(function(lint) folder == "R" || lint$linter != "object_usage_linter", found)
+}
+found <- unlist(lapply(folders, lint), recursive = FALSE)
+for (lint in found) {
+  file <- sub(paste0(getwd(), "/"), "", lint$filename, fixed = TRUE)
+  cat(sprintf("%s:%d:%d: %s [%s]\n", file, lint$line_number, lint$column_number, lint$message, lint$linter))
+}
+quit(status = as.integer(length(found) > 0L))
