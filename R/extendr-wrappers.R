@@ -137,12 +137,7 @@ hub_gone <- function(handle) .Call(wrap__hub_gone, handle)
 #' @noRd
 hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, handle, rank, job, message, lasts)
 
-#' Sends the same message to many nodes, in this order: as many calls of `hub_send`, but it is
-#' serialized once and crosses to each host once.
-#' @noRd
-hub_broadcast <- function(handle, ranks, job, message, lasts) .Call(wrap__hub_broadcast, handle, ranks, job, message, lasts)
-
-#' Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. Returns a list of
+#' Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
 #' their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
 #' has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
 #' @noRd
@@ -240,7 +235,8 @@ hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 #' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
 #' `seeded` and `nothing` (see [`Job`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-#' in seconds).
+#' in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
+#' Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
 #' @noRd
 job_begin <- function(handle, job, ranks, count, common, elements, settings) .Call(wrap__job_begin, handle, job, ranks, count, common, elements, settings)
 

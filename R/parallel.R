@@ -209,7 +209,8 @@ receiveOfAny <- function(cl, read = readAnswer) {
   connections <- lapply(nodes[others], function(node) node$con)
   mute <- others[!vapply(connections, inherits, NA, "connection")]
   if (length(mute)) {
-    badArgument("cl", "has nodes that cannot be waited for beside others, since they have no connection: ", spanText(mute, "node"))
+    text <- "has nodes that cannot be waited for beside others, since they have no connection: "
+    badArgument("cl", text, spanText(mute, "node"))
   }
   sources <- clustersAmong(nodes, which(ours))
   if (length(others)) sources <- c(sources, list(NULL))
@@ -345,7 +346,8 @@ stopNodes <- function(nodes) {
   parts <- clustersAmong(nodes, which(ours))
   for (part in parts) trying(endNodes(part$handle, part$ranks))
   for (node in nodes[!ours]) {
-    trying(if (inherits(node, "RustNode")) badArgument("cl", "has a node that was changed") else parallels$stopNode(node))
+    changed <- inherits(node, "RustNode")
+    trying(if (changed) badArgument("cl", "has a node that was changed") else parallels$stopNode(node))
   }
   for (part in parts) trying(awaitEnd(part$handle, part$ranks))
   if (length(failures)) stop(failures[[1L]])

@@ -16,8 +16,8 @@
 #' node, and, for `clusterApply()`, `clusterMap()`, `parLapply()`, `parSapply()`, `parApply()`,
 #' `parRapply()` and `parCapply()`, which node has which task, and so the random numbers. Where
 #' \pkg{parallel} leaves it open which node gets a task (`clusterApplyLB()`, `parLapplyLB()`,
-#' `parSapplyLB()`, `clusterMap(.scheduling = "dynamic")`), short tasks are sent in batches sized so that messaging costs
-#' little; batches shrink towards the end, and on slow links the next batch is prefetched. If there are no more
+#' `parSapplyLB()`, `clusterMap(.scheduling = "dynamic")`), short tasks are sent in batches sized so that
+#' messaging costs little; batches shrink towards the end, and on slow links the next batch is prefetched. If there are no more
 #' tasks than nodes, the first goes to the first node, and so on. `parLapplyLB()` and `parSapplyLB()` without a
 #' `chunk.size` send batches of elements.
 #'
@@ -222,14 +222,14 @@ callNodes <- function(cl = NULL, fun, ...) {
 }
 
 # Sends the same message to all nodes and returns their values. NULL, and nothing has been done: they are not nodes of
-# one cluster of ours, or one is there twice.
-callAll <- function(cl, message) {
+# one cluster of ours, or one is there twice. `lasts`: see settingOf().
+callAll <- function(cl, message, lasts = settingOf("clusterCall", message$data)) {
   # Not `[[`, which looks for methods first.
   handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
   if (handle$job != noJob) refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
-  lasts <- settingOf("clusterCall", message$data)
+  force(lasts)
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   answers <- hub_call(handle$pointer, cl, job, message, lasts)

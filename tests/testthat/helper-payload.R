@@ -1,22 +1,8 @@
-# The same call on all nodes through hub_broadcast(), as a verb would do it: its job is open for as
-# long as this runs. `lasts`: the name of what it sets, "" or NULL.
+# clusterCall() whose effect does not last, so that nobody keeps what is sent once all have answered, or which sets a
+# variable of this name (`lasts`).
 broadcast <- function(cl, fun, ..., lasts = NULL) {
-  package <- asNamespace("rustcluster")
-  handle <- cl[[1L]][["handle"]]
-  ranks <- vapply(cl, function(node) as.integer(node[["rank"]]), 0L)
-  handle$jobs <- handle$jobs + 1
-  job <- handle$job <- handle$jobs
-  handle$frames <- sys.nframe() + 5L
-  handle$depth <- sys.nframe()
-  assign(handle$id, sys.frame(sys.nframe()), package$openFrames)
-  on.exit(package$closeJob(handle, job))
   call <- list(fun = fun, args = list(...), return = TRUE, tag = NULL)
-  sent <- package$hub_broadcast(
-    handle$pointer, ranks, job, list(type = "EXEC", data = call, tag = NULL), lasts
-  )
-  if (typeof(sent) == "character") package$handleFailed(sent, handle)
-  if (!is.null(sent)) package$unwound(sent)
-  lapply(cl, parallel:::recvResult)
+  rustcluster:::callAll(cl, list(type = "EXEC", data = call, tag = NULL), lasts)
 }
 
 broadcast_export <- function(cl, name, value) {

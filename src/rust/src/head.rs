@@ -746,28 +746,6 @@ fn send(
     Ok((begun.task, bytes))
 }
 
-/// Sends the same message to many nodes, in this order: as many calls of `hub_send`, but it is
-/// serialized once and crosses to each host once.
-/// @noRd
-#[extendr]
-fn hub_broadcast(handle: Robj, ranks: &[i32], job: f64, message: Robj, lasts: Robj) -> Robj {
-    with_cluster(&handle, |cluster| {
-        may_send(cluster)?;
-        let owners: std::result::Result<Vec<Rank>, Failure> = {
-            let hub = cluster.hub.borrow();
-            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect()
-        };
-        let job = job as JobId;
-        let lasts = lasts.as_str().map(name_of);
-        let sent = broadcast(cluster, &owners?, job, &message, lasts);
-        // What goes with no job is not tried again either: its tasks get it, and that is all.
-        if job == NO_JOB {
-            cluster.drop_payloads(job);
-        }
-        Ok(sent.map_or_else(Robj::from, |()| ().into()))
-    })
-}
-
 /// What hub_call() has had of answers when it stopped to wait.
 struct Called {
     values: Robj,
@@ -775,7 +753,7 @@ struct Called {
     next: Robj,
 }
 
-/// Sends the same message to nodes, as hub_broadcast() does, and waits a little for their answers. Returns a list of
+/// Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
 /// their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
 /// has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
 /// @noRd
@@ -1669,7 +1647,6 @@ extendr_module! {
     fn hub_leave_out;
     fn hub_gone;
     fn hub_send;
-    fn hub_broadcast;
     fn hub_call;
     fn hub_called;
     fn hub_try_again;
