@@ -166,8 +166,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       format(handle$spoolLimit / 1e6, digits = 3L), " MB that are kept here (`keep_limit`), or than ",
       "the disk of tempdir() has room for: hosts that are lost will not be tried again"
     ) else paste0(
-      "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more ",
-      "than the ", format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls a worker, that are kept ",
+      "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more than the ",
+      format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls a worker, that are kept ",
       "(`keep_limit`): workers that are lost there will not be replaced"
     ),
     stopped = if (is.null(rank)) {
