@@ -18,8 +18,8 @@
 #' \pkg{parallel} leaves it open which node gets a task (`clusterApplyLB()`, `parLapplyLB()`,
 #' `parSapplyLB()`, `clusterMap(.scheduling = "dynamic")`), short tasks are sent in batches sized so that
 #' messaging costs little; batches shrink towards the end, and on slow links the next batch is prefetched. If
-#' there are no more tasks than nodes, the first goes to the first node, and so on. `parLapplyLB()` and `parSapplyLB()` without a
-#' `chunk.size` send batches of elements.
+#' there are no more tasks than nodes, the first goes to the first node, and so on. `parLapplyLB()` and
+#' `parSapplyLB()` without a `chunk.size` send batches of elements.
 #'
 #' `fun` and the arguments in `...` are serialized once a job and sent once to each host. Each task gets its
 #' own copy of them, as with \pkg{parallel}, so that nothing a task changes, not even C code in place, is seen
