@@ -25,9 +25,14 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// If the next task has lately come so soon, a worker watches for it that long before it sleeps,
-/// and gives its core away at every look: to sleep and to be woken would take longer.
-const WATCH: Duration = Duration::from_micros(200);
+/// If the next task has lately come so soon, a worker polls for it that long before it sleeps, and yields
+/// its core at every look: to sleep and to be woken would take longer.
+const MAX_POLL: Duration = Duration::from_micros(200);
+
+/// Workers poll on machines with at least so many cores. A round trip occupies the head, the agent and a
+/// worker: with fewer cores, a worker that polls shares one with the head's R code, which then takes twice as
+/// long.
+const MIN_CORES_TO_POLL: usize = 3;
 
 /// The state of a random number generator: the integers of R's `.Random.seed`,
 /// little-endian; none if there is none.
@@ -96,6 +101,8 @@ pub struct Channel {
     seed_after: Option<Seed>,
     /// How long the agent has lately let wait for what comes next, on average.
     usual_wait: Duration,
+    /// There are enough cores to poll.
+    may_poll: bool,
     /// The process that serves tasks.
     owner: u32,
 }
@@ -132,6 +139,8 @@ impl Channel {
             seeds_before: Vec::new(),
             seed_after: None,
             usual_wait: Duration::ZERO,
+            may_poll: thread::available_parallelism()
+                .is_ok_and(|cores| cores.get() >= MIN_CORES_TO_POLL),
             owner: std::process::id(),
         }
     }
@@ -338,9 +347,9 @@ impl Channel {
     fn fill(&mut self) -> io::Result<usize> {
         let mut buffer = [0u8; 16 * 1024];
         let began = Instant::now();
-        let watch = self.usual_wait <= WATCH;
+        let poll = self.may_poll && self.usual_wait <= MAX_POLL;
         let n = loop {
-            let look = watch && began.elapsed() < WATCH;
+            let look = poll && began.elapsed() < MAX_POLL;
             match self.recv(&mut buffer, !look) {
                 Ok(n) => break n,
                 Err(error) => match error.kind() {
@@ -352,7 +361,7 @@ impl Channel {
             }
         };
         // Bounded: after a pause a few short waits tell that tasks come soon again.
-        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * WATCH);
+        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * MAX_POLL);
         self.received.extend_from_slice(&buffer[..n]);
         Ok(n)
     }
