@@ -3,7 +3,8 @@
 use crate::failure::Failure;
 use crate::worker;
 use extendr_api::prelude::*;
-use rustcluster_core::agent::{self, Greeted, Guard, Role};
+use rustcluster_core::agent::startup::{self, Greeted};
+use rustcluster_core::agent::{Guard, Role};
 use rustcluster_core::platform::{elf, fd, limits};
 use rustcluster_core::protocol::control::{Start, StartMode};
 use std::cell::RefCell;
@@ -36,7 +37,7 @@ fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) ->
     ORIGIN.set(Origin::here());
     let greeted = match std::env::var(HANDOVER) {
         Ok(text) => Greeted::resume(&text),
-        Err(_) => agent::greet(&agent::hello(package, r_version, platform)),
+        Err(_) => startup::greet(&startup::hello(package, r_version, platform)),
     };
     match greeted {
         Ok(mut greeted) => {

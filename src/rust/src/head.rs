@@ -12,7 +12,7 @@ use extendr_ffi::{
     INTEGER_ELT, R_CHAR, R_NamesSymbol, REAL_ELT, Rf_getAttrib, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::agent;
+use rustcluster_core::agent::startup;
 use rustcluster_core::hub::{Answer, Begun, Event, HostView, Hub, NO_JOB, Plan, Progress, Turn};
 use rustcluster_core::launch::Launch;
 use rustcluster_core::platform::limits;
@@ -347,7 +347,7 @@ fn hub_start(
     let Some(hosts) = parsed else {
         return not_a_description("hosts");
     };
-    let hello = agent::hello(package, r_version, platform);
+    let hello = startup::hello(package, r_version, platform);
     match Hub::start(hosts, hello, buffer_limit as usize) {
         Ok(mut hub) => {
             hub.measure_with(unit::measure);

@@ -17,7 +17,7 @@ use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::platform::{limits, memfd, memory};
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::worker::Payload;
+use rustcluster_core::worker::channel::Payload;
 use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io::{self, Write};

@@ -15,7 +15,7 @@ use rustcluster_core::platform::clock::{self, Usage};
 use rustcluster_core::platform::{fd, limits, signals};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::control::WorkerConfig;
-use rustcluster_core::worker::{Channel, Payload, Seed, Task};
+use rustcluster_core::worker::channel::{Channel, Payload, Seed, Task};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
 use std::io;

@@ -3,13 +3,14 @@
 use crate::platform::signals;
 use crate::protocol::handshake::ENDS_WITH_HEAD;
 use std::ffi::OsString;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::{io, thread};
+use std::thread;
 
 /// How to start an agent.
 #[derive(Clone, Debug)]

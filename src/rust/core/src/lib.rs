@@ -2,7 +2,7 @@
 //! between them.
 //!
 //! Nothing here calls R, so everything builds and tests with cargo alone. [`protocol`], [`scheduler`]
-//! and [`agent::state`] do no I/O at all.
+//! and [`agent::worker_table`] do no I/O at all.
 
 #![cfg_attr(
     test,

@@ -3,8 +3,8 @@
 //!
 //! A payload is sent while it is being made, in turn with what goes to workers, and before any
 //! message that begins with it. When it is dropped, its agent is told so once no message that waits
-//! to be sent begins with it. How agents and workers go on is in [`crate::agent::payload`] and
-//! [`crate::worker`].
+//! to be sent begins with it. How agents and workers go on is in [`crate::agent::blobs`] and
+//! [`crate::worker::channel`].
 
 use crate::protocol::dedup::{Chunk, Mirror, Sent};
 use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};

@@ -15,7 +15,7 @@
 use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
-use rustcluster_core::agent::{self, Role};
+use rustcluster_core::agent::{Role, startup};
 use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
 use rustcluster_core::launch::{self, Launch, Launched};
 use rustcluster_core::platform::exit::Exit;
@@ -30,7 +30,7 @@ use rustcluster_core::protocol::handshake::{self, MAGIC};
 use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::limits::SEND_WINDOW;
 use rustcluster_core::scheduler::Gone;
-use rustcluster_core::worker::Channel;
+use rustcluster_core::worker::channel::Channel;
 use serde::Serialize;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::{self, File};
@@ -50,7 +50,7 @@ const LIMIT: usize = 1 << 20;
 // ---- what is sent ----
 
 fn hello() -> Hello {
-    agent::hello("0.1.0", "4.2.2", "test")
+    startup::hello("0.1.0", "4.2.2", "test")
 }
 
 fn wire(frame: &Frame) -> Vec<u8> {
@@ -199,8 +199,8 @@ fn is_an_agent_when_it_is_asked_to_be() {
     if std::env::var_os(AS_AGENT).is_none() {
         return;
     }
-    let served = agent::greet(&hello())
-        .and_then(agent::Greeted::agent)
+    let served = startup::greet(&hello())
+        .and_then(startup::Greeted::agent)
         .and_then(|mut agent| agent.run());
     match served {
         Ok(Role::Worker(channel)) => std::process::exit(answer(*channel)),

@@ -2,7 +2,7 @@
 
 use super::process::{Made, Process};
 use crate::platform::{fd, process, signals};
-use crate::worker::Channel;
+use crate::worker::channel::Channel;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;

@@ -8,49 +8,52 @@
 //! therefore read until the system says `WouldBlock`, or is noted to be read again. A short read
 //! does not mean that the stream is empty: `recvmsg` stops behind bytes that carry a descriptor.
 
+pub mod action;
+mod blob_memory;
+pub mod blobs;
 mod fork;
 mod guard;
-pub mod held;
-mod memory;
-pub mod payload;
+mod head_io;
+mod memory_report;
+mod orphans;
+pub mod prefetch;
 mod process;
-pub mod relay;
-pub mod replay;
-pub mod state;
-mod strays;
-mod usage;
+pub mod router;
+pub mod setup_log;
+pub mod startup;
+mod supervisor;
+mod worker_io;
+pub mod worker_table;
 
 use crate::platform::memory::OutOfMemory;
-use crate::platform::{self, cores, fd, limits, memfd, reserve, signals};
-use crate::protocol::control::{
-    self, Handover, Hello, Loss, Outfile, Start, StartMode, ToAgent, ToHead,
-};
-use crate::protocol::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
-use crate::protocol::handshake::{MAGIC, Preamble, PreambleState};
+use crate::platform::{self, fd, limits, reserve, signals};
+use crate::protocol::control::{Outfile, Start, ToHead};
+use crate::protocol::frame::{FIRST, Header, Kind};
 use crate::protocol::heartbeat::Pulse;
 use crate::protocol::limits::SEND_WINDOW;
-use crate::protocol::send_queue::OutBuf;
-use crate::worker::Channel;
-use bytes::{Bytes, BytesMut};
+use crate::worker::channel::Channel;
+use action::Act;
+use blob_memory::{Memories, Memory};
+use bytes::BytesMut;
 pub use guard::Guard;
-use memory::{Memories, Memory};
+use memory_report::Census;
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use process::{Made, Outgoing, Process, Tail};
-use relay::{Act, Relay};
-use state::{Ending, REPLAY};
+use orphans::Strays;
+use process::{Outgoing, Process, Tail};
+use router::Relay;
+use startup::{Greeted, open_outfile};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
-use strays::Strays;
-use usage::Census;
+use worker_table::REPLAY;
 
 const HEAD_IN: Token = Token(0);
 const HEAD_OUT: Token = Token(1);
@@ -75,10 +78,6 @@ const WAIT: Duration = Duration::from_millis(10);
 const LOOK_FOR_PARENT: Duration = Duration::from_millis(200);
 /// How long the agent polls for events before it sleeps: what a short task and its messages take.
 const WATCH: Duration = Duration::from_micros(100);
-/// Open files besides one for each worker that answers in shared memory take.
-const MORE_FILES: u64 = 16;
-/// Workers made between two looks at the streams.
-const MAKE_AT_ONCE: usize = 8;
 
 /// Signals whose handling the agent changes, and that its forks get back as they were.
 const CHANGED: [libc::c_int; 6] = [
@@ -90,250 +89,12 @@ const CHANGED: [libc::c_int; 6] = [
     libc::SIGINT,
 ];
 
-/// An agent that has talked to its head and not yet made workers.
-pub struct Greeted {
-    reader: File,
-    writer: File,
-    received: BytesMut,
-    /// What the head wants.
-    pub start: Start,
-    head_pid: u32,
-    /// The head's numbers are written as ours are.
-    same_order: bool,
-    guard: Guard,
-    /// Packages that were found out before this process became the program that it is.
-    pub after: Vec<String>,
-}
-
 /// How [`Agent::run`] ends.
 pub enum Role {
     /// This process is a forked worker.
     Worker(Box<Channel>),
     /// The cluster is over, and all workers have ended.
     Done,
-}
-
-/// Facts about this process for the other side.
-pub fn hello(package: &str, r_version: &str, platform: &str) -> Hello {
-    let (memory_total, memory_available) = platform::memory::host_memory().unwrap_or((0, 0));
-    Hello {
-        protocol: control::PROTOCOL,
-        package: package.to_owned(),
-        r_version: r_version.to_owned(),
-        platform: platform.to_owned(),
-        big_endian: cfg!(target_endian = "big"),
-        pid: std::process::id(),
-        hostname: platform::process::hostname(),
-        cores: cores::usable_cores() as u32,
-        memory_total,
-        memory_available,
-    }
-}
-
-/// Takes over stdin and stdout and waits for the head to say what it wants.
-///
-/// # Errors
-/// When the head is gone, is another version, or is no head.
-pub fn greet(hello: &Hello) -> io::Result<Greeted> {
-    let (reader, writer) = fd::take_stdio()?;
-    greet_over(reader, writer, hello)
-}
-
-/// As [`greet`], over any stream.
-///
-/// # Errors
-/// When the head is gone, is another version, or is no head.
-pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
-    let greeting = control::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
-    let mut out = OutBuf::default();
-    out.push_bytes(MAGIC);
-    out.push(&greeting);
-    while !out.is_empty() {
-        out.write_with(|slices| writer.write_vectored(slices))?;
-    }
-    let mut preamble = Preamble::default();
-    let mut buffer = [0u8; 4096];
-    let mut received = loop {
-        let n = read_some(&mut reader, &mut buffer)?;
-        match preamble.feed(&buffer[..n]) {
-            PreambleState::Open(rest) => break BytesMut::from(&rest[..]),
-            PreambleState::Incomplete => {}
-            PreambleState::NotOurs => return Err(io::Error::other("no head at the other end")),
-        }
-    };
-    let mut head = None;
-    loop {
-        while let Some(frame) = frame::decode(&mut received).map_err(io::Error::other)? {
-            if frame.header.kind != Kind::Control {
-                return Err(io::Error::other("the head did not greet"));
-            }
-            match control::decode(&frame.body).map_err(io::Error::other)? {
-                ToAgent::Hello(other) => {
-                    hello.check(&other).map_err(io::Error::other)?;
-                    head = Some((other.pid, other.big_endian == hello.big_endian));
-                }
-                ToAgent::Start(start) => {
-                    let Some((head_pid, same_order)) = head else {
-                        return Err(io::Error::other("the head did not greet"));
-                    };
-                    // Before packages are loaded: from here on, what an end leaves is removed.
-                    let guard = Guard::start(start.workers as usize);
-                    return Ok(Greeted {
-                        guard,
-                        reader,
-                        writer,
-                        received,
-                        start,
-                        head_pid,
-                        same_order,
-                        after: Vec::new(),
-                    });
-                }
-                _ => return Err(io::Error::other("the head gave up")),
-            }
-        }
-        let n = read_some(&mut reader, &mut buffer)?;
-        received.extend_from_slice(&buffer[..n]);
-    }
-}
-
-fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
-    loop {
-        match reader.read(buffer) {
-            Ok(0) => return Err(io::Error::other("the head is gone")),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
-    }
-}
-
-impl Greeted {
-    /// From here on this process ends when the head does, also while R loads packages: the guard then removes
-    /// what is left. For a process that runs nothing else.
-    pub fn end_with_head(&self) {
-        // Where it cannot, the end is noticed once packages are loaded.
-        let _ = signals::end_with(self.reader.as_raw_fd());
-    }
-
-    /// This process has that temporary directory: it is removed even if the agent is killed.
-    pub fn watch_tempdir(&mut self, tempdir: &str) {
-        if process::is_tempdir(tempdir) {
-            self.guard.watch_tempdir(tempdir);
-        }
-    }
-
-    /// What [`Greeted::resume`] needs, as text, the head's stream, which has to be stdin and stdout there, and
-    /// the guard, which is to live until this process is the other program.
-    ///
-    /// # Errors
-    /// When the text is too long.
-    pub fn hand_over(self, after: Vec<String>) -> io::Result<(String, File, File, Guard)> {
-        signals::outlive(self.reader.as_raw_fd());
-        let handover = Handover {
-            start: self.start,
-            head_pid: self.head_pid,
-            same_order: self.same_order,
-            received: self.received.to_vec(),
-            after,
-        };
-        let frame = control::encode(&handover).map_err(io::Error::other)?;
-        let text = frame.body.iter().map(|byte| format!("{byte:02x}"));
-        Ok((text.collect(), self.reader, self.writer, self.guard))
-    }
-
-    /// Goes on where another program in this process has handed over.
-    ///
-    /// # Errors
-    /// When the text is damaged, or descriptors cannot be changed.
-    pub fn resume(text: &str) -> io::Result<Greeted> {
-        let damaged = || io::Error::other("a damaged handover");
-        let pairs = text.as_bytes().chunks(2);
-        let bytes: Option<Vec<u8>> = pairs
-            .map(|pair| {
-                let pair = std::str::from_utf8(pair).ok()?;
-                u8::from_str_radix(pair, 16).ok()
-            })
-            .collect();
-        let handover: Handover =
-            control::decode(&bytes.ok_or_else(damaged)?).map_err(io::Error::other)?;
-        let (reader, writer) = fd::take_stdio()?;
-        Ok(Greeted {
-            guard: Guard::start(handover.start.workers as usize),
-            reader,
-            writer,
-            received: BytesMut::from(&handover.received[..]),
-            start: handover.start,
-            head_pid: handover.head_pid,
-            same_order: handover.same_order,
-            after: handover.after,
-        })
-    }
-
-    /// Tells the head that nothing was or will be started, and why.
-    ///
-    /// # Errors
-    /// When the head is gone.
-    pub fn fail(mut self, reason: String) -> io::Result<()> {
-        self.tell(&ToHead::StartFailed { reason })
-    }
-
-    fn tell(&mut self, message: &ToHead) -> io::Result<()> {
-        let frame = control::encode(message).map_err(io::Error::other)?;
-        let mut out = OutBuf::default();
-        out.push(&frame);
-        while !out.is_empty() {
-            out.write_with(|slices| self.writer.write_vectored(slices))?;
-        }
-        Ok(())
-    }
-
-    /// Why the cluster's `outfile` cannot be written here, if that is so.
-    pub fn outfile_problem(&self) -> Option<String> {
-        let Outfile::File(path) = &self.start.outfile else {
-            return None;
-        };
-        let error = open_outfile(path).err()?;
-        Some(format!(
-            "its `outfile` {path} cannot be opened or made there: {error}"
-        ))
-    }
-
-    /// Whether workers may give their answers in memory that is shared with the head: it is the process
-    /// at the other end of the stream, and there are descriptors enough.
-    fn shares(&self) -> bool {
-        let Start {
-            here,
-            memory_limit,
-            workers,
-            ..
-        } = self.start;
-        let maker = || fd::maker_of_pair(self.writer.as_raw_fd());
-        let near = here && self.same_order && maker() == Some(self.head_pid);
-        let needed = limits::open_files_needed(workers as usize) + u64::from(workers) + MORE_FILES;
-        let enough = || limits::raise_open_files(needed).is_ok_and(|files| files >= needed);
-        near && memory_limit == 0 && enough()
-    }
-
-    /// Checks this host's limits and becomes the agent proper; on a shortfall the head is told
-    /// and nothing is started.
-    ///
-    /// # Errors
-    /// When a stream cannot be watched, or the limits are too low.
-    pub fn agent(mut self) -> io::Result<Agent> {
-        let workers = self.start.workers as usize;
-        if let Err(short) = limits::check(workers) {
-            let message = short.remedy.clone();
-            self.tell(&ToHead::Limits {
-                what: short.what.to_owned(),
-                needed: short.needed,
-                available: short.available,
-                remedy: short.remedy,
-            })?;
-            return Err(io::Error::other(message));
-        }
-        limits::raise_open_files(limits::open_files_needed(workers))?;
-        Agent::new(self)
-    }
 }
 
 /// See the module's documentation.
@@ -386,10 +147,6 @@ pub struct Agent {
     /// How long the agent has lately waited for events.
     usual_wait: Duration,
     scratch: Vec<u8>,
-}
-
-fn open_outfile(path: &str) -> io::Result<File> {
-    File::options().append(true).create(true).open(path)
 }
 
 impl Agent {
@@ -647,21 +404,6 @@ impl Agent {
         }
     }
 
-    /// Tells the head that this side is alive, and ends if nothing shows that the head is.
-    fn feel_pulse(&mut self) {
-        let now = self.now();
-        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.alone) else {
-            return;
-        };
-        if pulse.is_silent(now) {
-            eprintln!("rustcluster agent: nothing was heard from the head for too long");
-            self.end();
-        } else if pulse.speak(now) && self.to_head.is_empty() {
-            // What waits to be sent is a sign of life itself.
-            self.tell(&ToHead::Alive);
-        }
-    }
-
     /// Looks at the memory of the next worker: of a large one that takes a while, and the others are not
     /// to wait for all.
     fn count_memory(&mut self) {
@@ -676,125 +418,6 @@ impl Agent {
                 self.census = None;
             }
             self.tell(&message);
-        }
-    }
-
-    /// Makes the next few workers. `Some` in a forked one.
-    fn make_some(&mut self) -> io::Result<Option<Channel>> {
-        for _ in 0..MAKE_AT_ONCE {
-            let Some((worker, replaces)) = self.to_make.pop_front() else {
-                break;
-            };
-            if self.ending {
-                self.relay.book.give_up(worker);
-                continue;
-            }
-            if self.relay.book.is_stopping(worker) {
-                self.relay.book.give_up(worker);
-                let timed_out = false;
-                self.tell(&ToHead::WorkerStopped { worker, timed_out });
-                continue;
-            }
-            self.relay.made(worker, replaces, self.now());
-            let made = match self.start.mode {
-                StartMode::Fork => self.fork(worker),
-                StartMode::Spawn => {
-                    let (shares, signals) = (self.relay.book.shares, self.saved.clone());
-                    process::spawn(&self.start, worker, shares, signals)
-                }
-            };
-            match made {
-                Ok(Made::Child(channel)) => return Ok(Some(channel)),
-                Ok(Made::Parent(process)) => {
-                    self.guard.made(worker, process.pid);
-                    self.strays.made(process.pid);
-                    let token = FIRST_WORKER + 2 * worker as usize;
-                    let registry = self.poll.registry();
-                    let fd = process.channel.as_raw_fd();
-                    registry.register(&mut SourceFd(&fd), Token(token), Interest::READABLE)?;
-                    let fd = process.output.as_raw_fd();
-                    registry.register(&mut SourceFd(&fd), Token(token + 1), Interest::READABLE)?;
-                    self.workers[worker as usize] = Some(process);
-                    // A separate process is told at once what to load.
-                    self.write_worker(worker);
-                }
-                Err(error) => {
-                    let loss = Loss {
-                        tail: format!("a worker could not be started: {error}"),
-                        ..Loss::default()
-                    };
-                    self.lost(worker, loss);
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    fn fork(&mut self, worker: u32) -> io::Result<Made> {
-        let made = fork::fork(worker, self.relay.book.shares)?;
-        if let Made::Child(_) = made {
-            self.saved.restore();
-            // It would count for the worker's memory limit.
-            reserve::release();
-            platform::process::renice(self.start.renice);
-        }
-        Ok(made)
-    }
-
-    fn read_again(&mut self, worker: u32) {
-        if !std::mem::replace(&mut self.is_unread[worker as usize], true) {
-            self.unread.push(worker);
-        }
-    }
-
-    fn tell(&mut self, message: &ToHead) {
-        // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
-        // message than its agent.
-        let wanted = !self.ending || *message == ToHead::Alive;
-        match control::encode(message) {
-            Ok(frame) if wanted => self.to_head.push(&frame, None),
-            _ => {}
-        }
-    }
-
-    /// Tells the head something that it must know even while the agent ends.
-    fn tell_last(&mut self, message: &ToHead) {
-        if let Ok(frame) = control::encode(message) {
-            self.to_head.push(&frame, None);
-            self.strays.last_words |= self.ending;
-        }
-    }
-
-    fn read_head(&mut self) {
-        for _ in 0..READS {
-            match self.reader.read(&mut self.scratch) {
-                Ok(0) => return self.end(),
-                Ok(n) => {
-                    let now = self.epoch.elapsed();
-                    if let Some(pulse) = &mut self.pulse {
-                        pulse.hear(now);
-                    }
-                    self.received.extend_from_slice(&self.scratch[..n]);
-                    self.on_head_bytes();
-                    if self.alone {
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => return self.end(),
-            }
-        }
-        self.head_unread = true;
-    }
-
-    fn on_head_bytes(&mut self) {
-        let (now, received) = (self.epoch.elapsed(), &mut self.received);
-        let result = self.relay.from_head(received, now, &mut self.acts);
-        self.act();
-        if let Err(error) = result {
-            eprintln!("rustcluster agent: {error}");
-            self.end();
         }
     }
 
@@ -885,42 +508,6 @@ impl Agent {
         self.acts = acts;
     }
 
-    /// Passes on an answer in shared memory. A worker is user code: if somebody could still change the
-    /// memory, or it is not there, the worker is killed, and its task lost with it.
-    fn pass_memory(&mut self, frame: &Frame) {
-        let Some(process) = &mut self.workers[frame.header.worker as usize] else {
-            return;
-        };
-        let file = process.descriptors.pop_front().map(File::from);
-        let len = |file: &File| file.metadata().ok().map(|data| data.len());
-        let is_right = |file: &File| len(file) == frame.number() && memfd::is_sealed(file);
-        match file.filter(is_right) {
-            Some(file) if !self.ending => self.to_head.push(frame, Some(Arc::new(file))),
-            Some(_) => {}
-            None => process.kill(),
-        }
-    }
-
-    /// A cancel frame, then SIGINT: see [`crate::worker`].
-    fn interrupt(&mut self, worker: u32, task: u64) {
-        if let Some(process) = &mut self.workers[worker as usize] {
-            process.interrupt = true;
-            let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
-            self.send_worker(worker, &frame, None);
-        }
-    }
-
-    fn close(&mut self, worker: u32) {
-        if let Some(process) = &mut self.workers[worker as usize] {
-            process.closing = true;
-            self.dirty.push(worker);
-            // R is still starting. When it is interrupted it ends, and removes its temporary directory.
-            if self.start.mode == StartMode::Spawn && process.tempdir.is_none() {
-                process.signal(libc::SIGINT);
-            }
-        }
-    }
-
     /// Tells the head why this host cannot go on, and ends.
     fn fail(&mut self, reason: &str) {
         let reason = reason.to_owned();
@@ -949,366 +536,6 @@ impl Agent {
         }
         self.act();
     }
-
-    fn send_worker(&mut self, worker: u32, frame: &Frame, along: Option<Arc<File>>) {
-        if let Some(process) = &mut self.workers[worker as usize] {
-            process.outgoing.push(frame, along);
-            self.dirty.push(worker);
-        }
-    }
-
-    /// Sends a payload that could not be put into shared memory, in as many frames as it takes. `counted`:
-    /// bytes of it that count as given already.
-    fn send_payload(&mut self, header: &Header, counted: usize, chunks: &[Bytes]) {
-        let Header { worker, task, .. } = *header;
-        let mut bytes = 0;
-        for (at, chunk) in chunks.iter().enumerate() {
-            let first = if at == 0 { FIRST } else { 0 };
-            let last = if at + 1 == chunks.len() { LAST } else { 0 };
-            let frame = Frame::new(Kind::Payload, first | last, worker, task, chunk.clone());
-            bytes += frame.wire_len();
-            self.send_worker(worker, &frame, None);
-        }
-        // The frame that would have gone with the shared memory has been counted.
-        self.relay.book.gave(worker, bytes.saturating_sub(counted));
-    }
-
-    /// A head that heeds no window could fill this host's memory.
-    fn has_room(&self, worker: u32) -> bool {
-        let process = self.workers[worker as usize].as_ref();
-        let most = WORKER_BACKLOG.saturating_add(self.relay.book.given(worker));
-        process.is_none_or(|process| process.outgoing.len() <= most)
-    }
-
-    fn write_worker(&mut self, worker: u32) {
-        let Some(process) = &mut self.workers[worker as usize] else {
-            return;
-        };
-        let mut passed = 0;
-        while !process.outgoing.is_empty() {
-            let fd = process.channel.as_raw_fd();
-            match process.outgoing.write(fd) {
-                Ok(n) => passed += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The worker would wait for it for ever.
-                Err(error) if is_want(&error) => {
-                    self.fail(&format!("no memory to send to workers: {error}"));
-                    return;
-                }
-                // Not writable now; or the worker is gone, which its exit will tell.
-                Err(_) => break,
-            }
-        }
-        // Writability is asked for only while there is something to write: otherwise every
-        // message that a worker reads would wake the agent.
-        if process.outgoing.is_empty() == process.write_blocked {
-            process.write_blocked = !process.write_blocked;
-            let interest = if process.write_blocked {
-                Interest::READABLE | Interest::WRITABLE
-            } else {
-                Interest::READABLE
-            };
-            let token = Token(FIRST_WORKER + 2 * worker as usize);
-            let fd = process.channel.as_raw_fd();
-            let mut source = SourceFd(&fd);
-            let _ = self
-                .poll
-                .registry()
-                .reregister(&mut source, token, interest);
-        }
-        if process.outgoing.is_empty() {
-            if std::mem::take(&mut process.interrupt) {
-                process.signal(libc::SIGINT);
-            }
-            if std::mem::take(&mut process.closing) {
-                // A worker that waits for a task sees the end of the stream and ends.
-                let _ = process.channel.shutdown(std::net::Shutdown::Write);
-            }
-        }
-        match self.relay.book.passed(worker, passed) {
-            Some((task, bytes)) if !self.ending => {
-                self.to_head.push(&Frame::credit(worker, task, bytes), None);
-            }
-            _ => {}
-        }
-    }
-
-    fn write_head(&mut self) {
-        self.head_waits = false;
-        while !self.to_head.is_empty() && !self.head_blocked {
-            let writer = &mut self.writer;
-            match self.to_head.write_with(|slices, along| match along {
-                Some(_) => fd::send_with(writer.as_raw_fd(), slices, along),
-                None => writer.write_vectored(slices),
-            }) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.head_blocked = true;
-                    let fd = self.writer.as_raw_fd();
-                    let writable = Interest::WRITABLE;
-                    let registry = self.poll.registry();
-                    if registry
-                        .register(&mut SourceFd(&fd), HEAD_OUT, writable)
-                        .is_err()
-                    {
-                        self.end();
-                    }
-                }
-                // Descriptors on their way are counted for all processes of a user.
-                Err(error) if is_want(&error) => {
-                    self.head_waits = true;
-                    return;
-                }
-                Err(_) => {
-                    self.to_head = Outgoing::default();
-                    self.end();
-                }
-            }
-        }
-    }
-
-    fn read_worker(&mut self, worker: u32) {
-        if self.read_some_of_worker(worker) {
-            self.read_again(worker);
-        }
-    }
-
-    /// Reads a bounded number of times. Returns whether there may be more that can be dealt with.
-    fn read_some_of_worker(&mut self, worker: u32) -> bool {
-        if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
-            return true;
-        }
-        let Some(process) = &mut self.workers[worker as usize] else {
-            return false;
-        };
-        // What is held is dealt with first: only when it has gone is more read.
-        let mut held = std::mem::take(&mut process.received);
-        let mut broken = self.on_worker_bytes(worker, &mut held);
-        let mut more = true;
-        for _ in 0..READS {
-            // The rest is read when the head asks for what waits here.
-            more = held.len() < HEADER_AND_BODY && !broken;
-            if !more || self.to_head.len() >= HEAD_BACKLOG && !self.ending {
-                break;
-            }
-            let Some(process) = &mut self.workers[worker as usize] else {
-                return false;
-            };
-            let mut came = Vec::new();
-            let fd = process.channel.as_raw_fd();
-            match fd::recv(fd, &mut self.scratch, &mut came, false) {
-                Ok(n) if n > 0 => {
-                    held.extend_from_slice(&self.scratch[..n]);
-                    process.descriptors.extend(came);
-                    broken = process.descriptors.len() > MOST_DESCRIPTORS
-                        || self.on_worker_bytes(worker, &mut held);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                read => {
-                    more = false;
-                    // Otherwise its end of the channel is closed, which only its own end should do.
-                    let empty = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
-                    process.hung_up |= !read.as_ref().is_err_and(empty);
-                    break;
-                }
-            }
-        }
-        let Some(process) = &mut self.workers[worker as usize] else {
-            return false;
-        };
-        process.received = held;
-        // Its exit, by itself or by this, tells the rest.
-        if broken {
-            process.kill();
-        } else if process.hung_up {
-            self.relay.book.hung_up(worker, self.epoch.elapsed());
-        }
-        more && !broken
-    }
-
-    /// Passes on the whole frames in `held`, up to one that must wait. Returns whether the worker
-    /// sent what none of ours would.
-    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> bool {
-        let now = self.now();
-        let result = self.relay.from_worker(worker, held, now, &mut self.acts);
-        self.act();
-        result.is_err()
-    }
-
-    /// The head may send it tasks.
-    fn tell_up(&mut self, worker: u32, replaces: bool) {
-        let Some(process) = &self.workers[worker as usize] else {
-            return;
-        };
-        let pid = process.pid;
-        let message = if replaces {
-            ToHead::WorkerReplaced { worker, pid }
-        } else {
-            ToHead::WorkerUp { worker, pid }
-        };
-        self.tell(&message);
-    }
-
-    fn read_output(&mut self, worker: u32) {
-        let Some(process) = &mut self.workers[worker as usize] else {
-            return;
-        };
-        // Bounded, so that a worker that never stops printing does not stop the others.
-        for _ in 0..READS {
-            if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
-                break;
-            }
-            match process.output.read(&mut self.scratch) {
-                Ok(0) => return,
-                Ok(n) => {
-                    let bytes = &self.scratch[..n];
-                    process.tail.push(bytes);
-                    if let Some(file) = &mut self.outfile {
-                        // A full disk must not end the computation.
-                        let _ = process.lines.push(bytes, file);
-                    }
-                    if self.start.outfile == Outfile::Console && !self.alone {
-                        // Also what exit handlers print.
-                        self.strays.last_words |= self.ending;
-                        for chunk in bytes.chunks(MAX_BODY) {
-                            let body = Bytes::copy_from_slice(chunk);
-                            self.to_head
-                                .push(&Frame::new(Kind::Output, 0, worker, 0, body), None);
-                        }
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return,
-            }
-        }
-        self.read_again(worker);
-    }
-
-    /// A child ended, or somebody wants the agent to.
-    fn on_signals(&mut self) {
-        let mut buffer = [0u8; 256];
-        while matches!(self.signals.read(&mut buffer), Ok(n) if n > 0) {}
-        // One after another; all are looked at only if the next to be waited for is not ours, as a
-        // child that a package started may be.
-        while let Some(pid) = platform::process::peek_any_exit() {
-            let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
-            match self.workers.iter().position(ours) {
-                Some(worker) => self.on_exit(worker as u32),
-                None if self.guard.reap(pid) || self.strays.reap(pid) => {}
-                None => {
-                    self.look_at_all();
-                    break;
-                }
-            }
-        }
-        self.report_more_strays();
-        if self.asked_to_end.load(Ordering::Relaxed) {
-            self.end();
-        }
-    }
-
-    fn look_at_all(&mut self) {
-        for worker in 0..self.workers.len() as u32 {
-            let ended = match &self.workers[worker as usize] {
-                Some(process) => platform::process::peek_exit(process.pid),
-                None => false,
-            };
-            if ended {
-                self.on_exit(worker);
-            }
-        }
-        let workers = &self.workers;
-        self.strays
-            .reap_all(|pid| workers.iter().flatten().any(|process| process.pid == pid));
-    }
-
-    /// Removes a temporary directory. What was killed with its worker may still be writing to it: then it is
-    /// tried again later. Returns whether it is gone.
-    fn remove(&mut self, tempdir: String) -> bool {
-        let removed = std::fs::remove_dir_all(&tempdir);
-        let left = removed.is_err_and(|error| error.kind() != io::ErrorKind::NotFound);
-        if left {
-            self.unremoved.push(tempdir);
-        }
-        !left
-    }
-
-    fn remove_again(&mut self) {
-        for tempdir in std::mem::take(&mut self.unremoved) {
-            self.remove(tempdir);
-        }
-    }
-
-    fn on_exit(&mut self, worker: u32) {
-        self.remove_again();
-        // An answer that was whole before the end still counts, and so do last words.
-        for _ in 0..READS {
-            if !self.read_some_of_worker(worker) {
-                break;
-            }
-        }
-        self.read_output(worker);
-        let Some(mut process) = self.workers[worker as usize].take() else {
-            return;
-        };
-        if let Some(file) = &mut self.outfile {
-            let _ = process.lines.flush(file);
-        }
-        // Before the process is reaped, so that its number cannot be another's. This also ends
-        // what it started and did not wait for.
-        process.kill_group();
-        self.guard
-            .ended(worker, process.tempdir.as_deref().unwrap_or_default());
-        let exit = platform::process::reap(process.pid);
-        self.report_strays(process.pid);
-        let registry = self.poll.registry();
-        for fd in [process.channel.as_raw_fd(), process.output.as_raw_fd()] {
-            let _ = registry.deregister(&mut SourceFd(&fd));
-        }
-        if let Some(tempdir) = process.tempdir.take() {
-            // Already gone if it ended in good order.
-            if self.remove(tempdir) {
-                self.guard.cleared(worker);
-            }
-        }
-        let loss = Loss {
-            pid: process.pid,
-            exit,
-            tail: process.tail.text(),
-            oom: process.was_killed_by_others(exit) && self.memory.explains_kill(),
-            ..Loss::default()
-        };
-        self.lost(worker, loss);
-    }
-
-    /// A worker has ended, or could not be made.
-    fn lost(&mut self, worker: u32, mut loss: Loss) {
-        match self.relay.exited(worker, !self.ending, self.now()) {
-            Ending::Stopped { timed_out } => {
-                let message = ToHead::WorkerStopped { worker, timed_out };
-                match timed_out {
-                    true => self.tell_last(&message),
-                    false => self.tell(&message),
-                }
-            }
-            Ending::Replace => self.to_make.push_back((worker, true)),
-            Ending::Waits => {}
-            Ending::Lost { replaced, setback } => {
-                loss.memory_available =
-                    platform::memory::host_memory().map_or(0, |memory| memory.1);
-                loss.setback = setback;
-                self.tell(&ToHead::WorkerLost {
-                    worker,
-                    loss,
-                    replaced,
-                });
-                if replaced {
-                    self.to_make.push_back((worker, true));
-                }
-            }
-        }
-    }
 }
 
 /// Whether the system has not enough of something for bytes, or descriptors, to be on their way.
@@ -1317,19 +544,4 @@ fn is_want(error: &io::Error) -> bool {
     error
         .raw_os_error()
         .is_some_and(|code| wants.contains(&code))
-}
-
-/// More than this is not read from a worker while a frame of it waits.
-const HEADER_AND_BODY: usize = frame::HEADER_LEN + MAX_BODY;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_damaged_handover_is_refused_before_stdin_is_taken() {
-        for text in ["", "0", "zz", "ff", "é", "00000000"] {
-            assert!(Greeted::resume(text).is_err(), "{text}");
-        }
-    }
 }

@@ -5,7 +5,7 @@ use crate::platform::{fd, process, signals};
 use crate::protocol::control::{self, Start, WorkerConfig};
 use crate::protocol::frame::Frame;
 use crate::protocol::send_queue::OutBuf;
-use crate::worker::Channel;
+use crate::worker::channel::Channel;
 use bytes::BytesMut;
 use std::cell::Cell;
 use std::collections::VecDeque;

@@ -1,5 +1,5 @@
 //! What lasts on workers, held by the head for hosts that may come back: an agent that is lost takes
-//! with it what it held (see [`crate::agent::replay`]).
+//! with it what it held (see [`crate::agent::setup_log`]).
 //!
 //! Messages are written to a file that has no name, in the order in which they are sent, and each
 //! knows on which workers it has lasted. A host that is back gets them from a map of the file: they

@@ -9,7 +9,8 @@
 
 use crate::platform::cgroup;
 use crate::platform::memory::line_bytes;
-use std::{fmt, io};
+use std::fmt;
+use std::io;
 
 /// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
 const FILES_PER_WORKER: u64 = 2;

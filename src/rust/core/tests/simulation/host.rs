@@ -1,10 +1,11 @@
-//! Simulated hosts: the agent, as in `agent/mod.rs`, without its system calls.
+//! Simulated hosts: the agent, as in `agent/`, without its system calls.
 
 use crate::parts::{Facts, Pipe};
 use crate::worker::Process;
 use bytes::{Bytes, BytesMut};
-use rustcluster_core::agent::relay::{Act, Relay};
-use rustcluster_core::agent::state::{Ending, Now, REPLAY, SETBACKS};
+use rustcluster_core::agent::action::Act;
+use rustcluster_core::agent::router::Relay;
+use rustcluster_core::agent::worker_table::{Ending, Now, REPLAY, SETBACKS};
 use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::protocol::control::{self, Loss, ToHead};
 use rustcluster_core::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};

@@ -24,7 +24,7 @@ use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::activity::MOST;
-use rustcluster_core::agent::state::Now;
+use rustcluster_core::agent::worker_table::Now;
 use rustcluster_core::protocol::body::Memory;
 use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED,

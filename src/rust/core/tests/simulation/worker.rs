@@ -1,10 +1,10 @@
-//! Simulated workers: what `worker.rs` and R do, in steps.
+//! Simulated workers: what `worker/channel.rs` and R do, in steps.
 
 use crate::parts::{Draws, Effect, Facts, Manners, Pipe, digest, part};
 use bytes::{Bytes, BytesMut};
 use rand::Rng;
 use rand::rngs::StdRng;
-use rustcluster_core::agent::state::{Now, REPLAY};
+use rustcluster_core::agent::worker_table::{Now, REPLAY};
 use rustcluster_core::protocol::control::{self, WorkerReady};
 use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED,

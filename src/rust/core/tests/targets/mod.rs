@@ -3,9 +3,10 @@
 //! `corpus.rs` replays what it has found.
 
 use bytes::{Buf, Bytes, BytesMut};
-use rustcluster_core::agent::relay::{Act, Relay};
-use rustcluster_core::agent::state::Ending;
-use rustcluster_core::agent::{self, Greeted};
+use rustcluster_core::agent::action::Act;
+use rustcluster_core::agent::router::Relay;
+use rustcluster_core::agent::startup::{self, Greeted};
+use rustcluster_core::agent::worker_table::Ending;
 use rustcluster_core::platform::fd;
 use rustcluster_core::protocol::control::{
     self, Hello, PROTOCOL, ToAgent, ToHead, WorkerConfig, WorkerReady,
@@ -155,7 +156,7 @@ fn greet_agent(wire: &[u8]) -> io::Result<Greeted> {
             }
             let _ = ours.shutdown(Shutdown::Write);
         });
-        let greeted = agent::greet_over(reader, writer, &hello());
+        let greeted = startup::greet_over(reader, writer, &hello());
         let _ = theirs.shutdown(Shutdown::Both);
         head.join().expect("no panic");
         greeted

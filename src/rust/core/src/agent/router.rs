@@ -1,20 +1,21 @@
 //! The agent's decisions: what becomes of each frame, of each worker that is ready, out of time or
 //! gone. What it makes of them is a list of [`Act`]s.
 //!
-//! Pure, as are the parts it is made of: [`state`](super::state), [`replay`](super::replay),
-//! [`held`](super::held), [`payload`](super::payload) and [`share`](crate::protocol::dedup).
+//! Pure, as are the parts it is made of: [`worker_table`](super::worker_table), [`setup_log`](super::setup_log),
+//! [`prefetch`](super::prefetch), [`blobs`](super::blobs) and [`share`](crate::protocol::dedup).
 
-use super::held::Held;
-use super::payload::Payloads;
-use super::replay::{Replay, Restore};
-use super::state::{Book, Ending, Now, REPLAY, Ready, Route};
+use super::action::Act;
+use super::blobs::Payloads;
+use super::prefetch::Held;
+use super::setup_log::{Replay, Restore};
+use super::worker_table::{Book, Ending, Now, REPLAY, Ready, Route};
 use crate::protocol::control::{self, ToAgent, ToHead, WorkerReady};
 use crate::protocol::dedup::Kept;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, KEEP, Kind, LAST, SAME, SHARED,
 };
-use crate::protocol::ids::{PayloadId, RESTORE};
+use crate::protocol::ids::RESTORE;
 use crate::protocol::limits::MOST_MEMORY;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
@@ -23,64 +24,6 @@ use std::time::Duration;
 /// a task could go on with elsewhere. L'Ecuyer-CMRG's, of which `clusterSetRNGStream()` makes its
 /// streams, has 28 bytes.
 const SEED_TO_HEAD: usize = 64;
-
-/// What an agent is to do.
-#[derive(Debug)]
-pub enum Act {
-    /// Sends a frame to the head.
-    ToHead(Frame),
-    /// The same, with the memory that has come from the worker in its header.
-    Along(Frame),
-    /// The memory that has come from this worker is not wanted.
-    LetGo(u32),
-    /// Sends a control message to the head.
-    Tell(ToHead),
-    /// To the worker in its header.
-    ToWorker(Frame),
-    /// More bytes of a payload, for memory that can be shared; after the `last` nobody may change it.
-    Store {
-        /// The payload that the bytes belong to.
-        payload: PayloadId,
-        /// The bytes to append.
-        bytes: Bytes,
-        /// Whether the payload is complete with these bytes.
-        last: bool,
-    },
-    /// To the worker in its header, with the memory in which the payload is.
-    Hand {
-        /// The frame that begins the task's message.
-        frame: Frame,
-    },
-    /// The payload is not needed any more.
-    Discard(PayloadId),
-    /// The head may send tasks to this worker.
-    Up {
-        /// The worker's index on its host.
-        worker: u32,
-        /// Whether the worker replaces another in the same place.
-        replaces: bool,
-    },
-    /// Interrupts a worker if it is still at this task.
-    Interrupt {
-        /// The worker's index on its host.
-        worker: u32,
-        /// The task that is cancelled.
-        task: u64,
-    },
-    /// What a worker had to wait with may be dealt with now.
-    ReadAgain(u32),
-    /// No more goes to this worker.
-    Close(u32),
-    /// This is where the worker has its temporary files.
-    TempDir(u32, String),
-    /// The head wants to know what memory the workers take.
-    Usage {
-        /// The number of the head's question.
-        question: u64,
-    },
-    /// The head wants the end of it all.
-    End,
-}
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -547,6 +490,7 @@ impl Relay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::action::Act;
     use crate::protocol::send_queue::OutBuf;
 
     fn bytes(frames: &[Frame]) -> BytesMut {

@@ -8,7 +8,7 @@
 //!
 //! Pure: no process, socket or memory but its own.
 
-use super::relay::Act;
+use super::action::Act;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY, SHARED};
 use crate::protocol::ids::PayloadId;

@@ -19,11 +19,12 @@ use bytes::{Bytes, BytesMut};
 use memmap2::MmapOptions;
 use std::collections::VecDeque;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{io, thread};
 
 /// If the next task has lately come so soon, a worker polls for it that long before it sleeps, and yields
 /// its core at every look: to sleep and to be woken would take longer.

@@ -1,0 +1,113 @@
+//! The agent's stream from and to its head.
+
+use super::process::Outgoing;
+use super::{Agent, HEAD_OUT, READS, is_want};
+use crate::platform::fd;
+use crate::protocol::control::{self, ToHead};
+use mio::Interest;
+use mio::unix::SourceFd;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+
+impl Agent {
+    /// Tells the head that this side is alive, and ends if nothing shows that the head is.
+    pub(super) fn feel_pulse(&mut self) {
+        let now = self.now();
+        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.alone) else {
+            return;
+        };
+        if pulse.is_silent(now) {
+            eprintln!("rustcluster agent: nothing was heard from the head for too long");
+            self.end();
+        } else if pulse.speak(now) && self.to_head.is_empty() {
+            // What waits to be sent is a sign of life itself.
+            self.tell(&ToHead::Alive);
+        }
+    }
+
+    pub(super) fn tell(&mut self, message: &ToHead) {
+        // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
+        // message than its agent.
+        let wanted = !self.ending || *message == ToHead::Alive;
+        match control::encode(message) {
+            Ok(frame) if wanted => self.to_head.push(&frame, None),
+            _ => {}
+        }
+    }
+
+    /// Tells the head something that it must know even while the agent ends.
+    pub(super) fn tell_last(&mut self, message: &ToHead) {
+        if let Ok(frame) = control::encode(message) {
+            self.to_head.push(&frame, None);
+            self.strays.last_words |= self.ending;
+        }
+    }
+
+    pub(super) fn read_head(&mut self) {
+        for _ in 0..READS {
+            match self.reader.read(&mut self.scratch) {
+                Ok(0) => return self.end(),
+                Ok(n) => {
+                    let now = self.epoch.elapsed();
+                    if let Some(pulse) = &mut self.pulse {
+                        pulse.hear(now);
+                    }
+                    self.received.extend_from_slice(&self.scratch[..n]);
+                    self.on_head_bytes();
+                    if self.alone {
+                        return;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => return self.end(),
+            }
+        }
+        self.head_unread = true;
+    }
+
+    pub(super) fn on_head_bytes(&mut self) {
+        let (now, received) = (self.epoch.elapsed(), &mut self.received);
+        let result = self.relay.from_head(received, now, &mut self.acts);
+        self.act();
+        if let Err(error) = result {
+            eprintln!("rustcluster agent: {error}");
+            self.end();
+        }
+    }
+
+    pub(super) fn write_head(&mut self) {
+        self.head_waits = false;
+        while !self.to_head.is_empty() && !self.head_blocked {
+            let writer = &mut self.writer;
+            match self.to_head.write_with(|slices, along| match along {
+                Some(_) => fd::send_with(writer.as_raw_fd(), slices, along),
+                None => writer.write_vectored(slices),
+            }) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.head_blocked = true;
+                    let fd = self.writer.as_raw_fd();
+                    let writable = Interest::WRITABLE;
+                    let registry = self.poll.registry();
+                    if registry
+                        .register(&mut SourceFd(&fd), HEAD_OUT, writable)
+                        .is_err()
+                    {
+                        self.end();
+                    }
+                }
+                // Descriptors on their way are counted for all processes of a user.
+                Err(error) if is_want(&error) => {
+                    self.head_waits = true;
+                    return;
+                }
+                Err(_) => {
+                    self.to_head = Outgoing::default();
+                    self.end();
+                }
+            }
+        }
+    }
+}
