@@ -13,14 +13,17 @@ use extendr_ffi::{
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::agent::startup;
-use rustcluster_core::hub::{Answer, Begun, Event, HostView, Hub, NO_JOB, Plan, Progress, Turn};
-use rustcluster_core::launch::Launch;
+use rustcluster_core::head::hub::{
+    Answer, Begun, Event, HostView, Hub, NO_JOB, Plan, Progress, Turn,
+};
+use rustcluster_core::head::launch::Launch;
+use rustcluster_core::head::scheduler::MOST_SHARED;
+use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::platform::limits;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::control::{Outfile, Setback, Start, StartMode, ToHead};
 use rustcluster_core::protocol::dedup;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
-use rustcluster_core::scheduler::{Gone, MOST_SHARED};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};

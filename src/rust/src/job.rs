@@ -14,9 +14,9 @@ use extendr_ffi::{
     INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::activity::TOO_LONG;
-use rustcluster_core::hub::{Answer, HostView, Turn};
-use rustcluster_core::planner::{Assignment, Ended, Planner};
+use rustcluster_core::head::activity::TOO_LONG;
+use rustcluster_core::head::batching::{Assignment, Ended, Planner};
+use rustcluster_core::head::hub::{Answer, HostView, Turn};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -558,7 +558,7 @@ impl Job {
     }
 
     /// Sends as many of these tasks as fit into one message; `most`: see
-    /// [`rustcluster_core::planner::Unit`]. Returns how many. With none, what is
+    /// [`rustcluster_core::head::batching::Unit`]. Returns how many. With none, what is
     /// answered when the worker has come to it is sent.
     fn send(
         &mut self,

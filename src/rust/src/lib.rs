@@ -42,7 +42,7 @@ fn usable_cores() -> i32 {
 /// @noRd
 #[extendr]
 fn is_own_address(text: &str) -> bool {
-    rustcluster_core::launch::is_own_address(text)
+    rustcluster_core::head::launch::is_own_address(text)
 }
 
 extendr_module! {

@@ -8,7 +8,7 @@ use crate::stream::{self, Format, Sink, Source};
 use crate::{mapped, plain};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_error, SEXP};
-use rustcluster_core::activity::Measured;
+use rustcluster_core::head::activity::Measured;
 use rustcluster_core::platform::clock;
 use rustcluster_core::protocol::body::Body;
 use std::ffi::{c_char, c_int};

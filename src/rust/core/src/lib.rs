@@ -1,7 +1,7 @@
 //! rustcluster without R: the head's hub, the hosts' agents, the workers' channels, and the wire
 //! between them.
 //!
-//! Nothing here calls R, so everything builds and tests with cargo alone. [`protocol`], [`scheduler`]
+//! Nothing here calls R, so everything builds and tests with cargo alone. [`protocol`], [`head::scheduler`]
 //! and [`agent::worker_table`] do no I/O at all.
 
 #![cfg_attr(
@@ -9,13 +9,8 @@
     allow(clippy::unchecked_time_subtraction, reason = "a panic fails the test")
 )]
 
-pub mod activity;
 pub mod agent;
-pub mod hub;
-pub mod launch;
-pub mod payloads;
-pub mod planner;
+pub mod head;
 pub mod platform;
 pub mod protocol;
-pub mod scheduler;
 pub mod worker;

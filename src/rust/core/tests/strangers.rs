@@ -16,8 +16,9 @@ use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{Role, startup};
-use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
-use rustcluster_core::launch::{self, Launch, Launched};
+use rustcluster_core::head::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
+use rustcluster_core::head::launch::{self, Launch, Launched};
+use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::platform::memfd;
 use rustcluster_core::protocol::control::{
@@ -29,7 +30,6 @@ use rustcluster_core::protocol::frame::{
 use rustcluster_core::protocol::handshake::{self, MAGIC};
 use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::limits::SEND_WINDOW;
-use rustcluster_core::scheduler::Gone;
 use rustcluster_core::worker::channel::Channel;
 use serde::Serialize;
 use std::ffi::{CString, OsStr, OsString};

@@ -88,3 +88,24 @@ impl Body {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::frame::MAX_BODY;
+
+    #[test]
+    fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
+        let mut body = Body::default();
+        for i in 0..100_000u32 {
+            body.push(Bytes::copy_from_slice(&[i as u8]));
+            body.push(Bytes::new());
+        }
+        body.push(vec![7; MAX_BODY].into());
+        assert_eq!(body.len, 100_000 + MAX_BODY);
+        assert!(body.chunks.len() < 60, "{}", body.chunks.len());
+        let bytes: Vec<u8> = body.chunks.iter().flatten().copied().collect();
+        assert_eq!(bytes.len(), body.len);
+        assert!((0..100_000).all(|i| bytes[i] == i as u8));
+    }
+}

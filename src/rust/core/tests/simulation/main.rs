@@ -23,15 +23,16 @@ use parts::{End, Facts, LARGEST, Place, Seen, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use rustcluster_core::activity::MOST;
 use rustcluster_core::agent::worker_table::Now;
+use rustcluster_core::head::activity::MOST;
+use rustcluster_core::head::scheduler::Scheduler;
+use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::body::Memory;
 use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED,
 };
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use rustcluster_core::protocol::limits::SEND_WINDOW;
-use rustcluster_core::scheduler::{Scheduler, State};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 use worker::Process;

@@ -1,15 +1,16 @@
-//! R's thread and its handle, as in `hub/handle.rs` and `R/faults.R`: it sends tasks, waits for their
+//! R's thread and its handle, as in `hub/client.rs` and `R/faults.R`: it sends tasks, waits for their
 //! answers, and decides what becomes of those that were lost.
 
 use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
+use rustcluster_core::head::scheduler::events::{Gone, Note, Outcome, Want};
+use rustcluster_core::head::scheduler::task::Order;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
-use rustcluster_core::scheduler::{Gone, Note, Order, Outcome, Want};
 
 /// Messages that last are shorter.
 const LARGEST_LASTING: usize = 300_000;

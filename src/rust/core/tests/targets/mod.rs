@@ -7,6 +7,9 @@ use rustcluster_core::agent::action::Act;
 use rustcluster_core::agent::router::Relay;
 use rustcluster_core::agent::startup::{self, Greeted};
 use rustcluster_core::agent::worker_table::Ending;
+use rustcluster_core::head::scheduler::Scheduler;
+use rustcluster_core::head::scheduler::events::{Note, Outcome, Want};
+use rustcluster_core::head::scheduler::task::Order;
 use rustcluster_core::platform::fd;
 use rustcluster_core::protocol::control::{
     self, Hello, PROTOCOL, ToAgent, ToHead, WorkerConfig, WorkerReady,
@@ -18,7 +21,6 @@ use rustcluster_core::protocol::frame::{
 use rustcluster_core::protocol::handshake::{Greeting, MAGIC, MAX_NOISE};
 use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
-use rustcluster_core::scheduler::{Note, Order, Outcome, Scheduler, Want};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashMap;

@@ -1,28 +1,28 @@
 //! The head's side: one thread that starts the agents and sees to them while R does something else,
 //! and the handle through which R's thread sends and receives.
 //!
-//! What both need is in [`shared`], under one lock. Only bytes and plain values are in it; nothing
+//! What both need is in [`core`], under one lock. Only bytes and plain values are in it; nothing
 //! here ever calls R.
 
-mod calls;
-mod conn;
-mod handle;
+mod client;
+mod connection;
+mod core;
+mod futures;
 mod inbox;
-mod restore;
-mod shared;
-mod spool;
+mod reconnect;
 mod status;
+mod writer;
 
-pub use calls::{CallEnd, Waker};
-pub use handle::{Answer, Begun, Hub, NO_JOB, Progress, Turn};
+pub use client::{Answer, Begun, Hub, NO_JOB, Progress, Turn};
+pub use futures::{CallEnd, Waker};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
 pub use status::{HostStatus, Status};
 
-use crate::launch::Launch;
+use crate::head::launch::Launch;
 use crate::protocol::control::{Hello, Start};
 use crate::protocol::ids::Rank;
+use core::{Shared, TICK};
 use mio::Events;
-use shared::{Shared, TICK};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -71,7 +71,7 @@ async fn serve(
     let ticker = tokio::task::spawn_local(tick(shared.clone()));
     let mut tasks = Vec::new();
     for (agent, host) in hosts.into_iter().enumerate() {
-        let task = conn::serve(shared.clone(), agent, host, hello.clone());
+        let task = connection::serve(shared.clone(), agent, host, hello.clone());
         tasks.push(tokio::task::spawn_local(task));
     }
     shared.stopped.notified().await;

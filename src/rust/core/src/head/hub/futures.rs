@@ -1,8 +1,8 @@
 //! What is known of calls for whoever is free, and of what R is to do about them.
 
+use crate::head::scheduler::events::{Gone, Outcome};
 use crate::protocol::frame::{FIRST, LAST};
 use crate::protocol::ids::{Rank, TaskId};
-use crate::scheduler::{Gone, Outcome};
 use std::collections::HashMap;
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
 //! What the hub knows and R has not been told yet.
 
-use super::calls::Calls;
+use super::futures::Calls;
+use crate::head::scheduler::events::{Gone, Note, Outcome};
 use crate::protocol::control::{Hello, Loss, ToHead, Usage};
 use crate::protocol::ids::{JobId, Rank, TaskId};
-use crate::scheduler::{Gone, Note, Outcome};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

@@ -1,20 +1,19 @@
 //! The handle of R's thread to its hub. Belongs to that thread; never calls R.
 
-use super::calls::{CallEnd, Waker};
+use super::core::{Core, Shared, WATCH, WATCH_ONE};
+use super::futures::{CallEnd, Waker};
 use super::inbox::{End, Event, HostFailure, HostView, Inbox, WorkerView};
-use super::shared::{Core, Shared, WATCH, WATCH_ONE};
-use super::spool::Spool;
+use super::writer::{Sharing, Writing};
 use super::{Plan, run};
-use crate::launch::Launch;
+use crate::head::launch::Launch;
+use crate::head::scheduler::events::{Gone, Outcome, Want};
+use crate::head::scheduler::pool::CallPlace;
+use crate::head::setup_log::Spool;
 use crate::platform::signals;
 use crate::protocol::body::Body;
 use crate::protocol::control::{Hello, Loss, ToAgent, ToHead};
-use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::MAX_BODY;
-use crate::protocol::ids::{CALLS, JobId, PayloadId, Rank, TaskId};
-use crate::scheduler::{CallPlace, Gone, Order, Outcome, Want};
-use bytes::Bytes;
+use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::mem::ManuallyDrop;
@@ -23,12 +22,6 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-
-/// Bytes of tasks that may wait to be sent before R's thread waits too.
-const SEND_LIMIT: usize = 8 * 1024 * 1024;
-
-/// Bytes of a message that are looked at together for where to cut them.
-const CUT: usize = 4 * MAX_BODY;
 
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
@@ -145,58 +138,34 @@ pub enum Progress {
     },
 }
 
-struct Inner {
-    shared: Arc<Shared>,
+pub(super) struct Inner {
+    pub(super) shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// See the module's documentation. Dropping it stops the cluster without waiting for that.
 pub struct Hub {
     /// Not dropped in a forked child, where the thread and perhaps a lock's owner do not exist.
-    inner: ManuallyDrop<Inner>,
+    pub(super) inner: ManuallyDrop<Inner>,
     /// The process that may use it.
     owner: u32,
     /// Tasks sent and not received, per worker, in order.
-    outstanding: Vec<VecDeque<(TaskId, JobId)>>,
-    outstanding_count: usize,
+    pub(super) outstanding: Vec<VecDeque<(TaskId, JobId)>>,
+    pub(super) outstanding_count: usize,
     /// How often anything had changed when [`Hub::receive_any`] looked last.
     seen: u64,
     /// Tasks that are with another worker than the one that R gave them to, because that was lost.
-    moved: HashMap<TaskId, Rank>,
+    pub(super) moved: HashMap<TaskId, Rank>,
     /// The workers that the last job has given tasks to. Others may not have what its tasks need.
-    members: (JobId, Vec<bool>),
-    next_task: TaskId,
+    pub(super) members: (JobId, Vec<bool>),
+    pub(super) next_task: TaskId,
     /// A message is being written.
-    writing: Option<Writing>,
+    pub(super) writing: Option<Writing>,
     /// A payload is being written.
-    sharing: Option<Sharing>,
-    next_payload: PayloadId,
+    pub(super) sharing: Option<Sharing>,
+    pub(super) next_payload: PayloadId,
     /// Some agent keeps chunks.
-    shares: bool,
-}
-
-#[derive(Debug)]
-struct Writing {
-    order: Order,
-    /// The worker that R gave it to.
-    owner: Rank,
-    /// It has been outstanding before.
-    again: bool,
-    /// The payload that it is to begin with, if its host gets it.
-    wanted: Option<PayloadId>,
-    buffer: Vec<u8>,
-    first: bool,
-    /// How a call that is tried again has ended: so it has if it cannot be written.
-    end: Option<CallEnd>,
-}
-
-/// A payload that is being written.
-#[derive(Debug)]
-struct Sharing {
-    id: PayloadId,
-    buffer: Vec<u8>,
-    /// It is new, and what lasts begins with it.
-    spooled: bool,
+    pub(super) shares: bool,
 }
 
 impl Hub {
@@ -396,224 +365,6 @@ impl Hub {
         core.settle();
     }
 
-    /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
-    /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
-    /// cancels them: they are left over from a call that was interrupted, and their answers would be
-    /// taken for its own. If the worker was lost in the course of this very job, another stands in.
-    /// `payload`: of the worker that gets the task, the payload that its message is to begin with,
-    /// which has been finished.
-    ///
-    /// # Errors
-    /// When the worker is gone.
-    pub fn begin(
-        &mut self,
-        rank: Rank,
-        job: JobId,
-        lasts: Option<u64>,
-        turn: Turn,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, Arc<Gone>> {
-        self.abandon();
-        let worker = {
-            let mut core = self.core();
-            core.inbox.job = job;
-            let workers = &core.inbox.workers;
-            workers.get(rank as usize).cloned().unwrap_or_default()
-        };
-        if self.members.0 != job || self.members.1.is_empty() {
-            self.members = (job, vec![false; self.outstanding.len()]);
-        }
-        let place = match worker.gone {
-            // If it is back while others are still at its tasks, they go on with them, in order.
-            None => self.stand_in(rank, job).unwrap_or(rank),
-            Some(gone) => {
-                let just_now = worker.gone_in == job;
-                let stand_in = || self.elsewhere(rank, &gone, job, lasts);
-                just_now.then(stand_in).flatten().ok_or(gone)?
-            }
-        };
-        self.members.1[rank as usize] = true;
-        let stale = |&(_, other): &(TaskId, JobId)| job != NO_JOB && other != job;
-        if self.outstanding[rank as usize].iter().any(stale) {
-            let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
-            let (stale, kept): (VecDeque<_>, VecDeque<_>) = tasks.into_iter().partition(stale);
-            self.outstanding[rank as usize] = kept;
-            self.outstanding_count -= stale.len();
-            for (task, _) in stale {
-                self.cancel(rank, task);
-            }
-        }
-        let behind_call = {
-            let mut core = self.core();
-            if job != NO_JOB {
-                core.scheduler.keep_for_verb(place);
-            }
-            core.scheduler.is_at_call(place)
-        };
-        let task = self.next_task;
-        self.next_task += 1;
-        let order = Order {
-            rank: place,
-            task,
-            job,
-            lasts,
-            ahead: turn == Turn::Ahead,
-            again: turn == Turn::First,
-            ..Order::default()
-        };
-        let shared = self.write_order(order, rank, false, payload(place));
-        Ok(Begun {
-            task,
-            place,
-            shared,
-            behind_call,
-        })
-    }
-
-    /// As [`Hub::begin`], for a task that was lost: with the worker that takes the place of the lost
-    /// one, or if there is none, with another.
-    ///
-    /// # Errors
-    /// When there is nobody to take it: the worker that had it last, and what became of that.
-    pub fn try_again(
-        &mut self,
-        rank: Rank,
-        task: TaskId,
-        lasts: Option<u64>,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, (Rank, Arc<Gone>)> {
-        self.abandon();
-        let tasks = self.outstanding[rank as usize].iter();
-        let job = tasks.copied().find(|&(other, _)| other == task);
-        let job = job.map_or(NO_JOB, |(_, job)| job);
-        let before = self.place(rank, task);
-        let place = match self.worker(before).gone {
-            None => before,
-            Some(gone) => {
-                let stand_in = self.elsewhere(rank, &gone, job, lasts);
-                stand_in.ok_or((before, gone))?
-            }
-        };
-        self.core().inbox.decided(task);
-        let order = Order {
-            rank: place,
-            task,
-            job,
-            again: place == before,
-            lasts,
-            ..Order::default()
-        };
-        let shared = self.write_order(order, rank, true, payload(place));
-        Ok(Begun {
-            task,
-            place,
-            shared,
-            behind_call: false,
-        })
-    }
-
-    /// The message of this task, which R gave to `owner`, is written next. `again`: it has been
-    /// outstanding before. Returns whether it begins with the payload.
-    fn write_order(
-        &mut self,
-        mut order: Order,
-        owner: Rank,
-        again: bool,
-        payload: Option<PayloadId>,
-    ) -> bool {
-        if order.rank != owner {
-            self.moved.insert(order.task, order.rank);
-            order.instead_of = Some(owner);
-        }
-        let mut writing = Writing::new(order, owner, again);
-        writing.wanted = payload;
-        let shared = writing.share(&self.core());
-        self.writing = Some(writing);
-        shared
-    }
-
-    /// Begins a payload for the hosts of these workers, with which messages to them can then begin;
-    /// [`Hub::write`] and [`Hub::finish_payload`] follow. `lasts`: what some of these do lasts.
-    pub fn begin_payload(&mut self, ranks: &[Rank], lasts: bool) -> PayloadId {
-        self.abandon();
-        let id = self.next_payload;
-        self.next_payload += 1;
-        let mut core = self.core();
-        core.scheduler.begin_payload(id, ranks);
-        let spool = core.spool.as_mut().filter(|_| lasts);
-        let spooled = spool.is_some();
-        if let Some(spool) = spool {
-            spool.begin_payload(id);
-        }
-        drop(core);
-        self.sharing = Some(Sharing {
-            id,
-            buffer: Vec::new(),
-            spooled,
-        });
-        id
-    }
-
-    /// Begins the very same payload once more, for the host of this worker alone, which does not have
-    /// it. If a task has been begun for that and nothing of its message written, that then begins
-    /// with it, as [`Hub::finish_payload`] tells.
-    pub fn begin_payload_again(&mut self, id: PayloadId, rank: Rank) {
-        self.abandon_payload();
-        self.core().scheduler.begin_payload(id, &[rank]);
-        self.sharing = Some(Sharing {
-            id,
-            buffer: Vec::new(),
-            spooled: false,
-        });
-    }
-
-    /// Ends the payload: messages can begin with it. Returns whether that of the task which has been
-    /// begun, if there is one, does.
-    pub fn finish_payload(&mut self) -> bool {
-        self.submit(true);
-        let Some(sharing) = self.sharing.take() else {
-            return false;
-        };
-        let shared = self.inner.shared.clone();
-        let mut core = shared.core();
-        if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
-            spool.finish_payload();
-        }
-        core.look_at_spool();
-        let writing = self.writing.as_mut();
-        writing.is_some_and(|writing| writing.share(&core))
-    }
-
-    /// Whether a message to this worker can begin with this payload: its host has it.
-    pub fn has_payload(&self, rank: Rank, id: PayloadId) -> bool {
-        self.core().scheduler.has_payload(rank, id)
-    }
-
-    /// No more messages will begin with it. Those of tasks that have been finished do, whenever they
-    /// are sent.
-    pub fn drop_payload(&mut self, id: PayloadId) {
-        let mut core = self.core();
-        core.scheduler.drop_payload(id);
-        if let Some(spool) = &mut core.spool {
-            spool.drop_payload(id);
-        }
-        core.settle();
-    }
-
-    /// Takes back the payload that is being written, if there is one.
-    fn abandon_payload(&mut self) {
-        let Some(sharing) = self.sharing.take() else {
-            return;
-        };
-        let mut core = self.core();
-        core.scheduler.abort_payload(sharing.id);
-        if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
-            spool.abandon_payload();
-        }
-        core.scheduler.set_unlimited(false);
-        core.settle();
-    }
-
     /// A task that was lost is not tried again: who asks for its answer is told so.
     pub fn give_up(&mut self, rank: Rank, task: TaskId) {
         let place = self.place(rank, task);
@@ -634,13 +385,13 @@ impl Hub {
     }
 
     /// The worker that has the task which R gave to `rank`.
-    fn place(&self, rank: Rank, task: TaskId) -> Rank {
+    pub(super) fn place(&self, rank: Rank, task: TaskId) -> Rank {
         self.moved.get(&task).copied().unwrap_or(rank)
     }
 
     /// The worker that has a task which R gave to this one. Tasks that were one worker's go on one
     /// after the other with its random numbers.
-    fn stand_in(&self, rank: Rank, job: JobId) -> Option<Rank> {
+    pub(super) fn stand_in(&self, rank: Rank, job: JobId) -> Option<Rank> {
         if self.moved.is_empty() {
             return None;
         }
@@ -652,7 +403,13 @@ impl Hub {
 
     /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
     /// unless that was stopped, or the task is bound to it by what lasts there.
-    fn elsewhere(&self, rank: Rank, gone: &Gone, job: JobId, lasts: Option<u64>) -> Option<Rank> {
+    pub(super) fn elsewhere(
+        &self,
+        rank: Rank,
+        gone: &Gone,
+        job: JobId,
+        lasts: Option<u64>,
+    ) -> Option<Rank> {
         let (last, members) = &self.members;
         let bound = matches!(gone, Gone::Stopped) || lasts.is_some();
         if bound || job == NO_JOB || *last != job {
@@ -688,7 +445,7 @@ impl Hub {
         self.strike(rank, task);
     }
 
-    fn cancel(&mut self, rank: Rank, task: TaskId) {
+    pub(super) fn cancel(&mut self, rank: Rank, task: TaskId) {
         let place = self.place(rank, task);
         self.moved.remove(&task);
         let mut core = self.core();
@@ -707,112 +464,6 @@ impl Hub {
         let mut core = self.core();
         core.scheduler.recall(place, task);
         core.settle();
-    }
-
-    /// Appends to the payload or message that is being written. Returns whether so much waits to be
-    /// sent that the caller should call [`Hub::wait_to_send`] until that says no.
-    pub fn write(&mut self, mut bytes: &[u8]) -> bool {
-        let full = if self.shares { CUT } else { MAX_BODY };
-        let mut sent = false;
-        while let Some(buffer) = self.buffer() {
-            let room = full - buffer.len().min(full);
-            if bytes.len() <= room {
-                buffer.extend_from_slice(bytes);
-                break;
-            }
-            let (now, later) = bytes.split_at(room);
-            buffer.extend_from_slice(now);
-            bytes = later;
-            self.submit(false);
-            sent = true;
-        }
-        let waits = self.writing.as_ref().is_none_or(|w| !w.is_call());
-        sent && waits && self.core().queued > SEND_LIMIT
-    }
-
-    fn buffer(&mut self) -> Option<&mut Vec<u8>> {
-        match (&mut self.sharing, &mut self.writing) {
-            (Some(sharing), _) => Some(&mut sharing.buffer),
-            (None, Some(writing)) => Some(&mut writing.buffer),
-            (None, None) => None,
-        }
-    }
-
-    /// Submits what is in the buffer; all of it if it is the `last` of a payload.
-    fn submit(&mut self, last: bool) {
-        if let Some(sharing) = &mut self.sharing {
-            let chunks = take_chunks(&mut sharing.buffer, self.shares, last);
-            submit_payload(&mut self.inner.shared.core(), sharing, chunks, last);
-        } else if let Some(writing) = &mut self.writing {
-            let chunks = take_chunks(&mut writing.buffer, self.shares, false);
-            submit(&mut self.inner.shared.core(), writing, chunks, false);
-        }
-    }
-
-    /// Waits up to `most` for what was written to be sent. Returns whether to wait on.
-    pub fn wait_to_send(&mut self, most: Duration) -> bool {
-        // Results must flow, whatever waits already: the workers that are to read what is sent may
-        // be blocked in writing them.
-        let mut core = self.core();
-        core.scheduler.set_unlimited(true);
-        core.settle();
-        drop(core);
-        let room = |core: &mut Core| (core.queued <= SEND_LIMIT || core.inbox.closed).then_some(());
-        let wait = self.inner.shared.wait(most, room).is_none();
-        if !wait {
-            self.core().scheduler.set_unlimited(false);
-        }
-        wait
-    }
-
-    /// Ends the message; the task is now outstanding.
-    pub fn finish(&mut self) {
-        let Some(mut writing) = self.writing.take() else {
-            return;
-        };
-        if !writing.again && !writing.is_call() {
-            let task = (writing.order.task, writing.order.job);
-            self.outstanding[writing.owner as usize].push_back(task);
-            self.outstanding_count += 1;
-        }
-        let chunks = take_chunks(&mut writing.buffer, self.shares, true);
-        let mut core = self.core();
-        submit(&mut core, &mut writing, chunks, true);
-        if let Some(spool) = &mut core.spool {
-            spool.finish();
-        }
-        core.look_at_spool();
-    }
-
-    /// Takes back the message and the payload that are being written, if there are any: R could not
-    /// finish them.
-    pub fn abandon(&mut self) {
-        self.abandon_payload();
-        let Some(writing) = self.writing.take() else {
-            return;
-        };
-        let (owner, task) = (writing.owner, writing.order.task);
-        if writing.is_call() {
-            self.forget_call(task);
-            if let Some(end) = writing.end {
-                let mut core = self.core();
-                core.inbox.calls.expect(task);
-                core.inbox.calls.ended(end.rank, task, end.outcome);
-            }
-            return;
-        }
-        if let Some(spool) = &mut self.core().spool {
-            spool.abandon();
-        }
-        if !writing.first {
-            self.core().scheduler.set_unlimited(false);
-            self.cancel(owner, task);
-        }
-        if writing.again {
-            // Whoever would decide on it has been interrupted in doing so.
-            self.forget(owner, task);
-        }
-        self.moved.remove(&task);
     }
 
     /// Cancels the job's tasks that have not been received.
@@ -947,35 +598,6 @@ impl Hub {
             // Only what R no longer expects is cancelled.
             End::Outcome(Outcome::Cancelled | Outcome::Lost(_)) => Answer::NothingSent,
         }
-    }
-
-    /// Begins a call for whichever of these workers, which are in order, is free first; [`Hub::write`] and
-    /// [`Hub::finish`] follow. `again`: it was lost and is tried again, before all others.
-    pub fn begin_call(&mut self, any_of: Arc<[Rank]>, task: TaskId, again: bool) {
-        self.abandon();
-        let end = if again { self.call_end(task) } else { None };
-        let order = Order {
-            task,
-            job: CALLS,
-            again,
-            any_of: Some(any_of),
-            ..Order::default()
-        };
-        let mut writing = Writing::new(order, 0, again);
-        writing.end = end;
-        self.writing = Some(writing);
-    }
-
-    /// The number of a call that is still to be sent.
-    pub fn number_call(&mut self) -> TaskId {
-        let task = self.next_task;
-        self.next_task += 1;
-        task
-    }
-
-    /// Whether a message has been begun and not finished.
-    pub fn is_writing(&self) -> bool {
-        self.writing.is_some() || self.sharing.is_some()
     }
 
     /// Where a call is.
@@ -1121,119 +743,14 @@ impl Hub {
     }
 }
 
-impl Writing {
-    fn new(order: Order, owner: Rank, again: bool) -> Writing {
-        Writing {
-            order,
-            owner,
-            again,
-            wanted: None,
-            buffer: Vec::new(),
-            first: true,
-            end: None,
-        }
-    }
-
-    fn is_call(&self) -> bool {
-        self.order.any_of.is_some()
-    }
-
-    /// Lets the message begin with the payload that it is to begin with, if that is possible and
-    /// nothing of it has been submitted. Returns whether it does.
-    fn share(&mut self, core: &Core) -> bool {
-        if self.first {
-            let order = &self.order;
-            // Without it in the file, its host could not be taken back.
-            let spool = core.spool.as_ref().filter(|_| order.lasts.is_some());
-            let spooled = |id| spool.is_none_or(|s| !s.is_complete() || s.has_payload(id));
-            let has = |&id: &PayloadId| core.scheduler.has_payload(order.rank, id) && spooled(id);
-            self.order.payload = self.wanted.filter(has);
-        }
-        self.order.payload.is_some()
-    }
-}
-
-/// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
-fn take_chunks(buffer: &mut Vec<u8>, shares: bool, last: bool) -> Vec<Chunk> {
-    if shares {
-        return dedup::cut(buffer, last);
-    }
-    let room = if last { 0 } else { MAX_BODY };
-    let buffer = std::mem::replace(buffer, Vec::with_capacity(room));
-    vec![Bytes::from(buffer).into()]
-}
-
-fn submit_payload(core: &mut Core, sharing: &Sharing, mut chunks: Vec<Chunk>, last: bool) {
-    if last && chunks.is_empty() {
-        chunks.push(Chunk::default());
-    }
-    if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
-        spool.write_payload(&chunks);
-    }
-    let count = chunks.len();
-    for (at, chunk) in chunks.into_iter().enumerate() {
-        let last = last && at + 1 == count;
-        if core.scheduler.append_payload(sharing.id, &chunk, last) {
-            core.queued += chunk.bytes.len();
-        }
-    }
-    core.settle();
-}
-
-fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: bool) {
-    if last && chunks.is_empty() {
-        chunks.push(Chunk::default());
-    }
-    if writing.is_call() {
-        return submit_call(core, writing, chunks, last);
-    }
-    if std::mem::replace(&mut writing.first, false) {
-        core.inbox.expect(writing.order.task, writing.owner);
-        if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
-            let order = &writing.order;
-            spool.begin(order.task, order.rank, name, order.payload);
-        }
-        core.scheduler.submit(writing.order.clone());
-    }
-    let &Order { rank, task, .. } = &writing.order;
-    if let Some(spool) = &mut core.spool {
-        spool.write(&chunks);
-    }
-    let count = chunks.len();
-    for (at, chunk) in chunks.into_iter().enumerate() {
-        core.queued += chunk.bytes.len();
-        let last = last && at + 1 == count;
-        core.scheduler.append(rank, task, chunk, last);
-    }
-    core.settle();
-}
-
-/// R does not wait for calls to be sent: their bytes are held until a worker is free.
-fn submit_call(core: &mut Core, writing: &mut Writing, chunks: Vec<Chunk>, last: bool) {
-    let task = writing.order.task;
-    if std::mem::replace(&mut writing.first, false) {
-        core.inbox.calls.expect(task);
-        core.scheduler.submit(writing.order.clone());
-    }
-    let count = chunks.len();
-    for (at, chunk) in chunks.into_iter().enumerate() {
-        let last = last && at + 1 == count;
-        core.scheduler.append_call(task, chunk, last);
-    }
-    if last && core.inbox.calls.is_watched(task) {
-        core.scheduler.want_call(task);
-    }
-    core.settle();
-}
-
 /// Drops what there may be of an answer.
-fn forget(core: &mut Core, task: TaskId) {
+pub(super) fn forget(core: &mut Core, task: TaskId) {
     let bytes = core.inbox.forget(task);
     took(core, bytes);
 }
 
 /// There is room for other results.
-fn took(core: &mut Core, bytes: usize) {
+pub(super) fn took(core: &mut Core, bytes: usize) {
     if bytes > 0 {
         core.scheduler.taken(bytes);
         core.settle();

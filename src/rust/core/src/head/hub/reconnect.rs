@@ -1,11 +1,11 @@
 //! Bringing the workers of a host that is back to the state they had.
 
-use super::shared::Core;
-use super::spool::Lasting;
+use super::core::Core;
+use crate::head::scheduler::events::Outcome;
+use crate::head::setup_log::Lasting;
 use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
-use crate::scheduler::Outcome;
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 

@@ -7,18 +7,19 @@
 //! thread does the reading. The lock is never held while R code runs, across an allocation by R, or
 //! while anybody sleeps.
 
-use super::conn::Conn;
+use super::connection::Conn;
 use super::inbox::Inbox;
-use super::restore::Restoring;
-use super::spool::Spool;
-use crate::activity::Measure;
+use super::reconnect::Restoring;
+use crate::head::activity::Measure;
+use crate::head::scheduler::Scheduler;
+use crate::head::scheduler::events::{Note, Outcome, Want};
+use crate::head::setup_log::Spool;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
 use crate::protocol::control::ToAgent;
 use crate::protocol::frame::{self, Frame, Header, Kind, LAST, SHARED};
 use crate::protocol::ids::Rank;
 use crate::protocol::send_queue::OutBuf;
-use crate::scheduler::{Note, Outcome, Scheduler, Want};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use std::fs::File;

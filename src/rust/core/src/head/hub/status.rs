@@ -1,12 +1,12 @@
 //! What the hub knows of what workers are at and have been at. It is known anyway, but for their
 //! memory, which their agents are asked for.
 
-use super::handle::Hub;
-use super::shared::Core;
-use crate::activity::{Measure, Track};
+use super::client::Hub;
+use super::core::Core;
+use crate::head::activity::{Measure, Track};
+use crate::head::scheduler::events::State;
 use crate::protocol::control::{ToAgent, Usage};
 use crate::protocol::ids::Rank;
-use crate::scheduler::State;
 use std::time::Duration;
 
 /// A worker as it is now.
@@ -57,7 +57,7 @@ impl Hub {
     /// What went over the streams of all hosts.
     pub fn host_status(&self) -> Vec<HostStatus> {
         let core = self.core();
-        let status = |conn: &super::conn::Conn| HostStatus {
+        let status = |conn: &super::connection::Conn| HostStatus {
             bytes_in: conn.bytes_in,
             bytes_out: conn.bytes_out,
         };

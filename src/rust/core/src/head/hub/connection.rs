@@ -1,8 +1,8 @@
 //! One agent's connection: launching it, greeting it, and finding out why it ended.
 
+use super::core::Shared;
 use super::inbox::HostFailure;
-use super::shared::Shared;
-use crate::launch::{self, AgentProcess, Launch, Launched};
+use crate::head::launch::{self, AgentProcess, Launch, Launched};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{self, Hello, Start, ToAgent};
 use crate::protocol::handshake::{Greeting, MAGIC};

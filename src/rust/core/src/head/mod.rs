@@ -1,0 +1,9 @@
+//! The head's side: which task is where, what is sent to which host, and the thread that does it.
+
+pub mod activity;
+pub mod batching;
+pub mod blobs;
+pub mod hub;
+pub mod launch;
+pub mod scheduler;
+mod setup_log;

@@ -1,0 +1,266 @@
+//! How tasks and workers are stopped: cancelled, called back, not started, ended.
+
+use super::Scheduler;
+use super::events::{Gone, Note, Outcome};
+use super::task::{Current, Phase, Task};
+use super::worker::WorkerState;
+use crate::head::activity::TOO_LONG;
+use crate::protocol::control::{self, ToAgent};
+use crate::protocol::ids::{JobId, RESTORE, Rank, TaskId};
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::Arc;
+
+impl Scheduler {
+    /// The task that was lost with its worker, if it is still that which others wait for, will not
+    /// be submitted again.
+    pub fn let_go(&mut self, rank: Rank, id: TaskId) {
+        if let Some(worker) = self.workers.get_mut(rank as usize) {
+            worker.decided(id);
+            self.dispatch(rank);
+        }
+    }
+
+    /// R could not finish writing this task's message; it ends as cancelled.
+    pub fn cancel_task(&mut self, rank: Rank, id: TaskId) {
+        self.cancel_matching(rank, |task, _| task == id);
+    }
+
+    /// Cancels all tasks of `job` that have not ended.
+    pub fn cancel_job(&mut self, job: JobId) {
+        for rank in 0..self.workers.len() as Rank {
+            self.cancel_matching(rank, |_, other| other == job);
+        }
+    }
+
+    pub(super) fn cancel_matching(&mut self, rank: Rank, matches: impl Fn(TaskId, JobId) -> bool) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        let mut cancelled = Vec::new();
+        let agent = worker.agent;
+        let index = worker.index;
+        let mut frames = Vec::new();
+        let mut running = false;
+        let matching = |current: &&mut Current| {
+            matches(current.task.id, current.task.job) && !current.cancelled
+        };
+        // It has ended as lost already.
+        let undecided = worker.undecided;
+        worker.undecided = undecided.filter(|&(task, job)| !matches(task, job));
+        // Before the agent is told of the one that runs: this one would start then.
+        let next = worker.next.as_mut();
+        let next = next.filter(|n| matches(n.task.id, n.task.job) && !n.cancelled);
+        let mut waiting = None;
+        if let Some(next) = next {
+            waiting = Some((next.task.id, next.task.job));
+            self.released += next.queued_bytes();
+            match next.phase {
+                Phase::Sending { first } => {
+                    let task = next.task.id;
+                    frames.extend(worker.abort(task, first));
+                    worker.next = None;
+                }
+                Phase::Running => {
+                    next.kept.clear();
+                    next.cancelled = true;
+                    let task = next.task.id;
+                    let cancel = ToAgent::Cancel {
+                        worker: index,
+                        task,
+                    };
+                    frames.extend(control::encode(&cancel).ok());
+                }
+            }
+        }
+        if let Some(current) = worker.current.as_mut().filter(matching) {
+            cancelled.push((current.task.id, current.task.job));
+            self.released += current.task.queued_bytes();
+            match current.phase {
+                Phase::Sending { first } => {
+                    let (id, times) = (current.task.id, current.times);
+                    frames.extend(worker.abort(id, first));
+                    worker.current = None;
+                    worker.track.ended(times, 0, self.now);
+                }
+                Phase::Running => {
+                    running = true;
+                    let task = current.task.id;
+                    let cancel = ToAgent::Cancel {
+                        worker: index,
+                        task,
+                    };
+                    // A message of two integers fits into a frame.
+                    frames.extend(control::encode(&cancel).ok());
+                }
+            }
+        }
+        cancelled.extend(waiting);
+        if running {
+            self.drop_answer(rank);
+        }
+        let worker = &mut self.workers[rank as usize];
+        let mut kept = VecDeque::with_capacity(worker.queue.len());
+        for task in mem::take(&mut worker.queue) {
+            if matches(task.id, task.job) {
+                cancelled.push((task.id, task.job));
+                self.released += task.queued_bytes();
+            } else {
+                kept.push_back(task);
+            }
+        }
+        worker.queue = kept;
+        for (task, job) in cancelled {
+            let outcome = Outcome::Cancelled;
+            self.notes.push(Note::Done {
+                rank,
+                task,
+                job,
+                outcome,
+            });
+        }
+        for frame in frames {
+            self.push_control(agent, frame);
+        }
+        self.dispatch(rank);
+        self.grant();
+    }
+
+    /// Takes back a task that has not started, so that another worker can have it: it ends as
+    /// [`Outcome::Recalled`], at once or when its agent has confirmed that. One that has started, or
+    /// is the next thing that its worker will do, is left alone.
+    pub fn recall(&mut self, rank: Rank, id: TaskId) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        if id & RESTORE != 0 {
+            return;
+        }
+        if let Some(at) = worker.queue.iter().position(|task| task.id == id) {
+            if let Some(task) = worker.queue.remove(at) {
+                self.released += task.queued_bytes();
+                self.recalled(rank, &task);
+                self.dispatch(rank);
+            }
+            return;
+        }
+        let next = worker.next.as_mut();
+        let Some(next) = next.filter(|n| n.task.id == id && !n.cancelled && !n.recalled) else {
+            return;
+        };
+        let agent = worker.agent;
+        match next.phase {
+            Phase::Sending { first } => {
+                let frame = worker.abort(id, first);
+                if let Some(next) = worker.next.take() {
+                    self.released += next.queued_bytes();
+                    self.recalled(rank, &next.task);
+                }
+                if let Some(frame) = frame {
+                    self.push_control(agent, frame);
+                }
+                self.dispatch(rank);
+            }
+            Phase::Running => {
+                let worker = worker.index;
+                let recall = ToAgent::Recall { worker, task: id };
+                if let Ok(frame) = control::encode(&recall) {
+                    next.recalled = true;
+                    self.push_control(agent, frame);
+                }
+            }
+        }
+    }
+
+    pub(super) fn recalled(&mut self, rank: Rank, task: &Task) {
+        self.notes.push(Note::Done {
+            rank,
+            task: task.id,
+            job: task.job,
+            outcome: Outcome::Recalled,
+        });
+    }
+
+    /// The worker has ended, and what waited behind its task had not started: it goes on waiting for
+    /// the one that takes its place.
+    pub(super) fn put_back(&mut self, rank: Rank) {
+        let worker = &mut self.workers[rank as usize];
+        match worker.next.take() {
+            Some(next) if next.recalled && !next.cancelled => {
+                self.released += next.queued_bytes();
+                self.recalled(rank, &next.task);
+            }
+            Some(next) if !next.cancelled => worker.queue.push_front(next.unsent()),
+            // It has been told.
+            _ => {}
+        }
+    }
+
+    /// Ends a worker, whatever it does. If its host is lost, it does not come back with that.
+    pub fn stop_worker(&mut self, rank: Rank) {
+        self.end_worker(rank, Arc::new(Gone::Stopped));
+    }
+
+    /// Ends a worker for this reason.
+    pub fn end_worker(&mut self, rank: Rank, gone: Arc<Gone>) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        if let WorkerState::Gone(before) = &worker.state {
+            // Nobody waits for it any more.
+            worker.track.back(self.now);
+            let tried_again = before.is_tried_again();
+            if tried_again || matches!(**before, Gone::Host(_)) {
+                worker.state = WorkerState::Gone(gone.clone());
+                self.notes.push(Note::Gone { rank, gone });
+            }
+            if tried_again {
+                self.tell_stop(rank);
+            }
+            return;
+        }
+        self.tell_stop(rank);
+        self.lose(rank, gone);
+    }
+
+    pub(super) fn tell_stop(&mut self, rank: Rank) {
+        let worker = &self.workers[rank as usize];
+        let (agent, worker) = (worker.agent, worker.index);
+        if let Ok(frame) = control::encode(&ToAgent::StopWorker { worker }) {
+            self.push_control(agent, frame);
+        }
+    }
+
+    /// A task took longer than it may. Its worker is busy until its agent says otherwise.
+    pub(super) fn time_out(&mut self, rank: Rank, id: TaskId) {
+        let worker = &mut self.workers[rank as usize];
+        let Some(current) = worker.current.as_mut() else {
+            return;
+        };
+        let running = matches!(current.phase, Phase::Running);
+        if current.task.id != id || current.cancelled || !running {
+            return;
+        }
+        let job = current.task.job;
+        worker.track.failed(TOO_LONG);
+        self.drop_answer(rank);
+        self.notes.push(Note::Done {
+            rank,
+            task: id,
+            job,
+            outcome: Outcome::TimedOut,
+        });
+        self.grant();
+    }
+
+    /// The agent has dropped what waited there, as it was told to.
+    pub(super) fn not_started(&mut self, rank: Rank) {
+        if let Some(next) = self.workers[rank as usize].next.take() {
+            self.released += next.queued_bytes();
+            if !next.cancelled {
+                self.recalled(rank, &next.task);
+            }
+        }
+        self.dispatch(rank);
+    }
+}
