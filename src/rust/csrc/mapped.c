@@ -3,7 +3,7 @@
  * worker on its machine.
  *
  * In the stream of R's serialization such a vector is an ALTREP object of one of these classes, whose
- * state is an offset and a length (mapped.rs writes it so). The mapping is private and writable, and
+ * state is an offset and a length (codec/mapped.rs writes it so). The mapping is private and writable, and
  * each reading of a message makes its own: vectors are written to in place, by R and by C code, which
  * neither another worker nor the next task that reads the same message may see. */
 #define R_NO_REMAP
@@ -101,7 +101,7 @@ double rustcluster_large_bytes(void *value, int depth)
 }
 
 /* A list of an empty vector of each class, and of the value. R's serialization of it begins with the
- * classes, so that whoever writes the stream can refer to them later: see mapped.rs. The result is not
+ * classes, so that whoever writes the stream can refer to them later: see codec/mapped.rs. The result is not
  * protected. */
 SEXP rustcluster_with_classes(void *value)
 {

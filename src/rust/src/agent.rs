@@ -1,7 +1,7 @@
 //! The agent's functions. One agent a process.
 
-use crate::failure::Failure;
-use crate::worker;
+use crate::r::failure::Failure;
+use crate::worker::serve;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::startup::{self, Greeted};
 use rustcluster_core::agent::{Guard, Role};
@@ -210,7 +210,7 @@ fn agent_run() -> Robj {
     // are not the worker's own.
     match served {
         Ok(Role::Done) => false.into(),
-        Ok(Role::Worker(channel)) => match worker::adopt(*channel, limit) {
+        Ok(Role::Worker(channel)) => match serve::adopt(*channel, limit) {
             Ok(()) => true.into(),
             Err(error) => failed(&error),
         },

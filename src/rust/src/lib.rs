@@ -1,7 +1,7 @@
 //! R's view of rustcluster-core: thin shells that convert, call and hand errors back as values.
 //!
 //! Every function here runs on R's thread. No R function that can jump is called outside of
-//! [`unwind`]. A value that is not what was asked for tells R what happened (see R/boundary.R):
+//! [`r::unwind`]. A value that is not what was asked for tells R what happened (see R/boundary.R):
 //! `NULL`, not yet; a character vector, a failure; a pairlist, a jump of R's to be taken up.
 
 #![allow(missing_docs, reason = "nothing is public but what extendr generates")]
@@ -11,17 +11,9 @@
 )]
 
 mod agent;
-mod call;
-mod failure;
+mod codec;
 mod head;
-mod job;
-mod mapped;
-mod plain;
-mod repeat;
-mod status;
-mod stream;
-mod unit;
-mod unwind;
+mod r;
 mod worker;
 
 use extendr_api::prelude::*;
@@ -50,9 +42,6 @@ extendr_module! {
     fn usable_cores;
     fn is_own_address;
     use agent;
-    use call;
     use head;
-    use job;
-    use status;
     use worker;
 }

@@ -1,36 +1,29 @@
 //! Jobs: all tasks of one call of a verb, given out and collected here, on R's thread, and not one by
-//! one in R code. See [`Planner`] for who gets what, [`crate::unit`] for the messages.
+//! one in R code. See [`Planner`] for who gets what, [`crate::codec::batch`] for the messages.
 //!
 //! What happens to tasks besides that they are answered (a lost worker, a time limit) is R's to decide
 //! on: [`job_step`] then returns a failure with the number of the unit's task.
 
-use crate::failure::Failure;
-use crate::head::{self, Cluster, SLICE, ToHub, Unsent};
-use crate::stream::{self, Bounded, Format, Sink};
-use crate::unwind::{self, Jump};
-use crate::{mapped, status, unit};
+use super::elements::{Elements, Form};
+use super::handle::{Cluster, SLICE, Unsent, may_begin, rank_of, with_cluster};
+use super::{broadcast, nodes};
+use crate::codec::batch;
+use crate::codec::stream::Format;
+use crate::r::failure::Failure;
+use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
-use extendr_ffi::{
-    INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
-    SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
-};
 use rustcluster_core::head::activity::TOO_LONG;
-use rustcluster_core::head::batching::{Assignment, Ended, Planner};
+use rustcluster_core::head::batching::{Assignment, Planner};
 use rustcluster_core::head::hub::{Answer, HostView, Turn};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};
 
 /// Places that are given something before answers are looked for, at first; then more and more.
 const AT_ONCE: usize = 8;
 /// How long is then waited for one.
 const FIRST: Duration = Duration::from_micros(500);
-/// Bytes of elements in one message, beyond which no more are added.
-const FULL: usize = 48 * 1024;
-/// An element of so many bytes goes alone.
-const LONG: usize = 64 * 1024;
 
 /// See the module's documentation.
 pub struct Job {
@@ -40,52 +33,52 @@ pub struct Job {
     /// All of these.
     members: HashSet<Rank>,
     /// The list of function and common arguments, and the payload by which workers have it.
-    common: Robj,
+    pub(super) common: Robj,
     payload: PayloadId,
-    /// Of [`unit::Head`].
-    flags: u8,
+    /// Of [`batch::Head`].
+    pub(super) flags: u8,
     /// The common list refers to nothing whose identity matters, such as an environment, so that no
     /// element can share such a thing with it.
-    fixed: bool,
-    elements: Elements,
+    pub(super) fixed: bool,
+    pub(super) elements: Elements,
     /// A function that gives the seed of a task, or `NULL`.
-    seed: Robj,
+    pub(super) seed: Robj,
     /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
     /// no arguments.
-    seeded: Robj,
+    pub(super) seeded: Robj,
     /// The same of a function that does nothing.
-    nothing: Robj,
+    pub(super) nothing: Robj,
     /// The task that is begun at each position; otherwise in their order.
     order: Option<Vec<usize>>,
     /// A list with an element for each task.
-    results: Robj,
+    pub(super) results: Robj,
     assignment: Assignment,
-    planner: Planner,
-    sent: HashMap<TaskId, Sent>,
+    pub(super) planner: Planner,
+    pub(super) sent: HashMap<TaskId, Sent>,
     /// Those that are out at each place, in the order in which they are begun.
-    lanes: Vec<VecDeque<TaskId>>,
+    pub(super) lanes: Vec<VecDeque<TaskId>>,
     /// Places that are given something between two looks at what has come.
     at_once: usize,
     /// Places that may be given more.
-    ready: VecDeque<usize>,
+    pub(super) ready: VecDeque<usize>,
     /// Places whose worker may still be at something else than what it is sent.
     unsure: Vec<bool>,
     /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
     /// each, also if that comes back or is lost.
-    held: HashMap<usize, Robj>,
-    done: usize,
+    pub(super) held: HashMap<usize, Robj>,
+    pub(super) done: usize,
     /// Tasks whose result is an error, from 1.
-    failed: Vec<i32>,
+    pub(super) failed: Vec<i32>,
     /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
     /// chunks and of lapply() may have such values.
-    by_class: bool,
+    pub(super) by_class: bool,
     /// Tasks that have been answered since R last asked, from 1.
-    fresh: Vec<i32>,
+    pub(super) fresh: Vec<i32>,
     began: Instant,
     /// How long a task may take.
     timeout: Option<Duration>,
-    scratch: Vec<u8>,
-    message: Vec<u8>,
+    pub(super) scratch: Vec<u8>,
+    pub(super) message: Vec<u8>,
     /// What the first step, which job_begin() takes, has left for the next: an answer that R must have a handler for,
     /// or what R has to decide on.
     unread: Option<(Rank, TaskId, Body)>,
@@ -95,43 +88,15 @@ pub struct Job {
 }
 
 /// A unit that is out.
-struct Sent {
-    place: usize,
+pub(super) struct Sent {
+    pub(super) place: usize,
     /// From 0. None: it only tells that the worker has come to it.
-    tasks: Vec<usize>,
-    at: Instant,
+    pub(super) tasks: Vec<usize>,
+    pub(super) at: Instant,
     /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
-    telling: bool,
+    pub(super) telling: bool,
     /// It has been asked back.
     recalled: bool,
-}
-
-enum Elements {
-    /// A plain vector.
-    Vector(Robj),
-    /// A function of the number of an element, from 1.
-    Function(Robj),
-}
-
-impl Elements {
-    /// An element, not protected.
-    ///
-    /// # Safety
-    /// Under [`unwind::run`]: R may jump.
-    unsafe fn get(&self, index: usize) -> SEXP {
-        // SAFETY: the caller's; R checks what it is asked for. No frame here holds what is to be
-        // dropped when R jumps.
-        unsafe {
-            match self {
-                Elements::Vector(vector) => {
-                    rustcluster_element(vector.get().cast(), index as isize)
-                }
-                Elements::Function(function) => {
-                    rustcluster_call_with(function.get().cast(), index as f64 + 1.0)
-                }
-            }
-        }
-    }
 }
 
 /// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
@@ -154,18 +119,16 @@ fn job_begin(
     elements: Robj,
     settings: List,
 ) -> Robj {
-    head::with_cluster(&handle, |cluster| {
-        head::may_begin(cluster)?;
+    with_cluster(&handle, |cluster| {
+        may_begin(cluster)?;
         // R's code that ends a job may have been interrupted.
         let stale = cluster.job.borrow().as_ref().map(|job| job.id);
         if let Some(stale) = stale {
-            head::close_job(cluster, stale);
+            nodes::close_job(cluster, stale);
         }
         let hub = cluster.hub.borrow();
-        let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
-            .iter()
-            .map(|&rank| head::rank_of(&hub, rank))
-            .collect();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
         let ranks = ranks?;
         let mut agents = Vec::with_capacity(ranks.len());
         for &rank in &ranks {
@@ -193,20 +156,20 @@ fn job_begin(
         let timeout = timeout.unwrap_or(f64::INFINITY);
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
         let seed = setting("seed");
-        let (payload, as_written) = match head::share_common(cluster, &ranks, job as JobId, &common)
-        {
-            Ok(shared) => shared,
-            Err(Jump(token)) => return Ok(token),
-        };
+        let (payload, as_written) =
+            match broadcast::share_common(cluster, &ranks, job as JobId, &common) {
+                Ok(shared) => shared,
+                Err(Jump(token)) => return Ok(token),
+            };
         let shares = settings.get("shares").and_then(Robj::as_str);
         let flags = [
-            (shares == Some("all"), unit::CHUNK),
+            (shares == Some("all"), batch::CHUNK),
             (
                 shares == Some("function") && !as_written.fixed,
-                unit::FUNCTION,
+                batch::FUNCTION,
             ),
-            (flag("spread"), unit::SPREAD),
-            (!seed.is_null(), unit::SEEDED),
+            (flag("spread"), batch::SPREAD),
+            (!seed.is_null(), batch::SEEDED),
         ];
         let flags = flags
             .iter()
@@ -218,7 +181,7 @@ fn job_begin(
         if flag("singly") {
             planner.singly();
         }
-        if flags & (unit::CHUNK | unit::FUNCTION) != 0 {
+        if flags & (batch::CHUNK | batch::FUNCTION) != 0 {
             planner.expect_reading(as_written.bytes);
         }
         let ways = cluster.ways.borrow();
@@ -284,7 +247,7 @@ fn job_begin(
         if done && !cluster.hub.borrow().has_events() {
             let results = new.results();
             cluster.job.replace(Some(new));
-            head::close_job(cluster, job as JobId);
+            nodes::close_job(cluster, job as JobId);
             return Ok(results);
         }
         cluster.job.replace(Some(new));
@@ -312,7 +275,7 @@ fn with_job(
     handle: &Robj,
     body: impl FnOnce(&Cluster, &mut Job) -> std::result::Result<Robj, Unsent>,
 ) -> Robj {
-    head::with_cluster(handle, |cluster| {
+    with_cluster(handle, |cluster| {
         let Some(mut job) = cluster.job.take() else {
             return Err(Failure::new("busy"));
         };
@@ -338,11 +301,11 @@ impl Job {
         Some((self.task(*tasks.first()?) + 1, tasks.len()))
     }
 
-    fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.began.elapsed()
     }
 
-    fn task(&self, position: usize) -> usize {
+    pub(super) fn task(&self, position: usize) -> usize {
         self.order
             .as_ref()
             .map_or(position, |order| order[position])
@@ -417,7 +380,7 @@ impl Job {
                 Answer::Ready {
                     place, task, body, ..
                 } => {
-                    if self.first && !body.whole().is_some_and(unit::is_plain_result) {
+                    if self.first && !body.whole().is_some_and(batch::is_plain_result) {
                         self.unread = Some((place, task, body));
                         return Ok(false);
                     }
@@ -444,7 +407,7 @@ impl Job {
                         self.settle(cluster, task, &[])?;
                         continue;
                     }
-                    let failure = head::loss(cluster, place, &gone);
+                    let failure = nodes::loss(cluster, place, &gone);
                     return Err(self.of_task(failure, task).into());
                 }
                 Answer::TimedOut { rank, task } => {
@@ -560,7 +523,7 @@ impl Job {
     /// Sends as many of these tasks as fit into one message; `most`: see
     /// [`rustcluster_core::head::batching::Unit`]. Returns how many. With none, what is
     /// answered when the worker has come to it is sent.
-    fn send(
+    pub(super) fn send(
         &mut self,
         cluster: &Cluster,
         place: usize,
@@ -595,7 +558,7 @@ impl Job {
         let written = match payload {
             // A host that has come back, say.
             Some(payload) if !begun.shared => {
-                head::share_again(cluster, payload, begun.place, &self.common)
+                broadcast::share_again(cluster, payload, begun.place, &self.common)
             }
             _ => Ok(()),
         };
@@ -623,76 +586,14 @@ impl Job {
         Ok(count)
     }
 
-    fn write(
-        &mut self,
-        cluster: &Cluster,
-        on: Rank,
-        position: Option<&usize>,
-        form: Form,
-    ) -> std::result::Result<(), Jump> {
-        let index = position.map_or(0, |&position| self.task(position));
-        match form {
-            Form::Unit => {
-                if cluster.hub.borrow_mut().write(&self.message) {
-                    // Not much is under way for what is this short.
-                    while cluster.hub.borrow_mut().wait_to_send(SLICE) {
-                        unwind::run(check, &mut ())?;
-                    }
-                }
-                Ok(())
-            }
-            Form::Long | Form::Message | Form::Nothing => {
-                let mut writing = Writing {
-                    job: self,
-                    index,
-                    form,
-                    format: cluster.formats.borrow()[on as usize],
-                    sink: &mut ToHub(cluster),
-                    prefix: Vec::new(),
-                };
-                unwind::run(write_alone, &mut writing).map(drop)
-            }
-        }
-    }
-
-    /// Puts as many of these tasks as fit into one message.
-    fn gather(
-        &mut self,
-        positions: &[usize],
-        most: Duration,
-    ) -> std::result::Result<(usize, Form), Jump> {
-        self.message.clear();
-        let head = unit::Head {
-            flags: self.flags,
-            count: 0,
-            most: u32::try_from(most.as_micros()).unwrap_or(0),
-        };
-        head.write(&mut self.message);
-        let mut gathering = Gathering {
-            indices: positions.iter().map(|&at| self.task(at)).collect(),
-            job: self,
-            count: 0,
-            stopped: None,
-        };
-        unwind::run(gather_protected, &mut gathering)?;
-        let (count, stopped) = (gathering.count, gathering.stopped);
-        match stopped {
-            Some(form) if count == 0 => Ok((1, form)),
-            _ => {
-                unit::Head::count(&mut self.message, count as u32);
-                Ok((count, Form::Unit))
-            }
-        }
-    }
-
-    fn remove(&mut self, task: TaskId) -> Option<Sent> {
+    pub(super) fn remove(&mut self, task: TaskId) -> Option<Sent> {
         let sent = self.sent.remove(&task)?;
         self.lanes[sent.place].retain(|&other| other != task);
         Some(sent)
     }
 
     /// Tasks are to be given out again: whoever has nothing to do is looked at.
-    fn wake(&mut self) {
+    pub(super) fn wake(&mut self) {
         for place in 0..self.lanes.len() {
             if self.lanes[place].is_empty() && !self.ready.contains(&place) {
                 self.ready.push_back(place);
@@ -721,326 +622,6 @@ impl Job {
                 cluster.hub.borrow_mut().recall(rank, task);
             }
         }
-    }
-
-    /// Takes a unit's answer, which this worker has given.
-    fn take(
-        &mut self,
-        cluster: &Cluster,
-        on: Rank,
-        task: TaskId,
-        mut body: Body,
-    ) -> std::result::Result<(), Unsent> {
-        let Some(sent) = self.remove(task) else {
-            return Ok(());
-        };
-        if sent.tasks.is_empty() {
-            cluster.hub.borrow().uncount(on);
-            self.ready.push_back(sent.place);
-            return Ok(());
-        }
-        let now = Instant::now();
-        let bytes = body.len;
-        let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();
-        let memory = mapped::open(&mut body);
-        let mut taking = Taking {
-            job: self,
-            indices,
-            shared: memory.is_some(),
-            body,
-            head: None,
-            count: 0,
-        };
-        let (failed, fresh) = (taking.job.failed.len(), taking.job.fresh.len());
-        cluster.reading.set(Some((task, 0)));
-        let reading = mapped::Reading::of(memory.as_ref());
-        let taken = unwind::run(take_protected, &mut taking);
-        drop(reading);
-        let (head, count) = (taking.head.unwrap_or_default(), taking.count);
-        if let Err(jump) = taken {
-            // R decides on all of it: see job_settle().
-            self.failed.truncate(failed);
-            self.fresh.truncate(fresh);
-            self.lanes[sent.place].push_front(task);
-            self.sent.insert(task, sent);
-            return Err(jump.into());
-        }
-        cluster.reading.set(None);
-        if let Some(last) = self.failed[failed..].last() {
-            // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
-            unsafe {
-                let value = VECTOR_ELT(self.results.get(), *last as isize - 1);
-                status::note_error(cluster, on, value);
-            }
-        }
-        if !self.held.is_empty() {
-            for &at in sent.tasks.iter().take(count) {
-                let index = self.task(at);
-                self.held.remove(&index);
-            }
-        }
-        let turnaround = sent.telling.then(|| now.duration_since(sent.at));
-        let time = |seconds| Duration::try_from_secs_f64(seconds).ok();
-        let ended = Ended {
-            tasks: count,
-            busy: time(head.seconds).unwrap_or_default(),
-            turnaround,
-            bytes,
-            computed: head.computed.and_then(time),
-            reading: time(head.reading).unwrap_or_default(),
-        };
-        let at = self.now();
-        self.planner.ended(sent.place, ended, at);
-        if count < sent.tasks.len() {
-            self.planner.returned(sent.place, &sent.tasks[count..]);
-        }
-        self.done += count;
-        if count < sent.tasks.len() || self.planner.may_resume(at) {
-            self.wake();
-        }
-        self.ready.push_front(sent.place);
-        Ok(())
-    }
-}
-
-unsafe extern "C" fn check(_: *mut c_void) -> SEXP {
-    // SAFETY: under unwind::run; this frame holds nothing.
-    unsafe {
-        unwind::check_interrupt();
-        R_NilValue
-    }
-}
-
-/// How elements cross.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    /// As [`Job::message`] has them.
-    Unit,
-    /// One alone, serialized as it is sent.
-    Long,
-    /// One in a message of parallel's: it holds what may change, as what is common may, and they may
-    /// hold the same.
-    Message,
-    /// No element: a message of parallel's that asks for nothing.
-    Nothing,
-}
-
-struct Gathering<'a> {
-    job: &'a mut Job,
-    indices: Vec<usize>,
-    count: usize,
-    /// Why the next one has not been added.
-    stopped: Option<Form>,
-}
-
-unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the gathering above, which outlives this call. This frame holds nothing that
-    // is to be dropped when R jumps.
-    unsafe {
-        let gathering = &mut *data.cast::<Gathering<'_>>();
-        let job = &mut *gathering.job;
-        while gathering.count < gathering.indices.len() && job.message.len() < FULL {
-            let index = gathering.indices[gathering.count];
-            let before = job.message.len();
-            add_seed(&job.seed, index, &mut job.message);
-            let element = Rf_protect(job.element(index));
-            if !unit::append_plain(element, &mut job.message) {
-                // If what is common cannot change, they cannot have in common what does.
-                let mut fixed = job.fixed;
-                // What is seen to be long is not serialized to find that out.
-                let mut long = fixed && stream::least_size_of_value(element) >= LONG;
-                if !long {
-                    unit::begin_serialized(&mut job.message);
-                    let mut sink = Bounded::new(&mut job.message, before + LONG - 1);
-                    fixed |= stream::write_fixed(element, &mut sink);
-                    long = sink.over;
-                }
-                if !fixed || long {
-                    job.message.truncate(before);
-                    gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
-                    Rf_unprotect(1);
-                    return R_NilValue;
-                }
-            }
-            Rf_unprotect(1);
-            gathering.count += 1;
-        }
-        R_NilValue
-    }
-}
-
-/// # Safety
-/// Under [`unwind::run`].
-unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
-    if seed.is_null() {
-        return;
-    }
-    // SAFETY: the caller's.
-    unsafe {
-        let state = seed_of(seed, index);
-        for at in 0..unit::SEED as isize {
-            let number = match TYPEOF(state) == SEXPTYPE::INTSXP && XLENGTH(state) > at {
-                true => INTEGER_ELT(state, at),
-                false => 0,
-            };
-            out.extend_from_slice(&number.to_ne_bytes());
-        }
-    }
-}
-
-/// The seed of a task, not protected.
-///
-/// # Safety
-/// Under [`unwind::run`].
-unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
-    // SAFETY: the caller's.
-    unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
-}
-
-impl Job {
-    /// An element, not protected.
-    ///
-    /// # Safety
-    /// As for [`Elements::get`].
-    unsafe fn element(&mut self, index: usize) -> SEXP {
-        // SAFETY: the caller's.
-        unsafe {
-            match self.held.get(&index) {
-                Some(element) => element.get(),
-                None => {
-                    let element = Rf_protect(self.elements.get(index));
-                    if let Elements::Function(_) = self.elements {
-                        self.held.insert(index, Robj::from_sexp(element));
-                    }
-                    Rf_unprotect(1);
-                    element
-                }
-            }
-        }
-    }
-}
-
-struct Writing<'a> {
-    job: &'a mut Job,
-    index: usize,
-    form: Form,
-    format: Format,
-    sink: &'a mut dyn Sink,
-    prefix: Vec<u8>,
-}
-
-unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
-    // is to be dropped when R jumps.
-    unsafe {
-        let writing = &mut *data.cast::<Writing<'_>>();
-        let job = &mut *writing.job;
-        if writing.form == Form::Nothing {
-            let message = rustcluster_message(job.nothing.get().cast(), R_NilValue.cast(), 1);
-            stream::write(Rf_protect(message), writing.format, writing.sink);
-            Rf_unprotect(1);
-            return R_NilValue;
-        }
-        let element = Rf_protect(job.element(writing.index));
-        if writing.form == Form::Message {
-            let common = job.common.get();
-            let spread = c_int::from(job.flags & unit::SPREAD != 0);
-            let message = if job.seed.is_null() {
-                rustcluster_message(common.cast(), element.cast(), spread)
-            } else {
-                let args = Rf_protect(rustcluster_arguments(common.cast(), element.cast(), spread));
-                let call = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 3));
-                SET_VECTOR_ELT(call, 0, VECTOR_ELT(common, 0));
-                SET_VECTOR_ELT(call, 1, args);
-                SET_VECTOR_ELT(call, 2, seed_of(&job.seed, writing.index));
-                let message = rustcluster_message(job.seeded.get().cast(), call.cast(), 1);
-                Rf_unprotect(2);
-                message
-            };
-            stream::write(Rf_protect(message), writing.format, writing.sink);
-            Rf_unprotect(1);
-        } else {
-            let prefix = &mut writing.prefix;
-            unit::Head {
-                flags: job.flags,
-                count: 1,
-                most: 0,
-            }
-            .write(prefix);
-            add_seed(&job.seed, writing.index, prefix);
-            writing.sink.write(prefix);
-            unit::write_serialized(element, writing.sink);
-        }
-        Rf_unprotect(1);
-        R_NilValue
-    }
-}
-
-#[allow(
-    improper_ctypes,
-    reason = "SEXP points to a type that is opaque on this side"
-)]
-unsafe extern "C" {
-    fn rustcluster_message(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
-    fn rustcluster_arguments(common: *mut c_void, element: *mut c_void, spread: c_int) -> SEXP;
-    fn rustcluster_element(vector: *mut c_void, at: isize) -> SEXP;
-    fn rustcluster_call_with(function: *mut c_void, number: f64) -> SEXP;
-    fn rustcluster_is_error(value: *mut c_void) -> c_int;
-    fn rustcluster_answer_value(answer: *mut c_void) -> SEXP;
-    fn rustcluster_answer_failed(answer: *mut c_void) -> c_int;
-}
-
-struct Taking<'a> {
-    job: &'a mut Job,
-    indices: Vec<usize>,
-    body: Body,
-    /// Its vectors are in memory that is shared with the worker.
-    shared: bool,
-    /// What the answer begins with, if it is one of a unit.
-    head: Option<unit::AnswerHead>,
-    count: usize,
-}
-
-unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the taking above, which outlives this call. This frame holds nothing that is
-    // to be dropped when R jumps.
-    unsafe {
-        let taking = &mut *data.cast::<Taking<'_>>();
-        let job = &mut *taking.job;
-        let Some(head) = unit::AnswerHead::read(&mut taking.body) else {
-            let answer = head::read_body(&mut taking.body, taking.shared);
-            let answer = Rf_protect(answer);
-            let value = rustcluster_answer_value(answer.cast());
-            let failed = rustcluster_answer_failed(answer.cast()) != 0;
-            job.put(taking.indices[0], value, failed);
-            Rf_unprotect(1);
-            taking.count = 1;
-            return R_NilValue;
-        };
-        taking.head = Some(head);
-        while taking.count < taking.indices.len().min(head.count as usize) {
-            let mut kind = [0];
-            unit::read_bytes(&mut taking.body, &mut kind);
-            let value = unit::read_value(&mut taking.body, &mut job.scratch);
-            job.put(taking.indices[taking.count], value, kind[0] == unit::ERROR);
-            taking.count += 1;
-        }
-        R_NilValue
-    }
-}
-
-impl Job {
-    /// Notes a result, which may be that the task `failed`. The value need not be protected.
-    fn put(&mut self, index: usize, value: SEXP, failed: bool) {
-        // SAFETY: on R's thread; the list has as many elements as there are tasks; none of these
-        // functions jumps or allocates.
-        unsafe {
-            SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
-            if failed || self.by_class && rustcluster_is_error(value.cast()) != 0 {
-                self.failed.push(index as i32 + 1);
-            }
-        }
-        self.fresh.push(index as i32 + 1);
     }
 }
 
@@ -1128,7 +709,7 @@ fn job_results(handle: Robj) -> Robj {
 
 impl Job {
     /// See [`job_results`].
-    fn results(&mut self) -> Robj {
+    pub(super) fn results(&mut self) -> Robj {
         let mut failed = self.failed.clone();
         failed.sort_unstable();
         let fresh = std::mem::take(&mut self.fresh);

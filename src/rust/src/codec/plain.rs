@@ -10,8 +10,8 @@
 //!
 //! All numbers are in the byte order of this machine.
 
-use crate::stream;
-use crate::unwind::Jump;
+use super::stream;
+use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{
     ALTREP, INTEGER, LENGTH, LOGICAL, R_BaseEnv, R_BaseNamespace, R_CHAR, R_GlobalEnv,
@@ -500,7 +500,7 @@ pub fn is_plain(bytes: &[u8]) -> bool {
 /// A task's function, arguments and tag, in one list that is not protected.
 ///
 /// # Safety
-/// Under [`crate::unwind::protect`]: R may jump.
+/// Under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
     let mut reader = Reader { bytes };
     // SAFETY: the caller's.
@@ -520,7 +520,7 @@ pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
 /// A value that [`append_value`] wrote, not protected.
 ///
 /// # Safety
-/// Under [`crate::unwind::protect`]: R may jump.
+/// Under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
     let mut reader = Reader { bytes };
     // SAFETY: the caller's.
@@ -530,7 +530,7 @@ pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
 /// An answer as parallel's `recvData()` gives it, not protected.
 ///
 /// # Safety
-/// Under [`crate::unwind::protect`]: R may jump.
+/// Under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_answer(bytes: &[u8]) -> SEXP {
     let mut reader = Reader { bytes };
     // SAFETY: the caller's.

@@ -4,14 +4,14 @@
 //! wherever a large vector is: an ALTREP object of one of our classes stands in the stream, and the data
 //! of the vector is in the gap, from a multiple of [`ALIGNED`] on. At the end is the list of gaps, each
 //! with its beginning and its length, and the number of gaps. What else an answer holds stands before
-//! the value: see [`crate::unit`]. All numbers have 8 bytes, in the byte order of this machine.
+//! the value: see [`crate::codec::batch`]. All numbers have 8 bytes, in the byte order of this machine.
 //!
 //! [`Mapper`] puts the gaps in while R serializes, so that large vectors are found wherever they are,
 //! also in environments and in attributes. It relies on how R's binary format writes a vector: its flags
 //! and its length, four bytes each, and then its data, without a copy and in pieces of 8,096 elements.
 
-use crate::stream::{self, Sink, Source};
-use crate::unwind::{self, Jump};
+use super::stream::{self, Sink, Source};
+use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::platform::signals::without_file_size_signal;
@@ -25,7 +25,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// What a message of this form begins with: see [`crate::plain`] and [`crate::unit`] for others.
+/// What a message of this form begins with: see [`crate::codec::plain`] and [`crate::codec::batch`] for others.
 const MAPPED: u8 = 5;
 
 /// What the data of a vector is aligned to; csrc/mapped.c has it, too.

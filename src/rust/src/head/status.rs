@@ -1,7 +1,7 @@
 //! What workers are at and have been at, for R.
 
-use crate::failure::Failure;
-use crate::head::{self, Cluster};
+use super::handle::{Cluster, SLICE, rank_of, with_cluster};
+use crate::r::failure::Failure;
 use extendr_api::prelude::*;
 use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
 use rustcluster_core::head::activity::{Interval, Kind, Moment, Track};
@@ -74,7 +74,7 @@ fn place_in_job(cluster: &Cluster, task: TaskId) -> Option<(usize, usize)> {
     unit.or_else(alone)
 }
 
-fn text(text: Option<&String>) -> Option<String> {
+pub(super) fn text(text: Option<&String>) -> Option<String> {
     text.map(|text| text.replace('\0', ""))
 }
 
@@ -82,7 +82,7 @@ fn text(text: Option<&String>) -> Option<String> {
 /// @noRd
 #[extendr]
 fn hub_status(handle: Robj) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let (workers, now) = cluster.hub.borrow().status(false);
         let number = |of: &dyn Fn(&Track) -> f64| -> Vec<f64> {
             workers.iter().map(|worker| of(&worker.track)).collect()
@@ -125,7 +125,7 @@ fn hub_status(handle: Robj) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_bytes(handle: Robj) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let hosts = cluster.hub.borrow().host_status();
         let sent: Vec<f64> = hosts.iter().map(|host| host.bytes_in as f64).collect();
         let received: Vec<f64> = hosts.iter().map(|host| host.bytes_out as f64).collect();
@@ -137,13 +137,11 @@ fn hub_bytes(handle: Robj) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let question = {
             let hub = cluster.hub.borrow();
-            let ranks: std::result::Result<Vec<Rank>, Failure> = ranks
-                .iter()
-                .map(|&rank| head::rank_of(&hub, rank))
-                .collect();
+            let ranks: std::result::Result<Vec<Rank>, Failure> =
+                ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
             hub.ask_usage(&ranks?)
         };
         Ok((question as f64).into())
@@ -155,9 +153,9 @@ fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_usage(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let most = Duration::try_from_secs_f64(most).unwrap_or_default();
-        let most = most.min(head::SLICE);
+        let most = most.min(SLICE);
         let usages = cluster.hub.borrow().usage(question as u64, most, anyway);
         let Some(usages) = usages else {
             return Ok(().into());
@@ -179,7 +177,7 @@ fn hub_usage(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_timeline(handle: Robj, ranks: &[i32]) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let (workers, now) = cluster.hub.borrow().status(true);
         let mut rows = Rows::default();
         for &rank in ranks {
@@ -245,7 +243,7 @@ impl Rows {
         self.push(rank, of.start, of.end, kind, busy, of.tasks as f64);
     }
 
-    fn push(
+    pub(super) fn push(
         &mut self,
         rank: i32,
         from: Moment,

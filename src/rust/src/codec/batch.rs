@@ -1,11 +1,11 @@
 //! Units: tasks of a job that cross together, and their answers. What they have in common, a function
 //! and arguments, is the payload with which their message begins, a list of the two.
 //!
-//! A value is either plain (see [`crate::plain`]) or in R's serialization, whichever its first byte
+//! A value is either plain (see [`crate::codec::plain`]) or in R's serialization, whichever its first byte
 //! says. All numbers are in the byte order of this machine.
 
-use crate::stream::{self, Format, Sink, Source};
-use crate::{mapped, plain};
+use super::stream::{self, Format, Sink, Source};
+use super::{mapped, plain};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_error, SEXP};
 use rustcluster_core::head::activity::Measured;
@@ -14,7 +14,7 @@ use rustcluster_core::protocol::body::Body;
 use std::ffi::{c_char, c_int};
 use std::time::Duration;
 
-/// What a message of this form begins with: see [`crate::plain`] for others.
+/// What a message of this form begins with: see [`crate::codec::plain`] for others.
 pub const UNIT: u8 = 3;
 pub const ANSWER: u8 = 4;
 
@@ -35,7 +35,7 @@ pub const ERROR: u8 = 2;
 
 const PLAIN: u8 = 1;
 const SERIALIZED: u8 = 2;
-/// Serialized as [`crate::mapped`] has it.
+/// Serialized as [`crate::codec::mapped`] has it.
 const GAPPED: u8 = 3;
 
 /// Integers of a state of L'Ecuyer's generator, with its kind.
@@ -181,7 +181,7 @@ pub fn begin_serialized(sink: &mut dyn Sink) {
 /// Writes a value that is not plain.
 ///
 /// # Safety
-/// Under [`crate::unwind::protect`], with a protected value: R may jump.
+/// Under [`crate::r::unwind::protect`], with a protected value: R may jump.
 pub unsafe fn write_serialized(value: SEXP, sink: &mut dyn Sink) {
     begin_serialized(sink);
     // SAFETY: the caller's.
@@ -201,7 +201,7 @@ pub unsafe fn write_gapped(instead: SEXP, sink: &mut dyn Sink) {
 /// Takes some bytes off the front.
 ///
 /// # Safety
-/// Under [`crate::unwind::protect`]: R jumps if there are fewer.
+/// Under [`crate::r::unwind::protect`]: R jumps if there are fewer.
 pub unsafe fn read_bytes(body: &mut Body, out: &mut [u8]) {
     const CUT: *const c_char = c"a message that is cut short".as_ptr();
     if !body.fill(out) {

@@ -1,27 +1,21 @@
 //! A worker's functions. One channel a process.
 
-use crate::failure::Failure;
-use crate::mapped::{self, Answer, Mapper};
-use crate::plain;
-use crate::stream::{self, Bounded, Format, Sink, Source};
-use crate::unit::{self, AnswerHead};
-use crate::unwind::{self, Jump};
+use super::batch::Unit;
+use crate::codec::mapped::{self, Answer, Mapper};
+use crate::codec::stream::{self, Format, Sink, Source};
+use crate::codec::{batch, plain};
+use crate::r::failure::Failure;
+use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
-use extendr_ffi::{
-    R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_allocVector, Rf_protect, Rf_unprotect,
-    SET_VECTOR_ELT, SEXP, SEXPTYPE, VECTOR_ELT, XLENGTH,
-};
-use rustcluster_core::platform::clock::{self, Usage};
+use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
 use rustcluster_core::platform::{fd, limits, signals};
-use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::control::WorkerConfig;
-use rustcluster_core::worker::channel::{Channel, Payload, Seed, Task};
+use rustcluster_core::worker::channel::{Channel, Seed, Task};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 
 thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
@@ -54,7 +48,7 @@ fn worker_memory_limit() -> f64 {
 
 /// Whether vectors are mapped. A limit of memory counts what is, and R frees none of that when it runs
 /// into the limit: it does its own vectors only.
-fn may_map() -> bool {
+pub(super) fn may_map() -> bool {
     MEMORY_LIMIT.get() == 0
 }
 
@@ -115,7 +109,7 @@ impl Sink for ToAgent {
 }
 
 impl ToAgent {
-    fn new() -> ToAgent {
+    pub(super) fn new() -> ToAgent {
         ToAgent {
             sent: Ok(()),
             shared: None,
@@ -266,7 +260,7 @@ impl Source for Message<'_> {
 }
 
 /// A message that came in one piece.
-fn whole(task: &Task) -> Option<&[u8]> {
+pub(super) fn whole(task: &Task) -> Option<&[u8]> {
     match &task.payload {
         Some(payload) if task.body.len == 0 => Some(&payload.bytes),
         Some(_) => None,
@@ -306,7 +300,7 @@ fn serve_one() -> std::result::Result<(), Stop> {
 }
 
 impl Turn {
-    fn new(task: Task, unit: Option<Unit>) -> Turn {
+    pub(super) fn new(task: Task, unit: Option<Unit>) -> Turn {
         Turn {
             task,
             seeds: Vec::new(),
@@ -324,7 +318,7 @@ impl Turn {
         let seeds =
             with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?;
         let unit = match task.payload.take() {
-            Some(payload) => match unit::Head::read(&mut task.body) {
+            Some(payload) => match batch::Head::read(&mut task.body) {
                 Some(head) => Some(Unit::new(head, payload, std::mem::take(&mut task.body))),
                 None => {
                     task.payload = Some(payload);
@@ -404,162 +398,6 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-/// A value that R's garbage collector leaves alone for as long as this lives. On R's thread only.
-struct Preserved(SEXP);
-
-impl Preserved {
-    /// # Safety
-    /// Under [`unwind::run`], with a protected value: R may jump.
-    unsafe fn new(value: SEXP) -> Preserved {
-        // SAFETY: the caller's.
-        unsafe { R_PreserveObject(value) };
-        Preserved(value)
-    }
-}
-
-impl Drop for Preserved {
-    fn drop(&mut self) {
-        // SAFETY: on R's thread; preserved when it was made.
-        unsafe { R_ReleaseObject(self.0) };
-    }
-}
-
-/// Bytes of arguments that are copied for each task, at most. Longer ones are read with the function,
-/// because their vectors may be mapped.
-const COPIED: usize = 64 * 1024;
-
-/// Tasks that came together.
-struct Unit {
-    head: unit::Head,
-    /// What its tasks have in common, a list of the function and of arguments, as bytes.
-    common: Payload,
-    /// The list, if the tasks share it or its function.
-    shared: Option<Preserved>,
-    /// The arguments in it as bytes, if each task gets its own.
-    arguments: Vec<u8>,
-    /// How long it took to read that.
-    reading_took: Duration,
-    body: Body,
-    began: Instant,
-    /// What this process had had of its cores by then.
-    usage: Usage,
-    /// Until when others are begun, by [`clock::coarse_now`]; `None`: until there are none.
-    until: Option<Duration>,
-    /// Tasks that have been begun.
-    begun: u32,
-    /// An element is being read: if R jumps, those that follow cannot be.
-    reading: bool,
-    /// Results of tasks before the one under way, and perhaps a part of its own.
-    results: Vec<u8>,
-    /// Bytes of those before.
-    whole: usize,
-    scratch: Vec<u8>,
-}
-
-impl Unit {
-    fn new(head: unit::Head, common: Payload, body: Body) -> Unit {
-        Unit {
-            head,
-            common,
-            shared: None,
-            arguments: Vec::new(),
-            reading_took: Duration::ZERO,
-            body,
-            began: Instant::now(),
-            usage: Usage::now(),
-            until: head.until(),
-            begun: 0,
-            reading: false,
-            results: Vec::new(),
-            whole: 0,
-            scratch: Vec::new(),
-        }
-    }
-
-    fn is(&self, flag: u8) -> bool {
-        self.head.flags & flag != 0
-    }
-
-    /// The function and the arguments that the tasks have in common; not protected. Every task gets
-    /// objects of its own, because C code may change them in place, and because what they refer to by
-    /// name, such as a namespace, may have been replaced since. [`unit::CHUNK`] and [`unit::FUNCTION`] are
-    /// the exceptions.
-    ///
-    /// # Safety
-    /// Under [`unwind::run`]: R may jump.
-    unsafe fn read_common(&mut self) -> SEXP {
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
-        unsafe {
-            if self.shared.is_none() {
-                let began = Instant::now();
-                let value = Rf_protect(mapped::read(&self.common, may_map()));
-                if self.is(unit::CHUNK) || self.is(unit::FUNCTION) && self.copy_arguments(value) {
-                    self.shared = Some(Preserved::new(value));
-                    // The planner is told of the reading apart from the tasks.
-                    self.reading_took = began.elapsed();
-                    self.began = Instant::now();
-                    self.usage = Usage::now();
-                    self.until = self.head.until();
-                }
-                Rf_unprotect(1);
-                if self.shared.is_none() {
-                    return value;
-                }
-            }
-            let shared = self.shared.as_ref().map_or(R_NilValue, |shared| shared.0);
-            if self.arguments.is_empty() {
-                return shared;
-            }
-            let own = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 2));
-            SET_VECTOR_ELT(own, 0, VECTOR_ELT(shared, 0));
-            SET_VECTOR_ELT(own, 1, stream::read(&mut &self.arguments[..]));
-            Rf_unprotect(1);
-            own
-        }
-    }
-
-    /// Makes a copy of the arguments in `common` from which each task gets its own. Returns whether that
-    /// can be done: they are short, and refer to nothing that the function may refer to as well.
-    ///
-    /// # Safety
-    /// Under [`unwind::run`], with a protected value: R may jump.
-    unsafe fn copy_arguments(&mut self, common: SEXP) -> bool {
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
-        unsafe {
-            let arguments = VECTOR_ELT(common, 1);
-            if XLENGTH(arguments) == 0 {
-                return true;
-            }
-            let mut sink = Bounded::new(&mut self.arguments, COPIED);
-            let copied = stream::write_fixed(arguments, &mut sink) && !sink.over;
-            if !copied {
-                self.arguments.clear();
-                self.head.flags &= !unit::FUNCTION;
-            }
-            copied
-        }
-    }
-
-    /// There are more tasks, and this worker is to do them.
-    fn goes_on(&self) -> bool {
-        let is_over = || self.until.is_some_and(|until| clock::coarse_now() > until);
-        self.begun < self.head.count && !is_over()
-    }
-
-    /// What comes before the results.
-    fn answer_head(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(unit::ANSWER_HEAD);
-        AnswerHead {
-            seconds: self.began.elapsed().as_secs_f64(),
-            computed: self.usage.computed().map(|time| time.as_secs_f64()),
-            reading: self.reading_took.as_secs_f64(),
-            count: self.begun,
-        }
-        .write(&mut out);
-        out
-    }
-}
-
 unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
     // that is called here, and this frame holds nothing that is to be dropped then.
@@ -575,14 +413,14 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
         loop {
             unit.begun += 1;
             unit.reading = true;
-            if unit.is(unit::SEEDED) {
-                let seed = unit::read_seed(&mut unit.body);
-                rustcluster_set_seed(seed.as_ptr().cast(), unit::SEED as c_int, 1);
+            if unit.is(batch::SEEDED) {
+                let seed = batch::read_seed(&mut unit.body);
+                rustcluster_set_seed(seed.as_ptr().cast(), batch::SEED as c_int, 1);
             }
-            let element = Rf_protect(unit::read_value(&mut unit.body, &mut unit.scratch));
+            let element = Rf_protect(batch::read_value(&mut unit.body, &mut unit.scratch));
             unit.reading = false;
             let common = Rf_protect(unit.read_common());
-            let spread = c_int::from(unit.is(unit::SPREAD));
+            let spread = c_int::from(unit.is(batch::SPREAD));
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));
             if !unit.goes_on() {
@@ -590,9 +428,9 @@ unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
                 Rf_unprotect(3);
                 return R_NilValue;
             }
-            unit.results.push(unit::VALUE);
-            if !unit::append_plain(value, &mut unit.results) {
-                unit::write_serialized(value, &mut unit.results);
+            unit.results.push(batch::VALUE);
+            if !batch::append_plain(value, &mut unit.results) {
+                batch::write_serialized(value, &mut unit.results);
             }
             unit.whole = unit.results.len();
             Rf_unprotect(3);
@@ -610,19 +448,19 @@ unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
         let mut time = [0.0; 5];
         rustcluster_end_task(time.as_mut_ptr());
         sink.begin();
-        if unit.is(unit::SEEDED) {
+        if unit.is(batch::SEEDED) {
             rustcluster_own_seed();
         } else {
             leave_seed();
         }
         unit.scratch.clear();
-        let plain = last.is_some_and(|value| unit::append_plain(value, &mut unit.scratch));
+        let plain = last.is_some_and(|value| batch::append_plain(value, &mut unit.scratch));
         if let Some(value) = last.filter(|_| !plain) {
             if let Some(instead) = sink.share(value) {
                 Rf_protect(instead);
                 write_results(unit, sink);
-                sink.write(&[unit::VALUE]);
-                unit::write_gapped(instead, sink);
+                sink.write(&[batch::VALUE]);
+                batch::write_gapped(instead, sink);
                 Rf_unprotect(1);
                 if sink.send_shared() {
                     return;
@@ -631,11 +469,11 @@ unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
         }
         write_results(unit, sink);
         if let Some(value) = last {
-            sink.write(&[unit::VALUE]);
+            sink.write(&[batch::VALUE]);
             if plain {
                 sink.write(&unit.scratch);
             } else {
-                unit::write_serialized(value, sink);
+                batch::write_serialized(value, sink);
             }
         }
     }
@@ -767,8 +605,8 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
         let turn = &mut *data.cast::<Failed>();
         if let Some(unit) = &mut turn.unit {
             unit.results.truncate(unit.whole);
-            unit.results.push(unit::ERROR);
-            unit::write_serialized(turn.value, &mut unit.results);
+            unit.results.push(batch::ERROR);
+            batch::write_serialized(turn.value, &mut unit.results);
             unit.whole = unit.results.len();
             turn.goes_on = unit.goes_on() && !unit.reading && !turn.interrupted;
             if !turn.goes_on {
@@ -787,7 +625,7 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
 }
 
 extendr_module! {
-    mod worker;
+    mod serve;
     fn worker_memory_limit;
     fn worker_connect;
     fn worker_ready;

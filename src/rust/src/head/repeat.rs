@@ -15,10 +15,11 @@
 //!
 //! One message is held, and its payload, for as long as a task that was sent it has not been answered.
 
-use crate::head::{self, Cluster, Shared, ToHub};
-use crate::plain::{self, rustcluster_attributes, rustcluster_names};
-use crate::stream::{Format, Sink};
-use crate::unwind::Jump;
+use super::broadcast;
+use super::handle::{Cluster, Shared, ToHub};
+use crate::codec::plain::{self, rustcluster_attributes, rustcluster_names};
+use crate::codec::stream::{Format, Sink};
+use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
 use rustcluster_core::protocol::dedup::Fingerprint;
@@ -107,9 +108,10 @@ impl Repeated {
         let format = cluster.format(owner);
         let made = self.payloads.iter().find(|made| made.format == format);
         let Some(&Made { id, print, .. }) = made else {
-            let (id, print) = head::make_payload(cluster, &[owner], self.lasts.is_some(), |hub| {
-                write(message, format, Some(hub))
-            })?;
+            let (id, print) =
+                broadcast::make_payload(cluster, &[owner], self.lasts.is_some(), |hub| {
+                    write(message, format, Some(hub))
+                })?;
             self.payloads.push(Made { format, id, print });
             return Ok(Some(Shared::of_one(format, id)));
         };
@@ -151,7 +153,7 @@ fn send_again(
 }
 
 /// Writes a message to the hub as a payload, or to nowhere. Returns the fingerprint of its bytes.
-fn write(
+pub(super) fn write(
     message: &Robj,
     format: Format,
     hub: Option<&mut ToHub<'_>>,
@@ -161,7 +163,7 @@ fn write(
         hub,
         unwatched: 0,
     };
-    head::write_payload(message, format, &mut sink)?;
+    broadcast::write_payload(message, format, &mut sink)?;
     Ok(sink.print.value())
 }
 

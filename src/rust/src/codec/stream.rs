@@ -1,6 +1,6 @@
 //! R objects to bytes and back, through R's own serialization, piece by piece.
 
-use crate::unwind::{self, Jump};
+use crate::r::unwind::{self, Jump};
 use bytes::Buf;
 use extendr_api::prelude::*;
 use extendr_ffi::{

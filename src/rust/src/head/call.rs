@@ -1,9 +1,10 @@
 //! Calls for whoever is free: sent one by one, and each asked for by its number.
 
-use crate::failure::Failure;
-use crate::head::{self, SLICE, ToHub};
-use crate::stream::{self, Format};
-use crate::unwind::{self, Jump};
+use super::handle::{SLICE, ToHub, may_send, rank_of, with_cluster};
+use super::nodes;
+use crate::codec::stream::{self, Format};
+use crate::r::failure::Failure;
+use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, SEXP};
 use rustcluster_core::head::scheduler::events::Outcome;
@@ -15,7 +16,7 @@ use std::ffi::{c_int, c_void};
 /// @noRd
 #[extendr]
 fn call_number(handle: Robj) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let task = cluster.hub.borrow_mut().number_call();
         Ok((task as f64).into())
     })
@@ -27,10 +28,10 @@ fn call_number(handle: Robj) -> Robj {
 #[extendr]
 fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Robj) -> Robj {
     let task = task as TaskId;
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let mut any_of = {
             let hub = cluster.hub.borrow();
-            let ranks = ranks.iter().map(|&rank| head::rank_of(&hub, rank));
+            let ranks = ranks.iter().map(|&rank| rank_of(&hub, rank));
             ranks.collect::<std::result::Result<Vec<Rank>, Failure>>()?
         };
         any_of.sort_unstable();
@@ -40,12 +41,12 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Rob
             true => Format::Xdr,
             false => Format::Native,
         };
-        head::may_send(cluster)?;
+        may_send(cluster)?;
         cluster
             .hub
             .borrow_mut()
             .begin_call(any_of.into(), task, again);
-        let written = head::send_plain(cluster, format, &message).and_then(|sent| match sent {
+        let written = nodes::send_plain(cluster, format, &message).and_then(|sent| match sent {
             true => Ok(()),
             false => stream::serialize(&message, format, &mut ToHub(cluster)).map(drop),
         });
@@ -67,7 +68,7 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Rob
 #[extendr]
 fn call_take(handle: Robj, task: f64) -> Robj {
     let task = task as TaskId;
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let end = cluster.hub.borrow().call_end(task);
         let Some(end) = end else {
             return Ok(().into());
@@ -75,11 +76,11 @@ fn call_take(handle: Robj, task: f64) -> Robj {
         let ended = |failure: Failure| Err(failure.with("task", task));
         match end.outcome {
             // It stays where it is until it has been read: R may jump.
-            Outcome::Answer(body) => match head::read_answer(body, 0) {
+            Outcome::Answer(body) => match nodes::read_answer(body, 0) {
                 Ok(answer) => Ok(answer),
                 Err(Jump(token)) => Ok(token),
             },
-            Outcome::Lost(gone) => ended(head::loss(cluster, end.rank, &gone)),
+            Outcome::Lost(gone) => ended(nodes::loss(cluster, end.rank, &gone)),
             Outcome::TimedOut => ended(Failure::new("timeout").with("rank", end.rank + 1)),
             Outcome::Cancelled | Outcome::Recalled => ended(Failure::new("cancelled")),
         }
@@ -90,7 +91,7 @@ fn call_take(handle: Robj, task: f64) -> Robj {
 /// @noRd
 #[extendr]
 fn call_asides(handle: Robj, task: f64) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let asides = cluster.hub.borrow_mut().call_asides(task as TaskId);
         let asides = asides.iter().map(|aside| Raw::from_bytes(aside));
         Ok(List::from_values(asides).into())
@@ -101,7 +102,7 @@ fn call_asides(handle: Robj, task: f64) -> Robj {
 /// @noRd
 #[extendr]
 fn call_place(handle: Robj, task: f64) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let place = match cluster.hub.borrow().call_place(task as TaskId) {
             CallPlace::Waiting => Some(0),
             CallPlace::With(rank) => Some(rank as i32 + 1),
@@ -115,7 +116,7 @@ fn call_place(handle: Robj, task: f64) -> Robj {
 /// @noRd
 #[extendr]
 fn call_forget(handle: Robj, task: f64) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         cluster.hub.borrow_mut().forget_call(task as TaskId);
         Ok(().into())
     })
@@ -126,14 +127,14 @@ fn call_forget(handle: Robj, task: f64) -> Robj {
 /// @noRd
 #[extendr]
 fn call_drop(handle: Robj, task: f64) -> Robj {
-    head::drop_call(&handle, task as TaskId)
+    nodes::drop_call(&handle, task as TaskId)
 }
 
 /// R is to be woken when this call has ended: see [`calls_wake`].
 /// @noRd
 #[extendr]
 fn call_watch(handle: Robj, task: f64) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         cluster.hub.borrow_mut().watch_call(task as TaskId);
         Ok(().into())
     })
@@ -143,7 +144,7 @@ fn call_watch(handle: Robj, task: f64) -> Robj {
 /// @noRd
 #[extendr]
 fn call_wait(handle: Robj, task: f64) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let mut hub = cluster.hub.borrow_mut();
         hub.wait_for_call(task as TaskId, SLICE);
         Ok(().into())
@@ -155,7 +156,7 @@ fn call_wait(handle: Robj, task: f64) -> Robj {
 /// @noRd
 #[extendr]
 fn calls_to_look_at(handle: Robj) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let calls = cluster.hub.borrow_mut().calls_to_look_at();
         let calls: Vec<f64> = calls.into_iter().map(|task| task as f64).collect();
         Ok(calls.into())
@@ -174,7 +175,7 @@ struct Later(*mut c_void);
 unsafe impl Send for Later {}
 
 impl Later {
-    fn wake(&self, number: usize, in_loop: c_int) {
+    pub(super) fn wake(&self, number: usize, in_loop: c_int) {
         // SAFETY: the function was found by rustcluster_later(); any thread may call it.
         unsafe { rustcluster_wake(self.0, number, in_loop) };
     }
@@ -194,7 +195,7 @@ unsafe extern "C" fn find_later(data: *mut c_void) -> SEXP {
 /// @noRd
 #[extendr]
 fn calls_wake(handle: Robj, number: f64, loops: &[i32]) -> Robj {
-    head::with_cluster(&handle, |cluster| {
+    with_cluster(&handle, |cluster| {
         let mut later: *mut c_void = std::ptr::null_mut();
         if let Err(Jump(token)) = unwind::run(find_later, &mut later) {
             return Ok(token);

@@ -1,0 +1,204 @@
+//! What many nodes get: written once for each host where it can be, or once for each node.
+
+use super::handle::{Cluster, Shared, ToHub, Unsent};
+use super::nodes::{is_plain, send, send_plain};
+use crate::codec::mapped::{self, Written};
+use crate::codec::stream::{self, Format, Sink};
+use crate::r::unwind::Jump;
+use extendr_api::prelude::*;
+use rustcluster_core::head::hub::Begun;
+use rustcluster_core::protocol::dedup;
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank};
+
+pub(super) fn broadcast(
+    cluster: &Cluster,
+    owners: &[Rank],
+    job: JobId,
+    message: &Robj,
+    lasts: Option<u64>,
+) -> std::result::Result<(), Unsent> {
+    let mut shared = Shared::default();
+    if owners.len() > 1 {
+        shared = share(cluster, owners, job, message, lasts.is_some())?;
+    }
+    for &owner in owners {
+        send(cluster, owner, job, message, lasts, shared)?;
+    }
+    Ok(())
+}
+
+/// Sends a message that is not plain to the hosts of these workers, as a payload for each format.
+pub(super) fn share(
+    cluster: &Cluster,
+    owners: &[Rank],
+    job: JobId,
+    message: &Robj,
+    lasts: bool,
+) -> std::result::Result<Shared, Jump> {
+    let mut shared = Shared::default();
+    for format in [Format::Native, Format::Xdr] {
+        let of_format = owners.iter().copied();
+        let of_format = of_format.filter(|&owner| cluster.format(owner) == format);
+        let ranks: Vec<Rank> = of_format.collect();
+        let plain = format == Format::Native && is_plain(cluster, message)?;
+        if ranks.len() < 2 || plain {
+            continue;
+        }
+        let write = |hub: &mut ToHub<'_>| write_payload(message, format, hub);
+        let (id, ()) = make_payload(cluster, &ranks, lasts, write)?;
+        cluster.payloads.borrow_mut().push((job, id));
+        shared.set(format, id);
+    }
+    Ok(shared)
+}
+
+/// Writes a message as a payload of this format.
+///
+/// # Errors
+/// When R jumped: what was written by then is incomplete.
+pub fn write_payload(
+    message: &Robj,
+    format: Format,
+    sink: &mut dyn Sink,
+) -> std::result::Result<(), Jump> {
+    match format {
+        Format::Native => mapped::serialize(message, sink).map(drop),
+        Format::Xdr => stream::serialize(message, format, sink).map(drop),
+    }
+}
+
+/// Sends to the hosts of these workers what `write` writes, as a payload. Returns that and what `write`
+/// does. `lasts`: what some messages that begin with it do lasts.
+///
+/// # Errors
+/// When R jumped: there is no payload then.
+pub fn make_payload<T>(
+    cluster: &Cluster,
+    ranks: &[Rank],
+    lasts: bool,
+    write: impl FnOnce(&mut ToHub<'_>) -> std::result::Result<T, Jump>,
+) -> std::result::Result<(PayloadId, T), Jump> {
+    let id = cluster.hub.borrow_mut().begin_payload(ranks, lasts);
+    match write(&mut ToHub(cluster)) {
+        Ok(value) => {
+            cluster.hub.borrow_mut().finish_payload();
+            Ok((id, value))
+        }
+        Err(jump) => {
+            cluster.hub.borrow_mut().abandon();
+            Err(jump)
+        }
+    }
+}
+
+/// What a job's tasks have in common is kept from job to job up to this size.
+pub(super) const SMALL: usize = 64 * 1024;
+
+/// Sends what the tasks of a job have in common to the hosts of these workers.
+///
+/// # Errors
+/// When R jumped.
+pub fn share_common(
+    cluster: &Cluster,
+    ranks: &[Rank],
+    job: JobId,
+    common: &Robj,
+) -> std::result::Result<(PayloadId, Written), Jump> {
+    let short = match stream::least_size(common) <= SMALL {
+        true => stream::serialize_short(common, SMALL)?,
+        false => None,
+    };
+    let written = |(bytes, fixed): &(Vec<u8>, bool)| Written {
+        fixed: *fixed,
+        bytes: bytes.len() as u64,
+    };
+    let key = short.as_ref().map(|(bytes, _)| dedup::key_of(bytes));
+    if let (Some(short), Some((last, id))) = (&short, cluster.common.get()) {
+        let has = |&rank: &Rank| cluster.hub.borrow().has_payload(rank, id);
+        if key == Some(last) && ranks.iter().all(has) {
+            return Ok((id, written(short)));
+        }
+    }
+    let (id, written) = make_payload(cluster, ranks, false, |sink| match short {
+        Some(short) => {
+            sink.write(&short.0);
+            Ok(written(&short))
+        }
+        None => mapped::serialize(common, sink),
+    })?;
+    match key {
+        Some(key) => {
+            if let Some((_, last)) = cluster.common.replace(Some((key, id))) {
+                cluster.hub.borrow_mut().drop_payload(last);
+            }
+        }
+        None => cluster.payloads.borrow_mut().push((job, id)),
+    }
+    Ok((id, written))
+}
+
+/// Sends it once more, to the host of this worker, which does not have it.
+///
+/// # Errors
+/// When R jumped.
+pub fn share_again(
+    cluster: &Cluster,
+    id: PayloadId,
+    place: Rank,
+    common: &Robj,
+) -> std::result::Result<(), Jump> {
+    cluster.hub.borrow_mut().begin_payload_again(id, place);
+    mapped::serialize(common, &mut ToHub(cluster))?;
+    cluster.hub.borrow_mut().finish_payload();
+    Ok(())
+}
+
+/// Writes a message to the hub, where its task has begun. Returns how many bytes R has serialized for that:
+/// none for a plain one, or if it is a payload.
+pub(super) fn write(
+    cluster: &Cluster,
+    begun: &Begun,
+    message: &Robj,
+) -> std::result::Result<usize, Jump> {
+    let written = match begun.shared {
+        // The payload is all of it.
+        true => Ok(0),
+        false => write_all(cluster, begun.place, message),
+    };
+    let mut hub = cluster.hub.borrow_mut();
+    match written {
+        Ok(_) => hub.finish(),
+        Err(_) => hub.abandon(),
+    }
+    written
+}
+
+fn write_all(cluster: &Cluster, place: Rank, message: &Robj) -> std::result::Result<usize, Jump> {
+    let format = cluster.format(place);
+    if send_plain(cluster, format, message)? {
+        return Ok(0);
+    }
+    let mut sink = Counting {
+        hub: ToHub(cluster),
+        bytes: 0,
+    };
+    stream::serialize(message, format, &mut sink)?;
+    Ok(sink.bytes)
+}
+
+/// The hub, and how many bytes have been written to it.
+pub(super) struct Counting<'a> {
+    hub: ToHub<'a>,
+    bytes: usize,
+}
+
+impl Sink for Counting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> bool {
+        self.bytes += bytes.len();
+        self.hub.write(bytes)
+    }
+
+    fn wait(&mut self) -> bool {
+        self.hub.wait()
+    }
+}

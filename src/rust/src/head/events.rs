@@ -1,0 +1,60 @@
+//! What has happened to workers and hosts, as R is told of it.
+
+use super::handle::{Cluster, with_cluster};
+use crate::r::failure::Failure;
+use extendr_api::prelude::*;
+use rustcluster_core::head::hub::Event;
+
+/// What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
+/// @noRd
+#[extendr]
+fn hub_events(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| Ok(events(cluster)))
+}
+
+pub(super) fn events(cluster: &Cluster) -> Robj {
+    let events = cluster.hub.borrow().take_events();
+    if events.is_empty() {
+        return ().into();
+    }
+    let shown = events.into_iter().map(|event| match event {
+        Event::Replaced { rank } => Failure::new("worker_replaced").with("rank", rank + 1),
+        Event::Back { rank } => Failure::new("worker_back").with("rank", rank + 1),
+        Event::Lost {
+            rank,
+            loss,
+            replaced,
+        } => Failure::lost(rank, &loss, loss.setback).with("replaced", replaced),
+        Event::HostLost { agent, reason } => Failure::new("host_failed")
+            .with("agent", agent + 1)
+            .with("reason", reason),
+        Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
+        Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),
+        Event::SpoolIncomplete => Failure::new("state_not_kept"),
+        Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
+        Event::LeftBehind {
+            agent,
+            rank,
+            pid,
+            command,
+        } => {
+            let failure = Failure::new("left_behind")
+                .with("agent", agent + 1)
+                .with("pid", pid)
+                .with("command", command);
+            match rank {
+                Some(rank) => failure.with("rank", rank + 1),
+                None => failure,
+            }
+        }
+        Event::Output { rank, bytes } => Failure::new("output")
+            .with("rank", rank + 1)
+            .with("text", String::from_utf8_lossy(&bytes)),
+    });
+    List::from_values(shown.map(Robj::from)).into()
+}
+
+extendr_module! {
+    mod events;
+    fn hub_events;
+}

@@ -1,0 +1,721 @@
+//! The head's functions: a [`Hub`] behind an external pointer.
+
+use super::handle::{
+    ABSENT, Called, Cluster, Message, SLICE, Shared, Unread, Unsent, cluster_of, may_begin,
+    rank_of, usable, with_cluster,
+};
+use super::repeat::{LARGE, Repeated};
+use super::{broadcast, events, status};
+use crate::codec::stream::{self, Format};
+use crate::codec::{mapped, plain};
+use crate::r::failure::Failure;
+use crate::r::unwind::{self, Jump};
+use extendr_api::prelude::*;
+use extendr_ffi::{
+    INTEGER_ELT, R_CHAR, R_NamesSymbol, REAL_ELT, Rf_getAttrib, Rf_protect, Rf_unprotect,
+    SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
+};
+use rustcluster_core::head::hub::{Answer, Hub, Turn};
+use rustcluster_core::head::scheduler::events::Gone;
+use rustcluster_core::protocol::body::Body;
+use rustcluster_core::protocol::control::Setback;
+use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
+use std::ffi::{CStr, c_int, c_void};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::{Duration, Instant};
+
+/// Nobody has the object of a call any more. R runs finalizers whenever something is allocated, and so also
+/// while the hub is in use here: then the call is cancelled at the next use.
+pub fn drop_call(handle: &Robj, task: TaskId) -> Robj {
+    let dropped = || -> std::result::Result<Robj, Failure> {
+        let cluster = cluster_of(handle)?;
+        let hub = cluster.hub.try_borrow_mut();
+        if hub.as_ref().is_ok_and(|hub| hub.is_forked()) {
+            return Err(Failure::new("forked"));
+        }
+        cluster.dropped.borrow_mut().push(task);
+        if let Ok(mut hub) = hub {
+            cluster.forget_dropped(&mut hub);
+        }
+        Ok(().into())
+    };
+    dropped().unwrap_or_else(Robj::from)
+}
+
+/// Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
+/// it sets there (`""`: of nothing in particular).
+/// @noRd
+#[extendr]
+fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        may_begin(cluster)?;
+        let owner = rank_of(&cluster.hub.borrow(), rank)?;
+        let job = job as JobId;
+        let lasts = lasts.as_str().map(name_of);
+        let sent = send_to_node(cluster, owner, job, &message, lasts);
+        Ok(sent.map_or_else(Robj::from, |()| ().into()))
+    })
+}
+
+/// Sends a message to a node, as a payload if it is the same as the last one.
+fn send_to_node(
+    cluster: &Cluster,
+    owner: Rank,
+    job: JobId,
+    message: &Robj,
+    lasts: Option<u64>,
+) -> std::result::Result<(), Unsent> {
+    let mut last = cluster.take_last(job, lasts, message);
+    let shared = match &mut last {
+        Some(same) => same.share(cluster, owner, message).map_err(Unsent::from),
+        None => Ok(None),
+    };
+    let sent = shared.and_then(|shared| {
+        if shared.is_none() {
+            if let Some(changed) = last.take() {
+                cluster.drop_repeated(&changed);
+            }
+        }
+        send(
+            cluster,
+            owner,
+            job,
+            message,
+            lasts,
+            shared.unwrap_or_default(),
+        )
+    });
+    let sent = sent.map(|(task, bytes)| {
+        if last.is_none() && bytes >= LARGE {
+            last = Some(Repeated::new(job, lasts, message));
+        }
+        if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
+            message.user = last.as_ref().map(Repeated::user);
+        }
+    });
+    if let Some(last) = last {
+        cluster.keep_last(last);
+    }
+    sent
+}
+
+/// Sends a message to a node, as a payload if its host has it. Returns its task, and how many bytes R has
+/// serialized for it alone.
+pub(super) fn send(
+    cluster: &Cluster,
+    owner: Rank,
+    job: JobId,
+    message: &Robj,
+    lasts: Option<u64>,
+    shared: Shared,
+) -> std::result::Result<(TaskId, usize), Unsent> {
+    let payload = |place| shared.of(cluster.format(place));
+    let begun = cluster
+        .hub
+        .borrow_mut()
+        .begin(owner, job, lasts, Turn::Last, payload);
+    let begun = begun.map_err(|gone| Failure::gone(owner, &gone))?;
+    let bytes = broadcast::write(cluster, &begun, message)?;
+    let message = Message {
+        message: message.clone(),
+        owner,
+        job,
+        index: 0,
+        lasts,
+        shared,
+        user: None,
+    };
+    cluster.sent(begun.task, message);
+    Ok((begun.task, bytes))
+}
+
+/// Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
+/// their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
+/// has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
+/// @noRd
+#[extendr]
+fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        may_begin(cluster)?;
+        let Ok(ranks) = ranks_of(&nodes) else {
+            return Ok(().into());
+        };
+        let mut places = vec![ABSENT; cluster.hub.borrow().size()];
+        let mut owners = Vec::with_capacity(ranks.len());
+        for (at, &rank) in ranks.iter().enumerate() {
+            let owner = rank_of(&cluster.hub.borrow(), rank)?;
+            let place = &mut places[owner as usize];
+            if *place != ABSENT {
+                return Ok(().into());
+            }
+            *place = at as u32;
+            owners.push(owner);
+        }
+        let job = job as JobId;
+        let lasts = lasts.as_str().map(name_of);
+        cluster.begun.set(Some(job));
+        if let Err(unsent) = broadcast::broadcast(cluster, &owners, job, &message, lasts) {
+            return Ok(unsent.into());
+        }
+        let began = Instant::now();
+        let mut called = Called {
+            values: List::new(owners.len()).into(),
+            there: vec![false; owners.len()],
+            next: ().into(),
+        };
+        let mut missing = owners.len();
+        // R then looks for interrupts.
+        while missing > 0 && called.next.is_null() && began.elapsed() < SLICE {
+            let answer = {
+                let mut hub = cluster.hub.borrow_mut();
+                hub.receive_any(|rank| places[rank as usize] != ABSENT, SLICE)
+            };
+            match answered(cluster, answer, |rank| places[rank as usize] as i32 + 1) {
+                Ok(answer) => match take_value(&answer, &mut called) {
+                    true => missing -= 1,
+                    false => called.next = answer,
+                },
+                Err(failure) => called.next = failure.into(),
+            }
+        }
+        if missing == 0 && !cluster.hub.borrow().has_events() {
+            close_job(cluster, job);
+            return Ok(called.values);
+        }
+        cluster.called.set(Some(called));
+        Ok(true.into())
+    })
+}
+
+/// Puts the value of an answer that was read with its place among the others. Returns whether it is one.
+fn take_value(answer: &Robj, called: &mut Called) -> bool {
+    // SAFETY: on R's thread, with live values; `values` is ours alone, and as long as `there`. Types and lengths are
+    // looked at first.
+    unsafe {
+        let list =
+            |value: SEXP, least| TYPEOF(value) == SEXPTYPE::VECSXP && XLENGTH(value) >= least;
+        let answer = answer.get();
+        if !list(answer, 2) || !list(VECTOR_ELT(answer, 1), 2) {
+            return false;
+        }
+        let place = VECTOR_ELT(answer, 0);
+        if TYPEOF(place) != SEXPTYPE::INTSXP || XLENGTH(place) != 1 {
+            return false;
+        }
+        let at = INTEGER_ELT(place, 0) - 1;
+        let Some(there) = usize::try_from(at)
+            .ok()
+            .and_then(|at| called.there.get_mut(at))
+        else {
+            return false;
+        };
+        *there = true;
+        // After its type.
+        SET_VECTOR_ELT(
+            called.values.get(),
+            at as isize,
+            VECTOR_ELT(VECTOR_ELT(answer, 1), 1),
+        );
+        true
+    }
+}
+
+/// What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
+/// answer, as hub_receive_any() returns it, or `NULL`.
+/// @noRd
+#[extendr]
+fn hub_called(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        cluster.begun.set(None);
+        Ok(match cluster.called.take() {
+            Some(called) => list!(called.values, called.there, called.next).into(),
+            None => ().into(),
+        })
+    })
+}
+
+/// A number for the name of what a message sets; 0 for none.
+fn name_of(name: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    if name.is_empty() {
+        0
+    } else {
+        hasher.finish().max(1)
+    }
+}
+
+/// Sends a task again that was lost.
+/// @noRd
+#[extendr]
+fn hub_try_again(handle: Robj, task: f64) -> Robj {
+    let task = task as TaskId;
+    with_cluster(&handle, |cluster| {
+        let (message, owner, lasts, shared) = match cluster.messages.borrow().get(&task) {
+            Some(m) => (m.message.clone(), m.owner, m.lasts, m.shared),
+            None => return Err(Failure::new("no_task")),
+        };
+        let payload = |place| shared.of(cluster.format(place));
+        let begun = cluster
+            .hub
+            .borrow_mut()
+            .try_again(owner, task, lasts, payload);
+        let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
+        let written = broadcast::write(cluster, &begun, &message).map_err(Unsent::from);
+        Ok(written.map_or_else(Robj::from, |_| ().into()))
+    })
+}
+
+/// A task that was lost is not tried again: who asks for its answer is told so.
+/// @noRd
+#[extendr]
+fn hub_give_up(handle: Robj, task: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let task = task as TaskId;
+        if let Some(message) = cluster.messages.borrow().get(&task) {
+            cluster.hub.borrow_mut().give_up(message.owner, task);
+        }
+        Ok(().into())
+    })
+}
+
+/// Nobody wants to know any more what became of a task that was lost.
+/// @noRd
+#[extendr]
+fn hub_forget(handle: Robj, task: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let task = task as TaskId;
+        if let Some(message) = cluster.forget_message(task) {
+            cluster.hub.borrow_mut().forget(message.owner, task);
+        }
+        Ok(().into())
+    })
+}
+
+/// The message of a task that ended without an answer. `last`: it is not asked for again.
+/// @noRd
+#[extendr]
+fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let task = task as TaskId;
+        let message = match last {
+            true => cluster.forget_message(task).map(|known| known.message),
+            false => {
+                let messages = cluster.messages.borrow();
+                messages.get(&task).map(|known| known.message.clone())
+            }
+        };
+        message.ok_or_else(|| Failure::new("no_task"))
+    })
+}
+
+/// Writes a message to the hub if it is plain. Returns whether it is.
+pub fn send_plain(
+    cluster: &Cluster,
+    format: Format,
+    message: &Robj,
+) -> std::result::Result<bool, Jump> {
+    if format != Format::Native {
+        return Ok(false);
+    }
+    with_plain(cluster, message, |bytes| {
+        cluster.hub.borrow_mut().write(bytes);
+    })
+}
+
+pub(super) fn is_plain(cluster: &Cluster, message: &Robj) -> std::result::Result<bool, Jump> {
+    with_plain(cluster, message, |_| ())
+}
+
+/// Runs `then` with the bytes of a message that is plain. Returns whether it is.
+fn with_plain(
+    cluster: &Cluster,
+    message: &Robj,
+    then: impl FnOnce(&[u8]),
+) -> std::result::Result<bool, Jump> {
+    let mut bytes = cluster.plain.take();
+    let written = plain::write_task(message, &mut bytes);
+    if let Ok(true) = written {
+        then(&bytes);
+    }
+    cluster.plain.set(bytes);
+    written
+}
+
+/// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
+/// being read, see [`mapped::Reading`].
+///
+/// # Safety
+/// Under [`unwind::protect`]: R may jump.
+pub unsafe fn read_body(body: &mut Body, shared: bool) -> SEXP {
+    // SAFETY: the caller's; this frame holds nothing that is to be dropped.
+    unsafe {
+        match body.whole().filter(|bytes| plain::is_plain(bytes)) {
+            _ if shared => mapped::unwrap(stream::read(body)),
+            Some(bytes) => plain::read_answer(bytes),
+            None => stream::read(body),
+        }
+    }
+}
+
+/// An answer as `recvData()` gives it; with a node's place, from 1 and not 0, as `recvOneData()` does.
+///
+/// # Errors
+/// When R jumped.
+pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
+    struct Reading<'a> {
+        body: &'a mut Body,
+        shared: bool,
+        place: i32,
+    }
+    unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
+        // SAFETY: `data` is the reading below, which outlives this call. This frame holds nothing
+        // that is to be dropped when R jumps.
+        unsafe {
+            let reading = data.cast::<Reading<'_>>();
+            let answer = read_body((*reading).body, (*reading).shared);
+            if (*reading).place == 0 {
+                return answer;
+            }
+            let answer = Rf_protect(answer);
+            let placed = rustcluster_placed((*reading).place, answer.cast());
+            Rf_unprotect(1);
+            placed
+        }
+    }
+    let memory = mapped::open(&mut body);
+    let mut reading = Reading {
+        body: &mut body,
+        shared: memory.is_some(),
+        place,
+    };
+    let _reading = mapped::Reading::of(memory.as_ref());
+    unwind::protect(read, &mut reading)
+}
+
+#[allow(
+    improper_ctypes,
+    reason = "SEXP points to a type that is opaque on this side"
+)]
+unsafe extern "C" {
+    fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
+}
+
+/// The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
+/// hub_read().
+/// @noRd
+#[extendr]
+fn hub_receive(handle: Robj, rank: i32) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let answer = {
+            let mut hub = cluster.hub.borrow_mut();
+            let rank = rank_of(&hub, rank)?;
+            hub.receive(rank, SLICE)
+        };
+        answered(cluster, answer, |_| 0)
+    })
+}
+
+/// What became of the worker that had a task.
+pub fn loss(cluster: &Cluster, place: Rank, gone: &Gone) -> Failure {
+    match gone {
+        Gone::Worker(loss) => {
+            let now = cluster.hub.borrow().worker(place).gone;
+            let last = match now.as_deref() {
+                Some(Gone::Worker(last)) => last.setback,
+                _ => Setback::default(),
+            };
+            Failure::lost(place, loss, last).with("replaced", now.is_none())
+        }
+        gone => Failure::gone(place, gone),
+    }
+}
+
+/// What R gets of an answer: with the place of its node, or without if that is 0.
+pub(super) fn answered(
+    cluster: &Cluster,
+    answer: Answer,
+    place: impl Fn(Rank) -> i32,
+) -> std::result::Result<Robj, Failure> {
+    let ended = |failure: Failure, rank: Rank, task: TaskId| {
+        let messages = cluster.messages.borrow();
+        let index = messages.get(&task).map_or(0, |message| message.index);
+        Err(failure
+            .with("place", place(rank))
+            .with("task", task)
+            .with("index", index))
+    };
+    let of_rank = |kind: &str, rank: Rank| Failure::new(kind).with("rank", rank + 1);
+    match answer {
+        Answer::Ready {
+            rank,
+            place: at,
+            task,
+            body,
+        } => {
+            let place = place(rank);
+            let unread = Unread {
+                body,
+                task,
+                place,
+                at,
+            };
+            if unread.body.whole().is_some_and(plain::is_plain) {
+                return Ok(take_answer(cluster, unread));
+            }
+            // R is asked to have a handler for what may go wrong with the others, which costs more than
+            // all else that it does for a plain one.
+            cluster.unread.set(Some(unread));
+            Ok(true.into())
+        }
+        Answer::Lost {
+            rank,
+            place,
+            task,
+            gone,
+        } => ended(loss(cluster, place, &gone), rank, task),
+        Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
+        Answer::Recalled { rank, task } => ended(of_rank("recalled", rank), rank, task),
+        Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),
+        Answer::Pending => Ok(().into()),
+        Answer::NothingSent => Err(Failure::new("no_task")),
+    }
+}
+
+fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
+    let Unread {
+        body,
+        task,
+        place,
+        at,
+    } = unread;
+    cluster.reading.set(Some((task, place)));
+    match read_answer(body, place) {
+        Ok(answer) => {
+            cluster.reading.set(None);
+            cluster.forget_message(task);
+            status::note_failure(cluster, at, &answer);
+            answer
+        }
+        Err(Jump(token)) => token,
+    }
+}
+
+/// The number of the task whose answer is being read or could not be read, and the place of its node.
+/// `NULL`: there is none.
+/// @noRd
+#[extendr]
+fn hub_reading(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        Ok(match cluster.reading.get() {
+            Some((task, place)) => [task as f64, f64::from(place)].into_robj(),
+            None => ().into(),
+        })
+    })
+}
+
+/// The answer that hub_receive() or hub_receive_any() has told of.
+/// @noRd
+#[extendr]
+fn hub_read(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let unread = cluster.unread.take();
+        Ok(unread.map_or_else(|| ().into(), |unread| take_answer(cluster, unread)))
+    })
+}
+
+/// The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
+/// hub_receive().
+/// @noRd
+#[extendr]
+fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let size = cluster.hub.borrow().size();
+        let places = match cluster.nodes.take() {
+            // SAFETY: addresses are compared, not used.
+            Some((known, places)) if unsafe { known.get() == nodes.get() } => places,
+            _ => places_of(&nodes, size)?,
+        };
+        let place = |rank: Rank| places.get(rank as usize).copied().unwrap_or(ABSENT);
+        let answer = {
+            let mut hub = cluster.hub.borrow_mut();
+            hub.receive_any(|rank| place(rank) != ABSENT, SLICE)
+        };
+        let result = answered(cluster, answer, |rank| place(rank) as i32);
+        cluster.nodes.set(Some((nodes, places)));
+        result
+    })
+}
+
+/// As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
+/// have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+/// @noRd
+#[extendr]
+fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut of_ranks = vec![ABSENT; cluster.hub.borrow().size()];
+        for (&rank, &place) in ranks.iter().zip(places) {
+            let rank = rank_of(&cluster.hub.borrow(), rank)?;
+            let known = &mut of_ranks[rank as usize];
+            *known = (*known).min(place as u32);
+        }
+        let place = |rank: Rank| of_ranks.get(rank as usize).copied().unwrap_or(ABSENT);
+        let answer = {
+            let mut hub = cluster.hub.borrow_mut();
+            hub.receive_any(|rank| place(rank) != ABSENT, Duration::ZERO)
+        };
+        answered(cluster, answer, |rank| place(rank) as i32)
+    })
+}
+
+/// Sleeps a little, or until hub_look() may find something in one of these clusters.
+/// @noRd
+#[extendr]
+fn hubs_wait(handles: List) -> Robj {
+    let handles: Vec<Robj> = handles.values().collect();
+    let wait = || -> std::result::Result<(), Failure> {
+        let mut hubs = Vec::with_capacity(handles.len());
+        for handle in &handles {
+            let hub = usable(handle)?.hub.try_borrow();
+            hubs.push(hub.map_err(|_| Failure::new("busy"))?);
+        }
+        let hubs: Vec<&Hub> = hubs.iter().map(|hub| &**hub).collect();
+        Hub::wait_for_any(&hubs, SLICE);
+        Ok(())
+    };
+    wait().map_or_else(Robj::from, |()| ().into())
+}
+
+/// The rank of each of these nodes, if they are all of one cluster.
+/// @noRd
+#[extendr]
+fn cluster_ranks(nodes: Robj) -> Robj {
+    match ranks_of(&nodes) {
+        Ok(ranks) => ranks.into(),
+        Err(failure) => failure.into(),
+    }
+}
+
+fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
+    let bad = |reason: &str| {
+        Failure::new("bad_argument")
+            .with("argument", "cl")
+            .with("reason", reason)
+    };
+    let several = || Failure::new("several_clusters");
+    // SAFETY: on R's thread, with a live value that nothing changes meanwhile; types and lengths are looked at first,
+    // and none of these functions of R's jumps or allocates. Addresses of handles are compared, not used.
+    unsafe {
+        let list = nodes.get();
+        if TYPEOF(list) != SEXPTYPE::VECSXP {
+            return Err(bad("not a list of nodes"));
+        }
+        let mut first = None;
+        let rank = |i: isize| {
+            let node = VECTOR_ELT(list, i);
+            if TYPEOF(node) != SEXPTYPE::VECSXP {
+                return Err(bad("not a list of nodes"));
+            }
+            // Nodes of other packages have no handle.
+            let handle = field(node, c"handle").ok_or_else(several)?;
+            let own = TYPEOF(handle) == SEXPTYPE::ENVSXP;
+            if !own || *first.get_or_insert(handle) != handle {
+                return Err(several());
+            }
+            let rank = field(node, c"rank").filter(|&rank| XLENGTH(rank) == 1);
+            Ok(match rank.map(|rank| (TYPEOF(rank), rank)) {
+                Some((SEXPTYPE::INTSXP, rank)) => INTEGER_ELT(rank, 0),
+                Some((SEXPTYPE::REALSXP, rank)) => REAL_ELT(rank, 0) as i32,
+                _ => 0,
+            })
+        };
+        (0..XLENGTH(list)).map(rank).collect()
+    }
+}
+
+/// The element of this name in a list.
+///
+/// # Safety
+/// On R's thread, with a live list.
+unsafe fn field(list: SEXP, name: &CStr) -> Option<SEXP> {
+    // SAFETY: the caller's; types and lengths are looked at first.
+    unsafe {
+        let names = Rf_getAttrib(list, R_NamesSymbol);
+        let count = XLENGTH(list);
+        if TYPEOF(names) != SEXPTYPE::STRSXP || XLENGTH(names) != count {
+            return None;
+        }
+        let is_named = |&i: &isize| CStr::from_ptr(R_CHAR(STRING_ELT(names, i))) == name;
+        (0..count).find(is_named).map(|i| VECTOR_ELT(list, i))
+    }
+}
+
+/// Each rank's place, from 1, in a list of nodes.
+fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
+    let bad = |reason: &str| {
+        Failure::new("bad_argument")
+            .with("argument", "cl")
+            .with("reason", reason)
+    };
+    let mut places = vec![ABSENT; size];
+    for (at, rank) in ranks_of(nodes)?.into_iter().enumerate() {
+        match usize::try_from(rank) {
+            Ok(rank) if (1..=size).contains(&rank) => {
+                let place = &mut places[rank - 1];
+                *place = (*place).min(at as u32 + 1);
+            }
+            _ => return Err(bad("a node's rank is out of range")),
+        }
+    }
+    Ok(places)
+}
+
+/// Cancels what is left of a job.
+pub fn close_job(cluster: &Cluster, job: JobId) {
+    cluster.begun.set(None);
+    // Nodes hold the handle, which would never be collected.
+    cluster.nodes.set(None);
+    if let Some(job) = cluster.job.take() {
+        cluster.ways.borrow_mut().extend(job.ways());
+    }
+    cluster.hub.borrow_mut().cancel_job(job);
+    cluster.drop_payloads(job);
+    cluster.forget_messages();
+}
+
+/// Cancels what is left of a job. Returns what there is to be shown.
+/// @noRd
+#[extendr]
+fn hub_close_job(handle: Robj, job: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let job = job as JobId;
+        // One that was refused because another is under way has nothing to be closed.
+        if cluster.begun.get().is_some_and(|begun| begun != job) {
+            return Ok(().into());
+        }
+        close_job(cluster, job);
+        // R was interrupted before it took them.
+        cluster.unread.set(None);
+        cluster.called.set(None);
+        Ok(events::events(cluster))
+    })
+}
+
+extendr_module! {
+    mod nodes;
+    fn hub_send;
+    fn hub_call;
+    fn hub_called;
+    fn hub_try_again;
+    fn hub_give_up;
+    fn hub_forget;
+    fn hub_message;
+    fn hub_receive;
+    fn hub_reading;
+    fn hub_read;
+    fn hub_receive_any;
+    fn hub_look;
+    fn hubs_wait;
+    fn cluster_ranks;
+    fn hub_close_job;
+}

@@ -1,0 +1,420 @@
+//! How R starts a cluster's agents and workers, and ends them.
+
+use super::handle::{Cluster, SLICE, rank_of, strings, with_cluster, with_hub};
+use crate::codec::batch;
+use crate::codec::stream::Format;
+use crate::r::failure::Failure;
+use extendr_api::prelude::*;
+use rustcluster_core::agent::startup;
+use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
+use rustcluster_core::head::launch::Launch;
+use rustcluster_core::head::scheduler::MOST_SHARED;
+use rustcluster_core::platform::limits;
+use rustcluster_core::protocol::control::{Outfile, Start, StartMode, ToHead};
+use rustcluster_core::protocol::ids::Rank;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+/// Checks the system's limits for a number of workers on this machine.
+/// @noRd
+#[extendr]
+fn limits_check(workers: i32) -> Robj {
+    match limits::check(usize::try_from(workers).unwrap_or(0)) {
+        Ok(()) => ().into(),
+        Err(short) => Failure::new("limits")
+            .with("what", short.what)
+            .with("needed", short.needed)
+            .with("available", short.available)
+            .with("reason", short.remedy)
+            .into(),
+    }
+}
+
+/// Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
+/// for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
+/// that are buffered here before they are left on their hosts.
+/// @noRd
+#[extendr]
+fn hub_start(
+    hosts: List,
+    package: &str,
+    r_version: &str,
+    platform: &str,
+    buffer_limit: f64,
+) -> Robj {
+    let parsed: Option<Vec<Launch>> = hosts.values().map(|host| launch_of(&host)).collect();
+    let Some(hosts) = parsed else {
+        return not_a_description("hosts");
+    };
+    let hello = startup::hello(package, r_version, platform);
+    match Hub::start(hosts, hello, buffer_limit as usize) {
+        Ok(mut hub) => {
+            hub.measure_with(batch::measure);
+            let cluster = Cluster {
+                hub: RefCell::new(hub),
+                nodes: Cell::new(None),
+                plain: Cell::default(),
+                last: Cell::new(None),
+                called: Cell::new(None),
+                begun: Cell::new(None),
+                formats: RefCell::default(),
+                messages: RefCell::default(),
+                sent_by_job: Cell::new((NO_JOB, 0)),
+                job: RefCell::new(None),
+                ways: RefCell::default(),
+                common: Cell::new(None),
+                payloads: RefCell::default(),
+                unread: Cell::new(None),
+                dropped: RefCell::default(),
+                reading: Cell::new(None),
+            };
+            ExternalPtr::new(cluster).into()
+        }
+        Err(error) => Failure::new("start_failed").with("reason", error).into(),
+    }
+}
+
+fn not_a_description(argument: &str) -> Robj {
+    Failure::new("bad_argument")
+        .with("argument", argument)
+        .with("reason", "not a description of hosts")
+        .into()
+}
+
+fn launch_of(host: &Robj) -> Option<Launch> {
+    let fields: HashMap<&str, Robj> = host.as_list()?.iter().collect();
+    let env = fields.get("env")?;
+    let names = env.names().into_iter().flatten().map(str::to_owned);
+    let values = env.as_str_vector().unwrap_or_default();
+    let env = names.zip(values).map(|(name, value)| {
+        let value = (!value.is_na()).then(|| value.into());
+        (name.into(), value)
+    });
+    let command = strings(fields.get("command")?);
+    Some(Launch {
+        host: fields.get("host")?.as_str()?.to_owned(),
+        command: command.into_iter().map(Into::into).collect(),
+        env: env.collect(),
+    })
+}
+
+/// Whether all agents have greeted or failed; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_greeted(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| Ok(hub.greeted(SLICE)))
+}
+
+/// What is known of each host: a list of vectors with an element for each.
+/// @noRd
+#[extendr]
+fn hub_hosts(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let hosts = cluster.hub.borrow().hosts();
+        let text = |of: &dyn Fn(&HostView) -> Option<String>| -> Vec<Option<String>> {
+            let clean = |text: String| text.replace('\0', "");
+            hosts.iter().map(|host| of(host).map(clean)).collect()
+        };
+        let number = |of: &dyn Fn(&HostView) -> Option<f64>| -> Vec<Option<f64>> {
+            hosts.iter().map(of).collect()
+        };
+        let refusal = |host: &HostView| host.start_failure.as_ref().map(refusal);
+        Ok(list!(
+            hostname = text(&|h| Some(h.hello.as_ref()?.hostname.clone())),
+            r_version = text(&|h| Some(h.hello.as_ref()?.r_version.clone())),
+            platform = text(&|h| Some(h.hello.as_ref()?.platform.clone())),
+            big_endian = number(&|h| Some(f64::from(u8::from(h.hello.as_ref()?.big_endian)))),
+            cores = number(&|h| Some(h.hello.as_ref()?.cores.into())),
+            memory = number(&|h| Some(h.hello.as_ref()?.memory_total as f64)),
+            available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
+            greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
+            up = number(&|h| Some(h.up?.as_secs_f64())),
+            reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
+            status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
+            stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
+            stdout = text(&|h| Some(h.failure.as_ref()?.stdout.clone()))
+        )
+        .into())
+    })
+}
+
+fn refusal(reason: &ToHead) -> String {
+    match reason {
+        ToHead::Limits {
+            what,
+            needed,
+            available,
+            remedy,
+        } => format!(
+            "not enough {what} for so many workers: {needed} needed, {available} available; {remedy}"
+        ),
+        ToHead::StartFailed { reason } => reason.clone(),
+        _ => String::new(),
+    }
+}
+
+/// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
+/// made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
+/// @noRd
+#[extendr]
+fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
+    with_hub(&handle, |hub| {
+        let patience = Duration::try_from_secs_f64(patience).unwrap_or(Duration::MAX);
+        let made = hub.reconnect(Path::new(path), most as u64, patience);
+        made.map_err(|error| Failure::new("start_failed").with("reason", error))
+    })
+}
+
+/// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
+/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
+/// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
+/// none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
+/// @noRd
+#[extendr]
+fn hub_go(handle: Robj, plans: List) -> Robj {
+    let parsed: Option<Vec<Option<(Plan, Format)>>> = plans
+        .values()
+        .map(|plan| match plan.is_null() {
+            true => Some(None),
+            false => plan_of(&plan).map(Some),
+        })
+        .collect();
+    let Some(plans) = parsed else {
+        return not_a_description("plans");
+    };
+    let mut formats = Vec::new();
+    for (plan, format) in plans.iter().flatten() {
+        for &rank in &plan.ranks {
+            formats.resize(formats.len().max(rank as usize + 1), Format::Native);
+            formats[rank as usize] = *format;
+        }
+    }
+    let plans = plans.into_iter().map(|plan| Some(plan?.0)).collect();
+    with_cluster(&handle, |cluster| {
+        cluster.formats.replace(formats);
+        let gone = cluster.hub.borrow_mut().go(plans);
+        gone.map_err(|error| Failure::new("start_failed").with("reason", error))?;
+        Ok(().into())
+    })
+}
+
+/// Whether this session may open the files that results in shared memory come in.
+fn has_files() -> bool {
+    limits::open_files_left().is_some_and(|left| left >= 2 * MOST_SHARED as u64)
+}
+
+fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
+    let fields: HashMap<&str, Robj> = plan.as_list()?.iter().collect();
+    let ranks = fields.get("ranks")?.as_integer_vector()?;
+    let start = Start {
+        workers: ranks.len() as u32,
+        mode: match fields.get("mode")?.as_str()? {
+            "spawn" => StartMode::Spawn,
+            _ => StartMode::Fork,
+        },
+        packages: strings(fields.get("packages")?),
+        outfile: match fields.get("outfile")?.as_str()? {
+            "" => Outfile::Console,
+            "/dev/null" => Outfile::Discard,
+            path => Outfile::File(path.to_owned()),
+        },
+        renice: fields.get("renice")?.as_integer()?,
+        spawn_command: strings(fields.get("spawn")?),
+        patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
+        keep: fields.get("keep")?.as_real()? as u64,
+        state: fields.get("state")?.as_real()? as u64,
+        timeout: fields.get("timeout")?.as_real()? as u64,
+        setup: fields.get("setup")?.as_real()? as u64,
+        memory_limit: fields.get("memory_limit")?.as_real()? as u64,
+        stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
+        here: fields.get("here")?.as_bool()? && has_files(),
+    };
+    let format = match fields.get("xdr")?.as_bool()? {
+        true => Format::Xdr,
+        false => Format::Native,
+    };
+    let ranks = ranks.into_iter().map(|rank| (rank - 1) as Rank).collect();
+    Some((Plan { start, ranks }, format))
+}
+
+/// How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
+/// has failed counts as done, and is not an error.
+/// @noRd
+#[extendr]
+fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
+    with_hub(&handle, |hub| {
+        let failure = match hub.progress(tolerant, SLICE) {
+            Progress::Starting { up } => return Ok(up as i32),
+            Progress::Up => return Ok(hub.size() as i32),
+            Progress::Refused { host, reason } => match reason {
+                ToHead::Limits {
+                    what,
+                    needed,
+                    available,
+                    remedy,
+                } => Failure::new("limits")
+                    .with("agent", host + 1)
+                    .with("what", what)
+                    .with("needed", needed)
+                    .with("available", available)
+                    .with("reason", remedy),
+                ToHead::StartFailed { reason } => Failure::new("start_failed")
+                    .with("agent", host + 1)
+                    .with("reason", reason),
+                _ => Failure::new("start_failed").with("agent", host + 1),
+            },
+            Progress::HostFailed { host, failure } => Failure::new("start_failed")
+                .with("agent", host + 1)
+                .with("reason", failure.reason)
+                .with(
+                    "status",
+                    failure.status.map_or_else(String::new, |s| s.to_string()),
+                )
+                .with("stderr", failure.stderr)
+                .with("stdout", failure.stdout),
+            Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
+                .with("rank", rank + 1)
+                .with(
+                    "reason",
+                    format!("a worker {} before it was ready", loss.exit),
+                )
+                .with("stderr", loss.tail),
+        };
+        Err(failure)
+    })
+}
+
+/// Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
+/// that have not.
+/// @noRd
+#[extendr]
+fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        match usize::try_from(agent - 1) {
+            Ok(agent) => hub.leave_out(agent, reason.to_owned()),
+            Err(_) => hub.leave_out_late(reason),
+        }
+        Ok(())
+    })
+}
+
+/// Whether a host is lost and is going to be tried again.
+/// @noRd
+#[extendr]
+fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
+    with_hub(&handle, |hub| {
+        Ok(usize::try_from(agent - 1).is_ok_and(|agent| hub.takes_back(agent)))
+    })
+}
+
+/// Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+/// @noRd
+#[extendr]
+fn hub_gone(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let gone: Vec<Option<Failure>> = {
+            let hub = cluster.hub.borrow();
+            let ranks = 0..hub.size() as Rank;
+            ranks
+                .map(|rank| Some(Failure::gone(rank, &*hub.worker(rank).gone?)))
+                .collect()
+        };
+        let gone = gone
+            .into_iter()
+            .map(|gone| gone.map_or_else(|| ().into(), Robj::from));
+        Ok(List::from_values(gone).into())
+    })
+}
+
+/// Stops these nodes; with the last ones the cluster.
+/// @noRd
+#[extendr]
+fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
+        hub.stop_workers(&ranks?);
+        drop(hub);
+        cluster.forget_messages();
+        Ok(().into())
+    })
+}
+
+/// Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_ended(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        Ok(hub.have_ended(&ranks?, SLICE))
+    })
+}
+
+/// Stops the cluster.
+/// @noRd
+#[extendr]
+fn hub_stop(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.stop();
+        Ok(())
+    })
+}
+
+/// Whether nothing is left of a stopped cluster; waits a little for that.
+/// @noRd
+#[extendr]
+fn hub_closed(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| Ok(hub.is_closed(SLICE)))
+}
+
+/// The pid of each worker, NA for those that are gone.
+/// @noRd
+#[extendr]
+fn hub_pids(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let pids = (0..hub.size() as Rank).map(|rank| {
+            let worker = hub.worker(rank);
+            let pid = worker.pid.filter(|_| worker.gone.is_none());
+            pid.map(|pid| pid as i32)
+        });
+        Ok(pids.collect::<Vec<Option<i32>>>())
+    })
+}
+
+/// The pid of each agent.
+/// @noRd
+#[extendr]
+fn hub_agent_pids(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        let hosts = hub.hosts();
+        let running = |host: &&HostView| host.failure.is_none();
+        // What was launched for another host is the ssh to it.
+        let pid = |host: &HostView| host.hello.as_ref().map(|hello| hello.pid).or(host.pid);
+        let pids = hosts.iter().filter(running).filter_map(pid);
+        Ok(pids.map(|pid| pid as i32).collect::<Vec<i32>>())
+    })
+}
+
+extendr_module! {
+    mod start;
+    fn limits_check;
+    fn hub_start;
+    fn hub_greeted;
+    fn hub_hosts;
+    fn hub_reconnect;
+    fn hub_go;
+    fn hub_progress;
+    fn hub_leave_out;
+    fn hub_takes_back;
+    fn hub_gone;
+    fn hub_stop_nodes;
+    fn hub_ended;
+    fn hub_stop;
+    fn hub_closed;
+    fn hub_pids;
+    fn hub_agent_pids;
+}

@@ -1,0 +1,11 @@
+//! A worker's functions for R.
+
+mod batch;
+pub mod serve;
+
+use extendr_api::prelude::*;
+
+extendr_module! {
+    mod worker;
+    use serve;
+}
