@@ -36,6 +36,150 @@ agent_fail <- function(reason) .Call(wrap__agent_fail, reason)
 #' @noRd
 agent_run <- function() .Call(wrap__agent_run)
 
+#' Checks the system's limits for a number of workers on this machine.
+#' @noRd
+limits_check <- function(workers) .Call(wrap__limits_check, workers)
+
+#' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
+#' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
+#' that are buffered here before they are left on their hosts.
+#' @noRd
+hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
+
+#' Whether all agents have greeted or failed; waits a little for that.
+#' @noRd
+hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
+
+#' What is known of each host: a list of vectors with an element for each.
+#' @noRd
+hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
+
+#' Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
+#' made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
+#' @noRd
+hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnect, handle, path, most, patience)
+
+#' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
+#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
+#' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
+#' none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
+#' @noRd
+hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
+
+#' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
+#' has failed counts as done, and is not an error.
+#' @noRd
+hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
+
+#' Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
+#' that have not.
+#' @noRd
+hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
+
+#' Whether a host is lost and is going to be tried again.
+#' @noRd
+hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
+
+#' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+#' @noRd
+hub_gone <- function(handle) .Call(wrap__hub_gone, handle)
+
+#' Stops these nodes; with the last ones the cluster.
+#' @noRd
+hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
+
+#' Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+#' @noRd
+hub_ended <- function(handle, ranks) .Call(wrap__hub_ended, handle, ranks)
+
+#' Stops the cluster.
+#' @noRd
+hub_stop <- function(handle) .Call(wrap__hub_stop, handle)
+
+#' Whether nothing is left of a stopped cluster; waits a little for that.
+#' @noRd
+hub_closed <- function(handle) .Call(wrap__hub_closed, handle)
+
+#' The pid of each worker, NA for those that are gone.
+#' @noRd
+hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
+
+#' The pid of each agent.
+#' @noRd
+hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
+
+#' Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
+#' it sets there (`""`: of nothing in particular).
+#' @noRd
+hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, handle, rank, job, message, lasts)
+
+#' Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
+#' their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
+#' has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
+#' @noRd
+hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, handle, nodes, job, message, lasts)
+
+#' What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
+#' answer, as hub_receive_any() returns it, or `NULL`.
+#' @noRd
+hub_called <- function(handle) .Call(wrap__hub_called, handle)
+
+#' Sends a task again that was lost.
+#' @noRd
+hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)
+
+#' A task that was lost is not tried again: who asks for its answer is told so.
+#' @noRd
+hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
+
+#' Nobody wants to know any more what became of a task that was lost.
+#' @noRd
+hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
+
+#' The message of a task that ended without an answer. `last`: it is not asked for again.
+#' @noRd
+hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
+
+#' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
+#' hub_read().
+#' @noRd
+hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
+
+#' The number of the task whose answer is being read or could not be read, and the place of its node.
+#' `NULL`: there is none.
+#' @noRd
+hub_reading <- function(handle) .Call(wrap__hub_reading, handle)
+
+#' The answer that hub_receive() or hub_receive_any() has told of.
+#' @noRd
+hub_read <- function(handle) .Call(wrap__hub_read, handle)
+
+#' The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
+#' hub_receive().
+#' @noRd
+hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
+
+#' As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
+#' have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+#' @noRd
+hub_look <- function(handle, ranks, places) .Call(wrap__hub_look, handle, ranks, places)
+
+#' Sleeps a little, or until hub_look() may find something in one of these clusters.
+#' @noRd
+hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
+
+#' The rank of each of these nodes, if they are all of one cluster.
+#' @noRd
+cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
+
+#' Cancels what is left of a job. Returns what there is to be shown.
+#' @noRd
+hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
+
+#' What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
+#' @noRd
+hub_events <- function(handle) .Call(wrap__hub_events, handle)
+
 #' The number of a call that is still to be sent.
 #' @noRd
 call_number <- function(handle) .Call(wrap__call_number, handle)
@@ -83,150 +227,6 @@ calls_to_look_at <- function(handle) .Call(wrap__calls_to_look_at, handle)
 #' to do about a call.
 #' @noRd
 calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
-
-#' Checks the system's limits for a number of workers on this machine.
-#' @noRd
-limits_check <- function(workers) .Call(wrap__limits_check, workers)
-
-#' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
-#' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
-#' that are buffered here before they are left on their hosts.
-#' @noRd
-hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
-
-#' Whether all agents have greeted or failed; waits a little for that.
-#' @noRd
-hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
-
-#' What is known of each host: a list of vectors with an element for each.
-#' @noRd
-hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
-
-#' Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-#' made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
-#' @noRd
-hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnect, handle, path, most, patience)
-
-#' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
-#' @noRd
-hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
-
-#' Whether a host is lost and is going to be tried again.
-#' @noRd
-hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
-
-#' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
-#' has failed counts as done, and is not an error.
-#' @noRd
-hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
-
-#' Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
-#' that have not.
-#' @noRd
-hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
-
-#' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
-#' @noRd
-hub_gone <- function(handle) .Call(wrap__hub_gone, handle)
-
-#' Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
-#' it sets there (`""`: of nothing in particular).
-#' @noRd
-hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, handle, rank, job, message, lasts)
-
-#' Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
-#' their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
-#' has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
-#' @noRd
-hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, handle, nodes, job, message, lasts)
-
-#' What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
-#' answer, as hub_receive_any() returns it, or `NULL`.
-#' @noRd
-hub_called <- function(handle) .Call(wrap__hub_called, handle)
-
-#' Sends a task again that was lost.
-#' @noRd
-hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)
-
-#' A task that was lost is not tried again: who asks for its answer is told so.
-#' @noRd
-hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
-
-#' Nobody wants to know any more what became of a task that was lost.
-#' @noRd
-hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
-
-#' The message of a task that ended without an answer. `last`: it is not asked for again.
-#' @noRd
-hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
-
-#' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-#' hub_read().
-#' @noRd
-hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
-
-#' The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
-#' hub_receive().
-#' @noRd
-hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
-
-#' As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
-#' have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
-#' @noRd
-hub_look <- function(handle, ranks, places) .Call(wrap__hub_look, handle, ranks, places)
-
-#' Sleeps a little, or until hub_look() may find something in one of these clusters.
-#' @noRd
-hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
-
-#' The answer that hub_receive() or hub_receive_any() has told of.
-#' @noRd
-hub_read <- function(handle) .Call(wrap__hub_read, handle)
-
-#' The number of the task whose answer is being read or could not be read, and the place of its node.
-#' `NULL`: there is none.
-#' @noRd
-hub_reading <- function(handle) .Call(wrap__hub_reading, handle)
-
-#' The rank of each of these nodes, if they are all of one cluster.
-#' @noRd
-cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
-
-#' Stops these nodes; with the last ones the cluster.
-#' @noRd
-hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
-
-#' Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
-#' @noRd
-hub_ended <- function(handle, ranks) .Call(wrap__hub_ended, handle, ranks)
-
-#' Stops the cluster.
-#' @noRd
-hub_stop <- function(handle) .Call(wrap__hub_stop, handle)
-
-#' Whether nothing is left of a stopped cluster; waits a little for that.
-#' @noRd
-hub_closed <- function(handle) .Call(wrap__hub_closed, handle)
-
-#' The pid of each worker, NA for those that are gone.
-#' @noRd
-hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
-
-#' The pid of each agent.
-#' @noRd
-hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
-
-#' What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
-#' @noRd
-hub_events <- function(handle) .Call(wrap__hub_events, handle)
-
-#' Cancels what is left of a job. Returns what there is to be shown.
-#' @noRd
-hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
 #' Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 #' that all tasks have. `elements`: a vector without a class, or a function of an element's number.

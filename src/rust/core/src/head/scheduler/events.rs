@@ -30,13 +30,13 @@ pub enum Outcome {
     /// The worker's answer: a serialized R object, which may well be an R error.
     Answer(Body),
     /// The worker ended before it could answer. If another takes its place, tasks that follow wait
-    /// until this one has been submitted again or [`Scheduler::let_go`].
+    /// until this one has been submitted again or [`Scheduler::let_go`](super::Scheduler::let_go).
     Lost(Arc<Gone>),
     /// It took longer than it may.
     TimedOut,
     /// The head no longer wants the answer.
     Cancelled,
-    /// It was taken back before it had started: see [`Scheduler::recall`].
+    /// It was taken back before it had started: see [`Scheduler::recall`](super::Scheduler::recall).
     Recalled,
 }
 
@@ -123,7 +123,8 @@ pub enum Note {
     Aside {
         /// The task, which has not ended.
         task: TaskId,
-        /// The flags of the frame: [`FIRST`] and [`LAST`] delimit a message.
+        /// The flags of the frame: [`FIRST`](crate::protocol::frame::FIRST) and
+        /// [`LAST`](crate::protocol::frame::LAST) delimit a message.
         flags: u8,
         /// A chunk of the message.
         bytes: Bytes,
@@ -157,7 +158,7 @@ pub enum Note {
     Usage {
         /// The host's index among all.
         agent: usize,
-        /// The number of the question: see [`ToAgent::Usage`].
+        /// The number of the question: see [`ToAgent::Usage`](crate::protocol::control::ToAgent::Usage).
         question: u64,
         /// Workers by rank, with their memory.
         usages: Vec<(Rank, Usage)>,

@@ -9,9 +9,10 @@
 //! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
 //! start in the order of submission and one at a time, and a task that was lost with its worker
 //! before those that follow it, if it is submitted again; one that was sent ahead (see
-//! [`Order::ahead`]) and has not started is not lost with a worker that is replaced; bytes of one worker never hold up
-//! another's by more than a chunk; what the head buffers of large results stays under the limit
-//! and a [`GRANT`] (one in shared memory fits under it as a whole), but for one result that R waits for by rank and one for want of any.
+//! [`Order::ahead`]) and has not started is not lost with a worker that is replaced; bytes of one
+//! worker never hold up another's by more than a chunk; what the head buffers of large results stays
+//! under the limit and a [`GRANT`](crate::protocol::limits::GRANT) (one in shared memory fits under it
+//! as a whole), but for one result that R waits for by rank and one for want of any.
 
 use crate::head::activity::{Measure, Moment, Track};
 use crate::head::blobs::Payloads;

@@ -33,7 +33,7 @@ pub struct Order {
     /// Its message begins with this payload, which the worker's agent has.
     pub payload: Option<PayloadId>,
     /// It is a call for whichever of these, which are in order, is free first, and `rank` means nothing.
-    /// Its message follows by [`Scheduler::append_call`].
+    /// Its message follows by [`Scheduler::append_call`](super::Scheduler::append_call).
     pub any_of: Option<Arc<[Rank]>>,
 }
 

@@ -30,7 +30,7 @@ pub(super) struct Worker {
     pub(super) undecided: Option<(TaskId, JobId)>,
     /// The state of its random number generator, if that is known here.
     pub(super) seed: Option<Bytes>,
-    /// Bytes that may be sent: see [`SEND_WINDOW`].
+    /// Bytes that may be sent: see [`SEND_WINDOW`](crate::protocol::limits::SEND_WINDOW).
     pub(super) window: usize,
     /// In its agent's `sendable`.
     pub(super) sendable: bool,
