@@ -134,7 +134,7 @@
 #' to another worker that the same call uses, with the random numbers of the lost one if
 #' those are L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their
 #' nodes, and fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
-#' it is back (`reconnect`); `cl[!is.na(clusterPids(cl))]` leaves them out. A host
+#' it is back (`reconnect`); `clusterAlive(cl)` leaves them out. A host
 #' whose workers are lost again and again (at least ten, and four times as many as it has,
 #' without a task that ends in between) is left out, with a warning.
 #'
@@ -436,6 +436,7 @@ usableCores <- function() {
 #'   each host, without those that are gone.
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
+#' @seealso [clusterAlive()] for the part of a cluster whose workers are alive.
 #' @examples
 #' cl <- makeRustCluster(2)
 #' clusterPids(cl)
@@ -455,6 +456,36 @@ agentPids <- function(cl) {
     if (part$handle$stopped) return(integer())
     checked(hub_agent_pids(part$handle$pointer), part$handle)
   }))
+}
+
+#' The part of a cluster whose workers are alive
+#'
+#' Returns the nodes of a cluster whose workers are alive, as a cluster, in the order of `cl`. Use it to
+#' go on without a lost host or worker: calls that are bound to the nodes of a lost host fail until the
+#' host is back (see [makeRustCluster()]). The session knows which workers are alive and asks none.
+#'
+#' @param cl A cluster made by [makeRustCluster()], a part of one, or nodes of several; a node may be in
+#'   it more than once.
+#' @return A cluster of the same class as `cl`, of length 0 if no worker is alive, as after
+#'   `stopCluster()`. A worker that is being replaced counts as alive. A worker that could not be
+#'   restored, or whose host is lost, does not count until it is back.
+#' @section Errors:
+#' `rustcluster_bad_argument`, also if `cl` has nodes of other packages, such as those of a PSOCK
+#' cluster; `rustcluster_forked`, `rustcluster_restored`.
+#' @seealso [clusterPids()], [clusterStatus()]
+#' @examples
+#' cl <- makeRustCluster(3)
+#' parallel::stopCluster(cl[2])
+#' rest <- clusterAlive(cl)
+#' length(rest)
+#' parallel::clusterCall(rest, function() "alive")
+#' parallel::stopCluster(cl)
+#' @export
+clusterAlive <- function(cl) {
+  # The rest of a cluster of which nothing is left.
+  if (!missing(cl) && inherits(cl, "RustCluster") && !length(cl)) return(cl)
+  alive <- !is.na(clusterPids(cl))
+  cl[alive]
 }
 
 # What is to be said of a cluster that cannot be used; "" of one that can.

@@ -128,7 +128,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
             "; it is tried again in ", field("retry"), " s, and then with growing pauses; until it is back, "
           )
         } else "; no other takes its place: ",
-        "`cl[!is.na(clusterPids(cl))]` leaves it out, if others are left"
+        "`clusterAlive(cl)` leaves it out, if others are left"
       ),
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; it is being replaced",
       if (!is.null(field("again"))) {
@@ -141,7 +141,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
       if (isTRUE(hub_takes_back(handle$pointer, owner))) "; it is tried again until it is back, and " else "; ",
-      "`cl[!is.na(clusterPids(cl))]` leaves its nodes out, if others are left"
+      "`clusterAlive(cl)` leaves its nodes out, if others are left"
     ),
     timeout = paste0(
       tasks, " took longer than its ",
