@@ -38,7 +38,8 @@
 #'     it does not heed that for 2 s. Returns, invisibly, whether it had not ended before.}
 #' }
 #' A call of which nobody has the object any more is cancelled. [promises::as.promise()] works on it: the
-#' session need not wait, and is woken when the call has ended.
+#' session need not wait, and is woken when the call has ended. So do `value()` and `resolved()` of
+#' \pkg{future} ([future_generics]).
 #' @section Errors:
 #' `value()` raises the error of `expr` as it was raised there. `rustcluster_task_failed` (fields
 #' `losses`): the call was lost with its worker more often than `retries` of the cluster allows.
@@ -50,7 +51,7 @@
 #'
 #' Of each loss after which a call is tried again a warning tells, at the next look at any call. Where
 #' `options(warn = 2)` makes that an error, the call goes on all the same: ask once more.
-#' @seealso [clusterLapplyAsync()]
+#' @seealso [clusterLapplyAsync()], [promises], [future_generics]
 #' @examples
 #' cl <- makeRustCluster(2)
 #' x <- 20
@@ -449,9 +450,11 @@ callStatus <- function(record) {
   if (identical(place, 0L)) "waiting" else "running"
 }
 
-callValue <- function(record) {
+# `signal`: whether an error is raised, or returned as a condition.
+callValue <- function(record, signal = TRUE) {
+  force(signal)
   awaitCall(record)
-  if (record$state != "done") stop(record$result)
+  if (record$state != "done" && signal) stop(record$result)
   record$result
 }
 
