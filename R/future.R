@@ -528,7 +528,8 @@ registerFutureMethods <- function(...) {
 #' waiting, whether the call has ended: with a value, with an error, or because it was cancelled.
 #'
 #' The methods of \pkg{future} for lists and environments handle futures alone: a call in a list is
-#' returned as it is, and counts as resolved. Use `lapply(calls, value)` and `vapply(calls, resolved, NA)`.
+#' returned as it is, and counts as resolved. Use `lapply(calls, value)` and
+#' `vapply(calls, resolved, NA)`.
 #'
 #' @param future,x An object made by [clusterSubmit()] or [clusterLapplyAsync()].
 #' @param stdout Accepted as an argument of \pkg{future}'s, and not used: output stays on the worker.
