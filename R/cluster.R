@@ -207,7 +207,7 @@
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and
 #' `rustcluster_start_failed`, before anything is started or with nothing left
-#' of it; later those listed in [rustcluster-package].
+#' of it; later those listed in [rustcluster_conditions].
 #'
 #' @seealso [clusterHosts()], [clusterPids()], [installOnHosts()]
 #' @examples
@@ -314,7 +314,8 @@ isText <- function(x) !is.na(x) & Encoding(x) != "bytes" & validEnc(x)
 count <- function(value, argument, most) {
   value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
-    badArgument(argument, "must be a number, at least 1")
+    what <- switch(argument, spec = , ncore = "a number of workers", threads = "a number of threads", port = "a port")
+    badArgument(argument, "must be ", what, ", at least 1")
   }
   if (value > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
   as.integer(value)

@@ -76,9 +76,9 @@ quarantined <- function(index, losses, what = "task") {
 
 # Of what is given up, after these losses.
 lostText <- function(what, losses) {
-  times <- if (length(losses) == 1L) "once" else paste(length(losses), "times")
+  attempts <- if (length(losses) == 1L) "its only attempt" else paste("all", length(losses), "attempts")
   paste0(
-    what, ": lost with the worker ", times, " and not tried again. The losses:\n",
+    what, " failed: its worker died on ", attempts, ":\n",
     paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
   )
 }
@@ -154,7 +154,7 @@ show <- function(events, handle, except = NULL) {
     if (event[["kind"]] == "output") {
       showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
     } else {
-      type <- if (event[["kind"]] %in% c("host_back", "worker_back")) "message" else "warning"
+      type <- if (event[["kind"]] %in% names(conditionClasses$message)) "message" else "warning"
       conditions <- c(conditions, list(failureCondition(event, handle, type)))
     }
   }

@@ -513,7 +513,7 @@ test_that("a task that ends every worker is given up, and all else is kept", {
   }
   expect_identical(error$losses[[1]]$pid, pids[[2]])
   expect_length(unique(vapply(error$losses, `[[`, 0L, "pid")), 3)
-  expect_match(conditionMessage(error), "task 5: lost with the worker 3 times", fixed = TRUE)
+  expect_match(conditionMessage(error), "task 5 failed: its worker died on all 3 attempts", fixed = TRUE)
   expect_match(conditionMessage(error), "SIGKILL")
   # Here all workers have their state, and those that lost nothing are the same.
   expect_identical(clusterEvalQ(cl, x), list(5, 5, 5))

@@ -28,7 +28,7 @@ test_that("a cluster in a restored session says what has happened and what to do
         NULL
       }, error = identity)
       if (is.null(error)) return(say(name, "no error"))
-      say(name, class(error)[[1]], grepl("Make a new one with makeRustCluster", conditionMessage(error)))
+      say(name, class(error)[[1]], grepl("create a new one with makeRustCluster", conditionMessage(error)))
     }
     tell("clusterCall", clusterCall(cl, identity, 1))
     tell("theirs", parallel::clusterCall(cl, identity, 1))
