@@ -5,11 +5,8 @@
 #' uses no R connection, neither here nor on its workers, so their number is
 #' bound by memory and not by R's table of 128 connections.
 #'
-#' An agent, one R process, is started and forks the workers; it holds one
-#' stream of bytes to this session, ends with it, and ends its workers with
-#' itself. Workers start with the global environment, search path and options of
-#' a PSOCK worker. Each has its own temporary directory, its own random seed and
-#' its own process group.
+#' On each host an agent, one R process, forks the workers. [rustcluster_lifetime] says how the processes
+#' start and end, [rustcluster_faults] what happens when some of them fail.
 #'
 #' @param spec How many workers, and where. Nodes are in the order given; equal
 #'   hosts share an agent.
@@ -38,7 +35,7 @@
 #'   after their host and rank; a file is appended to), `rscript`, `rscript_args`, `homogeneous`, `methods`,
 #'   `renice` (added to the workers' niceness), `rlibs`, `setup_timeout` (in
 #'   seconds; default 120; also for each step in which a lost worker is replaced,
-#'   see section Faults), `user`, `rshcmd` (a command line, or a character
+#'   see [rustcluster_faults]), `user`, `rshcmd` (a command line, or a character
 #'   vector of a command and its arguments; default `"ssh"`), `rshopts` (further
 #'   arguments). Without any meaning here, and accepted for the sake of old code:
 #'   `port`, `master`, `useXDR`, `setup_strategy` and others. On other
@@ -49,7 +46,7 @@
 #' @param packages (character) Packages to attach in all workers. The agent
 #'   loads them once, before it forks, which takes less time and memory than
 #'   loading them in each worker. Each worker loads those that make state of
-#'   their process at load. See section Packages.
+#'   their process at load. See section Packages of [rustcluster_lifetime].
 #' @param rscript_envs (character) Environment variables of the workers: with
 #'   names, their values, `NA` to unset one; without names, the variables of
 #'   this session to pass on.
@@ -78,7 +75,7 @@
 #'   another host for lost, and its agent this session; default 20. An agent says
 #'   that it is there four times in that time, however busy its workers are.
 #' @param retries (integer) How often a task is tried again that was lost with its
-#'   worker, host or link, at least 0; default 2. See section Faults. `0`: a loss is
+#'   worker, host or link, at least 0; default 2. See [rustcluster_faults]. `0`: a loss is
 #'   an error at once.
 #' @param timeout (number) Seconds that a task may take, from when its worker has
 #'   all of its message, at least 0.001; default `Inf`. A task that takes longer is
@@ -96,7 +93,7 @@
 #' @param keep_limit (number) Bytes that an agent keeps of what lasts on its
 #'   workers, to restore those that it replaces (and, on other hosts, as much again
 #'   of what may be sent to another worker). Default: an eighth of the memory that
-#'   is available there, from 16 MiB to 1 GiB. See section Faults.
+#'   is available there, from 16 MiB to 1 GiB. See [rustcluster_faults].
 #' @param stop_timeout (number) Seconds that `stopCluster()` waits for an idle worker
 #'   to end, at least 0; default 5. In that time the worker runs its exit handlers
 #'   (`.Last()`, `reg.finalizer(onexit = TRUE)`). A worker that takes longer is killed,
@@ -107,62 +104,6 @@
 #'   class `"RustNode"`, each a list with `host` (character), `rank` (integer,
 #'   from 1) and a handle. A node stands for one process until that ends. Subsets,
 #'   as `cl[1:2]`, are clusters too.
-#'
-#' @section Faults:
-#' A worker that is lost is replaced at once by its agent, and the new one is brought
-#' to the state of the old: what `clusterExport()`, `clusterEvalQ()`, `clusterCall()`
-#' and `clusterSetRNGStream()` did on it is done again, in the same order and with
-#' the values that were sent then, and its random numbers go on where the last task
-#' that ended left them. What such a call did outside of the worker, as in a file, is
-#' done again, too, and many calls take their time. What other tasks left behind is
-#' gone, and so is what an interrupted call did. Replaced are only those workers whose
-#' whole state is kept: when that takes more than `keep_limit`, a warning
-#' (`rustcluster_state_not_kept`) says that workers lost there will not be replaced from
-#' then on.
-#'
-#' A worker that ends three times in a row while it is restored, or makes no progress (with
-#' its start, or with a call that is done again, beyond twice the time that the call took
-#' at first) for `setup_timeout`, is lost for the time being: an error or a warning
-#' (`rustcluster_worker_lost`) says so and why, and `clusterPids()` has `NA` for its node. It is
-#' tried again after 1 s, 2 s, 4 s and so on up to every 30 s. When it is back, with all that was
-#' kept, a message (`rustcluster_worker_back`) says so, and its node is usable again.
-#'
-#' The task that was lost is tried again on that worker, before all others that wait
-#' for it, with the same random numbers as at first; a warning
-#' (`rustcluster_worker_lost`) tells of each loss, which `options(warn = 2)` makes the
-#' end of the call. If its host is lost, or its worker is not replaced, it is given
-#' to another worker that the same call uses, with the random numbers of the lost one if
-#' those are L'Ecuyer-CMRG streams; `clusterCall()` and its kind are bound to their
-#' nodes, and fail. Later calls on nodes of a lost host fail with `rustcluster_host_failed`, until
-#' it is back (`reconnect`); `clusterAlive(cl)` leaves them out. A host
-#' whose workers are lost again and again (at least ten, and four times as many as it has,
-#' without a task that ends in between) is left out, with a warning.
-#'
-#' A task that was lost `retries + 1` times is not tried again. The others go on, and in
-#' the end an error of class `rustcluster_task_failed` is raised, with fields `index`
-#' (integer, which of the tasks that were sent: of [parallel::parLapply()] and its
-#' kind, which chunk of the elements), `losses` (a list of conditions),
-#' `results` (a list of the results of all tasks, `NULL` for those that have none, and the text of its error,
-#' of class `"try-error"`, for one that R code ended) and
-#' `failures` (all errors of this kind). `rustcluster_timeout` has these fields, too.
-#' If a task before it failed with an error of its own, \pkg{parallel} raises that
-#' instead. Errors of R code are results, and never tried again. So is a jump to R's top level, which ends a
-#' PSOCK worker: `stop()` makes it with a condition that is no error, and `invokeRestart("abort")`.
-#'
-#' @section Packages:
-#' A forked worker has what a package made of the agent's process at load. A package of `packages` is
-#' therefore loaded by each worker, after the fork, if it or a namespace that it imports does one of the
-#' following at load: it draws random numbers, asks for `tempdir()`, `tempfile()`, the process id or the time,
-#' makes files in the temporary directory, opens connections, files or sockets, starts threads or processes,
-#' registers an exit finalizer, or has compiled code that can read the clock, the process id or random bytes.
-#' The agent finds this out by watching the packages load, and then starts anew without them. The search path
-#' is that of a PSOCK worker in any case. Packages that a user's profile loads are looked at in the same way:
-#' if one must not be forked, that host's workers are started as with `start = "spawn"`.
-#'
-#' Some packages are known: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl,
-#' snow and terra are always loaded by each worker; data.table and cli are loaded once, and each worker gets
-#' their threads anew. What C code does at load may escape notice: `start = "spawn"` is the way out.
-#' `vignette("packages")` has a table of common packages.
 #'
 #' @section Several clusters:
 #' `c(cl1, cl2)` is a cluster with the nodes of both, in that order. All verbs work on it, those of
@@ -182,34 +123,14 @@
 #' `makeCluster()` makes where no `type` is given. Older versions of R have no register, and say
 #' "unknown cluster type".
 #'
-#' @section Ends:
-# nolint start: line_length_linter. A row of a table is one line.
-#' | what happens | what follows |
-#' |---|---|
-#' | `stopCluster(cl)`, idle, busy, again, or in the middle of a call | returns when no process is left; idle workers run their exit handlers, and are killed after `stop_timeout` seconds, with a warning; busy workers are interrupted, and killed after 0.6 s; the call fails with `rustcluster_stopped` |
-#' | `stopCluster(cl[1:2])` | the same for these workers; the others stay |
-#' | the last handle is garbage-collected | as `stopCluster()`, without waiting |
-#' | `stopCluster()` in a fork of this session | `rustcluster_forked`; nothing ends |
-#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second: exit handlers of workers have 0.6 s |
-#' | Ctrl-C, a time limit, an error in a handler, in a call | its tasks are interrupted, and the next call is right; a worker that does not heed it for 2 s is killed and replaced, with a warning |
-#' | a worker ends (`quit()`, a signal, out of memory) | it is replaced and its task tried again: see Faults |
-#' | a worker ignores SIGTERM, or has closed its descriptors | it is killed; the latter is a loss as above |
-#' | the agent or its ssh is killed, or told to end | its workers end within a second, with all that they started; the tasks move to other hosts |
-#' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
-#' | a disk is full on the host | errors of the tasks that write to it; `outfile` misses lines |
-# nolint end
-#'
-#' What a worker has started itself (with `system()`, `mclapply()` and the like) is killed with it, and
-#' with a killed agent, unless that has made itself the leader of another process group (as `setsid`
-#' does): then it goes on, and on Linux a warning of class `rustcluster_left_behind` names it when its
-#' worker has ended. A cluster that a worker has made ends with it.
-#'
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and
 #' `rustcluster_start_failed`, before anything is started or with nothing left
 #' of it; later those listed in [rustcluster_conditions].
 #'
-#' @seealso [clusterHosts()], [clusterPids()], [installOnHosts()]
+#' @seealso [rustcluster_faults] for failures, retries, reconnection and timeouts; [rustcluster_lifetime]
+#'   for start, packages, ends and processes left behind; [clusterHosts()], [clusterPids()],
+#'   [clusterAlive()], [installOnHosts()]
 #' @examples
 #' library(parallel)
 #' cl <- makeRustCluster(2)
@@ -463,7 +384,7 @@ agentPids <- function(cl) {
 #'
 #' Returns the nodes of a cluster whose workers are alive, as a cluster, in the order of `cl`. Use it to
 #' go on without a lost host or worker: calls that are bound to the nodes of a lost host fail until the
-#' host is back (see [makeRustCluster()]). The session knows which workers are alive and asks none.
+#' host is back (see [rustcluster_faults]). The session knows which workers are alive and asks none.
 #'
 #' @param cl A cluster made by [makeRustCluster()], a part of one, or nodes of several; a node may be in
 #'   it more than once.

@@ -29,7 +29,7 @@ conditionClasses <- list(
     ),
     task_failed = paste(
       "A task's worker died on all attempts. Fields `index`, `losses`, `results`, `failures`: see",
-      "[makeRustCluster()]."
+      "[rustcluster_faults]."
     ),
     cancelled = "A call of [clusterSubmit()] was cancelled.",
     call_failed = "The value of a call of [clusterSubmit()] could not be sent, or the call was interrupted.",

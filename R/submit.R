@@ -47,7 +47,7 @@
 #' nobody is left to try it. `rustcluster_timeout`: it took longer than `timeout` of the cluster.
 #' `rustcluster_aborted`: it jumped to R's top level, as by `invokeRestart("abort")`.
 #' `rustcluster_cancelled`: it was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
-#' `rustcluster_restored`: see [makeRustCluster()].
+#' `rustcluster_restored`: see [rustcluster_conditions].
 #'
 #' Of each loss after which a call is tried again a warning tells, at the next look at any call. Where
 #' `options(warn = 2)` makes that an error, the call goes on all the same: ask once more.
