@@ -8,6 +8,7 @@ plot.RustCluster <- function(x, ...) {
 }
 
 #' @rdname clusterTimeline
+#' @order 2
 #' @param x What `clusterTimeline()` has returned, or some rows of it.
 #' @param xlim (numeric) From when to when, in seconds; default: from the first interval to the last.
 #' @param main (character) The title; default: how many workers there are, and what part of the time they

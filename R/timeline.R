@@ -40,6 +40,7 @@
 #' timeline <- clusterTimeline(cl)
 #' parallel::stopCluster(cl)
 #' plot(timeline)
+#' @order 1
 #' @export
 clusterTimeline <- function(cl) {
   parts <- clustersOf(cl)
@@ -78,6 +79,7 @@ timelineOf <- function(part, rows, later, several) {
 }
 
 #' @rdname clusterTimeline
+#' @order 3
 #' @param n (integer) Rows to show.
 #' @export
 print.rustcluster_timeline <- function(x, n = 10L, ...) {
