@@ -4,8 +4,8 @@ use crate::failure::Failure;
 use crate::worker;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::{self, Greeted, Guard, Role};
-use rustcluster_core::message::{Start, StartMode};
-use rustcluster_core::{elf, limits, sys};
+use rustcluster_core::platform::{elf, fd, limits};
+use rustcluster_core::protocol::control::{Start, StartMode};
 use std::cell::RefCell;
 use std::ffi::OsString;
 use std::fs::File;
@@ -91,11 +91,11 @@ extern "C" fn become_next() {
     let Some(mut next) = NEXT.lock().ok().and_then(|mut next| next.take()) else {
         return;
     };
-    sys::flush_stdio();
+    fd::flush_stdio();
     // Nothing that packages have opened belongs to the next program.
-    sys::close_others_on_exec();
-    let stdin = sys::redirect(next.stdin.as_raw_fd(), 0);
-    let streams = stdin.and_then(|()| sys::redirect(next.stdout.as_raw_fd(), 1));
+    fd::close_others_on_exec();
+    let stdin = fd::redirect(next.stdin.as_raw_fd(), 0);
+    let streams = stdin.and_then(|()| fd::redirect(next.stdout.as_raw_fd(), 1));
     let error = streams.map_or_else(|error| error, |()| next.command.exec());
     eprintln!("the agent could not start anew: {error}");
 }

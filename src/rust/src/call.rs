@@ -6,7 +6,8 @@ use crate::stream::{self, Format};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, SEXP};
-use rustcluster_core::scheduler::{CallPlace, Outcome, Rank, TaskId};
+use rustcluster_core::protocol::ids::{Rank, TaskId};
+use rustcluster_core::scheduler::{CallPlace, Outcome};
 use std::ffi::{c_int, c_void};
 
 /// The number of a call that is still to be sent.

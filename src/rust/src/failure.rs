@@ -2,8 +2,10 @@
 //! (R/conditions.R).
 
 use extendr_api::prelude::*;
-use rustcluster_core::message::{Exit, Loss, Setback};
-use rustcluster_core::scheduler::{Gone, Rank};
+use rustcluster_core::platform::exit::Exit;
+use rustcluster_core::protocol::control::{Loss, Setback};
+use rustcluster_core::protocol::ids::Rank;
+use rustcluster_core::scheduler::Gone;
 
 /// What went wrong: the end of the condition's class, and what it carries.
 pub struct Failure(Vec<(&'static str, String)>);

@@ -3,12 +3,10 @@
 use crate::failure::Failure;
 use crate::job::Job;
 use crate::mapped::{self, Written};
-use crate::plain;
 use crate::repeat::{LARGE, Repeated, User};
-use crate::status;
 use crate::stream::{self, Format, Sink};
-use crate::unit;
 use crate::unwind::{self, Jump};
+use crate::{plain, status, unit};
 use extendr_api::prelude::*;
 use extendr_ffi::{
     INTEGER_ELT, R_CHAR, R_NamesSymbol, REAL_ELT, Rf_getAttrib, Rf_protect, Rf_unprotect,
@@ -17,11 +15,12 @@ use extendr_ffi::{
 use rustcluster_core::agent;
 use rustcluster_core::hub::{Answer, Begun, Event, HostView, Hub, NO_JOB, Plan, Progress, Turn};
 use rustcluster_core::launch::Launch;
-use rustcluster_core::limits;
-use rustcluster_core::message::{Outfile, Setback, Start, StartMode, ToHead};
-use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{Body, Gone, JobId, MOST_SHARED, Rank, TaskId};
-use rustcluster_core::share;
+use rustcluster_core::platform::limits;
+use rustcluster_core::protocol::body::Body;
+use rustcluster_core::protocol::control::{Outfile, Setback, Start, StartMode, ToHead};
+use rustcluster_core::protocol::dedup;
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::scheduler::{Gone, MOST_SHARED};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
@@ -960,7 +959,7 @@ pub fn share_common(
         fixed: *fixed,
         bytes: bytes.len() as u64,
     };
-    let key = short.as_ref().map(|(bytes, _)| share::key_of(bytes));
+    let key = short.as_ref().map(|(bytes, _)| dedup::key_of(bytes));
     if let (Some(short), Some((last, id))) = (&short, cluster.common.get()) {
         let has = |&rank: &Rank| cluster.hub.borrow().has_payload(rank, id);
         if key == Some(last) && ranks.iter().all(has) {

@@ -6,11 +6,9 @@
 
 use crate::failure::Failure;
 use crate::head::{self, Cluster, SLICE, ToHub, Unsent};
-use crate::mapped;
-use crate::status;
 use crate::stream::{self, Bounded, Format, Sink};
-use crate::unit;
 use crate::unwind::{self, Jump};
+use crate::{mapped, status, unit};
 use extendr_api::prelude::*;
 use extendr_ffi::{
     INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
@@ -18,9 +16,9 @@ use extendr_ffi::{
 };
 use rustcluster_core::activity::TOO_LONG;
 use rustcluster_core::hub::{Answer, HostView, Turn};
-use rustcluster_core::payloads::PayloadId;
 use rustcluster_core::planner::{Assignment, Ended, Planner};
-use rustcluster_core::scheduler::{Body, JobId, Rank, TaskId};
+use rustcluster_core::protocol::body::Body;
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{c_int, c_void};
 use std::time::{Duration, Instant};

@@ -27,13 +27,14 @@ mod worker;
 use extendr_api::prelude::*;
 
 #[global_allocator]
-static ALLOCATOR: rustcluster_core::reserve::Reserving = rustcluster_core::reserve::Reserving;
+static ALLOCATOR: rustcluster_core::platform::reserve::Reserving =
+    rustcluster_core::platform::reserve::Reserving;
 
 /// Cores that this process may use: affinity, cgroups and schedulers' variables considered.
 /// @noRd
 #[extendr]
 fn usable_cores() -> i32 {
-    i32::try_from(rustcluster_core::cores::usable_cores()).unwrap_or(i32::MAX)
+    i32::try_from(rustcluster_core::platform::cores::usable_cores()).unwrap_or(i32::MAX)
 }
 
 /// Whether it is the address of an interface of this machine. Of the loopback's only the usual one

@@ -14,10 +14,10 @@ use crate::stream::{self, Sink, Source};
 use crate::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
-use rustcluster_core::scheduler::Body;
-use rustcluster_core::signals::without_file_size_signal;
+use rustcluster_core::platform::signals::without_file_size_signal;
+use rustcluster_core::platform::{limits, memfd, memory};
+use rustcluster_core::protocol::body::Body;
 use rustcluster_core::worker::Payload;
-use rustcluster_core::{cores, limits, sys};
 use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io::{self, Write};
@@ -379,7 +379,7 @@ impl Answer {
     /// One of about so many bytes. `None`: it is better sent otherwise, since memory is scarce.
     fn new(bytes: u64) -> Option<Answer> {
         let mut answer = Answer {
-            file: sys::memory_file().ok()?,
+            file: memfd::memory_file().ok()?,
             buffer: Vec::with_capacity(PIECE),
             written: 0,
             bytes,
@@ -400,7 +400,7 @@ impl Answer {
         let left = self.bytes.saturating_sub(self.written).max(bytes + STEP);
         let plenty = |(all, available): (u64, u64)| left <= available / 8 && all / 16 <= available;
         self.failed = !limits::may_make_file(self.written.saturating_add(left))
-            || !cores::host_memory().is_some_and(plenty);
+            || !memory::host_memory().is_some_and(plenty);
     }
 
     fn put(&mut self, bytes: &[u8]) {
@@ -420,7 +420,7 @@ impl Answer {
     /// was not enough memory.
     fn finish(mut self) -> Option<(File, u64)> {
         self.flush();
-        let whole = !self.failed && sys::seal(&self.file).is_ok();
+        let whole = !self.failed && memfd::seal(&self.file).is_ok();
         whole.then_some((self.file, self.written))
     }
 }

@@ -21,9 +21,8 @@ use crate::stream::{Format, Sink};
 use crate::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
-use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{JobId, Rank};
-use rustcluster_core::share::Fingerprint;
+use rustcluster_core::protocol::dedup::Fingerprint;
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank};
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
 

@@ -5,7 +5,8 @@ use crate::head::{self, Cluster};
 use extendr_api::prelude::*;
 use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
 use rustcluster_core::activity::{Interval, Kind, Moment, Track};
-use rustcluster_core::scheduler::{Rank, State, TaskId};
+use rustcluster_core::protocol::ids::{Rank, TaskId};
+use rustcluster_core::scheduler::State;
 use std::ffi::{CStr, c_int, c_void};
 use std::time::Duration;
 

@@ -7,7 +7,7 @@ use extendr_ffi::{
     ALTREP, R_NilValue, R_Serialize, R_Unserialize, R_inpstream_st, R_inpstream_t, R_outpstream_st,
     R_outpstream_t, R_pstream_format_t, Rf_error, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::scheduler::Body;
+use rustcluster_core::protocol::body::Body;
 use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void};
 

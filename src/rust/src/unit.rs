@@ -4,14 +4,13 @@
 //! A value is either plain (see [`crate::plain`]) or in R's serialization, whichever its first byte
 //! says. All numbers are in the byte order of this machine.
 
-use crate::mapped;
-use crate::plain;
 use crate::stream::{self, Format, Sink, Source};
+use crate::{mapped, plain};
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_error, SEXP};
 use rustcluster_core::activity::Measured;
-use rustcluster_core::scheduler::Body;
-use rustcluster_core::sys;
+use rustcluster_core::platform::clock;
+use rustcluster_core::protocol::body::Body;
 use std::ffi::{c_char, c_int};
 use std::time::Duration;
 
@@ -60,10 +59,10 @@ impl Head {
         out.extend_from_slice(&self.most.to_ne_bytes());
     }
 
-    /// Until when tasks may be begun, by [`sys::coarse_now`], if the first is begun now; `None`: no limit.
+    /// Until when tasks may be begun, by [`clock::coarse_now`], if the first is begun now; `None`: no limit.
     pub fn until(self) -> Option<Duration> {
         let most = Duration::from_micros(self.most.into());
-        (!most.is_zero()).then(|| sys::coarse_now() + most)
+        (!most.is_zero()).then(|| clock::coarse_now() + most)
     }
 
     /// Puts another count into a message that begins with this.

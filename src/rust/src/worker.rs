@@ -11,11 +11,10 @@ use extendr_ffi::{
     R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_allocVector, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::limits;
-use rustcluster_core::message::WorkerConfig;
-use rustcluster_core::scheduler::Body;
-use rustcluster_core::signals;
-use rustcluster_core::sys::{self, Usage};
+use rustcluster_core::platform::clock::{self, Usage};
+use rustcluster_core::platform::{fd, limits, signals};
+use rustcluster_core::protocol::body::Body;
+use rustcluster_core::protocol::control::WorkerConfig;
 use rustcluster_core::worker::{Channel, Payload, Seed, Task};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
@@ -71,7 +70,7 @@ fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Resu
 #[extendr]
 fn worker_connect() -> Robj {
     let connect = || -> io::Result<Robj> {
-        let reader = sys::take_stdin()?;
+        let reader = fd::take_stdin()?;
         let stream = UnixStream::from(OwnedFd::from(reader));
         let mut channel = Channel::new(stream, 0);
         let config: WorkerConfig = channel.config()?;
@@ -444,7 +443,7 @@ struct Unit {
     began: Instant,
     /// What this process had had of its cores by then.
     usage: Usage,
-    /// Until when others are begun, by [`sys::coarse_now`]; `None`: until there are none.
+    /// Until when others are begun, by [`clock::coarse_now`]; `None`: until there are none.
     until: Option<Duration>,
     /// Tasks that have been begun.
     begun: u32,
@@ -543,7 +542,7 @@ impl Unit {
 
     /// There are more tasks, and this worker is to do them.
     fn goes_on(&self) -> bool {
-        let is_over = || self.until.is_some_and(|until| sys::coarse_now() > until);
+        let is_over = || self.until.is_some_and(|until| clock::coarse_now() > until);
         self.begun < self.head.count && !is_over()
     }
 

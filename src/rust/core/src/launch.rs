@@ -1,19 +1,15 @@
 //! Starting an agent: a command line whose stdin and stdout are the stream to it.
 
-use crate::signals;
+use crate::platform::signals;
+use crate::protocol::handshake::ENDS_WITH_HEAD;
 use std::ffi::OsString;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
-
-/// Set in the environment of what is started here, to the number of the process that starts it: by that
-/// others know what ends with its head.
-pub const ENDS_WITH_HEAD: &str = "RUSTCLUSTER_ENDS_WITH_HEAD";
+use std::{io, thread};
 
 /// How to start an agent.
 #[derive(Clone, Debug)]
@@ -145,7 +141,7 @@ fn wait_for(
     on_exit: impl FnOnce(io::Result<ExitStatus>) + Send + 'static,
 ) -> io::Result<()> {
     let wait = move || {
-        crate::sys::await_exit(process.pid);
+        crate::platform::process::await_exit(process.pid);
         let status = {
             let mut running = process
                 .running

@@ -6,14 +6,12 @@
 //! to be sent begins with it. How agents and workers go on is in [`crate::agent::payload`] and
 //! [`crate::worker`].
 
-use crate::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
-use crate::share::{Chunk, Mirror, Sent};
+use crate::protocol::dedup::{Chunk, Mirror, Sent};
+use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::protocol::ids::PayloadId;
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-
-/// Identifies a payload, for ever and over all hosts of a cluster. It is never that of other bytes.
-pub type PayloadId = u64;
 
 /// A chunk's bytes in the head's memory, counted once however many agents it waits for.
 type Counted = Arc<usize>;
@@ -184,6 +182,7 @@ impl Payloads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::ids::PayloadId;
 
     fn append(all: &mut [Payloads], id: PayloadId, len: usize, last: bool) {
         let chunk = Chunk::from(Bytes::from(vec![0; len]));

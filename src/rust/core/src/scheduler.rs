@@ -14,14 +14,18 @@
 //! and a [`GRANT`] (one in shared memory fits under it as a whole), but for one result that R waits for by rank and one for want of any.
 
 use crate::activity::{Measure, Moment, TOO_LONG, Times, Track};
-use crate::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED};
-use crate::message::{self, Loss, ToAgent, ToHead, Usage};
-use crate::payloads::{PayloadId, Payloads};
-use crate::share::{Chunk, Mirror, Sent};
-use bytes::{Buf, Bytes};
+use crate::payloads::Payloads;
+use crate::protocol::body::{Body, Memory};
+use crate::protocol::control::{self, Loss, ToAgent, ToHead, Usage};
+use crate::protocol::dedup::{Chunk, Mirror, Sent};
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{
+    ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
+};
+use crate::protocol::ids::{CALLS, JobId, PayloadId, RESTORE, Rank, TaskId};
+use crate::protocol::limits::{GRANT, MOST_MEMORY, RESULT_WINDOW, SEND_WINDOW};
+use bytes::Bytes;
 use std::collections::{HashSet, VecDeque};
-use std::fmt;
-use std::fs::File;
 use std::mem;
 use std::sync::Arc;
 
@@ -29,26 +33,6 @@ mod calls;
 
 pub use calls::CallPlace;
 use calls::Calls;
-
-/// Identifies a task, for ever and over all workers of a cluster.
-pub type TaskId = u64;
-/// In the numbers of tasks by which the head restores workers of a host that is back.
-pub const RESTORE: TaskId = 1 << 62;
-/// Groups the tasks of one call of a verb, so that they can be cancelled together.
-pub type JobId = u64;
-/// That of all calls for whoever is free: see [`Order::any_of`].
-pub const CALLS: JobId = JobId::MAX;
-/// A worker's index in its cluster, from 0.
-pub type Rank = u32;
-
-/// Bytes of frames of tasks that may be on the way to a worker before its agent has passed them
-/// on. Counted over all its tasks, so that those withdrawn half sent do not pile up in the agent
-/// of a worker that does not read.
-pub const SEND_WINDOW: usize = 1024 * 1024;
-/// Bytes of a result that an agent sends without being asked: results up to here are "small".
-pub const RESULT_WINDOW: usize = 256 * 1024;
-/// Bytes of a large result that the head asks for at a time.
-pub const GRANT: usize = 1024 * 1024;
 
 /// Large results that flow from a host at a time.
 const AT_ONCE: usize = 4;
@@ -58,95 +42,9 @@ const AT_ONCE: usize = 4;
 /// is another.
 pub const LOSSES_IN_A_ROW: usize = 10;
 
-/// Chunks of a result are not held apart if they are no longer than this together. Our workers fill
-/// theirs; those of another would take many times the bytes that are counted.
-const SMALL: usize = 4 * 1024;
-
-/// Bytes of a result in shared memory, at most: sums of them are numbers, too.
-pub const MOST_MEMORY: u64 = 1 << 47;
-
 /// Results in shared memory that are held at a time, but for one that R waits for: each takes a
 /// descriptor.
 pub const MOST_SHARED: usize = 128;
-
-/// Shared memory with a whole result. Nobody can change it.
-#[derive(Clone, Debug, Default)]
-pub struct Memory {
-    /// Bytes of the result.
-    pub len: usize,
-    /// None in simulations.
-    pub file: Option<Arc<File>>,
-    /// By which those that are held are counted.
-    _counted: Option<Arc<()>>,
-}
-
-impl Memory {
-    /// Memory that is not counted yet among the results held.
-    pub fn new(len: usize, file: Option<Arc<File>>) -> Memory {
-        let _counted = None;
-        Memory {
-            len,
-            file,
-            _counted,
-        }
-    }
-}
-
-impl PartialEq for Memory {
-    fn eq(&self, other: &Memory) -> bool {
-        let same = match (&self.file, &other.file) {
-            (Some(file), Some(other)) => Arc::ptr_eq(file, other),
-            (file, other) => file.is_none() && other.is_none(),
-        };
-        same && self.len == other.len
-    }
-}
-
-impl Eq for Memory {}
-
-/// The bytes of a result, as they arrived.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Body {
-    /// The bytes in order, in the pieces that they arrived in.
-    pub chunks: VecDeque<Bytes>,
-    /// Bytes in all chunks, or in the memory.
-    pub len: usize,
-    /// All of them are there, and none in chunks.
-    pub memory: Option<Memory>,
-}
-
-impl Body {
-    /// All of it, if it came in one chunk.
-    pub fn whole(&self) -> Option<&[u8]> {
-        let [chunk] = self.chunks.as_slices().0 else {
-            return None;
-        };
-        (chunk.len() == self.len).then_some(chunk)
-    }
-
-    /// Drops so many bytes off the front, or all.
-    pub fn skip(&mut self, mut count: usize) {
-        self.len = self.len.saturating_sub(count);
-        while let Some(chunk) = self.chunks.front_mut() {
-            if chunk.len() > count {
-                return chunk.advance(count);
-            }
-            count -= chunk.len();
-            self.chunks.pop_front();
-        }
-    }
-
-    fn push(&mut self, chunk: Bytes) {
-        self.len += chunk.len();
-        match self.chunks.back_mut() {
-            _ if chunk.is_empty() => {}
-            Some(last) if last.len() + chunk.len() <= SMALL => {
-                *last = [&last[..], &chunk[..]].concat().into();
-            }
-            _ => self.chunks.push_back(chunk),
-        }
-    }
-}
 
 /// Why a worker is no more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -338,18 +236,6 @@ pub enum Want {
     /// R waits for an answer of this worker.
     Rank(Rank),
 }
-
-/// Something that no agent of ours would send.
-#[derive(Debug, PartialEq, Eq)]
-pub struct ProtocolError(pub String);
-
-impl fmt::Display for ProtocolError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for ProtocolError {}
 
 /// A task to be submitted.
 #[derive(Clone, Debug, Default)]
@@ -814,7 +700,7 @@ impl Scheduler {
 
     /// Queues a control message.
     pub fn send_control(&mut self, agent: usize, message: &ToAgent) -> Result<(), ProtocolError> {
-        let frame = message::encode(message).map_err(|error| ProtocolError(error.to_string()))?;
+        let frame = control::encode(message).map_err(|error| ProtocolError(error.to_string()))?;
         self.push_control(agent, frame);
         Ok(())
     }
@@ -1165,7 +1051,7 @@ impl Scheduler {
                         worker: index,
                         task,
                     };
-                    frames.extend(message::encode(&cancel).ok());
+                    frames.extend(control::encode(&cancel).ok());
                 }
             }
         }
@@ -1187,7 +1073,7 @@ impl Scheduler {
                         task,
                     };
                     // A message of two integers fits into a frame.
-                    frames.extend(message::encode(&cancel).ok());
+                    frames.extend(control::encode(&cancel).ok());
                 }
             }
         }
@@ -1260,7 +1146,7 @@ impl Scheduler {
             Phase::Running => {
                 let worker = worker.index;
                 let recall = ToAgent::Recall { worker, task: id };
-                if let Ok(frame) = message::encode(&recall) {
+                if let Ok(frame) = control::encode(&recall) {
                     next.recalled = true;
                     self.push_control(agent, frame);
                 }
@@ -1337,7 +1223,7 @@ impl Scheduler {
     fn tell_stop(&mut self, rank: Rank) {
         let worker = &self.workers[rank as usize];
         let (agent, worker) = (worker.agent, worker.index);
-        if let Ok(frame) = message::encode(&ToAgent::StopWorker { worker }) {
+        if let Ok(frame) = control::encode(&ToAgent::StopWorker { worker }) {
             self.push_control(agent, frame);
         }
     }
@@ -1441,7 +1327,7 @@ impl Scheduler {
         let (agent, index) = (worker.agent, worker.index);
         worker.state = WorkerState::Starting;
         worker.track.lost(&format!("lost: {loss}"), self.now);
-        if let Ok(frame) = message::encode(&ToAgent::LossNoted { worker: index }) {
+        if let Ok(frame) = control::encode(&ToAgent::LossNoted { worker: index }) {
             self.push_control(agent, frame);
         }
         let task = self.free(rank);
@@ -1650,7 +1536,7 @@ impl Scheduler {
         let header = frame.header;
         match header.kind {
             Kind::Control => {
-                let message = message::decode(&frame.body)
+                let message = control::decode(&frame.body)
                     .map_err(|error| ProtocolError(error.to_string()))?;
                 self.on_message(agent, message)
             }
@@ -2196,7 +2082,12 @@ impl Current {
 mod tests {
     use super::*;
     use crate::activity::{self, Measured};
-    use crate::message::{Exit, Setback};
+    use crate::platform::exit::Exit;
+    use crate::protocol::body::Body;
+    use crate::protocol::control::Setback;
+    use crate::protocol::error::ProtocolError;
+    use crate::protocol::ids::{CALLS, RESTORE, Rank, TaskId};
+    use crate::protocol::limits::SEND_WINDOW;
 
     #[test]
     fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
@@ -2228,7 +2119,7 @@ mod tests {
     }
 
     fn tell(scheduler: &mut Scheduler, agent: usize, message: &ToHead) {
-        let frame = message::encode(message).unwrap();
+        let frame = control::encode(message).unwrap();
         scheduler.on_frame(agent, frame).unwrap();
     }
 
@@ -2586,7 +2477,7 @@ mod tests {
         assert_eq!(notes.iter().filter(left_out).count(), 1);
         let frame = scheduler.next_frame(0).unwrap();
         assert_eq!(
-            message::decode::<ToAgent>(&frame.body).unwrap(),
+            control::decode::<ToAgent>(&frame.body).unwrap(),
             ToAgent::Stop
         );
         assert_eq!(scheduler.next_frame(0), None);
@@ -2815,7 +2706,7 @@ mod tests {
         let frames = std::iter::from_fn(|| scheduler.next_frame(0));
         let control = frames.filter(|frame| frame.header.kind == Kind::Control);
         control
-            .map(|frame| message::decode(&frame.body).unwrap())
+            .map(|frame| control::decode(&frame.body).unwrap())
             .collect()
     }
 
@@ -2892,7 +2783,7 @@ mod tests {
         s.cancel_task(0, 1);
         tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
         let first: Vec<Frame> = std::iter::from_fn(|| s.next_frame(0)).collect();
-        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        let noted = control::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
         assert_eq!(first[1], noted);
         let tasks = first[2..].iter().map(|frame| frame.header.task);
         assert_eq!(tasks.collect::<Vec<_>>(), [2, 3]);

@@ -7,23 +7,23 @@
 //! lost (the frame is seen before the task starts), and one for a task that has ended is never felt
 //! by the next.
 
-use crate::frame::{self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED};
-use crate::message::{self, WorkerReady};
-use crate::outbuf::OutBuf;
-use crate::payloads::PayloadId;
-use crate::scheduler::{Body, TaskId};
-use crate::signals;
-use crate::sys;
+use crate::platform::{fd, signals};
+use crate::protocol::body::Body;
+use crate::protocol::control::{self, WorkerReady};
+use crate::protocol::frame::{
+    self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED,
+};
+use crate::protocol::ids::{PayloadId, TaskId};
+use crate::protocol::send_queue::OutBuf;
 use bytes::{Bytes, BytesMut};
 use memmap2::MmapOptions;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
 /// If the next task has lately come so soon, a worker polls for it that long before it sleeps, and yields
 /// its core at every look: to sleep and to be woken would take longer.
@@ -151,7 +151,7 @@ impl Channel {
     /// # Errors
     /// When descriptors have run out.
     pub fn renumber(&mut self) -> io::Result<()> {
-        self.stream = UnixStream::from(sys::duplicate(self.stream.as_raw_fd())?);
+        self.stream = UnixStream::from(fd::duplicate(self.stream.as_raw_fd())?);
         Ok(())
     }
 
@@ -167,7 +167,7 @@ impl Channel {
     pub fn ready(&mut self, tempdir: String, ready: bool) -> io::Result<()> {
         self.owner = std::process::id();
         let message = WorkerReady { tempdir, ready };
-        let frame = message::encode_for(self.index, &message).map_err(io::Error::other)?;
+        let frame = control::encode_for(self.index, &message).map_err(io::Error::other)?;
         self.write(&[&frame])
     }
 
@@ -178,7 +178,7 @@ impl Channel {
     pub fn config<M: serde::de::DeserializeOwned>(&mut self) -> io::Result<M> {
         match self.frame()? {
             Some(frame) if frame.header.kind == Kind::Control => {
-                message::decode(&frame.body).map_err(io::Error::other)
+                control::decode(&frame.body).map_err(io::Error::other)
             }
             _ => Err(io::Error::other("no configuration from the agent")),
         }
@@ -335,7 +335,7 @@ impl Channel {
     /// Reads some bytes, and keeps the descriptors that come along.
     fn recv(&mut self, buffer: &mut [u8], wait: bool) -> io::Result<usize> {
         let mut came = Vec::new();
-        let n = sys::recv(self.stream.as_raw_fd(), buffer, &mut came, wait)?;
+        let n = fd::recv(self.stream.as_raw_fd(), buffer, &mut came, wait)?;
         self.descriptors.extend(came);
         if self.descriptors.len() > MOST_DESCRIPTORS {
             self.descriptors.clear();
@@ -460,7 +460,7 @@ impl Channel {
         let fd = self.stream.as_raw_fd();
         let mut along = Some(memory.as_raw_fd());
         while !out.is_empty() {
-            match out.write_with(|slices| sys::send_with(fd, slices, along)) {
+            match out.write_with(|slices| fd::send_with(fd, slices, along)) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(_) => along = None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -481,7 +481,7 @@ impl Channel {
             out.push(frame);
         }
         while !out.is_empty() {
-            match out.write_with(|slices| sys::send(self.stream.as_raw_fd(), slices)) {
+            match out.write_with(|slices| fd::send(self.stream.as_raw_fd(), slices)) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
                 _ => {}
@@ -494,6 +494,7 @@ impl Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::memfd;
     use std::io::{IoSlice, Write};
 
     struct Agent(UnixStream);
@@ -508,14 +509,14 @@ mod tests {
             let header = frame.header.to_bytes();
             let slices = [IoSlice::new(&header), IoSlice::new(&frame.body)];
             let along = along.map(AsRawFd::as_raw_fd);
-            let sent = sys::send_with(self.0.as_raw_fd(), &slices, along).unwrap();
+            let sent = fd::send_with(self.0.as_raw_fd(), &slices, along).unwrap();
             assert_eq!(sent, frame.wire_len());
         }
 
         fn hand(&self, id: PayloadId, bytes: &[u8], announced: usize) {
-            let mut file = sys::memory_file().unwrap();
+            let mut file = memfd::memory_file().unwrap();
             file.write_all(bytes).unwrap();
-            sys::seal(&file).unwrap();
+            memfd::seal(&file).unwrap();
             let len = Bytes::copy_from_slice(&(announced as u64).to_le_bytes());
             let frame = Frame::new(Kind::Payload, FIRST | LAST | SHARED, 0, id, len);
             self.send(&frame, Some(&file));
@@ -608,11 +609,11 @@ mod tests {
         let (agent, mut channel) = Agent::new();
         agent.send(&data(3, FIRST | LAST, b"task"), None);
         channel.next_task().unwrap().unwrap();
-        let mut file = sys::memory_file().unwrap();
+        let mut file = memfd::memory_file().unwrap();
         file.write_all(b"in memory").unwrap();
-        assert!(!sys::is_sealed(&file));
-        sys::seal(&file).unwrap();
-        assert_eq!(sys::is_sealed(&file), cfg!(target_os = "linux"));
+        assert!(!memfd::is_sealed(&file));
+        memfd::seal(&file).unwrap();
+        assert_eq!(memfd::is_sealed(&file), cfg!(target_os = "linux"));
         let bytes = Bytes::from_static(b"seed");
         channel.leave_seed(Seed {
             bytes,
@@ -624,7 +625,7 @@ mod tests {
         let (mut buffer, mut came, mut received) = ([0; 99], Vec::new(), BytesMut::new());
         let mut frames = Vec::new();
         while frames.len() < 2 {
-            let n = sys::recv(agent.0.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
+            let n = fd::recv(agent.0.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
             received.extend_from_slice(&buffer[..n]);
             while let Some(frame) = frame::decode(&mut received).unwrap() {
                 frames.push(frame);
@@ -660,7 +661,7 @@ mod tests {
         drop(channel);
         drop(sender.join().unwrap());
         // The last copy of its other end is closed.
-        let end = sys::recv(mine.as_raw_fd(), &mut [0; 9], &mut Vec::new(), true);
+        let end = fd::recv(mine.as_raw_fd(), &mut [0; 9], &mut Vec::new(), true);
         assert_eq!(end.unwrap(), 0);
     }
 }

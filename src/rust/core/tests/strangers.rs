@@ -16,16 +16,20 @@ use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{self, Role};
-use rustcluster_core::frame::{
-    ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
-};
 use rustcluster_core::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
 use rustcluster_core::launch::{self, Launch, Launched};
-use rustcluster_core::message::{
-    self, Exit, Hello, MAGIC, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
+use rustcluster_core::platform::exit::Exit;
+use rustcluster_core::platform::memfd;
+use rustcluster_core::protocol::control::{
+    self, Hello, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
 };
-use rustcluster_core::scheduler::{Gone, Rank, SEND_WINDOW};
-use rustcluster_core::sys;
+use rustcluster_core::protocol::frame::{
+    ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
+};
+use rustcluster_core::protocol::handshake::{self, MAGIC};
+use rustcluster_core::protocol::ids::Rank;
+use rustcluster_core::protocol::limits::SEND_WINDOW;
+use rustcluster_core::scheduler::Gone;
 use rustcluster_core::worker::Channel;
 use serde::Serialize;
 use std::ffi::{CString, OsStr, OsString};
@@ -54,7 +58,7 @@ fn wire(frame: &Frame) -> Vec<u8> {
 }
 
 fn control(message: &impl Serialize) -> Vec<u8> {
-    wire(&message::encode(message).unwrap())
+    wire(&control::encode(message).unwrap())
 }
 
 fn greeting(hello: Hello) -> Vec<u8> {
@@ -253,9 +257,9 @@ fn answer(mut channel: Channel) -> i32 {
 }
 
 fn share_answer(channel: &mut Channel) -> io::Result<()> {
-    let mut file = sys::memory_file()?;
+    let mut file = memfd::memory_file()?;
     file.write_all(&[7; SHARED_LEN])?;
-    sys::seal(&file)?;
+    memfd::seal(&file)?;
     let sent = channel.send_shared(&file, SHARED_LEN as u64)?;
     assert!(sent);
     Ok(())
@@ -825,7 +829,7 @@ impl Seen {
         let header = Header::decode(&header).unwrap().unwrap();
         let mut body = vec![0; header.body_len()];
         self.launched.stream.read_exact(&mut body).unwrap();
-        message::decode(&body).unwrap()
+        control::decode(&body).unwrap()
     }
 
     /// Greets it and has it make a worker. Returns the worker's pid.
@@ -870,7 +874,7 @@ fn an_agent_ends_when_its_head_is_a_stranger() {
         ..hello()
     };
     let mut cases = vec![
-        vec![b'y'; 2 * message::MAX_NOISE],
+        vec![b'y'; 2 * handshake::MAX_NOISE],
         [MAGIC, &[0xee; 99]].concat(),
         [MAGIC, &announce(Kind::Control, u32::MAX)].concat(),
         [MAGIC, &control(&ToAgent::Start(start(1)))].concat(),

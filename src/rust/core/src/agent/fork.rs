@@ -1,8 +1,8 @@
 //! Making a worker by fork: milliseconds, and memory shared until it is written to.
 
 use super::process::{Made, Process};
+use crate::platform::{fd, process, signals};
 use crate::worker::Channel;
-use crate::{signals, sys};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -15,8 +15,8 @@ use std::os::unix::net::UnixStream;
 /// When descriptors or processes have run out.
 pub fn fork(worker: u32, shares: bool) -> io::Result<Made> {
     let (ours, theirs) = UnixStream::pair()?;
-    let (output, output_end) = sys::pipe()?;
-    sys::flush_stdio();
+    let (output, output_end) = fd::pipe()?;
+    fd::flush_stdio();
     let parent = std::process::id();
     // The child must not take a signal meant for it before its own handlers are back.
     signals::block_interrupt();
@@ -29,12 +29,12 @@ pub fn fork(worker: u32, shares: bool) -> io::Result<Made> {
             Err(error)
         }
         0 => {
-            sys::own_process_group();
-            sys::die_with_parent(parent);
+            process::own_process_group();
+            process::die_with_parent(parent);
             drop(ours);
             drop(output);
-            sys::redirect(output_end.as_raw_fd(), 1)?;
-            sys::redirect(output_end.as_raw_fd(), 2)?;
+            fd::redirect(output_end.as_raw_fd(), 1)?;
+            fd::redirect(output_end.as_raw_fd(), 2)?;
             let mut channel = Channel::new(theirs, worker);
             channel.shares = shares;
             Ok(Made::Child(channel))

@@ -10,7 +10,7 @@
 //! the memory that it has from the agent, which would otherwise be copied for it page by page as
 //! the agent goes on.
 
-use crate::{signals, sys};
+use crate::platform::{fd, process, signals};
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
@@ -123,7 +123,7 @@ impl Guard {
             return false;
         }
         self.pipe = None;
-        sys::reap(pid);
+        process::reap(pid);
         true
     }
 
@@ -158,8 +158,8 @@ fn has_room(pipe: &File) -> bool {
 }
 
 fn start(workers: usize) -> io::Result<(File, u32)> {
-    let (reader, writer) = sys::pipe()?;
-    sys::set_nonblocking(writer.as_raw_fd(), true)?;
+    let (reader, writer) = fd::pipe()?;
+    fd::set_nonblocking(writer.as_raw_fd(), true)?;
     let others = open_files()
         .into_iter()
         .filter(|&fd| fd != reader.as_raw_fd());
@@ -200,7 +200,7 @@ fn open_files() -> Vec<RawFd> {
 fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneeded: Unneeded) -> ! {
     let pipe = reader.as_raw_fd();
     for target in 0..3 {
-        let _ = sys::redirect(null.as_raw_fd(), target);
+        let _ = fd::redirect(null.as_raw_fd(), target);
     }
     for &fd in others.iter().chain(&[null.as_raw_fd()]) {
         if fd > 2 && fd != pipe {
@@ -452,11 +452,11 @@ mod tests {
         guard.ended(2, "");
         let pid = guard.pid().unwrap();
         drop(guard);
-        assert!(until(|| sys::peek_exit(first.id())));
+        assert!(until(|| process::peek_exit(first.id())));
         first.wait().unwrap();
         assert!(until(|| !exists(-(first.id() as i32))));
-        assert!(until(|| sys::peek_exit(pid)));
-        sys::reap(pid);
+        assert!(until(|| process::peek_exit(pid)));
+        process::reap(pid);
         assert!(second.try_wait().unwrap().is_none());
         signals::kill(-(second.id() as i32), libc::SIGKILL).unwrap();
         second.wait().unwrap();
@@ -482,8 +482,8 @@ mod tests {
         let pid = guard.pid().unwrap();
         drop(guard);
         child.wait().unwrap();
-        assert!(until(|| sys::peek_exit(pid)));
-        sys::reap(pid);
+        assert!(until(|| process::peek_exit(pid)));
+        process::reap(pid);
         let there = |name| std::path::Path::new(&path(name)).exists();
         assert!(!there("agent") && !there("worker") && !there("ended") && there("cleared"));
         std::fs::remove_dir_all(base).unwrap();
@@ -511,9 +511,9 @@ mod tests {
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGPIPE] {
             signals::kill(pid as i32, signal).unwrap();
         }
-        assert!(!sys::peek_exit(pid));
+        assert!(!process::peek_exit(pid));
         signals::kill(pid as i32, libc::SIGKILL).unwrap();
-        sys::await_exit(pid);
+        process::await_exit(pid);
         assert!(!guard.reap(pid + 1));
         assert!(guard.reap(pid));
         assert_eq!(guard.pid(), None);

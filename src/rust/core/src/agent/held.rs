@@ -4,8 +4,9 @@
 //! Pure, and kept apart from the rest: a worker that is lost takes nothing of it along, since the head
 //! sends it again.
 
-use crate::frame::{ABORT, FIRST, Frame, Kind, LAST};
-use crate::scheduler::{ProtocolError, SEND_WINDOW};
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST};
+use crate::protocol::limits::SEND_WINDOW;
 use std::collections::VecDeque;
 use std::mem;
 
@@ -106,7 +107,7 @@ impl Held {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{GUEST, HEADER_LEN, MAX_BODY};
+    use crate::protocol::frame::{GUEST, HEADER_LEN, MAX_BODY};
     use bytes::Bytes;
 
     fn data(task: u64, flags: u8, len: usize) -> Frame {

@@ -4,8 +4,8 @@
 //! Where the system allows no such file, or none so large (a limit of file sizes, of open files), the
 //! agent holds the bytes itself, and each worker is sent a copy.
 
-use crate::payloads::PayloadId;
-use crate::{limits, sys};
+use crate::platform::{limits, memfd};
+use crate::protocol::ids::PayloadId;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::fs::File;
@@ -17,7 +17,7 @@ use std::sync::Arc;
 const MORE_FILES: u64 = 1024;
 
 /// Bytes of a payload that are read back at a time: they fit into a frame.
-const CHUNK: usize = crate::frame::MAX_BODY;
+const CHUNK: usize = crate::protocol::frame::MAX_BODY;
 
 /// Where the bytes of a payload are.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl Memories {
             let before = file.metadata()?.len();
             let written = (&**file).write_all(&bytes);
             if written
-                .and_then(|()| if last { sys::seal(file) } else { Ok(()) })
+                .and_then(|()| if last { memfd::seal(file) } else { Ok(()) })
                 .is_ok()
             {
                 return Ok(());
@@ -73,11 +73,11 @@ impl Memories {
 }
 
 fn new() -> io::Result<File> {
-    match sys::memory_file() {
+    match memfd::memory_file() {
         Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
             let now = limits::raise_open_files(0)?;
             limits::raise_open_files(now.saturating_add(MORE_FILES))?;
-            sys::memory_file()
+            memfd::memory_file()
         }
         made => made,
     }
@@ -102,8 +102,7 @@ fn read_back(file: &File, len: u64) -> io::Result<Vec<Bytes>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
-    use std::io::{Seek, SeekFrom};
+    use std::io::{Read, Seek, SeekFrom};
 
     #[test]
     fn what_is_stored_is_all_there_and_stays_as_it_is() {
@@ -138,7 +137,7 @@ mod tests {
             panic!("{memories:?}");
         };
         // As a limit of file sizes does, the seal lets no file grow.
-        sys::seal(file).unwrap();
+        memfd::seal(file).unwrap();
         memories.store(1, "more".into(), false).unwrap();
         memories.store(1, "end".into(), true).unwrap();
         let Some(Memory::Private(chunks)) = memories.get(1) else {

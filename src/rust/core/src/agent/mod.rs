@@ -20,18 +20,17 @@ pub mod state;
 mod strays;
 mod usage;
 
-use crate::cores::OutOfMemory;
-use crate::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
-use crate::limits;
-use crate::message::{
-    self, Handover, Hello, Loss, MAGIC, Outfile, Preamble, PreambleState, Start, StartMode,
-    ToAgent, ToHead,
+use crate::platform::memory::OutOfMemory;
+use crate::platform::{self, cores, fd, limits, memfd, reserve, signals};
+use crate::protocol::control::{
+    self, Handover, Hello, Loss, Outfile, Start, StartMode, ToAgent, ToHead,
 };
-use crate::outbuf::OutBuf;
-use crate::pulse::Pulse;
-use crate::scheduler::SEND_WINDOW;
+use crate::protocol::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
+use crate::protocol::handshake::{MAGIC, Preamble, PreambleState};
+use crate::protocol::heartbeat::Pulse;
+use crate::protocol::limits::SEND_WINDOW;
+use crate::protocol::send_queue::OutBuf;
 use crate::worker::Channel;
-use crate::{cores, reserve, signals, sys};
 use bytes::{Bytes, BytesMut};
 pub use guard::Guard;
 use memory::{Memories, Memory};
@@ -116,15 +115,15 @@ pub enum Role {
 
 /// Facts about this process for the other side.
 pub fn hello(package: &str, r_version: &str, platform: &str) -> Hello {
-    let (memory_total, memory_available) = cores::host_memory().unwrap_or((0, 0));
+    let (memory_total, memory_available) = platform::memory::host_memory().unwrap_or((0, 0));
     Hello {
-        protocol: message::PROTOCOL,
+        protocol: control::PROTOCOL,
         package: package.to_owned(),
         r_version: r_version.to_owned(),
         platform: platform.to_owned(),
         big_endian: cfg!(target_endian = "big"),
         pid: std::process::id(),
-        hostname: sys::hostname(),
+        hostname: platform::process::hostname(),
         cores: cores::usable_cores() as u32,
         memory_total,
         memory_available,
@@ -136,7 +135,7 @@ pub fn hello(package: &str, r_version: &str, platform: &str) -> Hello {
 /// # Errors
 /// When the head is gone, is another version, or is no head.
 pub fn greet(hello: &Hello) -> io::Result<Greeted> {
-    let (reader, writer) = sys::take_stdio()?;
+    let (reader, writer) = fd::take_stdio()?;
     greet_over(reader, writer, hello)
 }
 
@@ -145,7 +144,7 @@ pub fn greet(hello: &Hello) -> io::Result<Greeted> {
 /// # Errors
 /// When the head is gone, is another version, or is no head.
 pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
-    let greeting = message::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
+    let greeting = control::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
     out.push_bytes(MAGIC);
     out.push(&greeting);
@@ -168,7 +167,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
             if frame.header.kind != Kind::Control {
                 return Err(io::Error::other("the head did not greet"));
             }
-            match message::decode(&frame.body).map_err(io::Error::other)? {
+            match control::decode(&frame.body).map_err(io::Error::other)? {
                 ToAgent::Hello(other) => {
                     hello.check(&other).map_err(io::Error::other)?;
                     head = Some((other.pid, other.big_endian == hello.big_endian));
@@ -237,7 +236,7 @@ impl Greeted {
             received: self.received.to_vec(),
             after,
         };
-        let frame = message::encode(&handover).map_err(io::Error::other)?;
+        let frame = control::encode(&handover).map_err(io::Error::other)?;
         let text = frame.body.iter().map(|byte| format!("{byte:02x}"));
         Ok((text.collect(), self.reader, self.writer, self.guard))
     }
@@ -256,8 +255,8 @@ impl Greeted {
             })
             .collect();
         let handover: Handover =
-            message::decode(&bytes.ok_or_else(damaged)?).map_err(io::Error::other)?;
-        let (reader, writer) = sys::take_stdio()?;
+            control::decode(&bytes.ok_or_else(damaged)?).map_err(io::Error::other)?;
+        let (reader, writer) = fd::take_stdio()?;
         Ok(Greeted {
             guard: Guard::start(handover.start.workers as usize),
             reader,
@@ -279,7 +278,7 @@ impl Greeted {
     }
 
     fn tell(&mut self, message: &ToHead) -> io::Result<()> {
-        let frame = message::encode(message).map_err(io::Error::other)?;
+        let frame = control::encode(message).map_err(io::Error::other)?;
         let mut out = OutBuf::default();
         out.push(&frame);
         while !out.is_empty() {
@@ -308,7 +307,7 @@ impl Greeted {
             workers,
             ..
         } = self.start;
-        let maker = || sys::maker_of_pair(self.writer.as_raw_fd());
+        let maker = || fd::maker_of_pair(self.writer.as_raw_fd());
         let near = here && self.same_order && maker() == Some(self.head_pid);
         let needed = limits::open_files_needed(workers as usize) + u64::from(workers) + MORE_FILES;
         let enough = || limits::raise_open_files(needed).is_ok_and(|files| files >= needed);
@@ -398,10 +397,10 @@ impl Agent {
         let shares = greeted.shares();
         let poll = Poll::new()?;
         let registry = poll.registry();
-        sys::set_nonblocking(greeted.writer.as_raw_fd(), true)?;
+        fd::set_nonblocking(greeted.writer.as_raw_fd(), true)?;
         let fd = greeted.reader.as_raw_fd();
         signals::outlive(fd);
-        sys::set_nonblocking(fd, true)?;
+        fd::set_nonblocking(fd, true)?;
         registry.register(&mut SourceFd(&fd), HEAD_IN, Interest::READABLE)?;
         let saved = signals::save(&CHANGED);
         let (signals_in, signals_out) = UnixStream::pair()?;
@@ -419,12 +418,12 @@ impl Agent {
         let fd = signals_in.as_raw_fd();
         registry.register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)?;
         // A head on this machine may die while a fork of it keeps the stream open.
-        let parent = sys::watch_parent(greeted.head_pid);
+        let parent = platform::process::watch_parent(greeted.head_pid);
         if let Some(parent) = &parent {
             let fd = parent.as_raw_fd();
             registry.register(&mut SourceFd(&fd), PARENT, Interest::READABLE)?;
         }
-        let unwatched = parent.is_none() && sys::is_parent(greeted.head_pid);
+        let unwatched = parent.is_none() && platform::process::is_parent(greeted.head_pid);
         let count = greeted.start.workers;
         let outfile = match &greeted.start.outfile {
             Outfile::File(path) => Some(open_outfile(path)?),
@@ -601,7 +600,7 @@ impl Agent {
             }
             if self
                 .looked_for
-                .is_some_and(|parent| !sys::is_parent(parent))
+                .is_some_and(|parent| !platform::process::is_parent(parent))
             {
                 self.end();
             }
@@ -737,7 +736,7 @@ impl Agent {
             self.saved.restore();
             // It would count for the worker's memory limit.
             reserve::release();
-            sys::renice(self.start.renice);
+            platform::process::renice(self.start.renice);
         }
         Ok(made)
     }
@@ -752,7 +751,7 @@ impl Agent {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
         let wanted = !self.ending || *message == ToHead::Alive;
-        match message::encode(message) {
+        match control::encode(message) {
             Ok(frame) if wanted => self.to_head.push(&frame, None),
             _ => {}
         }
@@ -760,7 +759,7 @@ impl Agent {
 
     /// Tells the head something that it must know even while the agent ends.
     fn tell_last(&mut self, message: &ToHead) {
-        if let Ok(frame) = message::encode(message) {
+        if let Ok(frame) = control::encode(message) {
             self.to_head.push(&frame, None);
             self.strays.last_words |= self.ending;
         }
@@ -894,7 +893,7 @@ impl Agent {
         };
         let file = process.descriptors.pop_front().map(File::from);
         let len = |file: &File| file.metadata().ok().map(|data| data.len());
-        let is_right = |file: &File| len(file) == frame.number() && sys::is_sealed(file);
+        let is_right = |file: &File| len(file) == frame.number() && memfd::is_sealed(file);
         match file.filter(is_right) {
             Some(file) if !self.ending => self.to_head.push(frame, Some(Arc::new(file))),
             Some(_) => {}
@@ -1039,7 +1038,7 @@ impl Agent {
         while !self.to_head.is_empty() && !self.head_blocked {
             let writer = &mut self.writer;
             match self.to_head.write_with(|slices, along| match along {
-                Some(_) => sys::send_with(writer.as_raw_fd(), slices, along),
+                Some(_) => fd::send_with(writer.as_raw_fd(), slices, along),
                 None => writer.write_vectored(slices),
             }) {
                 Ok(_) => {}
@@ -1098,7 +1097,7 @@ impl Agent {
             };
             let mut came = Vec::new();
             let fd = process.channel.as_raw_fd();
-            match sys::recv(fd, &mut self.scratch, &mut came, false) {
+            match fd::recv(fd, &mut self.scratch, &mut came, false) {
                 Ok(n) if n > 0 => {
                     held.extend_from_slice(&self.scratch[..n]);
                     process.descriptors.extend(came);
@@ -1192,7 +1191,7 @@ impl Agent {
         while matches!(self.signals.read(&mut buffer), Ok(n) if n > 0) {}
         // One after another; all are looked at only if the next to be waited for is not ours, as a
         // child that a package started may be.
-        while let Some(pid) = sys::peek_any_exit() {
+        while let Some(pid) = platform::process::peek_any_exit() {
             let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
             match self.workers.iter().position(ours) {
                 Some(worker) => self.on_exit(worker as u32),
@@ -1212,7 +1211,7 @@ impl Agent {
     fn look_at_all(&mut self) {
         for worker in 0..self.workers.len() as u32 {
             let ended = match &self.workers[worker as usize] {
-                Some(process) => sys::peek_exit(process.pid),
+                Some(process) => platform::process::peek_exit(process.pid),
                 None => false,
             };
             if ended {
@@ -1261,7 +1260,7 @@ impl Agent {
         process.kill_group();
         self.guard
             .ended(worker, process.tempdir.as_deref().unwrap_or_default());
-        let exit = sys::reap(process.pid);
+        let exit = platform::process::reap(process.pid);
         self.report_strays(process.pid);
         let registry = self.poll.registry();
         for fd in [process.channel.as_raw_fd(), process.output.as_raw_fd()] {
@@ -1296,7 +1295,8 @@ impl Agent {
             Ending::Replace => self.to_make.push_back((worker, true)),
             Ending::Waits => {}
             Ending::Lost { replaced, setback } => {
-                loss.memory_available = cores::host_memory().map_or(0, |memory| memory.1);
+                loss.memory_available =
+                    platform::memory::host_memory().map_or(0, |memory| memory.1);
                 loss.setback = setback;
                 self.tell(&ToHead::WorkerLost {
                     worker,

@@ -9,9 +9,9 @@
 //! Pure: no process, socket or memory but its own.
 
 use super::relay::Act;
-use crate::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY, SHARED};
-use crate::payloads::PayloadId;
-use crate::scheduler::ProtocolError;
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY, SHARED};
+use crate::protocol::ids::PayloadId;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 

@@ -1,10 +1,11 @@
 //! A worker's process as its agent sees it, and how a separate one is started.
 
-use crate::frame::Frame;
-use crate::message::{self, Exit, Start, WorkerConfig};
-use crate::outbuf::OutBuf;
+use crate::platform::exit::Exit;
+use crate::platform::{fd, process, signals};
+use crate::protocol::control::{self, Start, WorkerConfig};
+use crate::protocol::frame::Frame;
+use crate::protocol::send_queue::OutBuf;
 use crate::worker::Channel;
-use crate::{signals, sys};
 use bytes::BytesMut;
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -104,7 +105,7 @@ impl Outgoing {
     /// # Errors
     /// Those of the socket; `WouldBlock` if it is full.
     pub fn write(&mut self, fd: RawFd) -> io::Result<usize> {
-        self.write_with(|slices, along| sys::send_with(fd, slices, along))
+        self.write_with(|slices, along| fd::send_with(fd, slices, along))
     }
 
     /// The same, through `write`, which gets the descriptor that goes along.
@@ -180,7 +181,7 @@ pub enum Made {
 impl Process {
     pub fn new(pid: u32, channel: UnixStream, output: OwnedFd) -> io::Result<Process> {
         channel.set_nonblocking(true)?;
-        sys::set_nonblocking(output.as_raw_fd(), true)?;
+        fd::set_nonblocking(output.as_raw_fd(), true)?;
         Ok(Process {
             pid,
             channel,
@@ -232,7 +233,7 @@ pub fn spawn(
     handled: signals::Saved,
 ) -> io::Result<Made> {
     let (ours, theirs) = UnixStream::pair()?;
-    let (output, output_end) = sys::pipe()?;
+    let (output, output_end) = fd::pipe()?;
     let Some((program, arguments)) = start.spawn_command.split_first() else {
         return Err(io::Error::other("no command to start a worker"));
     };
@@ -249,8 +250,8 @@ pub fn spawn(
     // _exit are called, which are async-signal-safe.
     unsafe {
         command.pre_exec(move || {
-            sys::die_with_parent(parent);
-            sys::renice(renice);
+            process::die_with_parent(parent);
+            process::renice(renice);
             // What is ignored stays so in the new program.
             handled.restore();
             signals::reset();
@@ -265,7 +266,7 @@ pub fn spawn(
         memory_limit: start.memory_limit,
         shares,
     };
-    let frame = message::encode_for(worker, &config).map_err(io::Error::other)?;
+    let frame = control::encode_for(worker, &config).map_err(io::Error::other)?;
     process.outgoing.push(&frame, None);
     Ok(Made::Parent(process))
 }
@@ -273,6 +274,7 @@ pub fn spawn(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::memfd;
 
     #[test]
     fn only_temporary_directories_of_r_are_removed() {
@@ -315,12 +317,12 @@ mod tests {
 
     #[test]
     fn descriptors_go_with_the_frames_that_they_belong_to() {
-        use crate::frame::{self, Kind, MAX_BODY};
+        use crate::protocol::frame::{self, Kind, MAX_BODY};
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let mut outgoing = Outgoing::default();
         let files: Vec<_> = (0..30)
-            .map(|_| Arc::new(sys::memory_file().unwrap()))
+            .map(|_| Arc::new(memfd::memory_file().unwrap()))
             .collect();
         let mut frames = Vec::new();
         for (at, file) in files.iter().enumerate() {
@@ -335,7 +337,7 @@ mod tests {
         let (mut decoded, mut taken) = (Vec::new(), 0);
         while decoded.len() < frames.len() {
             while !outgoing.is_empty() && outgoing.write(ours.as_raw_fd()).is_ok() {}
-            let n = sys::recv(theirs.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
+            let n = fd::recv(theirs.as_raw_fd(), &mut buffer, &mut came, true).unwrap();
             received.extend_from_slice(&buffer[..n]);
             while let Some(frame) = frame::decode(&mut received).unwrap() {
                 taken += usize::from(frame.header.task % 2 == 0);

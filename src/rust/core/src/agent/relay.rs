@@ -2,19 +2,20 @@
 //! gone. What it makes of them is a list of [`Act`]s.
 //!
 //! Pure, as are the parts it is made of: [`state`](super::state), [`replay`](super::replay),
-//! [`held`](super::held), [`payload`](super::payload) and [`share`](crate::share).
+//! [`held`](super::held), [`payload`](super::payload) and [`share`](crate::protocol::dedup).
 
 use super::held::Held;
 use super::payload::Payloads;
 use super::replay::{Replay, Restore};
 use super::state::{Book, Ending, Now, REPLAY, Ready, Route};
-use crate::frame::{
+use crate::protocol::control::{self, ToAgent, ToHead, WorkerReady};
+use crate::protocol::dedup::Kept;
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Header, KEEP, Kind, LAST, SAME, SHARED,
 };
-use crate::message::{self, ToAgent, ToHead, WorkerReady};
-use crate::payloads::PayloadId;
-use crate::scheduler::{MOST_MEMORY, ProtocolError, RESTORE};
-use crate::share::Kept;
+use crate::protocol::ids::{PayloadId, RESTORE};
+use crate::protocol::limits::MOST_MEMORY;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
 
@@ -283,7 +284,7 @@ impl Relay {
                 }
             }
             Kind::Control => {
-                let message = message::decode(&frame.body).map_err(text)?;
+                let message = control::decode(&frame.body).map_err(text)?;
                 self.on_message(&message, now, acts)?;
             }
             Kind::Output | Kind::Cancel | Kind::Aside => {
@@ -399,7 +400,7 @@ impl Relay {
                     }
                 }
                 Kind::Control => {
-                    let ready: WorkerReady = message::decode(&body).map_err(text)?;
+                    let ready: WorkerReady = control::decode(&body).map_err(text)?;
                     acts.push(Act::TempDir(worker, ready.tempdir));
                     if ready.ready {
                         self.on_ready(worker, now, acts)?;
@@ -546,7 +547,7 @@ impl Relay {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::outbuf::OutBuf;
+    use crate::protocol::send_queue::OutBuf;
 
     fn bytes(frames: &[Frame]) -> BytesMut {
         let mut out = OutBuf::default();
@@ -585,7 +586,7 @@ mod tests {
     fn ready() -> Frame {
         let tempdir = String::new();
         let ready = true;
-        message::encode(&WorkerReady { tempdir, ready }).unwrap()
+        control::encode(&WorkerReady { tempdir, ready }).unwrap()
     }
 
     fn data(task: u64, body: &'static [u8]) -> Frame {
@@ -669,13 +670,13 @@ mod tests {
         );
         // What was meant for the one before.
         assert!(from_head(&mut relay, data(3, b"task")).is_empty());
-        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        let noted = control::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
         from_head(&mut relay, noted);
         assert_eq!(from_head(&mut relay, data(2, b"task")).len(), 1);
     }
 
     fn control(relay: &mut Relay, message: &ToAgent) -> Vec<Act> {
-        from_head(relay, message::encode(message).unwrap())
+        from_head(relay, control::encode(message).unwrap())
     }
 
     fn to_worker(acts: &[Act]) -> Vec<&Frame> {
@@ -823,7 +824,7 @@ mod tests {
         assert_eq!(*taken_back, payload(LAST | ABORT, 5, 0));
         from_worker(&mut relay, &[data(REPLAY, b"done")]);
         // It is set again, to something else.
-        let noted = message::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+        let noted = control::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
         from_head(&mut relay, noted);
         from_head(&mut relay, Frame::new(Kind::State, 0, 0, 2, name));
         from_head(&mut relay, data(2, b"other"));

@@ -10,8 +10,8 @@
 //!
 //! Pure: no process, socket or clock.
 
-use crate::frame::MAX_BODY;
-use crate::payloads::PayloadId;
+use crate::protocol::frame::MAX_BODY;
+use crate::protocol::ids::PayloadId;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::mem;

@@ -1,11 +1,13 @@
 //! The agent's bookkeeping: what each of its workers is doing and what may pass through.
 //!
-//! A pure state machine, like [`crate::scheduler`]: frames, exits and the time go in, decisions
-//! come out. Processes, sockets and the clock are in [`super`].
+//! A pure state machine, like the head's scheduler: frames, exits and the time go in, decisions come
+//! out. Processes, sockets and the clock are in [`super`].
 
-use crate::frame::{ABORT, FIRST, Header, LAST, SHARED};
-use crate::message::Setback;
-use crate::scheduler::{ProtocolError, RESTORE, RESULT_WINDOW, SEND_WINDOW};
+use crate::protocol::control::Setback;
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{ABORT, FIRST, Header, LAST, SHARED};
+use crate::protocol::ids::RESTORE;
+use crate::protocol::limits::{RESULT_WINDOW, SEND_WINDOW};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -768,7 +770,7 @@ impl Book {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::Kind;
+    use crate::protocol::frame::Kind;
 
     const MS: Duration = Duration::from_millis(1);
 

@@ -7,9 +7,9 @@
 //! nobody else would.
 
 use super::Agent;
-use crate::launch::ENDS_WITH_HEAD;
-use crate::message::ToHead;
-use crate::sys;
+use crate::platform::process;
+use crate::protocol::control::ToHead;
+use crate::protocol::handshake::ENDS_WITH_HEAD;
 use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::time::Duration;
@@ -61,7 +61,7 @@ impl Strays {
     /// From now on this process is the parent of what its workers leave. To be called when it has
     /// all children of its own, other than workers.
     pub fn adopt() -> Strays {
-        sys::adopt_orphans();
+        process::adopt_orphans();
         Strays {
             own: children().into_iter().collect(),
             groups: HashSet::new(),
@@ -101,7 +101,7 @@ impl Strays {
     }
 
     fn forget(&mut self, pid: u32) {
-        sys::reap(pid);
+        process::reap(pid);
         // The number may become another's.
         self.reported.remove(&pid);
         self.reaped = true;

@@ -1,7 +1,7 @@
 //! What memory the workers of an agent take.
 
-use crate::message::{ToHead, Usage};
-use crate::sys::line_bytes;
+use crate::platform::memory::line_bytes;
+use crate::protocol::control::{ToHead, Usage};
 use std::fs;
 
 /// Workers in one message, at most.

@@ -1,7 +1,8 @@
 //! What is known of calls for whoever is free, and of what R is to do about them.
 
-use crate::frame::{FIRST, LAST};
-use crate::scheduler::{Gone, Outcome, Rank, TaskId};
+use crate::protocol::frame::{FIRST, LAST};
+use crate::protocol::ids::{Rank, TaskId};
+use crate::scheduler::{Gone, Outcome};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -197,7 +198,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn body(bytes: &'static [u8]) -> Outcome {
-        let mut body = crate::scheduler::Body::default();
+        let mut body = crate::protocol::body::Body::default();
         body.chunks.push_back(bytes.into());
         body.len = bytes.len();
         Outcome::Answer(body)

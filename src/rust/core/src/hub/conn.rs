@@ -2,11 +2,12 @@
 
 use super::inbox::HostFailure;
 use super::shared::Shared;
-use crate::greeting::Greeting;
 use crate::launch::{self, AgentProcess, Launch, Launched};
-use crate::message::{self, Hello, MAGIC, Start, ToAgent};
-use crate::outbuf::OutBuf;
-use crate::pulse::Pulse;
+use crate::platform::exit::Exit;
+use crate::protocol::control::{self, Hello, Start, ToAgent};
+use crate::protocol::handshake::{Greeting, MAGIC};
+use crate::protocol::heartbeat::Pulse;
+use crate::protocol::send_queue::OutBuf;
 use bytes::BytesMut;
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -182,9 +183,9 @@ fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
 fn describe(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
-        (Some(code), _) => message::Exit::Status(code).to_string(),
-        (_, Some(signal)) => message::Exit::Signal(signal).to_string(),
-        _ => message::Exit::Unknown.to_string(),
+        (Some(code), _) => Exit::Status(code).to_string(),
+        (_, Some(signal)) => Exit::Signal(signal).to_string(),
+        _ => Exit::Unknown.to_string(),
     }
 }
 
@@ -357,7 +358,7 @@ async fn greet(
     stream: &UnixStream,
     greeting: &mut Greeting,
 ) -> io::Result<Option<BytesMut>> {
-    let ours = message::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
+    let ours = control::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
     out.push_bytes(MAGIC);
     out.push(&ours);

@@ -5,15 +5,15 @@ use super::inbox::{End, Event, HostFailure, HostView, Inbox, WorkerView};
 use super::shared::{Core, Shared, WATCH, WATCH_ONE};
 use super::spool::Spool;
 use super::{Plan, run};
-use crate::frame::MAX_BODY;
 use crate::launch::Launch;
-use crate::message::{Hello, Loss, ToAgent, ToHead};
-use crate::payloads::PayloadId;
-use crate::scheduler::{
-    Body, CALLS, CallPlace, Gone, JobId, Order, Outcome, ProtocolError, Rank, TaskId, Want,
-};
-use crate::share::{self, Chunk};
-use crate::signals;
+use crate::platform::signals;
+use crate::protocol::body::Body;
+use crate::protocol::control::{Hello, Loss, ToAgent, ToHead};
+use crate::protocol::dedup::{self, Chunk};
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::MAX_BODY;
+use crate::protocol::ids::{CALLS, JobId, PayloadId, Rank, TaskId};
+use crate::scheduler::{CallPlace, Gone, Order, Outcome, Want};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -1156,7 +1156,7 @@ impl Writing {
 /// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
 fn take_chunks(buffer: &mut Vec<u8>, shares: bool, last: bool) -> Vec<Chunk> {
     if shares {
-        return share::cut(buffer, last);
+        return dedup::cut(buffer, last);
     }
     let room = if last { 0 } else { MAX_BODY };
     let buffer = std::mem::replace(buffer, Vec::with_capacity(room));

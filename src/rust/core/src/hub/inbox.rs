@@ -1,8 +1,9 @@
 //! What the hub knows and R has not been told yet.
 
 use super::calls::Calls;
-use crate::message::{Hello, Loss, ToHead, Usage};
-use crate::scheduler::{Gone, JobId, Note, Outcome, Rank, TaskId};
+use crate::protocol::control::{Hello, Loss, ToHead, Usage};
+use crate::protocol::ids::{JobId, Rank, TaskId};
+use crate::scheduler::{Gone, Note, Outcome};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

@@ -19,8 +19,8 @@ pub use inbox::{Event, HostFailure, HostView, WorkerView};
 pub use status::{HostStatus, Status};
 
 use crate::launch::Launch;
-use crate::message::{Hello, Start};
-use crate::scheduler::Rank;
+use crate::protocol::control::{Hello, Start};
+use crate::protocol::ids::Rank;
 use mio::Events;
 use shared::{Shared, TICK};
 use std::io;

@@ -2,9 +2,10 @@
 
 use super::shared::Core;
 use super::spool::Lasting;
-use crate::frame::MAX_BODY;
-use crate::scheduler::{Outcome, RESTORE, Rank, TaskId};
-use crate::share::{self, Chunk};
+use crate::protocol::dedup::{self, Chunk};
+use crate::protocol::frame::MAX_BODY;
+use crate::protocol::ids::{RESTORE, Rank, TaskId};
+use crate::scheduler::Outcome;
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 
@@ -93,7 +94,7 @@ impl Core {
     fn chunks(&self, rank: Rank, parts: Vec<Bytes>) -> Vec<Chunk> {
         let agent = self.inbox.workers[rank as usize].agent;
         let cut = match self.scheduler.shares(agent) {
-            true => share::cut_whole,
+            true => dedup::cut_whole,
             false => pieces,
         };
         parts.into_iter().flat_map(cut).collect()

@@ -12,11 +12,13 @@ use super::inbox::Inbox;
 use super::restore::Restoring;
 use super::spool::Spool;
 use crate::activity::Measure;
-use crate::frame::{self, Frame, Header, Kind, LAST, SHARED};
-use crate::message::ToAgent;
-use crate::outbuf::OutBuf;
-use crate::scheduler::{Memory, Note, Outcome, Rank, Scheduler, Want};
-use crate::{limits, reserve, sys};
+use crate::platform::{fd, limits, memfd, reserve};
+use crate::protocol::body::Memory;
+use crate::protocol::control::ToAgent;
+use crate::protocol::frame::{self, Frame, Header, Kind, LAST, SHARED};
+use crate::protocol::ids::Rank;
+use crate::protocol::send_queue::OutBuf;
+use crate::scheduler::{Note, Outcome, Scheduler, Want};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use std::fs::File;
@@ -57,7 +59,7 @@ const NO_DESCRIPTOR: &str = "a result whose memory cannot be opened here: too ma
 fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
     let file = File::from(descriptor);
     let there = file.metadata().ok()?.len();
-    let fits = there == len && sys::is_sealed(&file);
+    let fits = there == len && memfd::is_sealed(&file);
     let len = usize::try_from(len).ok().filter(|_| fits)?;
     Some(Memory::new(len, Some(Arc::new(file))))
 }
@@ -445,7 +447,7 @@ impl Core {
             return false;
         }
         let mut came = Vec::new();
-        match sys::recv(stream.as_raw_fd(), &mut self.scratch, &mut came, false) {
+        match fd::recv(stream.as_raw_fd(), &mut self.scratch, &mut came, false) {
             Ok(0) => self.end(agent, Ok(())),
             Ok(n) => {
                 if !conn.patience.is_zero() {
@@ -635,7 +637,7 @@ impl Core {
             }
             match conn
                 .out
-                .write_with(|slices| sys::send(stream.as_raw_fd(), slices))
+                .write_with(|slices| fd::send(stream.as_raw_fd(), slices))
             {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -6,10 +6,9 @@
 //! take no memory of the head that the system could not have back. What messages begin with as a
 //! payload is in the file once.
 
-use crate::payloads::PayloadId;
-use crate::scheduler::{Rank, TaskId};
-use crate::share::Chunk;
-use crate::signals::without_file_size_signal;
+use crate::platform::signals::without_file_size_signal;
+use crate::protocol::dedup::Chunk;
+use crate::protocol::ids::{PayloadId, Rank, TaskId};
 use bytes::Bytes;
 use memmap2::Mmap;
 use std::collections::{BTreeMap, BTreeSet, HashMap};

@@ -4,8 +4,9 @@
 use super::handle::Hub;
 use super::shared::Core;
 use crate::activity::{Measure, Track};
-use crate::message::{ToAgent, Usage};
-use crate::scheduler::{Rank, State};
+use crate::protocol::control::{ToAgent, Usage};
+use crate::protocol::ids::Rank;
+use crate::scheduler::State;
 use std::time::Duration;
 
 /// A worker as it is now.

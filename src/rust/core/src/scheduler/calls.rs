@@ -3,9 +3,9 @@
 //! wait for.
 
 use super::{
-    Arc, CALLS, Chunk, HashSet, Note, Order, Outcome, Rank, Scheduler, Task, TaskId, VecDeque,
-    Worker, WorkerState,
+    Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
+use crate::protocol::ids::{CALLS, Rank, TaskId};
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl Scheduler {
         self.end_calls_of_nobody();
     }
 
-    /// A chunk, at most [`MAX_BODY`](crate::frame::MAX_BODY) long, of the message of a call.
+    /// A chunk, at most [`MAX_BODY`](crate::protocol::frame::MAX_BODY) long, of the message of a call.
     pub fn append_call(&mut self, id: TaskId, chunk: Chunk, last: bool) {
         let mut waiting = self.calls.waiting.iter_mut();
         // Cancelled or ended otherwise while R was still writing it, if it is not there.

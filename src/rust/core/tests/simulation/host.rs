@@ -5,11 +5,11 @@ use crate::worker::Process;
 use bytes::{Bytes, BytesMut};
 use rustcluster_core::agent::relay::{Act, Relay};
 use rustcluster_core::agent::state::{Ending, Now, REPLAY, SETBACKS};
-use rustcluster_core::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
-use rustcluster_core::message::{self, Exit, Loss, ToHead};
-use rustcluster_core::outbuf::OutBuf;
-use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::Rank;
+use rustcluster_core::platform::exit::Exit;
+use rustcluster_core::protocol::control::{self, Loss, ToHead};
+use rustcluster_core::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::protocol::ids::{PayloadId, Rank};
+use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
@@ -222,7 +222,7 @@ impl Host {
 
     fn tell(&mut self, message: &ToHead) {
         self.to_head
-            .push(&message::encode(message).expect("a frame"));
+            .push(&control::encode(message).expect("a frame"));
     }
 
     fn tell_up(&mut self, worker: u32, replaces: bool, facts: &mut Facts) {

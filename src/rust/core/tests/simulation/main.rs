@@ -25,11 +25,13 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::activity::MOST;
 use rustcluster_core::agent::state::Now;
-use rustcluster_core::frame::{
+use rustcluster_core::protocol::body::Memory;
+use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED,
 };
-use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{JobId, Memory, Rank, SEND_WINDOW, Scheduler, State, TaskId};
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::limits::SEND_WINDOW;
+use rustcluster_core::scheduler::{Scheduler, State};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 use worker::Process;

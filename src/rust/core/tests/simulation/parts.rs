@@ -4,8 +4,8 @@
 use bytes::{Buf, Bytes, BytesMut};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
-use rustcluster_core::outbuf::OutBuf;
-use rustcluster_core::scheduler::{JobId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
+use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::OnceLock;

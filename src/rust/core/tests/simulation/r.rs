@@ -4,12 +4,12 @@
 use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
-use rustcluster_core::frame::MAX_BODY;
-use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{
-    Body, GRANT, Gone, JobId, Note, Order, Outcome, RESULT_WINDOW, Rank, SEND_WINDOW, TaskId, Want,
-};
-use rustcluster_core::share::Chunk;
+use rustcluster_core::protocol::body::Body;
+use rustcluster_core::protocol::dedup::Chunk;
+use rustcluster_core::protocol::frame::MAX_BODY;
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
+use rustcluster_core::scheduler::{Gone, Note, Order, Outcome, Want};
 
 /// Messages that last are shorter.
 const LARGEST_LASTING: usize = 300_000;

@@ -5,13 +5,12 @@ use bytes::{Bytes, BytesMut};
 use rand::Rng;
 use rand::rngs::StdRng;
 use rustcluster_core::agent::state::{Now, REPLAY};
-use rustcluster_core::frame::{
+use rustcluster_core::protocol::control::{self, WorkerReady};
+use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED,
 };
-use rustcluster_core::message::{self, WorkerReady};
-use rustcluster_core::outbuf::OutBuf;
-use rustcluster_core::payloads::PayloadId;
-use rustcluster_core::scheduler::{Rank, TaskId};
+use rustcluster_core::protocol::ids::{PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::VecDeque;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -84,7 +83,7 @@ pub struct Process {
 impl Process {
     pub fn new(index: u32, channel: usize, slow: u32) -> Process {
         let tempdir = String::new();
-        let ready = message::encode_for(
+        let ready = control::encode_for(
             index,
             &WorkerReady {
                 tempdir,

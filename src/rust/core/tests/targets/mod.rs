@@ -6,17 +6,18 @@ use bytes::{Buf, Bytes, BytesMut};
 use rustcluster_core::agent::relay::{Act, Relay};
 use rustcluster_core::agent::state::Ending;
 use rustcluster_core::agent::{self, Greeted};
-use rustcluster_core::frame::{
+use rustcluster_core::platform::fd;
+use rustcluster_core::protocol::control::{
+    self, Hello, PROTOCOL, ToAgent, ToHead, WorkerConfig, WorkerReady,
+};
+use rustcluster_core::protocol::error::ProtocolError;
+use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
 };
-use rustcluster_core::greeting::Greeting;
-use rustcluster_core::message::{
-    self, Hello, MAGIC, MAX_NOISE, PROTOCOL, ToAgent, ToHead, WorkerConfig, WorkerReady,
-};
-use rustcluster_core::scheduler::{
-    GRANT, Note, Order, Outcome, ProtocolError, RESULT_WINDOW, Rank, SEND_WINDOW, Scheduler, Want,
-};
-use rustcluster_core::sys;
+use rustcluster_core::protocol::handshake::{Greeting, MAGIC, MAX_NOISE};
+use rustcluster_core::protocol::ids::Rank;
+use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
+use rustcluster_core::scheduler::{Note, Order, Outcome, Scheduler, Want};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashMap;
@@ -103,13 +104,13 @@ pub fn frames(data: &[u8]) {
 }
 
 fn message_of<M: Serialize + DeserializeOwned + PartialEq + Debug>(body: &[u8]) {
-    let Ok(message) = message::decode::<M>(body) else {
+    let Ok(message) = control::decode::<M>(body) else {
         return;
     };
-    let frame = message::encode(&message).expect("what came in one frame fits into one");
+    let frame = control::encode(&message).expect("what came in one frame fits into one");
     assert_eq!(&frame.body[..], body);
     assert_eq!(
-        message::decode::<M>(&frame.body).expect("the same"),
+        control::decode::<M>(&frame.body).expect("the same"),
         message
     );
 }
@@ -147,7 +148,7 @@ fn greet_agent(wire: &[u8]) -> io::Result<Greeted> {
             let mut rest = wire;
             while !rest.is_empty() {
                 // It may have heard enough.
-                let Ok(sent) = sys::send(ours.as_raw_fd(), &[IoSlice::new(rest)]) else {
+                let Ok(sent) = fd::send(ours.as_raw_fd(), &[IoSlice::new(rest)]) else {
                     return;
                 };
                 rest = &rest[sent..];
@@ -285,7 +286,7 @@ impl Head {
         for agent in 0..2 {
             for worker in 0..2 {
                 let up = ToHead::WorkerUp { worker, pid: 1 };
-                let frame = message::encode(&up).expect("a small message");
+                let frame = control::encode(&up).expect("a small message");
                 scheduler.on_frame(agent, frame).expect("in order");
             }
         }
@@ -499,7 +500,7 @@ impl Host {
                 | Act::TempDir(worker, _) => {
                     assert!((worker as usize) < WORKERS);
                 }
-                Act::Tell(message) => assert!(message::encode(&message).is_ok()),
+                Act::Tell(message) => assert!(control::encode(&message).is_ok()),
                 Act::Usage { .. } | Act::End => {}
             }
         }
@@ -537,7 +538,7 @@ impl Host {
     fn make(&mut self, worker: u32, replaces: bool) {
         self.relay.made(worker, replaces, self.now);
         let tempdir = String::new();
-        let ready = message::encode(&WorkerReady {
+        let ready = control::encode(&WorkerReady {
             tempdir,
             ready: true,
         })

@@ -4,7 +4,8 @@
 //! (RUSTSEC-2025-0141), so it is pinned, decodes under a size limit, and stays behind
 //! [`encode`] and [`decode`].
 
-use crate::frame::{FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::platform::exit::Exit;
+use crate::protocol::frame::{FIRST, Frame, Kind, LAST, MAX_BODY};
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -13,12 +14,6 @@ use std::fmt;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
 pub const PROTOCOL: u32 = 7;
-
-/// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
-pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
-
-/// The most noise before [`MAGIC`] that is skipped.
-pub const MAX_NOISE: usize = 64 * 1024;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -107,10 +102,10 @@ pub struct Start {
     /// Milliseconds of silence after which each side takes the other for gone; 0: the stream's end
     /// tells it.
     pub patience: u32,
-    /// Bytes of tasks that the agent keeps for its other workers (see [`crate::share`]); 0: none.
+    /// Bytes of tasks that the agent keeps for its other workers (see [`crate::protocol::dedup`]); 0:
+    /// none.
     pub keep: u64,
-    /// Bytes of what lasts on workers that the agent holds to restore those it replaces (see
-    /// [`crate::agent::replay`]).
+    /// Bytes of what lasts on workers that the agent holds to restore those it replaces.
     pub state: u64,
     /// Milliseconds that a task may take; 0: any time.
     pub timeout: u64,
@@ -123,28 +118,6 @@ pub struct Start {
     pub stop_timeout: u64,
     /// The head is on this machine: large answers may go through memory that is shared with it.
     pub here: bool,
-}
-
-/// How a process ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Exit {
-    /// It exited with this status.
-    Status(i32),
-    /// This signal killed it.
-    Signal(i32),
-    /// It could not be waited for, or there was none.
-    #[default]
-    Unknown,
-}
-
-impl fmt::Display for Exit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Exit::Status(status) => write!(f, "exited with status {status}"),
-            Exit::Signal(signal) => write!(f, "was killed by signal {signal}"),
-            Exit::Unknown => write!(f, "ended"),
-        }
-    }
 }
 
 impl fmt::Display for Loss {
@@ -352,7 +325,7 @@ pub struct Handover {
     pub start: Start,
     /// The head's process number.
     pub head_pid: u32,
-    /// See [`crate::agent::Greeted`].
+    /// Head and agent have the same byte order.
     pub same_order: bool,
     /// Bytes of the head's that have been read and not been dealt with.
     pub received: Vec<u8>,
@@ -428,52 +401,10 @@ pub fn decode<M: DeserializeOwned>(body: &[u8]) -> Result<M, MessageError> {
     Ok(message)
 }
 
-/// Looks for [`MAGIC`] at the start of a stream. Holds what came before it.
-#[derive(Debug, Default)]
-pub struct Preamble {
-    seen: Vec<u8>,
-}
-
-/// What [`Preamble::feed`] found.
-#[derive(Debug, PartialEq, Eq)]
-pub enum PreambleState {
-    /// Not yet there.
-    Incomplete,
-    /// The stream proper begins with these bytes.
-    Open(Vec<u8>),
-    /// More than [`MAX_NOISE`] bytes and no magic among them.
-    NotOurs,
-}
-
-impl Preamble {
-    /// Takes the next bytes of the stream.
-    pub fn feed(&mut self, bytes: &[u8]) -> PreambleState {
-        // The magic can only end in the new bytes, so only its overlap with the old is searched.
-        let from = self.seen.len().saturating_sub(MAGIC.len());
-        self.seen.extend_from_slice(bytes);
-        let found = self.seen[from..]
-            .windows(MAGIC.len())
-            .position(|window| window == MAGIC);
-        match found {
-            Some(at) => {
-                let rest = self.seen[from + at + MAGIC.len()..].to_vec();
-                self.seen.truncate(from + at);
-                PreambleState::Open(rest)
-            }
-            None if self.seen.len() > MAX_NOISE => PreambleState::NotOurs,
-            None => PreambleState::Incomplete,
-        }
-    }
-
-    /// What came before the magic, as text.
-    pub fn noise(&self) -> String {
-        String::from_utf8_lossy(&self.seen).into_owned()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::exit::Exit;
     use proptest::prelude::*;
 
     fn hello() -> Hello {
@@ -550,38 +481,5 @@ mod tests {
             let _ = decode::<WorkerReady>(&body);
         }
 
-        #[test]
-        fn noise_before_the_magic_is_skipped(
-            noise in prop::collection::vec(any::<u8>(), 0..500),
-            rest in prop::collection::vec(any::<u8>(), 0..50),
-            cut in 1usize..60,
-        ) {
-            let mut wire = noise.clone();
-            wire.extend_from_slice(MAGIC);
-            wire.extend_from_slice(&rest);
-            let mut preamble = Preamble::default();
-            let mut opened = None;
-            for piece in wire.chunks(cut) {
-                match &mut opened {
-                    None => match preamble.feed(piece) {
-                        PreambleState::Open(bytes) => opened = Some(bytes),
-                        state => prop_assert_eq!(state, PreambleState::Incomplete),
-                    },
-                    Some(bytes) => bytes.extend_from_slice(piece),
-                }
-            }
-            prop_assert_eq!(opened, Some(rest));
-            prop_assert_eq!(preamble.noise(), String::from_utf8_lossy(&noise));
-        }
-    }
-
-    #[test]
-    fn a_flood_without_the_magic_is_not_ours() {
-        let mut preamble = Preamble::default();
-        assert_eq!(
-            preamble.feed(&vec![b'x'; MAX_NOISE]),
-            PreambleState::Incomplete
-        );
-        assert_eq!(preamble.feed(b"x"), PreambleState::NotOurs);
     }
 }

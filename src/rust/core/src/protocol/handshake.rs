@@ -1,10 +1,63 @@
 //! What an agent says first, as the head takes it: anything a login shell prints, the magic line, a
 //! hello. No I/O happens here.
 
-use crate::frame::{self, Frame, Kind};
-use crate::message::{self, Hello, Preamble, PreambleState, ToHead};
+use crate::protocol::control::{self, Hello, ToHead};
+use crate::protocol::frame::{self, Frame, Kind};
 use bytes::BytesMut;
 use std::fmt;
+
+/// Set in the environment of what is started here, to the number of the process that starts it: by that
+/// others know what ends with its head.
+pub const ENDS_WITH_HEAD: &str = "RUSTCLUSTER_ENDS_WITH_HEAD";
+
+/// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
+pub const MAGIC: &[u8] = b"\n<rustcluster stream 1>\n";
+
+/// The most noise before [`MAGIC`] that is skipped.
+pub const MAX_NOISE: usize = 64 * 1024;
+
+/// Looks for [`MAGIC`] at the start of a stream. Holds what came before it.
+#[derive(Debug, Default)]
+pub struct Preamble {
+    seen: Vec<u8>,
+}
+
+/// What [`Preamble::feed`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum PreambleState {
+    /// Not yet there.
+    Incomplete,
+    /// The stream proper begins with these bytes.
+    Open(Vec<u8>),
+    /// More than [`MAX_NOISE`] bytes and no magic among them.
+    NotOurs,
+}
+
+impl Preamble {
+    /// Takes the next bytes of the stream.
+    pub fn feed(&mut self, bytes: &[u8]) -> PreambleState {
+        // The magic can only end in the new bytes, so only its overlap with the old is searched.
+        let from = self.seen.len().saturating_sub(MAGIC.len());
+        self.seen.extend_from_slice(bytes);
+        let found = self.seen[from..]
+            .windows(MAGIC.len())
+            .position(|window| window == MAGIC);
+        match found {
+            Some(at) => {
+                let rest = self.seen[from + at + MAGIC.len()..].to_vec();
+                self.seen.truncate(from + at);
+                PreambleState::Open(rest)
+            }
+            None if self.seen.len() > MAX_NOISE => PreambleState::NotOurs,
+            None => PreambleState::Incomplete,
+        }
+    }
+
+    /// What came before the magic, as text.
+    pub fn noise(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+}
 
 /// More cores than any host has: how many workers it is to have may depend on what it says.
 const MOST_CORES: u32 = 1 << 16;
@@ -67,7 +120,7 @@ impl Greeting {
 }
 
 fn hello(frame: &Frame) -> Result<Hello, Stranger> {
-    match message::decode(&frame.body) {
+    match control::decode(&frame.body) {
         Ok(ToHead::Hello(hello)) if frame.header.kind == Kind::Control => {
             if hello.cores > MOST_CORES {
                 return Err(Stranger(format!("the agent claims {} cores", hello.cores)));
@@ -81,10 +134,11 @@ fn hello(frame: &Frame) -> Result<Hello, Stranger> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::{MAGIC, ToAgent};
+    use crate::protocol::control::ToAgent;
+    use proptest::prelude::*;
 
     fn says(message: &impl serde::Serialize) -> Vec<u8> {
-        let frame = message::encode(message).unwrap();
+        let frame = control::encode(message).unwrap();
         [MAGIC, &frame.header.to_bytes(), &frame.body].concat()
     }
 
@@ -121,10 +175,46 @@ mod tests {
             (says(&ToAgent::Stop), "did not greet"),
             (says(&ToHead::Hello(boaster)), "cores"),
             ([MAGIC, &[255; 20]].concat(), "frame kind"),
-            (vec![b'y'; message::MAX_NOISE + 1], "prints without end"),
+            (vec![b'y'; MAX_NOISE + 1], "prints without end"),
         ] {
             let error = Greeting::default().feed(&wire).unwrap_err().to_string();
             assert!(error.contains(why), "{error}");
         }
+    }
+
+    proptest! {
+        #[test]
+        fn noise_before_the_magic_is_skipped(
+            noise in prop::collection::vec(any::<u8>(), 0..500),
+            rest in prop::collection::vec(any::<u8>(), 0..50),
+            cut in 1usize..60,
+        ) {
+            let mut wire = noise.clone();
+            wire.extend_from_slice(MAGIC);
+            wire.extend_from_slice(&rest);
+            let mut preamble = Preamble::default();
+            let mut opened = None;
+            for piece in wire.chunks(cut) {
+                match &mut opened {
+                    None => match preamble.feed(piece) {
+                        PreambleState::Open(bytes) => opened = Some(bytes),
+                        state => prop_assert_eq!(state, PreambleState::Incomplete),
+                    },
+                    Some(bytes) => bytes.extend_from_slice(piece),
+                }
+            }
+            prop_assert_eq!(opened, Some(rest));
+            prop_assert_eq!(preamble.noise(), String::from_utf8_lossy(&noise));
+        }
+    }
+
+    #[test]
+    fn a_flood_without_the_magic_is_not_ours() {
+        let mut preamble = Preamble::default();
+        assert_eq!(
+            preamble.feed(&vec![b'x'; MAX_NOISE]),
+            PreambleState::Incomplete
+        );
+        assert_eq!(preamble.feed(b"x"), PreambleState::NotOurs);
     }
 }

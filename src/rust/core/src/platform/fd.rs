@@ -1,11 +1,11 @@
-//! Small wrappers around the system calls that std does not have.
+//! Descriptors: their flags, and how they cross a socket. System calls that std does not have.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::time::Duration;
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+/// The error of a system call that has failed.
+pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -197,90 +197,6 @@ pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) ->
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// A file in memory alone that has no name.
-///
-/// # Errors
-/// When the system has no descriptor or memory left.
-pub fn memory_file() -> io::Result<File> {
-    #[cfg(target_os = "linux")]
-    {
-        let make = |flags| {
-            let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-            // SAFETY: a string that ends with a NUL; the descriptor is owned by nobody else.
-            unsafe {
-                let fd = libc::memfd_create(c"rustcluster".as_ptr(), flags);
-                check(fd).map(|fd| File::from_raw_fd(fd))
-            }
-        };
-        match make(libc::MFD_NOEXEC_SEAL) {
-            // An older system does not know that flag.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
-            made => made,
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        use std::sync::atomic::{AtomicU64, Ordering};
-        // As near as these systems come to it.
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("rustcluster-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let mut options = File::options();
-        let file = options
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)?;
-        std::fs::remove_file(&path)?;
-        Ok(file)
-    }
-}
-
-/// Sees to it that nobody changes a [`memory_file`] any more, where the system can.
-///
-/// # Errors
-/// When somebody else has it mapped to write to it.
-pub fn seal(file: &File) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        let seals =
-            libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: fcntl checks its arguments.
-        check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = file;
-        Ok(())
-    }
-}
-
-/// The bytes that a line of a file in /proc tells, as "VmRSS:   123 kB".
-pub fn line_bytes(text: &str, name: &str) -> Option<u64> {
-    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let mut words = rest.split_whitespace();
-    let kilobytes: u64 = words.next()?.parse().ok()?;
-    words.next().filter(|&unit| unit == "kB")?;
-    kilobytes.checked_mul(1024)
-}
-
-/// Whether nobody can change a file, nor cut it, any more. Only of a [`memory_file`] can that be said.
-pub fn is_sealed(file: &File) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        let needed = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-        // SAFETY: fcntl checks its arguments.
-        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
-        seals >= 0 && seals & needed == needed
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = file;
-        false
-    }
-}
-
 /// The process that made the pair of sockets which this is one of, if the system tells.
 pub fn maker_of_pair(fd: RawFd) -> Option<u32> {
     #[cfg(target_os = "linux")]
@@ -308,193 +224,10 @@ pub fn flush_stdio() {
     unsafe { libc::fflush(std::ptr::null_mut()) };
 }
 
-/// The name of this machine.
-pub fn hostname() -> String {
-    let mut buffer = [0u8; 256];
-    // SAFETY: the length is that of the buffer, whose last byte stays zero.
-    unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) };
-    let end = buffer.iter().position(|&byte| byte == 0);
-    String::from_utf8_lossy(&buffer[..end.unwrap_or(0)]).into_owned()
-}
-
-/// Whether the parent of this process is `parent`: not any more once that has ended.
-pub fn is_parent(parent: u32) -> bool {
-    // SAFETY: no memory effects.
-    unsafe { libc::getppid() as u32 == parent }
-}
-
-/// A descriptor that becomes readable when this process's parent ends, if the system has such
-/// and the parent is still `parent`.
-pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
-        unsafe {
-            if !is_parent(parent) {
-                return None;
-            }
-            let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
-            let fd = check(fd).ok().map(|fd| OwnedFd::from_raw_fd(fd))?;
-            // Had the parent ended before, its number could be another's by now.
-            is_parent(parent).then_some(fd)
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = parent;
-        None
-    }
-}
-
-/// Has the system kill this process when its parent ends. Where the system has no such thing,
-/// the end of the channel must do.
-pub fn die_with_parent(parent: u32) {
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl with these arguments and getppid have no memory effects; _exit is what a
-    // forked child may call at any time.
-    unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
-        if libc::getppid() as u32 != parent {
-            libc::_exit(1);
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = parent;
-}
-
-/// Makes this process the parent of all below it that lose theirs, where the system can.
-pub fn adopt_orphans() {
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl with these arguments has no memory effects.
-    unsafe {
-        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong);
-    }
-}
-
-/// Makes this process the leader of a process group of its own.
-pub fn own_process_group() {
-    // SAFETY: no memory effects.
-    unsafe { libc::setpgid(0, 0) };
-}
-
-/// Adds to this process's niceness.
-pub fn renice(increment: i32) {
-    // SAFETY: no memory effects. A failure leaves the priority as it was.
-    unsafe {
-        libc::nice(increment);
-    }
-}
-
-/// Waits until a child has ended, and leaves it to be waited for.
-pub fn await_exit(pid: u32) {
-    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
-    let flags = libc::WEXITED | libc::WNOWAIT;
-    // SAFETY: waitid fills the struct. Interrupted, it is called again; any other failure means
-    // that there is nothing to wait for.
-    unsafe {
-        while libc::waitid(libc::P_PID, pid as libc::id_t, info.as_mut_ptr(), flags) != 0
-            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-        {}
-    }
-}
-
-/// A child that has ended, if there is one. It is left to be waited for.
-pub fn peek_any_exit() -> Option<u32> {
-    peek(libc::P_ALL, 0)
-}
-
-/// Whether a child has ended. It is left to be waited for.
-pub fn peek_exit(pid: u32) -> bool {
-    peek(libc::P_PID, pid).is_some()
-}
-
-fn peek(which: libc::idtype_t, pid: u32) -> Option<u32> {
-    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
-    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: waitid fills the zeroed struct; WNOWAIT leaves the child to be waited for.
-    let pid = unsafe {
-        match libc::waitid(which, pid as libc::id_t, info.as_mut_ptr(), flags) {
-            0 => info.assume_init().si_pid(),
-            _ => 0,
-        }
-    };
-    (pid != 0).then_some(pid as u32)
-}
-
-/// Waits for a child that has ended.
-pub fn reap(pid: u32) -> crate::message::Exit {
-    use crate::message::Exit;
-    let mut status = 0;
-    // SAFETY: waitpid fills the status.
-    let waited = unsafe { libc::waitpid(pid as libc::pid_t, &raw mut status, 0) };
-    if waited != pid as libc::pid_t {
-        Exit::Unknown
-    } else if libc::WIFSIGNALED(status) {
-        Exit::Signal(libc::WTERMSIG(status))
-    } else {
-        Exit::Status(libc::WEXITSTATUS(status))
-    }
-}
-
-/// A time that is never set back, in the steps of the kernel's own clock, some milliseconds: asking for
-/// it costs next to nothing.
-pub fn coarse_now() -> Duration {
-    #[cfg(target_os = "linux")]
-    const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC_COARSE;
-    #[cfg(not(target_os = "linux"))]
-    const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC;
-    // SAFETY: all zeroes are a timespec, which the call fills.
-    let time = unsafe {
-        let mut time: libc::timespec = std::mem::zeroed();
-        libc::clock_gettime(CLOCK, &raw mut time);
-        time
-    };
-    let seconds = Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0));
-    seconds + Duration::from_nanos(u64::try_from(time.tv_nsec).unwrap_or(0))
-}
-
-/// What this process has had of its cores.
-#[derive(Clone, Copy, Debug)]
-pub struct Usage {
-    /// For how long it has had one, or several at a time.
-    pub computing: Duration,
-    /// How often it has given up its core to wait for something.
-    pub waits: i64,
-}
-
-impl Usage {
-    /// What this process has had until now.
-    pub fn now() -> Usage {
-        // SAFETY: all zeroes are a rusage, and the call fills it.
-        let usage = unsafe {
-            let mut usage: libc::rusage = std::mem::zeroed();
-            libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
-            usage
-        };
-        let duration = |time: libc::timeval| {
-            let seconds = Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0));
-            seconds + Duration::from_micros(u64::try_from(time.tv_usec).unwrap_or(0))
-        };
-        Usage {
-            computing: duration(usage.ru_utime) + duration(usage.ru_stime),
-            #[allow(
-                clippy::useless_conversion,
-                reason = "a long is of 32 bits on some systems"
-            )]
-            waits: usage.ru_nvcsw.into(),
-        }
-    }
-
-    /// For how long this process has been computing since then, if it has not waited for anything.
-    pub fn computed(&self) -> Option<Duration> {
-        let now = Usage::now();
-        (now.waits == self.waits).then(|| now.computing.saturating_sub(self.computing))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::platform::memfd::{memory_file, seal};
     use std::io::{IoSlice, Read, Write};
     use std::os::unix::fs::FileExt;
     use std::os::unix::net::UnixStream;
@@ -535,20 +268,6 @@ mod tests {
             assert!(file.write_all_at(b"x", 0).is_err());
             assert!(file.set_len(3).is_err() && file.set_len(30).is_err());
         }
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn nobody_can_write_to_what_is_sealed() {
-        let mut file = memory_file().unwrap();
-        file.write_all(&[1; 10_000]).unwrap();
-        seal(&file).unwrap();
-        // SAFETY: what comes of it is not used.
-        assert!(unsafe { memmap2::MmapMut::map_mut(&file) }.is_err());
-        // Nor through the system's list of descriptors.
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let again = File::options().write(true).open(path).unwrap();
-        assert!(again.write_all_at(b"x", 0).is_err());
     }
 
     #[test]

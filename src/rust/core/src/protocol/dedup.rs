@@ -7,8 +7,8 @@
 //! out first. The head knows which these are, since it sees the same chunks in the same order
 //! ([`Mirror`]), and sends the number of a chunk that the agent has ([`Kept`]) instead of it.
 
-use crate::frame::{Frame, KEEP, MAX_BODY, SAME};
-use crate::scheduler::ProtocolError;
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{Frame, KEEP, MAX_BODY, SAME};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fastcdc::v2020::{self, MASKS};
 use lru::LruCache;
@@ -286,7 +286,7 @@ impl Kept {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::Kind;
+    use crate::protocol::frame::Kind;
     use proptest::prelude::*;
     use rand::rngs::StdRng;
     use rand::{RngCore, SeedableRng};

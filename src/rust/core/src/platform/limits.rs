@@ -7,10 +7,9 @@
 //!
 //! Never calls R; safe to call from any thread.
 
-use crate::cores::cgroup;
-use crate::sys::line_bytes;
-use std::fmt;
-use std::io;
+use crate::platform::cgroup;
+use crate::platform::memory::line_bytes;
+use std::{fmt, io};
 
 /// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
 const FILES_PER_WORKER: u64 = 2;

@@ -1,6 +1,6 @@
 //! Signal masks and dispositions. Everything unsafe about signals is here.
 
-use crate::sys;
+use crate::platform::fd;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
@@ -94,7 +94,7 @@ pub fn end_with(stream: RawFd) -> io::Result<()> {
             return Err(io::Error::last_os_error());
         }
     }
-    sys::set_async(stream, true)?;
+    fd::set_async(stream, true)?;
     // It may have ended before.
     on_stream(libc::SIGIO);
     Ok(())
@@ -103,7 +103,7 @@ pub fn end_with(stream: RawFd) -> io::Result<()> {
 /// See [`end_with`]. The handler stays, and does nothing any more: a signal may still be pending.
 pub fn outlive(stream: RawFd) {
     // A descriptor without such signals has sent none.
-    let _ = sys::set_async(stream, false);
+    let _ = fd::set_async(stream, false);
     STREAM.store(-1, Ordering::Relaxed);
 }
 

@@ -1,7 +1,7 @@
 //! Frames on their way out: small ones share a buffer, so that many leave in one system call;
 //! large bodies are passed on without a copy.
 
-use crate::frame::{Frame, HEADER_LEN};
+use crate::protocol::frame::{Frame, HEADER_LEN};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -95,7 +95,7 @@ impl OutBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frame::{self, FIRST, Kind, LAST, MAX_BODY};
+    use crate::protocol::frame::{self, FIRST, Kind, LAST, MAX_BODY};
     use proptest::prelude::*;
     use std::convert::Infallible;
 

@@ -4,11 +4,9 @@
 //! [`MAX_BODY`] bytes. The announced length is checked against that limit before anything is
 //! allocated, so a peer that announces 2^32 bytes costs nothing. No I/O happens here.
 
+use crate::platform::page_pool;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use memmap2::MmapMut;
 use std::fmt;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes of a header: kind (1), flags (1), reserved (2), worker (4), task (8), length (4).
 pub const HEADER_LEN: usize = 20;
@@ -17,6 +15,8 @@ pub const HEADER_LEN: usize = 20;
 /// the most that one worker's data can delay another's.
 pub const MAX_BODY: usize = 64 * 1024;
 
+const _: () = assert!(MAX_BODY <= page_pool::ROOM);
+
 /// First chunk of a body: what came before for the same worker is dropped.
 pub const FIRST: u8 = 1;
 /// Last chunk of a body.
@@ -24,7 +24,7 @@ pub const LAST: u8 = 2;
 /// With [`LAST`], towards a worker: forget this message, do not answer it. Towards the head: the
 /// task was cancelled and its worker is free again, or it was dropped before it had started.
 pub const ABORT: u8 = 4;
-/// Towards an agent: to be kept, under the next number. See [`crate::share`].
+/// Towards an agent: to be kept, under the next number. See [`crate::protocol::dedup`].
 pub const KEEP: u8 = 8;
 /// Towards an agent: instead of the body there is the number of a kept chunk (8 bytes), and how many
 /// chunks of successive numbers are meant (4 bytes), which together are no longer than a body.
@@ -46,7 +46,7 @@ const FLAGS: u8 = FIRST | LAST | ABORT | KEEP | SAME | GUEST | SHARED;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
-    /// A control message (see [`crate::message`]).
+    /// A control message (see [`crate::protocol::control`]).
     Control = 1,
     /// A chunk of a serialized R message of `task`, opaque to us.
     Data = 2,
@@ -62,10 +62,10 @@ pub enum Kind {
     /// answered left. With [`GUEST`] it is not the worker's own.
     Seed = 6,
     /// Towards an agent: what the next message to this worker does there lasts, and is to be done
-    /// again if the worker has to be replaced (see [`crate::agent::replay`]). The body, 8 bytes,
-    /// names what it sets; 0: nothing in particular.
+    /// again if the worker has to be replaced. The body, 8 bytes, names what it sets; 0: nothing in
+    /// particular.
     State = 7,
-    /// A chunk of what many messages begin with; `task` is its number (see [`crate::payloads`]).
+    /// A chunk of what many messages begin with, a payload; `task` is its number.
     /// With [`ABORT`]: it is not needed any more, whether all of it has been sent or not.
     Payload = 8,
     /// Towards the head: what a task tells before it has ended, opaque to us. Not part of its answer.
@@ -245,7 +245,7 @@ pub fn decode_slice(bytes: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
     let (whole, rest) = bytes.split_at(len);
     *bytes = rest;
     // Copied, so that a result which waits to be collected does not keep a receive buffer alive.
-    let body = copy(&whole[HEADER_LEN..]);
+    let body = page_pool::copy(&whole[HEADER_LEN..]);
     Ok(Some(Frame { header, body }))
 }
 
@@ -256,74 +256,6 @@ pub fn missing(bytes: &[u8]) -> usize {
         _ => HEADER_LEN,
     };
     wanted.saturating_sub(bytes.len())
-}
-
-/// Bodies from here on have pages of their own.
-const PAGED: usize = 32 * 1024;
-
-/// Results wait in bodies by the thousand, made by one thread and dropped by another. Those that are
-/// not small are mapped, so that their memory goes back to the system with them: in malloc's arenas,
-/// one for each thread, twice the limit was seen in use, and much of it kept for ever.
-fn copy(bytes: &[u8]) -> Bytes {
-    if bytes.len() >= PAGED {
-        if let Some(pages) = Pages::holding(bytes) {
-            return Bytes::from_owner(pages);
-        }
-    }
-    Bytes::copy_from_slice(bytes)
-}
-
-/// Bodies that have pages of their own at a time. A process may have only so many mappings
-/// (vm.max_map_count, 65,530 by default).
-const MOST_PAGED: usize = 16 * 1024;
-static PAGED_NOW: AtomicUsize = AtomicUsize::new(0);
-
-/// Room for one body.
-struct Pages {
-    /// There until it is dropped.
-    room: Option<MmapMut>,
-    len: usize,
-}
-
-/// Room that is not in use: what is taken by the next bodies is in the processor's caches, and the
-/// system need not clear it.
-static FREE: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
-/// Bodies that there is such room for.
-const MOST_FREE: usize = 128;
-
-impl Pages {
-    /// None if there is no memory, or there are too many.
-    fn holding(bytes: &[u8]) -> Option<Pages> {
-        if PAGED_NOW.load(Ordering::Relaxed) >= MOST_PAGED {
-            return None;
-        }
-        // Whoever does not get the lock at once goes without: it may be a fork, and its owner not exist.
-        let free = FREE.try_lock().ok().and_then(|mut free| free.pop());
-        let mut room = free.or_else(|| MmapMut::map_anon(MAX_BODY).ok())?;
-        room.get_mut(..bytes.len())?.copy_from_slice(bytes);
-        PAGED_NOW.fetch_add(1, Ordering::Relaxed);
-        Some(Pages {
-            room: Some(room),
-            len: bytes.len(),
-        })
-    }
-}
-
-impl AsRef<[u8]> for Pages {
-    fn as_ref(&self) -> &[u8] {
-        self.room.as_deref().map_or(&[], |room| &room[..self.len])
-    }
-}
-
-impl Drop for Pages {
-    fn drop(&mut self) {
-        PAGED_NOW.fetch_sub(1, Ordering::Relaxed);
-        if let (Some(room), Ok(mut free)) = (self.room.take(), FREE.try_lock()) {
-            if free.len() < MOST_FREE {
-                free.push(room);
-            }
-        }
-    }
 }
 
 /// Bytes that are not a frame.

@@ -1,0 +1,133 @@
+//! Processes: parents and children, and how they end. System calls that std does not have.
+
+use super::exit::Exit;
+use super::fd::check;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+/// The name of this machine.
+pub fn hostname() -> String {
+    let mut buffer = [0u8; 256];
+    // SAFETY: the length is that of the buffer, whose last byte stays zero.
+    unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) };
+    let end = buffer.iter().position(|&byte| byte == 0);
+    String::from_utf8_lossy(&buffer[..end.unwrap_or(0)]).into_owned()
+}
+
+/// Whether the parent of this process is `parent`: not any more once that has ended.
+pub fn is_parent(parent: u32) -> bool {
+    // SAFETY: no memory effects.
+    unsafe { libc::getppid() as u32 == parent }
+}
+
+/// A descriptor that becomes readable when this process's parent ends, if the system has such
+/// and the parent is still `parent`.
+pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
+        unsafe {
+            if !is_parent(parent) {
+                return None;
+            }
+            let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
+            let fd = check(fd).ok().map(|fd| OwnedFd::from_raw_fd(fd))?;
+            // Had the parent ended before, its number could be another's by now.
+            is_parent(parent).then_some(fd)
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = parent;
+        None
+    }
+}
+
+/// Has the system kill this process when its parent ends. Where the system has no such thing,
+/// the end of the channel must do.
+pub fn die_with_parent(parent: u32) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: prctl with these arguments and getppid have no memory effects; _exit is what a
+    // forked child may call at any time.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
+        if libc::getppid() as u32 != parent {
+            libc::_exit(1);
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = parent;
+}
+
+/// Makes this process the parent of all below it that lose theirs, where the system can.
+pub fn adopt_orphans() {
+    #[cfg(target_os = "linux")]
+    // SAFETY: prctl with these arguments has no memory effects.
+    unsafe {
+        libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong);
+    }
+}
+
+/// Makes this process the leader of a process group of its own.
+pub fn own_process_group() {
+    // SAFETY: no memory effects.
+    unsafe { libc::setpgid(0, 0) };
+}
+
+/// Adds to this process's niceness.
+pub fn renice(increment: i32) {
+    // SAFETY: no memory effects. A failure leaves the priority as it was.
+    unsafe {
+        libc::nice(increment);
+    }
+}
+
+/// Waits until a child has ended, and leaves it to be waited for.
+pub fn await_exit(pid: u32) {
+    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    let flags = libc::WEXITED | libc::WNOWAIT;
+    // SAFETY: waitid fills the struct. Interrupted, it is called again; any other failure means
+    // that there is nothing to wait for.
+    unsafe {
+        while libc::waitid(libc::P_PID, pid as libc::id_t, info.as_mut_ptr(), flags) != 0
+            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+        {}
+    }
+}
+
+/// A child that has ended, if there is one. It is left to be waited for.
+pub fn peek_any_exit() -> Option<u32> {
+    peek(libc::P_ALL, 0)
+}
+
+/// Whether a child has ended. It is left to be waited for.
+pub fn peek_exit(pid: u32) -> bool {
+    peek(libc::P_PID, pid).is_some()
+}
+
+fn peek(which: libc::idtype_t, pid: u32) -> Option<u32> {
+    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: waitid fills the zeroed struct; WNOWAIT leaves the child to be waited for.
+    let pid = unsafe {
+        match libc::waitid(which, pid as libc::id_t, info.as_mut_ptr(), flags) {
+            0 => info.assume_init().si_pid(),
+            _ => 0,
+        }
+    };
+    (pid != 0).then_some(pid as u32)
+}
+
+/// Waits for a child that has ended.
+pub fn reap(pid: u32) -> Exit {
+    let mut status = 0;
+    // SAFETY: waitpid fills the status.
+    let waited = unsafe { libc::waitpid(pid as libc::pid_t, &raw mut status, 0) };
+    if waited != pid as libc::pid_t {
+        Exit::Unknown
+    } else if libc::WIFSIGNALED(status) {
+        Exit::Signal(libc::WTERMSIG(status))
+    } else {
+        Exit::Status(libc::WEXITSTATUS(status))
+    }
+}
