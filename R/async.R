@@ -14,7 +14,8 @@
 #' There is no progress bar.
 #' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, as
 #'   that of [clusterSubmit()]; `value()` is a list with the results, named as `X`. It is `"waiting"`
-#'   until its first group has been begun. [promises::as.promise()] works on it.
+#'   until its first group has been begun. [promises::as.promise()] works on it, and so do
+#'   `value()` and `resolved()` of \pkg{future} ([future_generics]).
 #' @section Errors:
 #' `value()` raises, when all have ended, `rustcluster_element_failed` for errors of `FUN`'s, with the
 #' fields of [clusterLapply()] and `parent`, the error itself; for what was lost, took too long or was
@@ -97,12 +98,7 @@ newCalls <- function(records, groups, names, n) {
   force(list(records, groups, names, n))
   calls <- list(
     status = function() callsStatus(records),
-    value = function() {
-      for (record in records) awaitCall(record)
-      state <- callsResult(records, groups, names, n)
-      if (state$state != "done") stop(state$result)
-      state$result
-    },
+    value = function() callsValue(records, groups, names, n),
     cancel = function() invisible(any(vapply(records, cancelCall, NA)))
   )
   reg.finalizer(environment(), dropCalls)
@@ -123,6 +119,14 @@ callsStatus <- function(records) {
     return(if (any(vapply(records, failed, NA))) "failed" else "done")
   }
   if ("cancelled" %in% bad) "cancelled" else "failed"
+}
+
+callsValue <- function(records, groups, names, n, signal = TRUE) {
+  force(signal)
+  for (record in records) awaitCall(record)
+  state <- callsResult(records, groups, names, n)
+  if (state$state != "done" && signal) stop(state$result)
+  state$result
 }
 
 # All have ended: the state and the result of the whole.

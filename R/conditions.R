@@ -2,6 +2,7 @@
 # data, and the message says what to do.
 
 rustclusterCondition <- function(kind, message, ..., type = "error", call = NULL) {
+  stopifnot(kind %in% names(conditionClasses[[type]]))
   class <- c(paste0("rustcluster_", kind), paste0("rustcluster_", type), type, "condition")
   structure(class = class, list(message = printable(message), call = call, ...))
 }
@@ -65,10 +66,10 @@ signalName <- function(signal) {
 
 outOfMemory <- function(left) {
   paste0(
-    "; it looks as if the host ran out of memory",
+    "; probably killed by the out-of-memory killer",
     # 0 is what is not known.
-    if (left > 0) paste0(" (", formatBytes(left), " were left after its end)"),
-    ": ask for fewer workers there, or bound what each may have (`memory_limit`)"
+    if (left > 0) paste0(" (", formatBytes(left), " were available after its end)"),
+    ": start fewer workers there, or limit the memory of each (`memory_limit`)"
   )
 }
 
@@ -128,7 +129,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
             "; it is tried again in ", field("retry"), " s, and then with growing pauses; until it is back, "
           )
         } else "; no other takes its place: ",
-        "`cl[!is.na(clusterPids(cl))]` leaves it out, if others are left"
+        "`clusterAlive(cl)` leaves it out, if others are left"
       ),
       if (is.null(field("task")) && identical(field("replaced"), "true")) "; it is being replaced",
       if (!is.null(field("again"))) {
@@ -141,7 +142,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
       if (isTRUE(hub_takes_back(handle$pointer, owner))) "; it is tried again until it is back, and " else "; ",
-      "`cl[!is.na(clusterPids(cl))]` leaves its nodes out, if others are left"
+      "`clusterAlive(cl)` leaves its nodes out, if others are left"
     ),
     timeout = paste0(
       tasks, " took longer than its ",
@@ -149,45 +150,43 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       " and was ended"
     ),
     worker_replaced = paste0(
-      node, " ended while it was interrupted, or was killed because it did not heed that; a fresh one ",
-      "with its exports and random numbers has taken its place"
+      node, " ended or did not respond when it was interrupted, and was restarted; its exports and RNG state were ",
+      "restored"
     ),
     left_behind = paste0(
+      "process ", field("pid"), " (", field("command"), "), started by ",
       if (is.null(rank)) "a worker" else paste("worker", rank), " on host ", sQuote(host),
-      " has left process ", field("pid"), " behind (", field("command"), "): it made itself independent ",
-      "of its worker and goes on. End it with `kill ", field("pid"), "` on that host"
+      ", detached and is still running; stop it with `kill ", field("pid"), "` on that host"
     ),
-    worker_back = paste0(node, " is back, with its exports and random numbers\n"),
+    worker_back = paste0(node, " is back; its exports and RNG state were restored\n"),
     host_back = paste0(
-      "host ", sQuote(host), " is back; its exports and its L'Ecuyer-CMRG random numbers were restored\n"
+      "host ", sQuote(host), " is back; its exports and L'Ecuyer-CMRG RNG state were restored\n"
     ),
     state_not_kept = if (is.null(owner)) paste0(
-      "what has been exported to the workers, or called on them, is more than the ",
-      format(handle$spoolLimit / 1e6, digits = 3L), " MB that are kept here (`keep_limit`), or than ",
-      "the disk of tempdir() has room for: hosts that are lost will not be tried again"
+      "exports and set-up calls exceed `keep_limit` (", format(handle$spoolLimit / 1e6, digits = 3L),
+      " MB), or the disk of tempdir() is full; lost hosts can no longer be reconnected"
     ) else paste0(
-      "what has been exported to the workers on host ", sQuote(host), ", or called on them, is more than the ",
-      format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls a worker, that are kept ",
-      "(`keep_limit`): workers that are lost there will not be replaced"
+      "exports and set-up calls on host ", sQuote(host), " exceed `keep_limit` (",
+      format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls on a worker); ",
+      "lost workers there can no longer be replaced"
     ),
     stopped = if (is.null(rank)) {
-      "the cluster has been stopped: make a new one with makeRustCluster()"
+      "the cluster has been stopped; create a new one with makeRustCluster()"
     } else {
       paste0(node, " has been stopped")
     },
     restored = paste0(
       "this cluster was saved and loaded, or copied to another process: its workers belong to ",
-      "the session that made them. Make a new one with makeRustCluster()"
+      "the session that made them; create a new one with makeRustCluster()"
     ),
     forked = paste0(
-      "this process is a fork of the one that made the cluster (mclapply and the like), and ",
-      "cannot use it. Make a cluster of its own here, or call it from the parent"
+      "this process was forked from the one that made the cluster (by mclapply() and the like) and cannot use ",
+      "it; create a cluster here, or call it from the parent"
     ),
     busy = paste0(
-      "the cluster is in the middle of another call of this session: use it when that has ended, or make ",
-      "another"
+      "the cluster is busy with another call from this session; wait for it to finish or create a second cluster"
     ),
-    no_task = "an answer was asked for, but no task is outstanding on these nodes",
+    no_task = "these nodes have no outstanding task whose result could be received",
     limits = paste0(
       "not enough ", field("what"), " for so many workers: ", field("needed"), " needed, ",
       field("available"), " available; ", reason

@@ -518,3 +518,59 @@ registerFutureMethods <- function(...) {
     registerS3method(generic, methods[[i]], method, envir = namespace)
   }
 }
+
+# Calls by the generics of future ----------------------------------------------------------------------
+
+#' Calls by the generics of package future
+#'
+#' Methods of [future::value()] and [future::resolved()] for the objects that [clusterSubmit()] and
+#' [clusterLapplyAsync()] return. `value(call)` is `call$value()`. `resolved(call)` returns, without
+#' waiting, whether the call has ended: with a value, with an error, or because it was cancelled.
+#'
+#' The methods of \pkg{future} for lists and environments handle futures alone: a call in a list is
+#' returned as it is, and counts as resolved. Use `lapply(calls, value)` and
+#' `vapply(calls, resolved, NA)`.
+#'
+#' @param future,x An object made by [clusterSubmit()] or [clusterLapplyAsync()].
+#' @param stdout Accepted as an argument of \pkg{future}'s, and not used: output stays on the worker.
+#' @param signal (logical) Whether the error of a failed call is raised (`TRUE`, the default) or returned
+#'   as a condition object.
+#' @param ... Not used.
+#' @return `value()`: the value of the call, or its error if `signal` is `FALSE`. `resolved()`: `TRUE` or
+#'   `FALSE`.
+#' @section Errors:
+#' As of `value()` and `status()` in [clusterSubmit()] and [clusterLapplyAsync()].
+#' @seealso [cluster_rust] for futures on a cluster.
+#' @name future_generics
+#' @examplesIf requireNamespace("future", quietly = TRUE)
+#' cl <- makeRustCluster(2)
+#' calls <- lapply(1:4, function(i) clusterSubmit(cl, i^2))
+#' vapply(calls, future::value, 0)
+#' all(vapply(calls, future::resolved, NA))
+#' failed <- clusterSubmit(cl, stop("no"))
+#' future::value(failed, signal = FALSE)
+#' parallel::stopCluster(cl)
+#' @exportS3Method future::value
+value.RustCall <- function(future, stdout = TRUE, signal = TRUE, ...) {
+  callValue(recordOf(future), checkedSignal(signal))
+}
+
+#' @rdname future_generics
+#' @exportS3Method future::value
+value.RustCalls <- function(future, stdout = TRUE, signal = TRUE, ...) {
+  of <- environment(future$status)
+  callsValue(of$records, of$groups, of$names, of$n, checkedSignal(signal))
+}
+
+checkedSignal <- function(signal) {
+  if (!isTRUE(signal) && !isFALSE(signal)) badArgument("signal", "must be TRUE or FALSE")
+  signal
+}
+
+#' @rdname future_generics
+#' @exportS3Method future::resolved
+resolved.RustCall <- function(x, ...) !x$status() %in% c("waiting", "running")
+
+#' @rdname future_generics
+#' @exportS3Method future::resolved
+resolved.RustCalls <- resolved.RustCall

@@ -9,7 +9,7 @@ nativeRanks <- function(cl) {
   # Ours that were beside others have this class alone.
   if (!inherits(cl, "cluster") || !length(cl)) return(NULL)
   ranks <- cluster_ranks(cl)
-  if (typeof(ranks) == "integer" && (length(ranks) == 1L || !anyDuplicated(ranks))) ranks
+  if (typeof(ranks) == "integer" && (length(ranks) == 1L || !anyDuplicated.default(ranks))) ranks
 }
 
 # Runs the tasks. `elements`: a vector, or a function of a task's number. Returns a list of `values`, the
@@ -28,20 +28,21 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
                    each = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
-  refuseIfBusy(handle, sys.nframe())
+  if (handle$job != noJob) refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   # One that took too long, or that is lost and not tried again, is known by its message.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
   settings <- list(
-    round = round, shares = shares, spread = spread, seed = seed, seeded = list(runSeeded, list()),
-    nothing = list(list, list()), order = order, singly = singly, timeout = timeout,
-    at_once = !singly && is.null(each) && !progress
+    round = round, shares = shares, spread = spread, seed = seed,
+    seeded = if (!is.null(seed)) list(runSeeded, list()), nothing = if (is.finite(timeout)) list(list, list()),
+    order = order, singly = singly, timeout = timeout, at_once = !singly && is.null(each) && !progress
   )
-  begin <- function() job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
-  begun <- begin()
-  if (isFromStale(begun, handle)) begun <- begin()
+  repeat {
+    begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
+    if (is.null(begun) || !isFromStale(begun, handle)) break
+  }
   if (typeof(begun) == "list") {
     done <- TRUE
     return(list(values = begun[[1L]], failed = begun[[2L]]))

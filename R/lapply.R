@@ -41,7 +41,7 @@
 #' `rustcluster_element_failed`: errors of `FUN`'s. It has the fields `index` (of the first), `indices` (of
 #' all), `results` (a list; `NULL` for those) and `parent` (the first error itself). `rustcluster_task_failed`,
 #' `rustcluster_worker_lost` (with `.retries = 0`), `rustcluster_timeout`, `rustcluster_host_failed`,
-#' `rustcluster_busy`, `rustcluster_bad_argument`: see [makeRustCluster()].
+#' `rustcluster_busy`, `rustcluster_bad_argument`: see [rustcluster_conditions].
 #' @examples
 #' cl <- makeRustCluster(2)
 #' clusterLapply(cl, 1:3, function(i) rnorm(1, i), .seed = 42)

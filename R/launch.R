@@ -84,14 +84,14 @@ variables <- function(envs, argument = "rscript_envs") {
     badArgument(argument, "must be a named vector, or names of variables")
   }
   values <- structure(as.character(envs), names = names(envs))
-  if (!all(is.na(values) | isText(values))) badArgument(argument, "holds a text of an encoding that is not known")
+  if (!all(is.na(values) | isText(values))) badArgument(argument, "contains text of an unknown encoding")
   if (is.null(names(values))) names(values) <- rep("", length(values))
-  if (!all(isText(names(values)))) badArgument(argument, "holds a name that no variable can have")
+  if (!all(isText(names(values)))) badArgument(argument, "contains an invalid environment variable name")
   passed <- !nzchar(names(values))
   names(values)[passed] <- values[passed]
   values[passed] <- Sys.getenv(values[passed], unset = NA)
   if (anyNA(names(values)) || !all(grepl("^[A-Za-z_][A-Za-z0-9_.]*$", names(values)))) {
-    badArgument(argument, "holds a name that no variable can have")
+    badArgument(argument, "contains an invalid environment variable name")
   }
   values
 }

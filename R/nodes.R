@@ -175,3 +175,151 @@ registerParallellyMethods <- function(...) {
     registerS3method(generic, "RustNode", get(paste0(generic, ".RustNode"), topenv()), envir = namespace)
   }
 }
+
+#' Process numbers of a cluster
+#'
+#' Known here already: no worker is asked.
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one.
+#' @return `clusterPids()`: integer, the pid of each node's worker, on its host;
+#'   `NA` for one that is gone. `agentPids()`: integer, the pid of the agent on
+#'   each host, without those that are gone.
+#' @section Errors:
+#' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
+#' @seealso [clusterAlive()] for the part of a cluster whose workers are alive.
+#' @examples
+#' cl <- makeRustCluster(2)
+#' clusterPids(cl)
+#' parallel::stopCluster(cl)
+#' @export
+clusterPids <- function(cl) {
+  byNode(clustersOf(cl), function(handle, ranks) {
+    if (handle$stopped) return(rep(NA_integer_, length(ranks)))
+    checked(hub_pids(handle$pointer), handle)[ranks]
+  })
+}
+
+#' @rdname clusterPids
+#' @export
+agentPids <- function(cl) {
+  unlist(lapply(clustersOf(cl), function(part) {
+    if (part$handle$stopped) return(integer())
+    checked(hub_agent_pids(part$handle$pointer), part$handle)
+  }))
+}
+
+#' The part of a cluster whose workers are alive
+#'
+#' Returns the nodes of a cluster whose workers are alive, as a cluster, in the order of `cl`. Use it to
+#' go on without a lost host or worker: calls that are bound to the nodes of a lost host fail until the
+#' host is back (see [rustcluster_faults]). The session knows which workers are alive and asks none.
+#'
+#' @param cl A cluster made by [makeRustCluster()], a part of one, or nodes of several; a node may be in
+#'   it more than once.
+#' @return A cluster of the same class as `cl`, of length 0 if no worker is alive, as after
+#'   `stopCluster()`. A worker that is being replaced counts as alive. A worker that could not be
+#'   restored, or whose host is lost, does not count until it is back.
+#' @section Errors:
+#' `rustcluster_bad_argument`, also if `cl` has nodes of other packages, such as those of a PSOCK
+#' cluster; `rustcluster_forked`, `rustcluster_restored`.
+#' @seealso [clusterPids()], [clusterStatus()]
+#' @examples
+#' cl <- makeRustCluster(3)
+#' parallel::stopCluster(cl[2])
+#' rest <- clusterAlive(cl)
+#' length(rest)
+#' parallel::clusterCall(rest, function() "alive")
+#' parallel::stopCluster(cl)
+#' @export
+clusterAlive <- function(cl) {
+  # The rest of a cluster of which nothing is left.
+  if (!missing(cl) && inherits(cl, "RustCluster") && !length(cl)) return(cl)
+  alive <- !is.na(clusterPids(cl))
+  cl[alive]
+}
+
+# What is to be said of a cluster that cannot be used; "" of one that can.
+fate <- function(handle) {
+  pids <- if (!handle$stopped) hub_pids(handle$pointer)
+  kind <- if (handle$stopped) "stopped" else if (is.character(pids)) pids[["kind"]] else ""
+  switch(kind,
+    stopped = " that has been stopped",
+    restored = paste0(
+      " that was saved and loaded, or copied to another process: its workers belong to the session that ",
+      "made them"
+    ),
+    forked = " of the process that this one was forked from",
+    ""
+  )
+}
+
+#' @export
+print.RustCluster <- function(x, ...) {
+  cat(format(x), "\n", sep = "")
+  handles <- lapply(clustersAmong(x, which(areOurs(x))), `[[`, "handle")
+  unusable <- vapply(handles, function(handle) !handle$stopped && nzchar(fate(handle)), NA)
+  if (any(unusable)) cat("Make a new one with makeRustCluster()\n")
+  invisible(x)
+}
+
+#' @export
+format.RustCluster <- function(x, ...) {
+  hosts <- unique(vapply(x, `[[`, "", "host"))
+  text <- sprintf(
+    ngettext(
+      length(hosts), "socket cluster with %d nodes on host %s",
+      "socket cluster with %d nodes on hosts %s"
+    ),
+    length(x), paste(sQuote(hosts), collapse = ", ")
+  )
+  parts <- clustersAmong(x, which(areOurs(x)))
+  fates <- vapply(parts, function(part) fate(part$handle), "")
+  if (length(parts) < 2L) return(paste0(text, fates))
+  of <- vapply(parts, function(part) spanText(part$places, "node"), "")
+  paste(c(text, paste0(", ", of, " of a cluster", fates)[nzchar(fates)]), collapse = "")
+}
+
+#' @export
+`[.RustCluster` <- function(x, i) {
+  # Most calls ask for nodes that there are, by their numbers.
+  if (!missing(i) && is.numeric(i) && !is.object(i) && isTRUE(all(i >= 1 & i <= length(x)))) {
+    part <- .subset(x, i)
+    class(part) <- oldClass(x)
+    return(part)
+  }
+  if (!missing(i)) i <- plain(i)
+  part <- tryCatch(.subset(x, i), error = function(e) badArgument("i", "must be numbers of nodes, or TRUE and FALSE"))
+  if (!all(lengths(part, FALSE))) {
+    badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
+  }
+  class(part) <- oldClass(x)
+  part
+}
+
+#' @export
+print.RustNode <- function(x, ...) {
+  handle <- x[["handle"]]
+  fate <- fate(handle)
+  if (!nzchar(fate)) {
+    pid <- checked(hub_pids(handle$pointer), handle)[[x[["rank"]]]]
+    fate <- if (is.na(pid)) " whose worker is gone" else paste(" with pid", pid)
+  }
+  cat(format(x), fate, "\n", sep = "")
+  invisible(x)
+}
+
+#' @export
+format.RustNode <- function(x, ...) {
+  sprintf("node of a socket cluster on host %s", sQuote(x[["host"]]))
+}
+
+#' @importFrom utils str
+#' @export
+str.RustCluster <- function(object, ...) {
+  cat(" ", format(object), "\n", sep = "")
+}
+
+#' @export
+str.RustNode <- function(object, ...) {
+  cat(" ", format(object), ", rank ", object[["rank"]], fate(object[["handle"]]), "\n", sep = "")
+}

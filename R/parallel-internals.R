@@ -61,8 +61,10 @@ isWrittenAs <- function(fun, code) {
 sendingVerb <- function(frames) {
   if (frames < 5L) return(NULL)
   # What is most frequent, and takes least, first.
-  if (identical(sys.function(frames - 4L), parallels$clusterCall)) {
-    return(list(depth = frames - 4L, name = "clusterCall", own = TRUE))
+  fun <- sys.function(frames - 4L)
+  if (identical(fun, parallels$clusterCall)) return(list(depth = frames - 4L, name = "clusterCall", own = TRUE))
+  if (identical(fun, parallels$staticClusterApply)) {
+    return(list(depth = frames - 4L, name = "staticClusterApply", own = TRUE))
   }
   verb <- verbAt(frames - 4L, c("staticClusterApply", "clusterSetRNGStream", "clusterCall"))
   # dynamicClusterApply() sends from a function of its own.
@@ -183,7 +185,7 @@ tasksOf <- function(argfun, n, first) {
 # Whether `argfun` is a function of a task's number with this body, made where these variables are.
 isMadeAs <- function(argfun, body, variables) {
   identical(body(argfun), body) && identical(names(formals(argfun)), "i") &&
-    all(vapply(variables, exists, NA, envir = environment(argfun), inherits = FALSE))
+    all(variables %in% names(environment(argfun)))
 }
 
 # Whether `[[` of an object is other code than R's own.

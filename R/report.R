@@ -3,8 +3,8 @@
 #' The hosts of a cluster
 #'
 #' @param cl A cluster made by [makeRustCluster()].
-#' @return A data frame with a row for each host, or for each group of equal
-#'   entries of the spec:
+#' @return A data frame of class `"rustcluster_hosts"`, with a row for each host, or for each group of
+#'   equal entries of the spec:
 #'   \describe{
 #'     \item{host, user}{(character) as they were given; `user` is `NA` where none was.}
 #'     \item{workers}{(integer) workers asked for.}
@@ -24,7 +24,23 @@
 #' @export
 clusterHosts <- function(cl) {
   reports <- lapply(clustersOf(cl), function(part) hostsOf(part$handle))
-  do.call(rbind, reports)
+  rows <- do.call(rbind, reports)
+  structure(rows, class = c("rustcluster_hosts", "data.frame"))
+}
+
+#' @rdname clusterHosts
+#' @param x What `clusterHosts()` has returned, or rows or columns of it. `print()` shows the columns
+#'   `memory` and `available` with units, such as "7.6 GB"; in `x` they stay numbers of bytes.
+#' @param ... Passed on to `print()` for data frames.
+#' @export
+print.rustcluster_hosts <- function(x, ...) {
+  shown <- as.data.frame(x)
+  for (name in intersect(c("memory", "available"), names(shown))) {
+    bytes <- shown[[name]]
+    if (is.numeric(bytes)) shown[[name]] <- ifelse(is.na(bytes), "?", formatBytes(bytes))
+  }
+  print(shown, ...)
+  invisible(x)
 }
 
 hostsOf <- function(handle) {

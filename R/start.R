@@ -13,7 +13,7 @@ newHandle <- function(pointer, agents) {
   handle$alive <- integer()
   handle$stopped <- FALSE
   # The job under way, the numbers of the frames of its sends and of its verb, the name of the cluster
-  # for that frame itself, and how many jobs there have been: see parallel.R.
+  # for that frame itself, and how many jobs there have been: see parallel-methods.R.
   handle$job <- noJob
   handle$frames <- 0L
   handle$depth <- 0L
@@ -23,8 +23,8 @@ newHandle <- function(pointer, agents) {
   # that job.
   handle$policy <- NULL
   handle$partial <- list()
-  # Whether what the job under way sends lasts on the workers (parallel.R), and the losses of each of
-  # its tasks (faults.R).
+  # Whether what the job under way sends lasts on the workers (parallel-methods.R), and the losses of each of
+  # its tasks (task-failures.R).
   handle$lasts <- NULL
   handle$losses <- list()
   # Of each agent, the bytes of what lasts on its workers that it keeps.
@@ -33,7 +33,7 @@ newHandle <- function(pointer, agents) {
   handle$spoolLimit <- 0
   # Seconds that an idle worker may take to end.
   handle$stopTimeout <- 0
-  # Conditions that the user is still to be told of (faults.R).
+  # Conditions that the user is still to be told of (events.R).
   handle$untold <- list()
   # By what the hub's thread names the cluster (promises.R).
   awaited$count <- awaited$count + 1

@@ -353,7 +353,8 @@ if (wanted("names")) {
     pbapply = function(cl) {
       before <- pbapply::pboptions(type = "timer")
       on.exit(pbapply::pboptions(before))
-      utils::capture.output(pbapply::pblapply(1:2000, sqrt, cl = cl))
+      # The bar is printed, the result is not.
+      utils::capture.output(invisible(pbapply::pblapply(1:2000, sqrt, cl = cl)))
     }
   )
   calls <- c(boot = "boot::boot(), R = 2000", pbapply = "pbapply::pblapply(), 2000 elements")

@@ -181,7 +181,7 @@ calls <- list(
 )
 
 try_call <- function(name, id) {
-  nodes <- cl[!is.na(clusterPids(cl))]
+  nodes <- clusterAlive(cl)
   if (!length(nodes)) {
     # All are being replaced, or taken back with their hosts.
     Sys.sleep(0.1)

@@ -217,7 +217,7 @@ test_that("whatever is wrong with an argument of other functions is an error of 
     }
     expect_all_bad(call, named, wrong_values(takes))
   }
-  for (fun in list(clusterPids, agentPids, clusterHosts, clusterStatus, clusterTimeline)) of(fun, "cl", character())
+  for (fun in list(clusterPids, agentPids, clusterAlive, clusterHosts, clusterStatus, clusterTimeline)) of(fun, "cl", character())
   for (fun in list(clusterLapply, clusterLapplyAsync)) {
     of(fun, "cl", character(), X = 1:2, FUN = sqrt)
     of(fun, "FUN", "fun", cl = cl, X = 1:2)
@@ -243,7 +243,7 @@ test_that("whatever is wrong with an argument of other functions is an error of 
   of(installOnHosts, "timeout", c("half", "inf", "many"), hosts = "localhost")
   of(installOnHosts, "progress", "true", hosts = "localhost")
   of(print, "n", c("zero", "half", "inf", "many"), clusterStatus(cl))
-  for (fun in list(clusterPids, agentPids, clusterHosts, clusterStatus, clusterTimeline)) {
+  for (fun in list(clusterPids, agentPids, clusterAlive, clusterHosts, clusterStatus, clusterTimeline)) {
     expect_bad_argument(fun(), "cl")
   }
   for (fun in list(clusterLapply, clusterLapplyAsync)) {

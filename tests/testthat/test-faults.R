@@ -365,7 +365,7 @@ test_that("a worker killed again while it is brought back to its state", {
   expect_match(conditionMessage(error), "it is tried again in 1 s")
   expect_identical(clusterEvalQ(cl[2], x), list(5))
   expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
-  expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], x), list(5))
+  expect_identical(clusterEvalQ(clusterAlive(cl), x), list(5))
   expect_identical(clusterStatus(cl, memory = FALSE)$state, c("lost", "idle"))
   # It is as it was when what was wrong is over, also if that takes some tries.
   Sys.sleep(1.5)
@@ -513,7 +513,7 @@ test_that("a task that ends every worker is given up, and all else is kept", {
   }
   expect_identical(error$losses[[1]]$pid, pids[[2]])
   expect_length(unique(vapply(error$losses, `[[`, 0L, "pid")), 3)
-  expect_match(conditionMessage(error), "task 5: lost with the worker 3 times", fixed = TRUE)
+  expect_match(conditionMessage(error), "task 5 failed: its worker died on all 3 attempts", fixed = TRUE)
   expect_match(conditionMessage(error), "SIGKILL")
   # Here all workers have their state, and those that lost nothing are the same.
   expect_identical(clusterEvalQ(cl, x), list(5, 5, 5))
@@ -682,7 +682,7 @@ test_that("beyond keep_limit nothing is restored, and that is told", {
   expect_length(got$losses, 1)
   expect_false(got$losses[[1]]$replaced)
   expect_identical(sum(is.na(clusterPids(cl))), 2L)
-  expect_identical(clusterEvalQ(cl[!is.na(clusterPids(cl))], small), list(1))
+  expect_identical(clusterEvalQ(clusterAlive(cl), small), list(1))
 })
 
 test_that("tasks that take too long are ended, whatever they are at", {
@@ -759,10 +759,10 @@ test_that("the tasks of a lost host move, and their random numbers with them", {
   # Whoever addresses its nodes now is told so, and the others are as they were.
   error <- caught(clusterEvalQ(cl, x))
   expect_rust_error(error, "host_failed")
-  expect_match(conditionMessage(error), "cl[!is.na(clusterPids(cl))]", fixed = TRUE)
+  expect_match(conditionMessage(error), "clusterAlive(cl)", fixed = TRUE)
   expect_rust_error(caught(clusterApply(cl, 1:4, identity)), "host_failed")
   expect_rust_error(caught(clusterApply(cl[3], 1:4, identity)), "host_failed")
-  rest <- cl[!is.na(clusterPids(cl))]
+  rest <- clusterAlive(cl)
   expect_length(rest, 2)
   expect_identical(clusterEvalQ(rest, x), list("exported", "exported"))
   expect_identical(parSapply(rest, 1:9, sqrt), sqrt(1:9))
@@ -814,7 +814,7 @@ test_that("a host whose workers end again and again is left out", {
   expect_length(got$losses, 9L)
   expect_gone(there)
   expect_rust_error(caught(clusterCall(cl, identity, 1)), "host_failed")
-  expect_identical(clusterCall(cl[!is.na(clusterPids(cl))], identity, 1), list(1, 1))
+  expect_identical(clusterCall(clusterAlive(cl), identity, 1), list(1, 1))
 })
 
 test_that("who is interrupted before it is known what becomes of a lost task is told of it again", {

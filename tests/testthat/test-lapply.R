@@ -369,13 +369,13 @@ test_that(".errors", {
   })
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
   expect_rust_error(attr(got[[30]], "condition"), "task_failed")
-  expect_match(as.character(got[[30]]), "element 30: lost", fixed = TRUE)
+  expect_match(as.character(got[[30]]), "element 30 failed", fixed = TRUE)
   # One that is not to be tried again fails alone, if others are to go on.
   suppressWarnings(classes = "rustcluster_worker_lost", {
     got <- clusterLapply(cl, 1:400, poison, 30, .errors = "return", .retries = 0)
   })
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
-  expect_match(as.character(got[[30]]), "element 30: lost with the worker once", fixed = TRUE)
+  expect_match(as.character(got[[30]]), "element 30 failed: its worker died on its only attempt", fixed = TRUE)
   # Nor does a bar that is full by then end the call.
   fates <- list(
     global(function(i) if (i == 2) quit(status = 9) else i), global(function(i) if (i == 2) Sys.sleep(60) else i)

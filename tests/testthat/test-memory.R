@@ -134,7 +134,7 @@ test_that("a worker that the kernel kills for want of memory is said to be that"
   expect_equal(child_said(child, "oom"), "TRUE")
   expect_equal(child_said(child, "signal"), "9")
   expect_equal(child_said(child, "left"), "TRUE")
-  expect_match(child_said(child, "message"), "it looks as if the host ran out of memory (", fixed = TRUE)
+  expect_match(child_said(child, "message"), "probably killed by the out-of-memory killer (", fixed = TRUE)
   expect_equal(child_said(child, "other"), "FALSE")
 })
 

@@ -263,6 +263,26 @@ test_that("stopping a part leaves the others as they are", {
   expect_gone(c(pids, agent))
 })
 
+test_that("clusterAlive() is the part whose workers are alive", {
+  cl <- local_cluster(4)
+  pids <- clusterPids(cl)
+  expect_identical(clusterAlive(cl), cl)
+  stopCluster(cl[2])
+  rest <- clusterAlive(cl)
+  expect_s3_class(rest, c("RustCluster", "cluster"), exact = TRUE)
+  expect_identical(unlist(clusterCall(rest, Sys.getpid)), pids[-2])
+  expect_identical(clusterPids(clusterAlive(rev(cl))), rev(pids[-2]))
+  expect_identical(clusterPids(clusterAlive(cl[c(3, 2, 3, 1)])), pids[c(3, 3, 1)])
+  expect_identical(clusterAlive(rest), rest)
+  none <- clusterAlive(cl[2])
+  expect_s3_class(none, c("RustCluster", "cluster"), exact = TRUE)
+  expect_length(none, 0L)
+  expect_identical(clusterAlive(none), none)
+  expect_match(conditionMessage(caught(clusterLapply(none, 1, identity))), "`cl` has no nodes", fixed = TRUE)
+  stopCluster(cl)
+  expect_length(clusterAlive(cl), 0L)
+})
+
 test_that("the cluster lives as long as any node of it is held", {
   skip_unless_proc()
   keep <- local({

@@ -317,6 +317,26 @@ test_that("what tells of a cluster tells of nodes of several", {
   expect_identical(utils::capture.output(print(two)), utils::capture.output(print(oracle())))
 })
 
+test_that("clusterAlive() leaves out the stopped nodes of each cluster", {
+  a <- local_cluster(2)
+  b <- local_cluster(3)
+  both <- cluster_of(c(unclass(b)[c(3, 1)], unclass(a)[2:1], unclass(b)[c(3, 2)]))
+  pids <- clusterPids(both)
+  expect_identical(clusterAlive(both), both)
+  stopCluster(b[3])
+  stopCluster(a[2])
+  rest <- clusterAlive(both)
+  expect_identical(class(rest), class(both))
+  expect_identical(unlist(clusterCall(rest, Sys.getpid)), pids[c(2, 4, 6)])
+  # Nodes of ours that have kept PSOCK's class.
+  expect_identical(clusterAlive(cluster_of(unclass(both), "cluster")), cluster_of(unclass(rest), "cluster"))
+  stopCluster(b)
+  expect_identical(clusterPids(clusterAlive(both)), pids[[4]])
+  file <- tempfile()
+  saveRDS(a, file)
+  expect_rust_error(caught(clusterAlive(c(a, readRDS(file)))), "restored")
+})
+
 test_that("what cannot take PSOCK's nodes names them", {
   skip_if_not_installed("foreach")
   for (name in c("ours_first", "theirs_first", "of_our_class")) {
@@ -324,7 +344,7 @@ test_that("what cannot take PSOCK's nodes names them", {
     foreign <- which(!vapply(unclass(cl), inherits, NA, "RustNode"))
     nodes <- rustcluster:::spanText(foreign, "node")
     for (fun in list(
-      clusterPids, agentPids, clusterHosts, clusterStatus, clusterTimeline, registerDoRustCluster,
+      clusterPids, agentPids, clusterAlive, clusterHosts, clusterStatus, clusterTimeline, registerDoRustCluster,
       function(cl) clusterLapply(cl, 1:2, identity), function(cl) clusterLapplyAsync(cl, 1:2, identity),
       function(cl) clusterSubmit(cl, 1)
     )) {

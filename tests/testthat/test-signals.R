@@ -71,7 +71,7 @@ for (name in names(signals)) {
       clusterApply(cl, 1:4, identity), rustcluster_host_failed = function(e) "refused"
     ))
     expect_true(identical(got, "refused") || identical(got, as.list(1:4)))
-    rest <- cl[!is.na(clusterPids(cl))]
+    rest <- clusterAlive(cl)
     expect_length(rest, 2L)
     expect_equal(clusterCall(rest, identity, 1), list(1, 1))
   })

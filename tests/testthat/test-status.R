@@ -351,6 +351,32 @@ test_that("plots are drawn for any number of workers", {
   grDevices::dev.off()
 })
 
+test_that("clusterHosts() prints sizes as people read them, and keeps numbers", {
+  cl <- local_cluster(1)
+  hosts <- clusterHosts(cl)
+  expect_s3_class(hosts, c("rustcluster_hosts", "data.frame"), exact = TRUE)
+  expect_type(hosts$memory, "double")
+  expect_type(hosts$available, "double")
+  expect_gt(hosts$memory, 1e8)
+  printed <- function(x) utils::capture.output(print(x))
+  hosts <- hosts[c(1, 1), c("host", "memory", "available", "problem")]
+  hosts$memory <- c(7.6e9, NA)
+  hosts$available <- c(512e6, 1.5e12)
+  hosts$problem <- c(NA, "lost")
+  rownames(hosts) <- NULL
+  expect_identical(printed(hosts), c(
+    "       host memory available problem", "1 localhost 7.6 GB  512.0 MB    <NA>",
+    "2 localhost      ? 1500.0 GB    lost"
+  ))
+  expect_identical(hosts$memory, c(7.6e9, NA))
+  # Columns and rows of it, and columns that a user has changed.
+  expect_identical(printed(hosts["host"]), printed(as.data.frame(hosts)["host"]))
+  expect_match(printed(hosts[0, ]), "0 rows", all = FALSE)
+  hosts$memory <- c("much", "little")
+  expect_match(printed(hosts), "little 1500.0 GB", all = FALSE)
+  utils::capture.output(expect_invisible(print(hosts)))
+})
+
 test_that("what is printed", {
   status <- data.frame(
     host = rep(c("pi", "node1"), c(2, 6)), rank = 1:8, pid = c(NA, 1002:1008),

@@ -24,6 +24,69 @@ test_that("a call gives its value, and its object tells where it is", {
   expect_identical(clusterSubmit(cl, invisible(3))$value(), 3)
 })
 
+test_that("future's value() and resolved() work on calls", {
+  skip_if_not_installed("future")
+  cl <- local_cluster(2)
+  held <- function(flag, value) {
+    while (!file.exists(flag)) Sys.sleep(0.01)
+    value
+  }
+  flag <- tempfile()
+  call <- clusterSubmit(cl, held(flag, list(1, "a")))
+  all <- clusterLapplyAsync(cl, c(a = 1, b = 2, c = 3), function(x, held, flag) held(flag, -x), held, flag)
+  expect_false(future::resolved(call))
+  expect_false(future::resolved(all))
+  file.create(flag)
+  expect_identical(future::value(call), list(1, "a"))
+  expect_identical(future::value(future = call), call$value())
+  expect_identical(future::value(all, signal = FALSE), list(a = -1, b = -2, c = -3))
+  expect_true(future::resolved(call))
+  expect_true(future::resolved(all))
+  expect_null(future::value(clusterSubmit(cl, NULL)))
+
+  calls <- lapply(1:6, function(i) clusterSubmit(cl, i * 10))
+  expect_identical(vapply(calls, future::value, 0), 1:6 * 10)
+  expect_true(all(vapply(calls, future::resolved, NA)))
+  # future's method for lists leaves them as they are.
+  expect_identical(future::value(calls), calls)
+
+  failed <- clusterSubmit(cl, stop("no such luck"))
+  error <- caught(future::value(failed))
+  expect_identical(error, caught(failed$value()))
+  expect_identical(future::value(failed, signal = FALSE), error)
+  expect_true(future::resolved(failed))
+  failed <- clusterLapplyAsync(cl, 1:3, function(i) if (i == 2) stop("two") else i)
+  error <- caught(future::value(failed))
+  expect_rust_error(error, "element_failed")
+  expect_identical(future::value(failed, signal = FALSE), error)
+  expect_identical(error$results, list(1L, NULL, 3L))
+
+  slow <- clusterSubmit(cl, Sys.sleep(60))
+  expect_false(future::resolved(slow))
+  slow$cancel()
+  expect_true(future::resolved(slow))
+  expect_rust_error(caught(future::value(slow)), "cancelled")
+  expect_s3_class(future::value(slow, signal = FALSE), "rustcluster_cancelled")
+  expect_rust_error(caught(future::value(call, signal = NA)), "bad_argument")
+})
+
+test_that("future is not loaded for calls, and its generics know them whenever it is", {
+  skip_if_not_installed("future")
+  run <- function(code) {
+    script <- tempfile(fileext = ".R")
+    writeLines(code, script)
+    system2(file.path(R.home("bin"), "Rscript"), script, stdout = TRUE, stderr = TRUE)
+  }
+  use <- c("cl <- rustcluster::makeRustCluster(1)", "call <- rustcluster::clusterSubmit(cl, 6 * 7)")
+  expect_identical(run(c(
+    use, "loaded <- isNamespaceLoaded('future')", "cat(loaded, future::value(call), future::resolved(call))",
+    "parallel::stopCluster(cl)"
+  )), "FALSE 42 TRUE")
+  expect_identical(run(c(
+    "library(future)", use, "cat(value(call), resolved(call))", "parallel::stopCluster(cl)"
+  )), "42 TRUE")
+})
+
 test_that("calls wait in their order and go out without this session", {
   cl <- local_cluster(1)
   log <- tempfile()

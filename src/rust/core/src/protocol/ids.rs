@@ -6,7 +6,7 @@ pub type TaskId = u64;
 pub const RESTORE: TaskId = 1 << 62;
 /// Groups the tasks of one call of a verb, so that they can be cancelled together.
 pub type JobId = u64;
-/// That of all calls for whoever is free: see the head's orders.
+/// That of all calls for whoever is free: see `any_of` of the scheduler's orders.
 pub const CALLS: JobId = JobId::MAX;
 /// A worker's index in its cluster, from 0.
 pub type Rank = u32;

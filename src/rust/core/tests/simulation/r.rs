@@ -1,4 +1,4 @@
-//! R's thread and its handle, as in `hub/client.rs` and `R/faults.R`: it sends tasks, waits for their
+//! R's thread and its handle, as in `hub/client.rs` and `R/task-failures.R`: it sends tasks, waits for their
 //! answers, and decides what becomes of those that were lost.
 
 use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};

@@ -1,0 +1,140 @@
+# Arguments: how they are checked and brought into one form.
+
+# As match.fun(), for the argument of the function that calls.
+theFunction <- function(FUN, envir = parent.frame(2L)) {
+  if (missing(FUN)) badArgument("FUN", "is missing")
+  if (is.function(FUN)) return(FUN)
+  name <- plain(FUN)
+  if (!is.symbol(name) && !(is.character(name) && length(name) == 1L)) name <- eval.parent(substitute(substitute(FUN)))
+  if (!is.symbol(name) && !is.character(name)) badArgument("FUN", "must be a function, or the name of one")
+  tryCatch(get(as.character(name), envir = envir, mode = "function"), error = function(e) {
+    badArgument("FUN", "must be a function, or the name of one: ", conditionMessage(e))
+  })
+}
+
+# An argument without its class, whose methods may do anything. What is no number for being of its class stays
+# as it is.
+plain <- function(x) {
+  own <- is.object(x) && !isS4(x) && !inherits(x, c("factor", "Date", "POSIXt", "difftime", "RustCluster", "cluster"))
+  if (own && typeof(x) %in% c("list", "character", "double", "integer", "logical")) unclass(x) else x
+}
+
+# Of each, whether it is a text that can be read here: no NA, nor bytes of which nobody knows the encoding.
+isText <- function(x) !is.na(x) & Encoding(x) != "bytes" & validEnc(x)
+
+# A number of workers or threads.
+count <- function(value, argument, most) {
+  value <- plain(value)
+  if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
+    what <- switch(argument, spec = , ncore = "a number of workers", threads = "a number of threads", port = "a port")
+    badArgument(argument, "must be ", what, ", at least 1")
+  }
+  if (value > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
+  as.integer(value)
+}
+
+# Less than this, and R itself has no room.
+leastMemoryLimit <- 100e6
+
+# In bytes; 0 for none.
+memoryLimit <- function(value) {
+  if (!is.numeric(value) || length(value) != 1L || is.na(value)) {
+    badArgument("memory_limit", "must be a number of bytes, or Inf")
+  }
+  if (value < leastMemoryLimit) {
+    badArgument(
+      "memory_limit", "must be at least ", format(leastMemoryLimit, scientific = FALSE),
+      " bytes: a worker needs that much for R itself"
+    )
+  }
+  # More than any machine has is no limit either.
+  if (value > 2^53) 0 else as.numeric(value)
+}
+
+# Arguments of parallel's clusters that mean something here, with how each is checked.
+meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", "renice", "rlibs",
+                "setup_timeout", "names", "manual", "user", "rshcmd", "rshopts")
+# Those that do not, including snow's.
+meaningless <- c("port", "master", "useXDR", "setup_strategy", "type", "rprog", "rhome",
+                 "scriptdir", "snowlib", "useRscript", "host")
+
+clusterOptions <- function(given) {
+  names <- names(given)
+  if (length(given) && (is.null(names) || !all(nzchar(names)))) {
+    badArgument("...", "all further arguments must be named")
+  }
+  unknown <- setdiff(names, c(meaningful, meaningless))
+  if (length(unknown)) {
+    abort(
+      "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", ": ",
+      paste0("`", unknown, "`", collapse = ", "), fields = list(argument = unknown)
+    )
+  }
+  # What setDefaultClusterOptions() has set.
+  defaults <- as.list(get0("defaultClusterOptions", asNamespace("parallel")))
+  # A NULL takes the default's place away.
+  options <- defaults[intersect(meaningful, names(defaults))]
+  options[names(given)] <- NULL
+  options <- c(options, lapply(Filter(Negate(is.null), given), plain))
+
+  text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
+    isText(options[[name]])
+  if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" for this console")
+  if (!text("rscript") || !nzchar(options[["rscript"]])) {
+    badArgument("rscript", "must be one command")
+  }
+  if (!is.character(options$rscript_args) || !all(isText(options$rscript_args))) {
+    badArgument("rscript_args", "must be a character vector")
+  }
+  for (name in c("homogeneous", "methods", "manual")) {
+    if (!isTRUE(options[[name]]) && !isFALSE(options[[name]])) {
+      badArgument(name, "must be TRUE or FALSE")
+    }
+  }
+  if (options$manual) {
+    abort("not_yet", "`manual = TRUE` is not supported yet", fields = list(argument = "manual"))
+  }
+  renice <- options$renice
+  if (!is.atomic(renice) || length(renice) != 1L || !(is.na(renice) || is.numeric(renice) && abs(renice) <= 40)) {
+    badArgument("renice", "must be one number from -40 to 40, or NA")
+  }
+  options$renice <- if (is.na(renice)) 0L else as.integer(renice)
+  timeout <- options$setup_timeout
+  if (!is.numeric(timeout) || length(timeout) != 1L || is.na(timeout) || timeout <= 0) {
+    badArgument("setup_timeout", "must be a number of seconds above 0")
+  }
+  for (name in intersect(c("user", "rshcmd", "rshopts"), names(options))) {
+    value <- options[[name]]
+    nothing <- is.vector(value) && !length(value)
+    unset <- isUnset(value) || nothing || identical(value, "")
+    options[[name]] <- if (!unset) if (name == "user") hostName(value, name) else texts(value, name)
+  }
+  # What parallel has by default is left to ssh, and elsewhere to the PATH.
+  if (identical(options$user, Sys.info()[["user"]]) && is.null(given[["user"]])) options$user <- NULL
+  if (identical(options$rshcmd, "ssh")) options$rshcmd <- NULL
+  # parallel's default is "".
+  if (!is.null(options$rlibs) && !(is.character(options$rlibs) && all(isText(options$rlibs)))) {
+    badArgument("rlibs", "must be a character vector of folders")
+  }
+  if (!any(nzchar(options$rlibs))) options$rlibs <- NULL
+  options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
+  if (is.null(given[["rscript"]])) options$rscript <- NULL
+  options
+}
+
+between <- function(value, argument, what, least, most) {
+  value <- plain(value)
+  if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= least && value <= most)) {
+    badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(least), " to ",
+                format(most))
+  }
+}
+
+usableCores <- function() {
+  cores <- usable_cores()
+  option <- suppressWarnings(as.integer(getOption("mc.cores", NA_integer_)))
+  if (length(option) == 1L && !is.na(option) && option >= 1L) cores <- min(cores, option)
+  cores
+}
+
+# Looking at clusters --------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+# The registry of condition classes. All conditions are made by rustclusterCondition(), which refuses any other
+# class; the help page `?rustcluster_conditions` is made from this list, and a test compares it with the code.
+#
+# A list by type (error, warning, message) of character vectors: names are classes without the prefix
+# "rustcluster_", values say when the condition is raised and which fields it has, in Markdown.
+conditionClasses <- list(
+  error = c(
+    bad_argument = "An argument is invalid. Field `argument`.",
+    not_yet = "The feature does not exist in this version.",
+    limits = "The system's limits are too low for this many workers. Fields `what`, `needed`, `available`.",
+    start_failed = paste(
+      "The cluster could not be started. Nothing is left running. Fields `host`, `stderr`; from an agent also",
+      "`report`."
+    ),
+    install_failed = "[installOnHosts()] failed on some hosts. Fields `host`, `report`.",
+    worker_lost = paste(
+      "A worker died, and its task is not retried (`retries = 0`) or no worker can replace it. Fields `host`, `rank`,",
+      "`pid`, `signal` or `status`, `stderr`, `memory_available` (bytes), `oom` (logical; whether the out-of-memory",
+      "killer probably killed it), `replaced` (logical), `retry` (seconds until the worker is restarted; only if it",
+      "will be)."
+    ),
+    element_failed = paste(
+      "The function raised an error for an element of [clusterLapply()]. Fields `index`, `indices`, `results`,",
+      "`parent`."
+    ),
+    aborted = paste(
+      "A call or an element jumped to top level, by `stop()` with a condition that is no error (field `parent`) or by",
+      "`invokeRestart(\"abort\")`."
+    ),
+    task_failed = paste(
+      "A task's worker died on all attempts. Fields `index`, `losses`, `results`, `failures`: see",
+      "[rustcluster_faults]."
+    ),
+    cancelled = "A call of [clusterSubmit()] was cancelled.",
+    call_failed = "The value of a call of [clusterSubmit()] could not be sent, or the call was interrupted.",
+    timeout = "A task exceeded `timeout`. Fields `host`, `rank`, `index`, `results`, `failures`.",
+    host_failed = "The agent of a host died, or the connection to it was lost. Fields `host`, `rank`.",
+    protocol = paste(
+      "A result could not be read: it is damaged, or needs a package or memory that is missing here. Fields `parent`;",
+      "from a verb also `results`, `failures`."
+    ),
+    no_task = "A result was to be received, but no task is outstanding.",
+    busy = "The cluster is busy with another call from this session.",
+    stopped = "The cluster, or this node, has been stopped.",
+    forked = "The cluster belongs to the process that this one was forked from.",
+    restored = "The cluster was saved and loaded. It belongs to another session.",
+    agent_failed = paste(
+      "An agent cannot go on. It is raised in the agent's own R process; the head reports `rustcluster_host_failed` or",
+      "`rustcluster_start_failed`."
+    )
+  ),
+  warning = c(
+    worker_lost = paste(
+      "A worker died and is being replaced (field `replaced`) or could not be restored (`retry`). Its task, if it had",
+      "one, is retried. Fields as of the error."
+    ),
+    worker_replaced = "A worker ended or did not respond when interrupted, and was restarted. Fields `rank`, `host`.",
+    host_failed = paste(
+      "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`."
+    ),
+    state_not_kept = paste(
+      "Exports and set-up calls exceed `keep_limit`: lost workers of a host can no longer be replaced (field `host`),",
+      "or lost hosts can no longer be reconnected."
+    ),
+    left_behind = paste(
+      "A process that a worker started has detached and is still running. Fields `host`, `rank`, `pid`, `command`."
+    ),
+    stop_timeout = paste(
+      "Idle workers did not end within `stop_timeout` seconds of `stopCluster()` and were killed. Fields `rank`",
+      "(integer, of all of them), `host`."
+    ),
+    host_left_out = "A host could not be started, and `onFailure = \"warn\"`. Fields `host`, `report`.",
+    versions = "A host runs another version of R. Field `host`."
+  ),
+  message = c(
+    host_back = "A lost host is back.",
+    worker_back = "A worker that could not be restored at first is back."
+  )
+)
+
+# The help page's lists, as roxygen2 reads them.
+conditionsHelp <- function() {
+  describe <- function(type) {
+    of_type <- conditionClasses[[type]]
+    c("\\describe{", sprintf("  \\item{`rustcluster_%s`}{%s}", names(of_type), of_type), "}")
+  }
+  c(
+    "@section Errors:",
+    "Every error inherits from `rustcluster_error`. Its first class is one of", describe("error"),
+    "@section Warnings:",
+    "Every warning inherits from `rustcluster_warning`. Its first class is one of", describe("warning"),
+    "@section Messages:",
+    "Every message inherits from `rustcluster_message`. Its first class is one of", describe("message")
+  )
+}
+
+#' Condition classes
+#'
+#' Errors, warnings and messages of this package have classes, so that code can handle each kind by itself, as with
+#' [tryCatch()] and [withCallingHandlers()]. Their fields are elements of the condition object.
+#'
+#' @eval conditionsHelp()
+#' @examples
+#' tryCatch(makeRustCluster(0), rustcluster_bad_argument = function(e) e$argument)
+#' @seealso [makeRustCluster()]
+#' @name rustcluster_conditions
+NULL

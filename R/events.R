@@ -1,0 +1,73 @@
+# Events: what the session is told of besides results, and when it is shown.
+
+# What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever
+# asks.
+showEvents <- function(handle, except = NULL) {
+  # The hub tells each event once.
+  suspendInterrupts(show(hub_events(handle$pointer), handle, except))
+  tell(handle)
+}
+
+# Prints output, and notes conditions for tell().
+show <- function(events, handle, except = NULL) {
+  if (is.null(events) || is.character(events)) return(invisible())
+  conditions <- slowToEnd(events, handle)
+  for (event in events) {
+    if (event[["kind"]] == "stop_timeout") next
+    if (event[["kind"]] == "output") {
+      showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
+    } else {
+      type <- if (event[["kind"]] %in% names(conditionClasses$message)) "message" else "warning"
+      conditions <- c(conditions, list(failureCondition(event, handle, type)))
+    }
+  }
+  for (condition in conditions) {
+    told <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
+      (is.null(condition$rank) || identical(condition$rank, except$rank))
+    if (!told) handle$untold <- c(handle$untold, list(condition))
+  }
+  invisible()
+}
+
+# Raises the warnings and messages that are due. One at a time: each may be turned into a jump, after which the
+# others are still due, and its handler may run any code.
+tell <- function(handle) {
+  while (length(handle$untold)) {
+    condition <- handle$untold[[1L]]
+    handle$untold <- handle$untold[-1L]
+    if (inherits(condition, "message")) message(condition) else warning(condition)
+  }
+  invisible()
+}
+
+# A warning for each host with workers that were killed because they did not end in time.
+slowToEnd <- function(events, handle) {
+  slow <- Filter(function(event) event[["kind"]] == "stop_timeout", events)
+  ranks <- sort(vapply(slow, function(event) as.integer(event[["rank"]]), 0L))
+  lapply(unname(split(ranks, handle$owner[ranks])), function(ranks) {
+    one <- length(ranks) == 1L
+    host <- handle$hosts[[ranks[[1L]]]]
+    rustclusterCondition(
+      "stop_timeout", paste0(
+        if (one) "worker " else "workers ", paste(ranks, collapse = ", "), " on host ", sQuote(host), " did not ",
+        "end within ", format(handle$stopTimeout), " s of `stopCluster()` and ", if (one) "was" else "were",
+        " killed before exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`) had finished; ",
+        "increase `stop_timeout`"
+      ),
+      rank = ranks, host = host, type = "warning"
+    )
+  })
+}
+
+# Whole lines only; the rest waits for its end.
+showOutput <- function(handle, rank, text) {
+  key <- as.character(rank)
+  text <- paste0(handle$partial[[key]], text)
+  lines <- strsplit(text, "\n", fixed = TRUE)[[1L]]
+  whole <- endsWith(text, "\n")
+  handle$partial[[key]] <- if (whole) "" else utils::tail(lines, 1L)
+  if (!whole) lines <- utils::head(lines, -1L)
+  if (length(lines)) {
+    cat(paste0("[", handle$hosts[[rank]], " ", rank, "] ", lines, "\n"), sep = "")
+  }
+}

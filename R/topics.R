@@ -1,0 +1,140 @@
+# Help pages about clusters that are not about one function.
+
+#' Failures of workers, hosts and tasks
+#'
+#' What a cluster made by [makeRustCluster()] does when a worker, a host or a link fails, and when a
+#' task takes too long. Agents replace failed workers, and tasks that were lost are retried.
+#'
+#' @section Replaced workers:
+#' The agent of a host replaces a failed worker at once and restores the state of the old worker in the
+#' new one. The agent repeats what `clusterExport()`, `clusterEvalQ()`, `clusterCall()` and
+#' `clusterSetRNGStream()` did on the worker, in the same order and with the values that were sent then.
+#' The random numbers continue where the last completed task left them. A repeated call also repeats its
+#' side effects outside of the worker, such as writing a file, and many calls take their time. What
+#' other tasks left in the worker is lost, and so is the effect of an interrupted call.
+#'
+#' A worker is replaced only if its complete state has been logged. When the log needs more than
+#' `keep_limit`, a warning (`rustcluster_state_not_kept`) says that workers lost on that host will not
+#' be replaced from then on.
+#'
+#' A worker is lost for the time being if it ends three times in a row while it is restored, or if its
+#' start or restore makes no progress for `setup_timeout` (for a repeated call: beyond twice the time
+#' that the call took at first). An error or a warning (`rustcluster_worker_lost`) says so and gives the
+#' reason, and `clusterPids()` is `NA` for the node. The agent tries again after 1 s, 2 s, 4 s and so
+#' on, up to every 30 s. When the worker is back, with all of its logged state, a message
+#' (`rustcluster_worker_back`) says so, and the node is usable again.
+#'
+#' @section Retries:
+#' A task that was lost is retried on the replacement, before all other tasks that wait for that
+#' worker, and with the same random numbers as at first. A warning (`rustcluster_worker_lost`) reports
+#' each loss; `options(warn = 2)` turns that warning into an error, which ends the call.
+#'
+#' If the host is lost, or the worker is not replaced, another worker that the same call uses gets the
+#' task, with the random numbers of the lost worker if those are L'Ecuyer-CMRG streams. `clusterCall()`
+#' and other verbs that address each node are bound to their nodes, and fail.
+#'
+#' A task is attempted at most `retries + 1` times; with `retries = 0`, the first loss is an error
+#' at once. The other tasks go on, and at the end of the call an error of class `rustcluster_task_failed` is raised.
+#' Its fields are
+#' \describe{
+#'   \item{`index`}{(integer) which of the tasks that were sent; for [parallel::parLapply()] and similar
+#'     functions, which chunk of the elements.}
+#'   \item{`losses`}{(list) a condition for each loss.}
+#'   \item{`results`}{(list) the results of all tasks: `NULL` for a task without a result, and the text
+#'     of the error, of class `"try-error"`, for a task that ended with an error of R code.}
+#'   \item{`failures`}{(list) all errors of this kind.}
+#' }
+#' `rustcluster_timeout` has these fields, too. If an earlier task failed with an error of its own,
+#' \pkg{parallel} raises that error instead.
+#'
+#' Errors of R code are results, and are never retried. Neither is a jump to R's top level, which ends a
+#' PSOCK worker: `stop()` with a condition that is no error, or `invokeRestart("abort")`.
+#'
+#' @section Timeouts:
+#' `timeout` is the time that a task may take, measured from when its worker has the complete message. A
+#' task that takes longer is interrupted, and an error of class `rustcluster_timeout` takes the place of
+#' its result. A worker that does not respond to the interrupt within 2 s is killed and replaced: C code
+#' and `system()` do not respond.
+#'
+#' @section Lost hosts and reconnection:
+#' A host is lost when its agent or its link fails, or when the host is silent for `patience` seconds.
+#' Its agent applies the same limit to the session. An agent sends a heartbeat four times in `patience`
+#' seconds, however busy its workers are.
+#'
+#' Later calls on the nodes of a lost host fail with `rustcluster_host_failed` until the host is back.
+#' [clusterAlive()] returns the cluster without those nodes. A host whose workers fail again and again
+#' is left out, with a warning: at least ten failures, and four times as many as the host has workers,
+#' without a completed task in between.
+#'
+#' With `reconnect = TRUE` the session tries a lost host again after 1 s, 2 s, 4 s and so on, up to
+#' every 30 s, until `stopCluster()`. When the host is back, the state of its workers is restored (the
+#' state of their random numbers, if those are L'Ecuyer-CMRG streams), and its nodes are usable again; a
+#' message (`rustcluster_host_back`) says so. A call in which the last host is lost does not wait for
+#' it.
+#'
+#' @section Conditions:
+#' [rustcluster_conditions] lists the classes of all errors, warnings and messages, and their fields.
+#'
+#' @seealso [makeRustCluster()] for the arguments, [rustcluster_lifetime] for how clusters start and
+#'   end, [clusterAlive()], [clusterStatus()], `vignette("faults")` for worked examples.
+#' @name rustcluster_faults
+NULL
+
+#' Start and end of a cluster
+#'
+#' How the processes of a cluster made by [makeRustCluster()] start, which packages forked workers
+#' share, what ends the processes, and what is left behind.
+#'
+#' @section Start:
+#' Each host has an agent, an R process that starts the workers: by forking itself, or, with `start =
+#' "spawn"`, as separate R processes. One byte stream connects the agent with this session. The agent
+#' ends with the session, and its workers end with the agent. Workers start with the global environment,
+#' search path and options of a PSOCK worker. Each worker has a temporary directory, a random seed and a
+#' process group of its own.
+#'
+#' If a start fails, nothing is left running; with `onFailure = "warn"`, nothing on the hosts that
+#' failed.
+#'
+#' @section Packages:
+#' A forked worker inherits what a package created in the agent's process at load. A package of
+#' `packages` is therefore loaded by each worker, after the fork, if the package or a namespace that it
+#' imports does one of the following at load: it draws random numbers, asks for `tempdir()`,
+#' `tempfile()`, the process id or the time, makes files in the temporary directory, opens connections,
+#' files or sockets, starts threads or processes, registers an exit finalizer, or has compiled code that
+#' can read the clock, the process id or random bytes. The agent watches the packages load to find this
+#' out, and then starts anew without them. The search path is that of a PSOCK worker in any case.
+#' Packages that a user's profile loads are checked in the same way: if one of them must not be forked,
+#' the workers of that host are started as with `start = "spawn"`.
+#'
+#' Some packages are known: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl, snow
+#' and terra are always loaded by each worker; data.table and cli are loaded once, and each worker gets
+#' their threads anew. What C code does at load may escape notice: use `start = "spawn"` then.
+#' `vignette("packages")` has a table of common packages.
+#'
+#' @section Ends:
+# nolint start: line_length_linter. A row of a table is one line.
+#' | what happens | what follows |
+#' |---|---|
+#' | `stopCluster(cl)`, idle, busy, again, or in the middle of a call | returns when no process is left; idle workers run their exit handlers, and are killed after `stop_timeout` seconds, with a warning; busy workers are interrupted, and killed after 0.6 s; the call fails with `rustcluster_stopped` |
+#' | `stopCluster(cl[1:2])` | the same for these workers; the others stay |
+#' | the last handle is garbage-collected | as `stopCluster()`, without waiting |
+#' | `stopCluster()` in a fork of this session | `rustcluster_forked`; nothing ends |
+#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second: exit handlers of workers have 0.6 s |
+#' | Ctrl-C, a time limit, an error in a handler, in a call | the tasks of the call are interrupted, and the next call works; a worker that does not respond to the interrupt within 2 s is killed and replaced, with a warning |
+#' | a worker ends (`quit()`, a signal, out of memory) | the worker is replaced and its task retried: see [rustcluster_faults] |
+#' | a worker ignores SIGTERM, or has closed its descriptors | the worker is killed; one that has closed its descriptors counts as failed, as above |
+#' | the agent or its ssh is killed, or told to end | its workers end within a second, with all processes that they started; their tasks move to other hosts |
+#' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
+#' | a disk is full on the host | tasks that write to the disk fail with an error; `outfile` misses lines |
+# nolint end
+#'
+#' @section Processes left behind:
+#' Processes that a worker started (with `system()`, `mclapply()` and similar functions) are killed with
+#' the worker, and with a killed agent. A process that made itself the leader of another process group,
+#' as `setsid` does, keeps running; on Linux a warning of class `rustcluster_left_behind` names the
+#' process when its worker has ended. A cluster that a worker made ends with the worker.
+#'
+#' @seealso [makeRustCluster()] for the arguments, [rustcluster_faults] for failures, [clusterPids()],
+#'   `vignette("packages")`, `vignette("faults")`.
+#' @name rustcluster_lifetime
+NULL

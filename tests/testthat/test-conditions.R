@@ -1,0 +1,62 @@
+# The registry of condition classes, and the texts of those that Rust reports.
+
+test_that("every condition that the code makes is in the registry, and the other way round", {
+  registry <- rustcluster:::conditionClasses
+  expect_named(registry, c("error", "warning", "message"))
+  namespace <- asNamespace("rustcluster")
+  functions <- Filter(is.function, mget(ls(namespace, all.names = TRUE), namespace))
+  # The kind is the first argument.
+  made <- function(x) {
+    if (!is.call(x)) return(NULL)
+    kind <- if (length(x) > 1L && is.character(x[[2L]])) x[[2L]]
+    own <- if (is.name(x[[1L]]) && as.character(x[[1L]]) %in% c("rustclusterCondition", "abort")) kind
+    c(own, unlist(lapply(as.list(x), made)))
+  }
+  kinds <- unique(unlist(lapply(functions, function(f) made(body(f)))))
+  expect_true(all(kinds %in% unlist(lapply(registry, names))))
+  # Those of Rust, for which there are texts.
+  texts <- body(rustcluster:::failureCondition)
+  switches <- Filter(function(x) is.call(x) && identical(x[[1L]], quote(`<-`)) && identical(x[[2L]], quote(message)),
+                     as.list(texts))
+  of_rust <- setdiff(names(switches[[1L]][[3L]]), "")
+  expect_true(all(of_rust %in% unlist(lapply(registry, names))))
+  # Of a class that is made with a variable for its name, there is nothing to be found here.
+  expect_setequal(setdiff(unlist(lapply(registry, names)), c(kinds, of_rust)), c("host_left_out", "agent_failed"))
+  expect_error(rustcluster:::rustclusterCondition("unheard_of", "text"), "conditionClasses")
+})
+
+test_that("the help page lists every class", {
+  lines <- rustcluster:::conditionsHelp()
+  for (class in unlist(lapply(rustcluster:::conditionClasses, names))) {
+    expect_true(any(grepl(paste0("`rustcluster_", class, "`"), lines, fixed = TRUE)))
+  }
+})
+
+test_that("texts of failures", {
+  cl <- local_cluster(2)
+  handle <- cl[[1L]][["handle"]]
+  said <- function(kind, ..., type = "error") {
+    cat(conditionMessage(rustcluster:::failureCondition(c(kind = kind, ...), handle, type)), "\n")
+  }
+  worker <- c(rank = "2", pid = "4711", setbacks = "1", restoring = "FALSE", stalled = "0", oom = "FALSE", retry = "0")
+  expect_snapshot({
+    said("worker_lost", worker, reason = "was ended by signal 9", signal = "9", replaced = "true")
+    task <- c(worker, reason = "exited with status 1", task = "7", index = "3")
+    said("worker_lost", task, replaced = "true", again = "TRUE")
+    said("worker_lost", task, replaced = "false", again = "FALSE")
+    said("worker_replaced", rank = "2", type = "warning")
+    said("left_behind", agent = "1", rank = "2", pid = "4711", command = "sleep 60", type = "warning")
+    said("worker_back", rank = "2", type = "message")
+    said("host_back", agent = "1", type = "message")
+    said("state_not_kept", type = "warning")
+    said("timeout", rank = "1", index = "3", limit = "2")
+    said("stopped")
+    said("stopped", rank = "2")
+    said("restored")
+    said("forked")
+    said("busy")
+    said("no_task")
+    said("limits", what = "file descriptors", needed = "5000", available = "1024", reason = "increase `ulimit -n`")
+    said("bad_argument", argument = "spec", reason = "is wrong")
+  })
+})
