@@ -136,5 +136,3 @@ usableCores <- function() {
   if (length(option) == 1L && !is.na(option) && option >= 1L) cores <- min(cores, option)
   cores
 }
-
-# Looking at clusters --------------------------------------------------------------------------

@@ -8,10 +8,7 @@ conditionClasses <- list(
     bad_argument = "An argument is invalid. Field `argument`.",
     not_yet = "The feature does not exist in this version.",
     limits = "The system's limits are too low for this many workers. Fields `what`, `needed`, `available`.",
-    start_failed = paste(
-      "The cluster could not be started. Nothing is left running. Fields `host`, `stderr`; from an agent also",
-      "`report`."
-    ),
+    start_failed = "The cluster could not be started. Nothing is left of it. Fields `host`, and `report` or `stderr`.",
     install_failed = "[installOnHosts()] failed on some hosts. Fields `host`, `report`.",
     worker_lost = paste(
       "A worker died, and its task is not retried (`retries = 0`) or no worker can replace it. Fields `host`, `rank`,",
@@ -55,16 +52,12 @@ conditionClasses <- list(
       "one, is retried. Fields as of the error."
     ),
     worker_replaced = "A worker ended or did not respond when interrupted, and was restarted. Fields `rank`, `host`.",
-    host_failed = paste(
-      "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`."
-    ),
+    host_failed = "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`.",
     state_not_kept = paste(
       "Exports and set-up calls exceed `keep_limit`: lost workers of a host can no longer be replaced (field `host`),",
       "or lost hosts can no longer be reconnected."
     ),
-    left_behind = paste(
-      "A process that a worker started has detached and is still running. Fields `host`, `rank`, `pid`, `command`."
-    ),
+    left_behind = "A process that a worker started detached and still runs. Fields `host`, `rank`, `pid`, `command`.",
     stop_timeout = paste(
       "Idle workers did not end within `stop_timeout` seconds of `stopCluster()` and were killed. Fields `rank`",
       "(integer, of all of them), `host`."

@@ -75,5 +75,3 @@ namesIn <- function(code) {
   # Missing arguments, as in x[, 1], are symbols, too.
   unique(unlist(lapply(as.list(code), namesIn)))
 }
-
-# Records ------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
                    each = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
-  if (handle$job != noJob) refuseIfBusy(handle, sys.nframe())
+  refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
@@ -41,7 +41,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   )
   repeat {
     begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
-    if (is.null(begun) || !isFromStale(begun, handle)) break
+    if (!isFromStale(begun, handle)) break
   }
   if (typeof(begun) == "list") {
     done <- TRUE
@@ -103,7 +103,8 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
   frame <- sys.nframe()
   for (part in clustersOf(cl)) {
     handle <- part$handle
-    job <- beginJob(handle, frame, NULL)
+    refuseIfBusy(handle, frame)
+    job <- openJob(handle, frame, 0L, NULL)
     do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
     most <- if (is.null(retries)) handle$retries else retries
     handle$policy <- list(retries = most, lossEnds = most == 0 && !returns)

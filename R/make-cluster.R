@@ -206,5 +206,3 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   started <- TRUE
   newCluster(handle, handle$alive)
 }
-
-# Arguments ------------------------------------------------------------------------------------

@@ -61,10 +61,8 @@ isWrittenAs <- function(fun, code) {
 sendingVerb <- function(frames) {
   if (frames < 5L) return(NULL)
   # What is most frequent, and takes least, first.
-  fun <- sys.function(frames - 4L)
-  if (identical(fun, parallels$clusterCall)) return(list(depth = frames - 4L, name = "clusterCall", own = TRUE))
-  if (identical(fun, parallels$staticClusterApply)) {
-    return(list(depth = frames - 4L, name = "staticClusterApply", own = TRUE))
+  if (identical(sys.function(frames - 4L), parallels$clusterCall)) {
+    return(list(depth = frames - 4L, name = "clusterCall", own = TRUE))
   }
   verb <- verbAt(frames - 4L, c("staticClusterApply", "clusterSetRNGStream", "clusterCall"))
   # dynamicClusterApply() sends from a function of its own.

@@ -79,12 +79,6 @@ continueJob <- function(handle, job, depth, frames, lasts) {
   handle$job <- job
 }
 
-# The same for a verb of ours, whose frame has this number.
-beginJob <- function(handle, depth, lasts) {
-  refuseIfBusy(handle, sys.nframe())
-  openJob(handle, depth, 0L, lasts)
-}
-
 # An error if another verb is under way, for a verb of ours, which asks from the frame with this number.
 refuseIfBusy <- function(handle, frames) {
   if (handle$job != noJob) closeStale(handle, frames)
@@ -98,10 +92,9 @@ isFromStale <- function(result, handle) {
   job <- as.numeric(result[["begun"]])
   for (depth in seq_len(sys.nframe())) {
     fun <- sys.function(depth)
+    if (!identical(fun, callAll) && !identical(fun, runJob)) next
     frame <- sys.frame(depth)
-    if (identical(fun, callAll) || identical(fun, runJob)) {
-      if (identical(frame$handle, handle) && identical(frame$job, job)) return(FALSE)
-    }
+    if (identical(frame$handle, handle) && identical(frame$job, job)) return(FALSE)
   }
   closeJob(handle, job)
   TRUE

@@ -137,5 +137,3 @@ evaluateCall <- function(expr, variables, globals, packages) {
     }
   )
 }
-
-# What an expression uses --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-# When workers were busy, as data and as a picture.
+# When workers were busy, as data. The picture is in timeline-plot.R.
 
 #' When the workers of a cluster were busy
 #'

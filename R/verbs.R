@@ -227,13 +227,15 @@ callAll <- function(cl, message, lasts = settingOf("clusterCall", message$data))
   # Not `[[`, which looks for methods first.
   handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
-  if (handle$job != noJob) refuseIfBusy(handle, sys.nframe())
+  refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
   force(lasts)
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
-  answers <- hub_call(handle$pointer, cl, job, message, lasts)
-  if (isFromStale(answers, handle)) answers <- hub_call(handle$pointer, cl, job, message, lasts)
+  repeat {
+    answers <- hub_call(handle$pointer, cl, job, message, lasts)
+    if (!isFromStale(answers, handle)) break
+  }
   if (is.null(answers) || typeof(answers) == "list") {
     done <- TRUE
     return(answers)

@@ -83,8 +83,6 @@ pub struct Job {
     /// or what R has to decide on.
     unread: Option<(Rank, TaskId, Body)>,
     said: Option<Unsent>,
-    /// The first step is being taken.
-    first: bool,
 }
 
 /// A unit that is out.
@@ -226,7 +224,6 @@ fn job_begin(
             message: Vec::new(),
             unread: None,
             said: None,
-            first: true,
         };
         let at_once = flag("at_once")
             && new.seed.is_null()
@@ -238,20 +235,17 @@ fn job_begin(
         if at_once {
             // Until R has noted that a verb is under way, which takes as long as a short job.
             cluster.begun.set(Some(new.id));
-            match new.step(cluster) {
-                Ok(is_done) => done = is_done,
+            match new.step(cluster, true) {
+                Ok(is_done) => done = is_done && !cluster.hub.borrow().has_events(),
                 Err(unsent) => new.said = Some(unsent),
             }
         }
-        new.first = false;
-        if done && !cluster.hub.borrow().has_events() {
-            let results = new.results();
-            cluster.job.replace(Some(new));
-            nodes::close_job(cluster, job as JobId);
-            return Ok(results);
-        }
+        let results = done.then(|| new.results());
         cluster.job.replace(Some(new));
-        Ok(().into())
+        if done {
+            nodes::close_job(cluster, job as JobId);
+        }
+        Ok(results.unwrap_or_default())
     })
 }
 
@@ -262,7 +256,7 @@ fn job_begin(
 fn job_step(handle: Robj) -> Robj {
     with_job(&handle, |cluster, job| {
         cluster.begun.set(None);
-        Ok(match job.step(cluster)? {
+        Ok(match job.step(cluster, false)? {
             true => true.into(),
             false => ().into(),
         })
@@ -311,11 +305,12 @@ impl Job {
             .map_or(position, |order| order[position])
     }
 
-    /// Gives tasks out and takes answers, for some time. Returns whether all are there.
+    /// Gives tasks out and takes answers, for some time. Returns whether all are there. `plain_only`: an answer that may
+    /// fail to be read is left for the next step.
     ///
     /// # Errors
     /// What R has to decide on.
-    fn step(&mut self, cluster: &Cluster) -> std::result::Result<bool, Unsent> {
+    fn step(&mut self, cluster: &Cluster, plain_only: bool) -> std::result::Result<bool, Unsent> {
         if let Some(said) = self.said.take() {
             return Err(said);
         }
@@ -380,7 +375,7 @@ impl Job {
                 Answer::Ready {
                     place, task, body, ..
                 } => {
-                    if self.first && !body.whole().is_some_and(batch::is_plain_result) {
+                    if plain_only && !body.whole().is_some_and(batch::is_plain_result) {
                         self.unread = Some((place, task, body));
                         return Ok(false);
                     }

@@ -2,10 +2,11 @@
 
 use super::process::{Made, Process};
 use crate::platform::{fd, process, signals};
-use crate::worker::channel::Channel;
+use crate::worker::channel::{Channel, MAY_POLL};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::LazyLock;
 
 /// Forks. The child's stdout and stderr go to its output pipe, it leads a process group, dies
 /// with its parent, and holds SIGINT back until its first task. What else it inherits of the
@@ -18,6 +19,7 @@ pub fn fork(worker: u32, shares: bool) -> io::Result<Made> {
     let (output, output_end) = fd::pipe()?;
     fd::flush_stdio();
     let parent = std::process::id();
+    LazyLock::force(&MAY_POLL);
     // The child must not take a signal meant for it before its own handlers are back.
     signals::block_interrupt();
     // SAFETY: the agent has one thread, so the child is a whole copy of it.

@@ -22,7 +22,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,11 @@ const MAX_POLL: Duration = Duration::from_micros(200);
 /// worker: with fewer cores, a worker that polls shares one with the head's R code, which then takes twice as
 /// long.
 const MIN_CORES_TO_POLL: usize = 3;
+
+/// Whether there are so many. The agent finds out before its first fork, so that no worker has to.
+pub static MAY_POLL: LazyLock<bool> = LazyLock::new(|| {
+    thread::available_parallelism().is_ok_and(|cores| cores.get() >= MIN_CORES_TO_POLL)
+});
 
 /// The state of a random number generator: the integers of R's `.Random.seed`,
 /// little-endian; none if there is none.
@@ -102,8 +107,6 @@ pub struct Channel {
     seed_after: Option<Seed>,
     /// How long the agent has lately let wait for what comes next, on average.
     usual_wait: Duration,
-    /// There are enough cores to poll.
-    may_poll: bool,
     /// The process that serves tasks.
     owner: u32,
 }
@@ -140,8 +143,6 @@ impl Channel {
             seeds_before: Vec::new(),
             seed_after: None,
             usual_wait: Duration::ZERO,
-            may_poll: thread::available_parallelism()
-                .is_ok_and(|cores| cores.get() >= MIN_CORES_TO_POLL),
             owner: std::process::id(),
         }
     }
@@ -348,7 +349,7 @@ impl Channel {
     fn fill(&mut self) -> io::Result<usize> {
         let mut buffer = [0u8; 16 * 1024];
         let began = Instant::now();
-        let poll = self.may_poll && self.usual_wait <= MAX_POLL;
+        let poll = *MAY_POLL && self.usual_wait <= MAX_POLL;
         let n = loop {
             let look = poll && began.elapsed() < MAX_POLL;
             match self.recv(&mut buffer, !look) {
