@@ -42,14 +42,16 @@ as.promise.RustCalls <- function(x) {
   })
 }
 
-# `start`: is given the function that takes the state and the result at the end. The promise is rejected by an
-# error that is raised in a handler: Shiny notes the stack where it is raised, and fails at showing an error
-# that has none.
+# `start` gets a function that takes the state and the result at the end. A value fulfils the promise at once:
+# an interrupt would lose a handler between the two, and with it the promise. An error is raised in a handler,
+# because Shiny notes the stack where it is raised, and fails at showing an error that has none.
 promiseOf <- function(start) {
-  ended <- promises::promise(function(resolve, reject) {
-    start(function(state, result) resolve(list(state = state, result = result)))
+  promises::promise(function(resolve, reject) {
+    start(function(state, result) {
+      if (state == "done") return(resolve(result))
+      resolve(promises::then(promises::promise_resolve(NULL), function(...) stop(result)))
+    })
   })
-  promises::then(ended, function(end) if (end$state == "done") end$result else stop(end$result))
 }
 
 #' @rdname promises

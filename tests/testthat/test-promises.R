@@ -153,9 +153,11 @@ test_that("an interrupt while promises are settled leaves none behind", {
   cl <- local_cluster(2)
   for (k in 1:5) {
     n <- 0
-    for (i in 1:500) promises::then(promises::as.promise(clusterSubmit(cl, i, i = i)), function(value) n <<- n + 1)
+    settled <- lapply(1:500, function(i) promises::as.promise(clusterSubmit(cl, i, i = i)))
+    for (promise in settled) promises::then(promise, function(value) n <<- n + 1)
+    states <- function() vapply(settled, function(promise) attr(promise, "promise_impl")$status(), "")
     end <- Sys.time() + 30
-    run <- function() while (n < 500 && Sys.time() < end) later::run_now(0.1)
+    run <- function() while ((n < 500 || !later::loop_empty()) && Sys.time() < end) later::run_now(0.1)
     # It is felt in a callback, where package later takes it, or between two.
     interrupt_after(0.02 * k)
     tryCatch(
@@ -165,8 +167,9 @@ test_that("an interrupt while promises are settled leaves none behind", {
       },
       interrupt = function(e) NULL
     )
-    run()
-    expect_identical(n, 500)
+    expect_true(run_until(function() all(states() == "fulfilled") && later::loop_empty()))
+    # Package promises never repeats a handler, so the one in which the interrupt was felt is lost.
+    expect_true(n %in% c(499, 500))
   }
 })
 
