@@ -466,6 +466,12 @@ impl Job {
                 Answer::Pending if self.timeout.is_none() => return Ok(false),
                 Answer::Pending => {}
                 Answer::NothingSent => return Err(self.none_out(hub)),
+                // It was sent to the worker before the job, which has sent it nothing yet.
+                Answer::Lost { rank, task, .. } | Answer::TimedOut { rank, task }
+                    if !self.sent.contains_key(&task) =>
+                {
+                    hub.forget(rank, task);
+                }
                 Answer::Lost {
                     place, task, gone, ..
                 } => {

@@ -7,6 +7,7 @@
 //! thread does the reading. The lock is never held while R code runs, across an allocation by R, or
 //! while anybody sleeps.
 
+use super::by_hand::Hand;
 use super::connection::Conn;
 use super::inbox::Inbox;
 use super::reconnect::Restoring;
@@ -101,6 +102,8 @@ pub struct Core {
     pub measure: Measure,
     wake: UnixStream,
     scratch: Vec<u8>,
+    /// Its maker moves what would go over streams, and the clock.
+    pub hand: Option<Hand>,
 }
 
 /// See the module's documentation.
@@ -141,6 +144,7 @@ impl Shared {
                 measure: |_| None,
                 wake,
                 scratch: vec![0; READ],
+                hand: None,
             }),
             woken,
             taken_over: Notify::new(),
@@ -361,7 +365,9 @@ impl Core {
 
     /// All that happens from here on happens now.
     pub fn look_at_clock(&mut self) {
-        self.scheduler.at(self.began.elapsed());
+        let now = self.hand.as_ref().map(|hand| hand.now);
+        self.scheduler
+            .at(now.unwrap_or_else(|| self.began.elapsed()));
     }
 
     /// The stream to an agent that has greeted, and what came with the greeting.
@@ -546,6 +552,9 @@ impl Core {
                 return;
             }
             self.queued -= released;
+            if let Some(hand) = &mut self.hand {
+                hand.notes.extend(notes.iter().cloned());
+            }
             for note in notes {
                 match &note {
                     Note::LeftOut { agent, .. } => {

@@ -324,6 +324,11 @@ impl Hub {
     /// begun, if there is one, does.
     pub fn finish_payload(&mut self) -> bool {
         self.submit(true);
+        self.end_payload()
+    }
+
+    /// All of the payload has been submitted.
+    fn end_payload(&mut self) -> bool {
         let Some(sharing) = self.sharing.take() else {
             return false;
         };
@@ -425,6 +430,12 @@ impl Hub {
 
     /// Ends the message; the task is now outstanding.
     pub fn finish(&mut self) {
+        let shares = self.shares;
+        self.finish_with(|writing| take_chunks(&mut writing.buffer, shares, true));
+    }
+
+    /// Ends the message with what `rest` makes of it.
+    fn finish_with(&mut self, rest: impl FnOnce(&mut Writing) -> Vec<Chunk>) {
         let Some(mut writing) = self.writing.take() else {
             return;
         };
@@ -433,13 +444,28 @@ impl Hub {
             self.outstanding[writing.owner as usize].push_back(task);
             self.outstanding_count += 1;
         }
-        let chunks = take_chunks(&mut writing.buffer, self.shares, true);
+        let chunks = rest(&mut writing);
         let mut core = self.core();
         submit(&mut core, &mut writing, chunks, true);
         if let Some(spool) = &mut core.spool {
             spool.finish();
         }
         core.look_at_spool();
+    }
+
+    /// Appends to the payload or message that is being written what is to be sent as it is, and ends that if
+    /// it is the `last`.
+    pub(super) fn write_as_it_is(&mut self, chunk: Chunk, last: bool) {
+        if let Some(sharing) = &mut self.sharing {
+            submit_payload(&mut self.inner.shared.core(), sharing, vec![chunk], last);
+            if last {
+                self.end_payload();
+            }
+        } else if last {
+            self.finish_with(|_| vec![chunk]);
+        } else if let Some(writing) = &mut self.writing {
+            submit(&mut self.inner.shared.core(), writing, vec![chunk], false);
+        }
     }
 
     /// Takes back the message and the payload that are being written, if there are any: R could not
