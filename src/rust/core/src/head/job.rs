@@ -426,7 +426,7 @@ impl Job {
             }
             if let Some(timeout) = self.timeout {
                 let timed = self.sent.iter().filter(|(_, sent)| !sent.tasks.is_empty());
-                let next = timed.min_by_key(|(_, sent)| sent.at);
+                let next = timed.min_by_key(|(task, sent)| (sent.at, **task));
                 if let Some((&task, sent)) = next {
                     let passed = hub.now().saturating_duration_since(sent.at);
                     let rest = timeout.saturating_sub(passed);
@@ -513,7 +513,9 @@ impl Job {
 
     /// What was outstanding on a node that has been stopped, in the middle of the job, is forgotten.
     fn none_out<S>(&self, hub: &impl Dispatch) -> Halt<S> {
-        let ranks = self.sent.values().map(|sent| self.ranks[sent.place]);
+        let ranks = self.lanes.iter().zip(&self.ranks);
+        let ranks = ranks.filter(|(lane, _)| !lane.is_empty());
+        let ranks = ranks.map(|(_, &rank)| rank);
         let mut gone = ranks.filter_map(|rank| Some((rank, hub.gone(rank)?)));
         gone.next()
             .map_or(Halt::Stuck, |(rank, gone)| Halt::Gone { rank, gone })

@@ -741,7 +741,8 @@ impl Sim {
         for made in std::mem::take(&mut self.made) {
             self.hub.drop_payload(made.id);
         }
-        for _ in 0..3 {
+        let mut before = u64::MAX;
+        while std::mem::replace(&mut before, self.moved) != self.moved {
             self.sweep();
         }
         for host in self.hosts.iter().filter(|host| !host.lost) {
