@@ -43,7 +43,7 @@ submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
 newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   part <- freest(clustersOf(cl))
   handle <- part$handle
-  if (handle$stopped) raiseFailure(c(kind = "stopped"))
+  if (handle$stopped) raiseFailure(rustFailure("stopped"))
   ranks <- unique(part$ranks)
   if (handle$job != noJob) closeStale(handle, sys.nframe())
   record <- new.env(parent = emptyenv())
@@ -59,7 +59,7 @@ newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record$waiters <- list()
   record$tells <- tells
   task <- call_number(handle$pointer)
-  if (typeof(task) == "character") handleFailed(task, handle)
+  if (isFailure(task)) handleFailed(task, handle)
   record$task <- task
   record
 }
@@ -70,7 +70,7 @@ sendCall <- function(record) {
   on.exit(if (!sent) forgetRecord(record))
   assign(keyOf(record$task), record, recordsOf(handle))
   result <- call_submit(handle$pointer, record$ranks, record$task, FALSE, record$message)
-  if (typeof(result) == "character") handleFailed(result, handle)
+  if (isFailure(result)) handleFailed(result, handle)
   checked(result)
   sent <- TRUE
   record
@@ -104,10 +104,14 @@ lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
   end <- takeCall(record)
-  switch(typeof(end),
-    list = answered(record, end),
-    character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle)
-  )
+  if (is.null(end)) return(invisible())
+  if (!isFailure(end)) {
+    answered(record, end)
+  } else if (is.null(end[["task"]])) {
+    handleFailed(end, handle)
+  } else {
+    callEnded(record, end)
+  }
   invisible()
 }
 
@@ -141,12 +145,12 @@ answered <- function(record, answer) {
 
 callEnded <- function(record, failure) {
   handle <- record$handle
-  condition <- failureCondition(c(failure, tasks = record$what, index = NA), handle)
-  condition$index <- NULL
+  failure$tasks <- record$what
+  condition <- failureCondition(failure, handle)
   failed <- function(condition) endCall(record, "failed", condition)
   if (failure[["kind"]] == "timeout") return(failed(condition))
   if (handle$stopped || failure[["kind"]] == "stopped" || handle$retries == 0) {
-    if (handle$stopped) condition <- failureCondition(c(kind = "stopped"), handle)
+    if (handle$stopped) condition <- failureCondition(rustFailure("stopped"), handle)
     return(failed(condition))
   }
   losses <- c(record$losses, list(condition))
@@ -155,14 +159,15 @@ callEnded <- function(record, failure) {
   if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
   # If this jumps, the call has ended as it had before.
   sent <- call_submit(handle$pointer, record$ranks, record$task, TRUE, record$message)
-  if (typeof(sent) == "character") return(failed(failureCondition(sent, handle)))
+  if (isFailure(sent)) return(failed(failureCondition(sent, handle)))
   checked(sent)
   record$losses <- losses
   # Dropped while it was sent.
   if (record$state != "open") return(call_forget(handle$pointer, record$task))
   # Told when all is done that is to be done: a warning may be turned into a jump.
   if (isTRUE(condition$replaced)) {
-    loss <- failureCondition(c(failure, again = TRUE, tasks = record$what), handle, "warning")
+    failure$again <- TRUE
+    loss <- failureCondition(failure, handle, "warning")
     handle$untold <- c(handle$untold, list(loss))
   }
 }
@@ -176,7 +181,7 @@ takeAsides <- function(record) {
   if (!isTRUE(record$tells)) return(invisible())
   suspendInterrupts({
     asides <- call_asides(record$handle$pointer, record$task)
-    if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+    if (!isFailure(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
   })
   invisible()
 }
@@ -250,7 +255,7 @@ awaitCall <- function(record) {
     tell(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
-    if (typeof(waited) == "character") handleFailed(waited, handle)
+    if (isFailure(waited)) handleFailed(waited, handle)
     showEvents(handle)
     Sys.sleep(0)
   }

@@ -221,7 +221,7 @@ workersProblem <- function(gone, ranks, late) {
   failure <- failures[[failed[[1L]]]]
   why <- switch(failure[["kind"]],
     worker_lost = paste0(
-      failure[["reason"]], if ("signal" %in% names(failure)) signalName(failure[["signal"]]),
+      failure[["reason"]], if (!is.null(failure[["signal"]])) signalName(failure[["signal"]]),
       " before it was ready", tailText("the end of its output", failure[["stderr"]])
     ),
     stopped = paste("was", late),

@@ -18,56 +18,56 @@ amongAll <- function(failure, handle) {
   frame <- openFrames[[handle$id]]
   cl <- if (!is.null(frame)) frame[["cl"]]
   if (!is.list(cl) || typeof(cluster_ranks(cl)) == "integer") return(failure)
-  tag <- checked(hub_message(handle$pointer, as.numeric(failure[["task"]]), FALSE), handle)$data$tag
+  tag <- checked(hub_message(handle$pointer, failure[["task"]], FALSE), handle)$data$tag
   if (is.null(tag)) {
     # The verbs without tags give the nodes a task each, in order, until there are no more tasks.
     own <- Filter(function(part) identical(part$handle, handle), clustersAmong(cl, which(areOurs(cl))))
     if (!length(own)) return(failure)
     places <- own[[1L]]$places
-    before <- as.integer(failure[["index"]]) - 1L
+    before <- failure[["index"]] - 1L
     tag <- before %/% length(places) * length(cl) + places[[before %% length(places) + 1L]]
   }
-  failure[["index"]] <- tag
+  failure$index <- tag
   failure
 }
 
 taskLost <- function(task, failure, handle) {
   retries <- if (is.null(handle$policy)) handle$retries else handle$policy$retries
   none <- if (is.null(handle$policy)) retries == 0 else handle$policy$lossEnds
-  loss <- failureCondition(c(failure, again = if (none) FALSE), handle)
-  losses <- c(handle$losses[[task]], list(loss))
-  number <- as.numeric(task)
-  if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(number, loss, handle))
+  if (none) failure$again <- FALSE
+  loss <- failureCondition(failure, handle)
+  key <- keyOf(task)
+  losses <- c(handle$losses[[key]], list(loss))
+  if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(task, loss, handle))
   again <- length(losses) <= retries
   if (again) {
-    sent <- hub_try_again(handle$pointer, number)
+    sent <- hub_try_again(handle$pointer, task)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.
-    if (typeof(sent) == "character") {
-      return(giveUp(number, failureCondition(sent, handle), handle))
-    }
+    if (isFailure(sent)) return(giveUp(task, failureCondition(sent, handle), handle))
     checked(sent)
     # Not before: whoever is interrupted is told of the loss once more.
-    handle$losses[[task]] <- losses
+    handle$losses[[key]] <- losses
   } else {
-    handle$losses[[task]] <- losses
-    checked(hub_give_up(handle$pointer, number), handle)
+    handle$losses[[key]] <- losses
+    checked(hub_give_up(handle$pointer, task), handle)
   }
   # The task is safe before the warning, which may be turned into a jump. That a host is lost, or a
   # worker for good, is an event of its own.
   if (isTRUE(loss$replaced)) {
-    warning(failureCondition(c(failure, again = again), handle, "warning"))
+    failure$again <- again
+    warning(failureCondition(failure, handle, "warning"))
   }
   NULL
 }
 
-giveUp <- function(number, loss, handle) {
-  checked(hub_forget(handle$pointer, number), handle)
+giveUp <- function(task, loss, handle) {
+  checked(hub_forget(handle$pointer, task), handle)
   showEvents(handle, except = loss)
   stop(loss)
 }
 
 taskFailed <- function(failure, handle) {
-  quarantined(as.integer(failure[["index"]]), handle$losses[[failure[["task"]]]])
+  quarantined(failure[["index"]], handle$losses[[keyOf(failure[["task"]])]])
 }
 
 quarantined <- function(index, losses, what = "task") {
@@ -93,7 +93,7 @@ failureValue <- function(condition) {
 }
 
 failedAnswer <- function(task, condition, handle) {
-  message <- checked(hub_message(handle$pointer, as.numeric(task), TRUE), handle)
+  message <- checked(hub_message(handle$pointer, task, TRUE), handle)
   list(
     type = "VALUE", value = failureValue(condition), success = FALSE, time = noTime,
     tag = message$data$tag
