@@ -1,8 +1,7 @@
 # Calls of clusterSubmit() and clusterLapplyAsync(): what the session knows of each, and what becomes of it.
 
 # What is known here of a call. The records of those that have not ended, by their clusters' names and
-# their numbers: whoever decides on a call that was lost finds its message here. Not in the handle, which
-# goes wherever a node goes.
+# their numbers. Not in the handle, which goes wherever a node goes.
 #
 # The garbage collector runs finalizers between any two lines of R code. So a cluster's table lives as long as
 # its handle (newHandle(), forgetCluster()), a record is in the table before its call is sent, and the
@@ -54,7 +53,6 @@ newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record$began <- proc.time()[["elapsed"]]
   data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
-  record$losses <- list()
   record$state <- "open"
   record$waiters <- list()
   record$tells <- tells
@@ -69,10 +67,12 @@ sendCall <- function(record) {
   sent <- FALSE
   on.exit(if (!sent) forgetRecord(record))
   assign(keyOf(record$task), record, recordsOf(handle))
-  result <- call_submit(handle$pointer, record$ranks, record$task, FALSE, record$message)
+  result <- call_submit(handle$pointer, record$ranks, record$task, record$what, record$message)
   if (isFailure(result)) handleFailed(result, handle)
   checked(result)
   sent <- TRUE
+  # Rust has it, for as long as the call may have to be sent again.
+  record$message <- NULL
   record
 }
 
@@ -83,7 +83,6 @@ endCall <- function(record, state, result) {
     record$result <- result
     record$state <- state
     record$took <- proc.time()[["elapsed"]] - record$began
-    record$message <- NULL
     call_forget(record$handle$pointer, record$task)
     forgetRecord(record)
     tellWaiters(record)
@@ -99,12 +98,12 @@ tellWaiters <- function(record) {
   }
 }
 
-# Looks whether the call has ended, and decides on it if it was lost.
+# Looks whether the call has ended. One that was lost is sent again with that, or has failed.
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
   end <- takeCall(record)
-  if (is.null(end)) return(invisible())
+  if (is.null(end)) return(noteLosses(handle))
   if (!isFailure(end)) {
     answered(record, end)
   } else if (is.null(end[["task"]])) {
@@ -146,30 +145,13 @@ answered <- function(record, answer) {
 callEnded <- function(record, failure) {
   handle <- record$handle
   failure$tasks <- record$what
-  condition <- failureCondition(failure, handle)
-  failed <- function(condition) endCall(record, "failed", condition)
-  if (failure[["kind"]] == "timeout") return(failed(condition))
-  if (handle$stopped || failure[["kind"]] == "stopped" || handle$retries == 0) {
-    if (handle$stopped) condition <- failureCondition(rustFailure("stopped"), handle)
-    return(failed(condition))
+  if (handle$stopped && failure[["kind"]] != "timeout") failure <- rustFailure("stopped")
+  condition <- if (failure[["kind"]] == "task_failed") {
+    callLost(record$what, lapply(failure[["losses"]], failureCondition, handle))
+  } else {
+    failureCondition(failure, handle)
   }
-  losses <- c(record$losses, list(condition))
-  if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
-  pids <- hub_pids(handle$pointer)
-  if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
-  # If this jumps, the call has ended as it had before.
-  sent <- call_submit(handle$pointer, record$ranks, record$task, TRUE, record$message)
-  if (isFailure(sent)) return(failed(failureCondition(sent, handle)))
-  checked(sent)
-  record$losses <- losses
-  # Dropped while it was sent.
-  if (record$state != "open") return(call_forget(handle$pointer, record$task))
-  # Told when all is done that is to be done: a warning may be turned into a jump.
-  if (isTRUE(condition$replaced)) {
-    failure$again <- TRUE
-    loss <- failureCondition(failure, handle, "warning")
-    handle$untold <- c(handle$untold, list(loss))
-  }
+  endCall(record, "failed", condition)
 }
 
 callLost <- function(what, losses) {
@@ -280,7 +262,6 @@ dropCall <- function(envir) {
   # Not where it would be another process's call.
   if (!is.null(call_drop(record$handle$pointer, record$task))) return()
   record$state <- "cancelled"
-  record$message <- NULL
   forgetRecord(record)
 }
 

@@ -3,6 +3,7 @@
 # What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever
 # asks.
 showEvents <- function(handle, except = NULL) {
+  noteLosses(handle)
   # The hub tells each event once.
   suspendInterrupts(show(hub_events(handle$pointer), handle, except))
   tell(handle)

@@ -106,7 +106,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     job <- openJob(handle, frame, 0L, NULL)
     do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
     most <- if (is.null(retries)) handle$retries else retries
-    handle$policy <- list(retries = most, lossEnds = most == 0 && !returns)
+    checked(hub_policy(handle$pointer, job, most, most == 0 && !returns), handle)
   }
   values <- vector("list", n)
   failed <- logical(n)

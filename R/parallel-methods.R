@@ -106,7 +106,6 @@ closeJob <- function(handle, job) {
     if (handle$job == job) {
       handle$job <- noJob
       handle$lasts <- NULL
-      handle$policy <- NULL
       openFrames[[handle$id]] <- NULL
     }
     if (length(handle$losses)) handle$losses <- list()

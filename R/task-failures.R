@@ -1,20 +1,33 @@
-# What becomes of tasks whose worker, host or time is gone, and what the user is told of losses.
+# Tasks that ended without an answer, and what the user is told of losses. Whether a task that was lost is retried is
+# decided in Rust (core/src/head/retry.rs), by the policy that it was told of beforehand.
 
-# A task has ended without its worker's answer. Returns what stands for its answer, or NULL if that
-# is still to come.
+# A task has ended without its worker's answer. Returns what stands for its answer.
 taskEnded <- function(failure, handle) {
   task <- failure[["task"]]
   failure <- amongAll(failure, handle)
   switch(failure[["kind"]],
     timeout = failedAnswer(task, failureCondition(failure, handle), handle),
     task_failed = failedAnswer(task, taskFailed(failure, handle), handle),
-    taskLost(task, failure, handle)
+    giveUp(task, failureCondition(failure, handle), handle)
   )
+}
+
+# Notes the losses that were dealt with: tell() warns of them. Whoever is interrupted before that is told once more.
+noteLosses <- function(handle) {
+  losses <- hub_losses(handle$pointer)
+  if (is.null(losses) || isFailure(losses)) return(invisible())
+  conditions <- lapply(losses, function(loss) failureCondition(amongAll(loss, handle), handle, "warning"))
+  suspendInterrupts({
+    handle$untold <- c(handle$untold, conditions)
+    hub_losses_noted(handle$pointer, length(losses))
+  })
+  invisible()
 }
 
 # Each cluster counts the tasks that it was sent. The failure with the task's number among all tasks of a verb
 # that has sent them to nodes of several clusters.
 amongAll <- function(failure, handle) {
+  if (is.null(failure[["index"]])) return(failure)
   frame <- openFrames[[handle$id]]
   cl <- if (!is.null(frame)) frame[["cl"]]
   if (!is.list(cl) || typeof(cluster_ranks(cl)) == "integer") return(failure)
@@ -31,35 +44,7 @@ amongAll <- function(failure, handle) {
   failure
 }
 
-taskLost <- function(task, failure, handle) {
-  retries <- if (is.null(handle$policy)) handle$retries else handle$policy$retries
-  none <- if (is.null(handle$policy)) retries == 0 else handle$policy$lossEnds
-  if (none) failure$again <- FALSE
-  loss <- failureCondition(failure, handle)
-  key <- keyOf(task)
-  losses <- c(handle$losses[[key]], list(loss))
-  if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(task, loss, handle))
-  again <- length(losses) <= retries
-  if (again) {
-    sent <- hub_try_again(handle$pointer, task)
-    # Nobody can take it, or it is bound to what is lost: there is no use in going on.
-    if (isFailure(sent)) return(giveUp(task, failureCondition(sent, handle), handle))
-    checked(sent)
-    # Not before: whoever is interrupted is told of the loss once more.
-    handle$losses[[key]] <- losses
-  } else {
-    handle$losses[[key]] <- losses
-    checked(hub_give_up(handle$pointer, task), handle)
-  }
-  # The task is safe before the warning, which may be turned into a jump. That a host is lost, or a
-  # worker for good, is an event of its own.
-  if (isTRUE(loss$replaced)) {
-    failure$again <- again
-    warning(failureCondition(failure, handle, "warning"))
-  }
-  NULL
-}
-
+# The loss of a task is an error of the verb that it belongs to.
 giveUp <- function(task, loss, handle) {
   checked(hub_forget(handle$pointer, task), handle)
   showEvents(handle, except = loss)
@@ -67,7 +52,8 @@ giveUp <- function(task, loss, handle) {
 }
 
 taskFailed <- function(failure, handle) {
-  quarantined(failure[["index"]], handle$losses[[keyOf(failure[["task"]])]])
+  losses <- lapply(failure[["losses"]], function(loss) failureCondition(amongAll(loss, handle), handle))
+  quarantined(failure[["index"]], losses)
 }
 
 quarantined <- function(index, losses, what = "task") {
@@ -93,6 +79,8 @@ failureValue <- function(condition) {
 }
 
 failedAnswer <- function(task, condition, handle) {
+  # Which may need the message, too.
+  force(condition)
   message <- checked(hub_message(handle$pointer, task, TRUE), handle)
   list(
     type = "VALUE", value = failureValue(condition), success = FALSE, time = noTime,

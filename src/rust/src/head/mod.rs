@@ -8,6 +8,7 @@ pub mod handle;
 mod job;
 mod nodes;
 mod repeat;
+mod retry;
 mod start;
 mod status;
 
@@ -19,6 +20,7 @@ extendr_module! {
     use nodes;
     use events;
     use call;
+    use retry;
     use job;
     use status;
 }

@@ -61,6 +61,8 @@ fn hub_start(
                 begun: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
+                calls: RefCell::default(),
+                losses: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
                 job: RefCell::new(None),
                 ways: RefCell::default(),

@@ -22,6 +22,8 @@ pub enum Value {
     Number(f64),
     /// A string.
     Text(String),
+    /// A list of failures.
+    Failures(Vec<Failure>),
 }
 
 impl From<bool> for Value {
@@ -93,6 +95,12 @@ impl From<Cow<'_, str>> for Value {
     }
 }
 
+impl From<&[Failure]> for Value {
+    fn from(failures: &[Failure]) -> Value {
+        Value::Failures(failures.to_vec())
+    }
+}
+
 impl From<Value> for Robj {
     fn from(value: Value) -> Robj {
         match value {
@@ -101,6 +109,9 @@ impl From<Value> for Robj {
             Value::Number(number) => number.into(),
             // R's strings hold no NUL; what a worker prints may.
             Value::Text(text) => text.replace('\0', "").into(),
+            Value::Failures(failures) => {
+                List::from_values(failures.into_iter().map(Robj::from)).into()
+            }
         }
     }
 }

@@ -5,5 +5,6 @@ pub mod batching;
 pub mod blobs;
 pub mod hub;
 pub mod launch;
+pub mod retry;
 pub mod scheduler;
 mod setup_log;
