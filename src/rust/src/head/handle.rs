@@ -212,8 +212,6 @@ impl Shared {
 pub struct Message {
     /// As it came from R, which shares its values: it costs no memory of its own.
     pub(super) message: Robj,
-    /// The worker that R gave it to.
-    pub(super) owner: Rank,
     pub(super) job: JobId,
     /// Which of the job's tasks it is, from 1.
     pub index: i32,

@@ -119,7 +119,6 @@ pub(super) fn send(
     let bytes = broadcast::write(cluster, &begun, message)?;
     let message = Message {
         message: message.clone(),
-        owner,
         job,
         index: 0,
         lasts,
@@ -254,8 +253,10 @@ fn name_of(name: &str) -> u64 {
 fn hub_forget(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let task = task as TaskId;
-        if let Some(message) = cluster.forget_message(task) {
-            cluster.hub.borrow_mut().forget(message.owner, task);
+        cluster.forget_message(task);
+        let mut hub = cluster.hub.borrow_mut();
+        if let Some(owner) = hub.owner(task) {
+            hub.forget(owner, task);
         }
         Ok(().into())
     })

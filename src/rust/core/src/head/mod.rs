@@ -8,3 +8,4 @@ pub mod launch;
 pub mod retry;
 pub mod scheduler;
 mod setup_log;
+pub mod task_table;
