@@ -1,8 +1,7 @@
 # Calls of clusterSubmit() and clusterLapplyAsync(): what the session knows of each, and what becomes of it.
 
 # What is known here of a call. The records of those that have not ended, by their clusters' names and
-# their numbers: whoever decides on a call that was lost finds its message here. Not in the handle, which
-# goes wherever a node goes.
+# their numbers. Not in the handle, which goes wherever a node goes.
 #
 # The garbage collector runs finalizers between any two lines of R code. So a cluster's table lives as long as
 # its handle (newHandle(), forgetCluster()), a record is in the table before its call is sent, and the
@@ -43,7 +42,7 @@ submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
 newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   part <- freest(clustersOf(cl))
   handle <- part$handle
-  if (handle$stopped) raiseFailure(c(kind = "stopped"))
+  if (handle$stopped) raiseFailure(rustFailure("stopped"))
   ranks <- unique(part$ranks)
   if (handle$job != noJob) closeStale(handle, sys.nframe())
   record <- new.env(parent = emptyenv())
@@ -54,12 +53,11 @@ newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record$began <- proc.time()[["elapsed"]]
   data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
-  record$losses <- list()
   record$state <- "open"
   record$waiters <- list()
   record$tells <- tells
   task <- call_number(handle$pointer)
-  if (typeof(task) == "character") handleFailed(task, handle)
+  if (isFailure(task)) handleFailed(task, handle)
   record$task <- task
   record
 }
@@ -69,10 +67,12 @@ sendCall <- function(record) {
   sent <- FALSE
   on.exit(if (!sent) forgetRecord(record))
   assign(keyOf(record$task), record, recordsOf(handle))
-  result <- call_submit(handle$pointer, record$ranks, record$task, FALSE, record$message)
-  if (typeof(result) == "character") handleFailed(result, handle)
+  result <- call_submit(handle$pointer, record$ranks, record$task, record$what, record$message)
+  if (isFailure(result)) handleFailed(result, handle)
   checked(result)
   sent <- TRUE
+  # Rust has it, for as long as the call may have to be sent again.
+  record$message <- NULL
   record
 }
 
@@ -83,7 +83,6 @@ endCall <- function(record, state, result) {
     record$result <- result
     record$state <- state
     record$took <- proc.time()[["elapsed"]] - record$began
-    record$message <- NULL
     call_forget(record$handle$pointer, record$task)
     forgetRecord(record)
     tellWaiters(record)
@@ -99,15 +98,19 @@ tellWaiters <- function(record) {
   }
 }
 
-# Looks whether the call has ended, and decides on it if it was lost.
+# Looks whether the call has ended. One that was lost is sent again with that, or has failed.
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
   end <- takeCall(record)
-  switch(typeof(end),
-    list = answered(record, end),
-    character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle)
-  )
+  if (is.null(end)) return(noteLosses(handle))
+  if (!isFailure(end)) {
+    answered(record, end)
+  } else if (is.null(end[["task"]])) {
+    handleFailed(end, handle)
+  } else {
+    callEnded(record, end)
+  }
   invisible()
 }
 
@@ -141,30 +144,14 @@ answered <- function(record, answer) {
 
 callEnded <- function(record, failure) {
   handle <- record$handle
-  condition <- failureCondition(c(failure, tasks = record$what, index = NA), handle)
-  condition$index <- NULL
-  failed <- function(condition) endCall(record, "failed", condition)
-  if (failure[["kind"]] == "timeout") return(failed(condition))
-  if (handle$stopped || failure[["kind"]] == "stopped" || handle$retries == 0) {
-    if (handle$stopped) condition <- failureCondition(c(kind = "stopped"), handle)
-    return(failed(condition))
+  failure$tasks <- record$what
+  if (handle$stopped && failure[["kind"]] != "timeout") failure <- rustFailure("stopped")
+  condition <- if (failure[["kind"]] == "task_failed") {
+    callLost(record$what, lapply(failure[["losses"]], failureCondition, handle))
+  } else {
+    failureCondition(failure, handle)
   }
-  losses <- c(record$losses, list(condition))
-  if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
-  pids <- hub_pids(handle$pointer)
-  if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
-  # If this jumps, the call has ended as it had before.
-  sent <- call_submit(handle$pointer, record$ranks, record$task, TRUE, record$message)
-  if (typeof(sent) == "character") return(failed(failureCondition(sent, handle)))
-  checked(sent)
-  record$losses <- losses
-  # Dropped while it was sent.
-  if (record$state != "open") return(call_forget(handle$pointer, record$task))
-  # Told when all is done that is to be done: a warning may be turned into a jump.
-  if (isTRUE(condition$replaced)) {
-    loss <- failureCondition(c(failure, again = TRUE, tasks = record$what), handle, "warning")
-    handle$untold <- c(handle$untold, list(loss))
-  }
+  endCall(record, "failed", condition)
 }
 
 callLost <- function(what, losses) {
@@ -176,7 +163,7 @@ takeAsides <- function(record) {
   if (!isTRUE(record$tells)) return(invisible())
   suspendInterrupts({
     asides <- call_asides(record$handle$pointer, record$task)
-    if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+    if (!isFailure(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
   })
   invisible()
 }
@@ -250,7 +237,7 @@ awaitCall <- function(record) {
     tell(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
-    if (typeof(waited) == "character") handleFailed(waited, handle)
+    if (isFailure(waited)) handleFailed(waited, handle)
     showEvents(handle)
     Sys.sleep(0)
   }
@@ -275,7 +262,6 @@ dropCall <- function(envir) {
   # Not where it would be another process's call.
   if (!is.null(call_drop(record$handle$pointer, record$task))) return()
   record$state <- "cancelled"
-  record$message <- NULL
   forgetRecord(record)
 }
 

@@ -3,6 +3,7 @@
 # What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever
 # asks.
 showEvents <- function(handle, except = NULL) {
+  noteLosses(handle)
   # The hub tells each event once.
   suspendInterrupts(show(hub_events(handle$pointer), handle, except))
   tell(handle)
@@ -10,12 +11,12 @@ showEvents <- function(handle, except = NULL) {
 
 # Prints output, and notes conditions for tell().
 show <- function(events, handle, except = NULL) {
-  if (is.null(events) || is.character(events)) return(invisible())
+  if (is.null(events) || isFailure(events)) return(invisible())
   conditions <- slowToEnd(events, handle)
   for (event in events) {
     if (event[["kind"]] == "stop_timeout") next
     if (event[["kind"]] == "output") {
-      showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
+      showOutput(handle, event[["rank"]], event[["text"]])
     } else {
       type <- if (event[["kind"]] %in% names(conditionClasses$message)) "message" else "warning"
       conditions <- c(conditions, list(failureCondition(event, handle, type)))
@@ -43,7 +44,7 @@ tell <- function(handle) {
 # A warning for each host with workers that were killed because they did not end in time.
 slowToEnd <- function(events, handle) {
   slow <- Filter(function(event) event[["kind"]] == "stop_timeout", events)
-  ranks <- sort(vapply(slow, function(event) as.integer(event[["rank"]]), 0L))
+  ranks <- sort(vapply(slow, `[[`, 0L, "rank"))
   lapply(unname(split(ranks, handle$owner[ranks])), function(ranks) {
     one <- length(ranks) == 1L
     host <- handle$hosts[[ranks[[1L]]]]

@@ -124,14 +124,6 @@ hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, h
 #' @noRd
 hub_called <- function(handle) .Call(wrap__hub_called, handle)
 
-#' Sends a task again that was lost.
-#' @noRd
-hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)
-
-#' A task that was lost is not tried again: who asks for its answer is told so.
-#' @noRd
-hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
-
 #' Nobody wants to know any more what became of a task that was lost.
 #' @noRd
 hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
@@ -141,7 +133,7 @@ hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
 hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
 
 #' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-#' hub_read().
+#' hub_read(). `NULL`: not yet, or R is to note a loss first.
 #' @noRd
 hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 
@@ -198,12 +190,12 @@ hub_events <- function(handle) .Call(wrap__hub_events, handle)
 #' @noRd
 call_number <- function(handle) .Call(wrap__call_number, handle)
 
-#' Sends the call of this number to whichever of these workers is free first. `again`: it was lost and is
-#' tried again; if R jumps, it has ended as before.
+#' Sends the call of this number to whichever of these workers is free first. `what`: what warnings call it.
 #' @noRd
-call_submit <- function(handle, ranks, task, again, message) .Call(wrap__call_submit, handle, ranks, task, again, message)
+call_submit <- function(handle, ranks, task, what, message) .Call(wrap__call_submit, handle, ranks, task, what, message)
 
-#' The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
+#' The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is
+#' forgotten.
 #' @noRd
 call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
 
@@ -241,6 +233,19 @@ calls_to_look_at <- function(handle) .Call(wrap__calls_to_look_at, handle)
 #' to do about a call.
 #' @noRd
 calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
+
+#' How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
+#' have no policy of their own.
+#' @noRd
+hub_policy <- function(handle, job, retries, raises) .Call(wrap__hub_policy, handle, job, retries, raises)
+
+#' The losses that were dealt with and that R has not noted: a list of failures, or `NULL`.
+#' @noRd
+hub_losses <- function(handle) .Call(wrap__hub_losses, handle)
+
+#' R has noted so many of the losses that hub_losses() has told.
+#' @noRd
+hub_losses_noted <- function(handle, count) .Call(wrap__hub_losses_noted, handle, count)
 
 #' Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 #' that all tasks have. `elements`: a vector without a class, or a function of an element's number.

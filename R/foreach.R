@@ -41,7 +41,7 @@
 registerDoRustCluster <- function(cl = NULL) {
   cl <- theCluster(cl)
   for (part in clustersOf(cl)) {
-    if (part$handle$stopped) raiseFailure(c(kind = "stopped"), part$handle)
+    if (part$handle$stopped) raiseFailure(rustFailure("stopped"), part$handle)
     checked(hub_pids(part$handle$pointer), part$handle)
   }
   foreach::setDoPar(doRustCluster, cl, foreachInfo)

@@ -43,25 +43,24 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
     begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
     if (!isFromStale(begun, handle)) break
   }
-  if (typeof(begun) == "list") {
+  if (typeof(begun) == "list" && !isFailure(begun)) {
     done <- TRUE
     return(list(values = begun[[1L]], failed = begun[[2L]]))
   }
   continueJob(handle, job, sys.nframe(), 0L, NULL)
-  if (is.character(begun)) handleFailed(begun, handle)
+  if (isFailure(begun)) handleFailed(begun, handle)
   checked(begun)
   shown <- if (progress) showProgress(function() job_progress(handle$pointer)[2:3], n, what)
   repeat {
     unread <- answersRead(handle, repeat {
       step <- job_step(handle$pointer)
       if (isTRUE(step)) break
-      switch(typeof(step),
-        character = {
-          if (!"task" %in% names(step)) handleFailed(step, handle)
-          unitEnded(step, handle, retries, timeout, lossEnds, what)
-        },
-        pairlist = unwound(step)
-      )
+      if (isFailure(step)) {
+        if (is.null(step[["task"]])) handleFailed(step, handle)
+        unitEnded(step, handle, retries, timeout, lossEnds, what)
+      } else if (!is.null(step)) {
+        unwound(step)
+      }
       showEvents(handle)
       if (!is.null(shown)) shown()
       if (!is.null(each)) {
@@ -107,7 +106,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     job <- openJob(handle, frame, 0L, NULL)
     do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
     most <- if (is.null(retries)) handle$retries else retries
-    handle$policy <- list(retries = most, lossEnds = most == 0 && !returns)
+    checked(hub_policy(handle$pointer, job, most, most == 0 && !returns), handle)
   }
   values <- vector("list", n)
   failed <- logical(n)
@@ -147,17 +146,18 @@ ofElement <- function(value, what) {
 
 # Tasks that were together have ended without an answer.
 unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
-  number <- as.numeric(failure[["task"]])
+  number <- failure[["task"]]
   tasks <- job_tasks(handle$pointer, number)
-  failure <- c(failure, tasks = spanText(tasks, what))
+  failure$tasks <- spanText(tasks, what)
   again <- integer()
   warn <- NULL
   if (failure[["kind"]] == "timeout") {
-    if (is.finite(timeout)) failure <- c(failure, limit = timeout)
+    if (is.finite(timeout)) failure$limit <- timeout
     condition <- failureCondition(failure, handle)
     values <- lapply(tasks, function(task) failureValue(condition))
   } else {
-    loss <- failureCondition(c(failure, again = if (lossEnds) FALSE), handle)
+    if (lossEnds) failure$again <- FALSE
+    loss <- failureCondition(failure, handle)
     loss$tasks <- tasks
     # Which of several has ended it is not known.
     if (length(tasks) > 1L) loss$index <- NULL
@@ -177,8 +177,9 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
     # That a host is lost, or a worker for good, is an event of its own.
     if (isTRUE(loss$replaced)) {
       # Those that are given up have an error of their own.
-      if (length(again)) failure[["tasks"]] <- spanText(again, what)
-      warn <- failureCondition(c(failure, again = length(again) > 0L), handle, "warning")
+      if (length(again)) failure$tasks <- spanText(again, what)
+      failure$again <- length(again) > 0L
+      warn <- failureCondition(failure, handle, "warning")
     }
   }
   checked(job_settle(handle$pointer, number, again, unname(values)), handle)

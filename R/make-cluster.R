@@ -183,6 +183,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   ))
   handle <- newHandle(pointer, asked$hosts)
   handle$retries <- retries
+  checked(hub_policy(pointer, noJob, retries, retries == 0))
   handle$reconnect <- reconnect
   handle$memoryLimit <- memory_limit
   handle$timeout <- timeout

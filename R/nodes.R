@@ -243,7 +243,7 @@ clusterAlive <- function(cl) {
 # What is to be said of a cluster that cannot be used; "" of one that can.
 fate <- function(handle) {
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
-  kind <- if (handle$stopped) "stopped" else if (is.character(pids)) pids[["kind"]] else ""
+  kind <- if (handle$stopped) "stopped" else if (isFailure(pids)) pids[["kind"]] else ""
   switch(kind,
     stopped = " that has been stopped",
     restored = paste0(

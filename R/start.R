@@ -19,12 +19,9 @@ newHandle <- function(pointer, agents) {
   handle$depth <- 0L
   handle$id <- basename(tempfile("cluster"))
   handle$jobs <- noJob
-  # How often a task of the job under way is tried again, if not as the cluster says, and whether a loss ends
-  # that job.
-  handle$policy <- NULL
   handle$partial <- list()
   # Whether what the job under way sends lasts on the workers (parallel-methods.R), and the losses of each of
-  # its tasks (task-failures.R).
+  # its tasks (job.R).
   handle$lasts <- NULL
   handle$losses <- list()
   # Of each agent, the bytes of what lasts on its workers that it keeps.
@@ -221,7 +218,7 @@ workersProblem <- function(gone, ranks, late) {
   failure <- failures[[failed[[1L]]]]
   why <- switch(failure[["kind"]],
     worker_lost = paste0(
-      failure[["reason"]], if ("signal" %in% names(failure)) signalName(failure[["signal"]]),
+      failure[["reason"]], if (!is.null(failure[["signal"]])) signalName(failure[["signal"]]),
       " before it was ready", tailText("the end of its output", failure[["stderr"]])
     ),
     stopped = paste("was", late),

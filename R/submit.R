@@ -1,6 +1,6 @@
 # Single calls: each runs on whichever worker is free first, and this session goes on. They wait in the
-# hub, which gives them out without R. What is left to R is to read answers, and to decide what becomes of
-# a call that was lost with its worker.
+# hub, which gives them out without R. What is left to R is to read answers, and to serialize once more what was
+# lost with its worker and is retried.
 
 #' Run a call on whichever worker is free
 #'

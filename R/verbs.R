@@ -236,12 +236,12 @@ callAll <- function(cl, message, lasts = settingOf("clusterCall", message$data))
     answers <- hub_call(handle$pointer, cl, job, message, lasts)
     if (!isFromStale(answers, handle)) break
   }
-  if (is.null(answers) || typeof(answers) == "list") {
+  if (is.null(answers) || (typeof(answers) == "list" && !isFailure(answers))) {
     done <- TRUE
     return(answers)
   }
   continueJob(handle, job, sys.nframe(), 0L, lasts)
-  if (is.character(answers)) handleFailed(answers, handle)
+  if (isFailure(answers)) handleFailed(answers, handle)
   checked(answers)
   called <- hub_called(handle$pointer)
   answers <- called[[1L]]

@@ -122,7 +122,7 @@ serveUntilJump <- function() {
 answerFailure <- function(e, text, interrupted = FALSE) {
   value <- structure(text, class = c("snow-try-error", "try-error"), condition = sendable(e, text))
   failure <- worker_fail(value, interrupted)
-  if (is.character(failure)) stop(e)
+  if (isFailure(failure)) stop(e)
   checked(failure)
   TRUE
 }

@@ -9,6 +9,7 @@ mod job;
 mod nodes;
 mod readiness;
 mod repeat;
+mod retry;
 mod start;
 mod status;
 
@@ -21,6 +22,7 @@ extendr_module! {
     use readiness;
     use events;
     use call;
+    use retry;
     use job;
     use status;
 }

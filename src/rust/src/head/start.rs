@@ -61,6 +61,8 @@ fn hub_start(
                 begun: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
+                calls: RefCell::default(),
+                losses: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
                 job: RefCell::new(None),
                 ways: RefCell::default(),
@@ -72,7 +74,9 @@ fn hub_start(
             };
             ExternalPtr::new(cluster).into()
         }
-        Err(error) => Failure::new("start_failed").with("reason", error).into(),
+        Err(error) => Failure::new("start_failed")
+            .with("reason", error.to_string())
+            .into(),
     }
 }
 
@@ -163,7 +167,7 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
     with_hub(&handle, |hub| {
         let patience = Duration::try_from_secs_f64(patience).unwrap_or(Duration::MAX);
         let made = hub.reconnect(Path::new(path), most as u64, patience);
-        made.map_err(|error| Failure::new("start_failed").with("reason", error))
+        made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
     })
 }
 
@@ -195,7 +199,7 @@ fn hub_go(handle: Robj, plans: List) -> Robj {
     with_cluster(&handle, |cluster| {
         cluster.formats.replace(formats);
         let gone = cluster.hub.borrow_mut().go(plans);
-        gone.map_err(|error| Failure::new("start_failed").with("reason", error))?;
+        gone.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
         Ok(().into())
     })
 }
@@ -268,10 +272,7 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
             Progress::HostFailed { host, failure } => Failure::new("start_failed")
                 .with("agent", host + 1)
                 .with("reason", failure.reason)
-                .with(
-                    "status",
-                    failure.status.map_or_else(String::new, |s| s.to_string()),
-                )
+                .with("status", failure.status)
                 .with("stderr", failure.stderr)
                 .with("stdout", failure.stdout),
             Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")

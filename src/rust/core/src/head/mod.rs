@@ -5,5 +5,7 @@ pub mod batching;
 pub mod blobs;
 pub mod hub;
 pub mod launch;
+pub mod retry;
 pub mod scheduler;
 mod setup_log;
+pub mod task_table;

@@ -622,7 +622,7 @@ impl Core {
             let _ = (&self.wake).write(&[1]);
         }
         if let Some(readiness) = &mut self.readiness
-            && !readiness.update(&self.inbox)
+            && !readiness.update(&self.inbox.tasks)
         {
             // R has closed its end.
             self.readiness = None;

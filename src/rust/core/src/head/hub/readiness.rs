@@ -1,11 +1,11 @@
 //! A socket by which R code that knows sockets alone can wait for an answer.
 //!
 //! `socketSelect()` waits for connections in R's own table, and knows nothing of the hub. So R opens one
-//! connection to this process and points it at a task: the connection has one byte to be read exactly while that
-//! task's end has arrived and has not been taken.
+//! connection to this process and points it at a worker: the connection has one byte to be read exactly while the
+//! next answer of that worker has arrived and has not been taken.
 
-use super::inbox::Inbox;
-use crate::protocol::ids::TaskId;
+use crate::head::task_table::TaskTable;
+use crate::protocol::ids::Rank;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -60,7 +60,7 @@ impl ReadinessListener {
                 stream.set_nodelay(true)?;
                 return Ok(Readiness {
                     stream,
-                    task: None,
+                    rank: None,
                     readable: false,
                 });
             }
@@ -72,16 +72,15 @@ impl ReadinessListener {
 #[derive(Debug)]
 pub struct Readiness {
     stream: TcpStream,
-    task: Option<TaskId>,
+    rank: Option<Rank>,
     /// A byte has been written and R has not been told to read it.
     readable: bool,
 }
 
 impl Readiness {
-    /// Makes R's end readable if the task has ended. Returns whether the connection is still of use.
-    pub fn update(&mut self, inbox: &Inbox) -> bool {
-        let ended = self.task.is_some_and(|task| inbox.has_ended(task));
-        if ended && !self.readable {
+    /// Makes R's end readable if the next answer is there. Returns whether the connection is still of use.
+    pub fn update(&mut self, tasks: &TaskTable) -> bool {
+        if self.is_there(tasks) && !self.readable {
             // At most one byte is ever unread, so there is room.
             self.readable = true;
             return self.stream.write_all(&[1]).is_ok();
@@ -89,21 +88,22 @@ impl Readiness {
         true
     }
 
-    /// Points the connection at another task, or at none. Returns whether R has to read a byte, for the end of
-    /// the task before.
-    pub fn point_at(&mut self, task: Option<TaskId>, inbox: &Inbox) -> bool {
-        self.task = task;
-        let ended = self.task.is_some_and(|task| inbox.has_ended(task));
-        !ended && std::mem::take(&mut self.readable)
+    /// Points the connection at this worker. Returns whether R has to read a byte, for an answer that has been
+    /// taken or is another worker's.
+    pub fn point_at(&mut self, rank: Rank, tasks: &TaskTable) -> bool {
+        self.rank = Some(rank);
+        !self.is_there(tasks) && std::mem::take(&mut self.readable)
+    }
+
+    fn is_there(&self, tasks: &TaskTable) -> bool {
+        self.rank.is_some_and(|rank| tasks.is_next_there(rank))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::head::scheduler::events::{Gone, Note, Outcome};
-    use crate::protocol::control::Loss;
-    use std::sync::Arc;
+    use crate::head::scheduler::events::Outcome;
     use std::time::Duration;
 
     fn connect(listener: &ReadinessListener, token: &[u8]) -> TcpStream {
@@ -147,30 +147,28 @@ mod tests {
         let mut r = connect(&listener, &token);
         let mut readiness = listener.accept().unwrap();
         r.set_nonblocking(true).unwrap();
-        let mut inbox = Inbox::new(1);
-        inbox.set_workers(&[vec![0]]);
-        let ends = |inbox: &mut Inbox, task| {
-            inbox.note(Note::Done {
-                rank: 0,
-                task,
-                job: 0,
-                outcome: Outcome::Lost(Arc::new(Gone::Worker(Loss::default()))),
-            });
-        };
-        for task in [1, 2] {
-            inbox.expect(task, 0);
+        let mut tasks = TaskTable::default();
+        tasks.set_workers(2);
+        for (task, rank) in [(1, 0), (2, 1), (3, 0)] {
+            tasks.begin(task, rank, rank);
+            tasks.finish(task, 0);
         }
-        assert!(!readiness.point_at(Some(1), &inbox));
-        ends(&mut inbox, 2);
-        assert!(readiness.update(&inbox));
+        let ends = |tasks: &mut TaskTable, task| tasks.ended(task, 0, Outcome::TimedOut).unwrap();
+        assert!(!readiness.point_at(0, &tasks));
+        ends(&mut tasks, 2);
+        ends(&mut tasks, 3);
+        assert!(readiness.update(&tasks));
         assert!(r.read(&mut [0]).is_err());
-        ends(&mut inbox, 1);
-        assert!(readiness.update(&inbox) && readiness.update(&inbox));
+        ends(&mut tasks, 1);
+        assert!(readiness.update(&tasks) && readiness.update(&tasks));
+        tasks.remove(1);
+        // The one after it is there, too.
+        assert!(!readiness.point_at(0, &tasks));
+        tasks.remove(3);
+        assert!(readiness.point_at(0, &tasks));
         assert_eq!(r.read(&mut [0; 2]).unwrap(), 1);
-        inbox.forget(1);
-        assert!(readiness.point_at(None, &inbox));
-        assert!(!readiness.point_at(Some(2), &inbox));
-        assert!(readiness.update(&inbox));
+        assert!(!readiness.point_at(1, &tasks));
+        assert!(readiness.update(&tasks));
         assert_eq!(r.read(&mut [0; 2]).unwrap(), 1);
     }
 }
