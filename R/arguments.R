@@ -51,6 +51,38 @@ memoryLimit <- function(value) {
   if (value > 2^53) 0 else as.numeric(value)
 }
 
+# Renamed arguments of makeRustCluster() and settings of a host in its `spec`, by their old names.
+renamedArguments <- c(
+  patience = "heartbeat_timeout", keep_limit = "setup_log_limit", start = "start_method", onFailure = "on_failure"
+)
+
+# Returns the named list `given` with new names instead of old ones. `present`: the names of the arguments that were
+# given besides. `argument`: returns what error messages call the argument with a new name.
+useNewNames <- function(given, present = names(given), argument = identity) {
+  for (old in intersect(names(given), names(renamedArguments))) {
+    new <- renamedArguments[[old]]
+    if (new %in% present || sum(names(given) == old) > 1L) {
+      badArgument(argument(new), "is given twice: `", old, "` is its old name; use `", new, "` alone")
+    }
+    names(given)[names(given) == old] <- new
+    warnDeprecated(old, new)
+  }
+  given
+}
+
+# The old names that this session has warned of.
+deprecationsShown <- new.env(parent = emptyenv())
+
+# Warns once a session for each old name. Handlers of R's own .Deprecated() handle this warning, too.
+warnDeprecated <- function(old, new) {
+  if (exists(old, deprecationsShown, inherits = FALSE)) return(invisible())
+  assign(old, TRUE, deprecationsShown)
+  text <- paste0("argument `", old, "` is deprecated; use `", new, "` instead")
+  warning <- rustclusterCondition("deprecated", text, old = old, new = new, package = "rustcluster", type = "warning")
+  class(warning) <- append(class(warning), "deprecatedWarning", 2L)
+  base::warning(warning)
+}
+
 # Arguments of parallel's clusters that mean something here, with how each is checked.
 meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", "renice", "rlibs",
                 "setup_timeout", "names", "manual", "user", "rshcmd", "rshopts")

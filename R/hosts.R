@@ -1,7 +1,7 @@
 # From what makeRustCluster() was asked for to one entry for each agent.
 
 hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd", "rshopts",
-                  "rscript_envs", "threads", "renice", "start")
+                  "rscript_envs", "threads", "renice", "start_method")
 
 # A list of `hosts`, each a list of settings with an agent of its own (`here`: reached without ssh,
 # because it is this machine, and nothing about the way to it or the user was asked for), and, in the order of the
@@ -158,6 +158,7 @@ listEntry <- function(entry, i) {
   if (!is.list(entry) || is.null(entry$host)) {
     badArgument("spec", "must have a `host` in each of its lists; element ", i, " has none")
   }
+  entry <- useNewNames(entry, argument = function(name) paste0(where, "$", name))
   unknown <- setdiff(names(entry), hostSettings)
   if (length(unknown) || !all(nzchar(names(entry)))) {
     badArgument("spec", "has unknown settings in element ", i, ": ",
@@ -187,7 +188,7 @@ listEntry <- function(entry, i) {
     },
     rscript = function(x, f) texts(x, f, 1L), rlibs = texts, rshcmd = texts, rshopts = texts,
     rscript_envs = function(x, f) variables(x, f),
-    start = function(x, f) startMode(x, f)
+    start_method = function(x, f) startMethod(x, f)
   )
   for (name in intersect(names(checked), names(entry))) {
     entry[[name]] <- checked[[name]](entry[[name]], field(name))
@@ -204,7 +205,7 @@ texts <- function(value, argument, length = NULL) {
   value
 }
 
-startMode <- function(value, argument = "start") {
+startMethod <- function(value, argument = "start_method") {
   tryCatch(match.arg(value, c("fork", "spawn")), error = function(e) {
     badArgument(argument, "must be \"fork\" or \"spawn\"")
   })

@@ -105,7 +105,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
 leastMemory <- c(fork = 2e6, spawn = 37e6)
 
 tooLittleMemory <- function(agents, report) {
-  least <- leastMemory[vapply(agents, `[[`, "", "start")] * report$workers
+  least <- leastMemory[vapply(agents, `[[`, "", "start_method")] * report$workers
   short <- !is.na(report$available) & report$available > 0 & report$available < least
   ifelse(short, sprintf(
     "too little memory for %d workers: %.1f GB needed at least, %.1f GB available; ask for fewer",
@@ -138,16 +138,16 @@ hostPlans <- function(handle, asked, launches, settings) {
   owner <- rep(asked$owner[kept], workers[kept])
   handle$owner <- owner
   handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
-  handle$stateLimit <- vapply(report$available, keptBytes, 0, settings$keep)
+  handle$stateLimit <- vapply(report$available, keptBytes, 0, settings$setup_log_limit)
   xdr <- otherByteOrder(handle)
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
     list(
       ranks = which(owner == i), packages = settings$packages, outfile = settings$outfile,
-      renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start,
+      renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start_method,
       spawn = launches[[i]]$worker,
       # On this machine the end of the stream, or of the process, is known at once.
-      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$patience),
+      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$heartbeat_timeout),
       # Nor is there anything to be saved on the way.
       keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],

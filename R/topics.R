@@ -14,7 +14,7 @@
 #' other tasks left in the worker is lost, and so is the effect of an interrupted call.
 #'
 #' A worker is replaced only if its complete state has been logged. When the log needs more than
-#' `keep_limit`, a warning (`rustcluster_state_not_kept`) says that workers lost on that host will not
+#' `setup_log_limit`, a warning (`rustcluster_state_not_kept`) says that workers lost on that host will not
 #' be replaced from then on.
 #'
 #' A worker is lost for the time being if it ends three times in a row while it is restored, or if its
@@ -57,8 +57,8 @@
 #' and `system()` do not respond.
 #'
 #' @section Lost hosts and reconnection:
-#' A host is lost when its agent or its link fails, or when the host is silent for `patience` seconds.
-#' Its agent applies the same limit to the session. An agent sends a heartbeat four times in `patience`
+#' A host is lost when its agent or its link fails, or when the host is silent for `heartbeat_timeout` seconds.
+#' Its agent applies the same limit to the session. An agent sends a heartbeat four times in `heartbeat_timeout`
 #' seconds, however busy its workers are.
 #'
 #' Later calls on the nodes of a lost host fail with `rustcluster_host_failed` until the host is back.
@@ -86,13 +86,13 @@ NULL
 #' share, what ends the processes, and what is left behind.
 #'
 #' @section Start:
-#' Each host has an agent, an R process that starts the workers: by forking itself, or, with `start =
+#' Each host has an agent, an R process that starts the workers: by forking itself, or, with `start_method =
 #' "spawn"`, as separate R processes. One byte stream connects the agent with this session. The agent
 #' ends with the session, and its workers end with the agent. Workers start with the global environment,
 #' search path and options of a PSOCK worker. Each worker has a temporary directory, a random seed and a
 #' process group of its own.
 #'
-#' If a start fails, nothing is left running; with `onFailure = "warn"`, nothing on the hosts that
+#' If a start fails, nothing is left running; with `on_failure = "warn"`, nothing on the hosts that
 #' failed.
 #'
 #' @section Packages:
@@ -104,11 +104,11 @@ NULL
 #' can read the clock, the process id or random bytes. The agent watches the packages load to find this
 #' out, and then starts anew without them. The search path is that of a PSOCK worker in any case.
 #' Packages that a user's profile loads are checked in the same way: if one of them must not be forked,
-#' the workers of that host are started as with `start = "spawn"`.
+#' the workers of that host are started as with `start_method = "spawn"`.
 #'
 #' Some packages are known: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl, snow
 #' and terra are always loaded by each worker; data.table and cli are loaded once, and each worker gets
-#' their threads anew. What C code does at load may escape notice: use `start = "spawn"` then.
+#' their threads anew. What C code does at load may escape notice: use `start_method = "spawn"` then.
 #' `vignette("packages")` has a table of common packages.
 #'
 #' @section Ends:
@@ -124,7 +124,7 @@ NULL
 #' | a worker ends (`quit()`, a signal, out of memory) | the worker is replaced and its task retried: see [rustcluster_faults] |
 #' | a worker ignores SIGTERM, or has closed its descriptors | the worker is killed; one that has closed its descriptors counts as failed, as above |
 #' | the agent or its ssh is killed, or told to end | its workers end within a second, with all processes that they started; their tasks move to other hosts |
-#' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
+#' | the link breaks, or the host is switched off | each side notices within `heartbeat_timeout` seconds; as above |
 #' | a disk is full on the host | tasks that write to the disk fail with an error; `outfile` misses lines |
 # nolint end
 #'

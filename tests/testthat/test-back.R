@@ -91,7 +91,7 @@ test_that("a host all of whose nodes were stopped is not started again", {
 })
 
 test_that("a value exported again and again takes up the room of one", {
-  cl <- hosts_back(keep_limit = 3e6)
+  cl <- hosts_back(setup_log_limit = 3e6)
   big <- runif(1e5)
   for (i in 1:10) {
     big[[1]] <- i
@@ -102,7 +102,7 @@ test_that("a value exported again and again takes up the room of one", {
 })
 
 test_that("that more lasts than is kept, so that hosts will not be tried again, is told", {
-  cl <- hosts_back(keep_limit = 1e5)
+  cl <- hosts_back(setup_log_limit = 1e5)
   big <- runif(1e5)
   got <- told(clusterExport(cl, "big", environment()))
   expect_identical(got$kinds, rep("rustcluster_state_not_kept", 3))

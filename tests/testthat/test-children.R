@@ -31,7 +31,7 @@ guard_of <- function(cl) {
 test_that("what workers have started ends with a killed agent", {
   skip_unless_proc()
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(2, start = start)
+    cl <- local_cluster(2, start_method = start)
     pids <- start_children(cl)
     expect_length(pids, 4L)
     guard <- guard_of(cl)
@@ -77,7 +77,7 @@ test_that("an agent that is killed while it makes workers leaves nothing", {
   for (wait in c(0, 0.02, 0.1)) {
     child <- start_child({
       options(warn = -1)
-      cl <- makeRustCluster(40, start = "spawn")
+      cl <- makeRustCluster(40, start_method = "spawn")
       say("up")
       Sys.sleep(60)
     })
@@ -125,7 +125,7 @@ test_that("no temporary directory outlives a killed agent or worker", {
   dir <- local_tmpdir()
   write <- global(function() repeat writeLines("x", tempfile()))
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(3, start = start)
+    cl <- local_cluster(3, start_method = start)
     clusterEvalQ(cl, writeLines("x", tempfile()))
     expect_gte(length(list.files(dir)), 3L)
     tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
@@ -152,7 +152,7 @@ test_that("no temporary directory is left of what is killed while it starts", {
   for (way in starts) {
     writeLines(way[[1L]], profile)
     error <- caught(makeRustCluster(
-      2, setup_timeout = 2, start = way[[2L]], rscript_envs = c(R_PROFILE_USER = profile)
+      2, setup_timeout = 2, start_method = way[[2L]], rscript_envs = c(R_PROFILE_USER = profile)
     ))
     expect_rust_error(error, "start_failed")
     expect_empty(dir)
@@ -164,7 +164,7 @@ test_that("no temporary directory of ours outlives a killed head", {
   dir <- local_tmpdir()
   for (start in c("fork", "spawn")) {
     child <- start_child({
-      cl <- makeRustCluster(2, start = start)
+      cl <- makeRustCluster(2, start_method = start)
       parallel:::sendCall(cl[[1L]], function() repeat writeLines("x", tempfile()), list())
       Sys.sleep(0.3)
       say("own", basename(tempdir()))
@@ -308,7 +308,7 @@ end_processes <- function(pids) {
 test_that("a process that has made itself independent is reported at the end, and goes on", {
   skip_unless_setsid()
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(3, start = start)
+    cl <- local_cluster(3, start_method = start)
     pids <- c(start_daemon(cl[3]), start_daemon(cl[1]))
     # Neither while its worker is there, nor with what ends with its worker.
     start_children(cl[2])

@@ -11,14 +11,14 @@ cluster_processes <- function(cl) c(agentPids(cl), clusterPids(cl))
 
 test_that("stopCluster leaves nothing, idle, busy or called twice", {
   for (start in c("fork", "spawn")) {
-    cl <- makeRustCluster(3, start = start)
+    cl <- makeRustCluster(3, start_method = start)
     pids <- cluster_processes(cl)
     stopCluster(cl)
     expect_gone(pids)
     expect_no_error(stopCluster(cl))
     expect_rust_error(caught(clusterCall(cl, identity, 1)), "stopped")
 
-    cl <- makeRustCluster(3, start = start)
+    cl <- makeRustCluster(3, start_method = start)
     pids <- cluster_processes(cl)
     busy(cl)
     stopCluster(cl)
@@ -50,7 +50,7 @@ test_that("idle workers run their exit handlers to the end, as those of a PSOCK 
   stopCluster(psock)
   expect_true(wait_until(function() length(list.files(dir)) == 4L))
   for (start in c("fork", "spawn")) {
-    cl <- makeRustCluster(2, start = start, stop_timeout = 60)
+    cl <- makeRustCluster(2, start_method = start, stop_timeout = 60)
     end_slowly(cl, c(0.8, 1), dir, paste0(start, "-"))
     pids <- cluster_processes(cl)
     expect_no_warning(stopCluster(cl))

@@ -121,7 +121,7 @@ test_that("plain generators of any kind go on where they were", {
 
 test_that("exports, calls, options and packages are there again, each as of its time", {
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(3, start = start)
+    cl <- local_cluster(3, start_method = start)
     expect_unharmed(
       list(
         clusterApply(cl, 1:6, function(i, spring, trap) {
@@ -655,8 +655,8 @@ test_that("the warnings of losses may be turned into jumps at any place", {
   right()
 })
 
-test_that("beyond keep_limit nothing is restored, and that is told", {
-  cl <- local_cluster(3, keep_limit = 1e6)
+test_that("beyond setup_log_limit nothing is restored, and that is told", {
+  cl <- local_cluster(3, setup_log_limit = 1e6)
   here <- environment()
   small <- 1
   clusterExport(cl, "small", here)

@@ -304,7 +304,7 @@ test_that("lost workers: iterations are tried again, and what is lost for good i
 
 test_that("what many loops export is not kept", {
   # Each exports 2 MB, and 8 MB may be kept.
-  cl <- local_cluster(2, keep_limit = 8e6)
+  cl <- local_cluster(2, setup_log_limit = 8e6)
   for (register in list(
     function() registerDoRustCluster(cl), function() doParallel::registerDoParallel(cl)
   )) {

@@ -79,7 +79,7 @@ test_that("each result is one's own, and like any other vector", {
 
 test_that("nothing is left of results", {
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(4, start = start)
+    cl <- local_cluster(4, start_method = start)
     clusterCall(cl, numeric, 1e6)
     expect_nothing_shared(cl)
     files <- c(open_fds(), open_fds(agent_pid(cl)), vapply(clusterPids(cl), open_fds, 0L))

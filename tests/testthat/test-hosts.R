@@ -158,7 +158,7 @@ test_that("what is wrong with a spec is named", {
     expect_match(error$argument, "^spec")
   }
   expect_match(conditionMessage(caught(makeRustCluster(list(list(host = "h", bogus = 1))))), "bogus")
-  expect_rust_error(caught(makeRustCluster(2, onFailure = "maybe")), "bad_argument")
+  expect_rust_error(caught(makeRustCluster(2, on_failure = "maybe")), "bad_argument")
   expect_rust_error(caught(makeRustCluster(2, progress = NA)), "bad_argument")
 })
 
@@ -250,7 +250,7 @@ test_that("a cluster goes on with the hosts there are", {
   skip_without_sshd()
   ssh <- local_sshd()
   expect_warning(
-    cl <- over_ssh(ssh, c("127.0.0.2", "no-such-host.invalid", "127.0.0.2"), onFailure = "warn"),
+    cl <- over_ssh(ssh, c("127.0.0.2", "no-such-host.invalid", "127.0.0.2"), on_failure = "warn"),
     class = "rustcluster_host_left_out"
   )
   expect_length(cl, 2)
@@ -259,7 +259,7 @@ test_that("a cluster goes on with the hosts there are", {
   expect_identical(hosts$up, c(2L, 0L))
   expect_match(hosts$problem[[2]], "resolved")
   expect_rust_error(
-    caught(over_ssh(ssh, "no-such-host.invalid", onFailure = "warn")), "start_failed"
+    caught(over_ssh(ssh, "no-such-host.invalid", on_failure = "warn")), "start_failed"
   )
 })
 
@@ -286,7 +286,7 @@ test_that("a lost ssh is its host's end, and only that", {
 test_that("a host that falls silent is lost, and notices itself that the head is", {
   skip_without_sshd()
   ssh <- local_sshd()
-  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1), patience = 2)
+  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1), heartbeat_timeout = 2)
   there <- clusterPids(cl)
   agent <- agentPids(cl)[[1]]
   client <- Filter(
@@ -312,7 +312,7 @@ test_that("a host that falls silent is lost, and notices itself that the head is
 test_that("a head that falls silent is the end of its hosts", {
   skip_without_sshd()
   ssh <- local_sshd()
-  cl <- over_ssh(ssh, c("127.0.0.2" = 1), patience = 2)
+  cl <- over_ssh(ssh, c("127.0.0.2" = 1), heartbeat_timeout = 2)
   there <- c(clusterPids(cl), agentPids(cl))
   tools::pskill(there[[2]], tools::SIGSTOP)
   Sys.sleep(1)

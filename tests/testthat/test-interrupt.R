@@ -29,7 +29,7 @@ test_that("workers heed interrupts, however they and their head were started", {
   for (prefix in c("exec env --default-signal=INT", "exec")) {
     child <- start_child({
       for (start in c("fork", "spawn")) {
-        cl <- makeRustCluster(2, start = start)
+        cl <- makeRustCluster(2, start_method = start)
         pids <- clusterPids(cl)
         # A time limit interrupts as Ctrl-C does, and reaches a head that ignores that.
         setTimeLimit(elapsed = 1, transient = TRUE)

@@ -64,7 +64,7 @@ test_that("20 MB for 2 x 64 workers cross each link once", {
 
 test_that("a host that is cut off in the middle of a call is lost, and notices it", {
   lab <- local_lab(3)
-  cl <- over_lab(lab, setNames(c(4, 4, 4), lab$hosts), patience = 4)
+  cl <- over_lab(lab, setNames(c(4, 4, 4), lab$hosts), heartbeat_timeout = 4)
   there <- clusterPids(cl)
   for (node in cl) sendCall(node, function() {
     Sys.sleep(2)
@@ -129,7 +129,7 @@ test_that("a slow link is used fairly, and is not taken for a dead one", {
   lab <- local_lab(1)
   run("tc qdisc add dev", lab_link(1), "root tbf rate 10mbit burst 32kbit latency 400ms")
   run("ip netns exec rclab1 tc qdisc add dev eth0 root tbf rate 10mbit burst 32kbit latency 400ms")
-  cl <- over_lab(lab, setNames(64, lab$hosts), patience = 3)
+  cl <- over_lab(lab, setNames(64, lab$hosts), heartbeat_timeout = 3)
   x <- runif(8e6 / 8)
   here <- environment()
   before <- lab_bytes(1)

@@ -82,7 +82,7 @@ test_that("too few processes", {
 use_clusters <- function(say) {
   big <- as.numeric(1:1e6) + 0.5
   for (start in c("fork", "spawn")) {
-    cl <- makeRustCluster(2, start = start)
+    cl <- makeRustCluster(2, start_method = start)
     clusterExport(cl, "big", environment())
     sums <- clusterCall(cl, function() sum(big))
     answers <- clusterCall(cl, function() list(big, letters))

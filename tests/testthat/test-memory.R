@@ -14,7 +14,7 @@ test_that("a memory_limit that cannot be is a clear error", {
 test_that("a task over the limit ends with R's error, and its worker goes on", {
   skip_unless_memory_limits()
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(2, start = start, memory_limit = 512e6)
+    cl <- local_cluster(2, start_method = start, memory_limit = 512e6)
     pids <- clusterPids(cl)
     error <- caught(clusterCall(cl, function() length(numeric(1e8))))
     expect_match(conditionMessage(error), "cannot allocate vector of size 762.9 Mb", fixed = TRUE)

@@ -80,7 +80,7 @@ test_that("one agent for the host, none of the workers", {
   expect_alive(agent)
   expect_false(agent %in% clusterPids(cl))
   expect_false(Sys.getpid() %in% c(agent, clusterPids(cl)))
-  # Workers of start = "fork" are the agent's children.
+  # Workers of start_method = "fork" are the agent's children.
   expect_equal(unique(vapply(clusterPids(cl), proc_parent, 1L)), as.integer(agent))
   # And the agent is ours.
   expect_true(agent %in% descendants())

@@ -107,7 +107,7 @@ with_ids <- c("pkdraw", "pkhide", "pkpid", "pktime", "pkuuid", "pktemp")
 test_that("what packages draw or name at load is another in each worker", {
   skip_unless_proc()
   psock <- psock_with_packages(with_ids)
-  for (cl in list(psock, with_packages(with_ids), with_packages(with_ids, start = "spawn"))) {
+  for (cl in list(psock, with_packages(with_ids), with_packages(with_ids, start_method = "spawn"))) {
     for (package in with_ids) expect_length(unique(ids(cl, package)), 2L)
     expect_identical(ids(cl, "pkpid"), unlist(clusterCall(cl, Sys.getpid)))
     here <- clusterEvalQ(cl, c(dirname(pktemp::id()), getOption("pktemp.dir"), readLines(pktemp::id())))

@@ -172,7 +172,7 @@ test_that("hosts that come back have what lasted, sent in one piece", {
 })
 
 test_that("separate processes get it, too", {
-  cl <- local_cluster(2, start = "spawn")
+  cl <- local_cluster(2, start_method = "spawn")
   big <- runif(1e6)
   broadcast_export(cl, "big", big)
   expect_identical(clusterCall(cl, digest_of), rep(list(digest_here(big)), 2))

@@ -26,13 +26,13 @@ before <- function(...) {
 }
 
 # A cluster of a host that works and of these. Its warnings are in attribute "warnings".
-beside_good <- function(commands, ..., start = "fork", ncore = 1, .frame = parent.frame()) {
+beside_good <- function(commands, ..., start_method = "fork", ncore = 1, .frame = parent.frame()) {
   bad <- lapply(unname(commands), function(command) {
-    list(host = "127.0.0.1", ncore = ncore, rscript = command, start = start)
+    list(host = "127.0.0.1", ncore = ncore, rscript = command, start_method = start_method)
   })
   warnings <- list()
   cl <- withCallingHandlers(
-    local_cluster(c(list(list(host = "localhost", ncore = 2)), bad), onFailure = "warn", ..., .frame = .frame),
+    local_cluster(c(list(list(host = "localhost", ncore = 2)), bad), on_failure = "warn", ..., .frame = .frame),
     warning = function(w) {
       warnings <<- c(warnings, list(w))
       invokeRestart("muffleWarning")
@@ -105,7 +105,7 @@ test_that("a host whose separate workers fail is left out alone, and one that ha
       before("put('attachPackages', function(p) quit('no', 4))"),
     "no worker came up: .*x cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')")
   )
-  cl <- beside_good(commands, start = "spawn")
+  cl <- beside_good(commands, start_method = "spawn")
   expect_left_out(cl, commands)
   mark <- tempfile()
   # The first of the two ends. It is not started again, since it has not been up.
@@ -193,7 +193,7 @@ two_hosts <- function(code, ..., .frame = parent.frame()) {
   tmp <- tempfile("tmp-")
   dir.create(tmp)
   spec <- list(list(host = "localhost", ncore = 2), list(host = "127.0.0.1", ncore = 2))
-  cl <- local_cluster(spec, onFailure = "warn", rscript_envs = c(TMPDIR = tmp), ..., .frame = .frame)
+  cl <- local_cluster(spec, on_failure = "warn", rscript_envs = c(TMPDIR = tmp), ..., .frame = .frame)
   stopifnot(length(list.files(tmp)) > 0L)
   mark <- tempfile("mark-")
   fail <- eval(bquote(function() if (suppressWarnings(dir.create(.(mark)))) .(code)), globalenv())

@@ -262,7 +262,7 @@ test_that("each host gets it, in its own byte order, and again when it is back",
 
 test_that("workers that are no forks get it, and those with a limit of memory", {
   x <- numeric(1e6)
-  clusters <- list(local_cluster(2, start = "spawn"))
+  clusters <- list(local_cluster(2, start_method = "spawn"))
   if (!inherits(try(skip_unless_memory_limits(), silent = TRUE), "skip")) {
     clusters <- c(clusters, list(local_cluster(2, memory_limit = 500e6)))
   }

@@ -107,7 +107,7 @@ test_that("2 GB to one worker, in bounded memory, while others go on", {
 test_that("exporting 1 GB takes the head little memory of its own", {
   # Of a session of its own: this one's has been larger.
   child <- start_child({
-    cl <- makeRustCluster(4, keep_limit = 2^33)
+    cl <- makeRustCluster(4, setup_log_limit = 2^33)
     status <- function(name) {
       line <- grep(paste0("^", name, ":"), readLines("/proc/self/status"), value = TRUE)
       1024 * as.numeric(gsub("[^0-9]", "", line))

@@ -54,7 +54,7 @@ test_that("a stranger among the hosts does not keep the others from being a clus
     list(host = "localhost", ncore = 1, rscript = stranger(magic, "exec head -c 9999 /dev/urandom"))
   )
   expect_warning(
-    cl <- note_processes(makeRustCluster(spec, onFailure = "warn")),
+    cl <- note_processes(makeRustCluster(spec, on_failure = "warn")),
     class = "rustcluster_host_left_out"
   )
   expect_length(cl, 2)
@@ -91,7 +91,7 @@ test_that("no socket of a cluster can be reached by anybody", {
   skip_unless_proc()
   # In a session of its own: this one may have sockets for other reasons.
   child <- start_child({
-    cl <- makeRustCluster(2, start = start)
+    cl <- makeRustCluster(2, start_method = start)
     parallel::clusterCall(cl, identity, 1)
     say("pids", paste(c(Sys.getpid(), agentPids(cl), clusterPids(cl)), collapse = " "))
     Sys.sleep(60)
@@ -114,7 +114,7 @@ test_that("what a cluster puts into the file system is its user's alone", {
   on.exit(Sys.umask(old))
   for (start in c("fork", "spawn")) {
     before <- list.files(dirname(tempdir()), full.names = TRUE)
-    cl <- local_cluster(2, start = start)
+    cl <- local_cluster(2, start_method = start)
     dirs <- unlist(clusterCall(cl, tempdir))
     expect_length(unique(dirs), 2L)
     made <- setdiff(list.files(dirname(tempdir()), full.names = TRUE), before)

@@ -398,9 +398,9 @@ test_that("a large output without a reader does not stop a worker", {
   expect_equal(got, list("done", "done"))
 })
 
-test_that("start = \"spawn\": separate R processes, the same answers", {
+test_that("start_method = \"spawn\": separate R processes, the same answers", {
   skip_unless_proc()
-  cl <- local_cluster(2, start = "spawn")
+  cl <- local_cluster(2, start_method = "spawn")
   pids <- clusterPids(cl)
   expect_length(unique(pids), 2L)
   expect_equal(unlist(clusterCall(cl, Sys.getpid)), as.integer(pids))
@@ -430,9 +430,9 @@ test_that("start = \"spawn\": separate R processes, the same answers", {
   expect_gone(c(pids, agents))
 })
 
-test_that("start = \"spawn\": packages, variables and threads", {
+test_that("start_method = \"spawn\": packages, variables and threads", {
   cl <- local_cluster(
-    2, start = "spawn", packages = "splines", threads = 2, rscript_envs = c(RC_TEST_SET = "x y")
+    2, start_method = "spawn", packages = "splines", threads = 2, rscript_envs = c(RC_TEST_SET = "x y")
   )
   expect_equal(clusterEvalQ(cl, "package:splines" %in% search()), list(TRUE, TRUE))
   expect_equal(clusterCall(cl, Sys.getenv, "RC_TEST_SET"), list("x y", "x y"))
