@@ -1,19 +1,21 @@
-# How the start went on each host.
+# clusterHosts(): how the start went on each host. Error messages and remedies for hosts that failed.
 
-#' The hosts of a cluster
+#' Hosts of a cluster
+#'
+#' Returns how the start of the cluster went on each host, and how many workers of the host run.
 #'
 #' @param cl A cluster made by [makeRustCluster()].
 #' @return A data frame of class `"rustcluster_hosts"`, with a row for each host, or for each group of
-#'   equal entries of the spec:
+#'   equal entries of `spec`:
 #'   \describe{
-#'     \item{host, user}{(character) as they were given; `user` is `NA` where none was.}
-#'     \item{workers}{(integer) workers asked for.}
-#'     \item{up}{(integer) workers there are now.}
-#'     \item{r_version, platform}{(character) of R there.}
-#'     \item{cores}{(integer) cores that may be used there.}
-#'     \item{memory, available}{(numeric) bytes of memory in all, and when it was started.}
-#'     \item{seconds}{(numeric) from the call to the last worker's answer.}
-#'     \item{problem}{(character) what went wrong, or `NA`.}
+#'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
+#'     \item{workers}{(integer) workers that `spec` asked for.}
+#'     \item{up}{(integer) workers that run now.}
+#'     \item{r_version, platform}{(character) of R on the host.}
+#'     \item{cores}{(integer) usable cores of the host.}
+#'     \item{memory, available}{(numeric) bytes of memory: in all, and available when the agent started.}
+#'     \item{seconds}{(numeric) from the call of `makeRustCluster()` until the last worker was ready.}
+#'     \item{problem}{(character) why the host or some of its workers failed, or `NA`.}
 #'   }
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
@@ -29,8 +31,8 @@ clusterHosts <- function(cl) {
 }
 
 #' @rdname clusterHosts
-#' @param x What `clusterHosts()` has returned, or rows or columns of it. `print()` shows the columns
-#'   `memory` and `available` with units, such as "7.6 GB"; in `x` they stay numbers of bytes.
+#' @param x A data frame that `clusterHosts()` has returned, or some of its rows or columns. `print()` prints the
+#'   columns `memory` and `available` with units, such as "7.6 GB"; in `x` they are numbers of bytes.
 #' @param ... Passed on to `print()` for data frames.
 #' @export
 print.rustcluster_hosts <- function(x, ...) {

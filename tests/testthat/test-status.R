@@ -3,7 +3,7 @@
 skip_on_cran()
 watch_processes()
 
-columns <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "rss", "bytes_in",
+columns <- c("host", "rank", "pid", "state", "task", "batch", "done", "seconds", "memory", "rss", "bytes_in",
              "bytes_out", "losses", "error")
 
 # A timeline as a cluster of these hosts would have it.
@@ -136,7 +136,7 @@ test_that("a call can be watched from inside", {
   at <- which(status$task %in% 1L)
   expect_length(at, 1L)
   expect_identical(status$state[[at]], "busy")
-  expect_identical(status$unit[[at]], 1L)
+  expect_identical(status$batch[[at]], 1L)
   expect_true(all(status$seconds[at] > 0))
   skip_unless_proc()
   expect_true(all(status$memory > 1e5))
