@@ -381,7 +381,7 @@ test_that("what is printed", {
   status <- data.frame(
     host = rep(c("pi", "node1"), c(2, 6)), rank = 1:8, pid = c(NA, 1002:1008),
     state = c("lost", rep("busy", 5), "idle", "restoring"), task = c(NA, 11:15, NA, NA),
-    unit = c(NA, 1L, 30L, 1L, 1L, 1L, NA, NA), done = c(3, 1234567, 5:10), seconds = c(0.04, 7300, 61:66 * 10),
+    batch = c(NA, 1L, 30L, 1L, 1L, 1L, NA, NA), done = c(3, 1234567, 5:10), seconds = c(0.04, 7300, 61:66 * 10),
     memory = c(NA, 3e6, 2.5e9, 4:8 * 1e7), rss = 8:1 * 1e7, bytes_in = 10^(1:8), bytes_out = 10^(8:1),
     losses = c(1L, rep(0L, 6), 2L),
     error = c("lost with its host: it was silent", rep(NA, 5), "not\nso good", strrep("long ", 50))
