@@ -89,9 +89,9 @@ test_that("a host that fails in greeting, loading or forking is left out alone",
     "cannot be attached" = before("put('loadBeforeFork', function(packages, after) 'x cannot be attached')"),
     "exited with status 4" = before("put('loadBeforeFork', function(packages, after) quit('no', 4))"),
     "signal 11.*segfault" = before("put('loadBeforeFork', function(packages, after) tools::pskill(Sys.getpid(), 11))"),
-    "no worker came up: worker [0-9]+ exited with status 5 before it was ready" =
+    "no worker started: worker [0-9]+ exited with status 5 before it was ready" =
       before("put('serveTasks', function() quit('no', 5))"),
-    "no worker came up: worker [0-9]+ was killed by signal 9 .SIGKILL. before it was ready" =
+    "no worker started: worker [0-9]+ was killed by signal 9 .SIGKILL. before it was ready" =
       before("put('serveTasks', function() { tools::pskill(Sys.getpid(), 9); Sys.sleep(9) })")
   )
   cl <- beside_good(commands)
@@ -101,9 +101,9 @@ test_that("a host that fails in greeting, loading or forking is left out alone",
 
 test_that("a host whose separate workers fail is left out alone, and one that has some of them stays", {
   commands <- c(
-    "no worker came up: worker [0-9]+ exited with status 4 before it was ready" =
+    "no worker started: worker [0-9]+ exited with status 4 before it was ready" =
       before("put('attachPackages', function(p) quit('no', 4))"),
-    "no worker came up: .*x cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')")
+    "no worker started: .*x cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')")
   )
   cl <- beside_good(commands, start_method = "spawn")
   expect_left_out(cl, commands)
@@ -117,7 +117,7 @@ test_that("a host whose separate workers fail is left out alone, and one that ha
   expect_identical(clusterHosts(cl)$up, c(2L, 1L))
   expect_match(
     conditionMessage(attr(cl, "warnings")[[1L]]),
-    "127.0.0.1.*only 1 of 2 workers came up: worker [34] exited with status 6 before it was ready"
+    "127.0.0.1.*only 1 of 2 workers started: worker [34] exited with status 6 before it was ready"
   )
   expect_length(cl, 3L)
   expect_identical(clusterApply(cl, 1:6, function(i) i), as.list(1:6))
@@ -126,10 +126,10 @@ test_that("a host whose separate workers fail is left out alone, and one that ha
 test_that("a host that hangs at any point of its start is left out alone", {
   skip_unless_long()
   commands <- c(
-    "no response within 8 seconds" = command("exec sleep 100"),
-    "no response within 8 seconds" = command("kill -STOP $$"),
-    "not up within 8 seconds" = before("put('loadBeforeFork', function(packages, after) Sys.sleep(100))"),
-    "not up within 8 seconds" = before("put('serveTasks', function() Sys.sleep(100))")
+    "no response within 8 s" = command("exec sleep 100"),
+    "no response within 8 s" = command("kill -STOP $$"),
+    "not ready within 8 s" = before("put('loadBeforeFork', function(packages, after) Sys.sleep(100))"),
+    "not ready within 8 s" = before("put('serveTasks', function() Sys.sleep(100))")
   )
   began <- proc.time()[[3L]]
   cl <- beside_good(commands, setup_timeout = 8)
@@ -163,7 +163,7 @@ test_that("a host that is late is named, and nothing is left", {
   error <- caught(makeRustCluster(list(list(host = "localhost", ncore = 1), late), setup_timeout = 4))
   expect_rust_error(error, "start_failed")
   expect_identical(error$host, "127.0.0.1")
-  expect_match(conditionMessage(error), "only 1 of 2 workers were up after 4 seconds, and not all of host .127.0.0.1.")
+  expect_match(conditionMessage(error), "only 1 of 2 workers were ready after 4 s; some workers are missing on host .127.0.0.1.")
   expect_no_leftovers()
 })
 
