@@ -1,8 +1,7 @@
-# What comes back from Rust. A function there never jumps and never throws: what it has to say
-# besides its result is a value of another type.
-#   character: a failure, to be raised as a condition.
-#   pairlist:  R jumped (an error, an interrupt) while Rust had called it; the jump goes on here,
-#              where no frame of Rust's is left to be skipped.
+# Results of Rust functions. A Rust function never jumps and never raises an error: failures are values of other types.
+#   character: a failure, which is raised as a condition.
+#   pairlist:  R code that Rust had called has jumped (an error, an interrupt). The jump continues here, where it skips
+#              no frame of Rust.
 
 unwound <- function(result) {
   .Call("rustcluster_continue_unwind", result, PACKAGE = "rustcluster")
