@@ -79,8 +79,8 @@
 #' @param buffer_limit (number) Memory (bytes) for results in this session. Beyond the limit, large results stay on
 #'   their hosts until they are needed. At least 1 MiB; default 512 MiB.
 #' @param setup_log_limit (number) Memory (bytes) that each agent may use for the set-up log, from which replaced
-#'   workers are restored. Agents on other hosts may use as much again to cache chunks of data that several workers
-#'   need. Default: an eighth of the memory that is available on the host, at least 16 MiB and at most 1 GiB. See
+#'   workers are restored. Agents on other hosts may use as much again to cache data that several workers need.
+#'   Default: an eighth of the memory that is available on the host, at least 16 MiB and at most 1 GiB. See
 #'   [rustcluster_faults].
 #' @param stop_timeout (number) Seconds that `stopCluster()` waits for an idle worker to end, at least 0; default 5. In
 #'   that time the worker runs its exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`). A worker that takes longer
