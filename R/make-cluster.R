@@ -139,7 +139,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   # makePSOCKcluster() calls this argument `names`.
   if (!is.null(options$names)) spec <- options$names
   if (!is.null(packages) && !(is.character(packages) && all(isText(packages)) && all(nzchar(packages)))) {
-    badArgument("packages", "must be a character vector of packages' names")
+    badArgument("packages", "must be a character vector of package names")
   }
   tolerant <- tryCatch(match.arg(on_failure), error = function(e) {
     badArgument("on_failure", "must be \"error\" or \"warn\"")

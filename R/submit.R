@@ -85,7 +85,7 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   }
   .packages <- plain(.packages)
   if (!is.null(.packages) && !(is.character(.packages) && all(isText(.packages)) && all(nzchar(.packages)))) {
-    badArgument(".packages", "must be a character vector of packages' names")
+    badArgument(".packages", "must be a character vector of package names")
   }
   if (!is.environment(.envir)) badArgument(".envir", "must be an environment")
   cl <- theCluster(cl)

@@ -34,7 +34,9 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
   xlim <- plain(xlim)
   for (name in c("main", "xlab")) {
     label <- get(name)
-    if (!is.null(label) && !is.vector(label) && !is.language(label)) badArgument(name, "must be a text")
+    if (!is.null(label) && !is.vector(label) && !is.language(label)) {
+      badArgument(name, "must be a string or an expression")
+    }
   }
   if (is.null(xlim)) xlim <- timelineSpan(x)
   if (!is.numeric(xlim) || length(xlim) != 2L || anyNA(xlim) || xlim[[1L]] >= xlim[[2L]]) {

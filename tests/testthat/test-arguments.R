@@ -13,7 +13,7 @@ expect_bad_argument <- function(expr, argument) {
   invisible(error)
 }
 
-test_that("spec must say how many workers, and that must be possible", {
+test_that("an invalid spec is an error that names `spec`", {
   for (spec in list(
     0, 0L, -1, NA, NA_integer_, NaN, Inf, 1e9, 2^31, 0.5, list(), character(), integer(), NULL,
     TRUE, "", NA_character_, c("localhost", NA), c("localhost", ""), "2", quote(x), sum, 2i
@@ -22,7 +22,7 @@ test_that("spec must say how many workers, and that must be possible", {
   }
 })
 
-test_that("the messages about spec", {
+test_that("messages of errors about spec", {
   expect_snapshot({
     show_error(makeRustCluster(0))
     show_error(makeRustCluster(-1))
@@ -35,7 +35,7 @@ test_that("the messages about spec", {
   })
 })
 
-test_that("an unknown argument is named", {
+test_that("an unknown argument is an error that names it", {
   error <- caught(makeRustCluster(2, noSuchArgument = 1))
   expect_rust_error(error, "bad_argument")
   expect_match(conditionMessage(error), "noSuchArgument", fixed = TRUE)
@@ -49,7 +49,7 @@ test_that("an unknown argument is named", {
   })
 })
 
-test_that("other wrong arguments are named", {
+test_that("an invalid argument is an error that names it", {
   expect_bad_argument(makeRustCluster(2, start_method = "thread"), "start_method")
   expect_bad_argument(makeRustCluster(2, start_method = NA), "start_method")
   expect_bad_argument(makeRustCluster(2, threads = 0), "threads")
@@ -79,7 +79,7 @@ test_that("other wrong arguments are named", {
   })
 })
 
-test_that("wrong arguments about faults and limits are named", {
+test_that("an invalid argument about failures and limits is an error that names it", {
   wrong <- list(
     retries = list(-1, NA, NaN, Inf, "two", 1:2, NULL, TRUE, list(1), 1e7),
     timeout = list(0, -1, NA, NaN, -Inf, "soon", 1:2, NULL, 1e10, 1e-9),
@@ -265,7 +265,7 @@ expect_all_bad <- function(call, argument, values) {
   }
 }
 
-test_that("whatever is wrong with an argument of makeRustCluster() is an error of ours that names it", {
+test_that("any invalid value of an argument of makeRustCluster() is a classed error that names the argument", {
   before <- if (dir.exists("/proc")) descendants() else integer()
   texts <- c("text", "texts", "empty", "no_texts", "none")
   takes <- list(
@@ -327,7 +327,7 @@ test_that("whatever is wrong with an argument of makeRustCluster() is an error o
   if (dir.exists("/proc")) expect_identical(descendants(), before)
 })
 
-test_that("whatever is wrong with an argument of other functions is an error of ours that names it", {
+test_that("any invalid value of an argument of other functions is a classed error that names the argument", {
   skip_on_cran()
   cl <- local_cluster(2)
   texts <- c("text", "texts")
@@ -382,7 +382,7 @@ test_that("whatever is wrong with an argument of other functions is an error of 
   for (i in list(as.raw(1), list(1), sum, quote(x))) expect_bad_argument(cl[i], "i")
 })
 
-test_that("an rscript that is not there, or is not R, is an error with the reason", {
+test_that("an rscript that does not exist or is not Rscript is an error with the reason", {
   skip_on_cran()
   error <- caught(makeRustCluster(2, rscript = "/no/such/Rscript"))
   expect_s3_class(error, "rustcluster_error")
@@ -410,7 +410,7 @@ test_that("an rscript that is not there, or is not R, is an error with the reaso
   expect_s3_class(error, "rustcluster_error")
 })
 
-test_that("every argument of makePSOCKcluster is accepted", {
+test_that("all arguments of makePSOCKcluster() are accepted", {
   skip_on_cran()
   cl <- local_cluster(
     2,
@@ -429,7 +429,7 @@ test_that("every argument of makePSOCKcluster is accepted", {
   expect_equal(clusterCall(cl, identity, 2), list(2, 2))
 })
 
-test_that("spec in all its forms", {
+test_that("all forms of spec are accepted", {
   skip_on_cran()
   expect_length(local_cluster(1), 1L)
   expect_length(local_cluster(2L), 2L)
@@ -442,7 +442,7 @@ test_that("spec in all its forms", {
   expect_length(local_cluster(2, type = "RUST"), 2L)
 })
 
-test_that("the default is the number of usable cores", {
+test_that("the default number of workers is the number of usable cores", {
   skip_on_cran()
   skip_if(parallel::detectCores() > 64L)
   cl <- local_cluster()
@@ -452,14 +452,14 @@ test_that("the default is the number of usable cores", {
   expect_length(cl, as.integer(parallelly::availableCores()))
 })
 
-test_that("clusterPids() and agentPids() want a rust cluster", {
+test_that("clusterPids() and agentPids() refuse other clusters", {
   for (x in list(NULL, 1, list(), structure(list(), class = c("SOCKcluster", "cluster")))) {
     expect_rust_error(caught(clusterPids(x)), "bad_argument")
     expect_rust_error(caught(agentPids(x)), "bad_argument")
   }
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   skip_unless_proc()
   expect_no_leftovers()
 })

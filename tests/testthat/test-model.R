@@ -190,7 +190,7 @@ run_one_model <- function(kills, agents, start, chosen) {
 }
 
 for (start in c("fork", "spawn")) for (agents in 1:3) {
-  test_that(paste("workers that are killed at random, of", agents, "agents, start_method =", start), {
+  test_that(paste("random kills of workers, of", agents, "agents, start_method =", start), {
     skip_unless_proc()
     kills <- if (long_tests()) 500 else if (start == "fork") 8 else if (agents == 2) 3 else skip("long")
     seed <- model_seed(if (long_tests()) 1000L * agents else agents)
