@@ -1,8 +1,8 @@
 # clusterLapplyAsync(): clusterLapply() as calls that run in the background.
 
-#' Asynchronous clusterLapply()
+#' Apply a function over a list asynchronously
 #'
-#' Applies a function over a list as [clusterLapply()] does, and returns at once. Elements are sent in groups. Each
+#' Works as [clusterLapply()], but returns at once. Elements are sent in groups. Each
 #' group is a call, as [clusterSubmit()] makes it.
 #'
 #' @inheritParams clusterLapply

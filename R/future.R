@@ -21,7 +21,7 @@
 #' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. In that backend `resolved()`
 #' waits, of which versions of future before 1.40 warn, and progress is relayed at the end.
 #'
-#' @param ... Further arguments of the backends of \pkg{future}.
+#' @param ... Further arguments of a backend of \pkg{future}.
 #' @param workers A cluster made by [makeRustCluster()]. Or a `spec` of [makeRustCluster()], such as a number: the plan
 #'   then creates a cluster of its own. That cluster is stopped when the plan is changed, and created again when the
 #'   plan is restored. Or a function that returns one of these. `NULL`, the default: as many workers as there are usable
