@@ -84,7 +84,7 @@ test_that("only a host whose command fails is left out", {
 
 test_that("only a host that fails in greeting, loading or forking is left out", {
   commands <- c(
-    "installed here: restart this R session" = before("put('packageVersionText', function() '9.9')"),
+    "installed on this machine: restart this R session" = before("put('packageVersionText', function() '9.9')"),
     "exited with status 1.*cannot go on" = before("put('loadBeforeFork', function(packages, after) stop('cannot go on'))"),
     "cannot be attached" = before("put('loadBeforeFork', function(packages, after) 'x cannot be attached')"),
     "exited with status 4" = before("put('loadBeforeFork', function(packages, after) quit('no', 4))"),
