@@ -43,12 +43,17 @@ as.promise.RustCalls <- function(x) {
 
 # `start` is called with a function that takes the final state and the result. A value fulfils the promise at once:
 # with a handler in between, an interrupt would lose the handler and with it the promise. An error is raised in a
-# handler, because Shiny records the stack where the error is raised, and cannot print an error without one.
+# handler that is made here, because Shiny records the stack where the error is raised, and cannot print an error
+# without one.
 promiseOf <- function(start) {
+  fail <- NULL
+  failed <- promises::promise(function(resolve, reject) fail <<- resolve)
+  raised <- promises::then(failed, function(error) stop(error))
   promises::promise(function(resolve, reject) {
     start(function(state, result) {
       if (state == "done") return(resolve(result))
-      resolve(promises::then(promises::promise_resolve(NULL), function(...) stop(result)))
+      resolve(raised)
+      fail(result)
     })
   })
 }
