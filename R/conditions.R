@@ -166,10 +166,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "host ", sQuote(host), " is back; its exports and L'Ecuyer-CMRG RNG state were restored\n"
     ),
     state_not_kept = if (is.null(owner)) paste0(
-      "exports and set-up calls exceed `keep_limit` (", format(handle$spoolLimit / 1e6, digits = 3L),
+      "exports and set-up calls exceed `setup_log_limit` (", format(handle$spoolLimit / 1e6, digits = 3L),
       " MB), or the disk of tempdir() is full; lost hosts can no longer be reconnected"
     ) else paste0(
-      "exports and set-up calls on host ", sQuote(host), " exceed `keep_limit` (",
+      "exports and set-up calls on host ", sQuote(host), " exceed `setup_log_limit` (",
       format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls on a worker); ",
       "lost workers there can no longer be replaced"
     ),

@@ -1,10 +1,10 @@
-# Package future asks whether a task of its own `plan(cluster, workers = cl)` has ended by waiting for the node's
-# connection with socketSelect(). Nodes of ours have none, so each cluster opens one when it is first asked for it:
-# the hub makes that readable while the next answer of the node which was asked last is there. One for each cluster
-# is enough, since future asks for the connection each time, and R's table has room for 125.
+# A connection for future's own `plan(cluster, workers = cl)`, whose resolved() waits for the connection of a node with
+# socketSelect(). Nodes of this package have no connection. Each cluster opens one when future first asks for it. The
+# hub makes the connection readable while the next answer of the node that future asked for last has arrived. One
+# connection for each cluster suffices, since future asks for the connection each time. R's table has room for 125.
 
-# By the cluster's name here: `connection`, and the `description` by which it is known again. Not in the handle, which is sent to workers along with
-# functions.
+# The `connection` of each cluster, by the cluster's id, and the `description` that identifies it. The connections are
+# not in the handle, which is sent to workers along with functions.
 readiness <- new.env(parent = emptyenv())
 
 #' @export
@@ -19,17 +19,18 @@ readiness <- new.env(parent = emptyenv())
   if (is.null(value) && identical(i, "con") && selects(sys.function(sys.parent()))) connectionOf(x) else value
 }
 
-# Whether a function of future's waits for connections. Others of its functions take a connection for a sign that
-# the worker is one of PSOCK's, which can send conditions by it.
+# Returns whether a function of future waits for connections. For its other functions, a connection means that the
+# worker is a PSOCK worker, which can send conditions through it.
 selects <- function(fun) {
   is.function(fun) && !is.primitive(fun) && environmentName(topenv(environment(fun))) == "future" &&
     "socketSelect" %in% all.names(body(fun))
 }
 
-# NULL if there can be none, as when R's table is full. Future then waits for the value.
+# Returns the connection of a node's cluster, or NULL without one, for example if R's table is full. Future then waits
+# for the value.
 connectionOf <- function(node) {
   handle <- .subset2(node, "handle")
-  # That of a stopped cluster is closed, which future calls an error.
+  # The connection of a stopped cluster is closed, which is an error in future.
   if (!handle$stopped) suspendInterrupts({
     if (!isOpenReadiness(handle) && !openReadiness(handle)) return(NULL)
     if (!pointReadiness(handle, .subset2(node, "rank"))) return(NULL)
@@ -37,7 +38,7 @@ connectionOf <- function(node) {
   readiness[[handle$id]]$connection
 }
 
-# closeAllConnections() may have closed it, and another may have its number.
+# Returns whether the connection is open. closeAllConnections() may have closed it, and another one may have its number.
 isOpenReadiness <- function(handle) {
   known <- readiness[[handle$id]]
   if (is.null(known)) return(FALSE)
@@ -60,7 +61,7 @@ openReadiness <- function(handle) {
   isTRUE(hub_readiness_accept(handle$pointer))
 }
 
-# Whether the connection shows now if the next answer of this worker is there.
+# Makes the connection readable while the next answer of this worker has arrived. Returns whether that was possible.
 pointReadiness <- function(handle, rank) {
   suspendInterrupts({
     to_read <- hub_readiness_point(handle$pointer, rank)

@@ -33,7 +33,7 @@ told <- function(expr) {
   list(value = value, kinds = vapply(seen, function(x) class(x)[[1L]], ""))
 }
 
-test_that("what was said to a worker several times is done as often when its host is back", {
+test_that("set-up calls are repeated as often as they were made when a host is reconnected", {
   cl <- hosts_back()
   clusterEvalQ(cl, count <- 0)
   for (i in 1:3) clusterEvalQ(cl, count <- count + 1)
@@ -45,7 +45,7 @@ test_that("what was said to a worker several times is done as often when its hos
   )
 })
 
-test_that("random numbers go on where they were, also if a host or a worker is lost again before any are drawn", {
+test_that("random numbers continue after reconnection, also if the host or a worker fails again before a draw", {
   cl <- hosts_back()
   clusterSetRNGStream(cl, 3)
   clusterApply(cl, 1:4, function(i) runif(i))
@@ -60,7 +60,7 @@ test_that("random numbers go on where they were, also if a host or a worker is l
   expect_identical(told(clusterEvalQ(cl, .Random.seed))$value, want)
 })
 
-test_that("nodes that are stopped while their host is lost stay stopped, and the others come back", {
+test_that("nodes that were stopped while their host was lost stay stopped after reconnection", {
   cl <- hosts_back()
   pids <- clusterPids(cl)
   tools::pskill(agents_of(cl), tools::SIGKILL)
@@ -80,7 +80,7 @@ test_that("nodes that are stopped while their host is lost stay stopped, and the
   note_processes(cl)
 })
 
-test_that("a host all of whose nodes were stopped is not started again", {
+test_that("a host whose nodes were all stopped is not reconnected", {
   cl <- hosts_back()
   stopCluster(cl[3:4])
   wait_until(function() length(agentPids(cl)) == 1L, 5)
@@ -90,8 +90,8 @@ test_that("a host all of whose nodes were stopped is not started again", {
   expect_identical(clusterCall(cl[1:2], identity, 5), list(5, 5))
 })
 
-test_that("a value exported again and again takes up the room of one", {
-  cl <- hosts_back(keep_limit = 3e6)
+test_that("repeated exports of a variable take the space of one in the set-up log", {
+  cl <- hosts_back(setup_log_limit = 3e6)
   big <- runif(1e5)
   for (i in 1:10) {
     big[[1]] <- i
@@ -101,8 +101,8 @@ test_that("a value exported again and again takes up the room of one", {
   expect_identical(told(clusterEvalQ(cl, big))$value, rep(list(big), 4))
 })
 
-test_that("that more lasts than is kept, so that hosts will not be tried again, is told", {
-  cl <- hosts_back(keep_limit = 1e5)
+test_that("a set-up log beyond its limit is a warning, and hosts are no longer reconnected", {
+  cl <- hosts_back(setup_log_limit = 1e5)
   big <- runif(1e5)
   got <- told(clusterExport(cl, "big", environment()))
   expect_identical(got$kinds, rep("rustcluster_state_not_kept", 3))
@@ -113,7 +113,7 @@ test_that("that more lasts than is kept, so that hosts will not be tried again, 
   expect_identical(is.na(clusterPids(cl)), c(FALSE, FALSE, TRUE, TRUE))
 })
 
-test_that("a host lost in the middle of an export comes back as it was", {
+test_that("a host that is lost during an export is reconnected with its state", {
   cl <- hosts_back()
   clusterEvalQ(cl, x <- 1)
   big <- runif(5e6)
@@ -131,7 +131,7 @@ test_that("a host lost in the middle of an export comes back as it was", {
   expect_identical(got$value[[4]], c(1, 0))
 })
 
-test_that("workers killed again while their host is being restored are restored all the same", {
+test_that("workers that are killed during the restore of their host are restored", {
   cl <- hosts_back()
   clusterEvalQ(cl, x <- 1)
   clusterEvalQ(cl, {
@@ -155,7 +155,7 @@ test_that("workers killed again while their host is being restored are restored 
   expect_identical(told(clusterEvalQ(cl, x))$value, rep(list(3), 4))
 })
 
-test_that("a host that stands still when it is tried again is tried once more", {
+test_that("a host that hangs during reconnection is tried again", {
   mark <- tempfile()
   script <- tempfile(fileext = ".sh")
   writeLines(c(
@@ -170,7 +170,7 @@ test_that("a host that stands still when it is tried again is tried once more", 
   expect_identical(told(clusterCall(cl, identity, 5))$value, rep(list(5), 4))
 })
 
-test_that("tasks draw the same numbers if a host is lost and back while a verb is under way", {
+test_that("tasks draw the same random numbers if a host is lost and reconnected during a verb", {
   cl <- hosts_back()
   run <- function(kill = NULL) {
     clusterSetRNGStream(cl, 7)
@@ -188,6 +188,6 @@ test_that("tasks draw the same numbers if a host is lost and back while a verb i
   }
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

@@ -28,10 +28,10 @@ guard_of <- function(cl) {
   children[names == "rc-guard"]
 }
 
-test_that("what workers have started ends with a killed agent", {
+test_that("child processes of workers end with a killed agent", {
   skip_unless_proc()
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(2, start = start)
+    cl <- local_cluster(2, start_method = start)
     pids <- start_children(cl)
     expect_length(pids, 4L)
     guard <- guard_of(cl)
@@ -50,7 +50,7 @@ test_that("what workers have started ends with a killed agent", {
   }
 })
 
-test_that("what workers have started ends with a killed head", {
+test_that("child processes of workers end with a killed head", {
   skip_unless_proc()
   child <- start_child({
     cl <- makeRustCluster(2)
@@ -72,12 +72,12 @@ test_that("what workers have started ends with a killed head", {
   expect_gone(c(pids, guard))
 })
 
-test_that("an agent that is killed while it makes workers leaves nothing", {
+test_that("an agent that is killed while it starts workers leaves no process", {
   skip_unless_proc()
   for (wait in c(0, 0.02, 0.1)) {
     child <- start_child({
       options(warn = -1)
-      cl <- makeRustCluster(40, start = "spawn")
+      cl <- makeRustCluster(40, start_method = "spawn")
       say("up")
       Sys.sleep(60)
     })
@@ -125,7 +125,7 @@ test_that("no temporary directory outlives a killed agent or worker", {
   dir <- local_tmpdir()
   write <- global(function() repeat writeLines("x", tempfile()))
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(3, start = start)
+    cl <- local_cluster(3, start_method = start)
     clusterEvalQ(cl, writeLines("x", tempfile()))
     expect_gte(length(list.files(dir)), 3L)
     tools::pskill(clusterPids(cl)[[1L]], tools::SIGKILL)
@@ -138,7 +138,7 @@ test_that("no temporary directory outlives a killed agent or worker", {
   }
 })
 
-test_that("no temporary directory is left of what is killed while it starts", {
+test_that("processes that are killed during their start leave no temporary directory", {
   skip_unless_proc()
   dir <- local_tmpdir()
   profile <- tempfile("profile-", tmpdir = "/tmp")
@@ -152,19 +152,19 @@ test_that("no temporary directory is left of what is killed while it starts", {
   for (way in starts) {
     writeLines(way[[1L]], profile)
     error <- caught(makeRustCluster(
-      2, setup_timeout = 2, start = way[[2L]], rscript_envs = c(R_PROFILE_USER = profile)
+      2, setup_timeout = 2, start_method = way[[2L]], rscript_envs = c(R_PROFILE_USER = profile)
     ))
     expect_rust_error(error, "start_failed")
     expect_empty(dir)
   }
 })
 
-test_that("no temporary directory of ours outlives a killed head", {
+test_that("no temporary directory of the package outlives a killed head", {
   skip_unless_proc()
   dir <- local_tmpdir()
   for (start in c("fork", "spawn")) {
     child <- start_child({
-      cl <- makeRustCluster(2, start = start)
+      cl <- makeRustCluster(2, start_method = start)
       parallel:::sendCall(cl[[1L]], function() repeat writeLines("x", tempfile()), list())
       Sys.sleep(0.3)
       say("own", basename(tempdir()))
@@ -180,7 +180,7 @@ test_that("no temporary directory of ours outlives a killed head", {
   }
 })
 
-test_that("the guard holds nothing of the agent's and takes little memory", {
+test_that("the guard holds no descriptor of the agent and takes little memory", {
   skip_unless_proc()
   cl <- local_cluster(2)
   guard <- guard_of(cl)
@@ -201,7 +201,7 @@ test_that("the guard holds nothing of the agent's and takes little memory", {
   expect_gone(guard)
 })
 
-test_that("the end of the guard is nothing to the cluster", {
+test_that("the cluster works without its guard", {
   skip_unless_proc()
   cl <- local_cluster(2, retries = 0)
   guard <- guard_of(cl)
@@ -218,7 +218,7 @@ test_that("the end of the guard is nothing to the cluster", {
   expect_gone(pids)
 })
 
-test_that("a worker that ends takes along what it started", {
+test_that("child processes end with their worker", {
   skip_unless_proc()
   cl <- local_cluster(3, retries = 0)
   pids <- start_children(cl)
@@ -305,10 +305,10 @@ end_processes <- function(pids) {
   expect_gone(pids)
 }
 
-test_that("a process that has made itself independent is reported at the end, and goes on", {
+test_that("a detached process is reported by stopCluster() and keeps running", {
   skip_unless_setsid()
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(3, start = start)
+    cl <- local_cluster(3, start_method = start)
     pids <- c(start_daemon(cl[3]), start_daemon(cl[1]))
     # Neither while its worker is there, nor with what ends with its worker.
     start_children(cl[2])
@@ -320,7 +320,7 @@ test_that("a process that has made itself independent is reported at the end, an
   }
 })
 
-test_that("the end of a worker tells what it left, of its own and once", {
+test_that("a worker failure reports each of its own detached processes once", {
   skip_unless_setsid()
   cl <- local_cluster(3, retries = 0)
   pids <- vapply(1:3, function(i) start_daemon(cl[i]), 1L)
@@ -342,7 +342,7 @@ test_that("the end of a worker tells what it left, of its own and once", {
   end_processes(pids[1:2])
 })
 
-test_that("what is independent twice over, and what a busy worker left, is found too", {
+test_that("detached processes of detached processes and of busy workers are reported", {
   skip_unless_setsid()
   cl <- local_cluster(2)
   twice <- start_daemon(cl[1], "setsid sh -c \"setsid sh -c 'echo \\$\\$; exec sleep 300 >/dev/null 2>&1' &\" &")
@@ -360,7 +360,7 @@ test_that("what is independent twice over, and what a busy worker left, is found
   end_processes(c(twice, below))
 })
 
-test_that("whose it is may not be known", {
+test_that("a detached process without R_SESSION_TMPDIR is reported without a rank", {
   skip_unless_setsid()
   cl <- local_cluster(2)
   pid <- start_daemon(cl[1], "env -i setsid /bin/sh -c 'echo $$; exec sleep 300 >/dev/null 2>&1' &")
@@ -369,7 +369,7 @@ test_that("whose it is may not be known", {
   end_processes(pid)
 })
 
-test_that("what ends by itself leaves no zombie, and is not the agent's to report", {
+test_that("child processes that end leave no zombie and are not reported", {
   skip_unless_setsid()
   cl <- local_cluster(2)
   for (i in 1:20) clusterCall(cl, function() system("sleep 0.01 >/dev/null 2>&1 & setsid true &"))
@@ -379,7 +379,7 @@ test_that("what ends by itself leaves no zombie, and is not the agent's to repor
   expect_length(warned(stopCluster(cl))$warnings, 0L)
 })
 
-test_that("the children of the agent's own packages are left to them", {
+test_that("child processes of packages of the agent are not reaped", {
   skip_unless_setsid()
   # A package that starts a process, and one that has ended and not been waited for.
   lib <- tempfile("lib")
@@ -415,7 +415,7 @@ test_that("the children of the agent's own packages are left to them", {
   if (alive(own[[1L]])) tools::pskill(own[[1L]], tools::SIGKILL)
 })
 
-test_that("what was left is reported from another host, too", {
+test_that("detached processes on other hosts are reported", {
   skip_unless_setsid()
   # A stand-in for ssh, which runs the command here.
   ssh <- tempfile()
@@ -429,7 +429,7 @@ test_that("what was left is reported from another host, too", {
   end_processes(pid)
 })
 
-test_that("a worker that closes all its descriptors is killed, reported and not left", {
+test_that("a worker that closes all its descriptors is killed and reported", {
   skip_unless_proc()
   skip_if_not(nzchar(Sys.which(strsplit(system2(file.path(R.home("bin"), "R"),
     c("CMD", "config", "CC"), stdout = TRUE), " ")[[1L]][[1L]])), "needs a C compiler")
@@ -462,7 +462,7 @@ test_that("a worker that closes all its descriptors is killed, reported and not 
   stopCluster(cl)
 })
 
-test_that("a cluster that a worker has made ends with that worker, and is nothing left behind", {
+test_that("a cluster that a worker has made ends with that worker and is not reported", {
   skip_unless_setsid()
   cl <- local_cluster(2, retries = 0)
   inner <- clusterApply(cl, 1:2, function(i) {
@@ -483,6 +483,6 @@ test_that("a cluster that a worker has made ends with that worker, and is nothin
   end_processes(left)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

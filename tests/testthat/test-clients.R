@@ -73,7 +73,7 @@ test_that("pbkrtest", {
   })
 })
 
-test_that("caret, with doParallel and with our backend of foreach", {
+test_that("caret, with doParallel and with registerDoRustCluster()", {
   skip_unless_long()
   for (package in c("caret", "doParallel")) skip_if_not_installed(package)
   on.exit(foreach::registerDoSEQ())
@@ -150,7 +150,7 @@ test_that("DEoptim, with a cluster and with foreach", {
   expect_equal(minimum(parallelType = "foreach"), want)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

@@ -1,6 +1,6 @@
 # The registry of condition classes, and the texts of those that Rust reports.
 
-test_that("every condition that the code makes is in the registry, and the other way round", {
+test_that("the registry contains exactly the condition classes that the code raises", {
   registry <- rustcluster:::conditionClasses
   expect_named(registry, c("error", "warning", "message"))
   namespace <- asNamespace("rustcluster")
@@ -25,14 +25,14 @@ test_that("every condition that the code makes is in the registry, and the other
   expect_error(rustcluster:::rustclusterCondition("unheard_of", "text"), "conditionClasses")
 })
 
-test_that("the help page lists every class", {
+test_that("the help page lists every condition class", {
   lines <- rustcluster:::conditionsHelp()
   for (class in unlist(lapply(rustcluster:::conditionClasses, names))) {
     expect_true(any(grepl(paste0("`rustcluster_", class, "`"), lines, fixed = TRUE)))
   }
 })
 
-test_that("texts of failures", {
+test_that("messages of failures", {
   cl <- local_cluster(2)
   handle <- cl[[1L]][["handle"]]
   said <- function(kind, ..., type = "error") {

@@ -9,16 +9,16 @@ busy <- function(cl) {
 
 cluster_processes <- function(cl) c(agentPids(cl), clusterPids(cl))
 
-test_that("stopCluster leaves nothing, idle, busy or called twice", {
+test_that("stopCluster() leaves no process of idle or busy workers, also when it is called twice", {
   for (start in c("fork", "spawn")) {
-    cl <- makeRustCluster(3, start = start)
+    cl <- makeRustCluster(3, start_method = start)
     pids <- cluster_processes(cl)
     stopCluster(cl)
     expect_gone(pids)
     expect_no_error(stopCluster(cl))
     expect_rust_error(caught(clusterCall(cl, identity, 1)), "stopped")
 
-    cl <- makeRustCluster(3, start = start)
+    cl <- makeRustCluster(3, start_method = start)
     pids <- cluster_processes(cl)
     busy(cl)
     stopCluster(cl)
@@ -41,7 +41,7 @@ end_slowly <- function(cl, seconds, dir, prefix = "") {
   }), dir, prefix)
 }
 
-test_that("idle workers run their exit handlers to the end, as those of a PSOCK cluster do", {
+test_that("idle workers finish their exit handlers, as those of a PSOCK cluster do", {
   dir <- tempfile("ends-")
   dir.create(dir)
   on.exit(unlink(dir, recursive = TRUE))
@@ -50,7 +50,7 @@ test_that("idle workers run their exit handlers to the end, as those of a PSOCK 
   stopCluster(psock)
   expect_true(wait_until(function() length(list.files(dir)) == 4L))
   for (start in c("fork", "spawn")) {
-    cl <- makeRustCluster(2, start = start, stop_timeout = 60)
+    cl <- makeRustCluster(2, start_method = start, stop_timeout = 60)
     end_slowly(cl, c(0.8, 1), dir, paste0(start, "-"))
     pids <- cluster_processes(cl)
     expect_no_warning(stopCluster(cl))
@@ -62,7 +62,7 @@ test_that("idle workers run their exit handlers to the end, as those of a PSOCK 
   }
 })
 
-test_that("exit handlers that take longer than `stop_timeout` are named, and cost no other worker", {
+test_that("a warning names workers whose exit handlers exceed `stop_timeout`, and other workers are not affected", {
   dir <- tempfile("ends-")
   dir.create(dir)
   on.exit(unlink(dir, recursive = TRUE))
@@ -86,7 +86,7 @@ test_that("exit handlers that take longer than `stop_timeout` are named, and cos
   expect_setequal(list.files(dir, "^Last"), c("Last-0.1", "Last-60", "Last-61"))
 })
 
-test_that("a part of a cluster that is stopped has the same time, and is gone when that returns", {
+test_that("stopCluster() of a part waits for exit handlers, and returns when these workers have ended", {
   dir <- tempfile("ends-")
   dir.create(dir)
   on.exit(unlink(dir, recursive = TRUE))
@@ -123,7 +123,7 @@ test_that("a cluster that is being stopped ends at once with its session", {
   expect_gone(pids)
 })
 
-test_that("finalizers see mapped vectors, also those that come back to life", {
+test_that("finalizers can read mapped vectors, also those that they resurrect", {
   cl <- local_cluster(2)
   big <- as.numeric(1:1e6) + 0.5
   is_mapped <- global(function(x) any(grepl("mapped", utils::capture.output(.Internal(inspect(x))))))
@@ -151,7 +151,7 @@ test_that("finalizers see mapped vectors, also those that come back to life", {
   expect_identical(sum_at_end, sum(as.numeric(1:1e6)))
 })
 
-test_that("a finalizer may read large answers in the middle of another", {
+test_that("a finalizer may read large results while another result is read", {
   cl <- local_cluster(1)
   other <- local_cluster(1)
   count <- 0
@@ -174,7 +174,7 @@ test_that("a finalizer may read large answers in the middle of another", {
   expect_identical(got, lapply(1:40, function(i) rep(as.numeric(i), 1e4)))
 })
 
-test_that("a cluster that is collected ends, whatever was done on it", {
+test_that("a cluster that is garbage-collected ends", {
   uses <- list(
     identity,
     function(cl) clusterCall(cl, identity, 1),
@@ -196,7 +196,7 @@ test_that("a cluster that is collected ends, whatever was done on it", {
 })
 
 for (how in c("q()", "stop('as it happens')", "SIGTERM", "SIGKILL")) {
-  test_that(paste("nothing outlives a head with busy workers that ends by", how), {
+  test_that(paste("no process outlives a head with busy workers that ends by", how), {
     skip_unless_proc()
     child <- start_child({
       cl <- makeRustCluster(3)
@@ -217,7 +217,7 @@ for (how in c("q()", "stop('as it happens')", "SIGTERM", "SIGKILL")) {
   })
 }
 
-test_that("a worker that is killed is named at once, and the others go on", {
+test_that("a killed worker is reported at once, and the others go on", {
   cl <- local_cluster(3, retries = 0)
   pids <- clusterPids(cl)
   began <- proc.time()[[3L]]
@@ -247,7 +247,7 @@ test_that("a worker that is killed is named at once, and the others go on", {
   expect_gone(c(pids, now))
 })
 
-test_that("a worker that is killed while it is idle comes back", {
+test_that("a worker that is killed while it is idle is replaced", {
   cl <- local_cluster(2)
   pids <- clusterPids(cl)
   tools::pskill(pids[[1L]], tools::SIGKILL)
@@ -258,7 +258,7 @@ test_that("a worker that is killed while it is idle comes back", {
   note_pids(got)
 })
 
-test_that("a worker that quits tells its status", {
+test_that("the error of a worker that quits contains its exit status", {
   cl <- local_cluster(2, retries = 0)
   error <- caught(clusterCall(cl[1], function() quit(status = 3)))
   expect_rust_error(error, "worker_lost")
@@ -266,7 +266,7 @@ test_that("a worker that quits tells its status", {
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 
-test_that("a killed agent takes its workers along and is reported", {
+test_that("the workers of a killed agent end, and the host is reported as lost", {
   cl <- local_cluster(3)
   pids <- cluster_processes(cl)
   tools::pskill(agentPids(cl), tools::SIGKILL)
@@ -275,7 +275,7 @@ test_that("a killed agent takes its workers along and is reported", {
   expect_no_error(stopCluster(cl))
 })
 
-test_that("an agent that is asked to end, by SIGTERM, ends in good order", {
+test_that("an agent that gets SIGTERM stops its workers and ends", {
   cl <- local_cluster(2)
   pids <- cluster_processes(cl)
   tools::pskill(agentPids(cl), tools::SIGTERM)
@@ -297,7 +297,7 @@ test_that("a forked child can neither use nor end the cluster", {
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 
-test_that("an agent that is stopped by SIGSTOP is killed in the end", {
+test_that("stopCluster() kills an agent that is stopped by SIGSTOP", {
   # After 10 s.
   skip_unless_long()
   cl <- local_cluster(2)

@@ -47,7 +47,7 @@ draws <- global(function(i, spring, trap, at = 5) {
   list(i, first, stats::runif(1), sample.int(1000L, 2L))
 })
 
-test_that("a worker killed in the middle of a verb changes no answer, nor its random numbers", {
+test_that("a worker that is killed during a verb changes neither results nor random numbers", {
   for (n in 1:2) {
     expect_unharmed(
       list(
@@ -93,7 +93,7 @@ test_that("a worker killed in the middle of a verb changes no answer, nor its ra
   )
 })
 
-test_that("plain generators of any kind go on where they were", {
+test_that("random number generators of all kinds continue after a worker failure", {
   for (kind in c("Mersenne-Twister", "Wichmann-Hill", "Marsaglia-Multicarry", "Knuth-TAOCP-2002")) {
     expect_unharmed(
       list(
@@ -119,9 +119,9 @@ test_that("plain generators of any kind go on where they were", {
   clusterCall(cluster_pair(3)$psock, RNGkind, "default", "default", "default")
 })
 
-test_that("exports, calls, options and packages are there again, each as of its time", {
+test_that("a replacement has exports, calls, options and packages in the order in which they were set", {
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(3, start = start)
+    cl <- local_cluster(3, start_method = start)
     expect_unharmed(
       list(
         clusterApply(cl, 1:6, function(i, spring, trap) {
@@ -159,7 +159,7 @@ test_that("exports, calls, options and packages are there again, each as of its 
   }
 })
 
-test_that("each worker has its own state again, whatever part of the cluster it came by", {
+test_that("each replacement has the state of its own worker, set through any part of the cluster", {
   cl <- local_cluster(3)
   for (i in 1:3) {
     mine <- letters[[i]]
@@ -192,7 +192,7 @@ setting_time_limit <- function(expr, seconds = 0.3) {
   expr
 }
 
-test_that("what was interrupted, or ended its worker, is not part of the state", {
+test_that("interrupted calls and calls that killed their worker are not in the set-up log", {
   cl <- local_cluster(2)
   here <- environment()
   x <- 1
@@ -252,7 +252,7 @@ test_that("several, or all, workers may be killed at the same time, busy or idle
   }
 })
 
-test_that("a loss while nobody asks is told at the next call", {
+test_that("a worker failure between calls is reported at the next call", {
   cl <- local_cluster(2)
   x <- 7
   clusterExport(cl, "x", environment())
@@ -274,7 +274,7 @@ test_that("a loss while nobody asks is told at the next call", {
   note_processes(cl)
 })
 
-test_that("a worker killed while 50 MB come to it, or from it", {
+test_that("a worker is killed while 50 MB are sent to it or from it", {
   cl <- local_cluster(2)
   x <- numeric(50e6 / 8) + 1
   # It reads nothing more, and the head is stuck in the middle of sending.
@@ -312,7 +312,7 @@ test_that("a worker killed while 50 MB come to it, or from it", {
   note_processes(cl)
 })
 
-test_that("by hand: each node answers in order, lost or not", {
+test_that("sendCall() and recvResult(): each node answers in order, also after a worker failure", {
   cl <- local_cluster(2)
   clusterEvalQ(cl, count <- 100)
   traps <- trap(4)
@@ -337,7 +337,7 @@ test_that("by hand: each node answers in order, lost or not", {
   note_processes(cl)
 })
 
-test_that("a worker killed again while it is brought back to its state", {
+test_that("a replacement that is killed while it is restored is replaced", {
   cl <- local_cluster(2)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -383,7 +383,7 @@ test_that("a worker killed again while it is brought back to its state", {
   expect_identical(with_losses(clusterEvalQ(cl[1], c(x, y)))$value, list(c(5, 6)))
 })
 
-test_that("the random numbers of a worker that is back go on where those who took its tasks left them", {
+test_that("the random numbers of a restored worker continue after its reassigned tasks", {
   run <- function(disturbed) {
     cl <- local_cluster(2)
     deadly <- tempfile()
@@ -409,7 +409,7 @@ test_that("the random numbers of a worker that is back go on where those who too
   expect_identical(run(TRUE), run(FALSE))
 })
 
-test_that("a restore that does not end is ended after setup_timeout, and tried again", {
+test_that("a restore without progress is ended after setup_timeout and retried", {
   cl <- local_cluster(3, setup_timeout = 3)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -444,7 +444,7 @@ test_that("a restore that does not end is ended after setup_timeout, and tried a
   note_processes(cl)
 })
 
-test_that("an answer that cannot be read costs its own task, and no other's result", {
+test_that("an answer that cannot be read is an error of its task only", {
   cl <- local_cluster(3)
   # A function of a package that is missing here: reading it warns, which is made an error.
   odd <- global(function(i, bad) {
@@ -492,7 +492,7 @@ test_that("an answer that cannot be read costs its own task, and no other's resu
   expect_identical(clusterApply(cl, 1:3, odd, 0), list(1L, 2L, 3L))
 })
 
-test_that("a task that ends every worker is given up, and all else is kept", {
+test_that("a task that kills its worker on all attempts fails, with the results of all others", {
   cl <- local_cluster(3)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -535,7 +535,7 @@ test_that("a task that ends every worker is given up, and all else is kept", {
   note_processes(cl)
 })
 
-test_that("a cluster on one host outlives tasks that all end their workers", {
+test_that("a cluster on one host survives tasks that all kill their workers", {
   cl <- local_cluster(4)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -547,7 +547,7 @@ test_that("a cluster on one host outlives tasks that all end their workers", {
   note_processes(cl)
 })
 
-test_that("several such tasks, and errors of R beside them", {
+test_that("several tasks that kill their workers, together with errors of R code", {
   cl <- local_cluster(3)
   error <- with_losses(caught(clusterApply(cl, 1:9, poison, c(2, 6))))$value
   expect_rust_error(error, "task_failed")
@@ -575,7 +575,7 @@ test_that("several such tasks, and errors of R beside them", {
   note_processes(cl)
 })
 
-test_that("what is sent again is not held for longer than that", {
+test_that("messages for retries are not held longer than needed", {
   cl <- local_cluster(2)
   held <- 3
   for (i in 1:3) local({
@@ -607,7 +607,7 @@ test_that("retries = 0 and 1", {
   note_processes(cl)
 })
 
-test_that("the warnings of losses may be turned into jumps at any place", {
+test_that("a handler may jump out of any warning of a worker failure", {
   cl <- local_cluster(2)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -655,8 +655,8 @@ test_that("the warnings of losses may be turned into jumps at any place", {
   right()
 })
 
-test_that("beyond keep_limit nothing is restored, and that is told", {
-  cl <- local_cluster(3, keep_limit = 1e6)
+test_that("workers beyond setup_log_limit are not replaced, with a warning", {
+  cl <- local_cluster(3, setup_log_limit = 1e6)
   here <- environment()
   small <- 1
   clusterExport(cl, "small", here)
@@ -685,7 +685,7 @@ test_that("beyond keep_limit nothing is restored, and that is told", {
   expect_identical(clusterEvalQ(clusterAlive(cl), small), list(1))
 })
 
-test_that("tasks that take too long are ended, whatever they are at", {
+test_that("tasks that exceed `timeout` are ended, whatever they do", {
   cl <- local_cluster(3, timeout = 1)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -728,7 +728,7 @@ two_hosts <- function(..., .frame = parent.frame()) {
   ), ..., .frame = .frame)
 }
 
-test_that("the tasks of a lost host move, and their random numbers with them", {
+test_that("the tasks of a lost host are reassigned with their random numbers", {
   agent <- function(cl) proc_parent(clusterPids(cl)[[3]])
   work <- global(function(i, kill, mark) {
     drawn <- stats::rnorm(2)
@@ -785,7 +785,7 @@ test_that("the tasks of a lost host move, and their random numbers with them", {
   }
 })
 
-test_that("clusterCall() is for its nodes, and does not move", {
+test_that("clusterCall() is bound to its nodes and is not reassigned", {
   cl <- two_hosts()
   agents <- agentPids(cl)
   system(sprintf("(sleep 0.3; kill -KILL %d) &", agents[[2]]))
@@ -795,7 +795,7 @@ test_that("clusterCall() is for its nodes, and does not move", {
   expect_rust_error(caught(sendCall(cl[[3]], identity, list(1))), "host_failed")
 })
 
-test_that("a host whose workers end again and again is left out", {
+test_that("a host whose workers fail repeatedly is left out", {
   # One worker on the second, so that each loss is told before there is another.
   cl <- local_cluster(
     list(list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 1, threads = 2)),
@@ -817,7 +817,7 @@ test_that("a host whose workers end again and again is left out", {
   expect_identical(clusterCall(clusterAlive(cl), identity, 1), list(1, 1))
 })
 
-test_that("who is interrupted before it is known what becomes of a lost task is told of it again", {
+test_that("a worker failure is reported again if an interrupt came before its task was retried", {
   cl <- local_cluster(2)
   original <- get("failureCondition", asNamespace("rustcluster"))
   calls <- 0
@@ -846,7 +846,7 @@ test_that("who is interrupted before it is known what becomes of a lost task is 
   note_processes(cl)
 })
 
-test_that("a task that has ended in time is not out of time because the head stands still", {
+test_that("a task that finished in time does not time out while the head is stopped", {
   skip_unless_proc()
   script <- tempfile(fileext = ".R")
   writeLines(c(
@@ -872,7 +872,7 @@ test_that("a task that has ended in time is not out of time because the head sta
   expect_identical(grep("^got", out, value = TRUE), "got 2 ")
 })
 
-test_that("only a node of the same call stands in for a lost one: others may not have what it needs", {
+test_that("tasks of a lost node are reassigned only to nodes of the same call", {
   agents <- lapply(1:3, function(i) list(host = "localhost", ncore = 2, threads = i))
   cl <- local_cluster(agents)
   value <- "old"
@@ -893,7 +893,7 @@ test_that("only a node of the same call stands in for a lost one: others may not
   expect_equal(got, rep(list("new"), 12))
 })
 
-test_that("a worker is restored by more than may be sent to one at a time", {
+test_that("a set-up log larger than the send window is restored", {
   cl <- local_cluster(2)
   large <- numeric(2e6)
   clusterExport(cl, "large", environment())
@@ -914,7 +914,7 @@ test_that("a worker is restored by more than may be sent to one at a time", {
   expect_identical(list(first, second), list(clusterCall(cl, stats::runif, 1), clusterCall(cl, stats::runif, 1)))
 })
 
-test_that("the output that is cited is that of the task that was lost", {
+test_that("the error contains the output of the task whose worker died", {
   cl <- local_cluster(1, retries = 0)
   last <- function(i) {
     cat("last words\n")
@@ -927,7 +927,7 @@ test_that("the output that is cited is that of the task that was lost", {
   }
 })
 
-test_that("a crash is told by the calls that led to it", {
+test_that("the error of a crash contains the R calls", {
   cl <- local_cluster(1, retries = 0)
   crash <- function(i) {
     inner <- function() tools::pskill(Sys.getpid(), 11L)
@@ -940,7 +940,7 @@ test_that("a crash is told by the calls that led to it", {
   expect_no_match(text, "worker_serve|tryCatch")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

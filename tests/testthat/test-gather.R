@@ -33,7 +33,7 @@ expect_nothing_shared <- function(cl) {
   }, timeout = 10))
 }
 
-test_that("what comes in shared memory is what PSOCK gives", {
+test_that("results in shared memory are the same as with PSOCK", {
   skip_if(Sys.info()[["sysname"]] != "Linux")
   pair <- cluster_pair(2)
   want <- parallel::clusterApply(pair$psock, 1:5, made)
@@ -53,7 +53,7 @@ test_that("what comes in shared memory is what PSOCK gives", {
   expect_match(conditionMessage(error), "large")
 })
 
-test_that("each result is one's own, and like any other vector", {
+test_that("results in shared memory can be changed, saved and sent like any vector", {
   cl <- local_cluster(2)
   got <- clusterCall(cl, rep, 1.5, 1e6)
   first <- got[[1L]]
@@ -77,9 +77,9 @@ test_that("each result is one's own, and like any other vector", {
   expect_identical(order(-got[[1L]])[[1e6]], 3L)
 })
 
-test_that("nothing is left of results", {
+test_that("shared memory of results is freed", {
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(4, start = start)
+    cl <- local_cluster(4, start_method = start)
     clusterCall(cl, numeric, 1e6)
     expect_nothing_shared(cl)
     files <- c(open_fds(), open_fds(agent_pid(cl)), vapply(clusterPids(cl), open_fds, 0L))
@@ -94,14 +94,14 @@ test_that("nothing is left of results", {
   }
 })
 
-test_that("a limit of memory or of files sends them the other way", {
+test_that("with a limit of memory or file sizes, results are sent through the stream", {
   cl <- local_cluster(2, memory_limit = 2^30)
   got <- clusterCall(cl, rep, 1.5, 1e6)
   expect_identical(got, list(rep(1.5, 1e6), rep(1.5, 1e6)))
   expect_false(is_mapped(got[[1L]]))
 })
 
-test_that("an interrupted gather leaves nothing, and the next one is right", {
+test_that("an interrupted gather leaves no shared memory, and the next one works", {
   cl <- local_cluster(4)
   files <- NULL
   for (i in 1:6) {
@@ -122,7 +122,7 @@ test_that("an interrupted gather leaves nothing, and the next one is right", {
   }
 })
 
-test_that("workers that are killed with a large answer are replaced, and nothing of it is left", {
+test_that("workers that are killed with a large result are replaced, and its shared memory is freed", {
   cl <- local_cluster(3, retries = 8)
   clusterCall(cl, numeric, 1e6)
   expect_nothing_shared(cl)
@@ -151,7 +151,7 @@ test_that("workers that are killed with a large answer are replaced, and nothing
   expect_equal(c(open_fds(), open_fds(agent_pid(cl))), files)
 })
 
-test_that("what waits here is bounded, whatever is not taken", {
+test_that("the memory of unread results is limited", {
   cl <- local_cluster(4, buffer_limit = 40e6)
   # Each of 16 MB, and nobody asks for them: no more than the limit comes.
   node <- function(i) cl[[i]]
@@ -166,7 +166,7 @@ test_that("what waits here is bounded, whatever is not taken", {
   expect_identical(parLapply(cl, 1:12, function(i) numeric(6e6) + i)[[12]], numeric(6e6) + 12)
 })
 
-test_that("a session with few open files left gets them the other way", {
+test_that("a session with few free descriptors receives results through the stream", {
   child <- start_child(
     {
       cl <- makeRustCluster(2)

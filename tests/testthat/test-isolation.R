@@ -38,7 +38,7 @@ expect_same_for_each <- function(f, d, calls = each, alone = f(1, unserialize(se
   }
 }
 
-test_that("what C code changes in place is seen by no other task", {
+test_that("changes in place by C code are not visible to other tasks", {
   numbers <- global(function(i, d) .Call("bump", d$a, PACKAGE = "helpers"))
   small <- list(a = c(3, 1, 2))
   large <- list(a = as.numeric(1:20000))
@@ -49,7 +49,7 @@ test_that("what C code changes in place is seen by no other task", {
   for (d in list(small, large$a, quote(a + b), "a")) expect_same_for_each(attributes, d, each[-5L])
 })
 
-test_that("what C code changes in a function is seen by no other task", {
+test_that("changes of a function by C code are not visible to other tasks", {
   # A constant in its body, an argument's default and an attribute.
   constant <- global(function(i, d) {
     value <- 10
@@ -60,7 +60,7 @@ test_that("what C code changes in a function is seen by no other task", {
   for (f in list(constant, default, itself, compiler::cmpfun(constant))) expect_same_for_each(f, 0)
 })
 
-test_that("what a task has kept is its own", {
+test_that("an object that a task has stored is not changed by other tasks", {
   # A later task changes it in place.
   keep <- global(function(i, d) {
     if (!exists("kept", globalenv())) assign("kept", d, globalenv())
@@ -73,7 +73,7 @@ test_that("what a task has kept is its own", {
   }
 })
 
-test_that("what is changed in place here between two messages is sent as it is then", {
+test_that("objects that are changed in place between two messages are sent with their current value", {
   f <- global(function(d) d[[1L]])
   bump <- function(x) .Call("bump", x, PACKAGE = "helpers")
   results <- lapply(pair, function(cl) {
@@ -127,7 +127,7 @@ install_version <- function(library, value) {
   if (!is.null(attr(output, "status"))) stop(paste(output, collapse = "\n"))
 }
 
-test_that("a package that was loaded anew is used by the next task", {
+test_that("the next task uses a package that was reloaded", {
   dir <- tempfile("library-")
   dir.create(dir)
   paths <- .libPaths()
@@ -165,7 +165,7 @@ test_that("a package that was loaded anew is used by the next task", {
   }
 })
 
-test_that("what the workers define anew is used by the next task", {
+test_that("the next task uses new definitions on the workers", {
   redefine <- function(value) {
     for (cl in pair) {
       parallel::clusterCall(cl, global(function(value) {

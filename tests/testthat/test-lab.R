@@ -50,7 +50,7 @@ test_that("319 workers on five hosts, by the script as it is", {
   expect_true(wait_until(function() !length(lab_pids()), 1 + slack()))
 })
 
-test_that("20 MB for 2 x 64 workers cross each link once", {
+test_that("20 MB for 2 x 64 workers are sent over each link once", {
   lab <- local_lab(2)
   cl <- over_lab(lab, setNames(c(64, 64), lab$hosts))
   x <- runif(20e6 / 8)
@@ -62,9 +62,9 @@ test_that("20 MB for 2 x 64 workers cross each link once", {
   expect_identical(unique(unlist(clusterEvalQ(cl, sum(x)))), sum(x))
 })
 
-test_that("a host that is cut off in the middle of a call is lost, and notices it", {
+test_that("a host whose link is cut during a call is lost, and its agent ends", {
   lab <- local_lab(3)
-  cl <- over_lab(lab, setNames(c(4, 4, 4), lab$hosts), patience = 4)
+  cl <- over_lab(lab, setNames(c(4, 4, 4), lab$hosts), heartbeat_timeout = 4)
   there <- clusterPids(cl)
   for (node in cl) sendCall(node, function() {
     Sys.sleep(2)
@@ -92,7 +92,7 @@ test_that("a host that is cut off in the middle of a call is lost, and notices i
   expect_gone(there)
 })
 
-test_that("a killed worker, agent and ssh each take with them what is theirs", {
+test_that("the processes of a killed worker, agent or ssh end with it", {
   lab <- local_lab(3)
   cl <- over_lab(lab, setNames(c(4, 4, 4), lab$hosts))
   there <- clusterPids(cl)
@@ -125,11 +125,11 @@ test_that("a killed worker, agent and ssh each take with them what is theirs", {
   expect_identical(lab_pids(3), integer())
 })
 
-test_that("a slow link is used fairly, and is not taken for a dead one", {
+test_that("a slow link is shared fairly, and does not count as dead", {
   lab <- local_lab(1)
   run("tc qdisc add dev", lab_link(1), "root tbf rate 10mbit burst 32kbit latency 400ms")
   run("ip netns exec rclab1 tc qdisc add dev eth0 root tbf rate 10mbit burst 32kbit latency 400ms")
-  cl <- over_lab(lab, setNames(64, lab$hosts), patience = 3)
+  cl <- over_lab(lab, setNames(64, lab$hosts), heartbeat_timeout = 3)
   x <- runif(8e6 / 8)
   here <- environment()
   before <- lab_bytes(1)
@@ -143,7 +143,7 @@ test_that("a slow link is used fairly, and is not taken for a dead one", {
   expect_identical(recvOneResult(cl)$value, x)
 })
 
-test_that("a long way only takes long", {
+test_that("a link with a high round-trip time works", {
   lab <- local_lab(2)
   # Each way 25 ms, between ssh and sshd.
   relay <- file.path(lab$dir, "relay.pl")
@@ -219,7 +219,7 @@ shell_user <- function(shell, dir, .frame = parent.frame()) {
   user
 }
 
-test_that("login shells of all kinds, and what they print, do no harm", {
+test_that("login shells of all kinds and their output do not disturb the start", {
   shells <- Filter(nzchar, Sys.which(c("bash", "dash", "zsh", "fish", "tcsh")))
   lab <- local_lab(1)
   value <- "it's \"a\" $HOME `b` \\ ! % c"
@@ -235,7 +235,7 @@ test_that("login shells of all kinds, and what they print, do no harm", {
   }
 })
 
-test_that("320 results of 50 MB arrive whole at a head that holds half a gigabyte of them", {
+test_that("320 results of 50 MB arrive complete at a head with a buffer of 512 MiB", {
   lab <- local_lab()
   cl <- over_lab(lab, setNames(rep(64, 5), lab$hosts))
   make <- function(i) {
@@ -275,6 +275,6 @@ test_that("320 results of 50 MB arrive whole at a head that holds half a gigabyt
   expect_lt(resident() - before, 150e6)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

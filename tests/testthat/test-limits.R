@@ -82,7 +82,7 @@ test_that("too few processes", {
 use_clusters <- function(say) {
   big <- as.numeric(1:1e6) + 0.5
   for (start in c("fork", "spawn")) {
-    cl <- makeRustCluster(2, start = start)
+    cl <- makeRustCluster(2, start_method = start)
     clusterExport(cl, "big", environment())
     sums <- clusterCall(cl, function() sum(big))
     answers <- clusterCall(cl, function() list(big, letters))
@@ -106,7 +106,7 @@ expect_clusters_work <- function(child) {
   for (start in c("fork", "spawn")) expect_equal(child_said(child, start), "TRUE TRUE TRUE TRUE TRUE")
 }
 
-test_that("a limit of file sizes costs no host and no answer", {
+test_that("a limit of file sizes loses no host and no result", {
   child <- start_child({
     use_clusters(say)
     # The agent's own writes: a worker prints more than fits into the file.
@@ -183,7 +183,7 @@ refusing <- function() {
   program
 }
 
-test_that("without files in memory and descriptors of processes all works, with copies", {
+test_that("everything works without memfd_create() and pidfds", {
   program <- refusing()
   # EPERM, as of containers, and ENOSYS, as of old systems.
   for (error in c(1L, 38L)) {
@@ -220,7 +220,7 @@ in_namespace <- function(mount) {
   paste("exec env --default-signal=INT unshare --mount sh -c", shQuote(paste(mount, "&& exec \"$@\"")), "sh")
 }
 
-test_that("without /proc all works", {
+test_that("everything works without /proc", {
   child <- start_child(
     use_clusters(say), values = list(use_clusters = use_clusters), prefix = in_namespace("mount -t tmpfs none /proc")
   )
@@ -256,7 +256,7 @@ keep_vectors <- function(say, n) {
 }
 environment(keep_vectors) <- globalenv()
 
-test_that("a process has a quarter of the mappings that it may have for vectors, and copies the others", {
+test_that("mapped vectors use at most a quarter of the allowed mappings, and others are copied", {
   limit <- tempfile("max-map-count-")
   writeLines("80", limit)
   on.exit(unlink(limit))
@@ -279,7 +279,7 @@ test_that("more large vectors than a process may have mappings can be kept", {
   expect_equal(child_said(child, "later"), "1 1")
 })
 
-test_that("a limit of address space is named, before the start or when it is met, and the session goes on", {
+test_that("a limit of address space is an error that names it, before the start or later, and the session goes on", {
   skip_if(!nzchar(Sys.which("prlimit")), "needs prlimit")
   child <- start_child({
     # So many bytes more than this session has; NA: as many as it wants.
@@ -325,6 +325,6 @@ test_that("a limit of address space is named, before the start or when it is met
   expect_equal(child_said(child, "later"), "100000 100000")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

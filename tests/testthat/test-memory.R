@@ -3,7 +3,7 @@
 skip_on_cran()
 watch_processes()
 
-test_that("a memory_limit that cannot be is a clear error", {
+test_that("an invalid memory_limit is an error", {
   for (bad in list("1 GB", NA_real_, NULL, c(1e9, 2e9), TRUE, 0, -1, 99e6)) {
     error <- caught(makeRustCluster(1, memory_limit = bad))
     expect_rust_error(error, "bad_argument")
@@ -14,7 +14,7 @@ test_that("a memory_limit that cannot be is a clear error", {
 test_that("a task over the limit ends with R's error, and its worker goes on", {
   skip_unless_memory_limits()
   for (start in c("fork", "spawn")) {
-    cl <- local_cluster(2, start = start, memory_limit = 512e6)
+    cl <- local_cluster(2, start_method = start, memory_limit = 512e6)
     pids <- clusterPids(cl)
     error <- caught(clusterCall(cl, function() length(numeric(1e8))))
     expect_match(conditionMessage(error), "cannot allocate vector of size 762.9 Mb", fixed = TRUE)
@@ -40,7 +40,7 @@ test_that("a task over the limit ends with R's error, and its worker goes on", {
   }
 })
 
-test_that("a worker that cannot cope with the limit is lost, as any other", {
+test_that("a worker that crashes at its memory limit is replaced", {
   skip_unless_memory_limits()
   cl <- local_cluster(2, memory_limit = 200e6)
   # R itself may not: it is out of its smallest pieces when it is to make the error.
@@ -57,7 +57,7 @@ test_that("a worker that cannot cope with the limit is lost, as any other", {
   expect_equal(clusterCall(cl[2], identity, 1), list(1))
 })
 
-test_that("in another language the limit is named, too", {
+test_that("the error names the limit in other languages, too", {
   skip_on_os(c("mac", "windows", "solaris"))
   worker <- asNamespace("rustcluster")
   local_function("worker_memory_limit", function() 1.5e9)
@@ -70,7 +70,7 @@ test_that("in another language the limit is named, too", {
   }
 })
 
-test_that("without a limit there is none", {
+test_that("memory_limit = Inf sets no limit", {
   skip_unless_proc()
   limits <- function() grep("data size", readLines("/proc/self/limits"), value = TRUE)
   cl <- local_cluster(1)
@@ -107,7 +107,7 @@ memory_group <- function(bytes, .frame = parent.frame()) {
   group
 }
 
-test_that("a worker that the kernel kills for want of memory is said to be that", {
+test_that("a worker that the out-of-memory killer has killed is reported as such", {
   skip_unless_proc()
   group <- memory_group(400e6)
   skip_if(is.null(group), "needs a memory control group that can be made")
@@ -138,7 +138,7 @@ test_that("a worker that the kernel kills for want of memory is said to be that"
   expect_equal(child_said(child, "other"), "FALSE")
 })
 
-test_that("any other end is not", {
+test_that("other worker failures are not reported as out of memory", {
   cl <- local_cluster(2, retries = 0)
   error <- caught(clusterCall(cl[1], function() tools::pskill(Sys.getpid(), tools::SIGKILL)))
   expect_identical(error$oom, FALSE)
@@ -147,6 +147,6 @@ test_that("any other end is not", {
   expect_identical(caught(clusterCall(cl[2], quit))$oom, FALSE)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

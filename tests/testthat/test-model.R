@@ -82,7 +82,7 @@ model_names <- c("a", "b", "c", "count")
 
 run_one_model <- function(kills, agents, start, chosen) {
   hosts <- lapply(seq_len(agents), function(threads) {
-    list(host = "localhost", ncore = if (agents == 1L) 4L else 2L, threads = threads, start = start)
+    list(host = "localhost", ncore = if (agents == 1L) 4L else 2L, threads = threads, start_method = start)
   })
   # With a limit of memory, answers go through the agent instead of shared memory.
   limit <- chosen(if (runif(1) < 0.3) 4e9 else Inf)
@@ -190,7 +190,7 @@ run_one_model <- function(kills, agents, start, chosen) {
 }
 
 for (start in c("fork", "spawn")) for (agents in 1:3) {
-  test_that(paste("workers that are killed at random, of", agents, "agents, start =", start), {
+  test_that(paste("random kills of workers, of", agents, "agents, start_method =", start), {
     skip_unless_proc()
     kills <- if (long_tests()) 500 else if (start == "fork") 8 else if (agents == 2) 3 else skip("long")
     seed <- model_seed(if (long_tests()) 1000L * agents else agents)

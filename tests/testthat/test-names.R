@@ -181,7 +181,7 @@ test_that("methods of S4 that have been made of parallel's functions run whole j
   expect_identical(got$count, 2L)
 })
 
-test_that("tasks go to the nodes to which parallel gives them", {
+test_that("tasks run on the same nodes as with parallel", {
   expect_same_value({
     clusterApply(cl, seq_along(cl), function(i) assign("me", i, envir = .GlobalEnv))
     list(
@@ -342,7 +342,7 @@ test_that("a finalizer that runs in the middle of a verb takes none of its answe
   expect_true(any(refused))
 })
 
-test_that("an interrupt ends a verb, and the next one is right", {
+test_that("an interrupt ends a verb, and the next verb works", {
   cl <- local_cluster(2)
   verbs <- alist(
     parallel::clusterApply(cl, rep(0.05, 200), Sys.sleep), parallel::clusterApplyLB(cl, rep(0.05, 200), Sys.sleep),
@@ -354,7 +354,7 @@ test_that("an interrupt ends a verb, and the next one is right", {
   }
 })
 
-test_that("losses are retried and told as with our own verbs", {
+test_that("worker failures are retried and reported as with the verbs of this package", {
   cl <- local_cluster(3)
   verbs <- alist(
     parallel::clusterApply(cl, 1:30, work, trap), parallel::clusterApplyLB(cl, 1:30, work, trap),
@@ -388,7 +388,7 @@ test_that("progress is shown", {
   expect_gt(shown, 0L)
 })
 
-test_that("an export is held once a host, and common arguments are", {
+test_that("exports and common arguments are held once for each host", {
   skip_unless_proc()
   skip_unless_memory_limits()
   cl <- local_cluster(8)
@@ -472,7 +472,7 @@ strip_function <- function(fun) {
   fun
 }
 
-test_that("random calls give what PSOCK gives", {
+test_that("random calls return the same as with PSOCK", {
   n <- if (long_tests()) 600 else 60
   seed <- as.integer(Sys.getenv("RUSTCLUSTER_SEED", "1"))
   kind <- RNGkind()
@@ -492,7 +492,7 @@ test_that("random calls give what PSOCK gives", {
   }
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

@@ -18,7 +18,7 @@ expect_held <- function(agent, n) {
   expect_true(wait_until(function() shared_memory(agent)[["open", 1]] == n, 5), info = paste(n, "held"))
 }
 
-test_that("50 MB arrive at 8 workers as they are, and nothing is left of them", {
+test_that("a blob of 50 MB arrives at 8 workers unchanged, and its memory is freed", {
   cl <- local_cluster(8)
   clusterCall(cl, identity, 1)
   pids <- clusterPids(cl)
@@ -47,7 +47,7 @@ test_that("50 MB arrive at 8 workers as they are, and nothing is left of them", 
   expect_identical(clusterEvalQ(cl2, big), list(1, 1))
 })
 
-test_that("values of all kinds and sizes are PSOCK's", {
+test_that("values of all kinds and sizes are the same as with PSOCK", {
   pair <- cluster_pair(3)
   values <- list(
     NULL, 1L, letters, "\u00fc", 1:10, 1:1e6, as.list(1:20000), mtcars, digest_of,
@@ -63,7 +63,7 @@ test_that("values of all kinds and sizes are PSOCK's", {
   }
 })
 
-test_that("errors, warnings and what follows are as with any message", {
+test_that("errors and warnings in calls with a blob are the same as in other calls", {
   cl <- local_cluster(3)
   big <- runif(1e5)
   expect_error(broadcast(cl, function(x) stop("no ", length(x)), big), "3 nodes produced errors; first error: no 100000")
@@ -71,7 +71,7 @@ test_that("errors, warnings and what follows are as with any message", {
   expect_identical(broadcast(cl, function(x) x[[3]], big), rep(list(big[[3]]), 3))
 })
 
-test_that("a replaced worker has it again, and a lost task is tried again with it", {
+test_that("a replacement gets the blob, and a retried task uses it", {
   cl <- local_cluster(3)
   big <- rnorm(1e6)
   broadcast_export(cl, "big", big)
@@ -114,7 +114,7 @@ test_that("a replaced worker has it again, and a lost task is tried again with i
   expect_equal(open_fds(agent), files)
 })
 
-test_that("an interrupt at any moment leaves everything clean", {
+test_that("an interrupt at any moment leaves no shared memory", {
   cl <- local_cluster(4)
   big <- runif(1e7)
   clusterCall(cl, identity, 1)
@@ -139,7 +139,7 @@ test_that("an interrupt at any moment leaves everything clean", {
   expect_identical(broadcast(cl, length, big), rep(list(1e7L), 4))
 })
 
-test_that("a worker cannot change what it shares with others", {
+test_that("a worker cannot change shared memory of others", {
   cl <- local_cluster(2)
   path <- broadcast(cl, function(x) {
     maps <- grep("memfd:rustcluster", readLines("/proc/self/maps"), value = TRUE)
@@ -152,7 +152,7 @@ test_that("a worker cannot change what it shares with others", {
   }
 })
 
-test_that("hosts that come back have what lasted, sent in one piece", {
+test_that("reconnected hosts get blobs of set-up calls", {
   hosts <- lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads))
   cl <- local_cluster(hosts, reconnect = TRUE)
   big <- runif(1e6)
@@ -171,21 +171,21 @@ test_that("hosts that come back have what lasted, sent in one piece", {
   expect_identical(broadcast(cl, function(x) sum(x), big), rep(list(sum(big)), 4))
 })
 
-test_that("separate processes get it, too", {
-  cl <- local_cluster(2, start = "spawn")
+test_that("spawned workers get blobs", {
+  cl <- local_cluster(2, start_method = "spawn")
   big <- runif(1e6)
   broadcast_export(cl, "big", big)
   expect_identical(clusterCall(cl, digest_of), rep(list(digest_here(big)), 2))
 })
 
-test_that("the head does not hold what it sends", {
+test_that("the head does not hold blobs that it sends", {
   cl <- local_cluster(8)
   clusterCall(cl, identity, 1)
   big <- runif(1e7)
   expect_lt(growth_here(broadcast_export(cl, "big", big)), 16)
 })
 
-test_that("hosts of another byte order get it in theirs", {
+test_that("hosts of another byte order get blobs in their byte order", {
   hosts <- lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads))
   local_function("otherByteOrder", function(handle) c(FALSE, TRUE))
   cl <- local_cluster(hosts)
@@ -198,7 +198,7 @@ test_that("hosts of another byte order get it in theirs", {
   expect_identical(broadcast(cl, sum, 1, 2), rep(list(3), 4))
 })
 
-test_that("shared memory is none of the memory that a worker is limited to", {
+test_that("shared memory does not count for memory_limit", {
   skip_unless_memory_limits()
   cl <- local_cluster(2, memory_limit = 300e6)
   big <- numeric(2e7)
@@ -213,7 +213,7 @@ test_that("shared memory is none of the memory that a worker is limited to", {
   expect_true(wait_until(function() all(shared_memory(pids) == 0L)))
 })
 
-test_that("a node that is gone is an error, and leaves nothing", {
+test_that("a stopped node is an error and leaves no shared memory", {
   cl <- local_cluster(3)
   agent <- agent_of(cl)
   stopCluster(cl[2])
@@ -230,7 +230,7 @@ look_at <- eval(quote(function() {
   list(x, readRDS(path), identical(readRDS(path), x), identical(unserialize(serialize(x, NULL)), x))
 }), globalenv())
 
-test_that("large vectors are mapped, and are what they are with PSOCK", {
+test_that("large vectors are mapped, and are the same as with PSOCK", {
   cl <- local_cluster(2)
   real <- rnorm(2e4)
   real[7] <- NA
@@ -255,7 +255,7 @@ test_that("large vectors are mapped, and are what they are with PSOCK", {
   expect_true(only_mapped(cl, 0L))
 })
 
-test_that("what a worker changes in place is seen by nobody else", {
+test_that("changes in place of mapped vectors are not visible to other workers", {
   cl <- local_cluster(3)
   x <- rnorm(1e5)
   broadcast_export(cl, "x", x)
@@ -290,7 +290,7 @@ test_that("what a worker changes in place is seen by nobody else", {
   expect_equal(got, want)
 })
 
-test_that("mapped vectors take up memory once, and none when they are gone", {
+test_that("mapped vectors take memory once, which is freed with them", {
   cl <- local_cluster(8)
   x <- rnorm(6.25e6)
   clusterCall(cl, gc)
@@ -309,7 +309,7 @@ test_that("mapped vectors take up memory once, and none when they are gone", {
   expect_true(only_mapped(cl, 0L))
 })
 
-test_that("a finalizer that gets to see a mapped vector ends nothing", {
+test_that("a finalizer may read a mapped vector", {
   cl <- local_cluster(2)
   pids <- clusterPids(cl)
   clusterEvalQ(cl, {
@@ -339,7 +339,7 @@ test_that("a finalizer that gets to see a mapped vector ends nothing", {
   expect_true(only_mapped(cl, 0L))
 })
 
-test_that("bytes that are no message are an error", {
+test_that("invalid bytes instead of a message are an error", {
   cl <- local_cluster(1)
   damaged <- eval(quote(function(bytes) {
     tryCatch(unserialize(bytes), error = conditionMessage)

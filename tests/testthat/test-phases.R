@@ -26,13 +26,13 @@ before <- function(...) {
 }
 
 # A cluster of a host that works and of these. Its warnings are in attribute "warnings".
-beside_good <- function(commands, ..., start = "fork", ncore = 1, .frame = parent.frame()) {
+beside_good <- function(commands, ..., start_method = "fork", ncore = 1, .frame = parent.frame()) {
   bad <- lapply(unname(commands), function(command) {
-    list(host = "127.0.0.1", ncore = ncore, rscript = command, start = start)
+    list(host = "127.0.0.1", ncore = ncore, rscript = command, start_method = start_method)
   })
   warnings <- list()
   cl <- withCallingHandlers(
-    local_cluster(c(list(list(host = "localhost", ncore = 2)), bad), onFailure = "warn", ..., .frame = .frame),
+    local_cluster(c(list(list(host = "localhost", ncore = 2)), bad), on_failure = "warn", ..., .frame = .frame),
     warning = function(w) {
       warnings <<- c(warnings, list(w))
       invokeRestart("muffleWarning")
@@ -59,7 +59,7 @@ expect_left_out <- function(cl, commands) {
   proc.time()[[3L]] - began
 }
 
-test_that("a host whose command fails is left out alone", {
+test_that("only a host whose command fails is left out", {
   not_executable <- tempfile("command-")
   writeLines("#!/bin/sh", not_executable)
   commands <- c(
@@ -69,8 +69,8 @@ test_that("a host whose command fails is left out alone", {
     "exited with status 7.*its stderr:.*x" = command("head -c 300 /dev/urandom; echo x >&2; exit 7"),
     "killed by signal 9" = command("kill -9 $$"),
     "closed its stream, did not end and was killed" = command("exec >&- <&-; exec sleep 100"),
-    "Rscript cannot be run here.*Permission denied" = not_executable,
-    "Rscript cannot be run here.*No such file" = "/nowhere/Rscript",
+    "Rscript cannot be run on this machine.*Permission denied" = not_executable,
+    "Rscript cannot be run on this machine.*No such file" = "/nowhere/Rscript",
     # Not ssh's words: nothing here goes through ssh.
     "^the agent's process exited with status 255 *\nits stderr:\n.*Permission denied" =
       command("echo 'u@h: Permission denied (publickey).' >&2; exit 255")
@@ -78,20 +78,20 @@ test_that("a host whose command fails is left out alone", {
   cl <- beside_good(commands)
   expect_lt(expect_left_out(cl, commands), 5)
   told <- paste(vapply(attr(cl, "warnings"), conditionMessage, ""), collapse = "\n")
-  expect_no_match(told, "no key of yours")
+  expect_no_match(told, "the host accepts none of your keys")
   expect_no_leftovers()
 })
 
-test_that("a host that fails in greeting, loading or forking is left out alone", {
+test_that("only a host that fails in greeting, loading or forking is left out", {
   commands <- c(
-    "installed here: restart this R session" = before("put('packageVersionText', function() '9.9')"),
+    "installed on this machine: restart this R session" = before("put('packageVersionText', function() '9.9')"),
     "exited with status 1.*cannot go on" = before("put('loadBeforeFork', function(packages, after) stop('cannot go on'))"),
     "cannot be attached" = before("put('loadBeforeFork', function(packages, after) 'x cannot be attached')"),
     "exited with status 4" = before("put('loadBeforeFork', function(packages, after) quit('no', 4))"),
     "signal 11.*segfault" = before("put('loadBeforeFork', function(packages, after) tools::pskill(Sys.getpid(), 11))"),
-    "no worker came up: worker [0-9]+ exited with status 5 before it was ready" =
+    "no worker started: worker [0-9]+ exited with status 5 before it was ready" =
       before("put('serveTasks', function() quit('no', 5))"),
-    "no worker came up: worker [0-9]+ was killed by signal 9 .SIGKILL. before it was ready" =
+    "no worker started: worker [0-9]+ was killed by signal 9 .SIGKILL. before it was ready" =
       before("put('serveTasks', function() { tools::pskill(Sys.getpid(), 9); Sys.sleep(9) })")
   )
   cl <- beside_good(commands)
@@ -99,13 +99,13 @@ test_that("a host that fails in greeting, loading or forking is left out alone",
   expect_no_leftovers()
 })
 
-test_that("a host whose separate workers fail is left out alone, and one that has some of them stays", {
+test_that("only a host whose spawned workers all fail is left out", {
   commands <- c(
-    "no worker came up: worker [0-9]+ exited with status 4 before it was ready" =
+    "no worker started: worker [0-9]+ exited with status 4 before it was ready" =
       before("put('attachPackages', function(p) quit('no', 4))"),
-    "no worker came up: .*x cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')")
+    "no worker started: .*x cannot be attached" = before("put('attachPackages', function(p) 'x cannot be attached')")
   )
-  cl <- beside_good(commands, start = "spawn")
+  cl <- beside_good(commands, start_method = "spawn")
   expect_left_out(cl, commands)
   mark <- tempfile()
   # The first of the two ends. It is not started again, since it has not been up.
@@ -117,19 +117,19 @@ test_that("a host whose separate workers fail is left out alone, and one that ha
   expect_identical(clusterHosts(cl)$up, c(2L, 1L))
   expect_match(
     conditionMessage(attr(cl, "warnings")[[1L]]),
-    "127.0.0.1.*only 1 of 2 workers came up: worker [34] exited with status 6 before it was ready"
+    "127.0.0.1.*only 1 of 2 workers started: worker [34] exited with status 6 before it was ready"
   )
   expect_length(cl, 3L)
   expect_identical(clusterApply(cl, 1:6, function(i) i), as.list(1:6))
 })
 
-test_that("a host that hangs at any point of its start is left out alone", {
+test_that("only a host that hangs at any point of its start is left out", {
   skip_unless_long()
   commands <- c(
-    "no response within 8 seconds" = command("exec sleep 100"),
-    "no response within 8 seconds" = command("kill -STOP $$"),
-    "not up within 8 seconds" = before("put('loadBeforeFork', function(packages, after) Sys.sleep(100))"),
-    "not up within 8 seconds" = before("put('serveTasks', function() Sys.sleep(100))")
+    "no response within 8 s" = command("exec sleep 100"),
+    "no response within 8 s" = command("kill -STOP $$"),
+    "not ready within 8 s" = before("put('loadBeforeFork', function(packages, after) Sys.sleep(100))"),
+    "not ready within 8 s" = before("put('serveTasks', function() Sys.sleep(100))")
   )
   began <- proc.time()[[3L]]
   cl <- beside_good(commands, setup_timeout = 8)
@@ -139,7 +139,7 @@ test_that("a host that hangs at any point of its start is left out alone", {
   expect_no_leftovers()
 })
 
-test_that("a head that is killed while an agent loads packages leaves nothing", {
+test_that("a head that is killed while an agent loads packages leaves no process", {
   skip_unless_proc()
   told <- tempfile()
   slow <- before(sprintf(
@@ -158,16 +158,16 @@ test_that("a head that is killed while an agent loads packages leaves nothing", 
   expect_true(wait_until(function() !dir.exists(said[[2L]]), 5))
 })
 
-test_that("a host that is late is named, and nothing is left", {
+test_that("a host that exceeds setup_timeout is an error that names it, and no process is left", {
   late <- list(host = "127.0.0.1", ncore = 1, rscript = before("put('serveTasks', function() Sys.sleep(100))"))
   error <- caught(makeRustCluster(list(list(host = "localhost", ncore = 1), late), setup_timeout = 4))
   expect_rust_error(error, "start_failed")
   expect_identical(error$host, "127.0.0.1")
-  expect_match(conditionMessage(error), "only 1 of 2 workers were up after 4 seconds, and not all of host .127.0.0.1.")
+  expect_match(conditionMessage(error), "only 1 of 2 workers were ready after 4 s; some workers are missing on host .127.0.0.1.")
   expect_no_leftovers()
 })
 
-test_that("a host that cannot restore its workers costs no other", {
+test_that("a host that cannot restore its workers does not affect others", {
   cl <- local_cluster(list(list(host = "localhost", ncore = 1), list(host = "127.0.0.1", ncore = 2)))
   flag <- tempfile()
   on.exit(unlink(flag), add = TRUE)
@@ -193,7 +193,7 @@ two_hosts <- function(code, ..., .frame = parent.frame()) {
   tmp <- tempfile("tmp-")
   dir.create(tmp)
   spec <- list(list(host = "localhost", ncore = 2), list(host = "127.0.0.1", ncore = 2))
-  cl <- local_cluster(spec, onFailure = "warn", rscript_envs = c(TMPDIR = tmp), ..., .frame = .frame)
+  cl <- local_cluster(spec, on_failure = "warn", rscript_envs = c(TMPDIR = tmp), ..., .frame = .frame)
   stopifnot(length(list.files(tmp)) > 0L)
   mark <- tempfile("mark-")
   fail <- eval(bquote(function() if (suppressWarnings(dir.create(.(mark)))) .(code)), globalenv())
@@ -241,7 +241,7 @@ failures <- alist(
   "127.0.0.1.*signal 6" = tools::pskill(agent, 6)
 )
 
-test_that("a host that fails while it computes costs no task", {
+test_that("a host that fails during tasks loses no task", {
   work <- global(function(i) {
     fail()
     Sys.sleep(0.01)
@@ -266,7 +266,7 @@ test_that("a host that fails while it computes costs no task", {
   }
 })
 
-test_that("a host that fails while it answers costs no other its answers", {
+test_that("a host that fails while it sends results does not affect other results", {
   # The answer is larger than what the head takes before it is asked for: a process that fails then has sent a
   # part of it.
   work <- global(function(i) {
@@ -295,7 +295,7 @@ test_that("a host that fails while it answers costs no other its answers", {
   }
 })
 
-test_that("a host that fails while it is stopped costs no other its end", {
+test_that("a host that fails during stopCluster() does not affect others", {
   # The exit handlers of the good host run to their end.
   for (i in seq_along(failures)) {
     cl <- two_hosts(failures[[i]])
@@ -323,7 +323,7 @@ test_that("a host that fails while it is stopped costs no other its end", {
 
 # ---- what is told -----------------------------------------------------------------
 
-test_that("a full temporary directory is told as that", {
+test_that("a full temporary directory is reported as such", {
   if (Sys.info()[["effective_user"]] != "root") skip("only root can mount")
   dir <- tempfile("full-")
   dir.create(dir)
@@ -346,41 +346,41 @@ test_that("a full temporary directory is told as that", {
   expect_full()
 })
 
-test_that("only ssh's own failure is told as ssh's", {
+test_that("only failures of ssh itself are reported as failures of ssh", {
   ours <- list(host = "h1", here = FALSE)
   problem <- function(stderr, status, up = FALSE, reason = "the agent's process exited") {
     rustcluster:::hostProblem(ours, reason, stderr, "", status, up)
   }
   denied <- "u@h1: Permission denied (publickey,password)."
-  expect_match(problem(denied, 255L), "^no key of yours")
-  expect_match(problem(paste0("banner\n", denied, "\r"), 255L), "^no key of yours")
+  expect_match(problem(denied, 255L), "^the host accepts none of your keys")
+  expect_match(problem(paste0("banner\n", denied, "\r"), 255L), "^the host accepts none of your keys")
   expect_match(problem("ssh: connect to host h1 port 22: Connection refused", 255L), "^no sshd listens")
-  expect_match(problem("ssh: connect to host h1 port 22: Connection timed out", 255L), "^it cannot be reached")
+  expect_match(problem("ssh: connect to host h1 port 22: Connection timed out", 255L), "^the host cannot be reached")
   # The same words of others.
   expect_match(problem(denied, 1L), "^the agent's process exited")
   expect_match(problem(denied, 255L, up = TRUE), "^the agent's process exited")
   expect_match(problem("cannot open file '/x': Permission denied", 255L), "^the agent's process exited")
   expect_match(problem("Error: connection to db: Connection refused", 255L), "^the agent's process exited")
   expect_match(problem("", NA, TRUE, "its `outfile` /x cannot be opened: Permission denied"), "^its `outfile`")
-  expect_match(problem("sh: 1: exec: /x/Rscript: Permission denied", 126L), "^Rscript cannot be executed there")
-  expect_match(problem("sh: 1: exec: Rscript: not found", 127L), "^Rscript is not found there")
+  expect_match(problem("sh: 1: exec: /x/Rscript: Permission denied", 126L), "^Rscript cannot be executed on the host")
+  expect_match(problem("sh: 1: exec: Rscript: not found", 127L), "^Rscript was not found on the host")
 })
 
-test_that("an `outfile` that cannot be written is told as that, also over ssh", {
+test_that("an `outfile` that is not writable is reported as such, also over ssh", {
   skip_without_sshd()
   ssh <- local_sshd()
   outfile <- file.path(tempfile("no-such-"), "out")
   error <- caught(over_ssh(ssh, c("127.0.0.2" = 1), outfile = outfile))
   expect_rust_error(error, "start_failed")
   expect_match(conditionMessage(error), "`outfile`", fixed = TRUE)
-  expect_no_match(conditionMessage(error), "no key of yours")
+  expect_no_match(conditionMessage(error), "the host accepts none of your keys")
   not_executable <- file.path(ssh$dir, "Rscript")
   writeLines("#!/bin/sh", not_executable)
   error <- caught(over_ssh(ssh, list(list(host = "127.0.0.2", ncore = 1, rscript = not_executable))))
-  expect_match(conditionMessage(error), "Rscript cannot be executed there")
+  expect_match(conditionMessage(error), "Rscript cannot be executed on the host")
 })
 
-test_that("control characters of hosts and workers are shown, not obeyed", {
+test_that("control characters in text of hosts and workers are escaped", {
   printable <- rustcluster:::printable
   expect_identical(printable(c("a\033]0;t\007b\r\nc\td\re", NA, "")), c("a\\x1b]0;t\\x07b\nc\td\\x0de", NA, ""))
   expect_identical(printable("\u00fc\u202ex\u009b"), "\u00fc\\u202ex\\x9b")
@@ -408,6 +408,6 @@ test_that("control characters of hosts and workers are shown, not obeyed", {
   expect_no_match(paste(capture.output(print(clusterStatus(cl))), collapse = "\n"), "\033")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

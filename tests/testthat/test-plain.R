@@ -13,7 +13,7 @@ same <- function(value) {
   ))
 }
 
-test_that("values of all kinds arrive as they are", {
+test_that("values of all kinds arrive unchanged", {
   latin <- "caf\xe9"
   Encoding(latin) <- "latin1"
   bytes <- "caf\xe9"
@@ -109,7 +109,7 @@ test_that("a function that has been changed arrives changed", {
   expect_identical(clusterCall(cl[1], function(f) environment(f)$x, f)[[1]], 6)
 })
 
-test_that("what a function holds arrives as it is at the time", {
+test_that("the environment of a function arrives with its values at the time of sending", {
   # The environment is in the body, and in an attribute.
   e <- new.env()
   f <- eval(bquote(function() .(e)$x), globalenv())
@@ -129,7 +129,7 @@ test_that("what a function holds arrives as it is at the time", {
   expect_identical(clusterCall(cl[1], counter)[[1]], 2)
 })
 
-test_that("a worker's copy of a function is not what its tasks have made of it", {
+test_that("a worker's copy of a function does not contain changes by tasks", {
   f <- eval(quote(function(x) x), globalenv())
   marked <- function(f) {
     before <- isdebugged(f)
@@ -140,7 +140,7 @@ test_that("a worker's copy of a function is not what its tasks have made of it",
   for (i in 1:3) expect_identical(clusterCall(cl[1], marked, f), list(FALSE))
 })
 
-test_that("more functions than are kept arrive", {
+test_that("more functions than the cache holds arrive", {
   functions <- lapply(1:30, function(i) eval(bquote(function(x) x + .(i)), globalenv()))
   for (round in 1:2) {
     expect_equal(unlist(lapply(functions, function(f) clusterCall(cl[1], f, 0))), 1:30 + 0)
@@ -151,7 +151,7 @@ test_that("more functions than are kept arrive", {
   }
 })
 
-test_that("an answer has what parallel's has", {
+test_that("an answer has the same fields as in parallel", {
   node <- cl[[1]]
   parallel:::sendCall(node, Sys.sleep, list(0.05), tag = 7L)
   answer <- parallel:::recvData(node)
@@ -164,7 +164,7 @@ test_that("an answer has what parallel's has", {
   expect_lt(answer$time[["elapsed"]], 30)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stopCluster(cl)
   expect_no_leftovers()
 })

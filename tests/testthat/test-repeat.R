@@ -27,7 +27,7 @@ expect_nothing_held <- function(cl) {
   expect_true(wait_until(function() all(shared_memory(agents_of(cl)) == 0L)))
 }
 
-test_that("20 MB that are sent to 8 workers one by one are there once, and nothing is left of them", {
+test_that("20 MB that are sent to 8 workers one by one are held once, and freed", {
   cl <- local_cluster(8)
   skip_unless_smaps(clusterPids(cl)[[1L]])
   big <- runif(2.5e6)
@@ -55,7 +55,7 @@ test_that("20 MB that are sent to 8 workers one by one are there once, and nothi
   expect_true(only_mapped(cl, 0L))
 })
 
-test_that("an export of snow's is there once, is restored, and goes when it is replaced", {
+test_that("an export by snow is held once, is restored, and is freed when it is replaced", {
   skip_if_not_installed("snow")
   cl <- local_cluster(4)
   skip_unless_smaps(clusterPids(cl)[[1L]])
@@ -77,7 +77,7 @@ test_that("an export of snow's is there once, is restored, and goes when it is r
   expect_nothing_held(cl)
 })
 
-test_that("nodes of several clusters, and a node that is there twice, get it once a host", {
+test_that("nodes of several clusters and duplicate nodes get a repeated message once for each host", {
   one <- local_cluster(2)
   two <- local_cluster(2)
   cl <- c(one[1], two[1], one[2], two[2])
@@ -98,7 +98,7 @@ test_that("nodes of several clusters, and a node that is there twice, get it onc
   expect_identical(clusterEvalQ(cl, sum(big)), want)
 })
 
-test_that("each node gets the value that there was when it was sent", {
+test_that("each node gets the value at the time of sending", {
   library <- compiled()
   pair <- list(rust = local_cluster(3), psock = parallel::makePSOCKcluster(3))
   on.exit(parallel::stopCluster(pair$psock), add = TRUE)
@@ -144,7 +144,7 @@ test_that("each node gets the value that there was when it was sent", {
   expect_nothing_held(pair$rust)
 })
 
-test_that("messages that differ in anything are not taken for the same", {
+test_that("messages that differ in anything are not deduplicated", {
   pair <- list(rust = local_cluster(2), psock = parallel::makePSOCKcluster(2))
   on.exit(parallel::stopCluster(pair$psock), add = TRUE)
   x <- 1:20000 + 0
@@ -182,7 +182,7 @@ test_that("messages that differ in anything are not taken for the same", {
   expect_nothing_held(pair$rust)
 })
 
-test_that("a task whose worker is killed is tried again, with the message of its own", {
+test_that("a task whose worker is killed is retried with its own message", {
   cl <- local_cluster(3)
   x <- runif(1e5)
   y <- runif(1e5)
@@ -220,7 +220,7 @@ test_that("a task whose worker is killed is tried again, with the message of its
   expect_nothing_held(cl)
 })
 
-test_that("each host gets it, in its own byte order, and again when it is back", {
+test_that("each host gets a repeated message in its byte order, and again after reconnection", {
   hosts <- lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads))
   x <- runif(1e5)
   want <- rep(list(c(sum(x), x[[77L]])), 4)
@@ -260,9 +260,9 @@ test_that("each host gets it, in its own byte order, and again when it is back",
   expect_identical(got, want[1:3])
 })
 
-test_that("workers that are no forks get it, and those with a limit of memory", {
+test_that("spawned workers and workers with a memory limit get repeated messages", {
   x <- numeric(1e6)
-  clusters <- list(local_cluster(2, start = "spawn"))
+  clusters <- list(local_cluster(2, start_method = "spawn"))
   if (!inherits(try(skip_unless_memory_limits(), silent = TRUE), "skip")) {
     clusters <- c(clusters, list(local_cluster(2, memory_limit = 500e6)))
   }
@@ -272,7 +272,7 @@ test_that("workers that are no forks get it, and those with a limit of memory", 
   }
 })
 
-test_that("after an interrupt at any moment the next call is right, and nothing is held", {
+test_that("after an interrupt at any moment the next call works, and no memory is held", {
   cl <- local_cluster(4)
   pids <- clusterPids(cl)
   x <- runif(2e6)
@@ -296,7 +296,7 @@ test_that("after an interrupt at any moment the next call is right, and nothing 
   expect_identical(clusterPids(cl), pids)
 })
 
-test_that("code that R runs while it serializes may change what is sent, fail, and send nothing itself", {
+test_that("code that R runs during serialization may change values and fail, but not send", {
   library <- compiled()
   cl <- local_cluster(lapply(1:2, function(threads) list(host = "localhost", ncore = 2L, threads = threads)))
   clusterCall(cl, dyn.load, library)
@@ -360,7 +360,7 @@ test_that("code that R runs while it serializes may change what is sent, fail, a
   expect_nothing_held(cl)
 })
 
-test_that("a message is held here for as long as a task that has it is not answered", {
+test_that("the head holds a message until all of its tasks are answered", {
   cl <- local_cluster(3)
   freed <- 0
   of <- global(function(e) length(e$x))
@@ -392,6 +392,6 @@ test_that("a message is held here for as long as a task that has it is not answe
   expect_nothing_held(cl[3])
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

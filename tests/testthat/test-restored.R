@@ -3,7 +3,7 @@
 skip_on_cran()
 watch_processes()
 
-test_that("a cluster in a restored session says what has happened and what to do", {
+test_that("a cluster in a restored session is an error with the reason and a remedy", {
   skip_unless_proc()
   workspace <- tempfile(fileext = ".RData")
   first <- start_child({
@@ -66,12 +66,12 @@ test_that("a cluster in a restored session says what has happened and what to do
   expect_identical(said[[21]], "new 2")
   shown <- child_read(second, "shown")
   expect_match(shown[[1]], "^socket cluster with 2 nodes on host .localhost. that was saved and loaded")
-  expect_identical(shown[[2]], "Make a new one with makeRustCluster()")
+  expect_identical(shown[[2]], "Create a new one with makeRustCluster()")
   expect_match(shown[3:6], "saved and loaded")
   expect_match(shown[[7]], "that has been stopped$")
   expect_match(shown[[9]], "saved and loaded")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

@@ -2,7 +2,7 @@
 
 watch_processes()
 
-test_that("messages may hold anything", {
+test_that("messages may contain any text", {
   pair <- cluster_pair()
   for (text in c("%s%n%d%%", strrep("x%s", 4e5), "Z\u00fcrich \u2018%n\u2019")) {
     get <- function(cl) {
@@ -12,7 +12,7 @@ test_that("messages may hold anything", {
   }
 })
 
-test_that("a value or an argument that cannot be serialized is an error, and the next call is right", {
+test_that("a value or an argument that cannot be serialized is an error, and the next call works", {
   cl <- local_cluster(2)
   # R jumps out of its serialization through our frames, again and again.
   cut <- function() stop("cut")
@@ -38,7 +38,7 @@ test_that("a call survives gctorture", {
   expect_match(error, "one node produced an error: x")
 })
 
-test_that("a cluster that was saved and loaded says so", {
+test_that("a cluster that was saved and loaded is an error of its own class", {
   cl <- local_cluster(2)
   file <- tempfile()
   saveRDS(cl, file)
@@ -55,13 +55,13 @@ test_that("a cluster that was saved and loaded says so", {
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 
-test_that("an answer is not waited for when nothing was sent", {
+test_that("receiving without an outstanding task is an error", {
   cl <- local_cluster(2)
   expect_rust_error(caught(parallel:::recvResult(cl[[1]])), "no_task")
   expect_rust_error(caught(parallel:::recvOneResult(cl)), "no_task")
 })
 
-test_that("what is no agent is named, with what it printed", {
+test_that("a program that is no agent is an error with its output", {
   fake <- function(lines) {
     path <- tempfile(fileext = ".sh")
     writeLines(c("#!/bin/sh", lines), path)
@@ -90,7 +90,7 @@ test_that("what is no agent is named, with what it printed", {
   )
 })
 
-test_that("clusters in a row leave no descriptor and no thread behind", {
+test_that("consecutive clusters leave no descriptor and no thread", {
   skip_unless_proc()
   count <- function() {
     c(length(list.files("/proc/self/fd")), length(list.files("/proc/self/task")))

@@ -53,7 +53,7 @@ expect_verbs <- function(cl) {
 }
 
 for (n in c(320L, 1000L)) {
-  test_that(paste(n, "workers: every verb, in bounded memory, and all of them gone"), {
+  test_that(paste(n, "workers: every verb, in limited memory, and no process left"), {
     connections <- nrow(showConnections(all = TRUE))
     began <- proc.time()[["elapsed"]]
     cl <- local_cluster(n)
@@ -70,7 +70,7 @@ for (n in c(320L, 1000L)) {
   })
 }
 
-test_that("results of 4 GB in all come through a buffer of 512 MB", {
+test_that("results of 4 GB in total pass through a buffer of 512 MB", {
   cl <- local_cluster(16)
   peak <- function() {
     line <- grep("^VmHWM:", readLines("/proc/self/status"), value = TRUE)
@@ -96,7 +96,7 @@ test_that("results of 4 GB in all come through a buffer of 512 MB", {
   expect_lt(peak() - before, 512e6 + 4 * 256e6)
 })
 
-test_that("2 GB to one worker, in bounded memory, while others go on", {
+test_that("2 GB are sent to one worker in limited memory, while others go on", {
   cl <- local_cluster(2)
   x <- numeric(256e6)
   x[length(x)] <- 1
@@ -107,7 +107,7 @@ test_that("2 GB to one worker, in bounded memory, while others go on", {
 test_that("exporting 1 GB takes the head little memory of its own", {
   # Of a session of its own: this one's has been larger.
   child <- start_child({
-    cl <- makeRustCluster(4, keep_limit = 2^33)
+    cl <- makeRustCluster(4, setup_log_limit = 2^33)
     status <- function(name) {
       line <- grep(paste0("^", name, ":"), readLines("/proc/self/status"), value = TRUE)
       1024 * as.numeric(gsub("[^0-9]", "", line))
@@ -138,6 +138,6 @@ test_that("exporting 1 GB takes the head little memory of its own", {
   expect_identical(child_said(child, "same"), "TRUE")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

@@ -51,7 +51,7 @@ expect_same_on_all <- function(expr, ...) {
   invisible(want$result)
 }
 
-test_that("every verb gives what PSOCK gives on nodes of several clusters", {
+test_that("every verb returns the same as PSOCK on nodes of several clusters", {
   expect_same_on_all(clusterCall(cl, function(x) x + 1, 2))
   expect_same_on_all(clusterApply(cl, c(a = 1, b = 2, c = 3, d = 4, e = 5, f = 6), function(i) i * 2))
   expect_same_on_all(clusterApply(cl, 1:2, identity))
@@ -76,7 +76,7 @@ test_that("every verb gives what PSOCK gives on nodes of several clusters", {
   expect_same_on_all(clusterSplit(cl, 1:10))
 })
 
-test_that("our own verbs find nodes of ours in a cluster that has kept PSOCK's class", {
+test_that("the verbs of this package accept nodes of this package in a PSOCK cluster", {
   mixtures()
   cl <- cluster_of(c(unclass(several$psock), unclass(several$a)), class(several$psock))
   expect_identical(clusterApplyLB(cl, 1:20, identity), as.list(1:20))
@@ -84,7 +84,7 @@ test_that("our own verbs find nodes of ours in a cluster that has kept PSOCK's c
   expect_identical(clusterApply(cl, 1:20, identity), as.list(1:20))
 })
 
-test_that("which node has which task, and its random numbers, are PSOCK's", {
+test_that("nodes run the same tasks, with the same random numbers, as with PSOCK", {
   expect_same_on_all({
     parallel::clusterSetRNGStream(cl, 5)
     list(clusterCall(cl, runif, 2), clusterApply(cl, 1:9, function(i) runif(1)), parSapply(cl, 1:9, rnorm))
@@ -95,7 +95,7 @@ test_that("which node has which task, and its random numbers, are PSOCK's", {
   })
 })
 
-test_that("errors of tasks are PSOCK's on nodes of several clusters", {
+test_that("errors of tasks on nodes of several clusters are the same as with PSOCK", {
   for (fun in list(function(i) stop("no ", i), function(i) if (i == 3) stop("three") else i)) {
     expect_same_on_all(clusterApply(cl, 1:6, fun), fun = fun)
     expect_same_on_all(clusterApplyLB(cl, c(3, 3, 3, 3), fun), fun = fun)
@@ -107,7 +107,7 @@ test_that("errors of tasks are PSOCK's on nodes of several clusters", {
   expect_same_on_all(clusterApplyLB(cl, 1:9, identity))
 })
 
-test_that("a node may be there twice, also beside those of another cluster", {
+test_that("duplicate nodes work, also beside nodes of another cluster", {
   two <- two_clusters()
   psock <- oracle()
   verbs <- verbs_of("rustcluster")
@@ -129,7 +129,7 @@ test_that("a node may be there twice, also beside those of another cluster", {
   expect_identical(clusterPids(unique(one)), clusterPids(several$a))
 })
 
-test_that("our own verbs take nodes of several clusters", {
+test_that("the verbs of this package take nodes of several clusters", {
   two <- two_clusters()
   x <- c(a = 1, b = 2, c = 3, d = 4, e = 5)
   expect_identical(clusterLapply(two, x, function(i) i^2), lapply(x, function(i) i^2))
@@ -186,7 +186,7 @@ test_that("a loop of foreach runs on nodes of several clusters", {
   }
 })
 
-test_that("a task that is lost is tried again, and is known by its number among all", {
+test_that("a task is retried after a worker failure, and is named by its index among all tasks", {
   two <- two_clusters()
   once <- function(i, at, mark) {
     if (i == at && !file.exists(mark)) {
@@ -259,7 +259,7 @@ test_that("after an interrupt, or a warning that jumps, all clusters are usable"
   right()
 })
 
-test_that("no cluster is left unheard, and waiting takes no processor time", {
+test_that("each cluster is served, and waiting takes no CPU time", {
   for (cl in mixtures()) {
     who <- unlist(clusterApplyLB(cl, 1:80, function(i) {
       Sys.sleep(0.01)
@@ -276,7 +276,7 @@ test_that("no cluster is left unheard, and waiting takes no processor time", {
   }
 })
 
-test_that("answers of a stopped, restored or silent cluster are not waited for", {
+test_that("waiting for a stopped, restored or silent cluster is an error", {
   a <- local_cluster(1)
   b <- local_cluster(2)
   both <- c(a, b)
@@ -291,7 +291,7 @@ test_that("answers of a stopped, restored or silent cluster are not waited for",
   expect_identical(clusterApplyLB(b, 1:9, identity), as.list(1:9))
 })
 
-test_that("what tells of a cluster tells of nodes of several", {
+test_that("functions that report on a cluster accept nodes of several clusters", {
   two <- two_clusters()
   clusterCall(two, identity, 1)
   pids <- unlist(clusterCall(two, Sys.getpid))
@@ -337,7 +337,7 @@ test_that("clusterAlive() leaves out the stopped nodes of each cluster", {
   expect_rust_error(caught(clusterAlive(c(a, readRDS(file)))), "restored")
 })
 
-test_that("what cannot take PSOCK's nodes names them", {
+test_that("functions that refuse PSOCK nodes name them", {
   skip_if_not_installed("foreach")
   for (name in c("ours_first", "theirs_first", "of_our_class")) {
     cl <- mixtures()[[name]]
@@ -369,7 +369,7 @@ test_that("c() joins clusters and nodes", {
   expect_rust_error(caught(c(several$a, list(1))), "bad_argument")
 })
 
-test_that("the end of a cluster that was joined is that of all", {
+test_that("stopCluster() of joined clusters stops all of them", {
   skip_unless_proc()
   a <- local_cluster(2)
   b <- local_cluster(2)
@@ -398,7 +398,7 @@ test_that("the end of a cluster that was joined is that of all", {
   expect_gone(c(pids, theirs))
 })
 
-test_that("parallelly's functions know our nodes", {
+test_that("parallelly's functions work on nodes of this package", {
   skip_if_not_installed("parallelly")
   a <- local_cluster(2)
   b <- local_cluster(1)
@@ -446,7 +446,7 @@ test_that("futures run on nodes of several clusters, or are refused", {
   expect_identical(error$argument, "workers")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   for (name in c("a", "b", "psock", "oracle")) if (!is.null(several[[name]])) stop_quietly(several[[name]])
   expect_no_leftovers()
 })

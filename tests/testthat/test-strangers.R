@@ -15,7 +15,7 @@ children <- function() setdiff(descendants(), leftovers$before)
 
 magic <- "printf '\\n<rustcluster stream 1>\\n'"
 
-test_that("whatever is started in the place of an agent is one clear error and leaves nothing", {
+test_that("any program in place of an agent is one error and leaves no process", {
   skip_unless_proc()
   strangers <- list(
     "status 0" = "exit 0",
@@ -47,14 +47,14 @@ test_that("whatever is started in the place of an agent is one clear error and l
   }
 })
 
-test_that("a stranger among the hosts does not keep the others from being a cluster", {
+test_that("an untrusted peer among the hosts does not affect the other hosts", {
   skip_unless_proc()
   spec <- list(
     list(host = "localhost", ncore = 2),
     list(host = "localhost", ncore = 1, rscript = stranger(magic, "exec head -c 9999 /dev/urandom"))
   )
   expect_warning(
-    cl <- note_processes(makeRustCluster(spec, onFailure = "warn")),
+    cl <- note_processes(makeRustCluster(spec, on_failure = "warn")),
     class = "rustcluster_host_left_out"
   )
   expect_length(cl, 2)
@@ -87,11 +87,11 @@ reachable <- function(table) {
   vapply(rows, `[[`, "", 10L)
 }
 
-test_that("no socket of a cluster can be reached by anybody", {
+test_that("no socket of a cluster accepts connections", {
   skip_unless_proc()
   # In a session of its own: this one may have sockets for other reasons.
   child <- start_child({
-    cl <- makeRustCluster(2, start = start)
+    cl <- makeRustCluster(2, start_method = start)
     parallel::clusterCall(cl, identity, 1)
     say("pids", paste(c(Sys.getpid(), agentPids(cl), clusterPids(cl)), collapse = " "))
     Sys.sleep(60)
@@ -106,7 +106,7 @@ test_that("no socket of a cluster can be reached by anybody", {
   }
 })
 
-test_that("what a cluster puts into the file system is its user's alone", {
+test_that("files of a cluster are accessible to their user only", {
   skip_unless_proc()
   skip_on_os("windows")
   # Whatever the session's umask is.
@@ -114,7 +114,7 @@ test_that("what a cluster puts into the file system is its user's alone", {
   on.exit(Sys.umask(old))
   for (start in c("fork", "spawn")) {
     before <- list.files(dirname(tempdir()), full.names = TRUE)
-    cl <- local_cluster(2, start = start)
+    cl <- local_cluster(2, start_method = start)
     dirs <- unlist(clusterCall(cl, tempdir))
     expect_length(unique(dirs), 2L)
     made <- setdiff(list.files(dirname(tempdir()), full.names = TRUE), before)
@@ -136,7 +136,7 @@ test_that("what a cluster puts into the file system is its user's alone", {
   }
 })
 
-test_that("another user can neither look into a cluster nor end it", {
+test_that("another user can neither inspect nor stop a cluster", {
   skip_unless_proc()
   skip_if_not(Sys.info()[["effective_user"]] == "root", "takes root")
   skip_if_not(nzchar(Sys.which("setpriv")), "there is no setpriv")
@@ -168,6 +168,6 @@ test_that("another user can neither look into a cluster nor end it", {
   expect_equal(unlist(clusterCall(cl, Sys.getpid)), as.integer(clusterPids(cl)))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

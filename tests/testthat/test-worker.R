@@ -83,14 +83,14 @@ test_that("a task is called as do.call(fun, args, quote = TRUE) calls it", {
   expect_same_error(clusterCall(cl, quote(sum), 1))
 })
 
-test_that("what a task assigns where it was called from is gone after it", {
+test_that("assignments of a task in its caller's frame are gone after the task", {
   expect_same_value(clusterCall(cl, assign, "left_behind", 1))
   expect_same_value(clusterCall(cl, exists, "left_behind"))
   expect_same_value(clusterCall(cl, function() identical(parent.frame(), globalenv())))
   expect_same_value(clusterCall(cl, function() environmentName(parent.env(parent.frame()))))
 })
 
-test_that("how a task may end", {
+test_that("all ways to end a task", {
   expect_same_value(clusterCall(cl, function() invisible(3)))
   expect_same_value(clusterCall(cl, function() callCC(function(k) k("out"))))
   expect_same_value(clusterCall(cl, function() withRestarts(invokeRestart("mine", 4), mine = identity)))
@@ -272,7 +272,7 @@ test_that("rscript_envs: set, unset, and kept as they are", {
   expect_equal(Sys.getenv("RC_TEST_SET", "unset"), "unset")
 })
 
-test_that("packages= are attached in every worker before the first task", {
+test_that("`packages` are attached in every worker before the first task", {
   cl <- local_cluster(2, packages = c("splines", "stats4"))
   expect_equal(
     clusterEvalQ(cl, all(c("package:splines", "package:stats4") %in% search())),
@@ -347,7 +347,7 @@ test_that("outfile: lines of several workers do not interleave, and the last nee
   expect_equal(lengths(regmatches(paste(lines, collapse = ""), gregexpr("last [123]", paste(lines, collapse = "")))), 3)
 })
 
-test_that("outfile: a file that cannot be made is named, with its host", {
+test_that("outfile: a file that cannot be created is an error that names file and host", {
   file <- file.path(tempfile("none"), "out")
   error <- caught(makeRustCluster(2, outfile = file))
   expect_rust_error(error, "start_failed")
@@ -357,7 +357,7 @@ test_that("outfile: a file that cannot be made is named, with its host", {
   expect_match(conditionMessage(error), "No such file")
 })
 
-test_that("outfile = \"\": the workers' output comes to the head's", {
+test_that("outfile = \"\": the head prints the output of workers", {
   child <- start_child({
     cl <- makeRustCluster(2, outfile = "")
     invisible(clusterApply(cl, 1:2, function(i) {
@@ -398,9 +398,9 @@ test_that("a large output without a reader does not stop a worker", {
   expect_equal(got, list("done", "done"))
 })
 
-test_that("start = \"spawn\": separate R processes, the same answers", {
+test_that("start_method = \"spawn\": separate R processes, the same answers", {
   skip_unless_proc()
-  cl <- local_cluster(2, start = "spawn")
+  cl <- local_cluster(2, start_method = "spawn")
   pids <- clusterPids(cl)
   expect_length(unique(pids), 2L)
   expect_equal(unlist(clusterCall(cl, Sys.getpid)), as.integer(pids))
@@ -430,9 +430,9 @@ test_that("start = \"spawn\": separate R processes, the same answers", {
   expect_gone(c(pids, agents))
 })
 
-test_that("start = \"spawn\": packages, variables and threads", {
+test_that("start_method = \"spawn\": packages, variables and threads", {
   cl <- local_cluster(
-    2, start = "spawn", packages = "splines", threads = 2, rscript_envs = c(RC_TEST_SET = "x y")
+    2, start_method = "spawn", packages = "splines", threads = 2, rscript_envs = c(RC_TEST_SET = "x y")
   )
   expect_equal(clusterEvalQ(cl, "package:splines" %in% search()), list(TRUE, TRUE))
   expect_equal(clusterCall(cl, Sys.getenv, "RC_TEST_SET"), list("x y", "x y"))
@@ -477,7 +477,7 @@ test_that("a jump to the top level is the task's error, and its worker goes on",
   expect_identical(clusterPids(cl), pids)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })
