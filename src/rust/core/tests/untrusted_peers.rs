@@ -1,7 +1,7 @@
 //! Whoever is at the other end of a stream and whatever comes from there: a host, an agent or a
 //! worker that is none is named as such and ends, and nothing else is the worse for it.
 //!
-//! The strangers are shells and `cat`s. Where a real agent is needed, it is this test's own
+//! The peers are shells and `cat`s. Where a real agent is needed, it is this test's own
 //! executable, whose workers answer with what they were asked.
 
 #![allow(
@@ -122,7 +122,7 @@ impl Scratch {
     fn new() -> Scratch {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("rustcluster-strangers-{}-{count}", std::process::id());
+        let name = format!("rustcluster-untrusted-peers-{}-{count}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).unwrap();
         Scratch(path)
@@ -545,7 +545,7 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
 }
 
 #[test]
-fn the_answer_of_a_stranger_stays_within_what_was_granted() {
+fn the_answer_of_an_untrusted_peer_stays_within_what_was_granted() {
     let scratch = Scratch::new();
     let (launch, mouth) = scratch.mouthpiece("mouth");
     let mut hub = Hub::start(vec![launch, real_agent()], hello(), LIMIT).unwrap();
@@ -648,7 +648,7 @@ fn announced_lengths_take_no_memory() {
 }
 
 #[test]
-fn what_a_stranger_prints_without_end_is_bounded() {
+fn what_an_untrusted_peer_prints_without_end_is_bounded() {
     let scratch = Scratch::new();
     let path = scratch.file("hello", &greeting(hello()));
     let piece = wire(&Frame::new(Kind::Output, 0, 0, 0, vec![b'x'; 999].into()));
@@ -863,7 +863,7 @@ impl Seen {
 }
 
 #[test]
-fn an_agent_ends_when_its_head_is_a_stranger() {
+fn an_agent_ends_when_its_head_is_untrusted() {
     let start_nothing = [
         MAGIC,
         &control(&ToAgent::Hello(hello())),
