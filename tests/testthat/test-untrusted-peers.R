@@ -108,7 +108,6 @@ test_that("no socket of a cluster can be reached by anybody", {
 
 test_that("what a cluster puts into the file system is its user's alone", {
   skip_unless_proc()
-  skip_on_os("windows")
   # Whatever the session's umask is.
   old <- Sys.umask("0")
   on.exit(Sys.umask(old))

@@ -603,7 +603,6 @@ fn a_host_that_never_stops_sending_holds_up_no_other() {
 }
 
 /// Bytes of memory that this process has in use.
-#[cfg(target_os = "linux")]
 fn resident() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:"));
@@ -612,7 +611,6 @@ fn resident() -> usize {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn announced_lengths_take_no_memory() {
     let scratch = Scratch::new();
     let launches_and_mouths = (0..32).map(|at| scratch.mouthpiece(&format!("mouth{at}")));
@@ -747,23 +745,20 @@ fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
     hub.drop_payload(id);
     // Each has done something since it was told to let go of it.
     (0..5).for_each(|rank| expect_answers(&mut hub, rank));
-    if cfg!(target_os = "linux") {
-        let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
-        let of_workers = (0..5).filter_map(|rank| hub.worker(rank).pid);
-        for pid in of_agents.chain(of_workers).collect::<Vec<u32>>() {
-            let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-            assert!(!maps.contains("memfd"), "{maps}");
-            for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
-                let target = fs::read_link(fd.unwrap().path()).unwrap_or_default();
-                assert!(!target.to_string_lossy().contains("memfd"), "{target:?}");
-            }
+    let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
+    let of_workers = (0..5).filter_map(|rank| hub.worker(rank).pid);
+    for pid in of_agents.chain(of_workers).collect::<Vec<u32>>() {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        assert!(!maps.contains("memfd"), "{maps}");
+        for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+            let target = fs::read_link(fd.unwrap().path()).unwrap_or_default();
+            assert!(!target.to_string_lossy().contains("memfd"), "{target:?}");
         }
     }
     close(hub);
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn a_host_without_room_for_shared_memory_is_sent_as_much_without() {
     let real = real_agent();
     // Files may not be longer than that; those in memory are files.
@@ -1159,7 +1154,6 @@ fn bring_up(hub: &mut Hub, start: Start) {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn answers_with_descriptors_among_others_are_all_read() {
     // What a fresh worker repeats is answered at once, so that its channel holds many answers. Reading
     // stops behind each that carries a descriptor, although there is more.

@@ -119,10 +119,7 @@ pub fn recv(
     descriptors: &mut Vec<OwnedFd>,
     wait: bool,
 ) -> io::Result<usize> {
-    #[cfg(target_os = "linux")]
     const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
-    #[cfg(not(target_os = "linux"))]
-    const FLAGS: libc::c_int = 0;
     let flags = FLAGS | if wait { 0 } else { libc::MSG_DONTWAIT };
     let mut control: Control = [0; 8];
     let mut slice = libc::iovec {
@@ -147,9 +144,6 @@ pub fn recv(
                 let first = libc::CMSG_DATA(header).cast::<RawFd>();
                 for at in 0..bytes / size_of::<RawFd>() {
                     let fd = OwnedFd::from_raw_fd(first.add(at).read_unaligned());
-                    if cfg!(not(target_os = "linux")) {
-                        libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC);
-                    }
                     descriptors.push(fd);
                 }
             }
@@ -168,10 +162,7 @@ pub fn send(fd: RawFd, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
 /// As [`send`]; with the first byte goes a descriptor.
 pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) -> io::Result<usize> {
     let mut control: Control = [0; 8];
-    #[cfg(target_os = "linux")]
     const FLAGS: libc::c_int = libc::MSG_NOSIGNAL;
-    #[cfg(not(target_os = "linux"))]
-    const FLAGS: libc::c_int = 0;
     // SAFETY: IoSlice is guaranteed to be laid out as iovec; an all-zero msghdr is a valid empty
     // one; sendmsg only reads through the pointers. In the control message there is room for a
     // header and a descriptor.
@@ -199,22 +190,14 @@ pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) ->
 
 /// The process that made the pair of sockets which this is one of, if the system tells.
 pub fn maker_of_pair(fd: RawFd) -> Option<u32> {
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: all zeroes are a ucred, which the call fills; the length is its own.
-        unsafe {
-            let mut peer: libc::ucred = std::mem::zeroed();
-            let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-            let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
-            let out = (&raw mut peer).cast();
-            check(libc::getsockopt(fd, level, name, out, &raw mut len)).ok()?;
-            u32::try_from(peer.pid).ok()
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = fd;
-        None
+    // SAFETY: all zeroes are a ucred, which the call fills; the length is its own.
+    unsafe {
+        let mut peer: libc::ucred = std::mem::zeroed();
+        let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+        let out = (&raw mut peer).cast();
+        check(libc::getsockopt(fd, level, name, out, &raw mut len)).ok()?;
+        u32::try_from(peer.pid).ok()
     }
 }
 
@@ -264,14 +247,11 @@ mod tests {
         file.read_exact_at(&mut text, 0).unwrap();
         assert_eq!(&text, b"in memory");
         assert_eq!(file.read(&mut buffer).unwrap(), 0);
-        if cfg!(target_os = "linux") {
-            assert!(file.write_all_at(b"x", 0).is_err());
-            assert!(file.set_len(3).is_err() && file.set_len(30).is_err());
-        }
+        assert!(file.write_all_at(b"x", 0).is_err());
+        assert!(file.set_len(3).is_err() && file.set_len(30).is_err());
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn descriptors_for_which_there_is_no_room_are_not_left_open() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let files: Vec<File> = (0..9).map(|_| memory_file().unwrap()).collect();

@@ -220,9 +220,6 @@ pub fn memory_limits() -> String {
 
 /// Bytes that count for [`limit_memory`] in this process now, if the system tells.
 pub fn memory_counted() -> Option<u64> {
-    if !cfg!(target_os = "linux") {
-        return None;
-    }
     parse_counted(&std::fs::read_to_string("/proc/self/status").ok()?)
 }
 
@@ -231,7 +228,6 @@ fn parse_counted(status: &str) -> Option<u64> {
     line_bytes(status, "VmData:")
 }
 
-#[cfg(unix)]
 mod platform {
     use super::{Room, SystemLimits, cgroup, io, line_bytes};
     use std::fs;
@@ -262,9 +258,7 @@ mod platform {
             open_files: open_files().ok().and_then(|limit| finite(limit.rlim_max)),
             ..SystemLimits::default()
         };
-        if cfg!(target_os = "linux") {
-            linux_limits(&mut limits, Path::new("/proc"));
-        }
+        linux_limits(&mut limits, Path::new("/proc"));
         limits
     }
 
@@ -482,25 +476,6 @@ mod platform {
     }
 }
 
-#[cfg(not(unix))]
-mod platform {
-    use super::{SystemLimits, io};
-
-    pub(super) fn limits() -> SystemLimits {
-        SystemLimits::default()
-    }
-
-    /// There is no such limit.
-    pub(super) fn limit_memory(_bytes: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// There is no such limit to raise.
-    pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
-        Ok(needed)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -522,7 +497,7 @@ mod tests {
         ] {
             assert_eq!(parse_counted(status), None, "{status:?}");
         }
-        assert_eq!(memory_counted().is_some(), cfg!(target_os = "linux"));
+        assert!(memory_counted().is_some());
     }
 
     #[test]
@@ -653,7 +628,6 @@ mod tests {
         assert_eq!(check(1), Ok(()));
     }
 
-    #[cfg(unix)]
     mod unix {
         use super::super::platform::{
             Capabilities, linux_limits, maps_all_users, tasks_in_loadavg, user_and_threads,

@@ -23,30 +23,20 @@ pub fn is_parent(parent: u32) -> bool {
 /// A descriptor that becomes readable when this process's parent ends, if the system has such
 /// and the parent is still `parent`.
 pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
-        unsafe {
-            if !is_parent(parent) {
-                return None;
-            }
-            let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
-            let fd = check(fd).ok().map(|fd| OwnedFd::from_raw_fd(fd))?;
-            // Had the parent ended before, its number could be another's by now.
-            is_parent(parent).then_some(fd)
+    // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
+    unsafe {
+        if !is_parent(parent) {
+            return None;
         }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = parent;
-        None
+        let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
+        let fd = check(fd).ok().map(|fd| OwnedFd::from_raw_fd(fd))?;
+        // Had the parent ended before, its number could be another's by now.
+        is_parent(parent).then_some(fd)
     }
 }
 
-/// Has the system kill this process when its parent ends. Where the system has no such thing,
-/// the end of the channel must do.
+/// Has the kernel kill this process when its parent ends.
 pub fn die_with_parent(parent: u32) {
-    #[cfg(target_os = "linux")]
     // SAFETY: prctl with these arguments and getppid have no memory effects; _exit is what a
     // forked child may call at any time.
     unsafe {
@@ -55,13 +45,10 @@ pub fn die_with_parent(parent: u32) {
             libc::_exit(1);
         }
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = parent;
 }
 
-/// Makes this process the parent of all below it that lose theirs, where the system can.
+/// Makes this process the parent of all below it that lose theirs.
 pub fn adopt_orphans() {
-    #[cfg(target_os = "linux")]
     // SAFETY: prctl with these arguments has no memory effects.
     unsafe {
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong);
