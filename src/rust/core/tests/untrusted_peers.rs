@@ -21,6 +21,7 @@ use rustcluster_core::head::launch::{self, Launch, Launched};
 use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::platform::memfd;
+use rustcluster_core::platform::signals;
 use rustcluster_core::protocol::control::{
     self, Hello, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
 };
@@ -595,8 +596,8 @@ fn a_host_that_never_stops_sending_holds_up_no_other() {
     assert!(other.failure.unwrap().reason.contains("status 0"));
     expect_answers(&mut hub, 1);
     let flooder = hub.hosts()[0].pid.unwrap();
-    // SAFETY: no memory effects. The head has not waited for it: it has not been told of its end.
-    unsafe { libc::kill(-(flooder as i32), libc::SIGKILL) };
+    // The head has not waited for it: it has not been told of its end.
+    signals::kill(-(flooder as i32), libc::SIGKILL).unwrap();
     failure(&hub, 0);
     flood.join().unwrap();
     close(hub);
@@ -930,8 +931,8 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
     // A worker that reads nothing, and a head that does not mind.
     let mut agent = Seen::new();
     let worker = agent.greet(start(1));
-    // SAFETY: no memory effects; the worker is there until its agent ends.
-    unsafe { libc::kill(worker as i32, libc::SIGSTOP) };
+    // The worker is there until its agent ends.
+    signals::kill(worker as i32, libc::SIGSTOP).unwrap();
     agent.say(&more_than_the_window);
     agent.expect_end();
     expect_gone(worker);
@@ -1108,8 +1109,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let tasks: Vec<u64> = [SLEEP, b"next"].iter().map(|m| send(&mut hub, m)).collect();
     thread::sleep(Duration::from_millis(100));
     let pid = hub.worker(0).pid.unwrap();
-    // SAFETY: a process of ours.
-    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+    kill(pid);
     let answer = receive(&mut hub, 0);
     assert!(matches!(answer, Answer::Lost { task, .. } if task == tasks[0]));
     hub.forget(0, tasks[0]);
@@ -1132,8 +1132,8 @@ fn lasting(hub: &mut Hub, rank: Rank, message: &[u8]) -> usize {
 }
 
 fn kill(pid: u32) {
-    // SAFETY: a process of ours, or its number that nobody else has yet.
-    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+    // A process of ours, or its number that nobody else has yet.
+    let _ = signals::kill(pid as i32, libc::SIGKILL);
 }
 
 /// Kills a worker and waits for the one that takes its place.

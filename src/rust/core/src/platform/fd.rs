@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// The error of a system call that has failed.
 pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -10,18 +10,6 @@ pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
         Err(io::Error::last_os_error())
     } else {
         Ok(result)
-    }
-}
-
-/// A copy of a descriptor, the lowest free one from 3, closed on exec.
-pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl checks the descriptor; the new one is owned by nobody else.
-    unsafe {
-        Ok(OwnedFd::from_raw_fd(check(libc::fcntl(
-            fd,
-            libc::F_DUPFD_CLOEXEC,
-            3,
-        ))?))
     }
 }
 
@@ -67,32 +55,24 @@ fn set_flag(fd: RawFd, flag: libc::c_int, on: bool) -> io::Result<()> {
 
 /// A pipe, both ends closed on exec: what is written to the second can be read from the first.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: pipe fills the array; the descriptors are owned by nobody else. Between pipe and
-    // fcntl no other thread of ours forks: the agent has one thread, and in the head std's own
-    // spawn closes what it did not mean to pass on.
-    unsafe {
-        check(libc::pipe(fds.as_mut_ptr()))?;
-        let ends = (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]));
-        for fd in fds {
-            check(libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC))?;
-        }
-        Ok(ends)
-    }
+    let (writer, reader) = mio::unix::pipe::new()?;
+    writer.set_nonblocking(false)?;
+    reader.set_nonblocking(false)?;
+    Ok((reader.into(), writer.into()))
 }
 
 /// The stream this process was started with: stdin and stdout are taken out of R's reach. What R
 /// or anything else prints from now on goes to stderr, and stdin is empty.
 pub fn take_stdio() -> io::Result<(File, File)> {
     let reader = take_stdin()?;
-    let writer = File::from(duplicate(1)?);
+    let writer = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     redirect(2, 1)?;
     Ok((reader, writer))
 }
 
 /// Stdin, taken out of R's reach: what R reads from now on is empty.
 pub fn take_stdin() -> io::Result<File> {
-    let reader = File::from(duplicate(0)?);
+    let reader = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let null = File::open("/dev/null")?;
     redirect(null.as_raw_fd(), 0)?;
     Ok(reader)

@@ -8,6 +8,7 @@
 //! Never calls R; safe to call from any thread.
 
 use crate::platform::cgroup;
+use crate::platform::fd;
 use crate::platform::memory::line_bytes;
 use std::fmt;
 use std::io;
@@ -229,33 +230,23 @@ fn parse_counted(status: &str) -> Option<u64> {
 }
 
 mod platform {
-    use super::{Room, SystemLimits, cgroup, io, line_bytes};
+    use super::{Room, SystemLimits, cgroup, fd, io, line_bytes};
     use std::fs;
     use std::path::Path;
 
     pub(super) fn limit_memory(bytes: u64) -> io::Result<()> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the struct is valid, and the calls only fill or read it.
-        unsafe {
-            if libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // A limit that was there before cannot be exceeded.
-            limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
-            limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
-            if libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
+        let mut limit = get(libc::RLIMIT_DATA)?;
+        // A limit that was there before cannot be exceeded.
+        limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
+        limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
+        set(libc::RLIMIT_DATA, limit)
     }
 
     pub(super) fn limits() -> SystemLimits {
         let mut limits = SystemLimits {
-            open_files: open_files().ok().and_then(|limit| finite(limit.rlim_max)),
+            open_files: get(libc::RLIMIT_NOFILE)
+                .ok()
+                .and_then(|limit| finite(limit.rlim_max)),
             ..SystemLimits::default()
         };
         linux_limits(&mut limits, Path::new("/proc"));
@@ -295,7 +286,8 @@ mod platform {
         // SAFETY: getuid has no arguments and cannot fail.
         let user = unsafe { libc::getuid() };
         let exempt = capabilities.resource || capabilities.admin || (genuine && user == 0);
-        let limit = user_processes().ok().and_then(finite);
+        // fork() looks at the soft limit, and workers' packages expect it untouched.
+        let limit = soft_limit(libc::RLIMIT_NPROC);
         if let (false, Some(limit)) = (exempt, limit) {
             limits.user_processes = tasks_of(proc, user).map(|used| Room { limit, used });
         }
@@ -398,60 +390,33 @@ mod platform {
         (limit != libc::RLIM_INFINITY).then_some(limit as u64)
     }
 
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[cfg(target_env = "gnu")]
     type Resource = libc::__rlimit_resource_t;
-    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    #[cfg(not(target_env = "gnu"))]
     type Resource = libc::c_int;
 
     /// None: there is no such limit.
     pub(super) fn soft_limit(which: Resource) -> Option<u64> {
+        get(which).ok().and_then(|limit| finite(limit.rlim_cur))
+    }
+
+    fn get(which: Resource) -> io::Result<libc::rlimit> {
         let mut limit = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
         };
         // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        let known = unsafe { libc::getrlimit(which, &raw mut limit) } == 0;
-        if known { finite(limit.rlim_cur) } else { None }
+        fd::check(unsafe { libc::getrlimit(which, &raw mut limit) })?;
+        Ok(limit)
     }
 
-    fn open_files() -> io::Result<libc::rlimit> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0 {
-            Ok(limit)
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    }
-
-    fn set_open_files(limit: libc::rlimit) -> io::Result<()> {
+    fn set(which: Resource, limit: libc::rlimit) -> io::Result<()> {
         // SAFETY: the pointer is to a live rlimit, which the call only reads.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    }
-
-    fn user_processes() -> io::Result<libc::rlim_t> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit) } == 0 {
-            // fork() looks at the soft limit, and workers' packages expect it untouched.
-            Ok(limit.rlim_cur)
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        fd::check(unsafe { libc::setrlimit(which, &raw const limit) }).map(drop)
     }
 
     pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
-        let limit = open_files()?;
+        let limit = get(libc::RLIMIT_NOFILE)?;
         let soft = finite(limit.rlim_cur).unwrap_or(u64::MAX);
         if soft >= needed {
             return Ok(soft);
@@ -463,7 +428,7 @@ mod platform {
                 rlim_cur: wanted,
                 rlim_max: wanted,
             };
-            if set_open_files(both).is_ok() {
+            if set(libc::RLIMIT_NOFILE, both).is_ok() {
                 return Ok(needed);
             }
         }
@@ -471,7 +436,7 @@ mod platform {
             rlim_cur: wanted.min(limit.rlim_max),
             rlim_max: limit.rlim_max,
         };
-        set_open_files(reachable)?;
+        set(libc::RLIMIT_NOFILE, reachable)?;
         Ok(finite(reachable.rlim_cur).unwrap_or(u64::MAX))
     }
 }

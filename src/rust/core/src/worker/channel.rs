@@ -153,7 +153,7 @@ impl Channel {
     /// # Errors
     /// When descriptors have run out.
     pub fn renumber(&mut self) -> io::Result<()> {
-        self.stream = UnixStream::from(fd::duplicate(self.stream.as_raw_fd())?);
+        self.stream = self.stream.try_clone()?;
         Ok(())
     }
 
