@@ -10,7 +10,6 @@
 use crate::platform::cgroup;
 use crate::platform::fd;
 use crate::platform::memory::line_bytes;
-use std::fmt;
 use std::io;
 
 /// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
@@ -24,7 +23,8 @@ const ADDRESS_SPACE: u64 = 32 << 20;
 const PROCESSES_RESERVE: u64 = 16;
 
 /// A limit of the system that is too small for the workers asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not enough {what}: {needed} needed, {available} available; {remedy}")]
 pub struct Shortfall {
     /// What there is too little of: "open files" or "processes".
     pub what: &'static str,
@@ -35,18 +35,6 @@ pub struct Shortfall {
     /// What the user can do about it.
     pub remedy: String,
 }
-
-impl fmt::Display for Shortfall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "not enough {}: {} needed, {} available; {}",
-            self.what, self.needed, self.available, self.remedy
-        )
-    }
-}
-
-impl std::error::Error for Shortfall {}
 
 /// A limit and how much of it is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
