@@ -1,4 +1,5 @@
-# The variables that an expression needs in another process.
+# The variables that an expression needs in another process. Package globals finds the same ones, in seven times the
+# time for each call, and each host would need it and codetools.
 
 # A list of `variables` and `globals`, by their names, and of `packages`. Those that are given are not
 # looked for.
