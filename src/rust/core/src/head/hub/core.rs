@@ -9,6 +9,7 @@
 
 use super::connection::Conn;
 use super::inbox::Inbox;
+use super::readiness::Readiness;
 use super::reconnect::Restoring;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
@@ -100,6 +101,8 @@ pub struct Core {
     pub began: Instant,
     pub measure: Measure,
     wake: UnixStream,
+    /// The connection by which R code waits that knows sockets alone.
+    pub readiness: Option<Readiness>,
     scratch: Vec<u8>,
 }
 
@@ -140,6 +143,7 @@ impl Shared {
                 began: Instant::now(),
                 measure: |_| None,
                 wake,
+                readiness: None,
                 scratch: vec![0; READ],
             }),
             woken,
@@ -616,6 +620,12 @@ impl Core {
         if std::mem::take(&mut self.asleep) {
             // Full means that R has been woken already.
             let _ = (&self.wake).write(&[1]);
+        }
+        if let Some(readiness) = &mut self.readiness
+            && !readiness.update(&self.inbox)
+        {
+            // R has closed its end.
+            self.readiness = None;
         }
     }
 
