@@ -17,7 +17,7 @@ test_that("the tests of verbs pass in rpy2", {
     "suppressPackageStartupMessages(library(rustcluster))",
     "Sys.setenv(NOT_CRAN = 'true', RUSTCLUSTER_LONG_TESTS = '')",
     "results <- list()",
-    "for (file in c('verbs', 'foreach', 'restored')) {",
+    "for (file in c('verbs', 'foreach', 'restored-session')) {",
     sprintf("  path <- file.path('%s', paste0('test-', file, '.R'))", normalizePath(".")),
     "  run <- test_file(path, reporter = 'silent', load_package = 'none', stop_on_failure = FALSE)",
     "  results <- c(results, list(as.data.frame(run)))",

@@ -1,6 +1,6 @@
 # Every signal that ends a process, for every process there is: nothing is left, and the head says what
 # happened. See the table in makeRustCluster()'s section Ends; children of workers are in
-# test-children.R, links in test-lab.R.
+# test-child-processes.R, links in test-network.R.
 
 skip_on_cran()
 skip_unless_proc()

@@ -344,8 +344,9 @@ pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
     }
 }
 
-/// Whether a verb may send its first message. A finalizer that R runs in the middle of another verb would take that one's
-/// answers. A verb that takes longer is noted in R, which then refuses others by itself.
+/// Whether a verb may send its first message. A finalizer that R runs in the middle of another verb
+/// would take that one's answers. A verb that takes longer is noted in R, which then refuses others by
+/// itself.
 pub fn may_begin(cluster: &Cluster) -> std::result::Result<(), Failure> {
     match cluster.begun.get() {
         Some(job) => Err(Failure::new("busy").with("begun", job)),

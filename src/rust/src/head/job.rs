@@ -101,8 +101,8 @@ pub(super) struct Sent {
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 /// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
 /// tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
-/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
-/// `seeded` and `nothing` (see [`Job`]),
+/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
+/// that gives each element's seed, or `NULL`), `seeded` and `nothing` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 /// in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
 /// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.

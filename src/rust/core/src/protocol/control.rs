@@ -343,16 +343,9 @@ pub struct WorkerReady {
 }
 
 /// A control message that could not be written or read.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("bad control message: {0}")]
 pub struct MessageError(String);
-
-impl fmt::Display for MessageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "bad control message: {}", self.0)
-    }
-}
-
-impl std::error::Error for MessageError {}
 
 /// Puts a message into a control frame.
 ///

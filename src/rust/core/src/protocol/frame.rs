@@ -6,7 +6,6 @@
 
 use crate::platform::page_pool;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use std::fmt;
 
 /// Bytes of a header: kind (1), flags (1), reserved (2), worker (4), task (8), length (4).
 pub const HEADER_LEN: usize = 20;
@@ -259,11 +258,13 @@ pub fn missing(bytes: &[u8]) -> usize {
 }
 
 /// Bytes that are not a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// No [`Kind`] has this number.
+    #[error("unknown frame kind {0}")]
     UnknownKind(u8),
     /// A flag that does not exist is set, or a reserved byte is not zero.
+    #[error("unknown frame flags {flags:#x}, reserved {reserved:#x}")]
     BadFlags {
         /// The flags as received.
         flags: u8,
@@ -271,25 +272,9 @@ pub enum FrameError {
         reserved: u16,
     },
     /// The body would be longer than [`MAX_BODY`].
+    #[error("a frame announces a body of {0} bytes, more than the limit of {MAX_BODY}")]
     TooLong(u32),
 }
-
-impl fmt::Display for FrameError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FrameError::UnknownKind(kind) => write!(f, "unknown frame kind {kind}"),
-            FrameError::BadFlags { flags, reserved } => {
-                write!(f, "unknown frame flags {flags:#x}, reserved {reserved:#x}")
-            }
-            FrameError::TooLong(len) => write!(
-                f,
-                "a frame announces a body of {len} bytes, more than the limit of {MAX_BODY}"
-            ),
-        }
-    }
-}
-
-impl std::error::Error for FrameError {}
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
-//! What strangers send: one function for each place where bytes from outside come in. Each takes any
-//! bytes, and panics if they do more than they may. `core/fuzz` looks for such bytes, and
-//! `corpus.rs` replays what it has found.
+//! What untrusted peers send: one function for each place where bytes from outside come in. Each
+//! takes any bytes, and panics if they do more than they may. `core/fuzz` looks for such bytes, and
+//! `fuzz_corpus.rs` replays what it has found.
 
 use bytes::{Buf, Bytes, BytesMut};
 use rustcluster_core::agent::action::Act;

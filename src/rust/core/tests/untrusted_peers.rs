@@ -1,7 +1,7 @@
 //! Whoever is at the other end of a stream and whatever comes from there: a host, an agent or a
 //! worker that is none is named as such and ends, and nothing else is the worse for it.
 //!
-//! The strangers are shells and `cat`s. Where a real agent is needed, it is this test's own
+//! The peers are shells and `cat`s. Where a real agent is needed, it is this test's own
 //! executable, whose workers answer with what they were asked.
 
 #![allow(
@@ -21,6 +21,7 @@ use rustcluster_core::head::launch::{self, Launch, Launched};
 use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::platform::memfd;
+use rustcluster_core::platform::signals;
 use rustcluster_core::protocol::control::{
     self, Hello, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
 };
@@ -122,7 +123,7 @@ impl Scratch {
     fn new() -> Scratch {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("rustcluster-strangers-{}-{count}", std::process::id());
+        let name = format!("rustcluster-untrusted-peers-{}-{count}", std::process::id());
         let path = std::env::temp_dir().join(name);
         fs::create_dir(&path).unwrap();
         Scratch(path)
@@ -545,7 +546,7 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
 }
 
 #[test]
-fn the_answer_of_a_stranger_stays_within_what_was_granted() {
+fn the_answer_of_an_untrusted_peer_stays_within_what_was_granted() {
     let scratch = Scratch::new();
     let (launch, mouth) = scratch.mouthpiece("mouth");
     let mut hub = Hub::start(vec![launch, real_agent()], hello(), LIMIT).unwrap();
@@ -595,15 +596,14 @@ fn a_host_that_never_stops_sending_holds_up_no_other() {
     assert!(other.failure.unwrap().reason.contains("status 0"));
     expect_answers(&mut hub, 1);
     let flooder = hub.hosts()[0].pid.unwrap();
-    // SAFETY: no memory effects. The head has not waited for it: it has not been told of its end.
-    unsafe { libc::kill(-(flooder as i32), libc::SIGKILL) };
+    // The head has not waited for it: it has not been told of its end.
+    signals::kill(-(flooder as i32), libc::SIGKILL).unwrap();
     failure(&hub, 0);
     flood.join().unwrap();
     close(hub);
 }
 
 /// Bytes of memory that this process has in use.
-#[cfg(target_os = "linux")]
 fn resident() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:"));
@@ -612,7 +612,6 @@ fn resident() -> usize {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn announced_lengths_take_no_memory() {
     let scratch = Scratch::new();
     let launches_and_mouths = (0..32).map(|at| scratch.mouthpiece(&format!("mouth{at}")));
@@ -648,7 +647,7 @@ fn announced_lengths_take_no_memory() {
 }
 
 #[test]
-fn what_a_stranger_prints_without_end_is_bounded() {
+fn what_an_untrusted_peer_prints_without_end_is_bounded() {
     let scratch = Scratch::new();
     let path = scratch.file("hello", &greeting(hello()));
     let piece = wire(&Frame::new(Kind::Output, 0, 0, 0, vec![b'x'; 999].into()));
@@ -747,23 +746,20 @@ fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
     hub.drop_payload(id);
     // Each has done something since it was told to let go of it.
     (0..5).for_each(|rank| expect_answers(&mut hub, rank));
-    if cfg!(target_os = "linux") {
-        let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
-        let of_workers = (0..5).filter_map(|rank| hub.worker(rank).pid);
-        for pid in of_agents.chain(of_workers).collect::<Vec<u32>>() {
-            let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-            assert!(!maps.contains("memfd"), "{maps}");
-            for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
-                let target = fs::read_link(fd.unwrap().path()).unwrap_or_default();
-                assert!(!target.to_string_lossy().contains("memfd"), "{target:?}");
-            }
+    let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
+    let of_workers = (0..5).filter_map(|rank| hub.worker(rank).pid);
+    for pid in of_agents.chain(of_workers).collect::<Vec<u32>>() {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        assert!(!maps.contains("memfd"), "{maps}");
+        for fd in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+            let target = fs::read_link(fd.unwrap().path()).unwrap_or_default();
+            assert!(!target.to_string_lossy().contains("memfd"), "{target:?}");
         }
     }
     close(hub);
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn a_host_without_room_for_shared_memory_is_sent_as_much_without() {
     let real = real_agent();
     // Files may not be longer than that; those in memory are files.
@@ -863,7 +859,7 @@ impl Seen {
 }
 
 #[test]
-fn an_agent_ends_when_its_head_is_a_stranger() {
+fn an_agent_ends_when_its_head_is_untrusted() {
     let start_nothing = [
         MAGIC,
         &control(&ToAgent::Hello(hello())),
@@ -935,8 +931,8 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
     // A worker that reads nothing, and a head that does not mind.
     let mut agent = Seen::new();
     let worker = agent.greet(start(1));
-    // SAFETY: no memory effects; the worker is there until its agent ends.
-    unsafe { libc::kill(worker as i32, libc::SIGSTOP) };
+    // The worker is there until its agent ends.
+    signals::kill(worker as i32, libc::SIGSTOP).unwrap();
     agent.say(&more_than_the_window);
     agent.expect_end();
     expect_gone(worker);
@@ -1113,8 +1109,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let tasks: Vec<u64> = [SLEEP, b"next"].iter().map(|m| send(&mut hub, m)).collect();
     thread::sleep(Duration::from_millis(100));
     let pid = hub.worker(0).pid.unwrap();
-    // SAFETY: a process of ours.
-    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+    kill(pid);
     let answer = receive(&mut hub, 0);
     assert!(matches!(answer, Answer::Lost { task, .. } if task == tasks[0]));
     hub.forget(0, tasks[0]);
@@ -1137,8 +1132,8 @@ fn lasting(hub: &mut Hub, rank: Rank, message: &[u8]) -> usize {
 }
 
 fn kill(pid: u32) {
-    // SAFETY: a process of ours, or its number that nobody else has yet.
-    unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+    // A process of ours, or its number that nobody else has yet.
+    let _ = signals::kill(pid as i32, libc::SIGKILL);
 }
 
 /// Kills a worker and waits for the one that takes its place.
@@ -1159,7 +1154,6 @@ fn bring_up(hub: &mut Hub, start: Start) {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
 fn answers_with_descriptors_among_others_are_all_read() {
     // What a fresh worker repeats is answered at once, so that its channel holds many answers. Reading
     // stops behind each that carries a descriptor, although there is more.

@@ -7,13 +7,13 @@
     reason = "a panic fails the test"
 )]
 
-mod targets;
+mod fuzz_targets;
 
+use fuzz_targets::TARGETS;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::fs;
 use std::path::Path;
-use targets::TARGETS;
 
 #[test]
 fn what_the_fuzzers_found_does_no_harm() {

@@ -108,7 +108,6 @@ test_that("no socket of a cluster accepts connections", {
 
 test_that("files of a cluster are accessible to their user only", {
   skip_unless_proc()
-  skip_on_os("windows")
   # Whatever the session's umask is.
   old <- Sys.umask("0")
   on.exit(Sys.umask(old))

@@ -58,7 +58,6 @@ test_that("a worker that crashes at its memory limit is replaced", {
 })
 
 test_that("the error names the limit in other languages, too", {
-  skip_on_os(c("mac", "windows", "solaris"))
   worker <- asNamespace("rustcluster")
   local_function("worker_memory_limit", function() 1.5e9)
   text <- "cannot allocate vector of size 8.0 Gb"

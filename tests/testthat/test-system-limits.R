@@ -148,7 +148,6 @@ test_that("a limit of file sizes loses no host and no result", {
 
 # A program that runs a command in which memfd_create() and pidfd_open() fail with an error of this number.
 refusing <- function() {
-  skip_on_os(c("mac", "windows", "solaris"))
   dir <- tempfile("refusing-")
   dir.create(dir)
   source <- file.path(dir, "refusing.c")
