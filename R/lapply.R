@@ -21,10 +21,11 @@
 #'   the results do not depend on the workers, their number, retries or `.order`. `TRUE` takes the number
 #'   from this session's generator. Workers' own random numbers stay as they are. `FALSE`, the default:
 #'   elements use their worker's.
-#' @param .timeout (number) Seconds that an element may take, from when it is sent to its worker; default
-#'   `Inf`. Each is then sent when its worker is known to have ended all before. What
-#'   takes longer is interrupted, and killed if it does not heed that, and an error of class
-#'   `rustcluster_timeout` takes the place of its result. Not with nodes of several clusters.
+#' @param .timeout (number) Seconds that an element may take, from when its worker has all of its message;
+#'   default `Inf`. Elements are then sent one by one. An element that takes longer is interrupted, and an
+#'   error of class `rustcluster_timeout` takes the place of its result. A worker that does not respond to the
+#'   interrupt is killed and replaced. If `timeout` of the cluster is shorter, it counts. Not with nodes of
+#'   several clusters.
 #' @param .retries (integer) How often an element is tried again that was lost with its worker, if not
 #'   as often as `retries` of the cluster. `0`: a loss is an error at once, unless `.errors` is `"return"`.
 #' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.

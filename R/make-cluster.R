@@ -198,10 +198,9 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, patience = patience,
-    timeout = timeout, setup = options$setup_timeout, keep = keep_limit, memory = memory,
-    stop_timeout = stop_timeout
+    setup = options$setup_timeout, keep = keep_limit, memory = memory, stop_timeout = stop_timeout
   ))
-  checked(hub_go(handle$pointer, plans))
+  checked(hub_go(handle$pointer, plans, timeout))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   started <- TRUE
   newCluster(handle, handle$alive)

@@ -49,6 +49,12 @@ fn name(body: &[u8]) -> Result<u64, ProtocolError> {
     Ok(u64::from_le_bytes(name))
 }
 
+/// How long a task may take.
+fn limit(frame: &Frame) -> Result<Duration, ProtocolError> {
+    let limit = frame.number().map(Duration::from_micros);
+    limit.ok_or_else(|| ProtocolError("a bad time limit".into()))
+}
+
 /// What the head is told of an answer in shared memory; `bytes`: of the frame that will bring it.
 fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
     let len = bytes.try_into().map(u64::from_le_bytes);
@@ -67,11 +73,11 @@ fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
 }
 
 impl Relay {
-    /// For a number of workers, whose tasks may take so long. `keep`: bytes of chunks to keep;
+    /// For a number of workers. `keep`: bytes of chunks to keep;
     /// `state`: bytes to hold of what lasts on workers.
-    pub fn new(workers: usize, keep: usize, state: usize, timeout: Option<Duration>) -> Relay {
+    pub fn new(workers: usize, keep: usize, state: usize) -> Relay {
         Relay {
-            book: Book::new(workers, timeout),
+            book: Book::new(workers),
             kept: Kept::new(keep),
             payloads: Payloads::new(workers),
             replay: Replay::new(workers, state),
@@ -139,6 +145,9 @@ impl Relay {
             Kind::Seed if task != 0 => {}
             Kind::State => {
                 name(&frame.body)?;
+            }
+            Kind::Limit => {
+                limit(frame)?;
             }
             _ => return Ok(false),
         }
@@ -220,6 +229,10 @@ impl Relay {
                 if self.book.is_meant(worker)? {
                     self.replay.expect(worker, name);
                 }
+            }
+            Kind::Limit => {
+                let limit = limit(&frame)?;
+                self.book.limit(worker, header.task, limit)?;
             }
             Kind::Credit => {
                 if self.book.credit(worker, header.task, header.len)? {
@@ -543,7 +556,7 @@ mod tests {
 
     /// One worker that is ready.
     fn up() -> Relay {
-        let mut relay = Relay::new(1, 0, 1 << 20, None);
+        let mut relay = Relay::new(1, 0, 1 << 20);
         relay.made(0, false, Duration::ZERO);
         let acts = from_worker(&mut relay, &[ready()]);
         assert!(matches!(
@@ -719,15 +732,33 @@ mod tests {
     #[test]
     fn a_task_ahead_has_its_time_from_when_it_starts() {
         let ms = Duration::from_millis;
-        let mut relay = Relay::new(1, 0, 0, Some(ms(10)));
-        from_worker(&mut relay, &[ready()]);
+        let mut relay = up();
+        from_head(&mut relay, Frame::limit(0, 1, ms(5)));
         from_head(&mut relay, data(1, b"task"));
+        from_head(&mut relay, Frame::limit(0, 2, ms(10)));
         from_head(&mut relay, data(2, b"next"));
+        assert_eq!(relay.book.next_deadline(), Some(ms(5)));
         let mut acts = Vec::new();
         let mut answer = bytes(&[data(1, b"answer")]);
         relay.from_worker(0, &mut answer, ms(7), &mut acts).unwrap();
         assert_eq!(relay.book.next_deadline(), Some(ms(17)));
     }
+
+    #[test]
+    fn a_limit_that_no_head_sends_is_an_error() {
+        let short = Frame::new(Kind::Limit, 0, 0, 1, Bytes::from_static(b"1234567"));
+        let busy = Frame::limit(0, 1, Duration::ZERO);
+        for (begun, frame) in [(false, short.clone()), (true, short), (true, busy)] {
+            let mut relay = up();
+            if begun {
+                from_head(&mut relay, data(1, b"task"));
+            }
+            let mut received = bytes(&[frame]);
+            let result = relay.from_head(&mut received, Duration::ZERO, &mut Vec::new());
+            assert!(result.is_err());
+        }
+    }
+
     fn payload(flags: u8, id: u64, len: usize) -> Frame {
         Frame::new(Kind::Payload, flags, 0, id, vec![9; len].into())
     }

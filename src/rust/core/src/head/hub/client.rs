@@ -262,6 +262,11 @@ impl Hub {
         self.core().takes_back(agent)
     }
 
+    /// How long any task may take from when its worker has all of its message. To be called before [`Hub::go`].
+    pub fn limit_all(&mut self, limit: Option<Duration>) {
+        self.core().time_limit = limit;
+    }
+
     /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
     /// all plans are those from 0 to their number.
     ///
@@ -437,12 +442,6 @@ impl Hub {
             tasks.remove(at);
             self.outstanding_count -= 1;
         }
-    }
-
-    /// Cancels a task, of which nothing more is wanted.
-    pub fn cancel_task(&mut self, rank: Rank, task: TaskId) {
-        self.cancel(rank, task);
-        self.strike(rank, task);
     }
 
     pub(super) fn cancel(&mut self, rank: Rank, task: TaskId) {

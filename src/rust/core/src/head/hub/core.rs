@@ -99,6 +99,8 @@ pub struct Core {
     /// The beginning of all times.
     pub began: Instant,
     pub measure: Measure,
+    /// How long any task may take.
+    pub time_limit: Option<Duration>,
     wake: UnixStream,
     scratch: Vec<u8>,
 }
@@ -139,6 +141,7 @@ impl Shared {
                 usual_wait: Duration::ZERO,
                 began: Instant::now(),
                 measure: |_| None,
+                time_limit: None,
                 wake,
                 scratch: vec![0; READ],
             }),
@@ -351,6 +354,7 @@ impl Core {
         self.inbox.set_workers(&ranks);
         self.scheduler = Scheduler::new(ranks, self.limit);
         self.scheduler.measure_with(self.measure);
+        self.scheduler.limit_time(self.time_limit);
         self.look_at_clock();
         for agent in 0..self.conns.len() {
             if let Some(failure) = &self.inbox.hosts[agent].failure {

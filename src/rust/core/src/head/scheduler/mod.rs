@@ -27,6 +27,7 @@ use events::{Gone, Note, Outcome, State, Want};
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
+use std::time::Duration;
 use task::{Current, Order, Task};
 use worker::{Worker, WorkerState, current_of};
 
@@ -96,6 +97,8 @@ pub struct Scheduler {
     /// The time of what happens.
     now: Moment,
     measure: Measure,
+    /// How long any task may take.
+    time_limit: Option<Duration>,
     calls: Calls,
 }
 
@@ -154,6 +157,7 @@ impl Scheduler {
             released: 0,
             now: Moment::ZERO,
             measure: |_| None,
+            time_limit: None,
             calls: Calls::default(),
         }
     }
@@ -166,6 +170,17 @@ impl Scheduler {
     /// How answers say how long they took.
     pub fn measure_with(&mut self, measure: Measure) {
         self.measure = measure;
+    }
+
+    /// No task that is submitted from here on may take longer than that.
+    pub fn limit_time(&mut self, limit: Option<Duration>) {
+        self.time_limit = limit;
+    }
+
+    /// How long a task may take: no longer than its own limit and than any task.
+    fn limit_of(&self, order: &Order) -> Option<Duration> {
+        let limits = [order.limit, self.time_limit];
+        limits.into_iter().flatten().min()
     }
 
     /// What a worker is at.
@@ -204,13 +219,6 @@ impl Scheduler {
         track
     }
 
-    /// One task less: it was none of R's.
-    pub fn uncount(&mut self, rank: Rank) {
-        if let Some(worker) = self.workers.get_mut(rank as usize) {
-            worker.track.uncount();
-        }
-    }
-
     /// What happened since the last call.
     pub fn take_notes(&mut self) -> Vec<Note> {
         mem::take(&mut self.notes)
@@ -218,8 +226,9 @@ impl Scheduler {
 
     /// A task; its message follows in chunks.
     pub fn submit(&mut self, mut order: Order) {
+        let limit = self.limit_of(&order);
         if let Some(any_of) = order.any_of.take() {
-            return self.submit_call(&order, any_of);
+            return self.submit_call(&order, any_of, limit);
         }
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
@@ -254,6 +263,7 @@ impl Scheduler {
             instead_of: order.instead_of,
             ahead: order.ahead,
             payload: order.payload,
+            limit,
             leaves_seed: false,
         };
         if order.again {
@@ -393,7 +403,7 @@ impl Scheduler {
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State | Kind::Payload => {
+            Kind::Cancel | Kind::State | Kind::Limit | Kind::Payload => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }

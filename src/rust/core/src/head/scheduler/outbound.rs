@@ -251,7 +251,8 @@ impl Scheduler {
             if task.is_counted() && payload.is_none() && !ahead {
                 self.released += sent.len;
             }
-            let mut flags = if mem::replace(first, false) { FIRST } else { 0 };
+            let begins = mem::replace(first, false);
+            let mut flags = if begins { FIRST } else { 0 };
             if task.complete && task.chunks.is_empty() {
                 flags |= LAST;
                 *phase = Phase::Running;
@@ -270,6 +271,9 @@ impl Scheduler {
             if let Some(name) = task.lasts.take() {
                 let name = Bytes::copy_from_slice(&name.to_le_bytes());
                 together.push_back(Frame::new(Kind::State, 0, index, id, name));
+            }
+            if let Some(limit) = task.limit.filter(|_| begins) {
+                together.push_back(Frame::limit(index, id, limit));
             }
             together.push_back(frame);
             if flags & LAST != 0 {

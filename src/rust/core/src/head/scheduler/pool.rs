@@ -6,6 +6,7 @@ use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
 use crate::protocol::ids::{CALLS, Rank, TaskId};
+use std::time::Duration;
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +40,12 @@ pub(super) struct Calls {
 }
 
 impl Scheduler {
-    pub(super) fn submit_call(&mut self, order: &Order, any_of: Arc<[Rank]>) {
+    pub(super) fn submit_call(
+        &mut self,
+        order: &Order,
+        any_of: Arc<[Rank]>,
+        limit: Option<Duration>,
+    ) {
         let id = order.task;
         let again = order.again;
         let task = Task {
@@ -51,6 +57,7 @@ impl Scheduler {
             instead_of: None,
             ahead: false,
             payload: None,
+            limit,
             leaves_seed: false,
         };
         let call = Waiting { task, any_of };

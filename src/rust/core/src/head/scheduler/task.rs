@@ -8,6 +8,7 @@ use crate::protocol::limits::RESULT_WINDOW;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A task to be submitted.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +33,8 @@ pub struct Order {
     pub ahead: bool,
     /// Its message begins with this payload, which the worker's agent has.
     pub payload: Option<PayloadId>,
+    /// How long it may take from when its worker has all of its message. The worker's agent ends it then.
+    pub limit: Option<Duration>,
     /// It is a call for whichever of these, which are in order, is free first, and `rank` means nothing.
     /// Its message follows by [`Scheduler::append_call`](super::Scheduler::append_call).
     pub any_of: Option<Arc<[Rank]>>,
@@ -52,6 +55,8 @@ pub(super) struct Task {
     pub(super) ahead: bool,
     /// Until it has been named to the agent, what the message begins with.
     pub(super) payload: Option<PayloadId>,
+    /// How long it may take.
+    pub(super) limit: Option<Duration>,
     /// The worker is to have its known random numbers after it.
     pub(super) leaves_seed: bool,
 }
@@ -68,6 +73,7 @@ impl Task {
             instead_of: None,
             ahead: false,
             payload: None,
+            limit: None,
             leaves_seed: last,
         }
     }
