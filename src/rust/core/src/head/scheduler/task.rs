@@ -1,10 +1,8 @@
 //! A task on its way: as it was submitted, the one that a worker has, and the one sent ahead.
 
 use crate::head::activity::{Moment, Times};
-use crate::protocol::body::Body;
 use crate::protocol::dedup::Chunk;
 use crate::protocol::ids::{CALLS, JobId, PayloadId, RESTORE, Rank, TaskId};
-use crate::protocol::limits::RESULT_WINDOW;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -107,17 +105,6 @@ pub(super) struct Current {
     pub(super) phase: Phase,
     /// The answer is not wanted any more; the worker is busy until its agent says so.
     pub(super) cancelled: bool,
-    pub(super) answer: Body,
-    /// Bytes of the answer received, also those dropped again.
-    pub(super) received: usize,
-    /// Bytes of the answer that the agent may send in all.
-    pub(super) granted: usize,
-    /// In the queue of those who wait for a grant.
-    pub(super) starving: bool,
-    /// It has been granted more than the small results' window.
-    pub(super) begun: bool,
-    /// It is in shared memory, so many bytes, and comes at once.
-    pub(super) announced: Option<usize>,
     /// The state that the random number generator is to have for it, if that is another worker's.
     pub(super) before: Option<Bytes>,
     /// The state in which it leaves the generator of this worker.
@@ -133,12 +120,6 @@ impl Current {
             task,
             phase: Phase::Sending { first: true },
             cancelled: false,
-            answer: Body::default(),
-            received: 0,
-            granted: RESULT_WINDOW,
-            starving: false,
-            begun: false,
-            announced: None,
             before,
             after: None,
             times: Times {
@@ -189,20 +170,5 @@ impl Next {
         self.task.chunks = self.kept;
         self.task.payload = self.payload;
         self.task
-    }
-}
-
-impl Current {
-    /// Bytes granted beyond the small results' window, not yet received and still wanted.
-    pub(super) fn reserved(&self) -> usize {
-        if self.cancelled {
-            return 0;
-        }
-        self.granted - self.received.clamp(RESULT_WINDOW, self.granted)
-    }
-
-    /// More was granted of a large result, and it does not need more yet.
-    pub(super) fn flowing(&self) -> bool {
-        !self.cancelled && !self.starving && self.granted > RESULT_WINDOW
     }
 }
