@@ -350,7 +350,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 23] {
+    pub fn counts(&self) -> [usize; 24] {
         [
             self.answers,
             self.cancelled,
@@ -366,6 +366,7 @@ impl Seen {
             self.not_kept,
             self.guests,
             self.left_out,
+            self.in_memory,
             self.starved,
             self.ahead,
             self.put_back,
@@ -395,6 +396,7 @@ impl Seen {
             &mut self.not_kept,
             &mut self.guests,
             &mut self.left_out,
+            &mut self.in_memory,
             &mut self.starved,
             &mut self.ahead,
             &mut self.put_back,
