@@ -177,6 +177,20 @@ cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
+#' Begins to listen for a connection that shows when an answer has arrived. The port to connect to on the loopback
+#' address, and the bytes that are to be written there first. `NULL`: the system has no port left.
+#' @noRd
+hub_readiness_listen <- function(handle) .Call(wrap__hub_readiness_listen, handle)
+
+#' Takes the connection that has been opened and has written the token. Whether there is one.
+#' @noRd
+hub_readiness_accept <- function(handle) .Call(wrap__hub_readiness_accept, handle)
+
+#' From now on the connection can be read while the next answer of this worker is there. `TRUE`: R has to read
+#' one byte; `NULL`: there is no connection.
+#' @noRd
+hub_readiness_point <- function(handle, rank) .Call(wrap__hub_readiness_point, handle, rank)
+
 #' What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)

@@ -18,8 +18,8 @@
 #' says; then it is a `FutureError` that tells how its workers ended.
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture}, the last with `%dopar%` and `%dofuture%`, work over it.
 #'
-#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works too, but `resolved()` waits
-#' there, which versions of future before 1.40 warn of, and progress comes at the end.
+#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. There progress comes at the
+#' end, and `resolved()` takes one of R's connections for each cluster (it waits, if none is left).
 #'
 #' @param ... Further arguments of \pkg{future}'s.
 #' @param workers A cluster made by [makeRustCluster()]. Or what that takes as its `spec`, such as a number:

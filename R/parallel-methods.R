@@ -139,9 +139,10 @@ recvData.RustNode <- function(node) {
   rank <- .subset2(node, "rank")
   repeat {
     result <- hub_receive(handle$pointer, rank)
-    if (typeof(result) == "list") return(result)
-    result <- noAnswer(orStopped(result, handle, rank), handle)
-    if (!is.null(result)) return(result)
+    if (typeof(result) != "list") result <- noAnswer(orStopped(result, handle, rank), handle)
+    if (is.null(result)) next
+    if (!is.null(readiness[[handle$id]])) pointReadiness(handle, rank)
+    return(result)
   }
 }
 
@@ -353,6 +354,7 @@ endNodes <- function(handle, ranks) {
   handle$alive <- setdiff(handle$alive, ranks)
   if (!length(handle$alive)) {
     handle$stopped <- TRUE
+    closeReadiness(handle)
     handle$ending <- TRUE
   }
 }

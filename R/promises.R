@@ -43,13 +43,17 @@ as.promise.RustCalls <- function(x) {
 }
 
 # `start` gets a function that takes the state and the result at the end. A value fulfils the promise at once:
-# an interrupt would lose a handler between the two, and with it the promise. An error is raised in a handler,
-# because Shiny notes the stack where it is raised, and fails at showing an error that has none.
+# an interrupt would lose a handler between the two, and with it the promise. An error is raised in a handler that is
+# made here, because Shiny notes the stack where an error is raised and fails at showing one that has none.
 promiseOf <- function(start) {
+  fail <- NULL
+  failed <- promises::promise(function(resolve, reject) fail <<- resolve)
+  raised <- promises::then(failed, function(error) stop(error))
   promises::promise(function(resolve, reject) {
     start(function(state, result) {
       if (state == "done") return(resolve(result))
-      resolve(promises::then(promises::promise_resolve(NULL), function(...) stop(result)))
+      resolve(raised)
+      fail(result)
     })
   })
 }

@@ -485,17 +485,71 @@ test_that("future's own cluster plan gives right answers with our nodes, and wit
   for (nodes in list(1:3, 1:2, 3L, 2:1)) {
     future::plan(future::cluster, workers = cl[nodes])
     expect_equal(future::nbrOfWorkers(), length(nodes))
-    # Where it says that it waits: our nodes have no connections.
-    suppressWarnings({
-      fs <- lapply(1:5, function(i) future::future(list(i^2, Sys.getpid())))
-      values <- future::value(fs)
-    })
+    fs <- lapply(1:5, function(i) future::future(list(i^2, Sys.getpid())))
+    expect_silent(values <- future::value(fs))
     expect_equal(lapply(values, `[[`, 1), as.list((1:5)^2))
     expect_setequal(vapply(values, `[[`, 0L, 2), pids[nodes])
     expect_equal(future::nbrOfFreeWorkers(), length(nodes))
   }
   # What future has made of it leaves the cluster itself as it was.
   expect_equal(unlist(clusterCall(cl, Sys.getpid)), pids)
+})
+
+test_that("resolved() of future's own cluster plan neither waits nor warns", {
+  cl <- local_cluster(2)
+  before <- nrow(showConnections())
+  local_plan(future::cluster, workers = cl)
+  marks <- tempfile("mark")
+  on.exit(unlink(marks), add = TRUE)
+  wait <- function() while (!file.exists(marks)) Sys.sleep(0.01)
+  held <- future::future(wait())
+  other <- future::future("there")
+  resolved <- function(f) {
+    deadline <- Sys.time() + 30
+    while (!future::resolved(f) && Sys.time() < deadline) {}
+    future::resolved(f)
+  }
+  expect_silent({
+    expect_true(resolved(other))
+    expect_false(future::resolved(held))
+  })
+  # One connection for all nodes, and a fresh one if somebody has closed it.
+  expect_identical(nrow(showConnections()), before + 1L)
+  for (row in rownames(showConnections())) {
+    connection <- getConnection(as.integer(row))
+    if (grepl("^->127.0.0.1:", summary(connection)$description)) close(connection)
+  }
+  expect_false(future::resolved(held))
+  file.create(marks)
+  expect_true(resolved(held))
+  expect_identical(future::value(other), "there")
+  # A result that is larger than what the head buffers, and one whose worker is lost.
+  small <- local_cluster(1, buffer_limit = 2^20, retries = 0)
+  local_plan(future::cluster, workers = small)
+  large <- future::future(numeric(1e6))
+  expect_true(resolved(large))
+  expect_length(future::value(large), 1e6)
+  lost <- future::future(tools::pskill(Sys.getpid(), 9))
+  expect_s3_class(suppressWarnings(caught(resolved(lost))), "FutureError")
+  expect_equal(future::value(future::future(6 * 7)), 42)
+  parallel::stopCluster(small)
+  parallel::stopCluster(cl)
+  expect_identical(nrow(showConnections()), before)
+})
+
+test_that("a full table of connections leaves future's own cluster plan to wait", {
+  cl <- local_cluster(1)
+  local_plan(future::cluster, workers = cl)
+  open <- list()
+  on.exit(for (connection in open) close(connection), add = TRUE)
+  repeat {
+    connection <- tryCatch(textConnection("x"), error = function(e) NULL)
+    if (is.null(connection)) break
+    open <- c(open, list(connection))
+  }
+  f <- future::future(1)
+  suppressWarnings(expect_true(future::resolved(f)))
+  expect_identical(future::value(f), 1)
 })
 
 test_that("nothing is left", {

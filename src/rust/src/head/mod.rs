@@ -7,6 +7,7 @@ mod events;
 pub mod handle;
 mod job;
 mod nodes;
+mod readiness;
 mod repeat;
 mod start;
 mod status;
@@ -17,6 +18,7 @@ extendr_module! {
     mod head;
     use start;
     use nodes;
+    use readiness;
     use events;
     use call;
     use job;

@@ -3,6 +3,7 @@
 use super::core::{Core, Shared, WATCH, WATCH_ONE};
 use super::futures::{CallEnd, Waker};
 use super::inbox::{End, Event, HostFailure, HostView, Inbox, WorkerView};
+use super::readiness::ReadinessListener;
 use super::writer::{Sharing, Writing};
 use super::{Plan, run};
 use crate::head::launch::Launch;
@@ -166,6 +167,8 @@ pub struct Hub {
     pub(super) next_payload: PayloadId,
     /// Some agent keeps chunks.
     pub(super) shares: bool,
+    /// Waits for the connection that [`Hub::listen_for_readiness`] is for.
+    listener: Option<ReadinessListener>,
 }
 
 impl Hub {
@@ -211,6 +214,7 @@ impl Hub {
             sharing: None,
             next_payload: 1,
             shares: false,
+            listener: None,
         })
     }
 
@@ -542,6 +546,46 @@ impl Hub {
     pub fn wait_for_any(hubs: &[&Hub], most: Duration) {
         let hubs: Vec<_> = hubs.iter().map(|hub| (hub.shared(), hub.seen)).collect();
         Shared::sleep_until_any(&hubs, most);
+    }
+
+    /// Begins to listen for a connection of R's that shows when an answer has arrived. Returns the port to
+    /// connect to on the loopback address, and what is to be written there first.
+    ///
+    /// # Errors
+    /// When the system has no port or descriptor left.
+    pub fn listen_for_readiness(&mut self) -> io::Result<(u16, Vec<u8>)> {
+        let listener = self.listener.insert(ReadinessListener::bind()?);
+        Ok((listener.port()?, listener.token().to_vec()))
+    }
+
+    /// Takes the connection that R has opened, in place of the one before.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn accept_readiness(&mut self) -> io::Result<()> {
+        let none = || io::Error::from(io::ErrorKind::NotConnected);
+        let readiness = self.listener.take().ok_or_else(none)?.accept()?;
+        self.core().readiness = Some(readiness);
+        Ok(())
+    }
+
+    /// From now on R's connection has a byte to be read while the next answer of this worker is there. Returns
+    /// whether R has to read one first; `None`: there is no connection.
+    pub fn point_readiness_at(&mut self, rank: Rank) -> Option<bool> {
+        let task = self.outstanding[rank as usize]
+            .front()
+            .map(|&(task, _)| task);
+        let place = task.map(|task| self.place(rank, task));
+        let mut core = self.core();
+        let core = &mut *core;
+        let to_read = core.readiness.as_mut()?.point_at(task, &core.inbox);
+        if let Some(place) = place {
+            // A large result is sent only if it is asked for.
+            core.scheduler.want(Want::Rank(place));
+            core.settle();
+        }
+        core.changed();
+        Some(to_read)
     }
 
     fn receive_next(

@@ -9,6 +9,7 @@
 
 use super::connection::Conn;
 use super::inbox::Inbox;
+use super::readiness::Readiness;
 use super::reconnect::Restoring;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
@@ -102,6 +103,8 @@ pub struct Core {
     /// How long any task may take.
     pub time_limit: Option<Duration>,
     wake: UnixStream,
+    /// The connection by which R code waits that knows sockets alone.
+    pub readiness: Option<Readiness>,
     scratch: Vec<u8>,
 }
 
@@ -143,6 +146,7 @@ impl Shared {
                 measure: |_| None,
                 time_limit: None,
                 wake,
+                readiness: None,
                 scratch: vec![0; READ],
             }),
             woken,
@@ -620,6 +624,12 @@ impl Core {
         if std::mem::take(&mut self.asleep) {
             // Full means that R has been woken already.
             let _ = (&self.wake).write(&[1]);
+        }
+        if let Some(readiness) = &mut self.readiness
+            && !readiness.update(&self.inbox)
+        {
+            // R has closed its end.
+            self.readiness = None;
         }
     }
 

@@ -416,6 +416,11 @@ impl Inbox {
         self.expected.contains_key(&task)
     }
 
+    /// Whether the end of this task has arrived and R has not taken it.
+    pub fn has_ended(&self, task: TaskId) -> bool {
+        self.expected.get(&task).is_some_and(|e| e.end.is_some())
+    }
+
     fn take_end(&mut self, task: TaskId) -> Option<(Rank, TaskId, End)> {
         let expected = self.expected.get_mut(&task)?;
         let end = match &expected.end {

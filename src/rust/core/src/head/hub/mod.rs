@@ -9,6 +9,7 @@ mod connection;
 mod core;
 mod futures;
 mod inbox;
+mod readiness;
 mod reconnect;
 mod status;
 mod writer;
