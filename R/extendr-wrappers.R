@@ -61,10 +61,11 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
+#' keep, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
+#' for none), stop_timeout (in milliseconds), here (on this machine) and xdr. `timeout`: seconds that any task
+#' may take.
 #' @noRd
-hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
+hub_go <- function(handle, plans, timeout) .Call(wrap__hub_go, handle, plans, timeout)
 
 #' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
 #' has failed counts as done, and is not an error.
@@ -252,7 +253,7 @@ hub_losses_noted <- function(handle, count) .Call(wrap__hub_losses_noted, handle
 #' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
 #' tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
 #' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
-#' that gives each element's seed, or `NULL`), `seeded` and `nothing` (see [`Job`]),
+#' that gives each element's seed, or `NULL`), `seeded` (see [`Job`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 #' in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
 #' Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.

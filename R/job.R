@@ -33,7 +33,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
   settings <- list(
     round = round, shares = shares, spread = spread, seed = seed,
-    seeded = if (!is.null(seed)) list(runSeeded, list()), nothing = if (is.finite(timeout)) list(list, list()),
+    seeded = if (!is.null(seed)) list(runSeeded, list()),
     order = order, singly = singly, timeout = timeout, at_once = !singly && is.null(each) && !progress
   )
   repeat {
@@ -149,7 +149,7 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
   again <- integer()
   warn <- NULL
   if (failure[["kind"]] == "timeout") {
-    if (is.finite(timeout)) failure$limit <- timeout
+    failure$limit <- min(timeout, handle$timeout)
     condition <- failureCondition(failure, handle)
     values <- lapply(tasks, function(task) failureValue(condition))
   } else {

@@ -21,10 +21,11 @@
 #'   results then do not depend on the workers, their number, retries or `.order`. `TRUE` draws the number from the
 #'   generator of this session. The random numbers of the workers themselves do not change. `FALSE`, the default: each
 #'   element uses the random numbers of its worker.
-#' @param .timeout (number) Time limit (seconds) of an element, measured from when it is sent to its worker; default
-#'   `Inf`. With a limit, an element is sent only when its worker is idle. An element that exceeds the limit is
+#' @param .timeout (number) Time limit (seconds) of an element, measured from when its worker has received all of its
+#'   message; default `Inf`. With a limit, elements are sent one by one. An element that exceeds the limit is
 #'   interrupted, and an error of class `rustcluster_timeout` replaces its result. A worker that does not respond to the
-#'   interrupt is killed. Nodes of several clusters do not support the limit.
+#'   interrupt is killed and replaced. The shorter of `.timeout` and `timeout` of the cluster counts. Nodes of several
+#'   clusters do not support the limit.
 #' @param .retries (integer) How often an element is retried after its worker has failed; default: `retries` of the
 #'   cluster. With `0`, the first failure is an error at once, unless `.errors` is `"return"`.
 #' @param .order (integer) The order in which the elements are started, a permutation of their indices; default: the

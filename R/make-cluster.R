@@ -189,10 +189,10 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, heartbeat_timeout = heartbeat_timeout,
-    timeout = timeout, setup = options$setup_timeout, setup_log_limit = setup_log_limit, memory = memory,
+    setup = options$setup_timeout, setup_log_limit = setup_log_limit, memory = memory,
     stop_timeout = stop_timeout
   ))
-  checked(hub_go(handle$pointer, plans))
+  checked(hub_go(handle$pointer, plans, timeout))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   started <- TRUE
   newCluster(handle, handle$alive)

@@ -148,7 +148,7 @@ hostPlans <- function(handle, asked, launches, settings) {
       # A cache of chunks saves no network traffic on this machine.
       keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],
-      timeout = milliseconds(settings$timeout), setup = milliseconds(settings$setup),
+      setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       stop_timeout = ceiling(1000 * settings$stop_timeout),
       here = asked$hosts[[i]]$here,

@@ -207,6 +207,31 @@ test_that(".timeout: the time of an interrupted call does not count", {
   note_processes(cl)
 })
 
+test_that("nor does an element wait for a worker that does not heed its interrupt while others are free", {
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  who <- global(function(i) {
+    if (i == 1) repeat tryCatch(Sys.sleep(60), interrupt = function(e) NULL)
+    Sys.sleep(0.1)
+    Sys.getpid()
+  })
+  got <- clusterLapply(cl, 1:9, who, .timeout = 0.4, .errors = "return")
+  expect_rust_error(attr(got[[1]], "condition"), "timeout")
+  expect_identical(got[-1], rep(list(pids[[2]]), 8))
+  expect_warning(clusterCall(cl, identity, 1), class = "rustcluster_worker_replaced")
+  note_processes(cl)
+})
+
+test_that("the shorter of `.timeout` and the cluster's counts", {
+  cl <- local_cluster(1, timeout = 0.3)
+  error <- caught(clusterLapply(cl, c(0, 60), Sys.sleep, .timeout = 50))
+  expect_rust_error(error, "timeout")
+  expect_match(conditionMessage(error), "element 2 took longer than its 0.3 s", fixed = TRUE)
+  error <- caught(clusterLapply(cl, c(0, 60), Sys.sleep, .timeout = 0.1))
+  expect_match(conditionMessage(error), "element 2 took longer than its 0.1 s", fixed = TRUE)
+  note_processes(cl)
+})
+
 test_that(".retries", {
   cl <- local_cluster(2)
   for (retries in c(0, 1, 3)) {

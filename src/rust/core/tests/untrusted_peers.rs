@@ -277,7 +277,6 @@ fn start(workers: u32) -> Start {
         patience: 0,
         keep: 0,
         state: 1 << 20,
-        timeout: 0,
         setup: 0,
         memory_limit: 0,
         stop_timeout: 600,

@@ -61,8 +61,6 @@ pub(super) enum Form {
     /// One in a message of parallel's: it holds what may change, as what is common may, and they may
     /// hold the same.
     Message,
-    /// No element: a message of parallel's that asks for nothing.
-    Nothing,
 }
 
 pub(super) struct Gathering<'a> {
@@ -152,12 +150,6 @@ pub(super) unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     unsafe {
         let writing = &mut *data.cast::<Writing<'_>>();
         let job = &mut *writing.job;
-        if writing.form == Form::Nothing {
-            let message = rustcluster_message(job.nothing.get().cast(), R_NilValue.cast(), 1);
-            stream::write(Rf_protect(message), writing.format, writing.sink);
-            Rf_unprotect(1);
-            return R_NilValue;
-        }
         let element = Rf_protect(job.element(writing.index));
         if writing.form == Form::Message {
             let common = job.common.get();
@@ -259,7 +251,7 @@ impl Job {
                 }
                 Ok(())
             }
-            Form::Long | Form::Message | Form::Nothing => {
+            Form::Long | Form::Message => {
                 let mut writing = Writing {
                     job: self,
                     index,
@@ -314,11 +306,7 @@ impl Job {
         let Some(sent) = self.remove(task) else {
             return Ok(());
         };
-        if sent.tasks.is_empty() {
-            cluster.hub.borrow().uncount(on);
-            self.ready.push_back(sent.place);
-            return Ok(());
-        }
+        self.detained[sent.place] = false;
         let now = Instant::now();
         let bytes = body.len;
         let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();

@@ -12,7 +12,6 @@ use crate::codec::stream::Format;
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
-use rustcluster_core::head::activity::TOO_LONG;
 use rustcluster_core::head::batching::{Assignment, Planner};
 use rustcluster_core::head::hub::{Answer, HostView, Turn};
 use rustcluster_core::protocol::body::Body;
@@ -46,8 +45,6 @@ pub struct Job {
     /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
     /// no arguments.
     pub(super) seeded: Robj,
-    /// The same of a function that does nothing.
-    pub(super) nothing: Robj,
     /// The task that is begun at each position; otherwise in their order.
     order: Option<Vec<usize>>,
     /// A list with an element for each task.
@@ -61,8 +58,9 @@ pub struct Job {
     at_once: usize,
     /// Places that may be given more.
     pub(super) ready: VecDeque<usize>,
-    /// Places whose worker may still be at something else than what it is sent.
-    unsure: Vec<bool>,
+    /// Places whose worker may still be at a task that took too long or was cancelled: others may have what
+    /// waits for it.
+    pub(super) detained: Vec<bool>,
     /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
     /// each, also if that comes back or is lost.
     pub(super) held: HashMap<usize, Robj>,
@@ -88,7 +86,7 @@ pub struct Job {
 /// A unit that is out.
 pub(super) struct Sent {
     pub(super) place: usize,
-    /// From 0. None: it only tells that the worker has come to it.
+    /// From 0.
     pub(super) tasks: Vec<usize>,
     pub(super) at: Instant,
     /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
@@ -102,7 +100,7 @@ pub(super) struct Sent {
 /// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
 /// tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
 /// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
-/// that gives each element's seed, or `NULL`), `seeded` and `nothing` (see [`Job`]),
+/// that gives each element's seed, or `NULL`), `seeded` (see [`Job`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 /// in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
 /// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
@@ -151,7 +149,7 @@ fn job_begin(
             Some(order.iter().map(|&at| at as usize - 1).collect())
         });
         let timeout = settings.get("timeout").and_then(Robj::as_real);
-        let timeout = timeout.unwrap_or(f64::INFINITY);
+        let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
         let seed = setting("seed");
         let (payload, as_written) =
@@ -188,12 +186,13 @@ fn job_begin(
             planner.place_on(place, agent, cores.get(agent).copied().unwrap_or(0));
         }
         drop(ways);
+        // Where tasks go together, one of them that comes back may go with others next time.
+        let is_detained = |&rank: &Rank| flag("singly") && cluster.hub.borrow().is_detained(rank);
         let new = Job {
             id: job as JobId,
             members: ranks.iter().copied().collect(),
             at_once: AT_ONCE,
-            // Of an earlier call, which was interrupted.
-            unsure: vec![timeout.is_finite(); ranks.len()],
+            detained: ranks.iter().map(is_detained).collect(),
             held: HashMap::new(),
             ready: (0..ranks.len()).collect(),
             ranks,
@@ -207,7 +206,6 @@ fn job_begin(
             },
             seed,
             seeded: setting("seeded"),
-            nothing: setting("nothing"),
             order,
             results: List::new(count).into(),
             assignment,
@@ -219,7 +217,7 @@ fn job_begin(
             by_class: shares == Some("nothing"),
             fresh: Vec::new(),
             began: Instant::now(),
-            timeout: Duration::try_from_secs_f64(timeout).ok(),
+            timeout,
             scratch: Vec::new(),
             message: Vec::new(),
             unread: None,
@@ -227,7 +225,6 @@ fn job_begin(
         };
         let at_once = flag("at_once")
             && new.seed.is_null()
-            && new.timeout.is_none()
             && matches!(new.elements, Elements::Vector(_))
             && count <= places;
         let mut new = Box::new(new);
@@ -344,17 +341,6 @@ impl Job {
             if left.is_zero() {
                 return Ok(false);
             }
-            if let Some(timeout) = self.timeout {
-                let timed = self.sent.iter().filter(|(_, sent)| !sent.tasks.is_empty());
-                let next = timed.min_by_key(|(_, sent)| sent.at);
-                if let Some((&task, sent)) = next {
-                    let rest = timeout.saturating_sub(sent.at.elapsed());
-                    if rest.is_zero() {
-                        return Err(self.time_out(cluster, task, sent.place).into());
-                    }
-                    left = left.min(rest);
-                }
-            }
             if !self.ready.is_empty() {
                 // The first answers tell how large units should be: worth waiting for, as long as not
                 // much time is lost by that if they do not come.
@@ -384,8 +370,7 @@ impl Job {
                 }
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
                 // Until it is time, or a signal has come.
-                Answer::Pending if self.timeout.is_none() => return Ok(false),
-                Answer::Pending => {}
+                Answer::Pending => return Ok(false),
                 Answer::NothingSent => {
                     self.none_stopped(cluster)?;
                     return Err(Failure::new("protocol")
@@ -398,17 +383,12 @@ impl Job {
                 Answer::Lost {
                     place, task, gone, ..
                 } => {
-                    if self.only_tells(task) {
-                        self.settle(cluster, task, &[])?;
-                        continue;
-                    }
                     let failure = nodes::loss(cluster, place, &gone);
                     return Err(self.of_task(failure, task).into());
                 }
                 Answer::TimedOut { rank, task } => {
-                    if self.only_tells(task) {
-                        self.settle(cluster, task, &[])?;
-                        continue;
+                    if let Some(sent) = self.sent.get(&task) {
+                        self.detained[sent.place] = true;
                     }
                     let failure = Failure::new("timeout").with("rank", rank + 1);
                     return Err(self.of_task(failure, task).into());
@@ -425,12 +405,6 @@ impl Job {
         }
     }
 
-    /// Whether what was sent has no task of the job's.
-    fn only_tells(&self, task: TaskId) -> bool {
-        let sent = self.sent.get(&task);
-        sent.is_some_and(|sent| sent.tasks.is_empty())
-    }
-
     /// What was outstanding on a node that has been stopped, in the middle of the job, is forgotten.
     fn none_stopped(&self, cluster: &Cluster) -> std::result::Result<(), Failure> {
         for sent in self.sent.values() {
@@ -442,16 +416,6 @@ impl Job {
         Ok(())
     }
 
-    /// Ends a task that has taken too long.
-    fn time_out(&self, cluster: &Cluster, task: TaskId, place: usize) -> Failure {
-        let rank = self.ranks[place];
-        let mut hub = cluster.hub.borrow_mut();
-        hub.cancel_task(rank, task);
-        hub.failed(rank, TOO_LONG);
-        let failure = Failure::new("timeout").with("rank", rank + 1);
-        self.of_task(failure, task)
-    }
-
     fn of_task(&self, failure: Failure, task: TaskId) -> Failure {
         let index = self.sent.get(&task).and_then(|sent| sent.tasks.first());
         let index = index.map_or(0, |&first| self.task(first) + 1);
@@ -461,15 +425,6 @@ impl Job {
     /// Sends a place what it is to have now.
     fn fill(&mut self, cluster: &Cluster, place: usize) -> std::result::Result<(), Unsent> {
         if self.is_gone(cluster, place)? {
-            return Ok(());
-        }
-        // Until it is known that the worker has come to what it is sent.
-        if self.lanes[place].iter().any(|&task| self.only_tells(task)) {
-            return Ok(());
-        }
-        if self.unsure[place] && self.planner.has_any(place) {
-            self.send(cluster, place, &[], Duration::ZERO, Turn::Last)?;
-            self.unsure[place] = false;
             return Ok(());
         }
         loop {
@@ -516,8 +471,7 @@ impl Job {
     }
 
     /// Sends as many of these tasks as fit into one message; `most`: see
-    /// [`rustcluster_core::head::batching::Unit`]. Returns how many. With none, what is
-    /// answered when the worker has come to it is sent.
+    /// [`rustcluster_core::head::batching::Unit`]. Returns how many.
     pub(super) fn send(
         &mut self,
         cluster: &Cluster,
@@ -528,10 +482,9 @@ impl Job {
     ) -> std::result::Result<usize, Unsent> {
         let rank = self.ranks[place];
         let format = |rank: Rank| cluster.formats.borrow()[rank as usize];
-        let (count, form) = match (positions, format(rank)) {
-            ([], _) => (0, Form::Nothing),
-            (_, Format::Native) => self.gather(positions, most)?,
-            (_, Format::Xdr) => (1, Form::Message),
+        let (count, form) = match format(rank) {
+            Format::Native => self.gather(positions, most)?,
+            Format::Xdr => (1, Form::Message),
         };
         // What is long would wait here, and R with it.
         if turn == Turn::Ahead && form != Form::Unit {
@@ -541,6 +494,7 @@ impl Job {
         let payload = |on| (is_unit && format(on) == Format::Native).then_some(self.payload);
         let mut hub = cluster.hub.borrow_mut();
         let begun = hub.begin(rank, self.id, None, turn, payload);
+        hub.limit_time(self.timeout);
         drop(hub);
         let begun = begun.map_err(|gone| Failure::gone(rank, &gone))?;
         let payload = payload(begun.place);
@@ -587,11 +541,15 @@ impl Job {
         Some(sent)
     }
 
-    /// Tasks are to be given out again: whoever has nothing to do is looked at.
+    /// Tasks are to be given out again: whoever has nothing to do is looked at, and last those who may not be
+    /// able to begin.
     pub(super) fn wake(&mut self) {
-        for place in 0..self.lanes.len() {
-            if self.lanes[place].is_empty() && !self.ready.contains(&place) {
-                self.ready.push_back(place);
+        for detained in [false, true] {
+            for place in 0..self.lanes.len() {
+                let is_idle = self.lanes[place].is_empty() && self.detained[place] == detained;
+                if is_idle && !self.ready.contains(&place) {
+                    self.ready.push_back(place);
+                }
             }
         }
     }
@@ -602,10 +560,14 @@ impl Job {
         if self.assignment == Assignment::Round || self.planner.left() > 0 {
             return;
         }
-        let is_idle = |lane: &VecDeque<TaskId>| lane.is_empty();
-        let idle = self.lanes.iter().filter(|lane| is_idle(lane)).count();
+        let lanes = || self.lanes.iter().zip(&self.detained);
+        let is_idle =
+            |(lane, detained): &(&VecDeque<TaskId>, &bool)| lane.is_empty() && !**detained;
+        let idle = lanes().filter(is_idle).count();
         let asked = self.sent.values().filter(|sent| sent.recalled).count();
-        let waiting = self.lanes.iter().filter_map(|lane| lane.get(1).copied());
+        // Of those who are detained, the first may not have begun either. If it has, it stays.
+        let begun = |detained: bool| usize::from(!detained);
+        let waiting = lanes().filter_map(|(lane, &detained)| lane.get(begun(detained)).copied());
         for task in waiting
             .collect::<Vec<_>>()
             .into_iter()
@@ -670,9 +632,7 @@ impl Job {
         };
         let place = sent.place;
         let rank = self.ranks[place];
-        if !sent.tasks.is_empty() {
-            self.planner.dropped(place, false);
-        }
+        self.planner.dropped(place, false);
         let replaced = cluster.hub.borrow().worker(rank).gone.is_none();
         if self.assignment == Assignment::Round && replaced {
             // Before what follows them: they go on with the random numbers that those before have left.
@@ -684,7 +644,6 @@ impl Job {
             self.planner.lost(place, again);
         }
         cluster.hub.borrow_mut().forget(rank, task);
-        self.unsure[place] = self.timeout.is_some() && !sent.tasks.is_empty();
         // All that was with a worker which is gone is told as lost, and in its order.
         if replaced || self.assignment == Assignment::Free {
             self.ready.push_back(place);

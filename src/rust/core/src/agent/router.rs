@@ -49,6 +49,12 @@ fn name(body: &[u8]) -> Result<u64, ProtocolError> {
     Ok(u64::from_le_bytes(name))
 }
 
+/// How long a task may take.
+fn limit(frame: &Frame) -> Result<Duration, ProtocolError> {
+    let limit = frame.number().map(Duration::from_micros);
+    limit.ok_or_else(|| ProtocolError("a bad time limit".into()))
+}
+
 /// What the head is told of an answer in shared memory; `bytes`: of the frame that will bring it.
 fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
     let len = bytes.try_into().map(u64::from_le_bytes);
@@ -67,11 +73,11 @@ fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
 }
 
 impl Relay {
-    /// For a number of workers, whose tasks may take so long. `keep`: bytes of chunks to keep;
+    /// For a number of workers. `keep`: bytes of chunks to keep;
     /// `state`: bytes to hold of what lasts on workers.
-    pub fn new(workers: usize, keep: usize, state: usize, timeout: Option<Duration>) -> Relay {
+    pub fn new(workers: usize, keep: usize, state: usize) -> Relay {
         Relay {
-            book: Book::new(workers, timeout),
+            book: Book::new(workers),
             kept: Kept::new(keep),
             payloads: Payloads::new(workers),
             replay: Replay::new(workers, state),
@@ -139,6 +145,9 @@ impl Relay {
             Kind::Seed if task != 0 => {}
             Kind::State => {
                 name(&frame.body)?;
+            }
+            Kind::Limit => {
+                limit(frame)?;
             }
             _ => return Ok(false),
         }
@@ -220,6 +229,10 @@ impl Relay {
                 if self.book.is_meant(worker)? {
                     self.replay.expect(worker, name);
                 }
+            }
+            Kind::Limit => {
+                let limit = limit(&frame)?;
+                self.book.limit(worker, header.task, limit)?;
             }
             Kind::Credit => {
                 if self.book.credit(worker, header.task, header.len)? {

@@ -6,7 +6,6 @@
 use crate::protocol::control::Setback;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{ABORT, FIRST, Header, LAST, SHARED};
-use crate::protocol::ids::RESTORE;
 use crate::protocol::limits::{RESULT_WINDOW, SEND_WINDOW};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -75,6 +74,8 @@ struct Entry {
     hung_up: Option<Now>,
     /// The whole message of the current task has passed: before that there is no answer.
     complete: bool,
+    /// How long this task, whose message comes next or is coming, may take.
+    limit: Option<(u64, Duration)>,
     /// Bytes of the current answer that may still go to the head.
     credit: usize,
     /// The current answer is in shared memory, and has been announced.
@@ -185,8 +186,6 @@ pub struct Book {
     timed: bool,
     /// Some worker may be starting, restored or to be made again after a pause. Mostly none is.
     unsettled: bool,
-    /// How long a task may take.
-    timeout: Option<Duration>,
     /// Answers may be in memory that is shared with the head.
     pub shares: bool,
     /// How long an idle worker may take to end when the head stops it.
@@ -196,8 +195,8 @@ pub struct Book {
 }
 
 impl Book {
-    /// A host with `count` workers, all starting, whose tasks may take so long.
-    pub fn new(count: usize, timeout: Option<Duration>) -> Book {
+    /// A host with `count` workers, all starting.
+    pub fn new(count: usize) -> Book {
         let workers = (0..count)
             .map(|_| Entry {
                 phase: Phase::Starting,
@@ -206,6 +205,7 @@ impl Book {
                 stop_timed_out: false,
                 hung_up: None,
                 complete: false,
+                limit: None,
                 credit: 0,
                 offered: None,
                 passed: 0,
@@ -225,7 +225,6 @@ impl Book {
             workers,
             timed: false,
             unsettled: false,
-            timeout,
             shares: false,
             stop_timeout: STOP_GRACE,
             patience: None,
@@ -300,6 +299,25 @@ impl Book {
         Ok(there && entry.unnoted == 0)
     }
 
+    /// The task whose message comes next may take so long.
+    ///
+    /// # Errors
+    /// When the worker has a task.
+    pub fn limit(&mut self, worker: u32, task: u64, limit: Duration) -> Result<(), ProtocolError> {
+        if !self.is_meant(worker)? {
+            return Ok(());
+        }
+        let entry = self.entry(worker)?;
+        if entry.phase != Phase::Idle {
+            let phase = entry.phase;
+            return Err(ProtocolError(format!(
+                "a time limit for worker {worker}, which is {phase:?}"
+            )));
+        }
+        entry.limit = Some((task, limit));
+        Ok(())
+    }
+
     /// A data frame from the head to a worker.
     ///
     /// # Errors
@@ -308,8 +326,6 @@ impl Book {
         if !self.is_meant(header.worker)? {
             return Ok(Route::Drop);
         }
-        // What restores a worker is no task of R's.
-        let timeout = self.timeout.filter(|_| header.task & RESTORE == 0);
         let entry = self.entry(header.worker)?;
         match entry.phase {
             Phase::Idle if header.flags & FIRST != 0 && header.task & REPLAY == 0 => {
@@ -342,8 +358,9 @@ impl Book {
         {
             *since = now;
             entry.took = Duration::ZERO;
-            *deadline = timeout.map(|timeout| now + timeout);
-            self.timed |= timeout.is_some();
+            let limit = entry.limit.take_if(|(task, _)| *task == header.task);
+            *deadline = limit.map(|(_, limit)| now.saturating_add(limit));
+            self.timed |= limit.is_some();
         }
         let entry = self.entry(header.worker)?;
         if header.flags & ABORT != 0 {
@@ -505,7 +522,7 @@ impl Book {
     /// Tasks that are out of time: their workers are to be interrupted. Each is named once.
     pub fn out_of_time(&mut self, now: Now) -> Vec<(u32, u64)> {
         let mut out = Vec::new();
-        if !self.timed || self.timeout.is_none() {
+        if !self.timed {
             return out;
         }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
@@ -581,6 +598,7 @@ impl Book {
         };
         let phase = std::mem::replace(&mut entry.phase, Phase::Gone);
         entry.hung_up = None;
+        entry.limit = None;
         entry.progress_by = None;
         entry.passed = 0;
         entry.given = 0;

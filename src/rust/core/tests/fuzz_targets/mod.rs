@@ -233,6 +233,14 @@ impl<'a> Script<'a> {
             shared.header.flags |= flags & !FIRST;
             return wire(&shared);
         }
+        if size == 251 {
+            let (worker, task) = (u32::from(place >> 5), u64::from(place & 31));
+            return wire(&Frame::limit(
+                worker,
+                task,
+                Duration::from_secs(flags.into()),
+            ));
+        }
         if size == 253 {
             kind = Kind::Payload;
         }
@@ -557,8 +565,7 @@ fn wire(frame: &Frame) -> Vec<u8> {
 /// A stream from a head after the handshake, while workers go about theirs.
 pub fn to_agent(data: &[u8]) {
     let mut script = Script(data);
-    let timeout = Some(Duration::from_secs(3));
-    let mut relay = Relay::new(WORKERS, 200_000, 300_000, timeout);
+    let mut relay = Relay::new(WORKERS, 200_000, 300_000);
     relay.book.shares = data.first().is_some_and(|byte| byte & 1 == 1);
     let mut host = Host {
         relay,

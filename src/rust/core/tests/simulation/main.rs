@@ -67,8 +67,10 @@ struct Setup {
     lasting: u32,
     /// How often a lost task is tried again.
     retries: usize,
-    /// How long a task may take.
+    /// How long any task may take.
     timeout: Option<Duration>,
+    /// Some tasks have time limits of their own.
+    limits: bool,
     /// One in so many tasks may be sent ahead; 0: none.
     ahead: u32,
     /// Bytes of chunks that agents keep, if they do.
@@ -112,6 +114,7 @@ impl Setup {
             retries: rng.random_range(0..4),
             ahead: [0, 1, 1, 2][rng.random_range(0..4)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
+            limits: rng.random_ratio(1, 3),
             keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
             state: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
             blocking: rng.random_ratio(1, 6),
@@ -170,9 +173,10 @@ impl Sim {
             }
         }
         let bounds = (setup.keep.unwrap_or(0), setup.state);
-        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds, setup.timeout);
+        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds);
         let hosts: Vec<Host> = ranks.iter().map(host).collect();
         let mut scheduler = Scheduler::new(ranks, setup.limit);
+        scheduler.limit_time(setup.timeout);
         for agent in 0..hosts.len() {
             if let Some(most) = setup.keep {
                 scheduler.share(agent, most);
@@ -628,14 +632,12 @@ impl Sim {
     fn drain(&mut self) {
         self.write_all();
         self.scheduler.set_unlimited(false);
-        if self.setup.timeout.is_none() {
-            // R would wait for these for ever, and so would their users.
-            let tasks = self.facts.tasks.iter();
-            let stuck = tasks.filter(|task| task.stuck && task.end.is_none());
-            let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
-            for job in jobs {
-                self.cancel_job(job);
-            }
+        // R would wait for these for ever, and so would their users.
+        let tasks = self.facts.tasks.iter();
+        let stuck = tasks.filter(|task| task.stuck && task.limit.is_none() && task.end.is_none());
+        let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
+        for job in jobs {
+            self.cancel_job(job);
         }
         let mut before = self.moved;
         let mut idle = 0;
@@ -845,6 +847,7 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         lasting: 4,
         retries: 2,
         timeout: Some(Duration::from_secs(60)),
+        limits: true,
         ahead: 2,
         keep: Some(1_000_000),
         state: 10_000_000,

@@ -9,6 +9,7 @@ use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::OnceLock;
+use std::time::Duration;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
 /// The largest message or answer of a simulated task: several windows and grants.
@@ -218,6 +219,9 @@ pub struct Task {
     pub effect: Option<Effect>,
     /// It may be sent while another runs.
     pub ahead: bool,
+    /// How long it may take by its own limit, and in all.
+    pub own_limit: Option<Duration>,
+    pub limit: Option<Duration>,
     /// R has asked to have it back, and got it.
     pub asked_back: bool,
     pub recalled: bool,
@@ -346,7 +350,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 23] {
+    pub fn counts(&self) -> [usize; 24] {
         [
             self.answers,
             self.cancelled,
@@ -362,6 +366,7 @@ impl Seen {
             self.not_kept,
             self.guests,
             self.left_out,
+            self.in_memory,
             self.starved,
             self.ahead,
             self.put_back,
@@ -391,6 +396,7 @@ impl Seen {
             &mut self.not_kept,
             &mut self.guests,
             &mut self.left_out,
+            &mut self.in_memory,
             &mut self.starved,
             &mut self.ahead,
             &mut self.put_back,

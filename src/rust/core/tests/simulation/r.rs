@@ -11,6 +11,7 @@ use rustcluster_core::protocol::dedup::Chunk;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
+use std::time::Duration;
 
 /// Messages that last are shorter.
 const LARGEST_LASTING: usize = 300_000;
@@ -86,6 +87,9 @@ impl Sim {
             0 => Draws::from_number(self.rng.random()),
             _ => Draws::Nothing,
         };
+        let limits = [None, None, Some(50), Some(500), Some(60_000)];
+        let own = limits[self.rng.random_range(0..limits.len())].map(Duration::from_millis);
+        let own = own.filter(|_| faults && self.setup.limits);
         let mut effect = None;
         if self.rng.random_ratio(1, self.setup.lasting) {
             len = len.clamp(1, LARGEST_LASTING);
@@ -113,6 +117,8 @@ impl Sim {
             },
             draws,
             effect,
+            own_limit: own,
+            limit: own.into_iter().chain(self.setup.timeout).min(),
             ahead: self.setup.ahead > 0 && self.rng.random_ratio(1, self.setup.ahead),
             asked_back: false,
             recalled: false,
@@ -151,6 +157,7 @@ impl Sim {
             instead_of: task.is_moved().then_some(task.owner),
             ahead: task.ahead,
             payload: None,
+            limit: task.own_limit,
             any_of: None,
         };
         let (place, len) = (task.place, task.len);
@@ -620,7 +627,7 @@ impl Sim {
                 (Ready::Lost { stopped }, 0)
             }
             Outcome::TimedOut => {
-                assert!(wanted && self.setup.timeout.is_some());
+                assert!(wanted && task.limit.is_some());
                 assert!(!lasts);
                 self.arriving.remove(&rank);
                 self.facts.seen.timed_out += 1;

@@ -52,7 +52,7 @@ fn seed(flags: u8, task: u64, body: &'static [u8]) -> Frame {
 
 /// One worker that is ready.
 fn up() -> Relay {
-    let mut relay = Relay::new(1, 0, 1 << 20, None);
+    let mut relay = Relay::new(1, 0, 1 << 20);
     relay.made(0, false, Duration::ZERO);
     let acts = from_worker(&mut relay, &[ready()]);
     assert!(matches!(
@@ -228,15 +228,33 @@ fn a_task_ahead_goes_down_with_its_worker_and_comes_again() {
 #[test]
 fn a_task_ahead_has_its_time_from_when_it_starts() {
     let ms = Duration::from_millis;
-    let mut relay = Relay::new(1, 0, 0, Some(ms(10)));
-    from_worker(&mut relay, &[ready()]);
+    let mut relay = up();
+    from_head(&mut relay, Frame::limit(0, 1, ms(5)));
     from_head(&mut relay, data(1, b"task"));
+    from_head(&mut relay, Frame::limit(0, 2, ms(10)));
     from_head(&mut relay, data(2, b"next"));
+    assert_eq!(relay.book.next_deadline(), Some(ms(5)));
     let mut acts = Vec::new();
     let mut answer = bytes(&[data(1, b"answer")]);
     relay.from_worker(0, &mut answer, ms(7), &mut acts).unwrap();
     assert_eq!(relay.book.next_deadline(), Some(ms(17)));
 }
+
+#[test]
+fn a_limit_that_no_head_sends_is_an_error() {
+    let short = Frame::new(Kind::Limit, 0, 0, 1, Bytes::from_static(b"1234567"));
+    let busy = Frame::limit(0, 1, Duration::ZERO);
+    for (begun, frame) in [(false, short.clone()), (true, short), (true, busy)] {
+        let mut relay = up();
+        if begun {
+            from_head(&mut relay, data(1, b"task"));
+        }
+        let mut received = bytes(&[frame]);
+        let result = relay.from_head(&mut received, Duration::ZERO, &mut Vec::new());
+        assert!(result.is_err());
+    }
+}
+
 fn payload(flags: u8, id: u64, len: usize) -> Frame {
     Frame::new(Kind::Payload, flags, 0, id, vec![9; len].into())
 }

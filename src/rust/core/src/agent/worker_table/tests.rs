@@ -20,7 +20,7 @@ fn lost(replaced: bool) -> Ending {
 }
 
 fn busy() -> Book {
-    let mut book = Book::new(1, None);
+    let mut book = Book::new(1);
     assert_eq!(book.ready(0, [].into(), MS), Ready::Up);
     assert_eq!(
         book.to_worker(&data(1, FIRST | LAST, 9), MS),
@@ -46,7 +46,7 @@ fn a_small_answer_passes_and_a_large_one_waits_for_the_head() {
 
 #[test]
 fn an_answer_before_its_task_is_whole_or_with_flags_of_others_is_the_workers_fault() {
-    let mut book = Book::new(1, None);
+    let mut book = Book::new(1);
     book.ready(0, [].into(), MS);
     assert_eq!(book.to_worker(&data(1, FIRST, 5), MS), Ok(Route::Forward));
     assert!(book.from_worker(&data(1, FIRST | LAST, 1), MS).is_err());
@@ -104,7 +104,7 @@ fn a_stopping_worker_gets_no_more_tasks() {
 #[test]
 fn an_idle_worker_has_its_time_to_end_while_the_head_is_there() {
     let idle = || {
-        let mut book = Book::new(2, None);
+        let mut book = Book::new(2);
         book.stop_timeout = Duration::from_secs(5);
         book.ready(0, [].into(), MS);
         assert_eq!(book.stop(0, MS), Some(false));
@@ -130,7 +130,7 @@ fn an_idle_worker_has_its_time_to_end_while_the_head_is_there() {
 
 #[test]
 fn an_aborted_message_leaves_the_worker_idle() {
-    let mut book = Book::new(1, None);
+    let mut book = Book::new(1);
     book.ready(0, [].into(), MS);
     assert_eq!(book.to_worker(&data(1, FIRST, 5), MS), Ok(Route::Forward));
     assert_eq!(
@@ -168,8 +168,9 @@ fn what_the_agent_gives_a_worker_is_no_credit_for_the_head() {
 
 #[test]
 fn a_task_that_is_out_of_time_is_interrupted_and_then_its_worker_is_overdue() {
-    let mut book = Book::new(1, Some(10 * MS));
+    let mut book = Book::new(1);
     book.ready(0, [].into(), MS);
+    book.limit(0, 1, 10 * MS).unwrap();
     assert_eq!(book.to_worker(&data(1, FIRST, 9), MS), Ok(Route::Forward));
     // The time counts from when the worker has all of the message.
     assert_eq!(book.next_deadline(), None);
@@ -191,8 +192,9 @@ fn a_task_that_is_out_of_time_is_interrupted_and_then_its_worker_is_overdue() {
 
 #[test]
 fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
-    let mut book = Book::new(1, Some(10 * MS));
+    let mut book = Book::new(1);
     book.ready(0, [].into(), MS);
+    book.limit(0, 1, 10 * MS).unwrap();
     let whole = data(1, FIRST | LAST, 9);
     assert_eq!(book.to_worker(&whole, MS), Ok(Route::Forward));
     assert_eq!(
@@ -282,7 +284,7 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     assert_eq!(book.stop(0, now), None);
     assert!(book.all_gone() && book.next_retry().is_none());
     // Nor is one that was never there, or whose state is not known.
-    let mut book = Book::new(1, None);
+    let mut book = Book::new(1);
     let told = setback(1, false, Duration::ZERO, Duration::ZERO);
     assert_eq!(book.exited(0, true, MS), told);
     assert_eq!(book.next_retry(), None);
@@ -292,7 +294,7 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
 #[test]
 fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
     const PATIENCE: Duration = Duration::from_secs(5);
-    let mut book = Book::new(1, None);
+    let mut book = Book::new(1);
     book.patience = Some(PATIENCE);
     // The first start is for the head to bound.
     book.made(0, MS);

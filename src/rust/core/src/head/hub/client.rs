@@ -261,6 +261,11 @@ impl Hub {
         self.core().takes_back(agent)
     }
 
+    /// How long any task may take from when its worker has all of its message. To be called before [`Hub::go`].
+    pub fn limit_all(&mut self, limit: Option<Duration>) {
+        self.core().time_limit = limit;
+    }
+
     /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
     /// all plans are those from 0 to their number.
     ///
@@ -416,7 +421,7 @@ impl Hub {
     }
 
     /// Cancels a task, of which nothing more is wanted.
-    pub fn cancel_task(&mut self, rank: Rank, task: TaskId) {
+    pub(super) fn cancel_task(&mut self, rank: Rank, task: TaskId) {
         let mut core = self.core();
         let place = forget(&mut core, task).unwrap_or(rank);
         core.scheduler.cancel_task(place, task);

@@ -100,6 +100,8 @@ pub struct Core {
     /// The beginning of all times.
     pub began: Instant,
     pub measure: Measure,
+    /// How long any task may take.
+    pub time_limit: Option<Duration>,
     wake: UnixStream,
     /// The connection by which R code waits that knows sockets alone.
     pub readiness: Option<Readiness>,
@@ -142,6 +144,7 @@ impl Shared {
                 usual_wait: Duration::ZERO,
                 began: Instant::now(),
                 measure: |_| None,
+                time_limit: None,
                 wake,
                 readiness: None,
                 scratch: vec![0; READ],
@@ -355,6 +358,7 @@ impl Core {
         self.inbox.set_workers(&ranks);
         self.scheduler = Scheduler::new(ranks, self.limit);
         self.scheduler.measure_with(self.measure);
+        self.scheduler.limit_time(self.time_limit);
         self.look_at_clock();
         for agent in 0..self.conns.len() {
             if let Some(failure) = &self.inbox.hosts[agent].failure {

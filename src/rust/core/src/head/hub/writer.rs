@@ -221,6 +221,14 @@ impl Hub {
         })
     }
 
+    /// The task that was begun last may take so long from when its worker has all of its message; `None`: as long
+    /// as any task may.
+    pub fn limit_time(&mut self, limit: Option<Duration>) {
+        if let Some(writing) = &mut self.writing {
+            writing.order.limit = limit;
+        }
+    }
+
     /// As [`Hub::begin`], for a task that was lost: with the worker that takes the place of the lost
     /// one, or if there is none, with another.
     ///
