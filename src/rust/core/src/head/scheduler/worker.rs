@@ -31,7 +31,7 @@ pub(super) struct Worker {
     pub(super) undecided: Option<(TaskId, JobId)>,
     /// The state of its random number generator, if that is known here.
     pub(super) seed: Option<Bytes>,
-    /// Bytes that may be sent: see [`SEND_WINDOW`](crate::protocol::limits::SEND_WINDOW).
+    /// Bytes that may be sent: see [`SEND_WINDOW`].
     pub(super) window: usize,
     pub(super) track: Track,
     /// Its host was lost and is back, and it may not be what it was yet.
