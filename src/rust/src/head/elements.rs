@@ -67,8 +67,6 @@ pub struct Values {
     /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
     /// no arguments.
     pub(super) seeded: Robj,
-    /// The same of a function that does nothing.
-    pub(super) nothing: Robj,
     /// A list with an element for each task.
     results: Robj,
     /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
@@ -178,12 +176,6 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     unsafe {
         let writing = &mut *data.cast::<Writing<'_>>();
         let values = &mut *writing.values;
-        if writing.form == Form::Nothing {
-            let message = rustcluster_message(values.nothing.get().cast(), R_NilValue.cast(), 1);
-            stream::write(Rf_protect(message), writing.format, writing.sink);
-            Rf_unprotect(1);
-            return R_NilValue;
-        }
         let element = Rf_protect(values.element(writing.index));
         if writing.form == Form::Message {
             let common = values.common.get();
@@ -302,12 +294,7 @@ impl Codec for Encoder<'_> {
         }
     }
 
-    fn write(
-        &mut self,
-        place: Rank,
-        task: Option<usize>,
-        form: Form,
-    ) -> std::result::Result<(), Jump> {
+    fn write(&mut self, place: Rank, task: usize, form: Form) -> std::result::Result<(), Jump> {
         let hub = &self.cluster.hub;
         match form {
             Form::Unit => {
@@ -319,10 +306,10 @@ impl Codec for Encoder<'_> {
                 }
                 Ok(())
             }
-            Form::Long | Form::Message | Form::Nothing => {
+            Form::Long | Form::Message => {
                 let mut writing = Writing {
                     values: self.values,
-                    index: task.unwrap_or(0),
+                    index: task,
                     form,
                     format: self.cluster.format(place),
                     sink: &mut ToHub(self.cluster),
@@ -412,7 +399,6 @@ impl Values {
             elements,
             seed: setting("seed"),
             seeded: setting("seeded"),
-            nothing: setting("nothing"),
             results: List::new(count).into(),
             held: HashMap::new(),
             failed: Vec::new(),

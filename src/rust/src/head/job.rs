@@ -31,8 +31,8 @@ pub struct Job {
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 /// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
 /// tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
-/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
-/// `seeded` and `nothing` (see [`Values`]),
+/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
+/// that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 /// in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
 /// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
@@ -116,12 +116,13 @@ fn job_begin(
             host,
             cores: cores.get(host).copied().unwrap_or(0),
             way: ways.get(&rank).copied(),
+            // Where tasks go together, one of them that comes back may go with others next time.
+            detained: flag("singly") && cluster.hub.borrow().is_detained(rank),
         };
         let places: Vec<Place> = ranks.iter().zip(agents).map(place).collect();
         drop(ways);
         let at_once = flag("at_once")
             && flags & batch::SEEDED == 0
-            && timeout.is_none()
             && matches!(elements, Elements::Vector(_))
             && count <= places.len();
         let setup = job::Setup {

@@ -7,7 +7,9 @@ mod events;
 pub mod handle;
 mod job;
 mod nodes;
+mod readiness;
 mod repeat;
+mod retry;
 mod start;
 mod status;
 
@@ -17,8 +19,10 @@ extendr_module! {
     mod head;
     use start;
     use nodes;
+    use readiness;
     use events;
     use call;
+    use retry;
     use job;
     use status;
 }

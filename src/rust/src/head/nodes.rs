@@ -5,7 +5,7 @@ use super::handle::{
     rank_of, usable, with_cluster,
 };
 use super::repeat::{LARGE, Repeated};
-use super::{broadcast, events, status};
+use super::{broadcast, events, retry, status};
 use crate::codec::stream::{self, Format};
 use crate::codec::{mapped, plain};
 use crate::r::failure::Failure;
@@ -16,6 +16,7 @@ use extendr_ffi::{
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::head::hub::{Answer, Hub, Turn};
+use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::control::Setback;
@@ -118,12 +119,12 @@ pub(super) fn send(
     let bytes = broadcast::write(cluster, &begun, message)?;
     let message = Message {
         message: message.clone(),
-        owner,
         job,
         index: 0,
         lasts,
         shared,
         user: None,
+        attempts: Attempts::default(),
     };
     cluster.sent(begun.task, message);
     Ok((begun.task, bytes))
@@ -164,8 +165,9 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
             next: ().into(),
         };
         let mut missing = owners.len();
-        // R then looks for interrupts.
-        while missing > 0 && called.next.is_null() && began.elapsed() < SLICE {
+        let untold = || cluster.losses.borrow().any_untold();
+        // R then looks for interrupts, or notes a loss.
+        while missing > 0 && called.next.is_null() && !untold() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
                 hub.receive_any(|rank| places[rank as usize] != ABSENT, SLICE)
@@ -245,48 +247,16 @@ fn name_of(name: &str) -> u64 {
     }
 }
 
-/// Sends a task again that was lost.
-/// @noRd
-#[extendr]
-fn hub_try_again(handle: Robj, task: f64) -> Robj {
-    let task = task as TaskId;
-    with_cluster(&handle, |cluster| {
-        let (message, owner, lasts, shared) = match cluster.messages.borrow().get(&task) {
-            Some(m) => (m.message.clone(), m.owner, m.lasts, m.shared),
-            None => return Err(Failure::new("no_task")),
-        };
-        let payload = |place| shared.of(cluster.format(place));
-        let begun = cluster
-            .hub
-            .borrow_mut()
-            .try_again(owner, task, lasts, payload);
-        let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
-        let written = broadcast::write(cluster, &begun, &message).map_err(Unsent::from);
-        Ok(written.map_or_else(Robj::from, |_| ().into()))
-    })
-}
-
-/// A task that was lost is not tried again: who asks for its answer is told so.
-/// @noRd
-#[extendr]
-fn hub_give_up(handle: Robj, task: f64) -> Robj {
-    with_cluster(&handle, |cluster| {
-        let task = task as TaskId;
-        if let Some(message) = cluster.messages.borrow().get(&task) {
-            cluster.hub.borrow_mut().give_up(message.owner, task);
-        }
-        Ok(().into())
-    })
-}
-
 /// Nobody wants to know any more what became of a task that was lost.
 /// @noRd
 #[extendr]
 fn hub_forget(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let task = task as TaskId;
-        if let Some(message) = cluster.forget_message(task) {
-            cluster.hub.borrow_mut().forget(message.owner, task);
+        cluster.forget_message(task);
+        let mut hub = cluster.hub.borrow_mut();
+        if let Some(owner) = hub.owner(task) {
+            hub.forget(owner, task);
         }
         Ok(().into())
     })
@@ -402,11 +372,14 @@ unsafe extern "C" {
 }
 
 /// The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-/// hub_read().
+/// hub_read(). `NULL`: not yet, or R is to note a loss first.
 /// @noRd
 #[extendr]
 fn hub_receive(handle: Robj, rank: i32) -> Robj {
     with_cluster(&handle, |cluster| {
+        if cluster.losses.borrow().any_untold() {
+            return Ok(().into());
+        }
         let answer = {
             let mut hub = cluster.hub.borrow_mut();
             let rank = rank_of(&hub, rank)?;
@@ -470,13 +443,19 @@ pub(super) fn answered(
         }
         Answer::Lost {
             rank,
-            place,
+            place: at,
             task,
             gone,
-        } => ended(loss(cluster, place, &gone), rank, task),
+        } => retry::task_lost(cluster, (rank, at), place(rank), task, &gone),
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
         Answer::Recalled { rank, task } => ended(of_rank("recalled", rank), rank, task),
-        Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),
+        Answer::GivenUp { rank, task } => {
+            let messages = cluster.messages.borrow();
+            let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
+            let failure = retry::given_up(&message.attempts).with("rank", rank + 1);
+            drop(messages);
+            ended(failure, rank, task)
+        }
         Answer::Pending => Ok(().into()),
         Answer::NothingSent => Err(Failure::new("no_task")),
     }
@@ -530,6 +509,9 @@ fn hub_read(handle: Robj) -> Robj {
 #[extendr]
 fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
+        if cluster.losses.borrow().any_untold() {
+            return Ok(().into());
+        }
         let size = cluster.hub.borrow().size();
         let places = match cluster.nodes.take() {
             // SAFETY: addresses are compared, not used.
@@ -553,6 +535,9 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
 #[extendr]
 fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
     with_cluster(&handle, |cluster| {
+        if cluster.losses.borrow().any_untold() {
+            return Ok(().into());
+        }
         let mut of_ranks = vec![ABSENT; cluster.hub.borrow().size()];
         for (&rank, &place) in ranks.iter().zip(places) {
             let rank = rank_of(&cluster.hub.borrow(), rank)?;
@@ -680,6 +665,7 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
     }
     cluster.hub.borrow_mut().cancel_job(job);
     cluster.drop_payloads(job);
+    cluster.losses.borrow_mut().close(job);
     cluster.forget_messages();
 }
 
@@ -706,8 +692,6 @@ extendr_module! {
     fn hub_send;
     fn hub_call;
     fn hub_called;
-    fn hub_try_again;
-    fn hub_give_up;
     fn hub_forget;
     fn hub_message;
     fn hub_receive;

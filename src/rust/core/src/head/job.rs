@@ -12,7 +12,6 @@
 use super::batching::{Assignment, Ended, Planner};
 use super::hub::{Answer, Begun, Hub, Turn};
 use super::scheduler::events::Gone;
-use crate::head::activity::TOO_LONG;
 use crate::protocol::body::Body;
 use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::borrow::Cow;
@@ -35,8 +34,6 @@ pub enum Form {
     Long,
     /// One alone, with all that it needs: the message does not begin with the payload.
     Message,
-    /// None: the answer only tells that the worker has come to it.
-    Nothing,
 }
 
 /// How many of its tasks an answer has answered, and how that went.
@@ -57,7 +54,7 @@ pub trait Codec {
     /// Why a method could not do its part: R jumped, say.
     type Stop;
 
-    /// Whether this worker can be sent anything else than [`Form::Message`] and [`Form::Nothing`].
+    /// Whether this worker can be sent anything else than [`Form::Message`].
     fn takes_units(&self, rank: Rank) -> bool;
 
     /// Puts together as many of these tasks, from the first on, as fit into one message, to be written with
@@ -68,11 +65,11 @@ pub trait Codec {
     /// When a task cannot be encoded.
     fn gather(&mut self, tasks: &[usize], most: Duration) -> Result<(usize, Form), Self::Stop>;
 
-    /// Writes the message that has been begun, for this worker. `task`: the first, if there is one.
+    /// Writes the message that has been begun, for this worker. `task`: its first.
     ///
     /// # Errors
     /// When the message is incomplete.
-    fn write(&mut self, place: Rank, task: Option<usize>, form: Form) -> Result<(), Self::Stop>;
+    fn write(&mut self, place: Rank, task: usize, form: Form) -> Result<(), Self::Stop>;
 
     /// Sends the payload once more, to the host of this worker, which does not have it.
     ///
@@ -102,7 +99,7 @@ pub trait Dispatch {
     fn now(&self) -> Instant;
     /// Why a worker is gone for good, if it is.
     fn gone(&self, rank: Rank) -> Option<Arc<Gone>>;
-    /// [`Hub::begin`], for a task of which nothing lasts.
+    /// [`Hub::begin`], for a task of which nothing lasts, and [`Hub::limit_time`].
     ///
     /// # Errors
     /// When the worker is gone.
@@ -111,6 +108,7 @@ pub trait Dispatch {
         rank: Rank,
         job: JobId,
         turn: Turn,
+        limit: Option<Duration>,
         payload: impl FnOnce(Rank) -> Option<PayloadId>,
     ) -> Result<Begun, Arc<Gone>>;
     /// [`Hub::finish`].
@@ -121,12 +119,8 @@ pub trait Dispatch {
     fn receive_any(&self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer;
     /// [`Hub::recall`].
     fn recall(&self, rank: Rank, task: TaskId);
-    /// Cancels a task that has taken too long.
-    fn time_out(&self, rank: Rank, task: TaskId);
     /// [`Hub::forget`].
     fn forget(&self, rank: Rank, task: TaskId);
-    /// [`Hub::uncount`].
-    fn uncount(&self, rank: Rank);
 }
 
 impl Dispatch for RefCell<Hub> {
@@ -143,9 +137,13 @@ impl Dispatch for RefCell<Hub> {
         rank: Rank,
         job: JobId,
         turn: Turn,
+        limit: Option<Duration>,
         payload: impl FnOnce(Rank) -> Option<PayloadId>,
     ) -> Result<Begun, Arc<Gone>> {
-        self.borrow_mut().begin(rank, job, None, turn, payload)
+        let mut hub = self.borrow_mut();
+        let begun = hub.begin(rank, job, None, turn, payload)?;
+        hub.limit_time(limit);
+        Ok(begun)
     }
 
     fn finish(&self) {
@@ -164,18 +162,8 @@ impl Dispatch for RefCell<Hub> {
         self.borrow_mut().recall(rank, task);
     }
 
-    fn time_out(&self, rank: Rank, task: TaskId) {
-        let mut hub = self.borrow_mut();
-        hub.cancel_task(rank, task);
-        hub.failed(rank, TOO_LONG);
-    }
-
     fn forget(&self, rank: Rank, task: TaskId) {
         self.borrow_mut().forget(rank, task);
-    }
-
-    fn uncount(&self, rank: Rank) {
-        self.borrow().uncount(rank);
     }
 }
 
@@ -226,6 +214,8 @@ pub struct Place {
     pub cores: usize,
     /// Seconds that the way to it and back takes, if that is known.
     pub way: Option<f64>,
+    /// See [`Hub::is_detained`].
+    pub detained: bool,
 }
 
 /// What a job is made of.
@@ -255,7 +245,7 @@ pub struct Setup {
 #[derive(Debug)]
 struct Sent {
     place: usize,
-    /// Positions in the order, from 0. None: it only tells that the worker has come to it.
+    /// Positions in the order, from 0.
     tasks: Vec<usize>,
     at: Instant,
     /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
@@ -284,8 +274,9 @@ pub struct Job {
     at_once: usize,
     /// Places that may be given more.
     ready: VecDeque<usize>,
-    /// Places whose worker may still be at something else than what it is sent.
-    unsure: Vec<bool>,
+    /// Places whose worker may still be at a task that took too long or was cancelled: others may have what
+    /// waits for it.
+    detained: Vec<bool>,
     done: usize,
     began: Instant,
     timeout: Option<Duration>,
@@ -324,8 +315,7 @@ impl Job {
             lanes: vec![VecDeque::new(); count],
             at_once: AT_ONCE,
             ready: (0..count).collect(),
-            // Of an earlier call, which was interrupted.
-            unsure: vec![setup.timeout.is_some(); count],
+            detained: setup.places.iter().map(|place| place.detained).collect(),
             done: 0,
             began: now,
             timeout: setup.timeout,
@@ -424,20 +414,6 @@ impl Job {
             if left.is_zero() {
                 return Ok(false);
             }
-            if let Some(timeout) = self.timeout {
-                let timed = self.sent.iter().filter(|(_, sent)| !sent.tasks.is_empty());
-                let next = timed.min_by_key(|(task, sent)| (sent.at, **task));
-                if let Some((&task, sent)) = next {
-                    let passed = hub.now().saturating_duration_since(sent.at);
-                    let rest = timeout.saturating_sub(passed);
-                    if rest.is_zero() {
-                        let rank = self.ranks[sent.place];
-                        hub.time_out(rank, task);
-                        return Err(self.timed_out(rank, task));
-                    }
-                    left = left.min(rest);
-                }
-            }
             if !self.ready.is_empty() {
                 // The first answers tell how large units should be: worth waiting for, as long as not
                 // much time is lost by that if they do not come.
@@ -463,8 +439,7 @@ impl Job {
                 }
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
                 // Until it is time, or a signal has come.
-                Answer::Pending if self.timeout.is_none() => return Ok(false),
-                Answer::Pending => {}
+                Answer::Pending => return Ok(false),
                 Answer::NothingSent => return Err(self.none_out(hub)),
                 // It was sent to the worker before the job, which has sent it nothing yet.
                 Answer::Lost { rank, task, .. } | Answer::TimedOut { rank, task }
@@ -475,10 +450,6 @@ impl Job {
                 Answer::Lost {
                     place, task, gone, ..
                 } => {
-                    if self.only_tells(task) {
-                        self.settle(hub, codec, task, &[])?;
-                        continue;
-                    }
                     return Err(Halt::Lost {
                         place,
                         gone,
@@ -487,11 +458,14 @@ impl Job {
                     });
                 }
                 Answer::TimedOut { rank, task } => {
-                    if self.only_tells(task) {
-                        self.settle(hub, codec, task, &[])?;
-                        continue;
+                    if let Some(sent) = self.sent.get(&task) {
+                        self.detained[sent.place] = true;
                     }
-                    return Err(self.timed_out(rank, task));
+                    return Err(Halt::TimedOut {
+                        rank,
+                        task,
+                        first: self.first_of(task),
+                    });
                 }
                 Answer::Recalled { task, .. } => {
                     if let Some(sent) = self.remove(task) {
@@ -503,12 +477,6 @@ impl Job {
                 Answer::GivenUp { .. } => {}
             }
         }
-    }
-
-    /// Whether what was sent has no task of the job's.
-    fn only_tells(&self, task: TaskId) -> bool {
-        let sent = self.sent.get(&task);
-        sent.is_some_and(|sent| sent.tasks.is_empty())
     }
 
     /// What was outstanding on a node that has been stopped, in the middle of the job, is forgotten.
@@ -525,14 +493,6 @@ impl Job {
         Some(self.at(task)?.0)
     }
 
-    fn timed_out<S>(&self, rank: Rank, task: TaskId) -> Halt<S> {
-        Halt::TimedOut {
-            rank,
-            task,
-            first: self.first_of(task),
-        }
-    }
-
     /// Sends a place what it is to have now.
     fn fill<C: Codec>(
         &mut self,
@@ -541,15 +501,6 @@ impl Job {
         place: usize,
     ) -> Stepped<(), C> {
         if self.is_gone(hub, place)? {
-            return Ok(());
-        }
-        // Until it is known that the worker has come to what it is sent.
-        if self.lanes[place].iter().any(|&task| self.only_tells(task)) {
-            return Ok(());
-        }
-        if self.unsure[place] && self.planner.has_any(place) {
-            self.send(hub, codec, place, &[], Duration::ZERO, Turn::Last)?;
-            self.unsure[place] = false;
             return Ok(());
         }
         loop {
@@ -597,7 +548,7 @@ impl Job {
     }
 
     /// Sends as many of these tasks as fit into one message; `most`: see [`super::batching::Unit`]. Returns
-    /// how many. With none, what is answered when the worker has come to it is sent.
+    /// how many.
     fn send<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -608,12 +559,11 @@ impl Job {
         turn: Turn,
     ) -> Stepped<usize, C> {
         let rank = self.ranks[place];
-        let (count, form) = match (positions, codec.takes_units(rank)) {
-            ([], _) => (0, Form::Nothing),
-            (_, true) => codec
+        let (count, form) = match codec.takes_units(rank) {
+            true => codec
                 .gather(&self.indices(positions), most)
                 .map_err(Halt::Codec)?,
-            (_, false) => (1, Form::Message),
+            false => (1, Form::Message),
         };
         // What is long would wait here, and R with it.
         if turn == Turn::Ahead && form != Form::Unit {
@@ -622,7 +572,7 @@ impl Job {
         let is_unit = matches!(form, Form::Unit | Form::Long);
         let payload = |on| (is_unit && codec.takes_units(on)).then_some(self.payload);
         let begun = hub
-            .begin(rank, self.id, turn, payload)
+            .begin(rank, self.id, turn, self.timeout, payload)
             .map_err(|gone| Halt::Gone { rank, gone })?;
         let payload = payload(begun.place);
         // Another may stand in that reads other numbers.
@@ -636,7 +586,7 @@ impl Job {
             Some(payload) if !begun.shared => codec.share_again(payload, begun.place),
             _ => Ok(()),
         };
-        let first = positions.first().map(|&position| self.task(position));
+        let first = positions.first().map_or(0, |&position| self.task(position));
         match written.and_then(|()| codec.write(begun.place, first, form)) {
             Ok(()) => hub.finish(),
             Err(stop) => {
@@ -671,11 +621,7 @@ impl Job {
         let Some(sent) = self.remove(task) else {
             return Ok(());
         };
-        if sent.tasks.is_empty() {
-            hub.uncount(on);
-            self.ready.push_back(sent.place);
-            return Ok(());
-        }
+        self.detained[sent.place] = false;
         let now = hub.now();
         let bytes = body.len;
         let taken = match codec.take(on, task, &self.indices(&sent.tasks), body) {
@@ -716,11 +662,15 @@ impl Job {
         Some(sent)
     }
 
-    /// Tasks are to be given out again: whoever has nothing to do is looked at.
+    /// Tasks are to be given out again: whoever has nothing to do is looked at, and last those who may not be
+    /// able to begin.
     fn wake(&mut self) {
-        for place in 0..self.lanes.len() {
-            if self.lanes[place].is_empty() && !self.ready.contains(&place) {
-                self.ready.push_back(place);
+        for detained in [false, true] {
+            for place in 0..self.lanes.len() {
+                let is_idle = self.lanes[place].is_empty() && self.detained[place] == detained;
+                if is_idle && !self.ready.contains(&place) {
+                    self.ready.push_back(place);
+                }
             }
         }
     }
@@ -731,10 +681,14 @@ impl Job {
         if self.assignment == Assignment::Round || self.planner.left() > 0 {
             return;
         }
-        let is_idle = |lane: &VecDeque<TaskId>| lane.is_empty();
-        let idle = self.lanes.iter().filter(|lane| is_idle(lane)).count();
+        let lanes = || self.lanes.iter().zip(&self.detained);
+        let is_idle =
+            |(lane, detained): &(&VecDeque<TaskId>, &bool)| lane.is_empty() && !**detained;
+        let idle = lanes().filter(is_idle).count();
         let asked = self.sent.values().filter(|sent| sent.recalled).count();
-        let waiting = self.lanes.iter().filter_map(|lane| lane.get(1).copied());
+        // Of those who are detained, the first may not have begun either. If it has, it stays.
+        let begun = |detained: bool| usize::from(!detained);
+        let waiting = lanes().filter_map(|(lane, &detained)| lane.get(begun(detained)).copied());
         for task in waiting
             .collect::<Vec<_>>()
             .into_iter()
@@ -767,9 +721,7 @@ impl Job {
         self.done += sent.tasks.len() - again.len();
         let place = sent.place;
         let rank = self.ranks[place];
-        if !sent.tasks.is_empty() {
-            self.planner.dropped(place, false);
-        }
+        self.planner.dropped(place, false);
         let replaced = hub.gone(rank).is_none();
         if self.assignment == Assignment::Round && replaced {
             // Before what follows them: they go on with the random numbers that those before have left.
@@ -781,7 +733,6 @@ impl Job {
             self.planner.lost(place, &again);
         }
         hub.forget(rank, task);
-        self.unsure[place] = self.timeout.is_some() && !sent.tasks.is_empty();
         // All that was with a worker which is gone is told as lost, and in its order.
         if replaced || self.assignment == Assignment::Free {
             self.ready.push_back(place);

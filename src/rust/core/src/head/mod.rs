@@ -6,5 +6,7 @@ pub mod blobs;
 pub mod hub;
 pub mod job;
 pub mod launch;
+pub mod retry;
 pub mod scheduler;
 mod setup_log;
+pub mod task_table;

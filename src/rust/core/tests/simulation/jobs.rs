@@ -147,6 +147,7 @@ impl Sim {
                 true => self.ways.get(&rank).copied(),
                 false => None,
             },
+            detained: singly && self.hub.is_detained(rank),
         };
         let setup = Setup {
             id: self.job,
@@ -299,10 +300,12 @@ impl Dispatch for View<'_> {
         rank: Rank,
         job: JobId,
         turn: Turn,
+        limit: Option<Duration>,
         payload: impl FnOnce(Rank) -> Option<PayloadId>,
     ) -> Result<Begun, Arc<Gone>> {
         let sim = &mut **self.0.borrow_mut();
         let begun = sim.hub.begin(rank, job, None, turn, payload);
+        sim.hub.limit_time(limit);
         if begun.is_ok() {
             sim.withdraw_stale(rank, job);
         }
@@ -336,6 +339,8 @@ impl Dispatch for View<'_> {
                 _ => Draws::Nothing,
             },
             ahead: turn == Turn::Ahead,
+            own_limit: limit,
+            limit: limit.into_iter().chain(sim.setup.timeout).min(),
             since: sim.facts.places[rank as usize].told_seeds.len() - 1,
             turn: again.unwrap_or(Some(id)),
             ..Task::new(id)
@@ -429,14 +434,6 @@ impl Dispatch for View<'_> {
         sim.notes();
     }
 
-    fn time_out(&self, rank: Rank, task: TaskId) {
-        let sim = &mut **self.0.borrow_mut();
-        sim.withdraw(task);
-        sim.open().undecided.push(task);
-        sim.hub.cancel_task(rank, task);
-        sim.notes();
-    }
-
     fn forget(&self, rank: Rank, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
         let undecided = &mut sim.open().undecided;
@@ -447,13 +444,6 @@ impl Dispatch for View<'_> {
         }
         sim.hub.forget(rank, task);
         sim.notes();
-    }
-
-    fn uncount(&self, rank: Rank) {
-        let sim = &mut **self.0.borrow_mut();
-        sim.uncounted += 1;
-        sim.facts.seen.probes += 1;
-        sim.hub.uncount(rank);
     }
 }
 
@@ -481,15 +471,14 @@ impl Codec for Elements<'_, '_> {
         Ok((count, form))
     }
 
-    fn write(&mut self, place: Rank, first: Option<usize>, form: Form) -> Result<(), Stop> {
+    fn write(&mut self, place: Rank, first: usize, form: Form) -> Result<(), Stop> {
         let sim = &mut **self.0.0.borrow_mut();
         let (gathered, most) = std::mem::take(&mut sim.open().gathered);
         let elements = match form {
             Form::Unit => gathered,
-            Form::Long | Form::Message => first.into_iter().collect(),
-            Form::Nothing => Vec::new(),
+            Form::Long | Form::Message => vec![first],
         };
-        assert_eq!(elements.first().copied(), first);
+        assert_eq!(elements.first(), Some(&first));
         let open = sim.open.as_mut().expect("a job");
         let id = open.writing.expect("a message");
         for &at in &elements {
@@ -508,7 +497,7 @@ impl Codec for Elements<'_, '_> {
         );
         let begins = match form {
             Form::Unit | Form::Long => (open.like, open.len),
-            Form::Message | Form::Nothing => (id, 0),
+            Form::Message => (id, 0),
         };
         let rest = match sim.rng.random_range(0..20) {
             0 => sim.rng.random_range(0..3 * MAX_BODY),

@@ -70,8 +70,10 @@ struct Setup {
     lasting: u32,
     /// How often a lost task is tried again.
     retries: usize,
-    /// How long a task may take.
+    /// How long any task may take.
     timeout: Option<Duration>,
+    /// Some tasks have time limits of their own.
+    limits: bool,
     /// One in so many tasks may be sent ahead; 0: none.
     ahead: u32,
     /// One in so many chances to begin a job is taken.
@@ -118,6 +120,7 @@ impl Setup {
             ahead: [0, 1, 1, 2][rng.random_range(0..4)],
             jobs: [4, 12, 100][rng.random_range(0..3)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
+            limits: rng.random_ratio(1, 3),
             keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
             state: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
             blocking: rng.random_ratio(1, 6),
@@ -159,8 +162,6 @@ struct Sim {
     open: Option<Open>,
     /// How long the way to workers and back has taken in earlier jobs.
     ways: HashMap<Rank, f64>,
-    /// Answers that were none to R's tasks.
-    uncounted: usize,
     /// The beginning of all times.
     origin: Instant,
 }
@@ -184,9 +185,9 @@ impl Sim {
             }
         }
         let bounds = (setup.keep.unwrap_or(0), setup.state);
-        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds, setup.timeout);
+        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds);
         let hosts: Vec<Host> = ranks.iter().map(host).collect();
-        let hub = Hub::by_hand(ranks, setup.limit, setup.keep).expect("descriptors");
+        let hub = Hub::by_hand(ranks, setup.limit, setup.keep, setup.timeout).expect("descriptors");
         Sim {
             hosts,
             hub,
@@ -215,7 +216,6 @@ impl Sim {
             engine: None,
             open: None,
             ways: HashMap::new(),
-            uncounted: 0,
             origin: Instant::now(),
             setup,
             rng,
@@ -666,14 +666,12 @@ impl Sim {
         self.write_all();
         self.hub
             .with_scheduler(|scheduler| scheduler.set_unlimited(false));
-        if self.setup.timeout.is_none() {
-            // R would wait for these for ever, and so would their users.
-            let tasks = self.facts.tasks.iter();
-            let stuck = tasks.filter(|task| task.stuck && task.end.is_none());
-            let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
-            for job in jobs {
-                self.cancel_job(job);
-            }
+        // R would wait for these for ever, and so would their users.
+        let tasks = self.facts.tasks.iter();
+        let stuck = tasks.filter(|task| task.stuck && task.limit.is_none() && task.end.is_none());
+        let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
+        for job in jobs {
+            self.cancel_job(job);
         }
         let mut before = self.moved;
         let mut idle = 0;
@@ -777,7 +775,7 @@ impl Sim {
             let gone = matches!(state, State::Lost | State::Stopped);
             assert_eq!(gone, self.is_gone(rank), "worker {rank} is {state:?}");
         }
-        assert_eq!(answers + self.uncounted, self.facts.seen.answers);
+        assert_eq!(answers, self.facts.seen.answers);
     }
 
     /// After all has ended.
@@ -906,6 +904,7 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         lasting: 4,
         retries: 2,
         timeout: Some(Duration::from_secs(60)),
+        limits: true,
         ahead: 2,
         jobs: 50,
         keep: Some(1_000_000),

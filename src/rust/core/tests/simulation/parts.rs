@@ -221,6 +221,9 @@ pub struct Task {
     pub effect: Option<Effect>,
     /// It may be sent while another runs.
     pub ahead: bool,
+    /// How long it may take by its own limit, and in all.
+    pub own_limit: Option<Duration>,
+    pub limit: Option<Duration>,
     /// R has asked to have it back, and got it.
     pub asked_back: bool,
     pub recalled: bool,
@@ -267,6 +270,8 @@ impl Task {
             draws: Draws::Nothing,
             effect: None,
             ahead: false,
+            own_limit: None,
+            limit: None,
             asked_back: false,
             recalled: false,
             complete: false,
@@ -397,9 +402,8 @@ pub struct Seen {
     pub come_back: usize,
     /// Messages that were lost, took too long or could not be read.
     pub settled: usize,
-    /// Payloads that were sent once more, and messages that only told that their worker has come to them.
+    /// Payloads that were sent once more.
     pub payloads_again: usize,
-    pub probes: usize,
 }
 
 impl Seen {
@@ -419,6 +423,7 @@ impl Seen {
             self.not_kept,
             self.guests,
             self.left_out,
+            self.in_memory,
             self.starved,
             self.ahead,
             self.put_back,
@@ -436,7 +441,6 @@ impl Seen {
             self.come_back,
             self.settled,
             self.payloads_again,
-            self.probes,
         ]
     }
 
@@ -457,6 +461,7 @@ impl Seen {
             &mut self.not_kept,
             &mut self.guests,
             &mut self.left_out,
+            &mut self.in_memory,
             &mut self.starved,
             &mut self.ahead,
             &mut self.put_back,
@@ -474,7 +479,6 @@ impl Seen {
             &mut self.come_back,
             &mut self.settled,
             &mut self.payloads_again,
-            &mut self.probes,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

@@ -103,6 +103,9 @@ impl Sim {
             0 => Draws::from_number(self.rng.random()),
             _ => Draws::Nothing,
         };
+        let limits = [None, None, Some(50), Some(500), Some(60_000)];
+        let own = limits[self.rng.random_range(0..limits.len())].map(Duration::from_millis);
+        let own = own.filter(|_| faults && self.setup.limits);
         let mut effect = None;
         if self.rng.random_ratio(1, self.setup.lasting) {
             len = len.clamp(1, LARGEST_LASTING);
@@ -126,6 +129,7 @@ impl Sim {
             return;
         };
         assert_eq!(begun.task, id);
+        self.hub.limit_time(own);
         self.check_place(owner, begun, effect.is_some());
         self.facts.tasks.push(Task {
             owner,
@@ -143,6 +147,8 @@ impl Sim {
             draws,
             effect,
             ahead,
+            own_limit: own,
+            limit: own.into_iter().chain(self.setup.timeout).min(),
             ..Task::new(id)
         });
         self.write(id, begun, made, false);
@@ -448,7 +454,7 @@ impl Sim {
             self.fail(id);
             return;
         }
-        let (owner, before, len) = (task.owner, task.place, task.len);
+        let (owner, before, len, own) = (task.owner, task.place, task.len, task.own_limit);
         let lasts = task.effect.map(|effect| effect.name());
         if task.told > self.facts.retries {
             self.ready.push_back((id, 0, Ready::GivenUp));
@@ -466,6 +472,7 @@ impl Sim {
             }
         };
         assert_eq!(begun.task, id);
+        self.hub.limit_time(own);
         if begun.place == before {
             self.facts.seen.again += 1;
         } else {
@@ -651,7 +658,7 @@ impl Sim {
                 (Ready::Lost { stopped }, 0)
             }
             Outcome::TimedOut => {
-                assert!(wanted && self.setup.timeout.is_some());
+                assert!(wanted && task.limit.is_some());
                 assert!(!lasts);
                 self.arriving.remove(&rank);
                 self.facts.seen.timed_out += 1;

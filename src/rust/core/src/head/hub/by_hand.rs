@@ -25,6 +25,7 @@ pub struct Hand {
 impl Hub {
     /// A hub whose hosts, with workers of these ranks, are all there. `result_limit`: bytes of results to
     /// buffer. `keep`: bytes of chunks that each agent keeps, if they do.
+    /// `time_limit`: see [`Hub::limit_all`].
     ///
     /// # Errors
     /// When the system has no descriptor left.
@@ -32,14 +33,15 @@ impl Hub {
         ranks: Vec<Vec<Rank>>,
         result_limit: usize,
         keep: Option<usize>,
+        time_limit: Option<Duration>,
     ) -> io::Result<Hub> {
         let hosts = ranks.len();
         let mut hub = Hub::without_thread(hosts, result_limit)?;
-        hub.outstanding
-            .resize_with(ranks.iter().map(Vec::len).sum(), Default::default);
+        hub.size = ranks.iter().map(Vec::len).sum();
         hub.shares = keep.is_some();
         let mut core = hub.core();
         core.hand = Some(Hand::default());
+        core.time_limit = time_limit;
         core.set_ranks(ranks);
         if let Some(most) = keep {
             for agent in 0..hosts {

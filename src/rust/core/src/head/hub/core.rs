@@ -10,6 +10,7 @@
 use super::by_hand::Hand;
 use super::connection::Conn;
 use super::inbox::Inbox;
+use super::readiness::Readiness;
 use super::reconnect::Restoring;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
@@ -100,7 +101,11 @@ pub struct Core {
     /// The beginning of all times.
     pub began: Instant,
     pub measure: Measure,
+    /// How long any task may take.
+    pub time_limit: Option<Duration>,
     wake: UnixStream,
+    /// The connection by which R code waits that knows sockets alone.
+    pub readiness: Option<Readiness>,
     scratch: Vec<u8>,
     /// Its maker moves what would go over streams, and the clock.
     pub hand: Option<Hand>,
@@ -142,7 +147,9 @@ impl Shared {
                 usual_wait: Duration::ZERO,
                 began: Instant::now(),
                 measure: |_| None,
+                time_limit: None,
                 wake,
+                readiness: None,
                 scratch: vec![0; READ],
                 hand: None,
             }),
@@ -355,6 +362,7 @@ impl Core {
         self.inbox.set_workers(&ranks);
         self.scheduler = Scheduler::new(ranks, self.limit);
         self.scheduler.measure_with(self.measure);
+        self.scheduler.limit_time(self.time_limit);
         self.look_at_clock();
         for agent in 0..self.conns.len() {
             if let Some(failure) = &self.inbox.hosts[agent].failure {
@@ -625,6 +633,12 @@ impl Core {
         if std::mem::take(&mut self.asleep) {
             // Full means that R has been woken already.
             let _ = (&self.wake).write(&[1]);
+        }
+        if let Some(readiness) = &mut self.readiness
+            && !readiness.update(&self.inbox.tasks)
+        {
+            // R has closed its end.
+            self.readiness = None;
         }
     }
 

@@ -10,6 +10,7 @@ mod connection;
 mod core;
 mod futures;
 mod inbox;
+mod readiness;
 mod reconnect;
 mod status;
 mod writer;
