@@ -665,14 +665,16 @@ impl Job {
     /// Tasks are to be given out again: whoever has nothing to do is looked at, and last those who may not be
     /// able to begin.
     fn wake(&mut self) {
-        for detained in [false, true] {
-            for place in 0..self.lanes.len() {
-                let is_idle = self.lanes[place].is_empty() && self.detained[place] == detained;
-                if is_idle && !self.ready.contains(&place) {
-                    self.ready.push_back(place);
-                }
-            }
+        let mut idle: Vec<bool> = self.lanes.iter().map(VecDeque::is_empty).collect();
+        for &place in &self.ready {
+            idle[place] = false;
         }
+        let idle = |&place: &usize| idle[place];
+        let (last, first): (Vec<usize>, Vec<usize>) = (0..self.lanes.len())
+            .filter(idle)
+            .partition(|&place| self.detained[place]);
+        self.ready.extend(first);
+        self.ready.extend(last);
     }
 
     /// When all tasks have been given out and some workers have nothing to do, what others have not

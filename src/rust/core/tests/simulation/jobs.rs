@@ -13,6 +13,7 @@ use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,7 +37,7 @@ struct Element {
 /// The job that is open, besides its engine.
 pub struct Open {
     id: JobId,
-    ranks: Vec<Rank>,
+    ranks: HashSet<Rank>,
     payload: PayloadId,
     /// Bytes of the payload, and the task whose message begins with them.
     len: usize,
@@ -166,7 +167,7 @@ impl Sim {
         let magnitude = self.rng.random_range(-6..0);
         self.open = Some(Open {
             id: self.job,
-            ranks,
+            ranks: ranks.into_iter().collect(),
             payload,
             len,
             like,
