@@ -661,7 +661,7 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
     // Nodes hold the handle, which would never be collected.
     cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
-        cluster.ways.borrow_mut().extend(job.ways());
+        cluster.ways.borrow_mut().extend(job.engine.ways());
     }
     cluster.hub.borrow_mut().cancel_job(job);
     cluster.drop_payloads(job);

@@ -4,6 +4,7 @@ pub mod activity;
 pub mod batching;
 pub mod blobs;
 pub mod hub;
+pub mod job;
 pub mod launch;
 pub mod retry;
 pub mod scheduler;

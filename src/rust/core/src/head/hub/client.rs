@@ -198,7 +198,11 @@ impl Hub {
             shared,
             thread: Some(thread),
         };
-        Ok(Hub {
+        Ok(Hub::new(inner))
+    }
+
+    fn new(inner: Inner) -> Hub {
+        Hub {
             inner: ManuallyDrop::new(inner),
             owner: std::process::id(),
             size: 0,
@@ -210,7 +214,17 @@ impl Hub {
             next_payload: 1,
             shares: false,
             listener: None,
-        })
+        }
+    }
+
+    /// A hub with so many hosts, and without a thread that serves them.
+    pub(super) fn without_thread(hosts: usize, result_limit: usize) -> io::Result<Hub> {
+        let registry = mio::Poll::new()?.registry().try_clone()?;
+        let shared = Arc::new(Shared::new(hosts, result_limit, registry)?);
+        Ok(Hub::new(Inner {
+            shared,
+            thread: None,
+        }))
     }
 
     /// Whether this process is a fork of the one that started the cluster. If so, nothing else

@@ -7,6 +7,7 @@
 //! thread does the reading. The lock is never held while R code runs, across an allocation by R, or
 //! while anybody sleeps.
 
+use super::by_hand::Hand;
 use super::connection::Conn;
 use super::inbox::Inbox;
 use super::readiness::Readiness;
@@ -106,6 +107,8 @@ pub struct Core {
     /// The connection by which R code waits that knows sockets alone.
     pub readiness: Option<Readiness>,
     scratch: Vec<u8>,
+    /// Its maker moves what would go over streams, and the clock.
+    pub hand: Option<Hand>,
 }
 
 /// See the module's documentation.
@@ -148,6 +151,7 @@ impl Shared {
                 wake,
                 readiness: None,
                 scratch: vec![0; READ],
+                hand: None,
             }),
             woken,
             taken_over: Notify::new(),
@@ -369,7 +373,9 @@ impl Core {
 
     /// All that happens from here on happens now.
     pub fn look_at_clock(&mut self) {
-        self.scheduler.at(self.began.elapsed());
+        let now = self.hand.as_ref().map(|hand| hand.now);
+        self.scheduler
+            .at(now.unwrap_or_else(|| self.began.elapsed()));
     }
 
     /// The stream to an agent that has greeted, and what came with the greeting.
@@ -554,6 +560,9 @@ impl Core {
                 return;
             }
             self.queued -= released;
+            if let Some(hand) = &mut self.hand {
+                hand.notes.extend(notes.iter().cloned());
+            }
             for note in notes {
                 match &note {
                     Note::LeftOut { agent, .. } => {

@@ -4,6 +4,7 @@
 //! What both need is in [`core`], under one lock. Only bytes and plain values are in it; nothing
 //! here ever calls R.
 
+mod by_hand;
 mod client;
 mod connection;
 mod core;

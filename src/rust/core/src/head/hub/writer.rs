@@ -333,6 +333,11 @@ impl Hub {
     /// begun, if there is one, does.
     pub fn finish_payload(&mut self) -> bool {
         self.submit(true);
+        self.end_payload()
+    }
+
+    /// All of the payload has been submitted.
+    fn end_payload(&mut self) -> bool {
         let Some(sharing) = self.sharing.take() else {
             return false;
         };
@@ -434,10 +439,16 @@ impl Hub {
 
     /// Ends the message; the task is now outstanding.
     pub fn finish(&mut self) {
+        let shares = self.shares;
+        self.finish_with(|writing| take_chunks(&mut writing.buffer, shares, true));
+    }
+
+    /// Ends the message with what `rest` makes of it.
+    fn finish_with(&mut self, rest: impl FnOnce(&mut Writing) -> Vec<Chunk>) {
         let Some(mut writing) = self.writing.take() else {
             return;
         };
-        let chunks = take_chunks(&mut writing.buffer, self.shares, true);
+        let chunks = rest(&mut writing);
         let mut core = self.core();
         submit(&mut core, &mut writing, chunks, true);
         if !writing.again && !writing.is_call() {
@@ -448,6 +459,21 @@ impl Hub {
             spool.finish();
         }
         core.look_at_spool();
+    }
+
+    /// Appends to the payload or message that is being written what is to be sent as it is, and ends that if
+    /// it is the `last`.
+    pub(super) fn write_as_it_is(&mut self, chunk: Chunk, last: bool) {
+        if let Some(sharing) = &mut self.sharing {
+            submit_payload(&mut self.inner.shared.core(), sharing, vec![chunk], last);
+            if last {
+                self.end_payload();
+            }
+        } else if last {
+            self.finish_with(|_| vec![chunk]);
+        } else if let Some(writing) = &mut self.writing {
+            submit(&mut self.inner.shared.core(), writing, vec![chunk], false);
+        }
     }
 
     /// Takes back the message and the payload that are being written, if there are any: R could not
