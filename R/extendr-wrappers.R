@@ -253,7 +253,7 @@ hub_losses_noted <- function(handle, count) .Call(wrap__hub_losses_noted, handle
 #' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
 #' tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
 #' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
-#' that gives each element's seed, or `NULL`), `seeded` (see [`Job`]),
+#' that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 #' in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
 #' Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
