@@ -19,8 +19,8 @@ nativeRanks <- function(cl) {
 #     function.
 #   spread: whether an element is a list of arguments, and not the first argument.
 #   lossEnds: whether a worker failure ends the job with an error.
-#   each: a function of the indices of newly finished tasks, all results so far and the indices of those that are errors;
-#     it ends the job by returning FALSE.
+#   each: a function of the indices of newly finished tasks, of all results so far and of the indices of those that are
+#     errors. It ends the job by returning FALSE.
 #   what: what error messages call a task.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = "nothing", spread = FALSE,
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
