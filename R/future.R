@@ -18,8 +18,9 @@
 #' says; then it is a `FutureError` that tells how its workers ended.
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture}, the last with `%dopar%` and `%dofuture%`, work over it.
 #'
-#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. There progress comes at the
-#' end, and `resolved()` takes one of R's connections for each cluster (it waits, if none is left).
+#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. That backend does not
+#' relay immediate conditions, such as the progress of \pkg{progressr}. Its `resolved()` uses one of R's connections for
+#' each cluster, and waits if none is left.
 #'
 #' @param ... Further arguments of \pkg{future}'s.
 #' @param workers A cluster made by [makeRustCluster()]. Or what that takes as its `spec`, such as a number:

@@ -139,10 +139,9 @@ recvData.RustNode <- function(node) {
   rank <- .subset2(node, "rank")
   repeat {
     result <- hub_receive(handle$pointer, rank)
-    if (typeof(result) != "list") result <- noAnswer(orStopped(result, handle, rank), handle)
-    if (is.null(result)) next
-    if (!is.null(readiness[[handle$id]])) pointReadiness(handle, rank)
-    return(result)
+    if (typeof(result) == "list") return(result)
+    result <- noAnswer(orStopped(result, handle, rank), handle)
+    if (!is.null(result)) return(result)
   }
 }
 

@@ -3,20 +3,20 @@
 # the hub makes that readable while the next answer of the node which was asked last is there. One for each cluster
 # is enough, since future asks for the connection each time, and R's table has room for 125.
 
-# By the cluster's name here: `connection`, and the `description` by which it is known again. Not in the handle, which is sent to workers along with
-# functions.
+# By the cluster's name here: `connection`, and the `description` by which it is known again. Not in the handle, which
+# is sent to workers along with functions.
 readiness <- new.env(parent = emptyenv())
 
 #' @export
-`$.RustNode` <- function(x, name) {
-  value <- .subset2(x, name)
-  if (is.null(value) && name == "con" && selects(sys.function(sys.parent()))) connectionOf(x) else value
-}
+`$.RustNode` <- function(x, name) elementOf(x, name, sys.function(sys.parent()))
 
 #' @export
-`[[.RustNode` <- function(x, i, ...) {
-  value <- .subset2(x, i)
-  if (is.null(value) && identical(i, "con") && selects(sys.function(sys.parent()))) connectionOf(x) else value
+`[[.RustNode` <- function(x, i, ...) elementOf(x, i, sys.function(sys.parent()))
+
+# `asker`: the function that asks.
+elementOf <- function(node, name, asker) {
+  value <- .subset2(node, name)
+  if (is.null(value) && identical(name, "con") && selects(asker)) connectionOf(node) else value
 }
 
 # Whether a function of future's waits for connections. Others of its functions take a connection for a sign that
@@ -30,10 +30,10 @@ selects <- function(fun) {
 connectionOf <- function(node) {
   handle <- .subset2(node, "handle")
   # That of a stopped cluster is closed, which future calls an error.
-  if (!handle$stopped) suspendInterrupts({
+  if (!handle$stopped) {
     if (!isOpenReadiness(handle) && !openReadiness(handle)) return(NULL)
-    if (!pointReadiness(handle, .subset2(node, "rank"))) return(NULL)
-  })
+    if (!checked(hub_readiness_point(handle$pointer, .subset2(node, "rank")), handle)) return(NULL)
+  }
   readiness[[handle$id]]$connection
 }
 
@@ -58,15 +58,6 @@ openReadiness <- function(handle) {
   reg.finalizer(handle, forgetReadiness)
   writeBin(as.raw(listening[-1L]), connection)
   isTRUE(hub_readiness_accept(handle$pointer))
-}
-
-# Whether the connection shows now if the next answer of this worker is there.
-pointReadiness <- function(handle, rank) {
-  suspendInterrupts({
-    to_read <- hub_readiness_point(handle$pointer, rank)
-    if (isTRUE(to_read)) tryCatch(readBin(readiness[[handle$id]]$connection, "raw", 1L), error = function(e) NULL)
-  })
-  is.logical(to_read)
 }
 
 closeReadiness <- function(handle) {

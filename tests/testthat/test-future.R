@@ -537,6 +537,38 @@ test_that("resolved() of future's own cluster plan neither waits nor warns", {
   expect_identical(nrow(showConnections()), before)
 })
 
+test_that("an interrupt at the end of a future leaves resolved() of future's own cluster plan right", {
+  cl <- local_cluster(1)
+  local_plan(future::cluster, workers = cl)
+  marks <- tempfile("mark")
+  on.exit(unlink(marks), add = TRUE)
+  for (k in 1:5) {
+    f <- future::future(k)
+    while (!future::resolved(f)) {}
+    f <- future::future(k)
+    Sys.sleep(0.2)
+    tryCatch(
+      {
+        suspendInterrupts({
+          tools::pskill(Sys.getpid(), tools::SIGINT)
+          future::value(f)
+        })
+        Sys.sleep(1)
+      },
+      interrupt = function(e) NULL
+    )
+    expect_identical(future::value(f), k)
+    held <- future::future({
+      while (!file.exists(marks)) Sys.sleep(0.01)
+      k
+    })
+    expect_false(future::resolved(held))
+    file.create(marks)
+    expect_identical(future::value(held), k)
+    unlink(marks)
+  }
+})
+
 test_that("a full table of connections leaves future's own cluster plan to wait", {
   cl <- local_cluster(1)
   local_plan(future::cluster, workers = cl)

@@ -29,17 +29,14 @@ fn hub_readiness_accept(handle: Robj) -> Robj {
     })
 }
 
-/// From now on the connection can be read while the next answer of this worker is there. `TRUE`: R has to read
-/// one byte; `NULL`: there is no connection.
+/// From now on the connection can be read while the next answer of this worker is there. Whether there is a
+/// connection.
 /// @noRd
 #[extendr]
 fn hub_readiness_point(handle: Robj, rank: i32) -> Robj {
     with_cluster(&handle, |cluster| {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
-        Ok(match cluster.hub.borrow_mut().point_readiness_at(rank) {
-            Some(to_read) => to_read.into(),
-            None => ().into(),
-        })
+        Ok(cluster.hub.borrow_mut().point_readiness_at(rank).into())
     })
 }
 

@@ -571,22 +571,23 @@ impl Hub {
     }
 
     /// From now on R's connection has a byte to be read while the next answer of this worker is there. Returns
-    /// whether R has to read one first; `None`: there is no connection.
-    pub fn point_readiness_at(&mut self, rank: Rank) -> Option<bool> {
-        let task = self.outstanding[rank as usize]
-            .front()
-            .map(|&(task, _)| task);
+    /// whether there is a connection.
+    pub fn point_readiness_at(&mut self, rank: Rank) -> bool {
+        let next = self.outstanding[rank as usize].front();
+        let task = next.map(|&(task, _)| task);
         let place = task.map(|task| self.place(rank, task));
         let mut core = self.core();
-        let core = &mut *core;
-        let to_read = core.readiness.as_mut()?.point_at(task, &core.inbox);
+        let Some(readiness) = &mut core.readiness else {
+            return false;
+        };
+        readiness.point_at(task);
         if let Some(place) = place {
             // A large result is sent only if it is asked for.
             core.scheduler.want(Want::Rank(place));
             core.settle();
         }
-        core.changed();
-        Some(to_read)
+        core.update_readiness();
+        core.readiness.is_some()
     }
 
     fn receive_next(
@@ -626,6 +627,7 @@ impl Hub {
         if let End::Outcome(Outcome::Answer(body)) = &end {
             took(&mut core, body.len);
         }
+        core.update_readiness();
         drop(core);
         let place = self.place(rank, task);
         self.strike(rank, task);
