@@ -8,15 +8,15 @@
 readiness <- new.env(parent = emptyenv())
 
 #' @export
-`$.RustNode` <- function(x, name) {
-  value <- .subset2(x, name)
-  if (is.null(value) && name == "con" && selects(sys.function(sys.parent()))) connectionOf(x) else value
-}
+`$.RustNode` <- function(x, name) elementOf(x, name, sys.function(sys.parent()))
 
 #' @export
-`[[.RustNode` <- function(x, i, ...) {
-  value <- .subset2(x, i)
-  if (is.null(value) && identical(i, "con") && selects(sys.function(sys.parent()))) connectionOf(x) else value
+`[[.RustNode` <- function(x, i, ...) elementOf(x, i, sys.function(sys.parent()))
+
+# `asker`: the function that asks.
+elementOf <- function(node, name, asker) {
+  value <- .subset2(node, name)
+  if (is.null(value) && identical(name, "con") && selects(asker)) connectionOf(node) else value
 }
 
 # Returns whether a function of future waits for connections. For its other functions, a connection means that the

@@ -170,6 +170,10 @@ test_that("an interrupt while promises are fulfilled loses no promise", {
     expect_true(run_until(function() all(states() == "fulfilled") && later::loop_empty()))
     # Package promises never repeats a handler, so the one in which the interrupt was felt is lost.
     expect_true(n %in% c(499, 500))
+    values <- numeric()
+    for (promise in settled) promises::then(promise, function(value) values <<- c(values, value))
+    expect_true(run_until(function() length(values) == 500L))
+    expect_identical(values, as.numeric(1:500))
   }
 })
 
