@@ -13,6 +13,7 @@
 
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::PayloadId;
+use crate::protocol::setup_calls::SetupCalls;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashMap;
 use std::mem;
@@ -27,9 +28,6 @@ const OVERHEAD: usize = 64;
 
 /// The most messages for one worker: to do so many again takes seconds.
 const MOST_MESSAGES: usize = 100_000;
-
-/// How far back an earlier value of what a message sets is looked for.
-const LOOK_BACK: usize = 1_000;
 
 type Key = u128;
 
@@ -56,7 +54,7 @@ struct Open {
 
 #[derive(Debug, Default)]
 struct Memory {
-    messages: Vec<Message>,
+    calls: SetupCalls<Message>,
     open: Option<Open>,
     /// Its random number generator's state after the last task.
     seed: Option<Bytes>,
@@ -127,7 +125,7 @@ impl Replay {
                     took: Duration::ZERO,
                 },
                 rest: BytesMut::new(),
-                too_much: memory.messages.len() >= MOST_MESSAGES,
+                too_much: memory.calls.len() >= MOST_MESSAGES,
             });
         }
     }
@@ -244,9 +242,9 @@ impl Replay {
         let full = self.bytes + OVERHEAD > self.most;
         if open.too_much || full {
             memory.incomplete = true;
-            let messages = mem::take(&mut memory.messages);
-            self.bytes -= OVERHEAD * messages.len();
-            for message in messages.iter().chain([&open.message]) {
+            let calls: Vec<Message> = memory.calls.take().collect();
+            self.bytes -= OVERHEAD * calls.len();
+            for message in calls.iter().chain([&open.message]) {
                 self.release(message);
             }
             return true;
@@ -254,17 +252,11 @@ impl Replay {
         if open.message.blocks.is_empty() && open.message.payload.is_none() {
             return false;
         }
-        // What was set before to the same name, if nothing in between can have looked at it.
-        let name = open.message.name;
-        let recent = memory.messages.iter().enumerate().rev().take(LOOK_BACK);
-        let mut settings = recent.take_while(|(_, earlier)| name != 0 && earlier.name != 0);
-        let same = settings.find(|(_, earlier)| earlier.name == name);
-        let replaced = same.map(|(at, _)| at).map(|at| memory.messages.remove(at));
-        memory.messages.push(open.message);
+        let superseded = memory.calls.record(open.message.name, open.message);
         self.bytes += OVERHEAD;
-        if let Some(replaced) = replaced {
+        if let Some(superseded) = superseded {
             self.bytes -= OVERHEAD;
-            self.release(&replaced);
+            self.release(&superseded);
         }
         false
     }
@@ -326,7 +318,11 @@ impl Replay {
             took: message.took,
         };
         Restore {
-            messages: memory.messages.iter().map(again).collect(),
+            messages: memory
+                .calls
+                .iter()
+                .map(|(_, message)| again(message))
+                .collect(),
             seed: memory.seed.clone(),
         }
     }
@@ -521,9 +517,9 @@ mod tests {
             }
             for worker in 0..4 {
                 replay.workers[worker].incomplete = true;
-                let messages = mem::take(&mut replay.workers[worker].messages);
-                replay.bytes -= OVERHEAD * messages.len();
-                messages.iter().for_each(|message| replay.release(message));
+                let calls: Vec<Message> = replay.workers[worker].calls.take().collect();
+                replay.bytes -= OVERHEAD * calls.len();
+                calls.iter().for_each(|message| replay.release(message));
             }
             prop_assert_eq!(replay.bytes, 0);
             prop_assert!(replay.blocks.is_empty());

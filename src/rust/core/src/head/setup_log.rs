@@ -9,6 +9,7 @@
 use crate::platform::signals::without_file_size_signal;
 use crate::protocol::dedup::Chunk;
 use crate::protocol::ids::{PayloadId, Rank, TaskId};
+use crate::protocol::setup_calls::SetupCalls;
 use bytes::Bytes;
 use memmap2::Mmap;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -27,17 +28,10 @@ struct Message {
     from: u64,
     len: u64,
     digest: u128,
-    /// On these it has lasted, and still does.
-    ranks: BTreeSet<Rank>,
+    /// The number of workers whose set-up calls contain it.
+    users: usize,
     /// Sent to these, and not answered yet.
     pending: BTreeSet<Rank>,
-}
-
-impl Message {
-    /// Whether it is on its way to this worker, or has been there.
-    fn is_for(&self, rank: Rank) -> bool {
-        self.ranks.contains(&rank) || self.pending.contains(&rank)
-    }
 }
 
 /// A message that has lasted: its name, and its bytes in parts.
@@ -74,6 +68,8 @@ pub struct Spool {
     /// By their numbers, in the order of sending.
     messages: BTreeMap<u64, Message>,
     next: u64,
+    /// The numbers of the messages that have lasted on each worker, and still do.
+    workers: HashMap<Rank, SetupCalls<u64>>,
     /// The message of each task that is not answered.
     tasks: HashMap<TaskId, u64>,
     open: Option<Open>,
@@ -102,6 +98,7 @@ impl Spool {
             file,
             messages: BTreeMap::new(),
             next: 0,
+            workers: HashMap::new(),
             tasks: HashMap::new(),
             open: None,
             payloads: HashMap::new(),
@@ -230,11 +227,19 @@ impl Spool {
                 && last.len == open.len
                 && last.name == open.name
                 && last.payload == open.payload
-                // To the same worker it is said once more.
-                && !last.is_for(open.rank)
         };
-        // To many workers goes the same, one after the other.
-        if let Some((&number, last)) = self.messages.iter_mut().next_back().filter(|m| same(m.1)) {
+        // To many workers goes the same, one after the other. To the same worker it is said once more.
+        let workers = &self.workers;
+        let ran = |number| {
+            let calls = workers.get(&open.rank);
+            let last = calls.and_then(|calls| calls.iter().next_back());
+            last.is_some_and(|(_, &last)| last == number)
+        };
+        let last = self.messages.iter_mut().next_back();
+        let last = last.filter(|(number, last)| {
+            same(last) && !last.pending.contains(&open.rank) && !ran(**number)
+        });
+        if let Some((&number, last)) = last {
             last.pending.insert(open.rank);
             self.tasks.insert(open.task, number);
         } else if self.held + open.len > self.most {
@@ -253,7 +258,7 @@ impl Spool {
                 from: self.end,
                 len: open.len,
                 digest,
-                ranks: BTreeSet::new(),
+                users: 0,
                 pending: [open.rank].into(),
             };
             self.messages.insert(self.next, message);
@@ -281,27 +286,19 @@ impl Spool {
         if !lasts {
             return self.clear(number);
         }
-        message.ranks.insert(rank);
-        let name = message.name;
-        if name == 0 {
-            return;
-        }
-        // What was set before to the same name, if nothing in between can have looked at it.
-        let mut of_rank = self.messages.range_mut(..number).rev();
-        let mut of_rank = of_rank
-            .by_ref()
-            .filter(|(_, earlier)| earlier.ranks.contains(&rank))
-            .take_while(|(_, earlier)| earlier.name != 0);
-        let replaced = of_rank.find(|(_, earlier)| earlier.name == name);
-        if let Some((&replaced, earlier)) = replaced {
-            earlier.ranks.remove(&rank);
-            self.clear(replaced);
+        message.users += 1;
+        let calls = self.workers.entry(rank).or_default();
+        if let Some(superseded) = calls.record(message.name, number) {
+            if let Some(message) = self.messages.get_mut(&superseded) {
+                message.users -= 1;
+            }
+            self.clear(superseded);
         }
     }
 
     /// Lets go of a message that no worker has or may come to have.
     fn clear(&mut self, number: u64) {
-        let unused = |m: &Message| m.ranks.is_empty() && m.pending.is_empty();
+        let unused = |m: &Message| m.users == 0 && m.pending.is_empty();
         if self.messages.get(&number).is_some_and(unused) {
             if let Some(message) = self.messages.remove(&number) {
                 if give_back(&self.file, message.from, message.len) {
@@ -338,22 +335,21 @@ impl Spool {
             let to = from.checked_add(usize::try_from(len).ok()?)?;
             (to <= map.len()).then(|| map.slice(from..to))
         };
-        let of_rank = self.messages.values().filter(|m| m.ranks.contains(&rank));
-        let parts = |m: &Message| {
-            let stored = match m.payload {
+        let stored = |number: &u64| {
+            let message = self.messages.get(number)?;
+            let payload = match message.payload {
                 Some(id) => Some(self.payloads.get(&id)?),
                 None => None,
             };
-            let stored = stored.map(|stored| (stored.from, stored.len));
-            let parts = stored.into_iter().chain([(m.from, m.len)]);
-            parts.map(|(from, len)| part(from, len)).collect()
+            let payload = payload.map(|stored| (stored.from, stored.len));
+            let parts = payload.into_iter().chain([(message.from, message.len)]);
+            let parts: Option<Vec<Bytes>> = parts.map(|(from, len)| part(from, len)).collect();
+            Some((message.name, parts?))
         };
-        let lasting = |m: &Message| {
-            let parts: Option<Vec<Bytes>> = parts(m);
-            let parts = parts.ok_or_else(|| io::Error::other("the file is too short"))?;
-            Ok((m.name, parts))
-        };
-        of_rank.map(lasting).collect()
+        let calls = self.workers.get(&rank);
+        let calls = calls.into_iter().flat_map(SetupCalls::iter);
+        let messages: Option<Vec<Lasting>> = calls.map(|(_, number)| stored(number)).collect();
+        messages.ok_or_else(|| io::Error::other("the file is too short"))
     }
 }
 

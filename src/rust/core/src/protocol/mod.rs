@@ -11,3 +11,4 @@ pub mod heartbeat;
 pub mod ids;
 pub mod limits;
 pub mod send_queue;
+pub mod setup_calls;

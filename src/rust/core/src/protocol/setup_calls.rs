@@ -1,0 +1,140 @@
+//! The set-up calls of one worker, and which of them are still needed to restore its state.
+//!
+//! The agent and the head each keep a log: the agent in memory, for workers that it replaces; the head in a file, for
+//! hosts that are lost. What a log keeps of a call (`C`) is its own affair. What a fresh worker has to be sent is
+//! decided here, once.
+//!
+//! A call either sets one variable, whose name is known by a number, or does something else (name 0). A call that sets
+//! a variable supersedes the call that set the same variable before, unless a call of name 0 lies between: that one may
+//! have used the value.
+
+/// How far back the earlier value of a variable is looked for. Bounds the cost of a call: a call that is not found is
+/// sent once more, which changes nothing.
+const LOOK_BACK: usize = 1_000;
+
+/// The calls that restore the state of one worker, in the order in which the worker ran them.
+#[derive(Debug)]
+pub struct SetupCalls<C> {
+    calls: Vec<(u64, C)>,
+}
+
+impl<C> Default for SetupCalls<C> {
+    fn default() -> SetupCalls<C> {
+        SetupCalls { calls: Vec::new() }
+    }
+}
+
+impl<C> SetupCalls<C> {
+    /// Adds a call that the worker has completed. `name`: the number of the variable that it sets, or 0. Returns the
+    /// call that it supersedes.
+    pub fn record(&mut self, name: u64, call: C) -> Option<C> {
+        let recent = self.calls.iter().enumerate().rev().take(LOOK_BACK);
+        let mut settings = recent.take_while(|(_, (earlier, _))| name != 0 && *earlier != 0);
+        let same = settings.find(|(_, (earlier, _))| *earlier == name);
+        let superseded = same.map(|(at, _)| at).map(|at| self.calls.remove(at).1);
+        self.calls.push((name, call));
+        superseded
+    }
+
+    /// The calls in order, each with its name.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (u64, &C)> {
+        self.calls.iter().map(|(name, call)| (*name, call))
+    }
+
+    /// How many calls there are.
+    pub fn len(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.calls.is_empty()
+    }
+
+    /// Removes all calls and returns them.
+    pub fn take(&mut self) -> impl Iterator<Item = C> {
+        std::mem::take(&mut self.calls)
+            .into_iter()
+            .map(|(_, call)| call)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn recorded(names: &[u64]) -> (Vec<usize>, Vec<usize>) {
+        let mut calls = SetupCalls::default();
+        let superseded = names.iter().enumerate();
+        let superseded = superseded.filter_map(|(at, &name)| calls.record(name, at));
+        let superseded = superseded.collect();
+        (calls.iter().map(|(_, &at)| at).collect(), superseded)
+    }
+
+    #[test]
+    fn a_variable_that_is_set_again_supersedes_its_earlier_value() {
+        assert_eq!(recorded(&[7, 8, 7, 7]), (vec![1, 3], vec![0, 2]));
+    }
+
+    #[test]
+    fn a_value_that_another_call_may_have_used_is_kept() {
+        assert_eq!(recorded(&[7, 0, 7, 8, 7]), (vec![0, 1, 3, 4], vec![2]));
+        assert_eq!(recorded(&[0, 0]), (vec![0, 1], vec![]));
+    }
+
+    #[test]
+    fn taken_calls_are_gone() {
+        let mut calls = SetupCalls::default();
+        calls.record(0, "a");
+        calls.record(1, "b");
+        assert_eq!(calls.take().collect::<Vec<_>>(), ["a", "b"]);
+        assert!(calls.is_empty());
+        assert_eq!(calls.record(1, "c"), None);
+        assert_eq!(calls.len(), 1);
+    }
+
+    type Variables = HashMap<u64, usize>;
+
+    /// A worker whose calls of name 0 read all variables that are set: the values that each of them has seen.
+    fn run(calls: impl Iterator<Item = (u64, usize)>) -> (Variables, Vec<Vec<(u64, usize)>>) {
+        let mut variables = Variables::new();
+        let mut seen = Vec::new();
+        for (name, value) in calls {
+            if name == 0 {
+                let mut now: Vec<_> = variables
+                    .iter()
+                    .map(|(&name, &value)| (name, value))
+                    .collect();
+                now.sort_unstable();
+                seen.push(now);
+            } else {
+                variables.insert(name, value);
+            }
+        }
+        (variables, seen)
+    }
+
+    proptest! {
+        #[test]
+        fn a_worker_that_is_sent_what_is_left_ends_in_the_same_state(
+            names in prop::collection::vec(0u64..5, 0..60),
+        ) {
+            let mut calls = SetupCalls::default();
+            for (value, &name) in names.iter().enumerate() {
+                calls.record(name, value);
+            }
+            let all = names.iter().copied().enumerate().map(|(value, name)| (name, value));
+            prop_assert_eq!(run(calls.iter().map(|(name, &value)| (name, value))), run(all));
+            // Between two calls of name 0, each variable is set once.
+            let kept: Vec<u64> = calls.iter().map(|(name, _)| name).collect();
+            for part in kept.split(|&name| name == 0) {
+                let mut once = part.to_vec();
+                once.sort_unstable();
+                once.dedup();
+                prop_assert_eq!(once.len(), part.len());
+            }
+        }
+    }
+}
