@@ -17,7 +17,7 @@ use extendr_ffi::{
 };
 use rustcluster_core::head::hub::{Answer, Hub, Turn};
 use rustcluster_core::head::retry::Attempts;
-use rustcluster_core::head::scheduler::events::Gone;
+use rustcluster_core::head::scheduler::events::{Gone, RankSet};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::control::Setback;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
@@ -170,7 +170,7 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
         while missing > 0 && called.next.is_null() && !untold() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
-                hub.receive_any(|rank| places[rank as usize] != ABSENT, SLICE)
+                hub.receive_any(&present(&places), SLICE)
             };
             match answered(cluster, answer, |rank| places[rank as usize] as i32 + 1) {
                 Ok(answer) => match take_value(&answer, &mut called) {
@@ -538,7 +538,7 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             Ok(true.into())
         } else {
             let mut hub = cluster.hub.borrow_mut();
-            let answer = hub.receive_any(|rank| place(rank) != ABSENT, SLICE);
+            let answer = hub.receive_any(&present(&places), SLICE);
             drop(hub);
             answered(cluster, answer, |rank| place(rank) as i32)
         };
@@ -569,10 +569,17 @@ fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
         }
         let answer = {
             let mut hub = cluster.hub.borrow_mut();
-            hub.receive_any(|rank| place(rank) != ABSENT, Duration::ZERO)
+            hub.receive_any(&present(&of_ranks), Duration::ZERO)
         };
         answered(cluster, answer, |rank| place(rank) as i32)
     })
+}
+
+/// The ranks that have a place among the nodes.
+fn present(places: &[u32]) -> RankSet {
+    let ranks = (0..).zip(places);
+    let present = ranks.filter(|&(_, &place)| place != ABSENT);
+    present.map(|(rank, _)| rank).collect()
 }
 
 /// Sleeps a little, or until hub_look() may find something in one of these clusters.

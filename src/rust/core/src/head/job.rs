@@ -11,12 +11,12 @@
 
 use super::batching::{Assignment, Ended, Planner};
 use super::hub::{Answer, Begun, Hub, Turn};
-use super::scheduler::events::Gone;
+use super::scheduler::events::{Gone, RankSet};
 use crate::protocol::body::Body;
 use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -116,7 +116,7 @@ pub trait Dispatch {
     /// [`Hub::abandon`].
     fn abandon(&self);
     /// [`Hub::receive_any`].
-    fn receive_any(&self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer;
+    fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer;
     /// [`Hub::recall`].
     fn recall(&self, rank: Rank, task: TaskId);
     /// [`Hub::forget`].
@@ -154,8 +154,8 @@ impl Dispatch for RefCell<Hub> {
         self.borrow_mut().abandon();
     }
 
-    fn receive_any(&self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer {
-        self.borrow_mut().receive_any(includes, most)
+    fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer {
+        self.borrow_mut().receive_any(workers, most)
     }
 
     fn recall(&self, rank: Rank, task: TaskId) {
@@ -261,7 +261,7 @@ pub struct Job {
     /// The worker of each place.
     ranks: Vec<Rank>,
     /// All of these.
-    members: HashSet<Rank>,
+    members: RankSet,
     payload: PayloadId,
     order: Option<Vec<usize>>,
     tasks: usize,
@@ -426,7 +426,7 @@ impl Job {
                     false => 2 * self.at_once,
                 };
             }
-            match hub.receive_any(|rank| self.members.contains(&rank), left) {
+            match hub.receive_any(&self.members, left) {
                 Answer::Ready {
                     place, task, body, ..
                 } => {

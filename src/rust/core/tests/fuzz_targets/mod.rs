@@ -427,7 +427,7 @@ pub fn to_head(data: &[u8]) {
                     14 => scheduler.want(if operand > 7 {
                         Want::Nothing
                     } else {
-                        Want::Any
+                        Want::AnyOf((0..8).collect())
                     }),
                     _ if operand == 0 => scheduler.stop_worker(rank),
                     _ => scheduler.recall(rank, operand.into()),

@@ -8,12 +8,11 @@ use rand::Rng;
 use rustcluster_core::head::batching::Assignment;
 use rustcluster_core::head::hub::{Answer, Begun, Turn};
 use rustcluster_core::head::job::{Codec, Dispatch, Form, Halt, Job, Place, Setup, Taken};
-use rustcluster_core::head::scheduler::events::{Gone, Want};
+use rustcluster_core::head::scheduler::events::{Gone, RankSet, Want};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::cell::RefCell;
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,7 +36,6 @@ struct Element {
 /// The job that is open, besides its engine.
 pub struct Open {
     id: JobId,
-    ranks: HashSet<Rank>,
     payload: PayloadId,
     /// Bytes of the payload, and the task whose message begins with them.
     len: usize,
@@ -57,13 +55,6 @@ pub struct Open {
     calm: bool,
     /// Messages that the engine was told of and that it is to settle.
     undecided: Vec<TaskId>,
-}
-
-impl Open {
-    /// Whether the job uses this worker.
-    pub fn has(&self, rank: Rank) -> bool {
-        self.ranks.contains(&rank)
-    }
 }
 
 /// Why the codec has stopped.
@@ -167,7 +158,6 @@ impl Sim {
         let magnitude = self.rng.random_range(-6..0);
         self.open = Some(Open {
             id: self.job,
-            ranks: ranks.into_iter().collect(),
             payload,
             len,
             like,
@@ -374,14 +364,14 @@ impl Dispatch for View<'_> {
         );
     }
 
-    fn receive_any(&self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer {
+    fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer {
         let sim = &mut **self.0.borrow_mut();
         let until = sim.now + most;
         let answer = loop {
             let tasks = &sim.facts.tasks;
-            let of_job = |id: TaskId| includes(tasks[id as usize].owner);
+            let of_job = |id: TaskId| workers.contains(tasks[id as usize].owner);
             let next = sim.ready.iter().position(|&(id, ..)| of_job(id));
-            let answer = sim.hub.receive_any(&includes, Duration::ZERO);
+            let answer = sim.hub.receive_any(workers, Duration::ZERO);
             let found = next.map(|at| (sim.ready[at].0, sim.ready[at].2));
             assert_eq!(Ready::of(&answer), found);
             if let Some(at) = next {
@@ -394,7 +384,7 @@ impl Dispatch for View<'_> {
                 return answer;
             }
             sim.hub
-                .with_scheduler(|scheduler| scheduler.want(Want::Any));
+                .with_scheduler(|scheduler| scheduler.want(Want::AnyOf(workers.clone())));
             sim.happens(left);
             sim.notes();
             sim.hub

@@ -36,7 +36,7 @@ use rustcluster_core::protocol::frame::{
 };
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use rustcluster_core::protocol::limits::SEND_WINDOW;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use worker::Process;
 
@@ -147,8 +147,6 @@ struct Sim {
     ready: VecDeque<(TaskId, usize, Ready)>,
     /// Bytes the head should hold of answers that are not whole.
     arriving: HashMap<Rank, (TaskId, usize)>,
-    /// Tasks whose results came while R waited for those of others.
-    passed_over: HashSet<TaskId>,
     writing: Option<Message>,
     /// Payloads that R has not dropped.
     made: Vec<Made>,
@@ -207,7 +205,6 @@ impl Sim {
             outstanding: vec![VecDeque::new(); setup.workers],
             ready: VecDeque::new(),
             arriving: HashMap::new(),
-            passed_over: HashSet::new(),
             writing: None,
             made: Vec::new(),
             waiting: None,

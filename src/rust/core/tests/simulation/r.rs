@@ -411,7 +411,10 @@ impl Sim {
             return;
         }
         let answer = match waiting {
-            Waiting::Any => self.hub.receive_any(|_| true, Duration::ZERO),
+            Waiting::Any => {
+                let all = (0..self.facts.places.len() as Rank).collect();
+                self.hub.receive_any(&all, Duration::ZERO)
+            }
             Waiting::For(owner) => self.hub.receive(owner, Duration::ZERO),
         };
         let Some((id, _, ready)) = at.and_then(|at| self.ready.remove(at)) else {
@@ -498,7 +501,7 @@ impl Sim {
         self.waiting = waiting;
         let want = match waiting {
             None => Want::Nothing,
-            Some(Waiting::Any) => Want::Any,
+            Some(Waiting::Any) => Want::AnyOf((0..self.facts.places.len() as Rank).collect()),
             Some(Waiting::For(owner)) => {
                 let front = self.outstanding[owner as usize].front();
                 let place = front.map(|&task| self.facts.tasks[task as usize].place);
@@ -680,34 +683,20 @@ impl Sim {
         self.ready.push_back((id, held, ready));
     }
 
-    fn pass_over(&mut self) {
-        let Some(open) = &self.open else {
-            return;
-        };
-        let arriving = self.arriving.values().map(|&(task, _)| task);
-        let held = arriving.chain(self.ready.iter().map(|&(task, ..)| task));
-        let of_others = held.filter(|&task| !open.has(self.facts.tasks[task as usize].owner));
-        self.passed_over.extend(of_others);
-    }
-
     /// What the head holds: exactly what R has not taken, and within its bound.
     ///
     /// The bound, of the bytes beyond each result's first [`RESULT_WINDOW`] (which comes unasked):
     /// leave is given only while less than the limit is held or on its way, so at most `limit +
-    /// GRANT`; beyond that, one result alone is completed for [`Want::Any`], and for [`Want::Rank`]
+    /// GRANT`; beyond that, one result alone is completed for [`Want::AnyOf`], and for [`Want::Rank`]
     /// one, and, where tasks of several wait for one worker, those which that has to do first, each of
     /// which may be asked for by up to a [`GRANT`] more than it has.
-    ///
-    /// Not counted is what came while a job waited for some workers only, from others: any result is asked
-    /// for then, and nobody takes these.
     fn check_buffered(&mut self) {
-        self.pass_over();
         let arriving = self.arriving.values().copied();
         let held = arriving.chain(self.ready.iter().map(|&(task, len, _)| (task, len)));
         let (mut all, mut large, mut others) = (0, 0, 0);
         for (task, len) in held {
             all += len;
-            if len > RESULT_WINDOW && !self.passed_over.contains(&task) {
+            if len > RESULT_WINDOW {
                 large += len - RESULT_WINDOW;
                 let place = self.facts.tasks[task as usize].place;
                 others += usize::from(self.facts.places[place as usize].stands_in);

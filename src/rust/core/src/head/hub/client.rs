@@ -7,7 +7,7 @@ use super::readiness::ReadinessListener;
 use super::writer::{Sharing, Writing};
 use super::{Plan, run};
 use crate::head::launch::Launch;
-use crate::head::scheduler::events::{Gone, Outcome, Want};
+use crate::head::scheduler::events::{Gone, Outcome, RankSet, Want};
 use crate::head::scheduler::pool::CallPlace;
 use crate::head::setup_log::Spool;
 use crate::head::task_table::End;
@@ -152,8 +152,8 @@ pub struct Hub {
     owner: u32,
     /// Workers that the cluster was made with.
     pub(super) size: usize,
-    /// How often anything had changed when [`Hub::receive_any`] looked last.
-    seen: u64,
+    /// How often anything had changed when [`Hub::receive_any`] looked last, and for answers to whose tasks.
+    seen: (u64, RankSet),
     /// The workers that the last job has given tasks to. Others may not have what its tasks need.
     pub(super) members: (JobId, Vec<bool>),
     pub(super) next_task: TaskId,
@@ -206,7 +206,7 @@ impl Hub {
             inner: ManuallyDrop::new(inner),
             owner: std::process::id(),
             size: 0,
-            seen: 0,
+            seen: (0, RankSet::default()),
             members: (NO_JOB, Vec::new()),
             next_task: 1,
             writing: None,
@@ -498,20 +498,21 @@ impl Hub {
         self.receive_next(most, Want::Rank(place), look)
     }
 
-    /// The next answer from any of the workers that `includes`, in the order of their arrival;
+    /// The next answer from any of these workers, in the order of their arrival;
     /// waits up to `most` for one.
-    pub fn receive_any(&mut self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer {
+    pub fn receive_any(&mut self, workers: &RankSet, most: Duration) -> Answer {
         let (changes, outstanding) = {
             let core = self.core();
             (core.changes(), core.inbox.tasks.outstanding())
         };
-        self.seen = changes;
+        self.seen = (changes, workers.clone());
+        let includes = |rank| workers.contains(rank);
         if outstanding == 0 {
             return Answer::NothingSent;
         }
-        let look = |core: &mut Core| core.inbox.tasks.take_any(&includes);
-        match self.receive_next(most, Want::Any, look) {
-            Answer::Pending if !self.core().inbox.tasks.any_of(&includes) => Answer::NothingSent,
+        let look = |core: &mut Core| core.inbox.tasks.take_any(includes);
+        match self.receive_next(most, Want::AnyOf(workers.clone()), look) {
+            Answer::Pending if !self.core().inbox.tasks.any_of(includes) => Answer::NothingSent,
             answer => answer,
         }
     }
@@ -519,7 +520,7 @@ impl Hub {
     /// R's thread sleeps, up to `most`, until any of these hubs has something that it did not have when
     /// [`Hub::receive_any`] looked last, or a signal comes.
     pub fn wait_for_any(hubs: &[&Hub], most: Duration) {
-        let hubs: Vec<_> = hubs.iter().map(|hub| (hub.shared(), hub.seen)).collect();
+        let hubs: Vec<_> = hubs.iter().map(|hub| (hub.shared(), &hub.seen)).collect();
         Shared::sleep_until_any(&hubs, most);
     }
 

@@ -14,7 +14,7 @@ use super::readiness::Readiness;
 use super::reconnect::Restoring;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
-use crate::head::scheduler::events::{Note, Outcome, Want};
+use crate::head::scheduler::events::{Note, Outcome, RankSet, Want};
 use crate::head::setup_log::Spool;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
@@ -234,15 +234,15 @@ impl Shared {
 
     /// R's thread sleeps, up to `most`, until any of these hubs has changed since the count of changes
     /// that comes with it, a stream can be read, or a signal comes.
-    pub fn sleep_until_any(hubs: &[(&Shared, u64)], most: Duration) {
+    pub fn sleep_until_any(hubs: &[(&Shared, &(u64, RankSet))], most: Duration) {
         let mut sleeping = Vec::with_capacity(hubs.len());
         let mut changed = false;
-        for &(shared, seen) in hubs {
+        for &(shared, (seen, workers)) in hubs {
             let mut core = shared.core();
-            core.scheduler.want(Want::Any);
+            core.scheduler.want(Want::AnyOf(workers.clone()));
             core.settle();
             core.begin_reading(Instant::now(), &shared.taken_over);
-            changed |= core.changes != seen;
+            changed |= core.changes != *seen;
             core.asleep = true;
             sleeping.push((shared, core.streams()));
         }

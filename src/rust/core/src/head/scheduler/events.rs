@@ -187,13 +187,39 @@ pub enum State {
     Stopped,
 }
 
+/// Some workers of a cluster. A clone shares its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RankSet(Arc<[u64]>);
+
+impl RankSet {
+    /// Whether this worker is one of them.
+    pub fn contains(&self, rank: Rank) -> bool {
+        let word = self.0.get(rank as usize / 64);
+        word.is_some_and(|word| word >> (rank % 64) & 1 == 1)
+    }
+}
+
+impl FromIterator<Rank> for RankSet {
+    fn from_iter<I: IntoIterator<Item = Rank>>(ranks: I) -> RankSet {
+        let mut words = Vec::new();
+        for rank in ranks {
+            let at = rank as usize / 64;
+            if words.len() <= at {
+                words.resize(at + 1, 0);
+            }
+            words[at] |= 1 << (rank % 64);
+        }
+        RankSet(words.into())
+    }
+}
+
 /// Whose answer R is waiting for. Large results are asked for accordingly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Want {
     /// R waits for no answer.
     Nothing,
-    /// R takes the next answer of any worker.
-    Any,
+    /// R takes the next answer to a task of any of these workers.
+    AnyOf(RankSet),
     /// R waits for an answer of this worker.
     Rank(Rank),
 }

@@ -9,7 +9,7 @@
 //! index, and nothing of tasks.
 
 use super::MOST_SHARED;
-use super::events::Want;
+use super::events::{RankSet, Want};
 use crate::protocol::body::{Body, Memory};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{FIRST, LAST};
@@ -264,11 +264,24 @@ impl ResultFlow {
         self.buffered
     }
 
+    /// The workers for whose answers R waits, if it waits for any of them.
+    pub(super) fn awaited(&self) -> RankSet {
+        match &self.want {
+            Want::AnyOf(ranks) => ranks.clone(),
+            _ => RankSet::default(),
+        }
+    }
+
     /// The next grant: a worker, and how many more bytes of its result its agent may send. `is_wanted`: the
-    /// results that R takes as soon as they are there, whatever the limit.
-    pub(super) fn next_grant(&mut self, is_wanted: impl Fn(Rank) -> bool) -> Option<(Rank, u32)> {
+    /// results that R takes as soon as they are there, whatever the limit. `is_awaited`: whether the worker has
+    /// a task of those that are [`ResultFlow::awaited`].
+    pub(super) fn next_grant(
+        &mut self,
+        is_wanted: impl Fn(Rank) -> bool,
+        is_awaited: impl Fn(Rank) -> bool,
+    ) -> Option<(Rank, u32)> {
         loop {
-            let at = self.next_starving(&is_wanted)?;
+            let at = self.next_starving(&is_wanted, &is_awaited)?;
             let rank = self.starving.remove(at)?;
             let incoming = self.incoming[rank as usize].as_mut();
             let Some(incoming) = incoming else {
@@ -292,7 +305,11 @@ impl ResultFlow {
 
     /// The place in the queue of the result that is to have the next grant, if there is room for it or R
     /// waits for it.
-    fn next_starving(&mut self, is_wanted: impl Fn(Rank) -> bool) -> Option<usize> {
+    fn next_starving(
+        &mut self,
+        is_wanted: impl Fn(Rank) -> bool,
+        is_awaited: impl Fn(Rank) -> bool,
+    ) -> Option<usize> {
         if self.starving.is_empty() {
             return None;
         }
@@ -306,15 +323,17 @@ impl ResultFlow {
         if self.has_room(first) {
             return first;
         }
-        match self.want {
+        match &self.want {
             // One result alone is completed beyond the limit: R takes it as soon as it is.
-            Want::Any if self.streaming == 0 => {
-                let same = |&rank: &Rank| Some(rank) == self.alone;
-                let at = self.starving.iter().position(same).unwrap_or(0);
+            Want::AnyOf(_) if self.streaming == 0 => {
+                let same = |&rank: &Rank| Some(rank) == self.alone && is_awaited(rank);
+                let same = self.starving.iter().position(same);
+                let any = || self.starving.iter().position(|&rank| is_awaited(rank));
+                let at = same.or_else(any)?;
                 self.alone = self.starving.get(at).copied();
                 Some(at)
             }
-            Want::Rank(rank) => self.starving.iter().position(|&starving| starving == rank),
+            Want::Rank(rank) => self.starving.iter().position(|starving| starving == rank),
             _ => None,
         }
     }
@@ -389,7 +408,7 @@ mod tests {
 
     /// Workers that are granted more now.
     fn grants(flow: &mut ResultFlow) -> Vec<Rank> {
-        let grants = std::iter::from_fn(|| flow.next_grant(|_| false));
+        let grants = std::iter::from_fn(|| flow.next_grant(|_| false, |_| true));
         grants.map(|(rank, _)| rank).collect()
     }
 
@@ -411,8 +430,11 @@ mod tests {
         flow.receive(0, FIRST, chunk(W / 2), None).unwrap();
         assert!(!flow.is_starving());
         flow.receive(0, 0, chunk(1), None).unwrap();
-        assert_eq!(flow.next_grant(|_| false), Some((0, GRANT as u32)));
-        assert_eq!(flow.next_grant(|_| false), None);
+        assert_eq!(
+            flow.next_grant(|_| false, |_| true),
+            Some((0, GRANT as u32))
+        );
+        assert_eq!(flow.next_grant(|_| false, |_| true), None);
         let rest = W / 2 - 1 + GRANT;
         flow.receive(0, 0, chunk(rest), None).unwrap();
         assert!(flow.receive(0, LAST, chunk(1), None).is_err());
@@ -440,7 +462,7 @@ mod tests {
         first(&mut flow, 0);
         first(&mut flow, 1);
         assert_eq!(grants(&mut flow), []);
-        flow.want(Want::Any);
+        flow.want(Want::AnyOf((0..9).collect()));
         for _ in 0..3 {
             assert_eq!(grants(&mut flow), [0]);
             flow.receive(0, 0, chunk(GRANT), None).unwrap();
@@ -457,8 +479,11 @@ mod tests {
         flow.want(Want::Rank(1));
         assert_eq!(grants(&mut flow), [1]);
         flow.want(Want::Nothing);
-        assert_eq!(flow.next_grant(|rank| rank == 2), Some((2, GRANT as u32)));
-        assert_eq!(flow.next_grant(|rank| rank == 2), None);
+        assert_eq!(
+            flow.next_grant(|rank| rank == 2, |_| true),
+            Some((2, GRANT as u32))
+        );
+        assert_eq!(flow.next_grant(|rank| rank == 2, |_| true), None);
         flow.set_unlimited(true);
         assert_eq!(grants(&mut flow), [0]);
     }

@@ -188,10 +188,15 @@ impl Scheduler {
 
     /// Asks for more of large results: while there is room, or because R waits for them.
     pub(super) fn grant(&mut self) {
+        if !self.flow.is_starving() {
+            return;
+        }
+        let awaited = self.flow.awaited();
         loop {
             let (workers, calls) = (&self.workers, &self.calls);
             let is_wanted = |rank: Rank| calls.want(&workers[rank as usize]);
-            let Some((rank, more)) = self.flow.next_grant(is_wanted) else {
+            let is_awaited = |rank: Rank| workers[rank as usize].has_task_of(rank, &awaited);
+            let Some((rank, more)) = self.flow.next_grant(is_wanted, is_awaited) else {
                 return;
             };
             let worker = &self.workers[rank as usize];

@@ -1,10 +1,10 @@
 //! What the scheduler knows of one worker.
 
-use super::events::Gone;
+use super::events::{Gone, RankSet};
 use super::task::{Current, Next, Phase, Task};
 use crate::head::activity::Track;
 use crate::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST};
-use crate::protocol::ids::{JobId, PayloadId, RESTORE, TaskId};
+use crate::protocol::ids::{CALLS, JobId, PayloadId, RESTORE, Rank, TaskId};
 use crate::protocol::limits::SEND_WINDOW;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -54,6 +54,18 @@ impl Worker {
             track: Track::default(),
             away: false,
         }
+    }
+
+    /// Whether the worker, whose rank is `rank`, has a task of one of these: its own, or one that it does in
+    /// place of another worker. All tasks before that one have to end first.
+    pub(super) fn has_task_of(&self, rank: Rank, owners: &RankSet) -> bool {
+        let current = self.current.as_ref().map(|current| &current.task);
+        let next = self.next.as_ref().map(|next| &next.task);
+        let mut tasks = current.into_iter().chain(next).chain(&self.queue);
+        tasks.any(|task| {
+            let owner = task.instead_of.unwrap_or(rank);
+            task.job != CALLS && owners.contains(owner)
+        })
     }
 
     /// It is known what becomes of a task that was lost.
