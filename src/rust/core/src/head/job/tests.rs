@@ -365,6 +365,8 @@ fn without_retries_the_tasks_that_were_lost_fail_and_no_others() {
     let state = hub.state.borrow();
     assert_eq!(state.told, [(failed.clone(), vec![])]);
     assert!(failed.contains(&70));
+    let sent = state.messages.iter().filter(|tasks| tasks.contains(&70));
+    assert_eq!(sent.count(), 1);
     assert_eq!(sorted(state.answered.clone()), all_but(0..100, &failed));
 }
 
