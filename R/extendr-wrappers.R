@@ -255,24 +255,30 @@ hub_losses_noted <- function(handle, count) .Call(wrap__hub_losses_noted, handle
 #' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
 #' that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-#' in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
+#' in seconds), `retries` and `raises` (see [`Policy`]), `noun` (what warnings call a task), `at_once` (if there
+#' are no more tasks than nodes, a first step is taken at once).
 #' Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
 #' @noRd
 job_begin <- function(handle, job, ranks, count, common, elements, settings) .Call(wrap__job_begin, handle, job, ranks, count, common, elements, settings)
 
 #' Gives tasks out and takes answers, for some time. Returns TRUE once all are there, and `NULL`
-#' before, or what R has to decide on.
+#' before, or a failure. One with `elements` ends the job, if it is a loss; otherwise it is told until job_made() has
+#' the result of these.
 #' @noRd
 job_step <- function(handle) .Call(wrap__job_step, handle)
 
-#' The elements of a unit whose task was lost or took too long, from 1.
+#' The result of the elements of which the last failure of job_step() was, to be told no more.
+#' @noRd
+job_made <- function(handle, value) .Call(wrap__job_made, handle, value)
+
+#' The elements of a message that is out, from 1.
 #' @noRd
 job_tasks <- function(handle, task) .Call(wrap__job_tasks, handle, task)
 
-#' A unit has ended without an answer: `again` of its elements are to be tried again, one by one; the
-#' others have `values` for results.
+#' The answer to a message cannot be read. `value`: the result of its element, if it has only one; several are tried
+#' again.
 #' @noRd
-job_settle <- function(handle, task, again, values) .Call(wrap__job_settle, handle, task, again, values)
+job_unreadable <- function(handle, task, value) .Call(wrap__job_unreadable, handle, task, value)
 
 #' What has come of the job: a list of its results, the numbers of those that are errors, and of those
 #' that are new since this was last asked.

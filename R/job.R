@@ -1,5 +1,5 @@
 # Jobs: all tasks of one call of a verb. Rust sends the tasks and collects the answers. It returns to R regularly for
-# interrupts, and when R has to decide on a task whose worker has failed.
+# interrupts, with errors, and for the results of tasks that have failed.
 
 # Returns the ranks of a cluster's nodes. Returns NULL if the verb has to be parallel's: for clusters of other packages,
 # nodes of several clusters, and duplicate nodes, whose tasks run in order.
@@ -35,7 +35,9 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   settings <- list(
     round = round, shares = shares, spread = spread, seed = seed,
     seeded = if (!is.null(seed)) list(runSeeded, list()),
-    order = order, singly = singly, timeout = timeout, at_once = !singly && is.null(each) && !progress
+    order = order, singly = singly, timeout = timeout, retries = as.double(retries), raises = lossEnds,
+    noun = what,
+    at_once = !singly && is.null(each) && !progress
   )
   repeat {
     begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
@@ -54,8 +56,8 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
       step <- job_step(handle$pointer)
       if (isTRUE(step)) break
       if (isFailure(step)) {
-        if (is.null(step[["task"]])) handleFailed(step, handle)
-        unitEnded(step, handle, retries, timeout, lossEnds, what)
+        if (is.null(step[["elements"]])) handleFailed(step, handle)
+        tasksFailed(step, handle, timeout, what)
       } else if (!is.null(step)) {
         unwound(step)
       }
@@ -142,55 +144,43 @@ ofElement <- function(value, what) {
   failureValue(condition)
 }
 
-# Handles a batch that has ended without an answer.
-unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
-  number <- failure[["task"]]
-  tasks <- job_tasks(handle$pointer, number)
-  failure$tasks <- spanText(tasks, what)
-  again <- integer()
-  warn <- NULL
-  if (failure[["kind"]] == "timeout") {
-    failure$limit <- min(timeout, handle$timeout)
-    condition <- failureCondition(failure, handle)
-    values <- lapply(tasks, function(task) failureValue(condition))
-  } else {
-    if (lossEnds) failure$again <- FALSE
-    loss <- failureCondition(failure, handle)
-    loss$tasks <- tasks
-    # It is unknown which task of a batch has killed the worker.
-    if (length(tasks) > 1L) loss$index <- NULL
-    if (inherits(loss, "rustcluster_stopped") || lossEnds) {
+# Makes the result of tasks that have failed without an answer, or raises the worker failure that ends the job.
+tasksFailed <- function(failure, handle, timeout, what) {
+  condition <- switch(failure[["kind"]],
+    timeout = {
+      failure$limit <- min(timeout, handle$timeout)
+      failureCondition(withTasks(failure, what), handle)
+    },
+    task_failed = quarantined(failure[["index"]], lapply(failure[["losses"]], lossOfTasks, handle, what), what),
+    {
+      loss <- lossOfTasks(failure, handle, what)
       showEvents(handle, except = loss)
       stop(loss)
     }
-    keys <- paste0("element", tasks)
-    for (key in keys) handle$losses[[key]] <- c(handle$losses[[key]], list(loss))
-    lost <- lengths(handle$losses[keys])
-    again <- tasks[lost <= retries]
-    # Retry each task alone: one task may kill every worker, and the others must not fail with it.
-    values <- Map(
-      function(task, key) failureValue(quarantined(task, handle$losses[[key]], what)),
-      tasks[lost > retries], keys[lost > retries]
-    )
-    # A lost host, or a worker that is not replaced, has an event of its own.
-    if (isTRUE(loss$replaced)) {
-      # Tasks that are not retried have errors of their own.
-      if (length(again)) failure$tasks <- spanText(again, what)
-      failure$again <- length(again) > 0L
-      warn <- failureCondition(failure, handle, "warning")
-    }
-  }
-  checked(job_settle(handle$pointer, number, again, unname(values)), handle)
-  # Warn last, because a handler may jump.
-  if (!is.null(warn)) warning(warn)
+  )
+  checked(job_made(handle$pointer, failureValue(condition)), handle)
+}
+
+# Returns a worker failure as a condition, with the tasks of the batch that was lost.
+lossOfTasks <- function(failure, handle, what) {
+  loss <- failureCondition(withTasks(failure, what), handle)
+  loss$tasks <- failure[["elements"]]
+  # It is unknown which task of a batch has killed the worker.
+  if (length(loss$tasks) > 1L) loss$index <- NULL
+  loss
+}
+
+# Returns a failure of tasks of a job with the text that names them.
+withTasks <- function(failure, what = failure[["noun"]]) {
+  if (!is.null(failure[["elements"]])) failure$tasks <- spanText(failure[["elements"]], what)
+  failure
 }
 
 # Handles an answer of a batch that cannot be read. It is unknown which task has caused that: each is retried alone.
 unitUnread <- function(unread, handle) {
   tasks <- job_tasks(handle$pointer, unread$task)
-  several <- length(tasks) > 1L
-  values <- if (several) list() else list(failureValue(notRead(unread, tasks)))
-  checked(job_settle(handle$pointer, unread$task, if (several) tasks else integer(), values), handle)
+  value <- if (length(tasks) == 1L) failureValue(notRead(unread, tasks))
+  checked(job_unreadable(handle$pointer, unread$task, value), handle)
 }
 
 # Runs a task with a seed in a worker, because messages of parallel cannot contain a seed.

@@ -108,7 +108,6 @@ closeJob <- function(handle, job) {
       handle$lasts <- NULL
       openFrames[[handle$id]] <- NULL
     }
-    if (length(handle$losses)) handle$losses <- list()
     if (!is.null(events)) show(events, handle)
   })
   if (length(handle$untold)) tell(handle)

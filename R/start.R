@@ -23,7 +23,6 @@ newHandle <- function(pointer, agents) {
   # Whether the calls of the open job are set-up calls (parallel-methods.R), and the worker failures of each of its
   # tasks (job.R).
   handle$lasts <- NULL
-  handle$losses <- list()
   # The limit of the set-up log of each agent, in bytes.
   handle$stateLimit <- numeric()
   # The limit of the set-up log of the head, from which hosts are reconnected.

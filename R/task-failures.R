@@ -16,7 +16,9 @@ taskEnded <- function(failure, handle) {
 noteLosses <- function(handle) {
   losses <- hub_losses(handle$pointer)
   if (is.null(losses) || isFailure(losses)) return(invisible())
-  conditions <- lapply(losses, function(loss) failureCondition(amongAll(loss, handle), handle, "warning"))
+  conditions <- lapply(losses, function(loss) {
+    failureCondition(withTasks(amongAll(loss, handle)), handle, "warning")
+  })
   suspendInterrupts({
     handle$untold <- c(handle$untold, conditions)
     hub_losses_noted(handle$pointer, length(losses))

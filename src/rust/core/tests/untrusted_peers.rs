@@ -1084,9 +1084,9 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let tasks: Vec<u64> = messages.iter().map(|m| send(&mut hub, m)).collect();
     // While the first runs: one that waits at the agent, and one that has not been sent.
     thread::sleep(Duration::from_millis(100));
-    hub.recall(0, tasks[0]);
-    hub.recall(0, tasks[1]);
-    hub.recall(0, tasks[2]);
+    hub.recall(tasks[0]);
+    hub.recall(tasks[1]);
+    hub.recall(tasks[2]);
     for (at, &expected) in tasks.iter().enumerate() {
         let answer = receive(&mut hub, 0);
         match answer {
@@ -1101,7 +1101,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
             }
             answer => panic!("task {at}: {answer:?}"),
         }
-        hub.recall(0, expected);
+        hub.recall(expected);
     }
     assert!(matches!(receive(&mut hub, 0), Answer::NothingSent));
     // And with its process, what waits behind a task is not lost.
@@ -1111,7 +1111,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     kill(pid);
     let answer = receive(&mut hub, 0);
     assert!(matches!(answer, Answer::Lost { task, .. } if task == tasks[0]));
-    hub.forget(0, tasks[0]);
+    hub.forget(tasks[0]);
     let answer = receive(&mut hub, 0);
     assert!(matches!(answer, Answer::Ready { task, .. } if task == tasks[1]));
     close(hub);

@@ -5,15 +5,17 @@ use super::handle::{Cluster, SLICE, ToHub};
 use super::{broadcast, nodes, status};
 use crate::codec::stream::{self, Bounded, Format, Sink};
 use crate::codec::{batch, mapped};
+use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
     INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::head::job::{Codec, Form, Taken};
+use rustcluster_core::head::job::{BatchLoss, Codec, Form, Taken};
+use rustcluster_core::head::retry::is_reported;
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::protocol::ids::{PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::time::Duration;
@@ -77,6 +79,8 @@ pub struct Values {
     /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
     /// chunks and of lapply() may have such values.
     by_class: bool,
+    /// What warnings call a task.
+    noun: String,
     /// Tasks that have been answered since R last asked, from 1.
     fresh: Vec<i32>,
     scratch: Vec<u8>,
@@ -86,6 +90,7 @@ pub struct Values {
 /// The codec of a job on this cluster.
 pub(super) struct Encoder<'a> {
     pub(super) cluster: &'a Cluster,
+    pub(super) job: JobId,
     pub(super) values: &'a mut Values,
 }
 
@@ -353,7 +358,7 @@ impl Codec for Encoder<'_> {
         drop(taking);
         let values = &mut *self.values;
         if let Err(jump) = taken {
-            // R decides on all of it: see job_settle().
+            // R finds out why, and job_unreadable() follows.
             values.failed.truncate(failed);
             values.fresh.truncate(fresh);
             return Err(jump);
@@ -379,6 +384,31 @@ impl Codec for Encoder<'_> {
             reading: time(head.reading).unwrap_or_default(),
         })
     }
+
+    fn lost(&mut self, loss: &BatchLoss, again: &[usize]) {
+        if is_reported(&loss.gone, loss.now.is_none()) {
+            // Tasks that are not retried have errors of their own.
+            let told = if again.is_empty() { &loss.tasks } else { again };
+            let warning = loss_of_batch(loss, told)
+                .with("noun", &self.values.noun)
+                .with("again", !again.is_empty());
+            self.cluster.losses.borrow_mut().tell(self.job, warning);
+        }
+    }
+}
+
+/// Tasks as R counts them.
+pub(super) fn numbers(tasks: &[usize]) -> Vec<i32> {
+    tasks.iter().map(|&index| index as i32 + 1).collect()
+}
+
+/// A loss as R hears of it, with these of its tasks.
+pub(super) fn loss_of_batch(loss: &BatchLoss, tasks: &[usize]) -> Failure {
+    let first = loss.tasks.first().map_or(0, |first| first + 1);
+    Failure::loss(loss.place, &loss.gone, loss.now.as_deref())
+        .with("task", loss.task)
+        .with("index", first)
+        .with("elements", numbers(tasks))
 }
 
 impl Values {
@@ -403,6 +433,7 @@ impl Values {
             held: HashMap::new(),
             failed: Vec::new(),
             by_class,
+            noun: setting("noun").as_str().unwrap_or("task").to_owned(),
             fresh: Vec::new(),
             scratch: Vec::new(),
             message: Vec::new(),
@@ -419,7 +450,7 @@ impl Values {
     }
 
     /// A task has ended without an answer, and this is its result.
-    pub(super) fn give_up(&mut self, index: usize, value: &Robj) {
+    pub(super) fn fail(&mut self, index: usize, value: &Robj) {
         // SAFETY: the Robj keeps it alive.
         unsafe { self.put(index, value.get(), true) };
         self.held.remove(&index);

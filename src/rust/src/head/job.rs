@@ -2,10 +2,9 @@
 //! code. The engine is [`rustcluster_core::head::job`]; its codec is in [`super::elements`]. See
 //! [`crate::codec::batch`] for the messages.
 //!
-//! What happens to tasks besides that they are answered (a lost worker, a time limit) is R's to decide
-//! on: [`job_step`] then returns a failure with the number of the unit's task.
+//! R is needed only for errors and for the results of tasks that have failed: [`job_step`] then returns a failure.
 
-use super::elements::{Elements, Encoder, Values};
+use super::elements::{Elements, Encoder, Values, loss_of_batch, numbers};
 use super::handle::{Cluster, SLICE, Unsent, may_begin, rank_of, with_cluster};
 use super::{broadcast, nodes};
 use crate::codec::batch;
@@ -14,7 +13,8 @@ use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::batching::Assignment;
 use rustcluster_core::head::hub::HostView;
-use rustcluster_core::head::job::{self, Halt, Place};
+use rustcluster_core::head::job::{self, Failed, Halt, Place};
+use rustcluster_core::head::retry::Policy;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 pub struct Job {
     pub engine: job::Job,
     values: Values,
-    /// What the first step, which job_begin() takes, has left for the next: what R has to decide on.
+    /// What the first step, which job_begin() takes, has left for the next: what R is needed for.
     said: Option<Unsent>,
 }
 
@@ -34,7 +34,8 @@ pub struct Job {
 /// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
 /// that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
 /// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-/// in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
+/// in seconds), `retries` and `raises` (see [`Policy`]), `noun` (what warnings call a task), `at_once` (if there
+/// are no more tasks than nodes, a first step is taken at once).
 /// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
 /// @noRd
 #[extendr]
@@ -82,6 +83,11 @@ fn job_begin(
         });
         let timeout = settings.get("timeout").and_then(Robj::as_real);
         let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+        let retries = settings.get("retries").and_then(Robj::as_real);
+        let policy = Policy {
+            retries: retries.unwrap_or(0.0) as usize,
+            raises: flag("raises"),
+        };
         let (payload, as_written) =
             match broadcast::share_common(cluster, &ranks, job as JobId, &common) {
                 Ok(shared) => shared,
@@ -133,6 +139,7 @@ fn job_begin(
             order,
             singly: flag("singly"),
             timeout,
+            policy,
             payload,
             reading: (flags & (batch::CHUNK | batch::FUNCTION) != 0).then_some(as_written.bytes),
         };
@@ -168,7 +175,8 @@ fn job_begin(
 }
 
 /// Gives tasks out and takes answers, for some time. Returns TRUE once all are there, and `NULL`
-/// before, or what R has to decide on.
+/// before, or a failure. One with `elements` ends the job, if it is a loss; otherwise it is told until job_made() has
+/// the result of these.
 /// @noRd
 #[extendr]
 fn job_step(handle: Robj) -> Robj {
@@ -201,82 +209,99 @@ fn with_job(
 }
 
 impl Job {
-    /// Gives tasks out and takes answers, for some time. Returns whether all are there. `plain_only`: an answer that may
-    /// fail to be read is left for the next step.
+    /// Gives tasks out and takes answers, for some time. Returns whether all are there and R has been told of each loss.
+    /// `plain_only`: an answer that may fail to be read is left for the next step.
     ///
     /// # Errors
-    /// What R has to decide on.
+    /// What R is needed for.
     fn step(&mut self, cluster: &Cluster, plain_only: bool) -> std::result::Result<bool, Unsent> {
         if let Some(said) = self.said.take() {
             return Err(said);
         }
+        if cluster.losses.borrow().any_untold() {
+            return Ok(false);
+        }
         let mut codec = Encoder {
             cluster,
+            job: self.engine.id(),
             values: &mut self.values,
         };
         self.engine
             .step(&cluster.hub, &mut codec, SLICE, plain_only)
-            .map_err(|halt| unsent(cluster, halt))
+            .map_err(|halt| self.unsent(halt))
+    }
+
+    /// What R gets of what it is needed for.
+    fn unsent(&self, halt: Halt<Jump>) -> Unsent {
+        let failure = match halt {
+            Halt::Codec(jump) => return jump.into(),
+            Halt::Lost(loss) if self.engine.policy().raises => {
+                loss_of_batch(&loss, &loss.tasks).with("again", false)
+            }
+            Halt::Lost(loss) => loss_of_batch(&loss, &loss.tasks),
+            Halt::Failed(failed) => {
+                let index = failed.tasks().first().map_or(0, |first| first + 1);
+                let failure = match &failed {
+                    Failed::TimedOut { rank, .. } => Failure::new("timeout").with("rank", rank + 1),
+                    &Failed::GivenUp(index) => {
+                        let losses = self.engine.losses(index).iter();
+                        let losses: Vec<Failure> = losses
+                            .map(|loss| loss_of_batch(loss, &loss.tasks))
+                            .collect();
+                        Failure::new("task_failed").with("losses", losses)
+                    }
+                };
+                let elements = numbers(failed.tasks());
+                failure.with("index", index).with("elements", elements)
+            }
+            Halt::Gone { rank, gone } => Failure::gone(rank, &gone),
+            Halt::Stuck => Failure::new("protocol").with(
+                "reason",
+                "tasks are left and nothing is out: a bug in rustcluster",
+            ),
+        };
+        failure.into()
     }
 }
 
-/// What R gets of what it has to decide on.
-fn unsent(cluster: &Cluster, halt: Halt<Jump>) -> Unsent {
-    let of_task = |failure: Failure, task: TaskId, first: Option<usize>| {
-        let index = first.map_or(0, |first| first + 1);
-        failure.with("task", task).with("index", index)
-    };
-    let failure = match halt {
-        Halt::Codec(jump) => return jump.into(),
-        Halt::Lost {
-            place,
-            gone,
-            task,
-            first,
-        } => of_task(nodes::loss(cluster, place, &gone), task, first),
-        Halt::TimedOut { rank, task, first } => {
-            let failure = Failure::new("timeout").with("rank", rank + 1);
-            of_task(failure, task, first)
+/// The result of the elements of which the last failure of job_step() was, to be told no more.
+/// @noRd
+#[extendr]
+fn job_made(handle: Robj, value: Robj) -> Robj {
+    with_job(&handle, |_, job| {
+        for &index in job.engine.made().iter().flat_map(Failed::tasks) {
+            job.values.fail(index, &value);
         }
-        Halt::Gone { rank, gone } => Failure::gone(rank, &gone),
-        Halt::Stuck => Failure::new("protocol").with(
-            "reason",
-            "tasks are left and nothing is out: a bug in rustcluster",
-        ),
-    };
-    failure.into()
+        Ok(().into())
+    })
 }
 
-/// The elements of a unit whose task was lost or took too long, from 1.
+/// The elements of a message that is out, from 1.
 /// @noRd
 #[extendr]
 fn job_tasks(handle: Robj, task: f64) -> Robj {
     with_job(&handle, |_, job| {
-        let tasks = job.engine.tasks_of(task as TaskId);
-        let tasks: Vec<i32> = tasks.iter().map(|&index| index as i32 + 1).collect();
-        Ok(tasks.into())
+        Ok(numbers(&job.engine.tasks_of(task as TaskId)).into())
     })
 }
 
-/// A unit has ended without an answer: `again` of its elements are to be tried again, one by one; the
-/// others have `values` for results.
+/// The answer to a message cannot be read. `value`: the result of its element, if it has only one; several are tried
+/// again.
 /// @noRd
 #[extendr]
-fn job_settle(handle: Robj, task: f64, again: &[i32], values: List) -> Robj {
+fn job_unreadable(handle: Robj, task: f64, value: Robj) -> Robj {
     with_job(&handle, |cluster, job| {
-        let task = task as TaskId;
-        let tasks = job.engine.tasks_of(task);
-        let is_again = |index: &usize| again.contains(&(*index as i32 + 1));
-        let (again, given_up): (Vec<usize>, Vec<usize>) = tasks.iter().copied().partition(is_again);
-        for (index, value) in given_up.into_iter().zip(values.values()) {
-            job.values.give_up(index, &value);
-        }
         let mut codec = Encoder {
             cluster,
+            job: job.engine.id(),
             values: &mut job.values,
         };
-        let settled = job.engine.settle(&cluster.hub, &mut codec, task, &again);
-        settled.map_err(|halt| unsent(cluster, halt))?;
+        let ended = job
+            .engine
+            .unreadable(&cluster.hub, &mut codec, task as TaskId);
+        if let Some(index) = ended.map_err(|halt| job.unsent(halt))? {
+            job.values.fail(index, &value);
+        }
         Ok(().into())
     })
 }
@@ -303,8 +328,9 @@ extendr_module! {
     mod job;
     fn job_begin;
     fn job_step;
+    fn job_made;
     fn job_tasks;
-    fn job_settle;
+    fn job_unreadable;
     fn job_results;
     fn job_progress;
 }

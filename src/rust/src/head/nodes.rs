@@ -19,7 +19,6 @@ use rustcluster_core::head::hub::{Answer, Hub, Turn};
 use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::head::scheduler::events::{Gone, RankSet};
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::protocol::control::Setback;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::ffi::{CStr, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -254,10 +253,7 @@ fn hub_forget(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let task = task as TaskId;
         cluster.forget_message(task);
-        let mut hub = cluster.hub.borrow_mut();
-        if let Some(owner) = hub.owner(task) {
-            hub.forget(owner, task);
-        }
+        cluster.hub.borrow_mut().forget(task);
         Ok(().into())
     })
 }
@@ -391,17 +387,8 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
 
 /// What became of the worker that had a task.
 pub fn loss(cluster: &Cluster, place: Rank, gone: &Gone) -> Failure {
-    match gone {
-        Gone::Worker(loss) => {
-            let now = cluster.hub.borrow().worker(place).gone;
-            let last = match now.as_deref() {
-                Some(Gone::Worker(last)) => last.setback,
-                _ => Setback::default(),
-            };
-            Failure::lost(place, loss, last).with("replaced", now.is_none())
-        }
-        gone => Failure::gone(place, gone),
-    }
+    let now = cluster.hub.borrow().worker(place).gone;
+    Failure::loss(place, gone, now.as_deref())
 }
 
 /// What R gets of an answer: with the place of its node, or without if that is 0.

@@ -30,6 +30,11 @@ impl Losses {
         }
     }
 
+    /// A loss has been dealt with, of which R is to be told.
+    pub(super) fn tell(&mut self, job: JobId, loss: Failure) {
+        self.untold.push((job, loss));
+    }
+
     /// A job has ended. Nobody is to be told any more what became of its tasks.
     pub(super) fn close(&mut self, job: JobId) {
         self.of_job = self.of_job.filter(|&(of, _)| of != job);
@@ -61,7 +66,7 @@ impl Lost {
     fn dealt_with(self, cluster: &Cluster, job: JobId, again: bool) -> Failure {
         if self.reported {
             let told = self.failure.clone().with("again", again);
-            cluster.losses.borrow_mut().untold.push((job, told));
+            cluster.losses.borrow_mut().tell(job, told);
         }
         self.failure
     }
@@ -98,7 +103,7 @@ pub(super) fn task_lost(
         Verdict::Raise if raises => Err(lost.failure.with("again", false)),
         Verdict::Raise => Err(lost.failure),
         Verdict::GiveUp => {
-            cluster.hub.borrow_mut().give_up(rank, task);
+            cluster.hub.borrow_mut().give_up(task);
             record(lost, false);
             Ok(().into())
         }

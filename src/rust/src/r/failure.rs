@@ -22,6 +22,8 @@ pub enum Value {
     Number(f64),
     /// A string.
     Text(String),
+    /// Numbers of elements, from 1.
+    Integers(Vec<i32>),
     /// A list of failures.
     Failures(Vec<Failure>),
 }
@@ -95,6 +97,18 @@ impl From<Cow<'_, str>> for Value {
     }
 }
 
+impl From<Vec<i32>> for Value {
+    fn from(numbers: Vec<i32>) -> Value {
+        Value::Integers(numbers)
+    }
+}
+
+impl From<Vec<Failure>> for Value {
+    fn from(failures: Vec<Failure>) -> Value {
+        Value::Failures(failures)
+    }
+}
+
 impl From<&[Failure]> for Value {
     fn from(failures: &[Failure]) -> Value {
         Value::Failures(failures.to_vec())
@@ -109,6 +123,7 @@ impl From<Value> for Robj {
             Value::Number(number) => number.into(),
             // R's strings hold no NUL; what a worker prints may.
             Value::Text(text) => text.replace('\0', "").into(),
+            Value::Integers(numbers) => numbers.into(),
             Value::Failures(failures) => {
                 List::from_values(failures.into_iter().map(Robj::from)).into()
             }
@@ -138,6 +153,19 @@ impl Failure {
                 .with("rank", rank + 1)
                 .with("reason", reason),
             Gone::Stopped => Failure::new("stopped").with("rank", rank + 1),
+        }
+    }
+
+    /// A loss. `now`: why no worker has the place since then, if none has.
+    pub fn loss(place: Rank, gone: &Gone, now: Option<&Gone>) -> Failure {
+        match (gone, now) {
+            (Gone::Worker(loss), Some(Gone::Worker(last))) => {
+                Failure::lost(place, loss, last.setback).with("replaced", false)
+            }
+            (Gone::Worker(loss), _) => {
+                Failure::lost(place, loss, Setback::default()).with("replaced", now.is_none())
+            }
+            (gone, _) => Failure::gone(place, gone),
         }
     }
 

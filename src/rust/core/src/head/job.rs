@@ -3,14 +3,16 @@
 //! There is no R here. [`Planner`] decides who gets which tasks. A [`Codec`] encodes tasks and keeps what is
 //! answered. A [`Dispatch`] sends messages and says what became of them: the hub, or a simulated one.
 //!
-//! What becomes of tasks that end without an answer is not decided here: [`Job::step`] stops with a [`Halt`],
-//! and [`Job::settle`] follows.
+//! [`Job::step`] retries tasks that were lost, by the job's [`Policy`]: each one alone, since it is not known which
+//! task of a message has killed the worker. Only what needs R stops it, with a [`Halt`]: an error, or a result to be
+//! made for tasks that have failed.
 //!
 //! A codec may run R code, which may use the hub. So the engine holds nothing of the hub while it calls the
 //! codec: each method of [`Dispatch`] takes what it needs and has given it back when it returns.
 
 use super::batching::{Assignment, Ended, Planner};
 use super::hub::{Answer, Begun, Hub, Turn};
+use super::retry::{Attempts, Policy};
 use super::scheduler::events::{Gone, RankSet};
 use crate::protocol::body::Body;
 use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
@@ -19,6 +21,10 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+mod unanswered;
+
+pub use unanswered::{BatchLoss, Failed};
 
 /// Places that are given something before answers are looked for, at first; then more and more.
 const AT_ONCE: usize = 8;
@@ -91,6 +97,10 @@ pub trait Codec {
         tasks: &[usize],
         body: Body,
     ) -> Result<Taken, Self::Stop>;
+
+    /// A message was lost, and that has been dealt with: `again` are those of its tasks that are retried. The others
+    /// fail.
+    fn lost(&mut self, loss: &BatchLoss, again: &[usize]);
 }
 
 /// The hub, as a job uses it: see [`Hub`] for what the methods do.
@@ -118,9 +128,9 @@ pub trait Dispatch {
     /// [`Hub::receive_any`].
     fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer;
     /// [`Hub::recall`].
-    fn recall(&self, rank: Rank, task: TaskId);
+    fn recall(&self, task: TaskId);
     /// [`Hub::forget`].
-    fn forget(&self, rank: Rank, task: TaskId);
+    fn forget(&self, task: TaskId);
 }
 
 impl Dispatch for RefCell<Hub> {
@@ -158,40 +168,24 @@ impl Dispatch for RefCell<Hub> {
         self.borrow_mut().receive_any(workers, most)
     }
 
-    fn recall(&self, rank: Rank, task: TaskId) {
-        self.borrow_mut().recall(rank, task);
+    fn recall(&self, task: TaskId) {
+        self.borrow_mut().recall(task);
     }
 
-    fn forget(&self, rank: Rank, task: TaskId) {
-        self.borrow_mut().forget(rank, task);
+    fn forget(&self, task: TaskId) {
+        self.borrow_mut().forget(task);
     }
 }
 
-/// Why [`Job::step`] has stopped: what the caller has to decide on. `S`: [`Codec::Stop`].
+/// Why [`Job::step`] has stopped: what it needs the caller for. `S`: [`Codec::Stop`].
 #[derive(Debug)]
 pub enum Halt<S> {
     /// The codec could not do its part.
     Codec(S),
-    /// The worker that had a message was lost. That is said again until [`Job::settle`] has followed.
-    Lost {
-        /// The worker that had it.
-        place: Rank,
-        /// How that worker ended.
-        gone: Arc<Gone>,
-        /// The message, for [`Job::settle`].
-        task: TaskId,
-        /// The first of its tasks, from 0.
-        first: Option<usize>,
-    },
-    /// A message has taken too long: [`Job::settle`] is to follow.
-    TimedOut {
-        /// The worker that it was given to.
-        rank: Rank,
-        /// The message, for [`Job::settle`].
-        task: TaskId,
-        /// The first of its tasks, from 0.
-        first: Option<usize>,
-    },
+    /// The loss of a message ends the job. That is said again.
+    Lost(BatchLoss),
+    /// The results of these tasks are to be made. That is said again until [`Job::made`] has followed.
+    Failed(Failed),
     /// A worker that has tasks to do is gone, and no other is to do them.
     Gone {
         /// The worker.
@@ -235,6 +229,8 @@ pub struct Setup {
     pub singly: bool,
     /// How long a task may take.
     pub timeout: Option<Duration>,
+    /// How often a lost task is retried.
+    pub policy: Policy,
     /// What all tasks have in common.
     pub payload: PayloadId,
     /// Bytes that a worker has to read before the first task of each message.
@@ -242,6 +238,10 @@ pub struct Setup {
 }
 
 /// Tasks that are out together in one message.
+///
+/// `place` and [`Job::lanes`] do not say where the message is: that is the hub's to know, and it forgets a message with
+/// its end. They say whose share of the work it is, for the planner's estimates, in the order in which that place
+/// begins its messages, which is not the order in which they were sent.
 #[derive(Debug)]
 struct Sent {
     place: usize,
@@ -280,6 +280,11 @@ pub struct Job {
     done: usize,
     began: Instant,
     timeout: Option<Duration>,
+    policy: Policy,
+    /// Of the tasks that were lost.
+    attempts: HashMap<usize, Attempts<Arc<BatchLoss>>>,
+    /// Tasks whose results are to be made.
+    failed: VecDeque<Failed>,
     /// An answer that a step has left for the next, which may fail to be read.
     unread: Option<(Rank, TaskId, Body)>,
 }
@@ -319,6 +324,9 @@ impl Job {
             done: 0,
             began: now,
             timeout: setup.timeout,
+            policy: setup.policy,
+            attempts: HashMap::new(),
+            failed: VecDeque::new(),
             unread: None,
         }
     }
@@ -326,6 +334,11 @@ impl Job {
     /// The job's number.
     pub fn id(&self) -> JobId {
         self.id
+    }
+
+    /// How often a lost task is retried.
+    pub fn policy(&self) -> Policy {
+        self.policy
     }
 
     /// How long the way to each worker and back has taken, in seconds.
@@ -373,10 +386,10 @@ impl Job {
 
     /// Gives tasks out and takes answers, for so long at most, or until there is something else to do first.
     /// Returns whether all tasks have ended. `plain_only`: an answer that may fail to be read is left for the
-    /// next step.
+    /// next step. Returns early after a loss, for whoever is to be told of that.
     ///
     /// # Errors
-    /// What the caller has to decide on.
+    /// What the caller is needed for.
     pub fn step<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -384,6 +397,9 @@ impl Job {
         most: Duration,
         plain_only: bool,
     ) -> Stepped<bool, C> {
+        if !self.failed.is_empty() {
+            return self.failed();
+        }
         let until = hub.now() + most;
         if self.planner.may_resume(self.since_began(hub)) {
             self.wake();
@@ -442,30 +458,28 @@ impl Job {
                 Answer::Pending => return Ok(false),
                 Answer::NothingSent => return Err(self.none_out(hub)),
                 // It was sent to the worker before the job, which has sent it nothing yet.
-                Answer::Lost { rank, task, .. } | Answer::TimedOut { rank, task }
-                    if !self.sent.contains_key(&task) =>
-                {
-                    hub.forget(rank, task);
-                }
+                Answer::Lost { task, .. } if !self.sent.contains_key(&task) => hub.forget(task),
                 Answer::Lost {
                     place, task, gone, ..
                 } => {
-                    return Err(Halt::Lost {
+                    let loss = BatchLoss {
                         place,
+                        now: hub.gone(place),
                         gone,
                         task,
-                        first: self.first_of(task),
-                    });
+                        tasks: self.tasks_of(task).into_owned(),
+                    };
+                    self.lost(hub, codec, loss)?;
+                    return self.failed();
                 }
                 Answer::TimedOut { rank, task } => {
-                    if let Some(sent) = self.sent.get(&task) {
+                    if let Some(sent) = self.remove(task) {
                         self.detained[sent.place] = true;
+                        let tasks = self.indices(&sent.tasks).into_owned();
+                        self.give_out(hub, codec, &sent, &[])?;
+                        self.failed.push_back(Failed::TimedOut { rank, tasks });
+                        return self.failed();
                     }
-                    return Err(Halt::TimedOut {
-                        rank,
-                        task,
-                        first: self.first_of(task),
-                    });
                 }
                 Answer::Recalled { task, .. } => {
                     if let Some(sent) = self.remove(task) {
@@ -487,10 +501,6 @@ impl Job {
         let mut gone = ranks.filter_map(|rank| Some((rank, hub.gone(rank)?)));
         gone.next()
             .map_or(Halt::Stuck, |(rank, gone)| Halt::Gone { rank, gone })
-    }
-
-    fn first_of(&self, task: TaskId) -> Option<usize> {
-        Some(self.at(task)?.0)
     }
 
     /// Sends a place what it is to have now.
@@ -627,7 +637,7 @@ impl Job {
         let taken = match codec.take(on, task, &self.indices(&sent.tasks), body) {
             Ok(taken) => taken,
             Err(stop) => {
-                // The caller decides on all of it: see settle().
+                // The caller finds out why first: see [`Job::unreadable`].
                 self.lanes[sent.place].push_front(task);
                 self.sent.insert(task, sent);
                 return Err(Halt::Codec(stop));
@@ -698,48 +708,11 @@ impl Job {
         {
             if let Some(sent) = self.sent.get_mut(&task).filter(|sent| !sent.recalled) {
                 sent.recalled = true;
-                hub.recall(self.ranks[sent.place], task);
+                hub.recall(task);
             }
         }
-    }
-
-    /// A message has ended without an answer that could be read. `again`: those of its tasks that are to be
-    /// tried again, one by one; the others have ended.
-    ///
-    /// # Errors
-    /// When one of them cannot be sent.
-    pub fn settle<C: Codec>(
-        &mut self,
-        hub: &impl Dispatch,
-        codec: &mut C,
-        task: TaskId,
-        again: &[usize],
-    ) -> Stepped<(), C> {
-        let Some(sent) = self.remove(task) else {
-            return Ok(());
-        };
-        let is_again = |&position: &usize| again.contains(&self.task(position));
-        let again: Vec<usize> = sent.tasks.iter().copied().filter(is_again).collect();
-        self.done += sent.tasks.len() - again.len();
-        let place = sent.place;
-        let rank = self.ranks[place];
-        self.planner.dropped(place, false);
-        let replaced = hub.gone(rank).is_none();
-        if self.assignment == Assignment::Round && replaced {
-            // Before what follows them: they go on with the random numbers that those before have left.
-            for &position in again.iter().rev() {
-                self.send(hub, codec, place, &[position], Duration::ZERO, Turn::First)?;
-                self.planner.given_first(place);
-            }
-        } else {
-            self.planner.lost(place, &again);
-        }
-        hub.forget(rank, task);
-        // All that was with a worker which is gone is told as lost, and in its order.
-        if replaced || self.assignment == Assignment::Free {
-            self.ready.push_back(place);
-        }
-        self.wake();
-        Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

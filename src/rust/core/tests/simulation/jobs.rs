@@ -1,5 +1,5 @@
 //! Jobs: the job engine and its planner, as they are, on the simulated cluster. Messages are made-up bytes here,
-//! answers a number of elements. What becomes of lost elements is decided as in `R/job.R`.
+//! answers a number of elements.
 
 use crate::Sim;
 use crate::parts::{Draws, End, Manners, Task, part};
@@ -7,7 +7,10 @@ use crate::r::{Ready, check_answer};
 use rand::Rng;
 use rustcluster_core::head::batching::Assignment;
 use rustcluster_core::head::hub::{Answer, Begun, Turn};
-use rustcluster_core::head::job::{Codec, Dispatch, Form, Halt, Job, Place, Setup, Taken};
+use rustcluster_core::head::job::{
+    BatchLoss, Codec, Dispatch, Failed, Form, Halt, Job, Place, Setup, Taken,
+};
+use rustcluster_core::head::retry::Policy;
 use rustcluster_core::head::scheduler::events::{Gone, RankSet, Want};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::frame::MAX_BODY;
@@ -27,6 +30,8 @@ struct Element {
     /// It has a result.
     ended: bool,
     losses: usize,
+    /// It has failed, and its result is to be made.
+    failed: bool,
     /// Kills whoever starts it.
     poison: bool,
     /// Never answers.
@@ -53,7 +58,8 @@ pub struct Open {
     again: Option<Option<TaskId>>,
     /// Nothing goes wrong any more.
     calm: bool,
-    /// Messages that the engine was told of and that it is to settle.
+    policy: Policy,
+    /// Messages that the engine was told are lost and that it is to forget.
     undecided: Vec<TaskId>,
 }
 
@@ -131,6 +137,11 @@ impl Sim {
         self.hub.write(&part(like, false, 0, len));
         self.hub.finish_payload();
         self.notes();
+        // Without retries failures may be results.
+        let policy = Policy {
+            retries: self.facts.retries,
+            raises: self.facts.retries == 0 && self.rng.random(),
+        };
         let place = |&rank: &Rank| Place {
             rank,
             host: self.at[rank as usize].0,
@@ -149,6 +160,7 @@ impl Sim {
             order,
             singly,
             timeout,
+            policy,
             payload,
             reading: self
                 .rng
@@ -168,6 +180,7 @@ impl Sim {
             writing: None,
             again: None,
             calm: harmless,
+            policy,
             undecided: Vec::new(),
         });
         self.engine = Some(Job::new(setup, self.origin + self.now));
@@ -184,7 +197,7 @@ impl Sim {
         let stepped = engine.step(&view, &mut Elements(&view), SLICE, plain_only);
         let over = match stepped {
             Ok(done) => done,
-            Err(halt) => !view.decide(&mut engine, halt),
+            Err(halt) => !view.go_on(&mut engine, halt),
         };
         self.moved += 1;
         if !over {
@@ -219,13 +232,20 @@ impl Sim {
     }
 
     /// A message has ended, or is not wanted any more: its elements are in none.
-    fn ends(&mut self, id: TaskId) {
+    fn ends(&mut self, id: TaskId) -> Vec<usize> {
         let elements = std::mem::take(&mut self.facts.tasks[id as usize].elements);
         for &at in &elements {
             let out = self.open().elements[at].out.take();
             assert_eq!(out, Some(id), "element {at} was elsewhere");
         }
-        self.facts.tasks[id as usize].elements = elements;
+        self.facts.tasks[id as usize].elements.clone_from(&elements);
+        elements
+    }
+
+    /// An element has failed without an answer.
+    fn fails(&mut self, at: usize) {
+        let element = &mut self.open().elements[at];
+        assert!(!element.ended && !std::mem::replace(&mut element.failed, true));
     }
 
     /// An element has a result.
@@ -395,7 +415,9 @@ impl Dispatch for View<'_> {
             Answer::Ready { task, .. } => sim.end(*task, End::Answer),
             Answer::TimedOut { task, .. } => {
                 sim.end(*task, End::TimedOut);
-                sim.open().undecided.push(*task);
+                for at in sim.ends(*task) {
+                    sim.fails(at);
+                }
             }
             Answer::Recalled { task, .. } => {
                 sim.end(*task, End::Recalled);
@@ -405,7 +427,11 @@ impl Dispatch for View<'_> {
                 let lost = &mut sim.facts.tasks[*task as usize];
                 lost.told += 1;
                 assert_eq!(lost.told, lost.losses);
+                // What follows waits for what becomes of these.
+                let turn = lost.turn;
+                sim.open().again = Some(turn);
                 sim.open().undecided.push(*task);
+                sim.ends(*task);
             }
             // The job gives up none.
             Answer::GivenUp { task, .. } => {
@@ -418,22 +444,21 @@ impl Dispatch for View<'_> {
         answer
     }
 
-    fn recall(&self, rank: Rank, task: TaskId) {
+    fn recall(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
         sim.facts.tasks[task as usize].asked_back = true;
-        sim.hub.recall(rank, task);
+        sim.hub.recall(task);
         sim.notes();
     }
 
-    fn forget(&self, rank: Rank, task: TaskId) {
+    fn forget(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
         let undecided = &mut sim.open().undecided;
         let at = undecided.iter().position(|&other| other == task);
-        undecided.remove(at.expect("a message that has ended"));
-        if sim.facts.tasks[task as usize].end.is_none() {
-            sim.end(task, End::Settled);
-        }
-        sim.hub.forget(rank, task);
+        undecided.remove(at.expect("a message that was lost"));
+        sim.open().again = None;
+        sim.end(task, End::Settled);
+        sim.hub.forget(task);
         sim.notes();
     }
 }
@@ -474,7 +499,10 @@ impl Codec for Elements<'_, '_> {
         let id = open.writing.expect("a message");
         for &at in &elements {
             let element = &mut open.elements[at];
-            assert!(!element.ended, "element {at} has a result");
+            assert!(
+                !element.ended && !element.failed,
+                "element {at} is not to be done"
+            );
             assert_eq!(
                 element.out.replace(id),
                 None,
@@ -547,7 +575,6 @@ impl Codec for Elements<'_, '_> {
         let comes_back = !known.most.is_zero() && sim.rng.random_ratio(1, 10);
         check_answer(task, known.answer_len, &body);
         if !sim.open().calm && sim.rng.random_ratio(1, 60) {
-            sim.open().undecided.push(task);
             return Err(Stop::Unread(task));
         }
         let count = match comes_back {
@@ -568,55 +595,95 @@ impl Codec for Elements<'_, '_> {
             reading: Duration::ZERO,
         })
     }
+
+    fn lost(&mut self, loss: &BatchLoss, again: &[usize]) {
+        let sim = &mut **self.0.0.borrow_mut();
+        let lost = &sim.facts.tasks[loss.task as usize];
+        assert_eq!((lost.place, lost.end), (loss.place, Some(End::Settled)));
+        assert_eq!(lost.elements, loss.tasks);
+        assert_eq!(loss.now.is_some(), sim.is_gone(loss.place));
+        assert_ne!(*loss.gone, Gone::Stopped);
+        let Policy { retries, raises } = sim.open().policy;
+        assert!(!raises);
+        for &at in &loss.tasks {
+            let element = &mut sim.open().elements[at];
+            element.losses += 1;
+            let retried = element.losses <= retries;
+            assert_eq!(
+                again.contains(&at),
+                retried,
+                "element {at} is lost for time {}",
+                element.losses
+            );
+            if !retried {
+                sim.fails(at);
+            }
+        }
+        sim.facts.seen.settled += 1;
+    }
 }
 
 impl View<'_> {
-    /// What R decides on what the engine has stopped for. Returns whether the job goes on.
-    fn decide(&self, engine: &mut Job, halt: Halt<Stop>) -> bool {
-        let (task, lost) = match halt {
-            Halt::Codec(Stop::Interrupted) => return false,
-            Halt::Codec(Stop::Unread(task)) | Halt::TimedOut { task, .. } => (task, None),
-            Halt::Lost { task, gone, .. } => (task, Some(gone)),
-            Halt::Gone { rank, .. } => {
-                assert!(self.0.borrow().is_gone(rank));
-                return false;
-            }
-            Halt::Stuck => panic!("tasks are left and nothing is out"),
-        };
-        let tasks = engine.tasks_of(task).into_owned();
-        let mut again = Vec::new();
-        {
-            let sim = &mut **self.0.borrow_mut();
-            assert!(!tasks.is_empty());
-            assert_eq!(sim.facts.tasks[task as usize].elements, tasks);
-            let retries = sim.facts.retries;
-            if let Some(gone) = &lost {
-                if matches!(**gone, Gone::Stopped) || retries == 0 {
-                    return false;
+    /// What R does when the engine needs it. Returns whether the job goes on.
+    fn go_on(&self, engine: &mut Job, halt: Halt<Stop>) -> bool {
+        match halt {
+            Halt::Codec(Stop::Unread(task)) => self.unread(engine, task),
+            Halt::Failed(failed) => {
+                let sim = &mut **self.0.borrow_mut();
+                // R may be interrupted before it has made the results.
+                if sim.rng.random() {
+                    return true;
                 }
-            }
-            let unread = sim.facts.tasks[task as usize].end == Some(End::Answer);
-            sim.ends(task);
-            for &at in &tasks {
-                let element = &mut sim.open().elements[at];
-                element.losses += usize::from(lost.is_some());
-                if lost.is_some() && element.losses <= retries || unread && tasks.len() > 1 {
-                    again.push(at);
-                } else {
+                sim.facts.seen.settled += usize::from(matches!(failed, Failed::TimedOut { .. }));
+                for &at in failed.tasks() {
+                    let losses = engine.losses(at);
+                    let element = &sim.open().elements[at];
+                    assert!(element.failed);
+                    assert_eq!(losses.len(), element.losses);
+                    assert!(losses.iter().all(|loss| loss.tasks.contains(&at)));
+                    // Each retry is one of this element alone.
+                    assert!(losses.iter().skip(1).all(|loss| loss.tasks == [at]));
                     sim.result(at);
                 }
+                assert_eq!(engine.made(), Some(failed));
+                true
             }
-            sim.facts.seen.settled += 1;
-            // What follows waits for what becomes of lost tasks, but not of answers that cannot be read.
-            let turn = sim.facts.tasks[task as usize].turn.filter(|_| !unread);
-            sim.open().again = Some(turn);
+            Halt::Lost(loss) => {
+                let sim = &mut **self.0.borrow_mut();
+                assert!(sim.open().policy.raises || *loss.gone == Gone::Stopped);
+                false
+            }
+            Halt::Codec(Stop::Interrupted) => false,
+            Halt::Gone { rank, .. } => {
+                assert!(self.0.borrow().is_gone(rank));
+                false
+            }
+            Halt::Stuck => panic!("tasks are left and nothing is out"),
         }
-        let settled = engine.settle(self, &mut Elements(self), task, &again);
-        self.0.borrow_mut().open().again = None;
-        match settled {
-            Ok(()) => true,
-            Err(Halt::Codec(Stop::Interrupted) | Halt::Gone { .. }) => false,
-            Err(halt) => panic!("{halt:?}"),
+    }
+
+    /// The answer to this message cannot be read. Returns whether the job goes on.
+    fn unread(&self, engine: &mut Job, task: TaskId) -> bool {
+        let elements = {
+            let sim = &mut **self.0.borrow_mut();
+            sim.facts.seen.settled += 1;
+            // Nothing waits for what becomes of it.
+            sim.open().again = Some(None);
+            sim.ends(task)
+        };
+        assert_eq!(*engine.tasks_of(task), elements);
+        let ended = engine.unreadable(self, &mut Elements(self), task);
+        let sim = &mut **self.0.borrow_mut();
+        sim.open().again = None;
+        match (ended, &elements[..]) {
+            (Ok(Some(ended)), &[at]) => {
+                assert_eq!(ended, at);
+                sim.result(at);
+                true
+            }
+            (Ok(None), &[_, _, ..]) => true,
+            (Err(Halt::Codec(Stop::Interrupted) | Halt::Gone { .. }), _) => false,
+            (ended, elements) => panic!("{ended:?} of {elements:?}"),
         }
     }
 }

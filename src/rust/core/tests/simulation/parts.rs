@@ -4,6 +4,7 @@
 use bytes::{Buf, Bytes, BytesMut};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
+use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::BTreeMap;
@@ -237,6 +238,7 @@ pub struct Task {
     /// How often the scheduler said that it was lost, and how often R was told.
     pub losses: usize,
     pub told: usize,
+    pub attempts: Attempts<()>,
     /// The random number generator's state at its first start, and how many of them the head had
     /// been told for its owner by then.
     pub began_with: Option<(Bytes, usize)>,
@@ -280,6 +282,7 @@ impl Task {
             started: false,
             losses: 0,
             told: 0,
+            attempts: Attempts::default(),
             began_with: None,
             left: None,
             since: 0,

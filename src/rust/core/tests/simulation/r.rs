@@ -1,10 +1,11 @@
 //! R's thread, as `R/task-failures.R` has it: it sends tasks through the hub's handle, waits for their answers,
-//! and decides what becomes of those that were lost. What the hub should answer is known here, too.
+//! and carries out what the policy says of those that were lost. What the hub should answer is known here, too.
 
 use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
 use rustcluster_core::head::hub::{Answer, Begun, Turn};
+use rustcluster_core::head::retry::{Policy, Verdict};
 use rustcluster_core::head::scheduler::events::{Gone, Note, Outcome, Want};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
@@ -41,7 +42,7 @@ pub enum Ready {
     TimedOut,
     GivenUp,
     Recalled,
-    Lost { stopped: bool },
+    Lost,
 }
 
 impl Ready {
@@ -52,10 +53,7 @@ impl Ready {
             Answer::TimedOut { task, .. } => (*task, Ready::TimedOut),
             Answer::GivenUp { task, .. } => (*task, Ready::GivenUp),
             Answer::Recalled { task, .. } => (*task, Ready::Recalled),
-            Answer::Lost { task, gone, .. } => {
-                let stopped = matches!(**gone, Gone::Stopped);
-                (*task, Ready::Lost { stopped })
-            }
+            Answer::Lost { task, .. } => (*task, Ready::Lost),
             Answer::Pending | Answer::NothingSent => return None,
         })
     }
@@ -374,7 +372,7 @@ impl Sim {
         }
         let task = &mut self.facts.tasks[id as usize];
         task.asked_back = true;
-        self.hub.recall(owner as Rank, id);
+        self.hub.recall(id);
         self.notes();
     }
 
@@ -389,8 +387,7 @@ impl Sim {
         let found = self.ready.iter().position(|&(task, ..)| task == front);
         found.or_else(|| {
             self.ready.iter().position(|&(task, _, ready)| {
-                let lost = matches!(ready, Ready::Lost { .. });
-                lost && job != 0 && tasks[task as usize].job == job
+                ready == Ready::Lost && job != 0 && tasks[task as usize].job == job
             })
         })
     }
@@ -438,30 +435,36 @@ impl Sim {
             Ready::TimedOut => self.end(id, End::TimedOut),
             Ready::GivenUp => self.end(id, End::GivenUp),
             Ready::Recalled => self.end(id, End::Recalled),
-            Ready::Lost { stopped } => {
+            Ready::Lost => {
+                let Answer::Lost { gone, .. } = &answer else {
+                    panic!("{answer:?}");
+                };
                 self.resume = Some(waiting);
-                self.decide(id, stopped);
+                self.decide(id, gone);
             }
         }
         self.notes();
     }
 
     /// What becomes of a task that was lost.
-    fn decide(&mut self, id: TaskId, stopped: bool) {
+    fn decide(&mut self, id: TaskId, gone: &Gone) {
         // A message that was being written is finished before R waits.
         assert!(self.writing.is_none());
         let task = &mut self.facts.tasks[id as usize];
         task.told += 1;
         assert_eq!(task.told, task.losses);
-        if stopped || self.facts.retries == 0 {
+        let policy = Policy::new(self.facts.retries);
+        let verdict = task.attempts.verdict(policy, gone);
+        if verdict == Verdict::Raise {
             self.fail(id);
             return;
         }
+        task.attempts.record(());
         let (owner, before, len, own) = (task.owner, task.place, task.len, task.own_limit);
         let lasts = task.effect.map(|effect| effect.name());
-        if task.told > self.facts.retries {
+        if verdict == Verdict::GiveUp {
             self.ready.push_back((id, 0, Ready::GivenUp));
-            self.hub.give_up(owner, id);
+            self.hub.give_up(id);
             return;
         }
         let made = self.share(id, before, len);
@@ -491,7 +494,7 @@ impl Sim {
         self.end(id, End::Error);
         let task = &self.facts.tasks[id as usize];
         let job = task.job;
-        self.hub.forget(task.owner, id);
+        self.hub.forget(id);
         if job != 0 {
             self.cancel_job(job);
         }
@@ -657,8 +660,7 @@ impl Sim {
                 assert!(!lasts || place.gone, "lost task {id} lasts");
                 task.losses += 1;
                 self.facts.seen.lost += 1;
-                let stopped = matches!(*gone, Gone::Stopped);
-                (Ready::Lost { stopped }, 0)
+                (Ready::Lost, 0)
             }
             Outcome::TimedOut => {
                 assert!(wanted && task.limit.is_some());

@@ -384,29 +384,22 @@ impl Hub {
     }
 
     /// A task that was lost is not tried again: who asks for its answer is told so.
-    pub fn give_up(&mut self, rank: Rank, task: TaskId) {
+    pub fn give_up(&mut self, task: TaskId) {
         let mut core = self.core();
         core.inbox.tasks.give_up(task);
-        let place = core.inbox.tasks.place(task).unwrap_or(rank);
-        core.scheduler.let_go(place, task);
-        core.settle();
+        if let Some(place) = core.inbox.tasks.place(task) {
+            core.scheduler.let_go(place, task);
+            core.settle();
+        }
     }
 
     /// Nobody wants to know any more what became of a task that was lost.
-    pub fn forget(&mut self, rank: Rank, task: TaskId) {
+    pub fn forget(&mut self, task: TaskId) {
         let mut core = self.core();
-        let place = core
-            .inbox
-            .tasks
-            .remove(task)
-            .map_or(rank, |(place, _)| place);
-        core.scheduler.let_go(place, task);
-        core.settle();
-    }
-
-    /// The worker that R gave a task to.
-    pub fn owner(&self, task: TaskId) -> Option<Rank> {
-        self.core().inbox.tasks.owner(task)
+        if let Some(place) = forget(&mut core, task) {
+            core.scheduler.let_go(place, task);
+            core.settle();
+        }
     }
 
     /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
@@ -435,23 +428,25 @@ impl Hub {
     }
 
     /// Cancels a task, of which nothing more is wanted.
-    pub(super) fn cancel_task(&mut self, rank: Rank, task: TaskId) {
+    pub(super) fn cancel_task(&mut self, task: TaskId) {
         let mut core = self.core();
-        let place = forget(&mut core, task).unwrap_or(rank);
-        core.scheduler.cancel_task(place, task);
-        core.settle();
+        if let Some(place) = forget(&mut core, task) {
+            core.scheduler.cancel_task(place, task);
+            core.settle();
+        }
     }
 
-    /// Takes back the task that R gave to `rank`, if it has not started. Its end is then
-    /// [`Answer::Recalled`]; if it has started, it is answered as if nothing had been said.
-    pub fn recall(&mut self, rank: Rank, task: TaskId) {
+    /// Takes back a task, if it has not started. Its end is then [`Answer::Recalled`]; if it has started, it
+    /// is answered as if nothing had been said.
+    pub fn recall(&mut self, task: TaskId) {
         if self.writing.as_ref().is_some_and(|w| w.order.task == task) {
             return;
         }
         let mut core = self.core();
-        let place = core.inbox.tasks.place(task).unwrap_or(rank);
-        core.scheduler.recall(place, task);
-        core.settle();
+        if let Some(place) = core.inbox.tasks.place(task) {
+            core.scheduler.recall(place, task);
+            core.settle();
+        }
     }
 
     /// Cancels the job's tasks that have not been received.

@@ -192,7 +192,7 @@ impl Hub {
         };
         self.members.1[rank as usize] = true;
         for (task, _) in stale {
-            self.cancel_task(rank, task);
+            self.cancel_task(task);
         }
         let behind_call = {
             let mut core = self.core();
@@ -483,7 +483,7 @@ impl Hub {
         let Some(writing) = self.writing.take() else {
             return;
         };
-        let (owner, task) = (writing.owner, writing.order.task);
+        let task = writing.order.task;
         if writing.is_call() {
             self.forget_call(task);
             if let Some(end) = writing.end {
@@ -498,11 +498,10 @@ impl Hub {
         }
         if !writing.first {
             self.core().scheduler.set_unlimited(false);
-            self.cancel_task(owner, task);
-        }
-        if writing.again {
+            self.cancel_task(task);
+        } else if writing.again {
             // Whoever would decide on it has been interrupted in doing so.
-            self.forget(owner, task);
+            self.forget(task);
         }
     }
 

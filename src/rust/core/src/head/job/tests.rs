@@ -1,0 +1,486 @@
+use super::*;
+use crate::head::retry::is_reported;
+use crate::platform::exit::Exit;
+use crate::protocol::control::{Loss, Setback};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+const JOB: JobId = 7;
+
+fn crash() -> Arc<Gone> {
+    Arc::new(Gone::Worker(Loss {
+        pid: 4711,
+        exit: Exit::Signal(9),
+        tail: String::new(),
+        oom: false,
+        memory_available: 0,
+        setback: Setback::default(),
+    }))
+}
+
+/// What a worker does with the message that it is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Answered,
+    Unreadable,
+    TimedOut,
+    /// It dies, and a fresh one takes its place.
+    Crashes,
+    /// It dies with its host.
+    HostLost,
+    /// It is stopped.
+    Stopped,
+}
+
+/// What a hub knows.
+#[derive(Default)]
+struct State {
+    now: Duration,
+    gone: Vec<Option<Arc<Gone>>>,
+    queues: Vec<VecDeque<TaskId>>,
+    /// Each message that was ever begun: its tasks.
+    messages: Vec<Vec<usize>>,
+    writing: Option<(Rank, Turn)>,
+    /// Told until they are forgotten.
+    lost: VecDeque<(Rank, TaskId, Arc<Gone>)>,
+    recalled: VecDeque<(Rank, TaskId)>,
+    /// Losses that the codec was told of: the tasks, and those that are retried.
+    told: Vec<(Vec<usize>, Vec<usize>)>,
+    answered: Vec<usize>,
+    unreadable: bool,
+}
+
+/// Workers that do with each message what `fate` says.
+struct Fake<F> {
+    origin: Instant,
+    state: RefCell<State>,
+    fate: F,
+}
+
+impl<F: Fn(Rank, &[usize]) -> Fate> Fake<F> {
+    fn new(workers: usize, fate: F) -> Fake<F> {
+        let state = State {
+            gone: vec![None; workers],
+            queues: vec![VecDeque::new(); workers],
+            ..State::default()
+        };
+        Fake {
+            origin: Instant::now(),
+            state: RefCell::new(state),
+            fate,
+        }
+    }
+
+    fn job(&self, tasks: usize, assignment: Assignment, policy: Policy) -> Job {
+        let workers = self.state.borrow().queues.len();
+        let place = |rank| Place {
+            rank: rank as Rank,
+            host: rank,
+            cores: 1,
+            way: Some(1e-4),
+            detained: false,
+        };
+        let setup = Setup {
+            id: JOB,
+            places: (0..workers).map(place).collect(),
+            tasks,
+            assignment,
+            order: None,
+            singly: false,
+            timeout: None,
+            policy,
+            payload: 1,
+            reading: None,
+        };
+        Job::new(setup, self.now())
+    }
+
+    fn step(&self, job: &mut Job) -> Result<bool, Halt<TaskId>> {
+        job.step(self, &mut Tasks(self), Duration::from_secs(1), false)
+    }
+
+    /// Runs a job to its end. Returns the tasks that have failed.
+    fn run(&self, job: &mut Job) -> Result<Vec<usize>, Halt<TaskId>> {
+        let mut ended = Vec::new();
+        for _ in 0..100_000 {
+            match self.step(job) {
+                Ok(true) => return Ok(ended),
+                Ok(false) => {}
+                Err(Halt::Codec(task)) => {
+                    let one = job.unreadable(self, &mut Tasks(self), task)?;
+                    ended.extend(one);
+                }
+                Err(Halt::Failed(failed)) => {
+                    // Until then it is said again, and the job is not over.
+                    let again = self.step(job);
+                    assert!(matches!(again, Err(Halt::Failed(said)) if said == failed));
+                    ended.extend(failed.tasks());
+                    assert_eq!(job.made(), Some(failed));
+                }
+                Err(halt) => return Err(halt),
+            }
+        }
+        panic!("the job does not end");
+    }
+}
+
+impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
+    fn now(&self) -> Instant {
+        self.origin + self.state.borrow().now
+    }
+
+    fn gone(&self, rank: Rank) -> Option<Arc<Gone>> {
+        self.state.borrow().gone[rank as usize].clone()
+    }
+
+    fn begin(
+        &self,
+        rank: Rank,
+        job: JobId,
+        turn: Turn,
+        _: Option<Duration>,
+        _: impl FnOnce(Rank) -> Option<PayloadId>,
+    ) -> Result<Begun, Arc<Gone>> {
+        assert_eq!(job, JOB);
+        if let Some(gone) = self.gone(rank) {
+            return Err(gone);
+        }
+        let state = &mut *self.state.borrow_mut();
+        state.writing = Some((rank, turn));
+        Ok(Begun {
+            task: state.messages.len() as TaskId - 1,
+            place: rank,
+            shared: true,
+            behind_call: false,
+        })
+    }
+
+    fn finish(&self) {
+        let state = &mut *self.state.borrow_mut();
+        let (rank, turn) = state.writing.take().unwrap();
+        let task = state.messages.len() as TaskId - 1;
+        let queue = &mut state.queues[rank as usize];
+        match turn {
+            Turn::First => queue.push_front(task),
+            Turn::Last | Turn::Ahead => queue.push_back(task),
+        }
+    }
+
+    fn abandon(&self) {
+        panic!("nothing is abandoned");
+    }
+
+    fn receive_any(&self, _: &RankSet, _: Duration) -> Answer {
+        let state = &mut *self.state.borrow_mut();
+        state.now += Duration::from_micros(100);
+        if let Some((rank, task, gone)) = state.lost.front().cloned() {
+            let place = rank;
+            return Answer::Lost {
+                rank,
+                place,
+                task,
+                gone,
+            };
+        }
+        if let Some((rank, task)) = state.recalled.pop_front() {
+            return Answer::Recalled { rank, task };
+        }
+        // The one that has been busy with the oldest message.
+        let mut busy = state.queues.iter().enumerate();
+        let first = busy
+            .by_ref()
+            .filter_map(|(rank, queue)| Some((*queue.front()?, rank)));
+        let Some((task, at)) = first.min() else {
+            return Answer::NothingSent;
+        };
+        let rank = at as Rank;
+        let fate = (self.fate)(rank, &state.messages[task as usize]);
+        state.queues[at].pop_front();
+        match fate {
+            Fate::Answered | Fate::Unreadable => {
+                state.unreadable = fate == Fate::Unreadable;
+                let (place, body) = (rank, Body::default());
+                Answer::Ready {
+                    rank,
+                    place,
+                    task,
+                    body,
+                }
+            }
+            Fate::TimedOut => Answer::TimedOut { rank, task },
+            Fate::Crashes | Fate::HostLost | Fate::Stopped => {
+                let gone = match fate {
+                    Fate::HostLost => Arc::new(Gone::Host("cut".into())),
+                    Fate::Stopped => Arc::new(Gone::Stopped),
+                    _ => crash(),
+                };
+                state.lost.push_back((rank, task, gone.clone()));
+                if fate != Fate::Crashes {
+                    let rest = state.queues[at].drain(..);
+                    state
+                        .lost
+                        .extend(rest.map(|task| (rank, task, gone.clone())));
+                    state.gone[at] = Some(gone.clone());
+                }
+                let place = rank;
+                Answer::Lost {
+                    rank,
+                    place,
+                    task,
+                    gone,
+                }
+            }
+        }
+    }
+
+    fn recall(&self, task: TaskId) {
+        let state = &mut *self.state.borrow_mut();
+        for (rank, queue) in state.queues.iter_mut().enumerate() {
+            if let Some(at) = queue
+                .iter()
+                .position(|&other| other == task)
+                .filter(|&at| at > 0)
+            {
+                queue.remove(at);
+                state.recalled.push_back((rank as Rank, task));
+            }
+        }
+    }
+
+    fn forget(&self, task: TaskId) {
+        self.state.borrow_mut().lost.retain(|lost| lost.1 != task);
+    }
+}
+
+struct Tasks<'a, F>(&'a Fake<F>);
+
+impl<F> Codec for Tasks<'_, F> {
+    /// An answer that cannot be read.
+    type Stop = TaskId;
+
+    fn takes_units(&self, _: Rank) -> bool {
+        true
+    }
+
+    fn gather(&mut self, tasks: &[usize], _: Duration) -> Result<(usize, Form), TaskId> {
+        let state = &mut *self.0.state.borrow_mut();
+        state.messages.push(tasks.to_vec());
+        Ok((tasks.len(), Form::Unit))
+    }
+
+    fn write(&mut self, _: Rank, task: usize, _: Form) -> Result<(), TaskId> {
+        let state = self.0.state.borrow();
+        assert_eq!(state.messages.last().unwrap()[0], task);
+        Ok(())
+    }
+
+    fn share_again(&mut self, _: PayloadId, _: Rank) -> Result<(), TaskId> {
+        panic!("the payload is everywhere");
+    }
+
+    fn is_plain(&self, _: &Body) -> bool {
+        true
+    }
+
+    fn take(&mut self, _: Rank, task: TaskId, tasks: &[usize], _: Body) -> Result<Taken, TaskId> {
+        let state = &mut *self.0.state.borrow_mut();
+        assert_eq!(state.messages[task as usize], tasks);
+        if std::mem::take(&mut state.unreadable) {
+            return Err(task);
+        }
+        state.answered.extend(tasks);
+        let busy = Duration::from_micros(1) * tasks.len() as u32;
+        Ok(Taken {
+            tasks: tasks.len(),
+            busy,
+            ..Taken::default()
+        })
+    }
+
+    fn lost(&mut self, loss: &BatchLoss, again: &[usize]) {
+        let state = &mut *self.0.state.borrow_mut();
+        assert!(is_reported(&loss.gone, loss.now.is_none()) || loss.now.is_some());
+        state.told.push((loss.tasks.clone(), again.to_vec()));
+    }
+}
+
+fn sorted(mut tasks: Vec<usize>) -> Vec<usize> {
+    tasks.sort_unstable();
+    tasks
+}
+
+fn all_but(tasks: Range<usize>, failed: &[usize]) -> Vec<usize> {
+    tasks.filter(|task| !failed.contains(task)).collect()
+}
+
+const RESULTS: Policy = Policy {
+    retries: 0,
+    raises: false,
+};
+
+#[test]
+fn a_task_that_kills_its_worker_is_retried_alone_and_fails_alone() {
+    for assignment in [Assignment::Free, Assignment::Round] {
+        let poison = |_, tasks: &[usize]| match tasks.contains(&700) {
+            true => Fate::Crashes,
+            false => Fate::Answered,
+        };
+        let hub = Fake::new(2, poison);
+        let mut job = hub.job(1000, assignment, Policy::new(2));
+        assert_eq!(hub.run(&mut job).unwrap(), [700]);
+        let state = hub.state.borrow();
+        assert_eq!(sorted(state.answered.clone()), all_but(0..1000, &[700]));
+        let losses: Vec<&[usize]> = job.losses(700).iter().map(|loss| &loss.tasks[..]).collect();
+        assert!(
+            losses[0].len() > 1 && losses[0].contains(&700),
+            "{losses:?}"
+        );
+        assert_eq!(losses[1..], [[700], [700]]);
+        // The others of its batch are retried once, each alone.
+        let (batch, again) = &state.told[0];
+        assert_eq!((batch, &batch[..]), (again, losses[0]));
+        for &other in batch.iter().filter(|&&task| task != 700) {
+            let messages = state.messages.iter().filter(|tasks| tasks.contains(&other));
+            let messages: Vec<_> = messages.skip(1).collect();
+            assert_eq!(messages, [&[other]]);
+            assert_eq!(job.losses(other).len(), 1);
+        }
+        assert_eq!(state.told[1], (vec![700], vec![700]));
+        assert_eq!(state.told[2], (vec![700], vec![]));
+        assert_eq!(state.told.len(), 3);
+        // Nothing is kept of tasks that were never lost.
+        assert_eq!(job.attempts.len(), batch.len());
+    }
+}
+
+#[test]
+fn without_retries_the_tasks_that_were_lost_fail_and_no_others() {
+    let hub = Fake::new(1, |_, tasks: &[usize]| match tasks.contains(&70) {
+        true => Fate::Crashes,
+        false => Fate::Answered,
+    });
+    let mut job = hub.job(100, Assignment::Free, RESULTS);
+    let failed = hub.run(&mut job).unwrap();
+    let state = hub.state.borrow();
+    assert_eq!(state.told, [(failed.clone(), vec![])]);
+    assert!(failed.contains(&70));
+    let sent = state.messages.iter().filter(|tasks| tasks.contains(&70));
+    assert_eq!(sent.count(), 1);
+    assert_eq!(sorted(state.answered.clone()), all_but(0..100, &failed));
+}
+
+#[test]
+fn a_loss_that_ends_the_job_is_said_again_and_nothing_is_retried() {
+    let crashes = (Fate::Crashes, Policy::new(0));
+    let stopped = (Fate::Stopped, Policy::new(1000));
+    for (fate, policy) in [crashes, stopped, (Fate::Stopped, RESULTS)] {
+        let hub = Fake::new(1, |_, tasks: &[usize]| match tasks.contains(&5) {
+            true => fate,
+            false => Fate::Answered,
+        });
+        let mut job = hub.job(10, Assignment::Free, policy);
+        let Err(Halt::Lost(loss)) = hub.run(&mut job) else {
+            panic!("{fate:?} does not end the job");
+        };
+        assert!(loss.tasks.contains(&5));
+        assert_eq!(loss.now.is_some(), fate == Fate::Stopped);
+        let sent = hub.state.borrow().messages.len();
+        for _ in 0..3 {
+            let again = hub.step(&mut job);
+            assert!(matches!(again, Err(Halt::Lost(said)) if said.task == loss.task));
+        }
+        let state = hub.state.borrow();
+        assert_eq!(state.messages.len(), sent);
+        assert!(state.told.is_empty() && job.attempts.is_empty());
+    }
+}
+
+#[test]
+fn what_took_too_long_is_not_retried() {
+    let hub = Fake::new(2, |_, tasks: &[usize]| match tasks.contains(&50) {
+        true => Fate::TimedOut,
+        false => Fate::Answered,
+    });
+    let mut job = hub.job(100, Assignment::Free, Policy::new(3));
+    let failed = hub.run(&mut job).unwrap();
+    assert!(failed.contains(&50));
+    let state = hub.state.borrow();
+    assert_eq!(sorted(state.answered.clone()), all_but(0..100, &failed));
+    assert!(state.told.is_empty());
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_costs_one_task() {
+    let hub = Fake::new(2, |_, tasks: &[usize]| match tasks.contains(&50) {
+        true => Fate::Unreadable,
+        false => Fate::Answered,
+    });
+    let mut job = hub.job(100, Assignment::Free, Policy::new(0));
+    assert_eq!(hub.run(&mut job).unwrap(), [50]);
+    let answered = hub.state.borrow().answered.clone();
+    assert_eq!(sorted(answered), all_but(0..100, &[50]));
+}
+
+proptest! {
+    #[test]
+    fn each_task_ends_once_and_is_retried_as_often_as_it_may_be(
+        workers in 1_usize..5,
+        tasks in 1_usize..300,
+        round: bool,
+        retries in 0_usize..4,
+        raises: bool,
+        fates in proptest::collection::vec(0_u8..40, 1..200),
+    ) {
+        let at = std::cell::Cell::new(0);
+        let hub = Fake::new(workers, |_, _: &[usize]| {
+            let fate = fates[at.get() % fates.len()];
+            at.set(at.get() + 1);
+            match fate {
+                // Not for ever.
+                _ if at.get() > 2000 => Fate::Answered,
+                0 => Fate::HostLost,
+                1 => Fate::TimedOut,
+                2 => Fate::Unreadable,
+                3 if at.get() % 7 == 0 => Fate::Stopped,
+                4..12 => Fate::Crashes,
+                _ => Fate::Answered,
+            }
+        });
+        let policy = Policy { retries, raises: raises && retries == 0 };
+        let assignment = if round { Assignment::Round } else { Assignment::Free };
+        let mut job = hub.job(tasks, assignment, policy);
+        let ended = hub.run(&mut job);
+        let state = hub.state.borrow();
+        let failed = match ended {
+            Ok(failed) => failed,
+            Err(Halt::Gone { rank, .. }) => {
+                prop_assert!(hub.gone(rank).is_some());
+                return Ok(());
+            }
+            Err(Halt::Lost(loss)) => {
+                prop_assert!(policy.raises || *loss.gone == Gone::Stopped);
+                return Ok(());
+            }
+            Err(halt) => panic!("{halt:?}"),
+        };
+        let ends = [&state.answered[..], &failed].concat();
+        prop_assert_eq!(sorted(ends), (0..tasks).collect::<Vec<_>>());
+        for task in 0..tasks {
+            let losses = job.losses(task);
+            let told = state.told.iter().filter(|(lost, _)| lost.contains(&task));
+            let told: Vec<bool> = told.map(|(_, again)| again.contains(&task)).collect();
+            // The losses are those that were told of, and each but the last that it may have is retried.
+            prop_assert_eq!(told.len(), losses.len());
+            prop_assert!(losses.len() <= retries + 1);
+            for (number, again) in told.into_iter().enumerate() {
+                prop_assert_eq!(again, number < retries);
+            }
+            prop_assert!(losses.len() <= retries || failed.contains(&task));
+            // Once it was lost it is sent alone.
+            prop_assert!(losses.iter().skip(1).all(|loss| loss.tasks == [task]));
+        }
+        let lost: BTreeSet<usize> = state.told.iter().flat_map(|told| told.0.clone()).collect();
+        prop_assert_eq!(job.attempts.len(), lost.len());
+    }
+}

@@ -1,0 +1,161 @@
+//! The tasks of a job that end without an answer: lost with their worker, too long at work, or with an answer that
+//! cannot be read.
+
+use super::{Codec, Dispatch, Halt, Job, Sent, Stepped};
+use crate::head::batching::Assignment;
+use crate::head::hub::Turn;
+use crate::head::retry::{Attempts, Verdict};
+use crate::head::scheduler::events::Gone;
+use crate::protocol::ids::{Rank, TaskId};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The loss of a message with its worker.
+#[derive(Clone, Debug)]
+pub struct BatchLoss {
+    /// The worker that had it.
+    pub place: Rank,
+    /// How that worker ended.
+    pub gone: Arc<Gone>,
+    /// How the place of that worker is since then: `None` if a fresh worker has it.
+    pub now: Option<Arc<Gone>>,
+    /// The message.
+    pub task: TaskId,
+    /// Its tasks, from 0.
+    pub tasks: Vec<usize>,
+}
+
+/// Tasks that have failed without an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failed {
+    /// A message has taken too long.
+    TimedOut {
+        /// The worker that it was given to.
+        rank: Rank,
+        /// Its tasks, from 0.
+        tasks: Vec<usize>,
+    },
+    /// This task, from 0, was lost too often: see [`Job::losses`].
+    GivenUp(usize),
+}
+
+impl Failed {
+    /// These tasks, from 0.
+    pub fn tasks(&self) -> &[usize] {
+        match self {
+            Failed::TimedOut { tasks, .. } => tasks,
+            Failed::GivenUp(index) => std::slice::from_ref(index),
+        }
+    }
+}
+
+impl Job {
+    /// The losses of a task, the first one first.
+    pub fn losses(&self, index: usize) -> &[Arc<BatchLoss>] {
+        self.attempts.get(&index).map_or(&[], Attempts::losses)
+    }
+
+    /// The end of a step after tasks may have failed.
+    pub(super) fn failed<S>(&self) -> Result<bool, Halt<S>> {
+        match self.failed.front() {
+            Some(failed) => Err(Halt::Failed(failed.clone())),
+            None => Ok(false),
+        }
+    }
+
+    /// The results that [`Halt::Failed`] has asked for have been made. Returns whose.
+    pub fn made(&mut self) -> Option<Failed> {
+        let failed = self.failed.pop_front()?;
+        self.done += failed.tasks().len();
+        Some(failed)
+    }
+
+    /// A message was lost: retries those of its tasks that may be retried, and notes those that have failed.
+    pub(super) fn lost<C: Codec>(
+        &mut self,
+        hub: &impl Dispatch,
+        codec: &mut C,
+        loss: BatchLoss,
+    ) -> Stepped<(), C> {
+        let first = Attempts::default();
+        let verdict = |&index: &usize| {
+            let attempts = self.attempts.get(&index).unwrap_or(&first);
+            attempts.verdict(self.policy, &loss.gone)
+        };
+        let verdicts: Vec<Verdict> = loss.tasks.iter().map(verdict).collect();
+        if verdicts.contains(&Verdict::Raise) {
+            return Err(Halt::Lost(loss));
+        }
+        let Some(sent) = self.remove(loss.task) else {
+            return Ok(());
+        };
+        let retried = |of: &[usize]| -> Vec<usize> {
+            let verdicts = of.iter().zip(&verdicts);
+            let retried = verdicts.filter(|(_, verdict)| **verdict == Verdict::Retry);
+            retried.map(|(&of, _)| of).collect()
+        };
+        self.give_out(hub, codec, &sent, &retried(&sent.tasks))?;
+        hub.forget(loss.task);
+        codec.lost(&loss, &retried(&loss.tasks));
+        let loss = Arc::new(loss);
+        for (&index, verdict) in loss.tasks.iter().zip(verdicts) {
+            self.attempts.entry(index).or_default().record(loss.clone());
+            if verdict == Verdict::GiveUp {
+                self.failed.push_back(Failed::GivenUp(index));
+            }
+        }
+        Ok(())
+    }
+
+    /// The answer to a message cannot be read. Which of its tasks is the cause is not known: each of several is tried
+    /// again alone. Returns the task if it was one: that has ended.
+    ///
+    /// # Errors
+    /// When one of them cannot be sent.
+    pub fn unreadable<C: Codec>(
+        &mut self,
+        hub: &impl Dispatch,
+        codec: &mut C,
+        task: TaskId,
+    ) -> Stepped<Option<usize>, C> {
+        let Some(sent) = self.remove(task) else {
+            return Ok(None);
+        };
+        if let &[position] = &sent.tasks[..] {
+            self.give_out(hub, codec, &sent, &[])?;
+            self.done += 1;
+            return Ok(Some(self.task(position)));
+        }
+        self.give_out(hub, codec, &sent, &sent.tasks)?;
+        Ok(None)
+    }
+
+    /// A message has ended without an answer that could be read. `again`: those of its tasks that are to be
+    /// given out again, one by one.
+    pub(super) fn give_out<C: Codec>(
+        &mut self,
+        hub: &impl Dispatch,
+        codec: &mut C,
+        sent: &Sent,
+        again: &[usize],
+    ) -> Stepped<(), C> {
+        let place = sent.place;
+        self.planner.dropped(place, false);
+        let replaced = hub.gone(self.ranks[place]).is_none();
+        if self.assignment == Assignment::Round && replaced {
+            // Before what follows them: they go on with the random numbers that those before have left.
+            for &position in again.iter().rev() {
+                self.send(hub, codec, place, &[position], Duration::ZERO, Turn::First)?;
+                self.planner.given_first(place);
+            }
+        } else {
+            self.planner.lost(place, again);
+        }
+        // All that was with a worker which is gone is told as lost, and in its order.
+        if replaced || self.assignment == Assignment::Free {
+            self.ready.push_back(place);
+        }
+        self.wake();
+        Ok(())
+    }
+}
