@@ -150,6 +150,7 @@ callEnded <- function(record, failure) {
     return(failed(condition))
   }
   losses <- c(record$losses, list(condition))
+  logAttempt(failure, length(losses), length(losses) <= handle$retries)
   if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
   pids <- hub_pids(handle$pointer)
   if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))

@@ -169,6 +169,7 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
     for (key in keys) handle$losses[[key]] <- c(handle$losses[[key]], list(loss))
     lost <- lengths(handle$losses[keys])
     again <- tasks[lost <= retries]
+    logAttempt(failure, max(lost), length(again) > 0L)
     # One of them may end every worker, and others are not to be given up for it: each is tried again alone.
     values <- Map(
       function(task, key) failureValue(quarantined(task, handle$losses[[key]], what)),

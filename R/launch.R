@@ -12,7 +12,7 @@ hostLaunch <- function(host, options) {
   )
   env <- c(
     if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),
-    threadVariables(host$threads), host$rscript_envs
+    threadVariables(host$threads), logVariables(), host$rscript_envs
   )
   here <- host$here
   # Here an agent loads the package from where this session has it; elsewhere it knows best itself.

@@ -128,7 +128,7 @@
 #' `rustcluster_start_failed`, before anything is started or with nothing left
 #' of it; later those listed in [rustcluster_conditions].
 #'
-#' @seealso [rustcluster_faults] for failures, retries, reconnection and timeouts; [rustcluster_lifetime]
+#' @seealso [rustcluster_log] for a log of what happens inside, [rustcluster_faults] for failures, retries, reconnection and timeouts; [rustcluster_lifetime]
 #'   for start, packages, ends and processes left behind; [clusterHosts()], [clusterPids()],
 #'   [clusterAlive()], [installOnHosts()]
 #' @examples
@@ -165,6 +165,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
   memory <- memoryLimit(memory_limit)
+  checked(log_start())
   defaults <- c(
     list(
       rscript_envs = variables(rscript_envs), threads = count(threads, "threads", 4096),

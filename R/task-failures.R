@@ -39,6 +39,7 @@ taskLost <- function(task, failure, handle) {
   number <- as.numeric(task)
   if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(number, loss, handle))
   again <- length(losses) <= retries
+  logAttempt(failure, length(losses), again)
   if (again) {
     sent <- hub_try_again(handle$pointer, number)
     # Nobody can take it, or it is bound to what is lost: there is no use in going on.

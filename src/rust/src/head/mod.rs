@@ -2,6 +2,7 @@
 
 mod broadcast;
 mod call;
+mod dump;
 mod elements;
 mod events;
 pub mod handle;
@@ -21,4 +22,5 @@ extendr_module! {
     use call;
     use job;
     use status;
+    use dump;
 }

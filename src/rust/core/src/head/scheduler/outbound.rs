@@ -11,6 +11,7 @@ use crate::protocol::ids::{PayloadId, Rank, TaskId};
 use bytes::Bytes;
 use std::mem;
 use std::sync::Arc;
+use tracing::debug;
 
 impl Scheduler {
     /// Queues a control message.
@@ -260,6 +261,9 @@ impl Scheduler {
                 }
             }
             let (flags, id) = (flags | sent.flags, task.id);
+            if flags & LAST != 0 {
+                debug!(task = id, rank = rank + 1, ahead, "task sent");
+            }
             let index = worker.index;
             let frame = Frame::new(Kind::Data, flags, index, id, sent.body);
             worker.track.bytes_in += frame.wire_len() as u64;

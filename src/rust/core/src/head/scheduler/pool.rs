@@ -5,7 +5,9 @@
 use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
+use crate::protocol::control::Facts;
 use crate::protocol::ids::{CALLS, Rank, TaskId};
+use tracing::debug;
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,15 @@ pub(super) struct Calls {
     kept: HashSet<Rank>,
 }
 
+impl Calls {
+    pub(super) fn facts(&self, facts: &mut Facts) {
+        facts.add("calls_waiting", self.waiting.len());
+        facts.add("calls_wanted", self.wanted.len());
+        facts.add_some("call_awaited", self.awaited);
+        facts.add("workers_kept_for_verb", self.kept.len());
+    }
+}
+
 impl Scheduler {
     pub(super) fn submit_call(&mut self, order: &Order, any_of: Arc<[Rank]>) {
         let id = order.task;
@@ -53,6 +64,7 @@ impl Scheduler {
             payload: None,
             leaves_seed: false,
         };
+        debug!(task = id, again, workers = any_of.len(), "call submitted");
         let call = Waiting { task, any_of };
         match again {
             true => self.calls.waiting.push_front(call),

@@ -13,6 +13,7 @@ use crate::protocol::limits::{GRANT, MOST_MEMORY, RESULT_WINDOW};
 use bytes::Bytes;
 use std::mem;
 use std::sync::Arc;
+use tracing::trace;
 
 /// Large results that flow from a host at a time.
 const AT_ONCE: usize = 4;
@@ -334,6 +335,12 @@ impl Scheduler {
             current.granted = current.granted.saturating_add(more);
             self.reserved += current.reserved() - before;
             self.flowing += usize::from(current.flowing());
+            trace!(
+                task = current.task.id,
+                rank = rank + 1,
+                bytes = more,
+                "credit granted"
+            );
             let more = u32::try_from(more).unwrap_or(u32::MAX);
             let frame = Frame::credit(worker.index, current.task.id, more);
             let agent = worker.agent;
