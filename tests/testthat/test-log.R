@@ -82,8 +82,8 @@ test_that("directives choose parts and levels, for each cluster anew", {
 })
 
 test_that("settings that are no good are errors that name the variable, and nothing is started", {
-  dir <- local_log("debgu")
-  error <- expect_error(makeRustCluster(1), "RUSTCLUSTER_LOG.*debgu", class = "rustcluster_bad_argument")
+  dir <- local_log("verbose")
+  error <- expect_error(makeRustCluster(1), "RUSTCLUSTER_LOG.*verbose", class = "rustcluster_bad_argument")
   expect_identical(error$argument, "RUSTCLUSTER_LOG")
   expect_false(dir.exists(dir))
   file <- tempfile("file")
@@ -92,7 +92,7 @@ test_that("settings that are no good are errors that name the variable, and noth
   expect_error(makeRustCluster(1), "RUSTCLUSTER_LOG_DIR.*cannot be written", class = "rustcluster_bad_argument")
   # An agent's own settings cost nobody the cluster.
   local_log("debug", dir)
-  cl <- local_cluster(1, rscript_envs = c(RUSTCLUSTER_LOG = "debgu"))
+  cl <- local_cluster(1, rscript_envs = c(RUSTCLUSTER_LOG = "verbose"))
   expect_identical(clusterApply(cl, 1, identity), list(1))
   expect_named(logged(dir), "head")
 })

@@ -357,7 +357,7 @@ mod tests {
     #[test]
     fn a_bad_directive_is_named() {
         for bad in [
-            "debgu",
+            "verbose",
             "rustcluster::head=loud",
             "rustclusters=info",
             "info,,x",
