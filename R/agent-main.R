@@ -1,7 +1,7 @@
-# What an agent runs, and how agents and workers are started. None of this is called in the head.
+# The main function of agents, and how agents and workers are started. The head calls startExpression() only.
 
-# The expression that starts an agent or a separate worker. The package is looked for first where
-# the head has it: it may be in a library that a fresh R does not know of.
+# Returns the expression that starts an agent or a separate worker. It looks for the package first in the library of the
+# head, which may be unknown to a fresh R.
 startExpression <- function(role) {
   paste0(
     "loadNamespace('rustcluster',lib.loc=c(Sys.getenv('RUSTCLUSTER_LIB'),.libPaths()))$",
@@ -11,7 +11,7 @@ startExpression <- function(role) {
 
 agentMain <- function() {
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
-  # This is about the agent, and not about what its workers start.
+  # These variables are for the agent, and not for processes that its workers start.
   Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER"))
   after <- union(config$after, intersect(perProcess, config$packages))
   if (config$forks && startedUnsafe()) {
@@ -19,26 +19,26 @@ agentMain <- function() {
     config$forks <- FALSE
   }
   if (config$forks) {
-    # Each fork seeds its own generator, as a fresh process does: none is left here.
+    # The agent has no random seed afterwards: each fork seeds its own generator, as a fresh process does.
     found <- loadBeforeFork(config$packages, after)
     if (is.character(found)) {
       agent_fail(found)
       return(invisible())
     }
     if (length(found)) return(restartAgent(c(after, names(found))))
-    # At its end every R process that has loaded parallel loads tools, too: once is enough.
+    # An R process that has loaded parallel loads tools when it ends: load tools once for all forks.
     loadNamespace("tools")
     readCompiler()
-    # Each fork finds the folder gone and makes one of its own: see serveTasks().
+    # Each fork creates its own temporary directory: see serveTasks().
     unlink(tempdir(), recursive = TRUE)
-    # What is here by now counts as old for the forks' collections, which then do not write to it:
-    # a young collection does that, in a tenth of the time of a full one.
+    # Make all objects old: garbage collections of the forks then do not write to the shared pages. A young collection
+    # suffices, in a tenth of the time of a full one.
     gc(full = FALSE)
   }
   forked <- checked(agent_run())
   if (forked) {
-    # Of its own before anything asks for it. Whatever ends this process while it loads packages, the agent
-    # knows what is to be removed.
+    # Create the temporary directory before packages ask for it, and report it to the agent, which removes it if this
+    # process dies while it loads packages.
     tempdir(check = TRUE)
     if (length(after)) checked(worker_ready(tempdir(), FALSE))
     failure <- loadAfterFork(config$packages, after)
@@ -47,17 +47,17 @@ agentMain <- function() {
   }
 }
 
-# Packages have made what belongs to one process: this one ends like any R session, with its exit
-# finalizers, and begins again as an agent that leaves the packages `after` to its workers.
+# Restarts the agent, after packages have created state that belongs to one process. The process ends like any R
+# session, with its exit finalizers. The new agent leaves the packages `after` to its workers.
 restartAgent <- function(after) {
   checked(agent_restart(commandArgs(), after))
-  # What packages have started is nobody's from then on.
+  # Kill the processes that packages have started, which would be orphans.
   tools::pskill(scan(text = as.character(processState(tempdir())[["started processes"]]), quiet = TRUE))
   quit(save = "no", runLast = FALSE)
 }
 
-# R compiles a function when it is called for the second time, or when it loops, and reads its
-# compiler for that: some 15 MB, which forks share if their agent has read it already.
+# Loads R's compiler, which R needs when a function is called for the second time, or loops. It takes some 15 MB, which
+# forks share if their agent has loaded it.
 readCompiler <- function() {
   as.list(asNamespace("compiler"), all.names = TRUE)
   invisible()

@@ -1,6 +1,6 @@
-# Arguments: how they are checked and brought into one form.
+# Checks and normalizes arguments.
 
-# As match.fun(), for the argument of the function that calls.
+# Works as match.fun(), for argument `FUN` of the calling function.
 theFunction <- function(FUN, envir = parent.frame(2L)) {
   if (missing(FUN)) badArgument("FUN", "is missing")
   if (is.function(FUN)) return(FUN)
@@ -12,49 +12,81 @@ theFunction <- function(FUN, envir = parent.frame(2L)) {
   })
 }
 
-# An argument without its class, whose methods may do anything. What is no number for being of its class stays
-# as it is.
+# Removes the class of an argument, because methods of the class may do anything. Classes whose values are not plain
+# numbers or texts are kept.
 plain <- function(x) {
   own <- is.object(x) && !isS4(x) && !inherits(x, c("factor", "Date", "POSIXt", "difftime", "RustCluster", "cluster"))
   if (own && typeof(x) %in% c("list", "character", "double", "integer", "logical")) unclass(x) else x
 }
 
-# Of each, whether it is a text that can be read here: no NA, nor bytes of which nobody knows the encoding.
+# Returns for each element whether it is valid text: neither NA nor bytes of an unknown encoding.
 isText <- function(x) !is.na(x) & Encoding(x) != "bytes" & validEnc(x)
 
-# A number of workers or threads.
-count <- function(value, argument, most) {
+# Checks a number of workers or threads, or a port.
+count <- function(value, argument, max) {
   value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
     what <- switch(argument, spec = , ncore = "a number of workers", threads = "a number of threads", port = "a port")
     badArgument(argument, "must be ", what, ", at least 1")
   }
-  if (value > most) badArgument(argument, "must be at most ", format(most, scientific = FALSE))
+  if (value > max) badArgument(argument, "must be at most ", format(max, scientific = FALSE))
   as.integer(value)
 }
 
-# Less than this, and R itself has no room.
-leastMemoryLimit <- 100e6
+# R itself needs this many bytes.
+minMemoryLimit <- 100e6
 
-# In bytes; 0 for none.
+# Returns the limit in bytes; 0 for no limit.
 memoryLimit <- function(value) {
   if (!is.numeric(value) || length(value) != 1L || is.na(value)) {
     badArgument("memory_limit", "must be a number of bytes, or Inf")
   }
-  if (value < leastMemoryLimit) {
+  if (value < minMemoryLimit) {
     badArgument(
-      "memory_limit", "must be at least ", format(leastMemoryLimit, scientific = FALSE),
-      " bytes: a worker needs that much for R itself"
+      "memory_limit", "must be at least ", format(minMemoryLimit, scientific = FALSE),
+      " bytes, which a worker needs for R itself"
     )
   }
-  # More than any machine has is no limit either.
+  # A limit beyond the memory of any machine is no limit.
   if (value > 2^53) 0 else as.numeric(value)
 }
 
-# Arguments of parallel's clusters that mean something here, with how each is checked.
+# Renamed arguments of makeRustCluster() and settings of a host in its `spec`, by their old names.
+renamedArguments <- c(
+  patience = "heartbeat_timeout", keep_limit = "setup_log_limit", start = "start_method", onFailure = "on_failure"
+)
+
+# Returns the named list `given` with new names instead of old ones. `present`: the names of the arguments that were
+# given besides. `argument`: returns what error messages call the argument with a new name.
+useNewNames <- function(given, present = names(given), argument = identity) {
+  for (old in intersect(names(given), names(renamedArguments))) {
+    new <- renamedArguments[[old]]
+    if (new %in% present || sum(names(given) == old) > 1L) {
+      badArgument(argument(new), "is given twice: `", old, "` is its old name; use `", new, "` alone")
+    }
+    names(given)[names(given) == old] <- new
+    warnDeprecated(old, new)
+  }
+  given
+}
+
+# The old names that this session has warned of.
+deprecationsShown <- new.env(parent = emptyenv())
+
+# Warns once a session for each old name. Handlers of R's own .Deprecated() handle this warning, too.
+warnDeprecated <- function(old, new) {
+  if (exists(old, deprecationsShown, inherits = FALSE)) return(invisible())
+  assign(old, TRUE, deprecationsShown)
+  text <- paste0("argument `", old, "` is deprecated; use `", new, "` instead")
+  warning <- rustclusterCondition("deprecated", text, old = old, new = new, package = "rustcluster", type = "warning")
+  class(warning) <- append(class(warning), "deprecatedWarning", 2L)
+  base::warning(warning)
+}
+
+# Arguments of parallel's clusters that have a meaning for this package.
 meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", "renice", "rlibs",
                 "setup_timeout", "names", "manual", "user", "rshcmd", "rshopts")
-# Those that do not, including snow's.
+# Arguments of parallel's and snow's clusters that are ignored.
 meaningless <- c("port", "master", "useXDR", "setup_strategy", "type", "rprog", "rhome",
                  "scriptdir", "snowlib", "useRscript", "host")
 
@@ -70,16 +102,16 @@ clusterOptions <- function(given) {
       paste0("`", unknown, "`", collapse = ", "), fields = list(argument = unknown)
     )
   }
-  # What setDefaultClusterOptions() has set.
+  # The defaults that setDefaultClusterOptions() has set.
   defaults <- as.list(get0("defaultClusterOptions", asNamespace("parallel")))
-  # A NULL takes the default's place away.
+  # An argument that is NULL removes the default.
   options <- defaults[intersect(meaningful, names(defaults))]
   options[names(given)] <- NULL
   options <- c(options, lapply(Filter(Negate(is.null), given), plain))
 
   text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
     isText(options[[name]])
-  if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" for this console")
+  if (!text("outfile")) badArgument("outfile", "must be one file name, or \"\" to print in this session")
   if (!text("rscript") || !nzchar(options[["rscript"]])) {
     badArgument("rscript", "must be one command")
   }
@@ -109,12 +141,12 @@ clusterOptions <- function(given) {
     unset <- isUnset(value) || nothing || identical(value, "")
     options[[name]] <- if (!unset) if (name == "user") hostName(value, name) else texts(value, name)
   }
-  # What parallel has by default is left to ssh, and elsewhere to the PATH.
+  # Defaults of parallel are left to the configuration of ssh.
   if (identical(options$user, Sys.info()[["user"]]) && is.null(given[["user"]])) options$user <- NULL
   if (identical(options$rshcmd, "ssh")) options$rshcmd <- NULL
   # parallel's default is "".
   if (!is.null(options$rlibs) && !(is.character(options$rlibs) && all(isText(options$rlibs)))) {
-    badArgument("rlibs", "must be a character vector of folders")
+    badArgument("rlibs", "must be a character vector of library paths")
   }
   if (!any(nzchar(options$rlibs))) options$rlibs <- NULL
   options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
@@ -122,11 +154,12 @@ clusterOptions <- function(given) {
   options
 }
 
-between <- function(value, argument, what, least, most) {
+# Checks a number in a range. `what`: the unit, such as "of seconds", or "".
+between <- function(value, argument, what, min, max) {
   value <- plain(value)
-  if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= least && value <= most)) {
-    badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(least), " to ",
-                format(most))
+  if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= min && value <= max)) {
+    badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(min), " to ",
+                format(max))
   }
 }
 

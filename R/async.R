@@ -1,26 +1,26 @@
-# clusterLapply() as calls, so that the session goes on.
+# clusterLapplyAsync(): clusterLapply() as calls that run in the background.
 
-#' Apply a function over a list on a cluster, without waiting
+#' Apply a function over a list asynchronously
 #'
-#' As [clusterLapply()], but returns at once. Elements cross in groups, each of which is a call such as
-#' [clusterSubmit()] makes.
+#' Works as [clusterLapply()], but returns at once. Elements are sent in groups. Each
+#' group is a call, as [clusterSubmit()] makes it.
 #'
 #' @inheritParams clusterLapply
-#' @param .seed (logical or integer) As of [clusterLapply()], with the same streams.
-#' @details The groups, eight for each worker, are fixed when they are sent. So elements that take longer
-#' are not divided as by `clusterLapply()`, and those of a group are lost, or take too long, together.
-#' Each element gets copies of `FUN` and `...`; what refers to an environment is shared within the group.
-#' Each group takes all of `...` along: export large data instead.
+#' @param .seed (logical or integer) As in [clusterLapply()]. The streams of random numbers are the same.
+#' @details There are eight groups for each worker, which are fixed when they are sent. Slow elements are therefore
+#' not balanced as well as by `clusterLapply()`. A worker failure or a timeout affects all elements of a group.
+#' Each element gets its own copies of `FUN` and `...`; an object that refers to an environment is shared within its
+#' group. Each group contains all of `...`: export large data instead.
 #' There is no progress bar.
-#' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, as
-#'   that of [clusterSubmit()]; `value()` is a list with the results, named as `X`. It is `"waiting"`
-#'   until its first group has been begun. [promises::as.promise()] works on it, and so do
+#' @return An object of class `"RustCalls"`, a list of functions `status()`, `value()` and `cancel()`, like the
+#'   object that [clusterSubmit()] returns. `value()` returns a list with the results, named as `X`. `status()` is
+#'   `"waiting"` until the first group has started. [promises::as.promise()] works on the object, and so do
 #'   `value()` and `resolved()` of \pkg{future} ([future_generics]).
 #' @section Errors:
-#' `value()` raises, when all have ended, `rustcluster_element_failed` for errors of `FUN`'s, with the
-#' fields of [clusterLapply()] and `parent`, the error itself; for what was lost, took too long or was
-#' cancelled those of [clusterSubmit()], with fields `results`, `indices` (of all elements without a
-#' result) and `errors` (those of `FUN`'s, named by index).
+#' `value()` waits for all groups before it raises an error. `rustcluster_element_failed`: `FUN` raised errors. The
+#' condition has the fields of [clusterLapply()]; `parent` is the first error itself. If a group failed, timed out or
+#' was cancelled, the error is one of those of [clusterSubmit()], with fields `results`, `indices` (of all elements
+#' without a result) and `errors` (the errors that `FUN` raised, named by index).
 #' @examples
 #' cl <- makeRustCluster(2)
 #' squares <- clusterLapplyAsync(cl, 1:10, function(i) i^2)
@@ -46,7 +46,7 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
     args <- list(fun = FUN, elements = unname(X[group]), common = common, seeds = seeds)
     label <- spanText(group, "element")
     record <- newRecord(cl, applyGroup, args, label, label)
-    # Before it is sent: whoever is interrupted from then on cancels it.
+    # Add the record before it is sent: from then on an interrupt cancels the call.
     records <- c(records, list(record))
     sendCall(record)
   }
@@ -55,10 +55,10 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   calls
 }
 
-# Groups that each worker gets, if their elements take the same time.
+# The number of groups for each worker.
 perWorker <- 8L
 
-# In a worker. For each element a list with its `value` or its `error`.
+# Runs in a worker. Returns a list for each element, with its `value` or its `error`.
 applyGroup <- function(fun, elements, common, seeds) {
   own <- ownCopies(fun, common)
   one <- function(element, seed) {
@@ -73,8 +73,8 @@ applyGroup <- function(fun, elements, common, seeds) {
   list(value = Map(one, elements, seeds))
 }
 
-# A function that gives the function and the arguments of an element in a list: copies, because C code may
-# change them in place. What shares an environment cannot be copied apart and is the same each time.
+# Returns a function that returns a list of the function and the arguments of an element. Both are copies, because C
+# code may change them in place. An object that refers to an environment cannot be copied, and is the same each time.
 ownCopies <- function(fun, common) {
   both <- fixedBytes(list(fun, common))
   if (!is.null(both)) return(function() unserialize(both))
@@ -83,7 +83,7 @@ ownCopies <- function(fun, common) {
   function() list(fun, unserialize(arguments))
 }
 
-# The value in R's serialization; NULL if it refers to an environment or an external pointer.
+# Returns the serialized value, or NULL if the value refers to an environment or an external pointer.
 fixedBytes <- function(value) {
   fixed <- TRUE
   refers <- function(object) {
@@ -129,7 +129,7 @@ callsValue <- function(records, groups, names, n, signal = TRUE) {
   state$result
 }
 
-# All have ended: the state and the result of the whole.
+# Returns the state and the result of all calls, which must have ended.
 callsResult <- function(records, groups, names, n) {
   results <- structure(vector("list", n), names = names)
   errors <- list()

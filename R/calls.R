@@ -1,8 +1,7 @@
-# Calls of clusterSubmit() and clusterLapplyAsync(): what the session knows of each, and what becomes of it.
+# Calls of clusterSubmit() and clusterLapplyAsync(): their records in the session, their results and their retries.
 
-# What is known here of a call. The records of those that have not ended, by their clusters' names and
-# their numbers: whoever decides on a call that was lost finds its message here. Not in the handle, which
-# goes wherever a node goes.
+# The records of open calls, by the ids of their clusters and their numbers. The records are not in the handle, which
+# is sent along with nodes.
 #
 # The garbage collector runs finalizers between any two lines of R code. So a cluster's table lives as long as
 # its handle (newHandle(), forgetCluster()), a record is in the table before its call is sent, and the
@@ -11,8 +10,8 @@ openCalls <- new.env(parent = emptyenv())
 
 recordsOf <- function(handle) openCalls[[handle$id]]
 
-# Of the clusters that nodes are of, the one that gets the next call: with the most idle workers, or else the
-# fewest calls that have not ended.
+# Returns the cluster that gets the next call: the one with the most idle workers, or, without any idle worker, with the
+# fewest open calls for each worker.
 freest <- function(parts) {
   if (length(parts) == 1L) return(parts[[1L]])
   usable <- Filter(function(part) !part$handle$stopped, parts)
@@ -27,23 +26,22 @@ freest <- function(parts) {
 
 keyOf <- function(task) format(task, scientific = FALSE)
 
-# Without a warning if it is not there: a finalizer may have removed it.
+# Removes a record. A finalizer may have removed it before.
 forgetRecord <- function(record) {
   suppressWarnings(rm(list = keyOf(record$task), envir = recordsOf(record$handle)))
 }
 
-# Has a function called with these arguments by whoever is free. `label`: what the call is, for people.
-# `what`: what errors call it.
-# `tells`: what it tells before its end is wanted.
+# Runs a function with these arguments on the next idle worker. `label`: the printed name of the call. `what`: what
+# error messages call it. `tells`: whether to receive progress events of the call.
 submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   sendCall(newRecord(cl, fun, args, label, what, tells))
 }
 
-# The record of a call that is still to be sent.
+# Returns the record of a call, which has not been sent yet.
 newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   part <- freest(clustersOf(cl))
   handle <- part$handle
-  if (handle$stopped) raiseFailure(c(kind = "stopped"))
+  if (handle$stopped) raiseFailure(rustFailure("stopped"))
   ranks <- unique(part$ranks)
   if (handle$job != noJob) closeStale(handle, sys.nframe())
   record <- new.env(parent = emptyenv())
@@ -54,12 +52,11 @@ newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record$began <- proc.time()[["elapsed"]]
   data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
-  record$losses <- list()
   record$state <- "open"
   record$waiters <- list()
   record$tells <- tells
   task <- call_number(handle$pointer)
-  if (typeof(task) == "character") handleFailed(task, handle)
+  if (isFailure(task)) handleFailed(task, handle)
   record$task <- task
   record
 }
@@ -69,28 +66,29 @@ sendCall <- function(record) {
   sent <- FALSE
   on.exit(if (!sent) forgetRecord(record))
   assign(keyOf(record$task), record, recordsOf(handle))
-  result <- call_submit(handle$pointer, record$ranks, record$task, FALSE, record$message)
-  if (typeof(result) == "character") handleFailed(result, handle)
+  result <- call_submit(handle$pointer, record$ranks, record$task, record$what, record$message)
+  if (isFailure(result)) handleFailed(result, handle)
   checked(result)
   sent <- TRUE
+  # Rust has it, for as long as the call may have to be sent again.
+  record$message <- NULL
   record
 }
 
-# The call has ended: `state` is "done", "failed" or "cancelled", `result` its value or condition. The hub
-# forgets it, all or nothing of which is done: what the hub has forgotten must not be open here.
+# Ends a call: `state` is "done", "failed" or "cancelled", `result` its value or condition. The hub removes the call at
+# the same time, without interrupts in between: a call that the hub has removed must not be open here.
 endCall <- function(record, state, result) {
   suspendInterrupts({
     record$result <- result
     record$state <- state
     record$took <- proc.time()[["elapsed"]] - record$began
-    record$message <- NULL
     call_forget(record$handle$pointer, record$task)
     forgetRecord(record)
     tellWaiters(record)
   })
 }
 
-# One at a time: each may run any code.
+# Removes each waiter before it is called: it may run any code.
 tellWaiters <- function(record) {
   while (length(record$waiters)) {
     waiter <- record$waiters[[1L]]
@@ -99,20 +97,24 @@ tellWaiters <- function(record) {
   }
 }
 
-# Looks whether the call has ended, and decides on it if it was lost.
+# Checks whether a call has ended, and handles its result or its failure.
 lookAt <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
   end <- takeCall(record)
-  switch(typeof(end),
-    list = answered(record, end),
-    character = if ("task" %in% names(end)) callEnded(record, end) else handleFailed(end, handle)
-  )
+  if (is.null(end)) return(noteLosses(handle))
+  if (!isFailure(end)) {
+    answered(record, end)
+  } else if (is.null(end[["task"]])) {
+    handleFailed(end, handle)
+  } else {
+    callEnded(record, end)
+  }
   invisible()
 }
 
-# The answer to a call, or a failure; NULL if it has not ended. An answer that cannot be read is the call's
-# failure. What is interrupted is read anew.
+# Returns the answer to a call, or its failure, or NULL if the call has not ended. An answer that cannot be read is a
+# failure of the call. After an interrupt the answer is read again.
 takeCall <- function(record) {
   tryCatch(
     withCallingHandlers(
@@ -135,69 +137,52 @@ answered <- function(record, answer) {
   takeAsides(record)
   if (inherits(value, "rustcluster_raised")) return(endCall(record, "failed", value$error))
   if (isTRUE(answer$success)) return(endCall(record, "done", value$value))
-  # It was not R code of the call's own: its value could not be sent, say.
+  # The error is not of the code of the call: for example, its value could not be sent.
   endCall(record, "failed", rustclusterCondition("call_failed", as.character(unclass(value))))
 }
 
 callEnded <- function(record, failure) {
   handle <- record$handle
-  condition <- failureCondition(c(failure, tasks = record$what, index = NA), handle)
-  condition$index <- NULL
-  failed <- function(condition) endCall(record, "failed", condition)
-  if (failure[["kind"]] == "timeout") return(failed(condition))
-  if (handle$stopped || failure[["kind"]] == "stopped" || handle$retries == 0) {
-    if (handle$stopped) condition <- failureCondition(c(kind = "stopped"), handle)
-    return(failed(condition))
+  failure$tasks <- record$what
+  if (handle$stopped && failure[["kind"]] != "timeout") failure <- rustFailure("stopped")
+  condition <- if (failure[["kind"]] == "task_failed") {
+    callLost(record$what, lapply(failure[["losses"]], failureCondition, handle))
+  } else {
+    failureCondition(failure, handle)
   }
-  losses <- c(record$losses, list(condition))
-  logAttempt(failure, length(losses), length(losses) <= handle$retries)
-  if (length(losses) > handle$retries) return(failed(callLost(record$what, losses)))
-  pids <- hub_pids(handle$pointer)
-  if (typeof(pids) != "integer" || all(is.na(pids[record$ranks]))) return(failed(condition))
-  # If this jumps, the call has ended as it had before.
-  sent <- call_submit(handle$pointer, record$ranks, record$task, TRUE, record$message)
-  if (typeof(sent) == "character") return(failed(failureCondition(sent, handle)))
-  checked(sent)
-  record$losses <- losses
-  # Dropped while it was sent.
-  if (record$state != "open") return(call_forget(handle$pointer, record$task))
-  # Told when all is done that is to be done: a warning may be turned into a jump.
-  if (isTRUE(condition$replaced)) {
-    loss <- failureCondition(c(failure, again = TRUE, tasks = record$what), handle, "warning")
-    handle$untold <- c(handle$untold, list(loss))
-  }
+  endCall(record, "failed", condition)
 }
 
 callLost <- function(what, losses) {
   rustclusterCondition("task_failed", lostText(what, losses), losses = losses)
 }
 
-# What the call has told before its end (see tellHead()), for those who want to know.
+# Receives the progress events of a call (see tellHead()).
 takeAsides <- function(record) {
   if (!isTRUE(record$tells)) return(invisible())
   suspendInterrupts({
     asides <- call_asides(record$handle$pointer, record$task)
-    if (is.list(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+    if (!isFailure(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
   })
   invisible()
 }
 
-# In a worker: tells the head something before the end of the call under way.
+# Runs in a worker: sends a progress event of the current call to the head.
 tellHead <- function(value) {
   checked(worker_tell(serialize(value, NULL, xdr = FALSE)))
 }
 
-# Does what is to be done about all calls of a cluster.
+# Handles all calls of a cluster that have ended or failed.
 lookAtCalls <- function(handle) {
   tasks <- calls_to_look_at(handle$pointer)
   if (typeof(tasks) != "double") return(invisible())
   records <- recordsOf(handle)
   looked <- FALSE
-  # An interrupt, or an answer that cannot be read: the others are not to wait until another call ends.
+  # After an interrupt, handle the other calls as soon as possible, and not when another call ends.
   on.exit(if (!looked && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
   for (task in tasks) {
     record <- records[[keyOf(task)]]
-    # Of one that was dropped there is no record.
+    # A dropped call has no record.
     if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
   }
   looked <- TRUE
@@ -214,7 +199,7 @@ newCall <- function(record) {
     value = function() callValue(record),
     cancel = function() invisible(cancelCall(record))
   )
-  # The functions' environment is all that the object is.
+  # The object consists of this environment.
   reg.finalizer(environment(), dropCall)
   structure(call, class = "RustCall")
 }
@@ -229,11 +214,11 @@ callStatus <- function(record) {
   if (record$state != "open") return(record$state)
   place <- checked(call_place(record$handle$pointer, record$task), record$handle)
   record$place <- place
-  # It may just have ended.
+  # Rank 0 means that the call waits for a worker.
   if (identical(place, 0L)) "waiting" else "running"
 }
 
-# `signal`: whether an error is raised, or returned as a condition.
+# Waits for the value. `signal`: whether to raise an error, or to return it as a condition.
 callValue <- function(record, signal = TRUE) {
   force(signal)
   awaitCall(record)
@@ -251,7 +236,7 @@ awaitCall <- function(record) {
     tell(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
-    if (typeof(waited) == "character") handleFailed(waited, handle)
+    if (isFailure(waited)) handleFailed(waited, handle)
     showEvents(handle)
     Sys.sleep(0)
   }
@@ -261,7 +246,7 @@ cancelCall <- function(record) {
   if (record$state != "open") return(FALSE)
   lookAt(record)
   if (record$state != "open") return(FALSE)
-  # Not where it would be another process's call.
+  # This fails in a fork, where the call belongs to another process.
   suspendInterrupts({
     checked(call_forget(record$handle$pointer, record$task), record$handle)
     endCall(record, "cancelled", rustclusterCondition("cancelled", "the call was cancelled"))
@@ -269,14 +254,13 @@ cancelCall <- function(record) {
   TRUE
 }
 
-# Nobody has the object any more. This is a finalizer: see `openCalls`.
+# Cancels a call whose object is garbage-collected. This is a finalizer: see `openCalls`.
 dropCall <- function(envir) {
   record <- envir$record
   if (record$state != "open" || length(record$waiters)) return()
-  # Not where it would be another process's call.
+  # This fails in a fork, where the call belongs to another process.
   if (!is.null(call_drop(record$handle$pointer, record$task))) return()
   record$state <- "cancelled"
-  record$message <- NULL
   forgetRecord(record)
 }
 

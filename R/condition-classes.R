@@ -54,15 +54,19 @@ conditionClasses <- list(
     worker_replaced = "A worker ended or did not respond when interrupted, and was restarted. Fields `rank`, `host`.",
     host_failed = "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`.",
     state_not_kept = paste(
-      "Exports and set-up calls exceed `keep_limit`: lost workers of a host can no longer be replaced (field `host`),",
-      "or lost hosts can no longer be reconnected."
+      "Exports and set-up calls exceed `setup_log_limit`: lost workers of a host can no longer be replaced (field",
+      "`host`), or lost hosts can no longer be reconnected."
     ),
     left_behind = "A process that a worker started detached and still runs. Fields `host`, `rank`, `pid`, `command`.",
     stop_timeout = paste(
       "Idle workers did not end within `stop_timeout` seconds of `stopCluster()` and were killed. Fields `rank`",
       "(integer, of all of them), `host`."
     ),
-    host_left_out = "A host could not be started, and `onFailure = \"warn\"`. Fields `host`, `report`.",
+    host_left_out = "A host could not be started, and `on_failure = \"warn\"`. Fields `host`, `report`.",
+    deprecated = paste(
+      "An argument was given by its old name. It is raised once a session for each argument, and inherits from",
+      "`deprecatedWarning`. Fields `old`, `new`."
+    ),
     versions = "A host runs another version of R. Field `host`."
   ),
   message = c(

@@ -92,20 +92,23 @@ formatBytes <- function(bytes) {
   )
 }
 
-# Raises what a Rust function handed back instead of its result: a named character vector.
+# Raises what a Rust function handed back instead of its result (boundary.R).
 raiseFailure <- function(failure, handle = NULL) {
   stop(failureCondition(failure, handle))
 }
 
+# The fields of failures that their conditions have, too.
+conditionFields <- c(
+  "reason", "stderr", "stdout", "what", "argument", "command", "rank", "pid", "signal", "status", "index", "needed",
+  "available", "memory_available", "oom", "replaced"
+)
+
 failureCondition <- function(failure, handle = NULL, type = "error") {
-  field <- function(name) if (name %in% names(failure)) failure[[name]]
-  number <- function(name) {
-    value <- field(name)
-    if (!is.null(value)) suppressWarnings(as.integer(value))
-  }
+  # Not `$`, which takes a part of a name for the name.
+  field <- function(name) failure[[name]]
   kind <- field("kind")
-  rank <- number("rank")
-  agent <- number("agent")
+  rank <- field("rank")
+  agent <- field("agent")
   owner <- if (is.null(rank)) agent else handle$owner[rank]
   settings <- if (is.null(owner)) list(host = "localhost") else handle$agents[[owner]]
   host <- settings$host
@@ -115,26 +118,26 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   node <- paste0("worker ", rank, " on host ", sQuote(host))
   message <- switch(kind,
     worker_lost = paste0(
-      node, if (field("pid") != "0") paste0(" (pid ", field("pid"), ")"), " ", reason,
-      if (!is.null(field("signal"))) signalName(number("signal")),
+      node, if (field("pid") != 0L) paste0(" (pid ", field("pid"), ")"), " ", reason,
+      if (!is.null(field("signal"))) signalName(field("signal")),
       # What R and Rust do when they get no more memory.
-      if (any(number("signal") %in% c(6L, 11L)) && isTRUE(is.finite(handle$memoryLimit))) {
+      if (any(field("signal") %in% c(6L, 11L)) && isTRUE(is.finite(handle$memoryLimit))) {
         paste0("; it may have met its `memory_limit` of ", formatBytes(handle$memoryLimit))
       },
-      if (identical(field("oom"), "TRUE")) outOfMemory(as.numeric(field("memory_available"))),
-      setbackText(number("setbacks"), field("restoring") == "TRUE", as.numeric(field("stalled"))),
-      if (identical(field("replaced"), "false")) paste0(
-        if (as.numeric(field("retry")) > 0) {
+      if (isTRUE(field("oom"))) outOfMemory(field("memory_available")),
+      setbackText(field("setbacks"), field("restoring"), field("stalled")),
+      if (isFALSE(field("replaced"))) paste0(
+        if (field("retry") > 0) {
           paste0(
             "; it is tried again in ", field("retry"), " s, and then with growing pauses; until it is back, "
           )
         } else "; no other takes its place: ",
         "`clusterAlive(cl)` leaves it out, if others are left"
       ),
-      if (is.null(field("task")) && identical(field("replaced"), "true")) "; it is being replaced",
+      if (is.null(field("task")) && isTRUE(field("replaced"))) "; it is being replaced",
       if (!is.null(field("again"))) {
         are <- if (grepl("^(task|element)s ", tasks)) "are" else "is"
-        paste(";", tasks, are, if (field("again") == "TRUE") "tried again" else "given up")
+        paste(";", tasks, are, if (field("again")) "tried again" else "given up")
       },
       tailText("the end of its output", field("stderr"))
     ),
@@ -146,7 +149,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     timeout = paste0(
       tasks, " took longer than its ",
-      format(if (is.null(field("limit"))) handle$timeout else as.numeric(field("limit"))), " s on ", node,
+      format(if (is.null(field("limit"))) handle$timeout else field("limit")), " s on ", node,
       " and was ended"
     ),
     worker_replaced = paste0(
@@ -163,10 +166,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "host ", sQuote(host), " is back; its exports and L'Ecuyer-CMRG RNG state were restored\n"
     ),
     state_not_kept = if (is.null(owner)) paste0(
-      "exports and set-up calls exceed `keep_limit` (", format(handle$spoolLimit / 1e6, digits = 3L),
+      "exports and set-up calls exceed `setup_log_limit` (", format(handle$spoolLimit / 1e6, digits = 3L),
       " MB), or the disk of tempdir() is full; lost hosts can no longer be reconnected"
     ) else paste0(
-      "exports and set-up calls on host ", sQuote(host), " exceed `keep_limit` (",
+      "exports and set-up calls on host ", sQuote(host), " exceed `setup_log_limit` (",
       format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls on a worker); ",
       "lost workers there can no longer be replaced"
     ),
@@ -194,27 +197,16 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     start_failed = paste0(
       "the cluster could not be started on host ", sQuote(host), ": ",
       hostProblem(
-        settings, reason, c(field("stderr"), "")[[1L]], c(field("stdout"), "")[[1L]], c(number("status"), NA)[[1L]],
+        settings, reason, c(field("stderr"), "")[[1L]], c(field("stdout"), "")[[1L]], c(field("status"), NA)[[1L]],
         isTRUE(owner <= NROW(handle$report)) && !is.na(handle$report$r_version[[owner]])
       )
     ),
     bad_argument = paste0("`", field("argument"), "`: ", reason),
     reason
   )
-  fields <- list()
-  for (name in intersect(c("reason", "stderr", "stdout", "what", "argument", "command"), names(failure))) {
-    fields[[name]] <- field(name)
-  }
-  for (name in intersect(c("rank", "pid", "signal", "status", "index"), names(failure))) {
-    fields[[name]] <- number(name)
-  }
-  for (name in intersect(c("needed", "available", "memory_available"), names(failure))) {
-    fields[[name]] <- as.numeric(field(name))
-  }
-  if (!is.null(field("retry")) && as.numeric(field("retry")) > 0) fields$retry <- as.numeric(field("retry"))
-  if (!is.null(field("oom"))) fields$oom <- as.logical(field("oom"))
+  fields <- unclass(failure)[intersect(conditionFields, names(failure))]
+  if (isTRUE(field("retry") > 0)) fields$retry <- field("retry")
   if (kind == "left_behind" && is.null(rank)) fields$rank <- NA_integer_
-  if ("replaced" %in% names(failure)) fields$replaced <- field("replaced") == "true"
   if (!is.null(rank) || !is.null(agent) || kind == "start_failed") fields$host <- host
   do.call(rustclusterCondition, c(list(kind, message, type = type), fields))
 }

@@ -7,8 +7,8 @@
 #' after lost hosts, and after `stopCluster()`, when only this session is left to be asked.
 #'
 #' To report a problem: `saveRDS(clusterDump(cl), "dump.rds")`, or what [print()] shows. The object holds
-#' numbers, states, version numbers, names of hosts, reasons for which hosts and workers were lost, and paths of log files.
-#' It holds nothing of the contents of tasks, results, variables or files, nothing that workers have printed, and no
+#' numbers, states, version numbers, names of hosts, reasons for which hosts and workers were lost, and paths of log
+#' files. It holds nothing of the contents of tasks, results, variables or files, nothing that workers have printed, and no
 #' environment variables, user names, ports or commands.
 #'
 #' Its elements are for those who know the code, and change with it.

@@ -1,21 +1,22 @@
-# Events: what the session is told of besides results, and when it is shown.
+# Events: output of workers, and the warnings and messages that the session raises besides results.
 
-# What workers printed, if that is wanted, and what was lost. `except`: is raised as an error by whoever
-# asks.
+# Prints the output of workers and raises warnings and messages. `except`: a condition that the caller raises as an
+# error, and that is not raised again.
 showEvents <- function(handle, except = NULL) {
-  # The hub tells each event once.
+  noteLosses(handle)
+  # The hub reports each event once.
   suspendInterrupts(show(hub_events(handle$pointer), handle, except))
   tell(handle)
 }
 
-# Prints output, and notes conditions for tell().
+# Prints output, and adds conditions to those that tell() raises.
 show <- function(events, handle, except = NULL) {
-  if (is.null(events) || is.character(events)) return(invisible())
+  if (is.null(events) || isFailure(events)) return(invisible())
   conditions <- slowToEnd(events, handle)
   for (event in events) {
     if (event[["kind"]] == "stop_timeout") next
     if (event[["kind"]] == "output") {
-      showOutput(handle, as.integer(event[["rank"]]), event[["text"]])
+      showOutput(handle, event[["rank"]], event[["text"]])
     } else {
       type <- if (event[["kind"]] %in% names(conditionClasses$message)) "message" else "warning"
       conditions <- c(conditions, list(failureCondition(event, handle, type)))
@@ -29,8 +30,8 @@ show <- function(events, handle, except = NULL) {
   invisible()
 }
 
-# Raises the warnings and messages that are due. One at a time: each may be turned into a jump, after which the
-# others are still due, and its handler may run any code.
+# Raises pending warnings and messages. Removes each one before it is raised: its handler may run any code, or jump, and
+# the others are then still pending.
 tell <- function(handle) {
   while (length(handle$untold)) {
     condition <- handle$untold[[1L]]
@@ -40,10 +41,10 @@ tell <- function(handle) {
   invisible()
 }
 
-# A warning for each host with workers that were killed because they did not end in time.
+# Returns a warning for each host with workers that were killed because they did not end in time.
 slowToEnd <- function(events, handle) {
   slow <- Filter(function(event) event[["kind"]] == "stop_timeout", events)
-  ranks <- sort(vapply(slow, function(event) as.integer(event[["rank"]]), 0L))
+  ranks <- sort(vapply(slow, `[[`, 0L, "rank"))
   lapply(unname(split(ranks, handle$owner[ranks])), function(ranks) {
     one <- length(ranks) == 1L
     host <- handle$hosts[[ranks[[1L]]]]
@@ -59,7 +60,7 @@ slowToEnd <- function(events, handle) {
   })
 }
 
-# Whole lines only; the rest waits for its end.
+# Prints complete lines, and keeps an incomplete line until its end arrives.
 showOutput <- function(handle, rank, text) {
   key <- as.character(rank)
   text <- paste0(handle$partial[[key]], text)

@@ -44,11 +44,6 @@ limits_check <- function(workers) .Call(wrap__limits_check, workers)
 #' @noRd
 log_start <- function() .Call(wrap__log_start)
 
-#' Logs that an attempt at a task, or at some tasks of a job, ended with their worker. `task`: its number, or
-#' that of the message that they were in.
-#' @noRd
-log_attempt <- function(task, rank, attempt, again) .Call(wrap__log_attempt, task, rank, attempt, again)
-
 #' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
 #' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
 #' that are buffered here before they are left on their hosts.
@@ -70,10 +65,11 @@ hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnec
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 #' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-#' none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
+#' keep, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
+#' for none), stop_timeout (in milliseconds), here (on this machine) and xdr. `timeout`: seconds that any task
+#' may take.
 #' @noRd
-hub_go <- function(handle, plans) .Call(wrap__hub_go, handle, plans)
+hub_go <- function(handle, plans, timeout) .Call(wrap__hub_go, handle, plans, timeout)
 
 #' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
 #' has failed counts as done, and is not an error.
@@ -133,14 +129,6 @@ hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, h
 #' @noRd
 hub_called <- function(handle) .Call(wrap__hub_called, handle)
 
-#' Sends a task again that was lost.
-#' @noRd
-hub_try_again <- function(handle, task) .Call(wrap__hub_try_again, handle, task)
-
-#' A task that was lost is not tried again: who asks for its answer is told so.
-#' @noRd
-hub_give_up <- function(handle, task) .Call(wrap__hub_give_up, handle, task)
-
 #' Nobody wants to know any more what became of a task that was lost.
 #' @noRd
 hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
@@ -150,7 +138,7 @@ hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
 hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
 
 #' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-#' hub_read().
+#' hub_read(). `NULL`: not yet, or R is to note a loss first.
 #' @noRd
 hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 
@@ -185,6 +173,20 @@ cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
+#' Begins to listen for a connection that shows when an answer has arrived. The port to connect to on the loopback
+#' address, and the bytes that are to be written there first. `NULL`: the system has no port left.
+#' @noRd
+hub_readiness_listen <- function(handle) .Call(wrap__hub_readiness_listen, handle)
+
+#' Takes the connection that has been opened and has written the token. Whether there is one.
+#' @noRd
+hub_readiness_accept <- function(handle) .Call(wrap__hub_readiness_accept, handle)
+
+#' From now on the connection can be read while the next answer of this worker is there. If its task was lost, the
+#' policy says first what becomes of that. `NULL`: there is no connection.
+#' @noRd
+hub_readiness_point <- function(handle, rank) .Call(wrap__hub_readiness_point, handle, rank)
+
 #' What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
@@ -193,12 +195,12 @@ hub_events <- function(handle) .Call(wrap__hub_events, handle)
 #' @noRd
 call_number <- function(handle) .Call(wrap__call_number, handle)
 
-#' Sends the call of this number to whichever of these workers is free first. `again`: it was lost and is
-#' tried again; if R jumps, it has ended as before.
+#' Sends the call of this number to whichever of these workers is free first. `what`: what warnings call it.
 #' @noRd
-call_submit <- function(handle, ranks, task, again, message) .Call(wrap__call_submit, handle, ranks, task, again, message)
+call_submit <- function(handle, ranks, task, what, message) .Call(wrap__call_submit, handle, ranks, task, what, message)
 
-#' The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
+#' The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is
+#' forgotten.
 #' @noRd
 call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
 
@@ -237,12 +239,29 @@ calls_to_look_at <- function(handle) .Call(wrap__calls_to_look_at, handle)
 #' @noRd
 calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
 
+#' Logs that for a job, whose losses R counts. `failure`: a loss of a message.
+#' @noRd
+job_log_attempt <- function(task, rank, attempt, again) .Call(wrap__job_log_attempt, task, rank, attempt, again)
+
+#' How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
+#' have no policy of their own.
+#' @noRd
+hub_policy <- function(handle, job, retries, raises) .Call(wrap__hub_policy, handle, job, retries, raises)
+
+#' The losses that were dealt with and that R has not noted: a list of failures, or `NULL`.
+#' @noRd
+hub_losses <- function(handle) .Call(wrap__hub_losses, handle)
+
+#' R has noted so many of the losses that hub_losses() has told.
+#' @noRd
+hub_losses_noted <- function(handle, count) .Call(wrap__hub_losses_noted, handle, count)
+
 #' Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 #' that all tasks have. `elements`: a vector without a class, or a function of an element's number.
 #' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
 #' tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
-#' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function that gives each element's seed, or `NULL`),
-#' `seeded` and `nothing` (see [`Job`]),
+#' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
+#' that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
 #' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
 #' in seconds), `at_once` (if there are no more tasks than nodes, a first step is taken at once).
 #' Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.

@@ -1,35 +1,33 @@
-# A backend of foreach: `%dopar%` on a cluster. What all iterations need is set up on its nodes by one
-# call; then the iterations are a job.
+# A backend of foreach: `%dopar%` on a cluster. One call sets up the nodes for all iterations. The iterations are a job.
 
 #' foreach on a cluster
 #'
 #' Registers a cluster for `%dopar%` of package \pkg{foreach}. Results, messages and errors are those of
 #' `doParallel::registerDoParallel()` with a PSOCK cluster, for all of `foreach()`'s arguments, nested
-#' loops (`%:%`) and `%dorng%` of \pkg{doRNG}. In addition:
+#' loops (`%:%`) and `%dorng%` of \pkg{doRNG}. These features are additional:
 #'
-#' * the whole loop is handed over at once: short iterations cross together, and what they have in
-#'   common crosses to each host once;
-#' * results are combined as they come, with `.inorder = FALSE` in whatever order. So what combines cannot
-#'   use the same cluster (`rustcluster_busy`): let it use another, or none;
-#' * an iteration whose worker is lost is tried again, as said in [makeRustCluster()]; one that is
-#'   lost too often, or takes longer than the cluster's `timeout`, is an error of that iteration for
-#'   `.errorhandling`. With `"stop"` it is raised as the condition that it is;
-#' * `options(rustcluster.progress = TRUE)` shows a bar.
+#' * The whole loop is one job: short iterations are sent in batches, and common data is sent to each host once.
+#' * Results are combined as they arrive, with `.inorder = FALSE` in any order. A `.combine` function can therefore not
+#'   use the same cluster (`rustcluster_busy`).
+#' * An iteration is retried after a worker failure: see [rustcluster_faults]. If its worker died on all attempts, or if
+#'   it exceeded `timeout` of the cluster, the iteration has an error, which `.errorhandling` handles. With `"stop"`,
+#'   the error is raised with its condition class.
+#' * `options(rustcluster.progress = TRUE)` shows a progress bar.
 #'
-#' `.options.snow` has doParallel's `attachExportEnv`, and its `preschedule`, which has no effect: iterations are
-#' always sent together. Other options in it are ignored with a warning, as by doParallel.
+#' `.options.snow` supports the options `attachExportEnv` and `preschedule` of doParallel. `preschedule` has no effect,
+#' because iterations are always sent in batches. Other options are ignored with a warning, as in doParallel.
 #'
-#' `doParallel::registerDoParallel(cl)` takes a cluster made by [makeRustCluster()], too, and is as fast.
-#' `doSNOW::registerDoSNOW(cl)` sends one message an iteration, as with other clusters.
+#' `doParallel::registerDoParallel(cl)` accepts a cluster made by [makeRustCluster()], too, and is as fast.
+#' `doSNOW::registerDoSNOW(cl)` sends one message for each iteration, as with other clusters.
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
-#'   \pkg{parallel}'s `setDefaultCluster()` has set.
-#' @return `NULL`, invisibly. From then on `foreach::getDoParName()` is `"doRustCluster"`, and
+#' @param cl A cluster made by [makeRustCluster()], or a part of one. `NULL`: the default cluster of \pkg{parallel}, as
+#'   `setDefaultCluster()` sets it.
+#' @return `NULL`, invisibly. Afterwards `foreach::getDoParName()` is `"doRustCluster"`, and
 #'   `foreach::getDoParWorkers()` the number of nodes of `cl`.
 #' @section Errors:
-#' `rustcluster_bad_argument`, `rustcluster_stopped`, `rustcluster_restored`, `rustcluster_forked`. Of
-#' `%dopar%` those, `rustcluster_task_failed`, `rustcluster_timeout` and others of the cluster: see
-#' [makeRustCluster()].
+#' `rustcluster_bad_argument`, `rustcluster_stopped`, `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises
+#' these errors, `rustcluster_task_failed`, `rustcluster_timeout`, and the other errors of the cluster: see
+#' [rustcluster_conditions].
 #' @examplesIf requireNamespace("foreach", quietly = TRUE)
 #' library(foreach)
 #' cl <- makeRustCluster(2)
@@ -41,7 +39,7 @@
 registerDoRustCluster <- function(cl = NULL) {
   cl <- theCluster(cl)
   for (part in clustersOf(cl)) {
-    if (part$handle$stopped) raiseFailure(c(kind = "stopped"), part$handle)
+    if (part$handle$stopped) raiseFailure(rustFailure("stopped"), part$handle)
     checked(hub_pids(part$handle$pointer), part$handle)
   }
   foreach::setDoPar(doRustCluster, cl, foreachInfo)
@@ -52,7 +50,7 @@ foreachInfo <- function(data, item) {
   switch(item, workers = length(data), name = "doRustCluster", version = packageVersionText())
 }
 
-# What `%dopar%` calls: with the loop, the expression, where that is, and the cluster.
+# `%dopar%` calls this function with the loop, the expression, its environment and the cluster.
 doRustCluster <- function(obj, expr, envir, data) {
   if (!inherits(obj, "foreach")) stop("obj must be a foreach object")
   iterator <- iterators::iter(obj)
@@ -60,7 +58,7 @@ doRustCluster <- function(obj, expr, envir, data) {
   attached <- attachAsked(obj$options$snow, length(data), say)
   exports <- foreachExports(obj, expr, envir, say)
   say("explicitly exporting package(s): %s\n", paste(obj$packages, collapse = ", "))
-  # Once here, and not in each worker.
+  # Compile once, instead of in each worker.
   compile <- get("compile", asNamespace("compiler"))
   compiled <- compile(expr, envir, options = list(suppressUndefined = TRUE))
   for (problem in callNodes(data, beginLoop, compiled, exports, obj$packages, utils::packageName(envir), attached)) {
@@ -73,7 +71,7 @@ doRustCluster <- function(obj, expr, envir, data) {
     each <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
     values <- runFree(data, n, runIteration, list(), iterations, each = each)$values
   }
-  # A loop without anything, for which nothing is attached.
+  # Detach the exports: an empty loop attaches nothing.
   if (attached) callNodes(data, beginLoop, NULL, new.env(parent = emptyenv()), obj$packages, NULL, FALSE)
   failure <- foreach::getErrorValue(iterator)
   if (is.null(failure) || obj$errorHandling != "stop") return(foreach::getResult(iterator))
@@ -84,7 +82,7 @@ doRustCluster <- function(obj, expr, envir, data) {
   stop(simpleError(text, expr))
 }
 
-# Whether doParallel's options for PSOCK clusters ask for the exports to be attached on the workers.
+# Returns whether the options ask for the exports to be attached on the workers, as in doParallel.
 attachAsked <- function(options, workers, say) {
   complain <- function(...) warning(..., call. = FALSE)
   unknown <- setdiff(names(options), c("preschedule", "attachExportEnv"))
@@ -105,8 +103,8 @@ attachAsked <- function(options, workers, say) {
   given("attachExportEnv", "attaching export environment\n")
 }
 
-# An environment with all that the expression needs besides the iterations' own variables: what is
-# found in it, `...`, and what is asked for.
+# Returns an environment with all exports of the loop: variables that are found in the expression, `...`, and variables
+# that `.export` names.
 foreachExports <- function(obj, expr, envir, say) {
   exports <- tryCatch(dotsOf(envir), error = function(e) new.env(parent = emptyenv()))
   packages <- foreach::getexports(expr, exports, envir, bad = union(obj$noexport, obj$argnames))
@@ -132,7 +130,7 @@ foreachExports <- function(obj, expr, envir, say) {
       stop(simpleError(sprintf("unable to find variable \"%s\"", name), sys.call(-1L)))
     }
     value <- get(name, envir)
-    # What it calls is exported with it.
+    # The functions that it calls are exported, too.
     if (is.function(value) && (identical(environment(value), globalenv()) ||
                                  identical(environment(value), envir))) {
       environment(value) <- exports
@@ -142,29 +140,29 @@ foreachExports <- function(obj, expr, envir, say) {
   exports
 }
 
-# An environment in which `...` is what it is in this one.
+# Returns an environment with the `...` of another one.
 dotsOf <- function(envir) {
   holder <- function(...) {
     list(...)
     environment()
   }
-  # Not above the frame of whoever asks: that is not to be sent.
+  # The parent must not be the frame of the caller, which would be sent, too.
   environment(holder) <- topenv()
   do.call(holder, eval(quote(list(...)), envir))
 }
 
-# For runJob(): gives the results to foreach, in the order of the iterations, or as they come. When its
-# combining fails, what has been combined by then is the result.
+# Returns `each` for runJob(): it passes the results to foreach, in the order of the iterations or of their arrival. If
+# `.combine` fails, the results that were combined before are the result of the loop.
 foreachCombiner <- function(iterator, n, in_order) {
   accumulate <- foreach::makeAccum(iterator)
   arrived <- logical(n)
   done <- 0L
   broken <- FALSE
-  take <- function(i, value) {
-    if (inherits(value, "snow-try-error")) value <- foreachError(value)
+  take <- function(i, value, failed) {
+    if (failed) value <- foreachError(value)
     accumulate(list(value), i)
   }
-  function(fresh, values) {
+  function(fresh, values, failures) {
     if (in_order) {
       arrived[fresh] <<- TRUE
       waiting <- arrived[seq.int(done + 1L, length.out = n - done)]
@@ -173,7 +171,7 @@ foreachCombiner <- function(iterator, n, in_order) {
     }
     if (broken) return()
     tryCatch(
-      for (i in fresh) take(i, values[[i]]),
+      for (i in fresh) take(i, values[[i]], i %in% failures),
       error = function(e) {
         broken <<- TRUE
         cat("error calling combine function:\n")
@@ -183,20 +181,20 @@ foreachCombiner <- function(iterator, n, in_order) {
   }
 }
 
-# Of an iteration that has not come to its end: lost, too late, or with a value that cannot be sent.
+# Returns the error of an iteration without a result: its worker failed, it timed out, or its value could not be sent.
 foreachError <- function(value) {
   if (inherits(value, "rustcluster_failure")) attr(value, "condition") else simpleError(as.vector(unclass(value)))
 }
 
 # In a worker ------------------------------------------------------------------------------------
 
-# The loop under way there: its expression and where that is evaluated.
+# The current loop of the worker: its expression, and the environment in which it is evaluated.
 loop <- new.env(parent = emptyenv())
 
-# Returns NULL, or what went wrong. `attached`: functions of other environments find the exports, too.
+# Returns NULL, or an error message. `attached`: whether functions of other environments find the exports, too.
 beginLoop <- function(expr, exports, packages, caller, attached) {
   if ("exportEnv" %in% search()) detach("exportEnv", character.only = TRUE)
-  # What a package does sees what that package sees.
+  # A loop in a package finds the functions of that package.
   found <- !is.null(caller) && suppressWarnings(require(caller, character.only = TRUE, quietly = TRUE))
   parent.env(exports) <- if (found) asNamespace(caller) else globalenv()
   loop$expr <- expr
@@ -216,10 +214,11 @@ runIteration <- function(args) {
   tryCatch(eval(loop$expr, loop$variables), error = identity)
 }
 
-# The name of what beginLoop() and its like of other backends set on a worker, so that the exports of a
-# loop are not kept after the next. What its packages do stays, and so they are part of the name.
+# Returns the key of a set-up call in the set-up log, for beginLoop() and the functions of other backends that do the
+# same. A later call with the same key replaces an earlier one, so that the log drops the exports of earlier loops. The
+# effect of loaded packages stays, so that their names are part of the key.
 loopOf <- function(call) {
-  # Nearly all other calls have fewer.
+  # Fast path: most other calls have fewer arguments.
   if (length(call$args) < 3L) return("")
   theirs <- function(package) {
     if (isNamespaceLoaded(package)) get0("workerInit", asNamespace(package), inherits = FALSE)

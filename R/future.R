@@ -1,39 +1,39 @@
-# A backend for package 'future'. A future is a call for whoever is free, of which there are never more than
-# there are workers: creating another waits, as future's own backends do. Versions of future before 1.40
-# make futures by calling the backend's function; later ones have an object of class "FutureBackend".
+# A backend for package 'future'. A future is a call of clusterSubmit(). There are never more open futures than workers:
+# creating another one waits, as in future's own backends. Versions of future before 1.40 create futures by calling the
+# backend function; later versions have an object of class "FutureBackend".
 
 #' Futures on a cluster
 #'
-#' A backend for package \pkg{future}: `plan(rustcluster::cluster_rust, workers = cl)`. Futures are resolved on
-#' whichever worker is free; with as many futures as there are workers under way, making another waits.
-#' `resolved()` does not wait: a lazy future is begun by it if a worker is free. Output and conditions are relayed as by
-#' future's own `cluster` backend, those of class `"immediateCondition"`, as those of \pkg{progressr}, while the future
-#' runs or another waits for a worker. An error of that class cannot be relayed, and is a `FutureError`.
-#' Option `future.wait.timeout` bounds the waiting for a worker. `nbrOfFreeWorkers()` counts workers whose future has
-#' ended as free, also before its value was asked for. A plan may be set by the environment variable `R_FUTURE_PLAN`,
-#' set aside and restored, nested and tweaked. What futures leave behind on
-#' their workers is as with [clusterSubmit()]; what `clusterExport()` has put there stays. One that nobody
-#' holds any more runs to its end all the same. Nested futures are sequential, unless the plan says
-#' otherwise. A future that is lost with its worker is tried again, as often as `retries` of the cluster
-#' says; then it is a `FutureError` that tells how its workers ended.
-#' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture}, the last with `%dopar%` and `%dofuture%`, work over it.
+#' A backend for package \pkg{future}: `plan(rustcluster::cluster_rust, workers = cl)`. An idle worker resolves each
+#' future. Creating a future waits while all workers are busy. `resolved()` never waits; it starts a lazy future if a
+#' worker is idle. Output and conditions are relayed as by future's own `cluster` backend. Conditions of class
+#' `"immediateCondition"`, which \pkg{progressr} uses, are relayed while the future runs or another one waits for a
+#' worker. An error of that class cannot be relayed, and is a `FutureError`.
+#' Option `future.wait.timeout` limits the waiting time for a worker. `nbrOfFreeWorkers()` counts a worker as free when
+#' its future has ended, also before the value is read. A plan may be set by the environment variable `R_FUTURE_PLAN`,
+#' replaced and restored, nested and tweaked. Futures leave the same state on their workers as calls of
+#' [clusterSubmit()]; variables that `clusterExport()` has assigned stay. A future that is garbage-collected runs to its
+#' end. Nested futures are sequential, unless the plan says otherwise. A future is retried after a worker failure, as
+#' often as `retries` of the cluster says. If its worker died on all attempts, the future has a `FutureError` with all
+#' reasons.
+#' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture} (`%dopar%` and `%dofuture%`) work with this backend.
 #'
-#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works too, but `resolved()` waits
-#' there, which versions of future before 1.40 warn of, and progress comes at the end.
+#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. In that backend progress is
+#' relayed at the end, and `resolved()` uses one of R's connections for each cluster (it waits if none is left).
 #'
-#' @param ... Further arguments of \pkg{future}'s.
-#' @param workers A cluster made by [makeRustCluster()]. Or what that takes as its `spec`, such as a number:
-#'   then the plan makes a cluster of its own, which is stopped when the plan is changed, and made anew when the plan
-#'   is set again. Or a function that returns one of these. `NULL`, as by default: as many workers as there are usable
+#' @param ... Further arguments of a backend of \pkg{future}.
+#' @param workers A cluster made by [makeRustCluster()]. Or a `spec` of [makeRustCluster()], such as a number: the plan
+#'   then creates a cluster of its own. That cluster is stopped when the plan is changed, and created again when the
+#'   plan is restored. Or a function that returns one of these. `NULL`, the default: as many workers as there are usable
 #'   cores.
-#' @return Not called by itself: see [future::plan()].
+#' @return This function is not called directly: see [future::plan()].
 #' @section Errors:
-#' Errors of a future's expression are raised by `value()` as they were raised. A `FutureError` has a field
-#' `parent`, the condition of ours: see [clusterSubmit()]. From version 1.40 of \pkg{future} on it is a
-#' `FutureInterruptError` if the future was lost with its worker, and a `FutureCanceledError`, as far as the version has
-#' that class, if it was cancelled, also by a change of the plan. `resolved()` and `value()` of a future without a value
-#' are a `FutureError` in any session but the one that made it. `rustcluster_bad_argument` (field `argument`:
-#' `"workers"`) is raised by `plan()`.
+#' `value()` raises errors of a future's expression as they were raised. A `FutureError` has a field `parent`, the
+#' condition of this package: see [clusterSubmit()]. In version 1.40 of \pkg{future} and later it is a
+#' `FutureInterruptError` if the worker failed, and a `FutureCanceledError` if the future was cancelled, also by a
+#' change of the plan (in versions that have this class). `resolved()` and `value()` of a future without a value are a
+#' `FutureError` in any session but the one that created it. `plan()` raises `rustcluster_bad_argument` (field
+#' `argument`: `"workers"`).
 #' @examplesIf requireNamespace("future", quietly = TRUE)
 #' cl <- makeRustCluster(2)
 #' old <- future::plan(cluster_rust, workers = cl)
@@ -50,11 +50,11 @@ cluster_rust <- structure(
   init = TRUE,
   tweakable = "workers",
   factory = function(workers = NULL, ...) futureBackend(workers, ...),
-  # The end of a plan. From 1.40 on, stopWorkers() is told of it, and knows whose cluster it is.
+  # Ends a plan. From future 1.40 on, stopWorkers() ends it instead.
   cleanup = function() if (!exists("launchFuture", asNamespace("future"))) stopPlanned()
 )
 
-# The cluster that the current plan has made for itself, and of what.
+# The cluster that the current plan has created (`cl`), and its `spec`.
 planned <- new.env(parent = emptyenv())
 
 stopPlanned <- function() {
@@ -65,7 +65,7 @@ stopPlanned <- function() {
   invisible()
 }
 
-# What a plan's `workers` stand for: a cluster, or what makeRustCluster() makes one of.
+# Returns the value of a plan's `workers`: a cluster, or a `spec` of makeRustCluster().
 workersAsked <- function(workers) {
   if (is.function(workers)) workers <- workers()
   if (is.null(workers)) usableCores() else workers
@@ -82,14 +82,14 @@ plannedCluster <- function(workers) {
     stopPlanned()
     planned$cl <- clusterFor(workers)
     planned$spec <- workers
-    # Versions before 1.34 end with a plan what is registered here, and nothing else.
+    # Versions of future before 1.34 stop only a cluster that is registered here.
     registry <- get0("ClusterRegistry", asNamespace("future"))
     if (!is.null(registry)) assign("cluster", planned$cl, environment(registry))
   }
   planned$cl
 }
 
-# What is wrong with the argument of one of our functions is wrong with the plan's.
+# Turns errors about `spec` and `cl` into errors about `workers` of the plan.
 asWorkers <- function(code) {
   tryCatch(code, rustcluster_bad_argument = function(e) {
     if (!e$argument %in% c("spec", "cl")) stop(e)
@@ -99,23 +99,23 @@ asWorkers <- function(code) {
 
 clusterFor <- function(workers) {
   if (inherits(workers, "cluster")) {
-    badArgument("workers", "is a cluster of another kind: plan(cluster, workers = ...) takes that")
+    badArgument("workers", "is not a cluster made by makeRustCluster(); use plan(cluster, workers = ...)")
   }
   if (is.numeric(workers) && is.null(names(workers)) && length(workers) != 1L) {
     badArgument("workers", "must be a single number of workers, or numbers named by their hosts")
   }
-  # A plan for this session is none for its workers.
+  # Workers must not inherit the plan of this session.
   plan <- Sys.getenv("R_FUTURE_PLAN", NA)
   Sys.unsetenv("R_FUTURE_PLAN")
   on.exit(if (!is.na(plan)) Sys.setenv(R_FUTURE_PLAN = plan))
   asWorkers(makeRustCluster(workers, progress = FALSE))
 }
 
-# Futures under way, by their clusters' names: lists of `record` and `future`. A future that was cancelled may have
-# been reset since, and its call is still under way.
+# Open futures, by the ids of their clusters: lists of `record` and `future`. A cancelled future may have been reset
+# while its call still runs.
 openFutures <- new.env(parent = emptyenv())
 
-# Futures under way on any of these nodes. Those that have ended get their results.
+# Returns the open futures on any of these nodes. Collects the results of futures that have ended.
 futuresOf <- function(cl) {
   id <- cl[[1L]][["handle"]]$id
   for (open in openFutures[[id]]) if (!isOpen(open$record)) {
@@ -152,7 +152,7 @@ freeWorkers <- function(cl) {
   max(0L, length(cl) - length(futuresOf(cl)))
 }
 
-# Ends when a worker is free. `limit`: seconds to wait at most.
+# Waits until a worker is free. `limit`: the maximum number of seconds.
 awaitFree <- function(cl, limit) {
   handle <- cl[[1L]][["handle"]]
   began <- proc.time()[["elapsed"]]
@@ -170,13 +170,13 @@ awaitFree <- function(cl, limit) {
   }
 }
 
-# A lazy future that only resolved() begins is left as it is while all workers are taken: resolved() of it is FALSE.
+# Makes resolved() of a lazy future return FALSE, instead of starting the future, while all workers are busy.
 leaveForLater <- function(future, cl) {
   if (freeWorkers(cl)) return()
   asked <- get("resolved.Future", asNamespace("future"))
   for (i in rev(seq_len(sys.nframe() - 1L))) {
     frame <- sys.frame(i)
-    # `return()` there: the frames above it end as by any other jump.
+    # Call `return()` in that frame: the frames above it end as by any other jump.
     if (identical(sys.function(i), asked) && identical(frame$x, future)) do.call("return", list(FALSE), envir = frame)
   }
 }
@@ -186,9 +186,9 @@ launch <- function(future, cl, args) {
   limit <- future[["backend"]][["wait.timeout"]]
   awaitFree(cl, if (is.null(limit)) getOption("future.wait.timeout", Inf) else limit)
   label <- if (is.null(future$label)) "a future" else future$label
-  # As future itself: R warns of packages' environments in what is sent, which future attaches there.
+  # Suppress R's warnings of package environments in sent data, as future does: future attaches the packages.
   record <- suppressWarnings(submit(cl, evaluateCall, args, label, tells = TRUE))
-  # Whoever waits for any of them is told of its end.
+  # Wake waiting code when this call ends.
   call_watch(record$handle$pointer, record$task)
   future$record <- record
   future$state <- "running"
@@ -198,7 +198,7 @@ launch <- function(future, cl, args) {
   invisible(future)
 }
 
-# For those who print a backend.
+# Updates the counters that are printed with a backend.
 countFuture <- function(future, what) {
   backend <- future[["backend"]]
   counters <- backend[["counters"]]
@@ -207,10 +207,10 @@ countFuture <- function(future, what) {
   backend[["counters"]] <- counters
 }
 
-# Errors about a future name it as future itself does.
+# Returns the label of a future for error messages, as in future.
 labelOfFuture <- function(future) if (is.null(future$label)) "<none>" else future$label
 
-# A future that has no result yet belongs to the session that made it.
+# Raises an error in any session but the one that made the future.
 assertOwner <- function(future) get("assertOwner", asNamespace("future"))(future)
 
 # Before 1.40 ----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ legacyFuture <- function(..., lazy = FALSE, workers) {
   invisible(future)
 }
 
-# Conditions are captured as by future's cluster backend, so that the worker muffles what it records.
+# Captures conditions as future's cluster backend does: the worker muffles the conditions that it records.
 run.RustFuture <- function(future, ...) {
   namespace <- asNamespace("future")
   if (future$state != "created") {
@@ -258,11 +258,11 @@ run.RustFuture <- function(future, ...) {
 futureBackend <- function(workers, ...) {
   loading <- ensureFutureMethods()
   workers <- workersAsked(workers)
-  # Workers load future as well: it must not start clusters there.
+  # Workers load future as well, where it must not start clusters.
   cl <- if (!loading || !isCount(workers)) plannedCluster(workers)
   make <- get("MultiprocessFutureBackend", asNamespace("future"))
   backend <- make(workers = cl, reg = registryOf(cl), ...)
-  # What the plan makes a cluster of its own of.
+  # The plan creates its own cluster from this.
   if (!inherits(workers, "RustCluster")) backend[["spec"]] <- list(workers)
   backend[["futureClasses"]] <- c("RustFuture", backend[["futureClasses"]])
   structure(backend, class = c("RustFutureBackend", class(backend)))
@@ -270,8 +270,8 @@ futureBackend <- function(workers, ...) {
 
 registryOf <- function(cl) paste0("workers-", if (is.null(cl)) "planned" else cl[[1L]][["handle"]]$id)
 
-# The cluster of the current plan. A plan that was set aside has stopped its own cluster, and may come back, even in
-# another session: its first future makes the cluster anew.
+# Returns the cluster of the current plan. A replaced plan has stopped its own cluster. If the plan is restored, even in
+# another session, its first future creates the cluster again.
 currentCluster <- function(backend) {
   spec <- backend[["spec"]]
   if (!is.null(spec)) {
@@ -295,7 +295,7 @@ getFutureBackendConfigs.RustFuture <- function(future, ...) {
   if (is.null(conditions) || isFALSE(getOption("future.psock.relay.immediate"))) return(list())
   classes <- attr(conditions, "immediateConditionClasses", exact = TRUE)
   if (!is.null(classes) && !length(classes)) return(list())
-  # One class, as future's cluster backend has it: evalFuture() fails at more.
+  # One class, as in future's cluster backend: evalFuture() fails with several.
   list(capture = list(immediateConditionHandlers = list(immediateCondition = relayToHead)))
 }
 
@@ -331,7 +331,7 @@ listFutures.RustFutureBackend <- function(backend, ...) {
   data
 }
 
-# Whether the backend's cluster is there: that of a plan which was set aside is not.
+# Returns whether the cluster of the backend exists. The own cluster of a replaced plan does not.
 isCurrent <- function(backend) {
   cl <- backend[["workers"]]
   !is.null(cl) && (is.null(backend[["spec"]]) || identical(cl, planned$cl))
@@ -346,10 +346,9 @@ nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ..
   if (isCurrent(evaluator)) freeWorkers(evaluator[["workers"]]) else nbrOfWorkers.RustFutureBackend(evaluator)
 }
 
-# Of both --------------------------------------------------------------------------------------------
+# All versions ---------------------------------------------------------------------------------------
 
-# What is asked of a plan before it has made its cluster does not make it: workers, too, are told the plan
-# of the session.
+# Queries of a plan do not create its cluster: workers get the plan of the session, too.
 workersOf <- function(evaluator) {
   workers <- workersAsked(eval(formals(evaluator)$workers, baseenv()))
   if (isCount(workers) && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
@@ -369,7 +368,7 @@ nbrOfFreeWorkers.cluster_rust <- function(evaluator, background = FALSE, ...) {
 
 resolved.RustFuture <- function(x, ...) {
   if (x$state == "created") {
-    # Who only wants to know does not wait for a worker.
+    # resolved() does not wait for a worker.
     cl <- clusterOf(x)
     if (!is.null(cl) && !freeWorkers(cl)) return(FALSE)
     return(NextMethod())
@@ -399,7 +398,7 @@ result.RustFuture <- function(future, ...) {
   future$result
 }
 
-# The call has ended: the future's result is what that gave, or why there is none.
+# Sets the result of a future whose call has ended: the value, or the reason why there is none.
 collect <- function(future) {
   relayAsides(future)
   if (!is.null(future$result)) return(future)
@@ -408,10 +407,10 @@ collect <- function(future) {
   countFuture(future, "finished")
   raised <- record$raised
   if (!is.null(raised)) {
-    # Nobody could go on after it: as with future's cluster backend.
+    # An error cannot be continued after its handler, as in future's cluster backend.
     future$result <- future::FutureError(paste0(
       "Future (", labelOfFuture(future), ") signaled an error of class ", class(raised)[[1L]],
-      " that is to be relayed immediately, which cannot be done with errors: ", conditionMessage(raised)
+      ", which cannot be relayed immediately: ", conditionMessage(raised)
     ), future = future)
     future$result$parent <- raised
     future$state <- "failed"
@@ -421,14 +420,14 @@ collect <- function(future) {
     future$result <- result
     future$state <- "finished"
   } else if (inherits(result, "FutureLaunchError")) {
-    # Newer versions say so themselves if a worker could not begin, as without a package.
+    # Newer versions have an error class for a worker that could not start the future, for example without a package.
     future$result <- result
     future$state <- "failed"
   } else {
     why <- if (inherits(result, "condition")) {
       conditionMessage(result)
     } else {
-      "its worker sent something else than a result"
+      "its worker sent an invalid result"
     }
     kind <- errorClassOf(future, result)
     error <- get(kind, asNamespace("future"))(
@@ -444,17 +443,17 @@ collect <- function(future) {
   future
 }
 
-# Newer versions tell what was cancelled, and what was interrupted, from what was wrong.
+# Returns the error class. Newer versions have classes for cancelled and for interrupted futures.
 errorClassOf <- function(future, result) {
   interrupted <- inherits(result, "rustcluster_error") || future$record$state == "cancelled"
   kind <- if (future$state == "canceled") "FutureCanceledError" else if (interrupted) "FutureInterruptError"
   if (!is.null(kind) && exists(kind, asNamespace("future"))) kind else "FutureError"
 }
 
-# Conditions that a future has signaled while it runs, as future itself relays them. A handler may jump out of it: the
-# others are relayed at the next look.
+# Relays the conditions that a future has signaled while it runs, as future itself does. If a handler jumps, the other
+# conditions are relayed next time.
 relayAsides <- function(future) {
-  # One at a time: each may be turned into a jump.
+  # Remove each condition before it is signaled: its handler may jump.
   record <- future$record
   while (length(record$asides)) {
     condition <- record$asides[[1L]]
@@ -469,13 +468,13 @@ relayAsides <- function(future) {
   }
 }
 
-# In a worker: tells the head of a condition. FALSE: it is not to be recorded there as well.
+# Runs in a worker: sends a condition to the head. Returns FALSE, so that future does not record the condition.
 relayToHead <- function(condition) {
   base::asNamespace("rustcluster")$tellHead(condition)
   FALSE
 }
 
-# The expression, with conditions of these classes told to the head as they are signaled, and nobody else.
+# Returns the expression with handlers that send conditions of these classes to the head and muffle them.
 relayed <- function(expr, classes) {
   handlers <- rep(list(quote(base::asNamespace("rustcluster")$relayAndMuffle)), length(classes))
   names(handlers) <- classes
@@ -485,13 +484,13 @@ relayed <- function(expr, classes) {
 relayAndMuffle <- function(condition) {
   relayToHead(condition)
   for (restart in computeRestarts(condition)) {
-    # Restarts may be without a name.
+    # A restart may have no name.
     if (any(startsWith(as.character(restart$name), "muffle"))) invokeRestart(restart)
   }
 }
 
-# future sets the plan that R_FUTURE_PLAN names while it is loaded itself, before anybody is told of that. Returns
-# whether it is being loaded.
+# Registers the methods if the load hook of future has not run yet: future sets the plan of R_FUTURE_PLAN while it is
+# being loaded. Returns whether future is being loaded.
 ensureFutureMethods <- function() {
   table <- get(".__S3MethodsTable__.", asNamespace("future"))
   loading <- !exists("resolved.RustFuture", table, inherits = FALSE)
@@ -499,7 +498,7 @@ ensureFutureMethods <- function() {
   loading
 }
 
-# Generics of future, as far as its version has them.
+# Registers methods for the generics that the installed version of future has.
 registerFutureMethods <- function(...) {
   namespace <- asNamespace("future")
   methods <- c(
@@ -511,7 +510,7 @@ registerFutureMethods <- function(...) {
   )
   for (i in seq_along(methods)) {
     generic <- names(methods)[[i]]
-    # Later versions run futures by launchFuture().
+    # Later versions launch futures by launchFuture().
     if (generic == "run" && exists("launchFuture", namespace)) next
     if (!exists(generic, namespace, inherits = FALSE)) next
     method <- get(paste0(generic, ".", methods[[i]]), topenv())
@@ -524,22 +523,22 @@ registerFutureMethods <- function(...) {
 #' Calls by the generics of package future
 #'
 #' Methods of [future::value()] and [future::resolved()] for the objects that [clusterSubmit()] and
-#' [clusterLapplyAsync()] return. `value(call)` is `call$value()`. `resolved(call)` returns, without
-#' waiting, whether the call has ended: with a value, with an error, or because it was cancelled.
+#' [clusterLapplyAsync()] return. `value(call)` is `call$value()`. `resolved(call)` does not wait. It returns whether
+#' the call has ended: with a value, with an error, or because it was cancelled.
 #'
 #' The methods of \pkg{future} for lists and environments handle futures alone: a call in a list is
 #' returned as it is, and counts as resolved. Use `lapply(calls, value)` and
 #' `vapply(calls, resolved, NA)`.
 #'
 #' @param future,x An object made by [clusterSubmit()] or [clusterLapplyAsync()].
-#' @param stdout Accepted as an argument of \pkg{future}'s, and not used: output stays on the worker.
+#' @param stdout Ignored: output stays on the worker.
 #' @param signal (logical) Whether the error of a failed call is raised (`TRUE`, the default) or returned
 #'   as a condition object.
 #' @param ... Not used.
 #' @return `value()`: the value of the call, or its error if `signal` is `FALSE`. `resolved()`: `TRUE` or
 #'   `FALSE`.
 #' @section Errors:
-#' As of `value()` and `status()` in [clusterSubmit()] and [clusterLapplyAsync()].
+#' The errors of `value()` and `status()` in [clusterSubmit()] and [clusterLapplyAsync()].
 #' @seealso [cluster_rust] for futures on a cluster.
 #' @name future_generics
 #' @examplesIf requireNamespace("future", quietly = TRUE)

@@ -1,7 +1,7 @@
-# The variables that an expression needs in another process.
+# Finds the variables that an expression needs in another process. Package globals finds the same ones, in seven times
+# the time for each call, and each host would need it and codetools.
 
-# A list of `variables` and `globals`, by their names, and of `packages`. Those that are given are not
-# looked for.
+# Returns a list of `variables` and `globals`, by name, and of `packages`. `given`: names that are not searched.
 variablesOf <- function(expr, envir, given) {
   found <- new.env(parent = emptyenv())
   found$variables <- list()
@@ -12,8 +12,8 @@ variablesOf <- function(expr, envir, given) {
   as.list(found)[c("variables", "globals", "packages")]
 }
 
-# `ours`: what is found below the global environment is to be sent, and is not part of a function's
-# environment, which is sent with it.
+# `ours`: whether variables below the global environment have to be sent. Those of a function are part of its
+# environment, which is sent with the function.
 findVariables <- function(names, envir, found, ours) {
   for (name in names) {
     where <- envir
@@ -25,7 +25,7 @@ findVariables <- function(names, envir, found, ours) {
       addPackage(sub("^package:", "", attached), found)
       next
     }
-    # An argument that is missing is nothing that could be sent.
+    # Skip missing arguments.
     value <- tryCatch(list(get(name, where, inherits = FALSE)), error = function(e) NULL)
     if (is.null(value) || identical(value[[1L]], quote(expr = )) || name == "...") next
     if (global) {
@@ -38,7 +38,7 @@ findVariables <- function(names, envir, found, ours) {
   }
 }
 
-# What a function uses of the global environment.
+# Finds the global variables that a function uses.
 lookInto <- function(fun, found) {
   if (typeof(fun) != "closure" || isNamespace(topenv(environment(fun)))) return()
   for (seen in found$seen) if (identical(seen, fun)) return()
@@ -52,7 +52,7 @@ addPackage <- function(package, found) {
   if (!package %in% default) found$packages <- union(found$packages, package)
 }
 
-# The names that some code may look up, but for what is not looked up by its name.
+# Returns the names that code may look up.
 namesIn <- function(code) {
   if (is.symbol(code)) {
     name <- as.character(code)

@@ -1,25 +1,25 @@
-# From what makeRustCluster() was asked for to one entry for each agent.
+# Parses the `spec` of makeRustCluster() into one entry for each agent.
 
 hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd", "rshopts",
-                  "rscript_envs", "threads", "renice", "start")
+                  "rscript_envs", "threads", "renice", "start_method")
 
-# A list of `hosts`, each a list of settings with an agent of its own (`here`: reached without ssh,
-# because it is this machine, and nothing about the way to it or the user was asked for), and, in the order of the
-# spec, `owner` (the place of an entry's host among them) and `workers` (NA for all usable cores).
+# Returns a list of `hosts`, each a list of settings with an agent of its own, and, in the order of `spec`, `owner` (the
+# index of the host of an entry) and `workers` (NA for all usable cores). The setting `here` is TRUE for a host that
+# needs no ssh: it is this machine, and `spec` sets neither another user nor a port or an ssh command.
 specHosts <- function(spec, defaults = list()) {
   entries <- specEntries(spec)
   workers <- vapply(entries, `[[`, 0L, "workers")
-  if (sum(workers, na.rm = TRUE) > mostWorkers) {
-    badArgument("spec", "must ask for at most ", format(mostWorkers, scientific = FALSE), " workers")
+  if (sum(workers, na.rm = TRUE) > maxWorkers) {
+    badArgument("spec", "must ask for at most ", format(maxWorkers, scientific = FALSE), " workers")
   }
   here <- list()
   hosts <- lapply(entries, function(entry) {
     settings <- entry$settings
-    way <- settings[intersect(names(settings), c("port", "rshcmd", "rshopts"))]
+    connection <- settings[intersect(names(settings), c("port", "rshcmd", "rshopts"))]
     settings <- c(settings, defaults[setdiff(names(defaults), names(settings))])
     if (is.null(here[[settings$host]])) here[[settings$host]] <<- isHere(settings$host)
     own <- is.null(settings$user) || settings$user == Sys.info()[["user"]]
-    c(settings, here = own && !length(way) && here[[settings$host]])
+    c(settings, here = own && !length(connection) && here[[settings$host]])
   })
   keys <- vapply(hosts, function(host) {
     paste(deparse(host[order(names(host))]), collapse = "")
@@ -27,23 +27,23 @@ specHosts <- function(spec, defaults = list()) {
   list(hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers)
 }
 
-# Far beyond what machines can hold: more is a mistake.
-mostWorkers <- 100000
+# The maximum number of workers. A larger number is a mistake.
+maxWorkers <- 100000
 
 specEntries <- function(spec) {
   spec <- plain(spec)
   if (is.numeric(spec) && length(spec) && !is.null(names(spec))) {
-    return(Map(function(host, workers) namedEntry(host, count(workers, "spec", mostWorkers)),
+    return(Map(function(host, workers) namedEntry(host, count(workers, "spec", maxWorkers)),
                names(spec), spec, USE.NAMES = FALSE))
   }
-  # Of several numbers makePSOCKcluster() takes the first.
+  # makePSOCKcluster() uses the first of several numbers.
   if (is.numeric(spec) && length(spec)) {
-    workers <- count(spec[[1L]], "spec", mostWorkers)
+    workers <- count(spec[[1L]], "spec", maxWorkers)
     return(list(namedEntry("localhost", workers)))
   }
   if (is.character(spec) && length(spec)) {
     if (any(grepl("^[0-9]+$", spec[isText(spec)]))) {
-      badArgument("spec", "is a number in quotes: it would be a host's name")
+      badArgument("spec", "contains a number in quotes, which would be the name of a host; remove the quotes")
     }
     return(lapply(unname(spec), namedEntry, workers = 1L))
   }
@@ -51,7 +51,7 @@ specEntries <- function(spec) {
     if ("host" %in% names(spec)) spec <- list(spec)
     entries <- lapply(seq_along(spec), function(i) listEntry(spec[[i]], i))
     counted <- vapply(entries, function(entry) "ncore" %in% names(entry), NA)
-    # parallel's form has an entry a worker.
+    # In parallel, each entry is a worker.
     flat <- !any(counted) && anyDuplicated(entries) > 0L
     return(lapply(entries, function(entry) {
       workers <- if (flat) 1L else if (is.null(entry$ncore)) NA_integer_ else entry$ncore
@@ -60,7 +60,7 @@ specEntries <- function(spec) {
     }))
   }
   badArgument(
-    "spec", "must be a number of workers, hosts' names, numbers of workers named by their hosts, ",
+    "spec", "must be a number of workers, host names, numbers of workers named by their hosts, ",
     "or a list of hosts"
   )
 }
@@ -69,34 +69,34 @@ namedEntry <- function(text, workers) {
   list(settings = hostAddress(text, "spec"), workers = workers)
 }
 
-# The `host`, and the `user` and `port` if they are given, of a text in one of the forms that ssh and scp know:
-# host, user@host, host:port, [address]:port, ssh://user@host:port. An IPv6 address without a port needs no
-# brackets.
+# Parses the address of a host in one of the forms of ssh and scp: host, user@host, host:port, [address]:port,
+# ssh://user@host:port. An IPv6 address without a port needs no brackets. Returns a list of `host` and, if they are
+# given, `user` and `port`.
 hostAddress <- function(text, argument) {
   text <- hostName(text, argument)
   refuse <- function(...) badArgument(argument, "has an invalid host, ", sQuote(text), ": ", ...)
   rest <- text
   if (grepl("://", rest, fixed = TRUE)) {
-    if (!grepl("^ssh://", rest, ignore.case = TRUE)) refuse("of all schemes, only ssh:// is supported")
+    if (!grepl("^ssh://", rest, ignore.case = TRUE)) refuse("the only supported scheme is ssh://")
     rest <- sub("/$", "", substring(rest, 7L))
   }
   user <- if (grepl("@", rest, fixed = TRUE)) sub("@[^@]*$", "", rest)
   rest <- sub("^.*@", "", rest)
   if (!is.null(user) && grepl(":", user, fixed = TRUE)) {
-    # Error messages end up in logs.
+    # Hide the password: error messages end up in logs.
     text <- paste0(sub(":.*", "", user), ":...@", rest)
     refuse("a password cannot be given; set up a key with `ssh-copy-id`")
   }
   bracketed <- startsWith(rest, "[")
   if (bracketed && !grepl("^\\[[^][]+\\](:|$)", rest)) {
-    refuse("its brackets do not match; write [address] or [address]:port")
+    refuse("the brackets do not match; write [address] or [address]:port")
   }
   colons <- nchar(gsub("[^:]", "", rest))
   if (bracketed) {
     host <- sub("^\\[(.*)\\].*", "\\1", rest)
     port <- if (grepl("]:", rest, fixed = TRUE)) sub("^.*\\]:", "", rest)
   } else {
-    # An IPv6 address has two colons at least.
+    # An IPv6 address has at least two colons.
     host <- if (colons == 1L) sub(":.*", "", rest) else rest
     port <- if (colons == 1L) sub(".*:", "", rest)
   }
@@ -104,8 +104,8 @@ hostAddress <- function(text, argument) {
   if ((bracketed || colons > 1L) && !isIPv6(host)) {
     refuse(sQuote(host), " is not an IPv6 address; write host:port, or [address]:port")
   }
-  # ssh's own list of characters that no host's name may have, and those of paths.
-  if (grepl("[]['`\"$\\\\;&<>|(){}/,#?]", host)) refuse("a host's name cannot have these characters")
+  # The characters that ssh refuses in the name of a host, and those of paths.
+  if (grepl("[]['`\"$\\\\;&<>|(){}/,#?]", host)) refuse("the name of a host contains an invalid character")
   c(
     list(host = hostName(host, argument)), if (!is.null(user)) list(user = hostName(user, argument)),
     if (!is.null(port)) list(port = portNumber(port, refuse))
@@ -121,8 +121,8 @@ portNumber <- function(port, refuse) {
   number
 }
 
-# Groups of up to four hexadecimal digits, of which "::" stands for one or more that are zero; the last two may
-# be an IPv4 address. A zone may follow.
+# An IPv6 address has groups of up to four hexadecimal digits. "::" stands for one or more groups of zeros. The last two
+# groups may be an IPv4 address. A zone may follow.
 isIPv6 <- function(text) {
   address <- sub("%[A-Za-z0-9_.-]+$", "", text)
   address <- sub(":([0-9]{1,3}[.]){3}[0-9]{1,3}$", ":0:0", address)
@@ -132,7 +132,7 @@ isIPv6 <- function(text) {
   all(nchar(groups) <= 4L) && if (grepl("::", address, fixed = TRUE)) length(groups) < 8L else length(groups) == 8L
 }
 
-# How a host is written in a spec.
+# Returns a host as it is written in `spec`.
 writtenHost <- function(host) {
   name <- host$host
   if (grepl(":", name, fixed = TRUE) && !is.null(host$port)) name <- paste0("[", name, "]")
@@ -141,7 +141,7 @@ writtenHost <- function(host) {
   )
 }
 
-# ssh takes what begins with a hyphen for an option.
+# Checks a name of a host or user. ssh would take a leading hyphen for an option.
 hostName <- function(text, argument) {
   text <- plain(text)
   ok <- is.character(text) && length(text) == 1L && isText(text) && nzchar(text) &&
@@ -156,12 +156,13 @@ listEntry <- function(entry, i) {
   if (is.character(entry) && length(entry) == 1L) entry <- namedEntry(entry, 1L)$settings
   if (is.list(entry)) entry <- lapply(entry, plain)
   if (!is.list(entry) || is.null(entry$host)) {
-    badArgument("spec", "must have a `host` in each of its lists; element ", i, " has none")
+    badArgument("spec", "must have a `host` in each list; element ", i, " has none")
   }
+  entry <- useNewNames(entry, argument = function(name) paste0(where, "$", name))
   unknown <- setdiff(names(entry), hostSettings)
   if (length(unknown) || !all(nzchar(names(entry)))) {
     badArgument("spec", "has unknown settings in element ", i, ": ",
-                paste0("`", unknown, "`", collapse = ", "), "; there are ",
+                paste0("`", unknown, "`", collapse = ", "), "; the known settings are ",
                 paste0("`", hostSettings, "`", collapse = ", "))
   }
   field <- function(name) paste0(where, "$", name)
@@ -169,16 +170,16 @@ listEntry <- function(entry, i) {
   for (name in names(address)) {
     other <- entry[[name]]
     if (name != "host" && !isUnset(other) && !isTRUE(all.equal(other, address[[name]], check.attributes = FALSE))) {
-      badArgument(field("host"), "has a ", name, " that contradicts `", name, "`: give it once")
+      badArgument(field("host"), "has a ", name, " that contradicts `", name, "`; set it once")
     }
     entry[[name]] <- address[[name]]
   }
-  # NULL and NA are settings that are not made; for ncore they mean all cores.
+  # NULL and NA mean that a setting is not set; for ncore they mean all cores.
   asked <- "ncore" %in% names(entry)
   entry <- entry[!vapply(entry, isUnset, NA)]
   checked <- list(
     user = function(x, f) hostName(x, f),
-    ncore = function(x, f) count(x, f, mostWorkers),
+    ncore = function(x, f) count(x, f, maxWorkers),
     port = function(x, f) count(x, f, 65535),
     threads = function(x, f) count(x, f, 4096),
     renice = function(x, f) {
@@ -187,7 +188,7 @@ listEntry <- function(entry, i) {
     },
     rscript = function(x, f) texts(x, f, 1L), rlibs = texts, rshcmd = texts, rshopts = texts,
     rscript_envs = function(x, f) variables(x, f),
-    start = function(x, f) startMode(x, f)
+    start_method = function(x, f) startMethod(x, f)
   )
   for (name in intersect(names(checked), names(entry))) {
     entry[[name]] <- checked[[name]](entry[[name]], field(name))
@@ -200,17 +201,17 @@ texts <- function(value, argument, length = NULL) {
   value <- plain(value)
   ok <- is.character(value) && base::length(value) && all(isText(value)) && all(nzchar(value)) &&
     (is.null(length) || base::length(value) == length)
-  if (!ok) badArgument(argument, if (is.null(length)) "must be a character vector" else "must be one text")
+  if (!ok) badArgument(argument, if (is.null(length)) "must be a character vector" else "must be one string")
   value
 }
 
-startMode <- function(value, argument = "start") {
+startMethod <- function(value, argument = "start_method") {
   tryCatch(match.arg(value, c("fork", "spawn")), error = function(e) {
     badArgument(argument, "must be \"fork\" or \"spawn\"")
   })
 }
 
-# Whether a name or an address is this machine's own. Other names are ssh's to resolve.
+# Returns whether a name or an address is of this machine. ssh resolves all other names.
 isHere <- function(host) {
   own <- Sys.info()[["nodename"]]
   tolower(host) %in% tolower(c("localhost", own, sub("[.].*", "", own))) || is_own_address(host)

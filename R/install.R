@@ -1,35 +1,32 @@
-# The package on other hosts: its source goes there over ssh and is installed there.
+# installOnHosts(): sends the source of the package to other hosts over ssh and installs it there.
 
 #' Install rustcluster on other hosts
 #'
-#' Sends the source of this very version of \pkg{rustcluster} to each host, over
-#' ssh, and installs it there, on all hosts at once. A host needs R and a Rust
-#' toolchain ('cargo' and 'rustc'); what compiling takes there depends on its
-#' cores: from half a minute to some minutes.
+#' Sends the source of the running version of \pkg{rustcluster} to each host over ssh and installs it there, on all
+#' hosts in parallel. A host needs R and a Rust toolchain ('cargo' and 'rustc'). Compiling takes from half a minute to a
+#' few minutes, depending on the cores of the host.
 #'
-#' @param hosts Hosts, in any form that [makeRustCluster()] takes: names, numbers
-#'   named by hosts, or a list of lists with `host` and any of `user`, `port`,
-#'   `rshcmd`, `rshopts`, `rscript` and `rlibs`. Numbers of workers do not matter,
-#'   and each host is installed on once. This machine is passed over.
-#' @param ... `user`, `rshcmd`, `rshopts`, `rscript`, `rlibs`: for all hosts, as in
-#'   [makeRustCluster()]. `rlibs` is the library to install into; by default the
-#'   user's own (`R_LIBS_USER`), which is made if there is none.
-#' @param timeout (number) Seconds after which a host that has not come to an
-#'   end is given up; default 3600. What it has begun there may still come to an
-#'   end.
-#' @param progress (logical) Whether to show a line for each host as it is done.
+#' @param hosts Hosts, in any form that [makeRustCluster()] accepts: names, numbers named by hosts, or a list of lists
+#'   with `host` and any of `user`, `port`, `rshcmd`, `rshopts`, `rscript` and `rlibs`. Numbers of workers are ignored.
+#'   Each host is installed on once. This machine is skipped.
+#' @param ... `user`, `rshcmd`, `rshopts`, `rscript`, `rlibs`: for all hosts, as in [makeRustCluster()]. `rlibs` is the
+#'   library to install into. Default: the personal library of the user (`R_LIBS_USER`), which is created if it does not
+#'   exist.
+#' @param timeout (number) Seconds after which an installation counts as failed; default 3600. The installation on the
+#'   host may still finish after that.
+#' @param progress (logical) Whether to print a line for each host when it is done.
 #'
 #' @return Invisibly, a data frame with a row for each host:
 #'   \describe{
-#'     \item{host, user}{(character) as they were given; `user` is `NA` where none was.}
-#'     \item{version, r_version}{(character) of rustcluster and of R there.}
-#'     \item{library}{(character) where it was installed.}
-#'     \item{seconds}{(numeric) that it took.}
+#'     \item{host, user}{(character) as in `hosts`; `user` is `NA` without a user.}
+#'     \item{version, r_version}{(character) of rustcluster and of R on the host.}
+#'     \item{library}{(character) the library that rustcluster was installed into.}
+#'     \item{seconds}{(numeric) duration of the installation.}
 #'     \item{problem}{(character) `NA`.}
 #'   }
 #' @section Errors:
-#' `rustcluster_install_failed`, when all hosts are done and some have failed,
-#' names these, why, and what to do; its field `report` is the data frame.
+#' `rustcluster_install_failed`: some hosts failed. The error is raised when all hosts are done. It names the failed
+#' hosts, the reasons, and what to do; its field `report` is the data frame, with the reasons in `problem`.
 #' `rustcluster_bad_argument`.
 #' @seealso [makeRustCluster()]
 #' @examples
@@ -56,15 +53,15 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
     value <- given[[name]]
     given[[name]] <- if (name == "user") hostName(value, name) else texts(value, name, if (name == "rscript") 1L)
   }
-  # Numbers of workers, and what workers are started with, make no other host.
+  # Ignore the settings of workers: entries that differ in them alone are the same host.
   hosts <- lapply(specHosts(hosts, given)$hosts, function(host) {
     host[intersect(c("host", "user", "port", "here", known), names(host))]
   })
   hosts <- unique(hosts)
   source <- system.file("source", "rustcluster.tar.gz", package = "rustcluster")
   if (!nzchar(source)) {
-    abort("install_failed", "this rustcluster has been installed without its source: install it ",
-          "here with `R CMD INSTALL`, and try again")
+    abort("install_failed", "this installation of rustcluster lacks its source; install it with ",
+          "`R CMD INSTALL` in this session's library and try again")
   }
   report <- sendSource(hosts, source, timeout, progress)
   failed <- which(!is.na(report$problem))
@@ -75,7 +72,7 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
   invisible(report)
 }
 
-# Unpacks what comes on stdin and has the host's R go on. In sh.
+# Returns the sh script that runs on the host: it unpacks stdin and runs the host's R.
 hostInstallation <- function(host) {
   rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
   paste0(
@@ -84,7 +81,7 @@ hostInstallation <- function(host) {
   )
 }
 
-# One ssh a host, all at once; each leaves its status in a file when it ends.
+# Runs one ssh for each host, all in parallel. Each writes its exit status to a file when it ends.
 sendSource <- function(hosts, source, timeout, progress) {
   dir <- tempfile("install-")
   dir.create(dir)
@@ -137,12 +134,12 @@ readText <- function(file) {
   paste(readLines(file, warn = FALSE), collapse = "\n")
 }
 
-# Adds to a host's row what it said. `status`: NULL if it has not ended.
+# Adds the result of a host to its row. `status`: the exit status; NULL if the installation has not ended.
 installed <- function(row, host, status, out, err) {
   parts <- strsplit(out, "<rustcluster installed 1>\n", fixed = TRUE)[[1L]]
   if (length(parts) < 2L) {
     reason <- if (is.null(status)) {
-      "no end within the `timeout`"
+      "the installation did not finish within `timeout`"
     } else {
       paste("the installation ended with status", status)
     }

@@ -1,29 +1,27 @@
-# All tasks of one call of a verb, handed over together: Rust gives them out and collects the answers,
-# and comes back here now and then for interrupts, and when it is to be decided what becomes of a task
-# whose worker was lost.
+# Jobs: all tasks of one call of a verb. Rust sends the tasks and collects the answers. It returns to R regularly for
+# interrupts, and when R has to decide on a task whose worker has failed.
 
-# The places of a cluster's nodes among its workers. NULL for what our verbs leave to parallel's: what
-# is no cluster of ours, nodes of several, and nodes that are there twice, whose tasks have an order
-# among them.
+# Returns the ranks of a cluster's nodes. Returns NULL if the verb has to be parallel's: for clusters of other packages,
+# nodes of several clusters, and duplicate nodes, whose tasks run in order.
 nativeRanks <- function(cl) {
-  # Ours that were beside others have this class alone.
+  # Nodes of this package that were joined with others have class "cluster" only.
   if (!inherits(cl, "cluster") || !length(cl)) return(NULL)
   ranks <- cluster_ranks(cl)
   if (typeof(ranks) == "integer" && (length(ranks) == 1L || !anyDuplicated.default(ranks))) ranks
 }
 
-# Runs the tasks. `elements`: a vector, or a function of a task's number. Returns a list of `values`, the
-# list of results, and `failed`, the numbers of those that are errors.
-#   common: arguments that all tasks have.
-#   round: the tasks go round the nodes, and do not go to whoever is free.
-#   shares: what tasks that are sent together share. "nothing": none sees what another has changed in
-#     place. "all": `fun` and `common`, as the elements of a chunk do in parallel. "function": `fun` alone,
-#     if it was made in another function.
-#   spread: an element is a list of arguments, and not the first one.
-#   lossEnds: a worker that is lost ends the job with an error.
-#   each: is called with the numbers of tasks that have been answered, and all results so far; FALSE
-#     ends the job.
-#   what: what errors call one of them.
+# Runs the tasks. `elements`: a vector, or a function of a task's index. Returns a list of `values`, the list of
+# results, and `failed`, the indices of results that are errors.
+#   common: the arguments that are the same for all tasks.
+#   round: whether tasks are assigned to nodes in turn, and not to the next idle worker.
+#   shares: the objects that tasks of a batch share. "nothing": no task sees what another has changed in place. "all":
+#     `fun` and `common`, as the elements of a chunk do in parallel. "function": `fun` only, if it was made in another
+#     function.
+#   spread: whether an element is a list of arguments, and not the first argument.
+#   lossEnds: whether a worker failure ends the job with an error.
+#   each: a function of the indices of newly finished tasks, of all results so far and of the indices of those that are
+#     errors. It ends the job by returning FALSE.
+#   what: what error messages call a task.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = "nothing", spread = FALSE,
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
                    each = NULL, progress = wantsProgress(), what = "task") {
@@ -32,41 +30,40 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
-  # One that took too long, or that is lost and not tried again, is known by its message.
+  # Send tasks one by one if a failure must be attributed to one task: with a timeout, or without retries.
   singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
   settings <- list(
     round = round, shares = shares, spread = spread, seed = seed,
-    seeded = if (!is.null(seed)) list(runSeeded, list()), nothing = if (is.finite(timeout)) list(list, list()),
+    seeded = if (!is.null(seed)) list(runSeeded, list()),
     order = order, singly = singly, timeout = timeout, at_once = !singly && is.null(each) && !progress
   )
   repeat {
     begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
     if (!isFromStale(begun, handle)) break
   }
-  if (typeof(begun) == "list") {
+  if (typeof(begun) == "list" && !isFailure(begun)) {
     done <- TRUE
     return(list(values = begun[[1L]], failed = begun[[2L]]))
   }
   continueJob(handle, job, sys.nframe(), 0L, NULL)
-  if (is.character(begun)) handleFailed(begun, handle)
+  if (isFailure(begun)) handleFailed(begun, handle)
   checked(begun)
   shown <- if (progress) showProgress(function() job_progress(handle$pointer)[2:3], n, what)
   repeat {
     unread <- answersRead(handle, repeat {
       step <- job_step(handle$pointer)
       if (isTRUE(step)) break
-      switch(typeof(step),
-        character = {
-          if (!"task" %in% names(step)) handleFailed(step, handle)
-          unitEnded(step, handle, retries, timeout, lossEnds, what)
-        },
-        pairlist = unwound(step)
-      )
+      if (isFailure(step)) {
+        if (is.null(step[["task"]])) handleFailed(step, handle)
+        unitEnded(step, handle, retries, timeout, lossEnds, what)
+      } else if (!is.null(step)) {
+        unwound(step)
+      }
       showEvents(handle)
       if (!is.null(shown)) shown()
       if (!is.null(each)) {
         results <- job_results(handle$pointer)
-        if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]]))) break
+        if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]], results[[2L]]))) break
       }
       Sys.sleep(0)
     })
@@ -75,14 +72,14 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   }
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
-  if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]])
+  if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]], results[[2L]])
   list(values = results[[1L]], failed = results[[2L]])
 }
 
-# The same for a verb that leaves it to the cluster which node has which task: a node that is there twice
-# counts once, and the nodes may be of several clusters.
-#   retries: NULL for those of the cluster.
-#   returns: a worker that is lost never ends the job.
+# Runs the tasks of a verb that does not assign tasks to nodes: a duplicate node counts once, and the nodes may be of
+# several clusters.
+#   retries: NULL for the retries of the cluster.
+#   returns: whether a worker failure never ends the job.
 runFree <- function(cl, n, fun, common, elements, shares = "nothing", seed = NULL, order = NULL, retries = NULL,
                     timeout = Inf, returns = FALSE, each = NULL, progress = wantsProgress(), what = "task") {
   parts <- clustersOf(cl)
@@ -97,7 +94,7 @@ runFree <- function(cl, n, fun, common, elements, shares = "nothing", seed = NUL
   )
 }
 
-# On nodes of several clusters: one message a task, and each cluster has a job of its own.
+# Runs tasks on nodes of several clusters: one message for each task, and a job of its own in each cluster.
 runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, each, progress, what) {
   cl <- distinctNodes(cl)
   frame <- sys.nframe()
@@ -107,7 +104,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     job <- openJob(handle, frame, 0L, NULL)
     do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
     most <- if (is.null(retries)) handle$retries else retries
-    handle$policy <- list(retries = most, lossEnds = most == 0 && !returns)
+    checked(hub_policy(handle$pointer, job, most, most == 0 && !returns), handle)
   }
   values <- vector("list", n)
   failed <- logical(n)
@@ -129,15 +126,15 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     if (sent < n) send(got$node)
     answer <- got$value
     i <- answer$tag
-    values[i] <- list(ofElement(answer$value, what))
     failed[[i]] <- isFALSE(answer$success)
+    values[i] <- list(if (failed[[i]]) ofElement(answer$value, what) else answer$value)
     if (!is.null(shown)) shown()
-    if (!is.null(each) && isFALSE(each(i, values))) break
+    if (!is.null(each) && isFALSE(each(i, values, which(failed)))) break
   }
   list(values = values, failed = which(failed))
 }
 
-# What has become of a task, which is called an element.
+# Returns the result of a task, whose error calls it an element.
 ofElement <- function(value, what) {
   if (!inherits(value, "rustcluster_failure")) return(value)
   condition <- attr(value, "condition")
@@ -145,21 +142,22 @@ ofElement <- function(value, what) {
   failureValue(condition)
 }
 
-# Tasks that were together have ended without an answer.
+# Handles a batch that has ended without an answer.
 unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
-  number <- as.numeric(failure[["task"]])
+  number <- failure[["task"]]
   tasks <- job_tasks(handle$pointer, number)
-  failure <- c(failure, tasks = spanText(tasks, what))
+  failure$tasks <- spanText(tasks, what)
   again <- integer()
   warn <- NULL
   if (failure[["kind"]] == "timeout") {
-    if (is.finite(timeout)) failure <- c(failure, limit = timeout)
+    failure$limit <- min(timeout, handle$timeout)
     condition <- failureCondition(failure, handle)
     values <- lapply(tasks, function(task) failureValue(condition))
   } else {
-    loss <- failureCondition(c(failure, again = if (lossEnds) FALSE), handle)
+    if (lossEnds) failure$again <- FALSE
+    loss <- failureCondition(failure, handle)
     loss$tasks <- tasks
-    # Which of several has ended it is not known.
+    # It is unknown which task of a batch has killed the worker.
     if (length(tasks) > 1L) loss$index <- NULL
     if (inherits(loss, "rustcluster_stopped") || lossEnds) {
       showEvents(handle, except = loss)
@@ -169,26 +167,26 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
     for (key in keys) handle$losses[[key]] <- c(handle$losses[[key]], list(loss))
     lost <- lengths(handle$losses[keys])
     again <- tasks[lost <= retries]
-    logAttempt(failure, max(lost), length(again) > 0L)
-    # One of them may end every worker, and others are not to be given up for it: each is tried again alone.
+    job_log_attempt(number, loss$rank, max(lost), length(again) > 0L)
+    # Retry each task alone: one task may kill every worker, and the others must not fail with it.
     values <- Map(
       function(task, key) failureValue(quarantined(task, handle$losses[[key]], what)),
       tasks[lost > retries], keys[lost > retries]
     )
-    # That a host is lost, or a worker for good, is an event of its own.
+    # A lost host, or a worker that is not replaced, has an event of its own.
     if (isTRUE(loss$replaced)) {
-      # Those that are given up have an error of their own.
-      if (length(again)) failure[["tasks"]] <- spanText(again, what)
-      warn <- failureCondition(c(failure, again = length(again) > 0L), handle, "warning")
+      # Tasks that are not retried have errors of their own.
+      if (length(again)) failure$tasks <- spanText(again, what)
+      failure$again <- length(again) > 0L
+      warn <- failureCondition(failure, handle, "warning")
     }
   }
   checked(job_settle(handle$pointer, number, again, unname(values)), handle)
-  # The tasks are safe before the warning, which may be turned into a jump.
+  # Warn last, because a handler may jump.
   if (!is.null(warn)) warning(warn)
 }
 
-# The answer of tasks that were together cannot be read. Which of several is to blame is not known: each is
-# tried again alone.
+# Handles an answer of a batch that cannot be read. It is unknown which task has caused that: each is retried alone.
 unitUnread <- function(unread, handle) {
   tasks <- job_tasks(handle$pointer, unread$task)
   several <- length(tasks) > 1L
@@ -196,7 +194,7 @@ unitUnread <- function(unread, handle) {
   checked(job_settle(handle$pointer, unread$task, if (several) tasks else integer(), values), handle)
 }
 
-# In a worker, for what crosses in a message of parallel's, which has no place for a seed.
+# Runs a task with a seed in a worker, because messages of parallel cannot contain a seed.
 runSeeded <- function(fun, args, seed) {
   before <- get0(".Random.seed", globalenv(), inherits = FALSE)
   on.exit(
@@ -210,7 +208,7 @@ runSeeded <- function(fun, args, seed) {
   do.call(fun, args, quote = TRUE)
 }
 
-# "task 3" or "tasks 3 to 9".
+# Returns a text such as "task 3" or "tasks 3 to 9".
 spanText <- function(tasks, what) {
   if (length(tasks) == 1L) return(paste(what, tasks))
   if (identical(tasks, seq(tasks[[1L]], length.out = length(tasks)))) {
@@ -220,8 +218,8 @@ spanText <- function(tasks, what) {
   paste0(what, "s ", text, if (length(tasks) > 5L) " and others")
 }
 
-# Raises what went wrong with any of the tasks, as parallel does, or returns the results. `chunks`:
-# each stands for so many tasks of parallel's as these numbers say.
+# Raises the error of a failed task, as parallel does, or returns the results. `chunks`: the chunk of each task in
+# parallel, which counts failed chunks.
 checkedResults <- function(job, chunks = NULL) {
   val <- job$values
   if (!length(job$failed)) return(val)

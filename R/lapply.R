@@ -1,47 +1,49 @@
-#' Apply a function over a list on a cluster, with more to be had
+#' Parallel lapply() with progress, reproducible seeds, timeouts and streaming results
 #'
-#' As [base::lapply()], on the workers of a cluster made by [makeRustCluster()]: elements are begun in
-#' order by whoever is free, short ones cross together. What `FUN` prints, and its messages and warnings, stay on
+#' Works as [base::lapply()], on the workers of a cluster made by [makeRustCluster()]. Elements are started in order,
+#' each on the first idle worker. Short elements are sent in batches. The output, messages and warnings of `FUN` stay on
 #' the workers (see `outfile` of [makeRustCluster()]); those of futures are relayed ([cluster_rust]).
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
-#'   \pkg{parallel}'s `setDefaultCluster()` has set.
-#' @param X A vector or list; other objects are taken apart by [base::as.list()].
-#' @param FUN (function) What to call with each element, or the name of it. Each element gets its own copy. If
-#'   `FUN` was made in another function, its environment is shared by the elements that are sent together:
-#'   what `FUN` assigns there may be seen by the next of them.
-#' @param ... Further arguments of `FUN`, the same for all. Each element gets its own copy. That costs little
-#'   for short arguments and for long vectors of numbers, but a large list, or a data frame with text, is read
-#'   anew for each element. Short tasks are faster if such data is in the environment of `FUN`, or exported.
-#' @param .progress (logical) Whether to show a bar with the elements done, their rate, the workers that
-#'   are busy and the time that is left, if it takes longer than two seconds or so. Default: option
+#' @param cl A cluster made by [makeRustCluster()], or a part of one. `NULL`: the default cluster of \pkg{parallel}, as
+#'   `setDefaultCluster()` sets it.
+#' @param X A vector or list. Other objects are converted by [base::as.list()].
+#' @param FUN (function) The function to call with each element, or its name. Each element gets its own copy. The
+#'   environment of a function that was made in another function is shared by the elements of a batch: an assignment of
+#'   `FUN` in that environment may be visible to the next element.
+#' @param ... Further arguments of `FUN`, the same for all elements. Each element gets its own copy. The copy is cheap
+#'   for short arguments and for long numeric vectors. A large list or a data frame with text is unserialized for each
+#'   element: short tasks are faster if such data is in the environment of `FUN`, or exported.
+#' @param .progress (logical) Whether to show a progress bar with the number of finished elements, their rate, the
+#'   number of busy workers and the remaining time. The bar appears after about two seconds. Default: option
 #'   `rustcluster.progress`.
-#' @param .seed (logical or integer) With a number, each element has a stream of random numbers of its
-#'   own, of L'Ecuyer's generator ([parallel::nextRNGStream()], from `set.seed(.seed)` on), so that
-#'   the results do not depend on the workers, their number, retries or `.order`. `TRUE` takes the number
-#'   from this session's generator. Workers' own random numbers stay as they are. `FALSE`, the default:
-#'   elements use their worker's.
-#' @param .timeout (number) Seconds that an element may take, from when it is sent to its worker; default
-#'   `Inf`. Each is then sent when its worker is known to have ended all before. What
-#'   takes longer is interrupted, and killed if it does not heed that, and an error of class
-#'   `rustcluster_timeout` takes the place of its result. Not with nodes of several clusters.
-#' @param .retries (integer) How often an element is tried again that was lost with its worker, if not
-#'   as often as `retries` of the cluster. `0`: a loss is an error at once, unless `.errors` is `"return"`.
-#' @param .order (integer) In which order the elements are begun, all their numbers; default: their own.
-#'   With the longest first, the end is even. Results are in the order of `X` all the same.
-#' @param .onResult (function) Is called here with an element's number and result as soon as it is known. For
-#'   elements that have failed only if `.errors` is `"return"`.
-#' @param .errors (character) `"finish"`: an error of an element's is raised when all others are done,
-#'   as with \pkg{parallel}; `"stop"`: at once, and what has not ended is cancelled; `"return"`: it is
-#'   the element's result, of class `"try-error"`, whose text it is, with the condition as its attribute
-#'   `"condition"`: as `FUN` raised it, but only its text if it takes 100 kB or more, and one of ours if the
-#'   element was lost or took too long.
+#' @param .seed (logical or integer) Seed of the random numbers. With a number, each element has its own stream of
+#'   random numbers of the L'Ecuyer-CMRG generator ([parallel::nextRNGStream()], starting at `set.seed(.seed)`). The
+#'   results then do not depend on the workers, their number, retries or `.order`. `TRUE` draws the number from the
+#'   generator of this session. The random numbers of the workers themselves do not change. `FALSE`, the default: each
+#'   element uses the random numbers of its worker.
+#' @param .timeout (number) Time limit (seconds) of an element, measured from when its worker has received all of its
+#'   message; default `Inf`. With a limit, elements are sent one by one. An element that exceeds the limit is
+#'   interrupted, and an error of class `rustcluster_timeout` replaces its result. A worker that does not respond to the
+#'   interrupt is killed and replaced. The shorter of `.timeout` and `timeout` of the cluster counts. Nodes of several
+#'   clusters do not support the limit.
+#' @param .retries (integer) How often an element is retried after its worker has failed; default: `retries` of the
+#'   cluster. With `0`, the first failure is an error at once, unless `.errors` is `"return"`.
+#' @param .order (integer) The order in which the elements are started, a permutation of their indices; default: the
+#'   order of `X`. Start the longest elements first to finish all workers at about the same time. Results are in the
+#'   order of `X` in any case.
+#' @param .onResult (function) A function of the index and the result of an element, called in this session as soon as
+#'   the result arrives. It is called for failed elements only if `.errors` is `"return"`.
+#' @param .errors (character) What to do if an element fails. `"finish"`: raise its error when all other elements have
+#'   finished, as in \pkg{parallel}. `"stop"`: raise its error at once and cancel all other elements. `"return"`: return
+#'   the error as the result of the element. Such a result has class `"try-error"` and contains the text of the error;
+#'   its attribute `"condition"` is the condition. The condition is the one that `FUN` raised, or only its text if it
+#'   takes 100 kB or more. After a worker failure or a timeout it is a condition of this package.
 #' @return A list with the results, named as `X`.
 #' @section Errors:
-#' `rustcluster_element_failed`: errors of `FUN`'s. It has the fields `index` (of the first), `indices` (of
-#' all), `results` (a list; `NULL` for those) and `parent` (the first error itself). `rustcluster_task_failed`,
-#' `rustcluster_worker_lost` (with `.retries = 0`), `rustcluster_timeout`, `rustcluster_host_failed`,
-#' `rustcluster_busy`, `rustcluster_bad_argument`: see [rustcluster_conditions].
+#' `rustcluster_element_failed`: `FUN` raised an error. The fields are `index` (of the first failed element), `indices`
+#' (of all failed elements), `results` (a list; `NULL` for failed elements) and `parent` (the first error itself).
+#' `rustcluster_task_failed`, `rustcluster_worker_lost` (with `.retries = 0`), `rustcluster_timeout`,
+#' `rustcluster_host_failed`, `rustcluster_busy`, `rustcluster_bad_argument`: see [rustcluster_conditions].
 #' @examples
 #' cl <- makeRustCluster(2)
 #' clusterLapply(cl, 1:3, function(i) rnorm(1, i), .seed = 42)
@@ -65,7 +67,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
   if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
   if (length(parts) > 1L && !identical(.timeout, Inf)) {
-    badArgument(".timeout", "is for nodes of one cluster: with those of several, `timeout` of makeRustCluster() counts")
+    badArgument(".timeout", "needs nodes of one cluster; for several clusters, use `timeout` of makeRustCluster()")
   }
   if (!is.null(.retries)) {
     between(.retries, ".retries", "", 0, 1e6)
@@ -77,15 +79,15 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   })
   if (!is.null(.order)) {
     whole <- is.numeric(.order) && length(.order) == n && isTRUE(all(sort(.order, na.last = TRUE) == seq_len(n)))
-    if (!whole) badArgument(".order", "must have each number from 1 to ", n, " once")
+    if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
     .order <- as.integer(.order)
   }
   if (!n) return(structure(list(), names = names(X)))
   seed <- streamsOf(.seed, n)
   each <- if (!is.null(.onResult) || .errors == "stop") {
-    function(fresh, values) {
+    function(fresh, values, failures) {
       for (i in fresh) {
-        failed <- inherits(values[[i]], "snow-try-error")
+        failed <- i %in% failures
         if (!is.null(.onResult) && (!failed || .errors == "return")) .onResult(i, values[[i]])
         if (failed && .errors == "stop") return(FALSE)
       }
@@ -101,12 +103,13 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   values
 }
 
-# Names with a dot are those of our function's arguments or `FUN`'s: others are mistyped.
+# Refuses arguments whose names start with a dot and are arguments neither of `ours` nor of `FUN`: they are typing
+# errors.
 refuseUnknown <- function(ours, given, known) {
   unknown <- setdiff(grep("^[.]", given, value = TRUE), known)
-  # What `FUN` passes on may have any name but ours.
+  # A `FUN` with `...` passes on arguments of any other name.
   if ("..." %in% known) unknown <- unknown[tolower(unknown) %in% tolower(names(formals(clusterLapply)))]
-  if (length(unknown)) badArgument(unknown[[1L]], "is an argument neither of ", ours, "() nor of `FUN`")
+  if (length(unknown)) badArgument(unknown[[1L]], "is neither an argument of ", ours, "() nor of `FUN`")
 }
 
 raiseFailed <- function(job) {
@@ -116,7 +119,7 @@ raiseFailed <- function(job) {
   stop(elementFailed(first, job$failed, job$values, parent = attr(first, "condition")))
 }
 
-# `text`: what went wrong with the first of the elements with these numbers.
+# `text`: the error of the first of the failed elements. `indices`: their indices.
 elementFailed <- function(text, indices, results, ...) {
   others <- length(indices) - 1L
   rustclusterCondition(
@@ -130,7 +133,7 @@ elementFailed <- function(text, indices, results, ...) {
   )
 }
 
-# A function that gives the seed of an element by its number, or NULL.
+# Returns a function that returns the seed of an element by its index, or NULL without seeds.
 streamsOf <- function(seed, n) {
   if (isFALSE(seed) || is.null(seed)) return(NULL)
   if (isTRUE(seed)) {
@@ -139,7 +142,7 @@ streamsOf <- function(seed, n) {
                seed != trunc(seed)) {
     badArgument(".seed", "must be TRUE, FALSE or one whole number")
   }
-  # The session's generator is left as it is.
+  # Restore the generator of the session at the end.
   kind <- RNGkind()
   before <- get0(".Random.seed", globalenv(), inherits = FALSE)
   on.exit({
@@ -152,7 +155,7 @@ streamsOf <- function(seed, n) {
   })
   set.seed(as.integer(seed), "L'Ecuyer-CMRG", "Inversion", "Rejection")
   first <- get(".Random.seed", globalenv())
-  # Made when they are needed, mostly one after the other, and kept for those that are tried again.
+  # Make streams on demand, mostly one after the other, and keep them for retries.
   streams <- list(first)
   function(i) {
     while (length(streams) < i) {

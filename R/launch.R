@@ -1,12 +1,12 @@
-# The command that starts a host's agent, and what is added to its environment.
+# Returns the command that starts the agent of a host, and the variables that are added to its environment.
 
 hostLaunch <- function(host, options) {
   arguments <- c(
-    # A full collection of garbage in a worker writes to all of its heap, which it then has for its own,
-    # and R grows its heap at the start by this much before it collects anything: two thirds of
-    # the default keep it from growing beyond what there is to hold, and a worker takes 28 MB then, not 42.
+    # R grows its heap by this much at the start before it collects garbage. A full collection in a worker writes to its
+    # whole heap, whose pages are then no longer shared. Two thirds of the default keep the heap small: a worker takes
+    # 28 MB instead of 42.
     "--min-nsize=200k",
-    # The same as for a PSOCK worker.
+    # These are the default packages of a PSOCK worker.
     if (options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats,methods",
     options$rscript_args
   )
@@ -15,13 +15,13 @@ hostLaunch <- function(host, options) {
     threadVariables(host$threads), logVariables(), host$rscript_envs
   )
   here <- host$here
-  # Here an agent loads the package from where this session has it; elsewhere it knows best itself.
+  # On this machine an agent loads the package from the library of this session, on other hosts from its own.
   library <- if (here) dirname(getNamespaceInfo("rustcluster", "path"))
   rscript <- if (!is.null(host[["rscript"]])) host[["rscript"]] else if (here) options$rscript_here else "Rscript"
   command <- function(role) c(rscript, arguments, "-e", startExpression(role))
   env <- c(if (here) c(RUSTCLUSTER_LIB = library), env)
   env <- env[!duplicated(names(env), fromLast = TRUE)]
-  # A separate worker is a child of the agent, which has dropped this variable by then.
+  # Set the variable again for a separate worker: the agent, its parent, has removed it.
   worker <- c(if (here) c("env", paste0("RUSTCLUSTER_LIB=", library)), command("workerMain"))
   launch <- if (here) {
     list(command = command("agentMain"), env = env)
@@ -31,9 +31,9 @@ hostLaunch <- function(host, options) {
   c(list(host = host$host, worker = worker), launch)
 }
 
-# The script that the remote sh runs. `env`: NA removes a variable.
+# Returns the script that sh runs on the host. `env`: NA removes a variable.
 remoteScript <- function(command, env) {
-  # Whatever ssh or the login shell may have set: this is another machine's.
+  # ssh or the login shell may have set R_HOME to the value of another machine.
   gone <- c("R_HOME", names(env)[is.na(env)])
   set <- env[!is.na(env)]
   paste0(
@@ -43,9 +43,9 @@ remoteScript <- function(command, env) {
   )
 }
 
-# What ssh hands to the login shell: that is sh's work only if the user has sh. A text in single
-# quotes without quotes, backslashes before quotes, exclamation marks or line ends is the same to sh,
-# bash, zsh, fish and csh; so all other characters of the script travel as octal numbers.
+# Returns the command that ssh passes to the login shell of the user, which runs the script in sh. sh, bash, zsh, fish
+# and csh read text in single quotes in the same way if it contains no quotes, backslashes before quotes, exclamation
+# marks or line ends. All such characters of the script are therefore written as octal numbers.
 loginShellCommand <- function(script) {
   bytes <- as.integer(charToRaw(enc2utf8(script)))
   plain <- bytes %in% utf8ToInt("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./,:=@+- ")
@@ -57,14 +57,14 @@ loginShellCommand <- function(script) {
 
 sshCommand <- function(host, script) {
   ssh <- if (is.null(host$rshcmd)) "ssh" else host$rshcmd
-  # parallel's form, a command line.
+  # In parallel, this is a command line.
   if (length(ssh) == 1L && !file.exists(ssh)) ssh <- scan(text = ssh, what = "", quiet = TRUE)
   c(
     ssh, host$rshopts,
-    # What comes first counts: the user's options come before these, and these before the files.
+    # ssh uses the first value of an option: the user's options precede these, and these precede configuration files.
     "-o", "BatchMode=yes", "-o", "ConnectTimeout=15",
     "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4",
-    # Nothing of this session is lent to the host, and the stream carries bytes.
+    # No terminal, no X11 and no agent forwarding: the stream carries bytes.
     "-T", "-x", "-a",
     if (!is.null(host$port)) c("-p", host$port), if (!is.null(host$user)) c("-l", host$user),
     host$host, loginShellCommand(script)
@@ -81,7 +81,7 @@ variables <- function(envs, argument = "rscript_envs") {
   envs <- plain(envs)
   if (is.null(envs)) return(character())
   if (!is.character(envs) && !(is.atomic(envs) && !is.null(names(envs)))) {
-    badArgument(argument, "must be a named vector, or names of variables")
+    badArgument(argument, "must be a named vector, or a character vector of variable names")
   }
   values <- structure(as.character(envs), names = names(envs))
   if (!all(is.na(values) | isText(values))) badArgument(argument, "contains text of an unknown encoding")

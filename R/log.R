@@ -31,9 +31,10 @@
 #' belongs to error messages.
 #'
 #' A line has the time (UTC), the level, the process, the part, and what happened, with fields. Fields `task` and
-#' `rank` are the same in all files of a cluster, so that `grep 'task=17 '` shows the way of a task; `attempt` counts from 1.
+#' `rank` are the same in all files of a cluster, so that `grep 'task=17 '` shows the way of a task; `attempt` counts
+#' from 1. Clusters of one session share its file, and number their tasks each from 1.
 #' ```
-#' 2026-01-31T12:00:00.123456Z DEBUG head@pi[71] rustcluster::head::scheduler: task submitted task=17 rank=3 job=2 again=false
+#' 2026-01-31T12:00:00.123456Z DEBUG head@pi[71] rustcluster::head::scheduler: task submitted task=17 rank=3 job=2
 #' 2026-01-31T12:00:00.125310Z DEBUG worker 3@n1[99] rustcluster::worker::channel: task received task=17 bytes=312
 #' ```
 #'
@@ -61,10 +62,4 @@ NULL
 logVariables <- function() {
   values <- Sys.getenv(c("RUSTCLUSTER_LOG", "RUSTCLUSTER_LOG_DIR"))
   values[nzchar(values)]
-}
-
-# An attempt at a task has ended with its worker. `attempt`: how many have.
-logAttempt <- function(failure, attempt, again) {
-  rank <- if ("rank" %in% names(failure)) as.integer(failure[["rank"]]) else 0L
-  log_attempt(as.numeric(failure[["task"]]), rank, as.integer(attempt), again)
 }

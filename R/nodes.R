@@ -1,7 +1,7 @@
-# Nodes: those of several clusters, those beside other packages', and how clusters and nodes are looked at. Whatever
-# takes a cluster takes any nodes of ours, or refuses others by name.
+# Nodes of one or several clusters, beside nodes of other packages, and methods that print clusters and nodes. Functions
+# that take a cluster accept all nodes of this package, and refuse other nodes by their indices.
 
-# Of each node, whether it is one of ours.
+# Returns for each node whether it is a node of this package.
 areOurs <- function(nodes) {
   vapply(unclass(nodes), isNode, NA)
 }
@@ -14,8 +14,8 @@ isNode <- function(node) {
     isTRUE(rank >= 1 && rank <= length(handle$hosts))
 }
 
-# The clusters that the nodes in these places are of: a list with, for each, its `handle`, the `places` of its
-# nodes among all, and their `ranks`.
+# Returns the clusters of the nodes with these indices: a list with, for each cluster, its `handle`, the indices of its
+# nodes among all (`places`), and their `ranks`.
 clustersAmong <- function(nodes, places = seq_along(nodes)) {
   nodes <- unclass(nodes)
   parts <- list()
@@ -29,11 +29,11 @@ clustersAmong <- function(nodes, places = seq_along(nodes)) {
   parts
 }
 
-# The same of a cluster that a user has given.
+# Returns the same for a cluster that is an argument of a user's call, or raises an error.
 clustersOf <- function(cl, argument = "cl") {
   if (missing(cl)) badArgument(argument, "is missing")
   if (inherits(cl, "RustCluster") && length(cl)) {
-    # Nearly always they are of one cluster, which Rust finds out in less time.
+    # Fast path: Rust checks in less time that all nodes are of one cluster.
     ranks <- cluster_ranks(cl)
     if (typeof(ranks) == "integer" && isNode(cl[[1L]])) {
       handle <- cl[[1L]][["handle"]]
@@ -45,42 +45,42 @@ clustersOf <- function(cl, argument = "cl") {
   }
   if (!inherits(cl, "cluster") || !is.list(cl)) badArgument(argument, "must be a cluster made by makeRustCluster()")
   if (!length(cl)) {
-    badArgument(argument, "has no nodes: if all workers are gone, make another by makeRustCluster()")
+    badArgument(argument, "has no nodes; create a new cluster with makeRustCluster()")
   }
   ours <- areOurs(cl)
   if (!any(ours)) badArgument(argument, "must be a cluster made by makeRustCluster()")
   if (!all(ours)) {
     badArgument(
-      argument, "has nodes that were not made by makeRustCluster(): ", spanText(which(!ours), "node")
+      argument, "contains nodes that were not made by makeRustCluster(): ", spanText(which(!ours), "node")
     )
   }
   clustersAmong(cl)
 }
 
-# The handle of the one cluster that all nodes are of.
+# Returns the handle of the cluster. Nodes of several clusters are an error.
 clusterHandle <- function(cl, argument = "cl") {
   parts <- clustersOf(cl, argument)
   if (length(parts) > 1L) {
-    badArgument(argument, "has nodes of ", length(parts), " clusters, and must have those of one")
+    badArgument(argument, "contains nodes of ", length(parts), " clusters; all nodes must be of one cluster")
   }
   parts[[1L]]$handle
 }
 
-# The cluster that is meant: without one, parallel's default.
+# Returns the cluster, or parallel's default cluster for NULL.
 theCluster <- function(cl) {
   if (is.null(cl)) cl <- getDefaultCluster()
-  if (is.null(cl)) badArgument("cl", "is missing, and no default is registered: see setDefaultCluster()")
+  if (is.null(cl)) badArgument("cl", "is missing, and no default cluster is registered; see setDefaultCluster()")
   clustersOf(cl)
   cl
 }
 
-# One value for each node, in the order of the nodes. `of`: gives those of the nodes of one cluster.
+# Returns one value for each node, in the order of the nodes. `of`: returns the values of the nodes of one cluster.
 byNode <- function(parts, of) {
   values <- lapply(parts, function(part) of(part$handle, part$ranks))
   unlist(values)[order(unlist(lapply(parts, `[[`, "places")))]
 }
 
-# Each node once.
+# Returns the cluster without duplicate nodes.
 distinctNodes <- function(cl) {
   parts <- clustersOf(cl)
   cl[sort(unlist(lapply(parts, function(part) part$places[!duplicated(part$ranks)])))]
@@ -90,14 +90,14 @@ distinctNodes <- function(cl) {
 c.RustCluster <- function(..., recursive = FALSE) {
   nodesOf <- function(x) {
     if (inherits(x, "RustNode")) return(list(x))
-    # Nodes of all packages are lists with a class.
+    # Nodes are lists with a class, in all packages.
     nodes <- is.list(x) && all(vapply(unclass(x), function(node) is.list(node) && is.object(node), NA))
     if (!nodes) badArgument("...", "must be clusters, or nodes of clusters")
     attributes(x) <- NULL
     x
   }
   nodes <- do.call(c, lapply(list(...), nodesOf))
-  # As parallelly has it: the class that they have in common.
+  # As in parallelly: the common class of the nodes.
   named(structure(nodes, class = c(if (all(areOurs(nodes))) "RustCluster", "cluster")))
 }
 
@@ -111,8 +111,8 @@ unique.RustCluster <- function(x, incomparables = FALSE, ...) {
 #' @exportS3Method parallelly::as.cluster
 as.cluster.RustCluster <- function(x, ...) named(x)
 
-# For future's own plan(cluster, workers = cl). It knows clusters by their names, which it makes of what is in
-# them if they have none: of ours, that changes.
+# Names a cluster for future's own plan(cluster, workers = cl), which identifies clusters by name. Without a name,
+# future makes one from the contents of the nodes, which change for nodes of this package.
 named <- function(cl) {
   nameOf <- function(node) paste(c(node$handle$id, as.integer(node$con), node$rank), collapse = "-")
   attr(cl, "name") <- paste(vapply(unclass(cl), nameOf, ""), collapse = " ")
@@ -124,7 +124,7 @@ as.cluster.RustNode <- function(x, ...) {
   named(structure(list(x), class = c("RustCluster", "cluster")))
 }
 
-# NA for a node of a cluster that cannot be used here, as one that was loaded from a file.
+# Returns NA for a node of a cluster that cannot be used here, such as one that was loaded from a file.
 nodePid <- function(node) {
   handle <- node[["handle"]]
   if (handle$stopped) return(NA_integer_)
@@ -149,7 +149,7 @@ isNodeAlive.RustNode <- function(x, ...) {
   if (is.integer(pids)) !is.na(pids[[x[["rank"]]]]) else NA
 }
 
-# A worker that ends by a signal is replaced, as after any other loss.
+# A worker that is killed by a signal is replaced, as after any other worker failure.
 killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
   pid <- nodePid(x)
   if (is.na(pid)) return(FALSE)
@@ -160,14 +160,15 @@ killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
   identical(as.integer(status), 0L)
 }
 
-# A node is a process of its cluster's agent, which starts no others.
+# Agents cannot start additional workers.
 cloneNode.RustNode <- function(x, ...) {
   abort(
-    "not_yet", "a node of a cluster made by makeRustCluster() cannot be cloned: make another cluster, and `c()` both"
+    "not_yet",
+    "a node of a cluster made by makeRustCluster() cannot be cloned; make a second cluster and join both with c()"
   )
 }
 
-# As far as the version of parallelly has the generics.
+# Registers methods for the generics that the installed version of parallelly has.
 registerParallellyMethods <- function(...) {
   namespace <- asNamespace("parallelly")
   for (generic in c("isLocalhostNode", "isForkedNode", "isNodeAlive", "killNode", "cloneNode")) {
@@ -176,16 +177,15 @@ registerParallellyMethods <- function(...) {
   }
 }
 
-# Looking at clusters --------------------------------------------------------------------------
+# Printing clusters and nodes ------------------------------------------------------------------
 
-#' Process numbers of a cluster
+#' Process ids of workers and agents
 #'
-#' Known here already: no worker is asked.
+#' The session knows the process ids, and asks no worker.
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one.
-#' @return `clusterPids()`: integer, the pid of each node's worker, on its host;
-#'   `NA` for one that is gone. `agentPids()`: integer, the pid of the agent on
-#'   each host, without those that are gone.
+#' @return `clusterPids()`: integer, the pid of the worker of each node, on its host; `NA` if the worker has died or was
+#'   stopped. `agentPids()`: integer, the pids of the agents that run, one for each host.
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
 #' @seealso [clusterAlive()] for the part of a cluster whose workers are alive.
@@ -234,23 +234,23 @@ agentPids <- function(cl) {
 #' parallel::stopCluster(cl)
 #' @export
 clusterAlive <- function(cl) {
-  # The rest of a cluster of which nothing is left.
+  # A cluster without any node is valid here.
   if (!missing(cl) && inherits(cl, "RustCluster") && !length(cl)) return(cl)
   alive <- !is.na(clusterPids(cl))
   cl[alive]
 }
 
-# What is to be said of a cluster that cannot be used; "" of one that can.
+# Returns why a cluster cannot be used, as part of a sentence; "" for a usable one.
 fate <- function(handle) {
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
-  kind <- if (handle$stopped) "stopped" else if (is.character(pids)) pids[["kind"]] else ""
+  kind <- if (handle$stopped) "stopped" else if (isFailure(pids)) pids[["kind"]] else ""
   switch(kind,
     stopped = " that has been stopped",
     restored = paste0(
       " that was saved and loaded, or copied to another process: its workers belong to the session that ",
       "made them"
     ),
-    forked = " of the process that this one was forked from",
+    forked = " that belongs to the process that this one was forked from",
     ""
   )
 }
@@ -260,7 +260,7 @@ print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
   handles <- lapply(clustersAmong(x, which(areOurs(x))), `[[`, "handle")
   unusable <- vapply(handles, function(handle) !handle$stopped && nzchar(fate(handle)), NA)
-  if (any(unusable)) cat("Make a new one with makeRustCluster()\n")
+  if (any(unusable)) cat("Create a new one with makeRustCluster()\n")
   invisible(x)
 }
 
@@ -284,13 +284,13 @@ format.RustCluster <- function(x, ...) {
 #' @export
 `[.RustCluster` <- function(x, i) {
   if (!missing(i)) i <- plain(i)
-  # Most calls ask for nodes that there are, by their numbers, which cannot fail and takes a fraction of the time.
+  # Fast path for valid indices, which most calls have.
   there <- !missing(i) && is.numeric(i) && !is.object(i) && isTRUE(all(i >= 1 & i <= length(x)))
   part <- if (there) .subset(x, i) else tryCatch(.subset(x, i), error = function(e) {
-    badArgument("i", "must be numbers of nodes, or TRUE and FALSE")
+    badArgument("i", "must be indices of nodes, or a logical vector")
   })
   if (!there && !all(lengths(part, FALSE))) {
-    badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), ", and others are asked for")
+    badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), "; an index is out of range")
   }
   class(part) <- oldClass(x)
   part
@@ -302,7 +302,7 @@ print.RustNode <- function(x, ...) {
   fate <- fate(handle)
   if (!nzchar(fate)) {
     pid <- checked(hub_pids(handle$pointer), handle)[[x[["rank"]]]]
-    fate <- if (is.na(pid)) " whose worker is gone" else paste(" with pid", pid)
+    fate <- if (is.na(pid)) " whose worker has died or was stopped" else paste(" with pid", pid)
   }
   cat(format(x), fate, "\n", sep = "")
   invisible(x)

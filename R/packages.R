@@ -1,39 +1,37 @@
-# Where the packages of a cluster are loaded: by the agent, once, before it forks, or by each worker,
-# after the fork. None of this is called in the head.
+# Decides where the packages of a cluster are loaded: by the agent, once, before it forks, or by each worker, after the
+# fork. The head calls none of these functions.
 #
-# A fork has all that a package made of its process while it was loaded: a seed, a number drawn, a path
-# in tempdir(), an open file. The agent watches each namespace while it loads. If one does what must
-# differ between processes, the agent starts anew without it, and its workers load it instead.
+# A fork inherits the state that a package creates at load: a seed, a random number, a path in tempdir(), an open file.
+# The agent observes each namespace while it loads. If a namespace creates state that must differ between processes, the
+# agent restarts without it, and its workers load the package instead.
 
-# Packages that are never loaded by the agent. The agent would find them out itself, at the price of a
-# restart.
+# Packages that the agent never loads. The agent would detect them itself, at the cost of a restart.
 perProcess <- c(
   "callr", "credentials", "curl", "dqrng", "ff", "gert", "hdf5r", "later", "magick", "rgl", "snow", "terra"
 )
 
-# Packages whose code can read the clock, the process id or random bytes, and that were seen to do so for
-# what is called later, or to make anew what belongs to another process.
+# Packages whose code can read the clock, the process id or random bytes, but that do so only in later calls, or renew
+# state that belongs to another process. Tests have shown that.
 perCall <- c(
   "Amelia", "clock", "future", "ggrepel", "igraph", "lwgeom", "nloptr", "progressr", "ps", "ranger",
   "RcppArmadillo", "RPostgreSQL", "RSQLite", "s2", "sass", "Seurat", "sys", "testthat", "timeDate", "uuid",
   "vroom", "zip"
 )
 
-# Packages that make something of their process that can be made anew in a worker, in less time than
-# loading them takes.
+# Packages whose process state can be renewed in a worker, in less time than loading them takes.
 renewals <- list(
-  # Its handler of forks leaves one thread to the child.
+  # data.table's fork handler limits the child to one thread.
   data.table = function() getExportedValue("data.table", "setDTthreads")(NULL),
-  # Its timer is a thread, which CLI_NO_THREAD has kept out of the agent.
+  # cli's timer is a thread, which CLI_NO_THREAD prevents in the agent.
   cli = function() {
     cli <- asNamespace("cli")
     .Call(cli$clic_start_thread, cli, cli$clienv$tick_time, cli$clienv$speed_time)
   }
 )
 
-# Attaches the packages that may be forked, and loads those that cannot be attached yet, for one before
-# them is left to the workers. `after`: those that are known to be for the workers. Returns these and
-# those that were found out, by what they did; a failure is a character vector.
+# Attaches the packages that may be forked. Loads packages that cannot be attached yet because an earlier one is left to
+# the workers. `after`: packages that are known to be left to the workers. Returns the packages that were detected, with
+# the reasons, or a character vector for a failure.
 loadBeforeFork <- function(packages, after) {
   if (is.na(Sys.getenv("CLI_NO_THREAD", NA))) {
     Sys.setenv(CLI_NO_THREAD = "true")
@@ -58,7 +56,7 @@ loadBeforeFork <- function(packages, after) {
   watch$culprits(packages)
 }
 
-# NULL, or what went wrong.
+# Returns NULL, or an error message.
 loadFailure <- function(expr, package, how = "attached") {
   tryCatch({
     expr
@@ -66,10 +64,10 @@ loadFailure <- function(expr, package, how = "attached") {
   }, error = function(e) paste0("package ", sQuote(package), " could not be ", how, ": ", conditionMessage(e)))
 }
 
-# Watches what namespaces do while they are loaded.
+# Observes what namespaces do while they are loaded.
 watchLoading <- function() {
-  # The namespaces that are being loaded, the innermost last; of each, those that it asks for; and of
-  # those that must not be forked, what they did.
+  # The namespaces that are being loaded, the innermost last (`stack`); the imports of each (`asks`); and for those that
+  # must not be forked, what they did (`found`).
   stack <- character()
   asks <- list()
   found <- list()
@@ -81,8 +79,8 @@ watchLoading <- function() {
     }
   }
   innermost <- function() stack[length(stack)]
-  # R's generator tells of its draws, also where its state is put back after that. Many packages have it
-  # write its state without a draw.
+  # Detect draws by an active binding, also where the seed is restored afterwards. Many packages make R write its seed
+  # without a draw.
   set.seed(NULL)
   state <- get(".Random.seed", globalenv())
   watchSeed <- function() {
@@ -100,7 +98,7 @@ watchLoading <- function() {
   }
   directory <- tempdir()
   last <- processState(directory)
-  # What has changed since the last look is of this namespace.
+  # Attributes changes since the last call to this namespace.
   look <- function(namespace) {
     looking <<- TRUE
     watchSeed()
@@ -155,17 +153,17 @@ watchLoading <- function() {
   list(
     within = within,
     end = function() {
-      # Packages may have kept one of these functions.
+      # Packages may still call one of the replaced functions.
       looking <<- TRUE
       Map(setBase, names(originals), originals)
       rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
     },
-    # Those of the packages that are, or ask for, a namespace that was found out, with what that did.
+    # Returns the packages that are or import a detected namespace, with the reasons.
     culprits = function(packages) {
       reasons <- lapply(packages, function(package) {
         reached <- package
         while (length(more <- setdiff(unlist(asks[reached]), reached))) reached <- c(reached, more)
-        # Of those that are always left to workers nothing need be seen.
+        # Packages that are always left to workers need no reason.
         bad <- intersect(reached, c(names(found), intersect(perProcess, loadedNamespaces())))
         vapply(bad, function(name) paste(c(name, found[[name]]), collapse = ": "), "")
       })
@@ -175,8 +173,7 @@ watchLoading <- function() {
   )
 }
 
-# A function of base's that tells of its calls, or of those for which `when` holds, and is what it was
-# otherwise.
+# Returns a function of base that calls `tell` before it runs, if `when` is TRUE.
 telling <- function(name, what, tell, when = TRUE) {
   original <- get(name, baseenv())
   body(original) <- call("{", call("if", call("isTRUE", when), call("(tell)", what)), body(original))
@@ -191,7 +188,7 @@ setBase <- function(name, value) {
   lockBinding(name, base)
 }
 
-# What a fork takes along of this process, besides memory; named by what is said of its changes.
+# Returns the state of this process that a fork inherits, besides memory. Names are the texts for changes.
 processState <- function(directory) {
   self <- "/proc/self"
   children <- sprintf("/proc/self/task/%s/children", list.files(file.path(self, "task")))
@@ -204,8 +201,8 @@ processState <- function(directory) {
   )
 }
 
-# Whether the compiled code of a namespace can read random bytes, the clock or the process id, from which
-# generators are seeded.
+# Returns whether the compiled code of a namespace can read random bytes, the clock or the process id, which seed
+# generators.
 readsSources <- function(namespace) {
   libraries <- list.files(
     file.path(getNamespaceInfo(namespace, "path"), "libs"), "[.]so$", recursive = TRUE, full.names = TRUE
@@ -213,26 +210,26 @@ readsSources <- function(namespace) {
   any(vapply(libraries, code_reads_sources, NA))
 }
 
-# In a forked worker: what the agent has left to it.
+# Runs in a forked worker: loads the packages that the agent has left to it.
 loadAfterFork <- function(packages, after) {
   for (name in intersect(names(renewals), loadedNamespaces())) {
-    # Another version may have it elsewhere: the worker is no worse than a plain fork then.
+    # Another version of the package may lack this function: the worker is then a plain fork.
     try(suppressWarnings(renewals[[name]]()), silent = TRUE)
   }
   renewPort()
-  # Those that are attached stay where they are.
+  # Packages that are attached already keep their positions.
   if (length(after)) attachPackages(packages)
 }
 
-# The port of clusters that this worker makes: parallel draws it when it is loaded.
+# Changes the default port of clusters that this worker makes, which parallel draws at load.
 renewPort <- function() {
   if (!is.na(suppressWarnings(as.integer(Sys.getenv("R_PARALLEL_PORT"))))) return()
   port <- get("defaultClusterOptions", asNamespace("parallel"))$port
   get("setDefaultClusterOptions", asNamespace("parallel"))(port = 11000L + (port - 11000L + Sys.getpid()) %% 1000L)
 }
 
-# Whether what this session did when it started, as a user's profile has it, must not be forked: workers
-# are R sessions of their own then.
+# Returns whether the startup of this session, for example a user's profile, has created state that must not be forked.
+# Workers are then separate R processes.
 startedUnsafe <- function() {
   loaded <- setdiff(loadedNamespaces(), c(basePackages(), perCall, names(renewals)))
   texts <- unlist(rapply(

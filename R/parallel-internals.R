@@ -1,13 +1,13 @@
-# All that depends on how parallel is written inside, which R does not promise to keep. Each dependency has a
-# test that names it in tests/testthat/test-parallel-internals.R.
+# Code that depends on the internals of parallel, which R may change. Each dependency has a test in
+# tests/testthat/test-parallel-internals.R.
 #
-# parallel's verbs send task by task, through sendCall(), postNode() and the generic sendData(). At the first
-# send the verb's frame holds all that the job is made of. So our method of sendData() finds that frame, runs
-# the whole job as our own verb of that name does, and returns from that frame with the results. Nothing in
-# parallel's namespace is changed. Whatever is not as it is known here is left to go on task by task.
+# parallel's verbs send task by task, through sendCall(), postNode() and the generic sendData(). At the first send the
+# frame of the verb contains the whole job. The method of sendData() finds that frame, runs the whole job as the verb of
+# this package does, and returns from that frame with the results. Nothing in parallel's namespace is changed. A verb
+# whose code is unknown goes on task by task.
 
 # Functions of parallel, by their names, and `gets`, by which clusterExport() assigns a variable on a worker.
-# `namespace`: parallel's. `known`: of each verb, whether it is written as is known here.
+# `namespace`: the namespace of parallel. `known`: for each verb, whether its code is known.
 parallels <- new.env(parent = emptyenv())
 
 # Called when the package is loaded.
@@ -22,8 +22,8 @@ findParallels <- function() {
   parallels$known <- c(stats::setNames(known, names(verbCode)), clusterSetRNGStream = FALSE)
 }
 
-# The arguments of the verbs that are run as a whole, and all names in their bodies, in order: the same from
-# R 4.2 to 4.6. A verb with others is not run as a whole.
+# The code of the verbs that are run as a whole: their arguments, and all names in their bodies, in order. It is the
+# same from R 4.2 to 4.6. A verb with other code is not run as a whole.
 verbCode <- list(
   clusterCall = list(
     arguments = "cl fun ...",
@@ -54,13 +54,13 @@ isWrittenAs <- function(fun, code) {
   identical(names(formals(fun)), words(code$arguments)) && identical(all.names(body(fun)), words(code$names))
 }
 
-# The verb that sends, for a method of sendData() whose frame has this number; NULL for other code: what is sent
-# by that, or by hand, is received by it as it likes. A list of the number of the verb's frame (`depth`), its
-# `name`, and whether it is parallel's own (`own`) or snow's. Between a verb and the method are sendCall(),
-# postNode() and the generic. sys.function() copies a function, so that no more are asked for than need be.
+# Returns the verb that sends, for a method of sendData() whose frame has this number: a list of the number of the
+# verb's frame (`depth`), its `name`, and whether it is parallel's (`own`) or snow's. Returns NULL for other code, which
+# receives answers in its own way. Between a verb and the method are sendCall(), postNode() and the generic.
+# sys.function() copies a function, so that it is called as rarely as possible.
 sendingVerb <- function(frames) {
   if (frames < 5L) return(NULL)
-  # What is most frequent, and takes least, first.
+  # Check the most frequent and cheapest case first.
   if (identical(sys.function(frames - 4L), parallels$clusterCall)) {
     return(list(depth = frames - 4L, name = "clusterCall", own = TRUE))
   }
@@ -80,7 +80,7 @@ verbAt <- function(depth, names) {
   NULL
 }
 
-# Whether this is parallel's function of this name, also as the default method of an S4 generic.
+# Returns whether this is parallel's function of this name, also as the default method of an S4 generic.
 isParallels <- function(fun, name) {
   theirs <- parallels[[name]]
   if (identical(fun, theirs)) return(TRUE)
@@ -90,7 +90,7 @@ isParallels <- function(fun, name) {
 
 isSnows <- function(fun, name) isNamespaceLoaded("snow") && identical(fun, asNamespace("snow")[[name]])
 
-# The results that a checkForRemoteErrors() which has called us looks through. NULL: none has.
+# Returns the results that a calling checkForRemoteErrors() checks, or NULL without such a caller.
 resultsChecked <- function() {
   for (depth in rev(seq_len(sys.nframe()))) {
     fun <- sys.function(depth)
@@ -99,15 +99,15 @@ resultsChecked <- function() {
   NULL
 }
 
-# The function by which clusterExport() of parallel, or of snow, assigns a variable on a worker.
+# Returns whether this is the function by which clusterExport() of parallel or snow assigns a variable on a worker.
 isGets <- function(fun) {
   identical(fun, parallels$gets) ||
     (isNamespaceLoaded("snow") && identical(fun, get("gets", environment(asNamespace("snow")$clusterExport))))
 }
 
-# Runs the whole job of the verb that is about to send its first task, and returns from the verb with the results, or
-# raises what the verb would. Returns from here, having done nothing, if the verb is to go on by itself. `message`: of
-# the first task. It has been made by the verb, so that all has been evaluated as parallel does.
+# Runs the whole job of a verb that is about to send its first task, and returns from the verb with the results, or
+# raises the errors of the verb. If the verb has to go on by itself, this function does nothing and returns. `message`:
+# the message of the first task. The verb has made it, so that all arguments have been evaluated as in parallel.
 runWhole <- function(verb, message) {
   frame <- sys.frame(verb$depth)
   if (!isWhole(verb, frame)) return()
@@ -123,15 +123,15 @@ runWhole <- function(verb, message) {
   task <- message$data
   chunking <- if (!round) chunkingFrame(verb$depth, task$args)
   if (!is.null(chunking)) {
-    # The arguments are a chunk, the function, and further ones for that.
+    # The arguments are a chunk, the function, and further arguments of the function.
     returnFrom(chunking, applyFree(cl, ranks, chunking$X, task$args[[2L]], task$args[-(1:2)]))
   }
   tasks <- tasksOf(frame$argfun, frame$n, task$args)
   if (!is.null(tasks)) returnFrom(frame, runTasks(cl, ranks, task$fun, frame$n, tasks, round))
 }
 
-# Whether the job of the verb in this frame can be run as a whole: it is written as is known here, all is still to be
-# done, and nobody measures by snow's hooks, which parallel calls for each message.
+# Returns whether the job of the verb in this frame can be run as a whole: its code is known, no task has been sent, and
+# snow's timing hooks, which parallel calls for each message, are off.
 isWhole <- function(verb, frame) {
   verb$own && parallels$known[[verb$name]] && frame$i == 1L &&
     switch(verb$name,
@@ -144,8 +144,9 @@ isWhole <- function(verb, frame) {
 
 isCount <- function(n) is.numeric(n) && length(n) == 1L && isTRUE(n <= .Machine$integer.max & n == trunc(n))
 
-# The frame of the parLapplyLB() that calls the dynamicClusterApply() in this frame through do.call() and
-# clusterApplyLB(), if it leaves it to us which elements are sent together. NULL for none. `args`: of the first task.
+# Returns the frame of the parLapplyLB() that calls the dynamicClusterApply() in frame `depth` through do.call() and
+# clusterApplyLB(), if the job may choose batches of elements. Returns NULL otherwise. `args`: the arguments of the
+# first task.
 chunkingFrame <- function(depth, args) {
   if (depth < 4L || length(args) < 2L || !parallels$known$parLapplyLB) return(NULL)
   if (!isParallels(sys.function(depth - 1L), "clusterApplyLB")) return(NULL)
@@ -154,14 +155,14 @@ chunkingFrame <- function(depth, args) {
   if (is.null(frame$chunk.size) && isFree(frame$X, args[[2L]])) frame
 }
 
-# Ends the frame's function with this value. Exit handlers of all frames above it are run.
+# Returns from the function of this frame with a value. Exit handlers of all frames above it are run.
 returnFrom <- function(frame, value) do.call("return", list(value), envir = frame)
 
-# What the tasks of a staticClusterApply() or dynamicClusterApply() are made of, for runJob(): their `elements`, the
+# Returns the parts of the tasks of a staticClusterApply() or dynamicClusterApply(), for runJob(): their `elements`, the
 # arguments that are the same for all (`common`), and whether an element is a list of arguments (`spread`). `argfun`
-# gives all arguments of a task by its number, and `first` are those of the first, which are not made a second time.
-# NULL: `argfun` is none of those that are known, or elements are taken out of an object by code that may have a state,
-# and is to be called in the order of the tasks.
+# returns all arguments of a task by its index. `first` are the arguments of the first task, which are not computed
+# again. Returns NULL if `argfun` is unknown, or if elements are extracted by a method that may have state and must be
+# called in the order of the tasks.
 tasksOf <- function(argfun, n, first) {
   if (typeof(first) != "list" || !is.function(argfun)) return(NULL)
   made <- environment(argfun)
@@ -180,13 +181,13 @@ tasksOf <- function(argfun, n, first) {
   }
 }
 
-# Whether `argfun` is a function of a task's number with this body, made where these variables are.
+# Returns whether `argfun` is a function of an index with this body, made in an environment with these variables.
 isMadeAs <- function(argfun, body, variables) {
   identical(body(argfun), body) && identical(names(formals(argfun)), "i") &&
     all(variables %in% names(environment(argfun)))
 }
 
-# Whether `[[` of an object is other code than R's own.
+# Returns whether an object has a `[[` method of another package.
 hasElementsOfItsOwn <- function(x, envir) {
   if (!is.object(x)) return(FALSE)
   own <- function(class) {
@@ -196,8 +197,8 @@ hasElementsOfItsOwn <- function(x, envir) {
   isS4(x) || any(vapply(class(x), own, NA))
 }
 
-# Puts the verbs in their place, when the package is loaded. What they split and put together, and how,
-# is what this version of R does; below them are the functions here.
+# Assigns the verbs when the package is loaded. They are copies of the functions of the running R, which divide
+# arguments and combine results, but call functions of this package to run tasks.
 findVerbs <- function(namespace = topenv()) {
   theirs <- environment(parallel::clusterApply)
   below <- new.env(parent = theirs)
@@ -215,7 +216,7 @@ findVerbs <- function(namespace = topenv()) {
     assign(name, verb, namespace)
   }
   assign("clusterCall", callNodes, namespace)
-  # Their parLapplyLB() cuts elements into chunks before it knows how long they take.
+  # parallel's parLapplyLB() divides elements into chunks before it knows how long they take.
   parallels$chunked <- below$parLapplyLB
   free <- freeElements
   formals(free) <- formals(parallels$chunked)
@@ -223,7 +224,7 @@ findVerbs <- function(namespace = topenv()) {
   assign("parLapplyLB", free, namespace)
 }
 
-# parallel's function of this name, which finds ours before parallel's.
+# Returns a copy of parallel's function of this name, which finds functions in `below` before those of parallel.
 rebound <- function(name, below) {
   theirs <- get(name, parent.env(below))
   environment(theirs) <- below

@@ -29,7 +29,7 @@ sendData.RustNode <- function(node, data) {
     }
   } else if (handle$frames != frames) {
     # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
-    raiseFailure(c(kind = "busy"), handle)
+    raiseFailure(rustFailure("busy"), handle)
   }
   sendTask(handle, .subset2(node, "rank"), data)
 }
@@ -38,7 +38,7 @@ sendTask <- function(handle, rank, message) {
   result <- hub_send(handle$pointer, rank, handle$job, message, handle$lasts)
   if (is.null(result)) return(invisible())
   if (isFromStale(result, handle)) return(sendTask(handle, rank, message))
-  if (typeof(result) == "character") handleFailed(result, handle)
+  if (isFailure(result)) handleFailed(result, handle)
   unwound(result)
 }
 
@@ -82,14 +82,14 @@ continueJob <- function(handle, job, depth, frames, lasts) {
 # An error if another verb is under way, for a verb of ours, which asks from the frame with this number.
 refuseIfBusy <- function(handle, frames) {
   if (handle$job != noJob) closeStale(handle, frames)
-  if (handle$job != noJob) raiseFailure(c(kind = "busy"), handle)
+  if (handle$job != noJob) raiseFailure(rustFailure("busy"), handle)
 }
 
 # A verb that may end before R has to note that it is under way is noted in Rust alone: see callAll() and runJob(). Its
 # end may have been interrupted, too. Whether `result` refuses a verb for such a one, which is closed then.
 isFromStale <- function(result, handle) {
-  if (typeof(result) != "character" || !"begun" %in% names(result)) return(FALSE)
-  job <- as.numeric(result[["begun"]])
+  job <- if (isFailure(result)) result[["begun"]]
+  if (is.null(job)) return(FALSE)
   for (depth in seq_len(sys.nframe())) {
     fun <- sys.function(depth)
     if (!identical(fun, callAll) && !identical(fun, runJob)) next
@@ -106,7 +106,6 @@ closeJob <- function(handle, job) {
     if (handle$job == job) {
       handle$job <- noJob
       handle$lasts <- NULL
-      handle$policy <- NULL
       openFrames[[handle$id]] <- NULL
     }
     if (length(handle$losses)) handle$losses <- list()
@@ -125,7 +124,7 @@ settingOf <- function(verb, call) {
 }
 
 handleFailed <- function(failure, handle) {
-  if (handle$stopped) failure <- c(kind = "stopped")
+  if (handle$stopped) failure <- rustFailure("stopped")
   condition <- failureCondition(failure, handle)
   # What is raised is not warned of as well.
   showEvents(handle, except = condition)
@@ -138,12 +137,17 @@ recvData.RustNode <- function(node) {
   handle <- .subset2(node, "handle")
   rank <- .subset2(node, "rank")
   repeat {
+    raiseInterrupt()
     result <- hub_receive(handle$pointer, rank)
-    if (typeof(result) == "list") return(result)
+    if (typeof(result) == "list" && !(is.object(result) && isFailure(result))) return(result)
     result <- noAnswer(orStopped(result, handle, rank), handle)
     if (!is.null(result)) return(result)
   }
 }
+
+# Raises an interrupt that is pending. R itself does so only now and then, and an interrupt that is raised just after an
+# answer was taken loses the answer.
+raiseInterrupt <- function() Sys.sleep(0)
 
 #' @exportS3Method parallel::recvOneData
 #' @exportS3Method snow::recvOneData
@@ -157,20 +161,21 @@ recvOneData.RustCluster <- function(cl) {
 # `result`: the first that was received.
 nextAnswer <- function(cl, handle, result) {
   repeat {
-    if (typeof(result) == "list") return(result)
-    if (typeof(result) == "character" && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
+    failed <- is.object(result) && isFailure(result)
+    if (typeof(result) == "list" && !failed) return(result)
+    if (failed && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
     answer <- noAnswer(orStopped(result, handle, cluster_ranks(cl)), handle)
     if (typeof(result) == "logical") return(answer)
-    if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
+    if (!is.null(answer)) return(list(node = result[["place"]], value = answer))
     result <- hub_receive_any(handle$pointer, cl)
   }
 }
 
 # What was outstanding on nodes that have been stopped, as in the middle of a verb, is forgotten.
 orStopped <- function(result, handle, ranks) {
-  if (typeof(result) != "character" || result[["kind"]] != "no_task") return(result)
+  if (!isFailure(result) || result[["kind"]] != "no_task") return(result)
   gone <- setdiff(ranks, handle$alive)
-  if (length(gone)) c(kind = "stopped", rank = gone[[1L]]) else result
+  if (length(gone)) rustFailure("stopped", rank = gone[[1L]]) else result
 }
 
 # Our nodes beside others have this class alone: parallelly's c() gives it to them.
@@ -224,7 +229,7 @@ receiveOfAny <- function(cl, read = readAnswer) {
     } else if (length(waiting)) {
       checked(hubs_wait(waiting))
     } else {
-      handleFailed(c(kind = "no_task"), sources[[1L]]$handle)
+      handleFailed(rustFailure("no_task"), sources[[1L]]$handle)
     }
   }
 }
@@ -233,12 +238,13 @@ receiveOfAny <- function(cl, read = readAnswer) {
 lookFor <- function(part, read) {
   handle <- part$handle
   result <- hub_look(handle$pointer, part$ranks, part$places)
-  if (typeof(result) == "list") return(result)
-  nothing <- typeof(result) == "character" && result[["kind"]] == "no_task"
+  failed <- is.object(result) && isFailure(result)
+  if (typeof(result) == "list" && !failed) return(result)
+  nothing <- failed && result[["kind"]] == "no_task"
   if (nothing && !handle$stopped) return(FALSE)
   answer <- noAnswer(result, handle, read)
   if (typeof(result) == "logical") return(answer)
-  if (!is.null(answer)) return(list(node = as.integer(result[["place"]]), value = answer))
+  if (!is.null(answer)) return(list(node = result[["place"]], value = answer))
   TRUE
 }
 
@@ -254,10 +260,12 @@ receiveByConnection <- function(connections, places, timeout) {
 # which is what Sys.sleep(0) does. Returns an answer if it has to be read or made here.
 noAnswer <- function(result, handle, read = readAnswer) {
   if (typeof(result) == "logical") return(read(handle))
-  answer <- switch(typeof(result),
-    character = if ("task" %in% names(result)) taskEnded(result, handle) else handleFailed(result, handle),
-    pairlist = unwound(result)
-  )
+  answer <- if (isFailure(result)) {
+    if (is.null(result[["task"]])) handleFailed(result, handle)
+    taskEnded(result, handle)
+  } else if (!is.null(result)) {
+    unwound(result)
+  }
   showEvents(handle)
   if (is.null(answer)) Sys.sleep(0)
   answer
@@ -272,9 +280,12 @@ readAnswer <- function(handle) {
 
 # An answer as it came. One that cannot be read is the failure of its task.
 readWithConditions <- function(handle) {
-  answer <- answersRead(handle, checked(hub_read(handle$pointer), handle))
+  answer <- answersRead(handle, {
+    raiseInterrupt()
+    checked(hub_read(handle$pointer), handle)
+  })
   if (!inherits(answer, "rustcluster_unread")) return(answer)
-  value <- failedAnswer(as.character(answer$task), notRead(answer), handle)
+  value <- failedAnswer(answer$task, notRead(answer), handle)
   if (answer$place == 0) value else list(node = as.integer(answer$place), value = value)
 }
 
@@ -353,6 +364,7 @@ endNodes <- function(handle, ranks) {
   handle$alive <- setdiff(handle$alive, ranks)
   if (!length(handle$alive)) {
     handle$stopped <- TRUE
+    closeReadiness(handle)
     handle$ending <- TRUE
   }
 }

@@ -1,19 +1,19 @@
-# What is shown of a job while it runs.
+# The progress bar of a job.
 
 wantsProgress <- function() {
   wanted <- getOption("rustcluster.progress", FALSE)
   if (!isTRUE(wanted) && !isFALSE(wanted)) {
-    badArgument("rustcluster.progress", "is an option that must be TRUE or FALSE")
+    badArgument("rustcluster.progress", "must be TRUE or FALSE; it is set by options()")
   }
   wanted
 }
 
-# Returns a function that brings the bar up to date. It ends with the frame that has called.
-# `progress`: gives the numbers of tasks done, and of workers that are busy.
+# Returns a function that updates the bar. The bar ends with the frame of the caller. `progress`: returns the numbers of
+# finished tasks and of busy workers.
 showProgress <- function(progress, n, what, envir = parent.frame()) {
   whats <- paste0(what, "s")
   bar <- cli::cli_progress_bar(
-    # It is brought up to date once more after its end, when a loss has been settled.
+    # The bar is updated once more after the last task has ended.
     total = n, clear = FALSE, auto_terminate = FALSE, .envir = envir,
     format = paste0(
       "{cli::pb_bar} {cli::pb_current}/{cli::pb_total} ", whats, " | {cli::pb_rate} | ",

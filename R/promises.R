@@ -1,15 +1,14 @@
-# Calls as promises of package 'promises'. Nobody asks again and again whether one has ended: the hub's
-# thread has package 'later' call callsWoken() here.
+# Calls as promises of package 'promises', without polling: when a call ends, the hub's thread makes package 'later'
+# call callsWoken().
 
 #' Calls as promises
 #'
-#' [promises::as.promise()] on what [clusterSubmit()] and [clusterLapplyAsync()] return. The session does
-#' not wait for it, and does not look for it either: it is woken when the call has ended, at the console,
-#' in Shiny, and in [later::run_now()]. A promise keeps its call and its cluster alive.
+#' [promises::as.promise()] works on the objects that [clusterSubmit()] and [clusterLapplyAsync()] return. The session
+#' neither waits nor polls: it is woken when the call has ended, at the console, in Shiny, and in [later::run_now()]. A
+#' promise keeps its call and its cluster alive.
 #'
 #' @param x An object made by [clusterSubmit()] or [clusterLapplyAsync()].
-#' @return A promise, which is fulfilled with the call's value, or rejected with its error: see
-#'   [clusterSubmit()].
+#' @return A promise. It is fulfilled with the value of the call, or rejected with its error: see [clusterSubmit()].
 #' @name promises
 #' @examplesIf requireNamespace("promises", quietly = TRUE)
 #' cl <- makeRustCluster(2)
@@ -42,14 +41,19 @@ as.promise.RustCalls <- function(x) {
   })
 }
 
-# `start` gets a function that takes the state and the result at the end. A value fulfils the promise at once:
-# an interrupt would lose a handler between the two, and with it the promise. An error is raised in a handler,
-# because Shiny notes the stack where it is raised, and fails at showing an error that has none.
+# `start` is called with a function that takes the final state and the result. A value fulfils the promise at once:
+# with a handler in between, an interrupt would lose the handler and with it the promise. An error is raised in a
+# handler that is made here, because Shiny records the stack where the error is raised, and cannot print an error
+# without one.
 promiseOf <- function(start) {
+  fail <- NULL
+  failed <- promises::promise(function(resolve, reject) fail <<- resolve)
+  raised <- promises::then(failed, function(error) stop(error))
   promises::promise(function(resolve, reject) {
     start(function(state, result) {
       if (state == "done") return(resolve(result))
-      resolve(promises::then(promises::promise_resolve(NULL), function(...) stop(result)))
+      resolve(raised)
+      fail(result)
     })
   })
 }
@@ -62,13 +66,14 @@ is.promising.RustCall <- function(x) TRUE
 #' @exportS3Method promises::is.promising
 is.promising.RustCalls <- function(x) TRUE
 
-# Of clusters, by their numbers, the names by which their records are found. How many there have been: `count`.
+# The ids of clusters (the keys of `openCalls`), by the numbers by which the hub's thread names the clusters. `count`:
+# the last number.
 awaited <- new.env(parent = emptyenv())
 awaited$count <- 0
 
-# Calls `waiter` with the state and the result of a call as soon as that has ended.
+# Calls `waiter` with the state and the result of a call as soon as the call has ended.
 whenEnded <- function(record, waiter) {
-  # Before anything is looked at: whatever ends the call from here on tells it.
+  # Add the waiter first: it is called whatever ends the call from here on.
   record$waiters <- c(record$waiters, list(waiter))
   lookAt(record)
   if (record$state != "open") return(tellWaiters(record))
@@ -82,10 +87,10 @@ whenEnded <- function(record, waiter) {
   invisible()
 }
 
-# Package 'later' calls this, by way of the hub.
+# Package 'later' calls this when the hub's thread has asked for it.
 callsWoken <- function(number) {
   id <- awaited[[as.character(number)]]
-  # A copy: a finalizer may remove any of them.
+  # Copy the records, because a finalizer may remove any of them.
   records <- if (!is.null(id)) as.list(openCalls[[id]])
   if (!length(records)) return()
   handle <- records[[1L]]$handle

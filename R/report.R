@@ -1,19 +1,21 @@
-# How the start went on each host.
+# clusterHosts(): how the start went on each host. Error messages and remedies for hosts that failed.
 
-#' The hosts of a cluster
+#' Hosts of a cluster
+#'
+#' Returns how the start of the cluster went on each host, and how many workers of the host run.
 #'
 #' @param cl A cluster made by [makeRustCluster()].
 #' @return A data frame of class `"rustcluster_hosts"`, with a row for each host, or for each group of
-#'   equal entries of the spec:
+#'   equal entries of `spec`:
 #'   \describe{
-#'     \item{host, user}{(character) as they were given; `user` is `NA` where none was.}
-#'     \item{workers}{(integer) workers asked for.}
-#'     \item{up}{(integer) workers there are now.}
-#'     \item{r_version, platform}{(character) of R there.}
-#'     \item{cores}{(integer) cores that may be used there.}
-#'     \item{memory, available}{(numeric) bytes of memory in all, and when it was started.}
-#'     \item{seconds}{(numeric) from the call to the last worker's answer.}
-#'     \item{problem}{(character) what went wrong, or `NA`.}
+#'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
+#'     \item{workers}{(integer) workers that `spec` asked for.}
+#'     \item{up}{(integer) workers that run now.}
+#'     \item{r_version, platform}{(character) of R on the host.}
+#'     \item{cores}{(integer) usable cores of the host.}
+#'     \item{memory, available}{(numeric) bytes of memory: in all, and available when the agent started.}
+#'     \item{seconds}{(numeric) from the call of `makeRustCluster()` until the last worker was ready.}
+#'     \item{problem}{(character) why the host or some of its workers failed, or `NA`.}
 #'   }
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
@@ -29,8 +31,8 @@ clusterHosts <- function(cl) {
 }
 
 #' @rdname clusterHosts
-#' @param x What `clusterHosts()` has returned, or rows or columns of it. `print()` shows the columns
-#'   `memory` and `available` with units, such as "7.6 GB"; in `x` they stay numbers of bytes.
+#' @param x A data frame that `clusterHosts()` has returned, or some of its rows or columns. `print()` prints the
+#'   columns `memory` and `available` with units, such as "7.6 GB"; in `x` they are numbers of bytes.
 #' @param ... Passed on to `print()` for data frames.
 #' @export
 print.rustcluster_hosts <- function(x, ...) {
@@ -87,35 +89,35 @@ hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
   )
 }
 
-# What to do if the command of a host has ended before an agent greeted, or NULL. Each program is known by its
-# status, and its messages are looked for only where they are its own: any may print "Permission denied".
+# Returns what to do if the command of a host has ended before its agent greeted, or NULL. The exit status tells which
+# program failed. Its messages are searched only then, because any program may print "Permission denied".
 commandRemedy <- function(host, reason, stderr, stdout, status) {
   ssh <- !isTRUE(host$here)
   if (startsWith(reason, "the agent could not be started: ")) {
-    if (!ssh) return("Rscript cannot be run here: check `rscript`")
-    return("the command that connects to the host cannot be run here: install ssh, or check `rshcmd`")
+    if (!ssh) return("Rscript cannot be run on this machine: check `rscript`")
+    return("the command that connects to the host cannot be run on this machine: install ssh, or check `rshcmd`")
   }
   # ssh's own failure.
   if (ssh && status %in% 255L) return(sshRemedy(host, stderr))
   rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
   if (ssh && status %in% 126L) {
-    return(paste0("Rscript cannot be executed there (", rscript, "): check its permissions, or `rscript`"))
+    return(paste0("Rscript cannot be executed on the host (", rscript, "): check its permissions, or `rscript`"))
   }
   if (ssh && status %in% 127L) {
-    return(paste0("Rscript is not found there (", rscript, "): install R, or give its path as `rscript`"))
+    return(paste0("Rscript was not found on the host (", rscript, "): install R, or set its path by `rscript`"))
   }
   if (status %in% 1L && grepl("no package called .rustcluster", stderr)) {
     return(paste0(
-      "rustcluster is not installed there: run `installOnHosts(\"", writtenHost(host), "\")`, or give the library ",
-      "that has it as `rlibs`"
+      "rustcluster is not installed on the host: run `installOnHosts(\"", writtenHost(host), "\")`, or set its ",
+      "library by `rlibs`"
     ))
   }
-  # R writes what it is to run to a temporary file first, and does not notice that nothing was written.
+  # R writes the code to a temporary file first, and does not notice if nothing was written.
   nothing <- status %in% 0L && !nzchar(paste0(stderr, stdout))
   if (nothing || grepl("^Fatal error: (creating temporary file|cannot create 'R_TempDir')", paste0(stderr, stdout))) {
     return(paste0(
-      "R ended before it ran anything: the disk of its temporary directory (TMPDIR, or /tmp) is full, or ",
-      "cannot be written to",
+      "R ended before it ran any code: the disk of its temporary directory (TMPDIR, or /tmp) is full or not ",
+      "writable",
       if (nothing && !is.null(host[["rscript"]])) paste0("; or ", rscript, " is not R's Rscript")
     ))
   }
@@ -124,30 +126,32 @@ commandRemedy <- function(host, reason, stderr, stdout, status) {
 
 addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@"), host$host)
 
-# Here an agent loads what is installed now, and this session what was installed when it began.
+# On this machine an agent loads the installed version, and this session the version that was installed when it began.
 versionRemedy <- function(host) {
-  if (isTRUE(host$here)) return("another version of rustcluster has been installed here: restart this R session")
-  paste0("install the same version of rustcluster there, with `installOnHosts(\"", writtenHost(host), "\")`")
+  if (isTRUE(host$here)) {
+    return("another version of rustcluster has been installed on this machine: restart this R session")
+  }
+  paste0("install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`")
 }
 
-# What to do if ssh itself has failed, or NULL.
+# Returns what to do if ssh itself has failed, or NULL.
 sshRemedy <- function(host, stderr) {
   command <- paste0("ssh ", if (!is.null(host$port)) paste0("-p ", host$port, " "), addressOf(host))
   remedies <- c(
     "REMOTE HOST IDENTIFICATION HAS CHANGED" = paste0(
-      "its host key is another than the one known: if that is right, remove the old one with ",
+      "its host key has changed: if that was intended, remove the old key with ",
       "`ssh-keygen -R ", host$host, "`"
     ),
-    "^Host key verification failed" = paste0("its host key is not known: connect once by hand with `", command, "`"),
+    "^Host key verification failed" = paste0("its host key is unknown: connect once by hand with `", command, "`"),
     "^ssh: Could not resolve hostname" = paste0(
-      "its name cannot be resolved: check it, or give an address, or a Host entry in ~/.ssh/config"
+      "its name cannot be resolved: check the name, use an address, or add a Host entry to ~/.ssh/config"
     ),
-    "^(ssh|channel [0-9]+): .*Connection refused" = "no sshd listens there: start it, or give the right `port`",
+    "^(ssh|channel [0-9]+): .*Connection refused" = "no sshd listens on that port: start sshd, or correct `port`",
     "^(ssh|channel [0-9]+): .*(timed out|No route to host|Network is unreachable)|^Connection timed out" = paste0(
-      "it cannot be reached: is it on, and in this network?"
+      "the host cannot be reached: check that it is on and in this network"
     ),
     "Permission denied \\([a-z,-]+\\)|Too many authentication failures" = paste0(
-      "no key of yours is accepted there: see that `", command, "` works without a password, with ",
+      "the host accepts none of your keys: make `", command, "` work without a password, with ",
       "`ssh-copy-id` and `ssh-add`"
     )
   )
@@ -156,7 +160,7 @@ sshRemedy <- function(host, stderr) {
   NULL
 }
 
-# One line a host as it comes up.
+# Prints a line for a host when it has started or failed.
 showHost <- function(report, i) {
   row <- report[i, ]
   if (is.na(row$problem)) {
@@ -166,14 +170,14 @@ showHost <- function(report, i) {
   }
 }
 
-# cli evaluates what is in braces: a host's text is to be a value.
+# cli evaluates text in braces: the text of a host must be a value.
 showDone <- function(text) {
   text <- printable(text)
   cli::cli_alert_success("{text}")
 }
 
 showProblem <- function(row) {
-  # For cli, which finds it by name.
+  # cli finds this variable by its name.
   text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem))) # nolint: object_usage_linter.
   cli::cli_alert_danger("{text}")
 }

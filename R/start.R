@@ -1,10 +1,10 @@
-# From launched agents to a cluster: they greet, are told what to start, and start it.
+# The start of a cluster: launched agents greet, get a plan of their workers, and start them.
 
 newHandle <- function(pointer, agents) {
   handle <- new.env(parent = emptyenv())
   handle$pointer <- pointer
-  # Of each agent, the settings of its host; of each rank, the name of its host and the place of
-  # its agent.
+  # The settings of the host of each agent (`agents`); for each rank, the name of its host (`hosts`) and the index of
+  # its agent (`owner`).
   handle$agents <- agents
   handle$hosts <- character()
   handle$owner <- integer()
@@ -12,30 +12,27 @@ newHandle <- function(pointer, agents) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
-  # The job under way, the numbers of the frames of its sends and of its verb, the name of the cluster
-  # for that frame itself, and how many jobs there have been: see parallel-methods.R.
+  # The open job; the numbers of the frames that send its tasks (`frames`) and of its verb (`depth`); the key of the
+  # cluster in tables outside of the handle (`id`); the number of the last job (`jobs`). See parallel-methods.R.
   handle$job <- noJob
   handle$frames <- 0L
   handle$depth <- 0L
   handle$id <- basename(tempfile("cluster"))
   handle$jobs <- noJob
-  # How often a task of the job under way is tried again, if not as the cluster says, and whether a loss ends
-  # that job.
-  handle$policy <- NULL
   handle$partial <- list()
-  # Whether what the job under way sends lasts on the workers (parallel-methods.R), and the losses of each of
-  # its tasks (task-failures.R).
+  # Whether the calls of the open job are set-up calls (parallel-methods.R), and the worker failures of each of its
+  # tasks (job.R).
   handle$lasts <- NULL
   handle$losses <- list()
-  # Of each agent, the bytes of what lasts on its workers that it keeps.
+  # The limit of the set-up log of each agent, in bytes.
   handle$stateLimit <- numeric()
-  # The same of the head, for hosts that are to be taken back.
+  # The limit of the set-up log of the head, from which hosts are reconnected.
   handle$spoolLimit <- 0
-  # Seconds that an idle worker may take to end.
+  # Seconds that an idle worker may take to end after stopCluster().
   handle$stopTimeout <- 0
-  # Conditions that the user is still to be told of (events.R).
+  # Warnings and messages that have not been raised yet (events.R).
   handle$untold <- list()
-  # By what the hub's thread names the cluster (promises.R).
+  # The number by which the hub's thread names the cluster (promises.R).
   awaited$count <- awaited$count + 1
   handle$number <- awaited$count
   assign(as.character(handle$number), handle$id, awaited)
@@ -44,7 +41,7 @@ newHandle <- function(pointer, agents) {
   handle
 }
 
-# What is known of a cluster outside of its handle goes with that.
+# Removes all data of a cluster that is not in its handle.
 forgetCluster <- function(handle) {
   suppressWarnings({
     rm(list = as.character(handle$number), envir = awaited)
@@ -53,13 +50,13 @@ forgetCluster <- function(handle) {
   })
 }
 
-# Ends what was started of a cluster that does not come to be.
+# Stops all processes of a cluster whose start has failed.
 abandon <- function(handle) {
   hub_stop(handle$pointer)
   while (identical(hub_closed(handle$pointer), FALSE)) Sys.sleep(0)
 }
 
-# Waits for the agents' greetings and fills in the report. Returns until when workers may come up.
+# Waits for the greetings of the agents and fills in the report. Returns the deadline for the start of the workers.
 greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
   workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
   shown <- logical(length(workers))
@@ -76,7 +73,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
     Sys.sleep(0)
   }
   report$problem[!known] <- paste0(
-    "no response within ", timeout, " seconds: check the host or increase `setup_timeout`"
+    "no response within ", timeout, " s; check the host or increase `setup_timeout`"
   )
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
@@ -97,23 +94,23 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
       host = report$host[other], type = "warning"
     ))
   }
-  # A host that has used up the time is not to cost the others theirs.
+  # A late host does not shorten the time of the others.
   if (late && !done) deadline + timeout else deadline
 }
 
-# Bytes that a worker takes at least, as measured by inst/bench: a fork, and a process of its own.
-leastMemory <- c(fork = 2e6, spawn = 37e6)
+# The minimum memory (bytes) of a worker, by start method, as measured by inst/bench.
+minMemory <- c(fork = 2e6, spawn = 37e6)
 
 tooLittleMemory <- function(agents, report) {
-  least <- leastMemory[vapply(agents, `[[`, "", "start")] * report$workers
-  short <- !is.na(report$available) & report$available > 0 & report$available < least
+  needed <- minMemory[vapply(agents, `[[`, "", "start_method")] * report$workers
+  short <- !is.na(report$available) & report$available > 0 & report$available < needed
   ifelse(short, sprintf(
-    "too little memory for %d workers: %.1f GB needed at least, %.1f GB available; ask for fewer",
-    report$workers, least / 1e9, report$available / 1e9
+    "not enough memory for %d workers: at least %.1f GB needed, %.1f GB available; ask for fewer",
+    report$workers, needed / 1e9, report$available / 1e9
   ), NA_character_)
 }
 
-# `left`: whether there are any others.
+# `left`: whether other hosts or workers have started.
 hostsFailed <- function(handle, failed, tolerant, left) {
   report <- handle$report
   message <- failedHosts(report, failed)
@@ -122,12 +119,12 @@ hostsFailed <- function(handle, failed, tolerant, left) {
     abort("start_failed", "the cluster could not be started: ", message, fields = fields)
   }
   warning(do.call(rustclusterCondition, c(
-    list("host_left_out", paste0("the cluster goes on without some hosts or workers: ", message)),
+    list("host_left_out", paste0("the cluster was created without some hosts or workers: ", message)),
     fields, type = "warning"
   )))
 }
 
-# What each agent is to start; NULL for one that is not wanted.
+# Returns the plan of each agent: what it starts. NULL for an agent that is not used.
 hostPlans <- function(handle, asked, launches, settings) {
   report <- handle$report
   usable <- is.na(report$problem)
@@ -138,20 +135,20 @@ hostPlans <- function(handle, asked, launches, settings) {
   owner <- rep(asked$owner[kept], workers[kept])
   handle$owner <- owner
   handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
-  handle$stateLimit <- vapply(report$available, keptBytes, 0, settings$keep)
+  handle$stateLimit <- vapply(report$available, keptBytes, 0, settings$setup_log_limit)
   xdr <- otherByteOrder(handle)
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
     list(
       ranks = which(owner == i), packages = settings$packages, outfile = settings$outfile,
-      renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start,
+      renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start_method,
       spawn = launches[[i]]$worker,
-      # On this machine the end of the stream, or of the process, is known at once.
-      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$patience),
-      # Nor is there anything to be saved on the way.
+      # On this machine the end of the stream is detected at once, without heartbeats.
+      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$heartbeat_timeout),
+      # A cache of chunks saves no network traffic on this machine.
       keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],
-      timeout = milliseconds(settings$timeout), setup = milliseconds(settings$setup),
+      setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       stop_timeout = ceiling(1000 * settings$stop_timeout),
       here = asked$hosts[[i]]$here,
@@ -160,30 +157,30 @@ hostPlans <- function(handle, asked, launches, settings) {
   })
 }
 
-# 0 for any time.
+# Returns 0 for no limit.
 milliseconds <- function(seconds) if (is.finite(seconds)) ceiling(1000 * seconds) else 0
 
-# Of each host, whether it and this session have to meet in the network's byte order.
+# Returns for each host whether its byte order differs from that of this session, so that both use XDR.
 otherByteOrder <- function(handle) {
   bigEndian <- checked(hub_hosts(handle$pointer))$big_endian == 1
   bigEndian != (.Platform$endian == "big")
 }
 
-# How much of what was sent to one worker an agent keeps for the next, and how much of what lasts.
+# Returns the limit of the set-up log of an agent and of its cache of chunks, in bytes.
 keptBytes <- function(available, asked) {
   if (!is.null(asked)) return(asked)
   if (is.na(available) || available <= 0) return(64 * 2^20)
   min(max(available / 8, 16 * 2^20), 2^30)
 }
 
-# The ranks that are up in the end.
+# Waits for the workers. Returns the ranks of those that have started.
 awaitStart <- function(handle, deadline, timeout, tolerant) {
-  late <- paste0("not up within ", timeout, " seconds: increase `setup_timeout`, or check the host")
+  late <- paste0("not ready within ", timeout, " s; check the host or increase `setup_timeout`")
   repeat {
     up <- checked(hub_progress(handle$pointer, tolerant), handle)
     if (up == length(handle$hosts)) break
     if (proc.time()[["elapsed"]] > deadline) {
-      # Those that have not come up are gone from here on, and the others stay.
+      # Leave out workers that have not started; the others stay.
       if (tolerant) checked(hub_leave_out(handle$pointer, 0L, late)) else startedLate(handle, up, timeout)
     }
     Sys.sleep(0)
@@ -196,7 +193,7 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   handle$report <- report
   failed <- which(!is.na(report$problem) & is.na(before$problem))
   ranks <- which(lengths(gone) == 0L)
-  # An agent without workers is not to be taken back, nor to wait for the end.
+  # An agent without workers is stopped now and is not reconnected.
   for (i in setdiff(failed, handle$owner[ranks])) checked(hub_leave_out(handle$pointer, i, report$problem[[i]]))
   if (length(failed)) hostsFailed(handle, failed, tolerant, length(ranks) > 0L)
   ranks
@@ -205,15 +202,14 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
 startedLate <- function(handle, up, timeout) {
   late <- unique(handle$hosts[is.na(checked(hub_pids(handle$pointer), handle))])
   abort(
-    "start_failed", "only ", up, " of ", length(handle$hosts), " workers were up after ", timeout,
-    " seconds, and not all of host", if (length(late) > 1L) "s", " ", paste(sQuote(late), collapse = ", "),
-    ": increase `setup_timeout`, check the hosts, or ask for fewer",
+    "start_failed", "only ", up, " of ", length(handle$hosts), " workers were ready after ", timeout,
+    " s; some workers are missing on host", if (length(late) > 1L) "s", " ", paste(sQuote(late), collapse = ", "),
+    ": increase `setup_timeout`, check the hosts, or ask for fewer workers",
     fields = list(host = late)
   )
 }
 
-# What went wrong with the workers of a host that have these ranks: the first of those that are gone stands for
-# all. NA if none is.
+# Returns the problem of the first failed worker among these ranks of a host, or NA if no worker failed.
 workersProblem <- function(gone, ranks, late) {
   failures <- gone[ranks]
   failed <- which(lengths(failures) > 0L)
@@ -221,7 +217,7 @@ workersProblem <- function(gone, ranks, late) {
   failure <- failures[[failed[[1L]]]]
   why <- switch(failure[["kind"]],
     worker_lost = paste0(
-      failure[["reason"]], if ("signal" %in% names(failure)) signalName(failure[["signal"]]),
+      failure[["reason"]], if (!is.null(failure[["signal"]])) signalName(failure[["signal"]]),
       " before it was ready", tailText("the end of its output", failure[["stderr"]])
     ),
     stopped = paste("was", late),
@@ -229,7 +225,7 @@ workersProblem <- function(gone, ranks, late) {
   )
   up <- length(ranks) - length(failed)
   paste0(
-    if (up) paste0("only ", up, " of ", length(ranks), " workers came up") else "no worker came up",
+    if (up) paste0("only ", up, " of ", length(ranks), " workers started") else "no worker started",
     ": worker ", ranks[[failed[[1L]]]], " ", why
   )
 }

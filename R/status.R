@@ -1,39 +1,40 @@
-# What workers are at and have been at. The session knows it anyway, but for memory, which hosts are
-# asked for.
+# clusterStatus(): worker status. The session knows all of it except the memory, for which it asks the hosts.
 
-#' What the workers of a cluster are at
+#' Worker status
 #'
-#' All but the memory is known here already, so that it can be asked at any time: between two calls,
-#' after one that was interrupted, and in the middle of one, as in `.onResult` of [clusterLapply()].
+#' Returns what each worker is doing and has done. The session knows all of this except the memory, so that the status
+#' is available at any time: between two calls, after an interrupted call, and during a call, for example in `.onResult`
+#' of [clusterLapply()].
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one: then only those workers are told of.
-#' @param memory (logical) Whether to ask the hosts what memory their workers take.
-#' @param timeout (number) Seconds to wait for that, at least 0; default 2. The memory on hosts that do
-#'   not answer in time is `NA`.
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: then the result has these workers only.
+#' @param memory (logical) Whether to ask the hosts for the memory of their workers.
+#' @param timeout (number) Seconds to wait for the memory, at least 0; default 2. The memory on hosts that do not
+#'   respond in time is `NA`.
 #' @return `clusterStatus()`: a data frame of class `"rustcluster_status"`, with a row for each node:
 #'   \describe{
-#'     \item{host, rank, pid}{(character, integer, integer) of its worker; `pid` is `NA` if that is gone.}
-#'     \item{state}{(character) `"idle"`; `"busy"`, with a task, or being sent it; `"ending"`, still with a
-#'       task that was cancelled or took too long; `"restoring"`, when it takes the place of one that was
-#'       lost; `"lost"`; `"stopped"`; `"starting"`.}
-#'     \item{task, unit}{(integer) the number, in its job, of the task that it has; if it was sent several
-#'       together, of the first, and how many those are. `NA` for a call of [clusterSubmit()].}
-#'     \item{done}{(numeric) tasks that it has answered, with a value or an error, one for each message,
-#'       also of `clusterExport()` and `clusterCall()`. Those that took too long, were cancelled or were lost
-#'       with it are not among them. The sum of `tasks` in [clusterTimeline()] is the same.}
-#'     \item{seconds}{(numeric) for how long it was busy, the task that it has included.}
-#'     \item{memory, rss}{(numeric) bytes that it has in memory: pages that it shares with others, as
-#'       forks do, counted in part (PSS), and in full (RSS). `NA` if not known.}
-#'     \item{bytes_in, bytes_out}{(numeric) bytes that went to it, and came from it, alone. What all
-#'       workers of a host get crosses to that once, and counts in `summary()` only.}
-#'     \item{losses}{(integer) how often it was lost: not, how often it was killed because it did not
-#'       heed an interrupt.}
-#'     \item{error}{(character) the last error that a task of it gave, that one took too long, or how it was
-#'       last lost; `NA`: none.}
+#'     \item{host, rank, pid}{(character, integer, integer) the worker; `pid` is `NA` if the worker has died or was
+#'       stopped.}
+#'     \item{state}{(character) `"idle"`; `"busy"`: has a task, or a task is being sent to it; `"ending"`: still runs a
+#'       task that was cancelled or timed out; `"restoring"`: replaces a failed worker and is not ready yet; `"lost"`;
+#'       `"stopped"`; `"starting"`.}
+#'     \item{task, batch}{(integer) the index, in its job, of the current task, and the number of tasks in its batch;
+#'       for a batch of several tasks, `task` is the first. `NA` for a call of [clusterSubmit()].}
+#'     \item{done}{(numeric) finished tasks, with a value or an error. Each message of `clusterExport()` and
+#'       `clusterCall()` counts as one. Tasks that timed out, were cancelled or failed with the worker do not count. The
+#'       sum of `tasks` in [clusterTimeline()] is the same.}
+#'     \item{seconds}{(numeric) total time of its tasks, including the current one.}
+#'     \item{memory, rss}{(numeric) bytes in memory: `memory` counts a page that several processes share, as forks do,
+#'       in part (PSS), and `rss` counts it in full (RSS). `NA` if not known.}
+#'     \item{bytes_in, bytes_out}{(numeric) bytes that were sent to this worker alone, and that it sent. Data for all
+#'       workers of a host is sent to the host once, and counts in `summary()` only.}
+#'     \item{losses}{(integer) how often the worker has failed. A worker that was killed because it did not respond to
+#'       an interrupt does not count.}
+#'     \item{error}{(character) the last error of its tasks, the last timeout, or the reason of its last failure; `NA`
+#'       if there was none.}
 #'   }
-#'   `summary()`, which waits for the memory for 2 seconds at most: a data frame with a row for each host,
-#'   and `workers` (integer), `busy` (integer), `done`, `seconds`, `memory` and `losses` of the nodes in
-#'   `object`, and the bytes that went over the stream of the host, with whatever they belonged to.
+#'   `summary()`, which waits up to 2 seconds for the memory: a data frame with a row for each host. The columns
+#'   `workers` (integer), `busy` (integer), `done`, `seconds`, `memory` and `losses` are totals of the nodes in
+#'   `object`. `bytes_in` and `bytes_out` are all bytes on the connection to the host.
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
 #' @seealso [clusterTimeline()], [clusterHosts()].
@@ -61,15 +62,15 @@ clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
   structure(rows, class = c("rustcluster_status", "data.frame"))
 }
 
-# `taken`: the memory of the cluster's workers, if it is to be told.
+# `taken`: the memory of the workers, or an empty list.
 statusOf <- function(handle, ranks, taken) {
   status <- checked(hub_status(handle$pointer))
   of <- function(values) if (is.null(values)) rep(NA_real_, length(ranks)) else as.numeric(values[ranks])
   data.frame(
     host = handle$hosts[ranks], rank = ranks, pid = as.integer(status$pid[ranks]),
     state = status$state[ranks], task = as.integer(status$task[ranks]),
-    unit = as.integer(status$unit[ranks]), done = status$done[ranks], seconds = status$seconds[ranks],
-    # Where a host does not know what is shared, all counts.
+    batch = as.integer(status$unit[ranks]), done = status$done[ranks], seconds = status$seconds[ranks],
+    # RSS, where a host does not know PSS.
     memory = ifelse(is.na(of(taken$proportional)), of(taken$resident), of(taken$proportional)),
     rss = of(taken$resident), bytes_in = status$bytes_in[ranks], bytes_out = status$bytes_out[ranks],
     losses = as.integer(status$losses[ranks]), error = as.character(status$error[ranks]),
@@ -77,13 +78,13 @@ statusOf <- function(handle, ranks, taken) {
   )
 }
 
-# Of all workers, as far as the hosts that were asked answer in time.
+# Returns the memory of all workers. Workers of hosts that do not respond in time have NA.
 workersMemory <- function(handle, question, deadline) {
   repeat {
     left <- deadline - proc.time()[["elapsed"]]
     usage <- checked(hub_usage(handle$pointer, question, max(left, 0), left <= 0), handle)
     if (!is.null(usage)) return(usage)
-    # R looks for interrupts.
+    # Let R handle interrupts.
     Sys.sleep(0)
   }
 }
@@ -97,7 +98,7 @@ summary.RustCluster <- function(object, ...) {
   hosts <- unique(status$host)
   of <- factor(status$host, hosts)
   total <- function(values) as.numeric(rowsum(as.numeric(values), of))
-  crossed <- do.call(rbind, lapply(clustersOf(object), function(part) {
+  traffic <- do.call(rbind, lapply(clustersOf(object), function(part) {
     handle <- part$handle
     agents <- unique(handle$owner[part$ranks])
     bytes <- checked(hub_bytes(handle$pointer))
@@ -106,13 +107,13 @@ summary.RustCluster <- function(object, ...) {
       bytes_out = bytes$bytes_out[agents], stringsAsFactors = FALSE
     )
   }))
-  byHost <- function(values) as.numeric(tapply(values, factor(crossed$host, hosts), sum))
+  byHost <- function(values) as.numeric(tapply(values, factor(traffic$host, hosts), sum))
   known <- ifelse(is.na(status$memory), 0, status$memory)
   rows <- data.frame(
     host = hosts, workers = as.integer(table(of)), busy = as.integer(total(status$state == "busy")),
     done = total(status$done), seconds = total(status$seconds),
     memory = ifelse(total(!is.na(status$memory)) > 0, total(known), NA),
-    bytes_in = byHost(crossed$bytes_in), bytes_out = byHost(crossed$bytes_out),
+    bytes_in = byHost(traffic$bytes_in), bytes_out = byHost(traffic$bytes_out),
     losses = as.integer(total(status$losses)), stringsAsFactors = FALSE
   )
   structure(rows, class = c("rustcluster_summary", "data.frame"))
@@ -121,12 +122,12 @@ summary.RustCluster <- function(object, ...) {
 # Printing -------------------------------------------------------------------------------------
 
 #' @rdname clusterStatus
-#' @param x What `clusterStatus()` has returned.
-#' @param n (integer) Workers that are shown one by one, at most. If there are more, it is a summary by
-#'   hosts, with those workers that are neither idle nor busy, and the last errors. `Inf`: all.
+#' @param x A data frame that `clusterStatus()` has returned.
+#' @param n (integer) The maximum number of workers to print one by one. If there are more, `print()` prints a summary
+#'   by host, the workers that are neither idle nor busy, and the last errors. `Inf`: print all workers.
 #' @export
 print.rustcluster_status <- function(x, n = 24L, ...) {
-  needed <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "bytes_in",
+  needed <- c("host", "rank", "pid", "state", "task", "batch", "done", "seconds", "memory", "bytes_in",
               "bytes_out", "losses", "error")
   numbers <- setdiff(needed, c("host", "state", "error"))
   if (!hasColumns(x, needed, numbers)) return(invisible(print(as.data.frame(x), ...)))
@@ -167,7 +168,7 @@ print.rustcluster_status <- function(x, n = 24L, ...) {
 }
 
 workersTable <- function(x) {
-  others <- ifelse(x$unit > 1L, paste0("+", x$unit - 1L), "")
+  others <- ifelse(x$batch > 1L, paste0("+", x$batch - 1L), "")
   shown <- data.frame(
     host = x$host, rank = x$rank, pid = ifelse(is.na(x$pid), "-", x$pid), state = x$state,
     task = ifelse(is.na(x$task), "-", paste0(x$task, others)),
@@ -179,7 +180,7 @@ workersTable <- function(x) {
   shown
 }
 
-# The last errors of these workers, under their table.
+# Prints the last errors of the workers under their table.
 showErrors <- function(x) {
   x <- x[!is.na(x$error), ]
   shown <- utils::head(x, 10L)
@@ -201,7 +202,7 @@ print.rustcluster_summary <- function(x, ...) {
   invisible(x)
 }
 
-# Whether it is what a print method expects: a user may have changed it.
+# Returns whether a data frame has the columns that a print method needs: users may have changed it.
 hasColumns <- function(x, names, numbers) {
   all(names %in% names(x)) && all(vapply(unclass(x)[numbers], is.numeric, NA))
 }
@@ -210,7 +211,7 @@ printTable <- function(table) {
   print(table, row.names = FALSE)
 }
 
-# The first line of each text, at most so wide; "" for none.
+# Returns the first line of each text, cut to `width` characters; "" for NA.
 oneLine <- function(text, width) {
   text <- ifelse(is.na(text), "", sub("\n.*", "", trimws(text)))
   ifelse(nchar(text) > width, paste0(substr(text, 1L, width - 3L), "..."), text)

@@ -1,56 +1,53 @@
-# Single calls: each runs on whichever worker is free first, and this session goes on. They wait in the
-# hub, which gives them out without R. What is left to R is to read answers, and to decide what becomes of
-# a call that was lost with its worker.
+# clusterSubmit(): single calls that run in the background. Calls wait in a queue of the hub, which sends each to the
+# next idle worker without R. R reads the results, and serializes a call once more that is retried.
 
-#' Run a call on whichever worker is free
+#' Run a call on the next idle worker
 #'
-#' Sends an expression to the cluster and returns at once. It is evaluated by the first worker that has
-#' nothing else to do; calls wait in the order in which they were made, and are begun by themselves,
-#' whatever this session does in the meantime. While a verb (such as [parLapply()]) is under way, its
-#' workers are given no calls.
+#' Sends an expression to the cluster and returns at once. The first idle worker evaluates the expression. Calls wait in
+#' a queue, first in, first out. They start while this session does something else. Workers that run a verb (such as
+#' [parLapply()]) get no calls until the verb has finished.
 #'
-#' The variables that `expr` uses are sent with it: those of the function that calls, and those of the
-#' global environment, also as far as functions use them that are sent. They are found by their names in
-#' the code: what it finds by `get("x")` is to be given in `...`. A `...` of the function that calls is not
-#' sent: `args <- list(...)` is. Variables of the global environment are put into the worker's for as long as
-#' the call takes, the others into an environment of its own: nothing of what was sent is left behind; what
-#' the expression itself assigns elsewhere is. Packages of which `expr` uses something and that are attached
-#' here are attached there.
-#' An expression has the workers' random numbers. What it prints, and its messages and warnings, stay on the
-#' worker (see `outfile` of [makeRustCluster()]); those of futures are relayed ([cluster_rust]).
+#' The variables that `expr` uses are sent with it: variables of the calling function, and variables of the global
+#' environment, including those that sent functions use. They are found by their names in the code. Pass a variable that
+#' the code finds by `get("x")` in `...`. A `...` of the calling function is not sent: use `args <- list(...)`. Global
+#' variables are assigned in the global environment of the worker while the call runs, and all other variables in an
+#' environment of the call. None of them is left on the worker afterwards. Other assignments of the expression stay.
+#' Attached packages of which `expr` uses something are attached on the worker.
+#' An expression uses the random numbers of the worker. Its output, messages and warnings stay on the worker (see
+#' `outfile` of [makeRustCluster()]); those of futures are relayed ([cluster_rust]).
 #'
-#' What a call sends is held here, serialized, until a worker has it, for each call anew: what is large and
-#' used by many calls is better put on the workers once, by [clusterExport()], and found there by `get("x")`.
+#' This session holds the serialized variables of each call until a worker has received them. If many calls use large
+#' data, export the data once by [clusterExport()], and use `get("x")` in `expr`.
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one; `NULL`: the one that
-#'   \pkg{parallel}'s `setDefaultCluster()` has set.
+#' @param cl A cluster made by [makeRustCluster()], or a part of one. `NULL`: the default cluster of \pkg{parallel}, as
+#'   `setDefaultCluster()` sets it.
 #' @param expr An expression, such as `f(x)`.
-#' @param ... Variables for the expression, by their names.
-#' @param .packages (character) Further packages to attach before it is evaluated.
-#' @param .envir (environment) Where its variables are.
+#' @param ... Variables for the expression, by name.
+#' @param .packages (character) Further packages to attach before the expression is evaluated.
+#' @param .envir (environment) The environment in which the variables of `expr` are found.
 #' @return An object of class `"RustCall"`, a list of functions:
 #' \describe{
-#'   \item{`status()`}{character: `"waiting"` for a worker, `"running"`, `"done"`, `"failed"` or
+#'   \item{`status()`}{character: `"waiting"` (for a worker), `"running"`, `"done"`, `"failed"` or
 #'     `"cancelled"`.}
-#'   \item{`value()`}{waits for the value and returns it, or raises what went wrong, as often as it is
-#'     called. An interrupt ends the waiting and nothing else.}
-#'   \item{`cancel()`}{ends the call: one that runs is interrupted, and its worker killed and replaced if
-#'     it does not heed that for 2 s. Returns, invisibly, whether it had not ended before.}
+#'   \item{`value()`}{waits for the value and returns it, or raises the error of the call. It may be called several
+#'     times. An interrupt ends the waiting and does not affect the call.}
+#'   \item{`cancel()`}{cancels the call. A running call is interrupted; a worker that does not respond to the interrupt
+#'     within 2 s is killed and replaced. Returns, invisibly, whether the call was still waiting or running.}
 #' }
-#' A call of which nobody has the object any more is cancelled. [promises::as.promise()] works on it: the
-#' session need not wait, and is woken when the call has ended. So do `value()` and `resolved()` of
-#' \pkg{future} ([future_generics]).
+#' A call is cancelled when its object is garbage-collected. [promises::as.promise()] works on the object: the promise
+#' wakes the session when the call has ended. `value()` and `resolved()` of \pkg{future} work on the object, too
+#' ([future_generics]).
 #' @section Errors:
-#' `value()` raises the error of `expr` as it was raised there. `rustcluster_task_failed` (fields
-#' `losses`): the call was lost with its worker more often than `retries` of the cluster allows.
-#' `rustcluster_worker_lost`, `rustcluster_host_failed`: it was lost, and is not to be tried again or
-#' nobody is left to try it. `rustcluster_timeout`: it took longer than `timeout` of the cluster.
-#' `rustcluster_aborted`: it jumped to R's top level, as by `invokeRestart("abort")`.
-#' `rustcluster_cancelled`: it was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
+#' `value()` raises the error of `expr` as it was raised on the worker.
+#' `rustcluster_task_failed` (field `losses`): the worker died on all attempts, `retries + 1` of them.
+#' `rustcluster_worker_lost`, `rustcluster_host_failed`: the worker or host failed, and the call is not retried
+#' (`retries = 0`) or no worker is left to retry it. `rustcluster_timeout`: the call exceeded `timeout` of the cluster.
+#' `rustcluster_aborted`: the call jumped to R's top level, as `invokeRestart("abort")` does.
+#' `rustcluster_cancelled`: the call was cancelled. `rustcluster_stopped`, `rustcluster_forked`,
 #' `rustcluster_restored`: see [rustcluster_conditions].
 #'
-#' Of each loss after which a call is tried again a warning tells, at the next look at any call. Where
-#' `options(warn = 2)` makes that an error, the call goes on all the same: ask once more.
+#' A warning reports each worker failure after which a call is retried. It is raised when `status()` or `value()` of any
+#' call is used next. With `options(warn = 2)` the warning is an error, and the call goes on: ask once more.
 #' @seealso [clusterLapplyAsync()], [promises], [future_generics]
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -74,7 +71,7 @@
 #'     print(value)
 #'     there <<- TRUE
 #'   })
-#'   # As Shiny and the console do by themselves.
+#'   # Shiny and the console run this loop themselves.
 #'   while (!there) later::run_now(1)
 #' }
 #' parallel::stopCluster(cl)
@@ -88,33 +85,33 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   }
   .packages <- plain(.packages)
   if (!is.null(.packages) && !(is.character(.packages) && all(isText(.packages)) && all(nzchar(.packages)))) {
-    badArgument(".packages", "must be a character vector of packages' names")
+    badArgument(".packages", "must be a character vector of package names")
   }
   if (!is.environment(.envir)) badArgument(".envir", "must be an environment")
   cl <- theCluster(cl)
   unused <- setdiff(grep("^[.]", names(given), value = TRUE), all.names(expr))
-  if (length(unused)) badArgument(unused[[1L]], "is an argument of clusterSubmit() no more than a name in `expr`")
+  if (length(unused)) badArgument(unused[[1L]], "is neither an argument of clusterSubmit() nor a name in `expr`")
   used <- variablesOf(expr, .envir, names(given))
   args <- list(
     expr = expr, variables = c(given, used$variables), globals = used$globals,
     packages = unique(c(.packages, used$packages))
   )
   record <- newRecord(cl, evaluateCall, args, labelOf(expr))
-  # Before it is sent: whoever is interrupted from then on drops it.
+  # Make the object before the call is sent: from then on an interrupt drops the call.
   call <- newCall(record)
   sendCall(record)
   call
 }
 
-# The beginning of an expression's text, in one line.
+# Returns the beginning of the text of an expression, in one line.
 labelOf <- function(expr) {
   lines <- deparse(expr, width.cutoff = 500L, nlines = 10L)
-  # What follows on the next line is another statement, or belongs to this one.
+  # The next line may be another statement, or may continue this one.
   ends <- !grepl("[{ ]$", lines) & !grepl("^ *([}]|else )", c(lines[-1L], "}"))
   substr(paste0(trimws(lines), ifelse(ends, ";", ""), collapse = " "), 1L, 200L)
 }
 
-# In a worker.
+# Runs in a worker.
 evaluateCall <- function(expr, variables, globals, packages) {
   names <- as.character(names(globals))
   there <- intersect(names, ls(globalenv(), all.names = TRUE))
@@ -131,7 +128,7 @@ evaluateCall <- function(expr, variables, globals, packages) {
       list(value = eval(expr, envir))
     },
     failed = function(e) {
-      # Nobody there has made that call.
+      # This call is internal: users have not made it.
       if (identical(e$call, quote(eval(expr, envir)))) e["call"] <- list(NULL)
       structure(list(error = e), class = "rustcluster_raised")
     }

@@ -1,74 +1,59 @@
-# What becomes of tasks whose worker, host or time is gone, and what the user is told of losses.
+# Tasks that ended without an answer, and what the user is told of losses. Whether a task that was lost is retried is
+# decided in Rust (core/src/head/retry.rs), by the policy that it was told of beforehand.
 
-# A task has ended without its worker's answer. Returns what stands for its answer, or NULL if that
-# is still to come.
+# A task has ended without its worker's answer. Returns what stands for its answer.
 taskEnded <- function(failure, handle) {
   task <- failure[["task"]]
   failure <- amongAll(failure, handle)
   switch(failure[["kind"]],
     timeout = failedAnswer(task, failureCondition(failure, handle), handle),
     task_failed = failedAnswer(task, taskFailed(failure, handle), handle),
-    taskLost(task, failure, handle)
+    giveUp(task, failureCondition(failure, handle), handle)
   )
+}
+
+# Notes the losses that were dealt with: tell() warns of them. Whoever is interrupted before that is told once more.
+noteLosses <- function(handle) {
+  losses <- hub_losses(handle$pointer)
+  if (is.null(losses) || isFailure(losses)) return(invisible())
+  conditions <- lapply(losses, function(loss) failureCondition(amongAll(loss, handle), handle, "warning"))
+  suspendInterrupts({
+    handle$untold <- c(handle$untold, conditions)
+    hub_losses_noted(handle$pointer, length(losses))
+  })
+  invisible()
 }
 
 # Each cluster counts the tasks that it was sent. The failure with the task's number among all tasks of a verb
 # that has sent them to nodes of several clusters.
 amongAll <- function(failure, handle) {
+  if (is.null(failure[["index"]])) return(failure)
   frame <- openFrames[[handle$id]]
   cl <- if (!is.null(frame)) frame[["cl"]]
   if (!is.list(cl) || typeof(cluster_ranks(cl)) == "integer") return(failure)
-  tag <- checked(hub_message(handle$pointer, as.numeric(failure[["task"]]), FALSE), handle)$data$tag
+  tag <- checked(hub_message(handle$pointer, failure[["task"]], FALSE), handle)$data$tag
   if (is.null(tag)) {
     # The verbs without tags give the nodes a task each, in order, until there are no more tasks.
     own <- Filter(function(part) identical(part$handle, handle), clustersAmong(cl, which(areOurs(cl))))
     if (!length(own)) return(failure)
     places <- own[[1L]]$places
-    before <- as.integer(failure[["index"]]) - 1L
+    before <- failure[["index"]] - 1L
     tag <- before %/% length(places) * length(cl) + places[[before %% length(places) + 1L]]
   }
-  failure[["index"]] <- tag
+  failure$index <- tag
   failure
 }
 
-taskLost <- function(task, failure, handle) {
-  retries <- if (is.null(handle$policy)) handle$retries else handle$policy$retries
-  none <- if (is.null(handle$policy)) retries == 0 else handle$policy$lossEnds
-  loss <- failureCondition(c(failure, again = if (none) FALSE), handle)
-  losses <- c(handle$losses[[task]], list(loss))
-  number <- as.numeric(task)
-  if (inherits(loss, "rustcluster_stopped") || none) return(giveUp(number, loss, handle))
-  again <- length(losses) <= retries
-  logAttempt(failure, length(losses), again)
-  if (again) {
-    sent <- hub_try_again(handle$pointer, number)
-    # Nobody can take it, or it is bound to what is lost: there is no use in going on.
-    if (typeof(sent) == "character") {
-      return(giveUp(number, failureCondition(sent, handle), handle))
-    }
-    checked(sent)
-    # Not before: whoever is interrupted is told of the loss once more.
-    handle$losses[[task]] <- losses
-  } else {
-    handle$losses[[task]] <- losses
-    checked(hub_give_up(handle$pointer, number), handle)
-  }
-  # The task is safe before the warning, which may be turned into a jump. That a host is lost, or a
-  # worker for good, is an event of its own.
-  if (isTRUE(loss$replaced)) {
-    warning(failureCondition(c(failure, again = again), handle, "warning"))
-  }
-  NULL
-}
-
-giveUp <- function(number, loss, handle) {
-  checked(hub_forget(handle$pointer, number), handle)
+# The loss of a task is an error of the verb that it belongs to.
+giveUp <- function(task, loss, handle) {
+  checked(hub_forget(handle$pointer, task), handle)
   showEvents(handle, except = loss)
   stop(loss)
 }
 
 taskFailed <- function(failure, handle) {
-  quarantined(as.integer(failure[["index"]]), handle$losses[[failure[["task"]]]])
+  losses <- lapply(failure[["losses"]], function(loss) failureCondition(amongAll(loss, handle), handle))
+  quarantined(failure[["index"]], losses)
 }
 
 quarantined <- function(index, losses, what = "task") {
@@ -94,7 +79,9 @@ failureValue <- function(condition) {
 }
 
 failedAnswer <- function(task, condition, handle) {
-  message <- checked(hub_message(handle$pointer, as.numeric(task), TRUE), handle)
+  # Which may need the message, too.
+  force(condition)
+  message <- checked(hub_message(handle$pointer, task, TRUE), handle)
   list(
     type = "VALUE", value = failureValue(condition), success = FALSE, time = noTime,
     tag = message$data$tag
@@ -109,7 +96,8 @@ noTime <- structure(
 # the one place where all results of a verb and what failed among them meet.
 #' @export
 as.character.rustcluster_failure <- function(x, ...) {
-  results <- resultsChecked()
+  # A value of a task may have the class, too.
+  results <- if (inherits(attr(x, "condition"), "rustcluster_error")) resultsChecked()
   if (!is.null(results)) raiseTaskFailure(x, results)
   as.vector(unclass(x))
 }

@@ -1,25 +1,24 @@
-# The plot of a timeline.
+# plot() for timelines.
 
 #' @export
 plot.RustCluster <- function(x, ...) {
   badArgument(
-    "x", "is a cluster, of which there is no picture: plot(clusterTimeline(x)) shows when its workers were busy"
+    "x", "is a cluster, which cannot be plotted; use plot(clusterTimeline(x)) to see when its workers were busy"
   )
 }
 
 #' @rdname clusterTimeline
 #' @order 2
-#' @param x What `clusterTimeline()` has returned, or some rows of it.
-#' @param xlim (numeric) From when to when, in seconds; default: from the first interval to the last.
-#' @param main (character) The title; default: how many workers there are, and what part of the time they
-#'   were busy.
-#' @param xlab (character) What the axis shows; default: its unit.
+#' @param x A data frame that `clusterTimeline()` has returned, or some of its rows.
+#' @param xlim (numeric) The first and the last time to plot, in seconds; default: all intervals.
+#' @param main (character) The title; default: the number of workers and the fraction of time they were busy.
+#' @param xlab (character) The label of the time axis; default: its unit.
 #' @param col (character) Four colours, named `busy`, `idle`, `transfer` and `lost`.
-#' @param legend (logical) Whether to explain the colours.
-#' @param ... Of `plot()`: further arguments of [graphics::title()], such as `sub`. Of `print()`: not used.
-#' @details `plot()` draws a line for each worker, those of a host together, with its name at the side.
-#'   Intervals that have been put together are the paler the less of them was work. Losses are crosses
-#'   too, since they are mostly too short to be seen. It returns `x`, invisibly.
+#' @param legend (logical) Whether to draw a legend.
+#' @param ... For `plot()`: further arguments of [graphics::title()], such as `sub`. For `print()`: not used.
+#' @details `plot()` draws a line for each worker. The lines of a host are together, with its name at the side. Merged
+#'   intervals are paler the less of them was busy. A cross marks each worker failure, because most of them are too
+#'   short to be visible. `plot()` returns `x`, invisibly.
 #' @export
 plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
                                       col = c(busy = "#2F6DB5", idle = "#E9EBEE", transfer = "#F0A30A",
@@ -35,11 +34,13 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
   xlim <- plain(xlim)
   for (name in c("main", "xlab")) {
     label <- get(name)
-    if (!is.null(label) && !is.vector(label) && !is.language(label)) badArgument(name, "must be a text")
+    if (!is.null(label) && !is.vector(label) && !is.language(label)) {
+      badArgument(name, "must be a string or an expression")
+    }
   }
   if (is.null(xlim)) xlim <- timelineSpan(x)
   if (!is.numeric(xlim) || length(xlim) != 2L || anyNA(xlim) || xlim[[1L]] >= xlim[[2L]]) {
-    badArgument("xlim", "must be two numbers of seconds, the smaller one first")
+    badArgument("xlim", "must be two numbers of seconds in increasing order")
   }
   rows <- timelineRows(workers)
   unit <- timeUnit(diff(xlim))
@@ -51,7 +52,7 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
   room <- max(graphics::strwidth(sides$label, "inches", cex = sides$cex), 0) +
     if (sides$ranks) 0.45 else 0.2
   edges <- graphics::par("mai")
-  # A long name must leave room for the picture.
+  # Leave room for the plot beside a long name.
   edges[[2L]] <- min(room, graphics::par("din")[[1L]] / 3)
   graphics::par(mai = edges)
   graphics::par(new = TRUE)
@@ -79,14 +80,14 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
 checkTimeline <- function(x) {
   numbers <- c("rank", "start", "end", "busy")
   for (name in c("host", "kind", numbers)) {
-    if (is.null(x[[name]])) badArgument("x", "has no column `", name, "`, as timelines of clusterTimeline() have")
+    if (is.null(x[[name]])) badArgument("x", "has no column `", name, "`; plot the result of clusterTimeline()")
   }
   for (name in numbers) {
     if (!is.numeric(x[[name]])) badArgument("x", "must have numbers in column `", name, "`")
   }
 }
 
-# From when to when there is anything.
+# Returns the first and the last time of a timeline.
 timelineSpan <- function(x) {
   now <- attr(x, "now")
   if (!nrow(x)) return(c(0, max(now, 1e-3)))
@@ -94,7 +95,8 @@ timelineSpan <- function(x) {
   if (diff(span) <= 0) span + c(0, 1e-3) else span
 }
 
-# Where the line of each worker is, from the top: those of a host together, with a gap between hosts.
+# Returns the workers with the position `y` of their lines, from the top. The lines of a host are together, with a gap
+# between hosts.
 timelineRows <- function(workers) {
   hosts <- unique(workers$host)
   rows <- workers[order(match(workers$host, hosts)), ]
@@ -108,7 +110,7 @@ timeUnit <- function(seconds) {
   if (seconds < 6 * 3600) list(seconds = 60, name = "minutes") else list(seconds = 3600, name = "hours")
 }
 
-# What stands at the side of each host, and how large.
+# Returns the labels of the hosts, with their positions and their size.
 hostLabels <- function(rows) {
   hosts <- unique(rows$host)
   ranks <- nrow(rows) > 0L && nrow(rows) <= 40L
@@ -124,7 +126,7 @@ drawLabels <- function(rows, sides, xlim) {
     cex <- min(0.75, 16 / nrow(rows))
     graphics::mtext(rows$rank, side = 2L, at = rows$y, line = 0.3, las = 1L, cex = cex, col = "grey30")
   }
-  # Of names that would be written over one another, the first.
+  # Skip labels that would overlap the previous one.
   height <- abs(graphics::strheight("M", cex = sides$cex)) * 1.3
   last <- -Inf
   for (i in seq_along(sides$hosts)) {
@@ -137,7 +139,7 @@ drawLabels <- function(rows, sides, xlim) {
 }
 
 drawRows <- function(x, rows, xlim, col) {
-  # Many lines have no room for gaps in between.
+  # Draw no gaps between many lines.
   half <- if (nrow(rows) <= 60L) 0.42 else 0.5
   if (nrow(rows)) {
     graphics::rect(xlim[[1L]], rows$y - half, xlim[[2L]], rows$y + half, col = col[["idle"]], border = NA)
@@ -155,7 +157,7 @@ drawRows <- function(x, rows, xlim, col) {
   if (length(busy)) {
     part <- x$busy[busy] / pmax(x$end[busy] - x$start[busy], 1e-9)
     bar(busy, shades[pmin(pmax(ceiling(part * 8), 1L), 8L)])
-    # One task after the other, where there is room for that.
+    # Separate consecutive tasks where they are wide enough.
     wide <- busy[end[busy] - start[busy] > diff(xlim) / 200 & nrow(rows) <= 60L]
     y <- rows$y[of[wide]]
     graphics::segments(start[wide], y - half, y1 = y + half, col = "white", lwd = 0.7)
@@ -170,7 +172,7 @@ drawRows <- function(x, rows, xlim, col) {
   }
 }
 
-# What part of the time that is shown the workers were busy.
+# Returns the title: the number of workers, and the fraction of the plotted time that they were busy.
 timelineTitle <- function(x, rows, xlim) {
   shown <- pmax(pmin(x$end, xlim[[2L]]) - pmax(x$start, xlim[[1L]]), 0)
   part <- ifelse(x$end > x$start, shown / (x$end - x$start), 0)

@@ -1,36 +1,34 @@
-# When workers were busy, as data. The picture is in timeline-plot.R.
+# clusterTimeline(): when workers were busy, as data. timeline-plot.R draws it.
 
-#' When the workers of a cluster were busy
+#' Timeline of the workers of a cluster
 #'
-#' What each worker has been at since the cluster was made. It is known here already: no worker is asked,
-#' and nothing is to be switched on before. Also of clusters that have been stopped.
+#' Returns when each worker was busy since the cluster was made. The session knows this already: it asks no worker, and
+#' nothing has to be enabled in advance. The timeline of a stopped cluster is available, too.
 #'
-#' The history of a worker takes a bounded number of intervals, 500 and 50 losses, however long it is
-#' (some 30 KB). From the beginning on, an interval of less than 1 ms becomes a part of the next one if that
-#' follows within 1 ms; whenever there are too many, the same is done with twice that time. So intervals of
-#' more than a hundredth of the time that all of them span stay as they are, and `busy` and `tasks` are
-#' exact in any case.
+#' The history of a worker has a fixed maximum size (some 30 KB): 500 intervals and 50 worker failures. An interval of
+#' less than 1 ms is merged into the next one if that follows within 1 ms. Whenever a worker has more than 500
+#' intervals, this limit is doubled. Intervals that take more than a hundredth of the whole history are therefore never
+#' merged, and `busy` and `tasks` are always exact.
 #'
-#' How long tasks take is measured by workers, together with those that cross with them; large or complex
-#' results of `clusterCall()` and of \pkg{parallel}'s own verbs do not tell it, and for those it is the
-#' time from when a message was sent to when the answer began to come.
+#' Workers measure how long their tasks take, for all tasks of a batch together. For large or complex results of
+#' `clusterCall()` and of the functions of \pkg{parallel}, the measured time is that from sending the message until
+#' the first byte of the result arrives.
 #'
-#' @param cl A cluster made by [makeRustCluster()], or a part of one: then only of those workers.
-#' @return A data frame of class `"rustcluster_timeline"`, with a row for each interval, in the order of
-#'   nodes and times. What is in no interval was idle.
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: then the result has these workers only.
+#' @return A data frame of class `"rustcluster_timeline"`, with a row for each interval, in the order of nodes and
+#'   times. A worker was idle between its intervals.
 #'   \describe{
-#'     \item{host, rank}{(character, integer) of the node; if the nodes are of several clusters, `rank` is the
-#'       node's place in `cl`.}
-#'     \item{start, end}{(numeric) in seconds since the (first) cluster was made: attribute `"origin"`, a
+#'     \item{host, rank}{(character, integer) the node; if the nodes are of several clusters, `rank` is the index of
+#'       the node in `cl`.}
+#'     \item{start, end}{(numeric) seconds since the (first) cluster was made; attribute `"origin"` is that time, a
 #'       date-time (POSIXct).}
-#'     \item{kind}{(character) `"busy"`; `"transfer"`: it had a task, but message or answer were on their
-#'       way; `"lost"`: from a loss until another has taken its place.}
-#'     \item{busy}{(numeric) seconds of the interval in which it was busy: fewer than the interval has if
-#'       it has been put together from several.}
-#'     \item{tasks}{(numeric) tasks that were answered in it.}
+#'     \item{kind}{(character) `"busy"`; `"transfer"`: the worker had a task whose message or result was being
+#'       transferred; `"lost"`: from a worker failure until the worker was replaced.}
+#'     \item{busy}{(numeric) busy seconds in the interval: less than its length if several intervals were merged.}
+#'     \item{tasks}{(numeric) tasks that finished in the interval.}
 #'   }
-#'   Attribute `"workers"` is a data frame of `host` and `rank` of all nodes, `"now"` (numeric) is when it
-#'   was made, in seconds.
+#'   Attribute `"workers"` is a data frame of `host` and `rank` of all nodes. Attribute `"now"` (numeric) is the time of
+#'   the call in seconds.
 #' @section Errors:
 #' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
 #' @seealso [clusterStatus()].
@@ -60,8 +58,8 @@ clusterTimeline <- function(cl) {
   )
 }
 
-# The workers of one cluster and their intervals, as data frames. `later`: seconds by which it is younger than
-# the others. `several`: a rank does not tell which worker it is, and a node's place stands for it.
+# Returns the workers of one cluster and their intervals, as data frames. `later`: seconds from the start of the oldest
+# cluster to the start of this one. `several`: the nodes are of several clusters, and indices of nodes replace ranks.
 timelineOf <- function(part, rows, later, several) {
   hosts <- part$handle$hosts
   distinct <- !duplicated(part$ranks)
@@ -80,7 +78,7 @@ timelineOf <- function(part, rows, later, several) {
 
 #' @rdname clusterTimeline
 #' @order 3
-#' @param n (integer) Rows to show.
+#' @param n (integer) The maximum number of rows to print.
 #' @export
 print.rustcluster_timeline <- function(x, n = 10L, ...) {
   n <- plain(n)

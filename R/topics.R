@@ -3,7 +3,7 @@
 #' Failures of workers, hosts and tasks
 #'
 #' What a cluster made by [makeRustCluster()] does when a worker, a host or a link fails, and when a
-#' task takes too long. Agents replace failed workers, and tasks that were lost are retried.
+#' task takes too long. Agents replace failed workers, and their tasks are retried.
 #'
 #' @section Replaced workers:
 #' The agent of a host replaces a failed worker at once and restores the state of the old worker in the
@@ -11,10 +11,10 @@
 #' `clusterSetRNGStream()` did on the worker, in the same order and with the values that were sent then.
 #' The random numbers continue where the last completed task left them. A repeated call also repeats its
 #' side effects outside of the worker, such as writing a file, and many calls take their time. What
-#' other tasks left in the worker is lost, and so is the effect of an interrupted call.
+#' other tasks left in the worker is not restored, and neither is the effect of an interrupted call.
 #'
 #' A worker is replaced only if its complete state has been logged. When the log needs more than
-#' `keep_limit`, a warning (`rustcluster_state_not_kept`) says that workers lost on that host will not
+#' `setup_log_limit`, a warning (`rustcluster_state_not_kept`) says that failed workers of that host will not
 #' be replaced from then on.
 #'
 #' A worker is lost for the time being if it ends three times in a row while it is restored, or if its
@@ -25,21 +25,21 @@
 #' (`rustcluster_worker_back`) says so, and the node is usable again.
 #'
 #' @section Retries:
-#' A task that was lost is retried on the replacement, before all other tasks that wait for that
+#' The task of a failed worker is retried on the replacement, before all other tasks that wait for that
 #' worker, and with the same random numbers as at first. A warning (`rustcluster_worker_lost`) reports
-#' each loss; `options(warn = 2)` turns that warning into an error, which ends the call.
+#' each worker failure; `options(warn = 2)` turns that warning into an error, which ends the call.
 #'
 #' If the host is lost, or the worker is not replaced, another worker that the same call uses gets the
 #' task, with the random numbers of the lost worker if those are L'Ecuyer-CMRG streams. `clusterCall()`
 #' and other verbs that address each node are bound to their nodes, and fail.
 #'
-#' A task is attempted at most `retries + 1` times; with `retries = 0`, the first loss is an error
+#' A task is attempted at most `retries + 1` times; with `retries = 0`, the first failure is an error
 #' at once. The other tasks go on, and at the end of the call an error of class `rustcluster_task_failed` is raised.
 #' Its fields are
 #' \describe{
 #'   \item{`index`}{(integer) which of the tasks that were sent; for [parallel::parLapply()] and similar
 #'     functions, which chunk of the elements.}
-#'   \item{`losses`}{(list) a condition for each loss.}
+#'   \item{`losses`}{(list) a condition for each worker failure.}
 #'   \item{`results`}{(list) the results of all tasks: `NULL` for a task without a result, and the text
 #'     of the error, of class `"try-error"`, for a task that ended with an error of R code.}
 #'   \item{`failures`}{(list) all errors of this kind.}
@@ -57,8 +57,8 @@
 #' and `system()` do not respond.
 #'
 #' @section Lost hosts and reconnection:
-#' A host is lost when its agent or its link fails, or when the host is silent for `patience` seconds.
-#' Its agent applies the same limit to the session. An agent sends a heartbeat four times in `patience`
+#' A host is lost when its agent or its link fails, or when the host is silent for `heartbeat_timeout` seconds.
+#' Its agent applies the same limit to the session. An agent sends a heartbeat four times in `heartbeat_timeout`
 #' seconds, however busy its workers are.
 #'
 #' Later calls on the nodes of a lost host fail with `rustcluster_host_failed` until the host is back.
@@ -83,32 +83,32 @@ NULL
 #' Start and end of a cluster
 #'
 #' How the processes of a cluster made by [makeRustCluster()] start, which packages forked workers
-#' share, what ends the processes, and what is left behind.
+#' share, what ends the processes, and which processes outlive them.
 #'
 #' @section Start:
-#' Each host has an agent, an R process that starts the workers: by forking itself, or, with `start =
+#' Each host has an agent, an R process that starts the workers: by forking itself, or, with `start_method =
 #' "spawn"`, as separate R processes. One byte stream connects the agent with this session. The agent
 #' ends with the session, and its workers end with the agent. Workers start with the global environment,
 #' search path and options of a PSOCK worker. Each worker has a temporary directory, a random seed and a
 #' process group of its own.
 #'
-#' If a start fails, nothing is left running; with `onFailure = "warn"`, nothing on the hosts that
+#' If a start fails, nothing is left running; with `on_failure = "warn"`, nothing on the hosts that
 #' failed.
 #'
 #' @section Packages:
 #' A forked worker inherits what a package created in the agent's process at load. A package of
 #' `packages` is therefore loaded by each worker, after the fork, if the package or a namespace that it
-#' imports does one of the following at load: it draws random numbers, asks for `tempdir()`,
-#' `tempfile()`, the process id or the time, makes files in the temporary directory, opens connections,
+#' imports does one of the following at load: it draws random numbers, calls `tempdir()`
+#' or `tempfile()`, reads the process id or the time, makes files in the temporary directory, opens connections,
 #' files or sockets, starts threads or processes, registers an exit finalizer, or has compiled code that
-#' can read the clock, the process id or random bytes. The agent watches the packages load to find this
-#' out, and then starts anew without them. The search path is that of a PSOCK worker in any case.
+#' can read the clock, the process id or random bytes. The agent observes the packages while they
+#' load to detect this, and then restarts without them. The search path is that of a PSOCK worker in any case.
 #' Packages that a user's profile loads are checked in the same way: if one of them must not be forked,
-#' the workers of that host are started as with `start = "spawn"`.
+#' the workers of that host are started as with `start_method = "spawn"`.
 #'
 #' Some packages are known: callr, credentials, curl, dqrng, ff, gert, hdf5r, later, magick, rgl, snow
-#' and terra are always loaded by each worker; data.table and cli are loaded once, and each worker gets
-#' their threads anew. What C code does at load may escape notice: use `start = "spawn"` then.
+#' and terra are always loaded by each worker; data.table and cli are loaded once, and each worker renews
+#' their threads. The agent may not detect what C code does at load: use `start_method = "spawn"` then.
 #' `vignette("packages")` has a table of common packages.
 #'
 #' @section Ends:
@@ -124,12 +124,12 @@ NULL
 #' | a worker ends (`quit()`, a signal, out of memory) | the worker is replaced and its task retried: see [rustcluster_faults] |
 #' | a worker ignores SIGTERM, or has closed its descriptors | the worker is killed; one that has closed its descriptors counts as failed, as above |
 #' | the agent or its ssh is killed, or told to end | its workers end within a second, with all processes that they started; their tasks move to other hosts |
-#' | the link breaks, or the host is switched off | each side notices within `patience` seconds; as above |
+#' | the link breaks, or the host is switched off | each side notices within `heartbeat_timeout` seconds; as above |
 #' | a disk is full on the host | tasks that write to the disk fail with an error; `outfile` misses lines |
 # nolint end
 #'
-#' @section Processes left behind:
-#' Processes that a worker started (with `system()`, `mclapply()` and similar functions) are killed with
+#' @section Detached processes:
+#' Child processes of a worker (started by `system()`, `mclapply()` and similar functions) are killed with
 #' the worker, and with a killed agent. A process that made itself the leader of another process group,
 #' as `setsid` does, keeps running; on Linux a warning of class `rustcluster_left_behind` names the
 #' process when its worker has ended. A cluster that a worker made ends with the worker.

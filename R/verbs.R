@@ -1,57 +1,55 @@
-# The verbs of parallel, under their own names. Given one of our clusters they hand over all tasks at
-# once; given anything else they call parallel's.
+# parallel's verbs under their own names. With a cluster of this package they send all tasks of a job at once; with any
+# other cluster they call parallel's function.
 
-#' The verbs of parallel
+#' Drop-ins for the functions of parallel
 #'
-#' Drop-ins for the functions of the same names in \pkg{parallel}, with the same arguments and
-#' results. With a cluster made by [makeRustCluster()] they hand the whole job over at once; with any
-#' other cluster they call \pkg{parallel}'s. Code that calls `parallel::parLapply()` and so on, also in
-#' packages, is as fast with a cluster made by [makeRustCluster()], and all of this page holds for it as
-#' well. What these functions add is that they divide very long vectors into chunks faster.
+#' Drop-ins for the functions of the same names in \pkg{parallel}, with the same arguments and results. With a cluster
+#' made by [makeRustCluster()] they run the whole job at once; with any other cluster they call the function of
+#' \pkg{parallel}. Code that calls `parallel::parLapply()` and so on, in packages too, is as fast with a cluster made by
+#' [makeRustCluster()], and this page applies to it as well. The functions of this package only divide very long vectors
+#' into chunks faster.
 #'
-#' Tasks are sent one by one, at about the speed of PSOCK clusters, to nodes of several clusters, to nodes that
-#' are in `cl` twice, and if a package's own `[[` method makes the elements.
+#' Tasks are sent one by one, at about the speed of PSOCK clusters, to nodes of several clusters, to nodes that are in
+#' `cl` twice, and if a package's own `[[` method extracts the elements.
 #'
-#' What is the same: values, their order and names, errors, what the tasks find and leave on their
-#' node, and, for `clusterApply()`, `clusterMap()`, `parLapply()`, `parSapply()`, `parApply()`,
-#' `parRapply()` and `parCapply()`, which node has which task, and so the random numbers. Where
-#' \pkg{parallel} leaves it open which node gets a task (`clusterApplyLB()`, `parLapplyLB()`,
-#' `parSapplyLB()`, `clusterMap(.scheduling = "dynamic")`), short tasks are sent in batches sized so that
-#' messaging costs little; batches shrink towards the end, and on slow links the next batch is prefetched. If
-#' there are no more tasks than nodes, the first goes to the first node, and so on. `parLapplyLB()` and
-#' `parSapplyLB()` without a `chunk.size` send batches of elements.
+#' These properties are the same as in \pkg{parallel}: values, their order and names, errors, what the tasks find and
+#' leave on their node, and, for `clusterApply()`, `clusterMap()`, `parLapply()`, `parSapply()`, `parApply()`,
+#' `parRapply()` and `parCapply()`, which node runs which task, and therefore the random numbers. Other functions do not
+#' assign tasks to nodes in advance: `clusterApplyLB()`, `parLapplyLB()`, `parSapplyLB()`,
+#' `clusterMap(.scheduling = "dynamic")`. They send short tasks in batches sized so that messaging costs little; batches
+#' shrink towards the end, and on slow links the next batch is prefetched. If there are no more tasks than nodes, the
+#' first task goes to the first node, and so on. `parLapplyLB()` and `parSapplyLB()` without a `chunk.size` send batches
+#' of elements.
 #'
-#' `fun` and the arguments in `...` are serialized once a job and sent once to each host. Each task gets its
-#' own copy of them, as with \pkg{parallel}, so that nothing a task changes, not even C code in place, is seen
-#' by another. For `parLapply()` and the functions built on it, a task is a chunk of elements. `parLapplyLB()`
-#' and `parSapplyLB()` without a `chunk.size` choose the chunks while they run: the elements that are sent
-#' together are a chunk, and share `fun`, the environment it was made in, and `...`. So a function with state
-#' of its own, such as a counter, may give other values than with \pkg{parallel}, which cuts the chunks
-#' beforehand.
+#' `fun` and the arguments in `...` are serialized once for each job and sent once to each host. Each task gets its own
+#' copy of them, as in \pkg{parallel}: no task sees a change that another task made, even if C code made it in place.
+#' For `parLapply()` and the functions that use it, a task is a chunk of elements. `parLapplyLB()` and `parSapplyLB()`
+#' without a `chunk.size` choose the chunks while they run: a batch of elements is a chunk, and its elements share
+#' `fun`, the environment it was made in, and `...`. A function with state, such as a counter, may therefore return
+#' other values than in \pkg{parallel}, which divides the elements into chunks in advance.
 #'
-#' @param cl A cluster made by [makeRustCluster()], a part of one, or any cluster of
-#'   \pkg{parallel}; `NULL`: the one that \pkg{parallel}'s `setDefaultCluster()` has set.
-#' @param fun,FUN (function) What to call, or the name of it.
+#' @param cl A cluster made by [makeRustCluster()], a part of one, or any cluster of \pkg{parallel}. `NULL`: the default
+#'   cluster of \pkg{parallel}, as `setDefaultCluster()` sets it.
+#' @param fun,FUN (function) The function to call, or its name.
 #' @param expr An expression to evaluate.
-#' @param varlist (character) Names of what to export.
-#' @param envir (environment) Where it is.
-#' @param x,X For `clusterApply()`, `clusterApplyLB()`, `parLapply()` and `parSapply()`: a vector or
-#'   list. For `parApply()` an array, for `parRapply()` and `parCapply()` a matrix.
-#' @param ... Further arguments of `fun`. For `clusterMap()`: vectors or lists, of which each task has
-#'   an element.
+#' @param varlist (character) The names of the variables to export.
+#' @param envir (environment) The environment of these variables.
+#' @param x,X For `clusterApply()`, `clusterApplyLB()`, `parLapply()` and `parSapply()`: a vector or list. For
+#'   `parApply()` an array, for `parRapply()` and `parCapply()` a matrix.
+#' @param ... Further arguments of `fun`. For `clusterMap()`: vectors or lists, of which each task gets one element.
 #' @param MoreArgs,RECYCLE,SIMPLIFY,USE.NAMES,simplify,.scheduling As in \pkg{parallel}:
 #'   [parallel::clusterMap()], [parallel::parSapply()].
 #' @param MARGIN (integer or character) As in [base::apply()].
-#' @param chunk.size (integer) Elements in a task of \pkg{parallel}'s.
-#' @return As of \pkg{parallel}'s functions: [parallel::clusterApply()].
+#' @param chunk.size (integer) The number of elements in a chunk.
+#' @return The value of the function of \pkg{parallel}: see [parallel::clusterApply()].
 #' @section Errors:
-#' As of \pkg{parallel}'s functions, and those of clusters made by [makeRustCluster()]: see there.
+#' The errors of the function of \pkg{parallel}, and those of clusters made by [makeRustCluster()]: see there.
 #' @section Progress:
-#' With `options(rustcluster.progress = TRUE)` those that hand out tasks show a bar with the tasks done,
-#' their rate, the time that is left and the workers that are busy. A task of `parLapply()`, `parSapply()`
-#' and `par*apply()` is all that a worker gets, so there it moves late; with a `chunk.size`, and with
-#' `parLapplyLB()` and `parSapplyLB()`, sooner.
-#' @seealso [clusterLapply()], which can do more.
+#' With `options(rustcluster.progress = TRUE)`, functions that run several tasks show a bar with the number of finished
+#' tasks, their rate, the remaining time and the number of busy workers. `parLapply()`, `parSapply()` and `par*apply()`
+#' send one task to each worker, so that the bar moves late. It moves sooner with a `chunk.size`, and with
+#' `parLapplyLB()` and `parSapplyLB()`.
+#' @seealso [clusterLapply()] for seeds, timeouts and streaming results.
 #' @examples
 #' cl <- makeRustCluster(2)
 #' offset <- 10
@@ -62,8 +60,8 @@
 #' @name verbs
 NULL
 
-# All but clusterCall() and parLapplyLB() are parallel's own, as this version of R has them, over functions of
-# ours: see findVerbs().
+# findVerbs() assigns the functions. All but clusterCall() and parLapplyLB() are copies of parallel's functions of the
+# running R, which call functions of this package.
 
 #' @rdname verbs
 #' @export
@@ -117,8 +115,8 @@ parRapply <- NULL
 #' @export
 parCapply <- NULL
 
-# The same as parallel's splitIndices() gives, whose cut() and split() look at each index: a tenth of
-# the time of a parLapply() over 1e5 short elements.
+# Returns the same as parallel's splitIndices(), whose cut() and split() look at each index: that is a tenth of the time
+# of a parLapply() over 1e5 short elements.
 cutIndices <- function(nx, ncl) {
   if (ncl < 2L || nx < 2L) return(parallel::splitIndices(nx, ncl))
   fuzz <- min((nx - 1L) / 1000, 0.4 * nx / ncl)
@@ -127,7 +125,7 @@ cutIndices <- function(nx, ncl) {
   lapply(seq_along(breaks)[-1L], function(k) breaks[[k - 1L]] + seq_len(breaks[[k]] - breaks[[k - 1L]]))
 }
 
-# In the place of parLapplyLB(), whose arguments it gets.
+# Replaces parLapplyLB(), with its arguments.
 freeElements <- function(cl, X, fun, ..., chunk.size) {
   defaultCluster <- parallels$defaultCluster
   chunked <- parallels$chunked
@@ -137,8 +135,8 @@ freeElements <- function(cl, X, fun, ..., chunk.size) {
   applyFree(cl, ranks, X, fun, list(...))
 }
 
-# Whether it may be left to the job which elements are sent together. How a vector with a class is taken apart is
-# known to its class alone, and what a name stands for to the workers.
+# Returns whether the job may choose batches of elements. It may not for a vector with a class, whose methods extract
+# the elements, nor for the name of a function, which the workers look up.
 isFree <- function(X, fun) {
   length(X) && !is.object(X) && isPlain(X) && is.function(fun)
 }
@@ -156,11 +154,11 @@ applyFree <- function(cl, ranks, X, fun, common) {
   val
 }
 
-# In a worker: an element of a chunk, whose function sees the call that lapply() makes there.
+# Runs in a worker, for an element of a chunk. The function sees the same call as in lapply().
 applyOne <- function(X, ...) lapply(list(X), ...)[[1L]]
 
-# Whether the function may look at the call that it is called by, or at its caller's frame. For others the detour
-# through lapply() would take several times as long as a short element.
+# Returns whether the function may inspect its own call or the frame of its caller. For other functions, calling
+# lapply() would take several times as long as a short element.
 seesCall <- function(fun) {
   looks <- c("substitute", "match.call", "sys.call", "sys.calls", "sys.function", "sys.frame", "sys.frames",
              "sys.parent", "sys.nframe", "parent.frame", "UseMethod", "standardGeneric", "Recall", "enquo", "enquos",
@@ -172,7 +170,7 @@ isPlain <- function(x) {
   typeof(x) %in% c("list", "character", "double", "integer", "logical")
 }
 
-# What takes the place of parallel's function of this name, with its arguments.
+# Returns a replacement for parallel's function of this name, with its arguments.
 handsOut <- function(name, round) {
   force(round)
   theirs <- parallels[[name]]
@@ -182,9 +180,9 @@ handsOut <- function(name, round) {
     ranks <- nativeRanks(cl)
     if (is.null(ranks)) return(theirs(receivable(cl), fun, n, argfun))
     if (n <= 0L) return(invisible())
-    # An error here, as with parallel.
+    # Evaluate `fun` here, so that errors are raised as in parallel.
     fun
-    # Errors name the same calls.
+    # Use the same calls as parallel, which error messages contain.
     start <- i <- job <- 1L
     first <- if (round) argfun(start + i - 1L) else argfun(job)
     tasks <- tasksOf(argfun, n, first)
@@ -193,26 +191,27 @@ handsOut <- function(name, round) {
   }
 }
 
-# The same function of a task's number, which does not make what is there of the first task once more.
+# Returns `argfun` with the arguments of the first task, which are known, instead of computing them again.
 asked <- function(argfun, first) {
   force(first)
   function(i) if (i == 1) first else argfun(i)
 }
 
-# Runs the tasks of staticClusterApply() (`round`) or dynamicClusterApply(), and returns their results. `tasks`: as
-# tasksOf() gives them. As many tasks as nodes, or fewer: the first goes to the first node, and so on, as with parallel.
+# Runs the tasks of staticClusterApply() (`round`) or dynamicClusterApply(), and returns their results. `tasks`: the
+# result of tasksOf(). If there are no more tasks than nodes, the first task goes to the first node, and so on, as in
+# parallel.
 runTasks <- function(cl, ranks, fun, n, tasks, round) {
   round <- round || n <= length(cl)
   checkedResults(runJob(cl, ranks, n, fun, tasks$common, tasks$elements, round, spread = tasks$spread))
 }
 
-# PSOCK's method of recvOneData() fails at nodes of ours that a user has put among PSOCK's.
+# PSOCK's method of recvOneData() fails for PSOCK clusters that contain nodes of this package.
 receivable <- function(cl) {
   if (!inherits(cl, "RustCluster") && any(areOurs(cl))) class(cl) <- "cluster"
   cl
 }
 
-# In the place of clusterCall(): the same call on all nodes.
+# Replaces clusterCall(): runs the same call on all nodes.
 callNodes <- function(cl = NULL, fun, ...) {
   defaultCluster <- parallels$defaultCluster
   cl <- defaultCluster(cl)
@@ -221,10 +220,10 @@ callNodes <- function(cl = NULL, fun, ...) {
   if (is.null(values)) parallels$clusterCall(cl, fun, ...) else values
 }
 
-# Sends the same message to all nodes and returns their values. NULL, and nothing has been done: they are not nodes of
-# one cluster of ours, or one is there twice. `lasts`: see settingOf().
+# Sends the same message to all nodes and returns their values. Returns NULL and does nothing if `cl` contains nodes of
+# several clusters, nodes of other packages, or the same node twice. `lasts`: see settingOf().
 callAll <- function(cl, message, lasts = settingOf("clusterCall", message$data)) {
-  # Not `[[`, which looks for methods first.
+  # `.subset2()` is faster than `[[`, which looks for methods.
   handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
   refuseIfBusy(handle, sys.nframe())
@@ -236,16 +235,16 @@ callAll <- function(cl, message, lasts = settingOf("clusterCall", message$data))
     answers <- hub_call(handle$pointer, cl, job, message, lasts)
     if (!isFromStale(answers, handle)) break
   }
-  if (is.null(answers) || typeof(answers) == "list") {
+  if (is.null(answers) || (typeof(answers) == "list" && !isFailure(answers))) {
     done <- TRUE
     return(answers)
   }
   continueJob(handle, job, sys.nframe(), 0L, lasts)
-  if (is.character(answers)) handleFailed(answers, handle)
+  if (isFailure(answers)) handleFailed(answers, handle)
   checked(answers)
   called <- hub_called(handle$pointer)
   answers <- called[[1L]]
-  # As they come: what waits for its turn would go through memory twice.
+  # Receive answers in the order of arrival: an answer that waited for its turn would be copied twice.
   result <- called[[3L]]
   for (i in seq_len(sum(!called[[2L]]))) {
     if (is.null(result)) result <- hub_receive_any(handle$pointer, cl)

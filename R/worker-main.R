@@ -1,9 +1,9 @@
-# What a worker runs. None of this is called in the head.
+# The main function of workers. The head calls only the functions that return versions.
 
 workerMain <- function() {
   Sys.unsetenv("RUSTCLUSTER_LIB")
   config <- checked(worker_connect())
-  # Whatever ends this process from here on, the agent knows what is to be removed.
+  # Report the temporary directory to the agent, which removes it if this process dies.
   checked(worker_ready(tempdir(), FALSE))
   failure <- attachPackages(config$packages)
   if (!is.null(failure)) stop(failure)
@@ -18,7 +18,7 @@ rVersionText <- function() {
   as.character(getRversion())
 }
 
-# NULL, or what went wrong.
+# Returns NULL, or an error message.
 attachPackages <- function(packages) {
   for (package in packages) {
     failed <- tryCatch(
@@ -37,16 +37,16 @@ attachPackages <- function(packages) {
 
 serveTasks <- function() {
   checked(worker_ready(tempdir(check = TRUE), TRUE))
-  # What a task does not catch itself ends it, and nothing else. The handlers are made once and not
-  # for each task.
+  # An error or interrupt that a task does not catch ends the task, and nothing else. The handlers are made once, and
+  # not for each task.
   while (caught(
     tryCatch(serveUntilJump(), interrupt = function(e) answerFailure(e, "the task was interrupted", TRUE)),
     failed = function(e) answerFailure(e, withMemoryLimit(conditionMessage(e)))
   )) NULL
 }
 
-# The value of the expression, or of `failed` of the error that ended it. A jump to R's top level, which
-# would end the worker, is such an error.
+# Returns the value of the expression, or the value of `failed` for its error. A jump to R's top level, which would end
+# the worker, is turned into such an error.
 caught <- function(expr, failed) {
   signaled <- NULL
   withRestarts(
@@ -55,26 +55,26 @@ caught <- function(expr, failed) {
   )
 }
 
-# `signaled`: the last condition that nobody has caught.
+# Returns the error for a jump to top level. `signaled`: the last condition that was not caught.
 aborted <- function(signaled) {
-  # Text of any kind, and nothing of this may fail: the jump would end the worker.
+  # Nothing here may fail, whatever the message of the condition is: an error would end the worker.
   text <- if (!is.null(signaled)) tryCatch(conditionMessage(signaled), error = function(e) NULL)
-  # What R says before it jumps because of it.
+  # R prints the message of the condition before it jumps.
   says <- function() grepl(text, geterrmessage(), fixed = TRUE, useBytes = TRUE)
   stopped <- is.character(text) && length(text) == 1L && isTRUE(tryCatch(says(), error = function(e) FALSE))
-  # It has been said: the next one may be another.
+  # Reset geterrmessage() for the next condition.
   try(stop("-"), silent = TRUE)
   how <- if (stopped) {
     paste0(
-      "stop() was called with a condition that is no error, of class ", sQuote(class(signaled)[[1L]]), ": ", text
+      "stop() was called with a condition that is not an error, of class ", sQuote(class(signaled)[[1L]]), ": ", text
     )
   } else {
-    "the task was ended by a jump to R's top level, as invokeRestart(\"abort\") makes it"
+    "the task jumped to R's top level, as invokeRestart(\"abort\") does"
   }
   rustclusterCondition("aborted", how, parent = if (stopped) signaled)
 }
 
-# How R's errors begin that say that there is no more memory.
+# The messages of R's errors for failed allocations.
 noMemory <- c(
   "cannot allocate vector of size %0.1f Gb", "cannot allocate vector of size %0.1f Mb",
   "cannot allocate vector of size %0.f Kb", "cannot allocate memory block of size %0.1f Tb",
@@ -86,7 +86,7 @@ noMemory <- c(
   "'R_Realloc' could not re-allocate memory (%.0f bytes)"
 )
 
-# An error's text, which says so if it comes from this worker's limit.
+# Adds `memory_limit` to the message of an error for a failed allocation.
 withMemoryLimit <- function(text) {
   limit <- worker_memory_limit()
   if (limit == 0 || length(text) != 1L || is.na(text)) return(text)
@@ -97,8 +97,8 @@ withMemoryLimit <- function(text) {
   paste0(text, " (this worker's memory_limit is ", size, ")")
 }
 
-# A condition without a call that holds the arguments themselves, as ours do. One that is large all the
-# same is left with its text.
+# Returns a condition that is small enough to be sent. Removes its call if that contains the arguments themselves, as
+# calls by do.call() do. A condition that is still large is reduced to its message.
 sendable <- function(e, text) {
   small <- tryCatch(
     {
@@ -111,18 +111,18 @@ sendable <- function(e, text) {
   if (small) e else simpleError(text)
 }
 
-# FALSE at the end.
+# Returns FALSE when the worker is to end.
 serveUntilJump <- function() {
   checked(worker_serve())
   FALSE
 }
 
-# An error or an interrupt of the task's, or an error outside of its code: the message could not be
-# read, or the value could not be serialized. Without a task, or anybody to tell, it is our own end.
+# Sends an error as the result of the task: an error or interrupt of its code, a message that could not be unserialized,
+# or a value that could not be serialized. Without a task or without an agent, the error ends the worker.
 answerFailure <- function(e, text, interrupted = FALSE) {
   value <- structure(text, class = c("snow-try-error", "try-error"), condition = sendable(e, text))
   failure <- worker_fail(value, interrupted)
-  if (is.character(failure)) stop(e)
+  if (isFailure(failure)) stop(e)
   checked(failure)
   TRUE
 }

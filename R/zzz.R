@@ -2,7 +2,7 @@
   findParallels()
   findVerbs()
   registerType()
-  # Their generics are others from version to version.
+  # The generics differ between versions of these packages.
   onceLoaded("future", registerFutureMethods)
   onceLoaded("parallelly", registerParallellyMethods)
 }
@@ -12,9 +12,9 @@ onceLoaded <- function(package, register) {
   if (isNamespaceLoaded(package)) register()
 }
 
-# New in R 4.5: makeCluster(type = "RUST").
+# Registers the cluster type "RUST" for makeCluster(), in R 4.5 and newer.
 registerType <- function() {
   register <- get0("registerClusterType", asNamespace("parallel"), inherits = FALSE)
-  # Whoever is loaded again replaces what it registered before, which would be warned of.
+  # R warns when the package is loaded again and replaces the type.
   if (is.function(register)) suppressWarnings(register("RUST", makeRustCluster))
 }

@@ -1,7 +1,6 @@
 # Makes src/Makevars from src/Makevars.in.
 source("tools/rust.R")
 rust <- find_rust()
-windows <- .Platform$OS.type == "windows"
 # A release tarball brings the sources of all crates and is built without a network; other sources
 # get them from the registry. A checkout keeps what it has compiled.
 vendored <- file.exists("src/rust/vendor.tar.xz")
@@ -20,15 +19,14 @@ values <- c(
   CARGO_FLAGS = paste(flags, collapse = " "),
   # The machine's paths do not belong in the library.
   RUSTFLAGS = "--remap-path-prefix=`pwd`=.",
-  CLEAN = if (!checkout && !windows) "rust_clean" else "",
+  CLEAN = if (!checkout) "rust_clean" else "",
   UNPACK = if (vendored) {
     paste("cd rust && rm -rf vendor && tar xJf vendor.tar.xz && mkdir -p .cargo &&",
           "cp vendor-config.toml .cargo/config.toml")
   } else "@true"
 )
-file <- if (windows) "src/Makevars.win" else "src/Makevars"
-lines <- readLines(paste0(file, ".in"))
+lines <- readLines("src/Makevars.in")
 for (name in names(values)) {
   lines <- gsub(paste0("@", name, "@"), values[[name]], lines, fixed = TRUE)
 }
-writeLines(lines, file)
+writeLines(lines, "src/Makevars")

@@ -14,7 +14,6 @@ if (length(rust)) {
     "  Debian, Ubuntu:  sudo apt-get install rustc-web cargo-web\n",
     "                   (or rustc and cargo, if they are new enough)\n",
     "  Fedora:          sudo dnf install rust cargo\n",
-    "  macOS:           brew install rust\n",
     "  anywhere:        rustup, from https://rustup.rs\n",
     "-------------------------------------------------------------------------------"
   )

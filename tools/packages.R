@@ -79,7 +79,7 @@ try_one <- function(package, start) {
   want <- attached(psock)
   began <- proc.time()[[3L]]
   ours <- withCallingHandlers(
-    rustcluster::makeRustCluster(2, packages = package, start = start, threads = 2),
+    rustcluster::makeRustCluster(2, packages = package, start_method = start, threads = 2),
     condition = function(c) {
       if (inherits(c, "rustcluster_condition") || inherits(c, "warning")) told <<- c(told, conditionMessage(c))
       if (inherits(c, "warning")) invokeRestart("muffleWarning")

@@ -2,8 +2,9 @@
 
 # The versions that DESCRIPTION asks for.
 required_rust <- function() {
+  # R CMD build may break the line anywhere.
   needs <- read.dcf("DESCRIPTION", fields = "SystemRequirements")[[1]]
-  version <- regmatches(needs, regexec("rustc *\\(?>= *([0-9.]+)", needs))[[1]][2]
+  version <- regmatches(needs, regexec("rustc[[:space:]]*\\(?>=[[:space:]]*([0-9.]+)", needs))[[1]][2]
   if (is.na(version)) stop("DESCRIPTION names no version of rustc")
   version
 }

@@ -3,7 +3,7 @@ package <- Sys.getenv("R_PACKAGE_DIR")
 if (nzchar(package)) {
   files <- list.files(".", recursive = TRUE, all.files = TRUE)
   made <- c(
-    "^src/rust/(target|vendor|[.]cargo|core/fuzz)/", "^src/Makevars(.win)?$", "[.](o|so|dll|a)$",
+    "^src/rust/(target|vendor|[.]cargo|core/fuzz)/", "^src/Makevars$", "[.](o|so|dll|a)$",
     "[.]tar[.]gz$",
     "^[.](git|ci)/", "[.]Rcheck/"
   )

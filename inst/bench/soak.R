@@ -44,7 +44,7 @@ spec <- if (length(hosts)) {
 # R collects its garbage when 64 MB of vectors have come together, which is more than this machine may
 # have for each of hundreds of workers.
 options <- list(
-  spec = unname(spec), reconnect = TRUE, retries = 50, patience = 10, rscript_args = "--min-vsize=4M"
+  spec = unname(spec), reconnect = TRUE, retries = 50, heartbeat_timeout = 10, rscript_args = "--min-vsize=4M"
 )
 if (length(hosts)) options <- c(options, list(rshcmd = option("ssh", "ssh"), rlibs = option("rlibs")))
 cl <- do.call(makeRustCluster, options)

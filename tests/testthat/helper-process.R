@@ -8,7 +8,6 @@ skip_unless_proc <- function() {
 
 # Emulators of other processors take such a limit and keep none.
 skip_unless_memory_limits <- function() {
-  skip_on_os(c("mac", "windows", "solaris"))
   kept <- system2("sh", c("-c", shQuote("ulimit -d 4000000; ulimit -d")), stdout = TRUE)
   skip_if_not(identical(kept, "4000000"), "limits of memory are not kept here")
 }

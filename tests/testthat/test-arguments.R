@@ -13,7 +13,7 @@ expect_bad_argument <- function(expr, argument) {
   invisible(error)
 }
 
-test_that("spec must say how many workers, and that must be possible", {
+test_that("an invalid spec is an error that names `spec`", {
   for (spec in list(
     0, 0L, -1, NA, NA_integer_, NaN, Inf, 1e9, 2^31, 0.5, list(), character(), integer(), NULL,
     TRUE, "", NA_character_, c("localhost", NA), c("localhost", ""), "2", quote(x), sum, 2i
@@ -22,7 +22,7 @@ test_that("spec must say how many workers, and that must be possible", {
   }
 })
 
-test_that("the messages about spec", {
+test_that("messages of errors about spec", {
   expect_snapshot({
     show_error(makeRustCluster(0))
     show_error(makeRustCluster(-1))
@@ -35,7 +35,7 @@ test_that("the messages about spec", {
   })
 })
 
-test_that("an unknown argument is named", {
+test_that("an unknown argument is an error that names it", {
   error <- caught(makeRustCluster(2, noSuchArgument = 1))
   expect_rust_error(error, "bad_argument")
   expect_match(conditionMessage(error), "noSuchArgument", fixed = TRUE)
@@ -49,9 +49,9 @@ test_that("an unknown argument is named", {
   })
 })
 
-test_that("other wrong arguments are named", {
-  expect_bad_argument(makeRustCluster(2, start = "thread"), "start")
-  expect_bad_argument(makeRustCluster(2, start = NA), "start")
+test_that("an invalid argument is an error that names it", {
+  expect_bad_argument(makeRustCluster(2, start_method = "thread"), "start_method")
+  expect_bad_argument(makeRustCluster(2, start_method = NA), "start_method")
   expect_bad_argument(makeRustCluster(2, threads = 0), "threads")
   expect_bad_argument(makeRustCluster(2, threads = NA), "threads")
   expect_bad_argument(makeRustCluster(2, threads = "two"), "threads")
@@ -70,7 +70,7 @@ test_that("other wrong arguments are named", {
   expect_bad_argument(makeRustCluster(2, renice = "very"), "renice")
   expect_bad_argument(makeRustCluster(2, rscript_args = 1), "rscript_args")
   expect_snapshot({
-    show_error(makeRustCluster(2, start = "thread"))
+    show_error(makeRustCluster(2, start_method = "thread"))
     show_error(makeRustCluster(2, threads = 0))
     show_error(makeRustCluster(2, packages = 1))
     show_error(makeRustCluster(2, rscript_envs = 1))
@@ -79,11 +79,11 @@ test_that("other wrong arguments are named", {
   })
 })
 
-test_that("wrong arguments about faults and limits are named", {
+test_that("an invalid argument about failures and limits is an error that names it", {
   wrong <- list(
     retries = list(-1, NA, NaN, Inf, "two", 1:2, NULL, TRUE, list(1), 1e7),
     timeout = list(0, -1, NA, NaN, -Inf, "soon", 1:2, NULL, 1e10, 1e-9),
-    keep_limit = list(-1, NA, "much", 1:2, Inf, FALSE),
+    setup_log_limit = list(-1, NA, "much", 1:2, Inf, FALSE),
     stop_timeout = list(-1, NA, "long", 1:2, Inf, FALSE),
     buffer_limit = list(0, 1, -1, NA, "much", c(2^20, 2^20), NULL, Inf),
     reconnect = list(NA, 1, "yes", NULL, c(TRUE, FALSE))
@@ -97,9 +97,130 @@ test_that("wrong arguments about faults and limits are named", {
   expect_snapshot({
     show_error(makeRustCluster(2, retries = -1))
     show_error(makeRustCluster(2, timeout = 0))
-    show_error(makeRustCluster(2, keep_limit = -1))
+    show_error(makeRustCluster(2, setup_log_limit = -1))
     show_error(makeRustCluster(2, buffer_limit = 1))
     show_error(makeRustCluster(2, reconnect = NA))
+  })
+})
+
+# Deprecated names of arguments -------------------------------------------------------------------------
+
+renamed <- c(
+  patience = "heartbeat_timeout", keep_limit = "setup_log_limit", start = "start_method", onFailure = "on_failure"
+)
+
+# The session has not warned of any old name.
+forget_deprecations <- function() {
+  shown <- rustcluster:::deprecationsShown
+  rm(list = ls(shown), envir = shown)
+}
+
+# Calls makeRustCluster() with a spec that is refused after all other arguments, so that no cluster is started. Returns
+# the warnings and the error.
+without_start <- function(...) {
+  warnings <- list()
+  error <- caught(withCallingHandlers(
+    makeRustCluster(list(list(host = "localhost", ncore = 1, bogus = 1)), ...),
+    warning = function(w) {
+      warnings <<- c(warnings, list(w))
+      invokeRestart("muffleWarning")
+    }
+  ))
+  list(warnings = warnings, error = error)
+}
+
+test_that("an argument is accepted by its old name, with a deprecation warning once a session", {
+  forget_deprecations()
+  for (old in names(renamed)) {
+    value <- list(patience = 10, keep_limit = NULL, start = "spawn", onFailure = "warn")[old]
+    first <- do.call(without_start, value)
+    expect_identical(first$error$argument, "spec")
+    expect_length(first$warnings, 1L)
+    warning <- first$warnings[[1L]]
+    expect_s3_class(warning, c("rustcluster_deprecated", "rustcluster_warning", "deprecatedWarning"), exact = FALSE)
+    expect_identical(warning[c("old", "new", "package")], list(old = old, new = renamed[[old]], package = "rustcluster"))
+    again <- do.call(without_start, value)
+    expect_identical(again$error$argument, "spec")
+    expect_length(again$warnings, 0L)
+  }
+  forget_deprecations()
+  all <- without_start(patience = 10, keep_limit = 1e6, start = "fork", onFailure = "error")
+  expect_identical(vapply(all$warnings, `[[`, "", "old"), names(renamed))
+  expect_snapshot({
+    forget_deprecations()
+    for (warning in without_start(patience = 10, keep_limit = 1e6, start = "fork", onFailure = "error")$warnings) {
+      cat(conditionMessage(warning), "\n")
+    }
+  })
+})
+
+test_that("a value that is given by an old name is checked, and the error names the new one", {
+  suppressWarnings({
+    expect_bad_argument(makeRustCluster(2, patience = 0), "heartbeat_timeout")
+    expect_bad_argument(makeRustCluster(2, patience = NULL), "heartbeat_timeout")
+    expect_bad_argument(makeRustCluster(2, keep_limit = -1), "setup_log_limit")
+    expect_bad_argument(makeRustCluster(2, start = "thread"), "start_method")
+    expect_bad_argument(makeRustCluster(2, onFailure = "maybe"), "on_failure")
+    expect_bad_argument(makeRustCluster(list(list(host = "localhost", start = "thread"))), "spec[[1]]$start_method")
+  })
+})
+
+test_that("an argument that is given by both of its names is an error that names both", {
+  for (old in names(renamed)) {
+    new <- renamed[[old]]
+    for (arguments in list(c(old, new), c(new, old), c(old, old))) {
+      error <- caught(do.call(makeRustCluster, c(list(2), structure(list("x", "x"), names = arguments))))
+      expect_rust_error(error, "bad_argument")
+      expect_identical(error$argument, new)
+      expect_match(conditionMessage(error), paste0("`", old, "`"), fixed = TRUE)
+      expect_match(conditionMessage(error), paste0("`", new, "`"), fixed = TRUE)
+    }
+  }
+  both <- list(host = "localhost", start = "fork", start_method = "fork")
+  expect_bad_argument(makeRustCluster(list(both)), "spec[[1]]$start_method")
+  expect_snapshot({
+    show_error(makeRustCluster(2, patience = 10, heartbeat_timeout = 10))
+    show_error(makeRustCluster(list(both)))
+  })
+})
+
+test_that("arguments after spec and type are named in full, by their new and by their old names", {
+  for (name in c("heartbeat", "pat", "setup_log", "keep", "on_fail", "onF", "start_m", "star", "startMethod")) {
+    result <- do.call(without_start, structure(list(1), names = name))
+    expect_identical(result$error$argument, name)
+    expect_match(conditionMessage(result$error), "unknown argument", fixed = TRUE)
+    expect_length(result$warnings, 0L)
+  }
+  expect_identical(without_start("RUST", "fork")$error$argument, "...")
+  partial <- list(host = "localhost", sta = "spawn")
+  expect_bad_argument(makeRustCluster(list(partial)), "spec")
+})
+
+test_that("where warnings are errors, a deprecated argument is an error once, and nothing is started", {
+  forget_deprecations()
+  old <- options(warn = 2)
+  on.exit(options(old))
+  before <- if (dir.exists("/proc")) descendants() else integer()
+  expect_error(makeRustCluster(2, patience = 10), "`patience` is deprecated", fixed = TRUE)
+  if (dir.exists("/proc")) expect_identical(descendants(), before)
+  expect_identical(without_start(patience = 10)$error$argument, "spec")
+})
+
+test_that("old names have the effect of the new ones", {
+  skip_on_cran()
+  settings <- function(cl) {
+    handle <- cl[[1L]][["handle"]]
+    list(method = handle$agents[[1L]]$start_method, limit = handle$stateLimit)
+  }
+  suppressWarnings({
+    cl <- local_cluster(2, start = "spawn", keep_limit = 5e6, patience = 10, onFailure = "warn")
+    expect_identical(settings(cl), list(method = "spawn", limit = 5e6))
+    expect_identical(clusterCall(cl, function() "up"), list("up", "up"))
+    # The number of workers that are left out shows that a failed host is no error.
+    bad <- list(host = "127.0.0.1", ncore = 1, rscript = "/no/such/Rscript")
+    cl <- local_cluster(list(list(host = "localhost", ncore = 2, start = "spawn"), bad), onFailure = "warn")
+    expect_length(cl, 2L)
+    expect_identical(settings(cl)$method, "spawn")
   })
 })
 
@@ -144,13 +265,14 @@ expect_all_bad <- function(call, argument, values) {
   }
 }
 
-test_that("whatever is wrong with an argument of makeRustCluster() is an error of ours that names it", {
+test_that("any invalid value of an argument of makeRustCluster() is a classed error that names the argument", {
   before <- if (dir.exists("/proc")) descendants() else integer()
   texts <- c("text", "texts", "empty", "no_texts", "none")
   takes <- list(
-    packages = c(texts[-3], "none"), rscript_envs = c(texts[-3], "none", "no_list"), start = c("texts", "none"),
-    threads = c("half", "true", "many"), memory_limit = c("inf", "many"), onFailure = "none", patience = character(),
-    retries = "zero", timeout = c("inf", "half"), reconnect = "true", buffer_limit = character(), keep_limit = c("zero", "half", "none"),
+    packages = c(texts[-3], "none"), rscript_envs = c(texts[-3], "none", "no_list"), start_method = c("texts", "none"),
+    threads = c("half", "true", "many"), memory_limit = c("inf", "many"), on_failure = "none",
+    heartbeat_timeout = character(), retries = "zero", timeout = c("inf", "half"), reconnect = "true",
+    buffer_limit = character(), setup_log_limit = c("zero", "half", "none"),
     progress = "true", outfile = c("text", "empty"), rscript = "text", rscript_args = texts[-5],
     homogeneous = "true", methods = "true", manual = "true", renice = c("na", "text_na", "number_na", "nan", "zero", "minus", "half", "none"),
     rlibs = texts, setup_timeout = c("inf", "many", "half"), user = texts[-2], rshcmd = texts, rshopts = texts
@@ -176,7 +298,7 @@ test_that("whatever is wrong with an argument of makeRustCluster() is an error o
     host = "text", user = "text", ncore = c("half", "true"), port = c("half", "true"), rscript = "text",
     rlibs = c("text", "texts"), rshcmd = c("text", "texts"), rshopts = c("text", "texts"),
     rscript_envs = c("text", "texts", "no_texts", "no_list"), threads = c("half", "true"),
-    renice = c("zero", "minus", "half"), start = character()
+    renice = c("zero", "minus", "half"), start_method = character()
   )
   for (setting in names(takes)) {
     call <- function(value) {
@@ -205,7 +327,7 @@ test_that("whatever is wrong with an argument of makeRustCluster() is an error o
   if (dir.exists("/proc")) expect_identical(descendants(), before)
 })
 
-test_that("whatever is wrong with an argument of other functions is an error of ours that names it", {
+test_that("any invalid value of an argument of other functions is a classed error that names the argument", {
   skip_on_cran()
   cl <- local_cluster(2)
   texts <- c("text", "texts")
@@ -260,7 +382,7 @@ test_that("whatever is wrong with an argument of other functions is an error of 
   for (i in list(as.raw(1), list(1), sum, quote(x))) expect_bad_argument(cl[i], "i")
 })
 
-test_that("an rscript that is not there, or is not R, is an error with the reason", {
+test_that("an rscript that does not exist or is not Rscript is an error with the reason", {
   skip_on_cran()
   error <- caught(makeRustCluster(2, rscript = "/no/such/Rscript"))
   expect_s3_class(error, "rustcluster_error")
@@ -288,7 +410,7 @@ test_that("an rscript that is not there, or is not R, is an error with the reaso
   expect_s3_class(error, "rustcluster_error")
 })
 
-test_that("every argument of makePSOCKcluster is accepted", {
+test_that("all arguments of makePSOCKcluster() are accepted", {
   skip_on_cran()
   cl <- local_cluster(
     2,
@@ -307,7 +429,7 @@ test_that("every argument of makePSOCKcluster is accepted", {
   expect_equal(clusterCall(cl, identity, 2), list(2, 2))
 })
 
-test_that("spec in all its forms", {
+test_that("all forms of spec are accepted", {
   skip_on_cran()
   expect_length(local_cluster(1), 1L)
   expect_length(local_cluster(2L), 2L)
@@ -320,7 +442,7 @@ test_that("spec in all its forms", {
   expect_length(local_cluster(2, type = "RUST"), 2L)
 })
 
-test_that("the default is the number of usable cores", {
+test_that("the default number of workers is the number of usable cores", {
   skip_on_cran()
   skip_if(parallel::detectCores() > 64L)
   cl <- local_cluster()
@@ -330,14 +452,14 @@ test_that("the default is the number of usable cores", {
   expect_length(cl, as.integer(parallelly::availableCores()))
 })
 
-test_that("clusterPids() and agentPids() want a rust cluster", {
+test_that("clusterPids() and agentPids() refuse other clusters", {
   for (x in list(NULL, 1, list(), structure(list(), class = c("SOCKcluster", "cluster")))) {
     expect_rust_error(caught(clusterPids(x)), "bad_argument")
     expect_rust_error(caught(agentPids(x)), "bad_argument")
   }
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   skip_unless_proc()
   expect_no_leftovers()
 })

@@ -1,6 +1,6 @@
 # The registry of condition classes, and the texts of those that Rust reports.
 
-test_that("every condition that the code makes is in the registry, and the other way round", {
+test_that("the registry contains exactly the condition classes that the code raises", {
   registry <- rustcluster:::conditionClasses
   expect_named(registry, c("error", "warning", "message"))
   namespace <- asNamespace("rustcluster")
@@ -25,38 +25,65 @@ test_that("every condition that the code makes is in the registry, and the other
   expect_error(rustcluster:::rustclusterCondition("unheard_of", "text"), "conditionClasses")
 })
 
-test_that("the help page lists every class", {
+test_that("the help page lists every condition class", {
   lines <- rustcluster:::conditionsHelp()
   for (class in unlist(lapply(rustcluster:::conditionClasses, names))) {
     expect_true(any(grepl(paste0("`rustcluster_", class, "`"), lines, fixed = TRUE)))
   }
 })
 
-test_that("texts of failures", {
+test_that("messages of failures", {
   cl <- local_cluster(2)
   handle <- cl[[1L]][["handle"]]
   said <- function(kind, ..., type = "error") {
-    cat(conditionMessage(rustcluster:::failureCondition(c(kind = kind, ...), handle, type)), "\n")
+    failure <- do.call(rustcluster:::rustFailure, c(list(kind = kind), ...))
+    cat(conditionMessage(rustcluster:::failureCondition(failure, handle, type)), "\n")
   }
-  worker <- c(rank = "2", pid = "4711", setbacks = "1", restoring = "FALSE", stalled = "0", oom = "FALSE", retry = "0")
+  worker <- list(rank = 2L, pid = 4711L, setbacks = 1L, restoring = FALSE, stalled = 0, oom = FALSE, retry = 0)
   expect_snapshot({
-    said("worker_lost", worker, reason = "was ended by signal 9", signal = "9", replaced = "true")
-    task <- c(worker, reason = "exited with status 1", task = "7", index = "3")
-    said("worker_lost", task, replaced = "true", again = "TRUE")
-    said("worker_lost", task, replaced = "false", again = "FALSE")
-    said("worker_replaced", rank = "2", type = "warning")
-    said("left_behind", agent = "1", rank = "2", pid = "4711", command = "sleep 60", type = "warning")
-    said("worker_back", rank = "2", type = "message")
-    said("host_back", agent = "1", type = "message")
+    said("worker_lost", worker, reason = "was ended by signal 9", signal = 9L, replaced = TRUE)
+    task <- c(worker, reason = "exited with status 1", task = 7, index = 3L)
+    said("worker_lost", task, replaced = TRUE, again = TRUE)
+    said("worker_lost", task, replaced = FALSE, again = FALSE)
+    said("worker_replaced", rank = 2L, type = "warning")
+    said("left_behind", agent = 1L, rank = 2L, pid = 4711L, command = "sleep 60", type = "warning")
+    said("worker_back", rank = 2L, type = "message")
+    said("host_back", agent = 1L, type = "message")
     said("state_not_kept", type = "warning")
-    said("timeout", rank = "1", index = "3", limit = "2")
+    said("timeout", rank = 1L, index = 3L, limit = 2)
     said("stopped")
-    said("stopped", rank = "2")
+    said("stopped", rank = 2L)
     said("restored")
     said("forked")
     said("busy")
     said("no_task")
-    said("limits", what = "file descriptors", needed = "5000", available = "1024", reason = "increase `ulimit -n`")
+    said("limits", what = "file descriptors", needed = 5000, available = 1024, reason = "increase `ulimit -n`")
     said("bad_argument", argument = "spec", reason = "is wrong")
   })
+})
+
+test_that("a failure has typed fields, and nothing else is taken for one", {
+  cl <- local_cluster(1)
+  failure <- rustcluster:::hub_send(cl[[1L]]$handle$pointer, 7L, 0, list(), NULL)
+  expect_true(rustcluster:::isFailure(failure))
+  expect_identical(failure[["kind"]], "bad_argument")
+  expect_identical(failure[["argument"]], "node")
+  expect_false(rustcluster:::isFailure(list(kind = "stopped")))
+  expect_false(rustcluster:::isFailure("stopped"))
+  expect_false(rustcluster:::isFailure(factor("stopped")))
+})
+
+test_that("the fields of a loss have the types that are documented", {
+  cl <- local_cluster(1, retries = 0)
+  pid <- clusterPids(cl)
+  loss <- caught(clusterCall(cl, function() {
+    tools::pskill(Sys.getpid(), 9)
+    Sys.sleep(30)
+  }))
+  expect_s3_class(loss, "rustcluster_worker_lost")
+  expect_identical(loss[c("rank", "pid", "signal", "index")], list(rank = 1L, pid = pid, signal = 9L, index = 1L))
+  expect_identical(loss[c("oom", "replaced")], list(oom = FALSE, replaced = TRUE))
+  expect_type(loss$memory_available, "double")
+  expect_identical(loss$stderr, "")
+  expect_false(any(c("status", "retry", "setbacks", "task", "kind") %in% names(loss)))
 })

@@ -10,14 +10,14 @@ in_rpy2 <- function(...) {
   run_python(c("import rpy2.robjects as ro", sprintf("ro.r('source(\"%s\", echo = FALSE)')", code)))
 }
 
-test_that("tests of the verbs pass in rpy2", {
+test_that("the tests of verbs pass in rpy2", {
   result <- tempfile()
   ran <- in_rpy2(
     "library(testthat)",
     "suppressPackageStartupMessages(library(rustcluster))",
     "Sys.setenv(NOT_CRAN = 'true', RUSTCLUSTER_LONG_TESTS = '')",
     "results <- list()",
-    "for (file in c('verbs', 'foreach', 'restored')) {",
+    "for (file in c('verbs', 'foreach', 'restored-session')) {",
     sprintf("  path <- file.path('%s', paste0('test-', file, '.R'))", normalizePath(".")),
     "  run <- test_file(path, reporter = 'silent', load_package = 'none', stop_on_failure = FALSE)",
     "  results <- c(results, list(as.data.frame(run)))",
@@ -31,7 +31,7 @@ test_that("tests of the verbs pass in rpy2", {
   expect_identical(if (file.exists(result)) readLines(result), "TRUE")
 })
 
-test_that("in rpy2 the workers' output and a progress bar reach the console of the embedder", {
+test_that("output of workers and a progress bar reach the console of rpy2", {
   ran <- in_rpy2(
     "suppressPackageStartupMessages(library(rustcluster))",
     "options(cli.progress_show_after = 0, cli.dynamic = FALSE)",
@@ -51,7 +51,7 @@ test_that("in rpy2 the workers' output and a progress bar reach the console of t
   expect_gone(as.integer(strsplit(trimws(sub("pids ", "", pids)), " ")[[1L]]))
 })
 
-test_that("in Jupyter output, progress and an interrupt are as in a terminal", {
+test_that("output, progress and interrupts in Jupyter are the same as in a terminal", {
   skip_unless_proc()
   skip_unless_python("jupyter_client")
   skip_if_not_installed("IRkernel")
@@ -120,6 +120,6 @@ test_that("in Jupyter output, progress and an interrupt are as in a terminal", {
   expect_gone(as.integer(strsplit(said("pids"), " ")[[1L]]))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

@@ -70,7 +70,7 @@ test_that("results and how they are combined", {
   })
 })
 
-test_that("what is combined with one call", {
+test_that("`.combine` with `.multicombine`", {
   together <- function(...) list(...)
   for (most in c(2, 3, 5, 100)) {
     for (in_order in c(TRUE, FALSE)) {
@@ -89,7 +89,7 @@ test_that("what is combined with one call", {
   expect_same_loop(sort(foreach(i = 1:50, .combine = c, .inorder = FALSE) %dopar% i))
 })
 
-test_that("with .inorder = FALSE what comes first is combined first", {
+test_that("with .inorder = FALSE results are combined in the order of arrival", {
   cl <- local_cluster(2)
   with_backend(function() registerDoRustCluster(cl), {
     mark <- tempfile()
@@ -131,12 +131,12 @@ test_that("errors of iterations", {
   expect_same_loop(foreach(i = 1:3) %dopar% simpleError("as value"), fails = TRUE)
 })
 
-test_that("errors of what combines", {
+test_that("errors in `.combine`", {
   expect_same_loop(foreach(i = 1:6, .combine = function(a, b) if (b == 4) stop("not four") else a + b) %dopar% i)
   expect_same_loop(foreach(i = 1:2, .final = function(x) stop("final")) %dopar% i, fails = TRUE)
 })
 
-test_that("variables", {
+test_that("variables are found, exported and copied", {
   offset <- 10
   twice <- function(x) 2 * helper(x)
   helper <- function(x) x + offset
@@ -173,7 +173,7 @@ test_that("variables", {
   expect_same_loop(foreach(j = 1:8, .combine = c) %dopar% sum(big[, j]), big = big)
 })
 
-test_that("what a package does sees that package", {
+test_that("a loop in a package finds the functions of that package", {
   code <- quote(foreach(i = 1:3) %dopar% exists("comp", inherits = TRUE))
   caller <- eval(call("function", NULL, code), asNamespace("doRNG"))
   expect_same_loop(environmentName(environment(f)), f = caller)
@@ -207,7 +207,7 @@ test_that("nested loops, conditions and iterators", {
   expect_same_loop(foreach(x = iterators::iter(function() stop("iterator"))) %dopar% x, fails = TRUE)
 })
 
-test_that(".verbose says the same", {
+test_that(".verbose prints the same as doParallel", {
   lines <- function(outcome) length(outcome$output)
   got <- expect_same_loop(foreach(i = 1:5, .combine = c, .verbose = TRUE, .export = "b") %dopar% (i + a), a = 1, b = 2)
   expect_gt(lines(got), 10)
@@ -215,7 +215,7 @@ test_that(".verbose says the same", {
   expect_same_loop(foreach(i = 1:2, .verbose = TRUE) %:% foreach(j = 1:2) %dopar% j)
 })
 
-test_that(".options.snow is what it is to doParallel", {
+test_that(".options.snow has the same effect as in doParallel", {
   expect_same_loop(foreach(i = 1:3, .options.snow = list(progress = identity, other = 1)) %dopar% i)
   expect_same_loop(foreach(i = 1:3, .options.snow = list(preschedule = TRUE), .verbose = TRUE) %dopar% i)
   expect_same_loop(foreach(i = 1:3, .options.snow = list(preschedule = "a", attachExportEnv = 1:2)) %dopar% i)
@@ -229,7 +229,7 @@ test_that(".options.snow is what it is to doParallel", {
   expect_false(any(unlist(clusterCall(cluster_pair(3L)$ours, function() "exportEnv" %in% search()))))
 })
 
-test_that("doRNG gives the same numbers", {
+test_that("doRNG draws the same random numbers", {
   skip_if_not_installed("doRNG")
   suppressPackageStartupMessages(library(doRNG))
   expect_same_loop({
@@ -245,7 +245,7 @@ test_that("doRNG gives the same numbers", {
   })
 })
 
-test_that("what is registered", {
+test_that("getDoParName() and getDoParWorkers() after registration", {
   cl <- local_cluster(3)
   on.exit(registerDoSEQ(), add = TRUE)
   expect_invisible(registerDoRustCluster(cl))
@@ -272,7 +272,7 @@ test_that("what is registered", {
   expect_rust_error(caught(registerDoRustCluster(cl)), "stopped")
 })
 
-test_that("lost workers: iterations are tried again, and what is lost for good is an error of theirs", {
+test_that("iterations are retried after worker failures, and fail after the last attempt", {
   cl <- local_cluster(2)
   with_backend(function() registerDoRustCluster(cl), {
     traps <- trap(2)
@@ -302,9 +302,9 @@ test_that("lost workers: iterations are tried again, and what is lost for good i
   })
 })
 
-test_that("what many loops export is not kept", {
+test_that("the set-up log drops the exports of earlier loops", {
   # Each exports 2 MB, and 8 MB may be kept.
-  cl <- local_cluster(2, keep_limit = 8e6)
+  cl <- local_cluster(2, setup_log_limit = 8e6)
   for (register in list(
     function() registerDoRustCluster(cl), function() doParallel::registerDoParallel(cl)
   )) {
@@ -316,7 +316,7 @@ test_that("what many loops export is not kept", {
   }
 })
 
-test_that("a time limit is an error of the iteration", {
+test_that("a timeout is an error of the iteration", {
   cl <- local_cluster(2, timeout = 0.3)
   with_backend(function() registerDoRustCluster(cl), {
     run <- function(how) {
@@ -376,7 +376,7 @@ test_that("an interrupted loop leaves the cluster usable", {
   expect_gone(as.integer(strsplit(said[[1]], " ")[[1]]))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

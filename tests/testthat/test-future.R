@@ -135,7 +135,7 @@ test_that("conditions are recorded and muffled on the worker as by future's clus
   expect_s3_class(error$parent, "own")
 })
 
-test_that("messages of futures are no output of their workers", {
+test_that("messages of futures are not output of their workers", {
   child <- start_child({
     cl <- makeRustCluster(1, outfile = "")
     future::plan(cluster_rust, workers = cl)
@@ -180,7 +180,7 @@ test_that("creating waits only when all workers are busy, and resolved() never",
   expect_equal(unlist(clusterCall(cl, exists, "flag")), c(TRUE, TRUE))
 })
 
-test_that("resolved() of a lazy future begins it when a worker is free, and never waits", {
+test_that("resolved() starts a lazy future when a worker is free, and never waits", {
   cl <- local_cluster(1)
   local_plan(cluster_rust, workers = cl)
   flag <- tempfile()
@@ -200,7 +200,7 @@ test_that("resolved() of a lazy future begins it when a worker is free, and neve
   expect_equal(lazy$state, "finished")
 })
 
-test_that("waiting for a worker has future's time limit", {
+test_that("option future.wait.timeout limits the waiting for a worker", {
   cl <- local_cluster(1)
   old <- options(future.wait.timeout = 0.2)
   on.exit(options(old), add = TRUE)
@@ -214,7 +214,7 @@ test_that("waiting for a worker has future's time limit", {
   expect_null(future::value(busy))
 })
 
-test_that("only the session that made a future asks for its value", {
+test_that("only the session that made a future may read its value", {
   cl <- local_cluster(1)
   local_plan(cluster_rust, workers = cl)
   flag <- tempfile()
@@ -237,7 +237,7 @@ test_that("only the session that made a future asks for its value", {
   expect_equal(future::value(future::future(future::value(g))), 5)
 })
 
-test_that("immediate conditions come while the future runs", {
+test_that("immediate conditions are relayed while the future runs", {
   cl <- local_cluster(1)
   local_plan(cluster_rust, workers = cl)
   flag <- tempfile()
@@ -262,7 +262,7 @@ test_that("immediate conditions come while the future runs", {
   expect_equal(seen, 1)
 })
 
-test_that("progressr's bars go on", {
+test_that("progressr's bars are updated while futures run", {
   skip_if_not_installed("progressr")
   cl <- local_cluster(2)
   local_plan(cluster_rust, workers = cl)
@@ -294,7 +294,7 @@ test_that("progressr's bars go on", {
   expect_gte(steps, 5)
 })
 
-test_that("a lost future is an error that tells why", {
+test_that("a future whose worker failed is an error with the reason", {
   cl <- local_cluster(1, retries = 0)
   local_plan(cluster_rust, workers = cl)
   f <- future::future(tools::pskill(Sys.getpid(), 9))
@@ -305,7 +305,7 @@ test_that("a lost future is an error that tells why", {
   expect_equal(future::value(future::future(1)), 1)
 })
 
-test_that("a plan may have a cluster of its own", {
+test_that("a plan may create its own cluster", {
   local_plan(cluster_rust, workers = 2)
   expect_equal(future::nbrOfWorkers(), 2L)
   pids <- future::value(lapply(1:2, function(i) future::future(Sys.getpid())))
@@ -314,7 +314,7 @@ test_that("a plan may have a cluster of its own", {
   expect_gone(unlist(pids))
 })
 
-test_that("a plan with a cluster of its own comes back", {
+test_that("a plan that created its own cluster can be restored", {
   on.exit(future::plan(future::sequential))
   answer <- function() future::value(future::future(42))
   future::plan(cluster_rust, workers = 2)
@@ -403,7 +403,7 @@ test_that("plans may be nested, tweaked and named", {
   expect_equal(child_lines(child), "TRUE 2 5")
 })
 
-test_that("what is wrong with workers is wrong with the plan", {
+test_that("an invalid `workers` is an error of the plan", {
   on.exit(future::plan(future::sequential))
   wrong <- list(structure(list(), class = c("SOCKcluster", "cluster")), "a b", -1, list(1), c(1, 2), numeric(), NA, TRUE,
     structure(list(), class = c("RustCluster", "cluster")))
@@ -416,7 +416,7 @@ test_that("what is wrong with workers is wrong with the plan", {
   }
 })
 
-test_that("future.apply and furrr work over it", {
+test_that("future.apply and furrr work with cluster_rust", {
   cl <- local_cluster(2)
   local_plan(cluster_rust, workers = cl)
   if (requireNamespace("future.apply", quietly = TRUE)) {
@@ -431,7 +431,7 @@ test_that("future.apply and furrr work over it", {
   }
 })
 
-test_that("doFuture's loops are those of multisession, also when a worker is lost", {
+test_that("loops of doFuture return the same as with multisession, also after a worker failure", {
   skip_if_not_installed("foreach")
   skip_if_not_installed("doFuture")
   foreach <- foreach::foreach
@@ -477,7 +477,7 @@ test_that("doFuture's loops are those of multisession, also when a worker is los
   expect_equal(squares, (1:6)^2)
 })
 
-test_that("future's own cluster plan gives right answers with our nodes, and with a part of them", {
+test_that("future's own cluster plan works with all or some nodes of a cluster", {
   cl <- local_cluster(3)
   pids <- unlist(clusterCall(cl, Sys.getpid))
   old <- future::plan()
@@ -485,11 +485,8 @@ test_that("future's own cluster plan gives right answers with our nodes, and wit
   for (nodes in list(1:3, 1:2, 3L, 2:1)) {
     future::plan(future::cluster, workers = cl[nodes])
     expect_equal(future::nbrOfWorkers(), length(nodes))
-    # Where it says that it waits: our nodes have no connections.
-    suppressWarnings({
-      fs <- lapply(1:5, function(i) future::future(list(i^2, Sys.getpid())))
-      values <- future::value(fs)
-    })
+    fs <- lapply(1:5, function(i) future::future(list(i^2, Sys.getpid())))
+    expect_silent(values <- future::value(fs))
     expect_equal(lapply(values, `[[`, 1), as.list((1:5)^2))
     expect_setequal(vapply(values, `[[`, 0L, 2), pids[nodes])
     expect_equal(future::nbrOfFreeWorkers(), length(nodes))
@@ -498,7 +495,109 @@ test_that("future's own cluster plan gives right answers with our nodes, and wit
   expect_equal(unlist(clusterCall(cl, Sys.getpid)), pids)
 })
 
-test_that("nothing is left", {
+test_that("resolved() of future's own cluster plan neither waits nor warns", {
+  cl <- local_cluster(2)
+  before <- nrow(showConnections())
+  local_plan(future::cluster, workers = cl)
+  marks <- tempfile("mark")
+  on.exit(unlink(marks), add = TRUE)
+  wait <- function() while (!file.exists(marks)) Sys.sleep(0.01)
+  held <- future::future(wait())
+  other <- future::future("there")
+  resolved <- function(f) {
+    deadline <- Sys.time() + 30
+    while (!future::resolved(f) && Sys.time() < deadline) {}
+    future::resolved(f)
+  }
+  expect_silent({
+    expect_true(resolved(other))
+    expect_false(future::resolved(held))
+  })
+  # One connection for all nodes, and a new one if that has been closed.
+  expect_identical(nrow(showConnections()), before + 1L)
+  for (row in rownames(showConnections())) {
+    connection <- getConnection(as.integer(row))
+    if (grepl("^->127.0.0.1:", summary(connection)$description)) close(connection)
+  }
+  expect_false(future::resolved(held))
+  file.create(marks)
+  expect_true(resolved(held))
+  expect_identical(future::value(other), "there")
+  # A result beyond `buffer_limit`, and one whose worker has failed.
+  small <- local_cluster(1, buffer_limit = 2^20, retries = 0)
+  local_plan(future::cluster, workers = small)
+  large <- future::future(numeric(1e6))
+  expect_true(resolved(large))
+  expect_length(future::value(large), 1e6)
+  lost <- future::future(tools::pskill(Sys.getpid(), 9))
+  expect_s3_class(suppressWarnings(caught(resolved(lost))), "FutureError")
+  expect_equal(future::value(future::future(6 * 7)), 42)
+  parallel::stopCluster(small)
+  parallel::stopCluster(cl)
+  expect_identical(nrow(showConnections()), before)
+})
+
+test_that("an interrupt at the end of a future leaves resolved() of future's own cluster plan right", {
+  cl <- local_cluster(1, retries = 1)
+  local_plan(future::cluster, workers = cl)
+  for (k in 1:5) {
+    f <- future::future(k)
+    while (!future::resolved(f)) {}
+    f <- future::future(k)
+    Sys.sleep(0.2)
+    tryCatch(
+      {
+        suspendInterrupts({
+          tools::pskill(Sys.getpid(), tools::SIGINT)
+          future::value(f)
+        })
+        Sys.sleep(1)
+      },
+      interrupt = function(e) NULL
+    )
+    expect_identical(future::value(f), k)
+  }
+  # A lost future is retried without making resolved() wait for it.
+  marks <- tempfile("mark")
+  on.exit(unlink(marks), add = TRUE)
+  f <- future::future({
+    while (!file.exists(marks)) Sys.sleep(0.01)
+    7
+  })
+  expect_false(future::resolved(f))
+  before <- clusterPids(cl)
+  tools::pskill(before, tools::SIGKILL)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl)) && !identical(clusterPids(cl), before)))
+  expect_false(future::resolved(f))
+  file.create(marks)
+  deadline <- Sys.time() + 30
+  while (!suppressWarnings(future::resolved(f)) && Sys.time() < deadline) {}
+  expect_identical(suppressWarnings(future::value(f)), 7)
+})
+
+test_that("resolved() of future's own cluster plan waits without a free connection", {
+  cl <- local_cluster(1)
+  local_plan(future::cluster, workers = cl)
+  open <- list()
+  on.exit(for (connection in open) close(connection), add = TRUE)
+  repeat {
+    connection <- tryCatch(textConnection("x"), error = function(e) NULL)
+    if (is.null(connection)) break
+    open <- c(open, list(connection))
+  }
+  for (left in 0:1) {
+    if (left) {
+      # Future itself needs the last one.
+      close(open[[length(open)]])
+      open <- open[-length(open)]
+    }
+    f <- future::future(1, stdout = left == 1)
+    suppressWarnings(expect_true(future::resolved(f)))
+    expect_identical(future::value(f), 1)
+  }
+})
+
+test_that("no process is left", {
   future::plan(future::sequential)
   expect_no_leftovers()
 })

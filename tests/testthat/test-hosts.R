@@ -31,14 +31,14 @@ test_that("all forms of spec name the same hosts", {
   expect_identical(entries(mixed)$hosts, c("h2", "h1"))
 })
 
-test_that("without ncore a host gives all its cores", {
+test_that("without ncore a host runs a worker for each usable core", {
   expect_identical(entries(list(list(host = "h1"), list(host = "h2", ncore = NA)))$workers,
                    c(NA_integer_, NA_integer_))
   expect_identical(entries(list(host = "h1"))$workers, NA_integer_)
   expect_identical(entries(list(list(host = "h1"), list(host = "h2", ncore = 3)))$workers, c(NA, 3L))
 })
 
-test_that("users and settings make agents of their own", {
+test_that("entries with different users or settings have separate agents", {
   asked <- rustcluster:::specHosts(c("u@h1", "h1", "v@h1", "u@h1"))
   expect_identical(asked$owner, c(1L, 2L, 3L, 1L))
   expect_identical(vapply(asked$hosts, function(h) as.character(c(h$user, NA)[[1]]), ""), c("u", NA, "v"))
@@ -48,7 +48,7 @@ test_that("users and settings make agents of their own", {
   expect_length(asked$hosts, 2)
 })
 
-test_that("this machine is known by its names and addresses", {
+test_that("names and addresses of this machine need no ssh", {
   here <- function(...) rustcluster:::specHosts(list(list(ncore = 1, ...)))$hosts[[1]]$here
   expect_true(here(host = "localhost"))
   expect_true(here(host = "127.0.0.1"))
@@ -62,7 +62,7 @@ test_that("this machine is known by its names and addresses", {
   expect_false(here(host = "0.0.0.0"))
 })
 
-test_that("a host may be written with its user and port, wherever it is named", {
+test_that("a host may be written with its user and port in any argument", {
   want <- list(
     "node1:2222" = list(host = "node1", port = 2222L), "u@node1" = list(host = "node1", user = "u"),
     "u@node1:2222" = list(host = "node1", user = "u", port = 2222L), "ssh://node1" = list(host = "node1"),
@@ -93,7 +93,7 @@ test_that("a host may be written with its user and port, wherever it is named", 
   expect_length(rustcluster:::specHosts(c("node1:22", "node1:23", "node1:22"))$hosts, 2)
 })
 
-test_that("a host that cannot be is refused by name before anything is started", {
+test_that("an invalid host name is refused before anything is started", {
   wrong <- c(
     "node1:", "node1:0", "node1:65536", "node1:ssh", "node1:-1", "node1:99999999999", "node1:22:33", ":22", "u@", "@node1",
     "u@:22", "ssh://", "ssh:///", "http://node1", "ssh://u:secret@node1", "u:secret@node1", "[node1]:22", "[::1", "::1]:22",
@@ -121,7 +121,7 @@ test_that("a host that cannot be is refused by name before anything is started",
   })
 })
 
-test_that("hosts over ssh are reached at the port that is written with them", {
+test_that("ssh uses the port that is written with a host", {
   skip_without_sshd()
   ssh <- local_sshd()
   config <- file.path(ssh$dir, "ssh_config")
@@ -146,7 +146,7 @@ test_that("hosts over ssh are reached at the port that is written with them", {
   expect_identical(suppressWarnings(clusterCall(cl, identity, 1)), list(1, 1))
 })
 
-test_that("what is wrong with a spec is named", {
+test_that("an invalid element of a spec is an error that names it", {
   for (spec in list(
     list(list(ncore = 2)), list(list(host = "")), list(list(host = NA)), "-oProxyCommand=x",
     "a b", "u@", "@h", c(h1 = 0), c(h1 = NA_real_), list(list(host = "h", bogus = 1)),
@@ -158,11 +158,11 @@ test_that("what is wrong with a spec is named", {
     expect_match(error$argument, "^spec")
   }
   expect_match(conditionMessage(caught(makeRustCluster(list(list(host = "h", bogus = 1))))), "bogus")
-  expect_rust_error(caught(makeRustCluster(2, onFailure = "maybe")), "bad_argument")
+  expect_rust_error(caught(makeRustCluster(2, on_failure = "maybe")), "bad_argument")
   expect_rust_error(caught(makeRustCluster(2, progress = NA)), "bad_argument")
 })
 
-test_that("a command survives every shell there is", {
+test_that("a command arrives unchanged through all login shells", {
   odd <- "a b'c\"d$e`f\\g!h;i|j&k\tl\nm%n*?[]{}~#<>()\u00e9"
   script <- rustcluster:::remoteScript(c("printf", "%s", odd), c(HERE = odd, GONE = NA))
   line <- rustcluster:::loginShellCommand(script)
@@ -174,7 +174,7 @@ test_that("a command survives every shell there is", {
   }
 })
 
-test_that("hosts over ssh are one cluster", {
+test_that("hosts over ssh form one cluster", {
   skip_without_sshd()
   ssh <- local_sshd()
   cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1, localhost = 1))
@@ -198,7 +198,7 @@ test_that("hosts over ssh are one cluster", {
   expect_gone(leftovers$pids)
 })
 
-test_that("a list of hosts as parallel flattens it, with all arguments of its own", {
+test_that("a list with an entry for each worker, and all arguments of makePSOCKcluster()", {
   skip_without_sshd()
   ssh <- local_sshd()
   user <- Sys.info()[["user"]]
@@ -215,7 +215,7 @@ test_that("a list of hosts as parallel flattens it, with all arguments of its ow
   expect_identical(vapply(same, `[[`, "", "host"), vapply(cl, `[[`, "", "host"))
 })
 
-test_that("a host that cannot be is named, with what to do, and nothing is left of the others", {
+test_that("a host that cannot be started is an error with a remedy, and no process of other hosts is left", {
   skip_without_sshd()
   ssh <- local_sshd()
   start <- function(host, ...) {
@@ -232,25 +232,25 @@ test_that("a host that cannot be is named, with what to do, and nothing is left 
   expect_problem(list(host = "127.0.0.4", port = free_port()), "no sshd listens")
   # A library of the whole machine is one of every host of this test.
   if (!any(file.exists(file.path(c(.Library, .Library.site), "rustcluster")))) {
-    expect_problem(list(host = "127.0.0.4", rlibs = "/nowhere"), "not installed there")
+    expect_problem(list(host = "127.0.0.4", rlibs = "/nowhere"), "not installed on the host")
   }
-  expect_problem(list(host = "127.0.0.4", rscript = "/no/Rscript"), "Rscript is not found")
+  expect_problem(list(host = "127.0.0.4", rscript = "/no/Rscript"), "Rscript was not found")
   expect_problem(list(host = "127.0.0.5", rshopts = c(
     "-o", "StrictHostKeyChecking=yes", "-o", "UserKnownHostsFile=/dev/null"
-  )), "host key is not known")
+  )), "host key is unknown")
   expect_problem(list(host = "127.0.0.4", rshopts = c(
     "-o", "IdentityFile=/nowhere", "-o", "IdentityAgent=none", "-F", "none",
     "-o", paste0("Port=", sub(".* ", "", readLines(file.path(ssh$dir, "ssh_config"))[[2]])),
     "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"
-  )), "no key of yours")
+  )), "accepts none of your keys")
   expect_no_leftovers()
 })
 
-test_that("a cluster goes on with the hosts there are", {
+test_that("with on_failure = \"warn\" the other hosts are used", {
   skip_without_sshd()
   ssh <- local_sshd()
   expect_warning(
-    cl <- over_ssh(ssh, c("127.0.0.2", "no-such-host.invalid", "127.0.0.2"), onFailure = "warn"),
+    cl <- over_ssh(ssh, c("127.0.0.2", "no-such-host.invalid", "127.0.0.2"), on_failure = "warn"),
     class = "rustcluster_host_left_out"
   )
   expect_length(cl, 2)
@@ -259,11 +259,11 @@ test_that("a cluster goes on with the hosts there are", {
   expect_identical(hosts$up, c(2L, 0L))
   expect_match(hosts$problem[[2]], "resolved")
   expect_rust_error(
-    caught(over_ssh(ssh, "no-such-host.invalid", onFailure = "warn")), "start_failed"
+    caught(over_ssh(ssh, "no-such-host.invalid", on_failure = "warn")), "start_failed"
   )
 })
 
-test_that("a lost ssh is its host's end, and only that", {
+test_that("a killed ssh loses its host only", {
   skip_without_sshd()
   ssh <- local_sshd()
   cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1))
@@ -283,10 +283,10 @@ test_that("a lost ssh is its host's end, and only that", {
   expect_gone(there)
 })
 
-test_that("a host that falls silent is lost, and notices itself that the head is", {
+test_that("a silent host is lost, and its agent detects that the head is lost", {
   skip_without_sshd()
   ssh <- local_sshd()
-  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1), patience = 2)
+  cl <- over_ssh(ssh, c("127.0.0.2" = 2, "127.0.0.3" = 1), heartbeat_timeout = 2)
   there <- clusterPids(cl)
   agent <- agentPids(cl)[[1]]
   client <- Filter(
@@ -309,10 +309,10 @@ test_that("a host that falls silent is lost, and notices itself that the head is
   expect_identical(clusterCall(cl[3], identity, 5), list(5))
 })
 
-test_that("a head that falls silent is the end of its hosts", {
+test_that("the agents of a silent head end", {
   skip_without_sshd()
   ssh <- local_sshd()
-  cl <- over_ssh(ssh, c("127.0.0.2" = 1), patience = 2)
+  cl <- over_ssh(ssh, c("127.0.0.2" = 1), heartbeat_timeout = 2)
   there <- c(clusterPids(cl), agentPids(cl))
   tools::pskill(there[[2]], tools::SIGSTOP)
   Sys.sleep(1)
@@ -339,7 +339,7 @@ bytes_read <- function(pid) {
   as.numeric(sub("rchar: ", "", grep("^rchar", io, value = TRUE)))
 }
 
-test_that("what many workers of a host get crosses the link once", {
+test_that("data for many workers of a host is sent to the host once", {
   skip_without_sshd()
   ssh <- local_sshd()
   cl <- over_ssh(ssh, c("127.0.0.2" = 8, localhost = 1))
@@ -371,7 +371,7 @@ test_that("what many workers of a host get crosses the link once", {
   }
 })
 
-test_that("a large result does not hold up a small one of the same host", {
+test_that("a large result does not delay a small one of the same host", {
   skip_without_sshd()
   ssh <- local_sshd()
   cl <- over_ssh(ssh, c("127.0.0.2" = 2))
@@ -387,7 +387,7 @@ test_that("a large result does not hold up a small one of the same host", {
   expect_length(second$value, 1e7)
 })
 
-test_that("output of other hosts is shown, or goes to a file there", {
+test_that("output of workers on other hosts is printed, or appended to a file there", {
   skip_without_sshd()
   ssh <- local_sshd()
   say <- function() {
@@ -420,7 +420,7 @@ test_that("output of other hosts is shown, or goes to a file there", {
   expect_identical(readLines(file), c("before", "one", "two", "100%s"))
 })
 
-test_that("another version of R there is a warning", {
+test_that("a host with another version of R is a warning", {
   skip_without_sshd()
   ssh <- local_sshd()
   # What a profile there does: R itself then says that it is another version.
@@ -446,7 +446,7 @@ test_that("another version of R there is a warning", {
   expect_identical(clusterCall(cl, identity, 1), list(1, 1))
 })
 
-test_that("a host of another byte order is talked to in XDR", {
+test_that("messages for a host of another byte order are in XDR", {
   local_function("otherByteOrder", function(handle) TRUE)
   cl <- local_cluster(2)
   values <- list(
@@ -473,6 +473,6 @@ test_that("a host of another byte order is talked to in XDR", {
   expect_identical(got, list(sum(x), sum(x)))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

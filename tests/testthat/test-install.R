@@ -22,7 +22,7 @@ edited_source <- function(file, edit) {
   made
 }
 
-test_that("what is wrong with the arguments is named", {
+test_that("an invalid argument is an error that names it", {
   expect_bad <- function(argument, ...) {
     error <- caught(installOnHosts(...))
     expect_rust_error(error, "bad_argument")
@@ -37,14 +37,14 @@ test_that("what is wrong with the arguments is named", {
   expect_bad("progress", "h1", progress = 1)
 })
 
-test_that("this machine is passed over", {
+test_that("this machine is skipped", {
   report <- installOnHosts(c("localhost", "localhost"))
   expect_identical(nrow(report), 1L)
   expect_identical(report$problem, NA_character_)
   expect_identical(report$version, as.character(utils::packageVersion("rustcluster")))
 })
 
-test_that("a host that cannot be reached, or written to, is named, with what to do", {
+test_that("a host that cannot be reached or written to is an error with a remedy", {
   skip_without_sshd()
   ssh <- local_sshd()
   error <- caught(installOnHosts(
@@ -61,7 +61,7 @@ test_that("a host that cannot be reached, or written to, is named, with what to 
   expect_identical(nrow(error$report), 2L)
 })
 
-test_that("a toolchain that is missing or too old is told, and how to get one", {
+test_that("a missing or old toolchain is an error with a remedy", {
   skip_without_sshd()
   ssh <- local_sshd()
   source <- edited_source("DESCRIPTION", function(lines) sub("rustc \\(>= [0-9.]+", "rustc (>= 99.0", lines))
@@ -75,7 +75,7 @@ test_that("a toolchain that is missing or too old is told, and how to get one", 
   expect_identical(basename(report$library), rep(basename(library), 2))
 })
 
-test_that("the end of what a failed installation says is shown", {
+test_that("the error of a failed installation contains the end of its output", {
   skip_without_sshd()
   ssh <- local_sshd()
   source <- edited_source("configure", function(lines) c("#!/bin/sh", "echo this is 100% wrong", "exit 3"))
@@ -88,7 +88,7 @@ test_that("the end of what a failed installation says is shown", {
   expect_match(report$problem, "configuration failed")
 })
 
-test_that("who takes too long is given up", {
+test_that("an installation that exceeds `timeout` is an error", {
   skip_without_sshd()
   ssh <- local_sshd()
   slow <- file.path(ssh$dir, "slow")
@@ -113,6 +113,6 @@ test_that("a host on which it was installed can be used", {
   expect_identical(where, rep(list(normalizePath(library)), 2))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

@@ -3,7 +3,7 @@
 
 watch_processes()
 
-test_that("each kind of call returns within a second, and the next one is right", {
+test_that("each kind of call returns within a second of an interrupt, and the next call works", {
   cl <- local_cluster(3)
   pids <- clusterPids(cl)
   local_big(2e7)
@@ -22,14 +22,14 @@ test_that("each kind of call returns within a second, and the next one is right"
   expect_equal(clusterPids(cl), pids)
 })
 
-test_that("workers heed interrupts, however they and their head were started", {
+test_that("workers respond to interrupts, however they and their head were started", {
   skip_unless_proc()
   # Without env, SIGINT is ignored, as in what a script starts in the background: from 4.6 on, R leaves it
   # at that.
   for (prefix in c("exec env --default-signal=INT", "exec")) {
     child <- start_child({
       for (start in c("fork", "spawn")) {
-        cl <- makeRustCluster(2, start = start)
+        cl <- makeRustCluster(2, start_method = start)
         pids <- clusterPids(cl)
         # A time limit interrupts as Ctrl-C does, and reaches a head that ignores that.
         setTimeLimit(elapsed = 1, transient = TRUE)
@@ -47,7 +47,7 @@ test_that("workers heed interrupts, however they and their head were started", {
   }
 })
 
-test_that("no answer of an interrupted call is taken for one of the next", {
+test_that("answers of an interrupted call are not used by the next call", {
   cl <- local_cluster(2)
   set.seed(1)
   wrong <- 0L
@@ -60,7 +60,7 @@ test_that("no answer of an interrupted call is taken for one of the next", {
   expect_equal(wrong, 0L)
 })
 
-test_that("a time limit ends a call, and the next one is right", {
+test_that("setTimeLimit() ends a call, and the next call works", {
   cl <- local_cluster(2)
   expect_error(
     {
@@ -73,7 +73,7 @@ test_that("a time limit ends a call, and the next one is right", {
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 
-test_that("an error of the head's in the middle of a verb leaves nothing behind", {
+test_that("an error of the head during a verb leaves no task", {
   cl <- local_cluster(3)
   x <- structure(list(1, 2, 3), class = "trap")
   registerS3method("[[", "trap", function(x, i) if (i == 3) stop("trapped") else i, environment())
@@ -81,7 +81,7 @@ test_that("an error of the head's in the middle of a verb leaves nothing behind"
   expect_equal(clusterCall(cl, identity, "fresh"), as.list(rep("fresh", 3)))
 })
 
-test_that("a worker that does not heed an interrupt is replaced, with a warning", {
+test_that("a worker that does not respond to an interrupt is replaced, with a warning", {
   cl <- local_cluster(2)
   pids <- clusterPids(cl)
   # R's code for sorting does not look for interrupts; neither does a shell that ignores them.
@@ -132,7 +132,7 @@ test_that("the stop button of a front end, which sends no signal, ends any call"
   expect_equal(clusterPids(cl), pids)
 })
 
-test_that("C code that does not heed interrupts costs its worker, and nothing of its state", {
+test_that("a worker whose C code does not respond to interrupts is replaced with its state", {
   library <- compiled()
   cl <- local_cluster(2)
   pids <- clusterPids(cl)
@@ -155,7 +155,7 @@ test_that("C code that does not heed interrupts costs its worker, and nothing of
   expect_gone(pids[[1L]])
 })
 
-test_that("a time limit ends each kind of call, wherever it is", {
+test_that("setTimeLimit() ends each kind of call at any point", {
   cl <- local_cluster(3)
   pids <- clusterPids(cl)
   local_big(2e7)
@@ -183,7 +183,7 @@ test_that("a time limit ends each kind of call, wherever it is", {
   expect_equal(clusterPids(cl), pids)
 })
 
-test_that("an error in a handler of a message or warning, in the middle of a verb", {
+test_that("an error in a handler of a message or warning during a verb", {
   cl <- local_cluster(3)
   pids <- clusterPids(cl)
   for (tell in list(message, warning)) {
@@ -294,7 +294,7 @@ test_that("interrupts at random moments of all kinds of calls", {
   note_processes(cl)
 })
 
-test_that("1 GB on its way to a worker, or from it, is interrupted at once", {
+test_that("the transfer of 1 GB to or from a worker is interrupted at once", {
   skip_unless_long()
   cl <- local_cluster(2)
   pids <- clusterPids(cl)
@@ -318,7 +318,7 @@ test_that("Ctrl-C at a terminal does not reach agents or workers", {
   for (pid in c(agentPids(cl), clusterPids(cl))) expect_false(session(pid) == own)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   skip_unless_proc()
   expect_no_leftovers()
 })

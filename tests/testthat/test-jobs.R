@@ -24,7 +24,7 @@ expect_right <- function(cl, n = length(cl)) {
 # As on PSOCK, with the text of the error if it is one.
 said <- function(expr) tryCatch(expr, error = conditionMessage)
 
-test_that("one of many short tasks ends every worker: it alone is given up", {
+test_that("if one of many short tasks kills every worker, only that task fails", {
   cl <- local_cluster(3)
   x <- 5
   clusterExport(cl, "x", environment())
@@ -47,7 +47,7 @@ test_that("one of many short tasks ends every worker: it alone is given up", {
   note_processes(cl)
 })
 
-test_that("long tasks after short ones are for all workers", {
+test_that("long tasks after short ones are spread over all workers", {
   cl <- local_cluster(2)
   long <- global(function(i) {
     if (i > 200) Sys.sleep(0.2)
@@ -75,7 +75,7 @@ test_that("long tasks after short ones are for all workers", {
   note_processes(cl)
 })
 
-test_that("several such tasks among many, with more and fewer retries", {
+test_that("several tasks that kill every worker, with more and fewer retries", {
   for (retries in c(1, 4)) {
     cl <- local_cluster(2, retries = retries)
     bad <- c(900L, 901L, 1700L)
@@ -92,7 +92,7 @@ test_that("several such tasks among many, with more and fewer retries", {
   }
 })
 
-test_that("retries = 0: the first loss is raised, with the tasks that were on it", {
+test_that("retries = 0: the first worker failure is an error that names its tasks", {
   cl <- local_cluster(2, retries = 0)
   got <- with_losses(caught(rustcluster::clusterApplyLB(cl, 1:2000, poison, 1000)))
   expect_rust_error(got$value, "worker_lost")
@@ -163,7 +163,7 @@ test_that("a whole host is killed among many short tasks", {
   }
 })
 
-test_that("what a lost host was at is done by others, who had nothing left to do", {
+test_that("idle workers run the tasks of a lost host", {
   cl <- local_cluster(list(list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 1, threads = 2)))
   agent <- global(function() {
     stat <- sub("^.*\\) ", "", readLines("/proc/self/stat", n = 1L))
@@ -185,7 +185,7 @@ test_that("what a lost host was at is done by others, who had nothing left to do
   expect_identical(got, as.list(1:100))
 })
 
-test_that("a time limit of the cluster holds for each task", {
+test_that("`timeout` of the cluster applies to each task", {
   cl <- local_cluster(2, timeout = 0.5)
   late <- global(function(i, bad, deaf) {
     if (i %in% bad) repeat if (deaf) tryCatch(Sys.sleep(60), interrupt = function(e) NULL) else Sys.sleep(60)
@@ -249,7 +249,7 @@ test_that("interrupts at random moments, with large and small elements", {
   note_processes(cl)
 })
 
-test_that("a time limit of R's ends each verb", {
+test_that("setTimeLimit() ends each verb", {
   cl <- local_cluster(3)
   limited <- function(expr) {
     on.exit(setTimeLimit())
@@ -268,7 +268,7 @@ test_that("a time limit of R's ends each verb", {
   }
 })
 
-test_that("workers that do not heed the interrupt are replaced, with their state", {
+test_that("workers that do not respond to the interrupt are replaced with their state", {
   cl <- local_cluster(2)
   x <- "exported"
   clusterExport(cl, "x", environment())
@@ -294,7 +294,7 @@ test_that("workers that do not heed the interrupt are replaced, with their state
   note_processes(cl)
 })
 
-test_that("elements are asked for once, and an error in that ends the call", {
+test_that("elements are extracted once, and an error in that ends the call", {
   cl <- local_cluster(2)
   asked <- 0
   registerS3method("[[", "asked", function(x, i) {
@@ -334,7 +334,7 @@ test_that("elements are asked for once, and an error in that ends the call", {
   }
 })
 
-test_that("the warnings of losses may be turned into errors, and a handler may not use the cluster", {
+test_that("warnings of worker failures may be turned into errors, and a handler may not use the cluster", {
   cl <- local_cluster(2)
   work <- global(function(i, spring, trap) {
     if (i == 150) spring(trap)
@@ -373,7 +373,7 @@ test_that("the warnings of losses may be turned into errors, and a handler may n
   note_processes(cl)
 })
 
-test_that("the cluster, or a part of it, is stopped in the middle of a call", {
+test_that("the cluster, or a part of it, is stopped during a call", {
   cl <- local_cluster(3)
   registerS3method("[[", "stopping", function(x, i) {
     if (i == 6) stopCluster(part)
@@ -395,7 +395,7 @@ test_that("the cluster, or a part of it, is stopped in the middle of a call", {
   expect_rust_error(caught(rustcluster::clusterApply(cl, 1:3, identity)), "stopped")
 })
 
-test_that("functions that keep count, and environments in common, are as with PSOCK", {
+test_that("functions with state and shared environments behave as with PSOCK", {
   counter <- eval(quote(function() {
     n <- 0
     function(i, ...) {
@@ -571,7 +571,7 @@ test_that("parts, orders, other clusters and no cluster", {
   for (name in handing_out[-3]) expect_rust_error(caught(ours(name)(cl, 1:3, sqrt)), "stopped")
 })
 
-test_that("collections at any moment, here and in the workers", {
+test_that("garbage collections at any moment, in the session and in the workers", {
   cl <- local_cluster(2)
   elements <- list(1, "a", NULL, list(a = 1), factor("u"), numeric(2e4), sum)
   envs <- lapply(1:3, function(i) list2env(list(i = i), parent = globalenv()))
@@ -599,7 +599,7 @@ test_that("collections at any moment, here and in the workers", {
   expect_identical(got, want)
 })
 
-test_that("many calls leave nothing behind", {
+test_that("many calls leave no memory and no descriptor", {
   skip_unless_proc()
   cl <- local_cluster(2)
   call <- function(i) {
@@ -631,7 +631,7 @@ test_that("many calls leave nothing behind", {
   expect_true(freed)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

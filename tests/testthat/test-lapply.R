@@ -6,7 +6,7 @@ watch_processes()
 square <- global(function(i) i^2)
 squares <- function(n) as.list(seq_len(n)^2)
 
-test_that("it is lapply()", {
+test_that("clusterLapply() returns the same as lapply()", {
   wrap <- global(function(x, ...) list(x))
   cl <- local_cluster(3)
   for (x in list(
@@ -25,7 +25,7 @@ test_that("it is lapply()", {
   expect_identical(clusterLapply(cl, 1:1e5, square), squares(1e5))
 })
 
-test_that("wrong arguments", {
+test_that("invalid arguments of clusterLapply() are errors", {
   cl <- local_cluster(2)
   bad <- function(argument, ...) {
     error <- caught(clusterLapply(cl, 1:3, sqrt, ...))
@@ -55,7 +55,7 @@ test_that("wrong arguments", {
 
 draws <- global(function(i, ...) c(stats::rnorm(1), sample.int(1000L, 1L), stats::runif(1)))
 
-test_that(".seed: the same numbers whatever workers, order and losses there are", {
+test_that(".seed: random numbers do not depend on workers, order and worker failures", {
   kind <- RNGkind()
   on.exit(RNGkind(kind[[1L]], kind[[2L]], kind[[3L]]))
   # By nextRNGStream(), here.
@@ -145,7 +145,7 @@ test_that(".seed leaves the generators of the session and of the workers alone",
   expect_identical(clusterCall(fresh, exists, ".Random.seed", envir = globalenv()), list(FALSE))
 })
 
-test_that(".timeout: what takes too long is ended, and nothing else", {
+test_that(".timeout: only elements that exceed it are ended", {
   cl <- local_cluster(2)
   pids <- clusterPids(cl)
   late <- global(function(i, bad, how) {
@@ -191,7 +191,7 @@ test_that(".timeout: what takes too long is ended, and nothing else", {
   note_processes(cl)
 })
 
-test_that("nor is what an interrupted call has left its worker at", {
+test_that(".timeout: the time of an interrupted call does not count", {
   cl <- local_cluster(1)
   mark <- tempfile()
   system(sprintf("(while [ ! -e %s ]; do sleep 0.01; done; kill -INT %d) &", mark, Sys.getpid()))
@@ -204,6 +204,31 @@ test_that("nor is what an interrupted call has left its worker at", {
   expect_warning(
     expect_identical(clusterLapply(cl, 1:3, square, .timeout = 0.3), squares(3)), class = "rustcluster_worker_replaced"
   )
+  note_processes(cl)
+})
+
+test_that("nor does an element wait for a worker that does not heed its interrupt while others are free", {
+  cl <- local_cluster(2)
+  pids <- clusterPids(cl)
+  who <- global(function(i) {
+    if (i == 1) repeat tryCatch(Sys.sleep(60), interrupt = function(e) NULL)
+    Sys.sleep(0.1)
+    Sys.getpid()
+  })
+  got <- clusterLapply(cl, 1:9, who, .timeout = 0.4, .errors = "return")
+  expect_rust_error(attr(got[[1]], "condition"), "timeout")
+  expect_identical(got[-1], rep(list(pids[[2]]), 8))
+  expect_warning(clusterCall(cl, identity, 1), class = "rustcluster_worker_replaced")
+  note_processes(cl)
+})
+
+test_that("the shorter of `.timeout` and the cluster's counts", {
+  cl <- local_cluster(1, timeout = 0.3)
+  error <- caught(clusterLapply(cl, c(0, 60), Sys.sleep, .timeout = 50))
+  expect_rust_error(error, "timeout")
+  expect_match(conditionMessage(error), "element 2 took longer than its 0.3 s", fixed = TRUE)
+  error <- caught(clusterLapply(cl, c(0, 60), Sys.sleep, .timeout = 0.1))
+  expect_match(conditionMessage(error), "element 2 took longer than its 0.1 s", fixed = TRUE)
   note_processes(cl)
 })
 
@@ -227,7 +252,7 @@ test_that(".retries", {
   note_processes(cl)
 })
 
-test_that(".order and .onResult: all of them once, and in that order with one worker", {
+test_that(".order and .onResult: each element once, in that order with one worker", {
   cl <- local_cluster(3)
   x <- stats::setNames(1:500, paste0("n", 1:500))
   order <- sample(500)
@@ -267,7 +292,7 @@ test_that(".order and .onResult: all of them once, and in that order with one wo
   note_processes(cl)
 })
 
-test_that("what .onResult does: errors, the cluster's own calls, its end", {
+test_that(".onResult may raise errors, use the cluster and stop it", {
   cl <- local_cluster(2)
   expect_error(clusterLapply(cl, 1:300, square, .onResult = function(i, value) if (i == 50) stop("mine")), "mine")
   expect_identical(clusterLapply(cl, 1:300, square), squares(300))
@@ -307,7 +332,7 @@ test_that("what .onResult does: errors, the cluster's own calls, its end", {
   expect_identical(clusterLapply(cl[2], 1:9, square), squares(9))
 })
 
-test_that(".onResult gets an error only if errors are results", {
+test_that(".onResult gets an error only with .errors = \"return\"", {
   cl <- local_cluster(2)
   fails <- global(function(i) if (i == 2) stop("the error") else i)
   for (errors in c("finish", "stop", "return")) {
@@ -433,7 +458,25 @@ test_that("progress, at a terminal and not", {
   expect_match(text, "failed: forty")
 })
 
-test_that("nothing is left", {
+test_that("values of the classes of failures are values", {
+  cl <- local_cluster(2)
+  classes <- list(
+    c("snow-try-error", "try-error"), "rustcluster_failure", c("rustcluster_failure", "snow-try-error", "try-error"),
+    "rustcluster_rust_failure"
+  )
+  for (nodes in list(cl, c(cl, local_cluster(1)))) {
+    for (class in classes) {
+      value <- structure("boo", class = class)
+      seen <- integer()
+      got <- clusterLapply(nodes, 1:6, function(i, value) if (i == 1) value else i, value, .errors = "stop",
+                           .onResult = function(i, result) seen <<- c(seen, i))
+      expect_identical(got, c(list(value), as.list(2:6)))
+      expect_setequal(seen, 1:6)
+    }
+  }
+})
+
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

@@ -31,7 +31,7 @@ test_that("by default nothing is logged", {
 test_that("a task can be followed through head, agent and worker", {
   for (start in c("fork", "spawn")) {
     dir <- local_log("debug")
-    cl <- local_cluster(2, start = start)
+    cl <- local_cluster(2, start_method = start)
     expect_identical(clusterApply(cl[2], "marzipan", toupper), list("MARZIPAN"))
     clusterExport(cl, "dir", environment())
     stopCluster(cl)
@@ -40,7 +40,7 @@ test_that("a task can be followed through head, agent and worker", {
     for (line in unlist(log)) expect_match(line, "^20[0-9-]{8}T[0-9:]{8}[.][0-9]{6}Z +(INFO|DEBUG|WARN) ")
     of_first <- logged(dir, "task=1 ")
     expect_match(of_first$head, "task submitted task=1 rank=2 ", all = FALSE)
-    expect_match(of_first$head, "task sent task=1 rank=2 ", all = FALSE)
+    expect_match(of_first$head, "task sent task=1 rank=2$", all = FALSE)
     expect_match(of_first$agent, "message to worker task=1 rank=2 ", all = FALSE)
     expect_match(logged(dir, "task=1( |$)")$worker2, "task answered task=1$", all = FALSE)
     expect_length(of_first$worker1, 0L)

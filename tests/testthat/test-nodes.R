@@ -10,7 +10,7 @@ quoted <- function(code) {
   utils::capture.output(code)
 }
 
-test_that("nodes that are not there cannot be asked for", {
+test_that("an index of a node out of range is an error", {
   cl <- local_cluster(2)
   for (i in list(1:3, 3, c(TRUE, FALSE, TRUE), NA)) {
     expect_rust_error(caught(cl[i]), "bad_argument")
@@ -60,7 +60,7 @@ test_that("classes, host and rank", {
   expect_null(cl[[2]]$noSuchField)
 })
 
-test_that("clusterPids() are the workers' own, whatever part is asked", {
+test_that("clusterPids() returns the pids of the workers, for any part of a cluster", {
   cl <- cluster_pair()$rust
   pids <- clusterPids(cl)
   expect_type(pids, "integer")
@@ -80,13 +80,13 @@ test_that("one agent for the host, none of the workers", {
   expect_alive(agent)
   expect_false(agent %in% clusterPids(cl))
   expect_false(Sys.getpid() %in% c(agent, clusterPids(cl)))
-  # Workers of start = "fork" are the agent's children.
+  # Workers of start_method = "fork" are the agent's children.
   expect_equal(unique(vapply(clusterPids(cl), proc_parent, 1L)), as.integer(agent))
   # And the agent is ours.
   expect_true(agent %in% descendants())
 })
 
-test_that("what was put into a node stays in that node", {
+test_that("variables of a node stay on that node", {
   expect_same_value({
     value <- "only in the second"
     clusterExport(cl[2], "value", envir = environment())
@@ -114,7 +114,7 @@ test_that("a node named twice answers twice", {
   expect_equal(unlist(got), as.integer(pids[c(2, 2, 1)]))
 })
 
-test_that("format, str and summary show no pointer and no innards", {
+test_that("print(), format(), str() and summary() of clusters and nodes", {
   cl <- cluster_pair()$rust
   shown <- list(
     format = utils::capture.output(print(format(cl))),
@@ -172,7 +172,7 @@ test_that("messages to a node are answered in the order they were sent", {
   })
 })
 
-test_that("recvOneResult gives the first to answer, with its place in the cluster", {
+test_that("recvOneResult() returns the first answer, with the index of its node", {
   # Each answers when it is let go.
   expect_same_value({
     gate <- tempfile(sprintf("gate-%d-", 1:4))
@@ -283,7 +283,7 @@ test_that("clusterAlive() is the part whose workers are alive", {
   expect_length(clusterAlive(cl), 0L)
 })
 
-test_that("the cluster lives as long as any node of it is held", {
+test_that("the cluster lives as long as any of its nodes is referenced", {
   skip_unless_proc()
   keep <- local({
     cl <- note_processes(makeRustCluster(3))
@@ -301,7 +301,7 @@ test_that("the cluster lives as long as any node of it is held", {
   expect_gone(pid)
 })
 
-test_that("two clusters at once keep to themselves", {
+test_that("two clusters do not affect each other", {
   a <- local_cluster(2)
   b <- local_cluster(3)
   expect_length(intersect(clusterPids(a), clusterPids(b)), 0L)
@@ -376,7 +376,7 @@ test_that("a cluster that a task takes along is small, also in the middle of a v
   expect_lt(max(sizes), 50e3)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

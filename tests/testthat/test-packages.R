@@ -104,10 +104,10 @@ ids <- function(cl, package) unlist(clusterCall(cl, id_of, package))
 
 with_ids <- c("pkdraw", "pkhide", "pkpid", "pktime", "pkuuid", "pktemp")
 
-test_that("what packages draw or name at load is another in each worker", {
+test_that("random numbers and names that packages draw at load differ between workers", {
   skip_unless_proc()
   psock <- psock_with_packages(with_ids)
-  for (cl in list(psock, with_packages(with_ids), with_packages(with_ids, start = "spawn"))) {
+  for (cl in list(psock, with_packages(with_ids), with_packages(with_ids, start_method = "spawn"))) {
     for (package in with_ids) expect_length(unique(ids(cl, package)), 2L)
     expect_identical(ids(cl, "pkpid"), unlist(clusterCall(cl, Sys.getpid)))
     here <- clusterEvalQ(cl, c(dirname(pktemp::id()), getOption("pktemp.dir"), readLines(pktemp::id())))
@@ -115,7 +115,7 @@ test_that("what packages draw or name at load is another in each worker", {
   }
 })
 
-test_that("a package alone is found out, also below one that uses it", {
+test_that("a package that must not be forked is detected, also as an import of another one", {
   skip_unless_proc()
   for (package in c("pkuser", "pkhide", "pkfile", "pkopen")) {
     cl <- with_packages(package)
@@ -143,7 +143,7 @@ test_that("compiled code that seeds itself, or starts a thread, at load does so 
   expect_identical(threads_of(agentPids(cl)), 1L)
 })
 
-test_that("what makes nothing of its process is loaded once, and all are attached in their order", {
+test_that("packages without process state are loaded once, and all are attached in order", {
   loads <- tempfile()
   packages <- c("stats4", "pkdraw", "pkplain", "splines")
   cl <- with_packages(packages, envs = c(PK_LOADS = loads))
@@ -162,7 +162,7 @@ test_that("what makes nothing of its process is loaded once, and all are attache
   expect_identical(clusterCall(cl, seeded), clusterCall(psock, seeded))
 })
 
-test_that("a worker that replaces another has its own, and what was exported", {
+test_that("a replacement has its own process state and the exports", {
   cl <- with_packages(c("pkplain", "pkdraw"), envs = c(PK_LOADS = "/dev/null"))
   clusterEvalQ(cl, kept <- 5)
   before <- ids(cl, "pkdraw")
@@ -191,14 +191,14 @@ test_that("exit finalizers run when a worker quits, and no directory is left", {
   expect_identical(list.files(tmp), character())
 })
 
-test_that("a package that is for the workers alone and not there is named", {
+test_that("a missing package that workers have to load is an error that names it", {
   error <- caught(makeRustCluster(2, packages = "dqrng", rscript_envs = c(R_LIBS_SITE = "-"), rlibs = "-"))
   skip_if(is.null(error), "dqrng is in R's own library")
   expect_rust_error(error, "start_failed")
   expect_match(conditionMessage(error), "dqrng")
 })
 
-test_that("a profile that remembers its session is that of each worker", {
+test_that("a profile with process state runs in each worker", {
   profile <- tempfile()
   writeLines("options(pk.file = tempfile())", profile)
   cl <- local_cluster(2, rscript_envs = c(R_PROFILE_USER = profile))
@@ -206,7 +206,7 @@ test_that("a profile that remembers its session is that of each worker", {
   for (dir in dirs) expect_identical(dir[[1L]], dir[[2L]])
 })
 
-test_that("clusters that workers make have ports of their own", {
+test_that("clusters that workers make use different ports", {
   cl <- local_cluster(3)
   ports <- clusterCall(cl, global(function() get("defaultClusterOptions", asNamespace("parallel"))$port))
   expect_length(unique(unlist(ports)), 3L)
@@ -228,7 +228,7 @@ test_that("data.table has as many threads as are asked for", {
   }
 })
 
-test_that("RcppParallel is told how many threads it has", {
+test_that("RcppParallel uses `threads`", {
   cl <- local_cluster(1, threads = 3)
   expect_identical(clusterEvalQ(cl, Sys.getenv("RCPP_PARALLEL_NUM_THREADS")), list("3"))
 })
@@ -260,6 +260,6 @@ test_that("cli's timer runs in each worker, and not in the agent", {
   expect_identical(clusterCall(cl, count), clusterCall(late, count))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

@@ -8,7 +8,7 @@ expect_relied_on <- function(holds, ...) {
   expect(isTRUE(holds), paste0("R ", getRversion(), " has changed ", ..., ": see R/parallel-internals.R"))
 }
 
-test_that("the functions that are called or compared are there", {
+test_that("the functions of parallel that are called or compared exist", {
   for (name in c("clusterCall", "clusterSetRNGStream", "staticClusterApply", "dynamicClusterApply", "clusterApplyLB",
                  "parLapplyLB", "checkForRemoteErrors", "defaultCluster", "stopNode", "splitList", "sendCall",
                  "postNode", "recvResult", "recvOneResult")) {
@@ -16,7 +16,7 @@ test_that("the functions that are called or compared are there", {
   }
 })
 
-test_that("the verbs are written as they are known, so that their jobs are run as a whole", {
+test_that("the code of parallel's verbs is known, so that their jobs are run as a whole", {
   for (name in names(rustcluster:::verbCode)) {
     fun <- get0(name, parallels, inherits = FALSE)
     expect_relied_on(
@@ -96,7 +96,7 @@ test_that("all errors meet in checkForRemoteErrors(), whose results are `val`", 
   expect_relied_on(identical(conditionMessage(error), "one node produced an error: text"), "the text of its errors")
 })
 
-test_that("what else is looked up in parallel's namespace is there", {
+test_that("other objects that are looked up in parallel's namespace exist", {
   expect_relied_on(is.function(environment(parallel::clusterExport)$gets), "how clusterExport() assigns a variable")
   expect_relied_on(isFALSE(parallels$.snowTimingData$running()), "snow's timing hooks")
   expect_relied_on(is.environment(parallels$defaultClusterOptions), "the default options of clusters")

@@ -21,7 +21,7 @@ then_note <- function(call, seen, name) {
   )
 }
 
-test_that("a warning of a loss that is turned into an error rejects nothing", {
+test_that("a warning of a worker failure that is turned into an error rejects no promise", {
   cl <- local_cluster(2)
   old <- options(warn = 2)
   on.exit(options(old), add = TRUE, after = FALSE)
@@ -79,7 +79,7 @@ test_that("an error is raised in a handler", {
   expect_setequal(raised, c("one", conditionMessage(seen$two)))
 })
 
-test_that("nobody looks until there is something to look at", {
+test_that("the session does not poll for promises", {
   cl <- local_cluster(1)
   seen <- new.env()
   looks <- 0L
@@ -93,7 +93,7 @@ test_that("nobody looks until there is something to look at", {
   expect_lte(looks, 2L)
 })
 
-test_that("many more than there are workers, in their order, and other things go on", {
+test_that("more promises than workers are fulfilled in order, while other callbacks run", {
   cl <- local_cluster(2)
   seen <- new.env()
   ticks <- 0
@@ -133,7 +133,7 @@ test_that("a promise keeps its call and its cluster", {
   expect_gone(pid)
 })
 
-test_that("losses are dealt with while the session is idle", {
+test_that("worker failures are handled while the session is idle", {
   cl <- local_cluster(2)
   seen <- new.env()
   traps <- trap(1)
@@ -149,7 +149,7 @@ test_that("losses are dealt with while the session is idle", {
   expect_length(seen$lost$losses, 3L)
 })
 
-test_that("an interrupt while promises are settled leaves none behind", {
+test_that("an interrupt while promises are fulfilled loses no promise", {
   cl <- local_cluster(2)
   for (k in 1:5) {
     n <- 0
@@ -200,7 +200,7 @@ test_that("clusterLapplyAsync() is a promise of a list", {
   expect_identical(seen$empty, list())
 })
 
-test_that("a loop of its own is woken, too", {
+test_that("a private event loop of later is woken", {
   cl <- local_cluster(1)
   seen <- new.env()
   loop <- later::create_loop()
@@ -215,7 +215,7 @@ test_that("a loop of its own is woken, too", {
   expect_equal(seen$value, 1)
 })
 
-test_that("results larger than what is buffered come", {
+test_that("results larger than `buffer_limit` fulfil promises", {
   cl <- local_cluster(2, buffer_limit = 2^20)
   seen <- new.env()
   held <- lapply(1:2, function(i) clusterSubmit(cl, numeric(1e6)))
@@ -225,7 +225,7 @@ test_that("results larger than what is buffered come", {
   expect_true(run_until(function() length(ls(seen)) == 4L))
 })
 
-test_that("a Shiny app answers in browsers while calls are at work", {
+test_that("a Shiny app responds in browsers while calls run", {
   skip_unless_proc()
   skip_unless_python("selenium")
   skip_if_not_installed("shiny")
@@ -346,6 +346,6 @@ test_that("a Shiny app answers in browsers while calls are at work", {
   expect_child_ends_well(child)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

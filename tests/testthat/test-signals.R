@@ -1,6 +1,6 @@
 # Every signal that ends a process, for every process there is: nothing is left, and the head says what
 # happened. See the table in makeRustCluster()'s section Ends; children of workers are in
-# test-children.R, links in test-lab.R.
+# test-child-processes.R, links in test-network.R.
 
 skip_on_cran()
 skip_unless_proc()
@@ -60,7 +60,7 @@ test_that("a head whose terminal is closed", {
 })
 
 for (name in names(signals)) {
-  test_that(paste("an agent that gets", name, "takes its workers along, and the other host goes on"), {
+  test_that(paste("an agent that gets", name, "ends its workers, and the other host goes on"), {
     cl <- local_cluster(list(list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 2, threads = 2)))
     pids <- c(agentPids(cl)[[2L]], clusterPids(cl)[3:4])
     for (node in cl[3:4]) parallel:::sendCall(node, function() repeat NULL, list())
@@ -103,7 +103,7 @@ for (name in names(signals)) {
   })
 }
 
-test_that("stopCluster() in the middle of a call of its own", {
+test_that("stopCluster() during a call on the same cluster", {
   cl <- local_cluster(2)
   pids <- c(agentPids(cl), clusterPids(cl))
   # A handler of a loss's warning is a place where that can happen.
@@ -137,7 +137,7 @@ test_that("stopCluster() that is itself interrupted can be called again", {
   expect_gone(pids)
 })
 
-test_that("a host whose disk is full: its tasks fail by themselves, and the cluster goes on", {
+test_that("a full disk on a host: its tasks fail, and the cluster goes on", {
   if (Sys.info()[["effective_user"]] != "root") skip("to mount takes root")
   disk <- tempfile("disk")
   dir.create(disk)
@@ -166,6 +166,6 @@ test_that("a host whose disk is full: its tasks fail by themselves, and the clus
   stopCluster(cl)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

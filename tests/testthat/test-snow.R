@@ -23,7 +23,7 @@ expect_same_as_snow <- function(expr) {
   invisible(got$result)
 }
 
-test_that("snow's functions give what they give with snow's cluster", {
+test_that("snow's functions return the same as with a cluster of snow", {
   expect_same_as_snow(clusterCall(cl, function(x) x + 1, 2))
   expect_same_as_snow(clusterApply(cl, 1:5, function(i) i * 2))
   expect_same_as_snow(clusterApplyLB(cl, 1:5, function(i) i * 2))
@@ -57,7 +57,7 @@ test_that("snow's functions work on nodes of several clusters, and beside snow's
   }
 })
 
-test_that("exports of snow's are restored, and its tasks are tried again", {
+test_that("exports by snow are restored, and its tasks are retried", {
   skip_unless_proc()
   cl <- local_cluster(2)
   exported <- 1
@@ -80,7 +80,7 @@ test_that("exports of snow's are restored, and its tasks are tried again", {
   expect_identical(error$results, list(1L, NULL, 3L, 4L))
 })
 
-test_that("after an interrupt of a function of snow's the next call is right", {
+test_that("after an interrupt of a function of snow the next call works", {
   cl <- local_cluster(2)
   for (verb in list(snow::clusterApply, snow::clusterApplyLB, snow::parLapply)) {
     expect_lt(interrupted(verb(cl, 1:9, function(i) Sys.sleep(60)), 0.3), 1.5)
@@ -134,7 +134,7 @@ test_that("stopCluster() ends a cluster while snow is attached", {
   expect_gone(pids)
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   if (!is.null(pair$snow)) {
     snow::stopCluster(pair$snow)
     snow::stopCluster(pair$rust)

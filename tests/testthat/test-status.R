@@ -3,7 +3,7 @@
 skip_on_cran()
 watch_processes()
 
-columns <- c("host", "rank", "pid", "state", "task", "unit", "done", "seconds", "memory", "rss", "bytes_in",
+columns <- c("host", "rank", "pid", "state", "task", "batch", "done", "seconds", "memory", "rss", "bytes_in",
              "bytes_out", "losses", "error")
 
 # A timeline as a cluster of these hosts would have it.
@@ -19,7 +19,7 @@ simulated_timeline <- function(hosts) {
   structure(rows, class = c("rustcluster_timeline", "data.frame"), workers = workers, now = 11)
 }
 
-test_that("a fresh cluster is idle, and its workers take memory", {
+test_that("workers of a new cluster are idle and have memory", {
   cl <- local_cluster(3)
   status <- clusterStatus(cl)
   expect_s3_class(status, c("rustcluster_status", "data.frame"), exact = TRUE)
@@ -34,7 +34,7 @@ test_that("a fresh cluster is idle, and its workers take memory", {
   expect_true(all(is.na(clusterStatus(cl, memory = FALSE)$memory)))
 })
 
-test_that("tasks are counted where they were done, whatever verb gave them", {
+test_that("finished tasks count for their worker, for all verbs", {
   cl <- local_cluster(3)
   done <- function() clusterStatus(cl, memory = FALSE)$done
   clusterApply(cl[1:2], 1:7, identity)
@@ -52,7 +52,7 @@ test_that("tasks are counted where they were done, whatever verb gave them", {
   expect_identical(sum(done()), 14 + 1020)
 })
 
-test_that("seconds are those in which workers were at it", {
+test_that("column `seconds` is the time of tasks", {
   cl <- local_cluster(2)
   seconds <- function() clusterStatus(cl, memory = FALSE)$seconds
   clusterApply(cl[1], 1:3, function(i) Sys.sleep(0.1))
@@ -70,7 +70,7 @@ test_that("seconds are those in which workers were at it", {
   expect_identical(seconds()[[1]], first[[1]])
 })
 
-test_that("bytes grow with what is sent and comes back", {
+test_that("columns `bytes_in` and `bytes_out` grow with data that is sent and received", {
   cl <- local_cluster(2)
   before <- clusterStatus(cl, memory = FALSE)
   assign("status_data", rnorm(1e5), globalenv())
@@ -92,7 +92,7 @@ test_that("bytes grow with what is sent and comes back", {
   expect_lt(sum(clusterStatus(cl, memory = FALSE)$bytes_in), 1e6)
 })
 
-test_that("the last errors are told, of whatever verb", {
+test_that("column `error` contains the last error, of all verbs", {
   cl <- local_cluster(4)
   expect_error(clusterApply(cl[1], 1, function(i) stop("a 100% bad one")))
   expect_error(parallel::clusterApply(cl[2], 1, function(i) stop("spelled out")))
@@ -105,7 +105,7 @@ test_that("the last errors are told, of whatever verb", {
   expect_identical(error[[4]], NA_character_)
 })
 
-test_that("what took too long is not done, nor a loss, in counters and timeline alike", {
+test_that("tasks that time out count neither as done nor as worker failures", {
   cl <- local_cluster(2)
   clusterLapply(cl, 1:6, function(i) if (i == 2) repeat NULL, .timeout = 0.3, .errors = "return")
   # Its worker is killed, since it does not heed the interrupt.
@@ -125,7 +125,7 @@ test_that("what took too long is not done, nor a loss, in counters and timeline 
   expect_equal(sum(clusterTimeline(short)$tasks), 1)
 })
 
-test_that("a call can be watched from inside", {
+test_that("clusterStatus() works in .onResult during a call", {
   cl <- local_cluster(2)
   seen <- list()
   clusterLapply(cl, 1:4, function(i) Sys.sleep(if (i == 1) 1 else 0.05), .onResult = function(i, value) {
@@ -136,13 +136,13 @@ test_that("a call can be watched from inside", {
   at <- which(status$task %in% 1L)
   expect_length(at, 1L)
   expect_identical(status$state[[at]], "busy")
-  expect_identical(status$unit[[at]], 1L)
+  expect_identical(status$batch[[at]], 1L)
   expect_true(all(status$seconds[at] > 0))
   skip_unless_proc()
   expect_true(all(status$memory > 1e5))
 })
 
-test_that("after an interrupted call, workers end and are idle", {
+test_that("after an interrupted call, workers are first ending, then idle", {
   cl <- local_cluster(2)
   handler <- function(i, value) stop("enough")
   expect_error(clusterLapply(cl, 1:3, function(i) if (i > 1) Sys.sleep(30), .onResult = handler), "enough")
@@ -152,7 +152,7 @@ test_that("after an interrupted call, workers end and are idle", {
   expect_identical(clusterApply(cl, 1:2, identity), list(1L, 2L))
 })
 
-test_that("lost workers are told of, and when they were lost", {
+test_that("worker failures are in status and timeline", {
   skip_unless_proc()
   cl <- local_cluster(3)
   pid <- clusterPids(cl)[[2]]
@@ -184,7 +184,7 @@ test_that("a worker that dies in a task was busy until then", {
   expect_identical(status$losses, c(1L, 0L))
 })
 
-test_that("hosts that do not answer have no memory, and hold up nobody for long", {
+test_that("hosts that do not respond have memory NA after `timeout`", {
   skip_unless_proc()
   cl <- local_cluster(c("localhost", "localhost"))
   agent <- agentPids(cl)
@@ -248,7 +248,7 @@ test_that("workers on other hosts", {
   expect_identical(lost(), lost())
 })
 
-test_that("what makes no sense is an error", {
+test_that("invalid arguments of clusterStatus() and clusterTimeline() are errors", {
   cl <- local_cluster(1)
   bad <- function(argument, call) {
     error <- caught(call)
@@ -280,7 +280,7 @@ test_that("what makes no sense is an error", {
   expect_rust_error(caught(clusterTimeline(restored)), "restored")
 })
 
-test_that("intervals do not overlap, and cover what is known", {
+test_that("intervals of a timeline do not overlap, and cover all tasks", {
   cl <- local_cluster(2)
   clusterApply(cl[1], 1, function(i) Sys.sleep(0.3))
   clusterApply(cl, 1:6, function(i) Sys.sleep(0.02 * i))
@@ -310,7 +310,7 @@ test_that("intervals do not overlap, and cover what is known", {
   expect_lt(since, attr(timeline, "now") + 60)
 })
 
-test_that("a history is bounded", {
+test_that("the history of a worker has a maximum size", {
   cl <- local_cluster(1)
   for (i in 1:1200) parallel::clusterCall(cl, Sys.sleep, 0.0015)
   timeline <- clusterTimeline(cl)
@@ -321,7 +321,7 @@ test_that("a history is bounded", {
   expect_gte(sum(timeline$busy), 1.2)
 })
 
-test_that("a cluster has no picture but its timeline's", {
+test_that("plot() of a cluster is an error with a remedy", {
   expect_rust_error(error <- caught(plot(local_cluster(1))), "bad_argument")
   expect_match(conditionMessage(error), "plot(clusterTimeline(x))", fixed = TRUE)
 })
@@ -351,7 +351,7 @@ test_that("plots are drawn for any number of workers", {
   grDevices::dev.off()
 })
 
-test_that("clusterHosts() prints sizes as people read them, and keeps numbers", {
+test_that("clusterHosts() prints sizes with units, and contains numbers", {
   cl <- local_cluster(1)
   hosts <- clusterHosts(cl)
   expect_s3_class(hosts, c("rustcluster_hosts", "data.frame"), exact = TRUE)
@@ -377,11 +377,11 @@ test_that("clusterHosts() prints sizes as people read them, and keeps numbers", 
   utils::capture.output(expect_invisible(print(hosts)))
 })
 
-test_that("what is printed", {
+test_that("print() of clusterStatus() and clusterTimeline()", {
   status <- data.frame(
     host = rep(c("pi", "node1"), c(2, 6)), rank = 1:8, pid = c(NA, 1002:1008),
     state = c("lost", rep("busy", 5), "idle", "restoring"), task = c(NA, 11:15, NA, NA),
-    unit = c(NA, 1L, 30L, 1L, 1L, 1L, NA, NA), done = c(3, 1234567, 5:10), seconds = c(0.04, 7300, 61:66 * 10),
+    batch = c(NA, 1L, 30L, 1L, 1L, 1L, NA, NA), done = c(3, 1234567, 5:10), seconds = c(0.04, 7300, 61:66 * 10),
     memory = c(NA, 3e6, 2.5e9, 4:8 * 1e7), rss = 8:1 * 1e7, bytes_in = 10^(1:8), bytes_out = 10^(8:1),
     losses = c(1L, rep(0L, 6), 2L),
     error = c("lost with its host: it was silent", rep(NA, 5), "not\nso good", strrep("long ", 50))

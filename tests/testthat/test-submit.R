@@ -4,7 +4,7 @@ watch_processes()
 
 calls_of <- function(cl) rustcluster:::recordsOf(cl[[1L]]$handle)
 
-test_that("a call gives its value, and its object tells where it is", {
+test_that("a call returns its value, and its object its state", {
   cl <- local_cluster(2)
   call <- clusterSubmit(cl, {
     while (!file.exists(flag)) Sys.sleep(0.01)
@@ -70,7 +70,7 @@ test_that("future's value() and resolved() work on calls", {
   expect_rust_error(caught(future::value(call, signal = NA)), "bad_argument")
 })
 
-test_that("future is not loaded for calls, and its generics know them whenever it is", {
+test_that("calls do not load future, and its generics work when it is loaded", {
   skip_if_not_installed("future")
   run <- function(code) {
     script <- tempfile(fileext = ".R")
@@ -87,7 +87,7 @@ test_that("future is not loaded for calls, and its generics know them whenever i
   )), "42 TRUE")
 })
 
-test_that("calls wait in their order and go out without this session", {
+test_that("calls wait first in, first out, and start while the session is busy", {
   cl <- local_cluster(1)
   log <- tempfile()
   note <- function(i) cat(i, "\n", file = log, append = TRUE)
@@ -164,7 +164,7 @@ test_that("an error is that of the expression, with its class, call and data", {
   expect_equal(clusterSubmit(cl, 1)$value(), 1)
 })
 
-test_that("a value that cannot be sent, and one that cannot be read, are the call's failure alone", {
+test_that("a value that cannot be sent or read is an error of its call only", {
   cl <- local_cluster(1, packages = character())
   suppressWarnings(expect_rust_error(caught(clusterSubmit(cl, quit("no", 3))$value()), "task_failed"))
   expect_equal(clusterSubmit(cl, "on it goes")$value(), "on it goes")
@@ -183,14 +183,14 @@ test_that("bad arguments are refused", {
   expect_identical(error$argument, ".timeout")
   expect_equal(clusterSubmit(cl, .x + 1, .x = 2)$value(), 3)
   error <- caught(clusterLapplyAsync(cl, 1, sqrt, .timeout = 2))
-  expect_match(conditionMessage(error), "neither of clusterLapplyAsync()", fixed = TRUE)
+  expect_match(conditionMessage(error), "neither an argument of clusterLapplyAsync()", fixed = TRUE)
   expect_match(conditionMessage(caught(clusterSubmit(cl[0], 1))), "`cl` has no nodes", fixed = TRUE)
   parallel::setDefaultCluster(cl)
   on.exit(parallel::setDefaultCluster(NULL), add = TRUE)
   expect_equal(clusterSubmit(expr = 5)$value(), 5)
 })
 
-test_that("verbs and calls leave each other alone", {
+test_that("verbs and calls do not affect each other", {
   cl <- local_cluster(2)
   global(calls_slow <- function(s, x) {
     Sys.sleep(s)
@@ -220,14 +220,14 @@ test_that("verbs and calls leave each other alone", {
   expect_equal(call$value(), "not hit")
 })
 
-test_that("the time limit of an element does not count what a call takes", {
+test_that(".timeout of an element does not include the time of a call", {
   cl <- local_cluster(1)
   calls <- lapply(1:4, function(i) clusterSubmit(cl, Sys.sleep(0.4)))
   expect_equal(clusterLapply(cl, 1:3, function(i) i, .timeout = 0.3), list(1L, 2L, 3L))
   for (call in calls) expect_null(call$value())
 })
 
-test_that("a call that is waited for in the middle of a verb is not waited for in vain", {
+test_that("waiting for a call during a verb ends", {
   cl <- local_cluster(2)
   got <- list()
   clusterLapply(cl, 1:3, identity, .onResult = function(i, value) {
@@ -252,7 +252,7 @@ test_that("a call that waits, and one that runs, can be cancelled", {
   expect_rust_error(caught(second$value()), "cancelled")
 })
 
-test_that("an interrupt in value() loses nothing", {
+test_that("an interrupt in value() does not affect the call", {
   cl <- local_cluster(1)
   call <- clusterSubmit(cl, {
     Sys.sleep(1)
@@ -290,7 +290,7 @@ test_that("an interrupt while many calls are read or cancelled leaves none open 
   }
 })
 
-test_that("a lost call is tried again, and given up in the end", {
+test_that("a call is retried after worker failures, and fails after the last attempt", {
   cl <- local_cluster(2)
   traps <- trap(1)
   call <- clusterSubmit(cl, {
@@ -314,7 +314,7 @@ test_that("a lost call is tried again, and given up in the end", {
   expect_identical(error$signal, 9L)
 })
 
-test_that("a warning of a loss that is turned into an error costs no result", {
+test_that("a warning of a worker failure that is turned into an error loses no result", {
   cl <- local_cluster(2)
   old <- options(warn = 2)
   on.exit(options(old), add = TRUE, after = FALSE)
@@ -347,7 +347,7 @@ test_that("a warning of a loss that is turned into an error costs no result", {
   expect_error(clusterSubmit(cl, 1)$value(), "the call is tried again")
 })
 
-test_that("calls end when nobody is left to take them", {
+test_that("calls fail when no worker is left", {
   cl <- local_cluster(2)
   calls <- lapply(1:4, function(i) clusterSubmit(cl, Sys.sleep(60)))
   tools::pskill(agentPids(cl), tools::SIGKILL)
@@ -359,7 +359,7 @@ test_that("calls end when nobody is left to take them", {
   expect_rust_error(error, "host_failed")
 })
 
-test_that("a call that takes too long ends", {
+test_that("a call that exceeds `timeout` is an error", {
   cl <- local_cluster(1, timeout = 0.3)
   slow <- clusterSubmit(cl, Sys.sleep(60))
   expect_rust_error(caught(slow$value()), "timeout")
@@ -377,7 +377,7 @@ test_that("a part of a cluster gets its calls, and a stopped node none", {
   expect_rust_error(caught(clusterSubmit(cl[2], 1)$value()), "stopped")
 })
 
-test_that("a call that nobody has any more is cancelled", {
+test_that("a call whose object is garbage-collected is cancelled", {
   cl <- local_cluster(1)
   (function() clusterSubmit(cl, Sys.sleep(60)))()
   kept <- clusterSubmit(cl, "kept")
@@ -386,7 +386,7 @@ test_that("a call that nobody has any more is cancelled", {
   expect_length(calls_of(cl), 0L)
 })
 
-test_that("a collection anywhere in a function drops what nobody has, and nothing else", {
+test_that("a garbage collection at any point cancels only calls without an object", {
   cl <- local_cluster(1)
   drop <- function() {
     clusterSubmit(cl, NULL)
@@ -423,7 +423,7 @@ test_that("a collection anywhere in a function drops what nobody has, and nothin
   expect_false(exists(id, rustcluster:::openCalls))
 })
 
-test_that("a finalizer of the user's that makes a call costs no other", {
+test_that("a finalizer that makes a call does not affect other calls", {
   cl <- local_cluster(1)
   made <- 0
   leave <- function() {
@@ -444,7 +444,7 @@ test_that("a finalizer of the user's that makes a call costs no other", {
   expect_gt(made, 0)
 })
 
-test_that("of several losses each is told, though the first is turned into a jump", {
+test_that("each of several worker failures is reported, although the first handler jumps", {
   cl <- local_cluster(3)
   tools::pskill(clusterPids(cl)[1:2], tools::SIGKILL)
   expect_true(wait_until(function() sum(clusterStatus(cl, memory = FALSE)$losses) == 2L))
@@ -480,7 +480,7 @@ test_that("stopCluster() ends calls, and a fork refuses", {
   expect_length(calls_of(cl), 0L)
 })
 
-test_that("large arguments and results cross, beyond the limit too", {
+test_that("large arguments and results are sent, also beyond `buffer_limit`", {
   cl <- local_cluster(2, buffer_limit = 2^20)
   x <- as.numeric(1:1e6)
   calls <- lapply(1:6, function(i) clusterSubmit(cl, x + i))
@@ -488,7 +488,7 @@ test_that("large arguments and results cross, beyond the limit too", {
   for (i in 6:1) expect_identical(calls[[i]]$value()[c(1, 1e6)], c(1, 1e6) + i)
 })
 
-test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
+test_that("clusterLapplyAsync() returns the same as clusterLapply()", {
   cl <- local_cluster(2)
   f <- function(i, by) i * by
   x <- setNames(1:50, paste0("n", 1:50))
@@ -531,7 +531,7 @@ test_that("clusterLapplyAsync() gives what clusterLapply() gives", {
   expect_rust_error(caught(clusterLapplyAsync(cl, 1:3, function(i) i, .sede = 1)), "bad_argument")
 })
 
-test_that("thousands of calls are no more than many calls", {
+test_that("thousands of open calls work", {
   cl <- local_cluster(2)
   calls <- lapply(1:3000, function(i) clusterSubmit(cl, i * 2))
   expect_identical(vapply(calls, function(call) call$value(), 0), 1:3000 * 2)
@@ -540,7 +540,7 @@ test_that("thousands of calls are no more than many calls", {
   expect_identical(clusterSubmit(cl, 1)$value(), 1)
 })
 
-test_that("a call is shown in one line", {
+test_that("a call is printed in one line", {
   cl <- local_cluster(1)
   shown <- function(call) sub("<call (.*): [a-z]+.*", "\\1", format(call))
   expect_equal(shown(clusterSubmit(cl, { a <- 1; a + 2 })), "{ a <- 1; a + 2 }")
@@ -549,6 +549,6 @@ test_that("a call is shown in one line", {
   expect_equal(shown(clusterSubmit(cl, sum(1, 2))), "sum(1, 2)")
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   expect_no_leftovers()
 })

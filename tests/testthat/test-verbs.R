@@ -216,7 +216,7 @@ test_that("setDefaultCluster makes cl = NULL work", {
   expect_same_error(clusterCall(NULL, sum, 1))
 })
 
-test_that("results of any kind come back as they are", {
+test_that("results of all kinds arrive unchanged", {
   expect_same_value(parLapply(cl, 1:5, function(i) NULL))
   expect_same_value(clusterApply(cl, 1:5, function(i) if (i %% 2L) i))
   expect_same_value(clusterApplyLB(cl, 1:5, function(i) if (i %% 2L) i))
@@ -243,7 +243,7 @@ test_that("results of any kind come back as they are", {
   expect_equal(Encoding(got[[1L]]), "latin1")
 })
 
-test_that("functions, environments, S4 objects and external things", {
+test_that("functions, environments, S4 objects and external pointers", {
   make <- function(k) function(x) x * k
   environment(make) <- globalenv()
   expect_same_value(clusterCall(cl, f, 7), f = make(6))
@@ -274,7 +274,7 @@ test_that("functions, environments, S4 objects and external things", {
   expect_same_value(sapply(clusterCall(cl, function() methods::new("externalptr")), typeof))
 })
 
-test_that("a function that drags its cluster along works", {
+test_that("a function whose environment contains the cluster works", {
   # As in a script's function: the closure's frame holds `cl`.
   user <- eval(strip_srcref(quote(function(cl, p) {
     unlist(parLapply(cl, 1:6, function(i) i + p))
@@ -315,7 +315,7 @@ test_that("several failing nodes: counted, the first one's text", {
   expect_same_value(clusterCall(cl, function() "fine"))
 })
 
-test_that("errors whose text does not suit an error", {
+test_that("errors with unusual texts", {
   expect_same_error(clusterCall(cl, function() stop("")))
   expect_same_error(clusterCall(cl, function() stop("two\nlines\n")))
   expect_same_error(clusterCall(cl, function() stop("50%s of %d%% \\ %n")))
@@ -323,7 +323,7 @@ test_that("errors whose text does not suit an error", {
   expect_same_error(clusterCall(cl, function() stop(strrep("long ", 5000))))
 })
 
-test_that("warnings and output of a worker do not come to the head", {
+test_that("warnings and output of a worker do not reach the head", {
   got <- expect_same_value(clusterCall(cl, function() {
     warning("on the worker")
     1
@@ -388,13 +388,13 @@ test_that("an answer says how long it took, as proc.time does", {
   })
 })
 
-test_that("what is visible with PSOCK is visible here", {
+test_that("results are visible or invisible as with PSOCK", {
   expect_same_value(clusterSetRNGStream(cl, 1))
   expect_same_value(clusterExport(cl, character()))
   expect_same_value(clusterEvalQ(cl, invisible(1)))
 })
 
-test_that("wrong use gives parallel's own errors", {
+test_that("wrong use raises parallel's own errors", {
   expect_same_error(parLapply(cl, 1:3, "noSuchFunctionByName"))
   expect_same_error(clusterApply(cl, 1:3))
   expect_same_error(clusterCall(1:3, sum))
@@ -426,7 +426,7 @@ test_that("snow's timing hooks get rank and times", {
   expect_true(all(seen$recv[, 2] >= 0.04))
 })
 
-test_that("nothing is left", {
+test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()
 })

@@ -22,7 +22,9 @@ thread_local! {
 }
 
 fn failed(error: &io::Error) -> Robj {
-    Failure::new("agent_failed").with("reason", error).into()
+    Failure::new("agent_failed")
+        .with("reason", error.to_string())
+        .into()
 }
 
 /// The variable by which an agent that starts anew knows what it was.

@@ -9,6 +9,9 @@
     allow(clippy::unchecked_time_subtraction, reason = "a panic fails the test")
 )]
 
+#[cfg(not(target_os = "linux"))]
+compile_error!("rustcluster runs on Linux");
+
 pub mod agent;
 pub mod head;
 pub mod platform;

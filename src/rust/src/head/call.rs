@@ -1,16 +1,18 @@
 //! Calls for whoever is free: sent one by one, and each asked for by its number.
 
-use super::handle::{SLICE, ToHub, may_send, rank_of, with_cluster};
-use super::nodes;
+use super::handle::{Call, Cluster, SLICE, ToHub, may_send, rank_of, with_cluster};
+use super::{nodes, retry};
 use crate::codec::stream::{self, Format};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, SEXP};
+use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::head::scheduler::events::Outcome;
 use rustcluster_core::head::scheduler::pool::CallPlace;
 use rustcluster_core::protocol::ids::{Rank, TaskId};
 use std::ffi::{c_int, c_void};
+use std::sync::Arc;
 
 /// The number of a call that is still to be sent.
 /// @noRd
@@ -22,11 +24,10 @@ fn call_number(handle: Robj) -> Robj {
     })
 }
 
-/// Sends the call of this number to whichever of these workers is free first. `again`: it was lost and is
-/// tried again; if R jumps, it has ended as before.
+/// Sends the call of this number to whichever of these workers is free first. `what`: what warnings call it.
 /// @noRd
 #[extendr]
-fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Robj) -> Robj {
+fn call_submit(handle: Robj, ranks: &[i32], task: f64, what: &str, message: Robj) -> Robj {
     let task = task as TaskId;
     with_cluster(&handle, |cluster| {
         let mut any_of = {
@@ -35,35 +36,58 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, again: bool, message: Rob
             ranks.collect::<std::result::Result<Vec<Rank>, Failure>>()?
         };
         any_of.sort_unstable();
-        let xdr = |&rank: &Rank| cluster.format(rank) == Format::Xdr;
-        // All of them can read that.
-        let format = match any_of.iter().any(xdr) {
-            true => Format::Xdr,
-            false => Format::Native,
-        };
+        let any_of: Arc<[Rank]> = any_of.into();
         may_send(cluster)?;
-        cluster
-            .hub
-            .borrow_mut()
-            .begin_call(any_of.into(), task, again);
-        let written = nodes::send_plain(cluster, format, &message).and_then(|sent| match sent {
-            true => Ok(()),
-            false => stream::serialize(&message, format, &mut ToHub(cluster)).map(drop),
-        });
-        match written {
-            Ok(()) => {
-                cluster.hub.borrow_mut().finish();
-                Ok(().into())
-            }
-            Err(Jump(token)) => {
-                cluster.hub.borrow_mut().abandon();
-                Ok(token)
-            }
+        let call = Call {
+            message: message.clone(),
+            any_of: any_of.clone(),
+            what: what.to_owned(),
+            attempts: Attempts::default(),
+        };
+        cluster.calls.borrow_mut().insert(task, call);
+        if let Err(Jump(token)) = send(cluster, &any_of, task, false, &message) {
+            cluster.forget_message_of_call(task);
+            return Ok(token);
         }
+        Ok(().into())
     })
 }
 
-/// The answer to a call: `NULL` if it has not ended. It is told until the call is forgotten, or tried again.
+/// Writes a call to the hub. `again`: it was lost.
+///
+/// # Errors
+/// When R jumped: a call that was lost has then ended as before.
+pub(super) fn send(
+    cluster: &Cluster,
+    any_of: &Arc<[Rank]>,
+    task: TaskId,
+    again: bool,
+    message: &Robj,
+) -> std::result::Result<(), Jump> {
+    let xdr = |&rank: &Rank| cluster.format(rank) == Format::Xdr;
+    // All of them can read that.
+    let format = match any_of.iter().any(xdr) {
+        true => Format::Xdr,
+        false => Format::Native,
+    };
+    cluster
+        .hub
+        .borrow_mut()
+        .begin_call(any_of.clone(), task, again);
+    let written = nodes::send_plain(cluster, format, message).and_then(|sent| match sent {
+        true => Ok(()),
+        false => stream::serialize(message, format, &mut ToHub(cluster)).map(drop),
+    });
+    let mut hub = cluster.hub.borrow_mut();
+    match written {
+        Ok(()) => hub.finish(),
+        Err(_) => hub.abandon(),
+    }
+    written
+}
+
+/// The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is
+/// forgotten.
 /// @noRd
 #[extendr]
 fn call_take(handle: Robj, task: f64) -> Robj {
@@ -80,7 +104,7 @@ fn call_take(handle: Robj, task: f64) -> Robj {
                 Ok(answer) => Ok(answer),
                 Err(Jump(token)) => Ok(token),
             },
-            Outcome::Lost(gone) => ended(nodes::loss(cluster, end.rank, &gone)),
+            Outcome::Lost(gone) => retry::call_lost(cluster, end.rank, task, &gone),
             Outcome::TimedOut => ended(Failure::new("timeout").with("rank", end.rank + 1)),
             Outcome::Cancelled | Outcome::Recalled => ended(Failure::new("cancelled")),
         }
@@ -117,7 +141,9 @@ fn call_place(handle: Robj, task: f64) -> Robj {
 #[extendr]
 fn call_forget(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
-        cluster.hub.borrow_mut().forget_call(task as TaskId);
+        let task = task as TaskId;
+        cluster.hub.borrow_mut().forget_call(task);
+        cluster.forget_message_of_call(task);
         Ok(().into())
     })
 }

@@ -1,8 +1,8 @@
-//! The elements of a job as R has them: how they become messages, and answers its results.
+//! The R half of a job: how its elements become messages, and answers its results. See
+//! [`rustcluster_core::head::job`] for the other half.
 
-use super::handle::{Cluster, SLICE, ToHub, Unsent};
-use super::job::Job;
-use super::{nodes, status};
+use super::handle::{Cluster, SLICE, ToHub};
+use super::{broadcast, nodes, status};
 use crate::codec::stream::{self, Bounded, Format, Sink};
 use crate::codec::{batch, mapped};
 use crate::r::unwind::{self, Jump};
@@ -11,11 +11,12 @@ use extendr_ffi::{
     INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::head::batching::Ended;
+use rustcluster_core::head::job::{Codec, Form, Taken};
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::protocol::ids::{Rank, TaskId};
+use rustcluster_core::protocol::ids::{PayloadId, Rank, TaskId};
+use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// An element of so many bytes goes alone.
 const LONG: usize = 64 * 1024;
@@ -51,52 +52,75 @@ impl Elements {
     }
 }
 
-/// How elements cross.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
-    /// As [`Job::message`] has them.
-    Unit,
-    /// One alone, serialized as it is sent.
-    Long,
-    /// One in a message of parallel's: it holds what may change, as what is common may, and they may
-    /// hold the same.
-    Message,
-    /// No element: a message of parallel's that asks for nothing.
-    Nothing,
+/// What a job has of R's.
+pub struct Values {
+    /// The list of function and common arguments.
+    pub(super) common: Robj,
+    /// Of [`batch::Head`].
+    pub(super) flags: u8,
+    /// The common list refers to nothing whose identity matters, such as an environment, so that no
+    /// element can share such a thing with it.
+    pub(super) fixed: bool,
+    pub(super) elements: Elements,
+    /// A function that gives the seed of a task, or `NULL`.
+    pub(super) seed: Robj,
+    /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
+    /// no arguments.
+    pub(super) seeded: Robj,
+    /// A list with an element for each task.
+    results: Robj,
+    /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
+    /// each, also if that comes back or is lost.
+    held: HashMap<usize, Robj>,
+    /// Tasks whose result is an error, from 1.
+    failed: Vec<i32>,
+    /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
+    /// chunks and of lapply() may have such values.
+    by_class: bool,
+    /// Tasks that have been answered since R last asked, from 1.
+    fresh: Vec<i32>,
+    scratch: Vec<u8>,
+    message: Vec<u8>,
 }
 
-pub(super) struct Gathering<'a> {
-    job: &'a mut Job,
-    indices: Vec<usize>,
-    pub(super) count: usize,
+/// The codec of a job on this cluster.
+pub(super) struct Encoder<'a> {
+    pub(super) cluster: &'a Cluster,
+    pub(super) values: &'a mut Values,
+}
+
+struct Gathering<'a> {
+    values: &'a mut Values,
+    indices: &'a [usize],
+    count: usize,
     /// Why the next one has not been added.
-    pub(super) stopped: Option<Form>,
+    stopped: Option<Form>,
 }
 
-pub(super) unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
+unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the gathering above, which outlives this call. This frame holds nothing that
     // is to be dropped when R jumps.
     unsafe {
         let gathering = &mut *data.cast::<Gathering<'_>>();
-        let job = &mut *gathering.job;
-        while gathering.count < gathering.indices.len() && job.message.len() < FULL {
+        let values = &mut *gathering.values;
+        while gathering.count < gathering.indices.len() && values.message.len() < FULL {
             let index = gathering.indices[gathering.count];
-            let before = job.message.len();
-            add_seed(&job.seed, index, &mut job.message);
-            let element = Rf_protect(job.element(index));
-            if !batch::append_plain(element, &mut job.message) {
+            let before = values.message.len();
+            add_seed(&values.seed, index, &mut values.message);
+            let element = Rf_protect(values.element(index));
+            if !batch::append_plain(element, &mut values.message) {
                 // If what is common cannot change, they cannot have in common what does.
-                let mut fixed = job.fixed;
+                let mut fixed = values.fixed;
                 // What is seen to be long is not serialized to find that out.
                 let mut long = fixed && stream::least_size_of_value(element) >= LONG;
                 if !long {
-                    batch::begin_serialized(&mut job.message);
-                    let mut sink = Bounded::new(&mut job.message, before + LONG - 1);
+                    batch::begin_serialized(&mut values.message);
+                    let mut sink = Bounded::new(&mut values.message, before + LONG - 1);
                     fixed |= stream::write_fixed(element, &mut sink);
                     long = sink.over;
                 }
                 if !fixed || long {
-                    job.message.truncate(before);
+                    values.message.truncate(before);
                     gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
                     Rf_unprotect(1);
                     return R_NilValue;
@@ -137,8 +161,8 @@ unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
     unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
 }
 
-pub(super) struct Writing<'a> {
-    job: &'a mut Job,
+struct Writing<'a> {
+    values: &'a mut Values,
     index: usize,
     form: Form,
     format: Format,
@@ -146,31 +170,25 @@ pub(super) struct Writing<'a> {
     prefix: Vec<u8>,
 }
 
-pub(super) unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
+unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
     // is to be dropped when R jumps.
     unsafe {
         let writing = &mut *data.cast::<Writing<'_>>();
-        let job = &mut *writing.job;
-        if writing.form == Form::Nothing {
-            let message = rustcluster_message(job.nothing.get().cast(), R_NilValue.cast(), 1);
-            stream::write(Rf_protect(message), writing.format, writing.sink);
-            Rf_unprotect(1);
-            return R_NilValue;
-        }
-        let element = Rf_protect(job.element(writing.index));
+        let values = &mut *writing.values;
+        let element = Rf_protect(values.element(writing.index));
         if writing.form == Form::Message {
-            let common = job.common.get();
-            let spread = c_int::from(job.flags & batch::SPREAD != 0);
-            let message = if job.seed.is_null() {
+            let common = values.common.get();
+            let spread = c_int::from(values.flags & batch::SPREAD != 0);
+            let message = if values.seed.is_null() {
                 rustcluster_message(common.cast(), element.cast(), spread)
             } else {
                 let args = Rf_protect(rustcluster_arguments(common.cast(), element.cast(), spread));
                 let call = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 3));
                 SET_VECTOR_ELT(call, 0, VECTOR_ELT(common, 0));
                 SET_VECTOR_ELT(call, 1, args);
-                SET_VECTOR_ELT(call, 2, seed_of(&job.seed, writing.index));
-                let message = rustcluster_message(job.seeded.get().cast(), call.cast(), 1);
+                SET_VECTOR_ELT(call, 2, seed_of(&values.seed, writing.index));
+                let message = rustcluster_message(values.seeded.get().cast(), call.cast(), 1);
                 Rf_unprotect(2);
                 message
             };
@@ -179,12 +197,12 @@ pub(super) unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
         } else {
             let prefix = &mut writing.prefix;
             batch::Head {
-                flags: job.flags,
+                flags: values.flags,
                 count: 1,
                 most: 0,
             }
             .write(prefix);
-            add_seed(&job.seed, writing.index, prefix);
+            add_seed(&values.seed, writing.index, prefix);
             writing.sink.write(prefix);
             batch::write_serialized(element, writing.sink);
         }
@@ -193,29 +211,29 @@ pub(super) unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     }
 }
 
-pub(super) struct Taking<'a> {
-    pub(super) job: &'a mut Job,
-    indices: Vec<usize>,
+struct Taking<'a> {
+    values: &'a mut Values,
+    indices: &'a [usize],
     body: Body,
     /// Its vectors are in memory that is shared with the worker.
     shared: bool,
     /// What the answer begins with, if it is one of a unit.
-    pub(super) head: Option<batch::AnswerHead>,
-    pub(super) count: usize,
+    head: Option<batch::AnswerHead>,
+    count: usize,
 }
 
-pub(super) unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
+unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the taking above, which outlives this call. This frame holds nothing that is
     // to be dropped when R jumps.
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
-        let job = &mut *taking.job;
+        let values = &mut *taking.values;
         let Some(head) = batch::AnswerHead::read(&mut taking.body) else {
             let answer = nodes::read_body(&mut taking.body, taking.shared);
             let answer = Rf_protect(answer);
             let value = rustcluster_answer_value(answer.cast());
             let failed = rustcluster_answer_failed(answer.cast()) != 0;
-            job.put(taking.indices[0], value, failed);
+            values.put(taking.indices[0], value, failed);
             Rf_unprotect(1);
             taking.count = 1;
             return R_NilValue;
@@ -224,8 +242,8 @@ pub(super) unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
         while taking.count < taking.indices.len().min(head.count as usize) {
             let mut kind = [0];
             batch::read_bytes(&mut taking.body, &mut kind);
-            let value = batch::read_value(&mut taking.body, &mut job.scratch);
-            job.put(taking.indices[taking.count], value, kind[0] == batch::ERROR);
+            let value = batch::read_value(&mut taking.body, &mut values.scratch);
+            values.put(taking.indices[taking.count], value, kind[0] == batch::ERROR);
             taking.count += 1;
         }
         R_NilValue
@@ -240,55 +258,28 @@ unsafe extern "C" fn check(_: *mut c_void) -> SEXP {
     }
 }
 
-impl Job {
-    pub(super) fn write(
-        &mut self,
-        cluster: &Cluster,
-        on: Rank,
-        position: Option<&usize>,
-        form: Form,
-    ) -> std::result::Result<(), Jump> {
-        let index = position.map_or(0, |&position| self.task(position));
-        match form {
-            Form::Unit => {
-                if cluster.hub.borrow_mut().write(&self.message) {
-                    // Not much is under way for what is this short.
-                    while cluster.hub.borrow_mut().wait_to_send(SLICE) {
-                        unwind::run(check, &mut ())?;
-                    }
-                }
-                Ok(())
-            }
-            Form::Long | Form::Message | Form::Nothing => {
-                let mut writing = Writing {
-                    job: self,
-                    index,
-                    form,
-                    format: cluster.formats.borrow()[on as usize],
-                    sink: &mut ToHub(cluster),
-                    prefix: Vec::new(),
-                };
-                unwind::run(write_alone, &mut writing).map(drop)
-            }
-        }
+impl Codec for Encoder<'_> {
+    type Stop = Jump;
+
+    fn takes_units(&self, rank: Rank) -> bool {
+        self.cluster.format(rank) == Format::Native
     }
 
-    /// Puts as many of these tasks as fit into one message.
-    pub(super) fn gather(
+    fn gather(
         &mut self,
-        positions: &[usize],
+        tasks: &[usize],
         most: Duration,
     ) -> std::result::Result<(usize, Form), Jump> {
-        self.message.clear();
+        self.values.message.clear();
         let head = batch::Head {
-            flags: self.flags,
+            flags: self.values.flags,
             count: 0,
             most: u32::try_from(most.as_micros()).unwrap_or(0),
         };
-        head.write(&mut self.message);
+        head.write(&mut self.values.message);
         let mut gathering = Gathering {
-            indices: positions.iter().map(|&at| self.task(at)).collect(),
-            job: self,
+            values: self.values,
+            indices: tasks,
             count: 0,
             stopped: None,
         };
@@ -297,89 +288,141 @@ impl Job {
         match stopped {
             Some(form) if count == 0 => Ok((1, form)),
             _ => {
-                batch::Head::count(&mut self.message, count as u32);
+                batch::Head::count(&mut self.values.message, count as u32);
                 Ok((count, Form::Unit))
             }
         }
     }
 
-    /// Takes a unit's answer, which this worker has given.
-    pub(super) fn take(
+    fn write(&mut self, place: Rank, task: usize, form: Form) -> std::result::Result<(), Jump> {
+        let hub = &self.cluster.hub;
+        match form {
+            Form::Unit => {
+                if hub.borrow_mut().write(&self.values.message) {
+                    // Not much is under way for what is this short.
+                    while hub.borrow_mut().wait_to_send(SLICE) {
+                        unwind::run(check, &mut ())?;
+                    }
+                }
+                Ok(())
+            }
+            Form::Long | Form::Message => {
+                let mut writing = Writing {
+                    values: self.values,
+                    index: task,
+                    form,
+                    format: self.cluster.format(place),
+                    sink: &mut ToHub(self.cluster),
+                    prefix: Vec::new(),
+                };
+                unwind::run(write_alone, &mut writing).map(drop)
+            }
+        }
+    }
+
+    fn share_again(&mut self, payload: PayloadId, place: Rank) -> std::result::Result<(), Jump> {
+        broadcast::share_again(self.cluster, payload, place, &self.values.common)
+    }
+
+    fn is_plain(&self, body: &Body) -> bool {
+        body.whole().is_some_and(batch::is_plain_result)
+    }
+
+    fn take(
         &mut self,
-        cluster: &Cluster,
         on: Rank,
         task: TaskId,
+        tasks: &[usize],
         mut body: Body,
-    ) -> std::result::Result<(), Unsent> {
-        let Some(sent) = self.remove(task) else {
-            return Ok(());
-        };
-        if sent.tasks.is_empty() {
-            cluster.hub.borrow().uncount(on);
-            self.ready.push_back(sent.place);
-            return Ok(());
-        }
-        let now = Instant::now();
-        let bytes = body.len;
-        let indices: Vec<usize> = sent.tasks.iter().map(|&at| self.task(at)).collect();
+    ) -> std::result::Result<Taken, Jump> {
+        let (failed, fresh) = (self.values.failed.len(), self.values.fresh.len());
         let memory = mapped::open(&mut body);
         let mut taking = Taking {
-            job: self,
-            indices,
+            values: self.values,
+            indices: tasks,
             shared: memory.is_some(),
             body,
             head: None,
             count: 0,
         };
-        let (failed, fresh) = (taking.job.failed.len(), taking.job.fresh.len());
-        cluster.reading.set(Some((task, 0)));
+        self.cluster.reading.set(Some((task, 0)));
         let reading = mapped::Reading::of(memory.as_ref());
         let taken = unwind::run(take_protected, &mut taking);
         drop(reading);
         let (head, count) = (taking.head.unwrap_or_default(), taking.count);
+        drop(taking);
+        let values = &mut *self.values;
         if let Err(jump) = taken {
             // R decides on all of it: see job_settle().
-            self.failed.truncate(failed);
-            self.fresh.truncate(fresh);
-            self.lanes[sent.place].push_front(task);
-            self.sent.insert(task, sent);
-            return Err(jump.into());
+            values.failed.truncate(failed);
+            values.fresh.truncate(fresh);
+            return Err(jump);
         }
-        cluster.reading.set(None);
-        if let Some(last) = self.failed[failed..].last() {
+        self.cluster.reading.set(None);
+        if let Some(last) = values.failed[failed..].last() {
             // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
             unsafe {
-                let value = VECTOR_ELT(self.results.get(), *last as isize - 1);
-                status::note_error(cluster, on, value);
+                let value = VECTOR_ELT(values.results.get(), *last as isize - 1);
+                status::note_error(self.cluster, on, value);
             }
         }
-        if !self.held.is_empty() {
-            for &at in sent.tasks.iter().take(count) {
-                let index = self.task(at);
-                self.held.remove(&index);
+        if !values.held.is_empty() {
+            for index in tasks.iter().take(count) {
+                values.held.remove(index);
             }
         }
-        let turnaround = sent.telling.then(|| now.duration_since(sent.at));
         let time = |seconds| Duration::try_from_secs_f64(seconds).ok();
-        let ended = Ended {
+        Ok(Taken {
             tasks: count,
             busy: time(head.seconds).unwrap_or_default(),
-            turnaround,
-            bytes,
             computed: head.computed.and_then(time),
             reading: time(head.reading).unwrap_or_default(),
-        };
-        let at = self.now();
-        self.planner.ended(sent.place, ended, at);
-        if count < sent.tasks.len() {
-            self.planner.returned(sent.place, &sent.tasks[count..]);
+        })
+    }
+}
+
+impl Values {
+    /// Of a job with so many tasks, of which nothing has been answered.
+    pub(super) fn new(
+        count: usize,
+        elements: Elements,
+        common: Robj,
+        flags: u8,
+        fixed: bool,
+        by_class: bool,
+        setting: impl Fn(&'static str) -> Robj,
+    ) -> Values {
+        Values {
+            common,
+            flags,
+            fixed,
+            elements,
+            seed: setting("seed"),
+            seeded: setting("seeded"),
+            results: List::new(count).into(),
+            held: HashMap::new(),
+            failed: Vec::new(),
+            by_class,
+            fresh: Vec::new(),
+            scratch: Vec::new(),
+            message: Vec::new(),
         }
-        self.done += count;
-        if count < sent.tasks.len() || self.planner.may_resume(at) {
-            self.wake();
-        }
-        self.ready.push_front(sent.place);
-        Ok(())
+    }
+
+    /// What has come: a list of the results, the numbers of those that are errors, and of those that are
+    /// new since this was last asked.
+    pub(super) fn results(&mut self) -> Robj {
+        let mut failed = self.failed.clone();
+        failed.sort_unstable();
+        let fresh = std::mem::take(&mut self.fresh);
+        list!(self.results.clone(), failed, fresh).into()
+    }
+
+    /// A task has ended without an answer, and this is its result.
+    pub(super) fn give_up(&mut self, index: usize, value: &Robj) {
+        // SAFETY: the Robj keeps it alive.
+        unsafe { self.put(index, value.get(), true) };
+        self.held.remove(&index);
     }
 
     /// An element, not protected.
@@ -404,8 +447,11 @@ impl Job {
     }
 
     /// Notes a result, which may be that the task `failed`. The value need not be protected.
-    pub(super) fn put(&mut self, index: usize, value: SEXP, failed: bool) {
-        // SAFETY: on R's thread; the list has as many elements as there are tasks; none of these
+    ///
+    /// # Safety
+    /// On R's thread, with a live value.
+    unsafe fn put(&mut self, index: usize, value: SEXP, failed: bool) {
+        // SAFETY: the caller's; the list has as many elements as there are tasks; none of these
         // functions jumps or allocates.
         unsafe {
             SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);

@@ -2,15 +2,18 @@
 
 use super::job::Job;
 use super::repeat::{Repeated, User};
+use super::retry::Losses;
 use crate::codec::stream::{Format, Sink};
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::hub::Hub;
+use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What hub_call() has had of answers when it stopped to wait.
@@ -39,6 +42,10 @@ pub struct Cluster {
     pub formats: RefCell<Vec<Format>>,
     /// The messages of tasks that have not been answered, to be sent again if need be.
     pub messages: RefCell<HashMap<TaskId, Message>>,
+    /// The same of calls that have not been forgotten.
+    pub(super) calls: RefCell<HashMap<TaskId, Call>>,
+    /// How often tasks are retried, and what R is still to be told of that.
+    pub(super) losses: RefCell<Losses>,
     /// The job that last sent something, and how much it has sent.
     pub(super) sent_by_job: Cell<(JobId, i32)>,
     /// The job that is open, if it is one of ours and not a verb of parallel's.
@@ -66,6 +73,8 @@ pub struct Cluster {
 pub(super) struct Unread {
     pub(super) body: Body,
     pub(super) task: TaskId,
+    /// The worker that R gave the task to.
+    pub(super) rank: Rank,
     pub(super) place: i32,
     pub(super) at: Rank,
 }
@@ -143,7 +152,15 @@ impl Cluster {
     pub(super) fn forget_dropped(&self, hub: &mut Hub) {
         for task in self.dropped.take() {
             hub.forget_call(task);
+            self.forget_message_of_call(task);
         }
+    }
+
+    /// Lets go of the message of a call.
+    pub(super) fn forget_message_of_call(&self, task: TaskId) {
+        let call = self.calls.borrow_mut().remove(&task);
+        // What is released of R's, after the table is free again.
+        drop(call);
     }
 
     /// What a worker is sent that is not plain.
@@ -197,8 +214,6 @@ impl Shared {
 pub struct Message {
     /// As it came from R, which shares its values: it costs no memory of its own.
     pub(super) message: Robj,
-    /// The worker that R gave it to.
-    pub(super) owner: Rank,
     pub(super) job: JobId,
     /// Which of the job's tasks it is, from 1.
     pub index: i32,
@@ -207,6 +222,20 @@ pub struct Message {
     pub(super) shared: Shared,
     /// It is the last large message, or has been.
     pub(super) user: Option<User>,
+    /// How often it was lost.
+    pub(super) attempts: Attempts<Failure>,
+}
+
+/// A call for as long as it is not forgotten.
+pub(super) struct Call {
+    /// As of [`Message`].
+    pub(super) message: Robj,
+    /// The workers that may have it, in order.
+    pub(super) any_of: Arc<[Rank]>,
+    /// What warnings call it.
+    pub(super) what: String,
+    /// How often it was lost.
+    pub(super) attempts: Attempts<Failure>,
 }
 
 /// Why a message has not been sent.
@@ -317,8 +346,9 @@ pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
     }
 }
 
-/// Whether a verb may send its first message. A finalizer that R runs in the middle of another verb would take that one's
-/// answers. A verb that takes longer is noted in R, which then refuses others by itself.
+/// Whether a verb may send its first message. A finalizer that R runs in the middle of another verb
+/// would take that one's answers. A verb that takes longer is noted in R, which then refuses others by
+/// itself.
 pub fn may_begin(cluster: &Cluster) -> std::result::Result<(), Failure> {
     match cluster.begun.get() {
         Some(job) => Err(Failure::new("busy").with("begun", job)),

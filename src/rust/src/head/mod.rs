@@ -8,7 +8,9 @@ mod events;
 pub mod handle;
 mod job;
 mod nodes;
+mod readiness;
 mod repeat;
+mod retry;
 mod start;
 mod status;
 
@@ -18,8 +20,10 @@ extendr_module! {
     mod head;
     use start;
     use nodes;
+    use readiness;
     use events;
     use call;
+    use retry;
     use job;
     use status;
     use dump;

@@ -5,7 +5,7 @@ use super::handle::{
     rank_of, usable, with_cluster,
 };
 use super::repeat::{LARGE, Repeated};
-use super::{broadcast, events, status};
+use super::{broadcast, events, retry, status};
 use crate::codec::stream::{self, Format};
 use crate::codec::{mapped, plain};
 use crate::r::failure::Failure;
@@ -16,6 +16,7 @@ use extendr_ffi::{
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::head::hub::{Answer, Hub, Turn};
+use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::control::Setback;
@@ -118,12 +119,12 @@ pub(super) fn send(
     let bytes = broadcast::write(cluster, &begun, message)?;
     let message = Message {
         message: message.clone(),
-        owner,
         job,
         index: 0,
         lasts,
         shared,
         user: None,
+        attempts: Attempts::default(),
     };
     cluster.sent(begun.task, message);
     Ok((begun.task, bytes))
@@ -164,8 +165,9 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
             next: ().into(),
         };
         let mut missing = owners.len();
-        // R then looks for interrupts.
-        while missing > 0 && called.next.is_null() && began.elapsed() < SLICE {
+        let untold = || cluster.losses.borrow().any_untold();
+        // R then looks for interrupts, or notes a loss.
+        while missing > 0 && called.next.is_null() && !untold() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
                 hub.receive_any(|rank| places[rank as usize] != ABSENT, SLICE)
@@ -245,48 +247,16 @@ fn name_of(name: &str) -> u64 {
     }
 }
 
-/// Sends a task again that was lost.
-/// @noRd
-#[extendr]
-fn hub_try_again(handle: Robj, task: f64) -> Robj {
-    let task = task as TaskId;
-    with_cluster(&handle, |cluster| {
-        let (message, owner, lasts, shared) = match cluster.messages.borrow().get(&task) {
-            Some(m) => (m.message.clone(), m.owner, m.lasts, m.shared),
-            None => return Err(Failure::new("no_task")),
-        };
-        let payload = |place| shared.of(cluster.format(place));
-        let begun = cluster
-            .hub
-            .borrow_mut()
-            .try_again(owner, task, lasts, payload);
-        let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone))?;
-        let written = broadcast::write(cluster, &begun, &message).map_err(Unsent::from);
-        Ok(written.map_or_else(Robj::from, |_| ().into()))
-    })
-}
-
-/// A task that was lost is not tried again: who asks for its answer is told so.
-/// @noRd
-#[extendr]
-fn hub_give_up(handle: Robj, task: f64) -> Robj {
-    with_cluster(&handle, |cluster| {
-        let task = task as TaskId;
-        if let Some(message) = cluster.messages.borrow().get(&task) {
-            cluster.hub.borrow_mut().give_up(message.owner, task);
-        }
-        Ok(().into())
-    })
-}
-
 /// Nobody wants to know any more what became of a task that was lost.
 /// @noRd
 #[extendr]
 fn hub_forget(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let task = task as TaskId;
-        if let Some(message) = cluster.forget_message(task) {
-            cluster.hub.borrow_mut().forget(message.owner, task);
+        cluster.forget_message(task);
+        let mut hub = cluster.hub.borrow_mut();
+        if let Some(owner) = hub.owner(task) {
+            hub.forget(owner, task);
         }
         Ok(().into())
     })
@@ -402,16 +372,19 @@ unsafe extern "C" {
 }
 
 /// The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-/// hub_read().
+/// hub_read(). `NULL`: not yet, or R is to note a loss first.
 /// @noRd
 #[extendr]
 fn hub_receive(handle: Robj, rank: i32) -> Robj {
     with_cluster(&handle, |cluster| {
-        let answer = {
-            let mut hub = cluster.hub.borrow_mut();
-            let rank = rank_of(&hub, rank)?;
-            hub.receive(rank, SLICE)
-        };
+        if cluster.losses.borrow().any_untold() {
+            return Ok(().into());
+        }
+        let rank = rank_of(&cluster.hub.borrow(), rank)?;
+        if is_unread(cluster, |owner| (owner == rank).then_some(0)) {
+            return Ok(true.into());
+        }
+        let answer = cluster.hub.borrow_mut().receive(rank, SLICE);
         answered(cluster, answer, |_| 0)
     })
 }
@@ -457,6 +430,7 @@ pub(super) fn answered(
             let unread = Unread {
                 body,
                 task,
+                rank,
                 place,
                 at,
             };
@@ -470,16 +444,34 @@ pub(super) fn answered(
         }
         Answer::Lost {
             rank,
-            place,
+            place: at,
             task,
             gone,
-        } => ended(loss(cluster, place, &gone), rank, task),
+        } => retry::task_lost(cluster, (rank, at), place(rank), task, &gone),
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
         Answer::Recalled { rank, task } => ended(of_rank("recalled", rank), rank, task),
-        Answer::GivenUp { rank, task } => ended(of_rank("task_failed", rank), rank, task),
+        Answer::GivenUp { rank, task } => {
+            let messages = cluster.messages.borrow();
+            let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
+            let failure = retry::given_up(&message.attempts).with("rank", rank + 1);
+            drop(messages);
+            ended(failure, rank, task)
+        }
         Answer::Pending => Ok(().into()),
         Answer::NothingSent => Err(Failure::new("no_task")),
     }
+}
+
+/// Whether R has been told of an answer of one of these workers and was interrupted before it read that. `place`: the
+/// place of the worker's node now, if it is one of these.
+pub(super) fn is_unread(cluster: &Cluster, place: impl Fn(Rank) -> Option<i32>) -> bool {
+    let mut unread = cluster.unread.take();
+    let now = unread.as_ref().and_then(|unread| place(unread.rank));
+    if let (Some(unread), Some(now)) = (&mut unread, now) {
+        unread.place = now;
+    }
+    cluster.unread.set(unread);
+    now.is_some()
 }
 
 fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
@@ -488,6 +480,7 @@ fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
         task,
         place,
         at,
+        ..
     } = unread;
     cluster.reading.set(Some((task, place)));
     match read_answer(body, place) {
@@ -530,6 +523,9 @@ fn hub_read(handle: Robj) -> Robj {
 #[extendr]
 fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
+        if cluster.losses.borrow().any_untold() {
+            return Ok(().into());
+        }
         let size = cluster.hub.borrow().size();
         let places = match cluster.nodes.take() {
             // SAFETY: addresses are compared, not used.
@@ -537,11 +533,15 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             _ => places_of(&nodes, size)?,
         };
         let place = |rank: Rank| places.get(rank as usize).copied().unwrap_or(ABSENT);
-        let answer = {
+        let known = |rank| Some(place(rank)).filter(|&at| at != ABSENT);
+        let result = if is_unread(cluster, |rank| known(rank).map(|at| at as i32)) {
+            Ok(true.into())
+        } else {
             let mut hub = cluster.hub.borrow_mut();
-            hub.receive_any(|rank| place(rank) != ABSENT, SLICE)
+            let answer = hub.receive_any(|rank| place(rank) != ABSENT, SLICE);
+            drop(hub);
+            answered(cluster, answer, |rank| place(rank) as i32)
         };
-        let result = answered(cluster, answer, |rank| place(rank) as i32);
         cluster.nodes.set(Some((nodes, places)));
         result
     })
@@ -553,6 +553,9 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
 #[extendr]
 fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
     with_cluster(&handle, |cluster| {
+        if cluster.losses.borrow().any_untold() {
+            return Ok(().into());
+        }
         let mut of_ranks = vec![ABSENT; cluster.hub.borrow().size()];
         for (&rank, &place) in ranks.iter().zip(places) {
             let rank = rank_of(&cluster.hub.borrow(), rank)?;
@@ -560,6 +563,10 @@ fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
             *known = (*known).min(place as u32);
         }
         let place = |rank: Rank| of_ranks.get(rank as usize).copied().unwrap_or(ABSENT);
+        let known = |rank| Some(place(rank)).filter(|&at| at != ABSENT);
+        if is_unread(cluster, |rank| known(rank).map(|at| at as i32)) {
+            return Ok(true.into());
+        }
         let answer = {
             let mut hub = cluster.hub.borrow_mut();
             hub.receive_any(|rank| place(rank) != ABSENT, Duration::ZERO)
@@ -676,10 +683,11 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
     // Nodes hold the handle, which would never be collected.
     cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
-        cluster.ways.borrow_mut().extend(job.ways());
+        cluster.ways.borrow_mut().extend(job.engine.ways());
     }
     cluster.hub.borrow_mut().cancel_job(job);
     cluster.drop_payloads(job);
+    cluster.losses.borrow_mut().close(job);
     cluster.forget_messages();
 }
 
@@ -706,8 +714,6 @@ extendr_module! {
     fn hub_send;
     fn hub_call;
     fn hub_called;
-    fn hub_try_again;
-    fn hub_give_up;
     fn hub_forget;
     fn hub_message;
     fn hub_receive;

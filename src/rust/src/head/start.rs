@@ -45,14 +45,6 @@ fn log_start() -> Robj {
     }
 }
 
-/// Logs that an attempt at a task, or at some tasks of a job, ended with their worker. `task`: its number, or
-/// that of the message that they were in.
-/// @noRd
-#[extendr]
-fn log_attempt(task: f64, rank: i32, attempt: i32, again: bool) {
-    tracing::info!(task = task as u64, rank, attempt, again, "attempt failed");
-}
-
 /// Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
 /// for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
 /// that are buffered here before they are left on their hosts.
@@ -82,6 +74,8 @@ fn hub_start(
                 begun: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
+                calls: RefCell::default(),
+                losses: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
                 job: RefCell::new(None),
                 ways: RefCell::default(),
@@ -93,7 +87,9 @@ fn hub_start(
             };
             ExternalPtr::new(cluster).into()
         }
-        Err(error) => Failure::new("start_failed").with("reason", error).into(),
+        Err(error) => Failure::new("start_failed")
+            .with("reason", error.to_string())
+            .into(),
     }
 }
 
@@ -184,17 +180,18 @@ fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
     with_hub(&handle, |hub| {
         let patience = Duration::try_from_secs_f64(patience).unwrap_or(Duration::MAX);
         let made = hub.reconnect(Path::new(path), most as u64, patience);
-        made.map_err(|error| Failure::new("start_failed").with("reason", error))
+        made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
     })
 }
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
 /// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-/// keep, state and memory_limit (in bytes; 0 for no limit), timeout (of tasks, in milliseconds; 0 for
-/// none), setup (of replaced workers, likewise), stop_timeout (in milliseconds), here (on this machine) and xdr.
+/// keep, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
+/// for none), stop_timeout (in milliseconds), here (on this machine) and xdr. `timeout`: seconds that any task
+/// may take.
 /// @noRd
 #[extendr]
-fn hub_go(handle: Robj, plans: List) -> Robj {
+fn hub_go(handle: Robj, plans: List, timeout: f64) -> Robj {
     let parsed: Option<Vec<Option<(Plan, Format)>>> = plans
         .values()
         .map(|plan| match plan.is_null() {
@@ -215,8 +212,10 @@ fn hub_go(handle: Robj, plans: List) -> Robj {
     let plans = plans.into_iter().map(|plan| Some(plan?.0)).collect();
     with_cluster(&handle, |cluster| {
         cluster.formats.replace(formats);
-        let gone = cluster.hub.borrow_mut().go(plans);
-        gone.map_err(|error| Failure::new("start_failed").with("reason", error))?;
+        let mut hub = cluster.hub.borrow_mut();
+        hub.limit_all(Duration::try_from_secs_f64(timeout).ok());
+        let gone = hub.go(plans);
+        gone.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
         Ok(().into())
     })
 }
@@ -248,7 +247,6 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
         keep: fields.get("keep")?.as_real()? as u64,
         state: fields.get("state")?.as_real()? as u64,
-        timeout: fields.get("timeout")?.as_real()? as u64,
         setup: fields.get("setup")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
@@ -290,10 +288,7 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
             Progress::HostFailed { host, failure } => Failure::new("start_failed")
                 .with("agent", host + 1)
                 .with("reason", failure.reason)
-                .with(
-                    "status",
-                    failure.status.map_or_else(String::new, |s| s.to_string()),
-                )
+                .with("status", failure.status)
                 .with("stderr", failure.stderr)
                 .with("stdout", failure.stdout),
             Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
@@ -425,7 +420,6 @@ extendr_module! {
     mod start;
     fn limits_check;
     fn log_start;
-    fn log_attempt;
     fn hub_start;
     fn hub_greeted;
     fn hub_hosts;

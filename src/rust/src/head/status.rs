@@ -65,7 +65,8 @@ fn state_name(state: State) -> &'static str {
 /// The number of a task in its job, and of how many that cross together it is the first.
 fn place_in_job(cluster: &Cluster, task: TaskId) -> Option<(usize, usize)> {
     let job = cluster.job.try_borrow().ok()?;
-    let unit = job.as_ref().and_then(|job| job.at(task));
+    let unit = job.as_ref().and_then(|job| job.engine.at(task));
+    let unit = unit.map(|(first, count)| (first + 1, count));
     let alone = || {
         let messages = cluster.messages.try_borrow().ok()?;
         let index = messages.get(&task)?.index;

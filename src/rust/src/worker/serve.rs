@@ -211,7 +211,9 @@ fn to_r(stop: Stop) -> Robj {
             unwind::forget_interrupt();
             token
         }
-        Stop::Failed(error) => Failure::new("agent_failed").with("reason", error).into(),
+        Stop::Failed(error) => Failure::new("agent_failed")
+            .with("reason", error.to_string())
+            .into(),
     }
 }
 

@@ -1,6 +1,6 @@
 #![no_main]
 
-#[path = "../../tests/targets/mod.rs"]
+#[path = "../../tests/fuzz_targets/mod.rs"]
 #[allow(dead_code)]
 mod targets;
 

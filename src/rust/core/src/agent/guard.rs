@@ -213,7 +213,6 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
         libc::setsid();
         // Else a file system could not be unmounted.
         libc::chdir(c"/".as_ptr());
-        #[cfg(target_os = "linux")]
         libc::prctl(libc::PR_SET_NAME, c"rc-guard".as_ptr());
     }
     unneeded.give_up();
@@ -332,11 +331,8 @@ fn table<T>(count: usize) -> Option<&'static mut [T]> {
 
 /// An address among this thread's variables.
 fn thread_variables() -> usize {
-    #[cfg(target_os = "linux")]
     // SAFETY: returns a pointer, which is not followed.
-    return unsafe { libc::__errno_location() } as usize;
-    #[cfg(not(target_os = "linux"))]
-    return 0;
+    unsafe { libc::__errno_location() as usize }
 }
 
 /// Memory of the agent that the guard can do without: R's heap, mostly.
@@ -345,10 +341,7 @@ struct Unneeded([(usize, usize); 64]);
 
 impl Unneeded {
     fn now(keep: &[usize]) -> Unneeded {
-        let maps = match cfg!(target_os = "linux") {
-            true => std::fs::read_to_string("/proc/self/maps").unwrap_or_default(),
-            false => String::new(),
-        };
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let mut ranges = [(0, 0); 64];
         for (slot, range) in ranges.iter_mut().zip(unneeded_in(&maps, keep)) {
             *slot = (range.start, range.len());
@@ -536,7 +529,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn it_holds_nothing_but_its_pipe() {
         let guard = Guard::start(1);
         let folder = format!("/proc/{}/fd", guard.pid().unwrap());

@@ -70,7 +70,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn this_process_takes_memory_and_one_that_is_gone_none() {
         let usage = of_process(std::process::id()).unwrap();
         assert!(usage.resident > 100_000 && usage.proportional <= usage.resident);

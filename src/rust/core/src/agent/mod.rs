@@ -196,14 +196,12 @@ impl Agent {
             _ => None,
         };
         let patience = Duration::from_millis(greeted.start.patience.into());
-        let timeout = Duration::from_millis(greeted.start.timeout);
         let setup = Duration::from_millis(greeted.start.setup);
         let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
         let mut relay = Relay::new(
             count as usize,
             bytes(greeted.start.keep),
             bytes(greeted.start.state),
-            (!timeout.is_zero()).then_some(timeout),
         );
         relay.book.shares = shares;
         relay.book.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);

@@ -222,9 +222,6 @@ impl Agent {
 /// The children of this thread, ended ones too: what is adopted comes to the first thread of a
 /// process, and what other threads started is theirs to be waited for.
 fn children() -> Vec<u32> {
-    if !cfg!(target_os = "linux") {
-        return Vec::new();
-    }
     let me = std::process::id();
     if let Ok(text) = std::fs::read_to_string(format!("/proc/{me}/task/{me}/children")) {
         let numbers = text.split_ascii_whitespace();
@@ -351,7 +348,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn a_process_is_found_and_known_by_its_session() {
         let mut command = std::process::Command::new("sleep");
         let mut child = command

@@ -5,8 +5,9 @@
 //! which each worker got them, from the moment it has answered; a worker that has to be replaced
 //! gets them again in that order, and then the last known state of its random number generator.
 //! Messages of many workers are the same, so they are cut into blocks, and of equal blocks one is
-//! held; what they have in common as a payload is held as such. When what is held passes its bound, the worker whose message it was is no longer
-//! restorable: half a state would give wrong results without a word.
+//! held; what they have in common as a payload is held as such. When what is held passes its bound,
+//! the worker whose message it was is no longer restorable: half a state would give wrong results
+//! without a word.
 //!
 //! Pure: no process, socket or clock.
 

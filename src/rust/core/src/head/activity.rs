@@ -130,15 +130,6 @@ impl Track {
         });
     }
 
-    /// One task less than was answered: that was none of R's.
-    pub fn uncount(&mut self) {
-        let mut latest = self.intervals.iter_mut().rev();
-        if let Some(interval) = latest.find(|interval| interval.tasks > 0) {
-            interval.tasks -= 1;
-            self.tasks -= 1;
-        }
-    }
-
     /// Appends an interval, or makes it a part of the last, if that and the gap between them are shorter
     /// than the resolution. So no two successive ones together are shorter, with the gap between them.
     /// Whenever there are too many, the resolution is doubled until there are half as many.
@@ -257,18 +248,6 @@ mod tests {
         intervals
             .map(|i| (i.kind, i.start.as_millis(), i.end.as_millis()))
             .collect()
-    }
-
-    #[test]
-    fn what_is_not_counted_is_in_no_interval_either() {
-        let mut track = Track::default();
-        track.uncount();
-        track.ended(times(0, 0, 20), 1, ms(20));
-        track.ended(times(20, 20, 40), 1, ms(40));
-        track.ended(times(40, 40, 60), 0, ms(60));
-        track.uncount();
-        let tasks: Vec<_> = track.intervals().iter().map(|i| i.tasks).collect();
-        assert_eq!((track.tasks, &tasks[..]), (1, &[1, 0, 0][..]));
     }
 
     #[test]

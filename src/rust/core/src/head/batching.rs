@@ -308,14 +308,6 @@ impl Planner {
         self.queues.iter().map(Queue::len).sum()
     }
 
-    /// Whether there is anything left for this place.
-    pub fn has_any(&self, place: usize) -> bool {
-        match self.assignment {
-            Assignment::Free => self.queues[0].len() > 0,
-            Assignment::Round => self.queues[place].len() > 0,
-        }
-    }
-
     /// Whether it is known how long tasks take.
     pub fn knows(&self) -> bool {
         self.done > 0

@@ -47,8 +47,9 @@ impl AgentProcess {
         self.pid
     }
 
-    /// Interrupts it and its process group: R, if that is what runs, then removes its temporary directory and ends. R would do so
-    /// at SIGUSR2 as well, but leave its workspace in the working directory.
+    /// Interrupts it and its process group: R, if that is what runs, then removes its temporary
+    /// directory and ends. R would do so at SIGUSR2 as well, but leave its workspace in the working
+    /// directory.
     pub fn interrupt(&self) {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if *running {

@@ -15,6 +15,7 @@ use memmap2::Mmap;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use xxhash_rust::xxh3::Xxh3;
@@ -367,23 +368,14 @@ impl Spool {
 
 /// Has the file system take back what a part of the file takes up. Returns whether it has done so.
 fn give_back(file: &File, from: u64, len: u64) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        use std::os::fd::AsRawFd;
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        let (from, len) = (from as libc::off_t, len as libc::off_t);
-        if len == 0 {
-            // Of which the system knows nothing to give back.
-            return true;
-        }
-        // SAFETY: fallocate has no memory effects. That it fails costs room on the disk alone.
-        unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) == 0 }
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (from, len) = (from as libc::off_t, len as libc::off_t);
+    if len == 0 {
+        // Of which the system knows nothing to give back.
+        return true;
     }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = (file, from, len);
-        false
-    }
+    // SAFETY: fallocate has no memory effects. That it fails costs room on the disk alone.
+    unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) == 0 }
 }
 
 #[cfg(test)]
@@ -473,7 +465,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn what_messages_begin_with_is_there_once_and_for_as_long_as_one_of_them() {
         let mut spool = spool(130);
         let store = |spool: &mut Spool, id: PayloadId, byte: u8| {
@@ -531,7 +522,6 @@ mod tests {
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn what_no_worker_has_any_more_does_not_count() {
         let mut spool = spool(50);
         for task in 0..1000u64 {

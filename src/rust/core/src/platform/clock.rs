@@ -5,10 +5,7 @@ use std::time::Duration;
 /// A time that is never set back, in the steps of the kernel's own clock, some milliseconds: asking for
 /// it costs next to nothing.
 pub fn coarse_now() -> Duration {
-    #[cfg(target_os = "linux")]
     const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC_COARSE;
-    #[cfg(not(target_os = "linux"))]
-    const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC;
     // SAFETY: all zeroes are a timespec, which the call fills.
     let time = unsafe {
         let mut time: libc::timespec = std::mem::zeroed();

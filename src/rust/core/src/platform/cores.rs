@@ -149,16 +149,10 @@ fn check_limit(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
     (!value.is_empty() && value != "false").then_some(2)
 }
 
-#[cfg(unix)]
 fn online_cores() -> Option<usize> {
     // SAFETY: sysconf only reads its argument; -1 (unknown) is turned into None.
     let online = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
     usize::try_from(online).ok()
-}
-
-#[cfg(not(unix))]
-fn online_cores() -> Option<usize> {
-    None
 }
 
 #[cfg(test)]

@@ -135,7 +135,6 @@ mod tests {
     use super::*;
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn imports_of_this_program_are_found() {
         let bytes = std::fs::read("/proc/self/exe").unwrap();
         let imports = Elf::open(&bytes).unwrap().imports().unwrap();

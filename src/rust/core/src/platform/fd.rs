@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// The error of a system call that has failed.
 pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -10,18 +10,6 @@ pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
         Err(io::Error::last_os_error())
     } else {
         Ok(result)
-    }
-}
-
-/// A copy of a descriptor, the lowest free one from 3, closed on exec.
-pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl checks the descriptor; the new one is owned by nobody else.
-    unsafe {
-        Ok(OwnedFd::from_raw_fd(check(libc::fcntl(
-            fd,
-            libc::F_DUPFD_CLOEXEC,
-            3,
-        ))?))
     }
 }
 
@@ -74,32 +62,24 @@ fn set_flag(fd: RawFd, flag: libc::c_int, on: bool) -> io::Result<()> {
 
 /// A pipe, both ends closed on exec: what is written to the second can be read from the first.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: pipe fills the array; the descriptors are owned by nobody else. Between pipe and
-    // fcntl no other thread of ours forks: the agent has one thread, and in the head std's own
-    // spawn closes what it did not mean to pass on.
-    unsafe {
-        check(libc::pipe(fds.as_mut_ptr()))?;
-        let ends = (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1]));
-        for fd in fds {
-            check(libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC))?;
-        }
-        Ok(ends)
-    }
+    let (writer, reader) = mio::unix::pipe::new()?;
+    writer.set_nonblocking(false)?;
+    reader.set_nonblocking(false)?;
+    Ok((reader.into(), writer.into()))
 }
 
 /// The stream this process was started with: stdin and stdout are taken out of R's reach. What R
 /// or anything else prints from now on goes to stderr, and stdin is empty.
 pub fn take_stdio() -> io::Result<(File, File)> {
     let reader = take_stdin()?;
-    let writer = File::from(duplicate(1)?);
+    let writer = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     redirect(2, 1)?;
     Ok((reader, writer))
 }
 
 /// Stdin, taken out of R's reach: what R reads from now on is empty.
 pub fn take_stdin() -> io::Result<File> {
-    let reader = File::from(duplicate(0)?);
+    let reader = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let null = File::open("/dev/null")?;
     redirect(null.as_raw_fd(), 0)?;
     Ok(reader)
@@ -126,10 +106,7 @@ pub fn recv(
     descriptors: &mut Vec<OwnedFd>,
     wait: bool,
 ) -> io::Result<usize> {
-    #[cfg(target_os = "linux")]
     const FLAGS: libc::c_int = libc::MSG_CMSG_CLOEXEC;
-    #[cfg(not(target_os = "linux"))]
-    const FLAGS: libc::c_int = 0;
     let flags = FLAGS | if wait { 0 } else { libc::MSG_DONTWAIT };
     let mut control: Control = [0; 8];
     let mut slice = libc::iovec {
@@ -154,9 +131,6 @@ pub fn recv(
                 let first = libc::CMSG_DATA(header).cast::<RawFd>();
                 for at in 0..bytes / size_of::<RawFd>() {
                     let fd = OwnedFd::from_raw_fd(first.add(at).read_unaligned());
-                    if cfg!(not(target_os = "linux")) {
-                        libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC);
-                    }
                     descriptors.push(fd);
                 }
             }
@@ -175,10 +149,7 @@ pub fn send(fd: RawFd, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
 /// As [`send`]; with the first byte goes a descriptor.
 pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) -> io::Result<usize> {
     let mut control: Control = [0; 8];
-    #[cfg(target_os = "linux")]
     const FLAGS: libc::c_int = libc::MSG_NOSIGNAL;
-    #[cfg(not(target_os = "linux"))]
-    const FLAGS: libc::c_int = 0;
     // SAFETY: IoSlice is guaranteed to be laid out as iovec; an all-zero msghdr is a valid empty
     // one; sendmsg only reads through the pointers. In the control message there is room for a
     // header and a descriptor.
@@ -206,22 +177,14 @@ pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) ->
 
 /// The process that made the pair of sockets which this is one of, if the system tells.
 pub fn maker_of_pair(fd: RawFd) -> Option<u32> {
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: all zeroes are a ucred, which the call fills; the length is its own.
-        unsafe {
-            let mut peer: libc::ucred = std::mem::zeroed();
-            let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-            let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
-            let out = (&raw mut peer).cast();
-            check(libc::getsockopt(fd, level, name, out, &raw mut len)).ok()?;
-            u32::try_from(peer.pid).ok()
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = fd;
-        None
+    // SAFETY: all zeroes are a ucred, which the call fills; the length is its own.
+    unsafe {
+        let mut peer: libc::ucred = std::mem::zeroed();
+        let mut len = size_of::<libc::ucred>() as libc::socklen_t;
+        let (level, name) = (libc::SOL_SOCKET, libc::SO_PEERCRED);
+        let out = (&raw mut peer).cast();
+        check(libc::getsockopt(fd, level, name, out, &raw mut len)).ok()?;
+        u32::try_from(peer.pid).ok()
     }
 }
 
@@ -271,14 +234,11 @@ mod tests {
         file.read_exact_at(&mut text, 0).unwrap();
         assert_eq!(&text, b"in memory");
         assert_eq!(file.read(&mut buffer).unwrap(), 0);
-        if cfg!(target_os = "linux") {
-            assert!(file.write_all_at(b"x", 0).is_err());
-            assert!(file.set_len(3).is_err() && file.set_len(30).is_err());
-        }
+        assert!(file.write_all_at(b"x", 0).is_err());
+        assert!(file.set_len(3).is_err() && file.set_len(30).is_err());
     }
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn descriptors_for_which_there_is_no_room_are_not_left_open() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let files: Vec<File> = (0..9).map(|_| memory_file().unwrap()).collect();

@@ -8,8 +8,8 @@
 //! Never calls R; safe to call from any thread.
 
 use crate::platform::cgroup;
+use crate::platform::fd;
 use crate::platform::memory::line_bytes;
-use std::fmt;
 use std::io;
 
 /// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
@@ -23,7 +23,8 @@ const ADDRESS_SPACE: u64 = 32 << 20;
 const PROCESSES_RESERVE: u64 = 16;
 
 /// A limit of the system that is too small for the workers asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not enough {what}: {needed} needed, {available} available; {remedy}")]
 pub struct Shortfall {
     /// What there is too little of: "open files" or "processes".
     pub what: &'static str,
@@ -34,18 +35,6 @@ pub struct Shortfall {
     /// What the user can do about it.
     pub remedy: String,
 }
-
-impl fmt::Display for Shortfall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "not enough {}: {} needed, {} available; {}",
-            self.what, self.needed, self.available, self.remedy
-        )
-    }
-}
-
-impl std::error::Error for Shortfall {}
 
 /// A limit and how much of it is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -220,9 +209,6 @@ pub fn memory_limits() -> String {
 
 /// Bytes that count for [`limit_memory`] in this process now, if the system tells.
 pub fn memory_counted() -> Option<u64> {
-    if !cfg!(target_os = "linux") {
-        return None;
-    }
     parse_counted(&std::fs::read_to_string("/proc/self/status").ok()?)
 }
 
@@ -231,40 +217,27 @@ fn parse_counted(status: &str) -> Option<u64> {
     line_bytes(status, "VmData:")
 }
 
-#[cfg(unix)]
 mod platform {
-    use super::{Room, SystemLimits, cgroup, io, line_bytes};
+    use super::{Room, SystemLimits, cgroup, fd, io, line_bytes};
     use std::fs;
     use std::path::Path;
 
     pub(super) fn limit_memory(bytes: u64) -> io::Result<()> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the struct is valid, and the calls only fill or read it.
-        unsafe {
-            if libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // A limit that was there before cannot be exceeded.
-            limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
-            limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
-            if libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        Ok(())
+        let mut limit = get(libc::RLIMIT_DATA)?;
+        // A limit that was there before cannot be exceeded.
+        limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
+        limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
+        set(libc::RLIMIT_DATA, limit)
     }
 
     pub(super) fn limits() -> SystemLimits {
         let mut limits = SystemLimits {
-            open_files: open_files().ok().and_then(|limit| finite(limit.rlim_max)),
+            open_files: get(libc::RLIMIT_NOFILE)
+                .ok()
+                .and_then(|limit| finite(limit.rlim_max)),
             ..SystemLimits::default()
         };
-        if cfg!(target_os = "linux") {
-            linux_limits(&mut limits, Path::new("/proc"));
-        }
+        linux_limits(&mut limits, Path::new("/proc"));
         limits
     }
 
@@ -301,7 +274,8 @@ mod platform {
         // SAFETY: getuid has no arguments and cannot fail.
         let user = unsafe { libc::getuid() };
         let exempt = capabilities.resource || capabilities.admin || (genuine && user == 0);
-        let limit = user_processes().ok().and_then(finite);
+        // fork() looks at the soft limit, and workers' packages expect it untouched.
+        let limit = soft_limit(libc::RLIMIT_NPROC);
         if let (false, Some(limit)) = (exempt, limit) {
             limits.user_processes = tasks_of(proc, user).map(|used| Room { limit, used });
         }
@@ -404,60 +378,33 @@ mod platform {
         (limit != libc::RLIM_INFINITY).then_some(limit as u64)
     }
 
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[cfg(target_env = "gnu")]
     type Resource = libc::__rlimit_resource_t;
-    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    #[cfg(not(target_env = "gnu"))]
     type Resource = libc::c_int;
 
     /// None: there is no such limit.
     pub(super) fn soft_limit(which: Resource) -> Option<u64> {
+        get(which).ok().and_then(|limit| finite(limit.rlim_cur))
+    }
+
+    fn get(which: Resource) -> io::Result<libc::rlimit> {
         let mut limit = libc::rlimit {
             rlim_cur: 0,
             rlim_max: 0,
         };
         // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        let known = unsafe { libc::getrlimit(which, &raw mut limit) } == 0;
-        if known { finite(limit.rlim_cur) } else { None }
+        fd::check(unsafe { libc::getrlimit(which, &raw mut limit) })?;
+        Ok(limit)
     }
 
-    fn open_files() -> io::Result<libc::rlimit> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } == 0 {
-            Ok(limit)
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    }
-
-    fn set_open_files(limit: libc::rlimit) -> io::Result<()> {
+    fn set(which: Resource, limit: libc::rlimit) -> io::Result<()> {
         // SAFETY: the pointer is to a live rlimit, which the call only reads.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0 {
-            Ok(())
-        } else {
-            Err(io::Error::last_os_error())
-        }
-    }
-
-    fn user_processes() -> io::Result<libc::rlim_t> {
-        let mut limit = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: the pointer is to a live rlimit, which the call fills in.
-        if unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &raw mut limit) } == 0 {
-            // fork() looks at the soft limit, and workers' packages expect it untouched.
-            Ok(limit.rlim_cur)
-        } else {
-            Err(io::Error::last_os_error())
-        }
+        fd::check(unsafe { libc::setrlimit(which, &raw const limit) }).map(drop)
     }
 
     pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
-        let limit = open_files()?;
+        let limit = get(libc::RLIMIT_NOFILE)?;
         let soft = finite(limit.rlim_cur).unwrap_or(u64::MAX);
         if soft >= needed {
             return Ok(soft);
@@ -469,7 +416,7 @@ mod platform {
                 rlim_cur: wanted,
                 rlim_max: wanted,
             };
-            if set_open_files(both).is_ok() {
+            if set(libc::RLIMIT_NOFILE, both).is_ok() {
                 return Ok(needed);
             }
         }
@@ -477,27 +424,8 @@ mod platform {
             rlim_cur: wanted.min(limit.rlim_max),
             rlim_max: limit.rlim_max,
         };
-        set_open_files(reachable)?;
+        set(libc::RLIMIT_NOFILE, reachable)?;
         Ok(finite(reachable.rlim_cur).unwrap_or(u64::MAX))
-    }
-}
-
-#[cfg(not(unix))]
-mod platform {
-    use super::{SystemLimits, io};
-
-    pub(super) fn limits() -> SystemLimits {
-        SystemLimits::default()
-    }
-
-    /// There is no such limit.
-    pub(super) fn limit_memory(_bytes: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    /// There is no such limit to raise.
-    pub(super) fn raise_open_files(needed: u64) -> io::Result<u64> {
-        Ok(needed)
     }
 }
 
@@ -522,7 +450,7 @@ mod tests {
         ] {
             assert_eq!(parse_counted(status), None, "{status:?}");
         }
-        assert_eq!(memory_counted().is_some(), cfg!(target_os = "linux"));
+        assert!(memory_counted().is_some());
     }
 
     #[test]
@@ -653,7 +581,6 @@ mod tests {
         assert_eq!(check(1), Ok(()));
     }
 
-    #[cfg(unix)]
     mod unix {
         use super::super::platform::{
             Capabilities, linux_limits, maps_all_users, tasks_in_loadavg, user_and_threads,

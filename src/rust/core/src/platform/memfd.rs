@@ -10,74 +10,37 @@ use std::os::fd::{AsRawFd, FromRawFd};
 /// # Errors
 /// When the system has no descriptor or memory left.
 pub fn memory_file() -> io::Result<File> {
-    #[cfg(target_os = "linux")]
-    {
-        let make = |flags| {
-            let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-            // SAFETY: a string that ends with a NUL; the descriptor is owned by nobody else.
-            unsafe {
-                let fd = libc::memfd_create(c"rustcluster".as_ptr(), flags);
-                check(fd).map(|fd| File::from_raw_fd(fd))
-            }
-        };
-        match make(libc::MFD_NOEXEC_SEAL) {
-            // An older system does not know that flag.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
-            made => made,
+    let make = |flags| {
+        let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: a string that ends with a NUL; the descriptor is owned by nobody else.
+        unsafe {
+            let fd = libc::memfd_create(c"rustcluster".as_ptr(), flags);
+            check(fd).map(|fd| File::from_raw_fd(fd))
         }
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        use std::sync::atomic::{AtomicU64, Ordering};
-        // As near as these systems come to it.
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("rustcluster-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        let mut options = File::options();
-        let file = options
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)?;
-        std::fs::remove_file(&path)?;
-        Ok(file)
+    };
+    match make(libc::MFD_NOEXEC_SEAL) {
+        // An older system does not know that flag.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
+        made => made,
     }
 }
 
-/// Sees to it that nobody changes a [`memory_file`] any more, where the system can.
+/// Sees to it that nobody changes a [`memory_file`] any more.
 ///
 /// # Errors
 /// When somebody else has it mapped to write to it.
 pub fn seal(file: &File) -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        let seals =
-            libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: fcntl checks its arguments.
-        check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = file;
-        Ok(())
-    }
+    let seals = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl checks its arguments.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
 }
 
 /// Whether nobody can change a file, nor cut it, any more. Only of a [`memory_file`] can that be said.
 pub fn is_sealed(file: &File) -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        let needed = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-        // SAFETY: fcntl checks its arguments.
-        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
-        seals >= 0 && seals & needed == needed
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = file;
-        false
-    }
+    let needed = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+    // SAFETY: fcntl checks its arguments.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    seals >= 0 && seals & needed == needed
 }
 
 #[cfg(test)]
@@ -87,7 +50,6 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     #[test]
-    #[cfg(target_os = "linux")]
     fn nobody_can_write_to_what_is_sealed() {
         let mut file = memory_file().unwrap();
         file.write_all(&[1; 10_000]).unwrap();

@@ -9,9 +9,6 @@ use super::cgroup::{self, Version};
 /// From /proc/meminfo, cut to the limits of the control groups (v2 and v1) it is in. None where
 /// there is no /proc/meminfo.
 pub fn host_memory() -> Option<(u64, u64)> {
-    if !cfg!(target_os = "linux") {
-        return None;
-    }
     let meminfo = parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
     let groups = cgroup::directories("memory").into_iter().map(|level| {
         let at = &level.directory;
@@ -250,7 +247,6 @@ mod tests {
         assert_eq!(restrict(&levels), (400, 50));
     }
 
-    #[cfg(target_os = "linux")]
     #[test]
     fn this_machine_has_memory() {
         let (total, available) = host_memory().expect("/proc/meminfo");

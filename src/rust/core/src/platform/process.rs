@@ -22,52 +22,38 @@ pub fn user() -> u32 {
 
 /// Whether the parent of this process is `parent`: not any more once that has ended.
 pub fn is_parent(parent: u32) -> bool {
-    // SAFETY: no memory effects.
-    unsafe { libc::getppid() as u32 == parent }
+    std::os::unix::process::parent_id() == parent
 }
 
 /// A descriptor that becomes readable when this process's parent ends, if the system has such
 /// and the parent is still `parent`.
 pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
-    #[cfg(target_os = "linux")]
-    {
-        // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
-        unsafe {
-            if !is_parent(parent) {
-                return None;
-            }
-            let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
-            let fd = check(fd).ok().map(|fd| OwnedFd::from_raw_fd(fd))?;
-            // Had the parent ended before, its number could be another's by now.
-            is_parent(parent).then_some(fd)
-        }
+    if !is_parent(parent) {
+        return None;
     }
-    #[cfg(not(target_os = "linux"))]
-    {
-        let _ = parent;
-        None
-    }
+    // SAFETY: pidfd_open has no memory effects; the descriptor is owned by nobody else.
+    let fd = unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, parent, 0) as libc::c_int;
+        OwnedFd::from_raw_fd(check(fd).ok()?)
+    };
+    // Had the parent ended before, its number could be another's by now.
+    is_parent(parent).then_some(fd)
 }
 
-/// Has the system kill this process when its parent ends. Where the system has no such thing,
-/// the end of the channel must do.
+/// Has the kernel kill this process when its parent ends.
 pub fn die_with_parent(parent: u32) {
-    #[cfg(target_os = "linux")]
-    // SAFETY: prctl with these arguments and getppid have no memory effects; _exit is what a
+    // SAFETY: prctl with these arguments has no memory effects; _exit is what a
     // forked child may call at any time.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
-        if libc::getppid() as u32 != parent {
+        if !is_parent(parent) {
             libc::_exit(1);
         }
     }
-    #[cfg(not(target_os = "linux"))]
-    let _ = parent;
 }
 
-/// Makes this process the parent of all below it that lose theirs, where the system can.
+/// Makes this process the parent of all below it that lose theirs.
 pub fn adopt_orphans() {
-    #[cfg(target_os = "linux")]
     // SAFETY: prctl with these arguments has no memory effects.
     unsafe {
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong);
@@ -90,38 +76,35 @@ pub fn renice(increment: i32) {
 
 /// Waits until a child has ended, and leaves it to be waited for.
 pub fn await_exit(pid: u32) {
-    let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
-    let flags = libc::WEXITED | libc::WNOWAIT;
-    // SAFETY: waitid fills the struct. Interrupted, it is called again; any other failure means
-    // that there is nothing to wait for.
-    unsafe {
-        while libc::waitid(libc::P_PID, pid as libc::id_t, info.as_mut_ptr(), flags) != 0
-            && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
-        {}
-    }
+    // Interrupted, it is called again; any other failure means that there is nothing to wait for.
+    while look(libc::P_PID, pid, 0).is_err_and(|e| e.kind() == io::ErrorKind::Interrupted) {}
 }
 
 /// A child that has ended, if there is one. It is left to be waited for.
 pub fn peek_any_exit() -> Option<u32> {
-    peek(libc::P_ALL, 0)
+    look(libc::P_ALL, 0, libc::WNOHANG).ok().flatten()
 }
 
 /// Whether a child has ended. It is left to be waited for.
 pub fn peek_exit(pid: u32) -> bool {
-    peek(libc::P_PID, pid).is_some()
+    look(libc::P_PID, pid, libc::WNOHANG).is_ok_and(|ended| ended.is_some())
 }
 
-fn peek(which: libc::idtype_t, pid: u32) -> Option<u32> {
+/// A child that has ended, which is left to be waited for.
+fn look(which: libc::idtype_t, pid: u32, flags: libc::c_int) -> io::Result<Option<u32>> {
     let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
-    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: waitid fills the zeroed struct; WNOWAIT leaves the child to be waited for.
+    let flags = libc::WEXITED | libc::WNOWAIT | flags;
+    // SAFETY: waitid fills the zeroed struct, in which no process has the number 0.
     let pid = unsafe {
-        match libc::waitid(which, pid as libc::id_t, info.as_mut_ptr(), flags) {
-            0 => info.assume_init().si_pid(),
-            _ => 0,
-        }
+        check(libc::waitid(
+            which,
+            pid as libc::id_t,
+            info.as_mut_ptr(),
+            flags,
+        ))?;
+        info.assume_init().si_pid()
     };
-    (pid != 0).then_some(pid as u32)
+    Ok((pid != 0).then_some(pid as u32))
 }
 
 /// Waits for a child that has ended.

@@ -199,9 +199,5 @@ pub fn ignore(signals: &[libc::c_int]) {
 /// The system's, such as that there is no such process.
 pub fn kill(pid: i32, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: kill has no memory effects in this process.
-    if unsafe { libc::kill(pid, signal) } == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    fd::check(unsafe { libc::kill(pid, signal) }).map(drop)
 }

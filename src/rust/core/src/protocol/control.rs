@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 8;
+pub const PROTOCOL: u32 = 9;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -111,8 +111,6 @@ pub struct Start {
     pub keep: u64,
     /// Bytes of what lasts on workers that the agent holds to restore those it replaces.
     pub state: u64,
-    /// Milliseconds that a task may take; 0: any time.
-    pub timeout: u64,
     /// Milliseconds that a worker which replaces another may take to start, and each call that is
     /// repeated on it besides what that call took at first; 0: any time.
     pub setup: u64,
@@ -399,16 +397,9 @@ pub struct WorkerReady {
 }
 
 /// A control message that could not be written or read.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("bad control message: {0}")]
 pub struct MessageError(String);
-
-impl fmt::Display for MessageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "bad control message: {}", self.0)
-    }
-}
-
-impl std::error::Error for MessageError {}
 
 /// Puts a message into a control frame.
 ///

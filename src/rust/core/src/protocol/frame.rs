@@ -6,7 +6,7 @@
 
 use crate::platform::page_pool;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use std::fmt;
+use std::time::Duration;
 
 /// Bytes of a header: kind (1), flags (1), reserved (2), worker (4), task (8), length (4).
 pub const HEADER_LEN: usize = 20;
@@ -70,6 +70,9 @@ pub enum Kind {
     Payload = 8,
     /// Towards the head: what a task tells before it has ended, opaque to us. Not part of its answer.
     Aside = 9,
+    /// Towards an agent: how long `task`, whose message comes next, may take from when its worker has all of
+    /// that. The body, 8 bytes, is a number of microseconds.
+    Limit = 10,
 }
 
 impl Kind {
@@ -84,6 +87,7 @@ impl Kind {
             7 => Kind::State,
             8 => Kind::Payload,
             9 => Kind::Aside,
+            10 => Kind::Limit,
             _ => return None,
         })
     }
@@ -193,6 +197,13 @@ impl Frame {
         Frame::new(Kind::Data, flags, worker, task, body)
     }
 
+    /// The frame that tells how long a task may take; it comes before the task's message.
+    pub fn limit(worker: u32, task: u64, limit: Duration) -> Frame {
+        let limit = u64::try_from(limit.as_micros()).unwrap_or(u64::MAX);
+        let body = Bytes::copy_from_slice(&limit.to_le_bytes());
+        Frame::new(Kind::Limit, 0, worker, task, body)
+    }
+
     /// The number that the body of this frame is, if it is one.
     pub fn number(&self) -> Option<u64> {
         let bytes = <[u8; 8]>::try_from(&self.body[..]).ok()?;
@@ -259,11 +270,13 @@ pub fn missing(bytes: &[u8]) -> usize {
 }
 
 /// Bytes that are not a frame.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// No [`Kind`] has this number.
+    #[error("unknown frame kind {0}")]
     UnknownKind(u8),
     /// A flag that does not exist is set, or a reserved byte is not zero.
+    #[error("unknown frame flags {flags:#x}, reserved {reserved:#x}")]
     BadFlags {
         /// The flags as received.
         flags: u8,
@@ -271,25 +284,9 @@ pub enum FrameError {
         reserved: u16,
     },
     /// The body would be longer than [`MAX_BODY`].
+    #[error("a frame announces a body of {0} bytes, more than the limit of {MAX_BODY}")]
     TooLong(u32),
 }
-
-impl fmt::Display for FrameError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            FrameError::UnknownKind(kind) => write!(f, "unknown frame kind {kind}"),
-            FrameError::BadFlags { flags, reserved } => {
-                write!(f, "unknown frame flags {flags:#x}, reserved {reserved:#x}")
-            }
-            FrameError::TooLong(len) => write!(
-                f,
-                "a frame announces a body of {len} bytes, more than the limit of {MAX_BODY}"
-            ),
-        }
-    }
-}
-
-impl std::error::Error for FrameError {}
 
 #[cfg(test)]
 mod tests {
@@ -305,7 +302,8 @@ mod tests {
                 Just(Kind::Cancel),
                 Just(Kind::Seed),
                 Just(Kind::State),
-                Just(Kind::Payload)
+                Just(Kind::Payload),
+                Just(Kind::Limit)
             ],
             0u8..128,
             any::<u32>(),

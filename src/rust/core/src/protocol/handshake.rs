@@ -4,7 +4,6 @@
 use crate::protocol::control::{self, Hello, ToHead};
 use crate::protocol::frame::{self, Frame, Kind};
 use bytes::BytesMut;
-use std::fmt;
 
 /// Set in the environment of what is started here, to the number of the process that starts it: by that
 /// others know what ends with its head.
@@ -71,16 +70,9 @@ pub struct Greeting {
 }
 
 /// Why what was started is no agent.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct Stranger(String);
-
-impl fmt::Display for Stranger {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Stranger {}
 
 impl Greeting {
     /// Takes the next bytes of the stream. `None`: the hello is still to come.

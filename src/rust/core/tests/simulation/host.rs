@@ -12,7 +12,6 @@ use rustcluster_core::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MA
 use rustcluster_core::protocol::ids::{PayloadId, Rank};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::{HashMap, VecDeque};
-use std::time::Duration;
 
 /// As the agent reads at a time.
 pub const READ: usize = 256 * 1024;
@@ -41,7 +40,6 @@ pub struct Host {
     acts: Vec<Act>,
     /// Payloads in memory that is shared, with those that are complete.
     pub stored: HashMap<PayloadId, (BytesMut, bool)>,
-    timeout: Option<Duration>,
     pub processes: Vec<Option<Process>>,
     pub to_make: VecDeque<(u32, bool)>,
     pub to_head: OutBuf,
@@ -50,14 +48,9 @@ pub struct Host {
 }
 
 impl Host {
-    pub fn new(
-        ranks: &[Rank],
-        stream: usize,
-        (keep, state): (usize, usize),
-        timeout: Option<Duration>,
-    ) -> Host {
+    pub fn new(ranks: &[Rank], stream: usize, (keep, state): (usize, usize)) -> Host {
         let workers = ranks.len() as u32;
-        let mut relay = Relay::new(ranks.len(), keep, state, timeout);
+        let mut relay = Relay::new(ranks.len(), keep, state);
         relay.book.shares = true;
         Host {
             lost: false,
@@ -69,7 +62,6 @@ impl Host {
             relay,
             acts: Vec::new(),
             stored: HashMap::new(),
-            timeout,
             processes: ranks.iter().map(|_| None).collect(),
             to_make: (0..workers).map(|worker| (worker, false)).collect(),
             to_head: OutBuf::default(),
@@ -106,7 +98,9 @@ impl Host {
                 Act::LetGo(worker) => assert!((worker as usize) < self.ranks.len()),
                 Act::Tell(message) => {
                     match message {
-                        ToHead::TimedOut { worker, task } => self.check_time(worker, task, now),
+                        ToHead::TimedOut { worker, task } => {
+                            self.check_time(worker, task, now, facts);
+                        }
                         ToHead::StateNotKept { worker } => {
                             let rank = self.ranks[worker as usize];
                             assert!(facts.places[rank as usize].kept, "said twice");
@@ -196,16 +190,13 @@ impl Host {
 
     /// A task may take so long from when its worker has all of it, and is not out of time once it
     /// has begun to answer.
-    fn check_time(&self, worker: u32, task: u64, now: Now) {
+    fn check_time(&self, worker: u32, task: u64, now: Now, facts: &Facts) {
         let process = self.processes[worker as usize].as_ref();
         let process = process.expect("a process");
-        let timeout = self.timeout.expect("a time limit");
+        let limit = facts.tasks[task as usize].limit.expect("a time limit");
         let (complete, since) = process.complete.expect("a task");
         assert_eq!(complete, task);
-        assert!(
-            since + timeout <= now,
-            "task {task} is out of time too early"
-        );
+        assert!(since + limit <= now, "task {task} is out of time too early");
         assert!(!process.answering, "task {task} has ended in time");
     }
 

@@ -13,28 +13,31 @@
 )]
 
 mod host;
+mod jobs;
 mod parts;
 mod r;
 mod worker;
 
 use bytes::Bytes;
 use host::{BACKLOG, Curse, Host, READ};
-use parts::{End, Facts, LARGEST, Place, Seen, slice};
+use jobs::Open;
+use parts::{End, Facts, LARGEST, Place, Seen, Task, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::agent::worker_table::Now;
 use rustcluster_core::head::activity::MOST;
-use rustcluster_core::head::scheduler::Scheduler;
+use rustcluster_core::head::hub::Hub;
+use rustcluster_core::head::job::Job;
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::body::Memory;
 use rustcluster_core::protocol::frame::{
     self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED,
 };
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use rustcluster_core::protocol::limits::SEND_WINDOW;
-use std::collections::{HashMap, VecDeque};
-use std::time::Duration;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
 use worker::Process;
 
 /// As the hub puts together for one write.
@@ -67,10 +70,14 @@ struct Setup {
     lasting: u32,
     /// How often a lost task is tried again.
     retries: usize,
-    /// How long a task may take.
+    /// How long any task may take.
     timeout: Option<Duration>,
+    /// Some tasks have time limits of their own.
+    limits: bool,
     /// One in so many tasks may be sent ahead; 0: none.
     ahead: u32,
+    /// One in so many chances to begin a job is taken.
+    jobs: u32,
     /// Bytes of chunks that agents keep, if they do.
     keep: Option<usize>,
     /// Bytes of what lasts that agents hold.
@@ -111,7 +118,9 @@ impl Setup {
             lasting: [2, 6, 30][rng.random_range(0..3)],
             retries: rng.random_range(0..4),
             ahead: [0, 1, 1, 2][rng.random_range(0..4)],
+            jobs: [4, 12, 100][rng.random_range(0..3)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
+            limits: rng.random_ratio(1, 3),
             keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
             state: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
             blocking: rng.random_ratio(1, 6),
@@ -126,29 +135,35 @@ struct Sim {
     setup: Setup,
     rng: StdRng,
     now: Now,
-    scheduler: Scheduler,
+    hub: Hub,
     hosts: Vec<Host>,
     /// Where each worker is.
     at: Vec<(usize, u32)>,
     facts: Facts,
     job: JobId,
-    /// As in the hub's handle: tasks sent and not received, by the worker that R gave them to.
+    /// Tasks sent and not received, by the worker that R gave them to, as the hub should know them.
     outstanding: Vec<VecDeque<TaskId>>,
-    /// What R has not taken, in order, with the bytes it holds.
+    /// What R has not taken, in order, with the bytes it holds, as the hub should have it.
     ready: VecDeque<(TaskId, usize, Ready)>,
     /// Bytes the head should hold of answers that are not whole.
     arriving: HashMap<Rank, (TaskId, usize)>,
+    /// Tasks whose results came while R waited for those of others.
+    passed_over: HashSet<TaskId>,
     writing: Option<Message>,
     /// Payloads that R has not dropped.
     made: Vec<Made>,
-    next_payload: PayloadId,
     waiting: Option<Waiting>,
     /// What R goes on waiting for when it has decided on a lost task.
     resume: Option<Waiting>,
-    submitted: usize,
-    released: usize,
     /// Anything that moved, ever.
     moved: u64,
+    /// The job engine's job that R works at, and what is known of it here.
+    engine: Option<Job>,
+    open: Option<Open>,
+    /// How long the way to workers and back has taken in earlier jobs.
+    ways: HashMap<Rank, f64>,
+    /// The beginning of all times.
+    origin: Instant,
 }
 
 impl Sim {
@@ -170,21 +185,20 @@ impl Sim {
             }
         }
         let bounds = (setup.keep.unwrap_or(0), setup.state);
-        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds, setup.timeout);
+        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds);
         let hosts: Vec<Host> = ranks.iter().map(host).collect();
-        let mut scheduler = Scheduler::new(ranks, setup.limit);
-        for agent in 0..hosts.len() {
-            if let Some(most) = setup.keep {
-                scheduler.share(agent, most);
-            }
-        }
+        let hub = Hub::by_hand(ranks, setup.limit, setup.keep, setup.timeout).expect("descriptors");
         Sim {
             hosts,
-            scheduler,
+            hub,
             now: Duration::ZERO,
             at,
             facts: Facts {
-                tasks: Vec::new(),
+                // Their numbers begin with 1.
+                tasks: vec![Task {
+                    end: Some(End::Cancelled),
+                    ..Task::new(0)
+                }],
                 places: (0..setup.workers).map(|_| Place::new()).collect(),
                 retries: setup.retries,
                 seen: Seen::default(),
@@ -193,14 +207,16 @@ impl Sim {
             outstanding: vec![VecDeque::new(); setup.workers],
             ready: VecDeque::new(),
             arriving: HashMap::new(),
+            passed_over: HashSet::new(),
             writing: None,
             made: Vec::new(),
-            next_payload: 0,
             waiting: None,
             resume: None,
-            submitted: 0,
-            released: 0,
             moved: 0,
+            engine: None,
+            open: None,
+            ways: HashMap::new(),
+            origin: Instant::now(),
             setup,
             rng,
         }
@@ -217,7 +233,7 @@ impl Sim {
             return;
         }
         while self.hosts[at].out.len() < WRITE {
-            let Some(frame) = self.scheduler.next_frame(at) else {
+            let Some(frame) = self.hub.next_frame(at) else {
                 break;
             };
             assert!(frame.body.len() <= MAX_BODY);
@@ -272,13 +288,13 @@ impl Sim {
         while let Some(frame) = frame::decode(&mut self.hosts[at].head_received).expect("a frame") {
             self.arrives(at, &frame);
             let header = frame.header;
-            self.scheduler.at(self.now);
+            self.hub.set_clock(self.now);
             let brings = header.kind == Kind::Data && header.flags == LAST | SHARED;
             let memory = brings.then(|| {
                 self.facts.seen.in_memory += 1;
                 Memory::new(frame.number().expect("a length") as usize, None)
             });
-            if let Err(error) = self.scheduler.on_frame_with(at, frame, memory) {
+            if let Err(error) = self.hub.on_frame(at, frame, memory) {
                 panic!("the head refuses {header:?}: {error}");
             }
             self.notes();
@@ -444,6 +460,7 @@ impl Sim {
     fn chaos(&mut self) {
         for _ in 0..self.setup.actions {
             match self.rng.random_range(0..20) {
+                10 if self.is_free() && self.rng.random_ratio(1, self.setup.jobs) => self.run_job(),
                 0..4 if self.waiting.is_none() => {
                     for _ in 0..=self.setup.workers / 1_000 {
                         self.send_something();
@@ -467,7 +484,8 @@ impl Sim {
                 }
                 8 if self.setup.blocking => {
                     let unlimited = self.writing.is_some() && self.rng.random();
-                    self.scheduler.set_unlimited(unlimited);
+                    self.hub
+                        .with_scheduler(|scheduler| scheduler.set_unlimited(unlimited));
                     self.notes();
                 }
                 _ => {
@@ -479,6 +497,21 @@ impl Sim {
                     }
                 }
             }
+        }
+    }
+
+    /// R is not in the middle of anything.
+    fn is_free(&self) -> bool {
+        self.waiting.is_none() && self.writing.is_none() && self.resume.is_none()
+    }
+
+    fn run_job(&mut self) {
+        self.begin_job(false);
+        let patience = self.rng.random_range(1..300);
+        let over = (0..patience).any(|_| self.step_job());
+        if !over {
+            // Ctrl-C.
+            self.close_job(false);
         }
     }
 
@@ -520,16 +553,18 @@ impl Sim {
     fn fault(&mut self) {
         let rank = self.rng.random_range(0..self.setup.workers) as Rank;
         let (at, worker) = self.at[rank as usize];
-        match self.rng.random_range(0..24) {
-            0..7 => {
+        match self.rng.random_range(0..20) {
+            // R is at one job.
+            0..5 if self.open.is_some() => {}
+            0..2 => {
                 let job = self.rng.random_range(0..=self.job);
                 self.cancel_job(job);
             }
-            7..10 => {
+            2..5 => {
                 let job = self.job;
                 self.cancel_job(job);
             }
-            10..18 => {
+            5..12 => {
                 // Whoever it hits, or who has most to read.
                 let waiting = |process: &&mut Process| process.outgoing.len();
                 let processes = &mut self.hosts[at].processes;
@@ -541,19 +576,20 @@ impl Sim {
                     process.dead = true;
                 }
             }
-            18 => {
-                self.scheduler.stop_worker(rank);
+            12 | 13 => {
+                self.hub
+                    .with_scheduler(|scheduler| scheduler.stop_worker(rank));
                 self.notes();
                 assert!(self.is_gone(rank));
             }
-            19 | 20 => {
+            14 | 15 => {
                 // Its end of the channel closes, and the process lives on.
                 if self.hosts[at].processes[worker as usize].is_some() {
                     let now = self.now;
                     self.hosts[at].relay.book.hung_up(worker, now);
                 }
             }
-            21 | 22 => {
+            16 | 17 => {
                 let host = &mut self.hosts[at];
                 host.curse = match (host.curse, self.rng.random_range(0..3)) {
                     (Curse::None, 0) => Curse::Starts,
@@ -567,7 +603,8 @@ impl Sim {
                     .random_ratio(1, 3 + self.setup.workers as u32 / 100)
                 {
                     self.hosts[at].lost = true;
-                    self.scheduler.agent_lost(at, "lost");
+                    self.hub
+                        .with_scheduler(|scheduler| scheduler.agent_lost(at, "lost"));
                     self.notes();
                     let ranks = &self.hosts[at].ranks;
                     assert!(ranks.iter().all(|&rank| self.is_gone(rank)));
@@ -627,15 +664,14 @@ impl Sim {
     /// No more faults, but for those of cursed hosts: everything must end by itself.
     fn drain(&mut self) {
         self.write_all();
-        self.scheduler.set_unlimited(false);
-        if self.setup.timeout.is_none() {
-            // R would wait for these for ever, and so would their users.
-            let tasks = self.facts.tasks.iter();
-            let stuck = tasks.filter(|task| task.stuck && task.end.is_none());
-            let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
-            for job in jobs {
-                self.cancel_job(job);
-            }
+        self.hub
+            .with_scheduler(|scheduler| scheduler.set_unlimited(false));
+        // R would wait for these for ever, and so would their users.
+        let tasks = self.facts.tasks.iter();
+        let stuck = tasks.filter(|task| task.stuck && task.limit.is_none() && task.end.is_none());
+        let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
+        for job in jobs {
+            self.cancel_job(job);
         }
         let mut before = self.moved;
         let mut idle = 0;
@@ -667,6 +703,21 @@ impl Sim {
         }
     }
 
+    /// A job in which nothing goes wrong, but for those that other tasks have brought about.
+    fn run_calm_job(&mut self) {
+        assert!(self.outstanding.iter().all(VecDeque::is_empty));
+        self.wait_for(None);
+        let done = self.facts.seen.done;
+        self.begin_job(true);
+        let expected = done + usize::from(self.engine.is_some());
+        let mut steps = 0;
+        while !self.step_job() {
+            steps += 1;
+            assert!(steps < 100_000, "no end in sight: {}", self.describe());
+        }
+        assert_eq!(self.facts.seen.done, expected);
+    }
+
     fn describe(&self) -> String {
         let tasks = self.facts.tasks.iter().enumerate();
         let open = tasks.filter(|(_, task)| task.end.is_none());
@@ -676,9 +727,9 @@ impl Sim {
             "R waits for {:?}; open (task, owner, place, with the scheduler): {open:?}; held {}; \
              arriving {:?}; starving {}; ready {:?}",
             self.waiting,
-            self.scheduler.buffered(),
+            self.hub.with_scheduler(|scheduler| scheduler.buffered()),
             self.arriving,
-            self.scheduler.is_starving(),
+            self.hub.with_scheduler(|scheduler| scheduler.is_starving()),
             self.ready,
         )
     }
@@ -686,9 +737,10 @@ impl Sim {
     /// R needs no payload any more: agents hold those by which they restore workers.
     fn drop_payloads(&mut self) {
         for made in std::mem::take(&mut self.made) {
-            self.scheduler.drop_payload(made.id);
+            self.hub.drop_payload(made.id);
         }
-        for _ in 0..3 {
+        let mut before = u64::MAX;
+        while std::mem::replace(&mut before, self.moved) != self.moved {
             self.sweep();
         }
         for host in self.hosts.iter().filter(|host| !host.lost) {
@@ -701,7 +753,10 @@ impl Sim {
     fn check_tracks(&self) {
         let tracks = (0..self.facts.places.len()).map(|rank| {
             let rank = rank as Rank;
-            (rank, self.scheduler.track(rank, true))
+            let track = self
+                .hub
+                .with_scheduler(|scheduler| scheduler.track(rank, true));
+            (rank, track)
         });
         let mut answers = 0;
         for (rank, track) in tracks {
@@ -716,7 +771,7 @@ impl Sim {
                     .all(|i| i.start <= i.end && i.end <= self.now)
             );
             assert_eq!(intervals.iter().map(|i| i.busy).sum::<Now>(), track.busy);
-            let state = self.scheduler.state(rank);
+            let state = self.hub.with_scheduler(|scheduler| scheduler.state(rank));
             let gone = matches!(state, State::Lost | State::Stopped);
             assert_eq!(gone, self.is_gone(rank), "worker {rank} is {state:?}");
         }
@@ -728,12 +783,14 @@ impl Sim {
         let tasks = &self.facts.tasks;
         assert!(tasks.iter().all(|task| task.end.is_some() && !task.open));
         assert!(self.ready.is_empty() && self.arriving.is_empty());
-        assert_eq!(self.scheduler.buffered(), 0);
-        assert!(!self.scheduler.is_starving());
-        assert_eq!(self.released, self.submitted);
+        self.hub.with_scheduler(|scheduler| {
+            assert_eq!(scheduler.buffered(), 0);
+            assert!(!scheduler.is_starving());
+        });
+        assert_eq!(self.hub.queued(), 0);
         self.check_tracks();
         for at in 0..self.hosts.len() {
-            assert_eq!(self.scheduler.next_frame(at), None);
+            assert_eq!(self.hub.next_frame(at), None);
             let host = &self.hosts[at];
             if host.lost {
                 continue;
@@ -745,7 +802,7 @@ impl Sim {
                 if process {
                     // All room is given back, or about to be.
                     assert_eq!(host.relay.held(index as u32), 0);
-                    let reported = self.scheduler.window(rank);
+                    let reported = self.hub.with_scheduler(|scheduler| scheduler.window(rank));
                     let room = reported + host.relay.book.unreported(index as u32);
                     assert!(room >= SEND_WINDOW, "worker {rank} has room for {room}");
                 }
@@ -753,7 +810,8 @@ impl Sim {
         }
         let mut places = self.facts.places.iter();
         let any_left = places.any(|place| !place.gone || place.waits);
-        assert_eq!(self.scheduler.any_left(), any_left);
+        let left = self.hub.with_scheduler(|scheduler| scheduler.any_left());
+        assert_eq!(left, any_left);
     }
 
     fn run(&mut self) {
@@ -773,11 +831,12 @@ impl Sim {
             }
         }
         self.drain();
+        self.run_calm_job();
+        self.drop_payloads();
         self.check_rest();
         let ends = self.facts.tasks.iter();
-        ends.clone()
-            .skip(first)
-            .for_each(|task| assert_eq!(task.end, Some(End::Answer)));
+        let good = |end: Option<End>| matches!(end, Some(End::Answer | End::Recalled));
+        assert!(ends.clone().skip(first).all(|task| good(task.end)));
         let ended = |end: End| ends.clone().filter(|task| task.end == Some(end)).count();
         self.facts.seen.given_up = ended(End::GivenUp);
         self.facts.seen.errors = ended(End::Error);
@@ -845,7 +904,9 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         lasting: 4,
         retries: 2,
         timeout: Some(Duration::from_secs(60)),
+        limits: true,
         ahead: 2,
+        jobs: 50,
         keep: Some(1_000_000),
         state: 10_000_000,
         blocking: false,

@@ -9,6 +9,7 @@ use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::OnceLock;
+use std::time::Duration;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
 /// The largest message or answer of a simulated task: several windows and grants.
@@ -198,6 +199,8 @@ pub enum End {
     Cancelled,
     /// R took it back before it had started.
     Recalled,
+    /// It was lost, and the job engine gives its elements out again.
+    Settled,
 }
 
 /// A task as those who look on know it.
@@ -218,6 +221,9 @@ pub struct Task {
     pub effect: Option<Effect>,
     /// It may be sent while another runs.
     pub ahead: bool,
+    /// How long it may take by its own limit, and in all.
+    pub own_limit: Option<Duration>,
+    pub limit: Option<Duration>,
     /// R has asked to have it back, and got it.
     pub asked_back: bool,
     pub recalled: bool,
@@ -239,9 +245,52 @@ pub struct Task {
     /// How many the head had been told when it was first submitted.
     pub since: usize,
     pub end: Option<End>,
+    /// Its message begins as that of another does, for so many bytes.
+    pub begins: (TaskId, usize),
+    /// It starts after those with lower numbers that R gave to the same worker; `None`: at any time.
+    pub turn: Option<TaskId>,
+    /// The job's elements that it stands for, if it is one of the job engine's.
+    pub elements: Vec<usize>,
+    /// How long its worker may be at it before what it has not begun comes back.
+    pub most: Duration,
 }
 
 impl Task {
+    /// One that does nothing.
+    pub fn new(id: TaskId) -> Task {
+        Task {
+            owner: 0,
+            place: 0,
+            job: 0,
+            len: 0,
+            answer_len: 0,
+            stuck: false,
+            poison: false,
+            manners: Manners::Stop,
+            draws: Draws::Nothing,
+            effect: None,
+            ahead: false,
+            own_limit: None,
+            limit: None,
+            asked_back: false,
+            recalled: false,
+            complete: false,
+            open: false,
+            starts: 0,
+            started: false,
+            losses: 0,
+            told: 0,
+            began_with: None,
+            left: None,
+            since: 0,
+            end: None,
+            begins: (id, 0),
+            turn: Some(id),
+            elements: Vec::new(),
+            most: Duration::ZERO,
+        }
+    }
+
     pub fn is_moved(&self) -> bool {
         self.owner != self.place
     }
@@ -343,10 +392,22 @@ pub struct Seen {
     pub shared: usize,
     pub shared_again: usize,
     pub aborted: usize,
+    /// Jobs of the job engine, those that were done, and elements that got a result.
+    pub jobs: usize,
+    pub done: usize,
+    pub elements: usize,
+    /// Messages with several elements, ones that were sent ahead, and ones of which a part came back.
+    pub together: usize,
+    pub prefetched: usize,
+    pub come_back: usize,
+    /// Messages that were lost, took too long or could not be read.
+    pub settled: usize,
+    /// Payloads that were sent once more.
+    pub payloads_again: usize,
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 23] {
+    pub fn counts(&self) -> [usize; 32] {
         [
             self.answers,
             self.cancelled,
@@ -362,6 +423,7 @@ impl Seen {
             self.not_kept,
             self.guests,
             self.left_out,
+            self.in_memory,
             self.starved,
             self.ahead,
             self.put_back,
@@ -371,6 +433,14 @@ impl Seen {
             self.shared,
             self.shared_again,
             self.aborted,
+            self.jobs,
+            self.done,
+            self.elements,
+            self.together,
+            self.prefetched,
+            self.come_back,
+            self.settled,
+            self.payloads_again,
         ]
     }
 
@@ -391,6 +461,7 @@ impl Seen {
             &mut self.not_kept,
             &mut self.guests,
             &mut self.left_out,
+            &mut self.in_memory,
             &mut self.starved,
             &mut self.ahead,
             &mut self.put_back,
@@ -400,6 +471,14 @@ impl Seen {
             &mut self.shared,
             &mut self.shared_again,
             &mut self.aborted,
+            &mut self.jobs,
+            &mut self.done,
+            &mut self.elements,
+            &mut self.together,
+            &mut self.prefetched,
+            &mut self.come_back,
+            &mut self.settled,
+            &mut self.payloads_again,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

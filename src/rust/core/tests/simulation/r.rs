@@ -1,16 +1,17 @@
-//! R's thread and its handle, as in `hub/client.rs` and `R/task-failures.R`: it sends tasks, waits for their
-//! answers, and decides what becomes of those that were lost.
+//! R's thread, as `R/task-failures.R` has it: it sends tasks through the hub's handle, waits for their answers,
+//! and decides what becomes of those that were lost. What the hub should answer is known here, too.
 
 use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
+use rustcluster_core::head::hub::{Answer, Begun, Turn};
 use rustcluster_core::head::scheduler::events::{Gone, Note, Outcome, Want};
-use rustcluster_core::head::scheduler::task::Order;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
 use rustcluster_core::protocol::frame::MAX_BODY;
 use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
+use std::time::Duration;
 
 /// Messages that last are shorter.
 const LARGEST_LASTING: usize = 300_000;
@@ -21,7 +22,6 @@ pub struct Message {
     sent: usize,
     /// The head has not heard of it.
     pub first: bool,
-    order: Order,
     /// It has been outstanding before.
     again: bool,
 }
@@ -44,8 +44,25 @@ pub enum Ready {
     Lost { stopped: bool },
 }
 
+impl Ready {
+    /// What the hub has told, of which task.
+    pub fn of(answer: &Answer) -> Option<(TaskId, Ready)> {
+        Some(match answer {
+            Answer::Ready { task, .. } => (*task, Ready::Answer),
+            Answer::TimedOut { task, .. } => (*task, Ready::TimedOut),
+            Answer::GivenUp { task, .. } => (*task, Ready::GivenUp),
+            Answer::Recalled { task, .. } => (*task, Ready::Recalled),
+            Answer::Lost { task, gone, .. } => {
+                let stopped = matches!(**gone, Gone::Stopped);
+                (*task, Ready::Lost { stopped })
+            }
+            Answer::Pending | Answer::NothingSent => return None,
+        })
+    }
+}
+
 impl Sim {
-    fn size(&mut self, answer: bool) -> usize {
+    pub fn size(&mut self, answer: bool) -> usize {
         let rng = &mut self.rng;
         let size = match (self.setup.sizes, rng.random_range(0..40)) {
             (2, _) if answer => rng.random_range(1_000_000..LARGEST),
@@ -69,16 +86,16 @@ impl Sim {
 
     /// Begins a task; [`Sim::write_chunk`] does the rest.
     pub fn begin_task(&mut self, owner: Rank, harmless: bool) {
-        let id = self.facts.tasks.len() as TaskId;
-        if self.rng.random_ratio(1, 4) {
+        if self.rng.random_ratio(1, 60) {
             self.job += 1;
         }
         // Mostly the current job, as verbs do; sometimes an older one, or none.
-        let job = if self.rng.random_ratio(1, 10) {
+        let job = if self.rng.random_ratio(1, 30) {
             self.rng.random_range(0..=self.job)
         } else {
             self.job
         };
+        let id = self.facts.tasks.len() as TaskId;
         let faults = self.setup.faults > 0 && !harmless;
         let mut len = self.size(false);
         let answer_len = self.size(true);
@@ -86,6 +103,9 @@ impl Sim {
             0 => Draws::from_number(self.rng.random()),
             _ => Draws::Nothing,
         };
+        let limits = [None, None, Some(50), Some(500), Some(60_000)];
+        let own = limits[self.rng.random_range(0..limits.len())].map(Duration::from_millis);
+        let own = own.filter(|_| faults && self.setup.limits);
         let mut effect = None;
         if self.rng.random_ratio(1, self.setup.lasting) {
             len = len.clamp(1, LARGEST_LASTING);
@@ -93,14 +113,27 @@ impl Sim {
             draws = lasting.draws();
             effect = Some(lasting);
         }
-        // R may not have heard that its worker is gone; if it has, another stands in.
-        let mut place = owner;
-        if self.facts.places[owner as usize].gone && effect.is_none() && self.rng.random() {
-            place = self.elsewhere().unwrap_or(owner);
+        let ahead = self.setup.ahead > 0 && self.rng.random_ratio(1, self.setup.ahead);
+        let made = self.share(id, owner, len);
+        let turn = if ahead { Turn::Ahead } else { Turn::Last };
+        let lasts = effect.map(|effect| effect.name());
+        let payload = made.map(|made| made.0);
+        let begun = self.hub.begin(owner, job, lasts, turn, |_| payload);
+        if begun.is_ok() {
+            self.withdraw_stale(owner, job);
         }
+        self.notes();
+        let Ok(begun) = begun else {
+            // R says so to whoever wanted it.
+            assert!(self.is_gone(owner), "nobody is gone");
+            return;
+        };
+        assert_eq!(begun.task, id);
+        self.hub.limit_time(own);
+        self.check_place(owner, begun, effect.is_some());
         self.facts.tasks.push(Task {
             owner,
-            place,
+            place: begun.place,
             job,
             len,
             answer_len,
@@ -113,28 +146,50 @@ impl Sim {
             },
             draws,
             effect,
-            ahead: self.setup.ahead > 0 && self.rng.random_ratio(1, self.setup.ahead),
-            asked_back: false,
-            recalled: false,
-            complete: false,
-            open: false,
-            starts: 0,
-            started: false,
-            losses: 0,
-            told: 0,
-            began_with: None,
-            left: None,
-            since: 0,
-            end: None,
+            ahead,
+            own_limit: own,
+            limit: own.into_iter().chain(self.setup.timeout).min(),
+            ..Task::new(id)
         });
-        self.outstanding[owner as usize].push_back(id);
-        self.write(id, false, false);
+        self.write(id, begun, made, false);
     }
 
-    /// Begins to write a message. `again`: it goes before all others; `before`: it has been
-    /// outstanding before.
-    fn write(&mut self, id: TaskId, again: bool, before: bool) {
+    /// Only if R knows that a worker is gone, or another is at its tasks, another gets a task.
+    pub fn check_place(&self, owner: Rank, begun: Begun, lasts: bool) {
+        let place = &self.facts.places[begun.place as usize];
+        assert!(
+            !place.gone,
+            "given to worker {}, which is gone",
+            begun.place
+        );
+        if begun.place == owner {
+            return;
+        }
+        assert!(!lasts, "what lasts is given to another");
+        let is_guest = |&&id: &&TaskId| self.facts.tasks[id as usize].place == begun.place;
+        let guests = self.outstanding[owner as usize].iter().find(is_guest);
+        assert!(
+            self.is_gone(owner) || guests.is_some(),
+            "worker {owner} lives"
+        );
+    }
+
+    /// A verb that finds tasks of others on its worker cancels them.
+    pub fn withdraw_stale(&mut self, owner: Rank, job: JobId) {
+        if job == 0 {
+            return;
+        }
+        let outstanding = self.outstanding[owner as usize].iter().copied();
+        let stale = outstanding.filter(|&task| self.facts.tasks[task as usize].job != job);
+        for task in stale.collect::<Vec<_>>() {
+            self.withdraw(task);
+        }
+    }
+
+    /// Begins to write a message. `before`: it has been outstanding before.
+    fn write(&mut self, id: TaskId, begun: Begun, made: Option<(PayloadId, usize)>, before: bool) {
         let task = &mut self.facts.tasks[id as usize];
+        task.place = begun.place;
         task.complete = false;
         task.started = false;
         task.left = None;
@@ -142,36 +197,21 @@ impl Sim {
             task.since = self.facts.places[task.owner as usize].told_seeds.len() - 1;
         }
         self.facts.places[task.place as usize].stands_in |= task.is_moved();
-        let order = Order {
-            rank: task.place,
-            task: id,
-            job: task.job,
-            again,
-            lasts: task.effect.map(|effect| effect.name()),
-            instead_of: task.is_moved().then_some(task.owner),
-            ahead: task.ahead,
-            payload: None,
-            any_of: None,
-        };
-        let (place, len) = (task.place, task.len);
-        let made = self.share(id, place, len);
-        let (payload, sent) = made.map_or((None, 0), |(id, len)| (Some(id), len));
-        let order = Order { payload, ..order };
+        let sent = made.filter(|_| begun.shared).map_or(0, |made| made.1);
         self.writing = Some(Message {
             task: id,
             sent,
             first: true,
-            order,
             again: before,
         });
     }
 
-    /// What a message begins with: its number and its bytes, if it begins with a payload.
+    /// What a message may begin with: a payload's number and its length.
     fn share(&mut self, task: TaskId, place: Rank, len: usize) -> Option<(PayloadId, usize)> {
         if self.rng.random_ratio(1, 30) && !self.made.is_empty() {
             let at = self.rng.random_range(0..self.made.len());
             let made = self.made.swap_remove(at);
-            self.scheduler.drop_payload(made.id);
+            self.hub.drop_payload(made.id);
             self.notes();
         }
         if self.rng.random_ratio(1, 3) {
@@ -179,43 +219,30 @@ impl Sim {
         }
         let group = group(task);
         let fits = |made: &&Made| made.group == group && made.len <= len;
-        let usable = |made: &&Made| self.scheduler.has_payload(place, made.id);
+        let usable = |made: &&Made| self.hub.has_payload(place, made.id);
         let made = self.made.iter().filter(fits).find(usable);
         if let Some(made) = made {
             return Some((made.id, made.len));
         }
-        // For some of the workers, which may be gone.
-        let mut ranks = vec![place];
-        for _ in 0..self.rng.random_range(0..self.setup.workers.min(20)) {
-            ranks.push(self.rng.random_range(0..self.setup.workers) as Rank);
-        }
+        let ranks = self.some_ranks(place);
         let most = match self.rng.random_range(0..3) {
             0 => len,
             _ => self.rng.random_range(0..=len),
         };
-        self.next_payload += 1;
-        let id = self.next_payload;
-        self.scheduler.begin_payload(id, &ranks);
+        let id = self.hub.begin_payload(&ranks, false);
         let gives_up = self.rng.random_ratio(1, 10);
         let mut at = 0;
         loop {
             let n = self.rng.random_range(1..=MAX_BODY).min(most - at);
             let last = at + n == most;
             if last && gives_up {
-                self.scheduler.abort_payload(id);
+                self.hub.abandon();
                 self.facts.seen.aborted += 1;
                 self.notes();
-                assert!(!self.scheduler.has_payload(place, id));
+                assert!(!self.hub.has_payload(place, id));
                 return None;
             }
-            let number = (origin(task, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
-            let chunk = Chunk {
-                bytes: part(task, false, at, n),
-                key: self.setup.keep.map(|_| number),
-            };
-            if self.scheduler.append_payload(id, &chunk, last) {
-                self.submitted += n;
-            }
+            self.hub.write_chunk(self.chunk(task, at, n), last);
             at += n;
             if last {
                 break;
@@ -225,13 +252,30 @@ impl Sim {
                 self.flush(host, 100_000);
             }
         }
-        let has = self.scheduler.has_payload(place, id);
+        let has = self.hub.has_payload(place, id);
         self.made.push(Made {
             id,
             group,
             len: most,
         });
         has.then_some((id, most))
+    }
+
+    /// This worker and others, which may be gone.
+    pub fn some_ranks(&mut self, place: Rank) -> Vec<Rank> {
+        let mut ranks = vec![place];
+        for _ in 0..self.rng.random_range(0..self.setup.workers.min(20)) {
+            ranks.push(self.rng.random_range(0..self.setup.workers) as Rank);
+        }
+        ranks
+    }
+
+    fn chunk(&self, task: TaskId, at: usize, n: usize) -> Chunk {
+        let number = (origin(task, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
+        Chunk {
+            bytes: part(task, false, at, n),
+            key: self.setup.keep.map(|_| number),
+        }
     }
 
     /// Submits the next chunk of the message that is being written.
@@ -249,26 +293,20 @@ impl Sim {
         };
         // The last chunk may be empty, and may follow later.
         let last = n == left && (self.setup.whole_chunks || self.rng.random());
-        let at = origin(id, false) + writing.sent;
-        let bytes = part(id, false, writing.sent, n);
-        let rank = task.place;
-        let begins = std::mem::replace(&mut writing.first, false);
+        let (at, again) = (writing.sent, writing.again);
         writing.sent += n;
-        let order = begins.then(|| writing.order.clone());
+        if std::mem::replace(&mut writing.first, false) {
+            assert!(task.end.is_none() && !task.open);
+            task.open = true;
+        }
         if last {
             task.complete = true;
             self.writing = None;
+            if !again {
+                self.outstanding[task.owner as usize].push_back(id);
+            }
         }
-        self.submitted += n;
-        let number = at as u128 * MAX_BODY as u128 * 2 + n as u128;
-        let key = self.setup.keep.map(|_| number);
-        let chunk = Chunk { bytes, key };
-        if let Some(order) = order {
-            assert!(task.end.is_none() && !task.open);
-            task.open = true;
-            self.scheduler.submit(order);
-        }
-        self.scheduler.append(rank, id, chunk, last);
+        self.hub.write_chunk(self.chunk(id, at, n), last);
         self.notes();
     }
 
@@ -277,24 +315,15 @@ impl Sim {
         let Some(writing) = self.writing.take() else {
             return;
         };
-        let id = writing.task;
         self.resume = None;
-        self.withdraw(id);
-        let rank = self.facts.tasks[id as usize].place;
-        if writing.again {
-            self.scheduler.let_go(rank, id);
-        }
-        if !writing.first {
-            self.scheduler.cancel_task(rank, id);
-        }
+        self.withdraw(writing.task);
+        self.hub.abandon();
         self.notes();
-        assert!(
-            !self.facts.tasks[id as usize].open,
-            "abandoned task {id} lives"
-        );
+        let open = self.facts.tasks[writing.task as usize].open;
+        assert!(!open, "abandoned task {} lives", writing.task);
     }
 
-    fn end(&mut self, id: TaskId, end: End) {
+    pub fn end(&mut self, id: TaskId, end: End) {
         let task = &mut self.facts.tasks[id as usize];
         assert_eq!(task.end, None, "task {id} ends for R again: {end:?}");
         task.end = Some(end);
@@ -303,17 +332,9 @@ impl Sim {
     }
 
     /// R does not want this task any more. What there is of its answer is dropped.
-    fn withdraw(&mut self, id: TaskId) {
-        if self.facts.tasks[id as usize].end.is_some() {
-            // Its job was cancelled while its message was being written.
-            return;
-        }
+    pub fn withdraw(&mut self, id: TaskId) {
         self.end(id, End::Cancelled);
-        if let Some(at) = self.ready.iter().position(|&(other, ..)| other == id) {
-            if let Some((_, len, _)) = self.ready.remove(at) {
-                self.scheduler.taken(len);
-            }
-        }
+        self.ready.retain(|&(other, ..)| other != id);
         let place = self.facts.tasks[id as usize].place;
         if self.arriving.get(&place).is_some_and(|&(at, _)| at == id) {
             self.arriving.remove(&place);
@@ -321,20 +342,18 @@ impl Sim {
     }
 
     pub fn cancel_job(&mut self, job: JobId) {
-        // Sometimes as R does it, sometimes with the message still being written.
-        let again = self.writing.as_ref().is_some_and(|writing| writing.again);
-        if again || self.rng.random() {
+        let is_of_job = |writing: &Message| self.facts.tasks[writing.task as usize].job == job;
+        // Sometimes with another's message still being written.
+        if self.writing.as_ref().is_some_and(is_of_job) || self.rng.random() {
             self.abandon();
         }
         let outstanding = self.outstanding.iter().flatten().copied();
         let matching = outstanding.filter(|&task| self.facts.tasks[task as usize].job == job);
-        let unborn = self.writing.as_ref().filter(|writing| writing.first);
-        let unborn = unborn.map(|writing| writing.task);
-        let matching: Vec<TaskId> = matching.filter(|&task| Some(task) != unborn).collect();
+        let matching: Vec<TaskId> = matching.collect();
         for &task in &matching {
             self.withdraw(task);
         }
-        self.scheduler.cancel_job(job);
+        self.hub.cancel_job(job);
         self.notes();
         for task in matching {
             let open = self.facts.tasks[task as usize].open;
@@ -355,46 +374,61 @@ impl Sim {
         }
         let task = &mut self.facts.tasks[id as usize];
         task.asked_back = true;
-        self.scheduler.recall(task.place, id);
+        self.hub.recall(owner as Rank, id);
         self.notes();
     }
 
-    /// A living worker to stand in for one that is gone.
-    fn elsewhere(&mut self) -> Option<Rank> {
-        let places = self.facts.places.iter().enumerate();
-        let living = places.filter(|(_, place)| !place.gone);
-        let living: Vec<Rank> = living.map(|(rank, _)| rank as Rank).collect();
-        let at = self.rng.random_range(0..living.len().max(1));
-        living.get(at).copied()
+    /// Which of what has ended R gets next if it waits so.
+    fn next_ready(&self, waiting: Waiting) -> Option<usize> {
+        let Waiting::For(owner) = waiting else {
+            return (!self.ready.is_empty()).then_some(0);
+        };
+        let &front = self.outstanding[owner as usize].front()?;
+        let tasks = &self.facts.tasks;
+        let job = tasks[front as usize].job;
+        let found = self.ready.iter().position(|&(task, ..)| task == front);
+        found.or_else(|| {
+            self.ready.iter().position(|&(task, _, ready)| {
+                let lost = matches!(ready, Ready::Lost { .. });
+                lost && job != 0 && tasks[task as usize].job == job
+            })
+        })
     }
 
     /// Takes what R waits for if it is there, or the loss of another task of the same job.
     fn take(&mut self) {
-        let at = match self.waiting {
-            None => return,
-            Some(Waiting::Any) => (!self.ready.is_empty()).then_some(0),
-            Some(Waiting::For(owner)) => {
-                let Some(&front) = self.outstanding[owner as usize].front() else {
-                    self.wait_for(None);
-                    return;
-                };
-                let tasks = &self.facts.tasks;
-                let job = tasks[front as usize].job;
-                let found = self.ready.iter().position(|&(task, ..)| task == front);
-                found.or_else(|| {
-                    self.ready.iter().position(|&(task, _, ready)| {
-                        let lost = matches!(ready, Ready::Lost { .. });
-                        lost && job != 0 && tasks[task as usize].job == job
-                    })
-                })
-            }
-        };
-        let Some((id, len, ready)) = at.and_then(|at| self.ready.remove(at)) else {
+        let Some(waiting) = self.waiting else {
             return;
         };
-        let waited = self.waiting;
+        let none = |owner: Rank| self.outstanding[owner as usize].is_empty();
+        if matches!(waiting, Waiting::For(owner) if none(owner)) {
+            self.wait_for(None);
+            return;
+        }
+        let at = self.next_ready(waiting);
+        // Now and then R asks in vain.
+        if at.is_none() && !self.rng.random_ratio(1, 50) {
+            return;
+        }
+        let answer = match waiting {
+            Waiting::Any => self.hub.receive_any(|_| true, Duration::ZERO),
+            Waiting::For(owner) => self.hub.receive(owner, Duration::ZERO),
+        };
+        let Some((id, _, ready)) = at.and_then(|at| self.ready.remove(at)) else {
+            assert!(
+                matches!(answer, Answer::Pending | Answer::NothingSent),
+                "{answer:?}"
+            );
+            let nothing = matches!(answer, Answer::NothingSent);
+            self.wait_for(if nothing { None } else { Some(waiting) });
+            return;
+        };
+        assert_eq!(
+            Ready::of(&answer),
+            Some((id, ready)),
+            "R waits for {waiting:?}, and gets {answer:?}"
+        );
         self.wait_for(None);
-        self.scheduler.taken(len);
         self.moved += 1;
         match ready {
             Ready::Answer => self.end(id, End::Answer),
@@ -402,7 +436,7 @@ impl Sim {
             Ready::GivenUp => self.end(id, End::GivenUp),
             Ready::Recalled => self.end(id, End::Recalled),
             Ready::Lost { stopped } => {
-                self.resume = waited;
+                self.resume = Some(waiting);
                 self.decide(id, stopped);
             }
         }
@@ -420,25 +454,32 @@ impl Sim {
             self.fail(id);
             return;
         }
-        let place = task.place;
+        let (owner, before, len, own) = (task.owner, task.place, task.len, task.own_limit);
+        let lasts = task.effect.map(|effect| effect.name());
         if task.told > self.facts.retries {
             self.ready.push_back((id, 0, Ready::GivenUp));
-            self.scheduler.let_go(place, id);
+            self.hub.give_up(owner, id);
             return;
         }
-        let lasts = task.effect.is_some();
-        if self.facts.places[place as usize].gone {
-            let elsewhere = if lasts { None } else { self.elsewhere() };
-            let Some(elsewhere) = elsewhere else {
+        let made = self.share(id, before, len);
+        let payload = made.map(|made| made.0);
+        let begun = match self.hub.try_again(owner, id, lasts, |_| payload) {
+            Ok(begun) => begun,
+            Err((place, _)) => {
+                assert!(place == before && self.is_gone(before));
                 self.fail(id);
                 return;
-            };
-            self.facts.tasks[id as usize].place = elsewhere;
+            }
+        };
+        assert_eq!(begun.task, id);
+        self.hub.limit_time(own);
+        if begun.place == before {
+            self.facts.seen.again += 1;
+        } else {
+            self.check_place(before, begun, lasts.is_some());
             self.facts.seen.moved += 1;
         }
-        let again = self.facts.tasks[id as usize].place == place;
-        self.facts.seen.again += usize::from(again);
-        self.write(id, again, true);
+        self.write(id, begun, made, true);
     }
 
     /// Nobody can take a lost task: its verb ends with an error.
@@ -447,7 +488,7 @@ impl Sim {
         self.end(id, End::Error);
         let task = &self.facts.tasks[id as usize];
         let job = task.job;
-        self.scheduler.let_go(task.place, id);
+        self.hub.forget(task.owner, id);
         if job != 0 {
             self.cancel_job(job);
         }
@@ -455,7 +496,7 @@ impl Sim {
 
     pub fn wait_for(&mut self, waiting: Option<Waiting>) {
         self.waiting = waiting;
-        self.scheduler.want(match waiting {
+        let want = match waiting {
             None => Want::Nothing,
             Some(Waiting::Any) => Want::Any,
             Some(Waiting::For(owner)) => {
@@ -463,7 +504,8 @@ impl Sim {
                 let place = front.map(|&task| self.facts.tasks[task as usize].place);
                 Want::Rank(place.unwrap_or(owner))
             }
-        });
+        };
+        self.hub.with_scheduler(|scheduler| scheduler.want(want));
     }
 
     /// R comes to wait for an answer.
@@ -505,7 +547,7 @@ impl Sim {
     /// What the scheduler noted, and all that can be checked after any step.
     pub fn notes(&mut self) {
         let mut lost = None;
-        for note in self.scheduler.take_notes() {
+        for note in self.hub.take_notes() {
             self.moved += 1;
             match note {
                 Note::Done {
@@ -574,14 +616,10 @@ impl Sim {
             }
         }
         assert_eq!(lost, None, "the loss of a task is not told");
-        self.released += self.scheduler.take_released();
-        assert!(
-            self.released <= self.submitted,
-            "more released than submitted"
-        );
         self.take();
         self.check_buffered();
-        self.facts.seen.starved += usize::from(self.scheduler.is_starving());
+        let starving = self.hub.with_scheduler(|scheduler| scheduler.is_starving());
+        self.facts.seen.starved += usize::from(starving);
     }
 
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
@@ -621,7 +659,7 @@ impl Sim {
                 (Ready::Lost { stopped }, 0)
             }
             Outcome::TimedOut => {
-                assert!(wanted && self.setup.timeout.is_some());
+                assert!(wanted && task.limit.is_some());
                 assert!(!lasts);
                 self.arriving.remove(&rank);
                 self.facts.seen.timed_out += 1;
@@ -643,6 +681,16 @@ impl Sim {
         self.ready.push_back((id, held, ready));
     }
 
+    fn pass_over(&mut self) {
+        let Some(open) = &self.open else {
+            return;
+        };
+        let arriving = self.arriving.values().map(|&(task, _)| task);
+        let held = arriving.chain(self.ready.iter().map(|&(task, ..)| task));
+        let of_others = held.filter(|&task| !open.has(self.facts.tasks[task as usize].owner));
+        self.passed_over.extend(of_others);
+    }
+
     /// What the head holds: exactly what R has not taken, and within its bound.
     ///
     /// The bound, of the bytes beyond each result's first [`RESULT_WINDOW`] (which comes unasked):
@@ -650,21 +698,28 @@ impl Sim {
     /// GRANT`; beyond that, one result alone is completed for [`Want::Any`], and for [`Want::Rank`]
     /// one, and, where tasks of several wait for one worker, those which that has to do first, each of
     /// which may be asked for by up to a [`GRANT`] more than it has.
-    fn check_buffered(&self) {
+    ///
+    /// Not counted is what came while a job waited for some workers only, from others: any result is asked
+    /// for then, and nobody takes these.
+    fn check_buffered(&mut self) {
+        self.pass_over();
         let arriving = self.arriving.values().copied();
         let held = arriving.chain(self.ready.iter().map(|&(task, len, _)| (task, len)));
         let (mut all, mut large, mut others) = (0, 0, 0);
         for (task, len) in held {
             all += len;
-            if len > RESULT_WINDOW {
+            if len > RESULT_WINDOW && !self.passed_over.contains(&task) {
                 large += len - RESULT_WINDOW;
                 let place = self.facts.tasks[task as usize].place;
                 others += usize::from(self.facts.places[place as usize].stands_in);
             }
         }
-        assert_eq!(self.scheduler.buffered(), all);
+        let buffered = self.hub.with_scheduler(|scheduler| scheduler.buffered());
+        assert_eq!(buffered, all);
         let ways = match self.setup.order {
             TakeOrder::Mixed => 2,
+            // Jobs take them as they come.
+            TakeOrder::ByRank if self.facts.seen.jobs > 0 => 2,
             _ => 1,
         };
         let most = self.setup.limit + GRANT + (ways + others) * (LARGEST + GRANT);
@@ -682,7 +737,7 @@ pub enum Waiting {
     For(Rank),
 }
 
-fn check_answer(task: TaskId, len: usize, body: &Body) {
+pub fn check_answer(task: TaskId, len: usize, body: &Body) {
     assert_eq!(body.len, len, "task {task}");
     if let Some(memory) = &body.memory {
         assert!(body.chunks.is_empty());

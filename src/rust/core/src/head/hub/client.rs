@@ -2,19 +2,20 @@
 
 use super::core::{Core, Shared, WATCH, WATCH_ONE};
 use super::futures::{CallEnd, Waker};
-use super::inbox::{End, Event, HostFailure, HostView, Inbox, WorkerView};
+use super::inbox::{Event, HostFailure, HostView, Inbox, WorkerView};
+use super::readiness::ReadinessListener;
 use super::writer::{Sharing, Writing};
 use super::{Plan, run};
 use crate::head::launch::Launch;
 use crate::head::scheduler::events::{Gone, Outcome, Want};
 use crate::head::scheduler::pool::CallPlace;
 use crate::head::setup_log::Spool;
+use crate::head::task_table::End;
 use crate::platform::signals;
 use crate::protocol::body::Body;
 use crate::protocol::control::{Hello, Loss, ToAgent, ToHead};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
-use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -149,13 +150,10 @@ pub struct Hub {
     pub(super) inner: ManuallyDrop<Inner>,
     /// The process that may use it.
     owner: u32,
-    /// Tasks sent and not received, per worker, in order.
-    pub(super) outstanding: Vec<VecDeque<(TaskId, JobId)>>,
-    pub(super) outstanding_count: usize,
+    /// Workers that the cluster was made with.
+    pub(super) size: usize,
     /// How often anything had changed when [`Hub::receive_any`] looked last.
     seen: u64,
-    /// Tasks that are with another worker than the one that R gave them to, because that was lost.
-    pub(super) moved: HashMap<TaskId, Rank>,
     /// The workers that the last job has given tasks to. Others may not have what its tasks need.
     pub(super) members: (JobId, Vec<bool>),
     pub(super) next_task: TaskId,
@@ -166,6 +164,8 @@ pub struct Hub {
     pub(super) next_payload: PayloadId,
     /// Some agent keeps chunks.
     pub(super) shares: bool,
+    /// Waits for the connection that [`Hub::listen_for_readiness`] is for.
+    listener: Option<ReadinessListener>,
 }
 
 impl Hub {
@@ -198,20 +198,33 @@ impl Hub {
             shared,
             thread: Some(thread),
         };
-        Ok(Hub {
+        Ok(Hub::new(inner))
+    }
+
+    fn new(inner: Inner) -> Hub {
+        Hub {
             inner: ManuallyDrop::new(inner),
             owner: std::process::id(),
-            outstanding: Vec::new(),
-            outstanding_count: 0,
+            size: 0,
             seen: 0,
-            moved: HashMap::new(),
             members: (NO_JOB, Vec::new()),
             next_task: 1,
             writing: None,
             sharing: None,
             next_payload: 1,
             shares: false,
-        })
+            listener: None,
+        }
+    }
+
+    /// A hub with so many hosts, and without a thread that serves them.
+    pub(super) fn without_thread(hosts: usize, result_limit: usize) -> io::Result<Hub> {
+        let registry = mio::Poll::new()?.registry().try_clone()?;
+        let shared = Arc::new(Shared::new(hosts, result_limit, registry)?);
+        Ok(Hub::new(Inner {
+            shared,
+            thread: None,
+        }))
     }
 
     /// Whether this process is a fork of the one that started the cluster. If so, nothing else
@@ -222,7 +235,7 @@ impl Hub {
 
     /// Workers that the cluster was made with.
     pub fn size(&self) -> usize {
-        self.outstanding.len()
+        self.size
     }
 
     pub(super) fn core(&self) -> MutexGuard<'_, Core> {
@@ -262,6 +275,11 @@ impl Hub {
         self.core().takes_back(agent)
     }
 
+    /// How long any task may take from when its worker has all of its message. To be called before [`Hub::go`].
+    pub fn limit_all(&mut self, limit: Option<Duration>) {
+        self.core().time_limit = limit;
+    }
+
     /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
     /// all plans are those from 0 to their number.
     ///
@@ -270,7 +288,7 @@ impl Hub {
     pub fn go(&mut self, plans: Vec<Option<Plan>>) -> Result<(), ProtocolError> {
         let ranks = |plan: &Option<Plan>| plan.as_ref().map_or(vec![], |plan| plan.ranks.clone());
         let ranks: Vec<Vec<Rank>> = plans.iter().map(ranks).collect();
-        self.outstanding = vec![VecDeque::new(); ranks.iter().map(Vec::len).sum()];
+        self.size = ranks.iter().map(Vec::len).sum();
         let shared = self.inner.shared.clone();
         let mut core = shared.core();
         core.set_ranks(ranks);
@@ -367,44 +385,35 @@ impl Hub {
 
     /// A task that was lost is not tried again: who asks for its answer is told so.
     pub fn give_up(&mut self, rank: Rank, task: TaskId) {
-        let place = self.place(rank, task);
         let mut core = self.core();
-        core.inbox.give_up(task);
+        core.inbox.tasks.give_up(task);
+        let place = core.inbox.tasks.place(task).unwrap_or(rank);
         core.scheduler.let_go(place, task);
         core.settle();
     }
 
     /// Nobody wants to know any more what became of a task that was lost.
     pub fn forget(&mut self, rank: Rank, task: TaskId) {
-        let place = self.place(rank, task);
-        self.strike(rank, task);
         let mut core = self.core();
-        core.inbox.forget(task);
+        let place = core
+            .inbox
+            .tasks
+            .remove(task)
+            .map_or(rank, |(place, _)| place);
         core.scheduler.let_go(place, task);
         core.settle();
     }
 
-    /// The worker that has the task which R gave to `rank`.
-    pub(super) fn place(&self, rank: Rank, task: TaskId) -> Rank {
-        self.moved.get(&task).copied().unwrap_or(rank)
-    }
-
-    /// The worker that has a task which R gave to this one. Tasks that were one worker's go on one
-    /// after the other with its random numbers.
-    pub(super) fn stand_in(&self, rank: Rank, job: JobId) -> Option<Rank> {
-        if self.moved.is_empty() {
-            return None;
-        }
-        let tasks = self.outstanding[rank as usize].iter();
-        let tasks = tasks.filter(|&&(_, other)| other == job);
-        let mut places = tasks.filter_map(|(task, _)| self.moved.get(task).copied());
-        places.find(|&place| self.worker(place).gone.is_none())
+    /// The worker that R gave a task to.
+    pub fn owner(&self, task: TaskId) -> Option<Rank> {
+        self.core().inbox.tasks.owner(task)
     }
 
     /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
     /// unless that was stopped, or the task is bound to it by what lasts there.
     pub(super) fn elsewhere(
         &self,
+        core: &Core,
         rank: Rank,
         gone: &Gone,
         job: JobId,
@@ -415,41 +424,20 @@ impl Hub {
         if bound || job == NO_JOB || *last != job {
             return None;
         }
-        if let Some(place) = self.stand_in(rank, job) {
+        if let Some(place) = stand_in(core, rank, job) {
             return Some(place);
         }
-        let mut load: Vec<usize> = self.outstanding.iter().map(VecDeque::len).collect();
-        for &place in self.moved.values() {
-            load[place as usize] += 1;
-        }
-        let core = self.core();
+        let load = core.inbox.tasks.loads();
         let living = core.inbox.workers.iter().zip(&load).enumerate();
         let living = living.filter(|(rank, (worker, _))| worker.gone.is_none() && members[*rank]);
         let least = living.min_by_key(|&(_, (_, load))| load)?;
         Some(least.0 as Rank)
     }
 
-    /// Takes a task off the list of those that are outstanding.
-    fn strike(&mut self, rank: Rank, task: TaskId) {
-        self.moved.remove(&task);
-        let tasks = &mut self.outstanding[rank as usize];
-        if let Some(at) = tasks.iter().position(|&(other, _)| other == task) {
-            tasks.remove(at);
-            self.outstanding_count -= 1;
-        }
-    }
-
     /// Cancels a task, of which nothing more is wanted.
-    pub fn cancel_task(&mut self, rank: Rank, task: TaskId) {
-        self.cancel(rank, task);
-        self.strike(rank, task);
-    }
-
-    pub(super) fn cancel(&mut self, rank: Rank, task: TaskId) {
-        let place = self.place(rank, task);
-        self.moved.remove(&task);
+    pub(super) fn cancel_task(&mut self, rank: Rank, task: TaskId) {
         let mut core = self.core();
-        forget(&mut core, task);
+        let place = forget(&mut core, task).unwrap_or(rank);
         core.scheduler.cancel_task(place, task);
         core.settle();
     }
@@ -460,8 +448,8 @@ impl Hub {
         if self.writing.as_ref().is_some_and(|w| w.order.task == task) {
             return;
         }
-        let place = self.place(rank, task);
         let mut core = self.core();
+        let place = core.inbox.tasks.place(task).unwrap_or(rank);
         core.scheduler.recall(place, task);
         core.settle();
     }
@@ -477,65 +465,55 @@ impl Hub {
         if core.scheduler.verb_over() {
             core.settle();
         }
-        drop(core);
         // The usual end of a verb.
-        if self.outstanding_count == 0 {
+        if core.inbox.tasks.outstanding() == 0 {
             return;
         }
-        let mut cancelled = Vec::new();
-        for (rank, tasks) in self.outstanding.iter_mut().enumerate() {
-            tasks.retain(|&(task, other)| {
-                if other == job {
-                    cancelled.push((rank as Rank, task));
-                }
-                other != job
-            });
-        }
+        let owners = 0..self.size as Rank;
+        let outstanding = owners.flat_map(|owner| core.inbox.tasks.of_owner(owner));
+        let of_job = outstanding.filter(|&(_, other)| other == job);
+        let cancelled: Vec<TaskId> = of_job.map(|(task, _)| task).collect();
         if !cancelled.is_empty() {
-            self.outstanding_count -= cancelled.len();
-            let mut core = self.core();
-            for &(_, task) in &cancelled {
+            for task in cancelled {
                 forget(&mut core, task);
             }
             core.scheduler.cancel_job(job);
             core.settle();
-            drop(core);
-            for (_, task) in cancelled {
-                self.moved.remove(&task);
-            }
         }
     }
 
     /// The answer to the oldest task outstanding on a worker; waits up to `most` for it. When
     /// another task of the same job is lost, that is told instead, at once.
     pub fn receive(&mut self, rank: Rank, most: Duration) -> Answer {
-        let Some(&(task, job)) = self.outstanding[rank as usize].front() else {
-            return Answer::NothingSent;
+        let (task, job, place) = {
+            let core = self.core();
+            let tasks = &core.inbox.tasks;
+            let Some((task, job)) = tasks.of_owner(rank).next() else {
+                return Answer::NothingSent;
+            };
+            (task, job, tasks.place(task).unwrap_or(rank))
         };
-        let look = |core: &mut Core| core.inbox.take(task, job);
+        let look = |core: &mut Core| core.inbox.tasks.take(task, job);
         // Its result is asked for where the task is.
-        let place = self.place(rank, task);
         self.receive_next(most, Want::Rank(place), look)
     }
 
     /// The next answer from any of the workers that `includes`, in the order of their arrival;
     /// waits up to `most` for one.
     pub fn receive_any(&mut self, includes: impl Fn(Rank) -> bool, most: Duration) -> Answer {
-        let changes = self.core().changes();
+        let (changes, outstanding) = {
+            let core = self.core();
+            (core.changes(), core.inbox.tasks.outstanding())
+        };
         self.seen = changes;
-        if self.outstanding_count == 0 {
+        if outstanding == 0 {
             return Answer::NothingSent;
         }
-        let look = |core: &mut Core| core.inbox.take_any(&includes);
-        let answer = self.receive_next(most, Want::Any, look);
-        if let Answer::Pending = answer {
-            let some =
-                |(rank, tasks): (usize, &VecDeque<_>)| !tasks.is_empty() && includes(rank as Rank);
-            if !self.outstanding.iter().enumerate().any(some) {
-                return Answer::NothingSent;
-            }
+        let look = |core: &mut Core| core.inbox.tasks.take_any(&includes);
+        match self.receive_next(most, Want::Any, look) {
+            Answer::Pending if !self.core().inbox.tasks.any_of(&includes) => Answer::NothingSent,
+            answer => answer,
         }
-        answer
     }
 
     /// R's thread sleeps, up to `most`, until any of these hubs has something that it did not have when
@@ -543,6 +521,54 @@ impl Hub {
     pub fn wait_for_any(hubs: &[&Hub], most: Duration) {
         let hubs: Vec<_> = hubs.iter().map(|hub| (hub.shared(), hub.seen)).collect();
         Shared::sleep_until_any(&hubs, most);
+    }
+
+    /// Begins to listen for a connection of R's that shows when an answer has arrived. Returns the port to
+    /// connect to on the loopback address, and what is to be written there first.
+    ///
+    /// # Errors
+    /// When the system has no port or descriptor left.
+    pub fn listen_for_readiness(&mut self) -> io::Result<(u16, Vec<u8>)> {
+        let listener = self.listener.insert(ReadinessListener::bind()?);
+        Ok((listener.port()?, listener.token().to_vec()))
+    }
+
+    /// Takes the connection that R has opened, in place of the one before.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn accept_readiness(&mut self) -> io::Result<()> {
+        let none = || io::Error::from(io::ErrorKind::NotConnected);
+        let readiness = self.listener.take().ok_or_else(none)?.accept()?;
+        self.core().readiness = Some(readiness);
+        Ok(())
+    }
+
+    /// From now on R's connection has a byte to be read while the next answer of this worker is there. `at_once`:
+    /// receiving from the worker does not wait. Returns whether there is a connection.
+    pub fn point_readiness_at(&mut self, rank: Rank, at_once: bool) -> bool {
+        let mut core = self.core();
+        let Some(readiness) = &mut core.readiness else {
+            return false;
+        };
+        readiness.point_at(rank, at_once);
+        let tasks = &core.inbox.tasks;
+        let next = tasks.of_owner(rank).next();
+        if let Some(place) = next.and_then(|(task, _)| tasks.place(task)) {
+            // A large result is sent only if it is asked for.
+            core.scheduler.want(Want::Rank(place));
+            core.settle();
+        }
+        core.update_readiness();
+        core.readiness.is_some()
+    }
+
+    /// The next task of this worker, the worker that had the task, and why that is gone, if the task was lost.
+    pub fn next_loss(&self, rank: Rank) -> Option<(TaskId, Rank, Arc<Gone>)> {
+        let core = self.core();
+        let tasks = &core.inbox.tasks;
+        let (task, _) = tasks.of_owner(rank).next()?;
+        Some((task, tasks.place(task)?, tasks.loss(task)?))
     }
 
     fn receive_next(
@@ -556,11 +582,11 @@ impl Hub {
         if found.is_none() {
             core.scheduler.want(want);
             core.settle();
-            drop(core);
-            let watch = match self.outstanding_count {
+            let watch = match core.inbox.tasks.outstanding() {
                 1 => WATCH_ONE,
                 _ => WATCH,
             };
+            drop(core);
             found = self.inner.shared.wait_watching(most, watch, look);
             core = self.core();
             core.scheduler.want(Want::Nothing);
@@ -569,8 +595,7 @@ impl Hub {
             return Answer::Pending;
         };
         if let End::Outcome(Outcome::Lost(gone)) = end {
-            drop(core);
-            let place = self.place(rank, task);
+            let place = core.inbox.tasks.place(task).unwrap_or(rank);
             return Answer::Lost {
                 rank,
                 place,
@@ -578,13 +603,13 @@ impl Hub {
                 gone,
             };
         }
-        core.inbox.forget(task);
+        let removed = core.inbox.tasks.remove(task);
+        let place = removed.map_or(rank, |(place, _)| place);
         if let End::Outcome(Outcome::Answer(body)) = &end {
             took(&mut core, body.len);
         }
+        core.update_readiness();
         drop(core);
-        let place = self.place(rank, task);
-        self.strike(rank, task);
         match end {
             End::Outcome(Outcome::Answer(body)) => Answer::Ready {
                 rank,
@@ -662,11 +687,9 @@ impl Hub {
         let shared = self.inner.shared.clone();
         let mut core = shared.core();
         for &rank in ranks {
-            let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
-            self.outstanding_count -= tasks.len();
+            let tasks: Vec<_> = core.inbox.tasks.of_owner(rank).collect();
             for (task, _) in tasks {
-                forget(&mut core, task);
-                if let Some(place) = self.moved.remove(&task) {
+                if let Some(place) = forget(&mut core, task).filter(|&place| place != rank) {
                     core.scheduler.cancel_task(place, task);
                 }
             }
@@ -717,7 +740,7 @@ impl Hub {
 
     /// Whether the end of this task is to be asked for.
     pub fn expects(&self, task: TaskId) -> bool {
-        self.core().inbox.expects(task)
+        self.core().inbox.tasks.contains(task)
     }
 
     /// A worker as it is known now.
@@ -743,10 +766,18 @@ impl Hub {
     }
 }
 
-/// Drops what there may be of an answer.
-pub(super) fn forget(core: &mut Core, task: TaskId) {
-    let bytes = core.inbox.forget(task);
+/// Drops what there may be of an answer. Returns the worker that has had the task.
+fn forget(core: &mut Core, task: TaskId) -> Option<Rank> {
+    let (place, bytes) = core.inbox.tasks.remove(task)?;
     took(core, bytes);
+    Some(place)
+}
+
+/// The worker that has a task which R gave to this one. Tasks that were one worker's go on one after the
+/// other with its random numbers.
+pub(super) fn stand_in(core: &Core, rank: Rank, job: JobId) -> Option<Rank> {
+    let mut places = core.inbox.tasks.reassigned(rank, job);
+    places.find(|&place| core.inbox.workers[place as usize].gone.is_none())
 }
 
 /// There is room for other results.

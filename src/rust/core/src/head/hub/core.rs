@@ -7,8 +7,10 @@
 //! thread does the reading. The lock is never held while R code runs, across an allocation by R, or
 //! while anybody sleeps.
 
+use super::by_hand::Hand;
 use super::connection::Conn;
 use super::inbox::Inbox;
+use super::readiness::Readiness;
 use super::recent::Recent;
 use super::reconnect::Restoring;
 use crate::head::activity::Measure;
@@ -103,8 +105,14 @@ pub struct Core {
     /// The beginning of all times.
     pub began: Instant,
     pub measure: Measure,
+    /// How long any task may take.
+    pub time_limit: Option<Duration>,
     wake: UnixStream,
+    /// The connection by which R code waits that knows sockets alone.
+    pub readiness: Option<Readiness>,
     scratch: Vec<u8>,
+    /// Its maker moves what would go over streams, and the clock.
+    pub hand: Option<Hand>,
 }
 
 /// See the module's documentation.
@@ -144,8 +152,11 @@ impl Shared {
                 usual_wait: Duration::ZERO,
                 began: Instant::now(),
                 measure: |_| None,
+                time_limit: None,
                 wake,
+                readiness: None,
                 scratch: vec![0; READ],
+                hand: None,
             }),
             woken,
             taken_over: Notify::new(),
@@ -366,6 +377,7 @@ impl Core {
         self.inbox.set_workers(&ranks);
         self.scheduler = Scheduler::new(ranks, self.limit);
         self.scheduler.measure_with(self.measure);
+        self.scheduler.limit_time(self.time_limit);
         self.look_at_clock();
         for agent in 0..self.conns.len() {
             if let Some(failure) = &self.inbox.hosts[agent].failure {
@@ -376,7 +388,9 @@ impl Core {
 
     /// All that happens from here on happens now.
     pub fn look_at_clock(&mut self) {
-        self.scheduler.at(self.began.elapsed());
+        let now = self.hand.as_ref().map(|hand| hand.now);
+        self.scheduler
+            .at(now.unwrap_or_else(|| self.began.elapsed()));
     }
 
     /// The stream to an agent that has greeted, and what came with the greeting.
@@ -562,6 +576,9 @@ impl Core {
                 return;
             }
             self.queued -= released;
+            if let Some(hand) = &mut self.hand {
+                hand.notes.extend(notes.iter().cloned());
+            }
             for note in notes {
                 self.recent.note(&note, self.began.elapsed());
                 match &note {
@@ -633,6 +650,17 @@ impl Core {
         if std::mem::take(&mut self.asleep) {
             // Full means that R has been woken already.
             let _ = (&self.wake).write(&[1]);
+        }
+        self.update_readiness();
+    }
+
+    /// Lets the connection show whether the answer that R's code waits for is there.
+    pub fn update_readiness(&mut self) {
+        if let Some(readiness) = &mut self.readiness
+            && !readiness.update(&self.inbox.tasks)
+        {
+            // R has closed its end.
+            self.readiness = None;
         }
     }
 

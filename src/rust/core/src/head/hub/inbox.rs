@@ -2,10 +2,11 @@
 
 use super::futures::Calls;
 use crate::head::scheduler::events::{Gone, Note, Outcome};
+use crate::head::task_table::TaskTable;
 use crate::protocol::control::{Facts, Hello, Loss, ToHead, Usage};
-use crate::protocol::ids::{JobId, Rank, TaskId};
+use crate::protocol::ids::{JobId, Rank};
 use bytes::Bytes;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -153,33 +154,13 @@ pub struct HostView {
     told_state: bool,
 }
 
-/// How a task ended, as far as R is concerned.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum End {
-    Outcome(Outcome),
-    /// It was lost too often, and is not tried again.
-    GivenUp,
-}
-
-#[derive(Debug)]
-struct Expected {
-    /// The worker that R gave it to.
-    owner: Rank,
-    end: Option<End>,
-}
-
 /// See the module's documentation.
 pub struct Inbox {
     began: Instant,
     /// The job that is open.
     pub job: JobId,
     /// Tasks whose end R wants to know.
-    expected: HashMap<TaskId, Expected>,
-    /// Ended tasks, with their owners, in the order of their ends. May hold tasks that are no longer
-    /// expected.
-    ready: VecDeque<(Rank, TaskId)>,
-    /// Lost tasks that R has not been told of.
-    lost: Vec<(JobId, Rank, TaskId)>,
+    pub tasks: TaskTable,
     pub workers: Vec<WorkerView>,
     pub hosts: Vec<HostView>,
     events: VecDeque<Event>,
@@ -200,9 +181,7 @@ impl Inbox {
         Inbox {
             began: Instant::now(),
             job: 0,
-            expected: HashMap::new(),
-            ready: VecDeque::new(),
-            lost: Vec::new(),
+            tasks: TaskTable::default(),
             workers: Vec::new(),
             hosts: vec![HostView::default(); hosts],
             events: VecDeque::new(),
@@ -218,6 +197,7 @@ impl Inbox {
     pub fn set_workers(&mut self, ranks: &[Vec<Rank>]) {
         let workers = ranks.iter().map(Vec::len).sum();
         self.workers = vec![WorkerView::default(); workers];
+        self.tasks.set_workers(workers);
         for (agent, ranks) in ranks.iter().enumerate() {
             for &rank in ranks {
                 self.workers[rank as usize].agent = agent;
@@ -288,20 +268,11 @@ impl Inbox {
             } if self.calls.expects(task) => self.calls.ended(rank, task, outcome),
             Note::Done {
                 task, job, outcome, ..
-            } => match self.expected.get_mut(&task) {
-                Some(expected) => {
-                    if matches!(outcome, Outcome::Lost(_)) {
-                        self.lost.push((job, expected.owner, task));
-                    }
-                    self.ready.push_back((expected.owner, task));
-                    expected.end = Some(End::Outcome(outcome));
+            } => {
+                if let Err(Outcome::Answer(body)) = self.tasks.ended(task, job, outcome) {
+                    return body.len;
                 }
-                None => {
-                    if let Outcome::Answer(body) = outcome {
-                        return body.len;
-                    }
-                }
-            },
+            }
             Note::LeftBehind {
                 agent,
                 rank,
@@ -430,105 +401,13 @@ impl Inbox {
         }
     }
 
-    /// R wants to know of the end of this task, which it gave to `owner`.
-    pub fn expect(&mut self, task: TaskId, owner: Rank) {
-        self.expected.insert(task, Expected { owner, end: None });
-    }
-
-    pub fn expects(&self, task: TaskId) -> bool {
-        self.expected.contains_key(&task)
-    }
-
-    fn take_end(&mut self, task: TaskId) -> Option<(Rank, TaskId, End)> {
-        let expected = self.expected.get_mut(&task)?;
-        let end = match &expected.end {
-            // Stays until R has decided: it may be interrupted before.
-            Some(End::Outcome(Outcome::Lost(gone))) => End::Outcome(Outcome::Lost(gone.clone())),
-            _ => expected.end.take()?,
-        };
-        Some((expected.owner, task, end))
-    }
-
-    /// The end of this task, or else the loss of another of the same job, unless that is 0.
-    pub fn take(&mut self, task: TaskId, job: JobId) -> Option<(Rank, TaskId, End)> {
-        let end = self.take_end(task);
-        if end.is_some() || job == 0 || self.lost.is_empty() {
-            return end;
-        }
-        let at = self.lost.iter().position(|lost| lost.0 == job)?;
-        self.take_end(self.lost[at].2)
-    }
-
-    /// The first task to have ended of the workers that `includes`.
-    pub fn take_any(&mut self, includes: impl Fn(Rank) -> bool) -> Option<(Rank, TaskId, End)> {
-        let mut at = 0;
-        while let Some(&(owner, task)) = self.ready.get(at) {
-            if !self.expected.contains_key(&task) {
-                // Received by rank, or cancelled.
-                self.ready.remove(at);
-                continue;
-            }
-            if includes(owner) {
-                let end = self.take_end(task);
-                if !matches!(end, Some((_, _, End::Outcome(Outcome::Lost(_))))) {
-                    self.ready.remove(at);
-                }
-                if end.is_some() {
-                    return end;
-                }
-                continue;
-            }
-            at += 1;
-        }
-        None
-    }
-
-    /// R has decided what becomes of a task that was lost.
-    pub fn decided(&mut self, task: TaskId) {
-        self.ready.retain(|ready| ready.1 != task);
-        self.lost.retain(|lost| lost.2 != task);
-        if let Some(expected) = self.expected.get_mut(&task) {
-            expected.end = None;
-        }
-    }
-
-    /// R does not try this task again; it is told so when it asks for the answer.
-    pub fn give_up(&mut self, task: TaskId) {
-        self.decided(task);
-        if let Some(expected) = self.expected.get_mut(&task) {
-            expected.end = Some(End::GivenUp);
-            self.ready.push_back((expected.owner, task));
-        }
-    }
-
-    /// R knows how this task ended, or does not want to. Returns what there is of an answer.
-    pub fn forget(&mut self, task: TaskId) -> usize {
-        let end = self.expected.remove(&task).and_then(|e| e.end);
-        if self.ready.front().is_some_and(|ready| ready.1 == task) {
-            self.ready.pop_front();
-        }
-        if !self.lost.is_empty() {
-            self.lost.retain(|lost| lost.2 != task);
-        }
-        if self.expected.is_empty() {
-            self.ready.clear();
-        }
-        match end {
-            Some(End::Outcome(Outcome::Answer(body))) => body.len,
-            _ => 0,
-        }
-    }
-
     /// The hub's thread ends. Normally nothing is left to be lost by then.
     pub fn close(&mut self, reason: &str) {
         let gone = Arc::new(Gone::Host(reason.to_owned()));
         for worker in &mut self.workers {
             worker.gone.get_or_insert_with(|| gone.clone());
         }
-        for expected in self.expected.values_mut() {
-            let lost = || End::Outcome(Outcome::Lost(gone.clone()));
-            expected.end.get_or_insert_with(lost);
-        }
+        self.tasks.close(&gone);
         self.calls.close(&gone);
         self.closed = true;
     }

@@ -4,12 +4,14 @@
 //! What both need is in [`core`], under one lock. Only bytes and plain values are in it; nothing
 //! here ever calls R.
 
+mod by_hand;
 mod client;
 mod connection;
 mod core;
 mod dump;
 mod futures;
 mod inbox;
+mod readiness;
 mod recent;
 mod reconnect;
 mod status;

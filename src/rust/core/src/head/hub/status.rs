@@ -69,9 +69,11 @@ impl Hub {
         self.core().scheduler.failed(rank, why);
     }
 
-    /// A task that this worker has answered was none of R's.
-    pub fn uncount(&self, rank: Rank) {
-        self.core().scheduler.uncount(rank);
+    /// Whether a worker is still at a task that took too long or was cancelled, or is brought to the state of the
+    /// worker before it: what it is sent waits for that.
+    pub fn is_detained(&self, rank: Rank) -> bool {
+        let state = self.core().scheduler.state(rank);
+        matches!(state, State::Ending(_) | State::Restoring)
     }
 
     /// Asks the hosts of these workers what memory their workers take; [`Hub::usage`] has the answer.

@@ -1,6 +1,6 @@
 //! How R's thread writes messages: of tasks, of calls, and payloads.
 
-use super::client::{Begun, Hub, NO_JOB, Turn};
+use super::client::{Begun, Hub, NO_JOB, Turn, stand_in};
 use super::core::Core;
 use super::futures::CallEnd;
 use crate::head::scheduler::events::Gone;
@@ -9,7 +9,6 @@ use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{CALLS, JobId, PayloadId, Rank, TaskId};
 use bytes::Bytes;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,7 +109,10 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
         return submit_call(core, writing, chunks, last);
     }
     if std::mem::replace(&mut writing.first, false) {
-        core.inbox.expect(writing.order.task, writing.owner);
+        let order = &writing.order;
+        core.inbox
+            .tasks
+            .begin(order.task, writing.owner, order.rank);
         if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
             let order = &writing.order;
             spool.begin(order.task, order.rank, name, order.payload);
@@ -167,34 +169,30 @@ impl Hub {
         payload: impl FnOnce(Rank) -> Option<PayloadId>,
     ) -> Result<Begun, Arc<Gone>> {
         self.abandon();
-        let worker = {
+        if self.members.0 != job || self.members.1.is_empty() {
+            self.members = (job, vec![false; self.size]);
+        }
+        let (place, stale) = {
             let mut core = self.core();
             core.inbox.job = job;
             let workers = &core.inbox.workers;
-            workers.get(rank as usize).cloned().unwrap_or_default()
-        };
-        if self.members.0 != job || self.members.1.is_empty() {
-            self.members = (job, vec![false; self.outstanding.len()]);
-        }
-        let place = match worker.gone {
-            // If it is back while others are still at its tasks, they go on with them, in order.
-            None => self.stand_in(rank, job).unwrap_or(rank),
-            Some(gone) => {
-                let just_now = worker.gone_in == job;
-                let stand_in = || self.elsewhere(rank, &gone, job, lasts);
-                just_now.then(stand_in).flatten().ok_or(gone)?
-            }
+            let worker = workers.get(rank as usize).cloned().unwrap_or_default();
+            let place = match worker.gone {
+                // If it is back while others are still at its tasks, they go on with them, in order.
+                None => stand_in(&core, rank, job).unwrap_or(rank),
+                Some(gone) => {
+                    let just_now = worker.gone_in == job;
+                    let stand_in = || self.elsewhere(&core, rank, &gone, job, lasts);
+                    just_now.then(stand_in).flatten().ok_or(gone)?
+                }
+            };
+            let of_owner = core.inbox.tasks.of_owner(rank);
+            let stale = of_owner.filter(|&(_, other)| job != NO_JOB && other != job);
+            (place, stale.collect::<Vec<_>>())
         };
         self.members.1[rank as usize] = true;
-        let stale = |&(_, other): &(TaskId, JobId)| job != NO_JOB && other != job;
-        if self.outstanding[rank as usize].iter().any(stale) {
-            let tasks = std::mem::take(&mut self.outstanding[rank as usize]);
-            let (stale, kept): (VecDeque<_>, VecDeque<_>) = tasks.into_iter().partition(stale);
-            self.outstanding[rank as usize] = kept;
-            self.outstanding_count -= stale.len();
-            for (task, _) in stale {
-                self.cancel(rank, task);
-            }
+        for (task, _) in stale {
+            self.cancel_task(rank, task);
         }
         let behind_call = {
             let mut core = self.core();
@@ -223,6 +221,14 @@ impl Hub {
         })
     }
 
+    /// The task that was begun last may take so long from when its worker has all of its message; `None`: as long
+    /// as any task may.
+    pub fn limit_time(&mut self, limit: Option<Duration>) {
+        if let Some(writing) = &mut self.writing {
+            writing.order.limit = limit;
+        }
+    }
+
     /// As [`Hub::begin`], for a task that was lost: with the worker that takes the place of the lost
     /// one, or if there is none, with another.
     ///
@@ -236,18 +242,22 @@ impl Hub {
         payload: impl FnOnce(Rank) -> Option<PayloadId>,
     ) -> Result<Begun, (Rank, Arc<Gone>)> {
         self.abandon();
-        let tasks = self.outstanding[rank as usize].iter();
-        let job = tasks.copied().find(|&(other, _)| other == task);
-        let job = job.map_or(NO_JOB, |(_, job)| job);
-        let before = self.place(rank, task);
-        let place = match self.worker(before).gone {
-            None => before,
-            Some(gone) => {
-                let stand_in = self.elsewhere(rank, &gone, job, lasts);
-                stand_in.ok_or((before, gone))?
-            }
+        let (job, before, place) = {
+            let mut core = self.core();
+            let tasks = &core.inbox.tasks;
+            let job = tasks.job(task).unwrap_or(NO_JOB);
+            let before = tasks.place(task).unwrap_or(rank);
+            let worker = core.inbox.workers.get(before as usize);
+            let place = match worker.and_then(|worker| worker.gone.clone()) {
+                None => before,
+                Some(gone) => {
+                    let stand_in = self.elsewhere(&core, rank, &gone, job, lasts);
+                    stand_in.ok_or((before, gone))?
+                }
+            };
+            core.inbox.tasks.decided(task);
+            (job, before, place)
         };
-        self.core().inbox.decided(task);
         let order = Order {
             rank: place,
             task,
@@ -275,7 +285,6 @@ impl Hub {
         payload: Option<PayloadId>,
     ) -> bool {
         if order.rank != owner {
-            self.moved.insert(order.task, order.rank);
             order.instead_of = Some(owner);
         }
         let mut writing = Writing::new(order, owner, again);
@@ -324,6 +333,11 @@ impl Hub {
     /// begun, if there is one, does.
     pub fn finish_payload(&mut self) -> bool {
         self.submit(true);
+        self.end_payload()
+    }
+
+    /// All of the payload has been submitted.
+    fn end_payload(&mut self) -> bool {
         let Some(sharing) = self.sharing.take() else {
             return false;
         };
@@ -425,21 +439,41 @@ impl Hub {
 
     /// Ends the message; the task is now outstanding.
     pub fn finish(&mut self) {
+        let shares = self.shares;
+        self.finish_with(|writing| take_chunks(&mut writing.buffer, shares, true));
+    }
+
+    /// Ends the message with what `rest` makes of it.
+    fn finish_with(&mut self, rest: impl FnOnce(&mut Writing) -> Vec<Chunk>) {
         let Some(mut writing) = self.writing.take() else {
             return;
         };
-        if !writing.again && !writing.is_call() {
-            let task = (writing.order.task, writing.order.job);
-            self.outstanding[writing.owner as usize].push_back(task);
-            self.outstanding_count += 1;
-        }
-        let chunks = take_chunks(&mut writing.buffer, self.shares, true);
+        let chunks = rest(&mut writing);
         let mut core = self.core();
         submit(&mut core, &mut writing, chunks, true);
+        if !writing.again && !writing.is_call() {
+            let order = &writing.order;
+            core.inbox.tasks.finish(order.task, order.job);
+        }
         if let Some(spool) = &mut core.spool {
             spool.finish();
         }
         core.look_at_spool();
+    }
+
+    /// Appends to the payload or message that is being written what is to be sent as it is, and ends that if
+    /// it is the `last`.
+    pub(super) fn write_as_it_is(&mut self, chunk: Chunk, last: bool) {
+        if let Some(sharing) = &mut self.sharing {
+            submit_payload(&mut self.inner.shared.core(), sharing, vec![chunk], last);
+            if last {
+                self.end_payload();
+            }
+        } else if last {
+            self.finish_with(|_| vec![chunk]);
+        } else if let Some(writing) = &mut self.writing {
+            submit(&mut self.inner.shared.core(), writing, vec![chunk], false);
+        }
     }
 
     /// Takes back the message and the payload that are being written, if there are any: R could not
@@ -464,13 +498,12 @@ impl Hub {
         }
         if !writing.first {
             self.core().scheduler.set_unlimited(false);
-            self.cancel(owner, task);
+            self.cancel_task(owner, task);
         }
         if writing.again {
             // Whoever would decide on it has been interrupted in doing so.
             self.forget(owner, task);
         }
-        self.moved.remove(&task);
     }
 
     /// Begins a call for whichever of these workers, which are in order, is free first; [`Hub::write`] and

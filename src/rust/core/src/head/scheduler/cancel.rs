@@ -82,6 +82,7 @@ impl Scheduler {
                     let (id, times) = (current.task.id, current.times);
                     frames.extend(worker.abort(id, first));
                     worker.current = None;
+                    self.flow.end(rank);
                     worker.track.ended(times, 0, self.now);
                 }
                 Phase::Running => {

@@ -4,7 +4,6 @@ use super::Scheduler;
 use super::task::{Current, Phase, Task};
 use super::worker::WorkerState;
 use crate::protocol::control::Facts;
-use crate::protocol::dedup::Mirror;
 use crate::protocol::ids::{CALLS, JobId, Rank};
 
 fn job(job: JobId) -> String {
@@ -29,28 +28,18 @@ fn bytes(task: &Task) -> usize {
 impl Scheduler {
     /// What is known of the cluster as a whole.
     pub fn facts(&self, facts: &mut Facts) {
-        facts.add_debug("wants", self.want);
-        facts.add("results_bytes", self.buffered);
-        facts.add("results_granted_bytes", self.reserved);
-        facts.add("results_limit", self.limit);
-        facts.add("blocked_on_credit", self.starving.len());
-        facts.add("streaming", self.flowing);
-        facts.add("unlimited", self.unlimited);
+        self.flow.facts(facts);
         facts.add("untold_notes", self.notes.len());
         self.calls.facts(facts);
     }
 
     /// What is known of a host's agent.
     pub fn agent_facts(&self, at: usize, facts: &mut Facts) {
-        let Some(agent) = self.agents.get(at) else {
-            return;
-        };
-        facts.add("lost", agent.lost);
-        facts.add("losses_in_a_row", agent.losses);
-        facts.add("control_frames", agent.control.len() + agent.together.len());
-        facts.add("sendable_workers", agent.sendable.len());
-        facts.add("large_results_begun", agent.begun);
-        facts.add_some("dedup_bytes", agent.mirror.as_ref().map(Mirror::bytes));
+        if let Some(agent) = self.agents.get(at) {
+            agent.out.facts(facts);
+            facts.add("losses_in_a_row", agent.losses);
+            self.flow.host_facts(at, facts);
+        }
     }
 
     /// What is known of a worker.
@@ -70,6 +59,7 @@ impl Scheduler {
         facts.add("queue_bytes", worker.queue.iter().map(bytes).sum::<usize>());
         if let Some(current) = &worker.current {
             self.current_facts(current, facts);
+            self.flow.result_facts(rank, facts);
         }
         if let Some(next) = &worker.next {
             facts.add("next_task", next.task.id);
@@ -79,7 +69,6 @@ impl Scheduler {
         }
         facts.add_some("awaits_retry_of", worker.undecided.map(|(task, _)| task));
         facts.add("window", worker.window);
-        facts.add("sendable", worker.sendable);
         facts.add("away", worker.away);
         let track = &worker.track;
         facts.add("done", track.tasks);
@@ -94,10 +83,6 @@ impl Scheduler {
         facts.add("message", phase(&current.phase));
         facts.add("message_bytes_left", bytes(&current.task));
         facts.add("cancelled", current.cancelled);
-        facts.add("result_bytes", current.received);
-        facts.add("result_granted", current.granted);
-        facts.add("blocked_on_credit", current.starving);
-        facts.add_some("shared_result", current.announced);
         facts.add_seconds("task_for", self.now.saturating_sub(current.times.begun));
     }
 }

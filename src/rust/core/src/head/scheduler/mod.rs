@@ -15,18 +15,18 @@
 //! as a whole), but for one result that R waits for by rank and one for want of any.
 
 use crate::head::activity::{Measure, Moment, Track};
-use crate::head::blobs::Payloads;
 use crate::protocol::body::Memory;
 use crate::protocol::control::{self, ToAgent, ToHead};
-use crate::protocol::dedup::{Chunk, Mirror};
+use crate::protocol::dedup::Chunk;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{Frame, GUEST, Kind, SHARED};
 use crate::protocol::ids::{RESTORE, Rank};
 use crate::protocol::limits::SEND_WINDOW;
-use events::{Gone, Note, Outcome, State, Want};
+use events::{Gone, Note, Outcome, State};
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
+use std::time::Duration;
 use task::{Current, Order, Task};
 use tracing::{debug, trace};
 use worker::{Worker, WorkerState, current_of};
@@ -38,10 +38,14 @@ mod outbound;
 pub mod pool;
 mod recovery;
 mod result_flow;
+mod results;
+mod send;
 pub mod task;
 mod worker;
 
+use outbound::Outbound;
 use pool::Calls;
+use result_flow::ResultFlow;
 
 /// A host on which so many workers (and four times as many as it has: each may be given a task that
 /// ends it three times) are lost in a row, without a task that ends in between, is left out, if there
@@ -55,19 +59,7 @@ pub const MOST_SHARED: usize = 128;
 #[derive(Debug)]
 struct Agent {
     ranks: Vec<Rank>,
-    /// Frames that belong together with the one that was given out last.
-    together: VecDeque<Frame>,
-    /// Go first.
-    control: VecDeque<Frame>,
-    /// Workers with a chunk to send, each once, in turn.
-    sendable: VecDeque<Rank>,
-    /// What it keeps, if it keeps chunks.
-    mirror: Option<Mirror>,
-    /// What it has of payloads, or is to be sent.
-    payloads: Payloads,
-    lost: bool,
-    /// Large results that have begun to flow.
-    begun: usize,
+    out: Outbound,
     /// Losses since a task last ended there.
     losses: usize,
 }
@@ -78,26 +70,14 @@ pub struct Scheduler {
     agents: Vec<Agent>,
     workers: Vec<Worker>,
     notes: Vec<Note>,
-    /// Bytes of results held, complete or not, until R takes them.
-    buffered: usize,
-    /// Bytes granted beyond the small results' window that have not arrived.
-    reserved: usize,
-    limit: usize,
-    starving: VecDeque<Rank>,
-    /// As many as there are results in shared memory that have come and are still held, and one more.
-    shared: Arc<()>,
-    /// Results that were granted more and do not yet need more again.
-    flowing: usize,
-    /// Whose result is being completed beyond the limit for want of any.
-    alone: Option<Rank>,
-    want: Want,
-    /// R is blocked in sending: results must flow or nothing would ever move again.
-    unlimited: bool,
+    flow: ResultFlow,
     /// Bytes of tasks that left the queues since the last `take_released`.
     released: usize,
     /// The time of what happens.
     now: Moment,
     measure: Measure,
+    /// How long any task may take.
+    time_limit: Option<Duration>,
     calls: Calls,
 }
 
@@ -111,51 +91,26 @@ impl Scheduler {
                 places[rank as usize] = (agent, index as u32);
             }
         }
+        let flow = ResultFlow::new(places.iter().map(|&(agent, _)| agent).collect(), limit);
         Scheduler {
             agents: hosts
                 .into_iter()
                 .map(|ranks| Agent {
+                    out: Outbound::new(ranks.len()),
                     ranks,
-                    together: VecDeque::new(),
-                    control: VecDeque::new(),
-                    sendable: VecDeque::new(),
-                    mirror: None,
-                    payloads: Payloads::default(),
-                    lost: false,
-                    begun: 0,
                     losses: 0,
                 })
                 .collect(),
             workers: places
                 .into_iter()
-                .map(|(agent, index)| Worker {
-                    agent,
-                    index,
-                    state: WorkerState::Starting,
-                    queue: VecDeque::new(),
-                    current: None,
-                    next: None,
-                    undecided: None,
-                    seed: None,
-                    window: SEND_WINDOW,
-                    sendable: false,
-                    track: Track::default(),
-                    away: false,
-                })
+                .map(|(agent, index)| Worker::new(agent, index))
                 .collect(),
             notes: Vec::new(),
-            buffered: 0,
-            reserved: 0,
-            limit,
-            starving: VecDeque::new(),
-            shared: Arc::new(()),
-            flowing: 0,
-            alone: None,
-            want: Want::Nothing,
-            unlimited: false,
+            flow,
             released: 0,
             now: Moment::ZERO,
             measure: |_| None,
+            time_limit: None,
             calls: Calls::default(),
         }
     }
@@ -168,6 +123,17 @@ impl Scheduler {
     /// How answers say how long they took.
     pub fn measure_with(&mut self, measure: Measure) {
         self.measure = measure;
+    }
+
+    /// No task that is submitted from here on may take longer than that.
+    pub fn limit_time(&mut self, limit: Option<Duration>) {
+        self.time_limit = limit;
+    }
+
+    /// How long a task may take: no longer than its own limit and than any task.
+    fn limit_of(&self, order: &Order) -> Option<Duration> {
+        let limits = [order.limit, self.time_limit];
+        limits.into_iter().flatten().min()
     }
 
     /// What a worker is at.
@@ -206,13 +172,6 @@ impl Scheduler {
         track
     }
 
-    /// One task less: it was none of R's.
-    pub fn uncount(&mut self, rank: Rank) {
-        if let Some(worker) = self.workers.get_mut(rank as usize) {
-            worker.track.uncount();
-        }
-    }
-
     /// What happened since the last call.
     pub fn take_notes(&mut self) -> Vec<Note> {
         mem::take(&mut self.notes)
@@ -220,8 +179,9 @@ impl Scheduler {
 
     /// A task; its message follows in chunks.
     pub fn submit(&mut self, mut order: Order) {
+        let limit = self.limit_of(&order);
         if let Some(any_of) = order.any_of.take() {
-            return self.submit_call(&order, any_of);
+            return self.submit_call(&order, any_of, limit);
         }
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
@@ -235,7 +195,7 @@ impl Scheduler {
             });
             return;
         }
-        let payloads = &self.agents[worker.agent].payloads;
+        let payloads = self.agents[worker.agent].out.payloads();
         if order.payload.is_some_and(|payload| !payloads.has(payload)) {
             // Its host was lost and is back again, without it.
             let gone = Gone::Host("the host was lost, and what it had been sent with it".into());
@@ -256,6 +216,7 @@ impl Scheduler {
             instead_of: order.instead_of,
             ahead: order.ahead,
             payload: order.payload,
+            limit,
             leaves_seed: false,
         };
         let Order {
@@ -318,11 +279,6 @@ impl Scheduler {
     pub fn window(&self, rank: Rank) -> usize {
         let worker = self.workers.get(rank as usize);
         worker.map_or(0, |worker| worker.window)
-    }
-
-    /// Whether an agent keeps chunks.
-    pub fn shares(&self, agent: usize) -> bool {
-        self.agents[agent].mirror.is_some()
     }
 
     /// Whether any worker is starting or up, or is tried again by its agent.
@@ -409,7 +365,7 @@ impl Scheduler {
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State | Kind::Payload => {
+            Kind::Cancel | Kind::State | Kind::Limit | Kind::Payload => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::protocol::control::Facts;
 use crate::protocol::ids::{CALLS, Rank, TaskId};
+use std::time::Duration;
 use tracing::debug;
 
 /// Where a call is.
@@ -41,16 +42,33 @@ pub(super) struct Calls {
 }
 
 impl Calls {
+    /// What is known of all calls, for a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("calls_waiting", self.waiting.len());
         facts.add("calls_wanted", self.wanted.len());
         facts.add_some("call_awaited", self.awaited);
         facts.add("workers_kept_for_verb", self.kept.len());
     }
+
+    /// Whether the result of what this worker is at is to come whatever the limit: because R wants it, or
+    /// because a call that R wants waits for a worker.
+    pub(super) fn want(&self, worker: &Worker) -> bool {
+        worker.current.as_ref().is_some_and(|current| {
+            let mut waiting = self.waiting.iter();
+            let behind = |call: &Waiting| self.wanted.contains(&call.task.id);
+            let is_wanted = self.wanted.contains(&current.task.id);
+            current.task.job == CALLS && (is_wanted || waiting.any(behind))
+        })
+    }
 }
 
 impl Scheduler {
-    pub(super) fn submit_call(&mut self, order: &Order, any_of: Arc<[Rank]>) {
+    pub(super) fn submit_call(
+        &mut self,
+        order: &Order,
+        any_of: Arc<[Rank]>,
+        limit: Option<Duration>,
+    ) {
         let id = order.task;
         let again = order.again;
         let task = Task {
@@ -62,6 +80,7 @@ impl Scheduler {
             instead_of: None,
             ahead: false,
             payload: None,
+            limit,
             leaves_seed: false,
         };
         debug!(task = id, again, workers = any_of.len(), "call submitted");
@@ -137,18 +156,6 @@ impl Scheduler {
     /// The result of a call has been told to R, or will not be.
     pub(super) fn call_ended(&mut self, id: TaskId) {
         self.calls.wanted.remove(&id);
-    }
-
-    /// Whether the result of what this worker is at is to come whatever the limit: because R wants it, or
-    /// because a call that R wants waits for a worker.
-    pub(super) fn is_wanted(&self, rank: Rank) -> bool {
-        let wanted = &self.calls.wanted;
-        let current = self.workers[rank as usize].current.as_ref();
-        current.is_some_and(|current| {
-            let mut waiting = self.calls.waiting.iter();
-            let behind = |call: &Waiting| wanted.contains(&call.task.id);
-            current.task.job == CALLS && (wanted.contains(&current.task.id) || waiting.any(behind))
-        })
     }
 
     /// The verb under way uses this worker: it is given no calls until [`Scheduler::verb_over`]. What

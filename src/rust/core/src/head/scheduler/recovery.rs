@@ -5,7 +5,6 @@ use super::task::{Phase, Restoring, Task};
 use super::worker::{Worker, WorkerState};
 use super::{LOSSES_IN_A_ROW, Scheduler};
 use crate::protocol::control::{self, Loss, ToAgent};
-use crate::protocol::dedup::Mirror;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{Frame, Kind};
 use crate::protocol::ids::{CALLS, RESTORE, Rank};
@@ -29,9 +28,8 @@ impl Scheduler {
     /// When `start` does not fit into one message.
     pub fn agent_back(&mut self, at: usize, start: &ToAgent) -> Result<(), ProtocolError> {
         let agent = &mut self.agents[at];
-        agent.lost = false;
         agent.losses = 0;
-        agent.mirror = agent.mirror.as_ref().map(Mirror::fresh);
+        agent.out.reopen();
         self.send_control(at, start)?;
         for rank in self.agents[at].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
@@ -85,15 +83,11 @@ impl Scheduler {
 
     /// An agent is gone: everything on it is lost.
     pub fn agent_lost(&mut self, agent: usize, reason: &str) {
+        let out = &mut self.agents[agent].out;
+        let before = out.is_closed();
         // Also what an agent that was left out was still to be told.
-        self.agents[agent].together.clear();
-        self.agents[agent].control.clear();
-        self.agents[agent].sendable.clear();
-        self.released += self.agents[agent].payloads.clear();
-        for &rank in &self.agents[agent].ranks {
-            self.workers[rank as usize].sendable = false;
-        }
-        if mem::replace(&mut self.agents[agent].lost, true) {
+        self.released += out.close();
+        if before {
             return;
         }
         let gone = Arc::new(Gone::Host(reason.to_owned()));
@@ -191,7 +185,10 @@ impl Scheduler {
         // On the last host, tasks that cost their workers come to an end by themselves: each is tried
         // a few times only.
         let bounded = busy && !others;
-        if agent.lost || bounded || agent.losses < LOSSES_IN_A_ROW.max(4 * agent.ranks.len()) {
+        if agent.out.is_closed()
+            || bounded
+            || agent.losses < LOSSES_IN_A_ROW.max(4 * agent.ranks.len())
+        {
             return;
         }
         let reason = format!(
@@ -203,12 +200,13 @@ impl Scheduler {
 
     /// Ends an agent, whose host is not to be taken back.
     pub fn leave_out(&mut self, at: usize, reason: String) {
-        // Last of all, the end.
-        self.agents[at].control.clear();
-        let _ = self.send_control(at, &ToAgent::Stop);
-        let control = mem::take(&mut self.agents[at].control);
+        let before = self.agents[at].out.is_closed();
         self.agent_lost(at, &reason);
-        self.agents[at].control = control;
+        if !before {
+            // Last of all, the end.
+            let stop = control::encode(&ToAgent::Stop).ok();
+            self.agents[at].out.push_last(stop);
+        }
         self.notes.push(Note::LeftOut { agent: at, reason });
     }
 

@@ -1,288 +1,367 @@
-//! How results come in: what an agent may send, what waits for R, and what is asked for next.
+//! Flow control of results: how much of which result an agent may send now.
+//!
+//! An agent sends the first [`RESULT_WINDOW`] bytes of a result without being asked. Of a larger result the
+//! head then asks for a [`GRANT`] at a time, or, if it is in shared memory, for all of it at once. The head
+//! asks while what it buffers, and what is granted and has not arrived, is below the limit. Beyond the limit
+//! it asks only for what R waits for.
+//!
+//! A pure state machine, as the scheduler is that holds it: it knows workers by rank and their hosts by
+//! index, and nothing of tasks.
 
-use super::events::{Note, Outcome, Want};
-use super::task::{Next, Phase, Task};
-use super::worker::{WorkerState, current_of};
-use super::{MOST_SHARED, Scheduler};
+use super::MOST_SHARED;
+use super::events::Want;
 use crate::protocol::body::{Body, Memory};
-use crate::protocol::dedup::Mirror;
+use crate::protocol::control::Facts;
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, LAST, SHARED};
-use crate::protocol::ids::{RESTORE, Rank, TaskId};
-use crate::protocol::limits::{GRANT, MOST_MEMORY, RESULT_WINDOW};
+use crate::protocol::frame::{FIRST, LAST};
+use crate::protocol::ids::Rank;
+use crate::protocol::limits::{GRANT, RESULT_WINDOW};
 use bytes::Bytes;
+use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
-use tracing::trace;
 
-/// Large results that flow from a host at a time.
+/// Large results of one host that are streamed at a time.
 const AT_ONCE: usize = 4;
 
-impl Scheduler {
-    /// From its first task on, an agent keeps up to `most` bytes of chunks.
-    pub fn share(&mut self, agent: usize, most: usize) {
-        self.agents[agent].mirror = Some(Mirror::new(most));
+/// The result of the task that a worker has.
+#[derive(Debug)]
+struct Incoming {
+    /// What is held of it.
+    body: Body,
+    /// Nobody wants it any more: what still arrives is not kept.
+    dropped: bool,
+    /// Bytes that have arrived, also those that were dropped.
+    received: usize,
+    /// Bytes that the agent may send in all.
+    granted: usize,
+    /// In the queue of those that wait for a grant.
+    starving: bool,
+    /// It has been granted more than the first window.
+    begun: bool,
+    /// It is in shared memory, has so many bytes, and comes at once.
+    announced: Option<usize>,
+}
+
+impl Incoming {
+    /// Bytes granted beyond the first window that have not arrived and are still wanted.
+    fn reserved(&self) -> usize {
+        if self.dropped {
+            return 0;
+        }
+        self.granted - self.received.clamp(RESULT_WINDOW, self.granted)
     }
 
-    /// Bytes of tasks that were sent or dropped since the last call.
-    pub fn take_released(&mut self) -> usize {
-        mem::take(&mut self.released)
+    /// It was granted more than the first window, and does not need more yet.
+    fn streams(&self) -> bool {
+        !self.dropped && !self.starving && self.granted > RESULT_WINDOW
     }
+}
 
-    /// Whether a result waits on its host because of the limit.
-    pub fn is_starving(&self) -> bool {
-        !self.starving.is_empty()
-    }
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct ResultFlow {
+    /// Bytes to buffer.
+    limit: usize,
+    /// By rank.
+    incoming: Vec<Option<Incoming>>,
+    /// The host of each worker.
+    hosts: Vec<usize>,
+    /// Results of each host that have been granted more than the first window.
+    begun: Vec<usize>,
+    /// Bytes held, of complete results and others, until R takes them.
+    buffered: usize,
+    /// Bytes granted beyond the first windows that have not arrived.
+    reserved: usize,
+    /// Workers whose results need a grant.
+    starving: VecDeque<Rank>,
+    /// Results that were granted more and do not need more yet.
+    streaming: usize,
+    /// The worker whose result is completed beyond the limit, for want of any.
+    alone: Option<Rank>,
+    /// One for each result in shared memory that has come and is held, and one more.
+    shared: Arc<()>,
+    want: Want,
+    /// R is blocked in sending: results must come or nothing would ever move again.
+    unlimited: bool,
+}
 
-    /// Bytes of results held.
-    pub fn buffered(&self) -> usize {
-        self.buffered
-    }
-
-    /// The answer that a worker is at is not wanted. What is still to come of it is dropped, so it
-    /// takes no room from others.
-    pub(super) fn drop_answer(&mut self, rank: Rank) {
-        if let Some(current) = &mut self.workers[rank as usize].current {
-            self.reserved -= current.reserved();
-            self.flowing -= usize::from(current.flowing());
-            self.buffered -= current.answer.len;
-            current.answer = Body::default();
-            current.cancelled = true;
-            if mem::take(&mut current.begun) {
-                self.agents[self.workers[rank as usize].agent].begun -= 1;
-            }
+impl ResultFlow {
+    /// `hosts`: the host of each worker. `limit`: bytes to buffer.
+    pub(super) fn new(hosts: Vec<usize>, limit: usize) -> ResultFlow {
+        let count = hosts.iter().max().map_or(0, |last| last + 1);
+        ResultFlow {
+            limit,
+            incoming: hosts.iter().map(|_| None).collect(),
+            hosts,
+            begun: vec![0; count],
+            buffered: 0,
+            reserved: 0,
+            starving: VecDeque::new(),
+            streaming: 0,
+            alone: None,
+            shared: Arc::new(()),
+            want: Want::Nothing,
+            unlimited: false,
         }
     }
 
-    /// Says whose answer R waits for.
-    pub fn want(&mut self, want: Want) {
-        self.want = want;
-        self.grant();
+    /// What is known of all results, for a bug report.
+    pub(super) fn facts(&self, facts: &mut Facts) {
+        facts.add_debug("wants", self.want);
+        facts.add("results_bytes", self.buffered);
+        facts.add("results_granted_bytes", self.reserved);
+        facts.add("results_limit", self.limit);
+        facts.add("blocked_on_credit", self.starving.len());
+        facts.add("streaming", self.streaming);
+        facts.add("unlimited", self.unlimited);
     }
 
-    /// R is blocked in sending, or no longer.
-    pub fn set_unlimited(&mut self, unlimited: bool) {
-        self.unlimited = unlimited;
-        self.grant();
+    /// What is known of the result that a worker has to give.
+    pub(super) fn result_facts(&self, rank: Rank, facts: &mut Facts) {
+        if let Some(incoming) = self.of(rank) {
+            facts.add("result_bytes", incoming.received);
+            facts.add("result_granted", incoming.granted);
+            facts.add("blocked_on_credit", incoming.starving);
+            facts.add_some("shared_result", incoming.announced);
+        }
     }
 
-    /// R took answers of this many bytes.
-    pub fn taken(&mut self, bytes: usize) {
-        self.buffered -= bytes;
-        self.grant();
+    /// What is known of the results of a host.
+    pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
+        facts.add_some("large_results_begun", self.begun.get(host));
     }
 
-    pub(super) fn on_data(
+    /// A worker has a task, whose result may come from now on. `dropped`: it is not wanted.
+    pub(super) fn begin(&mut self, rank: Rank, dropped: bool) {
+        self.end(rank);
+        if let Some(incoming) = self.incoming.get_mut(rank as usize) {
+            *incoming = Some(Incoming {
+                body: Body::default(),
+                dropped,
+                received: 0,
+                granted: RESULT_WINDOW,
+                starving: false,
+                begun: false,
+                announced: None,
+            });
+        }
+    }
+
+    /// The worker has no task any more. What is held of the result is dropped.
+    pub(super) fn end(&mut self, rank: Rank) {
+        self.drop_result(rank);
+        let ended = self.incoming.get_mut(rank as usize).and_then(Option::take);
+        if ended.is_some_and(|incoming| incoming.starving) {
+            self.starving.retain(|&starving| starving != rank);
+        }
+    }
+
+    /// The result is not wanted any more: it takes no room from others.
+    pub(super) fn drop_result(&mut self, rank: Rank) {
+        let Some(incoming) = self
+            .incoming
+            .get_mut(rank as usize)
+            .and_then(Option::as_mut)
+        else {
+            return;
+        };
+        self.reserved -= incoming.reserved();
+        self.streaming -= usize::from(incoming.streams());
+        self.buffered -= incoming.body.len;
+        incoming.body = Body::default();
+        incoming.dropped = true;
+        if mem::take(&mut incoming.begun) {
+            self.begun[self.hosts[rank as usize]] -= 1;
+        }
+    }
+
+    /// A part of the result has arrived, with [`FIRST`] and [`LAST`] among its flags: a chunk, or the memory
+    /// that holds all of it.
+    ///
+    /// # Errors
+    /// When it was not granted.
+    pub(super) fn receive(
         &mut self,
         rank: Rank,
-        task: TaskId,
         flags: u8,
         chunk: Bytes,
         memory: Option<Memory>,
     ) -> Result<(), ProtocolError> {
+        let Some(incoming) = self
+            .incoming
+            .get_mut(rank as usize)
+            .and_then(Option::as_mut)
+        else {
+            return Err(ProtocolError(format!("a result of idle worker {rank}")));
+        };
         let len = memory.as_ref().map_or(chunk.len(), |memory| memory.len);
-        let worker = &mut self.workers[rank as usize];
-        if matches!(worker.state, WorkerState::Gone(_)) {
-            // Stopped by us; its agent may not have known.
-            return Ok(());
-        }
-        let dropped = |next: &Next| {
-            let asked = next.cancelled || next.recalled;
-            next.task.id == task && asked && flags == LAST | ABORT && chunk.is_empty()
-        };
-        if worker.next.as_ref().is_some_and(dropped) {
-            self.not_started(rank);
-            return Ok(());
-        }
-        let Some(current) = &mut worker.current else {
-            return Err(ProtocolError(format!("an answer of idle worker {rank}")));
-        };
-        if current.task.id != task || !matches!(current.phase, Phase::Running) {
-            return Err(ProtocolError(format!(
-                "an answer to task {task} from worker {rank}, which has task {}",
-                current.task.id
-            )));
-        }
-        let before = current.reserved();
-        current.received = current.received.saturating_add(len);
-        worker.track.bytes_out += (HEADER_LEN + len) as u64;
-        if flags & FIRST != 0 {
-            current.times.answered = Some(self.now);
-            current.times.measured = (self.measure)(&chunk);
-        }
+        let before = incoming.reserved();
+        incoming.received = incoming.received.saturating_add(len);
         if memory.is_some() {
             // Leave for what it had begun to send otherwise may have been taken for leave to send this.
-            current.granted = current.granted.max(current.received);
+            incoming.granted = incoming.granted.max(incoming.received);
         }
-        self.reserved -= before - current.reserved();
-        if current.received > current.granted {
+        self.reserved -= before - incoming.reserved();
+        if incoming.received > incoming.granted {
             return Err(ProtocolError(format!(
                 "worker {rank} sent {} bytes, {} were granted",
-                current.received, current.granted
+                incoming.received, incoming.granted
             )));
         }
-        if flags & LAST != 0 {
-            self.agents[worker.agent].losses = 0;
-            // What restores a worker ends with the state that is known.
-            let after = current.after.take().filter(|_| task & RESTORE == 0);
-            if let Some((whose, seed)) = after {
-                self.workers[whose as usize].seed = Some(seed.clone());
-                if whose != rank {
-                    self.put_seed(whose, seed);
-                }
-            }
-        }
-        let worker = &mut self.workers[rank as usize];
-        let Some(current) = &mut worker.current else {
+        if incoming.dropped {
             return Ok(());
-        };
-        if current.cancelled {
-            if flags & LAST != 0 {
-                self.free(rank);
-                self.dispatch(rank);
-            }
-            self.grant();
-            return Ok(());
-        }
-        if flags & ABORT != 0 {
-            return Err(ProtocolError(format!(
-                "worker {rank} gave up task {task}, which was not cancelled"
-            )));
         }
         if flags & FIRST != 0 {
-            self.buffered -= current.answer.len;
-            current.answer = Body::default();
+            self.buffered -= incoming.body.len;
+            incoming.body = Body::default();
         }
         self.buffered += len;
         match memory {
             Some(memory) => {
                 let _counted = Some(self.shared.clone());
-                current.answer.len = len;
-                current.answer.memory = Some(Memory { _counted, ..memory });
+                incoming.body.len = len;
+                incoming.body.memory = Some(Memory { _counted, ..memory });
             }
-            None => current.answer.push(chunk),
+            None => incoming.body.push(chunk),
         }
-        if flags & LAST != 0 {
-            let answer = mem::take(&mut current.answer);
-            let job = current.task.job;
-            current.answered = true;
-            self.free(rank);
-            let outcome = Outcome::Answer(answer);
-            self.notes.push(Note::Done {
-                rank,
-                task,
-                job,
-                outcome,
-            });
-            self.dispatch(rank);
-            self.grant();
-        } else {
-            if current.granted - current.received < RESULT_WINDOW / 2 {
-                self.starves(rank);
-            }
-            self.grant();
+        if flags & LAST == 0 && incoming.granted - incoming.received < RESULT_WINDOW / 2 {
+            self.starve(rank);
         }
         Ok(())
     }
 
-    /// The answer that this worker is at needs more to be asked for.
-    fn starves(&mut self, rank: Rank) {
-        let current = self.workers[rank as usize].current.as_mut();
-        let Some(current) = current.filter(|current| !current.starving) else {
-            return;
-        };
-        self.flowing -= usize::from(current.flowing());
-        current.starving = true;
-        match current.begun {
-            true => self.starving.push_front(rank),
-            false => self.starving.push_back(rank),
-        }
-    }
-
-    /// An answer in shared memory: it is announced, or it comes.
-    pub(super) fn on_shared(
-        &mut self,
-        rank: Rank,
-        frame: &Frame,
-        memory: Option<Memory>,
-    ) -> Result<(), ProtocolError> {
-        let Header { task, flags, .. } = frame.header;
-        let number = frame.number().filter(|&len| len <= MOST_MEMORY);
-        let number = number.and_then(|len| usize::try_from(len).ok());
-        let Some(len) = number else {
-            return Err(ProtocolError("a result of no length".into()));
-        };
-        let current = self.workers[rank as usize].current.as_mut();
-        let current = current.filter(|current| current.task.id == task);
-        if flags == LAST | SHARED {
-            let announced = current.as_ref().and_then(|current| current.announced);
-            let gone = self.is_gone(rank);
-            let memory = memory.filter(|memory| memory.len == len);
-            if memory.is_none() || !gone && announced != Some(len) {
-                return Err(ProtocolError("a result without its memory".into()));
-            }
-            return self.on_data(rank, task, FIRST | LAST, Bytes::new(), memory);
-        }
-        if flags != FIRST | SHARED {
-            return Err(ProtocolError("a bad announcement of a result".into()));
-        }
-        self.on_data(rank, task, FIRST, Bytes::new(), None)?;
-        let current = self.workers[rank as usize].current.as_mut();
-        let Some(current) = current.filter(|current| current.task.id == task) else {
+    /// The result is in shared memory, and has so many bytes.
+    ///
+    /// # Errors
+    /// When that has been said before.
+    pub(super) fn announce(&mut self, rank: Rank, len: usize) -> Result<(), ProtocolError> {
+        let incoming = self
+            .incoming
+            .get_mut(rank as usize)
+            .and_then(Option::as_mut);
+        let Some(incoming) = incoming else {
             return Ok(());
         };
-        if current.announced.replace(len).is_some() {
+        if incoming.announced.replace(len).is_some() {
             return Err(ProtocolError("a result that is announced twice".into()));
         }
-        if !current.cancelled {
-            self.starves(rank);
-            self.grant();
+        if !incoming.dropped {
+            self.starve(rank);
         }
         Ok(())
     }
 
-    /// Frees a worker of its current task. Returns that if its answer is still wanted.
-    pub(super) fn free(&mut self, rank: Rank) -> Option<Task> {
-        let worker = &mut self.workers[rank as usize];
-        if let Some(current) = current_of(worker) {
-            let (times, answered) = (current.times, current.answered);
-            let tasks = times.measured.map_or(1, |measured| measured.tasks.into());
-            worker
-                .track
-                .ended(times, if answered { tasks } else { 0 }, self.now);
-        }
-        let current = self.workers[rank as usize].current.take()?;
-        self.released += current.task.queued_bytes();
-        self.buffered -= current.answer.len;
-        self.reserved -= current.reserved();
-        self.flowing -= usize::from(current.flowing());
-        if current.begun {
-            self.agents[self.workers[rank as usize].agent].begun -= 1;
-        }
-        if current.starving {
-            self.starving.retain(|&starving| starving != rank);
-        }
-        self.call_ended(current.task.id);
-        (!current.cancelled).then_some(current.task)
+    /// The bytes of the result of this worker, if it is in shared memory.
+    pub(super) fn announced(&self, rank: Rank) -> Option<usize> {
+        self.of(rank)?.announced
     }
 
-    /// Whether more of this large result is to be had now: a few of a host's at a time. All at once would
-    /// be complete at the same time, and go through memory instead of the processor's caches; and R
-    /// could begin with none before.
-    fn may_flow(&self, rank: Rank) -> bool {
-        let worker = &self.workers[rank as usize];
-        let current = worker.current.as_ref();
-        let begun = current.is_none_or(|current| current.begun || current.cancelled);
-        begun || self.want == Want::Rank(rank) || self.agents[worker.agent].begun < AT_ONCE
+    /// Takes the result, which is complete. Its bytes count as held until [`ResultFlow::taken`].
+    pub(super) fn complete(&mut self, rank: Rank) -> Body {
+        let incoming = self
+            .incoming
+            .get_mut(rank as usize)
+            .and_then(Option::as_mut);
+        incoming.map_or_else(Body::default, |incoming| mem::take(&mut incoming.body))
     }
 
-    /// Whether there is room for more of a result, by its place among those that need more. One in shared
-    /// memory comes at once, and takes a descriptor.
+    /// R has taken results of so many bytes.
+    pub(super) fn taken(&mut self, bytes: usize) {
+        self.buffered -= bytes;
+    }
+
+    /// Whose result R waits for.
+    pub(super) fn want(&mut self, want: Want) {
+        self.want = want;
+    }
+
+    /// R is blocked in sending, or no longer.
+    pub(super) fn set_unlimited(&mut self, unlimited: bool) {
+        self.unlimited = unlimited;
+    }
+
+    /// Whether a result waits on its host for a grant.
+    pub(super) fn is_starving(&self) -> bool {
+        !self.starving.is_empty()
+    }
+
+    /// Bytes of results held.
+    pub(super) fn buffered(&self) -> usize {
+        self.buffered
+    }
+
+    /// The next grant: a worker, and how many more bytes of its result its agent may send. `is_wanted`: the
+    /// results that R takes as soon as they are there, whatever the limit.
+    pub(super) fn next_grant(&mut self, is_wanted: impl Fn(Rank) -> bool) -> Option<(Rank, u32)> {
+        loop {
+            let at = self.next_starving(&is_wanted)?;
+            let rank = self.starving.remove(at)?;
+            let incoming = self.incoming[rank as usize].as_mut();
+            let Some(incoming) = incoming else {
+                continue;
+            };
+            incoming.starving = false;
+            if incoming.dropped {
+                continue;
+            }
+            if !mem::replace(&mut incoming.begun, true) {
+                self.begun[self.hosts[rank as usize]] += 1;
+            }
+            let before = incoming.reserved();
+            let more = incoming.announced.unwrap_or(GRANT);
+            incoming.granted = incoming.granted.saturating_add(more);
+            self.reserved += incoming.reserved() - before;
+            self.streaming += usize::from(incoming.streams());
+            return Some((rank, u32::try_from(more).unwrap_or(u32::MAX)));
+        }
+    }
+
+    /// The place in the queue of the result that is to have the next grant, if there is room for it or R
+    /// waits for it.
+    fn next_starving(&mut self, is_wanted: impl Fn(Rank) -> bool) -> Option<usize> {
+        if self.starving.is_empty() {
+            return None;
+        }
+        if self.unlimited {
+            return Some(0);
+        }
+        if let Some(at) = self.starving.iter().position(|&rank| is_wanted(rank)) {
+            return Some(at);
+        }
+        let first = self.starving.iter().position(|&rank| self.may_stream(rank));
+        if self.has_room(first) {
+            return first;
+        }
+        match self.want {
+            // One result alone is completed beyond the limit: R takes it as soon as it is.
+            Want::Any if self.streaming == 0 => {
+                let same = |&rank: &Rank| Some(rank) == self.alone;
+                let at = self.starving.iter().position(same).unwrap_or(0);
+                self.alone = self.starving.get(at).copied();
+                Some(at)
+            }
+            Want::Rank(rank) => self.starving.iter().position(|&starving| starving == rank),
+            _ => None,
+        }
+    }
+
+    /// Whether this result may be streamed now: a few of a host's at a time. All at once would be complete at
+    /// the same time, and go through memory instead of the processor's caches; and R could begin with none
+    /// before.
+    fn may_stream(&self, rank: Rank) -> bool {
+        let begun = self
+            .of(rank)
+            .is_none_or(|incoming| incoming.begun || incoming.dropped);
+        begun || self.want == Want::Rank(rank) || self.begun[self.hosts[rank as usize]] < AT_ONCE
+    }
+
+    /// Whether there is room for more of a result, by its place in the queue. One in shared memory comes at
+    /// once, and takes a descriptor.
     fn has_room(&self, at: Option<usize>) -> bool {
         let rank = at.and_then(|at| self.starving.get(at));
-        let current = rank.and_then(|&rank| self.workers[rank as usize].current.as_ref());
         let used = self.buffered.saturating_add(self.reserved);
-        match current.and_then(|current| current.announced) {
+        match rank.and_then(|&rank| self.announced(rank)) {
             Some(len) => {
                 used.saturating_add(len) <= self.limit
                     && Arc::strong_count(&self.shared) <= MOST_SHARED
@@ -291,60 +370,192 @@ impl Scheduler {
         }
     }
 
-    /// Asks for more of large results: while there is room, or because R waits for them.
-    pub(super) fn grant(&mut self) {
-        while !self.starving.is_empty() {
-            let wanted = self.starving.iter().position(|&rank| self.is_wanted(rank));
-            let first = self.starving.iter().position(|&rank| self.may_flow(rank));
-            let at = match (self.want, wanted) {
-                _ if self.unlimited => 0,
-                (_, Some(at)) => at,
-                _ if self.has_room(first) => match first {
-                    Some(at) => at,
-                    None => return,
-                },
-                // One result alone is completed beyond the limit: R takes it as soon as it is.
-                (Want::Any, _) if self.flowing == 0 => {
-                    let same = |&rank: &Rank| Some(rank) == self.alone;
-                    let at = self.starving.iter().position(same).unwrap_or(0);
-                    self.alone = Some(self.starving[at]);
-                    at
-                }
-                (Want::Rank(rank), _) => match self.starving.iter().position(|&s| s == rank) {
-                    Some(at) => at,
-                    None => return,
-                },
-                _ => return,
-            };
-            let Some(rank) = self.starving.remove(at) else {
-                return;
-            };
-            let worker = &mut self.workers[rank as usize];
-            let Some(current) = &mut worker.current else {
-                continue;
-            };
-            current.starving = false;
-            if current.cancelled {
-                continue;
-            }
-            if !mem::replace(&mut current.begun, true) {
-                self.agents[worker.agent].begun += 1;
-            }
-            let before = current.reserved();
-            let more = current.announced.unwrap_or(GRANT);
-            current.granted = current.granted.saturating_add(more);
-            self.reserved += current.reserved() - before;
-            self.flowing += usize::from(current.flowing());
-            trace!(
-                task = current.task.id,
-                rank = rank + 1,
-                bytes = more,
-                "credit granted"
-            );
-            let more = u32::try_from(more).unwrap_or(u32::MAX);
-            let frame = Frame::credit(worker.index, current.task.id, more);
-            let agent = worker.agent;
-            self.push_control(agent, frame);
+    fn of(&self, rank: Rank) -> Option<&Incoming> {
+        self.incoming.get(rank as usize)?.as_ref()
+    }
+
+    /// The result needs a grant. One that is being streamed goes first.
+    fn starve(&mut self, rank: Rank) {
+        let incoming = self
+            .incoming
+            .get_mut(rank as usize)
+            .and_then(Option::as_mut);
+        let Some(incoming) = incoming.filter(|incoming| !incoming.starving) else {
+            return;
+        };
+        self.streaming -= usize::from(incoming.streams());
+        incoming.starving = true;
+        match incoming.begun {
+            true => self.starving.push_front(rank),
+            false => self.starving.push_back(rank),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const W: usize = RESULT_WINDOW;
+
+    /// Workers with a task each, all on one host.
+    fn flow(workers: usize, limit: usize) -> ResultFlow {
+        let mut flow = ResultFlow::new(vec![0; workers], limit);
+        (0..workers as Rank).for_each(|rank| flow.begin(rank, false));
+        flow
+    }
+
+    fn chunk(len: usize) -> Bytes {
+        vec![0; len].into()
+    }
+
+    /// The first window of a result that is larger.
+    fn first(flow: &mut ResultFlow, rank: Rank) {
+        flow.receive(rank, FIRST, chunk(W), None).unwrap();
+    }
+
+    /// Workers that are granted more now.
+    fn grants(flow: &mut ResultFlow) -> Vec<Rank> {
+        let grants = std::iter::from_fn(|| flow.next_grant(|_| false));
+        grants.map(|(rank, _)| rank).collect()
+    }
+
+    #[test]
+    fn a_small_result_needs_no_grant_and_counts_until_it_is_taken() {
+        let mut flow = flow(1, 0);
+        flow.receive(0, FIRST | LAST, chunk(W), None).unwrap();
+        assert!(!flow.is_starving());
+        assert_eq!(flow.complete(0).len, W);
+        flow.end(0);
+        assert_eq!(flow.buffered(), W);
+        flow.taken(W);
+        assert_eq!(flow.buffered(), 0);
+    }
+
+    #[test]
+    fn a_large_result_is_granted_more_before_it_has_used_what_it_has() {
+        let mut flow = flow(1, 10 * W);
+        flow.receive(0, FIRST, chunk(W / 2), None).unwrap();
+        assert!(!flow.is_starving());
+        flow.receive(0, 0, chunk(1), None).unwrap();
+        assert_eq!(flow.next_grant(|_| false), Some((0, GRANT as u32)));
+        assert_eq!(flow.next_grant(|_| false), None);
+        let rest = W / 2 - 1 + GRANT;
+        flow.receive(0, 0, chunk(rest), None).unwrap();
+        assert!(flow.receive(0, LAST, chunk(1), None).is_err());
+    }
+
+    #[test]
+    fn nothing_is_granted_beyond_the_limit_until_r_has_taken_what_is_held() {
+        let mut flow = flow(2, 2 * W);
+        first(&mut flow, 0);
+        // What has been granted counts as well.
+        assert_eq!(grants(&mut flow), [0]);
+        first(&mut flow, 1);
+        assert_eq!(grants(&mut flow), []);
+        flow.receive(0, LAST, chunk(GRANT), None).unwrap();
+        flow.complete(0);
+        flow.end(0);
+        assert_eq!(grants(&mut flow), []);
+        flow.taken(W + GRANT);
+        assert_eq!(grants(&mut flow), [1]);
+    }
+
+    #[test]
+    fn for_want_of_any_one_result_alone_is_completed_beyond_the_limit() {
+        let mut flow = flow(2, 0);
+        first(&mut flow, 0);
+        first(&mut flow, 1);
+        assert_eq!(grants(&mut flow), []);
+        flow.want(Want::Any);
+        for _ in 0..3 {
+            assert_eq!(grants(&mut flow), [0]);
+            flow.receive(0, 0, chunk(GRANT), None).unwrap();
+        }
+        assert_eq!(grants(&mut flow), [0]);
+        flow.end(0);
+        assert_eq!(grants(&mut flow), [1]);
+    }
+
+    #[test]
+    fn what_r_waits_for_is_granted_beyond_the_limit_and_nothing_else() {
+        let mut flow = flow(3, 0);
+        (0..3).for_each(|rank| first(&mut flow, rank));
+        flow.want(Want::Rank(1));
+        assert_eq!(grants(&mut flow), [1]);
+        flow.want(Want::Nothing);
+        assert_eq!(flow.next_grant(|rank| rank == 2), Some((2, GRANT as u32)));
+        assert_eq!(flow.next_grant(|rank| rank == 2), None);
+        flow.set_unlimited(true);
+        assert_eq!(grants(&mut flow), [0]);
+    }
+
+    #[test]
+    fn few_results_of_a_host_are_streamed_at_a_time_and_those_first() {
+        let hosts = [vec![0; AT_ONCE + 1], vec![1]].concat();
+        let last = AT_ONCE as Rank;
+        let mut flow = ResultFlow::new(hosts, 1 << 30);
+        for rank in 0..=last + 1 {
+            flow.begin(rank, false);
+            first(&mut flow, rank);
+        }
+        let begun: Vec<Rank> = (0..last).chain([last + 1]).collect();
+        assert_eq!(grants(&mut flow), begun);
+        flow.receive(1, 0, chunk(GRANT), None).unwrap();
+        assert_eq!(grants(&mut flow), [1]);
+        // One that nobody wants any more makes room, as one that has ended does.
+        flow.drop_result(0);
+        assert_eq!(grants(&mut flow), [last]);
+    }
+
+    #[test]
+    fn a_dropped_result_holds_nothing_and_is_not_asked_for() {
+        let mut flow = flow(2, 2 * W);
+        first(&mut flow, 0);
+        first(&mut flow, 1);
+        assert_eq!(flow.buffered(), 2 * W);
+        flow.drop_result(0);
+        assert_eq!(flow.buffered(), W);
+        assert_eq!(grants(&mut flow), [1]);
+        // What was granted may still come, and no more.
+        assert!(flow.receive(0, 0, chunk(1), None).is_err());
+        flow.end(0);
+        flow.begin(0, true);
+        flow.receive(0, FIRST, chunk(W), None).unwrap();
+        assert_eq!((flow.buffered(), flow.is_starving()), (W, false));
+    }
+
+    #[test]
+    fn a_result_that_begins_anew_replaces_what_came_of_it() {
+        let mut flow = flow(1, 1 << 30);
+        flow.receive(0, FIRST, chunk(9), None).unwrap();
+        flow.receive(0, FIRST | LAST, chunk(5), None).unwrap();
+        assert_eq!((flow.buffered(), flow.complete(0).len), (5, 5));
+    }
+
+    #[test]
+    fn a_result_in_shared_memory_is_granted_as_a_whole() {
+        let len = 5 * GRANT;
+        for (limit, granted) in [(len - 1, &[][..]), (len, &[0][..])] {
+            let mut flow = flow(1, limit);
+            flow.receive(0, FIRST, Bytes::new(), None).unwrap();
+            flow.announce(0, len).unwrap();
+            assert_eq!(flow.announced(0), Some(len));
+            assert_eq!(grants(&mut flow), granted);
+            assert!(flow.announce(0, len).is_err());
+        }
+    }
+
+    #[test]
+    fn one_that_ends_while_it_waits_is_granted_nothing() {
+        let mut flow = flow(1, 0);
+        first(&mut flow, 0);
+        assert!(flow.is_starving());
+        flow.end(0);
+        assert!(!flow.is_starving());
+        assert_eq!(flow.buffered(), 0);
+        assert!(flow.receive(0, FIRST, chunk(1), None).is_err());
+        flow.set_unlimited(true);
+        assert_eq!(grants(&mut flow), []);
     }
 }

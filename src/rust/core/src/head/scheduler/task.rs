@@ -1,13 +1,12 @@
 //! A task on its way: as it was submitted, the one that a worker has, and the one sent ahead.
 
 use crate::head::activity::{Moment, Times};
-use crate::protocol::body::Body;
 use crate::protocol::dedup::Chunk;
 use crate::protocol::ids::{CALLS, JobId, PayloadId, RESTORE, Rank, TaskId};
-use crate::protocol::limits::RESULT_WINDOW;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A task to be submitted.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +31,8 @@ pub struct Order {
     pub ahead: bool,
     /// Its message begins with this payload, which the worker's agent has.
     pub payload: Option<PayloadId>,
+    /// How long it may take from when its worker has all of its message. The worker's agent ends it then.
+    pub limit: Option<Duration>,
     /// It is a call for whichever of these, which are in order, is free first, and `rank` means nothing.
     /// Its message follows by [`Scheduler::append_call`](super::Scheduler::append_call).
     pub any_of: Option<Arc<[Rank]>>,
@@ -52,6 +53,8 @@ pub(super) struct Task {
     pub(super) ahead: bool,
     /// Until it has been named to the agent, what the message begins with.
     pub(super) payload: Option<PayloadId>,
+    /// How long it may take.
+    pub(super) limit: Option<Duration>,
     /// The worker is to have its known random numbers after it.
     pub(super) leaves_seed: bool,
 }
@@ -68,6 +71,7 @@ impl Task {
             instead_of: None,
             ahead: false,
             payload: None,
+            limit: None,
             leaves_seed: last,
         }
     }
@@ -101,17 +105,6 @@ pub(super) struct Current {
     pub(super) phase: Phase,
     /// The answer is not wanted any more; the worker is busy until its agent says so.
     pub(super) cancelled: bool,
-    pub(super) answer: Body,
-    /// Bytes of the answer received, also those dropped again.
-    pub(super) received: usize,
-    /// Bytes of the answer that the agent may send in all.
-    pub(super) granted: usize,
-    /// In the queue of those who wait for a grant.
-    pub(super) starving: bool,
-    /// It has been granted more than the small results' window.
-    pub(super) begun: bool,
-    /// It is in shared memory, so many bytes, and comes at once.
-    pub(super) announced: Option<usize>,
     /// The state that the random number generator is to have for it, if that is another worker's.
     pub(super) before: Option<Bytes>,
     /// The state in which it leaves the generator of this worker.
@@ -127,12 +120,6 @@ impl Current {
             task,
             phase: Phase::Sending { first: true },
             cancelled: false,
-            answer: Body::default(),
-            received: 0,
-            granted: RESULT_WINDOW,
-            starving: false,
-            begun: false,
-            announced: None,
             before,
             after: None,
             times: Times {
@@ -183,20 +170,5 @@ impl Next {
         self.task.chunks = self.kept;
         self.task.payload = self.payload;
         self.task
-    }
-}
-
-impl Current {
-    /// Bytes granted beyond the small results' window, not yet received and still wanted.
-    pub(super) fn reserved(&self) -> usize {
-        if self.cancelled {
-            return 0;
-        }
-        self.granted - self.received.clamp(RESULT_WINDOW, self.granted)
-    }
-
-    /// More was granted of a large result, and it does not need more yet.
-    pub(super) fn flowing(&self) -> bool {
-        !self.cancelled && !self.starving && self.granted > RESULT_WINDOW
     }
 }

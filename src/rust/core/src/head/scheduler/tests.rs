@@ -357,6 +357,73 @@ fn a_task_that_is_out_of_time_ends_once() {
     assert!(matches!(notes[..], [Note::Replaced { killed: true, .. }]));
 }
 
+/// Time limits that are sent to a host now, in milliseconds, each just before the message of its task.
+fn limits_sent(scheduler: &mut Scheduler, agent: usize) -> Vec<(TaskId, u64)> {
+    let sent = sent(scheduler, agent);
+    let limits = sent.windows(2).filter(|pair| pair[0].0 == Kind::Limit);
+    let of = |(_, task, body): &(Kind, TaskId, Bytes)| {
+        let micros = <[u8; 8]>::try_from(&body[..]).unwrap();
+        (*task, u64::from_le_bytes(micros) / 1000)
+    };
+    limits
+        .map(|pair| {
+            assert_eq!((pair[1].0, pair[1].1), (Kind::Data, pair[0].1));
+            of(&pair[0])
+        })
+        .collect()
+}
+
+#[test]
+fn a_task_has_the_shorter_of_its_own_time_limit_and_that_of_all() {
+    let cases = [
+        (None, None, None),
+        (Some(5), None, Some(5)),
+        (None, Some(9), Some(9)),
+        (Some(5), Some(9), Some(5)),
+        (Some(9), Some(5), Some(5)),
+    ];
+    for (own, all, limit) in cases {
+        let mut s = up(1);
+        s.limit_time(all.map(Duration::from_millis));
+        let limited = Order {
+            limit: own.map(Duration::from_millis),
+            ..order(0, 1)
+        };
+        submit(&mut s, limited);
+        let limits: Vec<_> = limit.map(|limit| (1, limit)).into_iter().collect();
+        assert_eq!(limits_sent(&mut s, 0), limits);
+        answer(&mut s, 0, 1, None);
+        call(&mut s, 2, &[0], false);
+        let all: Vec<_> = all.map(|limit| (2, limit)).into_iter().collect();
+        assert_eq!(limits_sent(&mut s, 0), all);
+    }
+}
+
+#[test]
+fn what_restores_a_worker_has_no_time_limit() {
+    let mut s = up(1);
+    s.limit_time(Some(Duration::from_millis(1)));
+    let chunk = Bytes::from_static(b"export").into();
+    s.restore(0, vec![(RESTORE | 1, 0, vec![chunk])]);
+    let kinds = sent(&mut s, 0).into_iter().map(|(kind, ..)| kind);
+    assert_eq!(kinds.collect::<Vec<_>>(), [Kind::State, Kind::Data]);
+}
+
+#[test]
+fn a_task_that_is_sent_again_has_its_time_limit_again() {
+    let mut s = up(1);
+    submit(&mut s, order(0, 1));
+    let limited = Order {
+        limit: Some(Duration::from_millis(7)),
+        ..ahead(0, 2)
+    };
+    submit(&mut s, limited);
+    assert_eq!(limits_sent(&mut s, 0), [(2, 7)]);
+    replace(&mut s, 0);
+    s.let_go(0, 1);
+    assert_eq!(limits_sent(&mut s, 0), [(2, 7)]);
+}
+
 #[test]
 fn what_waits_on_a_host_that_is_left_out_is_lost_once() {
     let mut scheduler = up(2);

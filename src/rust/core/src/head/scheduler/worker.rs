@@ -5,6 +5,7 @@ use super::task::{Current, Next, Phase, Task};
 use crate::head::activity::Track;
 use crate::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST};
 use crate::protocol::ids::{JobId, PayloadId, RESTORE, TaskId};
+use crate::protocol::limits::SEND_WINDOW;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -30,16 +31,31 @@ pub(super) struct Worker {
     pub(super) undecided: Option<(TaskId, JobId)>,
     /// The state of its random number generator, if that is known here.
     pub(super) seed: Option<Bytes>,
-    /// Bytes that may be sent: see [`SEND_WINDOW`](crate::protocol::limits::SEND_WINDOW).
+    /// Bytes that may be sent: see [`SEND_WINDOW`].
     pub(super) window: usize,
-    /// In its agent's `sendable`.
-    pub(super) sendable: bool,
     pub(super) track: Track,
     /// Its host was lost and is back, and it may not be what it was yet.
     pub(super) away: bool,
 }
 
 impl Worker {
+    /// A worker that is starting. `index`: among those of its agent.
+    pub(super) fn new(agent: usize, index: u32) -> Worker {
+        Worker {
+            agent,
+            index,
+            state: WorkerState::Starting,
+            queue: VecDeque::new(),
+            current: None,
+            next: None,
+            undecided: None,
+            seed: None,
+            window: SEND_WINDOW,
+            track: Track::default(),
+            away: false,
+        }
+    }
+
     /// It is known what becomes of a task that was lost.
     pub(super) fn decided(&mut self, id: TaskId) {
         self.undecided = self.undecided.filter(|&(task, _)| task != id);

@@ -1,0 +1,111 @@
+//! A hub without a thread, streams and a clock, for simulations: whoever has made it moves the frames, and says
+//! what time it is. All else is the hub's own code.
+//!
+//! Nothing comes while such a hub waits. So it is asked with a waiting time of zero.
+
+use super::client::Hub;
+use crate::head::scheduler::Scheduler;
+use crate::head::scheduler::events::Note;
+use crate::protocol::body::Memory;
+use crate::protocol::dedup::Chunk;
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::Frame;
+use crate::protocol::ids::Rank;
+use std::io;
+use std::time::Duration;
+
+/// What the maker of a hub does by hand.
+#[derive(Debug, Default)]
+pub struct Hand {
+    pub now: Duration,
+    /// What the scheduler has noted, for those who look on.
+    pub notes: Vec<Note>,
+}
+
+impl Hub {
+    /// A hub whose hosts, with workers of these ranks, are all there. `result_limit`: bytes of results to
+    /// buffer. `keep`: bytes of chunks that each agent keeps, if they do.
+    /// `time_limit`: see [`Hub::limit_all`].
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn by_hand(
+        ranks: Vec<Vec<Rank>>,
+        result_limit: usize,
+        keep: Option<usize>,
+        time_limit: Option<Duration>,
+    ) -> io::Result<Hub> {
+        let hosts = ranks.len();
+        let mut hub = Hub::without_thread(hosts, result_limit)?;
+        hub.size = ranks.iter().map(Vec::len).sum();
+        hub.shares = keep.is_some();
+        let mut core = hub.core();
+        core.hand = Some(Hand::default());
+        core.time_limit = time_limit;
+        core.set_ranks(ranks);
+        if let Some(most) = keep {
+            for agent in 0..hosts {
+                core.scheduler.share(agent, most);
+            }
+        }
+        drop(core);
+        Ok(hub)
+    }
+
+    /// It is so late now.
+    pub fn set_clock(&mut self, now: Duration) {
+        if let Some(hand) = &mut self.core().hand {
+            hand.now = now;
+        }
+    }
+
+    /// What is sent to an agent next.
+    pub fn next_frame(&mut self, agent: usize) -> Option<Frame> {
+        self.core().scheduler.next_frame(agent)
+    }
+
+    /// What an agent has sent; `memory`: what came along with it.
+    ///
+    /// # Errors
+    /// When it makes no sense.
+    pub fn on_frame(
+        &mut self,
+        agent: usize,
+        frame: Frame,
+        memory: Option<Memory>,
+    ) -> Result<(), ProtocolError> {
+        let mut core = self.core();
+        core.look_at_clock();
+        let taken = core.scheduler.on_frame_with(agent, frame, memory);
+        core.settle();
+        taken
+    }
+
+    /// What the scheduler has noted since the last call. The hub has seen it.
+    pub fn take_notes(&mut self) -> Vec<Note> {
+        let mut core = self.core();
+        core.settle();
+        let hand = core.hand.as_mut();
+        hand.map(|hand| std::mem::take(&mut hand.notes))
+            .unwrap_or_default()
+    }
+
+    /// Changes or looks at the scheduler.
+    pub fn with_scheduler<T>(&self, body: impl FnOnce(&mut Scheduler) -> T) -> T {
+        let mut core = self.core();
+        let result = body(&mut core.scheduler);
+        core.settle();
+        result
+    }
+
+    /// Bytes of tasks and payloads that have been submitted and not yet sent.
+    pub fn queued(&self) -> usize {
+        self.core().queued
+    }
+
+    /// As [`Hub::write`], but for what is sent as it is. If it is the `last`, the message or payload that is
+    /// being written has ended with that.
+    pub fn write_chunk(&mut self, chunk: Chunk, last: bool) {
+        self.write_as_it_is(chunk, last);
+    }
+}

@@ -1,0 +1,223 @@
+//! When a task that was lost with its worker is retried: one policy for verbs, jobs and calls.
+//!
+//! Pure. A [`Policy`] is known before the first task is sent; [`Attempts`] is kept with each task until its end.
+//!
+//! 1. Only [`Outcome::Lost`](super::scheduler::events::Outcome::Lost) is a loss. A task that exceeded its time limit,
+//!    was cancelled or was revoked is never retried, and neither is one that raised an error.
+//! 2. A task that is lost is retried `retries` times. With the loss after that it fails, and other tasks go on.
+//! 3. With a policy that raises, the first loss ends the verb or the call with that loss as its error.
+//! 4. A task of a worker that was stopped ends its verb or call whatever the policy: nobody is to replace that worker.
+//! 5. A loss has a warning of its own only if a fresh worker takes the place: that a host or a worker is lost
+//!    permanently is an event, told once and not for each of its tasks.
+
+use super::scheduler::events::Gone;
+
+/// How often tasks are retried. All tasks of a verb, a job or a call have the same policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Times that a task is sent again after a loss.
+    pub retries: usize,
+    /// The first loss is the error of the whole verb or call.
+    pub raises: bool,
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy::new(0)
+    }
+}
+
+impl Policy {
+    /// What `retries` of a cluster means: without retries, a loss is an error at once.
+    pub fn new(retries: usize) -> Policy {
+        Policy {
+            retries,
+            raises: retries == 0,
+        }
+    }
+}
+
+/// What becomes of a task that was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The task is sent again.
+    Retry,
+    /// The task fails; other tasks go on.
+    GiveUp,
+    /// The loss is the error of the verb or the call that the task belongs to.
+    Raise,
+}
+
+/// The losses of one task, each as `L` describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attempts<L> {
+    losses: Vec<L>,
+}
+
+impl<L> Default for Attempts<L> {
+    fn default() -> Attempts<L> {
+        Attempts { losses: Vec::new() }
+    }
+}
+
+impl<L> Attempts<L> {
+    /// What becomes of the task if its worker is lost once more, for this reason. Changes nothing: whoever carries it
+    /// out may be interrupted, and asks again then.
+    pub fn verdict(&self, policy: Policy, gone: &Gone) -> Verdict {
+        if policy.raises || matches!(gone, Gone::Stopped) {
+            Verdict::Raise
+        } else if self.losses.len() < policy.retries {
+            Verdict::Retry
+        } else {
+            Verdict::GiveUp
+        }
+    }
+
+    /// The verdict on this loss has been carried out.
+    pub fn record(&mut self, loss: L) {
+        self.losses.push(loss);
+    }
+
+    /// All losses that have been recorded, the first one first.
+    pub fn losses(&self) -> &[L] {
+        &self.losses
+    }
+}
+
+/// Whether a loss has a warning of its own. `replaced`: a fresh worker takes the place.
+pub fn is_reported(gone: &Gone, replaced: bool) -> bool {
+    replaced && matches!(gone, Gone::Worker(_))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::exit::Exit;
+    use crate::protocol::control::{Loss, Setback};
+    use proptest::prelude::*;
+
+    fn crash() -> Gone {
+        Gone::Worker(Loss {
+            pid: 4711,
+            exit: Exit::Signal(9),
+            tail: String::new(),
+            oom: false,
+            memory_available: 0,
+            setback: Setback::default(),
+        })
+    }
+
+    fn host() -> Gone {
+        Gone::Host("the connection was closed".into())
+    }
+
+    /// The verdicts on one loss after the other, each recorded by its number, until the task has ended.
+    fn verdicts(policy: Policy, losses: &[Gone]) -> (Vec<Verdict>, Attempts<usize>) {
+        let mut attempts = Attempts::default();
+        let mut verdicts = Vec::new();
+        for (number, gone) in losses.iter().enumerate() {
+            let verdict = attempts.verdict(policy, gone);
+            verdicts.push(verdict);
+            if verdict == Verdict::Raise {
+                break;
+            }
+            attempts.record(number);
+            if verdict == Verdict::GiveUp {
+                break;
+            }
+        }
+        (verdicts, attempts)
+    }
+
+    #[test]
+    fn a_task_fails_with_the_loss_after_its_last_retry() {
+        use Verdict::{GiveUp, Retry};
+        let losses = vec![crash(); 9];
+        let (told, attempts) = verdicts(Policy::new(2), &losses);
+        assert_eq!(told, [Retry, Retry, GiveUp]);
+        assert_eq!(attempts.losses(), [0, 1, 2]);
+        assert_eq!(verdicts(Policy::new(1), &losses).0, [Retry, GiveUp]);
+    }
+
+    #[test]
+    fn without_retries_a_loss_is_an_error_unless_failures_are_results() {
+        let (told, attempts) = verdicts(Policy::new(0), &[crash()]);
+        assert_eq!(told, [Verdict::Raise]);
+        assert!(attempts.losses().is_empty());
+        let results = Policy {
+            raises: false,
+            ..Policy::new(0)
+        };
+        assert_eq!(verdicts(results, &[host()]).0, [Verdict::GiveUp]);
+    }
+
+    #[test]
+    fn a_stopped_worker_ends_the_verb_whatever_the_policy() {
+        for retries in [0, 1, 1_000_000] {
+            for raises in [false, true] {
+                let policy = Policy { retries, raises };
+                assert_eq!(verdicts(policy, &[Gone::Stopped]).0, [Verdict::Raise]);
+            }
+        }
+        let losses = [crash(), Gone::Stopped];
+        let told = verdicts(Policy::new(5), &losses).0;
+        assert_eq!(told, [Verdict::Retry, Verdict::Raise]);
+    }
+
+    #[test]
+    fn the_verdict_is_the_same_until_it_has_been_carried_out() {
+        let mut attempts = Attempts::default();
+        for _ in 0..3 {
+            assert_eq!(attempts.verdict(Policy::new(1), &crash()), Verdict::Retry);
+        }
+        attempts.record(());
+        assert_eq!(attempts.verdict(Policy::new(1), &crash()), Verdict::GiveUp);
+    }
+
+    #[test]
+    fn only_the_loss_of_a_worker_that_is_replaced_has_a_warning_of_its_own() {
+        assert!(is_reported(&crash(), true));
+        assert!(!is_reported(&crash(), false));
+        assert!(!is_reported(&host(), true));
+        assert!(!is_reported(&Gone::Stopped, true));
+    }
+
+    proptest! {
+        #[test]
+        fn a_task_is_begun_at_most_once_more_than_it_is_retried(
+            retries in 0_usize..6,
+            raises: bool,
+            kinds in proptest::collection::vec(0_u8..8, 0..12),
+        ) {
+            let losses: Vec<Gone> = kinds
+                .iter()
+                .map(|kind| match kind {
+                    0 => Gone::Stopped,
+                    1 | 2 => host(),
+                    _ => crash(),
+                })
+                .collect();
+            let policy = Policy { retries, raises };
+            let (told, attempts) = verdicts(policy, &losses);
+            let retried = told.iter().filter(|&&verdict| verdict == Verdict::Retry).count();
+            let stopped = losses.iter().position(|gone| *gone == Gone::Stopped);
+            // Retried as long as it may be and each loss before a stop, and not once more.
+            let before = stopped.unwrap_or(losses.len());
+            prop_assert_eq!(retried, if raises { 0 } else { before.min(retries) });
+            // Only the last verdict ends the task.
+            prop_assert!(told.iter().rev().skip(1).all(|&verdict| verdict == Verdict::Retry));
+            match told.last() {
+                None => prop_assert!(losses.is_empty()),
+                Some(Verdict::Raise) => prop_assert!(raises || stopped == Some(told.len() - 1)),
+                Some(Verdict::GiveUp) => {
+                    prop_assert!(!raises);
+                    prop_assert_eq!(attempts.losses().len(), retries + 1);
+                }
+                Some(Verdict::Retry) => prop_assert_eq!(told.len(), losses.len()),
+            }
+            // Each loss that was dealt with is recorded once, in order.
+            let count = told.len() - usize::from(told.last() == Some(&Verdict::Raise));
+            prop_assert_eq!(attempts.losses(), &(0..count).collect::<Vec<_>>()[..]);
+        }
+    }
+}

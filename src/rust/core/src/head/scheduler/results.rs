@@ -1,0 +1,211 @@
+//! How the scheduler takes results in. How much of them may come is for [`ResultFlow`](super::result_flow::ResultFlow).
+
+use super::Scheduler;
+use super::events::{Note, Outcome, Want};
+use super::task::{Current, Next, Phase, Task};
+use super::worker::{WorkerState, current_of};
+use crate::protocol::body::Memory;
+use crate::protocol::error::ProtocolError;
+use crate::protocol::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, LAST, SHARED};
+use crate::protocol::ids::{RESTORE, Rank, TaskId};
+use crate::protocol::limits::MOST_MEMORY;
+use bytes::Bytes;
+use tracing::trace;
+
+impl Scheduler {
+    /// Whether a result waits on its host because of the limit.
+    pub fn is_starving(&self) -> bool {
+        self.flow.is_starving()
+    }
+
+    /// Bytes of results held.
+    pub fn buffered(&self) -> usize {
+        self.flow.buffered()
+    }
+
+    /// A worker has this task from now on.
+    pub(super) fn occupy(&mut self, rank: Rank, current: Current) {
+        self.flow.begin(rank, current.cancelled);
+        self.workers[rank as usize].current = Some(current);
+    }
+
+    /// The answer that a worker is at is not wanted. What is still to come of it is dropped, so it
+    /// takes no room from others.
+    pub(super) fn drop_answer(&mut self, rank: Rank) {
+        if let Some(current) = &mut self.workers[rank as usize].current {
+            current.cancelled = true;
+            self.flow.drop_result(rank);
+        }
+    }
+
+    /// Says whose answer R waits for.
+    pub fn want(&mut self, want: Want) {
+        self.flow.want(want);
+        self.grant();
+    }
+
+    /// R is blocked in sending, or no longer.
+    pub fn set_unlimited(&mut self, unlimited: bool) {
+        self.flow.set_unlimited(unlimited);
+        self.grant();
+    }
+
+    /// R took answers of this many bytes.
+    pub fn taken(&mut self, bytes: usize) {
+        self.flow.taken(bytes);
+        self.grant();
+    }
+
+    pub(super) fn on_data(
+        &mut self,
+        rank: Rank,
+        task: TaskId,
+        flags: u8,
+        chunk: Bytes,
+        memory: Option<Memory>,
+    ) -> Result<(), ProtocolError> {
+        let len = memory.as_ref().map_or(chunk.len(), |memory| memory.len);
+        let worker = &mut self.workers[rank as usize];
+        if matches!(worker.state, WorkerState::Gone(_)) {
+            // Stopped by us; its agent may not have known.
+            return Ok(());
+        }
+        let dropped = |next: &Next| {
+            let asked = next.cancelled || next.recalled;
+            next.task.id == task && asked && flags == LAST | ABORT && chunk.is_empty()
+        };
+        if worker.next.as_ref().is_some_and(dropped) {
+            self.not_started(rank);
+            return Ok(());
+        }
+        let Some(current) = &mut worker.current else {
+            return Err(ProtocolError(format!("an answer of idle worker {rank}")));
+        };
+        if current.task.id != task || !matches!(current.phase, Phase::Running) {
+            return Err(ProtocolError(format!(
+                "an answer to task {task} from worker {rank}, which has task {}",
+                current.task.id
+            )));
+        }
+        worker.track.bytes_out += (HEADER_LEN + len) as u64;
+        if flags & FIRST != 0 {
+            current.times.answered = Some(self.now);
+            current.times.measured = (self.measure)(&chunk);
+        }
+        if flags & ABORT != 0 && !current.cancelled {
+            return Err(ProtocolError(format!(
+                "worker {rank} gave up task {task}, which was not cancelled"
+            )));
+        }
+        self.flow.receive(rank, flags, chunk, memory)?;
+        if flags & LAST != 0 {
+            self.agents[worker.agent].losses = 0;
+            // What restores a worker ends with the state that is known.
+            let after = current.after.take().filter(|_| task & RESTORE == 0);
+            if let Some((whose, seed)) = after {
+                self.workers[whose as usize].seed = Some(seed.clone());
+                if whose != rank {
+                    self.put_seed(whose, seed);
+                }
+            }
+        }
+        let worker = &mut self.workers[rank as usize];
+        let Some(current) = &mut worker.current else {
+            return Ok(());
+        };
+        if current.cancelled {
+            if flags & LAST != 0 {
+                self.free(rank);
+                self.dispatch(rank);
+            }
+            self.grant();
+            return Ok(());
+        }
+        if flags & LAST != 0 {
+            let answer = self.flow.complete(rank);
+            let job = current.task.job;
+            current.answered = true;
+            self.free(rank);
+            let outcome = Outcome::Answer(answer);
+            self.notes.push(Note::Done {
+                rank,
+                task,
+                job,
+                outcome,
+            });
+            self.dispatch(rank);
+        }
+        self.grant();
+        Ok(())
+    }
+
+    /// An answer in shared memory: it is announced, or it comes.
+    pub(super) fn on_shared(
+        &mut self,
+        rank: Rank,
+        frame: &Frame,
+        memory: Option<Memory>,
+    ) -> Result<(), ProtocolError> {
+        let Header { task, flags, .. } = frame.header;
+        let number = frame.number().filter(|&len| len <= MOST_MEMORY);
+        let number = number.and_then(|len| usize::try_from(len).ok());
+        let Some(len) = number else {
+            return Err(ProtocolError("a result of no length".into()));
+        };
+        if flags == LAST | SHARED {
+            let announced = self.flow.announced(rank);
+            let gone = self.is_gone(rank);
+            let memory = memory.filter(|memory| memory.len == len);
+            if memory.is_none() || !gone && announced != Some(len) {
+                return Err(ProtocolError("a result without its memory".into()));
+            }
+            return self.on_data(rank, task, FIRST | LAST, Bytes::new(), memory);
+        }
+        if flags != FIRST | SHARED {
+            return Err(ProtocolError("a bad announcement of a result".into()));
+        }
+        self.on_data(rank, task, FIRST, Bytes::new(), None)?;
+        self.flow.announce(rank, len)?;
+        self.grant();
+        Ok(())
+    }
+
+    /// Frees a worker of its current task. Returns that if its answer is still wanted.
+    pub(super) fn free(&mut self, rank: Rank) -> Option<Task> {
+        let worker = &mut self.workers[rank as usize];
+        if let Some(current) = current_of(worker) {
+            let (times, answered) = (current.times, current.answered);
+            let tasks = times.measured.map_or(1, |measured| measured.tasks.into());
+            worker
+                .track
+                .ended(times, if answered { tasks } else { 0 }, self.now);
+        }
+        let current = self.workers[rank as usize].current.take()?;
+        self.released += current.task.queued_bytes();
+        self.flow.end(rank);
+        self.call_ended(current.task.id);
+        (!current.cancelled).then_some(current.task)
+    }
+
+    /// Asks for more of large results: while there is room, or because R waits for them.
+    pub(super) fn grant(&mut self) {
+        loop {
+            let (workers, calls) = (&self.workers, &self.calls);
+            let is_wanted = |rank: Rank| calls.want(&workers[rank as usize]);
+            let Some((rank, more)) = self.flow.next_grant(is_wanted) else {
+                return;
+            };
+            let worker = &self.workers[rank as usize];
+            if let Some(current) = &worker.current {
+                trace!(
+                    task = current.task.id,
+                    rank = rank + 1,
+                    bytes = more,
+                    "credit granted"
+                );
+                let frame = Frame::credit(worker.index, current.task.id, more);
+                self.push_control(worker.agent, frame);
+            }
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Carries out what the policy says of tasks that were lost: see [`rustcluster_core::head::retry`]. R is told of each
+//! loss that was dealt with, and is asked for nothing.
+
+use super::handle::{Cluster, may_send, with_cluster};
+use super::{broadcast, call, nodes};
+use crate::r::failure::Failure;
+use crate::r::unwind::Jump;
+use extendr_api::prelude::*;
+use rustcluster_core::head::hub::NO_JOB;
+use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported};
+use rustcluster_core::head::scheduler::events::Gone;
+use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
+
+/// The policies of a cluster, and the losses that R has not been told of.
+#[derive(Default)]
+pub(super) struct Losses {
+    /// Of all that have none of their own.
+    default: Policy,
+    /// Of one job, which is open.
+    of_job: Option<(JobId, Policy)>,
+    /// What was dealt with, with the job of the task. Stays until R has noted it: R may be interrupted before.
+    untold: Vec<(JobId, Failure)>,
+}
+
+impl Losses {
+    fn policy(&self, job: JobId) -> Policy {
+        match self.of_job {
+            Some((of, policy)) if of == job => policy,
+            _ => self.default,
+        }
+    }
+
+    /// A job has ended. Nobody is to be told any more what became of its tasks.
+    pub(super) fn close(&mut self, job: JobId) {
+        self.of_job = self.of_job.filter(|&(of, _)| of != job);
+        self.untold.retain(|&(of, _)| of != job);
+    }
+
+    /// Whether R is to be told of a loss before it gets anything else.
+    pub(super) fn any_untold(&self) -> bool {
+        !self.untold.is_empty()
+    }
+}
+
+/// A loss as R hears of it, and whether it is told as a warning.
+struct Lost {
+    failure: Failure,
+    reported: bool,
+}
+
+impl Lost {
+    fn new(cluster: &Cluster, place: Rank, gone: &Gone, task: TaskId) -> Lost {
+        let replaced = cluster.hub.borrow().worker(place).gone.is_none();
+        Lost {
+            failure: nodes::loss(cluster, place, gone).with("task", task),
+            reported: is_reported(gone, replaced),
+        }
+    }
+
+    /// The verdict has been carried out. `again`: the task is retried.
+    fn dealt_with(self, cluster: &Cluster, job: JobId, again: bool) -> Failure {
+        if self.reported {
+            let told = self.failure.clone().with("again", again);
+            cluster.losses.borrow_mut().untold.push((job, told));
+        }
+        self.failure
+    }
+}
+
+/// A task that R gave to `rank` was lost with the worker at `place`, as whose node's number R knows `node`. Returns
+/// `NULL` if R goes on waiting.
+///
+/// # Errors
+/// If the loss is an error: it is told until R has had the task forgotten.
+pub(super) fn task_lost(
+    cluster: &Cluster,
+    (rank, place): (Rank, Rank),
+    node: i32,
+    task: TaskId,
+    gone: &Gone,
+) -> std::result::Result<Robj, Failure> {
+    let (index, job, verdict, raises) = {
+        let messages = cluster.messages.borrow();
+        let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
+        let policy = cluster.losses.borrow().policy(message.job);
+        let verdict = message.attempts.verdict(policy, gone);
+        let attempt = message.attempts.losses().len() + 1;
+        log_attempt(task, place, attempt, verdict == Verdict::Retry);
+        (message.index, message.job, verdict, policy.raises)
+    };
+    let mut lost = Lost::new(cluster, place, gone, task);
+    lost.failure = lost.failure.with("place", node).with("index", index);
+    let record = |lost: Lost, again: bool| {
+        let failure = lost.dealt_with(cluster, job, again);
+        if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
+            message.attempts.record(failure);
+        }
+    };
+    match verdict {
+        Verdict::Raise if raises => Err(lost.failure.with("again", false)),
+        Verdict::Raise => Err(lost.failure),
+        Verdict::GiveUp => {
+            cluster.hub.borrow_mut().give_up(rank, task);
+            record(lost, false);
+            Ok(().into())
+        }
+        Verdict::Retry => {
+            if let Err(Jump(token)) = send_again(cluster, rank, task)? {
+                return Ok(token);
+            }
+            record(lost, true);
+            Ok(().into())
+        }
+    }
+}
+
+/// An attempt at a task, or at some tasks of a job that were sent together, ended with the worker.
+fn log_attempt(task: TaskId, place: Rank, attempt: usize, again: bool) {
+    tracing::info!(task, rank = place + 1, attempt, again, "attempt failed");
+}
+
+/// Logs that for a job, whose losses R counts. `failure`: a loss of a message.
+/// @noRd
+#[extendr]
+fn job_log_attempt(task: f64, rank: i32, attempt: i32, again: bool) {
+    let place = Rank::try_from(rank - 1).unwrap_or(Rank::MAX - 1);
+    log_attempt(task as TaskId, place, attempt.max(0) as usize, again);
+}
+
+/// Sends a task again that R gave to `rank`.
+///
+/// # Errors
+/// If nobody can take it, or it is bound to what is lost: there is no use in going on.
+fn send_again(
+    cluster: &Cluster,
+    rank: Rank,
+    task: TaskId,
+) -> std::result::Result<std::result::Result<(), Jump>, Failure> {
+    may_send(cluster)?;
+    let (message, lasts, shared) = match cluster.messages.borrow().get(&task) {
+        Some(m) => (m.message.clone(), m.lasts, m.shared),
+        None => return Err(Failure::new("no_task")),
+    };
+    let payload = |place| shared.of(cluster.format(place));
+    let begun = cluster
+        .hub
+        .borrow_mut()
+        .try_again(rank, task, lasts, payload);
+    let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone).with("task", task))?;
+    Ok(broadcast::write(cluster, &begun, &message).map(drop))
+}
+
+/// A call was lost with the worker at `place`. Returns `NULL` if R goes on waiting.
+///
+/// # Errors
+/// If the call has failed: that is told until it is forgotten.
+pub(super) fn call_lost(
+    cluster: &Cluster,
+    place: Rank,
+    task: TaskId,
+    gone: &Gone,
+) -> std::result::Result<Robj, Failure> {
+    let (any_of, what, message, attempts) = {
+        let calls = cluster.calls.borrow();
+        let call = calls.get(&task).ok_or_else(|| Failure::new("no_task"))?;
+        let attempts = call.attempts.clone();
+        (
+            call.any_of.clone(),
+            call.what.clone(),
+            call.message.clone(),
+            attempts,
+        )
+    };
+    let lost = Lost::new(cluster, place, gone, task);
+    let policy = cluster.losses.borrow().policy(CALLS);
+    let verdict = attempts.verdict(policy, gone);
+    log_attempt(
+        task,
+        place,
+        attempts.losses().len() + 1,
+        verdict == Verdict::Retry,
+    );
+    match verdict {
+        Verdict::Raise => Err(lost.failure),
+        Verdict::GiveUp => {
+            let mut attempts = attempts;
+            attempts.record(lost.failure);
+            Err(given_up(&attempts).with("task", task))
+        }
+        Verdict::Retry => {
+            let living = |&rank: &Rank| cluster.hub.borrow().worker(rank).gone.is_none();
+            if !any_of.iter().any(living) {
+                return Err(lost.failure);
+            }
+            may_send(cluster)?;
+            if let Err(Jump(token)) = call::send(cluster, &any_of, task, true, &message) {
+                return Ok(token);
+            }
+            let lost = Lost {
+                failure: lost.failure.with("tasks", what),
+                ..lost
+            };
+            let failure = lost.dealt_with(cluster, CALLS, true);
+            match cluster.calls.borrow_mut().get_mut(&task) {
+                Some(call) => call.attempts.record(failure),
+                // Dropped while it was sent.
+                None => cluster.hub.borrow_mut().forget_call(task),
+            }
+            Ok(().into())
+        }
+    }
+}
+
+/// A task whose worker died on all attempts.
+pub(super) fn given_up(attempts: &Attempts<Failure>) -> Failure {
+    Failure::new("task_failed").with("losses", attempts.losses())
+}
+
+/// How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
+/// have no policy of their own.
+/// @noRd
+#[extendr]
+fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let retries = retries as usize;
+        let policy = Policy { retries, raises };
+        let mut losses = cluster.losses.borrow_mut();
+        match job as JobId {
+            NO_JOB => losses.default = policy,
+            job => losses.of_job = Some((job, policy)),
+        }
+        Ok(().into())
+    })
+}
+
+/// The losses that were dealt with and that R has not noted: a list of failures, or `NULL`.
+/// @noRd
+#[extendr]
+fn hub_losses(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let untold = cluster.losses.borrow().untold.clone();
+        if untold.is_empty() {
+            return Ok(().into());
+        }
+        Ok(List::from_values(untold.into_iter().map(|(_, loss)| Robj::from(loss))).into())
+    })
+}
+
+/// R has noted so many of the losses that hub_losses() has told.
+/// @noRd
+#[extendr]
+fn hub_losses_noted(handle: Robj, count: i32) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let untold = &mut cluster.losses.borrow_mut().untold;
+        let count = usize::try_from(count).unwrap_or(0).min(untold.len());
+        untold.drain(..count);
+        Ok(().into())
+    })
+}
+
+extendr_module! {
+    mod retry;
+    fn job_log_attempt;
+    fn hub_policy;
+    fn hub_losses;
+    fn hub_losses_noted;
+}
