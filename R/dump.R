@@ -7,7 +7,7 @@
 #' after lost hosts, and after `stopCluster()`, when only this session is left to be asked.
 #'
 #' To report a problem: `saveRDS(clusterDump(cl), "dump.rds")`, or what [print()] shows. The object holds
-#' numbers, states, version numbers, names of hosts, reasons for which hosts and workers were lost, and paths of log
+#' numbers, states, versions, names of hosts, reasons for which hosts and workers were lost, and paths of log
 #' files. It holds nothing of the contents of tasks, results, variables or files, nothing that workers have printed, and no
 #' environment variables, user names, ports or commands.
 #'
