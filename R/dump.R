@@ -8,8 +8,8 @@
 #'
 #' To report a problem: `saveRDS(clusterDump(cl), "dump.rds")`, or what [print()] shows. The object holds
 #' numbers, states, versions, names of hosts, reasons for which hosts and workers were lost, and paths of log
-#' files. It holds nothing of the contents of tasks, results, variables or files, nothing that workers have printed, and no
-#' environment variables, user names, ports or commands.
+#' files. It holds nothing of the contents of tasks, results, variables or files, nothing that workers have
+#' printed, and no environment variables, user names, ports or commands.
 #'
 #' Its elements are for those who know the code, and change with it.
 #'
