@@ -40,6 +40,10 @@ agent_run <- function() .Call(wrap__agent_run)
 #' @noRd
 limits_check <- function(workers) .Call(wrap__limits_check, workers)
 
+#' Logs in this session what `RUSTCLUSTER_LOG` asks for.
+#' @noRd
+log_start <- function() .Call(wrap__log_start)
+
 #' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
 #' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
 #' that are buffered here before they are left on their hosts.
@@ -235,6 +239,10 @@ calls_to_look_at <- function(handle) .Call(wrap__calls_to_look_at, handle)
 #' @noRd
 calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
 
+#' Logs that for a job, whose losses R counts. `failure`: a loss of a message.
+#' @noRd
+job_log_attempt <- function(task, rank, attempt, again) .Call(wrap__job_log_attempt, task, rank, attempt, again)
+
 #' How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
 #' have no policy of their own.
 #' @noRd
@@ -303,6 +311,17 @@ hub_usage <- function(handle, question, most, anyway) .Call(wrap__hub_usage, han
 #' What some workers have been at: a list of vectors with an element for each interval, and `now`.
 #' @noRd
 hub_timeline <- function(handle, ranks) .Call(wrap__hub_timeline, handle, ranks)
+
+#' Asks all agents for their state. Returns the number of the question.
+#' @noRd
+hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
+
+#' The answers to that, and what is known here. `NULL`: not yet; waits up to `most` seconds for it. `anyway`:
+#' what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
+#' such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
+#' last events (a list of vectors).
+#' @noRd
+hub_dump <- function(handle, question, most, anyway) .Call(wrap__hub_dump, handle, question, most, anyway)
 
 #' The bytes of memory that this worker may have; 0 if there is no limit.
 #' @noRd

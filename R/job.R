@@ -167,6 +167,7 @@ unitEnded <- function(failure, handle, retries, timeout, lossEnds, what) {
     for (key in keys) handle$losses[[key]] <- c(handle$losses[[key]], list(loss))
     lost <- lengths(handle$losses[keys])
     again <- tasks[lost <= retries]
+    job_log_attempt(number, loss$rank, max(lost), length(again) > 0L)
     # Retry each task alone: one task may kill every worker, and the others must not fail with it.
     values <- Map(
       function(task, key) failureValue(quarantined(task, handle$losses[[key]], what)),

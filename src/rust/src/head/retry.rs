@@ -84,6 +84,8 @@ pub(super) fn task_lost(
         let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
         let policy = cluster.losses.borrow().policy(message.job);
         let verdict = message.attempts.verdict(policy, gone);
+        let attempt = message.attempts.losses().len() + 1;
+        log_attempt(task, place, attempt, verdict == Verdict::Retry);
         (message.index, message.job, verdict, policy.raises)
     };
     let mut lost = Lost::new(cluster, place, gone, task);
@@ -110,6 +112,19 @@ pub(super) fn task_lost(
             Ok(().into())
         }
     }
+}
+
+/// An attempt at a task, or at some tasks of a job that were sent together, ended with the worker.
+fn log_attempt(task: TaskId, place: Rank, attempt: usize, again: bool) {
+    tracing::info!(task, rank = place + 1, attempt, again, "attempt failed");
+}
+
+/// Logs that for a job, whose losses R counts. `failure`: a loss of a message.
+/// @noRd
+#[extendr]
+fn job_log_attempt(task: f64, rank: i32, attempt: i32, again: bool) {
+    let place = Rank::try_from(rank - 1).unwrap_or(Rank::MAX - 1);
+    log_attempt(task as TaskId, place, attempt.max(0) as usize, again);
 }
 
 /// Sends a task again that R gave to `rank`.
@@ -158,7 +173,14 @@ pub(super) fn call_lost(
     };
     let lost = Lost::new(cluster, place, gone, task);
     let policy = cluster.losses.borrow().policy(CALLS);
-    match attempts.verdict(policy, gone) {
+    let verdict = attempts.verdict(policy, gone);
+    log_attempt(
+        task,
+        place,
+        attempts.losses().len() + 1,
+        verdict == Verdict::Retry,
+    );
+    match verdict {
         Verdict::Raise => Err(lost.failure),
         Verdict::GiveUp => {
             let mut attempts = attempts;
@@ -238,6 +260,7 @@ fn hub_losses_noted(handle: Robj, count: i32) -> Robj {
 
 extendr_module! {
     mod retry;
+    fn job_log_attempt;
     fn hub_policy;
     fn hub_losses;
     fn hub_losses_noted;

@@ -606,6 +606,7 @@ impl Sim {
                 Note::Back { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
+                | Note::Dump { .. }
                 | Note::Aside { .. }
                 | Note::LeftBehind { .. }
                 | Note::Failed { .. }
