@@ -178,8 +178,8 @@ hub_readiness_listen <- function(handle) .Call(wrap__hub_readiness_listen, handl
 #' @noRd
 hub_readiness_accept <- function(handle) .Call(wrap__hub_readiness_accept, handle)
 
-#' From now on the connection can be read while the next answer of this worker is there. `TRUE`: R has to read
-#' one byte; `NULL`: there is no connection.
+#' From now on the connection can be read while the next answer of this worker is there. If its task was lost, the
+#' policy says first what becomes of that. `NULL`: there is no connection.
 #' @noRd
 hub_readiness_point <- function(handle, rank) .Call(wrap__hub_readiness_point, handle, rank)
 

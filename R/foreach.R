@@ -158,11 +158,11 @@ foreachCombiner <- function(iterator, n, in_order) {
   arrived <- logical(n)
   done <- 0L
   broken <- FALSE
-  take <- function(i, value) {
-    if (inherits(value, "snow-try-error")) value <- foreachError(value)
+  take <- function(i, value, failed) {
+    if (failed) value <- foreachError(value)
     accumulate(list(value), i)
   }
-  function(fresh, values) {
+  function(fresh, values, failures) {
     if (in_order) {
       arrived[fresh] <<- TRUE
       waiting <- arrived[seq.int(done + 1L, length.out = n - done)]
@@ -171,7 +171,7 @@ foreachCombiner <- function(iterator, n, in_order) {
     }
     if (broken) return()
     tryCatch(
-      for (i in fresh) take(i, values[[i]]),
+      for (i in fresh) take(i, values[[i]], i %in% failures),
       error = function(e) {
         broken <<- TRUE
         cat("error calling combine function:\n")

@@ -18,8 +18,9 @@
 #' reasons.
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture} (`%dopar%` and `%dofuture%`) work with this backend.
 #'
-#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. In that backend progress is
-#' relayed at the end, and `resolved()` uses one of R's connections for each cluster (it waits if none is left).
+#' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. That backend does not
+#' relay immediate conditions, such as the progress of \pkg{progressr}. Its `resolved()` uses one of R's connections for
+#' each cluster, and waits if none is left.
 #'
 #' @param ... Further arguments of a backend of \pkg{future}.
 #' @param workers A cluster made by [makeRustCluster()]. Or a `spec` of [makeRustCluster()], such as a number: the plan

@@ -19,7 +19,8 @@ nativeRanks <- function(cl) {
 #     function.
 #   spread: whether an element is a list of arguments, and not the first argument.
 #   lossEnds: whether a worker failure ends the job with an error.
-#   each: a function of the indices of newly finished tasks and all results so far; it ends the job by returning FALSE.
+#   each: a function of the indices of newly finished tasks, of all results so far and of the indices of those that are
+#     errors. It ends the job by returning FALSE.
 #   what: what error messages call a task.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = "nothing", spread = FALSE,
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
@@ -62,7 +63,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
       if (!is.null(shown)) shown()
       if (!is.null(each)) {
         results <- job_results(handle$pointer)
-        if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]]))) break
+        if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]], results[[2L]]))) break
       }
       Sys.sleep(0)
     })
@@ -71,7 +72,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
   }
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
-  if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]])
+  if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]], results[[2L]])
   list(values = results[[1L]], failed = results[[2L]])
 }
 
@@ -125,10 +126,10 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     if (sent < n) send(got$node)
     answer <- got$value
     i <- answer$tag
-    values[i] <- list(ofElement(answer$value, what))
     failed[[i]] <- isFALSE(answer$success)
+    values[i] <- list(if (failed[[i]]) ofElement(answer$value, what) else answer$value)
     if (!is.null(shown)) shown()
-    if (!is.null(each) && isFALSE(each(i, values))) break
+    if (!is.null(each) && isFALSE(each(i, values, which(failed)))) break
   }
   list(values = values, failed = which(failed))
 }

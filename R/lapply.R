@@ -85,9 +85,9 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   if (!n) return(structure(list(), names = names(X)))
   seed <- streamsOf(.seed, n)
   each <- if (!is.null(.onResult) || .errors == "stop") {
-    function(fresh, values) {
+    function(fresh, values, failures) {
       for (i in fresh) {
-        failed <- inherits(values[[i]], "snow-try-error")
+        failed <- i %in% failures
         if (!is.null(.onResult) && (!failed || .errors == "return")) .onResult(i, values[[i]])
         if (failed && .errors == "stop") return(FALSE)
       }

@@ -137,14 +137,17 @@ recvData.RustNode <- function(node) {
   handle <- .subset2(node, "handle")
   rank <- .subset2(node, "rank")
   repeat {
+    raiseInterrupt()
     result <- hub_receive(handle$pointer, rank)
-    ended <- typeof(result) == "list" && !(is.object(result) && isFailure(result))
-    if (!ended) result <- noAnswer(orStopped(result, handle, rank), handle)
-    if (is.null(result)) next
-    if (!is.null(readiness[[handle$id]])) pointReadiness(handle, rank)
-    return(result)
+    if (typeof(result) == "list" && !(is.object(result) && isFailure(result))) return(result)
+    result <- noAnswer(orStopped(result, handle, rank), handle)
+    if (!is.null(result)) return(result)
   }
 }
+
+# Raises an interrupt that is pending. R itself does so only now and then, and an interrupt that is raised just after an
+# answer was taken loses the answer.
+raiseInterrupt <- function() Sys.sleep(0)
 
 #' @exportS3Method parallel::recvOneData
 #' @exportS3Method snow::recvOneData
@@ -277,7 +280,10 @@ readAnswer <- function(handle) {
 
 # An answer as it came. One that cannot be read is the failure of its task.
 readWithConditions <- function(handle) {
-  answer <- answersRead(handle, checked(hub_read(handle$pointer), handle))
+  answer <- answersRead(handle, {
+    raiseInterrupt()
+    checked(hub_read(handle$pointer), handle)
+  })
   if (!inherits(answer, "rustcluster_unread")) return(answer)
   value <- failedAnswer(answer$task, notRead(answer), handle)
   if (answer$place == 0) value else list(node = as.integer(answer$place), value = value)

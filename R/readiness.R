@@ -31,10 +31,10 @@ selects <- function(fun) {
 connectionOf <- function(node) {
   handle <- .subset2(node, "handle")
   # The connection of a stopped cluster is closed, which is an error in future.
-  if (!handle$stopped) suspendInterrupts({
+  if (!handle$stopped) {
     if (!isOpenReadiness(handle) && !openReadiness(handle)) return(NULL)
-    if (!pointReadiness(handle, .subset2(node, "rank"))) return(NULL)
-  })
+    if (is.null(checked(hub_readiness_point(handle$pointer, .subset2(node, "rank")), handle))) return(NULL)
+  }
   readiness[[handle$id]]$connection
 }
 
@@ -49,25 +49,27 @@ openReadiness <- function(handle) {
   forgetReadiness(handle)
   listening <- hub_readiness_listen(handle$pointer)
   if (!is.integer(listening)) return(FALSE)
-  connection <- tryCatch(
-    suppressWarnings(socketConnection("127.0.0.1", listening[[1L]], open = "r+b", blocking = TRUE, timeout = 10)),
-    error = function(e) NULL
-  )
-  if (is.null(connection)) return(FALSE)
-  description <- summary(connection)$description
-  readiness[[handle$id]] <- list(connection = connection, description = description)
   reg.finalizer(handle, forgetReadiness)
+  suspendInterrupts({
+    connection <- tryCatch(
+      suppressWarnings(socketConnection("127.0.0.1", listening[[1L]], open = "r+b", blocking = TRUE, timeout = 10)),
+      error = function(e) NULL
+    )
+    if (is.null(connection)) return(FALSE)
+    readiness[[handle$id]] <- list(connection = connection, description = summary(connection)$description)
+  })
   writeBin(as.raw(listening[-1L]), connection)
-  isTRUE(hub_readiness_accept(handle$pointer))
+  if (isTRUE(hub_readiness_accept(handle$pointer)) && isConnectionLeft()) return(TRUE)
+  forgetReadiness(handle)
+  FALSE
 }
 
-# Makes the connection readable while the next answer of this worker has arrived. Returns whether that was possible.
-pointReadiness <- function(handle, rank) {
-  suspendInterrupts({
-    to_read <- hub_readiness_point(handle$pointer, rank)
-    if (isTRUE(to_read)) tryCatch(readBin(readiness[[handle$id]]$connection, "raw", 1L), error = function(e) NULL)
-  })
-  is.logical(to_read)
+# Future opens connections of its own to capture output, and must not find the table full.
+isConnectionLeft <- function() {
+  connection <- tryCatch(textConnection("", local = TRUE), error = function(e) NULL)
+  if (is.null(connection)) return(FALSE)
+  close(connection)
+  TRUE
 }
 
 closeReadiness <- function(handle) {

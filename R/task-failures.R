@@ -96,7 +96,8 @@ noTime <- structure(
 # the one place where all results of a verb and what failed among them meet.
 #' @export
 as.character.rustcluster_failure <- function(x, ...) {
-  results <- resultsChecked()
+  # A value of a task may have the class, too.
+  results <- if (inherits(attr(x, "condition"), "rustcluster_error")) resultsChecked()
   if (!is.null(results)) raiseTaskFailure(x, results)
   as.vector(unclass(x))
 }

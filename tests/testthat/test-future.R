@@ -537,6 +537,44 @@ test_that("resolved() of future's own cluster plan neither waits nor warns", {
   expect_identical(nrow(showConnections()), before)
 })
 
+test_that("an interrupt at the end of a future leaves resolved() of future's own cluster plan right", {
+  cl <- local_cluster(1, retries = 1)
+  local_plan(future::cluster, workers = cl)
+  for (k in 1:5) {
+    f <- future::future(k)
+    while (!future::resolved(f)) {}
+    f <- future::future(k)
+    Sys.sleep(0.2)
+    tryCatch(
+      {
+        suspendInterrupts({
+          tools::pskill(Sys.getpid(), tools::SIGINT)
+          future::value(f)
+        })
+        Sys.sleep(1)
+      },
+      interrupt = function(e) NULL
+    )
+    expect_identical(future::value(f), k)
+  }
+  # A lost future is retried without making resolved() wait for it.
+  marks <- tempfile("mark")
+  on.exit(unlink(marks), add = TRUE)
+  f <- future::future({
+    while (!file.exists(marks)) Sys.sleep(0.01)
+    7
+  })
+  expect_false(future::resolved(f))
+  before <- clusterPids(cl)
+  tools::pskill(before, tools::SIGKILL)
+  expect_true(wait_until(function() !anyNA(clusterPids(cl)) && !identical(clusterPids(cl), before)))
+  expect_false(future::resolved(f))
+  file.create(marks)
+  deadline <- Sys.time() + 30
+  while (!suppressWarnings(future::resolved(f)) && Sys.time() < deadline) {}
+  expect_identical(suppressWarnings(future::value(f)), 7)
+})
+
 test_that("resolved() of future's own cluster plan waits without a free connection", {
   cl <- local_cluster(1)
   local_plan(future::cluster, workers = cl)
@@ -547,9 +585,16 @@ test_that("resolved() of future's own cluster plan waits without a free connecti
     if (is.null(connection)) break
     open <- c(open, list(connection))
   }
-  f <- future::future(1)
-  suppressWarnings(expect_true(future::resolved(f)))
-  expect_identical(future::value(f), 1)
+  for (left in 0:1) {
+    if (left) {
+      # Future itself needs the last one.
+      close(open[[length(open)]])
+      open <- open[-length(open)]
+    }
+    f <- future::future(1, stdout = left == 1)
+    suppressWarnings(expect_true(future::resolved(f)))
+    expect_identical(future::value(f), 1)
+  }
 })
 
 test_that("no process is left", {

@@ -458,6 +458,24 @@ test_that("progress, at a terminal and not", {
   expect_match(text, "failed: forty")
 })
 
+test_that("values of the classes of failures are values", {
+  cl <- local_cluster(2)
+  classes <- list(
+    c("snow-try-error", "try-error"), "rustcluster_failure", c("rustcluster_failure", "snow-try-error", "try-error"),
+    "rustcluster_rust_failure"
+  )
+  for (nodes in list(cl, c(cl, local_cluster(1)))) {
+    for (class in classes) {
+      value <- structure("boo", class = class)
+      seen <- integer()
+      got <- clusterLapply(nodes, 1:6, function(i, value) if (i == 1) value else i, value, .errors = "stop",
+                           .onResult = function(i, result) seen <<- c(seen, i))
+      expect_identical(got, c(list(value), as.list(2:6)))
+      expect_setequal(seen, 1:6)
+    }
+  }
+})
+
 test_that("no process is left", {
   stop_cluster_pairs()
   expect_no_leftovers()

@@ -90,7 +90,7 @@ test_that("errors of tasks and warnings at the end", {
   handle$owner <- c(1L, 1L, 2L)
   handle$hosts <- c("h1", "h1", "h2")
   handle$stopTimeout <- 5
-  late <- lapply(c("1", "2", "3"), function(rank) c(kind = "stop_timeout", rank = rank))
+  late <- lapply(1:3, function(rank) list(kind = "stop_timeout", rank = rank))
   loss <- simpleCondition("worker 1 on host 'h1' exited with status 3")
   unread <- simpleCondition("no package called 'nosuch'")
   expect_snapshot({

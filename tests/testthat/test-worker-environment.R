@@ -456,7 +456,7 @@ test_that("a jump to the top level is the task's error, and its worker goes on",
     invokeRestart("abort")
   })
   fates <- list(
-    list(custom, "no error, of class .custom.: no error"), list(leave, "top level"), list(odd, "top level")
+    list(custom, "not an error, of class .custom.: no error"), list(leave, "top level"), list(odd, "top level")
   )
   for (fate in fates) {
     error <- caught(parLapply(cl, 1:4, fate[[1]]))

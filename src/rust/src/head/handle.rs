@@ -73,6 +73,8 @@ pub struct Cluster {
 pub(super) struct Unread {
     pub(super) body: Body,
     pub(super) task: TaskId,
+    /// The worker that R gave the task to.
+    pub(super) rank: Rank,
     pub(super) place: i32,
     pub(super) at: Rank,
 }

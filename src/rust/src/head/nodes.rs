@@ -380,11 +380,11 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
         if cluster.losses.borrow().any_untold() {
             return Ok(().into());
         }
-        let answer = {
-            let mut hub = cluster.hub.borrow_mut();
-            let rank = rank_of(&hub, rank)?;
-            hub.receive(rank, SLICE)
-        };
+        let rank = rank_of(&cluster.hub.borrow(), rank)?;
+        if is_unread(cluster, |owner| (owner == rank).then_some(0)) {
+            return Ok(true.into());
+        }
+        let answer = cluster.hub.borrow_mut().receive(rank, SLICE);
         answered(cluster, answer, |_| 0)
     })
 }
@@ -430,6 +430,7 @@ pub(super) fn answered(
             let unread = Unread {
                 body,
                 task,
+                rank,
                 place,
                 at,
             };
@@ -461,12 +462,25 @@ pub(super) fn answered(
     }
 }
 
+/// Whether R has been told of an answer of one of these workers and was interrupted before it read that. `place`: the
+/// place of the worker's node now, if it is one of these.
+pub(super) fn is_unread(cluster: &Cluster, place: impl Fn(Rank) -> Option<i32>) -> bool {
+    let mut unread = cluster.unread.take();
+    let now = unread.as_ref().and_then(|unread| place(unread.rank));
+    if let (Some(unread), Some(now)) = (&mut unread, now) {
+        unread.place = now;
+    }
+    cluster.unread.set(unread);
+    now.is_some()
+}
+
 fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
     let Unread {
         body,
         task,
         place,
         at,
+        ..
     } = unread;
     cluster.reading.set(Some((task, place)));
     match read_answer(body, place) {
@@ -519,11 +533,15 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             _ => places_of(&nodes, size)?,
         };
         let place = |rank: Rank| places.get(rank as usize).copied().unwrap_or(ABSENT);
-        let answer = {
+        let known = |rank| Some(place(rank)).filter(|&at| at != ABSENT);
+        let result = if is_unread(cluster, |rank| known(rank).map(|at| at as i32)) {
+            Ok(true.into())
+        } else {
             let mut hub = cluster.hub.borrow_mut();
-            hub.receive_any(|rank| place(rank) != ABSENT, SLICE)
+            let answer = hub.receive_any(|rank| place(rank) != ABSENT, SLICE);
+            drop(hub);
+            answered(cluster, answer, |rank| place(rank) as i32)
         };
-        let result = answered(cluster, answer, |rank| place(rank) as i32);
         cluster.nodes.set(Some((nodes, places)));
         result
     })
@@ -545,6 +563,10 @@ fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
             *known = (*known).min(place as u32);
         }
         let place = |rank: Rank| of_ranks.get(rank as usize).copied().unwrap_or(ABSENT);
+        let known = |rank| Some(place(rank)).filter(|&at| at != ABSENT);
+        if is_unread(cluster, |rank| known(rank).map(|at| at as i32)) {
+            return Ok(true.into());
+        }
         let answer = {
             let mut hub = cluster.hub.borrow_mut();
             hub.receive_any(|rank| place(rank) != ABSENT, Duration::ZERO)

@@ -1,6 +1,8 @@
 //! The connection by which R code waits for a node with `socketSelect()`: see `R/readiness.R`.
 
 use super::handle::{rank_of, with_cluster};
+use super::nodes::is_unread;
+use super::retry;
 use extendr_api::prelude::*;
 
 /// Begins to listen for a connection that shows when an answer has arrived. The port to connect to on the loopback
@@ -29,17 +31,25 @@ fn hub_readiness_accept(handle: Robj) -> Robj {
     })
 }
 
-/// From now on the connection can be read while the next answer of this worker is there. `TRUE`: R has to read
-/// one byte; `NULL`: there is no connection.
+/// From now on the connection can be read while the next answer of this worker is there. If its task was lost, the
+/// policy says first what becomes of that. `NULL`: there is no connection.
 /// @noRd
 #[extendr]
 fn hub_readiness_point(handle: Robj, rank: i32) -> Robj {
     with_cluster(&handle, |cluster| {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
-        Ok(match cluster.hub.borrow_mut().point_readiness_at(rank) {
-            Some(to_read) => to_read.into(),
-            None => ().into(),
-        })
+        let loss = cluster.hub.borrow().next_loss(rank);
+        let mut at_once = is_unread(cluster, |owner| (owner == rank).then_some(0));
+        if let Some((task, place, gone)) = loss {
+            match retry::task_lost(cluster, (rank, place), 0, task, &gone) {
+                Ok(value) if value.is_null() => {}
+                // R jumped while the task was sent again.
+                Ok(token) => return Ok(token),
+                Err(_) => at_once = true,
+            }
+        }
+        let there = cluster.hub.borrow_mut().point_readiness_at(rank, at_once);
+        Ok(if there { true.into() } else { ().into() })
     })
 }
 

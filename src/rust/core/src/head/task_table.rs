@@ -25,6 +25,15 @@ struct Entry {
     end: Option<End>,
 }
 
+impl Entry {
+    fn loss(&self) -> Option<&Arc<Gone>> {
+        match &self.end {
+            Some(End::Outcome(Outcome::Lost(gone))) => Some(gone),
+            _ => None,
+        }
+    }
+}
+
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub struct TaskTable {
@@ -154,11 +163,16 @@ impl TaskTable {
         Some((entry.owner, task, end))
     }
 
-    /// Whether the end of the first task outstanding of this owner can be taken.
+    /// Whether the end of the first task outstanding of this owner can be taken for good: losses are first decided on.
     pub fn is_next_there(&self, owner: Rank) -> bool {
         let next = self.of_owner(owner).next();
         let entry = next.and_then(|(task, _)| self.tasks.get(&task));
-        entry.is_some_and(|entry| entry.end.is_some())
+        entry.is_some_and(|entry| entry.end.is_some() && entry.loss().is_none())
+    }
+
+    /// Why the worker that had the task is gone, if the task was lost and it is not decided whether it is retried.
+    pub fn loss(&self, task: TaskId) -> Option<Arc<Gone>> {
+        self.tasks.get(&task)?.loss().cloned()
     }
 
     /// The end of this task, or else the loss of another of the same job, unless that is 0.

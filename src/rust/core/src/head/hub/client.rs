@@ -544,21 +544,31 @@ impl Hub {
         Ok(())
     }
 
-    /// From now on R's connection has a byte to be read while the next answer of this worker is there. Returns
-    /// whether R has to read one first; `None`: there is no connection.
-    pub fn point_readiness_at(&mut self, rank: Rank) -> Option<bool> {
+    /// From now on R's connection has a byte to be read while the next answer of this worker is there. `at_once`:
+    /// receiving from the worker does not wait. Returns whether there is a connection.
+    pub fn point_readiness_at(&mut self, rank: Rank, at_once: bool) -> bool {
         let mut core = self.core();
-        let core = &mut *core;
+        let Some(readiness) = &mut core.readiness else {
+            return false;
+        };
+        readiness.point_at(rank, at_once);
         let tasks = &core.inbox.tasks;
-        let to_read = core.readiness.as_mut()?.point_at(rank, tasks);
         let next = tasks.of_owner(rank).next();
         if let Some(place) = next.and_then(|(task, _)| tasks.place(task)) {
             // A large result is sent only if it is asked for.
             core.scheduler.want(Want::Rank(place));
             core.settle();
         }
-        core.changed();
-        Some(to_read)
+        core.update_readiness();
+        core.readiness.is_some()
+    }
+
+    /// The next task of this worker, the worker that had the task, and why that is gone, if the task was lost.
+    pub fn next_loss(&self, rank: Rank) -> Option<(TaskId, Rank, Arc<Gone>)> {
+        let core = self.core();
+        let tasks = &core.inbox.tasks;
+        let (task, _) = tasks.of_owner(rank).next()?;
+        Some((task, tasks.place(task)?, tasks.loss(task)?))
     }
 
     fn receive_next(
@@ -598,6 +608,7 @@ impl Hub {
         if let End::Outcome(Outcome::Answer(body)) = &end {
             took(&mut core, body.len);
         }
+        core.update_readiness();
         drop(core);
         match end {
             End::Outcome(Outcome::Answer(body)) => Answer::Ready {

@@ -634,6 +634,11 @@ impl Core {
             // Full means that R has been woken already.
             let _ = (&self.wake).write(&[1]);
         }
+        self.update_readiness();
+    }
+
+    /// Lets the connection show whether the answer that R's code waits for is there.
+    pub fn update_readiness(&mut self) {
         if let Some(readiness) = &mut self.readiness
             && !readiness.update(&self.inbox.tasks)
         {

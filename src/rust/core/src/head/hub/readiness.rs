@@ -3,12 +3,18 @@
 //! `socketSelect()` waits for connections in R's own table, and knows nothing of the hub. So R opens one
 //! connection to this process and points it at a worker: the connection has one byte to be read exactly while the
 //! next answer of that worker has arrived and has not been taken.
+//!
+//! R never reads the byte. It would have to tell that it has, and an interrupt may come between the two: so the
+//! hub has a duplicate of the descriptor of R's end, by which it takes the byte back.
 
 use crate::head::task_table::TaskTable;
+use crate::platform::fd;
 use crate::protocol::ids::Rank;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 
 /// Bytes that a connection begins with, to show that it is R's.
 pub const TOKEN_LEN: usize = 16;
@@ -59,8 +65,10 @@ impl ReadinessListener {
             if stream.read_exact(&mut token).is_ok() && token == self.token {
                 stream.set_nodelay(true)?;
                 return Ok(Readiness {
+                    rs_end: own_socket(stream.peer_addr()?)?,
                     stream,
                     rank: None,
+                    at_once: false,
                     readable: false,
                 });
             }
@@ -68,36 +76,75 @@ impl ReadinessListener {
     }
 }
 
+/// A duplicate of the descriptor of this process that is bound to a local address.
+fn own_socket(address: SocketAddr) -> io::Result<TcpStream> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        // Only sockets are duplicated: to close a duplicate of a file would give up the file's locks.
+        let is_socket = |link: PathBuf| link.to_string_lossy().starts_with("socket:");
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        let (Some(number), Ok(true)) = (number, entry.path().read_link().map(is_socket)) else {
+            continue;
+        };
+        // SAFETY: it was open just now. Should another thread have closed it meanwhile, the call fails, or
+        // duplicates another one, which is not bound to the address.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+        let Ok(duplicate) = descriptor.try_clone_to_owned() else {
+            continue;
+        };
+        let socket = TcpStream::from(duplicate);
+        if socket.local_addr().is_ok_and(|local| local == address) {
+            return Ok(socket);
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
 /// The hub's end of the connection.
 #[derive(Debug)]
 pub struct Readiness {
     stream: TcpStream,
+    rs_end: TcpStream,
     rank: Option<Rank>,
-    /// A byte has been written and R has not been told to read it.
+    /// Receiving from the worker does not wait: it fails, or goes on with an answer that was taken before.
+    at_once: bool,
+    /// A byte has been written and not been taken back.
     readable: bool,
 }
 
 impl Readiness {
-    /// Makes R's end readable if the next answer is there. Returns whether the connection is still of use.
+    /// Makes R's end readable if the next answer is there, and takes the byte back if not. Returns whether the
+    /// connection is still of use.
     pub fn update(&mut self, tasks: &TaskTable) -> bool {
-        if self.is_there(tasks) && !self.readable {
-            // At most one byte is ever unread, so there is room.
-            self.readable = true;
-            return self.stream.write_all(&[1]).is_ok();
+        let is_there = self.at_once || self.rank.is_some_and(|rank| tasks.is_next_there(rank));
+        if is_there == self.readable {
+            return true;
         }
-        true
+        self.readable = is_there;
+        if is_there {
+            // There is room, since at most one byte is ever unread.
+            self.stream.write_all(&[1]).is_ok()
+        } else {
+            recv_now(&self.rs_end)
+        }
     }
 
-    /// Points the connection at this worker. Returns whether R has to read a byte, for an answer that has been
-    /// taken or is another worker's.
-    pub fn point_at(&mut self, rank: Rank, tasks: &TaskTable) -> bool {
+    /// Points the connection at this worker. `at_once`: receiving from the worker does not wait.
+    pub fn point_at(&mut self, rank: Rank, at_once: bool) {
         self.rank = Some(rank);
-        !self.is_there(tasks) && std::mem::take(&mut self.readable)
+        self.at_once = at_once;
     }
+}
 
-    fn is_there(&self, tasks: &TaskTable) -> bool {
-        self.rank.is_some_and(|rank| tasks.is_next_there(rank))
-    }
+/// Takes the byte that has been written to the other end. Whether that has worked. R's end is blocking, and stays so:
+/// the flag is R's.
+fn recv_now(socket: &TcpStream) -> bool {
+    let mut byte = [0];
+    let result = fd::recv(socket.as_raw_fd(), &mut byte, &mut Vec::new(), false);
+    matches!(result, Ok(1))
 }
 
 #[cfg(test)]
@@ -144,7 +191,7 @@ mod tests {
     fn there_is_one_byte_while_the_task_has_ended() {
         let listener = ReadinessListener::bind().unwrap();
         let token = listener.token().to_vec();
-        let mut r = connect(&listener, &token);
+        let r = connect(&listener, &token);
         let mut readiness = listener.accept().unwrap();
         r.set_nonblocking(true).unwrap();
         let mut tasks = TaskTable::default();
@@ -154,21 +201,27 @@ mod tests {
             tasks.finish(task, 0);
         }
         let ends = |tasks: &mut TaskTable, task| tasks.ended(task, 0, Outcome::TimedOut).unwrap();
-        assert!(!readiness.point_at(0, &tasks));
+        let there = |readiness: &mut Readiness, tasks: &TaskTable| {
+            assert!(readiness.update(tasks) && readiness.update(tasks));
+            r.peek(&mut [0; 2]).is_ok_and(|bytes| bytes == 1)
+        };
+        readiness.point_at(0, false);
+        assert!(!there(&mut readiness, &tasks));
         ends(&mut tasks, 2);
         ends(&mut tasks, 3);
-        assert!(readiness.update(&tasks));
-        assert!(r.read(&mut [0]).is_err());
+        assert!(!there(&mut readiness, &tasks));
         ends(&mut tasks, 1);
-        assert!(readiness.update(&tasks) && readiness.update(&tasks));
+        assert!(there(&mut readiness, &tasks));
         tasks.remove(1);
         // The one after it is there, too.
-        assert!(!readiness.point_at(0, &tasks));
+        assert!(there(&mut readiness, &tasks));
         tasks.remove(3);
-        assert!(readiness.point_at(0, &tasks));
-        assert_eq!(r.read(&mut [0; 2]).unwrap(), 1);
-        assert!(!readiness.point_at(1, &tasks));
-        assert!(readiness.update(&tasks));
-        assert_eq!(r.read(&mut [0; 2]).unwrap(), 1);
+        assert!(!there(&mut readiness, &tasks));
+        readiness.point_at(1, false);
+        assert!(there(&mut readiness, &tasks));
+        readiness.point_at(0, false);
+        assert!(!there(&mut readiness, &tasks));
+        readiness.point_at(0, true);
+        assert!(there(&mut readiness, &tasks));
     }
 }
