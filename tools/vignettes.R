@@ -1,13 +1,13 @@
 # Vignettes that start clusters are written as vignettes/NAME.Rmd.orig. This script runs their code with the installed
-# package and writes vignettes/NAME.Rmd, which contains the real output and no code to run: R CMD build and pkgdown start
-# no cluster.
+# package and writes vignettes/NAME.Rmd, which contains the real output and no code to run: R CMD build and pkgdown
+# start no cluster.
 #
 #   Rscript tools/vignettes.R [NAME ...]   runs these vignettes, or all, and writes them
 #   Rscript tools/vignettes.R check        fails if a vignette was not made from its source as it is now; runs nothing
 #   Rscript tools/vignettes.R run          runs all, fails if the code of one does, and prints where the output differs
 #
-# Process ids are other ones in each run: in the output, 4711 replaces the first one of a vignette, 4712 the next one, and
-# so on. Blanks at the ends of lines and repeated empty lines are removed. Everything else is as R printed it.
+# Process ids are other ones in each run: in the output, 4711 replaces the first one of a vignette, 4712 the next one,
+# and so on. Blanks at the ends of lines and repeated empty lines are removed. Everything else is as R printed it.
 
 source_of <- function(name) file.path("vignettes", paste0(name, ".Rmd.orig"))
 vignette_of <- function(name) file.path("vignettes", paste0(name, ".Rmd"))
@@ -47,14 +47,14 @@ tidy <- function(lines) {
   lines[!(empty & c(FALSE, empty[-length(empty)]))]
 }
 
-# The lines of a vignette. Its code runs in a session of its own.
-run <- function(name) {
+# The lines of a vignette. Its code runs in a session of its own. Plots are written into folder `figures`.
+run <- function(name, figures) {
   output <- tempfile(fileext = ".Rmd")
   on.exit(unlink(output))
   code <- bquote({
-    setwd("vignettes")
+    knitr::opts_knit$set(base.dir = .(normalizePath(figures)))
     knitr::opts_chunk$set(collapse = TRUE, comment = "#>", error = FALSE, fig.path = .(paste0(name, "-")))
-    invisible(knitr::knit(.(basename(source_of(name))), .(output), quiet = TRUE))
+    invisible(knitr::knit(.(source_of(name)), .(output), quiet = TRUE))
   })
   script <- tempfile(fileext = ".R")
   on.exit(unlink(script), add = TRUE)
@@ -66,14 +66,14 @@ run <- function(name) {
 }
 
 write_vignette <- function(name) {
-  lines <- run(name)
+  lines <- run(name, "vignettes")
   writeLines(append(lines, stamp(name, lines), 1L), vignette_of(name), useBytes = TRUE)
 }
 
 print_difference <- function(name) {
   file <- tempfile()
   on.exit(unlink(file))
-  writeLines(run(name), file, useBytes = TRUE)
+  writeLines(run(name, tempdir()), file, useBytes = TRUE)
   committed <- tempfile()
   on.exit(unlink(committed), add = TRUE)
   writeLines(readLines(vignette_of(name), encoding = "UTF-8")[-2L], committed, useBytes = TRUE)
