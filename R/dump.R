@@ -2,20 +2,20 @@
 
 #' The state of a cluster, for a bug report
 #'
-#' Versions, hosts and workers, what the scheduler of this session has where, and what each agent says of itself
-#' and its workers. Works at any time: between calls, in the middle of one (as in `.onResult` of [clusterLapply()]),
-#' after lost hosts, and after `stopCluster()`, when only this session is left to be asked.
+#' Versions, hosts, workers, the queues of this session, and what each agent knows of itself and its workers. Works at any
+#' time: between calls, during a call (as in `.onResult` of [clusterLapply()]), after lost hosts, and after `stopCluster()`,
+#' then without agents. An agent that does not answer within `timeout` is left out.
 #'
-#' To report a problem: `saveRDS(clusterDump(cl), "dump.rds")`, or what [print()] shows. The object holds
-#' numbers, states, versions, names of hosts, reasons for which hosts and workers were lost, and paths of log
-#' files. It holds nothing of the contents of tasks, results, variables or files, nothing that workers have
-#' printed, and no environment variables, user names, ports or commands.
+#' To report a problem, attach the file of `saveRDS(clusterDump(cl), "dump.rds")`, or what [print()] shows. The object
+#' contains numbers, states, versions, host names, the reasons why hosts and workers were lost, and two kinds of paths: of
+#' log files, and of a program that could not be started. It contains nothing of tasks, results, variables or files, nothing
+#' that workers or agents have printed, and no environment variables, user names, ports or arguments of commands. (A path
+#' may contain the name of a user.)
 #'
-#' Its elements are for those who know the code, and change with it.
+#' The elements of its tables are named as in the code, and change with it.
 #'
 #' @inheritParams clusterStatus
-#' @param timeout (number) Seconds to wait for the agents' answers, at least 0; default 2. What is not there by then is
-#'   left out.
+#' @param timeout (number) Seconds to wait for the answers of agents, at least 0; default 2.
 #' @return A list of class `"rustcluster_dump"`:
 #'   \describe{
 #'     \item{time}{(POSIXct) when it was made.}

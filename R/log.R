@@ -8,10 +8,11 @@
 #'
 #' `Sys.setenv(RUSTCLUSTER_LOG = "debug")` before [makeRustCluster()] is enough. The value is a level, or several
 #' directives with commas between them, each a part of the package, `=` and a level. Levels are `error`, `warn`,
-#' `info`, `debug`, `trace` and `off`. Parts are named as the modules of the Rust code:
+#' `info`, `debug`, `trace` and `off`. Parts are the modules of the Rust code, below `rustcluster::head`,
+#' `rustcluster::agent`, `rustcluster::worker` and `rustcluster::platform`:
 #' \tabular{ll}{
 #'   `"info"` \tab starts and ends of processes, failures, attempts at tasks that failed \cr
-#'   `"debug"` \tab and each task's way: submitted, sent, received, answered, cancelled \cr
+#'   `"debug"` \tab and the steps of each task: submitted, sent, received, answered, cancelled \cr
 #'   `"trace"` \tab and each frame and each grant of credit \cr
 #'   `"rustcluster::head=trace"` \tab all of this session, nothing of agents and workers \cr
 #'   `"info,rustcluster::agent=debug"` \tab more of the agents than of the others \cr
@@ -22,17 +23,19 @@
 #' for them, or unset them (`NA`).
 #'
 #' @section Files:
-#' `RUSTCLUSTER_LOG_DIR` is the directory, on each host; it is made if it is not there. Default: that of temporary
-#' files, `TMPDIR` or `/tmp`. Each process has a file of its own, which only its user can read:
+#' `RUSTCLUSTER_LOG_DIR` is the directory on each host, an absolute path; a missing directory is created. Default: that of
+#' temporary files, `TMPDIR` or `/tmp`. Each process has a file of its own, which only its user can read:
 #' `rustcluster-HOST-head-PID.log`, `rustcluster-HOST-agent-PID.log`, `rustcluster-HOST-workerRANK-PID.log`.
-#' [clusterDump()] names those of this session and of the agents. Nothing removes them.
+#' [clusterDump()] names those of this session and of the agents. Their size is not limited, and nothing removes them: at
+#' level `debug`, a task, or a batch of short tasks, takes about 1 kB in all files together.
 #'
 #' Nothing is ever logged on standard output, which is an agent's connection, or standard error, whose end
 #' belongs to error messages.
 #'
 #' A line has the time (UTC), the level, the process, the part, and what happened, with fields. Fields `task` and
-#' `rank` are the same in all files of a cluster, so that `grep 'task=17 '` shows the way of a task; `attempt` counts
-#' from 1. Clusters of one session share its file, and number their tasks each from 1.
+#' `rank` are the same in all files of a cluster, so that `grep -w task=17` follows a task; `attempt` counts
+#' from 1. Short tasks that are sent as a batch share a number. Clusters of one session share its file, and number their
+#' tasks each from 1.
 #' ```
 #' 2026-01-31T12:00:00.123456Z DEBUG head@pi[71] rustcluster::head::scheduler: task submitted task=17 rank=3 job=2
 #' 2026-01-31T12:00:00.125310Z DEBUG worker 3@n1[99] rustcluster::worker::channel: task received task=17 bytes=312

@@ -69,6 +69,14 @@ test_that("failures are among the events, and nothing that tasks hold or print i
   expect_false(grepl("marzipan", rawToChar(serialize(dump, NULL, ascii = TRUE)), fixed = TRUE))
 })
 
+test_that("what an agent says of many workers comes in several messages", {
+  cl <- local_cluster(20)
+  parts <- one(cl)
+  expect_identical(parts$hosts$answered, TRUE)
+  expect_identical(parts$agent_workers$rank, 1:20)
+  expect_identical(parts$agent_workers$pid, as.integer(clusterPids(cl)))
+})
+
 test_that("an agent that does not answer costs the time that is given, and no more", {
   cl <- local_cluster(1)
   agent <- one(cl)$hosts$agent_pid

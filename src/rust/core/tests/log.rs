@@ -4,6 +4,7 @@ use rustcluster_core::platform::log::{self, DIRECTIVES, DIRECTORY, Role};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use tracing::level_filters::LevelFilter;
 use tracing::{debug, error, info};
 
 fn set(directives: &str, directory: &Path) {
@@ -27,8 +28,18 @@ fn events_go_to_a_file_of_the_process_as_the_environment_says() {
     assert_eq!(log::start(Role::Head).unwrap_err().variable, DIRECTIVES);
     assert!(log::path().is_none() && !top.exists());
 
+    for relative in ["logs", "~/logs"] {
+        set("debug", Path::new(relative));
+        let problem = log::start(Role::Head).unwrap_err();
+        assert_eq!(problem.variable, DIRECTORY);
+        assert!(problem.reason.contains("absolute"), "{}", problem.reason);
+    }
+    assert!(log::path().is_none() && !Path::new("~").exists());
+    assert_eq!(LevelFilter::current(), LevelFilter::OFF);
+
     set("error,rustcluster::head=debug", &first);
     log::start(Role::Head).unwrap();
+    assert_eq!(LevelFilter::current(), LevelFilter::DEBUG);
     let path = log::path().unwrap();
     debug!(target: "rustcluster_core::head", task = 5, rank = 3, "task submitted");
     info!(target: "rustcluster_core::agent", "not wanted");
@@ -62,6 +73,13 @@ fn events_go_to_a_file_of_the_process_as_the_environment_says() {
     assert!(written.contains("log begins") && written.contains("of the worker"));
     assert_eq!(fs::read_to_string(path).unwrap(), text);
 
+    // A file that was removed is made again for the next cluster.
+    fs::remove_dir_all(&second).unwrap();
+    log::start(Role::Worker(6)).unwrap();
+    debug!("of the next cluster");
+    let written = fs::read_to_string(worker).unwrap();
+    assert!(written.contains("of the next cluster"));
+
     // What is not a plain file of this user's is refused, and the log goes on as before.
     let name = worker.file_name().unwrap();
     let third = top.join("third");
@@ -73,10 +91,23 @@ fn events_go_to_a_file_of_the_process_as_the_environment_says() {
     assert_eq!(log::path(), Some(worker));
     assert_eq!(fs::read_to_string(path).unwrap(), text);
 
+    // Off again costs as little as never on.
     set("", &second);
     log::start(Role::Worker(6)).unwrap();
     error!("after");
     assert!(log::path().is_none());
-    assert!(!fs::read_to_string(worker).unwrap().contains("after"));
+    assert_eq!(LevelFilter::current(), LevelFilter::OFF);
+
+    // A process that goes on without a file of its own, as a forked worker, does not write to the one before.
+    set("debug", &second);
+    log::start(Role::Agent).unwrap();
+    let agent = log::path().unwrap();
+    set("debug", path);
+    log::start_or_say(Role::Worker(6));
+    error!("after");
+    assert!(log::path().is_none());
+    for file in [path, worker, agent] {
+        assert!(!fs::read_to_string(file).unwrap().contains("after"));
+    }
     fs::remove_dir_all(top).unwrap();
 }

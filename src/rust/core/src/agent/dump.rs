@@ -4,24 +4,26 @@ use super::Agent;
 use crate::platform::{log, memory};
 use crate::protocol::control::{Facts, ToHead};
 
-/// Workers in one message, at most: it has to fit into a frame.
-const AT_ONCE: usize = 64;
+/// Workers in one message, at most: with these it surely fits into a frame.
+const AT_ONCE: usize = 16;
 
 impl Agent {
     /// Tells the head the state of this agent and of its workers.
     pub(super) fn dump(&mut self, question: u64) {
-        let mut all = vec![(None, self.facts())];
-        for worker in 0..self.workers.len() as u32 {
-            all.push((Some(worker), self.worker_facts(worker)));
-        }
-        let messages = all.chunks(AT_ONCE);
-        let count = messages.len();
-        for (at, of) in messages.enumerate() {
-            self.tell(&ToHead::Dump {
+        self.tell(&ToHead::Dump {
+            question,
+            of: vec![(None, self.facts())],
+            last: self.workers.is_empty(),
+        });
+        let workers: Vec<u32> = (0..self.workers.len() as u32).collect();
+        for some in workers.chunks(AT_ONCE) {
+            let facts = |&worker: &u32| (Some(worker), self.worker_facts(worker));
+            let message = ToHead::Dump {
                 question,
-                of: of.to_vec(),
-                last: at + 1 == count,
-            });
+                of: some.iter().map(facts).collect(),
+                last: some.last() == workers.last(),
+            };
+            self.tell(&message);
         }
     }
 
@@ -59,5 +61,27 @@ impl Agent {
             facts.add("killed", process.killed.get());
         }
         facts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::control;
+
+    #[test]
+    fn workers_of_which_most_is_to_be_said_fit_into_a_frame() {
+        // As many facts, with longer names and values, as a busy worker has.
+        let mut facts = Facts::default();
+        for _ in 0..32 {
+            facts.add("unacknowledged_losses_of_it", u64::MAX);
+        }
+        let of = (0..AT_ONCE as u32).map(|worker| (Some(worker), facts.clone()));
+        let message = ToHead::Dump {
+            question: 1,
+            of: of.collect(),
+            last: true,
+        };
+        control::encode(&message).unwrap();
     }
 }

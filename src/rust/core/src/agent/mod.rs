@@ -251,8 +251,8 @@ impl Agent {
 
     /// The first and the last frame of a message are worth more than those in between.
     fn log_frame(&self, what: &'static str, header: &Header) {
-        let rank = self.number(header.worker);
         let Header {
+            worker,
             kind,
             flags,
             task,
@@ -260,8 +260,21 @@ impl Agent {
             ..
         } = *header;
         match kind == Kind::Data && flags & LAST != 0 {
-            true => debug!(task, rank, flags, bytes = len, "message {what}"),
-            false => trace!(task, rank, ?kind, flags, bytes = len, "frame {what}"),
+            true => debug!(
+                task,
+                rank = self.number(worker),
+                flags,
+                bytes = len,
+                "message {what}"
+            ),
+            false => trace!(
+                task,
+                rank = self.number(worker),
+                ?kind,
+                flags,
+                bytes = len,
+                "frame {what}"
+            ),
         }
     }
 

@@ -55,11 +55,9 @@ impl fmt::Display for Problem {
 }
 
 /// What is logged, and as whose.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Default, PartialEq)]
 struct Settings {
     filter: Targets,
-    role: Role,
-    pid: u32,
     path: PathBuf,
     /// As lines name the process.
     name: String,
@@ -99,15 +97,7 @@ pub fn start(role: Role) -> Result<(), Problem> {
         }),
     };
     let Some(directives) = text(DIRECTIVES)? else {
-        if let Some(before) = settings().filter(|before| before.filter != Targets::new()) {
-            put(Settings {
-                filter: Targets::new(),
-                role: before.role,
-                pid: before.pid,
-                path: PathBuf::new(),
-                name: String::new(),
-            });
-        }
+        end();
         return Ok(());
     };
     let filter = parse(&directives).map_err(|reason| Problem {
@@ -115,6 +105,13 @@ pub fn start(role: Role) -> Result<(), Problem> {
         reason,
     })?;
     let directory = text(DIRECTORY)?.map_or_else(std::env::temp_dir, PathBuf::from);
+    if !directory.is_absolute() {
+        // Each process has a working directory of its own, and no shell expands "~".
+        return Err(Problem {
+            variable: DIRECTORY,
+            reason: format!("'{}' is not an absolute path", directory.display()),
+        });
+    }
     let host = process::hostname();
     let pid = std::process::id();
     let path = directory.join(file_name(role, &host, pid));
@@ -123,28 +120,31 @@ pub fn start(role: Role) -> Result<(), Problem> {
         Role::Agent => format!("agent@{host}[{pid}]"),
         Role::Worker(rank) => format!("worker {}@{host}[{pid}]", u64::from(rank) + 1),
     };
-    let settings_now = Settings {
-        filter,
-        role,
-        pid,
-        path,
-        name,
-    };
-    if settings() == Some(&settings_now) {
-        return Ok(());
-    }
+    let settings_now = Settings { filter, path, name };
+    // Also if nothing has changed: the file may have been removed.
     open(&directory, &settings_now.path).map_err(|error| Problem {
         variable: DIRECTORY,
         reason: format!("{} cannot be written: {error}", settings_now.path.display()),
     })?;
-    put(settings_now);
+    if settings() != Some(&settings_now) {
+        put(settings_now);
+    }
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "log begins");
     Ok(())
 }
 
-/// As [`start`], for a process that has nobody to tell but its standard error, and goes on without a log.
+/// Ends the log. The file stays open.
+fn end() {
+    if settings().is_some_and(|before| before.filter != Targets::new()) {
+        put(Settings::default());
+    }
+}
+
+/// As [`start`], for a process that has nobody to tell but its standard error, and goes on without a log: a forked
+/// worker must not write to the file of its agent.
 pub fn start_or_say(role: Role) {
     if let Err(problem) = start(role) {
+        end();
         eprintln!("rustcluster: nothing is logged. {problem}");
     }
 }
@@ -162,12 +162,13 @@ fn parse(directives: &str) -> Result<Targets, String> {
         .parse()
         .map_err(|_| format!("'{directives}' is no list of directives; {usage}"))?;
     let ours = |target: &str| {
-        let rest = target.strip_prefix(PREFIX);
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+        let mut names = target.split("::");
+        names.next() == Some(PREFIX) && names.next().is_none_or(|part| PARTS.contains(&part))
     };
     match filter.iter().find(|(target, _)| !ours(target)) {
         Some((target, _)) => Err(format!(
-            "'{target}' is neither a level nor a part of rustcluster; {usage}"
+            "'{target}' is neither a level nor a part of rustcluster ({}); {usage}",
+            PARTS.join(", ")
         )),
         None => Ok(filter),
     }
@@ -175,6 +176,9 @@ fn parse(directives: &str) -> Result<Targets, String> {
 
 /// What the names of all parts begin with; the core's own name would say nothing more to users.
 const PREFIX: &str = "rustcluster";
+
+/// The parts that log something.
+const PARTS: [&str; 4] = ["head", "agent", "worker", "platform"];
 
 fn part_of(metadata: &Metadata<'_>) -> String {
     let target = metadata.target();
@@ -241,14 +245,13 @@ impl Subscriber for Log {
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        let filter = &settings()?.filter;
-        let levels = filter.iter().map(|(_, level)| level);
-        Some(
-            levels
-                .chain(filter.default_level())
-                .max()?
-                .max(LevelFilter::OFF),
-        )
+        // No hint would mean that everything is wanted.
+        let filter = settings().map(|settings| &settings.filter);
+        let levels = filter.into_iter().flat_map(|filter| {
+            let of_parts = filter.iter().map(|(_, level)| level);
+            of_parts.chain(filter.default_level())
+        });
+        Some(levels.max().unwrap_or(LevelFilter::OFF))
     }
 
     fn event(&self, event: &Event<'_>) {
@@ -360,6 +363,7 @@ mod tests {
             "verbose",
             "rustcluster::head=loud",
             "rustclusters=info",
+            "rustcluster::heads=info",
             "info,,x",
             "a=b=c",
         ] {

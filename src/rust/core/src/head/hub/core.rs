@@ -580,7 +580,7 @@ impl Core {
                 hand.notes.extend(notes.iter().cloned());
             }
             for note in notes {
-                self.recent.note(&note, self.began.elapsed());
+                self.recent.note(&note, self.began);
                 match &note {
                     Note::LeftOut { agent, .. } => {
                         // If it does not end when asked to, it is ended.

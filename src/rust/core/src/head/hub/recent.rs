@@ -4,7 +4,7 @@
 use crate::head::scheduler::events::{Gone, Note, Outcome};
 use crate::protocol::ids::{Rank, TaskId};
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
 /// Events that are remembered.
@@ -32,30 +32,37 @@ pub struct RecentEvent {
 pub struct Recent(VecDeque<RecentEvent>);
 
 impl Recent {
-    /// Logs a note, and remembers it if it is unusual.
-    pub fn note(&mut self, note: &Note, at: Duration) {
-        if let Note::Done {
-            rank,
-            task,
-            outcome: Outcome::Answer(body),
-            ..
-        } = note
-        {
-            debug!(task, rank = rank + 1, bytes = body.len, "task answered");
-            return;
+    /// Logs a note, and remembers it if it is unusual. `began`: when the cluster did.
+    pub fn note(&mut self, note: &Note, began: Instant) {
+        // What is part of every start, task or interrupt is only logged, and costs nothing if it is not.
+        match note {
+            Note::Up { rank, pid } => return info!(rank = rank + 1, pid, "worker up"),
+            Note::Done {
+                rank,
+                task,
+                outcome,
+                ..
+            } => match outcome {
+                Outcome::Answer(body) => {
+                    return debug!(task, rank = rank + 1, bytes = body.len, "task answered");
+                }
+                Outcome::Cancelled => return debug!(task, rank = rank + 1, "task cancelled"),
+                Outcome::Recalled => return debug!(task, rank = rank + 1, "task revoked"),
+                Outcome::Lost(_) | Outcome::TimedOut => {}
+            },
+            _ => {}
         }
-        let Some(event) = event(note, at) else {
+        let Some(event) = event(note, began) else {
             return;
         };
         let RecentEvent {
-            what,
-            agent,
-            task,
-            why,
-            ..
+            what, task, why, ..
         } = &event;
         // As R counts.
-        let (agent, rank) = (agent.map(|at| at + 1), event.rank.map(|rank| rank + 1));
+        let (agent, rank) = (
+            event.agent.map(|at| at + 1),
+            event.rank.map(|rank| rank + 1),
+        );
         let why = Some(why.as_str()).filter(|why| !why.is_empty());
         match note {
             Note::Lost { .. }
@@ -64,11 +71,7 @@ impl Recent {
             | Note::StartFailed { .. } => {
                 warn!(task, rank, agent, why, "{what}");
             }
-            Note::Done { .. } => debug!(task, rank, agent, why, "{what}"),
             _ => info!(task, rank, agent, why, "{what}"),
-        }
-        if is_usual(note) {
-            return;
         }
         if self.0.len() == MAX_EVENTS {
             self.0.pop_front();
@@ -82,15 +85,6 @@ impl Recent {
     }
 }
 
-/// Part of every start, or of every interrupt, and many at a time.
-fn is_usual(note: &Note) -> bool {
-    match note {
-        Note::Up { .. } => true,
-        Note::Done { outcome, .. } => matches!(outcome, Outcome::Cancelled | Outcome::Recalled),
-        _ => false,
-    }
-}
-
 fn why(gone: &Gone) -> String {
     match gone {
         Gone::Worker(loss) => loss.to_string(),
@@ -100,9 +94,9 @@ fn why(gone: &Gone) -> String {
 }
 
 /// What is to be said of a note; `None` of what is usual, or belongs to tasks.
-fn event(note: &Note, at: Duration) -> Option<RecentEvent> {
+fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
     let of = |what, agent, rank, why| RecentEvent {
-        at,
+        at: began.elapsed(),
         what,
         agent,
         rank,
@@ -112,7 +106,6 @@ fn event(note: &Note, at: Duration) -> Option<RecentEvent> {
     let worker = |what, rank: &Rank, why| of(what, None, Some(*rank), why);
     let host = |what, agent: &usize, why| of(what, Some(*agent), None, why);
     Some(match note {
-        Note::Up { rank, pid } => worker("worker up", rank, format!("pid {pid}")),
         Note::Lost { rank, loss, .. } => worker("worker lost", rank, loss.to_string()),
         Note::Replaced { rank, pid, killed } => {
             let killed = if *killed { ", after an interrupt" } else { "" };
@@ -145,18 +138,17 @@ fn event(note: &Note, at: Duration) -> Option<RecentEvent> {
             ..
         } => {
             let (what, why) = match outcome {
-                Outcome::Answer(_) => return None,
                 Outcome::Lost(gone) => ("task lost", why(gone)),
                 Outcome::TimedOut => ("task timed out", String::new()),
-                Outcome::Cancelled => ("task cancelled", String::new()),
-                Outcome::Recalled => ("task revoked", String::new()),
+                Outcome::Answer(_) | Outcome::Cancelled | Outcome::Recalled => return None,
             };
             RecentEvent {
                 task: Some(*task),
                 ..worker(what, rank, why)
             }
         }
-        Note::Ended { .. }
+        Note::Up { .. }
+        | Note::Ended { .. }
         | Note::Output { .. }
         | Note::Aside { .. }
         | Note::Usage { .. }
@@ -180,18 +172,18 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_bounded_and_unusual() {
-        let mut recent = Recent::default();
+        let (mut recent, began) = (Recent::default(), Instant::now());
         let answered = Note::Done {
             rank: 0,
             task: 1,
             job: 1,
             outcome: Outcome::Answer(Body::default()),
         };
-        recent.note(&answered, Duration::ZERO);
+        recent.note(&answered, began);
         assert_eq!(recent.events().count(), 0);
         for pid in 0..MAX_EVENTS as u32 + 5 {
-            recent.note(&Note::Up { rank: 2, pid }, Duration::ZERO);
-            recent.note(&Note::Back { rank: 2, pid }, Duration::ZERO);
+            recent.note(&Note::Up { rank: 2, pid }, began);
+            recent.note(&Note::Back { rank: 2, pid }, began);
         }
         assert_eq!(recent.events().count(), MAX_EVENTS);
         assert_eq!(recent.events().next().unwrap().why, "pid 5");
@@ -199,7 +191,7 @@ mod tests {
 
     #[test]
     fn what_workers_and_processes_said_is_left_out() {
-        let mut recent = Recent::default();
+        let (mut recent, began) = (Recent::default(), Instant::now());
         let notes = [
             Note::Lost {
                 rank: 0,
@@ -218,7 +210,7 @@ mod tests {
             },
         ];
         for note in &notes {
-            recent.note(note, Duration::ZERO);
+            recent.note(note, began);
         }
         let told: Vec<_> = recent.events().map(|event| format!("{event:?}")).collect();
         assert_eq!(told.len(), 2);
