@@ -2,15 +2,15 @@
 
 #' The state of a cluster, for a bug report
 #'
-#' Versions, hosts, workers, the queues of this session, and what each agent knows of itself and its workers. Works at any
-#' time: between calls, during a call (as in `.onResult` of [clusterLapply()]), after lost hosts, and after `stopCluster()`,
-#' then without agents. An agent that does not answer within `timeout` is left out.
+#' Versions, hosts, workers, the queues of this session, and what each agent knows of itself and its workers. Works at
+#' any time: between calls, during a call (as in `.onResult` of [clusterLapply()]), after lost hosts, and after
+#' `stopCluster()`, then without agents. An agent that does not answer within `timeout` is left out.
 #'
 #' To report a problem, attach the file of `saveRDS(clusterDump(cl), "dump.rds")`, or what [print()] shows. The object
-#' contains numbers, states, versions, host names, the reasons why hosts and workers were lost, and two kinds of paths: of
-#' log files, and of a program that could not be started. It contains nothing of tasks, results, variables or files, nothing
-#' that workers or agents have printed, and no environment variables, user names, ports or arguments of commands. (A path
-#' may contain the name of a user.)
+#' contains numbers, states, versions, host names, the reasons why hosts and workers were lost, and two kinds of paths:
+#' of log files, and of a program that could not be started. It contains nothing of tasks, results, variables or files,
+#' nothing that workers or agents have printed, and no environment variables, user names, ports or arguments of
+#' commands. (A path may contain the name of a user.)
 #'
 #' The elements of its tables are named as in the code, and change with it.
 #'

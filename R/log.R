@@ -23,19 +23,19 @@
 #' for them, or unset them (`NA`).
 #'
 #' @section Files:
-#' `RUSTCLUSTER_LOG_DIR` is the directory on each host, an absolute path; a missing directory is created. Default: that of
-#' temporary files, `TMPDIR` or `/tmp`. Each process has a file of its own, which only its user can read:
+#' `RUSTCLUSTER_LOG_DIR` is the directory on each host, an absolute path; a missing directory is created. Default: that
+#' of temporary files, `TMPDIR` or `/tmp`. Each process has a file of its own, which only its user can read:
 #' `rustcluster-HOST-head-PID.log`, `rustcluster-HOST-agent-PID.log`, `rustcluster-HOST-workerRANK-PID.log`.
-#' [clusterDump()] names those of this session and of the agents. Their size is not limited, and nothing removes them: at
-#' level `debug`, a task, or a batch of short tasks, takes about 1 kB in all files together.
+#' [clusterDump()] names those of this session and of the agents. Their size is not limited, and nothing removes them:
+#' at level `debug`, a task, or a batch of short tasks, takes about 1 kB in all files together.
 #'
 #' Nothing is ever logged on standard output, which is an agent's connection, or standard error, whose end
 #' belongs to error messages.
 #'
 #' A line has the time (UTC), the level, the process, the part, and what happened, with fields. Fields `task` and
-#' `rank` are the same in all files of a cluster, so that `grep -w task=17` follows a task; `attempt` counts
-#' from 1. Short tasks that are sent as a batch share a number. Clusters of one session share its file, and number their
-#' tasks each from 1.
+#' `rank` are the same in all files of a cluster, so that `grep -w task=17` follows a task; `attempt` counts from 1.
+#' Short tasks that are sent as a batch share a number. Clusters of one session share its file, and number their tasks
+#' each from 1.
 #' ```
 #' 2026-01-31T12:00:00.123456Z DEBUG head@pi[71] rustcluster::head::scheduler: task submitted task=17 rank=3 job=2
 #' 2026-01-31T12:00:00.125310Z DEBUG worker 3@n1[99] rustcluster::worker::channel: task received task=17 bytes=312
