@@ -40,6 +40,10 @@ agent_run <- function() .Call(wrap__agent_run)
 #' @noRd
 limits_check <- function(workers) .Call(wrap__limits_check, workers)
 
+#' Logs in this session what `RUSTCLUSTER_LOG` asks for.
+#' @noRd
+log_start <- function() .Call(wrap__log_start)
+
 #' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
 #' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
 #' that are buffered here before they are left on their hosts.
@@ -309,6 +313,17 @@ hub_usage <- function(handle, question, most, anyway) .Call(wrap__hub_usage, han
 #' What some workers have been at: a list of vectors with an element for each interval, and `now`.
 #' @noRd
 hub_timeline <- function(handle, ranks) .Call(wrap__hub_timeline, handle, ranks)
+
+#' Asks all agents for their state. Returns the number of the question.
+#' @noRd
+hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
+
+#' The answers to that, and what is known here. `NULL`: not yet; waits up to `most` seconds for it. `anyway`:
+#' what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
+#' such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
+#' last events (a list of vectors).
+#' @noRd
+hub_dump <- function(handle, question, most, anyway) .Call(wrap__hub_dump, handle, question, most, anyway)
 
 #' The bytes of memory that this worker may have; 0 if there is no limit.
 #' @noRd

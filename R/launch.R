@@ -12,7 +12,7 @@ hostLaunch <- function(host, options) {
   )
   env <- c(
     if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),
-    threadVariables(host$threads), host$rscript_envs
+    threadVariables(host$threads), logVariables(), host$rscript_envs
   )
   here <- host$here
   # On this machine an agent loads the package from the library of this session, on other hosts from its own.

@@ -112,8 +112,9 @@
 #' `rustcluster_bad_argument`, `rustcluster_not_yet`, `rustcluster_limits` and `rustcluster_start_failed`. Nothing is
 #' left running after these errors. [rustcluster_conditions] lists the errors of later calls.
 #'
-#' @seealso [rustcluster_faults] for failures, retries, reconnection and timeouts; [rustcluster_lifetime]
-#'   for start, packages, stopping and detached processes; [clusterHosts()], [clusterPids()],
+#' @seealso [rustcluster_log] for a log of what happens inside; [rustcluster_faults] for failures, retries, reconnection
+#'   and timeouts; [rustcluster_lifetime] for start, packages, stopping and detached processes; [clusterHosts()],
+#'   [clusterPids()],
 #'   [clusterAlive()], [installOnHosts()]
 #' @examples
 #' library(parallel)
@@ -155,6 +156,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
   memory <- memoryLimit(memory_limit)
+  checked(log_start())
   defaults <- c(
     list(
       rscript_envs = variables(rscript_envs), threads = count(threads, "threads", 4096),

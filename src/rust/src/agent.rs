@@ -5,7 +5,7 @@ use crate::worker::serve;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::startup::{self, Greeted};
 use rustcluster_core::agent::{Guard, Role};
-use rustcluster_core::platform::{elf, fd, limits};
+use rustcluster_core::platform::{elf, fd, limits, log};
 use rustcluster_core::protocol::control::{Start, StartMode};
 use std::cell::RefCell;
 use std::ffi::OsString;
@@ -37,6 +37,7 @@ const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 #[extendr]
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
     ORIGIN.set(Origin::here());
+    log::start_or_say(log::Role::Agent);
     let greeted = match std::env::var(HANDOVER) {
         Ok(text) => Greeted::resume(&text),
         Err(_) => startup::greet(&startup::hello(package, r_version, platform)),

@@ -269,6 +269,7 @@ fn share_answer(channel: &mut Channel) -> io::Result<()> {
 fn start(workers: u32) -> Start {
     Start {
         workers,
+        ranks: (0..workers.min(16)).collect(),
         mode: StartMode::Fork,
         packages: Vec::new(),
         outfile: Outfile::Discard,

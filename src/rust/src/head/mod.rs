@@ -2,6 +2,7 @@
 
 mod broadcast;
 mod call;
+mod dump;
 mod elements;
 mod events;
 pub mod handle;
@@ -25,4 +26,5 @@ extendr_module! {
     use retry;
     use job;
     use status;
+    use dump;
 }

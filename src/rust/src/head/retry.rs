@@ -7,7 +7,7 @@ use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::hub::NO_JOB;
-use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported};
+use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported, log_attempt};
 use rustcluster_core::head::scheduler::events::Gone;
 use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
 
@@ -89,6 +89,8 @@ pub(super) fn task_lost(
         let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
         let policy = cluster.losses.borrow().policy(message.job);
         let verdict = message.attempts.verdict(policy, gone);
+        let attempt = message.attempts.losses().len() + 1;
+        log_attempt(task, place, attempt, verdict == Verdict::Retry);
         (message.index, message.job, verdict, policy.raises)
     };
     let mut lost = Lost::new(cluster, place, gone, task);
@@ -163,7 +165,14 @@ pub(super) fn call_lost(
     };
     let lost = Lost::new(cluster, place, gone, task);
     let policy = cluster.losses.borrow().policy(CALLS);
-    match attempts.verdict(policy, gone) {
+    let verdict = attempts.verdict(policy, gone);
+    log_attempt(
+        task,
+        place,
+        attempts.losses().len() + 1,
+        verdict == Verdict::Retry,
+    );
+    match verdict {
         Verdict::Raise => Err(lost.failure),
         Verdict::GiveUp => {
             let mut attempts = attempts;

@@ -9,7 +9,7 @@ use rustcluster_core::agent::startup;
 use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
 use rustcluster_core::head::launch::Launch;
 use rustcluster_core::head::scheduler::MOST_SHARED;
-use rustcluster_core::platform::limits;
+use rustcluster_core::platform::{limits, log};
 use rustcluster_core::protocol::control::{Outfile, Start, StartMode, ToHead};
 use rustcluster_core::protocol::ids::Rank;
 use std::cell::{Cell, RefCell};
@@ -28,6 +28,19 @@ fn limits_check(workers: i32) -> Robj {
             .with("needed", short.needed)
             .with("available", short.available)
             .with("reason", short.remedy)
+            .into(),
+    }
+}
+
+/// Logs in this session what `RUSTCLUSTER_LOG` asks for.
+/// @noRd
+#[extendr]
+fn log_start() -> Robj {
+    match log::start(log::Role::Head) {
+        Ok(()) => ().into(),
+        Err(problem) => Failure::new("bad_argument")
+            .with("argument", problem.variable)
+            .with("reason", problem.reason)
             .into(),
     }
 }
@@ -215,8 +228,10 @@ fn has_files() -> bool {
 fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
     let fields: HashMap<&str, Robj> = plan.as_list()?.iter().collect();
     let ranks = fields.get("ranks")?.as_integer_vector()?;
+    let ranks: Vec<Rank> = ranks.into_iter().map(|rank| (rank - 1) as Rank).collect();
     let start = Start {
         workers: ranks.len() as u32,
+        ranks: ranks.clone(),
         mode: match fields.get("mode")?.as_str()? {
             "spawn" => StartMode::Spawn,
             _ => StartMode::Fork,
@@ -241,7 +256,6 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         true => Format::Xdr,
         false => Format::Native,
     };
-    let ranks = ranks.into_iter().map(|rank| (rank - 1) as Rank).collect();
     Some((Plan { start, ranks }, format))
 }
 
@@ -405,6 +419,7 @@ fn hub_agent_pids(handle: Robj) -> Robj {
 extendr_module! {
     mod start;
     fn limits_check;
+    fn log_start;
     fn hub_start;
     fn hub_greeted;
     fn hub_hosts;

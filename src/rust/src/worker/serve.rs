@@ -8,7 +8,7 @@ use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
-use rustcluster_core::platform::{fd, limits, signals};
+use rustcluster_core::platform::{fd, limits, log, signals};
 use rustcluster_core::protocol::control::WorkerConfig;
 use rustcluster_core::worker::channel::{Channel, Seed, Task};
 use std::cell::{Cell, RefCell};
@@ -68,6 +68,7 @@ fn worker_connect() -> Robj {
         let stream = UnixStream::from(OwnedFd::from(reader));
         let mut channel = Channel::new(stream, 0);
         let config: WorkerConfig = channel.config()?;
+        log::start_or_say(log::Role::Worker(config.rank));
         limit_memory(config.memory_limit)?;
         channel.shares = config.shares;
         CHANNEL.set(Some(channel));

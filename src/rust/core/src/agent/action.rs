@@ -59,6 +59,11 @@ pub enum Act {
         /// The number of the head's question.
         question: u64,
     },
+    /// The head wants to know the state of the agent.
+    Dump {
+        /// The number of the head's question.
+        question: u64,
+    },
     /// The head wants the end of it all.
     End,
 }

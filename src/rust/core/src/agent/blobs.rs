@@ -45,6 +45,11 @@ struct Given {
 }
 
 impl Payloads {
+    /// Payloads that are held.
+    pub fn count(&self) -> usize {
+        self.payloads.len()
+    }
+
     /// For a number of workers.
     pub fn new(workers: usize) -> Payloads {
         Payloads {

@@ -8,6 +8,7 @@ use mio::Interest;
 use mio::unix::SourceFd;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use tracing::{error, info, trace};
 
 impl Agent {
     /// Tells the head that this side is alive, and ends if nothing shows that the head is.
@@ -17,6 +18,7 @@ impl Agent {
             return;
         };
         if pulse.is_silent(now) {
+            error!("head silent for too long");
             eprintln!("rustcluster agent: nothing was heard from the head for too long");
             self.end();
         } else if pulse.speak(now) && self.to_head.is_empty() {
@@ -46,8 +48,12 @@ impl Agent {
     pub(super) fn read_head(&mut self) {
         for _ in 0..READS {
             match self.reader.read(&mut self.scratch) {
-                Ok(0) => return self.end(),
+                Ok(0) => {
+                    info!("head closed its stream");
+                    return self.end();
+                }
                 Ok(n) => {
+                    trace!(bytes = n, "read from head");
                     let now = self.epoch.elapsed();
                     if let Some(pulse) = &mut self.pulse {
                         pulse.hear(now);
@@ -71,6 +77,7 @@ impl Agent {
         let result = self.relay.from_head(received, now, &mut self.acts);
         self.act();
         if let Err(error) = result {
+            error!(%error, "the head broke the protocol");
             eprintln!("rustcluster agent: {error}");
             self.end();
         }

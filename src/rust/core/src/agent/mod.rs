@@ -11,6 +11,7 @@
 pub mod action;
 mod blob_memory;
 pub mod blobs;
+mod dump;
 mod fork;
 mod guard;
 mod head_io;
@@ -28,7 +29,7 @@ pub mod worker_table;
 use crate::platform::memory::OutOfMemory;
 use crate::platform::{self, fd, limits, reserve, signals};
 use crate::protocol::control::{Outfile, Start, ToHead};
-use crate::protocol::frame::{FIRST, Header, Kind};
+use crate::protocol::frame::{FIRST, Header, Kind, LAST};
 use crate::protocol::heartbeat::Pulse;
 use crate::protocol::limits::SEND_WINDOW;
 use crate::worker::channel::Channel;
@@ -53,6 +54,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
+use tracing::{debug, error, info, trace, warn};
 use worker_table::REPLAY;
 
 const HEAD_IN: Token = Token(0);
@@ -152,6 +154,13 @@ pub struct Agent {
 impl Agent {
     fn new(greeted: Greeted) -> io::Result<Agent> {
         let shares = greeted.shares();
+        info!(
+            workers = greeted.start.workers,
+            mode = ?greeted.start.mode,
+            head_pid = greeted.head_pid,
+            shares,
+            "agent starts its workers"
+        );
         let poll = Poll::new()?;
         let registry = poll.registry();
         fd::set_nonblocking(greeted.writer.as_raw_fd(), true)?;
@@ -233,6 +242,40 @@ impl Agent {
             usual_wait: Duration::ZERO,
             scratch: vec![0; READ],
         })
+    }
+
+    /// The rank of a worker as R counts it.
+    fn number(&self, worker: u32) -> u64 {
+        u64::from(self.start.rank(worker)) + 1
+    }
+
+    /// The first and the last frame of a message are worth more than those in between.
+    fn log_frame(&self, what: &'static str, header: &Header) {
+        let Header {
+            worker,
+            kind,
+            flags,
+            task,
+            len,
+            ..
+        } = *header;
+        match kind == Kind::Data && flags & LAST != 0 {
+            true => debug!(
+                task,
+                rank = self.number(worker),
+                flags,
+                bytes = len,
+                "message {what}"
+            ),
+            false => trace!(
+                task,
+                rank = self.number(worker),
+                ?kind,
+                flags,
+                bytes = len,
+                "frame {what}"
+            ),
+        }
     }
 
     fn now(&self) -> Duration {
@@ -376,6 +419,8 @@ impl Agent {
             let any_overdue = !overdue.is_empty();
             for worker in overdue {
                 if let Some(process) = &self.workers[worker as usize] {
+                    let rank = self.number(worker);
+                    warn!(rank, pid = process.pid, "worker out of time, killed");
                     process.kill();
                 }
             }
@@ -424,7 +469,10 @@ impl Agent {
         let mut acts = std::mem::take(&mut self.acts);
         for act in acts.drain(..) {
             match act {
-                Act::ToHead(frame) if !self.ending => self.to_head.push(&frame, None),
+                Act::ToHead(frame) if !self.ending => {
+                    self.log_frame("to head", &frame.header);
+                    self.to_head.push(&frame, None);
+                }
                 Act::ToHead(_) => {}
                 Act::Along(frame) => self.pass_memory(&frame),
                 Act::LetGo(worker) => {
@@ -441,6 +489,7 @@ impl Agent {
                         task,
                         ..
                     } = frame.header;
+                    self.log_frame("to worker", &frame.header);
                     if kind == Kind::Data && flags & FIRST != 0 {
                         // What was printed by now is of the task before, which has ended.
                         if let Some(process) = &mut self.workers[worker as usize] {
@@ -485,9 +534,15 @@ impl Agent {
                 }
                 Act::Discard(payload) => self.memories.discard(payload),
                 Act::Up { worker, replaces } => self.tell_up(worker, replaces),
-                Act::Interrupt { worker, task } => self.interrupt(worker, task),
+                Act::Interrupt { worker, task } => {
+                    debug!(rank = self.number(worker), task, "worker interrupted");
+                    self.interrupt(worker, task);
+                }
                 Act::ReadAgain(worker) => self.read_again(worker),
-                Act::Close(worker) => self.close(worker),
+                Act::Close(worker) => {
+                    debug!(rank = self.number(worker), "worker told to end");
+                    self.close(worker);
+                }
                 Act::TempDir(worker, tempdir) => {
                     if let Some(process) = &mut self.workers[worker as usize] {
                         self.strays.ready(worker, process.pid, &tempdir);
@@ -499,6 +554,7 @@ impl Agent {
                 Act::Usage { question } => {
                     self.census = Some(Census::new(question, self.workers.len() as u32));
                 }
+                Act::Dump { question } => self.dump(question),
                 Act::End => self.stop(),
             }
         }
@@ -509,6 +565,7 @@ impl Agent {
     /// Tells the head why this host cannot go on, and ends.
     fn fail(&mut self, reason: &str) {
         let reason = reason.to_owned();
+        error!(reason, "agent cannot go on");
         self.tell(&ToHead::Failed { reason });
         self.end();
     }
@@ -526,6 +583,7 @@ impl Agent {
         if std::mem::replace(&mut self.ending, true) {
             return;
         }
+        info!("agent ends");
         let now = self.now();
         for worker in 0..self.workers.len() as u32 {
             if self.workers[worker as usize].is_some() {

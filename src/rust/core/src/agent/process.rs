@@ -265,6 +265,7 @@ pub fn spawn(
         packages: start.packages.clone(),
         memory_limit: start.memory_limit,
         shares,
+        rank: start.rank(worker),
     };
     let frame = control::encode_for(worker, &config).map_err(io::Error::other)?;
     process.outgoing.push(&frame, None);

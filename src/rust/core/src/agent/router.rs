@@ -9,7 +9,7 @@ use super::blobs::Payloads;
 use super::prefetch::Held;
 use super::setup_log::{Replay, Restore};
 use super::worker_table::{Book, Ending, Now, REPLAY, Ready, Route};
-use crate::protocol::control::{self, ToAgent, ToHead, WorkerReady};
+use crate::protocol::control::{self, Facts, ToAgent, ToHead, WorkerReady};
 use crate::protocol::dedup::Kept;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{
@@ -186,6 +186,23 @@ impl Relay {
         true
     }
 
+    /// What is known of all workers together.
+    pub fn facts(&self, facts: &mut Facts) {
+        let (bytes, most) = self.replay.held();
+        facts.add("setup_log_bytes", bytes);
+        facts.add("setup_log_limit", most);
+        facts.add("dedup_bytes", self.kept.bytes());
+        facts.add("blobs", self.payloads.count());
+    }
+
+    /// What is known of a worker.
+    pub fn worker_facts(&self, worker: u32, now: Now, facts: &mut Facts) {
+        self.book.facts(worker, now, facts);
+        facts.add("prefetched_bytes", self.held.bytes(worker));
+        facts.add("setup_calls", self.replay.calls(worker));
+        facts.add("setup_log_complete", self.replay.is_complete(worker));
+    }
+
     /// Bytes that are held for a worker.
     pub fn held(&self, worker: u32) -> usize {
         self.held.bytes(worker)
@@ -297,6 +314,7 @@ impl Relay {
             ToAgent::StopWorker { worker } => self.stop(worker, now, acts),
             ToAgent::Stop => acts.push(Act::End),
             ToAgent::Usage { question } => acts.push(Act::Usage { question }),
+            ToAgent::Dump { question } => acts.push(Act::Dump { question }),
             // That anything came is what counts.
             ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {

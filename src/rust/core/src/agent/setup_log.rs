@@ -110,6 +110,17 @@ impl Replay {
         }
     }
 
+    /// Bytes that are held, and that may be.
+    pub fn held(&self) -> (usize, usize) {
+        (self.bytes, self.most)
+    }
+
+    /// Messages that are held of this worker.
+    pub fn calls(&self, worker: u32) -> usize {
+        let memory = self.workers.get(worker as usize);
+        memory.map_or(0, |memory| memory.calls.len())
+    }
+
     /// The next message to this worker lasts.
     pub fn expect(&mut self, worker: u32, name: u64) {
         self.close(worker);

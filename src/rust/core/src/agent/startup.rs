@@ -12,6 +12,7 @@ use bytes::BytesMut;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
+use tracing::info;
 
 /// Open files besides one for each worker that answers in shared memory take.
 const MORE_FILES: u64 = 16;
@@ -94,6 +95,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                     let Some((head_pid, same_order)) = head else {
                         return Err(io::Error::other("the head did not greet"));
                     };
+                    info!(head_pid, "head greeted");
                     // Before packages are loaded: from here on, what an end leaves is removed.
                     let guard = Guard::start(start.workers as usize);
                     return Ok(Greeted {

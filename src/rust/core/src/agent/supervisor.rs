@@ -3,7 +3,7 @@
 use super::process::{self, Made, Process};
 use super::worker_table::Ending;
 use super::{Agent, FIRST_WORKER, READS, fork};
-use crate::platform::{self, reserve};
+use crate::platform::{self, log, reserve};
 use crate::protocol::control::{Loss, StartMode, ToHead};
 use crate::worker::channel::Channel;
 use mio::unix::SourceFd;
@@ -11,6 +11,7 @@ use mio::{Interest, Token};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
+use tracing::{debug, info};
 
 /// Workers made between two looks at the streams.
 const MAKE_AT_ONCE: usize = 8;
@@ -43,6 +44,8 @@ impl Agent {
             match made {
                 Ok(Made::Child(channel)) => return Ok(Some(channel)),
                 Ok(Made::Parent(process)) => {
+                    let rank = self.number(worker);
+                    debug!(rank, pid = process.pid, replaces, "worker started");
                     self.guard.made(worker, process.pid);
                     self.strays.made(process.pid);
                     let token = FIRST_WORKER + 2 * worker as usize;
@@ -71,6 +74,7 @@ impl Agent {
         let made = fork::fork(worker, self.relay.book.shares)?;
         if let Made::Child(_) = made {
             self.saved.restore();
+            log::start_or_say(log::Role::Worker(self.start.rank(worker)));
             // It would count for the worker's memory limit.
             reserve::release();
             platform::process::renice(self.start.renice);
@@ -84,6 +88,7 @@ impl Agent {
             return;
         };
         let pid = process.pid;
+        debug!(rank = self.number(worker), pid, replaces, "worker up");
         let message = if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {
@@ -191,7 +196,10 @@ impl Agent {
 
     /// A worker has ended, or could not be made.
     pub(super) fn lost(&mut self, worker: u32, mut loss: Loss) {
-        match self.relay.exited(worker, !self.ending, self.now()) {
+        let ending = self.relay.exited(worker, !self.ending, self.now());
+        let (rank, pid, exit) = (self.number(worker), loss.pid, loss.exit);
+        info!(rank, pid, %exit, oom = loss.oom, ?ending, "worker ended");
+        match ending {
             Ending::Stopped { timed_out } => {
                 let message = ToHead::WorkerStopped { worker, timed_out };
                 match timed_out {

@@ -3,7 +3,7 @@
 //! A pure state machine, like the head's scheduler: frames, exits and the time go in, decisions come
 //! out. Processes, sockets and the clock are in [`super`].
 
-use crate::protocol::control::Setback;
+use crate::protocol::control::{Facts, Setback};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{ABORT, FIRST, Header, LAST, SHARED};
 use crate::protocol::limits::{RESULT_WINDOW, SEND_WINDOW};
@@ -229,6 +229,48 @@ impl Book {
             stop_timeout: STOP_GRACE,
             patience: None,
         }
+    }
+
+    /// What is known of a worker, for a bug report.
+    pub fn facts(&self, worker: u32, now: Now, facts: &mut Facts) {
+        let Some(entry) = self.workers.get(worker as usize) else {
+            return;
+        };
+        match entry.phase {
+            Phase::Starting => facts.add("state", "starting"),
+            Phase::Restoring { left } => {
+                facts.add("state", "restoring");
+                facts.add("restore_calls_left", left);
+            }
+            Phase::Idle => facts.add("state", "idle"),
+            Phase::Busy {
+                task,
+                since,
+                cancelled,
+                deadline,
+            } => {
+                facts.add("state", "busy");
+                facts.add("task", task);
+                facts.add_seconds("busy_for", now.saturating_sub(since));
+                facts.add("message_complete", entry.complete);
+                facts.add("credit", entry.credit);
+                let left = |at: Now| format!("{:.3}", at.saturating_sub(now).as_secs_f64());
+                facts.add_some("killed_in", cancelled.map(left));
+                facts.add_some("timeout_in", deadline.map(left));
+                if let Some(offer) = entry.offered {
+                    facts.add_debug("shared_result", offer);
+                }
+            }
+            Phase::Gone => facts.add("state", "gone"),
+        }
+        facts.add("stopping", entry.stopping.is_some());
+        facts.add("hung_up", entry.hung_up.is_some());
+        facts.add("came_up", entry.came_up);
+        facts.add("unacknowledged_losses", entry.unnoted);
+        facts.add("setbacks", entry.setbacks);
+        facts.add("bytes_to_report", entry.passed);
+        facts.add("bytes_of_agent", entry.given);
+        facts.add("waits_for_retry", entry.retry.is_some());
     }
 
     /// A worker is being made.

@@ -11,6 +11,8 @@
 //!    permanently is an event, told once and not for each of its tasks.
 
 use super::scheduler::events::Gone;
+use crate::protocol::ids::{Rank, TaskId};
+use tracing::info;
 
 /// How often tasks are retried. All tasks of a verb, a job or a call have the same policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +89,12 @@ impl<L> Attempts<L> {
 /// Whether a loss has a warning of its own. `replaced`: a fresh worker takes the place.
 pub fn is_reported(gone: &Gone, replaced: bool) -> bool {
     replaced && matches!(gone, Gone::Worker(_))
+}
+
+/// Logs that an attempt at a task ended with its worker. For tasks that were sent together, `attempt` is the largest
+/// number of theirs.
+pub fn log_attempt(task: TaskId, place: Rank, attempt: usize, again: bool) {
+    info!(task, rank = place + 1, attempt, again, "attempt failed");
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@
 //! payload is in the file once.
 
 use crate::platform::signals::without_file_size_signal;
+use crate::protocol::control::Facts;
 use crate::protocol::dedup::Chunk;
 use crate::protocol::ids::{PayloadId, Rank, TaskId};
 use crate::protocol::setup_calls::SetupCalls;
@@ -108,6 +109,14 @@ impl Spool {
             most,
             incomplete: false,
         })
+    }
+
+    /// What is known of it, for a bug report.
+    pub fn facts(&self, facts: &mut Facts) {
+        facts.add("setup_log_calls", self.messages.len());
+        facts.add("setup_log_bytes", self.held);
+        facts.add("setup_log_limit", self.most);
+        facts.add("setup_log_complete", self.is_complete());
     }
 
     /// A payload begins with which messages begin that are to last.

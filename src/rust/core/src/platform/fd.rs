@@ -28,10 +28,17 @@ pub fn close_others_on_exec() {
     }
 }
 
-/// Makes `target` (0, 1 or 2) refer to what `fd` refers to.
+/// Makes `target` refer to what `fd` refers to.
 pub fn redirect(fd: RawFd, target: RawFd) -> io::Result<()> {
     // SAFETY: dup2 checks its arguments.
     check(unsafe { libc::dup2(fd, target) }).map(drop)
+}
+
+/// Makes `target` refer to what `fd` refers to, and closes it in other programs.
+pub fn replace(target: RawFd, fd: RawFd) -> io::Result<()> {
+    redirect(fd, target)?;
+    // SAFETY: fcntl checks the descriptor.
+    check(unsafe { libc::fcntl(target, libc::F_SETFD, libc::FD_CLOEXEC) }).map(drop)
 }
 
 /// Sets or clears O_NONBLOCK.

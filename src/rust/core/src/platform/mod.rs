@@ -8,6 +8,7 @@ pub mod elf;
 pub mod exit;
 pub mod fd;
 pub mod limits;
+pub mod log;
 pub mod memfd;
 pub mod memory;
 pub mod page_pool;

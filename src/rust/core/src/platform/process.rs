@@ -14,6 +14,12 @@ pub fn hostname() -> String {
     String::from_utf8_lossy(&buffer[..end.unwrap_or(0)]).into_owned()
 }
 
+/// The number of the user whose files this process makes.
+pub fn user() -> u32 {
+    // SAFETY: no memory effects.
+    unsafe { libc::geteuid() }
+}
+
 /// Whether the parent of this process is `parent`: not any more once that has ended.
 pub fn is_parent(parent: u32) -> bool {
     std::os::unix::process::parent_id() == parent

@@ -6,14 +6,16 @@
 
 use crate::platform::exit::Exit;
 use crate::protocol::frame::{FIRST, Frame, Kind, LAST, MAX_BODY};
+use crate::protocol::ids::Rank;
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::time::Duration;
 
 /// Version of everything that goes over the wire. Head and agent must have the same.
-pub const PROTOCOL: u32 = 8;
+pub const PROTOCOL: u32 = 9;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -89,6 +91,8 @@ pub enum Outfile {
 pub struct Start {
     /// How many workers to start.
     pub workers: u32,
+    /// The ranks of the workers in the cluster, in the order of their index on this host: how the log names them.
+    pub ranks: Vec<Rank>,
     /// How to make them.
     pub mode: StartMode,
     /// Packages to attach before the first worker is made.
@@ -116,6 +120,14 @@ pub struct Start {
     pub stop_timeout: u64,
     /// The head is on this machine: large answers may go through memory that is shared with it.
     pub here: bool,
+}
+
+impl Start {
+    /// The rank of the worker with this index; the index itself if the head has told none.
+    pub fn rank(&self, worker: u32) -> Rank {
+        let rank = self.ranks.get(worker as usize);
+        rank.copied().unwrap_or(worker)
+    }
 }
 
 impl fmt::Display for Loss {
@@ -203,6 +215,11 @@ pub enum ToAgent {
         /// A number that the answer repeats.
         question: u64,
     },
+    /// What is the state of the agent and of its workers?
+    Dump {
+        /// A number that the answer repeats.
+        question: u64,
+    },
 }
 
 /// Bytes of memory that a process takes; 0 for what is not known.
@@ -212,6 +229,34 @@ pub struct Usage {
     pub resident: u64,
     /// Of what it shares with other processes, its part.
     pub proportional: u64,
+}
+
+/// State for a bug report: names and values as text. Never what tasks, environment variables or files contain.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts(pub Vec<(String, String)>);
+
+impl Facts {
+    /// Adds a value under its name.
+    pub fn add(&mut self, name: &str, value: impl fmt::Display) {
+        self.0.push((name.to_owned(), value.to_string()));
+    }
+
+    /// Adds a value as the code writes it.
+    pub fn add_debug(&mut self, name: &str, value: impl fmt::Debug) {
+        self.0.push((name.to_owned(), format!("{value:?}")));
+    }
+
+    /// Adds a value, if there is one.
+    pub fn add_some(&mut self, name: &str, value: Option<impl fmt::Display>) {
+        if let Some(value) = value {
+            self.add(name, value);
+        }
+    }
+
+    /// Adds a time in seconds.
+    pub fn add_seconds(&mut self, name: &str, value: Duration) {
+        self.add(name, format_args!("{:.3}", value.as_secs_f64()));
+    }
 }
 
 /// Agent to head.
@@ -303,6 +348,15 @@ pub enum ToHead {
         /// Whether the answer is complete with these workers.
         last: bool,
     },
+    /// The state of the agent and of some workers.
+    Dump {
+        /// The number of the question that this answers.
+        question: u64,
+        /// What is known of the agent, or of the worker with this index.
+        of: Vec<(Option<u32>, Facts)>,
+        /// Whether the answer is complete with these.
+        last: bool,
+    },
 }
 
 /// What an agent tells a spawned worker first.
@@ -314,6 +368,8 @@ pub struct WorkerConfig {
     pub memory_limit: u64,
     /// Large answers may go through memory that is shared with the head.
     pub shares: bool,
+    /// The worker's rank in the cluster.
+    pub rank: Rank,
 }
 
 /// What an agent that starts anew in the same process, as another program, needs of what it was.

@@ -168,6 +168,11 @@ pub struct Mirror {
 }
 
 impl Mirror {
+    /// Bytes that the agent keeps.
+    pub fn bytes(&self) -> usize {
+        self.numbers.bytes
+    }
+
     /// Of an agent that keeps up to `most` bytes.
     pub fn new(most: usize) -> Mirror {
         Mirror {
@@ -237,6 +242,11 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Bytes that are kept.
+    pub fn bytes(&self) -> usize {
+        self.chunks.bytes
+    }
+
     /// Keeps up to `most` bytes.
     pub fn new(most: usize) -> Kept {
         Kept {

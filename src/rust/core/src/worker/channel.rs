@@ -25,6 +25,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
+use tracing::debug;
 
 /// If the next task has lately come so soon, a worker polls for it that long before it sleeps, and yields
 /// its core at every look: to sleep and to be woken would take longer.
@@ -168,6 +169,7 @@ impl Channel {
     /// When the agent is gone.
     pub fn ready(&mut self, tempdir: String, ready: bool) -> io::Result<()> {
         self.owner = std::process::id();
+        debug!(ready, "worker reports to its agent");
         let message = WorkerReady { tempdir, ready };
         let frame = control::encode_for(self.index, &message).map_err(io::Error::other)?;
         self.write(&[&frame])
@@ -228,7 +230,9 @@ impl Channel {
                         self.begun = false;
                         // First forget, then look: see the module's documentation.
                         signals::discard_interrupt();
+                        debug!(task = header.task, bytes = next.body.len, "task received");
                         if self.cancelled()? {
+                            debug!(task = header.task, "task was cancelled before it started");
                             self.send(&[], true)?;
                             self.seeds_before.retain(|seed| !seed.guest);
                             next = Task::default();
@@ -398,6 +402,7 @@ impl Channel {
         self.outgoing.extend_from_slice(bytes);
         if last {
             self.flush(task, true)?;
+            debug!(task, "task answered");
             self.task = None;
         }
         Ok(())
@@ -473,6 +478,7 @@ impl Channel {
                 Err(error) => return Err(error),
             }
         }
+        debug!(task, bytes = len, "task answered in shared memory");
         self.task = None;
         Ok(true)
     }

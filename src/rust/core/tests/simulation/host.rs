@@ -149,7 +149,7 @@ impl Host {
                     facts.places[rank as usize].came_up = true;
                 }
                 // It is not asked.
-                Act::Usage { .. } => {}
+                Act::Usage { .. } | Act::Dump { .. } => {}
                 Act::End => self.lost = true,
             }
         }

@@ -612,6 +612,7 @@ impl Sim {
                 Note::Back { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
+                | Note::Dump { .. }
                 | Note::Aside { .. }
                 | Note::LeftBehind { .. }
                 | Note::Failed { .. }

@@ -21,6 +21,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{sleep, timeout};
+use tracing::{debug, info, warn};
 
 /// How long an agent's process may take to end once its stream has ended.
 const EXIT_PATIENCE: Duration = Duration::from_millis(950);
@@ -134,6 +135,8 @@ async fn serve_one(
     {
         let mut core = shared.core();
         core.inbox.hosts[agent].pid = Some(process.pid());
+        let (host, pid) = (launch.host.as_str(), process.pid());
+        info!(agent = agent + 1, host, pid, again, "agent launched");
         core.changed();
     }
     let tail = Rc::new(RefCell::new(Vec::new()));
@@ -168,6 +171,7 @@ async fn serve_one(
 
 fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
     let mut core = shared.core();
+    warn_of(agent, &failure, core.stopping);
     core.look_at_clock();
     core.scheduler.agent_lost(agent, &failure.reason);
     let for_good = core.conns[agent].for_good;
@@ -178,6 +182,14 @@ fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
     }
     core.settle();
     core.changed();
+}
+
+fn warn_of(agent: usize, failure: &HostFailure, stopping: bool) {
+    let reason = failure.reason.as_str();
+    match stopping {
+        true => debug!(agent = agent + 1, reason, "agent ended"),
+        false => warn!(agent = agent + 1, reason, "agent lost"),
+    }
 }
 
 fn describe(status: ExitStatus) -> String {
@@ -381,6 +393,12 @@ async fn greet(
         }
         if let Some(theirs) = greeting.feed(&fresh).map_err(io::Error::other)? {
             hello.check(&theirs).map_err(io::Error::other)?;
+            info!(
+                agent = agent + 1,
+                pid = theirs.pid,
+                r_version = theirs.r_version,
+                "agent greeted"
+            );
             shared.core().inbox.greeted(agent, theirs);
             return Ok(Some(greeting.take_rest()));
         }

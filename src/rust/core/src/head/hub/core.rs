@@ -11,6 +11,7 @@ use super::by_hand::Hand;
 use super::connection::Conn;
 use super::inbox::Inbox;
 use super::readiness::Readiness;
+use super::recent::Recent;
 use super::reconnect::Restoring;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
@@ -18,7 +19,7 @@ use crate::head::scheduler::events::{Note, Outcome, RankSet, Want};
 use crate::head::setup_log::Spool;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
-use crate::protocol::control::ToAgent;
+use crate::protocol::control::{Facts, ToAgent};
 use crate::protocol::frame::{self, Frame, Header, Kind, LAST, SHARED};
 use crate::protocol::ids::Rank;
 use crate::protocol::send_queue::OutBuf;
@@ -32,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+use tracing::{debug, trace};
 
 /// Bytes put together for one write.
 const WRITE: usize = 256 * 1024;
@@ -75,6 +77,8 @@ pub struct Core {
     /// What lasts on workers, if hosts are to be taken back.
     pub spool: Option<Spool>,
     pub restoring: Restoring,
+    /// What happened last, for bug reports.
+    pub recent: Recent,
     /// How long a host that is tried again may take to start.
     pub start_patience: Duration,
     /// Bytes of results to buffer.
@@ -134,6 +138,7 @@ impl Shared {
                 inbox: Inbox::new(hosts),
                 spool: None,
                 restoring: Restoring::default(),
+                recent: Recent::default(),
                 start_patience: Duration::MAX,
                 queued: 0,
                 stopping: false,
@@ -297,6 +302,15 @@ fn poll(hubs: &[(&Shared, &[Arc<UnixStream>])], most: Duration) -> bool {
 }
 
 impl Core {
+    /// What is known of both threads, for a bug report.
+    pub fn facts(&self, facts: &mut Facts) {
+        facts.add("stopping", self.stopping);
+        facts.add_debug("reader", self.reader);
+        facts.add("r_waits", self.waiting);
+        facts.add("queued_bytes", self.queued);
+        facts.add_seconds("usual_wait", self.usual_wait);
+    }
+
     /// How often the inbox or `queued` has changed.
     pub fn changes(&self) -> u64 {
         self.changes
@@ -323,6 +337,7 @@ impl Core {
 
     fn set_reader(&mut self, reader: Reader) {
         if self.reader != reader {
+            trace!(?reader, "another thread reads the streams");
             self.reader = reader;
             for agent in 0..self.conns.len() {
                 self.watch(agent);
@@ -428,6 +443,7 @@ impl Core {
     fn end(&mut self, agent: usize, result: io::Result<()>) {
         let conn = &mut self.conns[agent];
         if conn.end.is_none() {
+            debug!(agent = agent + 1, ?result, "stream ended");
             conn.end = Some(result);
             conn.blocked = false;
             conn.over.notify_one();
@@ -564,6 +580,7 @@ impl Core {
                 hand.notes.extend(notes.iter().cloned());
             }
             for note in notes {
+                self.recent.note(&note, self.began);
                 match &note {
                     Note::LeftOut { agent, .. } => {
                         // If it does not end when asked to, it is ended.
@@ -697,6 +714,7 @@ impl Core {
         if std::mem::replace(&mut self.stopping, true) {
             return;
         }
+        debug!("cluster stops");
         for agent in 0..self.conns.len() {
             // Without a greeting there is nobody to tell: the stream's end must do.
             let _ = self.scheduler.send_control(agent, &ToAgent::Stop);

@@ -3,7 +3,7 @@
 use super::futures::Calls;
 use crate::head::scheduler::events::{Gone, Note, Outcome};
 use crate::head::task_table::TaskTable;
-use crate::protocol::control::{Hello, Loss, ToHead, Usage};
+use crate::protocol::control::{Facts, Hello, Loss, ToHead, Usage};
 use crate::protocol::ids::{JobId, Rank};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -143,6 +143,12 @@ pub struct HostView {
     pub asked: u64,
     /// The last question after its workers' memory that was answered.
     pub told: u64,
+    /// The last question after its state that was asked.
+    pub dump_asked: u64,
+    /// The last question after its state that was answered.
+    pub dump_told: u64,
+    /// The answer to the last question after its state: of the agent, and of its workers by rank.
+    pub dump: Vec<(Option<Rank>, Facts)>,
     /// R knows, or will, that it is lost; that its workers' state is not kept.
     told_lost: bool,
     told_state: bool,
@@ -290,6 +296,23 @@ impl Inbox {
                 }
                 if last {
                     self.hosts[agent].told = question;
+                }
+            }
+            Note::Dump {
+                agent,
+                question,
+                of,
+                last,
+            } => {
+                let workers = self.workers.iter().filter(|worker| worker.agent == agent);
+                let most = workers.count() + 1;
+                let host = &mut self.hosts[agent];
+                // No more than was asked for is held.
+                if question == host.dump_asked && host.dump.len() + of.len() <= most {
+                    host.dump.extend(of);
+                    if last {
+                        host.dump_told = question;
+                    }
                 }
             }
             Note::Aside { task, flags, bytes } => self.calls.told(task, flags, &bytes),

@@ -8,16 +8,20 @@ mod by_hand;
 mod client;
 mod connection;
 mod core;
+mod dump;
 mod futures;
 mod inbox;
 mod readiness;
+mod recent;
 mod reconnect;
 mod status;
 mod writer;
 
 pub use client::{Answer, Begun, Hub, NO_JOB, Progress, Turn};
+pub use dump::Dump;
 pub use futures::{CallEnd, Waker};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
+pub use recent::RecentEvent;
 pub use status::{HostStatus, Status};
 
 use crate::head::launch::Launch;

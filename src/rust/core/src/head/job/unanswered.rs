@@ -4,7 +4,7 @@
 use super::{Codec, Dispatch, Halt, Job, Sent, Stepped};
 use crate::head::batching::Assignment;
 use crate::head::hub::Turn;
-use crate::head::retry::{Attempts, Verdict};
+use crate::head::retry::{Attempts, Verdict, log_attempt};
 use crate::head::scheduler::events::Gone;
 use crate::protocol::ids::{Rank, TaskId};
 use std::sync::Arc;
@@ -83,12 +83,16 @@ impl Job {
             attempts.verdict(self.policy, &loss.gone)
         };
         let verdicts: Vec<Verdict> = loss.tasks.iter().map(verdict).collect();
+        let attempts = loss.tasks.iter().map(|&index| self.losses(index).len() + 1);
+        let attempt = attempts.max().unwrap_or(1);
+        let again = verdicts.contains(&Verdict::Retry);
         if verdicts.contains(&Verdict::Raise) {
             return Err(Halt::Lost(loss));
         }
         let Some(sent) = self.remove(loss.task) else {
             return Ok(());
         };
+        log_attempt(loss.task, loss.place, attempt, again);
         let retried = |of: &[usize]| -> Vec<usize> {
             let verdicts = of.iter().zip(&verdicts);
             let retried = verdicts.filter(|(_, verdict)| **verdict == Verdict::Retry);

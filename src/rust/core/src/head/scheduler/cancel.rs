@@ -10,6 +10,7 @@ use crate::protocol::ids::{JobId, RESTORE, Rank, TaskId};
 use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
+use tracing::debug;
 
 impl Scheduler {
     /// The task that was lost with its worker, if it is still that which others wait for, will not
@@ -92,6 +93,7 @@ impl Scheduler {
                         task,
                     };
                     // A message of two integers fits into a frame.
+                    debug!(task, rank = rank + 1, "running task cancelled");
                     frames.extend(control::encode(&cancel).ok());
                 }
             }
@@ -150,6 +152,7 @@ impl Scheduler {
             return;
         };
         let agent = worker.agent;
+        debug!(task = id, rank = rank + 1, "prefetched task revoked");
         match next.phase {
             Phase::Sending { first } => {
                 let frame = worker.abort(id, first);

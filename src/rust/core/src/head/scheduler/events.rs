@@ -1,7 +1,7 @@
 //! What the scheduler reports: notes for R, how tasks and workers ended, what workers are doing.
 
 use crate::protocol::body::Body;
-use crate::protocol::control::{Loss, ToHead, Usage};
+use crate::protocol::control::{Facts, Loss, ToHead, Usage};
 use crate::protocol::ids::{JobId, Rank, TaskId};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -163,6 +163,17 @@ pub enum Note {
         /// Workers by rank, with their memory.
         usages: Vec<(Rank, Usage)>,
         /// Whether the answer is complete with these workers.
+        last: bool,
+    },
+    /// What an agent says of itself and its workers.
+    Dump {
+        /// The host's index among all.
+        agent: usize,
+        /// The number of the question.
+        question: u64,
+        /// What is known of the agent, or of the worker with this rank.
+        of: Vec<(Option<Rank>, Facts)>,
+        /// Whether the answer is complete with these.
         last: bool,
     },
 }

@@ -28,9 +28,11 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 use task::{Current, Order, Task};
+use tracing::{debug, trace};
 use worker::{Worker, WorkerState, current_of};
 
 mod cancel;
+mod dump;
 pub mod events;
 mod outbound;
 pub mod pool;
@@ -217,6 +219,19 @@ impl Scheduler {
             limit,
             leaves_seed: false,
         };
+        let Order {
+            task: id,
+            job,
+            again,
+            ..
+        } = order;
+        debug!(
+            task = id,
+            rank = order.rank + 1,
+            job,
+            again,
+            "task submitted"
+        );
         if order.again {
             worker.decided(order.task);
             worker.queue.push_front(task);
@@ -311,6 +326,7 @@ impl Scheduler {
                 let rank = self.rank(agent, header.worker)?;
                 let worker = &mut self.workers[rank as usize];
                 let window = worker.window.saturating_add(header.len as usize);
+                trace!(rank = rank + 1, bytes = header.len, "worker has read");
                 // Agents also count what they themselves tell a worker.
                 worker.window = window.min(SEND_WINDOW);
                 self.dispatch(rank);
@@ -463,6 +479,19 @@ impl Scheduler {
                     agent,
                     question,
                     usages: usages?,
+                    last,
+                });
+            }
+            ToHead::Dump { question, of, last } => {
+                let ranked = |(worker, facts): (Option<u32>, _)| {
+                    let rank = worker.map(|worker| self.rank(agent, worker)).transpose()?;
+                    Ok((rank, facts))
+                };
+                let of: Result<Vec<_>, ProtocolError> = of.into_iter().map(ranked).collect();
+                self.notes.push(Note::Dump {
+                    agent,
+                    question,
+                    of: of?,
                     last,
                 });
             }

@@ -10,6 +10,7 @@ use super::task::Phase;
 use super::worker::Worker;
 use crate::head::activity::Moment;
 use crate::head::blobs::Payloads;
+use crate::protocol::control::Facts;
 use crate::protocol::dedup::{Mirror, Sent};
 use crate::protocol::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, SHARED};
 use crate::protocol::ids::PayloadId;
@@ -48,6 +49,14 @@ impl Outbound {
             payloads: Payloads::default(),
             closed: false,
         }
+    }
+
+    /// What is known of it, for a bug report.
+    pub(super) fn facts(&self, facts: &mut Facts) {
+        facts.add("lost", self.closed);
+        facts.add("control_frames", self.control.len() + self.together.len());
+        facts.add("sendable_workers", self.line.len());
+        facts.add_some("dedup_bytes", self.mirror.as_ref().map(Mirror::bytes));
     }
 
     /// The agent keeps up to so many bytes of chunks.

@@ -5,8 +5,10 @@
 use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
+use crate::protocol::control::Facts;
 use crate::protocol::ids::{CALLS, Rank, TaskId};
 use std::time::Duration;
+use tracing::debug;
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,14 @@ pub(super) struct Calls {
 }
 
 impl Calls {
+    /// What is known of all calls, for a bug report.
+    pub(super) fn facts(&self, facts: &mut Facts) {
+        facts.add("calls_waiting", self.waiting.len());
+        facts.add("calls_wanted", self.wanted.len());
+        facts.add_some("call_awaited", self.awaited);
+        facts.add("workers_kept_for_verb", self.kept.len());
+    }
+
     /// Whether the result of what this worker is at is to come whatever the limit: because R wants it, or
     /// because a call that R wants waits for a worker.
     pub(super) fn want(&self, worker: &Worker) -> bool {
@@ -73,6 +83,7 @@ impl Scheduler {
             limit,
             leaves_seed: false,
         };
+        debug!(task = id, again, workers = any_of.len(), "call submitted");
         let call = Waiting { task, any_of };
         match again {
             true => self.calls.waiting.push_front(call),

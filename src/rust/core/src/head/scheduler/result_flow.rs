@@ -11,6 +11,7 @@
 use super::MOST_SHARED;
 use super::events::{RankSet, Want};
 use crate::protocol::body::{Body, Memory};
+use crate::protocol::control::Facts;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{FIRST, LAST};
 use crate::protocol::ids::Rank;
@@ -103,6 +104,32 @@ impl ResultFlow {
             want: Want::Nothing,
             unlimited: false,
         }
+    }
+
+    /// What is known of all results, for a bug report.
+    pub(super) fn facts(&self, facts: &mut Facts) {
+        facts.add_debug("wants", &self.want);
+        facts.add("results_bytes", self.buffered);
+        facts.add("results_granted_bytes", self.reserved);
+        facts.add("results_limit", self.limit);
+        facts.add("blocked_on_credit", self.starving.len());
+        facts.add("streaming", self.streaming);
+        facts.add("unlimited", self.unlimited);
+    }
+
+    /// What is known of the result that a worker has to give.
+    pub(super) fn result_facts(&self, rank: Rank, facts: &mut Facts) {
+        if let Some(incoming) = self.of(rank) {
+            facts.add("result_bytes", incoming.received);
+            facts.add("result_granted", incoming.granted);
+            facts.add("blocked_on_credit", incoming.starving);
+            facts.add_some("shared_result", incoming.announced);
+        }
+    }
+
+    /// What is known of the results of a host.
+    pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
+        facts.add_some("large_results_begun", self.begun.get(host));
     }
 
     /// A worker has a task, whose result may come from now on. `dropped`: it is not wanted.

@@ -10,6 +10,7 @@ use crate::protocol::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, LAST, SHAR
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
 use crate::protocol::limits::MOST_MEMORY;
 use bytes::Bytes;
+use tracing::trace;
 
 impl Scheduler {
     /// Whether a result waits on its host because of the limit.
@@ -201,6 +202,12 @@ impl Scheduler {
             };
             let worker = &self.workers[rank as usize];
             if let Some(current) = &worker.current {
+                trace!(
+                    task = current.task.id,
+                    rank = rank + 1,
+                    bytes = more,
+                    "credit granted"
+                );
                 let frame = Frame::credit(worker.index, current.task.id, more);
                 self.push_control(worker.agent, frame);
             }

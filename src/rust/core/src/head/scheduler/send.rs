@@ -12,6 +12,7 @@ use crate::protocol::frame::{Frame, MAX_BODY};
 use crate::protocol::ids::{PayloadId, Rank, TaskId};
 use std::mem;
 use std::sync::Arc;
+use tracing::debug;
 
 impl Scheduler {
     /// From its first task on, an agent keeps up to `most` bytes of chunks.
@@ -197,7 +198,12 @@ impl Scheduler {
             let Agent { ranks, out, .. } = &mut self.agents[agent];
             let rank = ranks[index as usize];
             let worker = &mut self.workers[rank as usize];
+            let before = worker.sending().map(|task| task.id);
             if let Some(released) = out.push_chunk(worker, self.now) {
+                let after = worker.sending().map(|task| task.id);
+                if let Some(task) = before.filter(|_| after != before) {
+                    debug!(task, rank = rank + 1, "task sent");
+                }
                 self.released += released;
                 self.dispatch(rank);
                 return self.agents[agent].out.next_queued();

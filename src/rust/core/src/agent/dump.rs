@@ -1,0 +1,87 @@
+//! What an agent says of itself and its workers for a bug report.
+
+use super::Agent;
+use crate::platform::{log, memory};
+use crate::protocol::control::{Facts, ToHead};
+
+/// Workers in one message, at most: with these it surely fits into a frame.
+const AT_ONCE: usize = 16;
+
+impl Agent {
+    /// Tells the head the state of this agent and of its workers.
+    pub(super) fn dump(&mut self, question: u64) {
+        self.tell(&ToHead::Dump {
+            question,
+            of: vec![(None, self.facts())],
+            last: self.workers.is_empty(),
+        });
+        let workers: Vec<u32> = (0..self.workers.len() as u32).collect();
+        for some in workers.chunks(AT_ONCE) {
+            let facts = |&worker: &u32| (Some(worker), self.worker_facts(worker));
+            let message = ToHead::Dump {
+                question,
+                of: some.iter().map(facts).collect(),
+                last: some.last() == workers.last(),
+            };
+            self.tell(&message);
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let mut facts = Facts::default();
+        facts.add("agent_pid", std::process::id());
+        facts.add_seconds("up_for", self.now());
+        facts.add_debug("mode", self.start.mode);
+        facts.add("workers", self.start.workers);
+        facts.add("ending", self.ending);
+        facts.add("workers_to_make", self.to_make.len());
+        facts.add("bytes_to_head", self.to_head.len());
+        facts.add("head_blocked", self.head_blocked);
+        facts.add("bytes_from_head", self.received.len());
+        facts.add("shared_memory", self.relay.book.shares);
+        self.relay.facts(&mut facts);
+        facts.add_seconds("usual_wait", self.usual_wait);
+        if let Some((total, available)) = memory::host_memory() {
+            facts.add("memory_total", total);
+            facts.add("memory_available", available);
+        }
+        facts.add_some("log", log::path().map(|path| path.display()));
+        facts
+    }
+
+    fn worker_facts(&self, worker: u32) -> Facts {
+        let mut facts = Facts::default();
+        self.relay.worker_facts(worker, self.now(), &mut facts);
+        if let Some(process) = &self.workers[worker as usize] {
+            facts.add("pid", process.pid);
+            facts.add("bytes_to_worker", process.outgoing.len());
+            facts.add("bytes_from_worker", process.received.len());
+            facts.add("write_blocked", process.write_blocked);
+            facts.add("interrupt_due", process.interrupt);
+            facts.add("killed", process.killed.get());
+        }
+        facts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::control;
+
+    #[test]
+    fn workers_of_which_most_is_to_be_said_fit_into_a_frame() {
+        // As many facts, with longer names and values, as a busy worker has.
+        let mut facts = Facts::default();
+        for _ in 0..32 {
+            facts.add("unacknowledged_losses_of_it", u64::MAX);
+        }
+        let of = (0..AT_ONCE as u32).map(|worker| (Some(worker), facts.clone()));
+        let message = ToHead::Dump {
+            question: 1,
+            of: of.collect(),
+            last: true,
+        };
+        control::encode(&message).unwrap();
+    }
+}

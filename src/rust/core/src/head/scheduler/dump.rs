@@ -1,0 +1,88 @@
+//! The scheduler's state for a bug report.
+
+use super::Scheduler;
+use super::task::{Current, Phase, Task};
+use super::worker::WorkerState;
+use crate::protocol::control::Facts;
+use crate::protocol::ids::{CALLS, JobId, Rank};
+
+fn job(job: JobId) -> String {
+    match job {
+        CALLS => "call".into(),
+        number => number.to_string(),
+    }
+}
+
+fn phase(phase: &Phase) -> &'static str {
+    match phase {
+        Phase::Sending { first: true } => "to be sent",
+        Phase::Sending { first: false } => "being sent",
+        Phase::Running => "sent",
+    }
+}
+
+fn bytes(task: &Task) -> usize {
+    task.chunks.iter().map(|chunk| chunk.bytes.len()).sum()
+}
+
+impl Scheduler {
+    /// What is known of the cluster as a whole.
+    pub fn facts(&self, facts: &mut Facts) {
+        self.flow.facts(facts);
+        facts.add("untold_notes", self.notes.len());
+        self.calls.facts(facts);
+    }
+
+    /// What is known of a host's agent.
+    pub fn agent_facts(&self, at: usize, facts: &mut Facts) {
+        if let Some(agent) = self.agents.get(at) {
+            agent.out.facts(facts);
+            facts.add("losses_in_a_row", agent.losses);
+            self.flow.host_facts(at, facts);
+        }
+    }
+
+    /// What is known of a worker.
+    pub fn worker_facts(&self, rank: Rank, facts: &mut Facts) {
+        let Some(worker) = self.workers.get(rank as usize) else {
+            return;
+        };
+        let state = match &worker.state {
+            WorkerState::Starting => "starting",
+            WorkerState::Up if worker.current.is_some() => "busy",
+            WorkerState::Up => "idle",
+            WorkerState::Gone(gone) if gone.is_tried_again() => "gone, retried",
+            WorkerState::Gone(_) => "gone",
+        };
+        facts.add("state", state);
+        facts.add("queue", worker.queue.len());
+        facts.add("queue_bytes", worker.queue.iter().map(bytes).sum::<usize>());
+        if let Some(current) = &worker.current {
+            self.current_facts(current, facts);
+            self.flow.result_facts(rank, facts);
+        }
+        if let Some(next) = &worker.next {
+            facts.add("next_task", next.task.id);
+            facts.add("next_message", phase(&next.phase));
+            facts.add("next_cancelled", next.cancelled);
+            facts.add("next_revoked", next.recalled);
+        }
+        facts.add_some("awaits_retry_of", worker.undecided.map(|(task, _)| task));
+        facts.add("window", worker.window);
+        facts.add("away", worker.away);
+        let track = &worker.track;
+        facts.add("done", track.tasks);
+        facts.add("losses", track.losses);
+        facts.add("bytes_in", track.bytes_in);
+        facts.add("bytes_out", track.bytes_out);
+    }
+
+    fn current_facts(&self, current: &Current, facts: &mut Facts) {
+        facts.add("task", current.task.id);
+        facts.add("job", job(current.task.job));
+        facts.add("message", phase(&current.phase));
+        facts.add("message_bytes_left", bytes(&current.task));
+        facts.add("cancelled", current.cancelled);
+        facts.add_seconds("task_for", self.now.saturating_sub(current.times.begun));
+    }
+}

@@ -1,0 +1,93 @@
+//! The state of a cluster for a bug report, for R.
+
+use super::handle::{SLICE, with_cluster};
+use extendr_api::prelude::*;
+use rustcluster_core::head::hub::{Dump, RecentEvent};
+use rustcluster_core::protocol::control::Facts;
+use std::time::Duration;
+
+/// Asks all agents for their state. Returns the number of the question.
+/// @noRd
+#[extendr]
+fn hub_ask_dump(handle: Robj) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let question = cluster.hub.borrow().ask_dump();
+        Ok((question as f64).into())
+    })
+}
+
+/// The answers to that, and what is known here. `NULL`: not yet; waits up to `most` seconds for it. `anyway`:
+/// what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
+/// such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
+/// last events (a list of vectors).
+/// @noRd
+#[extendr]
+fn hub_dump(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let most = Duration::try_from_secs_f64(most).unwrap_or_default();
+        let most = most.min(SLICE);
+        let dump = cluster.hub.borrow().dump(question as u64, most, anyway);
+        Ok(dump.map_or_else(|| ().into(), to_r))
+    })
+}
+
+fn to_r(dump: Dump) -> Robj {
+    let agents = dump.agents.into_iter().map(|of| {
+        let ranks = of.iter().map(|(rank, _)| rank.map_or(0, |rank| rank + 1));
+        let names: Vec<String> = ranks.map(|rank| rank.to_string()).collect();
+        let mut facts: Robj = all(of.into_iter().map(|(_, facts)| facts).collect());
+        // Cannot fail: as many names as elements.
+        let _ = facts.set_names(names);
+        facts
+    });
+    list!(
+        cluster = named(dump.cluster),
+        hosts = all(dump.hosts),
+        workers = all(dump.workers),
+        agents = List::from_values(agents.collect::<Vec<Robj>>()),
+        events = events(&dump.events)
+    )
+    .into()
+}
+
+fn all(facts: Vec<Facts>) -> Robj {
+    List::from_values(facts.into_iter().map(named).collect::<Vec<Robj>>()).into()
+}
+
+fn named(facts: Facts) -> Robj {
+    let (names, values): (Vec<String>, Vec<String>) = facts.0.into_iter().unzip();
+    // R's strings hold no NUL, and an agent may be anything.
+    let clean = |text: String| text.replace('\0', "");
+    let mut robj = Robj::from(values.into_iter().map(clean).collect::<Vec<_>>());
+    // Cannot fail: as many names as values.
+    let _ = robj.set_names(names.into_iter().map(clean).collect::<Vec<_>>());
+    robj
+}
+
+fn events(events: &[RecentEvent]) -> Robj {
+    let number = |of: &dyn Fn(&RecentEvent) -> Option<i32>| -> Vec<Option<i32>> {
+        events.iter().map(of).collect()
+    };
+    let why = events.iter().map(|event| event.why.replace('\0', ""));
+    list!(
+        at = events
+            .iter()
+            .map(|event| event.at.as_secs_f64())
+            .collect::<Vec<_>>(),
+        what = events.iter().map(|event| event.what).collect::<Vec<_>>(),
+        host = number(&|event| event.agent.map(|at| at as i32 + 1)),
+        rank = number(&|event| event.rank.map(|rank| rank as i32 + 1)),
+        task = events
+            .iter()
+            .map(|event| event.task.map(|task| task as f64))
+            .collect::<Vec<Option<f64>>>(),
+        why = why.collect::<Vec<_>>()
+    )
+    .into()
+}
+
+extendr_module! {
+    mod dump;
+    fn hub_ask_dump;
+    fn hub_dump;
+}
