@@ -29,7 +29,7 @@ count <- function(value, argument, max) {
     what <- switch(argument, spec = , ncore = "a number of workers", threads = "a number of threads", port = "a port")
     badArgument(argument, "must be ", what, ", at least 1")
   }
-  if (value > max) badArgument(argument, "must be at most ", format(max, scientific = FALSE))
+  if (value > max) badArgument(argument, "must be at most ", shownNumber(max))
   as.integer(value)
 }
 
@@ -43,8 +43,8 @@ memoryLimit <- function(value) {
   }
   if (value < minMemoryLimit) {
     badArgument(
-      "memory_limit", "must be at least ", format(minMemoryLimit, scientific = FALSE),
-      " bytes, which a worker needs for R itself"
+      "memory_limit", "must be at least ", minMemoryLimit / 1e6, " MB (", minMemoryLimit / 1e6,
+      "e6), which a worker needs for R itself"
     )
   }
   # A limit beyond the memory of any machine is no limit.
@@ -76,11 +76,12 @@ deprecationsShown <- new.env(parent = emptyenv())
 # Warns once a session for each old name. Handlers of R's own .Deprecated() handle this warning, too.
 warnDeprecated <- function(old, new) {
   if (exists(old, deprecationsShown, inherits = FALSE)) return(invisible())
-  assign(old, TRUE, deprecationsShown)
   text <- paste0("argument `", old, "` is deprecated; use `", new, "` instead")
   warning <- rustclusterCondition("deprecated", text, old = old, new = new, package = "rustcluster", type = "warning")
   class(warning) <- append(class(warning), "deprecatedWarning", 2L)
   base::warning(warning)
+  # Not reached if the warning is an error: each call is then refused.
+  assign(old, TRUE, deprecationsShown)
 }
 
 # Arguments of parallel's clusters that have a meaning for this package.
@@ -107,6 +108,9 @@ clusterOptions <- function(given) {
   # An argument that is NULL removes the default.
   options <- defaults[intersect(meaningful, names(defaults))]
   options[names(given)] <- NULL
+  # In parallel, NULL means that the output is not redirected, and that there are no arguments.
+  if ("outfile" %in% names) given["outfile"] <- list(c(given$outfile, if (is.null(given$outfile)) ""))
+  if ("rscript_args" %in% names && is.null(given$rscript_args)) given$rscript_args <- character()
   options <- c(options, lapply(Filter(Negate(is.null), given), plain))
 
   text <- function(name) is.character(options[[name]]) && length(options[[name]]) == 1L &&
@@ -154,13 +158,34 @@ clusterOptions <- function(given) {
   options
 }
 
-# Checks a number in a range. `what`: the unit, such as "of seconds", or "".
-between <- function(value, argument, what, min, max) {
+# Checks a number in a range. `what`: what the argument is, such as "a number of seconds". `infinite`: whether Inf, which
+# stands for no limit, is valid, too.
+between <- function(value, argument, what, min, max, infinite = FALSE) {
   value <- plain(value)
-  if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= min && value <= max)) {
-    badArgument(argument, "must be a number ", what, if (nzchar(what)) " ", "from ", format(min), " to ",
-                format(max))
+  if (infinite && identical(value, Inf)) return(invisible())
+  if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= min)) {
+    badArgument(argument, "must be ", what, ", at least ", shownNumber(min), if (infinite) ", or Inf")
   }
+  if (value > max) badArgument(argument, "must be at most ", shownNumber(max), if (infinite) ", or Inf")
+}
+
+# Returns a limit as error messages show it.
+shownNumber <- function(number) {
+  if (number == 2^20) "1 MiB (2^20)" else format(number, scientific = number > 1e6, digits = 15L)
+}
+
+# Checks `type`, which selects nothing here: all types of makeCluster() are accepted.
+checkType <- function(type) {
+  if (!is.character(type) || length(type) != 1L || !type %in% clusterTypes) {
+    badArgument("type", "must be a cluster type of makeCluster(): ", paste0("\"", clusterTypes, "\"", collapse = ", "))
+  }
+}
+
+clusterTypes <- c("PSOCK", "FORK", "SOCK", "MPI", "RUST")
+
+# Returns what was given instead of a valid argument, as the end of an error message.
+notThis <- function(value) {
+  paste0(", not ", if (is.null(value)) "NULL" else paste0("an object of class ", dQuote(class(value)[[1L]], FALSE)))
 }
 
 usableCores <- function() {

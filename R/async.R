@@ -32,7 +32,7 @@ clusterLapplyAsync <- function(cl = NULL, X, FUN, ..., .seed = FALSE) {
   cl <- theCluster(cl)
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
-  refuseUnknown("clusterLapplyAsync", ...names(), names(formals(args(FUN))))
+  refuseUnknown(clusterLapplyAsync, "clusterLapplyAsync", ...names(), args(FUN))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
   seed <- streamsOf(plain(.seed), n)

@@ -49,9 +49,12 @@ conditionClasses <- list(
   warning = c(
     worker_lost = paste(
       "A worker died and is being replaced (field `replaced`) or could not be restored (`retry`). Its task, if it had",
-      "one, is retried. Fields as of the error."
+      "one, is retried; the failures of a task that is not retried are in its error. Fields as of the error."
     ),
-    worker_replaced = "A worker ended or did not respond when interrupted, and was restarted. Fields `rank`, `host`.",
+    worker_replaced = paste(
+      "A worker ended or did not respond when its task was interrupted, and was restarted. Fields `rank`, `host`, `pid`",
+      "(of the process that has ended), `reason` (why the task was interrupted)."
+    ),
     host_failed = "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`.",
     state_not_kept = paste(
       "Exports and set-up calls exceed `setup_log_limit`: lost workers of a host can no longer be replaced (field",

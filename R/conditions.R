@@ -73,6 +73,12 @@ outOfMemory <- function(left) {
   )
 }
 
+# Returns a time limit and the argument that set it: `timeout` of the cluster or, if that is longer, `.timeout`.
+limitText <- function(limit, timeout) {
+  own <- !is.null(limit) && limit < timeout
+  paste0(format(if (own) limit else timeout), " s (", if (own) "`.timeout`" else "`timeout` of the cluster", ")")
+}
+
 # Of a worker that ended before it was ready for tasks.
 setbackText <- function(count, restoring, stalled) {
   if (stalled > 0) {
@@ -115,6 +121,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   reason <- field("reason")
   # Tasks that crossed together are lost together.
   tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
+  several <- grepl("^[a-z]+s [0-9]", tasks)
   node <- paste0("worker ", rank, " on host ", sQuote(host))
   message <- switch(kind,
     worker_lost = paste0(
@@ -129,32 +136,33 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       if (isFALSE(field("replaced"))) paste0(
         if (field("retry") > 0) {
           paste0(
-            "; it is tried again in ", field("retry"), " s, and then with growing pauses; until it is back, "
+            "; the restart is retried in ", field("retry"), " s, and then at growing intervals; until the worker is back, "
           )
-        } else "; no other takes its place: ",
+        } else "; it is not replaced: ",
         "`clusterAlive(cl)` leaves it out, if others are left"
       ),
-      if (is.null(field("task")) && isTRUE(field("replaced"))) "; it is being replaced",
+      if (isTRUE(field("replaced")) && (is.null(field("task")) || !is.null(field("again")))) "; it is being replaced",
       if (!is.null(field("again"))) {
-        are <- if (grepl("^(task|element)s ", tasks)) "are" else "is"
-        paste(";", tasks, are, if (field("again")) "tried again" else "given up")
+        paste0(
+          if (isTRUE(field("replaced"))) ", and " else "; ", tasks, if (several) " are" else " is",
+          if (!field("again")) " not", " retried"
+        )
       },
       tailText("the end of its output", field("stderr"))
     ),
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
-      if (isTRUE(hub_takes_back(handle$pointer, owner))) "; it is tried again until it is back, and " else "; ",
+      if (isTRUE(hub_takes_back(handle$pointer, owner))) "; it will be reconnected when it is back; until then " else "; ",
       "`clusterAlive(cl)` leaves its nodes out, if others are left"
     ),
     timeout = paste0(
-      tasks, " took longer than its ",
-      format(if (is.null(field("limit"))) handle$timeout else field("limit")), " s on ", node,
-      " and was ended"
+      tasks, " exceeded ", if (several) "their" else "its", " time limit of ",
+      limitText(field("limit"), handle$timeout), " on ", node, " and ", if (several) "were" else "was", " ended"
     ),
     worker_replaced = paste0(
-      node, " ended or did not respond when it was interrupted, and was restarted; its exports and RNG state were ",
-      "restored"
+      node, " (pid ", field("pid"), ") was restarted: ", reason, ", and the worker ended or did not respond to the ",
+      "interrupt (C code and system() do not respond); its exports and RNG state were restored"
     ),
     left_behind = paste0(
       "process ", field("pid"), " (", field("command"), "), started by ",
@@ -189,7 +197,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     busy = paste0(
       "the cluster is busy with another call from this session; wait for it to finish or create a second cluster"
     ),
-    no_task = "these nodes have no outstanding task whose result could be received",
+    no_task = paste0(
+      "these nodes have no outstanding task whose result could be received; a call of a function such as parLapply() ",
+      "cancels tasks that were sent to its nodes before, such as futures of plan(cluster)"
+    ),
     limits = paste0(
       "not enough ", field("what"), " for so many workers: ", field("needed"), " needed, ",
       field("available"), " available; ", reason

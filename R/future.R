@@ -475,11 +475,13 @@ relayToHead <- function(condition) {
   FALSE
 }
 
-# Returns the expression with handlers that send conditions of these classes to the head and muffle them.
+# Returns the expression with handlers that send conditions of these classes to the head and muffle them. Errors of the
+# expression show this call, which therefore begins as the one that future's own backends make.
 relayed <- function(expr, classes) {
-  handlers <- rep(list(quote(base::asNamespace("rustcluster")$relayAndMuffle)), length(classes))
+  handler <- quote(function(cond) base::asNamespace("rustcluster")$relayAndMuffle(cond))
+  handlers <- rep(list(handler), length(classes))
   names(handlers) <- classes
-  as.call(c(list(quote(base::withCallingHandlers), expr), handlers))
+  as.call(c(list(quote(withCallingHandlers), call("{", expr)), handlers))
 }
 
 relayAndMuffle <- function(condition) {

@@ -197,8 +197,15 @@ runSeeded <- function(fun, args, seed) {
   do.call(fun, args, quote = TRUE)
 }
 
-# Returns a text such as "task 3" or "tasks 3 to 9".
+# Returns a text such as "task 3" or "tasks 3 to 9". A task that is a chunk of elements is named by these.
 spanText <- function(tasks, what) {
+  chunks <- if (identical(what, "task")) chunksOfJob()
+  if (!is.null(chunks)) {
+    sizes <- chunks$sizes
+    elements <- sequence(sizes[tasks], cumsum(sizes)[tasks] - sizes[tasks] + 1L)
+    # A chunk may be empty.
+    return(if (length(elements)) spanText(elements, chunks$what) else spanText(tasks, "chunk"))
+  }
   if (length(tasks) == 1L) return(paste(what, tasks))
   if (identical(tasks, seq(tasks[[1L]], length.out = length(tasks)))) {
     return(paste0(what, "s ", tasks[[1L]], " to ", tasks[[length(tasks)]]))

@@ -60,17 +60,17 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   parts <- clustersOf(cl)
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
-  refuseUnknown("clusterLapply", ...names(), names(formals(args(FUN))))
+  refuseUnknown(clusterLapply, "clusterLapply", ...names(), args(FUN))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
   n <- length(X)
   for (name in c(".timeout", ".retries", ".order", ".seed", ".errors")) assign(name, plain(get(name)))
   if (!isTRUE(.progress) && !isFALSE(.progress)) badArgument(".progress", "must be TRUE or FALSE")
-  if (!identical(.timeout, Inf)) between(.timeout, ".timeout", "of seconds", 0.001, 1e9)
+  between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   if (length(parts) > 1L && !identical(.timeout, Inf)) {
     badArgument(".timeout", "needs nodes of one cluster; for several clusters, use `timeout` of makeRustCluster()")
   }
   if (!is.null(.retries)) {
-    between(.retries, ".retries", "", 0, 1e6)
+    between(.retries, ".retries", "a whole number", 0, 1e6)
     if (.retries != trunc(.retries)) badArgument(".retries", "must be a whole number")
   }
   if (!is.null(.onResult) && !is.function(.onResult)) badArgument(".onResult", "must be a function")
@@ -103,13 +103,24 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   values
 }
 
-# Refuses arguments whose names start with a dot and are arguments neither of `ours` nor of `FUN`: they are typing
-# errors.
-refuseUnknown <- function(ours, given, known) {
+# Refuses arguments whose names start with a dot and are arguments neither of the verb nor of `FUN`, and arguments of the
+# verb without their dot: they are typing errors. `name`: the name of the verb. `fun`: a function with the arguments of
+# `FUN`, or NULL if these are unknown, as of a primitive function without any.
+refuseUnknown <- function(verb, name, given, fun) {
+  known <- if (!is.null(fun)) names(formals(fun))
   unknown <- setdiff(grep("^[.]", given, value = TRUE), known)
   # A `FUN` with `...` passes on arguments of any other name.
-  if ("..." %in% known) unknown <- unknown[tolower(unknown) %in% tolower(names(formals(clusterLapply)))]
-  if (length(unknown)) badArgument(unknown[[1L]], "is neither an argument of ", ours, "() nor of `FUN`")
+  open <- "..." %in% known
+  if (open) unknown <- unknown[tolower(unknown) %in% tolower(names(formals(clusterLapply)))]
+  if (length(unknown)) badArgument(unknown[[1L]], "is neither an argument of ", name, "() nor of `FUN`")
+  if (open || is.null(fun)) return(invisible())
+  dotted <- grep("^[.][^.]", names(formals(verb)), value = TRUE)
+  for (forgotten in given[tolower(paste0(".", given)) %in% tolower(dotted)]) {
+    # R takes the beginning of a name for the name.
+    if (any(startsWith(known, forgotten))) next
+    meant <- dotted[match(tolower(paste0(".", forgotten)), tolower(dotted))]
+    badArgument(forgotten, "is not an argument of `FUN`; did you mean `", meant, "`, the argument of ", name, "()?")
+  }
 }
 
 raiseFailed <- function(job) {

@@ -9,7 +9,7 @@
 #'
 #' @param spec The number of workers, and their hosts. The nodes of the cluster are in the order of `spec`. Entries with
 #'   the same host and settings share an agent.
-#'   * (number) Workers on this machine. Default: the cores that this session may use according to CPU affinity,
+#'   * (number) Workers on this machine; a fraction is dropped, as in \pkg{parallel}. Default: the cores that this session may use according to CPU affinity,
 #'     cgroups, and the environment variables of Slurm, PBS, SGE, LSF and others (the rules of
 #'     `parallelly::availableCores()`), or option `mc.cores` if that is smaller.
 #'   * (named number) Workers on each of the named hosts.
@@ -24,12 +24,13 @@
 #'
 #'   `"localhost"` and the names and addresses of this machine are used without ssh, unless `spec` asks for another
 #'   user, a port or an ssh command.
-#' @param type (character) Ignored. The argument makes calls of [parallel::makeCluster()] work without changes: see
-#'   section Cluster type.
-#' @param ... Any argument of [parallel::makePSOCKcluster()], by name. These arguments have the meaning that they have
-#'   in \pkg{parallel}:
-#'   * `outfile`: a file to which the output of the workers is appended. Default: `"/dev/null"`. With `""`, this session
-#'     prints the output line by line, after the host and the rank of the worker. Control characters are not escaped.
+#' @param type (character) Any cluster type of [parallel::makeCluster()], such as `"PSOCK"`. The type selects nothing; the
+#'   argument makes calls of `makeCluster()` work without changes: see section Cluster type. Another value is an error.
+#' @param ... Any argument of [parallel::makePSOCKcluster()] but `manual = TRUE`, by name. These arguments have the
+#'   meaning that they have in \pkg{parallel}:
+#'   * `outfile`: a file to which the output of the workers is appended. Default: `"/dev/null"`. With `""` or `NULL`, this
+#'     session prints the output line by line, after the host and the rank of the worker. Control characters are not
+#'     escaped.
 #'   * `rscript`: the `Rscript` command. Default on other hosts: the `Rscript` in the PATH of the host.
 #'   * `rscript_args`, `homogeneous`, `methods`, `rlibs`, `user`.
 #'   * `renice`: added to the niceness of the workers.
@@ -71,7 +72,9 @@
 #' @param timeout (number) Time limit (seconds) of a task, measured from when its worker has the complete message; at
 #'   least 0.001; default `Inf`. A task that exceeds the limit is interrupted, and an error of class
 #'   `rustcluster_timeout` replaces its result. A worker that does not respond to the interrupt within 2 s is killed and
-#'   replaced: C code and `system()` do not respond.
+#'   replaced: C code and `system()` do not respond. `timeout` of `makePSOCKcluster()` limits something else: how long
+#'   R waits for a connection.
+#'   A task of `parLapply()` and the functions that use it is a chunk of elements: the limit is that of a chunk.
 #' @param reconnect (logical) Whether to reconnect lost hosts. The session tries again after 1 s, 2 s, 4 s and so on, up
 #'   to every 30 s, until `stopCluster()`. When the host is back, the state of its workers is restored (the state of
 #'   their random numbers, if those are L'Ecuyer-CMRG streams), and its nodes are usable again; a message says so. A
@@ -136,6 +139,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     given <- given[names(given) != name]
   }
   for (name in own) assign(name, plain(get(name)))
+  checkType(plain(type))
   options <- clusterOptions(given)
   # makePSOCKcluster() calls this argument `names`.
   if (!is.null(options$names)) spec <- options$names
@@ -145,13 +149,13 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   tolerant <- tryCatch(match.arg(on_failure), error = function(e) {
     badArgument("on_failure", "must be \"error\" or \"warn\"")
   }) == "warn"
-  between(heartbeat_timeout, "heartbeat_timeout", "of seconds", 1, 1e6)
-  between(retries, "retries", "", 0, 1e6)
+  between(heartbeat_timeout, "heartbeat_timeout", "a number of seconds", 1, 1e6)
+  between(retries, "retries", "a whole number", 0, 1e6)
   if (retries != round(retries)) badArgument("retries", "must be a whole number")
-  if (!identical(timeout, Inf)) between(timeout, "timeout", "of seconds", 0.001, 1e9)
-  between(buffer_limit, "buffer_limit", "of bytes", 2^20, 1e15)
-  if (!is.null(setup_log_limit)) between(setup_log_limit, "setup_log_limit", "of bytes", 0, 1e15)
-  between(stop_timeout, "stop_timeout", "of seconds", 0, 1e6)
+  between(timeout, "timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
+  between(buffer_limit, "buffer_limit", "a number of bytes", 2^20, 1e15)
+  if (!is.null(setup_log_limit)) between(setup_log_limit, "setup_log_limit", "a number of bytes", 0, 1e15)
+  between(stop_timeout, "stop_timeout", "a number of seconds", 0, 1e6)
   for (name in c("progress", "reconnect")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }

@@ -43,12 +43,14 @@ clustersOf <- function(cl, argument = "cl") {
       }
     }
   }
-  if (!inherits(cl, "cluster") || !is.list(cl)) badArgument(argument, "must be a cluster made by makeRustCluster()")
+  if (!inherits(cl, "cluster") || !is.list(cl)) {
+    badArgument(argument, "must be a cluster made by makeRustCluster()", notThis(cl))
+  }
   if (!length(cl)) {
     badArgument(argument, "has no nodes; create a new cluster with makeRustCluster()")
   }
   ours <- areOurs(cl)
-  if (!any(ours)) badArgument(argument, "must be a cluster made by makeRustCluster()")
+  if (!any(ours)) badArgument(argument, "must be a cluster made by makeRustCluster()", notThis(cl))
   if (!all(ours)) {
     badArgument(
       argument, "contains nodes that were not made by makeRustCluster(): ", spanText(which(!ours), "node")
@@ -275,10 +277,15 @@ format.RustCluster <- function(x, ...) {
     length(x), paste(sQuote(hosts), collapse = ", ")
   )
   parts <- clustersAmong(x, which(areOurs(x)))
-  fates <- vapply(parts, function(part) fate(part$handle), "")
-  if (length(parts) < 2L) return(paste0(text, fates))
-  of <- vapply(parts, function(part) spanText(part$places, "node"), "")
-  paste(c(text, paste0(", ", of, " of a cluster", fates)[nzchar(fates)]), collapse = "")
+  of <- vapply(parts, function(part) {
+    stopped <- part$places[!part$ranks %in% part$handle$alive]
+    fate <- fate(part$handle)
+    if (length(stopped) == length(x)) fate <- fate(list(stopped = TRUE))
+    if (nzchar(fate) && length(part$places) == length(x)) return(fate)
+    if (nzchar(fate)) return(paste0(", ", spanText(part$places, "node"), " of a cluster", fate))
+    if (length(stopped)) paste0(", ", spanText(stopped, "node"), " stopped") else ""
+  }, "")
+  paste(c(text, of), collapse = "")
 }
 
 #' @export

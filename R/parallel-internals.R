@@ -99,6 +99,26 @@ resultsChecked <- function() {
   NULL
 }
 
+# Returns what the tasks of the job consist of that is being run, if a task is a chunk: `what` a part is called, and the
+# `sizes` of all chunks. Returns NULL for other jobs. parSapply() and parApply() call parLapply().
+chunksOfJob <- function() {
+  depth <- sys.nframe()
+  while (depth > 0L && !identical(sys.function(depth), runJob)) depth <- depth - 1L
+  if (!depth || !is.list(sys.frame(depth)$elements)) return(NULL)
+  chunks <- sys.frame(depth)$elements
+  part <- c(parLapply = "element", parLapplyLB = "element", parRapply = "row", parCapply = "column")
+  for (above in rev(seq_len(depth - 1L))) {
+    fun <- sys.function(above)
+    for (verb in names(part)) {
+      # Also our copy of the function.
+      theirs <- get(verb, parallels$namespace)
+      if (!identical(formals(fun), formals(theirs)) || !identical(body(fun), body(theirs))) next
+      size <- switch(part[[verb]], row = nrow, column = ncol, length)
+      return(list(what = part[[verb]], sizes = vapply(chunks, size, 0L, USE.NAMES = FALSE)))
+    }
+  }
+}
+
 # Returns whether this is the function by which clusterExport() of parallel or snow assigns a variable on a worker.
 isGets <- function(fun) {
   identical(fun, parallels$gets) ||

@@ -49,7 +49,7 @@ clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
   parts <- clustersOf(cl)
   if (!isTRUE(memory) && !isFALSE(memory)) badArgument("memory", "must be TRUE or FALSE")
   timeout <- plain(timeout)
-  between(timeout, "timeout", "of seconds", 0, 1e6)
+  between(timeout, "timeout", "a number of seconds", 0, 1e6)
   deadline <- proc.time()[["elapsed"]] + timeout
   questions <- lapply(parts, function(part) {
     if (memory) checked(hub_ask_usage(part$handle$pointer, part$ranks), part$handle)
@@ -132,7 +132,7 @@ print.rustcluster_status <- function(x, n = 24L, ...) {
   numbers <- setdiff(needed, c("host", "state", "error"))
   if (!hasColumns(x, needed, numbers)) return(invisible(print(as.data.frame(x), ...)))
   n <- plain(n)
-  between(n, "n", "of workers", 0, Inf)
+  between(n, "n", "a number of workers", 0, Inf)
   hosts <- unique(x$host)
   states <- table(factor(x$state, unique(x$state)))
   cat(

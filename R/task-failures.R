@@ -12,11 +12,13 @@ taskEnded <- function(failure, handle) {
   )
 }
 
-# Notes the losses that were dealt with: tell() warns of them. Whoever is interrupted before that is told once more.
+# Notes the losses that were dealt with: tell() warns of those that are retried. Those of a task that is not retried are
+# in its error. Whoever is interrupted before that is told once more.
 noteLosses <- function(handle) {
   losses <- hub_losses(handle$pointer)
   if (is.null(losses) || isFailure(losses)) return(invisible())
-  conditions <- lapply(losses, function(loss) {
+  retried <- Filter(function(loss) loss[["again"]], losses)
+  conditions <- lapply(retried, function(loss) {
     failureCondition(withTasks(amongAll(loss, handle)), handle, "warning")
   })
   suspendInterrupts({
@@ -59,14 +61,14 @@ taskFailed <- function(failure, handle) {
 }
 
 quarantined <- function(index, losses, what = "task") {
-  rustclusterCondition("task_failed", lostText(paste(what, index), losses), index = index, losses = losses)
+  rustclusterCondition("task_failed", lostText(spanText(index, what), losses), index = index, losses = losses)
 }
 
-# Of what is given up, after these losses.
+# Of what has failed with these losses.
 lostText <- function(what, losses) {
-  attempts <- if (length(losses) == 1L) "its only attempt" else paste("all", length(losses), "attempts")
+  attempts <- if (length(losses) == 1L) "the only attempt" else paste("all", length(losses), "attempts")
   paste0(
-    what, " failed: its worker died on ", attempts, ":\n",
+    what, " failed: the worker died on ", attempts, ":\n",
     paste0("- ", vapply(losses, conditionMessage, ""), collapse = "\n")
   )
 }

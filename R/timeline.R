@@ -82,7 +82,7 @@ timelineOf <- function(part, rows, later, several) {
 #' @export
 print.rustcluster_timeline <- function(x, n = 10L, ...) {
   n <- plain(n)
-  between(n, "n", "of rows", 0, Inf)
+  between(n, "n", "a number of rows", 0, Inf)
   plain <- as.data.frame(x)
   cat(counted(nrow(plain), "interval"), if (nrow(plain) > n) paste(", of which the first", n), "\n", sep = "")
   if (nrow(plain)) print(utils::head(plain, n), row.names = FALSE)

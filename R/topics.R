@@ -27,15 +27,16 @@
 #' @section Retries:
 #' The task of a failed worker is retried on the replacement, before all other tasks that wait for that
 #' worker, and with the same random numbers as at first. A warning (`rustcluster_worker_lost`) reports
-#' each worker failure; `options(warn = 2)` turns that warning into an error, which ends the call.
+#' each worker failure after which a task is retried; `options(warn = 2)` turns that warning into an
+#' error, which ends the call.
 #'
 #' If the host is lost, or the worker is not replaced, another worker that the same call uses gets the
 #' task, with the random numbers of the lost worker if those are L'Ecuyer-CMRG streams. `clusterCall()`
 #' and other verbs that address each node are bound to their nodes, and fail.
 #'
 #' A task is attempted at most `retries + 1` times; with `retries = 0`, the first failure is an error
-#' at once. The other tasks go on, and at the end of the call an error of class `rustcluster_task_failed` is raised.
-#' Its fields are
+#' at once. The other tasks go on, and at the end of the call an error of class `rustcluster_task_failed` is raised,
+#' whose message lists all worker failures of the task. Its fields are
 #' \describe{
 #'   \item{`index`}{(integer) which of the tasks that were sent; for [parallel::parLapply()] and similar
 #'     functions, which chunk of the elements.}
@@ -54,7 +55,11 @@
 #' `timeout` is the time that a task may take, measured from when its worker has the complete message. A
 #' task that takes longer is interrupted, and an error of class `rustcluster_timeout` takes the place of
 #' its result. A worker that does not respond to the interrupt within 2 s is killed and replaced: C code
-#' and `system()` do not respond.
+#' and `system()` do not respond. The next call on that worker waits for its replacement, and a warning
+#' (`rustcluster_worker_replaced`) names the worker and the reason.
+#'
+#' A task of [parallel::parLapply()] and the functions that use it is a chunk of elements. The limit is
+#' that of the chunk, and the error names its elements.
 #'
 #' @section Lost hosts and reconnection:
 #' A host is lost when its agent or its link fails, or when the host is silent for `heartbeat_timeout` seconds.

@@ -146,7 +146,7 @@ applyFree <- function(cl, ranks, X, fun, common) {
   n <- length(X)
   asLapply <- seesCall(fun) || "FUN" %in% names(common)
   if (asLapply) common <- c(list(FUN = fun), common)
-  job <- runJob(cl, ranks, n, if (asLapply) applyOne else fun, common, X, shares = "all")
+  job <- runJob(cl, ranks, n, if (asLapply) applyOne else fun, common, X, shares = "all", what = "element")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))

@@ -196,14 +196,16 @@ test_that("arguments after spec and type are named in full, by their new and by 
   expect_bad_argument(makeRustCluster(list(partial)), "spec")
 })
 
-test_that("where warnings are errors, a deprecated argument is an error once, and nothing is started", {
+test_that("where warnings are errors, a deprecated argument is an error in each call, and nothing is started", {
   forget_deprecations()
   old <- options(warn = 2)
   on.exit(options(old))
   before <- if (dir.exists("/proc")) descendants() else integer()
-  expect_error(makeRustCluster(2, patience = 10), "`patience` is deprecated", fixed = TRUE)
+  for (call in 1:2) expect_error(makeRustCluster(2, patience = 10), "`patience` is deprecated", fixed = TRUE)
   if (dir.exists("/proc")) expect_identical(descendants(), before)
-  expect_identical(without_start(patience = 10)$error$argument, "spec")
+  options(old)
+  expect_length(without_start(patience = 10)$warnings, 1L)
+  expect_length(without_start(patience = 10)$warnings, 0L)
 })
 
 test_that("old names have the effect of the new ones", {
@@ -273,7 +275,8 @@ test_that("any invalid value of an argument of makeRustCluster() is a classed er
     threads = c("half", "true", "many"), memory_limit = c("inf", "many"), on_failure = "none",
     heartbeat_timeout = character(), retries = "zero", timeout = c("inf", "half"), reconnect = "true",
     buffer_limit = character(), setup_log_limit = c("zero", "half", "none"),
-    progress = "true", outfile = c("text", "empty"), rscript = "text", rscript_args = texts[-5],
+    progress = "true", outfile = c("text", "empty", "none"), rscript = "text", rscript_args = texts,
+    type = character(),
     homogeneous = "true", methods = "true", manual = "true", renice = c("na", "text_na", "number_na", "nan", "zero", "minus", "half", "none"),
     rlibs = texts, setup_timeout = c("inf", "many", "half"), user = texts[-2], rshcmd = texts, rshopts = texts
   )
@@ -427,6 +430,33 @@ test_that("all arguments of makePSOCKcluster() are accepted", {
   stopCluster(cl)
   cl <- do.call(local_cluster, c(list(2), options, list(.frame = environment())))
   expect_equal(clusterCall(cl, identity, 2), list(2, 2))
+})
+
+test_that("NULL for outfile and rscript_args has parallel's meaning: output is shown, and no arguments", {
+  skip_on_cran()
+  # The output of workers of PSOCK goes to the terminal, and so does that of ours.
+  script <- function(make) sprintf(
+    "cl <- %s(1, outfile = NULL, rscript_args = NULL); x <- parallel::clusterCall(cl, cat, 'told\\n'); parallel::stopCluster(cl)",
+    make
+  )
+  said <- function(make) {
+    lines <- suppressWarnings(system2(
+      file.path(R.home("bin"), "Rscript"), c("-e", shQuote(script(make))), stdout = TRUE, stderr = TRUE
+    ))
+    sum(grepl("told$", lines))
+  }
+  expect_identical(said("parallel::makePSOCKcluster"), 1L)
+  expect_identical(said("rustcluster::makeRustCluster"), 1L)
+})
+
+test_that("a type that makeCluster() does not know is an error, as there", {
+  expect_error(parallel::makeCluster(1, type = "blah"))
+  error <- expect_bad_argument(makeRustCluster(1, type = "blah"), "type")
+  expect_match(conditionMessage(error), "\"PSOCK\"", fixed = TRUE)
+  for (type in c("PSOCK", "FORK", "SOCK", "MPI", "RUST")) {
+    error <- caught(makeRustCluster(list(list(host = "localhost", bogus = 1)), type = type))
+    expect_identical(error$argument, "spec")
+  }
 })
 
 test_that("all forms of spec are accepted", {

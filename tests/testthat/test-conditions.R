@@ -33,7 +33,7 @@ test_that("the help page lists every condition class", {
 })
 
 test_that("messages of failures", {
-  cl <- local_cluster(2)
+  cl <- local_cluster(2, timeout = 60)
   handle <- cl[[1L]][["handle"]]
   said <- function(kind, ..., type = "error") {
     failure <- do.call(rustcluster:::rustFailure, c(list(kind = kind), ...))
@@ -45,12 +45,15 @@ test_that("messages of failures", {
     task <- c(worker, reason = "exited with status 1", task = 7, index = 3L)
     said("worker_lost", task, replaced = TRUE, again = TRUE)
     said("worker_lost", task, replaced = FALSE, again = FALSE)
-    said("worker_replaced", rank = 2L, type = "warning")
+    said("worker_lost", task, replaced = TRUE, again = FALSE)
+    said("worker_lost", task, tasks = "elements 3 to 5", replaced = TRUE, again = TRUE)
+    said("worker_replaced", rank = 2L, pid = 4711L, reason = "its task had exceeded its time limit", type = "warning")
     said("left_behind", agent = 1L, rank = 2L, pid = 4711L, command = "sleep 60", type = "warning")
     said("worker_back", rank = 2L, type = "message")
     said("host_back", agent = 1L, type = "message")
     said("state_not_kept", type = "warning")
     said("timeout", rank = 1L, index = 3L, limit = 2)
+    said("timeout", rank = 1L, tasks = "elements 3 to 5")
     said("stopped")
     said("stopped", rank = 2L)
     said("restored")

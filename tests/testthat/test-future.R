@@ -39,6 +39,13 @@ test_that("values, errors, output and conditions are those of multisession", {
   expect_same_future(function() tryCatch(
     future::value(future::future(stop("100%s wrong"))), error = function(e) list(class(e), conditionMessage(e))
   ))
+  # The call that an error shows.
+  for (expr in expression(stop("no"), {x <- 1; stop("no")}, log("a"), (function() stop("no"))(), nosuch + 1)) {
+    expect_same_future(function() {
+      error <- tryCatch(future::value(future::future(expr, substitute = FALSE)), error = identity)
+      deparse(conditionCall(error))[[1L]]
+    })
+  }
   expect_same_future(function() {
     set.seed(1)
     future::value(lapply(1:3, function(i) future::future(rnorm(2), seed = TRUE)))
@@ -472,7 +479,7 @@ test_that("loops of doFuture return the same as with multisession, also after a 
       if (i == 5 && dir.create(flag, showWarnings = FALSE)) tools::pskill(Sys.getpid(), 9)
       i^2
     },
-    "killed by signal 9 \\(SIGKILL\\); the call is tried again"
+    "killed by signal 9 \\(SIGKILL\\); it is being replaced, and the call is retried"
   )
   expect_equal(squares, (1:6)^2)
 })
@@ -573,6 +580,15 @@ test_that("an interrupt at the end of a future leaves resolved() of future's own
   deadline <- Sys.time() + 30
   while (!suppressWarnings(future::resolved(f)) && Sys.time() < deadline) {}
   expect_identical(suppressWarnings(future::value(f)), 7)
+})
+
+test_that("the error of a future that a verb on its node has cancelled says why", {
+  cl <- local_cluster(1)
+  local_plan(future::cluster, workers = cl)
+  f <- future::future(Sys.sleep(60))
+  expect_identical(clusterCall(cl, identity, 1), list(1))
+  expect_match(conditionMessage(caught(future::value(f))), "a call of a function such as parLapply\\(\\) cancels tasks")
+  expect_identical(future::value(future::future(2)), 2)
 })
 
 test_that("resolved() of future's own cluster plan waits without a free connection", {

@@ -95,7 +95,7 @@ test_that("a worker that does not respond to an interrupt is replaced, with a wa
   interrupted(clusterCall(cl[1], deaf), 0.5)
   expect_equal(clusterCall(cl[2], identity, 1), list(1))
   expect_warning(
-    got <- clusterCall(cl, Sys.getpid),
+    got <- clusterCall(cl, Sys.getpid), paste0("pid ", pids[[1L]], "\\) was restarted: its task was cancelled"),
     class = "rustcluster_worker_replaced"
   )
   expect_equal(unlist(got), as.integer(clusterPids(cl)))

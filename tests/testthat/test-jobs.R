@@ -163,6 +163,34 @@ test_that("a whole host is killed among many short tasks", {
   }
 })
 
+test_that("errors about a chunk name its elements", {
+  cl <- local_cluster(2, timeout = 0.5)
+  stuck <- global(function(i) if (i[[1L]] == 7) Sys.sleep(60) else i[[1L]])
+  x <- matrix(1:20, 10)
+  chunks <- alist(
+    "elements 6 to 10 exceeded" = parLapply(cl, 1:10, stuck), "elements 6 to 10 exceeded" = parSapply(cl, 1:10, stuck),
+    "elements 7 to 8 exceeded" = parLapply(cl, 1:10, stuck, chunk.size = 2),
+    "element 7 exceeded" = parLapplyLB(cl, 1:10, stuck), "elements 6 to 7 exceeded" = parLapplyLB(cl, 1:10, stuck, chunk.size = 3),
+    "elements 6 to 10 exceeded" = parApply(cl, x, 1, stuck), "rows 6 to 10 exceeded" = parRapply(cl, x, stuck),
+    "column 2 exceeded" = parCapply(cl, x + (x == 11) * -4, stuck),
+    # No chunks of parLapply().
+    "task 2 exceeded" = clusterApply(cl, list(1:3, 7:9), lapply, stuck), "task 7 exceeded" = clusterMap(cl, stuck, 1:10)
+  )
+  for (package in c("rustcluster", "parallel")) {
+    verbs <- verbs_of(package)
+    for (i in seq_along(chunks)) {
+      error <- caught(eval(chunks[[i]], verbs))
+      expect_rust_error(error, "timeout")
+      expect_match(conditionMessage(error), paste0("^", names(chunks)[[i]]), label = paste(package, deparse(chunks[[i]])))
+    }
+  }
+  # A failure, and its retries.
+  cl <- local_cluster(2, retries = 1)
+  got <- with_losses(caught(parLapply(cl, 1:4, global(function(i) if (i == 3) quit("no") else i))))
+  expect_match(conditionMessage(got$value), "^elements 3 to 4 failed: the worker died on all 2 attempts")
+  expect_match(conditionMessage(got$losses[[1]]), "elements 3 to 4 are retried$")
+})
+
 test_that("idle workers run the tasks of a lost host", {
   cl <- local_cluster(list(list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 1, threads = 2)))
   agent <- global(function() {

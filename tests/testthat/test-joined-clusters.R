@@ -206,7 +206,7 @@ test_that("a task is retried after a worker failure, and is named by its index a
       tryInvokeRestart("muffleWarning")
     })
     expect_identical(noting(verb(two, 1:9, once, 6, tempfile())), as.list(1:9))
-    expect_identical(losses, "6 is tried again")
+    expect_identical(losses, "6 is retried")
     error <- noting(caught(verb(two, 1:9, always, 7)))
     expect_rust_error(error, "task_failed")
     expect_identical(as.integer(error$index), 7L)

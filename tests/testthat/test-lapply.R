@@ -168,7 +168,7 @@ test_that(".timeout: only elements that exceed it are ended", {
       condition <- attr(got[[i]], "condition")
       expect_rust_error(condition, "timeout")
       expect_identical(condition$index, i)
-      expect_match(conditionMessage(condition), "longer than its 0.4 s", fixed = TRUE)
+      expect_match(conditionMessage(condition), "exceeded its time limit of 0.4 s (`.timeout`)", fixed = TRUE)
     }
     if (how != "deaf") expect_identical(clusterPids(cl), pids)
   }
@@ -222,13 +222,34 @@ test_that("nor does an element wait for a worker that does not heed its interrup
   note_processes(cl)
 })
 
+test_that("an argument of the verb without its dot is an error that names the right one", {
+  cl <- local_cluster(1)
+  square <- function(x) x^2
+  for (name in c("progress", "seed", "timeout", "retries", "order", "onResult", "onresult", "errors")) {
+    error <- caught(do.call(clusterLapply, c(list(cl, 1:2, square), structure(list(1), names = name))))
+    expect_rust_error(error, "bad_argument")
+    expect_identical(error$argument, name)
+    meant <- if (name == "onresult") "onResult" else name
+    expect_match(conditionMessage(error), paste0("did you mean `.", meant, "`"), fixed = TRUE)
+  }
+  error <- caught(clusterLapplyAsync(cl, 1:2, square, seed = 1))
+  expect_match(conditionMessage(error), "did you mean `.seed`, the argument of clusterLapplyAsync()", fixed = TRUE)
+  # A function that takes it, by its name, the beginning of its name or in dots, gets it.
+  expect_identical(clusterLapply(cl, 1, function(x, timeout) timeout, timeout = 7), list(7))
+  expect_identical(clusterLapply(cl, 1, function(x, seeds) seeds, seed = 7), list(7))
+  expect_identical(clusterLapply(cl, 1, function(x, ...) list(...), timeout = 7), list(list(timeout = 7)))
+  expect_no_warning(expect_identical(clusterLapply(cl, list(1:3), `[`, seed = 2), lapply(list(1:3), `[`, seed = 2)))
+  # An argument that belongs to neither has R's own error.
+  expect_match(conditionMessage(caught(clusterLapply(cl, 1, square, other = 1))), "unused argument")
+})
+
 test_that("the shorter of `.timeout` and the cluster's counts", {
   cl <- local_cluster(1, timeout = 0.3)
   error <- caught(clusterLapply(cl, c(0, 60), Sys.sleep, .timeout = 50))
   expect_rust_error(error, "timeout")
-  expect_match(conditionMessage(error), "element 2 took longer than its 0.3 s", fixed = TRUE)
+  expect_match(conditionMessage(error), "element 2 exceeded its time limit of 0.3 s (`timeout` of the cluster)", fixed = TRUE)
   error <- caught(clusterLapply(cl, c(0, 60), Sys.sleep, .timeout = 0.1))
-  expect_match(conditionMessage(error), "element 2 took longer than its 0.1 s", fixed = TRUE)
+  expect_match(conditionMessage(error), "element 2 exceeded its time limit of 0.1 s (`.timeout`)", fixed = TRUE)
   note_processes(cl)
 })
 
@@ -400,7 +421,7 @@ test_that(".errors", {
     got <- clusterLapply(cl, 1:400, poison, 30, .errors = "return", .retries = 0)
   })
   expect_identical(got[-30], as.list((1:400)[-30] * 10))
-  expect_match(as.character(got[[30]]), "element 30 failed: its worker died on its only attempt", fixed = TRUE)
+  expect_match(as.character(got[[30]]), "element 30 failed: the worker died on the only attempt", fixed = TRUE)
   # Nor does a bar that is full by then end the call.
   fates <- list(
     global(function(i) if (i == 2) quit(status = 9) else i), global(function(i) if (i == 2) Sys.sleep(60) else i)
@@ -415,11 +436,11 @@ test_that(".errors", {
   expect_rust_error(
     error <- caught(clusterLapply(cl, c(0, 60, 0), Sys.sleep, .timeout = 0.3, .errors = "stop")), "timeout"
   )
-  expect_match(conditionMessage(error), "element 2 took longer than its 0.3 s", fixed = TRUE)
+  expect_match(conditionMessage(error), "element 2 exceeded its time limit of 0.3 s", fixed = TRUE)
   got <- with_losses(caught(clusterLapply(cl, 1:2, poison, 2, .retries = 0)))
   expect_match(conditionMessage(got$value), "SIGKILL")
   got <- with_losses(clusterLapply(cl, 1:2, poison, 2, .retries = 0, .errors = "return"))
-  expect_match(conditionMessage(got$losses[[1]]), "; element 2 is given up", fixed = TRUE)
+  expect_match(conditionMessage(got$losses[[1]]), "element 2 is not retried", fixed = TRUE)
   expect_identical(clusterLapply(cl, 1:9, square), squares(9))
   note_processes(cl)
 })

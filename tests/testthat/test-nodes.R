@@ -263,6 +263,20 @@ test_that("stopping a part leaves the others as they are", {
   expect_gone(c(pids, agent))
 })
 
+test_that("a cluster says which of its nodes have been stopped", {
+  cl <- local_cluster(3)
+  stopCluster(cl[2])
+  expect_match(format(cl), "with 3 nodes on host .localhost., node 2 stopped$")
+  expect_match(format(cl[c(1, 3)]), "with 2 nodes on host .localhost.$")
+  expect_match(format(cl[2]), "that has been stopped$")
+  other <- local_cluster(1)
+  stopCluster(cl[1])
+  expect_match(format(c(other, cl)), "with 4 nodes on host .localhost., nodes 2 to 3 stopped$")
+  stopCluster(cl)
+  expect_match(format(cl), "that has been stopped$")
+  expect_match(format(c(other, cl)), ", nodes 2 to 4 of a cluster that has been stopped$")
+})
+
 test_that("clusterAlive() is the part whose workers are alive", {
   cl <- local_cluster(4)
   pids <- clusterPids(cl)

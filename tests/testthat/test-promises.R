@@ -36,7 +36,7 @@ test_that("a warning of a worker failure that is turned into an error rejects no
   then_note(call, seen, "lost")
   then_note(clusterSubmit(cl, "other"), seen, "other")
   there <- function() length(ls(seen)) == 2L
-  for (i in 1:5) tryCatch(run_until(there), error = function(e) expect_match(conditionMessage(e), "tried again"))
+  for (i in 1:5) tryCatch(run_until(there), error = function(e) expect_match(conditionMessage(e), "is retried"))
   expect_equal(seen$lost, "at last")
   expect_equal(seen$other, "other")
 })

@@ -71,7 +71,7 @@ test_that("exports by snow are restored, and its tasks are retried", {
   }
   environment(once) <- globalenv()
   for (verb in list(snow::clusterApply, snow::clusterApplyLB)) {
-    expect_warning(got <- verb(cl, 1:6, once, tempfile()), "task 3 is tried again")
+    expect_warning(got <- verb(cl, 1:6, once, tempfile()), "task 3 is retried")
     expect_identical(got, as.list(1:6 + 2L))
   }
   always <- function(i) if (i == 2) tools::pskill(Sys.getpid(), 9) else i

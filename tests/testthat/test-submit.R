@@ -300,7 +300,7 @@ test_that("a call is retried after worker failures, and fails after the last att
   got <- with_losses(call$value())
   expect_equal(got$value, "at last")
   expect_length(got$losses, 1L)
-  expect_match(conditionMessage(got$losses[[1L]]), "SIGKILL.*the call is tried again")
+  expect_match(conditionMessage(got$losses[[1L]]), "SIGKILL.*the call is retried")
   bad <- clusterSubmit(cl, poison(1, 1))
   good <- clusterSubmit(cl, poison(2, 1))
   error <- suppressWarnings(caught(bad$value()))
@@ -322,7 +322,7 @@ test_that("a warning of a worker failure that is turned into an error loses no r
     repeat {
       value <- tryCatch(call$value(), error = identity)
       if (!inherits(value, "error")) return(value)
-      expect_match(conditionMessage(value), "converted from warning.*the call is tried again")
+      expect_match(conditionMessage(value), "converted from warning.*the call is retried")
     }
   }
   traps <- list(trap(1), trap(1))
@@ -344,7 +344,7 @@ test_that("a warning of a worker failure that is turned into an error loses no r
   expect_true(call$cancel())
   expect_equal(call$status(), "cancelled")
   # It is told of later.
-  expect_error(clusterSubmit(cl, 1)$value(), "the call is tried again")
+  expect_error(clusterSubmit(cl, 1)$value(), "the call is retried")
 })
 
 test_that("calls fail when no worker is left", {

@@ -4,6 +4,7 @@ use super::handle::{Cluster, with_cluster};
 use crate::r::failure::Failure;
 use extendr_api::prelude::*;
 use rustcluster_core::head::hub::Event;
+use rustcluster_core::head::scheduler::events::Interruption;
 
 /// What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
 /// @noRd
@@ -18,7 +19,20 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
         return ().into();
     }
     let shown = events.into_iter().map(|event| match event {
-        Event::Replaced { rank } => Failure::new("worker_replaced").with("rank", rank + 1),
+        Event::Replaced {
+            rank,
+            pid,
+            interruption,
+        } => {
+            let reason = match interruption {
+                Interruption::Cancelled => "its task was cancelled",
+                Interruption::TimedOut => "its task had exceeded its time limit",
+            };
+            Failure::new("worker_replaced")
+                .with("rank", rank + 1)
+                .with("pid", pid)
+                .with("reason", reason)
+        }
         Event::Back { rank } => Failure::new("worker_back").with("rank", rank + 1),
         Event::Lost {
             rank,

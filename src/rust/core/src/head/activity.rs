@@ -21,7 +21,7 @@ const FINEST: Duration = Duration::from_millis(1);
 const TEXT: usize = 1000;
 
 /// What is said of a worker whose task took too long.
-pub const TOO_LONG: &str = "a task took longer than it may";
+pub const TOO_LONG: &str = "a task exceeded its time limit";
 
 /// What a worker had to do with a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -590,12 +590,12 @@ impl Sim {
                 Note::Replaced { rank, killed, .. } => {
                     let place = &mut self.facts.places[rank as usize];
                     assert!(!place.gone);
-                    assert!(killed || place.current.is_none());
+                    assert!(killed.is_some() || place.current.is_none());
                     place.current = None;
                     let next = place.next.take();
                     self.facts.seen.put_back += usize::from(next.is_some());
-                    self.facts.seen.killed += usize::from(killed);
-                    self.facts.seen.replaced += usize::from(!killed);
+                    self.facts.seen.killed += usize::from(killed.is_some());
+                    self.facts.seen.replaced += usize::from(killed.is_none());
                 }
                 Note::StateNotKept { rank } => {
                     assert!(!self.facts.places[rank as usize].kept);

@@ -1,7 +1,7 @@
 //! What the hub knows and R has not been told yet.
 
 use super::futures::Calls;
-use crate::head::scheduler::events::{Gone, Note, Outcome};
+use crate::head::scheduler::events::{Gone, Interruption, Note, Outcome};
 use crate::head::task_table::TaskTable;
 use crate::protocol::control::{Facts, Hello, Loss, ToHead, Usage};
 use crate::protocol::ids::{JobId, Rank};
@@ -41,10 +41,14 @@ impl HostFailure {
 /// What R shows when it gets to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A worker was killed because it did not heed an interrupt; a fresh one took its place.
+    /// A worker ended, or was killed because it did not respond to an interrupt; a fresh one took its place.
     Replaced {
         /// The worker's rank, which the fresh one has too.
         rank: Rank,
+        /// The process number of the worker that ended.
+        pid: u32,
+        /// Why its task was interrupted.
+        interruption: Interruption,
     },
     /// A worker that could not be restored at first is there again, as it was.
     Back {
@@ -224,9 +228,14 @@ impl Inbox {
                 self.hosts[worker.agent].up = Some(self.began.elapsed());
             }
             Note::Replaced { rank, pid, killed } => {
-                self.workers[rank as usize].pid = Some(pid);
-                if killed {
-                    self.events.push_back(Event::Replaced { rank });
+                let before = self.workers[rank as usize].pid.replace(pid);
+                if let Some(interruption) = killed {
+                    let pid = before.unwrap_or_default();
+                    self.events.push_back(Event::Replaced {
+                        rank,
+                        pid,
+                        interruption,
+                    });
                 }
             }
             Note::Back { rank, pid } => {
@@ -429,14 +438,21 @@ mod tests {
         for _ in 0..OUTPUT_LIMIT / 500 {
             inbox.note(printed(0, &bytes));
         }
+        inbox.note(Note::Up { rank: 0, pid: 1 });
+        let interruption = Interruption::TimedOut;
         inbox.note(Note::Replaced {
             rank: 0,
-            pid: 1,
-            killed: true,
+            pid: 2,
+            killed: Some(interruption),
         });
         let events = inbox.take_events();
         assert!(events.len() <= OUTPUT_LIMIT / 1000 + 2);
-        assert_eq!(events.last(), Some(&Event::Replaced { rank: 0 }));
+        let replaced = Event::Replaced {
+            rank: 0,
+            pid: 1,
+            interruption,
+        };
+        assert_eq!(events.last(), Some(&replaced));
         let Event::Output { bytes: told, .. } = &events[events.len() - 2] else {
             panic!("{:?}", events.last());
         };

@@ -246,6 +246,7 @@ impl Scheduler {
             return;
         }
         let job = current.task.job;
+        current.timed_out = true;
         worker.track.failed(TOO_LONG);
         self.drop_answer(rank);
         self.notes.push(Note::Done {

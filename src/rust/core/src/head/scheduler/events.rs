@@ -40,6 +40,15 @@ pub enum Outcome {
     Recalled,
 }
 
+/// Why a task was interrupted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interruption {
+    /// The head no longer wants its answer.
+    Cancelled,
+    /// The task exceeded its time limit.
+    TimedOut,
+}
+
 /// What the rest of the head must know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {
@@ -65,8 +74,9 @@ pub enum Note {
         rank: Rank,
         /// The process number of the fresh worker.
         pid: u32,
-        /// Whether the worker before it was killed because it did not respond to an interrupt.
-        killed: bool,
+        /// Why the task of the worker before it was interrupted, if that worker ended or was killed because it did not
+        /// respond.
+        killed: Option<Interruption>,
     },
     /// A worker that could not be restored at first is there again, as it was.
     Back {

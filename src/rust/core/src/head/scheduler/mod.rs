@@ -22,7 +22,7 @@ use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{Frame, GUEST, Kind, SHARED};
 use crate::protocol::ids::{RESTORE, Rank};
 use crate::protocol::limits::SEND_WINDOW;
-use events::{Gone, Note, Outcome, State};
+use events::{Gone, Interruption, Note, Outcome, State};
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
@@ -440,12 +440,13 @@ impl Scheduler {
                     }
                     // Stopped in the meantime.
                     (WorkerState::Gone(_), _) => return Ok(()),
-                    (WorkerState::Starting, None) => false,
-                    (_, Some(current)) if current.cancelled => true,
+                    (WorkerState::Starting, None) => None,
+                    (_, Some(current)) if current.timed_out => Some(Interruption::TimedOut),
+                    (_, Some(current)) if current.cancelled => Some(Interruption::Cancelled),
                     _ => return Err(ProtocolError("a busy worker was replaced".into())),
                 };
                 self.free(rank);
-                if killed {
+                if killed.is_some() {
                     // What was sent ahead, and may be on its way, went down with the one before.
                     let worker = &self.workers[rank as usize];
                     let (agent, worker) = (worker.agent, worker.index);

@@ -107,6 +107,8 @@ pub(super) struct Current {
     pub(super) cancelled: bool,
     /// The state that the random number generator is to have for it, if that is another worker's.
     pub(super) before: Option<Bytes>,
+    /// Why it was cancelled, if it was: it exceeded its time limit.
+    pub(super) timed_out: bool,
     /// The state in which it leaves the generator of this worker.
     pub(super) after: Option<(Rank, Bytes)>,
     pub(super) times: Times,
@@ -120,6 +122,7 @@ impl Current {
             task,
             phase: Phase::Sending { first: true },
             cancelled: false,
+            timed_out: false,
             before,
             after: None,
             times: Times {

@@ -318,10 +318,21 @@ fn a_fresh_worker_has_a_whole_window() {
     submit(&mut scheduler, again(0, 1));
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
     scheduler.cancel_task(0, 1);
+    scheduler.take_notes();
     tell(
         &mut scheduler,
         0,
         &ToHead::WorkerReplaced { worker: 0, pid: 2 },
+    );
+    let killed = Some(Interruption::Cancelled);
+    let notes = scheduler.take_notes();
+    assert_eq!(
+        notes,
+        [Note::Replaced {
+            rank: 0,
+            pid: 2,
+            killed
+        }]
     );
     assert_eq!(fill(&mut scheduler, order(0, 2)), whole);
 }
@@ -354,7 +365,15 @@ fn a_task_that_is_out_of_time_ends_once() {
     );
     assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
     let notes = scheduler.take_notes();
-    assert!(matches!(notes[..], [Note::Replaced { killed: true, .. }]));
+    let killed = Some(Interruption::TimedOut);
+    assert_eq!(
+        notes,
+        [Note::Replaced {
+            rank: 0,
+            pid: 2,
+            killed
+        }]
+    );
 }
 
 /// Time limits that are sent to a host now, in milliseconds, each just before the message of its task.
