@@ -108,7 +108,10 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
     Some(match note {
         Note::Lost { rank, loss, .. } => worker("worker lost", rank, loss.to_string()),
         Note::Replaced { rank, pid, killed } => {
-            let killed = if *killed { ", after an interrupt" } else { "" };
+            let killed = match killed {
+                Some(_) => ", after an interrupt",
+                None => "",
+            };
             worker("worker replaced", rank, format!("pid {pid}{killed}"))
         }
         Note::Back { rank, pid } => worker("worker back", rank, format!("pid {pid}")),
