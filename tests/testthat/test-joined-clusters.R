@@ -202,7 +202,7 @@ test_that("a task is retried after a worker failure, and is named by its index a
   for (verb in verbs) {
     losses <- character()
     noting <- function(expr) withCallingHandlers(expr, rustcluster_worker_lost = function(w) {
-      losses <<- c(losses, sub(".*; (task|element) ", "", conditionMessage(w)))
+      losses <<- c(losses, sub(".*, and (task|element) ", "", conditionMessage(w)))
       tryInvokeRestart("muffleWarning")
     })
     expect_identical(noting(verb(two, 1:9, once, 6, tempfile())), as.list(1:9))
