@@ -161,7 +161,7 @@ callLost <- function(what, losses) {
 takeAsides <- function(record) {
   if (!isTRUE(record$tells)) return(invisible())
   suspendInterrupts({
-    asides <- call_asides(record$handle$pointer, record$task)
+    asides <- call_progress_events(record$handle$pointer, record$task)
     if (!isFailure(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
   })
   invisible()
@@ -169,12 +169,12 @@ takeAsides <- function(record) {
 
 # Runs in a worker: sends a progress event of the current call to the head.
 tellHead <- function(value) {
-  checked(worker_tell(serialize(value, NULL, xdr = FALSE)))
+  checked(worker_report(serialize(value, NULL, xdr = FALSE)))
 }
 
 # Handles all calls of a cluster that have ended or failed.
 lookAtCalls <- function(handle) {
-  tasks <- calls_to_look_at(handle$pointer)
+  tasks <- calls_to_check(handle$pointer)
   if (typeof(tasks) != "double") return(invisible())
   records <- recordsOf(handle)
   looked <- FALSE
@@ -212,7 +212,7 @@ callStatus <- function(record) {
   lookAt(record)
   tell(record$handle)
   if (record$state != "open") return(record$state)
-  place <- checked(call_place(record$handle$pointer, record$task), record$handle)
+  place <- checked(call_location(record$handle$pointer, record$task), record$handle)
   record$place <- place
   # Rank 0 means that the call waits for a worker.
   if (identical(place, 0L)) "waiting" else "running"

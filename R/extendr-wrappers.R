@@ -59,14 +59,14 @@ hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
 hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
 #' Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-#' made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
+#' made at `path`, up to `max_bytes` bytes. `start_timeout`: seconds that a host may take to start then.
 #' @noRd
-hub_reconnect <- function(handle, path, most, patience) .Call(wrap__hub_reconnect, handle, path, most, patience)
+hub_reconnect <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_reconnect, handle, path, max_bytes, start_timeout)
 
 #' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-#' keep, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
-#' for none), stop_timeout (in milliseconds), here (on this machine) and xdr. `timeout`: seconds that any task
+#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds),
+#' chunk_cache_bytes, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
+#' for none), stop_timeout (in milliseconds), local (on this machine) and xdr. `timeout`: seconds that any task
 #' may take.
 #' @noRd
 hub_go <- function(handle, plans, timeout) .Call(wrap__hub_go, handle, plans, timeout)
@@ -87,7 +87,7 @@ hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, ag
 
 #' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
 #' @noRd
-hub_gone <- function(handle) .Call(wrap__hub_gone, handle)
+hub_terminations <- function(handle) .Call(wrap__hub_terminations, handle)
 
 #' Stops these nodes; with the last ones the cluster.
 #' @noRd
@@ -113,16 +113,16 @@ hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
 #' @noRd
 hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
 
-#' Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
+#' Sends a message to a node. `setup_call`: `NULL`, or that what it does there lasts, and the name of what
 #' it sets there (`""`: of nothing in particular).
 #' @noRd
-hub_send <- function(handle, rank, job, message, lasts) .Call(wrap__hub_send, handle, rank, job, message, lasts)
+hub_send <- function(handle, rank, job, message, setup_call) .Call(wrap__hub_send, handle, rank, job, message, setup_call)
 
 #' Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
 #' their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
 #' has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
 #' @noRd
-hub_call <- function(handle, nodes, job, message, lasts) .Call(wrap__hub_call, handle, nodes, job, message, lasts)
+hub_call <- function(handle, nodes, job, message, setup_call) .Call(wrap__hub_call, handle, nodes, job, message, setup_call)
 
 #' What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
 #' answer, as hub_receive_any() returns it, or `NULL`.
@@ -159,9 +159,9 @@ hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, 
 #' As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
 #' have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
 #' @noRd
-hub_look <- function(handle, ranks, places) .Call(wrap__hub_look, handle, ranks, places)
+hub_poll <- function(handle, ranks, node_indices) .Call(wrap__hub_poll, handle, ranks, node_indices)
 
-#' Sleeps a little, or until hub_look() may find something in one of these clusters.
+#' Sleeps a little, or until hub_poll() may find something in one of these clusters.
 #' @noRd
 hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
 
@@ -206,11 +206,11 @@ call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
 
 #' What a call has told before its end, since this was last asked: a list of raw vectors.
 #' @noRd
-call_asides <- function(handle, task) .Call(wrap__call_asides, handle, task)
+call_progress_events <- function(handle, task) .Call(wrap__call_progress_events, handle, task)
 
 #' Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
 #' @noRd
-call_place <- function(handle, task) .Call(wrap__call_place, handle, task)
+call_location <- function(handle, task) .Call(wrap__call_location, handle, task)
 
 #' Nobody wants to know any more what comes of a call: if it has not ended, it is cancelled.
 #' @noRd
@@ -223,7 +223,7 @@ call_drop <- function(handle, task) .Call(wrap__call_drop, handle, task)
 
 #' R is to be woken when this call has ended: see [`calls_wake`].
 #' @noRd
-call_watch <- function(handle, task) .Call(wrap__call_watch, handle, task)
+call_notify <- function(handle, task) .Call(wrap__call_notify, handle, task)
 
 #' Waits a little for the end of this call, or for something else that is to be done.
 #' @noRd
@@ -232,7 +232,7 @@ call_wait <- function(handle, task) .Call(wrap__call_wait, handle, task)
 #' The numbers of the calls about which there is something to do: those that are watched and have
 #' ended, and those that were lost.
 #' @noRd
-calls_to_look_at <- function(handle) .Call(wrap__calls_to_look_at, handle)
+calls_to_check <- function(handle) .Call(wrap__calls_to_check, handle)
 
 #' From now on, callsWoken(number) is called in these loops of package 'later' when there is something
 #' to do about a call.
@@ -306,9 +306,9 @@ hub_bytes <- function(handle) .Call(wrap__hub_bytes, handle)
 hub_ask_usage <- function(handle, ranks) .Call(wrap__hub_ask_usage, handle, ranks)
 
 #' The answer to that: a list of the bytes resident and of those that are its part of what is shared,
-#' of each worker. `NULL`: not yet; waits up to `most` seconds for it. `anyway`: what is known by then.
+#' of each worker. `NULL`: not yet; waits up to `max_wait` seconds for it. `anyway`: what is known by then.
 #' @noRd
-hub_usage <- function(handle, question, most, anyway) .Call(wrap__hub_usage, handle, question, most, anyway)
+hub_usage <- function(handle, question, max_wait, anyway) .Call(wrap__hub_usage, handle, question, max_wait, anyway)
 
 #' What some workers have been at: a list of vectors with an element for each interval, and `now`.
 #' @noRd
@@ -318,12 +318,12 @@ hub_timeline <- function(handle, ranks) .Call(wrap__hub_timeline, handle, ranks)
 #' @noRd
 hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 
-#' The answers to that, and what is known here. `NULL`: not yet; waits up to `most` seconds for it. `anyway`:
+#' The answers to that, and what is known here. `NULL`: not yet; waits up to `max` seconds for it. `anyway`:
 #' what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
 #' such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
 #' last events (a list of vectors).
 #' @noRd
-hub_dump <- function(handle, question, most, anyway) .Call(wrap__hub_dump, handle, question, most, anyway)
+hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
 #' The bytes of memory that this worker may have; 0 if there is no limit.
 #' @noRd
@@ -350,5 +350,5 @@ worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, inte
 #' In a worker, tells the head something about the task under way before that has ended. Returns whether
 #' there is one.
 #' @noRd
-worker_tell <- function(bytes) .Call(wrap__worker_tell, bytes)
+worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
 

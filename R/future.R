@@ -190,7 +190,7 @@ launch <- function(future, cl, args) {
   # Suppress R's warnings of package environments in sent data, as future does: future attaches the packages.
   record <- suppressWarnings(submit(cl, evaluateCall, args, label, tells = TRUE))
   # Wake waiting code when this call ends.
-  call_watch(record$handle$pointer, record$task)
+  call_notify(record$handle$pointer, record$task)
   future$record <- record
   future$state <- "running"
   countFuture(future, "launched")

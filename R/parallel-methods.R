@@ -236,7 +236,7 @@ receiveOfAny <- function(cl, read = readAnswer) {
 # The answer of a node of one of several clusters, if there is one; TRUE: there may be one later.
 lookFor <- function(part, read) {
   handle <- part$handle
-  result <- hub_look(handle$pointer, part$ranks, part$places)
+  result <- hub_poll(handle$pointer, part$ranks, part$places)
   failed <- is.object(result) && isFailure(result)
   if (typeof(result) == "list" && !failed) return(result)
   nothing <- failed && result[["kind"]] == "no_task"

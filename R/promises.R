@@ -83,7 +83,7 @@ whenEnded <- function(record, waiter) {
     checked(calls_wake(handle$pointer, handle$number, loops), handle)
     handle$loops <- loops
   }
-  checked(call_watch(handle$pointer, record$task), handle)
+  checked(call_notify(handle$pointer, record$task), handle)
   invisible()
 }
 

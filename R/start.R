@@ -143,14 +143,14 @@ hostPlans <- function(handle, asked, launches, settings) {
       renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start_method,
       spawn = launches[[i]]$worker,
       # On this machine the end of the stream is detected at once, without heartbeats.
-      patience = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$heartbeat_timeout),
+      heartbeat_timeout = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$heartbeat_timeout),
       # A cache of chunks saves no network traffic on this machine.
-      keep = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
+      chunk_cache_bytes = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
       state = handle$stateLimit[[i]],
       setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       stop_timeout = ceiling(1000 * settings$stop_timeout),
-      here = asked$hosts[[i]]$here,
+      local = asked$hosts[[i]]$here,
       xdr = xdr[[i]]
     )
   })
@@ -187,7 +187,7 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   before <- handle$report
   report <- hostReport(handle, before$workers)
   report$problem <- ifelse(is.na(before$problem), report$problem, before$problem)
-  gone <- checked(hub_gone(handle$pointer), handle)
+  gone <- checked(hub_terminations(handle$pointer), handle)
   for (i in which(is.na(report$problem))) report$problem[[i]] <- workersProblem(gone, which(handle$owner == i), late)
   handle$report <- report
   failed <- which(!is.na(report$problem) & is.na(before$problem))

@@ -76,7 +76,7 @@ void rustcluster_set_seed(const void *values, int count, int guest)
 }
 
 /* Whether the state of another is in place. */
-int rustcluster_is_guest(void)
+int rustcluster_is_reassigned(void)
 {
     return own != NULL;
 }

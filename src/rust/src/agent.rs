@@ -36,7 +36,7 @@ const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 /// @noRd
 #[extendr]
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
-    ORIGIN.set(Origin::here());
+    ORIGIN.set(Origin::current());
     log::start_or_say(log::Role::Agent);
     let greeted = match std::env::var(HANDOVER) {
         Ok(text) => Greeted::resume(&text),
@@ -63,7 +63,7 @@ struct Origin {
 }
 
 impl Origin {
-    fn here() -> Option<Origin> {
+    fn current() -> Option<Origin> {
         let ours = |name: &OsString| name == HANDOVER || name == "R_SESSION_TMPDIR";
         let variables = std::env::vars_os().filter(|(name, _)| !ours(name));
         Some(Origin {
@@ -78,7 +78,7 @@ thread_local! {
 }
 
 /// A program, and what its stdin and stdout are.
-struct Next {
+struct NextTask {
     command: Command,
     stdin: File,
     stdout: File,
@@ -88,7 +88,7 @@ struct Next {
 }
 
 /// What the process becomes at its end, if anything.
-static NEXT: Mutex<Option<Next>> = Mutex::new(None);
+static NEXT: Mutex<Option<NextTask>> = Mutex::new(None);
 
 /// Called by `exit()`, when R is done.
 extern "C" fn become_next() {
@@ -124,7 +124,7 @@ fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
         if let Some(directory) = origin.directory {
             command.current_dir(directory);
         }
-        let next = Next {
+        let next = NextTask {
             command,
             stdin,
             stdout,
@@ -177,13 +177,13 @@ fn agent_fail(reason: &str) -> Robj {
 }
 
 /// What a worker must be able to allocate beyond what it begins with.
-const ROOM: u64 = 16 << 20;
+const SPARE_MEMORY: u64 = 16 << 20;
 
 /// Why workers cannot begin under their memory limit: forks have what this process has.
 fn too_low(start: &Start) -> Option<String> {
     let counted = limits::memory_counted().filter(|_| start.mode == StartMode::Fork)?;
     let limit = start.memory_limit;
-    (limit > 0 && limit < counted.saturating_add(ROOM)).then(|| {
+    (limit > 0 && limit < counted.saturating_add(SPARE_MEMORY)).then(|| {
         format!(
             "a `memory_limit` of {:.0} MB is too low: with the packages that it starts with, a \
              worker has {:.0} MB before its first task",

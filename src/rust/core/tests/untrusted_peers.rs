@@ -18,7 +18,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{Role, startup};
 use rustcluster_core::head::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
 use rustcluster_core::head::launch::{self, Launch, Launched};
-use rustcluster_core::head::scheduler::events::Gone;
+use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::platform::memfd;
 use rustcluster_core::platform::signals;
@@ -26,7 +26,7 @@ use rustcluster_core::protocol::control::{
     self, Hello, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
 };
 use rustcluster_core::protocol::frame::{
-    ABORT, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
+    ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
 };
 use rustcluster_core::protocol::handshake::{self, MAGIC};
 use rustcluster_core::protocol::ids::Rank;
@@ -44,7 +44,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Against waiting for ever; not what is tested.
-const PATIENCE: Duration = Duration::from_secs(60);
+const HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(60);
 const SLICE: Duration = Duration::from_millis(100);
 const LIMIT: usize = 1 << 20;
 
@@ -76,10 +76,10 @@ fn data(flags: u8, worker: u32, task: u64, body: &[u8]) -> Vec<u8> {
     ))
 }
 
-/// A chunk of a payload.
-fn payload(flags: u8, id: u64) -> Vec<u8> {
+/// A chunk of a blob.
+fn blob(flags: u8, id: u64) -> Vec<u8> {
     wire(&Frame::new(
-        Kind::Payload,
+        Kind::Blob,
         flags,
         0,
         id,
@@ -230,8 +230,8 @@ fn answer(mut channel: Channel) -> i32 {
     while served.is_ok() {
         match channel.next_task() {
             Ok(Some(task)) => {
-                let payload = task.payload.map_or(Bytes::new(), |payload| payload.bytes);
-                let chunks = [payload].into_iter().chain(task.body.chunks);
+                let blob = task.blob.map_or(Bytes::new(), |blob| blob.bytes);
+                let chunks = [blob].into_iter().chain(task.body.chunks);
                 let bytes: Vec<u8> = chunks.flatten().collect();
                 if bytes == SLEEP {
                     thread::sleep(Duration::from_millis(300));
@@ -261,7 +261,7 @@ fn share_answer(channel: &mut Channel) -> io::Result<()> {
     let mut file = memfd::memory_file()?;
     file.write_all(&[7; SHARED_LEN])?;
     memfd::seal(&file)?;
-    let sent = channel.send_shared(&file, SHARED_LEN as u64)?;
+    let sent = channel.send_shared_answer(&file, SHARED_LEN as u64)?;
     assert!(sent);
     Ok(())
 }
@@ -275,13 +275,13 @@ fn start(workers: u32) -> Start {
         outfile: Outfile::Discard,
         renice: 0,
         spawn_command: Vec::new(),
-        patience: 0,
-        keep: 0,
+        heartbeat_timeout: 0,
+        chunk_cache_bytes: 0,
         state: 1 << 20,
         setup: 0,
         memory_limit: 0,
         stop_timeout: 600,
-        here: false,
+        local: false,
     }
 }
 
@@ -297,13 +297,13 @@ fn plan(ranks: &[Rank]) -> Option<Plan> {
 fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let began = Instant::now();
     while !holds() {
-        assert!(began.elapsed() < PATIENCE, "never: {what}");
+        assert!(began.elapsed() < HEARTBEAT_TIMEOUT, "never: {what}");
         thread::sleep(Duration::from_millis(5));
     }
 }
 
 /// Whether a process has ended. One that nobody has waited for has.
-fn is_gone(pid: u32) -> bool {
+fn is_terminated(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat
         .rsplit(") ")
@@ -312,8 +312,8 @@ fn is_gone(pid: u32) -> bool {
     stat.is_empty() || state.is_some_and(|state| "ZX".contains(state))
 }
 
-fn expect_gone(pid: u32) {
-    eventually(&format!("the end of process {pid}"), || is_gone(pid));
+fn expect_terminated(pid: u32) {
+    eventually(&format!("the end of process {pid}"), || is_terminated(pid));
 }
 
 fn greeted(hub: &Hub) {
@@ -331,7 +331,7 @@ fn receive(hub: &mut Hub, rank: Rank) -> Answer {
     let began = Instant::now();
     loop {
         match hub.receive(rank, SLICE) {
-            Answer::Pending => assert!(began.elapsed() < PATIENCE, "no answer of {rank}"),
+            Answer::Pending => assert!(began.elapsed() < HEARTBEAT_TIMEOUT, "no answer of {rank}"),
             answer => return answer,
         }
     }
@@ -351,8 +351,8 @@ fn expect_answers(hub: &mut Hub, rank: Rank) {
 /// Why the host of a worker with an answer outstanding was given up.
 fn expect_lost(hub: &mut Hub, rank: Rank) -> String {
     match receive(hub, rank) {
-        Answer::Lost { gone, .. } => match &*gone {
-            Gone::Host(reason) => reason.clone(),
+        Answer::Lost { termination, .. } => match &*termination {
+            Termination::Host(reason) => reason.clone(),
             other => panic!("{other:?}"),
         },
         answer => panic!("{answer:?}"),
@@ -370,7 +370,7 @@ fn close(mut hub: Hub) {
     hub.stop();
     eventually("the cluster's end", || hub.is_closed(SLICE));
     for pid in pids {
-        assert!(is_gone(pid), "process {pid} is left");
+        assert!(is_terminated(pid), "process {pid} is left");
     }
 }
 
@@ -431,7 +431,7 @@ fn who_does_not_greet_is_named_and_ends() {
         let host = failure(&hub, host);
         let reason = host.failure.unwrap().reason;
         assert!(reason.contains(expected), "{reason}");
-        expect_gone(host.pid.unwrap());
+        expect_terminated(host.pid.unwrap());
     }
     eventually("the real agent's greeting", || {
         hub.hosts()[real].hello.is_some()
@@ -462,17 +462,17 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
             wire(&Frame::new(Kind::Cancel, 0, 0, 1, Bytes::default())),
             "a frame that is not for the head",
         ),
-        (payload(FIRST | LAST, 1), "a frame that is not for the head"),
+        (blob(FIRST | LAST, 1), "a frame that is not for the head"),
         (
-            wire(&Frame::shared(0, 2, 1, true)),
+            wire(&Frame::blob_reference(0, 2, 1, true)),
             "a bad announcement of a result",
         ),
         (
-            data(LAST | SHARED, 0, 1, &5u64.to_le_bytes()),
+            data(LAST | BY_REFERENCE, 0, 1, &5u64.to_le_bytes()),
             "a result whose memory cannot be opened here",
         ),
         (
-            data(FIRST | SHARED, 0, 1, &u64::MAX.to_le_bytes()),
+            data(FIRST | BY_REFERENCE, 0, 1, &u64::MAX.to_le_bytes()),
             "a result of no length",
         ),
         (
@@ -540,7 +540,7 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
         expect_answers(&mut hub, real);
     }
     for rank in 0..real {
-        expect_gone(failure(&hub, rank as usize).pid.unwrap());
+        expect_terminated(failure(&hub, rank as usize).pid.unwrap());
     }
     close(hub);
 }
@@ -672,20 +672,20 @@ fn what_an_untrusted_peer_prints_without_end_is_bounded() {
     close(hub);
 }
 
-/// A payload for the hosts of these workers. Nobody has to wait for it to be sent.
-fn share(hub: &mut Hub, ranks: &[Rank], bytes: &[u8], lasts: bool) -> u64 {
-    let id = hub.begin_payload(ranks, lasts);
+/// A blob for the hosts of these workers. Nobody has to wait for it to be sent.
+fn share(hub: &mut Hub, ranks: &[Rank], bytes: &[u8], setup_call: bool) -> u64 {
+    let id = hub.begin_blob(ranks, setup_call);
     for bytes in bytes.chunks(99_999) {
         while hub.write(bytes) && hub.wait_to_send(SLICE) {}
     }
-    hub.finish_payload();
+    hub.finish_blob();
     id
 }
 
-/// The answer to a task that begins with a payload is that and the rest.
+/// The answer to a task that begins with a blob is that and the rest.
 fn expect_shared(hub: &mut Hub, rank: Rank, id: u64, bytes: &[u8], rest: &[u8]) {
-    let begun = hub.begin(rank, 1, None, Turn::Last, |_| Some(id)).unwrap();
-    assert!(begun.shared && hub.has_payload(rank, id));
+    let started = hub.begin(rank, 1, None, Turn::Last, |_| Some(id)).unwrap();
+    assert!(started.has_blob && hub.has_blob(rank, id));
     hub.write(rest);
     hub.finish();
     let Answer::Ready { body, .. } = receive(hub, rank) else {
@@ -696,13 +696,13 @@ fn expect_shared(hub: &mut Hub, rank: Rank, id: u64, bytes: &[u8], rest: &[u8]) 
 }
 
 #[test]
-fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
+fn blobs_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
     let mut hub = Hub::start(vec![real_agent(), real_agent()], hello(), LIMIT).unwrap();
     greeted(&hub);
     let mut plans = vec![plan(&[0, 1, 2]), plan(&[3, 4])];
     if let Some(Some(plan)) = plans.get_mut(1) {
         // As one on another machine.
-        plan.start.keep = 1 << 20;
+        plan.start.chunk_cache_bytes = 1 << 20;
     }
     hub.go(plans).unwrap();
     for len in [0, 10, MAX_BODY, MAX_BODY + 1, 3_000_000] {
@@ -713,37 +713,37 @@ fn payloads_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
             expect_shared(&mut hub, rank, id, &bytes, b"and the rest");
         }
         // What has been submitted still gets it.
-        let begun = hub.begin(2, 1, None, Turn::Last, |_| Some(id)).unwrap();
-        assert!(begun.shared);
+        let started = hub.begin(2, 1, None, Turn::Last, |_| Some(id)).unwrap();
+        assert!(started.has_blob);
         hub.finish();
-        hub.drop_payload(id);
-        assert!(!hub.has_payload(2, id) && !hub.has_payload(3, id));
+        hub.drop_blob(id);
+        assert!(!hub.has_blob(2, id) && !hub.has_blob(3, id));
         let Answer::Ready { body, .. } = receive(&mut hub, 2) else {
             panic!("no answer");
         };
         assert_eq!(body.len, len);
-        let begun = hub.begin(2, 1, None, Turn::Last, |_| Some(id)).unwrap();
-        assert!(!begun.shared);
+        let started = hub.begin(2, 1, None, Turn::Last, |_| Some(id)).unwrap();
+        assert!(!started.has_blob);
         hub.write(b"all of it");
         hub.finish();
         receive(&mut hub, 2);
     }
     // One that is not finished; one for some hosts, which another gets later.
-    hub.begin_payload(&[0, 4], false);
+    hub.begin_blob(&[0, 4], false);
     hub.write(&vec![1; 1_000_000]);
     hub.abandon();
     let bytes = vec![2; 500_000];
     let id = share(&mut hub, &[0, 1], &bytes, false);
     expect_shared(&mut hub, 1, id, &bytes, b"");
-    let begun = hub.begin(3, 1, None, Turn::Last, |_| Some(id)).unwrap();
-    assert!(!begun.shared);
-    hub.begin_payload_again(id, 3);
+    let started = hub.begin(3, 1, None, Turn::Last, |_| Some(id)).unwrap();
+    assert!(!started.has_blob);
+    hub.begin_blob_again(id, 3);
     hub.write(&bytes);
-    assert!(hub.finish_payload());
+    assert!(hub.finish_blob());
     hub.finish();
     receive(&mut hub, 3);
     expect_shared(&mut hub, 4, id, &bytes, b"rest");
-    hub.drop_payload(id);
+    hub.drop_blob(id);
     // Each has done something since it was told to let go of it.
     (0..5).for_each(|rank| expect_answers(&mut hub, rank));
     let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
@@ -785,10 +785,10 @@ fn a_host_without_room_for_shared_memory_is_sent_as_much_without() {
         }
         let other = share(&mut hub, &[0, 1], &bytes[..100_000], false);
         expect_shared(&mut hub, 0, other, &bytes[..100_000], b"");
-        hub.drop_payload(other);
+        hub.drop_blob(other);
         expect_answers(&mut hub, 0);
     }
-    hub.drop_payload(id);
+    hub.drop_blob(id);
     expect_answers(&mut hub, 0);
     close(hub);
 }
@@ -803,9 +803,9 @@ struct Seen {
 
 impl Seen {
     fn new() -> Seen {
-        let (tell, exit) = mpsc::channel();
+        let (report, exit) = mpsc::channel();
         let launched = launch::start(&real_agent(), move |status| {
-            let _ = tell.send(status.unwrap().code());
+            let _ = report.send(status.unwrap().code());
         });
         Seen {
             launched: launched.unwrap(),
@@ -819,7 +819,7 @@ impl Seen {
     }
 
     /// The next message that is in what it says.
-    fn hear(&mut self) -> ToHead {
+    fn record_received(&mut self) -> ToHead {
         let mut header = [0; HEADER_LEN];
         self.launched.stream.read_exact(&mut header).unwrap();
         let header = Header::decode(&header).unwrap().unwrap();
@@ -837,9 +837,9 @@ impl Seen {
             self.launched.stream.read_exact(&mut byte).unwrap();
             seen.extend(byte);
         }
-        assert!(matches!(self.hear(), ToHead::Hello(_)));
+        assert!(matches!(self.record_received(), ToHead::Hello(_)));
         self.say(&control(&ToAgent::Start(start)));
-        match self.hear() {
+        match self.record_received() {
             ToHead::WorkerUp { worker: 0, pid } => pid,
             other => panic!("{other:?}"),
         }
@@ -847,7 +847,7 @@ impl Seen {
 
     /// Its end, which is its own doing.
     fn expect_end(mut self) {
-        let ended = self.exit.recv_timeout(PATIENCE);
+        let ended = self.exit.recv_timeout(HEARTBEAT_TIMEOUT);
         if ended.is_err() {
             self.launched.process.kill();
         }
@@ -908,14 +908,14 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
         control(&ToAgent::Hello(hello())),
         control(&ToAgent::Start(start(1))),
         control(&up(0)),
-        wire(&Frame::shared(0, 1, 7, true)),
-        [payload(FIRST, 7), wire(&Frame::shared(0, 1, 7, true))].concat(),
-        payload(LAST, 7),
-        payload(LAST | ABORT, 7),
-        payload(FIRST | LAST, 7).repeat(2),
-        announce(Kind::Payload, u32::MAX),
+        wire(&Frame::blob_reference(0, 1, 7, true)),
+        [blob(FIRST, 7), wire(&Frame::blob_reference(0, 1, 7, true))].concat(),
+        blob(LAST, 7),
+        blob(LAST | ABORT, 7),
+        blob(FIRST | LAST, 7).repeat(2),
+        announce(Kind::Blob, u32::MAX),
         // Of which there is no end.
-        [payload(FIRST, 7), payload(0, 7).repeat(100)].concat(),
+        [blob(FIRST, 7), blob(0, 7).repeat(100)].concat(),
     ];
     cases.extend((200..204).map(noise));
     for (at, bytes) in cases.into_iter().enumerate() {
@@ -926,7 +926,7 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
         let _ = agent.launched.stream.shutdown(std::net::Shutdown::Write);
         agent.expect_end();
         println!("case {at}");
-        expect_gone(worker);
+        expect_terminated(worker);
     }
     // A worker that reads nothing, and a head that does not mind.
     let mut agent = Seen::new();
@@ -935,7 +935,7 @@ fn an_agent_whose_head_loses_its_mind_takes_its_workers_along() {
     signals::kill(worker as i32, libc::SIGSTOP).unwrap();
     agent.say(&more_than_the_window);
     agent.expect_end();
-    expect_gone(worker);
+    expect_terminated(worker);
 }
 
 // ---- the workers ----
@@ -979,24 +979,24 @@ fn a_worker_that_is_none_is_killed_and_its_agent_is_not_the_worse_for_it() {
         let lost = |hub: &Hub| {
             // One that had been ready is replaced, by one that does nothing.
             let replaced = hub.take_events().into_iter().find_map(|event| match event {
-                Event::Lost { rank, loss, .. } => Some((rank, loss)),
+                Event::Lost { rank, failure, .. } => Some((rank, failure)),
                 _ => None,
             });
-            let gone = |rank| match hub.worker(rank).gone.as_deref() {
-                Some(Gone::Worker(loss)) => Some((rank, loss.clone())),
+            let termination = |rank| match hub.worker(rank).termination.as_deref() {
+                Some(Termination::Worker(failure)) => Some((rank, failure.clone())),
                 _ => None,
             };
-            replaced.or_else(|| [0, 1].into_iter().find_map(gone))
+            replaced.or_else(|| [0, 1].into_iter().find_map(termination))
         };
         let mut found = None;
         eventually("the worker's loss", || {
             found = lost(&hub);
             found.is_some()
         });
-        let (rank, loss) = found.unwrap();
-        assert_eq!(loss.exit, Exit::Signal(9), "case {at}");
-        expect_gone(loss.pid);
-        assert!(hub.worker(1 - rank).gone.is_none());
+        let (rank, failure) = found.unwrap();
+        assert_eq!(failure.exit, Exit::Signal(9), "case {at}");
+        expect_terminated(failure.pid);
+        assert!(hub.worker(1 - rank).termination.is_none());
         assert!(hub.hosts()[0].failure.is_none());
         close(hub);
         // What it had named as its temporary directory is none of R's.
@@ -1052,15 +1052,20 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
             hub.finish();
         }
         let answer = receive(&mut hub, 0);
-        let Answer::Lost { rank: 0, gone, .. } = answer else {
+        let Answer::Lost {
+            rank: 0,
+            termination,
+            ..
+        } = answer
+        else {
             panic!("case {at}: {answer:?}");
         };
-        let Gone::Worker(loss) = &*gone else {
-            panic!("case {at}: {gone:?}");
+        let Termination::Worker(failure) = &*termination else {
+            panic!("case {at}: {termination:?}");
         };
-        assert_eq!(loss.exit, Exit::Signal(9), "case {at}");
-        expect_gone(loss.pid);
-        assert!(hub.worker(1).gone.is_none());
+        assert_eq!(failure.exit, Exit::Signal(9), "case {at}");
+        expect_terminated(failure.pid);
+        assert!(hub.worker(1).termination.is_none());
         assert!(hub.hosts()[0].failure.is_none());
         close(hub);
     }
@@ -1077,7 +1082,10 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let large = vec![7; 3 * SEND_WINDOW];
     let messages = [SLEEP, b"waits there", b"had back from here", &large, SLEEP];
     let send = |hub: &mut Hub, message: &&[u8]| {
-        let task = hub.begin(0, 1, None, Turn::Ahead, |_| None).unwrap().task;
+        let task = hub
+            .begin(0, 1, None, Turn::Prefetch, |_| None)
+            .unwrap()
+            .task;
         hub.write(message);
         hub.finish();
         task
@@ -1085,13 +1093,13 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
     let tasks: Vec<u64> = messages.iter().map(|m| send(&mut hub, m)).collect();
     // While the first runs: one that waits at the agent, and one that has not been sent.
     thread::sleep(Duration::from_millis(100));
-    hub.recall(tasks[0]);
-    hub.recall(tasks[1]);
-    hub.recall(tasks[2]);
+    hub.revoke(tasks[0]);
+    hub.revoke(tasks[1]);
+    hub.revoke(tasks[2]);
     for (at, &expected) in tasks.iter().enumerate() {
         let answer = receive(&mut hub, 0);
         match answer {
-            Answer::Recalled { rank: 0, task } if at == 1 || at == 2 => {
+            Answer::Revoked { rank: 0, task } if at == 1 || at == 2 => {
                 assert_eq!(task, expected);
                 assert!(!hub.expects(task));
             }
@@ -1102,7 +1110,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
             }
             answer => panic!("task {at}: {answer:?}"),
         }
-        hub.recall(expected);
+        hub.revoke(expected);
     }
     assert!(matches!(receive(&mut hub, 0), Answer::NothingSent));
     // And with its process, what waits behind a task is not lost.
@@ -1121,7 +1129,7 @@ fn tasks_that_wait_at_an_agent_are_done_in_order_or_had_back() {
 // ---- what is read and written ----
 
 /// A task whose effect lasts, and its answer's length.
-fn lasting(hub: &mut Hub, rank: Rank, message: &[u8]) -> usize {
+fn setup_messages(hub: &mut Hub, rank: Rank, message: &[u8]) -> usize {
     hub.begin(rank, 1, Some(0), Turn::Last, |_| None).unwrap();
     hub.write(message);
     hub.finish();
@@ -1141,7 +1149,7 @@ fn expect_replaced(hub: &Hub, rank: Rank) {
     let pid = hub.worker(rank).pid.unwrap();
     kill(pid);
     eventually("another worker", || hub.worker(rank).pid != Some(pid));
-    assert!(hub.worker(rank).gone.is_none());
+    assert!(hub.worker(rank).termination.is_none());
 }
 
 fn bring_up(hub: &mut Hub, start: Start) {
@@ -1158,17 +1166,17 @@ fn answers_with_descriptors_among_others_are_all_read() {
     // What a fresh worker repeats is answered at once, so that its channel holds many answers. Reading
     // stops behind each that carries a descriptor, although there is more.
     let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
-    let here = Start {
-        here: true,
+    let local = Start {
+        local: true,
         ..start(3)
     };
-    bring_up(&mut hub, here);
+    bring_up(&mut hub, local);
     for rank in 0..3 {
         for _ in 0..10 {
-            assert_eq!(lasting(&mut hub, rank, SHARE), SHARED_LEN);
-            assert_eq!(lasting(&mut hub, rank, b"small"), 5);
-            assert_eq!(lasting(&mut hub, rank, SHARE), SHARED_LEN);
-            assert_eq!(lasting(&mut hub, rank, LARGE), LARGE_LEN);
+            assert_eq!(setup_messages(&mut hub, rank, SHARE), SHARED_LEN);
+            assert_eq!(setup_messages(&mut hub, rank, b"small"), 5);
+            assert_eq!(setup_messages(&mut hub, rank, SHARE), SHARED_LEN);
+            assert_eq!(setup_messages(&mut hub, rank, LARGE), LARGE_LEN);
         }
     }
     for _ in 0..4 {
@@ -1177,7 +1185,7 @@ fn answers_with_descriptors_among_others_are_all_read() {
         }
         for rank in 0..3 {
             expect_answers(&mut hub, rank);
-            assert_eq!(lasting(&mut hub, rank, b"after"), 5);
+            assert_eq!(setup_messages(&mut hub, rank, b"after"), 5);
         }
     }
     close(hub);
@@ -1194,24 +1202,26 @@ fn a_restore_that_does_not_end_is_given_up_and_tried_again() {
         ..start(2)
     };
     bring_up(&mut hub, bounded);
-    assert_eq!(lasting(&mut hub, 0, &task), task.len());
+    assert_eq!(setup_messages(&mut hub, 0, &task), task.len());
     scratch.file("hang", b"");
     let before = hub.worker(0).pid;
     kill(before.unwrap());
-    eventually("the end of the restore", || hub.worker(0).gone.is_some());
-    let Some(Gone::Worker(loss)) = hub.worker(0).gone.as_deref().cloned() else {
-        panic!("{:?}", hub.worker(0).gone);
+    eventually("the end of the restore", || {
+        hub.worker(0).termination.is_some()
+    });
+    let Some(Termination::Worker(failure)) = hub.worker(0).termination.as_deref().cloned() else {
+        panic!("{:?}", hub.worker(0).termination);
     };
-    assert_eq!(loss.exit, Exit::Signal(9));
-    assert!(loss.setback.restoring && loss.setback.pause == 1_000);
-    assert!(loss.setback.stalled >= 300);
-    let tells = |event: &Event| matches!(event, Event::Lost { rank: 0, replaced: false, loss: told } if *told == loss);
+    assert_eq!(failure.exit, Exit::Signal(9));
+    assert!(failure.setback.restoring && failure.setback.pause == 1_000);
+    assert!(failure.setback.stalled >= 300);
+    let tells = |event: &Event| matches!(event, Event::Lost { rank: 0, replaced: false, failure: told } if *told == failure);
     assert!(hub.take_events().iter().any(tells));
     assert!(hub.begin(0, 1, None, Turn::Last, |_| None).is_err());
     expect_answers(&mut hub, 1);
     // What was wrong there is over.
     fs::remove_file(&path).unwrap();
-    eventually("another worker", || hub.worker(0).gone.is_none());
+    eventually("another worker", || hub.worker(0).termination.is_none());
     assert!(hub.worker(0).pid.is_some() && hub.worker(0).pid != before);
     assert!(hub.take_events().contains(&Event::Back { rank: 0 }));
     for rank in 0..2 {
@@ -1232,17 +1242,25 @@ fn a_worker_that_is_to_be_tried_again_does_not_keep_its_cluster() {
             ..start(2)
         };
         bring_up(&mut hub, bounded);
-        lasting(&mut hub, 0, &task);
+        setup_messages(&mut hub, 0, &task);
         scratch.file("hang", b"");
         kill(hub.worker(0).pid.unwrap());
-        eventually("the end of the restore", || hub.worker(0).gone.is_some());
+        eventually("the end of the restore", || {
+            hub.worker(0).termination.is_some()
+        });
         if !stops_all {
             // It is stopped while it is waited for, and does not come back.
             hub.stop_workers(&[0]);
-            assert_eq!(hub.worker(0).gone.as_deref(), Some(&Gone::Stopped));
+            assert_eq!(
+                hub.worker(0).termination.as_deref(),
+                Some(&Termination::Stopped)
+            );
             fs::remove_file(&path).unwrap();
             thread::sleep(Duration::from_millis(1_500));
-            assert_eq!(hub.worker(0).gone.as_deref(), Some(&Gone::Stopped));
+            assert_eq!(
+                hub.worker(0).termination.as_deref(),
+                Some(&Termination::Stopped)
+            );
             expect_answers(&mut hub, 1);
         }
         close(hub);

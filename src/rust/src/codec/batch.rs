@@ -1,5 +1,5 @@
-//! Units: tasks of a job that cross together, and their answers. What they have in common, a function
-//! and arguments, is the payload with which their message begins, a list of the two.
+//! Batches: tasks of a job that cross together, and their answers. What they have in common, a function
+//! and arguments, is the blob with which their message begins, a list of the two.
 //!
 //! A value is either plain (see [`crate::codec::plain`]) or in R's serialization, whichever its first byte
 //! says. All numbers are in the byte order of this machine.
@@ -15,14 +15,14 @@ use std::ffi::{c_char, c_int};
 use std::time::Duration;
 
 /// What a message of this form begins with: see [`crate::codec::plain`] for others.
-pub const UNIT: u8 = 3;
-pub const ANSWER: u8 = 4;
+pub const BATCH: u8 = 3;
+pub const BATCH_ANSWER: u8 = 4;
 
 /// The elements are lists of arguments.
 pub const SPREAD: u8 = 1;
 /// Each element comes with a state of the random number generator.
 pub const SEEDED: u8 = 2;
-/// The unit stands for a chunk of parallel's: its tasks share the function and the arguments that
+/// The batch stands for a chunk of parallel's: its tasks share the function and the arguments that
 /// they have in common, which are read once. Otherwise each task gets objects of its own.
 pub const CHUNK: u8 = 4;
 /// The tasks share the function, which is read once, and each gets arguments of its own, if these can be
@@ -41,28 +41,28 @@ const GAPPED: u8 = 3;
 /// Integers of a state of L'Ecuyer's generator, with its kind.
 pub const SEED: usize = 7;
 
-/// The beginning of a unit: the elements follow, each after its seed.
+/// The beginning of a batch: the elements follow, each after its seed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Head {
     pub flags: u8,
     pub count: u32,
     /// After so many microseconds those that have not been begun are not to be. 0: never.
-    pub most: u32,
+    pub max_micros: u32,
 }
 
 const HEAD: usize = 10;
 
 impl Head {
     pub fn write(self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&[UNIT, self.flags]);
+        out.extend_from_slice(&[BATCH, self.flags]);
         out.extend_from_slice(&self.count.to_ne_bytes());
-        out.extend_from_slice(&self.most.to_ne_bytes());
+        out.extend_from_slice(&self.max_micros.to_ne_bytes());
     }
 
     /// Until when tasks may be begun, by [`clock::coarse_now`], if the first is begun now; `None`: no limit.
     pub fn until(self) -> Option<Duration> {
-        let most = Duration::from_micros(self.most.into());
-        (!most.is_zero()).then(|| clock::coarse_now() + most)
+        let max_micros = Duration::from_micros(self.max_micros.into());
+        (!max_micros.is_zero()).then(|| clock::coarse_now() + max_micros)
     }
 
     /// Puts another count into a message that begins with this.
@@ -72,26 +72,26 @@ impl Head {
         }
     }
 
-    /// Takes it off the front of a message, if that is a unit.
+    /// Takes it off the front of a message, if that is a batch.
     pub fn read(body: &mut Body) -> Option<Head> {
         let mut bytes = [0; HEAD];
-        if body.chunks.front()?.first() != Some(&UNIT) || !body.fill(&mut bytes) {
+        if body.chunks.front()?.first() != Some(&BATCH) || !body.fill(&mut bytes) {
             return None;
         }
         let [_, flags, numbers @ ..] = bytes;
-        let (count, most) = numbers.split_first_chunk()?;
+        let (count, max_micros) = numbers.split_first_chunk()?;
         Some(Head {
             flags,
             count: u32::from_ne_bytes(*count),
-            most: u32::from_ne_bytes(*most.first_chunk()?),
+            max_micros: u32::from_ne_bytes(*max_micros.first_chunk()?),
         })
     }
 }
 
-/// Bytes of what an answer of a unit begins with.
+/// Bytes of what an answer of a batch begins with.
 pub const ANSWER_HEAD: usize = 29;
 
-/// The beginning of a unit's answer: the results follow.
+/// The beginning of a batch's answer: the results follow.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AnswerHead {
     /// Seconds that the worker was at it.
@@ -106,26 +106,26 @@ pub struct AnswerHead {
 
 impl AnswerHead {
     pub fn write(self, out: &mut Vec<u8>) {
-        out.push(ANSWER);
+        out.push(BATCH_ANSWER);
         out.extend_from_slice(&self.seconds.to_ne_bytes());
         out.extend_from_slice(&self.computed.unwrap_or(f64::NAN).to_ne_bytes());
         out.extend_from_slice(&self.reading.to_ne_bytes());
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
-    /// Takes it off the front of an answer, if that is one of a unit.
+    /// Takes it off the front of an answer, if that is one of a batch.
     pub fn read(body: &mut Body) -> Option<AnswerHead> {
         let mut bytes = [0; ANSWER_HEAD];
-        if body.chunks.front()?.first() != Some(&ANSWER) || !body.fill(&mut bytes) {
+        if body.chunks.front()?.first() != Some(&BATCH_ANSWER) || !body.fill(&mut bytes) {
             return None;
         }
         AnswerHead::of(&bytes)
     }
 
-    /// What an answer of a unit begins with.
+    /// What an answer of a batch begins with.
     fn of(bytes: &[u8]) -> Option<AnswerHead> {
         let (&kind, rest) = bytes.split_first()?;
-        let (seconds, rest) = rest.split_first_chunk().filter(|_| kind == ANSWER)?;
+        let (seconds, rest) = rest.split_first_chunk().filter(|_| kind == BATCH_ANSWER)?;
         let (computed, rest) = rest.split_first_chunk()?;
         let (reading, count) = rest.split_first_chunk()?;
         let computed = f64::from_ne_bytes(*computed);
@@ -141,12 +141,12 @@ impl AnswerHead {
 /// What an answer says of how long it took, by its first bytes. One in R's serialization says it at its
 /// end.
 pub fn measure(bytes: &[u8]) -> Option<Measured> {
-    let unit = AnswerHead::of(bytes).map(|head| Measured {
+    let batch = AnswerHead::of(bytes).map(|head| Measured {
         seconds: head.seconds,
         tasks: head.count,
     });
     let alone = || plain::elapsed(bytes).map(|seconds| Measured { seconds, tasks: 1 });
-    unit.or_else(alone)
+    batch.or_else(alone)
 }
 
 /// Whether an answer has the result of one task, in the form of [`plain`].
@@ -203,10 +203,10 @@ pub unsafe fn write_gapped(instead: SEXP, sink: &mut dyn Sink) {
 /// # Safety
 /// Under [`crate::r::unwind::protect`]: R jumps if there are fewer.
 pub unsafe fn read_bytes(body: &mut Body, out: &mut [u8]) {
-    const CUT: *const c_char = c"a message that is cut short".as_ptr();
+    const CUT_BATCH: *const c_char = c"a message that is cut short".as_ptr();
     if !body.fill(out) {
         // SAFETY: jumps; the message has no format directive.
-        unsafe { Rf_error(CUT) };
+        unsafe { Rf_error(CUT_BATCH) };
     }
 }
 
@@ -229,7 +229,7 @@ pub unsafe fn read_seed(body: &mut Body) -> [c_int; SEED] {
 /// # Safety
 /// As for [`read_bytes`]; R jumps also if it is no value.
 pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
-    const BAD: *const c_char = c"a message that is damaged".as_ptr();
+    const DAMAGED_BATCH: *const c_char = c"a message that is damaged".as_ptr();
     // SAFETY: the caller's. No frame here holds what is to be dropped when R jumps.
     unsafe {
         let mut kind = [0];
@@ -241,14 +241,14 @@ pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
                 let mut length = [0; 4];
                 read_bytes(body, &mut length);
                 let length = u32::from_ne_bytes(length) as usize;
-                if length > plain::MOST {
-                    Rf_error(BAD);
+                if length > plain::MAX_PLAIN {
+                    Rf_error(DAMAGED_BATCH);
                 }
                 scratch.resize(length, 0);
                 read_bytes(body, scratch);
                 plain::read_value(scratch)
             }
-            _ => Rf_error(BAD),
+            _ => Rf_error(DAMAGED_BATCH),
         }
     }
 }

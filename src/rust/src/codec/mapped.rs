@@ -1,4 +1,4 @@
-//! Payloads and answers whose large vectors are mapped by those who read them: see csrc/mapped.c.
+//! Blobs and answers whose large vectors are mapped by those who read them: see csrc/mapped.c.
 //!
 //! Such a message begins with the byte [`MAPPED`]. R's serialization of the value follows, with a gap
 //! wherever a large vector is: an ALTREP object of one of our classes stands in the stream, and the data
@@ -17,7 +17,7 @@ use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::platform::{limits, memfd, memory};
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::worker::channel::Payload;
+use rustcluster_core::worker::channel::Blob;
 use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io::{self, Write};
@@ -49,13 +49,13 @@ unsafe extern "C" {
     fn rustcluster_large_bytes(value: *mut c_void, depth: c_int) -> f64;
     fn rustcluster_with_classes(value: *mut c_void) -> SEXP;
     fn rustcluster_without_classes(list: *mut c_void) -> SEXP;
-    fn rustcluster_begin_mapped(message: *mut Message, before: *mut Message);
-    fn rustcluster_end_mapped(before: *mut Message);
+    fn rustcluster_begin_mapped(message: *mut MappedMessage, before: *mut MappedMessage);
+    fn rustcluster_end_mapped(before: *mut MappedMessage);
 }
 
 /// A message whose vectors are being read: `struct message` of csrc/mapped.c.
 #[repr(C)]
-struct Message {
+struct MappedMessage {
     bytes: *const c_void,
     length: usize,
     mapping: *mut c_void,
@@ -63,9 +63,9 @@ struct Message {
     unmappable: c_int,
 }
 
-impl Message {
+impl MappedMessage {
     /// Of which there is none.
-    const NONE: Message = Message {
+    const NONE: MappedMessage = MappedMessage {
         bytes: std::ptr::null(),
         length: 0,
         mapping: std::ptr::null_mut(),
@@ -74,38 +74,38 @@ impl Message {
     };
 
     /// One with so many bytes.
-    fn new(length: usize, file: Option<&File>) -> Message {
-        Message {
+    fn new(length: usize, file: Option<&File>) -> MappedMessage {
+        MappedMessage {
             length,
             file: file.map_or(-1, AsRawFd::as_raw_fd),
-            ..Message::NONE
+            ..MappedMessage::NONE
         }
     }
 }
 
 /// While this lives, what is read has its vectors in one message. Then it is the turn of the message before,
 /// which a finalizer may have interrupted, also if R has jumped in between.
-pub struct Reading {
-    before: Message,
+pub struct MappedReading {
+    before: MappedMessage,
 }
 
-impl Reading {
-    fn begin(mut message: Message) -> Reading {
-        let mut before = Message::NONE;
+impl MappedReading {
+    fn begin(mut message: MappedMessage) -> MappedReading {
+        let mut before = MappedMessage::NONE;
         // SAFETY: on R's thread. Copies both, and does not jump.
         unsafe { rustcluster_begin_mapped(&raw mut message, &raw mut before) };
-        Reading { before }
+        MappedReading { before }
     }
 
     /// Of the memory of an answer, which must live on; `None`: it has no vectors of this form.
-    pub fn of(memory: Option<&Memory>) -> Reading {
-        Reading::begin(memory.map_or(Message::NONE, |memory| {
-            Message::new(memory.len, Some(&memory.file))
+    pub fn of(memory: Option<&MappedMemory>) -> MappedReading {
+        MappedReading::begin(memory.map_or(MappedMessage::NONE, |memory| {
+            MappedMessage::new(memory.len, Some(&memory.file))
         }))
     }
 }
 
-impl Drop for Reading {
+impl Drop for MappedReading {
     fn drop(&mut self) {
         // SAFETY: on R's thread; does not jump.
         unsafe { rustcluster_end_mapped(&raw mut self.before) };
@@ -154,7 +154,7 @@ pub struct Mapper<S> {
     at: u64,
     /// The last writes of four bytes each, at most four of them: what comes next may be the data of a
     /// vector, and these its flags and its length.
-    held: Vec<u8>,
+    pending: Vec<u8>,
     /// Bytes that are still to come of the data that goes into a gap.
     left: u64,
     /// The vector has no attributes, which R would write behind its data.
@@ -168,7 +168,7 @@ impl<S: Sink> Mapper<S> {
         let mut mapper = Mapper {
             sink,
             at: 0,
-            held: Vec::with_capacity(16),
+            pending: Vec::with_capacity(16),
             left: 0,
             bare: false,
             gaps: Vec::new(),
@@ -183,18 +183,18 @@ impl<S: Sink> Mapper<S> {
         self.sink.write(bytes)
     }
 
-    fn pass_held(&mut self, count: usize) -> bool {
-        let held = std::mem::take(&mut self.held);
-        let wait = self.pass(&held[..count]);
-        self.held = held;
-        self.held.drain(..count);
+    fn pass_pending(&mut self, count: usize) -> bool {
+        let pending = std::mem::take(&mut self.pending);
+        let wait = self.pass(&pending[..count]);
+        self.pending = pending;
+        self.pending.drain(..count);
         wait
     }
 
     /// The words that were held last, the newest first.
     fn word(&self, back: usize) -> Option<i32> {
-        let at = self.held.len().checked_sub(4 * (back + 1))?;
-        let bytes = self.held.get(at..at + 4)?;
+        let at = self.pending.len().checked_sub(4 * (back + 1))?;
+        let bytes = self.pending.get(at..at + 4)?;
         bytes.try_into().ok().map(i32::from_ne_bytes)
     }
 
@@ -262,7 +262,7 @@ impl<S: Sink> Mapper<S> {
     /// All of the value has been written. The tail is what is to follow: what was held, and the list of
     /// gaps.
     fn close(&mut self) {
-        self.tail = std::mem::take(&mut self.held);
+        self.tail = std::mem::take(&mut self.pending);
         self.tail.extend_from_slice(&self.gaps);
         let count = (self.gaps.len() / GAP) as u64;
         self.tail.extend_from_slice(&count.to_ne_bytes());
@@ -275,19 +275,19 @@ impl<S: Sink> Sink for Mapper<S> {
         if self.left > 0 {
             wait |= self.pass(bytes);
         } else if bytes.len() == 4 {
-            if self.held.len() == 16 {
-                wait |= self.pass_held(4);
+            if self.pending.len() == 16 {
+                wait |= self.pass_pending(4);
             }
-            self.held.extend_from_slice(bytes);
+            self.pending.extend_from_slice(bytes);
             return wait;
         } else if let Some((words, flags, length)) = self.vector(bytes) {
-            let before = self.held.len() - 4 * words;
-            wait |= self.pass_held(before);
-            self.held.clear();
+            let before = self.pending.len() - 4 * words;
+            wait |= self.pass_pending(before);
+            self.pending.clear();
             wait |= self.begin(flags, length);
             wait |= self.pass(bytes);
         } else {
-            wait |= self.pass_held(self.held.len());
+            wait |= self.pass_pending(self.pending.len());
             return wait | self.pass(bytes);
         }
         self.left = self.left.saturating_sub(bytes.len() as u64);
@@ -302,7 +302,7 @@ impl<S: Sink> Sink for Mapper<S> {
     }
 }
 
-struct Writer<'a> {
+struct MappedWriter<'a> {
     mapper: Mapper<&'a mut dyn Sink>,
     object: SEXP,
     fixed: bool,
@@ -310,7 +310,7 @@ struct Writer<'a> {
 
 /// What there is to say of an object that has been written.
 #[derive(Clone, Copy, Debug)]
-pub struct Written {
+pub struct MappedSize {
     /// Nothing in it can change.
     pub fixed: bool,
     /// Bytes that have to be read: all but the data of large vectors.
@@ -321,8 +321,8 @@ pub struct Written {
 ///
 /// # Errors
 /// When R jumped: what was written by then is incomplete.
-pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<Written, Jump> {
-    let mut writer = Writer {
+pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<MappedSize, Jump> {
+    let mut writer = MappedWriter {
         mapper: Mapper::new(sink),
         // SAFETY: the object is protected by its Robj.
         object: unsafe { object.get() },
@@ -330,7 +330,7 @@ pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<Writ
     };
     unwind::run(write_protected, &mut writer)?;
     let in_gaps: usize = gaps(&writer.mapper.gaps).map(|(at, to)| to - at).sum();
-    Ok(Written {
+    Ok(MappedSize {
         fixed: writer.fixed,
         bytes: writer.mapper.at - in_gaps as u64,
     })
@@ -340,7 +340,7 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the writer of `serialize`, which outlives this call. R may jump out of all
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
-        let writer = &mut *data.cast::<Writer<'_>>();
+        let writer = &mut *data.cast::<MappedWriter<'_>>();
         let all = Rf_protect(rustcluster_with_classes(writer.object.cast()));
         let mapper = &mut writer.mapper;
         writer.fixed = stream::write_fixed(all, mapper);
@@ -362,7 +362,7 @@ const STEP: u64 = 16_777_216;
 const PIECE: usize = 64 * 1024;
 
 /// An answer that is put into memory which is shared with the head. Outlives a jump.
-pub struct Answer {
+pub struct MappedAnswer {
     file: File,
     /// What is not long enough to be written alone.
     buffer: Vec<u8>,
@@ -370,33 +370,33 @@ pub struct Answer {
     /// About how many there will be.
     bytes: u64,
     /// From how many on it is to be looked at what memory there is.
-    next_look: u64,
+    next_check: u64,
     /// Memory is scarce, for one.
     failed: bool,
 }
 
-impl Answer {
+impl MappedAnswer {
     /// One of about so many bytes. `None`: it is better sent otherwise, since memory is scarce.
-    fn new(bytes: u64) -> Option<Answer> {
-        let mut answer = Answer {
+    fn new(bytes: u64) -> Option<MappedAnswer> {
+        let mut answer = MappedAnswer {
             file: memfd::memory_file().ok()?,
             buffer: Vec::with_capacity(PIECE),
             written: 0,
             bytes,
-            next_look: 0,
+            next_check: 0,
             failed: false,
         };
-        answer.look(0);
+        answer.check_room(0);
         (!answer.failed).then_some(answer)
     }
 
     /// Whether there is room for what is left of it, if it is time to look: at least for so many bytes and
     /// [`STEP`] more.
-    fn look(&mut self, bytes: u64) {
-        if self.written + bytes < self.next_look || self.failed {
+    fn check_room(&mut self, bytes: u64) {
+        if self.written + bytes < self.next_check || self.failed {
             return;
         }
-        self.next_look = self.written + bytes + STEP;
+        self.next_check = self.written + bytes + STEP;
         let left = self.bytes.saturating_sub(self.written).max(bytes + STEP);
         let plenty = |(all, available): (u64, u64)| left <= available / 8 && all / 16 <= available;
         self.failed = !limits::may_make_file(self.written.saturating_add(left))
@@ -425,8 +425,8 @@ impl Answer {
     }
 }
 
-impl Mapper<Answer> {
-    /// See [`Answer::finish`].
+impl Mapper<MappedAnswer> {
+    /// See [`MappedAnswer::finish`].
     pub fn finish(mut self) -> Option<(File, u64)> {
         self.close();
         let tail = std::mem::take(&mut self.tail);
@@ -435,9 +435,9 @@ impl Mapper<Answer> {
     }
 }
 
-impl Sink for Answer {
+impl Sink for MappedAnswer {
     fn write(&mut self, bytes: &[u8]) -> bool {
-        self.look(bytes.len() as u64);
+        self.check_room(bytes.len() as u64);
         self.written += bytes.len() as u64;
         if self.buffer.len() + bytes.len() > PIECE {
             self.flush();
@@ -456,7 +456,7 @@ impl Sink for Answer {
 ///
 /// # Safety
 /// Under [`unwind::run`], with a protected value: R may jump.
-pub unsafe fn share(value: SEXP) -> Option<(Mapper<Answer>, SEXP)> {
+pub unsafe fn share(value: SEXP) -> Option<(Mapper<MappedAnswer>, SEXP)> {
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe {
         let bytes = rustcluster_large_bytes(value.cast(), 0);
@@ -464,7 +464,7 @@ pub unsafe fn share(value: SEXP) -> Option<(Mapper<Answer>, SEXP)> {
             return None;
         }
         let instead = rustcluster_with_classes(value.cast());
-        Some((Mapper::new(Answer::new(bytes as u64)?), instead))
+        Some((Mapper::new(MappedAnswer::new(bytes as u64)?), instead))
     }
 }
 
@@ -478,7 +478,7 @@ pub unsafe fn unwrap(value: SEXP) -> SEXP {
 }
 
 /// The memory of an answer whose vectors are to be mapped.
-pub struct Memory {
+pub struct MappedMemory {
     file: Arc<File>,
     len: usize,
 }
@@ -511,7 +511,7 @@ fn list_begin(len: usize, last: [u8; NUMBER]) -> Option<usize> {
 
 /// The memory of an answer, if it is in shared memory; its stream, without the gaps, is then in `body`. If
 /// it makes no sense, there is nothing in `body`.
-pub fn open(body: &mut Body) -> Option<Memory> {
+pub fn open(body: &mut Body) -> Option<MappedMemory> {
     let memory = body.memory.take()?;
     let (file, len) = (memory.file?, memory.len);
     body.len = 0;
@@ -542,7 +542,7 @@ pub fn open(body: &mut Body) -> Option<Memory> {
         body.len += piece.len();
         body.chunks.push_back(piece.into());
     }
-    Some(Memory { file, len })
+    Some(MappedMemory { file, len })
 }
 
 /// The stream of a message of this form, without the gaps. Holds nothing that is to be dropped: R may jump
@@ -591,23 +591,23 @@ impl Source for Gapped<'_> {
     }
 }
 
-/// The value of a payload, whether it is of this form or in R's serialization; not protected. `map`:
+/// The value of a blob, whether it is of this form or in R's serialization; not protected. `map`:
 /// its vectors are mapped, if it is in shared memory, and not copied.
 ///
 /// # Safety
-/// Under [`unwind::protect`], with a [`Reading`] outside of it that ends before the payload is dropped: R
+/// Under [`unwind::protect`], with a [`MappedReading`] outside of it that ends before the blob is dropped: R
 /// may jump.
-pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
-    let bytes = &payload.bytes[..];
+pub unsafe fn read(blob: &Blob, map: bool) -> SEXP {
+    let bytes = &blob.bytes[..];
     // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
     unsafe {
         let Some(mut stream) = Gapped::new(bytes) else {
             return stream::read(&mut { bytes });
         };
-        let memory = payload.memory.as_ref().filter(|_| map);
-        let mut message = Message::new(bytes.len(), memory.map(|file| &**file));
+        let memory = blob.memory.as_ref().filter(|_| map);
+        let mut message = MappedMessage::new(bytes.len(), memory.map(|file| &**file));
         message.bytes = bytes.as_ptr().cast();
-        let mut before = Message::NONE;
+        let mut before = MappedMessage::NONE;
         rustcluster_begin_mapped(&raw mut message, &raw mut before);
         let value = Rf_protect(unwrap(stream::read(&mut stream)));
         rustcluster_end_mapped(&raw mut before);
@@ -618,7 +618,7 @@ pub unsafe fn read(payload: &Payload, map: bool) -> SEXP {
 
 /// A message of this form that came with the others instead of through shared memory: in one piece,
 /// if there is memory for that. Its vectors are copied.
-pub fn inline(body: &mut Body) -> Option<Payload> {
+pub fn inline(body: &mut Body) -> Option<Blob> {
     if body.chunks.front()?.first() != Some(&MAPPED) {
         return None;
     }
@@ -628,8 +628,8 @@ pub fn inline(body: &mut Body) -> Option<Payload> {
         bytes.extend_from_slice(&chunk);
     }
     body.len = 0;
-    Some(Payload {
+    Some(Blob {
         bytes: bytes.into(),
-        ..Payload::default()
+        ..Blob::default()
     })
 }

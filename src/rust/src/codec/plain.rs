@@ -23,10 +23,10 @@ use std::ffi::{c_char, c_int, c_void};
 
 /// What a message of this form begins with. R's serialization begins with 'A', 'B' or 'X'.
 const TASK: u8 = 1;
-const ANSWER: u8 = 2;
+const PLAIN_ANSWER: u8 = 2;
 
 /// Bytes of a message of this form, at most.
-pub const MOST: usize = 32 * 1024;
+pub const MAX_PLAIN: usize = 32 * 1024;
 
 /// Lists in lists, at most.
 const DEPTH: u32 = 16;
@@ -86,26 +86,26 @@ unsafe fn is_global(function: SEXP) -> bool {
     }
 }
 
-struct Writer<'a> {
+struct PlainWriter<'a> {
     out: &'a mut Vec<u8>,
     /// Bytes that there may be of it, with what was there before.
-    most: usize,
+    max: usize,
     /// Whether functions may be written.
     functions: bool,
 }
 
-type Written = std::result::Result<(), Unfit>;
+type Fits = std::result::Result<(), Unfit>;
 
-impl Writer<'_> {
-    fn bytes(&mut self, bytes: &[u8]) -> Written {
-        if self.out.len() + bytes.len() > self.most {
+impl PlainWriter<'_> {
+    fn bytes(&mut self, bytes: &[u8]) -> Fits {
+        if self.out.len() + bytes.len() > self.max {
             return Err(Unfit::NotPlain);
         }
         self.out.extend_from_slice(bytes);
         Ok(())
     }
 
-    fn length(&mut self, length: usize) -> Written {
+    fn length(&mut self, length: usize) -> Fits {
         // What is too long for a u32 is too long for a message.
         self.bytes(&u32::try_from(length).map_or(NA, |n| n).to_ne_bytes())
     }
@@ -113,7 +113,7 @@ impl Writer<'_> {
     /// # Safety
     /// On R's thread, with a live value. R does not jump: nothing is allocated, and what is
     /// ALTREP is not looked into.
-    unsafe fn value(&mut self, value: SEXP, depth: u32) -> Written {
+    unsafe fn value(&mut self, value: SEXP, depth: u32) -> Fits {
         // SAFETY: the caller's; lengths and types are looked at first.
         unsafe {
             let kind = TYPEOF(value);
@@ -136,7 +136,7 @@ impl Writer<'_> {
             };
             let length = XLENGTH(value) as usize;
             // Every element takes a byte or more.
-            if ALTREP(value) != 0 || depth == 0 || length > MOST {
+            if ALTREP(value) != 0 || depth == 0 || length > MAX_PLAIN {
                 return Err(Unfit::NotPlain);
             }
             // Bits that may be set without any attribute.
@@ -176,8 +176,8 @@ impl Writer<'_> {
     }
 
     /// # Safety
-    /// As for [`Writer::value`].
-    unsafe fn string(&mut self, string: SEXP) -> Written {
+    /// As for [`PlainWriter::value`].
+    unsafe fn string(&mut self, string: SEXP) -> Fits {
         // SAFETY: the caller's; R's strings are as long as they say.
         unsafe {
             if string == R_NaString {
@@ -199,14 +199,14 @@ impl Writer<'_> {
     ///
     /// # Safety
     /// On R's thread, with a live function.
-    unsafe fn function(&mut self, function: SEXP) -> Written {
+    unsafe fn function(&mut self, function: SEXP) -> Fits {
         // SAFETY: the caller's.
         if !self.functions || !unsafe { is_global(function) } {
             return Err(Unfit::NotPlain);
         }
         // SAFETY: the caller's.
         let function = unsafe { Robj::from_sexp(function) };
-        let short = stream::serialize_short(&function, MOST).map_err(Unfit::Jump)?;
+        let short = stream::serialize_short(&function, MAX_PLAIN).map_err(Unfit::Jump)?;
         let (bytes, _) = short.filter(|(_, fixed)| *fixed).ok_or(Unfit::NotPlain)?;
         self.bytes(&[SEXPTYPE::CLOSXP as u8])?;
         self.length(bytes.len())?;
@@ -283,7 +283,7 @@ pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Ve
     // SAFETY: the caller's. Only a function could make R jump.
     unsafe {
         matches!(
-            write(ANSWER, &head, [tag, value].into_iter(), false, out),
+            write(PLAIN_ANSWER, &head, [tag, value].into_iter(), false, out),
             Ok(true)
         )
     }
@@ -293,7 +293,7 @@ pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Ve
 pub fn elapsed(bytes: &[u8]) -> Option<f64> {
     let (&form, rest) = bytes.split_first()?;
     // As in R's proc.time(): user's, system's, elapsed.
-    let seconds = rest.get(16..24).filter(|_| form == ANSWER)?;
+    let seconds = rest.get(16..24).filter(|_| form == PLAIN_ANSWER)?;
     Some(f64::from_ne_bytes(seconds.try_into().ok()?))
 }
 
@@ -307,10 +307,10 @@ unsafe fn write(
     out: &mut Vec<u8>,
 ) -> std::result::Result<bool, Jump> {
     out.clear();
-    let most = MOST;
-    let mut writer = Writer {
+    let max = MAX_PLAIN;
+    let mut writer = PlainWriter {
         out,
-        most,
+        max,
         functions,
     };
     let mut written = writer.bytes(&[form]).and_then(|()| writer.bytes(head));
@@ -331,10 +331,10 @@ unsafe fn write(
 /// On R's thread, with a live value. R does not jump.
 pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
     let before = out.len();
-    let most = before + MOST;
-    let mut writer = Writer {
+    let max = before + MAX_PLAIN;
+    let mut writer = PlainWriter {
         out,
-        most,
+        max,
         functions: false,
     };
     // SAFETY: the caller's.
@@ -349,15 +349,15 @@ pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
 
 /// Reads from the front of a message. Its functions may jump, as R's errors do, so that neither it
 /// nor any frame of its holds what is to be dropped.
-struct Reader<'a> {
+struct PlainReader<'a> {
     bytes: &'a [u8],
 }
 
-impl Reader<'_> {
+impl PlainReader<'_> {
     unsafe fn bad(&self) -> ! {
-        const BAD: *const c_char = c"a message that is damaged or cut short".as_ptr();
+        const DAMAGED: *const c_char = c"a message that is damaged or cut short".as_ptr();
         // SAFETY: jumps; the message has no format directive.
-        unsafe { Rf_error(BAD) }
+        unsafe { Rf_error(DAMAGED) }
     }
 
     unsafe fn take(&mut self, n: usize) -> &[u8] {
@@ -494,7 +494,7 @@ impl Reader<'_> {
 
 /// Whether a message is of this form.
 pub fn is_plain(bytes: &[u8]) -> bool {
-    matches!(bytes.first(), Some(&(TASK | ANSWER)))
+    matches!(bytes.first(), Some(&(TASK | PLAIN_ANSWER)))
 }
 
 /// A task's function, arguments and tag, in one list that is not protected.
@@ -502,7 +502,7 @@ pub fn is_plain(bytes: &[u8]) -> bool {
 /// # Safety
 /// Under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
-    let mut reader = Reader { bytes };
+    let mut reader = PlainReader { bytes };
     // SAFETY: the caller's.
     unsafe {
         if reader.byte() != TASK {
@@ -522,7 +522,7 @@ pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
 /// # Safety
 /// Under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
-    let mut reader = Reader { bytes };
+    let mut reader = PlainReader { bytes };
     // SAFETY: the caller's.
     unsafe { reader.value(DEPTH) }
 }
@@ -532,10 +532,10 @@ pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
 /// # Safety
 /// Under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_answer(bytes: &[u8]) -> SEXP {
-    let mut reader = Reader { bytes };
+    let mut reader = PlainReader { bytes };
     // SAFETY: the caller's.
     unsafe {
-        if reader.byte() != ANSWER {
+        if reader.byte() != PLAIN_ANSWER {
             reader.bad();
         }
         let time: [f64; 5] = std::array::from_fn(|_| reader.f64());

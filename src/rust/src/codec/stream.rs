@@ -60,7 +60,7 @@ impl Format {
     }
 }
 
-struct Writer<'a> {
+struct StreamWriter<'a> {
     sink: &'a mut dyn Sink,
     object: SEXP,
     format: Format,
@@ -77,7 +77,7 @@ pub fn serialize(
     sink: &mut dyn Sink,
 ) -> std::result::Result<bool, Jump> {
     CHANGEABLE.set(false);
-    let mut writer = Writer {
+    let mut writer = StreamWriter {
         sink,
         // SAFETY: the object is protected by its Robj.
         object: unsafe { object.get() },
@@ -124,24 +124,24 @@ unsafe extern "C" fn note_changeable(object: SEXP, _: SEXP) -> SEXP {
 }
 
 /// Takes bytes up to so many in all, and none any more once there would be more.
-pub struct Bounded<'a> {
+pub struct BoundedSink<'a> {
     bytes: &'a mut Vec<u8>,
-    most: usize,
+    max: usize,
     /// There would be more.
     pub over: bool,
 }
 
-impl Bounded<'_> {
+impl BoundedSink<'_> {
     /// `bytes` may hold some already.
-    pub fn new(bytes: &mut Vec<u8>, most: usize) -> Bounded<'_> {
+    pub fn new(bytes: &mut Vec<u8>, max: usize) -> BoundedSink<'_> {
         let over = false;
-        Bounded { bytes, most, over }
+        BoundedSink { bytes, max, over }
     }
 }
 
-impl Sink for Bounded<'_> {
+impl Sink for BoundedSink<'_> {
     fn write(&mut self, bytes: &[u8]) -> bool {
-        self.over |= self.bytes.len() + bytes.len() > self.most;
+        self.over |= self.bytes.len() + bytes.len() > self.max;
         if !self.over {
             self.bytes.extend_from_slice(bytes);
         }
@@ -149,16 +149,16 @@ impl Sink for Bounded<'_> {
     }
 }
 
-/// The serialized form of an object, if it has at most `most` bytes, and whether nothing in it can change.
+/// The serialized form of an object, if it has at most `max` bytes, and whether nothing in it can change.
 ///
 /// # Errors
 /// When R jumped.
 pub fn serialize_short(
     object: &Robj,
-    most: usize,
+    max: usize,
 ) -> std::result::Result<Option<(Vec<u8>, bool)>, Jump> {
     let mut bytes = Vec::new();
-    let mut sink = Bounded::new(&mut bytes, most);
+    let mut sink = BoundedSink::new(&mut bytes, max);
     let fixed = serialize(object, Format::Native, &mut sink)?;
     let over = sink.over;
     Ok((!over).then_some((bytes, fixed)))
@@ -168,30 +168,30 @@ pub fn serialize_short(
 const LOOKED_AT: usize = 1_000;
 
 /// Bytes that an object takes at least when it is serialized, as far as a few looks tell.
-pub fn least_size(object: &Robj) -> usize {
+pub fn min_size(object: &Robj) -> usize {
     // SAFETY: on R's thread, with a live value.
-    unsafe { least_size_of_value(object.get()) }
+    unsafe { min_size_of_value(object.get()) }
 }
 
 /// The same of any value.
 ///
 /// # Safety
 /// On R's thread, with a live value. R does not jump.
-pub unsafe fn least_size_of_value(value: SEXP) -> usize {
+pub unsafe fn min_size_of_value(value: SEXP) -> usize {
     // SAFETY: the caller's.
-    unsafe { least_size_of(value, &mut { LOOKED_AT }) }
+    unsafe { min_size_of(value, &mut { LOOKED_AT }) }
 }
 
 /// # Safety
 /// On R's thread, with a live value. R does not jump.
-unsafe fn least_size_of(value: SEXP, looks: &mut usize) -> usize {
+unsafe fn min_size_of(value: SEXP, visits: &mut usize) -> usize {
     // SAFETY: the caller's; types and lengths are looked at first.
     unsafe {
         // What is computed when it is looked at may be short when it is serialized.
-        if *looks == 0 || ALTREP(value) != 0 {
+        if *visits == 0 || ALTREP(value) != 0 {
             return 0;
         }
-        *looks -= 1;
+        *visits -= 1;
         let length = |value| usize::try_from(XLENGTH(value)).unwrap_or(0);
         match TYPEOF(value) {
             SEXPTYPE::RAWSXP => length(value),
@@ -201,7 +201,7 @@ unsafe fn least_size_of(value: SEXP, looks: &mut usize) -> usize {
             SEXPTYPE::VECSXP => {
                 let elements = 0..XLENGTH(value).min(LOOKED_AT as isize);
                 elements
-                    .map(|i| least_size_of(VECTOR_ELT(value, i), looks))
+                    .map(|i| min_size_of(VECTOR_ELT(value, i), visits))
                     .sum()
             }
             _ => 0,
@@ -213,7 +213,7 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the writer of `serialize`, which outlives this call. This frame holds
     // nothing that is to be dropped.
     unsafe {
-        let writer = data.cast::<Writer<'_>>();
+        let writer = data.cast::<StreamWriter<'_>>();
         let writer = &mut *writer;
         write_with(writer.object, writer.format, writer.sink, writer.hook);
         R_NilValue
@@ -324,14 +324,14 @@ unsafe extern "C" fn in_char(stream: R_inpstream_t) -> c_int {
 }
 
 unsafe extern "C" fn in_bytes(stream: R_inpstream_t, bytes: *mut c_void, len: c_int) {
-    const CUT: *const c_char = c"the serialized object is cut short".as_ptr();
+    const CUT_SHORT: *const c_char = c"the serialized object is cut short".as_ptr();
     // SAFETY: R hands back our source and room for `len` bytes. Rf_error jumps; this frame then
     // holds nothing to be dropped. The message has no format directive.
     unsafe {
         let source = (*stream).data.cast::<&mut dyn Source>();
         let out = std::slice::from_raw_parts_mut(bytes.cast::<u8>(), len.max(0) as usize);
         if !(*source).fill(out) {
-            Rf_error(CUT);
+            Rf_error(CUT_SHORT);
         }
     }
 }

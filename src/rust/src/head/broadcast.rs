@@ -1,41 +1,41 @@
 //! What many nodes get: written once for each host where it can be, or once for each node.
 
-use super::handle::{Cluster, Shared, ToHub, Unsent};
+use super::handle::{Cluster, MessageBlobs, ToHub, Unsent};
 use super::nodes::{is_plain, send, send_plain};
-use crate::codec::mapped::{self, Written};
+use crate::codec::mapped::{self, MappedSize};
 use crate::codec::stream::{self, Format, Sink};
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
-use rustcluster_core::head::hub::Begun;
+use rustcluster_core::head::hub::StartedTask;
 use rustcluster_core::protocol::dedup;
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank};
+use rustcluster_core::protocol::ids::{BlobId, JobId, Rank};
 
 pub(super) fn broadcast(
     cluster: &Cluster,
     owners: &[Rank],
     job: JobId,
     message: &Robj,
-    lasts: Option<u64>,
+    setup_call: Option<u64>,
 ) -> std::result::Result<(), Unsent> {
-    let mut shared = Shared::default();
+    let mut blobs = MessageBlobs::default();
     if owners.len() > 1 {
-        shared = share(cluster, owners, job, message, lasts.is_some())?;
+        blobs = send_blobs(cluster, owners, job, message, setup_call.is_some())?;
     }
     for &owner in owners {
-        send(cluster, owner, job, message, lasts, shared)?;
+        send(cluster, owner, job, message, setup_call, blobs)?;
     }
     Ok(())
 }
 
-/// Sends a message that is not plain to the hosts of these workers, as a payload for each format.
-pub(super) fn share(
+/// Sends a message that is not plain to the hosts of these workers, as a blob for each format.
+pub(super) fn send_blobs(
     cluster: &Cluster,
     owners: &[Rank],
     job: JobId,
     message: &Robj,
-    lasts: bool,
-) -> std::result::Result<Shared, Jump> {
-    let mut shared = Shared::default();
+    setup_call: bool,
+) -> std::result::Result<MessageBlobs, Jump> {
+    let mut blobs = MessageBlobs::default();
     for format in [Format::Native, Format::Xdr] {
         let of_format = owners.iter().copied();
         let of_format = of_format.filter(|&owner| cluster.format(owner) == format);
@@ -44,19 +44,19 @@ pub(super) fn share(
         if ranks.len() < 2 || plain {
             continue;
         }
-        let write = |hub: &mut ToHub<'_>| write_payload(message, format, hub);
-        let (id, ()) = make_payload(cluster, &ranks, lasts, write)?;
-        cluster.payloads.borrow_mut().push((job, id));
-        shared.set(format, id);
+        let write = |hub: &mut ToHub<'_>| write_blob(message, format, hub);
+        let (id, ()) = make_blob(cluster, &ranks, setup_call, write)?;
+        cluster.blobs.borrow_mut().push((job, id));
+        blobs.set(format, id);
     }
-    Ok(shared)
+    Ok(blobs)
 }
 
-/// Writes a message as a payload of this format.
+/// Writes a message as a blob of this format.
 ///
 /// # Errors
 /// When R jumped: what was written by then is incomplete.
-pub fn write_payload(
+pub fn write_blob(
     message: &Robj,
     format: Format,
     sink: &mut dyn Sink,
@@ -67,21 +67,21 @@ pub fn write_payload(
     }
 }
 
-/// Sends to the hosts of these workers what `write` writes, as a payload. Returns that and what `write`
-/// does. `lasts`: what some messages that begin with it do lasts.
+/// Sends to the hosts of these workers what `write` writes, as a blob. Returns that and what `write`
+/// does. `setup_call`: what some messages that begin with it do lasts.
 ///
 /// # Errors
-/// When R jumped: there is no payload then.
-pub fn make_payload<T>(
+/// When R jumped: there is no blob then.
+pub fn make_blob<T>(
     cluster: &Cluster,
     ranks: &[Rank],
-    lasts: bool,
+    setup_call: bool,
     write: impl FnOnce(&mut ToHub<'_>) -> std::result::Result<T, Jump>,
-) -> std::result::Result<(PayloadId, T), Jump> {
-    let id = cluster.hub.borrow_mut().begin_payload(ranks, lasts);
+) -> std::result::Result<(BlobId, T), Jump> {
+    let id = cluster.hub.borrow_mut().begin_blob(ranks, setup_call);
     match write(&mut ToHub(cluster)) {
         Ok(value) => {
-            cluster.hub.borrow_mut().finish_payload();
+            cluster.hub.borrow_mut().finish_blob();
             Ok((id, value))
         }
         Err(jump) => {
@@ -92,34 +92,34 @@ pub fn make_payload<T>(
 }
 
 /// What a job's tasks have in common is kept from job to job up to this size.
-pub(super) const SMALL: usize = 64 * 1024;
+pub(super) const SMALL_MESSAGE: usize = 64 * 1024;
 
 /// Sends what the tasks of a job have in common to the hosts of these workers.
 ///
 /// # Errors
 /// When R jumped.
-pub fn share_common(
+pub fn send_common_blob(
     cluster: &Cluster,
     ranks: &[Rank],
     job: JobId,
     common: &Robj,
-) -> std::result::Result<(PayloadId, Written), Jump> {
-    let short = match stream::least_size(common) <= SMALL {
-        true => stream::serialize_short(common, SMALL)?,
+) -> std::result::Result<(BlobId, MappedSize), Jump> {
+    let short = match stream::min_size(common) <= SMALL_MESSAGE {
+        true => stream::serialize_short(common, SMALL_MESSAGE)?,
         false => None,
     };
-    let written = |(bytes, fixed): &(Vec<u8>, bool)| Written {
+    let written = |(bytes, fixed): &(Vec<u8>, bool)| MappedSize {
         fixed: *fixed,
         bytes: bytes.len() as u64,
     };
     let key = short.as_ref().map(|(bytes, _)| dedup::key_of(bytes));
     if let (Some(short), Some((last, id))) = (&short, cluster.common.get()) {
-        let has = |&rank: &Rank| cluster.hub.borrow().has_payload(rank, id);
+        let has = |&rank: &Rank| cluster.hub.borrow().has_blob(rank, id);
         if key == Some(last) && ranks.iter().all(has) {
             return Ok((id, written(short)));
         }
     }
-    let (id, written) = make_payload(cluster, ranks, false, |sink| match short {
+    let (id, written) = make_blob(cluster, ranks, false, |sink| match short {
         Some(short) => {
             sink.write(&short.0);
             Ok(written(&short))
@@ -129,10 +129,10 @@ pub fn share_common(
     match key {
         Some(key) => {
             if let Some((_, last)) = cluster.common.replace(Some((key, id))) {
-                cluster.hub.borrow_mut().drop_payload(last);
+                cluster.hub.borrow_mut().drop_blob(last);
             }
         }
-        None => cluster.payloads.borrow_mut().push((job, id)),
+        None => cluster.blobs.borrow_mut().push((job, id)),
     }
     Ok((id, written))
 }
@@ -141,29 +141,29 @@ pub fn share_common(
 ///
 /// # Errors
 /// When R jumped.
-pub fn share_again(
+pub fn resend_blob(
     cluster: &Cluster,
-    id: PayloadId,
-    place: Rank,
+    id: BlobId,
+    assigned: Rank,
     common: &Robj,
 ) -> std::result::Result<(), Jump> {
-    cluster.hub.borrow_mut().begin_payload_again(id, place);
+    cluster.hub.borrow_mut().begin_blob_again(id, assigned);
     mapped::serialize(common, &mut ToHub(cluster))?;
-    cluster.hub.borrow_mut().finish_payload();
+    cluster.hub.borrow_mut().finish_blob();
     Ok(())
 }
 
 /// Writes a message to the hub, where its task has begun. Returns how many bytes R has serialized for that:
-/// none for a plain one, or if it is a payload.
+/// none for a plain one, or if it is a blob.
 pub(super) fn write(
     cluster: &Cluster,
-    begun: &Begun,
+    started: &StartedTask,
     message: &Robj,
 ) -> std::result::Result<usize, Jump> {
-    let written = match begun.shared {
-        // The payload is all of it.
+    let written = match started.has_blob {
+        // The blob is all of it.
         true => Ok(0),
-        false => write_all(cluster, begun.place, message),
+        false => write_all(cluster, started.assigned, message),
     };
     let mut hub = cluster.hub.borrow_mut();
     match written {
@@ -173,8 +173,12 @@ pub(super) fn write(
     written
 }
 
-fn write_all(cluster: &Cluster, place: Rank, message: &Robj) -> std::result::Result<usize, Jump> {
-    let format = cluster.format(place);
+fn write_all(
+    cluster: &Cluster,
+    assigned: Rank,
+    message: &Robj,
+) -> std::result::Result<usize, Jump> {
+    let format = cluster.format(assigned);
     if send_plain(cluster, format, message)? {
         return Ok(0);
     }

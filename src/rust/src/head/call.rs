@@ -1,6 +1,6 @@
 //! Calls for whoever is free: sent one by one, and each asked for by its number.
 
-use super::handle::{Call, Cluster, SLICE, ToHub, may_send, rank_of, with_cluster};
+use super::handle::{Cluster, DroppableCall, SLICE, ToHub, may_send, rank_of, with_cluster};
 use super::{nodes, retry};
 use crate::codec::stream::{self, Format};
 use crate::r::failure::Failure;
@@ -9,7 +9,7 @@ use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, SEXP};
 use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::head::scheduler::events::Outcome;
-use rustcluster_core::head::scheduler::pool::CallPlace;
+use rustcluster_core::head::scheduler::pool::CallLocation;
 use rustcluster_core::protocol::ids::{Rank, TaskId};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -38,7 +38,7 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, what: &str, message: Robj
         any_of.sort_unstable();
         let any_of: Arc<[Rank]> = any_of.into();
         may_send(cluster)?;
-        let call = Call {
+        let call = DroppableCall {
             message: message.clone(),
             any_of: any_of.clone(),
             what: what.to_owned(),
@@ -104,9 +104,9 @@ fn call_take(handle: Robj, task: f64) -> Robj {
                 Ok(answer) => Ok(answer),
                 Err(Jump(token)) => Ok(token),
             },
-            Outcome::Lost(gone) => retry::call_lost(cluster, end.rank, task, &gone),
+            Outcome::Lost(termination) => retry::call_lost(cluster, end.rank, task, &termination),
             Outcome::TimedOut => ended(Failure::new("timeout").with("rank", end.rank + 1)),
-            Outcome::Cancelled | Outcome::Recalled => ended(Failure::new("cancelled")),
+            Outcome::Cancelled | Outcome::Revoked => ended(Failure::new("cancelled")),
         }
     })
 }
@@ -114,25 +114,30 @@ fn call_take(handle: Robj, task: f64) -> Robj {
 /// What a call has told before its end, since this was last asked: a list of raw vectors.
 /// @noRd
 #[extendr]
-fn call_asides(handle: Robj, task: f64) -> Robj {
+fn call_progress_events(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
-        let asides = cluster.hub.borrow_mut().call_asides(task as TaskId);
-        let asides = asides.iter().map(|aside| Raw::from_bytes(aside));
-        Ok(List::from_values(asides).into())
+        let progress_events = cluster
+            .hub
+            .borrow_mut()
+            .call_progress_events(task as TaskId);
+        let progress_events = progress_events
+            .iter()
+            .map(|progress_event| Raw::from_bytes(progress_event));
+        Ok(List::from_values(progress_events).into())
     })
 }
 
 /// Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
 /// @noRd
 #[extendr]
-fn call_place(handle: Robj, task: f64) -> Robj {
+fn call_location(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
-        let place = match cluster.hub.borrow().call_place(task as TaskId) {
-            CallPlace::Waiting => Some(0),
-            CallPlace::With(rank) => Some(rank as i32 + 1),
-            CallPlace::Nowhere => None,
+        let location = match cluster.hub.borrow().call_location(task as TaskId) {
+            CallLocation::Waiting => Some(0),
+            CallLocation::With(rank) => Some(rank as i32 + 1),
+            CallLocation::Nowhere => None,
         };
-        Ok(place.into())
+        Ok(location.into())
     })
 }
 
@@ -159,9 +164,9 @@ fn call_drop(handle: Robj, task: f64) -> Robj {
 /// R is to be woken when this call has ended: see [`calls_wake`].
 /// @noRd
 #[extendr]
-fn call_watch(handle: Robj, task: f64) -> Robj {
+fn call_notify(handle: Robj, task: f64) -> Robj {
     with_cluster(&handle, |cluster| {
-        cluster.hub.borrow_mut().watch_call(task as TaskId);
+        cluster.hub.borrow_mut().notify_call(task as TaskId);
         Ok(().into())
     })
 }
@@ -181,9 +186,9 @@ fn call_wait(handle: Robj, task: f64) -> Robj {
 /// ended, and those that were lost.
 /// @noRd
 #[extendr]
-fn calls_to_look_at(handle: Robj) -> Robj {
+fn calls_to_check(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        let calls = cluster.hub.borrow_mut().calls_to_look_at();
+        let calls = cluster.hub.borrow_mut().calls_to_check();
         let calls: Vec<f64> = calls.into_iter().map(|task| task as f64).collect();
         Ok(calls.into())
     })
@@ -242,12 +247,12 @@ extendr_module! {
     fn call_number;
     fn call_submit;
     fn call_take;
-    fn call_asides;
-    fn call_place;
+    fn call_progress_events;
+    fn call_location;
     fn call_forget;
     fn call_drop;
-    fn call_watch;
+    fn call_notify;
     fn call_wait;
-    fn calls_to_look_at;
+    fn calls_to_check;
     fn calls_wake;
 }

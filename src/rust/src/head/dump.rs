@@ -16,17 +16,17 @@ fn hub_ask_dump(handle: Robj) -> Robj {
     })
 }
 
-/// The answers to that, and what is known here. `NULL`: not yet; waits up to `most` seconds for it. `anyway`:
+/// The answers to that, and what is known here. `NULL`: not yet; waits up to `max` seconds for it. `anyway`:
 /// what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
 /// such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
 /// last events (a list of vectors).
 /// @noRd
 #[extendr]
-fn hub_dump(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
+fn hub_dump(handle: Robj, question: f64, max: f64, anyway: bool) -> Robj {
     with_cluster(&handle, |cluster| {
-        let most = Duration::try_from_secs_f64(most).unwrap_or_default();
-        let most = most.min(SLICE);
-        let dump = cluster.hub.borrow().dump(question as u64, most, anyway);
+        let max = Duration::try_from_secs_f64(max).unwrap_or_default();
+        let max = max.min(SLICE);
+        let dump = cluster.hub.borrow().dump(question as u64, max, anyway);
         Ok(dump.map_or_else(|| ().into(), to_r))
     })
 }

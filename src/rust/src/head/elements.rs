@@ -3,7 +3,7 @@
 
 use super::handle::{Cluster, SLICE, ToHub};
 use super::{broadcast, nodes, status};
-use crate::codec::stream::{self, Bounded, Format, Sink};
+use crate::codec::stream::{self, BoundedSink, Format, Sink};
 use crate::codec::{batch, mapped};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
@@ -15,7 +15,7 @@ use extendr_ffi::{
 use rustcluster_core::head::job::{BatchLoss, Codec, Form, Taken};
 use rustcluster_core::head::retry::is_reported;
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::time::Duration;
@@ -73,7 +73,7 @@ pub struct Values {
     results: Robj,
     /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
     /// each, also if that comes back or is lost.
-    held: HashMap<usize, Robj>,
+    unanswered: HashMap<usize, Robj>,
     /// Tasks whose result is an error, from 1.
     failed: Vec<i32>,
     /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
@@ -117,16 +117,16 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
                 // If what is common cannot change, they cannot have in common what does.
                 let mut fixed = values.fixed;
                 // What is seen to be long is not serialized to find that out.
-                let mut long = fixed && stream::least_size_of_value(element) >= LONG;
+                let mut long = fixed && stream::min_size_of_value(element) >= LONG;
                 if !long {
                     batch::begin_serialized(&mut values.message);
-                    let mut sink = Bounded::new(&mut values.message, before + LONG - 1);
+                    let mut sink = BoundedSink::new(&mut values.message, before + LONG - 1);
                     fixed |= stream::write_fixed(element, &mut sink);
                     long = sink.over;
                 }
                 if !fixed || long {
                     values.message.truncate(before);
-                    gathering.stopped = Some(if fixed { Form::Long } else { Form::Message });
+                    gathering.stopped = Some(if fixed { Form::Long } else { Form::Single });
                     Rf_unprotect(1);
                     return R_NilValue;
                 }
@@ -166,7 +166,7 @@ unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
     unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
 }
 
-struct Writing<'a> {
+struct WritingElements<'a> {
     values: &'a mut Values,
     index: usize,
     form: Form,
@@ -179,10 +179,10 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
     // is to be dropped when R jumps.
     unsafe {
-        let writing = &mut *data.cast::<Writing<'_>>();
+        let writing = &mut *data.cast::<WritingElements<'_>>();
         let values = &mut *writing.values;
         let element = Rf_protect(values.element(writing.index));
-        if writing.form == Form::Message {
+        if writing.form == Form::Single {
             let common = values.common.get();
             let spread = c_int::from(values.flags & batch::SPREAD != 0);
             let message = if values.seed.is_null() {
@@ -204,7 +204,7 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
             batch::Head {
                 flags: values.flags,
                 count: 1,
-                most: 0,
+                max_micros: 0,
             }
             .write(prefix);
             add_seed(&values.seed, writing.index, prefix);
@@ -222,7 +222,7 @@ struct Taking<'a> {
     body: Body,
     /// Its vectors are in memory that is shared with the worker.
     shared: bool,
-    /// What the answer begins with, if it is one of a unit.
+    /// What the answer begins with, if it is one of a batch.
     head: Option<batch::AnswerHead>,
     count: usize,
 }
@@ -266,20 +266,20 @@ unsafe extern "C" fn check(_: *mut c_void) -> SEXP {
 impl Codec for Encoder<'_> {
     type Stop = Jump;
 
-    fn takes_units(&self, rank: Rank) -> bool {
+    fn takes_batches(&self, rank: Rank) -> bool {
         self.cluster.format(rank) == Format::Native
     }
 
     fn gather(
         &mut self,
         tasks: &[usize],
-        most: Duration,
+        max_time: Duration,
     ) -> std::result::Result<(usize, Form), Jump> {
         self.values.message.clear();
         let head = batch::Head {
             flags: self.values.flags,
             count: 0,
-            most: u32::try_from(most.as_micros()).unwrap_or(0),
+            max_micros: u32::try_from(max_time.as_micros()).unwrap_or(0),
         };
         head.write(&mut self.values.message);
         let mut gathering = Gathering {
@@ -294,15 +294,15 @@ impl Codec for Encoder<'_> {
             Some(form) if count == 0 => Ok((1, form)),
             _ => {
                 batch::Head::count(&mut self.values.message, count as u32);
-                Ok((count, Form::Unit))
+                Ok((count, Form::Batch))
             }
         }
     }
 
-    fn write(&mut self, place: Rank, task: usize, form: Form) -> std::result::Result<(), Jump> {
+    fn write(&mut self, assigned: Rank, task: usize, form: Form) -> std::result::Result<(), Jump> {
         let hub = &self.cluster.hub;
         match form {
-            Form::Unit => {
+            Form::Batch => {
                 if hub.borrow_mut().write(&self.values.message) {
                     // Not much is under way for what is this short.
                     while hub.borrow_mut().wait_to_send(SLICE) {
@@ -311,12 +311,12 @@ impl Codec for Encoder<'_> {
                 }
                 Ok(())
             }
-            Form::Long | Form::Message => {
-                let mut writing = Writing {
+            Form::Long | Form::Single => {
+                let mut writing = WritingElements {
                     values: self.values,
                     index: task,
                     form,
-                    format: self.cluster.format(place),
+                    format: self.cluster.format(assigned),
                     sink: &mut ToHub(self.cluster),
                     prefix: Vec::new(),
                 };
@@ -325,8 +325,8 @@ impl Codec for Encoder<'_> {
         }
     }
 
-    fn share_again(&mut self, payload: PayloadId, place: Rank) -> std::result::Result<(), Jump> {
-        broadcast::share_again(self.cluster, payload, place, &self.values.common)
+    fn resend_blob(&mut self, blob: BlobId, assigned: Rank) -> std::result::Result<(), Jump> {
+        broadcast::resend_blob(self.cluster, blob, assigned, &self.values.common)
     }
 
     fn is_plain(&self, body: &Body) -> bool {
@@ -351,7 +351,7 @@ impl Codec for Encoder<'_> {
             count: 0,
         };
         self.cluster.reading.set(Some((task, 0)));
-        let reading = mapped::Reading::of(memory.as_ref());
+        let reading = mapped::MappedReading::of(memory.as_ref());
         let taken = unwind::run(take_protected, &mut taking);
         drop(reading);
         let (head, count) = (taking.head.unwrap_or_default(), taking.count);
@@ -371,9 +371,9 @@ impl Codec for Encoder<'_> {
                 status::note_error(self.cluster, on, value);
             }
         }
-        if !values.held.is_empty() {
+        if !values.unanswered.is_empty() {
             for index in tasks.iter().take(count) {
-                values.held.remove(index);
+                values.unanswered.remove(index);
             }
         }
         let time = |seconds| Duration::try_from_secs_f64(seconds).ok();
@@ -385,14 +385,18 @@ impl Codec for Encoder<'_> {
         })
     }
 
-    fn lost(&mut self, loss: &BatchLoss, again: &[usize]) {
-        if is_reported(&loss.gone, loss.now.is_none()) {
+    fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
+        if is_reported(&failure.termination, failure.now.is_none()) {
             // Tasks that are not retried have errors of their own.
-            let told = if again.is_empty() { &loss.tasks } else { again };
-            let warning = loss_of_batch(loss, told)
+            let told = if again.is_empty() {
+                &failure.tasks
+            } else {
+                again
+            };
+            let warning = loss_of_batch(failure, told)
                 .with("noun", &self.values.noun)
                 .with("again", !again.is_empty());
-            self.cluster.losses.borrow_mut().tell(self.job, warning);
+            self.cluster.failures.borrow_mut().report(self.job, warning);
         }
     }
 }
@@ -403,12 +407,16 @@ pub(super) fn numbers(tasks: &[usize]) -> Vec<i32> {
 }
 
 /// A loss as R hears of it, with these of its tasks.
-pub(super) fn loss_of_batch(loss: &BatchLoss, tasks: &[usize]) -> Failure {
-    let first = loss.tasks.first().map_or(0, |first| first + 1);
-    Failure::loss(loss.place, &loss.gone, loss.now.as_deref())
-        .with("task", loss.task)
-        .with("index", first)
-        .with("elements", numbers(tasks))
+pub(super) fn loss_of_batch(failure: &BatchLoss, tasks: &[usize]) -> Failure {
+    let first = failure.tasks.first().map_or(0, |first| first + 1);
+    Failure::worker_failure(
+        failure.assigned,
+        &failure.termination,
+        failure.now.as_deref(),
+    )
+    .with("task", failure.task)
+    .with("index", first)
+    .with("elements", numbers(tasks))
 }
 
 impl Values {
@@ -430,7 +438,7 @@ impl Values {
             seed: setting("seed"),
             seeded: setting("seeded"),
             results: List::new(count).into(),
-            held: HashMap::new(),
+            unanswered: HashMap::new(),
             failed: Vec::new(),
             by_class,
             noun: setting("noun").as_str().unwrap_or("task").to_owned(),
@@ -453,7 +461,7 @@ impl Values {
     pub(super) fn fail(&mut self, index: usize, value: &Robj) {
         // SAFETY: the Robj keeps it alive.
         unsafe { self.put(index, value.get(), true) };
-        self.held.remove(&index);
+        self.unanswered.remove(&index);
     }
 
     /// An element, not protected.
@@ -463,12 +471,12 @@ impl Values {
     unsafe fn element(&mut self, index: usize) -> SEXP {
         // SAFETY: the caller's.
         unsafe {
-            match self.held.get(&index) {
+            match self.unanswered.get(&index) {
                 Some(element) => element.get(),
                 None => {
                     let element = Rf_protect(self.elements.get(index));
                     if let Elements::Function(_) = self.elements {
-                        self.held.insert(index, Robj::from_sexp(element));
+                        self.unanswered.insert(index, Robj::from_sexp(element));
                     }
                     Rf_unprotect(1);
                     element

@@ -36,16 +36,16 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
         Event::Back { rank } => Failure::new("worker_back").with("rank", rank + 1),
         Event::Lost {
             rank,
-            loss,
+            failure,
             replaced,
-        } => Failure::lost(rank, &loss, loss.setback).with("replaced", replaced),
+        } => Failure::lost(rank, &failure, failure.setback).with("replaced", replaced),
         Event::HostLost { agent, reason } => Failure::new("host_failed")
             .with("agent", agent + 1)
             .with("reason", reason),
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
         Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),
-        Event::SpoolIncomplete => Failure::new("state_not_kept"),
-        Event::StateNotKept { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
+        Event::SetupLogIncomplete => Failure::new("state_not_kept"),
+        Event::StateNotLogged { agent } => Failure::new("state_not_kept").with("agent", agent + 1),
         Event::LeftBehind {
             agent,
             rank,

@@ -2,7 +2,7 @@
 
 use super::job::Job;
 use super::repeat::{Repeated, User};
-use super::retry::Losses;
+use super::retry::WorkerFailures;
 use crate::codec::stream::{Format, Sink};
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
@@ -10,7 +10,7 @@ use extendr_api::prelude::*;
 use rustcluster_core::head::hub::Hub;
 use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -41,27 +41,27 @@ pub struct Cluster {
     /// Of each worker, what it is sent that is not plain.
     pub formats: RefCell<Vec<Format>>,
     /// The messages of tasks that have not been answered, to be sent again if need be.
-    pub messages: RefCell<HashMap<TaskId, Message>>,
+    pub messages: RefCell<HashMap<TaskId, SentMessage>>,
     /// The same of calls that have not been forgotten.
-    pub(super) calls: RefCell<HashMap<TaskId, Call>>,
+    pub(super) calls: RefCell<HashMap<TaskId, DroppableCall>>,
     /// How often tasks are retried, and what R is still to be told of that.
-    pub(super) losses: RefCell<Losses>,
+    pub(super) failures: RefCell<WorkerFailures>,
     /// The job that last sent something, and how much it has sent.
     pub(super) sent_by_job: Cell<(JobId, i32)>,
     /// The job that is open, if it is one of ours and not a verb of parallel's.
     pub job: RefCell<Option<Box<Job>>>,
-    /// Seconds that the way to a worker and back takes, as far as jobs have found out.
-    pub ways: RefCell<HashMap<Rank, f64>>,
+    /// Seconds that the round trip to a worker takes, as far as jobs have found out.
+    pub rtts: RefCell<HashMap<Rank, f64>>,
     /// What the tasks of the last job had in common, by its serialized form, if that is short.
-    pub(super) common: Cell<Option<(u128, PayloadId)>>,
-    /// Payloads, each with the job that it goes with.
-    pub(super) payloads: RefCell<Vec<(JobId, PayloadId)>>,
+    pub(super) common: Cell<Option<(u128, BlobId)>>,
+    /// Blobs, each with the job that it goes with.
+    pub(super) blobs: RefCell<Vec<(JobId, BlobId)>>,
     /// An answer that R has been told of, and is to take with hub_read().
     pub(super) unread: Cell<Option<Unread>>,
     /// What hub_called() is to tell.
     pub(super) called: Cell<Option<Called>>,
     /// The job of a verb that is under way without a note of it in R: see [`may_begin`].
-    pub begun: Cell<Option<JobId>>,
+    pub open_job: Cell<Option<JobId>>,
     /// Calls that were dropped while the hub was in use.
     pub(super) dropped: RefCell<Vec<TaskId>>,
     /// The task whose answer is being read, or could not be read because R jumped, and the place of its
@@ -75,7 +75,7 @@ pub(super) struct Unread {
     pub(super) task: TaskId,
     /// The worker that R gave the task to.
     pub(super) rank: Rank,
-    pub(super) place: i32,
+    pub(super) node_index: i32,
     pub(super) at: Rank,
 }
 
@@ -92,7 +92,7 @@ impl Cluster {
     }
 
     /// Lets go of the message of a task, and returns it.
-    pub(super) fn forget_message(&self, task: TaskId) -> Option<Message> {
+    pub(super) fn forget_message(&self, task: TaskId) -> Option<SentMessage> {
         let mut message = self.messages.borrow_mut().remove(&task)?;
         if message.user.take().is_some() {
             self.forget_last();
@@ -105,11 +105,11 @@ impl Cluster {
     pub(super) fn take_last(
         &self,
         job: JobId,
-        lasts: Option<u64>,
+        setup_call: Option<u64>,
         message: &Robj,
     ) -> Option<Repeated> {
         let last = self.last.take()?;
-        if last.may_be(job, lasts, message) {
+        if last.may_be(job, setup_call, message) {
             return Some(last);
         }
         self.last.set(Some(last));
@@ -133,16 +133,16 @@ impl Cluster {
     }
 
     pub(super) fn drop_repeated(&self, repeated: &Repeated) {
-        for id in repeated.payloads() {
-            self.hub.borrow_mut().drop_payload(id);
+        for id in repeated.blobs() {
+            self.hub.borrow_mut().drop_blob(id);
         }
     }
 
-    /// Lets go of the payloads of a job.
-    pub(super) fn drop_payloads(&self, job: JobId) {
-        self.payloads.borrow_mut().retain(|&(other, id)| {
+    /// Lets go of the blobs of a job.
+    pub(super) fn drop_blobs(&self, job: JobId) {
+        self.blobs.borrow_mut().retain(|&(other, id)| {
             if other == job {
-                self.hub.borrow_mut().drop_payload(id);
+                self.hub.borrow_mut().drop_blob(id);
             }
             other != job
         });
@@ -170,7 +170,7 @@ impl Cluster {
     }
 
     /// A task has been sent; its message is kept for as long as it is outstanding.
-    pub(super) fn sent(&self, task: TaskId, mut message: Message) {
+    pub(super) fn sent(&self, task: TaskId, mut message: SentMessage) {
         message.index = match self.sent_by_job.get() {
             (last, index) if last == message.job => index + 1,
             _ => 1,
@@ -180,29 +180,29 @@ impl Cluster {
     }
 }
 
-/// A message as payloads, one for each format that it was sent in.
+/// A message as blobs, one for each format that it was sent in.
 #[derive(Clone, Copy, Default)]
-pub struct Shared {
-    native: Option<PayloadId>,
-    xdr: Option<PayloadId>,
+pub struct MessageBlobs {
+    native: Option<BlobId>,
+    xdr: Option<BlobId>,
 }
 
-impl Shared {
-    /// As this payload alone.
-    pub fn of_one(format: Format, id: PayloadId) -> Shared {
-        let mut shared = Shared::default();
-        shared.set(format, id);
-        shared
+impl MessageBlobs {
+    /// As this blob alone.
+    pub fn of_one(format: Format, id: BlobId) -> MessageBlobs {
+        let mut blobs = MessageBlobs::default();
+        blobs.set(format, id);
+        blobs
     }
 
-    pub(super) fn of(&self, format: Format) -> Option<PayloadId> {
+    pub(super) fn of(&self, format: Format) -> Option<BlobId> {
         match format {
             Format::Native => self.native,
             Format::Xdr => self.xdr,
         }
     }
 
-    pub(super) fn set(&mut self, format: Format, id: PayloadId) {
+    pub(super) fn set(&mut self, format: Format, id: BlobId) {
         match format {
             Format::Native => self.native = Some(id),
             Format::Xdr => self.xdr = Some(id),
@@ -211,15 +211,15 @@ impl Shared {
 }
 
 /// A message for as long as its task is outstanding.
-pub struct Message {
+pub struct SentMessage {
     /// As it came from R, which shares its values: it costs no memory of its own.
     pub(super) message: Robj,
     pub(super) job: JobId,
     /// Which of the job's tasks it is, from 1.
     pub index: i32,
-    pub(super) lasts: Option<u64>,
+    pub(super) setup_call: Option<u64>,
     /// All of it, where its worker's host has it.
-    pub(super) shared: Shared,
+    pub(super) blobs: MessageBlobs,
     /// It is the last large message, or has been.
     pub(super) user: Option<User>,
     /// How often it was lost.
@@ -227,8 +227,8 @@ pub struct Message {
 }
 
 /// A call for as long as it is not forgotten.
-pub(super) struct Call {
-    /// As of [`Message`].
+pub(super) struct DroppableCall {
+    /// As of [`SentMessage`].
     pub(super) message: Robj,
     /// The workers that may have it, in order.
     pub(super) any_of: Arc<[Rank]>,
@@ -350,7 +350,7 @@ pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
 /// would take that one's answers. A verb that takes longer is noted in R, which then refuses others by
 /// itself.
 pub fn may_begin(cluster: &Cluster) -> std::result::Result<(), Failure> {
-    match cluster.begun.get() {
+    match cluster.open_job.get() {
         Some(job) => Err(Failure::new("busy").with("begun", job)),
         None => may_send(cluster),
     }

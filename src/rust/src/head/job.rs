@@ -13,7 +13,7 @@ use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::batching::Assignment;
 use rustcluster_core::head::hub::HostView;
-use rustcluster_core::head::job::{self, Failed, Halt, Place};
+use rustcluster_core::head::job::{self, Failed, Halt, JobWorker};
 use rustcluster_core::head::retry::Policy;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::HashMap;
@@ -62,8 +62,8 @@ fn job_begin(
         let mut agents = Vec::with_capacity(ranks.len());
         for &rank in &ranks {
             let worker = hub.worker(rank);
-            if let Some(gone) = worker.gone {
-                return Err(Failure::gone(rank, &gone));
+            if let Some(termination) = worker.termination {
+                return Err(Failure::termination(rank, &termination));
             }
             agents.push(worker.agent);
         }
@@ -88,9 +88,9 @@ fn job_begin(
             retries: retries.unwrap_or(0.0) as usize,
             raises: flag("raises"),
         };
-        let (payload, as_written) =
-            match broadcast::share_common(cluster, &ranks, job as JobId, &common) {
-                Ok(shared) => shared,
+        let (blob, as_written) =
+            match broadcast::send_common_blob(cluster, &ranks, job as JobId, &common) {
+                Ok(blob) => blob,
                 Err(Jump(token)) => return Ok(token),
             };
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
@@ -116,31 +116,31 @@ fn job_begin(
             true => Elements::Function(elements),
             false => Elements::Vector(elements),
         };
-        let ways = cluster.ways.borrow();
-        let place = |(&rank, host): (&Rank, usize)| Place {
+        let rtts = cluster.rtts.borrow();
+        let slot = |(&rank, host): (&Rank, usize)| JobWorker {
             rank,
             host,
             cores: cores.get(host).copied().unwrap_or(0),
-            way: ways.get(&rank).copied(),
+            rtt: rtts.get(&rank).copied(),
             // Where tasks go together, one of them that comes back may go with others next time.
             detained: flag("singly") && cluster.hub.borrow().is_detained(rank),
         };
-        let places: Vec<Place> = ranks.iter().zip(agents).map(place).collect();
-        drop(ways);
+        let slots: Vec<JobWorker> = ranks.iter().zip(agents).map(slot).collect();
+        drop(rtts);
         let at_once = flag("at_once")
             && flags & batch::SEEDED == 0
             && matches!(elements, Elements::Vector(_))
-            && count <= places.len();
+            && count <= slots.len();
         let setup = job::Setup {
             id: job as JobId,
-            places,
+            slots,
             tasks: count,
             assignment,
             order,
             singly: flag("singly"),
             timeout,
             policy,
-            payload,
+            blob,
             reading: (flags & (batch::CHUNK | batch::FUNCTION) != 0).then_some(as_written.bytes),
         };
         let mut new = Box::new(Job {
@@ -159,7 +159,7 @@ fn job_begin(
         let mut done = false;
         if at_once {
             // Until R has noted that a verb is under way, which takes as long as a short job.
-            cluster.begun.set(Some(job as JobId));
+            cluster.open_job.set(Some(job as JobId));
             match new.step(cluster, true) {
                 Ok(is_done) => done = is_done && !cluster.hub.borrow().has_events(),
                 Err(unsent) => new.said = Some(unsent),
@@ -181,7 +181,7 @@ fn job_begin(
 #[extendr]
 fn job_step(handle: Robj) -> Robj {
     with_job(&handle, |cluster, job| {
-        cluster.begun.set(None);
+        cluster.open_job.set(None);
         Ok(match job.step(cluster, false)? {
             true => true.into(),
             false => ().into(),
@@ -218,7 +218,7 @@ impl Job {
         if let Some(said) = self.said.take() {
             return Err(said);
         }
-        if cluster.losses.borrow().any_untold() {
+        if cluster.failures.borrow().any_unreported() {
             return Ok(false);
         }
         let mut codec = Encoder {
@@ -235,26 +235,26 @@ impl Job {
     fn unsent(&self, halt: Halt<Jump>) -> Unsent {
         let failure = match halt {
             Halt::Codec(jump) => return jump.into(),
-            Halt::Lost(loss) if self.engine.policy().raises => {
-                loss_of_batch(&loss, &loss.tasks).with("again", false)
+            Halt::Lost(failure) if self.engine.policy().raises => {
+                loss_of_batch(&failure, &failure.tasks).with("again", false)
             }
-            Halt::Lost(loss) => loss_of_batch(&loss, &loss.tasks),
+            Halt::Lost(failure) => loss_of_batch(&failure, &failure.tasks),
             Halt::Failed(failed) => {
                 let index = failed.tasks().first().map_or(0, |first| first + 1);
                 let failure = match &failed {
                     Failed::TimedOut { rank, .. } => Failure::new("timeout").with("rank", rank + 1),
                     &Failed::GivenUp(index) => {
-                        let losses = self.engine.losses(index).iter();
-                        let losses: Vec<Failure> = losses
-                            .map(|loss| loss_of_batch(loss, &loss.tasks))
+                        let failures = self.engine.failures(index).iter();
+                        let failures: Vec<Failure> = failures
+                            .map(|failure| loss_of_batch(failure, &failure.tasks))
                             .collect();
-                        Failure::new("task_failed").with("losses", losses)
+                        Failure::new("task_failed").with("losses", failures)
                     }
                 };
                 let elements = numbers(failed.tasks());
                 failure.with("index", index).with("elements", elements)
             }
-            Halt::Gone { rank, gone } => Failure::gone(rank, &gone),
+            Halt::Terminated { rank, termination } => Failure::termination(rank, &termination),
             Halt::Stuck => Failure::new("protocol").with(
                 "reason",
                 "tasks are left and nothing is out: a bug in rustcluster",

@@ -1,8 +1,8 @@
 //! The head's functions: a [`Hub`] behind an external pointer.
 
 use super::handle::{
-    ABSENT, Called, Cluster, Message, SLICE, Shared, Unread, Unsent, cluster_of, may_begin,
-    rank_of, usable, with_cluster,
+    ABSENT, Called, Cluster, MessageBlobs, SLICE, SentMessage, Unread, Unsent, cluster_of,
+    may_begin, rank_of, usable, with_cluster,
 };
 use super::repeat::{LARGE, Repeated};
 use super::{broadcast, events, retry, status};
@@ -17,7 +17,7 @@ use extendr_ffi::{
 };
 use rustcluster_core::head::hub::{Answer, Hub, Turn};
 use rustcluster_core::head::retry::Attempts;
-use rustcluster_core::head::scheduler::events::{Gone, RankSet};
+use rustcluster_core::head::scheduler::events::{RankSet, Termination};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::ffi::{CStr, c_int, c_void};
@@ -42,36 +42,38 @@ pub fn drop_call(handle: &Robj, task: TaskId) -> Robj {
     dropped().unwrap_or_else(Robj::from)
 }
 
-/// Sends a message to a node. `lasts`: `NULL`, or that what it does there lasts, and the name of what
+/// Sends a message to a node. `setup_call`: `NULL`, or that what it does there lasts, and the name of what
 /// it sets there (`""`: of nothing in particular).
 /// @noRd
 #[extendr]
-fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, lasts: Robj) -> Robj {
+fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, setup_call: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
         may_begin(cluster)?;
         let owner = rank_of(&cluster.hub.borrow(), rank)?;
         let job = job as JobId;
-        let lasts = lasts.as_str().map(name_of);
-        let sent = send_to_node(cluster, owner, job, &message, lasts);
+        let setup_call = setup_call.as_str().map(name_of);
+        let sent = send_to_node(cluster, owner, job, &message, setup_call);
         Ok(sent.map_or_else(Robj::from, |()| ().into()))
     })
 }
 
-/// Sends a message to a node, as a payload if it is the same as the last one.
+/// Sends a message to a node, as a blob if it is the same as the last one.
 fn send_to_node(
     cluster: &Cluster,
     owner: Rank,
     job: JobId,
     message: &Robj,
-    lasts: Option<u64>,
+    setup_call: Option<u64>,
 ) -> std::result::Result<(), Unsent> {
-    let mut last = cluster.take_last(job, lasts, message);
-    let shared = match &mut last {
-        Some(same) => same.share(cluster, owner, message).map_err(Unsent::from),
+    let mut last = cluster.take_last(job, setup_call, message);
+    let blobs = match &mut last {
+        Some(same) => same
+            .send_as_blob(cluster, owner, message)
+            .map_err(Unsent::from),
         None => Ok(None),
     };
-    let sent = shared.and_then(|shared| {
-        if shared.is_none() {
+    let sent = blobs.and_then(|blobs| {
+        if blobs.is_none() {
             if let Some(changed) = last.take() {
                 cluster.drop_repeated(&changed);
             }
@@ -81,13 +83,13 @@ fn send_to_node(
             owner,
             job,
             message,
-            lasts,
-            shared.unwrap_or_default(),
+            setup_call,
+            blobs.unwrap_or_default(),
         )
     });
     let sent = sent.map(|(task, bytes)| {
         if last.is_none() && bytes >= LARGE {
-            last = Some(Repeated::new(job, lasts, message));
+            last = Some(Repeated::new(job, setup_call, message));
         }
         if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
             message.user = last.as_ref().map(Repeated::user);
@@ -99,34 +101,34 @@ fn send_to_node(
     sent
 }
 
-/// Sends a message to a node, as a payload if its host has it. Returns its task, and how many bytes R has
+/// Sends a message to a node, as a blob if its host has it. Returns its task, and how many bytes R has
 /// serialized for it alone.
 pub(super) fn send(
     cluster: &Cluster,
     owner: Rank,
     job: JobId,
     message: &Robj,
-    lasts: Option<u64>,
-    shared: Shared,
+    setup_call: Option<u64>,
+    blobs: MessageBlobs,
 ) -> std::result::Result<(TaskId, usize), Unsent> {
-    let payload = |place| shared.of(cluster.format(place));
-    let begun = cluster
+    let blob = |rank| blobs.of(cluster.format(rank));
+    let started = cluster
         .hub
         .borrow_mut()
-        .begin(owner, job, lasts, Turn::Last, payload);
-    let begun = begun.map_err(|gone| Failure::gone(owner, &gone))?;
-    let bytes = broadcast::write(cluster, &begun, message)?;
-    let message = Message {
+        .begin(owner, job, setup_call, Turn::Last, blob);
+    let started = started.map_err(|termination| Failure::termination(owner, &termination))?;
+    let bytes = broadcast::write(cluster, &started, message)?;
+    let message = SentMessage {
         message: message.clone(),
         job,
         index: 0,
-        lasts,
-        shared,
+        setup_call,
+        blobs,
         user: None,
         attempts: Attempts::default(),
     };
-    cluster.sent(begun.task, message);
-    Ok((begun.task, bytes))
+    cluster.sent(started.task, message);
+    Ok((started.task, bytes))
 }
 
 /// Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
@@ -134,27 +136,27 @@ pub(super) fn send(
 /// has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
 /// @noRd
 #[extendr]
-fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> Robj {
+fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
         may_begin(cluster)?;
         let Ok(ranks) = ranks_of(&nodes) else {
             return Ok(().into());
         };
-        let mut places = vec![ABSENT; cluster.hub.borrow().size()];
+        let mut node_indices = vec![ABSENT; cluster.hub.borrow().size()];
         let mut owners = Vec::with_capacity(ranks.len());
         for (at, &rank) in ranks.iter().enumerate() {
             let owner = rank_of(&cluster.hub.borrow(), rank)?;
-            let place = &mut places[owner as usize];
-            if *place != ABSENT {
+            let node_index = &mut node_indices[owner as usize];
+            if *node_index != ABSENT {
                 return Ok(().into());
             }
-            *place = at as u32;
+            *node_index = at as u32;
             owners.push(owner);
         }
         let job = job as JobId;
-        let lasts = lasts.as_str().map(name_of);
-        cluster.begun.set(Some(job));
-        if let Err(unsent) = broadcast::broadcast(cluster, &owners, job, &message, lasts) {
+        let setup_call = setup_call.as_str().map(name_of);
+        cluster.open_job.set(Some(job));
+        if let Err(unsent) = broadcast::broadcast(cluster, &owners, job, &message, setup_call) {
             return Ok(unsent.into());
         }
         let began = Instant::now();
@@ -164,14 +166,16 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, lasts: Robj) -> 
             next: ().into(),
         };
         let mut missing = owners.len();
-        let untold = || cluster.losses.borrow().any_untold();
+        let unreported = || cluster.failures.borrow().any_unreported();
         // R then looks for interrupts, or notes a loss.
-        while missing > 0 && called.next.is_null() && !untold() && began.elapsed() < SLICE {
+        while missing > 0 && called.next.is_null() && !unreported() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
-                hub.receive_any(&present(&places), SLICE)
+                hub.receive_any(&present(&node_indices), SLICE)
             };
-            match answered(cluster, answer, |rank| places[rank as usize] as i32 + 1) {
+            match answered(cluster, answer, |rank| {
+                node_indices[rank as usize] as i32 + 1
+            }) {
                 Ok(answer) => match take_value(&answer, &mut called) {
                     true => missing -= 1,
                     false => called.next = answer,
@@ -193,17 +197,16 @@ fn take_value(answer: &Robj, called: &mut Called) -> bool {
     // SAFETY: on R's thread, with live values; `values` is ours alone, and as long as `there`. Types and lengths are
     // looked at first.
     unsafe {
-        let list =
-            |value: SEXP, least| TYPEOF(value) == SEXPTYPE::VECSXP && XLENGTH(value) >= least;
+        let list = |value: SEXP, min| TYPEOF(value) == SEXPTYPE::VECSXP && XLENGTH(value) >= min;
         let answer = answer.get();
         if !list(answer, 2) || !list(VECTOR_ELT(answer, 1), 2) {
             return false;
         }
-        let place = VECTOR_ELT(answer, 0);
-        if TYPEOF(place) != SEXPTYPE::INTSXP || XLENGTH(place) != 1 {
+        let node_index = VECTOR_ELT(answer, 0);
+        if TYPEOF(node_index) != SEXPTYPE::INTSXP || XLENGTH(node_index) != 1 {
             return false;
         }
-        let at = INTEGER_ELT(place, 0) - 1;
+        let at = INTEGER_ELT(node_index, 0) - 1;
         let Some(there) = usize::try_from(at)
             .ok()
             .and_then(|at| called.there.get_mut(at))
@@ -227,7 +230,7 @@ fn take_value(answer: &Robj, called: &mut Called) -> bool {
 #[extendr]
 fn hub_called(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        cluster.begun.set(None);
+        cluster.open_job.set(None);
         Ok(match cluster.called.take() {
             Some(called) => list!(called.values, called.there, called.next).into(),
             None => ().into(),
@@ -309,7 +312,7 @@ fn with_plain(
 }
 
 /// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
-/// being read, see [`mapped::Reading`].
+/// being read, see [`mapped::MappedReading`].
 ///
 /// # Safety
 /// Under [`unwind::protect`]: R may jump.
@@ -328,11 +331,11 @@ pub unsafe fn read_body(body: &mut Body, shared: bool) -> SEXP {
 ///
 /// # Errors
 /// When R jumped.
-pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump> {
+pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
         shared: bool,
-        place: i32,
+        node_index: i32,
     }
     unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
         // SAFETY: `data` is the reading below, which outlives this call. This frame holds nothing
@@ -340,11 +343,11 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
         unsafe {
             let reading = data.cast::<Reading<'_>>();
             let answer = read_body((*reading).body, (*reading).shared);
-            if (*reading).place == 0 {
+            if (*reading).node_index == 0 {
                 return answer;
             }
             let answer = Rf_protect(answer);
-            let placed = rustcluster_placed((*reading).place, answer.cast());
+            let placed = rustcluster_placed((*reading).node_index, answer.cast());
             Rf_unprotect(1);
             placed
         }
@@ -353,9 +356,9 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
     let mut reading = Reading {
         body: &mut body,
         shared: memory.is_some(),
-        place,
+        node_index,
     };
-    let _reading = mapped::Reading::of(memory.as_ref());
+    let _reading = mapped::MappedReading::of(memory.as_ref());
     unwind::protect(read, &mut reading)
 }
 
@@ -364,7 +367,7 @@ pub fn read_answer(mut body: Body, place: i32) -> std::result::Result<Robj, Jump
     reason = "SEXP points to a type that is opaque on this side"
 )]
 unsafe extern "C" {
-    fn rustcluster_placed(place: c_int, answer: *mut c_void) -> SEXP;
+    fn rustcluster_placed(node_index: c_int, answer: *mut c_void) -> SEXP;
 }
 
 /// The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
@@ -373,7 +376,7 @@ unsafe extern "C" {
 #[extendr]
 fn hub_receive(handle: Robj, rank: i32) -> Robj {
     with_cluster(&handle, |cluster| {
-        if cluster.losses.borrow().any_untold() {
+        if cluster.failures.borrow().any_unreported() {
             return Ok(().into());
         }
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
@@ -386,22 +389,22 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
 }
 
 /// What became of the worker that had a task.
-pub fn loss(cluster: &Cluster, place: Rank, gone: &Gone) -> Failure {
-    let now = cluster.hub.borrow().worker(place).gone;
-    Failure::loss(place, gone, now.as_deref())
+pub fn worker_failure(cluster: &Cluster, rank: Rank, termination: &Termination) -> Failure {
+    let now = cluster.hub.borrow().worker(rank).termination;
+    Failure::worker_failure(rank, termination, now.as_deref())
 }
 
 /// What R gets of an answer: with the place of its node, or without if that is 0.
 pub(super) fn answered(
     cluster: &Cluster,
     answer: Answer,
-    place: impl Fn(Rank) -> i32,
+    node_index: impl Fn(Rank) -> i32,
 ) -> std::result::Result<Robj, Failure> {
     let ended = |failure: Failure, rank: Rank, task: TaskId| {
         let messages = cluster.messages.borrow();
         let index = messages.get(&task).map_or(0, |message| message.index);
         Err(failure
-            .with("place", place(rank))
+            .with("place", node_index(rank))
             .with("task", task)
             .with("index", index))
     };
@@ -409,16 +412,16 @@ pub(super) fn answered(
     match answer {
         Answer::Ready {
             rank,
-            place: at,
+            assigned: at,
             task,
             body,
         } => {
-            let place = place(rank);
+            let node_index = node_index(rank);
             let unread = Unread {
                 body,
                 task,
                 rank,
-                place,
+                node_index,
                 at,
             };
             if unread.body.whole().is_some_and(plain::is_plain) {
@@ -431,12 +434,12 @@ pub(super) fn answered(
         }
         Answer::Lost {
             rank,
-            place: at,
+            assigned: at,
             task,
-            gone,
-        } => retry::task_lost(cluster, (rank, at), place(rank), task, &gone),
+            termination,
+        } => retry::task_lost(cluster, (rank, at), node_index(rank), task, &termination),
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
-        Answer::Recalled { rank, task } => ended(of_rank("recalled", rank), rank, task),
+        Answer::Revoked { rank, task } => ended(of_rank("recalled", rank), rank, task),
         Answer::GivenUp { rank, task } => {
             let messages = cluster.messages.borrow();
             let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
@@ -449,13 +452,13 @@ pub(super) fn answered(
     }
 }
 
-/// Whether R has been told of an answer of one of these workers and was interrupted before it read that. `place`: the
+/// Whether R has been told of an answer of one of these workers and was interrupted before it read that. `node_index`: the
 /// place of the worker's node now, if it is one of these.
-pub(super) fn is_unread(cluster: &Cluster, place: impl Fn(Rank) -> Option<i32>) -> bool {
+pub(super) fn is_unread(cluster: &Cluster, node_index: impl Fn(Rank) -> Option<i32>) -> bool {
     let mut unread = cluster.unread.take();
-    let now = unread.as_ref().and_then(|unread| place(unread.rank));
+    let now = unread.as_ref().and_then(|unread| node_index(unread.rank));
     if let (Some(unread), Some(now)) = (&mut unread, now) {
-        unread.place = now;
+        unread.node_index = now;
     }
     cluster.unread.set(unread);
     now.is_some()
@@ -465,12 +468,12 @@ fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
     let Unread {
         body,
         task,
-        place,
+        node_index,
         at,
         ..
     } = unread;
-    cluster.reading.set(Some((task, place)));
-    match read_answer(body, place) {
+    cluster.reading.set(Some((task, node_index)));
+    match read_answer(body, node_index) {
         Ok(answer) => {
             cluster.reading.set(None);
             cluster.forget_message(task);
@@ -488,7 +491,7 @@ fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
 fn hub_reading(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
         Ok(match cluster.reading.get() {
-            Some((task, place)) => [task as f64, f64::from(place)].into_robj(),
+            Some((task, node_index)) => [task as f64, f64::from(node_index)].into_robj(),
             None => ().into(),
         })
     })
@@ -510,26 +513,26 @@ fn hub_read(handle: Robj) -> Robj {
 #[extendr]
 fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        if cluster.losses.borrow().any_untold() {
+        if cluster.failures.borrow().any_unreported() {
             return Ok(().into());
         }
         let size = cluster.hub.borrow().size();
-        let places = match cluster.nodes.take() {
+        let node_indices = match cluster.nodes.take() {
             // SAFETY: addresses are compared, not used.
-            Some((known, places)) if unsafe { known.get() == nodes.get() } => places,
-            _ => places_of(&nodes, size)?,
+            Some((known, node_indices)) if unsafe { known.get() == nodes.get() } => node_indices,
+            _ => node_indices_of(&nodes, size)?,
         };
-        let place = |rank: Rank| places.get(rank as usize).copied().unwrap_or(ABSENT);
-        let known = |rank| Some(place(rank)).filter(|&at| at != ABSENT);
+        let node_index = |rank: Rank| node_indices.get(rank as usize).copied().unwrap_or(ABSENT);
+        let known = |rank| Some(node_index(rank)).filter(|&at| at != ABSENT);
         let result = if is_unread(cluster, |rank| known(rank).map(|at| at as i32)) {
             Ok(true.into())
         } else {
             let mut hub = cluster.hub.borrow_mut();
-            let answer = hub.receive_any(&present(&places), SLICE);
+            let answer = hub.receive_any(&present(&node_indices), SLICE);
             drop(hub);
-            answered(cluster, answer, |rank| place(rank) as i32)
+            answered(cluster, answer, |rank| node_index(rank) as i32)
         };
-        cluster.nodes.set(Some((nodes, places)));
+        cluster.nodes.set(Some((nodes, node_indices)));
         result
     })
 }
@@ -538,19 +541,19 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
 /// have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
 /// @noRd
 #[extendr]
-fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
+fn hub_poll(handle: Robj, ranks: &[i32], node_indices: &[i32]) -> Robj {
     with_cluster(&handle, |cluster| {
-        if cluster.losses.borrow().any_untold() {
+        if cluster.failures.borrow().any_unreported() {
             return Ok(().into());
         }
         let mut of_ranks = vec![ABSENT; cluster.hub.borrow().size()];
-        for (&rank, &place) in ranks.iter().zip(places) {
+        for (&rank, &node_index) in ranks.iter().zip(node_indices) {
             let rank = rank_of(&cluster.hub.borrow(), rank)?;
             let known = &mut of_ranks[rank as usize];
-            *known = (*known).min(place as u32);
+            *known = (*known).min(node_index as u32);
         }
-        let place = |rank: Rank| of_ranks.get(rank as usize).copied().unwrap_or(ABSENT);
-        let known = |rank| Some(place(rank)).filter(|&at| at != ABSENT);
+        let node_index = |rank: Rank| of_ranks.get(rank as usize).copied().unwrap_or(ABSENT);
+        let known = |rank| Some(node_index(rank)).filter(|&at| at != ABSENT);
         if is_unread(cluster, |rank| known(rank).map(|at| at as i32)) {
             return Ok(true.into());
         }
@@ -558,18 +561,18 @@ fn hub_look(handle: Robj, ranks: &[i32], places: &[i32]) -> Robj {
             let mut hub = cluster.hub.borrow_mut();
             hub.receive_any(&present(&of_ranks), Duration::ZERO)
         };
-        answered(cluster, answer, |rank| place(rank) as i32)
+        answered(cluster, answer, |rank| node_index(rank) as i32)
     })
 }
 
 /// The ranks that have a place among the nodes.
-fn present(places: &[u32]) -> RankSet {
-    let ranks = (0..).zip(places);
-    let present = ranks.filter(|&(_, &place)| place != ABSENT);
+fn present(node_indices: &[u32]) -> RankSet {
+    let ranks = (0..).zip(node_indices);
+    let present = ranks.filter(|&(_, &node_index)| node_index != ABSENT);
     present.map(|(rank, _)| rank).collect()
 }
 
-/// Sleeps a little, or until hub_look() may find something in one of these clusters.
+/// Sleeps a little, or until hub_poll() may find something in one of these clusters.
 /// @noRd
 #[extendr]
 fn hubs_wait(handles: List) -> Robj {
@@ -652,36 +655,36 @@ unsafe fn field(list: SEXP, name: &CStr) -> Option<SEXP> {
 }
 
 /// Each rank's place, from 1, in a list of nodes.
-fn places_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
+fn node_indices_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
     let bad = |reason: &str| {
         Failure::new("bad_argument")
             .with("argument", "cl")
             .with("reason", reason)
     };
-    let mut places = vec![ABSENT; size];
+    let mut node_indices = vec![ABSENT; size];
     for (at, rank) in ranks_of(nodes)?.into_iter().enumerate() {
         match usize::try_from(rank) {
             Ok(rank) if (1..=size).contains(&rank) => {
-                let place = &mut places[rank - 1];
-                *place = (*place).min(at as u32 + 1);
+                let node_index = &mut node_indices[rank - 1];
+                *node_index = (*node_index).min(at as u32 + 1);
             }
             _ => return Err(bad("a node's rank is out of range")),
         }
     }
-    Ok(places)
+    Ok(node_indices)
 }
 
 /// Cancels what is left of a job.
 pub fn close_job(cluster: &Cluster, job: JobId) {
-    cluster.begun.set(None);
+    cluster.open_job.set(None);
     // Nodes hold the handle, which would never be collected.
     cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
-        cluster.ways.borrow_mut().extend(job.engine.ways());
+        cluster.rtts.borrow_mut().extend(job.engine.rtts());
     }
     cluster.hub.borrow_mut().cancel_job(job);
-    cluster.drop_payloads(job);
-    cluster.losses.borrow_mut().close(job);
+    cluster.drop_blobs(job);
+    cluster.failures.borrow_mut().close(job);
     cluster.forget_messages();
 }
 
@@ -692,7 +695,7 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let job = job as JobId;
         // One that was refused because another is under way has nothing to be closed.
-        if cluster.begun.get().is_some_and(|begun| begun != job) {
+        if cluster.open_job.get().is_some_and(|started| started != job) {
             return Ok(().into());
         }
         close_job(cluster, job);
@@ -714,7 +717,7 @@ extendr_module! {
     fn hub_reading;
     fn hub_read;
     fn hub_receive_any;
-    fn hub_look;
+    fn hub_poll;
     fn hubs_wait;
     fn cluster_ranks;
     fn hub_close_job;

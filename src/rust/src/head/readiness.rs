@@ -38,10 +38,10 @@ fn hub_readiness_accept(handle: Robj) -> Robj {
 fn hub_readiness_point(handle: Robj, rank: i32) -> Robj {
     with_cluster(&handle, |cluster| {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
-        let loss = cluster.hub.borrow().next_loss(rank);
+        let failure = cluster.hub.borrow().next_loss(rank);
         let mut at_once = is_unread(cluster, |owner| (owner == rank).then_some(0));
-        if let Some((task, place, gone)) = loss {
-            match retry::task_lost(cluster, (rank, place), 0, task, &gone) {
+        if let Some((task, place, termination)) = failure {
+            match retry::task_lost(cluster, (rank, place), 0, task, &termination) {
                 Ok(value) if value.is_null() => {}
                 // R jumped while the task was sent again.
                 Ok(token) => return Ok(token),

@@ -1,33 +1,33 @@
 //! Messages that R sends node by node: `sendCall()` in a loop, snow's verbs, verbs over nodes of several
-//! clusters. From the second time on, a large message is a payload, which each host gets once and whose
+//! clusters. From the second time on, a large message is a blob, which each host gets once and whose
 //! large vectors its workers map.
 //!
 //! Its bytes decide whether a message is the same as the last one: C code changes values in place,
 //! environments change, and code that R runs while it serializes may do either. That function and arguments
-//! are the same objects is only a reason to look at the bytes, because making a payload of every large
+//! are the same objects is only a reason to look at the bytes, because making a blob of every large
 //! message, or comparing it, would cost those who send each message once.
 //!
 //! 1. The first message is sent as it is, and held.
-//! 2. A second one that may be the same becomes a payload, whether it is the same or not: the payload is
+//! 2. A second one that may be the same becomes a blob, whether it is the same or not: the blob is
 //!    that message. The fingerprint of its bytes is kept.
-//! 3. Any further one is serialized for its fingerprint alone. If that is the payload's, the message is,
-//!    too; a host that does not have the payload gets it. If not, it is a first message.
+//! 3. Any further one is serialized for its fingerprint alone. If that is the blob's, the message is,
+//!    too; a host that does not have the blob gets it. If not, it is a first message.
 //!
-//! One message is held, and its payload, for as long as a task that was sent it has not been answered.
+//! One message is held, and its blob, for as long as a task that was sent it has not been answered.
 
 use super::broadcast;
-use super::handle::{Cluster, Shared, ToHub};
+use super::handle::{Cluster, MessageBlobs, ToHub};
 use crate::codec::plain::{self, rustcluster_attributes, rustcluster_names};
 use crate::codec::stream::{Format, Sink};
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use extendr_ffi::{SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
 use rustcluster_core::protocol::dedup::Fingerprint;
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank};
+use rustcluster_core::protocol::ids::{BlobId, JobId, Rank};
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
 
-/// Bytes from which on a message is worth it: a shorter payload is sent to each worker as it is.
+/// Bytes from which on a message is worth it: a shorter blob is sent to each worker as it is.
 pub const LARGE: usize = 64 * 1024;
 
 unsafe extern "C" {
@@ -37,11 +37,11 @@ unsafe extern "C" {
 /// A large message that was sent, and may be sent again.
 pub struct Repeated {
     job: JobId,
-    lasts: Option<u64>,
+    setup_call: Option<u64>,
     /// Held, so that the same address means the same object.
     message: Robj,
     /// What it has been made, in each format.
-    payloads: Vec<Made>,
+    blobs: Vec<MadeBlob>,
     /// So many others hold this as tasks have the message that have not been answered.
     users: User,
 }
@@ -49,30 +49,30 @@ pub struct Repeated {
 /// A task's share in a [`Repeated`] message.
 pub type User = Rc<()>;
 
-/// A payload, and the fingerprint of its bytes.
-struct Made {
+/// A blob, and the fingerprint of its bytes.
+struct MadeBlob {
     format: Format,
-    id: PayloadId,
+    id: BlobId,
     print: (u128, u64),
 }
 
 impl Repeated {
     /// A message that was sent once.
-    pub fn new(job: JobId, lasts: Option<u64>, message: &Robj) -> Repeated {
+    pub fn new(job: JobId, setup_call: Option<u64>, message: &Robj) -> Repeated {
         Repeated {
             job,
-            lasts,
+            setup_call,
             message: message.clone(),
-            payloads: Vec::new(),
+            blobs: Vec::new(),
             users: User::default(),
         }
     }
 
     /// Whether this message may be the same.
-    pub fn may_be(&self, job: JobId, lasts: Option<u64>, message: &Robj) -> bool {
+    pub fn may_be(&self, job: JobId, setup_call: Option<u64>, message: &Robj) -> bool {
         // SAFETY: on R's thread; both are alive.
         let alike = || unsafe { alike_messages(self.message.get(), message.get()) };
-        self.job == job && self.lasts == lasts && alike()
+        self.job == job && self.setup_call == setup_call && alike()
     }
 
     /// To be held for as long as a task that was sent the message has not been answered.
@@ -85,64 +85,64 @@ impl Repeated {
         Rc::strong_count(&self.users) > 1
     }
 
-    /// Its payloads.
-    pub fn payloads(&self) -> impl Iterator<Item = PayloadId> + '_ {
-        self.payloads.iter().map(|made| made.id)
+    /// Its blobs.
+    pub fn blobs(&self) -> impl Iterator<Item = BlobId> + '_ {
+        self.blobs.iter().map(|made| made.id)
     }
 
     /// Has the host of this worker have the message, which [may be](Repeated::may_be) the same, as a
-    /// payload. `None`: it is not the same. The result names no payload if there is none.
+    /// blob. `None`: it is not the same. The result names no blob if there is none.
     ///
     /// # Errors
     /// When R jumped. The message may be shared all the same the next time.
-    pub fn share(
+    pub fn send_as_blob(
         &mut self,
         cluster: &Cluster,
         owner: Rank,
         message: &Robj,
-    ) -> std::result::Result<Option<Shared>, Jump> {
+    ) -> std::result::Result<Option<MessageBlobs>, Jump> {
         // Whoever stands in for it gets the message as it is.
-        if cluster.hub.borrow().worker(owner).gone.is_some() {
-            return Ok(Some(Shared::default()));
+        if cluster.hub.borrow().worker(owner).termination.is_some() {
+            return Ok(Some(MessageBlobs::default()));
         }
         let format = cluster.format(owner);
-        let made = self.payloads.iter().find(|made| made.format == format);
-        let Some(&Made { id, print, .. }) = made else {
+        let made = self.blobs.iter().find(|made| made.format == format);
+        let Some(&MadeBlob { id, print, .. }) = made else {
             let (id, print) =
-                broadcast::make_payload(cluster, &[owner], self.lasts.is_some(), |hub| {
+                broadcast::make_blob(cluster, &[owner], self.setup_call.is_some(), |hub| {
                     write(message, format, Some(hub))
                 })?;
-            self.payloads.push(Made { format, id, print });
-            return Ok(Some(Shared::of_one(format, id)));
+            self.blobs.push(MadeBlob { format, id, print });
+            return Ok(Some(MessageBlobs::of_one(format, id)));
         };
         if write(message, format, None)? != print {
             return Ok(None);
         }
-        let has = cluster.hub.borrow().has_payload(owner, id);
+        let has = cluster.hub.borrow().has_blob(owner, id);
         // Code that R ran in between may have changed it.
         if !has && !send_again(cluster, id, print, owner, message, format)? {
             return Ok(None);
         }
-        Ok(Some(Shared::of_one(format, id)))
+        Ok(Some(MessageBlobs::of_one(format, id)))
     }
 }
 
-/// Sends a payload to one more host. Returns whether it has been the same bytes: if not, that host does not
+/// Sends a blob to one more host. Returns whether it has been the same bytes: if not, that host does not
 /// have it.
 fn send_again(
     cluster: &Cluster,
-    id: PayloadId,
+    id: BlobId,
     print: (u128, u64),
     owner: Rank,
     message: &Robj,
     format: Format,
 ) -> std::result::Result<bool, Jump> {
-    cluster.hub.borrow_mut().begin_payload_again(id, owner);
+    cluster.hub.borrow_mut().begin_blob_again(id, owner);
     let written = write(message, format, Some(&mut ToHub(cluster)));
     let mut hub = cluster.hub.borrow_mut();
     match written {
         Ok(now) if now == print => {
-            hub.finish_payload();
+            hub.finish_blob();
             Ok(true)
         }
         other => {
@@ -152,7 +152,7 @@ fn send_again(
     }
 }
 
-/// Writes a message to the hub as a payload, or to nowhere. Returns the fingerprint of its bytes.
+/// Writes a message to the hub as a blob, or to nowhere. Returns the fingerprint of its bytes.
 pub(super) fn write(
     message: &Robj,
     format: Format,
@@ -161,20 +161,20 @@ pub(super) fn write(
     let mut sink = Printing {
         print: Fingerprint::default(),
         hub,
-        unwatched: 0,
+        unchecked: 0,
     };
-    broadcast::write_payload(message, format, &mut sink)?;
+    broadcast::write_blob(message, format, &mut sink)?;
     Ok(sink.print.value())
 }
 
 /// Bytes to nowhere after which R is to look for an interrupt.
-const WATCHED: usize = 16 * 1024 * 1024;
+const BYTES_PER_CHECK: usize = 16 * 1024 * 1024;
 
 /// Takes the fingerprint of what is written.
 struct Printing<'a, 'b> {
     print: Fingerprint,
     hub: Option<&'a mut ToHub<'b>>,
-    unwatched: usize,
+    unchecked: usize,
 }
 
 impl Sink for Printing<'_, '_> {
@@ -183,12 +183,12 @@ impl Sink for Printing<'_, '_> {
         if let Some(hub) = &mut self.hub {
             return hub.write(bytes);
         }
-        self.unwatched += bytes.len();
-        let watch = self.unwatched >= WATCHED;
-        if watch {
-            self.unwatched = 0;
+        self.unchecked += bytes.len();
+        let due = self.unchecked >= BYTES_PER_CHECK;
+        if due {
+            self.unchecked = 0;
         }
-        watch
+        due
     }
 
     fn wait(&mut self) -> bool {

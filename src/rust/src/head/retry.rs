@@ -8,21 +8,21 @@ use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::hub::NO_JOB;
 use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported, log_attempt};
-use rustcluster_core::head::scheduler::events::Gone;
+use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
 
 /// The policies of a cluster, and the losses that R has not been told of.
 #[derive(Default)]
-pub(super) struct Losses {
+pub(super) struct WorkerFailures {
     /// Of all that have none of their own.
     default: Policy,
     /// Of one job, which is open.
     of_job: Option<(JobId, Policy)>,
     /// What was dealt with, with the job of the task. Stays until R has noted it: R may be interrupted before.
-    untold: Vec<(JobId, Failure)>,
+    unreported: Vec<(JobId, Failure)>,
 }
 
-impl Losses {
+impl WorkerFailures {
     fn policy(&self, job: JobId) -> Policy {
         match self.of_job {
             Some((of, policy)) if of == job => policy,
@@ -31,19 +31,19 @@ impl Losses {
     }
 
     /// A loss has been dealt with, of which R is to be told.
-    pub(super) fn tell(&mut self, job: JobId, loss: Failure) {
-        self.untold.push((job, loss));
+    pub(super) fn report(&mut self, job: JobId, worker_failure: Failure) {
+        self.unreported.push((job, worker_failure));
     }
 
     /// A job has ended. Nobody is to be told any more what became of its tasks.
     pub(super) fn close(&mut self, job: JobId) {
         self.of_job = self.of_job.filter(|&(of, _)| of != job);
-        self.untold.retain(|&(of, _)| of != job);
+        self.unreported.retain(|&(of, _)| of != job);
     }
 
     /// Whether R is to be told of a loss before it gets anything else.
-    pub(super) fn any_untold(&self) -> bool {
-        !self.untold.is_empty()
+    pub(super) fn any_unreported(&self) -> bool {
+        !self.unreported.is_empty()
     }
 }
 
@@ -54,11 +54,11 @@ struct Lost {
 }
 
 impl Lost {
-    fn new(cluster: &Cluster, place: Rank, gone: &Gone, task: TaskId) -> Lost {
-        let replaced = cluster.hub.borrow().worker(place).gone.is_none();
+    fn new(cluster: &Cluster, assigned: Rank, termination: &Termination, task: TaskId) -> Lost {
+        let replaced = cluster.hub.borrow().worker(assigned).termination.is_none();
         Lost {
-            failure: nodes::loss(cluster, place, gone).with("task", task),
-            reported: is_reported(gone, replaced),
+            failure: nodes::worker_failure(cluster, assigned, termination).with("task", task),
+            reported: is_reported(termination, replaced),
         }
     }
 
@@ -66,34 +66,34 @@ impl Lost {
     fn dealt_with(self, cluster: &Cluster, job: JobId, again: bool) -> Failure {
         if self.reported {
             let told = self.failure.clone().with("again", again);
-            cluster.losses.borrow_mut().tell(job, told);
+            cluster.failures.borrow_mut().report(job, told);
         }
         self.failure
     }
 }
 
-/// A task that R gave to `rank` was lost with the worker at `place`, as whose node's number R knows `node`. Returns
+/// A task that R gave to `rank` was lost with the worker at `assigned`, as whose node's number R knows `node`. Returns
 /// `NULL` if R goes on waiting.
 ///
 /// # Errors
 /// If the loss is an error: it is told until R has had the task forgotten.
 pub(super) fn task_lost(
     cluster: &Cluster,
-    (rank, place): (Rank, Rank),
+    (rank, assigned): (Rank, Rank),
     node: i32,
     task: TaskId,
-    gone: &Gone,
+    termination: &Termination,
 ) -> std::result::Result<Robj, Failure> {
     let (index, job, verdict, raises) = {
         let messages = cluster.messages.borrow();
         let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
-        let policy = cluster.losses.borrow().policy(message.job);
-        let verdict = message.attempts.verdict(policy, gone);
-        let attempt = message.attempts.losses().len() + 1;
-        log_attempt(task, place, attempt, verdict == Verdict::Retry);
+        let policy = cluster.failures.borrow().policy(message.job);
+        let verdict = message.attempts.verdict(policy, termination);
+        let attempt = message.attempts.failures().len() + 1;
+        log_attempt(task, assigned, attempt, verdict == Verdict::Retry);
         (message.index, message.job, verdict, policy.raises)
     };
-    let mut lost = Lost::new(cluster, place, gone, task);
+    let mut lost = Lost::new(cluster, assigned, termination, task);
     lost.failure = lost.failure.with("place", node).with("index", index);
     let record = |lost: Lost, again: bool| {
         let failure = lost.dealt_with(cluster, job, again);
@@ -129,28 +129,30 @@ fn send_again(
     task: TaskId,
 ) -> std::result::Result<std::result::Result<(), Jump>, Failure> {
     may_send(cluster)?;
-    let (message, lasts, shared) = match cluster.messages.borrow().get(&task) {
-        Some(m) => (m.message.clone(), m.lasts, m.shared),
+    let (message, setup_call, blobs) = match cluster.messages.borrow().get(&task) {
+        Some(m) => (m.message.clone(), m.setup_call, m.blobs),
         None => return Err(Failure::new("no_task")),
     };
-    let payload = |place| shared.of(cluster.format(place));
-    let begun = cluster
+    let blob = |assigned| blobs.of(cluster.format(assigned));
+    let started = cluster
         .hub
         .borrow_mut()
-        .try_again(rank, task, lasts, payload);
-    let begun = begun.map_err(|(place, gone)| Failure::gone(place, &gone).with("task", task))?;
-    Ok(broadcast::write(cluster, &begun, &message).map(drop))
+        .try_again(rank, task, setup_call, blob);
+    let started = started.map_err(|(assigned, termination)| {
+        Failure::termination(assigned, &termination).with("task", task)
+    })?;
+    Ok(broadcast::write(cluster, &started, &message).map(drop))
 }
 
-/// A call was lost with the worker at `place`. Returns `NULL` if R goes on waiting.
+/// A call was lost with the worker at `assigned`. Returns `NULL` if R goes on waiting.
 ///
 /// # Errors
 /// If the call has failed: that is told until it is forgotten.
 pub(super) fn call_lost(
     cluster: &Cluster,
-    place: Rank,
+    assigned: Rank,
     task: TaskId,
-    gone: &Gone,
+    termination: &Termination,
 ) -> std::result::Result<Robj, Failure> {
     let (any_of, what, message, attempts) = {
         let calls = cluster.calls.borrow();
@@ -163,13 +165,13 @@ pub(super) fn call_lost(
             attempts,
         )
     };
-    let lost = Lost::new(cluster, place, gone, task);
-    let policy = cluster.losses.borrow().policy(CALLS);
-    let verdict = attempts.verdict(policy, gone);
+    let lost = Lost::new(cluster, assigned, termination, task);
+    let policy = cluster.failures.borrow().policy(CALLS);
+    let verdict = attempts.verdict(policy, termination);
     log_attempt(
         task,
-        place,
-        attempts.losses().len() + 1,
+        assigned,
+        attempts.failures().len() + 1,
         verdict == Verdict::Retry,
     );
     match verdict {
@@ -180,7 +182,7 @@ pub(super) fn call_lost(
             Err(given_up(&attempts).with("task", task))
         }
         Verdict::Retry => {
-            let living = |&rank: &Rank| cluster.hub.borrow().worker(rank).gone.is_none();
+            let living = |&rank: &Rank| cluster.hub.borrow().worker(rank).termination.is_none();
             if !any_of.iter().any(living) {
                 return Err(lost.failure);
             }
@@ -205,7 +207,7 @@ pub(super) fn call_lost(
 
 /// A task whose worker died on all attempts.
 pub(super) fn given_up(attempts: &Attempts<Failure>) -> Failure {
-    Failure::new("task_failed").with("losses", attempts.losses())
+    Failure::new("task_failed").with("losses", attempts.failures())
 }
 
 /// How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
@@ -216,10 +218,10 @@ fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
     with_cluster(&handle, |cluster| {
         let retries = retries as usize;
         let policy = Policy { retries, raises };
-        let mut losses = cluster.losses.borrow_mut();
+        let mut failures = cluster.failures.borrow_mut();
         match job as JobId {
-            NO_JOB => losses.default = policy,
-            job => losses.of_job = Some((job, policy)),
+            NO_JOB => failures.default = policy,
+            job => failures.of_job = Some((job, policy)),
         }
         Ok(().into())
     })
@@ -230,11 +232,16 @@ fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
 #[extendr]
 fn hub_losses(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        let untold = cluster.losses.borrow().untold.clone();
-        if untold.is_empty() {
+        let unreported = cluster.failures.borrow().unreported.clone();
+        if unreported.is_empty() {
             return Ok(().into());
         }
-        Ok(List::from_values(untold.into_iter().map(|(_, loss)| Robj::from(loss))).into())
+        Ok(List::from_values(
+            unreported
+                .into_iter()
+                .map(|(_, worker_failure)| Robj::from(worker_failure)),
+        )
+        .into())
     })
 }
 
@@ -243,9 +250,9 @@ fn hub_losses(handle: Robj) -> Robj {
 #[extendr]
 fn hub_losses_noted(handle: Robj, count: i32) -> Robj {
     with_cluster(&handle, |cluster| {
-        let untold = &mut cluster.losses.borrow_mut().untold;
-        let count = usize::try_from(count).unwrap_or(0).min(untold.len());
-        untold.drain(..count);
+        let unreported = &mut cluster.failures.borrow_mut().unreported;
+        let count = usize::try_from(count).unwrap_or(0).min(unreported.len());
+        unreported.drain(..count);
         Ok(().into())
     })
 }

@@ -8,7 +8,7 @@ use extendr_api::prelude::*;
 use rustcluster_core::agent::startup;
 use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
 use rustcluster_core::head::launch::Launch;
-use rustcluster_core::head::scheduler::MOST_SHARED;
+use rustcluster_core::head::scheduler::MAX_SHARED_RESULTS;
 use rustcluster_core::platform::{limits, log};
 use rustcluster_core::protocol::control::{Outfile, Start, StartMode, ToHead};
 use rustcluster_core::protocol::ids::Rank;
@@ -71,16 +71,16 @@ fn hub_start(
                 plain: Cell::default(),
                 last: Cell::new(None),
                 called: Cell::new(None),
-                begun: Cell::new(None),
+                open_job: Cell::new(None),
                 formats: RefCell::default(),
                 messages: RefCell::default(),
                 calls: RefCell::default(),
-                losses: RefCell::default(),
+                failures: RefCell::default(),
                 sent_by_job: Cell::new((NO_JOB, 0)),
                 job: RefCell::new(None),
-                ways: RefCell::default(),
+                rtts: RefCell::default(),
                 common: Cell::new(None),
-                payloads: RefCell::default(),
+                blobs: RefCell::default(),
                 unread: Cell::new(None),
                 dropped: RefCell::default(),
                 reading: Cell::new(None),
@@ -173,21 +173,21 @@ fn refusal(reason: &ToHead) -> String {
 }
 
 /// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-/// made at `path`, up to `most` bytes. `patience`: seconds that a host may take to start then.
+/// made at `path`, up to `max_bytes` bytes. `start_timeout`: seconds that a host may take to start then.
 /// @noRd
 #[extendr]
-fn hub_reconnect(handle: Robj, path: &str, most: f64, patience: f64) -> Robj {
+fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
     with_hub(&handle, |hub| {
-        let patience = Duration::try_from_secs_f64(patience).unwrap_or(Duration::MAX);
-        let made = hub.reconnect(Path::new(path), most as u64, patience);
+        let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
+        let made = hub.reconnect(Path::new(path), max_bytes as u64, start_timeout);
         made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
     })
 }
 
 /// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, patience (in milliseconds),
-/// keep, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
-/// for none), stop_timeout (in milliseconds), here (on this machine) and xdr. `timeout`: seconds that any task
+/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds),
+/// chunk_cache_bytes, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
+/// for none), stop_timeout (in milliseconds), local (on this machine) and xdr. `timeout`: seconds that any task
 /// may take.
 /// @noRd
 #[extendr]
@@ -214,15 +214,15 @@ fn hub_go(handle: Robj, plans: List, timeout: f64) -> Robj {
         cluster.formats.replace(formats);
         let mut hub = cluster.hub.borrow_mut();
         hub.limit_all(Duration::try_from_secs_f64(timeout).ok());
-        let gone = hub.go(plans);
-        gone.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
+        hub.go(plans)
+            .map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
         Ok(().into())
     })
 }
 
 /// Whether this session may open the files that results in shared memory come in.
 fn has_files() -> bool {
-    limits::open_files_left().is_some_and(|left| left >= 2 * MOST_SHARED as u64)
+    limits::open_files_left().is_some_and(|left| left >= 2 * MAX_SHARED_RESULTS as u64)
 }
 
 fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
@@ -244,13 +244,13 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         },
         renice: fields.get("renice")?.as_integer()?,
         spawn_command: strings(fields.get("spawn")?),
-        patience: u32::try_from(fields.get("patience")?.as_integer()?).ok()?,
-        keep: fields.get("keep")?.as_real()? as u64,
+        heartbeat_timeout: u32::try_from(fields.get("heartbeat_timeout")?.as_integer()?).ok()?,
+        chunk_cache_bytes: fields.get("chunk_cache_bytes")?.as_real()? as u64,
         state: fields.get("state")?.as_real()? as u64,
         setup: fields.get("setup")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
-        here: fields.get("here")?.as_bool()? && has_files(),
+        local: fields.get("local")?.as_bool()? && has_files(),
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,
@@ -291,13 +291,13 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
                 .with("status", failure.status)
                 .with("stderr", failure.stderr)
                 .with("stdout", failure.stdout),
-            Progress::WorkerFailed { rank, loss } => Failure::new("start_failed")
+            Progress::WorkerFailed { rank, failure } => Failure::new("start_failed")
                 .with("rank", rank + 1)
                 .with(
                     "reason",
-                    format!("a worker {} before it was ready", loss.exit),
+                    format!("a worker {} before it was ready", failure.exit),
                 )
-                .with("stderr", loss.tail),
+                .with("stderr", failure.tail),
         };
         Err(failure)
     })
@@ -329,19 +329,19 @@ fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
 /// Why each worker is gone: a list of failures, `NULL` for those that are not gone.
 /// @noRd
 #[extendr]
-fn hub_gone(handle: Robj) -> Robj {
+fn hub_terminations(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
-        let gone: Vec<Option<Failure>> = {
+        let termination: Vec<Option<Failure>> = {
             let hub = cluster.hub.borrow();
             let ranks = 0..hub.size() as Rank;
             ranks
-                .map(|rank| Some(Failure::gone(rank, &*hub.worker(rank).gone?)))
+                .map(|rank| Some(Failure::termination(rank, &*hub.worker(rank).termination?)))
                 .collect()
         };
-        let gone = gone
+        let termination = termination
             .into_iter()
-            .map(|gone| gone.map_or_else(|| ().into(), Robj::from));
-        Ok(List::from_values(gone).into())
+            .map(|termination| termination.map_or_else(|| ().into(), Robj::from));
+        Ok(List::from_values(termination).into())
     })
 }
 
@@ -395,7 +395,7 @@ fn hub_pids(handle: Robj) -> Robj {
     with_hub(&handle, |hub| {
         let pids = (0..hub.size() as Rank).map(|rank| {
             let worker = hub.worker(rank);
-            let pid = worker.pid.filter(|_| worker.gone.is_none());
+            let pid = worker.pid.filter(|_| worker.termination.is_none());
             pid.map(|pid| pid as i32)
         });
         Ok(pids.collect::<Vec<Option<i32>>>())
@@ -428,7 +428,7 @@ extendr_module! {
     fn hub_progress;
     fn hub_leave_out;
     fn hub_takes_back;
-    fn hub_gone;
+    fn hub_terminations;
     fn hub_stop_nodes;
     fn hub_ended;
     fn hub_stop;

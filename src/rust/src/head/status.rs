@@ -4,7 +4,7 @@ use super::handle::{Cluster, SLICE, rank_of, with_cluster};
 use crate::r::failure::Failure;
 use extendr_api::prelude::*;
 use extendr_ffi::{LENGTH, R_CHAR, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT};
-use rustcluster_core::head::activity::{Interval, Kind, Moment, Track};
+use rustcluster_core::head::activity::{ActivityKind, Interval, Moment, WorkerStats};
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::ids::{Rank, TaskId};
 use std::ffi::{CStr, c_int, c_void};
@@ -63,16 +63,16 @@ fn state_name(state: State) -> &'static str {
 }
 
 /// The number of a task in its job, and of how many that cross together it is the first.
-fn place_in_job(cluster: &Cluster, task: TaskId) -> Option<(usize, usize)> {
+fn position_in_batch(cluster: &Cluster, task: TaskId) -> Option<(usize, usize)> {
     let job = cluster.job.try_borrow().ok()?;
-    let unit = job.as_ref().and_then(|job| job.engine.at(task));
-    let unit = unit.map(|(first, count)| (first + 1, count));
+    let batch = job.as_ref().and_then(|job| job.engine.at(task));
+    let batch = batch.map(|(first, count)| (first + 1, count));
     let alone = || {
         let messages = cluster.messages.try_borrow().ok()?;
         let index = messages.get(&task)?.index;
         Some((usize::try_from(index).ok()?, 1))
     };
-    unit.or_else(alone)
+    batch.or_else(alone)
 }
 
 pub(super) fn text(text: Option<&String>) -> Option<String> {
@@ -85,13 +85,13 @@ pub(super) fn text(text: Option<&String>) -> Option<String> {
 fn hub_status(handle: Robj) -> Robj {
     with_cluster(&handle, |cluster| {
         let (workers, now) = cluster.hub.borrow().status(false);
-        let number = |of: &dyn Fn(&Track) -> f64| -> Vec<f64> {
-            workers.iter().map(|worker| of(&worker.track)).collect()
+        let number = |of: &dyn Fn(&WorkerStats) -> f64| -> Vec<f64> {
+            workers.iter().map(|worker| of(&worker.stats)).collect()
         };
-        let places: Vec<_> = workers
+        let positions: Vec<_> = workers
             .iter()
             .map(|worker| match worker.state {
-                State::Busy(task) | State::Ending(task) => place_in_job(cluster, task),
+                State::Busy(task) | State::Ending(task) => position_in_batch(cluster, task),
                 _ => None,
             })
             .collect();
@@ -99,9 +99,13 @@ fn hub_status(handle: Robj) -> Robj {
             .iter()
             .map(|w| w.pid.map(|pid| pid as i32))
             .collect();
-        let first = places.iter().map(|place| Some(place.as_ref()?.0 as i32));
-        let count = places.iter().map(|place| Some(place.as_ref()?.1 as i32));
-        let errors = workers.iter().map(|w| text(w.track.error.as_ref()));
+        let first = positions
+            .iter()
+            .map(|position| Some(position.as_ref()?.0 as i32));
+        let count = positions
+            .iter()
+            .map(|position| Some(position.as_ref()?.1 as i32));
+        let errors = workers.iter().map(|w| text(w.stats.error.as_ref()));
         Ok(list!(
             state = workers
                 .iter()
@@ -110,11 +114,11 @@ fn hub_status(handle: Robj) -> Robj {
             pid = pids,
             task = first.collect::<Vec<Option<i32>>>(),
             unit = count.collect::<Vec<Option<i32>>>(),
-            done = number(&|track| track.tasks as f64),
-            seconds = number(&|track| track.busy.as_secs_f64()),
-            bytes_in = number(&|track| track.bytes_in as f64),
-            bytes_out = number(&|track| track.bytes_out as f64),
-            losses = number(&|track| track.losses as f64),
+            done = number(&|stats| stats.tasks as f64),
+            seconds = number(&|stats| stats.busy.as_secs_f64()),
+            bytes_in = number(&|stats| stats.bytes_in as f64),
+            bytes_out = number(&|stats| stats.bytes_out as f64),
+            losses = number(&|stats| stats.failures as f64),
             error = errors.collect::<Vec<Option<String>>>(),
             now = now.as_secs_f64()
         )
@@ -150,14 +154,17 @@ fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
 }
 
 /// The answer to that: a list of the bytes resident and of those that are its part of what is shared,
-/// of each worker. `NULL`: not yet; waits up to `most` seconds for it. `anyway`: what is known by then.
+/// of each worker. `NULL`: not yet; waits up to `max_wait` seconds for it. `anyway`: what is known by then.
 /// @noRd
 #[extendr]
-fn hub_usage(handle: Robj, question: f64, most: f64, anyway: bool) -> Robj {
+fn hub_usage(handle: Robj, question: f64, max_wait: f64, anyway: bool) -> Robj {
     with_cluster(&handle, |cluster| {
-        let most = Duration::try_from_secs_f64(most).unwrap_or_default();
-        let most = most.min(SLICE);
-        let usages = cluster.hub.borrow().usage(question as u64, most, anyway);
+        let max_wait = Duration::try_from_secs_f64(max_wait).unwrap_or_default();
+        let max_wait = max_wait.min(SLICE);
+        let usages = cluster
+            .hub
+            .borrow()
+            .usage(question as u64, max_wait, anyway);
         let Some(usages) = usages else {
             return Ok(().into());
         };
@@ -184,7 +191,7 @@ fn hub_timeline(handle: Robj, ranks: &[i32]) -> Robj {
         for &rank in ranks {
             let at = usize::try_from(rank - 1).ok();
             if let Some(worker) = at.and_then(|at| workers.get(at)) {
-                rows.add(rank, &worker.track, now);
+                rows.add(rank, &worker.stats, now);
             }
         }
         Ok(list!(
@@ -212,12 +219,12 @@ struct Rows {
 
 impl Rows {
     /// A worker's intervals and losses, in order. An interval that has grown over a loss is cut there.
-    fn add(&mut self, rank: i32, track: &Track, now: Moment) {
-        let open = track.lost_since().map(|since| (since, now));
-        let mut losses = track.losses().iter().copied().chain(open).peekable();
-        for interval in track.intervals() {
+    fn add(&mut self, rank: i32, stats: &WorkerStats, now: Moment) {
+        let open = stats.lost_since().map(|since| (since, now));
+        let mut failures = stats.failures().iter().copied().chain(open).peekable();
+        for interval in stats.intervals() {
             let mut rest = *interval;
-            while let Some((lost, back)) = losses.next_if(|loss| loss.0 < interval.end) {
+            while let Some((lost, back)) = failures.next_if(|failure| failure.0 < interval.end) {
                 if lost > rest.start {
                     self.add_interval(rank, &cut(&mut rest, lost));
                 }
@@ -230,15 +237,15 @@ impl Rows {
                 self.add_interval(rank, &rest);
             }
         }
-        for (lost, back) in losses {
+        for (lost, back) in failures {
             self.push(rank, lost, back, "lost", 0.0, 0.0);
         }
     }
 
     fn add_interval(&mut self, rank: i32, of: &Interval) {
         let kind = match of.kind {
-            Kind::Busy => "busy",
-            Kind::Transfer => "transfer",
+            ActivityKind::Busy => "busy",
+            ActivityKind::Transfer => "transfer",
         };
         let busy = of.busy.as_secs_f64();
         self.push(rank, of.start, of.end, kind, busy, of.tasks as f64);
@@ -266,11 +273,11 @@ impl Rows {
 fn cut(interval: &mut Interval, at: Moment) -> Interval {
     let at = at.clamp(interval.start, interval.end);
     let length = interval.end.saturating_sub(interval.start);
-    let share = match length.is_zero() {
+    let fraction = match length.is_zero() {
         true => 0.0,
         false => at.saturating_sub(interval.start).as_secs_f64() / length.as_secs_f64(),
     };
-    let busy = interval.busy.mul_f64(share);
+    let busy = interval.busy.mul_f64(fraction);
     let before = Interval {
         end: at,
         busy,

@@ -2,9 +2,9 @@
 //! (`isFailure()` in R/boundary.R) and makes a classed condition of it (R/conditions.R).
 
 use extendr_api::prelude::*;
-use rustcluster_core::head::scheduler::events::Gone;
+use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::platform::exit::Exit;
-use rustcluster_core::protocol::control::{Loss, Setback};
+use rustcluster_core::protocol::control::{Setback, WorkerFailure};
 use rustcluster_core::protocol::ids::Rank;
 use std::borrow::Cow;
 
@@ -146,49 +146,56 @@ impl Failure {
     }
 
     /// A worker that is no more, and that no other replaces. Ranks are counted from 1 in R.
-    pub fn gone(rank: Rank, gone: &Gone) -> Failure {
-        match gone {
-            Gone::Worker(loss) => Failure::lost(rank, loss, loss.setback).with("replaced", false),
-            Gone::Host(reason) => Failure::new("host_failed")
+    pub fn termination(rank: Rank, termination: &Termination) -> Failure {
+        match termination {
+            Termination::Worker(worker_failure) => {
+                Failure::lost(rank, worker_failure, worker_failure.setback).with("replaced", false)
+            }
+            Termination::Host(reason) => Failure::new("host_failed")
                 .with("rank", rank + 1)
                 .with("reason", reason),
-            Gone::Stopped => Failure::new("stopped").with("rank", rank + 1),
+            Termination::Stopped => Failure::new("stopped").with("rank", rank + 1),
         }
     }
 
     /// A loss. `now`: why no worker has the place since then, if none has.
-    pub fn loss(place: Rank, gone: &Gone, now: Option<&Gone>) -> Failure {
-        match (gone, now) {
-            (Gone::Worker(loss), Some(Gone::Worker(last))) => {
-                Failure::lost(place, loss, last.setback).with("replaced", false)
+    pub fn worker_failure(
+        place: Rank,
+        termination: &Termination,
+        now: Option<&Termination>,
+    ) -> Failure {
+        match (termination, now) {
+            (Termination::Worker(worker_failure), Some(Termination::Worker(last))) => {
+                Failure::lost(place, worker_failure, last.setback).with("replaced", false)
             }
-            (Gone::Worker(loss), _) => {
-                Failure::lost(place, loss, Setback::default()).with("replaced", now.is_none())
+            (Termination::Worker(worker_failure), _) => {
+                Failure::lost(place, worker_failure, Setback::default())
+                    .with("replaced", now.is_none())
             }
-            (gone, _) => Failure::gone(place, gone),
+            (termination, _) => Failure::termination(place, termination),
         }
     }
 
     /// `last`: that of the loss after which the worker's place is as it is now.
-    pub fn lost(rank: Rank, loss: &Loss, last: Setback) -> Failure {
-        let setback = loss.setback;
+    pub fn lost(rank: Rank, worker_failure: &WorkerFailure, last: Setback) -> Failure {
+        let setback = worker_failure.setback;
         let seconds = |milliseconds: u64| milliseconds as f64 / 1000.0;
-        let reason = match loss.pid {
+        let reason = match worker_failure.pid {
             0 => "could not be started".to_owned(),
-            _ => loss.exit.to_string(),
+            _ => worker_failure.exit.to_string(),
         };
         let failure = Failure::new("worker_lost")
             .with("rank", rank + 1)
-            .with("pid", loss.pid)
+            .with("pid", worker_failure.pid)
             .with("reason", reason)
             .with("setbacks", setback.count)
             .with("restoring", setback.restoring)
             .with("stalled", seconds(setback.stalled))
             .with("retry", seconds(last.pause))
-            .with("memory_available", loss.memory_available)
-            .with("oom", loss.oom)
-            .with("stderr", &loss.tail);
-        match loss.exit {
+            .with("memory_available", worker_failure.memory_available)
+            .with("oom", worker_failure.oom)
+            .with("stderr", &worker_failure.tail);
+        match worker_failure.exit {
             Exit::Status(status) => failure.with("status", status),
             Exit::Signal(signal) => failure.with("signal", signal),
             Exit::Unknown => failure,

@@ -3,14 +3,14 @@
 use super::serve::may_map;
 use crate::codec::batch::{self, AnswerHead};
 use crate::codec::mapped;
-use crate::codec::stream::{self, Bounded};
+use crate::codec::stream::{self, BoundedSink};
 use extendr_ffi::{
     R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_allocVector, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::platform::clock::{self, Usage};
+use rustcluster_core::platform::clock::{self, CpuUsage};
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::worker::channel::Payload;
+use rustcluster_core::worker::channel::Blob;
 use std::time::{Duration, Instant};
 
 /// A value that R's garbage collector leaves alone for as long as this lives. On R's thread only.
@@ -38,12 +38,12 @@ impl Drop for Preserved {
 pub(super) const COPIED: usize = 64 * 1024;
 
 /// Tasks that came together.
-pub(super) struct Unit {
+pub(super) struct ReceivedBatch {
     head: batch::Head,
     /// What its tasks have in common, a list of the function and of arguments, as bytes.
-    common: Payload,
+    common: Blob,
     /// The list, if the tasks share it or its function.
-    shared: Option<Preserved>,
+    reused_list: Option<Preserved>,
     /// The arguments in it as bytes, if each task gets its own.
     arguments: Vec<u8>,
     /// How long it took to read that.
@@ -51,11 +51,11 @@ pub(super) struct Unit {
     pub(super) body: Body,
     began: Instant,
     /// What this process had had of its cores by then.
-    usage: Usage,
+    usage: CpuUsage,
     /// Until when others are begun, by [`clock::coarse_now`]; `None`: until there are none.
     until: Option<Duration>,
     /// Tasks that have been begun.
-    pub(super) begun: u32,
+    pub(super) started: u32,
     /// An element is being read: if R jumps, those that follow cannot be.
     pub(super) reading: bool,
     /// Results of tasks before the one under way, and perhaps a part of its own.
@@ -65,19 +65,19 @@ pub(super) struct Unit {
     pub(super) scratch: Vec<u8>,
 }
 
-impl Unit {
-    pub(super) fn new(head: batch::Head, common: Payload, body: Body) -> Unit {
-        Unit {
+impl ReceivedBatch {
+    pub(super) fn new(head: batch::Head, common: Blob, body: Body) -> ReceivedBatch {
+        ReceivedBatch {
             head,
             common,
-            shared: None,
+            reused_list: None,
             arguments: Vec::new(),
             reading_took: Duration::ZERO,
             body,
             began: Instant::now(),
-            usage: Usage::now(),
+            usage: CpuUsage::now(),
             until: head.until(),
-            begun: 0,
+            started: 0,
             reading: false,
             results: Vec::new(),
             whole: 0,
@@ -99,28 +99,31 @@ impl Unit {
     pub(super) unsafe fn read_common(&mut self) -> SEXP {
         // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
         unsafe {
-            if self.shared.is_none() {
+            if self.reused_list.is_none() {
                 let began = Instant::now();
                 let value = Rf_protect(mapped::read(&self.common, may_map()));
                 if self.is(batch::CHUNK) || self.is(batch::FUNCTION) && self.copy_arguments(value) {
-                    self.shared = Some(Preserved::new(value));
+                    self.reused_list = Some(Preserved::new(value));
                     // The planner is told of the reading apart from the tasks.
                     self.reading_took = began.elapsed();
                     self.began = Instant::now();
-                    self.usage = Usage::now();
+                    self.usage = CpuUsage::now();
                     self.until = self.head.until();
                 }
                 Rf_unprotect(1);
-                if self.shared.is_none() {
+                if self.reused_list.is_none() {
                     return value;
                 }
             }
-            let shared = self.shared.as_ref().map_or(R_NilValue, |shared| shared.0);
+            let reused_list = self
+                .reused_list
+                .as_ref()
+                .map_or(R_NilValue, |reused_list| reused_list.0);
             if self.arguments.is_empty() {
-                return shared;
+                return reused_list;
             }
             let own = Rf_protect(Rf_allocVector(SEXPTYPE::VECSXP, 2));
-            SET_VECTOR_ELT(own, 0, VECTOR_ELT(shared, 0));
+            SET_VECTOR_ELT(own, 0, VECTOR_ELT(reused_list, 0));
             SET_VECTOR_ELT(own, 1, stream::read(&mut &self.arguments[..]));
             Rf_unprotect(1);
             own
@@ -139,7 +142,7 @@ impl Unit {
             if XLENGTH(arguments) == 0 {
                 return true;
             }
-            let mut sink = Bounded::new(&mut self.arguments, COPIED);
+            let mut sink = BoundedSink::new(&mut self.arguments, COPIED);
             let copied = stream::write_fixed(arguments, &mut sink) && !sink.over;
             if !copied {
                 self.arguments.clear();
@@ -152,7 +155,7 @@ impl Unit {
     /// There are more tasks, and this worker is to do them.
     pub(super) fn goes_on(&self) -> bool {
         let is_over = || self.until.is_some_and(|until| clock::coarse_now() > until);
-        self.begun < self.head.count && !is_over()
+        self.started < self.head.count && !is_over()
     }
 
     /// What comes before the results.
@@ -162,7 +165,7 @@ impl Unit {
             seconds: self.began.elapsed().as_secs_f64(),
             computed: self.usage.computed().map(|time| time.as_secs_f64()),
             reading: self.reading_took.as_secs_f64(),
-            count: self.begun,
+            count: self.started,
         }
         .write(&mut out);
         out

@@ -1,7 +1,7 @@
 //! A worker's functions. One channel a process.
 
-use super::batch::Unit;
-use crate::codec::mapped::{self, Answer, Mapper};
+use super::batch::ReceivedBatch;
+use crate::codec::mapped::{self, MappedAnswer, Mapper};
 use crate::codec::stream::{self, Format, Sink, Source};
 use crate::codec::{batch, plain};
 use crate::r::failure::Failure;
@@ -10,7 +10,7 @@ use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
 use rustcluster_core::platform::{fd, limits, log, signals};
 use rustcluster_core::protocol::control::WorkerConfig;
-use rustcluster_core::worker::channel::{Channel, Seed, Task};
+use rustcluster_core::worker::channel::{Channel, Seed, TaskMessage};
 use std::cell::{Cell, RefCell};
 use std::ffi::{c_int, c_void};
 use std::io;
@@ -70,7 +70,7 @@ fn worker_connect() -> Robj {
         let config: WorkerConfig = channel.config()?;
         log::start_or_say(log::Role::Worker(config.rank));
         limit_memory(config.memory_limit)?;
-        channel.shares = config.shares;
+        channel.shared_answers = config.shared_answers;
         CHANNEL.set(Some(channel));
         Ok(list!(packages = config.packages).into())
     };
@@ -89,15 +89,15 @@ fn worker_ready(tempdir: &str, ready: bool) -> Robj {
 
 /// The channel as R's serialization writes to it. The first failure is kept: there is nobody left
 /// to send to.
-struct ToAgent {
+struct AnswerSink {
     sent: io::Result<()>,
     /// The answer is put into shared memory instead.
-    shared: Option<Mapper<Answer>>,
+    shared: Option<Mapper<MappedAnswer>>,
     /// All of it has been sent that way.
     done: bool,
 }
 
-impl Sink for ToAgent {
+impl Sink for AnswerSink {
     fn write(&mut self, bytes: &[u8]) -> bool {
         if let Some(shared) = &mut self.shared {
             return shared.write(bytes);
@@ -109,9 +109,9 @@ impl Sink for ToAgent {
     }
 }
 
-impl ToAgent {
-    pub(super) fn new() -> ToAgent {
-        ToAgent {
+impl AnswerSink {
+    pub(super) fn new() -> AnswerSink {
+        AnswerSink {
             sent: Ok(()),
             shared: None,
             done: false,
@@ -131,8 +131,8 @@ impl ToAgent {
     /// # Safety
     /// As there.
     unsafe fn share(&mut self, value: SEXP) -> Option<SEXP> {
-        let shares = with_channel(|channel| Ok(channel.shares));
-        if !may_map() || !shares.unwrap_or(false) {
+        let shared_answers = with_channel(|channel| Ok(channel.shared_answers));
+        if !may_map() || !shared_answers.unwrap_or(false) {
             return None;
         }
         // SAFETY: the caller's.
@@ -142,11 +142,11 @@ impl ToAgent {
     }
 
     /// The answer is in shared memory as a whole. Returns whether it could be sent so.
-    fn send_shared(&mut self) -> bool {
+    fn send_shared_answer(&mut self) -> bool {
         let Some((file, len)) = self.shared.take().and_then(Mapper::finish) else {
             return false;
         };
-        match with_channel(|channel| channel.send_shared(&file, len)) {
+        match with_channel(|channel| channel.send_shared_answer(&file, len)) {
             Ok(sent) => self.done = sent,
             Err(error) => self.sent = Err(error),
         }
@@ -176,9 +176,9 @@ unsafe extern "C" {
     fn rustcluster_take_element(common: *mut c_void, element: *mut c_void, spread: c_int);
     fn rustcluster_run_task(with_time: c_int) -> SEXP;
     fn rustcluster_end_task(time: *mut f64) -> SEXP;
-    fn rustcluster_set_seed(values: *const c_void, count: c_int, guest: c_int);
+    fn rustcluster_set_seed(values: *const c_void, count: c_int, reassigned: c_int);
     fn rustcluster_seed_changed(values: *mut *const c_int, count: *mut c_int) -> c_int;
-    fn rustcluster_is_guest() -> c_int;
+    fn rustcluster_is_reassigned() -> c_int;
     fn rustcluster_own_seed();
 }
 
@@ -230,30 +230,30 @@ fn worker_serve() -> Robj {
 }
 
 /// One task: what of it is not R's, and therefore outlives a jump.
-struct Turn {
-    task: Task,
+struct CurrentTask {
+    task: TaskMessage,
     /// Integers of random number generators' states, and whether they are another's.
     seeds: Vec<(Vec<c_int>, bool)>,
-    sink: ToAgent,
+    sink: AnswerSink,
     done: bool,
     /// Buffer for an answer, reused from task to task.
     answer: Vec<u8>,
     /// It is one of several.
-    unit: Option<Unit>,
+    batch: Option<ReceivedBatch>,
 }
 
 /// All of a task's message, when it does not come in one piece. What is in shared memory is read
 /// from there.
-struct Message<'a> {
-    task: &'a mut Task,
-    /// Bytes of the payload that have been read.
+struct ReadMessage<'a> {
+    task: &'a mut TaskMessage,
+    /// Bytes of the blob that have been read.
     at: usize,
 }
 
-impl Source for Message<'_> {
+impl Source for ReadMessage<'_> {
     fn fill(&mut self, out: &mut [u8]) -> bool {
-        let payload = self.task.payload.as_ref();
-        let rest = payload.map_or(&[][..], |payload| &payload.bytes[self.at..]);
+        let blob = self.task.blob.as_ref();
+        let rest = blob.map_or(&[][..], |blob| &blob.bytes[self.at..]);
         let n = rest.len().min(out.len());
         let (now, later) = out.split_at_mut(n);
         now.copy_from_slice(&rest[..n]);
@@ -263,37 +263,37 @@ impl Source for Message<'_> {
 }
 
 /// A message that came in one piece.
-pub(super) fn whole(task: &Task) -> Option<&[u8]> {
-    match &task.payload {
-        Some(payload) if task.body.len == 0 => Some(&payload.bytes),
+pub(super) fn whole(task: &TaskMessage) -> Option<&[u8]> {
+    match &task.blob {
+        Some(blob) if task.body.len == 0 => Some(&blob.bytes),
         Some(_) => None,
         None => task.body.whole(),
     }
 }
 
 thread_local! {
-    static ANSWER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    static SPARE_ANSWER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
     /// That of the task under way, and so of its answer.
     static FORMAT: Cell<Format> = const { Cell::new(Format::Native) };
-    /// The unit out of whose task R has jumped.
-    static INTERRUPTED: Cell<Option<Unit>> = const { Cell::new(None) };
+    /// The batch out of whose task R has jumped.
+    static INTERRUPTED: Cell<Option<ReceivedBatch>> = const { Cell::new(None) };
 }
 
 fn serve_one() -> std::result::Result<(), Stop> {
     signals::block_interrupt();
     let mut turn = match INTERRUPTED.take() {
-        Some(unit) => Turn::again(unit),
-        None => Turn::next()?,
+        Some(batch) => CurrentTask::again(batch),
+        None => CurrentTask::next()?,
     };
-    let reading = mapped::Reading::of(None);
-    let ran = match turn.unit {
-        Some(_) => unwind::run(unit_protected, &mut turn),
+    let reading = mapped::MappedReading::of(None);
+    let ran = match turn.batch {
+        Some(_) => unwind::run(batch_protected, &mut turn),
         None => unwind::run(turn_protected, &mut turn),
     };
     drop(reading);
-    ANSWER.set(turn.answer);
+    SPARE_ANSWER.set(turn.answer);
     if ran.is_err() {
-        INTERRUPTED.set(turn.unit);
+        INTERRUPTED.set(turn.batch);
     }
     ran?;
     if turn.done {
@@ -302,59 +302,63 @@ fn serve_one() -> std::result::Result<(), Stop> {
     turn.sink.finish()
 }
 
-impl Turn {
-    pub(super) fn new(task: Task, unit: Option<Unit>) -> Turn {
-        Turn {
+impl CurrentTask {
+    pub(super) fn new(task: TaskMessage, batch: Option<ReceivedBatch>) -> CurrentTask {
+        CurrentTask {
             task,
             seeds: Vec::new(),
-            sink: ToAgent::new(),
+            sink: AnswerSink::new(),
             done: false,
-            answer: ANSWER.take(),
-            unit,
+            answer: SPARE_ANSWER.take(),
+            batch,
         }
     }
 
-    fn next() -> std::result::Result<Turn, Stop> {
+    fn next() -> std::result::Result<CurrentTask, Stop> {
         // One that came too late for the task before.
         unwind::forget_interrupt();
         let mut task = with_channel(Channel::next_task)?.ok_or(Stop::Done)?;
         let seeds =
             with_channel(|channel| Ok(channel.take_seeds().iter().map(integers).collect()))?;
-        let unit = match task.payload.take() {
-            Some(payload) => match batch::Head::read(&mut task.body) {
-                Some(head) => Some(Unit::new(head, payload, std::mem::take(&mut task.body))),
+        let batch = match task.blob.take() {
+            Some(blob) => match batch::Head::read(&mut task.body) {
+                Some(head) => Some(ReceivedBatch::new(
+                    head,
+                    blob,
+                    std::mem::take(&mut task.body),
+                )),
                 None => {
-                    task.payload = Some(payload);
+                    task.blob = Some(blob);
                     None
                 }
             },
             None => {
-                task.payload = mapped::inline(&mut task.body);
+                task.blob = mapped::inline(&mut task.body);
                 None
             }
         };
-        let first = match &task.payload {
-            Some(payload) => Some(&payload.bytes),
+        let first = match &task.blob {
+            Some(blob) => Some(&blob.bytes),
             None => task.body.chunks.front(),
         };
         FORMAT.set(Format::of(first.map_or(&[], |bytes| bytes)));
-        let turn = Turn::new(task, unit);
-        Ok(Turn { seeds, ..turn })
+        let turn = CurrentTask::new(task, batch);
+        Ok(CurrentTask { seeds, ..turn })
     }
 
-    /// Goes on with a unit.
-    fn again(unit: Unit) -> Turn {
-        Turn::new(Task::default(), Some(unit))
+    /// Goes on with a batch.
+    fn again(batch: ReceivedBatch) -> CurrentTask {
+        CurrentTask::new(TaskMessage::default(), Some(batch))
     }
 }
 
 /// # Safety
 /// Under [`unwind::run`].
 unsafe fn put_seeds(seeds: &[(Vec<c_int>, bool)]) {
-    for (values, guest) in seeds {
+    for (values, reassigned) in seeds {
         let count = values.len() as c_int;
         // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
-        unsafe { rustcluster_set_seed(values.as_ptr().cast(), count, c_int::from(*guest)) };
+        unsafe { rustcluster_set_seed(values.as_ptr().cast(), count, c_int::from(*reassigned)) };
     }
 }
 
@@ -362,7 +366,7 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
-        let turn = data.cast::<Turn>();
+        let turn = data.cast::<CurrentTask>();
         match whole(&(*turn).task) {
             Some(bytes) if plain::is_plain(bytes) => {
                 let call = Rf_protect(plain::read_task(bytes));
@@ -371,9 +375,9 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
             }
             _ => {
                 let task = &mut (*turn).task;
-                let message = match &task.payload {
-                    Some(payload) if task.body.len == 0 => mapped::read(payload, may_map()),
-                    _ => stream::read(&mut Message { task, at: 0 }),
+                let message = match &task.blob {
+                    Some(blob) if task.body.len == 0 => mapped::read(blob, may_map()),
+                    _ => stream::read(&mut ReadMessage { task, at: 0 }),
                 };
                 let message = Rf_protect(message);
                 (*turn).done = rustcluster_take_message(message.cast()) == 0;
@@ -401,80 +405,80 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-unsafe extern "C" fn unit_protected(data: *mut c_void) -> SEXP {
+unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
     // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
     // that is called here, and this frame holds nothing that is to be dropped then.
     unsafe {
-        let turn = &mut *data.cast::<Turn>();
-        let Some(unit) = &mut turn.unit else {
+        let turn = &mut *data.cast::<CurrentTask>();
+        let Some(batch) = &mut turn.batch else {
             return R_NilValue;
         };
-        if unit.begun == 0 {
+        if batch.started == 0 {
             put_seeds(&turn.seeds);
         }
         signals::unblock_interrupt();
         loop {
-            unit.begun += 1;
-            unit.reading = true;
-            if unit.is(batch::SEEDED) {
-                let seed = batch::read_seed(&mut unit.body);
+            batch.started += 1;
+            batch.reading = true;
+            if batch.is(batch::SEEDED) {
+                let seed = batch::read_seed(&mut batch.body);
                 rustcluster_set_seed(seed.as_ptr().cast(), batch::SEED as c_int, 1);
             }
-            let element = Rf_protect(batch::read_value(&mut unit.body, &mut unit.scratch));
-            unit.reading = false;
-            let common = Rf_protect(unit.read_common());
-            let spread = c_int::from(unit.is(batch::SPREAD));
+            let element = Rf_protect(batch::read_value(&mut batch.body, &mut batch.scratch));
+            batch.reading = false;
+            let common = Rf_protect(batch.read_common());
+            let spread = c_int::from(batch.is(batch::SPREAD));
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));
-            if !unit.goes_on() {
-                end_unit(unit, &mut turn.sink, Some(value));
+            if !batch.goes_on() {
+                end_batch(batch, &mut turn.sink, Some(value));
                 Rf_unprotect(3);
                 return R_NilValue;
             }
-            unit.results.push(batch::VALUE);
-            if !batch::append_plain(value, &mut unit.results) {
-                batch::write_serialized(value, &mut unit.results);
+            batch.results.push(batch::VALUE);
+            if !batch::append_plain(value, &mut batch.results) {
+                batch::write_serialized(value, &mut batch.results);
             }
-            unit.whole = unit.results.len();
+            batch.whole = batch.results.len();
             Rf_unprotect(3);
         }
     }
 }
 
-/// Writes the answer of a unit. `last`: the value of the last task, which is not among the results.
+/// Writes the answer of a batch. `last`: the value of the last task, which is not among the results.
 ///
 /// # Safety
 /// Under [`unwind::run`], with a protected value.
-unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
+unsafe fn end_batch(batch: &mut ReceivedBatch, sink: &mut AnswerSink, last: Option<SEXP>) {
     // SAFETY: the caller's; what is to be dropped in this frame is, before R may jump.
     unsafe {
         let mut time = [0.0; 5];
         rustcluster_end_task(time.as_mut_ptr());
         sink.begin();
-        if unit.is(batch::SEEDED) {
+        if batch.is(batch::SEEDED) {
             rustcluster_own_seed();
         } else {
             leave_seed();
         }
-        unit.scratch.clear();
-        let plain = last.is_some_and(|value| batch::append_plain(value, &mut unit.scratch));
+        batch.scratch.clear();
+        let plain = last.is_some_and(|value| batch::append_plain(value, &mut batch.scratch));
         if let Some(value) = last.filter(|_| !plain) {
             if let Some(instead) = sink.share(value) {
                 Rf_protect(instead);
-                write_results(unit, sink);
+                write_results(batch, sink);
                 sink.write(&[batch::VALUE]);
                 batch::write_gapped(instead, sink);
                 Rf_unprotect(1);
-                if sink.send_shared() {
+                if sink.send_shared_answer() {
                     return;
                 }
             }
         }
-        write_results(unit, sink);
+        write_results(batch, sink);
         if let Some(value) = last {
             sink.write(&[batch::VALUE]);
             if plain {
-                sink.write(&unit.scratch);
+                sink.write(&batch.scratch);
             } else {
                 batch::write_serialized(value, sink);
             }
@@ -482,9 +486,9 @@ unsafe fn end_unit(unit: &mut Unit, sink: &mut ToAgent, last: Option<SEXP>) {
     }
 }
 
-fn write_results(unit: &Unit, sink: &mut ToAgent) {
-    sink.write(&unit.answer_head());
-    sink.write(&unit.results);
+fn write_results(batch: &ReceivedBatch, sink: &mut AnswerSink) {
+    sink.write(&batch.answer_head());
+    sink.write(&batch.results);
 }
 
 /// Has the agent told in which state the task leaves the random number generator, if it has used it.
@@ -495,10 +499,10 @@ unsafe fn leave_seed() {
     // SAFETY: the caller's; R may jump out of what is called here, and this frame then holds nothing
     // that is to be dropped.
     unsafe {
-        let guest = rustcluster_is_guest() != 0;
+        let reassigned = rustcluster_is_reassigned() != 0;
         let (mut values, mut count) = (std::ptr::null(), 0);
         if rustcluster_seed_changed(&raw mut values, &raw mut count) != 0 {
-            tell_seed(values, count, guest);
+            report_seed(values, count, reassigned);
         }
         rustcluster_own_seed();
     }
@@ -507,12 +511,12 @@ unsafe fn leave_seed() {
 fn integers(seed: &Seed) -> (Vec<c_int>, bool) {
     let values = seed.bytes.chunks_exact(size_of::<c_int>());
     let value = |bytes: &[u8]| bytes.try_into().map_or(0, c_int::from_le_bytes);
-    (values.map(value).collect(), seed.guest)
+    (values.map(value).collect(), seed.reassigned)
 }
 
 /// # Safety
 /// There must be as many values as are announced.
-unsafe fn tell_seed(values: *const c_int, count: c_int, guest: bool) {
+unsafe fn report_seed(values: *const c_int, count: c_int, reassigned: bool) {
     let values = match usize::try_from(count) {
         // SAFETY: the caller's.
         Ok(count) if count > 0 => unsafe { std::slice::from_raw_parts(values, count) },
@@ -524,14 +528,20 @@ unsafe fn tell_seed(values: *const c_int, count: c_int, guest: bool) {
         .collect();
     // Without a channel there is nobody to tell.
     let _ = with_channel(|channel| {
-        channel.leave_seed(Seed { bytes, guest });
+        channel.leave_seed(Seed { bytes, reassigned });
         Ok(())
     });
 }
 
 /// # Safety
 /// Under [`unwind::run`], with protected values.
-unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, sink: &mut ToAgent) {
+unsafe fn write_slowly(
+    value: SEXP,
+    success: bool,
+    time: &[f64; 5],
+    tag: SEXP,
+    sink: &mut AnswerSink,
+) {
     // SAFETY: the caller's; R may jump, and this frame holds nothing that is to be dropped then.
     unsafe {
         let success = c_int::from(success);
@@ -541,7 +551,7 @@ unsafe fn write_slowly(value: SEXP, success: bool, time: &[f64; 5], tag: SEXP, s
         if let Some(instead) = native.then(|| sink.share(answer)).flatten() {
             stream::write(Rf_protect(instead), Format::Native, sink);
             Rf_unprotect(1);
-            if sink.send_shared() {
+            if sink.send_shared_answer() {
                 Rf_unprotect(1);
                 return;
             }
@@ -560,18 +570,18 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
         if !with_channel(|channel| Ok(channel.is_busy()))? {
             return Err(io::Error::other("there is no task to be answered").into());
         }
-        let unit = INTERRUPTED.take();
+        let batch = INTERRUPTED.take();
         let mut turn = Failed {
             // SAFETY: the Robj keeps the object alive.
             value: unsafe { value.get() },
-            sink: ToAgent::new(),
-            unit,
+            sink: AnswerSink::new(),
+            batch,
             goes_on: false,
             interrupted,
         };
         unwind::run(failed_protected, &mut turn)?;
         if turn.goes_on {
-            INTERRUPTED.set(turn.unit);
+            INTERRUPTED.set(turn.batch);
             return Ok(());
         }
         turn.sink.finish()
@@ -586,8 +596,8 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
 /// there is one.
 /// @noRd
 #[extendr]
-fn worker_tell(bytes: Raw) -> Robj {
-    match with_channel(|channel| channel.tell(bytes.as_slice())) {
+fn worker_report(bytes: Raw) -> Robj {
+    match with_channel(|channel| channel.report(bytes.as_slice())) {
         Ok(told) => told.into(),
         Err(_) => false.into(),
     }
@@ -595,9 +605,9 @@ fn worker_tell(bytes: Raw) -> Robj {
 
 struct Failed {
     value: SEXP,
-    sink: ToAgent,
-    unit: Option<Unit>,
-    /// There are more tasks in the unit.
+    sink: AnswerSink,
+    batch: Option<ReceivedBatch>,
+    /// There are more tasks in the batch.
     goes_on: bool,
     interrupted: bool,
 }
@@ -606,14 +616,14 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
     // SAFETY: as in turn_protected.
     unsafe {
         let turn = &mut *data.cast::<Failed>();
-        if let Some(unit) = &mut turn.unit {
-            unit.results.truncate(unit.whole);
-            unit.results.push(batch::ERROR);
-            batch::write_serialized(turn.value, &mut unit.results);
-            unit.whole = unit.results.len();
-            turn.goes_on = unit.goes_on() && !unit.reading && !turn.interrupted;
+        if let Some(batch) = &mut turn.batch {
+            batch.results.truncate(batch.whole);
+            batch.results.push(batch::ERROR);
+            batch::write_serialized(turn.value, &mut batch.results);
+            batch.whole = batch.results.len();
+            turn.goes_on = batch.goes_on() && !batch.reading && !turn.interrupted;
             if !turn.goes_on {
-                end_unit(unit, &mut turn.sink, None);
+                end_batch(batch, &mut turn.sink, None);
             }
             return R_NilValue;
         }
@@ -634,5 +644,5 @@ extendr_module! {
     fn worker_ready;
     fn worker_serve;
     fn worker_fail;
-    fn worker_tell;
+    fn worker_report;
 }

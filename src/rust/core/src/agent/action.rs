@@ -1,60 +1,60 @@
-//! What the router decides, for the agent's loop to do.
+//! The router's decisions, which the agent's loop executes.
 
 use crate::protocol::control::ToHead;
 use crate::protocol::frame::Frame;
-use crate::protocol::ids::PayloadId;
+use crate::protocol::ids::BlobId;
 use bytes::Bytes;
 
-/// What an agent is to do.
+/// An action of the agent.
 #[derive(Debug)]
 pub enum Act {
     /// Sends a frame to the head.
     ToHead(Frame),
-    /// The same, with the memory that has come from the worker in its header.
+    /// Sends a frame to the head, with the shared memory that came from the worker in its header.
     Along(Frame),
-    /// The memory that has come from this worker is not wanted.
+    /// Drops the shared memory that came from this worker.
     LetGo(u32),
     /// Sends a control message to the head.
-    Tell(ToHead),
-    /// To the worker in its header.
+    Report(ToHead),
+    /// Sends a frame to the worker in its header.
     ToWorker(Frame),
-    /// More bytes of a payload, for memory that can be shared; after the `last` nobody may change it.
+    /// Appends bytes to a blob in shared memory, which nobody can change after the `last` ones.
     Store {
-        /// The payload that the bytes belong to.
-        payload: PayloadId,
+        /// The blob that the bytes belong to.
+        blob: BlobId,
         /// The bytes to append.
         bytes: Bytes,
-        /// Whether the payload is complete with these bytes.
+        /// Whether the blob is complete with these bytes.
         last: bool,
     },
-    /// To the worker in its header, with the memory in which the payload is.
+    /// Sends a frame to the worker in its header, with the memory of the blob.
     Hand {
         /// The frame that begins the task's message.
         frame: Frame,
     },
-    /// The payload is not needed any more.
-    Discard(PayloadId),
+    /// Frees the memory of a blob.
+    Discard(BlobId),
     /// The head may send tasks to this worker.
     Up {
         /// The worker's index on its host.
         worker: u32,
-        /// Whether the worker replaces another in the same place.
+        /// Whether the worker is a replacement.
         replaces: bool,
     },
-    /// Interrupts a worker if it is still at this task.
+    /// Interrupts a worker if it still runs this task.
     Interrupt {
         /// The worker's index on its host.
         worker: u32,
         /// The task that is cancelled.
         task: u64,
     },
-    /// What a worker had to wait with may be dealt with now.
+    /// Reads this worker's stream again, which had to wait.
     ReadAgain(u32),
-    /// No more goes to this worker.
+    /// Closes the channel to this worker.
     Close(u32),
-    /// This is where the worker has its temporary files.
+    /// Records the worker's temporary directory.
     TempDir(u32, String),
-    /// The head wants to know what memory the workers take.
+    /// Starts a memory survey, which the head has asked for.
     Usage {
         /// The number of the head's question.
         question: u64,
@@ -64,6 +64,6 @@ pub enum Act {
         /// The number of the head's question.
         question: u64,
     },
-    /// The head wants the end of it all.
+    /// Ends the agent, as the head requested.
     End,
 }

@@ -1,11 +1,11 @@
-//! The memory in which an agent shares payloads with its workers: files without a name, which the
-//! system keeps in memory alone and nobody can change once they are complete.
+//! The memory of blobs: files without a name that exist in memory only, that workers map, and that
+//! nobody can change once they are complete.
 //!
-//! Where the system allows no such file, or none so large (a limit of file sizes, of open files), the
-//! agent holds the bytes itself, and each worker is sent a copy.
+//! Where the system refuses such a file, or one of that size (a limit of file sizes or open files),
+//! the agent keeps the bytes itself and sends each worker a copy.
 
 use crate::platform::{limits, memfd};
-use crate::protocol::ids::PayloadId;
+use crate::protocol::ids::BlobId;
 use bytes::Bytes;
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,37 +13,37 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// Files by which the limit of open ones is raised when that is reached.
-const MORE_FILES: u64 = 1024;
+/// Number by which the limit of open files is raised when it is reached.
+const BLOB_FILES: u64 = 1024;
 
-/// Bytes of a payload that are read back at a time: they fit into a frame.
-const CHUNK: usize = crate::protocol::frame::MAX_BODY;
+/// Bytes of a blob that are read back at a time. They fit into a frame.
+const BLOB_CHUNK: usize = crate::protocol::frame::MAX_BODY;
 
-/// Where the bytes of a payload are.
+/// Where the bytes of a blob are.
 #[derive(Debug)]
-pub enum Memory {
+pub enum BlobMemory {
     /// In memory that workers can map.
     Shared(Arc<File>),
-    /// In the agent's own, in chunks that each fit into a frame.
+    /// In the agent's own memory, in chunks that each fit into a frame.
     Private(Vec<Bytes>),
 }
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Memories(HashMap<PayloadId, Memory>);
+pub struct Memories(HashMap<BlobId, BlobMemory>);
 
 impl Memories {
-    /// Appends to a payload's memory; after the `last` nobody can change it any more. The bytes fit into a
-    /// frame.
+    /// Appends bytes, which fit into a frame, to a blob's memory. After the `last` ones nobody can
+    /// change it any more.
     ///
     /// # Errors
     /// When the system has no memory left.
-    pub fn store(&mut self, payload: PayloadId, bytes: Bytes, last: bool) -> io::Result<()> {
-        let memory = self.0.entry(payload).or_insert_with(|| match new() {
-            Ok(file) => Memory::Shared(Arc::new(file)),
-            Err(_) => Memory::Private(Vec::new()),
+    pub fn store(&mut self, blob: BlobId, bytes: Bytes, last: bool) -> io::Result<()> {
+        let memory = self.0.entry(blob).or_insert_with(|| match new() {
+            Ok(file) => BlobMemory::Shared(Arc::new(file)),
+            Err(_) => BlobMemory::Private(Vec::new()),
         });
-        if let Memory::Shared(file) = memory {
+        if let BlobMemory::Shared(file) = memory {
             let before = file.metadata()?.len();
             let written = (&**file).write_all(&bytes);
             if written
@@ -52,23 +52,22 @@ impl Memories {
             {
                 return Ok(());
             }
-            *memory = Memory::Private(read_back(file, before)?);
+            *memory = BlobMemory::Private(read_back(file, before)?);
         }
-        if let Memory::Private(chunks) = memory {
+        if let BlobMemory::Private(chunks) = memory {
             chunks.push(bytes);
         }
         Ok(())
     }
 
-    /// The memory of a payload.
-    pub fn get(&self, payload: PayloadId) -> Option<&Memory> {
-        self.0.get(&payload)
+    /// The memory of a blob.
+    pub fn get(&self, blob: BlobId) -> Option<&BlobMemory> {
+        self.0.get(&blob)
     }
 
-    /// A payload is not needed here any more. Its memory is the system's again once no worker has it
-    /// either.
-    pub fn discard(&mut self, payload: PayloadId) {
-        self.0.remove(&payload);
+    /// Frees a blob. The system reclaims its memory once no worker maps it any more.
+    pub fn discard(&mut self, blob: BlobId) {
+        self.0.remove(&blob);
     }
 }
 
@@ -76,7 +75,7 @@ fn new() -> io::Result<File> {
     match memfd::memory_file() {
         Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
             let now = limits::raise_open_files(0)?;
-            limits::raise_open_files(now.saturating_add(MORE_FILES))?;
+            limits::raise_open_files(now.saturating_add(BLOB_FILES))?;
             memfd::memory_file()
         }
         made => made,
@@ -88,7 +87,7 @@ fn read_back(file: &File, len: u64) -> io::Result<Vec<Bytes>> {
     let mut chunks = Vec::new();
     let mut at = 0;
     while at < len {
-        let size = (len - at).min(CHUNK as u64);
+        let size = (len - at).min(BLOB_CHUNK as u64);
         let mut chunk = Vec::new();
         chunk.try_reserve_exact(size as usize)?;
         chunk.resize(size as usize, 0);
@@ -110,7 +109,7 @@ mod tests {
         memories.store(3, "one ".into(), false).unwrap();
         memories.store(4, "other".into(), false).unwrap();
         memories.store(3, "two".into(), true).unwrap();
-        let Some(Memory::Shared(file)) = memories.get(3) else {
+        let Some(BlobMemory::Shared(file)) = memories.get(3) else {
             panic!("{memories:?}");
         };
         let file = file.clone();
@@ -124,19 +123,19 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_that_cannot_be_shared_to_its_end_is_held_as_a_whole() {
+    fn a_blob_that_cannot_be_shared_to_its_end_is_held_as_a_whole() {
         let mut memories = Memories::default();
-        let bytes = Bytes::from(vec![7; CHUNK]);
+        let bytes = Bytes::from(vec![7; BLOB_CHUNK]);
         memories.store(1, bytes.clone(), false).unwrap();
         memories.store(1, "tail".into(), false).unwrap();
-        let Some(Memory::Shared(file)) = memories.get(1) else {
+        let Some(BlobMemory::Shared(file)) = memories.get(1) else {
             panic!("{memories:?}");
         };
         // As a limit of file sizes does, the seal lets no file grow.
         memfd::seal(file).unwrap();
         memories.store(1, "more".into(), false).unwrap();
         memories.store(1, "end".into(), true).unwrap();
-        let Some(Memory::Private(chunks)) = memories.get(1) else {
+        let Some(BlobMemory::Private(chunks)) = memories.get(1) else {
             panic!("{memories:?}");
         };
         assert_eq!(chunks, &[bytes, "tail".into(), "more".into(), "end".into()]);

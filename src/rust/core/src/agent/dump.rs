@@ -10,7 +10,7 @@ const AT_ONCE: usize = 16;
 impl Agent {
     /// Tells the head the state of this agent and of its workers.
     pub(super) fn dump(&mut self, question: u64) {
-        self.tell(&ToHead::Dump {
+        self.report(&ToHead::Dump {
             question,
             of: vec![(None, self.facts())],
             last: self.workers.is_empty(),
@@ -23,7 +23,7 @@ impl Agent {
                 of: some.iter().map(facts).collect(),
                 last: some.last() == workers.last(),
             };
-            self.tell(&message);
+            self.report(&message);
         }
     }
 
@@ -38,8 +38,8 @@ impl Agent {
         facts.add("bytes_to_head", self.to_head.len());
         facts.add("head_blocked", self.head_blocked);
         facts.add("bytes_from_head", self.received.len());
-        facts.add("shared_memory", self.relay.book.shares);
-        self.relay.facts(&mut facts);
+        facts.add("shared_memory", self.router.worker_table.shared_answers);
+        self.router.facts(&mut facts);
         facts.add_seconds("usual_wait", self.usual_wait);
         if let Some((total, available)) = memory::host_memory() {
             facts.add("memory_total", total);
@@ -51,7 +51,7 @@ impl Agent {
 
     fn worker_facts(&self, worker: u32) -> Facts {
         let mut facts = Facts::default();
-        self.relay.worker_facts(worker, self.now(), &mut facts);
+        self.router.worker_facts(worker, self.now(), &mut facts);
         if let Some(process) = &self.workers[worker as usize] {
             facts.add("pid", process.pid);
             facts.add("bytes_to_worker", process.outgoing.len());
@@ -70,7 +70,7 @@ mod tests {
     use crate::protocol::control;
 
     #[test]
-    fn workers_of_which_most_is_to_be_said_fit_into_a_frame() {
+    fn workers_of_which_max_is_to_be_said_fit_into_a_frame() {
         // As many facts, with longer names and values, as a busy worker has.
         let mut facts = Facts::default();
         for _ in 0..32 {

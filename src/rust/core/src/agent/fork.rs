@@ -1,6 +1,6 @@
 //! Making a worker by fork: milliseconds, and memory shared until it is written to.
 
-use super::process::{Made, Process};
+use super::process::{NewProcess, Process};
 use crate::platform::{fd, process, signals};
 use crate::worker::channel::{Channel, MAY_POLL};
 use std::io;
@@ -14,7 +14,7 @@ use std::sync::LazyLock;
 ///
 /// # Errors
 /// When descriptors or processes have run out.
-pub fn fork(worker: u32, shares: bool) -> io::Result<Made> {
+pub fn fork(worker: u32, shared_answers: bool) -> io::Result<NewProcess> {
     let (ours, theirs) = UnixStream::pair()?;
     let (output, output_end) = fd::pipe()?;
     fd::flush_stdio();
@@ -38,12 +38,12 @@ pub fn fork(worker: u32, shares: bool) -> io::Result<Made> {
             fd::redirect(output_end.as_raw_fd(), 1)?;
             fd::redirect(output_end.as_raw_fd(), 2)?;
             let mut channel = Channel::new(theirs, worker);
-            channel.shares = shares;
-            Ok(Made::Child(channel))
+            channel.shared_answers = shared_answers;
+            Ok(NewProcess::Child(channel))
         }
         pid => {
             signals::unblock_interrupt();
-            Ok(Made::Parent(Process::new(pid as u32, ours, output)?))
+            Ok(NewProcess::Parent(Process::new(pid as u32, ours, output)?))
         }
     }
 }

@@ -30,7 +30,7 @@ const DYING: libc::c_int = 400;
 const READING: libc::c_int = 1000;
 
 /// Milliseconds between two looks whether it has ended.
-const LOOK: libc::c_int = 5;
+const CHECK_MILLISECONDS: libc::c_int = 5;
 
 /// The guard as the agent sees it.
 pub struct Guard {
@@ -68,38 +68,38 @@ impl Guard {
 
     /// The agent has this temporary directory.
     pub fn watch_tempdir(&mut self, tempdir: &str) {
-        self.tell(AGENT, 0, tempdir);
+        self.report(AGENT, 0, tempdir);
     }
 
     /// A worker exists.
     pub fn made(&mut self, worker: u32, pid: u32) {
         self.listed += 1;
-        self.tell(worker, pid, "");
+        self.report(worker, pid, "");
     }
 
     /// A worker has this temporary directory.
     pub fn has_tempdir(&mut self, worker: u32, pid: u32, tempdir: &str) {
-        self.tell(worker, pid, tempdir);
+        self.report(worker, pid, tempdir);
     }
 
     /// A worker has ended, and may have left its temporary directory. To be said before it is reaped,
     /// while its pid can be nobody else's.
     pub fn ended(&mut self, worker: u32, tempdir: &str) {
         self.listed = self.listed.saturating_sub(1);
-        self.tell(worker, 0, tempdir);
+        self.report(worker, 0, tempdir);
     }
 
     /// The temporary directory of a worker that has ended is removed.
     pub fn cleared(&mut self, worker: u32) {
-        self.tell(worker, 0, "");
+        self.report(worker, 0, "");
     }
 
-    fn tell(&mut self, place: u32, pid: u32, tempdir: &str) {
+    fn report(&mut self, slot: u32, pid: u32, tempdir: &str) {
         let Some(pipe) = &mut self.pipe else {
             return;
         };
         let mut message = [0; MESSAGE];
-        message[..4].copy_from_slice(&place.to_ne_bytes());
+        message[..4].copy_from_slice(&slot.to_ne_bytes());
         message[4..8].copy_from_slice(&pid.to_ne_bytes());
         // A path that is cut off would be another's.
         if tempdir.len() < PATH && !tempdir.contains('\0') {
@@ -217,7 +217,7 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
     }
     unneeded.give_up();
     // The agent's place is behind the workers'.
-    let Some(places) = table::<Place>(workers.saturating_add(1)) else {
+    let Some(slots) = table::<GuardedProcess>(workers.saturating_add(1)) else {
         exit();
     };
     let mut buffer = [0u8; 16 * MESSAGE];
@@ -241,45 +241,46 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
                 }
                 u32::from_ne_bytes(bytes)
             };
-            let place = match number(0) {
+            let slot = match number(0) {
                 AGENT => workers,
-                place => place as usize,
+                slot => slot as usize,
             };
-            if let Some(place) = places.get_mut(place) {
-                place.pid = number(4);
-                for (to, from) in place.path.iter_mut().zip(message.iter().skip(8)) {
+            if let Some(slot) = slots.get_mut(slot) {
+                slot.pid = number(4);
+                for (to, from) in slot.path.iter_mut().zip(message.iter().skip(8)) {
                     *to = *from;
                 }
             }
         }
     }
-    for place in places.iter() {
-        if place.pid != 0 {
-            let _ = signals::kill(-(place.pid as i32), libc::SIGKILL);
+    for slot in slots.iter() {
+        if slot.pid != 0 {
+            let _ = signals::kill(-(slot.pid as i32), libc::SIGKILL);
         }
     }
-    remove(places);
+    remove(slots);
     exit();
 }
 
 /// Becomes the program that removes the directories, if there are any and that program can be run.
-fn remove(places: &[Place]) {
+fn remove(slots: &[GuardedProcess]) {
     // What was killed may still write to them.
-    let dying = |place: &Place| place.pid != 0 && signals::kill(-(place.pid as i32), 0).is_ok();
-    for _ in 0..DYING / LOOK {
-        if !places.iter().any(dying) {
+    let dying =
+        |slot: &GuardedProcess| slot.pid != 0 && signals::kill(-(slot.pid as i32), 0).is_ok();
+    for _ in 0..DYING / CHECK_MILLISECONDS {
+        if !slots.iter().any(dying) {
             break;
         }
         // SAFETY: waits for no descriptor.
-        unsafe { libc::poll(std::ptr::null_mut(), 0, LOOK) };
+        unsafe { libc::poll(std::ptr::null_mut(), 0, CHECK_MILLISECONDS) };
     }
     let command = [c"rm", c"-rf", c"--"];
-    let room = places.len().saturating_add(command.len() + 1);
+    let room = slots.len().saturating_add(command.len() + 1);
     let Some(arguments) = table::<*const libc::c_char>(room) else {
         return;
     };
-    let paths = places.iter().filter(|place| place.path[0] != 0);
-    let paths = paths.map(|place| place.path.as_ptr().cast());
+    let paths = slots.iter().filter(|slot| slot.path[0] != 0);
+    let paths = paths.map(|slot| slot.path.as_ptr().cast());
     let mut count = 0;
     let words = command.iter().map(|word| word.as_ptr()).chain(paths);
     for (to, word) in arguments.iter_mut().zip(words) {
@@ -308,7 +309,7 @@ const AGENT: u32 = u32::MAX;
 
 /// What the guard knows of a process.
 #[repr(C)]
-struct Place {
+struct GuardedProcess {
     pid: u32,
     path: [u8; PATH],
 }
@@ -362,7 +363,7 @@ impl Unneeded {
 }
 
 /// What is not worth a system call.
-const LEAST: usize = 256 * 1024;
+const MIN_RELEASED: usize = 256 * 1024;
 
 /// Mappings in the text of /proc/self/maps that were made to allocate from, the largest first.
 /// Not among them are those with an address to `keep`, and those that begin where one of a file
@@ -399,7 +400,7 @@ fn unneeded_in(maps: &str, keep: &[usize]) -> Vec<Range<usize>> {
             ranges.push(range);
         }
     }
-    ranges.retain(|range| range.len() >= LEAST);
+    ranges.retain(|range| range.len() >= MIN_RELEASED);
     ranges.sort_by_key(|range| std::cmp::Reverse(range.len()));
     ranges
 }

@@ -1,7 +1,7 @@
-//! The agent's stream from and to its head.
+//! The agent's stream to and from its head.
 
 use super::process::Outgoing;
-use super::{Agent, HEAD_OUT, READS, is_want};
+use super::{AGENT_READS, Agent, HEAD_OUT, is_out_of_resources};
 use crate::platform::fd;
 use crate::protocol::control::{self, ToHead};
 use mio::Interest;
@@ -11,23 +11,24 @@ use std::os::fd::AsRawFd;
 use tracing::{error, info, trace};
 
 impl Agent {
-    /// Tells the head that this side is alive, and ends if nothing shows that the head is.
-    pub(super) fn feel_pulse(&mut self) {
+    /// Sends a heartbeat to the head if one is due, and ends if the head has been silent for too
+    /// long.
+    pub(super) fn check_heartbeat(&mut self) {
         let now = self.now();
-        let Some(pulse) = self.pulse.as_mut().filter(|_| !self.alone) else {
+        let Some(heartbeat) = self.heartbeat.as_mut().filter(|_| !self.disconnected) else {
             return;
         };
-        if pulse.is_silent(now) {
+        if heartbeat.is_silent(now) {
             error!("head silent for too long");
             eprintln!("rustcluster agent: nothing was heard from the head for too long");
             self.end();
-        } else if pulse.speak(now) && self.to_head.is_empty() {
-            // What waits to be sent is a sign of life itself.
-            self.tell(&ToHead::Alive);
+        } else if heartbeat.send_due(now) && self.to_head.is_empty() {
+            // Bytes that wait to be sent are a sign of life themselves.
+            self.report(&ToHead::Alive);
         }
     }
 
-    pub(super) fn tell(&mut self, message: &ToHead) {
+    pub(super) fn report(&mut self, message: &ToHead) {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
         let wanted = !self.ending || *message == ToHead::Alive;
@@ -37,16 +38,16 @@ impl Agent {
         }
     }
 
-    /// Tells the head something that it must know even while the agent ends.
-    pub(super) fn tell_last(&mut self, message: &ToHead) {
+    /// Reports to the head something that it must know even while the agent ends.
+    pub(super) fn report_last(&mut self, message: &ToHead) {
         if let Ok(frame) = control::encode(message) {
             self.to_head.push(&frame, None);
-            self.strays.last_words |= self.ending;
+            self.orphans.final_output |= self.ending;
         }
     }
 
     pub(super) fn read_head(&mut self) {
-        for _ in 0..READS {
+        for _ in 0..AGENT_READS {
             match self.reader.read(&mut self.scratch) {
                 Ok(0) => {
                     info!("head closed its stream");
@@ -55,12 +56,12 @@ impl Agent {
                 Ok(n) => {
                     trace!(bytes = n, "read from head");
                     let now = self.epoch.elapsed();
-                    if let Some(pulse) = &mut self.pulse {
-                        pulse.hear(now);
+                    if let Some(heartbeat) = &mut self.heartbeat {
+                        heartbeat.record_received(now);
                     }
                     self.received.extend_from_slice(&self.scratch[..n]);
                     self.on_head_bytes();
-                    if self.alone {
+                    if self.disconnected {
                         return;
                     }
                 }
@@ -74,7 +75,7 @@ impl Agent {
 
     pub(super) fn on_head_bytes(&mut self) {
         let (now, received) = (self.epoch.elapsed(), &mut self.received);
-        let result = self.relay.from_head(received, now, &mut self.acts);
+        let result = self.router.from_head(received, now, &mut self.acts);
         self.act();
         if let Err(error) = result {
             error!(%error, "the head broke the protocol");
@@ -105,8 +106,8 @@ impl Agent {
                         self.end();
                     }
                 }
-                // Descriptors on their way are counted for all processes of a user.
-                Err(error) if is_want(&error) => {
+                // Descriptors in flight are counted for all processes of a user.
+                Err(error) if is_out_of_resources(&error) => {
                     self.head_waits = true;
                     return;
                 }

@@ -5,21 +5,21 @@ use crate::protocol::control::{ToHead, Usage};
 use std::fs;
 
 /// Workers in one message, at most.
-const AT_ONCE: usize = 1000;
+const WORKERS_AT_ONCE: usize = 1000;
 
 /// Workers that are looked at one after the other.
 #[derive(Debug)]
-pub struct Census {
+pub struct MemorySurvey {
     question: u64,
     next: u32,
     end: u32,
     found: Vec<(u32, Usage)>,
 }
 
-impl Census {
+impl MemorySurvey {
     /// Of so many workers.
-    pub fn new(question: u64, end: u32) -> Census {
-        Census {
+    pub fn new(question: u64, end: u32) -> MemorySurvey {
+        MemorySurvey {
             question,
             next: 0,
             end,
@@ -36,7 +36,7 @@ impl Census {
             self.next += 1;
         }
         let last = self.next == self.end;
-        (last || self.found.len() == AT_ONCE).then(|| ToHead::Usage {
+        (last || self.found.len() == WORKERS_AT_ONCE).then(|| ToHead::Usage {
             question: self.question,
             workers: std::mem::take(&mut self.found),
             last,
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_takes_memory_and_one_that_is_gone_none() {
+    fn this_process_takes_memory_and_one_that_is_terminated_none() {
         let usage = of_process(std::process::id()).unwrap();
         assert!(usage.resident > 100_000 && usage.proportional <= usage.resident);
         assert_eq!(of_process(u32::MAX), None);
@@ -78,12 +78,12 @@ mod tests {
 
     #[test]
     fn all_are_told_in_pieces_and_the_last_piece_says_so() {
-        let mut census = Census::new(7, 2_500);
+        let mut memory_survey = MemorySurvey::new(7, 2_500);
         let mut told = Vec::new();
         loop {
             let this = std::process::id();
             // Every fifth is not there.
-            let message = census.next(|worker| (worker % 5 > 0).then_some(this));
+            let message = memory_survey.next(|worker| (worker % 5 > 0).then_some(this));
             let Some(ToHead::Usage {
                 workers,
                 last,
@@ -96,11 +96,11 @@ mod tests {
             if last {
                 break;
             }
-            assert_eq!(workers.len(), AT_ONCE);
+            assert_eq!(workers.len(), WORKERS_AT_ONCE);
         }
         let there: Vec<u32> = (0..2_500).filter(|worker| worker % 5 > 0).collect();
         assert!(told == there || told.is_empty());
-        let none = Census::new(7, 0).next(|_| None);
+        let none = MemorySurvey::new(7, 0).next(|_| None);
         assert!(matches!(none, Some(ToHead::Usage { last: true, .. })));
     }
 }

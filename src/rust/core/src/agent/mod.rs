@@ -1,12 +1,14 @@
-//! The agent: one process a host that makes workers, relays between them and the head, and sees
-//! to it that nothing outlives the cluster.
+//! The agent: one process per host that starts workers, routes messages between them and the head,
+//! and ensures that nothing outlives the cluster.
 //!
-//! One thread, one mio loop, no R while it runs. It never blocks on a peer. When the head asks
-//! for the end, or its stream ends for whatever reason, every worker is ended and then the agent.
+//! The agent runs one thread with one mio loop, and no R code meanwhile. It never blocks on a peer.
+//! When the head asks for the end, or its stream ends for whatever reason, the agent ends every
+//! worker and then itself.
 //!
-//! Readiness is edge-triggered: what is left in a stream is not announced again. A stream is
-//! therefore read until the system says `WouldBlock`, or is noted to be read again. A short read
-//! does not mean that the stream is empty: `recvmsg` stops behind bytes that carry a descriptor.
+//! Readiness is edge-triggered: the system does not announce bytes again that are left in a stream.
+//! A stream is therefore read until the system says `WouldBlock`, or is recorded as unread. A short
+//! read does not mean that the stream is empty: `recvmsg` stops behind bytes that carry a
+//! descriptor.
 
 pub mod action;
 mod blob_memory;
@@ -30,20 +32,20 @@ use crate::platform::memory::OutOfMemory;
 use crate::platform::{self, fd, limits, reserve, signals};
 use crate::protocol::control::{Outfile, Start, ToHead};
 use crate::protocol::frame::{FIRST, Header, Kind, LAST};
-use crate::protocol::heartbeat::Pulse;
+use crate::protocol::heartbeat::Heartbeat;
 use crate::protocol::limits::SEND_WINDOW;
 use crate::worker::channel::Channel;
 use action::Act;
-use blob_memory::{Memories, Memory};
+use blob_memory::{BlobMemory, Memories};
 use bytes::BytesMut;
 pub use guard::Guard;
-use memory_report::Census;
+use memory_report::MemorySurvey;
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
-use orphans::Strays;
+use orphans::Orphans;
 use process::{Outgoing, Process, Tail};
-use router::Relay;
+use router::Router;
 use startup::{Greeted, open_outfile};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -63,23 +65,25 @@ const SIGNALS: Token = Token(2);
 const PARENT: Token = Token(3);
 const FIRST_WORKER: usize = 4;
 
-/// While this much waits for the head, nothing more is read from workers.
+/// While this many bytes wait for the head, the agent reads nothing more from workers.
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
-/// Bytes that may wait for a worker: the head's window, and what the agent itself sends, which it may
-/// have taken for room.
+/// Bytes that may wait for a worker: the head's send window, and what the agent itself sends, for
+/// which the head may have granted credit.
 const WORKER_BACKLOG: usize = 2 * SEND_WINDOW;
 /// Bytes read at a time.
-const READ: usize = 256 * 1024;
-/// Reads of one stream before the others have their turn.
-const READS: usize = 4;
-/// Descriptors that may have come from a worker and wait for the frames that they belong to.
-const MOST_DESCRIPTORS: usize = 4;
-/// For the system to have room again.
+const AGENT_READ: usize = 256 * 1024;
+/// Consecutive reads of one stream before the others have their turn.
+const AGENT_READS: usize = 4;
+/// Maximum number of descriptors from a worker that wait for the frames that they belong to.
+const MAX_WORKER_DESCRIPTORS: usize = 4;
+/// Pause before a retry when the system is out of resources.
 const WAIT: Duration = Duration::from_millis(10);
-/// How often the agent looks whether its parent, the head, is still there, where the system cannot tell.
-const LOOK_FOR_PARENT: Duration = Duration::from_millis(200);
-/// How long the agent polls for events before it sleeps: what a short task and its messages take.
-const WATCH: Duration = Duration::from_micros(100);
+/// How often the agent checks whether its parent, the head, is alive, where the system cannot
+/// report it.
+const PARENT_CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the agent polls for events before it sleeps: about as long as a short task and its
+/// messages take.
+const AGENT_SPIN_TIME: Duration = Duration::from_micros(100);
 
 /// Signals whose handling the agent changes, and that its forks get back as they were.
 const CHANGED: [libc::c_int; 6] = [
@@ -107,58 +111,58 @@ pub struct Agent {
     received: BytesMut,
     to_head: Outgoing,
     head_blocked: bool,
-    /// The system has no room for more on its way to the head: it is tried again soon.
+    /// The system is out of resources for the head's stream: writing is retried soon.
     head_waits: bool,
-    /// The head is gone or has asked for the end.
+    /// The head has disconnected or has asked for the end.
     ending: bool,
-    /// The head is gone, or the agent cannot go on.
-    alone: bool,
+    /// The head has disconnected, or the agent has failed.
+    disconnected: bool,
     start: Start,
     outfile: Option<File>,
-    relay: Relay,
-    /// The bytes of payloads.
+    router: Router,
+    /// The memory of the blobs.
     memories: Memories,
-    /// What it makes of what has come; empty but for a moment.
+    /// The router's pending actions; empty except while a message is processed.
     acts: Vec<Act>,
     workers: Vec<Option<Process>>,
-    /// Workers yet to be made; `true` for one that replaces another.
+    /// Workers that are to be started; `true` for a replacement.
     to_make: VecDeque<(u32, bool)>,
     /// Workers with bytes waiting to be written.
     dirty: Vec<u32>,
-    /// The head's stream may hold more than the last look took.
+    /// The head's stream may contain more than the last read took.
     head_unread: bool,
-    /// Workers that may have more to read than the last look took, each once.
+    /// Workers whose streams may contain more than the last read took, each once.
     unread: Vec<u32>,
     is_unread: Vec<bool>,
     signals: UnixStream,
     asked_to_end: Arc<AtomicBool>,
-    /// Of a head on another machine.
-    pulse: Option<Pulse>,
+    /// The heartbeat of a head on another machine.
+    heartbeat: Option<Heartbeat>,
     _parent: Option<OwnedFd>,
-    /// The head, which is this process's parent and is to be looked for again and again.
+    /// The pid of the head, if it is this process's parent and has to be checked periodically.
     looked_for: Option<u32>,
     saved: signals::Saved,
     guard: Guard,
-    /// Temporary directories of workers that have ended, which could not be removed.
+    /// Temporary directories of ended workers that could not be removed.
     unremoved: Vec<String>,
-    strays: Strays,
-    /// What the head wants to know of the workers' memory.
-    census: Option<Census>,
+    orphans: Orphans,
+    /// The memory survey that the head has asked for.
+    memory_survey: Option<MemorySurvey>,
     memory: OutOfMemory,
     epoch: Instant,
-    /// How long the agent has lately waited for events.
+    /// The average time that the agent has lately waited for events.
     usual_wait: Duration,
     scratch: Vec<u8>,
 }
 
 impl Agent {
     fn new(greeted: Greeted) -> io::Result<Agent> {
-        let shares = greeted.shares();
+        let shared_answers = greeted.shared_answers();
         info!(
             workers = greeted.start.workers,
             mode = ?greeted.start.mode,
             head_pid = greeted.head_pid,
-            shares,
+            shared_answers,
             "agent starts its workers"
         );
         let poll = Poll::new()?;
@@ -195,19 +199,20 @@ impl Agent {
             Outfile::File(path) => Some(open_outfile(path)?),
             _ => None,
         };
-        let patience = Duration::from_millis(greeted.start.patience.into());
+        let heartbeat_timeout = Duration::from_millis(greeted.start.heartbeat_timeout.into());
         let setup = Duration::from_millis(greeted.start.setup);
         let bytes = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
-        let mut relay = Relay::new(
+        let mut router = Router::new(
             count as usize,
-            bytes(greeted.start.keep),
+            bytes(greeted.start.chunk_cache_bytes),
             bytes(greeted.start.state),
         );
-        relay.book.shares = shares;
-        relay.book.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
-        relay.book.patience = (!setup.is_zero()).then_some(setup);
+        router.worker_table.shared_answers = shared_answers;
+        router.worker_table.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
+        router.worker_table.restore_timeout = (!setup.is_zero()).then_some(setup);
         Ok(Agent {
-            pulse: (!patience.is_zero()).then(|| Pulse::new(patience, Duration::ZERO)),
+            heartbeat: (!heartbeat_timeout.is_zero())
+                .then(|| Heartbeat::new(heartbeat_timeout, Duration::ZERO)),
             poll,
             reader: greeted.reader,
             writer: greeted.writer,
@@ -216,9 +221,9 @@ impl Agent {
             head_blocked: false,
             head_waits: false,
             ending: false,
-            alone: false,
+            disconnected: false,
             outfile,
-            relay,
+            router,
             memories: Memories::default(),
             acts: Vec::new(),
             start: greeted.start,
@@ -235,12 +240,12 @@ impl Agent {
             saved,
             guard: greeted.guard,
             unremoved: Vec::new(),
-            strays: Strays::adopt(),
-            census: None,
-            memory: OutOfMemory::watch(),
+            orphans: Orphans::adopt(),
+            memory_survey: None,
+            memory: OutOfMemory::start_counting(),
             epoch: Instant::now(),
             usual_wait: Duration::ZERO,
-            scratch: vec![0; READ],
+            scratch: vec![0; AGENT_READ],
         })
     }
 
@@ -282,18 +287,18 @@ impl Agent {
         self.epoch.elapsed()
     }
 
-    /// Waits for events, up to `timeout`. If they have lately come so soon that to sleep and to be woken would take
-    /// longer, and there is at most one busy worker from which a core could be taken, the agent polls for a while
-    /// before it sleeps, and yields its core after every look.
+    /// Waits for events, up to `timeout`. The agent polls for a while before it sleeps if events
+    /// have lately come faster than a sleep and a wake-up take, and at most one worker is busy,
+    /// from which polling could take a core. It yields its core after every poll.
     fn wait(&mut self, events: &mut Events, timeout: Option<Duration>) -> io::Result<()> {
         events.clear();
         if timeout == Some(Duration::ZERO) {
             return self.poll.poll(events, timeout);
         }
         let began = Instant::now();
-        let most = timeout.map_or(WATCH, |timeout| timeout.min(WATCH));
-        if self.usual_wait <= most && self.relay.book.at_most_one_is_busy() {
-            while began.elapsed() < most {
+        let max_spin = timeout.map_or(AGENT_SPIN_TIME, |timeout| timeout.min(AGENT_SPIN_TIME));
+        if self.usual_wait <= max_spin && self.router.worker_table.at_most_one_is_busy() {
+            while began.elapsed() < max_spin {
                 self.poll.poll(events, Some(Duration::ZERO))?;
                 if !events.is_empty() {
                     break;
@@ -304,18 +309,19 @@ impl Agent {
         if events.is_empty() {
             self.poll.poll(events, timeout)?;
         }
-        // Bounded: after a pause a few short waits tell that messages come soon again.
-        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * WATCH);
+        // The average is bounded, so that after a pause a few short waits are enough to return to
+        // polling.
+        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * AGENT_SPIN_TIME);
         Ok(())
     }
 
-    /// Serves until the cluster is over, or, in a forked worker, until that exists.
+    /// Runs until the cluster has ended, or, in a forked worker, until the worker has been forked.
     ///
     /// # Errors
-    /// When the system fails in a way that leaves nothing to do. Workers then end with the agent.
+    /// When a system call fails irrecoverably. The workers then end with the agent.
     pub fn run(&mut self) -> io::Result<Role> {
         let mut events = Events::with_capacity(1024);
-        // What came together with the greeting.
+        // Bytes that came together with the greeting.
         self.on_head_bytes();
         loop {
             if let Some(channel) = self.make_some()? {
@@ -323,24 +329,28 @@ impl Agent {
             }
             let can_read =
                 self.head_unread || !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
-            let timeout = if self.to_make.is_empty() && !can_read && self.census.is_none() {
-                let pulse = self.pulse.as_ref().filter(|_| !self.alone);
-                let farewell = self.strays.deadline();
+            let timeout = if self.to_make.is_empty() && !can_read && self.memory_survey.is_none() {
+                let heartbeat = self.heartbeat.as_ref().filter(|_| !self.disconnected);
+                let shutdown_drain = self.orphans.deadline();
                 let deadline = if self.to_head.len() < HEAD_BACKLOG {
-                    self.relay.book.next_deadline()
+                    self.router.worker_table.next_deadline()
                 } else {
-                    self.relay.book.next_end()
+                    self.router.worker_table.next_end()
                 };
                 let again = self.head_waits.then(|| self.now() + WAIT);
-                let parent = self.looked_for.filter(|_| !self.alone);
-                let look = parent.map(|_| self.now() + LOOK_FOR_PARENT);
-                let retry = self.relay.book.next_retry().filter(|_| !self.ending);
+                let parent = self.looked_for.filter(|_| !self.disconnected);
+                let check_parent = parent.map(|_| self.now() + PARENT_CHECK_INTERVAL);
+                let retry = self
+                    .router
+                    .worker_table
+                    .next_retry()
+                    .filter(|_| !self.ending);
                 let deadlines = [
                     deadline,
-                    pulse.map(Pulse::next),
-                    farewell,
+                    heartbeat.map(Heartbeat::next),
+                    shutdown_drain,
                     again,
-                    look,
+                    check_parent,
                     retry,
                 ];
                 let next = deadlines.into_iter().flatten().min();
@@ -352,7 +362,8 @@ impl Agent {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 other => other?,
             }
-            // First: what a worker printed before it answered is not of the task that follows.
+            // Output goes first: what a worker printed before its answer belongs to the answered
+            // task.
             for Token(token) in events.iter().map(Event::token) {
                 if token >= FIRST_WORKER && (token - FIRST_WORKER) % 2 == 1 {
                     self.read_output(((token - FIRST_WORKER) / 2) as u32);
@@ -406,15 +417,15 @@ impl Agent {
                 let limits = limits::memory_limits();
                 self.fail(&format!("the agent has no memory left{limits}"));
             }
-            self.feel_pulse();
-            // While the head does not take what there is, a task may have been answered in time and
-            // the answer not been looked at.
+            self.check_heartbeat();
+            // While the head does not read, a task may have been answered in time and its answer
+            // not have been processed.
             let now = self.now();
-            let mut overdue = self.relay.book.overdue(now);
+            let mut overdue = self.router.worker_table.overdue(now);
             if self.to_head.len() < HEAD_BACKLOG {
-                self.relay.out_of_time(now, &mut self.acts);
+                self.router.out_of_time(now, &mut self.acts);
                 self.act();
-                overdue.extend(self.relay.book.stalled(now));
+                overdue.extend(self.router.worker_table.stalled(now));
             }
             let any_overdue = !overdue.is_empty();
             for worker in overdue {
@@ -424,13 +435,13 @@ impl Agent {
                     process.kill();
                 }
             }
-            // Their ends are not told of if code in a worker has shut down the socket of signals, which a fork shares
-            // with its agent.
+            // Code in a worker may have shut down the socket of signals, which a fork shares with
+            // its agent: then ends of workers are not reported, so they are polled.
             if any_overdue {
                 self.on_signals();
             }
             if !self.ending {
-                let due = self.relay.book.to_retry(now);
+                let due = self.router.worker_table.to_retry(now);
                 self.to_make
                     .extend(due.into_iter().map(|worker| (worker, true)));
             }
@@ -439,32 +450,36 @@ impl Agent {
             }
             self.count_memory();
             self.write_head();
-            let over = self.ending && self.to_make.is_empty() && self.relay.book.all_gone();
-            if over && self.has_said_farewell() {
+            let over =
+                self.ending && self.to_make.is_empty() && self.router.worker_table.all_terminated();
+            if over && self.is_drained() {
                 self.remove_again();
                 return Ok(Role::Done);
             }
         }
     }
 
-    /// Looks at the memory of the next worker: of a large one that takes a while, and the others are not
-    /// to wait for all.
+    /// Reads the memory use of the next worker. Each takes a while if the worker is large, so other
+    /// work goes on in between.
     fn count_memory(&mut self) {
         if self.ending {
-            self.census = None;
+            self.memory_survey = None;
         }
         let workers = &self.workers;
         let pid = |worker: u32| Some(workers.get(worker as usize)?.as_ref()?.pid);
-        let told = self.census.as_mut().and_then(|census| census.next(pid));
+        let told = self
+            .memory_survey
+            .as_mut()
+            .and_then(|memory_survey| memory_survey.next(pid));
         if let Some(message) = told {
             if let ToHead::Usage { last: true, .. } = &message {
-                self.census = None;
+                self.memory_survey = None;
             }
-            self.tell(&message);
+            self.report(&message);
         }
     }
 
-    /// Does what was decided.
+    /// Executes the pending actions.
     fn act(&mut self) {
         let mut acts = std::mem::take(&mut self.acts);
         for act in acts.drain(..) {
@@ -480,7 +495,7 @@ impl Agent {
                         process.descriptors.pop_front();
                     }
                 }
-                Act::Tell(message) => self.tell(&message),
+                Act::Report(message) => self.report(&message),
                 Act::ToWorker(frame) => {
                     let Header {
                         kind,
@@ -491,15 +506,16 @@ impl Agent {
                     } = frame.header;
                     self.log_frame("to worker", &frame.header);
                     if kind == Kind::Data && flags & FIRST != 0 {
-                        // What was printed by now is of the task before, which has ended.
+                        // Output until now belongs to the task before, which has ended.
                         if let Some(process) = &mut self.workers[worker as usize] {
                             process.tail = Tail::default();
-                            // An interrupt was meant for that, too, and must not follow this one.
+                            // A pending interrupt was meant for the task before, too.
                             process.interrupt = false;
                         }
                     }
                     self.send_worker(worker, &frame, None);
-                    // What a fresh worker is restored by is the agent's own, and no fault of the head's.
+                    // The agent's own set-up log restores a replacement: a mistake there is not the
+                    // head's.
                     let of_head = kind == Kind::Data && task & REPLAY == 0;
                     if of_head && !self.has_room(worker) {
                         eprintln!(
@@ -508,32 +524,28 @@ impl Agent {
                         self.end();
                     }
                 }
-                Act::Store {
-                    payload,
-                    bytes,
-                    last,
-                } => {
-                    let stored = self.memories.store(payload, bytes, last);
+                Act::Store { blob, bytes, last } => {
+                    let stored = self.memories.store(blob, bytes, last);
                     if let Err(error) = stored {
                         self.fail(&format!("no memory for what workers share: {error}"));
                     }
                 }
                 Act::Hand { frame } => {
-                    // It is there, or this host is about to end for want of it.
+                    // The blob is stored, or this host is about to fail for lack of memory.
                     match self.memories.get(frame.header.task) {
-                        Some(Memory::Shared(file)) => {
+                        Some(BlobMemory::Shared(file)) => {
                             let file = Some(file.clone());
                             self.send_worker(frame.header.worker, &frame, file);
                         }
-                        Some(Memory::Private(chunks)) => {
+                        Some(BlobMemory::Private(chunks)) => {
                             let chunks = chunks.clone();
-                            self.send_payload(&frame.header, frame.wire_len(), &chunks);
+                            self.send_blob(&frame.header, frame.wire_len(), &chunks);
                         }
                         None => {}
                     }
                 }
-                Act::Discard(payload) => self.memories.discard(payload),
-                Act::Up { worker, replaces } => self.tell_up(worker, replaces),
+                Act::Discard(blob) => self.memories.discard(blob),
+                Act::Up { worker, replaces } => self.report_up(worker, replaces),
                 Act::Interrupt { worker, task } => {
                     debug!(rank = self.number(worker), task, "worker interrupted");
                     self.interrupt(worker, task);
@@ -545,40 +557,42 @@ impl Agent {
                 }
                 Act::TempDir(worker, tempdir) => {
                     if let Some(process) = &mut self.workers[worker as usize] {
-                        self.strays.ready(worker, process.pid, &tempdir);
+                        self.orphans.ready(worker, process.pid, &tempdir);
                         process.tempdir = Some(tempdir).filter(|path| process::is_tempdir(path));
                         let tempdir = process.tempdir.as_deref().unwrap_or_default();
                         self.guard.has_tempdir(worker, process.pid, tempdir);
                     }
                 }
                 Act::Usage { question } => {
-                    self.census = Some(Census::new(question, self.workers.len() as u32));
+                    self.memory_survey =
+                        Some(MemorySurvey::new(question, self.workers.len() as u32));
                 }
                 Act::Dump { question } => self.dump(question),
                 Act::End => self.stop(),
             }
         }
-        // Its room serves again.
+        // The buffer is reused.
         self.acts = acts;
     }
 
-    /// Tells the head why this host cannot go on, and ends.
+    /// Reports to the head why this host fails, and ends.
     fn fail(&mut self, reason: &str) {
         let reason = reason.to_owned();
         error!(reason, "agent cannot go on");
-        self.tell(&ToHead::Failed { reason });
+        self.report(&ToHead::Failed { reason });
         self.end();
     }
 
-    /// The head is gone, or the agent cannot go on: ends all workers within the second that is promised.
+    /// Ends all workers within the promised second, because the head has disconnected or the agent
+    /// has failed.
     fn end(&mut self) {
         self.stop();
-        if !std::mem::replace(&mut self.alone, true) {
-            self.relay.book.hurry(self.now());
+        if !std::mem::replace(&mut self.disconnected, true) {
+            self.router.worker_table.hurry(self.now());
         }
     }
 
-    /// Ends all workers, and with them the agent. Idle workers have their time to run exit handlers.
+    /// Ends all workers, and with them the agent. Idle workers have time to run exit handlers.
     fn stop(&mut self) {
         if std::mem::replace(&mut self.ending, true) {
             return;
@@ -587,15 +601,15 @@ impl Agent {
         let now = self.now();
         for worker in 0..self.workers.len() as u32 {
             if self.workers[worker as usize].is_some() {
-                self.relay.stop(worker, now, &mut self.acts);
+                self.router.stop(worker, now, &mut self.acts);
             }
         }
         self.act();
     }
 }
 
-/// Whether the system has not enough of something for bytes, or descriptors, to be on their way.
-fn is_want(error: &io::Error) -> bool {
+/// Whether an error means that the system is out of buffers or descriptors for messages.
+fn is_out_of_resources(error: &io::Error) -> bool {
     let wants = [libc::ETOOMANYREFS, libc::ENOMEM, libc::ENOBUFS];
     error
         .raw_os_error()

@@ -1,10 +1,10 @@
-//! What workers leave behind: processes that made themselves independent of their worker, by a
-//! process group of their own, and go on when it has ended.
+//! Orphans: processes that a worker started, that moved to a process group of their own, and that
+//! outlive the worker.
 //!
-//! The agent has the system make it the parent of whatever below it loses its own (a "subreaper",
-//! on Linux alone). So such processes can be seen. They are not ended, because somebody may have
-//! meant them to go on; the head is told of each. Those that end are waited for here, because
-//! nobody else would.
+//! The agent is a "subreaper" (on Linux only): the system makes it the parent of all orphans below
+//! it, so that it can see them. The agent does not kill orphans, because somebody may have meant
+//! them to go on, but reports each of them to the head. It waits for those that end, because nobody
+//! else would.
 
 use super::Agent;
 use crate::platform::process;
@@ -14,12 +14,12 @@ use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::time::Duration;
 
-/// How long the last words to the head may take, and what was killed with its worker may take to
-/// end, before the agent ends anyway. With the grace that workers have it is less than the second
-/// in which all must be gone.
-const FAREWELL: Duration = Duration::from_millis(200);
+/// How long the agent may wait at its end: for its final output to reach the head, and for
+/// processes that were killed with their workers to end. Together with the grace of workers it is
+/// less than the second within which everything must have ended.
+const SHUTDOWN_DRAIN: Duration = Duration::from_millis(200);
 
-/// Bytes of a command line that the head is told.
+/// Maximum length of a command line in a report to the head.
 const COMMAND: usize = 200;
 
 /// R sets this in each session's environment, and so in that of what the session starts.
@@ -33,53 +33,56 @@ struct Owner {
 }
 
 /// See the module's documentation.
-pub struct Strays {
-    /// Children that this process has not got from workers. Whoever started them may wait for them.
+pub struct Orphans {
+    /// Children of this process that did not come from workers. Whoever started them may wait for
+    /// them.
     own: HashSet<u32>,
-    /// The process groups of all workers, ended ones too. What is in them is killed with them.
+    /// The process groups of all workers, including ended ones. Processes in them are killed with
+    /// their workers.
     groups: HashSet<u32>,
     /// See [`ENDS_WITH_HEAD`]. The workers, forks of this process, have the same.
     head: Option<Vec<u8>>,
     owners: HashMap<Vec<u8>, Owner>,
     reported: HashSet<u32>,
-    /// One has ended, so that its children may have become ours.
+    /// A process has ended, so that its children may have become this process's.
     reaped: bool,
-    /// When the agent's last words are over.
-    farewell: Option<Duration>,
-    /// There are such.
-    pub last_words: bool,
+    /// When the shutdown drain ends.
+    shutdown_drain: Option<Duration>,
+    /// Whether there is final output.
+    pub final_output: bool,
 }
 
-/// A child that nobody has reported.
-struct Stray {
+/// A child that has not been reported yet.
+struct Orphan {
     worker: Option<u32>,
     pid: u32,
     command: String,
 }
 
-impl Strays {
-    /// From now on this process is the parent of what its workers leave. To be called when it has
-    /// all children of its own, other than workers.
-    pub fn adopt() -> Strays {
+impl Orphans {
+    /// Makes this process the parent of orphans. To be called when it has all children of its own,
+    /// other than workers.
+    pub fn adopt() -> Orphans {
         process::adopt_orphans();
-        Strays {
+        Orphans {
             own: children().into_iter().collect(),
             groups: HashSet::new(),
             head: variable_of(std::process::id(), ENDS_WITH_HEAD),
             owners: HashMap::new(),
             reported: HashSet::new(),
             reaped: false,
-            farewell: None,
-            last_words: false,
+            shutdown_drain: None,
+            final_output: false,
         }
     }
 
-    /// A worker exists.
+    /// Records a worker.
     pub fn made(&mut self, pid: u32) {
         self.groups.insert(pid);
     }
 
-    /// A worker has told its temporary directory, by which what it starts is known for its own.
+    /// Records the temporary directory of a worker, by which processes that it starts are
+    /// recognised.
     pub fn ready(&mut self, worker: u32, pid: u32, tempdir: &str) {
         let ended = false;
         let owner = Owner { worker, pid, ended };
@@ -95,33 +98,32 @@ impl Strays {
     pub fn reap(&mut self, pid: u32) -> bool {
         let adopted = !self.own.contains(&pid) && children().contains(&pid);
         if adopted {
-            self.forget(pid);
+            self.remove(pid);
         }
         adopted
     }
 
-    fn forget(&mut self, pid: u32) {
+    fn remove(&mut self, pid: u32) {
         process::reap(pid);
-        // The number may become another's.
+        // The pid may be reused.
         self.reported.remove(&pid);
         self.reaped = true;
     }
 
-    /// As [`Strays::reap`] for all there may be, leaving out the running workers.
+    /// As [`Orphans::reap`], for all ended children except workers.
     pub fn reap_all(&mut self, is_worker: impl Fn(u32) -> bool) {
         for pid in children() {
             let ended = |pid| stat_of(pid).is_some_and(|stat| stat.has_ended());
             if !self.own.contains(&pid) && !is_worker(pid) && ended(pid) {
-                self.forget(pid);
+                self.remove(pid);
             }
         }
     }
 
     /// Children to be reported, and whether there are others that were killed and have not quite
-    /// ended: what they started may follow. `unowned`: also those of which it is not known whose
-    /// they are.
-    fn look(&mut self, unowned: bool, is_worker: impl Fn(u32) -> bool) -> (Vec<Stray>, bool) {
-        let mut strays = Vec::new();
+    /// ended: their children may follow. `unowned`: include those whose worker is not known.
+    fn scan(&mut self, unowned: bool, is_worker: impl Fn(u32) -> bool) -> (Vec<Orphan>, bool) {
+        let mut orphans = Vec::new();
         let mut dying = false;
         for pid in children() {
             if self.is_known(pid) || is_worker(pid) {
@@ -134,7 +136,7 @@ impl Strays {
                 dying = true;
                 continue;
             }
-            // An agent of a cluster that a worker has made, or the way to it, ends with that worker.
+            // An agent of a cluster that a worker made, or its connection, ends with that worker.
             let head = variable_of(pid, ENDS_WITH_HEAD);
             if head.is_some() && head != self.head {
                 dying = true;
@@ -149,73 +151,76 @@ impl Strays {
                 continue;
             }
             self.reported.insert(pid);
-            strays.push(Stray {
+            orphans.push(Orphan {
                 worker: owner.map(|owner| owner.worker),
                 pid,
                 command,
             });
         }
-        (strays, dying)
+        (orphans, dying)
     }
 
-    /// When [`Agent::has_said_farewell`] should be asked at the latest.
+    /// When to call [`Agent::is_drained`] next.
     pub fn deadline(&self) -> Option<Duration> {
-        self.farewell
+        self.shutdown_drain
     }
 }
 
 impl Agent {
-    /// Tells the head of what a worker that has ended left behind.
-    pub(super) fn report_strays(&mut self, ended: u32) {
-        for owner in self.strays.owners.values_mut() {
+    /// Reports the orphans of an ended worker to the head.
+    pub(super) fn report_orphans(&mut self, ended: u32) {
+        for owner in self.orphans.owners.values_mut() {
             owner.ended |= owner.pid == ended;
         }
-        // At the end all are looked at together.
+        // At the end of the agent, all orphans are scanned together.
         if !self.ending {
-            self.find_strays(true);
+            self.find_orphans(true);
         }
     }
 
-    /// Tells the head of what those that have ended left behind.
-    pub(super) fn report_more_strays(&mut self) {
-        if std::mem::take(&mut self.strays.reaped) && !self.ending {
-            self.find_strays(false);
+    /// Reports further orphans of ended workers to the head.
+    pub(super) fn report_more_orphans(&mut self) {
+        if std::mem::take(&mut self.orphans.reaped) && !self.ending {
+            self.find_orphans(false);
         }
     }
 
-    /// Returns whether there may be more to come.
-    fn find_strays(&mut self, unowned: bool) -> bool {
+    /// Reports orphans. Returns whether there may be more of them.
+    fn find_orphans(&mut self, unowned: bool) -> bool {
         let workers = &self.workers;
         let is_worker = |pid| workers.iter().flatten().any(|process| process.pid == pid);
-        let (strays, dying) = self.strays.look(unowned, is_worker);
-        for Stray {
+        let (orphans, dying) = self.orphans.scan(unowned, is_worker);
+        for Orphan {
             worker,
             pid,
             command,
-        } in strays
+        } in orphans
         {
             let message = ToHead::LeftBehind {
                 worker,
                 pid,
                 command,
             };
-            self.tell_last(&message);
+            self.report_last(&message);
         }
         dying
     }
 
-    /// When all workers are gone: whether the head has been told what they left behind, or cannot
+    /// When all workers have terminated: whether the head has been told of all orphans, or cannot
     /// be told.
-    pub(super) fn has_said_farewell(&mut self) -> bool {
+    pub(super) fn is_drained(&mut self) -> bool {
         let now = self.now();
-        let deadline = *self.strays.farewell.get_or_insert(now + FAREWELL);
+        let deadline = *self
+            .orphans
+            .shutdown_drain
+            .get_or_insert(now + SHUTDOWN_DRAIN);
         if now >= deadline {
             return true;
         }
-        let dying = self.find_strays(true);
+        let dying = self.find_orphans(true);
         self.write_head();
-        // Without last words, what has not been sent yet is of no use to anybody.
-        !dying && (!self.strays.last_words || self.to_head.is_empty())
+        // Without final output, bytes that have not been sent yet are of no use to anybody.
+        !dying && (!self.orphans.final_output || self.to_head.is_empty())
     }
 }
 

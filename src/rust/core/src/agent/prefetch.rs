@@ -1,8 +1,8 @@
-//! What the head has sent ahead: the message of the task that a worker is to have next, held until it
-//! has ended the one before.
+//! The prefetch queue: for each worker, the message of the task that it runs next, which waits
+//! until the current task has ended.
 //!
-//! Pure, and kept apart from the rest: a worker that is lost takes nothing of it along, since the head
-//! sends it again.
+//! Pure, and independent of the workers' processes: prefetched messages are dropped with a worker
+//! that fails, since the head sends them again.
 
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST};
@@ -10,104 +10,106 @@ use crate::protocol::limits::SEND_WINDOW;
 use std::collections::VecDeque;
 use std::mem;
 
-/// Bytes that may be held for a worker: the head's window, and what the agent itself sends, which it
-/// may have taken for room.
-const MOST: usize = 2 * SEND_WINDOW;
+/// Maximum number of prefetched bytes of a worker: the head's send window, and what the agent
+/// itself sends, for which the head may have granted credit.
+const MAX_PREFETCHED: usize = 2 * SEND_WINDOW;
 
-/// What is held for one worker.
+/// The prefetched task of one worker.
 #[derive(Debug, Default)]
-struct Ahead {
-    /// Of one task.
+struct Prefetched {
+    /// The frames of the task.
     frames: VecDeque<Frame>,
-    /// All bytes, and those that the head's window is made less by.
+    /// All bytes, and those that count for the head's send window.
     bytes: usize,
     counted: usize,
-    /// Some of the message is there, and all of it.
-    begun: bool,
+    /// Whether some of the message has arrived, and whether all of it has.
+    started: bool,
     whole: bool,
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Held {
-    workers: Vec<Ahead>,
+pub struct PrefetchQueue {
+    workers: Vec<Prefetched>,
 }
 
-impl Held {
-    /// For a number of workers.
-    pub fn new(workers: usize) -> Held {
-        Held {
-            workers: (0..workers).map(|_| Ahead::default()).collect(),
+impl PrefetchQueue {
+    /// The queue of this many workers.
+    pub fn new(workers: usize) -> PrefetchQueue {
+        PrefetchQueue {
+            workers: (0..workers).map(|_| Prefetched::default()).collect(),
         }
     }
 
-    /// Takes in a frame of a task that is not to start yet. Returns the bytes to give back to the head
-    /// if the message will not come after all.
+    /// Adds a frame of a task that must not start yet. Returns the number of bytes whose credit
+    /// goes back to the head, if the message was aborted.
     ///
     /// # Errors
-    /// When the head would not send it. What is held could be passed on to a worker at any time.
+    /// When the frame breaks the protocol. This is checked here because a queued frame may be
+    /// passed to a worker at any time.
     pub fn hold(&mut self, frame: Frame) -> Result<Option<usize>, ProtocolError> {
         let header = frame.header;
-        let Some(ahead) = self.workers.get_mut(header.worker as usize) else {
+        let Some(entry) = self.workers.get_mut(header.worker as usize) else {
             return Err(ProtocolError("a frame of an unknown worker".into()));
         };
         let same = |first: &Frame| first.header.task == header.task;
-        if !ahead.frames.front().is_none_or(same) {
+        if !entry.frames.front().is_none_or(same) {
             return Err(ProtocolError("more than one task ahead".into()));
         }
         let len = frame.wire_len();
         if header.kind == Kind::Data {
             let first = header.flags & FIRST != 0;
-            if first == ahead.begun || ahead.whole {
+            if first == entry.started || entry.whole {
                 return Err(ProtocolError("a part of no task ahead".into()));
             }
             if header.flags & ABORT != 0 {
-                let counted = ahead.counted + len;
-                *ahead = Ahead::default();
+                let counted = entry.counted + len;
+                *entry = Prefetched::default();
                 return Ok(Some(counted));
             }
-            ahead.begun = true;
-            ahead.whole = header.flags & LAST != 0;
-            ahead.counted += len;
-        } else if ahead.begun {
-            // These come before the message.
+            entry.started = true;
+            entry.whole = header.flags & LAST != 0;
+            entry.counted += len;
+        } else if entry.started {
+            // These frames come before the message.
             return Err(ProtocolError("a frame within a task ahead".into()));
         }
-        ahead.bytes += len;
-        if ahead.bytes > MOST {
+        entry.bytes += len;
+        if entry.bytes > MAX_PREFETCHED {
             return Err(ProtocolError("more ahead than there is room for".into()));
         }
-        ahead.frames.push_back(frame);
+        entry.frames.push_back(frame);
         Ok(None)
     }
 
-    /// Drops a task that has wholly come. Returns the bytes to give back to the head, if it is there.
+    /// Drops a task that has arrived completely. Returns the number of bytes whose credit goes back
+    /// to the head, if the task was there.
     pub fn withdraw(&mut self, worker: u32, task: u64) -> Option<usize> {
-        let ahead = self.workers.get_mut(worker as usize)?;
-        let held = ahead.frames.front()?;
-        if held.header.task != task || !ahead.whole {
+        let entry = self.workers.get_mut(worker as usize)?;
+        let front = entry.frames.front()?;
+        if front.header.task != task || !entry.whole {
             return None;
         }
-        Some(mem::take(ahead).counted)
+        Some(mem::take(entry).counted)
     }
 
-    /// The worker has ended its task: this is to go on to it.
+    /// Takes the frames of a worker that has ended its task: they go on to it.
     pub fn take(&mut self, worker: u32) -> VecDeque<Frame> {
-        let ahead = self.workers.get_mut(worker as usize);
-        ahead.map(mem::take).unwrap_or_default().frames
+        let entry = self.workers.get_mut(worker as usize);
+        entry.map(mem::take).unwrap_or_default().frames
     }
 
-    /// Bytes held for a worker.
+    /// Prefetched bytes of a worker.
     pub fn bytes(&self, worker: u32) -> usize {
-        let ahead = self.workers.get(worker as usize);
-        ahead.map_or(0, |ahead| ahead.bytes)
+        let entry = self.workers.get(worker as usize);
+        entry.map_or(0, |entry| entry.bytes)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::frame::{GUEST, HEADER_LEN, MAX_BODY};
+    use crate::protocol::frame::{HEADER_LEN, MAX_BODY, REASSIGNED};
     use bytes::Bytes;
 
     fn data(task: u64, flags: u8, len: usize) -> Frame {
@@ -116,57 +118,57 @@ mod tests {
 
     #[test]
     fn one_message_is_held_and_goes_on_whole() {
-        let mut held = Held::new(2);
-        let seed = Frame::new(Kind::Seed, GUEST, 0, 2, Bytes::new());
+        let mut queue = PrefetchQueue::new(2);
+        let seed = Frame::new(Kind::Seed, REASSIGNED, 0, 2, Bytes::new());
         let frames = [seed, data(2, FIRST, 7), data(2, LAST, 9)];
         for frame in &frames {
-            assert_eq!(held.hold(frame.clone()), Ok(None));
+            assert_eq!(queue.hold(frame.clone()), Ok(None));
         }
-        assert_eq!(held.withdraw(0, 3), None);
-        assert_eq!(held.withdraw(1, 2), None);
-        assert_eq!(held.take(0), frames);
-        assert!(held.take(0).is_empty() && held.bytes(0) == 0);
+        assert_eq!(queue.withdraw(0, 3), None);
+        assert_eq!(queue.withdraw(1, 2), None);
+        assert_eq!(queue.take(0), frames);
+        assert!(queue.take(0).is_empty() && queue.bytes(0) == 0);
     }
 
     #[test]
     fn what_is_dropped_gives_its_room_back() {
-        let mut held = Held::new(1);
-        assert_eq!(held.hold(data(2, FIRST, 7)), Ok(None));
+        let mut queue = PrefetchQueue::new(1);
+        assert_eq!(queue.hold(data(2, FIRST, 7)), Ok(None));
         // Its end decides: there is an abort on its way.
-        assert_eq!(held.withdraw(0, 2), None);
+        assert_eq!(queue.withdraw(0, 2), None);
         let abort = data(2, LAST | ABORT, 0);
-        assert_eq!(held.hold(abort), Ok(Some(2 * HEADER_LEN + 7)));
-        assert_eq!(held.hold(data(3, FIRST | LAST, 7)), Ok(None));
-        assert_eq!(held.withdraw(0, 3), Some(HEADER_LEN + 7));
-        assert_eq!(held.withdraw(0, 3), None);
+        assert_eq!(queue.hold(abort), Ok(Some(2 * HEADER_LEN + 7)));
+        assert_eq!(queue.hold(data(3, FIRST | LAST, 7)), Ok(None));
+        assert_eq!(queue.withdraw(0, 3), Some(HEADER_LEN + 7));
+        assert_eq!(queue.withdraw(0, 3), None);
     }
 
     #[test]
-    fn what_no_head_sends_ahead_is_refused() {
-        let mut held = Held::new(1);
-        assert!(held.hold(data(2, 0, 7)).is_err());
-        assert!(held.hold(data(2, LAST | ABORT, 0)).is_err());
-        assert_eq!(held.hold(data(2, FIRST, 7)), Ok(None));
-        assert!(held.hold(data(2, FIRST, 7)).is_err());
-        assert!(held.hold(data(3, FIRST, 7)).is_err());
+    fn what_no_head_prefetches_is_refused() {
+        let mut queue = PrefetchQueue::new(1);
+        assert!(queue.hold(data(2, 0, 7)).is_err());
+        assert!(queue.hold(data(2, LAST | ABORT, 0)).is_err());
+        assert_eq!(queue.hold(data(2, FIRST, 7)), Ok(None));
+        assert!(queue.hold(data(2, FIRST, 7)).is_err());
+        assert!(queue.hold(data(3, FIRST, 7)).is_err());
         let seed = Frame::new(Kind::Seed, 0, 0, 2, Bytes::new());
-        assert!(held.hold(seed).is_err());
-        assert_eq!(held.hold(data(2, LAST, 7)), Ok(None));
-        assert!(held.hold(data(2, 0, 7)).is_err());
-        assert!(held.hold(data(2, LAST | ABORT, 0)).is_err());
+        assert!(queue.hold(seed).is_err());
+        assert_eq!(queue.hold(data(2, LAST, 7)), Ok(None));
+        assert!(queue.hold(data(2, 0, 7)).is_err());
+        assert!(queue.hold(data(2, LAST | ABORT, 0)).is_err());
     }
 
     #[test]
     fn a_head_that_heeds_no_window_is_found_out() {
-        let mut held = Held::new(1);
+        let mut queue = PrefetchQueue::new(1);
         let mut flags = FIRST;
-        for _ in 0..MOST / (HEADER_LEN + MAX_BODY) {
-            assert_eq!(held.hold(data(2, flags, MAX_BODY)), Ok(None));
+        for _ in 0..MAX_PREFETCHED / (HEADER_LEN + MAX_BODY) {
+            assert_eq!(queue.hold(data(2, flags, MAX_BODY)), Ok(None));
             flags = 0;
         }
-        assert!(held.hold(data(2, 0, MAX_BODY)).is_err());
+        assert!(queue.hold(data(2, 0, MAX_BODY)).is_err());
         let seeds = |_| Frame::new(Kind::Seed, 0, 0, 2, vec![0; MAX_BODY].into());
-        let mut held = Held::new(1);
-        assert!((0..40).map(seeds).any(|seed| held.hold(seed).is_err()));
+        let mut queue = PrefetchQueue::new(1);
+        assert!((0..40).map(seeds).any(|seed| queue.hold(seed).is_err()));
     }
 }

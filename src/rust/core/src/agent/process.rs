@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 /// Bytes of a worker's output that error messages show.
-const TAIL: usize = 4 * 1024;
+const STDERR_TAIL: usize = 4 * 1024;
 
 /// The end of what was written.
 #[derive(Debug, Default)]
@@ -27,8 +27,8 @@ pub struct Tail(VecDeque<u8>);
 
 impl Tail {
     pub fn push(&mut self, bytes: &[u8]) {
-        let bytes = &bytes[bytes.len().saturating_sub(TAIL)..];
-        let excess = (self.0.len() + bytes.len()).saturating_sub(TAIL);
+        let bytes = &bytes[bytes.len().saturating_sub(STDERR_TAIL)..];
+        let excess = (self.0.len() + bytes.len()).saturating_sub(STDERR_TAIL);
         self.0.drain(..excess);
         self.0.extend(bytes);
     }
@@ -172,7 +172,7 @@ pub struct Process {
     clippy::large_enum_variant,
     reason = "it is taken apart where it is made"
 )]
-pub enum Made {
+pub enum NewProcess {
     Parent(Process),
     /// Only after a fork: this is the worker.
     Child(Channel),
@@ -229,9 +229,9 @@ impl Process {
 pub fn spawn(
     start: &Start,
     worker: u32,
-    shares: bool,
+    shared_answers: bool,
     handled: signals::Saved,
-) -> io::Result<Made> {
+) -> io::Result<NewProcess> {
     let (ours, theirs) = UnixStream::pair()?;
     let (output, output_end) = fd::pipe()?;
     let Some((program, arguments)) = start.spawn_command.split_first() else {
@@ -264,12 +264,12 @@ pub fn spawn(
     let config = WorkerConfig {
         packages: start.packages.clone(),
         memory_limit: start.memory_limit,
-        shares,
+        shared_answers,
         rank: start.rank(worker),
     };
     let frame = control::encode_for(worker, &config).map_err(io::Error::other)?;
     process.outgoing.push(&frame, None);
-    Ok(Made::Parent(process))
+    Ok(NewProcess::Parent(process))
 }
 
 #[cfg(test)]
@@ -289,13 +289,13 @@ mod tests {
     fn a_tail_keeps_the_end() {
         let mut tail = Tail::default();
         tail.push(b"start ");
-        tail.push(&[b'x'; TAIL - 1]);
-        assert_eq!(tail.text().len(), TAIL);
+        tail.push(&[b'x'; STDERR_TAIL - 1]);
+        assert_eq!(tail.text().len(), STDERR_TAIL);
         tail.push(b"end");
-        assert_eq!(tail.text().len(), TAIL);
+        assert_eq!(tail.text().len(), STDERR_TAIL);
         assert!(tail.text().ends_with("xend"));
-        tail.push(&[b'y'; 3 * TAIL]);
-        assert_eq!(tail.text(), "y".repeat(TAIL));
+        tail.push(&[b'y'; 3 * STDERR_TAIL]);
+        assert_eq!(tail.text(), "y".repeat(STDERR_TAIL));
     }
 
     #[test]

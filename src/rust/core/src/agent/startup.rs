@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 use tracing::info;
 
 /// Open files besides one for each worker that answers in shared memory take.
-const MORE_FILES: u64 = 16;
+const SPARE_FILES: u64 = 16;
 
 /// An agent that has talked to its head and not yet made workers.
 pub struct Greeted {
@@ -194,10 +194,10 @@ impl Greeted {
     /// # Errors
     /// When the head is gone.
     pub fn fail(mut self, reason: String) -> io::Result<()> {
-        self.tell(&ToHead::StartFailed { reason })
+        self.report(&ToHead::StartFailed { reason })
     }
 
-    pub(super) fn tell(&mut self, message: &ToHead) -> io::Result<()> {
+    pub(super) fn report(&mut self, message: &ToHead) -> io::Result<()> {
         let frame = control::encode(message).map_err(io::Error::other)?;
         let mut out = OutBuf::default();
         out.push(&frame);
@@ -220,16 +220,16 @@ impl Greeted {
 
     /// Whether workers may give their answers in memory that is shared with the head: it is the process
     /// at the other end of the stream, and there are descriptors enough.
-    pub(super) fn shares(&self) -> bool {
+    pub(super) fn shared_answers(&self) -> bool {
         let Start {
-            here,
+            local,
             memory_limit,
             workers,
             ..
         } = self.start;
         let maker = || fd::maker_of_pair(self.writer.as_raw_fd());
-        let near = here && self.same_order && maker() == Some(self.head_pid);
-        let needed = limits::open_files_needed(workers as usize) + u64::from(workers) + MORE_FILES;
+        let near = local && self.same_order && maker() == Some(self.head_pid);
+        let needed = limits::open_files_needed(workers as usize) + u64::from(workers) + SPARE_FILES;
         let enough = || limits::raise_open_files(needed).is_ok_and(|files| files >= needed);
         near && memory_limit == 0 && enough()
     }
@@ -243,7 +243,7 @@ impl Greeted {
         let workers = self.start.workers as usize;
         if let Err(short) = limits::check(workers) {
             let message = short.remedy.clone();
-            self.tell(&ToHead::Limits {
+            self.report(&ToHead::Limits {
                 what: short.what.to_owned(),
                 needed: short.needed,
                 available: short.available,

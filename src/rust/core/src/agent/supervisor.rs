@@ -1,10 +1,10 @@
 //! How an agent makes its workers, and what it does when one ends.
 
-use super::process::{self, Made, Process};
+use super::process::{self, NewProcess, Process};
 use super::worker_table::Ending;
-use super::{Agent, FIRST_WORKER, READS, fork};
+use super::{AGENT_READS, Agent, FIRST_WORKER, fork};
 use crate::platform::{self, log, reserve};
-use crate::protocol::control::{Loss, StartMode, ToHead};
+use crate::protocol::control::{StartMode, ToHead, WorkerFailure};
 use crate::worker::channel::Channel;
 use mio::unix::SourceFd;
 use mio::{Interest, Token};
@@ -24,30 +24,31 @@ impl Agent {
                 break;
             };
             if self.ending {
-                self.relay.book.give_up(worker);
+                self.router.worker_table.give_up(worker);
                 continue;
             }
-            if self.relay.book.is_stopping(worker) {
-                self.relay.book.give_up(worker);
+            if self.router.worker_table.is_stopping(worker) {
+                self.router.worker_table.give_up(worker);
                 let timed_out = false;
-                self.tell(&ToHead::WorkerStopped { worker, timed_out });
+                self.report(&ToHead::WorkerStopped { worker, timed_out });
                 continue;
             }
-            self.relay.made(worker, replaces, self.now());
+            self.router.made(worker, replaces, self.now());
             let made = match self.start.mode {
                 StartMode::Fork => self.fork(worker),
                 StartMode::Spawn => {
-                    let (shares, signals) = (self.relay.book.shares, self.saved.clone());
-                    process::spawn(&self.start, worker, shares, signals)
+                    let (shared_answers, signals) =
+                        (self.router.worker_table.shared_answers, self.saved.clone());
+                    process::spawn(&self.start, worker, shared_answers, signals)
                 }
             };
             match made {
-                Ok(Made::Child(channel)) => return Ok(Some(channel)),
-                Ok(Made::Parent(process)) => {
+                Ok(NewProcess::Child(channel)) => return Ok(Some(channel)),
+                Ok(NewProcess::Parent(process)) => {
                     let rank = self.number(worker);
                     debug!(rank, pid = process.pid, replaces, "worker started");
                     self.guard.made(worker, process.pid);
-                    self.strays.made(process.pid);
+                    self.orphans.made(process.pid);
                     let token = FIRST_WORKER + 2 * worker as usize;
                     let registry = self.poll.registry();
                     let fd = process.channel.as_raw_fd();
@@ -59,20 +60,20 @@ impl Agent {
                     self.write_worker(worker);
                 }
                 Err(error) => {
-                    let loss = Loss {
+                    let failure = WorkerFailure {
                         tail: format!("a worker could not be started: {error}"),
-                        ..Loss::default()
+                        ..WorkerFailure::default()
                     };
-                    self.lost(worker, loss);
+                    self.lost(worker, failure);
                 }
             }
         }
         Ok(None)
     }
 
-    pub(super) fn fork(&mut self, worker: u32) -> io::Result<Made> {
-        let made = fork::fork(worker, self.relay.book.shares)?;
-        if let Made::Child(_) = made {
+    pub(super) fn fork(&mut self, worker: u32) -> io::Result<NewProcess> {
+        let made = fork::fork(worker, self.router.worker_table.shared_answers)?;
+        if let NewProcess::Child(_) = made {
             self.saved.restore();
             log::start_or_say(log::Role::Worker(self.start.rank(worker)));
             // It would count for the worker's memory limit.
@@ -83,7 +84,7 @@ impl Agent {
     }
 
     /// The head may send it tasks.
-    pub(super) fn tell_up(&mut self, worker: u32, replaces: bool) {
+    pub(super) fn report_up(&mut self, worker: u32, replaces: bool) {
         let Some(process) = &self.workers[worker as usize] else {
             return;
         };
@@ -94,7 +95,7 @@ impl Agent {
         } else {
             ToHead::WorkerUp { worker, pid }
         };
-        self.tell(&message);
+        self.report(&message);
     }
 
     /// A child ended, or somebody wants the agent to.
@@ -107,20 +108,20 @@ impl Agent {
             let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
             match self.workers.iter().position(ours) {
                 Some(worker) => self.on_exit(worker as u32),
-                None if self.guard.reap(pid) || self.strays.reap(pid) => {}
+                None if self.guard.reap(pid) || self.orphans.reap(pid) => {}
                 None => {
-                    self.look_at_all();
+                    self.check_all();
                     break;
                 }
             }
         }
-        self.report_more_strays();
+        self.report_more_orphans();
         if self.asked_to_end.load(Ordering::Relaxed) {
             self.end();
         }
     }
 
-    fn look_at_all(&mut self) {
+    fn check_all(&mut self) {
         for worker in 0..self.workers.len() as u32 {
             let ended = match &self.workers[worker as usize] {
                 Some(process) => platform::process::peek_exit(process.pid),
@@ -131,7 +132,7 @@ impl Agent {
             }
         }
         let workers = &self.workers;
-        self.strays
+        self.orphans
             .reap_all(|pid| workers.iter().flatten().any(|process| process.pid == pid));
     }
 
@@ -154,8 +155,8 @@ impl Agent {
 
     fn on_exit(&mut self, worker: u32) {
         self.remove_again();
-        // An answer that was whole before the end still counts, and so do last words.
-        for _ in 0..READS {
+        // An answer that was whole before the end still counts, and so does final output.
+        for _ in 0..AGENT_READS {
             if !self.read_some_of_worker(worker) {
                 break;
             }
@@ -173,7 +174,7 @@ impl Agent {
         self.guard
             .ended(worker, process.tempdir.as_deref().unwrap_or_default());
         let exit = platform::process::reap(process.pid);
-        self.report_strays(process.pid);
+        self.report_orphans(process.pid);
         let registry = self.poll.registry();
         for fd in [process.channel.as_raw_fd(), process.output.as_raw_fd()] {
             let _ = registry.deregister(&mut SourceFd(&fd));
@@ -184,38 +185,38 @@ impl Agent {
                 self.guard.cleared(worker);
             }
         }
-        let loss = Loss {
+        let failure = WorkerFailure {
             pid: process.pid,
             exit,
             tail: process.tail.text(),
             oom: process.was_killed_by_others(exit) && self.memory.explains_kill(),
-            ..Loss::default()
+            ..WorkerFailure::default()
         };
-        self.lost(worker, loss);
+        self.lost(worker, failure);
     }
 
     /// A worker has ended, or could not be made.
-    pub(super) fn lost(&mut self, worker: u32, mut loss: Loss) {
-        let ending = self.relay.exited(worker, !self.ending, self.now());
-        let (rank, pid, exit) = (self.number(worker), loss.pid, loss.exit);
-        info!(rank, pid, %exit, oom = loss.oom, ?ending, "worker ended");
+    pub(super) fn lost(&mut self, worker: u32, mut failure: WorkerFailure) {
+        let ending = self.router.exited(worker, !self.ending, self.now());
+        let (rank, pid, exit) = (self.number(worker), failure.pid, failure.exit);
+        info!(rank, pid, %exit, oom = failure.oom, ?ending, "worker ended");
         match ending {
             Ending::Stopped { timed_out } => {
                 let message = ToHead::WorkerStopped { worker, timed_out };
                 match timed_out {
-                    true => self.tell_last(&message),
-                    false => self.tell(&message),
+                    true => self.report_last(&message),
+                    false => self.report(&message),
                 }
             }
             Ending::Replace => self.to_make.push_back((worker, true)),
             Ending::Waits => {}
             Ending::Lost { replaced, setback } => {
-                loss.memory_available =
+                failure.memory_available =
                     platform::memory::host_memory().map_or(0, |memory| memory.1);
-                loss.setback = setback;
-                self.tell(&ToHead::WorkerLost {
+                failure.setback = setback;
+                self.report(&ToHead::WorkerFailed {
                     worker,
-                    loss,
+                    failure,
                     replaced,
                 });
                 if replaced {

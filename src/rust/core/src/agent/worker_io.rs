@@ -1,6 +1,9 @@
 //! What an agent writes to its workers and reads of them.
 
-use super::{Agent, FIRST_WORKER, HEAD_BACKLOG, MOST_DESCRIPTORS, READS, WORKER_BACKLOG, is_want};
+use super::{
+    AGENT_READS, Agent, FIRST_WORKER, HEAD_BACKLOG, MAX_WORKER_DESCRIPTORS, WORKER_BACKLOG,
+    is_out_of_resources,
+};
 use crate::platform::{fd, memfd};
 use crate::protocol::control::{Outfile, StartMode};
 use crate::protocol::frame::{self, FIRST, Frame, Header, Kind, LAST, MAX_BODY};
@@ -65,27 +68,29 @@ impl Agent {
         }
     }
 
-    /// Sends a payload that could not be put into shared memory, in as many frames as it takes. `counted`:
+    /// Sends a blob that could not be put into shared memory, in as many frames as it takes. `counted`:
     /// bytes of it that count as given already.
-    pub(super) fn send_payload(&mut self, header: &Header, counted: usize, chunks: &[Bytes]) {
+    pub(super) fn send_blob(&mut self, header: &Header, counted: usize, chunks: &[Bytes]) {
         let Header { worker, task, .. } = *header;
         let mut bytes = 0;
         for (at, chunk) in chunks.iter().enumerate() {
             let first = if at == 0 { FIRST } else { 0 };
             let last = if at + 1 == chunks.len() { LAST } else { 0 };
-            let frame = Frame::new(Kind::Payload, first | last, worker, task, chunk.clone());
+            let frame = Frame::new(Kind::Blob, first | last, worker, task, chunk.clone());
             bytes += frame.wire_len();
             self.send_worker(worker, &frame, None);
         }
         // The frame that would have gone with the shared memory has been counted.
-        self.relay.book.gave(worker, bytes.saturating_sub(counted));
+        self.router
+            .worker_table
+            .gave(worker, bytes.saturating_sub(counted));
     }
 
     /// A head that heeds no window could fill this host's memory.
     pub(super) fn has_room(&self, worker: u32) -> bool {
         let process = self.workers[worker as usize].as_ref();
-        let most = WORKER_BACKLOG.saturating_add(self.relay.book.given(worker));
-        process.is_none_or(|process| process.outgoing.len() <= most)
+        let max = WORKER_BACKLOG.saturating_add(self.router.worker_table.given(worker));
+        process.is_none_or(|process| process.outgoing.len() <= max)
     }
 
     pub(super) fn write_worker(&mut self, worker: u32) {
@@ -99,7 +104,7 @@ impl Agent {
                 Ok(n) => passed += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // The worker would wait for it for ever.
-                Err(error) if is_want(&error) => {
+                Err(error) if is_out_of_resources(&error) => {
                     self.fail(&format!("no memory to send to workers: {error}"));
                     return;
                 }
@@ -133,7 +138,7 @@ impl Agent {
                 let _ = process.channel.shutdown(std::net::Shutdown::Write);
             }
         }
-        match self.relay.book.passed(worker, passed) {
+        match self.router.worker_table.passed(worker, passed) {
             Some((task, bytes)) if !self.ending => {
                 self.to_head.push(&Frame::credit(worker, task, bytes), None);
             }
@@ -156,12 +161,12 @@ impl Agent {
             return false;
         };
         // What is held is dealt with first: only when it has gone is more read.
-        let mut held = std::mem::take(&mut process.received);
-        let mut broken = self.on_worker_bytes(worker, &mut held);
+        let mut received = std::mem::take(&mut process.received);
+        let mut broken = self.on_worker_bytes(worker, &mut received);
         let mut more = true;
-        for _ in 0..READS {
+        for _ in 0..AGENT_READS {
             // The rest is read when the head asks for what waits here.
-            more = held.len() < HEADER_AND_BODY && !broken;
+            more = received.len() < HEADER_AND_BODY && !broken;
             if !more || self.to_head.len() >= HEAD_BACKLOG && !self.ending {
                 break;
             }
@@ -172,10 +177,10 @@ impl Agent {
             let fd = process.channel.as_raw_fd();
             match fd::recv(fd, &mut self.scratch, &mut came, false) {
                 Ok(n) if n > 0 => {
-                    held.extend_from_slice(&self.scratch[..n]);
+                    received.extend_from_slice(&self.scratch[..n]);
                     process.descriptors.extend(came);
-                    broken = process.descriptors.len() > MOST_DESCRIPTORS
-                        || self.on_worker_bytes(worker, &mut held);
+                    broken = process.descriptors.len() > MAX_WORKER_DESCRIPTORS
+                        || self.on_worker_bytes(worker, &mut received);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 read => {
@@ -190,21 +195,25 @@ impl Agent {
         let Some(process) = &mut self.workers[worker as usize] else {
             return false;
         };
-        process.received = held;
+        process.received = received;
         // Its exit, by itself or by this, tells the rest.
         if broken {
             process.kill();
         } else if process.hung_up {
-            self.relay.book.hung_up(worker, self.epoch.elapsed());
+            self.router
+                .worker_table
+                .hung_up(worker, self.epoch.elapsed());
         }
         more && !broken
     }
 
-    /// Passes on the whole frames in `held`, up to one that must wait. Returns whether the worker
+    /// Passes on the whole frames in `received`, up to one that must wait. Returns whether the worker
     /// sent what none of ours would.
-    fn on_worker_bytes(&mut self, worker: u32, held: &mut BytesMut) -> bool {
+    fn on_worker_bytes(&mut self, worker: u32, received: &mut BytesMut) -> bool {
         let now = self.now();
-        let result = self.relay.from_worker(worker, held, now, &mut self.acts);
+        let result = self
+            .router
+            .from_worker(worker, received, now, &mut self.acts);
         self.act();
         result.is_err()
     }
@@ -214,7 +223,7 @@ impl Agent {
             return;
         };
         // Bounded, so that a worker that never stops printing does not stop the others.
-        for _ in 0..READS {
+        for _ in 0..AGENT_READS {
             if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
                 break;
             }
@@ -227,9 +236,9 @@ impl Agent {
                         // A full disk must not end the computation.
                         let _ = process.lines.push(bytes, file);
                     }
-                    if self.start.outfile == Outfile::Console && !self.alone {
+                    if self.start.outfile == Outfile::Console && !self.disconnected {
                         // Also what exit handlers print.
-                        self.strays.last_words |= self.ending;
+                        self.orphans.final_output |= self.ending;
                         for chunk in bytes.chunks(MAX_BODY) {
                             let body = Bytes::copy_from_slice(chunk);
                             self.to_head

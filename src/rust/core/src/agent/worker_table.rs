@@ -1,11 +1,11 @@
-//! The agent's bookkeeping: what each of its workers is doing and what may pass through.
+//! The worker table: what each worker of the agent is doing, and which frames may pass.
 //!
-//! A pure state machine, like the head's scheduler: frames, exits and the time go in, decisions come
-//! out. Processes, sockets and the clock are in [`super`].
+//! A pure state machine, like the head's scheduler. Frames, exits and the time go in; decisions
+//! come out. Processes, sockets and the clock are in [`super`].
 
 use crate::protocol::control::{Facts, Setback};
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{ABORT, FIRST, Header, LAST, SHARED};
+use crate::protocol::frame::{ABORT, BY_REFERENCE, FIRST, Header, LAST};
 use crate::protocol::limits::{RESULT_WINDOW, SEND_WINDOW};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -13,15 +13,15 @@ use std::time::Duration;
 /// How long an interrupted task may take to end before its worker is killed.
 pub const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
 
-/// How long workers may take to end before they are killed, when they are busy or the head is gone.
-/// Well under the second within which everything must be gone.
+/// How long workers may take to end before they are killed, when they are busy or the head has
+/// disconnected. It is well under the second within which everything must have ended.
 pub const STOP_GRACE: Duration = Duration::from_millis(600);
 
-/// In the numbers of tasks by which a worker is brought to the state of the one before it.
+/// Bit in the numbers of tasks that restore a replacement.
 pub const REPLAY: u64 = 1 << 63;
 
-/// After so many workers in a row that ended before they were restored, the next is made after a pause,
-/// and the head is told.
+/// After this many consecutive workers that ended before they were restored, the agent pauses
+/// before it starts the next one and tells the head.
 pub const SETBACKS: u32 = 3;
 
 /// The first of these pauses. Each is twice as long as the one before.
@@ -33,48 +33,50 @@ pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 pub type Now = Duration;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
-    /// Made, not yet ready.
+enum WorkerPhase {
+    /// Started, not yet ready.
     Starting,
-    /// Doing so many tasks again that the one before it had done.
+    /// Repeating this many set-up calls of its predecessor.
     Restoring {
         left: usize,
     },
     Idle,
     Busy {
         task: u64,
-        /// When its worker had all of its message.
+        /// When the worker had the whole message.
         since: Now,
-        /// Cancelled, or out of time: its worker is killed if it has not answered by then.
+        /// The task was cancelled or exceeded its time limit: the worker is killed if it has not
+        /// answered by then.
         cancelled: Option<Now>,
-        /// When it will be out of time.
+        /// When the task exceeds its time limit.
         deadline: Option<Now>,
     },
-    Gone,
+    Terminated,
 }
 
 /// An answer in shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Offer {
     Announced,
-    /// The head wants it.
+    /// The head has asked for it.
     Asked,
 }
 
 #[derive(Debug)]
-struct Entry {
-    phase: Phase,
-    /// Asked to end, and killed if it has not by then.
+struct WorkerEntry {
+    phase: WorkerPhase,
+    /// The worker was asked to end, and is killed if it has not ended by then.
     stopping: Option<Now>,
     /// The worker was idle when it was asked to end: it may finish its exit handlers.
     may_finish: bool,
     /// An idle worker was killed because it had not ended in time.
     stop_timed_out: bool,
-    /// It closed its channel, which should be its end, and is killed if that is not so by then.
+    /// The worker closed its channel, which should be its end, and is killed if it has not ended by
+    /// then.
     hung_up: Option<Now>,
     /// The whole message of the current task has passed: before that there is no answer.
     complete: bool,
-    /// How long this task, whose message comes next or is coming, may take.
+    /// The time limit of the task whose message comes next or is arriving.
     limit: Option<(u64, Duration)>,
     /// Bytes of the current answer that may still go to the head.
     credit: usize,
@@ -82,124 +84,125 @@ struct Entry {
     offered: Option<Offer>,
     /// Bytes passed on to the worker and not yet reported to the head.
     passed: usize,
-    /// Bytes on their way to the worker that are not the head's: they do not count for its window.
+    /// Bytes in flight to the worker that are not the head's: they do not count for its window.
     given: usize,
-    /// It, or one before it in its place, has been ready.
+    /// The worker or one of its predecessors has been ready.
     came_up: bool,
-    /// Ends that the head has been or will be told of and may not know yet: what it sends until then was
-    /// meant for the one before.
-    unnoted: u32,
-    /// How often it has ended since it was last ready for the head's tasks.
+    /// Worker failures that the head has not acknowledged yet. Until then, messages from the head
+    /// are meant for the predecessor.
+    unacknowledged: u32,
+    /// How often the worker has failed since it was last ready.
     setbacks: u32,
-    /// How long the worker was at the current task, once it has begun to answer.
+    /// How long the worker took for the current task, once it has started to answer.
     took: Duration,
-    /// How long each of the tasks that restore it took at first; those that it has done are gone.
+    /// How long each of the remaining set-up calls took at first.
     again: VecDeque<Duration>,
-    /// It is killed if it makes no progress, in starting or with these tasks, until then.
+    /// The worker is killed if it makes no progress until then, in starting or with set-up calls.
     progress_by: Option<Now>,
-    /// It was killed because it made none for so long.
+    /// The worker was killed because it made no progress for this long.
     stalled: Duration,
-    /// Workers are made here after pauses, of which the next is so long.
+    /// The next pause before a worker is started, if there are pauses.
     pause: Option<Duration>,
-    /// When the next is made.
+    /// When the next worker is started.
     retry: Option<Now>,
 }
 
-impl Entry {
-    /// It can be given tasks of the head's.
+impl WorkerEntry {
+    /// The worker is ready for the head's tasks.
     fn up(&mut self) {
-        self.phase = Phase::Idle;
+        self.phase = WorkerPhase::Idle;
         self.setbacks = 0;
         self.pause = None;
         self.progress_by = None;
         self.again = VecDeque::new();
     }
 
-    /// How long it may make no progress: the host may be much busier than it was at first.
-    fn allowed(&self, patience: Option<Duration>) -> Option<Duration> {
+    /// How long the worker may make no progress. The host may be much busier now than it was at
+    /// first.
+    fn allowed(&self, restore_timeout: Option<Duration>) -> Option<Duration> {
         let took = self.again.front().copied().unwrap_or_default();
-        Some(patience?.saturating_add(took.saturating_mul(2)))
+        Some(restore_timeout?.saturating_add(took.saturating_mul(2)))
     }
 
-    /// It has made some progress with what restores it.
-    fn progress(&mut self, patience: Option<Duration>, now: Now) {
-        let allowed = self.allowed(patience);
+    /// The worker has made progress in being restored.
+    fn progress(&mut self, restore_timeout: Option<Duration>, now: Now) {
+        let allowed = self.allowed(restore_timeout);
         self.progress_by = allowed.map(|allowed| now.saturating_add(allowed));
     }
 }
 
-/// What to do with a frame.
+/// The decision on a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
     /// Pass the frame on to the head.
     Forward,
     /// Leave it where it is until the head asks for more.
     Hold,
-    /// The same, and tell the head that it is there.
+    /// Leave the frame where it is, and tell the head that it is there.
     Announce,
     /// Discard the frame: nobody waits for it.
     Drop,
-    /// Drop it and tell the head that the cancelled task has ended.
+    /// Drop the frame and tell the head that the cancelled task has ended.
     Ended,
-    /// Drop it: the worker is now as far as the one before it was.
+    /// Drop the frame: the worker has been restored.
     Restored,
 }
 
-/// What it means that a worker is ready.
+/// What to do with a worker that reports that it is ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ready {
-    /// It was so before.
+    /// The worker was ready before.
     Already,
-    /// The head may send it tasks.
+    /// The head may send tasks to the worker.
     Up,
-    /// It is to do some tasks again first.
+    /// The worker repeats set-up calls first.
     Restoring,
 }
 
-/// What an exit means.
+/// What the end of a worker means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// It was asked to.
+    /// The worker was asked to end.
     Stopped {
         /// Whether the worker was idle, and was killed because it did not end in time.
         timed_out: bool,
     },
-    /// It was not: the head must know.
+    /// The worker failed: the head must know.
     Lost {
-        /// Whether a fresh worker takes its place at once.
+        /// Whether a replacement is started at once.
         replaced: bool,
         /// How far the worker had come, and what was done about it.
         setback: Setback,
     },
-    /// The head knows that there is none; another is made after a pause.
+    /// The head knows that there is no worker; another is started after a pause.
     Waits,
-    /// It ended, or was killed, while a cancelled task kept it busy, or before it was what the one
-    /// before it had been: a fresh worker takes its place.
+    /// The worker ended while a cancelled task kept it busy, or before it was restored: it is
+    /// replaced.
     Replace,
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Book {
-    workers: Vec<Entry>,
-    /// Some worker may have a deadline. Mostly none has, and then none is looked for.
+pub struct WorkerTable {
+    workers: Vec<WorkerEntry>,
+    /// Some worker may have a deadline. Usually none has, and then deadlines are not checked.
     timed: bool,
-    /// Some worker may be starting, restored or to be made again after a pause. Mostly none is.
+    /// Some worker may be starting, being restored, or waiting for its restart. Usually none is.
     unsettled: bool,
-    /// Answers may be in memory that is shared with the head.
-    pub shares: bool,
+    /// Answers may use memory that is shared with the head.
+    pub shared_answers: bool,
     /// How long an idle worker may take to end when the head stops it.
     pub stop_timeout: Duration,
-    /// How long a worker that replaces another may make no progress.
-    pub patience: Option<Duration>,
+    /// How long a replacement may make no progress.
+    pub restore_timeout: Option<Duration>,
 }
 
-impl Book {
+impl WorkerTable {
     /// A host with `count` workers, all starting.
-    pub fn new(count: usize) -> Book {
+    pub fn new(count: usize) -> WorkerTable {
         let workers = (0..count)
-            .map(|_| Entry {
-                phase: Phase::Starting,
+            .map(|_| WorkerEntry {
+                phase: WorkerPhase::Starting,
                 stopping: None,
                 may_finish: false,
                 stop_timed_out: false,
@@ -211,7 +214,7 @@ impl Book {
                 passed: 0,
                 given: 0,
                 came_up: false,
-                unnoted: 0,
+                unacknowledged: 0,
                 setbacks: 0,
                 took: Duration::ZERO,
                 again: VecDeque::new(),
@@ -221,13 +224,13 @@ impl Book {
                 retry: None,
             })
             .collect();
-        Book {
+        WorkerTable {
             workers,
             timed: false,
             unsettled: false,
-            shares: false,
+            shared_answers: false,
             stop_timeout: STOP_GRACE,
-            patience: None,
+            restore_timeout: None,
         }
     }
 
@@ -237,13 +240,13 @@ impl Book {
             return;
         };
         match entry.phase {
-            Phase::Starting => facts.add("state", "starting"),
-            Phase::Restoring { left } => {
+            WorkerPhase::Starting => facts.add("state", "starting"),
+            WorkerPhase::Restoring { left } => {
                 facts.add("state", "restoring");
                 facts.add("restore_calls_left", left);
             }
-            Phase::Idle => facts.add("state", "idle"),
-            Phase::Busy {
+            WorkerPhase::Idle => facts.add("state", "idle"),
+            WorkerPhase::Busy {
                 task,
                 since,
                 cancelled,
@@ -261,25 +264,25 @@ impl Book {
                     facts.add_debug("shared_result", offer);
                 }
             }
-            Phase::Gone => facts.add("state", "gone"),
+            WorkerPhase::Terminated => facts.add("state", "gone"),
         }
         facts.add("stopping", entry.stopping.is_some());
         facts.add("hung_up", entry.hung_up.is_some());
         facts.add("came_up", entry.came_up);
-        facts.add("unacknowledged_losses", entry.unnoted);
+        facts.add("unacknowledged_losses", entry.unacknowledged);
         facts.add("setbacks", entry.setbacks);
         facts.add("bytes_to_report", entry.passed);
         facts.add("bytes_of_agent", entry.given);
         facts.add("waits_for_retry", entry.retry.is_some());
     }
 
-    /// A worker is being made.
+    /// A worker is being started.
     pub fn made(&mut self, worker: u32, now: Now) {
-        let patience = self.patience;
+        let restore_timeout = self.restore_timeout;
         self.unsettled = true;
         if let Some(entry) = self.workers.get_mut(worker as usize) {
-            // R sees to the first start.
-            entry.progress_by = patience.filter(|_| entry.came_up).map(|p| now + p);
+            // The head limits the time of the first start.
+            entry.progress_by = restore_timeout.filter(|_| entry.came_up).map(|p| now + p);
         }
     }
 
@@ -289,23 +292,23 @@ impl Book {
         entry.map_or(Duration::ZERO, |entry| entry.took)
     }
 
-    fn entry(&mut self, worker: u32) -> Result<&mut Entry, ProtocolError> {
+    fn entry(&mut self, worker: u32) -> Result<&mut WorkerEntry, ProtocolError> {
         let count = self.workers.len();
         self.workers
             .get_mut(worker as usize)
             .ok_or_else(|| ProtocolError(format!("worker {worker} of {count}")))
     }
 
-    /// A worker is ready, and has tasks to do again, each of which took so long at first.
+    /// A worker is ready, and repeats set-up calls that took `again` at first.
     pub fn ready(&mut self, worker: u32, again: VecDeque<Duration>, now: Now) -> Ready {
-        let patience = self.patience;
+        let restore_timeout = self.restore_timeout;
         match self.workers.get_mut(worker as usize) {
-            Some(entry) if entry.phase == Phase::Starting => {
+            Some(entry) if entry.phase == WorkerPhase::Starting => {
                 entry.came_up = true;
                 if !again.is_empty() {
-                    entry.phase = Phase::Restoring { left: again.len() };
+                    entry.phase = WorkerPhase::Restoring { left: again.len() };
                     entry.again = again;
-                    entry.progress(patience, now);
+                    entry.progress(restore_timeout, now);
                     return Ready::Restoring;
                 }
                 entry.up();
@@ -315,33 +318,33 @@ impl Book {
         }
     }
 
-    /// The head knows of a loss.
+    /// The head has acknowledged a worker failure.
     ///
     /// # Errors
     /// When there is no such worker.
-    pub fn noted(&mut self, worker: u32) -> Result<(), ProtocolError> {
+    pub fn loss_acknowledged(&mut self, worker: u32) -> Result<(), ProtocolError> {
         let entry = self.entry(worker)?;
-        entry.unnoted = entry.unnoted.saturating_sub(1);
+        entry.unacknowledged = entry.unacknowledged.saturating_sub(1);
         Ok(())
     }
 
-    /// Whether a worker is to end.
+    /// Whether a worker was asked to end.
     pub fn is_stopping(&self, worker: u32) -> bool {
         let entry = self.workers.get(worker as usize);
         entry.is_some_and(|entry| entry.stopping.is_some())
     }
 
-    /// Whether what the head sends to a worker is meant for that worker.
+    /// Whether messages of the head are meant for this worker, and not for its predecessor.
     ///
     /// # Errors
     /// When there is no such worker.
     pub fn is_meant(&mut self, worker: u32) -> Result<bool, ProtocolError> {
         let entry = self.entry(worker)?;
-        let there = entry.phase != Phase::Gone && entry.stopping.is_none();
-        Ok(there && entry.unnoted == 0)
+        let there = entry.phase != WorkerPhase::Terminated && entry.stopping.is_none();
+        Ok(there && entry.unacknowledged == 0)
     }
 
-    /// The task whose message comes next may take so long.
+    /// Sets the time limit of the task whose message comes next.
     ///
     /// # Errors
     /// When the worker has a task.
@@ -350,7 +353,7 @@ impl Book {
             return Ok(());
         }
         let entry = self.entry(worker)?;
-        if entry.phase != Phase::Idle {
+        if entry.phase != WorkerPhase::Idle {
             let phase = entry.phase;
             return Err(ProtocolError(format!(
                 "a time limit for worker {worker}, which is {phase:?}"
@@ -360,7 +363,7 @@ impl Book {
         Ok(())
     }
 
-    /// A data frame from the head to a worker.
+    /// Decides on a data frame from the head to a worker.
     ///
     /// # Errors
     /// When the head would not send it.
@@ -370,8 +373,8 @@ impl Book {
         }
         let entry = self.entry(header.worker)?;
         match entry.phase {
-            Phase::Idle if header.flags & FIRST != 0 && header.task & REPLAY == 0 => {
-                entry.phase = Phase::Busy {
+            WorkerPhase::Idle if header.flags & FIRST != 0 && header.task & REPLAY == 0 => {
+                entry.phase = WorkerPhase::Busy {
                     task: header.task,
                     since: now,
                     cancelled: None,
@@ -380,7 +383,7 @@ impl Book {
                 entry.credit = RESULT_WINDOW;
                 entry.offered = None;
             }
-            Phase::Busy { task, .. }
+            WorkerPhase::Busy { task, .. }
                 if task == header.task && header.flags & FIRST == 0 && !entry.complete => {}
             phase => {
                 return Err(ProtocolError(format!(
@@ -392,7 +395,7 @@ impl Book {
         let whole = header.flags & LAST != 0;
         entry.complete = whole;
         if let (
-            Phase::Busy {
+            WorkerPhase::Busy {
                 deadline, since, ..
             },
             true,
@@ -406,7 +409,7 @@ impl Book {
         }
         let entry = self.entry(header.worker)?;
         if header.flags & ABORT != 0 {
-            entry.phase = Phase::Idle;
+            entry.phase = WorkerPhase::Idle;
         }
         Ok(Route::Forward)
     }
@@ -414,8 +417,11 @@ impl Book {
     /// Bytes have reached a worker. Returns the credit to give back to the head, if it is time.
     pub fn passed(&mut self, worker: u32, bytes: usize) -> Option<(u64, u32)> {
         let entry = self.workers.get_mut(worker as usize)?;
-        // What the agent itself gives a worker is not the head's.
-        if matches!(entry.phase, Phase::Starting | Phase::Restoring { .. }) {
+        // Bytes that the agent itself sends do not count as the head's.
+        if matches!(
+            entry.phase,
+            WorkerPhase::Starting | WorkerPhase::Restoring { .. }
+        ) {
             return None;
         }
         let given = bytes.min(entry.given);
@@ -425,49 +431,49 @@ impl Book {
             return None;
         }
         let passed = std::mem::take(&mut entry.passed);
-        // Of whatever task: the window is the worker's.
+        // The window belongs to the worker, not to a task.
         let task = match entry.phase {
-            Phase::Busy { task, .. } => task,
+            WorkerPhase::Busy { task, .. } => task,
             _ => 0,
         };
         Some((task, u32::try_from(passed).unwrap_or(u32::MAX)))
     }
 
-    /// Bytes that have reached a worker and are still to be given back to the head.
+    /// Bytes that have reached a worker and whose credit has not been returned to the head.
     pub fn unreported(&self, worker: u32) -> usize {
         let entry = self.workers.get(worker as usize);
         entry.map_or(0, |entry| entry.passed)
     }
 
-    /// The agent gives a worker so many bytes of its own accord.
+    /// The agent sends a worker this many bytes of its own accord.
     pub fn gave(&mut self, worker: u32, bytes: usize) {
         if let Some(entry) = self.workers.get_mut(worker as usize) {
-            // While it is being restored, nothing counts.
-            if matches!(entry.phase, Phase::Idle | Phase::Busy { .. }) {
+            // While the worker is being restored, nothing counts.
+            if matches!(entry.phase, WorkerPhase::Idle | WorkerPhase::Busy { .. }) {
                 entry.given += bytes;
             }
         }
     }
 
-    /// Bytes on their way to a worker that the agent has given it.
+    /// Bytes in flight to a worker that the agent itself has sent.
     pub fn given(&self, worker: u32) -> usize {
         let entry = self.workers.get(worker as usize);
         entry.map_or(0, |entry| entry.given)
     }
 
-    /// A data frame from a worker.
+    /// Decides on a data frame from a worker.
     ///
     /// # Errors
     /// When a worker of ours would not send it.
     pub fn from_worker(&mut self, header: &Header, now: Now) -> Result<Route, ProtocolError> {
-        let shared = header.flags & SHARED != 0;
-        if shared && (!self.shares || header.flags != FIRST | LAST | SHARED) {
+        let shared = header.flags & BY_REFERENCE != 0;
+        if shared && (!self.shared_answers || header.flags != FIRST | LAST | BY_REFERENCE) {
             return Err(ProtocolError("memory that nobody asked for".into()));
         }
-        let patience = self.patience;
+        let restore_timeout = self.restore_timeout;
         let entry = self.entry(header.worker)?;
         let last = header.flags & LAST != 0;
-        if let Phase::Restoring { left } = &mut entry.phase {
+        if let WorkerPhase::Restoring { left } = &mut entry.phase {
             if header.task & REPLAY == 0 {
                 return Err(ProtocolError(
                     "an answer to a task of the worker before".into(),
@@ -481,10 +487,10 @@ impl Book {
             if last {
                 entry.again.pop_front();
             }
-            entry.progress(patience, now);
+            entry.progress(restore_timeout, now);
             return Ok(Route::Drop);
         }
-        let Phase::Busy {
+        let WorkerPhase::Busy {
             task,
             since,
             cancelled,
@@ -496,11 +502,12 @@ impl Book {
         if *task != header.task {
             return Err(ProtocolError("an answer to another task".into()));
         }
-        // The head would take the whole host for broken.
-        if !entry.complete || header.flags & !(FIRST | LAST | SHARED) != 0 {
+        // The head would treat the whole host as failed.
+        if !entry.complete || header.flags & !(FIRST | LAST | BY_REFERENCE) != 0 {
             return Err(ProtocolError("an answer that no worker gives".into()));
         }
-        // It has done what it had to. How long its answer has to wait for the head is not its fault.
+        // The worker has finished the task: it is not responsible for how long the answer waits for
+        // the head.
         *deadline = None;
         if entry.took.is_zero() {
             entry.took = now.saturating_sub(*since);
@@ -508,7 +515,7 @@ impl Book {
         let len = header.body_len();
         if cancelled.is_some() {
             if last {
-                entry.phase = Phase::Idle;
+                entry.phase = WorkerPhase::Idle;
                 return Ok(Route::Ended);
             }
             return Ok(Route::Drop);
@@ -528,15 +535,15 @@ impl Book {
             entry.credit -= len;
         }
         if last {
-            entry.phase = Phase::Idle;
+            entry.phase = WorkerPhase::Idle;
         }
         Ok(Route::Forward)
     }
 
-    /// The head asks for more of an answer. Returns whether that is for the current task.
+    /// The head grants credit for an answer. Returns whether that is for the current task.
     pub fn credit(&mut self, worker: u32, task: u64, bytes: u32) -> Result<bool, ProtocolError> {
         let entry = self.entry(worker)?;
-        let current = matches!(entry.phase, Phase::Busy { task: busy, .. } if busy == task);
+        let current = matches!(entry.phase, WorkerPhase::Busy { task: busy, .. } if busy == task);
         if current {
             entry.credit = entry.credit.saturating_add(bytes as usize);
             entry.offered = entry.offered.map(|_| Offer::Asked);
@@ -548,7 +555,7 @@ impl Book {
     pub fn cancel(&mut self, worker: u32, task: u64, now: Now) -> Result<bool, ProtocolError> {
         let entry = self.entry(worker)?;
         match &mut entry.phase {
-            Phase::Busy {
+            WorkerPhase::Busy {
                 task: busy,
                 cancelled,
                 ..
@@ -561,14 +568,15 @@ impl Book {
         }
     }
 
-    /// Tasks that are out of time: their workers are to be interrupted. Each is named once.
+    /// Tasks that have exceeded their time limits: their workers are to be interrupted. Each task
+    /// is returned once.
     pub fn out_of_time(&mut self, now: Now) -> Vec<(u32, u64)> {
         let mut out = Vec::new();
         if !self.timed {
             return out;
         }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
-            if let Phase::Busy {
+            if let WorkerPhase::Busy {
                 task,
                 cancelled: cancelled @ None,
                 deadline: Some(deadline),
@@ -584,15 +592,15 @@ impl Book {
         out
     }
 
-    /// A worker is asked to end. Returns whether it is still there, and whether it is busy.
+    /// A worker is asked to end. Returns `None` if it has ended already, or whether it is busy.
     pub fn stop(&mut self, worker: u32, now: Now) -> Option<bool> {
         let entry = self.workers.get_mut(worker as usize)?;
         entry.retry = None;
-        if entry.phase == Phase::Gone {
+        if entry.phase == WorkerPhase::Terminated {
             return None;
         }
         if entry.stopping.is_none() {
-            entry.may_finish = entry.phase == Phase::Idle;
+            entry.may_finish = entry.phase == WorkerPhase::Idle;
             let grace = match entry.may_finish {
                 true => self.stop_timeout,
                 false => STOP_GRACE,
@@ -600,10 +608,11 @@ impl Book {
             entry.stopping = Some(now + grace);
         }
         self.timed = true;
-        Some(matches!(entry.phase, Phase::Busy { .. }))
+        Some(matches!(entry.phase, WorkerPhase::Busy { .. }))
     }
 
-    /// The head is gone: workers that were asked to end have no more time than [`STOP_GRACE`].
+    /// The head has disconnected: workers that were asked to end have no more time than
+    /// [`STOP_GRACE`].
     pub fn hurry(&mut self, now: Now) {
         for entry in &mut self.workers {
             entry.may_finish = false;
@@ -622,23 +631,24 @@ impl Book {
     /// The task a worker has.
     pub fn task(&self, worker: u32) -> Option<u64> {
         match self.workers.get(worker as usize)?.phase {
-            Phase::Busy { task, .. } => Some(task),
+            WorkerPhase::Busy { task, .. } => Some(task),
             _ => None,
         }
     }
 
     /// Whether no two workers have tasks.
     pub fn at_most_one_is_busy(&self) -> bool {
-        let is_busy = |entry: &&Entry| matches!(entry.phase, Phase::Busy { .. });
+        let is_busy = |entry: &&WorkerEntry| matches!(entry.phase, WorkerPhase::Busy { .. });
         self.workers.iter().filter(is_busy).nth(1).is_none()
     }
 
-    /// A worker's process has ended, or could not be made. `restorable`: another can be made what it was.
+    /// A worker's process has ended, or could not be started. `restorable`: a replacement can be
+    /// restored.
     pub fn exited(&mut self, worker: u32, restorable: bool, now: Now) -> Ending {
         let Some(entry) = self.workers.get_mut(worker as usize) else {
             return Ending::Stopped { timed_out: false };
         };
-        let phase = std::mem::replace(&mut entry.phase, Phase::Gone);
+        let phase = std::mem::replace(&mut entry.phase, WorkerPhase::Terminated);
         entry.hung_up = None;
         entry.limit = None;
         entry.progress_by = None;
@@ -650,21 +660,21 @@ impl Book {
             return Ending::Stopped { timed_out };
         }
         let mut setback = Setback::default();
-        if matches!(phase, Phase::Starting | Phase::Restoring { .. }) {
+        if matches!(phase, WorkerPhase::Starting | WorkerPhase::Restoring { .. }) {
             entry.setbacks = entry.setbacks.saturating_add(1);
             let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
             setback.count = entry.setbacks;
-            setback.restoring = matches!(phase, Phase::Restoring { .. });
+            setback.restoring = matches!(phase, WorkerPhase::Restoring { .. });
             setback.stalled = milliseconds(stalled);
         }
         if !restorable || !entry.came_up {
-            // What the head sends to it from now on has nobody to go to.
+            // Messages that the head sends to it from now on have no receiver.
             return Ending::Lost {
                 replaced: false,
                 setback,
             };
         }
-        // One that made no progress would most likely make none again.
+        // A worker that made no progress would most likely make none again.
         let pauses = entry.pause.is_some() || !stalled.is_zero() || entry.setbacks >= SETBACKS;
         if setback.count > 0 && pauses {
             let told = entry.pause.is_some();
@@ -675,25 +685,25 @@ impl Book {
             if told {
                 return Ending::Waits;
             }
-            entry.unnoted += 1;
+            entry.unacknowledged += 1;
             setback.pause = pause.as_millis() as u64;
             return Ending::Lost {
                 replaced: false,
                 setback,
             };
         }
-        entry.phase = Phase::Starting;
+        entry.phase = WorkerPhase::Starting;
         match phase {
-            Phase::Starting | Phase::Restoring { .. } => Ending::Replace,
-            Phase::Busy {
+            WorkerPhase::Starting | WorkerPhase::Restoring { .. } => Ending::Replace,
+            WorkerPhase::Busy {
                 cancelled: Some(_), ..
             } => {
-                // The next task may be on its way, or have come.
-                entry.unnoted += 1;
+                // The next task may be in flight, or have arrived.
+                entry.unacknowledged += 1;
                 Ending::Replace
             }
             _ => {
-                entry.unnoted += 1;
+                entry.unacknowledged += 1;
                 Ending::Lost {
                     replaced: true,
                     setback,
@@ -702,13 +712,13 @@ impl Book {
         }
     }
 
-    /// When [`Book::to_retry`] should next be asked.
+    /// When to call [`WorkerTable::to_retry`] next.
     pub fn next_retry(&self) -> Option<Now> {
         let unsettled = self.workers.iter().filter(|_| self.unsettled);
         unsettled.filter_map(|entry| entry.retry).min()
     }
 
-    /// Workers that are to be made now, after a pause.
+    /// Workers that are to be started now, after a pause.
     pub fn to_retry(&mut self, now: Now) -> Vec<u32> {
         let mut due = Vec::new();
         if !self.unsettled {
@@ -716,60 +726,65 @@ impl Book {
         }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
             if entry.retry.take_if(|at| *at <= now).is_some() {
-                entry.phase = Phase::Starting;
+                entry.phase = WorkerPhase::Starting;
                 due.push(worker as u32);
             }
         }
         due
     }
 
-    /// Workers that have made no progress in starting, or with what restores them, for too long: they
-    /// are to be killed. To be asked when all that has come from workers has been looked at.
+    /// Workers that have made no progress for too long, in starting or being restored: they are to
+    /// be killed. To be called when everything that workers have sent has been processed.
     pub fn stalled(&mut self, now: Now) -> Vec<u32> {
-        let patience = self.patience;
+        let restore_timeout = self.restore_timeout;
         let mut stalled = Vec::new();
         if !std::mem::take(&mut self.unsettled) {
             return stalled;
         }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
-            let starts = matches!(entry.phase, Phase::Starting | Phase::Restoring { .. });
+            let starts = matches!(
+                entry.phase,
+                WorkerPhase::Starting | WorkerPhase::Restoring { .. }
+            );
             self.unsettled |= starts || entry.retry.is_some();
             if entry.progress_by.take_if(|at| *at <= now).is_some() {
-                entry.stalled = entry.allowed(patience).unwrap_or_default();
+                entry.stalled = entry.allowed(restore_timeout).unwrap_or_default();
                 stalled.push(worker as u32);
             }
         }
         stalled
     }
 
-    /// There will be no worker in this place.
+    /// Gives this worker up permanently: it is not started again.
     pub fn give_up(&mut self, worker: u32) {
         if let Some(entry) = self.workers.get_mut(worker as usize) {
-            entry.phase = Phase::Gone;
+            entry.phase = WorkerPhase::Terminated;
             entry.progress_by = None;
         }
     }
 
-    /// Whether all workers are gone.
-    pub fn all_gone(&self) -> bool {
-        self.workers.iter().all(|entry| entry.phase == Phase::Gone)
+    /// Whether all workers have terminated.
+    pub fn all_terminated(&self) -> bool {
+        self.workers
+            .iter()
+            .all(|entry| entry.phase == WorkerPhase::Terminated)
     }
 
-    /// When it is to be killed.
-    fn end_by(entry: &Entry) -> Option<Now> {
+    /// When the worker is to be killed.
+    fn end_by(entry: &WorkerEntry) -> Option<Now> {
         let cancelled = match entry.phase {
-            Phase::Gone => return None,
-            Phase::Busy { cancelled, .. } => cancelled,
+            WorkerPhase::Terminated => return None,
+            WorkerPhase::Busy { cancelled, .. } => cancelled,
             _ => None,
         };
         let ends = [cancelled, entry.stopping, entry.hung_up];
         ends.into_iter().flatten().min()
     }
 
-    /// When its task is out of time.
-    fn task_by(entry: &Entry) -> Option<Now> {
+    /// When the worker's task exceeds its time limit.
+    fn task_by(entry: &WorkerEntry) -> Option<Now> {
         match entry.phase {
-            Phase::Busy {
+            WorkerPhase::Busy {
                 cancelled: None,
                 deadline,
                 ..
@@ -778,34 +793,35 @@ impl Book {
         }
     }
 
-    /// When [`Book::overdue`], [`Book::out_of_time`] and [`Book::stalled`] should next be asked.
+    /// When to call [`WorkerTable::overdue`], [`WorkerTable::out_of_time`] and
+    /// [`WorkerTable::stalled`] next.
     pub fn next_deadline(&self) -> Option<Now> {
         let unsettled = self.workers.iter().filter(|_| self.unsettled);
         let progress = unsettled.filter_map(|entry| entry.progress_by);
         if !self.timed {
             return progress.min();
         }
-        let both = |entry| [Book::end_by(entry), Book::task_by(entry)];
+        let both = |entry| [WorkerTable::end_by(entry), WorkerTable::task_by(entry)];
         let ends = self.workers.iter().flat_map(both).flatten();
         ends.chain(progress).min()
     }
 
-    /// When [`Book::overdue`] should next be asked.
+    /// When to call [`WorkerTable::overdue`] next.
     pub fn next_end(&self) -> Option<Now> {
         let workers = self.workers.iter().filter(|_| self.timed);
-        workers.filter_map(Book::end_by).min()
+        workers.filter_map(WorkerTable::end_by).min()
     }
 
-    /// Workers whose time is up: they are to be killed. Each is named again only after a second,
-    /// which a killed process should not need.
+    /// Workers that are to be killed. Each is returned again only after a second, which a killed
+    /// process should not need.
     pub fn overdue(&mut self, now: Now) -> Vec<u32> {
         let mut overdue = Vec::new();
         if !std::mem::take(&mut self.timed) {
             return overdue;
         }
         for (worker, entry) in self.workers.iter_mut().enumerate() {
-            let end = Book::end_by(entry);
-            self.timed |= end.is_some() || Book::task_by(entry).is_some();
+            let end = WorkerTable::end_by(entry);
+            self.timed |= end.is_some() || WorkerTable::task_by(entry).is_some();
             if end.is_none_or(|at| at > now) {
                 continue;
             }
@@ -813,7 +829,7 @@ impl Book {
             entry.stop_timed_out |= entry.may_finish;
             let again = Some(now + Duration::from_secs(1));
             let cancelled = match &mut entry.phase {
-                Phase::Busy { cancelled, .. } => Some(cancelled),
+                WorkerPhase::Busy { cancelled, .. } => Some(cancelled),
                 _ => None,
             };
             let ends = [&mut entry.stopping, &mut entry.hung_up];

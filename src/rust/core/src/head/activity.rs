@@ -1,7 +1,7 @@
 //! What each worker has been at, as the head sees it: counters, and when it was busy.
 //!
 //! Pure: the time is told. A worker's history takes a bounded number of intervals however long it
-//! is: those that are too short to matter beside all of it are put together (see [`Track::push`]).
+//! is: those that are too short to matter beside all of it are put together (see [`WorkerStats::push`]).
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use std::time::Duration;
 pub type Moment = Duration;
 
 /// Intervals of a worker, at most.
-pub const MOST: usize = 500;
+pub const MAX_INTERVALS: usize = 500;
 
 /// Times for which a worker was lost, at most: then the oldest are forgotten.
-pub const LOSSES: usize = 50;
+pub const MAX_FAILURES: usize = 50;
 
 /// Intervals that are shorter are put together from the beginning on.
 const FINEST: Duration = Duration::from_millis(1);
@@ -25,7 +25,7 @@ pub const TOO_LONG: &str = "a task exceeded its time limit";
 
 /// What a worker had to do with a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ActivityKind {
     /// It was at it.
     Busy,
     /// Message or answer were on their way.
@@ -36,7 +36,7 @@ pub enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval {
     /// What the worker was mostly doing.
-    pub kind: Kind,
+    pub kind: ActivityKind,
     /// When the interval starts.
     pub start: Moment,
     /// When the interval ends.
@@ -63,7 +63,7 @@ pub type Measure = fn(&[u8]) -> Option<Measured>;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// It is this worker's turn to have it.
-    pub begun: Moment,
+    pub assigned: Moment,
     /// All of the message was sent.
     pub sent: Option<Moment>,
     /// The first of the answer came.
@@ -74,7 +74,7 @@ pub struct Times {
 
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
-pub struct Track {
+pub struct WorkerStats {
     /// Tasks that were answered.
     pub tasks: u64,
     /// For how long the worker was busy, in total.
@@ -84,7 +84,7 @@ pub struct Track {
     /// Bytes of frames from this worker.
     pub bytes_out: u64,
     /// How often it was lost.
-    pub losses: u64,
+    pub failures: u64,
     /// The last thing that went wrong.
     pub error: Option<String>,
     intervals: Vec<Interval>,
@@ -93,7 +93,7 @@ pub struct Track {
     lost_since: Option<Moment>,
 }
 
-impl Track {
+impl WorkerStats {
     /// A task is over for this worker, answered or not.
     pub fn ended(&mut self, times: Times, tasks: u64, now: Moment) {
         let answered = times.answered.unwrap_or(now);
@@ -103,26 +103,26 @@ impl Track {
             let seconds = Duration::try_from_secs_f64(measured.seconds).ok()?;
             Some(answered.saturating_sub(seconds))
         });
-        let began = measured.unwrap_or(sent).max(times.begun).min(answered);
+        let began = measured.unwrap_or(sent).max(times.assigned).min(answered);
         let busy = answered.saturating_sub(began);
         self.tasks += tasks;
         self.busy += busy;
         self.push(Interval {
-            kind: Kind::Transfer,
-            start: times.begun,
+            kind: ActivityKind::Transfer,
+            start: times.assigned,
             end: began,
             busy: Duration::ZERO,
             tasks: 0,
         });
         self.push(Interval {
-            kind: Kind::Busy,
+            kind: ActivityKind::Busy,
             start: began,
             end: answered,
             busy,
             tasks,
         });
         self.push(Interval {
-            kind: Kind::Transfer,
+            kind: ActivityKind::Transfer,
             start: answered,
             end: now,
             busy: Duration::ZERO,
@@ -139,13 +139,13 @@ impl Track {
         }
         self.resolution = self.resolution.max(FINEST);
         append(&mut self.intervals, new, self.resolution);
-        while self.intervals.len() > MOST {
+        while self.intervals.len() > MAX_INTERVALS {
             self.resolution *= 2;
-            let mut fewer = Vec::with_capacity(MOST + 1);
+            let mut fewer = Vec::with_capacity(MAX_INTERVALS + 1);
             for &interval in &self.intervals {
                 append(&mut fewer, interval, self.resolution);
             }
-            if fewer.len() <= MOST / 2 {
+            if fewer.len() <= MAX_INTERVALS / 2 {
                 self.intervals = fewer;
             }
         }
@@ -153,8 +153,8 @@ impl Track {
 
     /// Without the history.
     #[must_use]
-    pub fn counters(&self) -> Track {
-        Track {
+    pub fn counters(&self) -> WorkerStats {
+        WorkerStats {
             error: self.error.clone(),
             intervals: Vec::new(),
             lost: Vec::new(),
@@ -166,7 +166,7 @@ impl Track {
     pub fn lost(&mut self, why: &str, now: Moment) {
         if self.lost_since.is_none() {
             self.lost_since = Some(now);
-            self.losses += 1;
+            self.failures += 1;
         }
         self.failed(why);
     }
@@ -183,7 +183,7 @@ impl Track {
     /// It is there again.
     pub fn back(&mut self, now: Moment) {
         if let Some(since) = self.lost_since.take() {
-            if self.lost.len() == LOSSES {
+            if self.lost.len() == MAX_FAILURES {
                 self.lost.remove(0);
             }
             self.lost.push((since, now));
@@ -201,7 +201,7 @@ impl Track {
     }
 
     /// From when to when it was lost.
-    pub fn losses(&self) -> &[(Moment, Moment)] {
+    pub fn failures(&self) -> &[(Moment, Moment)] {
         &self.lost
     }
 }
@@ -234,17 +234,17 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    fn times(begun: u64, sent: u64, answered: u64) -> Times {
+    fn times(assigned: u64, sent: u64, answered: u64) -> Times {
         Times {
-            begun: ms(begun),
+            assigned: ms(assigned),
             sent: Some(ms(sent)),
             answered: Some(ms(answered)),
             measured: None,
         }
     }
 
-    fn kinds(track: &Track) -> Vec<(Kind, u128, u128)> {
-        let intervals = track.intervals().iter();
+    fn kinds(stats: &WorkerStats) -> Vec<(ActivityKind, u128, u128)> {
+        let intervals = stats.intervals().iter();
         intervals
             .map(|i| (i.kind, i.start.as_millis(), i.end.as_millis()))
             .collect()
@@ -252,78 +252,81 @@ mod tests {
 
     #[test]
     fn a_task_is_transfer_work_and_transfer() {
-        let mut track = Track::default();
-        track.ended(times(10, 20, 120), 1, ms(150));
+        let mut stats = WorkerStats::default();
+        stats.ended(times(10, 20, 120), 1, ms(150));
         let parts = [
-            (Kind::Transfer, 10, 20),
-            (Kind::Busy, 20, 120),
-            (Kind::Transfer, 120, 150),
+            (ActivityKind::Transfer, 10, 20),
+            (ActivityKind::Busy, 20, 120),
+            (ActivityKind::Transfer, 120, 150),
         ];
-        assert_eq!(kinds(&track), parts);
-        assert_eq!((track.tasks, track.busy), (1, ms(100)));
+        assert_eq!(kinds(&stats), parts);
+        assert_eq!((stats.tasks, stats.busy), (1, ms(100)));
     }
 
     #[test]
     fn what_the_worker_has_measured_counts() {
-        let mut track = Track::default();
+        let mut stats = WorkerStats::default();
         let seconds = 0.03;
         let measured = Some(Measured { seconds, tasks: 7 });
         let of = Times {
             measured,
             ..times(0, 10, 100)
         };
-        track.ended(of, 7, ms(100));
+        stats.ended(of, 7, ms(100));
         assert_eq!(
-            kinds(&track),
-            [(Kind::Transfer, 0, 70), (Kind::Busy, 70, 100)]
+            kinds(&stats),
+            [
+                (ActivityKind::Transfer, 0, 70),
+                (ActivityKind::Busy, 70, 100)
+            ]
         );
         // It cannot have been at it for longer than it had it.
         for seconds in [1e300, f64::NAN, -1.0, 5.0] {
-            let mut track = Track::default();
+            let mut stats = WorkerStats::default();
             let measured = Some(Measured { seconds, tasks: 1 });
             let of = Times {
                 measured,
                 ..times(50, 60, 100)
             };
-            track.ended(of, 1, ms(100));
-            assert!(track.busy <= ms(50));
+            stats.ended(of, 1, ms(100));
+            assert!(stats.busy <= ms(50));
         }
     }
 
     #[test]
     fn a_task_that_was_never_sent_is_transfer_alone() {
-        let mut track = Track::default();
+        let mut stats = WorkerStats::default();
         let of = Times {
-            begun: ms(5),
+            assigned: ms(5),
             ..Times::default()
         };
-        track.ended(of, 0, ms(50));
-        assert_eq!(kinds(&track), [(Kind::Transfer, 5, 50)]);
-        assert_eq!((track.tasks, track.busy), (0, Duration::ZERO));
+        stats.ended(of, 0, ms(50));
+        assert_eq!(kinds(&stats), [(ActivityKind::Transfer, 5, 50)]);
+        assert_eq!((stats.tasks, stats.busy), (0, Duration::ZERO));
     }
 
     #[test]
     fn losses_begin_and_end_and_the_oldest_are_forgotten() {
-        let mut track = Track::default();
-        for at in 0..2 * LOSSES as u64 {
-            track.lost("killed", ms(10 * at));
-            track.lost("killed", ms(10 * at + 1));
-            assert_eq!(track.lost_since(), Some(ms(10 * at)));
-            track.back(ms(10 * at + 5));
-            track.back(ms(10 * at + 6));
+        let mut stats = WorkerStats::default();
+        for at in 0..2 * MAX_FAILURES as u64 {
+            stats.lost("killed", ms(10 * at));
+            stats.lost("killed", ms(10 * at + 1));
+            assert_eq!(stats.lost_since(), Some(ms(10 * at)));
+            stats.back(ms(10 * at + 5));
+            stats.back(ms(10 * at + 6));
         }
-        assert_eq!(track.losses, 2 * LOSSES as u64);
-        assert_eq!(track.losses().len(), LOSSES);
-        assert_eq!(track.losses().last(), Some(&(ms(990), ms(995))));
+        assert_eq!(stats.failures, 2 * MAX_FAILURES as u64);
+        assert_eq!(stats.failures().len(), MAX_FAILURES);
+        assert_eq!(stats.failures().last(), Some(&(ms(990), ms(995))));
     }
 
     #[test]
     fn long_texts_are_cut_between_characters() {
-        let mut track = Track::default();
-        track.failed(&"é".repeat(TEXT));
-        assert_eq!(track.error, Some("é".repeat(TEXT / 2)));
-        track.failed(&format!("x{}", "é".repeat(TEXT)));
-        assert_eq!(track.error.map(|text| text.len()), Some(TEXT - 1));
+        let mut stats = WorkerStats::default();
+        stats.failed(&"é".repeat(TEXT));
+        assert_eq!(stats.error, Some("é".repeat(TEXT / 2)));
+        stats.failed(&format!("x{}", "é".repeat(TEXT)));
+        assert_eq!(stats.error.map(|text| text.len()), Some(TEXT - 1));
     }
 
     proptest! {
@@ -331,25 +334,25 @@ mod tests {
         fn histories_are_bounded_ordered_and_lose_no_work(
             steps in prop::collection::vec((0u64..50_000, 0u64..50_000, 0u64..50_000, 0u64..5_000), 1..4_000),
         ) {
-            let mut track = Track::default();
+            let mut stats = WorkerStats::default();
             let micros = Duration::from_micros;
             let (mut now, mut busy) = (Duration::ZERO, Duration::ZERO);
             for &(idle, to, at, from) in &steps {
-                let begun = now + micros(idle);
-                let sent = begun + micros(to);
+                let assigned = now + micros(idle);
+                let sent = assigned + micros(to);
                 let answered = sent + micros(at);
                 now = answered + micros(from);
                 busy += micros(at);
                 let (sent, answered) = (Some(sent), Some(answered));
-                track.ended(Times { begun, sent, answered, measured: None }, 1, now);
-                prop_assert!(track.intervals().len() <= MOST);
+                stats.ended(Times { assigned, sent, answered, measured: None }, 1, now);
+                prop_assert!(stats.intervals().len() <= MAX_INTERVALS);
             }
-            let intervals = track.intervals();
+            let intervals = stats.intervals();
             prop_assert!(intervals.windows(2).all(|two| two[0].end <= two[1].start));
             prop_assert!(intervals.iter().all(|i| i.start <= i.end && i.busy <= i.end - i.start));
             prop_assert_eq!(intervals.iter().map(|i| i.busy).sum::<Duration>(), busy);
             prop_assert_eq!(intervals.iter().map(|i| i.tasks).sum::<u64>(), steps.len() as u64);
-            prop_assert_eq!((track.busy, track.tasks), (busy, steps.len() as u64));
+            prop_assert_eq!((stats.busy, stats.tasks), (busy, steps.len() as u64));
         }
     }
 }

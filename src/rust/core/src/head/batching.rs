@@ -1,15 +1,15 @@
 //! Which tasks of a job a worker is given next, and how many at once.
 //!
 //! A pure state machine: the head tells it what has ended and how long that took, and asks it for
-//! the next unit, a few tasks that cross together and are answered together. One task a unit is the
-//! fairest and costs a message for each; so units are as large as it takes for the messages not to
+//! the next batch, a few tasks that cross together and are answered together. One task a batch is the
+//! fairest and costs a message for each; so batches are as large as it takes for the messages not to
 //! matter, and no larger ([`Planner::size`]). Where a worker would be idle while its answer and the
-//! next unit are on their way, one unit is sent ahead.
+//! next batch are on their way, one batch is prefetched.
 //!
-//! Where the assignment is free, tasks are begun in the given order, and units get smaller towards
-//! the end, as in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no unit has more than a
+//! Where the assignment is free, tasks are begun in the given order, and batches get smaller towards
+//! the end, as in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no batch has more than a
 //! half of what would be left for each worker. Tasks may turn out to be much longer than those before
-//! them: then the rest of the unit comes back ([`Unit::most`]).
+//! them: then the rest of the batch comes back ([`Batch::max_time`]).
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -23,54 +23,54 @@ pub enum Assignment {
     Round,
 }
 
-/// Tasks in one unit, at most.
-const MOST: usize = 10_000;
+/// Tasks in one batch, at most.
+const MAX_BATCH: usize = 10_000;
 
-/// Seconds that a unit may be at work before its rest comes back, at most.
-const MOST_SECONDS: f64 = 3600.0;
+/// Seconds that a batch may be at work before its rest comes back, at most.
+const MAX_BATCH_SECONDS: f64 = 3600.0;
 
-/// Bytes of answers that a unit should not be longer than.
-const ANSWER: f64 = 128.0 * 1024.0;
+/// Bytes of answers that a batch should not be longer than.
+const TYPICAL_ANSWER: f64 = 128.0 * 1024.0;
 
-/// A unit should take so many times as long as the head is busy with it, and as many times for each
+/// A batch should take so many times as long as the head is busy with it, and as many times for each
 /// place as all together: the head then is busy for a quarter of the time at most.
 const COST: f64 = 20.0;
 const COST_OF_ALL: f64 = 4.0;
 
-/// A unit should take so many times as long as a message to the worker and back.
+/// A batch should take so many times as long as a message to the worker and back.
 const ROUND_TRIPS: f64 = 2.0;
 
-/// A unit should take so many times as long as it takes to read what its tasks share.
+/// A batch should take so many times as long as it takes to read what its tasks share.
 const READINGS: f64 = 4.0;
 
 /// Seconds in which a worker reads a byte of it, roughly: a list of many short vectors takes longer, a long
 /// vector less.
 const READING_OF_BYTE: f64 = 1e-8;
 
-/// If reading is expected to take so many seconds, the first units already have several tasks: to find out
+/// If reading is expected to take so many seconds, the first batches already have several tasks: to find out
 /// with one of them how long tasks take would cost a reading.
 const LONG_READING: f64 = 0.002;
 
-/// Seconds that a unit should take at least, and if tasks compute: what it costs the head, the agent
+/// Seconds that a batch should take at least, and if tasks compute: what it costs the head, the agent
 /// and the worker, 0.4 ms where waking a process is slow, is then taken from the cores that compute,
 /// if they are those of one machine.
 const GRAIN: f64 = 0.002;
 const GRAIN_OF_COMPUTING: f64 = 0.02;
 
-/// The rest of a unit comes back when it has taken so many times as long as was thought, and so many
+/// The rest of a batch comes back when it has taken so many times as long as was thought, and so many
 /// seconds: it may be one of those that are long, or have had a part of a core only.
 const OVER: f64 = 4.0;
-const OVER_LEAST: f64 = 0.02;
+const MIN_OVERTIME: f64 = 0.02;
 
-/// A unit is sent ahead if a worker would be idle for more than this part of its time without it.
+/// A batch is prefetched if a worker would be idle for more than this part of its time without it.
 const IDLE: f64 = 0.02;
 
-/// Seconds that the way to a worker and back takes if it is on another host: then a second task is sent
+/// Seconds that the round trip to a worker takes if it is on another host: then a second task is sent
 /// to it at the beginning.
 const FAR: f64 = 0.005;
 
 /// Tasks are taken for computing if a worker has waited for something in less than this part of the
-/// units. It is so after eight in which none has: a page that is to be fetched may make one wait.
+/// batches. It is so after eight in which none has: a page that is to be fetched may make one wait.
 const WAITING: f64 = 0.2;
 const SLEEP_NEW: f64 = 0.2;
 
@@ -79,30 +79,30 @@ const NEW: f64 = 0.1;
 
 /// Tasks that cross together, by their numbers from 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unit {
+pub struct Batch {
     /// The numbers of the tasks, in order.
     pub tasks: Vec<usize>,
     /// The worker is still at another.
-    pub ahead: bool,
+    pub prefetch: bool,
     /// If the worker has been at it for so long, those that it has not begun are to come back, for
     /// others to do them. Zero: never.
-    pub most: Duration,
+    pub max_time: Duration,
 }
 
-/// How a unit that was answered went.
+/// How a batch that was answered went.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ended {
     /// Tasks of it that have been done.
     pub tasks: usize,
     /// For how long the worker was at it.
     pub busy: Duration,
-    /// From when it was sent until it was answered, if it was not sent ahead.
+    /// From when it was sent until it was answered, if it was not prefetched.
     pub turnaround: Option<Duration>,
     /// Bytes of the answer.
     pub bytes: usize,
     /// For how long of it the worker had a core, if it has not waited for anything.
     pub computed: Option<Duration>,
-    /// How long the worker had read before that what the tasks of a unit share.
+    /// How long the worker had read before that what the tasks of a batch share.
     pub reading: Duration,
 }
 
@@ -140,15 +140,15 @@ impl Queue {
 }
 
 #[derive(Debug, Default)]
-struct Place {
-    /// Tasks of each unit that is out, the running one first.
+struct Slot {
+    /// Tasks of each batch that is out, the running one first.
     out: VecDeque<usize>,
-    /// Seconds from a unit's sending to its answer in which the worker was not at it: the way there
+    /// Seconds from a batch's sending to its answer in which the worker was not at it: the way there
     /// and back.
     round_trip: Option<f64>,
-    /// When the running unit was sent, or, if that was ahead, when the one before was answered.
+    /// When the running batch was sent, or, if that was ahead, when the one before was answered.
     since: f64,
-    gone: bool,
+    close: bool,
     host: usize,
 }
 
@@ -168,9 +168,9 @@ pub struct Planner {
     assignment: Assignment,
     /// One, or one for each place.
     queues: Vec<Queue>,
-    places: Vec<Place>,
+    slots: Vec<Slot>,
     hosts: Vec<Host>,
-    /// Which part of the units has lately slept.
+    /// Which part of the batches has lately slept.
     sleep: f64,
     /// Places have been refused work because their host is busy.
     rests: bool,
@@ -182,17 +182,17 @@ pub struct Planner {
     done: usize,
     /// Bytes of a task's answer.
     bytes: f64,
-    /// Seconds that the head is busy with a unit.
+    /// Seconds that the head is busy with a batch.
     cost: f64,
-    /// Seconds in which a worker reads what the tasks of a unit share.
+    /// Seconds in which a worker reads what the tasks of a batch share.
     reading: f64,
     /// The least time that the way has taken, to any place.
-    way: f64,
+    rtt: f64,
 }
 
 impl Planner {
     /// For a number of tasks and of places, of which there must be one.
-    pub fn new(assignment: Assignment, tasks: usize, places: usize) -> Planner {
+    pub fn new(assignment: Assignment, tasks: usize, slots: usize) -> Planner {
         let queue = |first, step| Queue {
             again: VecDeque::new(),
             back: VecDeque::new(),
@@ -204,11 +204,11 @@ impl Planner {
             assignment,
             queues: match assignment {
                 Assignment::Free => vec![queue(0, 1)],
-                Assignment::Round => (0..places).map(|at| queue(at, places)).collect(),
+                Assignment::Round => (0..slots).map(|at| queue(at, slots)).collect(),
             },
-            places: (0..places).map(|_| Place::default()).collect(),
+            slots: (0..slots).map(|_| Slot::default()).collect(),
             hosts: vec![Host {
-                living: places,
+                living: slots,
                 ..Host::default()
             }],
             sleep: 1.0,
@@ -220,17 +220,17 @@ impl Planner {
             bytes: 0.0,
             cost: 0.0,
             reading: 0.0,
-            way: 0.0,
+            rtt: 0.0,
         }
     }
 
     /// On which host, counted from 0, a place is, and how many cores that has, 0 if it is not known.
-    pub fn place_on(&mut self, place: usize, host: usize, cores: usize) {
+    pub fn place_on(&mut self, slot: usize, host: usize, cores: usize) {
         if self.hosts.len() <= host {
             self.hosts.resize_with(host + 1, Host::default);
         }
         self.hosts[host].cores = cores;
-        let before = std::mem::replace(&mut self.places[place].host, host);
+        let before = std::mem::replace(&mut self.slots[slot].host, host);
         self.hosts[before].living -= 1;
         self.hosts[host].living += 1;
     }
@@ -254,8 +254,8 @@ impl Planner {
     /// Whether a place with nothing to do is to be left so: its host's cores are all busy with tasks
     /// so short that several cross together. More processes would only take turns, and each have its
     /// memory fetched anew.
-    fn is_to_rest(&self, place: usize, size: usize) -> bool {
-        let host = &self.hosts[self.places[place].host];
+    fn is_to_rest(&self, slot: usize, size: usize) -> bool {
+        let host = &self.hosts[self.slots[slot].host];
         let busy = host.cores > 0 && host.active > host.cores;
         self.assignment == Assignment::Free && busy && size > 1 && self.is_computing()
     }
@@ -276,30 +276,30 @@ impl Planner {
         }
     }
 
-    /// How long the way to a place and back has taken, as far as it is known: see [`Planner::way`].
-    pub fn expect(&mut self, place: usize, way: Option<f64>) {
-        self.places[place].round_trip = way;
+    /// How long the round trip to a place has taken, as far as it is known: see [`Planner::rtt`].
+    pub fn expect(&mut self, slot: usize, rtt: Option<f64>) {
+        self.slots[slot].round_trip = rtt;
     }
 
-    /// The tasks of a unit share what the worker has to read first, which has so many bytes.
+    /// The tasks of a batch share what the worker has to read first, which has so many bytes.
     pub fn expect_reading(&mut self, bytes: u64) {
         self.reading = READING_OF_BYTE * bytes as f64;
     }
 
-    /// Seconds that the way to a place and back takes, if that is known.
-    pub fn way(&self, place: usize) -> Option<f64> {
-        self.places[place].round_trip
+    /// Seconds that the round trip to a place takes, if that is known.
+    pub fn rtt(&self, slot: usize) -> Option<f64> {
+        self.slots[slot].round_trip
     }
 
-    /// From now on units have one task.
+    /// From now on batches have one task.
     pub fn singly(&mut self) {
         self.singly = true;
     }
 
-    fn queue(&mut self, place: usize) -> &mut Queue {
+    fn queue(&mut self, slot: usize) -> &mut Queue {
         match self.assignment {
             Assignment::Free => &mut self.queues[0],
-            Assignment::Round => &mut self.queues[place],
+            Assignment::Round => &mut self.queues[slot],
         }
     }
 
@@ -315,66 +315,72 @@ impl Planner {
 
     /// What this place gets next, if it is to get anything now. Tasks of it that cannot be sent
     /// with the others are given back with [`Planner::returned`]. `now`: time since some beginning.
-    pub fn next(&mut self, place: usize, now: Duration) -> Option<Unit> {
+    pub fn next(&mut self, slot: usize, now: Duration) -> Option<Batch> {
         let now = now.as_secs_f64();
-        let ahead = !self.places[place].out.is_empty();
-        if self.places[place].gone || self.queue(place).len() == 0 {
+        let prefetch = !self.slots[slot].out.is_empty();
+        if self.slots[slot].close || self.queue(slot).len() == 0 {
             return None;
         }
         let task = self.task(now).filter(|_| !self.singly);
-        let may_send_ahead = match task {
-            Some(task) => self.may_send_ahead(place, task),
-            None => self.is_far(place),
+        let may_prefetch = match task {
+            Some(task) => self.may_prefetch(slot, task),
+            None => self.is_far(slot),
         };
-        if ahead && !may_send_ahead {
+        if prefetch && !may_prefetch {
             return None;
         }
         let size = match task {
-            Some(task) => self.size(place, task),
-            None if self.reading > LONG_READING && !self.singly => self.even().clamp(1, MOST),
+            Some(task) => self.size(slot, task),
+            None if self.reading > LONG_READING && !self.singly => self.even().clamp(1, MAX_BATCH),
             None => 1,
         };
-        if !ahead && self.is_to_rest(place, size) {
+        if !prefetch && self.is_to_rest(slot, size) {
             self.rests = true;
             return None;
         }
-        let tasks = self.queue(place).take(size);
-        let at = &mut self.places[place];
+        let tasks = self.queue(slot).take(size);
+        let at = &mut self.slots[slot];
         at.out.push_back(tasks.len());
-        if !ahead {
+        if !prefetch {
             at.since = now;
             self.hosts[at.host].active += 1;
         }
-        let most = match self.assignment {
+        let max_time = match self.assignment {
             Assignment::Free if tasks.len() > 1 => {
                 let expected = OVER * task.unwrap_or(0.0) * tasks.len() as f64;
                 // What comes back costs another reading.
-                let least = OVER_LEAST.max(READINGS * self.reading).min(MOST_SECONDS);
-                Duration::from_secs_f64(expected.clamp(least, MOST_SECONDS))
+                let min_time = MIN_OVERTIME
+                    .max(READINGS * self.reading)
+                    .min(MAX_BATCH_SECONDS);
+                Duration::from_secs_f64(expected.clamp(min_time, MAX_BATCH_SECONDS))
             }
             _ => Duration::ZERO,
         };
-        Some(Unit { tasks, ahead, most })
+        Some(Batch {
+            tasks,
+            prefetch,
+            max_time,
+        })
     }
 
-    /// Seconds that a task is expected to take. Rather too many: a unit that takes longer than was
+    /// Seconds that a task is expected to take. Rather too many: a batch that takes longer than was
     /// thought holds up the end. The first tasks to end are short ones: the time that others have
     /// been running counts too (the maximum likelihood for exponential times of which some are cut).
     fn task(&self, now: f64) -> Option<f64> {
         let recent = self.recent?;
-        let running = self.places.iter().filter(|place| !place.out.is_empty());
-        let before = |place: &Place| place.round_trip.unwrap_or(self.way) + self.reading;
-        let passed = |place: &Place| now - place.since - before(place);
+        let running = self.slots.iter().filter(|slot| !slot.out.is_empty());
+        let before = |slot: &Slot| slot.round_trip.unwrap_or(self.rtt) + self.reading;
+        let passed = |slot: &Slot| now - slot.since - before(slot);
         let running: f64 = running
-            .map(|place| passed(place).max(0.0) * self.share(place))
+            .map(|slot| passed(slot).max(0.0) * self.core_fraction(slot))
             .sum();
         let mean = (self.seconds + running) / self.done as f64;
         Some(recent.max(mean).max(1e-9))
     }
 
     /// Which part of a core a place has, if tasks compute.
-    fn share(&self, place: &Place) -> f64 {
-        let host = &self.hosts[place.host];
+    fn core_fraction(&self, slot: &Slot) -> f64 {
+        let host = &self.hosts[slot.host];
         if self.is_computing() && host.cores > 0 && host.active > host.cores {
             host.cores as f64 / host.active as f64
         } else {
@@ -382,17 +388,17 @@ impl Planner {
         }
     }
 
-    /// Tasks with which a unit is large enough for its message not to matter.
-    fn enough(&self, place: usize, task: f64) -> f64 {
-        let round_trip = self.places[place].round_trip.unwrap_or(0.0);
-        let way = ROUND_TRIPS * round_trip;
+    /// Tasks with which a batch is large enough for its message not to matter.
+    fn enough(&self, slot: usize, task: f64) -> f64 {
+        let round_trip = self.slots[slot].round_trip.unwrap_or(0.0);
+        let rtt = ROUND_TRIPS * round_trip;
         let work = COST.max(COST_OF_ALL * self.living() as f64) * self.cost;
         let grain = match self.is_computing() {
             true => GRAIN_OF_COMPUTING,
             false => GRAIN,
         };
         let reading = READINGS * self.reading;
-        (way.max(work).max(grain).max(reading) / task).min(ANSWER / self.bytes.max(1.0))
+        (rtt.max(work).max(grain).max(reading) / task).min(TYPICAL_ANSWER / self.bytes.max(1.0))
     }
 
     /// Half of an even share of what is left, where the assignment is free.
@@ -400,53 +406,55 @@ impl Planner {
         self.queues[0].len() / (2 * self.useful().max(1))
     }
 
-    fn size(&self, place: usize, task: f64) -> usize {
+    fn size(&self, slot: usize, task: f64) -> usize {
         let fair = match self.assignment {
             Assignment::Free => {
                 let len = self.queues[0].len();
                 // With one that runs and one ahead, shorter ones would not fill the way.
-                let round_trip = self.places[place].round_trip.unwrap_or(0.0);
+                let round_trip = self.slots[slot].round_trip.unwrap_or(0.0);
                 let filling = (round_trip / 2.0 / task) as usize;
                 let filling = filling.min(len.div_ceil(self.useful().max(1)));
                 // What takes no longer than another worker would read is better not shared with it.
                 let reading = (self.reading / task) as usize;
                 self.even().max(filling).max(reading.min(len))
             }
-            Assignment::Round => self.queues[place].len(),
+            Assignment::Round => self.queues[slot].len(),
         };
-        fair.min(MOST).min(self.enough(place, task) as usize).max(1)
+        fair.min(MAX_BATCH)
+            .min(self.enough(slot, task) as usize)
+            .max(1)
     }
 
     /// Whether a second task may be sent to this place before anything is known of how long they take.
-    fn is_far(&self, place: usize) -> bool {
-        let at = &self.places[place];
+    fn is_far(&self, slot: usize) -> bool {
+        let at = &self.slots[slot];
         let enough = self.left() > 2 * self.living();
-        enough && !self.singly && at.out.len() == 1 && at.round_trip.is_some_and(|way| way > FAR)
+        enough && !self.singly && at.out.len() == 1 && at.round_trip.is_some_and(|rtt| rtt > FAR)
     }
 
-    /// Whether a second unit may be sent to this place.
-    fn may_send_ahead(&self, place: usize, task: f64) -> bool {
-        let at = &self.places[place];
-        let (1, Some(way), Some(running)) = (at.out.len(), at.round_trip, at.out.front()) else {
+    /// Whether a second batch may be sent to this place.
+    fn may_prefetch(&self, slot: usize, task: f64) -> bool {
+        let at = &self.slots[slot];
+        let (1, Some(rtt), Some(running)) = (at.out.len(), at.round_trip, at.out.front()) else {
             return false;
         };
-        let unit = self.reading + *running as f64 * task;
+        let batch = self.reading + *running as f64 * task;
         let queue = match self.assignment {
             Assignment::Free => &self.queues[0],
-            Assignment::Round => return way > IDLE * unit,
+            Assignment::Round => return rtt > IDLE * batch,
         };
         // Towards the end it may have to wait for a task that takes long while others are idle.
-        let most = match queue.len() > 2 * self.living() {
-            true => IDLE * unit,
-            false => unit,
+        let max_time = match queue.len() > 2 * self.living() {
+            true => IDLE * batch,
+            false => batch,
         };
-        way > most
+        rtt > max_time
     }
 
-    /// The oldest unit of this place has been answered.
-    pub fn ended(&mut self, place: usize, ended: Ended, now: Duration) {
+    /// The oldest batch of this place has been answered.
+    pub fn ended(&mut self, slot: usize, ended: Ended, now: Duration) {
         self.sleep += SLEEP_NEW * (f64::from(u8::from(ended.computed.is_none())) - self.sleep);
-        let at = &mut self.places[place];
+        let at = &mut self.slots[slot];
         at.out.pop_front();
         if at.out.is_empty() {
             self.hosts[at.host].active -= 1;
@@ -455,15 +463,15 @@ impl Planner {
         let busy = ended.busy.as_secs_f64();
         let reading = ended.reading.as_secs_f64();
         if let Some(turnaround) = ended.turnaround {
-            let way = (turnaround.as_secs_f64() - busy - reading).max(0.0);
+            let rtt = (turnaround.as_secs_f64() - busy - reading).max(0.0);
             // The least is what the way takes; what is more is that somebody was busy.
             at.round_trip = Some(match at.round_trip {
-                Some(before) if way > before => before + NEW * (way - before),
-                _ => way,
+                Some(before) if rtt > before => before + NEW * (rtt - before),
+                _ => rtt,
             });
-            self.way = match self.done {
-                0 => way,
-                _ => self.way.min(way),
+            self.rtt = match self.done {
+                0 => rtt,
+                _ => self.rtt.min(rtt),
             };
         }
         if ended.tasks == 0 {
@@ -489,10 +497,10 @@ impl Planner {
         self.done += ended.tasks;
     }
 
-    /// The unit of this place that was given out last, or the oldest one if that is lost, has ended
+    /// The batch of this place that was given out last, or the oldest one if that is lost, has ended
     /// in another way.
-    pub fn dropped(&mut self, place: usize, last: bool) {
-        let at = &mut self.places[place];
+    pub fn dropped(&mut self, slot: usize, last: bool) {
+        let at = &mut self.slots[slot];
         let dropped = if last {
             at.out.pop_back()
         } else {
@@ -504,25 +512,25 @@ impl Planner {
     }
 
     /// A task of this place has been given out again, before all that it has been given.
-    pub fn given_first(&mut self, place: usize) {
-        let at = &mut self.places[place];
+    pub fn given_first(&mut self, slot: usize) {
+        let at = &mut self.slots[slot];
         if at.out.is_empty() {
             self.hosts[at.host].active += 1;
         }
         at.out.push_front(1);
     }
 
-    /// Only so many tasks of the unit that was given out last have been sent.
-    pub fn shortened(&mut self, place: usize, tasks: usize) {
-        if let Some(last) = self.places[place].out.back_mut() {
+    /// Only so many tasks of the batch that was given out last have been sent.
+    pub fn shortened(&mut self, slot: usize, tasks: usize) {
+        if let Some(last) = self.slots[slot].out.back_mut() {
             *last = tasks;
         }
     }
 
     /// These tasks of this place, in this order, have not been begun and are to be given out again,
     /// before those that have not been given out.
-    pub fn returned(&mut self, place: usize, tasks: &[usize]) {
-        let queue = self.queue(place);
+    pub fn returned(&mut self, slot: usize, tasks: &[usize]) {
+        let queue = self.queue(slot);
         for &task in tasks.iter().rev() {
             queue.back.push_front(task);
         }
@@ -530,16 +538,16 @@ impl Planner {
 
     /// These tasks of this place were lost with their worker and are to be given out again, one by one
     /// and in their order before all others.
-    pub fn lost(&mut self, place: usize, tasks: &[usize]) {
-        let again = &mut self.queue(place).again;
+    pub fn lost(&mut self, slot: usize, tasks: &[usize]) {
+        let again = &mut self.queue(slot).again;
         again.extend(tasks);
         again.make_contiguous().sort_unstable();
     }
 
     /// No more is to go to this place. What is bound to it stays.
-    pub fn gone(&mut self, place: usize) {
-        let at = &mut self.places[place];
-        if !std::mem::replace(&mut at.gone, true) {
+    pub fn close(&mut self, slot: usize) {
+        let at = &mut self.slots[slot];
+        if !std::mem::replace(&mut at.close, true) {
             self.hosts[at.host].living -= 1;
         }
     }
@@ -549,12 +557,12 @@ impl Planner {
         self.living() > 0
     }
 
-    /// Units that are out at this place.
-    pub fn out(&self, place: usize) -> usize {
-        self.places[place].out.len()
+    /// Batches that are out at this place.
+    pub fn out(&self, slot: usize) -> usize {
+        self.slots[slot].out.len()
     }
 
-    /// The head was busy for so long with one unit.
+    /// The head was busy for so long with one batch.
     pub fn took(&mut self, time: Duration) {
         let time = time.as_secs_f64();
         self.cost = match self.cost {
@@ -573,66 +581,69 @@ mod tests {
     use std::cmp::Reverse;
     use std::collections::BinaryHeap;
 
-    /// Seconds until the last answer, if each place takes a unit from when it has it, and a message
-    /// takes `way` each way; and how often each task was done.
-    fn run(planner: &mut Planner, times: &[f64], way: f64, cost: f64) -> (f64, Vec<u32>) {
-        let places = planner.places.len();
+    /// Seconds until the last answer, if each place takes a batch from when it has it, and a message
+    /// takes `rtt` each way; and how often each task was done.
+    fn run(planner: &mut Planner, times: &[f64], rtt: f64, cost: f64) -> (f64, Vec<u32>) {
+        let slots = planner.slots.len();
         let nanos = |seconds: f64| (seconds * 1e9) as u64;
-        let mut free = vec![0.0f64; places];
+        let mut free = vec![0.0f64; slots];
         let mut done = vec![0; times.len()];
         // Of answers: when, where, when sent, how long it took, which.
         let mut answers = BinaryHeap::new();
-        let mut units: Vec<(Vec<usize>, usize, f64, f64, bool)> = Vec::new();
+        let mut batches: Vec<(Vec<usize>, usize, f64, f64, bool)> = Vec::new();
         let mut now = 0.0f64;
-        let mut waiting: Vec<usize> = (0..places).collect();
+        let mut waiting: Vec<usize> = (0..slots).collect();
         loop {
-            for place in std::mem::take(&mut waiting) {
-                while let Some(unit) = planner.next(place, Duration::from_secs_f64(now)) {
+            for slot in std::mem::take(&mut waiting) {
+                while let Some(batch) = planner.next(slot, Duration::from_secs_f64(now)) {
                     now += cost;
                     planner.took(Duration::from_secs_f64(cost));
-                    let begins = free[place].max(now + way);
+                    let begins = free[slot].max(now + rtt);
                     let (mut busy, mut count) = (0.0, 0);
-                    for &task in &unit.tasks {
-                        if count > 0 && !unit.most.is_zero() && busy > unit.most.as_secs_f64() {
+                    for &task in &batch.tasks {
+                        if count > 0
+                            && !batch.max_time.is_zero()
+                            && busy > batch.max_time.as_secs_f64()
+                        {
                             break;
                         }
                         busy += times[task];
                         count += 1;
                     }
-                    free[place] = begins + busy;
-                    answers.push(Reverse((nanos(begins + busy + way), place, units.len())));
-                    units.push((unit.tasks, count, now, busy, unit.ahead));
+                    free[slot] = begins + busy;
+                    answers.push(Reverse((nanos(begins + busy + rtt), slot, batches.len())));
+                    batches.push((batch.tasks, count, now, busy, batch.prefetch));
                 }
             }
-            let Some(Reverse((at, place, unit))) = answers.pop() else {
+            let Some(Reverse((at, slot, batch))) = answers.pop() else {
                 return (now, done);
             };
             now = now.max(at as f64 / 1e9);
-            let (tasks, count, sent, busy, ahead) = &units[unit];
+            let (tasks, count, sent, busy, prefetch) = &batches[batch];
             let (tasks, rest) = tasks.split_at(*count);
             tasks.iter().for_each(|&task| done[task] += 1);
             planner.ended(
-                place,
+                slot,
                 Ended {
                     tasks: tasks.len(),
                     busy: Duration::from_secs_f64(*busy),
-                    turnaround: (!ahead).then(|| Duration::from_secs_f64(now - sent)),
+                    turnaround: (!prefetch).then(|| Duration::from_secs_f64(now - sent)),
                     bytes: 10 * tasks.len(),
                     computed: None,
                     reading: Duration::ZERO,
                 },
                 Duration::from_secs_f64(now),
             );
-            waiting.push(place);
+            waiting.push(slot);
             if !rest.is_empty() {
-                planner.returned(place, rest);
-                waiting.extend((0..places).filter(|&at| at != place && planner.out(at) == 0));
+                planner.returned(slot, rest);
+                waiting.extend((0..slots).filter(|&at| at != slot && planner.out(at) == 0));
             }
         }
     }
 
-    fn greedy(times: &[f64], places: usize) -> f64 {
-        let mut free: BinaryHeap<Reverse<u64>> = (0..places).map(|_| Reverse(0)).collect();
+    fn greedy(times: &[f64], slots: usize) -> f64 {
+        let mut free: BinaryHeap<Reverse<u64>> = (0..slots).map(|_| Reverse(0)).collect();
         let mut end = 0;
         for time in times {
             let Some(Reverse(at)) = free.pop() else { break };
@@ -643,9 +654,9 @@ mod tests {
         end as f64 / 1e9
     }
 
-    fn exponential(seed: u64, count: usize, mean: f64, most: f64) -> Vec<f64> {
+    fn exponential(seed: u64, count: usize, mean: f64, max_time: f64) -> Vec<f64> {
         let mut random = StdRng::seed_from_u64(seed);
-        let time = |_| (-mean * (1.0 - random.random::<f64>()).ln()).min(most);
+        let time = |_| (-mean * (1.0 - random.random::<f64>()).ln()).min(max_time);
         (0..count).map(time).collect()
     }
 
@@ -671,18 +682,18 @@ mod tests {
 
     #[test]
     fn long_tasks_after_short_ones_are_for_all() {
-        for (short, long, places) in [(200, 6, 2), (5000, 40, 4), (2000, 8, 8), (8, 92, 8)] {
+        for (short, long, slots) in [(200, 6, 2), (5000, 40, 4), (2000, 8, 8), (8, 92, 8)] {
             let mut times = vec![2e-6; short];
             times.extend(vec![0.1; long]);
-            let mut planner = Planner::new(Assignment::Free, times.len(), places);
+            let mut planner = Planner::new(Assignment::Free, times.len(), slots);
             let (end, _) = run(&mut planner, &times, 1e-4, 3e-5);
-            let bound = greedy(&times, places);
-            assert!(end < bound + 0.11, "{short} {long} {places}: {end} {bound}");
+            let bound = greedy(&times, slots);
+            assert!(end < bound + 0.11, "{short} {long} {slots}: {end} {bound}");
         }
     }
 
     #[test]
-    fn a_long_way_is_hidden() {
+    fn a_long_rtt_is_hidden() {
         for assignment in [Assignment::Free, Assignment::Round] {
             let times = vec![0.01; 6400];
             let mut planner = Planner::new(assignment, times.len(), 64);
@@ -711,7 +722,7 @@ mod tests {
         assert_eq!(
             planner
                 .next(0, Duration::from_millis(1))
-                .map(|unit| unit.tasks.len()),
+                .map(|batch| batch.tasks.len()),
             Some(1)
         );
     }
@@ -719,8 +730,8 @@ mod tests {
     #[test]
     fn no_more_workers_than_cores_take_turns_with_short_computations() {
         let mut planner = Planner::new(Assignment::Free, 100_000, 100);
-        for place in 0..100 {
-            planner.place_on(place, 0, 2);
+        for slot in 0..100 {
+            planner.place_on(slot, 0, 2);
         }
         let ended = |slept: bool| Ended {
             tasks: 1,
@@ -736,10 +747,10 @@ mod tests {
             planner.next(0, ms(1));
             planner.ended(0, ended(false), ms(1));
         }
-        let begun = (0..100)
+        let started = (0..100)
             .filter(|&at| planner.next(at, ms(1)).is_some())
             .count();
-        assert_eq!(begun, 3);
+        assert_eq!(started, 3);
         assert!(!planner.may_resume(ms(1)));
         // Those that have begun are at long ones, it seems.
         assert!(planner.may_resume(ms(10_000)));
@@ -750,21 +761,21 @@ mod tests {
         planner.ended(0, ended(true), ms(2));
         assert!(planner.may_resume(ms(2)));
         assert!(!planner.may_resume(ms(2)));
-        let begun = (0..100)
+        let started = (0..100)
             .filter(|&at| planner.next(at, ms(2)).is_some())
             .count();
-        assert!(begun > 90, "{begun}");
+        assert!(started > 90, "{started}");
     }
 
     #[test]
     fn computations_are_as_short_as_they_are_without_the_others() {
         let mut planner = Planner::new(Assignment::Free, 10_000, 40);
-        for place in 0..40 {
-            planner.place_on(place, 0, 2);
+        for slot in 0..40 {
+            planner.place_on(slot, 0, 2);
         }
         let ms = Duration::from_millis;
-        for place in 0..40 {
-            assert!(planner.next(place, ms(0)).is_some());
+        for slot in 0..40 {
+            assert!(planner.next(slot, ms(0)).is_some());
         }
         // All of them take turns on two cores.
         let ended = Ended {
@@ -775,42 +786,45 @@ mod tests {
             computed: Some(Duration::from_micros(400)),
             reading: Duration::ZERO,
         };
-        (0..40).for_each(|place| planner.ended(place, ended, ms(8)));
-        let units: Vec<Unit> = (0..40).filter_map(|at| planner.next(at, ms(8))).collect();
-        assert_eq!(units.len(), 3);
-        assert!(units.iter().all(|unit| unit.tasks.len() == 50), "{units:?}");
+        (0..40).for_each(|slot| planner.ended(slot, ended, ms(8)));
+        let batches: Vec<Batch> = (0..40).filter_map(|at| planner.next(at, ms(8))).collect();
+        assert_eq!(batches.len(), 3);
+        assert!(
+            batches.iter().all(|batch| batch.tasks.len() == 50),
+            "{batches:?}"
+        );
     }
 
     proptest! {
         #[test]
         fn each_task_is_given_out_once(
-            tasks in 0usize..3_000, places in 1usize..40, seed in any::<u64>(), free in any::<bool>(),
-            way in 0.0f64..0.03, mean in 1e-6f64..0.02,
+            tasks in 0usize..3_000, slots in 1usize..40, seed in any::<u64>(), free in any::<bool>(),
+            rtt in 0.0f64..0.03, mean in 1e-6f64..0.02,
         ) {
             let assignment = if free { Assignment::Free } else { Assignment::Round };
             let times = exponential(seed, tasks, mean, 1.0);
-            let mut planner = Planner::new(assignment, tasks, places);
-            let (_, done) = run(&mut planner, &times, way, 2e-5);
+            let mut planner = Planner::new(assignment, tasks, slots);
+            let (_, done) = run(&mut planner, &times, rtt, 2e-5);
             prop_assert!(done.iter().all(|&count| count == 1));
             prop_assert_eq!(planner.left(), 0);
         }
 
         #[test]
         fn what_comes_back_goes_first_and_to_its_place(
-            tasks in 10usize..100, places in 1usize..10,
+            tasks in 10usize..100, slots in 1usize..10,
         ) {
-            let mut planner = Planner::new(Assignment::Round, tasks, places);
-            let unit = planner.next(0, Duration::ZERO).unwrap();
+            let mut planner = Planner::new(Assignment::Round, tasks, slots);
+            let batch = planner.next(0, Duration::ZERO).unwrap();
             planner.dropped(0, false);
-            planner.returned(0, &unit.tasks);
-            prop_assert_eq!(&planner.next(0, Duration::ZERO).unwrap().tasks, &unit.tasks);
+            planner.returned(0, &batch.tasks);
+            prop_assert_eq!(&planner.next(0, Duration::ZERO).unwrap().tasks, &batch.tasks);
             planner.dropped(0, false);
-            planner.lost(0, &[2 * places, 0]);
-            for task in [0, 2 * places] {
+            planner.lost(0, &[2 * slots, 0]);
+            for task in [0, 2 * slots] {
                 prop_assert_eq!(planner.next(0, Duration::ZERO).unwrap().tasks, [task]);
                 planner.dropped(0, false);
             }
-            planner.gone(0);
+            planner.close(0);
             prop_assert_eq!(planner.next(0, Duration::ZERO), None);
         }
     }

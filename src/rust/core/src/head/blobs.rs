@@ -1,14 +1,14 @@
-//! Payloads: what many messages begin with crosses to each host once. This is what the head knows of
+//! Blobs: what many messages begin with crosses to each host once. This is what the head knows of
 //! those of one agent, and what it has yet to send it of them.
 //!
-//! A payload is sent while it is being made, in turn with what goes to workers, and before any
+//! A blob is sent while it is being made, in turn with what goes to workers, and before any
 //! message that begins with it. When it is dropped, its agent is told so once no message that waits
 //! to be sent begins with it. How agents and workers go on is in [`crate::agent::blobs`] and
 //! [`crate::worker::channel`].
 
-use crate::protocol::dedup::{Chunk, Mirror, Sent};
+use crate::protocol::dedup::{CacheIndex, Chunk, SentChunks};
 use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
-use crate::protocol::ids::PayloadId;
+use crate::protocol::ids::BlobId;
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ fn release(counted: Counted) -> usize {
 
 #[derive(Debug)]
 struct Stream {
-    id: PayloadId,
+    id: BlobId,
     chunks: VecDeque<Chunk>,
     counted: VecDeque<Counted>,
     /// Nothing of it has been sent yet.
@@ -39,17 +39,17 @@ impl Stream {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct BlobState {
     complete: bool,
     /// The agent has heard of it.
-    begun: bool,
+    announced: bool,
     dropped: bool,
 }
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
-pub struct Payloads {
-    known: HashMap<PayloadId, State>,
+pub struct HostBlobs {
+    known: HashMap<BlobId, BlobState>,
     /// What is yet to be sent, one after the other.
     streams: VecDeque<Stream>,
     /// Turns of workers since the last chunk.
@@ -58,13 +58,13 @@ pub struct Payloads {
     dropped: usize,
 }
 
-impl Payloads {
-    /// Chunks of this payload follow. Returns whether it was not known.
-    pub fn begin(&mut self, id: PayloadId) -> bool {
+impl HostBlobs {
+    /// Chunks of this blob follow. Returns whether it was not known.
+    pub fn begin(&mut self, id: BlobId) -> bool {
         if self.known.contains_key(&id) {
             return false;
         }
-        self.known.insert(id, State::default());
+        self.known.insert(id, BlobState::default());
         self.streams.push_back(Stream {
             id,
             chunks: VecDeque::new(),
@@ -75,8 +75,8 @@ impl Payloads {
         true
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, if the payload waits for more of them.
-    pub fn append(&mut self, id: PayloadId, chunk: &Chunk, counted: &Counted, last: bool) {
+    /// A chunk, at most [`MAX_BODY`] long, if the blob waits for more of them.
+    pub fn append(&mut self, id: BlobId, chunk: &Chunk, counted: &Counted, last: bool) {
         let open = |stream: &&mut Stream| stream.id == id && !stream.complete;
         let Some(stream) = self.streams.iter_mut().find(open) else {
             return;
@@ -92,25 +92,25 @@ impl Payloads {
     }
 
     /// Whether messages may begin with it.
-    pub fn has(&self, id: PayloadId) -> bool {
+    pub fn has(&self, id: BlobId) -> bool {
         let state = self.known.get(&id);
         state.is_some_and(|state| state.complete && !state.dropped)
     }
 
     /// Whether the agent has yet to be sent some of it.
-    pub fn is_on_its_way(&self, id: PayloadId) -> bool {
+    pub fn is_in_flight(&self, id: BlobId) -> bool {
         self.streams.iter().any(|stream| stream.id == id)
     }
 
-    /// The rest of a payload that is not complete will not come.
-    pub fn abort(&mut self, id: PayloadId) {
+    /// The rest of a blob that is not complete will not come.
+    pub fn abort(&mut self, id: BlobId) {
         if self.known.get(&id).is_some_and(|state| !state.complete) {
-            self.drop_payload(id);
+            self.drop_blob(id);
         }
     }
 
     /// No more messages will begin with it.
-    pub fn drop_payload(&mut self, id: PayloadId) {
+    pub fn drop_blob(&mut self, id: BlobId) {
         if let Some(state) = self.known.get_mut(&id) {
             self.dropped += usize::from(!state.dropped);
             state.dropped = true;
@@ -120,7 +120,7 @@ impl Payloads {
     /// Forgets one that was dropped, if there is one with which no message that waits to be sent
     /// begins: as `needed` tells. Returns what the agent is to be told, if it has heard of it, and the
     /// bytes that are released.
-    pub fn forget(&mut self, needed: impl Fn(PayloadId) -> bool) -> Option<(Option<Frame>, usize)> {
+    pub fn forget(&mut self, needed: impl Fn(BlobId) -> bool) -> Option<(Option<Frame>, usize)> {
         if self.dropped == 0 {
             return None;
         }
@@ -131,13 +131,17 @@ impl Payloads {
         self.dropped -= 1;
         let at = self.streams.iter().position(|stream| stream.id == id);
         let stream = at.and_then(|at| self.streams.remove(at));
-        let told = || Frame::new(Kind::Payload, LAST | ABORT, 0, id, Bytes::new());
-        Some((state.begun.then(told), stream.map_or(0, Stream::end)))
+        let told = || Frame::new(Kind::Blob, LAST | ABORT, 0, id, Bytes::new());
+        Some((state.announced.then(told), stream.map_or(0, Stream::end)))
     }
 
     /// The next frame, unless it is the turn of one of so many others, and the bytes that are
     /// released with it.
-    pub fn next(&mut self, others: usize, mirror: Option<&mut Mirror>) -> Option<(Frame, usize)> {
+    pub fn next(
+        &mut self,
+        others: usize,
+        cache_index: Option<&mut CacheIndex>,
+    ) -> Option<(Frame, usize)> {
         let stream = self.streams.front_mut()?;
         if stream.chunks.is_empty() && !stream.complete {
             return None;
@@ -148,11 +152,11 @@ impl Payloads {
         }
         self.turns = 0;
         let before = stream.chunks.len();
-        let sent = match mirror {
-            Some(mirror) => mirror.send(&mut stream.chunks, MAX_BODY),
-            None => Sent {
+        let sent = match cache_index {
+            Some(cache_index) => cache_index.send(&mut stream.chunks, MAX_BODY),
+            None => SentChunks {
                 body: stream.chunks.pop_front().unwrap_or_default().bytes,
-                ..Sent::default()
+                ..SentChunks::default()
             },
         };
         let count = before - stream.chunks.len();
@@ -162,19 +166,19 @@ impl Payloads {
             flags |= FIRST;
         }
         let id = stream.id;
-        self.known.entry(id).or_default().begun = true;
+        self.known.entry(id).or_default().announced = true;
         if stream.complete && stream.chunks.is_empty() {
             flags |= LAST;
             self.streams.pop_front();
         }
-        let frame = Frame::new(Kind::Payload, flags, 0, id, sent.body);
+        let frame = Frame::new(Kind::Blob, flags, 0, id, sent.body);
         Some((frame, released))
     }
 
     /// The agent is lost. Returns the bytes that are released.
     pub fn clear(&mut self) -> usize {
         let streams = std::mem::take(&mut self.streams);
-        *self = Payloads::default();
+        *self = HostBlobs::default();
         streams.into_iter().map(Stream::end).sum()
     }
 }
@@ -182,13 +186,13 @@ impl Payloads {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::ids::PayloadId;
+    use crate::protocol::ids::BlobId;
 
-    fn append(all: &mut [Payloads], id: PayloadId, len: usize, last: bool) {
+    fn append(all: &mut [HostBlobs], id: BlobId, len: usize, last: bool) {
         let chunk = Chunk::from(Bytes::from(vec![0; len]));
         let counted = Arc::new(len);
-        for payloads in all {
-            payloads.append(id, &chunk, &counted, last);
+        for blobs in all {
+            blobs.append(id, &chunk, &counted, last);
         }
     }
 
@@ -199,62 +203,59 @@ mod tests {
     #[test]
     fn a_chunk_is_released_when_the_last_agent_has_been_sent_it() {
         let mut all = [
-            Payloads::default(),
-            Payloads::default(),
-            Payloads::default(),
+            HostBlobs::default(),
+            HostBlobs::default(),
+            HostBlobs::default(),
         ];
-        all.iter_mut()
-            .for_each(|payloads| assert!(payloads.begin(1)));
+        all.iter_mut().for_each(|blobs| assert!(blobs.begin(1)));
         append(&mut all, 1, 10, false);
         append(&mut all, 1, 20, false);
         assert!(!all[0].has(1));
         append(&mut all, 1, 0, true);
-        assert!(all[0].has(1) && all[0].is_on_its_way(1));
+        assert!(all[0].has(1) && all[0].is_in_flight(1));
         assert_eq!(flags(all[0].next(0, None)), Some((FIRST, 0)));
         assert_eq!(all[1].clear(), 0);
         assert_eq!(flags(all[2].next(0, None)), Some((FIRST, 10)));
         assert_eq!(flags(all[0].next(0, None)), Some((LAST, 0)));
         assert_eq!(flags(all[2].next(0, None)), Some((LAST, 20)));
         assert_eq!(flags(all[0].next(0, None)), None);
-        assert!(all[0].has(1) && !all[0].is_on_its_way(1) && !all[1].has(1));
+        assert!(all[0].has(1) && !all[0].is_in_flight(1) && !all[1].has(1));
         assert!(!all[0].begin(1) && all[1].begin(1));
     }
 
     #[test]
     fn it_takes_its_turn_with_others() {
-        let mut payloads = [Payloads::default()];
-        payloads[0].begin(1);
-        assert_eq!(flags(payloads[0].next(0, None)), None);
-        (0..3).for_each(|_| append(&mut payloads, 1, 10, false));
-        let turns: Vec<bool> = (0..7)
-            .map(|_| payloads[0].next(2, None).is_some())
-            .collect();
+        let mut blobs = [HostBlobs::default()];
+        blobs[0].begin(1);
+        assert_eq!(flags(blobs[0].next(0, None)), None);
+        (0..3).for_each(|_| append(&mut blobs, 1, 10, false));
+        let turns: Vec<bool> = (0..7).map(|_| blobs[0].next(2, None).is_some()).collect();
         assert_eq!(turns, [false, false, true, false, false, true, false]);
     }
 
     #[test]
     fn an_agent_is_told_what_it_knows_of_once_no_message_needs_it() {
-        let mut payloads = [Payloads::default()];
-        payloads[0].begin(1);
-        append(&mut payloads, 1, 10, true);
-        assert!(payloads[0].forget(|_| false).is_none());
-        payloads[0].drop_payload(1);
-        payloads[0].drop_payload(1);
-        assert!(!payloads[0].has(1));
-        assert!(payloads[0].forget(|id| id == 1).is_none());
-        payloads[0].next(0, None);
-        let (told, released) = payloads[0].forget(|_| false).unwrap();
+        let mut blobs = [HostBlobs::default()];
+        blobs[0].begin(1);
+        append(&mut blobs, 1, 10, true);
+        assert!(blobs[0].forget(|_| false).is_none());
+        blobs[0].drop_blob(1);
+        blobs[0].drop_blob(1);
+        assert!(!blobs[0].has(1));
+        assert!(blobs[0].forget(|id| id == 1).is_none());
+        blobs[0].next(0, None);
+        let (told, released) = blobs[0].forget(|_| false).unwrap();
         assert_eq!((told.unwrap().header.flags, released), (LAST | ABORT, 0));
-        assert!(payloads[0].forget(|_| false).is_none());
+        assert!(blobs[0].forget(|_| false).is_none());
         // Nothing of it has been sent.
-        payloads[0].begin(2);
-        append(&mut payloads, 2, 10, false);
-        payloads[0].abort(2);
-        assert_eq!(payloads[0].forget(|_| false), Some((None, 10)));
+        blobs[0].begin(2);
+        append(&mut blobs, 2, 10, false);
+        blobs[0].abort(2);
+        assert_eq!(blobs[0].forget(|_| false), Some((None, 10)));
         // What is complete is not aborted.
-        payloads[0].begin(3);
-        append(&mut payloads, 3, 10, true);
-        payloads[0].abort(3);
-        assert!(payloads[0].has(3));
+        blobs[0].begin(3);
+        append(&mut blobs, 3, 10, true);
+        blobs[0].abort(3);
+        assert!(blobs[0].has(3));
     }
 }

@@ -11,11 +11,11 @@
 //! codec: each method of [`Dispatch`] takes what it needs and has given it back when it returns.
 
 use super::batching::{Assignment, Ended, Planner};
-use super::hub::{Answer, Begun, Hub, Turn};
+use super::hub::{Answer, Hub, StartedTask, Turn};
 use super::retry::{Attempts, Policy};
-use super::scheduler::events::{Gone, RankSet};
+use super::scheduler::events::{RankSet, Termination};
 use crate::protocol::body::Body;
-use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use crate::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -27,19 +27,19 @@ mod unanswered;
 pub use unanswered::{BatchLoss, Failed};
 
 /// Places that are given something before answers are looked for, at first; then more and more.
-const AT_ONCE: usize = 8;
+const MAX_STEPS: usize = 8;
 /// How long is then waited for one.
-const FIRST: Duration = Duration::from_micros(500);
+const FIRST_ANSWER_WAIT: Duration = Duration::from_micros(500);
 
 /// How a message has its tasks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// Several, as [`Codec::gather`] has put them together.
-    Unit,
+    Batch,
     /// One alone, encoded while it is sent.
     Long,
-    /// One alone, with all that it needs: the message does not begin with the payload.
-    Message,
+    /// One alone, with all that it needs: the message does not begin with the blob.
+    Single,
 }
 
 /// How many of its tasks an answer has answered, and how that went.
@@ -60,28 +60,28 @@ pub trait Codec {
     /// Why a method could not do its part: R jumped, say.
     type Stop;
 
-    /// Whether this worker can be sent anything else than [`Form::Message`].
-    fn takes_units(&self, rank: Rank) -> bool;
+    /// Whether this worker can be sent anything else than [`Form::Single`].
+    fn takes_batches(&self, rank: Rank) -> bool;
 
     /// Puts together as many of these tasks, from the first on, as fit into one message, to be written with
-    /// [`Codec::write`]. Returns how many these are, and how the message is to have them. `most`: see
-    /// [`super::batching::Unit`].
+    /// [`Codec::write`]. Returns how many these are, and how the message is to have them. `max_time`: see
+    /// [`super::batching::Batch`].
     ///
     /// # Errors
     /// When a task cannot be encoded.
-    fn gather(&mut self, tasks: &[usize], most: Duration) -> Result<(usize, Form), Self::Stop>;
+    fn gather(&mut self, tasks: &[usize], max_time: Duration) -> Result<(usize, Form), Self::Stop>;
 
     /// Writes the message that has been begun, for this worker. `task`: its first.
     ///
     /// # Errors
     /// When the message is incomplete.
-    fn write(&mut self, place: Rank, task: usize, form: Form) -> Result<(), Self::Stop>;
+    fn write(&mut self, assigned: Rank, task: usize, form: Form) -> Result<(), Self::Stop>;
 
-    /// Sends the payload once more, to the host of this worker, which does not have it.
+    /// Sends the blob once more, to the host of this worker, which does not have it.
     ///
     /// # Errors
-    /// When the payload is incomplete.
-    fn share_again(&mut self, payload: PayloadId, place: Rank) -> Result<(), Self::Stop>;
+    /// When the blob is incomplete.
+    fn resend_blob(&mut self, blob: BlobId, assigned: Rank) -> Result<(), Self::Stop>;
 
     /// Whether nothing can go wrong with reading this answer.
     fn is_plain(&self, body: &Body) -> bool;
@@ -100,15 +100,15 @@ pub trait Codec {
 
     /// A message was lost, and that has been dealt with: `again` are those of its tasks that are retried. The others
     /// fail.
-    fn lost(&mut self, loss: &BatchLoss, again: &[usize]);
+    fn lost(&mut self, failure: &BatchLoss, again: &[usize]);
 }
 
 /// The hub, as a job uses it: see [`Hub`] for what the methods do.
 pub trait Dispatch {
     /// The time.
     fn now(&self) -> Instant;
-    /// Why a worker is gone for good, if it is.
-    fn gone(&self, rank: Rank) -> Option<Arc<Gone>>;
+    /// Why a worker is gone permanently, if it is.
+    fn termination(&self, rank: Rank) -> Option<Arc<Termination>>;
     /// [`Hub::begin`], for a task of which nothing lasts, and [`Hub::limit_time`].
     ///
     /// # Errors
@@ -119,16 +119,16 @@ pub trait Dispatch {
         job: JobId,
         turn: Turn,
         limit: Option<Duration>,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, Arc<Gone>>;
+        blob: impl FnOnce(Rank) -> Option<BlobId>,
+    ) -> Result<StartedTask, Arc<Termination>>;
     /// [`Hub::finish`].
     fn finish(&self);
     /// [`Hub::abandon`].
     fn abandon(&self);
     /// [`Hub::receive_any`].
-    fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer;
-    /// [`Hub::recall`].
-    fn recall(&self, task: TaskId);
+    fn receive_any(&self, workers: &RankSet, max_time: Duration) -> Answer;
+    /// [`Hub::revoke`].
+    fn revoke(&self, task: TaskId);
     /// [`Hub::forget`].
     fn forget(&self, task: TaskId);
 }
@@ -138,8 +138,8 @@ impl Dispatch for RefCell<Hub> {
         Instant::now()
     }
 
-    fn gone(&self, rank: Rank) -> Option<Arc<Gone>> {
-        self.borrow().worker(rank).gone
+    fn termination(&self, rank: Rank) -> Option<Arc<Termination>> {
+        self.borrow().worker(rank).termination
     }
 
     fn begin(
@@ -148,12 +148,12 @@ impl Dispatch for RefCell<Hub> {
         job: JobId,
         turn: Turn,
         limit: Option<Duration>,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, Arc<Gone>> {
+        blob: impl FnOnce(Rank) -> Option<BlobId>,
+    ) -> Result<StartedTask, Arc<Termination>> {
         let mut hub = self.borrow_mut();
-        let begun = hub.begin(rank, job, None, turn, payload)?;
+        let started = hub.begin(rank, job, None, turn, blob)?;
         hub.limit_time(limit);
-        Ok(begun)
+        Ok(started)
     }
 
     fn finish(&self) {
@@ -164,12 +164,12 @@ impl Dispatch for RefCell<Hub> {
         self.borrow_mut().abandon();
     }
 
-    fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer {
-        self.borrow_mut().receive_any(workers, most)
+    fn receive_any(&self, workers: &RankSet, max_time: Duration) -> Answer {
+        self.borrow_mut().receive_any(workers, max_time)
     }
 
-    fn recall(&self, task: TaskId) {
-        self.borrow_mut().recall(task);
+    fn revoke(&self, task: TaskId) {
+        self.borrow_mut().revoke(task);
     }
 
     fn forget(&self, task: TaskId) {
@@ -187,11 +187,11 @@ pub enum Halt<S> {
     /// The results of these tasks are to be made. That is said again until [`Job::made`] has followed.
     Failed(Failed),
     /// A worker that has tasks to do is gone, and no other is to do them.
-    Gone {
+    Terminated {
         /// The worker.
         rank: Rank,
         /// How it ended.
-        gone: Arc<Gone>,
+        termination: Arc<Termination>,
     },
     /// Tasks are left and nothing is out. That never happens.
     Stuck,
@@ -199,15 +199,15 @@ pub enum Halt<S> {
 
 /// A worker of a job, and what is known of it.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct JobWorker {
     /// The worker.
     pub rank: Rank,
     /// Its host, counted from 0.
     pub host: usize,
     /// The cores of its host, 0 if that is not known.
     pub cores: usize,
-    /// Seconds that the way to it and back takes, if that is known.
-    pub way: Option<f64>,
+    /// Seconds that the round trip to it takes, if that is known.
+    pub rtt: Option<f64>,
     /// See [`Hub::is_detained`].
     pub detained: bool,
 }
@@ -218,7 +218,7 @@ pub struct Setup {
     /// The job's number.
     pub id: JobId,
     /// Its workers.
-    pub places: Vec<Place>,
+    pub slots: Vec<JobWorker>,
     /// How many tasks it has.
     pub tasks: usize,
     /// Who gets which.
@@ -232,26 +232,26 @@ pub struct Setup {
     /// How often a lost task is retried.
     pub policy: Policy,
     /// What all tasks have in common.
-    pub payload: PayloadId,
+    pub blob: BlobId,
     /// Bytes that a worker has to read before the first task of each message.
     pub reading: Option<u64>,
 }
 
 /// Tasks that are out together in one message.
 ///
-/// `place` and [`Job::lanes`] do not say where the message is: that is the hub's to know, and it forgets a message with
+/// `slot` and [`Job::lanes`] do not say where the message is: that is the hub's to know, and it forgets a message with
 /// its end. They say whose share of the work it is, for the planner's estimates, in the order in which that place
 /// begins its messages, which is not the order in which they were sent.
 #[derive(Debug)]
-struct Sent {
-    place: usize,
+struct SentBatch {
+    slot: usize,
     /// Positions in the order, from 0.
     tasks: Vec<usize>,
     at: Instant,
     /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
     telling: bool,
     /// It has been asked back.
-    recalled: bool,
+    revoked: bool,
 }
 
 /// See the module's documentation.
@@ -262,12 +262,12 @@ pub struct Job {
     ranks: Vec<Rank>,
     /// All of these.
     members: RankSet,
-    payload: PayloadId,
+    blob: BlobId,
     order: Option<Vec<usize>>,
     tasks: usize,
     assignment: Assignment,
     planner: Planner,
-    sent: HashMap<TaskId, Sent>,
+    sent: HashMap<TaskId, SentBatch>,
     /// Those that are out at each place, in the order in which they are begun.
     lanes: Vec<VecDeque<TaskId>>,
     /// Places that are given something between two looks at what has come.
@@ -294,7 +294,7 @@ type Stepped<T, C> = Result<T, Halt<<C as Codec>::Stop>>;
 impl Job {
     /// A job of which nothing has been sent. `now`: by [`Dispatch::now`].
     pub fn new(setup: Setup, now: Instant) -> Job {
-        let count = setup.places.len();
+        let count = setup.slots.len();
         let mut planner = Planner::new(setup.assignment, setup.tasks, count);
         if setup.singly {
             planner.singly();
@@ -302,25 +302,25 @@ impl Job {
         if let Some(bytes) = setup.reading {
             planner.expect_reading(bytes);
         }
-        for (at, place) in setup.places.iter().enumerate() {
-            planner.expect(at, place.way);
-            planner.place_on(at, place.host, place.cores);
+        for (at, slot) in setup.slots.iter().enumerate() {
+            planner.expect(at, slot.rtt);
+            planner.place_on(at, slot.host, slot.cores);
         }
-        let ranks: Vec<Rank> = setup.places.iter().map(|place| place.rank).collect();
+        let ranks: Vec<Rank> = setup.slots.iter().map(|slot| slot.rank).collect();
         Job {
             id: setup.id,
             members: ranks.iter().copied().collect(),
             ranks,
-            payload: setup.payload,
+            blob: setup.blob,
             order: setup.order,
             tasks: setup.tasks,
             assignment: setup.assignment,
             planner,
             sent: HashMap::new(),
             lanes: vec![VecDeque::new(); count],
-            at_once: AT_ONCE,
+            at_once: MAX_STEPS,
             ready: (0..count).collect(),
-            detained: setup.places.iter().map(|place| place.detained).collect(),
+            detained: setup.slots.iter().map(|slot| slot.detained).collect(),
             done: 0,
             began: now,
             timeout: setup.timeout,
@@ -341,10 +341,10 @@ impl Job {
         self.policy
     }
 
-    /// How long the way to each worker and back has taken, in seconds.
-    pub fn ways(&self) -> impl Iterator<Item = (Rank, f64)> + '_ {
+    /// How long the round trip to each worker has taken, in seconds.
+    pub fn rtts(&self) -> impl Iterator<Item = (Rank, f64)> + '_ {
         let ranks = self.ranks.iter().enumerate();
-        ranks.filter_map(|(place, &rank)| Some((rank, self.planner.way(place)?)))
+        ranks.filter_map(|(slot, &rank)| Some((rank, self.planner.rtt(slot)?)))
     }
 
     /// The tasks of a message that is out: the first one's number, from 0, and how many.
@@ -361,8 +361,8 @@ impl Job {
 
     /// How far the job is: tasks, those that have ended, and workers that are busy.
     pub fn progress(&self) -> (usize, usize, usize) {
-        let places = 0..self.ranks.len();
-        let busy = places.filter(|&at| self.planner.out(at) > 0).count();
+        let slots = 0..self.ranks.len();
+        let busy = slots.filter(|&at| self.planner.out(at) > 0).count();
         (self.tasks, self.done, busy)
     }
 
@@ -394,19 +394,19 @@ impl Job {
         &mut self,
         hub: &impl Dispatch,
         codec: &mut C,
-        most: Duration,
+        max_time: Duration,
         plain_only: bool,
     ) -> Stepped<bool, C> {
         if !self.failed.is_empty() {
             return self.failed();
         }
-        let until = hub.now() + most;
+        let until = hub.now() + max_time;
         if self.planner.may_resume(self.since_began(hub)) {
             self.wake();
         }
         let mut answered = false;
-        if let Some((place, task, body)) = self.unread.take() {
-            self.take(hub, codec, place, task, body)?;
+        if let Some((assigned, task, body)) = self.unread.take() {
+            self.take(hub, codec, assigned, task, body)?;
         }
         loop {
             // While answers come, those who have answered are given more at once, and others are not
@@ -414,43 +414,46 @@ impl Job {
             let count = if answered { 1 } else { self.at_once };
             answered = false;
             for _ in 0..count {
-                let Some(place) = self.ready.pop_front() else {
+                let Some(slot) = self.ready.pop_front() else {
                     break;
                 };
-                if let Err(halt) = self.fill(hub, codec, place) {
-                    self.ready.push_back(place);
+                if let Err(halt) = self.fill(hub, codec, slot) {
+                    self.ready.push_back(slot);
                     return Err(halt);
                 }
             }
             if self.done == self.tasks {
                 return Ok(true);
             }
-            self.recall(hub);
+            self.revoke(hub);
             let mut left = until.saturating_duration_since(hub.now());
             if left.is_zero() {
                 return Ok(false);
             }
             if !self.ready.is_empty() {
-                // The first answers tell how large units should be: worth waiting for, as long as not
+                // The first answers tell how large batches should be: worth waiting for, as long as not
                 // much time is lost by that if they do not come.
                 left = match self.planner.knows() {
                     true => Duration::ZERO,
-                    false => FIRST,
+                    false => FIRST_ANSWER_WAIT,
                 };
                 self.at_once = match self.planner.knows() {
-                    true => AT_ONCE,
+                    true => MAX_STEPS,
                     false => 2 * self.at_once,
                 };
             }
             match hub.receive_any(&self.members, left) {
                 Answer::Ready {
-                    place, task, body, ..
+                    assigned,
+                    task,
+                    body,
+                    ..
                 } => {
                     if plain_only && !codec.is_plain(&body) {
-                        self.unread = Some((place, task, body));
+                        self.unread = Some((assigned, task, body));
                         return Ok(false);
                     }
-                    self.take(hub, codec, place, task, body)?;
+                    self.take(hub, codec, assigned, task, body)?;
                     answered = true;
                 }
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
@@ -460,31 +463,34 @@ impl Job {
                 // It was sent to the worker before the job, which has sent it nothing yet.
                 Answer::Lost { task, .. } if !self.sent.contains_key(&task) => hub.forget(task),
                 Answer::Lost {
-                    place, task, gone, ..
+                    assigned,
+                    task,
+                    termination,
+                    ..
                 } => {
-                    let loss = BatchLoss {
-                        place,
-                        now: hub.gone(place),
-                        gone,
+                    let failure = BatchLoss {
+                        assigned,
+                        now: hub.termination(assigned),
+                        termination,
                         task,
                         tasks: self.tasks_of(task).into_owned(),
                     };
-                    self.lost(hub, codec, loss)?;
+                    self.lost(hub, codec, failure)?;
                     return self.failed();
                 }
                 Answer::TimedOut { rank, task } => {
                     if let Some(sent) = self.remove(task) {
-                        self.detained[sent.place] = true;
+                        self.detained[sent.slot] = true;
                         let tasks = self.indices(&sent.tasks).into_owned();
                         self.give_out(hub, codec, &sent, &[])?;
                         self.failed.push_back(Failed::TimedOut { rank, tasks });
                         return self.failed();
                     }
                 }
-                Answer::Recalled { task, .. } => {
+                Answer::Revoked { task, .. } => {
                     if let Some(sent) = self.remove(task) {
-                        self.planner.dropped(sent.place, true);
-                        self.planner.returned(sent.place, &sent.tasks);
+                        self.planner.dropped(sent.slot, true);
+                        self.planner.returned(sent.slot, &sent.tasks);
                         self.wake();
                     }
                 }
@@ -498,9 +504,13 @@ impl Job {
         let ranks = self.lanes.iter().zip(&self.ranks);
         let ranks = ranks.filter(|(lane, _)| !lane.is_empty());
         let ranks = ranks.map(|(_, &rank)| rank);
-        let mut gone = ranks.filter_map(|rank| Some((rank, hub.gone(rank)?)));
-        gone.next()
-            .map_or(Halt::Stuck, |(rank, gone)| Halt::Gone { rank, gone })
+        let mut terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        terminated
+            .next()
+            .map_or(Halt::Stuck, |(rank, termination)| Halt::Terminated {
+                rank,
+                termination,
+            })
     }
 
     /// Sends a place what it is to have now.
@@ -508,30 +518,34 @@ impl Job {
         &mut self,
         hub: &impl Dispatch,
         codec: &mut C,
-        place: usize,
+        slot: usize,
     ) -> Stepped<(), C> {
-        if self.is_gone(hub, place)? {
+        if self.is_terminated(hub, slot)? {
             return Ok(());
         }
         loop {
             let began = hub.now();
             let now = began.saturating_duration_since(self.began);
-            let Some(unit) = self.planner.next(place, now) else {
+            let Some(batch) = self.planner.next(slot, now) else {
                 return Ok(());
             };
-            let turn = if unit.ahead { Turn::Ahead } else { Turn::Last };
-            let sent = self.send(hub, codec, place, &unit.tasks, unit.most, turn);
+            let turn = if batch.prefetch {
+                Turn::Prefetch
+            } else {
+                Turn::Last
+            };
+            let sent = self.send(hub, codec, slot, &batch.tasks, batch.max_time, turn);
             let count = match &sent {
                 Ok(count) => *count,
                 Err(_) => 0,
             };
-            if count < unit.tasks.len() {
-                self.planner.returned(place, &unit.tasks[count..]);
+            if count < batch.tasks.len() {
+                self.planner.returned(slot, &batch.tasks[count..]);
             }
             if count == 0 {
-                self.planner.dropped(place, true);
+                self.planner.dropped(slot, true);
             } else {
-                self.planner.shortened(place, count);
+                self.planner.shortened(slot, count);
             }
             if sent? == 0 {
                 return Ok(());
@@ -542,79 +556,79 @@ impl Job {
     }
 
     /// Whether the worker of this place is gone, and others are there to do its part.
-    fn is_gone<S>(&mut self, hub: &impl Dispatch, place: usize) -> Result<bool, Halt<S>> {
+    fn is_terminated<S>(&mut self, hub: &impl Dispatch, slot: usize) -> Result<bool, Halt<S>> {
         if self.assignment == Assignment::Round {
             return Ok(false);
         }
-        let rank = self.ranks[place];
-        let Some(gone) = hub.gone(rank) else {
+        let rank = self.ranks[slot];
+        let Some(termination) = hub.termination(rank) else {
             return Ok(false);
         };
-        self.planner.gone(place);
+        self.planner.close(slot);
         match self.planner.any_left() {
             true => Ok(true),
-            false => Err(Halt::Gone { rank, gone }),
+            false => Err(Halt::Terminated { rank, termination }),
         }
     }
 
-    /// Sends as many of these tasks as fit into one message; `most`: see [`super::batching::Unit`]. Returns
+    /// Sends as many of these tasks as fit into one message; `max_time`: see [`super::batching::Batch`]. Returns
     /// how many.
     fn send<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
         codec: &mut C,
-        place: usize,
+        slot: usize,
         positions: &[usize],
-        most: Duration,
+        max_time: Duration,
         turn: Turn,
     ) -> Stepped<usize, C> {
-        let rank = self.ranks[place];
-        let (count, form) = match codec.takes_units(rank) {
+        let rank = self.ranks[slot];
+        let (count, form) = match codec.takes_batches(rank) {
             true => codec
-                .gather(&self.indices(positions), most)
+                .gather(&self.indices(positions), max_time)
                 .map_err(Halt::Codec)?,
-            false => (1, Form::Message),
+            false => (1, Form::Single),
         };
         // What is long would wait here, and R with it.
-        if turn == Turn::Ahead && form != Form::Unit {
+        if turn == Turn::Prefetch && form != Form::Batch {
             return Ok(0);
         }
-        let is_unit = matches!(form, Form::Unit | Form::Long);
-        let payload = |on| (is_unit && codec.takes_units(on)).then_some(self.payload);
-        let begun = hub
-            .begin(rank, self.id, turn, self.timeout, payload)
-            .map_err(|gone| Halt::Gone { rank, gone })?;
-        let payload = payload(begun.place);
+        let is_batch = matches!(form, Form::Batch | Form::Long);
+        let blob = |on| (is_batch && codec.takes_batches(on)).then_some(self.blob);
+        let started = hub
+            .begin(rank, self.id, turn, self.timeout, blob)
+            .map_err(|termination| Halt::Terminated { rank, termination })?;
+        let blob = blob(started.assigned);
         // Another may stand in that reads other numbers.
-        let (count, form) = match payload {
-            None if is_unit => (1, Form::Message),
+        let (count, form) = match blob {
+            None if is_batch => (1, Form::Single),
             _ => (count, form),
         };
-        let task = begun.task;
-        let written = match payload {
+        let task = started.task;
+        let written = match blob {
             // A host that has come back, say.
-            Some(payload) if !begun.shared => codec.share_again(payload, begun.place),
+            Some(blob) if !started.has_blob => codec.resend_blob(blob, started.assigned),
             _ => Ok(()),
         };
         let first = positions.first().map_or(0, |&position| self.task(position));
-        match written.and_then(|()| codec.write(begun.place, first, form)) {
+        match written.and_then(|()| codec.write(started.assigned, first, form)) {
             Ok(()) => hub.finish(),
             Err(stop) => {
                 hub.abandon();
                 return Err(Halt::Codec(stop));
             }
         }
-        let sent = Sent {
-            place,
+        let sent = SentBatch {
+            slot,
             tasks: positions[..count].to_vec(),
             at: hub.now(),
-            telling: turn == Turn::Last && begun.place == rank && !begun.behind_call,
-            recalled: false,
+            telling: turn == Turn::Last && started.assigned == rank && !started.behind_call,
+            revoked: false,
         };
         self.sent.insert(task, sent);
         match turn {
-            Turn::First => self.lanes[place].push_front(task),
-            Turn::Last | Turn::Ahead => self.lanes[place].push_back(task),
+            Turn::First => self.lanes[slot].push_front(task),
+            Turn::Last | Turn::Prefetch => self.lanes[slot].push_back(task),
         }
         Ok(count)
     }
@@ -631,14 +645,14 @@ impl Job {
         let Some(sent) = self.remove(task) else {
             return Ok(());
         };
-        self.detained[sent.place] = false;
+        self.detained[sent.slot] = false;
         let now = hub.now();
         let bytes = body.len;
         let taken = match codec.take(on, task, &self.indices(&sent.tasks), body) {
             Ok(taken) => taken,
             Err(stop) => {
                 // The caller finds out why first: see [`Job::unreadable`].
-                self.lanes[sent.place].push_front(task);
+                self.lanes[sent.slot].push_front(task);
                 self.sent.insert(task, sent);
                 return Err(Halt::Codec(stop));
             }
@@ -653,22 +667,22 @@ impl Job {
             reading: taken.reading,
         };
         let at = self.since_began(hub);
-        self.planner.ended(sent.place, ended, at);
+        self.planner.ended(sent.slot, ended, at);
         let rest = sent.tasks.get(taken.tasks..).unwrap_or_default();
         if !rest.is_empty() {
-            self.planner.returned(sent.place, rest);
+            self.planner.returned(sent.slot, rest);
         }
         self.done += taken.tasks;
         if !rest.is_empty() || self.planner.may_resume(at) {
             self.wake();
         }
-        self.ready.push_front(sent.place);
+        self.ready.push_front(sent.slot);
         Ok(())
     }
 
-    fn remove(&mut self, task: TaskId) -> Option<Sent> {
+    fn remove(&mut self, task: TaskId) -> Option<SentBatch> {
         let sent = self.sent.remove(&task)?;
-        self.lanes[sent.place].retain(|&other| other != task);
+        self.lanes[sent.slot].retain(|&other| other != task);
         Some(sent)
     }
 
@@ -676,20 +690,20 @@ impl Job {
     /// able to begin.
     fn wake(&mut self) {
         let mut idle: Vec<bool> = self.lanes.iter().map(VecDeque::is_empty).collect();
-        for &place in &self.ready {
-            idle[place] = false;
+        for &slot in &self.ready {
+            idle[slot] = false;
         }
-        let idle = |&place: &usize| idle[place];
+        let idle = |&slot: &usize| idle[slot];
         let (last, first): (Vec<usize>, Vec<usize>) = (0..self.lanes.len())
             .filter(idle)
-            .partition(|&place| self.detained[place]);
+            .partition(|&slot| self.detained[slot]);
         self.ready.extend(first);
         self.ready.extend(last);
     }
 
     /// When all tasks have been given out and some workers have nothing to do, what others have not
     /// begun is asked back.
-    fn recall(&mut self, hub: &impl Dispatch) {
+    fn revoke(&mut self, hub: &impl Dispatch) {
         if self.assignment == Assignment::Round || self.planner.left() > 0 {
             return;
         }
@@ -697,18 +711,18 @@ impl Job {
         let is_idle =
             |(lane, detained): &(&VecDeque<TaskId>, &bool)| lane.is_empty() && !**detained;
         let idle = lanes().filter(is_idle).count();
-        let asked = self.sent.values().filter(|sent| sent.recalled).count();
+        let asked = self.sent.values().filter(|sent| sent.revoked).count();
         // Of those who are detained, the first may not have begun either. If it has, it stays.
-        let begun = |detained: bool| usize::from(!detained);
-        let waiting = lanes().filter_map(|(lane, &detained)| lane.get(begun(detained)).copied());
+        let started = |detained: bool| usize::from(!detained);
+        let waiting = lanes().filter_map(|(lane, &detained)| lane.get(started(detained)).copied());
         for task in waiting
             .collect::<Vec<_>>()
             .into_iter()
             .take(idle.saturating_sub(asked))
         {
-            if let Some(sent) = self.sent.get_mut(&task).filter(|sent| !sent.recalled) {
-                sent.recalled = true;
-                hub.recall(task);
+            if let Some(sent) = self.sent.get_mut(&task).filter(|sent| !sent.revoked) {
+                sent.revoked = true;
+                hub.revoke(task);
             }
         }
     }

@@ -10,7 +10,7 @@
 //! 5. A loss has a warning of its own only if a fresh worker takes the place: that a host or a worker is lost
 //!    permanently is an event, told once and not for each of its tasks.
 
-use super::scheduler::events::Gone;
+use super::scheduler::events::Termination;
 use crate::protocol::ids::{Rank, TaskId};
 use tracing::info;
 
@@ -53,22 +53,24 @@ pub enum Verdict {
 /// The losses of one task, each as `L` describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempts<L> {
-    losses: Vec<L>,
+    failures: Vec<L>,
 }
 
 impl<L> Default for Attempts<L> {
     fn default() -> Attempts<L> {
-        Attempts { losses: Vec::new() }
+        Attempts {
+            failures: Vec::new(),
+        }
     }
 }
 
 impl<L> Attempts<L> {
     /// What becomes of the task if its worker is lost once more, for this reason. Changes nothing: whoever carries it
     /// out may be interrupted, and asks again then.
-    pub fn verdict(&self, policy: Policy, gone: &Gone) -> Verdict {
-        if policy.raises || matches!(gone, Gone::Stopped) {
+    pub fn verdict(&self, policy: Policy, termination: &Termination) -> Verdict {
+        if policy.raises || matches!(termination, Termination::Stopped) {
             Verdict::Raise
-        } else if self.losses.len() < policy.retries {
+        } else if self.failures.len() < policy.retries {
             Verdict::Retry
         } else {
             Verdict::GiveUp
@@ -76,19 +78,19 @@ impl<L> Attempts<L> {
     }
 
     /// The verdict on this loss has been carried out.
-    pub fn record(&mut self, loss: L) {
-        self.losses.push(loss);
+    pub fn record(&mut self, failure: L) {
+        self.failures.push(failure);
     }
 
     /// All losses that have been recorded, the first one first.
-    pub fn losses(&self) -> &[L] {
-        &self.losses
+    pub fn failures(&self) -> &[L] {
+        &self.failures
     }
 }
 
 /// Whether a loss has a warning of its own. `replaced`: a fresh worker takes the place.
-pub fn is_reported(gone: &Gone, replaced: bool) -> bool {
-    replaced && matches!(gone, Gone::Worker(_))
+pub fn is_reported(termination: &Termination, replaced: bool) -> bool {
+    replaced && matches!(termination, Termination::Worker(_))
 }
 
 /// Logs that an attempt at a task ended with its worker. For tasks that were sent together, `attempt` is the largest
@@ -101,11 +103,11 @@ pub fn log_attempt(task: TaskId, place: Rank, attempt: usize, again: bool) {
 mod tests {
     use super::*;
     use crate::platform::exit::Exit;
-    use crate::protocol::control::{Loss, Setback};
+    use crate::protocol::control::{Setback, WorkerFailure};
     use proptest::prelude::*;
 
-    fn crash() -> Gone {
-        Gone::Worker(Loss {
+    fn crash() -> Termination {
+        Termination::Worker(WorkerFailure {
             pid: 4711,
             exit: Exit::Signal(9),
             tail: String::new(),
@@ -115,16 +117,16 @@ mod tests {
         })
     }
 
-    fn host() -> Gone {
-        Gone::Host("the connection was closed".into())
+    fn host() -> Termination {
+        Termination::Host("the connection was closed".into())
     }
 
     /// The verdicts on one loss after the other, each recorded by its number, until the task has ended.
-    fn verdicts(policy: Policy, losses: &[Gone]) -> (Vec<Verdict>, Attempts<usize>) {
+    fn verdicts(policy: Policy, failures: &[Termination]) -> (Vec<Verdict>, Attempts<usize>) {
         let mut attempts = Attempts::default();
         let mut verdicts = Vec::new();
-        for (number, gone) in losses.iter().enumerate() {
-            let verdict = attempts.verdict(policy, gone);
+        for (number, termination) in failures.iter().enumerate() {
+            let verdict = attempts.verdict(policy, termination);
             verdicts.push(verdict);
             if verdict == Verdict::Raise {
                 break;
@@ -140,18 +142,18 @@ mod tests {
     #[test]
     fn a_task_fails_with_the_loss_after_its_last_retry() {
         use Verdict::{GiveUp, Retry};
-        let losses = vec![crash(); 9];
-        let (told, attempts) = verdicts(Policy::new(2), &losses);
+        let failures = vec![crash(); 9];
+        let (told, attempts) = verdicts(Policy::new(2), &failures);
         assert_eq!(told, [Retry, Retry, GiveUp]);
-        assert_eq!(attempts.losses(), [0, 1, 2]);
-        assert_eq!(verdicts(Policy::new(1), &losses).0, [Retry, GiveUp]);
+        assert_eq!(attempts.failures(), [0, 1, 2]);
+        assert_eq!(verdicts(Policy::new(1), &failures).0, [Retry, GiveUp]);
     }
 
     #[test]
     fn without_retries_a_loss_is_an_error_unless_failures_are_results() {
         let (told, attempts) = verdicts(Policy::new(0), &[crash()]);
         assert_eq!(told, [Verdict::Raise]);
-        assert!(attempts.losses().is_empty());
+        assert!(attempts.failures().is_empty());
         let results = Policy {
             raises: false,
             ..Policy::new(0)
@@ -164,11 +166,14 @@ mod tests {
         for retries in [0, 1, 1_000_000] {
             for raises in [false, true] {
                 let policy = Policy { retries, raises };
-                assert_eq!(verdicts(policy, &[Gone::Stopped]).0, [Verdict::Raise]);
+                assert_eq!(
+                    verdicts(policy, &[Termination::Stopped]).0,
+                    [Verdict::Raise]
+                );
             }
         }
-        let losses = [crash(), Gone::Stopped];
-        let told = verdicts(Policy::new(5), &losses).0;
+        let failures = [crash(), Termination::Stopped];
+        let told = verdicts(Policy::new(5), &failures).0;
         assert_eq!(told, [Verdict::Retry, Verdict::Raise]);
     }
 
@@ -187,7 +192,7 @@ mod tests {
         assert!(is_reported(&crash(), true));
         assert!(!is_reported(&crash(), false));
         assert!(!is_reported(&host(), true));
-        assert!(!is_reported(&Gone::Stopped, true));
+        assert!(!is_reported(&Termination::Stopped, true));
     }
 
     proptest! {
@@ -197,35 +202,35 @@ mod tests {
             raises: bool,
             kinds in proptest::collection::vec(0_u8..8, 0..12),
         ) {
-            let losses: Vec<Gone> = kinds
+            let failures: Vec<Termination> = kinds
                 .iter()
                 .map(|kind| match kind {
-                    0 => Gone::Stopped,
+                    0 => Termination::Stopped,
                     1 | 2 => host(),
                     _ => crash(),
                 })
                 .collect();
             let policy = Policy { retries, raises };
-            let (told, attempts) = verdicts(policy, &losses);
+            let (told, attempts) = verdicts(policy, &failures);
             let retried = told.iter().filter(|&&verdict| verdict == Verdict::Retry).count();
-            let stopped = losses.iter().position(|gone| *gone == Gone::Stopped);
+            let stopped = failures.iter().position(|termination| *termination == Termination::Stopped);
             // Retried as long as it may be and each loss before a stop, and not once more.
-            let before = stopped.unwrap_or(losses.len());
+            let before = stopped.unwrap_or(failures.len());
             prop_assert_eq!(retried, if raises { 0 } else { before.min(retries) });
             // Only the last verdict ends the task.
             prop_assert!(told.iter().rev().skip(1).all(|&verdict| verdict == Verdict::Retry));
             match told.last() {
-                None => prop_assert!(losses.is_empty()),
+                None => prop_assert!(failures.is_empty()),
                 Some(Verdict::Raise) => prop_assert!(raises || stopped == Some(told.len() - 1)),
                 Some(Verdict::GiveUp) => {
                     prop_assert!(!raises);
-                    prop_assert_eq!(attempts.losses().len(), retries + 1);
+                    prop_assert_eq!(attempts.failures().len(), retries + 1);
                 }
-                Some(Verdict::Retry) => prop_assert_eq!(told.len(), losses.len()),
+                Some(Verdict::Retry) => prop_assert_eq!(told.len(), failures.len()),
             }
             // Each loss that was dealt with is recorded once, in order.
             let count = told.len() - usize::from(told.last() == Some(&Verdict::Raise));
-            prop_assert_eq!(attempts.losses(), &(0..count).collect::<Vec<_>>()[..]);
+            prop_assert_eq!(attempts.failures(), &(0..count).collect::<Vec<_>>()[..]);
         }
     }
 }

@@ -4,12 +4,12 @@
 //! Messages are written to a file that has no name, in the order in which they are sent, and each
 //! knows on which workers it has lasted. A host that is back gets them from a map of the file: they
 //! take no memory of the head that the system could not have back. What messages begin with as a
-//! payload is in the file once.
+//! blob is in the file once.
 
 use crate::platform::signals::without_file_size_signal;
 use crate::protocol::control::Facts;
 use crate::protocol::dedup::Chunk;
-use crate::protocol::ids::{PayloadId, Rank, TaskId};
+use crate::protocol::ids::{BlobId, Rank, TaskId};
 use crate::protocol::setup_calls::SetupCalls;
 use bytes::Bytes;
 use memmap2::Mmap;
@@ -22,10 +22,10 @@ use std::path::Path;
 use xxhash_rust::xxh3::Xxh3;
 
 #[derive(Debug)]
-struct Message {
+struct StoredCall {
     name: u64,
     /// It begins with this; the rest is what follows.
-    payload: Option<PayloadId>,
+    blob: Option<BlobId>,
     from: u64,
     len: u64,
     digest: u128,
@@ -36,9 +36,9 @@ struct Message {
 }
 
 /// A message that has lasted: its name, and its bytes in parts.
-pub type Lasting = (u64, Vec<Bytes>);
+pub type SetupMessage = (u64, Vec<Bytes>);
 
-/// A payload in the file.
+/// A blob in the file.
 struct Stored {
     from: u64,
     len: u64,
@@ -48,11 +48,11 @@ struct Stored {
     users: usize,
 }
 
-struct Open {
+struct OpenStoredCall {
     task: TaskId,
     rank: Rank,
     name: u64,
-    payload: Option<PayloadId>,
+    blob: Option<BlobId>,
     hash: Xxh3,
     len: u64,
 }
@@ -64,49 +64,49 @@ fn put(file: &File, bytes: &[u8], at: u64) -> bool {
 }
 
 /// See the module's documentation.
-pub struct Spool {
+pub struct SetupLogFile {
     file: File,
     /// By their numbers, in the order of sending.
-    messages: BTreeMap<u64, Message>,
+    messages: BTreeMap<u64, StoredCall>,
     next: u64,
     /// The numbers of the messages that have lasted on each worker, and still do.
     workers: HashMap<Rank, SetupCalls<u64>>,
     /// The message of each task that is not answered.
     tasks: HashMap<TaskId, u64>,
-    open: Option<Open>,
-    payloads: HashMap<PayloadId, Stored>,
-    /// A payload that is being written, and how much of it has been.
-    open_payload: Option<(PayloadId, u64)>,
+    open: Option<OpenStoredCall>,
+    blobs: HashMap<BlobId, Stored>,
+    /// A blob that is being written, and how much of it has been.
+    open_blob: Option<(BlobId, u64)>,
     end: u64,
     /// Bytes of the file that are taken up.
-    held: u64,
-    most: u64,
+    stored_bytes: u64,
+    max_bytes: u64,
     /// Something that lasts is not in the file.
     incomplete: bool,
 }
 
-impl Spool {
-    /// Holds up to `most` bytes in a file that is made at `path` and has no name from then on.
+impl SetupLogFile {
+    /// Holds up to `max_bytes` bytes in a file that is made at `path` and has no name from then on.
     ///
     /// # Errors
     /// When the file cannot be made.
-    pub fn new(path: &Path, most: u64) -> io::Result<Spool> {
+    pub fn new(path: &Path, max_bytes: u64) -> io::Result<SetupLogFile> {
         let mut options = File::options();
         let options = options.read(true).write(true).create_new(true);
         let file = options.mode(0o600).open(path)?;
         std::fs::remove_file(path)?;
-        Ok(Spool {
+        Ok(SetupLogFile {
             file,
             messages: BTreeMap::new(),
             next: 0,
             workers: HashMap::new(),
             tasks: HashMap::new(),
             open: None,
-            payloads: HashMap::new(),
-            open_payload: None,
+            blobs: HashMap::new(),
+            open_blob: None,
             end: 0,
-            held: 0,
-            most,
+            stored_bytes: 0,
+            max_bytes,
             incomplete: false,
         })
     }
@@ -114,25 +114,25 @@ impl Spool {
     /// What is known of it, for a bug report.
     pub fn facts(&self, facts: &mut Facts) {
         facts.add("setup_log_calls", self.messages.len());
-        facts.add("setup_log_bytes", self.held);
-        facts.add("setup_log_limit", self.most);
+        facts.add("setup_log_bytes", self.stored_bytes);
+        facts.add("setup_log_limit", self.max_bytes);
         facts.add("setup_log_complete", self.is_complete());
     }
 
-    /// A payload begins with which messages begin that are to last.
-    pub fn begin_payload(&mut self, id: PayloadId) {
-        self.open_payload = Some((id, 0));
+    /// A blob begins with which messages begin that are to last.
+    pub fn begin_blob(&mut self, id: BlobId) {
+        self.open_blob = Some((id, 0));
     }
 
-    /// Some of the payload.
-    pub fn write_payload(&mut self, chunks: &[Chunk]) {
-        let Some((_, len)) = &mut self.open_payload else {
+    /// Some of the blob.
+    pub fn write_blob(&mut self, chunks: &[Chunk]) {
+        let Some((_, len)) = &mut self.open_blob else {
             return;
         };
         for chunk in chunks {
             let at = self.end + *len;
             *len += chunk.bytes.len() as u64;
-            if self.incomplete || self.held + *len > self.most {
+            if self.incomplete || self.stored_bytes + *len > self.max_bytes {
                 self.incomplete = true;
                 return;
             }
@@ -140,9 +140,9 @@ impl Spool {
         }
     }
 
-    /// The payload is complete.
-    pub fn finish_payload(&mut self) {
-        let Some((id, len)) = self.open_payload.take() else {
+    /// The blob is complete.
+    pub fn finish_blob(&mut self) {
+        let Some((id, len)) = self.open_blob.take() else {
             return;
         };
         let stored = Stored {
@@ -151,49 +151,49 @@ impl Spool {
             wanted: true,
             users: 0,
         };
-        self.payloads.insert(id, stored);
+        self.blobs.insert(id, stored);
         self.end += len;
-        self.held += len;
+        self.stored_bytes += len;
     }
 
-    /// The payload will not be complete.
-    pub fn abandon_payload(&mut self) {
-        self.open_payload = None;
+    /// The blob will not be complete.
+    pub fn abandon_blob(&mut self) {
+        self.open_blob = None;
     }
 
-    /// Whether messages that last can begin with this payload.
-    pub fn has_payload(&self, id: PayloadId) -> bool {
-        self.payloads.get(&id).is_some_and(|stored| stored.wanted)
+    /// Whether messages that last can begin with this blob.
+    pub fn has_blob(&self, id: BlobId) -> bool {
+        self.blobs.get(&id).is_some_and(|stored| stored.wanted)
     }
 
     /// No more messages will begin with it.
-    pub fn drop_payload(&mut self, id: PayloadId) {
-        if let Some(stored) = self.payloads.get_mut(&id) {
+    pub fn drop_blob(&mut self, id: BlobId) {
+        if let Some(stored) = self.blobs.get_mut(&id) {
             stored.wanted = false;
-            self.clear_payload(id);
+            self.clear_blob(id);
         }
     }
 
-    /// Lets go of a payload that no message begins with or may come to.
-    fn clear_payload(&mut self, id: PayloadId) {
+    /// Lets go of a blob that no message begins with or may come to.
+    fn clear_blob(&mut self, id: BlobId) {
         let unused = |stored: &Stored| !stored.wanted && stored.users == 0;
-        if self.payloads.get(&id).is_some_and(unused) {
-            if let Some(stored) = self.payloads.remove(&id) {
+        if self.blobs.get(&id).is_some_and(unused) {
+            if let Some(stored) = self.blobs.remove(&id) {
                 if give_back(&self.file, stored.from, stored.len) {
-                    self.held -= stored.len;
+                    self.stored_bytes -= stored.len;
                 }
             }
         }
     }
 
     /// A message to this worker begins that is to last, under this name (0: none). It begins with
-    /// this payload.
-    pub fn begin(&mut self, task: TaskId, rank: Rank, name: u64, payload: Option<PayloadId>) {
-        self.open = Some(Open {
+    /// this blob.
+    pub fn begin(&mut self, task: TaskId, rank: Rank, name: u64, blob: Option<BlobId>) {
+        self.open = Some(OpenStoredCall {
             task,
             rank,
             name,
-            payload,
+            blob,
             hash: Xxh3::new(),
             len: 0,
         });
@@ -213,7 +213,7 @@ impl Spool {
                 .values()
                 .next_back()
                 .map_or(0, |last| last.len);
-            if self.incomplete || self.held + open.len > self.most + last {
+            if self.incomplete || self.stored_bytes + open.len > self.max_bytes + last {
                 self.incomplete = true;
                 return;
             }
@@ -231,11 +231,11 @@ impl Spool {
             return;
         }
         let digest = open.hash.digest128();
-        let same = |last: &Message| {
+        let same = |last: &StoredCall| {
             last.digest == digest
                 && last.len == open.len
                 && last.name == open.name
-                && last.payload == open.payload
+                && last.blob == open.blob
         };
         // To many workers goes the same, one after the other. To the same worker it is said once more.
         let workers = &self.workers;
@@ -251,19 +251,19 @@ impl Spool {
         if let Some((&number, last)) = last {
             last.pending.insert(open.rank);
             self.tasks.insert(open.task, number);
-        } else if self.held + open.len > self.most {
+        } else if self.stored_bytes + open.len > self.max_bytes {
             self.incomplete = true;
         } else {
-            if let Some(id) = open.payload {
-                match self.payloads.get_mut(&id) {
+            if let Some(id) = open.blob {
+                match self.blobs.get_mut(&id) {
                     Some(stored) => stored.users += 1,
                     // Not all of the message is here.
                     None => self.incomplete = true,
                 }
             }
-            let message = Message {
+            let message = StoredCall {
                 name: open.name,
-                payload: open.payload,
+                blob: open.blob,
                 from: self.end,
                 len: open.len,
                 digest,
@@ -274,7 +274,7 @@ impl Spool {
             self.tasks.insert(open.task, self.next);
             self.next += 1;
             self.end += open.len;
-            self.held += open.len;
+            self.stored_bytes += open.len;
         }
     }
 
@@ -283,8 +283,8 @@ impl Spool {
         self.open = None;
     }
 
-    /// A task has ended; `lasts`: with what it did to its worker.
-    pub fn ended(&mut self, task: TaskId, rank: Rank, lasts: bool) {
+    /// A task has ended; `setup_call`: with what it did to its worker.
+    pub fn ended(&mut self, task: TaskId, rank: Rank, setup_call: bool) {
         let Some(number) = self.tasks.remove(&task) else {
             return;
         };
@@ -292,7 +292,7 @@ impl Spool {
             return;
         };
         message.pending.remove(&rank);
-        if !lasts {
+        if !setup_call {
             return self.clear(number);
         }
         message.users += 1;
@@ -307,17 +307,17 @@ impl Spool {
 
     /// Lets go of a message that no worker has or may come to have.
     fn clear(&mut self, number: u64) {
-        let unused = |m: &Message| m.users == 0 && m.pending.is_empty();
+        let unused = |m: &StoredCall| m.users == 0 && m.pending.is_empty();
         if self.messages.get(&number).is_some_and(unused) {
             if let Some(message) = self.messages.remove(&number) {
                 if give_back(&self.file, message.from, message.len) {
-                    self.held -= message.len;
+                    self.stored_bytes -= message.len;
                 }
-                if let Some(id) = message.payload {
-                    if let Some(stored) = self.payloads.get_mut(&id) {
+                if let Some(id) = message.blob {
+                    if let Some(stored) = self.blobs.get_mut(&id) {
                         stored.users = stored.users.saturating_sub(1);
                     }
-                    self.clear_payload(id);
+                    self.clear_blob(id);
                 }
             }
         }
@@ -332,7 +332,7 @@ impl Spool {
     ///
     /// # Errors
     /// When the file cannot be mapped.
-    pub fn restore(&self, rank: Rank) -> io::Result<Vec<Lasting>> {
+    pub fn restore(&self, rank: Rank) -> io::Result<Vec<SetupMessage>> {
         if self.end == 0 {
             return Ok(Vec::new());
         }
@@ -346,18 +346,18 @@ impl Spool {
         };
         let stored = |number: &u64| {
             let message = self.messages.get(number)?;
-            let payload = match message.payload {
-                Some(id) => Some(self.payloads.get(&id)?),
+            let blob = match message.blob {
+                Some(id) => Some(self.blobs.get(&id)?),
                 None => None,
             };
-            let payload = payload.map(|stored| (stored.from, stored.len));
-            let parts = payload.into_iter().chain([(message.from, message.len)]);
+            let blob = blob.map(|stored| (stored.from, stored.len));
+            let parts = blob.into_iter().chain([(message.from, message.len)]);
             let parts: Option<Vec<Bytes>> = parts.map(|(from, len)| part(from, len)).collect();
             Some((message.name, parts?))
         };
         let calls = self.workers.get(&rank);
         let calls = calls.into_iter().flat_map(SetupCalls::iter);
-        let messages: Option<Vec<Lasting>> = calls.map(|(_, number)| stored(number)).collect();
+        let messages: Option<Vec<SetupMessage>> = calls.map(|(_, number)| stored(number)).collect();
         messages.ok_or_else(|| io::Error::other("the file is too short"))
     }
 }
@@ -378,62 +378,65 @@ fn give_back(file: &File, from: u64, len: u64) -> bool {
 mod tests {
     use super::*;
 
-    fn spool(most: u64) -> Spool {
+    fn setup_log(max_bytes: u64) -> SetupLogFile {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(format!("spool-{}-{}", name.0, name.1));
-        let spool = Spool::new(&path, most).unwrap();
+        let setup_log = SetupLogFile::new(&path, max_bytes).unwrap();
         assert!(!path.exists());
-        spool
+        setup_log
     }
 
-    fn send(spool: &mut Spool, task: TaskId, rank: Rank, name: u64, message: &[u8]) {
-        send_with(spool, task, rank, name, None, message);
+    fn send(setup_log: &mut SetupLogFile, task: TaskId, rank: Rank, name: u64, message: &[u8]) {
+        send_with(setup_log, task, rank, name, None, message);
     }
 
     fn send_with(
-        spool: &mut Spool,
+        setup_log: &mut SetupLogFile,
         task: TaskId,
         rank: Rank,
         name: u64,
-        payload: Option<PayloadId>,
+        blob: Option<BlobId>,
         message: &[u8],
     ) {
-        spool.begin(task, rank, name, payload);
+        setup_log.begin(task, rank, name, blob);
         for part in message.chunks(7) {
-            spool.write(&[Bytes::copy_from_slice(part).into()]);
+            setup_log.write(&[Bytes::copy_from_slice(part).into()]);
         }
-        spool.finish();
+        setup_log.finish();
     }
 
-    fn restored(spool: &Spool, rank: Rank) -> Vec<Vec<u8>> {
-        let messages = spool.restore(rank).unwrap();
+    fn restored(setup_log: &SetupLogFile, rank: Rank) -> Vec<Vec<u8>> {
+        let messages = setup_log.restore(rank).unwrap();
         messages.iter().map(|(_, parts)| parts.concat()).collect()
     }
 
     #[test]
     fn each_worker_gets_what_lasted_on_it_in_order() {
-        let mut spool = spool(1 << 20);
+        let mut setup_log = setup_log(1 << 20);
         for rank in 0..3u32 {
-            send(&mut spool, u64::from(rank), rank, 0, b"for all of them");
+            send(&mut setup_log, u64::from(rank), rank, 0, b"for all of them");
         }
-        send(&mut spool, 3, 1, 0, b"for one");
+        send(&mut setup_log, 3, 1, 0, b"for one");
         for rank in 0..3 {
-            spool.ended(u64::from(rank), rank, true);
+            setup_log.ended(u64::from(rank), rank, true);
         }
-        spool.ended(3, 1, true);
-        send(&mut spool, 4, 1, 0, b"interrupted");
-        spool.ended(4, 1, false);
-        assert_eq!(restored(&spool, 0), [b"for all of them"]);
-        assert_eq!(restored(&spool, 1), [&b"for all of them"[..], b"for one"]);
-        assert_eq!(restored(&spool, 9), Vec::<Vec<u8>>::new());
-        assert_eq!(spool.end, 15 + 7 + 11);
+        setup_log.ended(3, 1, true);
+        send(&mut setup_log, 4, 1, 0, b"interrupted");
+        setup_log.ended(4, 1, false);
+        assert_eq!(restored(&setup_log, 0), [b"for all of them"]);
+        assert_eq!(
+            restored(&setup_log, 1),
+            [&b"for all of them"[..], b"for one"]
+        );
+        assert_eq!(restored(&setup_log, 9), Vec::<Vec<u8>>::new());
+        assert_eq!(setup_log.end, 15 + 7 + 11);
     }
 
     #[test]
     fn a_value_that_is_set_again_takes_the_place_of_the_one_before() {
-        let mut spool = spool(1 << 20);
+        let mut setup_log = setup_log(1 << 20);
         let messages = [
             (7, "first"),
             (8, "other"),
@@ -442,94 +445,94 @@ mod tests {
             (7, "third"),
         ];
         for (task, (name, text)) in (0..).zip(messages) {
-            send(&mut spool, task, 0, name, text.as_bytes());
-            spool.ended(task, 0, true);
+            send(&mut setup_log, task, 0, name, text.as_bytes());
+            setup_log.ended(task, 0, true);
         }
         let texts: [&[u8]; 4] = [b"other", b"second", b"uses", b"third"];
-        assert_eq!(restored(&spool, 0), texts);
+        assert_eq!(restored(&setup_log, 0), texts);
     }
 
     #[test]
     fn beyond_the_bound_it_is_not_complete() {
-        let mut spool = spool(20);
-        send(&mut spool, 0, 0, 0, &[1; 20]);
+        let mut setup_log = setup_log(20);
+        send(&mut setup_log, 0, 0, 0, &[1; 20]);
         // The same for another worker takes no room.
-        send(&mut spool, 1, 1, 0, &[1; 20]);
-        assert!(spool.is_complete());
-        send(&mut spool, 2, 0, 0, &[2; 20]);
-        assert!(!spool.is_complete());
+        send(&mut setup_log, 1, 1, 0, &[1; 20]);
+        assert!(setup_log.is_complete());
+        send(&mut setup_log, 2, 0, 0, &[2; 20]);
+        assert!(!setup_log.is_complete());
     }
 
     #[test]
     fn what_messages_begin_with_is_there_once_and_for_as_long_as_one_of_them() {
-        let mut spool = spool(130);
-        let store = |spool: &mut Spool, id: PayloadId, byte: u8| {
-            spool.begin_payload(id);
-            spool.write_payload(&[Bytes::from(vec![byte; 60]).into()]);
-            spool.write_payload(&[Bytes::from(vec![byte; 40]).into()]);
-            spool.finish_payload();
+        let mut setup_log = setup_log(130);
+        let store = |setup_log: &mut SetupLogFile, id: BlobId, byte: u8| {
+            setup_log.begin_blob(id);
+            setup_log.write_blob(&[Bytes::from(vec![byte; 60]).into()]);
+            setup_log.write_blob(&[Bytes::from(vec![byte; 40]).into()]);
+            setup_log.finish_blob();
         };
-        store(&mut spool, 5, 5);
+        store(&mut setup_log, 5, 5);
         for rank in 0..3u32 {
             let task = u64::from(rank);
             let rest: &[u8] = if rank == 2 { b"more" } else { b"" };
-            send_with(&mut spool, task, rank, 7, Some(5), rest);
-            spool.ended(task, rank, true);
+            send_with(&mut setup_log, task, rank, 7, Some(5), rest);
+            setup_log.ended(task, rank, true);
         }
-        spool.drop_payload(5);
-        assert!(spool.is_complete() && !spool.has_payload(5));
-        assert_eq!(restored(&spool, 1), [[5; 100]]);
-        assert_eq!(restored(&spool, 2), [[&[5; 100][..], b"more"].concat()]);
-        assert_eq!(spool.held, 104);
+        setup_log.drop_blob(5);
+        assert!(setup_log.is_complete() && !setup_log.has_blob(5));
+        assert_eq!(restored(&setup_log, 1), [[5; 100]]);
+        assert_eq!(restored(&setup_log, 2), [[&[5; 100][..], b"more"].concat()]);
+        assert_eq!(setup_log.stored_bytes, 104);
         // Values that take its place.
         for rank in 0..3u32 {
             let task = 10 + u64::from(rank);
-            send(&mut spool, task, rank, 7, b"other");
-            spool.ended(task, rank, true);
+            send(&mut setup_log, task, rank, 7, b"other");
+            setup_log.ended(task, rank, true);
         }
-        assert_eq!((spool.held, spool.payloads.len()), (5, 0));
+        assert_eq!((setup_log.stored_bytes, setup_log.blobs.len()), (5, 0));
         // One that no message begins with, and one that is not completed.
-        store(&mut spool, 6, 6);
-        spool.drop_payload(6);
-        spool.begin_payload(7);
-        spool.write_payload(&[Bytes::from(vec![7; 60]).into()]);
-        spool.abandon_payload();
-        assert_eq!((spool.held, spool.is_complete()), (5, true));
-        assert_eq!(restored(&spool, 0), [b"other"]);
+        store(&mut setup_log, 6, 6);
+        setup_log.drop_blob(6);
+        setup_log.begin_blob(7);
+        setup_log.write_blob(&[Bytes::from(vec![7; 60]).into()]);
+        setup_log.abandon_blob();
+        assert_eq!((setup_log.stored_bytes, setup_log.is_complete()), (5, true));
+        assert_eq!(restored(&setup_log, 0), [b"other"]);
     }
 
     #[test]
     fn what_is_said_to_a_worker_twice_is_done_twice() {
-        let mut spool = spool(1 << 20);
+        let mut setup_log = setup_log(1 << 20);
         for task in 0..3u64 {
             for rank in 0..2 {
                 let task = 2 * task + u64::from(rank);
-                send(&mut spool, task, rank, 0, b"x <- x + 1");
+                send(&mut setup_log, task, rank, 0, b"x <- x + 1");
                 // The second before it is answered.
                 if task != 2 {
-                    spool.ended(task, rank, true);
+                    setup_log.ended(task, rank, true);
                 }
             }
         }
-        spool.ended(2, 0, true);
-        assert_eq!(restored(&spool, 0).len(), 3);
-        assert_eq!(restored(&spool, 1).len(), 3);
-        assert_eq!(spool.messages.len(), 3);
+        setup_log.ended(2, 0, true);
+        assert_eq!(restored(&setup_log, 0).len(), 3);
+        assert_eq!(restored(&setup_log, 1).len(), 3);
+        assert_eq!(setup_log.messages.len(), 3);
     }
 
     #[test]
     fn what_no_worker_has_any_more_does_not_count() {
-        let mut spool = spool(50);
+        let mut setup_log = setup_log(50);
         for task in 0..1000u64 {
-            send(&mut spool, task, 0, 7, &task.to_le_bytes().repeat(3));
-            spool.ended(task, 0, true);
+            send(&mut setup_log, task, 0, 7, &task.to_le_bytes().repeat(3));
+            setup_log.ended(task, 0, true);
         }
         for task in 1000..2000u64 {
-            send(&mut spool, task, 0, 0, &task.to_le_bytes().repeat(3));
-            spool.ended(task, 0, false);
+            send(&mut setup_log, task, 0, 0, &task.to_le_bytes().repeat(3));
+            setup_log.ended(task, 0, false);
         }
-        assert!(spool.is_complete());
-        assert_eq!(restored(&spool, 0), [999u64.to_le_bytes().repeat(3)]);
-        assert_eq!((spool.messages.len(), spool.tasks.len()), (1, 0));
+        assert!(setup_log.is_complete());
+        assert_eq!(restored(&setup_log, 0), [999u64.to_le_bytes().repeat(3)]);
+        assert_eq!((setup_log.messages.len(), setup_log.tasks.len()), (1, 0));
     }
 }

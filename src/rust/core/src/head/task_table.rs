@@ -4,7 +4,7 @@
 //! R gives a task to a worker, its owner, and asks for its end by that. The owner has the task, unless it was lost:
 //! then the task is reassigned to another worker of the same job.
 
-use super::scheduler::events::{Gone, Outcome};
+use super::scheduler::events::{Outcome, Termination};
 use crate::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -19,16 +19,16 @@ pub enum End {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct TaskEntry {
     owner: Rank,
-    place: Rank,
+    assigned: Rank,
     end: Option<End>,
 }
 
-impl Entry {
-    fn loss(&self) -> Option<&Arc<Gone>> {
+impl TaskEntry {
+    fn failure(&self) -> Option<&Arc<Termination>> {
         match &self.end {
-            Some(End::Outcome(Outcome::Lost(gone))) => Some(gone),
+            Some(End::Outcome(Outcome::Lost(termination))) => Some(termination),
             _ => None,
         }
     }
@@ -37,7 +37,7 @@ impl Entry {
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub struct TaskTable {
-    tasks: HashMap<TaskId, Entry>,
+    tasks: HashMap<TaskId, TaskEntry>,
     /// Of each owner, the tasks whose messages are complete, in the order in which R gave them, with their jobs.
     queues: Vec<VecDeque<(TaskId, JobId)>>,
     /// Tasks in these.
@@ -56,13 +56,20 @@ impl TaskTable {
         self.queues = vec![VecDeque::new(); count];
     }
 
-    /// The message of a task is being sent to the worker at `place`, perhaps once more.
-    pub fn begin(&mut self, task: TaskId, owner: Rank, place: Rank) {
+    /// The message of a task is being sent to the worker at `assigned`, perhaps once more.
+    pub fn begin(&mut self, task: TaskId, owner: Rank, assigned: Rank) {
         let end = None;
-        let before = self.tasks.insert(task, Entry { owner, place, end });
-        let was = before.is_some_and(|entry| entry.place != entry.owner);
+        let before = self.tasks.insert(
+            task,
+            TaskEntry {
+                owner,
+                assigned,
+                end,
+            },
+        );
+        let was = before.is_some_and(|entry| entry.assigned != entry.owner);
         self.reassigned -= usize::from(was);
-        self.reassigned += usize::from(place != owner);
+        self.reassigned += usize::from(assigned != owner);
     }
 
     /// The message of a task that has begun is complete: the task is outstanding.
@@ -87,8 +94,8 @@ impl TaskTable {
     }
 
     /// The worker that has a task.
-    pub fn place(&self, task: TaskId) -> Option<Rank> {
-        Some(self.tasks.get(&task)?.place)
+    pub fn assigned(&self, task: TaskId) -> Option<Rank> {
+        Some(self.tasks.get(&task)?.assigned)
     }
 
     /// The job of an outstanding task.
@@ -121,8 +128,8 @@ impl TaskTable {
         let tasks = self.of_owner(owner).take_while(move |_| any);
         let of_job = tasks.filter(move |&(_, other)| other == job);
         of_job
-            .filter_map(|(task, _)| self.place(task))
-            .filter(move |&place| place != owner)
+            .filter_map(|(task, _)| self.assigned(task))
+            .filter(move |&assigned| assigned != owner)
     }
 
     /// Of each worker, how many tasks R gave it and how many were reassigned to it.
@@ -132,9 +139,9 @@ impl TaskTable {
             for entry in self
                 .tasks
                 .values()
-                .filter(|entry| entry.place != entry.owner)
+                .filter(|entry| entry.assigned != entry.owner)
             {
-                loads[entry.place as usize] += 1;
+                loads[entry.assigned as usize] += 1;
             }
         }
         loads
@@ -157,22 +164,24 @@ impl TaskTable {
         let entry = self.tasks.get_mut(&task)?;
         let end = match &entry.end {
             // Stays until it is decided what becomes of the task: R may be interrupted before.
-            Some(End::Outcome(Outcome::Lost(gone))) => End::Outcome(Outcome::Lost(gone.clone())),
+            Some(End::Outcome(Outcome::Lost(termination))) => {
+                End::Outcome(Outcome::Lost(termination.clone()))
+            }
             _ => entry.end.take()?,
         };
         Some((entry.owner, task, end))
     }
 
-    /// Whether the end of the first task outstanding of this owner can be taken for good: losses are first decided on.
+    /// Whether the end of the first task outstanding of this owner can be taken permanently: losses are first decided on.
     pub fn is_next_there(&self, owner: Rank) -> bool {
         let next = self.of_owner(owner).next();
         let entry = next.and_then(|(task, _)| self.tasks.get(&task));
-        entry.is_some_and(|entry| entry.end.is_some() && entry.loss().is_none())
+        entry.is_some_and(|entry| entry.end.is_some() && entry.failure().is_none())
     }
 
     /// Why the worker that had the task is gone, if the task was lost and it is not decided whether it is retried.
-    pub fn loss(&self, task: TaskId) -> Option<Arc<Gone>> {
-        self.tasks.get(&task)?.loss().cloned()
+    pub fn failure(&self, task: TaskId) -> Option<Arc<Termination>> {
+        self.tasks.get(&task)?.failure().cloned()
     }
 
     /// The end of this task, or else the loss of another of the same job, unless that is 0.
@@ -210,7 +219,7 @@ impl TaskTable {
     }
 
     /// It is decided what becomes of a task that was lost.
-    pub fn decided(&mut self, task: TaskId) {
+    pub fn retry_decided(&mut self, task: TaskId) {
         self.ready.retain(|&ready| ready != task);
         self.lost.retain(|lost| lost.1 != task);
         if let Some(entry) = self.tasks.get_mut(&task) {
@@ -220,7 +229,7 @@ impl TaskTable {
 
     /// A task is not retried; R is told so when it asks for the answer.
     pub fn give_up(&mut self, task: TaskId) {
-        self.decided(task);
+        self.retry_decided(task);
         if let Some(entry) = self.tasks.get_mut(&task) {
             entry.end = Some(End::GivenUp);
             self.ready.push_back(task);
@@ -230,8 +239,12 @@ impl TaskTable {
     /// R knows how this task ended, or does not want to. Returns where the task was, and the bytes that there are of
     /// an answer.
     pub fn remove(&mut self, task: TaskId) -> Option<(Rank, usize)> {
-        let Entry { owner, place, end } = self.tasks.remove(&task)?;
-        self.reassigned -= usize::from(place != owner);
+        let TaskEntry {
+            owner,
+            assigned,
+            end,
+        } = self.tasks.remove(&task)?;
+        self.reassigned -= usize::from(assigned != owner);
         let queue = self.queues.get_mut(owner as usize);
         let at = queue
             .as_ref()
@@ -253,13 +266,13 @@ impl TaskTable {
             Some(End::Outcome(Outcome::Answer(body))) => body.len,
             _ => 0,
         };
-        Some((place, bytes))
+        Some((assigned, bytes))
     }
 
     /// No task that has not ended is answered any more.
-    pub fn close(&mut self, gone: &Arc<Gone>) {
+    pub fn close(&mut self, termination: &Arc<Termination>) {
         for entry in self.tasks.values_mut() {
-            let lost = || End::Outcome(Outcome::Lost(gone.clone()));
+            let lost = || End::Outcome(Outcome::Lost(termination.clone()));
             entry.end.get_or_insert_with(lost);
         }
     }
@@ -283,7 +296,7 @@ mod tests {
     }
 
     fn lost() -> Outcome {
-        Outcome::Lost(Arc::new(Gone::Host("cut".into())))
+        Outcome::Lost(Arc::new(Termination::Host("cut".into())))
     }
 
     fn answer() -> Outcome {
@@ -305,11 +318,11 @@ mod tests {
             assert!(matches!(table.take_any(|_| true), Some((1, 2, _))));
             assert_eq!(table.take(1, 0), None);
         }
-        table.decided(2);
+        table.retry_decided(2);
         table.begin(2, 1, 0);
         assert_eq!(table.take_any(|_| true), None);
         assert_eq!(
-            (table.owner(2), table.place(2), table.job(2)),
+            (table.owner(2), table.assigned(2), table.job(2)),
             (Some(1), Some(0), Some(7))
         );
         assert_eq!(table.ended(2, 7, answer()), Ok(()));
@@ -368,13 +381,13 @@ mod tests {
                     }
                     (2, Some(at)) => {
                         let (task, owner, _) = model[at];
-                        table.decided(task);
+                        table.retry_decided(task);
                         table.begin(task, owner, rank);
                         model[at].2 = rank;
                     }
                     (3, Some(at)) => {
-                        let (task, _, place) = model.remove(at);
-                        prop_assert_eq!(table.remove(task).map(|removed| removed.0), Some(place));
+                        let (task, _, assigned) = model.remove(at);
+                        prop_assert_eq!(table.remove(task).map(|removed| removed.0), Some(assigned));
                     }
                     (4, Some(at)) => prop_assert_eq!(table.ended(model[at].0, 1, lost()), Ok(())),
                     (_, Some(at)) => prop_assert_eq!(table.ended(model[at].0, 1, answer()), Ok(())),
@@ -384,10 +397,10 @@ mod tests {
                 let reassigned = model.iter().filter(|known| known.1 != known.2);
                 prop_assert_eq!(table.reassigned, reassigned.count());
                 let mut loads = vec![0; 3];
-                for &(task, owner, place) in &model {
-                    prop_assert_eq!((table.owner(task), table.place(task)), (Some(owner), Some(place)));
+                for &(task, owner, assigned) in &model {
+                    prop_assert_eq!((table.owner(task), table.assigned(task)), (Some(owner), Some(assigned)));
                     loads[owner as usize] += 1;
-                    loads[place as usize] += usize::from(place != owner);
+                    loads[assigned as usize] += usize::from(assigned != owner);
                 }
                 prop_assert_eq!(table.loads(), loads);
                 for rank in 0..3 {

@@ -18,16 +18,16 @@ pub fn coarse_now() -> Duration {
 
 /// What this process has had of its cores.
 #[derive(Clone, Copy, Debug)]
-pub struct Usage {
+pub struct CpuUsage {
     /// For how long it has had one, or several at a time.
     pub computing: Duration,
     /// How often it has given up its core to wait for something.
     pub waits: i64,
 }
 
-impl Usage {
+impl CpuUsage {
     /// What this process has had until now.
-    pub fn now() -> Usage {
+    pub fn now() -> CpuUsage {
         // SAFETY: all zeroes are a rusage, and the call fills it.
         let usage = unsafe {
             let mut usage: libc::rusage = std::mem::zeroed();
@@ -38,7 +38,7 @@ impl Usage {
             let seconds = Duration::from_secs(u64::try_from(time.tv_sec).unwrap_or(0));
             seconds + Duration::from_micros(u64::try_from(time.tv_usec).unwrap_or(0))
         };
-        Usage {
+        CpuUsage {
             computing: duration(usage.ru_utime) + duration(usage.ru_stime),
             #[allow(
                 clippy::useless_conversion,
@@ -50,7 +50,7 @@ impl Usage {
 
     /// For how long this process has been computing since then, if it has not waited for anything.
     pub fn computed(&self) -> Option<Duration> {
-        let now = Usage::now();
+        let now = CpuUsage::now();
         (now.waits == self.waits).then(|| now.computing.saturating_sub(self.computing))
     }
 }

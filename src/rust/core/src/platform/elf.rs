@@ -56,30 +56,36 @@ impl<'a> Elf<'a> {
         })
     }
 
-    fn place(&self, at: usize, len: usize) -> Option<usize> {
+    fn offset(&self, at: usize, len: usize) -> Option<usize> {
         usize::try_from(self.number(at, len)?).ok()
     }
 
     /// Where the header of a section begins.
     fn section(&self, index: usize) -> Option<usize> {
         let (table, size) = if self.wide {
-            (self.place(0x28, 8)?, self.place(0x3a, 2)?)
+            (self.offset(0x28, 8)?, self.offset(0x3a, 2)?)
         } else {
-            (self.place(0x20, 4)?, self.place(0x2e, 2)?)
+            (self.offset(0x20, 4)?, self.offset(0x2e, 2)?)
         };
         table.checked_add(index.checked_mul(size)?)
     }
 
     fn sections(&self) -> Option<usize> {
-        self.place(if self.wide { 0x3c } else { 0x30 }, 2)
+        self.offset(if self.wide { 0x3c } else { 0x30 }, 2)
     }
 
     /// The bytes of the section with this header.
     fn content(&self, header: usize) -> Option<&'a [u8]> {
         let (start, len) = if self.wide {
-            (self.place(header + 0x18, 8)?, self.place(header + 0x20, 8)?)
+            (
+                self.offset(header + 0x18, 8)?,
+                self.offset(header + 0x20, 8)?,
+            )
         } else {
-            (self.place(header + 0x10, 4)?, self.place(header + 0x14, 4)?)
+            (
+                self.offset(header + 0x10, 4)?,
+                self.offset(header + 0x14, 4)?,
+            )
         };
         self.bytes.get(start..start.checked_add(len)?)
     }
@@ -97,7 +103,7 @@ impl<'a> Elf<'a> {
             if self.number(header.checked_add(4)?, 4)? != DYNAMIC_SYMBOLS {
                 continue;
             }
-            let strings = self.content(self.section(self.place(header + link, 4)?)?)?;
+            let strings = self.content(self.section(self.offset(header + link, 4)?)?)?;
             let table = Elf {
                 bytes: self.content(header)?,
                 ..*self
@@ -105,7 +111,7 @@ impl<'a> Elf<'a> {
             for symbol in 0..table.bytes.len() / size {
                 let at = symbol * size;
                 if table.number(at + shndx, 2)? == UNDEFINED {
-                    let name = strings.get(table.place(at, 4)?..)?;
+                    let name = strings.get(table.offset(at, 4)?..)?;
                     names.push(name.split(|byte| *byte == 0).next()?);
                 }
             }

@@ -86,7 +86,7 @@ pub fn take_stdin() -> io::Result<File> {
 }
 
 /// Descriptors that one message may bring. The system closes those for which there is no room.
-const MOST_DESCRIPTORS: usize = 4;
+const MAX_MESSAGE_DESCRIPTORS: usize = 4;
 
 /// Room for the control message that carries descriptors, as aligned as a `cmsghdr` must be.
 type Control = [u64; 8];
@@ -96,7 +96,7 @@ const fn control_len(count: usize) -> usize {
     unsafe { libc::CMSG_SPACE((count * size_of::<RawFd>()) as libc::c_uint) as usize }
 }
 
-const _: () = assert!(control_len(MOST_DESCRIPTORS) <= size_of::<Control>());
+const _: () = assert!(control_len(MAX_MESSAGE_DESCRIPTORS) <= size_of::<Control>());
 
 /// Reads from a socket, with the descriptors that come along, which are closed on exec. `wait`: for
 /// something to arrive; without, `WouldBlock` says that nothing has.
@@ -121,7 +121,7 @@ pub fn recv(
         message.msg_iov = &raw mut slice;
         message.msg_iovlen = 1;
         message.msg_control = (&raw mut control).cast();
-        message.msg_controllen = control_len(MOST_DESCRIPTORS) as _;
+        message.msg_controllen = control_len(MAX_MESSAGE_DESCRIPTORS) as _;
         let n = libc::recvmsg(fd, &raw mut message, flags);
         let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
         let mut header = libc::CMSG_FIRSTHDR(&raw const message);
@@ -267,7 +267,7 @@ mod tests {
         let mut came = Vec::new();
         recv(theirs.as_raw_fd(), &mut [0; 9], &mut came, true).unwrap();
         // The padding of the room may have place for one more.
-        assert!(came.len() <= MOST_DESCRIPTORS + 1, "{}", came.len());
+        assert!(came.len() <= MAX_MESSAGE_DESCRIPTORS + 1, "{}", came.len());
         let fds: Vec<RawFd> = came.iter().map(AsRawFd::as_raw_fd).collect();
         assert!(fds.iter().all(|&fd| is_open(fd)));
     }

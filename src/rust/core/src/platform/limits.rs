@@ -14,7 +14,7 @@ use std::io;
 
 /// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
 const FILES_PER_WORKER: u64 = 2;
-/// Descriptors the agent needs anyway: standard streams, poll, signals, cached payloads, R's own.
+/// Descriptors the agent needs anyway: standard streams, poll, signals, cached blobs, R's own.
 const FILES_RESERVE: u64 = 64;
 /// Bytes of address space that the head or an agent takes for itself: a reserve, threads' stacks, buffers.
 const ADDRESS_SPACE: u64 = 32 << 20;
@@ -187,7 +187,7 @@ pub fn limit_memory(bytes: u64) -> io::Result<()> {
 
 /// Whether this process may make a file of so many bytes.
 pub fn may_make_file(bytes: u64) -> bool {
-    platform::soft_limit(libc::RLIMIT_FSIZE).is_none_or(|most| bytes <= most)
+    platform::soft_limit(libc::RLIMIT_FSIZE).is_none_or(|max| bytes <= max)
 }
 
 /// The limits of this process's memory, as the end of a sentence that says that there is none left; "" if it
@@ -263,7 +263,7 @@ mod platform {
         if capabilities.resource {
             // It may raise its own hard limit, as far as the kernel takes any.
             limits.open_files = match (limits.open_files, number("sys/fs/nr_open")) {
-                (Some(hard), Some(most)) => Some(hard.max(most)),
+                (Some(hard), Some(max)) => Some(hard.max(max)),
                 _ => None,
             };
         }
@@ -593,8 +593,8 @@ mod tests {
             let before = raise_open_files(0).unwrap();
             assert_eq!(raise_open_files(before).unwrap(), before);
             assert!(raise_open_files(before.saturating_sub(1)).unwrap() >= before);
-            let most = SystemLimits::now().open_files.unwrap_or(u64::MAX);
-            if before < most {
+            let max = SystemLimits::now().open_files.unwrap_or(u64::MAX);
+            if before < max {
                 assert_eq!(raise_open_files(before + 1).unwrap(), before + 1);
             }
         }

@@ -41,7 +41,7 @@ pub struct OutOfMemory {
 
 impl OutOfMemory {
     /// Counts from now on.
-    pub fn watch() -> OutOfMemory {
+    pub fn start_counting() -> OutOfMemory {
         OutOfMemory {
             seen: oom_kills(),
             unclaimed: 0,

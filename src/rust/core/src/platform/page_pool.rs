@@ -25,7 +25,7 @@ pub fn copy(bytes: &[u8]) -> Bytes {
 
 /// Bodies that have pages of their own at a time. A process may have only so many mappings
 /// (vm.max_map_count, 65,530 by default).
-const MOST_PAGED: usize = 16 * 1024;
+const MAX_PAGED: usize = 16 * 1024;
 static PAGED_NOW: AtomicUsize = AtomicUsize::new(0);
 
 /// Room for one body.
@@ -39,12 +39,12 @@ struct Pages {
 /// system need not clear it.
 static FREE: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
 /// Bodies that there is such room for.
-const MOST_FREE: usize = 128;
+const MAX_FREE: usize = 128;
 
 impl Pages {
     /// None if there is no memory, or there are too many.
     fn holding(bytes: &[u8]) -> Option<Pages> {
-        if PAGED_NOW.load(Ordering::Relaxed) >= MOST_PAGED {
+        if PAGED_NOW.load(Ordering::Relaxed) >= MAX_PAGED {
             return None;
         }
         // Whoever does not get the lock at once goes without: it may be a fork, and its owner not exist.
@@ -69,7 +69,7 @@ impl Drop for Pages {
     fn drop(&mut self) {
         PAGED_NOW.fetch_sub(1, Ordering::Relaxed);
         if let (Some(room), Ok(mut free)) = (self.room.take(), FREE.try_lock()) {
-            if free.len() < MOST_FREE {
+            if free.len() < MAX_FREE {
                 free.push(room);
             }
         }

@@ -77,21 +77,21 @@ pub fn renice(increment: i32) {
 /// Waits until a child has ended, and leaves it to be waited for.
 pub fn await_exit(pid: u32) {
     // Interrupted, it is called again; any other failure means that there is nothing to wait for.
-    while look(libc::P_PID, pid, 0).is_err_and(|e| e.kind() == io::ErrorKind::Interrupted) {}
+    while check_child(libc::P_PID, pid, 0).is_err_and(|e| e.kind() == io::ErrorKind::Interrupted) {}
 }
 
 /// A child that has ended, if there is one. It is left to be waited for.
 pub fn peek_any_exit() -> Option<u32> {
-    look(libc::P_ALL, 0, libc::WNOHANG).ok().flatten()
+    check_child(libc::P_ALL, 0, libc::WNOHANG).ok().flatten()
 }
 
 /// Whether a child has ended. It is left to be waited for.
 pub fn peek_exit(pid: u32) -> bool {
-    look(libc::P_PID, pid, libc::WNOHANG).is_ok_and(|ended| ended.is_some())
+    check_child(libc::P_PID, pid, libc::WNOHANG).is_ok_and(|ended| ended.is_some())
 }
 
 /// A child that has ended, which is left to be waited for.
-fn look(which: libc::idtype_t, pid: u32, flags: libc::c_int) -> io::Result<Option<u32>> {
+fn check_child(which: libc::idtype_t, pid: u32, flags: libc::c_int) -> io::Result<Option<u32>> {
     let mut info = std::mem::MaybeUninit::<libc::siginfo_t>::zeroed();
     let flags = libc::WEXITED | libc::WNOWAIT | flags;
     // SAFETY: waitid fills the zeroed struct, in which no process has the number 0.

@@ -1,4 +1,4 @@
-//! Memory that is set aside, to go on with when the system has no more for this process.
+//! Memory that is set progress event, to go on with when the system has no more for this process.
 //!
 //! Rust ends a process that cannot allocate, and so would a result that does not fit end the user's
 //! session. With [`Reserving`] as the allocator, the allocation that fails first is made from the
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 const BYTES: usize = 16 << 20;
 
 /// An allocation of more than this does not fit into the reserve with what follows it: it fails.
-const MOST: usize = BYTES / 4;
+const MAX_SPARE_ALLOCATION: usize = BYTES / 4;
 
 static RESERVE: AtomicPtr<u8> = AtomicPtr::new(null_mut());
 static USED: AtomicBool = AtomicBool::new(false);
@@ -22,7 +22,7 @@ pub struct Reserving;
 
 impl Reserving {
     fn again(layout: Layout, failed: *mut u8, allocate: impl FnOnce() -> *mut u8) -> *mut u8 {
-        if !failed.is_null() || layout.size() > MOST || !release() {
+        if !failed.is_null() || layout.size() > MAX_SPARE_ALLOCATION || !release() {
             return failed;
         }
         USED.store(true, Ordering::Relaxed);
@@ -60,7 +60,7 @@ unsafe impl GlobalAlloc for Reserving {
     }
 }
 
-/// Sets the reserve aside, if it is not. Nothing is written to it, so that it takes address space alone.
+/// Sets the reserve progress event, if it is not. Nothing is written to it, so that it takes address space alone.
 pub fn hold() {
     if !RESERVE.load(Ordering::Relaxed).is_null() {
         return;
@@ -91,7 +91,7 @@ pub fn release() -> bool {
     true
 }
 
-/// Whether the reserve has been used since this was last asked. It is set aside anew as soon as there is
+/// Whether the reserve has been used since this was last asked. It is set progress event anew as soon as there is
 /// memory for it.
 pub fn was_used() -> bool {
     if !RESERVE.load(Ordering::Relaxed).is_null() {

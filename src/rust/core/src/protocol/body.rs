@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
 
-/// Chunks of a result are not held apart if they are no longer than this together. Our workers fill
-/// theirs; those of another would take many times the bytes that are counted.
-const SMALL: usize = 4 * 1024;
+/// Chunks of a result are merged up to this total length. Our own workers fill their chunks; the
+/// small chunks of an untrusted peer would take many times the bytes that are counted.
+const SMALL_CHUNK: usize = 4 * 1024;
 
 /// Shared memory with a whole result. Nobody can change it.
 #[derive(Clone, Debug, Default)]
@@ -16,12 +16,12 @@ pub struct Memory {
     pub len: usize,
     /// None in simulations.
     pub file: Option<Arc<File>>,
-    /// By which those that are held are counted.
+    /// Counts this result among the buffered ones.
     pub(crate) _counted: Option<Arc<()>>,
 }
 
 impl Memory {
-    /// Memory that is not counted yet among the results held.
+    /// Memory that does not count among the buffered results yet.
     pub fn new(len: usize, file: Option<Arc<File>>) -> Memory {
         let _counted = None;
         Memory {
@@ -51,12 +51,12 @@ pub struct Body {
     pub chunks: VecDeque<Bytes>,
     /// Bytes in all chunks, or in the memory.
     pub len: usize,
-    /// All of them are there, and none in chunks.
+    /// The shared memory with all bytes; then there are no chunks.
     pub memory: Option<Memory>,
 }
 
 impl Body {
-    /// All of it, if it came in one chunk.
+    /// The whole body, if it came in one chunk.
     pub fn whole(&self) -> Option<&[u8]> {
         let [chunk] = self.chunks.as_slices().0 else {
             return None;
@@ -64,7 +64,7 @@ impl Body {
         (chunk.len() == self.len).then_some(chunk)
     }
 
-    /// Drops so many bytes off the front, or all.
+    /// Drops this many bytes off the front, or all.
     pub fn skip(&mut self, mut count: usize) {
         self.len = self.len.saturating_sub(count);
         while let Some(chunk) = self.chunks.front_mut() {
@@ -81,7 +81,7 @@ impl Body {
         self.len += chunk.len();
         match self.chunks.back_mut() {
             _ if chunk.is_empty() => {}
-            Some(last) if last.len() + chunk.len() <= SMALL => {
+            Some(last) if last.len() + chunk.len() <= SMALL_CHUNK => {
                 *last = [&last[..], &chunk[..]].concat().into();
             }
             _ => self.chunks.push_back(chunk),
@@ -95,7 +95,7 @@ mod tests {
     use crate::protocol::frame::MAX_BODY;
 
     #[test]
-    fn a_result_in_crumbs_takes_little_more_than_its_bytes() {
+    fn a_result_in_small_chunks_takes_little_more_than_its_bytes() {
         let mut body = Body::default();
         for i in 0..100_000u32 {
             body.push(Bytes::copy_from_slice(&[i as u8]));

@@ -1,4 +1,4 @@
-//! Control messages: what head and agent tell each other besides tasks and results.
+//! Control messages: what head and agent send each other besides tasks and results.
 //!
 //! This is the only module that knows bincode. The crate is complete but no longer maintained
 //! (RUSTSEC-2025-0141), so it is pinned, decodes under a size limit, and stays behind
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
-/// Version of everything that goes over the wire. Head and agent must have the same.
+/// Version of the wire protocol. Head and agent must have the same.
 pub const PROTOCOL: u32 = 9;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
@@ -22,7 +22,7 @@ const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::co
     .with_fixed_int_encoding()
     .with_limit::<MAX_BODY>();
 
-/// What each side says of itself first.
+/// How each side introduces itself: the first message on a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The sender's [`PROTOCOL`].
@@ -31,7 +31,7 @@ pub struct Hello {
     pub package: String,
     /// Version of R, as in "4.2.2".
     pub r_version: String,
-    /// As R names it, as in "x86_64-pc-linux-gnu".
+    /// The platform as R names it, as in "x86_64-pc-linux-gnu".
     pub platform: String,
     /// Whether the sender's machine stores the most significant byte first.
     pub big_endian: bool,
@@ -48,7 +48,7 @@ pub struct Hello {
 }
 
 impl Hello {
-    /// Whether the two can talk; if not, why, naming both.
+    /// Checks whether the two sides can talk to each other. The error names both.
     pub fn check(&self, other: &Hello) -> Result<(), String> {
         if self.protocol != other.protocol || self.package != other.package {
             return Err(format!(
@@ -66,7 +66,7 @@ impl Hello {
     }
 }
 
-/// How an agent makes its workers.
+/// The start method: how an agent starts its workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StartMode {
     /// `fork()` of the agent.
@@ -75,7 +75,7 @@ pub enum StartMode {
     Spawn,
 }
 
-/// Where what workers print goes. The tail that error messages show is kept in any case.
+/// Where the output of workers goes. The tail that error messages show is recorded in any case.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outfile {
     /// Nowhere else.
@@ -97,29 +97,28 @@ pub struct Start {
     pub mode: StartMode,
     /// Packages to attach before the first worker is made.
     pub packages: Vec<String>,
-    /// Where what the workers print goes.
+    /// Where the output of the workers goes.
     pub outfile: Outfile,
     /// Added to the niceness of each worker.
     pub renice: i32,
     /// The command that starts one spawned worker.
     pub spawn_command: Vec<String>,
-    /// Milliseconds of silence after which each side takes the other for gone; 0: the stream's end
-    /// tells it.
-    pub patience: u32,
-    /// Bytes of tasks that the agent keeps for its other workers (see [`crate::protocol::dedup`]); 0:
-    /// none.
-    pub keep: u64,
-    /// Bytes of what lasts on workers that the agent holds to restore those it replaces.
+    /// Milliseconds of silence after which each side treats the other as disconnected; 0: no
+    /// heartbeats, only the end of the stream counts.
+    pub heartbeat_timeout: u32,
+    /// Size of the agent's chunk cache in bytes (see [`crate::protocol::dedup`]); 0: none.
+    pub chunk_cache_bytes: u64,
+    /// Maximum size of the set-up log in bytes, from which the agent restores replacements.
     pub state: u64,
-    /// Milliseconds that a worker which replaces another may take to start, and each call that is
-    /// repeated on it besides what that call took at first; 0: any time.
+    /// Milliseconds that a replacement may take to start, and that each repeated set-up call may
+    /// take beyond its first duration; 0: no limit.
     pub setup: u64,
-    /// Bytes of memory that a worker may have; 0: as many as it wants.
+    /// Memory limit of a worker in bytes; 0: none.
     pub memory_limit: u64,
     /// Milliseconds that an idle worker may take to end when the head stops it.
     pub stop_timeout: u64,
-    /// The head is on this machine: large answers may go through memory that is shared with it.
-    pub here: bool,
+    /// The head is on this machine: large answers may use shared memory.
+    pub local: bool,
 }
 
 impl Start {
@@ -130,7 +129,7 @@ impl Start {
     }
 }
 
-impl fmt::Display for Loss {
+impl fmt::Display for WorkerFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let oom = if self.oom {
             ", it seems for want of memory"
@@ -144,31 +143,32 @@ impl fmt::Display for Loss {
     }
 }
 
-/// A worker that ended before it was ready for tasks.
+/// How far a worker had come that ended before it was ready for tasks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setback {
-    /// How many workers in a row did so in this place; 0: this one had been ready.
+    /// The number of consecutive workers of this rank that ended so; 0: this worker had been ready.
     pub count: u32,
-    /// It had started, and was being restored.
+    /// The worker had started and was being restored.
     pub restoring: bool,
-    /// Its agent killed it because it made no progress for so many milliseconds; 0: its agent did not.
+    /// The agent killed the worker because it made no progress for this many milliseconds; 0: the
+    /// agent did not kill it.
     pub stalled: u64,
-    /// Milliseconds after which another is made; 0: none is, or one at once.
+    /// Milliseconds until the agent starts another worker; 0: at once, or never.
     pub pause: u64,
 }
 
-/// A worker that ended without being asked to.
+/// A worker failure: a worker ended without having been stopped.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Loss {
+pub struct WorkerFailure {
     /// The process number that the worker had, 0 if no process could be started.
     pub pid: u32,
     /// How the process ended.
     pub exit: Exit,
-    /// The end of what it wrote to stdout and stderr.
+    /// The end of the worker's output.
     pub tail: String,
-    /// Bytes of memory available on its host after its end, 0 if unknown.
+    /// Bytes of memory available on the host after the worker's end, 0 if unknown.
     pub memory_available: u64,
-    /// It looks as if the system killed it because its host ran out of memory.
+    /// The out-of-memory killer has probably killed the worker.
     pub oom: bool,
     /// How far the worker had come, if it was not ready for tasks.
     pub setback: Setback,
@@ -181,16 +181,16 @@ pub enum ToAgent {
     Hello(Hello),
     /// What to start: follows the greeting, once.
     Start(Start),
-    /// Interrupt `worker` if it is still at `task`; drop the task if it has not started.
+    /// Interrupt `worker` if it still runs `task`; drop the task if it has not started.
     Cancel {
         /// The worker's index on its host.
         worker: u32,
         /// The task whose answer the head no longer wants.
         task: u64,
     },
-    /// The head knows that this worker was lost or killed and is being replaced. What it sent to the worker
-    /// before this was meant for the lost one.
-    LossNoted {
+    /// The head acknowledges the failure of a worker that is being replaced. Messages that the head
+    /// sent to the worker before this one were meant for the failed worker.
+    LossAck {
         /// The worker's index on its host.
         worker: u32,
     },
@@ -201,16 +201,17 @@ pub enum ToAgent {
     },
     /// End all workers, then the agent.
     Stop,
-    /// The head is there.
+    /// A heartbeat of the head.
     Alive,
-    /// Drop `task` if it has not started, and say so as of one that was cancelled. Otherwise let it be.
-    Recall {
+    /// Revoke `task`: drop it if it has not started, and report that like a cancelled task.
+    /// Otherwise do nothing.
+    Revoke {
         /// The worker's index on its host.
         worker: u32,
-        /// The task that the head would give to another worker.
+        /// The task that another worker is to run.
         task: u64,
     },
-    /// What memory do the workers take?
+    /// Asks for the memory use of the workers.
     Usage {
         /// A number that the answer repeats.
         question: u64,
@@ -222,12 +223,12 @@ pub enum ToAgent {
     },
 }
 
-/// Bytes of memory that a process takes; 0 for what is not known.
+/// Memory use of a process in bytes; 0 for what is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
-    /// All that it has in memory.
+    /// The resident set size.
     pub resident: u64,
-    /// Of what it shares with other processes, its part.
+    /// The proportional set size: memory that is shared counts in proportion.
     pub proportional: u64,
 }
 
@@ -288,32 +289,33 @@ pub enum ToHead {
         pid: u32,
     },
     /// A worker ended without being asked to.
-    WorkerLost {
+    WorkerFailed {
         /// The worker's index on its host.
         worker: u32,
         /// How the worker ended.
-        loss: Loss,
-        /// Whether a fresh worker is on its way to the same place.
+        failure: WorkerFailure,
+        /// Whether the agent is starting a replacement.
         replaced: bool,
     },
-    /// The task took longer than it may: its worker is interrupted, and killed if need be.
+    /// The task exceeded its time limit: its worker is interrupted, and killed if it does not
+    /// respond.
     TimedOut {
         /// The worker's index on its host.
         worker: u32,
         /// The task that exceeded its time limit.
         task: u64,
     },
-    /// What lasts on this worker is more than is held: it will not be replaced.
-    StateNotKept {
+    /// The set-up log of this worker exceeds the limit: the worker will not be replaced.
+    StateNotLogged {
         /// The worker's index on its host.
         worker: u32,
     },
-    /// The fresh worker that takes the place of one that was lost, or killed because it did not heed
-    /// an interrupt, has been brought to that one's state.
+    /// A replacement is ready, restored to the state of its predecessor, which failed or was killed
+    /// because it did not respond to an interrupt.
     WorkerReplaced {
         /// The worker's index on its host.
         worker: u32,
-        /// The process number of the fresh worker.
+        /// The process number of the replacement.
         pid: u32,
     },
     /// The worker ended because it was asked to.
@@ -323,9 +325,9 @@ pub enum ToHead {
         /// Whether the worker was idle, did not end within [`Start::stop_timeout`], and was killed.
         timed_out: bool,
     },
-    /// The agent is there.
+    /// A heartbeat of the agent.
     Alive,
-    /// A process that a worker left and that goes on after its end.
+    /// A process that a worker started is still running after the worker's end.
     LeftBehind {
         /// The index of the worker that started the process, if it is known.
         worker: Option<u32>,
@@ -334,12 +336,12 @@ pub enum ToHead {
         /// The command line of the process.
         command: String,
     },
-    /// The agent cannot go on and ends all.
+    /// The agent has failed and ends everything.
     Failed {
         /// Why, for the user.
         reason: String,
     },
-    /// The memory of some workers.
+    /// The memory use of some workers.
     Usage {
         /// The number of the question that this answers.
         question: u64,
@@ -359,20 +361,20 @@ pub enum ToHead {
     },
 }
 
-/// What an agent tells a spawned worker first.
+/// The configuration of a spawned worker: the agent's first message to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
     /// Packages to attach before the first task.
     pub packages: Vec<String>,
     /// As in [`Start`].
     pub memory_limit: u64,
-    /// Large answers may go through memory that is shared with the head.
-    pub shares: bool,
+    /// Large answers may use memory that is shared with the head.
+    pub shared_answers: bool,
     /// The worker's rank in the cluster.
     pub rank: Rank,
 }
 
-/// What an agent that starts anew in the same process, as another program, needs of what it was.
+/// The state that an agent hands over when it replaces its own process image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
     /// What the agent was to start.
@@ -381,16 +383,16 @@ pub struct Handover {
     pub head_pid: u32,
     /// Head and agent have the same byte order.
     pub same_order: bool,
-    /// Bytes of the head's that have been read and not been dealt with.
+    /// Bytes from the head that have been read and not processed.
     pub received: Vec<u8>,
-    /// Packages that are left to the workers.
+    /// Packages that each worker attaches itself.
     pub after: Vec<String>,
 }
 
-/// What a worker tells its agent while it starts, and once it can take tasks.
+/// The state of a worker while it starts, and once it can take tasks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerReady {
-    /// Its own temporary directory, removed by the agent if it cannot do so itself.
+    /// The worker's temporary directory, which the agent removes if the worker cannot.
     pub tempdir: String,
     /// The worker can take tasks. Before that it is still loading packages.
     pub ready: bool,
@@ -469,9 +471,9 @@ mod tests {
     fn messages_survive_the_wire() {
         let messages = [
             ToHead::Hello(hello()),
-            ToHead::WorkerLost {
+            ToHead::WorkerFailed {
                 worker: 7,
-                loss: Loss {
+                failure: WorkerFailure {
                     pid: 12,
                     exit: Exit::Signal(9),
                     tail: "Error in \u{2018}f\u{2019}: 100%s".into(),

@@ -1,14 +1,14 @@
-//! Payloads once a host: what the head sends to one worker of another machine and then to the next
-//! crosses the link once.
+//! Deduplication of chunks: the head sends bytes that several messages to one remote host contain
+//! only once over the link.
 //!
 //! Messages are cut where their content says so ([`cut`]: FastCDC, Xia et al., USENIX ATC 2016), so
 //! that a function or an argument that many messages have in common gives the same chunks wherever
 //! in them it is. The agent keeps chunks as they pass, up to a number of bytes, least recently used
 //! out first. The head knows which these are, since it sees the same chunks in the same order
-//! ([`Mirror`]), and sends the number of a chunk that the agent has ([`Kept`]) instead of it.
+//! ([`CacheIndex`]), and sends the number of a chunk that the agent has ([`ChunkCache`]) instead of it.
 
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{Frame, KEEP, MAX_BODY, SAME};
+use crate::protocol::frame::{CACHE, Frame, MAX_BODY, SAME};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fastcdc::v2020::{self, MASKS};
 use lru::LruCache;
@@ -78,7 +78,7 @@ fn end_of_chunk(bytes: &[u8]) -> usize {
     end
 }
 
-/// What some content is known by.
+/// The key of some content.
 pub fn key_of(bytes: &[u8]) -> u128 {
     xxh3_128(bytes)
 }
@@ -97,7 +97,8 @@ impl Fingerprint {
         self.len += bytes.len() as u64;
     }
 
-    /// The same for the same content, however it was cut into pieces.
+    /// The key and the length. They are the same for the same content, however it was cut into
+    /// pieces.
     pub fn value(&self) -> (u128, u64) {
         (self.hash.digest128(), self.len)
     }
@@ -110,18 +111,18 @@ fn chunk(bytes: Bytes) -> Chunk {
 
 /// Values with their sizes, of which the least recently used go first when there are too many.
 #[derive(Debug)]
-struct Bounded<K: Hash + Eq, V> {
+struct BoundedMap<K: Hash + Eq, V> {
     values: LruCache<K, (V, usize)>,
     bytes: usize,
-    most: usize,
+    max: usize,
 }
 
-impl<K: Hash + Eq, V> Bounded<K, V> {
-    fn new(most: usize) -> Bounded<K, V> {
-        Bounded {
+impl<K: Hash + Eq, V> BoundedMap<K, V> {
+    fn new(max: usize) -> BoundedMap<K, V> {
+        BoundedMap {
             values: LruCache::unbounded(),
             bytes: 0,
-            most,
+            max,
         }
     }
 
@@ -140,7 +141,7 @@ impl<K: Hash + Eq, V> Bounded<K, V> {
         if let Some((_, replaced)) = self.values.put(key, (value, size)) {
             self.bytes -= replaced;
         }
-        while self.bytes > self.most {
+        while self.bytes > self.max {
             let Some((_, (_, size))) = self.values.pop_lru() else {
                 break;
             };
@@ -149,53 +150,53 @@ impl<K: Hash + Eq, V> Bounded<K, V> {
     }
 }
 
-/// What is sent instead of some chunks.
+/// A reference that is sent instead of some chunks.
 #[derive(Debug, Default)]
-pub struct Sent {
-    /// Of the frame.
+pub struct SentChunks {
+    /// The flags of the frame.
     pub flags: u8,
     /// The body of the frame.
     pub body: Bytes,
-    /// Bytes that the worker gets.
+    /// Bytes that the worker receives.
     pub len: usize,
 }
 
-/// What the head knows of the chunks that an agent keeps.
+/// The head's index of an agent's chunk cache.
 #[derive(Debug)]
-pub struct Mirror {
-    numbers: Bounded<u128, u64>,
+pub struct CacheIndex {
+    numbers: BoundedMap<u128, u64>,
     next: u64,
 }
 
-impl Mirror {
+impl CacheIndex {
     /// Bytes that the agent keeps.
     pub fn bytes(&self) -> usize {
         self.numbers.bytes
     }
 
-    /// Of an agent that keeps up to `most` bytes.
-    pub fn new(most: usize) -> Mirror {
-        Mirror {
-            numbers: Bounded::new(most),
+    /// The index of a cache of up to `max` bytes.
+    pub fn new(max: usize) -> CacheIndex {
+        CacheIndex {
+            numbers: BoundedMap::new(max),
             next: 0,
         }
     }
 
-    /// Of an agent that has taken the place of this one's.
+    /// The index for a reconnected agent, whose cache is empty.
     #[must_use]
-    pub fn fresh(&self) -> Mirror {
-        Mirror::new(self.numbers.most)
+    pub fn fresh(&self) -> CacheIndex {
+        CacheIndex::new(self.numbers.max)
     }
 
-    /// Takes what goes into one frame off the front of `chunks`: as many as the agent has in a row,
-    /// or one. They have at most `most` bytes, if the first has.
-    pub fn send(&mut self, chunks: &mut VecDeque<Chunk>, most: usize) -> Sent {
+    /// Takes the content of one frame off the front of `chunks`: as many chunks as the agent has in
+    /// a row, or one. The chunks have at most `max` bytes, if the first one has.
+    pub fn send(&mut self, chunks: &mut VecDeque<Chunk>, max: usize) -> SentChunks {
         let Some(chunk) = chunks.pop_front() else {
-            return Sent::default();
+            return SentChunks::default();
         };
         let len = chunk.bytes.len();
         let Some(key) = chunk.key else {
-            return Sent {
+            return SentChunks {
                 flags: 0,
                 body: chunk.bytes,
                 len,
@@ -204,8 +205,8 @@ impl Mirror {
         let Some(&first) = self.numbers.get(&key) else {
             self.numbers.insert(key, self.next, len);
             self.next += 1;
-            return Sent {
-                flags: KEEP,
+            return SentChunks {
+                flags: CACHE,
                 body: chunk.bytes,
                 len,
             };
@@ -214,7 +215,7 @@ impl Mirror {
         while let Some(chunk) = chunks.front() {
             let number = chunk.key.and_then(|key| self.numbers.peek(&key));
             let longer = len + chunk.bytes.len();
-            if number != Some(&(first + u64::from(count))) || longer > most.min(MAX_BODY) {
+            if number != Some(&(first + u64::from(count))) || longer > max.min(MAX_BODY) {
                 break;
             }
             if let Some(key) = chunks.pop_front().and_then(|chunk| chunk.key) {
@@ -226,7 +227,7 @@ impl Mirror {
         let mut body = BytesMut::with_capacity(12);
         body.put_u64_le(first);
         body.put_u32_le(count);
-        Sent {
+        SentChunks {
             flags: SAME,
             body: body.freeze(),
             len,
@@ -234,31 +235,32 @@ impl Mirror {
     }
 }
 
-/// The chunks that an agent keeps.
+/// The chunk cache of an agent.
 #[derive(Debug)]
-pub struct Kept {
-    chunks: Bounded<u64, Bytes>,
+pub struct ChunkCache {
+    chunks: BoundedMap<u64, Bytes>,
     next: u64,
 }
 
-impl Kept {
+impl ChunkCache {
     /// Bytes that are kept.
     pub fn bytes(&self) -> usize {
         self.chunks.bytes
     }
 
-    /// Keeps up to `most` bytes.
-    pub fn new(most: usize) -> Kept {
-        Kept {
-            chunks: Bounded::new(most),
+    /// A cache of up to `max` bytes.
+    pub fn new(max: usize) -> ChunkCache {
+        ChunkCache {
+            chunks: BoundedMap::new(max),
             next: 0,
         }
     }
 
-    /// Makes of a data frame from the head what a worker is to get.
+    /// Replaces the references in a data frame from the head by the chunks themselves, and adds new
+    /// chunks to the cache.
     ///
     /// # Errors
-    /// When the frame names a chunk that is not kept.
+    /// When the frame refers to a chunk that is not in the cache.
     pub fn receive(&mut self, frame: &mut Frame) -> Result<(), ProtocolError> {
         let flags = frame.header.flags;
         if flags & SAME != 0 {
@@ -267,12 +269,12 @@ impl Kept {
             })?;
             frame.header.len = bytes.len() as u32;
             frame.body = bytes;
-        } else if flags & KEEP != 0 {
+        } else if flags & CACHE != 0 {
             let size = frame.body.len();
             self.chunks.insert(self.next, frame.body.clone(), size);
             self.next += 1;
         }
-        frame.header.flags = flags & !(SAME | KEEP);
+        frame.header.flags = flags & !(SAME | CACHE);
         Ok(())
     }
 
@@ -320,17 +322,21 @@ mod tests {
         chunks
     }
 
-    fn wire(mirror: &mut Mirror, kept: &mut Kept, chunks: &[Chunk]) -> (usize, Vec<u8>) {
+    fn wire(
+        cache_index: &mut CacheIndex,
+        chunk_cache: &mut ChunkCache,
+        chunks: &[Chunk],
+    ) -> (usize, Vec<u8>) {
         let (mut crossed, mut received) = (0, Vec::new());
         let mut chunks: VecDeque<Chunk> = chunks.iter().cloned().collect();
         while !chunks.is_empty() {
-            let most = 2_000 * chunks.len();
+            let max = 2_000 * chunks.len();
             let shortest = chunks[0].bytes.len();
-            let sent = mirror.send(&mut chunks, most);
-            assert!(sent.len <= most.max(shortest));
+            let sent = cache_index.send(&mut chunks, max);
+            assert!(sent.len <= max.max(shortest));
             let mut frame = Frame::new(Kind::Data, sent.flags, 0, 1, sent.body);
             crossed += frame.wire_len();
-            kept.receive(&mut frame).unwrap();
+            chunk_cache.receive(&mut frame).unwrap();
             assert_eq!(frame.header.flags, 0);
             assert_eq!(frame.header.body_len(), sent.len);
             assert_eq!(frame.body.len(), sent.len);
@@ -358,29 +364,34 @@ mod tests {
 
         #[test]
         fn what_arrives_is_what_was_sent_however_little_is_kept(
-            most in 0usize..400_000, which in prop::collection::vec(0u64..6, 1..30),
+            max in 0usize..400_000, which in prop::collection::vec(0u64..6, 1..30),
         ) {
-            let (mut mirror, mut kept) = (Mirror::new(most), Kept::new(most));
+            let (mut cache_index, mut chunk_cache) = (CacheIndex::new(max), ChunkCache::new(max));
             for seed in which {
                 let message = noise(seed, 20_000 + 17_000 * seed as usize);
-                let (_, received) = wire(&mut mirror, &mut kept, &cut_in_pieces(&message, 70_000));
+                let (_, received) = wire(&mut cache_index, &mut chunk_cache, &cut_in_pieces(&message, 70_000));
                 prop_assert_eq!(received, message);
-                prop_assert!(kept.chunks.bytes <= most);
-                prop_assert_eq!(kept.chunks.bytes, mirror.numbers.bytes);
+                prop_assert!(chunk_cache.chunks.bytes <= max);
+                prop_assert_eq!(chunk_cache.chunks.bytes, cache_index.numbers.bytes);
             }
         }
     }
 
     #[test]
     fn what_messages_have_in_common_crosses_once() {
-        let (mut mirror, mut kept) = (Mirror::new(1 << 24), Kept::new(1 << 24));
+        let (mut cache_index, mut chunk_cache) =
+            (CacheIndex::new(1 << 24), ChunkCache::new(1 << 24));
         let common = noise(1, 1_000_000);
         let mut crossed = 0;
         for seed in 0..64 {
             let mut message = noise(100 + seed, 100 + 13 * seed as usize);
             message.extend_from_slice(&common);
             message.extend(noise(200 + seed, 500));
-            let (bytes, received) = wire(&mut mirror, &mut kept, &cut_in_pieces(&message, 70_000));
+            let (bytes, received) = wire(
+                &mut cache_index,
+                &mut chunk_cache,
+                &cut_in_pieces(&message, 70_000),
+            );
             assert_eq!(received, message);
             crossed += bytes;
         }
@@ -409,20 +420,20 @@ mod tests {
 
     #[test]
     fn empty_chunks_are_not_kept_for_ever() {
-        let mut kept = Kept::new(100 * ENTRY);
+        let mut chunk_cache = ChunkCache::new(100 * ENTRY);
         for _ in 0..1_000 {
-            let mut frame = Frame::new(Kind::Data, KEEP, 0, 1, Bytes::new());
-            kept.receive(&mut frame).unwrap();
+            let mut frame = Frame::new(Kind::Data, CACHE, 0, 1, Bytes::new());
+            chunk_cache.receive(&mut frame).unwrap();
         }
-        assert_eq!(kept.chunks.values.len(), 100);
+        assert_eq!(chunk_cache.chunks.values.len(), 100);
     }
 
     #[test]
     fn a_chunk_that_is_not_kept_is_an_error() {
-        let mut kept = Kept::new(1 << 20);
+        let mut chunk_cache = ChunkCache::new(1 << 20);
         for body in [&[0u8; 12][..], &[0xff; 12], &[0; 11], &[]] {
             let mut frame = Frame::new(Kind::Data, SAME, 0, 1, Bytes::copy_from_slice(body));
-            assert!(kept.receive(&mut frame).is_err());
+            assert!(chunk_cache.receive(&mut frame).is_err());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Frames: the unit of every byte stream, between head and agent and between agent and worker.
+//! Frames: the pieces of every byte stream, between head and agent and between agent and worker.
 //!
 //! A frame is a fixed little-endian header of [`HEADER_LEN`] bytes and a body of at most
 //! [`MAX_BODY`] bytes. The announced length is checked against that limit before anything is
@@ -17,30 +17,32 @@ pub const MAX_BODY: usize = 64 * 1024;
 
 const _: () = assert!(MAX_BODY <= page_pool::ROOM);
 
-/// First chunk of a body: what came before for the same worker is dropped.
+/// First chunk of a body: an incomplete body for the same worker is dropped.
 pub const FIRST: u8 = 1;
 /// Last chunk of a body.
 pub const LAST: u8 = 2;
-/// With [`LAST`], towards a worker: forget this message, do not answer it. Towards the head: the
-/// task was cancelled and its worker is free again, or it was dropped before it had started.
+/// With [`LAST`], towards a worker: drop this message and do not answer it. Towards the head: the
+/// task was cancelled and its worker is free again, or the task was dropped before it started.
 pub const ABORT: u8 = 4;
-/// Towards an agent: to be kept, under the next number. See [`crate::protocol::dedup`].
-pub const KEEP: u8 = 8;
-/// Towards an agent: instead of the body there is the number of a kept chunk (8 bytes), and how many
-/// chunks of successive numbers are meant (4 bytes), which together are no longer than a body.
+/// Towards an agent: put the body into the chunk cache, under the next number. See
+/// [`crate::protocol::dedup`].
+pub const CACHE: u8 = 8;
+/// Towards an agent: the body is a reference to the chunk cache. It has the number of a chunk (8
+/// bytes) and how many chunks of successive numbers are meant (4 bytes), which together are no
+/// longer than a body.
 pub const SAME: u8 = 16;
-/// Of a seed: that of a task which another worker should have had, and for that task alone.
-pub const GUEST: u8 = 32;
+/// Of a seed: the random number state for one reassigned task, not the worker's own.
+pub const REASSIGNED: u8 = 32;
 
-/// Of the first frame of a message: its body is the number of a payload (8 bytes), with whose bytes
-/// the message begins. Of a payload, towards a worker: its bytes are in a descriptor that comes
-/// along, and the body says how many they are (8 bytes). Of an answer: the same, of all of it; towards
-/// the head, a frame with [`FIRST`] alone announces it, and that with [`LAST`], which brings it, waits
-/// for the head to ask.
-pub const SHARED: u8 = 64;
+/// The bytes are elsewhere. In the first frame of a message: the body is the number of a blob (8
+/// bytes) that the message begins with. In a blob towards a worker: the bytes are in a descriptor
+/// that comes with the frame, and the body is their length (8 bytes). In an answer: the same, for
+/// the whole answer. Towards the head, a frame with [`FIRST`] alone announces such an answer; the
+/// frame with [`LAST`], which brings it, waits until the head asks for it.
+pub const BY_REFERENCE: u8 = 64;
 
-/// All flags that there are.
-const FLAGS: u8 = FIRST | LAST | ABORT | KEEP | SAME | GUEST | SHARED;
+/// All flags.
+const FLAGS: u8 = FIRST | LAST | ABORT | CACHE | SAME | REASSIGNED | BY_REFERENCE;
 
 /// What a frame carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,30 +50,31 @@ const FLAGS: u8 = FIRST | LAST | ABORT | KEEP | SAME | GUEST | SHARED;
 pub enum Kind {
     /// A control message (see [`crate::protocol::control`]).
     Control = 1,
-    /// A chunk of a serialized R message of `task`, opaque to us.
+    /// A chunk of a serialized R message of `task`, which is opaque here.
     Data = 2,
-    /// Leave to send more bytes; has no body, the count is in `len`. Towards an agent: of the
-    /// answer to `task`. Towards the head: to this worker, of any task.
+    /// Credit: permission to send more bytes. A credit frame has no body, the number of bytes is in
+    /// `len`. Towards an agent: for the answer to `task`. Towards the head: for the messages to
+    /// this worker, of any task.
     Credit = 3,
-    /// What a worker wrote to its stdout or stderr.
+    /// Output of a worker.
     Output = 4,
     /// Towards a worker: the running task was cancelled.
     Cancel = 5,
-    /// The state of a worker's random number generator, R's `.Random.seed` as bytes. Towards a
-    /// worker: to be put in place before the next task. From a worker: what the task that is being
-    /// answered left. With [`GUEST`] it is not the worker's own.
+    /// The state of a worker's random number generator: R's `.Random.seed` as bytes. Towards a
+    /// worker: to be set before the next task. From a worker: the state that the answered task
+    /// left. With [`REASSIGNED`] the state is not the worker's own.
     Seed = 6,
-    /// Towards an agent: what the next message to this worker does there lasts, and is to be done
-    /// again if the worker has to be replaced. The body, 8 bytes, names what it sets; 0: nothing in
-    /// particular.
+    /// Towards an agent: the next message to this worker is a set-up call, which is repeated on a
+    /// replacement. The body, 8 bytes, names what the call sets; 0: nothing in particular.
     State = 7,
-    /// A chunk of what many messages begin with, a payload; `task` is its number.
-    /// With [`ABORT`]: it is not needed any more, whether all of it has been sent or not.
-    Payload = 8,
-    /// Towards the head: what a task tells before it has ended, opaque to us. Not part of its answer.
-    Aside = 9,
-    /// Towards an agent: how long `task`, whose message comes next, may take from when its worker has all of
-    /// that. The body, 8 bytes, is a number of microseconds.
+    /// A chunk of a blob, with which many messages begin; `task` is the blob's number. With
+    /// [`ABORT`]: the blob is not needed any more, whether it was sent completely or not.
+    Blob = 8,
+    /// Towards the head: a progress event of a task, which is opaque here. It is not part of the
+    /// answer.
+    ProgressEvent = 9,
+    /// Towards an agent: the time limit of `task`, whose message comes next, from when its worker
+    /// has the whole message. The body, 8 bytes, is a number of microseconds.
     Limit = 10,
 }
 
@@ -85,8 +88,8 @@ impl Kind {
             5 => Kind::Cancel,
             6 => Kind::Seed,
             7 => Kind::State,
-            8 => Kind::Payload,
-            9 => Kind::Aside,
+            8 => Kind::Blob,
+            9 => Kind::ProgressEvent,
             10 => Kind::Limit,
             _ => return None,
         })
@@ -189,28 +192,28 @@ impl Frame {
         }
     }
 
-    /// The frame with which a message to `worker` begins that begins with a payload. `last`: it is
-    /// all of the message.
-    pub fn shared(worker: u32, task: u64, payload: u64, last: bool) -> Frame {
-        let flags = FIRST | SHARED | if last { LAST } else { 0 };
-        let body = Bytes::copy_from_slice(&payload.to_le_bytes());
+    /// The first frame of a message to `worker` that begins with a blob. `last`: it is the whole
+    /// message.
+    pub fn blob_reference(worker: u32, task: u64, blob: u64, last: bool) -> Frame {
+        let flags = FIRST | BY_REFERENCE | if last { LAST } else { 0 };
+        let body = Bytes::copy_from_slice(&blob.to_le_bytes());
         Frame::new(Kind::Data, flags, worker, task, body)
     }
 
-    /// The frame that tells how long a task may take; it comes before the task's message.
+    /// The frame with the time limit of a task; it is sent before the task's message.
     pub fn limit(worker: u32, task: u64, limit: Duration) -> Frame {
         let limit = u64::try_from(limit.as_micros()).unwrap_or(u64::MAX);
         let body = Bytes::copy_from_slice(&limit.to_le_bytes());
         Frame::new(Kind::Limit, 0, worker, task, body)
     }
 
-    /// The number that the body of this frame is, if it is one.
+    /// The body of this frame as a number, if it is one.
     pub fn number(&self) -> Option<u64> {
         let bytes = <[u8; 8]>::try_from(&self.body[..]).ok()?;
         Some(u64::from_le_bytes(bytes))
     }
 
-    /// Leave for `worker` to send `bytes` more of the body of `task`.
+    /// Permission for `worker` to send `bytes` more of the body of `task`.
     pub fn credit(worker: u32, task: u64, bytes: u32) -> Frame {
         Frame {
             header: Header {
@@ -244,7 +247,7 @@ pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     Ok(frame)
 }
 
-/// The same, off the front of `bytes`.
+/// As [`decode`], from a slice.
 pub fn decode_slice(bytes: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
     let Some(header) = Header::decode(bytes)? else {
         return Ok(None);
@@ -260,7 +263,7 @@ pub fn decode_slice(bytes: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
     Ok(Some(Frame { header, body }))
 }
 
-/// How many bytes are missing of the header, or else of the frame, that `bytes` begin with.
+/// Number of bytes that are missing to complete the header, or the frame, that `bytes` begin with.
 pub fn missing(bytes: &[u8]) -> usize {
     let wanted = match Header::decode(bytes) {
         Ok(Some(header)) => HEADER_LEN + header.body_len(),
@@ -302,7 +305,7 @@ mod tests {
                 Just(Kind::Cancel),
                 Just(Kind::Seed),
                 Just(Kind::State),
-                Just(Kind::Payload),
+                Just(Kind::Blob),
                 Just(Kind::Limit)
             ],
             0u8..128,

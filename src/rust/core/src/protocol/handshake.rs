@@ -1,12 +1,12 @@
-//! What an agent says first, as the head takes it: anything a login shell prints, the magic line, a
-//! hello. No I/O happens here.
+//! The start of an agent's stream, as the head reads it: anything that a login shell prints, the
+//! magic line, a hello. No I/O happens here.
 
 use crate::protocol::control::{self, Hello, ToHead};
 use crate::protocol::frame::{self, Frame, Kind};
 use bytes::BytesMut;
 
-/// Set in the environment of what is started here, to the number of the process that starts it: by that
-/// others know what ends with its head.
+/// Environment variable of processes that the package starts: the number of the process that
+/// started them. Other processes recognise by it what ends with its head.
 pub const ENDS_WITH_HEAD: &str = "RUSTCLUSTER_ENDS_WITH_HEAD";
 
 /// Opens each direction of a stream; whatever comes before it is a login shell's or a profile's.
@@ -58,8 +58,8 @@ impl Preamble {
     }
 }
 
-/// More cores than any host has: how many workers it is to have may depend on what it says.
-const MOST_CORES: u32 = 1 << 16;
+/// Upper bound on the announced number of cores, because the number of workers may depend on it.
+const MAX_CORES: u32 = 1 << 16;
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
@@ -69,17 +69,17 @@ pub struct Greeting {
     received: BytesMut,
 }
 
-/// Why what was started is no agent.
+/// Why the started process is not an agent.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct Stranger(String);
+pub struct UntrustedPeer(String);
 
 impl Greeting {
     /// Takes the next bytes of the stream. `None`: the hello is still to come.
     ///
     /// # Errors
-    /// When no agent would send them.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<Hello>, Stranger> {
+    /// When no agent would send these bytes.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<Option<Hello>, UntrustedPeer> {
         if self.open {
             self.received.extend_from_slice(bytes);
         } else {
@@ -87,7 +87,7 @@ impl Greeting {
                 PreambleState::Incomplete => return Ok(None),
                 PreambleState::NotOurs => {
                     let what = "what was started is no rustcluster agent: it prints without end";
-                    return Err(Stranger(what.to_owned()));
+                    return Err(UntrustedPeer(what.to_owned()));
                 }
                 PreambleState::Open(rest) => {
                     self.open = true;
@@ -96,7 +96,7 @@ impl Greeting {
             }
         }
         let decoded = frame::decode(&mut self.received)
-            .map_err(|error| Stranger(format!("the agent sent {error}")))?;
+            .map_err(|error| UntrustedPeer(format!("the agent sent {error}")))?;
         decoded.map(|frame| hello(&frame)).transpose()
     }
 
@@ -105,21 +105,24 @@ impl Greeting {
         self.preamble.noise()
     }
 
-    /// What has come after the hello.
+    /// The bytes after the hello.
     pub fn take_rest(&mut self) -> BytesMut {
         std::mem::take(&mut self.received)
     }
 }
 
-fn hello(frame: &Frame) -> Result<Hello, Stranger> {
+fn hello(frame: &Frame) -> Result<Hello, UntrustedPeer> {
     match control::decode(&frame.body) {
         Ok(ToHead::Hello(hello)) if frame.header.kind == Kind::Control => {
-            if hello.cores > MOST_CORES {
-                return Err(Stranger(format!("the agent claims {} cores", hello.cores)));
+            if hello.cores > MAX_CORES {
+                return Err(UntrustedPeer(format!(
+                    "the agent claims {} cores",
+                    hello.cores
+                )));
             }
             Ok(hello)
         }
-        _ => Err(Stranger("the agent did not greet".to_owned())),
+        _ => Err(UntrustedPeer("the agent did not greet".to_owned())),
     }
 }
 
@@ -156,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_greet_is_a_stranger() {
+    fn who_does_not_greet_is_a_untrusted_peer() {
         let cores = u32::MAX;
         let boaster = Hello {
             cores,

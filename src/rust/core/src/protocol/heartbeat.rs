@@ -1,40 +1,41 @@
-//! Whether the other side is still there. Each side says that it is alive four times in the time
-//! after which it takes the other's silence for its end; whatever arrives counts as a sign of life.
-//! TCP's own patience with a host that was switched off is a quarter of an hour.
+//! Heartbeats: whether the other side is still connected. Each side sends a heartbeat four times
+//! within the heartbeat timeout and treats the other's silence for that long as disconnection. Any
+//! message counts as a sign of life. TCP itself notices after about a quarter of an hour that a
+//! host was switched off.
 
 use std::time::Duration;
 
-/// One side's view. Times are counted from any fixed moment.
+/// One side's view of the connection. Times are counted from any fixed moment.
 #[derive(Clone, Debug)]
-pub struct Pulse {
-    patience: Duration,
-    heard: Duration,
+pub struct Heartbeat {
+    heartbeat_timeout: Duration,
+    last_received: Duration,
     said: Duration,
 }
 
-impl Pulse {
-    /// `patience`: how long the other side may be silent.
-    pub fn new(patience: Duration, now: Duration) -> Pulse {
-        Pulse {
-            patience,
-            heard: now,
+impl Heartbeat {
+    /// `heartbeat_timeout`: how long the other side may be silent.
+    pub fn new(heartbeat_timeout: Duration, now: Duration) -> Heartbeat {
+        Heartbeat {
+            heartbeat_timeout,
+            last_received: now,
             said: now,
         }
     }
 
-    /// Something has arrived.
-    pub fn hear(&mut self, now: Duration) {
-        self.heard = now;
+    /// Records that something has arrived.
+    pub fn record_received(&mut self, now: Duration) {
+        self.last_received = now;
     }
 
-    /// Whether the other side has been silent for too long. Before this is asked, all that has
-    /// arrived must have been heard: this process may itself have been stopped.
+    /// Whether the other side has been silent for longer than the heartbeat timeout. Everything
+    /// that has arrived must have been recorded before: this process may itself have been stopped.
     pub fn is_silent(&self, now: Duration) -> bool {
-        now.saturating_sub(self.heard) > self.patience
+        now.saturating_sub(self.last_received) > self.heartbeat_timeout
     }
 
-    /// Whether to say now that this side is alive; it is then taken as said.
-    pub fn speak(&mut self, now: Duration) -> bool {
+    /// Whether a heartbeat is due. It is then taken as sent.
+    pub fn send_due(&mut self, now: Duration) -> bool {
         let due = now >= self.said + self.interval();
         if due {
             self.said = now;
@@ -42,13 +43,13 @@ impl Pulse {
         due
     }
 
-    /// When next to look.
+    /// When to check next.
     pub fn next(&self) -> Duration {
-        (self.said + self.interval()).min(self.heard + self.patience)
+        (self.said + self.interval()).min(self.last_received + self.heartbeat_timeout)
     }
 
     fn interval(&self) -> Duration {
-        self.patience / 4
+        self.heartbeat_timeout / 4
     }
 }
 
@@ -59,29 +60,31 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn speaks_four_times_in_its_patience() {
-        let mut pulse = Pulse::new(20 * SECOND, Duration::ZERO);
-        let said: Vec<u32> = (0..=20).filter(|&s| pulse.speak(s * SECOND)).collect();
+    fn speaks_four_times_in_its_heartbeat_timeout() {
+        let mut heartbeat = Heartbeat::new(20 * SECOND, Duration::ZERO);
+        let said: Vec<u32> = (0..=20)
+            .filter(|&s| heartbeat.send_due(s * SECOND))
+            .collect();
         assert_eq!(said, [5, 10, 15, 20]);
     }
 
     #[test]
     fn silence_is_noticed_and_any_sign_ends_it() {
-        let mut pulse = Pulse::new(20 * SECOND, 3 * SECOND);
-        assert!(!pulse.is_silent(23 * SECOND));
-        assert!(pulse.is_silent(24 * SECOND));
-        pulse.hear(24 * SECOND);
-        assert!(!pulse.is_silent(44 * SECOND));
-        assert!(pulse.is_silent(45 * SECOND));
+        let mut heartbeat = Heartbeat::new(20 * SECOND, 3 * SECOND);
+        assert!(!heartbeat.is_silent(23 * SECOND));
+        assert!(heartbeat.is_silent(24 * SECOND));
+        heartbeat.record_received(24 * SECOND);
+        assert!(!heartbeat.is_silent(44 * SECOND));
+        assert!(heartbeat.is_silent(45 * SECOND));
     }
 
     #[test]
     fn looks_when_there_is_something_to_do() {
-        let mut pulse = Pulse::new(20 * SECOND, Duration::ZERO);
-        assert_eq!(pulse.next(), 5 * SECOND);
-        assert!(pulse.speak(19 * SECOND));
-        assert_eq!(pulse.next(), 20 * SECOND);
-        pulse.hear(20 * SECOND);
-        assert_eq!(pulse.next(), 24 * SECOND);
+        let mut heartbeat = Heartbeat::new(20 * SECOND, Duration::ZERO);
+        assert_eq!(heartbeat.next(), 5 * SECOND);
+        assert!(heartbeat.send_due(19 * SECOND));
+        assert_eq!(heartbeat.next(), 20 * SECOND);
+        heartbeat.record_received(20 * SECOND);
+        assert_eq!(heartbeat.next(), 24 * SECOND);
     }
 }

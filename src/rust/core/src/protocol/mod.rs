@@ -1,5 +1,5 @@
-//! What head, agents and workers say to each other. No I/O, no clock; of this crate only
-//! [`platform`](crate::platform) is used.
+//! The protocol between head, agents and workers. It does no I/O and reads no clock; of this crate
+//! it uses only [`platform`](crate::platform).
 
 pub mod body;
 pub mod control;

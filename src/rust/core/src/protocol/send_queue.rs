@@ -1,5 +1,5 @@
-//! Frames on their way out: small ones share a buffer, so that many leave in one system call;
-//! large bodies are passed on without a copy.
+//! Queue of outgoing frames. Small frames share a buffer, so that many are written by one system
+//! call; large bodies are passed on without a copy.
 
 use crate::protocol::frame::{Frame, HEADER_LEN};
 use bytes::{Buf, Bytes, BytesMut};

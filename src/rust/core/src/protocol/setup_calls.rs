@@ -10,7 +10,7 @@
 
 /// How far back the earlier value of a variable is looked for. Bounds the cost of a call: a call that is not found is
 /// sent once more, which changes nothing.
-const LOOK_BACK: usize = 1_000;
+const MAX_LOOK_BACK: usize = 1_000;
 
 /// The calls that restore the state of one worker, in the order in which the worker ran them.
 #[derive(Debug)]
@@ -28,7 +28,7 @@ impl<C> SetupCalls<C> {
     /// Adds a call that the worker has completed. `name`: the number of the variable that it sets, or 0. Returns the
     /// call that it supersedes.
     pub fn record(&mut self, name: u64, call: C) -> Option<C> {
-        let recent = self.calls.iter().enumerate().rev().take(LOOK_BACK);
+        let recent = self.calls.iter().enumerate().rev().take(MAX_LOOK_BACK);
         let mut settings = recent.take_while(|(_, (earlier, _))| name != 0 && *earlier != 0);
         let same = settings.find(|(_, (earlier, _))| *earlier == name);
         let superseded = same.map(|(at, _)| at).map(|at| self.calls.remove(at).1);

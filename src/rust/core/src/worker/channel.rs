@@ -11,9 +11,9 @@ use crate::platform::{fd, signals};
 use crate::protocol::body::Body;
 use crate::protocol::control::{self, WorkerReady};
 use crate::protocol::frame::{
-    self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED,
+    self, ABORT, BY_REFERENCE, FIRST, Frame, Header, Kind, LAST, MAX_BODY, REASSIGNED,
 };
-use crate::protocol::ids::{PayloadId, TaskId};
+use crate::protocol::ids::{BlobId, TaskId};
 use crate::protocol::send_queue::OutBuf;
 use bytes::{Bytes, BytesMut};
 use memmap2::MmapOptions;
@@ -48,40 +48,40 @@ pub struct Seed {
     /// Four bytes for each integer.
     pub bytes: Bytes,
     /// It is not this worker's, and for one task alone.
-    pub guest: bool,
+    pub reassigned: bool,
 }
 
 /// What many messages begin with. Its bytes are in memory that all workers of a host share, unless
 /// they are few, and nobody can change them.
 #[derive(Clone, Debug, Default)]
-pub struct Payload {
+pub struct Blob {
     /// Other bytes have another number, for as long as the cluster lives.
-    pub id: PayloadId,
+    pub id: BlobId,
     /// The content.
     pub bytes: Bytes,
     /// The memory that the bytes are in, if it is shared: to be mapped once more.
     pub memory: Option<Arc<File>>,
 }
 
-impl PartialEq for Payload {
-    fn eq(&self, other: &Payload) -> bool {
+impl PartialEq for Blob {
+    fn eq(&self, other: &Blob) -> bool {
         self.id == other.id && self.bytes == other.bytes
     }
 }
 
-impl Eq for Payload {}
+impl Eq for Blob {}
 
-/// The message of a task: the bytes of its payload, if it has one, and then those of its body.
+/// The message of a task: the bytes of its blob, if it has one, and then those of its body.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Task {
+pub struct TaskMessage {
     /// What the message begins with, if it shares that with others.
-    pub payload: Option<Payload>,
+    pub blob: Option<Blob>,
     /// The rest of the message.
     pub body: Body,
 }
 
 /// Descriptors that may have come before the frames that they belong to.
-const MOST_DESCRIPTORS: usize = 16;
+const MAX_DESCRIPTORS: usize = 16;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -89,18 +89,18 @@ pub struct Channel {
     stream: UnixStream,
     index: u32,
     /// Large answers may be given in shared memory.
-    pub shares: bool,
+    pub shared_answers: bool,
     received: BytesMut,
     /// Those that have come along, and belong to frames that have not been looked at.
     descriptors: VecDeque<OwnedFd>,
-    /// The last payload that the agent has given.
-    payload: Option<Payload>,
-    /// The beginning of a payload that the agent is giving without shared memory.
-    payload_begun: Vec<u8>,
+    /// The last blob that the agent has given.
+    blob: Option<Blob>,
+    /// The beginning of a blob that the agent is giving without shared memory.
+    partial_blob: Vec<u8>,
     /// The task that R has and has not answered.
     task: Option<TaskId>,
     /// A chunk of the answer has been sent.
-    begun: bool,
+    answer_started: bool,
     outgoing: Vec<u8>,
     /// To be put in place before the next task, one after the other.
     seeds_before: Vec<Seed>,
@@ -112,7 +112,7 @@ pub struct Channel {
     owner: u32,
 }
 
-/// The bytes of a payload's memory, as they are there.
+/// The bytes of a blob's memory, as they are there.
 fn map(file: &File, len: u64) -> io::Result<Bytes> {
     // What is beyond its end could not be read without being killed.
     if file.metadata()?.len() != len {
@@ -133,13 +133,13 @@ impl Channel {
         Channel {
             stream,
             index,
-            shares: false,
+            shared_answers: false,
             received: BytesMut::new(),
             descriptors: VecDeque::new(),
-            payload: None,
-            payload_begun: Vec::new(),
+            blob: None,
+            partial_blob: Vec::new(),
             task: None,
-            begun: false,
+            answer_started: false,
             outgoing: Vec::new(),
             seeds_before: Vec::new(),
             seed_after: None,
@@ -192,13 +192,13 @@ impl Channel {
     ///
     /// # Errors
     /// When the channel breaks or carries something that is not a frame.
-    pub fn next_task(&mut self) -> io::Result<Option<Task>> {
+    pub fn next_task(&mut self) -> io::Result<Option<TaskMessage>> {
         signals::block_interrupt();
         if self.task.is_some() {
             // An interrupt took R out of the task before it could answer.
             self.send(&[], true)?;
         }
-        let mut next = Task::default();
+        let mut next = TaskMessage::default();
         let mut incoming = None;
         while let Some(frame) = self.frame()? {
             let header = frame.header;
@@ -206,52 +206,52 @@ impl Channel {
                 Kind::Data if header.flags & ABORT != 0 => {
                     incoming = None;
                     // That of a task which will not come.
-                    self.seeds_before.retain(|seed| !seed.guest);
+                    self.seeds_before.retain(|seed| !seed.reassigned);
                 }
                 Kind::Data => {
                     if header.flags & FIRST != 0 {
-                        next = Task::default();
+                        next = TaskMessage::default();
                         incoming = Some(header.task);
                     }
                     if incoming != Some(header.task) {
                         return Err(io::Error::other("a chunk of an unknown task"));
                     }
-                    if header.flags & SHARED != 0 {
-                        let named = |payload: &&Payload| Some(payload.id) == frame.number();
-                        let payload = self.payload.as_ref().filter(named);
+                    if header.flags & BY_REFERENCE != 0 {
+                        let named = |blob: &&Blob| Some(blob.id) == frame.number();
+                        let blob = self.blob.as_ref().filter(named);
                         let missing = || io::Error::other("a payload that has not been given");
-                        next.payload = Some(payload.ok_or_else(missing)?.clone());
+                        next.blob = Some(blob.ok_or_else(missing)?.clone());
                     } else {
                         next.body.len += frame.body.len();
                         next.body.chunks.push_back(frame.body);
                     }
                     if header.flags & LAST != 0 {
                         self.task = incoming.take();
-                        self.begun = false;
+                        self.answer_started = false;
                         // First forget, then look: see the module's documentation.
                         signals::discard_interrupt();
                         debug!(task = header.task, bytes = next.body.len, "task received");
                         if self.cancelled()? {
                             debug!(task = header.task, "task was cancelled before it started");
                             self.send(&[], true)?;
-                            self.seeds_before.retain(|seed| !seed.guest);
-                            next = Task::default();
+                            self.seeds_before.retain(|seed| !seed.reassigned);
+                            next = TaskMessage::default();
                             continue;
                         }
                         return Ok(Some(next));
                     }
                 }
-                Kind::Payload => {
+                Kind::Blob => {
                     // First the one before goes, or its memory would be held as well.
-                    self.payload = None;
+                    self.blob = None;
                     if header.flags & ABORT == 0 {
-                        self.payload = self.given(frame)?;
+                        self.blob = self.given(frame)?;
                     }
                 }
                 Kind::Seed => {
-                    let guest = header.flags & GUEST != 0;
+                    let reassigned = header.flags & REASSIGNED != 0;
                     let bytes = frame.body;
-                    self.seeds_before.push(Seed { bytes, guest });
+                    self.seeds_before.push(Seed { bytes, reassigned });
                 }
                 // Of a task that has ended.
                 Kind::Cancel => {}
@@ -261,28 +261,28 @@ impl Channel {
         Ok(None)
     }
 
-    /// The payload that the agent gives with this frame, if that is its last.
-    fn given(&mut self, frame: Frame) -> io::Result<Option<Payload>> {
+    /// The blob that the agent gives with this frame, if that is its last.
+    fn given(&mut self, frame: Frame) -> io::Result<Option<Blob>> {
         let Header {
             task: id, flags, ..
         } = frame.header;
-        if flags & SHARED == 0 {
+        if flags & BY_REFERENCE == 0 {
             let memory = None;
             if flags & (FIRST | LAST) == FIRST | LAST {
                 let bytes = frame.body;
-                return Ok(Some(Payload { id, bytes, memory }));
+                return Ok(Some(Blob { id, bytes, memory }));
             }
             if flags & FIRST != 0 {
-                self.payload_begun = Vec::new();
+                self.partial_blob = Vec::new();
             }
-            let more = self.payload_begun.try_reserve(frame.body.len());
+            let more = self.partial_blob.try_reserve(frame.body.len());
             more.map_err(|_| io::Error::other("no memory for what all tasks have in common"))?;
-            self.payload_begun.extend_from_slice(&frame.body);
+            self.partial_blob.extend_from_slice(&frame.body);
             if flags & LAST == 0 {
                 return Ok(None);
             }
-            let bytes = Bytes::from(std::mem::take(&mut self.payload_begun));
-            return Ok(Some(Payload { id, bytes, memory }));
+            let bytes = Bytes::from(std::mem::take(&mut self.partial_blob));
+            return Ok(Some(Blob { id, bytes, memory }));
         }
         let descriptor = self.descriptors.pop_front();
         let (Some(descriptor), Some(len)) = (descriptor, frame.number()) else {
@@ -291,7 +291,7 @@ impl Channel {
         let memory = File::from(descriptor);
         let bytes = map(&memory, len)?;
         let memory = Some(Arc::new(memory));
-        Ok(Some(Payload { id, bytes, memory }))
+        Ok(Some(Blob { id, bytes, memory }))
     }
 
     /// The seeds to be put in place, one after the other, before the task that has come.
@@ -343,7 +343,7 @@ impl Channel {
         let mut came = Vec::new();
         let n = fd::recv(self.stream.as_raw_fd(), buffer, &mut came, wait)?;
         self.descriptors.extend(came);
-        if self.descriptors.len() > MOST_DESCRIPTORS {
+        if self.descriptors.len() > MAX_DESCRIPTORS {
             self.descriptors.clear();
             return Err(io::Error::other("descriptors that nobody asked for"));
         }
@@ -355,8 +355,8 @@ impl Channel {
         let began = Instant::now();
         let poll = *MAY_POLL && self.usual_wait <= MAX_POLL;
         let n = loop {
-            let look = poll && began.elapsed() < MAX_POLL;
-            match self.recv(&mut buffer, !look) {
+            let again = poll && began.elapsed() < MAX_POLL;
+            match self.recv(&mut buffer, !again) {
                 Ok(n) => break n,
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => thread::yield_now(),
@@ -381,7 +381,7 @@ impl Channel {
     /// here on.
     pub fn restart(&mut self) {
         signals::block_interrupt();
-        self.begun = false;
+        self.answer_started = false;
         self.outgoing.clear();
     }
 
@@ -408,12 +408,12 @@ impl Channel {
         Ok(())
     }
 
-    /// Tells the head something before the answer: see [`Kind::Aside`]. Returns whether there is a task
+    /// Tells the head something before the answer: see [`Kind::ProgressEvent`]. Returns whether there is a task
     /// that it could be of.
     ///
     /// # Errors
     /// When the agent is gone.
-    pub fn tell(&mut self, bytes: &[u8]) -> io::Result<bool> {
+    pub fn report(&mut self, bytes: &[u8]) -> io::Result<bool> {
         // A fork of the worker has the channel, too, and must leave it alone.
         let Some(task) = self.task.filter(|_| self.owner == std::process::id()) else {
             return Ok(false);
@@ -423,14 +423,14 @@ impl Channel {
             let first = if at == 0 { FIRST } else { 0 };
             let last = if at + 1 == count { LAST } else { 0 };
             let body = Bytes::copy_from_slice(chunk);
-            let frame = Frame::new(Kind::Aside, first | last, self.index, task, body);
+            let frame = Frame::new(Kind::ProgressEvent, first | last, self.index, task, body);
             self.write(&[&frame])?;
         }
         Ok(true)
     }
 
     fn flush(&mut self, task: TaskId, last: bool) -> io::Result<()> {
-        let first = !std::mem::replace(&mut self.begun, true);
+        let first = !std::mem::replace(&mut self.answer_started, true);
         let flags = if first { FIRST } else { 0 } | if last { LAST } else { 0 };
         let body = Bytes::from(std::mem::take(&mut self.outgoing));
         let answer = Frame::new(Kind::Data, flags, self.index, task, body);
@@ -444,7 +444,7 @@ impl Channel {
     /// The frame that tells the seed which the task leaves, if it does.
     fn take_seed(&mut self, task: TaskId) -> Option<Frame> {
         let seed = self.seed_after.take()?;
-        let flags = if seed.guest { GUEST } else { 0 };
+        let flags = if seed.reassigned { REASSIGNED } else { 0 };
         Some(Frame::new(Kind::Seed, flags, self.index, task, seed.bytes))
     }
 
@@ -453,7 +453,7 @@ impl Channel {
     ///
     /// # Errors
     /// When the agent is gone.
-    pub fn send_shared(&mut self, memory: &File, len: u64) -> io::Result<bool> {
+    pub fn send_shared_answer(&mut self, memory: &File, len: u64) -> io::Result<bool> {
         let Some(task) = self.task else {
             return Ok(true);
         };
@@ -461,7 +461,13 @@ impl Channel {
             self.write(&[&seed])?;
         }
         let body = Bytes::copy_from_slice(&len.to_le_bytes());
-        let frame = Frame::new(Kind::Data, FIRST | LAST | SHARED, self.index, task, body);
+        let frame = Frame::new(
+            Kind::Data,
+            FIRST | LAST | BY_REFERENCE,
+            self.index,
+            task,
+            body,
+        );
         let mut out = OutBuf::default();
         out.push(&frame);
         let fd = self.stream.as_raw_fd();
@@ -521,12 +527,12 @@ mod tests {
             assert_eq!(sent, frame.wire_len());
         }
 
-        fn hand(&self, id: PayloadId, bytes: &[u8], announced: usize) {
+        fn hand(&self, id: BlobId, bytes: &[u8], announced: usize) {
             let mut file = memfd::memory_file().unwrap();
             file.write_all(bytes).unwrap();
             memfd::seal(&file).unwrap();
             let len = Bytes::copy_from_slice(&(announced as u64).to_le_bytes());
-            let frame = Frame::new(Kind::Payload, FIRST | LAST | SHARED, 0, id, len);
+            let frame = Frame::new(Kind::Blob, FIRST | LAST | BY_REFERENCE, 0, id, len);
             self.send(&frame, Some(&file));
         }
     }
@@ -534,9 +540,9 @@ mod tests {
     fn next(channel: &mut Channel) -> (Vec<u8>, Vec<u8>) {
         let task = channel.next_task().unwrap().unwrap();
         channel.send(b"answer", true).unwrap();
-        let payload = task.payload.map(|payload| payload.bytes.to_vec());
+        let blob = task.blob.map(|blob| blob.bytes.to_vec());
         let chunks = task.body.chunks.into_iter().flatten();
-        (payload.unwrap_or_default(), chunks.collect())
+        (blob.unwrap_or_default(), chunks.collect())
     }
 
     fn data(task: u64, flags: u8, bytes: &'static [u8]) -> Frame {
@@ -544,44 +550,44 @@ mod tests {
     }
 
     #[test]
-    fn messages_begin_with_the_payload_that_was_given_before() {
+    fn messages_begin_with_the_blob_that_was_given_before() {
         let (agent, mut channel) = Agent::new();
         let large = vec![7; 200_000];
         agent.hand(3, &large, large.len());
-        agent.send(&Frame::shared(0, 1, 3, true), None);
+        agent.send(&Frame::blob_reference(0, 1, 3, true), None);
         assert_eq!(next(&mut channel), (large.clone(), Vec::new()));
-        agent.send(&Frame::shared(0, 2, 3, false), None);
+        agent.send(&Frame::blob_reference(0, 2, 3, false), None);
         agent.send(&data(2, 0, b"inline "), None);
         agent.send(&data(2, LAST, b"part"), None);
         assert_eq!(next(&mut channel), (large, b"inline part".to_vec()));
         agent.send(&data(3, FIRST | LAST, b"no payload"), None);
         assert_eq!(next(&mut channel), (Vec::new(), b"no payload".to_vec()));
         let small = Bytes::from_static(b"small");
-        let small = Frame::new(Kind::Payload, FIRST | LAST, 0, 4, small);
+        let small = Frame::new(Kind::Blob, FIRST | LAST, 0, 4, small);
         agent.send(&small, None);
-        agent.send(&Frame::shared(0, 4, 4, true), None);
+        agent.send(&Frame::blob_reference(0, 4, 4, true), None);
         assert_eq!(next(&mut channel), (b"small".to_vec(), Vec::new()));
-        assert!(channel.payload.is_some() && channel.descriptors.is_empty());
+        assert!(channel.blob.is_some() && channel.descriptors.is_empty());
         // It is taken back.
         agent.send(&data(9, LAST | ABORT, b""), None);
         agent.send(
-            &Frame::new(Kind::Payload, LAST | ABORT, 0, 4, Bytes::new()),
+            &Frame::new(Kind::Blob, LAST | ABORT, 0, 4, Bytes::new()),
             None,
         );
         agent.send(&data(5, FIRST | LAST, b"x"), None);
         next(&mut channel);
-        assert_eq!(channel.payload, None);
-        agent.send(&Frame::shared(0, 6, 4, true), None);
+        assert_eq!(channel.blob, None);
+        agent.send(&Frame::blob_reference(0, 6, 4, true), None);
         assert!(channel.next_task().is_err());
     }
 
     #[test]
-    fn many_payloads_in_a_row_are_each_that_of_their_task() {
+    fn many_blobs_in_a_row_are_each_that_of_their_task() {
         let (agent, mut channel) = Agent::new();
         let sender = thread::spawn(move || {
             for id in 0..60u64 {
                 agent.hand(id, &vec![id as u8; 70_000], 70_000);
-                agent.send(&Frame::shared(0, id, id, true), None);
+                agent.send(&Frame::blob_reference(0, id, id, true), None);
             }
             agent
         });
@@ -593,17 +599,17 @@ mod tests {
     }
 
     #[test]
-    fn a_payload_without_its_memory_or_of_another_length_is_an_error() {
+    fn a_blob_without_its_memory_or_of_another_length_is_an_error() {
         for announced in [0, 99_999, 100_001, usize::MAX] {
             let (agent, mut channel) = Agent::new();
             agent.hand(3, &[1; 100_000], announced);
-            agent.send(&Frame::shared(0, 1, 3, true), None);
+            agent.send(&Frame::blob_reference(0, 1, 3, true), None);
             assert!(channel.next_task().is_err());
         }
         let (agent, mut channel) = Agent::new();
         let frame = Frame::new(
-            Kind::Payload,
-            FIRST | LAST | SHARED,
+            Kind::Blob,
+            FIRST | LAST | BY_REFERENCE,
             0,
             3,
             Bytes::copy_from_slice(&5u64.to_le_bytes()),
@@ -625,10 +631,10 @@ mod tests {
         let bytes = Bytes::from_static(b"seed");
         channel.leave_seed(Seed {
             bytes,
-            guest: false,
+            reassigned: false,
         });
         channel.restart();
-        assert!(channel.send_shared(&file, 9).unwrap());
+        assert!(channel.send_shared_answer(&file, 9).unwrap());
         assert!(!channel.is_busy());
         let (mut buffer, mut came, mut received) = ([0; 99], Vec::new(), BytesMut::new());
         let mut frames = Vec::new();
@@ -640,17 +646,17 @@ mod tests {
             }
         }
         assert_eq!(frames[0].header.kind, Kind::Seed);
-        assert_eq!(frames[1].header.flags, FIRST | LAST | SHARED);
+        assert_eq!(frames[1].header.flags, FIRST | LAST | BY_REFERENCE);
         assert_eq!((frames[1].number(), came.len()), (Some(9), 1));
         // The next answer is like any other.
         agent.send(&data(4, FIRST | LAST, b"task"), None);
         assert_eq!(next(&mut channel).1, b"task");
         // Without a task there is nothing to be answered; without an agent that is an error.
-        assert!(channel.send_shared(&file, 9).unwrap());
+        assert!(channel.send_shared_answer(&file, 9).unwrap());
         agent.send(&data(5, FIRST | LAST, b"task"), None);
         channel.next_task().unwrap().unwrap();
         drop(agent);
-        assert!(channel.send_shared(&file, 9).is_err());
+        assert!(channel.send_shared_answer(&file, 9).is_err());
     }
 
     #[test]
@@ -659,7 +665,7 @@ mod tests {
         let (mine, theirs) = UnixStream::pair().unwrap();
         let along = File::from(OwnedFd::from(theirs));
         let sender = thread::spawn(move || {
-            for _ in 0..=MOST_DESCRIPTORS {
+            for _ in 0..=MAX_DESCRIPTORS {
                 agent.send(&data(9, LAST | ABORT, b""), Some(&along));
             }
             agent

@@ -4,11 +4,11 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 use rustcluster_core::agent::action::Act;
-use rustcluster_core::agent::router::Relay;
+use rustcluster_core::agent::router::Router;
 use rustcluster_core::agent::startup::{self, Greeted};
 use rustcluster_core::agent::worker_table::Ending;
 use rustcluster_core::head::scheduler::Scheduler;
-use rustcluster_core::head::scheduler::events::{Note, Outcome, Want};
+use rustcluster_core::head::scheduler::events::{Demand, Note, Outcome};
 use rustcluster_core::head::scheduler::task::Order;
 use rustcluster_core::platform::fd;
 use rustcluster_core::protocol::control::{
@@ -16,7 +16,8 @@ use rustcluster_core::protocol::control::{
 };
 use rustcluster_core::protocol::error::ProtocolError;
 use rustcluster_core::protocol::frame::{
-    self, ABORT, FIRST, Frame, FrameError, GUEST, HEADER_LEN, Header, Kind, LAST, MAX_BODY, SHARED,
+    self, ABORT, BY_REFERENCE, FIRST, Frame, FrameError, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
+    REASSIGNED,
 };
 use rustcluster_core::protocol::handshake::{Greeting, MAGIC, MAX_NOISE};
 use rustcluster_core::protocol::ids::Rank;
@@ -220,7 +221,7 @@ impl<'a> Script<'a> {
     }
 
     /// A frame that may well be one of ours, as bytes: a few bytes of the script make many. Two of
-    /// the sizes stand for what has to do with payloads.
+    /// the sizes stand for what has to do with blobs.
     fn frame(&mut self, kinds: [Kind; 4]) -> Vec<u8> {
         let what = self.byte();
         let mut kind = kinds[usize::from(what >> 6)];
@@ -229,7 +230,7 @@ impl<'a> Script<'a> {
         if size == 252 {
             let (worker, task) = (u32::from(place >> 5), u64::from(place & 31));
             let last = flags & LAST != 0;
-            let mut shared = Frame::shared(worker, task, task % 4, last);
+            let mut shared = Frame::blob_reference(worker, task, task % 4, last);
             shared.header.flags |= flags & !FIRST;
             return wire(&shared);
         }
@@ -242,7 +243,7 @@ impl<'a> Script<'a> {
             ));
         }
         if size == 253 {
-            kind = Kind::Payload;
+            kind = Kind::Blob;
         }
         let len = match size {
             0..128 => u32::from(size),
@@ -325,9 +326,9 @@ impl Head {
             rank,
             task,
             job: task / 4,
-            lasts: (len % 3 == 0).then_some(task % 2),
-            instead_of: (len % 5 == 0).then_some((rank + 1) % RANKS),
-            ahead: len % 2 == 0,
+            setup_call: (len % 3 == 0).then_some(task % 2),
+            on_behalf_of: (len % 5 == 0).then_some((rank + 1) % RANKS),
+            prefetch: len % 2 == 0,
             ..Order::default()
         });
         self.scheduler.append(rank, task, chunk, true);
@@ -341,7 +342,7 @@ impl Head {
         }
     }
 
-    fn settle(&mut self) {
+    fn pump(&mut self) {
         for note in self.scheduler.take_notes() {
             let Note::Done { task, outcome, .. } = note else {
                 continue;
@@ -356,8 +357,8 @@ impl Head {
         }
         // The answers that R has are all that is not bounded by the limit: of each, what agents
         // may send unasked.
-        let most = LIMIT + GRANT + self.submitted * RESULT_WINDOW;
-        assert!(self.scheduler.buffered() <= most);
+        let max = LIMIT + GRANT + self.submitted * RESULT_WINDOW;
+        assert!(self.scheduler.buffered() <= max);
         assert!(self.answers <= self.scheduler.buffered());
     }
 
@@ -367,7 +368,7 @@ impl Head {
         let text = |error: FrameError| ProtocolError(error.to_string());
         while let Some(frame) = frame::decode(&mut self.received).map_err(text)? {
             let received = self.scheduler.on_frame(0, frame);
-            self.settle();
+            self.pump();
             received?;
         }
         assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
@@ -378,17 +379,17 @@ impl Head {
         self.scheduler.taken(self.answers);
         self.answers = 0;
         self.scheduler.agent_lost(0, "it is a stranger");
-        self.settle();
+        self.pump();
         // The other host is as it was.
         self.submit(1, 10);
         let served = |head: &mut Head| head.open.values().any(|rank| rank % 2 == 1);
         assert!(served(&mut self));
         self.send();
         self.scheduler.agent_lost(1, "that is all");
-        self.settle();
+        self.pump();
         assert!(self.open.is_empty(), "tasks that never end");
         assert_eq!(self.scheduler.buffered(), 0);
-        assert!(!self.scheduler.any_left() && !self.scheduler.is_starving());
+        assert!(!self.scheduler.any_left() && !self.scheduler.is_blocked_on_credit());
     }
 }
 
@@ -424,15 +425,15 @@ pub fn to_head(data: &[u8]) {
                     }
                     12 => scheduler.cancel_job(operand.into()),
                     13 => scheduler.cancel_task(rank, operand.into()),
-                    14 => scheduler.want(if operand > 7 {
-                        Want::Nothing
+                    14 => scheduler.demand(if operand > 7 {
+                        Demand::Nothing
                     } else {
-                        Want::AnyOf((0..8).collect())
+                        Demand::AnyOf((0..8).collect())
                     }),
                     _ if operand == 0 => scheduler.stop_worker(rank),
-                    _ => scheduler.recall(rank, operand.into()),
+                    _ => scheduler.revoke(rank, operand.into()),
                 }
-                head.settle();
+                head.pump();
                 Ok(())
             }
         };
@@ -445,16 +446,16 @@ pub fn to_head(data: &[u8]) {
 
 /// The agent's decisions, and as little of the rest as they need.
 struct Host {
-    relay: Relay,
+    router: Router,
     received: BytesMut,
     /// What has come from each worker and waits.
-    held: [BytesMut; WORKERS],
+    undecoded: [BytesMut; WORKERS],
     now: Duration,
     /// Workers that are to be made.
     starting: Vec<u32>,
     /// Bytes on their way to each worker.
     forwarded: [usize; WORKERS],
-    /// Payloads in memory that is shared.
+    /// Blobs in memory that is shared.
     stored: Vec<u64>,
     acts: Vec<Act>,
 }
@@ -465,15 +466,15 @@ impl Host {
     fn receive(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
         self.received.extend_from_slice(bytes);
         let result = self
-            .relay
+            .router
             .from_head(&mut self.received, self.now, &mut self.acts);
         self.act();
         if result.is_ok() {
             assert!(self.received.capacity() <= 2 * (HEADER_LEN + MAX_BODY));
         }
         for worker in 0..WORKERS as u32 {
-            let most = 2 * SEND_WINDOW + HEADER_LEN + MAX_BODY;
-            assert!(self.relay.held(worker) <= most);
+            let max = 2 * SEND_WINDOW + HEADER_LEN + MAX_BODY;
+            assert!(self.router.prefetched(worker) <= max);
         }
         result
     }
@@ -481,10 +482,10 @@ impl Host {
     fn act(&mut self) {
         for act in std::mem::take(&mut self.acts) {
             match act {
-                Act::Store { payload, .. } => self.stored.push(payload),
-                Act::Discard(payload) => {
-                    assert!(self.stored.contains(&payload));
-                    self.stored.retain(|&stored| stored != payload);
+                Act::Store { blob, .. } => self.stored.push(blob),
+                Act::Discard(blob) => {
+                    assert!(self.stored.contains(&blob));
+                    self.stored.retain(|&stored| stored != blob);
                 }
                 Act::ToWorker(frame) | Act::Hand { frame } => {
                     assert_eq!(frame.header.body_len(), frame.body.len());
@@ -493,42 +494,43 @@ impl Host {
                 }
                 Act::ToHead(frame) => {
                     assert!((frame.header.worker as usize) < WORKERS);
-                    let shared = frame.header.flags == FIRST | SHARED && frame.number().is_some();
-                    let flags = frame.header.flags & !(FIRST | LAST | ABORT | GUEST);
+                    let shared =
+                        frame.header.flags == FIRST | BY_REFERENCE && frame.number().is_some();
+                    let flags = frame.header.flags & !(FIRST | LAST | ABORT | REASSIGNED);
                     assert!(shared || flags == 0);
                 }
                 Act::Along(frame) => {
                     assert!((frame.header.worker as usize) < WORKERS);
-                    assert!(frame.header.flags == LAST | SHARED && frame.number().is_some());
+                    assert!(frame.header.flags == LAST | BY_REFERENCE && frame.number().is_some());
                 }
                 Act::Interrupt { worker, task } => {
-                    assert_eq!(self.relay.book.task(worker), Some(task));
+                    assert_eq!(self.router.worker_table.task(worker), Some(task));
                 }
-                Act::ReadAgain(worker) => self.hear(worker, &[]),
+                Act::ReadAgain(worker) => self.record_received(worker, &[]),
                 Act::Up { worker, .. }
                 | Act::Close(worker)
                 | Act::LetGo(worker)
                 | Act::TempDir(worker, _) => {
                     assert!((worker as usize) < WORKERS);
                 }
-                Act::Tell(message) => assert!(control::encode(&message).is_ok()),
+                Act::Report(message) => assert!(control::encode(&message).is_ok()),
                 Act::Usage { .. } | Act::Dump { .. } | Act::End => {}
             }
         }
     }
 
     /// A worker that sends nonsense is killed; the others are none the wiser.
-    fn hear(&mut self, worker: u32, bytes: &[u8]) {
+    fn record_received(&mut self, worker: u32, bytes: &[u8]) {
         if self.starting.contains(&worker) {
             return;
         }
-        let held = &mut self.held[worker as usize];
-        held.extend_from_slice(bytes);
-        let mut bytes = std::mem::take(held);
+        let undecoded = &mut self.undecoded[worker as usize];
+        undecoded.extend_from_slice(bytes);
+        let mut bytes = std::mem::take(undecoded);
         let result = self
-            .relay
+            .router
             .from_worker(worker, &mut bytes, self.now, &mut self.acts);
-        self.held[worker as usize] = bytes;
+        self.undecoded[worker as usize] = bytes;
         self.act();
         if result.is_err() {
             self.exit(worker);
@@ -539,22 +541,22 @@ impl Host {
         if self.starting.contains(&worker) {
             return;
         }
-        self.held[worker as usize].clear();
-        match self.relay.exited(worker, true, self.now) {
+        self.undecoded[worker as usize].clear();
+        match self.router.exited(worker, true, self.now) {
             Ending::Replace | Ending::Lost { replaced: true, .. } => self.starting.push(worker),
             _ => {}
         }
     }
 
     fn make(&mut self, worker: u32, replaces: bool) {
-        self.relay.made(worker, replaces, self.now);
+        self.router.made(worker, replaces, self.now);
         let tempdir = String::new();
         let ready = control::encode(&WorkerReady {
             tempdir,
             ready: true,
         })
         .expect("a small message");
-        self.hear(worker, &wire(&ready));
+        self.record_received(worker, &wire(&ready));
     }
 }
 
@@ -565,12 +567,12 @@ fn wire(frame: &Frame) -> Vec<u8> {
 /// A stream from a head after the handshake, while workers go about theirs.
 pub fn to_agent(data: &[u8]) {
     let mut script = Script(data);
-    let mut relay = Relay::new(WORKERS, 200_000, 300_000);
-    relay.book.shares = data.first().is_some_and(|byte| byte & 1 == 1);
+    let mut router = Router::new(WORKERS, 200_000, 300_000);
+    router.worker_table.shared_answers = data.first().is_some_and(|byte| byte & 1 == 1);
     let mut host = Host {
-        relay,
+        router,
         received: BytesMut::new(),
-        held: Default::default(),
+        undecoded: Default::default(),
         now: Duration::ZERO,
         starting: Vec::new(),
         forwarded: [0; WORKERS],
@@ -602,30 +604,30 @@ pub fn to_agent(data: &[u8]) {
                 if wire.len() >= HEADER_LEN && wire[8] % 2 == 1 {
                     wire[15] |= 0x80;
                 }
-                host.hear(worker, &wire);
+                host.record_received(worker, &wire);
                 Ok(())
             }
             11 => {
                 let bytes = std::mem::take(&mut host.forwarded[worker as usize]);
-                if let Some((_, credit)) = host.relay.book.passed(worker, bytes) {
+                if let Some((_, credit)) = host.router.worker_table.passed(worker, bytes) {
                     assert!(credit as usize >= bytes);
                 }
                 Ok(())
             }
             12 => {
                 // The answer that a worker of ours would give.
-                if let Some(task) = host.relay.book.task(worker) {
+                if let Some(task) = host.router.worker_table.task(worker) {
                     let answer = Bytes::from_static(b"x");
                     let answer = Frame::new(Kind::Data, FIRST | LAST, worker, task, answer);
-                    host.hear(worker, &wire(&answer));
+                    host.record_received(worker, &wire(&answer));
                 }
                 Ok(())
             }
             13 => {
                 host.now += Duration::from_millis(700);
-                host.relay.out_of_time(host.now, &mut host.acts);
+                host.router.out_of_time(host.now, &mut host.acts);
                 host.act();
-                for worker in host.relay.book.overdue(host.now) {
+                for worker in host.router.worker_table.overdue(host.now) {
                     host.exit(worker);
                 }
                 Ok(())
@@ -637,7 +639,7 @@ pub fn to_agent(data: &[u8]) {
                 Ok(())
             }
             _ => {
-                host.relay.book.hung_up(worker, host.now);
+                host.router.worker_table.hung_up(worker, host.now);
                 Ok(())
             }
         };
@@ -646,8 +648,8 @@ pub fn to_agent(data: &[u8]) {
         }
     }
     for worker in 0..WORKERS as u32 {
-        host.relay.stop(worker, host.now, &mut host.acts);
-        host.relay.exited(worker, true, host.now);
+        host.router.stop(worker, host.now, &mut host.acts);
+        host.router.exited(worker, true, host.now);
     }
-    assert!(host.relay.book.all_gone());
+    assert!(host.router.worker_table.all_terminated());
 }

@@ -4,12 +4,12 @@ use crate::parts::{Facts, Pipe};
 use crate::worker::Process;
 use bytes::{Bytes, BytesMut};
 use rustcluster_core::agent::action::Act;
-use rustcluster_core::agent::router::Relay;
+use rustcluster_core::agent::router::Router;
 use rustcluster_core::agent::worker_table::{Ending, Now, REPLAY, SETBACKS};
 use rustcluster_core::platform::exit::Exit;
-use rustcluster_core::protocol::control::{self, Loss, ToHead};
+use rustcluster_core::protocol::control::{self, ToHead, WorkerFailure};
 use rustcluster_core::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
-use rustcluster_core::protocol::ids::{PayloadId, Rank};
+use rustcluster_core::protocol::ids::{BlobId, Rank};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::{HashMap, VecDeque};
 
@@ -21,7 +21,7 @@ pub const BACKLOG: usize = 512 * 1024;
 
 /// What ails a host.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Curse {
+pub enum Fault {
     None,
     /// Workers end when they start a task.
     Tasks,
@@ -31,15 +31,15 @@ pub enum Curse {
 
 pub struct Host {
     pub lost: bool,
-    pub curse: Curse,
+    pub fault: Fault,
     pub ranks: Vec<Rank>,
     pub out: OutBuf,
     pub down: Pipe,
     pub received: BytesMut,
-    pub relay: Relay,
+    pub router: Router,
     acts: Vec<Act>,
-    /// Payloads in memory that is shared, with those that are complete.
-    pub stored: HashMap<PayloadId, (BytesMut, bool)>,
+    /// Blobs in memory that is shared, with those that are complete.
+    pub stored: HashMap<BlobId, (BytesMut, bool)>,
     pub processes: Vec<Option<Process>>,
     pub to_make: VecDeque<(u32, bool)>,
     pub to_head: OutBuf,
@@ -50,16 +50,16 @@ pub struct Host {
 impl Host {
     pub fn new(ranks: &[Rank], stream: usize, (keep, state): (usize, usize)) -> Host {
         let workers = ranks.len() as u32;
-        let mut relay = Relay::new(ranks.len(), keep, state);
-        relay.book.shares = true;
+        let mut router = Router::new(ranks.len(), keep, state);
+        router.worker_table.shared_answers = true;
         Host {
             lost: false,
-            curse: Curse::None,
+            fault: Fault::None,
             ranks: ranks.to_vec(),
             out: OutBuf::default(),
             down: Pipe::new(stream),
             received: BytesMut::new(),
-            relay,
+            router,
             acts: Vec::new(),
             stored: HashMap::new(),
             processes: ranks.iter().map(|_| None).collect(),
@@ -73,7 +73,7 @@ impl Host {
     pub fn read_head(&mut self, most: usize, now: Now, facts: &mut Facts) -> u64 {
         let moved = self.down.read(&mut self.received, most);
         let result = self
-            .relay
+            .router
             .from_head(&mut self.received, now, &mut self.acts);
         self.act(now, facts);
         if let Err(error) = result {
@@ -87,37 +87,33 @@ impl Host {
         for act in std::mem::take(&mut self.acts) {
             match act {
                 Act::ToHead(frame) => {
-                    self.look_at(&frame, facts);
+                    self.check(&frame, facts);
                     self.to_head.push(&frame);
                 }
                 Act::Along(frame) => {
-                    self.look_at(&frame, facts);
+                    self.check(&frame, facts);
                     self.to_head.push(&frame);
                 }
                 // There is none but in thought.
                 Act::LetGo(worker) => assert!((worker as usize) < self.ranks.len()),
-                Act::Tell(message) => {
+                Act::Report(message) => {
                     match message {
                         ToHead::TimedOut { worker, task } => {
                             self.check_time(worker, task, now, facts);
                         }
-                        ToHead::StateNotKept { worker } => {
+                        ToHead::StateNotLogged { worker } => {
                             let rank = self.ranks[worker as usize];
                             assert!(facts.places[rank as usize].kept, "said twice");
                             facts.places[rank as usize].kept = false;
                         }
                         _ => {}
                     }
-                    self.tell(&message);
+                    self.report(&message);
                 }
                 Act::ToWorker(frame) => self.send_worker(&frame, now),
-                Act::Store {
-                    payload,
-                    bytes,
-                    last,
-                } => {
-                    let (stored, complete) = self.stored.entry(payload).or_default();
-                    assert!(!std::mem::replace(complete, last), "payload {payload}");
+                Act::Store { blob, bytes, last } => {
+                    let (stored, complete) = self.stored.entry(blob).or_default();
+                    assert!(!std::mem::replace(complete, last), "payload {blob}");
                     stored.extend_from_slice(&bytes);
                 }
                 Act::Hand { frame } => {
@@ -129,10 +125,10 @@ impl Host {
                     }
                     self.send_worker(&frame, now);
                 }
-                Act::Discard(payload) => {
-                    assert!(self.stored.remove(&payload).is_some());
+                Act::Discard(blob) => {
+                    assert!(self.stored.remove(&blob).is_some());
                 }
-                Act::Up { worker, replaces } => self.tell_up(worker, replaces, facts),
+                Act::Up { worker, replaces } => self.report_up(worker, replaces, facts),
                 Act::Interrupt { worker, task } => {
                     let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
                     self.send_worker(&frame, now);
@@ -157,7 +153,7 @@ impl Host {
 
     /// What lasts on a worker, and how it leaves its random numbers, is what is known when its agent
     /// has passed on the end of an answer.
-    fn look_at(&mut self, frame: &Frame, facts: &mut Facts) {
+    fn check(&mut self, frame: &Frame, facts: &mut Facts) {
         let header = &frame.header;
         let worker = header.worker as usize;
         let process = self.processes[worker].as_mut().expect("a process");
@@ -212,12 +208,12 @@ impl Host {
         }
     }
 
-    fn tell(&mut self, message: &ToHead) {
+    fn report(&mut self, message: &ToHead) {
         self.to_head
             .push(&control::encode(message).expect("a frame"));
     }
 
-    fn tell_up(&mut self, worker: u32, replaces: bool, facts: &mut Facts) {
+    fn report_up(&mut self, worker: u32, replaces: bool, facts: &mut Facts) {
         let rank = self.ranks[worker as usize];
         let place = &mut facts.places[rank as usize];
         place.setbacks = 0;
@@ -225,7 +221,7 @@ impl Host {
         let process = self.processes[worker as usize].as_mut();
         process.expect("a process").is_up = true;
         let pid = worker + 1000;
-        self.tell(&if replaces {
+        self.report(&if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {
             ToHead::WorkerUp { worker, pid }
@@ -235,10 +231,10 @@ impl Host {
     /// Time has passed.
     pub fn tick(&mut self, now: Now, facts: &mut Facts) -> u64 {
         let mut moved = 0;
-        self.relay.out_of_time(now, &mut self.acts);
+        self.router.out_of_time(now, &mut self.acts);
         moved += self.acts.len() as u64;
         self.act(now, facts);
-        for worker in self.relay.book.overdue(now) {
+        for worker in self.router.worker_table.overdue(now) {
             if let Some(process) = &mut self.processes[worker as usize] {
                 process.dead = true;
                 moved += 1;
@@ -269,7 +265,7 @@ impl Host {
         let mut held = std::mem::take(&mut process.held);
         let before = held.len();
         let result = self
-            .relay
+            .router
             .from_worker(worker, &mut held, now, &mut self.acts);
         result.expect("what a worker may send");
         let moved = before - held.len();
@@ -288,9 +284,9 @@ impl Host {
         let place = &mut facts.places[rank as usize];
         place.setbacks += u32::from(!process.is_up);
         let may_be_replaced = place.kept && place.came_up && place.setbacks < SETBACKS;
-        match self.relay.exited(worker, true, now) {
+        match self.router.exited(worker, true, now) {
             Ending::Stopped { timed_out } => {
-                self.tell(&ToHead::WorkerStopped { worker, timed_out });
+                self.report(&ToHead::WorkerStopped { worker, timed_out });
             }
             Ending::Replace => {
                 assert!(may_be_replaced);
@@ -299,16 +295,16 @@ impl Host {
             Ending::Waits => assert!(!may_be_replaced),
             Ending::Lost { replaced, setback } => {
                 assert_eq!(replaced, may_be_replaced, "worker {rank}");
-                let loss = Loss {
+                let failure = WorkerFailure {
                     pid: worker + 1000,
                     exit: Exit::Signal(9),
                     tail: "killed".into(),
                     setback,
-                    ..Loss::default()
+                    ..WorkerFailure::default()
                 };
-                self.tell(&ToHead::WorkerLost {
+                self.report(&ToHead::WorkerFailed {
                     worker,
-                    loss,
+                    failure,
                     replaced,
                 });
                 if replaced {

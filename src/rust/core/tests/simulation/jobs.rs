@@ -6,15 +6,15 @@ use crate::parts::{Draws, End, Manners, Task, part};
 use crate::r::{Ready, check_answer};
 use rand::Rng;
 use rustcluster_core::head::batching::Assignment;
-use rustcluster_core::head::hub::{Answer, Begun, Turn};
+use rustcluster_core::head::hub::{Answer, StartedTask, Turn};
 use rustcluster_core::head::job::{
-    BatchLoss, Codec, Dispatch, Failed, Form, Halt, Job, Place, Setup, Taken,
+    BatchLoss, Codec, Dispatch, Failed, Form, Halt, Job, JobWorker, Setup, Taken,
 };
 use rustcluster_core::head::retry::Policy;
-use rustcluster_core::head::scheduler::events::{Gone, RankSet, Want};
+use rustcluster_core::head::scheduler::events::{Demand, RankSet, Termination};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::frame::MAX_BODY;
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ struct Element {
     out: Option<TaskId>,
     /// It has a result.
     ended: bool,
-    losses: usize,
+    failures: usize,
     /// It has failed, and its result is to be made.
     failed: bool,
     /// Kills whoever starts it.
@@ -41,8 +41,8 @@ struct Element {
 /// The job that is open, besides its engine.
 pub struct Open {
     id: JobId,
-    payload: PayloadId,
-    /// Bytes of the payload, and the task whose message begins with them.
+    blob: BlobId,
+    /// Bytes of the blob, and the task whose message begins with them.
     len: usize,
     like: TaskId,
     elements: Vec<Element>,
@@ -60,7 +60,7 @@ pub struct Open {
     calm: bool,
     policy: Policy,
     /// Messages that the engine was told are lost and that it is to forget.
-    undecided: Vec<TaskId>,
+    awaiting_retry: Vec<TaskId>,
 }
 
 /// Why the codec has stopped.
@@ -89,7 +89,7 @@ impl Sim {
         self.job += 1;
         let all = self.rng.random();
         let mut ranks: Vec<Rank> = (0..self.setup.workers as Rank).collect();
-        ranks.retain(|&rank| !self.is_gone(rank) && (all || self.rng.random()));
+        ranks.retain(|&rank| !self.is_terminated(rank) && (all || self.rng.random()));
         if ranks.is_empty() {
             return;
         }
@@ -128,40 +128,40 @@ impl Sim {
             1 => self.rng.random_range(0..200),
             _ => self.rng.random_range(0..40_000),
         };
-        let of_payload = match self.rng.random() {
+        let of_blob = match self.rng.random() {
             true => ranks.clone(),
             // Others do not have it yet.
             false => self.some_ranks(ranks[0]),
         };
-        let payload = self.hub.begin_payload(&of_payload, false);
+        let blob = self.hub.begin_blob(&of_blob, false);
         self.hub.write(&part(like, false, 0, len));
-        self.hub.finish_payload();
+        self.hub.finish_blob();
         self.notes();
         // Without retries failures may be results.
         let policy = Policy {
             retries: self.facts.retries,
             raises: self.facts.retries == 0 && self.rng.random(),
         };
-        let place = |&rank: &Rank| Place {
+        let place = |&rank: &Rank| JobWorker {
             rank,
             host: self.at[rank as usize].0,
             cores: self.rng.random_range(0..5),
-            way: match self.rng.random() {
-                true => self.ways.get(&rank).copied(),
+            rtt: match self.rng.random() {
+                true => self.rtts.get(&rank).copied(),
                 false => None,
             },
             detained: singly && self.hub.is_detained(rank),
         };
         let setup = Setup {
             id: self.job,
-            places: ranks.iter().map(place).collect(),
+            slots: ranks.iter().map(place).collect(),
             tasks: count,
             assignment,
             order,
             singly,
             timeout,
             policy,
-            payload,
+            blob,
             reading: self
                 .rng
                 .random_ratio(1, 3)
@@ -170,7 +170,7 @@ impl Sim {
         let magnitude = self.rng.random_range(-6..0);
         self.open = Some(Open {
             id: self.job,
-            payload,
+            blob,
             len,
             like,
             elements,
@@ -181,7 +181,7 @@ impl Sim {
             again: None,
             calm: harmless,
             policy,
-            undecided: Vec::new(),
+            awaiting_retry: Vec::new(),
         });
         self.engine = Some(Job::new(setup, self.origin + self.now));
         self.facts.seen.jobs += 1;
@@ -208,7 +208,7 @@ impl Sim {
             self.engine = Some(engine);
             return false;
         }
-        self.ways.extend(engine.ways());
+        self.rtts.extend(engine.rtts());
         let complete = matches!(engine.progress(), (tasks, done, _) if tasks == done);
         self.close_job(complete);
         true
@@ -227,7 +227,7 @@ impl Sim {
         let ended = open.elements.iter().filter(|element| element.ended).count();
         assert_eq!(self.facts.seen.elements - open.began_with, ended);
         self.cancel_job(open.id);
-        self.hub.drop_payload(open.payload);
+        self.hub.drop_blob(open.blob);
         self.notes();
     }
 
@@ -265,7 +265,7 @@ impl Sim {
             self.sweep();
             if self.moved == before {
                 let living = self.hosts.iter().filter(|host| !host.lost);
-                let next = living.filter_map(|host| host.relay.book.next_deadline());
+                let next = living.filter_map(|host| host.router.worker_table.next_deadline());
                 let until = self.now + left;
                 self.now = next.min().map_or(until, |next| next.clamp(self.now, until));
                 self.tick();
@@ -299,11 +299,11 @@ impl Dispatch for View<'_> {
         sim.origin + sim.now
     }
 
-    fn gone(&self, rank: Rank) -> Option<Arc<Gone>> {
+    fn termination(&self, rank: Rank) -> Option<Arc<Termination>> {
         let sim = self.0.borrow();
-        let gone = sim.hub.worker(rank).gone;
-        assert_eq!(gone.is_some(), sim.is_gone(rank));
-        gone
+        let termination = sim.hub.worker(rank).termination;
+        assert_eq!(termination.is_some(), sim.is_terminated(rank));
+        termination
     }
 
     fn begin(
@@ -312,22 +312,22 @@ impl Dispatch for View<'_> {
         job: JobId,
         turn: Turn,
         limit: Option<Duration>,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, Arc<Gone>> {
+        blob: impl FnOnce(Rank) -> Option<BlobId>,
+    ) -> Result<StartedTask, Arc<Termination>> {
         let sim = &mut **self.0.borrow_mut();
-        let begun = sim.hub.begin(rank, job, None, turn, payload);
+        let started = sim.hub.begin(rank, job, None, turn, blob);
         sim.hub.limit_time(limit);
-        if begun.is_ok() {
+        if started.is_ok() {
             sim.withdraw_stale(rank, job);
         }
         sim.notes();
-        let begun = begun.inspect_err(|_| assert!(sim.is_gone(rank)))?;
+        let started = started.inspect_err(|_| assert!(sim.is_terminated(rank)))?;
         let id = sim.facts.tasks.len() as TaskId;
-        assert_eq!(begun.task, id);
-        sim.check_place(rank, begun, false);
-        let place = &mut sim.facts.places[begun.place as usize];
-        place.stands_in |= begun.place != rank;
-        if turn == Turn::Ahead {
+        assert_eq!(started.task, id);
+        sim.check_place(rank, started, false);
+        let place = &mut sim.facts.places[started.assigned as usize];
+        place.is_substitute |= started.assigned != rank;
+        if turn == Turn::Prefetch {
             sim.facts.seen.prefetched += 1;
         }
         let answer_len = match sim.rng.random_range(0..30) {
@@ -337,7 +337,7 @@ impl Dispatch for View<'_> {
         let again = sim.open().again.filter(|_| turn == Turn::First);
         sim.facts.tasks.push(Task {
             owner: rank,
-            place: begun.place,
+            place: started.assigned,
             job,
             answer_len,
             manners: match sim.rng.random_range(0..3) {
@@ -349,15 +349,15 @@ impl Dispatch for View<'_> {
                 0 => Draws::from_number(sim.rng.random()),
                 _ => Draws::Nothing,
             },
-            ahead: turn == Turn::Ahead,
+            prefetch: turn == Turn::Prefetch,
             own_limit: limit,
             limit: limit.into_iter().chain(sim.setup.timeout).min(),
-            since: sim.facts.places[rank as usize].told_seeds.len() - 1,
+            since: sim.facts.places[rank as usize].reported_seeds.len() - 1,
             turn: again.unwrap_or(Some(id)),
             ..Task::new(id)
         });
         sim.open().writing = Some(id);
-        Ok(begun)
+        Ok(started)
     }
 
     fn finish(&self) {
@@ -404,11 +404,11 @@ impl Dispatch for View<'_> {
                 return answer;
             }
             sim.hub
-                .with_scheduler(|scheduler| scheduler.want(Want::AnyOf(workers.clone())));
+                .with_scheduler(|scheduler| scheduler.demand(Demand::AnyOf(workers.clone())));
             sim.happens(left);
             sim.notes();
             sim.hub
-                .with_scheduler(|scheduler| scheduler.want(Want::Nothing));
+                .with_scheduler(|scheduler| scheduler.demand(Demand::Nothing));
         };
         sim.moved += 1;
         match &answer {
@@ -419,18 +419,18 @@ impl Dispatch for View<'_> {
                     sim.fails(at);
                 }
             }
-            Answer::Recalled { task, .. } => {
-                sim.end(*task, End::Recalled);
+            Answer::Revoked { task, .. } => {
+                sim.end(*task, End::Revoked);
                 sim.ends(*task);
             }
             Answer::Lost { task, .. } => {
                 let lost = &mut sim.facts.tasks[*task as usize];
                 lost.told += 1;
-                assert_eq!(lost.told, lost.losses);
+                assert_eq!(lost.told, lost.failures);
                 // What follows waits for what becomes of these.
                 let turn = lost.turn;
                 sim.open().again = Some(turn);
-                sim.open().undecided.push(*task);
+                sim.open().awaiting_retry.push(*task);
                 sim.ends(*task);
             }
             // The job gives up none.
@@ -444,18 +444,18 @@ impl Dispatch for View<'_> {
         answer
     }
 
-    fn recall(&self, task: TaskId) {
+    fn revoke(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
         sim.facts.tasks[task as usize].asked_back = true;
-        sim.hub.recall(task);
+        sim.hub.revoke(task);
         sim.notes();
     }
 
     fn forget(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
-        let undecided = &mut sim.open().undecided;
-        let at = undecided.iter().position(|&other| other == task);
-        undecided.remove(at.expect("a message that was lost"));
+        let awaiting_retry = &mut sim.open().awaiting_retry;
+        let at = awaiting_retry.iter().position(|&other| other == task);
+        awaiting_retry.remove(at.expect("a message that was lost"));
         sim.open().again = None;
         sim.end(task, End::Settled);
         sim.hub.forget(task);
@@ -466,7 +466,7 @@ impl Dispatch for View<'_> {
 impl Codec for Elements<'_, '_> {
     type Stop = Stop;
 
-    fn takes_units(&self, rank: Rank) -> bool {
+    fn takes_batches(&self, rank: Rank) -> bool {
         // Those of the other kind of R are as many as they were.
         rank % 7 != 3
     }
@@ -479,9 +479,9 @@ impl Codec for Elements<'_, '_> {
         }
         let (count, form) = match sim.rng.random_range(0..12) {
             0 => (1, Form::Long),
-            1 => (1, Form::Message),
-            2 => (sim.rng.random_range(1..=tasks.len()), Form::Unit),
-            _ => (tasks.len(), Form::Unit),
+            1 => (1, Form::Single),
+            2 => (sim.rng.random_range(1..=tasks.len()), Form::Batch),
+            _ => (tasks.len(), Form::Batch),
         };
         sim.open().gathered = (tasks[..count].to_vec(), most);
         Ok((count, form))
@@ -491,8 +491,8 @@ impl Codec for Elements<'_, '_> {
         let sim = &mut **self.0.0.borrow_mut();
         let (gathered, most) = std::mem::take(&mut sim.open().gathered);
         let elements = match form {
-            Form::Unit => gathered,
-            Form::Long | Form::Message => vec![first],
+            Form::Batch => gathered,
+            Form::Long | Form::Single => vec![first],
         };
         assert_eq!(elements.first(), Some(&first));
         let open = sim.open.as_mut().expect("a job");
@@ -515,8 +515,8 @@ impl Codec for Elements<'_, '_> {
             elements.iter().any(|&at| open.elements[at].stuck),
         );
         let begins = match form {
-            Form::Unit | Form::Long => (open.like, open.len),
-            Form::Message => (id, 0),
+            Form::Batch | Form::Long => (open.like, open.len),
+            Form::Single => (id, 0),
         };
         let rest = match sim.rng.random_range(0..20) {
             0 => sim.rng.random_range(0..3 * MAX_BODY),
@@ -527,7 +527,7 @@ impl Codec for Elements<'_, '_> {
         task.begins = begins;
         task.len = begins.1 + rest;
         task.elements = elements;
-        task.most = if form == Form::Unit {
+        task.most = if form == Form::Batch {
             most
         } else {
             Duration::ZERO
@@ -549,15 +549,15 @@ impl Codec for Elements<'_, '_> {
         Ok(())
     }
 
-    fn share_again(&mut self, payload: PayloadId, place: Rank) -> Result<(), Stop> {
+    fn resend_blob(&mut self, blob: BlobId, place: Rank) -> Result<(), Stop> {
         let sim = &mut **self.0.0.borrow_mut();
         let (like, len) = (sim.open().like, sim.open().len);
-        assert_eq!(payload, sim.open().payload);
-        assert!(!sim.hub.has_payload(place, payload));
-        sim.facts.seen.payloads_again += 1;
-        sim.hub.begin_payload_again(payload, place);
+        assert_eq!(blob, sim.open().blob);
+        assert!(!sim.hub.has_blob(place, blob));
+        sim.facts.seen.blobs_again += 1;
+        sim.hub.begin_blob_again(blob, place);
         sim.hub.write(&part(like, false, 0, len));
-        sim.hub.finish_payload();
+        sim.hub.finish_blob();
         sim.notes();
         Ok(())
     }
@@ -596,24 +596,27 @@ impl Codec for Elements<'_, '_> {
         })
     }
 
-    fn lost(&mut self, loss: &BatchLoss, again: &[usize]) {
+    fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         let sim = &mut **self.0.0.borrow_mut();
-        let lost = &sim.facts.tasks[loss.task as usize];
-        assert_eq!((lost.place, lost.end), (loss.place, Some(End::Settled)));
-        assert_eq!(lost.elements, loss.tasks);
-        assert_eq!(loss.now.is_some(), sim.is_gone(loss.place));
-        assert_ne!(*loss.gone, Gone::Stopped);
+        let lost = &sim.facts.tasks[failure.task as usize];
+        assert_eq!(
+            (lost.place, lost.end),
+            (failure.assigned, Some(End::Settled))
+        );
+        assert_eq!(lost.elements, failure.tasks);
+        assert_eq!(failure.now.is_some(), sim.is_terminated(failure.assigned));
+        assert_ne!(*failure.termination, Termination::Stopped);
         let Policy { retries, raises } = sim.open().policy;
         assert!(!raises);
-        for &at in &loss.tasks {
+        for &at in &failure.tasks {
             let element = &mut sim.open().elements[at];
-            element.losses += 1;
-            let retried = element.losses <= retries;
+            element.failures += 1;
+            let retried = element.failures <= retries;
             assert_eq!(
                 again.contains(&at),
                 retried,
                 "element {at} is lost for time {}",
-                element.losses
+                element.failures
             );
             if !retried {
                 sim.fails(at);
@@ -636,26 +639,26 @@ impl View<'_> {
                 }
                 sim.facts.seen.settled += usize::from(matches!(failed, Failed::TimedOut { .. }));
                 for &at in failed.tasks() {
-                    let losses = engine.losses(at);
+                    let failures = engine.failures(at);
                     let element = &sim.open().elements[at];
                     assert!(element.failed);
-                    assert_eq!(losses.len(), element.losses);
-                    assert!(losses.iter().all(|loss| loss.tasks.contains(&at)));
+                    assert_eq!(failures.len(), element.failures);
+                    assert!(failures.iter().all(|failure| failure.tasks.contains(&at)));
                     // Each retry is one of this element alone.
-                    assert!(losses.iter().skip(1).all(|loss| loss.tasks == [at]));
+                    assert!(failures.iter().skip(1).all(|failure| failure.tasks == [at]));
                     sim.result(at);
                 }
                 assert_eq!(engine.made(), Some(failed));
                 true
             }
-            Halt::Lost(loss) => {
+            Halt::Lost(failure) => {
                 let sim = &mut **self.0.borrow_mut();
-                assert!(sim.open().policy.raises || *loss.gone == Gone::Stopped);
+                assert!(sim.open().policy.raises || *failure.termination == Termination::Stopped);
                 false
             }
             Halt::Codec(Stop::Interrupted) => false,
-            Halt::Gone { rank, .. } => {
-                assert!(self.0.borrow().is_gone(rank));
+            Halt::Terminated { rank, .. } => {
+                assert!(self.0.borrow().is_terminated(rank));
                 false
             }
             Halt::Stuck => panic!("tasks are left and nothing is out"),
@@ -682,7 +685,7 @@ impl View<'_> {
                 true
             }
             (Ok(None), &[_, _, ..]) => true,
-            (Err(Halt::Codec(Stop::Interrupted) | Halt::Gone { .. }), _) => false,
+            (Err(Halt::Codec(Stop::Interrupted) | Halt::Terminated { .. }), _) => false,
             (ended, elements) => panic!("{ended:?} of {elements:?}"),
         }
     }

@@ -19,20 +19,20 @@ mod r;
 mod worker;
 
 use bytes::Bytes;
-use host::{BACKLOG, Curse, Host, READ};
+use host::{BACKLOG, Fault, Host, READ};
 use jobs::Open;
 use parts::{End, Facts, LARGEST, Place, Seen, Task, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustcluster_core::agent::worker_table::Now;
-use rustcluster_core::head::activity::MOST;
+use rustcluster_core::head::activity::MAX_INTERVALS;
 use rustcluster_core::head::hub::Hub;
 use rustcluster_core::head::job::Job;
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::body::Memory;
 use rustcluster_core::protocol::frame::{
-    self, ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, MAX_BODY, SHARED,
+    self, ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY, REASSIGNED,
 };
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use rustcluster_core::protocol::limits::SEND_WINDOW;
@@ -67,15 +67,15 @@ struct Setup {
     /// One in so many actions is a fault; 0: none.
     faults: u32,
     /// One in so many tasks does what lasts.
-    lasting: u32,
+    setup_messages: u32,
     /// How often a lost task is tried again.
     retries: usize,
     /// How long any task may take.
     timeout: Option<Duration>,
     /// Some tasks have time limits of their own.
     limits: bool,
-    /// One in so many tasks may be sent ahead; 0: none.
-    ahead: u32,
+    /// One in so many tasks may be prefetched; 0: none.
+    prefetch: u32,
     /// One in so many chances to begin a job is taken.
     jobs: u32,
     /// Bytes of chunks that agents keep, if they do.
@@ -115,9 +115,9 @@ impl Setup {
                 _ => TakeOrder::Mixed,
             },
             faults: [0, 60, 10, 2][rng.random_range(0..4)],
-            lasting: [2, 6, 30][rng.random_range(0..3)],
+            setup_messages: [2, 6, 30][rng.random_range(0..3)],
             retries: rng.random_range(0..4),
-            ahead: [0, 1, 1, 2][rng.random_range(0..4)],
+            prefetch: [0, 1, 1, 2][rng.random_range(0..4)],
             jobs: [4, 12, 100][rng.random_range(0..3)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
             limits: rng.random_ratio(1, 3),
@@ -148,7 +148,7 @@ struct Sim {
     /// Bytes the head should hold of answers that are not whole.
     arriving: HashMap<Rank, (TaskId, usize)>,
     writing: Option<Message>,
-    /// Payloads that R has not dropped.
+    /// Blobs that R has not dropped.
     made: Vec<Made>,
     waiting: Option<Waiting>,
     /// What R goes on waiting for when it has decided on a lost task.
@@ -158,8 +158,8 @@ struct Sim {
     /// The job engine's job that R works at, and what is known of it here.
     engine: Option<Job>,
     open: Option<Open>,
-    /// How long the way to workers and back has taken in earlier jobs.
-    ways: HashMap<Rank, f64>,
+    /// How long the round trip to workers has taken in earlier jobs.
+    rtts: HashMap<Rank, f64>,
     /// The beginning of all times.
     origin: Instant,
 }
@@ -212,15 +212,15 @@ impl Sim {
             moved: 0,
             engine: None,
             open: None,
-            ways: HashMap::new(),
+            rtts: HashMap::new(),
             origin: Instant::now(),
             setup,
             rng,
         }
     }
 
-    fn is_gone(&self, rank: Rank) -> bool {
-        self.facts.places[rank as usize].gone
+    fn is_terminated(&self, rank: Rank) -> bool {
+        self.facts.places[rank as usize].termination
     }
 
     // ---- head and agents ----
@@ -270,10 +270,10 @@ impl Sim {
             return;
         }
         let task = &self.facts.tasks[id as usize];
-        assert!(task.ahead && task.effect.is_none() && !task.is_moved());
+        assert!(task.prefetch && task.effect.is_none() && !task.is_reassigned());
         assert_eq!(place.next, None, "two tasks ahead");
         place.next = Some(id);
-        self.facts.seen.ahead += 1;
+        self.facts.seen.prefetch += 1;
     }
 
     fn head_read(&mut self, at: usize, most: usize) {
@@ -286,7 +286,7 @@ impl Sim {
             self.arrives(at, &frame);
             let header = frame.header;
             self.hub.set_clock(self.now);
-            let brings = header.kind == Kind::Data && header.flags == LAST | SHARED;
+            let brings = header.kind == Kind::Data && header.flags == LAST | BY_REFERENCE;
             let memory = brings.then(|| {
                 self.facts.seen.in_memory += 1;
                 Memory::new(frame.number().expect("a length") as usize, None)
@@ -306,7 +306,7 @@ impl Sim {
         }
         let rank = self.hosts[at].ranks[header.worker as usize];
         let task = &self.facts.tasks[header.task as usize];
-        if self.is_gone(rank) {
+        if self.is_terminated(rank) {
             return;
         }
         let place = &mut self.facts.places[rank as usize];
@@ -322,12 +322,12 @@ impl Sim {
             place.current = place.next.take();
         }
         if header.kind == Kind::Seed {
-            assert_eq!(header.flags & GUEST != 0, task.is_moved());
+            assert_eq!(header.flags & REASSIGNED != 0, task.is_reassigned());
             return;
         }
         if let (true, Some(seed)) = (header.flags & LAST != 0, &task.left) {
             // Those of a moved task are its owner's.
-            let seeds = &mut self.facts.places[task.owner as usize].told_seeds;
+            let seeds = &mut self.facts.places[task.owner as usize].reported_seeds;
             seeds.push(match seed.len() {
                 0..=64 => seed.clone(),
                 _ => Bytes::new(),
@@ -341,7 +341,7 @@ impl Sim {
             *entry = (header.task, 0);
         }
         assert_eq!(entry.0, header.task, "answers of one worker are mixed");
-        entry.1 += match header.flags & SHARED {
+        entry.1 += match header.flags & BY_REFERENCE {
             0 => frame.body.len(),
             _ if header.flags & LAST != 0 => frame.number().expect("a length") as usize,
             _ => 0,
@@ -371,7 +371,7 @@ impl Sim {
             return;
         };
         self.moved += 1;
-        host.relay.made(worker, replaces, self.now);
+        host.router.made(worker, replaces, self.now);
         let slow = self.setup.slow && self.rng.random_ratio(1, 5);
         let slow = if slow {
             self.rng.random_range(0..300)
@@ -400,7 +400,7 @@ impl Sim {
         if process.is_idle() {
             return;
         }
-        if host.curse == Curse::Starts && !process.is_up && self.rng.random_ratio(1, 3) {
+        if host.fault == Fault::Starts && !process.is_up && self.rng.random_ratio(1, 3) {
             process.dead = true;
         }
         let passed = if process.dead {
@@ -408,7 +408,7 @@ impl Sim {
         } else {
             process.down.pour(&mut process.outgoing, most)
         };
-        let held = host.relay.held(worker);
+        let held = host.router.prefetched(worker);
         // One window, whatever was withdrawn, and what is not counted.
         let bound = SEND_WINDOW + HEADER_LEN * 64 + process.given;
         assert!(
@@ -423,7 +423,7 @@ impl Sim {
         if process.outgoing.is_empty() && std::mem::take(&mut process.closing) {
             process.closed = true;
         }
-        if let Some((task, bytes)) = host.relay.book.passed(worker, passed) {
+        if let Some((task, bytes)) = host.router.worker_table.passed(worker, passed) {
             host.to_head.push(&Frame::credit(worker, task, bytes));
         }
         self.moved += passed as u64;
@@ -433,8 +433,8 @@ impl Sim {
         if !process.dead {
             let manner = (most, calm, self.setup.whole_chunks);
             let rank = host.ranks[worker as usize];
-            let cursed = host.curse == Curse::Tasks;
-            self.moved += process.run(&mut self.rng, &mut self.facts, rank, manner, cursed);
+            let faulty = host.fault == Fault::Tasks;
+            self.moved += process.run(&mut self.rng, &mut self.facts, rank, manner, faulty);
         }
         self.moved += host.read_worker(worker, most, self.now, &mut self.facts);
         // An exit is noticed a while later.
@@ -468,7 +468,7 @@ impl Sim {
                     self.now += Duration::from_millis(self.rng.random_range(0..300));
                     self.tick();
                 }
-                9 if self.setup.ahead > 0 => self.recall(),
+                9 if self.setup.prefetch > 0 => self.revoke(),
                 7 if self.setup.faults > 0 => {
                     if self.rng.random_ratio(1, self.setup.faults) || self.rng.random_ratio(1, 60) {
                         for _ in 0..=self.setup.workers / 200 {
@@ -504,8 +504,8 @@ impl Sim {
 
     fn run_job(&mut self) {
         self.begin_job(false);
-        let patience = self.rng.random_range(1..300);
-        let over = (0..patience).any(|_| self.step_job());
+        let heartbeat_timeout = self.rng.random_range(1..300);
+        let over = (0..heartbeat_timeout).any(|_| self.step_job());
         if !over {
             // Ctrl-C.
             self.close_job(false);
@@ -577,21 +577,21 @@ impl Sim {
                 self.hub
                     .with_scheduler(|scheduler| scheduler.stop_worker(rank));
                 self.notes();
-                assert!(self.is_gone(rank));
+                assert!(self.is_terminated(rank));
             }
             14 | 15 => {
                 // Its end of the channel closes, and the process lives on.
                 if self.hosts[at].processes[worker as usize].is_some() {
                     let now = self.now;
-                    self.hosts[at].relay.book.hung_up(worker, now);
+                    self.hosts[at].router.worker_table.hung_up(worker, now);
                 }
             }
             16 | 17 => {
                 let host = &mut self.hosts[at];
-                host.curse = match (host.curse, self.rng.random_range(0..3)) {
-                    (Curse::None, 0) => Curse::Starts,
-                    (Curse::None, _) => Curse::Tasks,
-                    _ => Curse::None,
+                host.fault = match (host.fault, self.rng.random_range(0..3)) {
+                    (Fault::None, 0) => Fault::Starts,
+                    (Fault::None, _) => Fault::Tasks,
+                    _ => Fault::None,
                 };
             }
             _ => {
@@ -604,7 +604,7 @@ impl Sim {
                         .with_scheduler(|scheduler| scheduler.agent_lost(at, "lost"));
                     self.notes();
                     let ranks = &self.hosts[at].ranks;
-                    assert!(ranks.iter().all(|&rank| self.is_gone(rank)));
+                    assert!(ranks.iter().all(|&rank| self.is_terminated(rank)));
                 }
             }
         }
@@ -631,16 +631,16 @@ impl Sim {
 
     /// One look at everything, as fast as the streams allow.
     fn sweep(&mut self) {
-        const MOST: usize = usize::MAX;
+        const MAX_STEP: usize = usize::MAX;
         for at in 0..self.hosts.len() {
-            self.flush(at, MOST);
-            self.agent_read(at, MOST);
+            self.flush(at, MAX_STEP);
+            self.agent_read(at, MAX_STEP);
             for worker in 0..self.hosts[at].ranks.len() as u32 {
                 self.make(at);
-                self.step_worker(at, worker, MOST, true);
+                self.step_worker(at, worker, MAX_STEP, true);
             }
-            self.agent_write(at, MOST);
-            self.head_read(at, MOST);
+            self.agent_write(at, MAX_STEP);
+            self.head_read(at, MAX_STEP);
         }
     }
 
@@ -658,7 +658,7 @@ impl Sim {
         }
     }
 
-    /// No more faults, but for those of cursed hosts: everything must end by itself.
+    /// No more faults, but for those of faulty hosts: everything must end by itself.
     fn drain(&mut self) {
         self.write_all();
         self.hub
@@ -687,7 +687,7 @@ impl Sim {
             // Only time can help now: tasks that are out of time, and workers that were to end and
             // do not.
             let living = self.hosts.iter().filter(|host| !host.lost);
-            let next = living.filter_map(|host| host.relay.book.next_deadline());
+            let next = living.filter_map(|host| host.router.worker_table.next_deadline());
             if let Some(next) = next.min() {
                 self.now = self.now.max(next);
                 self.tick();
@@ -726,15 +726,16 @@ impl Sim {
             self.waiting,
             self.hub.with_scheduler(|scheduler| scheduler.buffered()),
             self.arriving,
-            self.hub.with_scheduler(|scheduler| scheduler.is_starving()),
+            self.hub
+                .with_scheduler(|scheduler| scheduler.is_blocked_on_credit()),
             self.ready,
         )
     }
 
-    /// R needs no payload any more: agents hold those by which they restore workers.
-    fn drop_payloads(&mut self) {
+    /// R needs no blob any more: agents hold those by which they restore workers.
+    fn drop_blobs(&mut self) {
         for made in std::mem::take(&mut self.made) {
-            self.hub.drop_payload(made.id);
+            self.hub.drop_blob(made.id);
         }
         let mut before = u64::MAX;
         while std::mem::replace(&mut before, self.moved) != self.moved {
@@ -747,30 +748,34 @@ impl Sim {
     }
 
     /// What is told of what workers have been at.
-    fn check_tracks(&self) {
-        let tracks = (0..self.facts.places.len()).map(|rank| {
+    fn check_stats(&self) {
+        let stats = (0..self.facts.places.len()).map(|rank| {
             let rank = rank as Rank;
-            let track = self
+            let stats = self
                 .hub
-                .with_scheduler(|scheduler| scheduler.track(rank, true));
-            (rank, track)
+                .with_scheduler(|scheduler| scheduler.stats(rank, true));
+            (rank, stats)
         });
         let mut answers = 0;
-        for (rank, track) in tracks {
-            answers += track.tasks as usize;
-            assert!(track.busy <= self.now);
-            let intervals = track.intervals();
-            assert!(intervals.len() <= MOST);
+        for (rank, stats) in stats {
+            answers += stats.tasks as usize;
+            assert!(stats.busy <= self.now);
+            let intervals = stats.intervals();
+            assert!(intervals.len() <= MAX_INTERVALS);
             assert!(intervals.windows(2).all(|two| two[0].end <= two[1].start));
             assert!(
                 intervals
                     .iter()
                     .all(|i| i.start <= i.end && i.end <= self.now)
             );
-            assert_eq!(intervals.iter().map(|i| i.busy).sum::<Now>(), track.busy);
+            assert_eq!(intervals.iter().map(|i| i.busy).sum::<Now>(), stats.busy);
             let state = self.hub.with_scheduler(|scheduler| scheduler.state(rank));
-            let gone = matches!(state, State::Lost | State::Stopped);
-            assert_eq!(gone, self.is_gone(rank), "worker {rank} is {state:?}");
+            let termination = matches!(state, State::Lost | State::Stopped);
+            assert_eq!(
+                termination,
+                self.is_terminated(rank),
+                "worker {rank} is {state:?}"
+            );
         }
         assert_eq!(answers, self.facts.seen.answers);
     }
@@ -782,10 +787,10 @@ impl Sim {
         assert!(self.ready.is_empty() && self.arriving.is_empty());
         self.hub.with_scheduler(|scheduler| {
             assert_eq!(scheduler.buffered(), 0);
-            assert!(!scheduler.is_starving());
+            assert!(!scheduler.is_blocked_on_credit());
         });
         assert_eq!(self.hub.queued(), 0);
-        self.check_tracks();
+        self.check_stats();
         for at in 0..self.hosts.len() {
             assert_eq!(self.hub.next_frame(at), None);
             let host = &self.hosts[at];
@@ -793,20 +798,20 @@ impl Sim {
                 continue;
             }
             for (index, &rank) in host.ranks.iter().enumerate() {
-                assert_eq!(host.relay.book.task(index as u32), None);
+                assert_eq!(host.router.worker_table.task(index as u32), None);
                 let process = host.processes[index].is_some();
-                assert_eq!(process, !self.is_gone(rank), "worker {rank}");
+                assert_eq!(process, !self.is_terminated(rank), "worker {rank}");
                 if process {
                     // All room is given back, or about to be.
-                    assert_eq!(host.relay.held(index as u32), 0);
+                    assert_eq!(host.router.prefetched(index as u32), 0);
                     let reported = self.hub.with_scheduler(|scheduler| scheduler.window(rank));
-                    let room = reported + host.relay.book.unreported(index as u32);
+                    let room = reported + host.router.worker_table.unreported(index as u32);
                     assert!(room >= SEND_WINDOW, "worker {rank} has room for {room}");
                 }
             }
         }
         let mut places = self.facts.places.iter();
-        let any_left = places.any(|place| !place.gone || place.waits);
+        let any_left = places.any(|place| !place.termination || place.waits);
         let left = self.hub.with_scheduler(|scheduler| scheduler.any_left());
         assert_eq!(left, any_left);
     }
@@ -814,25 +819,25 @@ impl Sim {
     fn run(&mut self) {
         self.chaos();
         self.drain();
-        self.drop_payloads();
+        self.drop_blobs();
         self.check_rest();
         // Whoever is left must be as good as new.
         for host in &mut self.hosts {
-            host.curse = Curse::None;
+            host.fault = Fault::None;
         }
         let first = self.facts.tasks.len();
         for rank in 0..self.setup.workers as Rank {
-            if !self.is_gone(rank) {
+            if !self.is_terminated(rank) {
                 self.begin_task(rank, true);
                 self.write_all();
             }
         }
         self.drain();
         self.run_calm_job();
-        self.drop_payloads();
+        self.drop_blobs();
         self.check_rest();
         let ends = self.facts.tasks.iter();
-        let good = |end: Option<End>| matches!(end, Some(End::Answer | End::Recalled));
+        let good = |end: Option<End>| matches!(end, Some(End::Answer | End::Revoked));
         assert!(ends.clone().skip(first).all(|task| good(task.end)));
         let ended = |end: End| ends.clone().filter(|task| task.end == Some(end)).count();
         self.facts.seen.given_up = ended(End::GivenUp);
@@ -898,11 +903,11 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         whole_chunks: false,
         order: TakeOrder::Mixed,
         faults: 5,
-        lasting: 4,
+        setup_messages: 4,
         retries: 2,
         timeout: Some(Duration::from_secs(60)),
         limits: true,
-        ahead: 2,
+        prefetch: 2,
         jobs: 50,
         keep: Some(1_000_000),
         state: 10_000_000,

@@ -33,7 +33,7 @@ pub fn origin(task: TaskId, answer: bool) -> usize {
     (number as usize % 1_000_003 * 2 + usize::from(answer)) * 7_919 % 1_000_003
 }
 
-/// The payload with which the messages of these four tasks in a row may begin.
+/// The blob with which the messages of these four tasks in a row may begin.
 pub fn group(task: TaskId) -> TaskId {
     task / 4
 }
@@ -199,7 +199,7 @@ pub enum End {
     /// R did not want it any more.
     Cancelled,
     /// R took it back before it had started.
-    Recalled,
+    Revoked,
     /// It was lost, and the job engine gives its elements out again.
     Settled,
 }
@@ -221,13 +221,13 @@ pub struct Task {
     /// What it does lasts.
     pub effect: Option<Effect>,
     /// It may be sent while another runs.
-    pub ahead: bool,
+    pub prefetch: bool,
     /// How long it may take by its own limit, and in all.
     pub own_limit: Option<Duration>,
     pub limit: Option<Duration>,
     /// R has asked to have it back, and got it.
     pub asked_back: bool,
-    pub recalled: bool,
+    pub revoked: bool,
     /// All of it was submitted.
     pub complete: bool,
     /// The scheduler has it and has not said how it ended.
@@ -236,7 +236,7 @@ pub struct Task {
     /// This try has started.
     pub started: bool,
     /// How often the scheduler said that it was lost, and how often R was told.
-    pub losses: usize,
+    pub failures: usize,
     pub told: usize,
     pub attempts: Attempts<()>,
     /// The random number generator's state at its first start, and how many of them the head had
@@ -271,16 +271,16 @@ impl Task {
             manners: Manners::Stop,
             draws: Draws::Nothing,
             effect: None,
-            ahead: false,
+            prefetch: false,
             own_limit: None,
             limit: None,
             asked_back: false,
-            recalled: false,
+            revoked: false,
             complete: false,
             open: false,
             starts: 0,
             started: false,
-            losses: 0,
+            failures: 0,
             told: 0,
             attempts: Attempts::default(),
             began_with: None,
@@ -294,7 +294,7 @@ impl Task {
         }
     }
 
-    pub fn is_moved(&self) -> bool {
+    pub fn is_reassigned(&self) -> bool {
         self.owner != self.place
     }
 }
@@ -305,18 +305,18 @@ pub struct Place {
     pub effects: Vec<Effect>,
     pub seed: Bytes,
     /// What the head has been told of its random number generator.
-    pub told_seeds: Vec<Bytes>,
+    pub reported_seeds: Vec<Bytes>,
     /// Tasks that R gave to it start in order.
     pub last_started: TaskId,
     /// R knows that there will be no more workers.
-    pub gone: bool,
+    pub termination: bool,
     /// Its agent is to make one again after a pause.
     pub waits: bool,
     /// Some worker was ready, and how many in a row have ended since before they could do tasks.
     pub came_up: bool,
     pub setbacks: u32,
     /// Tasks of others have been given to it.
-    pub stands_in: bool,
+    pub is_substitute: bool,
     /// Its state is held.
     pub kept: bool,
     /// The task that the head has sent there and that has not ended for the head, and the one that it
@@ -332,13 +332,13 @@ impl Place {
         Place {
             effects: Vec::new(),
             seed: Bytes::new(),
-            told_seeds: vec![Bytes::new()],
+            reported_seeds: vec![Bytes::new()],
             last_started: 0,
-            gone: false,
+            termination: false,
             waits: false,
             came_up: false,
             setbacks: 0,
-            stands_in: false,
+            is_substitute: false,
             kept: true,
             current: None,
             next: None,
@@ -374,23 +374,23 @@ pub struct Seen {
     pub replaced: usize,
     pub killed: usize,
     pub restored: usize,
-    pub not_kept: usize,
+    pub not_logged: usize,
     /// Answered tasks that began with another worker's random numbers.
-    pub guests: usize,
+    pub reassigned: usize,
     pub left_out: usize,
     /// Answers that came in shared memory.
     pub in_memory: usize,
     /// Times that a result waited on its host.
-    pub starved: usize,
-    /// Tasks that were sent ahead; of those, ones that were sent again since their worker was lost,
+    pub blocked: usize,
+    /// Tasks that were prefetched; of those, ones that were sent again since their worker was lost,
     /// and ones that were dropped before they started.
-    pub ahead: usize,
+    pub prefetch: usize,
     pub put_back: usize,
     pub dropped: usize,
     /// Tasks that R got back, and ones that it asked for in vain.
-    pub recalled: usize,
+    pub revoked: usize,
     pub in_vain: usize,
-    /// Messages that began with a payload, and of those ones that restored a worker; payloads that
+    /// Messages that began with a blob, and of those ones that restored a worker; blobs that
     /// were not completed.
     pub shared: usize,
     pub shared_again: usize,
@@ -399,14 +399,14 @@ pub struct Seen {
     pub jobs: usize,
     pub done: usize,
     pub elements: usize,
-    /// Messages with several elements, ones that were sent ahead, and ones of which a part came back.
+    /// Messages with several elements, ones that were prefetched, and ones of which a part came back.
     pub together: usize,
     pub prefetched: usize,
     pub come_back: usize,
     /// Messages that were lost, took too long or could not be read.
     pub settled: usize,
-    /// Payloads that were sent once more.
-    pub payloads_again: usize,
+    /// Blobs that were sent once more.
+    pub blobs_again: usize,
 }
 
 impl Seen {
@@ -423,15 +423,15 @@ impl Seen {
             self.replaced,
             self.killed,
             self.restored,
-            self.not_kept,
-            self.guests,
+            self.not_logged,
+            self.reassigned,
             self.left_out,
             self.in_memory,
-            self.starved,
-            self.ahead,
+            self.blocked,
+            self.prefetch,
             self.put_back,
             self.dropped,
-            self.recalled,
+            self.revoked,
             self.in_vain,
             self.shared,
             self.shared_again,
@@ -443,7 +443,7 @@ impl Seen {
             self.prefetched,
             self.come_back,
             self.settled,
-            self.payloads_again,
+            self.blobs_again,
         ]
     }
 
@@ -461,15 +461,15 @@ impl Seen {
             &mut self.replaced,
             &mut self.killed,
             &mut self.restored,
-            &mut self.not_kept,
-            &mut self.guests,
+            &mut self.not_logged,
+            &mut self.reassigned,
             &mut self.left_out,
             &mut self.in_memory,
-            &mut self.starved,
-            &mut self.ahead,
+            &mut self.blocked,
+            &mut self.prefetch,
             &mut self.put_back,
             &mut self.dropped,
-            &mut self.recalled,
+            &mut self.revoked,
             &mut self.in_vain,
             &mut self.shared,
             &mut self.shared_again,
@@ -481,7 +481,7 @@ impl Seen {
             &mut self.prefetched,
             &mut self.come_back,
             &mut self.settled,
-            &mut self.payloads_again,
+            &mut self.blobs_again,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

@@ -4,18 +4,18 @@
 use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
-use rustcluster_core::head::hub::{Answer, Begun, Turn};
+use rustcluster_core::head::hub::{Answer, StartedTask, Turn};
 use rustcluster_core::head::retry::{Policy, Verdict};
-use rustcluster_core::head::scheduler::events::{Gone, Note, Outcome, Want};
+use rustcluster_core::head::scheduler::events::{Demand, Note, Outcome, Termination};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
 use rustcluster_core::protocol::frame::MAX_BODY;
-use rustcluster_core::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
 use std::time::Duration;
 
 /// Messages that last are shorter.
-const LARGEST_LASTING: usize = 300_000;
+const LARGEST_SETUP_CALL: usize = 300_000;
 
 /// The message of a task that is being written.
 pub struct Message {
@@ -27,9 +27,9 @@ pub struct Message {
     again: bool,
 }
 
-/// A payload that R has made.
+/// A blob that R has made.
 pub struct Made {
-    pub id: PayloadId,
+    pub id: BlobId,
     /// The tasks whose messages may begin with it.
     group: TaskId,
     len: usize,
@@ -41,7 +41,7 @@ pub enum Ready {
     Answer,
     TimedOut,
     GivenUp,
-    Recalled,
+    Revoked,
     Lost,
 }
 
@@ -52,7 +52,7 @@ impl Ready {
             Answer::Ready { task, .. } => (*task, Ready::Answer),
             Answer::TimedOut { task, .. } => (*task, Ready::TimedOut),
             Answer::GivenUp { task, .. } => (*task, Ready::GivenUp),
-            Answer::Recalled { task, .. } => (*task, Ready::Recalled),
+            Answer::Revoked { task, .. } => (*task, Ready::Revoked),
             Answer::Lost { task, .. } => (*task, Ready::Lost),
             Answer::Pending | Answer::NothingSent => return None,
         })
@@ -105,33 +105,33 @@ impl Sim {
         let own = limits[self.rng.random_range(0..limits.len())].map(Duration::from_millis);
         let own = own.filter(|_| faults && self.setup.limits);
         let mut effect = None;
-        if self.rng.random_ratio(1, self.setup.lasting) {
-            len = len.clamp(1, LARGEST_LASTING);
-            let lasting = Effect::of_task(id, len);
-            draws = lasting.draws();
-            effect = Some(lasting);
+        if self.rng.random_ratio(1, self.setup.setup_messages) {
+            len = len.clamp(1, LARGEST_SETUP_CALL);
+            let setup_messages = Effect::of_task(id, len);
+            draws = setup_messages.draws();
+            effect = Some(setup_messages);
         }
-        let ahead = self.setup.ahead > 0 && self.rng.random_ratio(1, self.setup.ahead);
+        let prefetch = self.setup.prefetch > 0 && self.rng.random_ratio(1, self.setup.prefetch);
         let made = self.share(id, owner, len);
-        let turn = if ahead { Turn::Ahead } else { Turn::Last };
-        let lasts = effect.map(|effect| effect.name());
-        let payload = made.map(|made| made.0);
-        let begun = self.hub.begin(owner, job, lasts, turn, |_| payload);
-        if begun.is_ok() {
+        let turn = if prefetch { Turn::Prefetch } else { Turn::Last };
+        let setup_call = effect.map(|effect| effect.name());
+        let blob = made.map(|made| made.0);
+        let started = self.hub.begin(owner, job, setup_call, turn, |_| blob);
+        if started.is_ok() {
             self.withdraw_stale(owner, job);
         }
         self.notes();
-        let Ok(begun) = begun else {
+        let Ok(started) = started else {
             // R says so to whoever wanted it.
-            assert!(self.is_gone(owner), "nobody is gone");
+            assert!(self.is_terminated(owner), "nobody is gone");
             return;
         };
-        assert_eq!(begun.task, id);
+        assert_eq!(started.task, id);
         self.hub.limit_time(own);
-        self.check_place(owner, begun, effect.is_some());
+        self.check_place(owner, started, effect.is_some());
         self.facts.tasks.push(Task {
             owner,
-            place: begun.place,
+            place: started.assigned,
             job,
             len,
             answer_len,
@@ -144,30 +144,30 @@ impl Sim {
             },
             draws,
             effect,
-            ahead,
+            prefetch,
             own_limit: own,
             limit: own.into_iter().chain(self.setup.timeout).min(),
             ..Task::new(id)
         });
-        self.write(id, begun, made, false);
+        self.write(id, started, made, false);
     }
 
     /// Only if R knows that a worker is gone, or another is at its tasks, another gets a task.
-    pub fn check_place(&self, owner: Rank, begun: Begun, lasts: bool) {
-        let place = &self.facts.places[begun.place as usize];
+    pub fn check_place(&self, owner: Rank, started: StartedTask, setup_call: bool) {
+        let place = &self.facts.places[started.assigned as usize];
         assert!(
-            !place.gone,
+            !place.termination,
             "given to worker {}, which is gone",
-            begun.place
+            started.assigned
         );
-        if begun.place == owner {
+        if started.assigned == owner {
             return;
         }
-        assert!(!lasts, "what lasts is given to another");
-        let is_guest = |&&id: &&TaskId| self.facts.tasks[id as usize].place == begun.place;
-        let guests = self.outstanding[owner as usize].iter().find(is_guest);
+        assert!(!setup_call, "what lasts is given to another");
+        let is_guest = |&&id: &&TaskId| self.facts.tasks[id as usize].place == started.assigned;
+        let reassigned = self.outstanding[owner as usize].iter().find(is_guest);
         assert!(
-            self.is_gone(owner) || guests.is_some(),
+            self.is_terminated(owner) || reassigned.is_some(),
             "worker {owner} lives"
         );
     }
@@ -185,17 +185,23 @@ impl Sim {
     }
 
     /// Begins to write a message. `before`: it has been outstanding before.
-    fn write(&mut self, id: TaskId, begun: Begun, made: Option<(PayloadId, usize)>, before: bool) {
+    fn write(
+        &mut self,
+        id: TaskId,
+        started: StartedTask,
+        made: Option<(BlobId, usize)>,
+        before: bool,
+    ) {
         let task = &mut self.facts.tasks[id as usize];
-        task.place = begun.place;
+        task.place = started.assigned;
         task.complete = false;
         task.started = false;
         task.left = None;
         if !before {
-            task.since = self.facts.places[task.owner as usize].told_seeds.len() - 1;
+            task.since = self.facts.places[task.owner as usize].reported_seeds.len() - 1;
         }
-        self.facts.places[task.place as usize].stands_in |= task.is_moved();
-        let sent = made.filter(|_| begun.shared).map_or(0, |made| made.1);
+        self.facts.places[task.place as usize].is_substitute |= task.is_reassigned();
+        let sent = made.filter(|_| started.has_blob).map_or(0, |made| made.1);
         self.writing = Some(Message {
             task: id,
             sent,
@@ -204,12 +210,12 @@ impl Sim {
         });
     }
 
-    /// What a message may begin with: a payload's number and its length.
-    fn share(&mut self, task: TaskId, place: Rank, len: usize) -> Option<(PayloadId, usize)> {
+    /// What a message may begin with: a blob's number and its length.
+    fn share(&mut self, task: TaskId, place: Rank, len: usize) -> Option<(BlobId, usize)> {
         if self.rng.random_ratio(1, 30) && !self.made.is_empty() {
             let at = self.rng.random_range(0..self.made.len());
             let made = self.made.swap_remove(at);
-            self.hub.drop_payload(made.id);
+            self.hub.drop_blob(made.id);
             self.notes();
         }
         if self.rng.random_ratio(1, 3) {
@@ -217,7 +223,7 @@ impl Sim {
         }
         let group = group(task);
         let fits = |made: &&Made| made.group == group && made.len <= len;
-        let usable = |made: &&Made| self.hub.has_payload(place, made.id);
+        let usable = |made: &&Made| self.hub.has_blob(place, made.id);
         let made = self.made.iter().filter(fits).find(usable);
         if let Some(made) = made {
             return Some((made.id, made.len));
@@ -227,7 +233,7 @@ impl Sim {
             0 => len,
             _ => self.rng.random_range(0..=len),
         };
-        let id = self.hub.begin_payload(&ranks, false);
+        let id = self.hub.begin_blob(&ranks, false);
         let gives_up = self.rng.random_ratio(1, 10);
         let mut at = 0;
         loop {
@@ -237,7 +243,7 @@ impl Sim {
                 self.hub.abandon();
                 self.facts.seen.aborted += 1;
                 self.notes();
-                assert!(!self.hub.has_payload(place, id));
+                assert!(!self.hub.has_blob(place, id));
                 return None;
             }
             self.hub.write_chunk(self.chunk(task, at, n), last);
@@ -250,7 +256,7 @@ impl Sim {
                 self.flush(host, 100_000);
             }
         }
-        let has = self.hub.has_payload(place, id);
+        let has = self.hub.has_blob(place, id);
         self.made.push(Made {
             id,
             group,
@@ -360,7 +366,7 @@ impl Sim {
     }
 
     /// R wants to give one of its tasks to another worker, if it has not started.
-    pub fn recall(&mut self) {
+    pub fn revoke(&mut self) {
         let owner = self.rng.random_range(0..self.setup.workers);
         let tasks = &self.outstanding[owner];
         if tasks.is_empty() {
@@ -372,7 +378,7 @@ impl Sim {
         }
         let task = &mut self.facts.tasks[id as usize];
         task.asked_back = true;
-        self.hub.recall(id);
+        self.hub.revoke(id);
         self.notes();
     }
 
@@ -434,58 +440,58 @@ impl Sim {
             Ready::Answer => self.end(id, End::Answer),
             Ready::TimedOut => self.end(id, End::TimedOut),
             Ready::GivenUp => self.end(id, End::GivenUp),
-            Ready::Recalled => self.end(id, End::Recalled),
+            Ready::Revoked => self.end(id, End::Revoked),
             Ready::Lost => {
-                let Answer::Lost { gone, .. } = &answer else {
+                let Answer::Lost { termination, .. } = &answer else {
                     panic!("{answer:?}");
                 };
                 self.resume = Some(waiting);
-                self.decide(id, gone);
+                self.decide(id, termination);
             }
         }
         self.notes();
     }
 
     /// What becomes of a task that was lost.
-    fn decide(&mut self, id: TaskId, gone: &Gone) {
+    fn decide(&mut self, id: TaskId, termination: &Termination) {
         // A message that was being written is finished before R waits.
         assert!(self.writing.is_none());
         let task = &mut self.facts.tasks[id as usize];
         task.told += 1;
-        assert_eq!(task.told, task.losses);
+        assert_eq!(task.told, task.failures);
         let policy = Policy::new(self.facts.retries);
-        let verdict = task.attempts.verdict(policy, gone);
+        let verdict = task.attempts.verdict(policy, termination);
         if verdict == Verdict::Raise {
             self.fail(id);
             return;
         }
         task.attempts.record(());
         let (owner, before, len, own) = (task.owner, task.place, task.len, task.own_limit);
-        let lasts = task.effect.map(|effect| effect.name());
+        let setup_call = task.effect.map(|effect| effect.name());
         if verdict == Verdict::GiveUp {
             self.ready.push_back((id, 0, Ready::GivenUp));
             self.hub.give_up(id);
             return;
         }
         let made = self.share(id, before, len);
-        let payload = made.map(|made| made.0);
-        let begun = match self.hub.try_again(owner, id, lasts, |_| payload) {
-            Ok(begun) => begun,
+        let blob = made.map(|made| made.0);
+        let started = match self.hub.try_again(owner, id, setup_call, |_| blob) {
+            Ok(started) => started,
             Err((place, _)) => {
-                assert!(place == before && self.is_gone(before));
+                assert!(place == before && self.is_terminated(before));
                 self.fail(id);
                 return;
             }
         };
-        assert_eq!(begun.task, id);
+        assert_eq!(started.task, id);
         self.hub.limit_time(own);
-        if begun.place == before {
+        if started.assigned == before {
             self.facts.seen.again += 1;
         } else {
-            self.check_place(before, begun, lasts.is_some());
+            self.check_place(before, started, setup_call.is_some());
             self.facts.seen.moved += 1;
         }
-        self.write(id, begun, made, true);
+        self.write(id, started, made, true);
     }
 
     /// Nobody can take a lost task: its verb ends with an error.
@@ -502,16 +508,17 @@ impl Sim {
 
     pub fn wait_for(&mut self, waiting: Option<Waiting>) {
         self.waiting = waiting;
-        let want = match waiting {
-            None => Want::Nothing,
-            Some(Waiting::Any) => Want::AnyOf((0..self.facts.places.len() as Rank).collect()),
+        let demand = match waiting {
+            None => Demand::Nothing,
+            Some(Waiting::Any) => Demand::AnyOf((0..self.facts.places.len() as Rank).collect()),
             Some(Waiting::For(owner)) => {
                 let front = self.outstanding[owner as usize].front();
                 let place = front.map(|&task| self.facts.tasks[task as usize].place);
-                Want::Rank(place.unwrap_or(owner))
+                Demand::Rank(place.unwrap_or(owner))
             }
         };
-        self.hub.with_scheduler(|scheduler| scheduler.want(want));
+        self.hub
+            .with_scheduler(|scheduler| scheduler.demand(demand));
     }
 
     /// R comes to wait for an answer.
@@ -565,20 +572,20 @@ impl Sim {
                     let just_lost = lost.take() == Some(rank);
                     self.done(rank, task, job, outcome, just_lost);
                 }
-                Note::Gone { rank, gone } => {
+                Note::Terminated { rank, termination } => {
                     let place = &mut self.facts.places[rank as usize];
                     // Once; or it is stopped when its host is lost, and does not come back with that; or
                     // its agent, which was to make it again after a pause, is lost or does not do so.
-                    let again = std::mem::replace(&mut place.gone, true);
-                    let waited = std::mem::replace(&mut place.waits, gone.is_tried_again());
-                    let ends_waiting = waited && matches!(*gone, Gone::Host(_));
-                    assert!(!again || matches!(*gone, Gone::Stopped) || ends_waiting);
+                    let again = std::mem::replace(&mut place.termination, true);
+                    let waited = std::mem::replace(&mut place.waits, termination.is_tried_again());
+                    let ends_waiting = waited && matches!(*termination, Termination::Host(_));
+                    assert!(!again || matches!(*termination, Termination::Stopped) || ends_waiting);
                     (place.current, place.next) = (None, None);
                     self.arriving.remove(&rank);
                 }
                 Note::Lost { rank, task, .. } => {
                     let place = &mut self.facts.places[rank as usize];
-                    assert!(!place.gone);
+                    assert!(!place.termination);
                     assert_eq!(lost, None, "the loss of a task is not told");
                     lost = task.then_some(rank);
                     place.current = None;
@@ -586,10 +593,10 @@ impl Sim {
                     self.facts.seen.put_back += usize::from(place.next_when_lost.is_some());
                     self.arriving.remove(&rank);
                 }
-                Note::Up { rank, .. } => assert!(!self.facts.places[rank as usize].gone),
+                Note::Up { rank, .. } => assert!(!self.facts.places[rank as usize].termination),
                 Note::Replaced { rank, killed, .. } => {
                     let place = &mut self.facts.places[rank as usize];
-                    assert!(!place.gone);
+                    assert!(!place.termination);
                     assert!(killed.is_some() || place.current.is_none());
                     place.current = None;
                     let next = place.next.take();
@@ -597,14 +604,14 @@ impl Sim {
                     self.facts.seen.killed += usize::from(killed.is_some());
                     self.facts.seen.replaced += usize::from(killed.is_none());
                 }
-                Note::StateNotKept { rank } => {
+                Note::StateNotLogged { rank } => {
                     assert!(!self.facts.places[rank as usize].kept);
-                    self.facts.seen.not_kept += 1;
+                    self.facts.seen.not_logged += 1;
                 }
                 Note::LeftOut { agent, .. } => {
                     let ranks = &self.hosts[agent].ranks;
-                    let gone = |&rank: &Rank| self.facts.places[rank as usize].gone;
-                    assert!(ranks.iter().all(gone));
+                    let termination = |&rank: &Rank| self.facts.places[rank as usize].termination;
+                    assert!(ranks.iter().all(termination));
                     self.facts.seen.left_out += 1;
                 }
                 Note::Ended { .. } => {}
@@ -613,7 +620,7 @@ impl Sim {
                 | Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Dump { .. }
-                | Note::Aside { .. }
+                | Note::ProgressEvent { .. }
                 | Note::LeftBehind { .. }
                 | Note::Failed { .. }
                 | Note::StartFailed { .. } => {
@@ -624,8 +631,10 @@ impl Sim {
         assert_eq!(lost, None, "the loss of a task is not told");
         self.take();
         self.check_buffered();
-        let starving = self.hub.with_scheduler(|scheduler| scheduler.is_starving());
-        self.facts.seen.starved += usize::from(starving);
+        let blocked = self
+            .hub
+            .with_scheduler(|scheduler| scheduler.is_blocked_on_credit());
+        self.facts.seen.blocked += usize::from(blocked);
     }
 
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
@@ -635,47 +644,50 @@ impl Sim {
         task.open = false;
         assert_eq!((task.place, task.job), (rank, job));
         let wanted = task.end.is_none();
-        let lasts = place.effects.iter().any(|effect| effect.task == id);
+        let setup_call = place.effects.iter().any(|effect| effect.task == id);
         let (ready, held) = match outcome {
             Outcome::Answer(body) => {
                 assert!(wanted, "an answer to withdrawn task {id}");
                 assert!(task.complete && !task.stuck && !task.poison);
                 assert!(task.started);
-                assert_eq!(lasts, task.effect.is_some(), "task {id} does not last");
+                assert_eq!(setup_call, task.effect.is_some(), "task {id} does not last");
                 assert_eq!(self.arriving.remove(&rank), Some((id, body.len)));
                 check_answer(id, task.answer_len, &body);
                 self.facts.seen.answers += 1;
                 self.facts.seen.in_vain += usize::from(task.asked_back);
-                self.facts.seen.guests += usize::from(task.is_moved() && !task.draws.is_nothing());
+                self.facts.seen.reassigned +=
+                    usize::from(task.is_reassigned() && !task.draws.is_nothing());
                 (Ready::Answer, body.len)
             }
-            Outcome::Lost(gone) => {
+            Outcome::Lost(termination) => {
                 assert!(wanted);
-                assert!(place.gone || just_lost, "lost to a living worker");
-                assert!(!matches!(*gone, Gone::Worker(ref loss) if loss.tail != "killed"));
+                assert!(place.termination || just_lost, "lost to a living worker");
                 assert!(
-                    place.gone || place.next_when_lost != Some(id),
+                    !matches!(*termination, Termination::Worker(ref failure) if failure.tail != "killed")
+                );
+                assert!(
+                    place.termination || place.next_when_lost != Some(id),
                     "task {id} is lost before its turn"
                 );
                 // With a host the last answers may be lost on their way.
-                assert!(!lasts || place.gone, "lost task {id} lasts");
-                task.losses += 1;
+                assert!(!setup_call || place.termination, "lost task {id} lasts");
+                task.failures += 1;
                 self.facts.seen.lost += 1;
                 (Ready::Lost, 0)
             }
             Outcome::TimedOut => {
                 assert!(wanted && task.limit.is_some());
-                assert!(!lasts);
+                assert!(!setup_call);
                 self.arriving.remove(&rank);
                 self.facts.seen.timed_out += 1;
                 (Ready::TimedOut, 0)
             }
-            Outcome::Recalled => {
+            Outcome::Revoked => {
                 assert!(wanted && task.asked_back);
                 assert!(!task.started, "task {id} is recalled and has started");
-                task.recalled = true;
-                self.facts.seen.recalled += 1;
-                (Ready::Recalled, 0)
+                task.revoked = true;
+                self.facts.seen.revoked += 1;
+                (Ready::Revoked, 0)
             }
             Outcome::Cancelled => {
                 assert_eq!(task.end, Some(End::Cancelled), "cancelled by nobody");
@@ -702,18 +714,18 @@ impl Sim {
             if len > RESULT_WINDOW {
                 large += len - RESULT_WINDOW;
                 let place = self.facts.tasks[task as usize].place;
-                others += usize::from(self.facts.places[place as usize].stands_in);
+                others += usize::from(self.facts.places[place as usize].is_substitute);
             }
         }
         let buffered = self.hub.with_scheduler(|scheduler| scheduler.buffered());
         assert_eq!(buffered, all);
-        let ways = match self.setup.order {
+        let rtts = match self.setup.order {
             TakeOrder::Mixed => 2,
             // Jobs take them as they come.
             TakeOrder::ByRank if self.facts.seen.jobs > 0 => 2,
             _ => 1,
         };
-        let most = self.setup.limit + GRANT + (ways + others) * (LARGEST + GRANT);
+        let most = self.setup.limit + GRANT + (rtts + others) * (LARGEST + GRANT);
         if !self.setup.blocking {
             assert!(large <= most, "{large} bytes of large results, most {most}");
         }

@@ -7,9 +7,9 @@ use rand::rngs::StdRng;
 use rustcluster_core::agent::worker_table::{Now, REPLAY};
 use rustcluster_core::protocol::control::{self, WorkerReady};
 use rustcluster_core::protocol::frame::{
-    self, ABORT, FIRST, Frame, GUEST, Header, Kind, LAST, MAX_BODY, SHARED,
+    self, ABORT, BY_REFERENCE, FIRST, Frame, Header, Kind, LAST, MAX_BODY, REASSIGNED,
 };
-use rustcluster_core::protocol::ids::{PayloadId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, Rank, TaskId};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::VecDeque;
 use xxhash_rust::xxh3::Xxh3;
@@ -27,7 +27,7 @@ struct Running {
     task: TaskId,
     sent: usize,
     len: usize,
-    begun: bool,
+    started: bool,
     /// Nothing of it has been done yet.
     fresh: bool,
     /// Steps before the next chunk.
@@ -44,8 +44,8 @@ pub struct Worker {
     received: BytesMut,
     pub out: OutBuf,
     incoming: Option<Incoming>,
-    /// The last payload that it was given.
-    payload: Option<(PayloadId, Bytes)>,
+    /// The last blob that it was given.
+    blob: Option<(BlobId, Bytes)>,
     running: Option<Running>,
     /// What lasts on it.
     pub effects: Vec<Effect>,
@@ -103,7 +103,7 @@ impl Process {
                 received: BytesMut::new(),
                 out,
                 incoming: None,
-                payload: None,
+                blob: None,
                 running: None,
                 effects: Vec::new(),
                 seed: Bytes::new(),
@@ -130,7 +130,7 @@ impl Process {
         streams && buffers && at_rest
     }
 
-    /// One step of the simulated worker. Returns whether anything moved. `cursed`: it ends when it
+    /// One step of the simulated worker. Returns whether anything moved. `faulty`: it ends when it
     /// starts a task.
     pub fn run(
         &mut self,
@@ -138,7 +138,7 @@ impl Process {
         facts: &mut Facts,
         rank: Rank,
         (most, calm, whole): (usize, bool, bool),
-        cursed: bool,
+        faulty: bool,
     ) -> u64 {
         let worker = &mut self.worker;
         let most = if worker.slow > 0 && !calm {
@@ -151,7 +151,7 @@ impl Process {
         let mut moved = self.down.read(&mut worker.received, most) as u64;
         while let Some(frame) = frame::decode(&mut worker.received).expect("a frame") {
             let lethal = worker.on_frame(frame, &mut self.along, rng, facts, rank);
-            if lethal || cursed && worker.is_at_a_task() {
+            if lethal || faulty && worker.is_at_a_task() {
                 self.dead = true;
                 return moved + 1;
             }
@@ -200,10 +200,10 @@ impl Worker {
                         self.answer(rng, facts, rank, (true, true));
                     }
                 }
-                let body = match flags & SHARED {
+                let body = match flags & BY_REFERENCE {
                     0 => frame.body,
                     _ => {
-                        let (id, bytes) = self.payload.as_ref().expect("a payload");
+                        let (id, bytes) = self.blob.as_ref().expect("a payload");
                         assert_eq!(Some(*id), frame.number());
                         facts.seen.shared += usize::from(!again);
                         facts.seen.shared_again += usize::from(again);
@@ -215,17 +215,19 @@ impl Worker {
                     return self.start(rng, facts, rank);
                 }
             }
-            Kind::Payload => {
-                self.payload = None;
-                let bytes = match flags & SHARED {
+            Kind::Blob => {
+                self.blob = None;
+                let bytes = match flags & BY_REFERENCE {
                     0 => frame.body,
                     _ => along.pop_front().expect("memory"),
                 };
                 if flags & ABORT == 0 {
-                    self.payload = Some((task, bytes));
+                    self.blob = Some((task, bytes));
                 }
             }
-            Kind::Seed => self.seeds_before.push((frame.body, flags & GUEST != 0)),
+            Kind::Seed => self
+                .seeds_before
+                .push((frame.body, flags & REASSIGNED != 0)),
             Kind::Cancel => self.on_cancel(task, rng),
             kind => panic!("a worker got {kind:?}"),
         }
@@ -236,11 +238,11 @@ impl Worker {
         let again = task & REPLAY != 0;
         if flags & FIRST != 0 {
             assert!(self.incoming.is_none(), "a message within a message");
-            let lasts = again || facts.tasks[task as usize].effect.is_some();
+            let setup_call = again || facts.tasks[task as usize].effect.is_some();
             self.incoming = Some(Incoming {
                 task,
                 at: 0,
-                hasher: lasts.then(Box::default),
+                hasher: setup_call.then(Box::default),
             });
         }
         let incoming = self.incoming.as_mut().expect("a chunk of no task");
@@ -263,9 +265,9 @@ impl Worker {
     fn start(&mut self, rng: &mut StdRng, facts: &mut Facts, rank: Rank) -> bool {
         let Incoming { task, at, hasher } = self.incoming.take().expect("a message");
         let effect = hasher.map(|hasher| Effect::of(task, &hasher));
-        for (seed, guest) in std::mem::take(&mut self.seeds_before) {
+        for (seed, reassigned) in std::mem::take(&mut self.seeds_before) {
             let before = std::mem::replace(&mut self.seed, seed);
-            if guest {
+            if reassigned {
                 self.own.get_or_insert(before);
             }
         }
@@ -273,7 +275,7 @@ impl Worker {
             task,
             sent: 0,
             len: 0,
-            begun: false,
+            started: false,
             fresh: true,
             pause: rng.random_range(0..4),
             restart_at: None,
@@ -304,22 +306,25 @@ impl Worker {
 
     /// Whether this worker is what the task must find.
     fn check_start(&self, id: TaskId, facts: &mut Facts, rank: Rank) {
-        if facts.places[rank as usize].gone {
+        if facts.places[rank as usize].termination {
             // It was stopped or given up, and has not heard of that. The task may be elsewhere by now.
             return;
         }
         let owner = facts.tasks[id as usize].owner;
-        let told_seeds = facts.places[owner as usize].told_seeds.clone();
+        let reported_seeds = facts.places[owner as usize].reported_seeds.clone();
         let place = &mut facts.places[rank as usize];
         let task = &mut facts.tasks[id as usize];
         assert_eq!(task.place, rank);
         assert!(task.complete);
-        assert!(!task.recalled, "recalled task {id} starts");
+        assert!(!task.revoked, "recalled task {id} starts");
         assert!(
-            task.starts <= task.losses,
+            task.starts <= task.failures,
             "task {id} starts once too often"
         );
-        assert!(task.losses <= facts.retries, "task {id} is tried too often");
+        assert!(
+            task.failures <= facts.retries,
+            "task {id} is tried too often"
+        );
         task.starts += 1;
         assert!(!std::mem::replace(&mut task.started, true), "started twice");
         assert_eq!(
@@ -334,12 +339,12 @@ impl Worker {
             &place.seed,
             "worker {rank}'s random numbers at task {id}"
         );
-        if task.is_moved() {
+        if task.is_reassigned() {
             assert!(
                 self.own.is_some(),
                 "moved task {id} uses its worker's random numbers"
             );
-            let known = &told_seeds[task.since..];
+            let known = &reported_seeds[task.since..];
             assert!(known.contains(&self.seed), "moved task {id}");
         } else {
             assert!(self.own.is_none());
@@ -348,16 +353,16 @@ impl Worker {
             place.last_started = turn;
         }
         match &task.began_with {
-            Some((seed, told)) if !task.is_moved() || *told == told_seeds.len() => {
-                // The first try may have been where it was not a guest.
-                let known = !task.is_moved() || told_seeds.last() == Some(seed);
+            Some((seed, told)) if !task.is_reassigned() || *told == reported_seeds.len() => {
+                // The first try may have been where it was not a reassigned task.
+                let known = !task.is_reassigned() || reported_seeds.last() == Some(seed);
                 assert!(
                     !known || *seed == self.seed,
                     "task {id} begins with other random numbers than at first"
                 );
             }
             Some(_) => {}
-            None => task.began_with = Some((self.seed.clone(), told_seeds.len())),
+            None => task.began_with = Some((self.seed.clone(), reported_seeds.len())),
         }
     }
 
@@ -380,7 +385,7 @@ impl Worker {
                     }
                     Manners::Restart => {
                         running.sent = 0;
-                        running.begun = false;
+                        running.started = false;
                         running.stuck = false;
                     }
                     Manners::Ignore => {}
@@ -413,19 +418,19 @@ impl Worker {
         if running.restart_at.is_some_and(|at| running.sent >= at) {
             running.restart_at = None;
             running.sent = 0;
-            running.begun = false;
+            running.started = false;
         }
         // Some of the large ones go through memory that is shared with the head.
-        let shared = !again && !running.begun && running.len > MAX_BODY && rng.random_ratio(1, 3);
+        let shared = !again && !running.started && running.len > MAX_BODY && rng.random_ratio(1, 3);
         let left = running.len - running.sent;
         let n = if whole {
             left.min(MAX_BODY)
         } else {
             rng.random_range(1..=MAX_BODY).min(left)
         };
-        let first = !std::mem::replace(&mut running.begun, true);
+        let first = !std::mem::replace(&mut running.started, true);
         let last = n == left || shared;
-        let kind = if shared { SHARED } else { 0 };
+        let kind = if shared { BY_REFERENCE } else { 0 };
         let flags = kind | if first { FIRST } else { 0 } | if last { LAST } else { 0 };
         let task = running.task;
         let body = match again {
@@ -438,10 +443,10 @@ impl Worker {
         if last {
             let after = running.draws.after(&self.seed, task, rng.random());
             if after != self.seed {
-                if !again && !facts.places[rank as usize].gone {
+                if !again && !facts.places[rank as usize].termination {
                     facts.tasks[task as usize].left = Some(after.clone());
                 }
-                let flags = if self.own.is_some() { GUEST } else { 0 };
+                let flags = if self.own.is_some() { REASSIGNED } else { 0 };
                 self.out
                     .push(&Frame::new(Kind::Seed, flags, 0, task, after.clone()));
             }

@@ -18,19 +18,19 @@ fn bytes(frames: &[Frame]) -> BytesMut {
     bytes
 }
 
-fn from_head(relay: &mut Relay, frame: Frame) -> Vec<Act> {
+fn from_head(router: &mut Router, frame: Frame) -> Vec<Act> {
     let mut acts = Vec::new();
     let now = Duration::ZERO;
-    relay
+    router
         .from_head(&mut bytes(&[frame]), now, &mut acts)
         .unwrap();
     acts
 }
 
-fn from_worker(relay: &mut Relay, frames: &[Frame]) -> Vec<Act> {
+fn from_worker(router: &mut Router, frames: &[Frame]) -> Vec<Act> {
     let mut acts = Vec::new();
     let now = Duration::ZERO;
-    relay
+    router
         .from_worker(0, &mut bytes(frames), now, &mut acts)
         .unwrap();
     acts
@@ -51,10 +51,10 @@ fn seed(flags: u8, task: u64, body: &'static [u8]) -> Frame {
 }
 
 /// One worker that is ready.
-fn up() -> Relay {
-    let mut relay = Relay::new(1, 0, 1 << 20);
-    relay.made(0, false, Duration::ZERO);
-    let acts = from_worker(&mut relay, &[ready()]);
+fn up() -> Router {
+    let mut router = Router::new(1, 0, 1 << 20);
+    router.made(0, false, Duration::ZERO);
+    let acts = from_worker(&mut router, &[ready()]);
     assert!(matches!(
         acts[..],
         [
@@ -65,7 +65,7 @@ fn up() -> Relay {
             }
         ]
     ));
-    relay
+    router
 }
 
 fn to_head(acts: &[Act]) -> Vec<&Frame> {
@@ -78,31 +78,31 @@ fn to_head(acts: &[Act]) -> Vec<&Frame> {
 
 #[test]
 fn a_seed_that_the_head_is_not_to_know_is_told_as_none() {
-    let mut relay = up();
-    from_head(&mut relay, data(1, b"task"));
+    let mut router = up();
+    from_head(&mut router, data(1, b"task"));
     let long = seed(0, 1, &[7; SEED_TO_HEAD + 1]);
-    let acts = from_worker(&mut relay, &[long, data(1, b"answer")]);
+    let acts = from_worker(&mut router, &[long, data(1, b"answer")]);
     let frames = to_head(&acts);
     assert_eq!(*frames[0], seed(0, 1, b""));
     assert_eq!(*frames[1], data(1, b"answer"));
-    let restore = relay.replay.restore(0);
+    let restore = router.setup_log.restore(0);
     assert_eq!(restore.seed.unwrap(), [7; SEED_TO_HEAD + 1][..]);
 }
 
 #[test]
 fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
-    let mut relay = up();
+    let mut router = up();
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
-    from_head(&mut relay, Frame::new(Kind::State, 0, 0, 1, name));
-    from_head(&mut relay, data(1, b"export"));
-    from_worker(&mut relay, &[seed(0, 1, b"seed"), data(1, b"done")]);
-    from_head(&mut relay, data(2, b"task"));
-    let guest = seed(GUEST, 2, b"guest");
-    from_worker(&mut relay, &[guest]);
-    let ending = relay.exited(0, true, Duration::ZERO);
+    from_head(&mut router, Frame::new(Kind::State, 0, 0, 1, name));
+    from_head(&mut router, data(1, b"export"));
+    from_worker(&mut router, &[seed(0, 1, b"seed"), data(1, b"done")]);
+    from_head(&mut router, data(2, b"task"));
+    let reassigned = seed(REASSIGNED, 2, b"guest");
+    from_worker(&mut router, &[reassigned]);
+    let ending = router.exited(0, true, Duration::ZERO);
     assert!(matches!(ending, Ending::Lost { replaced: true, .. }));
-    relay.made(0, true, Duration::ZERO);
-    let acts = from_worker(&mut relay, &[ready()]);
+    router.made(0, true, Duration::ZERO);
+    let acts = from_worker(&mut router, &[ready()]);
     let [Act::TempDir(..), Act::ToWorker(again), Act::ToWorker(seeds)] = &acts[..] else {
         panic!("{acts:?}");
     };
@@ -110,7 +110,7 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     assert_eq!(*seeds, seed(0, 0, b"seed"));
     // What it does meanwhile was told before.
     let done = [seed(0, REPLAY, b"other"), data(REPLAY, b"done")];
-    let acts = from_worker(&mut relay, &done);
+    let acts = from_worker(&mut router, &done);
     assert!(
         matches!(
             acts[..],
@@ -122,14 +122,14 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
         "{acts:?}"
     );
     // What was meant for the one before.
-    assert!(from_head(&mut relay, data(3, b"task")).is_empty());
-    let noted = control::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
-    from_head(&mut relay, noted);
-    assert_eq!(from_head(&mut relay, data(2, b"task")).len(), 1);
+    assert!(from_head(&mut router, data(3, b"task")).is_empty());
+    let acknowledged = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
+    from_head(&mut router, acknowledged);
+    assert_eq!(from_head(&mut router, data(2, b"task")).len(), 1);
 }
 
-fn control(relay: &mut Relay, message: &ToAgent) -> Vec<Act> {
-    from_head(relay, control::encode(message).unwrap())
+fn control(router: &mut Router, message: &ToAgent) -> Vec<Act> {
+    from_head(router, control::encode(message).unwrap())
 }
 
 fn to_worker(acts: &[Act]) -> Vec<&Frame> {
@@ -145,143 +145,145 @@ fn dropped(task: u64) -> Frame {
 }
 
 #[test]
-fn a_task_ahead_waits_for_the_end_of_the_one_before() {
-    let mut relay = up();
-    from_head(&mut relay, data(1, b"task"));
-    let guest = seed(GUEST, 2, b"guest");
+fn a_prefetched_task_waits_for_the_end_of_the_one_before() {
+    let mut router = up();
+    from_head(&mut router, data(1, b"task"));
+    let reassigned = seed(REASSIGNED, 2, b"guest");
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
     let state = Frame::new(Kind::State, 0, 0, 2, name);
-    for frame in [guest.clone(), state, data(2, b"next")] {
-        assert!(from_head(&mut relay, frame).is_empty());
+    for frame in [reassigned.clone(), state, data(2, b"next")] {
+        assert!(from_head(&mut router, frame).is_empty());
     }
-    assert_eq!(relay.book.task(0), Some(1));
+    assert_eq!(router.worker_table.task(0), Some(1));
     let part = Frame::new(Kind::Data, FIRST, 0, 1, Bytes::from_static(b"part"));
-    assert!(to_worker(&from_worker(&mut relay, &[part])).is_empty());
+    assert!(to_worker(&from_worker(&mut router, &[part])).is_empty());
     let rest = Frame::new(Kind::Data, LAST, 0, 1, Bytes::from_static(b"rest"));
-    let acts = from_worker(&mut relay, std::slice::from_ref(&rest));
+    let acts = from_worker(&mut router, std::slice::from_ref(&rest));
     assert_eq!(to_head(&acts), [&rest]);
-    assert_eq!(to_worker(&acts), [&guest, &data(2, b"next")]);
-    assert_eq!(relay.book.task(0), Some(2));
+    assert_eq!(to_worker(&acts), [&reassigned, &data(2, b"next")]);
+    assert_eq!(router.worker_table.task(0), Some(2));
     // What lasts is the second.
-    from_worker(&mut relay, &[data(2, b"done")]);
-    let again = relay.replay.restore(0).messages;
+    from_worker(&mut router, &[data(2, b"done")]);
+    let again = router.setup_log.restore(0).messages;
     assert_eq!(again.len(), 1);
     assert_eq!(again[0].pieces, [&b"next"[..]]);
 }
 
 #[test]
-fn a_task_ahead_is_dropped_unless_it_has_started() {
+fn a_prefetched_task_is_dropped_unless_it_has_started() {
     let cancel = |task| ToAgent::Cancel { worker: 0, task };
-    let recall = |task| ToAgent::Recall { worker: 0, task };
-    for message in [cancel(2), recall(2)] {
-        let mut relay = up();
-        from_head(&mut relay, data(1, b"task"));
-        from_head(&mut relay, data(2, b"next"));
-        let acts = control(&mut relay, &message);
+    let revoke = |task| ToAgent::Revoke { worker: 0, task };
+    for message in [cancel(2), revoke(2)] {
+        let mut router = up();
+        from_head(&mut router, data(1, b"task"));
+        from_head(&mut router, data(2, b"next"));
+        let acts = control(&mut router, &message);
         assert!(matches!(&acts[..], [Act::ToHead(frame)] if *frame == dropped(2)));
-        assert!(control(&mut relay, &message).is_empty());
-        let acts = from_worker(&mut relay, &[data(1, b"answer")]);
+        assert!(control(&mut router, &message).is_empty());
+        let acts = from_worker(&mut router, &[data(1, b"answer")]);
         assert!(to_worker(&acts).is_empty());
-        assert_eq!(relay.book.task(0), None);
+        assert_eq!(router.worker_table.task(0), None);
     }
-    let mut relay = up();
-    from_head(&mut relay, data(1, b"task"));
-    from_head(&mut relay, data(2, b"next"));
-    from_worker(&mut relay, &[data(1, b"answer")]);
-    assert!(control(&mut relay, &recall(2)).is_empty());
-    let acts = control(&mut relay, &cancel(2));
+    let mut router = up();
+    from_head(&mut router, data(1, b"task"));
+    from_head(&mut router, data(2, b"next"));
+    from_worker(&mut router, &[data(1, b"answer")]);
+    assert!(control(&mut router, &revoke(2)).is_empty());
+    let acts = control(&mut router, &cancel(2));
     assert!(matches!(acts[0], Act::Interrupt { worker: 0, task: 2 }));
     // Of a message that has not wholly come, its abort is the end.
     let part = |task| Frame::new(Kind::Data, FIRST, 0, task, Bytes::from_static(b"part"));
-    from_head(&mut relay, part(3));
-    assert!(control(&mut relay, &recall(3)).is_empty());
-    assert!(from_head(&mut relay, dropped(3)).is_empty());
-    from_head(&mut relay, part(4));
-    let acts = from_worker(&mut relay, &[data(2, b"answer")]);
+    from_head(&mut router, part(3));
+    assert!(control(&mut router, &revoke(3)).is_empty());
+    assert!(from_head(&mut router, dropped(3)).is_empty());
+    from_head(&mut router, part(4));
+    let acts = from_worker(&mut router, &[data(2, b"answer")]);
     assert_eq!(to_worker(&acts), [&part(4)]);
-    let acts = from_head(&mut relay, dropped(4));
+    let acts = from_head(&mut router, dropped(4));
     assert_eq!(to_worker(&acts), [&dropped(4)]);
 }
 
 #[test]
-fn a_task_ahead_goes_down_with_its_worker_and_comes_again() {
+fn a_prefetched_task_goes_down_with_its_worker_and_comes_again() {
     for cancelled in [false, true] {
-        let mut relay = up();
-        from_head(&mut relay, data(1, b"task"));
-        from_head(&mut relay, data(2, b"next"));
+        let mut router = up();
+        from_head(&mut router, data(1, b"task"));
+        from_head(&mut router, data(2, b"next"));
         if cancelled {
-            control(&mut relay, &ToAgent::Cancel { worker: 0, task: 1 });
+            control(&mut router, &ToAgent::Cancel { worker: 0, task: 1 });
         }
-        let ending = relay.exited(0, true, Duration::ZERO);
+        let ending = router.exited(0, true, Duration::ZERO);
         assert_eq!(ending == Ending::Replace, cancelled);
-        assert_eq!(relay.held(0), 0);
-        relay.made(0, true, Duration::ZERO);
-        assert!(to_worker(&from_worker(&mut relay, &[ready()])).is_empty());
+        assert_eq!(router.prefetched(0), 0);
+        router.made(0, true, Duration::ZERO);
+        assert!(to_worker(&from_worker(&mut router, &[ready()])).is_empty());
         // Another that was on its way.
-        assert!(from_head(&mut relay, data(3, b"late")).is_empty());
-        control(&mut relay, &ToAgent::LossNoted { worker: 0 });
-        let acts = from_head(&mut relay, data(2, b"next"));
+        assert!(from_head(&mut router, data(3, b"late")).is_empty());
+        control(&mut router, &ToAgent::LossAck { worker: 0 });
+        let acts = from_head(&mut router, data(2, b"next"));
         assert_eq!(to_worker(&acts), [&data(2, b"next")]);
     }
 }
 
 #[test]
-fn a_task_ahead_has_its_time_from_when_it_starts() {
+fn a_prefetched_task_has_its_time_from_when_it_starts() {
     let ms = Duration::from_millis;
-    let mut relay = up();
-    from_head(&mut relay, Frame::limit(0, 1, ms(5)));
-    from_head(&mut relay, data(1, b"task"));
-    from_head(&mut relay, Frame::limit(0, 2, ms(10)));
-    from_head(&mut relay, data(2, b"next"));
-    assert_eq!(relay.book.next_deadline(), Some(ms(5)));
+    let mut router = up();
+    from_head(&mut router, Frame::limit(0, 1, ms(5)));
+    from_head(&mut router, data(1, b"task"));
+    from_head(&mut router, Frame::limit(0, 2, ms(10)));
+    from_head(&mut router, data(2, b"next"));
+    assert_eq!(router.worker_table.next_deadline(), Some(ms(5)));
     let mut acts = Vec::new();
     let mut answer = bytes(&[data(1, b"answer")]);
-    relay.from_worker(0, &mut answer, ms(7), &mut acts).unwrap();
-    assert_eq!(relay.book.next_deadline(), Some(ms(17)));
+    router
+        .from_worker(0, &mut answer, ms(7), &mut acts)
+        .unwrap();
+    assert_eq!(router.worker_table.next_deadline(), Some(ms(17)));
 }
 
 #[test]
 fn a_limit_that_no_head_sends_is_an_error() {
     let short = Frame::new(Kind::Limit, 0, 0, 1, Bytes::from_static(b"1234567"));
     let busy = Frame::limit(0, 1, Duration::ZERO);
-    for (begun, frame) in [(false, short.clone()), (true, short), (true, busy)] {
-        let mut relay = up();
-        if begun {
-            from_head(&mut relay, data(1, b"task"));
+    for (started, frame) in [(false, short.clone()), (true, short), (true, busy)] {
+        let mut router = up();
+        if started {
+            from_head(&mut router, data(1, b"task"));
         }
         let mut received = bytes(&[frame]);
-        let result = relay.from_head(&mut received, Duration::ZERO, &mut Vec::new());
+        let result = router.from_head(&mut received, Duration::ZERO, &mut Vec::new());
         assert!(result.is_err());
     }
 }
 
-fn payload(flags: u8, id: u64, len: usize) -> Frame {
-    Frame::new(Kind::Payload, flags, 0, id, vec![9; len].into())
+fn blob(flags: u8, id: u64, len: usize) -> Frame {
+    Frame::new(Kind::Blob, flags, 0, id, vec![9; len].into())
 }
 
 #[test]
-fn a_payload_that_lasts_restores_a_worker_though_the_head_has_forgotten_it() {
-    let mut relay = up();
-    let stored = from_head(&mut relay, payload(FIRST, 5, frame::MAX_BODY));
+fn a_blob_of_a_setup_call_restores_a_worker_though_the_head_has_forgotten_it() {
+    let mut router = up();
+    let stored = from_head(&mut router, blob(FIRST, 5, frame::MAX_BODY));
     assert!(stored.is_empty());
-    let stored = from_head(&mut relay, payload(LAST, 5, 9));
+    let stored = from_head(&mut router, blob(LAST, 5, 9));
     assert!(matches!(
         stored[..],
         [Act::Store { .. }, Act::Store { last: true, .. }]
     ));
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
-    from_head(&mut relay, Frame::new(Kind::State, 0, 0, 1, name.clone()));
-    let acts = from_head(&mut relay, Frame::shared(0, 1, 5, true));
+    from_head(&mut router, Frame::new(Kind::State, 0, 0, 1, name.clone()));
+    let acts = from_head(&mut router, Frame::blob_reference(0, 1, 5, true));
     let [Act::Hand { .. }, Act::ToWorker(task)] = &acts[..] else {
         panic!("{acts:?}");
     };
-    assert_eq!(*task, Frame::shared(0, 1, 5, true));
-    from_worker(&mut relay, &[data(1, b"done")]);
-    let acts = from_head(&mut relay, payload(LAST | ABORT, 5, 0));
+    assert_eq!(*task, Frame::blob_reference(0, 1, 5, true));
+    from_worker(&mut router, &[data(1, b"done")]);
+    let acts = from_head(&mut router, blob(LAST | ABORT, 5, 0));
     assert!(matches!(acts[..], [Act::ToWorker(_)]), "{acts:?}");
-    relay.exited(0, true, Duration::ZERO);
-    relay.made(0, true, Duration::ZERO);
-    let acts = from_worker(&mut relay, &[ready()]);
+    router.exited(0, true, Duration::ZERO);
+    router.made(0, true, Duration::ZERO);
+    let acts = from_worker(&mut router, &[ready()]);
     let [
         Act::TempDir(..),
         Act::Hand { .. },
@@ -291,82 +293,84 @@ fn a_payload_that_lasts_restores_a_worker_though_the_head_has_forgotten_it() {
     else {
         panic!("{acts:?}");
     };
-    assert_eq!(*again, Frame::shared(0, REPLAY, 5, true));
-    assert_eq!(*taken_back, payload(LAST | ABORT, 5, 0));
-    from_worker(&mut relay, &[data(REPLAY, b"done")]);
+    assert_eq!(*again, Frame::blob_reference(0, REPLAY, 5, true));
+    assert_eq!(*taken_back, blob(LAST | ABORT, 5, 0));
+    from_worker(&mut router, &[data(REPLAY, b"done")]);
     // It is set again, to something else.
-    let noted = control::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
-    from_head(&mut relay, noted);
-    from_head(&mut relay, Frame::new(Kind::State, 0, 0, 2, name));
-    from_head(&mut relay, data(2, b"other"));
-    let acts = from_worker(&mut relay, &[data(2, b"done")]);
+    let acknowledged = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
+    from_head(&mut router, acknowledged);
+    from_head(&mut router, Frame::new(Kind::State, 0, 0, 2, name));
+    from_head(&mut router, data(2, b"other"));
+    let acts = from_worker(&mut router, &[data(2, b"done")]);
     assert!(matches!(acts[..], [Act::Discard(5), Act::ToHead(_)]));
 }
 
 #[test]
 fn a_message_that_begins_as_none_of_the_heads_does_is_an_error() {
     let number = Bytes::copy_from_slice(&5u64.to_le_bytes());
-    let beginning = |flags, body| Frame::new(Kind::Data, flags | SHARED, 0, 1, body);
+    let beginning = |flags, body| Frame::new(Kind::Data, flags | BY_REFERENCE, 0, 1, body);
     let cases = [
-        // There is no such payload.
-        Frame::shared(0, 1, 6, true),
+        // There is no such blob.
+        Frame::blob_reference(0, 1, 6, true),
         beginning(LAST, number.clone()),
         beginning(FIRST | ABORT, number.clone()),
         beginning(FIRST | SAME, number.clone()),
-        beginning(FIRST | KEEP, number.clone()),
+        beginning(FIRST | CACHE, number.clone()),
         beginning(FIRST, number.slice(1..)),
         beginning(FIRST, Bytes::new()),
-        Frame::shared(1, 1, 5, true),
+        Frame::blob_reference(1, 1, 5, true),
     ];
     for frame in cases {
-        let mut relay = up();
-        from_head(&mut relay, payload(FIRST | LAST, 5, 9));
+        let mut router = up();
+        from_head(&mut router, blob(FIRST | LAST, 5, 9));
         let mut received = bytes(std::slice::from_ref(&frame));
-        let result = relay.from_head(&mut received, Duration::ZERO, &mut Vec::new());
+        let result = router.from_head(&mut received, Duration::ZERO, &mut Vec::new());
         assert!(result.is_err(), "{frame:?}");
     }
 }
 
 fn memory(task: u64, len: u64) -> Frame {
     let body = Bytes::copy_from_slice(&len.to_le_bytes());
-    Frame::new(Kind::Data, FIRST | LAST | SHARED, 0, task, body)
+    Frame::new(Kind::Data, FIRST | LAST | BY_REFERENCE, 0, task, body)
 }
 
 #[test]
 fn an_answer_in_shared_memory_is_announced_and_comes_when_it_is_asked_for() {
-    let mut relay = up();
-    relay.book.shares = true;
-    from_head(&mut relay, data(1, b"task"));
-    let mut held = bytes(&[memory(1, 1 << 40)]);
+    let mut router = up();
+    router.worker_table.shared_answers = true;
+    from_head(&mut router, data(1, b"task"));
+    let mut received = bytes(&[memory(1, 1 << 40)]);
     let mut acts = Vec::new();
-    let read = |relay: &mut Relay, held: &mut BytesMut, acts: &mut Vec<Act>| {
-        relay.from_worker(0, held, Duration::ZERO, acts).unwrap();
+    let read = |router: &mut Router, received: &mut BytesMut, acts: &mut Vec<Act>| {
+        router
+            .from_worker(0, received, Duration::ZERO, acts)
+            .unwrap();
     };
-    read(&mut relay, &mut held, &mut acts);
-    read(&mut relay, &mut held, &mut acts);
+    read(&mut router, &mut received, &mut acts);
+    read(&mut router, &mut received, &mut acts);
     assert_eq!(to_head(&acts).len(), 1);
     let announced = to_head(&acts)[0].clone();
-    assert_eq!(announced.header.flags, FIRST | SHARED);
+    assert_eq!(announced.header.flags, FIRST | BY_REFERENCE);
     assert_eq!(announced.number(), Some(1 << 40));
-    assert_eq!(relay.book.task(0), Some(1));
+    assert_eq!(router.worker_table.task(0), Some(1));
     acts.clear();
-    let asked = from_head(&mut relay, Frame::credit(0, 1, 9));
+    let asked = from_head(&mut router, Frame::credit(0, 1, 9));
     assert!(matches!(asked[..], [Act::ReadAgain(0)]));
-    read(&mut relay, &mut held, &mut acts);
+    read(&mut router, &mut received, &mut acts);
     let [Act::Along(frame)] = &acts[..] else {
         panic!("{acts:?}");
     };
-    assert_eq!(frame.header.flags, LAST | SHARED);
-    assert_eq!(relay.book.task(0), None);
+    assert_eq!(frame.header.flags, LAST | BY_REFERENCE);
+    assert_eq!(router.worker_table.task(0), None);
     // The next is announced as well; cancelled, it is let go of.
-    from_head(&mut relay, data(2, b"task"));
-    let mut held = bytes(&[memory(2, 5)]);
+    from_head(&mut router, data(2, b"task"));
+    let mut received = bytes(&[memory(2, 5)]);
     acts.clear();
-    read(&mut relay, &mut held, &mut acts);
+    read(&mut router, &mut received, &mut acts);
     assert_eq!(to_head(&acts).len(), 1);
-    control(&mut relay, &ToAgent::Cancel { worker: 0, task: 2 });
+    control(&mut router, &ToAgent::Cancel { worker: 0, task: 2 });
     acts.clear();
-    read(&mut relay, &mut held, &mut acts);
+    read(&mut router, &mut received, &mut acts);
     assert!(matches!(&acts[..], [Act::LetGo(0), Act::ToHead(frame)] if *frame == dropped(2)));
 }
 
@@ -374,19 +378,19 @@ fn an_answer_in_shared_memory_is_announced_and_comes_when_it_is_asked_for() {
 fn memory_that_nobody_asked_for_is_an_error() {
     let short = Frame::new(
         Kind::Data,
-        FIRST | LAST | SHARED,
+        FIRST | LAST | BY_REFERENCE,
         0,
         1,
         Bytes::from_static(b"1"),
     );
     let mut part = memory(1, 5);
-    part.header.flags = FIRST | SHARED;
-    for (shares, frame) in [(false, memory(1, 5)), (true, short), (true, part)] {
-        let mut relay = up();
-        relay.book.shares = shares;
-        from_head(&mut relay, data(1, b"task"));
-        let mut held = bytes(&[frame]);
-        let result = relay.from_worker(0, &mut held, Duration::ZERO, &mut Vec::new());
+    part.header.flags = FIRST | BY_REFERENCE;
+    for (shared_answers, frame) in [(false, memory(1, 5)), (true, short), (true, part)] {
+        let mut router = up();
+        router.worker_table.shared_answers = shared_answers;
+        from_head(&mut router, data(1, b"task"));
+        let mut received = bytes(&[frame]);
+        let result = router.from_worker(0, &mut received, Duration::ZERO, &mut Vec::new());
         assert!(result.is_err());
     }
 }

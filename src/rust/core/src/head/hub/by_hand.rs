@@ -24,7 +24,7 @@ pub struct Hand {
 
 impl Hub {
     /// A hub whose hosts, with workers of these ranks, are all there. `result_limit`: bytes of results to
-    /// buffer. `keep`: bytes of chunks that each agent keeps, if they do.
+    /// buffer. `chunk_cache_bytes`: bytes of chunks that each agent keeps, if they do.
     /// `time_limit`: see [`Hub::limit_all`].
     ///
     /// # Errors
@@ -32,20 +32,20 @@ impl Hub {
     pub fn by_hand(
         ranks: Vec<Vec<Rank>>,
         result_limit: usize,
-        keep: Option<usize>,
+        chunk_cache_bytes: Option<usize>,
         time_limit: Option<Duration>,
     ) -> io::Result<Hub> {
         let hosts = ranks.len();
         let mut hub = Hub::without_thread(hosts, result_limit)?;
         hub.size = ranks.iter().map(Vec::len).sum();
-        hub.shares = keep.is_some();
+        hub.has_chunk_cache = chunk_cache_bytes.is_some();
         let mut core = hub.core();
         core.hand = Some(Hand::default());
         core.time_limit = time_limit;
         core.set_ranks(ranks);
-        if let Some(most) = keep {
+        if let Some(max_bytes) = chunk_cache_bytes {
             for agent in 0..hosts {
-                core.scheduler.share(agent, most);
+                core.scheduler.set_chunk_cache(agent, max_bytes);
             }
         }
         drop(core);
@@ -75,16 +75,16 @@ impl Hub {
         memory: Option<Memory>,
     ) -> Result<(), ProtocolError> {
         let mut core = self.core();
-        core.look_at_clock();
+        core.update_clock();
         let taken = core.scheduler.on_frame_with(agent, frame, memory);
-        core.settle();
+        core.pump();
         taken
     }
 
     /// What the scheduler has noted since the last call. The hub has seen it.
     pub fn take_notes(&mut self) -> Vec<Note> {
         let mut core = self.core();
-        core.settle();
+        core.pump();
         let hand = core.hand.as_mut();
         hand.map(|hand| std::mem::take(&mut hand.notes))
             .unwrap_or_default()
@@ -94,16 +94,16 @@ impl Hub {
     pub fn with_scheduler<T>(&self, body: impl FnOnce(&mut Scheduler) -> T) -> T {
         let mut core = self.core();
         let result = body(&mut core.scheduler);
-        core.settle();
+        core.pump();
         result
     }
 
-    /// Bytes of tasks and payloads that have been submitted and not yet sent.
+    /// Bytes of tasks and blobs that have been submitted and not yet sent.
     pub fn queued(&self) -> usize {
         self.core().queued
     }
 
-    /// As [`Hub::write`], but for what is sent as it is. If it is the `last`, the message or payload that is
+    /// As [`Hub::write`], but for what is sent as it is. If it is the `last`, the message or blob that is
     /// being written has ended with that.
     pub fn write_chunk(&mut self, chunk: Chunk, last: bool) {
         self.write_as_it_is(chunk, last);

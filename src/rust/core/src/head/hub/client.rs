@@ -1,21 +1,21 @@
-//! The handle of R's thread to its hub. Belongs to that thread; never calls R.
+//! The hub's handle for R's thread. It belongs to that thread and never calls R.
 
-use super::core::{Core, Shared, WATCH, WATCH_ONE};
+use super::core::{Core, SPIN_TIME, SPIN_TIME_SINGLE, SharedCore};
 use super::futures::{CallEnd, Waker};
 use super::inbox::{Event, HostFailure, HostView, Inbox, WorkerView};
 use super::readiness::ReadinessListener;
-use super::writer::{Sharing, Writing};
+use super::writer::{BlobWriting, MessageWriting};
 use super::{Plan, run};
 use crate::head::launch::Launch;
-use crate::head::scheduler::events::{Gone, Outcome, RankSet, Want};
-use crate::head::scheduler::pool::CallPlace;
-use crate::head::setup_log::Spool;
+use crate::head::scheduler::events::{Demand, Outcome, RankSet, Termination};
+use crate::head::scheduler::pool::CallLocation;
+use crate::head::setup_log::SetupLogFile;
 use crate::head::task_table::End;
 use crate::platform::signals;
 use crate::protocol::body::Body;
-use crate::protocol::control::{Hello, Loss, ToAgent, ToHead};
+use crate::protocol::control::{Hello, ToAgent, ToHead, WorkerFailure};
 use crate::protocol::error::ProtocolError;
-use crate::protocol::ids::{JobId, PayloadId, Rank, TaskId};
+use crate::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,82 +27,82 @@ use std::time::Duration;
 /// A job that no verb of parallel stands behind: see [`Hub::begin`].
 pub const NO_JOB: JobId = 0;
 
-/// When a task is to be begun.
+/// The position of a task in its worker's queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Turn {
-    /// After those that its worker has been given before.
+    /// After the tasks that the worker has been given before.
     #[default]
     Last,
-    /// The same, and it may be sent while the worker is still at the one before.
-    Ahead,
-    /// Before those that wait.
+    /// After the tasks that the worker has been given before; the task may be prefetched.
+    Prefetch,
+    /// Before the tasks that wait.
     First,
 }
 
-/// What there is for R.
+/// The answer that R receives to a task.
 #[derive(Debug)]
 pub enum Answer {
     /// A task's result has arrived.
     Ready {
         /// The worker that R gave the task to.
         rank: Rank,
-        /// The worker that had it.
-        place: Rank,
+        /// The worker that had the task.
+        assigned: Rank,
         /// The task that was answered.
         task: TaskId,
         /// The bytes of the result.
         body: Body,
     },
-    /// Its worker was lost. That is told until [`Hub::try_again`], [`Hub::give_up`] or [`Hub::forget`]
-    /// has followed.
+    /// The worker of the task failed. This answer is repeated until [`Hub::try_again`],
+    /// [`Hub::give_up`] or [`Hub::forget`] is called.
     Lost {
         /// The worker that R gave the task to.
         rank: Rank,
         /// The worker that had it.
-        place: Rank,
+        assigned: Rank,
         /// The task that was lost.
         task: TaskId,
-        /// How its worker ended.
-        gone: Arc<Gone>,
+        /// How the worker terminated.
+        termination: Arc<Termination>,
     },
-    /// It took longer than it may.
+    /// The task exceeded its time limit.
     TimedOut {
         /// The worker that R gave the task to.
         rank: Rank,
         /// The task that exceeded its time limit.
         task: TaskId,
     },
-    /// It was taken back before it had started: see [`Hub::recall`].
-    Recalled {
+    /// The task was revoked before it started: see [`Hub::revoke`].
+    Revoked {
         /// The worker that R gave the task to.
         rank: Rank,
         /// The task, which R may give to another worker.
         task: TaskId,
     },
-    /// [`Hub::give_up`] was called for it.
+    /// [`Hub::give_up`] was called for the task.
     GivenUp {
         /// The worker that R gave the task to.
         rank: Rank,
-        /// The task, which is not tried again.
+        /// The task, which is not retried.
         task: TaskId,
     },
-    /// Not yet.
+    /// There is no answer yet.
     Pending,
     /// There is no task to wait for.
     NothingSent,
 }
 
-/// A task that has begun.
+/// A task whose message can now be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Begun {
-    /// The number that the task has from now on.
+pub struct StartedTask {
+    /// The number of the task.
     pub task: TaskId,
-    /// The worker that gets it.
-    pub place: Rank,
-    /// Its message begins with the payload. If not, that worker's host does not have it: then either
-    /// [`Hub::begin_payload_again`] follows, or all of the message is to be written.
-    pub shared: bool,
-    /// The worker is at a call, which it ends first.
+    /// The worker that gets the task.
+    pub assigned: Rank,
+    /// Whether the message begins with the blob. If not, the worker's host does not have the blob:
+    /// either [`Hub::begin_blob_again`] follows, or the whole message must be written.
+    pub has_blob: bool,
+    /// The worker runs a call, which it completes first.
     pub behind_call: bool,
 }
 
@@ -116,7 +116,7 @@ pub enum Progress {
     },
     /// All workers have come up.
     Up,
-    /// The agent said why not.
+    /// The agent has refused to start.
     Refused {
         /// The host's index among all.
         host: usize,
@@ -130,41 +130,43 @@ pub enum Progress {
         /// Why, and what the agent's command printed.
         failure: HostFailure,
     },
-    /// A worker ended before it came up.
+    /// A worker failed before it came up.
     WorkerFailed {
         /// The worker's rank.
         rank: Rank,
         /// How the worker ended.
-        loss: Loss,
+        failure: WorkerFailure,
     },
 }
 
 pub(super) struct Inner {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared_core: Arc<SharedCore>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// See the module's documentation. Dropping it stops the cluster without waiting for that.
+/// See the module's documentation. Dropping the hub stops the cluster without waiting for its end.
 pub struct Hub {
-    /// Not dropped in a forked child, where the thread and perhaps a lock's owner do not exist.
+    /// Not dropped in a forked child, which has neither the thread nor, perhaps, the owner of a
+    /// lock.
     pub(super) inner: ManuallyDrop<Inner>,
     /// The process that may use it.
     owner: u32,
-    /// Workers that the cluster was made with.
+    /// Number of workers that the cluster was made with.
     pub(super) size: usize,
-    /// How often anything had changed when [`Hub::receive_any`] looked last, and for answers to whose tasks.
+    /// The count of changes at the last [`Hub::receive_any`].
     seen: (u64, RankSet),
-    /// The workers that the last job has given tasks to. Others may not have what its tasks need.
+    /// The workers that have had tasks of the last job. Other workers may not have what its tasks
+    /// need.
     pub(super) members: (JobId, Vec<bool>),
     pub(super) next_task: TaskId,
     /// A message is being written.
-    pub(super) writing: Option<Writing>,
-    /// A payload is being written.
-    pub(super) sharing: Option<Sharing>,
-    pub(super) next_payload: PayloadId,
-    /// Some agent keeps chunks.
-    pub(super) shares: bool,
-    /// Waits for the connection that [`Hub::listen_for_readiness`] is for.
+    pub(super) writing: Option<MessageWriting>,
+    /// A blob is being written.
+    pub(super) blob_writing: Option<BlobWriting>,
+    pub(super) next_blob: BlobId,
+    /// Whether any agent has a chunk cache.
+    pub(super) has_chunk_cache: bool,
+    /// Listens for the connection of [`Hub::listen_for_readiness`].
     listener: Option<ReadinessListener>,
 }
 
@@ -176,12 +178,12 @@ impl Hub {
     /// # Errors
     /// When the system has no thread or descriptor left.
     pub fn start(hosts: Vec<Launch>, hello: Hello, result_limit: usize) -> io::Result<Hub> {
-        let watched = mio::Poll::new()?;
-        let registry = watched.registry().try_clone()?;
-        let shared = Arc::new(Shared::new(hosts.len(), result_limit, registry)?);
-        let theirs = shared.clone();
+        let streams = mio::Poll::new()?;
+        let registry = streams.registry().try_clone()?;
+        let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
+        let theirs = shared_core.clone();
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, watched)));
+            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, streams)));
             let mut core = theirs.core();
             core.inbox.close(match result {
                 Ok(()) => "the cluster was stopped",
@@ -195,7 +197,7 @@ impl Hub {
                 .spawn(body)
         })?;
         let inner = Inner {
-            shared,
+            shared_core,
             thread: Some(thread),
         };
         Ok(Hub::new(inner))
@@ -210,19 +212,19 @@ impl Hub {
             members: (NO_JOB, Vec::new()),
             next_task: 1,
             writing: None,
-            sharing: None,
-            next_payload: 1,
-            shares: false,
+            blob_writing: None,
+            next_blob: 1,
+            has_chunk_cache: false,
             listener: None,
         }
     }
 
-    /// A hub with so many hosts, and without a thread that serves them.
+    /// A hub with this many hosts, without a thread that serves them.
     pub(super) fn without_thread(hosts: usize, result_limit: usize) -> io::Result<Hub> {
         let registry = mio::Poll::new()?.registry().try_clone()?;
-        let shared = Arc::new(Shared::new(hosts, result_limit, registry)?);
+        let shared_core = Arc::new(SharedCore::new(hosts, result_limit, registry)?);
         Ok(Hub::new(Inner {
-            shared,
+            shared_core,
             thread: None,
         }))
     }
@@ -239,49 +241,55 @@ impl Hub {
     }
 
     pub(super) fn core(&self) -> MutexGuard<'_, Core> {
-        self.inner.shared.core()
+        self.inner.shared_core.core()
     }
 
-    pub(super) fn shared(&self) -> &Shared {
-        &self.inner.shared
+    pub(super) fn shared_core(&self) -> &SharedCore {
+        &self.inner.shared_core
     }
 
-    /// Whether all agents have greeted or failed; waits up to `most` for that.
-    pub fn greeted(&self, most: Duration) -> bool {
+    /// Whether all agents have greeted or failed; waits up to `max_wait` for that.
+    pub fn greeted(&self, max_wait: Duration) -> bool {
         let greeted = |core: &mut Core| {
             let mut hosts = core.inbox.hosts.iter();
             let known = hosts.all(|host| host.hello.is_some() || host.failure.is_some());
             known.then_some(())
         };
-        self.inner.shared.wait(most, greeted).is_some()
+        self.inner.shared_core.wait(max_wait, greeted).is_some()
     }
 
-    /// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-    /// made at `path`, up to `most` bytes. `patience`: how long a host may take to start once it is
-    /// tried again. To be called before [`Hub::go`].
+    /// Turns on reconnection of lost hosts. The head keeps the set-up log in a file of up to
+    /// `max_bytes` bytes at `path`. `start_timeout`: how long a reconnected host may take to start.
+    /// To be called before [`Hub::go`].
     ///
     /// # Errors
     /// When the file cannot be made.
-    pub fn reconnect(&mut self, path: &Path, most: u64, patience: Duration) -> io::Result<()> {
-        let spool = Spool::new(path, most)?;
+    pub fn reconnect(
+        &mut self,
+        path: &Path,
+        max_bytes: u64,
+        start_timeout: Duration,
+    ) -> io::Result<()> {
+        let setup_log = SetupLogFile::new(path, max_bytes)?;
         let mut core = self.core();
-        core.spool = Some(spool);
-        core.start_patience = patience;
+        core.setup_log = Some(setup_log);
+        core.start_timeout = start_timeout;
         Ok(())
     }
 
-    /// Whether a host that is lost is tried again.
+    /// Whether a host is reconnected when it is lost.
     pub fn takes_back(&self, agent: usize) -> bool {
         self.core().takes_back(agent)
     }
 
-    /// How long any task may take from when its worker has all of its message. To be called before [`Hub::go`].
+    /// Sets the time limit of all tasks, from when the worker has the whole message. To be called
+    /// before [`Hub::go`].
     pub fn limit_all(&mut self, limit: Option<Duration>) {
         self.core().time_limit = limit;
     }
 
-    /// Tells each agent that has greeted what to start, or, without a plan, to end. The ranks of
-    /// all plans are those from 0 to their number.
+    /// Tells each agent that has greeted what to start, or, without a plan, to end. The plans have
+    /// all ranks from 0.
     ///
     /// # Errors
     /// When a plan does not fit into one message.
@@ -289,23 +297,24 @@ impl Hub {
         let ranks = |plan: &Option<Plan>| plan.as_ref().map_or(vec![], |plan| plan.ranks.clone());
         let ranks: Vec<Vec<Rank>> = plans.iter().map(ranks).collect();
         self.size = ranks.iter().map(Vec::len).sum();
-        let shared = self.inner.shared.clone();
-        let mut core = shared.core();
+        let shared_core = self.inner.shared_core.clone();
+        let mut core = shared_core.core();
         core.set_ranks(ranks);
-        self.shares = false;
+        self.has_chunk_cache = false;
         for (agent, plan) in plans.into_iter().enumerate() {
             match plan {
                 Some(plan) => {
-                    let patience = Duration::from_millis(plan.start.patience.into());
-                    core.conns[agent].patience = patience;
+                    let start_timeout = Duration::from_millis(plan.start.heartbeat_timeout.into());
+                    core.conns[agent].heartbeat_timeout = start_timeout;
                     core.conns[agent].stop_timeout = Duration::from_millis(plan.start.stop_timeout);
-                    if core.spool.is_some() {
+                    if core.setup_log.is_some() {
                         core.conns[agent].plan = Some(plan.start.clone());
                     }
-                    if plan.start.keep > 0 {
-                        self.shares = true;
-                        let most = usize::try_from(plan.start.keep).unwrap_or(usize::MAX);
-                        core.scheduler.share(agent, most);
+                    if plan.start.chunk_cache_bytes > 0 {
+                        self.has_chunk_cache = true;
+                        let max_bytes =
+                            usize::try_from(plan.start.chunk_cache_bytes).unwrap_or(usize::MAX);
+                        core.scheduler.set_chunk_cache(agent, max_bytes);
                     }
                     let start = ToAgent::Start(plan.start);
                     core.scheduler.send_control(agent, &start)?;
@@ -317,17 +326,17 @@ impl Hub {
                 }
             }
         }
-        core.settle();
+        core.pump();
         Ok(())
     }
 
-    /// How far the start has come; waits up to `most` for its end. `tolerant`: what has failed is
-    /// left to be found in [`Hub::hosts`] and [`Hub::worker`].
-    pub fn progress(&self, tolerant: bool, most: Duration) -> Progress {
-        let ended = self.inner.shared.wait(most, |core| {
+    /// The progress of the start; waits up to `max_wait` for its end. `tolerant`: failures do not
+    /// end the start, and are found in [`Hub::hosts`] and [`Hub::worker`].
+    pub fn progress(&self, tolerant: bool, max_wait: Duration) -> Progress {
+        let ended = self.inner.shared_core.wait(max_wait, |core| {
             let inbox = &core.inbox;
             if tolerant {
-                let known = |w: &WorkerView| w.pid.is_some() || w.gone.is_some();
+                let known = |w: &WorkerView| w.pid.is_some() || w.termination.is_some();
                 return inbox.workers.iter().all(known).then_some(Progress::Up);
             }
             for (host, view) in inbox.hosts.iter().enumerate() {
@@ -336,9 +345,9 @@ impl Hub {
                 }
             }
             for (rank, worker) in inbox.workers.iter().enumerate() {
-                if let Some(Gone::Worker(loss)) = worker.gone.as_deref() {
-                    let (rank, loss) = (rank as Rank, loss.clone());
-                    return Some(Progress::WorkerFailed { rank, loss });
+                if let Some(Termination::Worker(failure)) = worker.termination.as_deref() {
+                    let (rank, failure) = (rank as Rank, failure.clone());
+                    return Some(Progress::WorkerFailed { rank, failure });
                 }
             }
             for (host, view) in inbox.hosts.iter().enumerate() {
@@ -353,20 +362,21 @@ impl Hub {
         })
     }
 
-    /// Ends an agent for this reason: the cluster goes on without its host.
+    /// Stops an agent for this reason: the cluster goes on without its host.
     pub fn leave_out(&mut self, agent: usize, reason: String) {
         let mut core = self.core();
         core.leave_out(agent, reason);
-        core.settle();
+        core.pump();
     }
 
-    /// Leaves out the hosts of which no worker has come up, and elsewhere ends those that have not.
+    /// Leaves out the hosts without any worker that is up, and stops workers of other hosts that
+    /// are not up.
     pub fn leave_out_late(&mut self, reason: &str) {
         let mut core = self.core();
         for agent in 0..core.inbox.hosts.len() {
             let workers = core.inbox.workers.iter().enumerate();
             let of_host =
-                workers.filter(|(_, worker)| worker.agent == agent && worker.gone.is_none());
+                workers.filter(|(_, worker)| worker.agent == agent && worker.termination.is_none());
             let (up, late): (Vec<_>, Vec<_>) = of_host
                 .map(|(rank, worker)| (rank as Rank, worker.came_up))
                 .partition(|&(_, came_up)| came_up);
@@ -380,85 +390,86 @@ impl Hub {
                 }
             }
         }
-        core.settle();
+        core.pump();
     }
 
-    /// A task that was lost is not tried again: who asks for its answer is told so.
+    /// Gives up a failed task: it is not retried, and its answer is [`Answer::GivenUp`].
     pub fn give_up(&mut self, task: TaskId) {
         let mut core = self.core();
         core.inbox.tasks.give_up(task);
-        if let Some(place) = core.inbox.tasks.place(task) {
-            core.scheduler.let_go(place, task);
-            core.settle();
+        if let Some(assigned) = core.inbox.tasks.assigned(task) {
+            core.scheduler.abandon_task(assigned, task);
+            core.pump();
         }
     }
 
-    /// Nobody wants to know any more what became of a task that was lost.
+    /// Forgets a failed task: its answer is not wanted any more.
     pub fn forget(&mut self, task: TaskId) {
         let mut core = self.core();
-        if let Some(place) = forget(&mut core, task) {
-            core.scheduler.let_go(place, task);
-            core.settle();
+        if let Some(assigned) = forget(&mut core, task) {
+            core.scheduler.abandon_task(assigned, task);
+            core.pump();
         }
     }
 
-    /// Of the workers that a job uses, the one with the least to do, to stand in for one that is gone,
-    /// unless that was stopped, or the task is bound to it by what lasts there.
+    /// The least busy worker of a job, to run a task on behalf of a terminated worker. `None` if
+    /// that worker was stopped, or if the task is a set-up call, which is bound to its worker.
     pub(super) fn elsewhere(
         &self,
         core: &Core,
         rank: Rank,
-        gone: &Gone,
+        termination: &Termination,
         job: JobId,
-        lasts: Option<u64>,
+        setup_call: Option<u64>,
     ) -> Option<Rank> {
         let (last, members) = &self.members;
-        let bound = matches!(gone, Gone::Stopped) || lasts.is_some();
+        let bound = matches!(termination, Termination::Stopped) || setup_call.is_some();
         if bound || job == NO_JOB || *last != job {
             return None;
         }
-        if let Some(place) = stand_in(core, rank, job) {
-            return Some(place);
+        if let Some(assigned) = substitute(core, rank, job) {
+            return Some(assigned);
         }
         let load = core.inbox.tasks.loads();
         let living = core.inbox.workers.iter().zip(&load).enumerate();
-        let living = living.filter(|(rank, (worker, _))| worker.gone.is_none() && members[*rank]);
-        let least = living.min_by_key(|&(_, (_, load))| load)?;
-        Some(least.0 as Rank)
+        let living =
+            living.filter(|(rank, (worker, _))| worker.termination.is_none() && members[*rank]);
+        let min_loaded = living.min_by_key(|&(_, (_, load))| load)?;
+        Some(min_loaded.0 as Rank)
     }
 
-    /// Cancels a task, of which nothing more is wanted.
+    /// Cancels a task whose answer is not wanted any more.
     pub(super) fn cancel_task(&mut self, task: TaskId) {
         let mut core = self.core();
-        if let Some(place) = forget(&mut core, task) {
-            core.scheduler.cancel_task(place, task);
-            core.settle();
+        if let Some(assigned) = forget(&mut core, task) {
+            core.scheduler.cancel_task(assigned, task);
+            core.pump();
         }
     }
 
-    /// Takes back a task, if it has not started. Its end is then [`Answer::Recalled`]; if it has started, it
+    /// Takes back a task, if it has not started. Its end is then [`Answer::Revoked`]; if it has started, it
     /// is answered as if nothing had been said.
-    pub fn recall(&mut self, task: TaskId) {
+    pub fn revoke(&mut self, task: TaskId) {
         if self.writing.as_ref().is_some_and(|w| w.order.task == task) {
             return;
         }
         let mut core = self.core();
-        if let Some(place) = core.inbox.tasks.place(task) {
-            core.scheduler.recall(place, task);
-            core.settle();
+        if let Some(assigned) = core.inbox.tasks.assigned(task) {
+            core.scheduler.revoke(assigned, task);
+            core.pump();
         }
     }
 
     /// Cancels the job's tasks that have not been received.
     pub fn cancel_job(&mut self, job: JobId) {
-        let is_of_job = |writing: &Writing| writing.order.job == job;
+        let is_of_job = |writing: &MessageWriting| writing.order.job == job;
         if self.writing.as_ref().is_some_and(is_of_job) {
             self.abandon();
         }
         let mut core = self.core();
         core.inbox.job = NO_JOB;
         if core.scheduler.verb_over() {
-            core.settle();
+            core.pump();
         }
         // The usual end of a verb.
         if core.inbox.tasks.outstanding() == 0 {
@@ -473,29 +484,29 @@ impl Hub {
                 forget(&mut core, task);
             }
             core.scheduler.cancel_job(job);
-            core.settle();
+            core.pump();
         }
     }
 
-    /// The answer to the oldest task outstanding on a worker; waits up to `most` for it. When
-    /// another task of the same job is lost, that is told instead, at once.
-    pub fn receive(&mut self, rank: Rank, most: Duration) -> Answer {
-        let (task, job, place) = {
+    /// The answer to the oldest outstanding task of a worker; waits up to `max_wait` for it. If
+    /// another task of the same job is lost, that answer is returned at once.
+    pub fn receive(&mut self, rank: Rank, max_wait: Duration) -> Answer {
+        let (task, job, assigned) = {
             let core = self.core();
             let tasks = &core.inbox.tasks;
             let Some((task, job)) = tasks.of_owner(rank).next() else {
                 return Answer::NothingSent;
             };
-            (task, job, tasks.place(task).unwrap_or(rank))
+            (task, job, tasks.assigned(task).unwrap_or(rank))
         };
-        let look = |core: &mut Core| core.inbox.tasks.take(task, job);
-        // Its result is asked for where the task is.
-        self.receive_next(most, Want::Rank(place), look)
+        let poll = |core: &mut Core| core.inbox.tasks.take(task, job);
+        // The result is demanded from the worker that has the task.
+        self.receive_next(max_wait, Demand::Rank(assigned), poll)
     }
 
     /// The next answer from any of these workers, in the order of their arrival;
-    /// waits up to `most` for one.
-    pub fn receive_any(&mut self, workers: &RankSet, most: Duration) -> Answer {
+    /// waits up to `max_wait` for one.
+    pub fn receive_any(&mut self, workers: &RankSet, max_wait: Duration) -> Answer {
         let (changes, outstanding) = {
             let core = self.core();
             (core.changes(), core.inbox.tasks.outstanding())
@@ -505,22 +516,25 @@ impl Hub {
         if outstanding == 0 {
             return Answer::NothingSent;
         }
-        let look = |core: &mut Core| core.inbox.tasks.take_any(includes);
-        match self.receive_next(most, Want::AnyOf(workers.clone()), look) {
+        let poll = |core: &mut Core| core.inbox.tasks.take_any(includes);
+        match self.receive_next(max_wait, Demand::AnyOf(workers.clone()), poll) {
             Answer::Pending if !self.core().inbox.tasks.any_of(includes) => Answer::NothingSent,
             answer => answer,
         }
     }
 
-    /// R's thread sleeps, up to `most`, until any of these hubs has something that it did not have when
-    /// [`Hub::receive_any`] looked last, or a signal comes.
-    pub fn wait_for_any(hubs: &[&Hub], most: Duration) {
-        let hubs: Vec<_> = hubs.iter().map(|hub| (hub.shared(), &hub.seen)).collect();
-        Shared::sleep_until_any(&hubs, most);
+    /// R's thread sleeps for up to `max_wait`, until any of these hubs has something new since its
+    /// last [`Hub::receive_any`], or a signal arrives.
+    pub fn wait_for_any(hubs: &[&Hub], max_wait: Duration) {
+        let hubs: Vec<_> = hubs
+            .iter()
+            .map(|hub| (hub.shared_core(), &hub.seen))
+            .collect();
+        SharedCore::sleep_until_any(&hubs, max_wait);
     }
 
-    /// Begins to listen for a connection of R's that shows when an answer has arrived. Returns the port to
-    /// connect to on the loopback address, and what is to be written there first.
+    /// Starts to listen for a connection of R's that shows when an answer has arrived. Returns the
+    /// port on the loopback address, and the bytes that R must write there first.
     ///
     /// # Errors
     /// When the system has no port or descriptor left.
@@ -529,7 +543,7 @@ impl Hub {
         Ok((listener.port()?, listener.token().to_vec()))
     }
 
-    /// Takes the connection that R has opened, in place of the one before.
+    /// Accepts the connection that R has opened, which replaces an earlier one.
     ///
     /// # Errors
     /// When there is none.
@@ -540,8 +554,8 @@ impl Hub {
         Ok(())
     }
 
-    /// From now on R's connection has a byte to be read while the next answer of this worker is there. `at_once`:
-    /// receiving from the worker does not wait. Returns whether there is a connection.
+    /// From now on, R's connection has a byte to be read while the next answer of this worker is
+    /// available. Returns whether R has to read a byte first; `None`: there is no connection.
     pub fn point_readiness_at(&mut self, rank: Rank, at_once: bool) -> bool {
         let mut core = self.core();
         let Some(readiness) = &mut core.readiness else {
@@ -550,57 +564,57 @@ impl Hub {
         readiness.point_at(rank, at_once);
         let tasks = &core.inbox.tasks;
         let next = tasks.of_owner(rank).next();
-        if let Some(place) = next.and_then(|(task, _)| tasks.place(task)) {
-            // A large result is sent only if it is asked for.
-            core.scheduler.want(Want::Rank(place));
-            core.settle();
+        if let Some(assigned) = next.and_then(|(task, _)| tasks.assigned(task)) {
+            // A large result is sent only on demand.
+            core.scheduler.demand(Demand::Rank(assigned));
+            core.pump();
         }
         core.update_readiness();
         core.readiness.is_some()
     }
 
     /// The next task of this worker, the worker that had the task, and why that is gone, if the task was lost.
-    pub fn next_loss(&self, rank: Rank) -> Option<(TaskId, Rank, Arc<Gone>)> {
+    pub fn next_loss(&self, rank: Rank) -> Option<(TaskId, Rank, Arc<Termination>)> {
         let core = self.core();
         let tasks = &core.inbox.tasks;
         let (task, _) = tasks.of_owner(rank).next()?;
-        Some((task, tasks.place(task)?, tasks.loss(task)?))
+        Some((task, tasks.assigned(task)?, tasks.failure(task)?))
     }
 
     fn receive_next(
         &mut self,
-        most: Duration,
-        want: Want,
-        look: impl Fn(&mut Core) -> Option<(Rank, TaskId, End)>,
+        max_wait: Duration,
+        demand: Demand,
+        poll: impl Fn(&mut Core) -> Option<(Rank, TaskId, End)>,
     ) -> Answer {
         let mut core = self.core();
-        let mut found = look(&mut core);
+        let mut found = poll(&mut core);
         if found.is_none() {
-            core.scheduler.want(want);
-            core.settle();
-            let watch = match core.inbox.tasks.outstanding() {
-                1 => WATCH_ONE,
-                _ => WATCH,
+            core.scheduler.demand(demand);
+            core.pump();
+            let spin = match core.inbox.tasks.outstanding() {
+                1 => SPIN_TIME_SINGLE,
+                _ => SPIN_TIME,
             };
             drop(core);
-            found = self.inner.shared.wait_watching(most, watch, look);
+            found = self.inner.shared_core.wait_spinning(max_wait, spin, poll);
             core = self.core();
-            core.scheduler.want(Want::Nothing);
+            core.scheduler.demand(Demand::Nothing);
         }
         let Some((rank, task, end)) = found else {
             return Answer::Pending;
         };
-        if let End::Outcome(Outcome::Lost(gone)) = end {
-            let place = core.inbox.tasks.place(task).unwrap_or(rank);
+        if let End::Outcome(Outcome::Lost(termination)) = end {
+            let assigned = core.inbox.tasks.assigned(task).unwrap_or(rank);
             return Answer::Lost {
                 rank,
-                place,
+                assigned,
                 task,
-                gone,
+                termination,
             };
         }
         let removed = core.inbox.tasks.remove(task);
-        let place = removed.map_or(rank, |(place, _)| place);
+        let assigned = removed.map_or(rank, |(assigned, _)| assigned);
         if let End::Outcome(Outcome::Answer(body)) = &end {
             took(&mut core, body.len);
         }
@@ -609,97 +623,98 @@ impl Hub {
         match end {
             End::Outcome(Outcome::Answer(body)) => Answer::Ready {
                 rank,
-                place,
+                assigned,
                 task,
                 body,
             },
             End::Outcome(Outcome::TimedOut) => Answer::TimedOut { rank, task },
-            End::Outcome(Outcome::Recalled) => Answer::Recalled { rank, task },
+            End::Outcome(Outcome::Revoked) => Answer::Revoked { rank, task },
             End::GivenUp => Answer::GivenUp { rank, task },
-            // Only what R no longer expects is cancelled.
+            // Only tasks that R no longer expects are cancelled.
             End::Outcome(Outcome::Cancelled | Outcome::Lost(_)) => Answer::NothingSent,
         }
     }
 
     /// Where a call is.
-    pub fn call_place(&self, task: TaskId) -> CallPlace {
-        self.core().scheduler.call_place(task)
+    pub fn call_location(&self, task: TaskId) -> CallLocation {
+        self.core().scheduler.call_location(task)
     }
 
-    /// How a call has ended, if it has; told until [`Hub::forget_call`], or until it is tried again.
+    /// How a call has ended, if it has. The answer stays until [`Hub::forget_call`] or a retry.
     pub fn call_end(&self, task: TaskId) -> Option<CallEnd> {
         self.core().inbox.calls.end(task)
     }
 
-    /// R knows how a call ended, or does not want to: if it has not ended, it is cancelled.
+    /// Forgets a call. If it has not ended, it is cancelled.
     pub fn forget_call(&mut self, task: TaskId) {
         let mut core = self.core();
         let bytes = core.inbox.calls.forget(task);
         core.scheduler.cancel_call(task);
-        core.settle();
+        core.pump();
         took(&mut core, bytes);
     }
 
-    /// R is to be woken as soon as this call has ended.
-    pub fn watch_call(&mut self, task: TaskId) {
+    /// Requests that R is woken as soon as this call has ended.
+    pub fn notify_call(&mut self, task: TaskId) {
         let mut core = self.core();
-        core.inbox.calls.watch(task);
-        core.scheduler.want_call(task);
-        core.settle();
+        core.inbox.calls.notify(task);
+        core.scheduler.demand_call(task);
+        core.pump();
     }
 
-    /// What a call has told before its end, since this was last asked.
-    pub fn call_asides(&mut self, task: TaskId) -> Vec<Vec<u8>> {
-        self.core().inbox.calls.take_asides(task)
+    /// Takes the progress events of a call since the last time.
+    pub fn call_progress_events(&mut self, task: TaskId) -> Vec<Vec<u8>> {
+        self.core().inbox.calls.take_progress_events(task)
     }
 
-    /// The calls about which R has something to do.
-    pub fn calls_to_look_at(&mut self) -> Vec<TaskId> {
+    /// The calls that need R's attention: those that have ended and were to be notified, and those
+    /// that failed.
+    pub fn calls_to_check(&mut self) -> Vec<TaskId> {
         self.core().inbox.calls.take_attention()
     }
 
-    /// From now on, R is woken so to look at them.
+    /// Sets the function that wakes R's event loop to check the calls.
     pub fn wake_with(&mut self, waker: Waker) {
         self.core().inbox.calls.wake_with(waker);
     }
 
-    /// Waits up to `most` for the end of this call, or until there is something to do about another.
-    pub fn wait_for_call(&mut self, task: TaskId, most: Duration) {
+    /// Waits up to `max_wait` for the end of this call, or until another call needs R's attention.
+    pub fn wait_for_call(&mut self, task: TaskId, max_wait: Duration) {
         let mut core = self.core();
-        core.scheduler.want_call(task);
+        core.scheduler.demand_call(task);
         core.scheduler.await_call(Some(task));
-        core.settle();
+        core.pump();
         drop(core);
         let done = |core: &mut Core| core.inbox.calls.any_for(task).then_some(());
-        self.inner.shared.wait(most, done);
+        self.inner.shared_core.wait(max_wait, done);
         let mut core = self.core();
         core.scheduler.await_call(None);
-        core.settle();
+        core.pump();
     }
 
-    /// Ends some workers, whatever they do; with the last one, the cluster. What was outstanding
-    /// on them is forgotten.
+    /// Stops some workers, whatever they do; with the last one, the cluster. Their outstanding
+    /// tasks are forgotten.
     pub fn stop_workers(&mut self, ranks: &[Rank]) {
-        let shared = self.inner.shared.clone();
-        let mut core = shared.core();
+        let shared_core = self.inner.shared_core.clone();
+        let mut core = shared_core.core();
         for &rank in ranks {
             let tasks: Vec<_> = core.inbox.tasks.of_owner(rank).collect();
             for (task, _) in tasks {
-                if let Some(place) = forget(&mut core, task).filter(|&place| place != rank) {
-                    core.scheduler.cancel_task(place, task);
+                if let Some(assigned) = forget(&mut core, task).filter(|&assigned| assigned != rank)
+                {
+                    core.scheduler.cancel_task(assigned, task);
                 }
             }
             core.scheduler.stop_worker(rank);
         }
-        core.settle();
+        core.pump();
         if !core.any_left() {
-            core.stop(&shared.stopped);
+            core.stop(&shared_core.stopped);
         }
     }
 
-    /// Whether the processes of these workers, which have been stopped, have ended; waits up to `most`
-    /// for that.
-    pub fn have_ended(&self, ranks: &[Rank], most: Duration) -> bool {
+    /// Whether the processes of these stopped workers have ended; waits up to `max_wait` for that.
+    pub fn have_ended(&self, ranks: &[Rank], max_wait: Duration) -> bool {
         let ended = |core: &mut Core| {
             let Inbox {
                 workers,
@@ -713,74 +728,74 @@ impl Hub {
             };
             (*closed || ranks.iter().all(ended)).then_some(())
         };
-        self.inner.shared.wait(most, ended).is_some()
+        self.inner.shared_core.wait(max_wait, ended).is_some()
     }
 
-    /// Ends the cluster.
+    /// Stops the cluster.
     pub fn stop(&self) {
-        self.core().stop(&self.inner.shared.stopped);
+        self.core().stop(&self.inner.shared_core.stopped);
     }
 
-    /// Whether the cluster has ended and nothing of it is left; waits up to `most` for that.
-    pub fn is_closed(&mut self, most: Duration) -> bool {
+    /// Whether the cluster has ended and nothing of it is left; waits up to `max_wait` for that.
+    pub fn is_closed(&mut self, max_wait: Duration) -> bool {
         let closed = |core: &mut Core| core.inbox.closed.then_some(());
-        let closed = self.inner.shared.wait(most, closed).is_some();
+        let closed = self.inner.shared_core.wait(max_wait, closed).is_some();
         if closed {
             if let Some(thread) = self.inner.thread.take() {
-                // Its last act was to say that it is closed.
+                // The thread's last action was to report that it has closed.
                 let _ = thread.join();
             }
         }
         closed
     }
 
-    /// Whether the end of this task is to be asked for.
+    /// Whether R is to ask for the answer to this task.
     pub fn expects(&self, task: TaskId) -> bool {
         self.core().inbox.tasks.contains(task)
     }
 
-    /// A worker as it is known now.
+    /// The known state of a worker.
     pub fn worker(&self, rank: Rank) -> WorkerView {
         let core = self.core();
         let worker = core.inbox.workers.get(rank as usize);
         worker.cloned().unwrap_or_default()
     }
 
-    /// All hosts as they are known now.
+    /// The known state of all hosts.
     pub fn hosts(&self) -> Vec<HostView> {
         self.core().inbox.hosts.clone()
     }
 
-    /// Whether something has come to be shown.
+    /// Whether there are events for R to show.
     pub fn has_events(&self) -> bool {
         self.core().inbox.has_events()
     }
 
-    /// What has come to be shown since the last call.
+    /// Takes the events since the last call.
     pub fn take_events(&self) -> Vec<Event> {
         self.core().inbox.take_events()
     }
 }
 
-/// Drops what there may be of an answer. Returns the worker that has had the task.
+/// Drops a task and the part of its answer that has arrived. Returns the worker that had the task.
 fn forget(core: &mut Core, task: TaskId) -> Option<Rank> {
-    let (place, bytes) = core.inbox.tasks.remove(task)?;
+    let (assigned, bytes) = core.inbox.tasks.remove(task)?;
     took(core, bytes);
-    Some(place)
+    Some(assigned)
 }
 
-/// The worker that has a task which R gave to this one. Tasks that were one worker's go on one after the
-/// other with its random numbers.
-pub(super) fn stand_in(core: &Core, rank: Rank, job: JobId) -> Option<Rank> {
+/// The worker that runs a task on behalf of this one. Further tasks of this worker follow there,
+/// because they continue its random numbers one after the other.
+pub(super) fn substitute(core: &Core, rank: Rank, job: JobId) -> Option<Rank> {
     let mut places = core.inbox.tasks.reassigned(rank, job);
-    places.find(|&place| core.inbox.workers[place as usize].gone.is_none())
+    places.find(|&assigned| core.inbox.workers[assigned as usize].termination.is_none())
 }
 
-/// There is room for other results.
+/// R has taken results of this many bytes: there is room for others.
 pub(super) fn took(core: &mut Core, bytes: usize) {
     if bytes > 0 {
         core.scheduler.taken(bytes);
-        core.settle();
+        core.pump();
     }
 }
 

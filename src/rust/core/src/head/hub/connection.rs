@@ -1,12 +1,12 @@
 //! One agent's connection: launching it, greeting it, and finding out why it ended.
 
-use super::core::Shared;
+use super::core::SharedCore;
 use super::inbox::HostFailure;
 use crate::head::launch::{self, AgentProcess, Launch, Launched};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{self, Hello, Start, ToAgent};
 use crate::protocol::handshake::{Greeting, MAGIC};
-use crate::protocol::heartbeat::Pulse;
+use crate::protocol::heartbeat::Heartbeat;
 use crate::protocol::send_queue::OutBuf;
 use bytes::BytesMut;
 use std::cell::RefCell;
@@ -24,18 +24,18 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, info, warn};
 
 /// How long an agent's process may take to end once its stream has ended.
-const EXIT_PATIENCE: Duration = Duration::from_millis(950);
+const EXIT_TIMEOUT: Duration = Duration::from_millis(950);
 
-/// How long an R process that has not greeted may take to end when it is told to.
-const INTERRUPT_PATIENCE: Duration = Duration::from_millis(200);
+/// How long an R process that has not greeted may take to end when it is interrupted.
+const INTERRUPT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// How long an agent may take to end its workers and then its stream once asked, beyond the time that
-/// idle workers have for it, before it is killed, and they with it. Its own grace for busy workers is
-/// 0.6 s; the rest is for a busy machine.
-const STOP_PATIENCE: Duration = Duration::from_secs(10);
+/// How long an agent may take to end its workers and then its stream once asked, beyond the time
+/// that idle workers have, before it is killed together with them. The agent's own grace for busy
+/// workers is 0.6 s; the rest is for a busy machine.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes of an agent's stderr that error messages show.
-const TAIL: usize = 8 * 1024;
+const AGENT_STDERR_TAIL: usize = 8 * 1024;
 
 /// The parts of a connection that the rest of the hub uses.
 #[derive(Default)]
@@ -43,48 +43,49 @@ pub struct Conn {
     /// Set once the agent has greeted.
     pub stream: Option<Arc<std::os::unix::net::UnixStream>>,
     pub received: BytesMut,
-    /// Those that have come along, and belong to frames that have not been looked at.
+    /// Descriptors that have arrived and belong to frames that have not been processed.
     pub descriptors: VecDeque<OwnedFd>,
     pub out: OutBuf,
-    /// The stream took no more.
+    /// The stream is not writable.
     pub blocked: bool,
-    /// What the hub's thread watches the stream for.
-    pub watched: Option<mio::Interest>,
+    /// The readiness that the hub's thread is registered for.
+    pub interest: Option<mio::Interest>,
     /// How the stream ended.
     pub end: Option<io::Result<()>>,
     /// `end` has been set.
     pub over: Arc<Notify>,
-    /// The cluster stops.
+    /// Notified when the cluster stops.
     pub stop: Arc<Notify>,
-    /// Of an agent on another machine, how long it may be silent; set before `planned`.
-    pub patience: Duration,
+    /// The heartbeat timeout of an agent on another machine; set before `planned`.
+    pub heartbeat_timeout: Duration,
     /// How long idle workers may take to end.
     pub stop_timeout: Duration,
-    /// It has been told what to start.
+    /// Notified when the agent has been told what to start.
     pub planned: Arc<Notify>,
-    /// When something last came from it, once it serves.
-    pub heard: Option<Instant>,
-    /// What it was told to start, if it is to be taken back when it is lost.
+    /// When the agent last sent something, once it serves.
+    pub last_received: Option<Instant>,
+    /// What the agent was told to start, if its host is reconnected when it is lost.
     pub plan: Option<Start>,
-    /// Its end is meant.
-    pub for_good: bool,
+    /// The agent's end is intended: it is not reconnected.
+    pub permanent: bool,
     /// Bytes that went to the host, and that came from it.
     pub bytes_in: u64,
     pub bytes_out: u64,
 }
 
-/// How long to wait before a lost host is tried again: at first, and at most.
+/// The first and the longest pause before a lost host is reconnected.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
-/// Serves one agent from its launch to its end, and if it is to be taken back, those that follow it.
-pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hello) {
-    let failure = serve_one(&shared, agent, &launch, &hello, false).await;
-    fail(&shared, agent, failure);
+/// Serves one host: its agent from launch to end, and the agents that replace it if the host is
+/// reconnected.
+pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
+    let failure = serve_one(&shared_core, agent, &launch, &hello, false).await;
+    fail(&shared_core, agent, failure);
     let mut wait = FIRST_WAIT;
     loop {
         let stop = {
-            let core = shared.core();
+            let core = shared_core.core();
             if !core.takes_back(agent) {
                 return;
             }
@@ -94,20 +95,21 @@ pub async fn serve(shared: Arc<Shared>, agent: usize, launch: Launch, hello: Hel
             () = sleep(wait) => {}
             () = stop.notified() => return,
         }
-        let failure = serve_one(&shared, agent, &launch, &hello, true).await;
-        let was_back = shared.core().inbox.hosts[agent].failure.is_none();
+        let failure = serve_one(&shared_core, agent, &launch, &hello, true).await;
+        let was_back = shared_core.core().inbox.hosts[agent].failure.is_none();
         wait = if was_back {
             FIRST_WAIT
         } else {
             (2 * wait).min(LONGEST_WAIT)
         };
-        fail(&shared, agent, failure);
+        fail(&shared_core, agent, failure);
     }
 }
 
-/// One agent from its launch to its end, and why it ended. `again`: there was one before.
+/// Serves one agent from launch to end, and returns why it ended. `again`: it reconnects a lost
+/// host.
 async fn serve_one(
-    shared: &Arc<Shared>,
+    shared_core: &Arc<SharedCore>,
     agent: usize,
     launch: &Launch,
     hello: &Hello,
@@ -133,7 +135,7 @@ async fn serve_one(
         process,
     } = launched;
     {
-        let mut core = shared.core();
+        let mut core = shared_core.core();
         core.inbox.hosts[agent].pid = Some(process.pid());
         let (host, pid) = (launch.host.as_str(), process.pid());
         info!(agent = agent + 1, host, pid, again, "agent launched");
@@ -144,13 +146,13 @@ async fn serve_one(
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
     let mut greeting = Greeting::default();
-    let ended = talk(shared, agent, hello, stream, &mut greeting, again).await;
-    // The stream is closed on our side too from here on, which asks the agent to end, if it is
-    // still there.
-    let ended = ended.and(shared.core().detach(agent));
-    let greeted = shared.core().inbox.hosts[agent].hello.is_some();
+    let ended = talk(shared_core, agent, hello, stream, &mut greeting, again).await;
+    // From here on the stream is closed on the head's side, which asks the agent to end if it is
+    // still running.
+    let ended = ended.and(shared_core.core().detach(agent));
+    let greeted = shared_core.core().inbox.hosts[agent].hello.is_some();
     let (status, killed) = await_exit(&process, exit, greeted).await;
-    // What it wrote last may still be in the pipe.
+    // The agent's last output may still be in the pipe.
     tokio::task::yield_now().await;
     let exited = match status {
         Some(_) if killed => "closed its stream, did not end and was killed".to_owned(),
@@ -169,18 +171,18 @@ async fn serve_one(
     }
 }
 
-fn fail(shared: &Shared, agent: usize, failure: HostFailure) {
-    let mut core = shared.core();
+fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
+    let mut core = shared_core.core();
     warn_of(agent, &failure, core.stopping);
-    core.look_at_clock();
+    core.update_clock();
     core.scheduler.agent_lost(agent, &failure.reason);
-    let for_good = core.conns[agent].for_good;
+    let permanent = core.conns[agent].permanent;
     let known = &mut core.inbox.hosts[agent].failure;
-    // Why it was left out says more than how it then ended.
-    if known.is_none() || !for_good {
+    // The reason for leaving the host out says more than how the agent then ended.
+    if known.is_none() || !permanent {
         *known = Some(failure);
     }
-    core.settle();
+    core.pump();
     core.changed();
 }
 
@@ -201,25 +203,25 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// How it has ended, and whether it was killed for that.
+/// How the process ended, and whether the hub killed it.
 async fn await_exit(
     process: &Arc<AgentProcess>,
     mut exit: oneshot::Receiver<io::Result<ExitStatus>>,
     greeted: bool,
 ) -> (Option<ExitStatus>, bool) {
     let known = |waited: Result<io::Result<ExitStatus>, _>| waited.ok().and_then(Result::ok);
-    let mut waited = timeout(EXIT_PATIENCE, &mut exit).await;
+    let mut waited = timeout(EXIT_TIMEOUT, &mut exit).await;
     let interrupted = waited.is_err() && !greeted;
     if interrupted {
-        // It may hang in a profile, and knows nothing of the stream.
+        // The process may hang in a profile, and does not read the stream.
         process.interrupt();
-        waited = timeout(INTERRUPT_PATIENCE, &mut exit).await;
+        waited = timeout(INTERRUPT_TIMEOUT, &mut exit).await;
     }
     if let Ok(waited) = waited {
         return (known(waited), interrupted);
     }
     process.kill();
-    let waited = timeout(EXIT_PATIENCE, exit).await;
+    let waited = timeout(EXIT_TIMEOUT, exit).await;
     (waited.ok().and_then(known), true)
 }
 
@@ -231,7 +233,7 @@ async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
             Ok(n) => {
                 let mut tail = tail.borrow_mut();
                 tail.extend_from_slice(&buffer[..n]);
-                let excess = tail.len().saturating_sub(TAIL);
+                let excess = tail.len().saturating_sub(AGENT_STDERR_TAIL);
                 tail.drain(..excess);
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -240,9 +242,9 @@ async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
     }
 }
 
-/// Greets the agent, and waits for the end of what follows. An error says why the head ended it.
+/// Greets the agent, and waits for the end of its stream. An error says why the head ended it.
 async fn talk(
-    shared: &Shared,
+    shared_core: &SharedCore,
     agent: usize,
     hello: &Hello,
     stream: std::os::unix::net::UnixStream,
@@ -251,36 +253,36 @@ async fn talk(
 ) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
-    let (stop, over, start_patience) = {
-        let core = shared.core();
+    let (stop, over, start_timeout) = {
+        let core = shared_core.core();
         let conn = &core.conns[agent];
-        (conn.stop.clone(), conn.over.clone(), core.start_patience)
+        (conn.stop.clone(), conn.over.clone(), core.start_timeout)
     };
     let late = async || {
         if !again {
-            // R sees to the first start.
+            // R limits the time of the first start.
             std::future::pending::<()>().await;
         }
-        sleep(start_patience).await;
-        let seconds = start_patience.as_secs_f64();
+        sleep(start_timeout).await;
+        let seconds = start_timeout.as_secs_f64();
         io::Error::other(format!(
             "it was tried again and not up within {seconds} seconds"
         ))
     };
     let received = tokio::select! {
-        received = greet(shared, agent, hello, &stream, greeting) => match received? {
+        received = greet(shared_core, agent, hello, &stream, greeting) => match received? {
             Some(received) => received,
             None => return Ok(()),
         },
-        // Nobody has been told to stop yet: the end of the stream says it.
+        // No agent has been told to stop yet: the end of the stream stops it.
         () = stop.notified() => return Ok(()),
         error = late() => return Err(error),
     };
     let stream = stream.into_std()?;
     {
-        let mut core = shared.core();
+        let mut core = shared_core.core();
         if again {
-            if core.conns[agent].for_good {
+            if core.conns[agent].permanent {
                 return Ok(());
             }
             core.agent_back(agent)?;
@@ -289,7 +291,7 @@ async fn talk(
     }
     let started = async {
         let error = late().await;
-        if !shared.core().scheduler.is_starting(agent) {
+        if !shared_core.core().scheduler.is_starting(agent) {
             std::future::pending::<()>().await;
         }
         error
@@ -297,65 +299,65 @@ async fn talk(
     let stopped = async {
         stop.notified().await;
         let stop_timeout = {
-            let core = shared.core();
+            let core = shared_core.core();
             match core.scheduler.is_starting(agent) {
                 // It has no idle workers that need time to end.
                 true => Duration::ZERO,
                 false => core.conns[agent].stop_timeout,
             }
         };
-        sleep(stop_timeout + STOP_PATIENCE).await;
+        sleep(stop_timeout + STOP_TIMEOUT).await;
     };
     tokio::select! {
         () = over.notified() => Ok(()),
-        error = silence(shared, agent) => Err(error),
+        error = silence(shared_core, agent) => Err(error),
         error = started => Err(error),
         () = stopped => Err(io::Error::other("the agent did not heed that it was to stop")),
     }
 }
 
-/// Tells the agent that the head is alive, and waits for it to be silent for too long. While it
-/// loads packages it cannot answer; from its first message after that on, it can.
-async fn silence(shared: &Shared, agent: usize) -> io::Error {
+/// Sends heartbeats to the agent, and returns when the agent has been silent for too long. An agent
+/// cannot answer while it loads packages, so silence counts only from its first message after that.
+async fn silence(shared_core: &SharedCore, agent: usize) -> io::Error {
     let began = Instant::now();
-    let planned = shared.core().conns[agent].planned.clone();
+    let planned = shared_core.core().conns[agent].planned.clone();
     planned.notified().await;
-    let patience = shared.core().conns[agent].patience;
-    if patience.is_zero() {
+    let heartbeat_timeout = shared_core.core().conns[agent].heartbeat_timeout;
+    if heartbeat_timeout.is_zero() {
         std::future::pending::<()>().await;
     }
-    let mut pulse: Option<Pulse> = None;
+    let mut heartbeat: Option<Heartbeat> = None;
     loop {
-        sleep(patience / 16).await;
-        let mut core = shared.core();
-        if core.conns[agent].heard.is_none() {
+        sleep(heartbeat_timeout / 16).await;
+        let mut core = shared_core.core();
+        if core.conns[agent].last_received.is_none() {
             continue;
         }
-        // What came while this process was stopped counts.
+        // Bytes that arrived while this process was stopped count.
         core.read(agent);
         let now = began.elapsed();
-        let pulse = pulse.get_or_insert_with(|| Pulse::new(patience, now));
-        if let Some(heard) = core.conns[agent].heard {
-            pulse.hear(heard.saturating_duration_since(began));
+        let heartbeat = heartbeat.get_or_insert_with(|| Heartbeat::new(heartbeat_timeout, now));
+        if let Some(last_received) = core.conns[agent].last_received {
+            heartbeat.record_received(last_received.saturating_duration_since(began));
         }
-        if pulse.is_silent(now) {
-            let seconds = patience.as_secs_f64();
+        if heartbeat.is_silent(now) {
+            let seconds = heartbeat_timeout.as_secs_f64();
             return io::Error::other(format!("nothing was heard from it for {seconds} seconds"));
         }
-        if pulse.speak(now) {
+        if heartbeat.send_due(now) {
             let _ = core.scheduler.send_control(agent, &ToAgent::Alive);
-            core.settle();
+            core.pump();
         }
     }
 }
 
-/// One read. `None`: nothing there now.
+/// Reads once. `None`: nothing is available.
 fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize>> {
     received.reserve(16 * 1024);
     match stream.try_read_buf(received) {
         Ok(n) => Ok(Some(n)),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        // The agent was killed with bytes of ours unread.
+        // The agent was killed before it read all that the head had sent.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Some(0)),
         Err(error) => Err(error),
     }
@@ -364,7 +366,7 @@ fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize
 /// Sends magic and hello, skips what a shell printed, and checks the agent's hello.
 /// `None`: it ended first.
 async fn greet(
-    shared: &Shared,
+    shared_core: &SharedCore,
     agent: usize,
     hello: &Hello,
     stream: &UnixStream,
@@ -378,7 +380,7 @@ async fn greet(
         stream.writable().await?;
         match out.write_with(|slices| stream.try_write_vectored(slices)) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // It may have ended at once; what it said is worth more than this error.
+            // The agent may have ended at once; its output is worth more than this error.
             Err(_) => break,
             Ok(_) => {}
         }
@@ -399,7 +401,7 @@ async fn greet(
                 r_version = theirs.r_version,
                 "agent greeted"
             );
-            shared.core().inbox.greeted(agent, theirs);
+            shared_core.core().inbox.greeted(agent, theirs);
             return Ok(Some(greeting.take_rest()));
         }
     }

@@ -1,26 +1,26 @@
-//! What R's thread and the hub's thread share: one [`Core`] under a lock, and a way to wake each
-//! other.
+//! The state that R's thread and the hub's thread share: one [`Core`] under a lock, and a way to
+//! wake each other.
 //!
 //! Either thread reads and writes the agents' streams, without blocking and with the lock held.
-//! While R waits it reads them itself: an answer that had to pass through another thread would be
-//! twice as long on its way. Once R has been busy with something else for a [`TICK`], the hub's
-//! thread does the reading. The lock is never held while R code runs, across an allocation by R, or
-//! while anybody sleeps.
+//! While R waits, its thread reads the streams itself, because an answer that passes through
+//! another thread takes twice as long. Once R has been busy with something else for a [`TICK`], the
+//! hub's thread reads. The lock is never held while R code runs, across an allocation by R, or
+//! while a thread sleeps.
 
 use super::by_hand::Hand;
 use super::connection::Conn;
 use super::inbox::Inbox;
 use super::readiness::Readiness;
 use super::recent::Recent;
-use super::reconnect::Restoring;
+use super::reconnect::HostRestore;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
-use crate::head::scheduler::events::{Note, Outcome, RankSet, Want};
-use crate::head::setup_log::Spool;
+use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
+use crate::head::setup_log::SetupLogFile;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
 use crate::protocol::control::{Facts, ToAgent};
-use crate::protocol::frame::{self, Frame, Header, Kind, LAST, SHARED};
+use crate::protocol::frame::{self, BY_REFERENCE, Frame, Header, Kind, LAST};
 use crate::protocol::ids::Rank;
 use crate::protocol::send_queue::OutBuf;
 use mio::unix::SourceFd;
@@ -38,29 +38,32 @@ use tracing::{debug, trace};
 /// Bytes put together for one write.
 const WRITE: usize = 256 * 1024;
 /// Bytes read at a time.
-const READ: usize = 256 * 1024;
+const HUB_READ: usize = 256 * 1024;
 
-/// How long R may leave the streams unread, and then some, before the hub's thread reads them.
+/// How long R may leave the streams unread before the hub's thread reads them (at most twice as
+/// long).
 pub const TICK: Duration = Duration::from_millis(2);
 
-/// How long R's thread watches for an answer before it sleeps: what it usually takes to and fro when
-/// nobody on the way sleeps. If it watched for longer, it would take a core from workers of this machine.
-pub const WATCH: Duration = Duration::from_micros(100);
+/// How long R's thread spins before it sleeps when it waits for an answer: about as long as a round
+/// trip if no thread on it sleeps. Longer spinning would take a core from workers on this machine.
+pub const SPIN_TIME: Duration = Duration::from_micros(100);
 
-/// How long it does so if it waits for a single task: there are no other workers to take a core from.
-pub const WATCH_ONE: Duration = Duration::from_millis(1);
+/// How long R's thread spins if it waits for a single task: there are no other workers to take a
+/// core from.
+pub const SPIN_TIME_SINGLE: Duration = Duration::from_millis(1);
 
-/// Who reads the streams.
+/// The thread that reads the streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reader {
+enum StreamReader {
     Hub,
     R,
 }
 
-/// The system drops descriptors for which there is no room.
+/// The system drops descriptors beyond the limit of open files.
 const NO_DESCRIPTOR: &str = "a result whose memory cannot be opened here: too many files are open";
 
-/// The memory behind a descriptor, if it has so many bytes and nobody can change or cut it any more.
+/// The shared memory of a descriptor, if it has this many bytes and nobody can change or truncate
+/// it any more.
 fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
     let file = File::from(descriptor);
     let there = file.metadata().ok()?.len();
@@ -74,76 +77,76 @@ pub struct Core {
     pub scheduler: Scheduler,
     pub conns: Vec<Conn>,
     pub inbox: Inbox,
-    /// What lasts on workers, if hosts are to be taken back.
-    pub spool: Option<Spool>,
-    pub restoring: Restoring,
+    /// The head's set-up log, if lost hosts are reconnected.
+    pub setup_log: Option<SetupLogFile>,
+    pub restoring: HostRestore,
     /// What happened last, for bug reports.
     pub recent: Recent,
-    /// How long a host that is tried again may take to start.
-    pub start_patience: Duration,
-    /// Bytes of results to buffer.
+    /// How long a reconnected host may take to start.
+    pub start_timeout: Duration,
+    /// Maximum number of bytes of results to buffer.
     limit: usize,
     /// Bytes of tasks submitted and not yet sent.
     pub queued: usize,
-    /// The end has been asked for.
+    /// The cluster is being stopped.
     pub stopping: bool,
-    /// What the hub's thread watches.
+    /// Registers the streams that the hub's thread serves.
     registry: Registry,
-    reader: Reader,
-    /// R waits.
+    reader: StreamReader,
+    /// R's thread is waiting.
     waiting: bool,
     /// When `waiting` last changed.
     since: Instant,
-    /// The hub's thread looks every [`TICK`] whether it has to read.
+    /// The hub's thread checks every [`TICK`] whether it has to read.
     ticking: bool,
-    /// R sleeps and is to be woken by the next change.
+    /// R's thread sleeps and must be woken by the next change.
     asleep: bool,
     /// Counts the changes of the inbox and of `queued`.
     changes: u64,
-    /// How long R has lately waited for answers, on average.
+    /// The average time that R has lately waited for answers.
     usual_wait: Duration,
-    /// The beginning of all times.
+    /// The start of the cluster, from which times are counted.
     pub began: Instant,
     pub measure: Measure,
-    /// How long any task may take.
+    /// The time limit of all tasks.
     pub time_limit: Option<Duration>,
     wake: UnixStream,
-    /// The connection by which R code waits that knows sockets alone.
+    /// The connection on which R code waits that can only wait for sockets.
     pub readiness: Option<Readiness>,
     scratch: Vec<u8>,
-    /// Its maker moves what would go over streams, and the clock.
+    /// In tests: frames and the clock are moved by hand.
     pub hand: Option<Hand>,
 }
 
 /// See the module's documentation.
-pub struct Shared {
+pub struct SharedCore {
     core: Mutex<Core>,
     woken: UnixStream,
-    /// R has begun to read and the hub's thread is to look after it.
+    /// R has started to read, and the hub's thread must check when R stops.
     pub taken_over: Notify,
     /// `stopping` was set.
     pub stopped: Notify,
 }
 
-impl Shared {
-    pub fn new(hosts: usize, limit: usize, registry: Registry) -> io::Result<Shared> {
+impl SharedCore {
+    pub fn new(hosts: usize, limit: usize, registry: Registry) -> io::Result<SharedCore> {
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        Ok(Shared {
+        Ok(SharedCore {
             core: Mutex::new(Core {
                 scheduler: Scheduler::new(vec![Vec::new(); hosts], limit),
                 limit,
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
-                spool: None,
-                restoring: Restoring::default(),
+                setup_log: None,
+                restoring: HostRestore::default(),
                 recent: Recent::default(),
-                start_patience: Duration::MAX,
+                start_timeout: Duration::MAX,
                 queued: 0,
                 stopping: false,
                 registry,
-                reader: Reader::Hub,
+                reader: StreamReader::Hub,
                 waiting: false,
                 since: Instant::now(),
                 ticking: false,
@@ -155,7 +158,7 @@ impl Shared {
                 time_limit: None,
                 wake,
                 readiness: None,
-                scratch: vec![0; READ],
+                scratch: vec![0; HUB_READ],
                 hand: None,
             }),
             woken,
@@ -165,45 +168,49 @@ impl Shared {
     }
 
     pub fn core(&self) -> MutexGuard<'_, Core> {
-        // A panic while it was held would have been the hub's: it then closes the inbox.
+        // Only the hub's thread can have panicked with the lock held: it closes the inbox then.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// R's thread waits, up to `most` or until a signal comes, for `look` to find something. It
-    /// looks at first and after every change.
-    pub fn wait<T>(&self, most: Duration, look: impl FnMut(&mut Core) -> Option<T>) -> Option<T> {
-        self.wait_watching(most, WATCH, look)
+    /// R's thread waits until `poll` finds something, for up to `max_wait` or until a signal
+    /// arrives. `poll` runs first and after every change.
+    pub fn wait<T>(
+        &self,
+        max_wait: Duration,
+        poll: impl FnMut(&mut Core) -> Option<T>,
+    ) -> Option<T> {
+        self.wait_spinning(max_wait, SPIN_TIME, poll)
     }
 
-    /// If answers have usually come within `watch`, so soon that to sleep and to be woken would take longer
-    /// than the answer itself, R's thread does not sleep for so long, but gives its core away at every
-    /// look.
-    pub fn wait_watching<T>(
+    /// As [`SharedCore::wait`]. If answers have usually arrived within `spin`, in which time a
+    /// sleep and a wake-up would take longer than the answer itself, R's thread spins for so long
+    /// before it sleeps, and yields its core after every poll.
+    pub fn wait_spinning<T>(
         &self,
-        most: Duration,
-        watch: Duration,
-        mut look: impl FnMut(&mut Core) -> Option<T>,
+        max_wait: Duration,
+        spin: Duration,
+        mut poll: impl FnMut(&mut Core) -> Option<T>,
     ) -> Option<T> {
         let mut core = self.core();
-        let mut found = look(&mut core);
+        let mut found = poll(&mut core);
         if found.is_some() {
             return found;
         }
         let began = Instant::now();
         let mut seen = core.changes;
         core.begin_reading(began, &self.taken_over);
-        let is_usual = core.usual_wait <= watch;
+        let is_usual = core.usual_wait <= spin;
         let mut waited = Duration::ZERO;
         let mut interrupted = false;
         loop {
             if core.changes != seen {
                 seen = core.changes;
-                found = look(&mut core);
+                found = poll(&mut core);
             }
-            if found.is_some() || waited >= most || interrupted {
+            if found.is_some() || waited >= max_wait || interrupted {
                 break;
             }
-            if is_usual && waited < watch {
+            if is_usual && waited < spin {
                 drop(core);
                 thread::yield_now();
                 core = self.core();
@@ -211,7 +218,7 @@ impl Shared {
                 core.asleep = true;
                 let streams = core.streams();
                 drop(core);
-                interrupted = self.sleep(&streams, most.saturating_sub(waited));
+                interrupted = self.sleep(&streams, max_wait.saturating_sub(waited));
                 core = self.core();
                 core.asleep = false;
             }
@@ -223,50 +230,50 @@ impl Shared {
         found
     }
 
-    /// Sleeps until a stream can be read, the other thread changes something, or a signal comes,
-    /// which is what is returned: R then gets to handle it at once.
-    fn sleep(&self, streams: &[Arc<UnixStream>], most: Duration) -> bool {
-        let interrupted = poll(&[(self, streams)], most);
+    /// Sleeps until a stream can be read, the other thread changes something, or a signal arrives.
+    /// Returns whether a signal arrived: R then handles it at once.
+    fn sleep(&self, streams: &[Arc<UnixStream>], max_wait: Duration) -> bool {
+        let interrupted = poll(&[(self, streams)], max_wait);
         self.drain();
         interrupted
     }
 
-    /// Empties the socket by which R's thread is woken.
+    /// Drains the socket that wakes R's thread.
     fn drain(&self) {
         let mut buffer = [0u8; 64];
         let _ = (&self.woken).read(&mut buffer);
     }
 
-    /// R's thread sleeps, up to `most`, until any of these hubs has changed since the count of changes
-    /// that comes with it, a stream can be read, or a signal comes.
-    pub fn sleep_until_any(hubs: &[(&Shared, &(u64, RankSet))], most: Duration) {
+    /// R's thread sleeps for up to `max_wait`, until any of these hubs has changed since the given
+    /// count of changes, a stream can be read, or a signal arrives.
+    pub fn sleep_until_any(hubs: &[(&SharedCore, &(u64, RankSet))], max_wait: Duration) {
         let mut sleeping = Vec::with_capacity(hubs.len());
         let mut changed = false;
-        for &(shared, (seen, workers)) in hubs {
-            let mut core = shared.core();
-            core.scheduler.want(Want::AnyOf(workers.clone()));
-            core.settle();
-            core.begin_reading(Instant::now(), &shared.taken_over);
+        for &(shared_core, (seen, workers)) in hubs {
+            let mut core = shared_core.core();
+            core.scheduler.demand(Demand::AnyOf(workers.clone()));
+            core.pump();
+            core.begin_reading(Instant::now(), &shared_core.taken_over);
             changed |= core.changes != *seen;
             core.asleep = true;
-            sleeping.push((shared, core.streams()));
+            sleeping.push((shared_core, core.streams()));
         }
         if !changed {
             let polled: Vec<_> = sleeping.iter().map(|(hub, fds)| (*hub, &fds[..])).collect();
-            poll(&polled, most);
+            poll(&polled, max_wait);
         }
-        for (shared, _) in sleeping {
-            shared.drain();
-            let mut core = shared.core();
+        for (shared_core, _) in sleeping {
+            shared_core.drain();
+            let mut core = shared_core.core();
             core.asleep = false;
             core.read_all();
-            core.scheduler.want(Want::Nothing);
+            core.scheduler.demand(Demand::Nothing);
             core.end_reading(Instant::now());
         }
     }
 
-    /// What the hub's thread does every [`TICK`] while R waits or has just done so. Returns whether
-    /// to go on with it.
+    /// Runs in the hub's thread every [`TICK`] while R waits or has just waited. Returns whether to
+    /// go on ticking.
     pub fn tick(&self) -> bool {
         let mut core = self.core();
         if core.since.elapsed() < TICK {
@@ -274,19 +281,19 @@ impl Shared {
         }
         core.ticking = false;
         if !core.waiting {
-            core.set_reader(Reader::Hub);
+            core.set_reader(StreamReader::Hub);
         }
-        // Whoever waits for long gives the reading back when that is over.
+        // If R waits for longer, it hands over reading itself at the end.
         false
     }
 }
 
-/// Sleeps until one of the hubs' streams can be read, one of them wakes R's thread, or a signal comes,
-/// which is what is returned.
-fn poll(hubs: &[(&Shared, &[Arc<UnixStream>])], most: Duration) -> bool {
-    let fds = hubs.iter().flat_map(|(shared, streams)| {
+/// Sleeps until a stream of one of the hubs can be read, a hub wakes R's thread, or a signal
+/// arrives. Returns whether a signal arrived.
+fn poll(hubs: &[(&SharedCore, &[Arc<UnixStream>])], max_wait: Duration) -> bool {
+    let fds = hubs.iter().flat_map(|(shared_core, streams)| {
         let streams = streams.iter().map(AsRawFd::as_raw_fd);
-        streams.chain([shared.woken.as_raw_fd()])
+        streams.chain([shared_core.woken.as_raw_fd()])
     });
     let mut polled: Vec<libc::pollfd> = fds
         .map(|fd| libc::pollfd {
@@ -295,9 +302,9 @@ fn poll(hubs: &[(&Shared, &[Arc<UnixStream>])], most: Duration) -> bool {
             revents: 0,
         })
         .collect();
-    let most = libc::c_int::try_from(most.as_millis() + 1).unwrap_or(libc::c_int::MAX);
+    let max_wait = libc::c_int::try_from(max_wait.as_millis() + 1).unwrap_or(libc::c_int::MAX);
     // SAFETY: as many valid pollfds as are announced, of descriptors that stay open.
-    let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, most) };
+    let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, max_wait) };
     ready < 0
 }
 
@@ -311,7 +318,7 @@ impl Core {
         facts.add_seconds("usual_wait", self.usual_wait);
     }
 
-    /// How often the inbox or `queued` has changed.
+    /// The number of changes of the inbox and of `queued`.
     pub fn changes(&self) -> u64 {
         self.changes
     }
@@ -319,7 +326,7 @@ impl Core {
     fn begin_reading(&mut self, now: Instant, taken_over: &Notify) {
         self.waiting = true;
         self.since = now;
-        self.set_reader(Reader::R);
+        self.set_reader(StreamReader::R);
         if !self.ticking {
             self.ticking = true;
             taken_over.notify_one();
@@ -331,54 +338,54 @@ impl Core {
         self.waiting = false;
         self.since = now;
         if !self.ticking {
-            self.set_reader(Reader::Hub);
+            self.set_reader(StreamReader::Hub);
         }
     }
 
-    fn set_reader(&mut self, reader: Reader) {
+    fn set_reader(&mut self, reader: StreamReader) {
         if self.reader != reader {
             trace!(?reader, "another thread reads the streams");
             self.reader = reader;
             for agent in 0..self.conns.len() {
-                self.watch(agent);
+                self.update_interest(agent);
             }
         }
     }
 
-    /// Lets the hub's thread watch a stream for what it is to do there.
-    fn watch(&mut self, agent: usize) {
+    /// Registers what the hub's thread has to wait for on a stream.
+    fn update_interest(&mut self, agent: usize) {
         let conn = &mut self.conns[agent];
-        let reads = self.reader == Reader::Hub && conn.end.is_none();
+        let reads = self.reader == StreamReader::Hub && conn.end.is_none();
         let wanted = match (reads, conn.blocked) {
             (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
             (true, false) => Some(Interest::READABLE),
             (false, true) => Some(Interest::WRITABLE),
             (false, false) => None,
         };
-        let Some(stream) = conn.stream.as_ref().filter(|_| conn.watched != wanted) else {
+        let Some(stream) = conn.stream.as_ref().filter(|_| conn.interest != wanted) else {
             return;
         };
         let fd = stream.as_raw_fd();
         let mut source = SourceFd(&fd);
         let token = Token(agent);
-        let done = match (conn.watched, wanted) {
+        let done = match (conn.interest, wanted) {
             (None, Some(interest)) => self.registry.register(&mut source, token, interest),
             (Some(_), Some(interest)) => self.registry.reregister(&mut source, token, interest),
             _ => self.registry.deregister(&mut source),
         };
         match done {
-            Ok(()) => conn.watched = wanted,
+            Ok(()) => conn.interest = wanted,
             Err(error) => self.end(agent, Err(error)),
         }
     }
 
-    /// The workers of each agent are known now. Nothing has been sent to any.
+    /// Sets the workers of each agent. Nothing has been sent to any.
     pub fn set_ranks(&mut self, ranks: Vec<Vec<Rank>>) {
         self.inbox.set_workers(&ranks);
         self.scheduler = Scheduler::new(ranks, self.limit);
         self.scheduler.measure_with(self.measure);
         self.scheduler.limit_time(self.time_limit);
-        self.look_at_clock();
+        self.update_clock();
         for agent in 0..self.conns.len() {
             if let Some(failure) = &self.inbox.hosts[agent].failure {
                 self.scheduler.agent_lost(agent, &failure.reason);
@@ -386,29 +393,29 @@ impl Core {
         }
     }
 
-    /// All that happens from here on happens now.
-    pub fn look_at_clock(&mut self) {
+    /// Sets the time of events to now.
+    pub fn update_clock(&mut self) {
         let now = self.hand.as_ref().map(|hand| hand.now);
         self.scheduler
             .at(now.unwrap_or_else(|| self.began.elapsed()));
     }
 
-    /// The stream to an agent that has greeted, and what came with the greeting.
+    /// Attaches the stream to an agent that has greeted, and the bytes that came with the greeting.
     pub fn attach(&mut self, agent: usize, stream: UnixStream, received: bytes::BytesMut) {
         let conn = &mut self.conns[agent];
         conn.stream = Some(Arc::new(stream));
         conn.received = received;
-        self.watch(agent);
+        self.update_interest(agent);
         self.on_bytes(agent);
-        self.settle();
-        // R, if it sleeps, does not know the stream yet.
+        self.pump();
+        // If R's thread sleeps, it does not know the stream yet.
         self.changed();
     }
 
-    /// A fresh agent has greeted where one was lost.
+    /// A lost host has been reconnected: its new agent has greeted.
     ///
     /// # Errors
-    /// When nothing is known of what it is to start.
+    /// When the head does not know what the agent is to start.
     pub fn agent_back(&mut self, agent: usize) -> io::Result<()> {
         let conn = &mut self.conns[agent];
         let Some(start) = conn.plan.clone() else {
@@ -417,14 +424,14 @@ impl Core {
         conn.end = None;
         conn.out = OutBuf::default();
         conn.descriptors.clear();
-        conn.heard = None;
-        conn.watched = None;
+        conn.last_received = None;
+        conn.interest = None;
         conn.planned.notify_one();
         let back = self.scheduler.agent_back(agent, &ToAgent::Start(start));
         back.map_err(io::Error::other)
     }
 
-    /// Closes the stream, for the agent too, and whoever has a copy of our end.
+    /// Closes the stream, for the agent and for all copies of the head's descriptor.
     pub fn detach(&mut self, agent: usize) -> io::Result<()> {
         let conn = &mut self.conns[agent];
         let end = conn.end.take().unwrap_or(Ok(()));
@@ -432,14 +439,14 @@ impl Core {
         conn.blocked = false;
         conn.out = OutBuf::default();
         conn.descriptors.clear();
-        self.watch(agent);
+        self.update_interest(agent);
         if let Some(stream) = self.conns[agent].stream.take() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
         end
     }
 
-    /// The stream has ended, by itself or because what it carried made no sense.
+    /// Records that the stream has ended, by itself or because of invalid data.
     fn end(&mut self, agent: usize, result: io::Result<()>) {
         let conn = &mut self.conns[agent];
         if conn.end.is_none() {
@@ -447,7 +454,7 @@ impl Core {
             conn.end = Some(result);
             conn.blocked = false;
             conn.over.notify_one();
-            self.watch(agent);
+            self.update_interest(agent);
         }
     }
 
@@ -462,14 +469,14 @@ impl Core {
         }
     }
 
-    /// Reads what is there now, up to [`READ`] bytes. Returns whether there may be more.
+    /// Reads what is available, up to [`HUB_READ`] bytes. Returns whether there may be more.
     pub fn read(&mut self, agent: usize) -> bool {
         let conn = &mut self.conns[agent];
         let Some(stream) = conn.stream.as_deref().filter(|_| conn.end.is_none()) else {
             return false;
         };
         if reserve::was_used() {
-            // What is held of this host's results goes with the host.
+            // Buffered results of this host are dropped with it.
             let reason = format!(
                 "this session has no memory left for it{}",
                 limits::memory_limits()
@@ -481,22 +488,22 @@ impl Core {
         match fd::recv(stream.as_raw_fd(), &mut self.scratch, &mut came, false) {
             Ok(0) => self.end(agent, Ok(())),
             Ok(n) => {
-                if !conn.patience.is_zero() {
-                    conn.heard = Some(Instant::now());
+                if !conn.heartbeat_timeout.is_zero() {
+                    conn.last_received = Some(Instant::now());
                 }
                 conn.bytes_out += n as u64;
                 conn.descriptors.extend(came);
                 let scratch = std::mem::take(&mut self.scratch);
-                self.look_at_clock();
+                self.update_clock();
                 self.take_in(agent, &scratch[..n]);
                 self.scratch = scratch;
-                self.settle();
+                self.pump();
                 return true;
             }
             Err(error) => match error.kind() {
                 io::ErrorKind::WouldBlock => {}
                 io::ErrorKind::Interrupted => return true,
-                // The agent was killed with bytes of ours unread.
+                // The agent was killed before it read all that the head had sent.
                 io::ErrorKind::ConnectionReset => self.end(agent, Ok(())),
                 _ => self.end(agent, Err(error)),
             },
@@ -504,8 +511,8 @@ impl Core {
         false
     }
 
-    /// Takes in the frames in what has come. What is there of another is kept until the rest comes; all
-    /// others are not copied for that.
+    /// Processes the frames in the bytes that have arrived. The beginning of an incomplete frame is
+    /// buffered until the rest arrives; complete frames are not copied for that.
     fn take_in(&mut self, agent: usize, mut bytes: &[u8]) {
         loop {
             let received = &mut self.conns[agent].received;
@@ -520,7 +527,7 @@ impl Core {
             let result = match frame {
                 Ok(Some(frame)) => self.on_frame(agent, frame),
                 Ok(None) if bytes.is_empty() => return,
-                // All of its header is there now, or it is the first of what has come.
+                // The whole header has arrived, or the frame begins with these bytes.
                 Ok(None) => {
                     let received = &mut self.conns[agent].received;
                     if received.is_empty() {
@@ -541,7 +548,7 @@ impl Core {
     fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), String> {
         let Header { kind, flags, .. } = frame.header;
         let mut memory = None;
-        if kind == Kind::Data && flags == LAST | SHARED {
+        if kind == Kind::Data && flags == LAST | BY_REFERENCE {
             let Some(descriptor) = self.conns[agent].descriptors.pop_front() else {
                 return Err(NO_DESCRIPTOR.into());
             };
@@ -556,16 +563,16 @@ impl Core {
         self.take_in(agent, &received);
     }
 
-    /// The stream takes bytes again.
+    /// The stream is writable again.
     pub fn on_writable(&mut self, agent: usize) {
         self.conns[agent].blocked = false;
-        self.settle();
-        self.watch(agent);
+        self.pump();
+        self.update_interest(agent);
     }
 
-    /// After any change: sends what can be sent, and takes note of what R must know.
-    pub fn settle(&mut self) {
-        self.look_at_clock();
+    /// To be called after any change: sends what can be sent, and records what R must know.
+    pub fn pump(&mut self) {
+        self.update_clock();
         loop {
             for agent in 0..self.conns.len() {
                 self.flush(agent);
@@ -583,8 +590,8 @@ impl Core {
                 self.recent.note(&note, self.began);
                 match &note {
                     Note::LeftOut { agent, .. } => {
-                        // If it does not end when asked to, it is ended.
-                        self.conns[*agent].for_good = true;
+                        // An agent that does not end on request is killed.
+                        self.conns[*agent].permanent = true;
                         self.conns[*agent].stop.notify_one();
                     }
                     Note::Failed { agent, reason } => {
@@ -597,9 +604,9 @@ impl Core {
                         outcome,
                         ..
                     } => {
-                        if let Some(spool) = &mut self.spool {
-                            let lasts = matches!(outcome, Outcome::Answer(_));
-                            spool.ended(*task, *rank, lasts);
+                        if let Some(setup_log) = &mut self.setup_log {
+                            let setup_call = matches!(outcome, Outcome::Answer(_));
+                            setup_log.ended(*task, *rank, setup_call);
                         }
                         self.restored(*rank, *task, outcome);
                     }
@@ -614,19 +621,23 @@ impl Core {
         }
     }
 
-    /// R is to know when hosts will not be taken back any more.
-    pub fn look_at_spool(&mut self) {
-        let incomplete = |spool: &Spool| !spool.is_complete();
-        if self.spool.as_ref().is_some_and(incomplete) {
-            self.inbox.spool_incomplete();
+    /// Notifies R if the set-up log is incomplete, so that lost hosts cannot be reconnected any
+    /// more.
+    pub fn check_setup_log(&mut self) {
+        let incomplete = |setup_log: &SetupLogFile| !setup_log.is_complete();
+        if self.setup_log.as_ref().is_some_and(incomplete) {
+            self.inbox.setup_log_incomplete();
         }
     }
 
-    /// Whether a host that is lost is tried again.
+    /// Whether a host is reconnected when it is lost.
     pub fn takes_back(&self, agent: usize) -> bool {
-        let complete = self.spool.as_ref().is_some_and(Spool::is_complete);
+        let complete = self
+            .setup_log
+            .as_ref()
+            .is_some_and(SetupLogFile::is_complete);
         let conn = self.conns.get(agent).filter(|_| complete);
-        let wanted = conn.is_some_and(|conn| conn.plan.is_some() && !conn.for_good);
+        let wanted = conn.is_some_and(|conn| conn.plan.is_some() && !conn.permanent);
         wanted && self.scheduler.has_lost(agent)
     }
 
@@ -638,17 +649,17 @@ impl Core {
         }
     }
 
-    /// Whether any worker is starting or up, or may be again.
+    /// Whether any worker is starting, up, or may come back.
     pub fn any_left(&self) -> bool {
         let mut agents = 0..self.conns.len();
         self.scheduler.any_left() || agents.any(|agent| self.takes_back(agent))
     }
 
-    /// Wakes R, if it sleeps, to look at what has changed.
+    /// Wakes R's thread, if it sleeps, because something has changed.
     pub fn changed(&mut self) {
         self.changes += 1;
         if std::mem::take(&mut self.asleep) {
-            // Full means that R has been woken already.
+            // A full socket means that R's thread has been woken already.
             let _ = (&self.wake).write(&[1]);
         }
         self.update_readiness();
@@ -664,7 +675,7 @@ impl Core {
         }
     }
 
-    /// Writes to an agent as much as its stream takes now.
+    /// Writes to an agent as much as its stream accepts now.
     fn flush(&mut self, agent: usize) {
         let conn = &mut self.conns[agent];
         let Some(stream) = conn.stream.as_deref() else {
@@ -689,14 +700,14 @@ impl Core {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     conn.blocked = conn.end.is_none();
-                    self.watch(agent);
+                    self.update_interest(agent);
                     return;
                 }
                 Err(error) => {
                     conn.out = OutBuf::default();
                     let kind = error.kind();
-                    // Who reads finds the end of the stream, and why. Otherwise it is open, and what is
-                    // left out here would be missing.
+                    // The reader finds the end of the stream and its reason. Otherwise the stream
+                    // is open, and what is not written here would be missing.
                     if !matches!(
                         kind,
                         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
@@ -709,19 +720,19 @@ impl Core {
         }
     }
 
-    /// Ends the cluster.
+    /// Stops the cluster.
     pub fn stop(&mut self, stopped: &Notify) {
         if std::mem::replace(&mut self.stopping, true) {
             return;
         }
         debug!("cluster stops");
         for agent in 0..self.conns.len() {
-            // Without a greeting there is nobody to tell: the stream's end must do.
+            // An agent that has not greeted receives no message: the end of the stream stops it.
             let _ = self.scheduler.send_control(agent, &ToAgent::Stop);
-            self.conns[agent].for_good = true;
+            self.conns[agent].permanent = true;
             self.conns[agent].stop.notify_one();
         }
-        self.settle();
+        self.pump();
         stopped.notify_one();
     }
 }

@@ -42,14 +42,14 @@ impl Hub {
                 host.dump.clear();
             }
         }
-        core.settle();
+        core.pump();
         question
     }
 
-    /// The state of all, once all agents that were asked have answered or are gone. Waits up to `most` for that;
+    /// The state of all, once all agents that were asked have answered or are gone. Waits up to `max` for that;
     /// `anyway`: what is known then is all.
-    pub fn dump(&self, question: u64, most: Duration, anyway: bool) -> Option<Dump> {
-        let answered = self.shared().wait(most, |core| {
+    pub fn dump(&self, question: u64, max: Duration, anyway: bool) -> Option<Dump> {
+        let answered = self.shared_core().wait(max, |core| {
             let mut hosts = core.inbox.hosts.iter().zip(&core.conns);
             let done = hosts.all(|(host, conn)| {
                 host.dump_asked != question || host.dump_told >= question || conn.end.is_some()
@@ -65,8 +65,8 @@ fn dump_of(core: &Core, question: u64) -> Dump {
     cluster.add_seconds("up_for", core.began.elapsed());
     core.facts(&mut cluster);
     core.scheduler.facts(&mut cluster);
-    if let Some(spool) = &core.spool {
-        spool.facts(&mut cluster);
+    if let Some(setup_log) = &core.setup_log {
+        setup_log.facts(&mut cluster);
     }
     cluster.add_some("log", log::path().map(|path| path.display()));
     let hosts = (0..core.conns.len()).map(|agent| {
@@ -79,7 +79,7 @@ fn dump_of(core: &Core, question: u64) -> Dump {
     let workers = workers.map(|(rank, worker)| {
         let mut facts = Facts::default();
         facts.add("host", worker.agent + 1);
-        facts.add_some("pid", worker.pid.filter(|_| worker.gone.is_none()));
+        facts.add_some("pid", worker.pid.filter(|_| worker.termination.is_none()));
         core.scheduler.worker_facts(rank as Rank, &mut facts);
         facts
     });
@@ -122,10 +122,10 @@ fn host_facts(core: &Core, agent: usize, facts: &mut Facts) {
     facts.add("bytes_to_send", conn.out.len());
     facts.add("bytes_received", conn.received.len());
     facts.add("blocked", conn.blocked);
-    facts.add("reconnects", conn.plan.is_some() && !conn.for_good);
-    facts.add_seconds("heartbeat_timeout", conn.patience);
-    if let Some(heard) = conn.heard {
-        facts.add_seconds("silent_for", heard.elapsed());
+    facts.add("reconnects", conn.plan.is_some() && !conn.permanent);
+    facts.add_seconds("heartbeat_timeout", conn.heartbeat_timeout);
+    if let Some(last_received) = conn.last_received {
+        facts.add_seconds("silent_for", last_received.elapsed());
     }
     // What its command printed is left out.
     let failure = host.failure.as_ref();

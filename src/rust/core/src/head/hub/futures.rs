@@ -1,45 +1,46 @@
-//! What is known of calls for whoever is free, and of what R is to do about them.
+//! The state of calls for the first free worker, and which of them need R's attention.
 
-use crate::head::scheduler::events::{Gone, Outcome};
+use crate::head::scheduler::events::{Outcome, Termination};
 use crate::protocol::frame::{FIRST, LAST};
 use crate::protocol::ids::{Rank, TaskId};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Bytes of what a call has told that wait for R: what it tells beyond is left out.
-const ASIDES_LIMIT: usize = 16 * 1024 * 1024;
+/// Maximum number of bytes of progress events of a call that wait for R: further events are
+/// dropped.
+const PROGRESS_EVENTS_LIMIT: usize = 16 * 1024 * 1024;
 
-/// Has R's event loop look at the calls, from any thread.
+/// Wakes R's event loop to check the calls, from any thread.
 pub type Waker = Box<dyn Fn() + Send>;
 
 /// How a call has ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CallEnd {
-    /// The worker that had it, or one that might have.
+    /// The worker that had the call, or one that might have had it.
     pub rank: Rank,
     /// The call's result, or why there is none.
     pub outcome: Outcome,
 }
 
 #[derive(Debug, Default)]
-struct Call {
+struct CallState {
     end: Option<CallEnd>,
-    /// R wants to know as soon as it has ended.
-    watched: bool,
-    /// What it has told that R has not taken, each in one piece; the last may not be complete.
-    asides: Vec<Vec<u8>>,
-    /// Bytes of these.
-    told: usize,
-    /// The last of these is complete.
+    /// R wants to be notified as soon as the call has ended.
+    notify: bool,
+    /// Progress events that R has not taken, each in one piece; the last may be incomplete.
+    progress_events: Vec<Vec<u8>>,
+    /// Bytes of the progress events.
+    progress: usize,
+    /// Whether the last progress event is complete.
     whole: bool,
 }
 
-impl Call {
-    /// Its worker was lost before it had told all of it.
+impl CallState {
+    /// Drops an incomplete progress event, whose worker failed.
     fn drop_incomplete(&mut self) {
         if !self.whole {
-            self.asides.pop();
-            self.told = self.asides.iter().map(Vec::len).sum();
+            self.progress_events.pop();
+            self.progress = self.progress_events.iter().map(Vec::len).sum();
             self.whole = true;
         }
     }
@@ -47,17 +48,17 @@ impl Call {
 
 /// See the module's documentation.
 #[derive(Default)]
-pub struct Calls {
-    known: HashMap<TaskId, Call>,
-    /// Those that have ended and that R is to do something about.
+pub struct CallTable {
+    known: HashMap<TaskId, CallState>,
+    /// Calls that have ended and need R's attention.
     attention: Vec<TaskId>,
     waker: Option<Waker>,
-    /// R has been woken and has not looked since.
+    /// R has been woken and has not checked since.
     woken: bool,
 }
 
-impl Calls {
-    /// A call is on its way, perhaps once more.
+impl CallTable {
+    /// Expects the end of a call, which may be a retry.
     pub fn expect(&mut self, task: TaskId) {
         self.attention.retain(|&other| other != task);
         let call = self.known.entry(task).or_default();
@@ -70,64 +71,64 @@ impl Calls {
     }
 
     /// R wants to know as soon as it has ended.
-    pub fn watch(&mut self, task: TaskId) {
+    pub fn notify(&mut self, task: TaskId) {
         if let Some(call) = self.known.get_mut(&task) {
-            call.watched = true;
+            call.notify = true;
             if call.end.is_some() {
                 self.alert(task);
             }
         }
     }
 
-    pub fn is_watched(&self, task: TaskId) -> bool {
-        self.known.get(&task).is_some_and(|call| call.watched)
+    pub fn is_awaited(&self, task: TaskId) -> bool {
+        self.known.get(&task).is_some_and(|call| call.notify)
     }
 
-    /// A call that is expected has ended.
+    /// An expected call has ended.
     pub fn ended(&mut self, rank: Rank, task: TaskId, outcome: Outcome) {
         let Some(call) = self.known.get_mut(&task) else {
             return;
         };
-        // What is lost may have to be tried again.
-        let alert = call.watched || !matches!(outcome, Outcome::Answer(_));
+        // A failed call may have to be retried.
+        let alert = call.notify || !matches!(outcome, Outcome::Answer(_));
         call.end = Some(CallEnd { rank, outcome });
         if alert {
             self.alert(task);
         }
     }
 
-    /// A call has told something before its end.
-    pub fn told(&mut self, task: TaskId, flags: u8, bytes: &[u8]) {
+    /// Records a part of a progress event.
+    pub fn progress(&mut self, task: TaskId, flags: u8, bytes: &[u8]) {
         let Some(call) = self.known.get_mut(&task) else {
             return;
         };
         if flags & FIRST != 0 {
             call.drop_incomplete();
-            if call.told + bytes.len() > ASIDES_LIMIT {
+            if call.progress + bytes.len() > PROGRESS_EVENTS_LIMIT {
                 return;
             }
-            call.asides.push(Vec::new());
+            call.progress_events.push(Vec::new());
             call.whole = false;
         }
-        if let Some(aside) = call.asides.last_mut().filter(|_| !call.whole) {
-            aside.extend_from_slice(bytes);
-            call.told += bytes.len();
+        if let Some(progress_event) = call.progress_events.last_mut().filter(|_| !call.whole) {
+            progress_event.extend_from_slice(bytes);
+            call.progress += bytes.len();
             call.whole = flags & LAST != 0;
         }
     }
 
-    /// All that a call has told since this was last asked.
-    pub fn take_asides(&mut self, task: TaskId) -> Vec<Vec<u8>> {
+    /// Takes all progress events of a call since the last time.
+    pub fn take_progress_events(&mut self, task: TaskId) -> Vec<Vec<u8>> {
         let Some(call) = self.known.get_mut(&task) else {
             return Vec::new();
         };
         let rest = match call.whole {
-            true => call.asides.len(),
-            false => call.asides.len().saturating_sub(1),
+            true => call.progress_events.len(),
+            false => call.progress_events.len().saturating_sub(1),
         };
-        let left = call.asides.split_off(rest);
-        call.told = left.iter().map(Vec::len).sum();
-        std::mem::replace(&mut call.asides, left)
+        let left = call.progress_events.split_off(rest);
+        call.progress = left.iter().map(Vec::len).sum();
+        std::mem::replace(&mut call.progress_events, left)
     }
 
     fn alert(&mut self, task: TaskId) {
@@ -144,7 +145,7 @@ impl Calls {
         }
     }
 
-    /// From now on R's event loop is woken so.
+    /// Sets the function that wakes R's event loop.
     pub fn wake_with(&mut self, waker: Waker) {
         self.waker = Some(waker);
         self.woken = false;
@@ -153,16 +154,17 @@ impl Calls {
         }
     }
 
-    /// The calls that R is to do something about: each is told until that is done.
+    /// The calls that need R's attention: each is returned until that is done.
     pub fn take_attention(&mut self) -> Vec<TaskId> {
         self.woken = false;
         self.attention.clone()
     }
 
-    /// Whether R has something to do: about this call or any other.
+    /// Whether this call or any other needs R's attention.
     pub fn any_for(&self, task: TaskId) -> bool {
-        let told = |call: &Call| call.end.is_some() || !call.asides.is_empty() && call.whole;
-        let ended = self.known.get(&task).is_none_or(told);
+        let progress =
+            |call: &CallState| call.end.is_some() || !call.progress_events.is_empty() && call.whole;
+        let ended = self.known.get(&task).is_none_or(progress);
         ended || !self.attention.is_empty()
     }
 
@@ -170,7 +172,7 @@ impl Calls {
         self.known.get(&task)?.end.clone()
     }
 
-    /// R knows how it ended, or does not want to. Returns the bytes of its answer.
+    /// Forgets a call. Returns the bytes of its answer.
     pub fn forget(&mut self, task: TaskId) -> usize {
         self.attention.retain(|&other| other != task);
         match self.known.remove(&task).and_then(|call| call.end) {
@@ -183,11 +185,11 @@ impl Calls {
     }
 
     /// The hub's thread ends.
-    pub fn close(&mut self, gone: &Arc<Gone>) {
-        let open = |(&task, call): (&TaskId, &Call)| call.end.is_none().then_some(task);
+    pub fn close(&mut self, termination: &Arc<Termination>) {
+        let open = |(&task, call): (&TaskId, &CallState)| call.end.is_none().then_some(task);
         let open: Vec<TaskId> = self.known.iter().filter_map(open).collect();
         for task in open {
-            self.ended(0, task, Outcome::Lost(gone.clone()));
+            self.ended(0, task, Outcome::Lost(termination.clone()));
         }
     }
 }
@@ -206,7 +208,7 @@ mod tests {
 
     #[test]
     fn r_is_woken_once_until_it_has_looked() {
-        let mut calls = Calls::default();
+        let mut calls = CallTable::default();
         let woken = Arc::new(AtomicUsize::new(0));
         let count = woken.clone();
         calls.wake_with(Box::new(move || {
@@ -215,8 +217,8 @@ mod tests {
         for task in 1..=4 {
             calls.expect(task);
         }
-        calls.watch(2);
-        calls.watch(3);
+        calls.notify(2);
+        calls.notify(3);
         // Nobody wants to know of this one.
         calls.ended(0, 1, body(b"1"));
         assert_eq!(woken.load(Ordering::Relaxed), 0);
@@ -226,7 +228,7 @@ mod tests {
         assert_eq!(calls.take_attention(), [2, 3]);
         assert_eq!(calls.forget(2), 1);
         // One that was lost is to be decided on, watched or not.
-        calls.ended(0, 4, Outcome::Lost(Arc::new(Gone::Stopped)));
+        calls.ended(0, 4, Outcome::Lost(Arc::new(Termination::Stopped)));
         assert_eq!(woken.load(Ordering::Relaxed), 2);
         assert_eq!(calls.take_attention(), [3, 4]);
         calls.expect(4);
@@ -235,23 +237,26 @@ mod tests {
 
     #[test]
     fn what_a_call_tells_is_whole_or_nothing_and_bounded() {
-        let mut calls = Calls::default();
+        let mut calls = CallTable::default();
         calls.expect(1);
-        calls.told(1, FIRST, b"a");
-        assert!(calls.take_asides(1).is_empty());
-        calls.told(1, LAST, b"b");
-        calls.told(1, FIRST | LAST, b"c");
-        calls.told(1, FIRST, b"lost with its worker");
+        calls.progress(1, FIRST, b"a");
+        assert!(calls.take_progress_events(1).is_empty());
+        calls.progress(1, LAST, b"b");
+        calls.progress(1, FIRST | LAST, b"c");
+        calls.progress(1, FIRST, b"lost with its worker");
         calls.expect(1);
-        assert_eq!(calls.take_asides(1), [b"ab".to_vec(), b"c".to_vec()]);
-        let large = vec![0; ASIDES_LIMIT / 2];
+        assert_eq!(
+            calls.take_progress_events(1),
+            [b"ab".to_vec(), b"c".to_vec()]
+        );
+        let large = vec![0; PROGRESS_EVENTS_LIMIT / 2];
         for _ in 0..3 {
-            calls.told(1, FIRST | LAST, &large);
+            calls.progress(1, FIRST | LAST, &large);
         }
-        assert_eq!(calls.take_asides(1).len(), 2);
-        calls.told(1, FIRST | LAST, b"there is room again");
-        assert_eq!(calls.take_asides(1).len(), 1);
-        calls.told(2, FIRST | LAST, b"of nobody");
-        assert!(calls.take_asides(2).is_empty());
+        assert_eq!(calls.take_progress_events(1).len(), 2);
+        calls.progress(1, FIRST | LAST, b"there is room again");
+        assert_eq!(calls.take_progress_events(1).len(), 1);
+        calls.progress(2, FIRST | LAST, b"of nobody");
+        assert!(calls.take_progress_events(2).is_empty());
     }
 }

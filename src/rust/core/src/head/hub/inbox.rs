@@ -1,35 +1,36 @@
-//! What the hub knows and R has not been told yet.
+//! The inbox: what the hub knows and has not reported to R yet.
 
-use super::futures::Calls;
-use crate::head::scheduler::events::{Gone, Interruption, Note, Outcome};
+use super::futures::CallTable;
+use crate::head::scheduler::events::{Interruption, Note, Outcome, Termination};
 use crate::head::task_table::TaskTable;
-use crate::protocol::control::{Facts, Hello, Loss, ToHead, Usage};
+use crate::protocol::control::{Facts, Hello, ToHead, Usage, WorkerFailure};
 use crate::protocol::ids::{JobId, Rank};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bytes of output that wait to be shown: while R does something else, nobody takes them.
+/// Maximum number of bytes of output that wait to be shown: nobody takes them while R does
+/// something else.
 const OUTPUT_LIMIT: usize = 16 * 1024 * 1024;
-/// Counted for each piece of it, besides its bytes.
+/// Bytes counted for each piece of output besides its content.
 const OUTPUT_PIECE: usize = 64;
 
-/// Why a host is gone, with what its agent's command printed.
+/// Why a host was lost, with the output of its agent's command.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostFailure {
-    /// What the hub or the agent says of it.
+    /// The reason that the hub or the agent gives.
     pub reason: String,
     /// The end of what the agent's command wrote to its standard error.
     pub stderr: String,
     /// What the agent's command wrote to its standard output before or instead of the greeting.
     pub stdout: String,
-    /// With which status the agent's command exited, if it did.
+    /// The exit status of the agent's command, if it exited.
     pub status: Option<i32>,
 }
 
 impl HostFailure {
-    /// A failure of which the reason alone is known.
+    /// A failure of which only the reason is known.
     pub fn new(reason: String) -> HostFailure {
         HostFailure {
             reason,
@@ -38,30 +39,30 @@ impl HostFailure {
     }
 }
 
-/// What R shows when it gets to it.
+/// Events, which R shows when it next checks for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A worker ended, or was killed because it did not respond to an interrupt; a fresh one took its place.
     Replaced {
-        /// The worker's rank, which the fresh one has too.
+        /// The rank of the worker and of its replacement.
         rank: Rank,
         /// The process number of the worker that ended.
         pid: u32,
         /// Why its task was interrupted.
         interruption: Interruption,
     },
-    /// A worker that could not be restored at first is there again, as it was.
+    /// A worker that could not be restored at first has been restored.
     Back {
         /// The worker's rank.
         rank: Rank,
     },
-    /// A worker was lost, without a task of which R hears.
+    /// A worker failed without a task that R waits for.
     Lost {
         /// The worker's rank.
         rank: Rank,
         /// How the worker ended.
-        loss: Loss,
-        /// Whether a fresh worker takes its place.
+        failure: WorkerFailure,
+        /// Whether the worker is replaced.
         replaced: bool,
     },
     /// A host was lost, or is left out.
@@ -71,20 +72,19 @@ pub enum Event {
         /// Why the host was lost.
         reason: String,
     },
-    /// A host that was lost is back, with all that was on it.
+    /// A lost host has been reconnected and its workers restored.
     HostBack {
         /// The host's index among all.
         agent: usize,
     },
-    /// What lasts on the workers of this host is more than it holds: workers that are lost there
-    /// will not be replaced.
-    StateNotKept {
+    /// The set-up log of this host exceeds its limit: workers that fail there will not be replaced.
+    StateNotLogged {
         /// The host's index among all.
         agent: usize,
     },
-    /// What lasts is more than the head holds: hosts that are lost will not be taken back.
-    SpoolIncomplete,
-    /// An idle worker did not end within the time it has when it is stopped, and was killed.
+    /// The head's set-up log exceeds its limit: lost hosts will not be reconnected.
+    SetupLogIncomplete,
+    /// A stopped idle worker did not end within `stop_timeout` and was killed.
     StopTimedOut {
         /// The worker's rank.
         rank: Rank,
@@ -96,7 +96,7 @@ pub enum Event {
         /// What the worker wrote to its standard output or standard error.
         bytes: Bytes,
     },
-    /// A process that a worker of this agent left goes on.
+    /// A process that a worker of this agent started is still running after the worker's end.
     LeftBehind {
         /// The host's index among all.
         agent: usize,
@@ -112,26 +112,26 @@ pub enum Event {
 /// A worker as R's thread sees it.
 #[derive(Clone, Debug, Default)]
 pub struct WorkerView {
-    /// The place of its host among all.
+    /// The index of the worker's host among all.
     pub agent: usize,
     /// The process number of the worker on its host, once it is up.
     pub pid: Option<u32>,
-    /// It, or one before it in its place, has been up.
+    /// The worker or one of its predecessors has been up.
     pub came_up: bool,
-    /// Why the worker is gone for good, if it is.
-    pub gone: Option<Arc<Gone>>,
-    /// Its process has ended, and no other takes its place.
+    /// Why the worker terminated, if it has.
+    pub termination: Option<Arc<Termination>>,
+    /// The worker's process has ended, and there is no replacement.
     pub ended: bool,
-    /// The job that was open when it was lost for good.
-    pub gone_in: JobId,
-    /// Its memory, when the question of this number was answered.
+    /// The job that was open when the worker terminated.
+    pub terminated_in: JobId,
+    /// The worker's memory use, when the question of this number was answered.
     pub usage: Option<(u64, Usage)>,
 }
 
 /// A host as R's thread sees it.
 #[derive(Clone, Debug, Default)]
 pub struct HostView {
-    /// The process that was launched: here the agent itself.
+    /// The process that was launched: on this machine the agent itself.
     pub pid: Option<u32>,
     /// The agent's greeting, once it has come.
     pub hello: Option<Hello>,
@@ -143,19 +143,19 @@ pub struct HostView {
     pub start_failure: Option<ToHead>,
     /// Why the host was lost, if it was.
     pub failure: Option<HostFailure>,
-    /// The last question after its workers' memory that was asked.
+    /// The number of the last memory question that was asked.
     pub asked: u64,
-    /// The last question after its workers' memory that was answered.
-    pub told: u64,
+    /// The number of the last memory question that was answered.
+    pub answered_question: u64,
     /// The last question after its state that was asked.
     pub dump_asked: u64,
     /// The last question after its state that was answered.
     pub dump_told: u64,
     /// The answer to the last question after its state: of the agent, and of its workers by rank.
     pub dump: Vec<(Option<Rank>, Facts)>,
-    /// R knows, or will, that it is lost; that its workers' state is not kept.
-    told_lost: bool,
-    told_state: bool,
+    /// R has been or will be told that the host is lost, and that its set-up log is incomplete.
+    reported_lost: bool,
+    reported_state: bool,
 }
 
 /// See the module's documentation.
@@ -168,7 +168,7 @@ pub struct Inbox {
     pub workers: Vec<WorkerView>,
     pub hosts: Vec<HostView>,
     events: VecDeque<Event>,
-    /// Bytes of output among the events, as they are counted.
+    /// Bytes of output among the events, as counted against the limit.
     output: usize,
     /// Whether output is left out, since too much waited.
     mute: bool,
@@ -176,8 +176,8 @@ pub struct Inbox {
     pub up: usize,
     /// The hub's thread has ended.
     pub closed: bool,
-    told_spool: bool,
-    pub calls: Calls,
+    reported_setup_log: bool,
+    pub calls: CallTable,
 }
 
 impl Inbox {
@@ -193,8 +193,8 @@ impl Inbox {
             mute: false,
             up: 0,
             closed: false,
-            told_spool: false,
-            calls: Calls::default(),
+            reported_setup_log: false,
+            calls: CallTable::default(),
         }
     }
 
@@ -216,13 +216,13 @@ impl Inbox {
         host.greeted = Some(self.began.elapsed());
     }
 
-    /// Takes in what the scheduler noted. Returns the bytes of answers that nobody expects.
+    /// Processes a note of the scheduler. Returns the bytes of answers that nobody expects.
     pub fn note(&mut self, note: Note) -> usize {
         match note {
             Note::Up { rank, pid } => {
                 let worker = &mut self.workers[rank as usize];
-                // That of a host which is back is up once it is what it was.
-                self.up += usize::from(worker.gone.is_none());
+                // A worker of a reconnected host counts as up once it has been restored.
+                self.up += usize::from(worker.termination.is_none());
                 worker.pid = Some(pid);
                 worker.came_up = true;
                 self.hosts[worker.agent].up = Some(self.began.elapsed());
@@ -243,26 +243,30 @@ impl Inbox {
                 self.back(rank);
                 self.events.push_back(Event::Back { rank });
             }
-            Note::Lost { rank, loss, task } => {
+            Note::Lost {
+                rank,
+                failure,
+                task,
+            } => {
                 if !task {
                     self.events.push_back(Event::Lost {
                         rank,
-                        loss,
+                        failure,
                         replaced: true,
                     });
                 }
             }
-            Note::StateNotKept { rank } => {
+            Note::StateNotLogged { rank } => {
                 let agent = self.workers[rank as usize].agent;
-                if !std::mem::replace(&mut self.hosts[agent].told_state, true) {
-                    self.events.push_back(Event::StateNotKept { agent });
+                if !std::mem::replace(&mut self.hosts[agent].reported_state, true) {
+                    self.events.push_back(Event::StateNotLogged { agent });
                 }
             }
             Note::LeftOut { agent, reason } => {
                 let failure = &mut self.hosts[agent].failure;
                 failure.get_or_insert_with(|| HostFailure::new(reason));
             }
-            Note::Gone { rank, gone } => self.gone(rank, gone),
+            Note::Terminated { rank, termination } => self.terminated(rank, termination),
             Note::Ended { rank, timed_out } => {
                 self.workers[rank as usize].ended = true;
                 if timed_out {
@@ -304,7 +308,7 @@ impl Inbox {
                     self.workers[rank as usize].usage = Some((question, usage));
                 }
                 if last {
-                    self.hosts[agent].told = question;
+                    self.hosts[agent].answered_question = question;
                 }
             }
             Note::Dump {
@@ -314,18 +318,18 @@ impl Inbox {
                 last,
             } => {
                 let workers = self.workers.iter().filter(|worker| worker.agent == agent);
-                let most = workers.count() + 1;
+                let max = workers.count() + 1;
                 let host = &mut self.hosts[agent];
                 // No more than was asked for is held.
-                if question == host.dump_asked && host.dump.len() + of.len() <= most {
+                if question == host.dump_asked && host.dump.len() + of.len() <= max {
                     host.dump.extend(of);
                     if last {
                         host.dump_told = question;
                     }
                 }
             }
-            Note::Aside { task, flags, bytes } => self.calls.told(task, flags, &bytes),
-            // Its stream is ended for that reason.
+            Note::ProgressEvent { task, flags, bytes } => self.calls.progress(task, flags, &bytes),
+            // Its stream is closed for that reason.
             Note::Failed { .. } => {}
             Note::StartFailed { agent, reason } => self.hosts[agent].start_failure = Some(reason),
         }
@@ -346,78 +350,81 @@ impl Inbox {
         }
     }
 
-    /// Whether something has come to be shown.
+    /// Whether there are events for R to show.
     pub fn has_events(&self) -> bool {
         !self.events.is_empty()
     }
 
-    /// What has come to be shown since the last call.
+    /// Takes the events since the last call.
     pub fn take_events(&mut self) -> Vec<Event> {
         self.output = 0;
         self.mute = false;
         self.events.drain(..).collect()
     }
 
-    fn gone(&mut self, rank: Rank, gone: Arc<Gone>) {
+    fn terminated(&mut self, rank: Rank, termination: Arc<Termination>) {
         let worker = &mut self.workers[rank as usize];
         let came_up = worker.came_up;
-        worker.gone_in = self.job;
+        worker.terminated_in = self.job;
         let agent = worker.agent;
-        match &*gone {
-            Gone::Worker(loss) if came_up => self.events.push_back(Event::Lost {
+        match &*termination {
+            Termination::Worker(failure) if came_up => self.events.push_back(Event::Lost {
                 rank,
-                loss: loss.clone(),
+                failure: failure.clone(),
                 replaced: false,
             }),
-            Gone::Host(reason)
-                if came_up && !std::mem::replace(&mut self.hosts[agent].told_lost, true) =>
+            Termination::Host(reason)
+                if came_up && !std::mem::replace(&mut self.hosts[agent].reported_lost, true) =>
             {
                 let reason = reason.clone();
                 self.events.push_back(Event::HostLost { agent, reason });
             }
             _ => {}
         }
-        self.workers[rank as usize].gone = Some(gone);
-        // It may have been the last that the others waited for.
-        self.look_whether_back(rank);
+        self.workers[rank as usize].termination = Some(termination);
+        // The worker may have been the last that a reconnected host waited for.
+        self.check_whether_back(rank);
     }
 
-    /// A worker that was gone is there again, and what it was.
+    /// A terminated worker is back and has been restored.
     pub fn back(&mut self, rank: Rank) {
-        self.workers[rank as usize].gone = None;
+        self.workers[rank as usize].termination = None;
         self.workers[rank as usize].ended = false;
-        self.look_whether_back(rank);
+        self.check_whether_back(rank);
     }
 
-    /// Tells R if the host of this worker was lost and no worker of it is waited for any more.
-    fn look_whether_back(&mut self, rank: Rank) {
+    /// Reports that the host of this worker is back, if it was lost and none of its workers is
+    /// waited for any more.
+    fn check_whether_back(&mut self, rank: Rank) {
         let agent = self.workers[rank as usize].agent;
         let of_host = || self.workers.iter().filter(|w| w.agent == agent);
-        let lost = |w: &WorkerView| matches!(w.gone.as_deref(), Some(Gone::Host(_)));
+        let lost = |w: &WorkerView| matches!(w.termination.as_deref(), Some(Termination::Host(_)));
         let waited_for = of_host().any(lost);
-        let any = of_host().any(|w| w.gone.is_none());
-        if any && !waited_for && self.hosts[agent].told_lost {
+        let any = of_host().any(|w| w.termination.is_none());
+        if any && !waited_for && self.hosts[agent].reported_lost {
             self.hosts[agent].failure = None;
-            self.hosts[agent].told_lost = false;
+            self.hosts[agent].reported_lost = false;
             self.events.push_back(Event::HostBack { agent });
         }
     }
 
-    /// Hosts that are lost will not be taken back.
-    pub fn spool_incomplete(&mut self) {
-        if !std::mem::replace(&mut self.told_spool, true) {
-            self.events.push_back(Event::SpoolIncomplete);
+    /// Reports once that lost hosts will not be reconnected.
+    pub fn setup_log_incomplete(&mut self) {
+        if !std::mem::replace(&mut self.reported_setup_log, true) {
+            self.events.push_back(Event::SetupLogIncomplete);
         }
     }
 
-    /// The hub's thread ends. Normally nothing is left to be lost by then.
+    /// The hub's thread ends. Usually nothing is outstanding by then.
     pub fn close(&mut self, reason: &str) {
-        let gone = Arc::new(Gone::Host(reason.to_owned()));
+        let termination = Arc::new(Termination::Host(reason.to_owned()));
         for worker in &mut self.workers {
-            worker.gone.get_or_insert_with(|| gone.clone());
+            worker
+                .termination
+                .get_or_insert_with(|| termination.clone());
         }
-        self.tasks.close(&gone);
-        self.calls.close(&gone);
+        self.tasks.close(&termination);
+        self.calls.close(&termination);
         self.closed = true;
     }
 }
@@ -453,10 +460,14 @@ mod tests {
             interruption,
         };
         assert_eq!(events.last(), Some(&replaced));
-        let Event::Output { bytes: told, .. } = &events[events.len() - 2] else {
+        let Event::Output {
+            bytes: answered_question,
+            ..
+        } = &events[events.len() - 2]
+        else {
             panic!("{:?}", events.last());
         };
-        assert!(told.ends_with(b"left out\n"));
+        assert!(answered_question.ends_with(b"left out\n"));
         // Once it is shown there is room again.
         inbox.note(printed(0, &bytes));
         assert_eq!(inbox.take_events(), [Event::Output { rank: 0, bytes }]);

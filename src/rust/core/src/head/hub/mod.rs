@@ -1,8 +1,8 @@
-//! The head's side: one thread that starts the agents and sees to them while R does something else,
-//! and the handle through which R's thread sends and receives.
+//! The hub: the thread of the head that starts the agents and serves their connections while R does
+//! something else, and the handle through which R's thread sends and receives.
 //!
-//! What both need is in [`core`], under one lock. Only bytes and plain values are in it; nothing
-//! here ever calls R.
+//! Both threads share the state in [`core`], under one lock. It contains only bytes and plain
+//! values; nothing here ever calls R.
 
 mod by_hand;
 mod client;
@@ -17,7 +17,7 @@ mod reconnect;
 mod status;
 mod writer;
 
-pub use client::{Answer, Begun, Hub, NO_JOB, Progress, Turn};
+pub use client::{Answer, Hub, NO_JOB, Progress, StartedTask, Turn};
 pub use dump::Dump;
 pub use futures::{CallEnd, Waker};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
@@ -27,7 +27,7 @@ pub use status::{HostStatus, Status};
 use crate::head::launch::Launch;
 use crate::protocol::control::{Hello, Start};
 use crate::protocol::ids::Rank;
-use core::{Shared, TICK};
+use core::{SharedCore, TICK};
 use mio::Events;
 use std::io;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ pub struct Plan {
 }
 
 /// The hub's thread.
-fn run(hosts: Vec<Launch>, hello: Hello, shared: &Arc<Shared>, watched: mio::Poll) {
+fn run(hosts: Vec<Launch>, hello: Hello, shared_core: &Arc<SharedCore>, streams: mio::Poll) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
@@ -53,11 +53,11 @@ fn run(hosts: Vec<Launch>, hello: Hello, shared: &Arc<Shared>, watched: mio::Pol
     let count = hosts.len();
     let served = runtime.and_then(|runtime| {
         let local = tokio::task::LocalSet::new();
-        local.block_on(&runtime, serve(hosts, hello, shared.clone(), watched))
+        local.block_on(&runtime, serve(hosts, hello, shared_core.clone(), streams))
     });
     if let Err(error) = served {
         let reason = format!("the head's event loop failed: {error}");
-        let mut core = shared.core();
+        let mut core = shared_core.core();
         for agent in 0..count {
             core.inbox.hosts[agent].failure = Some(HostFailure::new(reason.clone()));
         }
@@ -68,20 +68,20 @@ fn run(hosts: Vec<Launch>, hello: Hello, shared: &Arc<Shared>, watched: mio::Pol
 async fn serve(
     hosts: Vec<Launch>,
     hello: Hello,
-    shared: Arc<Shared>,
-    watched: mio::Poll,
+    shared_core: Arc<SharedCore>,
+    streams: mio::Poll,
 ) -> io::Result<()> {
     // SAFETY: a mio::Poll owns its descriptor and keeps the same one for as long as it lives.
-    let watched = unsafe { AsyncFd::register_with_interest(watched, Interest::READABLE)? };
-    let watcher = tokio::task::spawn_local(watch(shared.clone(), watched));
-    let ticker = tokio::task::spawn_local(tick(shared.clone()));
+    let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };
+    let watcher = tokio::task::spawn_local(serve_streams(shared_core.clone(), streams));
+    let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
     let mut tasks = Vec::new();
     for (agent, host) in hosts.into_iter().enumerate() {
-        let task = connection::serve(shared.clone(), agent, host, hello.clone());
+        let task = connection::serve(shared_core.clone(), agent, host, hello.clone());
         tasks.push(tokio::task::spawn_local(task));
     }
-    shared.stopped.notified().await;
-    // Each connection ends when its agent's process has been waited for.
+    shared_core.stopped.notified().await;
+    // Each connection task ends when its agent's process has been waited for.
     for task in tasks {
         let _ = task.await;
     }
@@ -90,60 +90,64 @@ async fn serve(
     Ok(())
 }
 
-/// Reads of one stream before the others, and the hub's other tasks, have their turn: an agent that
-/// never stops sending must hold up nothing but itself.
-const READS: usize = 16;
+/// Consecutive reads of one stream before the others, and the hub's other tasks, have their turn:
+/// an agent that never stops sending must delay nothing but itself.
+const HUB_READS: usize = 16;
 
-/// Serves the streams that R's thread does not.
-async fn watch(shared: Arc<Shared>, mut watched: AsyncFd<mio::Poll>) -> io::Result<()> {
+/// Serves the streams while R's thread does not.
+async fn serve_streams(
+    shared_core: Arc<SharedCore>,
+    mut streams: AsyncFd<mio::Poll>,
+) -> io::Result<()> {
     let mut events = Events::with_capacity(64);
-    // Streams that may hold more than was read of them, which will not be announced again.
+    // Streams that may contain more than was read of them, which the system will not announce
+    // again.
     let mut unread: Vec<usize> = Vec::new();
     loop {
         if unread.is_empty() {
-            let mut ready = watched.readable_mut().await?;
+            let mut ready = streams.readable_mut().await?;
             poll(ready.get_inner_mut(), &mut events)?;
             if events.is_empty() {
                 ready.clear_ready();
             }
         } else {
-            poll(watched.get_mut(), &mut events)?;
+            poll(streams.get_mut(), &mut events)?;
         }
         for event in &events {
             let agent = event.token().0;
             if event.is_writable() || event.is_write_closed() {
-                shared.core().on_writable(agent);
+                shared_core.core().on_writable(agent);
             }
             let readable = event.is_readable() || event.is_read_closed();
             if readable && !unread.contains(&agent) {
                 unread.push(agent);
             }
         }
-        // Each time under the lock anew: R may want it.
-        unread.retain(|&agent| (0..READS).all(|_| shared.core().read(agent)));
+        // The lock is released after each read, because R may want it.
+        unread.retain(|&agent| (0..HUB_READS).all(|_| shared_core.core().read(agent)));
         if !unread.is_empty() {
             tokio::task::yield_now().await;
         }
     }
 }
 
-fn poll(watched: &mut mio::Poll, events: &mut Events) -> io::Result<()> {
+fn poll(streams: &mut mio::Poll, events: &mut Events) -> io::Result<()> {
     loop {
-        match watched.poll(events, Some(Duration::ZERO)) {
-            // No events, but that does not mean that there are none.
+        match streams.poll(events, Some(Duration::ZERO)) {
+            // An interrupted call returns no events, although there may be some.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             polled => return polled,
         }
     }
 }
 
-/// Takes over the reading from R's thread when that has found something else to do.
-async fn tick(shared: Arc<Shared>) {
+/// Takes over reading from R's thread when R does something else.
+async fn tick(shared_core: Arc<SharedCore>) {
     loop {
-        shared.taken_over.notified().await;
+        shared_core.taken_over.notified().await;
         loop {
             tokio::time::sleep(TICK).await;
-            if !shared.tick() {
+            if !shared_core.tick() {
                 break;
             }
         }

@@ -161,18 +161,18 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_closed_and_r_is_found_behind_them() {
+    fn untrusted_peers_are_closed_and_r_is_found_behind_them() {
         let listener = ReadinessListener::bind().unwrap();
         let mut silent = connect(&listener, &[]);
         let mut wrong = connect(&listener, &[0; TOKEN_LEN]);
         let token = listener.token().to_vec();
         let _r = connect(&listener, &token);
         listener.accept().unwrap();
-        for stranger in [&mut silent, &mut wrong] {
-            stranger
+        for untrusted_peer in [&mut silent, &mut wrong] {
+            untrusted_peer
                 .set_read_timeout(Some(Duration::from_secs(10)))
                 .unwrap();
-            let end = stranger.read(&mut [0]);
+            let end = untrusted_peer.read(&mut [0]);
             assert!(
                 matches!(end, Ok(0))
                     || end.is_err_and(|e| e.kind() == io::ErrorKind::ConnectionReset)
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn without_r_there_is_no_connection() {
         let listener = ReadinessListener::bind().unwrap();
-        let _stranger = connect(&listener, b"no");
+        let _untrusted_peer = connect(&listener, b"no");
         assert!(listener.accept().is_err());
     }
 

@@ -1,7 +1,7 @@
 //! What the scheduler has reported, for the log and for bug reports: who and why, and nothing that tasks or
 //! their workers said.
 
-use crate::head::scheduler::events::{Gone, Note, Outcome};
+use crate::head::scheduler::events::{Note, Outcome, Termination};
 use crate::protocol::ids::{Rank, TaskId};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ impl Recent {
                     return debug!(task, rank = rank + 1, bytes = body.len, "task answered");
                 }
                 Outcome::Cancelled => return debug!(task, rank = rank + 1, "task cancelled"),
-                Outcome::Recalled => return debug!(task, rank = rank + 1, "task revoked"),
+                Outcome::Revoked => return debug!(task, rank = rank + 1, "task revoked"),
                 Outcome::Lost(_) | Outcome::TimedOut => {}
             },
             _ => {}
@@ -85,11 +85,11 @@ impl Recent {
     }
 }
 
-fn why(gone: &Gone) -> String {
-    match gone {
-        Gone::Worker(loss) => loss.to_string(),
-        Gone::Host(reason) => reason.clone(),
-        Gone::Stopped => "stopped".into(),
+fn why(termination: &Termination) -> String {
+    match termination {
+        Termination::Worker(failure) => failure.to_string(),
+        Termination::Host(reason) => reason.clone(),
+        Termination::Stopped => "stopped".into(),
     }
 }
 
@@ -106,7 +106,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
     let worker = |what, rank: &Rank, why| of(what, None, Some(*rank), why);
     let host = |what, agent: &usize, why| of(what, Some(*agent), None, why);
     Some(match note {
-        Note::Lost { rank, loss, .. } => worker("worker lost", rank, loss.to_string()),
+        Note::Lost { rank, failure, .. } => worker("worker lost", rank, failure.to_string()),
         Note::Replaced { rank, pid, killed } => {
             let killed = match killed {
                 Some(_) => ", after an interrupt",
@@ -115,8 +115,8 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             worker("worker replaced", rank, format!("pid {pid}{killed}"))
         }
         Note::Back { rank, pid } => worker("worker back", rank, format!("pid {pid}")),
-        Note::StateNotKept { rank } => worker("set-up log full", rank, String::new()),
-        Note::Gone { rank, gone } => worker("worker gone", rank, why(gone)),
+        Note::StateNotLogged { rank } => worker("set-up log full", rank, String::new()),
+        Note::Terminated { rank, termination } => worker("worker gone", rank, why(termination)),
         Note::Ended {
             rank,
             timed_out: true,
@@ -141,9 +141,9 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             ..
         } => {
             let (what, why) = match outcome {
-                Outcome::Lost(gone) => ("task lost", why(gone)),
+                Outcome::Lost(termination) => ("task lost", why(termination)),
                 Outcome::TimedOut => ("task timed out", String::new()),
-                Outcome::Answer(_) | Outcome::Cancelled | Outcome::Recalled => return None,
+                Outcome::Answer(_) | Outcome::Cancelled | Outcome::Revoked => return None,
             };
             RecentEvent {
                 task: Some(*task),
@@ -153,7 +153,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
         Note::Up { .. }
         | Note::Ended { .. }
         | Note::Output { .. }
-        | Note::Aside { .. }
+        | Note::ProgressEvent { .. }
         | Note::Usage { .. }
         | Note::Dump { .. } => return None,
     })
@@ -163,13 +163,13 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
 mod tests {
     use super::*;
     use crate::protocol::body::Body;
-    use crate::protocol::control::Loss;
+    use crate::protocol::control::WorkerFailure;
 
-    fn lost(tail: &str) -> Loss {
-        Loss {
+    fn lost(tail: &str) -> WorkerFailure {
+        WorkerFailure {
             pid: 7,
             tail: tail.into(),
-            ..Loss::default()
+            ..WorkerFailure::default()
         }
     }
 
@@ -198,7 +198,7 @@ mod tests {
         let notes = [
             Note::Lost {
                 rank: 0,
-                loss: lost("secret"),
+                failure: lost("secret"),
                 task: true,
             },
             Note::LeftBehind {

@@ -1,23 +1,23 @@
-//! Bringing the workers of a host that is back to the state they had.
+//! Restoring the workers of a reconnected host.
 
 use super::core::Core;
 use crate::head::scheduler::events::Outcome;
-use crate::head::setup_log::Lasting;
+use crate::head::setup_log::SetupMessage;
 use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 
-/// So many workers are restored at the same time: what is sent to one has its chunks in memory, if not
-/// their bytes.
-const AT_ONCE: usize = 8;
+/// Maximum number of workers that are restored at the same time: the set-up calls that are being
+/// sent have their chunks in memory, if not their bytes.
+const RESTORES_AT_ONCE: usize = 8;
 
-/// A worker that is lost so often while it is being restored is given up.
-const LOSSES: u32 = 3;
+/// A worker that fails this often while it is being restored is given up.
+const MAX_RESTORE_FAILURES: u32 = 3;
 
 #[derive(Default)]
-pub struct Restoring {
+pub struct HostRestore {
     waiting: VecDeque<Rank>,
     active: HashMap<Rank, Active>,
     next: TaskId,
@@ -25,31 +25,31 @@ pub struct Restoring {
 
 /// A worker that is being restored.
 struct Active {
-    /// Of its tasks.
+    /// The number of its first set-up call.
     first: TaskId,
     last: TaskId,
-    losses: u32,
+    failures: u32,
 }
 
 impl Core {
-    /// A worker has come up. If it is one that was gone, it is to be restored.
+    /// A worker has come up. If it had terminated, it is restored.
     pub fn worker_up(&mut self, rank: Rank) {
-        let gone = self.inbox.workers[rank as usize].gone.is_some();
-        // It may wait since its host was there before.
-        if gone && !self.restoring.waiting.contains(&rank) {
+        let terminated = self.inbox.workers[rank as usize].termination.is_some();
+        // The worker may be queued since its host was reconnected before.
+        if terminated && !self.restoring.waiting.contains(&rank) {
             self.restoring.waiting.push_back(rank);
         }
         self.restore_next();
     }
 
-    /// The worker is what it was.
+    /// The worker has been restored.
     fn back(&mut self, rank: Rank) {
         self.inbox.back(rank);
         self.scheduler.restored(rank);
     }
 
     fn restore_next(&mut self) {
-        while self.restoring.active.len() < AT_ONCE {
+        while self.restoring.active.len() < RESTORES_AT_ONCE {
             let Some(rank) = self.restoring.waiting.pop_front() else {
                 return;
             };
@@ -58,7 +58,7 @@ impl Core {
                 continue;
             }
             let Some(messages) = self.messages(rank) else {
-                // Half a state would give wrong results without a word.
+                // Half a state would silently give wrong results.
                 self.scheduler.stop_worker(rank);
                 continue;
             };
@@ -72,11 +72,11 @@ impl Core {
             self.scheduler.restore(rank, tasks);
             match last {
                 Some(last) => {
-                    let losses = 0;
+                    let failures = 0;
                     let active = Active {
                         first,
                         last,
-                        losses,
+                        failures,
                     };
                     self.restoring.active.insert(rank, active);
                 }
@@ -85,22 +85,25 @@ impl Core {
         }
     }
 
-    /// What a worker is restored by, if all of that is held.
-    fn messages(&self, rank: Rank) -> Option<Vec<Lasting>> {
-        let spool = self.spool.as_ref().filter(|spool| spool.is_complete());
-        spool.and_then(|spool| spool.restore(rank).ok())
+    /// The set-up calls that restore a worker, if the log is complete.
+    fn messages(&self, rank: Rank) -> Option<Vec<SetupMessage>> {
+        let setup_log = self
+            .setup_log
+            .as_ref()
+            .filter(|setup_log| setup_log.is_complete());
+        setup_log.and_then(|setup_log| setup_log.restore(rank).ok())
     }
 
     fn chunks(&self, rank: Rank, parts: Vec<Bytes>) -> Vec<Chunk> {
         let agent = self.inbox.workers[rank as usize].agent;
-        let cut = match self.scheduler.shares(agent) {
+        let cut = match self.scheduler.has_chunk_cache(agent) {
             true => dedup::cut_whole,
             false => pieces,
         };
         parts.into_iter().flat_map(cut).collect()
     }
 
-    /// A task has ended, which may be one of those that restore a worker.
+    /// A task has ended. It may be a set-up call that restores a worker.
     pub fn restored(&mut self, rank: Rank, task: TaskId, outcome: &Outcome) {
         let Some(active) = self.restoring.active.get_mut(&rank) else {
             return;
@@ -114,11 +117,13 @@ impl Core {
                 self.restoring.active.remove(&rank);
                 self.back(rank);
             }
-            Outcome::Lost(gone) if !self.scheduler.is_gone(rank) => {
-                active.losses += 1;
-                let (first, last, losses) = (active.first, active.last, active.losses);
-                // Its agent brings the next worker as far as this one was.
-                let messages = self.messages(rank).filter(|_| losses < LOSSES);
+            Outcome::Lost(termination) if !self.scheduler.is_terminated(rank) => {
+                active.failures += 1;
+                let (first, last, failures) = (active.first, active.last, active.failures);
+                // The worker's agent restores the replacement as far as this worker was.
+                let messages = self
+                    .messages(rank)
+                    .filter(|_| failures < MAX_RESTORE_FAILURES);
                 let message = messages.and_then(|m| m.into_iter().nth((task - first) as usize));
                 if let Some((name, parts)) = message {
                     let chunks = self.chunks(rank, parts);
@@ -126,9 +131,9 @@ impl Core {
                     return self.scheduler.restore_again(rank, order, task == last);
                 }
                 self.restoring.active.remove(&rank);
-                self.scheduler.end_worker(rank, gone.clone());
+                self.scheduler.end_worker(rank, termination.clone());
             }
-            // With its host, which may be back again, or for good.
+            // The worker was lost with its host, which may be reconnected, or permanently.
             Outcome::Lost(_) => {
                 self.restoring.active.remove(&rank);
             }

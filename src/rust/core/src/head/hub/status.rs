@@ -1,15 +1,15 @@
-//! What the hub knows of what workers are at and have been at. It is known anyway, but for their
-//! memory, which their agents are asked for.
+//! Status and statistics of workers and hosts. The hub knows all of it, except for the memory use,
+//! which it asks the agents for.
 
 use super::client::Hub;
 use super::core::Core;
-use crate::head::activity::{Measure, Track};
+use crate::head::activity::{Measure, WorkerStats};
 use crate::head::scheduler::events::State;
 use crate::protocol::control::{ToAgent, Usage};
 use crate::protocol::ids::Rank;
 use std::time::Duration;
 
-/// A worker as it is now.
+/// The current status of a worker.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
     /// What the worker is doing.
@@ -17,10 +17,10 @@ pub struct Status {
     /// The process number of the worker on its host, if it is up.
     pub pid: Option<u32>,
     /// What the worker has done so far.
-    pub track: Track,
+    pub stats: WorkerStats,
 }
 
-/// What went over a host's stream.
+/// The traffic of a host's stream.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostStatus {
     /// Bytes sent to the host.
@@ -30,31 +30,32 @@ pub struct HostStatus {
 }
 
 impl Hub {
-    /// How answers say how long they took. To be called before [`Hub::go`].
+    /// Sets how the busy time of a worker is read from its answers. To be called before
+    /// [`Hub::go`].
     pub fn measure_with(&mut self, measure: Measure) {
         self.core().measure = measure;
     }
 
-    /// All workers as they are now, and how long the cluster has been there. `history`: also when they
-    /// were busy.
+    /// The status of all workers, and how long the cluster has existed. `history`: include the
+    /// intervals in which they were busy.
     pub fn status(&self, history: bool) -> (Vec<Status>, Duration) {
         let mut core = self.core();
-        core.look_at_clock();
+        core.update_clock();
         let workers = core.inbox.workers.iter().enumerate();
         let status = |(rank, worker): (usize, &super::WorkerView)| {
             let state = core.scheduler.state(rank as Rank);
-            // A host that is back is restored before it is there for R.
-            let restoring = worker.gone.is_some() && state == State::Idle;
+            // A reconnected host is restored before R can use it.
+            let restoring = worker.termination.is_some() && state == State::Idle;
             Status {
                 state: if restoring { State::Restoring } else { state },
-                pid: worker.pid.filter(|_| worker.gone.is_none()),
-                track: core.scheduler.track(rank as Rank, history),
+                pid: worker.pid.filter(|_| worker.termination.is_none()),
+                stats: core.scheduler.stats(rank as Rank, history),
             }
         };
         (workers.map(status).collect(), core.began.elapsed())
     }
 
-    /// What went over the streams of all hosts.
+    /// The traffic of all hosts' streams.
     pub fn host_status(&self) -> Vec<HostStatus> {
         let core = self.core();
         let status = |conn: &super::connection::Conn| HostStatus {
@@ -64,26 +65,27 @@ impl Hub {
         core.conns.iter().map(status).collect()
     }
 
-    /// Something went wrong with a task of this worker.
+    /// Records an error of a task of this worker.
     pub fn failed(&self, rank: Rank, why: &str) {
         self.core().scheduler.failed(rank, why);
     }
 
-    /// Whether a worker is still at a task that took too long or was cancelled, or is brought to the state of the
-    /// worker before it: what it is sent waits for that.
+    /// Whether a worker still runs a task that was cancelled or exceeded its time limit, or is
+    /// being restored: its messages wait for that.
     pub fn is_detained(&self, rank: Rank) -> bool {
         let state = self.core().scheduler.state(rank);
         matches!(state, State::Ending(_) | State::Restoring)
     }
 
-    /// Asks the hosts of these workers what memory their workers take; [`Hub::usage`] has the answer.
+    /// Asks the hosts of these workers for the memory use of their workers; [`Hub::usage`] has the
+    /// answer.
     pub fn ask_usage(&self, ranks: &[Rank]) -> u64 {
         let mut core = self.core();
         let question = core.inbox.hosts.iter().map(|host| host.asked).max();
         let question = question.unwrap_or(0) + 1;
         for &rank in ranks {
             let agent = core.inbox.workers[rank as usize].agent;
-            let serves = core.conns[agent].stream.is_some() && !core.scheduler.is_gone(rank);
+            let serves = core.conns[agent].stream.is_some() && !core.scheduler.is_terminated(rank);
             if serves && core.inbox.hosts[agent].asked < question {
                 let ask = ToAgent::Usage { question };
                 if core.scheduler.send_control(agent, &ask).is_ok() {
@@ -91,22 +93,29 @@ impl Hub {
                 }
             }
         }
-        core.settle();
+        core.pump();
         question
     }
 
-    /// What memory each worker takes, as far as that is known, once all hosts that were asked have
-    /// answered or are gone. Waits up to `most` for that; `anyway`: what is known then is all.
-    pub fn usage(&self, question: u64, most: Duration, anyway: bool) -> Option<Vec<Option<Usage>>> {
+    /// The memory use of each worker, as far as it is known, once all hosts that were asked have
+    /// answered or terminated. Waits up to `max_wait` for that; `anyway`: returns what is known
+    /// then.
+    pub fn usage(
+        &self,
+        question: u64,
+        max_wait: Duration,
+        anyway: bool,
+    ) -> Option<Vec<Option<Usage>>> {
         let usages = |core: &Core| {
             let workers = core.inbox.workers.iter();
             let of = |usage: &(u64, Usage)| (usage.0 == question).then_some(usage.1);
             workers.map(|w| w.usage.as_ref().and_then(of)).collect()
         };
-        let answered = self.shared().wait(most, |core| {
+        let answered = self.shared_core().wait(max_wait, |core| {
             let hosts = core.inbox.hosts.iter().zip(&core.conns);
             let mut asked = hosts.filter(|(host, _)| host.asked == question);
-            let all = asked.all(|(host, conn)| host.told >= question || conn.end.is_some());
+            let all =
+                asked.all(|(host, conn)| host.answered_question >= question || conn.end.is_some());
             all.then(|| usages(core))
         });
         answered.or_else(|| anyway.then(|| usages(&self.core())))

@@ -1,13 +1,13 @@
-//! How R's thread writes messages: of tasks, of calls, and payloads.
+//! How R's thread writes messages of tasks and calls, and blobs.
 
-use super::client::{Begun, Hub, NO_JOB, Turn, stand_in};
+use super::client::{Hub, NO_JOB, StartedTask, Turn, substitute};
 use super::core::Core;
 use super::futures::CallEnd;
-use crate::head::scheduler::events::Gone;
+use crate::head::scheduler::events::Termination;
 use crate::head::scheduler::task::Order;
 use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
-use crate::protocol::ids::{CALLS, JobId, PayloadId, Rank, TaskId};
+use crate::protocol::ids::{BlobId, CALLS, JobId, Rank, TaskId};
 use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,36 +15,36 @@ use std::time::Duration;
 /// Bytes of tasks that may wait to be sent before R's thread waits too.
 pub(super) const SEND_LIMIT: usize = 8 * 1024 * 1024;
 
-/// Bytes of a message that are looked at together for where to cut them.
-pub(super) const CUT: usize = 4 * MAX_BODY;
+/// Bytes of a message that are searched together for chunk boundaries.
+pub(super) const CUT_AFTER: usize = 4 * MAX_BODY;
 
 #[derive(Debug)]
-pub(super) struct Writing {
+pub(super) struct MessageWriting {
     pub(super) order: Order,
-    /// The worker that R gave it to.
+    /// The worker that R gave the task to.
     owner: Rank,
-    /// It has been outstanding before.
+    /// The task is a retry.
     again: bool,
-    /// The payload that it is to begin with, if its host gets it.
-    wanted: Option<PayloadId>,
+    /// The blob that the message begins with, if the host gets it.
+    wanted: Option<BlobId>,
     buffer: Vec<u8>,
     first: bool,
-    /// How a call that is tried again has ended: so it has if it cannot be written.
+    /// How a call had ended that is retried: it ends so again if the message cannot be written.
     end: Option<CallEnd>,
 }
 
-/// A payload that is being written.
+/// A blob that is being written.
 #[derive(Debug)]
-pub(super) struct Sharing {
-    id: PayloadId,
+pub(super) struct BlobWriting {
+    id: BlobId,
     buffer: Vec<u8>,
-    /// It is new, and what lasts begins with it.
-    spooled: bool,
+    /// The blob is new, and set-up calls begin with it.
+    logged: bool,
 }
 
-impl Writing {
-    pub(super) fn new(order: Order, owner: Rank, again: bool) -> Writing {
-        Writing {
+impl MessageWriting {
+    pub(super) fn new(order: Order, owner: Rank, again: bool) -> MessageWriting {
+        MessageWriting {
             order,
             owner,
             again,
@@ -59,24 +59,27 @@ impl Writing {
         self.order.any_of.is_some()
     }
 
-    /// Lets the message begin with the payload that it is to begin with, if that is possible and
-    /// nothing of it has been submitted. Returns whether it does.
-    pub(super) fn share(&mut self, core: &Core) -> bool {
+    /// Makes the message begin with its blob, if that is possible and nothing of the message has
+    /// been submitted. Returns whether it does.
+    pub(super) fn attach_blob(&mut self, core: &Core) -> bool {
         if self.first {
             let order = &self.order;
-            // Without it in the file, its host could not be taken back.
-            let spool = core.spool.as_ref().filter(|_| order.lasts.is_some());
-            let spooled = |id| spool.is_none_or(|s| !s.is_complete() || s.has_payload(id));
-            let has = |&id: &PayloadId| core.scheduler.has_payload(order.rank, id) && spooled(id);
-            self.order.payload = self.wanted.filter(has);
+            // A blob that is missing in the file could not be restored on a reconnected host.
+            let setup_log = core
+                .setup_log
+                .as_ref()
+                .filter(|_| order.setup_call.is_some());
+            let logged = |id| setup_log.is_none_or(|s| !s.is_complete() || s.has_blob(id));
+            let has = |&id: &BlobId| core.scheduler.has_blob(order.rank, id) && logged(id);
+            self.order.blob = self.wanted.filter(has);
         }
-        self.order.payload.is_some()
+        self.order.blob.is_some()
     }
 }
 
-/// Takes from the buffer what is to be submitted next; all of it if it is the `last`.
-fn take_chunks(buffer: &mut Vec<u8>, shares: bool, last: bool) -> Vec<Chunk> {
-    if shares {
+/// Takes from the buffer the chunks to be submitted next; all of it if it is the `last` part.
+fn take_chunks(buffer: &mut Vec<u8>, has_chunk_cache: bool, last: bool) -> Vec<Chunk> {
+    if has_chunk_cache {
         return dedup::cut(buffer, last);
     }
     let room = if last { 0 } else { MAX_BODY };
@@ -84,24 +87,24 @@ fn take_chunks(buffer: &mut Vec<u8>, shares: bool, last: bool) -> Vec<Chunk> {
     vec![Bytes::from(buffer).into()]
 }
 
-fn submit_payload(core: &mut Core, sharing: &Sharing, mut chunks: Vec<Chunk>, last: bool) {
+fn submit_blob(core: &mut Core, blob_writing: &BlobWriting, mut chunks: Vec<Chunk>, last: bool) {
     if last && chunks.is_empty() {
         chunks.push(Chunk::default());
     }
-    if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
-        spool.write_payload(&chunks);
+    if let Some(setup_log) = core.setup_log.as_mut().filter(|_| blob_writing.logged) {
+        setup_log.write_blob(&chunks);
     }
     let count = chunks.len();
     for (at, chunk) in chunks.into_iter().enumerate() {
         let last = last && at + 1 == count;
-        if core.scheduler.append_payload(sharing.id, &chunk, last) {
+        if core.scheduler.append_blob(blob_writing.id, &chunk, last) {
             core.queued += chunk.bytes.len();
         }
     }
-    core.settle();
+    core.pump();
 }
 
-fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: bool) {
+fn submit(core: &mut Core, writing: &mut MessageWriting, mut chunks: Vec<Chunk>, last: bool) {
     if last && chunks.is_empty() {
         chunks.push(Chunk::default());
     }
@@ -113,15 +116,15 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
         core.inbox
             .tasks
             .begin(order.task, writing.owner, order.rank);
-        if let (Some(spool), Some(name)) = (&mut core.spool, writing.order.lasts) {
+        if let (Some(setup_log), Some(name)) = (&mut core.setup_log, writing.order.setup_call) {
             let order = &writing.order;
-            spool.begin(order.task, order.rank, name, order.payload);
+            setup_log.begin(order.task, order.rank, name, order.blob);
         }
         core.scheduler.submit(writing.order.clone());
     }
     let &Order { rank, task, .. } = &writing.order;
-    if let Some(spool) = &mut core.spool {
-        spool.write(&chunks);
+    if let Some(setup_log) = &mut core.setup_log {
+        setup_log.write(&chunks);
     }
     let count = chunks.len();
     for (at, chunk) in chunks.into_iter().enumerate() {
@@ -129,11 +132,12 @@ fn submit(core: &mut Core, writing: &mut Writing, mut chunks: Vec<Chunk>, last: 
         let last = last && at + 1 == count;
         core.scheduler.append(rank, task, chunk, last);
     }
-    core.settle();
+    core.pump();
 }
 
-/// R does not wait for calls to be sent: their bytes are held until a worker is free.
-fn submit_call(core: &mut Core, writing: &mut Writing, chunks: Vec<Chunk>, last: bool) {
+/// Submits a part of a call. R does not wait for calls to be sent: their bytes stay here until a
+/// worker is free.
+fn submit_call(core: &mut Core, writing: &mut MessageWriting, chunks: Vec<Chunk>, last: bool) {
     let task = writing.order.task;
     if std::mem::replace(&mut writing.first, false) {
         core.inbox.calls.expect(task);
@@ -144,51 +148,51 @@ fn submit_call(core: &mut Core, writing: &mut Writing, chunks: Vec<Chunk>, last:
         let last = last && at + 1 == count;
         core.scheduler.append_call(task, chunk, last);
     }
-    if last && core.inbox.calls.is_watched(task) {
-        core.scheduler.want_call(task);
+    if last && core.inbox.calls.is_awaited(task) {
+        core.scheduler.demand_call(task);
     }
-    core.settle();
+    core.pump();
 }
 
 impl Hub {
-    /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `lasts`: what it does
-    /// there lasts, under this name (0: none). A verb that finds tasks of others on its worker
-    /// cancels them: they are left over from a call that was interrupted, and their answers would be
-    /// taken for its own. If the worker was lost in the course of this very job, another stands in.
-    /// `payload`: of the worker that gets the task, the payload that its message is to begin with,
-    /// which has been finished.
+    /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `setup_call`: the
+    /// task is a set-up call, which sets this name (0: none). `blob`: given the worker that gets
+    /// the task, the finished blob that the message begins with. A verb cancels older tasks on its
+    /// workers: they are left over from an interrupted call, and their answers would be taken for
+    /// its own. If the worker failed during this job, another worker runs the task on its behalf.
     ///
     /// # Errors
-    /// When the worker is gone.
+    /// When the worker has terminated.
     pub fn begin(
         &mut self,
         rank: Rank,
         job: JobId,
-        lasts: Option<u64>,
+        setup_call: Option<u64>,
         turn: Turn,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, Arc<Gone>> {
+        blob: impl FnOnce(Rank) -> Option<BlobId>,
+    ) -> Result<StartedTask, Arc<Termination>> {
         self.abandon();
         if self.members.0 != job || self.members.1.is_empty() {
             self.members = (job, vec![false; self.size]);
         }
-        let (place, stale) = {
+        let (assigned, stale) = {
             let mut core = self.core();
             core.inbox.job = job;
             let workers = &core.inbox.workers;
             let worker = workers.get(rank as usize).cloned().unwrap_or_default();
-            let place = match worker.gone {
-                // If it is back while others are still at its tasks, they go on with them, in order.
-                None => stand_in(&core, rank, job).unwrap_or(rank),
-                Some(gone) => {
-                    let just_now = worker.gone_in == job;
-                    let stand_in = || self.elsewhere(&core, rank, &gone, job, lasts);
-                    just_now.then(stand_in).flatten().ok_or(gone)?
+            let assigned = match worker.termination {
+                // If the worker is back while others still run its tasks, they go on with them, in
+                // order.
+                None => substitute(&core, rank, job).unwrap_or(rank),
+                Some(termination) => {
+                    let just_now = worker.terminated_in == job;
+                    let substitute = || self.elsewhere(&core, rank, &termination, job, setup_call);
+                    just_now.then(substitute).flatten().ok_or(termination)?
                 }
             };
             let of_owner = core.inbox.tasks.of_owner(rank);
             let stale = of_owner.filter(|&(_, other)| job != NO_JOB && other != job);
-            (place, stale.collect::<Vec<_>>())
+            (assigned, stale.collect::<Vec<_>>())
         };
         self.members.1[rank as usize] = true;
         for (task, _) in stale {
@@ -197,194 +201,199 @@ impl Hub {
         let behind_call = {
             let mut core = self.core();
             if job != NO_JOB {
-                core.scheduler.keep_for_verb(place);
+                core.scheduler.reserve_for_verb(assigned);
             }
-            core.scheduler.is_at_call(place)
+            core.scheduler.is_at_call(assigned)
         };
         let task = self.next_task;
         self.next_task += 1;
         let order = Order {
-            rank: place,
+            rank: assigned,
             task,
             job,
-            lasts,
-            ahead: turn == Turn::Ahead,
+            setup_call,
+            prefetch: turn == Turn::Prefetch,
             again: turn == Turn::First,
             ..Order::default()
         };
-        let shared = self.write_order(order, rank, false, payload(place));
-        Ok(Begun {
+        let has_blob = self.write_order(order, rank, false, blob(assigned));
+        Ok(StartedTask {
             task,
-            place,
-            shared,
+            assigned,
+            has_blob,
             behind_call,
         })
     }
 
-    /// The task that was begun last may take so long from when its worker has all of its message; `None`: as long
-    /// as any task may.
+    /// Sets the time limit of the task that was begun last, from when its worker has the whole
+    /// message; `None`: only the limit of all tasks.
     pub fn limit_time(&mut self, limit: Option<Duration>) {
         if let Some(writing) = &mut self.writing {
             writing.order.limit = limit;
         }
     }
 
-    /// As [`Hub::begin`], for a task that was lost: with the worker that takes the place of the lost
-    /// one, or if there is none, with another.
+    /// As [`Hub::begin`], for a failed task: on the replacement of its worker, or, if there is
+    /// none, on another worker.
     ///
     /// # Errors
-    /// When there is nobody to take it: the worker that had it last, and what became of that.
+    /// When there is no worker for it: the worker that had it last, and why that terminated.
     pub fn try_again(
         &mut self,
         rank: Rank,
         task: TaskId,
-        lasts: Option<u64>,
-        payload: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, (Rank, Arc<Gone>)> {
+        setup_call: Option<u64>,
+        blob: impl FnOnce(Rank) -> Option<BlobId>,
+    ) -> Result<StartedTask, (Rank, Arc<Termination>)> {
         self.abandon();
-        let (job, before, place) = {
+        let (job, before, assigned) = {
             let mut core = self.core();
             let tasks = &core.inbox.tasks;
             let job = tasks.job(task).unwrap_or(NO_JOB);
-            let before = tasks.place(task).unwrap_or(rank);
+            let before = tasks.assigned(task).unwrap_or(rank);
             let worker = core.inbox.workers.get(before as usize);
-            let place = match worker.and_then(|worker| worker.gone.clone()) {
+            let assigned = match worker.and_then(|worker| worker.termination.clone()) {
                 None => before,
-                Some(gone) => {
-                    let stand_in = self.elsewhere(&core, rank, &gone, job, lasts);
-                    stand_in.ok_or((before, gone))?
+                Some(termination) => {
+                    let substitute = self.elsewhere(&core, rank, &termination, job, setup_call);
+                    substitute.ok_or((before, termination))?
                 }
             };
-            core.inbox.tasks.decided(task);
-            (job, before, place)
+            core.inbox.tasks.retry_decided(task);
+            (job, before, assigned)
         };
         let order = Order {
-            rank: place,
+            rank: assigned,
             task,
             job,
-            again: place == before,
-            lasts,
+            again: assigned == before,
+            setup_call,
             ..Order::default()
         };
-        let shared = self.write_order(order, rank, true, payload(place));
-        Ok(Begun {
+        let has_blob = self.write_order(order, rank, true, blob(assigned));
+        Ok(StartedTask {
             task,
-            place,
-            shared,
+            assigned,
+            has_blob,
             behind_call: false,
         })
     }
 
-    /// The message of this task, which R gave to `owner`, is written next. `again`: it has been
-    /// outstanding before. Returns whether it begins with the payload.
+    /// Starts the message of a task that R gave to `owner`. `again`: it is a retry. Returns whether
+    /// the message begins with the blob.
     fn write_order(
         &mut self,
         mut order: Order,
         owner: Rank,
         again: bool,
-        payload: Option<PayloadId>,
+        blob: Option<BlobId>,
     ) -> bool {
         if order.rank != owner {
-            order.instead_of = Some(owner);
+            order.on_behalf_of = Some(owner);
         }
-        let mut writing = Writing::new(order, owner, again);
-        writing.wanted = payload;
-        let shared = writing.share(&self.core());
+        let mut writing = MessageWriting::new(order, owner, again);
+        writing.wanted = blob;
+        let has_blob = writing.attach_blob(&self.core());
         self.writing = Some(writing);
-        shared
+        has_blob
     }
 
-    /// Begins a payload for the hosts of these workers, with which messages to them can then begin;
-    /// [`Hub::write`] and [`Hub::finish_payload`] follow. `lasts`: what some of these do lasts.
-    pub fn begin_payload(&mut self, ranks: &[Rank], lasts: bool) -> PayloadId {
+    /// Begins a blob for the hosts of these workers; [`Hub::write`] and [`Hub::finish_blob`]
+    /// follow. Then messages to these workers can begin with it. `setup_call`: some of these
+    /// messages are set-up calls.
+    pub fn begin_blob(&mut self, ranks: &[Rank], setup_call: bool) -> BlobId {
         self.abandon();
-        let id = self.next_payload;
-        self.next_payload += 1;
+        let id = self.next_blob;
+        self.next_blob += 1;
         let mut core = self.core();
-        core.scheduler.begin_payload(id, ranks);
-        let spool = core.spool.as_mut().filter(|_| lasts);
-        let spooled = spool.is_some();
-        if let Some(spool) = spool {
-            spool.begin_payload(id);
+        core.scheduler.begin_blob(id, ranks);
+        let setup_log = core.setup_log.as_mut().filter(|_| setup_call);
+        let logged = setup_log.is_some();
+        if let Some(setup_log) = setup_log {
+            setup_log.begin_blob(id);
         }
         drop(core);
-        self.sharing = Some(Sharing {
+        self.blob_writing = Some(BlobWriting {
             id,
             buffer: Vec::new(),
-            spooled,
+            logged,
         });
         id
     }
 
-    /// Begins the very same payload once more, for the host of this worker alone, which does not have
-    /// it. If a task has been begun for that and nothing of its message written, that then begins
-    /// with it, as [`Hub::finish_payload`] tells.
-    pub fn begin_payload_again(&mut self, id: PayloadId, rank: Rank) {
-        self.abandon_payload();
-        self.core().scheduler.begin_payload(id, &[rank]);
-        self.sharing = Some(Sharing {
+    /// Sends the same blob again, for the host of this worker alone, which does not have it. If a
+    /// task has been begun for it and nothing of its message written, the message then begins with
+    /// the blob, as [`Hub::finish_blob`] returns.
+    pub fn begin_blob_again(&mut self, id: BlobId, rank: Rank) {
+        self.abandon_blob();
+        self.core().scheduler.begin_blob(id, &[rank]);
+        self.blob_writing = Some(BlobWriting {
             id,
             buffer: Vec::new(),
-            spooled: false,
+            logged: false,
         });
     }
 
-    /// Ends the payload: messages can begin with it. Returns whether that of the task which has been
-    /// begun, if there is one, does.
-    pub fn finish_payload(&mut self) -> bool {
+    /// Ends the blob: messages can begin with it. Returns whether the message of the task that has
+    /// been begun, if there is one, does.
+    pub fn finish_blob(&mut self) -> bool {
         self.submit(true);
-        self.end_payload()
+        self.end_blob()
     }
 
-    /// All of the payload has been submitted.
-    fn end_payload(&mut self) -> bool {
-        let Some(sharing) = self.sharing.take() else {
+    /// The whole blob has been submitted.
+    fn end_blob(&mut self) -> bool {
+        let Some(blob_writing) = self.blob_writing.take() else {
             return false;
         };
-        let shared = self.inner.shared.clone();
-        let mut core = shared.core();
-        if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
-            spool.finish_payload();
+        let shared_core = self.inner.shared_core.clone();
+        let mut core = shared_core.core();
+        if let Some(setup_log) = core.setup_log.as_mut().filter(|_| blob_writing.logged) {
+            setup_log.finish_blob();
         }
-        core.look_at_spool();
+        core.check_setup_log();
         let writing = self.writing.as_mut();
-        writing.is_some_and(|writing| writing.share(&core))
+        writing.is_some_and(|writing| writing.attach_blob(&core))
     }
 
-    /// Whether a message to this worker can begin with this payload: its host has it.
-    pub fn has_payload(&self, rank: Rank, id: PayloadId) -> bool {
-        self.core().scheduler.has_payload(rank, id)
+    /// Whether a message to this worker can begin with this blob, because its host has the blob.
+    pub fn has_blob(&self, rank: Rank, id: BlobId) -> bool {
+        self.core().scheduler.has_blob(rank, id)
     }
 
-    /// No more messages will begin with it. Those of tasks that have been finished do, whenever they
-    /// are sent.
-    pub fn drop_payload(&mut self, id: PayloadId) {
+    /// Drops a blob: no more messages will begin with it. Messages that have been finished still
+    /// do, whenever they are sent.
+    pub fn drop_blob(&mut self, id: BlobId) {
         let mut core = self.core();
-        core.scheduler.drop_payload(id);
-        if let Some(spool) = &mut core.spool {
-            spool.drop_payload(id);
+        core.scheduler.drop_blob(id);
+        if let Some(setup_log) = &mut core.setup_log {
+            setup_log.drop_blob(id);
         }
-        core.settle();
+        core.pump();
     }
 
-    /// Takes back the payload that is being written, if there is one.
-    fn abandon_payload(&mut self) {
-        let Some(sharing) = self.sharing.take() else {
+    /// Abandons the blob that is being written, if there is one.
+    fn abandon_blob(&mut self) {
+        let Some(blob_writing) = self.blob_writing.take() else {
             return;
         };
         let mut core = self.core();
-        core.scheduler.abort_payload(sharing.id);
-        if let Some(spool) = core.spool.as_mut().filter(|_| sharing.spooled) {
-            spool.abandon_payload();
+        core.scheduler.abort_blob(blob_writing.id);
+        if let Some(setup_log) = core.setup_log.as_mut().filter(|_| blob_writing.logged) {
+            setup_log.abandon_blob();
         }
         core.scheduler.set_unlimited(false);
-        core.settle();
+        core.pump();
     }
 
-    /// Appends to the payload or message that is being written. Returns whether so much waits to be
-    /// sent that the caller should call [`Hub::wait_to_send`] until that says no.
+    /// Appends to the blob or message that is being written. Returns whether so many bytes wait to
+    /// be sent that the caller should call [`Hub::wait_to_send`] until that returns false.
     pub fn write(&mut self, mut bytes: &[u8]) -> bool {
-        let full = if self.shares { CUT } else { MAX_BODY };
+        let full = if self.has_chunk_cache {
+            CUT_AFTER
+        } else {
+            MAX_BODY
+        };
         let mut sent = false;
         while let Some(buffer) = self.buffer() {
             let room = full - buffer.len().min(full);
@@ -403,34 +412,39 @@ impl Hub {
     }
 
     pub(super) fn buffer(&mut self) -> Option<&mut Vec<u8>> {
-        match (&mut self.sharing, &mut self.writing) {
-            (Some(sharing), _) => Some(&mut sharing.buffer),
+        match (&mut self.blob_writing, &mut self.writing) {
+            (Some(blob_writing), _) => Some(&mut blob_writing.buffer),
             (None, Some(writing)) => Some(&mut writing.buffer),
             (None, None) => None,
         }
     }
 
-    /// Submits what is in the buffer; all of it if it is the `last` of a payload.
+    /// Submits the buffer; all of it if it is the `last` part of a blob.
     fn submit(&mut self, last: bool) {
-        if let Some(sharing) = &mut self.sharing {
-            let chunks = take_chunks(&mut sharing.buffer, self.shares, last);
-            submit_payload(&mut self.inner.shared.core(), sharing, chunks, last);
+        if let Some(blob_writing) = &mut self.blob_writing {
+            let chunks = take_chunks(&mut blob_writing.buffer, self.has_chunk_cache, last);
+            submit_blob(
+                &mut self.inner.shared_core.core(),
+                blob_writing,
+                chunks,
+                last,
+            );
         } else if let Some(writing) = &mut self.writing {
-            let chunks = take_chunks(&mut writing.buffer, self.shares, false);
-            submit(&mut self.inner.shared.core(), writing, chunks, false);
+            let chunks = take_chunks(&mut writing.buffer, self.has_chunk_cache, false);
+            submit(&mut self.inner.shared_core.core(), writing, chunks, false);
         }
     }
 
-    /// Waits up to `most` for what was written to be sent. Returns whether to wait on.
-    pub fn wait_to_send(&mut self, most: Duration) -> bool {
-        // Results must flow, whatever waits already: the workers that are to read what is sent may
-        // be blocked in writing them.
+    /// Waits up to `max_wait` for written bytes to be sent. Returns whether to go on waiting.
+    pub fn wait_to_send(&mut self, max_wait: Duration) -> bool {
+        // Results must be received even if R blocks in sending: the workers that have to read the
+        // sent bytes may be blocked in writing results.
         let mut core = self.core();
         core.scheduler.set_unlimited(true);
-        core.settle();
+        core.pump();
         drop(core);
         let room = |core: &mut Core| (core.queued <= SEND_LIMIT || core.inbox.closed).then_some(());
-        let wait = self.inner.shared.wait(most, room).is_none();
+        let wait = self.inner.shared_core.wait(max_wait, room).is_none();
         if !wait {
             self.core().scheduler.set_unlimited(false);
         }
@@ -439,12 +453,12 @@ impl Hub {
 
     /// Ends the message; the task is now outstanding.
     pub fn finish(&mut self) {
-        let shares = self.shares;
-        self.finish_with(|writing| take_chunks(&mut writing.buffer, shares, true));
+        let has_chunk_cache = self.has_chunk_cache;
+        self.finish_with(|writing| take_chunks(&mut writing.buffer, has_chunk_cache, true));
     }
 
-    /// Ends the message with what `rest` makes of it.
-    fn finish_with(&mut self, rest: impl FnOnce(&mut Writing) -> Vec<Chunk>) {
+    /// Ends the message with the chunks that `rest` makes of it.
+    fn finish_with(&mut self, rest: impl FnOnce(&mut MessageWriting) -> Vec<Chunk>) {
         let Some(mut writing) = self.writing.take() else {
             return;
         };
@@ -455,31 +469,41 @@ impl Hub {
             let order = &writing.order;
             core.inbox.tasks.finish(order.task, order.job);
         }
-        if let Some(spool) = &mut core.spool {
-            spool.finish();
+        if let Some(setup_log) = &mut core.setup_log {
+            setup_log.finish();
         }
-        core.look_at_spool();
+        core.check_setup_log();
     }
 
-    /// Appends to the payload or message that is being written what is to be sent as it is, and ends that if
-    /// it is the `last`.
+    /// Appends a chunk as it is to the blob or message that is being written, and ends that if the
+    /// chunk is the `last`.
     pub(super) fn write_as_it_is(&mut self, chunk: Chunk, last: bool) {
-        if let Some(sharing) = &mut self.sharing {
-            submit_payload(&mut self.inner.shared.core(), sharing, vec![chunk], last);
+        if let Some(blob_writing) = &mut self.blob_writing {
+            submit_blob(
+                &mut self.inner.shared_core.core(),
+                blob_writing,
+                vec![chunk],
+                last,
+            );
             if last {
-                self.end_payload();
+                self.end_blob();
             }
         } else if last {
             self.finish_with(|_| vec![chunk]);
         } else if let Some(writing) = &mut self.writing {
-            submit(&mut self.inner.shared.core(), writing, vec![chunk], false);
+            submit(
+                &mut self.inner.shared_core.core(),
+                writing,
+                vec![chunk],
+                false,
+            );
         }
     }
 
-    /// Takes back the message and the payload that are being written, if there are any: R could not
+    /// Abandons the message and the blob that are being written, if there are any: R could not
     /// finish them.
     pub fn abandon(&mut self) {
-        self.abandon_payload();
+        self.abandon_blob();
         let Some(writing) = self.writing.take() else {
             return;
         };
@@ -493,20 +517,20 @@ impl Hub {
             }
             return;
         }
-        if let Some(spool) = &mut self.core().spool {
-            spool.abandon();
+        if let Some(setup_log) = &mut self.core().setup_log {
+            setup_log.abandon();
         }
         if !writing.first {
             self.core().scheduler.set_unlimited(false);
             self.cancel_task(task);
         } else if writing.again {
-            // Whoever would decide on it has been interrupted in doing so.
+            // The code that would decide on a retry was interrupted.
             self.forget(task);
         }
     }
 
-    /// Begins a call for whichever of these workers, which are in order, is free first; [`Hub::write`] and
-    /// [`Hub::finish`] follow. `again`: it was lost and is tried again, before all others.
+    /// Begins a call for the first free one of these workers, which are in order; [`Hub::write`]
+    /// and [`Hub::finish`] follow. `again`: the call failed and is retried, before all others.
     pub fn begin_call(&mut self, any_of: Arc<[Rank]>, task: TaskId, again: bool) {
         self.abandon();
         let end = if again { self.call_end(task) } else { None };
@@ -517,12 +541,12 @@ impl Hub {
             any_of: Some(any_of),
             ..Order::default()
         };
-        let mut writing = Writing::new(order, 0, again);
+        let mut writing = MessageWriting::new(order, 0, again);
         writing.end = end;
         self.writing = Some(writing);
     }
 
-    /// The number of a call that is still to be sent.
+    /// A number for a call that has not been sent yet.
     pub fn number_call(&mut self) -> TaskId {
         let task = self.next_task;
         self.next_task += 1;
@@ -531,6 +555,6 @@ impl Hub {
 
     /// Whether a message has been begun and not finished.
     pub fn is_writing(&self) -> bool {
-        self.writing.is_some() || self.sharing.is_some()
+        self.writing.is_some() || self.blob_writing.is_some()
     }
 }

@@ -1,15 +1,15 @@
 use super::*;
 use crate::head::retry::is_reported;
 use crate::platform::exit::Exit;
-use crate::protocol::control::{Loss, Setback};
+use crate::protocol::control::{Setback, WorkerFailure};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
 const JOB: JobId = 7;
 
-fn crash() -> Arc<Gone> {
-    Arc::new(Gone::Worker(Loss {
+fn crash() -> Arc<Termination> {
+    Arc::new(Termination::Worker(WorkerFailure {
         pid: 4711,
         exit: Exit::Signal(9),
         tail: String::new(),
@@ -37,14 +37,14 @@ enum Fate {
 #[derive(Default)]
 struct State {
     now: Duration,
-    gone: Vec<Option<Arc<Gone>>>,
+    termination: Vec<Option<Arc<Termination>>>,
     queues: Vec<VecDeque<TaskId>>,
     /// Each message that was ever begun: its tasks.
     messages: Vec<Vec<usize>>,
     writing: Option<(Rank, Turn)>,
     /// Told until they are forgotten.
-    lost: VecDeque<(Rank, TaskId, Arc<Gone>)>,
-    recalled: VecDeque<(Rank, TaskId)>,
+    lost: VecDeque<(Rank, TaskId, Arc<Termination>)>,
+    revoked: VecDeque<(Rank, TaskId)>,
     /// Losses that the codec was told of: the tasks, and those that are retried.
     told: Vec<(Vec<usize>, Vec<usize>)>,
     answered: Vec<usize>,
@@ -61,7 +61,7 @@ struct Fake<F> {
 impl<F: Fn(Rank, &[usize]) -> Fate> Fake<F> {
     fn new(workers: usize, fate: F) -> Fake<F> {
         let state = State {
-            gone: vec![None; workers],
+            termination: vec![None; workers],
             queues: vec![VecDeque::new(); workers],
             ..State::default()
         };
@@ -74,23 +74,23 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Fake<F> {
 
     fn job(&self, tasks: usize, assignment: Assignment, policy: Policy) -> Job {
         let workers = self.state.borrow().queues.len();
-        let place = |rank| Place {
+        let slot = |rank| JobWorker {
             rank: rank as Rank,
             host: rank,
             cores: 1,
-            way: Some(1e-4),
+            rtt: Some(1e-4),
             detained: false,
         };
         let setup = Setup {
             id: JOB,
-            places: (0..workers).map(place).collect(),
+            slots: (0..workers).map(slot).collect(),
             tasks,
             assignment,
             order: None,
             singly: false,
             timeout: None,
             policy,
-            payload: 1,
+            blob: 1,
             reading: None,
         };
         Job::new(setup, self.now())
@@ -130,8 +130,8 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         self.origin + self.state.borrow().now
     }
 
-    fn gone(&self, rank: Rank) -> Option<Arc<Gone>> {
-        self.state.borrow().gone[rank as usize].clone()
+    fn termination(&self, rank: Rank) -> Option<Arc<Termination>> {
+        self.state.borrow().termination[rank as usize].clone()
     }
 
     fn begin(
@@ -140,18 +140,18 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         job: JobId,
         turn: Turn,
         _: Option<Duration>,
-        _: impl FnOnce(Rank) -> Option<PayloadId>,
-    ) -> Result<Begun, Arc<Gone>> {
+        _: impl FnOnce(Rank) -> Option<BlobId>,
+    ) -> Result<StartedTask, Arc<Termination>> {
         assert_eq!(job, JOB);
-        if let Some(gone) = self.gone(rank) {
-            return Err(gone);
+        if let Some(termination) = self.termination(rank) {
+            return Err(termination);
         }
         let state = &mut *self.state.borrow_mut();
         state.writing = Some((rank, turn));
-        Ok(Begun {
+        Ok(StartedTask {
             task: state.messages.len() as TaskId - 1,
-            place: rank,
-            shared: true,
+            assigned: rank,
+            has_blob: true,
             behind_call: false,
         })
     }
@@ -163,7 +163,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         let queue = &mut state.queues[rank as usize];
         match turn {
             Turn::First => queue.push_front(task),
-            Turn::Last | Turn::Ahead => queue.push_back(task),
+            Turn::Last | Turn::Prefetch => queue.push_back(task),
         }
     }
 
@@ -174,17 +174,17 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
     fn receive_any(&self, _: &RankSet, _: Duration) -> Answer {
         let state = &mut *self.state.borrow_mut();
         state.now += Duration::from_micros(100);
-        if let Some((rank, task, gone)) = state.lost.front().cloned() {
-            let place = rank;
+        if let Some((rank, task, termination)) = state.lost.front().cloned() {
+            let assigned = rank;
             return Answer::Lost {
                 rank,
-                place,
+                assigned,
                 task,
-                gone,
+                termination,
             };
         }
-        if let Some((rank, task)) = state.recalled.pop_front() {
-            return Answer::Recalled { rank, task };
+        if let Some((rank, task)) = state.revoked.pop_front() {
+            return Answer::Revoked { rank, task };
         }
         // The one that has been busy with the oldest message.
         let mut busy = state.queues.iter().enumerate();
@@ -200,41 +200,41 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         match fate {
             Fate::Answered | Fate::Unreadable => {
                 state.unreadable = fate == Fate::Unreadable;
-                let (place, body) = (rank, Body::default());
+                let (assigned, body) = (rank, Body::default());
                 Answer::Ready {
                     rank,
-                    place,
+                    assigned,
                     task,
                     body,
                 }
             }
             Fate::TimedOut => Answer::TimedOut { rank, task },
             Fate::Crashes | Fate::HostLost | Fate::Stopped => {
-                let gone = match fate {
-                    Fate::HostLost => Arc::new(Gone::Host("cut".into())),
-                    Fate::Stopped => Arc::new(Gone::Stopped),
+                let termination = match fate {
+                    Fate::HostLost => Arc::new(Termination::Host("cut".into())),
+                    Fate::Stopped => Arc::new(Termination::Stopped),
                     _ => crash(),
                 };
-                state.lost.push_back((rank, task, gone.clone()));
+                state.lost.push_back((rank, task, termination.clone()));
                 if fate != Fate::Crashes {
                     let rest = state.queues[at].drain(..);
                     state
                         .lost
-                        .extend(rest.map(|task| (rank, task, gone.clone())));
-                    state.gone[at] = Some(gone.clone());
+                        .extend(rest.map(|task| (rank, task, termination.clone())));
+                    state.termination[at] = Some(termination.clone());
                 }
-                let place = rank;
+                let assigned = rank;
                 Answer::Lost {
                     rank,
-                    place,
+                    assigned,
                     task,
-                    gone,
+                    termination,
                 }
             }
         }
     }
 
-    fn recall(&self, task: TaskId) {
+    fn revoke(&self, task: TaskId) {
         let state = &mut *self.state.borrow_mut();
         for (rank, queue) in state.queues.iter_mut().enumerate() {
             if let Some(at) = queue
@@ -243,7 +243,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
                 .filter(|&at| at > 0)
             {
                 queue.remove(at);
-                state.recalled.push_back((rank as Rank, task));
+                state.revoked.push_back((rank as Rank, task));
             }
         }
     }
@@ -259,14 +259,14 @@ impl<F> Codec for Tasks<'_, F> {
     /// An answer that cannot be read.
     type Stop = TaskId;
 
-    fn takes_units(&self, _: Rank) -> bool {
+    fn takes_batches(&self, _: Rank) -> bool {
         true
     }
 
     fn gather(&mut self, tasks: &[usize], _: Duration) -> Result<(usize, Form), TaskId> {
         let state = &mut *self.0.state.borrow_mut();
         state.messages.push(tasks.to_vec());
-        Ok((tasks.len(), Form::Unit))
+        Ok((tasks.len(), Form::Batch))
     }
 
     fn write(&mut self, _: Rank, task: usize, _: Form) -> Result<(), TaskId> {
@@ -275,7 +275,7 @@ impl<F> Codec for Tasks<'_, F> {
         Ok(())
     }
 
-    fn share_again(&mut self, _: PayloadId, _: Rank) -> Result<(), TaskId> {
+    fn resend_blob(&mut self, _: BlobId, _: Rank) -> Result<(), TaskId> {
         panic!("the payload is everywhere");
     }
 
@@ -298,10 +298,10 @@ impl<F> Codec for Tasks<'_, F> {
         })
     }
 
-    fn lost(&mut self, loss: &BatchLoss, again: &[usize]) {
+    fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         let state = &mut *self.0.state.borrow_mut();
-        assert!(is_reported(&loss.gone, loss.now.is_none()) || loss.now.is_some());
-        state.told.push((loss.tasks.clone(), again.to_vec()));
+        assert!(is_reported(&failure.termination, failure.now.is_none()) || failure.now.is_some());
+        state.told.push((failure.tasks.clone(), again.to_vec()));
     }
 }
 
@@ -331,20 +331,24 @@ fn a_task_that_kills_its_worker_is_retried_alone_and_fails_alone() {
         assert_eq!(hub.run(&mut job).unwrap(), [700]);
         let state = hub.state.borrow();
         assert_eq!(sorted(state.answered.clone()), all_but(0..1000, &[700]));
-        let losses: Vec<&[usize]> = job.losses(700).iter().map(|loss| &loss.tasks[..]).collect();
+        let failures: Vec<&[usize]> = job
+            .failures(700)
+            .iter()
+            .map(|failure| &failure.tasks[..])
+            .collect();
         assert!(
-            losses[0].len() > 1 && losses[0].contains(&700),
-            "{losses:?}"
+            failures[0].len() > 1 && failures[0].contains(&700),
+            "{failures:?}"
         );
-        assert_eq!(losses[1..], [[700], [700]]);
+        assert_eq!(failures[1..], [[700], [700]]);
         // The others of its batch are retried once, each alone.
         let (batch, again) = &state.told[0];
-        assert_eq!((batch, &batch[..]), (again, losses[0]));
+        assert_eq!((batch, &batch[..]), (again, failures[0]));
         for &other in batch.iter().filter(|&&task| task != 700) {
             let messages = state.messages.iter().filter(|tasks| tasks.contains(&other));
             let messages: Vec<_> = messages.skip(1).collect();
             assert_eq!(messages, [&[other]]);
-            assert_eq!(job.losses(other).len(), 1);
+            assert_eq!(job.failures(other).len(), 1);
         }
         assert_eq!(state.told[1], (vec![700], vec![700]));
         assert_eq!(state.told[2], (vec![700], vec![]));
@@ -380,15 +384,15 @@ fn a_loss_that_ends_the_job_is_said_again_and_nothing_is_retried() {
             false => Fate::Answered,
         });
         let mut job = hub.job(10, Assignment::Free, policy);
-        let Err(Halt::Lost(loss)) = hub.run(&mut job) else {
+        let Err(Halt::Lost(failure)) = hub.run(&mut job) else {
             panic!("{fate:?} does not end the job");
         };
-        assert!(loss.tasks.contains(&5));
-        assert_eq!(loss.now.is_some(), fate == Fate::Stopped);
+        assert!(failure.tasks.contains(&5));
+        assert_eq!(failure.now.is_some(), fate == Fate::Stopped);
         let sent = hub.state.borrow().messages.len();
         for _ in 0..3 {
             let again = hub.step(&mut job);
-            assert!(matches!(again, Err(Halt::Lost(said)) if said.task == loss.task));
+            assert!(matches!(again, Err(Halt::Lost(said)) if said.task == failure.task));
         }
         let state = hub.state.borrow();
         assert_eq!(state.messages.len(), sent);
@@ -454,12 +458,12 @@ proptest! {
         let state = hub.state.borrow();
         let failed = match ended {
             Ok(failed) => failed,
-            Err(Halt::Gone { rank, .. }) => {
-                prop_assert!(hub.gone(rank).is_some());
+            Err(Halt::Terminated { rank, .. }) => {
+                prop_assert!(hub.termination(rank).is_some());
                 return Ok(());
             }
-            Err(Halt::Lost(loss)) => {
-                prop_assert!(policy.raises || *loss.gone == Gone::Stopped);
+            Err(Halt::Lost(failure)) => {
+                prop_assert!(policy.raises || *failure.termination == Termination::Stopped);
                 return Ok(());
             }
             Err(halt) => panic!("{halt:?}"),
@@ -467,18 +471,18 @@ proptest! {
         let ends = [&state.answered[..], &failed].concat();
         prop_assert_eq!(sorted(ends), (0..tasks).collect::<Vec<_>>());
         for task in 0..tasks {
-            let losses = job.losses(task);
+            let failures = job.failures(task);
             let told = state.told.iter().filter(|(lost, _)| lost.contains(&task));
             let told: Vec<bool> = told.map(|(_, again)| again.contains(&task)).collect();
             // The losses are those that were told of, and each but the last that it may have is retried.
-            prop_assert_eq!(told.len(), losses.len());
-            prop_assert!(losses.len() <= retries + 1);
+            prop_assert_eq!(told.len(), failures.len());
+            prop_assert!(failures.len() <= retries + 1);
             for (number, again) in told.into_iter().enumerate() {
                 prop_assert_eq!(again, number < retries);
             }
-            prop_assert!(losses.len() <= retries || failed.contains(&task));
+            prop_assert!(failures.len() <= retries || failed.contains(&task));
             // Once it was lost it is sent alone.
-            prop_assert!(losses.iter().skip(1).all(|loss| loss.tasks == [task]));
+            prop_assert!(failures.iter().skip(1).all(|failure| failure.tasks == [task]));
         }
         let lost: BTreeSet<usize> = state.told.iter().flat_map(|told| told.0.clone()).collect();
         prop_assert_eq!(job.attempts.len(), lost.len());

@@ -1,11 +1,11 @@
 //! The tasks of a job that end without an answer: lost with their worker, too long at work, or with an answer that
 //! cannot be read.
 
-use super::{Codec, Dispatch, Halt, Job, Sent, Stepped};
+use super::{Codec, Dispatch, Halt, Job, SentBatch, Stepped};
 use crate::head::batching::Assignment;
 use crate::head::hub::Turn;
 use crate::head::retry::{Attempts, Verdict, log_attempt};
-use crate::head::scheduler::events::Gone;
+use crate::head::scheduler::events::Termination;
 use crate::protocol::ids::{Rank, TaskId};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +14,11 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct BatchLoss {
     /// The worker that had it.
-    pub place: Rank,
+    pub assigned: Rank,
     /// How that worker ended.
-    pub gone: Arc<Gone>,
+    pub termination: Arc<Termination>,
     /// How the place of that worker is since then: `None` if a fresh worker has it.
-    pub now: Option<Arc<Gone>>,
+    pub now: Option<Arc<Termination>>,
     /// The message.
     pub task: TaskId,
     /// Its tasks, from 0.
@@ -35,7 +35,7 @@ pub enum Failed {
         /// Its tasks, from 0.
         tasks: Vec<usize>,
     },
-    /// This task, from 0, was lost too often: see [`Job::losses`].
+    /// This task, from 0, was lost too often: see [`Job::failures`].
     GivenUp(usize),
 }
 
@@ -51,8 +51,8 @@ impl Failed {
 
 impl Job {
     /// The losses of a task, the first one first.
-    pub fn losses(&self, index: usize) -> &[Arc<BatchLoss>] {
-        self.attempts.get(&index).map_or(&[], Attempts::losses)
+    pub fn failures(&self, index: usize) -> &[Arc<BatchLoss>] {
+        self.attempts.get(&index).map_or(&[], Attempts::failures)
     }
 
     /// The end of a step after tasks may have failed.
@@ -75,35 +75,41 @@ impl Job {
         &mut self,
         hub: &impl Dispatch,
         codec: &mut C,
-        loss: BatchLoss,
+        failure: BatchLoss,
     ) -> Stepped<(), C> {
         let first = Attempts::default();
         let verdict = |&index: &usize| {
             let attempts = self.attempts.get(&index).unwrap_or(&first);
-            attempts.verdict(self.policy, &loss.gone)
+            attempts.verdict(self.policy, &failure.termination)
         };
-        let verdicts: Vec<Verdict> = loss.tasks.iter().map(verdict).collect();
-        let attempts = loss.tasks.iter().map(|&index| self.losses(index).len() + 1);
+        let verdicts: Vec<Verdict> = failure.tasks.iter().map(verdict).collect();
+        let attempts = failure
+            .tasks
+            .iter()
+            .map(|&index| self.failures(index).len() + 1);
         let attempt = attempts.max().unwrap_or(1);
         let again = verdicts.contains(&Verdict::Retry);
         if verdicts.contains(&Verdict::Raise) {
-            return Err(Halt::Lost(loss));
+            return Err(Halt::Lost(failure));
         }
-        let Some(sent) = self.remove(loss.task) else {
+        let Some(sent) = self.remove(failure.task) else {
             return Ok(());
         };
-        log_attempt(loss.task, loss.place, attempt, again);
+        log_attempt(failure.task, failure.assigned, attempt, again);
         let retried = |of: &[usize]| -> Vec<usize> {
             let verdicts = of.iter().zip(&verdicts);
             let retried = verdicts.filter(|(_, verdict)| **verdict == Verdict::Retry);
             retried.map(|(&of, _)| of).collect()
         };
         self.give_out(hub, codec, &sent, &retried(&sent.tasks))?;
-        hub.forget(loss.task);
-        codec.lost(&loss, &retried(&loss.tasks));
-        let loss = Arc::new(loss);
-        for (&index, verdict) in loss.tasks.iter().zip(verdicts) {
-            self.attempts.entry(index).or_default().record(loss.clone());
+        hub.forget(failure.task);
+        codec.lost(&failure, &retried(&failure.tasks));
+        let failure = Arc::new(failure);
+        for (&index, verdict) in failure.tasks.iter().zip(verdicts) {
+            self.attempts
+                .entry(index)
+                .or_default()
+                .record(failure.clone());
             if verdict == Verdict::GiveUp {
                 self.failed.push_back(Failed::GivenUp(index));
             }
@@ -140,24 +146,24 @@ impl Job {
         &mut self,
         hub: &impl Dispatch,
         codec: &mut C,
-        sent: &Sent,
+        sent: &SentBatch,
         again: &[usize],
     ) -> Stepped<(), C> {
-        let place = sent.place;
-        self.planner.dropped(place, false);
-        let replaced = hub.gone(self.ranks[place]).is_none();
+        let slot = sent.slot;
+        self.planner.dropped(slot, false);
+        let replaced = hub.termination(self.ranks[slot]).is_none();
         if self.assignment == Assignment::Round && replaced {
             // Before what follows them: they go on with the random numbers that those before have left.
             for &position in again.iter().rev() {
-                self.send(hub, codec, place, &[position], Duration::ZERO, Turn::First)?;
-                self.planner.given_first(place);
+                self.send(hub, codec, slot, &[position], Duration::ZERO, Turn::First)?;
+                self.planner.given_first(slot);
             }
         } else {
-            self.planner.lost(place, again);
+            self.planner.lost(slot, again);
         }
         // All that was with a worker which is gone is told as lost, and in its order.
         if replaced || self.assignment == Assignment::Free {
-            self.ready.push_back(place);
+            self.ready.push_back(slot);
         }
         self.wake();
         Ok(())

@@ -1,7 +1,8 @@
-//! How tasks and workers are stopped: cancelled, called back, not started, ended.
+//! How tasks and workers are stopped: cancelling, revoking and time limits of tasks, the end of
+//! workers.
 
 use super::Scheduler;
-use super::events::{Gone, Note, Outcome};
+use super::events::{Note, Outcome, Termination};
 use super::task::{Current, Phase, Task};
 use super::worker::WorkerState;
 use crate::head::activity::TOO_LONG;
@@ -13,16 +14,16 @@ use std::sync::Arc;
 use tracing::debug;
 
 impl Scheduler {
-    /// The task that was lost with its worker, if it is still that which others wait for, will not
-    /// be submitted again.
-    pub fn let_go(&mut self, rank: Rank, id: TaskId) {
+    /// Abandons a task that failed with its worker: it will not be submitted again. Does nothing if
+    /// no retry decision on the task is awaited.
+    pub fn abandon_task(&mut self, rank: Rank, id: TaskId) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
-            worker.decided(id);
+            worker.retry_decided(id);
             self.dispatch(rank);
         }
     }
 
-    /// R could not finish writing this task's message; it ends as cancelled.
+    /// Cancels a task whose message R could not finish writing.
     pub fn cancel_task(&mut self, rank: Rank, id: TaskId) {
         self.cancel_matching(rank, |task, _| task == id);
     }
@@ -46,10 +47,11 @@ impl Scheduler {
         let matching = |current: &&mut Current| {
             matches(current.task.id, current.task.job) && !current.cancelled
         };
-        // It has ended as lost already.
-        let undecided = worker.undecided;
-        worker.undecided = undecided.filter(|&(task, job)| !matches(task, job));
-        // Before the agent is told of the one that runs: this one would start then.
+        // The task has ended as lost already.
+        let awaiting_retry = worker.awaiting_retry;
+        worker.awaiting_retry = awaiting_retry.filter(|&(task, job)| !matches(task, job));
+        // The prefetched task is cancelled first: it would start as soon as the agent cancels the
+        // running one.
         let next = worker.next.as_mut();
         let next = next.filter(|n| matches(n.task.id, n.task.job) && !n.cancelled);
         let mut waiting = None;
@@ -63,7 +65,7 @@ impl Scheduler {
                     worker.next = None;
                 }
                 Phase::Running => {
-                    next.kept.clear();
+                    next.all_chunks.clear();
                     next.cancelled = true;
                     let task = next.task.id;
                     let cancel = ToAgent::Cancel {
@@ -83,7 +85,7 @@ impl Scheduler {
                     frames.extend(worker.abort(id, first));
                     worker.current = None;
                     self.flow.end(rank);
-                    worker.track.ended(times, 0, self.now);
+                    worker.stats.ended(times, 0, self.now);
                 }
                 Phase::Running => {
                     running = true;
@@ -129,10 +131,10 @@ impl Scheduler {
         self.grant();
     }
 
-    /// Takes back a task that has not started, so that another worker can have it: it ends as
-    /// [`Outcome::Recalled`], at once or when its agent has confirmed that. One that has started, or
-    /// is the next thing that its worker will do, is left alone.
-    pub fn recall(&mut self, rank: Rank, id: TaskId) {
+    /// Revokes a task that has not started, so that another worker can have it. The task ends as
+    /// [`Outcome::Revoked`], at once or when its agent has confirmed. A task that has started, or
+    /// that the worker runs next, is left alone.
+    pub fn revoke(&mut self, rank: Rank, id: TaskId) {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
@@ -142,13 +144,13 @@ impl Scheduler {
         if let Some(at) = worker.queue.iter().position(|task| task.id == id) {
             if let Some(task) = worker.queue.remove(at) {
                 self.released += task.queued_bytes();
-                self.recalled(rank, &task);
+                self.revoked(rank, &task);
                 self.dispatch(rank);
             }
             return;
         }
         let next = worker.next.as_mut();
-        let Some(next) = next.filter(|n| n.task.id == id && !n.cancelled && !n.recalled) else {
+        let Some(next) = next.filter(|n| n.task.id == id && !n.cancelled && !n.revoked) else {
             return;
         };
         let agent = worker.agent;
@@ -158,7 +160,7 @@ impl Scheduler {
                 let frame = worker.abort(id, first);
                 if let Some(next) = worker.next.take() {
                     self.released += next.queued_bytes();
-                    self.recalled(rank, &next.task);
+                    self.revoked(rank, &next.task);
                 }
                 if let Some(frame) = frame {
                     self.push_control(agent, frame);
@@ -167,67 +169,68 @@ impl Scheduler {
             }
             Phase::Running => {
                 let worker = worker.index;
-                let recall = ToAgent::Recall { worker, task: id };
-                if let Ok(frame) = control::encode(&recall) {
-                    next.recalled = true;
+                let revoke = ToAgent::Revoke { worker, task: id };
+                if let Ok(frame) = control::encode(&revoke) {
+                    next.revoked = true;
                     self.push_control(agent, frame);
                 }
             }
         }
     }
 
-    pub(super) fn recalled(&mut self, rank: Rank, task: &Task) {
+    pub(super) fn revoked(&mut self, rank: Rank, task: &Task) {
         self.notes.push(Note::Done {
             rank,
             task: task.id,
             job: task.job,
-            outcome: Outcome::Recalled,
+            outcome: Outcome::Revoked,
         });
     }
 
-    /// The worker has ended, and what waited behind its task had not started: it goes on waiting for
-    /// the one that takes its place.
+    /// Puts the prefetched task of a terminated worker back into the queue, for its replacement: it
+    /// had not started.
     pub(super) fn put_back(&mut self, rank: Rank) {
         let worker = &mut self.workers[rank as usize];
         match worker.next.take() {
-            Some(next) if next.recalled && !next.cancelled => {
+            Some(next) if next.revoked && !next.cancelled => {
                 self.released += next.queued_bytes();
-                self.recalled(rank, &next.task);
+                self.revoked(rank, &next.task);
             }
             Some(next) if !next.cancelled => worker.queue.push_front(next.unsent()),
-            // It has been told.
+            // The agent has been told.
             _ => {}
         }
     }
 
-    /// Ends a worker, whatever it does. If its host is lost, it does not come back with that.
+    /// Stops a worker, whatever it does. If the worker's host is lost, the worker does not come
+    /// back with it.
     pub fn stop_worker(&mut self, rank: Rank) {
-        self.end_worker(rank, Arc::new(Gone::Stopped));
+        self.end_worker(rank, Arc::new(Termination::Stopped));
     }
 
-    /// Ends a worker for this reason.
-    pub fn end_worker(&mut self, rank: Rank, gone: Arc<Gone>) {
+    /// Stops a worker and records this reason.
+    pub fn end_worker(&mut self, rank: Rank, termination: Arc<Termination>) {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
-        if let WorkerState::Gone(before) = &worker.state {
-            // Nobody waits for it any more.
-            worker.track.back(self.now);
+        if let WorkerState::Terminated(before) = &worker.state {
+            // Nobody waits for the worker any more.
+            worker.stats.back(self.now);
             let tried_again = before.is_tried_again();
-            if tried_again || matches!(**before, Gone::Host(_)) {
-                worker.state = WorkerState::Gone(gone.clone());
-                self.notes.push(Note::Gone { rank, gone });
+            if tried_again || matches!(**before, Termination::Host(_)) {
+                worker.state = WorkerState::Terminated(termination.clone());
+                self.notes.push(Note::Terminated { rank, termination });
             }
             if tried_again {
-                self.tell_stop(rank);
+                self.send_stop(rank);
             }
             return;
         }
-        self.tell_stop(rank);
-        self.lose(rank, gone);
+        self.send_stop(rank);
+        self.lose(rank, termination);
     }
 
-    pub(super) fn tell_stop(&mut self, rank: Rank) {
+    pub(super) fn send_stop(&mut self, rank: Rank) {
         let worker = &self.workers[rank as usize];
         let (agent, worker) = (worker.agent, worker.index);
         if let Ok(frame) = control::encode(&ToAgent::StopWorker { worker }) {
@@ -235,7 +238,7 @@ impl Scheduler {
         }
     }
 
-    /// A task took longer than it may. Its worker is busy until its agent says otherwise.
+    /// A task exceeded its time limit. The worker is busy until its agent reports that it is free.
     pub(super) fn time_out(&mut self, rank: Rank, id: TaskId) {
         let worker = &mut self.workers[rank as usize];
         let Some(current) = worker.current.as_mut() else {
@@ -247,7 +250,7 @@ impl Scheduler {
         }
         let job = current.task.job;
         current.timed_out = true;
-        worker.track.failed(TOO_LONG);
+        worker.stats.failed(TOO_LONG);
         self.drop_answer(rank);
         self.notes.push(Note::Done {
             rank,
@@ -258,12 +261,12 @@ impl Scheduler {
         self.grant();
     }
 
-    /// The agent has dropped what waited there, as it was told to.
+    /// The agent has dropped the prefetched task, as the head requested.
     pub(super) fn not_started(&mut self, rank: Rank) {
         if let Some(next) = self.workers[rank as usize].next.take() {
             self.released += next.queued_bytes();
             if !next.cancelled {
-                self.recalled(rank, &next.task);
+                self.revoked(rank, &next.task);
             }
         }
         self.dispatch(rank);

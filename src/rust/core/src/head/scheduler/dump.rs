@@ -37,7 +37,7 @@ impl Scheduler {
     pub fn agent_facts(&self, at: usize, facts: &mut Facts) {
         if let Some(agent) = self.agents.get(at) {
             agent.out.facts(facts);
-            facts.add("losses_in_a_row", agent.losses);
+            facts.add("losses_in_a_row", agent.failures);
             self.flow.host_facts(at, facts);
         }
     }
@@ -51,8 +51,8 @@ impl Scheduler {
             WorkerState::Starting => "starting",
             WorkerState::Up if worker.current.is_some() => "busy",
             WorkerState::Up => "idle",
-            WorkerState::Gone(gone) if gone.is_tried_again() => "gone, retried",
-            WorkerState::Gone(_) => "gone",
+            WorkerState::Terminated(termination) if termination.is_tried_again() => "gone, retried",
+            WorkerState::Terminated(_) => "gone",
         };
         facts.add("state", state);
         facts.add("queue", worker.queue.len());
@@ -65,16 +65,19 @@ impl Scheduler {
             facts.add("next_task", next.task.id);
             facts.add("next_message", phase(&next.phase));
             facts.add("next_cancelled", next.cancelled);
-            facts.add("next_revoked", next.recalled);
+            facts.add("next_revoked", next.revoked);
         }
-        facts.add_some("awaits_retry_of", worker.undecided.map(|(task, _)| task));
+        facts.add_some(
+            "awaits_retry_of",
+            worker.awaiting_retry.map(|(task, _)| task),
+        );
         facts.add("window", worker.window);
         facts.add("away", worker.away);
-        let track = &worker.track;
-        facts.add("done", track.tasks);
-        facts.add("losses", track.losses);
-        facts.add("bytes_in", track.bytes_in);
-        facts.add("bytes_out", track.bytes_out);
+        let stats = &worker.stats;
+        facts.add("done", stats.tasks);
+        facts.add("losses", stats.failures);
+        facts.add("bytes_in", stats.bytes_in);
+        facts.add("bytes_out", stats.bytes_out);
     }
 
     fn current_facts(&self, current: &Current, facts: &mut Facts) {
@@ -83,6 +86,6 @@ impl Scheduler {
         facts.add("message", phase(&current.phase));
         facts.add("message_bytes_left", bytes(&current.task));
         facts.add("cancelled", current.cancelled);
-        facts.add_seconds("task_for", self.now.saturating_sub(current.times.begun));
+        facts.add_seconds("task_for", self.now.saturating_sub(current.times.assigned));
     }
 }

@@ -1,26 +1,26 @@
 //! What the scheduler reports: notes for R, how tasks and workers ended, what workers are doing.
 
 use crate::protocol::body::Body;
-use crate::protocol::control::{Facts, Loss, ToHead, Usage};
+use crate::protocol::control::{Facts, ToHead, Usage, WorkerFailure};
 use crate::protocol::ids::{JobId, Rank, TaskId};
 use bytes::Bytes;
 use std::sync::Arc;
 
-/// Why a worker is no more.
+/// Why a worker terminated.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Gone {
-    /// Its process ended by itself or was killed.
-    Worker(Loss),
-    /// Its host's agent, or the way to it, was lost.
+pub enum Termination {
+    /// The worker's process ended by itself or was killed.
+    Worker(WorkerFailure),
+    /// The agent of the worker's host failed, or the connection to it.
     Host(String),
-    /// It was stopped on request.
+    /// The worker was stopped on request.
     Stopped,
 }
 
-impl Gone {
-    /// Whether its agent makes another in its place after a pause.
+impl Termination {
+    /// Whether the worker's agent starts a replacement after a pause.
     pub fn is_tried_again(&self) -> bool {
-        matches!(self, Gone::Worker(loss) if loss.setback.pause > 0)
+        matches!(self, Termination::Worker(failure) if failure.setback.pause > 0)
     }
 }
 
@@ -29,15 +29,15 @@ impl Gone {
 pub enum Outcome {
     /// The worker's answer: a serialized R object, which may well be an R error.
     Answer(Body),
-    /// The worker ended before it could answer. If another takes its place, tasks that follow wait
-    /// until this one has been submitted again or [`Scheduler::let_go`](super::Scheduler::let_go).
-    Lost(Arc<Gone>),
-    /// It took longer than it may.
+    /// The worker terminated before it could answer. If it is replaced, the tasks that follow wait
+    /// until this one has been submitted again or [abandoned](super::Scheduler::abandon_task).
+    Lost(Arc<Termination>),
+    /// The task exceeded its time limit.
     TimedOut,
     /// The head no longer wants the answer.
     Cancelled,
-    /// It was taken back before it had started: see [`Scheduler::recall`](super::Scheduler::recall).
-    Recalled,
+    /// The task was revoked before it started: see [`Scheduler::revoke`](super::Scheduler::revoke).
+    Revoked,
 }
 
 /// Why a task was interrupted.
@@ -49,7 +49,7 @@ pub enum Interruption {
     TimedOut,
 }
 
-/// What the rest of the head must know.
+/// What the scheduler reports to the rest of the head.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {
     /// A worker has started and is ready for tasks.
@@ -59,52 +59,52 @@ pub enum Note {
         /// The worker's process number.
         pid: u32,
     },
-    /// A worker was lost; a fresh one is on its way to its place.
+    /// A worker failed, and its agent is starting a replacement.
     Lost {
         /// The worker's rank.
         rank: Rank,
         /// How the worker ended.
-        loss: Loss,
-        /// Whether the worker had a task, which is reported by a note of its own.
+        failure: WorkerFailure,
+        /// Whether the worker had a task. The task has a note of its own.
         task: bool,
     },
-    /// A fresh worker has taken the place of one that was lost.
+    /// A replacement of a failed worker is ready.
     Replaced {
-        /// The worker's rank, which the fresh one has too.
+        /// The rank of the worker and of its replacement.
         rank: Rank,
-        /// The process number of the fresh worker.
+        /// The process number of the replacement.
         pid: u32,
         /// Why the task of the worker before it was interrupted, if that worker ended or was killed because it did not
         /// respond.
         killed: Option<Interruption>,
     },
-    /// A worker that could not be restored at first is there again, as it was.
+    /// A worker that could not be restored at first has been restored.
     Back {
         /// The worker's rank.
         rank: Rank,
         /// The worker's process number.
         pid: u32,
     },
-    /// What lasts on a worker is more than its host holds.
-    StateNotKept {
+    /// The set-up log of a worker exceeds its host's limit: the worker cannot be replaced.
+    StateNotLogged {
         /// The worker's rank.
         rank: Rank,
     },
-    /// Its workers were lost again and again: it is to be left alone.
+    /// The workers of a host failed repeatedly: the host is left out.
     LeftOut {
         /// The host's index among all.
         agent: usize,
         /// Why, for the user.
         reason: String,
     },
-    /// A worker is gone for good.
-    Gone {
+    /// A worker has terminated.
+    Terminated {
         /// The worker's rank.
         rank: Rank,
-        /// Why it is gone.
-        gone: Arc<Gone>,
+        /// Why the worker terminated.
+        termination: Arc<Termination>,
     },
-    /// The process of a worker that is gone has ended.
+    /// The process of a terminated worker has ended.
     Ended {
         /// The worker's rank.
         rank: Rank,
@@ -129,8 +129,8 @@ pub enum Note {
         /// What the worker wrote to its standard output or standard error.
         bytes: Bytes,
     },
-    /// What a task that has not ended tells, in chunks.
-    Aside {
+    /// A chunk of a progress event, from a task that has not ended.
+    ProgressEvent {
         /// The task, which has not ended.
         task: TaskId,
         /// The flags of the frame: [`FIRST`](crate::protocol::frame::FIRST) and
@@ -146,7 +146,7 @@ pub enum Note {
         /// The agent's own message.
         reason: ToHead,
     },
-    /// A process that a worker of this agent left goes on.
+    /// A process that a worker of this agent started is still running after the worker's end.
     LeftBehind {
         /// The host's index among all.
         agent: usize,
@@ -157,14 +157,14 @@ pub enum Note {
         /// The command line of the process.
         command: String,
     },
-    /// The agent cannot go on.
+    /// The agent has failed.
     Failed {
         /// The host's index among all.
         agent: usize,
         /// Why, for the user.
         reason: String,
     },
-    /// What workers of this agent take of memory.
+    /// The memory use of workers of this agent.
     Usage {
         /// The host's index among all.
         agent: usize,
@@ -188,23 +188,23 @@ pub enum Note {
     },
 }
 
-/// What a worker is at.
+/// The state of a worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum State {
-    /// It is being made.
+    /// The worker is starting.
     #[default]
     Starting,
-    /// It is up and has no task.
+    /// The worker is up and has no task.
     Idle,
-    /// It has this task, or is being sent it.
+    /// The worker has this task, or is being sent it.
     Busy(TaskId),
-    /// It still has this task, which has been cancelled or took too long.
+    /// The worker still has this task, which was cancelled or exceeded its time limit.
     Ending(TaskId),
-    /// It is brought to the state that the one before it had.
+    /// The worker is being restored to the state of its predecessor.
     Restoring,
-    /// It ended, or its host was lost, and nothing takes its place.
+    /// The worker terminated, or its host was lost, and it has no replacement.
     Lost,
-    /// It was stopped by the head.
+    /// The head stopped the worker.
     Stopped,
 }
 
@@ -234,9 +234,9 @@ impl FromIterator<Rank> for RankSet {
     }
 }
 
-/// Whose answer R is waiting for. Large results are asked for accordingly.
+/// Which answer R is waiting for. Grants for large results follow it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Want {
+pub enum Demand {
     /// R waits for no answer.
     Nothing,
     /// R takes the next answer to a task of any of these workers.

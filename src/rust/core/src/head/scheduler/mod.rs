@@ -1,28 +1,34 @@
-//! The head's bookkeeping: which task is where, what may be sent, what has ended.
+//! The head's scheduler: which task is on which worker, what may be sent next, and how tasks and
+//! workers ended.
 //!
-//! A pure state machine. Frames and commands go in; frames come out of [`Scheduler::next_frame`]
-//! when a stream can take them, and notes for R out of [`Scheduler::take_notes`]. There is no
-//! socket, clock or thread here (who wants to know when workers were busy tells the time with
-//! [`Scheduler::at`]), so that thousands of workers and years of faults can be
-//! simulated.
+//! The scheduler is a pure state machine. Frames and commands go in. Frames for an agent come out
+//! of [`Scheduler::next_frame`] when its stream can take them, and notes for R come out of
+//! [`Scheduler::take_notes`]. The scheduler contains no socket, clock or thread (callers that
+//! record when workers were busy set the time with [`Scheduler::at`]), so that thousands of workers
+//! and years of faults can be simulated.
 //!
-//! Promises kept here: every submitted task gets exactly one [`Note::Done`]; tasks of one worker
-//! start in the order of submission and one at a time, and a task that was lost with its worker
-//! before those that follow it, if it is submitted again; one that was sent ahead (see
-//! [`Order::ahead`]) and has not started is not lost with a worker that is replaced; bytes of one
-//! worker never hold up another's by more than a chunk; what the head buffers of large results stays
-//! under the limit and a [`GRANT`](crate::protocol::limits::GRANT) (one in shared memory fits under it
-//! as a whole), but for one result that R waits for by rank and one for want of any.
+//! # Invariants
+//!
+//! 1. Every submitted task gets exactly one [`Note::Done`].
+//! 2. The tasks of one worker start one at a time, in the order of submission. A task that failed
+//!    with its worker and is submitted again starts before the tasks that follow it.
+//! 3. A prefetched task (see [`Order::prefetch`]) that has not started is not lost with a worker
+//!    that is replaced.
+//! 4. The bytes of one worker never delay another worker's by more than one chunk.
+//! 5. The results that the head buffers stay below the limit plus one
+//!    [`GRANT`](crate::protocol::limits::GRANT). A result in shared memory counts as a whole
+//!    against the limit. Two results may exceed the limit: the one that R waits for by rank, and
+//!    one that completes because no other result can.
 
-use crate::head::activity::{Measure, Moment, Track};
+use crate::head::activity::{Measure, Moment, WorkerStats};
 use crate::protocol::body::Memory;
 use crate::protocol::control::{self, ToAgent, ToHead};
 use crate::protocol::dedup::Chunk;
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{Frame, GUEST, Kind, SHARED};
+use crate::protocol::frame::{BY_REFERENCE, Frame, Kind, REASSIGNED};
 use crate::protocol::ids::{RESTORE, Rank};
 use crate::protocol::limits::SEND_WINDOW;
-use events::{Gone, Interruption, Note, Outcome, State};
+use events::{Interruption, Note, Outcome, State, Termination};
 use std::collections::{HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
@@ -44,64 +50,64 @@ pub mod task;
 mod worker;
 
 use outbound::Outbound;
-use pool::Calls;
+use pool::CallQueue;
 use result_flow::ResultFlow;
 
-/// A host on which so many workers (and four times as many as it has: each may be given a task that
-/// ends it three times) are lost in a row, without a task that ends in between, is left out, if there
-/// is another.
-pub const LOSSES_IN_A_ROW: usize = 10;
+/// A host is left out after this many worker failures in a row, without a task that ended in
+/// between, if there is another host. A host with more workers is left out after four failures for
+/// each of its workers, because each worker may be given a task that ends it three times.
+pub const MAX_FAILURES_IN_A_ROW: usize = 10;
 
-/// Results in shared memory that are held at a time, but for one that R waits for: each takes a
-/// descriptor.
-pub const MOST_SHARED: usize = 128;
+/// Maximum number of buffered results in shared memory, besides one that R waits for. Each result
+/// takes a descriptor.
+pub const MAX_SHARED_RESULTS: usize = 128;
 
 #[derive(Debug)]
-struct Agent {
+struct AgentState {
     ranks: Vec<Rank>,
     out: Outbound,
-    /// Losses since a task last ended there.
-    losses: usize,
+    /// Worker failures since a task last ended on this host.
+    failures: usize,
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Scheduler {
-    agents: Vec<Agent>,
+    agents: Vec<AgentState>,
     workers: Vec<Worker>,
     notes: Vec<Note>,
     flow: ResultFlow,
-    /// Bytes of tasks that left the queues since the last `take_released`.
+    /// Bytes of tasks that left the queues since the last [`Scheduler::take_released`].
     released: usize,
-    /// The time of what happens.
+    /// The time of the event that is being processed.
     now: Moment,
     measure: Measure,
-    /// How long any task may take.
+    /// The time limit of all tasks.
     time_limit: Option<Duration>,
-    calls: Calls,
+    calls: CallQueue,
 }
 
 impl Scheduler {
     /// `hosts`: the ranks on each agent. `limit`: bytes of results to buffer.
     pub fn new(hosts: Vec<Vec<Rank>>, limit: usize) -> Scheduler {
         let count = hosts.iter().map(Vec::len).sum();
-        let mut places = vec![(0, 0); count];
+        let mut homes = vec![(0, 0); count];
         for (agent, ranks) in hosts.iter().enumerate() {
             for (index, &rank) in ranks.iter().enumerate() {
-                places[rank as usize] = (agent, index as u32);
+                homes[rank as usize] = (agent, index as u32);
             }
         }
-        let flow = ResultFlow::new(places.iter().map(|&(agent, _)| agent).collect(), limit);
+        let flow = ResultFlow::new(homes.iter().map(|&(agent, _)| agent).collect(), limit);
         Scheduler {
             agents: hosts
                 .into_iter()
-                .map(|ranks| Agent {
+                .map(|ranks| AgentState {
                     out: Outbound::new(ranks.len()),
                     ranks,
-                    losses: 0,
+                    failures: 0,
                 })
                 .collect(),
-            workers: places
+            workers: homes
                 .into_iter()
                 .map(|(agent, index)| Worker::new(agent, index))
                 .collect(),
@@ -111,42 +117,42 @@ impl Scheduler {
             now: Moment::ZERO,
             measure: |_| None,
             time_limit: None,
-            calls: Calls::default(),
+            calls: CallQueue::default(),
         }
     }
 
-    /// All that happens from here on happens at this time.
+    /// Sets the time of all events that follow.
     pub fn at(&mut self, now: Moment) {
         self.now = now;
     }
 
-    /// How answers say how long they took.
+    /// Sets how the busy time of a worker is read from its answers.
     pub fn measure_with(&mut self, measure: Measure) {
         self.measure = measure;
     }
 
-    /// No task that is submitted from here on may take longer than that.
+    /// Sets a time limit for all tasks that are submitted from now on.
     pub fn limit_time(&mut self, limit: Option<Duration>) {
         self.time_limit = limit;
     }
 
-    /// How long a task may take: no longer than its own limit and than any task.
+    /// The time limit of a task: the smaller one of its own limit and the limit of all tasks.
     fn limit_of(&self, order: &Order) -> Option<Duration> {
         let limits = [order.limit, self.time_limit];
         limits.into_iter().flatten().min()
     }
 
-    /// What a worker is at.
+    /// The state of a worker.
     pub fn state(&self, rank: Rank) -> State {
         let Some(worker) = self.workers.get(rank as usize) else {
             return State::default();
         };
         match (&worker.state, &worker.current) {
-            (WorkerState::Gone(gone), _) => match **gone {
-                Gone::Stopped => State::Stopped,
+            (WorkerState::Terminated(termination), _) => match **termination {
+                Termination::Stopped => State::Stopped,
                 _ => State::Lost,
             },
-            (WorkerState::Starting, _) if worker.track.lost_since().is_some() => State::Restoring,
+            (WorkerState::Starting, _) if worker.stats.lost_since().is_some() => State::Restoring,
             (WorkerState::Starting, _) => State::Starting,
             (WorkerState::Up, None) => State::Idle,
             (WorkerState::Up, Some(current)) => match current.task.id {
@@ -157,27 +163,27 @@ impl Scheduler {
         }
     }
 
-    /// What a worker has been at until now. `history`: also when.
-    pub fn track(&self, rank: Rank, history: bool) -> Track {
+    /// The statistics of a worker so far. `history`: include the intervals in which it was busy.
+    pub fn stats(&self, rank: Rank, history: bool) -> WorkerStats {
         let Some(worker) = self.workers.get(rank as usize) else {
-            return Track::default();
+            return WorkerStats::default();
         };
-        let mut track = match history {
-            true => worker.track.clone(),
-            false => worker.track.counters(),
+        let mut stats = match history {
+            true => worker.stats.clone(),
+            false => worker.stats.counters(),
         };
         if let Some(current) = current_of(worker) {
-            track.ended(current.times, 0, self.now);
+            stats.ended(current.times, 0, self.now);
         }
-        track
+        stats
     }
 
-    /// What happened since the last call.
+    /// The notes since the last call.
     pub fn take_notes(&mut self) -> Vec<Note> {
         mem::take(&mut self.notes)
     }
 
-    /// A task; its message follows in chunks.
+    /// Submits a task. The chunks of its message follow by [`Scheduler::append`].
     pub fn submit(&mut self, mut order: Order) {
         let limit = self.limit_of(&order);
         if let Some(any_of) = order.any_of.take() {
@@ -186,24 +192,25 @@ impl Scheduler {
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
         };
-        if let WorkerState::Gone(gone) = &worker.state {
+        if let WorkerState::Terminated(termination) = &worker.state {
             self.notes.push(Note::Done {
                 rank: order.rank,
                 task: order.task,
                 job: order.job,
-                outcome: Outcome::Lost(gone.clone()),
+                outcome: Outcome::Lost(termination.clone()),
             });
             return;
         }
-        let payloads = self.agents[worker.agent].out.payloads();
-        if order.payload.is_some_and(|payload| !payloads.has(payload)) {
-            // Its host was lost and is back again, without it.
-            let gone = Gone::Host("the host was lost, and what it had been sent with it".into());
+        let blobs = self.agents[worker.agent].out.blobs();
+        if order.blob.is_some_and(|blob| !blobs.has(blob)) {
+            // The host was lost and has been reconnected, without this worker.
+            let termination =
+                Termination::Host("the host was lost, and what it had been sent with it".into());
             self.notes.push(Note::Done {
                 rank: order.rank,
                 task: order.task,
                 job: order.job,
-                outcome: Outcome::Lost(Arc::new(gone)),
+                outcome: Outcome::Lost(Arc::new(termination)),
             });
             return;
         }
@@ -212,10 +219,10 @@ impl Scheduler {
             job: order.job,
             chunks: VecDeque::new(),
             complete: false,
-            lasts: order.lasts,
-            instead_of: order.instead_of,
-            ahead: order.ahead,
-            payload: order.payload,
+            setup_call: order.setup_call,
+            on_behalf_of: order.on_behalf_of,
+            prefetch: order.prefetch,
+            blob: order.blob,
             limit,
             leaves_seed: false,
         };
@@ -233,7 +240,7 @@ impl Scheduler {
             "task submitted"
         );
         if order.again {
-            worker.decided(order.task);
+            worker.retry_decided(order.task);
             worker.queue.push_front(task);
         } else {
             worker.queue.push_back(task);
@@ -241,26 +248,26 @@ impl Scheduler {
         self.dispatch(order.rank);
     }
 
-    /// Whether a worker is no more, for now or for good.
-    pub fn is_gone(&self, rank: Rank) -> bool {
+    /// Whether a worker has terminated, permanently or until its agent or host is tried again.
+    pub fn is_terminated(&self, rank: Rank) -> bool {
         let worker = self.workers.get(rank as usize);
-        worker.is_none_or(|worker| matches!(worker.state, WorkerState::Gone(_)))
+        worker.is_none_or(|worker| matches!(worker.state, WorkerState::Terminated(_)))
     }
 
-    /// Whether an agent had workers that were lost with it, and have not been stopped since.
+    /// Whether an agent had workers that were lost with it and have not been stopped since.
     pub fn has_lost(&self, agent: usize) -> bool {
         let lost = |worker: &Worker| match &worker.state {
-            WorkerState::Gone(gone) => matches!(**gone, Gone::Host(_)),
+            WorkerState::Terminated(termination) => matches!(**termination, Termination::Host(_)),
             _ => false,
         };
         let mut workers = self.workers.iter();
         workers.any(|worker| worker.agent == agent && lost(worker))
     }
 
-    /// Whether an agent has workers to make, and none of them has come up yet.
+    /// Whether an agent is starting workers and none of them is up yet.
     pub fn is_starting(&self, agent: usize) -> bool {
         let workers = self.workers.iter().filter(|worker| worker.agent == agent);
-        let mut living = workers.filter(|w| !matches!(w.state, WorkerState::Gone(_)));
+        let mut living = workers.filter(|w| !matches!(w.state, WorkerState::Terminated(_)));
         let mut any = false;
         let starting = living.all(|worker| {
             any = true;
@@ -275,30 +282,30 @@ impl Scheduler {
         worker.is_some_and(|worker| matches!(worker.state, WorkerState::Up))
     }
 
-    /// Bytes that may be sent to a worker now.
+    /// Bytes that may be sent to a worker now: the rest of its send window.
     pub fn window(&self, rank: Rank) -> usize {
         let worker = self.workers.get(rank as usize);
         worker.map_or(0, |worker| worker.window)
     }
 
-    /// Whether any worker is starting or up, or is tried again by its agent.
+    /// Whether any worker is starting, up, or about to be restarted by its agent.
     pub fn any_left(&self) -> bool {
-        let gone = |worker: &Worker| match &worker.state {
-            WorkerState::Gone(gone) => !gone.is_tried_again(),
+        let terminated = |worker: &Worker| match &worker.state {
+            WorkerState::Terminated(termination) => !termination.is_tried_again(),
             _ => false,
         };
-        !self.workers.iter().all(gone)
+        !self.workers.iter().all(terminated)
     }
 
-    /// A frame from an agent.
+    /// Processes a frame from an agent.
     ///
     /// # Errors
-    /// When no agent of ours would send it: the agent is then not to be trusted any further.
+    /// When the frame breaks the protocol: the agent must not be trusted any further.
     pub fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), ProtocolError> {
         self.on_frame_with(agent, frame, None)
     }
 
-    /// The same, with the memory that has come along.
+    /// As [`Scheduler::on_frame`], with the shared memory that came with the frame.
     ///
     /// # Errors
     /// As for [`Scheduler::on_frame`].
@@ -317,9 +324,9 @@ impl Scheduler {
             }
             Kind::Data => {
                 let rank = self.rank(agent, header.worker)?;
-                match header.flags & SHARED {
+                match header.flags & BY_REFERENCE {
                     0 => self.on_data(rank, header.task, header.flags, frame.body, None),
-                    _ => self.on_shared(rank, &frame, memory),
+                    _ => self.on_shared_answer(rank, &frame, memory),
                 }
             }
             Kind::Credit => {
@@ -327,7 +334,7 @@ impl Scheduler {
                 let worker = &mut self.workers[rank as usize];
                 let window = worker.window.saturating_add(header.len as usize);
                 trace!(rank = rank + 1, bytes = header.len, "worker has read");
-                // Agents also count what they themselves tell a worker.
+                // Agents also count the bytes that they themselves send to a worker.
                 worker.window = window.min(SEND_WINDOW);
                 self.dispatch(rank);
                 Ok(())
@@ -338,12 +345,12 @@ impl Scheduler {
                 self.notes.push(Note::Output { rank, bytes });
                 Ok(())
             }
-            Kind::Aside => {
+            Kind::ProgressEvent => {
                 let rank = self.rank(agent, header.worker)?;
                 let current = self.workers[rank as usize].current.as_ref();
                 let its = |c: &Current| c.task.id == header.task && !c.cancelled;
                 if current.is_some_and(its) {
-                    self.notes.push(Note::Aside {
+                    self.notes.push(Note::ProgressEvent {
                         task: header.task,
                         flags: header.flags,
                         bytes: frame.body,
@@ -358,14 +365,14 @@ impl Scheduler {
                     if current.task.id == header.task {
                         let other = current
                             .task
-                            .instead_of
-                            .filter(|_| header.flags & GUEST != 0);
+                            .on_behalf_of
+                            .filter(|_| header.flags & REASSIGNED != 0);
                         current.after = Some((other.unwrap_or(rank), frame.body));
                     }
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State | Kind::Limit | Kind::Payload => {
+            Kind::Cancel | Kind::State | Kind::Limit | Kind::Blob => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }
@@ -393,31 +400,31 @@ impl Scheduler {
                 let worker = &mut self.workers[rank as usize];
                 if matches!(worker.state, WorkerState::Starting) {
                     worker.state = WorkerState::Up;
-                    worker.track.back(self.now);
+                    worker.stats.back(self.now);
                     self.notes.push(Note::Up { rank, pid });
                     self.dispatch(rank);
                 }
             }
-            ToHead::WorkerLost {
+            ToHead::WorkerFailed {
                 worker,
-                mut loss,
+                mut failure,
                 replaced,
             } => {
                 let rank = self.rank(agent, worker)?;
-                if loss.setback.pause > 0 && self.workers[rank as usize].away {
-                    // Its agent knows a part of what restores it.
-                    loss.setback.pause = 0;
-                    self.tell_stop(rank);
+                if failure.setback.pause > 0 && self.workers[rank as usize].away {
+                    // The agent knows only a part of the worker's set-up log.
+                    failure.setback.pause = 0;
+                    self.send_stop(rank);
                 }
                 if replaced {
-                    self.replace(rank, loss);
+                    self.replace(rank, failure);
                 } else {
-                    let gone = Gone::Worker(loss);
-                    if gone.is_tried_again() {
-                        self.send_control(agent, &ToAgent::LossNoted { worker })?;
+                    let termination = Termination::Worker(failure);
+                    if termination.is_tried_again() {
+                        self.send_control(agent, &ToAgent::LossAck { worker })?;
                     }
-                    self.lose(rank, Arc::new(gone));
-                    self.count_loss(agent, false);
+                    self.lose(rank, Arc::new(termination));
+                    self.count_failure(agent, false);
                     let timed_out = false;
                     self.notes.push(Note::Ended { rank, timed_out });
                 }
@@ -426,20 +433,20 @@ impl Scheduler {
                 let rank = self.rank(agent, worker)?;
                 self.time_out(rank, task);
             }
-            ToHead::StateNotKept { worker } => {
+            ToHead::StateNotLogged { worker } => {
                 let rank = self.rank(agent, worker)?;
-                self.notes.push(Note::StateNotKept { rank });
+                self.notes.push(Note::StateNotLogged { rank });
             }
             ToHead::WorkerReplaced { worker, pid } => {
                 let rank = self.rank(agent, worker)?;
                 let worker = &mut self.workers[rank as usize];
                 let killed = match (&worker.state, &worker.current) {
-                    (WorkerState::Gone(gone), _) if gone.is_tried_again() => {
+                    (WorkerState::Terminated(termination), _) if termination.is_tried_again() => {
                         self.back(rank, pid);
                         return Ok(());
                     }
-                    // Stopped in the meantime.
-                    (WorkerState::Gone(_), _) => return Ok(()),
+                    // The worker was stopped in the meantime.
+                    (WorkerState::Terminated(_), _) => return Ok(()),
                     (WorkerState::Starting, None) => None,
                     (_, Some(current)) if current.timed_out => Some(Interruption::TimedOut),
                     (_, Some(current)) if current.cancelled => Some(Interruption::Cancelled),
@@ -447,26 +454,27 @@ impl Scheduler {
                 };
                 self.free(rank);
                 if killed.is_some() {
-                    // What was sent ahead, and may be on its way, went down with the one before.
+                    // A prefetched task, which may still be in flight, was lost with the worker
+                    // before.
                     let worker = &self.workers[rank as usize];
                     let (agent, worker) = (worker.agent, worker.index);
-                    self.send_control(agent, &ToAgent::LossNoted { worker })?;
+                    self.send_control(agent, &ToAgent::LossAck { worker })?;
                     self.put_back(rank);
                 }
                 let worker = &mut self.workers[rank as usize];
                 worker.state = WorkerState::Up;
-                worker.track.back(self.now);
-                // What the one before had not read is gone.
+                worker.stats.back(self.now);
+                // Unread bytes of the worker before were dropped with it.
                 worker.window = SEND_WINDOW;
                 self.notes.push(Note::Replaced { rank, pid, killed });
                 self.dispatch(rank);
             }
-            // That anything came is what counts.
+            // A heartbeat: receiving it is enough.
             ToHead::Alive => {}
             ToHead::Failed { reason } => self.notes.push(Note::Failed { agent, reason }),
             ToHead::WorkerStopped { worker, timed_out } => {
                 let rank = self.rank(agent, worker)?;
-                self.lose(rank, Arc::new(Gone::Stopped));
+                self.lose(rank, Arc::new(Termination::Stopped));
                 self.notes.push(Note::Ended { rank, timed_out });
             }
             ToHead::Usage {

@@ -1,19 +1,21 @@
 //! What is sent next over the stream to an agent.
 //!
-//! Control messages go first, then blobs (payloads) in turn with the messages of workers. Workers with something
-//! to send stand in a line, each once, and send one chunk at each turn: bytes of one worker never hold up
-//! another's by more than a chunk.
+//! Control messages go first, then blobs in turn with the messages of workers. Workers with
+//! something to send wait in a queue, each once, and send one chunk at each turn. The bytes of one
+//! worker thus never delay another worker's by more than one chunk.
 //!
-//! A pure state machine, as the scheduler is that holds one for each agent.
+//! A pure state machine: the scheduler has one for each agent.
 
 use super::task::Phase;
 use super::worker::Worker;
 use crate::head::activity::Moment;
-use crate::head::blobs::Payloads;
+use crate::head::blobs::HostBlobs;
 use crate::protocol::control::Facts;
-use crate::protocol::dedup::{Mirror, Sent};
-use crate::protocol::frame::{ABORT, FIRST, Frame, GUEST, HEADER_LEN, Kind, LAST, SHARED};
-use crate::protocol::ids::PayloadId;
+use crate::protocol::dedup::{CacheIndex, SentChunks};
+use crate::protocol::frame::{
+    ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Kind, LAST, REASSIGNED,
+};
+use crate::protocol::ids::BlobId;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::mem;
@@ -21,32 +23,32 @@ use std::mem;
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Outbound {
-    /// Frames that belong together with the one that was given out last.
+    /// Frames that must follow the one that was returned last.
     together: VecDeque<Frame>,
-    /// Go first.
+    /// Control messages, which go first.
     control: VecDeque<Frame>,
     /// Workers with a chunk to send, by their index on the host.
     line: VecDeque<u32>,
-    /// Whether each worker stands in the line.
+    /// Whether each worker is in the queue.
     in_line: Vec<bool>,
-    /// What the agent keeps, if it keeps chunks.
-    mirror: Option<Mirror>,
-    /// What it has of payloads, or is to be sent.
-    payloads: Payloads,
-    /// There is no stream, as the host is lost.
+    /// The contents of the agent's chunk cache, if it has one.
+    cache_index: Option<CacheIndex>,
+    /// The blobs that the agent has or is to be sent.
+    blobs: HostBlobs,
+    /// The host is lost: there is no stream.
     closed: bool,
 }
 
 impl Outbound {
-    /// To an agent with so many workers.
+    /// The queue for an agent with this many workers.
     pub(super) fn new(workers: usize) -> Outbound {
         Outbound {
             together: VecDeque::new(),
             control: VecDeque::new(),
             line: VecDeque::new(),
             in_line: vec![false; workers],
-            mirror: None,
-            payloads: Payloads::default(),
+            cache_index: None,
+            blobs: HostBlobs::default(),
             closed: false,
         }
     }
@@ -56,27 +58,30 @@ impl Outbound {
         facts.add("lost", self.closed);
         facts.add("control_frames", self.control.len() + self.together.len());
         facts.add("sendable_workers", self.line.len());
-        facts.add_some("dedup_bytes", self.mirror.as_ref().map(Mirror::bytes));
+        facts.add_some(
+            "dedup_bytes",
+            self.cache_index.as_ref().map(CacheIndex::bytes),
+        );
     }
 
-    /// The agent keeps up to so many bytes of chunks.
-    pub(super) fn keep_chunks(&mut self, most: usize) {
-        self.mirror = Some(Mirror::new(most));
+    /// Sets the size of the agent's chunk cache in bytes.
+    pub(super) fn set_chunk_cache(&mut self, max: usize) {
+        self.cache_index = Some(CacheIndex::new(max));
     }
 
-    /// Whether the agent keeps chunks.
-    pub(super) fn keeps_chunks(&self) -> bool {
-        self.mirror.is_some()
+    /// Whether the agent has a chunk cache.
+    pub(super) fn has_chunk_cache(&self) -> bool {
+        self.cache_index.is_some()
     }
 
-    /// What is known of the payloads of this agent.
-    pub(super) fn payloads(&self) -> &Payloads {
-        &self.payloads
+    /// The blobs of this agent.
+    pub(super) fn blobs(&self) -> &HostBlobs {
+        &self.blobs
     }
 
-    /// The same, to be changed.
-    pub(super) fn payloads_mut(&mut self) -> &mut Payloads {
-        &mut self.payloads
+    /// The blobs of this agent, mutably.
+    pub(super) fn blobs_mut(&mut self) -> &mut HostBlobs {
+        &mut self.blobs
     }
 
     /// Whether the host is lost.
@@ -84,25 +89,25 @@ impl Outbound {
         self.closed
     }
 
-    /// The host is lost: nothing is sent any more. Returns the bytes of payloads that waited.
+    /// Closes the queue, because the host is lost. Returns the bytes of blobs that waited.
     pub(super) fn close(&mut self) -> usize {
         self.closed = true;
         self.together.clear();
         self.control.clear();
         self.line.clear();
         self.in_line.fill(false);
-        self.payloads.clear()
+        self.blobs.clear()
     }
 
-    /// Queues a frame for an agent that is left out, after all: it is the last.
+    /// Queues the last frame for an agent that is left out.
     pub(super) fn push_last(&mut self, last: Option<Frame>) {
         self.control.extend(last);
     }
 
-    /// The host is back with a fresh agent, which has nothing.
+    /// Reopens the queue for a reconnected host, whose agent has nothing.
     pub(super) fn reopen(&mut self) {
         self.closed = false;
-        self.mirror = self.mirror.as_ref().map(Mirror::fresh);
+        self.cache_index = self.cache_index.as_ref().map(CacheIndex::fresh);
     }
 
     /// Queues a control message.
@@ -112,7 +117,7 @@ impl Outbound {
         }
     }
 
-    /// Lets a worker that has something to send stand in the line.
+    /// Adds a worker that has something to send to the queue.
     pub(super) fn line_up(&mut self, worker: &Worker) {
         let at = worker.index as usize;
         if self.may_send(worker) && !mem::replace(&mut self.in_line[at], true) {
@@ -120,34 +125,34 @@ impl Outbound {
         }
     }
 
-    /// Whether the next chunk of a worker may be sent now. Its message may begin with a payload that has to be
-    /// sent before.
+    /// Whether the next chunk of a worker may be sent now: the blob that its message begins with is
+    /// sent before it.
     fn may_send(&self, worker: &Worker) -> bool {
-        let payload = worker.sending().and_then(|task| task.payload);
-        let waits = payload.is_some_and(|payload| self.payloads.is_on_its_way(payload));
+        let blob = worker.sending().and_then(|task| task.blob);
+        let waits = blob.is_some_and(|blob| self.blobs.is_in_flight(blob));
         !waits && worker.can_send()
     }
 
-    /// A frame that goes before all others, if there is one.
+    /// The next frame of those that go before all others, if there is one.
     pub(super) fn next_queued(&mut self) -> Option<Frame> {
         let queued = self.together.pop_front();
         queued.or_else(|| self.control.pop_front())
     }
 
-    /// What is next to be told or sent of payloads, if it is the turn of that; with the bytes that do not wait any
-    /// more in any case. `needed`: whether a message begins with a payload.
-    pub(super) fn next_of_payloads(
+    /// The next frame about blobs, if it is the turn of blobs, and the bytes that no longer wait in
+    /// any case. `needed`: whether a message begins with a blob.
+    pub(super) fn next_of_blobs(
         &mut self,
-        needed: impl Fn(PayloadId) -> bool,
+        needed: impl Fn(BlobId) -> bool,
     ) -> (Option<Frame>, usize) {
         let mut released = 0;
-        while let Some((told, bytes)) = self.payloads.forget(&needed) {
+        while let Some((told, bytes)) = self.blobs.forget(&needed) {
             released += bytes;
             if told.is_some() {
                 return (told, released);
             }
         }
-        let next = self.payloads.next(self.line.len(), self.mirror.as_mut());
+        let next = self.blobs.next(self.line.len(), self.cache_index.as_mut());
         let (frame, bytes) = next.unzip();
         (frame, released + bytes.unwrap_or(0))
     }
@@ -159,15 +164,15 @@ impl Outbound {
         Some(next)
     }
 
-    /// Queues the next chunk of a worker's message, with what belongs to it. Returns the bytes of it that R counted
-    /// as waiting; nothing if the worker has nothing to send: its task may have been cancelled or lost since it
-    /// was put in the line.
+    /// Queues the next chunk of a worker's message, with the frames that belong to it. Returns the
+    /// bytes that R counted as waiting, or nothing if the worker has nothing to send: its task may
+    /// have been cancelled or lost since the worker was queued.
     pub(super) fn push_chunk(&mut self, worker: &mut Worker, now: Moment) -> Option<usize> {
         if !self.may_send(worker) {
             return None;
         }
         let mut before = None;
-        let mut ahead = false;
+        let mut prefetch = false;
         let (task, phase, times) = match (&mut worker.current, &mut worker.next) {
             (Some(current), _) if matches!(current.phase, Phase::Sending { .. }) => {
                 before = current.before.take();
@@ -175,7 +180,7 @@ impl Outbound {
                 (&mut current.task, &mut current.phase, times)
             }
             (_, Some(next)) => {
-                ahead = true;
+                prefetch = true;
                 (&mut next.task, &mut next.phase, None)
             }
             _ => return None,
@@ -184,18 +189,18 @@ impl Outbound {
             return None;
         };
         let chunks = &mut task.chunks;
-        let payload = task.payload.take();
-        let sent = match (&mut self.mirror, payload) {
-            (_, Some(payload)) => Sent {
-                flags: SHARED,
-                body: Bytes::copy_from_slice(&payload.to_le_bytes()),
-                len: size_of::<PayloadId>(),
+        let blob = task.blob.take();
+        let sent = match (&mut self.cache_index, blob) {
+            (_, Some(blob)) => SentChunks {
+                flags: BY_REFERENCE,
+                body: Bytes::copy_from_slice(&blob.to_le_bytes()),
+                len: size_of::<BlobId>(),
             },
-            (Some(mirror), None) => mirror.send(chunks, worker.window - HEADER_LEN),
+            (Some(cache_index), None) => cache_index.send(chunks, worker.window - HEADER_LEN),
             (None, None) => {
                 let body = chunks.pop_front().unwrap_or_default().bytes;
                 let len = body.len();
-                Sent {
+                SentChunks {
                     flags: 0,
                     body,
                     len,
@@ -203,7 +208,7 @@ impl Outbound {
             }
         };
         worker.window -= HEADER_LEN + sent.len;
-        let counts = task.is_counted() && payload.is_none() && !ahead;
+        let counts = task.is_counted() && blob.is_none() && !prefetch;
         let released = if counts { sent.len } else { 0 };
         let begins = mem::replace(first, false);
         let mut flags = if begins { FIRST } else { 0 };
@@ -217,12 +222,12 @@ impl Outbound {
         let (flags, id) = (flags | sent.flags, task.id);
         let index = worker.index;
         let frame = Frame::new(Kind::Data, flags, index, id, sent.body);
-        worker.track.bytes_in += frame.wire_len() as u64;
+        worker.stats.bytes_in += frame.wire_len() as u64;
         if let Some(seed) = before {
-            let frame = Frame::new(Kind::Seed, GUEST, index, id, seed);
+            let frame = Frame::new(Kind::Seed, REASSIGNED, index, id, seed);
             self.together.push_back(frame);
         }
-        if let Some(name) = task.lasts.take() {
+        if let Some(name) = task.setup_call.take() {
             let name = Bytes::copy_from_slice(&name.to_le_bytes());
             let frame = Frame::new(Kind::State, 0, index, id, name);
             self.together.push_back(frame);
@@ -242,8 +247,8 @@ impl Outbound {
     }
 }
 
-/// Whether a frame is the last of a payload's, for which messages may have waited.
-pub(super) fn ends_payload(frame: &Frame) -> bool {
+/// Whether a frame is the last one of a blob, for which messages may have waited.
+pub(super) fn ends_blob(frame: &Frame) -> bool {
     frame.header.flags & (LAST | ABORT) == LAST
 }
 
@@ -281,7 +286,7 @@ mod tests {
         let mut frames = Vec::new();
         loop {
             frames.extend(std::iter::from_fn(|| out.next_queued()));
-            if let (Some(frame), _) = out.next_of_payloads(|_| true) {
+            if let (Some(frame), _) = out.next_of_blobs(|_| true) {
                 frames.push(frame);
             } else if let Some(at) = out.next_in_line() {
                 let worker = &mut workers[at as usize];
@@ -297,11 +302,11 @@ mod tests {
     }
 
     #[test]
-    fn workers_send_a_chunk_at_each_turn_and_stand_in_line_once() {
+    fn workers_send_a_chunk_at_each_turn_and_queue_once() {
         let mut out = Outbound::new(2);
         let mut workers = [worker(0, 1, 2), worker(1, 2, 2)];
         for worker in &mut workers {
-            task_of(worker).lasts = None;
+            task_of(worker).setup_call = None;
             out.line_up(worker);
             out.line_up(worker);
         }
@@ -348,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_whose_window_is_full_does_not_stand_in_line() {
+    fn a_worker_whose_window_is_full_does_not_queue() {
         let mut out = Outbound::new(1);
         let mut worker = worker(0, 1, 1);
         worker.window = HEADER_LEN + 4;
@@ -362,23 +367,23 @@ mod tests {
     }
 
     #[test]
-    fn a_message_waits_for_the_payload_that_it_begins_with() {
+    fn a_message_waits_for_the_blob_that_it_begins_with() {
         let mut out = Outbound::new(1);
         let mut workers = [worker(0, 1, 1)];
-        task_of(&mut workers[0]).payload = Some(7);
-        assert!(out.payloads_mut().begin(7));
+        task_of(&mut workers[0]).blob = Some(7);
+        assert!(out.blobs_mut().begin(7));
         out.line_up(&workers[0]);
         assert_eq!(out.next_in_line(), None);
         let chunk = Chunk::from(Bytes::from_static(b"payload"));
-        out.payloads_mut().append(7, &chunk, &Arc::new(7), true);
-        let (frame, released) = out.next_of_payloads(|_| true);
-        assert!(frame.as_ref().is_some_and(ends_payload));
+        out.blobs_mut().append(7, &chunk, &Arc::new(7), true);
+        let (frame, released) = out.next_of_blobs(|_| true);
+        assert!(frame.as_ref().is_some_and(ends_blob));
         assert_eq!(released, 7);
         out.line_up(&workers[0]);
         let flags = sent(&mut out, &mut workers)
             .into_iter()
             .map(|(.., flags)| flags);
-        assert_eq!(flags.collect::<Vec<_>>(), [0, FIRST | SHARED, LAST]);
+        assert_eq!(flags.collect::<Vec<_>>(), [0, FIRST | BY_REFERENCE, LAST]);
     }
 
     #[test]
@@ -387,9 +392,9 @@ mod tests {
         let mut workers = [worker(0, 1, 1)];
         out.line_up(&workers[0]);
         out.push_control(stop());
-        assert!(out.payloads_mut().begin(7));
+        assert!(out.blobs_mut().begin(7));
         let chunk = Chunk::from(Bytes::from_static(b"payload"));
-        out.payloads_mut().append(7, &chunk, &Arc::new(7), true);
+        out.blobs_mut().append(7, &chunk, &Arc::new(7), true);
         assert_eq!(out.close(), 7);
         out.push_control(stop());
         assert!(out.is_closed());

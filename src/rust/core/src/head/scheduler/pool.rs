@@ -1,6 +1,6 @@
-//! Calls for whoever is free first. They wait here, and not each for one worker, until a worker has
-//! nothing else to do; from then on they are tasks as others are, but that a lost one is nobody's to
-//! wait for.
+//! Calls that run on the first free worker. A call waits here, rather than in the queue of a
+//! worker, until a worker has nothing else to do. From then on it is a task like others, except
+//! that no other task waits for the retry decision on it.
 
 use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
@@ -12,12 +12,12 @@ use tracing::debug;
 
 /// Where a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CallPlace {
-    /// It waits for a free worker.
+pub enum CallLocation {
+    /// The call waits for a free worker.
     Waiting,
-    /// This worker has it.
+    /// This worker has the call.
     With(Rank),
-    /// It has ended.
+    /// The call has ended.
     Nowhere,
 }
 
@@ -25,39 +25,39 @@ pub enum CallPlace {
 #[derive(Debug)]
 pub(super) struct Waiting {
     task: Task,
-    /// In order.
+    /// The workers that may run the call, in order.
     any_of: Arc<[Rank]>,
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Calls {
+pub(super) struct CallQueue {
     waiting: VecDeque<Waiting>,
-    /// R waits for this one. It may be given to a worker that is kept for a verb: R does not give that
-    /// anything in the meantime.
+    /// R waits for this call. The call may be given to a worker that is reserved for a verb,
+    /// because R sends that worker nothing in the meantime.
     awaited: Option<TaskId>,
-    /// R will take their results as soon as they are there, whatever the limit.
-    wanted: HashSet<TaskId>,
-    /// Workers that the verb under way uses.
-    kept: HashSet<Rank>,
+    /// R takes the results of these calls as soon as they are complete, whatever the limit.
+    demanded: HashSet<TaskId>,
+    /// Workers that are reserved for the current verb.
+    reserved: HashSet<Rank>,
 }
 
-impl Calls {
+impl CallQueue {
     /// What is known of all calls, for a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("calls_waiting", self.waiting.len());
-        facts.add("calls_wanted", self.wanted.len());
+        facts.add("calls_wanted", self.demanded.len());
         facts.add_some("call_awaited", self.awaited);
-        facts.add("workers_kept_for_verb", self.kept.len());
+        facts.add("workers_kept_for_verb", self.reserved.len());
     }
 
-    /// Whether the result of what this worker is at is to come whatever the limit: because R wants it, or
-    /// because a call that R wants waits for a worker.
-    pub(super) fn want(&self, worker: &Worker) -> bool {
+    /// Whether the result of this worker's task must arrive whatever the limit: R demands it, or a
+    /// call that R demands waits for a worker.
+    pub(super) fn is_demanded(&self, worker: &Worker) -> bool {
         worker.current.as_ref().is_some_and(|current| {
             let mut waiting = self.waiting.iter();
-            let behind = |call: &Waiting| self.wanted.contains(&call.task.id);
-            let is_wanted = self.wanted.contains(&current.task.id);
-            current.task.job == CALLS && (is_wanted || waiting.any(behind))
+            let behind = |call: &Waiting| self.demanded.contains(&call.task.id);
+            let is_demanded = self.demanded.contains(&current.task.id);
+            current.task.job == CALLS && (is_demanded || waiting.any(behind))
         })
     }
 }
@@ -76,10 +76,10 @@ impl Scheduler {
             job: CALLS,
             chunks: VecDeque::new(),
             complete: false,
-            lasts: None,
-            instead_of: None,
-            ahead: false,
-            payload: None,
+            setup_call: None,
+            on_behalf_of: None,
+            prefetch: false,
+            blob: None,
             limit,
             leaves_seed: false,
         };
@@ -92,10 +92,11 @@ impl Scheduler {
         self.end_calls_of_nobody();
     }
 
-    /// A chunk, at most [`MAX_BODY`](crate::protocol::frame::MAX_BODY) long, of the message of a call.
+    /// Appends a chunk of at most [`MAX_BODY`](crate::protocol::frame::MAX_BODY) bytes to the
+    /// message of a call.
     pub fn append_call(&mut self, id: TaskId, chunk: Chunk, last: bool) {
         let mut waiting = self.calls.waiting.iter_mut();
-        // Cancelled or ended otherwise while R was still writing it, if it is not there.
+        // The call may have been cancelled or have ended while R was still writing it.
         if let Some(call) = waiting.find(|call| call.task.id == id) {
             call.task.complete = last;
             if !chunk.bytes.is_empty() {
@@ -107,27 +108,27 @@ impl Scheduler {
         }
     }
 
-    /// Nobody wants this call's result any more.
+    /// Cancels a call.
     pub fn cancel_call(&mut self, id: TaskId) {
-        self.calls.wanted.remove(&id);
+        self.calls.demanded.remove(&id);
         self.calls.waiting.retain(|call| call.task.id != id);
-        if let CallPlace::With(rank) = self.call_place(id) {
+        if let CallLocation::With(rank) = self.call_location(id) {
             self.cancel_matching(rank, |task, _| task == id);
         }
     }
 
     /// Where a call is.
-    pub fn call_place(&self, id: TaskId) -> CallPlace {
+    pub fn call_location(&self, id: TaskId) -> CallLocation {
         if self.calls.waiting.iter().any(|call| call.task.id == id) {
-            return CallPlace::Waiting;
+            return CallLocation::Waiting;
         }
         let has = |worker: &Worker| {
             let current = worker.current.as_ref();
             current.is_some_and(|current| current.task.id == id && !current.cancelled)
         };
         match self.workers.iter().position(has) {
-            Some(rank) => CallPlace::With(rank as Rank),
-            None => CallPlace::Nowhere,
+            Some(rank) => CallLocation::With(rank as Rank),
+            None => CallLocation::Nowhere,
         }
     }
 
@@ -138,14 +139,14 @@ impl Scheduler {
         current.is_some_and(|current| current.task.job == CALLS)
     }
 
-    /// R will take this call's result as soon as it is there.
-    pub fn want_call(&mut self, id: TaskId) {
-        if self.calls.wanted.insert(id) {
+    /// R takes the result of this call as soon as it is complete.
+    pub fn demand_call(&mut self, id: TaskId) {
+        if self.calls.demanded.insert(id) {
             self.grant();
         }
     }
 
-    /// R waits for this call, or for none any more.
+    /// Sets the call that R waits for, if any.
     pub fn await_call(&mut self, id: Option<TaskId>) {
         if self.calls.awaited != id {
             self.calls.awaited = id;
@@ -153,26 +154,26 @@ impl Scheduler {
         }
     }
 
-    /// The result of a call has been told to R, or will not be.
+    /// The result of a call has been reported to R, or never will be.
     pub(super) fn call_ended(&mut self, id: TaskId) {
-        self.calls.wanted.remove(&id);
+        self.calls.demanded.remove(&id);
     }
 
-    /// The verb under way uses this worker: it is given no calls until [`Scheduler::verb_over`]. What
-    /// the verb finds out about how long its tasks take is then true.
-    pub fn keep_for_verb(&mut self, rank: Rank) {
-        self.calls.kept.insert(rank);
+    /// Reserves a worker for the current verb: the worker is given no calls until
+    /// [`Scheduler::verb_over`], so that the verb's measurements of its tasks are undisturbed.
+    pub fn reserve_for_verb(&mut self, rank: Rank) {
+        self.calls.reserved.insert(rank);
     }
 
-    /// The verb is over. Returns whether calls have waited for that.
+    /// The verb is over. Returns whether calls have waited for its end.
     pub fn verb_over(&mut self) -> bool {
-        self.calls.kept.clear();
+        self.calls.reserved.clear();
         let waiting = !self.calls.waiting.is_empty();
         self.hand_out();
         waiting
     }
 
-    /// A worker of a host that is back is what it was.
+    /// A worker of a reconnected host has been restored.
     pub fn restored(&mut self, rank: Rank) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
             worker.away = false;
@@ -180,16 +181,16 @@ impl Scheduler {
         }
     }
 
-    /// Takes the call that this worker, which is up and has nothing to do, is to have now.
+    /// Takes the next call for this worker, which is up and idle.
     pub(super) fn call_for(&mut self, rank: Rank) -> Option<Task> {
         let worker = &self.workers[rank as usize];
-        if worker.away || worker.undecided.is_some() || self.calls.waiting.is_empty() {
+        if worker.away || worker.awaiting_retry.is_some() || self.calls.waiting.is_empty() {
             return None;
         }
-        let kept = self.calls.kept.contains(&rank);
+        let reserved = self.calls.reserved.contains(&rank);
         let awaited = self.calls.awaited;
         let may = |call: &Waiting| {
-            let its_turn = !kept || awaited == Some(call.task.id);
+            let its_turn = !reserved || awaited == Some(call.task.id);
             its_turn && call.task.complete && call.any_of.binary_search(&rank).is_ok()
         };
         let at = self.calls.waiting.iter().position(may)?;
@@ -197,7 +198,7 @@ impl Scheduler {
         Some(call.task)
     }
 
-    /// Lets those who have nothing to do take the calls that wait, in turn on hosts.
+    /// Gives waiting calls to idle workers, in turn on hosts.
     fn hand_out(&mut self) {
         while !self.calls.waiting.is_empty() {
             let mut idle = vec![Vec::new(); self.agents.len()];
@@ -207,7 +208,7 @@ impl Scheduler {
                     idle[worker.agent].push(rank as Rank);
                 }
             }
-            // First where most have nothing to do.
+            // Hosts with more idle workers come first.
             idle.sort_by_key(|ranks| std::cmp::Reverse(ranks.len()));
             let before = self.calls.waiting.len();
             for rank in idle.into_iter().flatten() {
@@ -222,26 +223,26 @@ impl Scheduler {
         }
     }
 
-    /// Calls of which no worker is left end as lost.
+    /// Ends as lost the calls that no worker is left for.
     pub(super) fn end_calls_of_nobody(&mut self) {
         let mut lost = Vec::new();
         for call in &self.calls.waiting {
-            let gone = |&rank: &Rank| match &self.workers.get(rank as usize)?.state {
-                WorkerState::Gone(gone) => Some((rank, gone.clone())),
+            let terminated = |&rank: &Rank| match &self.workers.get(rank as usize)?.state {
+                WorkerState::Terminated(termination) => Some((rank, termination.clone())),
                 _ => None,
             };
-            let gone: Option<Vec<_>> = call.any_of.iter().map(gone).collect();
-            if let Some((rank, gone)) = gone.and_then(|mut gone| gone.pop()) {
-                lost.push((rank, call.task.id, gone));
+            let all: Option<Vec<_>> = call.any_of.iter().map(terminated).collect();
+            if let Some((rank, termination)) = all.and_then(|mut all| all.pop()) {
+                lost.push((rank, call.task.id, termination));
             }
         }
-        for (rank, task, gone) in lost {
+        for (rank, task, termination) in lost {
             self.calls.waiting.retain(|call| call.task.id != task);
             self.notes.push(Note::Done {
                 rank,
                 task,
                 job: CALLS,
-                outcome: Outcome::Lost(gone),
+                outcome: Outcome::Lost(termination),
             });
         }
     }

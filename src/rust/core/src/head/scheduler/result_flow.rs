@@ -5,11 +5,11 @@
 //! asks while what it buffers, and what is granted and has not arrived, is below the limit. Beyond the limit
 //! it asks only for what R waits for.
 //!
-//! A pure state machine, as the scheduler is that holds it: it knows workers by rank and their hosts by
-//! index, and nothing of tasks.
+//! A pure state machine. Like the scheduler, which owns it, it contains no I/O and no clock. It
+//! knows workers by rank and hosts by index, and nothing of tasks.
 
-use super::MOST_SHARED;
-use super::events::{RankSet, Want};
+use super::MAX_SHARED_RESULTS;
+use super::events::{Demand, RankSet};
 use crate::protocol::body::{Body, Memory};
 use crate::protocol::control::Facts;
 use crate::protocol::error::ProtocolError;
@@ -21,25 +21,25 @@ use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
 
-/// Large results of one host that are streamed at a time.
-const AT_ONCE: usize = 4;
+/// Maximum number of large results of one host that stream at a time.
+const MAX_STREAMING: usize = 4;
 
 /// The result of the task that a worker has.
 #[derive(Debug)]
 struct Incoming {
-    /// What is held of it.
+    /// The part of the result that has arrived.
     body: Body,
-    /// Nobody wants it any more: what still arrives is not kept.
+    /// The result is not wanted any more: bytes that still arrive are discarded.
     dropped: bool,
-    /// Bytes that have arrived, also those that were dropped.
+    /// Bytes that have arrived, including discarded ones.
     received: usize,
-    /// Bytes that the agent may send in all.
+    /// Total bytes that the agent may send.
     granted: usize,
-    /// In the queue of those that wait for a grant.
-    starving: bool,
-    /// It has been granted more than the first window.
-    begun: bool,
-    /// It is in shared memory, has so many bytes, and comes at once.
+    /// The result is in the queue of those that are blocked on credit.
+    blocked: bool,
+    /// The result has been granted more than the first window.
+    beyond_window: bool,
+    /// The length of the result, if it was announced in shared memory; it arrives as a whole.
     announced: Option<usize>,
 }
 
@@ -52,37 +52,38 @@ impl Incoming {
         self.granted - self.received.clamp(RESULT_WINDOW, self.granted)
     }
 
-    /// It was granted more than the first window, and does not need more yet.
+    /// Whether the result is streaming: it was granted more than the first window and has credit
+    /// left.
     fn streams(&self) -> bool {
-        !self.dropped && !self.starving && self.granted > RESULT_WINDOW
+        !self.dropped && !self.blocked && self.granted > RESULT_WINDOW
     }
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct ResultFlow {
-    /// Bytes to buffer.
+    /// Maximum number of bytes to buffer.
     limit: usize,
-    /// By rank.
+    /// The result of each worker's task, by rank.
     incoming: Vec<Option<Incoming>>,
     /// The host of each worker.
     hosts: Vec<usize>,
     /// Results of each host that have been granted more than the first window.
-    begun: Vec<usize>,
-    /// Bytes held, of complete results and others, until R takes them.
+    beyond_window: Vec<usize>,
+    /// Buffered bytes, of complete and incomplete results, until R takes them.
     buffered: usize,
     /// Bytes granted beyond the first windows that have not arrived.
     reserved: usize,
-    /// Workers whose results need a grant.
-    starving: VecDeque<Rank>,
-    /// Results that were granted more and do not need more yet.
+    /// Workers whose results are blocked on credit.
+    blocked: VecDeque<Rank>,
+    /// Number of results that are streaming.
     streaming: usize,
-    /// The worker whose result is completed beyond the limit, for want of any.
-    alone: Option<Rank>,
-    /// One for each result in shared memory that has come and is held, and one more.
-    shared: Arc<()>,
-    want: Want,
-    /// R is blocked in sending: results must come or nothing would ever move again.
+    /// The worker whose result completes beyond the limit, because no other result can.
+    over_limit: Option<Rank>,
+    /// Counts the buffered results in shared memory: one reference for each, and one more.
+    shared_results: Arc<()>,
+    demand: Demand,
+    /// R is blocked in sending: results must arrive, or head and workers would wait for each other.
     unlimited: bool,
 }
 
@@ -94,25 +95,25 @@ impl ResultFlow {
             limit,
             incoming: hosts.iter().map(|_| None).collect(),
             hosts,
-            begun: vec![0; count],
+            beyond_window: vec![0; count],
             buffered: 0,
             reserved: 0,
-            starving: VecDeque::new(),
+            blocked: VecDeque::new(),
             streaming: 0,
-            alone: None,
-            shared: Arc::new(()),
-            want: Want::Nothing,
+            over_limit: None,
+            shared_results: Arc::new(()),
+            demand: Demand::Nothing,
             unlimited: false,
         }
     }
 
     /// What is known of all results, for a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
-        facts.add_debug("wants", &self.want);
+        facts.add_debug("wants", &self.demand);
         facts.add("results_bytes", self.buffered);
         facts.add("results_granted_bytes", self.reserved);
         facts.add("results_limit", self.limit);
-        facts.add("blocked_on_credit", self.starving.len());
+        facts.add("blocked_on_credit", self.blocked.len());
         facts.add("streaming", self.streaming);
         facts.add("unlimited", self.unlimited);
     }
@@ -122,17 +123,18 @@ impl ResultFlow {
         if let Some(incoming) = self.of(rank) {
             facts.add("result_bytes", incoming.received);
             facts.add("result_granted", incoming.granted);
-            facts.add("blocked_on_credit", incoming.starving);
+            facts.add("blocked_on_credit", incoming.blocked);
             facts.add_some("shared_result", incoming.announced);
         }
     }
 
     /// What is known of the results of a host.
     pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
-        facts.add_some("large_results_begun", self.begun.get(host));
+        facts.add_some("large_results_begun", self.beyond_window.get(host));
     }
 
-    /// A worker has a task, whose result may come from now on. `dropped`: it is not wanted.
+    /// A worker has a task, whose result may arrive from now on. `dropped`: the result is not
+    /// wanted.
     pub(super) fn begin(&mut self, rank: Rank, dropped: bool) {
         self.end(rank);
         if let Some(incoming) = self.incoming.get_mut(rank as usize) {
@@ -141,19 +143,19 @@ impl ResultFlow {
                 dropped,
                 received: 0,
                 granted: RESULT_WINDOW,
-                starving: false,
-                begun: false,
+                blocked: false,
+                beyond_window: false,
                 announced: None,
             });
         }
     }
 
-    /// The worker has no task any more. What is held of the result is dropped.
+    /// The worker has no task any more. The buffered part of its result is discarded.
     pub(super) fn end(&mut self, rank: Rank) {
         self.drop_result(rank);
         let ended = self.incoming.get_mut(rank as usize).and_then(Option::take);
-        if ended.is_some_and(|incoming| incoming.starving) {
-            self.starving.retain(|&starving| starving != rank);
+        if ended.is_some_and(|incoming| incoming.blocked) {
+            self.blocked.retain(|&blocked| blocked != rank);
         }
     }
 
@@ -171,8 +173,8 @@ impl ResultFlow {
         self.buffered -= incoming.body.len;
         incoming.body = Body::default();
         incoming.dropped = true;
-        if mem::take(&mut incoming.begun) {
-            self.begun[self.hosts[rank as usize]] -= 1;
+        if mem::take(&mut incoming.beyond_window) {
+            self.beyond_window[self.hosts[rank as usize]] -= 1;
         }
     }
 
@@ -199,7 +201,8 @@ impl ResultFlow {
         let before = incoming.reserved();
         incoming.received = incoming.received.saturating_add(len);
         if memory.is_some() {
-            // Leave for what it had begun to send otherwise may have been taken for leave to send this.
+            // The agent may have taken credit for an earlier part of the result as credit for this
+            // one.
             incoming.granted = incoming.granted.max(incoming.received);
         }
         self.reserved -= before - incoming.reserved();
@@ -219,22 +222,22 @@ impl ResultFlow {
         self.buffered += len;
         match memory {
             Some(memory) => {
-                let _counted = Some(self.shared.clone());
+                let _counted = Some(self.shared_results.clone());
                 incoming.body.len = len;
                 incoming.body.memory = Some(Memory { _counted, ..memory });
             }
             None => incoming.body.push(chunk),
         }
         if flags & LAST == 0 && incoming.granted - incoming.received < RESULT_WINDOW / 2 {
-            self.starve(rank);
+            self.block(rank);
         }
         Ok(())
     }
 
-    /// The result is in shared memory, and has so many bytes.
+    /// The worker announces a result of this length in shared memory.
     ///
     /// # Errors
-    /// When that has been said before.
+    /// When the result was announced before.
     pub(super) fn announce(&mut self, rank: Rank, len: usize) -> Result<(), ProtocolError> {
         let incoming = self
             .incoming
@@ -247,7 +250,7 @@ impl ResultFlow {
             return Err(ProtocolError("a result that is announced twice".into()));
         }
         if !incoming.dropped {
-            self.starve(rank);
+            self.block(rank);
         }
         Ok(())
     }
@@ -257,7 +260,7 @@ impl ResultFlow {
         self.of(rank)?.announced
     }
 
-    /// Takes the result, which is complete. Its bytes count as held until [`ResultFlow::taken`].
+    /// Takes the complete result. Its bytes count as buffered until [`ResultFlow::taken`].
     pub(super) fn complete(&mut self, rank: Rank) -> Body {
         let incoming = self
             .incoming
@@ -266,60 +269,60 @@ impl ResultFlow {
         incoming.map_or_else(Body::default, |incoming| mem::take(&mut incoming.body))
     }
 
-    /// R has taken results of so many bytes.
+    /// R has taken results of this many bytes.
     pub(super) fn taken(&mut self, bytes: usize) {
         self.buffered -= bytes;
     }
 
-    /// Whose result R waits for.
-    pub(super) fn want(&mut self, want: Want) {
-        self.want = want;
+    /// Sets which result R waits for.
+    pub(super) fn demand(&mut self, demand: Demand) {
+        self.demand = demand;
     }
 
-    /// R is blocked in sending, or no longer.
+    /// Sets whether R is blocked in sending.
     pub(super) fn set_unlimited(&mut self, unlimited: bool) {
         self.unlimited = unlimited;
     }
 
-    /// Whether a result waits on its host for a grant.
-    pub(super) fn is_starving(&self) -> bool {
-        !self.starving.is_empty()
+    /// Whether a result is blocked on credit.
+    pub(super) fn is_blocked_on_credit(&self) -> bool {
+        !self.blocked.is_empty()
     }
 
-    /// Bytes of results held.
+    /// Bytes of results that are buffered.
     pub(super) fn buffered(&self) -> usize {
         self.buffered
     }
 
     /// The workers for whose answers R waits, if it waits for any of them.
     pub(super) fn awaited(&self) -> RankSet {
-        match &self.want {
-            Want::AnyOf(ranks) => ranks.clone(),
+        match &self.demand {
+            Demand::AnyOf(ranks) => ranks.clone(),
             _ => RankSet::default(),
         }
     }
 
-    /// The next grant: a worker, and how many more bytes of its result its agent may send. `is_wanted`: the
-    /// results that R takes as soon as they are there, whatever the limit. `is_awaited`: whether the worker has
-    /// a task of those that are [`ResultFlow::awaited`].
+    /// The next grant: a worker, and how many more bytes of its result the agent may send.
+    /// `is_demanded`: whether R takes the result of a worker as soon as it is complete, whatever
+    /// the limit.
     pub(super) fn next_grant(
         &mut self,
-        is_wanted: impl Fn(Rank) -> bool,
+        is_demanded: impl Fn(Rank) -> bool,
         is_awaited: impl Fn(Rank) -> bool,
     ) -> Option<(Rank, u32)> {
         loop {
-            let at = self.next_starving(&is_wanted, &is_awaited)?;
-            let rank = self.starving.remove(at)?;
+            let at = self.next_blocked(&is_demanded, &is_awaited)?;
+            let rank = self.blocked.remove(at)?;
             let incoming = self.incoming[rank as usize].as_mut();
             let Some(incoming) = incoming else {
                 continue;
             };
-            incoming.starving = false;
+            incoming.blocked = false;
             if incoming.dropped {
                 continue;
             }
-            if !mem::replace(&mut incoming.begun, true) {
-                self.begun[self.hosts[rank as usize]] += 1;
+            if !mem::replace(&mut incoming.beyond_window, true) {
+                self.beyond_window[self.hosts[rank as usize]] += 1;
             }
             let before = incoming.reserved();
             let more = incoming.announced.unwrap_or(GRANT);
@@ -330,60 +333,62 @@ impl ResultFlow {
         }
     }
 
-    /// The place in the queue of the result that is to have the next grant, if there is room for it or R
-    /// waits for it.
-    fn next_starving(
+    /// The position in the queue of the result that gets the next grant, if there is room for it or
+    /// R waits for it.
+    fn next_blocked(
         &mut self,
-        is_wanted: impl Fn(Rank) -> bool,
+        is_demanded: impl Fn(Rank) -> bool,
         is_awaited: impl Fn(Rank) -> bool,
     ) -> Option<usize> {
-        if self.starving.is_empty() {
+        if self.blocked.is_empty() {
             return None;
         }
         if self.unlimited {
             return Some(0);
         }
-        if let Some(at) = self.starving.iter().position(|&rank| is_wanted(rank)) {
+        if let Some(at) = self.blocked.iter().position(|&rank| is_demanded(rank)) {
             return Some(at);
         }
-        let first = self.starving.iter().position(|&rank| self.may_stream(rank));
+        let first = self.blocked.iter().position(|&rank| self.may_stream(rank));
         if self.has_room(first) {
             return first;
         }
-        match &self.want {
-            // One result alone is completed beyond the limit: R takes it as soon as it is.
-            Want::AnyOf(_) if self.streaming == 0 => {
-                let same = |&rank: &Rank| Some(rank) == self.alone && is_awaited(rank);
-                let same = self.starving.iter().position(same);
-                let any = || self.starving.iter().position(|&rank| is_awaited(rank));
+        match &self.demand {
+            // A single result completes beyond the limit: R takes it as soon as it is complete.
+            Demand::AnyOf(_) if self.streaming == 0 => {
+                let same = |&rank: &Rank| Some(rank) == self.over_limit && is_awaited(rank);
+                let same = self.blocked.iter().position(same);
+                let any = || self.blocked.iter().position(|&rank| is_awaited(rank));
                 let at = same.or_else(any)?;
-                self.alone = self.starving.get(at).copied();
+                self.over_limit = self.blocked.get(at).copied();
                 Some(at)
             }
-            Want::Rank(rank) => self.starving.iter().position(|starving| starving == rank),
+            Demand::Rank(rank) => self.blocked.iter().position(|blocked| blocked == rank),
             _ => None,
         }
     }
 
-    /// Whether this result may be streamed now: a few of a host's at a time. All at once would be complete at
-    /// the same time, and go through memory instead of the processor's caches; and R could begin with none
-    /// before.
+    /// Whether this result may stream now: only a few of a host's results do at a time. If all
+    /// streamed at once, all would complete at the same time: they would leave the processor's
+    /// caches before R reads them, and R could not begin with any of them earlier.
     fn may_stream(&self, rank: Rank) -> bool {
-        let begun = self
+        let beyond_window = self
             .of(rank)
-            .is_none_or(|incoming| incoming.begun || incoming.dropped);
-        begun || self.want == Want::Rank(rank) || self.begun[self.hosts[rank as usize]] < AT_ONCE
+            .is_none_or(|incoming| incoming.beyond_window || incoming.dropped);
+        beyond_window
+            || self.demand == Demand::Rank(rank)
+            || self.beyond_window[self.hosts[rank as usize]] < MAX_STREAMING
     }
 
-    /// Whether there is room for more of a result, by its place in the queue. One in shared memory comes at
-    /// once, and takes a descriptor.
+    /// Whether there is room for more of a result, given by its position in the queue. A result in
+    /// shared memory arrives as a whole and takes a descriptor.
     fn has_room(&self, at: Option<usize>) -> bool {
-        let rank = at.and_then(|at| self.starving.get(at));
+        let rank = at.and_then(|at| self.blocked.get(at));
         let used = self.buffered.saturating_add(self.reserved);
         match rank.and_then(|&rank| self.announced(rank)) {
             Some(len) => {
                 used.saturating_add(len) <= self.limit
-                    && Arc::strong_count(&self.shared) <= MOST_SHARED
+                    && Arc::strong_count(&self.shared_results) <= MAX_SHARED_RESULTS
             }
             None => used < self.limit,
         }
@@ -393,20 +398,20 @@ impl ResultFlow {
         self.incoming.get(rank as usize)?.as_ref()
     }
 
-    /// The result needs a grant. One that is being streamed goes first.
-    fn starve(&mut self, rank: Rank) {
+    /// Queues a result that needs credit. A streaming result goes first.
+    fn block(&mut self, rank: Rank) {
         let incoming = self
             .incoming
             .get_mut(rank as usize)
             .and_then(Option::as_mut);
-        let Some(incoming) = incoming.filter(|incoming| !incoming.starving) else {
+        let Some(incoming) = incoming.filter(|incoming| !incoming.blocked) else {
             return;
         };
         self.streaming -= usize::from(incoming.streams());
-        incoming.starving = true;
-        match incoming.begun {
-            true => self.starving.push_front(rank),
-            false => self.starving.push_back(rank),
+        incoming.blocked = true;
+        match incoming.beyond_window {
+            true => self.blocked.push_front(rank),
+            false => self.blocked.push_back(rank),
         }
     }
 }
@@ -443,7 +448,7 @@ mod tests {
     fn a_small_result_needs_no_grant_and_counts_until_it_is_taken() {
         let mut flow = flow(1, 0);
         flow.receive(0, FIRST | LAST, chunk(W), None).unwrap();
-        assert!(!flow.is_starving());
+        assert!(!flow.is_blocked_on_credit());
         assert_eq!(flow.complete(0).len, W);
         flow.end(0);
         assert_eq!(flow.buffered(), W);
@@ -455,7 +460,7 @@ mod tests {
     fn a_large_result_is_granted_more_before_it_has_used_what_it_has() {
         let mut flow = flow(1, 10 * W);
         flow.receive(0, FIRST, chunk(W / 2), None).unwrap();
-        assert!(!flow.is_starving());
+        assert!(!flow.is_blocked_on_credit());
         flow.receive(0, 0, chunk(1), None).unwrap();
         assert_eq!(
             flow.next_grant(|_| false, |_| true),
@@ -489,7 +494,7 @@ mod tests {
         first(&mut flow, 0);
         first(&mut flow, 1);
         assert_eq!(grants(&mut flow), []);
-        flow.want(Want::AnyOf((0..9).collect()));
+        flow.demand(Demand::AnyOf((0..9).collect()));
         for _ in 0..3 {
             assert_eq!(grants(&mut flow), [0]);
             flow.receive(0, 0, chunk(GRANT), None).unwrap();
@@ -503,9 +508,9 @@ mod tests {
     fn what_r_waits_for_is_granted_beyond_the_limit_and_nothing_else() {
         let mut flow = flow(3, 0);
         (0..3).for_each(|rank| first(&mut flow, rank));
-        flow.want(Want::Rank(1));
+        flow.demand(Demand::Rank(1));
         assert_eq!(grants(&mut flow), [1]);
-        flow.want(Want::Nothing);
+        flow.demand(Demand::Nothing);
         assert_eq!(
             flow.next_grant(|rank| rank == 2, |_| true),
             Some((2, GRANT as u32))
@@ -517,15 +522,15 @@ mod tests {
 
     #[test]
     fn few_results_of_a_host_are_streamed_at_a_time_and_those_first() {
-        let hosts = [vec![0; AT_ONCE + 1], vec![1]].concat();
-        let last = AT_ONCE as Rank;
+        let hosts = [vec![0; MAX_STREAMING + 1], vec![1]].concat();
+        let last = MAX_STREAMING as Rank;
         let mut flow = ResultFlow::new(hosts, 1 << 30);
         for rank in 0..=last + 1 {
             flow.begin(rank, false);
             first(&mut flow, rank);
         }
-        let begun: Vec<Rank> = (0..last).chain([last + 1]).collect();
-        assert_eq!(grants(&mut flow), begun);
+        let beyond_window: Vec<Rank> = (0..last).chain([last + 1]).collect();
+        assert_eq!(grants(&mut flow), beyond_window);
         flow.receive(1, 0, chunk(GRANT), None).unwrap();
         assert_eq!(grants(&mut flow), [1]);
         // One that nobody wants any more makes room, as one that has ended does.
@@ -547,7 +552,7 @@ mod tests {
         flow.end(0);
         flow.begin(0, true);
         flow.receive(0, FIRST, chunk(W), None).unwrap();
-        assert_eq!((flow.buffered(), flow.is_starving()), (W, false));
+        assert_eq!((flow.buffered(), flow.is_blocked_on_credit()), (W, false));
     }
 
     #[test]
@@ -575,9 +580,9 @@ mod tests {
     fn one_that_ends_while_it_waits_is_granted_nothing() {
         let mut flow = flow(1, 0);
         first(&mut flow, 0);
-        assert!(flow.is_starving());
+        assert!(flow.is_blocked_on_credit());
         flow.end(0);
-        assert!(!flow.is_starving());
+        assert!(!flow.is_blocked_on_credit());
         assert_eq!(flow.buffered(), 0);
         assert!(flow.receive(0, FIRST, chunk(1), None).is_err());
         flow.set_unlimited(true);

@@ -1,36 +1,37 @@
-//! How the scheduler takes results in. How much of them may come is for [`ResultFlow`](super::result_flow::ResultFlow).
+//! How the scheduler receives results. [`ResultFlow`](super::result_flow::ResultFlow) decides how
+//! much of them may be sent.
 
 use super::Scheduler;
-use super::events::{Note, Outcome, Want};
-use super::task::{Current, Next, Phase, Task};
+use super::events::{Demand, Note, Outcome};
+use super::task::{Current, Phase, PrefetchedTask, Task};
 use super::worker::{WorkerState, current_of};
 use crate::protocol::body::Memory;
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{ABORT, FIRST, Frame, HEADER_LEN, Header, LAST, SHARED};
+use crate::protocol::frame::{ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Header, LAST};
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
-use crate::protocol::limits::MOST_MEMORY;
+use crate::protocol::limits::MAX_RESULT_MEMORY;
 use bytes::Bytes;
 use tracing::trace;
 
 impl Scheduler {
-    /// Whether a result waits on its host because of the limit.
-    pub fn is_starving(&self) -> bool {
-        self.flow.is_starving()
+    /// Whether a result waits on its host for credit, because of the limit.
+    pub fn is_blocked_on_credit(&self) -> bool {
+        self.flow.is_blocked_on_credit()
     }
 
-    /// Bytes of results held.
+    /// Bytes of results that the head buffers.
     pub fn buffered(&self) -> usize {
         self.flow.buffered()
     }
 
-    /// A worker has this task from now on.
+    /// Makes this the current task of a worker.
     pub(super) fn occupy(&mut self, rank: Rank, current: Current) {
         self.flow.begin(rank, current.cancelled);
         self.workers[rank as usize].current = Some(current);
     }
 
-    /// The answer that a worker is at is not wanted. What is still to come of it is dropped, so it
-    /// takes no room from others.
+    /// Drops the answer of a worker's current task. The rest of it is discarded on arrival, so that
+    /// it takes no room from other results.
     pub(super) fn drop_answer(&mut self, rank: Rank) {
         if let Some(current) = &mut self.workers[rank as usize].current {
             current.cancelled = true;
@@ -38,19 +39,19 @@ impl Scheduler {
         }
     }
 
-    /// Says whose answer R waits for.
-    pub fn want(&mut self, want: Want) {
-        self.flow.want(want);
+    /// Sets which answer R waits for.
+    pub fn demand(&mut self, demand: Demand) {
+        self.flow.demand(demand);
         self.grant();
     }
 
-    /// R is blocked in sending, or no longer.
+    /// Sets whether R is blocked in sending.
     pub fn set_unlimited(&mut self, unlimited: bool) {
         self.flow.set_unlimited(unlimited);
         self.grant();
     }
 
-    /// R took answers of this many bytes.
+    /// R has taken answers of this many bytes.
     pub fn taken(&mut self, bytes: usize) {
         self.flow.taken(bytes);
         self.grant();
@@ -66,12 +67,12 @@ impl Scheduler {
     ) -> Result<(), ProtocolError> {
         let len = memory.as_ref().map_or(chunk.len(), |memory| memory.len);
         let worker = &mut self.workers[rank as usize];
-        if matches!(worker.state, WorkerState::Gone(_)) {
-            // Stopped by us; its agent may not have known.
+        if matches!(worker.state, WorkerState::Terminated(_)) {
+            // The head has stopped the worker, which its agent may not have known.
             return Ok(());
         }
-        let dropped = |next: &Next| {
-            let asked = next.cancelled || next.recalled;
+        let dropped = |next: &PrefetchedTask| {
+            let asked = next.cancelled || next.revoked;
             next.task.id == task && asked && flags == LAST | ABORT && chunk.is_empty()
         };
         if worker.next.as_ref().is_some_and(dropped) {
@@ -87,7 +88,7 @@ impl Scheduler {
                 current.task.id
             )));
         }
-        worker.track.bytes_out += (HEADER_LEN + len) as u64;
+        worker.stats.bytes_out += (HEADER_LEN + len) as u64;
         if flags & FIRST != 0 {
             current.times.answered = Some(self.now);
             current.times.measured = (self.measure)(&chunk);
@@ -99,8 +100,8 @@ impl Scheduler {
         }
         self.flow.receive(rank, flags, chunk, memory)?;
         if flags & LAST != 0 {
-            self.agents[worker.agent].losses = 0;
-            // What restores a worker ends with the state that is known.
+            self.agents[worker.agent].failures = 0;
+            // A set-up call that restores a worker leaves no new random number state.
             let after = current.after.take().filter(|_| task & RESTORE == 0);
             if let Some((whose, seed)) = after {
                 self.workers[whose as usize].seed = Some(seed.clone());
@@ -139,29 +140,29 @@ impl Scheduler {
         Ok(())
     }
 
-    /// An answer in shared memory: it is announced, or it comes.
-    pub(super) fn on_shared(
+    /// Processes an answer in shared memory: its announcement, or the memory itself.
+    pub(super) fn on_shared_answer(
         &mut self,
         rank: Rank,
         frame: &Frame,
         memory: Option<Memory>,
     ) -> Result<(), ProtocolError> {
         let Header { task, flags, .. } = frame.header;
-        let number = frame.number().filter(|&len| len <= MOST_MEMORY);
+        let number = frame.number().filter(|&len| len <= MAX_RESULT_MEMORY);
         let number = number.and_then(|len| usize::try_from(len).ok());
         let Some(len) = number else {
             return Err(ProtocolError("a result of no length".into()));
         };
-        if flags == LAST | SHARED {
+        if flags == LAST | BY_REFERENCE {
             let announced = self.flow.announced(rank);
-            let gone = self.is_gone(rank);
+            let terminated = self.is_terminated(rank);
             let memory = memory.filter(|memory| memory.len == len);
-            if memory.is_none() || !gone && announced != Some(len) {
+            if memory.is_none() || !terminated && announced != Some(len) {
                 return Err(ProtocolError("a result without its memory".into()));
             }
             return self.on_data(rank, task, FIRST | LAST, Bytes::new(), memory);
         }
-        if flags != FIRST | SHARED {
+        if flags != FIRST | BY_REFERENCE {
             return Err(ProtocolError("a bad announcement of a result".into()));
         }
         self.on_data(rank, task, FIRST, Bytes::new(), None)?;
@@ -170,14 +171,14 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Frees a worker of its current task. Returns that if its answer is still wanted.
+    /// Ends the current task of a worker. Returns the task if its answer is still wanted.
     pub(super) fn free(&mut self, rank: Rank) -> Option<Task> {
         let worker = &mut self.workers[rank as usize];
         if let Some(current) = current_of(worker) {
             let (times, answered) = (current.times, current.answered);
             let tasks = times.measured.map_or(1, |measured| measured.tasks.into());
             worker
-                .track
+                .stats
                 .ended(times, if answered { tasks } else { 0 }, self.now);
         }
         let current = self.workers[rank as usize].current.take()?;
@@ -187,17 +188,17 @@ impl Scheduler {
         (!current.cancelled).then_some(current.task)
     }
 
-    /// Asks for more of large results: while there is room, or because R waits for them.
+    /// Grants credit for large results, while there is room or because R waits for them.
     pub(super) fn grant(&mut self) {
-        if !self.flow.is_starving() {
+        if !self.flow.is_blocked_on_credit() {
             return;
         }
         let awaited = self.flow.awaited();
         loop {
             let (workers, calls) = (&self.workers, &self.calls);
-            let is_wanted = |rank: Rank| calls.want(&workers[rank as usize]);
+            let is_demanded = |rank: Rank| calls.is_demanded(&workers[rank as usize]);
             let is_awaited = |rank: Rank| workers[rank as usize].has_task_of(rank, &awaited);
-            let Some((rank, more)) = self.flow.next_grant(is_wanted, is_awaited) else {
+            let Some((rank, more)) = self.flow.next_grant(is_demanded, is_awaited) else {
                 return;
             };
             let worker = &self.workers[rank as usize];

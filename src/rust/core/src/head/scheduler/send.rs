@@ -1,28 +1,29 @@
-//! How tasks, control messages and payloads come to be sent. What is sent next is for
-//! [`Outbound`](super::outbound::Outbound).
+//! Submission of messages, control messages and blobs. [`Outbound`](super::outbound::Outbound)
+//! decides what is sent next.
 
-use super::outbound::ends_payload;
-use super::task::{Current, Next, Phase, Task};
+use super::outbound::ends_blob;
+use super::task::{Current, Phase, PrefetchedTask, Task};
 use super::worker::{Worker, WorkerState};
-use super::{Agent, Scheduler};
+use super::{AgentState, Scheduler};
 use crate::protocol::control::{self, ToAgent};
 use crate::protocol::dedup::Chunk;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{Frame, MAX_BODY};
-use crate::protocol::ids::{PayloadId, Rank, TaskId};
+use crate::protocol::ids::{BlobId, Rank, TaskId};
 use std::mem;
 use std::sync::Arc;
 use tracing::debug;
 
 impl Scheduler {
-    /// From its first task on, an agent keeps up to `most` bytes of chunks.
-    pub fn share(&mut self, agent: usize, most: usize) {
-        self.agents[agent].out.keep_chunks(most);
+    /// Sets the size of an agent's chunk cache in bytes. To be called before the agent's first
+    /// task.
+    pub fn set_chunk_cache(&mut self, agent: usize, max: usize) {
+        self.agents[agent].out.set_chunk_cache(max);
     }
 
-    /// Whether an agent keeps chunks.
-    pub fn shares(&self, agent: usize) -> bool {
-        self.agents[agent].out.keeps_chunks()
+    /// Whether an agent has a chunk cache.
+    pub fn has_chunk_cache(&self, agent: usize) -> bool {
+        self.agents[agent].out.has_chunk_cache()
     }
 
     /// Bytes of tasks that were sent or dropped since the last call.
@@ -41,74 +42,75 @@ impl Scheduler {
         self.agents[agent].out.push_control(frame);
     }
 
-    /// A payload follows in chunks, to the agents of these workers, as far as they are there and do
-    /// not have it. Returns whether there is any.
-    pub fn begin_payload(&mut self, id: PayloadId, ranks: &[Rank]) -> bool {
+    /// Begins a blob, whose chunks follow, for the agents of these workers that are connected and
+    /// do not have it. Returns whether there is any such agent.
+    pub fn begin_blob(&mut self, id: BlobId, ranks: &[Rank]) -> bool {
         let mut any = false;
         for &rank in ranks {
             let worker = self.workers.get(rank as usize);
-            let living = |worker: &&Worker| !matches!(worker.state, WorkerState::Gone(_));
+            let living = |worker: &&Worker| !matches!(worker.state, WorkerState::Terminated(_));
             if let Some(worker) = worker.filter(living) {
                 let out = &mut self.agents[worker.agent].out;
-                any |= !out.is_closed() && out.payloads_mut().begin(id);
+                any |= !out.is_closed() && out.blobs_mut().begin(id);
             }
         }
         any
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, of the payload that was begun last. Returns whether it
-    /// waits to be sent.
-    pub fn append_payload(&mut self, id: PayloadId, chunk: &Chunk, last: bool) -> bool {
+    /// Appends a chunk of at most [`MAX_BODY`] bytes to the blob that was begun last. Returns
+    /// whether the chunk waits to be sent.
+    pub fn append_blob(&mut self, id: BlobId, chunk: &Chunk, last: bool) -> bool {
         let counted = Arc::new(chunk.bytes.len());
         for agent in &mut self.agents {
-            let payloads = agent.out.payloads_mut();
-            payloads.append(id, chunk, &counted, last);
+            let blobs = agent.out.blobs_mut();
+            blobs.append(id, chunk, &counted, last);
         }
         Arc::strong_count(&counted) > 1
     }
 
-    /// The rest of a payload will not come: agents that do not have all of it forget it.
-    pub fn abort_payload(&mut self, id: PayloadId) {
+    /// Aborts a blob: agents that do not have all of it forget it.
+    pub fn abort_blob(&mut self, id: BlobId) {
         for agent in &mut self.agents {
-            agent.out.payloads_mut().abort(id);
+            agent.out.blobs_mut().abort(id);
         }
     }
 
-    /// No more tasks will begin with it. Those that have been submitted do.
-    pub fn drop_payload(&mut self, id: PayloadId) {
+    /// Drops a blob: no more tasks will begin with it. Those that have been submitted still do.
+    pub fn drop_blob(&mut self, id: BlobId) {
         for agent in &mut self.agents {
-            agent.out.payloads_mut().drop_payload(id);
+            agent.out.blobs_mut().drop_blob(id);
         }
     }
 
-    /// Whether a worker's agent has a payload, so that tasks may begin with it.
-    pub fn has_payload(&self, rank: Rank, id: PayloadId) -> bool {
+    /// Whether a worker's agent has a blob, so that tasks may begin with it.
+    pub fn has_blob(&self, rank: Rank, id: BlobId) -> bool {
         let worker = self.workers.get(rank as usize);
-        worker.is_some_and(|worker| self.agents[worker.agent].out.payloads().has(id))
+        worker.is_some_and(|worker| self.agents[worker.agent].out.blobs().has(id))
     }
 
-    /// What an agent is next to be told or sent of payloads, if it is the turn of that.
-    fn next_of_payloads(&mut self, at: usize) -> Option<Frame> {
+    /// The next frame about blobs for an agent, if it is the turn of blobs.
+    fn next_of_blobs(&mut self, at: usize) -> Option<Frame> {
         let (agents, workers) = (&mut self.agents, &self.workers);
-        let Agent { ranks, out, .. } = &mut agents[at];
-        let begins = |task: &Task, id| task.payload == Some(id);
-        let needed = |id: PayloadId| {
+        let AgentState { ranks, out, .. } = &mut agents[at];
+        let begins = |task: &Task, id| task.blob == Some(id);
+        let needed = |id: BlobId| {
             let mut workers = ranks.iter().map(|&rank| &workers[rank as usize]);
             workers.any(|worker| {
                 let current = worker.current.as_ref();
-                // One that is held at the agent may go on to its worker there later, or be sent again.
+                // The agent may pass a prefetched task on to its worker later, or the head may send
+                // it again.
                 current.is_some_and(|current| begins(&current.task, id))
                     || worker
                         .next
                         .as_ref()
-                        .is_some_and(|next| next.payload == Some(id))
+                        .is_some_and(|next| next.blob == Some(id))
                     || worker.queue.iter().any(|task| begins(task, id))
             })
         };
-        let (frame, released) = out.next_of_payloads(needed);
+        let (frame, released) = out.next_of_blobs(needed);
         self.released += released;
-        if frame.as_ref().is_some_and(ends_payload) {
-            // Messages may have waited for that.
+        if frame.as_ref().is_some_and(ends_blob) {
+            // Messages may have waited for the end of the blob.
             for rank in self.agents[at].ranks.clone() {
                 self.dispatch(rank);
             }
@@ -116,7 +118,7 @@ impl Scheduler {
         frame
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, of the message of a task.
+    /// Appends a chunk of at most [`MAX_BODY`] bytes to the message of a task.
     pub fn append(&mut self, rank: Rank, id: TaskId, chunk: Chunk, last: bool) {
         debug_assert!(chunk.bytes.len() <= MAX_BODY);
         let Some(worker) = self.workers.get_mut(rank as usize) else {
@@ -124,7 +126,8 @@ impl Scheduler {
         };
         let open = |task: &&mut Task| task.id == id && !task.complete;
         let current = worker.current.as_mut().map(|current| &mut current.task);
-        // The last one, the first one if it was submitted again, or the current one.
+        // The task is the last of the queue, the first if it was submitted again, or the current
+        // one.
         let mut task = worker.queue.iter_mut().rev().find(open);
         if task.is_none() {
             task = current.filter(open);
@@ -140,11 +143,11 @@ impl Scheduler {
                 Some(next) if next.task.id == id && !next.task.complete => {
                     next.task.complete = last;
                     if !chunk.bytes.is_empty() {
-                        next.kept.push_back(chunk.clone());
+                        next.all_chunks.push_back(chunk.clone());
                         next.task.chunks.push_back(chunk);
                     }
                 }
-                // Cancelled or lost while R was still writing it.
+                // The task was cancelled or lost while R was still writing it.
                 _ => self.released += chunk.bytes.len(),
             },
         }
@@ -159,9 +162,9 @@ impl Scheduler {
         }
         if worker.current.is_none() {
             if let Some(next) = worker.next.take() {
-                // Its agent has let it start, so what was sent is not needed here any more.
+                // The agent has started the task, so that its chunks are not needed here any more.
                 let mut current = Current::new(next.task, None, self.now);
-                let kept = next.kept.iter().map(|chunk| chunk.bytes.len());
+                let kept = next.all_chunks.iter().map(|chunk| chunk.bytes.len());
                 self.released += kept.sum::<usize>() - current.task.queued_bytes();
                 current.phase = next.phase;
                 if let Phase::Running = current.phase {
@@ -171,7 +174,9 @@ impl Scheduler {
                 self.occupy(rank, current);
             } else if let Some(task) = worker.next_task() {
                 let seed = |other: Rank| self.workers.get(other as usize)?.seed.clone();
-                let before = task.instead_of.map(|other| seed(other).unwrap_or_default());
+                let before = task
+                    .on_behalf_of
+                    .map(|other| seed(other).unwrap_or_default());
                 let current = Current::new(task, before, self.now);
                 self.occupy(rank, current);
             } else if let Some(task) = self.call_for(rank) {
@@ -181,7 +186,7 @@ impl Scheduler {
         }
         let worker = &mut self.workers[rank as usize];
         if worker.next.is_none() {
-            worker.next = worker.task_ahead().map(Next::new);
+            worker.next = worker.prefetched_task().map(PrefetchedTask::new);
         }
         self.agents[worker.agent].out.line_up(worker);
     }
@@ -191,11 +196,11 @@ impl Scheduler {
         if let Some(frame) = self.agents[agent].out.next_queued() {
             return Some(frame);
         }
-        if let Some(frame) = self.next_of_payloads(agent) {
+        if let Some(frame) = self.next_of_blobs(agent) {
             return Some(frame);
         }
         while let Some(index) = self.agents[agent].out.next_in_line() {
-            let Agent { ranks, out, .. } = &mut self.agents[agent];
+            let AgentState { ranks, out, .. } = &mut self.agents[agent];
             let rank = ranks[index as usize];
             let worker = &mut self.workers[rank as usize];
             let before = worker.sending().map(|task| task.id);
@@ -209,7 +214,7 @@ impl Scheduler {
                 return self.agents[agent].out.next_queued();
             }
         }
-        // None of the others has used its turn.
-        self.next_of_payloads(agent)
+        // No worker had a chunk to send.
+        self.next_of_blobs(agent)
     }
 }

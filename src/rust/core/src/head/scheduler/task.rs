@@ -1,8 +1,8 @@
-//! A task on its way: as it was submitted, the one that a worker has, and the one sent ahead.
+//! The forms of a task: as submitted, as the current task of a worker, and as its prefetched task.
 
 use crate::head::activity::{Moment, Times};
 use crate::protocol::dedup::Chunk;
-use crate::protocol::ids::{CALLS, JobId, PayloadId, RESTORE, Rank, TaskId};
+use crate::protocol::ids::{BlobId, CALLS, JobId, RESTORE, Rank, TaskId};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,29 +17,33 @@ pub struct Order {
     pub task: TaskId,
     /// The job that the task belongs to.
     pub job: JobId,
-    /// It goes before all others: it was lost with its worker and is submitted again.
+    /// The task goes before all others of its worker: its worker failed, and it is submitted again.
     pub again: bool,
-    /// What it does to the worker lasts, under this name; 0: under none.
-    pub lasts: Option<u64>,
-    /// The worker whose task it was, if that is another: it goes on with that one's random numbers,
-    /// or begins with new ones if they are not known here, and leaves the worker's own alone. It
-    /// does not wait for a lost task of the worker's own to be decided on: R may decide on that only
-    /// when it has the answer to this one.
-    pub instead_of: Option<Rank>,
-    /// It may be sent to its worker's agent while the worker is at the one before. That of another
-    /// worker, and one that lasts, never is.
-    pub ahead: bool,
-    /// Its message begins with this payload, which the worker's agent has.
-    pub payload: Option<PayloadId>,
-    /// How long it may take from when its worker has all of its message. The worker's agent ends it then.
+    /// The task is a set-up call. The number names what it sets on the worker; 0: nothing in
+    /// particular.
+    pub setup_call: Option<u64>,
+    /// The worker that the task was first submitted to, if another worker runs it on its behalf.
+    /// The task continues that worker's random numbers, or begins new ones if their state is not
+    /// known here, and leaves the random numbers of the worker that runs it unchanged. The task
+    /// does not wait for the retry decision on a failed task of the worker that runs it: R may
+    /// decide on that one only after it has the answer to this one.
+    pub on_behalf_of: Option<Rank>,
+    /// The task may be prefetched: sent to the agent while the worker still runs the one before.
+    /// Reassigned tasks and set-up calls are never prefetched.
+    pub prefetch: bool,
+    /// The message of the task begins with this blob, which the worker's agent has.
+    pub blob: Option<BlobId>,
+    /// The time limit of the task, from when its worker has the whole message. The worker's agent
+    /// enforces it.
     pub limit: Option<Duration>,
-    /// It is a call for whichever of these, which are in order, is free first, and `rank` means nothing.
-    /// Its message follows by [`Scheduler::append_call`](super::Scheduler::append_call).
+    /// The task is a call for the first free worker among these ranks, which are in order; `rank`
+    /// means nothing then. The message follows by
+    /// [`Scheduler::append_call`](super::Scheduler::append_call).
     pub any_of: Option<Arc<[Rank]>>,
 }
 
-/// A message by which a worker is restored: its task's number, its name and its chunks.
-pub type Restoring = (TaskId, u64, Vec<Chunk>);
+/// A set-up call that restores a worker: the task's number, its name and its chunks.
+pub type RestoreMessage = (TaskId, u64, Vec<Chunk>);
 
 #[derive(Debug)]
 pub(super) struct Task {
@@ -48,40 +52,41 @@ pub(super) struct Task {
     pub(super) chunks: VecDeque<Chunk>,
     /// The last chunk has been submitted.
     pub(super) complete: bool,
-    pub(super) lasts: Option<u64>,
-    pub(super) instead_of: Option<Rank>,
-    pub(super) ahead: bool,
-    /// Until it has been named to the agent, what the message begins with.
-    pub(super) payload: Option<PayloadId>,
-    /// How long it may take.
+    pub(super) setup_call: Option<u64>,
+    pub(super) on_behalf_of: Option<Rank>,
+    pub(super) prefetch: bool,
+    /// The blob that the message begins with, until the agent has been told of it.
+    pub(super) blob: Option<BlobId>,
+    /// The time limit of the task.
     pub(super) limit: Option<Duration>,
-    /// The worker is to have its known random numbers after it.
+    /// After this task, the worker is sent its known random number state.
     pub(super) leaves_seed: bool,
 }
 
 impl Task {
-    /// One of those that bring a worker which is back to the state it had. `last`: it is the last.
-    pub(super) fn restoring((id, name, chunks): Restoring, last: bool) -> Task {
+    /// A set-up call that restores a worker. `last`: no other follows.
+    pub(super) fn restoring((id, name, chunks): RestoreMessage, last: bool) -> Task {
         Task {
             id,
             job: 0,
             chunks: chunks.into(),
             complete: true,
-            lasts: Some(name),
-            instead_of: None,
-            ahead: false,
-            payload: None,
+            setup_call: Some(name),
+            on_behalf_of: None,
+            prefetch: false,
+            blob: None,
             limit: None,
             leaves_seed: last,
         }
     }
 
-    /// Whether R's thread counts it among what waits to be sent. It does not wait for calls to be sent.
+    /// Whether R's thread counts the task among those that wait to be sent. It does not wait for
+    /// calls.
     pub(super) fn is_counted(&self) -> bool {
         self.id & RESTORE == 0 && self.job != CALLS
     }
 
-    /// What R's thread counts as waiting to be sent.
+    /// The bytes that R's thread counts as waiting to be sent.
     pub(super) fn queued_bytes(&self) -> usize {
         if !self.is_counted() {
             return 0;
@@ -92,7 +97,7 @@ impl Task {
 
 #[derive(Debug)]
 pub(super) enum Phase {
-    /// The message is on its way to the worker. `first`: nothing of it has been sent yet.
+    /// The message is being sent to the worker. `first`: nothing of it has been sent yet.
     Sending { first: bool },
     /// The worker has the whole message.
     Running,
@@ -103,21 +108,21 @@ pub(super) enum Phase {
 pub(super) struct Current {
     pub(super) task: Task,
     pub(super) phase: Phase,
-    /// The answer is not wanted any more; the worker is busy until its agent says so.
+    /// The task was cancelled; the worker is busy until its agent reports the end.
     pub(super) cancelled: bool,
-    /// The state that the random number generator is to have for it, if that is another worker's.
+    /// The random number state in which the task starts, if it is another worker's.
     pub(super) before: Option<Bytes>,
     /// Why it was cancelled, if it was: it exceeded its time limit.
     pub(super) timed_out: bool,
-    /// The state in which it leaves the generator of this worker.
+    /// The random number state that the task leaves, and the worker that it belongs to.
     pub(super) after: Option<(Rank, Bytes)>,
     pub(super) times: Times,
-    /// All of the answer has come.
+    /// The whole answer has arrived.
     pub(super) answered: bool,
 }
 
 impl Current {
-    pub(super) fn new(task: Task, before: Option<Bytes>, begun: Moment) -> Current {
+    pub(super) fn new(task: Task, before: Option<Bytes>, assigned: Moment) -> Current {
         Current {
             task,
             phase: Phase::Sending { first: true },
@@ -126,7 +131,7 @@ impl Current {
             before,
             after: None,
             times: Times {
-                begun,
+                assigned,
                 ..Times::default()
             },
             answered: false,
@@ -134,44 +139,46 @@ impl Current {
     }
 }
 
-/// The task that waits at the agent, or is on its way there, while its worker is at another.
+/// The prefetched task of a worker: it waits at the agent, or is being sent there, while the worker
+/// runs another.
 #[derive(Debug)]
-pub(super) struct Next {
-    /// Its chunks are those that have not been sent.
+pub(super) struct PrefetchedTask {
+    /// The task, with the chunks that have not been sent.
     pub(super) task: Task,
     pub(super) phase: Phase,
-    /// All chunks, also those that have been sent: until it has started, it may have to be sent to
-    /// another worker in that place.
-    pub(super) kept: VecDeque<Chunk>,
-    /// What the message begins with.
-    pub(super) payload: Option<PayloadId>,
-    /// It is not wanted any more. The agent says whether it had started.
+    /// All chunks, including those that were sent: until the task has started, it may have to be
+    /// sent again, to a replacement of the worker.
+    pub(super) all_chunks: VecDeque<Chunk>,
+    /// The blob that the message begins with.
+    pub(super) blob: Option<BlobId>,
+    /// The task was cancelled. The agent reports whether it had started.
     pub(super) cancelled: bool,
-    /// It is to be had back. If it had started, the agent says nothing.
-    pub(super) recalled: bool,
+    /// A revoke request is in flight. The agent does not answer if the task has already started.
+    pub(super) revoked: bool,
 }
 
-impl Next {
-    pub(super) fn new(task: Task) -> Next {
-        Next {
-            kept: task.chunks.clone(),
-            payload: task.payload,
+impl PrefetchedTask {
+    pub(super) fn new(task: Task) -> PrefetchedTask {
+        PrefetchedTask {
+            all_chunks: task.chunks.clone(),
+            blob: task.blob,
             task,
             phase: Phase::Sending { first: true },
             cancelled: false,
-            recalled: false,
+            revoked: false,
         }
     }
 
-    /// What R's thread counts as waiting to be sent: all of it, as it may be sent once more.
+    /// The bytes that R's thread counts as waiting to be sent: all of the task, because it may be
+    /// sent again.
     pub(super) fn queued_bytes(&self) -> usize {
-        self.kept.iter().map(|chunk| chunk.bytes.len()).sum()
+        self.all_chunks.iter().map(|chunk| chunk.bytes.len()).sum()
     }
 
-    /// As it was before any of it was sent.
+    /// The task as it was before anything of it was sent.
     pub(super) fn unsent(mut self) -> Task {
-        self.task.chunks = self.kept;
-        self.task.payload = self.payload;
+        self.task.chunks = self.all_chunks;
+        self.task.blob = self.blob;
         self.task
     }
 }

@@ -1,10 +1,10 @@
 use super::events::{Note, Outcome, State};
-use super::pool::CallPlace;
+use super::pool::CallLocation;
 use super::task::Order;
 use super::*;
 use crate::head::activity::{self, Measured};
 use crate::platform::exit::Exit;
-use crate::protocol::control::{Loss, Setback};
+use crate::protocol::control::{Setback, WorkerFailure};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{ABORT, FIRST, HEADER_LEN, LAST, MAX_BODY};
 use crate::protocol::ids::{CALLS, RESTORE, Rank, TaskId};
@@ -16,7 +16,7 @@ fn up(workers: u32) -> Scheduler {
     let hosts = (0..workers).map(|rank| vec![rank]).collect();
     let mut scheduler = Scheduler::new(hosts, 1 << 20);
     for agent in 0..workers as usize {
-        tell(
+        from_agent(
             &mut scheduler,
             agent,
             &ToHead::WorkerUp { worker: 0, pid: 1 },
@@ -25,7 +25,7 @@ fn up(workers: u32) -> Scheduler {
     scheduler
 }
 
-fn tell(scheduler: &mut Scheduler, agent: usize, message: &ToHead) {
+fn from_agent(scheduler: &mut Scheduler, agent: usize, message: &ToHead) {
     let frame = control::encode(message).unwrap();
     scheduler.on_frame(agent, frame).unwrap();
 }
@@ -53,9 +53,9 @@ fn again(rank: Rank, task: TaskId) -> Order {
     }
 }
 
-fn moved(rank: Rank, task: TaskId, from: Rank) -> Order {
+fn reassigned(rank: Rank, task: TaskId, from: Rank) -> Order {
     Order {
-        instead_of: Some(from),
+        on_behalf_of: Some(from),
         ..order(rank, task)
     }
 }
@@ -63,7 +63,7 @@ fn moved(rank: Rank, task: TaskId, from: Rank) -> Order {
 /// The worker of this host is lost and replaced.
 fn replace(scheduler: &mut Scheduler, agent: usize) {
     lose(scheduler, agent, true);
-    tell(
+    from_agent(
         scheduler,
         agent,
         &ToHead::WorkerReplaced { worker: 0, pid: 2 },
@@ -71,18 +71,18 @@ fn replace(scheduler: &mut Scheduler, agent: usize) {
 }
 
 fn lose(scheduler: &mut Scheduler, agent: usize, replaced: bool) {
-    let loss = Loss {
+    let failure = WorkerFailure {
         pid: 1,
         exit: Exit::Signal(9),
         tail: String::new(),
-        ..Loss::default()
+        ..WorkerFailure::default()
     };
-    let lost = ToHead::WorkerLost {
+    let lost = ToHead::WorkerFailed {
         worker: 0,
-        loss,
+        failure,
         replaced,
     };
-    tell(scheduler, agent, &lost);
+    from_agent(scheduler, agent, &lost);
 }
 
 /// The worker of this host answers, and leaves its random numbers so.
@@ -109,9 +109,9 @@ fn at(scheduler: &mut Scheduler, seconds: u64) {
 }
 
 /// Kinds and times of what a worker was at.
-fn history(scheduler: &Scheduler, rank: Rank) -> Vec<(activity::Kind, u64, u64)> {
-    let track = scheduler.track(rank, true);
-    let intervals = track.intervals().iter();
+fn history(scheduler: &Scheduler, rank: Rank) -> Vec<(activity::ActivityKind, u64, u64)> {
+    let stats = scheduler.stats(rank, true);
+    let intervals = stats.intervals().iter();
     intervals
         .map(|i| (i.kind, i.start.as_secs(), i.end.as_secs()))
         .collect()
@@ -119,7 +119,7 @@ fn history(scheduler: &Scheduler, rank: Rank) -> Vec<(activity::Kind, u64, u64)>
 
 #[test]
 fn a_worker_is_busy_from_when_it_has_the_message_until_it_answers() {
-    use activity::Kind::{Busy, Transfer};
+    use activity::ActivityKind::{Busy, Transfer};
     let mut s = up(1);
     s.measure_with(|bytes| {
         (bytes == b"7").then_some(Measured {
@@ -131,16 +131,16 @@ fn a_worker_is_busy_from_when_it_has_the_message_until_it_answers() {
     at(&mut s, 10);
     submit(&mut s, order(0, 1));
     // Sent ahead: it begins when the one before has ended.
-    let ahead = Order {
-        ahead: true,
+    let prefetch = Order {
+        prefetch: true,
         ..order(0, 2)
     };
-    submit(&mut s, ahead);
+    submit(&mut s, prefetch);
     assert_eq!(s.state(0), State::Busy(1));
     at(&mut s, 12);
     assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
     at(&mut s, 15);
-    assert_eq!(s.track(0, false).busy.as_secs(), 3);
+    assert_eq!(s.stats(0, false).busy.as_secs(), 3);
     answer(&mut s, 0, 1, None);
     assert_eq!(s.state(0), State::Busy(2));
     assert_eq!(history(&s, 0), [(Transfer, 10, 12), (Busy, 12, 15)]);
@@ -158,15 +158,15 @@ fn a_worker_is_busy_from_when_it_has_the_message_until_it_answers() {
         parts[2..],
         [(Transfer, 15, 17), (Busy, 17, 19), (Transfer, 19, 20)]
     );
-    let track = s.track(0, false);
-    assert_eq!((track.tasks, track.busy.as_secs()), (8, 5));
-    assert!(track.bytes_in > 0 && track.bytes_out > 0 && track.losses == 0);
-    assert!(track.intervals().is_empty());
+    let stats = s.stats(0, false);
+    assert_eq!((stats.tasks, stats.busy.as_secs()), (8, 5));
+    assert!(stats.bytes_in > 0 && stats.bytes_out > 0 && stats.failures == 0);
+    assert!(stats.intervals().is_empty());
 }
 
 #[test]
 fn losses_cancelled_tasks_and_what_restores_are_no_tasks_done() {
-    use activity::Kind::Busy;
+    use activity::ActivityKind::Busy;
     let mut s = up(1);
     submit(&mut s, order(0, 1));
     tasks_sent(&mut s, 0);
@@ -174,15 +174,15 @@ fn losses_cancelled_tasks_and_what_restores_are_no_tasks_done() {
     lose(&mut s, 0, true);
     assert_eq!(s.state(0), State::Restoring);
     at(&mut s, 5);
-    tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
-    let track = s.track(0, true);
-    assert_eq!((track.tasks, track.losses), (0, 1));
+    from_agent(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
+    let stats = s.stats(0, true);
+    assert_eq!((stats.tasks, stats.failures), (0, 1));
     assert_eq!(history(&s, 0), [(Busy, 0, 3)]);
-    let lost = track.losses().iter();
+    let lost = stats.failures().iter();
     let lost: Vec<_> = lost.map(|of| (of.0.as_secs(), of.1.as_secs())).collect();
     assert_eq!(lost, [(3, 5)]);
     assert_eq!(
-        track.error.as_deref(),
+        stats.error.as_deref(),
         Some("lost: pid 1 was killed by signal 9")
     );
     submit(&mut s, again(0, 1));
@@ -202,8 +202,11 @@ fn losses_cancelled_tasks_and_what_restores_are_no_tasks_done() {
     assert_eq!(history(&s, 0), [(Busy, 0, 3), (Busy, 5, 8)]);
     s.stop_worker(0);
     assert_eq!(s.state(0), State::Stopped);
-    let track = s.track(0, false);
-    assert_eq!((track.tasks, track.losses, track.busy.as_secs()), (0, 1, 6));
+    let stats = s.stats(0, false);
+    assert_eq!(
+        (stats.tasks, stats.failures, stats.busy.as_secs()),
+        (0, 1, 6)
+    );
 }
 
 fn tasks_sent(scheduler: &mut Scheduler, agent: usize) -> Vec<TaskId> {
@@ -230,7 +233,7 @@ fn a_lost_task_that_is_submitted_again_goes_before_those_that_follow() {
 fn what_follows_a_lost_task_goes_on_when_that_is_let_go_or_cancelled() {
     type End = fn(&mut Scheduler);
     let ends: [End; 3] = [
-        |scheduler| scheduler.let_go(0, 1),
+        |scheduler| scheduler.abandon_task(0, 1),
         |scheduler| scheduler.cancel_job(7),
         |scheduler| scheduler.cancel_task(0, 1),
     ];
@@ -244,7 +247,7 @@ fn what_follows_a_lost_task_goes_on_when_that_is_let_go_or_cancelled() {
         submit(&mut scheduler, order(0, 2));
         assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
         replace(&mut scheduler, 0);
-        scheduler.let_go(0, 2);
+        scheduler.abandon_task(0, 2);
         assert_eq!(tasks_sent(&mut scheduler, 0), []);
         scheduler.take_notes();
         end(&mut scheduler);
@@ -261,14 +264,14 @@ fn what_was_another_workers_does_not_wait_for_a_lost_task_to_be_decided_on() {
     submit(&mut scheduler, order(0, 2));
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
     replace(&mut scheduler, 0);
-    submit(&mut scheduler, moved(0, 3, 1));
+    submit(&mut scheduler, reassigned(0, 3, 1));
     assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
     // Nor does its own loss, or that it is submitted again, end the wait of others.
     replace(&mut scheduler, 0);
     assert_eq!(tasks_sent(&mut scheduler, 0), []);
     let third = Order {
         again: true,
-        ..moved(0, 3, 1)
+        ..reassigned(0, 3, 1)
     };
     submit(&mut scheduler, third);
     assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
@@ -286,7 +289,7 @@ fn who_stands_in_uses_the_random_numbers_of_the_other_or_new_ones() {
         assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
         answer(&mut scheduler, 0, 1, left);
         lose(&mut scheduler, 0, false);
-        submit(&mut scheduler, moved(1, 2, 0));
+        submit(&mut scheduler, reassigned(1, 2, 0));
         let frames = sent(&mut scheduler, 1);
         assert_eq!(frames[0], (Kind::Seed, 2, Bytes::from_static(found)));
         assert_eq!((frames[1].0, frames[1].1), (Kind::Data, 2));
@@ -319,7 +322,7 @@ fn a_fresh_worker_has_a_whole_window() {
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
     scheduler.cancel_task(0, 1);
     scheduler.take_notes();
-    tell(
+    from_agent(
         &mut scheduler,
         0,
         &ToHead::WorkerReplaced { worker: 0, pid: 2 },
@@ -345,7 +348,7 @@ fn a_task_that_is_out_of_time_ends_once() {
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
     scheduler.take_notes();
     let late = ToHead::TimedOut { worker: 0, task: 1 };
-    tell(&mut scheduler, 0, &late);
+    from_agent(&mut scheduler, 0, &late);
     assert!(matches!(
         scheduler.take_notes()[..],
         [Note::Done {
@@ -355,10 +358,10 @@ fn a_task_that_is_out_of_time_ends_once() {
         }]
     ));
     scheduler.cancel_task(0, 1);
-    tell(&mut scheduler, 0, &late);
+    from_agent(&mut scheduler, 0, &late);
     // Its worker is busy until that has heeded the interrupt, or is replaced.
     assert_eq!(tasks_sent(&mut scheduler, 0), []);
-    tell(
+    from_agent(
         &mut scheduler,
         0,
         &ToHead::WorkerReplaced { worker: 0, pid: 2 },
@@ -434,12 +437,12 @@ fn a_task_that_is_sent_again_has_its_time_limit_again() {
     submit(&mut s, order(0, 1));
     let limited = Order {
         limit: Some(Duration::from_millis(7)),
-        ..ahead(0, 2)
+        ..prefetch(0, 2)
     };
     submit(&mut s, limited);
     assert_eq!(limits_sent(&mut s, 0), [(2, 7)]);
     replace(&mut s, 0);
-    s.let_go(0, 1);
+    s.abandon_task(0, 1);
     assert_eq!(limits_sent(&mut s, 0), [(2, 7)]);
 }
 
@@ -448,7 +451,7 @@ fn what_waits_on_a_host_that_is_left_out_is_lost_once() {
     let mut scheduler = up(2);
     submit(&mut scheduler, order(0, 1));
     submit(&mut scheduler, order(0, 2));
-    for _ in 0..LOSSES_IN_A_ROW {
+    for _ in 0..MAX_FAILURES_IN_A_ROW {
         assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
         replace(&mut scheduler, 0);
         submit(&mut scheduler, again(0, 1));
@@ -462,7 +465,7 @@ fn what_waits_on_a_host_that_is_left_out_is_lost_once() {
         ends.count()
     };
     // Each of its tries, and that which came too late.
-    assert_eq!(lost(1), LOSSES_IN_A_ROW + 1);
+    assert_eq!(lost(1), MAX_FAILURES_IN_A_ROW + 1);
     assert_eq!(lost(2), 1);
     let left_out = |note: &&Note| matches!(note, Note::LeftOut { agent: 0, .. });
     assert_eq!(notes.iter().filter(left_out).count(), 1);
@@ -484,14 +487,14 @@ fn the_last_host_is_left_out_only_if_its_workers_end_without_a_task() {
     };
     let mut scheduler = up(1);
     submit(&mut scheduler, order(0, 1));
-    for _ in 0..2 * LOSSES_IN_A_ROW {
+    for _ in 0..2 * MAX_FAILURES_IN_A_ROW {
         assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
         replace(&mut scheduler, 0);
         submit(&mut scheduler, again(0, 1));
     }
     assert!(!left_out(&mut scheduler));
     let mut scheduler = up(1);
-    for _ in 0..LOSSES_IN_A_ROW {
+    for _ in 0..MAX_FAILURES_IN_A_ROW {
         replace(&mut scheduler, 0);
     }
     assert!(left_out(&mut scheduler));
@@ -500,7 +503,7 @@ fn the_last_host_is_left_out_only_if_its_workers_end_without_a_task() {
 #[test]
 fn nothing_is_left_for_a_host_that_is_lost_after_it_was_left_out() {
     let mut scheduler = up(1);
-    for _ in 0..LOSSES_IN_A_ROW {
+    for _ in 0..MAX_FAILURES_IN_A_ROW {
         replace(&mut scheduler, 0);
     }
     assert!(!scheduler.any_left());
@@ -516,7 +519,7 @@ fn a_host_that_was_lost_while_its_stream_was_full_is_sent_to_again() {
     s.agent_lost(0, "cut");
     s.take_notes();
     s.agent_back(0, &ToAgent::Stop).unwrap();
-    tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+    from_agent(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
     let chunk = Bytes::from_static(b"what lasted").into();
     s.restore(0, vec![(RESTORE, 0, vec![chunk])]);
     assert_eq!(tasks_sent(&mut s, 0), [RESTORE]);
@@ -531,7 +534,7 @@ fn what_restores_a_worker_does_not_change_which_random_numbers_it_goes_on_with()
     for pid in 2..4 {
         s.agent_lost(0, "cut");
         s.agent_back(0, &ToAgent::Stop).unwrap();
-        tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid });
+        from_agent(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid });
         let chunk = Bytes::from_static(b"what lasted").into();
         s.restore(0, vec![(RESTORE, 0, vec![chunk])]);
         let seed = (Kind::Seed, 0, Bytes::from_static(b"its own"));
@@ -547,10 +550,10 @@ fn a_worker_that_is_stopped_while_its_host_is_lost_is_not_made_again() {
     assert!(s.has_lost(0));
     s.stop_worker(0);
     s.agent_back(0, &ToAgent::Stop).unwrap();
-    tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 3 });
+    from_agent(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 3 });
     assert!(!s.is_up(0));
     assert!(s.is_starting(0));
-    tell(&mut s, 0, &ToHead::WorkerUp { worker: 1, pid: 4 });
+    from_agent(&mut s, 0, &ToHead::WorkerUp { worker: 1, pid: 4 });
     assert!(s.is_up(1) && !s.is_starting(0) && !s.has_lost(0));
 }
 
@@ -561,15 +564,15 @@ fn a_worker_that_is_back_goes_on_where_who_stood_in_left_its_random_numbers() {
     tasks_sent(&mut s, 0);
     answer(&mut s, 0, 1, Some(b"before"));
     s.agent_lost(0, "cut");
-    submit(&mut s, moved(1, 2, 0));
+    submit(&mut s, reassigned(1, 2, 0));
     tasks_sent(&mut s, 1);
     s.agent_back(0, &ToAgent::Stop).unwrap();
-    tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+    from_agent(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
     let seed = |seed| (Kind::Seed, 0, Bytes::from_static(seed));
     let chunk = Bytes::from_static(b"what lasted").into();
     s.restore(0, vec![(RESTORE, 0, vec![chunk])]);
     assert_eq!(sent(&mut s, 0).last(), Some(&seed(b"before")));
-    let left = Frame::new(Kind::Seed, GUEST, 0, 2, Bytes::from_static(b"after"));
+    let left = Frame::new(Kind::Seed, REASSIGNED, 0, 2, Bytes::from_static(b"after"));
     s.on_frame(1, left).unwrap();
     answer(&mut s, 1, 2, None);
     assert_eq!(sent(&mut s, 0), [seed(b"after")]);
@@ -585,16 +588,16 @@ fn cannot_be_restored(scheduler: &mut Scheduler, agent: usize) {
         stalled: 0,
         pause: 1_000,
     };
-    let loss = Loss {
+    let failure = WorkerFailure {
         setback,
-        ..Loss::default()
+        ..WorkerFailure::default()
     };
-    let lost = ToHead::WorkerLost {
+    let lost = ToHead::WorkerFailed {
         worker: 0,
-        loss,
+        failure,
         replaced: false,
     };
-    tell(scheduler, agent, &lost);
+    from_agent(scheduler, agent, &lost);
 }
 
 #[test]
@@ -607,7 +610,7 @@ fn a_worker_that_is_tried_again_fails_its_tasks_and_comes_back_with_its_random_n
     s.take_notes();
     cannot_be_restored(&mut s, 0);
     let notes = s.take_notes();
-    assert!(matches!(notes[0], Note::Gone { rank: 0, .. }));
+    assert!(matches!(notes[0], Note::Terminated { rank: 0, .. }));
     assert!(matches!(
         notes[1],
         Note::Done {
@@ -619,13 +622,13 @@ fn a_worker_that_is_tried_again_fails_its_tasks_and_comes_back_with_its_random_n
     assert_eq!(s.state(0), State::Lost);
     assert!(s.any_left() && !s.has_lost(0));
     // Another one goes on with its random numbers.
-    submit(&mut s, moved(1, 3, 0));
+    submit(&mut s, reassigned(1, 3, 0));
     tasks_sent(&mut s, 1);
-    let left = Frame::new(Kind::Seed, GUEST, 0, 3, Bytes::from_static(b"after"));
+    let left = Frame::new(Kind::Seed, REASSIGNED, 0, 3, Bytes::from_static(b"after"));
     s.on_frame(1, left).unwrap();
     answer(&mut s, 1, 3, None);
     sent(&mut s, 0);
-    tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 9 });
+    from_agent(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 9 });
     let back = |note: &Note| *note == Note::Back { rank: 0, pid: 9 };
     assert!(s.take_notes().iter().any(back));
     assert_eq!(s.state(0), State::Idle);
@@ -645,26 +648,26 @@ fn a_worker_that_is_tried_again_is_so_with_its_host_and_not_when_it_is_stopped()
     s.agent_lost(0, "cut");
     assert!(s.has_lost(0));
     s.agent_back(0, &ToAgent::Stop).unwrap();
-    tell(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
+    from_agent(&mut s, 0, &ToHead::WorkerUp { worker: 0, pid: 2 });
     assert!(s.is_up(0));
     // Half of what its host has is no state to go on with.
     s.take_notes();
     cannot_be_restored(&mut s, 0);
-    let for_good = |note: &Note| match note {
-        Note::Gone { gone, .. } => !gone.is_tried_again(),
+    let permanent = |note: &Note| match note {
+        Note::Terminated { termination, .. } => !termination.is_tried_again(),
         _ => false,
     };
-    assert!(s.take_notes().iter().any(for_good));
+    assert!(s.take_notes().iter().any(permanent));
     s.stop_worker(1);
     assert_eq!(s.state(1), State::Stopped);
     assert!(!s.any_left());
-    tell(&mut s, 1, &ToHead::WorkerReplaced { worker: 0, pid: 3 });
+    from_agent(&mut s, 1, &ToHead::WorkerReplaced { worker: 0, pid: 3 });
     assert_eq!(s.state(1), State::Stopped);
 }
 
-fn ahead(rank: Rank, task: TaskId) -> Order {
+fn prefetch(rank: Rank, task: TaskId) -> Order {
     Order {
-        ahead: true,
+        prefetch: true,
         ..order(rank, task)
     }
 }
@@ -687,13 +690,13 @@ fn ends(scheduler: &mut Scheduler) -> Vec<(TaskId, &'static str)> {
         Outcome::Lost(_) => "lost",
         Outcome::TimedOut => "timed out",
         Outcome::Cancelled => "cancelled",
-        Outcome::Recalled => "recalled",
+        Outcome::Revoked => "recalled",
     };
     ends.map(|(task, outcome)| (task, name(outcome))).collect()
 }
 
 /// What an agent is told besides tasks.
-fn told(scheduler: &mut Scheduler) -> Vec<ToAgent> {
+fn control_messages(scheduler: &mut Scheduler) -> Vec<ToAgent> {
     let frames = std::iter::from_fn(|| scheduler.next_frame(0));
     let control = frames.filter(|frame| frame.header.kind == Kind::Control);
     control
@@ -702,18 +705,18 @@ fn told(scheduler: &mut Scheduler) -> Vec<ToAgent> {
 }
 
 /// One worker that is at task 1, while task 2 waits at its agent.
-fn one_ahead() -> Scheduler {
+fn one_prefetched() -> Scheduler {
     let mut s = up(1);
     submit(&mut s, order(0, 1));
-    submit(&mut s, ahead(0, 2));
-    submit(&mut s, ahead(0, 3));
+    submit(&mut s, prefetch(0, 2));
+    submit(&mut s, prefetch(0, 3));
     assert_eq!(tasks_sent(&mut s, 0), [1, 2]);
     s
 }
 
 #[test]
-fn one_task_is_sent_ahead_and_then_the_next() {
-    let mut s = one_ahead();
+fn one_task_is_prefetched_and_then_the_next() {
+    let mut s = one_prefetched();
     answer(&mut s, 0, 1, None);
     assert_eq!(tasks_sent(&mut s, 0), [3]);
     answer(&mut s, 0, 2, None);
@@ -722,20 +725,20 @@ fn one_task_is_sent_ahead_and_then_the_next() {
 }
 
 #[test]
-fn what_is_not_meant_to_be_is_not_sent_ahead() {
-    let lasting = Order {
-        lasts: Some(0),
-        ..ahead(0, 2)
+fn what_is_not_meant_to_be_is_not_prefetched() {
+    let setup_messages = Order {
+        setup_call: Some(0),
+        ..prefetch(0, 2)
     };
     let others = Order {
-        instead_of: Some(1),
-        ..ahead(0, 2)
+        on_behalf_of: Some(1),
+        ..prefetch(0, 2)
     };
-    for second in [order(0, 2), lasting, others] {
+    for second in [order(0, 2), setup_messages, others] {
         let mut s = up(2);
         submit(&mut s, order(0, 1));
         submit(&mut s, second);
-        submit(&mut s, ahead(0, 3));
+        submit(&mut s, prefetch(0, 3));
         assert_eq!(tasks_sent(&mut s, 0), [1]);
         answer(&mut s, 0, 1, None);
         assert_eq!(tasks_sent(&mut s, 0), [2, 3]);
@@ -744,7 +747,7 @@ fn what_is_not_meant_to_be_is_not_sent_ahead() {
 
 #[test]
 fn a_task_that_waited_at_the_agent_is_not_lost_with_its_worker() {
-    let mut s = one_ahead();
+    let mut s = one_prefetched();
     replace(&mut s, 0);
     assert_eq!(ends(&mut s), [(1, "lost")]);
     assert_eq!(tasks_sent(&mut s, 0), []);
@@ -754,27 +757,27 @@ fn a_task_that_waited_at_the_agent_is_not_lost_with_its_worker() {
     replace(&mut s, 0);
     // It had started.
     assert_eq!(ends(&mut s), [(1, "answer"), (2, "lost")]);
-    s.let_go(0, 2);
+    s.abandon_task(0, 2);
     assert_eq!(tasks_sent(&mut s, 0), [3]);
     lose(&mut s, 0, false);
     assert_eq!(ends(&mut s), [(3, "lost")]);
 }
 
 #[test]
-fn with_a_worker_that_is_gone_both_are_lost() {
-    let mut s = one_ahead();
+fn with_a_worker_that_is_terminated_both_are_lost() {
+    let mut s = one_prefetched();
     s.stop_worker(0);
     assert_eq!(ends(&mut s), [1, 2, 3].map(|task| (task, "lost")));
     assert_eq!(dropped(&mut s, 2), Ok(()));
 }
 
 #[test]
-fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_on_its_way_is_not_meant() {
-    let mut s = one_ahead();
+fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_in_flight_is_not_meant() {
+    let mut s = one_prefetched();
     s.cancel_task(0, 1);
-    tell(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
+    from_agent(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
     let first: Vec<Frame> = std::iter::from_fn(|| s.next_frame(0)).collect();
-    let noted = control::encode(&ToAgent::LossNoted { worker: 0 }).unwrap();
+    let noted = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
     assert_eq!(first[1], noted);
     let tasks = first[2..].iter().map(|frame| frame.header.task);
     assert_eq!(tasks.collect::<Vec<_>>(), [2, 3]);
@@ -784,14 +787,14 @@ fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_on_its_way_is_not_
 #[test]
 fn a_cancel_of_both_frees_the_worker_when_the_agent_has_said_so_of_each() {
     for crossed in [false, true] {
-        let mut s = one_ahead();
+        let mut s = one_prefetched();
         s.cancel_job(1);
         let all = [1, 2, 3].map(|task| (task, "cancelled"));
         assert_eq!(ends(&mut s), all);
         // What has not started first.
         let cancels = [2, 1].map(|task| ToAgent::Cancel { worker: 0, task });
-        assert_eq!(told(&mut s), cancels);
-        submit(&mut s, ahead(0, 4));
+        assert_eq!(control_messages(&mut s), cancels);
+        submit(&mut s, prefetch(0, 4));
         if crossed {
             answer(&mut s, 0, 1, None);
             assert_eq!(tasks_sent(&mut s, 0), []);
@@ -807,63 +810,66 @@ fn a_cancel_of_both_frees_the_worker_when_the_agent_has_said_so_of_each() {
 }
 
 #[test]
-fn a_task_is_recalled_unless_it_has_started() {
-    let mut s = one_ahead();
-    s.recall(0, 1);
-    s.recall(0, 2);
-    s.recall(0, 2);
-    assert_eq!(told(&mut s), [ToAgent::Recall { worker: 0, task: 2 }]);
+fn a_task_is_revoked_unless_it_has_started() {
+    let mut s = one_prefetched();
+    s.revoke(0, 1);
+    s.revoke(0, 2);
+    s.revoke(0, 2);
+    assert_eq!(
+        control_messages(&mut s),
+        [ToAgent::Revoke { worker: 0, task: 2 }]
+    );
     assert_eq!(ends(&mut s), []);
     assert_eq!(dropped(&mut s, 2), Ok(()));
     assert_eq!(ends(&mut s), [(2, "recalled")]);
     // In its place.
     assert_eq!(tasks_sent(&mut s, 0), [3]);
-    s.recall(0, 3);
+    s.revoke(0, 3);
     answer(&mut s, 0, 1, None);
     answer(&mut s, 0, 3, None);
     assert_eq!(ends(&mut s), [(1, "answer"), (3, "answer")]);
     // It has not been sent, or not wholly.
     submit(&mut s, order(0, 4));
-    s.submit(ahead(0, 5));
+    s.submit(prefetch(0, 5));
     s.append(0, 5, Bytes::from_static(b"part").into(), false);
-    submit(&mut s, ahead(0, 6));
+    submit(&mut s, prefetch(0, 6));
     assert_eq!(tasks_sent(&mut s, 0), [4, 5]);
-    s.recall(0, 6);
-    s.recall(0, 5);
+    s.revoke(0, 6);
+    s.revoke(0, 5);
     assert_eq!(ends(&mut s), [(6, "recalled"), (5, "recalled")]);
     let abort = Frame::new(Kind::Data, LAST | ABORT, 0, 5, Bytes::new());
     assert_eq!(s.next_frame(0), Some(abort));
     // The worker is lost before the agent could answer.
-    submit(&mut s, ahead(0, 7));
+    submit(&mut s, prefetch(0, 7));
     assert_eq!(tasks_sent(&mut s, 0), [7]);
-    s.recall(0, 7);
+    s.revoke(0, 7);
     replace(&mut s, 0);
     assert_eq!(ends(&mut s), [(4, "lost"), (7, "recalled")]);
 }
 
 #[test]
 fn an_agent_that_drops_what_it_was_not_told_to_is_none_of_ours() {
-    assert!(dropped(&mut one_ahead(), 2).is_err());
-    let mut s = one_ahead();
-    s.recall(0, 2);
+    assert!(dropped(&mut one_prefetched(), 2).is_err());
+    let mut s = one_prefetched();
+    s.revoke(0, 2);
     assert!(dropped(&mut s, 1).is_err());
     assert!(dropped(&mut s, 3).is_err());
 }
 
 #[test]
-fn the_message_of_a_task_ahead_counts_as_waiting_until_that_has_started() {
+fn the_message_of_a_prefetched_task_counts_as_waiting_until_that_has_started() {
     let message = b"message".len();
-    let mut s = one_ahead();
+    let mut s = one_prefetched();
     assert_eq!(s.take_released(), message);
     replace(&mut s, 0);
     assert_eq!(s.take_released(), 0);
-    s.let_go(0, 1);
+    s.abandon_task(0, 1);
     assert_eq!(tasks_sent(&mut s, 0), [2, 3]);
     assert_eq!(s.take_released(), message);
     s.cancel_task(0, 3);
     assert_eq!(s.take_released(), message);
     assert_eq!(dropped(&mut s, 3), Ok(()));
-    s.submit(ahead(0, 4));
+    s.submit(prefetch(0, 4));
     s.append(0, 4, Bytes::from_static(b"message").into(), false);
     assert_eq!(tasks_sent(&mut s, 0), [4]);
     assert_eq!(s.take_released(), 0);
@@ -894,13 +900,13 @@ fn calls_go_to_whoever_is_free_in_their_order() {
     first.extend(tasks_sent(&mut scheduler, 1));
     first.sort_unstable();
     assert_eq!(first, [1, 2]);
-    assert_eq!(scheduler.call_place(3), CallPlace::Waiting);
-    let CallPlace::With(rank) = scheduler.call_place(1) else {
+    assert_eq!(scheduler.call_location(3), CallLocation::Waiting);
+    let CallLocation::With(rank) = scheduler.call_location(1) else {
         panic!("call 1 is with nobody");
     };
     answer(&mut scheduler, rank as usize, 1, None);
     assert_eq!(tasks_sent(&mut scheduler, rank as usize), [3]);
-    assert_eq!(scheduler.call_place(1), CallPlace::Nowhere);
+    assert_eq!(scheduler.call_location(1), CallLocation::Nowhere);
     // A task of the worker's own goes before calls that wait.
     submit(&mut scheduler, order(rank, 9));
     answer(&mut scheduler, rank as usize, 3, None);
@@ -911,7 +917,7 @@ fn calls_go_to_whoever_is_free_in_their_order() {
 #[test]
 fn a_verbs_workers_are_given_no_calls_but_one_that_is_waited_for() {
     let mut scheduler = up(1);
-    scheduler.keep_for_verb(0);
+    scheduler.reserve_for_verb(0);
     call(&mut scheduler, 1, &[0], false);
     call(&mut scheduler, 2, &[0], false);
     assert_eq!(tasks_sent(&mut scheduler, 0), []);
@@ -954,7 +960,7 @@ fn a_call_can_be_cancelled_wherever_it_is() {
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
     scheduler.cancel_call(2);
     scheduler.cancel_call(1);
-    assert_eq!(scheduler.call_place(1), CallPlace::Nowhere);
+    assert_eq!(scheduler.call_location(1), CallLocation::Nowhere);
     let given_up = Frame::new(Kind::Data, LAST | ABORT, 0, 1, Bytes::new());
     scheduler.on_frame(0, given_up).unwrap();
     assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
@@ -965,7 +971,7 @@ fn a_worker_that_is_back_takes_no_calls_before_it_is_what_it_was() {
     let mut scheduler = up(2);
     scheduler.agent_lost(0, "gone");
     scheduler.agent_back(0, &ToAgent::Alive).unwrap();
-    tell(&mut scheduler, 0, &ToHead::WorkerUp { worker: 0, pid: 3 });
+    from_agent(&mut scheduler, 0, &ToHead::WorkerUp { worker: 0, pid: 3 });
     call(&mut scheduler, 1, &[0], false);
     assert_eq!(tasks_sent(&mut scheduler, 0), []);
     scheduler.restored(0);

@@ -1,10 +1,10 @@
 //! What the scheduler knows of one worker.
 
-use super::events::{Gone, RankSet};
-use super::task::{Current, Next, Phase, Task};
-use crate::head::activity::Track;
+use super::events::{RankSet, Termination};
+use super::task::{Current, Phase, PrefetchedTask, Task};
+use crate::head::activity::WorkerStats;
 use crate::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST};
-use crate::protocol::ids::{CALLS, JobId, PayloadId, RESTORE, Rank, TaskId};
+use crate::protocol::ids::{BlobId, CALLS, JobId, RESTORE, Rank, TaskId};
 use crate::protocol::limits::SEND_WINDOW;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 pub(super) enum WorkerState {
     Starting,
     Up,
-    Gone(Arc<Gone>),
+    Terminated(Arc<Termination>),
 }
 
 #[derive(Debug)]
@@ -24,22 +24,22 @@ pub(super) struct Worker {
     pub(super) state: WorkerState,
     pub(super) queue: VecDeque<Task>,
     pub(super) current: Option<Current>,
-    /// Only while there is a current one.
-    pub(super) next: Option<Next>,
-    /// This task was lost with the worker before. Until it is known what becomes of it, those that
-    /// follow wait, but for those that were another worker's.
-    pub(super) undecided: Option<(TaskId, JobId)>,
-    /// The state of its random number generator, if that is known here.
+    /// The prefetched task. There is one only while there is a current task.
+    pub(super) next: Option<PrefetchedTask>,
+    /// A task that failed with the predecessor of this worker and awaits a retry decision. Until
+    /// then the tasks that follow it wait, except those on behalf of another worker.
+    pub(super) awaiting_retry: Option<(TaskId, JobId)>,
+    /// The worker's random number state, if it is known here.
     pub(super) seed: Option<Bytes>,
-    /// Bytes that may be sent: see [`SEND_WINDOW`].
+    /// Bytes that may be sent to the worker: see [`SEND_WINDOW`].
     pub(super) window: usize,
-    pub(super) track: Track,
-    /// Its host was lost and is back, and it may not be what it was yet.
+    pub(super) stats: WorkerStats,
+    /// The worker's host was lost and reconnected, and the worker has not been restored yet.
     pub(super) away: bool,
 }
 
 impl Worker {
-    /// A worker that is starting. `index`: among those of its agent.
+    /// A worker that is starting. `index`: its index on its host.
     pub(super) fn new(agent: usize, index: u32) -> Worker {
         Worker {
             agent,
@@ -48,10 +48,10 @@ impl Worker {
             queue: VecDeque::new(),
             current: None,
             next: None,
-            undecided: None,
+            awaiting_retry: None,
             seed: None,
             window: SEND_WINDOW,
-            track: Track::default(),
+            stats: WorkerStats::default(),
             away: false,
         }
     }
@@ -63,36 +63,37 @@ impl Worker {
         let next = self.next.as_ref().map(|next| &next.task);
         let mut tasks = current.into_iter().chain(next).chain(&self.queue);
         tasks.any(|task| {
-            let owner = task.instead_of.unwrap_or(rank);
+            let owner = task.on_behalf_of.unwrap_or(rank);
             task.job != CALLS && owners.contains(owner)
         })
     }
 
-    /// It is known what becomes of a task that was lost.
-    pub(super) fn decided(&mut self, id: TaskId) {
-        self.undecided = self.undecided.filter(|&(task, _)| task != id);
+    /// A failed task is retried or abandoned: tasks need no longer wait for it.
+    pub(super) fn retry_decided(&mut self, id: TaskId) {
+        self.awaiting_retry = self.awaiting_retry.filter(|&(task, _)| task != id);
     }
 
-    /// Takes out of the queue what is to be done next.
+    /// Takes the next task out of the queue.
     pub(super) fn next_task(&mut self) -> Option<Task> {
-        if self.undecided.is_none() {
+        if self.awaiting_retry.is_none() {
             return self.queue.pop_front();
         }
-        let stands_in = |task: &Task| task.instead_of.is_some();
-        let at = self.queue.iter().position(stands_in)?;
+        let is_reassigned = |task: &Task| task.on_behalf_of.is_some();
+        let at = self.queue.iter().position(is_reassigned)?;
         self.queue.remove(at)
     }
 
-    /// Takes out of the queue what may be sent while the worker is at another task. That one must
-    /// have been sent, so that it waits for nothing; and after one that restores the worker, the head
-    /// may still have random numbers for it.
-    pub(super) fn task_ahead(&mut self) -> Option<Task> {
+    /// Takes out of the queue the task that may be prefetched. The current task must have been sent
+    /// completely, so that it waits for nothing. Nothing is prefetched behind a task that restores
+    /// the worker, because the head may still have random numbers for the worker.
+    pub(super) fn prefetched_task(&mut self) -> Option<Task> {
         let current = self.current.as_ref()?;
         let runs = matches!(current.phase, Phase::Running) && !current.cancelled;
-        if !runs || current.task.id & RESTORE != 0 || self.undecided.is_some() {
+        if !runs || current.task.id & RESTORE != 0 || self.awaiting_retry.is_some() {
             return None;
         }
-        let may = |task: &Task| task.ahead && task.lasts.is_none() && task.instead_of.is_none();
+        let may =
+            |task: &Task| task.prefetch && task.setup_call.is_none() && task.on_behalf_of.is_none();
         if !self.queue.front().is_some_and(may) {
             return None;
         }
@@ -110,14 +111,14 @@ impl Worker {
     pub(super) fn can_send(&self) -> bool {
         self.sending()
             .is_some_and(|task| match task.chunks.front() {
-                _ if task.payload.is_some() => self.window >= HEADER_LEN + size_of::<PayloadId>(),
+                _ if task.blob.is_some() => self.window >= HEADER_LEN + size_of::<BlobId>(),
                 Some(chunk) => self.window >= HEADER_LEN + chunk.bytes.len(),
                 None => task.complete && self.window >= HEADER_LEN,
             })
     }
 
-    /// Takes back what was being sent, of which the agent has a part unless nothing was sent yet.
-    /// Returns what the agent is to be told.
+    /// Takes back the message that was being sent. The agent has a part of it, unless nothing was
+    /// sent yet. Returns the frame that tells the agent.
     pub(super) fn abort(&mut self, id: TaskId, first: bool) -> Option<Frame> {
         if first {
             return None;
@@ -128,7 +129,7 @@ impl Worker {
     }
 }
 
-/// The task that a worker is at, if that is one of R's.
+/// The current task of a worker, if it is one of R's.
 pub(super) fn current_of(worker: &Worker) -> Option<&Current> {
     let current = worker.current.as_ref();
     current.filter(|current| current.task.id & RESTORE == 0)
