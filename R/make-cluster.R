@@ -30,8 +30,8 @@
 #' @param ... Any argument of [parallel::makePSOCKcluster()] but `manual = TRUE`, by name. These arguments have the
 #'   meaning that they have in \pkg{parallel}:
 #'   * `outfile`: a file to which the output of the workers is appended. Default: `"/dev/null"`. With `""` or `NULL`,
-#'     this session prints the output line by line, after the host and the rank of the worker. Control characters are not
-#'     escaped.
+#'     this session prints the output line by line, after the host and the rank of the worker. Control characters
+#'     are not escaped.
 #'   * `rscript`: the `Rscript` command. Default on other hosts: the `Rscript` in the PATH of the host.
 #'   * `rscript_args`, `homogeneous`, `methods`, `rlibs`, `user`.
 #'   * `renice`: added to the niceness of the workers.
