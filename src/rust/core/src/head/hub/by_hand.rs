@@ -4,6 +4,7 @@
 //! Nothing comes while such a hub waits. So it is asked with a waiting time of zero.
 
 use super::client::Hub;
+use super::core::Hand;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::Note;
 use crate::protocol::body::Memory;
@@ -13,14 +14,6 @@ use crate::protocol::frame::Frame;
 use crate::protocol::ids::Rank;
 use std::io;
 use std::time::Duration;
-
-/// What the maker of a hub does by hand.
-#[derive(Debug, Default)]
-pub struct Hand {
-    pub now: Duration,
-    /// What the scheduler has noted, for those who look on.
-    pub notes: Vec<Note>,
-}
 
 impl Hub {
     /// A hub whose hosts, with workers of these ranks, are all there. `result_limit`: bytes of results to

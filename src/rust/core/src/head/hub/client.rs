@@ -1,11 +1,12 @@
 //! The hub's handle for R's thread. It belongs to that thread and never calls R.
 
+use super::connection::Plan;
 use super::core::{Core, SPIN_TIME, SPIN_TIME_SINGLE, SharedCore};
 use super::futures::{CallEnd, Waker};
 use super::inbox::{Event, HostFailure, HostView, Inbox, WorkerView};
 use super::readiness::ReadinessListener;
-use super::writer::{BlobWriting, MessageWriting};
-use super::{Plan, run};
+use super::thread::run;
+use super::writing::{BlobWriting, MessageWriting, NO_JOB};
 use crate::head::launch::Launch;
 use crate::head::scheduler::events::{Demand, Outcome, RankSet, Termination};
 use crate::head::scheduler::pool::CallLocation;
@@ -23,21 +24,6 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-
-/// A job that no verb of parallel stands behind: see [`Hub::begin`].
-pub const NO_JOB: JobId = 0;
-
-/// The position of a task in its worker's queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Turn {
-    /// After the tasks that the worker has been given before.
-    #[default]
-    Last,
-    /// After the tasks that the worker has been given before; the task may be prefetched.
-    Prefetch,
-    /// Before the tasks that wait.
-    First,
-}
 
 /// The answer that R receives to a task.
 #[derive(Debug)]
@@ -90,20 +76,6 @@ pub enum Answer {
     Pending,
     /// There is no task to wait for.
     NothingSent,
-}
-
-/// A task whose message can now be written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StartedTask {
-    /// The number of the task.
-    pub task: TaskId,
-    /// The worker that gets the task.
-    pub assigned: Rank,
-    /// Whether the message begins with the blob. If not, the worker's host does not have the blob:
-    /// either [`Hub::begin_blob_again`] follows, or the whole message must be written.
-    pub has_blob: bool,
-    /// The worker runs a call, which it completes first.
-    pub behind_call: bool,
 }
 
 /// How far a start has come.

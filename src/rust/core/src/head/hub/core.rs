@@ -7,12 +7,11 @@
 //! hub's thread reads. The lock is never held while R code runs, across an allocation by R, or
 //! while a thread sleeps.
 
-use super::by_hand::Hand;
 use super::connection::Conn;
+use super::host_restore::HostRestore;
 use super::inbox::Inbox;
 use super::readiness::Readiness;
 use super::recent::Recent;
-use super::reconnect::HostRestore;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
@@ -70,6 +69,14 @@ fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
     let fits = there == len && memfd::is_sealed(&file);
     let len = usize::try_from(len).ok().filter(|_| fits)?;
     Some(Memory::new(len, Some(Arc::new(file))))
+}
+
+/// What the maker of a hub does by hand.
+#[derive(Debug, Default)]
+pub struct Hand {
+    pub now: Duration,
+    /// What the scheduler has noted, for those who look on.
+    pub notes: Vec<Note>,
 }
 
 /// See the module's documentation.

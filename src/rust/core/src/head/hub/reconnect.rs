@@ -1,13 +1,13 @@
 //! Restoring the workers of a reconnected host.
 
 use super::core::Core;
+use super::host_restore::Active;
 use crate::head::scheduler::events::Outcome;
 use crate::head::setup_log::SetupMessage;
 use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
 use bytes::Bytes;
-use std::collections::{HashMap, VecDeque};
 
 /// Maximum number of workers that are restored at the same time: the set-up calls that are being
 /// sent have their chunks in memory, if not their bytes.
@@ -15,21 +15,6 @@ const RESTORES_AT_ONCE: usize = 8;
 
 /// A worker that fails this often while it is being restored is given up.
 const MAX_RESTORE_FAILURES: u32 = 3;
-
-#[derive(Default)]
-pub struct HostRestore {
-    waiting: VecDeque<Rank>,
-    active: HashMap<Rank, Active>,
-    next: TaskId,
-}
-
-/// A worker that is being restored.
-struct Active {
-    /// The number of its first set-up call.
-    first: TaskId,
-    last: TaskId,
-    failures: u32,
-}
 
 impl Core {
     /// A worker has come up. If it had terminated, it is restored.

@@ -1,14 +1,15 @@
 //! How R's thread writes messages of tasks and calls, and blobs.
 
-use super::client::{Hub, NO_JOB, StartedTask, Turn, substitute};
+use super::client::{Hub, substitute};
 use super::core::Core;
-use super::futures::CallEnd;
+use super::writing::{
+    BlobWriting, MessageWriting, NO_JOB, StartedTask, Turn, submit, submit_blob, take_chunks,
+};
 use crate::head::scheduler::events::Termination;
 use crate::head::scheduler::task::Order;
-use crate::protocol::dedup::{self, Chunk};
+use crate::protocol::dedup::Chunk;
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{BlobId, CALLS, JobId, Rank, TaskId};
-use bytes::Bytes;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,142 +18,6 @@ pub(super) const SEND_LIMIT: usize = 8 * 1024 * 1024;
 
 /// Bytes of a message that are searched together for chunk boundaries.
 pub(super) const CUT_AFTER: usize = 4 * MAX_BODY;
-
-#[derive(Debug)]
-pub(super) struct MessageWriting {
-    pub(super) order: Order,
-    /// The worker that R gave the task to.
-    owner: Rank,
-    /// The task is a retry.
-    again: bool,
-    /// The blob that the message begins with, if the host gets it.
-    wanted: Option<BlobId>,
-    buffer: Vec<u8>,
-    first: bool,
-    /// How a call had ended that is retried: it ends so again if the message cannot be written.
-    end: Option<CallEnd>,
-}
-
-/// A blob that is being written.
-#[derive(Debug)]
-pub(super) struct BlobWriting {
-    id: BlobId,
-    buffer: Vec<u8>,
-    /// The blob is new, and set-up calls begin with it.
-    logged: bool,
-}
-
-impl MessageWriting {
-    pub(super) fn new(order: Order, owner: Rank, again: bool) -> MessageWriting {
-        MessageWriting {
-            order,
-            owner,
-            again,
-            wanted: None,
-            buffer: Vec::new(),
-            first: true,
-            end: None,
-        }
-    }
-
-    fn is_call(&self) -> bool {
-        self.order.any_of.is_some()
-    }
-
-    /// Makes the message begin with its blob, if that is possible and nothing of the message has
-    /// been submitted. Returns whether it does.
-    pub(super) fn attach_blob(&mut self, core: &Core) -> bool {
-        if self.first {
-            let order = &self.order;
-            // A blob that is missing in the file could not be restored on a reconnected host.
-            let setup_log = core
-                .setup_log
-                .as_ref()
-                .filter(|_| order.setup_call.is_some());
-            let logged = |id| setup_log.is_none_or(|s| !s.is_complete() || s.has_blob(id));
-            let has = |&id: &BlobId| core.scheduler.has_blob(order.rank, id) && logged(id);
-            self.order.blob = self.wanted.filter(has);
-        }
-        self.order.blob.is_some()
-    }
-}
-
-/// Takes from the buffer the chunks to be submitted next; all of it if it is the `last` part.
-fn take_chunks(buffer: &mut Vec<u8>, has_chunk_cache: bool, last: bool) -> Vec<Chunk> {
-    if has_chunk_cache {
-        return dedup::cut(buffer, last);
-    }
-    let room = if last { 0 } else { MAX_BODY };
-    let buffer = std::mem::replace(buffer, Vec::with_capacity(room));
-    vec![Bytes::from(buffer).into()]
-}
-
-fn submit_blob(core: &mut Core, blob_writing: &BlobWriting, mut chunks: Vec<Chunk>, last: bool) {
-    if last && chunks.is_empty() {
-        chunks.push(Chunk::default());
-    }
-    if let Some(setup_log) = core.setup_log.as_mut().filter(|_| blob_writing.logged) {
-        setup_log.write_blob(&chunks);
-    }
-    let count = chunks.len();
-    for (at, chunk) in chunks.into_iter().enumerate() {
-        let last = last && at + 1 == count;
-        if core.scheduler.append_blob(blob_writing.id, &chunk, last) {
-            core.queued += chunk.bytes.len();
-        }
-    }
-    core.pump();
-}
-
-fn submit(core: &mut Core, writing: &mut MessageWriting, mut chunks: Vec<Chunk>, last: bool) {
-    if last && chunks.is_empty() {
-        chunks.push(Chunk::default());
-    }
-    if writing.is_call() {
-        return submit_call(core, writing, chunks, last);
-    }
-    if std::mem::replace(&mut writing.first, false) {
-        let order = &writing.order;
-        core.inbox
-            .tasks
-            .begin(order.task, writing.owner, order.rank);
-        if let (Some(setup_log), Some(name)) = (&mut core.setup_log, writing.order.setup_call) {
-            let order = &writing.order;
-            setup_log.begin(order.task, order.rank, name, order.blob);
-        }
-        core.scheduler.submit(writing.order.clone());
-    }
-    let &Order { rank, task, .. } = &writing.order;
-    if let Some(setup_log) = &mut core.setup_log {
-        setup_log.write(&chunks);
-    }
-    let count = chunks.len();
-    for (at, chunk) in chunks.into_iter().enumerate() {
-        core.queued += chunk.bytes.len();
-        let last = last && at + 1 == count;
-        core.scheduler.append(rank, task, chunk, last);
-    }
-    core.pump();
-}
-
-/// Submits a part of a call. R does not wait for calls to be sent: their bytes stay here until a
-/// worker is free.
-fn submit_call(core: &mut Core, writing: &mut MessageWriting, chunks: Vec<Chunk>, last: bool) {
-    let task = writing.order.task;
-    if std::mem::replace(&mut writing.first, false) {
-        core.inbox.calls.expect(task);
-        core.scheduler.submit(writing.order.clone());
-    }
-    let count = chunks.len();
-    for (at, chunk) in chunks.into_iter().enumerate() {
-        let last = last && at + 1 == count;
-        core.scheduler.append_call(task, chunk, last);
-    }
-    if last && core.inbox.calls.is_awaited(task) {
-        core.scheduler.demand_call(task);
-    }
-    core.pump();
-}
 
 impl Hub {
     /// Begins a task for a worker; [`Hub::write`] and [`Hub::finish`] follow. `setup_call`: the

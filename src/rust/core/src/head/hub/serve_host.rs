@@ -1,0 +1,370 @@
+//! The task that serves one host: launching its agent, greeting it, and finding out why it ended.
+
+use super::core::SharedCore;
+use super::inbox::HostFailure;
+use crate::head::launch::{self, AgentProcess, Launch, Launched};
+use crate::platform::exit::Exit;
+use crate::protocol::control::{self, Hello, ToAgent};
+use crate::protocol::handshake::{Greeting, MAGIC};
+use crate::protocol::heartbeat::Heartbeat;
+use crate::protocol::send_queue::OutBuf;
+use bytes::BytesMut;
+use std::cell::RefCell;
+use std::io;
+use std::process::ExitStatus;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, info, warn};
+
+/// How long an agent's process may take to end once its stream has ended.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(950);
+
+/// How long an R process that has not greeted may take to end when it is interrupted.
+const INTERRUPT_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How long an agent may take to end its workers and then its stream once asked, beyond the time
+/// that idle workers have, before it is killed together with them. The agent's own grace for busy
+/// workers is 0.6 s; the rest is for a busy machine.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes of an agent's stderr that error messages show.
+const AGENT_STDERR_TAIL: usize = 8 * 1024;
+
+/// The first and the longest pause before a lost host is reconnected.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
+
+/// Serves one host: its agent from launch to end, and the agents that replace it if the host is
+/// reconnected.
+pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
+    let failure = serve_one(&shared_core, agent, &launch, &hello, false).await;
+    fail(&shared_core, agent, failure);
+    let mut wait = FIRST_WAIT;
+    loop {
+        let stop = {
+            let core = shared_core.core();
+            if !core.takes_back(agent) {
+                return;
+            }
+            core.conns[agent].stop.clone()
+        };
+        tokio::select! {
+            () = sleep(wait) => {}
+            () = stop.notified() => return,
+        }
+        let failure = serve_one(&shared_core, agent, &launch, &hello, true).await;
+        let was_back = shared_core.core().inbox.hosts[agent].failure.is_none();
+        wait = if was_back {
+            FIRST_WAIT
+        } else {
+            (2 * wait).min(LONGEST_WAIT)
+        };
+        fail(&shared_core, agent, failure);
+    }
+}
+
+/// Serves one agent from launch to end, and returns why it ended. `again`: it reconnects a lost
+/// host.
+async fn serve_one(
+    shared_core: &Arc<SharedCore>,
+    agent: usize,
+    launch: &Launch,
+    hello: &Hello,
+    again: bool,
+) -> HostFailure {
+    let (exit_tx, exit) = oneshot::channel();
+    let launched = launch::start(launch, move |status| {
+        let _ = exit_tx.send(status);
+    });
+    let launched = match launched {
+        Ok(launched) => launched,
+        Err(error) => {
+            let program = launch.command.first();
+            let program = program.map(|p| p.to_string_lossy().into_owned());
+            let program = program.unwrap_or_default();
+            let reason = format!("the agent could not be started: {program}: {error}");
+            return HostFailure::new(reason);
+        }
+    };
+    let Launched {
+        stream,
+        stderr,
+        process,
+    } = launched;
+    {
+        let mut core = shared_core.core();
+        core.inbox.hosts[agent].pid = Some(process.pid());
+        let (host, pid) = (launch.host.as_str(), process.pid());
+        info!(agent = agent + 1, host, pid, again, "agent launched");
+        core.changed();
+    }
+    let tail = Rc::new(RefCell::new(Vec::new()));
+    if let Ok(stderr) = pipe::Receiver::from_owned_fd(stderr.into()) {
+        tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
+    }
+    let mut greeting = Greeting::default();
+    let ended = talk(shared_core, agent, hello, stream, &mut greeting, again).await;
+    // From here on the stream is closed on the head's side, which asks the agent to end if it is
+    // still running.
+    let ended = ended.and(shared_core.core().detach(agent));
+    let greeted = shared_core.core().inbox.hosts[agent].hello.is_some();
+    let (status, killed) = await_exit(&process, exit, greeted).await;
+    // The agent's last output may still be in the pipe.
+    tokio::task::yield_now().await;
+    let exited = match status {
+        Some(_) if killed => "closed its stream, did not end and was killed".to_owned(),
+        Some(status) => describe(status),
+        None => "did not end when asked to and could not be killed".to_owned(),
+    };
+    let reason = match ended {
+        Ok(()) => format!("the agent's process {exited}"),
+        Err(error) => format!("{error} (the agent's process {exited})"),
+    };
+    HostFailure {
+        reason,
+        stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
+        stdout: greeting.noise(),
+        status: status.and_then(|status| status.code()),
+    }
+}
+
+fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
+    let mut core = shared_core.core();
+    warn_of(agent, &failure, core.stopping);
+    core.update_clock();
+    core.scheduler.agent_lost(agent, &failure.reason);
+    let permanent = core.conns[agent].permanent;
+    let known = &mut core.inbox.hosts[agent].failure;
+    // The reason for leaving the host out says more than how the agent then ended.
+    if known.is_none() || !permanent {
+        *known = Some(failure);
+    }
+    core.pump();
+    core.changed();
+}
+
+fn warn_of(agent: usize, failure: &HostFailure, stopping: bool) {
+    let reason = failure.reason.as_str();
+    match stopping {
+        true => debug!(agent = agent + 1, reason, "agent ended"),
+        false => warn!(agent = agent + 1, reason, "agent lost"),
+    }
+}
+
+fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Exit::Status(code).to_string(),
+        (_, Some(signal)) => Exit::Signal(signal).to_string(),
+        _ => Exit::Unknown.to_string(),
+    }
+}
+
+/// How the process ended, and whether the hub killed it.
+async fn await_exit(
+    process: &Arc<AgentProcess>,
+    mut exit: oneshot::Receiver<io::Result<ExitStatus>>,
+    greeted: bool,
+) -> (Option<ExitStatus>, bool) {
+    let known = |waited: Result<io::Result<ExitStatus>, _>| waited.ok().and_then(Result::ok);
+    let mut waited = timeout(EXIT_TIMEOUT, &mut exit).await;
+    let interrupted = waited.is_err() && !greeted;
+    if interrupted {
+        // The process may hang in a profile, and does not read the stream.
+        process.interrupt();
+        waited = timeout(INTERRUPT_TIMEOUT, &mut exit).await;
+    }
+    if let Ok(waited) = waited {
+        return (known(waited), interrupted);
+    }
+    process.kill();
+    let waited = timeout(EXIT_TIMEOUT, exit).await;
+    (waited.ok().and_then(known), true)
+}
+
+async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
+    let mut buffer = vec![0u8; 4096];
+    while stderr.readable().await.is_ok() {
+        match stderr.try_read(&mut buffer) {
+            Ok(0) => return,
+            Ok(n) => {
+                let mut tail = tail.borrow_mut();
+                tail.extend_from_slice(&buffer[..n]);
+                let excess = tail.len().saturating_sub(AGENT_STDERR_TAIL);
+                tail.drain(..excess);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Greets the agent, and waits for the end of its stream. An error says why the head ended it.
+async fn talk(
+    shared_core: &SharedCore,
+    agent: usize,
+    hello: &Hello,
+    stream: std::os::unix::net::UnixStream,
+    greeting: &mut Greeting,
+    again: bool,
+) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    let stream = UnixStream::from_std(stream)?;
+    let (stop, over, start_timeout) = {
+        let core = shared_core.core();
+        let conn = &core.conns[agent];
+        (conn.stop.clone(), conn.over.clone(), core.start_timeout)
+    };
+    let late = async || {
+        if !again {
+            // R limits the time of the first start.
+            std::future::pending::<()>().await;
+        }
+        sleep(start_timeout).await;
+        let seconds = start_timeout.as_secs_f64();
+        io::Error::other(format!(
+            "it was tried again and not up within {seconds} seconds"
+        ))
+    };
+    let received = tokio::select! {
+        received = greet(shared_core, agent, hello, &stream, greeting) => match received? {
+            Some(received) => received,
+            None => return Ok(()),
+        },
+        // No agent has been told to stop yet: the end of the stream stops it.
+        () = stop.notified() => return Ok(()),
+        error = late() => return Err(error),
+    };
+    let stream = stream.into_std()?;
+    {
+        let mut core = shared_core.core();
+        if again {
+            if core.conns[agent].permanent {
+                return Ok(());
+            }
+            core.agent_back(agent)?;
+        }
+        core.attach(agent, stream, received);
+    }
+    let started = async {
+        let error = late().await;
+        if !shared_core.core().scheduler.is_starting(agent) {
+            std::future::pending::<()>().await;
+        }
+        error
+    };
+    let stopped = async {
+        stop.notified().await;
+        let stop_timeout = {
+            let core = shared_core.core();
+            match core.scheduler.is_starting(agent) {
+                // It has no idle workers that need time to end.
+                true => Duration::ZERO,
+                false => core.conns[agent].stop_timeout,
+            }
+        };
+        sleep(stop_timeout + STOP_TIMEOUT).await;
+    };
+    tokio::select! {
+        () = over.notified() => Ok(()),
+        error = silence(shared_core, agent) => Err(error),
+        error = started => Err(error),
+        () = stopped => Err(io::Error::other("the agent did not heed that it was to stop")),
+    }
+}
+
+/// Sends heartbeats to the agent, and returns when the agent has been silent for too long. An agent
+/// cannot answer while it loads packages, so silence counts only from its first message after that.
+async fn silence(shared_core: &SharedCore, agent: usize) -> io::Error {
+    let began = Instant::now();
+    let planned = shared_core.core().conns[agent].planned.clone();
+    planned.notified().await;
+    let heartbeat_timeout = shared_core.core().conns[agent].heartbeat_timeout;
+    if heartbeat_timeout.is_zero() {
+        std::future::pending::<()>().await;
+    }
+    let mut heartbeat: Option<Heartbeat> = None;
+    loop {
+        sleep(heartbeat_timeout / 16).await;
+        let mut core = shared_core.core();
+        if core.conns[agent].last_received.is_none() {
+            continue;
+        }
+        // Bytes that arrived while this process was stopped count.
+        core.read(agent);
+        let now = began.elapsed();
+        let heartbeat = heartbeat.get_or_insert_with(|| Heartbeat::new(heartbeat_timeout, now));
+        if let Some(last_received) = core.conns[agent].last_received {
+            heartbeat.record_received(last_received.saturating_duration_since(began));
+        }
+        if heartbeat.is_silent(now) {
+            let seconds = heartbeat_timeout.as_secs_f64();
+            return io::Error::other(format!("nothing was heard from it for {seconds} seconds"));
+        }
+        if heartbeat.send_due(now) {
+            let _ = core.scheduler.send_control(agent, &ToAgent::Alive);
+            core.pump();
+        }
+    }
+}
+
+/// Reads once. `None`: nothing is available.
+fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize>> {
+    received.reserve(16 * 1024);
+    match stream.try_read_buf(received) {
+        Ok(n) => Ok(Some(n)),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        // The agent was killed before it read all that the head had sent.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok(Some(0)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sends magic and hello, skips what a shell printed, and checks the agent's hello.
+/// `None`: it ended first.
+async fn greet(
+    shared_core: &SharedCore,
+    agent: usize,
+    hello: &Hello,
+    stream: &UnixStream,
+    greeting: &mut Greeting,
+) -> io::Result<Option<BytesMut>> {
+    let ours = control::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
+    let mut out = OutBuf::default();
+    out.push_bytes(MAGIC);
+    out.push(&ours);
+    while !out.is_empty() {
+        stream.writable().await?;
+        match out.write_with(|slices| stream.try_write_vectored(slices)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // The agent may have ended at once; its output is worth more than this error.
+            Err(_) => break,
+            Ok(_) => {}
+        }
+    }
+    loop {
+        stream.readable().await?;
+        let mut fresh = BytesMut::new();
+        match read(stream, &mut fresh)? {
+            None => continue,
+            Some(0) => return Ok(None),
+            Some(_) => {}
+        }
+        if let Some(theirs) = greeting.feed(&fresh).map_err(io::Error::other)? {
+            hello.check(&theirs).map_err(io::Error::other)?;
+            info!(
+                agent = agent + 1,
+                pid = theirs.pid,
+                r_version = theirs.r_version,
+                "agent greeted"
+            );
+            shared_core.core().inbox.greeted(agent, theirs);
+            return Ok(Some(greeting.take_rest()));
+        }
+    }
+}

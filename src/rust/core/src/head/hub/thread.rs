@@ -1,0 +1,128 @@
+//! The hub's thread: it starts the agents and serves their streams while R's thread does not.
+
+use super::core::{SharedCore, TICK};
+use super::inbox::HostFailure;
+use super::serve_host;
+use crate::head::launch::Launch;
+use crate::protocol::control::Hello;
+use mio::Events;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// The hub's thread.
+pub(super) fn run(
+    hosts: Vec<Launch>,
+    hello: Hello,
+    shared_core: &Arc<SharedCore>,
+    streams: mio::Poll,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build();
+    let count = hosts.len();
+    let served = runtime.and_then(|runtime| {
+        let local = tokio::task::LocalSet::new();
+        local.block_on(&runtime, serve(hosts, hello, shared_core.clone(), streams))
+    });
+    if let Err(error) = served {
+        let reason = format!("the head's event loop failed: {error}");
+        let mut core = shared_core.core();
+        for agent in 0..count {
+            core.inbox.hosts[agent].failure = Some(HostFailure::new(reason.clone()));
+        }
+        core.changed();
+    }
+}
+
+async fn serve(
+    hosts: Vec<Launch>,
+    hello: Hello,
+    shared_core: Arc<SharedCore>,
+    streams: mio::Poll,
+) -> io::Result<()> {
+    // SAFETY: a mio::Poll owns its descriptor and keeps the same one for as long as it lives.
+    let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };
+    let watcher = tokio::task::spawn_local(serve_streams(shared_core.clone(), streams));
+    let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
+    let mut tasks = Vec::new();
+    for (agent, host) in hosts.into_iter().enumerate() {
+        let task = serve_host::serve(shared_core.clone(), agent, host, hello.clone());
+        tasks.push(tokio::task::spawn_local(task));
+    }
+    shared_core.stopped.notified().await;
+    // Each connection task ends when its agent's process has been waited for.
+    for task in tasks {
+        let _ = task.await;
+    }
+    watcher.abort();
+    ticker.abort();
+    Ok(())
+}
+
+/// Consecutive reads of one stream before the others, and the hub's other tasks, have their turn:
+/// an agent that never stops sending must delay nothing but itself.
+const HUB_READS: usize = 16;
+
+/// Serves the streams while R's thread does not.
+async fn serve_streams(
+    shared_core: Arc<SharedCore>,
+    mut streams: AsyncFd<mio::Poll>,
+) -> io::Result<()> {
+    let mut events = Events::with_capacity(64);
+    // Streams that may contain more than was read of them, which the system will not announce
+    // again.
+    let mut unread: Vec<usize> = Vec::new();
+    loop {
+        if unread.is_empty() {
+            let mut ready = streams.readable_mut().await?;
+            poll(ready.get_inner_mut(), &mut events)?;
+            if events.is_empty() {
+                ready.clear_ready();
+            }
+        } else {
+            poll(streams.get_mut(), &mut events)?;
+        }
+        for event in &events {
+            let agent = event.token().0;
+            if event.is_writable() || event.is_write_closed() {
+                shared_core.core().on_writable(agent);
+            }
+            let readable = event.is_readable() || event.is_read_closed();
+            if readable && !unread.contains(&agent) {
+                unread.push(agent);
+            }
+        }
+        // The lock is released after each read, because R may want it.
+        unread.retain(|&agent| (0..HUB_READS).all(|_| shared_core.core().read(agent)));
+        if !unread.is_empty() {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+fn poll(streams: &mut mio::Poll, events: &mut Events) -> io::Result<()> {
+    loop {
+        match streams.poll(events, Some(Duration::ZERO)) {
+            // An interrupted call returns no events, although there may be some.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            polled => return polled,
+        }
+    }
+}
+
+/// Takes over reading from R's thread when R does something else.
+async fn tick(shared_core: Arc<SharedCore>) {
+    loop {
+        shared_core.taken_over.notified().await;
+        loop {
+            tokio::time::sleep(TICK).await;
+            if !shared_core.tick() {
+                break;
+            }
+        }
+    }
+}
