@@ -325,10 +325,6 @@ hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
-#' The bytes of memory that this worker may have; 0 if there is no limit.
-#' @noRd
-worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
-
 #' In a separate process: takes the channel from stdin and returns the packages to attach.
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
@@ -351,4 +347,8 @@ worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, inte
 #' there is one.
 #' @noRd
 worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
+
+#' The bytes of memory that this worker may have; 0 if there is no limit.
+#' @noRd
+worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 

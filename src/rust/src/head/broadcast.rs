@@ -1,13 +1,13 @@
 //! What many nodes get: written once for each host where it can be, or once for each node.
 
 use super::handle::{Cluster, MessageBlobs, ToHub, Unsent};
-use super::nodes::{is_plain, send, send_plain};
+use super::repeat::{MadeBlob, Repeated};
+use super::send::{is_plain, send};
 use crate::codec::mapped::{self, MappedSize};
 use crate::codec::stream::{self, Format, Sink};
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
-use rustcluster_core::head::hub::StartedTask;
-use rustcluster_core::protocol::dedup;
+use rustcluster_core::protocol::dedup::{self, Fingerprint};
 use rustcluster_core::protocol::ids::{BlobId, JobId, Rank};
 
 pub(super) fn broadcast(
@@ -153,56 +153,105 @@ pub fn resend_blob(
     Ok(())
 }
 
-/// Writes a message to the hub, where its task has begun. Returns how many bytes R has serialized for that:
-/// none for a plain one, or if it is a blob.
-pub(super) fn write(
+/// Sends a message to the host of this worker as a blob. The message [may be](Repeated::may_be) the repeated one. `None`: it is not the same. The result names no blob if there is none.
+///
+/// # Errors
+/// When R jumped. The message may be shared all the same the next time.
+pub(super) fn send_as_blob(
+    repeated: &mut Repeated,
     cluster: &Cluster,
-    started: &StartedTask,
+    owner: Rank,
     message: &Robj,
-) -> std::result::Result<usize, Jump> {
-    let written = match started.has_blob {
-        // The blob is all of it.
-        true => Ok(0),
-        false => write_all(cluster, started.assigned, message),
+) -> std::result::Result<Option<MessageBlobs>, Jump> {
+    // Whoever stands in for it gets the message as it is.
+    if cluster.hub.borrow().worker(owner).termination.is_some() {
+        return Ok(Some(MessageBlobs::default()));
+    }
+    let format = cluster.format(owner);
+    let made = repeated.blobs.iter().find(|made| made.format == format);
+    let Some(&MadeBlob { id, print, .. }) = made else {
+        let (id, print) = make_blob(cluster, &[owner], repeated.setup_call.is_some(), |hub| {
+            print_blob(message, format, Some(hub))
+        })?;
+        repeated.blobs.push(MadeBlob { format, id, print });
+        return Ok(Some(MessageBlobs::of_one(format, id)));
     };
+    if print_blob(message, format, None)? != print {
+        return Ok(None);
+    }
+    let has = cluster.hub.borrow().has_blob(owner, id);
+    // Code that R ran in between may have changed it.
+    if !has && !send_blob_again(cluster, id, print, owner, message, format)? {
+        return Ok(None);
+    }
+    Ok(Some(MessageBlobs::of_one(format, id)))
+}
+
+/// Sends a blob to one more host. Returns whether it has been the same bytes: if not, that host does not
+/// have it.
+fn send_blob_again(
+    cluster: &Cluster,
+    id: BlobId,
+    print: (u128, u64),
+    owner: Rank,
+    message: &Robj,
+    format: Format,
+) -> std::result::Result<bool, Jump> {
+    cluster.hub.borrow_mut().begin_blob_again(id, owner);
+    let written = print_blob(message, format, Some(&mut ToHub(cluster)));
     let mut hub = cluster.hub.borrow_mut();
     match written {
-        Ok(_) => hub.finish(),
-        Err(_) => hub.abandon(),
+        Ok(now) if now == print => {
+            hub.finish_blob();
+            Ok(true)
+        }
+        other => {
+            hub.abandon();
+            other.map(|_| false)
+        }
     }
-    written
 }
 
-fn write_all(
-    cluster: &Cluster,
-    assigned: Rank,
+/// Writes a message to the hub as a blob, or to nowhere. Returns the fingerprint of its bytes.
+fn print_blob(
     message: &Robj,
-) -> std::result::Result<usize, Jump> {
-    let format = cluster.format(assigned);
-    if send_plain(cluster, format, message)? {
-        return Ok(0);
-    }
-    let mut sink = Counting {
-        hub: ToHub(cluster),
-        bytes: 0,
+    format: Format,
+    hub: Option<&mut ToHub<'_>>,
+) -> std::result::Result<(u128, u64), Jump> {
+    let mut sink = Printing {
+        print: Fingerprint::default(),
+        hub,
+        unchecked: 0,
     };
-    stream::serialize(message, format, &mut sink)?;
-    Ok(sink.bytes)
+    write_blob(message, format, &mut sink)?;
+    Ok(sink.print.value())
 }
 
-/// The hub, and how many bytes have been written to it.
-pub(super) struct Counting<'a> {
-    hub: ToHub<'a>,
-    bytes: usize,
+/// Bytes to nowhere after which R is to look for an interrupt.
+const BYTES_PER_CHECK: usize = 16 * 1024 * 1024;
+
+/// Takes the fingerprint of what is written.
+struct Printing<'a, 'b> {
+    print: Fingerprint,
+    hub: Option<&'a mut ToHub<'b>>,
+    unchecked: usize,
 }
 
-impl Sink for Counting<'_> {
+impl Sink for Printing<'_, '_> {
     fn write(&mut self, bytes: &[u8]) -> bool {
-        self.bytes += bytes.len();
-        self.hub.write(bytes)
+        self.print.update(bytes);
+        if let Some(hub) = &mut self.hub {
+            return hub.write(bytes);
+        }
+        self.unchecked += bytes.len();
+        let due = self.unchecked >= BYTES_PER_CHECK;
+        if due {
+            self.unchecked = 0;
+        }
+        due
     }
 
     fn wait(&mut self) -> bool {
-        self.hub.wait()
+        self.hub.as_mut().is_some_and(|hub| hub.wait())
     }
 }

@@ -1,8 +1,8 @@
 //! Calls for whoever is free: sent one by one, and each asked for by its number.
 
-use super::handle::{Cluster, DroppableCall, SLICE, ToHub, may_send, rank_of, with_cluster};
+use super::handle::{DroppableCall, SLICE, may_send, rank_of, with_cluster};
+use super::send::send_call;
 use super::{nodes, retry};
-use crate::codec::stream::{self, Format};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
@@ -45,45 +45,12 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, what: &str, message: Robj
             attempts: Attempts::default(),
         };
         cluster.calls.borrow_mut().insert(task, call);
-        if let Err(Jump(token)) = send(cluster, &any_of, task, false, &message) {
+        if let Err(Jump(token)) = send_call(cluster, &any_of, task, false, &message) {
             cluster.forget_message_of_call(task);
             return Ok(token);
         }
         Ok(().into())
     })
-}
-
-/// Writes a call to the hub. `again`: it was lost.
-///
-/// # Errors
-/// When R jumped: a call that was lost has then ended as before.
-pub(super) fn send(
-    cluster: &Cluster,
-    any_of: &Arc<[Rank]>,
-    task: TaskId,
-    again: bool,
-    message: &Robj,
-) -> std::result::Result<(), Jump> {
-    let xdr = |&rank: &Rank| cluster.format(rank) == Format::Xdr;
-    // All of them can read that.
-    let format = match any_of.iter().any(xdr) {
-        true => Format::Xdr,
-        false => Format::Native,
-    };
-    cluster
-        .hub
-        .borrow_mut()
-        .begin_call(any_of.clone(), task, again);
-    let written = nodes::send_plain(cluster, format, message).and_then(|sent| match sent {
-        true => Ok(()),
-        false => stream::serialize(message, format, &mut ToHub(cluster)).map(drop),
-    });
-    let mut hub = cluster.hub.borrow_mut();
-    match written {
-        Ok(()) => hub.finish(),
-        Err(_) => hub.abandon(),
-    }
-    written
 }
 
 /// The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is

@@ -1,13 +1,14 @@
 //! The cluster that R holds: its hub, and what is remembered between two calls of R.
 
-use super::job::Job;
+use super::losses::WorkerFailures;
 use super::repeat::{Repeated, User};
-use super::retry::WorkerFailures;
+use super::values::Values;
 use crate::codec::stream::{Format, Sink};
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
 use rustcluster_core::head::hub::Hub;
+use rustcluster_core::head::job;
 use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
@@ -15,6 +16,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// An open job: its engine, and what it has of R's.
+pub struct Job {
+    pub engine: job::Job,
+    pub(super) values: Values,
+    /// What the first step, which job_begin() takes, has left for the next: what R is needed for.
+    pub(super) said: Option<Unsent>,
+}
 
 /// What hub_call() has had of answers when it stopped to wait.
 pub(super) struct Called {

@@ -4,8 +4,9 @@
 //!
 //! R is needed only for errors and for the results of tasks that have failed: [`job_step`] then returns a failure.
 
-use super::elements::{Elements, Encoder, Values, loss_of_batch, numbers};
-use super::handle::{Cluster, SLICE, Unsent, may_begin, rank_of, with_cluster};
+use super::elements::{Encoder, loss_of_batch, numbers};
+use super::handle::{Cluster, Job, SLICE, Unsent, may_begin, rank_of, with_cluster};
+use super::values::{Elements, Values};
 use super::{broadcast, nodes};
 use crate::codec::batch;
 use crate::r::failure::Failure;
@@ -18,14 +19,6 @@ use rustcluster_core::head::retry::Policy;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
-
-/// See the module's documentation.
-pub struct Job {
-    pub engine: job::Job,
-    values: Values,
-    /// What the first step, which job_begin() takes, has left for the next: what R is needed for.
-    said: Option<Unsent>,
-}
 
 /// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
 /// that all tasks have. `elements`: a vector without a class, or a function of an element's number.

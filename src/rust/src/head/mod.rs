@@ -7,12 +7,15 @@ mod elements;
 mod events;
 pub mod handle;
 mod job;
+mod losses;
 mod nodes;
 mod readiness;
 mod repeat;
 mod retry;
+mod send;
 mod start;
 mod status;
+mod values;
 
 use extendr_api::prelude::*;
 

@@ -1,12 +1,13 @@
 //! The head's functions: a [`Hub`] behind an external pointer.
 
 use super::handle::{
-    ABSENT, Called, Cluster, MessageBlobs, SLICE, SentMessage, Unread, Unsent, cluster_of,
-    may_begin, rank_of, usable, with_cluster,
+    ABSENT, Called, Cluster, SLICE, Unread, Unsent, cluster_of, may_begin, rank_of, usable,
+    with_cluster,
 };
 use super::repeat::{LARGE, Repeated};
+use super::send::send;
 use super::{broadcast, events, retry, status};
-use crate::codec::stream::{self, Format};
+use crate::codec::stream;
 use crate::codec::{mapped, plain};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
@@ -15,9 +16,8 @@ use extendr_ffi::{
     INTEGER_ELT, R_CHAR, R_NamesSymbol, REAL_ELT, Rf_getAttrib, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
-use rustcluster_core::head::hub::{Answer, Hub, Turn};
-use rustcluster_core::head::retry::Attempts;
-use rustcluster_core::head::scheduler::events::{RankSet, Termination};
+use rustcluster_core::head::hub::{Answer, Hub};
+use rustcluster_core::head::scheduler::events::RankSet;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::ffi::{CStr, c_int, c_void};
@@ -67,9 +67,7 @@ fn send_to_node(
 ) -> std::result::Result<(), Unsent> {
     let mut last = cluster.take_last(job, setup_call, message);
     let blobs = match &mut last {
-        Some(same) => same
-            .send_as_blob(cluster, owner, message)
-            .map_err(Unsent::from),
+        Some(same) => broadcast::send_as_blob(same, cluster, owner, message).map_err(Unsent::from),
         None => Ok(None),
     };
     let sent = blobs.and_then(|blobs| {
@@ -99,36 +97,6 @@ fn send_to_node(
         cluster.keep_last(last);
     }
     sent
-}
-
-/// Sends a message to a node, as a blob if its host has it. Returns its task, and how many bytes R has
-/// serialized for it alone.
-pub(super) fn send(
-    cluster: &Cluster,
-    owner: Rank,
-    job: JobId,
-    message: &Robj,
-    setup_call: Option<u64>,
-    blobs: MessageBlobs,
-) -> std::result::Result<(TaskId, usize), Unsent> {
-    let blob = |rank| blobs.of(cluster.format(rank));
-    let started = cluster
-        .hub
-        .borrow_mut()
-        .begin(owner, job, setup_call, Turn::Last, blob);
-    let started = started.map_err(|termination| Failure::termination(owner, &termination))?;
-    let bytes = broadcast::write(cluster, &started, message)?;
-    let message = SentMessage {
-        message: message.clone(),
-        job,
-        index: 0,
-        setup_call,
-        blobs,
-        user: None,
-        attempts: Attempts::default(),
-    };
-    cluster.sent(started.task, message);
-    Ok((started.task, bytes))
 }
 
 /// Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
@@ -278,39 +246,6 @@ fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
     })
 }
 
-/// Writes a message to the hub if it is plain. Returns whether it is.
-pub fn send_plain(
-    cluster: &Cluster,
-    format: Format,
-    message: &Robj,
-) -> std::result::Result<bool, Jump> {
-    if format != Format::Native {
-        return Ok(false);
-    }
-    with_plain(cluster, message, |bytes| {
-        cluster.hub.borrow_mut().write(bytes);
-    })
-}
-
-pub(super) fn is_plain(cluster: &Cluster, message: &Robj) -> std::result::Result<bool, Jump> {
-    with_plain(cluster, message, |_| ())
-}
-
-/// Runs `then` with the bytes of a message that is plain. Returns whether it is.
-fn with_plain(
-    cluster: &Cluster,
-    message: &Robj,
-    then: impl FnOnce(&[u8]),
-) -> std::result::Result<bool, Jump> {
-    let mut bytes = cluster.plain.take();
-    let written = plain::write_task(message, &mut bytes);
-    if let Ok(true) = written {
-        then(&bytes);
-    }
-    cluster.plain.set(bytes);
-    written
-}
-
 /// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
 /// being read, see [`mapped::MappedReading`].
 ///
@@ -386,12 +321,6 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
         let answer = cluster.hub.borrow_mut().receive(rank, SLICE);
         answered(cluster, answer, |_| 0)
     })
-}
-
-/// What became of the worker that had a task.
-pub fn worker_failure(cluster: &Cluster, rank: Rank, termination: &Termination) -> Failure {
-    let now = cluster.hub.borrow().worker(rank).termination;
-    Failure::worker_failure(rank, termination, now.as_deref())
 }
 
 /// What R gets of an answer: with the place of its node, or without if that is 0.

@@ -15,15 +15,11 @@
 //!
 //! One message is held, and its blob, for as long as a task that was sent it has not been answered.
 
-use super::broadcast;
-use super::handle::{Cluster, MessageBlobs, ToHub};
 use crate::codec::plain::{self, rustcluster_attributes, rustcluster_names};
-use crate::codec::stream::{Format, Sink};
-use crate::r::unwind::Jump;
+use crate::codec::stream::Format;
 use extendr_api::prelude::*;
 use extendr_ffi::{SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH};
-use rustcluster_core::protocol::dedup::Fingerprint;
-use rustcluster_core::protocol::ids::{BlobId, JobId, Rank};
+use rustcluster_core::protocol::ids::{BlobId, JobId};
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
 
@@ -36,12 +32,12 @@ unsafe extern "C" {
 
 /// A large message that was sent, and may be sent again.
 pub struct Repeated {
-    job: JobId,
-    setup_call: Option<u64>,
+    pub(super) job: JobId,
+    pub(super) setup_call: Option<u64>,
     /// Held, so that the same address means the same object.
     message: Robj,
     /// What it has been made, in each format.
-    blobs: Vec<MadeBlob>,
+    pub(super) blobs: Vec<MadeBlob>,
     /// So many others hold this as tasks have the message that have not been answered.
     users: User,
 }
@@ -50,10 +46,10 @@ pub struct Repeated {
 pub type User = Rc<()>;
 
 /// A blob, and the fingerprint of its bytes.
-struct MadeBlob {
-    format: Format,
-    id: BlobId,
-    print: (u128, u64),
+pub(super) struct MadeBlob {
+    pub(super) format: Format,
+    pub(super) id: BlobId,
+    pub(super) print: (u128, u64),
 }
 
 impl Repeated {
@@ -88,111 +84,6 @@ impl Repeated {
     /// Its blobs.
     pub fn blobs(&self) -> impl Iterator<Item = BlobId> + '_ {
         self.blobs.iter().map(|made| made.id)
-    }
-
-    /// Has the host of this worker have the message, which [may be](Repeated::may_be) the same, as a
-    /// blob. `None`: it is not the same. The result names no blob if there is none.
-    ///
-    /// # Errors
-    /// When R jumped. The message may be shared all the same the next time.
-    pub fn send_as_blob(
-        &mut self,
-        cluster: &Cluster,
-        owner: Rank,
-        message: &Robj,
-    ) -> std::result::Result<Option<MessageBlobs>, Jump> {
-        // Whoever stands in for it gets the message as it is.
-        if cluster.hub.borrow().worker(owner).termination.is_some() {
-            return Ok(Some(MessageBlobs::default()));
-        }
-        let format = cluster.format(owner);
-        let made = self.blobs.iter().find(|made| made.format == format);
-        let Some(&MadeBlob { id, print, .. }) = made else {
-            let (id, print) =
-                broadcast::make_blob(cluster, &[owner], self.setup_call.is_some(), |hub| {
-                    write(message, format, Some(hub))
-                })?;
-            self.blobs.push(MadeBlob { format, id, print });
-            return Ok(Some(MessageBlobs::of_one(format, id)));
-        };
-        if write(message, format, None)? != print {
-            return Ok(None);
-        }
-        let has = cluster.hub.borrow().has_blob(owner, id);
-        // Code that R ran in between may have changed it.
-        if !has && !send_again(cluster, id, print, owner, message, format)? {
-            return Ok(None);
-        }
-        Ok(Some(MessageBlobs::of_one(format, id)))
-    }
-}
-
-/// Sends a blob to one more host. Returns whether it has been the same bytes: if not, that host does not
-/// have it.
-fn send_again(
-    cluster: &Cluster,
-    id: BlobId,
-    print: (u128, u64),
-    owner: Rank,
-    message: &Robj,
-    format: Format,
-) -> std::result::Result<bool, Jump> {
-    cluster.hub.borrow_mut().begin_blob_again(id, owner);
-    let written = write(message, format, Some(&mut ToHub(cluster)));
-    let mut hub = cluster.hub.borrow_mut();
-    match written {
-        Ok(now) if now == print => {
-            hub.finish_blob();
-            Ok(true)
-        }
-        other => {
-            hub.abandon();
-            other.map(|_| false)
-        }
-    }
-}
-
-/// Writes a message to the hub as a blob, or to nowhere. Returns the fingerprint of its bytes.
-pub(super) fn write(
-    message: &Robj,
-    format: Format,
-    hub: Option<&mut ToHub<'_>>,
-) -> std::result::Result<(u128, u64), Jump> {
-    let mut sink = Printing {
-        print: Fingerprint::default(),
-        hub,
-        unchecked: 0,
-    };
-    broadcast::write_blob(message, format, &mut sink)?;
-    Ok(sink.print.value())
-}
-
-/// Bytes to nowhere after which R is to look for an interrupt.
-const BYTES_PER_CHECK: usize = 16 * 1024 * 1024;
-
-/// Takes the fingerprint of what is written.
-struct Printing<'a, 'b> {
-    print: Fingerprint,
-    hub: Option<&'a mut ToHub<'b>>,
-    unchecked: usize,
-}
-
-impl Sink for Printing<'_, '_> {
-    fn write(&mut self, bytes: &[u8]) -> bool {
-        self.print.update(bytes);
-        if let Some(hub) = &mut self.hub {
-            return hub.write(bytes);
-        }
-        self.unchecked += bytes.len();
-        let due = self.unchecked >= BYTES_PER_CHECK;
-        if due {
-            self.unchecked = 0;
-        }
-        due
-    }
-
-    fn wait(&mut self) -> bool {
-        self.hub.as_mut().is_some_and(|hub| hub.wait())
     }
 }
 

@@ -2,7 +2,7 @@
 //! loss that was dealt with, and is asked for nothing.
 
 use super::handle::{Cluster, may_send, with_cluster};
-use super::{broadcast, call, nodes};
+use super::send;
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
@@ -11,40 +11,10 @@ use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported, log_
 use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
 
-/// The policies of a cluster, and the losses that R has not been told of.
-#[derive(Default)]
-pub(super) struct WorkerFailures {
-    /// Of all that have none of their own.
-    default: Policy,
-    /// Of one job, which is open.
-    of_job: Option<(JobId, Policy)>,
-    /// What was dealt with, with the job of the task. Stays until R has noted it: R may be interrupted before.
-    unreported: Vec<(JobId, Failure)>,
-}
-
-impl WorkerFailures {
-    fn policy(&self, job: JobId) -> Policy {
-        match self.of_job {
-            Some((of, policy)) if of == job => policy,
-            _ => self.default,
-        }
-    }
-
-    /// A loss has been dealt with, of which R is to be told.
-    pub(super) fn report(&mut self, job: JobId, worker_failure: Failure) {
-        self.unreported.push((job, worker_failure));
-    }
-
-    /// A job has ended. Nobody is to be told any more what became of its tasks.
-    pub(super) fn close(&mut self, job: JobId) {
-        self.of_job = self.of_job.filter(|&(of, _)| of != job);
-        self.unreported.retain(|&(of, _)| of != job);
-    }
-
-    /// Whether R is to be told of a loss before it gets anything else.
-    pub(super) fn any_unreported(&self) -> bool {
-        !self.unreported.is_empty()
-    }
+/// What became of the worker that had a task.
+fn worker_failure(cluster: &Cluster, rank: Rank, termination: &Termination) -> Failure {
+    let now = cluster.hub.borrow().worker(rank).termination;
+    Failure::worker_failure(rank, termination, now.as_deref())
 }
 
 /// A loss as R hears of it, and whether it is told as a warning.
@@ -57,7 +27,7 @@ impl Lost {
     fn new(cluster: &Cluster, assigned: Rank, termination: &Termination, task: TaskId) -> Lost {
         let replaced = cluster.hub.borrow().worker(assigned).termination.is_none();
         Lost {
-            failure: nodes::worker_failure(cluster, assigned, termination).with("task", task),
+            failure: worker_failure(cluster, assigned, termination).with("task", task),
             reported: is_reported(termination, replaced),
         }
     }
@@ -141,7 +111,7 @@ fn send_again(
     let started = started.map_err(|(assigned, termination)| {
         Failure::termination(assigned, &termination).with("task", task)
     })?;
-    Ok(broadcast::write(cluster, &started, &message).map(drop))
+    Ok(send::write(cluster, &started, &message).map(drop))
 }
 
 /// A call was lost with the worker at `assigned`. Returns `NULL` if R goes on waiting.
@@ -187,7 +157,7 @@ pub(super) fn call_lost(
                 return Err(lost.failure);
             }
             may_send(cluster)?;
-            if let Err(Jump(token)) = call::send(cluster, &any_of, task, true, &message) {
+            if let Err(Jump(token)) = send::send_call(cluster, &any_of, task, true, &message) {
                 return Ok(token);
             }
             let lost = Lost {

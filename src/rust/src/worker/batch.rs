@@ -1,6 +1,6 @@
 //! Tasks that came together, in a worker.
 
-use super::serve::may_map;
+use super::memory_limit::may_map;
 use crate::codec::batch::{self, AnswerHead};
 use crate::codec::mapped;
 use crate::codec::stream::{self, BoundedSink};

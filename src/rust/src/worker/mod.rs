@@ -1,6 +1,7 @@
 //! A worker's functions for R.
 
 mod batch;
+mod memory_limit;
 pub mod serve;
 
 use extendr_api::prelude::*;
@@ -8,4 +9,5 @@ use extendr_api::prelude::*;
 extendr_module! {
     mod worker;
     use serve;
+    use memory_limit;
 }

@@ -1,6 +1,7 @@
 //! A worker's functions. One channel a process.
 
 use super::batch::ReceivedBatch;
+use super::memory_limit::{self, may_map};
 use crate::codec::mapped::{self, MappedAnswer, Mapper};
 use crate::codec::stream::{self, Format, Sink, Source};
 use crate::codec::{batch, plain};
@@ -8,7 +9,7 @@ use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP, VECTOR_ELT};
-use rustcluster_core::platform::{fd, limits, log, signals};
+use rustcluster_core::platform::{fd, log, signals};
 use rustcluster_core::protocol::control::WorkerConfig;
 use rustcluster_core::worker::channel::{Channel, Seed, TaskMessage};
 use std::cell::{Cell, RefCell};
@@ -19,37 +20,14 @@ use std::os::unix::net::UnixStream;
 
 thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
-    /// In bytes; 0: none.
-    static MEMORY_LIMIT: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Makes `channel` this process's, and limits its memory.
 pub fn adopt(mut channel: Channel, memory_limit: u64) -> io::Result<()> {
     channel.renumber()?;
-    limit_memory(memory_limit)?;
+    memory_limit::set(memory_limit)?;
     CHANNEL.set(Some(channel));
     Ok(())
-}
-
-fn limit_memory(bytes: u64) -> io::Result<()> {
-    if bytes > 0 {
-        limits::limit_memory(bytes)?;
-    }
-    MEMORY_LIMIT.set(bytes);
-    Ok(())
-}
-
-/// The bytes of memory that this worker may have; 0 if there is no limit.
-/// @noRd
-#[extendr]
-fn worker_memory_limit() -> f64 {
-    MEMORY_LIMIT.get() as f64
-}
-
-/// Whether vectors are mapped. A limit of memory counts what is, and R frees none of that when it runs
-/// into the limit: it does its own vectors only.
-pub(super) fn may_map() -> bool {
-    MEMORY_LIMIT.get() == 0
 }
 
 fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Result<T> {
@@ -69,7 +47,7 @@ fn worker_connect() -> Robj {
         let mut channel = Channel::new(stream, 0);
         let config: WorkerConfig = channel.config()?;
         log::start_or_say(log::Role::Worker(config.rank));
-        limit_memory(config.memory_limit)?;
+        memory_limit::set(config.memory_limit)?;
         channel.shared_answers = config.shared_answers;
         CHANNEL.set(Some(channel));
         Ok(list!(packages = config.packages).into())
@@ -639,7 +617,6 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
 
 extendr_module! {
     mod serve;
-    fn worker_memory_limit;
     fn worker_connect;
     fn worker_ready;
     fn worker_serve;
