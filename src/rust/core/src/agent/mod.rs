@@ -340,10 +340,10 @@ impl Agent {
                 let again = self.head_waits.then(|| self.now() + WAIT);
                 let parent = self.looked_for.filter(|_| !self.disconnected);
                 let check_parent = parent.map(|_| self.now() + PARENT_CHECK_INTERVAL);
-                let retry = self
+                let restart = self
                     .router
                     .worker_table
-                    .next_retry()
+                    .next_restart()
                     .filter(|_| !self.ending);
                 let deadlines = [
                     deadline,
@@ -351,7 +351,7 @@ impl Agent {
                     shutdown_drain,
                     again,
                     check_parent,
-                    retry,
+                    restart,
                 ];
                 let next = deadlines.into_iter().flatten().min();
                 next.map(|at| at.saturating_sub(self.now()) + Duration::from_millis(1))
@@ -441,7 +441,7 @@ impl Agent {
                 self.on_signals();
             }
             if !self.ending {
-                let due = self.router.worker_table.to_retry(now);
+                let due = self.router.worker_table.to_restart(now);
                 self.to_make
                     .extend(due.into_iter().map(|worker| (worker, true)));
             }

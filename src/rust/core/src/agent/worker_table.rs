@@ -20,15 +20,6 @@ pub const STOP_GRACE: Duration = Duration::from_millis(600);
 /// Bit in the numbers of tasks that restore a replacement.
 pub const REPLAY: u64 = 1 << 63;
 
-/// After this many consecutive workers that ended before they were restored, the agent pauses
-/// before it starts the next one and tells the head.
-pub const SETBACKS: u32 = 3;
-
-/// The first of these pauses. Each is twice as long as the one before.
-pub const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest pause before another worker is made.
-pub const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
 /// The time, since any fixed moment.
 pub type Now = Duration;
 
@@ -103,8 +94,8 @@ struct WorkerEntry {
     stalled: Duration,
     /// The next pause before a worker is started, if there are pauses.
     pause: Option<Duration>,
-    /// When the next worker is started.
-    retry: Option<Now>,
+    /// When the next worker is started, after a pause.
+    restart_at: Option<Now>,
 }
 
 impl WorkerEntry {
@@ -221,7 +212,7 @@ impl WorkerTable {
                 progress_by: None,
                 stalled: Duration::ZERO,
                 pause: None,
-                retry: None,
+                restart_at: None,
             })
             .collect();
         WorkerTable {
@@ -273,7 +264,7 @@ impl WorkerTable {
         facts.add("setbacks", entry.setbacks);
         facts.add("bytes_to_report", entry.passed);
         facts.add("bytes_of_agent", entry.given);
-        facts.add("waits_for_retry", entry.retry.is_some());
+        facts.add("waits_for_restart", entry.restart_at.is_some());
     }
 
     /// A worker is being started.
@@ -595,7 +586,7 @@ impl WorkerTable {
     /// A worker is asked to end. Returns `None` if it has ended already, or whether it is busy.
     pub fn stop(&mut self, worker: u32, now: Now) -> Option<bool> {
         let entry = self.workers.get_mut(worker as usize)?;
-        entry.retry = None;
+        entry.restart_at = None;
         if entry.phase == WorkerPhase::Terminated {
             return None;
         }
@@ -640,127 +631,6 @@ impl WorkerTable {
     pub fn at_most_one_is_busy(&self) -> bool {
         let is_busy = |entry: &&WorkerEntry| matches!(entry.phase, WorkerPhase::Busy { .. });
         self.workers.iter().filter(is_busy).nth(1).is_none()
-    }
-
-    /// A worker's process has ended, or could not be started. `restorable`: a replacement can be
-    /// restored.
-    pub fn exited(&mut self, worker: u32, restorable: bool, now: Now) -> Ending {
-        let Some(entry) = self.workers.get_mut(worker as usize) else {
-            return Ending::Stopped { timed_out: false };
-        };
-        let phase = std::mem::replace(&mut entry.phase, WorkerPhase::Terminated);
-        entry.hung_up = None;
-        entry.limit = None;
-        entry.progress_by = None;
-        entry.passed = 0;
-        entry.given = 0;
-        let stalled = std::mem::take(&mut entry.stalled);
-        if entry.stopping.is_some() {
-            let timed_out = entry.stop_timed_out;
-            return Ending::Stopped { timed_out };
-        }
-        let mut setback = Setback::default();
-        if matches!(phase, WorkerPhase::Starting | WorkerPhase::Restoring { .. }) {
-            entry.setbacks = entry.setbacks.saturating_add(1);
-            let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            setback.count = entry.setbacks;
-            setback.restoring = matches!(phase, WorkerPhase::Restoring { .. });
-            setback.stalled = milliseconds(stalled);
-        }
-        if !restorable || !entry.came_up {
-            // Messages that the head sends to it from now on have no receiver.
-            return Ending::Lost {
-                replaced: false,
-                setback,
-            };
-        }
-        // A worker that made no progress would most likely make none again.
-        let pauses = entry.pause.is_some() || !stalled.is_zero() || entry.setbacks >= SETBACKS;
-        if setback.count > 0 && pauses {
-            let told = entry.pause.is_some();
-            let pause = entry.pause.unwrap_or(FIRST_PAUSE);
-            entry.pause = Some((2 * pause).min(LONGEST_PAUSE));
-            entry.retry = Some(now + pause);
-            self.unsettled = true;
-            if told {
-                return Ending::Waits;
-            }
-            entry.unacknowledged += 1;
-            setback.pause = pause.as_millis() as u64;
-            return Ending::Lost {
-                replaced: false,
-                setback,
-            };
-        }
-        entry.phase = WorkerPhase::Starting;
-        match phase {
-            WorkerPhase::Starting | WorkerPhase::Restoring { .. } => Ending::Replace,
-            WorkerPhase::Busy {
-                cancelled: Some(_), ..
-            } => {
-                // The next task may be in flight, or have arrived.
-                entry.unacknowledged += 1;
-                Ending::Replace
-            }
-            _ => {
-                entry.unacknowledged += 1;
-                Ending::Lost {
-                    replaced: true,
-                    setback,
-                }
-            }
-        }
-    }
-
-    /// When to call [`WorkerTable::to_retry`] next.
-    pub fn next_retry(&self) -> Option<Now> {
-        let unsettled = self.workers.iter().filter(|_| self.unsettled);
-        unsettled.filter_map(|entry| entry.retry).min()
-    }
-
-    /// Workers that are to be started now, after a pause.
-    pub fn to_retry(&mut self, now: Now) -> Vec<u32> {
-        let mut due = Vec::new();
-        if !self.unsettled {
-            return due;
-        }
-        for (worker, entry) in self.workers.iter_mut().enumerate() {
-            if entry.retry.take_if(|at| *at <= now).is_some() {
-                entry.phase = WorkerPhase::Starting;
-                due.push(worker as u32);
-            }
-        }
-        due
-    }
-
-    /// Workers that have made no progress for too long, in starting or being restored: they are to
-    /// be killed. To be called when everything that workers have sent has been processed.
-    pub fn stalled(&mut self, now: Now) -> Vec<u32> {
-        let restore_timeout = self.restore_timeout;
-        let mut stalled = Vec::new();
-        if !std::mem::take(&mut self.unsettled) {
-            return stalled;
-        }
-        for (worker, entry) in self.workers.iter_mut().enumerate() {
-            let starts = matches!(
-                entry.phase,
-                WorkerPhase::Starting | WorkerPhase::Restoring { .. }
-            );
-            self.unsettled |= starts || entry.retry.is_some();
-            if entry.progress_by.take_if(|at| *at <= now).is_some() {
-                entry.stalled = entry.allowed(restore_timeout).unwrap_or_default();
-                stalled.push(worker as u32);
-            }
-        }
-        stalled
-    }
-
-    /// Gives this worker up permanently: it is not started again.
-    pub fn give_up(&mut self, worker: u32) {
-        if let Some(entry) = self.workers.get_mut(worker as usize) {
-            entry.phase = WorkerPhase::Terminated;
-            entry.progress_by = None;
-        }
     }
 
     /// Whether all workers have terminated.
@@ -843,5 +713,6 @@ impl WorkerTable {
     }
 }
 
+pub mod restart;
 #[cfg(test)]
 mod tests;

@@ -1,3 +1,4 @@
+use super::restart::{FIRST_PAUSE, LONGEST_PAUSE, SETBACKS};
 use super::*;
 use crate::protocol::frame::Kind;
 
@@ -320,16 +321,16 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     assert_eq!(worker_table.exited(0, true, MS), told);
     let (mut now, mut pause) = (MS, FIRST_PAUSE);
     for _ in 0..9 {
-        assert_eq!(worker_table.next_retry(), Some(now + pause));
-        assert!(worker_table.to_retry(now + pause - MS).is_empty());
+        assert_eq!(worker_table.next_restart(), Some(now + pause));
+        assert!(worker_table.to_restart(now + pause - MS).is_empty());
         // Meanwhile nothing is meant for it.
         assert_eq!(
             worker_table.to_worker(&data(7, FIRST, 1), now),
             Ok(Route::Drop)
         );
         now += pause;
-        assert_eq!(worker_table.to_retry(now), [0]);
-        assert!(worker_table.to_retry(now + pause).is_empty());
+        assert_eq!(worker_table.to_restart(now), [0]);
+        assert!(worker_table.to_restart(now + pause).is_empty());
         worker_table.made(0, now);
         // The head is told once.
         assert_eq!(worker_table.exited(0, true, now), Ending::Waits);
@@ -337,11 +338,11 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     }
     assert_eq!(pause, LONGEST_PAUSE);
     now += pause;
-    worker_table.to_retry(now);
+    worker_table.to_restart(now);
     assert_eq!(worker_table.ready(0, [MS].into(), now), Ready::Restoring);
     let again = data(REPLAY, FIRST | LAST, 3);
     assert_eq!(worker_table.from_worker(&again, now), Ok(Route::Restored));
-    assert_eq!(worker_table.next_retry(), None);
+    assert_eq!(worker_table.next_restart(), None);
     // All starts anew.
     (0..2).for_each(|_| worker_table.loss_acknowledged(0).unwrap());
     let task = data(8, FIRST | LAST, 3);
@@ -354,12 +355,12 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     );
     // It is not made again when the head has it stopped, nor when the cluster ends.
     assert_eq!(worker_table.stop(0, now), None);
-    assert!(worker_table.all_terminated() && worker_table.next_retry().is_none());
+    assert!(worker_table.all_terminated() && worker_table.next_restart().is_none());
     // Nor is one that was never there, or whose state is not known.
     let mut worker_table = WorkerTable::new(1);
     let told = setback(1, false, Duration::ZERO, Duration::ZERO);
     assert_eq!(worker_table.exited(0, true, MS), told);
-    assert_eq!(worker_table.next_retry(), None);
+    assert_eq!(worker_table.next_restart(), None);
     assert_eq!(busy().exited(0, false, MS), lost(false));
 }
 
@@ -384,7 +385,7 @@ fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
     let told = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
     assert_eq!(worker_table.exited(0, true, MS), told);
     // The second of what is done again took long at first.
-    worker_table.to_retry(RESTORE_TIMEOUT);
+    worker_table.to_restart(RESTORE_TIMEOUT);
     worker_table.made(0, RESTORE_TIMEOUT);
     let mut now = 2 * RESTORE_TIMEOUT - MS;
     assert_eq!(
@@ -406,7 +407,7 @@ fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
     now += 3 * RESTORE_TIMEOUT;
     assert_eq!(worker_table.stalled(now), [0]);
     assert_eq!(worker_table.exited(0, true, now), Ending::Waits);
-    assert!(worker_table.next_retry() > Some(now + FIRST_PAUSE));
+    assert!(worker_table.next_restart() > Some(now + FIRST_PAUSE));
 }
 
 #[test]
