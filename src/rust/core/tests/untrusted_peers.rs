@@ -1065,7 +1065,8 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
         };
         assert_eq!(failure.exit, Exit::Signal(9), "case {at}");
         expect_terminated(failure.pid);
-        assert!(hub.worker(1).termination.is_none());
+        let other = hub.worker(1).termination;
+        assert!(other.is_none(), "case {at}: {other:?}");
         assert!(hub.hosts()[0].failure.is_none());
         close(hub);
     }
