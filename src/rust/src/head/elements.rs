@@ -1,5 +1,5 @@
-//! The R half of a job: how its elements become messages, and answers its results. See
-//! [`rustcluster_core::head::job`] for the other half.
+//! The codec of jobs, which knows R: encodes elements into messages and decodes answers into results. The job
+//! engine is [`rustcluster_core::head::job`].
 
 use super::handle::{Cluster, SLICE, ToHub};
 use super::{broadcast, nodes, status};
@@ -20,26 +20,26 @@ use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
-/// An element of so many bytes goes alone.
+/// Minimum size of an element that is sent alone, in bytes.
 const LONG: usize = 64 * 1024;
 
-/// Bytes of elements in one message, beyond which no more are added.
+/// Size of the elements in one message from which on no more elements are added, in bytes.
 const FULL: usize = 48 * 1024;
 
 pub(super) enum Elements {
     /// A plain vector.
     Vector(Robj),
-    /// A function of the number of an element, from 1.
+    /// A function that returns an element by its index, from 1.
     Function(Robj),
 }
 
 impl Elements {
-    /// An element, not protected.
+    /// Returns an element, which is not protected.
     ///
     /// # Safety
-    /// Under [`unwind::run`]: R may jump.
+    /// Must be called under [`unwind::run`]: R may jump.
     unsafe fn get(&self, index: usize) -> SEXP {
-        // SAFETY: the caller's; R checks what it is asked for. No frame here holds what is to be
+        // SAFETY: guaranteed by the caller; R checks the index. No frame here owns anything that needs to be
         // dropped when R jumps.
         unsafe {
             match self {
@@ -54,34 +54,34 @@ impl Elements {
     }
 }
 
-/// What a job has of R's.
+/// The R objects of a job: its tasks and its results.
 pub struct Values {
-    /// The list of function and common arguments.
+    /// The list of the function and of the common arguments.
     pub(super) common: Robj,
-    /// Of [`batch::Head`].
+    /// The flags of [`batch::Head`].
     pub(super) flags: u8,
-    /// The common list refers to nothing whose identity matters, such as an environment, so that no
-    /// element can share such a thing with it.
+    /// Whether the common list contains no object whose identity matters, such as an environment. An element
+    /// then cannot refer to such an object of the list.
     pub(super) fixed: bool,
     pub(super) elements: Elements,
-    /// A function that gives the seed of a task, or `NULL`.
+    /// A function that returns the seed of a task by its index, or `NULL`.
     pub(super) seed: Robj,
-    /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
-    /// no arguments.
+    /// A list of the function that runs a task with a seed, if a message cannot contain the seed, and of no
+    /// arguments.
     pub(super) seeded: Robj,
-    /// A list with an element for each task.
+    /// The list of results, with an element for each task.
     results: Robj,
-    /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
-    /// each, also if that comes back or is lost.
+    /// Elements that a user's function has made, by their indices, until they are answered. The function is
+    /// called once for each element, even if a task is revoked or retried.
     unanswered: HashMap<usize, Robj>,
-    /// Tasks whose result is an error, from 1.
+    /// The indices of tasks whose result is an error, from 1.
     failed: Vec<i32>,
-    /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
-    /// chunks and of lapply() may have such values.
+    /// Whether a value of class `"try-error"` counts as an error, as for tasks in parallel. Elements of chunks
+    /// and of lapply() may have such values.
     by_class: bool,
-    /// What warnings call a task.
+    /// The name of a task in warnings.
     noun: String,
-    /// Tasks that have been answered since R last asked, from 1.
+    /// The indices of tasks that have been answered since R last asked for results, from 1.
     fresh: Vec<i32>,
     scratch: Vec<u8>,
     message: Vec<u8>,
@@ -98,13 +98,13 @@ struct Gathering<'a> {
     values: &'a mut Values,
     indices: &'a [usize],
     count: usize,
-    /// Why the next one has not been added.
+    /// The reason why the next element was not added.
     stopped: Option<Form>,
 }
 
 unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the gathering above, which outlives this call. This frame holds nothing that
-    // is to be dropped when R jumps.
+    // SAFETY: `data` is the gathering above, which outlives this call. This frame owns nothing that needs to be
+    // dropped when R jumps.
     unsafe {
         let gathering = &mut *data.cast::<Gathering<'_>>();
         let values = &mut *gathering.values;
@@ -114,9 +114,9 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             add_seed(&values.seed, index, &mut values.message);
             let element = Rf_protect(values.element(index));
             if !batch::append_plain(element, &mut values.message) {
-                // If what is common cannot change, they cannot have in common what does.
+                // If the common list is fixed, elements cannot share a changeable object with it.
                 let mut fixed = values.fixed;
-                // What is seen to be long is not serialized to find that out.
+                // Do not serialize an element only to find that it is long, if that is known without.
                 let mut long = fixed && stream::min_size_of_value(element) >= LONG;
                 if !long {
                     batch::begin_serialized(&mut values.message);
@@ -139,7 +139,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
 }
 
 /// # Safety
-/// Under [`unwind::run`].
+/// Must be called under [`unwind::run`].
 unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
     if seed.is_null() {
         return;
@@ -157,10 +157,10 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
     }
 }
 
-/// The seed of a task, not protected.
+/// Returns the seed of a task, which is not protected.
 ///
 /// # Safety
-/// Under [`unwind::run`].
+/// Must be called under [`unwind::run`].
 unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
     // SAFETY: the caller's.
     unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
@@ -176,8 +176,8 @@ struct WritingElements<'a> {
 }
 
 unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
-    // is to be dropped when R jumps.
+    // SAFETY: `data` is the writing above, which outlives this call. This frame owns nothing that needs to be
+    // dropped when R jumps.
     unsafe {
         let writing = &mut *data.cast::<WritingElements<'_>>();
         let values = &mut *writing.values;
@@ -220,16 +220,16 @@ struct Taking<'a> {
     values: &'a mut Values,
     indices: &'a [usize],
     body: Body,
-    /// Its vectors are in memory that is shared with the worker.
+    /// Whether the vectors of the answer are in memory that is shared with the worker.
     shared: bool,
-    /// What the answer begins with, if it is one of a batch.
+    /// The head of the answer, if it is the answer to a batch.
     head: Option<batch::AnswerHead>,
     count: usize,
 }
 
 unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the taking above, which outlives this call. This frame holds nothing that is
-    // to be dropped when R jumps.
+    // SAFETY: `data` is the taking above, which outlives this call. This frame owns nothing that needs to be
+    // dropped when R jumps.
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
         let values = &mut *taking.values;
@@ -256,7 +256,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
 }
 
 unsafe extern "C" fn check(_: *mut c_void) -> SEXP {
-    // SAFETY: under unwind::run; this frame holds nothing.
+    // SAFETY: this runs under unwind::run, and this frame owns nothing.
     unsafe {
         unwind::check_interrupt();
         R_NilValue
@@ -304,7 +304,7 @@ impl Codec for Encoder<'_> {
         match form {
             Form::Batch => {
                 if hub.borrow_mut().write(&self.values.message) {
-                    // Not much is under way for what is this short.
+                    // Little data is in flight for messages this short.
                     while hub.borrow_mut().wait_to_send(SLICE) {
                         unwind::run(check, &mut ())?;
                     }
@@ -358,14 +358,14 @@ impl Codec for Encoder<'_> {
         drop(taking);
         let values = &mut *self.values;
         if let Err(jump) = taken {
-            // R finds out why, and job_unreadable() follows.
+            // R finds the reason, and then calls job_unreadable().
             values.failed.truncate(failed);
             values.fresh.truncate(fresh);
             return Err(jump);
         }
         self.cluster.reading.set(None);
         if let Some(last) = values.failed[failed..].last() {
-            // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
+            // SAFETY: this runs on R's thread; the list keeps the value alive, and has as many elements.
             unsafe {
                 let value = VECTOR_ELT(values.results.get(), *last as isize - 1);
                 status::note_error(self.cluster, on, value);
@@ -387,7 +387,7 @@ impl Codec for Encoder<'_> {
 
     fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         if is_reported(&failure.termination, failure.now.is_none()) {
-            // Tasks that are not retried have errors of their own.
+            // Tasks that are not retried have an error of their own.
             let told = if again.is_empty() {
                 &failure.tasks
             } else {
@@ -401,12 +401,12 @@ impl Codec for Encoder<'_> {
     }
 }
 
-/// Tasks as R counts them.
+/// Returns the indices of tasks as R counts them, from 1.
 pub(super) fn numbers(tasks: &[usize]) -> Vec<i32> {
     tasks.iter().map(|&index| index as i32 + 1).collect()
 }
 
-/// A loss as R hears of it, with these of its tasks.
+/// Returns a worker failure for R, with these tasks of the lost batch.
 pub(super) fn loss_of_batch(failure: &BatchLoss, tasks: &[usize]) -> Failure {
     let first = failure.tasks.first().map_or(0, |first| first + 1);
     Failure::worker_failure(
@@ -420,7 +420,7 @@ pub(super) fn loss_of_batch(failure: &BatchLoss, tasks: &[usize]) -> Failure {
 }
 
 impl Values {
-    /// Of a job with so many tasks, of which nothing has been answered.
+    /// Creates the values of a job with this number of tasks, none of which has been answered.
     pub(super) fn new(
         count: usize,
         elements: Elements,
@@ -448,8 +448,8 @@ impl Values {
         }
     }
 
-    /// What has come: a list of the results, the numbers of those that are errors, and of those that are
-    /// new since this was last asked.
+    /// Returns a list of the results, of the indices of those that are errors, and of the indices of those that
+    /// are new since the last call.
     pub(super) fn results(&mut self) -> Robj {
         let mut failed = self.failed.clone();
         failed.sort_unstable();
@@ -457,17 +457,17 @@ impl Values {
         list!(self.results.clone(), failed, fresh).into()
     }
 
-    /// A task has ended without an answer, and this is its result.
+    /// Sets the result of a task that has ended without an answer.
     pub(super) fn fail(&mut self, index: usize, value: &Robj) {
-        // SAFETY: the Robj keeps it alive.
+        // SAFETY: the Robj keeps the value alive.
         unsafe { self.put(index, value.get(), true) };
         self.unanswered.remove(&index);
     }
 
-    /// An element, not protected.
+    /// Returns an element, which is not protected.
     ///
     /// # Safety
-    /// As for [`Elements::get`].
+    /// The same as for [`Elements::get`].
     unsafe fn element(&mut self, index: usize) -> SEXP {
         // SAFETY: the caller's.
         unsafe {
@@ -485,13 +485,13 @@ impl Values {
         }
     }
 
-    /// Notes a result, which may be that the task `failed`. The value need not be protected.
+    /// Stores a result. `failed`: whether the task has failed. The value need not be protected.
     ///
     /// # Safety
-    /// On R's thread, with a live value.
+    /// Must be called on R's thread, with a live value.
     unsafe fn put(&mut self, index: usize, value: SEXP, failed: bool) {
-        // SAFETY: the caller's; the list has as many elements as there are tasks; none of these
-        // functions jumps or allocates.
+        // SAFETY: guaranteed by the caller; the list has an element for each task; none of these functions
+        // jumps or allocates.
         unsafe {
             SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
             if failed || self.by_class && rustcluster_is_error(value.cast()) != 0 {

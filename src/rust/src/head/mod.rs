@@ -1,4 +1,4 @@
-//! The head's functions for R.
+//! The functions of the head, for R.
 
 mod broadcast;
 mod call;

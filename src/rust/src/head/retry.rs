@@ -1,5 +1,5 @@
-//! Carries out what the policy says of tasks that were lost: see [`rustcluster_core::head::retry`]. R is told of each
-//! loss that was dealt with, and is asked for nothing.
+//! Applies the retry policy after worker failures: see [`rustcluster_core::head::retry`]. R is told of each
+//! worker failure that was handled, and decides nothing.
 
 use super::handle::{Cluster, may_send, with_cluster};
 use super::{broadcast, call, nodes};
@@ -11,14 +11,15 @@ use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported, log_
 use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
 
-/// The policies of a cluster, and the losses that R has not been told of.
+/// The retry policies of a cluster, and the worker failures that R has not acknowledged.
 #[derive(Default)]
 pub(super) struct WorkerFailures {
-    /// Of all that have none of their own.
+    /// The policy of all tasks without another policy.
     default: Policy,
-    /// Of one job, which is open.
+    /// The policy of one job, which is open.
     of_job: Option<(JobId, Policy)>,
-    /// What was dealt with, with the job of the task. Stays until R has noted it: R may be interrupted before.
+    /// Worker failures that were handled, with the job of the task. Each stays until R has acknowledged it,
+    /// because an interrupt may keep R from doing so.
     unreported: Vec<(JobId, Failure)>,
 }
 
@@ -30,24 +31,24 @@ impl WorkerFailures {
         }
     }
 
-    /// A loss has been dealt with, of which R is to be told.
+    /// Adds a worker failure that was handled, for R.
     pub(super) fn report(&mut self, job: JobId, worker_failure: Failure) {
         self.unreported.push((job, worker_failure));
     }
 
-    /// A job has ended. Nobody is to be told any more what became of its tasks.
+    /// Drops the policy and the worker failures of a job that has ended.
     pub(super) fn close(&mut self, job: JobId) {
         self.of_job = self.of_job.filter(|&(of, _)| of != job);
         self.unreported.retain(|&(of, _)| of != job);
     }
 
-    /// Whether R is to be told of a loss before it gets anything else.
+    /// Returns whether R has to be told of a worker failure before it gets any other result.
     pub(super) fn any_unreported(&self) -> bool {
         !self.unreported.is_empty()
     }
 }
 
-/// A loss as R hears of it, and whether it is told as a warning.
+/// A worker failure for R, and whether R raises it as a warning.
 struct Lost {
     failure: Failure,
     reported: bool,
@@ -62,7 +63,7 @@ impl Lost {
         }
     }
 
-    /// The verdict has been carried out. `again`: the task is retried.
+    /// Records that the verdict was carried out. `again`: whether the task is retried.
     fn dealt_with(self, cluster: &Cluster, job: JobId, again: bool) -> Failure {
         if self.reported {
             let told = self.failure.clone().with("again", again);
@@ -72,11 +73,11 @@ impl Lost {
     }
 }
 
-/// A task that R gave to `rank` was lost with the worker at `assigned`, as whose node's number R knows `node`. Returns
-/// `NULL` if R goes on waiting.
+/// Handles the failure of the worker at `assigned` for a task that R gave to `rank`. R knows the node by its
+/// index `node`. Returns `NULL` if R has to continue waiting.
 ///
 /// # Errors
-/// If the loss is an error: it is told until R has had the task forgotten.
+/// If the worker failure is an error. The error is returned again until R has removed the task.
 pub(super) fn task_lost(
     cluster: &Cluster,
     (rank, assigned): (Rank, Rank),
@@ -119,10 +120,10 @@ pub(super) fn task_lost(
     }
 }
 
-/// Sends a task again that R gave to `rank`.
+/// Retries a task that R gave to `rank`.
 ///
 /// # Errors
-/// If nobody can take it, or it is bound to what is lost: there is no use in going on.
+/// If no worker can run the task, or the task is bound to a lost worker: waiting would not help.
 fn send_again(
     cluster: &Cluster,
     rank: Rank,
@@ -144,10 +145,10 @@ fn send_again(
     Ok(broadcast::write(cluster, &started, &message).map(drop))
 }
 
-/// A call was lost with the worker at `assigned`. Returns `NULL` if R goes on waiting.
+/// Handles the failure of the worker at `assigned` for a call. Returns `NULL` if R has to continue waiting.
 ///
 /// # Errors
-/// If the call has failed: that is told until it is forgotten.
+/// If the call has failed. The error is returned again until the call is forgotten.
 pub(super) fn call_lost(
     cluster: &Cluster,
     assigned: Rank,
@@ -197,7 +198,7 @@ pub(super) fn call_lost(
             let failure = lost.dealt_with(cluster, CALLS, true);
             match cluster.calls.borrow_mut().get_mut(&task) {
                 Some(call) => call.attempts.record(failure),
-                // Dropped while it was sent.
+                // The call was dropped while it was being sent.
                 None => cluster.hub.borrow_mut().forget_call(task),
             }
             Ok(().into())
@@ -205,13 +206,13 @@ pub(super) fn call_lost(
     }
 }
 
-/// A task whose worker died on all attempts.
+/// Returns the failure of a task whose worker died on all attempts.
 pub(super) fn given_up(attempts: &Attempts<Failure>) -> Failure {
     Failure::new("task_failed").with("losses", attempts.failures())
 }
 
-/// How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
-/// have no policy of their own.
+/// Sets how often tasks are retried, and whether the first worker failure is an error, for this job or, if
+/// `job` is 0, for all tasks without another policy.
 /// @noRd
 #[extendr]
 fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
@@ -227,7 +228,8 @@ fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
     })
 }
 
-/// The losses that were dealt with and that R has not noted: a list of failures, or `NULL`.
+/// Returns the worker failures that were handled and that R has not acknowledged, as a list of failures, or
+/// `NULL`.
 /// @noRd
 #[extendr]
 fn hub_losses(handle: Robj) -> Robj {
@@ -245,7 +247,7 @@ fn hub_losses(handle: Robj) -> Robj {
     })
 }
 
-/// R has noted so many of the losses that hub_losses() has told.
+/// Acknowledges the first `count` worker failures of hub_losses().
 /// @noRd
 #[extendr]
 fn hub_losses_noted(handle: Robj, count: i32) -> Robj {
