@@ -79,7 +79,7 @@ thread_local! {
 }
 
 /// The next program of this process, and its stdin and stdout.
-struct NextTask {
+struct NextProgram {
     command: Command,
     stdin: File,
     stdout: File,
@@ -89,7 +89,7 @@ struct NextTask {
 }
 
 /// The program that this process executes when it ends, if any.
-static NEXT: Mutex<Option<NextTask>> = Mutex::new(None);
+static NEXT: Mutex<Option<NextProgram>> = Mutex::new(None);
 
 /// Executes the next program. `exit()` calls this function when R has ended.
 extern "C" fn become_next() {
@@ -125,7 +125,7 @@ fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
         if let Some(directory) = origin.directory {
             command.current_dir(directory);
         }
-        let next = NextTask {
+        let next = NextProgram {
             command,
             stdin,
             stdout,

@@ -388,12 +388,12 @@ impl Codec for Encoder<'_> {
     fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         if is_reported(&failure.termination, failure.now.is_none()) {
             // Tasks that are not retried have an error of their own.
-            let told = if again.is_empty() {
+            let reported = if again.is_empty() {
                 &failure.tasks
             } else {
                 again
             };
-            let warning = loss_of_batch(failure, told)
+            let warning = loss_of_batch(failure, reported)
                 .with("noun", &self.values.noun)
                 .with("again", !again.is_empty());
             self.cluster.failures.borrow_mut().report(self.job, warning);

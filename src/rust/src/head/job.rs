@@ -25,7 +25,7 @@ pub struct Job {
     pub engine: job::Job,
     values: Values,
     /// The failure that the first step, which job_begin() runs, has left for R.
-    said: Option<Unsent>,
+    pending: Option<Unsent>,
 }
 
 /// Starts a job. `ranks`: the ranks of the nodes, from 1. `common`: a list of the function and of a list of
@@ -34,7 +34,7 @@ pub struct Job {
 ///
 /// `settings` is a list of:
 /// * `round`: whether tasks are assigned to the nodes in turn, and not to the next idle worker.
-/// * `shares`: the objects that the tasks of a batch share: `"nothing"`; `"all"`, as in a chunk of parallel; or
+/// * `reuse`: the objects that are reused by all tasks of a batch: `"nothing"`; `"all"`, as in a chunk of parallel; or
 ///   `"function"`, if that has an environment of its own.
 /// * `spread`: whether an element is a list of arguments.
 /// * `seed`: a function that returns the seed of an element by its index, or `NULL`.
@@ -105,11 +105,11 @@ fn job_begin(
                 Err(Jump(token)) => return Ok(token),
             };
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
-        let shares = settings.get("shares").and_then(Robj::as_str);
+        let reuse = settings.get("reuse").and_then(Robj::as_str);
         let flags = [
-            (shares == Some("all"), batch::CHUNK),
+            (reuse == Some("all"), batch::CHUNK),
             (
-                shares == Some("function") && !as_written.fixed,
+                reuse == Some("function") && !as_written.fixed,
                 batch::FUNCTION,
             ),
             (flag("spread"), batch::SPREAD),
@@ -162,10 +162,10 @@ fn job_begin(
                 common,
                 flags,
                 as_written.fixed,
-                shares == Some("nothing"),
+                reuse == Some("nothing"),
                 setting,
             ),
-            said: None,
+            pending: None,
         });
         let mut done = false;
         if at_once {
@@ -173,7 +173,7 @@ fn job_begin(
             cluster.open_job.set(Some(job as JobId));
             match new.step(cluster, true) {
                 Ok(is_done) => done = is_done && !cluster.hub.borrow().has_events(),
-                Err(unsent) => new.said = Some(unsent),
+                Err(unsent) => new.pending = Some(unsent),
             }
         }
         let results = done.then(|| new.values.results());
@@ -187,7 +187,7 @@ fn job_begin(
 
 /// Sends tasks and takes answers, for up to one slice. Returns `TRUE` if all results have arrived, `NULL` if
 /// not, or a failure. A failure with `elements` that is a worker failure ends the job. Any other is returned
-/// again until job_made() has set the result of its elements.
+/// again until job_set_result() has set the result of its elements.
 /// @noRd
 #[extendr]
 fn job_step(handle: Robj) -> Robj {
@@ -227,8 +227,8 @@ impl Job {
     /// # Errors
     /// If R has to act.
     fn step(&mut self, cluster: &Cluster, plain_only: bool) -> std::result::Result<bool, Unsent> {
-        if let Some(said) = self.said.take() {
-            return Err(said);
+        if let Some(pending) = self.pending.take() {
+            return Err(pending);
         }
         if cluster.failures.borrow().any_unreported() {
             return Ok(false);
@@ -279,7 +279,7 @@ impl Job {
 /// Sets the result of the elements of the last failure of job_step(), which is not returned again.
 /// @noRd
 #[extendr]
-fn job_made(handle: Robj, value: Robj) -> Robj {
+fn job_set_result(handle: Robj, value: Robj) -> Robj {
     with_job(&handle, |_, job| {
         for &index in job.engine.made().iter().flat_map(Failed::tasks) {
             job.values.fail(index, &value);
@@ -340,7 +340,7 @@ extendr_module! {
     mod job;
     fn job_begin;
     fn job_step;
-    fn job_made;
+    fn job_set_result;
     fn job_tasks;
     fn job_unreadable;
     fn job_results;

@@ -406,7 +406,7 @@ pub(super) fn answered(
         let messages = cluster.messages.borrow();
         let index = messages.get(&task).map_or(0, |message| message.index);
         Err(failure
-            .with("place", node_index(rank))
+            .with("node_index", node_index(rank))
             .with("task", task)
             .with("index", index))
     };
@@ -441,7 +441,7 @@ pub(super) fn answered(
             termination,
         } => retry::task_lost(cluster, (rank, at), node_index(rank), task, &termination),
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
-        Answer::Revoked { rank, task } => ended(of_rank("recalled", rank), rank, task),
+        Answer::Revoked { rank, task } => ended(of_rank("revoked", rank), rank, task),
         Answer::GivenUp { rank, task } => {
             let messages = cluster.messages.borrow();
             let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;

@@ -41,8 +41,8 @@ fn hub_readiness_point(handle: Robj, rank: i32) -> Robj {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
         let failure = cluster.hub.borrow().next_loss(rank);
         let mut at_once = is_unread(cluster, |owner| (owner == rank).then_some(0));
-        if let Some((task, place, termination)) = failure {
-            match retry::task_lost(cluster, (rank, place), 0, task, &termination) {
+        if let Some((task, assigned, termination)) = failure {
+            match retry::task_lost(cluster, (rank, assigned), 0, task, &termination) {
                 Ok(value) if value.is_null() => {}
                 // R jumped while the task was being retried.
                 Ok(token) => return Ok(token),

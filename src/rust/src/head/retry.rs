@@ -66,8 +66,8 @@ impl Lost {
     /// Records that the verdict was carried out. `again`: whether the task is retried.
     fn dealt_with(self, cluster: &Cluster, job: JobId, again: bool) -> Failure {
         if self.reported {
-            let told = self.failure.clone().with("again", again);
-            cluster.failures.borrow_mut().report(job, told);
+            let reported = self.failure.clone().with("again", again);
+            cluster.failures.borrow_mut().report(job, reported);
         }
         self.failure
     }
@@ -95,7 +95,7 @@ pub(super) fn task_lost(
         (message.index, message.job, verdict, policy.raises)
     };
     let mut lost = Lost::new(cluster, assigned, termination, task);
-    lost.failure = lost.failure.with("place", node).with("index", index);
+    lost.failure = lost.failure.with("node_index", node).with("index", index);
     let record = |lost: Lost, again: bool| {
         let failure = lost.dealt_with(cluster, job, again);
         if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
@@ -250,7 +250,7 @@ fn hub_losses(handle: Robj) -> Robj {
 /// Acknowledges the first `count` worker failures of hub_losses().
 /// @noRd
 #[extendr]
-fn hub_losses_noted(handle: Robj, count: i32) -> Robj {
+fn hub_losses_acknowledge(handle: Robj, count: i32) -> Robj {
     with_cluster(&handle, |cluster| {
         let unreported = &mut cluster.failures.borrow_mut().unreported;
         let count = usize::try_from(count).unwrap_or(0).min(unreported.len());
@@ -263,5 +263,5 @@ extendr_module! {
     mod retry;
     fn hub_policy;
     fn hub_losses;
-    fn hub_losses_noted;
+    fn hub_losses_acknowledge;
 }

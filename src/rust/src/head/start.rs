@@ -246,7 +246,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         spawn_command: strings(fields.get("spawn")?),
         heartbeat_timeout: u32::try_from(fields.get("heartbeat_timeout")?.as_integer()?).ok()?,
         chunk_cache_bytes: fields.get("chunk_cache_bytes")?.as_real()? as u64,
-        state: fields.get("state")?.as_real()? as u64,
+        state: fields.get("setup_log_bytes")?.as_real()? as u64,
         setup: fields.get("setup")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
@@ -320,7 +320,7 @@ fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
 /// Returns whether a host is lost and will be reconnected.
 /// @noRd
 #[extendr]
-fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
+fn hub_reconnects(handle: Robj, agent: i32) -> Robj {
     with_hub(&handle, |hub| {
         Ok(usize::try_from(agent - 1).is_ok_and(|agent| hub.takes_back(agent)))
     })
@@ -428,7 +428,7 @@ extendr_module! {
     fn hub_go;
     fn hub_progress;
     fn hub_leave_out;
-    fn hub_takes_back;
+    fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;
     fn hub_ended;

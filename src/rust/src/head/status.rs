@@ -113,7 +113,7 @@ fn hub_status(handle: Robj) -> Robj {
                 .collect::<Vec<_>>(),
             pid = pids,
             task = first.collect::<Vec<Option<i32>>>(),
-            unit = count.collect::<Vec<Option<i32>>>(),
+            batch = count.collect::<Vec<Option<i32>>>(),
             done = number(&|stats| stats.tasks as f64),
             seconds = number(&|stats| stats.busy.as_secs_f64()),
             bytes_in = number(&|stats| stats.bytes_in as f64),

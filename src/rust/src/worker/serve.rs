@@ -279,25 +279,25 @@ thread_local! {
 
 fn serve_one() -> std::result::Result<(), Stop> {
     signals::block_interrupt();
-    let mut turn = match INTERRUPTED.take() {
+    let mut current = match INTERRUPTED.take() {
         Some(batch) => CurrentTask::again(batch),
         None => CurrentTask::next()?,
     };
     let reading = mapped::MappedReading::of(None);
-    let ran = match turn.batch {
-        Some(_) => unwind::run(batch_protected, &mut turn),
-        None => unwind::run(turn_protected, &mut turn),
+    let ran = match current.batch {
+        Some(_) => unwind::run(batch_protected, &mut current),
+        None => unwind::run(task_protected, &mut current),
     };
     drop(reading);
-    SPARE_ANSWER.set(turn.answer);
+    SPARE_ANSWER.set(current.answer);
     if ran.is_err() {
-        INTERRUPTED.set(turn.batch);
+        INTERRUPTED.set(current.batch);
     }
     ran?;
-    if turn.done {
+    if current.done {
         return Err(Stop::Done);
     }
-    turn.sink.finish()
+    current.sink.finish()
 }
 
 impl CurrentTask {
@@ -340,8 +340,8 @@ impl CurrentTask {
             None => task.body.chunks.front(),
         };
         FORMAT.set(Format::of(first.map_or(&[], |bytes| bytes)));
-        let turn = CurrentTask::new(task, batch);
-        Ok(CurrentTask { seeds, ..turn })
+        let current = CurrentTask::new(task, batch);
+        Ok(CurrentTask { seeds, ..current })
     }
 
     /// Continues with a batch.
@@ -360,43 +360,43 @@ unsafe fn put_seeds(seeds: &[(Vec<c_int>, bool)]) {
     }
 }
 
-unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of any function that
+unsafe extern "C" fn task_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the task of `serve_one`, which outlives this call. R may jump out of any function that
     // is called here, and this frame owns nothing that needs to be dropped then.
     unsafe {
-        let turn = data.cast::<CurrentTask>();
-        match whole(&(*turn).task) {
+        let current = data.cast::<CurrentTask>();
+        match whole(&(*current).task) {
             Some(bytes) if plain::is_plain(bytes) => {
                 let call = Rf_protect(plain::read_task(bytes));
                 let part = |i| VECTOR_ELT(call, i).cast();
                 rustcluster_take_call(part(0), part(1), part(2));
             }
             _ => {
-                let task = &mut (*turn).task;
+                let task = &mut (*current).task;
                 let message = match &task.blob {
                     Some(blob) if task.body.len == 0 => mapped::read(blob, may_map()),
                     _ => stream::read(&mut ReadMessage { task, at: 0 }),
                 };
                 let message = Rf_protect(message);
-                (*turn).done = rustcluster_take_message(message.cast()) == 0;
+                (*current).done = rustcluster_take_message(message.cast()) == 0;
             }
         }
         Rf_unprotect(1);
-        if (*turn).done {
+        if (*current).done {
             return R_NilValue;
         }
-        put_seeds(&(*turn).seeds);
+        put_seeds(&(*current).seeds);
         signals::unblock_interrupt();
         let value = Rf_protect(rustcluster_run_task(1));
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
-        (*turn).sink.begin();
+        (*current).sink.begin();
         leave_seed();
         let native = FORMAT.get() == Format::Native;
-        if native && plain::write_answer(value, &time, tag, &mut (*turn).answer) {
-            (*turn).sink.write(&(*turn).answer);
+        if native && plain::write_answer(value, &time, tag, &mut (*current).answer) {
+            (*current).sink.write(&(*current).answer);
         } else {
-            write_slowly(value, true, &time, tag, &mut (*turn).sink);
+            write_slowly(value, true, &time, tag, &mut (*current).sink);
         }
         Rf_unprotect(2);
         R_NilValue
@@ -404,15 +404,15 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
 }
 
 unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of any function that
+    // SAFETY: `data` is the task of `serve_one`, which outlives this call. R may jump out of any function that
     // is called here, and this frame owns nothing that needs to be dropped then.
     unsafe {
-        let turn = &mut *data.cast::<CurrentTask>();
-        let Some(batch) = &mut turn.batch else {
+        let current = &mut *data.cast::<CurrentTask>();
+        let Some(batch) = &mut current.batch else {
             return R_NilValue;
         };
         if batch.started == 0 {
-            put_seeds(&turn.seeds);
+            put_seeds(&current.seeds);
         }
         signals::unblock_interrupt();
         loop {
@@ -429,7 +429,7 @@ unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));
             if !batch.goes_on() {
-                end_batch(batch, &mut turn.sink, Some(value));
+                end_batch(batch, &mut current.sink, Some(value));
                 Rf_unprotect(3);
                 return R_NilValue;
             }
@@ -571,7 +571,7 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
             return Err(io::Error::other("there is no task to be answered").into());
         }
         let batch = INTERRUPTED.take();
-        let mut turn = Failed {
+        let mut failed = FailedTask {
             // SAFETY: the Robj keeps the object alive.
             value: unsafe { value.get() },
             sink: AnswerSink::new(),
@@ -579,12 +579,12 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
             goes_on: false,
             interrupted,
         };
-        unwind::run(failed_protected, &mut turn)?;
-        if turn.goes_on {
-            INTERRUPTED.set(turn.batch);
+        unwind::run(failed_protected, &mut failed)?;
+        if failed.goes_on {
+            INTERRUPTED.set(failed.batch);
             return Ok(());
         }
-        turn.sink.finish()
+        failed.sink.finish()
     };
     match fail() {
         Ok(()) => ().into(),
@@ -598,12 +598,12 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
 #[extendr]
 fn worker_report(bytes: Raw) -> Robj {
     match with_channel(|channel| channel.report(bytes.as_slice())) {
-        Ok(told) => told.into(),
+        Ok(sent) => sent.into(),
         Err(_) => false.into(),
     }
 }
 
-struct Failed {
+struct FailedTask {
     value: SEXP,
     sink: AnswerSink,
     batch: Option<ReceivedBatch>,
@@ -613,25 +613,25 @@ struct Failed {
 }
 
 unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: the same as in turn_protected.
+    // SAFETY: the same as in task_protected.
     unsafe {
-        let turn = &mut *data.cast::<Failed>();
-        if let Some(batch) = &mut turn.batch {
+        let failed = &mut *data.cast::<FailedTask>();
+        if let Some(batch) = &mut failed.batch {
             batch.results.truncate(batch.whole);
             batch.results.push(batch::ERROR);
-            batch::write_serialized(turn.value, &mut batch.results);
+            batch::write_serialized(failed.value, &mut batch.results);
             batch.whole = batch.results.len();
-            turn.goes_on = batch.goes_on() && !batch.reading && !turn.interrupted;
-            if !turn.goes_on {
-                end_batch(batch, &mut turn.sink, None);
+            failed.goes_on = batch.goes_on() && !batch.reading && !failed.interrupted;
+            if !failed.goes_on {
+                end_batch(batch, &mut failed.sink, None);
             }
             return R_NilValue;
         }
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
-        turn.sink.begin();
+        failed.sink.begin();
         leave_seed();
-        write_slowly(turn.value, false, &time, tag, &mut turn.sink);
+        write_slowly(failed.value, false, &time, tag, &mut failed.sink);
         Rf_unprotect(1);
         R_NilValue
     }
