@@ -177,15 +177,15 @@ checkCalls <- function(handle) {
   tasks <- calls_to_check(handle$pointer)
   if (typeof(tasks) != "double") return(invisible())
   records <- recordsOf(handle)
-  looked <- FALSE
+  complete <- FALSE
   # After an interrupt, handle the other calls as soon as possible, and not when another call ends.
-  on.exit(if (!looked && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
+  on.exit(if (!complete && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
   for (task in tasks) {
     record <- records[[keyOf(task)]]
     # A dropped call has no record.
     if (is.null(record)) call_forget(handle$pointer, task) else checkCall(record)
   }
-  looked <- TRUE
+  complete <- TRUE
   raisePending(handle)
   invisible()
 }

@@ -142,8 +142,8 @@ showRows <- function(heading, rows, key, n) {
 }
 
 showFacts <- function(title, facts) {
-  said <- vapply(facts, function(value) !is.na(value) && !identical(value, FALSE) && nzchar(value), NA)
-  values <- vapply(facts[said], function(value) format(value, digits = 15L), "")
+  shown <- vapply(facts, function(value) !is.na(value) && !identical(value, FALSE) && nzchar(value), NA)
+  values <- vapply(facts[shown], function(value) format(value, digits = 15L), "")
   text <- paste0(title, paste0(names(values), "=", values, collapse = " "))
   cat(strwrap(printable(text), 100L, indent = 2L, exdent = 6L), sep = "\n")
 }

@@ -23,9 +23,9 @@ show <- function(events, handle, except = NULL) {
     }
   }
   for (condition in conditions) {
-    told <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
+    raised <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
       (is.null(condition$rank) || identical(condition$rank, except$rank))
-    if (!told) handle$pending <- c(handle$pending, list(condition))
+    if (!raised) handle$pending <- c(handle$pending, list(condition))
   }
   invisible()
 }

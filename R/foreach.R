@@ -151,8 +151,8 @@ dotsOf <- function(envir) {
   do.call(holder, eval(quote(list(...)), envir))
 }
 
-# Returns `onResults` for runJob(): passes the results to foreach, in the order of the iterations or of their arrival. If
-# `.combine` fails, the results that were combined before are the result of the loop.
+# Returns `onResults` for runJob(): passes the results to foreach, in the order of the iterations or of their arrival.
+# If `.combine` fails, the results that were combined before are the result of the loop.
 foreachCombiner <- function(iterator, n, in_order) {
   accumulate <- foreach::makeAccum(iterator)
   arrived <- logical(n)

@@ -148,13 +148,13 @@ installed <- function(row, host, status, out, err) {
   }
   text <- textConnection(parts[[2L]])
   on.exit(close(text))
-  said <- read.dcf(text, keep.white = "log")[1L, ]
-  row$version <- said[["version"]]
-  row$r_version <- said[["r_version"]]
-  row$library <- said[["library"]]
-  if (nzchar(said[["problem"]])) {
-    log <- gsub("(^|\n)[[:space:]]*[|]", "\\1", said[["log"]])
-    row$problem <- paste0(said[["problem"]], tailText("its output", log))
+  fields <- read.dcf(text, keep.white = "log")[1L, ]
+  row$version <- fields[["version"]]
+  row$r_version <- fields[["r_version"]]
+  row$library <- fields[["library"]]
+  if (nzchar(fields[["problem"]])) {
+    log <- gsub("(^|\n)[[:space:]]*[|]", "\\1", fields[["log"]])
+    row$problem <- paste0(fields[["problem"]], tailText("its output", log))
   }
   row
 }

@@ -199,7 +199,7 @@ turns <- new.env(parent = emptyenv())
 turns$count <- 0
 
 # Works as recvOneData(), for nodes of several clusters, and for nodes of other packages that have a connection, as
-# PSOCK's have. The clusters and the connections take turns at being polled first, so that each of them is heard.
+# PSOCK's have. The clusters and the connections take turns at being polled first, so that none is starved.
 # `read`: reads an answer.
 receiveOfAny <- function(cl, read = readAnswer) {
   nodes <- unclass(cl)

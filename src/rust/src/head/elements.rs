@@ -116,7 +116,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             if !batch::append_plain(element, &mut values.message) {
                 // If the common list is fixed, elements cannot share a changeable object with it.
                 let mut fixed = values.fixed;
-                // Do not serialize an element only to find that it is long, if that is known without.
+                // Skip the serialization of an element that is known to be long.
                 let mut long = fixed && stream::min_size_of_value(element) >= LONG;
                 if !long {
                     batch::begin_serialized(&mut values.message);

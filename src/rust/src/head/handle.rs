@@ -1,8 +1,8 @@
 //! The cluster behind the external pointer of R: its hub, and the state that outlives a call from R.
 
 use super::job::Job;
-use super::repeat::{Repeated, User};
 use super::retry::WorkerFailures;
+use super::serialization_cache::{CachedMessage, User};
 use crate::codec::stream::{Format, Sink};
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
@@ -37,7 +37,7 @@ pub struct Cluster {
     /// The buffer for messages of [`plain`](crate::codec::plain).
     pub(super) plain: Cell<Vec<u8>>,
     /// The last large message that R has sent to a node.
-    pub(super) last: Cell<Option<Repeated>>,
+    pub(super) last: Cell<Option<CachedMessage>>,
     /// For each worker, the format of messages that are not plain.
     pub formats: RefCell<Vec<Format>>,
     /// The messages of tasks that have not been answered, for retries.
@@ -107,7 +107,7 @@ impl Cluster {
         job: JobId,
         setup_call: Option<u64>,
         message: &Robj,
-    ) -> Option<Repeated> {
+    ) -> Option<CachedMessage> {
         let last = self.last.take()?;
         if last.may_be(job, setup_call, message) {
             return Some(last);
@@ -117,9 +117,9 @@ impl Cluster {
     }
 
     /// Sets the last large message.
-    pub(super) fn keep_last(&self, last: Repeated) {
+    pub(super) fn keep_last(&self, last: CachedMessage) {
         if let Some(other) = self.last.replace(Some(last)) {
-            self.drop_repeated(&other);
+            self.drop_cached(&other);
         }
         self.forget_last();
     }
@@ -127,13 +127,13 @@ impl Cluster {
     /// Drops the last large message if no outstanding task has it.
     fn forget_last(&self) {
         match self.last.take() {
-            Some(last) if !last.is_used() => self.drop_repeated(&last),
+            Some(last) if !last.is_used() => self.drop_cached(&last),
             last => self.last.set(last),
         }
     }
 
-    pub(super) fn drop_repeated(&self, repeated: &Repeated) {
-        for id in repeated.blobs() {
+    pub(super) fn drop_cached(&self, cached: &CachedMessage) {
+        for id in cached.blobs() {
             self.hub.borrow_mut().drop_blob(id);
         }
     }

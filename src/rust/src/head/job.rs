@@ -221,7 +221,7 @@ fn with_job(
 
 impl Job {
     /// Sends tasks and takes answers, for up to one slice. Returns whether all results have arrived and R has
-    /// been told of each worker failure. `plain_only`: whether to leave an answer whose reading may fail for
+    /// been notified of each worker failure. `plain_only`: whether to leave an answer whose reading may fail for
     /// the next step.
     ///
     /// # Errors

@@ -9,8 +9,8 @@ pub mod handle;
 mod job;
 mod nodes;
 mod readiness;
-mod repeat;
 mod retry;
+mod serialization_cache;
 mod start;
 mod status;
 

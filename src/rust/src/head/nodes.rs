@@ -4,7 +4,7 @@ use super::handle::{
     ABSENT, Called, Cluster, MessageBlobs, SLICE, SentMessage, Unread, Unsent, cluster_of,
     may_begin, rank_of, usable, with_cluster,
 };
-use super::repeat::{LARGE, Repeated};
+use super::serialization_cache::{CachedMessage, LARGE};
 use super::{broadcast, events, retry, status};
 use crate::codec::stream::{self, Format};
 use crate::codec::{mapped, plain};
@@ -75,7 +75,7 @@ fn send_to_node(
     let sent = blobs.and_then(|blobs| {
         if blobs.is_none() {
             if let Some(changed) = last.take() {
-                cluster.drop_repeated(&changed);
+                cluster.drop_cached(&changed);
             }
         }
         send(
@@ -89,10 +89,10 @@ fn send_to_node(
     });
     let sent = sent.map(|(task, bytes)| {
         if last.is_none() && bytes >= LARGE {
-            last = Some(Repeated::new(job, setup_call, message));
+            last = Some(CachedMessage::new(job, setup_call, message));
         }
         if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
-            message.user = last.as_ref().map(Repeated::user);
+            message.user = last.as_ref().map(CachedMessage::user);
         }
     });
     if let Some(last) = last {

@@ -1,4 +1,4 @@
-//! Applies the retry policy after worker failures: see [`rustcluster_core::head::retry`]. R is told of each
+//! Applies the retry policy after worker failures: see [`rustcluster_core::head::retry`]. R is notified of each
 //! worker failure that was handled, and decides nothing.
 
 use super::handle::{Cluster, may_send, with_cluster};
@@ -42,7 +42,7 @@ impl WorkerFailures {
         self.unreported.retain(|&(of, _)| of != job);
     }
 
-    /// Returns whether R has to be told of a worker failure before it gets any other result.
+    /// Returns whether R has to be notified of a worker failure before it gets any other result.
     pub(super) fn any_unreported(&self) -> bool {
         !self.unreported.is_empty()
     }

@@ -35,7 +35,7 @@ unsafe extern "C" {
 }
 
 /// A large message that was sent, and may be sent again.
-pub struct Repeated {
+pub struct CachedMessage {
     job: JobId,
     setup_call: Option<u64>,
     /// The message is held, so that an equal address means the same object.
@@ -46,7 +46,7 @@ pub struct Repeated {
     users: User,
 }
 
-/// Held by an outstanding task that has a [`Repeated`] message.
+/// Held by an outstanding task that has a [`CachedMessage`] message.
 pub type User = Rc<()>;
 
 /// A blob, and the fingerprint of its bytes.
@@ -56,10 +56,10 @@ struct MadeBlob {
     print: (u128, u64),
 }
 
-impl Repeated {
+impl CachedMessage {
     /// Creates the value for a message that was sent once.
-    pub fn new(job: JobId, setup_call: Option<u64>, message: &Robj) -> Repeated {
-        Repeated {
+    pub fn new(job: JobId, setup_call: Option<u64>, message: &Robj) -> CachedMessage {
+        CachedMessage {
             job,
             setup_call,
             message: message.clone(),
@@ -90,7 +90,7 @@ impl Repeated {
         self.blobs.iter().map(|made| made.id)
     }
 
-    /// Makes sure that the host of this worker has the message, which [may be](Repeated::may_be) the same, as a
+    /// Makes sure that the host of this worker has the message, which [may be](CachedMessage::may_be) the same, as a
     /// blob. Returns `None` if the message is not the same. The result names no blob if there is none.
     ///
     /// # Errors
