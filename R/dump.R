@@ -61,7 +61,7 @@ dumpOf <- function(handle, question, deadline) {
     left <- deadline - proc.time()[["elapsed"]]
     dump <- checked(hub_dump(handle$pointer, question, max(left, 0), left <= 0), handle)
     if (!is.null(dump)) break
-    # R looks for interrupts.
+    # Let R handle interrupts.
     Sys.sleep(0)
   }
   own <- list(
@@ -94,7 +94,7 @@ dumpOf <- function(handle, question, deadline) {
   )
 }
 
-# Character vectors with names as the rows of a data frame; NA where one has no such name.
+# Returns a data frame with a row for each named character vector. A name that a vector lacks is NA.
 factsTable <- function(facts) {
   columns <- unique(unlist(lapply(facts, names)))
   of <- function(column) {
@@ -130,7 +130,7 @@ print.rustcluster_dump <- function(x, n = 24L, ...) {
 
 busyFirst <- function(workers) workers[order(workers$state %in% c("idle", "gone"), workers$rank), ]
 
-# A paragraph for each row. What is not known, not so, or none at all is left out.
+# Prints a paragraph for each row. Values that are unknown, FALSE or empty are left out.
 showRows <- function(heading, rows, key, n) {
   if (!NROW(rows)) return(invisible())
   cat("\n", heading, "\n", sep = "")
@@ -142,8 +142,8 @@ showRows <- function(heading, rows, key, n) {
 }
 
 showFacts <- function(title, facts) {
-  said <- vapply(facts, function(value) !is.na(value) && !identical(value, FALSE) && nzchar(value), NA)
-  values <- vapply(facts[said], function(value) format(value, digits = 15L), "")
+  shown <- vapply(facts, function(value) !is.na(value) && !identical(value, FALSE) && nzchar(value), NA)
+  values <- vapply(facts[shown], function(value) format(value, digits = 15L), "")
   text <- paste0(title, paste0(names(values), "=", values, collapse = " "))
   cat(strwrap(printable(text), 100L, indent = 2L, exdent = 6L), sep = "\n")
 }

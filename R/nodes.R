@@ -15,16 +15,16 @@ isNode <- function(node) {
 }
 
 # Returns the clusters of the nodes with these indices: a list with, for each cluster, its `handle`, the indices of its
-# nodes among all (`places`), and their `ranks`.
-clustersAmong <- function(nodes, places = seq_along(nodes)) {
+# nodes among all (`indices`), and their `ranks`.
+clustersAmong <- function(nodes, indices = seq_along(nodes)) {
   nodes <- unclass(nodes)
   parts <- list()
-  while (length(places)) {
-    handle <- .subset2(nodes[[places[[1L]]]], "handle")
-    own <- vapply(nodes[places], function(node) identical(.subset2(node, "handle"), handle), NA)
-    ranks <- vapply(nodes[places[own]], function(node) as.integer(.subset2(node, "rank")), 0L)
-    parts <- c(parts, list(list(handle = handle, places = places[own], ranks = ranks)))
-    places <- places[!own]
+  while (length(indices)) {
+    handle <- .subset2(nodes[[indices[[1L]]]], "handle")
+    own <- vapply(nodes[indices], function(node) identical(.subset2(node, "handle"), handle), NA)
+    ranks <- vapply(nodes[indices[own]], function(node) as.integer(.subset2(node, "rank")), 0L)
+    parts <- c(parts, list(list(handle = handle, indices = indices[own], ranks = ranks)))
+    indices <- indices[!own]
   }
   parts
 }
@@ -39,7 +39,7 @@ clustersOf <- function(cl, argument = "cl") {
       handle <- cl[[1L]][["handle"]]
       known <- range(ranks)
       if (known[[1L]] >= 1L && known[[2L]] <= length(handle$hosts)) {
-        return(list(list(handle = handle, places = seq_along(ranks), ranks = ranks)))
+        return(list(list(handle = handle, indices = seq_along(ranks), ranks = ranks)))
       }
     }
   }
@@ -79,13 +79,13 @@ theCluster <- function(cl) {
 # Returns one value for each node, in the order of the nodes. `of`: returns the values of the nodes of one cluster.
 byNode <- function(parts, of) {
   values <- lapply(parts, function(part) of(part$handle, part$ranks))
-  unlist(values)[order(unlist(lapply(parts, `[[`, "places")))]
+  unlist(values)[order(unlist(lapply(parts, `[[`, "indices")))]
 }
 
 # Returns the cluster without duplicate nodes.
 distinctNodes <- function(cl) {
   parts <- clustersOf(cl)
-  cl[sort(unlist(lapply(parts, function(part) part$places[!duplicated(part$ranks)])))]
+  cl[sort(unlist(lapply(parts, function(part) part$indices[!duplicated(part$ranks)])))]
 }
 
 #' @export
@@ -139,7 +139,7 @@ nodeHost <- function(node) {
   handle$agents[[handle$owner[[node[["rank"]]]]]]
 }
 
-isLocalhostNode.RustNode <- function(node, ...) isTRUE(nodeHost(node)$here)
+isLocalhostNode.RustNode <- function(node, ...) isTRUE(nodeHost(node)$local)
 
 # Workers are forks of their agent, and not of this session.
 isForkedNode.RustNode <- function(node, ...) FALSE
@@ -156,7 +156,7 @@ killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
   pid <- nodePid(x)
   if (is.na(pid)) return(FALSE)
   host <- nodeHost(x)
-  if (isTRUE(host$here)) return(tools::pskill(pid, signal))
+  if (isTRUE(host$local)) return(tools::pskill(pid, signal))
   command <- sshCommand(host, paste0("kill -", as.integer(signal), " ", pid))
   status <- system2(command[[1L]], shQuote(command[-1L]), stdout = FALSE, stderr = FALSE, timeout = 30)
   identical(as.integer(status), 0L)
@@ -278,11 +278,11 @@ format.RustCluster <- function(x, ...) {
   )
   parts <- clustersAmong(x, which(areOurs(x)))
   of <- vapply(parts, function(part) {
-    stopped <- part$places[!part$ranks %in% part$handle$alive]
+    stopped <- part$indices[!part$ranks %in% part$handle$alive]
     fate <- fate(part$handle)
     if (length(stopped) == length(x)) fate <- fate(list(stopped = TRUE))
-    if (nzchar(fate) && length(part$places) == length(x)) return(fate)
-    if (nzchar(fate)) return(paste0(", ", spanText(part$places, "node"), " of a cluster", fate))
+    if (nzchar(fate) && length(part$indices) == length(x)) return(fate)
+    if (nzchar(fate)) return(paste0(", ", spanText(part$indices, "node"), " of a cluster", fate))
     if (length(stopped)) paste0(", ", spanText(stopped, "node"), " stopped") else ""
   }, "")
   paste(c(text, of), collapse = "")

@@ -1,4 +1,5 @@
-//! What many nodes get: written once for each host where it can be, or once for each node.
+//! Broadcasts: messages that many nodes get. Such a message is serialized once for each host if possible, and
+//! otherwise once for each node.
 
 use super::handle::{Cluster, MessageBlobs, ToHub, Unsent};
 use super::repeat::{MadeBlob, Repeated};
@@ -27,7 +28,7 @@ pub(super) fn broadcast(
     Ok(())
 }
 
-/// Sends a message that is not plain to the hosts of these workers, as a blob for each format.
+/// Sends a message that is not plain to the hosts of these workers, as one blob for each format.
 pub(super) fn send_blobs(
     cluster: &Cluster,
     owners: &[Rank],
@@ -52,10 +53,10 @@ pub(super) fn send_blobs(
     Ok(blobs)
 }
 
-/// Writes a message as a blob of this format.
+/// Writes a message in this format, as the bytes of a blob.
 ///
 /// # Errors
-/// When R jumped: what was written by then is incomplete.
+/// If R jumped. The bytes that were written before the jump are incomplete.
 pub fn write_blob(
     message: &Robj,
     format: Format,
@@ -67,11 +68,11 @@ pub fn write_blob(
     }
 }
 
-/// Sends to the hosts of these workers what `write` writes, as a blob. Returns that and what `write`
-/// does. `setup_call`: what some messages that begin with it do lasts.
+/// Sends the bytes that `write` writes to the hosts of these workers, as a blob. Returns the id of the blob and
+/// the value of `write`. `setup_call`: whether messages of set-up calls start with the blob.
 ///
 /// # Errors
-/// When R jumped: there is no blob then.
+/// If R jumped. The blob does not exist then.
 pub fn make_blob<T>(
     cluster: &Cluster,
     ranks: &[Rank],
@@ -91,13 +92,13 @@ pub fn make_blob<T>(
     }
 }
 
-/// What a job's tasks have in common is kept from job to job up to this size.
+/// Maximum size of a common blob that is kept from job to job, in bytes.
 pub(super) const SMALL_MESSAGE: usize = 64 * 1024;
 
-/// Sends what the tasks of a job have in common to the hosts of these workers.
+/// Sends the values that the tasks of a job have in common to the hosts of these workers, as a blob.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn send_common_blob(
     cluster: &Cluster,
     ranks: &[Rank],
@@ -137,10 +138,10 @@ pub fn send_common_blob(
     Ok((id, written))
 }
 
-/// Sends it once more, to the host of this worker, which does not have it.
+/// Sends a blob again, to the host of this worker, which lacks it.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn resend_blob(
     cluster: &Cluster,
     id: BlobId,

@@ -1,4 +1,4 @@
-//! The head's functions for R.
+//! The functions of the head, for R.
 
 mod broadcast;
 mod call;
@@ -10,7 +10,6 @@ mod job;
 mod losses;
 mod nodes;
 mod readiness;
-mod repeat;
 mod retry;
 mod send;
 mod start;
