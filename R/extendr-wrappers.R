@@ -344,7 +344,7 @@ hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
-#' In a separate process: takes the channel from stdin and returns the packages to attach.
+#' In a separate process, takes the channel from stdin and returns the packages to attach.
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
 
@@ -367,7 +367,7 @@ worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, inte
 #' @noRd
 worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
 
-#' The bytes of memory that this worker may have; 0 if there is no limit.
+#' Returns the memory limit of this worker in bytes; 0 for no limit.
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 

@@ -2,8 +2,8 @@
 //! otherwise once for each node.
 
 use super::handle::{Cluster, MessageBlobs, ToHub, Unsent};
-use super::repeat::{MadeBlob, Repeated};
 use super::send::{is_plain, send};
+use super::serialization_cache::{CachedMessage, MadeBlob};
 use crate::codec::mapped::{self, MappedSize};
 use crate::codec::stream::{self, Format, Sink};
 use crate::r::unwind::Jump;
@@ -154,42 +154,43 @@ pub fn resend_blob(
     Ok(())
 }
 
-/// Sends a message to the host of this worker as a blob. The message [may be](Repeated::may_be) the repeated one. `None`: it is not the same. The result names no blob if there is none.
+/// Makes sure that the host of this worker has the message, which [may be](CachedMessage::may_be) the same, as a
+/// blob. Returns `None` if the message is not the same. The result names no blob if there is none.
 ///
 /// # Errors
-/// When R jumped. The message may be shared all the same the next time.
+/// If R jumped. The message may still be cached the next time.
 pub(super) fn send_as_blob(
-    repeated: &mut Repeated,
+    cached: &mut CachedMessage,
     cluster: &Cluster,
     owner: Rank,
     message: &Robj,
 ) -> std::result::Result<Option<MessageBlobs>, Jump> {
-    // Whoever stands in for it gets the message as it is.
+    // The worker that runs the task on behalf of a lost one gets the message as it is.
     if cluster.hub.borrow().worker(owner).termination.is_some() {
         return Ok(Some(MessageBlobs::default()));
     }
     let format = cluster.format(owner);
-    let made = repeated.blobs.iter().find(|made| made.format == format);
+    let made = cached.blobs.iter().find(|made| made.format == format);
     let Some(&MadeBlob { id, print, .. }) = made else {
-        let (id, print) = make_blob(cluster, &[owner], repeated.setup_call.is_some(), |hub| {
+        let (id, print) = make_blob(cluster, &[owner], cached.setup_call.is_some(), |hub| {
             print_blob(message, format, Some(hub))
         })?;
-        repeated.blobs.push(MadeBlob { format, id, print });
+        cached.blobs.push(MadeBlob { format, id, print });
         return Ok(Some(MessageBlobs::of_one(format, id)));
     };
     if print_blob(message, format, None)? != print {
         return Ok(None);
     }
     let has = cluster.hub.borrow().has_blob(owner, id);
-    // Code that R ran in between may have changed it.
+    // Code that R ran in between may have changed the message.
     if !has && !send_blob_again(cluster, id, print, owner, message, format)? {
         return Ok(None);
     }
     Ok(Some(MessageBlobs::of_one(format, id)))
 }
 
-/// Sends a blob to one more host. Returns whether it has been the same bytes: if not, that host does not
-/// have it.
+/// Sends a blob to one more host. Returns whether the bytes are still the same; if not, the host does not get
+/// the blob.
 fn send_blob_again(
     cluster: &Cluster,
     id: BlobId,
@@ -213,7 +214,7 @@ fn send_blob_again(
     }
 }
 
-/// Writes a message to the hub as a blob, or to nowhere. Returns the fingerprint of its bytes.
+/// Writes a message to the hub as a blob, or discards the bytes. Returns the fingerprint of the bytes.
 fn print_blob(
     message: &Robj,
     format: Format,
@@ -228,10 +229,10 @@ fn print_blob(
     Ok(sink.print.value())
 }
 
-/// Bytes to nowhere after which R is to look for an interrupt.
+/// Number of discarded bytes after which R checks for an interrupt.
 const BYTES_PER_CHECK: usize = 16 * 1024 * 1024;
 
-/// Takes the fingerprint of what is written.
+/// Computes the fingerprint of the bytes that are written.
 struct Printing<'a, 'b> {
     print: Fingerprint,
     hub: Option<&'a mut ToHub<'b>>,

@@ -55,8 +55,8 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, what: &str, message: Robj
     })
 }
 
-/// The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is
-/// forgotten.
+/// Returns the answer to a call: `NULL` if the call has not ended, or is being retried after a worker failure.
+/// The same answer is returned until the call is forgotten.
 /// @noRd
 #[extendr]
 fn call_take(handle: Robj, task: f64) -> Robj {

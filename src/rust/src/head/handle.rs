@@ -1,7 +1,7 @@
 //! The cluster behind the external pointer of R: its hub, and the state that outlives a call from R.
 
 use super::losses::WorkerFailures;
-use super::repeat::{Repeated, User};
+use super::serialization_cache::{CachedMessage, User};
 use super::values::Values;
 use crate::codec::stream::{Format, Sink};
 use crate::r::failure::Failure;
@@ -17,15 +17,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// An open job: its engine, and what it has of R's.
+/// An open job: its engine, and its R values.
 pub struct Job {
     pub engine: job::Job,
     pub(super) values: Values,
-    /// What the first step, which job_begin() takes, has left for the next: what R is needed for.
-    pub(super) said: Option<Unsent>,
+    /// The failure of the first step, which job_begin() takes, for the next call of job_step().
+    pub(super) pending: Option<Unsent>,
 }
 
-/// What hub_call() has had of answers when it stopped to wait.
+/// The answers that hub_call() had received when it stopped waiting.
 pub(super) struct Called {
     pub(super) values: Robj,
     pub(super) there: Vec<bool>,

@@ -21,16 +21,26 @@ use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-/// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
-/// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
-/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
-/// tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
-/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
-/// that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
-/// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-/// in seconds), `retries` and `raises` (see [`Policy`]), `noun` (what warnings call a task), `at_once` (if there
-/// are no more tasks than nodes, a first step is taken at once).
-/// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
+/// Starts a job. `ranks`: the ranks of the nodes, from 1. `common`: a list of the function and of a list of
+/// arguments that all tasks have. `elements`: a vector without a class, or a function of the index of an
+/// element.
+///
+/// `settings` is a list of:
+/// * `round`: whether tasks are assigned to the nodes in turn, and not to the next idle worker.
+/// * `reuse`: the objects that are reused by all tasks of a batch: `"nothing"`; `"all"`, as in a chunk of parallel; or
+///   `"function"`, if that has an environment of its own.
+/// * `spread`: whether an element is a list of arguments.
+/// * `seed`: a function that returns the seed of an element by its index, or `NULL`.
+/// * `seeded`: see [`Values`].
+/// * `order`: the order of the elements, or `NULL`.
+/// * `singly`: whether each task is sent alone.
+/// * `timeout`: the time limit of a task in seconds.
+/// * `retries`, `raises`: see [`Policy`].
+/// * `noun`: the name of a task in warnings.
+/// * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.
+///
+/// Returns the value of job_results() if that step has ended the job, which is then closed, and otherwise
+/// `NULL`.
 /// @noRd
 #[extendr]
 fn job_begin(

@@ -12,6 +12,7 @@ mod nodes;
 mod readiness;
 mod retry;
 mod send;
+mod serialization_cache;
 mod start;
 mod status;
 mod values;

@@ -4,8 +4,8 @@ use super::handle::{
     ABSENT, Called, Cluster, SLICE, Unread, Unsent, cluster_of, may_begin, rank_of, usable,
     with_cluster,
 };
-use super::repeat::{LARGE, Repeated};
 use super::send::send;
+use super::serialization_cache::{CachedMessage, LARGE};
 use super::{broadcast, events, retry, status};
 use crate::codec::stream;
 use crate::codec::{mapped, plain};
@@ -99,9 +99,10 @@ fn send_to_node(
     sent
 }
 
-/// Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
-/// their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
-/// has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
+/// Sends the same message to nodes, in this order, and waits up to one slice for their answers. Returns the
+/// list of their values: the job is then closed, no R code has run, and no interrupt was handled. Returns
+/// `NULL`, without having done anything, if the nodes are of several clusters or contain a node twice. Returns
+/// `TRUE` if hub_called() has the answers that have arrived.
 /// @noRd
 #[extendr]
 fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj) -> Robj {
@@ -246,8 +247,8 @@ fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
     })
 }
 
-/// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
-/// being read, see [`mapped::MappedReading`].
+/// Returns an answer as `recvData()` returns it, which is not protected. `shared`: whether its vectors are in
+/// the memory that is being read: see [`mapped::MappedReading`].
 ///
 /// # Safety
 /// Must be called under [`unwind::protect`]: R may jump.
@@ -324,7 +325,7 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
     })
 }
 
-/// What R gets of an answer: with the place of its node, or without if that is 0.
+/// Returns an answer for R: with the index of its node, or without it if the index is 0.
 pub(super) fn answered(
     cluster: &Cluster,
     answer: Answer,

@@ -11,7 +11,7 @@ use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported, log_
 use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
 
-/// What became of the worker that had a task.
+/// Returns the failure of the worker that had a task.
 fn worker_failure(cluster: &Cluster, rank: Rank, termination: &Termination) -> Failure {
     let now = cluster.hub.borrow().worker(rank).termination;
     Failure::worker_failure(rank, termination, now.as_deref())

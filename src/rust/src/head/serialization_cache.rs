@@ -31,14 +31,14 @@ unsafe extern "C" {
 }
 
 /// A large message that was sent, and may be sent again.
-pub struct Repeated {
+pub struct CachedMessage {
     pub(super) job: JobId,
     pub(super) setup_call: Option<u64>,
-    /// Held, so that the same address means the same object.
+    /// The message is held, so that an equal address means the same object.
     message: Robj,
-    /// What it has been made, in each format.
+    /// The blobs of the message, in each format.
     pub(super) blobs: Vec<MadeBlob>,
-    /// So many others hold this as tasks have the message that have not been answered.
+    /// The reference count of this value is the number of outstanding tasks that have the message, plus one.
     users: User,
 }
 
