@@ -45,7 +45,7 @@ struct Given {
 }
 
 impl BlobStore {
-    /// Blobs that are held.
+    /// Number of stored blobs.
     pub fn count(&self) -> usize {
         self.blobs.len()
     }
@@ -236,7 +236,7 @@ mod tests {
             assert_eq!(blobs.give(worker, 1, &mut acts), 0);
             assert_eq!(acts.len(), 1);
         }
-        // A fresh process has none; and a worker has the last one only.
+        // A new process has no blob, and a worker has only the last one.
         blobs.made(0);
         assert!(blobs.give(0, 1, &mut Vec::new()) > 0);
         receive(&mut blobs, &[chunk(2, FIRST | LAST, 0)]).unwrap();
@@ -280,7 +280,7 @@ mod tests {
             blobs.retain(id);
             blobs.give(0, id, &mut Vec::new());
         }
-        // Who has it is told to let go of it.
+        // A worker that has the blob is asked to unmap it.
         let acts = receive(&mut blobs, &[forget(2)]).unwrap();
         assert!(matches!(&acts[..], [Act::ToWorker(frame)] if *frame == forget(2)));
         assert!(blobs.len(2).is_err());
@@ -328,7 +328,7 @@ mod tests {
             steps in prop::collection::vec((0u8..6, 1u64..5, 0u32..3), 1..80),
         ) {
             let mut blobs = BlobStore::new(3);
-            // As the head, each worker and this side of the wire know it.
+            // The blobs that the head, each worker and the store have.
             let (mut known, mut retained) = ([false; 5], [0usize; 5]);
             let mut has = [None; 3];
             let mut stored = std::collections::HashSet::new();
@@ -336,7 +336,7 @@ mod tests {
                 let mut acts = Vec::new();
                 let at = id as usize;
                 match what {
-                    // Once its number is free.
+                    // The number may be reused once it is free.
                     0 if !known[at] && retained[at] == 0 => {
                         let len = if id % 2 == 0 { 9 } else { MAX_BODY };
                         let frames = [chunk(id, FIRST, len), chunk(id, LAST, 9)];
@@ -390,7 +390,7 @@ mod tests {
                 }
                 let given = blobs.given.iter().map(|given| given.map(|given| given.id));
                 prop_assert_eq!(given.collect::<Vec<_>>(), has);
-                // Small ones are let them.
+                // Workers keep small blobs.
                 for id in has.into_iter().flatten() {
                     prop_assert!(id % 2 == 0 || known[id as usize]);
                 }

@@ -134,7 +134,7 @@ mod tests {
     fn what_is_dropped_gives_its_room_back() {
         let mut queue = PrefetchQueue::new(1);
         assert_eq!(queue.hold(data(2, FIRST, 7)), Ok(None));
-        // Its end decides: there is an abort on its way.
+        // The end of the message decides, because an abort may follow.
         assert_eq!(queue.withdraw(0, 2), None);
         let abort = data(2, LAST | ABORT, 0);
         assert_eq!(queue.hold(abort), Ok(Some(2 * HEADER_LEN + 7)));

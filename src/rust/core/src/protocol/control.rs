@@ -122,7 +122,7 @@ pub struct Start {
 }
 
 impl Start {
-    /// The rank of the worker with this index; the index itself if the head has told none.
+    /// The rank of the worker with this index; the index itself if the head has not sent ranks.
     pub fn rank(&self, worker: u32) -> Rank {
         let rank = self.ranks.get(worker as usize);
         rank.copied().unwrap_or(worker)
@@ -223,7 +223,7 @@ pub enum ToAgent {
     },
 }
 
-/// Memory use of a process in bytes; 0 for what is not known.
+/// Memory use of a process in bytes; unknown values are 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// The resident set size.

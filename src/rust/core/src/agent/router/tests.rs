@@ -97,7 +97,7 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     from_head(&mut router, data(1, b"export"));
     from_worker(&mut router, &[seed(0, 1, b"seed"), data(1, b"done")]);
     from_head(&mut router, data(2, b"task"));
-    let reassigned = seed(REASSIGNED, 2, b"guest");
+    let reassigned = seed(REASSIGNED, 2, b"other");
     from_worker(&mut router, &[reassigned]);
     let ending = router.exited(0, true, Duration::ZERO);
     assert!(matches!(ending, Ending::Lost { replaced: true, .. }));
@@ -108,7 +108,7 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     };
     assert_eq!(*again, data(REPLAY, b"export"));
     assert_eq!(*seeds, seed(0, 0, b"seed"));
-    // What it does meanwhile was told before.
+    // The answers to repeated calls are not reported, because the head has got them before.
     let done = [seed(0, REPLAY, b"other"), data(REPLAY, b"done")];
     let acts = from_worker(&mut router, &done);
     assert!(
@@ -148,7 +148,7 @@ fn dropped(task: u64) -> Frame {
 fn a_prefetched_task_waits_for_the_end_of_the_one_before() {
     let mut router = up();
     from_head(&mut router, data(1, b"task"));
-    let reassigned = seed(REASSIGNED, 2, b"guest");
+    let reassigned = seed(REASSIGNED, 2, b"other");
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
     let state = Frame::new(Kind::State, 0, 0, 2, name);
     for frame in [reassigned.clone(), state, data(2, b"next")] {
@@ -162,7 +162,7 @@ fn a_prefetched_task_waits_for_the_end_of_the_one_before() {
     assert_eq!(to_head(&acts), [&rest]);
     assert_eq!(to_worker(&acts), [&reassigned, &data(2, b"next")]);
     assert_eq!(router.worker_table.task(0), Some(2));
-    // What lasts is the second.
+    // The set-up call is the second task.
     from_worker(&mut router, &[data(2, b"done")]);
     let again = router.setup_log.restore(0).messages;
     assert_eq!(again.len(), 1);

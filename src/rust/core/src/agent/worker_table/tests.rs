@@ -295,7 +295,7 @@ fn a_lost_worker_is_replaced_and_restored_before_it_is_heard_of() {
     );
 }
 
-/// The end of one that had not been ready, which the head is told.
+/// The end of a worker that had not been ready, as reported to the head.
 fn setback(count: u32, restoring: bool, stalled: Duration, pause: Duration) -> Ending {
     let setback = Setback {
         count,
@@ -316,8 +316,8 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     for _ in 1..SETBACKS {
         assert_eq!(worker_table.exited(0, true, MS), Ending::Replace);
     }
-    let told = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
-    assert_eq!(worker_table.exited(0, true, MS), told);
+    let lost = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, MS), lost);
     let (mut now, mut pause) = (MS, FIRST_PAUSE);
     for _ in 0..9 {
         assert_eq!(worker_table.next_retry(), Some(now + pause));
@@ -331,7 +331,7 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
         assert_eq!(worker_table.to_retry(now), [0]);
         assert!(worker_table.to_retry(now + pause).is_empty());
         worker_table.made(0, now);
-        // The head is told once.
+        // The failure is reported to the head once.
         assert_eq!(worker_table.exited(0, true, now), Ending::Waits);
         pause = (2 * pause).min(LONGEST_PAUSE);
     }
@@ -357,8 +357,8 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     assert!(worker_table.all_terminated() && worker_table.next_retry().is_none());
     // Nor is one that was never there, or whose state is not known.
     let mut worker_table = WorkerTable::new(1);
-    let told = setback(1, false, Duration::ZERO, Duration::ZERO);
-    assert_eq!(worker_table.exited(0, true, MS), told);
+    let lost = setback(1, false, Duration::ZERO, Duration::ZERO);
+    assert_eq!(worker_table.exited(0, true, MS), lost);
     assert_eq!(worker_table.next_retry(), None);
     assert_eq!(busy().exited(0, false, MS), lost(false));
 }
@@ -381,9 +381,9 @@ fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
     assert!(worker_table.stalled(RESTORE_TIMEOUT).is_empty());
     assert_eq!(worker_table.stalled(MS + RESTORE_TIMEOUT), [0]);
     assert!(worker_table.stalled(2 * RESTORE_TIMEOUT).is_empty());
-    let told = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
-    assert_eq!(worker_table.exited(0, true, MS), told);
-    // The second of what is done again took long at first.
+    let lost = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, MS), lost);
+    // The second of the repeated calls took long at first.
     worker_table.to_retry(RESTORE_TIMEOUT);
     worker_table.made(0, RESTORE_TIMEOUT);
     let mut now = 2 * RESTORE_TIMEOUT - MS;
@@ -419,5 +419,5 @@ fn how_long_a_task_took_does_not_include_waiting_for_the_head() {
     );
     answer = data(1, LAST, 1);
     assert_eq!(worker_table.from_worker(&answer, 90 * MS), Ok(Route::Hold));
-    assert_eq!(worker_table.took(0), 4 * MS);
+    assert_eq!(worker_table.task_duration(0), 4 * MS);
 }

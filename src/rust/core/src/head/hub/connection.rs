@@ -60,11 +60,11 @@ pub struct Conn {
     pub heartbeat_timeout: Duration,
     /// How long idle workers may take to end.
     pub stop_timeout: Duration,
-    /// Notified when the agent has been told what to start.
+    /// Notified when the start request has been sent to the agent.
     pub planned: Arc<Notify>,
     /// When the agent last sent something, once it serves.
     pub last_received: Option<Instant>,
-    /// What the agent was told to start, if its host is reconnected when it is lost.
+    /// The start request that was sent to the agent, if a lost host is reconnected.
     pub plan: Option<Start>,
     /// The agent's end is intended: it is not reconnected.
     pub permanent: bool,
@@ -274,7 +274,7 @@ async fn talk(
             Some(received) => received,
             None => return Ok(()),
         },
-        // No agent has been told to stop yet: the end of the stream stops it.
+        // No stop request has been sent yet: the end of the stream stops the agent.
         () = stop.notified() => return Ok(()),
         error = late() => return Err(error),
     };

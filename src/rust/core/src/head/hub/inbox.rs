@@ -42,7 +42,7 @@ impl HostFailure {
 /// Events, which R shows when it next checks for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A worker ended, or was killed because it did not respond to an interrupt; a fresh one took its place.
+    /// A worker ended, or was killed because it did not respond to an interrupt, and was replaced.
     Replaced {
         /// The rank of the worker and of its replacement.
         rank: Rank,
@@ -153,7 +153,7 @@ pub struct HostView {
     pub dump_told: u64,
     /// The answer to the last question after its state: of the agent, and of its workers by rank.
     pub dump: Vec<(Option<Rank>, Facts)>,
-    /// R has been or will be told that the host is lost, and that its set-up log is incomplete.
+    /// Whether the loss of the host, and an incomplete set-up log, have been reported to R or will be.
     reported_lost: bool,
     reported_state: bool,
 }
@@ -320,7 +320,7 @@ impl Inbox {
                 let workers = self.workers.iter().filter(|worker| worker.agent == agent);
                 let max = workers.count() + 1;
                 let host = &mut self.hosts[agent];
-                // No more than was asked for is held.
+                // Facts that were not requested are dropped, so that an agent cannot fill the memory.
                 if question == host.dump_asked && host.dump.len() + of.len() <= max {
                     host.dump.extend(of);
                     if last {

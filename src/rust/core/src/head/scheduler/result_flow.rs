@@ -107,7 +107,7 @@ impl ResultFlow {
         }
     }
 
-    /// What is known of all results, for a bug report.
+    /// Adds the facts about all results to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add_debug("wants", &self.demand);
         facts.add("results_bytes", self.buffered);
@@ -118,7 +118,7 @@ impl ResultFlow {
         facts.add("unlimited", self.unlimited);
     }
 
-    /// What is known of the result that a worker has to give.
+    /// Adds the facts about the result of a worker's task to a bug report.
     pub(super) fn result_facts(&self, rank: Rank, facts: &mut Facts) {
         if let Some(incoming) = self.of(rank) {
             facts.add("result_bytes", incoming.received);
@@ -128,7 +128,7 @@ impl ResultFlow {
         }
     }
 
-    /// What is known of the results of a host.
+    /// Adds the facts about the results of a host to a bug report.
     pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
         facts.add_some("large_results_begun", self.beyond_window.get(host));
     }

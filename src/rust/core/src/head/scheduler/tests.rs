@@ -690,12 +690,12 @@ fn ends(scheduler: &mut Scheduler) -> Vec<(TaskId, &'static str)> {
         Outcome::Lost(_) => "lost",
         Outcome::TimedOut => "timed out",
         Outcome::Cancelled => "cancelled",
-        Outcome::Revoked => "recalled",
+        Outcome::Revoked => "revoked",
     };
     ends.map(|(task, outcome)| (task, name(outcome))).collect()
 }
 
-/// What an agent is told besides tasks.
+/// The control messages to the first agent.
 fn control_messages(scheduler: &mut Scheduler) -> Vec<ToAgent> {
     let frames = std::iter::from_fn(|| scheduler.next_frame(0));
     let control = frames.filter(|frame| frame.header.kind == Kind::Control);
@@ -821,8 +821,8 @@ fn a_task_is_revoked_unless_it_has_started() {
     );
     assert_eq!(ends(&mut s), []);
     assert_eq!(dropped(&mut s, 2), Ok(()));
-    assert_eq!(ends(&mut s), [(2, "recalled")]);
-    // In its place.
+    assert_eq!(ends(&mut s), [(2, "revoked")]);
+    // The next task is prefetched instead.
     assert_eq!(tasks_sent(&mut s, 0), [3]);
     s.revoke(0, 3);
     answer(&mut s, 0, 1, None);
@@ -836,7 +836,7 @@ fn a_task_is_revoked_unless_it_has_started() {
     assert_eq!(tasks_sent(&mut s, 0), [4, 5]);
     s.revoke(0, 6);
     s.revoke(0, 5);
-    assert_eq!(ends(&mut s), [(6, "recalled"), (5, "recalled")]);
+    assert_eq!(ends(&mut s), [(6, "revoked"), (5, "revoked")]);
     let abort = Frame::new(Kind::Data, LAST | ABORT, 0, 5, Bytes::new());
     assert_eq!(s.next_frame(0), Some(abort));
     // The worker is lost before the agent could answer.
@@ -844,7 +844,7 @@ fn a_task_is_revoked_unless_it_has_started() {
     assert_eq!(tasks_sent(&mut s, 0), [7]);
     s.revoke(0, 7);
     replace(&mut s, 0);
-    assert_eq!(ends(&mut s), [(4, "lost"), (7, "recalled")]);
+    assert_eq!(ends(&mut s), [(4, "lost"), (7, "revoked")]);
 }
 
 #[test]
