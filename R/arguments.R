@@ -158,8 +158,8 @@ clusterOptions <- function(given) {
   options
 }
 
-# Checks a number in a range. `what`: what the argument is, such as "a number of seconds". `infinite`: whether Inf, which
-# stands for no limit, is valid, too.
+# Checks a number in a range. `what`: what the argument is, such as "a number of seconds". `infinite`: whether Inf,
+# which stands for no limit, is valid, too.
 between <- function(value, argument, what, min, max, infinite = FALSE) {
   value <- plain(value)
   if (infinite && identical(value, Inf)) return(invisible())

@@ -52,8 +52,8 @@ conditionClasses <- list(
       "one, is retried; the failures of a task that is not retried are in its error. Fields as of the error."
     ),
     worker_replaced = paste(
-      "A worker ended or did not respond when its task was interrupted, and was restarted. Fields `rank`, `host`, `pid`",
-      "(of the process that has ended), `reason` (why the task was interrupted)."
+      "A worker ended or did not respond when its task was interrupted, and was restarted. Fields `rank`, `host`,",
+      "`pid` (of the process that has ended), `reason` (why the task was interrupted)."
     ),
     host_failed = "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`.",
     state_not_kept = paste(

@@ -136,7 +136,8 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       if (isFALSE(field("replaced"))) paste0(
         if (field("retry") > 0) {
           paste0(
-            "; the restart is retried in ", field("retry"), " s, and then at growing intervals; until the worker is back, "
+            "; the restart is retried in ", field("retry"), " s, and then at growing intervals; ",
+            "until the worker is back, "
           )
         } else "; it is not replaced: ",
         "`clusterAlive(cl)` leaves it out, if others are left"
@@ -153,7 +154,11 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
-      if (isTRUE(hub_takes_back(handle$pointer, owner))) "; it will be reconnected when it is back; until then " else "; ",
+      if (isTRUE(hub_takes_back(handle$pointer, owner))) {
+        "; it will be reconnected when it is back; until then "
+      } else {
+        "; "
+      },
       "`clusterAlive(cl)` leaves its nodes out, if others are left"
     ),
     timeout = paste0(

@@ -103,9 +103,9 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   values
 }
 
-# Refuses arguments whose names start with a dot and are arguments neither of the verb nor of `FUN`, and arguments of the
-# verb without their dot: they are typing errors. `name`: the name of the verb. `fun`: a function with the arguments of
-# `FUN`, or NULL if these are unknown, as of a primitive function without any.
+# Refuses arguments whose names start with a dot and are arguments neither of the verb nor of `FUN`, and arguments of
+# the verb without their dot: they are typing errors. `name`: the name of the verb. `fun`: a function with the arguments
+# of `FUN`, or NULL if these are unknown, as of a primitive function without any.
 refuseUnknown <- function(verb, name, given, fun) {
   known <- if (!is.null(fun)) names(formals(fun))
   unknown <- setdiff(grep("^[.]", given, value = TRUE), known)

@@ -9,9 +9,9 @@
 #'
 #' @param spec The number of workers, and their hosts. The nodes of the cluster are in the order of `spec`. Entries with
 #'   the same host and settings share an agent.
-#'   * (number) Workers on this machine; a fraction is dropped, as in \pkg{parallel}. Default: the cores that this session may use according to CPU affinity,
-#'     cgroups, and the environment variables of Slurm, PBS, SGE, LSF and others (the rules of
-#'     `parallelly::availableCores()`), or option `mc.cores` if that is smaller.
+#'   * (number) Workers on this machine; a fraction is dropped, as in \pkg{parallel}. Default: the cores that this
+#'     session may use according to CPU affinity, cgroups, and the environment variables of Slurm, PBS, SGE, LSF
+#'     and others (the rules of `parallelly::availableCores()`), or option `mc.cores` if that is smaller.
 #'   * (named number) Workers on each of the named hosts.
 #'   * (character) A host for each worker.
 #'   * (list) A list for each host, with `host` and any of `user`, `ncore` (number of workers; missing or `NA`: the
@@ -24,13 +24,14 @@
 #'
 #'   `"localhost"` and the names and addresses of this machine are used without ssh, unless `spec` asks for another
 #'   user, a port or an ssh command.
-#' @param type (character) Any cluster type of [parallel::makeCluster()], such as `"PSOCK"`. The type selects nothing; the
-#'   argument makes calls of `makeCluster()` work without changes: see section Cluster type. Another value is an error.
+#' @param type (character) Any cluster type of [parallel::makeCluster()], such as `"PSOCK"`. The type selects nothing;
+#'   the argument makes calls of `makeCluster()` work without changes: see section Cluster type. Another value is
+#'   an error.
 #' @param ... Any argument of [parallel::makePSOCKcluster()] but `manual = TRUE`, by name. These arguments have the
 #'   meaning that they have in \pkg{parallel}:
-#'   * `outfile`: a file to which the output of the workers is appended. Default: `"/dev/null"`. With `""` or `NULL`, this
-#'     session prints the output line by line, after the host and the rank of the worker. Control characters are not
-#'     escaped.
+#'   * `outfile`: a file to which the output of the workers is appended. Default: `"/dev/null"`. With `""` or `NULL`,
+#'     this session prints the output line by line, after the host and the rank of the worker. Control characters
+#'     are not escaped.
 #'   * `rscript`: the `Rscript` command. Default on other hosts: the `Rscript` in the PATH of the host.
 #'   * `rscript_args`, `homogeneous`, `methods`, `rlibs`, `user`.
 #'   * `renice`: added to the niceness of the workers.

@@ -443,7 +443,7 @@ test_that("NULL for outfile and rscript_args has parallel's meaning: output is s
     lines <- suppressWarnings(system2(
       file.path(R.home("bin"), "Rscript"), c("-e", shQuote(script(make))), stdout = TRUE, stderr = TRUE
     ))
-    sum(grepl("told$", lines))
+    sum(endsWith(lines, "told"))
   }
   expect_identical(said("parallel::makePSOCKcluster"), 1L)
   expect_identical(said("rustcluster::makeRustCluster"), 1L)
