@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_into_a_frame_is_given_as_it_is_and_once() {
+    fn a_small_blob_is_sent_to_each_worker_once() {
         let mut blobs = BlobStore::new(2);
         let frames = [chunk(1, FIRST, MAX_BODY - 3), chunk(1, LAST, 3)];
         assert!(receive(&mut blobs, &frames).unwrap().is_empty());
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_is_stored_and_handed_over() {
+    fn a_large_blob_is_stored_and_shared() {
         let mut blobs = BlobStore::new(1);
         let frames = [
             chunk(1, FIRST, MAX_BODY - 3),
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_head_sends_is_an_error() {
+    fn invalid_blob_frames_are_errors() {
         let whole = chunk(1, FIRST | LAST, 9);
         let cases: Vec<Vec<Frame>> = vec![
             vec![chunk(1, 0, 9)],

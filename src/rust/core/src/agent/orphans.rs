@@ -110,7 +110,7 @@ impl Orphans {
         self.reaped = true;
     }
 
-    /// As [`Orphans::reap`], for all ended children except workers.
+    /// Handles all ended children except workers like [`Orphans::reap`].
     pub fn reap_all(&mut self, is_worker: impl Fn(u32) -> bool) {
         for pid in children() {
             let ended = |pid| stat_of(pid).is_some_and(|stat| stat.has_ended());

@@ -192,7 +192,7 @@ impl Router {
         true
     }
 
-    /// What is known of all workers together.
+    /// Adds the facts about all workers together to a bug report.
     pub fn facts(&self, facts: &mut Facts) {
         let (bytes, max) = self.setup_log.stored();
         facts.add("setup_log_bytes", bytes);
@@ -201,7 +201,7 @@ impl Router {
         facts.add("blobs", self.blobs.count());
     }
 
-    /// What is known of a worker.
+    /// Adds the facts about a worker to a bug report.
     pub fn worker_facts(&self, worker: u32, now: Now, facts: &mut Facts) {
         self.worker_table.facts(worker, now, facts);
         facts.add("prefetched_bytes", self.prefetched.bytes(worker));
@@ -450,7 +450,7 @@ impl Router {
         if self.worker_table.task(worker).is_none() {
             return;
         }
-        // It is also not the state that the worker has when the head has restored it.
+        // The seed after a restoring call of the head is not recorded: the head then sets the worker's own seed.
         if header.task & RESTORE != 0 {
             return;
         }

@@ -74,7 +74,7 @@ struct WorkerEntry {
     /// The worker closed its channel, which should be its end, and is killed if it has not ended by
     /// then.
     hung_up: Option<Now>,
-    /// The whole message of the current task has passed: before that there is no answer.
+    /// The complete message of the current task has been passed on. The worker cannot answer earlier.
     complete: bool,
     /// The time limit of the task whose message comes next or is arriving.
     limit: Option<(u64, Duration)>,
@@ -234,7 +234,7 @@ impl WorkerTable {
         }
     }
 
-    /// What is known of a worker, for a bug report.
+    /// Adds the facts about a worker to a bug report.
     pub fn facts(&self, worker: u32, now: Now, facts: &mut Facts) {
         let Some(entry) = self.workers.get(worker as usize) else {
             return;

@@ -238,8 +238,8 @@ pub struct Setup {
 
 /// An outstanding message and its tasks.
 ///
-/// `slot` and [`Job::outstanding`] do not record which worker has the message: the hub knows that, until the message has
-/// ended. They record which slot's share of the work the message is, for the planner's estimates, in the order in which
+/// `slot` and [`Job::outstanding`] do not record which worker has the message: the hub knows that until the message
+/// ends. They record which slot's share of the work the message is, for the planner's estimates, in the order in which
 /// the slot starts its messages. That order differs from the order of sending.
 #[derive(Debug)]
 struct SentBatch {

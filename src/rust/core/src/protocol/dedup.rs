@@ -20,11 +20,12 @@ const MIN_CHUNK: usize = 1024;
 /// Usual size of a chunk: a function of a few kilobytes has some chunks of its own, and the header of a frame adds
 /// only 0.5 %.
 const USUAL_CHUNK: usize = 4 * 1024;
-/// FastCDC's normalization at level 1: chunks below the usual size are cut by a mask with one more bit than longer ones.
+/// FastCDC's normalization at level 1: chunks below the usual size are cut by a mask with one bit more than longer
+/// ones.
 const MASK_BELOW: u64 = MASKS[USUAL_CHUNK.ilog2() as usize + 1];
 const MASK_ABOVE: u64 = MASKS[USUAL_CHUNK.ilog2() as usize - 1];
 
-/// Bytes counted for a cached chunk besides its content, because the number of empty chunks would be unlimited otherwise.
+/// Bytes counted for a cached chunk besides its content: otherwise, the number of empty chunks would be unlimited.
 const ENTRY: usize = 128;
 
 /// A piece of a message.
@@ -367,7 +368,7 @@ mod tests {
         }
 
         #[test]
-        fn what_arrives_is_what_was_sent_however_little_is_kept(
+        fn messages_arrive_unchanged_with_any_cache_size(
             max in 0usize..400_000, which in prop::collection::vec(0u64..6, 1..30),
         ) {
             let (mut cache_index, mut chunk_cache) = (CacheIndex::new(max), ChunkCache::new(max));
@@ -382,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn what_messages_have_in_common_crosses_once() {
+    fn chunks_that_messages_share_are_sent_once() {
         let (mut cache_index, mut chunk_cache) =
             (CacheIndex::new(1 << 24), ChunkCache::new(1 << 24));
         let common = noise(1, 1_000_000);
@@ -423,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_chunks_are_not_kept_for_ever() {
+    fn the_number_of_cached_empty_chunks_is_limited() {
         let mut chunk_cache = ChunkCache::new(100 * ENTRY);
         for _ in 0..1_000 {
             let mut frame = Frame::new(Kind::Data, CACHE, 0, 1, Bytes::new());
@@ -433,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_that_is_not_kept_is_an_error() {
+    fn a_reference_to_an_unknown_chunk_is_an_error() {
         let mut chunk_cache = ChunkCache::new(1 << 20);
         for body in [&[0u8; 12][..], &[0xff; 12], &[0; 11], &[]] {
             let mut frame = Frame::new(Kind::Data, SAME, 0, 1, Bytes::copy_from_slice(body));

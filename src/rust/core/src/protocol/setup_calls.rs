@@ -8,8 +8,8 @@
 //! sets a variable supersedes the call that set the same variable before, unless a call of name 0 lies between, because
 //! that call may have used the value.
 
-/// How many calls back the earlier value of a variable is searched for. The bound limits the cost of a call. A call that
-/// is not found is sent once more, which changes nothing.
+/// How many calls back the earlier value of a variable is searched for. The bound limits the cost of a call. A call
+/// that is not found is sent once more, which changes nothing.
 const MAX_LOOK_BACK: usize = 1_000;
 
 /// The calls that restore the state of one worker, in the order in which the worker ran them.

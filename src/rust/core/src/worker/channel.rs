@@ -562,8 +562,8 @@ mod tests {
         agent.send(&data(2, 0, b"inline "), None);
         agent.send(&data(2, LAST, b"part"), None);
         assert_eq!(next(&mut channel), (large, b"inline part".to_vec()));
-        agent.send(&data(3, FIRST | LAST, b"no payload"), None);
-        assert_eq!(next(&mut channel), (Vec::new(), b"no payload".to_vec()));
+        agent.send(&data(3, FIRST | LAST, b"no blob"), None);
+        assert_eq!(next(&mut channel), (Vec::new(), b"no blob".to_vec()));
         let small = Bytes::from_static(b"small");
         let small = Frame::new(Kind::Blob, FIRST | LAST, 0, 4, small);
         agent.send(&small, None);

@@ -83,7 +83,7 @@ fn an_answer_before_its_task_is_whole_or_with_flags_of_others_is_the_workers_fau
 }
 
 #[test]
-fn a_cancelled_answer_is_dropped_whole_and_its_end_is_told() {
+fn a_cancelled_answer_is_dropped_completely_and_its_end_is_reported() {
     let mut worker_table = busy();
     assert_eq!(worker_table.cancel(0, 2, MS), Ok(false));
     assert_eq!(worker_table.cancel(0, 1, MS), Ok(true));
@@ -204,7 +204,7 @@ fn credit_goes_back_once_half_the_window_has_passed() {
 }
 
 #[test]
-fn what_the_agent_gives_a_worker_is_no_credit_for_the_head() {
+fn frames_of_the_agent_itself_grant_no_credit_to_the_head() {
     let mut worker_table = busy();
     worker_table.gave(0, SEND_WINDOW);
     assert_eq!(worker_table.passed(0, SEND_WINDOW), None);
@@ -248,7 +248,7 @@ fn a_task_that_is_out_of_time_is_interrupted_and_then_its_worker_is_overdue() {
 }
 
 #[test]
-fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
+fn a_task_that_has_started_to_answer_does_not_time_out() {
     let mut worker_table = WorkerTable::new(1);
     worker_table.ready(0, [].into(), MS);
     worker_table.limit(0, 1, 10 * MS).unwrap();
@@ -267,10 +267,10 @@ fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
 }
 
 #[test]
-fn a_lost_worker_is_replaced_and_restored_before_it_is_heard_of() {
+fn a_failed_worker_is_replaced_and_restored_before_it_is_reported() {
     let mut worker_table = busy();
     assert_eq!(worker_table.exited(0, true, MS), lost(true));
-    // What was under way to the lost one.
+    // Frames that were in flight to the failed worker are dropped.
     assert_eq!(
         worker_table.to_worker(&data(1, LAST, 9), MS),
         Ok(Route::Drop)
@@ -316,8 +316,8 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     for _ in 1..SETBACKS {
         assert_eq!(worker_table.exited(0, true, MS), Ending::Replace);
     }
-    let lost = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
-    assert_eq!(worker_table.exited(0, true, MS), lost);
+    let failed = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, MS), failed);
     let (mut now, mut pause) = (MS, FIRST_PAUSE);
     for _ in 0..9 {
         assert_eq!(worker_table.next_retry(), Some(now + pause));
@@ -352,13 +352,13 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
         worker_table.exited(0, true, now),
         setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE)
     );
-    // It is not made again when the head has it stopped, nor when the cluster ends.
+    // The worker is not started again when the head stops it, nor when the cluster ends.
     assert_eq!(worker_table.stop(0, now), None);
     assert!(worker_table.all_terminated() && worker_table.next_retry().is_none());
-    // Nor is one that was never there, or whose state is not known.
+    // Nor is a worker started again that never came up, or whose state is not known.
     let mut worker_table = WorkerTable::new(1);
-    let lost = setback(1, false, Duration::ZERO, Duration::ZERO);
-    assert_eq!(worker_table.exited(0, true, MS), lost);
+    let failed = setback(1, false, Duration::ZERO, Duration::ZERO);
+    assert_eq!(worker_table.exited(0, true, MS), failed);
     assert_eq!(worker_table.next_retry(), None);
     assert_eq!(busy().exited(0, false, MS), lost(false));
 }
@@ -381,8 +381,8 @@ fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
     assert!(worker_table.stalled(RESTORE_TIMEOUT).is_empty());
     assert_eq!(worker_table.stalled(MS + RESTORE_TIMEOUT), [0]);
     assert!(worker_table.stalled(2 * RESTORE_TIMEOUT).is_empty());
-    let lost = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
-    assert_eq!(worker_table.exited(0, true, MS), lost);
+    let failed = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, MS), failed);
     // The second of the repeated calls took long at first.
     worker_table.to_retry(RESTORE_TIMEOUT);
     worker_table.made(0, RESTORE_TIMEOUT);

@@ -301,7 +301,7 @@ async fn talk(
         let stop_timeout = {
             let core = shared_core.core();
             match core.scheduler.is_starting(agent) {
-                // It has no idle workers that need time to end.
+                // The agent has no idle workers that need time to end.
                 true => Duration::ZERO,
                 false => core.conns[agent].stop_timeout,
             }

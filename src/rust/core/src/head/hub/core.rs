@@ -80,7 +80,7 @@ pub struct Core {
     /// The head's set-up log, if lost hosts are reconnected.
     pub setup_log: Option<SetupLogFile>,
     pub restoring: HostRestore,
-    /// What happened last, for bug reports.
+    /// The recent events, for bug reports.
     pub recent: Recent,
     /// How long a reconnected host may take to start.
     pub start_timeout: Duration,
@@ -309,7 +309,7 @@ fn poll(hubs: &[(&SharedCore, &[Arc<UnixStream>])], max_wait: Duration) -> bool 
 }
 
 impl Core {
-    /// What is known of both threads, for a bug report.
+    /// Adds the facts about both threads to a bug report.
     pub fn facts(&self, facts: &mut Facts) {
         facts.add("stopping", self.stopping);
         facts.add_debug("reader", self.reader);

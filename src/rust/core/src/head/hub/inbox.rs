@@ -434,7 +434,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_that_nobody_takes_is_bounded_and_its_end_is_told() {
+    fn output_that_is_not_taken_is_bounded_and_reported_as_truncated() {
         let mut inbox = Inbox::new(1);
         inbox.set_workers(&[vec![0]]);
         let bytes = Bytes::from(vec![b'x'; 1000]);
@@ -460,15 +460,11 @@ mod tests {
             interruption,
         };
         assert_eq!(events.last(), Some(&replaced));
-        let Event::Output {
-            bytes: answered_question,
-            ..
-        } = &events[events.len() - 2]
-        else {
+        let Event::Output { bytes: notice, .. } = &events[events.len() - 2] else {
             panic!("{:?}", events.last());
         };
-        assert!(answered_question.ends_with(b"left out\n"));
-        // Once it is shown there is room again.
+        assert!(notice.ends_with(b"left out\n"));
+        // Once the output is taken, there is room again.
         inbox.note(printed(0, &bytes));
         assert_eq!(inbox.take_events(), [Event::Output { rank: 0, bytes }]);
     }

@@ -35,7 +35,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// What one host's agent is to start.
+/// The start request for the agent of one host, and the ranks of its workers.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The start message for the agent.

@@ -276,7 +276,7 @@ impl<F> Codec for Tasks<'_, F> {
     }
 
     fn resend_blob(&mut self, _: BlobId, _: Rank) -> Result<(), TaskId> {
-        panic!("the payload is everywhere");
+        panic!("the blob is everywhere");
     }
 
     fn is_plain(&self, _: &Body) -> bool {

@@ -1,4 +1,4 @@
-//! What is sent next over the stream to an agent.
+//! The outbound queue of an agent's stream, which decides what is sent next.
 //!
 //! Control messages go first, then blobs in turn with the messages of workers. Workers with
 //! something to send wait in a queue, each once, and send one chunk at each turn. The bytes of one
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_a_message_goes_before_its_first_chunk_alone() {
+    fn accompanying_frames_go_only_before_the_first_chunk() {
         let mut out = Outbound::new(1);
         let mut workers = [worker(0, 1, 2)];
         task_of(&mut workers[0]).limit = Some(Duration::from_secs(1));
@@ -374,7 +374,7 @@ mod tests {
         assert!(out.blobs_mut().begin(7));
         out.line_up(&workers[0]);
         assert_eq!(out.next_in_line(), None);
-        let chunk = Chunk::from(Bytes::from_static(b"payload"));
+        let chunk = Chunk::from(Bytes::from_static(b"content"));
         out.blobs_mut().append(7, &chunk, &Arc::new(7), true);
         let (frame, released) = out.next_of_blobs(|_| true);
         assert!(frame.as_ref().is_some_and(ends_blob));
@@ -393,7 +393,7 @@ mod tests {
         out.line_up(&workers[0]);
         out.push_control(stop());
         assert!(out.blobs_mut().begin(7));
-        let chunk = Chunk::from(Bytes::from_static(b"payload"));
+        let chunk = Chunk::from(Bytes::from_static(b"content"));
         out.blobs_mut().append(7, &chunk, &Arc::new(7), true);
         assert_eq!(out.close(), 7);
         out.push_control(stop());

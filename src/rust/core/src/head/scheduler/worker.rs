@@ -1,4 +1,4 @@
-//! What the scheduler knows of one worker.
+//! The state of one worker in the scheduler.
 
 use super::events::{RankSet, Termination};
 use super::task::{Current, Phase, PrefetchedTask, Task};
