@@ -42,7 +42,7 @@ pub(super) struct CallQueue {
 }
 
 impl CallQueue {
-    /// What is known of all calls, for a bug report.
+    /// Adds the facts about all calls to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("calls_waiting", self.waiting.len());
         facts.add("calls_wanted", self.demanded.len());

@@ -107,7 +107,7 @@ impl ResultFlow {
         }
     }
 
-    /// What is known of all results, for a bug report.
+    /// Adds the facts about all results to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add_debug("wants", &self.demand);
         facts.add("results_bytes", self.buffered);
@@ -118,7 +118,7 @@ impl ResultFlow {
         facts.add("unlimited", self.unlimited);
     }
 
-    /// What is known of the result that a worker has to give.
+    /// Adds the facts about the result of a worker's task to a bug report.
     pub(super) fn result_facts(&self, rank: Rank, facts: &mut Facts) {
         if let Some(incoming) = self.of(rank) {
             facts.add("result_bytes", incoming.received);
@@ -128,7 +128,7 @@ impl ResultFlow {
         }
     }
 
-    /// What is known of the results of a host.
+    /// Adds the facts about the results of a host to a bug report.
     pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
         facts.add_some("large_results_begun", self.beyond_window.get(host));
     }
@@ -473,10 +473,10 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_granted_beyond_the_limit_until_r_has_taken_what_is_held() {
+    fn nothing_is_granted_beyond_the_limit_until_r_takes_buffered_results() {
         let mut flow = flow(2, 2 * W);
         first(&mut flow, 0);
-        // What has been granted counts as well.
+        // Granted bytes count as well.
         assert_eq!(grants(&mut flow), [0]);
         first(&mut flow, 1);
         assert_eq!(grants(&mut flow), []);
@@ -505,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn what_r_waits_for_is_granted_beyond_the_limit_and_nothing_else() {
+    fn only_a_result_that_r_waits_for_is_granted_beyond_the_limit() {
         let mut flow = flow(3, 0);
         (0..3).for_each(|rank| first(&mut flow, rank));
         flow.demand(Demand::Rank(1));
@@ -547,7 +547,7 @@ mod tests {
         flow.drop_result(0);
         assert_eq!(flow.buffered(), W);
         assert_eq!(grants(&mut flow), [1]);
-        // What was granted may still come, and no more.
+        // Granted bytes may still arrive, but no more.
         assert!(flow.receive(0, 0, chunk(1), None).is_err());
         flow.end(0);
         flow.begin(0, true);
@@ -577,7 +577,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_ends_while_it_waits_is_granted_nothing() {
+    fn a_result_that_ends_while_it_is_blocked_is_granted_nothing() {
         let mut flow = flow(1, 0);
         first(&mut flow, 0);
         assert!(flow.is_blocked_on_credit());
