@@ -18,6 +18,7 @@ use extendr_ffi::{
     Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib, Rf_unprotect, SET_STRING_ELT,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::protocol::body::Body;
 use std::ffi::{c_char, c_int, c_void};
 
 /// The first byte of a message of this form. R's serialization starts with 'A', 'B' or 'X'.
@@ -489,6 +490,15 @@ impl PlainReader<'_> {
             self.bytes = later;
             stream::read(&mut bytes)
         }
+    }
+}
+
+/// Makes a message of this form one chunk. On its way to another machine a message is cut into chunks by its content,
+/// whatever its length.
+pub fn join(body: &mut Body) {
+    let first = body.chunks.iter().find(|chunk| !chunk.is_empty());
+    if first.is_some_and(|chunk| is_plain(chunk)) {
+        body.join();
     }
 }
 

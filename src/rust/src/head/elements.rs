@@ -5,7 +5,7 @@ use super::handle::{Cluster, SLICE, ToHub};
 use super::values::Values;
 use super::{broadcast, nodes, status};
 use crate::codec::stream::{self, BoundedSink, Format, Sink};
-use crate::codec::{batch, mapped};
+use crate::codec::{batch, mapped, plain};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
@@ -280,6 +280,7 @@ impl Codec for Encoder<'_> {
         mut body: Body,
     ) -> std::result::Result<Taken, Jump> {
         let (failed, fresh) = (self.values.failed.len(), self.values.fresh.len());
+        plain::join(&mut body);
         let memory = mapped::open(&mut body);
         let mut taking = Taking {
             values: self.values,

@@ -289,6 +289,7 @@ pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj,
             placed
         }
     }
+    plain::join(&mut body);
     let memory = mapped::open(&mut body);
     let mut reading = Reading {
         body: &mut body,
@@ -345,9 +346,10 @@ pub(super) fn answered(
             rank,
             assigned: at,
             task,
-            body,
+            mut body,
         } => {
             let node_index = node_index(rank);
+            plain::join(&mut body);
             let unread = Unread {
                 body,
                 task,

@@ -309,6 +309,7 @@ impl CurrentTask {
                 }
             },
             None => {
+                plain::join(&mut task.body);
                 task.blob = mapped::inline(&mut task.body);
                 None
             }
