@@ -168,7 +168,7 @@ test_that("messages and answers of any size reach another machine and return", {
   ssh <- local_sshd()
   far <- over_ssh(ssh, c("127.0.0.2" = 2))
   both <- c(far, cl)
-  same <- eval(quote(function(x) x), globalenv())
+  same <- eval(parse(text = "function(x) x", keep.source = FALSE), globalenv())
   sizes <- c(1, 500, 1000 * c(1:8, 12, 16, 24, 31, 32, 33, 40, 64, 65, 200))
   values <- list(
     text = function(n) paste(sample(letters, n, TRUE), collapse = ""), texts = function(n) sample(letters, n / 8 + 1, TRUE),
