@@ -40,7 +40,7 @@
 clusterDump <- function(cl, timeout = 2) {
   parts <- clustersOf(cl)
   timeout <- plain(timeout)
-  between(timeout, "timeout", "of seconds", 0, 1e6)
+  between(timeout, "timeout", "a number of seconds", 0, 1e6)
   deadline <- proc.time()[["elapsed"]] + timeout
   questions <- lapply(parts, function(part) checked(hub_ask_dump(part$handle$pointer), part$handle))
   structure(
@@ -113,7 +113,7 @@ factsTable <- function(facts) {
 #' @export
 print.rustcluster_dump <- function(x, n = 24L, ...) {
   n <- plain(n)
-  between(n, "n", "of workers", 0, Inf)
+  between(n, "n", "a number of workers", 0, Inf)
   cat("State of a rustcluster, ", format(x$time, "%Y-%m-%d %H:%M:%S %Z"), "\n", sep = "")
   showFacts("", as.list(x$versions))
   for (cluster in x$clusters) {

@@ -101,6 +101,8 @@ runFree <- function(cl, n, fun, common, elements, reuse = "nothing", seed = NULL
 # Runs tasks on nodes of several clusters: one message for each task, and a job of its own in each cluster.
 runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what) {
   cl <- distinctNodes(cl)
+  # Nodes that get no task may have tasks of others, whose answers are not of this job.
+  cl <- cl[seq_len(max(1L, min(n, length(cl))))]
   frame <- sys.nframe()
   for (part in clustersOf(cl)) {
     handle <- part$handle

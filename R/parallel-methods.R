@@ -212,6 +212,9 @@ receiveOfAny <- function(cl, read = readAnswer) {
     badArgument("cl", text, spanText(mute, "node"))
   }
   sources <- clustersAmong(nodes, which(ours))
+  # A verb has an open job in each cluster to which it has sent tasks. Answers of other clusters are not its own.
+  open <- vapply(sources, function(source) source$handle$job != noJob, NA)
+  if (any(open)) sources <- sources[open]
   if (length(others)) sources <- c(sources, list(NULL))
   turns$count <- turns$count + 1
   from <- turns$count %% length(sources)

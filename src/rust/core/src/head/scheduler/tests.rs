@@ -931,6 +931,28 @@ fn a_verbs_workers_are_given_no_calls_but_one_that_is_waited_for() {
 }
 
 #[test]
+fn a_call_that_r_waits_for_passes_tasks_that_wait_for_a_retry_decision() {
+    let mut scheduler = up(1);
+    submit(&mut scheduler, order(0, 1));
+    submit(&mut scheduler, order(0, 2));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    replace(&mut scheduler, 0);
+    assert_eq!(ends(&mut scheduler), [(1, "lost")]);
+    call(&mut scheduler, 3, &[0], false);
+    call(&mut scheduler, 4, &[0], false);
+    assert_eq!(tasks_sent(&mut scheduler, 0), []);
+    scheduler.await_call(Some(4));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [4]);
+    scheduler.await_call(None);
+    answer(&mut scheduler, 0, 4, None);
+    assert_eq!(tasks_sent(&mut scheduler, 0), []);
+    submit(&mut scheduler, again(0, 1));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    answer(&mut scheduler, 0, 1, None);
+    assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+}
+
+#[test]
 fn a_lost_call_holds_up_nobody_and_goes_first_when_it_is_tried_again() {
     let mut scheduler = up(1);
     for task in 1..=3 {
