@@ -16,7 +16,7 @@ impl Elements {
     /// Returns an element, which is not protected.
     ///
     /// # Safety
-    /// Must be called under [`unwind::run`]: R may jump.
+    /// Must be called under [`unwind::run`](crate::r::unwind::run): R may jump.
     unsafe fn get(&self, index: usize) -> SEXP {
         // SAFETY: guaranteed by the caller; R checks the index. No frame here owns anything that needs to be
         // dropped when R jumps.
@@ -37,7 +37,7 @@ impl Elements {
 pub struct Values {
     /// The list of the function and of the common arguments.
     pub(super) common: Robj,
-    /// The flags of [`batch::Head`].
+    /// The flags of [`batch::Head`](crate::codec::batch::Head).
     pub(super) flags: u8,
     /// Whether the common list contains no object whose identity matters, such as an environment. An element
     /// then cannot refer to such an object of the list.
