@@ -104,8 +104,11 @@ resultsChecked <- function() {
 chunksOfJob <- function() {
   depth <- sys.nframe()
   while (depth > 0L && !identical(sys.function(depth), runJob)) depth <- depth - 1L
-  if (!depth || !is.list(sys.frame(depth)$elements)) return(NULL)
-  chunks <- sys.frame(depth)$elements
+  job <- if (depth) sys.frame(depth)
+  if (is.null(job) || !is.list(job$elements)) return(NULL)
+  # The tasks of another verb in an argument or in a handler are no chunks: these call lapply() or apply().
+  if (!identical(job$fun, lapply) && !identical(job$fun, apply)) return(NULL)
+  chunks <- job$elements
   part <- c(parLapply = "element", parLapplyLB = "element", parRapply = "row", parCapply = "column")
   for (above in rev(seq_len(depth - 1L))) {
     fun <- sys.function(above)

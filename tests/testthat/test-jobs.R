@@ -184,6 +184,13 @@ test_that("errors about a chunk name its elements", {
       expect_match(conditionMessage(error), paste0("^", names(chunks)[[i]]), label = paste(package, deparse(chunks[[i]])))
     }
   }
+  # A verb in an argument of another one.
+  other <- local_cluster(2, timeout = 0.5)
+  nested <- quote(parLapply(cl, {
+    clusterApply(other, list(1:3, 7:9), stuck)
+    1:2
+  }, identity))
+  expect_match(conditionMessage(caught(eval(nested))), "^task 2 exceeded")
   # A failure, and its retries.
   cl <- local_cluster(2, retries = 1)
   got <- with_losses(caught(parLapply(cl, 1:4, global(function(i) if (i == 3) quit("no") else i))))

@@ -210,7 +210,7 @@ test_that("recvOneResult starves no node", {
   cl <- cluster_pair()$rust
   # All nodes always have an answer waiting; each gets a turn.
   for (k in 1:20) for (i in 1:4) parallel:::sendCall(cl[[i]], identity, list(k))
-  Sys.sleep(0.5)
+  expect_true(wait_until(function() all(clusterStatus(cl)$done == 20L)))
   nodes <- integer()
   for (k in 1:80) {
     got <- parallel:::recvOneResult(cl)
