@@ -167,7 +167,7 @@ awaitFree <- function(cl, limit) {
     }
     checked(call_wait(handle$pointer, futuresOf(cl)[[1L]]$record$task), handle)
     showEvents(handle)
-    Sys.sleep(0)
+    raiseInterrupt()
   }
 }
 

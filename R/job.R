@@ -67,7 +67,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
         results <- job_results(handle$pointer)
         if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]], results[[2L]]))) break
       }
-      Sys.sleep(0)
+      raiseInterrupt()
     })
     if (!inherits(unread, "rustcluster_unread")) break
     unitUnread(unread, handle)

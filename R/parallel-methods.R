@@ -146,7 +146,10 @@ recvData.RustNode <- function(node) {
 
 # Raises an interrupt that is pending. R itself does so only now and then, and an interrupt that is raised just after an
 # answer was taken loses the answer.
-raiseInterrupt <- function() Sys.sleep(0)
+# Also raises the error of a time limit (setTimeLimit()), without its call, Sys.sleep(0), which is not the user's.
+raiseInterrupt <- function() {
+  withCallingHandlers(Sys.sleep(0), error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
+}
 
 #' @exportS3Method parallel::recvOneData
 #' @exportS3Method snow::recvOneData
@@ -256,7 +259,7 @@ receiveByConnection <- function(connections, places, timeout) {
 }
 
 # Rust waits in slices; in between R looks for interrupts, time limits and its front end's events,
-# which is what Sys.sleep(0) does. Returns an answer if it has to be read or made here.
+# which is what raiseInterrupt() does. Returns an answer if it has to be read or made here.
 noAnswer <- function(result, handle, read = readAnswer) {
   if (typeof(result) == "logical") return(read(handle))
   answer <- if (isFailure(result)) {
@@ -266,7 +269,7 @@ noAnswer <- function(result, handle, read = readAnswer) {
     unwound(result)
   }
   showEvents(handle)
-  if (is.null(answer)) Sys.sleep(0)
+  if (is.null(answer)) raiseInterrupt()
   answer
 }
 
@@ -371,11 +374,11 @@ endNodes <- function(handle, ranks) {
 # Returns when nothing is left of these nodes, which the agents' own time limits bound.
 awaitEnd <- function(handle, ranks) {
   if (isTRUE(handle$ending)) {
-    while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
+    while (!checked(hub_closed(handle$pointer))) raiseInterrupt()
     handle$ending <- NULL
     lookAtCalls(handle)
   } else if (!isTRUE(handle$stopped)) {
-    while (!checked(hub_ended(handle$pointer, ranks))) Sys.sleep(0)
+    while (!checked(hub_ended(handle$pointer, ranks))) raiseInterrupt()
   }
   showEvents(handle)
 }
