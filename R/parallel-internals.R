@@ -226,6 +226,7 @@ findVerbs <- function(namespace = topenv()) {
   below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
   below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
   below$gets <- parallels$gets
+  below$defaultCluster <- usableCluster
   below$splitIndices <- cutIndices
   below$splitList <- rebound("splitList", below)
   names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",

@@ -125,9 +125,18 @@ cutIndices <- function(nx, ncl) {
   lapply(seq_along(breaks)[-1L], function(k) breaks[[k - 1L]] + seq_len(breaks[[k]] - breaks[[k - 1L]]))
 }
 
+# Works as parallel's defaultCluster(), and refuses a cluster without nodes, for which parallel's functions return nothing
+# or raise an error about something else. The error of other clusters names parallel's call.
+usableCluster <- function(cl = NULL) {
+  defaultCluster <- parallels$defaultCluster
+  cl <- defaultCluster(cl)
+  if (inherits(cl, "RustCluster")) refuseEmpty(cl)
+  cl
+}
+
 # Replaces parLapplyLB(), with its arguments.
 freeElements <- function(cl, X, fun, ..., chunk.size) {
-  defaultCluster <- parallels$defaultCluster
+  defaultCluster <- usableCluster
   chunked <- parallels$chunked
   cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
@@ -175,7 +184,7 @@ handsOut <- function(name, round) {
   force(round)
   theirs <- parallels[[name]]
   function(cl = NULL, fun, n, argfun) {
-    defaultCluster <- parallels$defaultCluster
+    defaultCluster <- usableCluster
     cl <- defaultCluster(cl)
     ranks <- nativeRanks(cl)
     if (is.null(ranks)) return(theirs(receivable(cl), fun, n, argfun))
@@ -213,7 +222,7 @@ receivable <- function(cl) {
 
 # Replaces clusterCall(): runs the same call on all nodes.
 callNodes <- function(cl = NULL, fun, ...) {
-  defaultCluster <- parallels$defaultCluster
+  defaultCluster <- usableCluster
   cl <- defaultCluster(cl)
   message <- list(type = "EXEC", data = list(fun = fun, args = list(...), return = TRUE, tag = NULL), tag = NULL)
   values <- callAll(cl, message)
