@@ -33,7 +33,7 @@ maxWorkers <- 100000
 specEntries <- function(spec) {
   spec <- plain(spec)
   if (is.numeric(spec) && length(spec) && !is.null(names(spec))) {
-    return(Map(function(host, workers) namedEntry(host, count(workers, "spec", maxWorkers)),
+    return(Map(function(host, workers) namedEntry(host, count(workers, ofHost(host), maxWorkers)),
                names(spec), spec, USE.NAMES = FALSE))
   }
   # makePSOCKcluster() uses the first of several numbers.
@@ -42,6 +42,12 @@ specEntries <- function(spec) {
     return(list(namedEntry("localhost", workers)))
   }
   if (is.character(spec) && length(spec)) {
+    # A number beside a text becomes a text: only the text is wrong.
+    numbers <- grepl("^[0-9.]+$", spec) & nzchar(names2(spec))
+    wrong <- if (any(numbers)) which(!numbers)
+    if (length(wrong)) {
+      count(spec[[wrong[[1L]]]], ofHost(names(spec)[[wrong[[1L]]]]), maxWorkers)
+    }
     if (any(grepl("^[0-9]+$", spec[isText(spec)]))) {
       badArgument("spec", "contains a number in quotes, which would be the name of a host; remove the quotes")
     }
@@ -64,6 +70,11 @@ specEntries <- function(spec) {
     "or a list of hosts"
   )
 }
+
+# Returns what error messages call the number of workers of a host.
+ofHost <- function(host) paste0("spec[", dQuote(host, FALSE), "]")
+
+names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
 namedEntry <- function(text, workers) {
   list(settings = hostAddress(text, "spec"), workers = workers)
