@@ -106,7 +106,7 @@ didYouMean <- function(unknown, known, synonyms = NULL) {
     if (name %in% names(synonyms)) return(synonyms[[name]])
     candidates <- unique(known)
     distance <- drop(utils::adist(name, candidates, ignore.case = TRUE))
-    # Two changes are one transposition, as in `pacakges`. A short name is similar to too many others.
+    # Two changes are one transposition, as in `packagse`. A short name is similar to too many others.
     near <- distance <= min(2, (nchar(name) - 1) %/% 3)
     begins <- nchar(name) >= 4L & startsWith(tolower(candidates), name)
     if (any(near)) candidates[near][[which.min(distance[near])]] else if (sum(begins) == 1L) candidates[begins]

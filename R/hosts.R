@@ -43,10 +43,12 @@ specEntries <- function(spec) {
   }
   if (is.character(spec) && length(spec)) {
     # A number beside a text becomes a text: only the text is wrong.
-    numbers <- grepl("^[0-9.]+$", spec) & nzchar(names2(spec))
-    wrong <- if (any(numbers)) which(!numbers)
+    numbers <- isText(spec)
+    numbers[numbers] <- grepl("^[0-9.]+$", spec[numbers])
+    wrong <- if (!is.null(names(spec)) && any(numbers)) which(!numbers)
     if (length(wrong)) {
-      count(spec[[wrong[[1L]]]], ofHost(names(spec)[[wrong[[1L]]]]), maxWorkers)
+      host <- names(spec)[[wrong[[1L]]]]
+      namedEntry(host, count(spec[[wrong[[1L]]]], ofHost(host), maxWorkers))
     }
     if (any(grepl("^[0-9]+$", spec[isText(spec)]))) {
       badArgument("spec", "contains a number in quotes, which would be the name of a host; remove the quotes")
@@ -73,8 +75,6 @@ specEntries <- function(spec) {
 
 # Returns what error messages call the number of workers of a host.
 ofHost <- function(host) paste0("spec[", dQuote(host, FALSE), "]")
-
-names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
 namedEntry <- function(text, workers) {
   list(settings = hostAddress(text, "spec"), workers = workers)

@@ -220,7 +220,10 @@ checkedResults <- function(job, chunks = NULL) {
   val <- job$values
   if (!length(job$failed)) return(val)
   first <- val[[job$failed[[1L]]]]
-  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, val)
+  if (inherits(first, "rustcluster_failure")) {
+    # `chunks` is for a job whose tasks are elements.
+    raiseTaskFailure(first, val, byChunk = is.null(chunks) && !is.null(partOfChunks(sys.nframe())))
+  }
   failed <- job$failed
   if (!is.null(chunks)) failed <- failed[!duplicated(chunks[failed])]
   val <- val[failed]

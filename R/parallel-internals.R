@@ -106,15 +106,22 @@ chunksOfJob <- function() {
   while (depth > 0L && !identical(sys.function(depth), runJob)) depth <- depth - 1L
   if (!depth || !is.list(sys.frame(depth)$elements)) return(NULL)
   chunks <- sys.frame(depth)$elements
+  part <- partOfChunks(depth - 1L)
+  if (is.null(part)) return(NULL)
+  size <- switch(part, row = nrow, column = ncol, length)
+  list(what = part, sizes = vapply(chunks, size, 0L, USE.NAMES = FALSE))
+}
+
+# Returns what a part of a chunk is called, if one of the frames up to this number is of a verb whose tasks are chunks.
+partOfChunks <- function(depth) {
   part <- c(parLapply = "element", parLapplyLB = "element", parRapply = "row", parCapply = "column")
-  for (above in rev(seq_len(depth - 1L))) {
+  for (above in rev(seq_len(depth))) {
     fun <- sys.function(above)
     for (verb in names(part)) {
       # Also our copy of the function.
       theirs <- get(verb, parallels$namespace)
       if (!identical(formals(fun), formals(theirs)) || !identical(body(fun), body(theirs))) next
-      size <- switch(part[[verb]], row = nrow, column = ncol, length)
-      return(list(what = part[[verb]], sizes = vapply(chunks, size, 0L, USE.NAMES = FALSE)))
+      return(part[[verb]])
     }
   }
 }

@@ -131,7 +131,8 @@ endedEarly <- function(host, rscript, silent) {
     } else if (silent) {
       # R writes the code to a temporary file first, and does not notice if nothing was written.
       paste0(
-        ": check that it is R's Rscript, and that the disk of its temporary directory (TMPDIR, or /tmp) is not full"
+        "; perhaps the disk of its temporary directory (TMPDIR, or /tmp) is full or not writable, or it is not R's ",
+        "Rscript"
       )
     } else {
       ": check `rscript`"

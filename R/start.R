@@ -217,7 +217,7 @@ workersProblem <- function(gone, ranks, late) {
   why <- switch(failure[["kind"]],
     worker_lost = paste0(
       failure[["reason"]], if (!is.null(failure[["signal"]])) signalName(failure[["signal"]]),
-      " before it was ready", tailText("the end of its output", failure[["stderr"]])
+      " before it was ready", tailText("last output of the worker", failure[["stderr"]])
     ),
     stopped = paste("was", late),
     failure[["reason"]]

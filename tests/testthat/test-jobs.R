@@ -182,6 +182,14 @@ test_that("errors about a chunk name its elements", {
       error <- caught(eval(chunks[[i]], verbs))
       expect_rust_error(error, "timeout")
       expect_match(conditionMessage(error), paste0("^", names(chunks)[[i]]), label = paste(package, deparse(chunks[[i]])))
+      # What the limit and the results are of.
+      several <- grepl("^(elements|rows)", names(chunks)[[i]])
+      expect_identical(grepl("the time limit applies to the whole chunk", conditionMessage(error)), several)
+      by_chunk <- !startsWith(names(chunks)[[i]], "task") && length(error$results) < 10L
+      expect_identical(
+        grepl("as `results`, by chunk: ", conditionMessage(error), fixed = TRUE), by_chunk,
+        label = paste(package, deparse(chunks[[i]]))
+      )
     }
   }
   # A failure, and its retries.
