@@ -179,7 +179,7 @@ clusterOptions <- function(given) {
     badArgument("rlibs", "must be a character vector of library paths")
   }
   if (!any(nzchar(options$rlibs))) options$rlibs <- NULL
-  options$rscript_here <- if (options$homogeneous) options[["rscript"]] else "Rscript"
+  options$rscript_local <- if (options$homogeneous) options[["rscript"]] else "Rscript"
   if (is.null(given[["rscript"]])) options$rscript <- NULL
   options
 }

@@ -4,11 +4,11 @@
 #   pairlist:  R code that Rust had called has jumped (an error, an interrupt). The jump continues here, where it skips
 #              no frame of Rust.
 
-# is.object() is the cheapest test that R has, and FALSE for all other results but objects that users have sent. Where
-# an answer is received, once a task, it is asked before this function is called.
+# is.object() is the cheapest test in R, and FALSE for all results but failures and objects of users. The code that
+# receives an answer for each task calls it before this function.
 isFailure <- function(result) is.object(result) && inherits(result, "rustcluster_rust_failure")
 
-# A failure as Rust makes them, for what R finds out by itself.
+# Returns a failure like those of Rust, for a problem that R has found.
 rustFailure <- function(kind, ...) structure(list(kind = kind, ...), class = "rustcluster_rust_failure")
 
 unwound <- function(result) {

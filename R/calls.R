@@ -32,13 +32,13 @@ forgetRecord <- function(record) {
 }
 
 # Runs a function with these arguments on the next idle worker. `label`: the printed name of the call. `what`: what
-# error messages call it. `tells`: whether to receive progress events of the call.
-submit <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
-  sendCall(newRecord(cl, fun, args, label, what, tells))
+# error messages call it. `reportsProgress`: whether to receive progress events of the call.
+submit <- function(cl, fun, args, label, what = "the call", reportsProgress = FALSE) {
+  sendCall(newRecord(cl, fun, args, label, what, reportsProgress))
 }
 
 # Returns the record of a call, which has not been sent yet.
-newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
+newRecord <- function(cl, fun, args, label, what = "the call", reportsProgress = FALSE) {
   part <- freest(clustersOf(cl))
   handle <- part$handle
   if (handle$stopped) raiseFailure(rustFailure("stopped"))
@@ -54,7 +54,7 @@ newRecord <- function(cl, fun, args, label, what = "the call", tells = FALSE) {
   record$message <- list(type = "EXEC", data = data, tag = NULL)
   record$state <- "open"
   record$waiters <- list()
-  record$tells <- tells
+  record$reportsProgress <- reportsProgress
   task <- call_number(handle$pointer)
   if (isFailure(task)) handleFailed(task, handle)
   record$task <- task
@@ -84,12 +84,12 @@ endCall <- function(record, state, result) {
     record$took <- proc.time()[["elapsed"]] - record$began
     call_forget(record$handle$pointer, record$task)
     forgetRecord(record)
-    tellWaiters(record)
+    callWaiters(record)
   })
 }
 
 # Removes each waiter before it is called: it may run any code.
-tellWaiters <- function(record) {
+callWaiters <- function(record) {
   while (length(record$waiters)) {
     waiter <- record$waiters[[1L]]
     record$waiters <- record$waiters[-1L]
@@ -98,11 +98,11 @@ tellWaiters <- function(record) {
 }
 
 # Checks whether a call has ended, and handles its result or its failure.
-lookAt <- function(record) {
+checkCall <- function(record) {
   if (record$state != "open") return(invisible())
   handle <- record$handle
   end <- takeCall(record)
-  if (is.null(end)) return(noteLosses(handle))
+  if (is.null(end)) return(acknowledgeLosses(handle))
   if (!isFailure(end)) {
     answered(record, end)
   } else if (is.null(end[["task"]])) {
@@ -134,7 +134,7 @@ takeCall <- function(record) {
 
 answered <- function(record, answer) {
   value <- answer$value
-  takeAsides(record)
+  takeProgressEvents(record)
   if (inherits(value, "rustcluster_raised")) return(endCall(record, "failed", value$error))
   if (isTRUE(answer$success)) return(endCall(record, "done", value$value))
   # The error is not of the code of the call: for example, its value could not be sent.
@@ -157,36 +157,36 @@ callLost <- function(what, losses) {
   rustclusterCondition("task_failed", lostText(what, losses), losses = losses)
 }
 
-# Receives the progress events of a call (see tellHead()).
-takeAsides <- function(record) {
-  if (!isTRUE(record$tells)) return(invisible())
+# Receives the progress events of a call (see reportProgress()).
+takeProgressEvents <- function(record) {
+  if (!isTRUE(record$reportsProgress)) return(invisible())
   suspendInterrupts({
-    asides <- call_progress_events(record$handle$pointer, record$task)
-    if (!isFailure(asides)) record$asides <- c(record$asides, lapply(asides, unserialize))
+    events <- call_progress_events(record$handle$pointer, record$task)
+    if (!isFailure(events)) record$progressEvents <- c(record$progressEvents, lapply(events, unserialize))
   })
   invisible()
 }
 
 # Runs in a worker: sends a progress event of the current call to the head.
-tellHead <- function(value) {
+reportProgress <- function(value) {
   checked(worker_report(serialize(value, NULL, xdr = FALSE)))
 }
 
 # Handles all calls of a cluster that have ended or failed.
-lookAtCalls <- function(handle) {
+checkCalls <- function(handle) {
   tasks <- calls_to_check(handle$pointer)
   if (typeof(tasks) != "double") return(invisible())
   records <- recordsOf(handle)
-  looked <- FALSE
+  complete <- FALSE
   # After an interrupt, handle the other calls as soon as possible, and not when another call ends.
-  on.exit(if (!looked && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
+  on.exit(if (!complete && length(handle$loops)) calls_wake(handle$pointer, handle$number, handle$loops))
   for (task in tasks) {
     record <- records[[keyOf(task)]]
     # A dropped call has no record.
-    if (is.null(record)) call_forget(handle$pointer, task) else lookAt(record)
+    if (is.null(record)) call_forget(handle$pointer, task) else checkCall(record)
   }
-  looked <- TRUE
-  tell(handle)
+  complete <- TRUE
+  raisePending(handle)
   invisible()
 }
 
@@ -208,14 +208,14 @@ recordOf <- function(call) get("record", environment(call$status))
 
 callStatus <- function(record) {
   if (record$state != "open") return(record$state)
-  lookAtCalls(record$handle)
-  lookAt(record)
-  tell(record$handle)
+  checkCalls(record$handle)
+  checkCall(record)
+  raisePending(record$handle)
   if (record$state != "open") return(record$state)
-  place <- checked(call_location(record$handle$pointer, record$task), record$handle)
-  record$place <- place
+  rank <- checked(call_location(record$handle$pointer, record$task), record$handle)
+  record$rank <- rank
   # Rank 0 means that the call waits for a worker.
-  if (identical(place, 0L)) "waiting" else "running"
+  if (identical(rank, 0L)) "waiting" else "running"
 }
 
 # Waits for the value. `signal`: whether to raise an error, or to return it as a condition.
@@ -229,11 +229,11 @@ callValue <- function(record, signal = TRUE) {
 awaitCall <- function(record) {
   handle <- record$handle
   while (record$state == "open") {
-    lookAtCalls(handle)
-    takeAsides(record)
-    if (length(record$asides)) return(invisible())
-    lookAt(record)
-    tell(handle)
+    checkCalls(handle)
+    takeProgressEvents(record)
+    if (length(record$progressEvents)) return(invisible())
+    checkCall(record)
+    raisePending(handle)
     if (record$state != "open") break
     waited <- call_wait(handle$pointer, record$task)
     if (isFailure(waited)) handleFailed(waited, handle)
@@ -244,7 +244,7 @@ awaitCall <- function(record) {
 
 cancelCall <- function(record) {
   if (record$state != "open") return(FALSE)
-  lookAt(record)
+  checkCall(record)
   if (record$state != "open") return(FALSE)
   # This fails in a fork, where the call belongs to another process.
   suspendInterrupts({
@@ -271,10 +271,10 @@ format.RustCall <- function(x, ...) {
   label <- record$label
   if (nchar(label) > 60L) label <- paste0(substr(label, 1L, 57L), "...")
   took <- if (is.null(record$took)) proc.time()[["elapsed"]] - record$began else record$took
-  place <- if (state == "running" && isTRUE(record$place > 0L)) {
-    paste0(" on worker ", record$place, " on host ", sQuote(record$handle$hosts[[record$place]]))
+  where <- if (state == "running" && isTRUE(record$rank > 0L)) {
+    paste0(" on worker ", record$rank, " on host ", sQuote(record$handle$hosts[[record$rank]]))
   }
-  paste0("<call ", label, ": ", state, place, ", ", format(round(took, 1), nsmall = 1), " s>")
+  paste0("<call ", label, ": ", state, where, ", ", format(round(took, 1), nsmall = 1), " s>")
 }
 
 #' @export

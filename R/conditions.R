@@ -1,5 +1,5 @@
-# All conditions of the package are made here: the class says what happened, the fields carry the
-# data, and the message says what to do.
+# Makes all conditions of the package. The class says what happened, the fields contain the data, and the message says
+# what to do.
 
 rustclusterCondition <- function(kind, message, ..., type = "error", call = NULL) {
   stopifnot(kind %in% names(conditionClasses[[type]]))
@@ -7,15 +7,15 @@ rustclusterCondition <- function(kind, message, ..., type = "error", call = NULL
   structure(class = class, list(message = printable(message), call = call, ...))
 }
 
-# Text for a terminal: control characters, which could move its cursor, change its title or hide text, are
-# shown as escapes, and bytes that are no text as <hex>. All that hosts and workers say goes through here before
-# it is printed or becomes a message; what user code prints with `outfile = ""` is its own.
+# Returns text that is safe to print. Control characters, which could move the cursor of a terminal, change its title or
+# hide text, become escapes, and bytes that are no text become <hex>. All text of hosts and workers goes through this
+# function before it is printed or becomes a message. Output of user code with `outfile = ""` is printed unchanged.
 printable <- function(text) {
   bytes <- Encoding(text) == "bytes" | !validUTF8(text)
   text <- enc2utf8(text)
   text[bytes] <- iconv(text[bytes], "UTF-8", "UTF-8", sub = "byte")
   text <- gsub("\r\n", "\n", text, fixed = TRUE)
-  # Also those that change the direction of what follows, and line ends of other systems.
+  # This includes characters that change the direction of text, and line ends of other systems.
   controls <- "[\\x01-\\x08\\x0b-\\x1f\\x7f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
   found <- which(grepl(controls, text, perl = TRUE))
   if (!length(found)) return(text)
@@ -29,7 +29,7 @@ printable <- function(text) {
 }
 
 abort <- function(kind, ..., fields = list()) {
-  # Messages may hold any text of a worker's: it is never taken for a format.
+  # The text of a worker must never be used as a format.
   message <- paste0(...)
   stop(do.call(rustclusterCondition, c(list(kind, message), fields)))
 }
@@ -38,14 +38,14 @@ badArgument <- function(argument, ...) {
   abort("bad_argument", "`", argument, "` ", ..., fields = list(argument = argument))
 }
 
-# The end of what a process printed, indented under its heading.
+# Returns the end of the output of a process, indented under its heading.
 tailText <- function(heading, text) {
   text <- sub("[[:space:]]+$", "", if (is.null(text)) "" else text)
   if (!nzchar(text)) return("")
   lines <- strsplit(text, "\n", fixed = TRUE)[[1L]]
   crash <- grep("^ \\*\\*\\* caught ", lines)
   if (length(crash)) {
-    # R tells the innermost calls first, and at the end those that are ours.
+    # A traceback starts with the innermost calls and ends with those of this package.
     lines <- lines[-seq_len(max(crash) - 1L)]
     ours <- grep("^ *[0-9]+: (tryCatch\\(|do[.]call\\(fun, args|eval\\(expr, envir\\)|worker_serve\\()", lines)
     lines <- utils::head(if (length(ours)) lines[seq_len(ours[[1L]] - 1L)] else lines, 20L)
@@ -67,7 +67,7 @@ signalName <- function(signal) {
 outOfMemory <- function(left) {
   paste0(
     "; probably killed by the out-of-memory killer",
-    # 0 is what is not known.
+    # 0 stands for an unknown amount.
     if (left > 0) paste0(" (", formatBytes(left), " were available after its end)"),
     ": start fewer workers there, or limit the memory of each (`memory_limit`)"
   )
@@ -79,7 +79,7 @@ limitText <- function(limit, timeout) {
   paste0(format(if (own) limit else timeout), " s (", if (own) "`.timeout`" else "`timeout` of the cluster", ")")
 }
 
-# Of a worker that ended before it was ready for tasks.
+# Returns the reason for the failure of a worker that ended before it was ready for tasks.
 setbackText <- function(count, restoring, stalled) {
   if (stalled > 0) {
     paste0(
@@ -98,19 +98,19 @@ formatBytes <- function(bytes) {
   )
 }
 
-# Raises what a Rust function handed back instead of its result (boundary.R).
+# Raises a failure that a Rust function has returned (boundary.R).
 raiseFailure <- function(failure, handle = NULL) {
   stop(failureCondition(failure, handle))
 }
 
-# The fields of failures that their conditions have, too.
+# The fields of failures that conditions have, too.
 conditionFields <- c(
   "reason", "stderr", "stdout", "what", "argument", "command", "rank", "pid", "signal", "status", "index", "needed",
   "available", "memory_available", "oom", "replaced"
 )
 
 failureCondition <- function(failure, handle = NULL, type = "error") {
-  # Not `$`, which takes a part of a name for the name.
+  # `$` would match a part of a name.
   field <- function(name) failure[[name]]
   kind <- field("kind")
   rank <- field("rank")
@@ -119,7 +119,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
   settings <- if (is.null(owner)) list(host = "localhost") else handle$agents[[owner]]
   host <- settings$host
   reason <- field("reason")
-  # Tasks that crossed together are lost together.
+  # All tasks of a batch are lost together.
   tasks <- if (is.null(field("tasks"))) paste("task", field("index")) else field("tasks")
   several <- grepl("^[a-z]+s [0-9]", tasks)
   node <- paste0("worker ", rank, " on host ", sQuote(host))
@@ -127,7 +127,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     worker_lost = paste0(
       node, if (field("pid") != 0L) paste0(" (pid ", field("pid"), ")"), " ", reason,
       if (!is.null(field("signal"))) signalName(field("signal")),
-      # What R and Rust do when they get no more memory.
+      # R and Rust raise these signals if they get no more memory.
       if (any(field("signal") %in% c(6L, 11L)) && isTRUE(is.finite(handle$memoryLimit))) {
         paste0("; it may have met its `memory_limit` of ", formatBytes(handle$memoryLimit))
       },
@@ -154,7 +154,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
-      if (isTRUE(hub_takes_back(handle$pointer, owner))) {
+      if (isTRUE(hub_reconnects(handle$pointer, owner))) {
         "; it will be reconnected when it is back; until then "
       } else {
         "; "
@@ -183,11 +183,11 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "host ", sQuote(host), " is back; the state of its workers was restored\n"
     ),
     state_not_kept = if (is.null(owner)) paste0(
-      "exports and set-up calls exceed `setup_log_limit` (", format(handle$spoolLimit / 1e6, digits = 3L),
+      "exports and set-up calls exceed `setup_log_limit` (", format(handle$headLogLimit / 1e6, digits = 3L),
       " MB), or the disk of tempdir() is full; lost hosts can no longer be reconnected"
     ) else paste0(
       "exports and set-up calls on host ", sQuote(host), " exceed `setup_log_limit` (",
-      format(handle$stateLimit[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls on a worker); ",
+      format(handle$setupLogLimits[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls on a worker); ",
       "lost workers there can no longer be replaced"
     ),
     stopped = if (is.null(rank)) {

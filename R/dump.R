@@ -101,7 +101,7 @@ dumpOf <- function(part, question, deadline) {
   )
 }
 
-# Character vectors with names as the rows of a data frame; NA where one has no such name.
+# Returns a data frame with a row for each named character vector. A name that a vector lacks is NA.
 factsTable <- function(facts) {
   columns <- unique(unlist(lapply(facts, names)))
   of <- function(column) {
@@ -137,7 +137,7 @@ print.rustcluster_dump <- function(x, n = 24L, ...) {
 
 busyFirst <- function(workers) workers[order(workers$state %in% c("idle", "gone"), workers$rank), ]
 
-# A paragraph for each row. What is not known, not so, or none at all is left out.
+# Prints a paragraph for each row. Values that are unknown, FALSE or empty are left out.
 showRows <- function(heading, rows, key, n) {
   if (!NROW(rows)) return(invisible())
   cat("\n", heading, "\n", sep = "")
@@ -149,8 +149,8 @@ showRows <- function(heading, rows, key, n) {
 }
 
 showFacts <- function(title, facts) {
-  said <- vapply(facts, function(value) !is.na(value) && !identical(value, FALSE) && nzchar(value), NA)
-  values <- vapply(facts[said], function(value) format(value, digits = 15L), "")
+  shown <- vapply(facts, function(value) !is.na(value) && !identical(value, FALSE) && nzchar(value), NA)
+  values <- vapply(facts[shown], function(value) format(value, digits = 15L), "")
   text <- paste0(title, paste0(names(values), "=", values, collapse = " "))
   cat(strwrap(printable(text), 100L, indent = 2L, exdent = 6L), sep = "\n")
 }

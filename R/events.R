@@ -3,13 +3,13 @@
 # Prints the output of workers and raises warnings and messages. `except`: a condition that the caller raises as an
 # error, and that is not raised again.
 showEvents <- function(handle, except = NULL) {
-  noteLosses(handle)
+  acknowledgeLosses(handle)
   # The hub reports each event once.
   suspendInterrupts(show(hub_events(handle$pointer), handle, except))
-  tell(handle)
+  raisePending(handle)
 }
 
-# Prints output, and adds conditions to those that tell() raises.
+# Prints output, and adds conditions to those that raisePending() raises.
 show <- function(events, handle, except = NULL) {
   if (is.null(events) || isFailure(events)) return(invisible())
   conditions <- slowToEnd(events, handle)
@@ -23,19 +23,19 @@ show <- function(events, handle, except = NULL) {
     }
   }
   for (condition in conditions) {
-    told <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
+    raised <- class(condition)[[1L]] == class(except)[[1L]] && identical(condition$host, except$host) &&
       (is.null(condition$rank) || identical(condition$rank, except$rank))
-    if (!told) handle$untold <- c(handle$untold, list(condition))
+    if (!raised) handle$pending <- c(handle$pending, list(condition))
   }
   invisible()
 }
 
 # Raises pending warnings and messages. Removes each one before it is raised: its handler may run any code, or jump, and
 # the others are then still pending.
-tell <- function(handle) {
-  while (length(handle$untold)) {
-    condition <- handle$untold[[1L]]
-    handle$untold <- handle$untold[-1L]
+raisePending <- function(handle) {
+  while (length(handle$pending)) {
+    condition <- handle$pending[[1L]]
+    handle$pending <- handle$pending[-1L]
     if (inherits(condition, "message")) message(condition) else warning(condition)
   }
   invisible()
@@ -63,10 +63,10 @@ slowToEnd <- function(events, handle) {
 # Prints complete lines, and keeps an incomplete line until its end arrives.
 showOutput <- function(handle, rank, text) {
   key <- as.character(rank)
-  text <- paste0(handle$partial[[key]], text)
+  text <- paste0(handle$incompleteOutput[[key]], text)
   lines <- strsplit(text, "\n", fixed = TRUE)[[1L]]
   whole <- endsWith(text, "\n")
-  handle$partial[[key]] <- if (whole) "" else utils::tail(lines, 1L)
+  handle$incompleteOutput[[key]] <- if (whole) "" else utils::tail(lines, 1L)
   if (!whole) lines <- utils::head(lines, -1L)
   if (length(lines)) {
     cat(paste0("[", handle$hosts[[rank]], " ", rank, "] ", lines, "\n"), sep = "")

@@ -1,99 +1,101 @@
-#' Cores that this process may use: affinity, cgroups and schedulers' variables considered.
+#' Returns the number of cores that this process may use, by affinity, cgroups and the variables of batch
+#' schedulers.
 #' @noRd
 usable_cores <- function() .Call(wrap__usable_cores)
 
-#' Whether it is the address of an interface of this machine. Of the loopback's only the usual one
-#' counts: others may be forwarded to other machines.
+#' Returns whether an address belongs to an interface of this machine. Of the loopback addresses only the usual
+#' one counts, because others may be forwarded to other machines.
 #' @noRd
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
-#' Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-#' attach, of those that are left to the workers, and whether workers will be forked. `tempdir`: that of
-#' this process.
+#' Takes over stdin and stdout, and receives from the head what to start. Returns a list of the packages to
+#' attach, of the packages that are left to the workers, and of whether workers are forked. `tempdir`: the
+#' temporary directory of this process.
 #' @noRd
 agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
-#' At its end, which is to follow, this process begins again with `command`, and goes on with the same
-#' head. The packages `after` are left to the workers then.
+#' Makes this process execute `command` when it ends. The caller then ends R. The new program continues with
+#' the same head, and leaves the packages `after` to the workers.
 #' @noRd
 agent_restart <- function(command, after) .Call(wrap__agent_restart, command, after)
 
-#' Workers will be R sessions of their own: this one cannot be forked.
+#' Makes the agent start workers as separate R sessions, because this process must not be forked.
 #' @noRd
 agent_spawn <- function() .Call(wrap__agent_spawn)
 
-#' Whether the code in a shared object can read what makes processes differ. `FALSE` if that cannot be
-#' told.
+#' Returns whether the code in a shared object can read values that differ between processes. Returns `FALSE`
+#' if that is unknown.
 #' @noRd
 code_reads_sources <- function(path) .Call(wrap__code_reads_sources, path)
 
-#' Tells the head that nothing can be started, and why.
+#' Reports to the head that nothing can be started, and the reason.
 #' @noRd
 agent_fail <- function(reason) .Call(wrap__agent_fail, reason)
 
-#' Makes the workers and serves them. Returns `TRUE` in a forked worker, `FALSE` when the cluster
-#' is over.
+#' Starts the workers and serves them. Returns `TRUE` in a forked worker, and `FALSE` in the agent when the
+#' cluster has ended.
 #' @noRd
 agent_run <- function() .Call(wrap__agent_run)
 
-#' Checks the system's limits for a number of workers on this machine.
+#' Checks whether the limits of the system allow this number of workers on this machine.
 #' @noRd
 limits_check <- function(workers) .Call(wrap__limits_check, workers)
 
-#' Logs in this session what `RUSTCLUSTER_LOG` asks for.
+#' Starts the log of this session, as `RUSTCLUSTER_LOG` says.
 #' @noRd
 log_start <- function() .Call(wrap__log_start)
 
-#' Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
-#' for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
-#' that are buffered here before they are left on their hosts.
+#' Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
+#' command and env (a named vector; NA removes a variable). `buffer_limit`: the bytes of results that the head
+#' buffers; further results stay on their hosts.
 #' @noRd
 hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
 
-#' Whether all agents have greeted or failed; waits a little for that.
+#' Returns whether all agents have greeted or failed; waits up to one slice for that.
 #' @noRd
 hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
 
-#' What is known of each host: a list of vectors with an element for each.
+#' Returns the known facts of all hosts: a list of vectors with an element for each host.
 #' @noRd
 hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
-#' Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-#' made at `path`, up to `max_bytes` bytes. `start_timeout`: seconds that a host may take to start then.
+#' Makes lost hosts reconnect. The set-up calls of their workers are held in a file at `path`, up to
+#' `max_bytes` bytes. `start_timeout`: the number of seconds that the start of a reconnected host may take.
 #' @noRd
 hub_reconnect <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_reconnect, handle, path, max_bytes, start_timeout)
 
-#' Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-#' is to end, or a list of ranks, packages, outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds),
-#' chunk_cache_bytes, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
-#' for none), stop_timeout (in milliseconds), local (on this machine) and xdr. `timeout`: seconds that any task
-#' may take.
+#' Sends each agent its plan. `plans`: for each agent `NULL`, which stops it, or a list of ranks, packages,
+#' outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds), chunk_cache_bytes, setup_log_bytes and
+#' memory_limit (in bytes; 0 for no limit), setup (the time limit of a replacement's start, in milliseconds; 0
+#' for none), stop_timeout (in milliseconds), local (whether the host is this machine) and xdr. `timeout`: the
+#' time limit of a task in seconds.
 #' @noRd
 hub_go <- function(handle, plans, timeout) .Call(wrap__hub_go, handle, plans, timeout)
 
-#' How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
-#' has failed counts as done, and is not an error.
+#' Returns the number of workers that are ready; waits up to one slice for more. `tolerant`: whether failed
+#' hosts and workers count as done, instead of being an error.
 #' @noRd
 hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
 
-#' Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
-#' that have not.
+#' Leaves out a host, for this reason. With agent 0, leaves out all hosts without a ready worker and, on the
+#' other hosts, the workers that are not ready.
 #' @noRd
 hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
 
-#' Whether a host is lost and is going to be tried again.
+#' Returns whether a host is lost and will be reconnected.
 #' @noRd
-hub_takes_back <- function(handle, agent) .Call(wrap__hub_takes_back, handle, agent)
+hub_reconnects <- function(handle, agent) .Call(wrap__hub_reconnects, handle, agent)
 
-#' Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+#' Returns why each worker has terminated: a list of failures, with `NULL` for workers that run.
 #' @noRd
 hub_terminations <- function(handle) .Call(wrap__hub_terminations, handle)
 
-#' Stops these nodes; with the last ones the cluster.
+#' Stops these nodes. The cluster is stopped with its last node.
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
 
-#' Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+#' Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
+#' that.
 #' @noRd
 hub_ended <- function(handle, ranks) .Call(wrap__hub_ended, handle, ranks)
 
@@ -101,254 +103,271 @@ hub_ended <- function(handle, ranks) .Call(wrap__hub_ended, handle, ranks)
 #' @noRd
 hub_stop <- function(handle) .Call(wrap__hub_stop, handle)
 
-#' Whether nothing is left of a stopped cluster; waits a little for that.
+#' Returns whether nothing is left of a stopped cluster; waits up to one slice for that.
 #' @noRd
 hub_closed <- function(handle) .Call(wrap__hub_closed, handle)
 
-#' The pid of each worker, NA for those that are gone.
+#' Returns the pid of each worker; NA for workers that have terminated.
 #' @noRd
 hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
 
-#' The pid of each agent.
+#' Returns the pid of each agent.
 #' @noRd
 hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
 
-#' Sends a message to a node. `setup_call`: `NULL`, or that what it does there lasts, and the name of what
-#' it sets there (`""`: of nothing in particular).
+#' Sends a message to a node. `setup_call`: the name of the variable that a set-up call sets (`""`: no
+#' particular variable), or `NULL` for any other call.
 #' @noRd
 hub_send <- function(handle, rank, job, message, setup_call) .Call(wrap__hub_send, handle, rank, job, message, setup_call)
 
-#' Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
-#' their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
-#' has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
+#' Sends the same message to nodes, in this order, and waits up to one slice for their answers. Returns the
+#' list of their values: the job is then closed, no R code has run, and no interrupt was handled. Returns
+#' `NULL`, without having done anything, if the nodes are of several clusters or contain a node twice. Returns
+#' `TRUE` if hub_called() has the answers that have arrived.
 #' @noRd
 hub_call <- function(handle, nodes, job, message, setup_call) .Call(wrap__hub_call, handle, nodes, job, message, setup_call)
 
-#' What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
-#' answer, as hub_receive_any() returns it, or `NULL`.
+#' Returns the answers that hub_call() has received: the list of their values, for each node whether its value
+#' is there, and the last result if it was no answer, as hub_receive_any() returns it, or `NULL`.
 #' @noRd
 hub_called <- function(handle) .Call(wrap__hub_called, handle)
 
-#' Nobody wants to know any more what became of a task that was lost.
+#' Removes a task after a worker failure whose result is no longer needed.
 #' @noRd
 hub_forget <- function(handle, task) .Call(wrap__hub_forget, handle, task)
 
-#' The message of a task that ended without an answer. `last`: it is not asked for again.
+#' Returns the message of a task that ended without an answer. `last`: whether this is the last request for it.
 #' @noRd
 hub_message <- function(handle, task, last) .Call(wrap__hub_message, handle, task, last)
 
-#' The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-#' hub_read(). `NULL`: not yet, or R is to note a loss first.
+#' Returns the answer of a node to the oldest outstanding message. Returns `TRUE` if the answer has arrived and
+#' hub_read() takes it, and `NULL` if it has not arrived or R has to acknowledge a worker failure first.
 #' @noRd
 hub_receive <- function(handle, rank) .Call(wrap__hub_receive, handle, rank)
 
-#' The number of the task whose answer is being read or could not be read, and the place of its node.
-#' `NULL`: there is none.
+#' Returns the number of the task whose answer is being read or could not be read, and the index of its node.
+#' Returns `NULL` if there is no such task.
 #' @noRd
 hub_reading <- function(handle) .Call(wrap__hub_reading, handle)
 
-#' The answer that hub_receive() or hub_receive_any() has told of.
+#' Returns the answer for which hub_receive() or hub_receive_any() has returned `TRUE`.
 #' @noRd
 hub_read <- function(handle) .Call(wrap__hub_read, handle)
 
-#' The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
-#' hub_receive().
+#' Returns the next answer of any of these nodes: a list of the index of the node and of the answer. `TRUE` and
+#' `NULL` have the same meanings as for hub_receive().
 #' @noRd
 hub_receive_any <- function(handle, nodes) .Call(wrap__hub_receive_any, handle, nodes)
 
-#' As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
-#' have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+#' Does the same as hub_receive_any(), without waiting, for nodes that may be of several clusters. `ranks` and
+#' `node_indices` belong to the nodes of this cluster. If a rank occurs twice, its first index counts.
 #' @noRd
 hub_poll <- function(handle, ranks, node_indices) .Call(wrap__hub_poll, handle, ranks, node_indices)
 
-#' Sleeps a little, or until hub_poll() may find something in one of these clusters.
+#' Waits up to one slice, or until hub_poll() may find an answer in one of these clusters.
 #' @noRd
 hubs_wait <- function(handles) .Call(wrap__hubs_wait, handles)
 
-#' The rank of each of these nodes, if they are all of one cluster.
+#' Returns the rank of each of these nodes, if all are nodes of one cluster.
 #' @noRd
 cluster_ranks <- function(nodes) .Call(wrap__cluster_ranks, nodes)
 
-#' Cancels what is left of a job. Returns what there is to be shown.
+#' Cancels the rest of a job. Returns the events that R has to show.
 #' @noRd
 hub_close_job <- function(handle, job) .Call(wrap__hub_close_job, handle, job)
 
-#' Begins to listen for a connection that shows when an answer has arrived. The port to connect to on the loopback
-#' address, and the bytes that are to be written there first. `NULL`: the system has no port left.
+#' Starts to listen for a connection that shows when an answer has arrived. Returns the port on the loopback
+#' address to connect to, and the token, which the connection has to send first. Returns `NULL` if the system
+#' has no free port.
 #' @noRd
 hub_readiness_listen <- function(handle) .Call(wrap__hub_readiness_listen, handle)
 
-#' Takes the connection that has been opened and has written the token. Whether there is one.
+#' Accepts the connection that has been opened and has sent the token. Returns whether there is one.
 #' @noRd
 hub_readiness_accept <- function(handle) .Call(wrap__hub_readiness_accept, handle)
 
-#' From now on the connection can be read while the next answer of this worker is there. If its task was lost, the
-#' policy says first what becomes of that. `NULL`: there is no connection.
+#' Makes the connection readable from now on while the next answer of this worker has arrived. If the task had
+#' a worker failure, the retry policy is applied first. Returns `NULL` if there is no connection.
 #' @noRd
 hub_readiness_point <- function(handle, rank) .Call(wrap__hub_readiness_point, handle, rank)
 
-#' What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
+#' Returns the events that R has to show, in the order in which they happened, as a list of failures, or
+#' `NULL`.
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
 
-#' The number of a call that is still to be sent.
+#' Returns the number of a call that has not been sent yet.
 #' @noRd
 call_number <- function(handle) .Call(wrap__call_number, handle)
 
-#' Sends the call of this number to whichever of these workers is free first. `what`: what warnings call it.
+#' Sends the call with this number to the first of these workers that is idle. `what`: the name of the call in
+#' warnings.
 #' @noRd
 call_submit <- function(handle, ranks, task, what, message) .Call(wrap__call_submit, handle, ranks, task, what, message)
 
-#' The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is
-#' forgotten.
+#' Returns the answer to a call: `NULL` if the call has not ended, or is being retried after a worker failure.
+#' The same answer is returned until the call is forgotten.
 #' @noRd
 call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
 
-#' What a call has told before its end, since this was last asked: a list of raw vectors.
+#' Returns the progress events of a call that have arrived since this function was last called, as a list of
+#' raw vectors.
 #' @noRd
 call_progress_events <- function(handle, task) .Call(wrap__call_progress_events, handle, task)
 
-#' Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
+#' Returns the rank of the worker that runs a call; 0 if the call waits for a worker, `NA` if it has ended.
 #' @noRd
 call_location <- function(handle, task) .Call(wrap__call_location, handle, task)
 
-#' Nobody wants to know any more what comes of a call: if it has not ended, it is cancelled.
+#' Removes a call whose result is no longer needed. A call that has not ended is cancelled.
 #' @noRd
 call_forget <- function(handle, task) .Call(wrap__call_forget, handle, task)
 
-#' Nobody has the object of a call any more: if it has not ended, it is cancelled. For finalizers, which R
-#' may run while another function here is at work.
+#' Removes a call whose object was garbage-collected. A call that has not ended is cancelled. This function is
+#' for finalizers, which R may run while another function of this package is running.
 #' @noRd
 call_drop <- function(handle, task) .Call(wrap__call_drop, handle, task)
 
-#' R is to be woken when this call has ended: see [`calls_wake`].
+#' Requests that R is woken when this call has ended: see [`calls_wake`].
 #' @noRd
 call_notify <- function(handle, task) .Call(wrap__call_notify, handle, task)
 
-#' Waits a little for the end of this call, or for something else that is to be done.
+#' Waits up to one slice for the end of this call, or for another event that R has to handle.
 #' @noRd
 call_wait <- function(handle, task) .Call(wrap__call_wait, handle, task)
 
-#' The numbers of the calls about which there is something to do: those that are watched and have
-#' ended, and those that were lost.
+#' Returns the numbers of the calls that R has to handle: calls that have ended and for which R is to be woken,
+#' and calls whose worker has failed.
 #' @noRd
 calls_to_check <- function(handle) .Call(wrap__calls_to_check, handle)
 
-#' From now on, callsWoken(number) is called in these loops of package 'later' when there is something
-#' to do about a call.
+#' From now on, these event loops of package 'later' call callsWoken(number) when R has to handle a call.
 #' @noRd
 calls_wake <- function(handle, number, loops) .Call(wrap__calls_wake, handle, number, loops)
 
-#' How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
-#' have no policy of their own.
+#' Sets how often tasks are retried, and whether the first worker failure is an error, for this job or, if
+#' `job` is 0, for all tasks without another policy.
 #' @noRd
 hub_policy <- function(handle, job, retries, raises) .Call(wrap__hub_policy, handle, job, retries, raises)
 
-#' The losses that were dealt with and that R has not noted: a list of failures, or `NULL`.
+#' Returns the worker failures that were handled and that R has not acknowledged, as a list of failures, or
+#' `NULL`.
 #' @noRd
 hub_losses <- function(handle) .Call(wrap__hub_losses, handle)
 
-#' R has noted so many of the losses that hub_losses() has told.
+#' Acknowledges the first `count` worker failures of hub_losses().
 #' @noRd
-hub_losses_noted <- function(handle, count) .Call(wrap__hub_losses_noted, handle, count)
+hub_losses_acknowledge <- function(handle, count) .Call(wrap__hub_losses_acknowledge, handle, count)
 
-#' Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
-#' that all tasks have. `elements`: a vector without a class, or a function of an element's number.
-#' `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
-#' tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
-#' that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
-#' that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
-#' `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-#' in seconds), `retries` and `raises` (see [`Policy`]), `noun` (what warnings call a task), `at_once` (if there
-#' are no more tasks than nodes, a first step is taken at once).
-#' Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
+#' Starts a job. `ranks`: the ranks of the nodes, from 1. `common`: a list of the function and of a list of
+#' arguments that all tasks have. `elements`: a vector without a class, or a function of the index of an
+#' element.
+#'
+#' `settings` is a list of:
+#' * `round`: whether tasks are assigned to the nodes in turn, and not to the next idle worker.
+#' * `reuse`: the objects that are reused by all tasks of a batch: `"nothing"`; `"all"`, as in a chunk of parallel; or
+#'   `"function"`, if that has an environment of its own.
+#' * `spread`: whether an element is a list of arguments.
+#' * `seed`: a function that returns the seed of an element by its index, or `NULL`.
+#' * `seeded`: see [`Values`].
+#' * `order`: the order of the elements, or `NULL`.
+#' * `singly`: whether each task is sent alone.
+#' * `timeout`: the time limit of a task in seconds.
+#' * `retries`, `raises`: see [`Policy`].
+#' * `noun`: the name of a task in warnings.
+#' * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.
+#'
+#' Returns the value of job_results() if that step has ended the job, which is then closed, and otherwise
+#' `NULL`.
 #' @noRd
 job_begin <- function(handle, job, ranks, count, common, elements, settings) .Call(wrap__job_begin, handle, job, ranks, count, common, elements, settings)
 
-#' Gives tasks out and takes answers, for some time. Returns TRUE once all are there, and `NULL`
-#' before, or a failure. One with `elements` ends the job, if it is a loss; otherwise it is told until job_made() has
-#' the result of these.
+#' Sends tasks and takes answers, for up to one slice. Returns `TRUE` if all results have arrived, `NULL` if
+#' not, or a failure. A failure with `elements` that is a worker failure ends the job. Any other is returned
+#' again until job_set_result() has set the result of its elements.
 #' @noRd
 job_step <- function(handle) .Call(wrap__job_step, handle)
 
-#' The result of the elements of which the last failure of job_step() was, to be told no more.
+#' Sets the result of the elements of the last failure of job_step(), which is not returned again.
 #' @noRd
-job_made <- function(handle, value) .Call(wrap__job_made, handle, value)
+job_set_result <- function(handle, value) .Call(wrap__job_set_result, handle, value)
 
-#' The elements of a message that is out, from 1.
+#' Returns the indices of the elements of an outstanding message, from 1.
 #' @noRd
 job_tasks <- function(handle, task) .Call(wrap__job_tasks, handle, task)
 
-#' The answer to a message cannot be read. `value`: the result of its element, if it has only one; several are tried
-#' again.
+#' Handles an answer that cannot be read. `value`: the result of the element, if the message has only one;
+#' several elements are retried.
 #' @noRd
 job_unreadable <- function(handle, task, value) .Call(wrap__job_unreadable, handle, task, value)
 
-#' What has come of the job: a list of its results, the numbers of those that are errors, and of those
-#' that are new since this was last asked.
+#' Returns a list of the results, of the indices of those that are errors, and of the indices of those that are
+#' new since the last call.
 #' @noRd
 job_results <- function(handle) .Call(wrap__job_results, handle)
 
-#' How far the job is: tasks, those that have ended, and workers that are busy.
+#' Returns the progress of the job: the numbers of tasks, of finished tasks, and of busy workers.
 #' @noRd
 job_progress <- function(handle) .Call(wrap__job_progress, handle)
 
-#' All workers as they are now: a list of vectors with an element for each.
+#' Returns the current status of all workers: a list of vectors with an element for each worker.
 #' @noRd
 hub_status <- function(handle) .Call(wrap__hub_status, handle)
 
-#' The bytes that went to each host, and that came from it.
+#' Returns the bytes that were sent to each host, and received from it.
 #' @noRd
 hub_bytes <- function(handle) .Call(wrap__hub_bytes, handle)
 
-#' Asks the hosts of these workers what memory their workers take. Returns the number of the question.
+#' Requests the memory use of workers from the hosts of these workers. Returns the number of the request.
 #' @noRd
 hub_ask_usage <- function(handle, ranks) .Call(wrap__hub_ask_usage, handle, ranks)
 
-#' The answer to that: a list of the bytes resident and of those that are its part of what is shared,
-#' of each worker. `NULL`: not yet; waits up to `max_wait` seconds for it. `anyway`: what is known by then.
+#' Returns the answer to a request for memory use: a list of the resident bytes of each worker, and of its
+#' proportional set size. Returns `NULL` if answers are missing; waits up to `max_wait` seconds for them.
+#' `anyway`: whether to return an incomplete answer instead of `NULL`.
 #' @noRd
 hub_usage <- function(handle, question, max_wait, anyway) .Call(wrap__hub_usage, handle, question, max_wait, anyway)
 
-#' What some workers have been at: a list of vectors with an element for each interval, and `now`.
+#' Returns the timeline of some workers: a list of vectors with an element for each interval, and `now`.
 #' @noRd
 hub_timeline <- function(handle, ranks) .Call(wrap__hub_timeline, handle, ranks)
 
-#' Asks all agents for their state. Returns the number of the question.
+#' Requests the state of all agents. Returns the number of the request.
 #' @noRd
 hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 
-#' The answers to that, and what is known here. `NULL`: not yet; waits up to `max` seconds for it. `anyway`:
-#' what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
-#' such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
-#' last events (a list of vectors).
+#' Returns the answers of the agents to a request, and the state of the head. Returns `NULL` if answers are
+#' missing; waits up to `max` seconds for them. `anyway`: whether to return an incomplete state instead of
+#' `NULL`. The value is a list with the cluster (a named character vector), the hosts and the workers (lists of
+#' such vectors), the agents (for each a list of such vectors, named by the ranks of the workers; 0 is the
+#' agent itself), and the last events (a list of vectors).
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
-#' In a separate process: takes the channel from stdin and returns the packages to attach.
+#' In a separate process, takes the channel from stdin and returns the packages to attach.
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
 
-#' Tells the agent this worker's temporary directory, and whether it can take tasks.
+#' Reports the temporary directory of this worker to the agent, and whether the worker can take tasks.
 #' @noRd
 worker_ready <- function(tempdir, ready) .Call(wrap__worker_ready, tempdir, ready)
 
-#' Serves tasks until there will be no more, which gives `NULL`, or R jumps. SIGINT reaches R while
-#' a task runs and at no other time.
+#' Serves tasks. Returns `NULL` when no more tasks will come, or the token if R jumps. SIGINT reaches R only
+#' while a task runs.
 #' @noRd
 worker_serve <- function() .Call(wrap__worker_serve)
 
-#' Answers the task that R jumped out of with this error. `interrupted`: by an interrupt, so that what
-#' else came with it is not begun.
+#' Answers the task out of which R has jumped with this error. `interrupted`: whether an interrupt was the
+#' reason. The remaining tasks of its batch are then not started.
 #' @noRd
 worker_fail <- function(value, interrupted) .Call(wrap__worker_fail, value, interrupted)
 
-#' In a worker, tells the head something about the task under way before that has ended. Returns whether
-#' there is one.
+#' In a worker, sends a progress event of the current task to the head. Returns whether there is a current
+#' task.
 #' @noRd
 worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
 
-#' The bytes of memory that this worker may have; 0 if there is no limit.
+#' Returns the memory limit of this worker in bytes; 0 for no limit.
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 

@@ -68,8 +68,8 @@ doRustCluster <- function(obj, expr, envir, data) {
   n <- length(iterations)
   values <- list()
   if (n) {
-    each <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
-    values <- runFree(data, n, runIteration, list(), iterations, each = each)$values
+    onResults <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
+    values <- runFree(data, n, runIteration, list(), iterations, onResults = onResults)$values
   }
   # Detach the exports: an empty loop attaches nothing.
   if (attached) callNodes(data, beginLoop, NULL, new.env(parent = emptyenv()), obj$packages, NULL, FALSE)
@@ -151,8 +151,8 @@ dotsOf <- function(envir) {
   do.call(holder, eval(quote(list(...)), envir))
 }
 
-# Returns `each` for runJob(): it passes the results to foreach, in the order of the iterations or of their arrival. If
-# `.combine` fails, the results that were combined before are the result of the loop.
+# Returns `onResults` for runJob(): passes the results to foreach, in the order of the iterations or of their arrival.
+# If `.combine` fails, the results that were combined before are the result of the loop.
 foreachCombiner <- function(iterator, n, in_order) {
   accumulate <- foreach::makeAccum(iterator)
   arrived <- logical(n)
@@ -162,16 +162,16 @@ foreachCombiner <- function(iterator, n, in_order) {
     if (failed) value <- foreachError(value)
     accumulate(list(value), i)
   }
-  function(fresh, values, failures) {
+  function(finished, values, failures) {
     if (in_order) {
-      arrived[fresh] <<- TRUE
+      arrived[finished] <<- TRUE
       waiting <- arrived[seq.int(done + 1L, length.out = n - done)]
-      fresh <- done + seq_len(match(FALSE, waiting, length(waiting) + 1L) - 1L)
-      done <<- done + length(fresh)
+      finished <- done + seq_len(match(FALSE, waiting, length(waiting) + 1L) - 1L)
+      done <<- done + length(finished)
     }
     if (broken) return()
     tryCatch(
-      for (i in fresh) take(i, values[[i]], i %in% failures),
+      for (i in finished) take(i, values[[i]], i %in% failures),
       error = function(e) {
         broken <<- TRUE
         cat("error calling combine function:\n")
@@ -217,7 +217,7 @@ runIteration <- function(args) {
 # Returns the key of a set-up call in the set-up log, for beginLoop() and the functions of other backends that do the
 # same. A later call with the same key replaces an earlier one, so that the log drops the exports of earlier loops. The
 # effect of loaded packages stays, so that their names are part of the key.
-loopOf <- function(call) {
+loopKeyOf <- function(call) {
   # Fast path: most other calls have fewer arguments.
   if (length(call$args) < 3L) return("")
   theirs <- function(package) {

@@ -144,11 +144,11 @@ clusterOf <- function(future) {
 }
 
 freeWorkers <- function(cl) {
-  lookAtCalls(cl[[1L]][["handle"]])
+  checkCalls(cl[[1L]][["handle"]])
   for (open in futuresOf(cl)) {
-    lookAt(open$record)
-    takeAsides(open$record)
-    if (identical(open$future[["record"]], open$record)) relayAsides(open$future)
+    checkCall(open$record)
+    takeProgressEvents(open$record)
+    if (identical(open$future[["record"]], open$record)) relayProgressEvents(open$future)
   }
   max(0L, length(cl) - length(futuresOf(cl)))
 }
@@ -188,7 +188,7 @@ launch <- function(future, cl, args) {
   awaitFree(cl, if (is.null(limit)) getOption("future.wait.timeout", Inf) else limit)
   label <- if (is.null(future$label)) "a future" else future$label
   # Suppress R's warnings of package environments in sent data, as future does: future attaches the packages.
-  record <- suppressWarnings(submit(cl, evaluateCall, args, label, tells = TRUE))
+  record <- suppressWarnings(submit(cl, evaluateCall, args, label, reportsProgress = TRUE))
   # Wake waiting code when this call ends.
   call_notify(record$handle$pointer, record$task)
   future$record <- record
@@ -376,10 +376,10 @@ resolved.RustFuture <- function(x, ...) {
   }
   if (is.null(x$result) && !is.null(x$record)) {
     assertOwner(x)
-    lookAtCalls(x$record$handle)
-    lookAt(x$record)
-    takeAsides(x$record)
-    relayAsides(x)
+    checkCalls(x$record$handle)
+    checkCall(x$record)
+    takeProgressEvents(x$record)
+    relayProgressEvents(x)
     if (isOpen(x$record)) return(FALSE)
     collect(x)
   }
@@ -392,7 +392,7 @@ result.RustFuture <- function(future, ...) {
   if (is.null(future$result)) assertOwner(future)
   while (is.null(future$result)) {
     awaitCall(future$record)
-    relayAsides(future)
+    relayProgressEvents(future)
     if (!isOpen(future$record)) collect(future)
   }
   if (inherits(future$result, "FutureError")) stop(future$result)
@@ -401,7 +401,7 @@ result.RustFuture <- function(future, ...) {
 
 # Sets the result of a future whose call has ended: the value, or the reason why there is none.
 collect <- function(future) {
-  relayAsides(future)
+  relayProgressEvents(future)
   if (!is.null(future$result)) return(future)
   record <- future$record
   result <- record$result
@@ -453,12 +453,12 @@ errorClassOf <- function(future, result) {
 
 # Relays the conditions that a future has signaled while it runs, as future itself does. If a handler jumps, the other
 # conditions are relayed next time.
-relayAsides <- function(future) {
+relayProgressEvents <- function(future) {
   # Remove each condition before it is signaled: its handler may jump.
   record <- future$record
-  while (length(record$asides)) {
-    condition <- record$asides[[1L]]
-    record$asides <- record$asides[-1L]
+  while (length(record$progressEvents)) {
+    condition <- record$progressEvents[[1L]]
+    record$progressEvents <- record$progressEvents[-1L]
     condition$signaled <- 1L
     entry <- list(condition = condition, signaled = 1L)
     future$.signaledConditions <- c(future$.signaledConditions, list(entry))
@@ -471,7 +471,7 @@ relayAsides <- function(future) {
 
 # Runs in a worker: sends a condition to the head. Returns FALSE, so that future does not record the condition.
 relayToHead <- function(condition) {
-  base::asNamespace("rustcluster")$tellHead(condition)
+  base::asNamespace("rustcluster")$reportProgress(condition)
   FALSE
 }
 

@@ -34,12 +34,12 @@ findVariables <- function(names, envir, found, ours) {
     } else if (ours) {
       found$variables[name] <- value
     }
-    lookInto(value[[1L]], found)
+    findInFunction(value[[1L]], found)
   }
 }
 
 # Finds the global variables that a function uses.
-lookInto <- function(fun, found) {
+findInFunction <- function(fun, found) {
   if (typeof(fun) != "closure" || isNamespace(topenv(environment(fun)))) return()
   for (seen in found$seen) if (identical(seen, fun)) return()
   found$seen <- c(found$seen, list(fun))

@@ -4,7 +4,7 @@ hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd",
                   "rscript_envs", "threads", "renice", "start_method")
 
 # Returns a list of `hosts`, each a list of settings with an agent of its own, and, in the order of `spec`, `owner` (the
-# index of the host of an entry) and `workers` (NA for all usable cores). The setting `here` is TRUE for a host that
+# index of the host of an entry) and `workers` (NA for all usable cores). The setting `local` is TRUE for a host that
 # needs no ssh: it is this machine, and `spec` sets neither another user nor a port or an ssh command.
 specHosts <- function(spec, defaults = list()) {
   entries <- specEntries(spec)
@@ -12,14 +12,14 @@ specHosts <- function(spec, defaults = list()) {
   if (sum(workers, na.rm = TRUE) > maxWorkers) {
     badArgument("spec", "must ask for at most ", format(maxWorkers, scientific = FALSE), " workers")
   }
-  here <- list()
+  local <- list()
   hosts <- lapply(entries, function(entry) {
     settings <- entry$settings
     connection <- settings[intersect(names(settings), c("port", "rshcmd", "rshopts"))]
     settings <- c(settings, defaults[setdiff(names(defaults), names(settings))])
-    if (is.null(here[[settings$host]])) here[[settings$host]] <<- isHere(settings$host)
+    if (is.null(local[[settings$host]])) local[[settings$host]] <<- isLocal(settings$host)
     own <- is.null(settings$user) || settings$user == Sys.info()[["user"]]
-    c(settings, here = own && !length(connection) && here[[settings$host]])
+    c(settings, local = own && !length(connection) && local[[settings$host]])
   })
   keys <- vapply(hosts, function(host) {
     paste(deparse(host[order(names(host))]), collapse = "")
@@ -223,7 +223,7 @@ startMethod <- function(value, argument = "start_method") {
 }
 
 # Returns whether a name or an address is of this machine. ssh resolves all other names.
-isHere <- function(host) {
+isLocal <- function(host) {
   own <- Sys.info()[["nodename"]]
   tolower(host) %in% tolower(c("localhost", own, sub("[.].*", "", own))) || is_own_address(host)
 }

@@ -55,7 +55,7 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
   }
   # Ignore the settings of workers: entries that differ in them alone are the same host.
   hosts <- lapply(specHosts(hosts, given)$hosts, function(host) {
-    host[intersect(c("host", "user", "port", "here", known), names(host))]
+    host[intersect(c("host", "user", "port", "local", known), names(host))]
   })
   hosts <- unique(hosts)
   source <- system.file("source", "rustcluster.tar.gz", package = "rustcluster")
@@ -97,13 +97,13 @@ sendSource <- function(hosts, source, timeout, progress) {
     version = NA_character_, r_version = NA_character_, library = NA_character_,
     seconds = NA_real_, problem = NA_character_, stringsAsFactors = FALSE
   )
-  here <- vapply(hosts, `[[`, NA, "here")
-  report$version[here] <- packageVersionText()
-  report$r_version[here] <- rVersionText()
-  report$library[here] <- dirname(getNamespaceInfo("rustcluster", "path"))
-  report$seconds[here] <- 0
-  done <- here
-  for (i in which(!here)) {
+  local <- vapply(hosts, `[[`, NA, "local")
+  report$version[local] <- packageVersionText()
+  report$r_version[local] <- rVersionText()
+  report$library[local] <- dirname(getNamespaceInfo("rustcluster", "path"))
+  report$seconds[local] <- 0
+  done <- local
+  for (i in which(!local)) {
     command <- paste(shQuote(sshCommand(hosts[[i]], hostInstallation(hosts[[i]]))), collapse = " ")
     file <- function(name) shQuote(path(i, name))
     script <- paste0(
@@ -148,13 +148,13 @@ installed <- function(row, host, status, out, err) {
   }
   text <- textConnection(parts[[2L]])
   on.exit(close(text))
-  said <- read.dcf(text, keep.white = "log")[1L, ]
-  row$version <- said[["version"]]
-  row$r_version <- said[["r_version"]]
-  row$library <- said[["library"]]
-  if (nzchar(said[["problem"]])) {
-    log <- gsub("(^|\n)[[:space:]]*[|]", "\\1", said[["log"]])
-    row$problem <- paste0(said[["problem"]], tailText("its output", log))
+  fields <- read.dcf(text, keep.white = "log")[1L, ]
+  row$version <- fields[["version"]]
+  row$r_version <- fields[["r_version"]]
+  row$library <- fields[["library"]]
+  if (nzchar(fields[["problem"]])) {
+    log <- gsub("(^|\n)[[:space:]]*[|]", "\\1", fields[["log"]])
+    row$problem <- paste0(fields[["problem"]], tailText("its output", log))
   }
   row
 }

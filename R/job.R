@@ -14,30 +14,30 @@ nativeRanks <- function(cl) {
 # results, and `failed`, the indices of results that are errors.
 #   common: the arguments that are the same for all tasks.
 #   round: whether tasks are assigned to nodes in turn, and not to the next idle worker.
-#   shares: the objects that tasks of a batch share. "nothing": no task sees what another has changed in place. "all":
-#     `fun` and `common`, as the elements of a chunk do in parallel. "function": `fun` only, if it was made in another
-#     function.
+#   reuse: the objects that all tasks of a batch use. "nothing": each task gets objects of its own, so that no task sees
+#     changes in place by another. "all": `fun` and `common`, as the elements of a chunk do in parallel. "function":
+#     `fun` only, if it was made in another function.
 #   spread: whether an element is a list of arguments, and not the first argument.
-#   lossEnds: whether a worker failure ends the job with an error.
-#   each: a function of the indices of newly finished tasks, of all results so far and of the indices of those that are
-#     errors. It ends the job by returning FALSE.
+#   raises: whether a worker failure ends the job with an error.
+#   onResults: a function of the indices of newly finished tasks, of all results so far and of the indices of those
+#     that are errors. It ends the job by returning FALSE.
 #   what: what error messages call a task.
-runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = "nothing", spread = FALSE,
-                   seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, lossEnds = retries == 0,
-                   each = NULL, progress = wantsProgress(), what = "task") {
+runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "nothing", spread = FALSE,
+                   seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, raises = retries == 0,
+                   onResults = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
   refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   # Send tasks one by one if a failure must be attributed to one task: with a timeout, or without retries.
-  singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !lossEnds)
+  singly <- is.finite(handle$timeout) || is.finite(timeout) || (retries == 0 && !raises)
   settings <- list(
-    round = round, shares = shares, spread = spread, seed = seed,
+    round = round, reuse = reuse, spread = spread, seed = seed,
     seeded = if (!is.null(seed)) list(runSeeded, list()),
-    order = order, singly = singly, timeout = timeout, retries = as.double(retries), raises = lossEnds,
+    order = order, singly = singly, timeout = timeout, retries = as.double(retries), raises = raises,
     noun = what,
-    at_once = !singly && is.null(each) && !progress
+    at_once = !singly && is.null(onResults) && !progress
   )
   repeat {
     begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
@@ -63,18 +63,20 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
       }
       showEvents(handle)
       if (!is.null(shown)) shown()
-      if (!is.null(each)) {
+      if (!is.null(onResults)) {
         results <- job_results(handle$pointer)
-        if (length(results[[3L]]) && isFALSE(each(results[[3L]], results[[1L]], results[[2L]]))) break
+        if (length(results[[3L]]) && isFALSE(onResults(results[[3L]], results[[1L]], results[[2L]]))) break
       }
       raiseInterrupt()
     })
     if (!inherits(unread, "rustcluster_unread")) break
-    unitUnread(unread, handle)
+    batchUnread(unread, handle)
   }
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
-  if (!is.null(each) && isTRUE(step) && length(results[[3L]])) each(results[[3L]], results[[1L]], results[[2L]])
+  if (!is.null(onResults) && isTRUE(step) && length(results[[3L]])) {
+    onResults(results[[3L]], results[[1L]], results[[2L]])
+  }
   list(values = results[[1L]], failed = results[[2L]])
 }
 
@@ -82,46 +84,48 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, shares = 
 # several clusters.
 #   retries: NULL for the retries of the cluster.
 #   returns: whether a worker failure never ends the job.
-runFree <- function(cl, n, fun, common, elements, shares = "nothing", seed = NULL, order = NULL, retries = NULL,
-                    timeout = Inf, returns = FALSE, each = NULL, progress = wantsProgress(), what = "task") {
+runFree <- function(cl, n, fun, common, elements, reuse = "nothing", seed = NULL, order = NULL, retries = NULL,
+                    timeout = Inf, returns = FALSE, onResults = NULL, progress = wantsProgress(), what = "task") {
   parts <- clustersOf(cl)
   if (length(parts) > 1L) {
-    return(runOver(cl, n, fun, common, elements, seed, order, retries, returns, each, progress, what))
+    return(runOver(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what))
   }
   if (is.null(retries)) retries <- parts[[1L]]$handle$retries
   runJob(
-    cl, unique(parts[[1L]]$ranks), n, fun, common, elements, shares = shares, seed = seed, order = order,
-    retries = retries, timeout = timeout, lossEnds = retries == 0 && !returns, each = each, progress = progress,
+    cl, unique(parts[[1L]]$ranks), n, fun, common, elements, reuse = reuse, seed = seed, order = order,
+    retries = retries, timeout = timeout, raises = retries == 0 && !returns, onResults = onResults, progress = progress,
     what = what
   )
 }
 
 # Runs tasks on nodes of several clusters: one message for each task, and a job of its own in each cluster.
-runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, each, progress, what) {
+runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what) {
   cl <- distinctNodes(cl)
+  # Nodes that get no task may have tasks of others, whose answers are not of this job.
+  cl <- cl[seq_len(max(1L, min(n, length(cl))))]
   frame <- sys.nframe()
   for (part in clustersOf(cl)) {
     handle <- part$handle
     refuseIfBusy(handle, frame)
     job <- openJob(handle, frame, 0L, NULL)
     do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = environment())
-    most <- if (is.null(retries)) handle$retries else retries
-    checked(hub_policy(handle$pointer, job, most, most == 0 && !returns), handle)
+    maxRetries <- if (is.null(retries)) handle$retries else retries
+    checked(hub_policy(handle$pointer, job, maxRetries, maxRetries == 0 && !returns), handle)
   }
   values <- vector("list", n)
   failed <- logical(n)
   sent <- done <- 0L
-  send <- function(place) {
+  send <- function(index) {
     sent <<- sent + 1L
     i <- if (is.null(order)) sent else order[[sent]]
     args <- c(list(elements[[i]]), common)
     data <- list(fun = fun, args = args, return = TRUE, tag = i)
     if (!is.null(seed)) data[c("fun", "args")] <- list(runSeeded, list(fun, args, seed(i)))
-    node <- cl[[place]]
+    node <- cl[[index]]
     sendTask(node$handle, node$rank, list(type = "EXEC", data = data, tag = NULL))
   }
   shown <- if (progress) showProgress(function() c(done, sent - done), n, what)
-  for (place in seq_len(min(n, length(cl)))) send(place)
+  for (index in seq_len(min(n, length(cl)))) send(index)
   while (done < n) {
     got <- receiveOfAny(cl, readWithConditions)
     done <- done + 1L
@@ -131,7 +135,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     failed[[i]] <- isFALSE(answer$success)
     values[i] <- list(if (failed[[i]]) ofElement(answer$value, what) else answer$value)
     if (!is.null(shown)) shown()
-    if (!is.null(each) && isFALSE(each(i, values, which(failed)))) break
+    if (!is.null(onResults) && isFALSE(onResults(i, values, which(failed)))) break
   }
   list(values = values, failed = which(failed))
 }
@@ -158,7 +162,7 @@ tasksFailed <- function(failure, handle, timeout, what) {
       stop(loss)
     }
   )
-  checked(job_made(handle$pointer, failureValue(condition)), handle)
+  checked(job_set_result(handle$pointer, failureValue(condition)), handle)
 }
 
 # Returns a worker failure as a condition, with the tasks of the batch that was lost.
@@ -177,7 +181,7 @@ withTasks <- function(failure, what = failure[["noun"]]) {
 }
 
 # Handles an answer of a batch that cannot be read. It is unknown which task has caused that: each is retried alone.
-unitUnread <- function(unread, handle) {
+batchUnread <- function(unread, handle) {
   tasks <- job_tasks(handle$pointer, unread$task)
   value <- if (length(tasks) == 1L) failureValue(notRead(unread, tasks))
   checked(job_unreadable(handle$pointer, unread$task, value), handle)

@@ -84,9 +84,9 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   }
   if (!n) return(structure(list(), names = names(X)))
   seed <- streamsOf(.seed, n)
-  each <- if (!is.null(.onResult) || .errors == "stop") {
-    function(fresh, values, failures) {
-      for (i in fresh) {
+  onResults <- if (!is.null(.onResult) || .errors == "stop") {
+    function(finished, values, failures) {
+      for (i in finished) {
         failed <- i %in% failures
         if (!is.null(.onResult) && (!failed || .errors == "return")) .onResult(i, values[[i]])
         if (failed && .errors == "stop") return(FALSE)
@@ -94,8 +94,8 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     }
   }
   job <- runFree(
-    cl, n, FUN, list(...), X, shares = "function", seed = seed, order = .order, retries = .retries,
-    timeout = .timeout, returns = .errors == "return", each = each, progress = .progress, what = "element"
+    cl, n, FUN, list(...), X, reuse = "function", seed = seed, order = .order, retries = .retries,
+    timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = .progress, what = "element"
   )
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values
@@ -133,7 +133,7 @@ raiseFailed <- function(job) {
   stop(elementFailed(first, job$failed, job$values, parent = attr(first, "condition")))
 }
 
-# `text`: the error of the first of the failed elements. `indices`: their indices.
+# Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
 elementFailed <- function(text, indices, results, ...) {
   others <- length(indices) - 1L
   rustclusterCondition(

@@ -14,16 +14,16 @@ hostLaunch <- function(host, options) {
     if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),
     threadVariables(host$threads), logVariables(), host$rscript_envs
   )
-  here <- host$here
+  local <- host$local
   # On this machine an agent loads the package from the library of this session, on other hosts from its own.
-  library <- if (here) dirname(getNamespaceInfo("rustcluster", "path"))
-  rscript <- if (!is.null(host[["rscript"]])) host[["rscript"]] else if (here) options$rscript_here else "Rscript"
+  library <- if (local) dirname(getNamespaceInfo("rustcluster", "path"))
+  rscript <- if (!is.null(host[["rscript"]])) host[["rscript"]] else if (local) options$rscript_local else "Rscript"
   command <- function(role) c(rscript, arguments, "-e", startExpression(role))
-  env <- c(if (here) c(RUSTCLUSTER_LIB = library), env)
+  env <- c(if (local) c(RUSTCLUSTER_LIB = library), env)
   env <- env[!duplicated(names(env), fromLast = TRUE)]
   # Set the variable again for a separate worker: the agent, its parent, has removed it.
-  worker <- c(if (here) c("env", paste0("RUSTCLUSTER_LIB=", library)), command("workerMain"))
-  launch <- if (here) {
+  worker <- c(if (local) c("env", paste0("RUSTCLUSTER_LIB=", library)), command("workerMain"))
+  launch <- if (local) {
     list(command = command("agentMain"), env = env)
   } else {
     list(command = sshCommand(host, remoteScript(command("agentMain"), env)), env = character())
@@ -34,10 +34,10 @@ hostLaunch <- function(host, options) {
 # Returns the script that sh runs on the host. `env`: NA removes a variable.
 remoteScript <- function(command, env) {
   # ssh or the login shell may have set R_HOME to the value of another machine.
-  gone <- c("R_HOME", names(env)[is.na(env)])
+  unsetNames <- c("R_HOME", names(env)[is.na(env)])
   set <- env[!is.na(env)]
   paste0(
-    "unset ", paste(gone, collapse = " "), "; exec ",
+    "unset ", paste(unsetNames, collapse = " "), "; exec ",
     if (length(set)) paste0("env ", paste(shQuote(paste0(names(set), "=", set)), collapse = " "), " "),
     paste(shQuote(command), collapse = " ")
   )

@@ -61,7 +61,7 @@
 #' @name rustcluster_log
 NULL
 
-# What agents need to log as this session does.
+# Returns the environment variables with which agents log as this session does.
 logVariables <- function() {
   values <- Sys.getenv(c("RUSTCLUSTER_LOG", "RUSTCLUSTER_LOG_DIR"))
   values[nzchar(values)]

@@ -171,8 +171,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     options[intersect(c("rscript", "rlibs", "user", "rshcmd", "rshopts"), names(options))]
   )
   asked <- specHosts(spec, defaults)
-  here <- vapply(asked$hosts, `[[`, NA, "here")
-  short <- limits_check(sum(asked$workers[here[asked$owner]], na.rm = TRUE))
+  local <- vapply(asked$hosts, `[[`, NA, "local")
+  short <- limits_check(sum(asked$workers[local[asked$owner]], na.rm = TRUE))
   if (!is.null(short)) raiseFailure(short)
 
   launches <- lapply(asked$hosts, hostLaunch, options)
@@ -192,7 +192,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   if (reconnect) {
     limit <- if (is.null(setup_log_limit)) 2^30 else setup_log_limit
     checked(hub_reconnect(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
-    handle$spoolLimit <- limit
+    handle$headLogLimit <- limit
   }
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
   plans <- hostPlans(handle, asked, launches, list(

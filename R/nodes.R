@@ -15,16 +15,16 @@ isNode <- function(node) {
 }
 
 # Returns the clusters of the nodes with these indices: a list with, for each cluster, its `handle`, the indices of its
-# nodes among all (`places`), and their `ranks`.
-clustersAmong <- function(nodes, places = seq_along(nodes)) {
+# nodes among all (`indices`), and their `ranks`.
+clustersAmong <- function(nodes, indices = seq_along(nodes)) {
   nodes <- unclass(nodes)
   parts <- list()
-  while (length(places)) {
-    handle <- .subset2(nodes[[places[[1L]]]], "handle")
-    own <- vapply(nodes[places], function(node) identical(.subset2(node, "handle"), handle), NA)
-    ranks <- vapply(nodes[places[own]], function(node) as.integer(.subset2(node, "rank")), 0L)
-    parts <- c(parts, list(list(handle = handle, places = places[own], ranks = ranks)))
-    places <- places[!own]
+  while (length(indices)) {
+    handle <- .subset2(nodes[[indices[[1L]]]], "handle")
+    own <- vapply(nodes[indices], function(node) identical(.subset2(node, "handle"), handle), NA)
+    ranks <- vapply(nodes[indices[own]], function(node) as.integer(.subset2(node, "rank")), 0L)
+    parts <- c(parts, list(list(handle = handle, indices = indices[own], ranks = ranks)))
+    indices <- indices[!own]
   }
   parts
 }
@@ -39,7 +39,7 @@ clustersOf <- function(cl, argument = "cl") {
       handle <- cl[[1L]][["handle"]]
       known <- range(ranks)
       if (known[[1L]] >= 1L && known[[2L]] <= length(handle$hosts)) {
-        return(list(list(handle = handle, places = seq_along(ranks), ranks = ranks)))
+        return(list(list(handle = handle, indices = seq_along(ranks), ranks = ranks)))
       }
     }
   }
@@ -81,13 +81,13 @@ theCluster <- function(cl) {
 # Returns one value for each node, in the order of the nodes. `of`: returns the values of the nodes of one cluster.
 byNode <- function(parts, of) {
   values <- lapply(parts, function(part) of(part$handle, part$ranks))
-  unlist(values)[order(unlist(lapply(parts, `[[`, "places")))]
+  unlist(values)[order(unlist(lapply(parts, `[[`, "indices")))]
 }
 
 # Returns the cluster without duplicate nodes.
 distinctNodes <- function(cl) {
   parts <- clustersOf(cl)
-  cl[sort(unlist(lapply(parts, function(part) part$places[!duplicated(part$ranks)])))]
+  cl[sort(unlist(lapply(parts, function(part) part$indices[!duplicated(part$ranks)])))]
 }
 
 #' @export
@@ -141,7 +141,7 @@ nodeHost <- function(node) {
   handle$agents[[handle$owner[[node[["rank"]]]]]]
 }
 
-isLocalhostNode.RustNode <- function(node, ...) isTRUE(nodeHost(node)$here)
+isLocalhostNode.RustNode <- function(node, ...) isTRUE(nodeHost(node)$local)
 
 # Workers are forks of their agent, and not of this session.
 isForkedNode.RustNode <- function(node, ...) FALSE
@@ -158,7 +158,7 @@ killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
   pid <- nodePid(x)
   if (is.na(pid)) return(FALSE)
   host <- nodeHost(x)
-  if (isTRUE(host$here)) return(tools::pskill(pid, signal))
+  if (isTRUE(host$local)) return(tools::pskill(pid, signal))
   command <- sshCommand(host, paste0("kill -", as.integer(signal), " ", pid))
   status <- system2(command[[1L]], shQuote(command[-1L]), stdout = FALSE, stderr = FALSE, timeout = 30)
   identical(as.integer(status), 0L)
@@ -281,11 +281,11 @@ format.RustCluster <- function(x, ...) {
   )
   parts <- clustersAmong(x, which(areOurs(x)))
   of <- vapply(parts, function(part) {
-    stopped <- part$places[!part$ranks %in% part$handle$alive]
+    stopped <- part$indices[!part$ranks %in% part$handle$alive]
     fate <- fate(part$handle)
     if (length(stopped) == length(x)) fate <- fate(list(stopped = TRUE))
-    if (nzchar(fate) && length(part$places) == length(x)) return(fate)
-    if (nzchar(fate)) return(paste0(", ", spanText(part$places, "node"), " of a cluster", fate))
+    if (nzchar(fate) && length(part$indices) == length(x)) return(fate)
+    if (nzchar(fate)) return(paste0(", ", spanText(part$indices, "node"), " of a cluster", fate))
     paste0(
       if (length(stopped)) paste0(", ", spanText(stopped, "node"), " stopped"), lostNodes(part, stopped)
     )
@@ -298,15 +298,15 @@ lostNodes <- function(part, stopped) {
   handle <- part$handle
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
   if (!is.integer(pids)) return("")
-  lost <- is.na(pids[part$ranks]) & !part$places %in% stopped
+  lost <- is.na(pids[part$ranks]) & !part$indices %in% stopped
   if (!any(lost)) return("")
   owner <- handle$owner[part$ranks]
   hosts <- which(!is.na(checked(hub_hosts(handle$pointer))$reason))
   texts <- vapply(intersect(owner[lost], hosts), function(host) {
-    places <- part$places[lost & owner == host]
-    paste0(spanText(places, "node"), " lost with host ", sQuote(handle$agents[[host]]$host))
+    indices <- part$indices[lost & owner == host]
+    paste0(spanText(indices, "node"), " lost with host ", sQuote(handle$agents[[host]]$host))
   }, "")
-  dead <- part$places[lost & !owner %in% hosts]
+  dead <- part$indices[lost & !owner %in% hosts]
   if (length(dead)) {
     whose <- if (length(dead) > 1L) "whose workers have died" else "whose worker has died"
     texts <- c(texts, paste(spanText(dead, "node"), whose))

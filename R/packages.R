@@ -139,12 +139,12 @@ watchLoading <- function() {
     system = "started processes"
   )
   for (name in names(watched)) {
-    replaced[[name]] <- telling(name, watched[[name]], function(what) note(innermost(), what))
+    replaced[[name]] <- reporting(name, watched[[name]], function(what) note(innermost(), what))
   }
-  replaced$reg.finalizer <- telling(
+  replaced$reg.finalizer <- reporting(
     "reg.finalizer", "registered an exit finalizer", function(what) note(innermost(), what), quote(onexit)
   )
-  replaced$file <- telling(
+  replaced$file <- reporting(
     "file", "read random bytes", function(what) note(innermost(), what),
     quote(is.character(description) && any(grepl("^(/dev/u?random|/proc/sys/kernel/random)", description)))
   )
@@ -173,11 +173,11 @@ watchLoading <- function() {
   )
 }
 
-# Returns a function of base that calls `tell` before it runs, if `when` is TRUE.
-telling <- function(name, what, tell, when = TRUE) {
+# Returns a function of base that calls `report` before it runs, if `when` is TRUE.
+reporting <- function(name, what, report, when = TRUE) {
   original <- get(name, baseenv())
-  body(original) <- call("{", call("if", call("isTRUE", when), call("(tell)", what)), body(original))
-  environment(original) <- list2env(list("(tell)" = tell), parent = baseenv())
+  body(original) <- call("{", call("if", call("isTRUE", when), call("(report)", what)), body(original))
+  environment(original) <- list2env(list("(report)" = report), parent = baseenv())
   original
 }
 

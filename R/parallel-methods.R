@@ -1,92 +1,93 @@
-# The generics of parallel that a cluster lives by: with these methods all its verbs work.
+# Methods of parallel's generics for clusters and nodes of this package. With them all verbs of parallel work.
 #
-# A verb of parallel sends its tasks and receives their answers from one frame. At its first send the whole
-# job is run here, and the verb returns with the results: see parallel-internals.R. What cannot be run so
-# (nodes of several clusters, a verb of snow's, a version of parallel that looks different) goes on task by
-# task. When the verb's frame is left before all answers are in (an interrupt, an error, a lost worker), the
-# rest must be cancelled, or the next verb would take old answers for its own. So the first send from a
-# verb's frame opens a job and hangs its end on the frame's exit: while a job is open, its verb runs.
+# A verb of parallel sends its tasks and receives their answers from one frame. At its first send the whole job is run
+# here, and the verb returns with the results: see parallel-internals.R. A job that cannot be run in this way (nodes of
+# several clusters, a verb of snow, a version of parallel with other code) goes on task by task. If the verb's frame is
+# left before all answers have arrived (an interrupt, an error, a worker failure), the remaining tasks must be
+# cancelled: the next verb would take old answers for its own. Therefore the first send from a verb's frame opens a job,
+# and an exit handler of the frame closes it. While a job is open, its verb runs.
 
 #' @exportS3Method parallel::sendData
 #' @exportS3Method snow::sendData
 sendData.RustNode <- function(node, data) {
-  # Not `[[`, which looks for a method first: this is done once a task.
+  # `.subset2()` is faster than `[[`, which looks for methods: this runs once for each task.
   handle <- .subset2(node, "handle")
-  # What the task is made of may be the result of another call. Errors of that name this function, as with PSOCK.
+  # The parts of the task may be results of other calls. Errors in them show this function, as with PSOCK.
   serialize <- function(data, con) data
   data <- serialize(data, node$con)
-  # stopNode() sends this. A node that has been stopped is stopped again without an error.
+  # stopNode() sends this. It is no error to stop a stopped node again.
   if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
   frames <- sys.nframe()
   if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job == noJob) {
     verb <- sendingVerb(frames)
     if (!is.null(verb)) {
-      # Returns from the verb if its job can be run as a whole.
+      # This returns from the verb if its job can be run as a whole.
       runWhole(verb, data)
-      job <- openJob(handle, verb$depth, frames, settingOf(verb$name, data$data))
+      job <- openJob(handle, verb$depth, frames, setupKeyOf(verb$name, data$data))
       do.call(on.exit, list(as.call(list(closeJob, handle, job)), TRUE), envir = sys.frame(verb$depth))
     }
   } else if (handle$frames != frames) {
-    # A verb within a verb, as in a handler of the other's warning, would get the other's answers.
+    # A verb within a verb, for example in a handler of a warning, would get the answers of the other.
     raiseFailure(rustFailure("busy"), handle)
   }
   sendTask(handle, .subset2(node, "rank"), data)
 }
 
 sendTask <- function(handle, rank, message) {
-  result <- hub_send(handle$pointer, rank, handle$job, message, handle$lasts)
+  result <- hub_send(handle$pointer, rank, handle$job, message, handle$setupKey)
   if (is.null(result)) return(invisible())
   if (isFromStale(result, handle)) return(sendTask(handle, rank, message))
   if (isFailure(result)) handleFailed(result, handle)
   unwound(result)
 }
 
-# What closes a job is R code, too, and may have been interrupted.
+# Closes a job whose verb has ended. The R code that closes jobs may have been interrupted.
 closeStale <- function(handle, frames) {
   over <- !identical(sys.frame(min(handle$depth, frames)), openFrames[[handle$id]])
   if (over) closeJob(handle, handle$job)
 }
 
-# The frame of each cluster's open job, by the cluster's name here. Not in the handle: whoever sends a
-# function that was made where there is a cluster sends the handle along, and would send the verb's
-# frame with all its tasks and results.
+# The frame of the open job of each cluster, by the id of the cluster. The frame is not in the handle, because a
+# function that was made beside a cluster is sent with the handle: the frame with all its tasks and results would be
+# sent, too.
 openFrames <- new.env(parent = emptyenv())
 
-# Stands for no job: what is sent from outside of any verb is nobody's to cancel.
+# Stands for no job. Tasks that are sent from outside of any verb have this job, and are not cancelled.
 noJob <- 0
 
-# `depth`: the number of the verb's frame; `frames`: that of the method by which it sends, or 0 if it
-# sends by none; `lasts`: see settingOf(). Returns the job's number. Its end is for the verb's frame to
-# close it.
-openJob <- function(handle, depth, frames, lasts) {
+# Opens a job and returns its number. The frame of the verb has to close it. `depth`: the number of the verb's frame.
+# `frames`: the number of the frame of the method that sends the tasks, or 0 without such a method. `setupKey`: see
+# setupKeyOf().
+openJob <- function(handle, depth, frames, setupKey) {
   handle$jobs <- handle$jobs + 1
-  continueJob(handle, handle$jobs, depth, frames, lasts)
+  continueJob(handle, handle$jobs, depth, frames, setupKey)
 }
 
-# The same for a job with a number, of which something has been sent.
-continueJob <- function(handle, job, depth, frames, lasts) {
-  # Of a call that one of its warnings has ended: they must not end this one.
-  if (length(handle$untold)) {
-    untold <- handle$untold
-    handle$untold <- list()
-    for (condition in untold) message(conditionMessage(condition))
+# Opens a job that has a number, and of which tasks have been sent.
+continueJob <- function(handle, job, depth, frames, setupKey) {
+  # These are warnings of an earlier call, which one of its warnings has ended. They must not end this call.
+  if (length(handle$pending)) {
+    pending <- handle$pending
+    handle$pending <- list()
+    for (condition in pending) message(conditionMessage(condition))
   }
   handle$frames <- frames
   handle$depth <- depth
   openFrames[[handle$id]] <- sys.frame(depth)
-  handle$lasts <- lasts
+  handle$setupKey <- setupKey
   handle$job <- job
 }
 
-# An error if another verb is under way, for a verb of ours, which asks from the frame with this number.
+# Raises an error if another verb is running. A verb of this package calls this from the frame with this number.
 refuseIfBusy <- function(handle, frames) {
   if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job != noJob) raiseFailure(rustFailure("busy"), handle)
 }
 
-# A verb that may end before R has to note that it is under way is noted in Rust alone: see callAll() and runJob(). Its
-# end may have been interrupted, too. Whether `result` refuses a verb for such a one, which is closed then.
+# Returns whether `result` refuses a verb because of a job whose verb has ended, and closes that job. callAll() and
+# runJob() start jobs that may end before R records them: only Rust knows such a job. The end of a job may have been
+# interrupted.
 isFromStale <- function(result, handle) {
   job <- if (isFailure(result)) result[["begun"]]
   if (is.null(job)) return(FALSE)
@@ -105,27 +106,28 @@ closeJob <- function(handle, job) {
     events <- hub_close_job(handle$pointer, job)
     if (handle$job == job) {
       handle$job <- noJob
-      handle$lasts <- NULL
+      handle$setupKey <- NULL
       openFrames[[handle$id]] <- NULL
     }
     if (!is.null(events)) show(events, handle)
   })
-  if (length(handle$untold)) tell(handle)
+  if (length(handle$pending)) raisePending(handle)
 }
 
-# What clusterCall() does on a worker lasts, and so does what clusterExport() and clusterEvalQ(), which
-# call it, and clusterSetRNGStream() do: the name of the variable that is set, or "". NULL for others.
-settingOf <- function(verb, call) {
+# Returns the key of a set-up call in the set-up log: the name of the variable that the call sets, or "". Set-up calls
+# are those of clusterCall(), with clusterExport() and clusterEvalQ(), which call it, and of clusterSetRNGStream().
+# Returns NULL for other calls.
+setupKeyOf <- function(verb, call) {
   switch(verb,
     clusterSetRNGStream = ".Random.seed",
-    clusterCall = if (length(call$args) < 2L) "" else if (isGets(call$fun)) call$args[[1L]] else loopOf(call)
+    clusterCall = if (length(call$args) < 2L) "" else if (isGets(call$fun)) call$args[[1L]] else loopKeyOf(call)
   )
 }
 
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- rustFailure("stopped")
   condition <- failureCondition(failure, handle)
-  # What is raised is not warned of as well.
+  # The condition is raised as an error, and must not be a warning, too.
   showEvents(handle, except = condition)
   stop(condition)
 }
@@ -144,9 +146,9 @@ recvData.RustNode <- function(node) {
   }
 }
 
-# Raises an interrupt that is pending. R itself does so only now and then, and an interrupt that is raised just after an
-# answer was taken loses the answer.
-# Also raises the error of a time limit (setTimeLimit()), without its call, Sys.sleep(0), which is not the user's.
+# Raises a pending interrupt. R itself does so only at times, and an interrupt that is raised right after an answer was
+# taken would lose the answer. Also raises the error of a time limit (setTimeLimit()), without its call, Sys.sleep(0),
+# which is not the user's.
 raiseInterrupt <- function() {
   withCallingHandlers(Sys.sleep(0), error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
 }
@@ -160,7 +162,7 @@ recvOneData.RustCluster <- function(cl) {
   nextAnswer(cl, handle, hub_receive_any(handle$pointer, cl))
 }
 
-# `result`: the first that was received.
+# Returns the next answer. `result`: the first result that was received.
 nextAnswer <- function(cl, handle, result) {
   repeat {
     failed <- is.object(result) && isFailure(result)
@@ -168,19 +170,19 @@ nextAnswer <- function(cl, handle, result) {
     if (failed && result[["kind"]] == "several_clusters") return(receiveOfAny(cl))
     answer <- noAnswer(orStopped(result, handle, cluster_ranks(cl)), handle)
     if (typeof(result) == "logical") return(answer)
-    if (!is.null(answer)) return(list(node = result[["place"]], value = answer))
+    if (!is.null(answer)) return(list(node = result[["node_index"]], value = answer))
     result <- hub_receive_any(handle$pointer, cl)
   }
 }
 
-# What was outstanding on nodes that have been stopped, as in the middle of a verb, is forgotten.
+# Returns a failure if nodes without a task have been stopped, for example during a verb: their tasks are forgotten.
 orStopped <- function(result, handle, ranks) {
   if (!isFailure(result) || result[["kind"]] != "no_task") return(result)
-  gone <- setdiff(ranks, handle$alive)
-  if (length(gone)) rustFailure("stopped", rank = gone[[1L]]) else result
+  stoppedRanks <- setdiff(ranks, handle$alive)
+  if (length(stoppedRanks)) rustFailure("stopped", rank = stoppedRanks[[1L]]) else result
 }
 
-# Our nodes beside others have this class alone: parallelly's c() gives it to them.
+# Nodes of this package that were joined with others, as by parallelly's c(), have class "cluster" only.
 #' @rawNamespace S3method(parallel::recvOneData,cluster)
 #' @rawNamespace S3method(snow::recvOneData,cluster)
 recvOneData.cluster <- function(cl) {
@@ -195,12 +197,12 @@ recvOneData.cluster <- function(cl) {
   receiveOfAny(cl)
 }
 
-# How often receiveOfAny() has been asked.
+# The number of calls of receiveOfAny().
 turns <- new.env(parent = emptyenv())
 turns$count <- 0
 
-# As recvOneData(), for nodes of several clusters, and for those of others that have a connection, as PSOCK's
-# have. Each cluster, and the connections, are looked at first in turn: none is to be left unheard.
+# Works as recvOneData(), for nodes of several clusters, and for nodes of other packages that have a connection, as
+# PSOCK's have. The clusters and the connections take turns at being polled first, so that none is starved.
 # `read`: reads an answer.
 receiveOfAny <- function(cl, read = readAnswer) {
   nodes <- unclass(cl)
@@ -213,6 +215,9 @@ receiveOfAny <- function(cl, read = readAnswer) {
     badArgument("cl", text, spanText(mute, "node"))
   }
   sources <- clustersAmong(nodes, which(ours))
+  # A verb has an open job in each cluster to which it has sent tasks. Answers of other clusters are not its own.
+  open <- vapply(sources, function(source) source$handle$job != noJob, NA)
+  if (any(open)) sources <- sources[open]
   if (length(others)) sources <- c(sources, list(NULL))
   turns$count <- turns$count + 1
   from <- turns$count %% length(sources)
@@ -220,12 +225,12 @@ receiveOfAny <- function(cl, read = readAnswer) {
   repeat {
     waiting <- list()
     for (source in sources) {
-      answer <- if (is.null(source)) receiveByConnection(connections, others, 0) else lookFor(source, read)
+      answer <- if (is.null(source)) receiveByConnection(connections, others, 0) else pollCluster(source, read)
       if (is.list(answer)) return(answer)
       if (isTRUE(answer)) waiting <- c(waiting, list(source$handle$pointer))
     }
     if (length(others)) {
-      # What R's sockets wait for, Rust does not know, and the other way round.
+      # R's sockets and Rust cannot wait for each other, so that both are polled.
       answer <- receiveByConnection(connections, others, if (length(waiting)) 0.005)
       if (!is.null(answer)) return(answer)
     } else if (length(waiting)) {
@@ -236,30 +241,30 @@ receiveOfAny <- function(cl, read = readAnswer) {
   }
 }
 
-# The answer of a node of one of several clusters, if there is one; TRUE: there may be one later.
-lookFor <- function(part, read) {
+# Polls a cluster among several for an answer. Returns the answer, TRUE if one may arrive later, or FALSE.
+pollCluster <- function(part, read) {
   handle <- part$handle
-  result <- hub_poll(handle$pointer, part$ranks, part$places)
+  result <- hub_poll(handle$pointer, part$ranks, part$indices)
   failed <- is.object(result) && isFailure(result)
   if (typeof(result) == "list" && !failed) return(result)
   nothing <- failed && result[["kind"]] == "no_task"
   if (nothing && !handle$stopped) return(FALSE)
   answer <- noAnswer(result, handle, read)
   if (typeof(result) == "logical") return(answer)
-  if (!is.null(answer)) return(list(node = result[["place"]], value = answer))
+  if (!is.null(answer)) return(list(node = result[["node_index"]], value = answer))
   TRUE
 }
 
-# The same of connections, which are of the nodes in these places; `timeout`: NULL for none.
-receiveByConnection <- function(connections, places, timeout) {
+# Polls connections for an answer. `indices`: the indices of their nodes. `timeout`: NULL for no time limit.
+receiveByConnection <- function(connections, indices, timeout) {
   ready <- socketSelect(connections, FALSE, timeout)
   if (!any(ready)) return(NULL)
   n <- which.max(ready)
-  list(node = places[[n]], value = unserialize(connections[[n]]))
+  list(node = indices[[n]], value = unserialize(connections[[n]]))
 }
 
-# Rust waits in slices; in between R looks for interrupts, time limits and its front end's events,
-# which is what raiseInterrupt() does. Returns an answer if it has to be read or made here.
+# Handles a result that is no answer. Rust waits in slices. In between, raiseInterrupt() lets R handle interrupts, time
+# limits and events of its front end. Returns an answer if R has to read or make it.
 noAnswer <- function(result, handle, read = readAnswer) {
   if (typeof(result) == "logical") return(read(handle))
   answer <- if (isFailure(result)) {
@@ -280,7 +285,7 @@ readAnswer <- function(handle) {
   answer
 }
 
-# An answer as it came. One that cannot be read is the failure of its task.
+# Reads an answer, with the conditions of this package. An answer that cannot be read is a failure of its task.
 readWithConditions <- function(handle) {
   answer <- answersRead(handle, {
     raiseInterrupt()
@@ -288,28 +293,28 @@ readWithConditions <- function(handle) {
   })
   if (!inherits(answer, "rustcluster_unread")) return(answer)
   value <- failedAnswer(answer$task, notRead(answer), handle)
-  if (answer$place == 0) value else list(node = as.integer(answer$place), value = value)
+  if (answer$nodeIndex == 0) value else list(node = as.integer(answer$nodeIndex), value = value)
 }
 
-# An error is its text alone there. Ours come with the condition.
+# Returns an answer as parallel has it: an error is only its text. Failures of this package keep their condition.
 asParallels <- function(answer) {
   if (isFALSE(answer$success) && !inherits(answer$value, "rustcluster_failure")) attr(answer$value, "condition") <- NULL
   answer
 }
 
-# Evaluates what reads answers. If one cannot be read (it is damaged, needs a package that is missing here, or
-# more memory than there is), that costs its own task alone: the value is of class "rustcluster_unread".
+# Evaluates code that reads answers. An answer may be unreadable: it is damaged, needs a package that is missing here,
+# or needs more memory than there is. Only its own task fails then: the value is of class "rustcluster_unread".
 answersRead <- function(handle, expr) {
   tryCatch(
     withCallingHandlers(expr, error = function(e) {
       reading <- hub_reading(handle$pointer)
-      if (is.double(reading) && !isTimeLimit(e)) signalUnread(e, task = reading[[1L]], place = reading[[2L]])
+      if (is.double(reading) && !isTimeLimit(e)) signalUnread(e, task = reading[[1L]], nodeIndex = reading[[2L]])
     }),
     rustcluster_unread = identity
   )
 }
 
-# Jumps to whoever reads an answer, out of the error of doing so.
+# Jumps from an error in reading an answer to answersRead().
 signalUnread <- function(e, ...) {
   signalCondition(structure(
     class = c("rustcluster_unread", "condition"),
@@ -317,7 +322,7 @@ signalUnread <- function(e, ...) {
   ))
 }
 
-# Of setTimeLimit(): it is the session's, and has nothing to do with what is being read.
+# Returns whether an error is that of setTimeLimit(), which belongs to the session, and not to the answer.
 isTimeLimit <- function(e) {
   texts <- c("reached elapsed time limit", "reached CPU time limit", "reached session elapsed time limit",
              "reached session CPU time limit")
@@ -343,7 +348,7 @@ stopCluster.RustCluster <- function(cl) {
   stopNodes(cl)
 }
 
-# Stops all of them before it raises what went wrong with any.
+# Stops all nodes, and then raises the first error.
 stopNodes <- function(nodes) {
   nodes <- unclass(nodes)
   ours <- areOurs(nodes)
@@ -371,12 +376,12 @@ endNodes <- function(handle, ranks) {
   }
 }
 
-# Returns when nothing is left of these nodes, which the agents' own time limits bound.
+# Returns when the processes of these nodes have ended. The agents limit the time for that.
 awaitEnd <- function(handle, ranks) {
   if (isTRUE(handle$ending)) {
     while (!checked(hub_closed(handle$pointer))) raiseInterrupt()
     handle$ending <- NULL
-    lookAtCalls(handle)
+    checkCalls(handle)
   } else if (!isTRUE(handle$stopped)) {
     while (!checked(hub_ended(handle$pointer, ranks))) raiseInterrupt()
   }

@@ -75,8 +75,8 @@ awaited$count <- 0
 whenEnded <- function(record, waiter) {
   # Add the waiter first: it is called whatever ends the call from here on.
   record$waiters <- c(record$waiters, list(waiter))
-  lookAt(record)
-  if (record$state != "open") return(tellWaiters(record))
+  checkCall(record)
+  if (record$state != "open") return(callWaiters(record))
   handle <- record$handle
   loops <- union(handle$loops, as.integer(later::current_loop()$id))
   if (!identical(loops, handle$loops)) {
@@ -94,6 +94,6 @@ callsWoken <- function(number) {
   records <- if (!is.null(id)) as.list(openCalls[[id]])
   if (!length(records)) return()
   handle <- records[[1L]]$handle
-  lookAtCalls(handle)
+  checkCalls(handle)
   showEvents(handle)
 }

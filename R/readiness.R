@@ -13,7 +13,7 @@ readiness <- new.env(parent = emptyenv())
 #' @export
 `[[.RustNode` <- function(x, i, ...) elementOf(x, i, sys.function(sys.parent()))
 
-# `asker`: the function that asks.
+# Returns an element of a node. `asker`: the function that asks for it.
 elementOf <- function(node, name, asker) {
   value <- .subset2(node, name)
   if (is.null(value) && identical(name, "con") && selects(asker)) connectionOf(node) else value

@@ -78,8 +78,8 @@ hostReport <- function(handle, asked) {
   )
 }
 
-# What went wrong on a host, with what to do about it where that is known, and its last words. `status`: with
-# which status the agent's command exited, or NA. `up`: the agent has greeted, so that the command worked.
+# Returns the problem of a host: what to do, if that is known, the reason, and the end of the output. `status`: the exit
+# status of the agent's command, or NA. `up`: whether the agent has greeted, so that the command has worked.
 hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
   remedy <- if (up) NULL else commandRemedy(host, reason, stderr, stdout, status)
   if (grepl("cannot talk to rustcluster|bad control message", reason)) remedy <- versionRemedy(host)
@@ -92,7 +92,7 @@ hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
 # Returns what to do if the command of a host has ended before its agent greeted, or NULL. The exit status tells which
 # program failed. Its messages are searched only then, because any program may print "Permission denied".
 commandRemedy <- function(host, reason, stderr, stdout, status) {
-  ssh <- !isTRUE(host$here)
+  ssh <- !isTRUE(host$local)
   if (startsWith(reason, "the agent could not be started: ")) {
     if (!ssh) return("Rscript cannot be run on this machine: check `rscript`")
     return("the command that connects to the host cannot be run on this machine: install ssh, or check `rshcmd`")
@@ -144,7 +144,7 @@ addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@
 
 # On this machine an agent loads the installed version, and this session the version that was installed when it began.
 versionRemedy <- function(host) {
-  if (isTRUE(host$here)) {
+  if (isTRUE(host$local)) {
     return("another version of rustcluster has been installed on this machine: restart this R session")
   }
   paste0("install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`")

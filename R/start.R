@@ -19,18 +19,17 @@ newHandle <- function(pointer, agents) {
   handle$depth <- 0L
   handle$id <- basename(tempfile("cluster"))
   handle$jobs <- noJob
-  handle$partial <- list()
-  # Whether the calls of the open job are set-up calls (parallel-methods.R), and the worker failures of each of its
-  # tasks (job.R).
-  handle$lasts <- NULL
+  handle$incompleteOutput <- list()
+  # The key of the set-up calls of the open job, or NULL for other calls (parallel-methods.R).
+  handle$setupKey <- NULL
   # The limit of the set-up log of each agent, in bytes.
-  handle$stateLimit <- numeric()
-  # The limit of the set-up log of the head, from which hosts are reconnected.
-  handle$spoolLimit <- 0
+  handle$setupLogLimits <- numeric()
+  # The limit of the set-up log of the head, in bytes. Lost hosts are restored from that log.
+  handle$headLogLimit <- 0
   # Seconds that an idle worker may take to end after stopCluster().
   handle$stopTimeout <- 0
   # Warnings and messages that have not been raised yet (events.R).
-  handle$untold <- list()
+  handle$pending <- list()
   # The number by which the hub's thread names the cluster (promises.R).
   awaited$count <- awaited$count + 1
   handle$number <- awaited$count
@@ -109,7 +108,7 @@ tooLittleMemory <- function(agents, report) {
   ), NA_character_)
 }
 
-# `left`: whether other hosts or workers have started.
+# Raises or warns of failed hosts. `left`: whether other hosts or workers have started.
 hostsFailed <- function(handle, failed, tolerant, left) {
   report <- handle$report
   message <- failedHosts(report, failed)
@@ -134,7 +133,7 @@ hostPlans <- function(handle, asked, launches, settings) {
   owner <- rep(asked$owner[kept], workers[kept])
   handle$owner <- owner
   handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
-  handle$stateLimit <- vapply(report$available, keptBytes, 0, settings$setup_log_limit)
+  handle$setupLogLimits <- vapply(report$available, setupLogBytes, 0, settings$setup_log_limit)
   xdr <- otherByteOrder(handle)
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
@@ -143,14 +142,14 @@ hostPlans <- function(handle, asked, launches, settings) {
       renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start_method,
       spawn = launches[[i]]$worker,
       # On this machine the end of the stream is detected at once, without heartbeats.
-      heartbeat_timeout = if (asked$hosts[[i]]$here) 0L else as.integer(1000 * settings$heartbeat_timeout),
+      heartbeat_timeout = if (asked$hosts[[i]]$local) 0L else as.integer(1000 * settings$heartbeat_timeout),
       # A cache of chunks saves no network traffic on this machine.
-      chunk_cache_bytes = if (asked$hosts[[i]]$here) 0 else handle$stateLimit[[i]],
-      state = handle$stateLimit[[i]],
+      chunk_cache_bytes = if (asked$hosts[[i]]$local) 0 else handle$setupLogLimits[[i]],
+      setup_log_bytes = handle$setupLogLimits[[i]],
       setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       stop_timeout = ceiling(1000 * settings$stop_timeout),
-      local = asked$hosts[[i]]$here,
+      local = asked$hosts[[i]]$local,
       xdr = xdr[[i]]
     )
   })
@@ -166,7 +165,7 @@ otherByteOrder <- function(handle) {
 }
 
 # Returns the limit of the set-up log of an agent and of its cache of chunks, in bytes.
-keptBytes <- function(available, asked) {
+setupLogBytes <- function(available, asked) {
   if (!is.null(asked)) return(asked)
   if (is.na(available) || available <= 0) return(64 * 2^20)
   min(max(available / 8, 16 * 2^20), 2^30)
@@ -187,11 +186,13 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   before <- handle$report
   report <- hostReport(handle, before$workers)
   report$problem <- ifelse(is.na(before$problem), report$problem, before$problem)
-  gone <- checked(hub_terminations(handle$pointer), handle)
-  for (i in which(is.na(report$problem))) report$problem[[i]] <- workersProblem(gone, which(handle$owner == i), late)
+  terminations <- checked(hub_terminations(handle$pointer), handle)
+  for (i in which(is.na(report$problem))) {
+    report$problem[[i]] <- workersProblem(terminations, which(handle$owner == i), late)
+  }
   handle$report <- report
   failed <- which(!is.na(report$problem) & is.na(before$problem))
-  ranks <- which(lengths(gone) == 0L)
+  ranks <- which(lengths(terminations) == 0L)
   # An agent without workers is stopped now and is not reconnected.
   for (i in setdiff(failed, handle$owner[ranks])) checked(hub_leave_out(handle$pointer, i, report$problem[[i]]))
   if (length(failed)) hostsFailed(handle, failed, tolerant, length(ranks) > 0L)
@@ -209,8 +210,8 @@ startedLate <- function(handle, up, timeout) {
 }
 
 # Returns the problem of the first failed worker among these ranks of a host, or NA if no worker failed.
-workersProblem <- function(gone, ranks, late) {
-  failures <- gone[ranks]
+workersProblem <- function(terminations, ranks, late) {
+  failures <- terminations[ranks]
   failed <- which(lengths(failures) > 0L)
   if (!length(failed)) return(NA_character_)
   failure <- failures[[failed[[1L]]]]

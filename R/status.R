@@ -57,19 +57,19 @@ clusterStatus <- function(cl, memory = TRUE, timeout = 2) {
   rows <- do.call(rbind, Map(function(part, question) {
     statusOf(part$handle, part$ranks, if (memory) workersMemory(part$handle, question, deadline) else list())
   }, parts, questions))
-  rows <- rows[order(unlist(lapply(parts, `[[`, "places"))), ]
+  rows <- rows[order(unlist(lapply(parts, `[[`, "indices"))), ]
   rownames(rows) <- NULL
   structure(rows, class = c("rustcluster_status", "data.frame"))
 }
 
-# `taken`: the memory of the workers, or an empty list.
+# Returns the status of these workers as a data frame. `taken`: the memory of the workers, or an empty list.
 statusOf <- function(handle, ranks, taken) {
   status <- checked(hub_status(handle$pointer))
   of <- function(values) if (is.null(values)) rep(NA_real_, length(ranks)) else as.numeric(values[ranks])
   data.frame(
     host = handle$hosts[ranks], rank = ranks, pid = as.integer(status$pid[ranks]),
     state = status$state[ranks], task = as.integer(status$task[ranks]),
-    batch = as.integer(status$unit[ranks]), done = status$done[ranks], seconds = status$seconds[ranks],
+    batch = as.integer(status$batch[ranks]), done = status$done[ranks], seconds = status$seconds[ranks],
     # RSS, where a host does not know PSS.
     memory = ifelse(is.na(of(taken$proportional)), of(taken$resident), of(taken$proportional)),
     rss = of(taken$resident), bytes_in = status$bytes_in[ranks], bytes_out = status$bytes_out[ranks],

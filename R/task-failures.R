@@ -1,20 +1,21 @@
-# Tasks that ended without an answer, and what the user is told of losses. Whether a task that was lost is retried is
-# decided in Rust (core/src/head/retry.rs), by the policy that it was told of beforehand.
+# Tasks that ended without an answer, and the errors and warnings for worker failures. Rust decides whether a task is
+# retried (core/src/head/retry.rs), by a policy that was set before the first task.
 
-# A task has ended without its worker's answer. Returns what stands for its answer.
+# Returns the value that stands for the answer of a task that has ended without one, or raises an error.
 taskEnded <- function(failure, handle) {
   task <- failure[["task"]]
   failure <- amongAll(failure, handle)
   switch(failure[["kind"]],
     timeout = failedAnswer(task, failureCondition(failure, handle), handle),
     task_failed = failedAnswer(task, taskFailed(failure, handle), handle),
-    giveUp(task, failureCondition(failure, handle), handle)
+    failTask(task, failureCondition(failure, handle), handle)
   )
 }
 
-# Notes the losses that were dealt with: tell() warns of those that are retried. Those of a task that is not retried are
-# in its error. Whoever is interrupted before that is told once more.
-noteLosses <- function(handle) {
+# Acknowledges worker failures that were handled. raisePending() warns of those after which a task is retried; the
+# others are part of the error of their task. A worker failure that was not acknowledged because of an interrupt is
+# reported again.
+acknowledgeLosses <- function(handle) {
   losses <- hub_losses(handle$pointer)
   if (is.null(losses) || isFailure(losses)) return(invisible())
   retried <- Filter(function(loss) loss[["again"]], losses)
@@ -22,14 +23,14 @@ noteLosses <- function(handle) {
     failureCondition(withTasks(amongAll(loss, handle)), handle, "warning")
   })
   suspendInterrupts({
-    handle$untold <- c(handle$untold, conditions)
-    hub_losses_noted(handle$pointer, length(losses))
+    handle$pending <- c(handle$pending, conditions)
+    hub_losses_acknowledge(handle$pointer, length(losses))
   })
   invisible()
 }
 
-# Each cluster counts the tasks that it was sent. The failure with the task's number among all tasks of a verb
-# that has sent them to nodes of several clusters.
+# Returns the failure with the index of its task among all tasks of a verb on nodes of several clusters. Each cluster
+# counts only its own tasks.
 amongAll <- function(failure, handle) {
   if (is.null(failure[["index"]])) return(failure)
   frame <- openFrames[[handle$id]]
@@ -37,19 +38,19 @@ amongAll <- function(failure, handle) {
   if (!is.list(cl) || typeof(cluster_ranks(cl)) == "integer") return(failure)
   tag <- checked(hub_message(handle$pointer, failure[["task"]], FALSE), handle)$data$tag
   if (is.null(tag)) {
-    # The verbs without tags give the nodes a task each, in order, until there are no more tasks.
+    # Verbs without tags send one task to each node, in order, until no more tasks are left.
     own <- Filter(function(part) identical(part$handle, handle), clustersAmong(cl, which(areOurs(cl))))
     if (!length(own)) return(failure)
-    places <- own[[1L]]$places
+    indices <- own[[1L]]$indices
     before <- failure[["index"]] - 1L
-    tag <- before %/% length(places) * length(cl) + places[[before %% length(places) + 1L]]
+    tag <- before %/% length(indices) * length(cl) + indices[[before %% length(indices) + 1L]]
   }
   failure$index <- tag
   failure
 }
 
-# The loss of a task is an error of the verb that it belongs to.
-giveUp <- function(task, loss, handle) {
+# Raises the error of a task that is not retried.
+failTask <- function(task, loss, handle) {
   checked(hub_forget(handle$pointer, task), handle)
   showEvents(handle, except = loss)
   stop(loss)
@@ -64,7 +65,7 @@ quarantined <- function(index, losses, what = "task") {
   rustclusterCondition("task_failed", lostText(spanText(index, what), losses), index = index, losses = losses)
 }
 
-# Of what has failed with these losses.
+# Returns the text for a task or call that failed because of these worker failures.
 lostText <- function(what, losses) {
   attempts <- if (length(losses) == 1L) "the only attempt" else paste("all", length(losses), "attempts")
   paste0(
@@ -73,8 +74,8 @@ lostText <- function(what, losses) {
   )
 }
 
-# A value in the place of the answer of a task that has none. parallel takes it for an error of the
-# task's, and when it comes to raise that, our condition is raised: see as.character() below.
+# Returns a value that stands for the answer of a failed task. parallel treats it as an error of the task. When parallel
+# raises the error, the method of as.character() below raises the condition of this package.
 failureValue <- function(condition) {
   structure(
     conditionMessage(condition), class = c("rustcluster_failure", "snow-try-error", "try-error"),
@@ -83,7 +84,7 @@ failureValue <- function(condition) {
 }
 
 failedAnswer <- function(task, condition, handle) {
-  # Which may need the message, too.
+  # Evaluate the condition first: it may need the message, too.
   force(condition)
   message <- checked(hub_message(handle$pointer, task, TRUE), handle)
   list(
@@ -96,11 +97,11 @@ noTime <- structure(
   c(user.self = 0, sys.self = 0, elapsed = 0, user.child = 0, sys.child = 0), class = "proc_time"
 )
 
-# parallel's checkForRemoteErrors() raises an error with the text of the first task that failed. It is
-# the one place where all results of a verb and what failed among them meet.
+# parallel's checkForRemoteErrors() converts the value of the first failed task to text and raises it as an error. It is
+# the only function of parallel that has all results of a verb.
 #' @export
 as.character.rustcluster_failure <- function(x, ...) {
-  # A value of a task may have the class, too.
+  # A user's value may have this class, too.
   results <- if (inherits(attr(x, "condition"), "rustcluster_error")) resultsChecked()
   if (!is.null(results)) raiseTaskFailure(x, results, byChunk = !is.null(partOfChunks(sys.nframe())))
   as.vector(unclass(x))
@@ -109,7 +110,7 @@ as.character.rustcluster_failure <- function(x, ...) {
 # `byChunk`: whether a value is that of a chunk of elements.
 raiseTaskFailure <- function(first, values, byChunk = FALSE) {
   ours <- vapply(values, inherits, NA, "rustcluster_failure")
-  # Others have an error of their own, which is their result.
+  # Other failed tasks have an error of their own, which is their result.
   failed <- vapply(values, inherits, NA, "snow-try-error")
   condition <- attr(first, "condition")
   condition$failures <- lapply(values[ours], attr, "condition")

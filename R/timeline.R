@@ -48,8 +48,8 @@ clusterTimeline <- function(cl) {
   timelines <- Map(timelineOf, parts, rows, max(ages) - ages, length(parts) > 1L)
   timeline <- do.call(rbind, lapply(timelines, `[[`, "intervals"))
   workers <- do.call(rbind, lapply(timelines, `[[`, "workers"))
-  places <- unlist(lapply(parts, function(part) part$places[!duplicated(part$ranks)]))
-  workers <- workers[order(places), ]
+  indices <- unlist(lapply(parts, function(part) part$indices[!duplicated(part$ranks)]))
+  workers <- workers[order(indices), ]
   timeline <- timeline[order(match(paste(timeline$host, timeline$rank), paste(workers$host, workers$rank))), ]
   rownames(timeline) <- rownames(workers) <- NULL
   structure(
@@ -64,7 +64,7 @@ timelineOf <- function(part, rows, later, several) {
   hosts <- part$handle$hosts
   distinct <- !duplicated(part$ranks)
   ranks <- part$ranks[distinct]
-  known <- if (several) part$places[distinct] else ranks
+  known <- if (several) part$indices[distinct] else ranks
   list(
     intervals = data.frame(
       host = hosts[rows$rank], rank = as.integer(known[match(rows$rank, ranks)]),

@@ -44,7 +44,7 @@
 #' @param chunk.size (integer) The number of elements in a chunk.
 #' @return The value of the function of \pkg{parallel}: see [parallel::clusterApply()].
 #' @section Errors:
-#' `rustcluster_bad_argument` for a cluster made by [makeRustCluster()] without nodes, as [clusterAlive()] may return it.
+#' `rustcluster_bad_argument` for a cluster of [makeRustCluster()] without nodes, which [clusterAlive()] may return.
 #' The errors of the function of \pkg{parallel}, and those of clusters made by [makeRustCluster()]: see there.
 #' @section Progress:
 #' With `options(rustcluster.progress = TRUE)`, functions that run several tasks show a bar with the number of finished
@@ -157,7 +157,7 @@ applyFree <- function(cl, ranks, X, fun, common) {
   n <- length(X)
   asLapply <- seesCall(fun) || "FUN" %in% names(common)
   if (asLapply) common <- c(list(FUN = fun), common)
-  job <- runJob(cl, ranks, n, if (asLapply) applyOne else fun, common, X, shares = "all", what = "element")
+  job <- runJob(cl, ranks, n, if (asLapply) applyOne else fun, common, X, reuse = "all", what = "element")
   # parallel makes twice as many chunks as there are nodes, and counts those that fail.
   chunks <- if (length(job$failed)) lengths(parallel::splitIndices(n, 2L * length(cl)))
   val <- checkedResults(job, rep(seq_along(chunks), chunks))
@@ -232,25 +232,25 @@ callNodes <- function(cl = NULL, fun, ...) {
 }
 
 # Sends the same message to all nodes and returns their values. Returns NULL and does nothing if `cl` contains nodes of
-# several clusters, nodes of other packages, or the same node twice. `lasts`: see settingOf().
-callAll <- function(cl, message, lasts = settingOf("clusterCall", message$data)) {
+# several clusters, nodes of other packages, or the same node twice. `setupKey`: see setupKeyOf().
+callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$data)) {
   # `.subset2()` is faster than `[[`, which looks for methods.
   handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
   refuseIfBusy(handle, sys.nframe())
   job <- handle$jobs <- handle$jobs + 1
-  force(lasts)
+  force(setupKey)
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))
   repeat {
-    answers <- hub_call(handle$pointer, cl, job, message, lasts)
+    answers <- hub_call(handle$pointer, cl, job, message, setupKey)
     if (!isFromStale(answers, handle)) break
   }
   if (is.null(answers) || (typeof(answers) == "list" && !isFailure(answers))) {
     done <- TRUE
     return(answers)
   }
-  continueJob(handle, job, sys.nframe(), 0L, lasts)
+  continueJob(handle, job, sys.nframe(), 0L, setupKey)
   if (isFailure(answers)) handleFailed(answers, handle)
   checked(answers)
   called <- hub_called(handle$pointer)

@@ -1,15 +1,15 @@
 #!/bin/bash
-# Builds the package for Debian on arm64 (a Raspberry Pi with a 64-bit system, say), and runs tests with
-# Debian's R for arm64, emulated. As root, on Debian for amd64:
+# Builds the package for Debian on arm64 (for example for a Raspberry Pi with a 64-bit system), and runs tests
+# with Debian's R for arm64, emulated. Run as root, on Debian for amd64:
 #
 #   tools/arm64.sh [--roots=DIR] [--mirror=URL] [--suite=SUITE] [build | TEST]...
 #
-# First the binary package rustcluster_VERSION_R_aarch64.tar.gz is made, in the current folder: R CMD
-# INSTALL installs it on a machine with the R of this release of Debian (default: trixie, R 4.5;
-# bookworm: R 4.2). It is compiled by a cross compiler, as compiling in the emulator would take hours.
-# Then the tests are run: TEST is one of the files in tests/testthat, as "nodes" for test-nodes.R;
-# "build": none; default: plain and payload, which takes about ten minutes. Two systems are made in DIR (default: roots,
-# beside the checkout), once, and kept: SUITE-cross, which compiles, and SUITE-arm64.
+# First makes the binary package rustcluster_VERSION_R_aarch64.tar.gz in the current folder: R CMD INSTALL
+# installs it on a machine with the R of this release of Debian (default: trixie, R 4.5; bookworm: R 4.2). A
+# cross compiler compiles it, since the emulator would take hours. Then runs the tests. TEST is one of the files
+# in tests/testthat, as "nodes" for test-nodes.R; "build" runs no tests; the default, plain-codec and broadcast,
+# takes about ten minutes. Makes two systems in DIR (default: roots, beside the checkout), once, and keeps them:
+# SUITE-cross, which compiles, and SUITE-arm64.
 set -euo pipefail
 into=$PWD
 cd "$(dirname "$0")/.."
@@ -25,18 +25,18 @@ for argument in "${rest[@]}"; do
     *) tests+=("$argument") ;;
   esac
 done
-[ ${#tests[@]} != 0 ] || tests=(plain payload)
+[ ${#tests[@]} != 0 ] || tests=(plain-codec broadcast)
 
 take_root
 need_packages iproute2 mmdebstrap arch-test qemu-user-static binfmt-support
 command -v cargo >/dev/null || need_packages cargo
-# In a container nobody may have done that.
+# A container may not have this mounted.
 if ! [ -e /proc/sys/fs/binfmt_misc/register ]; then
   mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
 fi
 [ -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ] || update-binfmts --enable qemu-aarch64
 
-# Debian 12 has a Rust that is new enough beside its own.
+# Debian 12 has a newer Rust in separate packages.
 case $suite in
   bookworm) rust="rustc-web cargo-web libstd-rust-web-dev:arm64" ;;
   *) rust="rustc cargo libstd-rust-dev:arm64" ;;
@@ -59,7 +59,7 @@ make_root "$root" "$suite" arm64 "$mirror" r-base-core r-cran-testthat r-cran-cl
 began=$SECONDS
 copy_checkout "$root/srv/rustcluster"
 cp "$into/$package" "$root/srv/"
-# Time limits are for machines that run at their own speed.
+# The time limits of tests are too short for an emulator.
 inside "$root" env RUSTCLUSTER_TEST_SLACK=60 bash -euc '
   mkdir /tmp/library
   R CMD INSTALL --library=/tmp/library "/srv/$1" >/tmp/install.log 2>&1 || { cat /tmp/install.log; exit 1; }

@@ -1,11 +1,11 @@
-# Reads the log of R CMD check. Fails if the check has not come to its end, on an error, a warning, or a note
-# that has another cause than the lack of a network, the size of the library, or that the package is new.
+# Reads the log of R CMD check. Fails on an incomplete check, an error, a warning, or a note, unless the reason
+# of the note is the lack of a network, the size of the library, or that the package is new.
 log <- readLines(commandArgs(TRUE))
 if (!any(startsWith(log, "Status: "))) stop("R CMD check has not come to its end: ", log[length(log)])
 starts <- grep("^\\* checking", log)
 ends <- c(starts[-1L] - 1L, length(log))
 bad <- character()
-# What comes of having no network.
+# The notes of a machine without a network.
 offline <- "unable to access index for repository|cannot open URL|^Status|^See|^ *.*00check.log|^for details"
 for (i in seq_along(starts)) {
   lines <- log[starts[i]:ends[i]]

@@ -1,13 +1,13 @@
 #!/bin/bash
-# Builds, tests and checks the package with the R and the Rust of another release of Debian, such as
-# trixie (R 4.5) or forky (R 4.6). As root, on Debian:
+# Builds, tests and checks the package with the R and the Rust of another release of Debian, such as trixie (R
+# 4.5) or forky (R 4.6). Run as root, on Debian:
 #
 #   tools/chroot.sh [--roots=DIR] [--mirror=URL] SUITE [build | check | TEST]...
 #
-# "build": no more than R CMD INSTALL; "check": R CMD check without the tests; TEST: one of the files in
-# tests/testthat, as "nodes" for test-nodes.R. Without any: all tests, then check. The systems are made
-# in DIR (default: roots, beside the checkout), once, and kept; what runs in them has processes and a
-# network of its own. RUSTCLUSTER_LONG_TESTS=1 runs the long tests, too.
+# "build" runs R CMD INSTALL only; "check" runs R CMD check without the tests; TEST is one of the files in
+# tests/testthat, as "nodes" for test-nodes.R. The default is all tests, then check. Makes the systems in DIR
+# (default: roots, beside the checkout), once, and keeps them. Commands run in them with a PID and a network
+# namespace of their own. RUSTCLUSTER_LONG_TESTS=1 runs the long tests, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/install.sh
@@ -30,7 +30,7 @@ command -v cargo >/dev/null || need_packages cargo
 root=$roots/$suite
 make_root "$root" "$suite" "$(dpkg --print-architecture)" "$mirror" \
   r-base-core r-base-dev rustc cargo r-cran-cli r-cran-testthat
-# What tests and check use where it is there.
+# Packages that tests and check use if they are installed.
 add_packages "$root" r-cran-knitr r-cran-rmarkdown r-cran-parallelly pandoc qpdf procps bsdutils \
   mount iproute2 iptables openssh-server openssh-client xz-utils devscripts git r-cran-future r-cran-future.apply \
   r-cran-furrr r-cran-foreach r-cran-doparallel r-cran-dorng r-cran-snow r-cran-dosnow r-cran-pbapply r-cran-progressr \

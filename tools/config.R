@@ -1,15 +1,15 @@
 # Makes src/Makevars from src/Makevars.in.
 source("tools/rust.R")
 rust <- find_rust()
-# A release tarball brings the sources of all crates and is built without a network; other sources
-# get them from the registry. A checkout keeps what it has compiled.
+# A release tarball contains the sources of all crates and is built without a network. Other sources get the
+# crates from the registry. A checkout keeps its compiled files.
 vendored <- file.exists("src/rust/vendor.tar.xz")
-# Which is not in any tarball.
+# No tarball contains this file.
 checkout <- file.exists("tools/document.sh")
 flags <- c(
   "--locked",
   if (vendored) "--offline",
-  # As CRAN's policy asks.
+  # CRAN's policy requires this limit.
   if (vendored) "-j 2"
 )
 values <- c(
@@ -17,7 +17,7 @@ values <- c(
   # cargo finds rustc on the PATH.
   CARGO_PATH = if (nzchar(rust$dir)) paste0('PATH="', rust$dir, ':$$PATH"') else "",
   CARGO_FLAGS = paste(flags, collapse = " "),
-  # The machine's paths do not belong in the library.
+  # The library must not contain paths of this machine.
   RUSTFLAGS = "--remap-path-prefix=`pwd`=.",
   CLEAN = if (!checkout) "rust_clean" else "",
   UNPACK = if (vendored) {

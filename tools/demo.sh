@@ -1,5 +1,5 @@
 #!/bin/bash
-# From a bare Debian or Ubuntu to a computation on 320 workers. Arguments: the number of workers.
+# Goes from a bare Debian or Ubuntu to a computation on 320 workers. Argument: the number of workers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/install.sh

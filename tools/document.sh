@@ -1,6 +1,6 @@
 #!/bin/sh
-# Generates R/extendr-wrappers.R, NAMESPACE and man/ anew from the sources. With an argument, the package is
-# left installed in that folder.
+# Generates R/extendr-wrappers.R, NAMESPACE and man/ from the sources. With an argument, the installed package
+# is left in that folder.
 set -eu
 cd "$(dirname "$0")/.."
 R_HOME=$(R RHOME)
@@ -10,7 +10,7 @@ export R_HOME R_INCLUDE_DIR
 make -s -C src -f Makevars document
 src/rust/target/release/document >R/extendr-wrappers.R
 
-# roxygen2 reads the package as installed.
+# roxygen2 reads the installed package.
 if [ $# = 1 ]; then
   library=$1
 else

@@ -1,4 +1,4 @@
-# Sourced by check, demo.sh and test.sh: finds what they need, or installs it on Debian and Ubuntu.
+# Sourced by check, demo.sh and test.sh: finds the tools that they need, or installs them on Debian and Ubuntu.
 
 as_root() {
   if [ "$(id -u)" = 0 ]; then
@@ -11,7 +11,7 @@ as_root() {
   fi
 }
 
-# Debian packages that are not installed yet.
+# Installs Debian packages that are not installed yet.
 need_packages() {
   local missing=()
   for package in "$@"; do
@@ -28,8 +28,8 @@ need_packages() {
     "${missing[@]}" >/dev/null
 }
 
-# A Rust toolchain that is new enough: the one there is, or Debian's rustc-web, or rustc. With the argument
-# "lints", clippy and rustfmt too.
+# Finds or installs a Rust toolchain that is new enough: the installed one, or Debian's rustc-web, or rustc.
+# With the argument "lints", clippy and rustfmt, too.
 need_rust() {
   if ! (use_rust) >/dev/null 2>&1; then
     if apt-cache show rustc-web >/dev/null 2>&1; then
@@ -50,7 +50,7 @@ need_rust() {
   fi
 }
 
-# Puts the toolchain that configure finds on the PATH; fails if there is none.
+# Puts the toolchain that configure finds on the PATH. Fails without one.
 use_rust() {
   PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
   Rscript --vanilla tools/msrv.R

@@ -8,7 +8,7 @@ for (file in file.path("tests/testthat", helpers)) source(file)
 bench <- function(arguments) {
   lab <- local_lab(5)
   ssh <- paste(lab$rshcmd, collapse = " ")
-  # A host is known from the first connection on.
+  # Adds the host to the known hosts.
   for (host in lab$hosts) run(ssh, host, "true")
   ways <- c(paste0("ssh=", ssh), paste0("rlibs=", .libPaths()[[1L]]))
   if (identical(arguments[1L], "soak")) {

@@ -1,5 +1,6 @@
-# Lints the R code by .lintr, and the tests by tests/.lintr. Prints what is found; fails if that is something.
-# What other files define (the helpers of tests and benches) is not known: usage is checked in R/ alone.
+# Lints the R code by .lintr, and the tests by tests/.lintr. Prints the findings, and fails if there are any.
+# Usage is checked in R/ only: lintr does not know the definitions of other files (the helpers of tests and
+# benches).
 folders <- c("R", "tests", "tools", "inst/bench")
 lint <- function(folder) {
   found <- lintr::lint_dir(folder, relative_path = FALSE)

@@ -1,4 +1,4 @@
-# Is there a Rust toolchain, and is it new enough? Says what to do if not.
+# Checks that there is a Rust toolchain that is new enough. Otherwise fails and says what to do.
 source("tools/rust.R")
 needs <- required_rust()
 rust <- find_rust(needs)

@@ -1,5 +1,5 @@
-# Installs the package from the folder it is run in, on a host, for installOnHosts(), which sends the
-# source and reads the report. Arguments: the library, if it is not to be the user's.
+# Installs the package on a host, from the current folder, for installOnHosts(), which sends the source and
+# reads the report. Argument: the library; without it, the personal library of the user.
 source("tools/rust.R")
 
 report <- function(library = "", problem = "", log = character()) {

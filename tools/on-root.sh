@@ -1,5 +1,5 @@
 #!/bin/bash
-# What chroot.sh runs in the system it has made. Arguments: those of chroot.sh after the suite.
+# chroot.sh runs this script in the system that it has made. Arguments: those of chroot.sh after the suite.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 R --version | head -n 1

@@ -1,12 +1,12 @@
-# Compares workers that have packages attached by `packages =` with those of a PSOCK cluster, one package
-# after the other: state that must differ between processes, paths in temporary directories that are gone,
-# threads, connections, children.
+# Compares workers that have packages attached by `packages =` with those of a PSOCK cluster, one package after
+# the other: state that must differ between processes, paths in deleted temporary directories, threads,
+# connections, children.
 #
 #   Rscript tools/packages.R OUT.csv [start] package ...
 #
-# `start`: "fork" (default) or "spawn". The packages are those that are installed; the others are left out.
+# `start`: "fork" (default) or "spawn". Packages that are not installed are left out.
 
-# What a worker tells of itself. Sent as it is: it may refer to nothing here.
+# Returns the state of a worker. The function is sent as it is, so that it may refer to nothing in this file.
 survey <- function(package) {
   hash <- function(x) digest::digest(x, "xxhash64")
   seen <- new.env()

@@ -1,11 +1,11 @@
-# Sourced by chroot.sh and arm64.sh: Debian systems in folders, and what runs in them.
+# Sourced by chroot.sh and arm64.sh: makes Debian systems in folders, and runs commands in them.
 
 usage() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
-# take_options ARGUMENT...: sets `roots` and `mirror`; `rest`: the other arguments.
+# take_options ARGUMENT...: sets `roots`, `mirror` and, to the other arguments, `rest`.
 take_options() {
   roots=$PWD/../roots mirror= rest=()
   local argument
@@ -18,7 +18,7 @@ take_options() {
   done
 }
 
-# Once the arguments are right: the folder is there, and a mirror known.
+# Makes the folder and finds a mirror, after the arguments have been checked.
 take_root() {
   if [ "$(id -u)" != 0 ]; then
     echo "chroots take root" >&2
@@ -29,14 +29,14 @@ take_root() {
   mirror=${mirror:-$(default_mirror)}
 }
 
-# Without a mirror given: the one that this machine's apt uses.
+# Prints the default mirror: the one that apt uses on this machine.
 default_mirror() {
   apt-get indextargets --format '$(REPO_URI)' 'Identifier: Packages' 'Origin: Debian' \
     'Label: Debian' 'Component: main' | head -n 1
 }
 
-# make_root DIR SUITE ARCH MIRROR PACKAGE...: a Debian in a folder, once. A list of packages that has
-# changed makes it anew.
+# make_root DIR SUITE ARCH MIRROR PACKAGE...: makes a Debian in a folder, once. A changed list of packages makes
+# it again.
 make_root() {
   local dir=$1 suite=$2 arch=$3 mirror=$4
   shift 4
@@ -46,14 +46,14 @@ make_root() {
   rm -rf --one-file-system "$dir" "$dir.made"
   local packages
   packages=$(IFS=,; echo "$*")
-  # A mirror that stands still, as a snapshot of the archive does, is good enough.
+  # An expired mirror, such as a snapshot of the archive, is good enough.
   mmdebstrap --variant=apt --components=main --arch="$arch" --include="$packages" \
     --aptopt='Apt::Install-Recommends "false"' --aptopt='Acquire::Check-Valid-Until "false"' --skip=cleanup/apt/lists "$suite" "$dir" "$mirror" \
     >"$dir.log" 2>&1 || { tail -n 20 "$dir.log"; return 1; }
   echo "$made" >"$dir.made"
 }
 
-# Those of the packages that the suite in the folder has, installed in it.
+# Installs those of the packages that the suite in the folder has.
 add_packages() {
   local dir=$1
   shift
@@ -69,8 +69,7 @@ add_packages() {
     $missing >"$dir.log" 2>&1 || { tail -n 20 "$dir.log"; return 1; }
 }
 
-# The checkout as it is, with what is not committed, but not what git ignores; what cargo has compiled
-# there stays.
+# Copies the checkout with uncommitted changes, without ignored files. Compiled files of cargo in the copy stay.
 copy_checkout() {
   local to=$1
   mkdir -p "$to/src/rust/target"
@@ -82,8 +81,8 @@ copy_checkout() {
     tar c -T - | tar x -C "$to"
 }
 
-# inside DIR COMMAND ARGUMENT...: runs it there with processes, mounts and network of its own, of which
-# nothing is left at its end. The crates that this machine has fetched are there.
+# inside DIR COMMAND ARGUMENT...: runs a command in the system, with PID, mount and network namespaces of its
+# own. No process is left at its end. The crates that this machine has fetched are available.
 inside() {
   local dir=$1 crates=${CARGO_HOME:-$HOME/.cargo}/registry
   shift
@@ -100,8 +99,8 @@ inside() {
     mount -t tmpfs tmp "$dir/tmp"
     mount -t tmpfs run "$dir/run"
     mount --bind "$crates" "$dir/srv/.cargo/registry"
-    # A shell stays the first process, which collects what others leave. Those after it have a process
-    # group that is known there: in that of this script, a signal to the group would reach the script.
+    # A shell stays the first process, and reaps orphans. The processes after it have a process group of their
+    # own namespace: in the group of this script, a signal to the group would reach the script.
     env -i HOME=/srv LANG=C.UTF-8 TZ=UTC PATH=/usr/sbin:/usr/bin:/sbin:/bin CARGO_NET_OFFLINE=true \
       NOT_CRAN=true RUSTCLUSTER_LONG_TESTS="${RUSTCLUSTER_LONG_TESTS:-}" \
       chroot "$dir" sh -c "setsid --wait \"\$@\"; exit \$?" sh "$@"

@@ -1,5 +1,5 @@
-# Runs the tests of the installed package and writes their counts, by file and then of all, into the file
-# that is named. Further arguments: the test files to run ("nodes" for test-nodes.R); default: all.
+# Runs the tests of the installed package and writes the counts of each file and of all into the file of the
+# first argument. Further arguments: the test files to run ("nodes" for test-nodes.R); default: all.
 library(testthat)
 library(rustcluster)
 arguments <- commandArgs(TRUE)

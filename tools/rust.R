@@ -1,6 +1,6 @@
 # Finds the Rust toolchain: sourced by msrv.R and config.R.
 
-# The versions that DESCRIPTION asks for.
+# Returns the versions that DESCRIPTION requires.
 required_rust <- function() {
   # R CMD build may break the line anywhere.
   needs <- read.dcf("DESCRIPTION", fields = "SystemRequirements")[[1]]
@@ -9,8 +9,8 @@ required_rust <- function() {
   version
 }
 
-# Where cargo and rustc may be, besides PATH: rustup's place, and Debian's packages cargo-web and
-# rustc-web, which have versions beside the distribution's own.
+# Returns the directories that may have cargo and rustc, besides PATH: that of rustup, and those of Debian's
+# packages cargo-web and rustc-web, which are newer than the distribution's own.
 rust_dirs <- function() {
   home <- Sys.getenv("CARGO_HOME", file.path(Sys.getenv("HOME"), ".cargo"))
   versioned <- rev(Sys.glob("/usr/lib/rust-*/bin"))
@@ -26,8 +26,8 @@ version_of <- function(program) {
   if (length(found)) found[[1]] else NA_character_
 }
 
-# The first directory with both programs, new enough; NULL if there is none. What was found on the
-# way is in attribute "seen".
+# Returns the first directory with both programs in new enough versions, or NULL. Attribute "seen" has the
+# programs that were found on the way.
 find_rust <- function(needs = required_rust()) {
   seen <- character()
   for (dir in rust_dirs()) {

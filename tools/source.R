@@ -1,4 +1,4 @@
-# Puts the package's source into the package that is being installed, for installOnHosts().
+# Adds the source of the package to the package that is being installed, for installOnHosts().
 package <- Sys.getenv("R_PACKAGE_DIR")
 if (nzchar(package)) {
   files <- list.files(".", recursive = TRUE, all.files = TRUE)

@@ -1,5 +1,5 @@
-# Checks the spelling of all prose by inst/WORDLIST, which holds the words that no dictionary knows.
-# `Rscript tools/spelling.R update` puts all words that are unknown now into it: look at them first.
+# Checks the spelling of all prose by inst/WORDLIST, which has the words that no dictionary knows. `Rscript
+# tools/spelling.R update` replaces it by all words that are unknown now: check them first.
 update <- identical(commandArgs(trailingOnly = TRUE), "update")
 wordlist <- "inst/WORDLIST"
 known <- if (!update) readLines(wordlist, encoding = "UTF-8") else character()

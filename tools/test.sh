@@ -1,6 +1,6 @@
 #!/bin/bash
-# Installs what the tests need, and runs all of them: `tools/check full`. The last line is that of the R tests:
-# "N passed, N failed, N skipped". RUSTCLUSTER_LONG_TESTS=1 runs the long ones too.
+# Installs the packages that the tests need, and runs `tools/check full`. The last line is that of the R tests:
+# "N passed, N failed, N skipped". RUSTCLUSTER_LONG_TESTS=1 runs the long tests, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/install.sh
@@ -10,11 +10,11 @@ need_packages r-base-core r-base-dev r-cran-testthat r-cran-roxygen2 r-cran-knit
   r-cran-foreach r-cran-iterators r-cran-doparallel r-cran-dorng r-cran-snow r-cran-dosnow r-cran-pbapply r-cran-future \
   r-cran-future.apply r-cran-furrr r-cran-progressr r-cran-later r-cran-promises \
   r-cran-data.table r-cran-dqrng r-cran-ff codespell r-cran-lintr r-cran-spelling
-# Packages that take a cluster, programs that embed R, and a browser.
+# Packages that accept a cluster, programs that embed R, and a browser.
 if [ -n "${RUSTCLUSTER_LONG_TESTS:-}" ]; then
   need_packages r-cran-boot r-cran-caret r-cran-deoptim r-cran-lme4 r-cran-metafor r-cran-mgcv \
     r-cran-pbkrtest r-cran-shiny r-cran-vegan python3-rpy2 python3-jupyter-client r-cran-irkernel
-  # Not on Ubuntu, which has it as a snap; the test is skipped then.
+  # Ubuntu has only a snap: the test is skipped there.
   if apt-cache show chromium-driver >/dev/null 2>&1; then
     need_packages chromium chromium-driver python3-selenium
   fi

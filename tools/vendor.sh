@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes the release tarball, which holds the sources of all crates and is built without a network.
-# The checkout stays as it is.
+# Makes the release tarball, which contains the sources of all crates and is built without a network. The
+# checkout is not changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 into=$PWD
@@ -16,7 +16,7 @@ replace-with = "vendored-sources"
 [source.vendored-sources]
 directory = "vendor"
 TOML
-# All that is needed is there: nothing but these sources is looked at.
+# Check that the sources are complete: cargo uses nothing else.
 mkdir .cargo
 cp vendor-config.toml .cargo/config.toml
 CARGO_HOME="$work/empty" cargo metadata --locked --offline --format-version 1 >/dev/null

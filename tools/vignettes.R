@@ -6,8 +6,9 @@
 #   Rscript tools/vignettes.R check        fails if a vignette was not made from its source as it is now; runs nothing
 #   Rscript tools/vignettes.R run          runs all, fails if the code of one does, and prints where the output differs
 #
-# Process ids are other ones in each run: in the output, 4711 replaces the first one of a vignette, 4712 the next one,
-# and so on. Blanks at the ends of lines and repeated empty lines are removed. Everything else is as R printed it.
+# Process ids differ in each run: in the output, 4711 replaces the first one of a vignette, 4712 the next one,
+# and so on. Blanks at the ends of lines and repeated empty lines are removed. The rest of the output is
+# unchanged.
 
 source_of <- function(name) file.path("vignettes", paste0(name, ".Rmd.orig"))
 vignette_of <- function(name) file.path("vignettes", paste0(name, ".Rmd"))
@@ -20,7 +21,7 @@ digest <- function(name, lines) {
   unname(tools::md5sum(file))
 }
 
-# A comment in the header, which no format shows.
+# Returns a comment for the header, which no format shows.
 stamp <- function(name, lines) {
   sprintf("# Written by tools/vignettes.R: change %s.Rmd.orig instead. Digest: %s", name, digest(name, lines))
 }
@@ -47,7 +48,8 @@ tidy <- function(lines) {
   lines[!(empty & c(FALSE, empty[-length(empty)]))]
 }
 
-# The lines of a vignette. Its code runs in a session of its own. Plots are written into folder `figures`.
+# Returns the lines of a vignette. Its code runs in a session of its own. Plots are written into folder
+# `figures`.
 run <- function(name, figures) {
   output <- tempfile(fileext = ".Rmd")
   on.exit(unlink(output))

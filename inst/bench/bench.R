@@ -1,11 +1,11 @@
-# rustcluster beside parallel's PSOCK clusters, measured in one run on one machine.
+# Compares rustcluster with parallel's PSOCK clusters, in one run on one machine.
 #
 #   Rscript bench.R [--quick] [only=startup,roundtrip,...] [out=folder]
 #
-# Repetitions of the two are interleaved and their medians compared. Every figure has its goal
-# beside it. Takes some minutes, most of them PSOCK's start-ups; --quick takes fewer repetitions
-# and leaves the large PSOCK clusters out. In a folder it leaves performance.csv and performance.png,
-# which vignette("performance") shows. Ends with status 1 if anything failed to run.
+# Repetitions of both are interleaved, and their medians compared. Every figure has its goal beside it. Takes
+# some minutes, most of them for starts of PSOCK clusters; --quick takes fewer repetitions and leaves out the
+# large PSOCK clusters. With a folder, writes performance.csv and performance.png into it, which
+# vignette("performance") shows. Exits with status 1 if a section has failed.
 
 arguments <- commandArgs(trailingOnly = TRUE)
 quick <- "--quick" %in% arguments
@@ -19,7 +19,7 @@ unknown <- c(setdiff(only, sections), setdiff(arguments[!is_only & !is_out], "--
 if (length(unknown)) {
   stop("unknown: ", toString(unknown), "; the sections are ", toString(sections))
 }
-# These sections, too, measure parallel's own names.
+# These sections measure functions of parallel, too.
 if ("names" %in% only) only <- c(only, "roundtrip", "throughput", "export")
 wanted <- function(name) !length(only) || name %in% only
 
@@ -33,7 +33,7 @@ invisible(loadNamespace("rustcluster"))
 times <- if (quick) 1L else 5L
 
 describe_machine()
-# The first start of anything pays for reading it from disk.
+# The first start reads files from disk: do not measure it.
 for (backend in names(backends)) attempt(time_to_up(backend, 2L))
 
 if (wanted("startup")) {
@@ -59,7 +59,8 @@ if (wanted("startup")) {
 if (wanted("roundtrip")) {
   section("Round trip of clusterCall(cl, identity, 1L), median")
   report_head("rc/PSOCK")
-  # The time of each call of these nodes, by parallel's name with both backends, and by ours (`native`).
+  # Returns the time of each call on these nodes: parallel's function with both backends, and the function of
+  # this package (`native`).
   call_times <- function(clusters, nodes, calls) {
     ways <- list(
       psock = function() parallel::clusterCall(clusters$psock[nodes], identity, 1L),
@@ -94,7 +95,7 @@ if (wanted("roundtrip")) {
   }))
 }
 
-# Both backends with n workers, and what a function of each gives, in turns.
+# Measures both backends with n workers in turns.
 compare <- function(n, measure) {
   with_clusters(n, function(clusters) {
     lapply(clusters, measure)
@@ -102,8 +103,8 @@ compare <- function(n, measure) {
   })
 }
 
-# The same for a verb: by parallel's name with both backends, as packages call it, and by ours
-# (`native`). `measure` gets the verb and the cluster.
+# Measures a verb in turns: parallel's function with both backends, as packages call it, and the function of
+# this package (`native`). `measure` gets the verb and the cluster.
 compare_names <- function(n, verb, measure, times) {
   theirs <- getExportedValue("parallel", verb)
   own <- getExportedValue("rustcluster", verb)
@@ -119,8 +120,8 @@ compare_names <- function(n, verb, measure, times) {
 }
 elapsed <- function(code) system.time(code)[["elapsed"]]
 
-# Returns the median of at least three measurements, and of as many as make up 0.3 seconds. In one call of some, all
-# workers collect garbage: a single call would be no measure.
+# Returns the median of at least three measurements, and of as many as take 0.3 seconds together. In one call of
+# several, all workers collect garbage: a single call is no measure.
 several <- function(measure) {
   spent <- numeric()
   while (sum(spent) < 0.3 || length(spent) < 3L) spent <- c(spent, measure())
@@ -136,8 +137,8 @@ if (wanted("throughput")) {
     stopifnot(identical(answers, as.list(seq_len(tasks))))
     tasks / time
   }
-  # One cluster at a time, as a user has; the other's workers would take memory and caches. The first
-  # run is not timed: R is still compiling then, and the workers' memory is new.
+  # Start one cluster at a time, as users do: the other's workers would take memory and caches. The first run is
+  # not timed, because R still compiles and the memory of the workers is new.
   measure <- function(verb, backend, n, tasks) {
     with_clusters(n, function(clusters) {
       cl <- clusters[[backend]]
@@ -180,7 +181,7 @@ if (wanted("throughput")) {
   })
 }
 
-# Our verbs take any cluster: parallel's do the work for PSOCK.
+# The verbs of this package take any cluster: parallel's functions do the work for PSOCK.
 if (wanted("apply")) {
   section("parLapply(cl, 1:1e5, function(i) i), 32 workers")
   report_head("PSOCK/rc")
@@ -189,7 +190,7 @@ if (wanted("apply")) {
     time <- compare(32L, function(cl) elapsed(rustcluster::parLapply(cl, 1:1e5, trivial)))
     ratio <- time$psock / time$ours
     report("parLapply()", seconds(time$psock), seconds(time$ours), ratio, at_least(ratio, 3))
-    # Neither can take less than that: almost all of it is R, calling the function.
+    # Lower bound for both: almost all of it is R, which calls the function.
     spent <- compare(32L, function(cl) {
       pids <- workers(cl)
       before <- cpu_of(pids)
@@ -200,7 +201,7 @@ if (wanted("apply")) {
   })
 }
 
-# Tasks that do what people do, of some tenths of a millisecond: what a cluster costs beside them.
+# Realistic tasks of some tenths of a millisecond: shows the overhead of a cluster beside them.
 if (wanted("compute")) {
   section("4,000 bootstrap samples of 500 rows, lm() of each")
   report_head("PSOCK/rc")
@@ -226,7 +227,7 @@ if (wanted("compute")) {
   })
 }
 
-# A function that was made in another one takes along what that has.
+# A function that was made in another function is sent with the variables of that.
 if (wanted("frames")) {
   section("200 elements (40 tasks) of a function with a large frame")
   report_head("PSOCK/rc")
@@ -266,7 +267,7 @@ if (wanted("export")) {
     time <- compare_names(32L, "clusterExport", function(verb, cl) {
       several(function() elapsed(verb(cl, "big", this)))
     }, times)
-    # MB by which the head grows at most, and a worker that has read the variable.
+    # The maximum growth of the head, and of a worker that has read the variable, in MB.
     growth <- global(function(package) {
       export <- getExportedValue(package, "clusterExport")
       with_clusters(32L, function(clusters) {
@@ -328,8 +329,8 @@ if (wanted("balance")) {
   })
 }
 
-# Code written for parallel calls it by its own names: functions of parallel, and packages that use it.
-# "roundtrip", "throughput" and "export" have the rest.
+# Code that was written for parallel calls functions of parallel, directly or through packages. "roundtrip",
+# "throughput" and "export" have the other cases.
 if (wanted("names")) {
   section("parLapply() of 32 elements with a common argument of 16 MB, 32 workers")
   report_head("PSOCK/rc")
@@ -350,11 +351,11 @@ if (wanted("names")) {
       ratio <- global(function(d, w) sum(d$x * w) / sum(d$u * w))
       boot::boot(boot::city, ratio, R = 2000, stype = "w", parallel = "snow", ncpus = length(cl), cl = cl)
     },
-    # With the progress bar of an interactive session, for which it calls parLapply() a hundred times.
+    # An interactive session has a progress bar, for which pbapply calls parLapply() a hundred times.
     pbapply = function(cl) {
       before <- pbapply::pboptions(type = "timer")
       on.exit(pbapply::pboptions(before))
-      # The bar is printed, the result is not.
+      # Print the bar, and not the result.
       utils::capture.output(invisible(pbapply::pblapply(1:2000, sqrt, cl = cl)))
     }
   )
@@ -398,10 +399,10 @@ if (wanted("memory")) {
     Sys.sleep(1)
     mean(pss(workers(cl)))
   }
-  # Where no garbage was ever collected all of the heap is still shared.
+  # Without any garbage collection the whole heap is still shared.
   collected <- function(cl) at_rest(cl, function(...) gc())
   attempt(if (affordable("32 workers", 32L, sum(each))) {
-    # One after the other: together they would share pages, and each look smaller.
+    # Measure one after the other: together they would share pages, and each would look smaller.
     psock <- with_clusters(32L, function(clusters) {
       c(at_rest(clusters$psock), collected(clusters$psock))
     }, "psock")
@@ -427,11 +428,11 @@ if (wanted("idle")) {
   section("CPU while nothing is asked of 320 workers")
   report_head("")
   show <- function(x) sprintf("%.3f ms/s", x)
-  # Of this session, of agents and of workers, in ms a second.
+  # Returns the CPU time of this session, of agents and of workers, in ms for each second.
   idle_cpu <- function(agents, workers, period = if (quick) 5 else 20) {
     for (i in 1:5) cpu_of(Sys.getpid())  # until R has compiled it: that is work, too
     Sys.sleep(2)
-    # The head last before and first after: reading the others is not idling.
+    # Read the head last before and first after: reading the others is not idling.
     before <- c(workers = cpu_of(workers), agent = cpu_of(agents), head = cpu_of(Sys.getpid()))
     start <- proc.time()[["elapsed"]]
     Sys.sleep(period)

@@ -1,10 +1,10 @@
-# The memory of the machine that this session is on, with workers on other hosts, over ssh: what a
-# small head (a Raspberry Pi, say) needs.
+# Measures the memory that the machine of this session needs, with workers on other hosts, over ssh: whether a
+# small head (for example a Raspberry Pi) suffices.
 #
 #   Rscript head.R [ssh="ssh -F file"] [rlibs=folder] [workers=320] host1 host2 ...
 #
-# The hosts as for hosts.R. In a checkout, `Rscript tools/lab.R head` runs it with five hosts in network
-# namespaces.
+# For the hosts see hosts.R. In a checkout, `Rscript tools/lab.R head` runs this script with five hosts in
+# network namespaces.
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
@@ -22,7 +22,7 @@ now <- function(what) {
   ssh <- if (length(clients)) sum(pss(clients), na.rm = TRUE) else 0
   cat(sprintf("  %-46s %10s %10s\n", what, megabytes(pss(me)), megabytes(ssh)))
 }
-# `keeps`: bytes of the result, which is the user's.
+# `keeps`: bytes of the result, which belongs to the user.
 most <- function(what, code, keeps = 0) {
   gc()
   time <- system.time(grown <- peak_growth(code))[["elapsed"]]
@@ -56,7 +56,7 @@ most("most it grows by: 100,000 short tasks", {
   all <- parLapplyLB(cl, seq_len(1e5), function(i) i)
 }, keeps = 1e5 * 64)
 rm(all)
-# The heaviest way to gather: sums of what is fetched are kept, not the vectors.
+# The way of gathering that needs most: sums of the results are kept, and not the vectors.
 most("most it grows by: 4 MB a worker, summed here", {
   total <- 0
   for (part in split(seq_len(many), ceiling(seq_len(many) / 32))) {

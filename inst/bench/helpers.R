@@ -1,8 +1,8 @@
-# What the benches are made of: arguments, measuring, reporting, and clusters that are always taken down.
+# Helpers of the benches: arguments, measuring, reporting, and clusters that are always stopped.
 
 ## Arguments --------------------------------------------------------------------------------------
 
-# The value of an argument name=value, and the arguments that are none of these.
+# Returns the value of an argument name=value, or the other arguments.
 option <- function(name, default = NULL, arguments = commandArgs(trailingOnly = TRUE)) {
   given <- arguments[startsWith(arguments, paste0(name, "="))]
   if (length(given)) sub("^[^=]*=", "", given[[1L]]) else default
@@ -25,7 +25,7 @@ section <- function(title) {
   cat("\n", title, "\n", sep = "")
 }
 
-# One figure. `goal` is a list(text, met), from at_least() or at_most(), or NULL.
+# Adds one figure. `goal` is a list(text, met), from at_least() or at_most(), or NULL.
 report <- function(what, psock = NULL, ours = NULL, ratio = NULL, goal = NULL) {
   cat(sprintf("  %-34s %14s %14s %9s   %s\n", what,
               if (is.null(psock)) "" else psock, if (is.null(ours)) "" else ours,
@@ -39,14 +39,14 @@ report <- function(what, psock = NULL, ours = NULL, ratio = NULL, goal = NULL) {
   ))
 }
 
-# A table and a plot of all figures, in a folder.
+# Writes a table and a plot of all figures into a folder.
 leave_results <- function(folder) {
   figures <- results$figures
   utils::write.csv(figures, file.path(folder, "performance.csv"), row.names = FALSE)
   writeLines(results$machine, file.path(folder, "performance.txt"))
   shown <- figures[!is.na(figures$ratio) & startsWith(figures$goal, "at "), ]
   if (!nrow(shown)) return(invisible())
-  # A ratio that is to be small is that of times, ours by PSOCK's.
+  # A ratio that has to be small is the time of rustcluster divided by that of PSOCK.
   times <- ifelse(startsWith(shown$goal, "at most"), 1 / shown$ratio, shown$ratio)
   grDevices::png(file.path(folder, "performance.png"), 1200, 100 + 60 * nrow(shown), res = 130)
   on.exit(grDevices::dev.off())
@@ -84,14 +84,14 @@ micros <- function(x) sprintf("%.0f us", x * 1e6)
 megabytes <- function(x) sprintf("%.2f MB", x)
 rate <- function(x) sprintf("%.0f /s", x)
 
-# The last line of a bench, and its status.
+# Prints the last line of a bench, and exits with its status.
 finish <- function() {
   cat(sprintf("\n%d goals met, %d not met, %d not measured, %d errors\n", sum(results$goals == "met"),
               sum(results$goals == "NOT MET"), sum(results$goals == "not measured"), results$errors))
   if (results$errors) quit(status = 1L)
 }
 
-# Runs a section; an error in it is reported, and the next one runs.
+# Runs a section. An error in it is reported, and the next section runs.
 attempt <- function(code) {
   tryCatch(code, error = function(e) {
     results$errors <- results$errors + 1L
@@ -107,7 +107,7 @@ backends <- list(
   ours = function(n) rustcluster::makeRustCluster(n)
 )
 
-# The processes of a cluster's workers, and of what else it has started on this machine.
+# Returns the processes of a cluster's workers, and the other processes that it has started on this machine.
 workers <- function(cl) {
   if (inherits(cl, "RustCluster")) rustcluster::clusterPids(cl)
   else unlist(parallel::clusterCall(cl, Sys.getpid))
@@ -117,8 +117,8 @@ agents <- function(cl) {
 }
 processes <- function(cl) c(agents(cl), workers(cl))
 
-# Evaluates fun(clusters) with one cluster of n workers of each of the backends, which are stopped
-# and gone afterwards, whatever happens: what is left of one measurement would disturb the next.
+# Evaluates fun(clusters) with one cluster of n workers of each backend. The clusters are always stopped, and
+# their processes have ended, when this returns: leftovers of one measurement would disturb the next.
 with_clusters <- function(n, fun, which = names(backends)) {
   clusters <- list()
   pids <- integer()
@@ -136,7 +136,7 @@ with_clusters <- function(n, fun, which = names(backends)) {
 
 running <- function(pids) {
   pids <- pids[tools::pskill(pids, 0L)]
-  # Zombies are for whoever inherited them to collect; they do not run.
+  # Zombies do not run; the process that inherited them has to reap them.
   zombie <- function(pid) any(grepl("\\) Z ", read(sprintf("/proc/%d/stat", pid))))
   pids[!vapply(pids, zombie, NA)]
 }
@@ -147,7 +147,7 @@ wait_gone <- function(pids, timeout = 30) {
   length(running(pids))
 }
 
-# Time until every one of n workers has answered a clusterCall.
+# Returns the time until all n workers have answered a clusterCall().
 time_to_up <- function(backend, n) {
   cl <- NULL
   pids <- integer()
@@ -164,8 +164,8 @@ time_to_up <- function(backend, n) {
   elapsed
 }
 
-# Both backends (or other ways to do the same) in turns, the first one changing, so that none profits
-# from what the machine does meanwhile; medians are less moved by it than means.
+# Measures both backends (or other alternatives) in turns, and alternates which is first, so that none profits
+# from the other load of the machine. Medians depend less on that load than means.
 interleaved <- function(times, measure, ways = names(backends)) {
   values <- sapply(ways, function(way) numeric(), simplify = FALSE)
   for (i in seq_len(times)) {
@@ -182,7 +182,7 @@ read <- function(file) {
   tryCatch(suppressWarnings(readLines(file)), error = function(e) character())
 }
 
-# The sum in MB of the lines of smaps_rollup that match.
+# Returns the sum of the matching lines of smaps_rollup, in MB.
 mapped <- function(pids, pattern) {
   vapply(pids, function(pid) {
     lines <- grep(pattern, read(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
@@ -190,26 +190,26 @@ mapped <- function(pids, pattern) {
   }, 0)
 }
 
-# Proportional set size in MB: pages shared by k processes count as 1/k in each.
+# Returns the proportional set size in MB: pages shared by k processes count as 1/k in each.
 pss <- function(pids) mapped(pids, "^Pss:")
 
-# Unique set size in MB: pages that no other process shares.
+# Returns the unique set size in MB: pages that no other process shares.
 uss <- function(pids) mapped(pids, "^Private_(Clean|Dirty):")
 
-# utime + stime of a process in seconds, all its threads. The scheduler's own account, in
-# nanoseconds, where the kernel keeps it; else the clock ticks of stat, which are 10 ms.
+# Returns utime + stime of a process with all its threads, in seconds: by the scheduler's own counters, in
+# nanoseconds, if the kernel has them, and otherwise in clock ticks of stat, which are 10 ms.
 cpu_seconds <- function(pid) {
   files <- Sys.glob(sprintf("/proc/%s/task/*/schedstat", pid))
   spent <- vapply(files, function(file) as.numeric(strsplit(c(read(file), "0"), " ")[[1L]][1L]), 0)
   if (length(spent) && sum(spent) > 0) return(sum(spent) / 1e9)
   stat <- read(sprintf("/proc/%s/stat", pid))
   if (!length(stat)) return(NA_real_)
-  # Counted behind the name, which may have blanks in it: utime and stime are fields 14 and 15.
+  # Count fields after the name, which may contain blanks: utime and stime are fields 14 and 15.
   fields <- strsplit(sub("^.*\\) ", "", stat), " ")[[1L]]
   sum(as.numeric(fields[12:13])) / 100
 }
 
-# The same of several processes together.
+# Returns the CPU time of several processes together.
 cpu_of <- function(pids) sum(vapply(pids, cpu_seconds, 0))
 
 memory_available <- function() {
@@ -217,7 +217,7 @@ memory_available <- function() {
   if (length(line)) as.numeric(gsub("[^0-9]", "", line)) / 1024 else NA_real_
 }
 
-# Whether there is memory for n workers of a kind; says so if not.
+# Returns whether there is memory for n workers of a kind; prints a line if not.
 affordable <- function(what, n, each) {
   needed <- n * each + 512
   there <- memory_available()
@@ -245,8 +245,8 @@ describe_machine <- function() {
   cat(results$machine, format(Sys.time(), "%Y-%m-%d %H:%M"), sep = "\n")
 }
 
-# Calls a function of a script in a new R session, where the helpers are: memory that this session has
-# freed and still holds would hide growth.
+# Calls a function of a script in a new R session that has the helpers. In this session, memory that was freed
+# but not returned would hide growth.
 in_new_session <- function(fun, ...) {
   session <- parallel::makePSOCKcluster(1L)
   on.exit(parallel::stopCluster(session))
@@ -255,13 +255,13 @@ in_new_session <- function(fun, ...) {
   parallel::clusterCall(session, fun, ...)[[1L]]
 }
 
-# MB by which this process grows at most while the code runs.
+# Returns the maximum growth of this process while the code runs, in MB.
 peak_growth <- function(code) {
   memory <- function(what) {
     line <- grep(paste0("^", what, ":"), read("/proc/self/status"), value = TRUE)
     as.numeric(gsub("[^0-9]", "", line)) / 1024
   }
-  # The highest so far is forgotten.
+  # Reset the peak.
   cat("5", file = "/proc/self/clear_refs")
   before <- memory("VmRSS")
   force(code)

@@ -1,10 +1,10 @@
-# rustcluster beside parallel's PSOCK clusters, over ssh.
+# Compares rustcluster with parallel's PSOCK clusters, over ssh.
 #
 #   Rscript hosts.R [ssh="ssh -F file"] [master=address] [rlibs=folder] [workers=319] host1 host2 ...
 #
-# The hosts must be reachable with ssh without a password, and reach this machine at `master` (for
-# PSOCK alone; default: its name), and have rustcluster installed, in `rlibs` if that is no library
-# that R there knows. In a checkout, tools/lab.R runs it with five hosts in network namespaces.
+# The hosts must be reachable by ssh without a password, must reach this machine at `master` (for PSOCK only;
+# default: its name), and must have rustcluster installed, in `rlibs` if their R does not search that library.
+# In a checkout, tools/lab.R runs this script with five hosts in network namespaces.
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
@@ -25,7 +25,7 @@ backends <- list(
   psock = function(n) parallel::makePSOCKcluster(spread(n), rshcmd = ssh, master = master),
   ours = function(n) rustcluster::makeRustCluster(spread(n), rshcmd = ssh, rlibs = rlibs)
 )
-# Other machines' processes are not to be seen from here.
+# The processes of other machines are not visible here.
 processes <- function(cl) integer()
 
 describe_machine()
@@ -58,14 +58,14 @@ attempt(with_clusters(many, function(clusters) {
     Sys.sleep(seconds)
     (cpu_seconds(me) - before) / seconds * 1000
   }
-  # The R without a cluster sleeps just so.
+  # The R session without a cluster sleeps in the same way.
   report("CPU while nothing is asked", ours = sprintf("%.2f ms/s", cpu(20)))
   wait <- function() {
     end <- Sys.time() + 10
     while (Sys.time() < end) Sys.sleep(0.1)
     1L
   }
-  # A script's function: it does not take this call along.
+  # As in a script: the function is sent without the variables of this call.
   environment(wait) <- globalenv()
   before <- cpu_seconds(me)
   time <- system.time(r <- clusterCall(cl, wait))[["elapsed"]]

@@ -1,15 +1,15 @@
-# A cluster under random faults, every answer checked: workers and agents are killed, hosts are lost
-# and come back, calls are interrupted, for as long as is asked for.
+# Runs a cluster under random faults for a given time and checks every answer: workers and agents are killed,
+# hosts are lost and reconnected, calls are interrupted.
 #
 #   Rscript soak.R [seconds=1200] [workers=320] [seed=1] [every=2] [ssh="ssh -F file"] [rlibs=folder]
 #                  [cut="command"] [mend="command"] [host1 host2 ...]
 #
-# Without hosts, five groups of workers on this machine, each with an agent of its own, are five hosts.
-# A fault comes every `every` seconds on average. `cut` and `mend` are commands that break and mend the
-# link to a host, whose number they get for %d. In a checkout, `Rscript tools/lab.R soak` runs it with
+# Without hosts, five groups of workers on this machine, each with an agent of its own, stand for five hosts. On
+# average there is a fault every `every` seconds. `cut` and `mend` are commands that break and mend the link to
+# a host; %d in them is the number of the host. In a checkout, `Rscript tools/lab.R soak` runs this script with
 # five hosts in network namespaces.
 #
-# What must be: no answer wrong, none missing, no process left.
+# No answer may be wrong, none may be missing, and no process may be left.
 
 here <- sub("^--file=", "", grep("^--file=", commandArgs(), value = TRUE))
 here <- if (length(here)) dirname(here[1L]) else system.file("bench", package = "rustcluster")
@@ -28,7 +28,7 @@ library(rustcluster)
 
 ## The cluster -------------------------------------------------------------------------------------
 
-# In the proportions 2 : 64 : 64 : 64 : 125.
+# Divides n in the proportions 2 : 64 : 64 : 64 : 125.
 shares <- function(n) {
   share <- pmax(1, round(n * c(2, 64, 64, 64, 125) / 319))
   share[5L] <- max(1, n - sum(share[1:4]))
@@ -38,11 +38,11 @@ spec <- if (length(hosts)) {
   counts <- shares(many)[seq_along(hosts)]
   Map(function(host, ncore) list(host = host, ncore = ncore), hosts, counts)
 } else {
-  # They differ in something that makes no difference here.
+  # The entries differ in a setting that has no effect here, and are therefore separate hosts.
   Map(function(i, ncore) list(host = "localhost", ncore = ncore, threads = i), 1:5, shares(many))
 }
-# R collects its garbage when 64 MB of vectors have come together, which is more than this machine may
-# have for each of hundreds of workers.
+# R collects garbage after 64 MB of new vectors, which for each of hundreds of workers may exceed the memory of
+# this machine.
 options <- list(
   spec = unname(spec), reconnect = TRUE, retries = 50, heartbeat_timeout = 10, rscript_args = "--min-vsize=4M"
 )
@@ -52,14 +52,14 @@ local <- !length(hosts)
 
 ## The faults --------------------------------------------------------------------------------------
 
-# They come from another process, at moments that nothing here knows of.
+# Another process causes the faults, at times that are independent of this session.
 dir <- tempfile("soak-")
 dir.create(dir)
 targets <- file.path(dir, "targets")
 log <- file.path(dir, "faults")
 file.create(log)
 aim <- function() {
-  # On this machine, or on another that is part of it, as namespaces are.
+  # The agents run on this machine, or in network namespaces of it.
   pids <- c(workers = list(clusterPids(cl)), agents = list(agentPids(cl)))
   saveRDS(pids, paste0(targets, ".new"))
   file.rename(paste0(targets, ".new"), targets)
@@ -73,7 +73,7 @@ writeLines(deparse(bquote({
   until <- Sys.time() + .(duration)
   while (Sys.time() < until && file.exists(.(targets))) {
     Sys.sleep(stats::rexp(1, 1 / .(every)))
-    # The head has ended, and with it this has no purpose.
+    # The head has ended.
     if (!file.exists(paste0("/proc/", .(Sys.getpid())))) break
     pids <- tryCatch(readRDS(.(targets)), error = function(e) NULL)
     workers <- pids$workers[!is.na(pids$workers)]
@@ -116,7 +116,7 @@ count <- new.env()
 for (name in c("calls", "tasks", "interrupted", "wrong", "missing", "refused")) count[[name]] <- 0
 warned <- new.env()
 
-# What the streams of clusterSetRNGStream(seed) give when each of n nodes draws k times.
+# Returns the numbers of the streams of clusterSetRNGStream(seed) if each of n nodes draws k times.
 streams <- function(seed, n, k) {
   before <- get0(".Random.seed", globalenv(), inherits = FALSE)
   kind <- RNGkind("L'Ecuyer-CMRG")
@@ -133,8 +133,7 @@ streams <- function(seed, n, k) {
   })
 }
 
-# Each is a function of the nodes and of a number that no other call has, and gives what came and what
-# should have.
+# Each call is a function of the nodes and of a unique number, and returns the actual and the expected value.
 calls <- list(
   clusterApply = function(cl, id) {
     x <- as.list(id + seq_len(3L * length(cl)))
@@ -171,7 +170,7 @@ calls <- list(
     list(got, rep(list(c(id, id + 1)), 2L * length(cl)))
   },
   random = function(cl, id) {
-    # A seed is an integer.
+    # A seed must be an integer.
     seed <- id %% 1e9
     clusterSetRNGStream(cl, seed)
     got <- clusterApply(cl, seq_len(3L * length(cl)), function(i) stats::runif(1))
@@ -183,7 +182,7 @@ calls <- list(
 try_call <- function(name, id) {
   nodes <- clusterAlive(cl)
   if (!length(nodes)) {
-    # All are being replaced, or taken back with their hosts.
+    # All workers are being replaced, or reconnected with their hosts.
     Sys.sleep(0.1)
     return()
   }
@@ -200,7 +199,7 @@ try_call <- function(name, id) {
       message = function(m) tryInvokeRestart("muffleMessage")
     ),
     interrupt = function(e) "interrupted",
-    # A host was lost with what is bound to it, or since we looked.
+    # A host was lost with the workers to which the call is bound, or since the last check.
     rustcluster_host_failed = function(e) "refused",
     rustcluster_worker_lost = function(e) "refused"
   )
@@ -234,7 +233,7 @@ memory <- function() {
 
 describe_machine()
 cat(length(cl), "workers on", length(spec), "hosts,", duration, "seconds, a fault every", every, "seconds\n")
-# A first round, so that the first figure is not that of a cluster that has done nothing.
+# A first round: the first figure must not be that of a fresh cluster.
 for (name in names(calls)) try_call(name, 1)
 first <- memory()
 aim()
@@ -244,10 +243,10 @@ ended <- function() proc.time()[["elapsed"]] - began > duration
 id <- 1000
 said <- 0
 suspendInterrupts(while (!ended()) {
-  # Any two calls differ in all their values.
+  # The values of any two calls differ.
   id <- id + 100000
   try_call(sample(names(calls), 1L), id)
-  # Aimed anew: who was killed has been replaced.
+  # Update the targets: killed workers have been replaced.
   aim()
   minute <- (proc.time()[["elapsed"]] - began) %/% 60
   if (minute > said) {
@@ -256,7 +255,7 @@ suspendInterrupts(while (!ended()) {
                 length(readLines(log)), count$wrong, memory()[["head"]]))
   }
 })
-# It is in its sleep, or about to end; an interrupt may be under way, or a link cut.
+# The injector sleeps, or is about to end; an interrupt may be pending, or a link cut.
 tools::pskill(scan(file.path(dir, "injector"), quiet = TRUE), tools::SIGKILL)
 tryCatch(Sys.sleep(1), interrupt = function(e) NULL)
 if (!is.null(mend)) for (i in seq_along(hosts)) system(sprintf(mend, i))
@@ -270,7 +269,7 @@ last <- memory()
 
 pids <- c(clusterPids(cl), agentPids(cl))
 stopCluster(cl)
-# What descends from this process, and is not on its way to be waited for.
+# Returns the descendants of this process that are not zombies.
 children <- function() {
   lines <- system2("ps", c("-e", "-o", "pid=,ppid=,stat=,args="), stdout = TRUE)
   own <- grepl(paste0("^ *[0-9]+ +", Sys.getpid(), " "), lines) & !grepl("ps'? -e|injector", lines)

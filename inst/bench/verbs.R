@@ -1,9 +1,9 @@
-# Whether each of parallel's verbs gives the right answer on a cluster, whatever its size. The
-# answers are worked out here rather than by a PSOCK cluster, which cannot have 1,000 workers.
+# Checks whether each of parallel's verbs returns the right answer on a cluster of any size. The expected
+# answers are computed here, because a PSOCK cluster cannot have 1,000 workers.
 
-# A function as a script has it. One that was made in a verb's frame would take that along to every
-# worker, and with it the cluster: at 1,000 workers the time and memory of sending a list of 1,000
-# nodes a thousand times.
+# Returns a function as in a script. A function that was made in a verb's frame would be sent with that frame,
+# and so with the cluster, to every worker: with 1,000 workers, a list of 1,000 nodes would be sent a thousand
+# times.
 global <- function(f) {
   environment(f) <- globalenv()
   f
@@ -103,7 +103,7 @@ verbs <- list(
 
 same <- function(answer, expected) isTRUE(all.equal(answer, expected, tolerance = 0))
 
-# The first two numbers of each of n streams, as clusterSetRNGStream() sets them.
+# Returns the first two numbers of each of n streams, as clusterSetRNGStream() sets them.
 streams <- function(n, seed) {
   before <- RNGkind()
   on.exit(RNGkind(before[1L], before[2L], before[3L]))
@@ -122,7 +122,7 @@ streams <- function(n, seed) {
   answers
 }
 
-# The verbs that do not answer rightly, or not within two minutes, with what went wrong.
+# Returns the verbs with a wrong answer, or without an answer for two minutes, and what went wrong.
 wrong_verbs <- function(cl) {
   on.exit(setTimeLimit())
   wrong <- lapply(verbs, function(verb) {

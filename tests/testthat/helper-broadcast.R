@@ -1,15 +1,15 @@
-# clusterCall() whose effect does not last, so that nobody keeps what is sent once all have answered, or which sets a
-# variable of this name (`lasts`).
-broadcast <- function(cl, fun, ..., lasts = NULL) {
+# clusterCall() that is no set-up call, so that the message is dropped once all nodes have answered. `setup_key`: makes
+# it a set-up call that sets the variable of this name.
+broadcast <- function(cl, fun, ..., setup_key = NULL) {
   call <- list(fun = fun, args = list(...), return = TRUE, tag = NULL)
-  rustcluster:::callAll(cl, list(type = "EXEC", data = call, tag = NULL), lasts)
+  rustcluster:::callAll(cl, list(type = "EXEC", data = call, tag = NULL), setup_key)
 }
 
 broadcast_export <- function(cl, name, value) {
-  broadcast(cl, rustcluster:::parallels$gets, name, value, lasts = name)
+  broadcast(cl, rustcluster:::parallels$gets, name, value, setup_key = name)
 }
 
-# Of a process: how many pieces of shared memory it has open, and mapped.
+# Returns for each process how many pieces of shared memory it has open, and how many it has mapped.
 shared_memory <- function(pids) {
   of <- function(pid) {
     targets <- Sys.readlink(list.files(sprintf("/proc/%d/fd", pid), full.names = TRUE))
@@ -19,14 +19,13 @@ shared_memory <- function(pids) {
   vapply(pids, of, c(open = 0L, mapped = 0L))
 }
 
-# Whether no worker has shared memory open, nor more of it mapped than `most` values once those that it
-# does not use any more have been collected.
-only_mapped <- function(cl, most) {
-  # From R 4.6 on it takes two collections.
+# Returns whether, after garbage collections, no worker has shared memory open, nor more than `max` pieces mapped.
+only_mapped <- function(cl, max) {
+  # From R 4.6 on, a mapping ends in the second collection.
   broadcast(cl, gc)
   broadcast(cl, gc)
   wait_until(function() {
     now <- shared_memory(clusterPids(cl))
-    all(now["open", ] == 0L) && all(now["mapped", ] <= most)
+    all(now["open", ] == 0L) && all(now["mapped", ] <= max)
   }, timeout = 10)
 }

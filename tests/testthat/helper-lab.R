@@ -1,6 +1,6 @@
-# Five machines on this one: a network namespace for each, with a link, a host name and an sshd of
-# its own, with sshd's default settings. Host i is 10.99.i.2, and its link's near end, which can be
-# counted, slowed down and cut, is the interface `lab_link(i)`.
+# Five machines on this one: a network namespace for each, with a link, a host name and an sshd of its own, with
+# sshd's default settings. Host i is 10.99.i.2. `lab_link(i)` is the interface at the near end of its link,
+# which can be counted, slowed down and cut.
 
 skip_without_lab <- function() {
   skip_unless_long()
@@ -17,11 +17,11 @@ run <- function(...) {
   if (status != 0L) stop("failed: ", paste(...))
 }
 
-# Returns `rshcmd` and the hosts' addresses. All of it ends with the calling frame.
+# Returns `rshcmd` and the addresses of the hosts. The lab ends with the calling frame.
 local_lab <- function(n = 5, .frame = parent.frame()) {
-  # Of a run that was killed.
+  # A run that was killed may have left a lab.
   end_lab(n)
-  # Other users' sshds read what is in it.
+  # The sshds run for other users, which read the files in this folder.
   dir <- tempfile("rclab-", dirname(tempdir()))
   dir.create(dir, mode = "0755")
   path <- function(name) file.path(dir, name)
@@ -53,9 +53,9 @@ local_lab <- function(n = 5, .frame = parent.frame()) {
     run("ip -n", space, "addr add", paste0(lab_host(i), "/24"), "dev eth0")
     run("ip -n", space, "link set eth0 up")
     run("ip -n", space, "link set lo up")
-    # All of this machine's addresses are to be reached from there, as PSOCK's workers need it.
+    # PSOCK workers have to reach all addresses of this machine.
     run("ip -n", space, "route add default via", paste0("10.99.", i, ".1"))
-    # Not `ip netns exec`, which hides the cgroups.
+    # `ip netns exec` would hide the cgroups.
     run(
       "nsenter --net=/run/netns/", space, " unshare --uts sh -c 'hostname host", i, "; ",
       sshd_path(), " -f ", path("sshd_config"), " -o PidFile=", path(paste0("pid", i)), " -E ",
@@ -72,14 +72,14 @@ end_lab <- function(n) {
   for (i in seq_len(n)) {
     space <- paste0("rclab", i)
     if (!file.exists(file.path("/run/netns", space))) next
-    # Its sshd, its sessions, and what was left of them.
+    # Kill the sshd, its sessions, and their leftovers.
     system(paste("ip netns pids", space, "| xargs -r kill -9"))
     system(paste("ip netns del", space))
     system(paste("ip link del", lab_link(i), "2>/dev/null"))
   }
 }
 
-# The processes of all hosts but their sshds.
+# Returns the processes of all hosts except the sshds.
 lab_pids <- function(n = 5) {
   pids <- unlist(lapply(seq_len(n), function(i) {
     as.integer(system(paste0("ip netns pids rclab", i), intern = TRUE))
@@ -91,7 +91,7 @@ lab_pids <- function(n = 5) {
   pids[!name %in% c("", "sshd")]
 }
 
-# Bytes that have left for the hosts, and come from them.
+# Returns the bytes that were sent to the hosts, and received from them.
 lab_bytes <- function(hosts) {
   read <- function(i, name) {
     as.numeric(readLines(file.path("/sys/class/net", lab_link(i), "statistics", name)))

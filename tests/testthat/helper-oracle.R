@@ -1,12 +1,10 @@
-# PSOCK is the oracle: what a verb of parallel gives with a PSOCK cluster is
-# what it must give with a rust cluster of the same size, and what our own
-# verb of the same name must give.
+# PSOCK is the oracle: with a cluster of this package, a verb of parallel, and the verb of this package with the
+# same name, must return what the verb of parallel returns with a PSOCK cluster of the same size.
 
-# The verbs are called by their plain names, as in a script.
+# Call the verbs by their plain names, as in a script.
 suppressPackageStartupMessages(library(rustcluster))
 
-# Code typed in a test file carries the file with it (srcref); sent to a
-# worker this would be most of the message.
+# Removes srcrefs: code in a test file refers to the whole file, which would be most of a message to a worker.
 strip_srcref <- function(x) {
   if (is.call(x)) {
     attributes(x) <- NULL
@@ -14,7 +12,7 @@ strip_srcref <- function(x) {
       x <- x[1:3]
     }
     for (i in seq_along(x)) {
-      # A missing argument, as in x[, 1], cannot be held in a variable.
+      # A missing argument, as in x[, 1], cannot be stored in a variable.
       if (!identical(x[[i]], quote(expr = )) && !is.null(x[[i]])) x[[i]] <- strip_srcref(x[[i]])
     }
   }
@@ -23,19 +21,19 @@ strip_srcref <- function(x) {
 
 clusters <- new.env(parent = emptyenv())
 
-# The pair of clusters of this file, started when first asked for and kept,
-# because starting PSOCK's workers is most of the time these tests take.
+# Returns the pair of clusters of this file. It is started on demand and kept, because starting PSOCK workers
+# takes most of the time of these tests.
 cluster_pair <- function(n = 4L) {
   key <- as.character(n)
   if (is.null(clusters[[key]])) {
-    # In this order, so that both see the same environment variables.
+    # In this order, both clusters see the same environment variables.
     psock <- parallel::makePSOCKcluster(n)
     rust <- tryCatch(makeRustCluster(n), error = function(e) {
       parallel::stopCluster(psock)
       stop(e)
     })
     clusters[[key]] <- list(psock = psock, rust = note_processes(rust))
-    # Of its own, because a call may leave something on its nodes.
+    # The verbs of this package get another cluster, because a call may leave state on its nodes.
     clusters[[key]]$ours <- note_processes(makeRustCluster(n))
   }
   clusters[[key]]
@@ -50,19 +48,19 @@ stop_cluster_pairs <- function() {
   invisible()
 }
 
-# The verbs that both packages have, as this one has them.
+# Returns the verbs that both packages have, as functions of this package.
 verbs_of <- function(package) {
   names <- intersect(getNamespaceExports("rustcluster"), getNamespaceExports("parallel"))
   mget(names, asNamespace(package))
 }
 
-# All that a call can give: its value and whether that is visible, or its
-# error; its warnings, messages and output.
+# Returns everything observable of a call: its value and its visibility, or its error; its warnings, messages
+# and output.
 outcome <- function(expr, cl, values = list()) {
-  # Below the global environment, as in a function of a user's script.
+  # Evaluate below the global environment, as in a function of a user's script.
   env <- list2env(c(list(cl = cl), values), parent = globalenv())
   seen <- list(warnings = list(), messages = list())
-  # From R 4.5 on, a class tells whether compiled code was run, which is up to R.
+  # From R 4.5 on, a class says whether compiled code was run, which R decides.
   condition <- function(e) {
     list(class = setdiff(class(e), c("evalError", "getvarError")), message = conditionMessage(e))
   }
@@ -88,10 +86,9 @@ describe_outcome <- function(x) {
   paste(utils::capture.output(utils::str(x, give.attr = TRUE, list.len = 20)), collapse = "\n")
 }
 
-# Evaluates the call with `cl` bound to a PSOCK and to a rust cluster, and to another of these with our
-# verbs, and compares all that it gives. Values in `...` are bound beside
-# `cl`. Returns rust's outcome, so that a test can make sure that what was
-# compared is what it meant to compare.
+# Evaluates the call with `cl` bound to a PSOCK cluster, to a cluster of this package, and to another of these
+# with the verbs of this package, and compares the outcomes. Values in `...` are bound beside `cl`. Returns the
+# outcome of this package, so that a test can check that it compared the intended case.
 expect_same_as_psock <- function(expr, ..., n = 4L) {
   expr <- strip_srcref(substitute(expr))
   values <- list(...)
@@ -110,7 +107,7 @@ expect_same_as_psock <- function(expr, ..., n = 4L) {
   invisible(got)
 }
 
-# The same, and the call must succeed: guards against two equal typos.
+# Does the same for a call that must succeed: guards against two equal typing errors.
 expect_same_value <- function(expr, ..., n = 4L) {
   call <- match.call()
   call[[1L]] <- quote(expect_same_as_psock)
@@ -122,7 +119,7 @@ expect_same_value <- function(expr, ..., n = 4L) {
   invisible(got$result$value)
 }
 
-# The same, and the call must fail.
+# Does the same for a call that must fail.
 expect_same_error <- function(expr, ..., n = 4L) {
   call <- match.call()
   call[[1L]] <- quote(expect_same_as_psock)
@@ -131,7 +128,7 @@ expect_same_error <- function(expr, ..., n = 4L) {
   invisible(got$result)
 }
 
-# The condition that the expression raises, or NULL.
+# Returns the condition that the expression raises, or NULL.
 caught <- function(expr) {
   tryCatch({
     expr
@@ -139,13 +136,13 @@ caught <- function(expr) {
   }, error = identity)
 }
 
-# An error as snapshots have it, whatever the version of testthat.
+# Prints an error as snapshots contain it, for any version of testthat.
 show_error <- function(expr) {
   error <- caught(expr)
   cat(class(error)[[1L]], ": ", conditionMessage(error), "\n", sep = "")
 }
 
-# Fails unless the condition has the package's class, and all classes above.
+# Fails unless the condition has the class of the package, and all classes above.
 expect_rust_error <- function(cnd, what) {
   expect(
     inherits(cnd, "condition"),

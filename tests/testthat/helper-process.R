@@ -1,12 +1,11 @@
-# Processes: who is alive, who descends from whom, and R scripts run as
-# children of the test session. Everything is read from /proc, because what a
-# test wants to know is what the kernel knows, not what the package believes.
+# Processes: which are alive, which descend from which, and R scripts run as children of the test session. All
+# facts are read from /proc, because a test has to see what the kernel knows, and not what the package assumes.
 
 skip_unless_proc <- function() {
   skip_if_not(dir.exists("/proc/self/task"), "needs /proc")
 }
 
-# Emulators of other processors take such a limit and keep none.
+# Emulators of other processors accept such a limit and ignore it.
 skip_unless_memory_limits <- function() {
   kept <- system2("sh", c("-c", shQuote("ulimit -d 4000000; ulimit -d")), stdout = TRUE)
   skip_if_not(identical(kept, "4000000"), "limits of memory are not kept here")
@@ -20,9 +19,8 @@ skip_unless_long <- function() {
   skip_if_not(long_tests(), "set RUSTCLUSTER_LONG_TESTS=1 to run the long tests")
 }
 
-# What is between the name's closing parenthesis and the end of
-# /proc/<pid>/stat: state, ppid, pgrp, session, ... A name may hold anything,
-# including parentheses and blanks, hence the greedy match.
+# Returns the fields after the name in /proc/<pid>/stat: state, ppid, pgrp, session, ... The name ends with a
+# parenthesis, and may itself contain parentheses and blanks: hence the greedy match.
 proc_stat <- function(pid) {
   file <- sprintf("/proc/%d/stat", as.integer(pid))
   line <- tryCatch(
@@ -45,7 +43,7 @@ proc_group <- function(pid) as.integer(proc_stat(pid)[[3L]])
 proc_session <- function(pid) as.integer(proc_stat(pid)[[4L]])
 proc_nice <- function(pid) as.integer(proc_stat(pid)[[17L]])
 
-# A zombie has ended: who has to reap it (often pid 1) is not our question.
+# A zombie has ended. Which process has to reap it (often pid 1) does not matter.
 alive <- function(pids) {
   vapply(as.integer(pids), function(pid) {
     state <- proc_state(pid)
@@ -57,8 +55,8 @@ all_pids <- function() {
   as.integer(grep("^[0-9]+$", list.files("/proc"), value = TRUE))
 }
 
-# Children, grandchildren, ... of `pid`, zombies included: a zombie child of
-# the head is a process somebody forgot to wait for.
+# Returns children, grandchildren, ... of `pid`, with zombies: a zombie child of the head is a process that the
+# package forgot to reap.
 descendants <- function(pid = Sys.getpid()) {
   pids <- all_pids()
   parents <- vapply(pids, function(p) {
@@ -76,7 +74,7 @@ descendants <- function(pid = Sys.getpid()) {
   }
 }
 
-# The lines of smaps_rollup that match, as "^Pss:", in MB, for each of these processes.
+# Returns the matching lines of smaps_rollup, such as "^Pss:", in MB, for each of these processes.
 memory_of <- function(pids, pattern) {
   vapply(pids, function(pid) {
     lines <- grep(pattern, readLines(sprintf("/proc/%d/smaps_rollup", pid)), value = TRUE)
@@ -88,7 +86,7 @@ skip_unless_smaps <- function(pid) {
   skip_if_not(file.exists(sprintf("/proc/%d/smaps_rollup", pid)))
 }
 
-# By how many megabytes this process grows at the most while it evaluates something.
+# Returns the maximum growth of this process while it evaluates an expression, in MB.
 growth_here <- function(expr) {
   skip_if_not(file.exists("/proc/self/clear_refs"))
   memory <- function(what) {
@@ -109,8 +107,8 @@ growth_here <- function(expr) {
 open_fds <- function(pid = "self") length(list.files(sprintf("/proc/%s/fd", pid)))
 threads_of <- function(pid = "self") length(list.files(sprintf("/proc/%s/task", pid)))
 
-# Polls, because what is waited for happens in another process. The bound only
-# guards against waiting for ever; it is not what is being tested.
+# Polls a condition, because the event happens in another process. The time limit only guards against waiting
+# forever, and is not tested.
 wait_until <- function(cond, timeout = 30, interval = 0.02) {
   deadline <- proc.time()[[3L]] + timeout
   repeat {
@@ -124,8 +122,8 @@ wait_until <- function(cond, timeout = 30, interval = 0.02) {
   }
 }
 
-# The promise is one second. The slack is for a machine that is busy with
-# something else; RUSTCLUSTER_TEST_SLACK=0 tests the promise to the letter.
+# The documented limit is one second. The slack is for a busy machine; RUSTCLUSTER_TEST_SLACK=0 tests the
+# documented limit.
 slack <- function() as.numeric(Sys.getenv("RUSTCLUSTER_TEST_SLACK", "4"))
 
 expect_gone <- function(pids, within = 1) {
@@ -136,7 +134,7 @@ expect_gone <- function(pids, within = 1) {
     paste0(p, " (", gsub("\\s+", " ", process_command(p)), ")")
   }, "")
   expect(gone, paste("still there:", paste(what, collapse = ", ")))
-  # Whatever was left would disturb the tests that follow.
+  # Leftovers would disturb the tests that follow.
   for (p in left) tools::pskill(p, tools::SIGKILL)
   invisible(gone)
 }
@@ -157,7 +155,7 @@ process_command <- function(pid, what = "cmdline") {
   rawToChar(bytes)
 }
 
-# The package's function of this name is another one, until the calling frame ends.
+# Replaces the package's function of this name until the calling frame ends.
 local_function <- function(name, fun, .frame = parent.frame()) {
   namespace <- asNamespace("rustcluster")
   put <- function(fun) {
@@ -179,8 +177,8 @@ watch_processes <- function() {
   leftovers$pids <- integer()
 }
 
-# Notes the processes of a cluster. A worker that replaces another is not
-# known here, but it is a descendant of the head while that lives.
+# Records the processes of a cluster. A replacement is unknown here, but is a descendant of the head while it
+# lives.
 note_processes <- function(cl) {
   leftovers$pids <- unique(c(
     leftovers$pids,
@@ -210,8 +208,8 @@ expect_no_leftovers <- function() {
 
 # ---- clusters that end with the test -----------------------------------------
 
-# A rust cluster, stopped when the calling test (or function) ends: on.exit()
-# of that frame, so that no package is needed for it.
+# Returns a cluster of this package that is stopped when the calling test (or function) ends: by on.exit() of
+# that frame, so that no package is needed.
 local_cluster <- function(..., .frame = parent.frame()) {
   cl <- note_processes(makeRustCluster(...))
   do.call(
@@ -237,10 +235,9 @@ stop_quietly <- function(cl) {
 #   say(...)  appends a line to a file that child_lines() reads,
 # and `dir` is a folder shared with the test. `values` are put before the code.
 #
-# The child is started through a shell that outlives it and writes down its
-# exit status: R has no way to start a process in the background and to ask
-# for its status later. What a shell starts so ignores SIGINT, and from 4.6 on R
-# leaves it at that: hence env.
+# A shell starts the child, outlives it and writes its exit status: R cannot start a process in the background
+# and ask for its status later. The shell makes the child ignore SIGINT, and R keeps that from 4.6 on: hence
+# env.
 start_child <- function(code, values = list(), prefix = "exec env --default-signal=INT",
                         env = character(), args = character(),
                         attach = TRUE, prelude = "", public = FALSE,
@@ -280,7 +277,7 @@ start_child <- function(code, values = list(), prefix = "exec env --default-sign
     ),
     sprintf("echo $! >%s", shQuote(file.path(dir, "pid"))),
     "wait $!",
-    # Renamed into place, so that whoever sees it sees all of it.
+    # Rename the file, so that a reader sees all of it or nothing.
     sprintf("echo $? >%s", shQuote(file.path(dir, "status.new"))),
     sprintf("mv %s %s", shQuote(file.path(dir, "status.new")), shQuote(file.path(dir, "status")))
   )
@@ -310,7 +307,8 @@ child_read <- function(child, what) {
   if (file.exists(file)) readLines(file, warn = FALSE) else character()
 }
 
-# The lines said so far; a value said as `say("name", ...)` is found by name.
+# Returns the lines that the child has written by say(). A value written by `say("name", ...)` is found by its
+# name.
 child_lines <- function(child) child_read(child, "said")
 
 child_said <- function(child, name) {
@@ -335,8 +333,8 @@ child_report <- function(child) {
   ), collapse = "\n")
 }
 
-# Waits until the child has said `name`. When it does not, the test fails with
-# all that the child has said, instead of waiting for ever.
+# Waits until the child has written `name`. Otherwise the test fails with all lines of the child, instead of
+# waiting forever.
 child_wait_for <- function(child, name, timeout = 60) {
   said <- wait_until(
     function() !is.null(child_said(child, name)) || !is.na(child_status(child)),
@@ -363,8 +361,8 @@ expect_child_ends_well <- function(child, timeout = 60) {
 
 # ---- interrupts ---------------------------------------------------------------
 
-# Sends SIGINT to this process after a while, from outside. While system() waits for the shell to start
-# that, it ignores the signal, which would be lost.
+# Sends SIGINT to this process from outside, after some time. While system() waits for the shell to start that,
+# this process ignores the signal, which would be lost.
 interrupt_after <- function(seconds) {
   pid <- Sys.getpid()
   ignored <- sprintf("grep -q '^SigIgn:.*[2367abef]$' /proc/%d/status 2>/dev/null", pid)
@@ -379,7 +377,7 @@ interrupted <- function(expr, after) {
   got <- tryCatch(
     {
       expr
-      # It may have ended just before.
+      # The call may have ended before the interrupt.
       Sys.sleep(10)
       "not interrupted"
     },
@@ -389,21 +387,21 @@ interrupted <- function(expr, after) {
   proc.time()[[3L]] - began - after
 }
 
-# In the global environment, so that the functions of a test do not take it along.
+# In the global environment, so that functions of a test are not sent with the variable.
 local_big <- function(n, .frame = parent.frame()) {
   assign("big", numeric(n), globalenv())
   do.call("on.exit", list(quote(rm("big", envir = globalenv())), add = TRUE), envir = .frame)
 }
 
-# Does it again and again, until the interrupt that is sent after a while is felt. FALSE if it is not,
-# however long that is waited for.
+# Repeats an expression until the interrupt that is sent after some time is raised. Returns FALSE if it is not
+# raised in a long time.
 until_interrupted <- function(expr, after) {
   code <- substitute(expr)
   env <- parent.frame()
   deadline <- proc.time()[[3L]] + 20
   tryCatch(
     {
-      # In here, as it may be felt at once.
+      # The interrupt may be raised at once, and must be handled here.
       interrupt_after(after)
       while (proc.time()[[3L]] < deadline) eval(code, env)
       FALSE
@@ -412,12 +410,16 @@ until_interrupted <- function(expr, after) {
   )
 }
 
-# C code, compiled and loaded here; returns its file. `stop_button`: sets what R looks for after so many
-# microseconds, as a front end's button does, from another thread and without a signal. `deaf`: heeds
-# nothing. `bump`: adds 1 to a number in place, whoever else refers to it. `mark`: sets an attribute in
-# place. `scribble`: writes what is no message into all sockets of this process; `hang_up`: closes all its
-# files but the first three. `serialized_by`: a number that calls a function whenever it is serialized, and
-# is the value of that when it has been read, by whoever has loaded this code.
+# C code that is compiled and loaded here; returns its file.
+# `stop_button`: after so many microseconds, sets the flag that R checks, as the stop button of a front end
+# does, from another thread and without a signal.
+# `deaf`: does not respond to interrupts.
+# `bump`: adds 1 to a number in place, whatever else refers to it.
+# `mark`: sets an attribute in place.
+# `scribble`: writes invalid messages into all sockets of this process.
+# `hang_up`: closes all files except the first three.
+# `serialized_by`: a number that calls a function whenever it is serialized. Its value after reading is the
+# value of the function, if the reader has loaded this code.
 compiled <- function(.frame = parent.frame()) {
   skip_on_cran()
   dir <- tempfile("c-")
@@ -493,10 +495,10 @@ compiled <- function(.frame = parent.frame()) {
 
 # ---- faults --------------------------------------------------------------------
 
-# Functions of the global environment, as a script's are: those of a test would take its frame along.
+# Functions in the global environment, as those of a script: functions of a test would be sent with its frame.
 global <- function(expr) eval(strip_srcref(substitute(expr)), globalenv())
 
-# Files each of which ends one process: that which removes it.
+# Makes files, each of which ends one process: the one that removes it.
 trap <- function(n = 1) {
   files <- tempfile(rep("trap-", n))
   file.create(files)
@@ -512,7 +514,7 @@ spring <- global(function(trap) {
   }
 })
 
-# The value of the call and the losses it warned of. Other warnings pass.
+# Returns the value of the call and the worker failures of which it warned. Other warnings pass.
 with_losses <- function(expr) {
   losses <- list()
   value <- withCallingHandlers(expr, rustcluster_worker_lost = function(w) {
@@ -523,7 +525,7 @@ with_losses <- function(expr) {
   list(value = value, losses = losses)
 }
 
-# Ends its worker, whichever that is.
+# Ends the worker that calls it.
 poison <- global(function(i, bad) {
   if (i %in% bad) {
     message("task ", i, ": 100%s")

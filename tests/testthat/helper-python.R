@@ -1,4 +1,4 @@
-# Scripts of Python's, for programs that only Python drives.
+# Python scripts, for programs that can only be driven from Python.
 
 python <- "/usr/bin/python3"
 
@@ -9,7 +9,7 @@ skip_unless_python <- function(library) {
   skip_if_not(has == 0L, paste("Python has no", library))
 }
 
-# Returns the script's output and status. What it has started in its process group ends with it at the latest
+# Returns the output and the status of the script. All processes of its process group end with it, at the latest
 # after five minutes.
 run_python <- function(lines, env = character()) {
   script <- tempfile(fileext = ".py")

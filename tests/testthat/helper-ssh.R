@@ -1,5 +1,5 @@
-# A real sshd of this test's own, on a free port, with keys of its own. Its hosts are addresses of
-# the loopback: 127.0.0.2 to 127.0.0.9 count as other machines.
+# An sshd of this test, on a free port, with keys of its own. Its hosts are addresses of the loopback: 127.0.0.2
+# to 127.0.0.9 count as other machines.
 
 sshd_path <- function() {
   found <- Sys.which("sshd")
@@ -55,7 +55,7 @@ local_sshd <- function(.frame = parent.frame()) {
   list(rshcmd = c("ssh", "-F", path("ssh_config")), dir = dir, pid = pid)
 }
 
-# A cluster over that sshd, whose hosts find the package where this session has it.
+# Returns a cluster over that sshd, whose hosts find the package in the library of this session.
 over_ssh <- function(ssh, spec, ..., .frame = parent.frame()) {
   local_cluster(spec, rshcmd = ssh$rshcmd, rlibs = .libPaths(), ..., .frame = .frame)
 }

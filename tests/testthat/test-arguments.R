@@ -247,7 +247,7 @@ test_that("old names have the effect of the new ones", {
   skip_on_cran()
   settings <- function(cl) {
     handle <- cl[[1L]][["handle"]]
-    list(method = handle$agents[[1L]]$start_method, limit = handle$stateLimit)
+    list(method = handle$agents[[1L]]$start_method, limit = handle$setupLogLimits)
   }
   suppressWarnings({
     cl <- local_cluster(2, start = "spawn", keep_limit = 5e6, patience = 10, onFailure = "warn")

@@ -347,7 +347,7 @@ test_that("a full temporary directory is reported as such", {
 })
 
 test_that("only failures of ssh itself are reported as failures of ssh", {
-  ours <- list(host = "h1", here = FALSE)
+  ours <- list(host = "h1", local = FALSE)
   problem <- function(stderr, status, up = FALSE, reason = "the agent's process exited") {
     rustcluster:::hostProblem(ours, reason, stderr, "", status, up)
   }

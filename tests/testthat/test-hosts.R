@@ -49,7 +49,7 @@ test_that("entries with different users or settings have separate agents", {
 })
 
 test_that("names and addresses of this machine need no ssh", {
-  here <- function(...) rustcluster:::specHosts(list(list(ncore = 1, ...)))$hosts[[1]]$here
+  here <- function(...) rustcluster:::specHosts(list(list(ncore = 1, ...)))$hosts[[1]]$local
   expect_true(here(host = "localhost"))
   expect_true(here(host = "127.0.0.1"))
   expect_true(here(host = "::1"))
@@ -78,7 +78,7 @@ test_that("a host may be written with its user and port in any argument", {
     for (spec in list(text, numbers, list(text), list(list(host = text)), list(list(host = text, ncore = 2)))) {
       host <- rustcluster:::specHosts(spec)$hosts[[1]]
       expect_identical(host[names(host) %in% c("host", "user", "port")][names(want[[text]])], want[[text]])
-      expect_identical(setdiff(names(host), c(names(want[[text]]), "here")), character())
+      expect_identical(setdiff(names(host), c(names(want[[text]]), "local")), character())
     }
     # What it is written as is understood again.
     written <- rustcluster:::writtenHost(want[[text]])

@@ -2,7 +2,7 @@ watch_processes()
 
 # Hosts as installOnHosts() hands them to sendSource().
 hosts_of <- function(ssh, hosts, ...) {
-  lapply(hosts, function(host) list(host = host, rshcmd = ssh$rshcmd, here = FALSE, ...))
+  lapply(hosts, function(host) list(host = host, rshcmd = ssh$rshcmd, local = FALSE, ...))
 }
 
 # The package's source with one file edited.

@@ -446,6 +446,26 @@ test_that("futures run on nodes of several clusters, or are refused", {
   expect_identical(error$argument, "workers")
 })
 
+test_that("tasks of others on nodes that a verb does not use keep their answers", {
+  a <- local_cluster(2)
+  b <- local_cluster(2)
+  hand <- function(cl) for (node in cl) parallel:::sendCall(node, identity, list("by hand"), tag = 1)
+  answers <- function(cl) lapply(cl, function(node) parallel:::recvData(node)$value)
+  twice <- eval(quote(function(i) i * 2), globalenv())
+  verbs <- list(
+    function(cl) clusterLapply(cl, 1:2, twice), function(cl) clusterApplyLB(cl, 1:2, twice),
+    function(cl) parLapplyLB(cl, 1:2, twice, chunk.size = 1), function(cl) parallel::clusterApplyLB(cl, 1:2, twice),
+    function(cl) clusterMap(cl, twice, 1:2, .scheduling = "dynamic")
+  )
+  for (verb in verbs) for (used in list(a, b)) {
+    other <- if (identical(used, a)) b else a
+    hand(other)
+    Sys.sleep(0.05)
+    expect_identical(verb(c(used, other)), list(2, 4))
+    expect_identical(answers(other), list("by hand", "by hand"))
+  }
+})
+
 test_that("no process is left", {
   for (name in c("a", "b", "psock", "oracle")) if (!is.null(several[[name]])) stop_quietly(several[[name]])
   expect_no_leftovers()

@@ -7,9 +7,9 @@ watch_processes()
 local_log <- function(directives, dir = tempfile("log"), .frame = parent.frame()) {
   before <- Sys.getenv(c("RUSTCLUSTER_LOG", "RUSTCLUSTER_LOG_DIR"))
   Sys.setenv(RUSTCLUSTER_LOG = directives, RUSTCLUSTER_LOG_DIR = dir)
-  # An empty variable is none.
+  # An empty variable is none. The last call of a test is undone first.
   restore <- bquote(do.call(Sys.setenv, .(as.list(before))))
-  do.call("on.exit", list(restore, add = TRUE, after = TRUE), envir = .frame)
+  do.call("on.exit", list(restore, add = TRUE, after = FALSE), envir = .frame)
   dir
 }
 

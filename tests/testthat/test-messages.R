@@ -38,11 +38,11 @@ test_that("errors about arguments", {
 
 test_that("what to do about a host that failed", {
   problem <- function(stderr = "", status = NA, reason = "the agent's process ended", ..., stdout = "") {
-    host <- list(host = "h1", user = "u", here = FALSE, ...)
+    host <- list(host = "h1", user = "u", local = FALSE, ...)
     cat(rustcluster:::hostProblem(host, reason, stderr, stdout, status), "\n\n", sep = "")
   }
   here <- function(...) {
-    cat(rustcluster:::hostProblem(list(host = "localhost", here = TRUE), ...), "\n\n", sep = "")
+    cat(rustcluster:::hostProblem(list(host = "localhost", local = TRUE), ...), "\n\n", sep = "")
   }
   expect_snapshot({
     problem("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @", 255L)

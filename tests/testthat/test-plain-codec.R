@@ -164,6 +164,44 @@ test_that("an answer has the same fields as in parallel", {
   expect_lt(answer$time[["elapsed"]], 30)
 })
 
+test_that("messages and answers of any size reach another machine and return", {
+  ssh <- local_sshd()
+  far <- over_ssh(ssh, c("127.0.0.2" = 2))
+  both <- c(far, cl)
+  same <- eval(parse(text = "function(x) x", keep.source = FALSE), globalenv())
+  sizes <- c(1, 500, 1000 * c(1:8, 12, 16, 24, 31, 32, 33, 40, 64, 65, 200))
+  values <- list(
+    text = function(n) paste(sample(letters, n, TRUE), collapse = ""), texts = function(n) sample(letters, n / 8 + 1, TRUE),
+    double = function(n) runif(n / 8 + 1), integer = function(n) sample.int(1e6, n / 4 + 1),
+    raw = function(n) as.raw(sample.int(255, n, TRUE)), list = function(n) as.list(runif(n / 40 + 1))
+  )
+  for (kind in names(values)) for (n in sizes) {
+    # Each value is new: the host has a cache of what it was sent before.
+    info <- paste(kind, n)
+    x <- values[[kind]](n)
+    expect_identical(clusterCall(far[1], same, x), list(x), info = info)
+    x <- values[[kind]](n)
+    expect_identical(clusterCall(far, same, x), list(x, x), info = info)
+    x <- values[[kind]](n)
+    parallel:::sendCall(far[[1]], same, list(x), tag = 7L)
+    expect_identical(parallel:::recvData(far[[1]])[c("value", "tag")], list(value = x, tag = 7L), info = info)
+  }
+  for (n in c(2000, 8000, 31000)) {
+    fresh <- function() list(values$text(n), 2, values$text(n))
+    x <- fresh()
+    expect_identical(clusterLapplyAsync(far, x, same)$value(), x, info = n)
+    x <- fresh()
+    expect_identical(parLapply(both, x, same), x, info = n)
+    x <- fresh()
+    expect_identical(clusterLapply(both, x, same), x, info = n)
+    x <- fresh()
+    expect_identical(clusterApply(far[c(1, 1)], x, same), x, info = n)
+    x <- values$text(n)
+    expect_identical(clusterSubmit(far, nchar(x), x = x)$value(), nchar(x), info = n)
+  }
+  note_processes(far)
+})
+
 test_that("no process is left", {
   stopCluster(cl)
   expect_no_leftovers()

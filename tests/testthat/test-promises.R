@@ -83,8 +83,8 @@ test_that("the session does not poll for promises", {
   cl <- local_cluster(1)
   seen <- new.env()
   looks <- 0L
-  looking <- rustcluster:::lookAtCalls
-  local_function("lookAtCalls", function(handle) {
+  looking <- rustcluster:::checkCalls
+  local_function("checkCalls", function(handle) {
     looks <<- looks + 1L
     looking(handle)
   })

@@ -549,6 +549,47 @@ test_that("a call is printed in one line", {
   expect_equal(shown(clusterSubmit(cl, sum(1, 2))), "sum(1, 2)")
 })
 
+test_that("a call that the session waits for passes results and retries of other tasks", {
+  cl <- local_cluster(2, buffer_limit = 2^20)
+  # Each is larger than the limit, and nobody reads it yet.
+  for (node in cl) parallel:::sendCall(node, numeric, list(1e6))
+  running <- function() any(clusterStatus(cl)$state == "running")
+  wait_until(function() !running(), timeout = 20)
+  expect_identical(clusterSubmit(cl, 6 * 7)$value(), 42)
+  expect_identical(clusterSubmit(cl[1], 6 * 7)$value(), 42)
+  for (node in cl) expect_identical(parallel:::recvData(node)$value, numeric(1e6))
+  got <- clusterLapply(cl, 1:6, function(i) numeric(1e6), .onResult = function(i, value) {
+    expect_identical(clusterSubmit(cl, i)$value(), i)
+  })
+  expect_identical(got, rep(list(numeric(1e6)), 6))
+  # The session decides on the retry of a lost task when it waits for that task.
+  single <- local_cluster(1, retries = 1)
+  parallel:::sendCall(single[[1]], poison, list(1, 1))
+  expect_identical(clusterSubmit(single, 6 * 7)$value(), 42)
+  got <- with_losses(parallel:::recvData(single[[1]]))
+  expect_s3_class(got$value$value, "rustcluster_failure")
+  seen <- NULL
+  marks <- tempfile()
+  once <- eval(quote(function(i, marks) {
+    if (i == 1 && !file.exists(marks)) {
+      file.create(marks)
+      tools::pskill(Sys.getpid(), 9)
+      Sys.sleep(60)
+    }
+    i
+  }), globalenv())
+  got <- withCallingHandlers(
+    clusterApply(single, 1:3, once, marks),
+    rustcluster_worker_lost = function(w) {
+      seen <<- clusterSubmit(single, 6 * 7)$value()
+      invokeRestart("muffleWarning")
+    }
+  )
+  unlink(marks)
+  expect_identical(got, list(1L, 2L, 3L))
+  expect_identical(seen, 42)
+})
+
 test_that("no process is left", {
   expect_no_leftovers()
 })

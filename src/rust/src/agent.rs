@@ -1,4 +1,4 @@
-//! The agent's functions. One agent a process.
+//! Functions of the agent, for R. A process is at most one agent.
 
 use crate::r::failure::Failure;
 use crate::worker::serve;
@@ -27,12 +27,12 @@ fn failed(error: &io::Error) -> Robj {
         .into()
 }
 
-/// The variable by which an agent that starts anew knows what it was.
+/// The environment variable by which a restarted agent gets the state of its predecessor.
 const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 
-/// Takes over stdin and stdout and learns from the head what to start: a list of the packages to
-/// attach, of those that are left to the workers, and whether workers will be forked. `tempdir`: that of
-/// this process.
+/// Takes over stdin and stdout, and receives from the head what to start. Returns a list of the packages to
+/// attach, of the packages that are left to the workers, and of whether workers are forked. `tempdir`: the
+/// temporary directory of this process.
 /// @noRd
 #[extendr]
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
@@ -56,7 +56,8 @@ fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) ->
     }
 }
 
-/// What a process was begun with, which its next program begins with, too.
+/// The environment variables and the working directory with which a process was started, and with which its
+/// next program starts, too.
 struct Origin {
     variables: Vec<(OsString, OsString)>,
     directory: Option<PathBuf>,
@@ -77,26 +78,26 @@ thread_local! {
     static ORIGIN: RefCell<Option<Origin>> = const { RefCell::new(None) };
 }
 
-/// A program, and what its stdin and stdout are.
-struct NextTask {
+/// The next program of this process, and its stdin and stdout.
+struct NextProgram {
     command: Command,
     stdin: File,
     stdout: File,
-    /// Removes the temporary directory if R is killed before it has ended. Its pipe is closed then, or by the
-    /// next program.
+    /// Removes the temporary directory if R is killed before it has ended. The pipe of the guard is closed by
+    /// that end, or by the next program.
     _guard: Guard,
 }
 
-/// What the process becomes at its end, if anything.
-static NEXT: Mutex<Option<NextTask>> = Mutex::new(None);
+/// The program that this process executes when it ends, if any.
+static NEXT: Mutex<Option<NextProgram>> = Mutex::new(None);
 
-/// Called by `exit()`, when R is done.
+/// Executes the next program. `exit()` calls this function when R has ended.
 extern "C" fn become_next() {
     let Some(mut next) = NEXT.lock().ok().and_then(|mut next| next.take()) else {
         return;
     };
     fd::flush_stdio();
-    // Nothing that packages have opened belongs to the next program.
+    // Close all files of packages: the next program must not inherit them.
     fd::close_others_on_exec();
     let stdin = fd::redirect(next.stdin.as_raw_fd(), 0);
     let streams = stdin.and_then(|()| fd::redirect(next.stdout.as_raw_fd(), 1));
@@ -104,8 +105,8 @@ extern "C" fn become_next() {
     eprintln!("the agent could not start anew: {error}");
 }
 
-/// At its end, which is to follow, this process begins again with `command`, and goes on with the same
-/// head. The packages `after` are left to the workers then.
+/// Makes this process execute `command` when it ends. The caller then ends R. The new program continues with
+/// the same head, and leaves the packages `after` to the workers.
 /// @noRd
 #[extendr]
 fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
@@ -124,14 +125,14 @@ fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
         if let Some(directory) = origin.directory {
             command.current_dir(directory);
         }
-        let next = NextTask {
+        let next = NextProgram {
             command,
             stdin,
             stdout,
             _guard: guard,
         };
         *NEXT.lock().map_err(|_| missing())? = Some(next);
-        // SAFETY: the function is there as long as the process, and does not unwind.
+        // SAFETY: the function exists as long as the process, and does not unwind.
         if unsafe { libc::atexit(become_next) } != 0 {
             return Err(io::Error::other("no room for another function at exit"));
         }
@@ -143,7 +144,7 @@ fn agent_restart(command: Vec<String>, after: Vec<String>) -> Robj {
     }
 }
 
-/// Workers will be R sessions of their own: this one cannot be forked.
+/// Makes the agent start workers as separate R sessions, because this process must not be forked.
 /// @noRd
 #[extendr]
 fn agent_spawn() {
@@ -154,8 +155,8 @@ fn agent_spawn() {
     });
 }
 
-/// Whether the code in a shared object can read what makes processes differ. `FALSE` if that cannot be
-/// told.
+/// Returns whether the code in a shared object can read values that differ between processes. Returns `FALSE`
+/// if that is unknown.
 /// @noRd
 #[extendr]
 fn code_reads_sources(path: &str) -> bool {
@@ -163,7 +164,7 @@ fn code_reads_sources(path: &str) -> bool {
     bytes.and_then(|bytes| elf::reads_sources(&bytes)) == Some(true)
 }
 
-/// Tells the head that nothing can be started, and why.
+/// Reports to the head that nothing can be started, and the reason.
 /// @noRd
 #[extendr]
 fn agent_fail(reason: &str) -> Robj {
@@ -176,10 +177,11 @@ fn agent_fail(reason: &str) -> Robj {
     }
 }
 
-/// What a worker must be able to allocate beyond what it begins with.
+/// Bytes that a worker must be able to allocate beyond what it has at its start.
 const SPARE_MEMORY: u64 = 16 << 20;
 
-/// Why workers cannot begin under their memory limit: forks have what this process has.
+/// Returns an error message if the memory limit is too low for workers: forks start with the memory of this
+/// process.
 fn too_low(start: &Start) -> Option<String> {
     let counted = limits::memory_counted().filter(|_| start.mode == StartMode::Fork)?;
     let limit = start.memory_limit;
@@ -193,8 +195,8 @@ fn too_low(start: &Start) -> Option<String> {
     })
 }
 
-/// Makes the workers and serves them. Returns `TRUE` in a forked worker, `FALSE` when the cluster
-/// is over.
+/// Starts the workers and serves them. Returns `TRUE` in a forked worker, and `FALSE` in the agent when the
+/// cluster has ended.
 /// @noRd
 #[extendr]
 fn agent_run() -> Robj {
@@ -209,8 +211,8 @@ fn agent_run() -> Robj {
         };
     }
     let served = greeted.agent().and_then(|mut agent| agent.run());
-    // The agent's value has been dropped here, in a fork too, and with it all descriptors that
-    // are not the worker's own.
+    // The agent's value has been dropped here, in a fork, too, and with it all descriptors that do not belong
+    // to the worker.
     match served {
         Ok(Role::Done) => false.into(),
         Ok(Role::Worker(channel)) => match serve::adopt(*channel, limit) {

@@ -1,8 +1,9 @@
-//! R's view of rustcluster-core: thin shells that convert, call and hand errors back as values.
+//! The functions of rustcluster-core for R: thin wrappers that convert arguments, call the core, and return
+//! errors as values.
 //!
-//! Every function here runs on R's thread. No R function that can jump is called outside of
-//! [`r::unwind`]. A value that is not what was asked for tells R what happened (see R/boundary.R):
-//! `NULL`, not yet; a character vector, a failure; a pairlist, a jump of R's to be taken up.
+//! Every function here runs on R's thread. R functions that can jump are called only under [`r::unwind`]. A
+//! value of an unexpected type tells R what happened (see R/boundary.R): `NULL` means not yet, a list of class
+//! `rustcluster_rust_failure` is a failure, and a pairlist is a jump of R that R has to continue.
 
 #![allow(missing_docs, reason = "nothing is public but what extendr generates")]
 #![allow(
@@ -22,15 +23,16 @@ use extendr_api::prelude::*;
 static ALLOCATOR: rustcluster_core::platform::reserve::Reserving =
     rustcluster_core::platform::reserve::Reserving;
 
-/// Cores that this process may use: affinity, cgroups and schedulers' variables considered.
+/// Returns the number of cores that this process may use, by affinity, cgroups and the variables of batch
+/// schedulers.
 /// @noRd
 #[extendr]
 fn usable_cores() -> i32 {
     i32::try_from(rustcluster_core::platform::cores::usable_cores()).unwrap_or(i32::MAX)
 }
 
-/// Whether it is the address of an interface of this machine. Of the loopback's only the usual one
-/// counts: others may be forwarded to other machines.
+/// Returns whether an address belongs to an interface of this machine. Of the loopback addresses only the usual
+/// one counts, because others may be forwarded to other machines.
 /// @noRd
 #[extendr]
 fn is_own_address(text: &str) -> bool {

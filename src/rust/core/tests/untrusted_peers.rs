@@ -23,7 +23,7 @@ use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::platform::memfd;
 use rustcluster_core::platform::signals;
 use rustcluster_core::protocol::control::{
-    self, Hello, Outfile, Start, StartMode, ToAgent, ToHead, WorkerReady,
+    self, Hello, Outfile, Start, StartMode, ToAgent, ToHead, WorkerConfig, WorkerReady,
 };
 use rustcluster_core::protocol::frame::{
     ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, MAX_BODY,
@@ -1027,10 +1027,18 @@ fn a_worker_that_loses_its_mind_over_a_task_costs_that_task_and_no_host() {
         let path = scratch.file(&format!("worker{at}"), bytes);
         let mut wanted = start(2);
         wanted.mode = StartMode::Spawn;
-        // The configuration, of 28 bytes, and the beginning of a task are read before.
-        let script = "cat \"$1\" >&0; head -c 40 >/dev/null; cat \"$2\" >&0; exec sleep 1000";
+        // The configuration and the beginning of a task are read before.
+        let config = WorkerConfig {
+            packages: wanted.packages.clone(),
+            memory_limit: wanted.memory_limit,
+            shared_answers: true,
+            rank: 0,
+        };
+        let read = control(&config).len() + 12;
+        let script =
+            format!("cat \"$1\" >&0; head -c {read} >/dev/null; cat \"$2\" >&0; exec sleep 1000");
         let [ready, path] = [&ready, &path].map(|path| path.to_string_lossy().into_owned());
-        let command = ["sh", "-c", script, "sh", &ready, &path].map(str::to_owned);
+        let command = ["sh", "-c", &script, "sh", &ready, &path].map(str::to_owned);
         wanted.spawn_command = command.into();
         let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
         greeted(&hub);

@@ -1,8 +1,8 @@
-//! Batches: tasks of a job that cross together, and their answers. What they have in common, a function
-//! and arguments, is the blob with which their message begins, a list of the two.
+//! Batches: tasks of a job that are sent together, and their answers. The message of a batch starts with a
+//! blob, the list of the function and of the arguments that the tasks have in common.
 //!
-//! A value is either plain (see [`crate::codec::plain`]) or in R's serialization, whichever its first byte
-//! says. All numbers are in the byte order of this machine.
+//! The first byte of a value says whether it is plain (see [`crate::codec::plain`]) or in R's serialization.
+//! All numbers are in the byte order of this machine.
 
 use super::stream::{self, Format, Sink, Source};
 use super::{mapped, plain};
@@ -14,39 +14,39 @@ use rustcluster_core::protocol::body::Body;
 use std::ffi::{c_char, c_int};
 use std::time::Duration;
 
-/// What a message of this form begins with: see [`crate::codec::plain`] for others.
+/// The first byte of a message of this form: see [`crate::codec::plain`] for others.
 pub const BATCH: u8 = 3;
 pub const BATCH_ANSWER: u8 = 4;
 
 /// The elements are lists of arguments.
 pub const SPREAD: u8 = 1;
-/// Each element comes with a state of the random number generator.
+/// A state of the random number generator precedes each element.
 pub const SEEDED: u8 = 2;
-/// The batch stands for a chunk of parallel's: its tasks share the function and the arguments that
-/// they have in common, which are read once. Otherwise each task gets objects of its own.
+/// The batch stands for a chunk of parallel: its tasks share the common function and arguments, which are read
+/// once. Without this flag, each task gets objects of its own.
 pub const CHUNK: u8 = 4;
-/// The tasks share the function, which is read once, and each gets arguments of its own, if these can be
-/// copied apart from the function.
+/// The tasks share the function, which is read once. Each task gets arguments of its own, if these can be
+/// copied without the function.
 pub const FUNCTION: u8 = 8;
 
-/// What a result begins with: its value follows, or that of an error.
+/// The first byte of a result: a value, or the value of an error, follows.
 pub const VALUE: u8 = 1;
 pub const ERROR: u8 = 2;
 
 const PLAIN: u8 = 1;
 const SERIALIZED: u8 = 2;
-/// Serialized as [`crate::codec::mapped`] has it.
+/// The value is serialized as in [`crate::codec::mapped`].
 const GAPPED: u8 = 3;
 
-/// Integers of a state of L'Ecuyer's generator, with its kind.
+/// The number of integers in a state of L'Ecuyer's generator, including its kind.
 pub const SEED: usize = 7;
 
-/// The beginning of a batch: the elements follow, each after its seed.
+/// The head of a batch. The elements follow, each after its seed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Head {
     pub flags: u8,
     pub count: u32,
-    /// After so many microseconds those that have not been begun are not to be. 0: never.
+    /// Microseconds after which no more tasks of the batch are started; 0 for no limit.
     pub max_micros: u32,
 }
 
@@ -59,20 +59,21 @@ impl Head {
         out.extend_from_slice(&self.max_micros.to_ne_bytes());
     }
 
-    /// Until when tasks may be begun, by [`clock::coarse_now`], if the first is begun now; `None`: no limit.
+    /// Returns the time by [`clock::coarse_now`] until which tasks may be started, if the first one is started
+    /// now. `None`: no limit.
     pub fn until(self) -> Option<Duration> {
         let max_micros = Duration::from_micros(self.max_micros.into());
         (!max_micros.is_zero()).then(|| clock::coarse_now() + max_micros)
     }
 
-    /// Puts another count into a message that begins with this.
+    /// Replaces the count in a message that starts with a head.
     pub fn count(message: &mut [u8], count: u32) {
         if let Some(at) = message.get_mut(2..6) {
             at.copy_from_slice(&count.to_ne_bytes());
         }
     }
 
-    /// Takes it off the front of a message, if that is a batch.
+    /// Takes the head off the front of a message, if the message is a batch.
     pub fn read(body: &mut Body) -> Option<Head> {
         let mut bytes = [0; HEAD];
         if body.chunks.front()?.first() != Some(&BATCH) || !body.fill(&mut bytes) {
@@ -88,19 +89,20 @@ impl Head {
     }
 }
 
-/// Bytes of what an answer of a batch begins with.
+/// The size of the head of an answer, in bytes.
 pub const ANSWER_HEAD: usize = 29;
 
-/// The beginning of a batch's answer: the results follow.
+/// The head of the answer to a batch. The results follow.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AnswerHead {
-    /// Seconds that the worker was at it.
+    /// The duration of the batch in seconds.
     pub seconds: f64,
-    /// Seconds of it for which it had a core, if it has not waited for anything in between.
+    /// The seconds of that time for which the worker had a core, if it has not waited for anything in between.
     pub computed: Option<f64>,
-    /// Seconds before that in which the worker read what the tasks share: see [`CHUNK`].
+    /// The seconds, not part of the duration, in which the worker read the objects that the tasks share: see
+    /// [`CHUNK`].
     pub reading: f64,
-    /// Of how many of its tasks, counted from the first.
+    /// The number of answered tasks, from the first task of the batch.
     pub count: u32,
 }
 
@@ -113,7 +115,7 @@ impl AnswerHead {
         out.extend_from_slice(&self.count.to_ne_bytes());
     }
 
-    /// Takes it off the front of an answer, if that is one of a batch.
+    /// Takes the head off the front of an answer, if the answer is that of a batch.
     pub fn read(body: &mut Body) -> Option<AnswerHead> {
         let mut bytes = [0; ANSWER_HEAD];
         if body.chunks.front()?.first() != Some(&BATCH_ANSWER) || !body.fill(&mut bytes) {
@@ -122,7 +124,7 @@ impl AnswerHead {
         AnswerHead::of(&bytes)
     }
 
-    /// What an answer of a batch begins with.
+    /// Parses the head of an answer, if the answer is that of a batch.
     fn of(bytes: &[u8]) -> Option<AnswerHead> {
         let (&kind, rest) = bytes.split_first()?;
         let (seconds, rest) = rest.split_first_chunk().filter(|_| kind == BATCH_ANSWER)?;
@@ -138,8 +140,8 @@ impl AnswerHead {
     }
 }
 
-/// What an answer says of how long it took, by its first bytes. One in R's serialization says it at its
-/// end.
+/// Returns the duration that the first bytes of an answer contain. An answer in R's serialization contains it
+/// at its end, and has none here.
 pub fn measure(bytes: &[u8]) -> Option<Measured> {
     let batch = AnswerHead::of(bytes).map(|head| Measured {
         seconds: head.seconds,
@@ -149,20 +151,20 @@ pub fn measure(bytes: &[u8]) -> Option<Measured> {
     batch.or_else(alone)
 }
 
-/// Whether an answer has the result of one task, in the form of [`plain`].
+/// Returns whether an answer has the result of one task, in the form of [`plain`].
 pub fn is_plain_result(bytes: &[u8]) -> bool {
     AnswerHead::of(bytes).is_some_and(|head| head.count == 1)
         && bytes.get(ANSWER_HEAD + 1) == Some(&PLAIN)
 }
 
-/// Appends a value to `out` if it is plain. Returns whether it is.
+/// Appends a value to `out` if it is plain. Returns whether it is plain.
 ///
 /// # Safety
-/// On R's thread, with a live value. R does not jump.
+/// Must be called on R's thread, with a live value. R does not jump.
 pub unsafe fn append_plain(value: SEXP, out: &mut Vec<u8>) -> bool {
     let before = out.len();
     out.extend_from_slice(&[PLAIN, 0, 0, 0, 0]);
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     if !unsafe { plain::append_value(value, out) } {
         out.truncate(before);
         return false;
@@ -172,8 +174,7 @@ pub unsafe fn append_plain(value: SEXP, out: &mut Vec<u8>) -> bool {
     true
 }
 
-/// Writes what a value that is not plain begins with; [`stream::write`] or [`stream::serialize`]
-/// follows.
+/// Writes the first byte of a value that is not plain. [`stream::write`] or [`stream::serialize`] follows.
 pub fn begin_serialized(sink: &mut dyn Sink) {
     sink.write(&[SERIALIZED]);
 }
@@ -181,42 +182,42 @@ pub fn begin_serialized(sink: &mut dyn Sink) {
 /// Writes a value that is not plain.
 ///
 /// # Safety
-/// Under [`crate::r::unwind::protect`], with a protected value: R may jump.
+/// Must be called under [`crate::r::unwind::protect`], with a protected value: R may jump.
 pub unsafe fn write_serialized(value: SEXP, sink: &mut dyn Sink) {
     begin_serialized(sink);
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { stream::write(value, Format::Native, sink) };
 }
 
-/// Writes what [`mapped::share`] gives in place of a value.
+/// Writes the object that [`mapped::share`] has returned in place of a value.
 ///
 /// # Safety
-/// As for [`write_serialized`].
+/// The same as for [`write_serialized`].
 pub unsafe fn write_gapped(instead: SEXP, sink: &mut dyn Sink) {
     sink.write(&[GAPPED]);
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { stream::write(instead, Format::Native, sink) };
 }
 
-/// Takes some bytes off the front.
+/// Takes bytes off the front of a body.
 ///
 /// # Safety
-/// Under [`crate::r::unwind::protect`]: R jumps if there are fewer.
+/// Must be called under [`crate::r::unwind::protect`]: R jumps if there are too few bytes.
 pub unsafe fn read_bytes(body: &mut Body, out: &mut [u8]) {
     const CUT_BATCH: *const c_char = c"a message that is cut short".as_ptr();
     if !body.fill(out) {
-        // SAFETY: jumps; the message has no format directive.
+        // SAFETY: this jumps; the message has no format directive.
         unsafe { Rf_error(CUT_BATCH) };
     }
 }
 
-/// A state of the random number generator.
+/// Takes a state of the random number generator off the front of a body.
 ///
 /// # Safety
-/// As for [`read_bytes`].
+/// The same as for [`read_bytes`].
 pub unsafe fn read_seed(body: &mut Body) -> [c_int; SEED] {
     let mut bytes = [0; 4 * SEED];
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { read_bytes(body, &mut bytes) };
     std::array::from_fn(|i| {
         let at = &bytes[4 * i..4 * i + 4];
@@ -224,13 +225,14 @@ pub unsafe fn read_seed(body: &mut Body) -> [c_int; SEED] {
     })
 }
 
-/// Takes a value off the front; it is not protected. `scratch`: kept by the caller.
+/// Takes a value off the front of a body. The value is not protected. `scratch`: a buffer that the caller
+/// keeps.
 ///
 /// # Safety
-/// As for [`read_bytes`]; R jumps also if it is no value.
+/// The same as for [`read_bytes`]; R also jumps if the bytes are no value.
 pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
     const DAMAGED_BATCH: *const c_char = c"a message that is damaged".as_ptr();
-    // SAFETY: the caller's. No frame here holds what is to be dropped when R jumps.
+    // SAFETY: guaranteed by the caller. No frame here owns anything that needs to be dropped when R jumps.
     unsafe {
         let mut kind = [0];
         read_bytes(body, &mut kind);

@@ -1,14 +1,14 @@
-//! Blobs and answers whose large vectors are mapped by those who read them: see csrc/mapped.c.
+//! Blobs and answers whose large vectors are mapped by their readers: see csrc/mapped.c.
 //!
-//! Such a message begins with the byte [`MAPPED`]. R's serialization of the value follows, with a gap
-//! wherever a large vector is: an ALTREP object of one of our classes stands in the stream, and the data
-//! of the vector is in the gap, from a multiple of [`ALIGNED`] on. At the end is the list of gaps, each
-//! with its beginning and its length, and the number of gaps. What else an answer holds stands before
-//! the value: see [`crate::codec::batch`]. All numbers have 8 bytes, in the byte order of this machine.
+//! A message of this form starts with the byte [`MAPPED`]. R's serialization of the value follows, with a gap
+//! for each large vector: the stream contains an ALTREP object of a class of this package instead, and the data
+//! of the vector is in the gap, from a multiple of [`ALIGNED`] on. The list of gaps is at the end, each with
+//! its start and its length, and then the number of gaps. Other parts of an answer precede the value: see
+//! [`crate::codec::batch`]. All numbers have 8 bytes, in the byte order of this machine.
 //!
-//! [`Mapper`] puts the gaps in while R serializes, so that large vectors are found wherever they are,
-//! also in environments and in attributes. It relies on how R's binary format writes a vector: its flags
-//! and its length, four bytes each, and then its data, without a copy and in pieces of 8,096 elements.
+//! [`Mapper`] inserts the gaps while R serializes. It therefore finds large vectors anywhere, also in
+//! environments and in attributes. It relies on how R's binary format writes a vector: flags and length, four
+//! bytes each, and then the data, without a copy and in pieces of 8,096 elements.
 
 use super::stream::{self, Sink, Source};
 use crate::r::unwind::{self, Jump};
@@ -25,19 +25,20 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// What a message of this form begins with: see [`crate::codec::plain`] and [`crate::codec::batch`] for others.
+/// The first byte of a message of this form: see [`crate::codec::plain`] and [`crate::codec::batch`] for
+/// others.
 const MAPPED: u8 = 5;
 
-/// What the data of a vector is aligned to; csrc/mapped.c has it, too.
+/// Alignment of the data of a vector in bytes. csrc/mapped.c has the same constant.
 const ALIGNED: u64 = 64;
 
-/// Bytes of a vector from which on it is mapped; csrc/mapped.c has it, too.
+/// Minimum size of a vector that is mapped, in bytes. csrc/mapped.c has the same constant.
 const LARGE_VECTOR: u64 = 65536;
 
-/// R writes the data of a vector in pieces of so many elements.
+/// Number of elements of the pieces in which R writes the data of a vector.
 const ELEMENTS_AT_ONCE: usize = 8096;
 
-/// Bytes of an entry in the list of gaps, and of a number.
+/// Sizes of an entry in the list of gaps, and of a number, in bytes.
 const GAP: usize = 16;
 const NUMBER: usize = 8;
 
@@ -64,7 +65,7 @@ struct MappedMessage {
 }
 
 impl MappedMessage {
-    /// Of which there is none.
+    /// Stands for no message.
     const NONE: MappedMessage = MappedMessage {
         bytes: std::ptr::null(),
         length: 0,
@@ -73,7 +74,7 @@ impl MappedMessage {
         unmappable: 0,
     };
 
-    /// One with so many bytes.
+    /// Creates the value for a message of this length.
     fn new(length: usize, file: Option<&File>) -> MappedMessage {
         MappedMessage {
             length,
@@ -83,8 +84,8 @@ impl MappedMessage {
     }
 }
 
-/// While this lives, what is read has its vectors in one message. Then it is the turn of the message before,
-/// which a finalizer may have interrupted, also if R has jumped in between.
+/// While this value lives, vectors that are read are those of one message. Its end restores the message before,
+/// whose reading a finalizer may have interrupted. That also works if R has jumped in between.
 pub struct MappedReading {
     before: MappedMessage,
 }
@@ -92,12 +93,13 @@ pub struct MappedReading {
 impl MappedReading {
     fn begin(mut message: MappedMessage) -> MappedReading {
         let mut before = MappedMessage::NONE;
-        // SAFETY: on R's thread. Copies both, and does not jump.
+        // SAFETY: this runs on R's thread. The function copies both, and does not jump.
         unsafe { rustcluster_begin_mapped(&raw mut message, &raw mut before) };
         MappedReading { before }
     }
 
-    /// Of the memory of an answer, which must live on; `None`: it has no vectors of this form.
+    /// Starts to read the vectors of an answer in this memory, which has to outlive the value. `None`: the
+    /// answer has no vectors of this form.
     pub fn of(memory: Option<&MappedMemory>) -> MappedReading {
         MappedReading::begin(memory.map_or(MappedMessage::NONE, |memory| {
             MappedMessage::new(memory.len, Some(&memory.file))
@@ -107,13 +109,13 @@ impl MappedReading {
 
 impl Drop for MappedReading {
     fn drop(&mut self) {
-        // SAFETY: on R's thread; does not jump.
+        // SAFETY: this runs on R's thread; the function does not jump.
         unsafe { rustcluster_end_mapped(&raw mut self.before) };
     }
 }
 
-/// Words of R's serialization format (serialize.c): types of items, flags, and the index that the type
-/// of a reference is packed with.
+/// Words of R's serialization format (serialize.c): types of items, flags, and the type of a reference, with
+/// which its index is packed.
 mod word {
     pub const PAIRLIST: i32 = 2;
     pub const LOGICALS: i32 = 10;
@@ -129,8 +131,9 @@ mod word {
     pub const HAS_TAG: i32 = 1 << 10;
 }
 
-/// A vector's class: the index by which the stream refers to its name, and the bytes of an element. The
-/// names of the classes are the first symbols in the stream, the package's name is the second.
+/// Returns the class of a vector: the index by which the stream refers to the name of the class, and the bytes
+/// of an element. The names of the classes are the first symbols in the stream. The second symbol is the name
+/// of the package.
 fn class_of(kind: i32) -> Option<(i32, u64)> {
     match kind {
         word::LOGICALS => Some((1, 4)),
@@ -147,17 +150,17 @@ fn reference(index: i32) -> i32 {
     (index << 8) | word::REFERENCE
 }
 
-/// Takes what R's serialization writes, and passes it on with gaps for the data of large vectors.
+/// Passes on the bytes of R's serialization, with gaps for the data of large vectors.
 pub struct Mapper<S> {
     sink: S,
-    /// Bytes that have been passed on.
+    /// The number of bytes that have been passed on.
     at: u64,
-    /// The last writes of four bytes each, at most four of them: what comes next may be the data of a
-    /// vector, and these its flags and its length.
+    /// The last writes of four bytes each, at most four. They may be the flags and the length of a vector whose
+    /// data comes next.
     pending: Vec<u8>,
-    /// Bytes that are still to come of the data that goes into a gap.
+    /// The number of bytes that are still missing in the current gap.
     left: u64,
-    /// The vector has no attributes, which R would write behind its data.
+    /// Whether the vector has no attributes, which R would write behind its data.
     bare: bool,
     gaps: Vec<u8>,
     tail: Vec<u8>,
@@ -191,15 +194,15 @@ impl<S: Sink> Mapper<S> {
         wait
     }
 
-    /// The words that were held last, the newest first.
+    /// Returns a pending word; 0 is the last one.
     fn word(&self, back: usize) -> Option<i32> {
         let at = self.pending.len().checked_sub(4 * (back + 1))?;
         let bytes = self.pending.get(at..at + 4)?;
         bytes.try_into().ok().map(i32::from_ne_bytes)
     }
 
-    /// If these bytes are the first of a large vector's data: the words that came before them, the
-    /// vector's flags, and its length.
+    /// Returns, if these bytes are the first of a large vector's data, the number of words that preceded them,
+    /// the vector's flags, and its length.
     fn vector(&self, bytes: &[u8]) -> Option<(usize, i32, u64)> {
         let last = self.word(0)?;
         let is_data = |words: usize, length: u64| {
@@ -212,14 +215,14 @@ impl<S: Sink> Mapper<S> {
         };
         let short = u64::try_from(last).ok().and_then(|last| is_data(2, last));
         short.or_else(|| {
-            // A long vector: -1, and its length in two words.
+            // A long vector has -1 here, and then its length in two words.
             self.word(2).filter(|&mark| mark == -1)?;
             let unsigned = |word: i32| u64::from(word as u32);
             is_data(4, (unsigned(self.word(1)?) << 32) | unsigned(last))
         })
     }
 
-    /// Begins a gap for a vector with these flags and this length.
+    /// Starts a gap for a vector with these flags and this length.
     fn begin(&mut self, flags: i32, length: u64) -> bool {
         let kind = flags & word::TYPE;
         let Some((class, size)) = class_of(kind) else {
@@ -259,8 +262,7 @@ impl<S: Sink> Mapper<S> {
         self.pass(&out)
     }
 
-    /// All of the value has been written. The tail is what is to follow: what was held, and the list of
-    /// gaps.
+    /// Ends the value. The tail gets the bytes that follow: the pending words, and the list of gaps.
     fn close(&mut self) {
         self.tail = std::mem::take(&mut self.pending);
         self.tail.extend_from_slice(&self.gaps);
@@ -308,19 +310,19 @@ struct MappedWriter<'a> {
     fixed: bool,
 }
 
-/// What there is to say of an object that has been written.
+/// Facts about an object that has been written.
 #[derive(Clone, Copy, Debug)]
 pub struct MappedSize {
-    /// Nothing in it can change.
+    /// Whether nothing in the object can change.
     pub fixed: bool,
-    /// Bytes that have to be read: all but the data of large vectors.
+    /// The number of bytes that have to be read: all but the data of large vectors.
     pub bytes: u64,
 }
 
 /// Writes `object` to `sink` as a message of this form.
 ///
 /// # Errors
-/// When R jumped: what was written by then is incomplete.
+/// If R jumped. The bytes that were written before the jump are incomplete.
 pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<MappedSize, Jump> {
     let mut writer = MappedWriter {
         mapper: Mapper::new(sink),
@@ -337,8 +339,8 @@ pub fn serialize(object: &Robj, sink: &mut dyn Sink) -> std::result::Result<Mapp
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the writer of `serialize`, which outlives this call. R may jump out of all
-    // that is called here, and this frame holds nothing that is to be dropped then.
+    // SAFETY: `data` is the writer of `serialize`, which outlives this call. R may jump out of any function
+    // that is called here, and this frame owns nothing that needs to be dropped then.
     unsafe {
         let writer = &mut *data.cast::<MappedWriter<'_>>();
         let all = Rf_protect(rustcluster_with_classes(writer.object.cast()));
@@ -351,32 +353,33 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-/// An answer with so many bytes in large vectors is worth a file of its own.
+/// Minimum size of the large vectors of an answer that gets a file of its own, in bytes.
 const LARGE_ANSWER: f64 = 2_097_152.0;
 
-/// Bytes of an answer that are written before it is looked again at what memory there is: other workers
-/// write theirs at the same time.
+/// Bytes of an answer that are written between two checks of the available memory. Other workers write their
+/// answers at the same time.
 const STEP: u64 = 16_777_216;
 
-/// Bytes that are written to it at a time.
+/// Bytes that are written to the file at a time.
 const PIECE: usize = 64 * 1024;
 
-/// An answer that is put into memory which is shared with the head. Outlives a jump.
+/// An answer that is written into memory that the head shares. The value outlives a jump.
 pub struct MappedAnswer {
     file: File,
-    /// What is not long enough to be written alone.
+    /// Bytes that are too few to be written alone.
     buffer: Vec<u8>,
     written: u64,
-    /// About how many there will be.
+    /// The approximate final number of bytes.
     bytes: u64,
-    /// From how many on it is to be looked at what memory there is.
+    /// The number of bytes at which the available memory is checked next.
     next_check: u64,
-    /// Memory is scarce, for one.
+    /// Whether the answer has failed, for example because memory is scarce.
     failed: bool,
 }
 
 impl MappedAnswer {
-    /// One of about so many bytes. `None`: it is better sent otherwise, since memory is scarce.
+    /// Creates an answer of about this number of bytes. Returns `None` if memory is scarce: the answer is then
+    /// better sent through the stream.
     fn new(bytes: u64) -> Option<MappedAnswer> {
         let mut answer = MappedAnswer {
             file: memfd::memory_file().ok()?,
@@ -390,8 +393,8 @@ impl MappedAnswer {
         (!answer.failed).then_some(answer)
     }
 
-    /// Whether there is room for what is left of it, if it is time to look: at least for so many bytes and
-    /// [`STEP`] more.
+    /// Checks, at intervals of [`STEP`] bytes, whether there is room for the rest of the answer, and at least
+    /// for `bytes` and [`STEP`] more.
     fn check_room(&mut self, bytes: u64) {
         if self.written + bytes < self.next_check || self.failed {
             return;
@@ -416,8 +419,8 @@ impl MappedAnswer {
         self.buffer.clear();
     }
 
-    /// All of it is there: its memory, which nobody can change any more, and its length. `None`: there
-    /// was not enough memory.
+    /// Ends the answer. Returns its memory, which nobody can change any more, and its length, or `None` if
+    /// there was not enough memory.
     fn finish(mut self) -> Option<(File, u64)> {
         self.flush();
         let whole = !self.failed && memfd::seal(&self.file).is_ok();
@@ -426,7 +429,7 @@ impl MappedAnswer {
 }
 
 impl Mapper<MappedAnswer> {
-    /// See [`MappedAnswer::finish`].
+    /// Ends the answer: see [`MappedAnswer::finish`].
     pub fn finish(mut self) -> Option<(File, u64)> {
         self.close();
         let tail = std::mem::take(&mut self.tail);
@@ -451,13 +454,13 @@ impl Sink for MappedAnswer {
     }
 }
 
-/// If a value has large vectors, and there is memory for that: a place for an answer with it, and what is
-/// to be written there in place of the value, not protected.
+/// Returns, if a value has large vectors and there is enough memory, an answer in shared memory, and the object
+/// to be written there in place of the value, which is not protected.
 ///
 /// # Safety
-/// Under [`unwind::run`], with a protected value: R may jump.
+/// Must be called under [`unwind::run`], with a protected value: R may jump.
 pub unsafe fn share(value: SEXP) -> Option<(Mapper<MappedAnswer>, SEXP)> {
-    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+    // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped when R jumps.
     unsafe {
         let bytes = rustcluster_large_bytes(value.cast(), 0);
         if bytes < LARGE_ANSWER {
@@ -468,12 +471,13 @@ pub unsafe fn share(value: SEXP) -> Option<(Mapper<MappedAnswer>, SEXP)> {
     }
 }
 
-/// The value of what [`share`] gave in its place, as it was read. R jumps if it is nothing of that kind.
+/// Returns the value in place of which [`share`] has returned this object, as it was read. R jumps if the
+/// object is of another kind.
 ///
 /// # Safety
-/// Under [`unwind::run`].
+/// Must be called under [`unwind::run`].
 pub unsafe fn unwrap(value: SEXP) -> SEXP {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { rustcluster_without_classes(value.cast()) }
 }
 
@@ -483,7 +487,7 @@ pub struct MappedMemory {
     len: usize,
 }
 
-/// The gaps in a list of them, as their beginnings and ends.
+/// Returns the gaps in a list, as their starts and ends.
 fn gaps(list: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
     let number = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_ne_bytes) as usize;
     list.chunks_exact(GAP).map(move |gap| {
@@ -492,7 +496,7 @@ fn gaps(list: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
     })
 }
 
-/// Whether they follow one another, and all are before `end`.
+/// Returns whether the gaps are in ascending order, do not overlap, and end at `end` at the latest.
 fn are_in_order(list: &[u8], end: usize) -> bool {
     let mut before = 1;
     gaps(list).all(|(at, to)| {
@@ -502,15 +506,15 @@ fn are_in_order(list: &[u8], end: usize) -> bool {
     }) && before <= end
 }
 
-/// Where the list of gaps begins in a message of so many bytes, given its last ones.
+/// Returns where the list of gaps starts in a message of this length, given the last bytes of the message.
 fn list_begin(len: usize, last: [u8; NUMBER]) -> Option<usize> {
     let count = usize::try_from(u64::from_ne_bytes(last)).ok()?;
     let list = count.checked_mul(GAP)?.checked_add(NUMBER)?;
     len.checked_sub(list).filter(|&begin| begin >= 1)
 }
 
-/// The memory of an answer, if it is in shared memory; its stream, without the gaps, is then in `body`. If
-/// it makes no sense, there is nothing in `body`.
+/// Returns the memory of an answer, if the answer is in shared memory. `body` gets the stream of the answer,
+/// without the gaps, or nothing if the answer is malformed.
 pub fn open(body: &mut Body) -> Option<MappedMemory> {
     let memory = body.memory.take()?;
     let (file, len) = (memory.file?, memory.len);
@@ -545,17 +549,17 @@ pub fn open(body: &mut Body) -> Option<MappedMemory> {
     Some(MappedMemory { file, len })
 }
 
-/// The stream of a message of this form, without the gaps. Holds nothing that is to be dropped: R may jump
-/// while it is read.
+/// The stream of a message of this form, without the gaps. Owns nothing that needs to be dropped, because R may
+/// jump while the stream is read.
 struct Gapped<'a> {
     bytes: &'a [u8],
     at: usize,
-    /// The list of gaps that are still to come.
+    /// The list of gaps that have not been reached.
     gaps: &'a [u8],
 }
 
 impl Gapped<'_> {
-    /// `None`: the message is not of this form.
+    /// Returns `None` if the message is not of this form.
     fn new(bytes: &[u8]) -> Option<Gapped<'_>> {
         let last = *bytes.last_chunk()?;
         let end = list_begin(bytes.len(), last).filter(|_| bytes[0] == MAPPED)?;
@@ -591,15 +595,15 @@ impl Source for Gapped<'_> {
     }
 }
 
-/// The value of a blob, whether it is of this form or in R's serialization; not protected. `map`:
-/// its vectors are mapped, if it is in shared memory, and not copied.
+/// Returns the value of a blob of this form or in R's serialization. The value is not protected. `map`: whether
+/// the vectors of a blob in shared memory are mapped, and not copied.
 ///
 /// # Safety
-/// Under [`unwind::protect`], with a [`MappedReading`] outside of it that ends before the blob is dropped: R
-/// may jump.
+/// Must be called under [`unwind::protect`], with a [`MappedReading`] outside of it that ends before the blob
+/// is dropped: R may jump.
 pub unsafe fn read(blob: &Blob, map: bool) -> SEXP {
     let bytes = &blob.bytes[..];
-    // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+    // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped when R jumps.
     unsafe {
         let Some(mut stream) = Gapped::new(bytes) else {
             return stream::read(&mut { bytes });
@@ -616,8 +620,8 @@ pub unsafe fn read(blob: &Blob, map: bool) -> SEXP {
     }
 }
 
-/// A message of this form that came with the others instead of through shared memory: in one piece,
-/// if there is memory for that. Its vectors are copied.
+/// Returns a message of this form that arrived through the stream instead of shared memory, in one piece, if
+/// there is enough memory for that. Its vectors are copied when it is read.
 pub fn inline(body: &mut Body) -> Option<Blob> {
     if body.chunks.front()?.first() != Some(&MAPPED) {
         return None;

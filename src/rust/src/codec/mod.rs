@@ -1,4 +1,4 @@
-//! How R's values become bytes, and bytes values.
+//! Codecs: R values to bytes, and bytes to R values.
 
 pub mod batch;
 pub mod mapped;

@@ -1,12 +1,11 @@
-//! Tasks and answers of small plain values, as most are, in a form of our own: it takes a fraction
-//! of the time and memory of R's serialization, which begins with a table of 9 KB for references
-//! that a plain value does not have. What is not plain (other attributes than names, S4 objects,
-//! environments, ALTREP vectors, strings in an encoding of this machine's) or not small goes through [`stream`].
+//! Tasks and answers that consist of small plain values, as most do, in a format of this package. It takes a
+//! fraction of the time and memory of R's serialization, which starts with a table of 9 KB for references that
+//! plain values do not have. Values that are not small, or not plain (attributes other than names, S4 objects,
+//! environments, ALTREP vectors, strings in an encoding of this machine), go through [`stream`].
 //!
-//! A function of the global environment or of a namespace goes inside such a message, in R's
-//! serialization. It is serialized for each message and read for each task. Nothing of it is cached,
-//! because C code may change any part of a function in place, and because a namespace may have been
-//! loaded anew since.
+//! A function of the global environment or of a namespace is part of such a message, in R's serialization. It
+//! is serialized for each message and read for each task. No part of it is cached, because C code may change
+//! any part of a function in place, and because a namespace may have been reloaded since.
 //!
 //! All numbers are in the byte order of this machine.
 
@@ -19,19 +18,20 @@ use extendr_ffi::{
     Rf_error, Rf_isObject, Rf_isS4, Rf_protect, Rf_setAttrib, Rf_unprotect, SET_STRING_ELT,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, STRING_ELT, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::protocol::body::Body;
 use std::ffi::{c_char, c_int, c_void};
 
-/// What a message of this form begins with. R's serialization begins with 'A', 'B' or 'X'.
+/// The first byte of a message of this form. R's serialization starts with 'A', 'B' or 'X'.
 const TASK: u8 = 1;
 const PLAIN_ANSWER: u8 = 2;
 
-/// Bytes of a message of this form, at most.
+/// Maximum size of a message of this form, in bytes.
 pub const MAX_PLAIN: usize = 32 * 1024;
 
-/// Lists in lists, at most.
+/// Maximum depth of nested lists.
 const DEPTH: u32 = 16;
 
-/// Marks a vector that has names.
+/// The flag of a vector that has names.
 const NAMED: u8 = 0x80;
 
 /// R's `cetype_t`: native, UTF-8, bytes, latin1.
@@ -46,7 +46,7 @@ const NA: u32 = u32::MAX;
     reason = "SEXP points to a type that is opaque on this side"
 )]
 unsafe extern "C" {
-    // R's encodings as numbers: extendr's enum has those of latin1 and bytes wrong.
+    // R's encodings as numbers: extendr's enum has wrong ones for latin1 and bytes.
     fn Rf_getCharCE(string: SEXP) -> c_int;
     fn Rf_mkCharLenCE(bytes: *const c_char, length: c_int, encoding: c_int) -> SEXP;
     pub fn rustcluster_attributes(value: SEXP) -> c_int;
@@ -62,18 +62,18 @@ unsafe extern "C" {
 
 // Writing ---------------------------------------------------------------------------------------
 
-/// Why a value has not been written.
+/// The reason why a value was not written.
 enum Unfit {
     NotPlain,
     Jump(Jump),
 }
 
-/// Whether a function's environment is one that is sent by name: the global one, or a namespace.
+/// Returns whether a function's environment is sent by name: the global environment, or a namespace.
 ///
 /// # Safety
-/// On R's thread, with a live function. R does not jump.
+/// Must be called on R's thread, with a live function. R does not jump.
 unsafe fn is_global(function: SEXP) -> bool {
-    // SAFETY: the caller's; none of these functions jumps.
+    // SAFETY: guaranteed by the caller; none of these functions jumps.
     unsafe {
         if TYPEOF(function) != SEXPTYPE::CLOSXP {
             return true;
@@ -88,7 +88,7 @@ unsafe fn is_global(function: SEXP) -> bool {
 
 struct PlainWriter<'a> {
     out: &'a mut Vec<u8>,
-    /// Bytes that there may be of it, with what was there before.
+    /// Maximum length of the output, including what was there before.
     max: usize,
     /// Whether functions may be written.
     functions: bool,
@@ -106,15 +106,15 @@ impl PlainWriter<'_> {
     }
 
     fn length(&mut self, length: usize) -> Fits {
-        // What is too long for a u32 is too long for a message.
+        // A length beyond u32 is too long for a message in any case.
         self.bytes(&u32::try_from(length).map_or(NA, |n| n).to_ne_bytes())
     }
 
     /// # Safety
-    /// On R's thread, with a live value. R does not jump: nothing is allocated, and what is
-    /// ALTREP is not looked into.
+    /// Must be called on R's thread, with a live value. R does not jump: nothing is allocated, and ALTREP
+    /// objects are not inspected.
     unsafe fn value(&mut self, value: SEXP, depth: u32) -> Fits {
-        // SAFETY: the caller's; lengths and types are looked at first.
+        // SAFETY: guaranteed by the caller; lengths and types are checked first.
         unsafe {
             let kind = TYPEOF(value);
             let code = kind as u8;
@@ -135,11 +135,11 @@ impl PlainWriter<'_> {
                 _ => return Err(Unfit::NotPlain),
             };
             let length = XLENGTH(value) as usize;
-            // Every element takes a byte or more.
+            // Each element takes at least one byte.
             if ALTREP(value) != 0 || depth == 0 || length > MAX_PLAIN {
                 return Err(Unfit::NotPlain);
             }
-            // Bits that may be set without any attribute.
+            // These bits may be set without any attribute.
             if Rf_isObject(value) == Rboolean::TRUE || Rf_isS4(value) == Rboolean::TRUE {
                 return Err(Unfit::NotPlain);
             }
@@ -156,7 +156,7 @@ impl PlainWriter<'_> {
                         self.value(VECTOR_ELT(value, i as isize), depth - 1)?;
                     }
                 }
-                // Of an empty vector there is no address to be used.
+                // An empty vector has no address that may be used.
                 _ if length == 0 => {}
                 _ => {
                     let data: *const u8 = match kind {
@@ -176,9 +176,9 @@ impl PlainWriter<'_> {
     }
 
     /// # Safety
-    /// As for [`PlainWriter::value`].
+    /// The same as for [`PlainWriter::value`].
     unsafe fn string(&mut self, string: SEXP) -> Fits {
-        // SAFETY: the caller's; R's strings are as long as they say.
+        // SAFETY: guaranteed by the caller; R's strings have the length that they declare.
         unsafe {
             if string == R_NaString {
                 return self.length(NA as usize);
@@ -195,16 +195,17 @@ impl PlainWriter<'_> {
         }
     }
 
-    /// A function is serialized anew each time: C code may have changed any part of it in place.
+    /// Serializes a function. This is repeated for each message, because C code may have changed any part of
+    /// the function in place.
     ///
     /// # Safety
-    /// On R's thread, with a live function.
+    /// Must be called on R's thread, with a live function.
     unsafe fn function(&mut self, function: SEXP) -> Fits {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         if !self.functions || !unsafe { is_global(function) } {
             return Err(Unfit::NotPlain);
         }
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         let function = unsafe { Robj::from_sexp(function) };
         let short = stream::serialize_short(&function, MAX_PLAIN).map_err(Unfit::Jump)?;
         let (bytes, _) = short.filter(|(_, fixed)| *fixed).ok_or(Unfit::NotPlain)?;
@@ -214,12 +215,12 @@ impl PlainWriter<'_> {
     }
 }
 
-/// The elements of a message of parallel's that asks for a task: function, arguments, tag.
+/// Returns the parts of a message of parallel that asks for a task: function, arguments, tag.
 ///
 /// # Safety
-/// On R's thread, with a live value. R does not jump.
+/// Must be called on R's thread, with a live value. R does not jump.
 pub unsafe fn task_of(message: SEXP) -> Option<[SEXP; 3]> {
-    // SAFETY: the caller's; lengths and types are looked at first.
+    // SAFETY: guaranteed by the caller; lengths and types are checked first.
     unsafe {
         let data = *fields(message, ["type", "data", "tag"])?.get(1)?;
         let kind = fields(message, ["type", "data", "tag"])?[0];
@@ -232,9 +233,9 @@ pub unsafe fn task_of(message: SEXP) -> Option<[SEXP; 3]> {
 }
 
 /// # Safety
-/// As for [`task_of`].
+/// The same as for [`task_of`].
 unsafe fn fields<const N: usize>(list: SEXP, names: [&str; N]) -> Option<[SEXP; N]> {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if TYPEOF(list) != SEXPTYPE::VECSXP
             || XLENGTH(list) != N as isize
@@ -251,18 +252,18 @@ unsafe fn fields<const N: usize>(list: SEXP, names: [&str; N]) -> Option<[SEXP; 
 }
 
 /// # Safety
-/// As for [`task_of`], of a string.
+/// The same as for [`task_of`], with a string.
 unsafe fn text<'a>(string: SEXP) -> &'a [u8] {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { std::slice::from_raw_parts(R_CHAR(string).cast::<u8>(), LENGTH(string) as usize) }
 }
 
-/// Writes a message of parallel's to `out`, if it is of this kind. Returns whether it is.
+/// Writes a message of parallel to `out` if it is plain. Returns whether it is plain.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn write_task(message: &Robj, out: &mut Vec<u8>) -> std::result::Result<bool, Jump> {
-    // SAFETY: on R's thread; the Robj keeps all of it alive.
+    // SAFETY: this runs on R's thread; the Robj keeps all of the message alive.
     unsafe {
         let Some(parts) = task_of(message.get()) else {
             return Ok(false);
@@ -271,16 +272,16 @@ pub fn write_task(message: &Robj, out: &mut Vec<u8>) -> std::result::Result<bool
     }
 }
 
-/// Writes an answer to `out`, if it is of this kind. Returns whether it is.
+/// Writes an answer to `out` if it is plain. Returns whether it is plain.
 ///
 /// # Safety
-/// On R's thread, with live values. R does not jump.
+/// Must be called on R's thread, with live values. R does not jump.
 pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Vec<u8>) -> bool {
     let mut head = [0; 40];
     for (at, seconds) in head.chunks_exact_mut(8).zip(time) {
         at.copy_from_slice(&seconds.to_ne_bytes());
     }
-    // SAFETY: the caller's. Only a function could make R jump.
+    // SAFETY: guaranteed by the caller. Only a function could make R jump.
     unsafe {
         matches!(
             write(PLAIN_ANSWER, &head, [tag, value].into_iter(), false, out),
@@ -289,16 +290,16 @@ pub unsafe fn write_answer(value: SEXP, time: &[f64; 5], tag: SEXP, out: &mut Ve
     }
 }
 
-/// The seconds that an answer of this form says it took.
+/// Returns the duration in seconds that an answer of this form contains.
 pub fn elapsed(bytes: &[u8]) -> Option<f64> {
     let (&form, rest) = bytes.split_first()?;
-    // As in R's proc.time(): user's, system's, elapsed.
+    // The order is that of R's proc.time(): user, system, elapsed.
     let seconds = rest.get(16..24).filter(|_| form == PLAIN_ANSWER)?;
     Some(f64::from_ne_bytes(seconds.try_into().ok()?))
 }
 
 /// # Safety
-/// On R's thread, with live values.
+/// Must be called on R's thread, with live values.
 unsafe fn write(
     form: u8,
     head: &[u8],
@@ -315,7 +316,7 @@ unsafe fn write(
     };
     let mut written = writer.bytes(&[form]).and_then(|()| writer.bytes(head));
     for value in values {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         written = written.and_then(|()| unsafe { writer.value(value, DEPTH) });
     }
     match written {
@@ -325,10 +326,10 @@ unsafe fn write(
     }
 }
 
-/// Appends a value to `out`, if it is plain and no function. Returns whether it is.
+/// Appends a value to `out` if it is plain and contains no function. Returns whether it was appended.
 ///
 /// # Safety
-/// On R's thread, with a live value. R does not jump.
+/// Must be called on R's thread, with a live value. R does not jump.
 pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
     let before = out.len();
     let max = before + MAX_PLAIN;
@@ -337,7 +338,7 @@ pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
         max,
         functions: false,
     };
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     let written = unsafe { writer.value(value, DEPTH) }.is_ok();
     if !written {
         out.truncate(before);
@@ -347,8 +348,8 @@ pub unsafe fn append_value(value: SEXP, out: &mut Vec<u8>) -> bool {
 
 // Reading ---------------------------------------------------------------------------------------
 
-/// Reads from the front of a message. Its functions may jump, as R's errors do, so that neither it
-/// nor any frame of its holds what is to be dropped.
+/// Reads from the front of a message. Its functions may jump, as R's errors do. Therefore neither this value
+/// nor any frame of its functions owns anything that needs to be dropped.
 struct PlainReader<'a> {
     bytes: &'a [u8],
 }
@@ -356,13 +357,13 @@ struct PlainReader<'a> {
 impl PlainReader<'_> {
     unsafe fn bad(&self) -> ! {
         const DAMAGED: *const c_char = c"a message that is damaged or cut short".as_ptr();
-        // SAFETY: jumps; the message has no format directive.
+        // SAFETY: this jumps; the message has no format directive.
         unsafe { Rf_error(DAMAGED) }
     }
 
     unsafe fn take(&mut self, n: usize) -> &[u8] {
         if n > self.bytes.len() {
-            // SAFETY: the caller's.
+            // SAFETY: guaranteed by the caller.
             unsafe { self.bad() };
         }
         let (now, later) = self.bytes.split_at(n);
@@ -371,28 +372,28 @@ impl PlainReader<'_> {
     }
 
     unsafe fn byte(&mut self) -> u8 {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.take(1)[0] }
     }
 
     unsafe fn u32(&mut self) -> u32 {
         let mut number = [0; 4];
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         number.copy_from_slice(unsafe { self.take(4) });
         u32::from_ne_bytes(number)
     }
 
     unsafe fn f64(&mut self) -> f64 {
         let mut number = [0; 8];
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         number.copy_from_slice(unsafe { self.take(8) });
         f64::from_ne_bytes(number)
     }
 
-    /// The value is not protected.
+    /// Reads a value, which is not protected.
     unsafe fn value(&mut self, depth: u32) -> SEXP {
-        // SAFETY: under unwind::protect. What has been allocated is protected while anything else
-        // is, and nothing is written beyond the length it was made with.
+        // SAFETY: this runs under unwind::protect. Each allocated object is protected while others are
+        // allocated, and nothing is written beyond the length with which an object was made.
         unsafe {
             let code = self.byte();
             let kind = code & !NAMED;
@@ -442,7 +443,7 @@ impl PlainReader<'_> {
         }
     }
 
-    /// A protected vector.
+    /// Reads a vector of numbers, which is protected.
     unsafe fn numbers(
         &mut self,
         kind: SEXPTYPE,
@@ -450,7 +451,7 @@ impl PlainReader<'_> {
         size: usize,
         data: impl Fn(SEXP) -> *mut u8,
     ) -> SEXP {
-        // SAFETY: `take` gives as many bytes as the vector has.
+        // SAFETY: `take` returns as many bytes as the vector has.
         unsafe {
             let value = Rf_protect(Rf_allocVector(kind, length as isize));
             let from = self.take(length * size);
@@ -462,8 +463,8 @@ impl PlainReader<'_> {
     }
 
     unsafe fn string(&mut self) -> SEXP {
-        // SAFETY: under unwind::protect. The bytes are those that R had as a string in the same
-        // encoding; others are an error of R's.
+        // SAFETY: this runs under unwind::protect. The bytes are those that R had as a string in the same
+        // encoding; others are an error of R.
         unsafe {
             let length = self.u32();
             if length == NA {
@@ -479,7 +480,7 @@ impl PlainReader<'_> {
     }
 
     unsafe fn function(&mut self) -> SEXP {
-        // SAFETY: under unwind::protect.
+        // SAFETY: this runs under unwind::protect.
         unsafe {
             let length = self.u32() as usize;
             if length > self.bytes.len() {
@@ -492,18 +493,27 @@ impl PlainReader<'_> {
     }
 }
 
-/// Whether a message is of this form.
+/// Makes a message of this form one chunk. On its way to another machine a message is cut into chunks by its content,
+/// whatever its length.
+pub fn join(body: &mut Body) {
+    let first = body.chunks.iter().find(|chunk| !chunk.is_empty());
+    if first.is_some_and(|chunk| is_plain(chunk)) {
+        body.join();
+    }
+}
+
+/// Returns whether a message is of this form.
 pub fn is_plain(bytes: &[u8]) -> bool {
     matches!(bytes.first(), Some(&(TASK | PLAIN_ANSWER)))
 }
 
-/// A task's function, arguments and tag, in one list that is not protected.
+/// Returns a task's function, arguments and tag, in one list that is not protected.
 ///
 /// # Safety
-/// Under [`crate::r::unwind::protect`]: R may jump.
+/// Must be called under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
     let mut reader = PlainReader { bytes };
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if reader.byte() != TASK {
             reader.bad();
@@ -517,23 +527,23 @@ pub unsafe fn read_task(bytes: &[u8]) -> SEXP {
     }
 }
 
-/// A value that [`append_value`] wrote, not protected.
+/// Returns a value that [`append_value`] has written. The value is not protected.
 ///
 /// # Safety
-/// Under [`crate::r::unwind::protect`]: R may jump.
+/// Must be called under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_value(bytes: &[u8]) -> SEXP {
     let mut reader = PlainReader { bytes };
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { reader.value(DEPTH) }
 }
 
-/// An answer as parallel's `recvData()` gives it, not protected.
+/// Returns an answer as parallel's `recvData()` returns it. The answer is not protected.
 ///
 /// # Safety
-/// Under [`crate::r::unwind::protect`]: R may jump.
+/// Must be called under [`crate::r::unwind::protect`]: R may jump.
 pub unsafe fn read_answer(bytes: &[u8]) -> SEXP {
     let mut reader = PlainReader { bytes };
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if reader.byte() != PLAIN_ANSWER {
             reader.bad();

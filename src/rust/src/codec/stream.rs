@@ -1,4 +1,4 @@
-//! R objects to bytes and back, through R's own serialization, piece by piece.
+//! R objects to bytes and back, piece by piece, through R's own serialization.
 
 use crate::r::unwind::{self, Jump};
 use bytes::Buf;
@@ -11,14 +11,14 @@ use rustcluster_core::protocol::body::Body;
 use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void};
 
-/// Version 3 of R's serialization: ALTREP compact vectors and the native encoding survive.
+/// Version 3 of R's serialization, which keeps ALTREP compact vectors and the native encoding.
 const VERSION: c_int = 3;
 
 /// Takes the bytes of a serialized object.
 pub trait Sink {
-    /// Takes some. Returns whether to call [`Sink::wait`] until it says no.
+    /// Takes some bytes. Returns whether the caller has to call [`Sink::wait`] until it returns `false`.
     fn write(&mut self, bytes: &[u8]) -> bool;
-    /// Waits a little for room. Returns whether there is none yet.
+    /// Waits a little for room. Returns whether there is still no room.
     fn wait(&mut self) -> bool {
         false
     }
@@ -34,24 +34,24 @@ impl Sink for &mut dyn Sink {
     }
 }
 
-/// Gives the bytes of a serialized object.
+/// Provides the bytes of a serialized object.
 pub trait Source {
-    /// Fills `out` from the front of what there is. Returns whether there was enough.
+    /// Fills `out` from the front of the available bytes. Returns whether there were enough.
     fn fill(&mut self, out: &mut [u8]) -> bool;
 }
 
 /// Formats of R's serialization.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Format {
-    /// In the byte order of this machine.
+    /// The byte order of this machine.
     #[default]
     Native,
-    /// In the network's byte order, which all can read.
+    /// The network byte order, which all machines can read.
     Xdr,
 }
 
 impl Format {
-    /// That of the bytes of an object.
+    /// Returns the format of the bytes of an object.
     pub fn of(bytes: &[u8]) -> Format {
         match bytes.first() {
             Some(b'X') => Format::Xdr,
@@ -67,10 +67,10 @@ struct StreamWriter<'a> {
     hook: Hook,
 }
 
-/// Writes `object` to `sink`. Returns whether nothing in it can change.
+/// Writes `object` to `sink`. Returns whether nothing in the object can change.
 ///
 /// # Errors
-/// When R jumped: what was written by then is incomplete.
+/// If R jumped. The bytes that were written before the jump are incomplete.
 pub fn serialize(
     object: &Robj,
     format: Format,
@@ -88,19 +88,20 @@ pub fn serialize(
     Ok(!CHANGEABLE.get())
 }
 
-/// R asks it about every environment but the global one, those of the base package and of others,
-/// and about every external pointer and weak reference.
+/// A function that R calls for every environment but the global environment and those of base and other
+/// packages, and for every external pointer and weak reference.
 type Hook = Option<unsafe extern "C" fn(SEXP, SEXP) -> SEXP>;
 
 thread_local! {
-    /// What is being serialized holds something that may change.
+    /// Whether the object that is being serialized contains something that may change.
     static CHANGEABLE: Cell<bool> = const { Cell::new(false) };
-    /// Where the parse tree of the last source file is that was met while that is being serialized.
+    /// The address of the parse tree of the last source file that was found in the object that is being
+    /// serialized.
     static PARSE_DATA: Cell<*const c_void> = const { Cell::new(std::ptr::null()) };
 }
 
-/// Whether these bytes are the parse tree of a source file. R keeps functions that it has compiled, and
-/// with them their source: whatever that has mapped would stay.
+/// Returns whether these bytes are the parse tree of a source file. R keeps compiled functions, and with them
+/// their source, so that a mapping of a parse tree would stay.
 pub fn is_parse_data(bytes: &[u8]) -> bool {
     PARSE_DATA.get() == bytes.as_ptr().cast()
 }
@@ -111,9 +112,9 @@ unsafe extern "C" {
 }
 
 unsafe extern "C" fn note_changeable(object: SEXP, _: SEXP) -> SEXP {
-    // SAFETY: on R's thread; none of these functions jumps.
+    // SAFETY: this runs on R's thread; none of these functions jumps.
     unsafe {
-        // Where a function's source is kept does not change.
+        // The environment of a function's source does not change.
         if rustcluster_is_source(object.cast()) == 0 {
             CHANGEABLE.set(true);
         } else {
@@ -123,16 +124,16 @@ unsafe extern "C" fn note_changeable(object: SEXP, _: SEXP) -> SEXP {
     }
 }
 
-/// Takes bytes up to so many in all, and none any more once there would be more.
+/// Takes bytes up to a maximum, and none from the first write on that would exceed it.
 pub struct BoundedSink<'a> {
     bytes: &'a mut Vec<u8>,
     max: usize,
-    /// There would be more.
+    /// Whether there were more bytes than the maximum.
     pub over: bool,
 }
 
 impl BoundedSink<'_> {
-    /// `bytes` may hold some already.
+    /// Creates a sink that appends to `bytes`, which may have some already.
     pub fn new(bytes: &mut Vec<u8>, max: usize) -> BoundedSink<'_> {
         let over = false;
         BoundedSink { bytes, max, over }
@@ -149,10 +150,11 @@ impl Sink for BoundedSink<'_> {
     }
 }
 
-/// The serialized form of an object, if it has at most `max` bytes, and whether nothing in it can change.
+/// Returns the serialized form of an object, if it has at most `max` bytes, and whether nothing in the object
+/// can change.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn serialize_short(
     object: &Robj,
     max: usize,
@@ -164,30 +166,30 @@ pub fn serialize_short(
     Ok((!over).then_some((bytes, fixed)))
 }
 
-/// Values that are looked at to tell an object's size.
+/// Number of values that are visited to estimate an object's size.
 const LOOKED_AT: usize = 1_000;
 
-/// Bytes that an object takes at least when it is serialized, as far as a few looks tell.
+/// Returns a lower bound of the size of an object when it is serialized, from a limited number of its values.
 pub fn min_size(object: &Robj) -> usize {
-    // SAFETY: on R's thread, with a live value.
+    // SAFETY: this runs on R's thread, with a live value.
     unsafe { min_size_of_value(object.get()) }
 }
 
-/// The same of any value.
+/// Does the same as [`min_size`], for any value.
 ///
 /// # Safety
-/// On R's thread, with a live value. R does not jump.
+/// Must be called on R's thread, with a live value. R does not jump.
 pub unsafe fn min_size_of_value(value: SEXP) -> usize {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { min_size_of(value, &mut { LOOKED_AT }) }
 }
 
 /// # Safety
-/// On R's thread, with a live value. R does not jump.
+/// Must be called on R's thread, with a live value. R does not jump.
 unsafe fn min_size_of(value: SEXP, visits: &mut usize) -> usize {
-    // SAFETY: the caller's; types and lengths are looked at first.
+    // SAFETY: guaranteed by the caller; types and lengths are checked first.
     unsafe {
-        // What is computed when it is looked at may be short when it is serialized.
+        // An ALTREP object, which is computed on access, may be short when it is serialized.
         if *visits == 0 || ALTREP(value) != 0 {
             return 0;
         }
@@ -210,8 +212,8 @@ unsafe fn min_size_of(value: SEXP, visits: &mut usize) -> usize {
 }
 
 unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the writer of `serialize`, which outlives this call. This frame holds
-    // nothing that is to be dropped.
+    // SAFETY: `data` is the writer of `serialize`, which outlives this call. This frame owns nothing that needs
+    // to be dropped.
     unsafe {
         let writer = data.cast::<StreamWriter<'_>>();
         let writer = &mut *writer;
@@ -220,29 +222,29 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-/// [`serialize`] for functions under [`unwind::protect`].
+/// Does the same as [`serialize`], for functions under [`unwind::protect`].
 ///
 /// # Safety
-/// R may jump out of it; `object` must be protected.
+/// R may jump out of this function; `object` must be protected.
 pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { write_with(object, format, sink, None) }
 }
 
-/// The same; returns whether nothing in the object can change.
+/// Does the same as [`write()`], and returns whether nothing in the object can change.
 ///
 /// # Safety
-/// As for [`write()`].
+/// The same as for [`write()`].
 pub unsafe fn write_fixed(object: SEXP, sink: &mut dyn Sink) -> bool {
     CHANGEABLE.set(false);
     PARSE_DATA.set(std::ptr::null());
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { write_with(object, Format::Native, sink, Some(note_changeable)) };
     !CHANGEABLE.get()
 }
 
 unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Hook) {
-    // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
+    // SAFETY: guaranteed by the caller. This frame and those of the callbacks own nothing that needs to be
     // dropped when R jumps.
     unsafe {
         let mut sink = sink;
@@ -264,13 +266,13 @@ unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Ho
 
 unsafe extern "C" fn out_char(stream: R_outpstream_t, byte: c_int) {
     let mut byte = byte as u8;
-    // SAFETY: as for out_bytes.
+    // SAFETY: the same as for out_bytes.
     unsafe { out_bytes(stream, (&raw mut byte).cast(), 1) };
 }
 
 unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: c_int) {
-    // SAFETY: R hands back our sink and `len` readable bytes. When R jumps, this frame holds nothing
-    // to be dropped.
+    // SAFETY: R passes the sink of this module and `len` readable bytes. When R jumps, this frame owns nothing
+    // that needs to be dropped.
     unsafe {
         let sink = (*stream).data.cast::<&mut dyn Sink>();
         let bytes = std::slice::from_raw_parts(bytes.cast::<u8>(), len.max(0) as usize);
@@ -278,26 +280,26 @@ unsafe extern "C" fn out_bytes(stream: R_outpstream_t, bytes: *mut c_void, len: 
     }
 }
 
-/// Writes some bytes, and waits for as long as there is no room for more.
+/// Writes some bytes, and waits while there is no room for more.
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R jumps on an interrupt.
+/// Must be called under [`unwind::protect`]: R jumps on an interrupt.
 pub unsafe fn put(sink: &mut dyn Sink, bytes: &[u8]) {
     let mut wait = sink.write(bytes);
     while wait {
         wait = sink.wait();
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped.
+        // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped.
         unsafe { unwind::check_interrupt() };
     }
 }
 
-/// Reads an object; its value is not protected.
+/// Reads an object, which is not protected.
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R jumps, as it does with an error when the bytes are no R object or
+/// Must be called under [`unwind::protect`]: R jumps, for example with an error if the bytes are no R object or
 /// too few.
 pub unsafe fn read(source: &mut dyn Source) -> SEXP {
-    // SAFETY: the caller's. This frame and those of the callbacks hold nothing that is to be
+    // SAFETY: guaranteed by the caller. This frame and those of the callbacks own nothing that needs to be
     // dropped when R jumps.
     unsafe {
         let mut source = source;
@@ -318,15 +320,15 @@ pub unsafe fn read(source: &mut dyn Source) -> SEXP {
 
 unsafe extern "C" fn in_char(stream: R_inpstream_t) -> c_int {
     let mut byte = 0u8;
-    // SAFETY: as for in_bytes.
+    // SAFETY: the same as for in_bytes.
     unsafe { in_bytes(stream, (&raw mut byte).cast(), 1) };
     c_int::from(byte)
 }
 
 unsafe extern "C" fn in_bytes(stream: R_inpstream_t, bytes: *mut c_void, len: c_int) {
     const CUT_SHORT: *const c_char = c"the serialized object is cut short".as_ptr();
-    // SAFETY: R hands back our source and room for `len` bytes. Rf_error jumps; this frame then
-    // holds nothing to be dropped. The message has no format directive.
+    // SAFETY: R passes the source of this module and room for `len` bytes. Rf_error jumps; this frame then owns
+    // nothing that needs to be dropped. The message has no format directive.
     unsafe {
         let source = (*stream).data.cast::<&mut dyn Source>();
         let out = std::slice::from_raw_parts_mut(bytes.cast::<u8>(), len.max(0) as usize);

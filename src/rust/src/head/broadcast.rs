@@ -1,8 +1,9 @@
-//! What many nodes get: written once for each host where it can be, or once for each node.
+//! Broadcasts: messages that many nodes get. Such a message is serialized once for each host if possible, and
+//! otherwise once for each node.
 
 use super::handle::{Cluster, MessageBlobs, ToHub, Unsent};
-use super::repeat::{MadeBlob, Repeated};
 use super::send::{is_plain, send};
+use super::serialization_cache::{CachedMessage, MadeBlob};
 use crate::codec::mapped::{self, MappedSize};
 use crate::codec::stream::{self, Format, Sink};
 use crate::r::unwind::Jump;
@@ -27,7 +28,7 @@ pub(super) fn broadcast(
     Ok(())
 }
 
-/// Sends a message that is not plain to the hosts of these workers, as a blob for each format.
+/// Sends a message that is not plain to the hosts of these workers, as one blob for each format.
 pub(super) fn send_blobs(
     cluster: &Cluster,
     owners: &[Rank],
@@ -52,10 +53,10 @@ pub(super) fn send_blobs(
     Ok(blobs)
 }
 
-/// Writes a message as a blob of this format.
+/// Writes a message in this format, as the bytes of a blob.
 ///
 /// # Errors
-/// When R jumped: what was written by then is incomplete.
+/// If R jumped. The bytes that were written before the jump are incomplete.
 pub fn write_blob(
     message: &Robj,
     format: Format,
@@ -67,11 +68,11 @@ pub fn write_blob(
     }
 }
 
-/// Sends to the hosts of these workers what `write` writes, as a blob. Returns that and what `write`
-/// does. `setup_call`: what some messages that begin with it do lasts.
+/// Sends the bytes that `write` writes to the hosts of these workers, as a blob. Returns the id of the blob and
+/// the value of `write`. `setup_call`: whether messages of set-up calls start with the blob.
 ///
 /// # Errors
-/// When R jumped: there is no blob then.
+/// If R jumped. The blob does not exist then.
 pub fn make_blob<T>(
     cluster: &Cluster,
     ranks: &[Rank],
@@ -91,13 +92,13 @@ pub fn make_blob<T>(
     }
 }
 
-/// What a job's tasks have in common is kept from job to job up to this size.
+/// Maximum size of a common blob that is kept from job to job, in bytes.
 pub(super) const SMALL_MESSAGE: usize = 64 * 1024;
 
-/// Sends what the tasks of a job have in common to the hosts of these workers.
+/// Sends the values that the tasks of a job have in common to the hosts of these workers, as a blob.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn send_common_blob(
     cluster: &Cluster,
     ranks: &[Rank],
@@ -137,10 +138,10 @@ pub fn send_common_blob(
     Ok((id, written))
 }
 
-/// Sends it once more, to the host of this worker, which does not have it.
+/// Sends a blob again, to the host of this worker, which lacks it.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn resend_blob(
     cluster: &Cluster,
     id: BlobId,
@@ -153,42 +154,43 @@ pub fn resend_blob(
     Ok(())
 }
 
-/// Sends a message to the host of this worker as a blob. The message [may be](Repeated::may_be) the repeated one. `None`: it is not the same. The result names no blob if there is none.
+/// Makes sure that the host of this worker has the message, which [may be](CachedMessage::may_be) the same, as a
+/// blob. Returns `None` if the message is not the same. The result names no blob if there is none.
 ///
 /// # Errors
-/// When R jumped. The message may be shared all the same the next time.
+/// If R jumped. The message may still be cached the next time.
 pub(super) fn send_as_blob(
-    repeated: &mut Repeated,
+    cached: &mut CachedMessage,
     cluster: &Cluster,
     owner: Rank,
     message: &Robj,
 ) -> std::result::Result<Option<MessageBlobs>, Jump> {
-    // Whoever stands in for it gets the message as it is.
+    // The worker that runs the task on behalf of a lost one gets the message as it is.
     if cluster.hub.borrow().worker(owner).termination.is_some() {
         return Ok(Some(MessageBlobs::default()));
     }
     let format = cluster.format(owner);
-    let made = repeated.blobs.iter().find(|made| made.format == format);
+    let made = cached.blobs.iter().find(|made| made.format == format);
     let Some(&MadeBlob { id, print, .. }) = made else {
-        let (id, print) = make_blob(cluster, &[owner], repeated.setup_call.is_some(), |hub| {
+        let (id, print) = make_blob(cluster, &[owner], cached.setup_call.is_some(), |hub| {
             print_blob(message, format, Some(hub))
         })?;
-        repeated.blobs.push(MadeBlob { format, id, print });
+        cached.blobs.push(MadeBlob { format, id, print });
         return Ok(Some(MessageBlobs::of_one(format, id)));
     };
     if print_blob(message, format, None)? != print {
         return Ok(None);
     }
     let has = cluster.hub.borrow().has_blob(owner, id);
-    // Code that R ran in between may have changed it.
+    // Code that R ran in between may have changed the message.
     if !has && !send_blob_again(cluster, id, print, owner, message, format)? {
         return Ok(None);
     }
     Ok(Some(MessageBlobs::of_one(format, id)))
 }
 
-/// Sends a blob to one more host. Returns whether it has been the same bytes: if not, that host does not
-/// have it.
+/// Sends a blob to one more host. Returns whether the bytes are still the same; if not, the host does not get
+/// the blob.
 fn send_blob_again(
     cluster: &Cluster,
     id: BlobId,
@@ -212,7 +214,7 @@ fn send_blob_again(
     }
 }
 
-/// Writes a message to the hub as a blob, or to nowhere. Returns the fingerprint of its bytes.
+/// Writes a message to the hub as a blob, or discards the bytes. Returns the fingerprint of the bytes.
 fn print_blob(
     message: &Robj,
     format: Format,
@@ -227,10 +229,10 @@ fn print_blob(
     Ok(sink.print.value())
 }
 
-/// Bytes to nowhere after which R is to look for an interrupt.
+/// Number of discarded bytes after which R checks for an interrupt.
 const BYTES_PER_CHECK: usize = 16 * 1024 * 1024;
 
-/// Takes the fingerprint of what is written.
+/// Computes the fingerprint of the bytes that are written.
 struct Printing<'a, 'b> {
     print: Fingerprint,
     hub: Option<&'a mut ToHub<'b>>,

@@ -1,4 +1,5 @@
-//! Calls for whoever is free: sent one by one, and each asked for by its number.
+//! Calls: tasks of no job, which any of several workers may run. Calls are sent one by one, and the answer of
+//! each is requested by the call's number.
 
 use super::handle::{DroppableCall, SLICE, may_send, rank_of, with_cluster};
 use super::send::send_call;
@@ -14,7 +15,7 @@ use rustcluster_core::protocol::ids::{Rank, TaskId};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
-/// The number of a call that is still to be sent.
+/// Returns the number of a call that has not been sent yet.
 /// @noRd
 #[extendr]
 fn call_number(handle: Robj) -> Robj {
@@ -24,7 +25,8 @@ fn call_number(handle: Robj) -> Robj {
     })
 }
 
-/// Sends the call of this number to whichever of these workers is free first. `what`: what warnings call it.
+/// Sends the call with this number to the first of these workers that is idle. `what`: the name of the call in
+/// warnings.
 /// @noRd
 #[extendr]
 fn call_submit(handle: Robj, ranks: &[i32], task: f64, what: &str, message: Robj) -> Robj {
@@ -53,8 +55,8 @@ fn call_submit(handle: Robj, ranks: &[i32], task: f64, what: &str, message: Robj
     })
 }
 
-/// The answer to a call: `NULL` if it has not ended, or was lost and is retried. It is told until the call is
-/// forgotten.
+/// Returns the answer to a call: `NULL` if the call has not ended, or is being retried after a worker failure.
+/// The same answer is returned until the call is forgotten.
 /// @noRd
 #[extendr]
 fn call_take(handle: Robj, task: f64) -> Robj {
@@ -66,7 +68,7 @@ fn call_take(handle: Robj, task: f64) -> Robj {
         };
         let ended = |failure: Failure| Err(failure.with("task", task));
         match end.outcome {
-            // It stays where it is until it has been read: R may jump.
+            // The answer stays in the hub until it has been read, because R may jump.
             Outcome::Answer(body) => match nodes::read_answer(body, 0) {
                 Ok(answer) => Ok(answer),
                 Err(Jump(token)) => Ok(token),
@@ -78,7 +80,8 @@ fn call_take(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// What a call has told before its end, since this was last asked: a list of raw vectors.
+/// Returns the progress events of a call that have arrived since this function was last called, as a list of
+/// raw vectors.
 /// @noRd
 #[extendr]
 fn call_progress_events(handle: Robj, task: f64) -> Robj {
@@ -94,7 +97,7 @@ fn call_progress_events(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// Where a call is: the rank of its worker, 0 if it waits for one, `NA` if it has ended.
+/// Returns the rank of the worker that runs a call; 0 if the call waits for a worker, `NA` if it has ended.
 /// @noRd
 #[extendr]
 fn call_location(handle: Robj, task: f64) -> Robj {
@@ -108,7 +111,7 @@ fn call_location(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// Nobody wants to know any more what comes of a call: if it has not ended, it is cancelled.
+/// Removes a call whose result is no longer needed. A call that has not ended is cancelled.
 /// @noRd
 #[extendr]
 fn call_forget(handle: Robj, task: f64) -> Robj {
@@ -120,15 +123,15 @@ fn call_forget(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// Nobody has the object of a call any more: if it has not ended, it is cancelled. For finalizers, which R
-/// may run while another function here is at work.
+/// Removes a call whose object was garbage-collected. A call that has not ended is cancelled. This function is
+/// for finalizers, which R may run while another function of this package is running.
 /// @noRd
 #[extendr]
 fn call_drop(handle: Robj, task: f64) -> Robj {
     nodes::drop_call(&handle, task as TaskId)
 }
 
-/// R is to be woken when this call has ended: see [`calls_wake`].
+/// Requests that R is woken when this call has ended: see [`calls_wake`].
 /// @noRd
 #[extendr]
 fn call_notify(handle: Robj, task: f64) -> Robj {
@@ -138,7 +141,7 @@ fn call_notify(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// Waits a little for the end of this call, or for something else that is to be done.
+/// Waits up to one slice for the end of this call, or for another event that R has to handle.
 /// @noRd
 #[extendr]
 fn call_wait(handle: Robj, task: f64) -> Robj {
@@ -149,8 +152,8 @@ fn call_wait(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// The numbers of the calls about which there is something to do: those that are watched and have
-/// ended, and those that were lost.
+/// Returns the numbers of the calls that R has to handle: calls that have ended and for which R is to be woken,
+/// and calls whose worker has failed.
 /// @noRd
 #[extendr]
 fn calls_to_check(handle: Robj) -> Robj {
@@ -166,10 +169,10 @@ unsafe extern "C" {
     fn rustcluster_wake(later: *mut c_void, number: usize, l: c_int);
 }
 
-/// A function of package 'later' that any thread may call.
+/// The function of package 'later' that any thread may call.
 struct Later(*mut c_void);
 
-// SAFETY: it is the address of a function, which does not change.
+// SAFETY: this is the address of a function, which does not change.
 unsafe impl Send for Later {}
 
 impl Later {
@@ -180,16 +183,15 @@ impl Later {
 }
 
 unsafe extern "C" fn find_later(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the pointer of calls_wake, which outlives this call; this frame holds nothing
-    // that is to be dropped when R jumps.
+    // SAFETY: `data` is the pointer of calls_wake, which outlives this call. This frame owns nothing that needs
+    // to be dropped when R jumps.
     unsafe {
         *data.cast::<*mut c_void>() = rustcluster_later();
         R_NilValue
     }
 }
 
-/// From now on, callsWoken(number) is called in these loops of package 'later' when there is something
-/// to do about a call.
+/// From now on, these event loops of package 'later' call callsWoken(number) when R has to handle a call.
 /// @noRd
 #[extendr]
 fn calls_wake(handle: Robj, number: f64, loops: &[i32]) -> Robj {

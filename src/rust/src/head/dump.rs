@@ -6,7 +6,7 @@ use rustcluster_core::head::hub::{Dump, RecentEvent};
 use rustcluster_core::protocol::control::Facts;
 use std::time::Duration;
 
-/// Asks all agents for their state. Returns the number of the question.
+/// Requests the state of all agents. Returns the number of the request.
 /// @noRd
 #[extendr]
 fn hub_ask_dump(handle: Robj) -> Robj {
@@ -16,10 +16,11 @@ fn hub_ask_dump(handle: Robj) -> Robj {
     })
 }
 
-/// The answers to that, and what is known here. `NULL`: not yet; waits up to `max` seconds for it. `anyway`:
-/// what is known by then. A list: of the cluster (a character vector with names), of hosts and of workers (lists of
-/// such), of agents (a list of such for each, named by the worker's rank, 0 for the agent itself), and the
-/// last events (a list of vectors).
+/// Returns the answers of the agents to a request, and the state of the head. Returns `NULL` if answers are
+/// missing; waits up to `max` seconds for them. `anyway`: whether to return an incomplete state instead of
+/// `NULL`. The value is a list with the cluster (a named character vector), the hosts and the workers (lists of
+/// such vectors), the agents (for each a list of such vectors, named by the ranks of the workers; 0 is the
+/// agent itself), and the last events (a list of vectors).
 /// @noRd
 #[extendr]
 fn hub_dump(handle: Robj, question: f64, max: f64, anyway: bool) -> Robj {
@@ -36,7 +37,7 @@ fn to_r(dump: Dump) -> Robj {
         let ranks = of.iter().map(|(rank, _)| rank.map_or(0, |rank| rank + 1));
         let names: Vec<String> = ranks.map(|rank| rank.to_string()).collect();
         let mut facts: Robj = all(of.into_iter().map(|(_, facts)| facts).collect());
-        // Cannot fail: as many names as elements.
+        // This cannot fail: there are as many names as elements.
         let _ = facts.set_names(names);
         facts
     });
@@ -56,10 +57,10 @@ fn all(facts: Vec<Facts>) -> Robj {
 
 fn named(facts: Facts) -> Robj {
     let (names, values): (Vec<String>, Vec<String>) = facts.0.into_iter().unzip();
-    // R's strings hold no NUL, and an agent may be anything.
+    // R's strings cannot contain NUL, and the text comes from untrusted peers.
     let clean = |text: String| text.replace('\0', "");
     let mut robj = Robj::from(values.into_iter().map(clean).collect::<Vec<_>>());
-    // Cannot fail: as many names as values.
+    // This cannot fail: there are as many names as values.
     let _ = robj.set_names(names.into_iter().map(clean).collect::<Vec<_>>());
     robj
 }

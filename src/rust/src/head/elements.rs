@@ -1,11 +1,11 @@
-//! The R half of a job: how its elements become messages, and answers its results. See
-//! [`rustcluster_core::head::job`] for the other half.
+//! The codec of jobs, which knows R: encodes elements into messages and decodes answers into results. The job
+//! engine is [`rustcluster_core::head::job`].
 
 use super::handle::{Cluster, SLICE, ToHub};
 use super::values::Values;
 use super::{broadcast, nodes, status};
 use crate::codec::stream::{self, BoundedSink, Format, Sink};
-use crate::codec::{batch, mapped};
+use crate::codec::{batch, mapped, plain};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
@@ -20,10 +20,10 @@ use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
-/// An element of so many bytes goes alone.
+/// Minimum size of an element that is sent alone, in bytes.
 const LONG: usize = 64 * 1024;
 
-/// Bytes of elements in one message, beyond which no more are added.
+/// Size of the elements in one message from which on no more elements are added, in bytes.
 const FULL: usize = 48 * 1024;
 
 /// The codec of a job on this cluster.
@@ -37,13 +37,13 @@ struct Gathering<'a> {
     values: &'a mut Values,
     indices: &'a [usize],
     count: usize,
-    /// Why the next one has not been added.
+    /// The reason why the next element was not added.
     stopped: Option<Form>,
 }
 
 unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the gathering above, which outlives this call. This frame holds nothing that
-    // is to be dropped when R jumps.
+    // SAFETY: `data` is the gathering above, which outlives this call. This frame owns nothing that needs to be
+    // dropped when R jumps.
     unsafe {
         let gathering = &mut *data.cast::<Gathering<'_>>();
         let values = &mut *gathering.values;
@@ -53,9 +53,9 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             add_seed(&values.seed, index, &mut values.message);
             let element = Rf_protect(values.element(index));
             if !batch::append_plain(element, &mut values.message) {
-                // If what is common cannot change, they cannot have in common what does.
+                // If the common list is fixed, elements cannot share a changeable object with it.
                 let mut fixed = values.fixed;
-                // What is seen to be long is not serialized to find that out.
+                // Skip the serialization of an element that is known to be long.
                 let mut long = fixed && stream::min_size_of_value(element) >= LONG;
                 if !long {
                     batch::begin_serialized(&mut values.message);
@@ -78,7 +78,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
 }
 
 /// # Safety
-/// Under [`unwind::run`].
+/// Must be called under [`unwind::run`].
 unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
     if seed.is_null() {
         return;
@@ -96,10 +96,10 @@ unsafe fn add_seed(seed: &Robj, index: usize, out: &mut Vec<u8>) {
     }
 }
 
-/// The seed of a task, not protected.
+/// Returns the seed of a task, which is not protected.
 ///
 /// # Safety
-/// Under [`unwind::run`].
+/// Must be called under [`unwind::run`].
 unsafe fn seed_of(seed: &Robj, index: usize) -> SEXP {
     // SAFETY: the caller's.
     unsafe { rustcluster_call_with(seed.get().cast(), index as f64 + 1.0) }
@@ -115,8 +115,8 @@ struct WritingElements<'a> {
 }
 
 unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the writing above, which outlives this call. This frame holds nothing that
-    // is to be dropped when R jumps.
+    // SAFETY: `data` is the writing above, which outlives this call. This frame owns nothing that needs to be
+    // dropped when R jumps.
     unsafe {
         let writing = &mut *data.cast::<WritingElements<'_>>();
         let values = &mut *writing.values;
@@ -159,16 +159,16 @@ struct Taking<'a> {
     values: &'a mut Values,
     indices: &'a [usize],
     body: Body,
-    /// Its vectors are in memory that is shared with the worker.
+    /// Whether the vectors of the answer are in memory that is shared with the worker.
     shared: bool,
-    /// What the answer begins with, if it is one of a batch.
+    /// The head of the answer, if it is the answer to a batch.
     head: Option<batch::AnswerHead>,
     count: usize,
 }
 
 unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the taking above, which outlives this call. This frame holds nothing that is
-    // to be dropped when R jumps.
+    // SAFETY: `data` is the taking above, which outlives this call. This frame owns nothing that needs to be
+    // dropped when R jumps.
     unsafe {
         let taking = &mut *data.cast::<Taking<'_>>();
         let values = &mut *taking.values;
@@ -195,7 +195,7 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
 }
 
 unsafe extern "C" fn check(_: *mut c_void) -> SEXP {
-    // SAFETY: under unwind::run; this frame holds nothing.
+    // SAFETY: this runs under unwind::run, and this frame owns nothing.
     unsafe {
         unwind::check_interrupt();
         R_NilValue
@@ -243,7 +243,7 @@ impl Codec for Encoder<'_> {
         match form {
             Form::Batch => {
                 if hub.borrow_mut().write(&self.values.message) {
-                    // Not much is under way for what is this short.
+                    // Little data is in flight for messages this short.
                     while hub.borrow_mut().wait_to_send(SLICE) {
                         unwind::run(check, &mut ())?;
                     }
@@ -280,6 +280,7 @@ impl Codec for Encoder<'_> {
         mut body: Body,
     ) -> std::result::Result<Taken, Jump> {
         let (failed, fresh) = (self.values.failed.len(), self.values.fresh.len());
+        plain::join(&mut body);
         let memory = mapped::open(&mut body);
         let mut taking = Taking {
             values: self.values,
@@ -297,14 +298,14 @@ impl Codec for Encoder<'_> {
         drop(taking);
         let values = &mut *self.values;
         if let Err(jump) = taken {
-            // R finds out why, and job_unreadable() follows.
+            // R finds the reason, and then calls job_unreadable().
             values.failed.truncate(failed);
             values.fresh.truncate(fresh);
             return Err(jump);
         }
         self.cluster.reading.set(None);
         if let Some(last) = values.failed[failed..].last() {
-            // SAFETY: on R's thread; the list keeps it alive, and has as many elements.
+            // SAFETY: this runs on R's thread; the list keeps the value alive, and has as many elements.
             unsafe {
                 let value = VECTOR_ELT(values.results.get(), *last as isize - 1);
                 status::note_error(self.cluster, on, value);
@@ -326,13 +327,13 @@ impl Codec for Encoder<'_> {
 
     fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         if is_reported(&failure.termination, failure.now.is_none()) {
-            // Tasks that are not retried have errors of their own.
-            let told = if again.is_empty() {
+            // Tasks that are not retried have an error of their own.
+            let reported = if again.is_empty() {
                 &failure.tasks
             } else {
                 again
             };
-            let warning = loss_of_batch(failure, told)
+            let warning = loss_of_batch(failure, reported)
                 .with("noun", &self.values.noun)
                 .with("again", !again.is_empty());
             self.cluster.failures.borrow_mut().report(self.job, warning);
@@ -340,12 +341,12 @@ impl Codec for Encoder<'_> {
     }
 }
 
-/// Tasks as R counts them.
+/// Returns the indices of tasks as R counts them, from 1.
 pub(super) fn numbers(tasks: &[usize]) -> Vec<i32> {
     tasks.iter().map(|&index| index as i32 + 1).collect()
 }
 
-/// A loss as R hears of it, with these of its tasks.
+/// Returns a worker failure for R, with these tasks of the lost batch.
 pub(super) fn loss_of_batch(failure: &BatchLoss, tasks: &[usize]) -> Failure {
     let first = failure.tasks.first().map_or(0, |first| first + 1);
     Failure::worker_failure(

@@ -1,4 +1,4 @@
-//! What has happened to workers and hosts, as R is told of it.
+//! Events of workers and hosts, for R.
 
 use super::handle::{Cluster, with_cluster};
 use crate::r::failure::Failure;
@@ -6,7 +6,8 @@ use extendr_api::prelude::*;
 use rustcluster_core::head::hub::Event;
 use rustcluster_core::head::scheduler::events::Interruption;
 
-/// What there is to be shown: a list of failures, in the order in which they came, or `NULL`.
+/// Returns the events that R has to show, in the order in which they happened, as a list of failures, or
+/// `NULL`.
 /// @noRd
 #[extendr]
 fn hub_events(handle: Robj) -> Robj {

@@ -1,7 +1,7 @@
-//! The cluster that R holds: its hub, and what is remembered between two calls of R.
+//! The cluster behind the external pointer of R: its hub, and the state that outlives a call from R.
 
 use super::losses::WorkerFailures;
-use super::repeat::{Repeated, User};
+use super::serialization_cache::{CachedMessage, User};
 use super::values::Values;
 use crate::codec::stream::{Format, Sink};
 use crate::r::failure::Failure;
@@ -17,79 +17,79 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// An open job: its engine, and what it has of R's.
+/// An open job: its engine, and its R values.
 pub struct Job {
     pub engine: job::Job,
     pub(super) values: Values,
-    /// What the first step, which job_begin() takes, has left for the next: what R is needed for.
-    pub(super) said: Option<Unsent>,
+    /// The failure of the first step, which job_begin() takes, for the next call of job_step().
+    pub(super) pending: Option<Unsent>,
 }
 
-/// What hub_call() has had of answers when it stopped to wait.
+/// The answers that hub_call() had received when it stopped waiting.
 pub(super) struct Called {
     pub(super) values: Robj,
     pub(super) there: Vec<bool>,
     pub(super) next: Robj,
 }
 
-/// R's thread waits in slices of this length, and lets R look for interrupts in between.
+/// R's thread waits for at most this time without a check for interrupts in R.
 pub const SLICE: Duration = Duration::from_millis(100);
 
-/// What an external pointer of ours holds. R code that runs while one of its functions is under
-/// way may call another: no borrow is held while R may run code.
+/// The value behind the external pointer. R code that runs during a function of the pointer may call another of
+/// its functions. Therefore nothing may be borrowed while R may run code.
 pub struct Cluster {
     pub hub: RefCell<Hub>,
-    /// The last list of nodes that a result was asked for from any of, with each rank's place in
-    /// it. Kept alive, so that the same address means the same list: asking again for the same
-    /// one, as a verb does once a task, costs nothing however long it is.
+    /// The last list of nodes for which a result was requested, with the index of each rank in the list. The
+    /// list is kept alive, so that an equal address means the same list. A verb asks for the same list once for
+    /// each task: such a request does not depend on the length of the list.
     pub(super) nodes: Cell<Option<(Robj, Vec<u32>)>>,
-    /// Buffer for messages of [`plain`](crate::codec::plain).
+    /// The buffer for messages of [`plain`](crate::codec::plain).
     pub(super) plain: Cell<Vec<u8>>,
     /// The last large message that R has sent to a node.
-    pub(super) last: Cell<Option<Repeated>>,
-    /// Of each worker, what it is sent that is not plain.
+    pub(super) last: Cell<Option<CachedMessage>>,
+    /// For each worker, the format of messages that are not plain.
     pub formats: RefCell<Vec<Format>>,
-    /// The messages of tasks that have not been answered, to be sent again if need be.
+    /// The messages of tasks that have not been answered, for retries.
     pub messages: RefCell<HashMap<TaskId, SentMessage>>,
-    /// The same of calls that have not been forgotten.
+    /// The messages of calls that have not been forgotten.
     pub(super) calls: RefCell<HashMap<TaskId, DroppableCall>>,
-    /// How often tasks are retried, and what R is still to be told of that.
+    /// The retry policies, and the worker failures that R has not acknowledged.
     pub(super) failures: RefCell<WorkerFailures>,
-    /// The job that last sent something, and how much it has sent.
+    /// The job that last sent a task, and the number of tasks that it has sent.
     pub(super) sent_by_job: Cell<(JobId, i32)>,
-    /// The job that is open, if it is one of ours and not a verb of parallel's.
+    /// The open job, if a verb of this package runs it, and not a verb of parallel.
     pub job: RefCell<Option<Box<Job>>>,
-    /// Seconds that the round trip to a worker takes, as far as jobs have found out.
+    /// The round-trip time to workers in seconds, as far as jobs have measured it.
     pub rtts: RefCell<HashMap<Rank, f64>>,
-    /// What the tasks of the last job had in common, by its serialized form, if that is short.
+    /// The blob of the values that the tasks of the last job had in common, with the key of its bytes, if they
+    /// are short.
     pub(super) common: Cell<Option<(u128, BlobId)>>,
-    /// Blobs, each with the job that it goes with.
+    /// Blobs, each with the job with which it ends.
     pub(super) blobs: RefCell<Vec<(JobId, BlobId)>>,
-    /// An answer that R has been told of, and is to take with hub_read().
+    /// An answer that R knows of and has yet to take with hub_read().
     pub(super) unread: Cell<Option<Unread>>,
-    /// What hub_called() is to tell.
+    /// The value of the next hub_called().
     pub(super) called: Cell<Option<Called>>,
-    /// The job of a verb that is under way without a note of it in R: see [`may_begin`].
+    /// The job of a verb that is running and that R does not know of yet: see [`may_begin`].
     pub open_job: Cell<Option<JobId>>,
     /// Calls that were dropped while the hub was in use.
     pub(super) dropped: RefCell<Vec<TaskId>>,
-    /// The task whose answer is being read, or could not be read because R jumped, and the place of its
-    /// node.
+    /// The task whose answer is being read, or could not be read because R jumped, and the index of its node.
     pub reading: Cell<Option<(TaskId, i32)>>,
 }
 
-/// The body of an answer, its task, the place of its node and the worker that had the task.
+/// The body of an answer, its task, the index of its node and the worker that had the task.
 pub(super) struct Unread {
     pub(super) body: Body,
     pub(super) task: TaskId,
-    /// The worker that R gave the task to.
+    /// The worker to which R gave the task.
     pub(super) rank: Rank,
     pub(super) node_index: i32,
     pub(super) at: Rank,
 }
 
 impl Cluster {
-    /// Lets go of the messages of tasks that were cancelled.
+    /// Drops the messages of tasks that were cancelled.
     pub(super) fn forget_messages(&self) {
         let mut messages = self.messages.borrow_mut();
         if !messages.is_empty() {
@@ -100,7 +100,7 @@ impl Cluster {
         self.forget_last();
     }
 
-    /// Lets go of the message of a task, and returns it.
+    /// Removes the message of a task and returns it.
     pub(super) fn forget_message(&self, task: TaskId) -> Option<SentMessage> {
         let mut message = self.messages.borrow_mut().remove(&task)?;
         if message.user.take().is_some() {
@@ -109,14 +109,14 @@ impl Cluster {
         Some(message)
     }
 
-    /// The last large message, if this one may be the same. It is to be given back with
-    /// [`Cluster::keep_last`]: R code that runs in between may send others.
+    /// Takes the last large message, if this message may be the same. The caller gives it back by
+    /// [`Cluster::keep_last`], because R code that runs in between may send other messages.
     pub(super) fn take_last(
         &self,
         job: JobId,
         setup_call: Option<u64>,
         message: &Robj,
-    ) -> Option<Repeated> {
+    ) -> Option<CachedMessage> {
         let last = self.last.take()?;
         if last.may_be(job, setup_call, message) {
             return Some(last);
@@ -125,29 +125,29 @@ impl Cluster {
         None
     }
 
-    /// This is now the last large message.
-    pub(super) fn keep_last(&self, last: Repeated) {
+    /// Sets the last large message.
+    pub(super) fn keep_last(&self, last: CachedMessage) {
         if let Some(other) = self.last.replace(Some(last)) {
-            self.drop_repeated(&other);
+            self.drop_cached(&other);
         }
         self.forget_last();
     }
 
-    /// Lets go of the last large message if no task has it any more.
+    /// Drops the last large message if no outstanding task has it.
     fn forget_last(&self) {
         match self.last.take() {
-            Some(last) if !last.is_used() => self.drop_repeated(&last),
+            Some(last) if !last.is_used() => self.drop_cached(&last),
             last => self.last.set(last),
         }
     }
 
-    pub(super) fn drop_repeated(&self, repeated: &Repeated) {
-        for id in repeated.blobs() {
+    pub(super) fn drop_cached(&self, cached: &CachedMessage) {
+        for id in cached.blobs() {
             self.hub.borrow_mut().drop_blob(id);
         }
     }
 
-    /// Lets go of the blobs of a job.
+    /// Drops the blobs of a job.
     pub(super) fn drop_blobs(&self, job: JobId) {
         self.blobs.borrow_mut().retain(|&(other, id)| {
             if other == job {
@@ -165,20 +165,20 @@ impl Cluster {
         }
     }
 
-    /// Lets go of the message of a call.
+    /// Drops the message of a call.
     pub(super) fn forget_message_of_call(&self, task: TaskId) {
         let call = self.calls.borrow_mut().remove(&task);
-        // What is released of R's, after the table is free again.
+        // Release R objects only when the table is no longer borrowed.
         drop(call);
     }
 
-    /// What a worker is sent that is not plain.
+    /// Returns the format in which a worker is sent messages that are not plain.
     pub fn format(&self, rank: Rank) -> Format {
         let formats = self.formats.borrow();
         formats.get(rank as usize).copied().unwrap_or_default()
     }
 
-    /// A task has been sent; its message is kept for as long as it is outstanding.
+    /// Records that a task was sent, with its message, which is kept while the task is outstanding.
     pub(super) fn sent(&self, task: TaskId, mut message: SentMessage) {
         message.index = match self.sent_by_job.get() {
             (last, index) if last == message.job => index + 1,
@@ -189,7 +189,7 @@ impl Cluster {
     }
 }
 
-/// A message as blobs, one for each format that it was sent in.
+/// The blobs of a message, one for each format in which it was sent.
 #[derive(Clone, Copy, Default)]
 pub struct MessageBlobs {
     native: Option<BlobId>,
@@ -197,7 +197,7 @@ pub struct MessageBlobs {
 }
 
 impl MessageBlobs {
-    /// As this blob alone.
+    /// Creates the value for a message that is this one blob.
     pub fn of_one(format: Format, id: BlobId) -> MessageBlobs {
         let mut blobs = MessageBlobs::default();
         blobs.set(format, id);
@@ -219,35 +219,35 @@ impl MessageBlobs {
     }
 }
 
-/// A message for as long as its task is outstanding.
+/// A message, while its task is outstanding.
 pub struct SentMessage {
-    /// As it came from R, which shares its values: it costs no memory of its own.
+    /// The message as R passed it. Its values are shared with R, so that it needs no memory of its own.
     pub(super) message: Robj,
     pub(super) job: JobId,
-    /// Which of the job's tasks it is, from 1.
+    /// The index of the task among the tasks of its job, from 1.
     pub index: i32,
     pub(super) setup_call: Option<u64>,
-    /// All of it, where its worker's host has it.
+    /// The blobs that contain the complete message, for hosts that have them.
     pub(super) blobs: MessageBlobs,
-    /// It is the last large message, or has been.
+    /// Set if this is, or was, the last large message.
     pub(super) user: Option<User>,
-    /// How often it was lost.
+    /// The worker failures of the task.
     pub(super) attempts: Attempts<Failure>,
 }
 
-/// A call for as long as it is not forgotten.
+/// A call, until it is forgotten.
 pub(super) struct DroppableCall {
-    /// As of [`SentMessage`].
+    /// The message: see [`SentMessage`].
     pub(super) message: Robj,
-    /// The workers that may have it, in order.
+    /// The workers that may run the call, in order.
     pub(super) any_of: Arc<[Rank]>,
-    /// What warnings call it.
+    /// The name of the call in warnings.
     pub(super) what: String,
-    /// How often it was lost.
+    /// The worker failures of the call.
     pub(super) attempts: Attempts<Failure>,
 }
 
-/// Why a message has not been sent.
+/// The reason why a message was not sent.
 pub enum Unsent {
     Jump(Jump),
     Failure(Failure),
@@ -274,10 +274,10 @@ impl From<Unsent> for Robj {
     }
 }
 
-/// No place in a list of nodes.
+/// The index of a node that is not in the list.
 pub(super) const ABSENT: u32 = u32::MAX;
 
-/// Runs `body` with the cluster behind `handle`, if it can be used.
+/// Runs `body` with the cluster behind `handle`, if the cluster can be used.
 pub fn with_cluster(
     handle: &Robj,
     body: impl FnOnce(&Cluster) -> std::result::Result<Robj, Failure>,
@@ -285,7 +285,7 @@ pub fn with_cluster(
     usable(handle).and_then(body).unwrap_or_else(Robj::from)
 }
 
-/// The cluster behind `handle`, if it can be used.
+/// Returns the cluster behind `handle`, if it can be used.
 pub(super) fn usable(handle: &Robj) -> std::result::Result<&Cluster, Failure> {
     let cluster = cluster_of(handle)?;
     let hub = cluster.hub.try_borrow_mut();
@@ -302,12 +302,12 @@ pub(super) fn cluster_of(handle: &Robj) -> std::result::Result<&Cluster, Failure
     if !handle.is_external_pointer() {
         return Err(restored());
     }
-    // Nil after it has been saved and loaded.
+    // The pointer is nil after it has been saved and loaded.
     let pointer: &ExternalPtr<Cluster> = handle.try_into().map_err(|_| restored())?;
     pointer.try_addr().map_err(|_| restored())
 }
 
-/// As [`with_cluster`], for what needs the hub alone. It is not in use any more when R makes the result.
+/// Runs `body` with the hub of a cluster: see [`with_cluster`]. The hub is released before R makes the result.
 pub(super) fn with_hub<T: Into<Robj>>(
     handle: &Robj,
     body: impl FnOnce(&mut Hub) -> std::result::Result<T, Failure>,
@@ -318,7 +318,7 @@ pub(super) fn with_hub<T: Into<Robj>>(
     })
 }
 
-/// A rank of R's, from 1, as one of ours.
+/// Converts a rank of R, from 1, to a rank of the core.
 pub fn rank_of(hub: &Hub, rank: i32) -> std::result::Result<Rank, Failure> {
     match usize::try_from(rank) {
         Ok(rank) if (1..=hub.size()).contains(&rank) => Ok(rank as Rank - 1),
@@ -333,7 +333,7 @@ pub(super) fn strings(value: &Robj) -> Vec<String> {
     all.into_iter().map(str::to_owned).collect()
 }
 
-/// The hub as R's serialization writes to it.
+/// The hub, as a sink for R's serialization.
 pub struct ToHub<'a>(pub &'a Cluster);
 
 impl Sink for ToHub<'_> {
@@ -346,8 +346,8 @@ impl Sink for ToHub<'_> {
     }
 }
 
-/// Whether a message may be sent. Code that R runs while it serializes one, a finalizer say, may send none: the
-/// first one would be lost.
+/// Checks that a message may be sent. Code that R runs during a serialization, such as a finalizer, must not
+/// send another message: the first one would be lost.
 pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
     match cluster.hub.borrow().is_writing() {
         true => Err(Failure::new("busy")),
@@ -355,9 +355,8 @@ pub fn may_send(cluster: &Cluster) -> std::result::Result<(), Failure> {
     }
 }
 
-/// Whether a verb may send its first message. A finalizer that R runs in the middle of another verb
-/// would take that one's answers. A verb that takes longer is noted in R, which then refuses others by
-/// itself.
+/// Checks that a verb may send its first message. A finalizer that R runs during another verb would take the
+/// answers of that verb. R itself records a verb that takes longer, and then refuses other verbs.
 pub fn may_begin(cluster: &Cluster) -> std::result::Result<(), Failure> {
     match cluster.open_job.get() {
         Some(job) => Err(Failure::new("busy").with("begun", job)),

@@ -1,8 +1,9 @@
-//! Jobs: all tasks of one call of a verb, given out and collected on R's thread, and not one by one in R
-//! code. The engine is [`rustcluster_core::head::job`]; its codec is in [`super::elements`]. See
-//! [`crate::codec::batch`] for the messages.
+//! Jobs: all tasks of one call of a verb, sent and collected on R's thread without R code for each task. The
+//! engine is [`rustcluster_core::head::job`], its codec is [`super::elements`], and [`crate::codec::batch`]
+//! describes the messages.
 //!
-//! R is needed only for errors and for the results of tasks that have failed: [`job_step`] then returns a failure.
+//! R is needed only for errors, and for the results of tasks that have failed: [`job_step`] then returns a
+//! failure.
 
 use super::elements::{Encoder, loss_of_batch, numbers};
 use super::handle::{Cluster, Job, SLICE, Unsent, may_begin, rank_of, with_cluster};
@@ -20,16 +21,26 @@ use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-/// Begins a job. `ranks`: of the nodes, from 1. `common`: a list of the function and a list of arguments
-/// that all tasks have. `elements`: a vector without a class, or a function of an element's number.
-/// `settings`: a list of `round` (tasks go round the nodes, and not to whoever is free), `shares` (what
-/// tasks that are sent together share: `"nothing"`; `"all"`, as in a chunk of parallel's; `"function"`, if
-/// that has an environment of its own), `spread` (an element is a list of arguments), `seed` (a function
-/// that gives each element's seed, or `NULL`), `seeded` (see [`Values`]),
-/// `order` (of the elements, or `NULL`), `singly` (no two tasks cross together), `timeout` (of a task,
-/// in seconds), `retries` and `raises` (see [`Policy`]), `noun` (what warnings call a task), `at_once` (if there
-/// are no more tasks than nodes, a first step is taken at once).
-/// Returns what job_results() does if the job has ended with that, and is closed; otherwise `NULL`.
+/// Starts a job. `ranks`: the ranks of the nodes, from 1. `common`: a list of the function and of a list of
+/// arguments that all tasks have. `elements`: a vector without a class, or a function of the index of an
+/// element.
+///
+/// `settings` is a list of:
+/// * `round`: whether tasks are assigned to the nodes in turn, and not to the next idle worker.
+/// * `reuse`: the objects that are reused by all tasks of a batch: `"nothing"`; `"all"`, as in a chunk of parallel; or
+///   `"function"`, if that has an environment of its own.
+/// * `spread`: whether an element is a list of arguments.
+/// * `seed`: a function that returns the seed of an element by its index, or `NULL`.
+/// * `seeded`: see [`Values`].
+/// * `order`: the order of the elements, or `NULL`.
+/// * `singly`: whether each task is sent alone.
+/// * `timeout`: the time limit of a task in seconds.
+/// * `retries`, `raises`: see [`Policy`].
+/// * `noun`: the name of a task in warnings.
+/// * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.
+///
+/// Returns the value of job_results() if that step has ended the job, which is then closed, and otherwise
+/// `NULL`.
 /// @noRd
 #[extendr]
 fn job_begin(
@@ -43,7 +54,7 @@ fn job_begin(
 ) -> Robj {
     with_cluster(&handle, |cluster| {
         may_begin(cluster)?;
-        // R's code that ends a job may have been interrupted.
+        // The R code that closes a job may have been interrupted.
         let stale = cluster.job.borrow().as_ref().map(|job| job.engine.id());
         if let Some(stale) = stale {
             nodes::close_job(cluster, stale);
@@ -87,11 +98,11 @@ fn job_begin(
                 Err(Jump(token)) => return Ok(token),
             };
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
-        let shares = settings.get("shares").and_then(Robj::as_str);
+        let reuse = settings.get("reuse").and_then(Robj::as_str);
         let flags = [
-            (shares == Some("all"), batch::CHUNK),
+            (reuse == Some("all"), batch::CHUNK),
             (
-                shares == Some("function") && !as_written.fixed,
+                reuse == Some("function") && !as_written.fixed,
                 batch::FUNCTION,
             ),
             (flag("spread"), batch::SPREAD),
@@ -115,7 +126,7 @@ fn job_begin(
             host,
             cores: cores.get(host).copied().unwrap_or(0),
             rtt: rtts.get(&rank).copied(),
-            // Where tasks go together, one of them that comes back may go with others next time.
+            // Without `singly`, a task that is revoked may be sent in another batch next time.
             detained: flag("singly") && cluster.hub.borrow().is_detained(rank),
         };
         let slots: Vec<JobWorker> = ranks.iter().zip(agents).map(slot).collect();
@@ -144,18 +155,18 @@ fn job_begin(
                 common,
                 flags,
                 as_written.fixed,
-                shares == Some("nothing"),
+                reuse == Some("nothing"),
                 setting,
             ),
-            said: None,
+            pending: None,
         });
         let mut done = false;
         if at_once {
-            // Until R has noted that a verb is under way, which takes as long as a short job.
+            // A short job ends before R could record that a verb is running.
             cluster.open_job.set(Some(job as JobId));
             match new.step(cluster, true) {
                 Ok(is_done) => done = is_done && !cluster.hub.borrow().has_events(),
-                Err(unsent) => new.said = Some(unsent),
+                Err(unsent) => new.pending = Some(unsent),
             }
         }
         let results = done.then(|| new.values.results());
@@ -167,9 +178,9 @@ fn job_begin(
     })
 }
 
-/// Gives tasks out and takes answers, for some time. Returns TRUE once all are there, and `NULL`
-/// before, or a failure. One with `elements` ends the job, if it is a loss; otherwise it is told until job_made() has
-/// the result of these.
+/// Sends tasks and takes answers, for up to one slice. Returns `TRUE` if all results have arrived, `NULL` if
+/// not, or a failure. A failure with `elements` that is a worker failure ends the job. Any other is returned
+/// again until job_set_result() has set the result of its elements.
 /// @noRd
 #[extendr]
 fn job_step(handle: Robj) -> Robj {
@@ -182,8 +193,8 @@ fn job_step(handle: Robj) -> Robj {
     })
 }
 
-/// Runs `body` with the job that is open. It is not to be had while that is so: R code that runs in
-/// the middle finds the cluster busy.
+/// Runs `body` with the open job. Nobody else can get the job meanwhile: R code that runs during `body` finds
+/// that the cluster is busy.
 fn with_job(
     handle: &Robj,
     body: impl FnOnce(&Cluster, &mut Job) -> std::result::Result<Robj, Unsent>,
@@ -202,14 +213,15 @@ fn with_job(
 }
 
 impl Job {
-    /// Gives tasks out and takes answers, for some time. Returns whether all are there and R has been told of each loss.
-    /// `plain_only`: an answer that may fail to be read is left for the next step.
+    /// Sends tasks and takes answers, for up to one slice. Returns whether all results have arrived and R has
+    /// been notified of each worker failure. `plain_only`: whether to leave an answer whose reading may fail for
+    /// the next step.
     ///
     /// # Errors
-    /// What R is needed for.
+    /// If R has to act.
     fn step(&mut self, cluster: &Cluster, plain_only: bool) -> std::result::Result<bool, Unsent> {
-        if let Some(said) = self.said.take() {
-            return Err(said);
+        if let Some(pending) = self.pending.take() {
+            return Err(pending);
         }
         if cluster.failures.borrow().any_unreported() {
             return Ok(false);
@@ -224,7 +236,7 @@ impl Job {
             .map_err(|halt| self.unsent(halt))
     }
 
-    /// What R gets of what it is needed for.
+    /// Returns the failure for which R has to act.
     fn unsent(&self, halt: Halt<Jump>) -> Unsent {
         let failure = match halt {
             Halt::Codec(jump) => return jump.into(),
@@ -257,10 +269,10 @@ impl Job {
     }
 }
 
-/// The result of the elements of which the last failure of job_step() was, to be told no more.
+/// Sets the result of the elements of the last failure of job_step(), which is not returned again.
 /// @noRd
 #[extendr]
-fn job_made(handle: Robj, value: Robj) -> Robj {
+fn job_set_result(handle: Robj, value: Robj) -> Robj {
     with_job(&handle, |_, job| {
         for &index in job.engine.made().iter().flat_map(Failed::tasks) {
             job.values.fail(index, &value);
@@ -269,7 +281,7 @@ fn job_made(handle: Robj, value: Robj) -> Robj {
     })
 }
 
-/// The elements of a message that is out, from 1.
+/// Returns the indices of the elements of an outstanding message, from 1.
 /// @noRd
 #[extendr]
 fn job_tasks(handle: Robj, task: f64) -> Robj {
@@ -278,8 +290,8 @@ fn job_tasks(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// The answer to a message cannot be read. `value`: the result of its element, if it has only one; several are tried
-/// again.
+/// Handles an answer that cannot be read. `value`: the result of the element, if the message has only one;
+/// several elements are retried.
 /// @noRd
 #[extendr]
 fn job_unreadable(handle: Robj, task: f64, value: Robj) -> Robj {
@@ -299,15 +311,15 @@ fn job_unreadable(handle: Robj, task: f64, value: Robj) -> Robj {
     })
 }
 
-/// What has come of the job: a list of its results, the numbers of those that are errors, and of those
-/// that are new since this was last asked.
+/// Returns a list of the results, of the indices of those that are errors, and of the indices of those that are
+/// new since the last call.
 /// @noRd
 #[extendr]
 fn job_results(handle: Robj) -> Robj {
     with_job(&handle, |_, job| Ok(job.values.results()))
 }
 
-/// How far the job is: tasks, those that have ended, and workers that are busy.
+/// Returns the progress of the job: the numbers of tasks, of finished tasks, and of busy workers.
 /// @noRd
 #[extendr]
 fn job_progress(handle: Robj) -> Robj {
@@ -321,7 +333,7 @@ extendr_module! {
     mod job;
     fn job_begin;
     fn job_step;
-    fn job_made;
+    fn job_set_result;
     fn job_tasks;
     fn job_unreadable;
     fn job_results;

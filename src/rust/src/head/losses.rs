@@ -1,17 +1,18 @@
-//! How often tasks are retried, and which losses R has not been told of.
+//! How often tasks are retried, and which worker failures R has not acknowledged.
 
 use crate::r::failure::Failure;
 use rustcluster_core::head::retry::Policy;
 use rustcluster_core::protocol::ids::JobId;
 
-/// The policies of a cluster, and the losses that R has not been told of.
+/// The retry policies of a cluster, and the worker failures that R has not acknowledged.
 #[derive(Default)]
 pub(super) struct WorkerFailures {
-    /// Of all that have none of their own.
+    /// The policy of all tasks without another policy.
     pub(super) default: Policy,
-    /// Of one job, which is open.
+    /// The policy of one job, which is open.
     pub(super) of_job: Option<(JobId, Policy)>,
-    /// What was dealt with, with the job of the task. Stays until R has noted it: R may be interrupted before.
+    /// Worker failures that were handled, with the job of the task. Each stays until R has acknowledged it,
+    /// because an interrupt may keep R from doing so.
     pub(super) unreported: Vec<(JobId, Failure)>,
 }
 
@@ -23,18 +24,18 @@ impl WorkerFailures {
         }
     }
 
-    /// A loss has been dealt with, of which R is to be told.
+    /// Adds a worker failure that was handled, for R.
     pub(super) fn report(&mut self, job: JobId, worker_failure: Failure) {
         self.unreported.push((job, worker_failure));
     }
 
-    /// A job has ended. Nobody is to be told any more what became of its tasks.
+    /// Drops the policy and the worker failures of a job that has ended.
     pub(super) fn close(&mut self, job: JobId) {
         self.of_job = self.of_job.filter(|&(of, _)| of != job);
         self.unreported.retain(|&(of, _)| of != job);
     }
 
-    /// Whether R is to be told of a loss before it gets anything else.
+    /// Returns whether R has to be notified of a worker failure before it gets any other result.
     pub(super) fn any_unreported(&self) -> bool {
         !self.unreported.is_empty()
     }

@@ -1,4 +1,4 @@
-//! The head's functions for R.
+//! The functions of the head, for R.
 
 mod broadcast;
 mod call;
@@ -10,9 +10,9 @@ mod job;
 mod losses;
 mod nodes;
 mod readiness;
-mod repeat;
 mod retry;
 mod send;
+mod serialization_cache;
 mod start;
 mod status;
 mod values;

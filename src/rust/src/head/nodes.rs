@@ -1,11 +1,11 @@
-//! The head's functions: a [`Hub`] behind an external pointer.
+//! Functions of the head for nodes: a [`Hub`] behind an external pointer.
 
 use super::handle::{
     ABSENT, Called, Cluster, SLICE, Unread, Unsent, cluster_of, may_begin, rank_of, usable,
     with_cluster,
 };
-use super::repeat::{LARGE, Repeated};
 use super::send::send;
+use super::serialization_cache::{CachedMessage, LARGE};
 use super::{broadcast, events, retry, status};
 use crate::codec::stream;
 use crate::codec::{mapped, plain};
@@ -24,8 +24,8 @@ use std::ffi::{CStr, c_int, c_void};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
-/// Nobody has the object of a call any more. R runs finalizers whenever something is allocated, and so also
-/// while the hub is in use here: then the call is cancelled at the next use.
+/// Removes a call whose object was garbage-collected. R runs finalizers at any allocation, and so also while
+/// the hub is in use by this package: the call is then cancelled when the hub is next used.
 pub fn drop_call(handle: &Robj, task: TaskId) -> Robj {
     let dropped = || -> std::result::Result<Robj, Failure> {
         let cluster = cluster_of(handle)?;
@@ -42,8 +42,8 @@ pub fn drop_call(handle: &Robj, task: TaskId) -> Robj {
     dropped().unwrap_or_else(Robj::from)
 }
 
-/// Sends a message to a node. `setup_call`: `NULL`, or that what it does there lasts, and the name of what
-/// it sets there (`""`: of nothing in particular).
+/// Sends a message to a node. `setup_call`: the name of the variable that a set-up call sets (`""`: no
+/// particular variable), or `NULL` for any other call.
 /// @noRd
 #[extendr]
 fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, setup_call: Robj) -> Robj {
@@ -57,7 +57,7 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, setup_call: Robj) 
     })
 }
 
-/// Sends a message to a node, as a blob if it is the same as the last one.
+/// Sends a message to a node, as a blob if it equals the last one.
 fn send_to_node(
     cluster: &Cluster,
     owner: Rank,
@@ -73,7 +73,7 @@ fn send_to_node(
     let sent = blobs.and_then(|blobs| {
         if blobs.is_none() {
             if let Some(changed) = last.take() {
-                cluster.drop_repeated(&changed);
+                cluster.drop_cached(&changed);
             }
         }
         send(
@@ -87,10 +87,10 @@ fn send_to_node(
     });
     let sent = sent.map(|(task, bytes)| {
         if last.is_none() && bytes >= LARGE {
-            last = Some(Repeated::new(job, setup_call, message));
+            last = Some(CachedMessage::new(job, setup_call, message));
         }
         if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
-            message.user = last.as_ref().map(Repeated::user);
+            message.user = last.as_ref().map(CachedMessage::user);
         }
     });
     if let Some(last) = last {
@@ -99,9 +99,10 @@ fn send_to_node(
     sent
 }
 
-/// Sends the same message to nodes, in this order, and waits a little for their answers. Returns a list of
-/// their values: the job is closed then, no code of R's has run, and no interrupt has been heeded. `NULL`, and nothing
-/// has been done: the nodes are of several clusters, or some are there twice. `TRUE`: hub_called() tells what is there.
+/// Sends the same message to nodes, in this order, and waits up to one slice for their answers. Returns the
+/// list of their values: the job is then closed, no R code has run, and no interrupt was handled. Returns
+/// `NULL`, without having done anything, if the nodes are of several clusters or contain a node twice. Returns
+/// `TRUE` if hub_called() has the answers that have arrived.
 /// @noRd
 #[extendr]
 fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj) -> Robj {
@@ -135,7 +136,7 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj
         };
         let mut missing = owners.len();
         let unreported = || cluster.failures.borrow().any_unreported();
-        // R then looks for interrupts, or notes a loss.
+        // Stop for R, which handles interrupts and acknowledges worker failures.
         while missing > 0 && called.next.is_null() && !unreported() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
@@ -160,10 +161,10 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj
     })
 }
 
-/// Puts the value of an answer that was read with its place among the others. Returns whether it is one.
+/// Stores the value of an answer that was read with the index of its node. Returns whether it is an answer.
 fn take_value(answer: &Robj, called: &mut Called) -> bool {
-    // SAFETY: on R's thread, with live values; `values` is ours alone, and as long as `there`. Types and lengths are
-    // looked at first.
+    // SAFETY: this runs on R's thread, with live values. Only this function has `values`, which is as long as
+    // `there`. Types and lengths are checked first.
     unsafe {
         let list = |value: SEXP, min| TYPEOF(value) == SEXPTYPE::VECSXP && XLENGTH(value) >= min;
         let answer = answer.get();
@@ -182,7 +183,7 @@ fn take_value(answer: &Robj, called: &mut Called) -> bool {
             return false;
         };
         *there = true;
-        // After its type.
+        // The first element is the type of the answer.
         SET_VECTOR_ELT(
             called.values.get(),
             at as isize,
@@ -192,8 +193,8 @@ fn take_value(answer: &Robj, called: &mut Called) -> bool {
     }
 }
 
-/// What hub_call() has had of answers: a list of their values; of which nodes these are there; and what came that is no
-/// answer, as hub_receive_any() returns it, or `NULL`.
+/// Returns the answers that hub_call() has received: the list of their values, for each node whether its value
+/// is there, and the last result if it was no answer, as hub_receive_any() returns it, or `NULL`.
 /// @noRd
 #[extendr]
 fn hub_called(handle: Robj) -> Robj {
@@ -206,7 +207,7 @@ fn hub_called(handle: Robj) -> Robj {
     })
 }
 
-/// A number for the name of what a message sets; 0 for none.
+/// Returns a number for the name of the variable that a message sets; 0 for no name.
 fn name_of(name: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
@@ -217,7 +218,7 @@ fn name_of(name: &str) -> u64 {
     }
 }
 
-/// Nobody wants to know any more what became of a task that was lost.
+/// Removes a task after a worker failure whose result is no longer needed.
 /// @noRd
 #[extendr]
 fn hub_forget(handle: Robj, task: f64) -> Robj {
@@ -229,7 +230,7 @@ fn hub_forget(handle: Robj, task: f64) -> Robj {
     })
 }
 
-/// The message of a task that ended without an answer. `last`: it is not asked for again.
+/// Returns the message of a task that ended without an answer. `last`: whether this is the last request for it.
 /// @noRd
 #[extendr]
 fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
@@ -246,13 +247,13 @@ fn hub_message(handle: Robj, task: f64, last: bool) -> Robj {
     })
 }
 
-/// An answer as `recvData()` gives it, not protected. `shared`: its vectors are in the memory that is
-/// being read, see [`mapped::MappedReading`].
+/// Returns an answer as `recvData()` returns it, which is not protected. `shared`: whether its vectors are in
+/// the memory that is being read: see [`mapped::MappedReading`].
 ///
 /// # Safety
-/// Under [`unwind::protect`]: R may jump.
+/// Must be called under [`unwind::protect`]: R may jump.
 pub unsafe fn read_body(body: &mut Body, shared: bool) -> SEXP {
-    // SAFETY: the caller's; this frame holds nothing that is to be dropped.
+    // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped.
     unsafe {
         match body.whole().filter(|bytes| plain::is_plain(bytes)) {
             _ if shared => mapped::unwrap(stream::read(body)),
@@ -262,10 +263,11 @@ pub unsafe fn read_body(body: &mut Body, shared: bool) -> SEXP {
     }
 }
 
-/// An answer as `recvData()` gives it; with a node's place, from 1 and not 0, as `recvOneData()` does.
+/// Returns an answer as `recvData()` returns it or, if `node_index` is not 0, with the index of its node, as
+/// `recvOneData()` does.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj, Jump> {
     struct Reading<'a> {
         body: &'a mut Body,
@@ -273,8 +275,8 @@ pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj,
         node_index: i32,
     }
     unsafe extern "C" fn read(data: *mut c_void) -> SEXP {
-        // SAFETY: `data` is the reading below, which outlives this call. This frame holds nothing
-        // that is to be dropped when R jumps.
+        // SAFETY: `data` is the reading below, which outlives this call. This frame owns nothing that needs to
+        // be dropped when R jumps.
         unsafe {
             let reading = data.cast::<Reading<'_>>();
             let answer = read_body((*reading).body, (*reading).shared);
@@ -287,6 +289,7 @@ pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj,
             placed
         }
     }
+    plain::join(&mut body);
     let memory = mapped::open(&mut body);
     let mut reading = Reading {
         body: &mut body,
@@ -305,8 +308,8 @@ unsafe extern "C" {
     fn rustcluster_placed(node_index: c_int, answer: *mut c_void) -> SEXP;
 }
 
-/// The answer of a node to the oldest message sent to it. `TRUE`: it is there, and to be taken with
-/// hub_read(). `NULL`: not yet, or R is to note a loss first.
+/// Returns the answer of a node to the oldest outstanding message. Returns `TRUE` if the answer has arrived and
+/// hub_read() takes it, and `NULL` if it has not arrived or R has to acknowledge a worker failure first.
 /// @noRd
 #[extendr]
 fn hub_receive(handle: Robj, rank: i32) -> Robj {
@@ -323,7 +326,7 @@ fn hub_receive(handle: Robj, rank: i32) -> Robj {
     })
 }
 
-/// What R gets of an answer: with the place of its node, or without if that is 0.
+/// Returns an answer for R: with the index of its node, or without it if the index is 0.
 pub(super) fn answered(
     cluster: &Cluster,
     answer: Answer,
@@ -333,7 +336,7 @@ pub(super) fn answered(
         let messages = cluster.messages.borrow();
         let index = messages.get(&task).map_or(0, |message| message.index);
         Err(failure
-            .with("place", node_index(rank))
+            .with("node_index", node_index(rank))
             .with("task", task)
             .with("index", index))
     };
@@ -343,9 +346,10 @@ pub(super) fn answered(
             rank,
             assigned: at,
             task,
-            body,
+            mut body,
         } => {
             let node_index = node_index(rank);
+            plain::join(&mut body);
             let unread = Unread {
                 body,
                 task,
@@ -356,8 +360,8 @@ pub(super) fn answered(
             if unread.body.whole().is_some_and(plain::is_plain) {
                 return Ok(take_answer(cluster, unread));
             }
-            // R is asked to have a handler for what may go wrong with the others, which costs more than
-            // all else that it does for a plain one.
+            // For an answer that may fail to be read, R sets up a handler, which costs more than everything
+            // else that R does for a plain answer.
             cluster.unread.set(Some(unread));
             Ok(true.into())
         }
@@ -368,7 +372,7 @@ pub(super) fn answered(
             termination,
         } => retry::task_lost(cluster, (rank, at), node_index(rank), task, &termination),
         Answer::TimedOut { rank, task } => ended(of_rank("timeout", rank), rank, task),
-        Answer::Revoked { rank, task } => ended(of_rank("recalled", rank), rank, task),
+        Answer::Revoked { rank, task } => ended(of_rank("revoked", rank), rank, task),
         Answer::GivenUp { rank, task } => {
             let messages = cluster.messages.borrow();
             let message = messages.get(&task).ok_or_else(|| Failure::new("no_task"))?;
@@ -381,8 +385,8 @@ pub(super) fn answered(
     }
 }
 
-/// Whether R has been told of an answer of one of these workers and was interrupted before it read that. `node_index`: the
-/// place of the worker's node now, if it is one of these.
+/// Returns whether R knows of an answer of one of these workers that it has not read because of an interrupt.
+/// `node_index`: returns the current index of the worker's node, if that is one of these.
 pub(super) fn is_unread(cluster: &Cluster, node_index: impl Fn(Rank) -> Option<i32>) -> bool {
     let mut unread = cluster.unread.take();
     let now = unread.as_ref().and_then(|unread| node_index(unread.rank));
@@ -413,8 +417,8 @@ fn take_answer(cluster: &Cluster, unread: Unread) -> Robj {
     }
 }
 
-/// The number of the task whose answer is being read or could not be read, and the place of its node.
-/// `NULL`: there is none.
+/// Returns the number of the task whose answer is being read or could not be read, and the index of its node.
+/// Returns `NULL` if there is no such task.
 /// @noRd
 #[extendr]
 fn hub_reading(handle: Robj) -> Robj {
@@ -426,7 +430,7 @@ fn hub_reading(handle: Robj) -> Robj {
     })
 }
 
-/// The answer that hub_receive() or hub_receive_any() has told of.
+/// Returns the answer for which hub_receive() or hub_receive_any() has returned `TRUE`.
 /// @noRd
 #[extendr]
 fn hub_read(handle: Robj) -> Robj {
@@ -436,8 +440,8 @@ fn hub_read(handle: Robj) -> Robj {
     })
 }
 
-/// The next answer of any of these nodes: a list of its place among them and the answer. `TRUE`: as with
-/// hub_receive().
+/// Returns the next answer of any of these nodes: a list of the index of the node and of the answer. `TRUE` and
+/// `NULL` have the same meanings as for hub_receive().
 /// @noRd
 #[extendr]
 fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
@@ -447,7 +451,7 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
         }
         let size = cluster.hub.borrow().size();
         let node_indices = match cluster.nodes.take() {
-            // SAFETY: addresses are compared, not used.
+            // SAFETY: the addresses are compared, and not used.
             Some((known, node_indices)) if unsafe { known.get() == nodes.get() } => node_indices,
             _ => node_indices_of(&nodes, size)?,
         };
@@ -466,8 +470,8 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
     })
 }
 
-/// As hub_receive_any(), without waiting, for nodes that may be of several clusters: those of this one
-/// have these ranks, and these places in the list of nodes. Of equal ranks the first place counts.
+/// Does the same as hub_receive_any(), without waiting, for nodes that may be of several clusters. `ranks` and
+/// `node_indices` belong to the nodes of this cluster. If a rank occurs twice, its first index counts.
 /// @noRd
 #[extendr]
 fn hub_poll(handle: Robj, ranks: &[i32], node_indices: &[i32]) -> Robj {
@@ -494,14 +498,14 @@ fn hub_poll(handle: Robj, ranks: &[i32], node_indices: &[i32]) -> Robj {
     })
 }
 
-/// The ranks that have a place among the nodes.
+/// Returns the ranks that have an index among the nodes.
 fn present(node_indices: &[u32]) -> RankSet {
     let ranks = (0..).zip(node_indices);
     let present = ranks.filter(|&(_, &node_index)| node_index != ABSENT);
     present.map(|(rank, _)| rank).collect()
 }
 
-/// Sleeps a little, or until hub_poll() may find something in one of these clusters.
+/// Waits up to one slice, or until hub_poll() may find an answer in one of these clusters.
 /// @noRd
 #[extendr]
 fn hubs_wait(handles: List) -> Robj {
@@ -519,7 +523,7 @@ fn hubs_wait(handles: List) -> Robj {
     wait().map_or_else(Robj::from, |()| ().into())
 }
 
-/// The rank of each of these nodes, if they are all of one cluster.
+/// Returns the rank of each of these nodes, if all are nodes of one cluster.
 /// @noRd
 #[extendr]
 fn cluster_ranks(nodes: Robj) -> Robj {
@@ -536,8 +540,9 @@ fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
             .with("reason", reason)
     };
     let several = || Failure::new("several_clusters");
-    // SAFETY: on R's thread, with a live value that nothing changes meanwhile; types and lengths are looked at first,
-    // and none of these functions of R's jumps or allocates. Addresses of handles are compared, not used.
+    // SAFETY: this runs on R's thread, with a live value that nothing changes meanwhile. Types and lengths are
+    // checked first, and none of these functions of R jumps or allocates. The addresses of handles are
+    // compared, and not used.
     unsafe {
         let list = nodes.get();
         if TYPEOF(list) != SEXPTYPE::VECSXP {
@@ -566,12 +571,12 @@ fn ranks_of(nodes: &Robj) -> std::result::Result<Vec<i32>, Failure> {
     }
 }
 
-/// The element of this name in a list.
+/// Returns the element with this name of a list.
 ///
 /// # Safety
-/// On R's thread, with a live list.
+/// Must be called on R's thread, with a live list.
 unsafe fn field(list: SEXP, name: &CStr) -> Option<SEXP> {
-    // SAFETY: the caller's; types and lengths are looked at first.
+    // SAFETY: guaranteed by the caller; types and lengths are checked first.
     unsafe {
         let names = Rf_getAttrib(list, R_NamesSymbol);
         let count = XLENGTH(list);
@@ -583,7 +588,7 @@ unsafe fn field(list: SEXP, name: &CStr) -> Option<SEXP> {
     }
 }
 
-/// Each rank's place, from 1, in a list of nodes.
+/// Returns the index of each rank, from 1, in a list of nodes.
 fn node_indices_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, Failure> {
     let bad = |reason: &str| {
         Failure::new("bad_argument")
@@ -603,10 +608,10 @@ fn node_indices_of(nodes: &Robj, size: usize) -> std::result::Result<Vec<u32>, F
     Ok(node_indices)
 }
 
-/// Cancels what is left of a job.
+/// Cancels the rest of a job.
 pub fn close_job(cluster: &Cluster, job: JobId) {
     cluster.open_job.set(None);
-    // Nodes hold the handle, which would never be collected.
+    // The nodes refer to the handle, which would never be garbage-collected.
     cluster.nodes.set(None);
     if let Some(job) = cluster.job.take() {
         cluster.rtts.borrow_mut().extend(job.engine.rtts());
@@ -617,18 +622,18 @@ pub fn close_job(cluster: &Cluster, job: JobId) {
     cluster.forget_messages();
 }
 
-/// Cancels what is left of a job. Returns what there is to be shown.
+/// Cancels the rest of a job. Returns the events that R has to show.
 /// @noRd
 #[extendr]
 fn hub_close_job(handle: Robj, job: f64) -> Robj {
     with_cluster(&handle, |cluster| {
         let job = job as JobId;
-        // One that was refused because another is under way has nothing to be closed.
+        // A job that was refused because another one is running need not be closed.
         if cluster.open_job.get().is_some_and(|started| started != job) {
             return Ok(().into());
         }
         close_job(cluster, job);
-        // R was interrupted before it took them.
+        // An interrupt kept R from taking these.
         cluster.unread.set(None);
         cluster.called.set(None);
         Ok(events::events(cluster))

@@ -5,8 +5,9 @@ use super::nodes::is_unread;
 use super::retry;
 use extendr_api::prelude::*;
 
-/// Begins to listen for a connection that shows when an answer has arrived. The port to connect to on the loopback
-/// address, and the bytes that are to be written there first. `NULL`: the system has no port left.
+/// Starts to listen for a connection that shows when an answer has arrived. Returns the port on the loopback
+/// address to connect to, and the token, which the connection has to send first. Returns `NULL` if the system
+/// has no free port.
 /// @noRd
 #[extendr]
 fn hub_readiness_listen(handle: Robj) -> Robj {
@@ -22,7 +23,7 @@ fn hub_readiness_listen(handle: Robj) -> Robj {
     })
 }
 
-/// Takes the connection that has been opened and has written the token. Whether there is one.
+/// Accepts the connection that has been opened and has sent the token. Returns whether there is one.
 /// @noRd
 #[extendr]
 fn hub_readiness_accept(handle: Robj) -> Robj {
@@ -31,8 +32,8 @@ fn hub_readiness_accept(handle: Robj) -> Robj {
     })
 }
 
-/// From now on the connection can be read while the next answer of this worker is there. If its task was lost, the
-/// policy says first what becomes of that. `NULL`: there is no connection.
+/// Makes the connection readable from now on while the next answer of this worker has arrived. If the task had
+/// a worker failure, the retry policy is applied first. Returns `NULL` if there is no connection.
 /// @noRd
 #[extendr]
 fn hub_readiness_point(handle: Robj, rank: i32) -> Robj {
@@ -40,10 +41,10 @@ fn hub_readiness_point(handle: Robj, rank: i32) -> Robj {
         let rank = rank_of(&cluster.hub.borrow(), rank)?;
         let failure = cluster.hub.borrow().next_loss(rank);
         let mut at_once = is_unread(cluster, |owner| (owner == rank).then_some(0));
-        if let Some((task, place, termination)) = failure {
-            match retry::task_lost(cluster, (rank, place), 0, task, &termination) {
+        if let Some((task, assigned, termination)) = failure {
+            match retry::task_lost(cluster, (rank, assigned), 0, task, &termination) {
                 Ok(value) if value.is_null() => {}
-                // R jumped while the task was sent again.
+                // R jumped while the task was being retried.
                 Ok(token) => return Ok(token),
                 Err(_) => at_once = true,
             }

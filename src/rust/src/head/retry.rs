@@ -1,5 +1,5 @@
-//! Carries out what the policy says of tasks that were lost: see [`rustcluster_core::head::retry`]. R is told of each
-//! loss that was dealt with, and is asked for nothing.
+//! Applies the retry policy after worker failures: see [`rustcluster_core::head::retry`]. R is notified of each
+//! worker failure that was handled, and decides nothing.
 
 use super::handle::{Cluster, may_send, with_cluster};
 use super::send;
@@ -11,13 +11,13 @@ use rustcluster_core::head::retry::{Attempts, Policy, Verdict, is_reported, log_
 use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::protocol::ids::{CALLS, JobId, Rank, TaskId};
 
-/// What became of the worker that had a task.
+/// Returns the failure of the worker that had a task.
 fn worker_failure(cluster: &Cluster, rank: Rank, termination: &Termination) -> Failure {
     let now = cluster.hub.borrow().worker(rank).termination;
     Failure::worker_failure(rank, termination, now.as_deref())
 }
 
-/// A loss as R hears of it, and whether it is told as a warning.
+/// A worker failure for R, and whether R raises it as a warning.
 struct Lost {
     failure: Failure,
     reported: bool,
@@ -32,21 +32,21 @@ impl Lost {
         }
     }
 
-    /// The verdict has been carried out. `again`: the task is retried.
+    /// Records that the verdict was carried out. `again`: whether the task is retried.
     fn dealt_with(self, cluster: &Cluster, job: JobId, again: bool) -> Failure {
         if self.reported {
-            let told = self.failure.clone().with("again", again);
-            cluster.failures.borrow_mut().report(job, told);
+            let reported = self.failure.clone().with("again", again);
+            cluster.failures.borrow_mut().report(job, reported);
         }
         self.failure
     }
 }
 
-/// A task that R gave to `rank` was lost with the worker at `assigned`, as whose node's number R knows `node`. Returns
-/// `NULL` if R goes on waiting.
+/// Handles the failure of the worker at `assigned` for a task that R gave to `rank`. R knows the node by its
+/// index `node`. Returns `NULL` if R has to continue waiting.
 ///
 /// # Errors
-/// If the loss is an error: it is told until R has had the task forgotten.
+/// If the worker failure is an error. The error is returned again until R has removed the task.
 pub(super) fn task_lost(
     cluster: &Cluster,
     (rank, assigned): (Rank, Rank),
@@ -64,7 +64,7 @@ pub(super) fn task_lost(
         (message.index, message.job, verdict, policy.raises)
     };
     let mut lost = Lost::new(cluster, assigned, termination, task);
-    lost.failure = lost.failure.with("place", node).with("index", index);
+    lost.failure = lost.failure.with("node_index", node).with("index", index);
     let record = |lost: Lost, again: bool| {
         let failure = lost.dealt_with(cluster, job, again);
         if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
@@ -89,10 +89,10 @@ pub(super) fn task_lost(
     }
 }
 
-/// Sends a task again that R gave to `rank`.
+/// Retries a task that R gave to `rank`.
 ///
 /// # Errors
-/// If nobody can take it, or it is bound to what is lost: there is no use in going on.
+/// If no worker can run the task, or the task is bound to a lost worker: waiting would not help.
 fn send_again(
     cluster: &Cluster,
     rank: Rank,
@@ -114,10 +114,10 @@ fn send_again(
     Ok(send::write(cluster, &started, &message).map(drop))
 }
 
-/// A call was lost with the worker at `assigned`. Returns `NULL` if R goes on waiting.
+/// Handles the failure of the worker at `assigned` for a call. Returns `NULL` if R has to continue waiting.
 ///
 /// # Errors
-/// If the call has failed: that is told until it is forgotten.
+/// If the call has failed. The error is returned again until the call is forgotten.
 pub(super) fn call_lost(
     cluster: &Cluster,
     assigned: Rank,
@@ -167,7 +167,7 @@ pub(super) fn call_lost(
             let failure = lost.dealt_with(cluster, CALLS, true);
             match cluster.calls.borrow_mut().get_mut(&task) {
                 Some(call) => call.attempts.record(failure),
-                // Dropped while it was sent.
+                // The call was dropped while it was being sent.
                 None => cluster.hub.borrow_mut().forget_call(task),
             }
             Ok(().into())
@@ -175,13 +175,13 @@ pub(super) fn call_lost(
     }
 }
 
-/// A task whose worker died on all attempts.
+/// Returns the failure of a task whose worker died on all attempts.
 pub(super) fn given_up(attempts: &Attempts<Failure>) -> Failure {
     Failure::new("task_failed").with("losses", attempts.failures())
 }
 
-/// How often tasks are retried, and whether the first loss is an error: those of this job, or, if that is 0, all that
-/// have no policy of their own.
+/// Sets how often tasks are retried, and whether the first worker failure is an error, for this job or, if
+/// `job` is 0, for all tasks without another policy.
 /// @noRd
 #[extendr]
 fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
@@ -197,7 +197,8 @@ fn hub_policy(handle: Robj, job: f64, retries: f64, raises: bool) -> Robj {
     })
 }
 
-/// The losses that were dealt with and that R has not noted: a list of failures, or `NULL`.
+/// Returns the worker failures that were handled and that R has not acknowledged, as a list of failures, or
+/// `NULL`.
 /// @noRd
 #[extendr]
 fn hub_losses(handle: Robj) -> Robj {
@@ -215,10 +216,10 @@ fn hub_losses(handle: Robj) -> Robj {
     })
 }
 
-/// R has noted so many of the losses that hub_losses() has told.
+/// Acknowledges the first `count` worker failures of hub_losses().
 /// @noRd
 #[extendr]
-fn hub_losses_noted(handle: Robj, count: i32) -> Robj {
+fn hub_losses_acknowledge(handle: Robj, count: i32) -> Robj {
     with_cluster(&handle, |cluster| {
         let unreported = &mut cluster.failures.borrow_mut().unreported;
         let count = usize::try_from(count).unwrap_or(0).min(unreported.len());
@@ -231,5 +232,5 @@ extendr_module! {
     mod retry;
     fn hub_policy;
     fn hub_losses;
-    fn hub_losses_noted;
+    fn hub_losses_acknowledge;
 }

@@ -1,4 +1,4 @@
-//! Sends one message: of a task to its node, or of a call to whichever worker is free first.
+//! Sends one message: of a task to its node, or of a call to the first idle worker of several.
 
 use super::handle::{Cluster, MessageBlobs, SentMessage, ToHub, Unsent};
 use crate::codec::plain;
@@ -11,8 +11,8 @@ use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::sync::Arc;
 
-/// Sends a message to a node, as a blob if its host has it. Returns its task, and how many bytes R has
-/// serialized for it alone.
+/// Sends a message to a node, as a blob if the host has the blob. Returns the task, and the number of bytes
+/// that R has serialized for it alone.
 pub(super) fn send(
     cluster: &Cluster,
     owner: Rank,
@@ -41,10 +41,10 @@ pub(super) fn send(
     Ok((started.task, bytes))
 }
 
-/// Writes a call to the hub. `again`: it was lost.
+/// Writes a call to the hub. `again`: whether this is a retry after a worker failure.
 ///
 /// # Errors
-/// When R jumped: a call that was lost has then ended as before.
+/// If R jumped. The hub then reports the worker failure of a retried call again.
 pub(super) fn send_call(
     cluster: &Cluster,
     any_of: &Arc<[Rank]>,
@@ -53,7 +53,7 @@ pub(super) fn send_call(
     message: &Robj,
 ) -> std::result::Result<(), Jump> {
     let xdr = |&rank: &Rank| cluster.format(rank) == Format::Xdr;
-    // All of them can read that.
+    // All workers can read XDR.
     let format = match any_of.iter().any(xdr) {
         true => Format::Xdr,
         false => Format::Native,
@@ -74,7 +74,7 @@ pub(super) fn send_call(
     written
 }
 
-/// Writes a message to the hub if it is plain. Returns whether it is.
+/// Writes a message to the hub if it is plain. Returns whether it is plain.
 pub(super) fn send_plain(
     cluster: &Cluster,
     format: Format,
@@ -92,7 +92,7 @@ pub(super) fn is_plain(cluster: &Cluster, message: &Robj) -> std::result::Result
     with_plain(cluster, message, |_| ())
 }
 
-/// Runs `then` with the bytes of a message that is plain. Returns whether it is.
+/// Runs `then` with the bytes of a message if it is plain. Returns whether it is plain.
 fn with_plain(
     cluster: &Cluster,
     message: &Robj,
@@ -107,15 +107,15 @@ fn with_plain(
     written
 }
 
-/// Writes a message to the hub, where its task has begun. Returns how many bytes R has serialized for that:
-/// none for a plain one, or if it is a blob.
+/// Writes a message to the hub, where its task has started. Returns the number of bytes that R has serialized
+/// for it: 0 for a plain message and for a message that is a blob.
 pub(super) fn write(
     cluster: &Cluster,
     started: &StartedTask,
     message: &Robj,
 ) -> std::result::Result<usize, Jump> {
     let written = match started.has_blob {
-        // The blob is all of it.
+        // The blob is the complete message.
         true => Ok(0),
         false => write_all(cluster, started.assigned, message),
     };
@@ -144,7 +144,7 @@ fn write_all(
     Ok(sink.bytes)
 }
 
-/// The hub, and how many bytes have been written to it.
+/// The hub, and the number of bytes that have been written to it.
 pub(super) struct Counting<'a> {
     hub: ToHub<'a>,
     bytes: usize,

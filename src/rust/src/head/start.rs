@@ -1,4 +1,4 @@
-//! How R starts a cluster's agents and workers, and ends them.
+//! Functions for R that start and stop the agents and workers of a cluster.
 
 use super::handle::{Cluster, SLICE, rank_of, strings, with_cluster, with_hub};
 use crate::codec::batch;
@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// Checks the system's limits for a number of workers on this machine.
+/// Checks whether the limits of the system allow this number of workers on this machine.
 /// @noRd
 #[extendr]
 fn limits_check(workers: i32) -> Robj {
@@ -32,7 +32,7 @@ fn limits_check(workers: i32) -> Robj {
     }
 }
 
-/// Logs in this session what `RUSTCLUSTER_LOG` asks for.
+/// Starts the log of this session, as `RUSTCLUSTER_LOG` says.
 /// @noRd
 #[extendr]
 fn log_start() -> Robj {
@@ -45,9 +45,9 @@ fn log_start() -> Robj {
     }
 }
 
-/// Starts the agents of a cluster and returns its handle at once. `hosts`: a list with an element
-/// for each, each a list of host, command, env (named; NA removes). `buffer_limit`: bytes of results
-/// that are buffered here before they are left on their hosts.
+/// Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
+/// command and env (a named vector; NA removes a variable). `buffer_limit`: the bytes of results that the head
+/// buffers; further results stay on their hosts.
 /// @noRd
 #[extendr]
 fn hub_start(
@@ -117,14 +117,14 @@ fn launch_of(host: &Robj) -> Option<Launch> {
     })
 }
 
-/// Whether all agents have greeted or failed; waits a little for that.
+/// Returns whether all agents have greeted or failed; waits up to one slice for that.
 /// @noRd
 #[extendr]
 fn hub_greeted(handle: Robj) -> Robj {
     with_hub(&handle, |hub| Ok(hub.greeted(SLICE)))
 }
 
-/// What is known of each host: a list of vectors with an element for each.
+/// Returns the known facts of all hosts: a list of vectors with an element for each host.
 /// @noRd
 #[extendr]
 fn hub_hosts(handle: Robj) -> Robj {
@@ -172,8 +172,8 @@ fn refusal(reason: &ToHead) -> String {
     }
 }
 
-/// Hosts that are lost are to be taken back. What lasts on their workers is held in a file that is
-/// made at `path`, up to `max_bytes` bytes. `start_timeout`: seconds that a host may take to start then.
+/// Makes lost hosts reconnect. The set-up calls of their workers are held in a file at `path`, up to
+/// `max_bytes` bytes. `start_timeout`: the number of seconds that the start of a reconnected host may take.
 /// @noRd
 #[extendr]
 fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
@@ -184,11 +184,11 @@ fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -
     })
 }
 
-/// Tells each agent what to start. `plans`: a list with an element for each, `NULL` for one that
-/// is to end, or a list of ranks, packages, outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds),
-/// chunk_cache_bytes, state and memory_limit (in bytes; 0 for no limit), setup (of replaced workers, in milliseconds; 0
-/// for none), stop_timeout (in milliseconds), local (on this machine) and xdr. `timeout`: seconds that any task
-/// may take.
+/// Sends each agent its plan. `plans`: for each agent `NULL`, which stops it, or a list of ranks, packages,
+/// outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds), chunk_cache_bytes, setup_log_bytes and
+/// memory_limit (in bytes; 0 for no limit), setup (the time limit of a replacement's start, in milliseconds; 0
+/// for none), stop_timeout (in milliseconds), local (whether the host is this machine) and xdr. `timeout`: the
+/// time limit of a task in seconds.
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List, timeout: f64) -> Robj {
@@ -220,7 +220,7 @@ fn hub_go(handle: Robj, plans: List, timeout: f64) -> Robj {
     })
 }
 
-/// Whether this session may open the files that results in shared memory come in.
+/// Returns whether this session may open the files in which results in shared memory arrive.
 fn has_files() -> bool {
     limits::open_files_left().is_some_and(|left| left >= 2 * MAX_SHARED_RESULTS as u64)
 }
@@ -246,7 +246,7 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         spawn_command: strings(fields.get("spawn")?),
         heartbeat_timeout: u32::try_from(fields.get("heartbeat_timeout")?.as_integer()?).ok()?,
         chunk_cache_bytes: fields.get("chunk_cache_bytes")?.as_real()? as u64,
-        state: fields.get("state")?.as_real()? as u64,
+        state: fields.get("setup_log_bytes")?.as_real()? as u64,
         setup: fields.get("setup")?.as_real()? as u64,
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
@@ -259,8 +259,8 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
     Some((Plan { start, ranks }, format))
 }
 
-/// How far a start has come: the number of workers up, waiting a little for more. `tolerant`: what
-/// has failed counts as done, and is not an error.
+/// Returns the number of workers that are ready; waits up to one slice for more. `tolerant`: whether failed
+/// hosts and workers count as done, instead of being an error.
 /// @noRd
 #[extendr]
 fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
@@ -303,8 +303,8 @@ fn hub_progress(handle: Robj, tolerant: bool) -> Robj {
     })
 }
 
-/// Leaves out a host for this reason; 0: all hosts of which no worker has come up, and elsewhere the workers
-/// that have not.
+/// Leaves out a host, for this reason. With agent 0, leaves out all hosts without a ready worker and, on the
+/// other hosts, the workers that are not ready.
 /// @noRd
 #[extendr]
 fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
@@ -317,16 +317,16 @@ fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
     })
 }
 
-/// Whether a host is lost and is going to be tried again.
+/// Returns whether a host is lost and will be reconnected.
 /// @noRd
 #[extendr]
-fn hub_takes_back(handle: Robj, agent: i32) -> Robj {
+fn hub_reconnects(handle: Robj, agent: i32) -> Robj {
     with_hub(&handle, |hub| {
         Ok(usize::try_from(agent - 1).is_ok_and(|agent| hub.takes_back(agent)))
     })
 }
 
-/// Why each worker is gone: a list of failures, `NULL` for those that are not gone.
+/// Returns why each worker has terminated: a list of failures, with `NULL` for workers that run.
 /// @noRd
 #[extendr]
 fn hub_terminations(handle: Robj) -> Robj {
@@ -345,7 +345,7 @@ fn hub_terminations(handle: Robj) -> Robj {
     })
 }
 
-/// Stops these nodes; with the last ones the cluster.
+/// Stops these nodes. The cluster is stopped with its last node.
 /// @noRd
 #[extendr]
 fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
@@ -360,7 +360,8 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
-/// Whether the processes of these nodes, which have been stopped, have ended; waits a little for that.
+/// Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
+/// that.
 /// @noRd
 #[extendr]
 fn hub_ended(handle: Robj, ranks: &[i32]) -> Robj {
@@ -381,14 +382,14 @@ fn hub_stop(handle: Robj) -> Robj {
     })
 }
 
-/// Whether nothing is left of a stopped cluster; waits a little for that.
+/// Returns whether nothing is left of a stopped cluster; waits up to one slice for that.
 /// @noRd
 #[extendr]
 fn hub_closed(handle: Robj) -> Robj {
     with_hub(&handle, |hub| Ok(hub.is_closed(SLICE)))
 }
 
-/// The pid of each worker, NA for those that are gone.
+/// Returns the pid of each worker; NA for workers that have terminated.
 /// @noRd
 #[extendr]
 fn hub_pids(handle: Robj) -> Robj {
@@ -402,14 +403,14 @@ fn hub_pids(handle: Robj) -> Robj {
     })
 }
 
-/// The pid of each agent.
+/// Returns the pid of each agent.
 /// @noRd
 #[extendr]
 fn hub_agent_pids(handle: Robj) -> Robj {
     with_hub(&handle, |hub| {
         let hosts = hub.hosts();
         let running = |host: &&HostView| host.failure.is_none();
-        // What was launched for another host is the ssh to it.
+        // For another host, the process that was launched here is ssh.
         let pid = |host: &HostView| host.hello.as_ref().map(|hello| hello.pid).or(host.pid);
         let pids = hosts.iter().filter(running).filter_map(pid);
         Ok(pids.map(|pid| pid as i32).collect::<Vec<i32>>())
@@ -427,7 +428,7 @@ extendr_module! {
     fn hub_go;
     fn hub_progress;
     fn hub_leave_out;
-    fn hub_takes_back;
+    fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;
     fn hub_ended;

@@ -1,4 +1,4 @@
-//! What workers are at and have been at, for R.
+//! Worker status and timelines, for R.
 
 use super::handle::{Cluster, SLICE, rank_of, with_cluster};
 use crate::r::failure::Failure;
@@ -14,12 +14,12 @@ unsafe extern "C" {
     fn rustcluster_is_error(value: *mut c_void) -> c_int;
 }
 
-/// Takes note of the error that a task of this worker gave: a value of class `"try-error"`.
+/// Records the error that is the result of a task of this worker: a value of class `"try-error"`.
 ///
 /// # Safety
-/// On R's thread, with a live value. R does not jump.
+/// Must be called on R's thread, with a live value. R does not jump.
 pub unsafe fn note_error(cluster: &Cluster, rank: Rank, value: SEXP) {
-    // SAFETY: the caller's; the type and length are looked at before the element.
+    // SAFETY: guaranteed by the caller; type and length are checked before the element is read.
     unsafe {
         if TYPEOF(value) == SEXPTYPE::STRSXP && LENGTH(value) > 0 {
             let text = CStr::from_ptr(R_CHAR(STRING_ELT(value, 0)));
@@ -29,16 +29,16 @@ pub unsafe fn note_error(cluster: &Cluster, rank: Rank, value: SEXP) {
     }
 }
 
-/// The same for an answer as `recvData()` or `recvOneData()` gives it, if its value is an error.
+/// Records the error of an answer as `recvData()` or `recvOneData()` returns it, if its value is an error.
 pub fn note_failure(cluster: &Cluster, rank: Rank, answer: &Robj) {
-    // SAFETY: on R's thread; types and lengths are looked at before elements, and the Robj keeps them
-    // alive. None of these functions jumps.
+    // SAFETY: this runs on R's thread; types and lengths are checked before elements are read, and the Robj
+    // keeps them alive. None of these functions jumps.
     unsafe {
         let second = |list: SEXP| {
             let is = TYPEOF(list) == SEXPTYPE::VECSXP && LENGTH(list) > 1;
             is.then(|| VECTOR_ELT(list, 1))
         };
-        // Of a node's number and an answer, the latter.
+        // With two elements, the answer is the second, behind the index of the node.
         let answer = match answer.len() {
             2 => second(answer.get()),
             _ => Some(answer.get()),
@@ -62,7 +62,7 @@ fn state_name(state: State) -> &'static str {
     }
 }
 
-/// The number of a task in its job, and of how many that cross together it is the first.
+/// Returns the index of a task in its job, and the number of tasks of the batch whose first task it is.
 fn position_in_batch(cluster: &Cluster, task: TaskId) -> Option<(usize, usize)> {
     let job = cluster.job.try_borrow().ok()?;
     let batch = job.as_ref().and_then(|job| job.engine.at(task));
@@ -79,7 +79,7 @@ pub(super) fn text(text: Option<&String>) -> Option<String> {
     text.map(|text| text.replace('\0', ""))
 }
 
-/// All workers as they are now: a list of vectors with an element for each.
+/// Returns the current status of all workers: a list of vectors with an element for each worker.
 /// @noRd
 #[extendr]
 fn hub_status(handle: Robj) -> Robj {
@@ -113,7 +113,7 @@ fn hub_status(handle: Robj) -> Robj {
                 .collect::<Vec<_>>(),
             pid = pids,
             task = first.collect::<Vec<Option<i32>>>(),
-            unit = count.collect::<Vec<Option<i32>>>(),
+            batch = count.collect::<Vec<Option<i32>>>(),
             done = number(&|stats| stats.tasks as f64),
             seconds = number(&|stats| stats.busy.as_secs_f64()),
             bytes_in = number(&|stats| stats.bytes_in as f64),
@@ -126,7 +126,7 @@ fn hub_status(handle: Robj) -> Robj {
     })
 }
 
-/// The bytes that went to each host, and that came from it.
+/// Returns the bytes that were sent to each host, and received from it.
 /// @noRd
 #[extendr]
 fn hub_bytes(handle: Robj) -> Robj {
@@ -138,7 +138,7 @@ fn hub_bytes(handle: Robj) -> Robj {
     })
 }
 
-/// Asks the hosts of these workers what memory their workers take. Returns the number of the question.
+/// Requests the memory use of workers from the hosts of these workers. Returns the number of the request.
 /// @noRd
 #[extendr]
 fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
@@ -153,8 +153,9 @@ fn hub_ask_usage(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
-/// The answer to that: a list of the bytes resident and of those that are its part of what is shared,
-/// of each worker. `NULL`: not yet; waits up to `max_wait` seconds for it. `anyway`: what is known by then.
+/// Returns the answer to a request for memory use: a list of the resident bytes of each worker, and of its
+/// proportional set size. Returns `NULL` if answers are missing; waits up to `max_wait` seconds for them.
+/// `anyway`: whether to return an incomplete answer instead of `NULL`.
 /// @noRd
 #[extendr]
 fn hub_usage(handle: Robj, question: f64, max_wait: f64, anyway: bool) -> Robj {
@@ -181,7 +182,7 @@ fn hub_usage(handle: Robj, question: f64, max_wait: f64, anyway: bool) -> Robj {
     })
 }
 
-/// What some workers have been at: a list of vectors with an element for each interval, and `now`.
+/// Returns the timeline of some workers: a list of vectors with an element for each interval, and `now`.
 /// @noRd
 #[extendr]
 fn hub_timeline(handle: Robj, ranks: &[i32]) -> Robj {
@@ -218,7 +219,8 @@ struct Rows {
 }
 
 impl Rows {
-    /// A worker's intervals and losses, in order. An interval that has grown over a loss is cut there.
+    /// Adds the intervals and the failures of a worker, in order. An interval that spans a failure is divided
+    /// there.
     fn add(&mut self, rank: i32, stats: &WorkerStats, now: Moment) {
         let open = stats.lost_since().map(|since| (since, now));
         let mut failures = stats.failures().iter().copied().chain(open).peekable();
@@ -269,7 +271,7 @@ impl Rows {
     }
 }
 
-/// Takes off what comes before this moment, with its share of the work.
+/// Removes the part of an interval before this moment, and returns it with its fraction of the work.
 fn cut(interval: &mut Interval, at: Moment) -> Interval {
     let at = at.clamp(interval.start, interval.end);
     let length = interval.end.saturating_sub(interval.start);

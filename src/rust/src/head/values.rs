@@ -1,4 +1,4 @@
-//! What a job has of R's: its elements, and the results that have come.
+//! The R values of a job: its elements, and the results that have arrived.
 
 use extendr_api::prelude::*;
 use extendr_ffi::{Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP};
@@ -8,17 +8,17 @@ use std::ffi::{c_int, c_void};
 pub(super) enum Elements {
     /// A plain vector.
     Vector(Robj),
-    /// A function of the number of an element, from 1.
+    /// A function that returns an element by its index, from 1.
     Function(Robj),
 }
 
 impl Elements {
-    /// An element, not protected.
+    /// Returns an element, which is not protected.
     ///
     /// # Safety
-    /// Under [`unwind::run`]: R may jump.
+    /// Must be called under [`unwind::run`](crate::r::unwind::run): R may jump.
     unsafe fn get(&self, index: usize) -> SEXP {
-        // SAFETY: the caller's; R checks what it is asked for. No frame here holds what is to be
+        // SAFETY: guaranteed by the caller; R checks the index. No frame here owns anything that needs to be
         // dropped when R jumps.
         unsafe {
             match self {
@@ -33,41 +33,41 @@ impl Elements {
     }
 }
 
-/// What a job has of R's.
+/// The R objects of a job: its tasks and its results.
 pub struct Values {
-    /// The list of function and common arguments.
+    /// The list of the function and of the common arguments.
     pub(super) common: Robj,
-    /// Of [`batch::Head`].
+    /// The flags of [`batch::Head`](crate::codec::batch::Head).
     pub(super) flags: u8,
-    /// The common list refers to nothing whose identity matters, such as an environment, so that no
-    /// element can share such a thing with it.
+    /// Whether the common list contains no object whose identity matters, such as an environment. An element
+    /// then cannot refer to such an object of the list.
     pub(super) fixed: bool,
     pub(super) elements: Elements,
-    /// A function that gives the seed of a task, or `NULL`.
+    /// A function that returns the seed of a task by its index, or `NULL`.
     pub(super) seed: Robj,
-    /// A list of the function by which a task is run with a seed where that cannot be sent apart, and of
-    /// no arguments.
+    /// A list of the function that runs a task with a seed, if a message cannot contain the seed, and of no
+    /// arguments.
     pub(super) seeded: Robj,
-    /// A list with an element for each task.
+    /// The list of results, with an element for each task.
     pub(super) results: Robj,
-    /// Elements that user code has made, by their numbers, until they are answered: it is asked once for
-    /// each, also if that comes back or is lost.
+    /// Elements that a user's function has made, by their indices, until they are answered. The function is
+    /// called once for each element, even if a task is revoked or retried.
     pub(super) unanswered: HashMap<usize, Robj>,
-    /// Tasks whose result is an error, from 1.
+    /// The indices of tasks whose result is an error, from 1.
     pub(super) failed: Vec<i32>,
-    /// A value of class `"try-error"` is an error, too, as parallel has it for its tasks. Elements of parallel's
-    /// chunks and of lapply() may have such values.
+    /// Whether a value of class `"try-error"` counts as an error, as for tasks in parallel. Elements of chunks
+    /// and of lapply() may have such values.
     by_class: bool,
-    /// What warnings call a task.
+    /// The name of a task in warnings.
     pub(super) noun: String,
-    /// Tasks that have been answered since R last asked, from 1.
+    /// The indices of tasks that have been answered since R last asked for results, from 1.
     pub(super) fresh: Vec<i32>,
     pub(super) scratch: Vec<u8>,
     pub(super) message: Vec<u8>,
 }
 
 impl Values {
-    /// Of a job with so many tasks, of which nothing has been answered.
+    /// Creates the values of a job with this number of tasks, none of which has been answered.
     pub(super) fn new(
         count: usize,
         elements: Elements,
@@ -95,8 +95,8 @@ impl Values {
         }
     }
 
-    /// What has come: a list of the results, the numbers of those that are errors, and of those that are
-    /// new since this was last asked.
+    /// Returns a list of the results, of the indices of those that are errors, and of the indices of those that
+    /// are new since the last call.
     pub(super) fn results(&mut self) -> Robj {
         let mut failed = self.failed.clone();
         failed.sort_unstable();
@@ -104,17 +104,17 @@ impl Values {
         list!(self.results.clone(), failed, fresh).into()
     }
 
-    /// A task has ended without an answer, and this is its result.
+    /// Sets the result of a task that has ended without an answer.
     pub(super) fn fail(&mut self, index: usize, value: &Robj) {
-        // SAFETY: the Robj keeps it alive.
+        // SAFETY: the Robj keeps the value alive.
         unsafe { self.put(index, value.get(), true) };
         self.unanswered.remove(&index);
     }
 
-    /// An element, not protected.
+    /// Returns an element, which is not protected.
     ///
     /// # Safety
-    /// As for [`Elements::get`].
+    /// The same as for [`Elements::get`].
     pub(super) unsafe fn element(&mut self, index: usize) -> SEXP {
         // SAFETY: the caller's.
         unsafe {
@@ -132,13 +132,13 @@ impl Values {
         }
     }
 
-    /// Notes a result, which may be that the task `failed`. The value need not be protected.
+    /// Stores a result. `failed`: whether the task has failed. The value need not be protected.
     ///
     /// # Safety
-    /// On R's thread, with a live value.
+    /// Must be called on R's thread, with a live value.
     pub(super) unsafe fn put(&mut self, index: usize, value: SEXP, failed: bool) {
-        // SAFETY: the caller's; the list has as many elements as there are tasks; none of these
-        // functions jumps or allocates.
+        // SAFETY: guaranteed by the caller; the list has an element for each task; none of these functions
+        // jumps or allocates.
         unsafe {
             SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
             if failed || self.by_class && rustcluster_is_error(value.cast()) != 0 {

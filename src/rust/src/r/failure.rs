@@ -1,5 +1,5 @@
-//! Failures as values: a list with typed fields and a class of its own, by which R recognizes it
-//! (`isFailure()` in R/boundary.R) and makes a classed condition of it (R/conditions.R).
+//! Failures as values: lists with typed fields and a class, by which R recognizes them (`isFailure()` in
+//! R/boundary.R), and from which R makes classed conditions (R/conditions.R).
 
 use extendr_api::prelude::*;
 use rustcluster_core::head::scheduler::events::Termination;
@@ -11,18 +11,19 @@ use std::borrow::Cow;
 /// The class of a failure in R.
 const CLASS: &str = "rustcluster_rust_failure";
 
-/// A field of a failure. Nothing of R's: failures are made while the hub is in use, when R may run no code.
+/// A field of a failure. It contains no R object, because failures are made while the hub is in use, when R may
+/// run no code.
 #[derive(Clone, Debug)]
 pub enum Value {
     /// `TRUE` or `FALSE`.
     Flag(bool),
-    /// An integer; `NA` if it is not known.
+    /// An integer; `NA` if it is unknown.
     Integer(Option<i32>),
     /// A double.
     Number(f64),
     /// A string.
     Text(String),
-    /// Numbers of elements, from 1.
+    /// Indices of elements, from 1.
     Integers(Vec<i32>),
     /// A list of failures.
     Failures(Vec<Failure>),
@@ -46,7 +47,7 @@ impl From<Option<i32>> for Value {
     }
 }
 
-/// Ranks, processes.
+/// Ranks and process ids.
 impl From<u32> for Value {
     fn from(number: u32) -> Value {
         i32::try_from(number).map_or(Value::Number(f64::from(number)), Value::from)
@@ -60,7 +61,7 @@ impl From<usize> for Value {
     }
 }
 
-/// Numbers of tasks and jobs, bytes: always a double.
+/// Numbers of tasks and jobs, and bytes. R always gets a double.
 impl From<u64> for Value {
     fn from(number: u64) -> Value {
         Value::Number(number as f64)
@@ -121,7 +122,7 @@ impl From<Value> for Robj {
             Value::Flag(flag) => flag.into(),
             Value::Integer(number) => number.into(),
             Value::Number(number) => number.into(),
-            // R's strings hold no NUL; what a worker prints may.
+            // R's strings cannot contain NUL, but the output of a worker may.
             Value::Text(text) => text.replace('\0', "").into(),
             Value::Integers(numbers) => numbers.into(),
             Value::Failures(failures) => {
@@ -131,7 +132,7 @@ impl From<Value> for Robj {
     }
 }
 
-/// What went wrong: the end of the condition's class, and what it carries.
+/// A failure: the end of the condition's class, and the fields.
 #[derive(Clone, Debug)]
 pub struct Failure(Vec<(&'static str, Value)>);
 
@@ -145,7 +146,8 @@ impl Failure {
         self
     }
 
-    /// A worker that is no more, and that no other replaces. Ranks are counted from 1 in R.
+    /// Returns the failure for a worker that has terminated and that no other worker replaces. R counts ranks
+    /// from 1.
     pub fn termination(rank: Rank, termination: &Termination) -> Failure {
         match termination {
             Termination::Worker(worker_failure) => {
@@ -158,25 +160,26 @@ impl Failure {
         }
     }
 
-    /// A loss. `now`: why no worker has the place since then, if none has.
+    /// Returns a worker failure. `now`: the reason why the worker is not replaced, if it is not.
     pub fn worker_failure(
-        place: Rank,
+        assigned: Rank,
         termination: &Termination,
         now: Option<&Termination>,
     ) -> Failure {
         match (termination, now) {
             (Termination::Worker(worker_failure), Some(Termination::Worker(last))) => {
-                Failure::lost(place, worker_failure, last.setback).with("replaced", false)
+                Failure::lost(assigned, worker_failure, last.setback).with("replaced", false)
             }
             (Termination::Worker(worker_failure), _) => {
-                Failure::lost(place, worker_failure, Setback::default())
+                Failure::lost(assigned, worker_failure, Setback::default())
                     .with("replaced", now.is_none())
             }
-            (termination, _) => Failure::termination(place, termination),
+            (termination, _) => Failure::termination(assigned, termination),
         }
     }
 
-    /// `last`: that of the loss after which the worker's place is as it is now.
+    /// Returns the failure for a lost worker. `last`: the setback (failed starts or restores) after which the
+    /// worker counts as lost.
     pub fn lost(rank: Rank, worker_failure: &WorkerFailure, last: Setback) -> Failure {
         let setback = worker_failure.setback;
         let seconds = |milliseconds: u64| milliseconds as f64 / 1000.0;
@@ -207,7 +210,7 @@ impl From<Failure> for Robj {
     fn from(failure: Failure) -> Robj {
         let (names, values): (Vec<_>, Vec<_>) = failure.0.into_iter().unzip();
         let mut robj: Robj = List::from_values(values.into_iter().map(Robj::from)).into();
-        // Cannot fail: as many names as values, and a list may have any class.
+        // This cannot fail: there are as many names as values, and a list may have any class.
         let _ = robj.set_names(names);
         let _ = robj.set_class([CLASS]);
         robj

@@ -1,4 +1,4 @@
-//! R's own ways: jumps, and failures as values.
+//! R's jumps, and failures as values.
 
 pub mod failure;
 pub mod unwind;

@@ -1,7 +1,7 @@
-//! Calling R functions that may jump (on an error, an interrupt, a restart).
+//! Calls of R functions that may jump (on an error, an interrupt, a restart).
 //!
-//! The jump ends in C, below our frames, so that they return normally. R's wrapper gets the
-//! token and takes the jump up again from R, where no frame of ours is left.
+//! The jump ends in C, below the frames of Rust, which therefore return normally. R's wrapper gets the token of
+//! the jump and continues the jump from R, where no frame of Rust is left.
 
 use extendr_api::prelude::*;
 use extendr_ffi::{R_MakeUnwindCont, R_PreserveObject, SEXP};
@@ -24,15 +24,15 @@ unsafe extern "C" {
 }
 
 thread_local! {
-    /// Kept for the life of the process. A token is in use from a jump until R has taken it up,
-    /// and R does nothing else in between.
+    /// The token, which is kept for the life of the process. It is in use from a jump until R continues the
+    /// jump, and R does nothing else in between.
     static TOKEN: OnceCell<SEXP> = const { OnceCell::new() };
 }
 
 fn token() -> SEXP {
     TOKEN.with(|token| {
         *token.get_or_init(|| {
-            // SAFETY: on R's thread; the object is preserved before anything else is allocated.
+            // SAFETY: this runs on R's thread; the object is preserved before anything else is allocated.
             unsafe {
                 let token = R_MakeUnwindCont();
                 R_PreserveObject(token);
@@ -42,24 +42,24 @@ fn token() -> SEXP {
     })
 }
 
-/// R jumped; the value is what R's wrapper needs to take the jump up.
+/// A jump of R. The value is what R's wrapper needs to continue the jump.
 pub struct Jump(pub Robj);
 
-/// Calls `function` with `data` and protects its value. It may call R functions that jump, so no
-/// frame of it may hold anything that is to be dropped.
+/// Calls `function` with `data` and protects its value. The function may call R functions that jump, so that
+/// none of its frames may own anything that needs to be dropped.
 ///
 /// # Errors
-/// When R jumped.
+/// If R jumped.
 pub fn protect<T>(
     function: unsafe extern "C" fn(*mut c_void) -> SEXP,
     data: &mut T,
 ) -> std::result::Result<Robj, Jump> {
     let value = run(function, data)?;
-    // SAFETY: on R's thread; nothing was allocated since the function returned it.
+    // SAFETY: this runs on R's thread; nothing was allocated since the function returned the value.
     Ok(unsafe { Robj::from_sexp(value) })
 }
 
-/// [`protect`] for a function whose value is not wanted, or protected otherwise.
+/// Does the same as [`protect`], for a function whose value is not needed, or is protected otherwise.
 pub fn run<T>(
     function: unsafe extern "C" fn(*mut c_void) -> SEXP,
     data: &mut T,
@@ -67,7 +67,7 @@ pub fn run<T>(
     let token = token();
     let mut out: SEXP = std::ptr::null_mut();
     let data = std::ptr::from_mut(data).cast();
-    // SAFETY: on R's thread; `data` outlives the call; the token is preserved.
+    // SAFETY: this runs on R's thread; `data` outlives the call; the token is preserved.
     unsafe {
         if rustcluster_unwind_protect(function, data, &raw mut out, token) == 0 {
             Ok(out)
@@ -77,21 +77,21 @@ pub fn run<T>(
     }
 }
 
-/// Lets an interrupt that R has noted but not acted upon come to nothing.
+/// Discards a pending interrupt of R.
 pub fn forget_interrupt() {
     unsafe extern "C" fn check(_: *mut c_void) {
-        // SAFETY: called by R_ToplevelExec, which catches the jump; this frame holds nothing.
+        // SAFETY: this is called by R_ToplevelExec, which catches the jump; this frame owns nothing.
         unsafe { R_CheckUserInterrupt() };
     }
-    // SAFETY: on R's thread.
+    // SAFETY: this runs on R's thread.
     unsafe { R_ToplevelExec(check, std::ptr::null_mut()) };
 }
 
-/// Takes an interrupt if there is one. Jumps: for functions under [`protect`] only.
+/// Handles a pending interrupt of R, which jumps. For functions under [`protect`] only.
 ///
 /// # Safety
-/// No frame between this and [`protect`] may hold anything that is to be dropped.
+/// No frame between this one and [`protect`] may own anything that needs to be dropped.
 pub unsafe fn check_interrupt() {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe { R_CheckUserInterrupt() };
 }

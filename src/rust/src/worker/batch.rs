@@ -1,4 +1,4 @@
-//! Tasks that came together, in a worker.
+//! Batches in a worker: tasks that arrived together.
 
 use super::memory_limit::may_map;
 use crate::codec::batch::{self, AnswerHead};
@@ -13,14 +13,14 @@ use rustcluster_core::protocol::body::Body;
 use rustcluster_core::worker::channel::Blob;
 use std::time::{Duration, Instant};
 
-/// A value that R's garbage collector leaves alone for as long as this lives. On R's thread only.
+/// A value that R's garbage collector keeps while this lives. For R's thread only.
 pub(super) struct Preserved(SEXP);
 
 impl Preserved {
     /// # Safety
-    /// Under [`crate::r::unwind::run`], with a protected value: R may jump.
+    /// Must be called under [`crate::r::unwind::run`], with a protected value: R may jump.
     unsafe fn new(value: SEXP) -> Preserved {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         unsafe { R_PreserveObject(value) };
         Preserved(value)
     }
@@ -28,39 +28,39 @@ impl Preserved {
 
 impl Drop for Preserved {
     fn drop(&mut self) {
-        // SAFETY: on R's thread; preserved when it was made.
+        // SAFETY: this runs on R's thread; the value was preserved when it was made.
         unsafe { R_ReleaseObject(self.0) };
     }
 }
 
-/// Bytes of arguments that are copied for each task, at most. Longer ones are read with the function,
-/// because their vectors may be mapped.
+/// Maximum size of arguments that are copied for each task, in bytes. Larger arguments are read together with
+/// the function, because their vectors may be mapped.
 pub(super) const COPIED: usize = 64 * 1024;
 
-/// Tasks that came together.
+/// A batch, and how far its tasks have been run.
 pub(super) struct ReceivedBatch {
     head: batch::Head,
-    /// What its tasks have in common, a list of the function and of arguments, as bytes.
+    /// The serialized list of the function and of the arguments that the tasks have in common.
     common: Blob,
     /// The list, if the tasks share it or its function.
     reused_list: Option<Preserved>,
-    /// The arguments in it as bytes, if each task gets its own.
+    /// The serialized arguments of the list, if each task gets its own.
     arguments: Vec<u8>,
-    /// How long it took to read that.
+    /// The time that reading the list took.
     reading_took: Duration,
     pub(super) body: Body,
     began: Instant,
-    /// What this process had had of its cores by then.
+    /// The CPU time of this process when the batch started.
     usage: CpuUsage,
-    /// Until when others are begun, by [`clock::coarse_now`]; `None`: until there are none.
+    /// The time until which tasks are started, by [`clock::coarse_now`]; `None` for no limit.
     until: Option<Duration>,
-    /// Tasks that have been begun.
+    /// The number of tasks that have been started.
     pub(super) started: u32,
-    /// An element is being read: if R jumps, those that follow cannot be.
+    /// Whether an element is being read. If R jumps then, the elements that follow cannot be read.
     pub(super) reading: bool,
-    /// Results of tasks before the one under way, and perhaps a part of its own.
+    /// Results of the tasks before the current one, and perhaps a part of its own result.
     pub(super) results: Vec<u8>,
-    /// Bytes of those before.
+    /// The number of bytes of the complete results.
     pub(super) whole: usize,
     pub(super) scratch: Vec<u8>,
 }
@@ -89,22 +89,22 @@ impl ReceivedBatch {
         self.head.flags & flag != 0
     }
 
-    /// The function and the arguments that the tasks have in common; not protected. Every task gets
-    /// objects of its own, because C code may change them in place, and because what they refer to by
-    /// name, such as a namespace, may have been replaced since. [`batch::CHUNK`] and [`batch::FUNCTION`] are
-    /// the exceptions.
+    /// Reads the function and the arguments that the tasks have in common; the list is not protected. Every
+    /// task gets objects of its own, because C code may change them in place, and because objects to which they
+    /// refer by name, such as a namespace, may have been replaced since. The exceptions are [`batch::CHUNK`]
+    /// and [`batch::FUNCTION`].
     ///
     /// # Safety
-    /// Under [`crate::r::unwind::run`]: R may jump.
+    /// Must be called under [`crate::r::unwind::run`]: R may jump.
     pub(super) unsafe fn read_common(&mut self) -> SEXP {
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped when R jumps.
         unsafe {
             if self.reused_list.is_none() {
                 let began = Instant::now();
                 let value = Rf_protect(mapped::read(&self.common, may_map()));
                 if self.is(batch::CHUNK) || self.is(batch::FUNCTION) && self.copy_arguments(value) {
                     self.reused_list = Some(Preserved::new(value));
-                    // The planner is told of the reading apart from the tasks.
+                    // The time for reading is reported separately from that of the tasks.
                     self.reading_took = began.elapsed();
                     self.began = Instant::now();
                     self.usage = CpuUsage::now();
@@ -130,13 +130,14 @@ impl ReceivedBatch {
         }
     }
 
-    /// Makes a copy of the arguments in `common` from which each task gets its own. Returns whether that
-    /// can be done: they are short, and refer to nothing that the function may refer to as well.
+    /// Makes a copy of the arguments in `common`, from which each task gets its own. Returns whether that is
+    /// possible: the arguments must be short, and must not refer to anything that the function may also refer
+    /// to.
     ///
     /// # Safety
-    /// Under [`crate::r::unwind::run`], with a protected value: R may jump.
+    /// Must be called under [`crate::r::unwind::run`], with a protected value: R may jump.
     unsafe fn copy_arguments(&mut self, common: SEXP) -> bool {
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped when R jumps.
         unsafe {
             let arguments = VECTOR_ELT(common, 1);
             if XLENGTH(arguments) == 0 {
@@ -152,13 +153,13 @@ impl ReceivedBatch {
         }
     }
 
-    /// There are more tasks, and this worker is to do them.
+    /// Returns whether there are more tasks that this worker has to run.
     pub(super) fn goes_on(&self) -> bool {
         let is_over = || self.until.is_some_and(|until| clock::coarse_now() > until);
         self.started < self.head.count && !is_over()
     }
 
-    /// What comes before the results.
+    /// Returns the head of the answer, which precedes the results.
     pub(super) fn answer_head(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(batch::ANSWER_HEAD);
         AnswerHead {

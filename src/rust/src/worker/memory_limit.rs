@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::io;
 
 thread_local! {
-    /// In bytes; 0: none.
+    /// The memory limit in bytes; 0 for no limit.
     static MEMORY_LIMIT: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -19,15 +19,15 @@ pub(super) fn set(bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The bytes of memory that this worker may have; 0 if there is no limit.
+/// Returns the memory limit of this worker in bytes; 0 for no limit.
 /// @noRd
 #[extendr]
 fn worker_memory_limit() -> f64 {
     MEMORY_LIMIT.get() as f64
 }
 
-/// Whether vectors may be mapped. A memory limit counts mapped memory, and R frees only vectors of its own when it
-/// runs into the limit.
+/// Returns whether vectors are mapped. A memory limit counts mappings, too. R does not free mappings when it
+/// reaches the limit, but only vectors of its own.
 pub(super) fn may_map() -> bool {
     MEMORY_LIMIT.get() == 0
 }

@@ -1,4 +1,4 @@
-//! A worker's functions for R.
+//! Functions of workers, for R.
 
 mod batch;
 mod memory_limit;

@@ -1,4 +1,4 @@
-//! A worker's functions. One channel a process.
+//! Functions of workers that run tasks, for R. A process has one channel.
 
 use super::batch::ReceivedBatch;
 use super::memory_limit::{self, may_map};
@@ -22,7 +22,7 @@ thread_local! {
     static CHANNEL: RefCell<Option<Channel>> = const { RefCell::new(None) };
 }
 
-/// Makes `channel` this process's, and limits its memory.
+/// Makes `channel` the channel of this process, and limits the memory of the process.
 pub fn adopt(mut channel: Channel, memory_limit: u64) -> io::Result<()> {
     channel.renumber()?;
     memory_limit::set(memory_limit)?;
@@ -37,7 +37,7 @@ fn with_channel<T>(body: impl FnOnce(&mut Channel) -> io::Result<T>) -> io::Resu
     })
 }
 
-/// In a separate process: takes the channel from stdin and returns the packages to attach.
+/// In a separate process, takes the channel from stdin and returns the packages to attach.
 /// @noRd
 #[extendr]
 fn worker_connect() -> Robj {
@@ -55,7 +55,7 @@ fn worker_connect() -> Robj {
     connect().unwrap_or_else(|error| to_r(error.into()))
 }
 
-/// Tells the agent this worker's temporary directory, and whether it can take tasks.
+/// Reports the temporary directory of this worker to the agent, and whether the worker can take tasks.
 /// @noRd
 #[extendr]
 fn worker_ready(tempdir: &str, ready: bool) -> Robj {
@@ -65,13 +65,12 @@ fn worker_ready(tempdir: &str, ready: bool) -> Robj {
     }
 }
 
-/// The channel as R's serialization writes to it. The first failure is kept: there is nobody left
-/// to send to.
+/// The channel, as a sink for R's serialization. The first error is kept: nothing can be sent after it.
 struct AnswerSink {
     sent: io::Result<()>,
-    /// The answer is put into shared memory instead.
+    /// The answer in shared memory, if it is written there instead.
     shared: Option<Mapper<MappedAnswer>>,
-    /// All of it has been sent that way.
+    /// Whether the complete answer has been sent through shared memory.
     done: bool,
 }
 
@@ -104,22 +103,22 @@ impl AnswerSink {
         });
     }
 
-    /// See [`mapped::share`].
+    /// Puts a value into shared memory: see [`mapped::share`].
     ///
     /// # Safety
-    /// As there.
+    /// The same as for [`mapped::share`].
     unsafe fn share(&mut self, value: SEXP) -> Option<SEXP> {
         let shared_answers = with_channel(|channel| Ok(channel.shared_answers));
         if !may_map() || !shared_answers.unwrap_or(false) {
             return None;
         }
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         let (answer, instead) = unsafe { mapped::share(value) }?;
         self.shared = Some(answer);
         Some(instead)
     }
 
-    /// The answer is in shared memory as a whole. Returns whether it could be sent so.
+    /// Sends the complete answer in shared memory. Returns whether that was possible.
     fn send_shared_answer(&mut self) -> bool {
         let Some((file, len)) = self.shared.take().and_then(Mapper::finish) else {
             return false;
@@ -160,9 +159,9 @@ unsafe extern "C" {
     fn rustcluster_own_seed();
 }
 
-/// What ends the serving of tasks.
+/// The reason why a worker stops serving tasks.
 enum Stop {
-    /// There will be no more.
+    /// No more tasks will come.
     Done,
     Jump(Jump),
     Failed(io::Error),
@@ -181,7 +180,7 @@ impl From<io::Error> for Stop {
 }
 
 fn to_r(stop: Stop) -> Robj {
-    // Whatever R does next, it is not for a task's interrupt to end it.
+    // From here on, an interrupt of a task must not end what R does next.
     signals::block_interrupt();
     match stop {
         Stop::Done => ().into(),
@@ -195,8 +194,8 @@ fn to_r(stop: Stop) -> Robj {
     }
 }
 
-/// Serves tasks until there will be no more, which gives `NULL`, or R jumps. SIGINT reaches R while
-/// a task runs and at no other time.
+/// Serves tasks. Returns `NULL` when no more tasks will come, or the token if R jumps. SIGINT reaches R only
+/// while a task runs.
 /// @noRd
 #[extendr]
 fn worker_serve() -> Robj {
@@ -207,24 +206,23 @@ fn worker_serve() -> Robj {
     }
 }
 
-/// One task: what of it is not R's, and therefore outlives a jump.
+/// The current task, without its R objects, so that the value outlives a jump.
 struct CurrentTask {
     task: TaskMessage,
-    /// Integers of random number generators' states, and whether they are another's.
+    /// The integers of random number generators' states, and whether each state belongs to another worker.
     seeds: Vec<(Vec<c_int>, bool)>,
     sink: AnswerSink,
     done: bool,
-    /// Buffer for an answer, reused from task to task.
+    /// The buffer for an answer, reused from task to task.
     answer: Vec<u8>,
-    /// It is one of several.
+    /// The batch to which the task belongs.
     batch: Option<ReceivedBatch>,
 }
 
-/// All of a task's message, when it does not come in one piece. What is in shared memory is read
-/// from there.
+/// The message of a task that does not arrive in one piece. The part in shared memory is read from there.
 struct ReadMessage<'a> {
     task: &'a mut TaskMessage,
-    /// Bytes of the blob that have been read.
+    /// The number of bytes of the blob that have been read.
     at: usize,
 }
 
@@ -240,7 +238,7 @@ impl Source for ReadMessage<'_> {
     }
 }
 
-/// A message that came in one piece.
+/// Returns a message that arrived in one piece.
 pub(super) fn whole(task: &TaskMessage) -> Option<&[u8]> {
     match &task.blob {
         Some(blob) if task.body.len == 0 => Some(&blob.bytes),
@@ -251,33 +249,33 @@ pub(super) fn whole(task: &TaskMessage) -> Option<&[u8]> {
 
 thread_local! {
     static SPARE_ANSWER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
-    /// That of the task under way, and so of its answer.
+    /// The format of the current task, and so of its answer.
     static FORMAT: Cell<Format> = const { Cell::new(Format::Native) };
-    /// The batch out of whose task R has jumped.
+    /// The batch of the task out of which R has jumped.
     static INTERRUPTED: Cell<Option<ReceivedBatch>> = const { Cell::new(None) };
 }
 
 fn serve_one() -> std::result::Result<(), Stop> {
     signals::block_interrupt();
-    let mut turn = match INTERRUPTED.take() {
+    let mut current = match INTERRUPTED.take() {
         Some(batch) => CurrentTask::again(batch),
         None => CurrentTask::next()?,
     };
     let reading = mapped::MappedReading::of(None);
-    let ran = match turn.batch {
-        Some(_) => unwind::run(batch_protected, &mut turn),
-        None => unwind::run(turn_protected, &mut turn),
+    let ran = match current.batch {
+        Some(_) => unwind::run(batch_protected, &mut current),
+        None => unwind::run(task_protected, &mut current),
     };
     drop(reading);
-    SPARE_ANSWER.set(turn.answer);
+    SPARE_ANSWER.set(current.answer);
     if ran.is_err() {
-        INTERRUPTED.set(turn.batch);
+        INTERRUPTED.set(current.batch);
     }
     ran?;
-    if turn.done {
+    if current.done {
         return Err(Stop::Done);
     }
-    turn.sink.finish()
+    current.sink.finish()
 }
 
 impl CurrentTask {
@@ -293,7 +291,7 @@ impl CurrentTask {
     }
 
     fn next() -> std::result::Result<CurrentTask, Stop> {
-        // One that came too late for the task before.
+        // Discard an interrupt that came too late for the previous task.
         unwind::forget_interrupt();
         let mut task = with_channel(Channel::next_task)?.ok_or(Stop::Done)?;
         let seeds =
@@ -311,6 +309,7 @@ impl CurrentTask {
                 }
             },
             None => {
+                plain::join(&mut task.body);
                 task.blob = mapped::inline(&mut task.body);
                 None
             }
@@ -320,63 +319,63 @@ impl CurrentTask {
             None => task.body.chunks.front(),
         };
         FORMAT.set(Format::of(first.map_or(&[], |bytes| bytes)));
-        let turn = CurrentTask::new(task, batch);
-        Ok(CurrentTask { seeds, ..turn })
+        let current = CurrentTask::new(task, batch);
+        Ok(CurrentTask { seeds, ..current })
     }
 
-    /// Goes on with a batch.
+    /// Continues with a batch.
     fn again(batch: ReceivedBatch) -> CurrentTask {
         CurrentTask::new(TaskMessage::default(), Some(batch))
     }
 }
 
 /// # Safety
-/// Under [`unwind::run`].
+/// Must be called under [`unwind::run`].
 unsafe fn put_seeds(seeds: &[(Vec<c_int>, bool)]) {
     for (values, reassigned) in seeds {
         let count = values.len() as c_int;
-        // SAFETY: the caller's; this frame holds nothing that is to be dropped when R jumps.
+        // SAFETY: guaranteed by the caller; this frame owns nothing that needs to be dropped when R jumps.
         unsafe { rustcluster_set_seed(values.as_ptr().cast(), count, c_int::from(*reassigned)) };
     }
 }
 
-unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
-    // that is called here, and this frame holds nothing that is to be dropped then.
+unsafe extern "C" fn task_protected(data: *mut c_void) -> SEXP {
+    // SAFETY: `data` is the task of `serve_one`, which outlives this call. R may jump out of any function that
+    // is called here, and this frame owns nothing that needs to be dropped then.
     unsafe {
-        let turn = data.cast::<CurrentTask>();
-        match whole(&(*turn).task) {
+        let current = data.cast::<CurrentTask>();
+        match whole(&(*current).task) {
             Some(bytes) if plain::is_plain(bytes) => {
                 let call = Rf_protect(plain::read_task(bytes));
                 let part = |i| VECTOR_ELT(call, i).cast();
                 rustcluster_take_call(part(0), part(1), part(2));
             }
             _ => {
-                let task = &mut (*turn).task;
+                let task = &mut (*current).task;
                 let message = match &task.blob {
                     Some(blob) if task.body.len == 0 => mapped::read(blob, may_map()),
                     _ => stream::read(&mut ReadMessage { task, at: 0 }),
                 };
                 let message = Rf_protect(message);
-                (*turn).done = rustcluster_take_message(message.cast()) == 0;
+                (*current).done = rustcluster_take_message(message.cast()) == 0;
             }
         }
         Rf_unprotect(1);
-        if (*turn).done {
+        if (*current).done {
             return R_NilValue;
         }
-        put_seeds(&(*turn).seeds);
+        put_seeds(&(*current).seeds);
         signals::unblock_interrupt();
         let value = Rf_protect(rustcluster_run_task(1));
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
-        (*turn).sink.begin();
+        (*current).sink.begin();
         leave_seed();
         let native = FORMAT.get() == Format::Native;
-        if native && plain::write_answer(value, &time, tag, &mut (*turn).answer) {
-            (*turn).sink.write(&(*turn).answer);
+        if native && plain::write_answer(value, &time, tag, &mut (*current).answer) {
+            (*current).sink.write(&(*current).answer);
         } else {
-            write_slowly(value, true, &time, tag, &mut (*turn).sink);
+            write_slowly(value, true, &time, tag, &mut (*current).sink);
         }
         Rf_unprotect(2);
         R_NilValue
@@ -384,15 +383,15 @@ unsafe extern "C" fn turn_protected(data: *mut c_void) -> SEXP {
 }
 
 unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: `data` is the turn of `serve_one`, which outlives this call. R may jump out of all
-    // that is called here, and this frame holds nothing that is to be dropped then.
+    // SAFETY: `data` is the task of `serve_one`, which outlives this call. R may jump out of any function that
+    // is called here, and this frame owns nothing that needs to be dropped then.
     unsafe {
-        let turn = &mut *data.cast::<CurrentTask>();
-        let Some(batch) = &mut turn.batch else {
+        let current = &mut *data.cast::<CurrentTask>();
+        let Some(batch) = &mut current.batch else {
             return R_NilValue;
         };
         if batch.started == 0 {
-            put_seeds(&turn.seeds);
+            put_seeds(&current.seeds);
         }
         signals::unblock_interrupt();
         loop {
@@ -409,7 +408,7 @@ unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
             rustcluster_take_element(common.cast(), element.cast(), spread);
             let value = Rf_protect(rustcluster_run_task(0));
             if !batch.goes_on() {
-                end_batch(batch, &mut turn.sink, Some(value));
+                end_batch(batch, &mut current.sink, Some(value));
                 Rf_unprotect(3);
                 return R_NilValue;
             }
@@ -423,12 +422,13 @@ unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
     }
 }
 
-/// Writes the answer of a batch. `last`: the value of the last task, which is not among the results.
+/// Writes the answer to a batch. `last`: the value of the last task, which is not among the results.
 ///
 /// # Safety
-/// Under [`unwind::run`], with a protected value.
+/// Must be called under [`unwind::run`], with a protected value.
 unsafe fn end_batch(batch: &mut ReceivedBatch, sink: &mut AnswerSink, last: Option<SEXP>) {
-    // SAFETY: the caller's; what is to be dropped in this frame is, before R may jump.
+    // SAFETY: guaranteed by the caller; everything in this frame that needs to be dropped is dropped before R
+    // may jump.
     unsafe {
         let mut time = [0.0; 5];
         rustcluster_end_task(time.as_mut_ptr());
@@ -469,13 +469,14 @@ fn write_results(batch: &ReceivedBatch, sink: &mut AnswerSink) {
     sink.write(&batch.results);
 }
 
-/// Has the agent told in which state the task leaves the random number generator, if it has used it.
+/// Makes the agent report the state in which the task leaves the random number generator, if the task has used
+/// it.
 ///
 /// # Safety
-/// Under [`unwind::run`]. SIGINT must be blocked.
+/// Must be called under [`unwind::run`], with SIGINT blocked.
 unsafe fn leave_seed() {
-    // SAFETY: the caller's; R may jump out of what is called here, and this frame then holds nothing
-    // that is to be dropped.
+    // SAFETY: guaranteed by the caller; R may jump out of the functions that are called here, and this frame
+    // then owns nothing that needs to be dropped.
     unsafe {
         let reassigned = rustcluster_is_reassigned() != 0;
         let (mut values, mut count) = (std::ptr::null(), 0);
@@ -493,10 +494,10 @@ fn integers(seed: &Seed) -> (Vec<c_int>, bool) {
 }
 
 /// # Safety
-/// There must be as many values as are announced.
+/// `values` must have `count` elements.
 unsafe fn report_seed(values: *const c_int, count: c_int, reassigned: bool) {
     let values = match usize::try_from(count) {
-        // SAFETY: the caller's.
+        // SAFETY: guaranteed by the caller.
         Ok(count) if count > 0 => unsafe { std::slice::from_raw_parts(values, count) },
         _ => &[],
     };
@@ -504,7 +505,7 @@ unsafe fn report_seed(values: *const c_int, count: c_int, reassigned: bool) {
         .iter()
         .flat_map(|value| value.to_le_bytes())
         .collect();
-    // Without a channel there is nobody to tell.
+    // Without a channel nobody needs the state.
     let _ = with_channel(|channel| {
         channel.leave_seed(Seed { bytes, reassigned });
         Ok(())
@@ -512,7 +513,7 @@ unsafe fn report_seed(values: *const c_int, count: c_int, reassigned: bool) {
 }
 
 /// # Safety
-/// Under [`unwind::run`], with protected values.
+/// Must be called under [`unwind::run`], with protected values.
 unsafe fn write_slowly(
     value: SEXP,
     success: bool,
@@ -520,7 +521,7 @@ unsafe fn write_slowly(
     tag: SEXP,
     sink: &mut AnswerSink,
 ) {
-    // SAFETY: the caller's; R may jump, and this frame holds nothing that is to be dropped then.
+    // SAFETY: guaranteed by the caller; R may jump, and this frame then owns nothing that needs to be dropped.
     unsafe {
         let success = c_int::from(success);
         let answer = plain::rustcluster_answer(value.cast(), success, time.as_ptr(), tag.cast());
@@ -539,8 +540,8 @@ unsafe fn write_slowly(
     }
 }
 
-/// Answers the task that R jumped out of with this error. `interrupted`: by an interrupt, so that what
-/// else came with it is not begun.
+/// Answers the task out of which R has jumped with this error. `interrupted`: whether an interrupt was the
+/// reason. The remaining tasks of its batch are then not started.
 /// @noRd
 #[extendr]
 fn worker_fail(value: Robj, interrupted: bool) -> Robj {
@@ -549,7 +550,7 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
             return Err(io::Error::other("there is no task to be answered").into());
         }
         let batch = INTERRUPTED.take();
-        let mut turn = Failed {
+        let mut failed = FailedTask {
             // SAFETY: the Robj keeps the object alive.
             value: unsafe { value.get() },
             sink: AnswerSink::new(),
@@ -557,12 +558,12 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
             goes_on: false,
             interrupted,
         };
-        unwind::run(failed_protected, &mut turn)?;
-        if turn.goes_on {
-            INTERRUPTED.set(turn.batch);
+        unwind::run(failed_protected, &mut failed)?;
+        if failed.goes_on {
+            INTERRUPTED.set(failed.batch);
             return Ok(());
         }
-        turn.sink.finish()
+        failed.sink.finish()
     };
     match fail() {
         Ok(()) => ().into(),
@@ -570,46 +571,46 @@ fn worker_fail(value: Robj, interrupted: bool) -> Robj {
     }
 }
 
-/// In a worker, tells the head something about the task under way before that has ended. Returns whether
-/// there is one.
+/// In a worker, sends a progress event of the current task to the head. Returns whether there is a current
+/// task.
 /// @noRd
 #[extendr]
 fn worker_report(bytes: Raw) -> Robj {
     match with_channel(|channel| channel.report(bytes.as_slice())) {
-        Ok(told) => told.into(),
+        Ok(sent) => sent.into(),
         Err(_) => false.into(),
     }
 }
 
-struct Failed {
+struct FailedTask {
     value: SEXP,
     sink: AnswerSink,
     batch: Option<ReceivedBatch>,
-    /// There are more tasks in the batch.
+    /// Whether there are more tasks in the batch.
     goes_on: bool,
     interrupted: bool,
 }
 
 unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
-    // SAFETY: as in turn_protected.
+    // SAFETY: the same as in task_protected.
     unsafe {
-        let turn = &mut *data.cast::<Failed>();
-        if let Some(batch) = &mut turn.batch {
+        let failed = &mut *data.cast::<FailedTask>();
+        if let Some(batch) = &mut failed.batch {
             batch.results.truncate(batch.whole);
             batch.results.push(batch::ERROR);
-            batch::write_serialized(turn.value, &mut batch.results);
+            batch::write_serialized(failed.value, &mut batch.results);
             batch.whole = batch.results.len();
-            turn.goes_on = batch.goes_on() && !batch.reading && !turn.interrupted;
-            if !turn.goes_on {
-                end_batch(batch, &mut turn.sink, None);
+            failed.goes_on = batch.goes_on() && !batch.reading && !failed.interrupted;
+            if !failed.goes_on {
+                end_batch(batch, &mut failed.sink, None);
             }
             return R_NilValue;
         }
         let mut time = [0.0; 5];
         let tag = Rf_protect(rustcluster_end_task(time.as_mut_ptr()));
-        turn.sink.begin();
+        failed.sink.begin();
         leave_seed();
-        write_slowly(turn.value, false, &time, tag, &mut turn.sink);
+        write_slowly(failed.value, false, &time, tag, &mut failed.sink);
         Rf_unprotect(1);
         R_NilValue
     }

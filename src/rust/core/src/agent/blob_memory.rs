@@ -104,7 +104,7 @@ mod tests {
     use std::io::{Read, Seek, SeekFrom};
 
     #[test]
-    fn what_is_stored_is_all_there_and_stays_as_it_is() {
+    fn a_stored_blob_is_complete_and_sealed() {
         let mut memories = Memories::default();
         memories.store(3, "one ".into(), false).unwrap();
         memories.store(4, "other".into(), false).unwrap();
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blob_that_cannot_be_shared_to_its_end_is_held_as_a_whole() {
+    fn a_blob_that_cannot_be_shared_completely_is_copied() {
         let mut memories = Memories::default();
         let bytes = Bytes::from(vec![7; BLOB_CHUNK]);
         memories.store(1, bytes.clone(), false).unwrap();
@@ -131,7 +131,7 @@ mod tests {
         let Some(BlobMemory::Shared(file)) = memories.get(1) else {
             panic!("{memories:?}");
         };
-        // As a limit of file sizes does, the seal lets no file grow.
+        // The seal prevents the file from growing, like a file size limit.
         memfd::seal(file).unwrap();
         memories.store(1, "more".into(), false).unwrap();
         memories.store(1, "end".into(), true).unwrap();

@@ -45,7 +45,7 @@ struct Given {
 }
 
 impl BlobStore {
-    /// Blobs that are held.
+    /// Number of stored blobs.
     pub fn count(&self) -> usize {
         self.blobs.len()
     }
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_fits_into_a_frame_is_given_as_it_is_and_once() {
+    fn a_small_blob_is_sent_to_each_worker_once() {
         let mut blobs = BlobStore::new(2);
         let frames = [chunk(1, FIRST, MAX_BODY - 3), chunk(1, LAST, 3)];
         assert!(receive(&mut blobs, &frames).unwrap().is_empty());
@@ -236,7 +236,7 @@ mod tests {
             assert_eq!(blobs.give(worker, 1, &mut acts), 0);
             assert_eq!(acts.len(), 1);
         }
-        // A fresh process has none; and a worker has the last one only.
+        // A new process has no blob, and a worker has only the last one.
         blobs.made(0);
         assert!(blobs.give(0, 1, &mut Vec::new()) > 0);
         receive(&mut blobs, &[chunk(2, FIRST | LAST, 0)]).unwrap();
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_is_stored_and_handed_over() {
+    fn a_large_blob_is_stored_and_shared() {
         let mut blobs = BlobStore::new(1);
         let frames = [
             chunk(1, FIRST, MAX_BODY - 3),
@@ -280,7 +280,7 @@ mod tests {
             blobs.retain(id);
             blobs.give(0, id, &mut Vec::new());
         }
-        // Who has it is told to let go of it.
+        // A worker that has the blob is asked to unmap it.
         let acts = receive(&mut blobs, &[forget(2)]).unwrap();
         assert!(matches!(&acts[..], [Act::ToWorker(frame)] if *frame == forget(2)));
         assert!(blobs.len(2).is_err());
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_head_sends_is_an_error() {
+    fn invalid_blob_frames_are_errors() {
         let whole = chunk(1, FIRST | LAST, 9);
         let cases: Vec<Vec<Frame>> = vec![
             vec![chunk(1, 0, 9)],
@@ -328,7 +328,7 @@ mod tests {
             steps in prop::collection::vec((0u8..6, 1u64..5, 0u32..3), 1..80),
         ) {
             let mut blobs = BlobStore::new(3);
-            // As the head, each worker and this side of the wire know it.
+            // The blobs that the head, each worker and the store have.
             let (mut known, mut retained) = ([false; 5], [0usize; 5]);
             let mut has = [None; 3];
             let mut stored = std::collections::HashSet::new();
@@ -336,7 +336,7 @@ mod tests {
                 let mut acts = Vec::new();
                 let at = id as usize;
                 match what {
-                    // Once its number is free.
+                    // The number may be reused once it is free.
                     0 if !known[at] && retained[at] == 0 => {
                         let len = if id % 2 == 0 { 9 } else { MAX_BODY };
                         let frames = [chunk(id, FIRST, len), chunk(id, LAST, 9)];
@@ -390,7 +390,7 @@ mod tests {
                 }
                 let given = blobs.given.iter().map(|given| given.map(|given| given.id));
                 prop_assert_eq!(given.collect::<Vec<_>>(), has);
-                // Small ones are let them.
+                // Workers keep small blobs.
                 for id in has.into_iter().flatten() {
                     prop_assert!(id % 2 == 0 || known[id as usize]);
                 }

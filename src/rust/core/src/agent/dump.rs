@@ -1,14 +1,14 @@
-//! What an agent says of itself and its workers for a bug report.
+//! The state of an agent and its workers, for a bug report.
 
 use super::Agent;
 use crate::platform::{log, memory};
 use crate::protocol::control::{Facts, ToHead};
 
-/// Workers in one message, at most: with these it surely fits into a frame.
-const AT_ONCE: usize = 16;
+/// Maximum number of workers in one message, which then fits into a frame.
+const MAX_WORKERS: usize = 16;
 
 impl Agent {
-    /// Tells the head the state of this agent and of its workers.
+    /// Reports the state of this agent and of its workers to the head.
     pub(super) fn dump(&mut self, question: u64) {
         self.report(&ToHead::Dump {
             question,
@@ -16,7 +16,7 @@ impl Agent {
             last: self.workers.is_empty(),
         });
         let workers: Vec<u32> = (0..self.workers.len() as u32).collect();
-        for some in workers.chunks(AT_ONCE) {
+        for some in workers.chunks(MAX_WORKERS) {
             let facts = |&worker: &u32| (Some(worker), self.worker_facts(worker));
             let message = ToHead::Dump {
                 question,
@@ -70,13 +70,13 @@ mod tests {
     use crate::protocol::control;
 
     #[test]
-    fn workers_of_which_max_is_to_be_said_fit_into_a_frame() {
-        // As many facts, with longer names and values, as a busy worker has.
+    fn a_message_with_the_maximum_of_workers_and_facts_fits_into_a_frame() {
+        // A busy worker has no more facts, and none with longer names or values.
         let mut facts = Facts::default();
         for _ in 0..32 {
             facts.add("unacknowledged_losses_of_it", u64::MAX);
         }
-        let of = (0..AT_ONCE as u32).map(|worker| (Some(worker), facts.clone()));
+        let of = (0..MAX_WORKERS as u32).map(|worker| (Some(worker), facts.clone()));
         let message = ToHead::Dump {
             question: 1,
             of: of.collect(),

@@ -1,4 +1,4 @@
-//! Making a worker by fork: milliseconds, and memory shared until it is written to.
+//! Creates a worker by fork, which takes milliseconds and shares memory until it is written to.
 
 use super::process::{NewProcess, Process};
 use crate::platform::{fd, process, signals};
@@ -8,21 +8,21 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::LazyLock;
 
-/// Forks. The child's stdout and stderr go to its output pipe, it leads a process group, dies
-/// with its parent, and holds SIGINT back until its first task. What else it inherits of the
-/// agent goes when the agent's value is dropped there.
+/// Forks a worker. The child writes its stdout and stderr to its output pipe, leads a process group, dies
+/// with its parent, and blocks SIGINT until its first task. The child closes the descriptors that it has
+/// inherited from the agent when it drops its copy of the agent.
 ///
 /// # Errors
-/// When descriptors or processes have run out.
+/// When no descriptor or process is available.
 pub fn fork(worker: u32, shared_answers: bool) -> io::Result<NewProcess> {
     let (ours, theirs) = UnixStream::pair()?;
     let (output, output_end) = fd::pipe()?;
     fd::flush_stdio();
     let parent = std::process::id();
     LazyLock::force(&MAY_POLL);
-    // The child must not take a signal meant for it before its own handlers are back.
+    // The child must not handle SIGINT before its own handlers are restored.
     signals::block_interrupt();
-    // SAFETY: the agent has one thread, so the child is a whole copy of it.
+    // SAFETY: the agent has one thread, so the child is a complete copy of it.
     let pid = unsafe { libc::fork() };
     match pid {
         -1 => {

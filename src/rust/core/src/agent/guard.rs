@@ -1,14 +1,14 @@
-//! The guard: a small process that outlives an agent that is killed by as much as it takes to kill
-//! what the workers of that agent have started, and to remove the temporary directories of all.
+//! The guard: a small process that cleans up after an agent that is killed. The guard kills the processes
+//! that the agent's workers have started, and removes the temporary directories of the agent and its workers.
 //!
-//! When an agent ends, whatever the reason, the system kills its workers, but nothing else in
-//! their process groups. The guard knows the workers from a pipe that only the agent holds the
-//! other end of; when that end is closed and workers are still listed, it kills their groups. Then it
-//! becomes `rm`, with the directories that are still listed.
+//! When an agent ends, for any reason, the system kills its workers, but nothing else in their process groups.
+//! The agent lists its workers in a pipe to the guard, whose other end only the agent has open. When that end
+//! is closed while workers are still listed, the guard kills their process groups. Then the guard executes
+//! `rm` with the directories that are still listed.
 //!
-//! It is a fork of the agent that runs no R code, holds no descriptor but the pipe, and gives up
-//! the memory that it has from the agent, which would otherwise be copied for it page by page as
-//! the agent goes on.
+//! The guard is a fork of the agent that runs no R code and has no descriptor open except the pipe. It unmaps
+//! the memory that it has inherited from the agent, because the system would otherwise copy that memory for
+//! the guard, page by page, as the agent changes it.
 
 use crate::platform::{fd, process, signals};
 use std::fs::File;
@@ -16,38 +16,40 @@ use std::io::{self, Write};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-/// A message: the place of a process, its pid, 0 when it has ended, and its temporary directory, which ends
-/// with a zero; none if it has none, or none any more. Short enough to be written and read as a whole.
+/// Length of a message: the slot of a process, its pid (0 once it has ended), and the path of its temporary
+/// directory with a zero at the end (empty if the directory does not exist or was removed). Messages are short
+/// enough to be written and read as a whole.
 const MESSAGE: usize = 256;
 
-/// Bytes of a directory's path in a message, with the zero at its end.
+/// Length of the path in a message, including the zero at its end.
 const PATH: usize = MESSAGE - 8;
 
-/// How long what was killed may take to end before its directories are removed, in milliseconds.
-const DYING: libc::c_int = 400;
+/// How long the guard waits for killed processes to end before it removes their directories, in milliseconds.
+const MAX_DYING_MILLISECONDS: libc::c_int = 400;
 
-/// How long the guard may take to read what fills its pipe, in milliseconds.
-const READING: libc::c_int = 1000;
+/// How long the agent waits for the guard to read from a full pipe, in milliseconds.
+const MAX_READ_MILLISECONDS: libc::c_int = 1000;
 
-/// Milliseconds between two looks whether it has ended.
+/// Milliseconds between two checks whether the killed processes have ended.
 const CHECK_MILLISECONDS: libc::c_int = 5;
 
 /// The guard as the agent sees it.
 pub struct Guard {
-    /// Closed by the system when the agent is killed. `None`: there is no guard.
+    /// The agent's end of the pipe, which the system closes when the agent is killed. `None`: there is no
+    /// guard.
     pipe: Option<File>,
     pid: u32,
-    /// The process that started it. A forked worker has a copy of this value, and the guard is
-    /// none of its business.
+    /// The process that started the guard. A forked worker has a copy of this value and must not dismiss
+    /// the guard.
     owner: u32,
-    /// Workers that the guard knows of.
+    /// Number of workers that are listed at the guard.
     listed: usize,
 }
 
 impl Guard {
-    /// Starts a guard for up to `workers` workers. Without one, a killed agent leaves more behind:
-    /// that it cannot be started is no reason not to start workers, and if processes have run out
-    /// they will say so.
+    /// Starts a guard for up to `workers` workers. A failure is ignored: without a guard, a killed agent
+    /// leaves more behind, which is no reason not to start workers. If no more processes can be created,
+    /// starting the workers reports it.
     pub fn start(workers: usize) -> Guard {
         let (pipe, pid) = match start(workers) {
             Ok((pipe, pid)) => (Some(pipe), pid),
@@ -61,35 +63,35 @@ impl Guard {
         }
     }
 
-    /// Its pid, if there is one.
+    /// The pid of the guard, if there is a guard.
     pub fn pid(&self) -> Option<u32> {
         self.pipe.as_ref().map(|_| self.pid)
     }
 
-    /// The agent has this temporary directory.
+    /// Lists the temporary directory of the agent.
     pub fn watch_tempdir(&mut self, tempdir: &str) {
         self.report(AGENT, 0, tempdir);
     }
 
-    /// A worker exists.
+    /// Lists a worker, which has been created.
     pub fn made(&mut self, worker: u32, pid: u32) {
         self.listed += 1;
         self.report(worker, pid, "");
     }
 
-    /// A worker has this temporary directory.
+    /// Lists the temporary directory of a worker.
     pub fn has_tempdir(&mut self, worker: u32, pid: u32, tempdir: &str) {
         self.report(worker, pid, tempdir);
     }
 
-    /// A worker has ended, and may have left its temporary directory. To be said before it is reaped,
-    /// while its pid can be nobody else's.
+    /// Records that a worker has ended and may have left its temporary directory. Call before the worker is
+    /// reaped, while its pid cannot be reused.
     pub fn ended(&mut self, worker: u32, tempdir: &str) {
         self.listed = self.listed.saturating_sub(1);
         self.report(worker, 0, tempdir);
     }
 
-    /// The temporary directory of a worker that has ended is removed.
+    /// Records that the temporary directory of an ended worker was removed.
     pub fn cleared(&mut self, worker: u32) {
         self.report(worker, 0, "");
     }
@@ -101,7 +103,7 @@ impl Guard {
         let mut message = [0; MESSAGE];
         message[..4].copy_from_slice(&slot.to_ne_bytes());
         message[4..8].copy_from_slice(&pid.to_ne_bytes());
-        // A path that is cut off would be another's.
+        // A truncated path could be that of another directory.
         if tempdir.len() < PATH && !tempdir.contains('\0') {
             message[8..8 + tempdir.len()].copy_from_slice(tempdir.as_bytes());
         }
@@ -110,14 +112,14 @@ impl Guard {
                 Ok(_) => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && has_room(pipe) => {}
-                // It has ended, or does not read: somebody has stopped it. It may then not know
-                // of a worker's end, and kill what later gets the same pid.
+                // The guard has ended, or does not read because somebody has stopped it. Dismiss it:
+                // it would miss the end of a worker, and might kill a later process with the same pid.
                 Err(_) => return self.dismiss(),
             }
         }
     }
 
-    /// A child has ended. Returns whether it was the guard, which is then reaped.
+    /// Reaps a child that has ended if it is the guard. Returns whether it was the guard.
     pub fn reap(&mut self, pid: u32) -> bool {
         if self.pid() != Some(pid) {
             return false;
@@ -127,7 +129,7 @@ impl Guard {
         true
     }
 
-    /// Ends the guard without its having killed anything.
+    /// Ends the guard before it kills anything.
     fn dismiss(&mut self) {
         if self.pipe.is_some() {
             let _ = signals::kill(self.pid as i32, libc::SIGKILL);
@@ -138,23 +140,23 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // With workers left, the agent ends because something failed: closing the pipe has the
-        // guard do what it is for.
+        // If workers are left, the agent ends because of a failure: closing the pipe makes the guard
+        // clean up.
         if self.owner == std::process::id() && self.listed == 0 {
             self.dismiss();
         }
     }
 }
 
-/// Waits for the pipe to have room. Returns whether it has.
+/// Waits until the pipe has room. Returns whether it has.
 fn has_room(pipe: &File) -> bool {
     let mut polled = libc::pollfd {
         fd: pipe.as_raw_fd(),
         events: libc::POLLOUT,
         revents: 0,
     };
-    // SAFETY: one valid pollfd.
-    unsafe { libc::poll(&raw mut polled, 1, READING) > 0 }
+    // SAFETY: the pollfd is valid.
+    unsafe { libc::poll(&raw mut polled, 1, MAX_READ_MILLISECONDS) > 0 }
 }
 
 fn start(workers: usize) -> io::Result<(File, u32)> {
@@ -165,12 +167,12 @@ fn start(workers: usize) -> io::Result<(File, u32)> {
         .filter(|&fd| fd != reader.as_raw_fd());
     let others: Vec<RawFd> = others.collect();
     let null = File::open("/dev/null")?;
-    // Of this thread's stack.
-    let here = 0u8;
-    let unneeded = Unneeded::now(&[&raw const here as usize, thread_variables()]);
-    // No signal is handled in the guard: R's and the agent's handlers are not made for it.
+    // An address on this thread's stack.
+    let on_stack = 0u8;
+    let unneeded = Unneeded::now(&[&raw const on_stack as usize, thread_variables()]);
+    // The guard handles no signal, because the handlers of R and of the agent must not run in it.
     let pid = signals::with_all_blocked(|| {
-        // SAFETY: the agent has one thread, so the child is a whole copy of it.
+        // SAFETY: the agent has one thread, so the child is a complete copy of it.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             watch(&reader, &null, &others, workers, unneeded);
@@ -183,8 +185,8 @@ fn start(workers: usize) -> io::Result<(File, u32)> {
     Ok((File::from(writer), pid as u32))
 }
 
-/// Numbers of the open descriptors. They are looked up because counting through all that there
-/// could be may take a long time where the limit is high.
+/// Numbers of the open descriptors. They are listed because trying all possible numbers may take a
+/// long time where the limit is high.
 fn open_files() -> Vec<RawFd> {
     match std::fs::read_dir("/dev/fd") {
         Ok(entries) => entries
@@ -194,9 +196,8 @@ fn open_files() -> Vec<RawFd> {
     }
 }
 
-/// The guard's whole life, in the forked child. From where it gives up its memory on it calls
-/// nothing that allocates, and only functions of libc that were bound when this library was
-/// loaded.
+/// Runs the guard in the forked child. Once the guard has unmapped its memory, it calls nothing that
+/// allocates, and only functions of libc that were bound when this library was loaded.
 fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneeded: Unneeded) -> ! {
     let pipe = reader.as_raw_fd();
     for target in 0..3 {
@@ -204,25 +205,26 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
     }
     for &fd in others.iter().chain(&[null.as_raw_fd()]) {
         if fd > 2 && fd != pipe {
-            // SAFETY: nothing in this process uses it any more, nor drops it: it ends by _exit.
+            // SAFETY: nothing in this process uses or drops the descriptor any more: the process ends
+            // by _exit.
             unsafe { libc::close(fd) };
         }
     }
     // SAFETY: no memory effects; the paths and names are C strings.
     unsafe {
         libc::setsid();
-        // Else a file system could not be unmounted.
+        // Leave the working directory, whose file system could not be unmounted otherwise.
         libc::chdir(c"/".as_ptr());
         libc::prctl(libc::PR_SET_NAME, c"rc-guard".as_ptr());
     }
-    unneeded.give_up();
-    // The agent's place is behind the workers'.
+    unneeded.unmap();
+    // The slot of the agent follows those of the workers.
     let Some(slots) = table::<GuardedProcess>(workers.saturating_add(1)) else {
         exit();
     };
     let mut buffer = [0u8; 16 * MESSAGE];
     loop {
-        // SAFETY: pointer and length are those of the buffer.
+        // SAFETY: the pointer and the length are those of the buffer.
         let n = unsafe { libc::read(pipe, buffer.as_mut_ptr().cast(), buffer.len()) };
         let Ok(n) = usize::try_from(n) else {
             if io::Error::last_os_error().raw_os_error() == Some(libc::EINTR) {
@@ -262,16 +264,16 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
     exit();
 }
 
-/// Becomes the program that removes the directories, if there are any and that program can be run.
+/// Executes `rm` for the listed directories. Returns if there are none or `rm` cannot be executed.
 fn remove(slots: &[GuardedProcess]) {
-    // What was killed may still write to them.
+    // Killed processes may still write to the directories.
     let dying =
         |slot: &GuardedProcess| slot.pid != 0 && signals::kill(-(slot.pid as i32), 0).is_ok();
-    for _ in 0..DYING / CHECK_MILLISECONDS {
+    for _ in 0..MAX_DYING_MILLISECONDS / CHECK_MILLISECONDS {
         if !slots.iter().any(dying) {
             break;
         }
-        // SAFETY: waits for no descriptor.
+        // SAFETY: the list of descriptors is empty.
         unsafe { libc::poll(std::ptr::null_mut(), 0, CHECK_MILLISECONDS) };
     }
     let command = [c"rm", c"-rf", c"--"];
@@ -292,35 +294,35 @@ fn remove(slots: &[GuardedProcess]) {
     }
     let environment: [*const libc::c_char; 1] = [std::ptr::null()];
     for program in [c"/bin/rm", c"/usr/bin/rm"] {
-        // SAFETY: C strings; both lists end with a null pointer, as there is one more in the table, which
-        // is zeroed, than there are words.
+        // SAFETY: the words are C strings. Both lists end with a null pointer: the table is zeroed and has
+        // one more entry than there are words.
         unsafe { libc::execve(program.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
     }
 }
 
 fn exit() -> ! {
-    // SAFETY: ends this process, which is a fork: without R's exit handlers, and without writing
-    // out what the agent had in its buffers.
+    // SAFETY: ends this forked process without running R's exit handlers and without flushing the
+    // inherited buffers.
     unsafe { libc::_exit(0) }
 }
 
-/// The place of the agent in messages.
+/// The slot of the agent in messages.
 const AGENT: u32 = u32::MAX;
 
-/// What the guard knows of a process.
+/// A process that is listed at the guard.
 #[repr(C)]
 struct GuardedProcess {
     pid: u32,
     path: [u8; PATH],
 }
 
-/// So many values, whose bytes are zeroes, in pages of their own.
+/// Allocates `count` zeroed values in pages of their own.
 fn table<T>(count: usize) -> Option<&'static mut [T]> {
     let bytes = count.checked_mul(size_of::<T>())?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
-    // SAFETY: a new mapping, aligned to a page, zeroed, never unmapped, and used by nobody else. Zeroes are
-    // a valid value of what is stored: numbers and pointers.
+    // SAFETY: the new mapping is aligned to a page, zeroed, never unmapped, and used by nothing else. Zeroes
+    // are valid for the stored numbers and pointers.
     unsafe {
         let at = libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0);
         if at == libc::MAP_FAILED {
@@ -332,11 +334,11 @@ fn table<T>(count: usize) -> Option<&'static mut [T]> {
 
 /// An address among this thread's variables.
 fn thread_variables() -> usize {
-    // SAFETY: returns a pointer, which is not followed.
+    // SAFETY: returns a pointer, which is not dereferenced.
     unsafe { libc::__errno_location() as usize }
 }
 
-/// Memory of the agent that the guard can do without: R's heap, mostly.
+/// Inherited memory that the guard does not need: mostly R's heap.
 #[derive(Clone, Copy)]
 struct Unneeded([(usize, usize); 64]);
 
@@ -350,24 +352,24 @@ impl Unneeded {
         Unneeded(ranges)
     }
 
-    /// Only in the guard.
-    fn give_up(self) {
+    /// Unmaps the memory. Call only in the guard.
+    fn unmap(self) {
         for (start, len) in self.0 {
             if len > 0 {
-                // SAFETY: these are whole mappings that were made to allocate from. Whatever they
-                // hold belongs to code that never runs again in this process.
+                // SAFETY: these are complete mappings of heap memory. Their content belongs to code that
+                // never runs again in this process.
                 unsafe { libc::munmap(start as *mut libc::c_void, len) };
             }
         }
     }
 }
 
-/// What is not worth a system call.
+/// Minimum size of a mapping that is unmapped: less is not worth a system call.
 const MIN_RELEASED: usize = 256 * 1024;
 
-/// Mappings in the text of /proc/self/maps that were made to allocate from, the largest first.
-/// Not among them are those with an address to `keep`, and those that begin where one of a file
-/// ends: they hold the variables of a program or library.
+/// Heap mappings in the text of /proc/self/maps, the largest first. Mappings that contain an address in
+/// `keep` are excluded, and so are mappings that begin where the mapping of a file ends: those contain the
+/// variables of a program or library.
 fn unneeded_in(maps: &str, keep: &[usize]) -> Vec<Range<usize>> {
     let mut ranges = Vec::new();
     let mut file_end = 0;
@@ -412,7 +414,7 @@ mod tests {
     use std::process::{Child, Command, Stdio};
     use std::time::{Duration, Instant};
 
-    /// A stand-in for a worker, with a child.
+    /// A process that represents a worker, with a child.
     fn worker() -> Child {
         let mut command = Command::new("sh");
         command
@@ -437,12 +439,12 @@ mod tests {
     }
 
     #[test]
-    fn at_the_pipes_end_the_groups_of_listed_workers_are_killed() {
+    fn the_groups_of_listed_workers_are_killed_when_the_pipe_is_closed() {
         let mut guard = Guard::start(3);
         let (mut first, mut second) = (worker(), worker());
         guard.made(0, first.id());
         guard.made(2, second.id());
-        // What has ended is left alone.
+        // The group of a worker that has ended is not killed.
         guard.ended(2, "");
         let pid = guard.pid().unwrap();
         drop(guard);
@@ -457,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_that_are_still_listed_are_removed() {
+    fn listed_directories_are_removed_when_the_pipe_is_closed() {
         let base = std::env::temp_dir().join(format!("rustcluster-guard-{}", std::process::id()));
         let path = |name: &str| base.join(name).join("below").display().to_string();
         for name in ["agent", "worker", "ended", "cleared"] {
@@ -484,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn without_workers_it_ends_with_its_owner() {
+    fn without_workers_the_guard_ends_with_its_owner() {
         let mut guard = Guard::start(1);
         let mut child = worker();
         guard.made(0, child.id());
@@ -499,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn it_heeds_no_signal_and_its_own_end_is_no_harm() {
+    fn the_guard_ignores_signals_and_its_end_is_harmless() {
         let mut guard = Guard::start(1);
         let pid = guard.pid().unwrap();
         for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGPIPE] {
@@ -515,7 +517,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_does_not_read_is_dismissed() {
+    fn a_guard_that_does_not_read_is_dismissed() {
         let mut guard = Guard::start(1);
         let pid = guard.pid().unwrap() as i32;
         signals::kill(pid, libc::SIGSTOP).unwrap();
@@ -530,12 +532,12 @@ mod tests {
     }
 
     #[test]
-    fn it_holds_nothing_but_its_pipe() {
+    fn the_guard_has_no_descriptor_open_except_its_pipe() {
         let guard = Guard::start(1);
         let folder = format!("/proc/{}/fd", guard.pid().unwrap());
         let targets = || -> Vec<String> {
             let entries = std::fs::read_dir(&folder).unwrap();
-            // What is closed between two looks is not held.
+            // A descriptor that is closed while the directory is read does not count.
             let link = |entry: io::Result<std::fs::DirEntry>| {
                 std::fs::read_link(entry.unwrap().path()).ok()
             };
@@ -550,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_made_to_allocate_from_is_given_up() {
+    fn only_heap_mappings_are_unmapped() {
         let maps = "\
             400000-401000 r-xp 00000000 fe:00 1 /usr/lib/R/bin/exec/R\n\
             401000-601000 rw-p 00000000 fe:00 1 /usr/lib/R/bin/exec/R\n\

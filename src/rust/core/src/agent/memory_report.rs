@@ -1,13 +1,13 @@
-//! What memory the workers of an agent take.
+//! The memory survey: how much memory the workers of an agent use.
 
 use crate::platform::memory::line_bytes;
 use crate::protocol::control::{ToHead, Usage};
 use std::fs;
 
-/// Workers in one message, at most.
-const WORKERS_AT_ONCE: usize = 1000;
+/// Maximum number of workers in one message.
+const MAX_WORKERS: usize = 1000;
 
-/// Workers that are looked at one after the other.
+/// A survey in progress, which reads the memory use of one worker after the other.
 #[derive(Debug)]
 pub struct MemorySurvey {
     question: u64,
@@ -17,7 +17,7 @@ pub struct MemorySurvey {
 }
 
 impl MemorySurvey {
-    /// Of so many workers.
+    /// Starts a survey of `end` workers.
     pub fn new(question: u64, end: u32) -> MemorySurvey {
         MemorySurvey {
             question,
@@ -27,8 +27,8 @@ impl MemorySurvey {
         }
     }
 
-    /// Looks at the next worker. Returns what is to be told, if it is time for that. `pid`: of a
-    /// worker, if it is there.
+    /// Reads the memory use of the next worker. Returns a message to the head if one is due. `pid`: the pid of a
+    /// worker, if the worker exists.
     pub fn next(&mut self, pid: impl Fn(u32) -> Option<u32>) -> Option<ToHead> {
         if self.next < self.end {
             let usage = pid(self.next).and_then(of_process);
@@ -36,7 +36,7 @@ impl MemorySurvey {
             self.next += 1;
         }
         let last = self.next == self.end;
-        (last || self.found.len() == WORKERS_AT_ONCE).then(|| ToHead::Usage {
+        (last || self.found.len() == MAX_WORKERS).then(|| ToHead::Usage {
             question: self.question,
             workers: std::mem::take(&mut self.found),
             last,
@@ -44,7 +44,7 @@ impl MemorySurvey {
     }
 }
 
-/// What the system says of a process, where it has files that do.
+/// The memory use of a process, if the system has the files that report it.
 fn of_process(pid: u32) -> Option<Usage> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"));
     let status = || fs::read_to_string(format!("/proc/{pid}/status"));
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_found_by_their_whole_names() {
+    fn lines_are_found_by_their_complete_names() {
         let text = "5-7 rollup\nRss:      2048 kB\nPss:  10 kB\nPss_Dirty: 7 kB\nSwap: x kB\n";
         assert_eq!(line_bytes(text, "Rss:"), Some(2048 * 1024));
         assert_eq!(line_bytes(text, "Pss:"), Some(10 * 1024));
@@ -70,19 +70,19 @@ mod tests {
     }
 
     #[test]
-    fn this_process_takes_memory_and_one_that_is_terminated_none() {
+    fn this_process_uses_memory_and_an_ended_process_none() {
         let usage = of_process(std::process::id()).unwrap();
         assert!(usage.resident > 100_000 && usage.proportional <= usage.resident);
         assert_eq!(of_process(u32::MAX), None);
     }
 
     #[test]
-    fn all_are_told_in_pieces_and_the_last_piece_says_so() {
+    fn all_workers_are_reported_in_several_messages_of_which_the_last_is_marked() {
         let mut memory_survey = MemorySurvey::new(7, 2_500);
-        let mut told = Vec::new();
+        let mut reported = Vec::new();
         loop {
             let this = std::process::id();
-            // Every fifth is not there.
+            // Every fifth worker does not exist.
             let message = memory_survey.next(|worker| (worker % 5 > 0).then_some(this));
             let Some(ToHead::Usage {
                 workers,
@@ -92,14 +92,14 @@ mod tests {
             else {
                 continue;
             };
-            told.extend(workers.iter().map(|of| of.0));
+            reported.extend(workers.iter().map(|of| of.0));
             if last {
                 break;
             }
-            assert_eq!(workers.len(), WORKERS_AT_ONCE);
+            assert_eq!(workers.len(), MAX_WORKERS);
         }
-        let there: Vec<u32> = (0..2_500).filter(|worker| worker % 5 > 0).collect();
-        assert!(told == there || told.is_empty());
+        let existing: Vec<u32> = (0..2_500).filter(|worker| worker % 5 > 0).collect();
+        assert!(reported == existing || reported.is_empty());
         let none = MemorySurvey::new(7, 0).next(|_| None);
         assert!(matches!(none, Some(ToHead::Usage { last: true, .. })));
     }

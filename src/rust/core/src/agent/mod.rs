@@ -467,11 +467,11 @@ impl Agent {
         }
         let workers = &self.workers;
         let pid = |worker: u32| Some(workers.get(worker as usize)?.as_ref()?.pid);
-        let told = self
+        let due = self
             .memory_survey
             .as_mut()
             .and_then(|memory_survey| memory_survey.next(pid));
-        if let Some(message) = told {
+        if let Some(message) = due {
             if let ToHead::Usage { last: true, .. } = &message {
                 self.memory_survey = None;
             }

@@ -22,7 +22,7 @@ const SHUTDOWN_DRAIN: Duration = Duration::from_millis(200);
 /// Maximum length of a command line in a report to the head.
 const COMMAND: usize = 200;
 
-/// R sets this in each session's environment, and so in that of what the session starts.
+/// The variable that R sets in the environment of each session, which the processes of the session inherit.
 const SESSION: &str = "R_SESSION_TMPDIR";
 
 /// A worker that has been ready, by its temporary directory.
@@ -110,7 +110,7 @@ impl Orphans {
         self.reaped = true;
     }
 
-    /// As [`Orphans::reap`], for all ended children except workers.
+    /// Handles all ended children except workers like [`Orphans::reap`].
     pub fn reap_all(&mut self, is_worker: impl Fn(u32) -> bool) {
         for pid in children() {
             let ended = |pid| stat_of(pid).is_some_and(|stat| stat.has_ended());
@@ -206,8 +206,8 @@ impl Agent {
         dying
     }
 
-    /// When all workers have terminated: whether the head has been told of all orphans, or cannot
-    /// be told.
+    /// Whether all orphans have been reported to the head, or cannot be reported. Call when all workers have
+    /// terminated.
     pub(super) fn is_drained(&mut self) -> bool {
         let now = self.now();
         let deadline = *self
@@ -224,16 +224,16 @@ impl Agent {
     }
 }
 
-/// The children of this thread, ended ones too: what is adopted comes to the first thread of a
-/// process, and what other threads started is theirs to be waited for.
+/// The children of this thread, including ended ones. The system assigns adopted processes to the first thread of a
+/// process; children of other threads must be waited for by those threads.
 fn children() -> Vec<u32> {
     let me = std::process::id();
     if let Ok(text) = std::fs::read_to_string(format!("/proc/{me}/task/{me}/children")) {
         let numbers = text.split_ascii_whitespace();
         return numbers.filter_map(|pid| pid.parse().ok()).collect();
     }
-    // The kernel was built without that file. Whose child a process is can then not be told from
-    // outside if there are several threads.
+    // The kernel was built without that file. If there are several threads, nothing else shows to which of them
+    // a child belongs.
     let threads = std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count);
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
@@ -243,7 +243,7 @@ fn children() -> Vec<u32> {
     pids.filter(ours).collect()
 }
 
-/// What the system says of a process.
+/// The state of a process, as the system reports it.
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     state: u8,
@@ -252,7 +252,7 @@ struct Stat {
 }
 
 impl Stat {
-    /// The text of /proc/PID/stat. A name may hold anything, including parentheses and blanks.
+    /// Parses the text of /proc/PID/stat. A name may contain any characters, including parentheses and blanks.
     fn parse(text: &str) -> Option<Stat> {
         let (_, rest) = text.rsplit_once(") ")?;
         let mut fields = rest.split(' ');
@@ -283,8 +283,8 @@ fn variable_of(pid: u32, name: &str) -> Option<Vec<u8>> {
     })
 }
 
-/// `None` while it begins another program, and when it is about to end: there is no saying then
-/// what it is, or whose.
+/// `None` while the process executes another program or is about to end, because its command and its worker
+/// cannot be determined then.
 fn command_of(pid: u32) -> Option<String> {
     let file = std::fs::File::open(format!("/proc/{pid}/cmdline")).ok()?;
     let mut bytes = Vec::new();
@@ -292,7 +292,7 @@ fn command_of(pid: u32) -> Option<String> {
     (!bytes.is_empty()).then(|| command_text(&bytes))
 }
 
-/// A command line to be shown: on one line, and no longer than [`COMMAND`] bytes.
+/// Formats a command line for a report: on one line, and no longer than [`COMMAND`] bytes.
 fn command_text(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let text = text.trim_end_matches('\0');
@@ -361,7 +361,7 @@ mod tests {
             .spawn()
             .unwrap();
         let pid = child.id();
-        // Its arguments may be there only a little after it has begun to run.
+        // The arguments may appear only shortly after the process has started.
         while command_of(pid).as_deref() != Some("sleep 300") {
             std::thread::yield_now();
         }

@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn one_message_is_held_and_goes_on_whole() {
+    fn one_message_is_queued_and_passed_on_completely() {
         let mut queue = PrefetchQueue::new(2);
         let seed = Frame::new(Kind::Seed, REASSIGNED, 0, 2, Bytes::new());
         let frames = [seed, data(2, FIRST, 7), data(2, LAST, 9)];
@@ -131,10 +131,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_dropped_gives_its_room_back() {
+    fn a_dropped_message_returns_its_credit() {
         let mut queue = PrefetchQueue::new(1);
         assert_eq!(queue.hold(data(2, FIRST, 7)), Ok(None));
-        // Its end decides: there is an abort on its way.
+        // The end of the message decides, because an abort may follow.
         assert_eq!(queue.withdraw(0, 2), None);
         let abort = data(2, LAST | ABORT, 0);
         assert_eq!(queue.hold(abort), Ok(Some(2 * HEADER_LEN + 7)));
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_head_prefetches_is_refused() {
+    fn invalid_prefetched_frames_are_errors() {
         let mut queue = PrefetchQueue::new(1);
         assert!(queue.hold(data(2, 0, 7)).is_err());
         assert!(queue.hold(data(2, LAST | ABORT, 0)).is_err());

@@ -1,4 +1,4 @@
-//! A worker's process as its agent sees it, and how a separate one is started.
+//! A worker's process as its agent sees it, and how a separate R process is started for a worker.
 
 use crate::platform::exit::Exit;
 use crate::platform::{fd, process, signals};
@@ -18,10 +18,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-/// Bytes of a worker's output that error messages show.
+/// Maximum number of bytes of a worker's output that error messages show.
 const STDERR_TAIL: usize = 4 * 1024;
 
-/// The end of what was written.
+/// The last [`STDERR_TAIL`] bytes of a worker's output.
 #[derive(Debug, Default)]
 pub struct Tail(VecDeque<u8>);
 
@@ -39,15 +39,16 @@ impl Tail {
     }
 }
 
-/// Bytes of a line that are held until its end.
-const LINE: usize = 64 * 1024;
+/// Maximum number of bytes of a line that are buffered until its end.
+const MAX_LINE: usize = 64 * 1024;
 
-/// What was written, on its way to a file that others write to as well: whole lines, with one write.
+/// Buffers a worker's output for a file to which others also write. Complete lines are written with one
+/// write.
 #[derive(Debug, Default)]
 pub struct Lines(Vec<u8>);
 
 impl Lines {
-    /// A line without an end waits for it, unless it is very long.
+    /// Writes complete lines. A line without an end is buffered, unless it is longer than [`MAX_LINE`].
     pub fn push(&mut self, bytes: &[u8], to: &mut impl Write) -> io::Result<()> {
         let end = bytes.iter().rposition(|byte| *byte == b'\n');
         let (whole, rest) = bytes.split_at(end.map_or(0, |end| end + 1));
@@ -58,38 +59,38 @@ impl Lines {
             self.flush(to)
         };
         self.0.extend_from_slice(rest);
-        if self.0.len() < LINE {
+        if self.0.len() < MAX_LINE {
             return written;
         }
         self.flush(to)
     }
 
-    /// There will be no more.
+    /// Writes the buffered bytes, after which no output follows.
     pub fn flush(&mut self, to: &mut impl Write) -> io::Result<()> {
         to.write_all(&std::mem::take(&mut self.0))
     }
 }
 
-/// What waits to be written to a worker: bytes, with descriptors that go along with some of them.
+/// The queue of frames to be written to a worker, with the descriptors that accompany some of them.
 #[derive(Debug, Default)]
 pub struct Outgoing {
-    /// In order; with the first byte of each goes its descriptor.
+    /// The parts in order. The descriptor of a part is sent with its first byte.
     parts: VecDeque<(Option<Arc<File>>, OutBuf)>,
     len: usize,
 }
 
 impl Outgoing {
-    /// Bytes that wait.
+    /// Number of queued bytes.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether nothing waits.
+    /// Whether the queue is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Appends a frame, with which a descriptor may go.
+    /// Appends a frame, and a descriptor to be sent with it.
     pub fn push(&mut self, frame: &Frame, along: Option<Arc<File>>) {
         self.len += frame.wire_len();
         if along.is_some() || self.parts.is_empty() {
@@ -100,18 +101,18 @@ impl Outgoing {
         }
     }
 
-    /// Writes what the socket takes at once. Returns how many bytes it took.
+    /// Writes as many bytes as the socket takes at once, and returns their number.
     ///
     /// # Errors
-    /// Those of the socket; `WouldBlock` if it is full.
+    /// The errors of the socket; `WouldBlock` if it is full.
     pub fn write(&mut self, fd: RawFd) -> io::Result<usize> {
         self.write_with(|slices, along| fd::send_with(fd, slices, along))
     }
 
-    /// The same, through `write`, which gets the descriptor that goes along.
+    /// Writes like [`Outgoing::write`], by calling `write` with the bytes and their descriptor.
     ///
     /// # Errors
-    /// Those of `write`.
+    /// The errors of `write`.
     pub fn write_with(
         &mut self,
         write: impl FnOnce(&[io::IoSlice<'_>], Option<RawFd>) -> io::Result<usize>,
@@ -125,7 +126,7 @@ impl Outgoing {
             *along = None;
         }
         self.len -= written;
-        // The last one serves again: mostly there is no other.
+        // The last part is reused: usually it is the only one.
         if out.is_empty() && self.parts.len() > 1 {
             self.parts.pop_front();
         }
@@ -133,8 +134,8 @@ impl Outgoing {
     }
 }
 
-/// Whether the path could be that of a temporary directory of R's. It is going to be removed with all
-/// that is in it, so a worker gone wild must not have it be any.
+/// Whether the path could be that of a temporary directory of R. The agent removes the directory with its
+/// content, so a misbehaving worker must not be able to name another directory.
 pub fn is_tempdir(path: &str) -> bool {
     let path = Path::new(path);
     let name = path.file_name().and_then(|name| name.to_str());
@@ -145,36 +146,36 @@ pub fn is_tempdir(path: &str) -> bool {
 pub struct Process {
     pub pid: u32,
     pub channel: UnixStream,
-    /// Its stdout and stderr.
+    /// The worker's stdout and stderr.
     pub output: File,
     pub received: BytesMut,
-    /// Those that have come along, and belong to frames that have not been passed on.
+    /// Received descriptors that belong to frames that have not been passed on.
     pub descriptors: VecDeque<OwnedFd>,
     pub outgoing: Outgoing,
     pub tail: Tail,
-    /// What is on its way to the cluster's `outfile`.
+    /// Output for the cluster's `outfile`.
     pub lines: Lines,
     pub tempdir: Option<String>,
-    /// Send SIGINT once all is written.
+    /// Send SIGINT once `outgoing` is written.
     pub interrupt: bool,
-    /// Close the channel once all is written.
+    /// Close the channel once `outgoing` is written.
     pub closing: bool,
-    /// It has closed its end of the channel.
+    /// The worker has closed its end of the channel.
     pub hung_up: bool,
-    /// Its channel is full.
+    /// The channel is full.
     pub write_blocked: bool,
-    /// It was killed from here.
+    /// The agent has killed the worker.
     pub killed: Cell<bool>,
 }
 
-/// The two sides of making a worker.
+/// The result of creating a worker, in either process.
 #[allow(
     clippy::large_enum_variant,
-    reason = "it is taken apart where it is made"
+    reason = "the value is destructured where it is created"
 )]
 pub enum NewProcess {
     Parent(Process),
-    /// Only after a fork: this is the worker.
+    /// This process is the worker. Only after a fork.
     Child(Channel),
 }
 
@@ -200,32 +201,32 @@ impl Process {
         })
     }
 
-    /// Sends a signal to the worker alone. That it has just ended is no error.
+    /// Sends a signal to the worker alone. A worker that has just ended is no error.
     pub fn signal(&self, signal: libc::c_int) {
         let _ = signals::kill(self.pid as i32, signal);
     }
 
-    /// Whether somebody else has killed it, given how it ended.
+    /// Whether the worker was killed by another process than the agent, given how it ended.
     pub fn was_killed_by_others(&self, exit: Exit) -> bool {
         exit == Exit::Signal(libc::SIGKILL) && !self.killed.get()
     }
 
-    /// Kills the worker and what it started, unless that made itself independent.
+    /// Kills the worker and the processes that it started, except those that left its process group.
     pub fn kill(&self) {
         self.killed.set(true);
         self.kill_group();
     }
 
-    /// As [`Process::kill`], when the worker has ended by itself.
+    /// Kills the process group like [`Process::kill`], when the worker has ended by itself.
     pub fn kill_group(&self) {
-        // The group does not exist if the worker has not yet come to make it.
+        // The group does not exist if the worker has not created it yet.
         let _ = signals::kill(-(self.pid as i32), libc::SIGKILL);
         self.signal(libc::SIGKILL);
     }
 }
 
-/// Starts a worker as a separate R process, its channel being its stdin. `handled`: how signals are
-/// handled in R, and not in the agent.
+/// Starts a worker as a separate R process, whose stdin is its channel. `handled`: the signal dispositions
+/// before the agent changed them, which the worker gets back.
 pub fn spawn(
     start: &Start,
     worker: u32,
@@ -252,7 +253,7 @@ pub fn spawn(
         command.pre_exec(move || {
             process::die_with_parent(parent);
             process::renice(renice);
-            // What is ignored stays so in the new program.
+            // The new program inherits ignored signals.
             handled.restore();
             signals::reset();
             Ok(())
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_keeps_the_end() {
+    fn a_tail_keeps_the_last_bytes() {
         let mut tail = Tail::default();
         tail.push(b"start ");
         tail.push(&[b'x'; STDERR_TAIL - 1]);
@@ -299,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_written_when_it_is_whole() {
+    fn a_line_is_written_when_it_is_complete_or_too_long() {
         let mut lines = Lines::default();
         let mut file = Vec::new();
         lines.push(b"one", &mut file).unwrap();
@@ -310,14 +311,14 @@ mod tests {
         lines.flush(&mut file).unwrap();
         lines.flush(&mut file).unwrap();
         assert_eq!(file, b"one line\nand\nanother");
-        lines.push(&[b'x'; LINE - 1], &mut file).unwrap();
+        lines.push(&[b'x'; MAX_LINE - 1], &mut file).unwrap();
         assert_eq!(file.len(), 20);
         lines.push(b"x", &mut file).unwrap();
-        assert_eq!(file.len(), 20 + LINE);
+        assert_eq!(file.len(), 20 + MAX_LINE);
     }
 
     #[test]
-    fn descriptors_go_with_the_frames_that_they_belong_to() {
+    fn descriptors_are_sent_with_the_frames_that_they_belong_to() {
         use crate::protocol::frame::{self, Kind, MAX_BODY};
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -329,7 +330,7 @@ mod tests {
         for (at, file) in files.iter().enumerate() {
             let body = vec![at as u8; [10, MAX_BODY, 5_000][at % 3]];
             let frame = Frame::new(Kind::Data, 0, 0, at as u64, body.into());
-            // With every other one.
+            // Every other frame has a descriptor.
             let along = (at % 2 == 0).then(|| file.clone());
             outgoing.push(&frame, along);
             frames.push(frame);
@@ -343,12 +344,12 @@ mod tests {
             while let Some(frame) = frame::decode(&mut received).unwrap() {
                 taken += usize::from(frame.header.task % 2 == 0);
                 decoded.push(frame);
-                // It has come by the time that all of its frame has.
+                // The descriptor has arrived by the time that its frame is complete.
                 assert!(came.len() >= taken);
             }
         }
         assert_eq!((decoded, came.len(), outgoing.len()), (frames, 15, 0));
-        // Nothing holds them any more.
+        // Nothing references the files any more.
         assert!(files.iter().all(|file| Arc::strong_count(file) == 1));
     }
 }

@@ -21,9 +21,9 @@ use crate::protocol::limits::MAX_RESULT_MEMORY;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
 
-/// Maximum length of a random number state that the head is told. L'Ecuyer-CMRG's states, of which
-/// `clusterSetRNGStream()` makes its streams, have 28 bytes. Longer states are no streams that a
-/// task could continue on another worker.
+/// Maximum length of a random number state that is reported to the head. The states of L'Ecuyer-CMRG, with
+/// which `clusterSetRNGStream()` makes its streams, have 28 bytes. Longer states are no streams that a task
+/// could continue on another worker.
 const SEED_TO_HEAD: usize = 64;
 
 /// See the module's documentation.
@@ -56,7 +56,8 @@ fn limit(frame: &Frame) -> Result<Duration, ProtocolError> {
     limit.ok_or_else(|| ProtocolError("a bad time limit".into()))
 }
 
-/// What the head is told of an answer in shared memory; `bytes`: of the frame that will bring it.
+/// The frame that announces an answer in shared memory to the head; `bytes`: the body of the frame that will carry
+/// the memory.
 fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
     let len = bytes.try_into().map(u64::from_le_bytes);
     if !len.is_ok_and(|len| len <= MAX_RESULT_MEMORY) {
@@ -74,8 +75,8 @@ fn announcement(header: &Header, bytes: &[u8]) -> Result<Frame, ProtocolError> {
 }
 
 impl Router {
-    /// For a number of workers. `keep`: bytes of chunks to keep;
-    /// `state`: bytes to hold of what lasts on workers.
+    /// Creates a router for a number of workers. `chunk_cache_bytes`: size of the chunk cache; `state`: maximum size of
+    /// the set-up log.
     pub fn new(workers: usize, chunk_cache_bytes: usize, state: usize) -> Router {
         Router {
             worker_table: WorkerTable::new(workers),
@@ -191,7 +192,7 @@ impl Router {
         true
     }
 
-    /// What is known of all workers together.
+    /// Adds the facts about all workers together to a bug report.
     pub fn facts(&self, facts: &mut Facts) {
         let (bytes, max) = self.setup_log.stored();
         facts.add("setup_log_bytes", bytes);
@@ -200,7 +201,7 @@ impl Router {
         facts.add("blobs", self.blobs.count());
     }
 
-    /// What is known of a worker.
+    /// Adds the facts about a worker to a bug report.
     pub fn worker_facts(&self, worker: u32, now: Now, facts: &mut Facts) {
         self.worker_table.facts(worker, now, facts);
         facts.add("prefetched_bytes", self.prefetched.bytes(worker));
@@ -412,7 +413,7 @@ impl Router {
             let setup_call = route == Route::Forward;
             if self
                 .setup_log
-                .done(worker, setup_call, self.worker_table.took(worker))
+                .done(worker, setup_call, self.worker_table.task_duration(worker))
             {
                 acts.push(Act::Report(ToHead::StateNotLogged { worker }));
             }
@@ -449,7 +450,7 @@ impl Router {
         if self.worker_table.task(worker).is_none() {
             return;
         }
-        // It is also not the state that the worker has when the head has restored it.
+        // The seed after a restoring call of the head is not recorded: the head then sets the worker's own seed.
         if header.task & RESTORE != 0 {
             return;
         }
@@ -480,16 +481,20 @@ impl Router {
         now: Now,
         acts: &mut Vec<Act>,
     ) -> Result<(), ProtocolError> {
-        let again = match self.replaces[worker as usize] {
+        let restore = match self.replaces[worker as usize] {
             true => self.setup_log.restore(worker),
             false => Restore::default(),
         };
-        let took = again.messages.iter().map(|message| message.took).collect();
-        let state = self.worker_table.ready(worker, took, now);
+        let durations = restore
+            .messages
+            .iter()
+            .map(|message| message.duration)
+            .collect();
+        let state = self.worker_table.ready(worker, durations, now);
         if state == Ready::Already {
             return Err(ProtocolError("a worker is ready twice".into()));
         }
-        for (number, message) in (REPLAY..).zip(again.messages) {
+        for (number, message) in (REPLAY..).zip(restore.messages) {
             let count = message.pieces.len();
             if let Some(blob) = message.blob {
                 let given = self.blobs.give(worker, blob, acts);
@@ -506,7 +511,7 @@ impl Router {
             }
         }
         self.blobs.take_back(worker, acts);
-        if let Some(seed) = again.seed {
+        if let Some(seed) = restore.seed {
             acts.push(Act::ToWorker(Frame::new(Kind::Seed, 0, worker, 0, seed)));
         }
         if state == Ready::Up {

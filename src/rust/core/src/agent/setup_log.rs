@@ -24,20 +24,20 @@ const MAX_LARGE_BLOBS: usize = 1_000;
 /// Bytes counted for each call and block of a worker besides its content.
 const OVERHEAD: usize = 64;
 
-/// Maximum number of calls of one worker: to repeat so many takes seconds.
+/// Maximum number of calls of one worker. Repeating this many takes seconds.
 const MAX_CALLS: usize = 100_000;
 
 type Key = u128;
 
 #[derive(Debug)]
 struct LoggedCall {
-    /// The name of what the call sets; 0: nothing in particular.
+    /// The number of the variable that the call sets; 0 if the call does something else.
     name: u64,
     /// The blob that the message begins with.
     blob: Option<BlobId>,
     blocks: Vec<Key>,
     /// How long the worker took for the call.
-    took: Duration,
+    duration: Duration,
 }
 
 /// A call that its worker has not answered yet.
@@ -47,7 +47,7 @@ struct OpenCall {
     /// Bytes that do not fill a block yet.
     rest: BytesMut,
     /// The log's limit was exceeded.
-    too_much: bool,
+    over_limit: bool,
 }
 
 #[derive(Debug, Default)]
@@ -62,22 +62,22 @@ struct WorkerLog {
     incomplete: bool,
 }
 
-/// A set-up call that is to be repeated.
+/// A set-up call to be repeated on a replacement.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Again {
+pub struct ReplayedCall {
     /// The blob that the message begins with.
     pub blob: Option<BlobId>,
     /// The rest of the message, in pieces of at most [`MAX_BODY`] bytes.
     pub pieces: Vec<Bytes>,
-    /// How long the worker took for the call at first.
-    pub took: Duration,
+    /// How long the first worker took for the call.
+    pub duration: Duration,
 }
 
-/// What restores a replacement to the state of its predecessor.
+/// The set-up calls and the random number state that restore a replacement.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Restore {
     /// The set-up calls, in order.
-    pub messages: Vec<Again>,
+    pub messages: Vec<ReplayedCall>,
     /// The random number state, if it is known.
     pub seed: Option<Bytes>,
 }
@@ -86,7 +86,7 @@ pub struct Restore {
 #[derive(Debug)]
 pub struct SetupLog {
     blocks: HashMap<Key, (Bytes, usize)>,
-    /// Bytes and users of the blobs that messages begin with.
+    /// The length and the number of users of each blob that messages begin with.
     blobs: HashMap<BlobId, (usize, usize)>,
     /// Blobs without users since the last [`SetupLog::take_freed`].
     freed: Vec<BlobId>,
@@ -96,7 +96,7 @@ pub struct SetupLog {
 }
 
 impl SetupLog {
-    /// The log of this many workers, of up to `max` bytes.
+    /// Creates the log of this many workers, of up to `max` bytes.
     pub fn new(workers: usize, max: usize) -> SetupLog {
         SetupLog {
             blocks: HashMap::new(),
@@ -108,18 +108,18 @@ impl SetupLog {
         }
     }
 
-    /// Bytes that are held, and that may be.
+    /// The current and the maximum number of bytes in the log.
     pub fn stored(&self) -> (usize, usize) {
         (self.bytes, self.max)
     }
 
-    /// Messages that are held of this worker.
+    /// Number of logged calls of this worker.
     pub fn calls(&self, worker: u32) -> usize {
         let memory = self.workers.get(worker as usize);
         memory.map_or(0, |memory| memory.calls.len())
     }
 
-    /// The next message to this worker is a set-up call.
+    /// Announces that the next message to this worker is a set-up call.
     pub fn expect(&mut self, worker: u32, name: u64) {
         self.close(worker);
         let Some(memory) = self.workers.get_mut(worker as usize) else {
@@ -131,21 +131,21 @@ impl SetupLog {
                     name,
                     blob: None,
                     blocks: Vec::new(),
-                    took: Duration::ZERO,
+                    duration: Duration::ZERO,
                 },
                 rest: BytesMut::new(),
-                too_much: memory.calls.len() >= MAX_CALLS,
+                over_limit: memory.calls.len() >= MAX_CALLS,
             });
         }
     }
 
-    /// A message to this worker begins with a blob of `len` bytes; `last`: that is the whole
-    /// message. Returns whether the blob is needed from now on, until [`SetupLog::take_freed`]
-    /// names it.
+    /// Records that a message to this worker begins with a blob of `len` bytes; `last`: the blob is the
+    /// whole message. Returns whether the blob must be kept from now on, until [`SetupLog::take_freed`]
+    /// returns it.
     pub fn blob(&mut self, worker: u32, id: BlobId, len: usize, last: bool) -> bool {
         let memory = self.workers.get_mut(worker as usize);
         let open = memory.and_then(|memory| memory.open.as_mut());
-        let Some(open) = open.filter(|open| !open.too_much) else {
+        let Some(open) = open.filter(|open| !open.over_limit) else {
             return false;
         };
         debug_assert!(last || open.message.blocks.is_empty());
@@ -155,7 +155,7 @@ impl SetupLog {
         let large = self.blobs.values().filter(|(len, _)| *len > MAX_BODY);
         let crowded = !stored && len > MAX_BODY && large.count() >= MAX_LARGE_BLOBS;
         if crowded || self.bytes.saturating_add(more) > self.max {
-            open.too_much = true;
+            open.over_limit = true;
             return false;
         }
         self.bytes += more;
@@ -176,9 +176,9 @@ impl SetupLog {
         let Some(mut open) = memory.and_then(|memory| memory.open.take()) else {
             return;
         };
-        if !open.too_much {
+        if !open.over_limit {
             if open.rest.is_empty() && (last || bytes.len() == MAX_BODY) {
-                self.hold(&mut open, bytes.clone());
+                self.append(&mut open, bytes.clone());
             } else {
                 // Blocks are cut at fixed offsets, however the message arrived.
                 let mut bytes = &bytes[..];
@@ -188,7 +188,7 @@ impl SetupLog {
                     bytes = &bytes[n..];
                     if open.rest.len() == MAX_BODY || last && bytes.is_empty() {
                         let block = open.rest.split().freeze();
-                        self.hold(&mut open, block);
+                        self.append(&mut open, block);
                     }
                 }
             }
@@ -196,15 +196,15 @@ impl SetupLog {
         self.workers[worker as usize].open = Some(open);
     }
 
-    fn hold(&mut self, open: &mut OpenCall, bytes: Bytes) {
-        if open.too_much || bytes.is_empty() {
+    fn append(&mut self, open: &mut OpenCall, bytes: Bytes) {
+        if open.over_limit || bytes.is_empty() {
             return;
         }
         let key = xxh3_128(&bytes);
         let stored = self.blocks.get_mut(&key);
         let more = OVERHEAD + if stored.is_some() { 0 } else { bytes.len() };
         if self.bytes + more > self.max {
-            open.too_much = true;
+            open.over_limit = true;
             return;
         }
         self.bytes += more;
@@ -217,7 +217,7 @@ impl SetupLog {
         open.message.blocks.push(key);
     }
 
-    /// Records the random number state that the current task left. Empty: it has none.
+    /// Records the random number state after the current task. Empty: R has no `.Random.seed`.
     pub fn seed(&mut self, worker: u32, seed: Bytes) {
         if let Some(memory) = self.workers.get_mut(worker as usize) {
             memory.next_seed = Some(seed);
@@ -231,9 +231,9 @@ impl SetupLog {
         }
     }
 
-    /// The worker has ended its task after `took`; `setup_call`: as expected. Returns whether the
-    /// worker has just become one that cannot be restored.
-    pub fn done(&mut self, worker: u32, setup_call: bool, took: Duration) -> bool {
+    /// Records that the worker has ended its task after `duration`; `setup_call`: a set-up call completed.
+    /// Returns whether this made the log of the worker incomplete, so that it cannot be restored.
+    pub fn done(&mut self, worker: u32, setup_call: bool, duration: Duration) -> bool {
         let Some(memory) = self.workers.get_mut(worker as usize) else {
             return false;
         };
@@ -247,9 +247,9 @@ impl SetupLog {
         let Some(mut open) = memory.open.take() else {
             return false;
         };
-        open.message.took = took;
+        open.message.duration = duration;
         let full = self.bytes + OVERHEAD > self.max;
-        if open.too_much || full {
+        if open.over_limit || full {
             memory.incomplete = true;
             let calls: Vec<LoggedCall> = memory.calls.take().collect();
             self.bytes -= OVERHEAD * calls.len();
@@ -270,7 +270,7 @@ impl SetupLog {
         false
     }
 
-    /// The worker's process has ended: its current call has had no lasting effect.
+    /// Records that the worker's process has ended: its current call is not logged.
     pub fn lost(&mut self, worker: u32) {
         self.close(worker);
         if let Some(memory) = self.workers.get_mut(worker as usize) {
@@ -315,16 +315,16 @@ impl SetupLog {
         memory.is_some_and(|memory| !memory.incomplete)
     }
 
-    /// What a replacement of this worker is restored from.
+    /// The state from which a replacement of this worker is restored.
     pub fn restore(&self, worker: u32) -> Restore {
         let Some(memory) = self.workers.get(worker as usize) else {
             return Restore::default();
         };
         let block = |key: &Key| Some(self.blocks.get(key)?.0.clone());
-        let again = |message: &LoggedCall| Again {
+        let again = |message: &LoggedCall| ReplayedCall {
             blob: message.blob,
             pieces: message.blocks.iter().filter_map(block).collect(),
-            took: message.took,
+            duration: message.duration,
         };
         Restore {
             messages: memory
@@ -364,7 +364,7 @@ mod tests {
 
     fn restored(setup_log: &SetupLog, worker: u32) -> Vec<Vec<u8>> {
         let restore = setup_log.restore(worker);
-        let whole = |message: &Again| message.pieces.concat();
+        let whole = |message: &ReplayedCall| message.pieces.concat();
         for message in &restore.messages {
             let mut pieces = message.pieces.iter();
             assert!(pieces.all(|piece| piece.len() <= MAX_BODY));
@@ -379,11 +379,11 @@ mod tests {
     }
 
     #[test]
-    fn what_many_workers_got_is_held_once() {
+    fn equal_calls_of_many_workers_are_stored_once() {
         let mut setup_log = SetupLog::new(64, 1_500_000);
         let message = noise(1, 1_000_000);
         for worker in 0..64 {
-            // However the message was cut on its way.
+            // The size of the pieces does not matter.
             let piece = [MAX_BODY, 1_000, 50_000][worker as usize % 3];
             assert!(!give(&mut setup_log, worker, 0, &message, piece));
         }
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_or_lost_message_does_not_last_and_is_let_go() {
+    fn an_interrupted_or_lost_call_is_not_logged_and_its_memory_is_freed() {
         let mut setup_log = SetupLog::new(1, 1 << 20);
         give(&mut setup_log, 0, 0, b"kept", 9);
         let stored = setup_log.bytes;
@@ -404,7 +404,7 @@ mod tests {
         setup_log.expect(0, 0);
         send(&mut setup_log, 0, &noise(3, 200_000), MAX_BODY);
         setup_log.lost(0);
-        // A task that is not expected to last does not.
+        // A task that was not announced as a set-up call is not logged.
         send(&mut setup_log, 0, b"task", 9);
         assert!(!setup_log.done(0, true, Duration::ZERO));
         assert_eq!(restored(&setup_log, 0), [b"kept"]);
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_set_again_takes_no_more_room() {
+    fn a_variable_that_is_set_again_takes_no_more_memory() {
         let mut setup_log = SetupLog::new(1, 1 << 20);
         for i in 0..100 {
             give(&mut setup_log, 0, 7, &noise(i, 300_000), MAX_BODY);
@@ -422,30 +422,30 @@ mod tests {
             restored(&setup_log, 0),
             [noise(99, 300_000), b"other".to_vec()]
         );
-        // What may have used the value keeps it.
+        // A call that may have used the value keeps the value in the log.
         give(&mut setup_log, 0, 0, b"uses", 9);
         give(&mut setup_log, 0, 7, b"new", 9);
         assert_eq!(restored(&setup_log, 0).len(), 4);
     }
 
     #[test]
-    fn beyond_the_bound_a_worker_is_not_restorable_and_others_are() {
+    fn a_worker_that_exceeds_the_limit_is_not_restorable_but_others_are() {
         let mut setup_log = SetupLog::new(2, 100_000 + 3 * OVERHEAD);
         assert!(!give(&mut setup_log, 0, 0, &noise(1, 50_000), MAX_BODY));
         assert!(!give(&mut setup_log, 1, 0, b"small", 9));
         assert!(give(&mut setup_log, 0, 0, &noise(2, 60_000), MAX_BODY));
         assert!(!setup_log.is_complete(0));
         assert_eq!(restored(&setup_log, 0), Vec::<Vec<u8>>::new());
-        // Said once.
+        // The log reports that only once.
         assert!(!give(&mut setup_log, 0, 0, b"more", 9));
         assert!(setup_log.is_complete(1));
         assert_eq!(restored(&setup_log, 1), [b"small"]);
-        // Its room is free again.
+        // The memory of its calls is free again.
         assert!(!give(&mut setup_log, 1, 0, &noise(2, 60_000), MAX_BODY));
     }
 
     #[test]
-    fn a_blob_counts_once_and_is_needed_until_its_last_message_is_let_go() {
+    fn a_blob_counts_once_and_is_needed_until_its_last_call_is_dropped() {
         let mut setup_log = SetupLog::new(3, 10_000);
         for worker in 0..3 {
             setup_log.expect(worker, 7);
@@ -454,19 +454,19 @@ mod tests {
             setup_log.piece(worker, &Bytes::from_static(b"rest"), true);
             assert!(!setup_log.done(worker, true, Duration::ZERO));
         }
-        let again = Again {
-            took: Duration::ZERO,
+        let again = ReplayedCall {
+            duration: Duration::ZERO,
             blob: Some(1),
             pieces: vec![Bytes::from_static(b"rest")],
         };
         assert_eq!(setup_log.restore(2).messages, [again]);
-        // What takes its place.
+        // Other values supersede the calls with the blob.
         for worker in 0..3 {
             assert_eq!(setup_log.take_freed(), []);
             give(&mut setup_log, worker, 7, b"other", 9);
         }
         assert_eq!(setup_log.take_freed(), [1]);
-        // One that is interrupted, one that is not to last, and one that is too long.
+        // An interrupted call, a task that is no set-up call, and a call that is too long.
         setup_log.expect(0, 0);
         assert!(setup_log.blob(0, 2, 100, true));
         assert!(!setup_log.done(0, false, Duration::ZERO));
@@ -481,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seed_is_that_after_the_last_task_that_ended() {
+    fn the_restored_seed_is_the_one_after_the_last_task_that_ended() {
         let mut setup_log = SetupLog::new(1, 1 << 20);
         assert_eq!(setup_log.restore(0).seed, None);
         setup_log.seed(0, Bytes::from_static(b"one"));
@@ -498,7 +498,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn what_is_held_is_what_was_given_and_within_the_bound(
+        fn the_log_restores_the_given_calls_and_stays_below_its_limit(
             max in 0usize..400_000,
             steps in prop::collection::vec((0u32..4, 0u64..3, 0u64..5, any::<bool>(), 0u32..10), 1..40),
         ) {

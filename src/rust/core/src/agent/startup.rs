@@ -1,5 +1,5 @@
-//! How an agent starts: the two hellos, what the head wants started, and the handover to the R process
-//! that becomes the agent.
+//! How an agent starts: it exchanges hellos with the head, receives the start request, and may hand over to
+//! the R process that becomes the agent.
 
 use super::guard::Guard;
 use super::{Agent, process};
@@ -14,25 +14,25 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use tracing::info;
 
-/// Open files besides one for each worker that answers in shared memory take.
+/// Spare open files that answers in shared memory need, besides one for each worker.
 const SPARE_FILES: u64 = 16;
 
-/// An agent that has talked to its head and not yet made workers.
+/// An agent that has completed the handshake with its head and not yet created workers.
 pub struct Greeted {
     pub(super) reader: File,
     pub(super) writer: File,
     pub(super) received: BytesMut,
-    /// What the head wants.
+    /// The start request of the head.
     pub start: Start,
     pub(super) head_pid: u32,
-    /// The head's numbers are written as ours are.
+    /// The head and the agent have the same byte order.
     same_order: bool,
     pub(super) guard: Guard,
-    /// Packages that were found out before this process became the program that it is.
+    /// Packages that the program before the handover has determined.
     pub after: Vec<String>,
 }
 
-/// Facts about this process for the other side.
+/// Builds the hello, which describes this process to the other side.
 pub fn hello(package: &str, r_version: &str, platform: &str) -> Hello {
     let (memory_total, memory_available) = platform::memory::host_memory().unwrap_or((0, 0));
     Hello {
@@ -49,19 +49,19 @@ pub fn hello(package: &str, r_version: &str, platform: &str) -> Hello {
     }
 }
 
-/// Takes over stdin and stdout and waits for the head to say what it wants.
+/// Takes over stdin and stdout and waits for the start request of the head.
 ///
 /// # Errors
-/// When the head is gone, is another version, or is no head.
+/// When the head has terminated, has another version, or the peer is not a head.
 pub fn greet(hello: &Hello) -> io::Result<Greeted> {
     let (reader, writer) = fd::take_stdio()?;
     greet_over(reader, writer, hello)
 }
 
-/// As [`greet`], over any stream.
+/// Performs the handshake like [`greet`], over any stream.
 ///
 /// # Errors
-/// When the head is gone, is another version, or is no head.
+/// When the head has terminated, has another version, or the peer is not a head.
 pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Result<Greeted> {
     let greeting = control::encode(&ToHead::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
@@ -96,7 +96,8 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                         return Err(io::Error::other("the head did not greet"));
                     };
                     info!(head_pid, "head greeted");
-                    // Before packages are loaded: from here on, what an end leaves is removed.
+                    // Start the guard before packages are loaded, so that it cleans up whenever this
+                    // process ends.
                     let guard = Guard::start(start.workers as usize);
                     return Ok(Greeted {
                         guard,
@@ -128,22 +129,23 @@ fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 impl Greeted {
-    /// From here on this process ends when the head does, also while R loads packages: the guard then removes
-    /// what is left. For a process that runs nothing else.
+    /// Makes this process end when the head does, even while R loads packages. The guard then cleans up. Only
+    /// for a process that runs nothing else.
     pub fn end_with_head(&self) {
-        // Where it cannot, the end is noticed once packages are loaded.
+        // If the stream does not support SIGIO, the end is noticed once packages are loaded.
         let _ = signals::end_with(self.reader.as_raw_fd());
     }
 
-    /// This process has that temporary directory: it is removed even if the agent is killed.
+    /// Lists the temporary directory of this process at the guard, which removes it even if the agent is
+    /// killed.
     pub fn watch_tempdir(&mut self, tempdir: &str) {
         if process::is_tempdir(tempdir) {
             self.guard.watch_tempdir(tempdir);
         }
     }
 
-    /// What [`Greeted::resume`] needs, as text, the head's stream, which has to be stdin and stdout there, and
-    /// the guard, which is to live until this process is the other program.
+    /// Returns the text that [`Greeted::resume`] needs, the two directions of the head's stream, which must be
+    /// stdin and stdout of the other program, and the guard, which must live until the other program runs.
     ///
     /// # Errors
     /// When the text is too long.
@@ -161,10 +163,10 @@ impl Greeted {
         Ok((text.collect(), self.reader, self.writer, self.guard))
     }
 
-    /// Goes on where another program in this process has handed over.
+    /// Continues where the previous program of this process has handed over.
     ///
     /// # Errors
-    /// When the text is damaged, or descriptors cannot be changed.
+    /// When the text is damaged, or descriptors cannot be redirected.
     pub fn resume(text: &str) -> io::Result<Greeted> {
         let damaged = || io::Error::other("a damaged handover");
         let pairs = text.as_bytes().chunks(2);
@@ -189,10 +191,10 @@ impl Greeted {
         })
     }
 
-    /// Tells the head that nothing was or will be started, and why.
+    /// Reports to the head that nothing was or will be started, and why.
     ///
     /// # Errors
-    /// When the head is gone.
+    /// When the head has terminated.
     pub fn fail(mut self, reason: String) -> io::Result<()> {
         self.report(&ToHead::StartFailed { reason })
     }
@@ -207,7 +209,7 @@ impl Greeted {
         Ok(())
     }
 
-    /// Why the cluster's `outfile` cannot be written here, if that is so.
+    /// The reason why the cluster's `outfile` cannot be opened on this host, if there is one.
     pub fn outfile_problem(&self) -> Option<String> {
         let Outfile::File(path) = &self.start.outfile else {
             return None;
@@ -218,8 +220,8 @@ impl Greeted {
         ))
     }
 
-    /// Whether workers may give their answers in memory that is shared with the head: it is the process
-    /// at the other end of the stream, and there are descriptors enough.
+    /// Whether workers may answer in memory that is shared with the head. The head must be the process at
+    /// the other end of the stream, and there must be enough descriptors.
     pub(super) fn shared_answers(&self) -> bool {
         let Start {
             local,
@@ -228,17 +230,17 @@ impl Greeted {
             ..
         } = self.start;
         let maker = || fd::maker_of_pair(self.writer.as_raw_fd());
-        let near = local && self.same_order && maker() == Some(self.head_pid);
+        let same_host = local && self.same_order && maker() == Some(self.head_pid);
         let needed = limits::open_files_needed(workers as usize) + u64::from(workers) + SPARE_FILES;
         let enough = || limits::raise_open_files(needed).is_ok_and(|files| files >= needed);
-        near && memory_limit == 0 && enough()
+        same_host && memory_limit == 0 && enough()
     }
 
-    /// Checks this host's limits and becomes the agent proper; on a shortfall the head is told
-    /// and nothing is started.
+    /// Checks this host's limits and creates the agent. A shortfall is reported to the head, and nothing is
+    /// started.
     ///
     /// # Errors
-    /// When a stream cannot be watched, or the limits are too low.
+    /// When a stream cannot be registered for polling, or a limit is too low.
     pub fn agent(mut self) -> io::Result<Agent> {
         let workers = self.start.workers as usize;
         if let Err(short) = limits::check(workers) {

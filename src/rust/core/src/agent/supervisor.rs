@@ -1,4 +1,4 @@
-//! How an agent makes its workers, and what it does when one ends.
+//! How an agent creates its workers, and how it handles the end of a worker.
 
 use super::process::{self, NewProcess, Process};
 use super::worker_table::Ending;
@@ -13,13 +13,13 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use tracing::{debug, info};
 
-/// Workers made between two looks at the streams.
-const MAKE_AT_ONCE: usize = 8;
+/// Maximum number of workers that are created between two polls of the streams.
+const MAX_STARTS: usize = 8;
 
 impl Agent {
-    /// Makes the next few workers. `Some` in a forked one.
+    /// Creates the next few workers. Returns `Some` in a forked worker.
     pub(super) fn make_some(&mut self) -> io::Result<Option<Channel>> {
-        for _ in 0..MAKE_AT_ONCE {
+        for _ in 0..MAX_STARTS {
             let Some((worker, replaces)) = self.to_make.pop_front() else {
                 break;
             };
@@ -56,7 +56,7 @@ impl Agent {
                     let fd = process.output.as_raw_fd();
                     registry.register(&mut SourceFd(&fd), Token(token + 1), Interest::READABLE)?;
                     self.workers[worker as usize] = Some(process);
-                    // A separate process is told at once what to load.
+                    // Send the configuration to a separate process at once.
                     self.write_worker(worker);
                 }
                 Err(error) => {
@@ -76,14 +76,14 @@ impl Agent {
         if let NewProcess::Child(_) = made {
             self.saved.restore();
             log::start_or_say(log::Role::Worker(self.start.rank(worker)));
-            // It would count for the worker's memory limit.
+            // The reserve would count towards the worker's memory limit.
             reserve::release();
             platform::process::renice(self.start.renice);
         }
         Ok(made)
     }
 
-    /// The head may send it tasks.
+    /// Reports a worker to the head, which may send tasks to it from now on.
     pub(super) fn report_up(&mut self, worker: u32, replaces: bool) {
         let Some(process) = &self.workers[worker as usize] else {
             return;
@@ -98,12 +98,12 @@ impl Agent {
         self.report(&message);
     }
 
-    /// A child ended, or somebody wants the agent to.
+    /// Handles signals: a child has ended, or the agent has been asked to end.
     pub(super) fn on_signals(&mut self) {
         let mut buffer = [0u8; 256];
         while matches!(self.signals.read(&mut buffer), Ok(n) if n > 0) {}
-        // One after another; all are looked at only if the next to be waited for is not ours, as a
-        // child that a package started may be.
+        // Handle one child after another. All workers are checked only if the next child is unknown, for
+        // example a child that a package started.
         while let Some(pid) = platform::process::peek_any_exit() {
             let ours = |process: &Option<Process>| process.as_ref().is_some_and(|p| p.pid == pid);
             match self.workers.iter().position(ours) {
@@ -136,8 +136,8 @@ impl Agent {
             .reap_all(|pid| workers.iter().flatten().any(|process| process.pid == pid));
     }
 
-    /// Removes a temporary directory. What was killed with its worker may still be writing to it: then it is
-    /// tried again later. Returns whether it is gone.
+    /// Removes a temporary directory. Returns whether the directory does not exist any more. A failure is
+    /// retried later, because processes that were killed with the worker may still be writing to it.
     pub(super) fn remove(&mut self, tempdir: String) -> bool {
         let removed = std::fs::remove_dir_all(&tempdir);
         let left = removed.is_err_and(|error| error.kind() != io::ErrorKind::NotFound);
@@ -155,7 +155,7 @@ impl Agent {
 
     fn on_exit(&mut self, worker: u32) {
         self.remove_again();
-        // An answer that was whole before the end still counts, and so does final output.
+        // An answer that was complete before the end still counts, and so does final output.
         for _ in 0..AGENT_READS {
             if !self.read_some_of_worker(worker) {
                 break;
@@ -168,8 +168,8 @@ impl Agent {
         if let Some(file) = &mut self.outfile {
             let _ = process.lines.flush(file);
         }
-        // Before the process is reaped, so that its number cannot be another's. This also ends
-        // what it started and did not wait for.
+        // Kill the group before the process is reaped, while its pid cannot be reused. This also ends
+        // processes that the worker started and did not wait for.
         process.kill_group();
         self.guard
             .ended(worker, process.tempdir.as_deref().unwrap_or_default());
@@ -180,7 +180,7 @@ impl Agent {
             let _ = registry.deregister(&mut SourceFd(&fd));
         }
         if let Some(tempdir) = process.tempdir.take() {
-            // Already gone if it ended in good order.
+            // A worker that exits normally has already removed its directory.
             if self.remove(tempdir) {
                 self.guard.cleared(worker);
             }
@@ -195,7 +195,7 @@ impl Agent {
         self.lost(worker, failure);
     }
 
-    /// A worker has ended, or could not be made.
+    /// Handles the failure of a worker, which has ended or could not be created.
     pub(super) fn lost(&mut self, worker: u32, mut failure: WorkerFailure) {
         let ending = self.router.exited(worker, !self.ending, self.now());
         let (rank, pid, exit) = (self.number(worker), failure.pid, failure.exit);

@@ -1,4 +1,4 @@
-//! What an agent writes to its workers and reads of them.
+//! How an agent writes to its workers and reads from them.
 
 use super::{
     AGENT_READS, Agent, FIRST_WORKER, HEAD_BACKLOG, MAX_WORKER_DESCRIPTORS, WORKER_BACKLOG,
@@ -15,7 +15,7 @@ use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-/// More than this is not read from a worker while a frame of it waits.
+/// Maximum number of unprocessed bytes of a worker: the agent reads no more while a complete frame waits.
 const HEADER_AND_BODY: usize = frame::HEADER_LEN + MAX_BODY;
 
 impl Agent {
@@ -25,8 +25,8 @@ impl Agent {
         }
     }
 
-    /// Passes on an answer in shared memory. A worker is user code: if somebody could still change the
-    /// memory, or it is not there, the worker is killed, and its task lost with it.
+    /// Passes on an answer in shared memory. If the memory is missing, has another length or is not sealed,
+    /// the worker is killed and its task is lost, because a worker runs user code and cannot be trusted.
     pub(super) fn pass_memory(&mut self, frame: &Frame) {
         let Some(process) = &mut self.workers[frame.header.worker as usize] else {
             return;
@@ -41,7 +41,7 @@ impl Agent {
         }
     }
 
-    /// A cancel frame, then SIGINT: see [`crate::worker::channel`].
+    /// Interrupts a task by a cancel frame followed by SIGINT: see [`crate::worker::channel`].
     pub(super) fn interrupt(&mut self, worker: u32, task: u64) {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.interrupt = true;
@@ -54,7 +54,7 @@ impl Agent {
         if let Some(process) = &mut self.workers[worker as usize] {
             process.closing = true;
             self.dirty.push(worker);
-            // R is still starting. When it is interrupted it ends, and removes its temporary directory.
+            // R is still starting. An interrupt makes R end and remove its temporary directory.
             if self.start.mode == StartMode::Spawn && process.tempdir.is_none() {
                 process.signal(libc::SIGINT);
             }
@@ -68,8 +68,8 @@ impl Agent {
         }
     }
 
-    /// Sends a blob that could not be put into shared memory, in as many frames as it takes. `counted`:
-    /// bytes of it that count as given already.
+    /// Sends a blob that could not be put into shared memory, in as many frames as needed. `counted`: bytes
+    /// that already count as sent.
     pub(super) fn send_blob(&mut self, header: &Header, counted: usize, chunks: &[Bytes]) {
         let Header { worker, task, .. } = *header;
         let mut bytes = 0;
@@ -80,13 +80,14 @@ impl Agent {
             bytes += frame.wire_len();
             self.send_worker(worker, &frame, None);
         }
-        // The frame that would have gone with the shared memory has been counted.
+        // The frame that would have carried the shared memory has been counted.
         self.router
             .worker_table
             .gave(worker, bytes.saturating_sub(counted));
     }
 
-    /// A head that heeds no window could fill this host's memory.
+    /// Whether the queue to a worker has room. The check protects this host's memory from a head that ignores
+    /// windows.
     pub(super) fn has_room(&self, worker: u32) -> bool {
         let process = self.workers[worker as usize].as_ref();
         let max = WORKER_BACKLOG.saturating_add(self.router.worker_table.given(worker));
@@ -103,17 +104,17 @@ impl Agent {
             match process.outgoing.write(fd) {
                 Ok(n) => passed += n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The worker would wait for it for ever.
+                // The agent fails, because the worker would wait forever for the frame.
                 Err(error) if is_out_of_resources(&error) => {
                     self.fail(&format!("no memory to send to workers: {error}"));
                     return;
                 }
-                // Not writable now; or the worker is gone, which its exit will tell.
+                // The channel is full, or the worker has ended, which its exit will report.
                 Err(_) => break,
             }
         }
-        // Writability is asked for only while there is something to write: otherwise every
-        // message that a worker reads would wake the agent.
+        // Poll for writability only while the queue is not empty: otherwise every message that a worker
+        // reads would wake the agent.
         if process.outgoing.is_empty() == process.write_blocked {
             process.write_blocked = !process.write_blocked;
             let interest = if process.write_blocked {
@@ -152,7 +153,7 @@ impl Agent {
         }
     }
 
-    /// Reads a bounded number of times. Returns whether there may be more that can be dealt with.
+    /// Reads a bounded number of times. Returns whether there may be more that can be processed now.
     pub(super) fn read_some_of_worker(&mut self, worker: u32) -> bool {
         if self.to_head.len() >= HEAD_BACKLOG && !self.ending {
             return true;
@@ -160,12 +161,12 @@ impl Agent {
         let Some(process) = &mut self.workers[worker as usize] else {
             return false;
         };
-        // What is held is dealt with first: only when it has gone is more read.
+        // Process the buffered bytes first; more is read only once they have been passed on.
         let mut received = std::mem::take(&mut process.received);
         let mut broken = self.on_worker_bytes(worker, &mut received);
         let mut more = true;
         for _ in 0..AGENT_READS {
-            // The rest is read when the head asks for what waits here.
+            // The rest is read once the head grants credit for the waiting frame.
             more = received.len() < HEADER_AND_BODY && !broken;
             if !more || self.to_head.len() >= HEAD_BACKLOG && !self.ending {
                 break;
@@ -185,7 +186,8 @@ impl Agent {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 read => {
                     more = false;
-                    // Otherwise its end of the channel is closed, which only its own end should do.
+                    // Any other result means that the worker has closed its end of the channel, which
+                    // happens only when the worker ends.
                     let empty = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
                     process.hung_up |= !read.as_ref().is_err_and(empty);
                     break;
@@ -196,7 +198,7 @@ impl Agent {
             return false;
         };
         process.received = received;
-        // Its exit, by itself or by this, tells the rest.
+        // The worker's exit reports the rest.
         if broken {
             process.kill();
         } else if process.hung_up {
@@ -207,8 +209,8 @@ impl Agent {
         more && !broken
     }
 
-    /// Passes on the whole frames in `received`, up to one that must wait. Returns whether the worker
-    /// sent what none of ours would.
+    /// Passes on the complete frames in `received`, up to one that must wait. Returns whether the worker
+    /// violated the protocol.
     fn on_worker_bytes(&mut self, worker: u32, received: &mut BytesMut) -> bool {
         let now = self.now();
         let result = self
@@ -237,7 +239,7 @@ impl Agent {
                         let _ = process.lines.push(bytes, file);
                     }
                     if self.start.outfile == Outfile::Console && !self.disconnected {
-                        // Also what exit handlers print.
+                        // The shutdown also waits for the output of exit handlers.
                         self.orphans.final_output |= self.ending;
                         for chunk in bytes.chunks(MAX_BODY) {
                             let body = Bytes::copy_from_slice(chunk);

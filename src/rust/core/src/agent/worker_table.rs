@@ -65,7 +65,7 @@ struct WorkerEntry {
     /// The worker closed its channel, which should be its end, and is killed if it has not ended by
     /// then.
     hung_up: Option<Now>,
-    /// The whole message of the current task has passed: before that there is no answer.
+    /// The complete message of the current task has been passed on. The worker cannot answer earlier.
     complete: bool,
     /// The time limit of the task whose message comes next or is arriving.
     limit: Option<(u64, Duration)>,
@@ -85,9 +85,9 @@ struct WorkerEntry {
     /// How often the worker has failed since it was last ready.
     setbacks: u32,
     /// How long the worker took for the current task, once it has started to answer.
-    took: Duration,
+    task_duration: Duration,
     /// How long each of the remaining set-up calls took at first.
-    again: VecDeque<Duration>,
+    replay_durations: VecDeque<Duration>,
     /// The worker is killed if it makes no progress until then, in starting or with set-up calls.
     progress_by: Option<Now>,
     /// The worker was killed because it made no progress for this long.
@@ -105,14 +105,14 @@ impl WorkerEntry {
         self.setbacks = 0;
         self.pause = None;
         self.progress_by = None;
-        self.again = VecDeque::new();
+        self.replay_durations = VecDeque::new();
     }
 
     /// How long the worker may make no progress. The host may be much busier now than it was at
     /// first.
     fn allowed(&self, restore_timeout: Option<Duration>) -> Option<Duration> {
-        let took = self.again.front().copied().unwrap_or_default();
-        Some(restore_timeout?.saturating_add(took.saturating_mul(2)))
+        let earlier = self.replay_durations.front().copied().unwrap_or_default();
+        Some(restore_timeout?.saturating_add(earlier.saturating_mul(2)))
     }
 
     /// The worker has made progress in being restored.
@@ -207,8 +207,8 @@ impl WorkerTable {
                 came_up: false,
                 unacknowledged: 0,
                 setbacks: 0,
-                took: Duration::ZERO,
-                again: VecDeque::new(),
+                task_duration: Duration::ZERO,
+                replay_durations: VecDeque::new(),
                 progress_by: None,
                 stalled: Duration::ZERO,
                 pause: None,
@@ -225,7 +225,7 @@ impl WorkerTable {
         }
     }
 
-    /// What is known of a worker, for a bug report.
+    /// Adds the facts about a worker to a bug report.
     pub fn facts(&self, worker: u32, now: Now, facts: &mut Facts) {
         let Some(entry) = self.workers.get(worker as usize) else {
             return;
@@ -278,9 +278,9 @@ impl WorkerTable {
     }
 
     /// How long a worker was at its current task, once it has begun to answer.
-    pub fn took(&self, worker: u32) -> Duration {
+    pub fn task_duration(&self, worker: u32) -> Duration {
         let entry = self.workers.get(worker as usize);
-        entry.map_or(Duration::ZERO, |entry| entry.took)
+        entry.map_or(Duration::ZERO, |entry| entry.task_duration)
     }
 
     fn entry(&mut self, worker: u32) -> Result<&mut WorkerEntry, ProtocolError> {
@@ -290,15 +290,17 @@ impl WorkerTable {
             .ok_or_else(|| ProtocolError(format!("worker {worker} of {count}")))
     }
 
-    /// A worker is ready, and repeats set-up calls that took `again` at first.
-    pub fn ready(&mut self, worker: u32, again: VecDeque<Duration>, now: Now) -> Ready {
+    /// A worker is ready, and repeats set-up calls, which took these `durations` at first.
+    pub fn ready(&mut self, worker: u32, durations: VecDeque<Duration>, now: Now) -> Ready {
         let restore_timeout = self.restore_timeout;
         match self.workers.get_mut(worker as usize) {
             Some(entry) if entry.phase == WorkerPhase::Starting => {
                 entry.came_up = true;
-                if !again.is_empty() {
-                    entry.phase = WorkerPhase::Restoring { left: again.len() };
-                    entry.again = again;
+                if !durations.is_empty() {
+                    entry.phase = WorkerPhase::Restoring {
+                        left: durations.len(),
+                    };
+                    entry.replay_durations = durations;
                     entry.progress(restore_timeout, now);
                     return Ready::Restoring;
                 }
@@ -393,7 +395,7 @@ impl WorkerTable {
         ) = (&mut entry.phase, whole)
         {
             *since = now;
-            entry.took = Duration::ZERO;
+            entry.task_duration = Duration::ZERO;
             let limit = entry.limit.take_if(|(task, _)| *task == header.task);
             *deadline = limit.map(|(_, limit)| now.saturating_add(limit));
             self.timed |= limit.is_some();
@@ -476,7 +478,7 @@ impl WorkerTable {
                 return Ok(Route::Restored);
             }
             if last {
-                entry.again.pop_front();
+                entry.replay_durations.pop_front();
             }
             entry.progress(restore_timeout, now);
             return Ok(Route::Drop);
@@ -500,8 +502,8 @@ impl WorkerTable {
         // The worker has finished the task: it is not responsible for how long the answer waits for
         // the head.
         *deadline = None;
-        if entry.took.is_zero() {
-            entry.took = now.saturating_sub(*since);
+        if entry.task_duration.is_zero() {
+            entry.task_duration = now.saturating_sub(*since);
         }
         let len = header.body_len();
         if cancelled.is_some() {

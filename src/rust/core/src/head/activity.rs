@@ -1,38 +1,38 @@
-//! What each worker has been at, as the head sees it: counters, and when it was busy.
+//! The statistics of each worker, as the head sees them: counters, and when the worker was busy.
 //!
-//! Pure: the time is told. A worker's history takes a bounded number of intervals however long it
-//! is: those that are too short to matter beside all of it are put together (see [`WorkerStats::push`]).
+//! Pure: the caller supplies the time. The history of a worker has a bounded number of intervals, however long it
+//! becomes, because intervals that are short compared to the whole history are merged (see [`WorkerStats::push`]).
 
 use std::time::Duration;
 
-/// The time, since the cluster was begun.
+/// The time since the cluster was started.
 pub type Moment = Duration;
 
-/// Intervals of a worker, at most.
+/// Maximum number of intervals of a worker.
 pub const MAX_INTERVALS: usize = 500;
 
-/// Times for which a worker was lost, at most: then the oldest are forgotten.
+/// Maximum number of recorded periods in which a worker was lost. Beyond that, the oldest are dropped.
 pub const MAX_FAILURES: usize = 50;
 
-/// Intervals that are shorter are put together from the beginning on.
-const FINEST: Duration = Duration::from_millis(1);
+/// The initial resolution: shorter intervals are always merged.
+const MIN_RESOLUTION: Duration = Duration::from_millis(1);
 
-/// What is kept of an error's text.
-const TEXT: usize = 1000;
+/// Maximum length of a recorded error message, in bytes.
+const MAX_TEXT: usize = 1000;
 
-/// What is said of a worker whose task took too long.
+/// The error message of a worker whose task exceeded its time limit.
 pub const TOO_LONG: &str = "a task exceeded its time limit";
 
-/// What a worker had to do with a task.
+/// The activity of a worker in an interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ActivityKind {
-    /// It was at it.
+    /// The worker ran a task.
     Busy,
-    /// Message or answer were on their way.
+    /// A message or an answer was being transferred.
     Transfer,
 }
 
-/// A time in which a worker was mostly of use for the same.
+/// An interval of a worker's history with one main activity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval {
     /// What the worker was mostly doing.
@@ -41,51 +41,51 @@ pub struct Interval {
     pub start: Moment,
     /// When the interval ends.
     pub end: Moment,
-    /// For how long in between it was busy.
+    /// How long the worker was busy in the interval.
     pub busy: Duration,
-    /// Tasks that were answered in it.
+    /// Number of tasks that were answered in the interval.
     pub tasks: u64,
 }
 
-/// What an answer says of itself.
+/// The measurements that a worker writes into its answer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measured {
-    /// For how long its worker was at it.
+    /// How long the worker was busy.
     pub seconds: f64,
-    /// Tasks that it answers.
+    /// Number of tasks that the answer is for.
     pub tasks: u32,
 }
 
-/// Finds that in the first bytes of an answer, if it is there.
+/// Reads the measurements from the first bytes of an answer, if it contains them.
 pub type Measure = fn(&[u8]) -> Option<Measured>;
 
-/// When what happened with a task that a worker has.
+/// The times of a worker's current task.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
-    /// It is this worker's turn to have it.
+    /// When the task became the worker's current task.
     pub assigned: Moment,
-    /// All of the message was sent.
+    /// When the last part of the message was sent.
     pub sent: Option<Moment>,
-    /// The first of the answer came.
+    /// When the first part of the answer arrived.
     pub answered: Option<Moment>,
-    /// What the answer said of itself.
+    /// The measurements in the answer.
     pub measured: Option<Measured>,
 }
 
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
 pub struct WorkerStats {
-    /// Tasks that were answered.
+    /// Number of answered tasks.
     pub tasks: u64,
-    /// For how long the worker was busy, in total.
+    /// How long the worker was busy, in total.
     pub busy: Duration,
     /// Bytes of frames to this worker.
     pub bytes_in: u64,
     /// Bytes of frames from this worker.
     pub bytes_out: u64,
-    /// How often it was lost.
+    /// How often the worker was lost.
     pub failures: u64,
-    /// The last thing that went wrong.
+    /// The last error.
     pub error: Option<String>,
     intervals: Vec<Interval>,
     resolution: Duration,
@@ -94,10 +94,10 @@ pub struct WorkerStats {
 }
 
 impl WorkerStats {
-    /// A task is over for this worker, answered or not.
+    /// Records that a task of this worker has ended, with or without an answer.
     pub fn ended(&mut self, times: Times, tasks: u64, now: Moment) {
         let answered = times.answered.unwrap_or(now);
-        // Without all of its message it has not begun.
+        // The worker cannot start a task before its message is complete.
         let sent = times.sent.unwrap_or(answered);
         let measured = times.measured.and_then(|measured| {
             let seconds = Duration::try_from_secs_f64(measured.seconds).ok()?;
@@ -130,14 +130,14 @@ impl WorkerStats {
         });
     }
 
-    /// Appends an interval, or makes it a part of the last, if that and the gap between them are shorter
-    /// than the resolution. So no two successive ones together are shorter, with the gap between them.
-    /// Whenever there are too many, the resolution is doubled until there are half as many.
+    /// Appends an interval, or merges it into the last one if both the last one and the gap between the two are shorter
+    /// than the resolution. Two successive intervals and the gap between them are therefore at least as long as the
+    /// resolution. If there are too many intervals, the resolution is doubled until half as many remain.
     fn push(&mut self, new: Interval) {
         if new.start >= new.end && new.tasks == 0 {
             return;
         }
-        self.resolution = self.resolution.max(FINEST);
+        self.resolution = self.resolution.max(MIN_RESOLUTION);
         append(&mut self.intervals, new, self.resolution);
         while self.intervals.len() > MAX_INTERVALS {
             self.resolution *= 2;
@@ -151,7 +151,7 @@ impl WorkerStats {
         }
     }
 
-    /// Without the history.
+    /// A copy without the history.
     #[must_use]
     pub fn counters(&self) -> WorkerStats {
         WorkerStats {
@@ -162,7 +162,7 @@ impl WorkerStats {
         }
     }
 
-    /// It is gone.
+    /// Records that the worker is lost.
     pub fn lost(&mut self, why: &str, now: Moment) {
         if self.lost_since.is_none() {
             self.lost_since = Some(now);
@@ -171,16 +171,16 @@ impl WorkerStats {
         self.failed(why);
     }
 
-    /// Something went wrong with a task of it.
+    /// Records the error of a task of the worker.
     pub fn failed(&mut self, why: &str) {
-        let mut end = why.len().min(TEXT);
+        let mut end = why.len().min(MAX_TEXT);
         while !why.is_char_boundary(end) {
             end -= 1;
         }
         self.error = why.get(..end).map(str::to_owned);
     }
 
-    /// It is there again.
+    /// Records that the worker is available again.
     pub fn back(&mut self, now: Moment) {
         if let Some(since) = self.lost_since.take() {
             if self.lost.len() == MAX_FAILURES {
@@ -190,17 +190,17 @@ impl WorkerStats {
         }
     }
 
-    /// Since when it is gone, if it is.
+    /// Since when the worker is lost, if it is.
     pub fn lost_since(&self) -> Option<Moment> {
         self.lost_since
     }
 
-    /// In order, without overlaps.
+    /// The intervals of the history, in order and without overlaps.
     pub fn intervals(&self) -> &[Interval] {
         &self.intervals
     }
 
-    /// From when to when it was lost.
+    /// The periods in which the worker was lost, each with its start and end.
     pub fn failures(&self) -> &[(Moment, Moment)] {
         &self.lost
     }
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_is_transfer_work_and_transfer() {
+    fn a_task_is_recorded_as_transfer_busy_and_transfer() {
         let mut stats = WorkerStats::default();
         stats.ended(times(10, 20, 120), 1, ms(150));
         let parts = [
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_worker_has_measured_counts() {
+    fn the_measurements_of_the_worker_are_used() {
         let mut stats = WorkerStats::default();
         let seconds = 0.03;
         let measured = Some(Measured { seconds, tasks: 7 });
@@ -280,7 +280,7 @@ mod tests {
                 (ActivityKind::Busy, 70, 100)
             ]
         );
-        // It cannot have been at it for longer than it had it.
+        // The worker cannot have been busy for longer than it had the task.
         for seconds in [1e300, f64::NAN, -1.0, 5.0] {
             let mut stats = WorkerStats::default();
             let measured = Some(Measured { seconds, tasks: 1 });
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_that_was_never_sent_is_transfer_alone() {
+    fn a_task_that_was_never_sent_is_recorded_as_transfer_only() {
         let mut stats = WorkerStats::default();
         let of = Times {
             assigned: ms(5),
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn losses_begin_and_end_and_the_oldest_are_forgotten() {
+    fn losses_start_and_end_and_the_oldest_are_dropped() {
         let mut stats = WorkerStats::default();
         for at in 0..2 * MAX_FAILURES as u64 {
             stats.lost("killed", ms(10 * at));
@@ -323,10 +323,10 @@ mod tests {
     #[test]
     fn long_texts_are_cut_between_characters() {
         let mut stats = WorkerStats::default();
-        stats.failed(&"é".repeat(TEXT));
-        assert_eq!(stats.error, Some("é".repeat(TEXT / 2)));
-        stats.failed(&format!("x{}", "é".repeat(TEXT)));
-        assert_eq!(stats.error.map(|text| text.len()), Some(TEXT - 1));
+        stats.failed(&"é".repeat(MAX_TEXT));
+        assert_eq!(stats.error, Some("é".repeat(MAX_TEXT / 2)));
+        stats.failed(&format!("x{}", "é".repeat(MAX_TEXT)));
+        assert_eq!(stats.error.map(|text| text.len()), Some(MAX_TEXT - 1));
     }
 
     proptest! {

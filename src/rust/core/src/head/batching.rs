@@ -1,118 +1,123 @@
-//! Which tasks of a job a worker is given next, and how many at once.
+//! The planner of a job: decides which tasks a worker gets next, and how many at once.
 //!
-//! A pure state machine: the head tells it what has ended and how long that took, and asks it for
-//! the next batch, a few tasks that cross together and are answered together. One task a batch is the
-//! fairest and costs a message for each; so batches are as large as it takes for the messages not to
-//! matter, and no larger ([`Planner::size`]). Where a worker would be idle while its answer and the
-//! next batch are on their way, one batch is prefetched.
+//! A pure state machine. The head reports which batches have ended and how long they took, and asks for
+//! the next batch: tasks that are sent together and answered together. Batches of one task balance the
+//! load best, but cost a message for each task. Batches are therefore just large enough for messaging to
+//! cost little ([`Planner::size`]). If a worker would be idle while its answer and its next batch are
+//! being transferred, one batch is prefetched.
 //!
-//! Where the assignment is free, tasks are begun in the given order, and batches get smaller towards
-//! the end, as in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no batch has more than a
-//! half of what would be left for each worker. Tasks may turn out to be much longer than those before
-//! them: then the rest of the batch comes back ([`Batch::max_time`]).
+//! With a free assignment, tasks are started in the given order, and batches shrink towards the end, as
+//! in factoring (Hummel, Schonberg and Flynn, CACM 35(8), 1992): no batch has more than half of an even
+//! share of the remaining tasks. If tasks turn out to be much longer than earlier ones, the rest of a
+//! batch is returned ([`Batch::max_time`]).
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Who gets which task.
+/// Which worker gets which task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Assignment {
-    /// Whoever is free.
+    /// Any idle worker gets the next task.
     Free,
-    /// The tasks go round: the first to the first place, and so on, and begin anew after the last.
+    /// Tasks are assigned round-robin: the first task to the first slot, and so on.
     Round,
 }
 
-/// Tasks in one batch, at most.
+/// Maximum number of tasks in one batch.
 const MAX_BATCH: usize = 10_000;
 
-/// Seconds that a batch may be at work before its rest comes back, at most.
+/// Maximum number of seconds that a batch may run before its rest is returned.
 const MAX_BATCH_SECONDS: f64 = 3600.0;
 
-/// Bytes of answers that a batch should not be longer than.
-const TYPICAL_ANSWER: f64 = 128.0 * 1024.0;
+/// Maximum number of bytes that the answer to a batch should have.
+const MAX_TYPICAL_ANSWER: f64 = 128.0 * 1024.0;
 
-/// A batch should take so many times as long as the head is busy with it, and as many times for each
-/// place as all together: the head then is busy for a quarter of the time at most.
-const COST: f64 = 20.0;
-const COST_OF_ALL: f64 = 4.0;
+/// Minimum ratio of the duration of a batch to the time that the head spends on the batch.
+const COST_FACTOR: f64 = 20.0;
 
-/// A batch should take so many times as long as a message to the worker and back.
-const ROUND_TRIPS: f64 = 2.0;
+/// The same ratio, for each worker: the head is then busy for a quarter of the time at most.
+const COST_FACTOR_OF_ALL: f64 = 4.0;
 
-/// A batch should take so many times as long as it takes to read what its tasks share.
-const READINGS: f64 = 4.0;
+/// Minimum ratio of the duration of a batch to the round-trip time of the worker.
+const RTT_FACTOR: f64 = 2.0;
 
-/// Seconds in which a worker reads a byte of it, roughly: a list of many short vectors takes longer, a long
-/// vector less.
-const READING_OF_BYTE: f64 = 1e-8;
+/// Minimum ratio of the duration of a batch to the time to read the blob that its tasks share.
+const READ_FACTOR: f64 = 4.0;
 
-/// If reading is expected to take so many seconds, the first batches already have several tasks: to find out
-/// with one of them how long tasks take would cost a reading.
-const LONG_READING: f64 = 0.002;
+/// Estimated seconds that a worker takes to read a byte of the blob. A list of many short vectors takes longer, a
+/// long vector less.
+const READ_SECONDS_PER_BYTE: f64 = 1e-8;
 
-/// Seconds that a batch should take at least, and if tasks compute: what it costs the head, the agent
-/// and the worker, 0.4 ms where waking a process is slow, is then taken from the cores that compute,
-/// if they are those of one machine.
-const GRAIN: f64 = 0.002;
-const GRAIN_OF_COMPUTING: f64 = 0.02;
+/// If reading the blob is expected to take this many seconds, even the first batches have several tasks, because
+/// measuring the duration of a single task would cost a whole read.
+const LONG_READ: f64 = 0.002;
 
-/// The rest of a batch comes back when it has taken so many times as long as was thought, and so many
-/// seconds: it may be one of those that are long, or have had a part of a core only.
-const OVER: f64 = 4.0;
+/// Minimum duration of a batch, in seconds.
+const MIN_BATCH_SECONDS: f64 = 0.002;
+
+/// Minimum duration of a batch if tasks compute, in seconds. A batch costs the head, the agent and the worker up to
+/// 0.4 ms where waking a process is slow. On one machine, the cores that compute pay for that.
+const MIN_COMPUTING_SECONDS: f64 = 0.02;
+
+/// The rest of a batch is returned when the batch has taken this many times as long as expected, and also at least
+/// [`MIN_OVERTIME`]: its tasks may be long, or the worker may have had only a part of a core.
+const OVERTIME_FACTOR: f64 = 4.0;
+
+/// Minimum number of seconds after which the rest of a batch is returned.
 const MIN_OVERTIME: f64 = 0.02;
 
-/// A batch is prefetched if a worker would be idle for more than this part of its time without it.
-const IDLE: f64 = 0.02;
+/// A batch is prefetched if a worker would be idle for more than this fraction of its time without it.
+const MAX_IDLE: f64 = 0.02;
 
-/// Seconds that the round trip to a worker takes if it is on another host: then a second task is sent
-/// to it at the beginning.
-const FAR: f64 = 0.005;
+/// Round-trip time, in seconds, above which a worker is far away, so that it is sent a second task at the beginning.
+const FAR_RTT: f64 = 0.005;
 
-/// Tasks are taken for computing if a worker has waited for something in less than this part of the
-/// batches. It is so after eight in which none has: a page that is to be fetched may make one wait.
-const WAITING: f64 = 0.2;
-const SLEEP_NEW: f64 = 0.2;
+/// Tasks count as computing if workers have waited in less than this fraction of the batches. Eight batches without a
+/// wait suffice. A single wait does not count, because a page fault may cause it.
+const MAX_WAITING: f64 = 0.2;
 
-/// How much a measurement counts beside all before it.
-const NEW: f64 = 0.1;
+/// The weight of the last batch in the fraction of batches that have waited.
+const WAITING_WEIGHT: f64 = 0.2;
 
-/// Tasks that cross together, by their numbers from 0.
+/// The weight of a new measurement in a moving average.
+const NEW_WEIGHT: f64 = 0.1;
+
+/// Tasks that are sent together, by their numbers from 0.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     /// The numbers of the tasks, in order.
     pub tasks: Vec<usize>,
-    /// The worker is still at another.
+    /// The worker is still busy with another batch.
     pub prefetch: bool,
-    /// If the worker has been at it for so long, those that it has not begun are to come back, for
-    /// others to do them. Zero: never.
+    /// After this time, the worker returns the tasks that it has not started, so that other workers can run them.
+    /// Zero: never.
     pub max_time: Duration,
 }
 
 /// How a batch that was answered went.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ended {
-    /// Tasks of it that have been done.
+    /// Number of tasks of the batch that have been completed.
     pub tasks: usize,
-    /// For how long the worker was at it.
+    /// How long the worker was busy with the batch.
     pub busy: Duration,
-    /// From when it was sent until it was answered, if it was not prefetched.
+    /// The time between sending and answer, if the batch was not prefetched.
     pub turnaround: Option<Duration>,
     /// Bytes of the answer.
     pub bytes: usize,
-    /// For how long of it the worker had a core, if it has not waited for anything.
+    /// The CPU time of the batch, if the worker has not waited for anything.
     pub computed: Option<Duration>,
-    /// How long the worker had read before that what the tasks of a batch share.
+    /// How long the worker has read the blob before it ran the batch.
     pub reading: Duration,
 }
 
-/// Tasks that have not been given out.
+/// Tasks that have not been assigned to a batch.
 #[derive(Debug)]
 struct Queue {
-    /// They were lost. One of them may cost its worker each time, so they go one by one.
+    /// Lost tasks, which are sent one by one, because one of them may kill its worker each time.
     again: VecDeque<usize>,
-    /// They were given out and came back.
-    back: VecDeque<usize>,
+    /// Tasks of batches that were returned.
+    returned: VecDeque<usize>,
     next: usize,
     step: usize,
     end: usize,
@@ -120,7 +125,9 @@ struct Queue {
 
 impl Queue {
     fn len(&self) -> usize {
-        self.again.len() + self.back.len() + self.end.saturating_sub(self.next).div_ceil(self.step)
+        self.again.len()
+            + self.returned.len()
+            + self.end.saturating_sub(self.next).div_ceil(self.step)
     }
 
     fn take(&mut self, count: usize) -> Vec<usize> {
@@ -131,7 +138,7 @@ impl Queue {
     }
 
     fn pop(&mut self) -> Option<usize> {
-        self.back.pop_front().or_else(|| {
+        self.returned.pop_front().or_else(|| {
             let task = self.next;
             (task < self.end).then(|| self.next += self.step)?;
             Some(task)
@@ -141,24 +148,23 @@ impl Queue {
 
 #[derive(Debug, Default)]
 struct Slot {
-    /// Tasks of each batch that is out, the running one first.
+    /// Number of tasks of each outstanding batch, the running one first.
     out: VecDeque<usize>,
-    /// Seconds from a batch's sending to its answer in which the worker was not at it: the way there
-    /// and back.
+    /// The round-trip time in seconds: the time between sending and answer in which the worker was not busy.
     round_trip: Option<f64>,
-    /// When the running batch was sent, or, if that was ahead, when the one before was answered.
+    /// When the running batch was sent or, if it was prefetched, when the previous one was answered.
     since: f64,
     close: bool,
     host: usize,
 }
 
-/// A host of some of the places.
+/// The host of some of the slots.
 #[derive(Debug, Default)]
 struct Host {
     cores: usize,
-    /// Places that are not gone.
+    /// Number of slots whose workers are not terminated.
     living: usize,
-    /// Places with something to do.
+    /// Number of slots with outstanding batches.
     active: usize,
 }
 
@@ -166,36 +172,38 @@ struct Host {
 #[derive(Debug)]
 pub struct Planner {
     assignment: Assignment,
-    /// One, or one for each place.
+    /// One queue, or one for each slot.
     queues: Vec<Queue>,
     slots: Vec<Slot>,
     hosts: Vec<Host>,
-    /// Which part of the batches has lately slept.
-    sleep: f64,
-    /// Places have been refused work because their host is busy.
+    /// The fraction of recent batches that have waited.
+    waiting: f64,
+    /// Slots have been refused work because the cores of their host are busy.
     rests: bool,
-    /// Tasks that are given out one by one.
+    /// Each batch has one task.
     singly: bool,
-    /// Seconds of a task: lately, and of all so far.
+    /// Average duration of recent tasks, in seconds.
     recent: Option<f64>,
+    /// Total duration of all completed tasks, in seconds.
     seconds: f64,
+    /// Number of completed tasks.
     done: usize,
-    /// Bytes of a task's answer.
+    /// Average number of bytes of a task's answer.
     bytes: f64,
-    /// Seconds that the head is busy with a batch.
+    /// Average number of seconds that the head spends on a batch.
     cost: f64,
-    /// Seconds in which a worker reads what the tasks of a batch share.
+    /// Average number of seconds that a worker takes to read the blob.
     reading: f64,
-    /// The least time that the way has taken, to any place.
+    /// The minimum round-trip time of all slots, in seconds.
     rtt: f64,
 }
 
 impl Planner {
-    /// For a number of tasks and of places, of which there must be one.
+    /// Creates a planner for a number of tasks and of slots. There must be at least one slot.
     pub fn new(assignment: Assignment, tasks: usize, slots: usize) -> Planner {
         let queue = |first, step| Queue {
             again: VecDeque::new(),
-            back: VecDeque::new(),
+            returned: VecDeque::new(),
             next: first,
             step,
             end: tasks,
@@ -211,7 +219,7 @@ impl Planner {
                 living: slots,
                 ..Host::default()
             }],
-            sleep: 1.0,
+            waiting: 1.0,
             rests: false,
             singly: false,
             recent: None,
@@ -224,8 +232,8 @@ impl Planner {
         }
     }
 
-    /// On which host, counted from 0, a place is, and how many cores that has, 0 if it is not known.
-    pub fn place_on(&mut self, slot: usize, host: usize, cores: usize) {
+    /// Sets the host of a slot, counted from 0, and the number of cores of that host, 0 if it is not known.
+    pub fn set_host(&mut self, slot: usize, host: usize, cores: usize) {
         if self.hosts.len() <= host {
             self.hosts.resize_with(host + 1, Host::default);
         }
@@ -235,26 +243,25 @@ impl Planner {
         self.hosts[host].living += 1;
     }
 
-    /// Whether those that were refused work are to be asked again, once: tasks wait for something now, or
-    /// take longer than was thought.
+    /// Whether slots that were refused work may ask again, because tasks now wait, or take longer than expected.
+    /// True once for each refusal.
     pub fn may_resume(&mut self, now: Duration) -> bool {
         let now = now.as_secs_f64();
         let is_long = || {
             self.task(now)
-                .is_some_and(|task| 2.0 * task > GRAIN_OF_COMPUTING)
+                .is_some_and(|task| 2.0 * task > MIN_COMPUTING_SECONDS)
         };
         self.rests && (!self.is_computing() || is_long()) && std::mem::take(&mut self.rests)
     }
 
-    /// Tasks have lately done nothing but compute.
+    /// Whether recent tasks have only computed.
     fn is_computing(&self) -> bool {
-        self.sleep < WAITING
+        self.waiting < MAX_WAITING
     }
 
-    /// Whether a place with nothing to do is to be left so: its host's cores are all busy with tasks
-    /// so short that several cross together. More processes would only take turns, and each have its
-    /// memory fetched anew.
-    fn is_to_rest(&self, slot: usize, size: usize) -> bool {
+    /// Whether an idle slot should stay idle, because the cores of its host are busy with tasks so short that batches
+    /// have several. More processes would only share the cores, and lose the contents of the caches to each other.
+    fn should_rest(&self, slot: usize, size: usize) -> bool {
         let host = &self.hosts[self.slots[slot].host];
         let busy = host.cores > 0 && host.active > host.cores;
         self.assignment == Assignment::Free && busy && size > 1 && self.is_computing()
@@ -264,7 +271,7 @@ impl Planner {
         self.hosts.iter().map(|host| host.living).sum()
     }
 
-    /// Places that there is a core for, or all if tasks wait for something: see [`Planner::is_to_rest`].
+    /// Number of slots that have a core, or of all slots if tasks wait: see [`Planner::should_rest`].
     fn useful(&self) -> usize {
         let of_host = |host: &Host| match host.cores {
             0 => host.living,
@@ -276,22 +283,22 @@ impl Planner {
         }
     }
 
-    /// How long the round trip to a place has taken, as far as it is known: see [`Planner::rtt`].
+    /// Sets the round-trip time of a slot, if it is known: see [`Planner::rtt`].
     pub fn expect(&mut self, slot: usize, rtt: Option<f64>) {
         self.slots[slot].round_trip = rtt;
     }
 
-    /// The tasks of a batch share what the worker has to read first, which has so many bytes.
+    /// Sets the size of the blob that a worker must read before the tasks of a batch.
     pub fn expect_reading(&mut self, bytes: u64) {
-        self.reading = READING_OF_BYTE * bytes as f64;
+        self.reading = READ_SECONDS_PER_BYTE * bytes as f64;
     }
 
-    /// Seconds that the round trip to a place takes, if that is known.
+    /// The round-trip time of a slot in seconds, if it is known.
     pub fn rtt(&self, slot: usize) -> Option<f64> {
         self.slots[slot].round_trip
     }
 
-    /// From now on batches have one task.
+    /// Limits batches to one task from now on.
     pub fn singly(&mut self) {
         self.singly = true;
     }
@@ -303,18 +310,18 @@ impl Planner {
         }
     }
 
-    /// Tasks that have not been given out.
+    /// Number of tasks that have not been assigned to a batch.
     pub fn left(&self) -> usize {
         self.queues.iter().map(Queue::len).sum()
     }
 
-    /// Whether it is known how long tasks take.
+    /// Whether the duration of tasks is known.
     pub fn knows(&self) -> bool {
         self.done > 0
     }
 
-    /// What this place gets next, if it is to get anything now. Tasks of it that cannot be sent
-    /// with the others are given back with [`Planner::returned`]. `now`: time since some beginning.
+    /// Returns the next batch for this slot, if it should get one now. The caller returns tasks that cannot be
+    /// sent with the others by [`Planner::returned`]. `now`: the time since a fixed moment.
     pub fn next(&mut self, slot: usize, now: Duration) -> Option<Batch> {
         let now = now.as_secs_f64();
         let prefetch = !self.slots[slot].out.is_empty();
@@ -331,10 +338,12 @@ impl Planner {
         }
         let size = match task {
             Some(task) => self.size(slot, task),
-            None if self.reading > LONG_READING && !self.singly => self.even().clamp(1, MAX_BATCH),
+            None if self.reading > LONG_READ && !self.singly => {
+                self.half_share().clamp(1, MAX_BATCH)
+            }
             None => 1,
         };
-        if !prefetch && self.is_to_rest(slot, size) {
+        if !prefetch && self.should_rest(slot, size) {
             self.rests = true;
             return None;
         }
@@ -347,10 +356,10 @@ impl Planner {
         }
         let max_time = match self.assignment {
             Assignment::Free if tasks.len() > 1 => {
-                let expected = OVER * task.unwrap_or(0.0) * tasks.len() as f64;
-                // What comes back costs another reading.
+                let expected = OVERTIME_FACTOR * task.unwrap_or(0.0) * tasks.len() as f64;
+                // Whoever gets the returned tasks must read the blob again.
                 let min_time = MIN_OVERTIME
-                    .max(READINGS * self.reading)
+                    .max(READ_FACTOR * self.reading)
                     .min(MAX_BATCH_SECONDS);
                 Duration::from_secs_f64(expected.clamp(min_time, MAX_BATCH_SECONDS))
             }
@@ -363,9 +372,9 @@ impl Planner {
         })
     }
 
-    /// Seconds that a task is expected to take. Rather too many: a batch that takes longer than was
-    /// thought holds up the end. The first tasks to end are short ones: the time that others have
-    /// been running counts too (the maximum likelihood for exponential times of which some are cut).
+    /// Estimates the duration of a task in seconds. The estimate tends to be too long, because a batch that takes
+    /// longer than expected delays the end. The first tasks to end are short ones, so the time that other tasks
+    /// have been running counts too (the maximum likelihood estimate for censored exponential durations).
     fn task(&self, now: f64) -> Option<f64> {
         let recent = self.recent?;
         let running = self.slots.iter().filter(|slot| !slot.out.is_empty());
@@ -378,7 +387,7 @@ impl Planner {
         Some(recent.max(mean).max(1e-9))
     }
 
-    /// Which part of a core a place has, if tasks compute.
+    /// The fraction of a core that a slot has if tasks compute.
     fn core_fraction(&self, slot: &Slot) -> f64 {
         let host = &self.hosts[slot.host];
         if self.is_computing() && host.cores > 0 && host.active > host.cores {
@@ -388,21 +397,22 @@ impl Planner {
         }
     }
 
-    /// Tasks with which a batch is large enough for its message not to matter.
+    /// Number of tasks with which a batch is large enough for messaging to cost little.
     fn enough(&self, slot: usize, task: f64) -> f64 {
         let round_trip = self.slots[slot].round_trip.unwrap_or(0.0);
-        let rtt = ROUND_TRIPS * round_trip;
-        let work = COST.max(COST_OF_ALL * self.living() as f64) * self.cost;
-        let grain = match self.is_computing() {
-            true => GRAIN_OF_COMPUTING,
-            false => GRAIN,
+        let rtt = RTT_FACTOR * round_trip;
+        let work = COST_FACTOR.max(COST_FACTOR_OF_ALL * self.living() as f64) * self.cost;
+        let min_duration = match self.is_computing() {
+            true => MIN_COMPUTING_SECONDS,
+            false => MIN_BATCH_SECONDS,
         };
-        let reading = READINGS * self.reading;
-        (rtt.max(work).max(grain).max(reading) / task).min(TYPICAL_ANSWER / self.bytes.max(1.0))
+        let reading = READ_FACTOR * self.reading;
+        (rtt.max(work).max(min_duration).max(reading) / task)
+            .min(MAX_TYPICAL_ANSWER / self.bytes.max(1.0))
     }
 
-    /// Half of an even share of what is left, where the assignment is free.
-    fn even(&self) -> usize {
+    /// Half of an even share of the remaining tasks, for a free assignment.
+    fn half_share(&self) -> usize {
         self.queues[0].len() / (2 * self.useful().max(1))
     }
 
@@ -410,13 +420,13 @@ impl Planner {
         let fair = match self.assignment {
             Assignment::Free => {
                 let len = self.queues[0].len();
-                // With one that runs and one ahead, shorter ones would not fill the way.
+                // One running and one prefetched batch must together cover the round-trip time.
                 let round_trip = self.slots[slot].round_trip.unwrap_or(0.0);
                 let filling = (round_trip / 2.0 / task) as usize;
                 let filling = filling.min(len.div_ceil(self.useful().max(1)));
-                // What takes no longer than another worker would read is better not shared with it.
+                // Do not leave tasks to another worker if they are shorter than its reading of the blob.
                 let reading = (self.reading / task) as usize;
-                self.even().max(filling).max(reading.min(len))
+                self.half_share().max(filling).max(reading.min(len))
             }
             Assignment::Round => self.queues[slot].len(),
         };
@@ -425,14 +435,17 @@ impl Planner {
             .max(1)
     }
 
-    /// Whether a second task may be sent to this place before anything is known of how long they take.
+    /// Whether a second task may be sent to this slot before the duration of tasks is known.
     fn is_far(&self, slot: usize) -> bool {
         let at = &self.slots[slot];
         let enough = self.left() > 2 * self.living();
-        enough && !self.singly && at.out.len() == 1 && at.round_trip.is_some_and(|rtt| rtt > FAR)
+        enough
+            && !self.singly
+            && at.out.len() == 1
+            && at.round_trip.is_some_and(|rtt| rtt > FAR_RTT)
     }
 
-    /// Whether a second batch may be sent to this place.
+    /// Whether a second batch may be sent to this slot.
     fn may_prefetch(&self, slot: usize, task: f64) -> bool {
         let at = &self.slots[slot];
         let (1, Some(rtt), Some(running)) = (at.out.len(), at.round_trip, at.out.front()) else {
@@ -441,19 +454,20 @@ impl Planner {
         let batch = self.reading + *running as f64 * task;
         let queue = match self.assignment {
             Assignment::Free => &self.queues[0],
-            Assignment::Round => return rtt > IDLE * batch,
+            Assignment::Round => return rtt > MAX_IDLE * batch,
         };
-        // Towards the end it may have to wait for a task that takes long while others are idle.
+        // Towards the end, a prefetched batch may have to wait for a long task while other workers are idle.
         let max_time = match queue.len() > 2 * self.living() {
-            true => IDLE * batch,
+            true => MAX_IDLE * batch,
             false => batch,
         };
         rtt > max_time
     }
 
-    /// The oldest batch of this place has been answered.
+    /// Records that the oldest batch of this slot has been answered.
     pub fn ended(&mut self, slot: usize, ended: Ended, now: Duration) {
-        self.sleep += SLEEP_NEW * (f64::from(u8::from(ended.computed.is_none())) - self.sleep);
+        self.waiting +=
+            WAITING_WEIGHT * (f64::from(u8::from(ended.computed.is_none())) - self.waiting);
         let at = &mut self.slots[slot];
         at.out.pop_front();
         if at.out.is_empty() {
@@ -464,9 +478,9 @@ impl Planner {
         let reading = ended.reading.as_secs_f64();
         if let Some(turnaround) = ended.turnaround {
             let rtt = (turnaround.as_secs_f64() - busy - reading).max(0.0);
-            // The least is what the way takes; what is more is that somebody was busy.
+            // The minimum is the latency of the link; a longer time means that a process was busy.
             at.round_trip = Some(match at.round_trip {
-                Some(before) if rtt > before => before + NEW * (rtt - before),
+                Some(before) if rtt > before => before + NEW_WEIGHT * (rtt - before),
                 _ => rtt,
             });
             self.rtt = match self.done {
@@ -478,12 +492,12 @@ impl Planner {
             return;
         }
         let count = ended.tasks as f64;
-        // Others on its cores do not make a task longer: with fewer at a time it will be as short.
+        // Use the CPU time, so that other processes on the cores do not make a task appear longer.
         let work = ended
             .computed
             .map_or(busy, |time| busy.min(time.as_secs_f64()));
         let (task, bytes) = (work / count, ended.bytes as f64 / count);
-        let mix = |before: f64, now: f64| before + NEW * (now - before);
+        let mix = |before: f64, now: f64| before + NEW_WEIGHT * (now - before);
         self.recent = Some(self.recent.map_or(task, |before| mix(before, task)));
         self.bytes = match self.done {
             0 => bytes,
@@ -497,8 +511,7 @@ impl Planner {
         self.done += ended.tasks;
     }
 
-    /// The batch of this place that was given out last, or the oldest one if that is lost, has ended
-    /// in another way.
+    /// Records that a batch of this slot has ended without an answer: the last one if `last`, else the oldest one.
     pub fn dropped(&mut self, slot: usize, last: bool) {
         let at = &mut self.slots[slot];
         let dropped = if last {
@@ -511,7 +524,7 @@ impl Planner {
         }
     }
 
-    /// A task of this place has been given out again, before all that it has been given.
+    /// Records that a task was sent to this slot again, before its outstanding batches.
     pub fn given_first(&mut self, slot: usize) {
         let at = &mut self.slots[slot];
         if at.out.is_empty() {
@@ -520,31 +533,31 @@ impl Planner {
         at.out.push_front(1);
     }
 
-    /// Only so many tasks of the batch that was given out last have been sent.
+    /// Records that only `tasks` tasks of the last batch of this slot have been sent.
     pub fn shortened(&mut self, slot: usize, tasks: usize) {
         if let Some(last) = self.slots[slot].out.back_mut() {
             *last = tasks;
         }
     }
 
-    /// These tasks of this place, in this order, have not been begun and are to be given out again,
-    /// before those that have not been given out.
+    /// Returns tasks of this slot that have not been started. They are assigned again, in this order, before the
+    /// tasks that have not been assigned yet.
     pub fn returned(&mut self, slot: usize, tasks: &[usize]) {
         let queue = self.queue(slot);
         for &task in tasks.iter().rev() {
-            queue.back.push_front(task);
+            queue.returned.push_front(task);
         }
     }
 
-    /// These tasks of this place were lost with their worker and are to be given out again, one by one
-    /// and in their order before all others.
+    /// Returns tasks of this slot that were lost with their worker. They are assigned again one by one, in order
+    /// and before all others.
     pub fn lost(&mut self, slot: usize, tasks: &[usize]) {
         let again = &mut self.queue(slot).again;
         again.extend(tasks);
         again.make_contiguous().sort_unstable();
     }
 
-    /// No more is to go to this place. What is bound to it stays.
+    /// Closes this slot: it gets no more batches. Tasks that are bound to it stay in its queue.
     pub fn close(&mut self, slot: usize) {
         let at = &mut self.slots[slot];
         if !std::mem::replace(&mut at.close, true) {
@@ -552,22 +565,22 @@ impl Planner {
         }
     }
 
-    /// Whether anybody is left.
+    /// Whether any slot is open.
     pub fn any_left(&self) -> bool {
         self.living() > 0
     }
 
-    /// Batches that are out at this place.
+    /// Number of outstanding batches of this slot.
     pub fn out(&self, slot: usize) -> usize {
         self.slots[slot].out.len()
     }
 
-    /// The head was busy for so long with one batch.
-    pub fn took(&mut self, time: Duration) {
+    /// Records how long the head was busy with one batch.
+    pub fn record_cost(&mut self, time: Duration) {
         let time = time.as_secs_f64();
         self.cost = match self.cost {
             0.0 => time,
-            before => before + NEW * (time - before),
+            before => before + NEW_WEIGHT * (time - before),
         };
     }
 }
@@ -581,14 +594,14 @@ mod tests {
     use std::cmp::Reverse;
     use std::collections::BinaryHeap;
 
-    /// Seconds until the last answer, if each place takes a batch from when it has it, and a message
-    /// takes `rtt` each way; and how often each task was done.
+    /// Simulates a job in which a message takes `rtt` each way. Returns the seconds until the last answer, and how
+    /// often each task was done.
     fn run(planner: &mut Planner, times: &[f64], rtt: f64, cost: f64) -> (f64, Vec<u32>) {
         let slots = planner.slots.len();
         let nanos = |seconds: f64| (seconds * 1e9) as u64;
         let mut free = vec![0.0f64; slots];
         let mut done = vec![0; times.len()];
-        // Of answers: when, where, when sent, how long it took, which.
+        // Of each answer: its time, its slot and the index of its batch.
         let mut answers = BinaryHeap::new();
         let mut batches: Vec<(Vec<usize>, usize, f64, f64, bool)> = Vec::new();
         let mut now = 0.0f64;
@@ -597,7 +610,7 @@ mod tests {
             for slot in std::mem::take(&mut waiting) {
                 while let Some(batch) = planner.next(slot, Duration::from_secs_f64(now)) {
                     now += cost;
-                    planner.took(Duration::from_secs_f64(cost));
+                    planner.record_cost(Duration::from_secs_f64(cost));
                     let begins = free[slot].max(now + rtt);
                     let (mut busy, mut count) = (0.0, 0);
                     for &task in &batch.tasks {
@@ -661,7 +674,7 @@ mod tests {
     }
 
     #[test]
-    fn uneven_tasks_end_as_soon_as_if_each_were_given_out_alone() {
+    fn uneven_tasks_end_as_soon_as_with_batches_of_one_task() {
         for seed in 0..20 {
             let times = exponential(seed, 400, 0.05, 0.5);
             let mut planner = Planner::new(Assignment::Free, 400, 32);
@@ -672,7 +685,7 @@ mod tests {
     }
 
     #[test]
-    fn many_short_tasks_take_few_messages_and_end_together() {
+    fn many_short_tasks_need_few_messages_and_end_together() {
         let times = exponential(1, 100_000, 1e-5, 1e-4);
         let mut planner = Planner::new(Assignment::Free, times.len(), 16);
         let (end, _) = run(&mut planner, &times, 1e-4, 3e-5);
@@ -681,7 +694,7 @@ mod tests {
     }
 
     #[test]
-    fn long_tasks_after_short_ones_are_for_all() {
+    fn long_tasks_after_short_ones_are_shared_by_all_workers() {
         for (short, long, slots) in [(200, 6, 2), (5000, 40, 4), (2000, 8, 8), (8, 92, 8)] {
             let mut times = vec![2e-6; short];
             times.extend(vec![0.1; long]);
@@ -693,7 +706,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_rtt_is_hidden() {
+    fn prefetching_hides_a_long_round_trip_time() {
         for assignment in [Assignment::Free, Assignment::Round] {
             let times = vec![0.01; 6400];
             let mut planner = Planner::new(assignment, times.len(), 64);
@@ -703,9 +716,9 @@ mod tests {
     }
 
     #[test]
-    fn large_answers_come_one_by_one() {
+    fn tasks_with_large_answers_are_sent_one_by_one() {
         let mut planner = Planner::new(Assignment::Free, 1000, 2);
-        planner.took(Duration::from_millis(1));
+        planner.record_cost(Duration::from_millis(1));
         planner.next(0, Duration::ZERO);
         planner.ended(
             0,
@@ -728,10 +741,10 @@ mod tests {
     }
 
     #[test]
-    fn no_more_workers_than_cores_take_turns_with_short_computations() {
+    fn short_computations_use_no_more_workers_than_there_are_cores() {
         let mut planner = Planner::new(Assignment::Free, 100_000, 100);
         for slot in 0..100 {
-            planner.place_on(slot, 0, 2);
+            planner.set_host(slot, 0, 2);
         }
         let ended = |slept: bool| Ended {
             tasks: 1,
@@ -741,7 +754,7 @@ mod tests {
             computed: (!slept).then_some(Duration::from_micros(1)),
             reading: Duration::ZERO,
         };
-        planner.took(Duration::from_micros(30));
+        planner.record_cost(Duration::from_micros(30));
         let ms = Duration::from_millis;
         for _ in 0..8 {
             planner.next(0, ms(1));
@@ -752,10 +765,10 @@ mod tests {
             .count();
         assert_eq!(started, 3);
         assert!(!planner.may_resume(ms(1)));
-        // Those that have begun are at long ones, it seems.
+        // The started tasks seem to be long.
         assert!(planner.may_resume(ms(10_000)));
         assert!((0..100).all(|at| planner.next(at, ms(1)).is_none()));
-        // They wait for something now: then others can compute.
+        // Tasks wait now, so others can compute meanwhile.
         planner.ended(0, ended(true), ms(2));
         planner.next(0, ms(2));
         planner.ended(0, ended(true), ms(2));
@@ -768,16 +781,16 @@ mod tests {
     }
 
     #[test]
-    fn computations_are_as_short_as_they_are_without_the_others() {
+    fn workers_that_share_cores_do_not_make_computations_appear_longer() {
         let mut planner = Planner::new(Assignment::Free, 10_000, 40);
         for slot in 0..40 {
-            planner.place_on(slot, 0, 2);
+            planner.set_host(slot, 0, 2);
         }
         let ms = Duration::from_millis;
         for slot in 0..40 {
             assert!(planner.next(slot, ms(0)).is_some());
         }
-        // All of them take turns on two cores.
+        // All workers share two cores.
         let ended = Ended {
             tasks: 1,
             busy: ms(8),
@@ -797,7 +810,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_task_is_given_out_once(
+        fn each_task_is_done_once(
             tasks in 0usize..3_000, slots in 1usize..40, seed in any::<u64>(), free in any::<bool>(),
             rtt in 0.0f64..0.03, mean in 1e-6f64..0.02,
         ) {
@@ -810,7 +823,7 @@ mod tests {
         }
 
         #[test]
-        fn what_comes_back_goes_first_and_to_its_place(
+        fn returned_and_lost_tasks_go_first_and_to_their_slot(
             tasks in 10usize..100, slots in 1usize..10,
         ) {
             let mut planner = Planner::new(Assignment::Round, tasks, slots);

@@ -1,10 +1,9 @@
-//! Blobs: what many messages begin with crosses to each host once. This is what the head knows of
-//! those of one agent, and what it has yet to send it of them.
+//! The blobs of one agent, as the head sees them: which blobs the agent knows, and which chunks have yet to be sent.
+//! A blob, with which many messages begin, is sent to each host once.
 //!
-//! A blob is sent while it is being made, in turn with what goes to workers, and before any
-//! message that begins with it. When it is dropped, its agent is told so once no message that waits
-//! to be sent begins with it. How agents and workers go on is in [`crate::agent::blobs`] and
-//! [`crate::worker::channel`].
+//! A blob is sent while it is being made, in turn with the messages of workers, and before any message that begins
+//! with it. When a blob is dropped, its agent is notified once no queued message begins with it.
+//! [`crate::agent::blobs`] and [`crate::worker::channel`] describe how agents and workers use blobs.
 
 use crate::protocol::dedup::{CacheIndex, Chunk, SentChunks};
 use crate::protocol::frame::{ABORT, FIRST, Frame, Kind, LAST, MAX_BODY};
@@ -13,10 +12,10 @@ use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// A chunk's bytes in the head's memory, counted once however many agents it waits for.
+/// Counts the bytes of a chunk in the head's memory once, however many agents the chunk waits for.
 type Counted = Arc<usize>;
 
-/// Bytes that are not in memory any more, if this was the last agent that they waited for.
+/// The number of bytes that are freed, if this was the last agent that they waited for.
 fn release(counted: Counted) -> usize {
     Arc::into_inner(counted).unwrap_or(0)
 }
@@ -26,9 +25,9 @@ struct Stream {
     id: BlobId,
     chunks: VecDeque<Chunk>,
     counted: VecDeque<Counted>,
-    /// Nothing of it has been sent yet.
+    /// No chunk of the blob has been sent yet.
     first: bool,
-    /// The last chunk is there.
+    /// The last chunk has been appended.
     complete: bool,
 }
 
@@ -41,7 +40,7 @@ impl Stream {
 #[derive(Debug, Default)]
 struct BlobState {
     complete: bool,
-    /// The agent has heard of it.
+    /// The agent knows the blob.
     announced: bool,
     dropped: bool,
 }
@@ -50,16 +49,16 @@ struct BlobState {
 #[derive(Debug, Default)]
 pub struct HostBlobs {
     known: HashMap<BlobId, BlobState>,
-    /// What is yet to be sent, one after the other.
+    /// The blobs to be sent, one after the other.
     streams: VecDeque<Stream>,
     /// Turns of workers since the last chunk.
     turns: usize,
-    /// How many of those known have been dropped.
+    /// Number of known blobs that have been dropped.
     dropped: usize,
 }
 
 impl HostBlobs {
-    /// Chunks of this blob follow. Returns whether it was not known.
+    /// Starts a blob, whose chunks follow. Returns whether the blob was unknown.
     pub fn begin(&mut self, id: BlobId) -> bool {
         if self.known.contains_key(&id) {
             return false;
@@ -75,7 +74,7 @@ impl HostBlobs {
         true
     }
 
-    /// A chunk, at most [`MAX_BODY`] long, if the blob waits for more of them.
+    /// Appends a chunk of at most [`MAX_BODY`] bytes, if the blob is incomplete.
     pub fn append(&mut self, id: BlobId, chunk: &Chunk, counted: &Counted, last: bool) {
         let open = |stream: &&mut Stream| stream.id == id && !stream.complete;
         let Some(stream) = self.streams.iter_mut().find(open) else {
@@ -91,25 +90,25 @@ impl HostBlobs {
         }
     }
 
-    /// Whether messages may begin with it.
+    /// Whether messages may begin with this blob.
     pub fn has(&self, id: BlobId) -> bool {
         let state = self.known.get(&id);
         state.is_some_and(|state| state.complete && !state.dropped)
     }
 
-    /// Whether the agent has yet to be sent some of it.
+    /// Whether chunks of this blob have yet to be sent to the agent.
     pub fn is_in_flight(&self, id: BlobId) -> bool {
         self.streams.iter().any(|stream| stream.id == id)
     }
 
-    /// The rest of a blob that is not complete will not come.
+    /// Aborts an incomplete blob.
     pub fn abort(&mut self, id: BlobId) {
         if self.known.get(&id).is_some_and(|state| !state.complete) {
             self.drop_blob(id);
         }
     }
 
-    /// No more messages will begin with it.
+    /// Drops a blob: no more messages will begin with it.
     pub fn drop_blob(&mut self, id: BlobId) {
         if let Some(state) = self.known.get_mut(&id) {
             self.dropped += usize::from(!state.dropped);
@@ -117,9 +116,9 @@ impl HostBlobs {
         }
     }
 
-    /// Forgets one that was dropped, if there is one with which no message that waits to be sent
-    /// begins: as `needed` tells. Returns what the agent is to be told, if it has heard of it, and the
-    /// bytes that are released.
+    /// Forgets a dropped blob, if there is one with which no queued message begins. `needed`: whether a queued
+    /// message begins with a blob. Returns the frame that notifies the agent, if the agent knows the blob, and the
+    /// number of released bytes.
     pub fn forget(&mut self, needed: impl Fn(BlobId) -> bool) -> Option<(Option<Frame>, usize)> {
         if self.dropped == 0 {
             return None;
@@ -131,12 +130,11 @@ impl HostBlobs {
         self.dropped -= 1;
         let at = self.streams.iter().position(|stream| stream.id == id);
         let stream = at.and_then(|at| self.streams.remove(at));
-        let told = || Frame::new(Kind::Blob, LAST | ABORT, 0, id, Bytes::new());
-        Some((state.announced.then(told), stream.map_or(0, Stream::end)))
+        let notify = || Frame::new(Kind::Blob, LAST | ABORT, 0, id, Bytes::new());
+        Some((state.announced.then(notify), stream.map_or(0, Stream::end)))
     }
 
-    /// The next frame, unless it is the turn of one of so many others, and the bytes that are
-    /// released with it.
+    /// The next frame, and the number of bytes that it releases. `None` if it is the turn of one of the other senders.
     pub fn next(
         &mut self,
         others: usize,
@@ -175,7 +173,7 @@ impl HostBlobs {
         Some((frame, released))
     }
 
-    /// The agent is lost. Returns the bytes that are released.
+    /// Forgets all blobs, because the agent is lost. Returns the number of released bytes.
     pub fn clear(&mut self) -> usize {
         let streams = std::mem::take(&mut self.streams);
         *self = HostBlobs::default();
@@ -201,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_is_released_when_the_last_agent_has_been_sent_it() {
+    fn a_chunk_is_released_when_it_was_sent_to_the_last_agent() {
         let mut all = [
             HostBlobs::default(),
             HostBlobs::default(),
@@ -224,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn it_takes_its_turn_with_others() {
+    fn blobs_take_turns_with_workers() {
         let mut blobs = [HostBlobs::default()];
         blobs[0].begin(1);
         assert_eq!(flags(blobs[0].next(0, None)), None);
@@ -234,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_is_told_what_it_knows_of_once_no_message_needs_it() {
+    fn an_agent_is_notified_of_a_dropped_blob_once_no_message_needs_it() {
         let mut blobs = [HostBlobs::default()];
         blobs[0].begin(1);
         append(&mut blobs, 1, 10, true);
@@ -244,15 +242,15 @@ mod tests {
         assert!(!blobs[0].has(1));
         assert!(blobs[0].forget(|id| id == 1).is_none());
         blobs[0].next(0, None);
-        let (told, released) = blobs[0].forget(|_| false).unwrap();
-        assert_eq!((told.unwrap().header.flags, released), (LAST | ABORT, 0));
+        let (frame, released) = blobs[0].forget(|_| false).unwrap();
+        assert_eq!((frame.unwrap().header.flags, released), (LAST | ABORT, 0));
         assert!(blobs[0].forget(|_| false).is_none());
-        // Nothing of it has been sent.
+        // No chunk has been sent.
         blobs[0].begin(2);
         append(&mut blobs, 2, 10, false);
         blobs[0].abort(2);
         assert_eq!(blobs[0].forget(|_| false), Some((None, 10)));
-        // What is complete is not aborted.
+        // A complete blob is not aborted.
         blobs[0].begin(3);
         append(&mut blobs, 3, 10, true);
         blobs[0].abort(3);

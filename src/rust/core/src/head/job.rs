@@ -1,14 +1,14 @@
-//! The job engine: gives out all tasks of a job, and collects their answers, on R's thread.
+//! The job engine: sends all tasks of a job and collects their answers, on R's thread.
 //!
-//! There is no R here. [`Planner`] decides who gets which tasks. A [`Codec`] encodes tasks and keeps what is
-//! answered. A [`Dispatch`] sends messages and says what became of them: the hub, or a simulated one.
+//! The engine is independent of R. The [`Planner`] decides which worker gets which tasks. A [`Codec`] encodes tasks and
+//! stores answers. A [`Dispatch`] sends messages and reports how they ended: the hub, or a simulated one.
 //!
-//! [`Job::step`] retries tasks that were lost, by the job's [`Policy`]: each one alone, since it is not known which
-//! task of a message has killed the worker. Only what needs R stops it, with a [`Halt`]: an error, or a result to be
-//! made for tasks that have failed.
+//! [`Job::step`] retries lost tasks by the job's [`Policy`]. Each is retried alone, because it is not known which task
+//! of a message has killed the worker. A step stops only if it needs R, and then returns a [`Halt`]: an error, or a
+//! request to make the results of failed tasks.
 //!
-//! A codec may run R code, which may use the hub. So the engine holds nothing of the hub while it calls the
-//! codec: each method of [`Dispatch`] takes what it needs and has given it back when it returns.
+//! A codec may run R code, which may use the hub. The engine therefore borrows nothing of the hub while it calls the
+//! codec: each method of [`Dispatch`] releases its borrow when it returns.
 
 use super::batching::{Assignment, Ended, Planner};
 use super::hub::{Answer, Hub, StartedTask, Turn};
@@ -26,70 +26,70 @@ mod unanswered;
 
 pub use unanswered::{BatchLoss, Failed};
 
-/// Places that are given something before answers are looked for, at first; then more and more.
+/// Number of slots that are sent a batch before the engine first checks for answers. The number grows until tasks have
+/// ended.
 const MAX_STEPS: usize = 8;
-/// How long is then waited for one.
+/// How long the engine then waits for an answer.
 const FIRST_ANSWER_WAIT: Duration = Duration::from_micros(500);
 
-/// How a message has its tasks.
+/// How a message contains its tasks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// Several, as [`Codec::gather`] has put them together.
+    /// Several tasks, combined by [`Codec::gather`].
     Batch,
-    /// One alone, encoded while it is sent.
+    /// One task, encoded while it is sent.
     Long,
-    /// One alone, with all that it needs: the message does not begin with the blob.
+    /// One task in a self-contained message, which does not begin with the blob.
     Single,
 }
 
-/// How many of its tasks an answer has answered, and how that went.
+/// How many of the message's tasks an answer contains, and the measurements of the worker.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Taken {
-    /// Tasks that were done, counted from the first: no more than the message had.
+    /// Number of completed tasks, counted from the first: no more than the message had.
     pub tasks: usize,
-    /// For how long the worker was at them.
+    /// How long the worker was busy with the tasks.
     pub busy: Duration,
-    /// For how long of it the worker had a core, if it has not waited for anything.
+    /// The CPU time of the tasks, if the worker has not waited for anything.
     pub computed: Option<Duration>,
-    /// How long the worker had read before that what the tasks share.
+    /// How long the worker has read the blob before it ran the tasks.
     pub reading: Duration,
 }
 
-/// The tasks' encoding, and what becomes of their answers. Tasks are known by their numbers, from 0.
+/// Encodes tasks and stores their answers. Tasks are identified by their numbers, from 0.
 pub trait Codec {
-    /// Why a method could not do its part: R jumped, say.
+    /// The reason why a method failed, for example a jump of R.
     type Stop;
 
-    /// Whether this worker can be sent anything else than [`Form::Single`].
+    /// Whether this worker can be sent other forms than [`Form::Single`].
     fn takes_batches(&self, rank: Rank) -> bool;
 
-    /// Puts together as many of these tasks, from the first on, as fit into one message, to be written with
-    /// [`Codec::write`]. Returns how many these are, and how the message is to have them. `max_time`: see
-    /// [`super::batching::Batch`].
+    /// Combines as many of these tasks, from the first on, as fit into one message, which [`Codec::write`] then
+    /// writes. Returns the number of tasks and the form of the message. `max_time`: see [`super::batching::Batch`].
     ///
     /// # Errors
     /// When a task cannot be encoded.
     fn gather(&mut self, tasks: &[usize], max_time: Duration) -> Result<(usize, Form), Self::Stop>;
 
-    /// Writes the message that has been begun, for this worker. `task`: its first.
+    /// Writes the started message, for this worker. `task`: its first task.
     ///
     /// # Errors
     /// When the message is incomplete.
     fn write(&mut self, assigned: Rank, task: usize, form: Form) -> Result<(), Self::Stop>;
 
-    /// Sends the blob once more, to the host of this worker, which does not have it.
+    /// Sends the blob again, to the host of this worker, which does not have the blob.
     ///
     /// # Errors
     /// When the blob is incomplete.
     fn resend_blob(&mut self, blob: BlobId, assigned: Rank) -> Result<(), Self::Stop>;
 
-    /// Whether nothing can go wrong with reading this answer.
+    /// Whether reading this answer cannot fail.
     fn is_plain(&self, body: &Body) -> bool;
 
-    /// Takes what this worker has answered to a message with these tasks.
+    /// Stores this worker's answer to a message with these tasks.
     ///
     /// # Errors
-    /// When the answer cannot be read. Then no task of it counts as answered.
+    /// When the answer cannot be read. Then none of its tasks counts as answered.
     fn take(
         &mut self,
         on: Rank,
@@ -98,21 +98,20 @@ pub trait Codec {
         body: Body,
     ) -> Result<Taken, Self::Stop>;
 
-    /// A message was lost, and that has been dealt with: `again` are those of its tasks that are retried. The others
-    /// fail.
+    /// Reports that a message was lost. `again`: those of its tasks that are retried. The other tasks fail.
     fn lost(&mut self, failure: &BatchLoss, again: &[usize]);
 }
 
-/// The hub, as a job uses it: see [`Hub`] for what the methods do.
+/// The methods of the hub that a job uses: see [`Hub`] for their documentation.
 pub trait Dispatch {
-    /// The time.
+    /// The current time.
     fn now(&self) -> Instant;
-    /// Why a worker is gone permanently, if it is.
+    /// The termination reason of a worker, if it has terminated permanently.
     fn termination(&self, rank: Rank) -> Option<Arc<Termination>>;
-    /// [`Hub::begin`], for a task of which nothing lasts, and [`Hub::limit_time`].
+    /// Calls [`Hub::begin`] for a task that is no set-up call, and then [`Hub::limit_time`].
     ///
     /// # Errors
-    /// When the worker is gone.
+    /// When the worker has terminated.
     fn begin(
         &self,
         rank: Rank,
@@ -177,80 +176,81 @@ impl Dispatch for RefCell<Hub> {
     }
 }
 
-/// Why [`Job::step`] has stopped: what it needs the caller for. `S`: [`Codec::Stop`].
+/// Why [`Job::step`] has stopped and needs the caller. `S`: [`Codec::Stop`].
 #[derive(Debug)]
 pub enum Halt<S> {
-    /// The codec could not do its part.
+    /// The codec failed.
     Codec(S),
-    /// The loss of a message ends the job. That is said again.
+    /// The loss of a message ends the job. Further steps return the same.
     Lost(BatchLoss),
-    /// The results of these tasks are to be made. That is said again until [`Job::made`] has followed.
+    /// The caller must make the results of these tasks. Further steps return the same until [`Job::made`] is called.
     Failed(Failed),
-    /// A worker that has tasks to do is gone, and no other is to do them.
+    /// A worker with unfinished tasks has terminated, and no other worker may run them.
     Terminated {
         /// The worker.
         rank: Rank,
-        /// How it ended.
+        /// How the worker terminated.
         termination: Arc<Termination>,
     },
-    /// Tasks are left and nothing is out. That never happens.
+    /// Tasks are left and no message is outstanding, which never happens.
     Stuck,
 }
 
-/// A worker of a job, and what is known of it.
+/// A worker of a job, and the properties that the planner uses.
 #[derive(Clone, Copy, Debug)]
 pub struct JobWorker {
     /// The worker.
     pub rank: Rank,
     /// Its host, counted from 0.
     pub host: usize,
-    /// The cores of its host, 0 if that is not known.
+    /// The cores of its host, 0 if unknown.
     pub cores: usize,
-    /// Seconds that the round trip to it takes, if that is known.
+    /// The round-trip time to the worker in seconds, if known.
     pub rtt: Option<f64>,
     /// See [`Hub::is_detained`].
     pub detained: bool,
 }
 
-/// What a job is made of.
+/// The parameters of a job.
 #[derive(Debug)]
 pub struct Setup {
     /// The job's number.
     pub id: JobId,
     /// Its workers.
     pub slots: Vec<JobWorker>,
-    /// How many tasks it has.
+    /// Number of tasks.
     pub tasks: usize,
-    /// Who gets which.
+    /// How tasks are assigned to workers.
     pub assignment: Assignment,
-    /// The task that is begun at each position; otherwise in their order.
+    /// The order in which tasks are started: the task at each position. `None`: by number.
     pub order: Option<Vec<usize>>,
-    /// No two tasks go together.
+    /// Each message has only one task.
     pub singly: bool,
-    /// How long a task may take.
+    /// The time limit of a task.
     pub timeout: Option<Duration>,
     /// How often a lost task is retried.
     pub policy: Policy,
-    /// What all tasks have in common.
+    /// The blob that all tasks share.
     pub blob: BlobId,
-    /// Bytes that a worker has to read before the first task of each message.
+    /// Bytes of the blob that a worker must read before the first task of each message.
     pub reading: Option<u64>,
 }
 
-/// Tasks that are out together in one message.
+/// An outstanding message and its tasks.
 ///
-/// `slot` and [`Job::lanes`] do not say where the message is: that is the hub's to know, and it forgets a message with
-/// its end. They say whose share of the work it is, for the planner's estimates, in the order in which that place
-/// begins its messages, which is not the order in which they were sent.
+/// `slot` and [`Job::outstanding`] do not record which worker has the message: the hub knows that until the message
+/// ends. They record which slot's share of the work the message is, for the planner's estimates, in the order in which
+/// the slot starts its messages. That order differs from the order of sending.
 #[derive(Debug)]
 struct SentBatch {
     slot: usize,
-    /// Positions in the order, from 0.
+    /// The tasks, as positions in the order, from 0.
     tasks: Vec<usize>,
     at: Instant,
-    /// How long it takes tells how long the way is: it is sent to its own worker, which is idle.
-    telling: bool,
-    /// It has been asked back.
+    /// The turnaround of the message measures the round-trip time: the message was sent to its own worker, which was
+    /// idle.
+    measures_rtt: bool,
+    /// A revoke request has been sent.
     revoked: bool,
 }
 
@@ -258,9 +258,9 @@ struct SentBatch {
 #[derive(Debug)]
 pub struct Job {
     id: JobId,
-    /// The worker of each place.
+    /// The worker of each slot.
     ranks: Vec<Rank>,
-    /// All of these.
+    /// The workers of all slots.
     members: RankSet,
     blob: BlobId,
     order: Option<Vec<usize>>,
@@ -268,31 +268,31 @@ pub struct Job {
     assignment: Assignment,
     planner: Planner,
     sent: HashMap<TaskId, SentBatch>,
-    /// Those that are out at each place, in the order in which they are begun.
-    lanes: Vec<VecDeque<TaskId>>,
-    /// Places that are given something between two looks at what has come.
+    /// The outstanding messages of each slot, in the order in which they are started.
+    outstanding: Vec<VecDeque<TaskId>>,
+    /// Number of slots that are sent a batch between two checks for answers.
     at_once: usize,
-    /// Places that may be given more.
+    /// Slots that may get another batch.
     ready: VecDeque<usize>,
-    /// Places whose worker may still be at a task that took too long or was cancelled: others may have what
-    /// waits for it.
+    /// Slots whose worker may still be running a task that timed out or was cancelled. Messages that wait for such a
+    /// worker are revoked for other workers.
     detained: Vec<bool>,
     done: usize,
     began: Instant,
     timeout: Option<Duration>,
     policy: Policy,
-    /// Of the tasks that were lost.
+    /// The attempts at each task that was lost.
     attempts: HashMap<usize, Attempts<Arc<BatchLoss>>>,
-    /// Tasks whose results are to be made.
+    /// Failed tasks whose results the caller has not made yet.
     failed: VecDeque<Failed>,
-    /// An answer that a step has left for the next, which may fail to be read.
+    /// An answer that a step has left for the next one, because reading it may fail.
     unread: Option<(Rank, TaskId, Body)>,
 }
 
 type Stepped<T, C> = Result<T, Halt<<C as Codec>::Stop>>;
 
 impl Job {
-    /// A job of which nothing has been sent. `now`: by [`Dispatch::now`].
+    /// Creates a job. `now`: by [`Dispatch::now`].
     pub fn new(setup: Setup, now: Instant) -> Job {
         let count = setup.slots.len();
         let mut planner = Planner::new(setup.assignment, setup.tasks, count);
@@ -304,7 +304,7 @@ impl Job {
         }
         for (at, slot) in setup.slots.iter().enumerate() {
             planner.expect(at, slot.rtt);
-            planner.place_on(at, slot.host, slot.cores);
+            planner.set_host(at, slot.host, slot.cores);
         }
         let ranks: Vec<Rank> = setup.slots.iter().map(|slot| slot.rank).collect();
         Job {
@@ -317,7 +317,7 @@ impl Job {
             assignment: setup.assignment,
             planner,
             sent: HashMap::new(),
-            lanes: vec![VecDeque::new(); count],
+            outstanding: vec![VecDeque::new(); count],
             at_once: MAX_STEPS,
             ready: (0..count).collect(),
             detained: setup.slots.iter().map(|slot| slot.detained).collect(),
@@ -341,25 +341,25 @@ impl Job {
         self.policy
     }
 
-    /// How long the round trip to each worker has taken, in seconds.
+    /// The measured round-trip time of each worker, in seconds.
     pub fn rtts(&self) -> impl Iterator<Item = (Rank, f64)> + '_ {
         let ranks = self.ranks.iter().enumerate();
         ranks.filter_map(|(slot, &rank)| Some((rank, self.planner.rtt(slot)?)))
     }
 
-    /// The tasks of a message that is out: the first one's number, from 0, and how many.
+    /// The tasks of an outstanding message: the number of the first one, from 0, and how many.
     pub fn at(&self, task: TaskId) -> Option<(usize, usize)> {
         let tasks = &self.sent.get(&task)?.tasks;
         Some((self.task(*tasks.first()?), tasks.len()))
     }
 
-    /// The tasks of a message that is out.
+    /// The tasks of an outstanding message.
     pub fn tasks_of(&self, task: TaskId) -> Cow<'_, [usize]> {
         let sent = self.sent.get(&task);
         self.indices(sent.map_or(&[], |sent| &sent.tasks))
     }
 
-    /// How far the job is: tasks, those that have ended, and workers that are busy.
+    /// The progress of the job: the numbers of all tasks, ended tasks, and busy workers.
     pub fn progress(&self) -> (usize, usize, usize) {
         let slots = 0..self.ranks.len();
         let busy = slots.filter(|&at| self.planner.out(at) > 0).count();
@@ -384,12 +384,12 @@ impl Job {
         hub.now().saturating_duration_since(self.began)
     }
 
-    /// Gives tasks out and takes answers, for so long at most, or until there is something else to do first.
-    /// Returns whether all tasks have ended. `plain_only`: an answer that may fail to be read is left for the
-    /// next step. Returns early after a loss, for whoever is to be told of that.
+    /// Sends tasks and takes answers for up to `max_time`. Returns whether all tasks have ended. Returns early after a
+    /// loss, so that the caller can report it, and after a signal. `plain_only`: an answer whose reading may fail is
+    /// left for the next step.
     ///
     /// # Errors
-    /// What the caller is needed for.
+    /// When the caller is needed: see [`Halt`].
     pub fn step<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -409,8 +409,8 @@ impl Job {
             self.take(hub, codec, assigned, task, body)?;
         }
         loop {
-            // While answers come, those who have answered are given more at once, and others are not
-            // begun with: it is they who are quick, and have the function and its memory at hand.
+            // While answers arrive, workers that have answered get more at once, before the others start:
+            // they are quick, and have the function and its memory in their caches.
             let count = if answered { 1 } else { self.at_once };
             answered = false;
             for _ in 0..count {
@@ -431,8 +431,8 @@ impl Job {
                 return Ok(false);
             }
             if !self.ready.is_empty() {
-                // The first answers tell how large batches should be: worth waiting for, as long as not
-                // much time is lost by that if they do not come.
+                // The first answers determine how large batches should be. That is worth a wait that costs
+                // little time if no answer arrives.
                 left = match self.planner.knows() {
                     true => Duration::ZERO,
                     false => FIRST_ANSWER_WAIT,
@@ -457,10 +457,10 @@ impl Job {
                     answered = true;
                 }
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
-                // Until it is time, or a signal has come.
+                // The time is over, or a signal has arrived.
                 Answer::Pending => return Ok(false),
                 Answer::NothingSent => return Err(self.none_out(hub)),
-                // It was sent to the worker before the job, which has sent it nothing yet.
+                // The message is not one of this job: it was sent to the worker before.
                 Answer::Lost { task, .. } if !self.sent.contains_key(&task) => hub.forget(task),
                 Answer::Lost {
                     assigned,
@@ -499,10 +499,10 @@ impl Job {
         }
     }
 
-    /// What was outstanding on a node that has been stopped, in the middle of the job, is forgotten.
+    /// Explains why no message is outstanding: the hub forgets the messages of a node that is stopped during the job.
     fn none_out<S>(&self, hub: &impl Dispatch) -> Halt<S> {
-        let ranks = self.lanes.iter().zip(&self.ranks);
-        let ranks = ranks.filter(|(lane, _)| !lane.is_empty());
+        let ranks = self.outstanding.iter().zip(&self.ranks);
+        let ranks = ranks.filter(|(queue, _)| !queue.is_empty());
         let ranks = ranks.map(|(_, &rank)| rank);
         let mut terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
         terminated
@@ -513,7 +513,7 @@ impl Job {
             })
     }
 
-    /// Sends a place what it is to have now.
+    /// Sends a slot the batches that it should get now.
     fn fill<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -551,11 +551,11 @@ impl Job {
                 return Ok(());
             }
             self.planner
-                .took(hub.now().saturating_duration_since(began));
+                .record_cost(hub.now().saturating_duration_since(began));
         }
     }
 
-    /// Whether the worker of this place is gone, and others are there to do its part.
+    /// Whether the worker of this slot has terminated and other workers can run its tasks.
     fn is_terminated<S>(&mut self, hub: &impl Dispatch, slot: usize) -> Result<bool, Halt<S>> {
         if self.assignment == Assignment::Round {
             return Ok(false);
@@ -571,8 +571,8 @@ impl Job {
         }
     }
 
-    /// Sends as many of these tasks as fit into one message; `max_time`: see [`super::batching::Batch`]. Returns
-    /// how many.
+    /// Sends as many of these tasks as fit into one message, and returns their number. `max_time`: see
+    /// [`super::batching::Batch`].
     fn send<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -589,7 +589,7 @@ impl Job {
                 .map_err(Halt::Codec)?,
             false => (1, Form::Single),
         };
-        // What is long would wait here, and R with it.
+        // Sending a long message to a busy worker would block, and R with it.
         if turn == Turn::Prefetch && form != Form::Batch {
             return Ok(0);
         }
@@ -599,14 +599,14 @@ impl Job {
             .begin(rank, self.id, turn, self.timeout, blob)
             .map_err(|termination| Halt::Terminated { rank, termination })?;
         let blob = blob(started.assigned);
-        // Another may stand in that reads other numbers.
+        // The task may be reassigned to a worker with another number format, which takes no batches.
         let (count, form) = match blob {
             None if is_batch => (1, Form::Single),
             _ => (count, form),
         };
         let task = started.task;
         let written = match blob {
-            // A host that has come back, say.
+            // For example, a host that has reconnected does not have the blob.
             Some(blob) if !started.has_blob => codec.resend_blob(blob, started.assigned),
             _ => Ok(()),
         };
@@ -622,18 +622,18 @@ impl Job {
             slot,
             tasks: positions[..count].to_vec(),
             at: hub.now(),
-            telling: turn == Turn::Last && started.assigned == rank && !started.behind_call,
+            measures_rtt: turn == Turn::Last && started.assigned == rank && !started.behind_call,
             revoked: false,
         };
         self.sent.insert(task, sent);
         match turn {
-            Turn::First => self.lanes[slot].push_front(task),
-            Turn::Last | Turn::Prefetch => self.lanes[slot].push_back(task),
+            Turn::First => self.outstanding[slot].push_front(task),
+            Turn::Last | Turn::Prefetch => self.outstanding[slot].push_back(task),
         }
         Ok(count)
     }
 
-    /// Takes what this worker has answered.
+    /// Takes an answer of this worker.
     fn take<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -651,13 +651,15 @@ impl Job {
         let taken = match codec.take(on, task, &self.indices(&sent.tasks), body) {
             Ok(taken) => taken,
             Err(stop) => {
-                // The caller finds out why first: see [`Job::unreadable`].
-                self.lanes[sent.slot].push_front(task);
+                // The message stays outstanding until the caller knows the reason: see [`Job::unreadable`].
+                self.outstanding[sent.slot].push_front(task);
                 self.sent.insert(task, sent);
                 return Err(Halt::Codec(stop));
             }
         };
-        let turnaround = sent.telling.then(|| now.saturating_duration_since(sent.at));
+        let turnaround = sent
+            .measures_rtt
+            .then(|| now.saturating_duration_since(sent.at));
         let ended = Ended {
             tasks: taken.tasks,
             busy: taken.busy,
@@ -682,39 +684,39 @@ impl Job {
 
     fn remove(&mut self, task: TaskId) -> Option<SentBatch> {
         let sent = self.sent.remove(&task)?;
-        self.lanes[sent.slot].retain(|&other| other != task);
+        self.outstanding[sent.slot].retain(|&other| other != task);
         Some(sent)
     }
 
-    /// Tasks are to be given out again: whoever has nothing to do is looked at, and last those who may not be
-    /// able to begin.
+    /// Makes all idle slots ready, because there are tasks to send again. Slots whose worker may still be busy come
+    /// last.
     fn wake(&mut self) {
-        let mut idle: Vec<bool> = self.lanes.iter().map(VecDeque::is_empty).collect();
+        let mut idle: Vec<bool> = self.outstanding.iter().map(VecDeque::is_empty).collect();
         for &slot in &self.ready {
             idle[slot] = false;
         }
         let idle = |&slot: &usize| idle[slot];
-        let (last, first): (Vec<usize>, Vec<usize>) = (0..self.lanes.len())
+        let (last, first): (Vec<usize>, Vec<usize>) = (0..self.outstanding.len())
             .filter(idle)
             .partition(|&slot| self.detained[slot]);
         self.ready.extend(first);
         self.ready.extend(last);
     }
 
-    /// When all tasks have been given out and some workers have nothing to do, what others have not
-    /// begun is asked back.
+    /// Revokes messages that workers have not started, if all tasks have been sent and other workers are idle.
     fn revoke(&mut self, hub: &impl Dispatch) {
         if self.assignment == Assignment::Round || self.planner.left() > 0 {
             return;
         }
-        let lanes = || self.lanes.iter().zip(&self.detained);
+        let queues = || self.outstanding.iter().zip(&self.detained);
         let is_idle =
-            |(lane, detained): &(&VecDeque<TaskId>, &bool)| lane.is_empty() && !**detained;
-        let idle = lanes().filter(is_idle).count();
+            |(queue, detained): &(&VecDeque<TaskId>, &bool)| queue.is_empty() && !**detained;
+        let idle = queues().filter(is_idle).count();
         let asked = self.sent.values().filter(|sent| sent.revoked).count();
-        // Of those who are detained, the first may not have begun either. If it has, it stays.
+        // A detained worker may not have started its first message either. If it has, the request has no effect.
         let started = |detained: bool| usize::from(!detained);
-        let waiting = lanes().filter_map(|(lane, &detained)| lane.get(started(detained)).copied());
+        let waiting =
+            queues().filter_map(|(queue, &detained)| queue.get(started(detained)).copied());
         for task in waiting
             .collect::<Vec<_>>()
             .into_iter()

@@ -1,4 +1,4 @@
-//! Starting an agent: a command line whose stdin and stdout are the stream to it.
+//! Starts an agent by a command whose stdin and stdout are the stream to the agent.
 
 use crate::platform::signals;
 use crate::protocol::handshake::ENDS_WITH_HEAD;
@@ -15,17 +15,17 @@ use std::thread;
 /// How to start an agent.
 #[derive(Clone, Debug)]
 pub struct Launch {
-    /// The name of its host in messages.
+    /// The name of the agent's host in messages.
     pub host: String,
     /// The program and its arguments. No shell is involved.
     pub command: Vec<OsString>,
-    /// Set in the environment, or with `None` removed from it.
+    /// Variables to set in the environment, or to remove if the value is `None`.
     pub env: Vec<(OsString, Option<OsString>)>,
 }
 
 /// A started agent.
 pub struct Launched {
-    /// Our end of its stdin and stdout.
+    /// The head's end of the agent's stdin and stdout.
     pub stream: UnixStream,
     /// Standard error of the agent's command.
     pub stderr: ChildStderr,
@@ -33,8 +33,8 @@ pub struct Launched {
     pub process: Arc<AgentProcess>,
 }
 
-/// The process that a launch started. It can be killed from any thread, and only while it is
-/// that process: the number is not given back before the lock says so.
+/// The process that a launch started. Any thread can kill it. The lock ensures that no signal is
+/// sent once the process has been reaped and its pid may have been reused.
 #[derive(Debug)]
 pub struct AgentProcess {
     pid: u32,
@@ -42,14 +42,14 @@ pub struct AgentProcess {
 }
 
 impl AgentProcess {
-    /// The process number.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Interrupts it and its process group: R, if that is what runs, then removes its temporary
-    /// directory and ends. R would do so at SIGUSR2 as well, but leave its workspace in the working
-    /// directory.
+    /// Interrupts the process and its process group. If the process runs R, R then removes its
+    /// temporary directory and ends. SIGUSR2 would have the same effect, but R would save its workspace
+    /// in the working directory.
     pub fn interrupt(&self) {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if *running {
@@ -57,9 +57,9 @@ impl AgentProcess {
         }
     }
 
-    /// Kills it and its process group, if it still runs.
+    /// Kills the process and its process group, if the process is still running.
     pub fn kill(&self) {
-        // The lock is held for two system calls, by this and by the thread that waits.
+        // Both this method and the waiting thread keep the lock only for two system calls.
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if *running {
             let pid = self.pid as i32;
@@ -70,8 +70,8 @@ impl AgentProcess {
 }
 
 /// Starts the command in a session of its own, so that neither Ctrl-C at the head's terminal nor
-/// the terminal's end reach it. `on_exit` is called, on another thread, once it has ended and
-/// been waited for.
+/// the terminal's end reach it. Once the process has ended and been reaped, `on_exit` is called on
+/// another thread.
 ///
 /// # Errors
 /// When the command cannot be run.
@@ -124,19 +124,19 @@ pub fn start(
     })
 }
 
-/// Whether `text` is the address of an interface of this machine. Of the loopback's only the usual
-/// one counts: others may be forwarded to other machines.
+/// Whether `text` is the address of an interface of this machine. Of the loopback addresses, only the
+/// usual one of each family counts, because others may be forwarded to other machines.
 pub fn is_own_address(text: &str) -> bool {
     match text.parse::<IpAddr>() {
         Ok(ip) if ip.is_loopback() => ip == Ipv4Addr::LOCALHOST || ip == Ipv6Addr::LOCALHOST,
-        // A socket can be bound to no other.
+        // A socket can be bound only to an address of this machine.
         Ok(ip) => !ip.is_unspecified() && UdpSocket::bind((ip, 0)).is_ok(),
         Err(_) => false,
     }
 }
 
-/// A thread that sleeps in wait(). Neither SIGCHLD nor waitpid(-1) would do: in R's process both
-/// belong to others too.
+/// Starts a thread that waits for the child. Neither SIGCHLD nor waitpid(-1) can be used, because other
+/// code in R's process uses them too.
 fn wait_for(
     mut child: Child,
     process: Arc<AgentProcess>,

@@ -1,23 +1,23 @@
-//! When a task that was lost with its worker is retried: one policy for verbs, jobs and calls.
+//! The retry policy for tasks that were lost with their worker: one policy for verbs, jobs and calls.
 //!
 //! Pure. A [`Policy`] is known before the first task is sent; [`Attempts`] is kept with each task until its end.
 //!
 //! 1. Only [`Outcome::Lost`](super::scheduler::events::Outcome::Lost) is a loss. A task that exceeded its time limit,
-//!    was cancelled or was revoked is never retried, and neither is one that raised an error.
-//! 2. A task that is lost is retried `retries` times. With the loss after that it fails, and other tasks go on.
+//!    was cancelled, was revoked or raised an error is never retried.
+//! 2. A lost task is retried `retries` times. With the next loss the task fails, and other tasks continue.
 //! 3. With a policy that raises, the first loss ends the verb or the call with that loss as its error.
-//! 4. A task of a worker that was stopped ends its verb or call whatever the policy: nobody is to replace that worker.
-//! 5. A loss has a warning of its own only if a fresh worker takes the place: that a host or a worker is lost
-//!    permanently is an event, told once and not for each of its tasks.
+//! 4. A task of a stopped worker ends its verb or call whatever the policy, because the worker will not be replaced.
+//! 5. A loss causes a warning only if the worker is replaced. The permanent loss of a host or worker is an event, which
+//!    is reported once and not for each of its tasks.
 
 use super::scheduler::events::Termination;
 use crate::protocol::ids::{Rank, TaskId};
 use tracing::info;
 
-/// How often tasks are retried. All tasks of a verb, a job or a call have the same policy.
+/// How often a lost task is retried. All tasks of a verb, a job or a call have the same policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// Times that a task is sent again after a loss.
+    /// Maximum number of times that a task is sent again after a loss.
     pub retries: usize,
     /// The first loss is the error of the whole verb or call.
     pub raises: bool,
@@ -30,7 +30,7 @@ impl Default for Policy {
 }
 
 impl Policy {
-    /// What `retries` of a cluster means: without retries, a loss is an error at once.
+    /// The policy of a cluster with this many `retries`. Without retries, the first loss is an error.
     pub fn new(retries: usize) -> Policy {
         Policy {
             retries,
@@ -39,7 +39,7 @@ impl Policy {
     }
 }
 
-/// What becomes of a task that was lost.
+/// What happens to a lost task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The task is sent again.
@@ -50,7 +50,7 @@ pub enum Verdict {
     Raise,
 }
 
-/// The losses of one task, each as `L` describes it.
+/// The losses of one task, each described by an `L`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempts<L> {
     failures: Vec<L>,
@@ -65,8 +65,8 @@ impl<L> Default for Attempts<L> {
 }
 
 impl<L> Attempts<L> {
-    /// What becomes of the task if its worker is lost once more, for this reason. Changes nothing: whoever carries it
-    /// out may be interrupted, and asks again then.
+    /// Decides what happens to the task if it is lost for this reason. Changes nothing: the caller may be interrupted
+    /// while it carries out the verdict, and then asks again.
     pub fn verdict(&self, policy: Policy, termination: &Termination) -> Verdict {
         if policy.raises || matches!(termination, Termination::Stopped) {
             Verdict::Raise
@@ -77,26 +77,26 @@ impl<L> Attempts<L> {
         }
     }
 
-    /// The verdict on this loss has been carried out.
+    /// Records a loss whose verdict has been carried out.
     pub fn record(&mut self, failure: L) {
         self.failures.push(failure);
     }
 
-    /// All losses that have been recorded, the first one first.
+    /// All recorded losses, the oldest first.
     pub fn failures(&self) -> &[L] {
         &self.failures
     }
 }
 
-/// Whether a loss has a warning of its own. `replaced`: a fresh worker takes the place.
+/// Whether a loss causes a warning of its own. `replaced`: the worker was replaced.
 pub fn is_reported(termination: &Termination, replaced: bool) -> bool {
     replaced && matches!(termination, Termination::Worker(_))
 }
 
-/// Logs that an attempt at a task ended with its worker. For tasks that were sent together, `attempt` is the largest
-/// number of theirs.
-pub fn log_attempt(task: TaskId, place: Rank, attempt: usize, again: bool) {
-    info!(task, rank = place + 1, attempt, again, "attempt failed");
+/// Logs that an attempt at a task ended with its worker. For a batch, `attempt` is the largest attempt number of its
+/// tasks.
+pub fn log_attempt(task: TaskId, assigned: Rank, attempt: usize, again: bool) {
+    info!(task, rank = assigned + 1, attempt, again, "attempt failed");
 }
 
 #[cfg(test)]
@@ -121,7 +121,7 @@ mod tests {
         Termination::Host("the connection was closed".into())
     }
 
-    /// The verdicts on one loss after the other, each recorded by its number, until the task has ended.
+    /// Returns the verdicts on these losses, each recorded by its number, until the task has ended.
     fn verdicts(policy: Policy, failures: &[Termination]) -> (Vec<Verdict>, Attempts<usize>) {
         let mut attempts = Attempts::default();
         let mut verdicts = Vec::new();
@@ -143,16 +143,16 @@ mod tests {
     fn a_task_fails_with_the_loss_after_its_last_retry() {
         use Verdict::{GiveUp, Retry};
         let failures = vec![crash(); 9];
-        let (told, attempts) = verdicts(Policy::new(2), &failures);
-        assert_eq!(told, [Retry, Retry, GiveUp]);
+        let (decided, attempts) = verdicts(Policy::new(2), &failures);
+        assert_eq!(decided, [Retry, Retry, GiveUp]);
         assert_eq!(attempts.failures(), [0, 1, 2]);
         assert_eq!(verdicts(Policy::new(1), &failures).0, [Retry, GiveUp]);
     }
 
     #[test]
-    fn without_retries_a_loss_is_an_error_unless_failures_are_results() {
-        let (told, attempts) = verdicts(Policy::new(0), &[crash()]);
-        assert_eq!(told, [Verdict::Raise]);
+    fn without_retries_a_loss_is_an_error_unless_the_policy_does_not_raise() {
+        let (decided, attempts) = verdicts(Policy::new(0), &[crash()]);
+        assert_eq!(decided, [Verdict::Raise]);
         assert!(attempts.failures().is_empty());
         let results = Policy {
             raises: false,
@@ -173,8 +173,8 @@ mod tests {
             }
         }
         let failures = [crash(), Termination::Stopped];
-        let told = verdicts(Policy::new(5), &failures).0;
-        assert_eq!(told, [Verdict::Retry, Verdict::Raise]);
+        let decided = verdicts(Policy::new(5), &failures).0;
+        assert_eq!(decided, [Verdict::Retry, Verdict::Raise]);
     }
 
     #[test]
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_loss_of_a_worker_that_is_replaced_has_a_warning_of_its_own() {
+    fn only_the_loss_of_a_replaced_worker_causes_a_warning() {
         assert!(is_reported(&crash(), true));
         assert!(!is_reported(&crash(), false));
         assert!(!is_reported(&host(), true));
@@ -197,7 +197,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_task_is_begun_at_most_once_more_than_it_is_retried(
+        fn a_task_is_started_at_most_once_more_than_it_may_be_retried(
             retries in 0_usize..6,
             raises: bool,
             kinds in proptest::collection::vec(0_u8..8, 0..12),
@@ -211,25 +211,25 @@ mod tests {
                 })
                 .collect();
             let policy = Policy { retries, raises };
-            let (told, attempts) = verdicts(policy, &failures);
-            let retried = told.iter().filter(|&&verdict| verdict == Verdict::Retry).count();
+            let (decided, attempts) = verdicts(policy, &failures);
+            let retried = decided.iter().filter(|&&verdict| verdict == Verdict::Retry).count();
             let stopped = failures.iter().position(|termination| *termination == Termination::Stopped);
-            // Retried as long as it may be and each loss before a stop, and not once more.
+            // Each loss before a stop is retried, up to the maximum.
             let before = stopped.unwrap_or(failures.len());
             prop_assert_eq!(retried, if raises { 0 } else { before.min(retries) });
             // Only the last verdict ends the task.
-            prop_assert!(told.iter().rev().skip(1).all(|&verdict| verdict == Verdict::Retry));
-            match told.last() {
+            prop_assert!(decided.iter().rev().skip(1).all(|&verdict| verdict == Verdict::Retry));
+            match decided.last() {
                 None => prop_assert!(failures.is_empty()),
-                Some(Verdict::Raise) => prop_assert!(raises || stopped == Some(told.len() - 1)),
+                Some(Verdict::Raise) => prop_assert!(raises || stopped == Some(decided.len() - 1)),
                 Some(Verdict::GiveUp) => {
                     prop_assert!(!raises);
                     prop_assert_eq!(attempts.failures().len(), retries + 1);
                 }
-                Some(Verdict::Retry) => prop_assert_eq!(told.len(), failures.len()),
+                Some(Verdict::Retry) => prop_assert_eq!(decided.len(), failures.len()),
             }
-            // Each loss that was dealt with is recorded once, in order.
-            let count = told.len() - usize::from(told.last() == Some(&Verdict::Raise));
+            // Each loss whose verdict was carried out is recorded once, in order.
+            let count = decided.len() - usize::from(decided.last() == Some(&Verdict::Raise));
             prop_assert_eq!(attempts.failures(), &(0..count).collect::<Vec<_>>()[..]);
         }
     }

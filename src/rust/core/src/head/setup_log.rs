@@ -1,10 +1,9 @@
-//! What lasts on workers, held by the head for hosts that may come back: an agent that is lost takes
-//! with it what it held (see [`crate::agent::setup_log`]).
+//! The set-up log of the head, from which hosts that reconnect are restored. The head needs its own log because a
+//! lost agent takes its log with it (see [`crate::agent::setup_log`]).
 //!
-//! Messages are written to a file that has no name, in the order in which they are sent, and each
-//! knows on which workers it has lasted. A host that is back gets them from a map of the file: they
-//! take no memory of the head that the system could not have back. What messages begin with as a
-//! blob is in the file once.
+//! Set-up calls are written to a file without a name, in the order in which they are sent. The log records which
+//! workers have completed each call. A host that has reconnected gets its calls from a mapping of the file, so the
+//! log occupies only memory that the system can reclaim. The file contains each blob once.
 
 use crate::platform::signals::without_file_size_signal;
 use crate::protocol::control::Facts;
@@ -24,27 +23,27 @@ use xxhash_rust::xxh3::Xxh3;
 #[derive(Debug)]
 struct StoredCall {
     name: u64,
-    /// It begins with this; the rest is what follows.
+    /// The blob that the message begins with; the rest of the message is at `from`.
     blob: Option<BlobId>,
     from: u64,
     len: u64,
     digest: u128,
-    /// The number of workers whose set-up calls contain it.
+    /// Number of workers whose set-up calls contain this call.
     users: usize,
-    /// Sent to these, and not answered yet.
+    /// Workers that have been sent the call and have not answered yet.
     pending: BTreeSet<Rank>,
 }
 
-/// A message that has lasted: its name, and its bytes in parts.
+/// A set-up call to be sent again: its name, and its bytes in parts.
 pub type SetupMessage = (u64, Vec<Bytes>);
 
 /// A blob in the file.
 struct Stored {
     from: u64,
     len: u64,
-    /// More messages may come to begin with it.
+    /// Further messages may begin with the blob.
     wanted: bool,
-    /// So many messages do.
+    /// Number of messages that begin with the blob.
     users: usize,
 }
 
@@ -57,8 +56,8 @@ struct OpenStoredCall {
     len: u64,
 }
 
-/// Writes to the file. Returns whether there is room: the disk may be full, or the file larger than this
-/// process may make any.
+/// Writes to the file. Returns whether that succeeded: the disk may be full, or the file may exceed the file size
+/// limit.
 fn put(file: &File, bytes: &[u8], at: u64) -> bool {
     without_file_size_signal(|| file.write_all_at(bytes, at)).is_ok()
 }
@@ -66,30 +65,30 @@ fn put(file: &File, bytes: &[u8], at: u64) -> bool {
 /// See the module's documentation.
 pub struct SetupLogFile {
     file: File,
-    /// By their numbers, in the order of sending.
+    /// The calls by number, in the order in which they were sent.
     messages: BTreeMap<u64, StoredCall>,
     next: u64,
-    /// The numbers of the messages that have lasted on each worker, and still do.
+    /// The numbers of the calls that restore each worker.
     workers: HashMap<Rank, SetupCalls<u64>>,
-    /// The message of each task that is not answered.
+    /// The number of the call of each task that is not answered.
     tasks: HashMap<TaskId, u64>,
     open: Option<OpenStoredCall>,
     blobs: HashMap<BlobId, Stored>,
-    /// A blob that is being written, and how much of it has been.
+    /// The blob that is being written, and its length so far.
     open_blob: Option<(BlobId, u64)>,
     end: u64,
-    /// Bytes of the file that are taken up.
+    /// Bytes of the file that are in use.
     stored_bytes: u64,
     max_bytes: u64,
-    /// Something that lasts is not in the file.
+    /// A set-up call is missing from the file: no host can be restored.
     incomplete: bool,
 }
 
 impl SetupLogFile {
-    /// Holds up to `max_bytes` bytes in a file that is made at `path` and has no name from then on.
+    /// Creates a log of up to `max_bytes` bytes. The file is created at `path` and unlinked at once.
     ///
     /// # Errors
-    /// When the file cannot be made.
+    /// When the file cannot be created.
     pub fn new(path: &Path, max_bytes: u64) -> io::Result<SetupLogFile> {
         let mut options = File::options();
         let options = options.read(true).write(true).create_new(true);
@@ -111,7 +110,7 @@ impl SetupLogFile {
         })
     }
 
-    /// What is known of it, for a bug report.
+    /// Adds the state of the log to a bug report.
     pub fn facts(&self, facts: &mut Facts) {
         facts.add("setup_log_calls", self.messages.len());
         facts.add("setup_log_bytes", self.stored_bytes);
@@ -119,12 +118,12 @@ impl SetupLogFile {
         facts.add("setup_log_complete", self.is_complete());
     }
 
-    /// A blob begins with which messages begin that are to last.
+    /// Starts a blob with which set-up calls begin.
     pub fn begin_blob(&mut self, id: BlobId) {
         self.open_blob = Some((id, 0));
     }
 
-    /// Some of the blob.
+    /// Appends to the blob.
     pub fn write_blob(&mut self, chunks: &[Chunk]) {
         let Some((_, len)) = &mut self.open_blob else {
             return;
@@ -140,7 +139,7 @@ impl SetupLogFile {
         }
     }
 
-    /// The blob is complete.
+    /// Completes the blob.
     pub fn finish_blob(&mut self) {
         let Some((id, len)) = self.open_blob.take() else {
             return;
@@ -156,17 +155,17 @@ impl SetupLogFile {
         self.stored_bytes += len;
     }
 
-    /// The blob will not be complete.
+    /// Discards the incomplete blob.
     pub fn abandon_blob(&mut self) {
         self.open_blob = None;
     }
 
-    /// Whether messages that last can begin with this blob.
+    /// Whether the log has this blob, so that set-up calls can begin with it.
     pub fn has_blob(&self, id: BlobId) -> bool {
         self.blobs.get(&id).is_some_and(|stored| stored.wanted)
     }
 
-    /// No more messages will begin with it.
+    /// Records that no further message will begin with the blob.
     pub fn drop_blob(&mut self, id: BlobId) {
         if let Some(stored) = self.blobs.get_mut(&id) {
             stored.wanted = false;
@@ -174,20 +173,19 @@ impl SetupLogFile {
         }
     }
 
-    /// Lets go of a blob that no message begins with or may come to.
+    /// Frees a blob if no message begins with it and none will.
     fn clear_blob(&mut self, id: BlobId) {
         let unused = |stored: &Stored| !stored.wanted && stored.users == 0;
         if self.blobs.get(&id).is_some_and(unused) {
             if let Some(stored) = self.blobs.remove(&id) {
-                if give_back(&self.file, stored.from, stored.len) {
+                if punch_hole(&self.file, stored.from, stored.len) {
                     self.stored_bytes -= stored.len;
                 }
             }
         }
     }
 
-    /// A message to this worker begins that is to last, under this name (0: none). It begins with
-    /// this blob.
+    /// Starts a set-up call to this worker, with this name (0: none), which begins with this blob.
     pub fn begin(&mut self, task: TaskId, rank: Rank, name: u64, blob: Option<BlobId>) {
         self.open = Some(OpenStoredCall {
             task,
@@ -199,7 +197,7 @@ impl SetupLogFile {
         });
     }
 
-    /// Some of the message.
+    /// Appends to the message.
     pub fn write(&mut self, chunks: &[Chunk]) {
         let Some(open) = &mut self.open else {
             return;
@@ -207,7 +205,7 @@ impl SetupLogFile {
         for chunk in chunks {
             let at = self.end + open.len;
             open.len += chunk.bytes.len() as u64;
-            // It may turn out to be the same as the last one.
+            // The message may turn out to equal the last one, and then needs no room of its own.
             let last = self
                 .messages
                 .values()
@@ -222,7 +220,7 @@ impl SetupLogFile {
         }
     }
 
-    /// The message is complete.
+    /// Completes the message.
     pub fn finish(&mut self) {
         let Some(open) = self.open.take() else {
             return;
@@ -237,7 +235,8 @@ impl SetupLogFile {
                 && last.name == open.name
                 && last.blob == open.blob
         };
-        // To many workers goes the same, one after the other. To the same worker it is said once more.
+        // Equal messages to several workers in a row are stored once. A worker that gets an equal message twice runs
+        // it twice.
         let workers = &self.workers;
         let ran = |number| {
             let calls = workers.get(&open.rank);
@@ -257,7 +256,7 @@ impl SetupLogFile {
             if let Some(id) = open.blob {
                 match self.blobs.get_mut(&id) {
                     Some(stored) => stored.users += 1,
-                    // Not all of the message is here.
+                    // The blob is missing, so the message cannot be restored.
                     None => self.incomplete = true,
                 }
             }
@@ -278,12 +277,12 @@ impl SetupLogFile {
         }
     }
 
-    /// The message will not be complete.
+    /// Discards the incomplete message.
     pub fn abandon(&mut self) {
         self.open = None;
     }
 
-    /// A task has ended; `setup_call`: with what it did to its worker.
+    /// Records that a task has ended; `setup_call`: the set-up call completed.
     pub fn ended(&mut self, task: TaskId, rank: Rank, setup_call: bool) {
         let Some(number) = self.tasks.remove(&task) else {
             return;
@@ -305,12 +304,12 @@ impl SetupLogFile {
         }
     }
 
-    /// Lets go of a message that no worker has or may come to have.
+    /// Frees a message if no worker has completed it and none will.
     fn clear(&mut self, number: u64) {
         let unused = |m: &StoredCall| m.users == 0 && m.pending.is_empty();
         if self.messages.get(&number).is_some_and(unused) {
             if let Some(message) = self.messages.remove(&number) {
-                if give_back(&self.file, message.from, message.len) {
+                if punch_hole(&self.file, message.from, message.len) {
                     self.stored_bytes -= message.len;
                 }
                 if let Some(id) = message.blob {
@@ -323,12 +322,12 @@ impl SetupLogFile {
         }
     }
 
-    /// Whether all that lasts is here.
+    /// Whether the log contains all set-up calls.
     pub fn is_complete(&self) -> bool {
         !self.incomplete
     }
 
-    /// What has lasted on this worker, in order.
+    /// The calls that restore this worker, in order.
     ///
     /// # Errors
     /// When the file cannot be mapped.
@@ -336,8 +335,8 @@ impl SetupLogFile {
         if self.end == 0 {
             return Ok(Vec::new());
         }
-        // SAFETY: the file has no name, and what is in it is not written again while a message of it
-        // may be in use: it only grows, and gives back what no worker has.
+        // SAFETY: the file has no name. It only grows, and only unused parts are freed, so no part is changed while a
+        // message in it may be in use.
         let map = Bytes::from_owner(unsafe { Mmap::map(&self.file)? });
         let part = |from: u64, len: u64| {
             let from = usize::try_from(from).ok()?;
@@ -362,15 +361,15 @@ impl SetupLogFile {
     }
 }
 
-/// Has the file system take back what a part of the file takes up. Returns whether it has done so.
-fn give_back(file: &File, from: u64, len: u64) -> bool {
+/// Frees the disk space of a part of the file. Returns whether that succeeded.
+fn punch_hole(file: &File, from: u64, len: u64) -> bool {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let (from, len) = (from as libc::off_t, len as libc::off_t);
     if len == 0 {
-        // Of which the system knows nothing to give back.
+        // The system rejects an empty part.
         return true;
     }
-    // SAFETY: fallocate has no memory effects. That it fails costs room on the disk alone.
+    // SAFETY: fallocate has no memory effects. A failure costs only disk space.
     unsafe { libc::fallocate(file.as_raw_fd(), mode, from, len) == 0 }
 }
 
@@ -382,7 +381,7 @@ mod tests {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(format!("spool-{}-{}", name.0, name.1));
+        let path = std::env::temp_dir().join(format!("setup-log-{}-{}", name.0, name.1));
         let setup_log = SetupLogFile::new(&path, max_bytes).unwrap();
         assert!(!path.exists());
         setup_log
@@ -413,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn each_worker_gets_what_lasted_on_it_in_order() {
+    fn each_worker_is_restored_from_its_completed_calls_in_order() {
         let mut setup_log = setup_log(1 << 20);
         for rank in 0..3u32 {
             send(&mut setup_log, u64::from(rank), rank, 0, b"for all of them");
@@ -435,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_set_again_takes_the_place_of_the_one_before() {
+    fn a_value_that_is_set_again_supersedes_the_earlier_one() {
         let mut setup_log = setup_log(1 << 20);
         let messages = [
             (7, "first"),
@@ -453,10 +452,10 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_bound_it_is_not_complete() {
+    fn a_log_that_exceeds_its_limit_is_not_complete() {
         let mut setup_log = setup_log(20);
         send(&mut setup_log, 0, 0, 0, &[1; 20]);
-        // The same for another worker takes no room.
+        // An equal call to another worker takes no room.
         send(&mut setup_log, 1, 1, 0, &[1; 20]);
         assert!(setup_log.is_complete());
         send(&mut setup_log, 2, 0, 0, &[2; 20]);
@@ -464,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn what_messages_begin_with_is_there_once_and_for_as_long_as_one_of_them() {
+    fn a_blob_is_stored_once_until_its_last_message_is_superseded() {
         let mut setup_log = setup_log(130);
         let store = |setup_log: &mut SetupLogFile, id: BlobId, byte: u8| {
             setup_log.begin_blob(id);
@@ -484,14 +483,14 @@ mod tests {
         assert_eq!(restored(&setup_log, 1), [[5; 100]]);
         assert_eq!(restored(&setup_log, 2), [[&[5; 100][..], b"more"].concat()]);
         assert_eq!(setup_log.stored_bytes, 104);
-        // Values that take its place.
+        // Other values supersede the messages.
         for rank in 0..3u32 {
             let task = 10 + u64::from(rank);
             send(&mut setup_log, task, rank, 7, b"other");
             setup_log.ended(task, rank, true);
         }
         assert_eq!((setup_log.stored_bytes, setup_log.blobs.len()), (5, 0));
-        // One that no message begins with, and one that is not completed.
+        // A blob that no message begins with, and a blob that is not completed.
         store(&mut setup_log, 6, 6);
         setup_log.drop_blob(6);
         setup_log.begin_blob(7);
@@ -502,13 +501,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_to_a_worker_twice_is_done_twice() {
+    fn a_call_that_a_worker_got_twice_is_restored_twice() {
         let mut setup_log = setup_log(1 << 20);
         for task in 0..3u64 {
             for rank in 0..2 {
                 let task = 2 * task + u64::from(rank);
                 send(&mut setup_log, task, rank, 0, b"x <- x + 1");
-                // The second before it is answered.
+                // The second call of one worker is answered only after the third is sent.
                 if task != 2 {
                     setup_log.ended(task, rank, true);
                 }
@@ -521,7 +520,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_worker_has_any_more_does_not_count() {
+    fn superseded_and_interrupted_calls_do_not_count() {
         let mut setup_log = setup_log(50);
         for task in 0..1000u64 {
             send(&mut setup_log, task, 0, 7, &task.to_le_bytes().repeat(3));

@@ -1,20 +1,21 @@
-//! The tasks that R has given to workers and whose ends it has not taken: whose each is, which worker has it, how it
-//! ended. The one table of the head's that knows these; what of a task's message has been sent is the scheduler's.
+//! The table of the tasks that R has given to workers and whose ends R has not taken. For each task, the table records
+//! its owner, the worker that it is assigned to, and how it ended. No other table of the head records these; only the
+//! scheduler knows how much of a task's message has been sent.
 //!
-//! R gives a task to a worker, its owner, and asks for its end by that. The owner has the task, unless it was lost:
-//! then the task is reassigned to another worker of the same job.
+//! R gives a task to a worker, its owner, and asks for the end of the task by its owner. The task is assigned to its
+//! owner, unless the owner was lost: then the task is reassigned to another worker of the same job.
 
 use super::scheduler::events::{Outcome, Termination};
 use crate::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// How a task ended, as far as R is concerned.
+/// How a task ended for R.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// As the scheduler reported it.
+    /// The outcome that the scheduler reported.
     Outcome(Outcome),
-    /// It was lost too often, and is not tried again.
+    /// The task was lost too often and is not retried.
     GivenUp,
 }
 
@@ -38,25 +39,25 @@ impl TaskEntry {
 #[derive(Debug, Default)]
 pub struct TaskTable {
     tasks: HashMap<TaskId, TaskEntry>,
-    /// Of each owner, the tasks whose messages are complete, in the order in which R gave them, with their jobs.
+    /// For each owner, the tasks whose messages are complete, with their jobs, in the order in which R gave them.
     queues: Vec<VecDeque<(TaskId, JobId)>>,
-    /// Tasks in these.
+    /// Number of tasks in the queues.
     outstanding: usize,
-    /// Tasks that their owners do not have.
+    /// Number of tasks that are not assigned to their owners.
     reassigned: usize,
-    /// Tasks that have ended, in the order of their ends. May hold tasks that have been removed.
+    /// Tasks that have ended, in the order of their ends. May contain tasks that have been removed.
     ready: VecDeque<TaskId>,
-    /// Tasks that were lost and of which it is not decided whether they are retried.
+    /// Lost tasks that await a retry decision.
     lost: Vec<(JobId, TaskId)>,
 }
 
 impl TaskTable {
-    /// For a cluster of so many workers.
+    /// Sets the number of workers of the cluster.
     pub fn set_workers(&mut self, count: usize) {
         self.queues = vec![VecDeque::new(); count];
     }
 
-    /// The message of a task is being sent to the worker at `assigned`, perhaps once more.
+    /// Adds a task whose message is being sent to the worker `assigned`, or reassigns a known task.
     pub fn begin(&mut self, task: TaskId, owner: Rank, assigned: Rank) {
         let end = None;
         let before = self.tasks.insert(
@@ -72,7 +73,7 @@ impl TaskTable {
         self.reassigned += usize::from(assigned != owner);
     }
 
-    /// The message of a task that has begun is complete: the task is outstanding.
+    /// Records that the message of a started task is complete: the task is outstanding.
     pub fn finish(&mut self, task: TaskId, job: JobId) {
         let Some(entry) = self.tasks.get(&task) else {
             return;
@@ -83,7 +84,7 @@ impl TaskTable {
         }
     }
 
-    /// Whether the end of a task is to be asked for.
+    /// Whether a task is in the table.
     pub fn contains(&self, task: TaskId) -> bool {
         self.tasks.contains_key(&task)
     }
@@ -93,7 +94,7 @@ impl TaskTable {
         Some(self.tasks.get(&task)?.owner)
     }
 
-    /// The worker that has a task.
+    /// The worker that a task is assigned to.
     pub fn assigned(&self, task: TaskId) -> Option<Rank> {
         Some(self.tasks.get(&task)?.assigned)
     }
@@ -105,7 +106,7 @@ impl TaskTable {
         Some(found.1)
     }
 
-    /// Outstanding tasks of all workers.
+    /// Number of outstanding tasks of all workers.
     pub fn outstanding(&self) -> usize {
         self.outstanding
     }
@@ -122,7 +123,7 @@ impl TaskTable {
         queues.any(|(owner, queue)| !queue.is_empty() && includes(owner as Rank))
     }
 
-    /// Where the tasks of a job are that were reassigned from this worker.
+    /// The workers to which tasks of this owner and this job were reassigned.
     pub fn reassigned(&self, owner: Rank, job: JobId) -> impl Iterator<Item = Rank> + '_ {
         let any = self.reassigned > 0;
         let tasks = self.of_owner(owner).take_while(move |_| any);
@@ -132,7 +133,7 @@ impl TaskTable {
             .filter(move |&assigned| assigned != owner)
     }
 
-    /// Of each worker, how many tasks R gave it and how many were reassigned to it.
+    /// For each worker, the number of tasks that it owns plus those that were reassigned to it.
     pub fn loads(&self) -> Vec<usize> {
         let mut loads: Vec<usize> = self.queues.iter().map(VecDeque::len).collect();
         if self.reassigned > 0 {
@@ -147,7 +148,10 @@ impl TaskTable {
         loads
     }
 
-    /// A task has ended. Returns whether anybody expects that, or else the outcome.
+    /// Records the outcome of a task.
+    ///
+    /// # Errors
+    /// When the task is not in the table. Returns the outcome.
     pub fn ended(&mut self, task: TaskId, job: JobId, outcome: Outcome) -> Result<(), Outcome> {
         let Some(entry) = self.tasks.get_mut(&task) else {
             return Err(outcome);
@@ -163,7 +167,7 @@ impl TaskTable {
     fn take_end(&mut self, task: TaskId) -> Option<(Rank, TaskId, End)> {
         let entry = self.tasks.get_mut(&task)?;
         let end = match &entry.end {
-            // Stays until it is decided what becomes of the task: R may be interrupted before.
+            // A loss stays until the retry decision, because R may be interrupted before.
             Some(End::Outcome(Outcome::Lost(termination))) => {
                 End::Outcome(Outcome::Lost(termination.clone()))
             }
@@ -172,19 +176,20 @@ impl TaskTable {
         Some((entry.owner, task, end))
     }
 
-    /// Whether the end of the first task outstanding of this owner can be taken permanently: losses are first decided on.
+    /// Whether the first outstanding task of this owner has ended. A loss does not count until the retry decision.
     pub fn is_next_there(&self, owner: Rank) -> bool {
         let next = self.of_owner(owner).next();
         let entry = next.and_then(|(task, _)| self.tasks.get(&task));
         entry.is_some_and(|entry| entry.end.is_some() && entry.failure().is_none())
     }
 
-    /// Why the worker that had the task is gone, if the task was lost and it is not decided whether it is retried.
+    /// The termination reason of the task's worker, if the task was lost and awaits its retry decision.
     pub fn failure(&self, task: TaskId) -> Option<Arc<Termination>> {
         self.tasks.get(&task)?.failure().cloned()
     }
 
-    /// The end of this task, or else the loss of another of the same job, unless that is 0.
+    /// Takes the end of this task. If the task has not ended, returns the loss of another task of the same job, unless
+    /// `job` is 0.
     pub fn take(&mut self, task: TaskId, job: JobId) -> Option<(Rank, TaskId, End)> {
         let end = self.take_end(task);
         if end.is_some() || job == 0 || self.lost.is_empty() {
@@ -194,12 +199,12 @@ impl TaskTable {
         self.take_end(self.lost[at].1)
     }
 
-    /// The first task to have ended of the owners that `includes`.
+    /// Takes the end of the task that ended first, among the owners for which `includes` is true.
     pub fn take_any(&mut self, includes: impl Fn(Rank) -> bool) -> Option<(Rank, TaskId, End)> {
         let mut at = 0;
         while let Some(&task) = self.ready.get(at) {
             let Some(owner) = self.owner(task) else {
-                // Received by rank, or cancelled.
+                // The task was received by rank or cancelled.
                 self.ready.remove(at);
                 continue;
             };
@@ -218,7 +223,7 @@ impl TaskTable {
         None
     }
 
-    /// It is decided what becomes of a task that was lost.
+    /// Records that the retry decision for a lost task has been made.
     pub fn retry_decided(&mut self, task: TaskId) {
         self.ready.retain(|&ready| ready != task);
         self.lost.retain(|lost| lost.1 != task);
@@ -227,7 +232,7 @@ impl TaskTable {
         }
     }
 
-    /// A task is not retried; R is told so when it asks for the answer.
+    /// Gives up a lost task: it is not retried, and R gets [`End::GivenUp`] as its end.
     pub fn give_up(&mut self, task: TaskId) {
         self.retry_decided(task);
         if let Some(entry) = self.tasks.get_mut(&task) {
@@ -236,8 +241,8 @@ impl TaskTable {
         }
     }
 
-    /// R knows how this task ended, or does not want to. Returns where the task was, and the bytes that there are of
-    /// an answer.
+    /// Removes a task whose end R knows or does not want. Returns the worker that the task was assigned to, and the
+    /// number of buffered bytes of its answer.
     pub fn remove(&mut self, task: TaskId) -> Option<(Rank, usize)> {
         let TaskEntry {
             owner,
@@ -269,7 +274,7 @@ impl TaskTable {
         Some((assigned, bytes))
     }
 
-    /// No task that has not ended is answered any more.
+    /// Ends all unfinished tasks as lost, because none of them will be answered any more.
     pub fn close(&mut self, termination: &Arc<Termination>) {
         for entry in self.tasks.values_mut() {
             let lost = || End::Outcome(Outcome::Lost(termination.clone()));
@@ -304,13 +309,13 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_is_told_until_it_is_decided_and_an_answer_once() {
+    fn a_loss_is_returned_until_the_retry_decision_and_an_answer_once() {
         let mut table = table(2);
         send(&mut table, 1, 0, 7);
         send(&mut table, 2, 1, 7);
         assert_eq!(table.ended(2, 7, lost()), Ok(()));
         for _ in 0..2 {
-            // Also to whoever waits for another task of that job, and to nobody else.
+            // The loss is also returned to a caller that waits for another task of the same job.
             assert!(matches!(
                 table.take(1, 7),
                 Some((1, 2, End::Outcome(Outcome::Lost(_))))
@@ -334,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_asked_for_a_task_that_was_given_up_is_told_so_once() {
+    fn the_end_of_a_task_that_was_given_up_is_returned_once() {
         let mut table = table(1);
         send(&mut table, 1, 0, 7);
         assert_eq!(table.ended(1, 7, lost()), Ok(()));
@@ -344,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn reassigned_tasks_load_the_worker_that_has_them() {
+    fn reassigned_tasks_count_for_the_worker_that_they_are_assigned_to() {
         let mut table = table(3);
         send(&mut table, 1, 0, 7);
         send(&mut table, 2, 0, 7);
@@ -354,7 +359,7 @@ mod tests {
         assert_eq!(table.reassigned(0, 7).collect::<Vec<_>>(), [2]);
         assert_eq!(table.reassigned(0, 8).collect::<Vec<_>>(), [1]);
         assert_eq!(table.loads(), [3, 1, 1]);
-        // Back at its owner.
+        // The task returns to its owner.
         table.begin(2, 0, 0);
         assert_eq!(table.reassigned(0, 7).count(), 0);
         assert_eq!(table.loads(), [3, 1, 0]);
@@ -363,9 +368,9 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain list of the tasks, in the order in which they were sent.
+        /// Compares the table with a plain list of the tasks in the order in which they were sent.
         #[test]
-        fn each_task_is_at_one_place_until_it_is_removed(
+        fn each_task_is_assigned_to_one_worker_until_it_is_removed(
             steps in proptest::collection::vec((0_u8..6, 0_u64..8, 0_u32..3), 1..80),
         ) {
             let mut table = table(3);

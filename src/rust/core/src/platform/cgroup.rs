@@ -1,15 +1,15 @@
-//! Where the control groups of this process are mounted, and reading their values.
+//! Finds the control groups of this process and reads their values.
 //!
-//! Both hierarchies are understood: v2 (one tree) and v1 (one tree a controller), and machines
-//! with both. A limit holds for everything below the group that sets it, so a reader has to look
-//! at the process' own group and at each of its parents: [`directories`] lists them all.
+//! The module supports v2 (one tree), v1 (one tree per controller), and machines with both. The limit
+//! of a group applies to all groups below it, so a reader has to check the process's own group and
+//! each of its parents: [`directories`] lists them all.
 //!
 //! Never calls R; safe to call from any thread.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// One level of the hierarchy, innermost first, and whose file names it uses.
+/// One level of the hierarchy. The version decides how its files are named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Level {
     pub(crate) directory: PathBuf,
@@ -22,7 +22,8 @@ pub(crate) enum Version {
     V2,
 }
 
-/// The directories of this process for `controller` ("memory", "pids"), in both versions.
+/// The directories of this process's groups for `controller` ("memory", "pids"), in both versions,
+/// innermost first.
 pub(crate) fn directories(controller: &str) -> Vec<Level> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     directories_from(
@@ -32,7 +33,7 @@ pub(crate) fn directories(controller: &str) -> Vec<Level> {
     )
 }
 
-/// [`directories`] without the file system: the texts of /proc/self/cgroup and mountinfo.
+/// The pure part of [`directories`], from the texts of /proc/self/cgroup and /proc/self/mountinfo.
 fn directories_from(cgroup: &str, mountinfo: &str, controller: &str) -> Vec<Level> {
     let mut levels = Vec::new();
     for line in cgroup.lines() {
@@ -59,9 +60,8 @@ fn directories_from(cgroup: &str, mountinfo: &str, controller: &str) -> Vec<Leve
         };
         let top = PathBuf::from(&mount.point);
         let mut directory = top.clone();
-        // In a container the mount often shows the container's own group as its root, while
-        // the path may still be the host's; what cannot be placed under the mount is taken to
-        // be the mount itself.
+        // In a container, the root of the mount is often the container's own group, while the path
+        // may still be the host's. A path that is not below the root is taken to be the mount itself.
         if let Ok(below) = Path::new(path).strip_prefix(&mount.root) {
             // Component by component: pushing an empty path would add a slash to the end.
             if below.components().all(|part| part.as_os_str() != "..") {
@@ -81,7 +81,7 @@ fn directories_from(cgroup: &str, mountinfo: &str, controller: &str) -> Vec<Leve
     levels
 }
 
-/// A line of mountinfo, as far as it matters here.
+/// The fields of a line of mountinfo that matter here.
 struct Mount {
     root: String,
     point: String,
@@ -114,7 +114,7 @@ impl Mount {
     }
 }
 
-/// mountinfo writes blanks, tabs, newlines and backslashes as three octal digits.
+/// Decodes blanks, tabs, newlines and backslashes, which mountinfo writes as three octal digits.
 fn unescape(field: &str) -> String {
     field
         .replace("\\040", " ")
@@ -123,8 +123,8 @@ fn unescape(field: &str) -> String {
         .replace("\\134", "\\")
 }
 
-/// A number in a file of a group. None for "max", for nonsense and for what cannot be read:
-/// an unknown limit is no limit.
+/// Reads a number from a file of a group. `None` for "max", for invalid text and for a file that cannot
+/// be read, because an unknown limit counts as no limit.
 pub(crate) fn read_number(directory: &Path, file: &str) -> Option<u64> {
     fs::read_to_string(directory.join(file))
         .ok()?
@@ -133,12 +133,12 @@ pub(crate) fn read_number(directory: &Path, file: &str) -> Option<u64> {
         .ok()
 }
 
-/// A value in a file of "name value" lines, such as memory.stat.
+/// Reads a value from a file of "name value" lines, such as memory.stat.
 pub(crate) fn read_field(directory: &Path, file: &str, name: &str) -> Option<u64> {
     field(&fs::read_to_string(directory.join(file)).ok()?, name)
 }
 
-/// [`read_field`] from the file's text.
+/// The pure part of [`read_field`], from the file's text.
 pub(crate) fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(' ')?;
@@ -197,13 +197,13 @@ mod tests {
     }
 
     #[test]
-    fn a_containers_mount_shows_its_own_group_as_root() {
+    fn a_path_in_a_container_is_resolved_below_the_root_of_the_mount() {
         let mounts = "35 31 0:32 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n";
         assert_eq!(
             paths("4:memory:/docker/abc/job\n", mounts, "memory"),
             ["/sys/fs/cgroup/memory/job", "/sys/fs/cgroup/memory"]
         );
-        // Not under the mount: the mount is all there is to see.
+        // A path that is not below the root stands for the mount itself.
         for path in ["/elsewhere", "/../x"] {
             assert_eq!(
                 paths(&format!("4:memory:{path}\n"), mounts, "memory"),
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_no_group() {
+    fn invalid_text_yields_no_group() {
         for (cgroup, mounts) in [
             ("", ""),
             ("0::/x\n", ""),
@@ -228,13 +228,13 @@ mod tests {
     }
 
     #[test]
-    fn mount_points_with_blanks() {
+    fn mount_points_with_blanks_are_decoded() {
         let mounts = "1 1 0:1 / /cg\\040x rw - cgroup2 none rw\n";
         assert_eq!(paths("0::/\n", mounts, "pids"), ["/cg x"]);
     }
 
     #[test]
-    fn numbers_and_fields() {
+    fn numbers_and_fields_are_read_from_files() {
         let directory = std::env::temp_dir().join(format!("rustcluster-cg-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         for (text, expected) in [

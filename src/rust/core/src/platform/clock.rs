@@ -1,12 +1,12 @@
-//! Time that is cheap to ask for, and the time that this process has computed.
+//! A cheap monotonic clock, and the CPU time of this process.
 
 use std::time::Duration;
 
-/// A time that is never set back, in the steps of the kernel's own clock, some milliseconds: asking for
-/// it costs next to nothing.
+/// Reads a monotonic clock with the resolution of the kernel's tick, a few milliseconds. A read costs next to
+/// nothing.
 pub fn coarse_now() -> Duration {
     const CLOCK: libc::clockid_t = libc::CLOCK_MONOTONIC_COARSE;
-    // SAFETY: all zeroes are a timespec, which the call fills.
+    // SAFETY: all zeroes are a valid timespec, which the call fills.
     let time = unsafe {
         let mut time: libc::timespec = std::mem::zeroed();
         libc::clock_gettime(CLOCK, &raw mut time);
@@ -16,19 +16,19 @@ pub fn coarse_now() -> Duration {
     seconds + Duration::from_nanos(u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-/// What this process has had of its cores.
+/// CPU usage of this process.
 #[derive(Clone, Copy, Debug)]
 pub struct CpuUsage {
-    /// For how long it has had one, or several at a time.
+    /// CPU time, summed over all cores.
     pub computing: Duration,
-    /// How often it has given up its core to wait for something.
+    /// Number of voluntary context switches: how often the process gave up its core to wait.
     pub waits: i64,
 }
 
 impl CpuUsage {
-    /// What this process has had until now.
+    /// CPU usage of this process until now.
     pub fn now() -> CpuUsage {
-        // SAFETY: all zeroes are a rusage, and the call fills it.
+        // SAFETY: all zeroes are a valid rusage, which the call fills.
         let usage = unsafe {
             let mut usage: libc::rusage = std::mem::zeroed();
             libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
@@ -42,13 +42,13 @@ impl CpuUsage {
             computing: duration(usage.ru_utime) + duration(usage.ru_stime),
             #[allow(
                 clippy::useless_conversion,
-                reason = "a long is of 32 bits on some systems"
+                reason = "a long has 32 bits on some systems"
             )]
             waits: usage.ru_nvcsw.into(),
         }
     }
 
-    /// For how long this process has been computing since then, if it has not waited for anything.
+    /// CPU time of this process since then. `None` if the process has waited for anything since.
     pub fn computed(&self) -> Option<Duration> {
         let now = CpuUsage::now();
         (now.waits == self.waits).then(|| now.computing.saturating_sub(self.computing))

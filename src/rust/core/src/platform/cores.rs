@@ -1,19 +1,19 @@
-//! The cores that this process may use.
+//! The number of cores that this process may use.
 //!
-//! The number of cores follows `parallelly::availableCores()`, which R users know: the cores the
-//! system lets us have (affinity and control groups), less if a scheduler or a test harness gave
-//! this job fewer. The R option `mc.cores` is no concern of this crate: the R side takes the
-//! smaller of it and of [`usable_cores`] (parallel itself sets the option from `MC_CORES`).
+//! The number follows `parallelly::availableCores()`, which R users know: the cores that the system
+//! allows (affinity and control groups), or fewer if a scheduler or a test harness gave this job
+//! fewer. This crate ignores the R option `mc.cores`: the R code takes the smaller of that option
+//! and of [`usable_cores`] (parallel itself sets the option from `MC_CORES`).
 //!
 //! Never calls R; safe to call from any thread.
 
 /// The number of cores this process may use, at least 1.
 ///
-/// The smaller of what the system allows (CPU affinity and control group quotas) and of what
-/// the variables of schedulers say; see [`usable_cores_with`].
+/// The smaller of the system's limit (CPU affinity and control group quotas) and the limit in the
+/// environment variables of schedulers; see [`usable_cores_with`].
 pub fn usable_cores() -> usize {
     let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-    // An administrator's fallback is meant for machines where nobody has set a limit.
+    // The fallback variables are meant for machines where nobody has set a limit.
     let limited = online_cores().is_some_and(|online| allowed < online);
     usable_cores_with(allowed, |name| {
         if limited && FALLBACK.contains(&name) {
@@ -28,7 +28,8 @@ const FALLBACK: [&str; 2] = [
     "R_FUTURE_AVAILABLECORES_FALLBACK",
 ];
 
-/// The pure part of [`usable_cores`]: `system` cores, and the environment as a function.
+/// The pure part of [`usable_cores`]. `system`: the cores that the system allows. `env`: the
+/// environment.
 ///
 /// The variables are those of `parallelly::availableCores()`, and the smallest number wins:
 ///
@@ -39,11 +40,11 @@ const FALLBACK: [&str; 2] = [
 /// - `BIOCPARALLEL_WORKER_NUMBER`; at most 4 on Bioconductor's build machines
 ///   (`IS_BIOC_BUILD_MACHINE` true, or `BBS_HOME` set);
 /// - at most 2 under `R CMD check --as-cran` (`_R_CHECK_LIMIT_CORES_` set and not false);
-/// - when none of these says anything, `R_PARALLELLY_AVAILABLECORES_FALLBACK`.
+/// - if none of these is set, `R_PARALLELLY_AVAILABLECORES_FALLBACK`.
 ///
-/// Where parallelly stops with an error (a number below 1), the variable is passed over, as is
-/// everything that is not a number. `system` is never exceeded: a job that was given 8 slots by
-/// a scheduler that does not enforce them still has only the cores there are.
+/// A variable whose value is not a number is ignored, and so is a number below 1, for which
+/// parallelly fails. The result never exceeds `system`: a job that was given 8 slots by a scheduler
+/// that does not enforce them still has only the machine's cores.
 pub fn usable_cores_with(system: usize, env: impl Fn(&str) -> Option<String>) -> usize {
     let number = |name: &str| env(name).as_deref().and_then(parse_integer);
     let cores = |name: &str| number(name).and_then(positive);
@@ -58,12 +59,13 @@ pub fn usable_cores_with(system: usize, env: impl Fn(&str) -> Option<String>) ->
         bioconductor(&env),
         check_limit(&env),
     ];
-    let told = limits.into_iter().flatten().min();
-    let told = told.or_else(|| FALLBACK.into_iter().find_map(cores));
-    told.map_or(system, |cores| cores.min(system)).max(1)
+    let limit = limits.into_iter().flatten().min();
+    let limit = limit.or_else(|| FALLBACK.into_iter().find_map(cores));
+    limit.map_or(system, |cores| cores.min(system)).max(1)
 }
 
-/// As R's `as.integer()` reads text: blanks around it, decimals cut off, exponents, hexadecimal.
+/// Reads text like R's `as.integer()`: trims blanks, cuts off decimals, accepts exponents and
+/// hexadecimal numbers.
 fn parse_integer(text: &str) -> Option<i64> {
     let text = text.trim();
     let (sign, digits) = match text.strip_prefix('-') {
@@ -78,10 +80,10 @@ fn parse_integer(text: &str) -> Option<i64> {
             i64::from_str_radix(hex, 16).ok()?
         }
         Some(_) => return None,
-        // What f64 takes beyond digits ("inf", "nan") starts with a letter.
+        // The other texts that f64 accepts ("inf", "nan") start with a letter.
         None if digits.starts_with(|first: char| first.is_ascii_digit() || first == '.') => {
             let value = digits.parse::<f64>().ok()?;
-            // Out of the range of R's integers is NA there.
+            // R reads a number beyond the range of its integers as NA.
             if value > f64::from(i32::MAX) {
                 return None;
             }
@@ -111,8 +113,8 @@ fn slurm(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
     }
 }
 
-/// The first number of Slurm's "4(x2),3": the job's first node is the one its script runs on.
-/// If any part of it cannot be read, none is trusted.
+/// The first number of Slurm's "4(x2),3", because the script runs on the job's first node. `None`
+/// if any part of the text is invalid.
 fn first_count(text: &str) -> Option<usize> {
     let mut first = None;
     for part in text.split(',') {
@@ -133,8 +135,8 @@ fn first_count(text: &str) -> Option<usize> {
     first.and_then(|count| positive(i64::from(count)))
 }
 
-/// The build machines ask for at most four. `BBS_HOME` is the path of the build system, so that
-/// its being set is what counts.
+/// Bioconductor's build machines allow at most four cores. `BBS_HOME` is the path of the build system,
+/// so any path counts.
 fn bioconductor(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
     let machine = env("IS_BIOC_BUILD_MACHINE")
         .is_some_and(|value| matches!(value.trim(), "T" | "TRUE" | "true" | "True"));
@@ -143,14 +145,15 @@ fn bioconductor(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
     (machine || home).then_some(4)
 }
 
-/// `R CMD check --as-cran` allows two, whatever the value ("TRUE", "warn", "error").
+/// `R CMD check --as-cran` allows two cores, whatever the value of the variable ("TRUE", "warn",
+/// "error").
 fn check_limit(env: &impl Fn(&str) -> Option<String>) -> Option<usize> {
     let value = env("_R_CHECK_LIMIT_CORES_")?.to_lowercase();
     (!value.is_empty() && value != "false").then_some(2)
 }
 
 fn online_cores() -> Option<usize> {
-    // SAFETY: sysconf only reads its argument; -1 (unknown) is turned into None.
+    // SAFETY: sysconf only reads its argument.
     let online = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
     usize::try_from(online).ok()
 }
@@ -169,14 +172,14 @@ mod tests {
     }
 
     #[test]
-    fn without_variables_it_is_the_systems() {
+    fn without_variables_the_system_decides() {
         assert_eq!(with(16, &[]), 16);
         assert_eq!(with(1, &[]), 1);
         assert_eq!(with(0, &[]), 1);
     }
 
     #[test]
-    fn each_scheduler_is_heard() {
+    fn the_variable_of_each_scheduler_is_read() {
         for name in [
             "SLURM_CPUS_PER_TASK",
             "SLURM_CPUS_ON_NODE",
@@ -198,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_wins() {
+    fn the_smallest_limit_wins() {
         assert_eq!(with(16, &[("NSLOTS", "8"), ("PBS_NUM_PPN", "4")]), 4);
         assert_eq!(
             with(16, &[("NSLOTS", "8"), ("_R_CHECK_LIMIT_CORES_", "TRUE")]),
@@ -207,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_passed_over() {
+    fn invalid_values_are_ignored() {
         for value in [
             "",
             " ",
@@ -309,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn bioconductors_machines_get_four() {
+    fn bioconductor_build_machines_get_four_cores() {
         for value in ["TRUE", "true", "T"] {
             assert_eq!(with(16, &[("IS_BIOC_BUILD_MACHINE", value)]), 4);
         }
@@ -322,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn checks_get_two() {
+    fn r_cmd_check_gets_two_cores() {
         for value in ["TRUE", "true", "warn", "error", "1"] {
             assert_eq!(with(16, &[("_R_CHECK_LIMIT_CORES_", value)]), 2);
         }
@@ -332,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fallback_is_for_when_nothing_else_is_set() {
+    fn the_fallback_counts_only_if_no_other_variable_is_set() {
         let fallback = ("R_PARALLELLY_AVAILABLECORES_FALLBACK", "1");
         assert_eq!(with(16, &[fallback]), 1);
         assert_eq!(with(16, &[fallback, ("NSLOTS", "4")]), 4);

@@ -1,7 +1,8 @@
-//! What compiled code may read when it seeds itself: names in a shared object's file.
+//! Finds out from the names in a shared object whether its code may read a source of randomness or of process
+//! identity, for example to seed a generator.
 
-/// Functions that read random bytes, the clock or the process id, are told of forks, or name files in
-/// R's temporary directory.
+/// Functions that read random bytes, the clock or the process id, run at a fork, or name files in R's
+/// temporary directory.
 const SOURCES: [&str; 14] = [
     "getrandom",
     "getentropy",
@@ -19,16 +20,16 @@ const SOURCES: [&str; 14] = [
     "R_tmpnam2",
 ];
 
-/// Parts of the names of C++ functions that do the same.
+/// Parts of the mangled names of C++ functions that do the same as [`SOURCES`].
 const PARTS: [&str; 2] = ["random_device", "clock3now"];
 
-/// Devices that are read by name.
+/// Random devices, which code opens by name.
 const DEVICES: [&[u8]; 2] = [b"/dev/urandom", b"/dev/random"];
 
 const UNDEFINED: u64 = 0;
 const DYNAMIC_SYMBOLS: u64 = 11;
 
-/// An ELF file whose numbers have the size and order that its header tells.
+/// An ELF file. Its header says how wide its numbers are and in which byte order they are written.
 struct Elf<'a> {
     bytes: &'a [u8],
     wide: bool,
@@ -60,7 +61,7 @@ impl<'a> Elf<'a> {
         usize::try_from(self.number(at, len)?).ok()
     }
 
-    /// Where the header of a section begins.
+    /// Offset of the header of a section.
     fn section(&self, index: usize) -> Option<usize> {
         let (table, size) = if self.wide {
             (self.offset(0x28, 8)?, self.offset(0x3a, 2)?)
@@ -90,7 +91,7 @@ impl<'a> Elf<'a> {
         self.bytes.get(start..start.checked_add(len)?)
     }
 
-    /// The names that the file takes from others.
+    /// The names of the symbols that the file imports.
     fn imports(&self) -> Option<Vec<&'a [u8]>> {
         let (link, size, shndx) = if self.wide {
             (0x28, 24, 6)
@@ -120,8 +121,8 @@ impl<'a> Elf<'a> {
     }
 }
 
-/// Whether the code in a shared object could read anything that makes processes differ. `None` if it is
-/// no ELF file, or is cut off.
+/// Whether the code in a shared object could read a source that makes processes differ. `None` if the bytes
+/// are not an ELF file or are truncated.
 pub fn reads_sources(bytes: &[u8]) -> Option<bool> {
     let imports = Elf::open(bytes)?.imports()?;
     let known = |name: &[u8]| {
@@ -144,14 +145,14 @@ mod tests {
     fn imports_of_this_program_are_found() {
         let bytes = std::fs::read("/proc/self/exe").unwrap();
         let imports = Elf::open(&bytes).unwrap().imports().unwrap();
-        // Rust's standard library takes its time from it.
+        // Rust's standard library reads the time with it.
         assert!(imports.contains(&&b"clock_gettime"[..]));
         assert!(!imports.contains(&&b"arc4random"[..]));
         assert_eq!(reads_sources(&bytes), Some(true));
     }
 
     #[test]
-    fn other_files_and_damaged_ones_are_no_answer() {
+    fn other_and_damaged_files_yield_none() {
         assert_eq!(reads_sources(b""), None);
         assert_eq!(reads_sources(b"#!/bin/sh\necho /dev/urandom"), None);
         let mut bytes = b"\x7fELF\x02\x01".to_vec();

@@ -6,11 +6,11 @@ use std::fmt;
 /// How a process ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
-    /// It exited with this status.
+    /// The process exited with this status.
     Status(i32),
-    /// This signal killed it.
+    /// This signal killed the process.
     Signal(i32),
-    /// It could not be waited for, or there was none.
+    /// The exit status is unknown: the process could not be waited for, or there was no process.
     #[default]
     Unknown,
 }

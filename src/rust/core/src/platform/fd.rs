@@ -1,10 +1,10 @@
-//! Descriptors: their flags, and how they cross a socket. System calls that std does not have.
+//! File descriptors: their flags, and how they are sent over a socket. System calls that std does not provide.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// The error of a system call that has failed.
+/// Turns the result of a system call into its error if the call failed.
 pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())
@@ -13,7 +13,7 @@ pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-/// Marks all descriptors but 0, 1 and 2 to be closed when this process becomes another program.
+/// Marks all descriptors except 0, 1 and 2 as close-on-exec.
 pub fn close_others_on_exec() {
     let open = std::fs::read_dir("/dev/fd").map(|entries| {
         let names = entries.flatten().map(|entry| entry.file_name());
@@ -28,13 +28,13 @@ pub fn close_others_on_exec() {
     }
 }
 
-/// Makes `target` refer to what `fd` refers to.
+/// Makes `target` a duplicate of `fd`.
 pub fn redirect(fd: RawFd, target: RawFd) -> io::Result<()> {
     // SAFETY: dup2 checks its arguments.
     check(unsafe { libc::dup2(fd, target) }).map(drop)
 }
 
-/// Makes `target` refer to what `fd` refers to, and closes it in other programs.
+/// Makes `target` a duplicate of `fd` that is closed on exec.
 pub fn replace(target: RawFd, fd: RawFd) -> io::Result<()> {
     redirect(fd, target)?;
     // SAFETY: fcntl checks the descriptor.
@@ -46,7 +46,7 @@ pub fn set_nonblocking(fd: RawFd, nonblocking: bool) -> io::Result<()> {
     set_flag(fd, libc::O_NONBLOCK, nonblocking)
 }
 
-/// Whether SIGIO tells of what happens to a descriptor.
+/// Sets or clears O_ASYNC: whether SIGIO reports events on a descriptor.
 pub fn set_async(fd: RawFd, is_async: bool) -> io::Result<()> {
     set_flag(fd, libc::O_ASYNC, is_async)
 }
@@ -60,7 +60,7 @@ fn set_flag(fd: RawFd, flag: libc::c_int, on: bool) -> io::Result<()> {
     }
 }
 
-/// A pipe, both ends closed on exec: what is written to the second can be read from the first.
+/// Creates a pipe as `(reader, writer)`. Both ends are closed on exec.
 pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let (writer, reader) = mio::unix::pipe::new()?;
     writer.set_nonblocking(false)?;
@@ -68,8 +68,8 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reader.into(), writer.into()))
 }
 
-/// The stream this process was started with: stdin and stdout are taken out of R's reach. What R
-/// or anything else prints from now on goes to stderr, and stdin is empty.
+/// Takes stdin and stdout, the stream with which this process was started, away from R. From now on, output
+/// of R and of other code goes to stderr, and stdin is empty.
 pub fn take_stdio() -> io::Result<(File, File)> {
     let reader = take_stdin()?;
     let writer = File::from(io::stdout().as_fd().try_clone_to_owned()?);
@@ -77,7 +77,7 @@ pub fn take_stdio() -> io::Result<(File, File)> {
     Ok((reader, writer))
 }
 
-/// Stdin, taken out of R's reach: what R reads from now on is empty.
+/// Takes stdin away from R. From now on, R reads an empty stdin.
 pub fn take_stdin() -> io::Result<File> {
     let reader = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let null = File::open("/dev/null")?;
@@ -85,21 +85,21 @@ pub fn take_stdin() -> io::Result<File> {
     Ok(reader)
 }
 
-/// Descriptors that one message may bring. The system closes those for which there is no room.
+/// Maximum number of descriptors in one message. The system closes descriptors for which there is no room.
 const MAX_MESSAGE_DESCRIPTORS: usize = 4;
 
 /// Room for the control message that carries descriptors, as aligned as a `cmsghdr` must be.
 type Control = [u64; 8];
 
 const fn control_len(count: usize) -> usize {
-    // SAFETY: no more than arithmetic.
+    // SAFETY: CMSG_SPACE only computes a size.
     unsafe { libc::CMSG_SPACE((count * size_of::<RawFd>()) as libc::c_uint) as usize }
 }
 
 const _: () = assert!(control_len(MAX_MESSAGE_DESCRIPTORS) <= size_of::<Control>());
 
-/// Reads from a socket, with the descriptors that come along, which are closed on exec. `wait`: for
-/// something to arrive; without, `WouldBlock` says that nothing has.
+/// Reads from a socket, together with the descriptors that were sent, which are closed on exec. With `wait`
+/// the call blocks until something arrives; otherwise the error is `WouldBlock` if nothing has arrived.
 pub fn recv(
     fd: RawFd,
     buffer: &mut [u8],
@@ -113,9 +113,9 @@ pub fn recv(
         iov_base: buffer.as_mut_ptr().cast(),
         iov_len: buffer.len(),
     };
-    // SAFETY: an all-zero msghdr is a valid empty one; what it points to outlives the call, and
-    // lengths are those of what is pointed to. The macros walk what the system has filled in. Each
-    // descriptor that has come is owned by nobody else.
+    // SAFETY: an all-zero msghdr is a valid empty one; its pointers outlive the call, and its lengths are
+    // those of the buffers. The macros walk only the headers that the system has filled in. Nobody else
+    // owns the received descriptors.
     unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = &raw mut slice;
@@ -140,19 +140,19 @@ pub fn recv(
     }
 }
 
-/// Writes to a socket. A closed peer is an error, never a SIGPIPE, which R's handler would answer
-/// with a jump out of our frames.
+/// Writes to a socket. A closed peer is an error and never a SIGPIPE, because R's handler for SIGPIPE would
+/// jump out of our frames.
 pub fn send(fd: RawFd, slices: &[io::IoSlice<'_>]) -> io::Result<usize> {
     send_with(fd, slices, None)
 }
 
-/// As [`send`]; with the first byte goes a descriptor.
+/// Writes to a socket like [`send`], and sends the descriptor `along` with the first byte.
 pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) -> io::Result<usize> {
     let mut control: Control = [0; 8];
     const FLAGS: libc::c_int = libc::MSG_NOSIGNAL;
     // SAFETY: IoSlice is guaranteed to be laid out as iovec; an all-zero msghdr is a valid empty
-    // one; sendmsg only reads through the pointers. In the control message there is room for a
-    // header and a descriptor.
+    // one; sendmsg only reads through the pointers. The control message has room for a header and a
+    // descriptor.
     let n = unsafe {
         let mut message: libc::msghdr = std::mem::zeroed();
         message.msg_iov = slices.as_ptr().cast_mut().cast();
@@ -175,9 +175,9 @@ pub fn send_with(fd: RawFd, slices: &[io::IoSlice<'_>], along: Option<RawFd>) ->
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// The process that made the pair of sockets which this is one of, if the system tells.
+/// The id of the process that created the socket pair to which `fd` belongs, if the system reports it.
 pub fn maker_of_pair(fd: RawFd) -> Option<u32> {
-    // SAFETY: all zeroes are a ucred, which the call fills; the length is its own.
+    // SAFETY: all zeroes are a valid ucred, which the call fills; the length is that of the ucred.
     unsafe {
         let mut peer: libc::ucred = std::mem::zeroed();
         let mut len = size_of::<libc::ucred>() as libc::socklen_t;
@@ -188,7 +188,7 @@ pub fn maker_of_pair(fd: RawFd) -> Option<u32> {
     }
 }
 
-/// Writes out what C's stdio holds, so that a forked child does not write it a second time.
+/// Flushes the buffers of C's stdio, so that a forked child does not write them a second time.
 pub fn flush_stdio() {
     // SAFETY: a null stream means all streams.
     unsafe { libc::fflush(std::ptr::null_mut()) };
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_goes_along_with_bytes_and_is_closed_on_exec() {
+    fn a_descriptor_is_received_with_its_bytes_and_closed_on_exec() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut file = memory_file().unwrap();
         file.write_all(b"in memory").unwrap();
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_for_which_there_is_no_room_are_not_left_open() {
+    fn excess_descriptors_are_closed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let files: Vec<File> = (0..9).map(|_| memory_file().unwrap()).collect();
         let mut control = [0u64; 16];
@@ -266,7 +266,7 @@ mod tests {
         drop(files);
         let mut came = Vec::new();
         recv(theirs.as_raw_fd(), &mut [0; 9], &mut came, true).unwrap();
-        // The padding of the room may have place for one more.
+        // The padding of the control message may fit one more.
         assert!(came.len() <= MAX_MESSAGE_DESCRIPTORS + 1, "{}", came.len());
         let fds: Vec<RawFd> = came.iter().map(AsRawFd::as_raw_fd).collect();
         assert!(fds.iter().all(|&fd| is_open(fd)));

@@ -1,9 +1,9 @@
-//! What a number of workers needs of the system, looked at before anything is started.
+//! Checks whether the system's limits allow a number of workers, before anything is started.
 //!
 //! A limit that is met half-way through a start shows as an obscure failure of some fork or pipe,
-//! with hundreds of processes to take down again. So each is read beforehand, and the first
-//! that is too small is reported with the number needed, the number there is, and what to do.
-//! What cannot be read is taken as sufficient: this check never refuses what might have worked.
+//! with hundreds of processes to take down again. So each limit is read beforehand, and the first
+//! that is too small is reported with the number needed, the number available, and a remedy.
+//! A limit that cannot be read counts as sufficient: the check never refuses a start that might work.
 //!
 //! Never calls R; safe to call from any thread.
 
@@ -12,53 +12,54 @@ use crate::platform::fd;
 use crate::platform::memory::line_bytes;
 use std::io;
 
-/// Descriptors the agent holds for a worker: its end of the worker's stream, its stderr.
+/// Descriptors that the agent needs for each worker: the agent's end of the worker's stream, and the
+/// worker's output.
 const FILES_PER_WORKER: u64 = 2;
-/// Descriptors the agent needs anyway: standard streams, poll, signals, cached blobs, R's own.
+/// Descriptors that the agent needs besides: standard streams, poll, signals, cached blobs, R's own.
 const FILES_RESERVE: u64 = 64;
-/// Bytes of address space that the head or an agent takes for itself: a reserve, threads' stacks, buffers.
+/// Bytes of address space that the head or an agent needs for itself: a reserve, threads' stacks, buffers.
 const ADDRESS_SPACE: u64 = 32 << 20;
-/// Processes and threads besides the workers: the agent, its guard, the hub's thread, and some room
-/// for whatever else the user starts meanwhile.
+/// Processes and threads besides the workers: the agent, its guard, the hub's thread, and some spare
+/// ones for other programs that the user starts meanwhile.
 const PROCESSES_RESERVE: u64 = 16;
 
-/// A limit of the system that is too small for the workers asked for.
+/// A limit of the system that is too small for the requested workers.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not enough {what}: {needed} needed, {available} available; {remedy}")]
 pub struct Shortfall {
-    /// What there is too little of: "open files" or "processes".
+    /// The limited resource, for example "open files" or "processes".
     pub what: &'static str,
-    /// How many of it the workers need.
+    /// The amount that the workers need.
     pub needed: u64,
-    /// How many of it can be had.
+    /// The amount that is available.
     pub available: u64,
     /// What the user can do about it.
     pub remedy: String,
 }
 
-/// A limit and how much of it is taken.
+/// A limit and its current use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// The most there can be.
+    /// The maximum.
     pub limit: u64,
-    /// How many there are.
+    /// The amount in use.
     pub used: u64,
 }
 
 impl Room {
-    /// How many more fit.
+    /// The amount that is left.
     pub fn left(self) -> u64 {
         self.limit.saturating_sub(self.used)
     }
 }
 
-/// The limits of a system as far as they are known; None is unknown or unlimited.
+/// The known limits of a system. `None` means unknown or unlimited.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SystemLimits {
-    /// Open files a process can have: the hard limit, or what a privileged process may raise
-    /// it to.
+    /// Open files of a process: the hard limit, or the value to which a privileged process may raise
+    /// the hard limit.
     pub open_files: Option<u64>,
-    /// Processes and threads of this user (RLIMIT_NPROC); None for those it does not bind.
+    /// Processes and threads of this user (RLIMIT_NPROC); `None` for users who are exempt.
     pub user_processes: Option<Room>,
     /// Processes and threads of each control group this process is in, innermost first.
     pub group_processes: Vec<Room>,
@@ -71,13 +72,13 @@ pub struct SystemLimits {
 }
 
 impl SystemLimits {
-    /// The limits of this system, now.
+    /// Reads the limits of this system and their current use.
     pub fn now() -> SystemLimits {
         platform::limits()
     }
 }
 
-/// Whether this system can take `workers` more workers, as far as can be told.
+/// Checks whether the known limits of this system allow `workers` more workers.
 ///
 /// # Errors
 /// The first limit that is too small.
@@ -151,47 +152,46 @@ pub fn check_with(limits: &SystemLimits, workers: usize) -> Result<(), Shortfall
     Ok(())
 }
 
-/// Open files an agent with `workers` workers needs.
+/// Number of open files that an agent with `workers` workers needs.
 pub fn open_files_needed(workers: usize) -> u64 {
     (workers as u64)
         .saturating_mul(FILES_PER_WORKER)
         .saturating_add(FILES_RESERVE)
 }
 
-/// Raises this process' soft limit of open files to `needed`, or as far as it may, and tells what
-/// it is then. It is never lowered, and not raised beyond need: a process that hands descriptors
+/// Raises this process's soft limit of open files to `needed`, or as far as permitted, and returns the
+/// limit. The limit is never lowered, and not raised beyond `needed`: a process that passes descriptors
 /// above 1023 to select() fails, and children inherit the limit.
 ///
 /// # Errors
-/// Those of getrlimit and setrlimit.
+/// The errors of getrlimit and setrlimit.
 pub fn raise_open_files(needed: u64) -> io::Result<u64> {
     platform::raise_open_files(needed)
 }
 
-/// How many more files this process may open, if the system tells.
+/// Number of further files that this process may open, if it can be read.
 pub fn open_files_left() -> Option<u64> {
     let open = std::fs::read_dir("/dev/fd").ok()?.count() as u64;
     let limit = raise_open_files(0).ok()?;
     Some(Room { limit, used: open }.left())
 }
 
-/// Lets this process have at most `bytes` of memory that it can write to and that is its own
-/// (heap and data, whether used or not). Beyond that the system gives it no more. Only Linux heeds
-/// it.
+/// Limits the private writable memory of this process (heap and data, whether used or not) to `bytes`:
+/// allocations beyond the limit fail. Only Linux enforces it.
 ///
 /// # Errors
-/// Those of getrlimit and setrlimit.
+/// The errors of getrlimit and setrlimit.
 pub fn limit_memory(bytes: u64) -> io::Result<()> {
     platform::limit_memory(bytes)
 }
 
-/// Whether this process may make a file of so many bytes.
+/// Whether the file size limit of this process allows a file of `bytes` bytes.
 pub fn may_make_file(bytes: u64) -> bool {
     platform::soft_limit(libc::RLIMIT_FSIZE).is_none_or(|max| bytes <= max)
 }
 
-/// The limits of this process's memory, as the end of a sentence that says that there is none left; "" if it
-/// has none.
+/// The memory limits of this process, as the end of a sentence that says that no memory is left. Empty if
+/// there are no limits.
 pub fn memory_limits() -> String {
     let names = [
         ("ulimit -v", libc::RLIMIT_AS),
@@ -207,12 +207,12 @@ pub fn memory_limits() -> String {
     }
 }
 
-/// Bytes that count for [`limit_memory`] in this process now, if the system tells.
+/// Bytes of this process that count towards [`limit_memory`], if they can be read.
 pub fn memory_counted() -> Option<u64> {
     parse_counted(&std::fs::read_to_string("/proc/self/status").ok()?)
 }
 
-/// [`memory_counted`] from the text of /proc/self/status.
+/// The pure part of [`memory_counted`], from the text of /proc/self/status.
 fn parse_counted(status: &str) -> Option<u64> {
     line_bytes(status, "VmData:")
 }
@@ -224,7 +224,7 @@ mod platform {
 
     pub(super) fn limit_memory(bytes: u64) -> io::Result<()> {
         let mut limit = get(libc::RLIMIT_DATA)?;
-        // A limit that was there before cannot be exceeded.
+        // An existing hard limit cannot be exceeded.
         limit.rlim_max = limit.rlim_max.min(bytes as libc::rlim_t);
         limit.rlim_cur = limit.rlim_max.min(limit.rlim_cur);
         set(libc::RLIMIT_DATA, limit)
@@ -241,7 +241,7 @@ mod platform {
         limits
     }
 
-    /// Completes `limits` with what is to be read in `proc`.
+    /// Completes `limits` with the values that are read from `proc`.
     pub(super) fn linux_limits(limits: &mut SystemLimits, proc: &Path) {
         let number = |path: &str| -> Option<u64> {
             fs::read_to_string(proc.join(path))
@@ -261,7 +261,7 @@ mod platform {
         };
 
         if capabilities.resource {
-            // It may raise its own hard limit, as far as the kernel takes any.
+            // A privileged process may raise its own hard limit up to the kernel's maximum.
             limits.open_files = match (limits.open_files, number("sys/fs/nr_open")) {
                 (Some(hard), Some(max)) => Some(hard.max(max)),
                 _ => None,
@@ -274,7 +274,8 @@ mod platform {
         // SAFETY: getuid has no arguments and cannot fail.
         let user = unsafe { libc::getuid() };
         let exempt = capabilities.resource || capabilities.admin || (genuine && user == 0);
-        // fork() looks at the soft limit, and workers' packages expect it untouched.
+        // fork() checks the soft limit, which is not raised because packages on workers expect it
+        // unchanged.
         let limit = soft_limit(libc::RLIMIT_NPROC);
         if let (false, Some(limit)) = (exempt, limit) {
             limits.user_processes = tasks_of(proc, user).map(|used| Room { limit, used });
@@ -288,7 +289,7 @@ mod platform {
             }
         }
 
-        // Threads take process numbers too, so that one count serves both limits.
+        // Threads also use process ids, so one count serves both limits.
         let used = fs::read_to_string(proc.join("loadavg"))
             .ok()
             .as_deref()
@@ -303,13 +304,13 @@ mod platform {
         limits.threads = room("sys/kernel/threads-max");
     }
 
-    /// The fourth field of /proc/loadavg is "running/all": all tasks of the system.
+    /// Number of all tasks of the system, from the fourth field of /proc/loadavg, "running/all".
     pub(super) fn tasks_in_loadavg(text: &str) -> Option<u64> {
         let (_, all) = text.split_whitespace().nth(3)?.split_once('/')?;
         all.parse().ok()
     }
 
-    /// Whether the text of /proc/self/uid_map is that of the initial user namespace.
+    /// Whether the text of /proc/self/uid_map describes the initial user namespace.
     pub(super) fn maps_all_users(map: &str) -> bool {
         map.split_whitespace().eq(["0", "0", "4294967295"])
     }
@@ -323,7 +324,7 @@ mod platform {
     }
 
     impl Capabilities {
-        /// From the text of /proc/self/status.
+        /// Parses the text of /proc/self/status.
         pub(super) fn parse(status: &str) -> Capabilities {
             let set = status
                 .lines()
@@ -337,7 +338,8 @@ mod platform {
         }
     }
 
-    /// Processes and threads of a user. With /proc mounted hidepid, one's own are still there.
+    /// Number of processes and threads of a user. A user's own processes are listed even if /proc is mounted
+    /// with hidepid.
     fn tasks_of(proc: &Path, user: u32) -> Option<u64> {
         let tasks = fs::read_dir(proc)
             .ok()?
@@ -346,7 +348,7 @@ mod platform {
                 let name = entry.file_name();
                 name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
             })
-            // Those that have ended meanwhile cannot be read, and do not count.
+            // A process that has ended meanwhile cannot be read and does not count.
             .filter_map(|entry| fs::read_to_string(entry.path().join("status")).ok())
             .filter_map(|status| user_and_threads(&status))
             .filter(|&(owner, _)| owner == user)
@@ -355,7 +357,8 @@ mod platform {
         Some(tasks)
     }
 
-    /// Real user (the one RLIMIT_NPROC counts by) and threads, from a process' status.
+    /// The real user id, by which RLIMIT_NPROC counts, and the number of threads, from the status of a
+    /// process.
     pub(super) fn user_and_threads(status: &str) -> Option<(u32, u64)> {
         let first = |name: &str| {
             status
@@ -383,7 +386,7 @@ mod platform {
     #[cfg(not(target_env = "gnu"))]
     type Resource = libc::c_int;
 
-    /// None: there is no such limit.
+    /// Reads a soft limit. `None` if there is no limit.
     pub(super) fn soft_limit(which: Resource) -> Option<u64> {
         get(which).ok().and_then(|limit| finite(limit.rlim_cur))
     }
@@ -393,13 +396,13 @@ mod platform {
             rlim_cur: 0,
             rlim_max: 0,
         };
-        // SAFETY: the pointer is to a live rlimit, which the call fills in.
+        // SAFETY: the pointer refers to a live rlimit, which the call fills.
         fd::check(unsafe { libc::getrlimit(which, &raw mut limit) })?;
         Ok(limit)
     }
 
     fn set(which: Resource, limit: libc::rlimit) -> io::Result<()> {
-        // SAFETY: the pointer is to a live rlimit, which the call only reads.
+        // SAFETY: the pointer refers to a live rlimit, which the call only reads.
         fd::check(unsafe { libc::setrlimit(which, &raw const limit) }).map(drop)
     }
 
@@ -411,7 +414,7 @@ mod platform {
         }
         let wanted = libc::rlim_t::try_from(needed).unwrap_or(libc::RLIM_INFINITY);
         if wanted > limit.rlim_max {
-            // Privileged processes may raise the hard limit as well; for others it stands.
+            // Only privileged processes may raise the hard limit.
             let both = libc::rlimit {
                 rlim_cur: wanted,
                 rlim_max: wanted,
@@ -438,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn what_counts_for_the_memory_limit_is_read() {
+    fn counted_memory_is_read_from_status() {
         let status = "Name:\tR\nVmData:\t   51200 kB\nVmStk:\t 132 kB\n";
         assert_eq!(parse_counted(status), Some(51200 * 1024));
         for status in [
@@ -454,14 +457,14 @@ mod tests {
     }
 
     #[test]
-    fn unknown_limits_pass() {
+    fn unknown_limits_count_as_sufficient() {
         for workers in [0, 1, 1_000_000, usize::MAX] {
             assert_eq!(check_with(&SystemLimits::default(), workers), Ok(()));
         }
     }
 
     #[test]
-    fn open_files_on_both_sides() {
+    fn open_files_are_checked_on_both_sides_of_the_limit() {
         let limits = |open_files| SystemLimits {
             open_files: Some(open_files),
             ..SystemLimits::default()
@@ -477,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_on_both_sides_of_each_limit() {
+    fn processes_are_checked_on_both_sides_of_each_limit() {
         type Set = fn(&mut SystemLimits, Room);
         let cases: [(Set, &str); 4] = [
             (
@@ -510,7 +513,7 @@ mod tests {
     }
 
     #[test]
-    fn address_space_on_both_sides() {
+    fn address_space_is_checked_on_both_sides_of_the_limit() {
         let check = |used| {
             let limit = 500 << 20;
             let address_space = Some(Room { limit, used });
@@ -563,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn it_reads_as_a_sentence() {
+    fn a_shortfall_reads_as_a_sentence() {
         let short = Shortfall {
             what: "open files",
             needed: 264,
@@ -577,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_takes_a_worker() {
+    fn the_limits_of_this_machine_allow_a_worker() {
         assert_eq!(check(1), Ok(()));
     }
 

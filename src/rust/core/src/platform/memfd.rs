@@ -1,41 +1,42 @@
-//! Files in memory that nobody can change any more: what processes share.
+//! Sealed files in memory, which processes share and nobody can change.
 
 use super::fd::check;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 
-/// A file in memory alone that has no name.
+/// Creates an anonymous file in memory.
 ///
 /// # Errors
 /// When the system has no descriptor or memory left.
 pub fn memory_file() -> io::Result<File> {
     let make = |flags| {
         let flags = flags | libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-        // SAFETY: a string that ends with a NUL; the descriptor is owned by nobody else.
+        // SAFETY: the string ends with a NUL; nobody else owns the descriptor.
         unsafe {
             let fd = libc::memfd_create(c"rustcluster".as_ptr(), flags);
             check(fd).map(|fd| File::from_raw_fd(fd))
         }
     };
     match make(libc::MFD_NOEXEC_SEAL) {
-        // An older system does not know that flag.
+        // Kernels before 6.3 do not know this flag.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => make(0),
         made => made,
     }
 }
 
-/// Sees to it that nobody changes a [`memory_file`] any more.
+/// Seals a [`memory_file`]: nobody can change it any more.
 ///
 /// # Errors
-/// When somebody else has it mapped to write to it.
+/// When the file is mapped for writing.
 pub fn seal(file: &File) -> io::Result<()> {
     let seals = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: fcntl checks its arguments.
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }).map(drop)
 }
 
-/// Whether nobody can change a file, nor cut it, any more. Only of a [`memory_file`] can that be said.
+/// Whether a file is sealed: nobody can write to it, shrink it or grow it. Only a [`memory_file`] can be
+/// sealed.
 pub fn is_sealed(file: &File) -> bool {
     let needed = libc::F_SEAL_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
     // SAFETY: fcntl checks its arguments.
@@ -50,13 +51,13 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     #[test]
-    fn nobody_can_write_to_what_is_sealed() {
+    fn a_sealed_file_cannot_be_written() {
         let mut file = memory_file().unwrap();
         file.write_all(&[1; 10_000]).unwrap();
         seal(&file).unwrap();
-        // SAFETY: what comes of it is not used.
+        // SAFETY: the mapping is not used.
         assert!(unsafe { memmap2::MmapMut::map_mut(&file) }.is_err());
-        // Nor through the system's list of descriptors.
+        // Opening the file again through /proc does not make it writable either.
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let again = File::options().write(true).open(path).unwrap();
         assert!(again.write_all_at(b"x", 0).is_err());

@@ -1,13 +1,13 @@
-//! The memory of this host, as far as this process may use it, and what ends for want of it.
+//! The memory of this host that this process may use, and the detection of out-of-memory kills.
 //!
 //! Never calls R; safe to call from any thread.
 
 use super::cgroup::{self, Version};
 
-/// The memory of this host in bytes, `(total, available)`, as far as this process may use it.
+/// The memory of this host that this process may use, in bytes: `(total, available)`.
 ///
-/// From /proc/meminfo, cut to the limits of the control groups (v2 and v1) it is in. None where
-/// there is no /proc/meminfo.
+/// The numbers come from /proc/meminfo and are capped by the limits of the process's control groups (v2 and
+/// v1). `None` where there is no /proc/meminfo.
 pub fn host_memory() -> Option<(u64, u64)> {
     let meminfo = parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
     let groups = cgroup::directories("memory").into_iter().map(|level| {
@@ -29,18 +29,19 @@ pub fn host_memory() -> Option<(u64, u64)> {
     Some(restrict_memory(meminfo, groups))
 }
 
-/// Whether processes end for want of memory: the kernel kills one then, by SIGKILL, and counts it.
+/// Detects whether a process was killed by the kernel's out-of-memory killer, which uses SIGKILL and counts
+/// its kills.
 #[derive(Debug)]
 pub struct OutOfMemory {
-    /// The count when it was last looked at.
+    /// The kernel's count when it was last read.
     seen: Option<u64>,
-    /// Of those counted since, the ones that no process has been put down to. Several may be killed
-    /// before the first is looked at.
+    /// Counted kills that no killed process has been matched with yet. The kernel may kill several processes
+    /// before the first is examined.
     unclaimed: u64,
 }
 
 impl OutOfMemory {
-    /// Counts from now on.
+    /// Starts counting: earlier kills are ignored.
     pub fn start_counting() -> OutOfMemory {
         OutOfMemory {
             seen: oom_kills(),
@@ -48,8 +49,8 @@ impl OutOfMemory {
         }
     }
 
-    /// Whether it looks as if a process that was killed by somebody else has been killed for want
-    /// of memory.
+    /// Whether a process that was killed by SIGKILL from outside was probably killed by the out-of-memory
+    /// killer.
     pub fn explains_kill(&mut self) -> bool {
         self.explains(oom_kills(), host_memory())
     }
@@ -61,12 +62,12 @@ impl OutOfMemory {
         self.seen = count.or(self.seen);
         let counted = self.unclaimed > 0;
         self.unclaimed = self.unclaimed.saturating_sub(1);
-        // Where nothing is counted, or another group had the process.
+        // Low memory is the fallback where kills are not counted, or the process was in another group.
         counted || memory.is_some_and(|(total, available)| available < total / 50)
     }
 }
 
-/// How many processes the kernel has killed for want of memory, as far as it concerns ours.
+/// Number of out-of-memory kills in the group of our processes.
 fn oom_kills() -> Option<u64> {
     let groups = cgroup::directories("memory").into_iter().map(|level| {
         let file = match level.version {
@@ -81,9 +82,9 @@ fn oom_kills() -> Option<u64> {
 
 const OOM_KILL: &str = "oom_kill";
 
-/// The innermost group that counts is the one that our processes are in: it counts them, and those
-/// in groups below (in v2), wherever the limit was that was met; the groups above would add others'.
-/// The machine's own count, which is everybody's, is for where there is none.
+/// Uses the innermost group that has a count, which is the group of our processes. It counts their kills,
+/// and in v2 those in the groups below, whichever group's limit was exceeded; the groups above would add the
+/// kills of other processes. The count of the whole machine is the fallback.
 fn oom_kills_from(
     mut groups: impl Iterator<Item = Option<u64>>,
     vmstat: impl FnOnce() -> Option<String>,
@@ -93,12 +94,12 @@ fn oom_kills_from(
         .or_else(|| cgroup::field(&vmstat()?, OOM_KILL))
 }
 
-/// What one level of the control groups says about memory.
+/// The memory values of one level of the control groups.
 #[derive(Clone, Copy, Debug, Default)]
 struct MemoryGroup {
     limit: Option<u64>,
     current: Option<u64>,
-    /// Page cache: counted as used, given up when the memory is wanted.
+    /// Page cache, which counts as used, but is reclaimed when memory is needed.
     reclaimable: Option<u64>,
 }
 
@@ -106,7 +107,7 @@ struct MemoryGroup {
 fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
     let bytes = |name| line_bytes(text, name);
     let total = bytes("MemTotal:")?;
-    // Kernels before 3.14 have no MemAvailable; free and page cache are near enough.
+    // Kernels before 3.14 have no MemAvailable; free memory and page cache approximate it.
     let available = bytes("MemAvailable:").or_else(|| {
         let cache = bytes("Buffers:").unwrap_or(0) + bytes("Cached:").unwrap_or(0);
         Some(bytes("MemFree:")? + cache)
@@ -114,8 +115,8 @@ fn parse_meminfo(text: &str) -> Option<(u64, u64)> {
     Some((total, available.min(total)))
 }
 
-/// A group without a limit restricts nothing (v1 writes "no limit" as a number near 2^63, which
-/// needs no case of its own: it is more than any machine has).
+/// Caps the memory of the host by the limits of the groups. A group without a limit restricts nothing: v1
+/// writes "no limit" as a number near 2^63, which exceeds any machine's memory and so needs no special case.
 fn restrict_memory(
     (mut total, mut available): (u64, u64),
     groups: impl Iterator<Item = MemoryGroup>,
@@ -130,12 +131,12 @@ fn restrict_memory(
     (total, available)
 }
 
-/// The bytes that a line of a file in /proc tells, as "VmRSS:   123 kB".
+/// Reads the bytes from a line of a file in /proc, such as "VmRSS:   123 kB".
 pub fn line_bytes(text: &str, name: &str) -> Option<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
     let mut words = rest.split_whitespace();
     let kilobytes: u64 = words.next()?.parse().ok()?;
-    words.next().filter(|&unit| unit == "kB")?;
+    words.next().filter(|&suffix| suffix == "kB")?;
     kilobytes.checked_mul(1024)
 }
 
@@ -144,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kills_are_counted_where_our_processes_are() {
+    fn kills_are_counted_in_the_innermost_group() {
         let vmstat = || Some("nr_free_pages 5\noom_kill 9\n".to_owned());
         let none = || -> Option<String> { None };
         assert_eq!(
@@ -169,14 +170,14 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_is_explained_by_a_count_that_grew_or_by_what_is_left() {
+    fn a_kill_is_explained_by_a_counted_kill_or_by_low_memory() {
         let plenty = Some((1000, 500));
         let mut memory = OutOfMemory {
             seen: Some(3),
             unclaimed: 0,
         };
         assert!(!memory.explains(Some(3), plenty));
-        // Two at once, and each counts once.
+        // Two kills at once explain two processes.
         assert!(memory.explains(Some(5), plenty));
         assert!(memory.explains(Some(5), plenty));
         assert!(!memory.explains(Some(5), plenty));
@@ -184,7 +185,7 @@ mod tests {
         assert!(!memory.explains(Some(5), Some((1000, 20))));
         assert!(!memory.explains(None, None));
         assert!(memory.explains(Some(6), None));
-        // A group that is another by now.
+        // A count that falls belongs to another group.
         assert!(!memory.explains(Some(0), plenty));
         assert!(memory.explains(Some(1), plenty));
         let mut unknown = OutOfMemory {

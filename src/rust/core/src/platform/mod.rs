@@ -1,5 +1,5 @@
-//! The operating system: processes, descriptors, memory, signals, limits. Knows nothing else of this
-//! crate.
+//! Interfaces to the operating system: processes, descriptors, memory, signals, limits. No module here
+//! depends on the rest of this crate.
 
 pub(crate) mod cgroup;
 pub mod clock;

@@ -1,53 +1,55 @@
-//! Bytes that have pages of their own, and go back to the system with them.
+//! Buffers with memory pages of their own, which return to the system when the buffer is dropped.
 
 use bytes::Bytes;
 use memmap2::MmapMut;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The most bytes that get pages of their own.
+/// Maximum size of a buffer that gets pages of its own.
 pub const ROOM: usize = 64 * 1024;
 
-/// Bodies from here on have pages of their own.
-const PAGED: usize = 32 * 1024;
+/// Minimum size of a buffer that gets pages of its own.
+const MIN_PAGED: usize = 32 * 1024;
 
-/// Results wait in bodies by the thousand, made by one thread and dropped by another. Those that are
-/// not small are mapped, so that their memory goes back to the system with them: in malloc's arenas,
-/// one for each thread, twice the limit was seen in use, and much of it kept for ever.
+/// Copies bytes into a buffer, which has pages of its own unless it is small.
+///
+/// Results wait in buffers by the thousand, made by one thread and dropped by another. Buffers that are not
+/// small are mapped, so that their memory returns to the system with them. In malloc's arenas, one for each
+/// thread, results were seen to occupy twice the limit, and much of that memory was never returned.
 pub fn copy(bytes: &[u8]) -> Bytes {
-    if bytes.len() >= PAGED {
-        if let Some(pages) = Pages::holding(bytes) {
+    if bytes.len() >= MIN_PAGED {
+        if let Some(pages) = Pages::copy_of(bytes) {
             return Bytes::from_owner(pages);
         }
     }
     Bytes::copy_from_slice(bytes)
 }
 
-/// Bodies that have pages of their own at a time. A process may have only so many mappings
+/// Maximum number of buffers with pages of their own at a time. The system limits the mappings of a process
 /// (vm.max_map_count, 65,530 by default).
 const MAX_PAGED: usize = 16 * 1024;
 static PAGED_NOW: AtomicUsize = AtomicUsize::new(0);
 
-/// Room for one body.
+/// The pages of one buffer.
 struct Pages {
-    /// There until it is dropped.
+    /// The mapping; `None` only while it is being dropped.
     room: Option<MmapMut>,
     len: usize,
 }
 
-/// Room that is not in use: what is taken by the next bodies is in the processor's caches, and the
-/// system need not clear it.
+/// Mappings that are not in use. The next buffers reuse them, because their pages are in the processor's
+/// caches and the system need not clear them.
 static FREE: Mutex<Vec<MmapMut>> = Mutex::new(Vec::new());
-/// Bodies that there is such room for.
+/// Maximum number of unused mappings.
 const MAX_FREE: usize = 128;
 
 impl Pages {
-    /// None if there is no memory, or there are too many.
-    fn holding(bytes: &[u8]) -> Option<Pages> {
+    /// Copies bytes into pages. `None` if there is no memory or there are too many mappings.
+    fn copy_of(bytes: &[u8]) -> Option<Pages> {
         if PAGED_NOW.load(Ordering::Relaxed) >= MAX_PAGED {
             return None;
         }
-        // Whoever does not get the lock at once goes without: it may be a fork, and its owner not exist.
+        // Never wait for the lock: in a forked process, the thread that holds it may not exist.
         let free = FREE.try_lock().ok().and_then(|mut free| free.pop());
         let mut room = free.or_else(|| MmapMut::map_anon(ROOM).ok())?;
         room.get_mut(..bytes.len())?.copy_from_slice(bytes);

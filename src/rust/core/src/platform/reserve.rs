@@ -1,27 +1,29 @@
-//! Memory that is set progress event, to go on with when the system has no more for this process.
+//! A memory reserve, from which a process can continue when the system gives it no more memory.
 //!
-//! Rust ends a process that cannot allocate, and so would a result that does not fit end the user's
-//! session. With [`Reserving`] as the allocator, the allocation that fails first is made from the
-//! reserve. Whoever receives looks at [`was_used`] before every read, and gives up what takes the memory.
+//! Rust aborts a process that cannot allocate, so a result that does not fit into memory would end the
+//! user's session. With [`Reserving`] as the allocator, the first allocation that fails is made from the
+//! reserve. A receiver checks [`was_used`] before every read, and drops the message that takes the memory.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
-/// More than what is allocated between two looks, the messages that wait to be sent included.
+/// Size of the reserve. The reserve is larger than what is allocated between two checks of [`was_used`],
+/// including the messages that wait to be sent.
 const BYTES: usize = 16 << 20;
 
-/// An allocation of more than this does not fit into the reserve with what follows it: it fails.
+/// Maximum size of an allocation from the reserve. A larger allocation fails, because the reserve must also
+/// cover the allocations that follow.
 const MAX_SPARE_ALLOCATION: usize = BYTES / 4;
 
 static RESERVE: AtomicPtr<u8> = AtomicPtr::new(null_mut());
 static USED: AtomicBool = AtomicBool::new(false);
 
-/// The system's allocator, and the reserve.
+/// The system's allocator, with the reserve as a fallback.
 pub struct Reserving;
 
 impl Reserving {
-    fn again(layout: Layout, failed: *mut u8, allocate: impl FnOnce() -> *mut u8) -> *mut u8 {
+    fn retry(layout: Layout, failed: *mut u8, allocate: impl FnOnce() -> *mut u8) -> *mut u8 {
         if !failed.is_null() || layout.size() > MAX_SPARE_ALLOCATION || !release() {
             return failed;
         }
@@ -30,19 +32,19 @@ impl Reserving {
     }
 }
 
-// SAFETY: all memory is the system allocator's, to which each call is passed on, once or, if that has
-// failed and so changed nothing, twice.
+// SAFETY: all memory comes from the system allocator. Each call is passed on to it once, or twice if the
+// first call failed and therefore changed nothing.
 unsafe impl GlobalAlloc for Reserving {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's.
         let allocate = || unsafe { System.alloc(layout) };
-        Reserving::again(layout, allocate(), allocate)
+        Reserving::retry(layout, allocate(), allocate)
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's.
         let allocate = || unsafe { System.alloc_zeroed(layout) };
-        Reserving::again(layout, allocate(), allocate)
+        Reserving::retry(layout, allocate(), allocate)
     }
 
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
@@ -51,7 +53,7 @@ unsafe impl GlobalAlloc for Reserving {
         let Ok(wanted) = Layout::from_size_align(size, layout.align()) else {
             return null_mut();
         };
-        Reserving::again(wanted, allocate(), allocate)
+        Reserving::retry(wanted, allocate(), allocate)
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
@@ -60,38 +62,39 @@ unsafe impl GlobalAlloc for Reserving {
     }
 }
 
-/// Sets the reserve progress event, if it is not. Nothing is written to it, so that it takes address space alone.
+/// Maps the reserve unless it is already mapped. Nothing is written to the reserve, so it takes only address
+/// space.
 pub fn hold() {
     if !RESERVE.load(Ordering::Relaxed).is_null() {
         return;
     }
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
-    // SAFETY: a new mapping, which nobody else knows of.
+    // SAFETY: creates a new mapping, to which no other pointer exists.
     let at = unsafe { libc::mmap(null_mut(), BYTES, protection, flags, -1, 0) };
     if at == libc::MAP_FAILED {
         return;
     }
-    let held =
+    let stored =
         RESERVE.compare_exchange(null_mut(), at.cast(), Ordering::Relaxed, Ordering::Relaxed);
-    if held.is_err() {
-        // SAFETY: the mapping above, which nobody uses.
+    if stored.is_err() {
+        // SAFETY: unmaps the mapping above, which nothing uses.
         unsafe { libc::munmap(at, BYTES) };
     }
 }
 
-/// Gives the reserve back to the system. Returns whether there was one.
+/// Returns the reserve to the system. Returns whether there was a reserve.
 pub fn release() -> bool {
     let at = RESERVE.swap(null_mut(), Ordering::Relaxed);
     if at.is_null() {
         return false;
     }
-    // SAFETY: the mapping of `hold`, which is nobody's any more.
+    // SAFETY: unmaps the mapping made by `hold`; the swap removed the only pointer to it.
     unsafe { libc::munmap(at.cast(), BYTES) };
     true
 }
 
-/// Whether the reserve has been used since this was last asked. It is set progress event anew as soon as there is
+/// Whether the reserve has been used since the last call. The reserve is mapped again as soon as there is
 /// memory for it.
 pub fn was_used() -> bool {
     if !RESERVE.load(Ordering::Relaxed).is_null() {
@@ -109,22 +112,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_fails_is_tried_again_once_with_the_reserve() {
+    fn a_failed_allocation_is_retried_once_from_the_reserve() {
         hold();
         let layout = |bytes| Layout::from_size_align(bytes, 8).unwrap();
         let mut tries = 0;
-        let made = Reserving::again(layout(64), null_mut(), || {
+        let made = Reserving::retry(layout(64), null_mut(), || {
             tries += 1;
             8 as *mut u8
         });
         assert_eq!((made as usize, tries), (8, 1));
         assert!(was_used() && !was_used());
-        // There is a reserve again. What does not fit into it leaves it alone.
-        let made = Reserving::again(layout(BYTES), null_mut(), || unreachable!());
+        // There is a reserve again. An allocation that does not fit into it leaves it mapped.
+        let made = Reserving::retry(layout(BYTES), null_mut(), || unreachable!());
         assert!(made.is_null() && !was_used());
         assert!(release() && !release());
-        // Without one there is nothing to be tried.
-        let made = Reserving::again(layout(64), null_mut(), || unreachable!());
+        // Without a reserve, the allocation is not retried.
+        let made = Reserving::retry(layout(64), null_mut(), || unreachable!());
         assert!(made.is_null());
     }
 }

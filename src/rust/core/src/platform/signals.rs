@@ -1,4 +1,4 @@
-//! Signal masks and dispositions. Everything unsafe about signals is here.
+//! Signal masks and dispositions. All unsafe code that concerns signals is in this module.
 
 use crate::platform::fd;
 use std::io;
@@ -29,8 +29,8 @@ fn mask(how: libc::c_int, set: &libc::sigset_t) -> libc::sigset_t {
     }
 }
 
-/// Runs `start` with all signals blocked in this thread, so that threads it starts never handle
-/// one: R's handlers belong to R's thread.
+/// Runs `start` with all signals blocked in this thread. The threads that `start` creates therefore
+/// never handle a signal: R's handlers must run in R's thread.
 pub fn with_all_blocked<T>(start: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigfillset initializes the set.
@@ -44,26 +44,26 @@ pub fn with_all_blocked<T>(start: impl FnOnce() -> T) -> T {
     result
 }
 
-/// In a process that is about to become another program: blocks no signal, as the thread that has
-/// started it blocks all, and does not ignore SIGINT, which R from 4.6 on leaves at that. The agent
-/// ignores it, and so does a head that a script has started in the background.
+/// Unblocks all signals and resets SIGINT. Call between fork and exec: the spawning thread blocks all
+/// signals, and R >= 4.6 keeps an inherited SIG_IGN for SIGINT. The agent ignores SIGINT, and so does a
+/// head that a script started in the background.
 pub fn reset() {
     mask(libc::SIG_SETMASK, &set_of(&[]));
     // SAFETY: SIG_DFL is a valid disposition.
     unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
 }
 
-/// The stream at whose end this process ends; -1: there is none.
+/// The stream whose end ends this process; -1 if there is none.
 static STREAM: AtomicI32 = AtomicI32::new(-1);
 
-/// Calls nothing but what a handler of signals may call.
+/// Handles SIGIO: ends the process if the stream has hung up. Calls only async-signal-safe functions.
 extern "C" fn on_stream(_: libc::c_int) {
     let mut polled = libc::pollfd {
         fd: STREAM.load(Ordering::Relaxed),
         events: HUNG_UP,
         revents: 0,
     };
-    // SAFETY: one valid pollfd; the interrupted code gets back its errno.
+    // SAFETY: the pollfd is valid; the errno of the interrupted code is restored.
     unsafe {
         let errno = libc::__errno_location();
         let before = *errno;
@@ -76,14 +76,14 @@ extern "C" fn on_stream(_: libc::c_int) {
 
 const HUNG_UP: libc::c_short = libc::POLLRDHUP;
 
-/// From here on until [`outlive`], this process ends at once when the other side of `stream` does, whatever
-/// code it runs: that code may look at no stream for a long time. Nothing of it is cleaned up.
+/// Ends this process at once when the other side of `stream` ends, until [`outlive`] is called. This works
+/// whatever code runs, which may not read the stream for a long time. The process cleans nothing up.
 ///
 /// # Errors
-/// When the descriptor is of a kind that has no such signals.
+/// When the descriptor does not support SIGIO.
 pub fn end_with(stream: RawFd) -> io::Result<()> {
     STREAM.store(stream, Ordering::Relaxed);
-    // SAFETY: the handler only calls what it may, and restarts what it interrupts; fcntl checks the
+    // SAFETY: the handler is async-signal-safe, and interrupted calls are restarted; fcntl checks the
     // descriptor.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -95,14 +95,14 @@ pub fn end_with(stream: RawFd) -> io::Result<()> {
         }
     }
     fd::set_async(stream, true)?;
-    // It may have ended before.
+    // The stream may have ended before the handler was installed.
     on_stream(libc::SIGIO);
     Ok(())
 }
 
-/// See [`end_with`]. The handler stays, and does nothing any more: a signal may still be pending.
+/// Undoes [`end_with`]. The handler stays installed without effect, because a signal may still be pending.
 pub fn outlive(stream: RawFd) {
-    // A descriptor without such signals has sent none.
+    // A descriptor that does not support SIGIO has sent none.
     let _ = fd::set_async(stream, false);
     STREAM.store(-1, Ordering::Relaxed);
 }
@@ -112,18 +112,18 @@ pub fn block_interrupt() {
     mask(libc::SIG_BLOCK, &set_of(&[libc::SIGINT]));
 }
 
-/// Lets R handle SIGINT again, a pending one at once.
+/// Lets R handle SIGINT again. R handles a pending SIGINT at once.
 pub fn unblock_interrupt() {
     mask(libc::SIG_UNBLOCK, &set_of(&[libc::SIGINT]));
 }
 
-/// Forgets a SIGINT that is pending. SIGINT must be blocked.
+/// Discards a pending SIGINT. SIGINT must be blocked.
 pub fn discard_interrupt() {
     discard(&set_of(&[libc::SIGINT]), libc::SIGINT);
 }
 
-/// Forgets a signal, which is all that is in `set`, if it is pending. It must be blocked, and taken by no
-/// other thread.
+/// Discards `signal` if it is pending. `set` must contain only `signal`, and the signal must be blocked in
+/// all threads.
 fn discard(set: &libc::sigset_t, signal: libc::c_int) {
     let mut pending = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigpending fills the set; sigwait gets valid pointers and returns at once, because
@@ -138,17 +138,17 @@ fn discard(set: &libc::sigset_t, signal: libc::c_int) {
     }
 }
 
-/// Writes to a file without the signal that ends a process which writes more than its limit of file
-/// sizes (`ulimit -f`) allows. That limit holds for files in memory, too.
+/// Writes to a file without receiving SIGXFSZ, which ends a process whose file exceeds the file size limit
+/// (`ulimit -f`). The limit also applies to files in memory.
 ///
 /// # Errors
-/// Those of `write`: EFBIG at the limit.
+/// The errors of `write`: EFBIG at the limit.
 pub fn without_file_size_signal<T>(write: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let signal = set_of(&[libc::SIGXFSZ]);
     let old = mask(libc::SIG_BLOCK, &signal);
     let written = write();
     let too_large = |error: &io::Error| error.raw_os_error() == Some(libc::EFBIG);
-    // SAFETY: reads a set that sigprocmask has filled.
+    // SAFETY: reads a set that pthread_sigmask has filled.
     let was_blocked = unsafe { libc::sigismember(&raw const old, libc::SIGXFSZ) } == 1;
     if !was_blocked {
         if written.as_ref().is_err_and(too_large) {
@@ -159,11 +159,11 @@ pub fn without_file_size_signal<T>(write: impl FnOnce() -> io::Result<T>) -> io:
     written
 }
 
-/// Dispositions as they were, to be put back in a child.
+/// Saved signal dispositions, which a child restores.
 #[derive(Clone)]
 pub struct Saved(Vec<(libc::c_int, libc::sigaction)>);
 
-/// Remembers how these signals are handled now.
+/// Saves the current dispositions of these signals.
 pub fn save(signals: &[libc::c_int]) -> Saved {
     let current = |&signal: &libc::c_int| {
         let mut action = MaybeUninit::<libc::sigaction>::uninit();
@@ -176,7 +176,7 @@ pub fn save(signals: &[libc::c_int]) -> Saved {
 }
 
 impl Saved {
-    /// Puts the dispositions back.
+    /// Restores the saved dispositions.
     pub fn restore(&self) {
         for (signal, action) in &self.0 {
             // SAFETY: the action came from sigaction for the same signal.
@@ -193,10 +193,10 @@ pub fn ignore(signals: &[libc::c_int]) {
     }
 }
 
-/// Sends a signal to a process, or with a negative number to its process group.
+/// Sends a signal to a process, or to a process group if `pid` is negative.
 ///
 /// # Errors
-/// The system's, such as that there is no such process.
+/// The errors of kill(2), for example ESRCH if there is no such process.
 pub fn kill(pid: i32, signal: libc::c_int) -> io::Result<()> {
     // SAFETY: kill has no memory effects in this process.
     fd::check(unsafe { libc::kill(pid, signal) }).map(drop)

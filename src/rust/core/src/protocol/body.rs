@@ -64,6 +64,14 @@ impl Body {
         (chunk.len() == self.len).then_some(chunk)
     }
 
+    /// Joins all chunks into one.
+    pub fn join(&mut self) {
+        if self.chunks.len() > 1 {
+            let bytes = self.chunks.make_contiguous().concat();
+            self.chunks = [bytes.into()].into();
+        }
+    }
+
     /// Drops this many bytes off the front, or all.
     pub fn skip(&mut self, mut count: usize) {
         self.len = self.len.saturating_sub(count);
@@ -93,6 +101,21 @@ impl Body {
 mod tests {
     use super::*;
     use crate::protocol::frame::MAX_BODY;
+
+    #[test]
+    fn chunks_are_joined_in_order() {
+        let mut body = Body {
+            chunks: ["", "ab", "", "c"].map(Bytes::from).into(),
+            len: 3,
+            memory: None,
+        };
+        assert_eq!(body.whole(), None);
+        body.join();
+        assert_eq!(body.whole(), Some(&b"abc"[..]));
+        let mut empty = Body::default();
+        empty.join();
+        assert_eq!(empty, Body::default());
+    }
 
     #[test]
     fn a_result_in_small_chunks_takes_little_more_than_its_bytes() {

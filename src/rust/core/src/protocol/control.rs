@@ -86,7 +86,7 @@ pub enum Outfile {
     File(String),
 }
 
-/// What an agent is to start.
+/// A start request to an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     /// How many workers to start.
@@ -122,7 +122,7 @@ pub struct Start {
 }
 
 impl Start {
-    /// The rank of the worker with this index; the index itself if the head has told none.
+    /// The rank of the worker with this index; the index itself if the head has not sent ranks.
     pub fn rank(&self, worker: u32) -> Rank {
         let rank = self.ranks.get(worker as usize);
         rank.copied().unwrap_or(worker)
@@ -179,7 +179,7 @@ pub struct WorkerFailure {
 pub enum ToAgent {
     /// The head's half of the greeting: the first message on the stream.
     Hello(Hello),
-    /// What to start: follows the greeting, once.
+    /// The start request, which follows the greeting once.
     Start(Start),
     /// Interrupt `worker` if it still runs `task`; drop the task if it has not started.
     Cancel {
@@ -216,14 +216,14 @@ pub enum ToAgent {
         /// A number that the answer repeats.
         question: u64,
     },
-    /// What is the state of the agent and of its workers?
+    /// Asks for the state of the agent and of its workers.
     Dump {
         /// A number that the answer repeats.
         question: u64,
     },
 }
 
-/// Memory use of a process in bytes; 0 for what is not known.
+/// Memory use of a process in bytes; unknown values are 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// The resident set size.
@@ -354,7 +354,7 @@ pub enum ToHead {
     Dump {
         /// The number of the question that this answers.
         question: u64,
-        /// What is known of the agent, or of the worker with this index.
+        /// The facts about the agent, or about the worker with this index.
         of: Vec<(Option<u32>, Facts)>,
         /// Whether the answer is complete with these.
         last: bool,
@@ -377,7 +377,7 @@ pub struct WorkerConfig {
 /// The state that an agent hands over when it replaces its own process image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handover {
-    /// What the agent was to start.
+    /// The start request of the agent.
     pub start: Start,
     /// The head's process number.
     pub head_pid: u32,
@@ -411,7 +411,7 @@ pub fn encode<M: Serialize>(message: &M) -> Result<Frame, MessageError> {
     encode_for(0, message)
 }
 
-/// As [`encode`], with a worker in the header.
+/// Encodes a message like [`encode`], with a worker in the header.
 ///
 /// # Errors
 /// When it does not fit into one frame.

@@ -1,11 +1,10 @@
 //! Deduplication of chunks: the head sends bytes that several messages to one remote host contain
 //! only once over the link.
 //!
-//! Messages are cut where their content says so ([`cut`]: FastCDC, Xia et al., USENIX ATC 2016), so
-//! that a function or an argument that many messages have in common gives the same chunks wherever
-//! in them it is. The agent keeps chunks as they pass, up to a number of bytes, least recently used
-//! out first. The head knows which these are, since it sees the same chunks in the same order
-//! ([`CacheIndex`]), and sends the number of a chunk that the agent has ([`ChunkCache`]) instead of it.
+//! Messages are cut by content-defined chunking ([`cut`]: FastCDC, Xia et al., USENIX ATC 2016). A function or an
+//! argument that many messages share therefore yields the same chunks at any position. The agent keeps received chunks
+//! in an LRU cache of limited size ([`ChunkCache`]). The head knows the content of the cache, because it sees the same
+//! chunks in the same order ([`CacheIndex`]), and sends the number of a cached chunk instead of the chunk.
 
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{CACHE, Frame, MAX_BODY, SAME};
@@ -16,17 +15,17 @@ use std::collections::VecDeque;
 use std::hash::Hash;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-/// Chunks have at least so many bytes; shorter messages are not looked at.
-const SHORTEST: usize = 1024;
-/// As long are most: a function of a few kilobytes has some of its own, and the header of a frame
-/// is 0.5 % of it.
-const USUAL: usize = 4 * 1024;
-/// FastCDC's normalization at its level 1: chunks shorter than usual are cut by a mask of one bit
-/// more than longer ones.
-const MASK_BELOW: u64 = MASKS[USUAL.ilog2() as usize + 1];
-const MASK_ABOVE: u64 = MASKS[USUAL.ilog2() as usize - 1];
+/// Minimum size of a chunk. Shorter messages are not deduplicated.
+const MIN_CHUNK: usize = 1024;
+/// Usual size of a chunk: a function of a few kilobytes has some chunks of its own, and the header of a frame adds
+/// only 0.5 %.
+const USUAL_CHUNK: usize = 4 * 1024;
+/// FastCDC's normalization at level 1: chunks below the usual size are cut by a mask with one bit more than longer
+/// ones.
+const MASK_BELOW: u64 = MASKS[USUAL_CHUNK.ilog2() as usize + 1];
+const MASK_ABOVE: u64 = MASKS[USUAL_CHUNK.ilog2() as usize - 1];
 
-/// Counted for a chunk that is kept, besides its bytes: without it, empty ones could be kept for ever.
+/// Bytes counted for a cached chunk besides its content: otherwise, the number of empty chunks would be unlimited.
 const ENTRY: usize = 128;
 
 /// A piece of a message.
@@ -34,19 +33,19 @@ const ENTRY: usize = 128;
 pub struct Chunk {
     /// The content.
     pub bytes: Bytes,
-    /// What it is known by, if it may be shared: a hash of its content (XXH3, 128 bits).
+    /// The hash of the content (XXH3, 128 bits), if the chunk may be deduplicated.
     pub key: Option<u128>,
 }
 
 impl From<Bytes> for Chunk {
-    /// A chunk that is not shared.
+    /// A chunk that is not deduplicated.
     fn from(bytes: Bytes) -> Chunk {
         Chunk { bytes, key: None }
     }
 }
 
-/// Cuts chunks off the front of `buffer`. Unless it is the `last` of a message, what might go on is
-/// left there.
+/// Cuts chunks off the front of `buffer`. Unless this is the `last` part of a message, bytes whose chunk may continue
+/// are left in the buffer.
 pub fn cut(buffer: &mut Vec<u8>, last: bool) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     let mut from = 0;
@@ -60,7 +59,7 @@ pub fn cut(buffer: &mut Vec<u8>, last: bool) -> Vec<Chunk> {
     chunks
 }
 
-/// Cuts a whole message into the same chunks, without copying it.
+/// Cuts a complete message into the same chunks as [`cut`], without copying it.
 pub fn cut_whole(mut message: Bytes) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     while !message.is_empty() {
@@ -73,17 +72,24 @@ pub fn cut_whole(mut message: Bytes) -> Vec<Chunk> {
 fn end_of_chunk(bytes: &[u8]) -> usize {
     let (below, above) = (MASK_BELOW << 1, MASK_ABOVE << 1);
     let (_, end) = v2020::cut(
-        bytes, SHORTEST, USUAL, MAX_BODY, MASK_BELOW, MASK_ABOVE, below, above,
+        bytes,
+        MIN_CHUNK,
+        USUAL_CHUNK,
+        MAX_BODY,
+        MASK_BELOW,
+        MASK_ABOVE,
+        below,
+        above,
     );
     end
 }
 
-/// The key of some content.
+/// The key of this content.
 pub fn key_of(bytes: &[u8]) -> u128 {
     xxh3_128(bytes)
 }
 
-/// The key and the length of content that comes in pieces.
+/// Computes the key and the length of content that arrives in pieces.
 #[derive(Clone, Default)]
 pub struct Fingerprint {
     hash: Xxh3,
@@ -91,25 +97,24 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Some more of the content.
+    /// Appends a piece of the content.
     pub fn update(&mut self, bytes: &[u8]) {
         self.hash.update(bytes);
         self.len += bytes.len() as u64;
     }
 
-    /// The key and the length. They are the same for the same content, however it was cut into
-    /// pieces.
+    /// Returns the key and the length, which do not depend on how the content was cut into pieces.
     pub fn value(&self) -> (u128, u64) {
         (self.hash.digest128(), self.len)
     }
 }
 
 fn chunk(bytes: Bytes) -> Chunk {
-    let key = (bytes.len() >= SHORTEST).then(|| key_of(&bytes));
+    let key = (bytes.len() >= MIN_CHUNK).then(|| key_of(&bytes));
     Chunk { bytes, key }
 }
 
-/// Values with their sizes, of which the least recently used go first when there are too many.
+/// An LRU cache of values with sizes.
 #[derive(Debug)]
 struct BoundedMap<K: Hash + Eq, V> {
     values: LruCache<K, (V, usize)>,
@@ -130,7 +135,7 @@ impl<K: Hash + Eq, V> BoundedMap<K, V> {
         self.values.peek(key).map(|(value, _)| value)
     }
 
-    /// The value, which counts as used.
+    /// Returns a value and marks it as recently used.
     fn get(&mut self, key: &K) -> Option<&V> {
         self.values.get(key).map(|(value, _)| value)
     }
@@ -309,7 +314,7 @@ mod tests {
         bytes
     }
 
-    /// As the hub cuts a message that comes in pieces.
+    /// Cuts a message that arrives in pieces, like the hub.
     fn cut_in_pieces(message: &[u8], piece: usize) -> Vec<Chunk> {
         let mut buffer = Vec::new();
         let mut chunks = Vec::new();
@@ -363,7 +368,7 @@ mod tests {
         }
 
         #[test]
-        fn what_arrives_is_what_was_sent_however_little_is_kept(
+        fn messages_arrive_unchanged_with_any_cache_size(
             max in 0usize..400_000, which in prop::collection::vec(0u64..6, 1..30),
         ) {
             let (mut cache_index, mut chunk_cache) = (CacheIndex::new(max), ChunkCache::new(max));
@@ -378,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn what_messages_have_in_common_crosses_once() {
+    fn chunks_that_messages_share_are_sent_once() {
         let (mut cache_index, mut chunk_cache) =
             (CacheIndex::new(1 << 24), ChunkCache::new(1 << 24));
         let common = noise(1, 1_000_000);
@@ -419,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_chunks_are_not_kept_for_ever() {
+    fn the_number_of_cached_empty_chunks_is_limited() {
         let mut chunk_cache = ChunkCache::new(100 * ENTRY);
         for _ in 0..1_000 {
             let mut frame = Frame::new(Kind::Data, CACHE, 0, 1, Bytes::new());
@@ -429,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_that_is_not_kept_is_an_error() {
+    fn a_reference_to_an_unknown_chunk_is_an_error() {
         let mut chunk_cache = ChunkCache::new(1 << 20);
         for body in [&[0u8; 12][..], &[0xff; 12], &[0; 11], &[]] {
             let mut frame = Frame::new(Kind::Data, SAME, 0, 1, Bytes::copy_from_slice(body));

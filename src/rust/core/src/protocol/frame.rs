@@ -247,7 +247,7 @@ pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, FrameError> {
     Ok(frame)
 }
 
-/// As [`decode`], from a slice.
+/// Decodes a frame like [`decode`], from a slice.
 pub fn decode_slice(bytes: &mut &[u8]) -> Result<Option<Frame>, FrameError> {
     let Some(header) = Header::decode(bytes)? else {
         return Ok(None);

@@ -21,10 +21,10 @@ pub struct Preamble {
     seen: Vec<u8>,
 }
 
-/// What [`Preamble::feed`] found.
+/// The result of [`Preamble::feed`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum PreambleState {
-    /// Not yet there.
+    /// The magic has not arrived yet.
     Incomplete,
     /// The stream proper begins with these bytes.
     Open(Vec<u8>),
@@ -52,7 +52,7 @@ impl Preamble {
         }
     }
 
-    /// What came before the magic, as text.
+    /// The bytes before the magic, as text.
     pub fn noise(&self) -> String {
         String::from_utf8_lossy(&self.seen).into_owned()
     }
@@ -100,7 +100,7 @@ impl Greeting {
         decoded.map(|frame| hello(&frame)).transpose()
     }
 
-    /// What came before the magic line, as text.
+    /// The bytes before the magic line, as text.
     pub fn noise(&self) -> String {
         self.preamble.noise()
     }
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hello_is_found_behind_noise_and_what_follows_is_kept() {
+    fn a_hello_is_found_after_noise_and_the_rest_is_returned() {
         let hello = Hello::default();
         let mut wire = b"Last login: 100%\n".to_vec();
         wire.extend(says(&ToHead::Hello(hello.clone())));
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_greet_is_a_untrusted_peer() {
+    fn a_peer_without_a_hello_is_untrusted() {
         let cores = u32::MAX;
         let boaster = Hello {
             cores,

@@ -101,7 +101,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_pushed_comes_out_whole_and_in_order(
+        fn pushed_bytes_are_written_completely_and_in_order(
             sizes in prop::collection::vec(prop_oneof![0usize..100, 4000usize..4200, Just(MAX_BODY)], 1..100),
             takes in prop::collection::vec(1usize..200_000, 1..50),
         ) {

@@ -1,15 +1,15 @@
 //! The set-up calls of one worker, and which of them are still needed to restore its state.
 //!
 //! The agent and the head each keep a log: the agent in memory, for workers that it replaces; the head in a file, for
-//! hosts that are lost. What a log keeps of a call (`C`) is its own affair. What a fresh worker has to be sent is
-//! decided here, once.
+//! hosts that are lost. Each log stores a call in its own form (`C`). Both logs share the rule in this module that
+//! decides which calls a fresh worker must be sent.
 //!
-//! A call either sets one variable, whose name is known by a number, or does something else (name 0). A call that sets
-//! a variable supersedes the call that set the same variable before, unless a call of name 0 lies between: that one may
-//! have used the value.
+//! A call either sets one variable, whose name is represented by a number, or does something else (name 0). A call that
+//! sets a variable supersedes the call that set the same variable before, unless a call of name 0 lies between, because
+//! that call may have used the value.
 
-/// How far back the earlier value of a variable is looked for. Bounds the cost of a call: a call that is not found is
-/// sent once more, which changes nothing.
+/// How many calls back the earlier value of a variable is searched for. The bound limits the cost of a call. A call
+/// that is not found is sent once more, which changes nothing.
 const MAX_LOOK_BACK: usize = 1_000;
 
 /// The calls that restore the state of one worker, in the order in which the worker ran them.
@@ -25,8 +25,8 @@ impl<C> Default for SetupCalls<C> {
 }
 
 impl<C> SetupCalls<C> {
-    /// Adds a call that the worker has completed. `name`: the number of the variable that it sets, or 0. Returns the
-    /// call that it supersedes.
+    /// Adds a call that the worker has completed. `name`: the number of the variable that the call sets, or 0. Returns
+    /// the superseded call.
     pub fn record(&mut self, name: u64, call: C) -> Option<C> {
         let recent = self.calls.iter().enumerate().rev().take(MAX_LOOK_BACK);
         let mut settings = recent.take_while(|(_, (earlier, _))| name != 0 && *earlier != 0);
@@ -41,7 +41,7 @@ impl<C> SetupCalls<C> {
         self.calls.iter().map(|(name, call)| (*name, call))
     }
 
-    /// How many calls there are.
+    /// Number of calls.
     pub fn len(&self) -> usize {
         self.calls.len()
     }
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn taken_calls_are_gone() {
+    fn take_removes_all_calls() {
         let mut calls = SetupCalls::default();
         calls.record(0, "a");
         calls.record(1, "b");
@@ -97,7 +97,8 @@ mod tests {
 
     type Variables = HashMap<u64, usize>;
 
-    /// A worker whose calls of name 0 read all variables that are set: the values that each of them has seen.
+    /// Runs calls on a worker whose calls of name 0 read all variables. Returns the final values, and the values that
+    /// each call of name 0 has read.
     fn run(calls: impl Iterator<Item = (u64, usize)>) -> (Variables, Vec<Vec<(u64, usize)>>) {
         let mut variables = Variables::new();
         let mut seen = Vec::new();
@@ -118,7 +119,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_worker_that_is_sent_what_is_left_ends_in_the_same_state(
+        fn the_remaining_calls_restore_the_same_state(
             names in prop::collection::vec(0u64..5, 0..60),
         ) {
             let mut calls = SetupCalls::default();
@@ -127,7 +128,7 @@ mod tests {
             }
             let all = names.iter().copied().enumerate().map(|(value, name)| (name, value));
             prop_assert_eq!(run(calls.iter().map(|(name, &value)| (name, value))), run(all));
-            // Between two calls of name 0, each variable is set once.
+            // Each variable is set at most once between two calls of name 0.
             let kept: Vec<u64> = calls.iter().map(|(name, _)| name).collect();
             for part in kept.split(|&name| name == 0) {
                 let mut once = part.to_vec();

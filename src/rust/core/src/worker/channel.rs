@@ -1,11 +1,11 @@
-//! A worker's side of its channel to the agent: blocking, single-threaded, no R in it.
+//! The worker's side of its channel to the agent: blocking, single-threaded, without R.
 //!
-//! SIGINT is how a running task is interrupted, so it must reach R while R runs a task and at no
-//! other time. It is blocked from [`Channel::restart`], with which an answer begins, until
+//! SIGINT interrupts a running task, so it must reach R while R runs a task and at no other time.
+//! SIGINT is blocked from [`Channel::restart`], with which an answer begins, until
 //! [`Channel::next_task`] has returned and the task starts. The agent writes a cancel frame before
-//! it sends the signal: a signal for a task that is still in the channel's buffer is therefore never
-//! lost (the frame is seen before the task starts), and one for a task that has ended is never felt
-//! by the next.
+//! it sends the signal. A signal for a task that is still in the channel's buffer is therefore never
+//! lost, because the worker sees the frame before the task starts, and a signal for a task that has
+//! ended never interrupts the next task.
 
 use crate::platform::{fd, signals};
 use crate::protocol::body::Body;
@@ -27,39 +27,40 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::debug;
 
-/// If the next task has lately come so soon, a worker polls for it that long before it sleeps, and yields
-/// its core at every look: to sleep and to be woken would take longer.
+/// How long a worker polls for the next task before it sleeps, if recent tasks arrived within this time. The
+/// worker yields its core at every poll. Sleeping and being woken would take longer.
 const MAX_POLL: Duration = Duration::from_micros(200);
 
-/// Workers poll on machines with at least so many cores. A round trip occupies the head, the agent and a
-/// worker: with fewer cores, a worker that polls shares one with the head's R code, which then takes twice as
-/// long.
+/// Minimum number of cores of a machine on which workers poll. A round trip occupies the head, the agent and
+/// a worker: with fewer cores, a worker that polls shares a core with the head's R code, which then takes
+/// twice as long.
 const MIN_CORES_TO_POLL: usize = 3;
 
-/// Whether there are so many. The agent finds out before its first fork, so that no worker has to.
+/// Whether the machine has [`MIN_CORES_TO_POLL`] cores. The agent evaluates this before its first fork, so
+/// that no worker has to.
 pub static MAY_POLL: LazyLock<bool> = LazyLock::new(|| {
     thread::available_parallelism().is_ok_and(|cores| cores.get() >= MIN_CORES_TO_POLL)
 });
 
-/// The state of a random number generator: the integers of R's `.Random.seed`,
-/// little-endian; none if there is none.
+/// The state of a random number generator: the integers of R's `.Random.seed`, little-endian. Empty
+/// if R has no `.Random.seed`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seed {
     /// Four bytes for each integer.
     pub bytes: Bytes,
-    /// It is not this worker's, and for one task alone.
+    /// The state belongs to another worker, and applies to one reassigned task only.
     pub reassigned: bool,
 }
 
-/// What many messages begin with. Its bytes are in memory that all workers of a host share, unless
-/// they are few, and nobody can change them.
+/// A broadcast variable, with which many messages begin. Unless the blob is small, its bytes are in sealed
+/// memory that all workers of a host share.
 #[derive(Clone, Debug, Default)]
 pub struct Blob {
-    /// Other bytes have another number, for as long as the cluster lives.
+    /// Identifies the bytes for the lifetime of the cluster.
     pub id: BlobId,
     /// The content.
     pub bytes: Bytes,
-    /// The memory that the bytes are in, if it is shared: to be mapped once more.
+    /// The shared memory that contains the bytes, if it is shared; it can be mapped again.
     pub memory: Option<Arc<File>>,
 }
 
@@ -71,16 +72,16 @@ impl PartialEq for Blob {
 
 impl Eq for Blob {}
 
-/// The message of a task: the bytes of its blob, if it has one, and then those of its body.
+/// The message of a task: the bytes of its blob, if it has one, followed by those of its body.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TaskMessage {
-    /// What the message begins with, if it shares that with others.
+    /// The blob with which the message begins, if it has one.
     pub blob: Option<Blob>,
     /// The rest of the message.
     pub body: Body,
 }
 
-/// Descriptors that may have come before the frames that they belong to.
+/// Maximum number of descriptors that were received before the frames to which they belong.
 const MAX_DESCRIPTORS: usize = 16;
 
 /// See the module's documentation.
@@ -88,40 +89,40 @@ const MAX_DESCRIPTORS: usize = 16;
 pub struct Channel {
     stream: UnixStream,
     index: u32,
-    /// Large answers may be given in shared memory.
+    /// Large answers may be sent in shared memory.
     pub shared_answers: bool,
     received: BytesMut,
-    /// Those that have come along, and belong to frames that have not been looked at.
+    /// Received descriptors that belong to frames that have not been decoded.
     descriptors: VecDeque<OwnedFd>,
-    /// The last blob that the agent has given.
+    /// The last blob that the agent has sent.
     blob: Option<Blob>,
-    /// The beginning of a blob that the agent is giving without shared memory.
+    /// The beginning of a blob that the agent is sending without shared memory.
     partial_blob: Vec<u8>,
-    /// The task that R has and has not answered.
+    /// The task that R is running and has not answered.
     task: Option<TaskId>,
     /// A chunk of the answer has been sent.
     answer_started: bool,
     outgoing: Vec<u8>,
-    /// To be put in place before the next task, one after the other.
+    /// Seeds to set before the next task, in order.
     seeds_before: Vec<Seed>,
-    /// What the task has left, to be told with its answer.
+    /// The seed after the task, to be sent with its answer.
     seed_after: Option<Seed>,
-    /// How long the agent has lately let wait for what comes next, on average.
+    /// How long the worker has recently waited for the agent, on average.
     usual_wait: Duration,
-    /// The process that serves tasks.
+    /// The id of the process that serves tasks.
     owner: u32,
 }
 
-/// The bytes of a blob's memory, as they are there.
+/// Maps the shared memory of a blob.
 fn map(file: &File, len: u64) -> io::Result<Bytes> {
-    // What is beyond its end could not be read without being killed.
+    // Reading beyond the end of the file would kill the process.
     if file.metadata()?.len() != len {
         return Err(io::Error::other("a payload of another length"));
     }
-    // SAFETY: the file has no name, and the agent has seen to it that nobody writes to it or cuts
-    // it any more. It is mapped to be read, and apart from what others may write.
+    // SAFETY: the file has no name, and the agent has sealed it, so nobody writes to it or truncates it.
+    // The mapping is private and read-only.
     let map = unsafe { MmapOptions::new().map_copy_read_only(file)? };
-    // That it is read from the front to the end is worth knowing, no more.
+    // The advice is optional, so its failure is ignored.
     let _ = map.advise(memmap2::Advice::Sequential);
     Ok(Bytes::from_owner(map))
 }
@@ -148,11 +149,11 @@ impl Channel {
         }
     }
 
-    /// Moves the stream to the lowest free descriptor: in a fork of an agent with many workers
-    /// its number may be beyond what `select()` in user code can take.
+    /// Moves the stream to the lowest free descriptor. In a fork of an agent with many workers, its
+    /// number may be too large for `select()` in user code.
     ///
     /// # Errors
-    /// When descriptors have run out.
+    /// When no descriptor is free.
     pub fn renumber(&mut self) -> io::Result<()> {
         self.stream = self.stream.try_clone()?;
         Ok(())
@@ -163,10 +164,10 @@ impl Channel {
         self.index
     }
 
-    /// Tells the agent the temporary directory of this worker, and whether it can take tasks.
+    /// Reports the temporary directory of this worker to the agent, and whether the worker can take tasks.
     ///
     /// # Errors
-    /// When the agent is gone.
+    /// When the agent has terminated.
     pub fn ready(&mut self, tempdir: String, ready: bool) -> io::Result<()> {
         self.owner = std::process::id();
         debug!(ready, "worker reports to its agent");
@@ -178,7 +179,7 @@ impl Channel {
     /// Reads one control message, before the first task.
     ///
     /// # Errors
-    /// When the agent is gone or sends something else.
+    /// When the agent has terminated or sends another kind of frame.
     pub fn config<M: serde::de::DeserializeOwned>(&mut self) -> io::Result<M> {
         match self.frame()? {
             Some(frame) if frame.header.kind == Kind::Control => {
@@ -188,10 +189,10 @@ impl Channel {
         }
     }
 
-    /// Waits for the next task. `None`: the agent wants no more, or is gone.
+    /// Waits for the next task. `None`: the agent has closed the channel or terminated.
     ///
     /// # Errors
-    /// When the channel breaks or carries something that is not a frame.
+    /// When the channel breaks or carries an invalid frame.
     pub fn next_task(&mut self) -> io::Result<Option<TaskMessage>> {
         signals::block_interrupt();
         if self.task.is_some() {
@@ -205,7 +206,7 @@ impl Channel {
             match header.kind {
                 Kind::Data if header.flags & ABORT != 0 => {
                     incoming = None;
-                    // That of a task which will not come.
+                    // The aborted task will not run, so neither will its seed be needed.
                     self.seeds_before.retain(|seed| !seed.reassigned);
                 }
                 Kind::Data => {
@@ -228,7 +229,8 @@ impl Channel {
                     if header.flags & LAST != 0 {
                         self.task = incoming.take();
                         self.answer_started = false;
-                        // First forget, then look: see the module's documentation.
+                        // Discard the signal before looking for the cancel frame; otherwise a signal
+                        // that arrives in between would be lost. See the module's documentation.
                         signals::discard_interrupt();
                         debug!(task = header.task, bytes = next.body.len, "task received");
                         if self.cancelled()? {
@@ -242,10 +244,10 @@ impl Channel {
                     }
                 }
                 Kind::Blob => {
-                    // First the one before goes, or its memory would be held as well.
+                    // Drop the previous blob first, so that the two do not occupy memory at once.
                     self.blob = None;
                     if header.flags & ABORT == 0 {
-                        self.blob = self.given(frame)?;
+                        self.blob = self.receive_blob(frame)?;
                     }
                 }
                 Kind::Seed => {
@@ -253,7 +255,7 @@ impl Channel {
                     let bytes = frame.body;
                     self.seeds_before.push(Seed { bytes, reassigned });
                 }
-                // Of a task that has ended.
+                // The cancelled task has already ended.
                 Kind::Cancel => {}
                 _ => return Err(io::Error::other("a frame that is not for a worker")),
             }
@@ -261,8 +263,8 @@ impl Channel {
         Ok(None)
     }
 
-    /// The blob that the agent gives with this frame, if that is its last.
-    fn given(&mut self, frame: Frame) -> io::Result<Option<Blob>> {
+    /// Handles a frame of a blob. Returns the blob if this is its last frame.
+    fn receive_blob(&mut self, frame: Frame) -> io::Result<Option<Blob>> {
         let Header {
             task: id, flags, ..
         } = frame.header;
@@ -294,12 +296,12 @@ impl Channel {
         Ok(Some(Blob { id, bytes, memory }))
     }
 
-    /// The seeds to be put in place, one after the other, before the task that has come.
+    /// Takes the seeds to set, in order, before the received task.
     pub fn take_seeds(&mut self) -> Vec<Seed> {
         std::mem::take(&mut self.seeds_before)
     }
 
-    /// The task leaves this seed; it is told with the end of its answer.
+    /// Records the seed after the task, which is sent with the end of the answer.
     pub fn leave_seed(&mut self, seed: Seed) {
         self.seed_after = Some(seed);
     }
@@ -313,7 +315,7 @@ impl Channel {
                 read => self.received.extend_from_slice(&buffer[..read?]),
             }
         }
-        // What may follow besides is the next of the tasks by which this worker is restored.
+        // While a worker is restored, the next set-up call may follow instead of a cancel frame.
         let next = Header::decode(&self.received).map_err(io::Error::other)?;
         if next.is_none_or(|header| header.kind != Kind::Cancel) {
             return Ok(false);
@@ -338,7 +340,7 @@ impl Channel {
         }
     }
 
-    /// Reads some bytes, and keeps the descriptors that come along.
+    /// Reads some bytes, and keeps the descriptors that were sent with them.
     fn recv(&mut self, buffer: &mut [u8], wait: bool) -> io::Result<usize> {
         let mut came = Vec::new();
         let n = fd::recv(self.stream.as_raw_fd(), buffer, &mut came, wait)?;
@@ -366,29 +368,29 @@ impl Channel {
                 },
             }
         };
-        // Bounded: after a pause a few short waits tell that tasks come soon again.
+        // The bound lets a few short waits after a long pause suffice to resume polling.
         self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * MAX_POLL);
         self.received.extend_from_slice(&buffer[..n]);
         Ok(n)
     }
 
-    /// Whether R has a task that is not answered.
+    /// Whether R is running a task that is not answered.
     pub fn is_busy(&self) -> bool {
         self.task.is_some()
     }
 
-    /// An answer starts, or starts anew: what was sent of it does not count. SIGINT is blocked from
-    /// here on.
+    /// Starts or restarts an answer. Frames of an earlier attempt do not count, because the first frame of
+    /// an answer replaces them. Blocks SIGINT.
     pub fn restart(&mut self) {
         signals::block_interrupt();
         self.answer_started = false;
         self.outgoing.clear();
     }
 
-    /// Appends to the current task's answer; `last` ends it. SIGINT must be blocked.
+    /// Appends to the answer of the current task; `last` completes the answer. SIGINT must be blocked.
     ///
     /// # Errors
-    /// When the agent is gone.
+    /// When the agent has terminated.
     pub fn send(&mut self, mut bytes: &[u8], last: bool) -> io::Result<()> {
         let Some(task) = self.task else {
             return Ok(());
@@ -408,13 +410,13 @@ impl Channel {
         Ok(())
     }
 
-    /// Tells the head something before the answer: see [`Kind::ProgressEvent`]. Returns whether there is a task
-    /// that it could be of.
+    /// Sends a progress event of the current task to the head: see [`Kind::ProgressEvent`]. Returns whether
+    /// there is a current task.
     ///
     /// # Errors
-    /// When the agent is gone.
+    /// When the agent has terminated.
     pub fn report(&mut self, bytes: &[u8]) -> io::Result<bool> {
-        // A fork of the worker has the channel, too, and must leave it alone.
+        // A fork of the worker inherits the channel and must not use it.
         let Some(task) = self.task.filter(|_| self.owner == std::process::id()) else {
             return Ok(false);
         };
@@ -441,18 +443,18 @@ impl Channel {
         }
     }
 
-    /// The frame that tells the seed which the task leaves, if it does.
+    /// Takes the frame with the seed after the task, if there is one.
     fn take_seed(&mut self, task: TaskId) -> Option<Frame> {
         let seed = self.seed_after.take()?;
         let flags = if seed.reassigned { REASSIGNED } else { 0 };
         Some(Frame::new(Kind::Seed, flags, self.index, task, seed.bytes))
     }
 
-    /// Answers the current task with what is in this memory, which nobody can change any more. SIGINT
-    /// must be blocked. Returns whether it could be sent: if not, the answer is to be sent otherwise.
+    /// Answers the current task with the content of this sealed memory. SIGINT must be blocked. Returns
+    /// whether the memory could be sent; otherwise the caller must send the answer in frames.
     ///
     /// # Errors
-    /// When the agent is gone.
+    /// When the agent has terminated.
     pub fn send_shared_answer(&mut self, memory: &File, len: u64) -> io::Result<bool> {
         let Some(task) = self.task else {
             return Ok(true);
@@ -477,7 +479,7 @@ impl Channel {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(_) => along = None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // The system has no room for descriptors on their way.
+                // The system limits the number of descriptors in flight.
                 Err(error) if along.is_some() && error.raw_os_error() != Some(libc::EPIPE) => {
                     return Ok(false);
                 }
@@ -550,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_begin_with_the_blob_that_was_given_before() {
+    fn messages_begin_with_the_blob_that_they_refer_to() {
         let (agent, mut channel) = Agent::new();
         let large = vec![7; 200_000];
         agent.hand(3, &large, large.len());
@@ -560,15 +562,15 @@ mod tests {
         agent.send(&data(2, 0, b"inline "), None);
         agent.send(&data(2, LAST, b"part"), None);
         assert_eq!(next(&mut channel), (large, b"inline part".to_vec()));
-        agent.send(&data(3, FIRST | LAST, b"no payload"), None);
-        assert_eq!(next(&mut channel), (Vec::new(), b"no payload".to_vec()));
+        agent.send(&data(3, FIRST | LAST, b"no blob"), None);
+        assert_eq!(next(&mut channel), (Vec::new(), b"no blob".to_vec()));
         let small = Bytes::from_static(b"small");
         let small = Frame::new(Kind::Blob, FIRST | LAST, 0, 4, small);
         agent.send(&small, None);
         agent.send(&Frame::blob_reference(0, 4, 4, true), None);
         assert_eq!(next(&mut channel), (b"small".to_vec(), Vec::new()));
         assert!(channel.blob.is_some() && channel.descriptors.is_empty());
-        // It is taken back.
+        // The agent withdraws the blob.
         agent.send(&data(9, LAST | ABORT, b""), None);
         agent.send(
             &Frame::new(Kind::Blob, LAST | ABORT, 0, 4, Bytes::new()),
@@ -582,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn many_blobs_in_a_row_are_each_that_of_their_task() {
+    fn each_of_many_blobs_in_a_row_belongs_to_its_task() {
         let (agent, mut channel) = Agent::new();
         let sender = thread::spawn(move || {
             for id in 0..60u64 {
@@ -619,7 +621,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_in_shared_memory_comes_with_it_and_after_the_seed() {
+    fn an_answer_in_shared_memory_is_sent_with_its_descriptor_after_the_seed() {
         let (agent, mut channel) = Agent::new();
         agent.send(&data(3, FIRST | LAST, b"task"), None);
         channel.next_task().unwrap().unwrap();
@@ -651,7 +653,7 @@ mod tests {
         // The next answer is like any other.
         agent.send(&data(4, FIRST | LAST, b"task"), None);
         assert_eq!(next(&mut channel).1, b"task");
-        // Without a task there is nothing to be answered; without an agent that is an error.
+        // Without a task, nothing is sent; without an agent, sending is an error.
         assert!(channel.send_shared_answer(&file, 9).unwrap());
         agent.send(&data(5, FIRST | LAST, b"task"), None);
         channel.next_task().unwrap().unwrap();
@@ -660,7 +662,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_nobody_asked_for_are_closed() {
+    fn unexpected_descriptors_are_closed() {
         let (agent, mut channel) = Agent::new();
         let (mine, theirs) = UnixStream::pair().unwrap();
         let along = File::from(OwnedFd::from(theirs));
@@ -674,7 +676,7 @@ mod tests {
         assert!(channel.descriptors.is_empty());
         drop(channel);
         drop(sender.join().unwrap());
-        // The last copy of its other end is closed.
+        // The last copy of the other end is closed.
         let end = fd::recv(mine.as_raw_fd(), &mut [0; 9], &mut Vec::new(), true);
         assert_eq!(end.unwrap(), 0);
     }

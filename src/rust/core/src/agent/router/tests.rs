@@ -77,7 +77,7 @@ fn to_head(acts: &[Act]) -> Vec<&Frame> {
 }
 
 #[test]
-fn a_seed_that_the_head_is_not_to_know_is_told_as_none() {
+fn a_seed_that_is_too_long_for_the_head_is_reported_as_none() {
     let mut router = up();
     from_head(&mut router, data(1, b"task"));
     let long = seed(0, 1, &[7; SEED_TO_HEAD + 1]);
@@ -97,7 +97,7 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     from_head(&mut router, data(1, b"export"));
     from_worker(&mut router, &[seed(0, 1, b"seed"), data(1, b"done")]);
     from_head(&mut router, data(2, b"task"));
-    let reassigned = seed(REASSIGNED, 2, b"guest");
+    let reassigned = seed(REASSIGNED, 2, b"reassigned");
     from_worker(&mut router, &[reassigned]);
     let ending = router.exited(0, true, Duration::ZERO);
     assert!(matches!(ending, Ending::Lost { replaced: true, .. }));
@@ -108,7 +108,7 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     };
     assert_eq!(*again, data(REPLAY, b"export"));
     assert_eq!(*seeds, seed(0, 0, b"seed"));
-    // What it does meanwhile was told before.
+    // The answers to repeated calls are not reported, because the head has got them before.
     let done = [seed(0, REPLAY, b"other"), data(REPLAY, b"done")];
     let acts = from_worker(&mut router, &done);
     assert!(
@@ -121,7 +121,7 @@ fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
         ),
         "{acts:?}"
     );
-    // What was meant for the one before.
+    // Frames that were meant for the predecessor are dropped.
     assert!(from_head(&mut router, data(3, b"task")).is_empty());
     let acknowledged = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
     from_head(&mut router, acknowledged);
@@ -148,7 +148,7 @@ fn dropped(task: u64) -> Frame {
 fn a_prefetched_task_waits_for_the_end_of_the_one_before() {
     let mut router = up();
     from_head(&mut router, data(1, b"task"));
-    let reassigned = seed(REASSIGNED, 2, b"guest");
+    let reassigned = seed(REASSIGNED, 2, b"reassigned");
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());
     let state = Frame::new(Kind::State, 0, 0, 2, name);
     for frame in [reassigned.clone(), state, data(2, b"next")] {
@@ -162,7 +162,7 @@ fn a_prefetched_task_waits_for_the_end_of_the_one_before() {
     assert_eq!(to_head(&acts), [&rest]);
     assert_eq!(to_worker(&acts), [&reassigned, &data(2, b"next")]);
     assert_eq!(router.worker_table.task(0), Some(2));
-    // What lasts is the second.
+    // The set-up call is the second task.
     from_worker(&mut router, &[data(2, b"done")]);
     let again = router.setup_log.restore(0).messages;
     assert_eq!(again.len(), 1);
@@ -191,7 +191,7 @@ fn a_prefetched_task_is_dropped_unless_it_has_started() {
     assert!(control(&mut router, &revoke(2)).is_empty());
     let acts = control(&mut router, &cancel(2));
     assert!(matches!(acts[0], Act::Interrupt { worker: 0, task: 2 }));
-    // Of a message that has not wholly come, its abort is the end.
+    // An abort ends a message that has arrived incompletely.
     let part = |task| Frame::new(Kind::Data, FIRST, 0, task, Bytes::from_static(b"part"));
     from_head(&mut router, part(3));
     assert!(control(&mut router, &revoke(3)).is_empty());
@@ -296,7 +296,7 @@ fn a_blob_of_a_setup_call_restores_a_worker_though_the_head_has_forgotten_it() {
     assert_eq!(*again, Frame::blob_reference(0, REPLAY, 5, true));
     assert_eq!(*taken_back, blob(LAST | ABORT, 5, 0));
     from_worker(&mut router, &[data(REPLAY, b"done")]);
-    // It is set again, to something else.
+    // The variable is set again, to another value.
     let acknowledged = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
     from_head(&mut router, acknowledged);
     from_head(&mut router, Frame::new(Kind::State, 0, 0, 2, name));
@@ -362,7 +362,7 @@ fn an_answer_in_shared_memory_is_announced_and_comes_when_it_is_asked_for() {
     };
     assert_eq!(frame.header.flags, LAST | BY_REFERENCE);
     assert_eq!(router.worker_table.task(0), None);
-    // The next is announced as well; cancelled, it is let go of.
+    // The next answer is announced as well; it is dropped once the task is cancelled.
     from_head(&mut router, data(2, b"task"));
     let mut received = bytes(&[memory(2, 5)]);
     acts.clear();

@@ -49,12 +49,12 @@ impl WorkerTable {
         // A worker that made no progress would most likely make none again.
         let pauses = entry.pause.is_some() || !stalled.is_zero() || entry.setbacks >= SETBACKS;
         if setback.count > 0 && pauses {
-            let told = entry.pause.is_some();
+            let reported = entry.pause.is_some();
             let pause = entry.pause.unwrap_or(FIRST_PAUSE);
             entry.pause = Some((2 * pause).min(LONGEST_PAUSE));
             entry.restart_at = Some(now + pause);
             self.unsettled = true;
-            if told {
+            if reported {
                 return Ending::Waits;
             }
             entry.unacknowledged += 1;

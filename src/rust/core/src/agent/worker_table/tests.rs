@@ -84,7 +84,7 @@ fn an_answer_before_its_task_is_whole_or_with_flags_of_others_is_the_workers_fau
 }
 
 #[test]
-fn a_cancelled_answer_is_dropped_whole_and_its_end_is_told() {
+fn a_cancelled_answer_is_dropped_completely_and_its_end_is_reported() {
     let mut worker_table = busy();
     assert_eq!(worker_table.cancel(0, 2, MS), Ok(false));
     assert_eq!(worker_table.cancel(0, 1, MS), Ok(true));
@@ -205,7 +205,7 @@ fn credit_goes_back_once_half_the_window_has_passed() {
 }
 
 #[test]
-fn what_the_agent_gives_a_worker_is_no_credit_for_the_head() {
+fn frames_of_the_agent_itself_grant_no_credit_to_the_head() {
     let mut worker_table = busy();
     worker_table.gave(0, SEND_WINDOW);
     assert_eq!(worker_table.passed(0, SEND_WINDOW), None);
@@ -249,7 +249,7 @@ fn a_task_that_is_out_of_time_is_interrupted_and_then_its_worker_is_overdue() {
 }
 
 #[test]
-fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
+fn a_task_that_has_started_to_answer_does_not_time_out() {
     let mut worker_table = WorkerTable::new(1);
     worker_table.ready(0, [].into(), MS);
     worker_table.limit(0, 1, 10 * MS).unwrap();
@@ -268,10 +268,10 @@ fn a_task_that_has_begun_to_answer_is_not_out_of_time() {
 }
 
 #[test]
-fn a_lost_worker_is_replaced_and_restored_before_it_is_heard_of() {
+fn a_failed_worker_is_replaced_and_restored_before_it_is_reported() {
     let mut worker_table = busy();
     assert_eq!(worker_table.exited(0, true, MS), lost(true));
-    // What was under way to the lost one.
+    // Frames that were in flight to the failed worker are dropped.
     assert_eq!(
         worker_table.to_worker(&data(1, LAST, 9), MS),
         Ok(Route::Drop)
@@ -296,7 +296,7 @@ fn a_lost_worker_is_replaced_and_restored_before_it_is_heard_of() {
     );
 }
 
-/// The end of one that had not been ready, which the head is told.
+/// The end of a worker that had not been ready, as reported to the head.
 fn setback(count: u32, restoring: bool, stalled: Duration, pause: Duration) -> Ending {
     let setback = Setback {
         count,
@@ -317,8 +317,8 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
     for _ in 1..SETBACKS {
         assert_eq!(worker_table.exited(0, true, MS), Ending::Replace);
     }
-    let told = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
-    assert_eq!(worker_table.exited(0, true, MS), told);
+    let failed = setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, MS), failed);
     let (mut now, mut pause) = (MS, FIRST_PAUSE);
     for _ in 0..9 {
         assert_eq!(worker_table.next_restart(), Some(now + pause));
@@ -332,7 +332,7 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
         assert_eq!(worker_table.to_restart(now), [0]);
         assert!(worker_table.to_restart(now + pause).is_empty());
         worker_table.made(0, now);
-        // The head is told once.
+        // The failure is reported to the head once.
         assert_eq!(worker_table.exited(0, true, now), Ending::Waits);
         pause = (2 * pause).min(LONGEST_PAUSE);
     }
@@ -353,13 +353,13 @@ fn a_worker_that_does_not_come_up_again_is_made_after_growing_pauses() {
         worker_table.exited(0, true, now),
         setback(SETBACKS, false, Duration::ZERO, FIRST_PAUSE)
     );
-    // It is not made again when the head has it stopped, nor when the cluster ends.
+    // The worker is not started again when the head stops it, nor when the cluster ends.
     assert_eq!(worker_table.stop(0, now), None);
     assert!(worker_table.all_terminated() && worker_table.next_restart().is_none());
-    // Nor is one that was never there, or whose state is not known.
+    // Nor is a worker started again that never came up, or whose state is not known.
     let mut worker_table = WorkerTable::new(1);
-    let told = setback(1, false, Duration::ZERO, Duration::ZERO);
-    assert_eq!(worker_table.exited(0, true, MS), told);
+    let failed = setback(1, false, Duration::ZERO, Duration::ZERO);
+    assert_eq!(worker_table.exited(0, true, MS), failed);
     assert_eq!(worker_table.next_restart(), None);
     assert_eq!(busy().exited(0, false, MS), lost(false));
 }
@@ -382,9 +382,9 @@ fn a_worker_that_makes_no_progress_while_it_is_restored_is_killed() {
     assert!(worker_table.stalled(RESTORE_TIMEOUT).is_empty());
     assert_eq!(worker_table.stalled(MS + RESTORE_TIMEOUT), [0]);
     assert!(worker_table.stalled(2 * RESTORE_TIMEOUT).is_empty());
-    let told = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
-    assert_eq!(worker_table.exited(0, true, MS), told);
-    // The second of what is done again took long at first.
+    let failed = setback(1, false, RESTORE_TIMEOUT, FIRST_PAUSE);
+    assert_eq!(worker_table.exited(0, true, MS), failed);
+    // The second of the repeated calls took long at first.
     worker_table.to_restart(RESTORE_TIMEOUT);
     worker_table.made(0, RESTORE_TIMEOUT);
     let mut now = 2 * RESTORE_TIMEOUT - MS;
@@ -420,5 +420,5 @@ fn how_long_a_task_took_does_not_include_waiting_for_the_head() {
     );
     answer = data(1, LAST, 1);
     assert_eq!(worker_table.from_worker(&answer, 90 * MS), Ok(Route::Hold));
-    assert_eq!(worker_table.took(0), 4 * MS);
+    assert_eq!(worker_table.task_duration(0), 4 * MS);
 }

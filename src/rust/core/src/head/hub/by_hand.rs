@@ -1,7 +1,7 @@
-//! A hub without a thread, streams and a clock, for simulations: whoever has made it moves the frames, and says
-//! what time it is. All else is the hub's own code.
+//! A hub without a thread, streams or a clock, for simulations: its creator moves the frames and sets the time. All
+//! other code is that of the real hub.
 //!
-//! Nothing comes while such a hub waits. So it is asked with a waiting time of zero.
+//! No frame arrives while such a hub waits, so callers pass a waiting time of zero.
 
 use super::client::Hub;
 use super::core::Hand;
@@ -16,8 +16,8 @@ use std::io;
 use std::time::Duration;
 
 impl Hub {
-    /// A hub whose hosts, with workers of these ranks, are all there. `result_limit`: bytes of results to
-    /// buffer. `chunk_cache_bytes`: bytes of chunks that each agent keeps, if they do.
+    /// Creates a hub whose hosts, with workers of these ranks, are all connected. `result_limit`: bytes of results to
+    /// buffer. `chunk_cache_bytes`: size of each agent's chunk cache, if agents have one.
     /// `time_limit`: see [`Hub::limit_all`].
     ///
     /// # Errors
@@ -45,22 +45,22 @@ impl Hub {
         Ok(hub)
     }
 
-    /// It is so late now.
+    /// Sets the time.
     pub fn set_clock(&mut self, now: Duration) {
         if let Some(hand) = &mut self.core().hand {
             hand.now = now;
         }
     }
 
-    /// What is sent to an agent next.
+    /// Returns the next frame to send to an agent.
     pub fn next_frame(&mut self, agent: usize) -> Option<Frame> {
         self.core().scheduler.next_frame(agent)
     }
 
-    /// What an agent has sent; `memory`: what came along with it.
+    /// Handles a frame of an agent; `memory`: the shared memory that was sent with the frame.
     ///
     /// # Errors
-    /// When it makes no sense.
+    /// When the frame violates the protocol.
     pub fn on_frame(
         &mut self,
         agent: usize,
@@ -74,7 +74,7 @@ impl Hub {
         taken
     }
 
-    /// What the scheduler has noted since the last call. The hub has seen it.
+    /// Takes the notes of the scheduler since the last call. The hub has already handled them.
     pub fn take_notes(&mut self) -> Vec<Note> {
         let mut core = self.core();
         core.pump();
@@ -83,7 +83,7 @@ impl Hub {
             .unwrap_or_default()
     }
 
-    /// Changes or looks at the scheduler.
+    /// Calls `body` with the scheduler.
     pub fn with_scheduler<T>(&self, body: impl FnOnce(&mut Scheduler) -> T) -> T {
         let mut core = self.core();
         let result = body(&mut core.scheduler);
@@ -91,13 +91,13 @@ impl Hub {
         result
     }
 
-    /// Bytes of tasks and blobs that have been submitted and not yet sent.
+    /// Number of bytes of tasks and blobs that have been submitted and not yet sent.
     pub fn queued(&self) -> usize {
         self.core().queued
     }
 
-    /// As [`Hub::write`], but for what is sent as it is. If it is the `last`, the message or blob that is
-    /// being written has ended with that.
+    /// Appends a chunk like [`Hub::write`], but sends it unchanged. The `last` chunk completes the message or blob that
+    /// is being written.
     pub fn write_chunk(&mut self, chunk: Chunk, last: bool) {
         self.write_as_it_is(chunk, last);
     }

@@ -545,7 +545,8 @@ impl Hub {
         core.readiness.is_some()
     }
 
-    /// The next task of this worker, the worker that had the task, and why that is gone, if the task was lost.
+    /// The next task of this worker, the worker that the task was assigned to and the termination reason of that
+    /// worker, if the task was lost.
     pub fn next_loss(&self, rank: Rank) -> Option<(TaskId, Rank, Arc<Termination>)> {
         let core = self.core();
         let tasks = &core.inbox.tasks;
@@ -588,7 +589,7 @@ impl Hub {
         let removed = core.inbox.tasks.remove(task);
         let assigned = removed.map_or(rank, |(assigned, _)| assigned);
         if let End::Outcome(Outcome::Answer(body)) = &end {
-            took(&mut core, body.len);
+            release_results(&mut core, body.len);
         }
         core.update_readiness();
         drop(core);
@@ -623,7 +624,7 @@ impl Hub {
         let bytes = core.inbox.calls.forget(task);
         core.scheduler.cancel_call(task);
         core.pump();
-        took(&mut core, bytes);
+        release_results(&mut core, bytes);
     }
 
     /// Requests that R is woken as soon as this call has ended.
@@ -752,19 +753,19 @@ impl Hub {
 /// Drops a task and the part of its answer that has arrived. Returns the worker that had the task.
 fn forget(core: &mut Core, task: TaskId) -> Option<Rank> {
     let (assigned, bytes) = core.inbox.tasks.remove(task)?;
-    took(core, bytes);
+    release_results(core, bytes);
     Some(assigned)
 }
 
 /// The worker that runs a task on behalf of this one. Further tasks of this worker follow there,
 /// because they continue its random numbers one after the other.
 pub(super) fn substitute(core: &Core, rank: Rank, job: JobId) -> Option<Rank> {
-    let mut places = core.inbox.tasks.reassigned(rank, job);
-    places.find(|&assigned| core.inbox.workers[assigned as usize].termination.is_none())
+    let mut substitutes = core.inbox.tasks.reassigned(rank, job);
+    substitutes.find(|&assigned| core.inbox.workers[assigned as usize].termination.is_none())
 }
 
 /// R has taken results of this many bytes: there is room for others.
-pub(super) fn took(core: &mut Core, bytes: usize) {
+pub(super) fn release_results(core: &mut Core, bytes: usize) {
     if bytes > 0 {
         core.scheduler.taken(bytes);
         core.pump();

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// What one host's agent is to start.
+/// The start request for the agent of one host, and the ranks of its workers.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The start message for the agent.
@@ -43,11 +43,11 @@ pub struct Conn {
     pub heartbeat_timeout: Duration,
     /// How long idle workers may take to end.
     pub stop_timeout: Duration,
-    /// Notified when the agent has been told what to start.
+    /// Notified when the start request has been sent to the agent.
     pub planned: Arc<Notify>,
     /// When the agent last sent something, once it serves.
     pub last_received: Option<Instant>,
-    /// What the agent was told to start, if its host is reconnected when it is lost.
+    /// The start request that was sent to the agent, if a lost host is reconnected.
     pub plan: Option<Start>,
     /// The agent's end is intended: it is not reconnected.
     pub permanent: bool,

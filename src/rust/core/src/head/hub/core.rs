@@ -71,11 +71,11 @@ fn memory_of(descriptor: OwnedFd, len: u64) -> Option<Memory> {
     Some(Memory::new(len, Some(Arc::new(file))))
 }
 
-/// What the maker of a hub does by hand.
+/// The state that the creator of a hub controls by hand.
 #[derive(Debug, Default)]
 pub struct Hand {
     pub now: Duration,
-    /// What the scheduler has noted, for those who look on.
+    /// The notes of the scheduler, for the creator to inspect.
     pub notes: Vec<Note>,
 }
 
@@ -87,7 +87,7 @@ pub struct Core {
     /// The head's set-up log, if lost hosts are reconnected.
     pub setup_log: Option<SetupLogFile>,
     pub restoring: HostRestore,
-    /// What happened last, for bug reports.
+    /// The recent events, for bug reports.
     pub recent: Recent,
     /// How long a reconnected host may take to start.
     pub start_timeout: Duration,
@@ -316,7 +316,7 @@ fn poll(hubs: &[(&SharedCore, &[Arc<UnixStream>])], max_wait: Duration) -> bool 
 }
 
 impl Core {
-    /// What is known of both threads, for a bug report.
+    /// Adds the facts about both threads to a bug report.
     pub fn facts(&self, facts: &mut Facts) {
         facts.add("stopping", self.stopping);
         facts.add_debug("reader", self.reader);

@@ -1,4 +1,4 @@
-//! The state of a cluster for a bug report: what the head knows, and what agents say of themselves.
+//! The state of a cluster for a bug report: the state of the head and the reports of the agents.
 
 use super::client::Hub;
 use super::core::Core;
@@ -11,20 +11,20 @@ use std::time::Duration;
 /// See the module's documentation.
 #[derive(Clone, Debug, Default)]
 pub struct Dump {
-    /// Of the cluster as a whole.
+    /// The head's facts about the cluster as a whole.
     pub cluster: Facts,
-    /// Of each host, what the head knows.
+    /// The head's facts about each host.
     pub hosts: Vec<Facts>,
-    /// Of each worker, by rank, what the head knows.
+    /// The head's facts about each worker, by rank.
     pub workers: Vec<Facts>,
-    /// What happened last.
+    /// The recent events.
     pub events: Vec<RecentEvent>,
-    /// Of each host, what its agent has said of itself and its workers. Empty if it has not.
+    /// For each host, the report of its agent about itself and its workers. Empty if the agent has not reported.
     pub agents: Vec<Vec<(Option<Rank>, Facts)>>,
 }
 
 impl Hub {
-    /// Asks all agents that are there for their state; [`Hub::dump`] has the answers. Returns the number of the
+    /// Asks all connected agents for their state; [`Hub::dump`] returns the answers. Returns the number of the
     /// question.
     pub fn ask_dump(&self) -> u64 {
         let mut core = self.core();
@@ -46,8 +46,8 @@ impl Hub {
         question
     }
 
-    /// The state of all, once all agents that were asked have answered or are gone. Waits up to `max` for that;
-    /// `anyway`: what is known then is all.
+    /// Returns the state of the cluster once all asked agents have answered or terminated. Waits up to `max`.
+    /// `anyway`: after that time, returns the state that is known.
     pub fn dump(&self, question: u64, max: Duration, anyway: bool) -> Option<Dump> {
         let answered = self.shared_core().wait(max, |core| {
             let mut hosts = core.inbox.hosts.iter().zip(&core.conns);
@@ -127,7 +127,7 @@ fn host_facts(core: &Core, agent: usize, facts: &mut Facts) {
     if let Some(last_received) = conn.last_received {
         facts.add_seconds("silent_for", last_received.elapsed());
     }
-    // What its command printed is left out.
+    // The output of the agent's command is left out.
     let failure = host.failure.as_ref();
     facts.add_some("failure", failure.map(|failure| &failure.reason));
 }

@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_call_tells_is_whole_or_nothing_and_bounded() {
+    fn progress_events_of_a_call_are_complete_and_bounded() {
         let mut calls = CallTable::default();
         calls.expect(1);
         calls.progress(1, FIRST, b"a");

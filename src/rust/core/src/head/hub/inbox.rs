@@ -42,7 +42,7 @@ impl HostFailure {
 /// Events, which R shows when it next checks for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A worker ended, or was killed because it did not respond to an interrupt; a fresh one took its place.
+    /// A worker ended, or was killed because it did not respond to an interrupt, and was replaced.
     Replaced {
         /// The rank of the worker and of its replacement.
         rank: Rank,
@@ -153,7 +153,7 @@ pub struct HostView {
     pub dump_told: u64,
     /// The answer to the last question after its state: of the agent, and of its workers by rank.
     pub dump: Vec<(Option<Rank>, Facts)>,
-    /// R has been or will be told that the host is lost, and that its set-up log is incomplete.
+    /// Whether the loss of the host, and an incomplete set-up log, have been reported to R or will be.
     reported_lost: bool,
     reported_state: bool,
 }
@@ -320,7 +320,7 @@ impl Inbox {
                 let workers = self.workers.iter().filter(|worker| worker.agent == agent);
                 let max = workers.count() + 1;
                 let host = &mut self.hosts[agent];
-                // No more than was asked for is held.
+                // Facts that were not requested are dropped, so that an agent cannot fill the memory.
                 if question == host.dump_asked && host.dump.len() + of.len() <= max {
                     host.dump.extend(of);
                     if last {
@@ -434,7 +434,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn output_that_nobody_takes_is_bounded_and_its_end_is_told() {
+    fn output_that_is_not_taken_is_bounded_and_reported_as_truncated() {
         let mut inbox = Inbox::new(1);
         inbox.set_workers(&[vec![0]]);
         let bytes = Bytes::from(vec![b'x'; 1000]);
@@ -460,15 +460,11 @@ mod tests {
             interruption,
         };
         assert_eq!(events.last(), Some(&replaced));
-        let Event::Output {
-            bytes: answered_question,
-            ..
-        } = &events[events.len() - 2]
-        else {
+        let Event::Output { bytes: notice, .. } = &events[events.len() - 2] else {
             panic!("{:?}", events.last());
         };
-        assert!(answered_question.ends_with(b"left out\n"));
-        // Once it is shown there is room again.
+        assert!(notice.ends_with(b"left out\n"));
+        // Once the output is taken, there is room again.
         inbox.note(printed(0, &bytes));
         assert_eq!(inbox.take_events(), [Event::Output { rank: 0, bytes }]);
     }

@@ -1,11 +1,11 @@
-//! A socket by which R code that knows sockets alone can wait for an answer.
+//! A socket by which R code that can only wait for sockets waits for an answer.
 //!
-//! `socketSelect()` waits for connections in R's own table, and knows nothing of the hub. So R opens one
-//! connection to this process and points it at a worker: the connection has one byte to be read exactly while the
+//! `socketSelect()` waits for connections in R's own table and does not know the hub. R therefore opens one
+//! connection to this process and points it at a worker: the connection has one byte to read exactly while the
 //! next answer of that worker has arrived and has not been taken.
 //!
-//! R never reads the byte. It would have to tell that it has, and an interrupt may come between the two: so the
-//! hub has a duplicate of the descriptor of R's end, by which it takes the byte back.
+//! R never reads the byte: it would have to report the read to the hub, and an interrupt might come between the two.
+//! Instead, the hub has a duplicate of the descriptor of R's end, by which it reads the byte itself.
 
 use crate::head::task_table::TaskTable;
 use crate::platform::fd;
@@ -16,10 +16,10 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::PathBuf;
 
-/// Bytes that a connection begins with, to show that it is R's.
+/// Length of the token with which R's connection begins.
 pub const TOKEN_LEN: usize = 16;
 
-/// Waits for R's connection.
+/// Listens for R's connection.
 #[derive(Debug)]
 pub struct ReadinessListener {
     listener: TcpListener,
@@ -42,17 +42,17 @@ impl ReadinessListener {
     /// The port to connect to.
     ///
     /// # Errors
-    /// When the system does not tell.
+    /// When the system does not report the port.
     pub fn port(&self) -> io::Result<u16> {
         Ok(self.listener.local_addr()?.port())
     }
 
-    /// What R has to write first.
+    /// The token that R must write first.
     pub fn token(&self) -> &[u8] {
         &self.token
     }
 
-    /// The connection that R has opened and written the token to. Others that have come are closed.
+    /// Accepts the connection on which R has written the token. Other connections are closed.
     ///
     /// # Errors
     /// When there is no such connection.
@@ -61,7 +61,7 @@ impl ReadinessListener {
             let (mut stream, _) = self.listener.accept()?;
             stream.set_nonblocking(true)?;
             let mut token = [0; TOKEN_LEN];
-            // R has written before it calls this, so a connection that has nothing to read is not R's.
+            // R writes the token before this call, so a connection without anything to read is not R's.
             if stream.read_exact(&mut token).is_ok() && token == self.token {
                 stream.set_nodelay(true)?;
                 return Ok(Readiness {
@@ -76,11 +76,11 @@ impl ReadinessListener {
     }
 }
 
-/// A duplicate of the descriptor of this process that is bound to a local address.
+/// Duplicates the descriptor of this process whose socket is bound to this local address.
 fn own_socket(address: SocketAddr) -> io::Result<TcpStream> {
     for entry in fs::read_dir("/proc/self/fd")? {
         let entry = entry?;
-        // Only sockets are duplicated: to close a duplicate of a file would give up the file's locks.
+        // Only sockets are duplicated: closing a duplicate of a file would release the file's locks.
         let is_socket = |link: PathBuf| link.to_string_lossy().starts_with("socket:");
         let number = entry
             .file_name()
@@ -89,8 +89,8 @@ fn own_socket(address: SocketAddr) -> io::Result<TcpStream> {
         let (Some(number), Ok(true)) = (number, entry.path().read_link().map(is_socket)) else {
             continue;
         };
-        // SAFETY: it was open just now. Should another thread have closed it meanwhile, the call fails, or
-        // duplicates another one, which is not bound to the address.
+        // SAFETY: the descriptor was open just now. If another thread has closed it meanwhile, the call fails, or
+        // duplicates another descriptor, which is not bound to the address.
         let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
         let Ok(duplicate) = descriptor.try_clone_to_owned() else {
             continue;
@@ -109,15 +109,15 @@ pub struct Readiness {
     stream: TcpStream,
     rs_end: TcpStream,
     rank: Option<Rank>,
-    /// Receiving from the worker does not wait: it fails, or goes on with an answer that was taken before.
+    /// Receiving from the worker does not block: it fails, or continues an answer that was taken before.
     at_once: bool,
-    /// A byte has been written and not been taken back.
+    /// A byte has been written and not been read again.
     readable: bool,
 }
 
 impl Readiness {
-    /// Makes R's end readable if the next answer is there, and takes the byte back if not. Returns whether the
-    /// connection is still of use.
+    /// Makes R's end readable if the next answer has arrived; otherwise reads the byte again. Returns whether the
+    /// connection still works.
     pub fn update(&mut self, tasks: &TaskTable) -> bool {
         let is_there = self.at_once || self.rank.is_some_and(|rank| tasks.is_next_there(rank));
         if is_there == self.readable {
@@ -125,22 +125,22 @@ impl Readiness {
         }
         self.readable = is_there;
         if is_there {
-            // There is room, since at most one byte is ever unread.
+            // The write never blocks, because at most one byte is unread.
             self.stream.write_all(&[1]).is_ok()
         } else {
             recv_now(&self.rs_end)
         }
     }
 
-    /// Points the connection at this worker. `at_once`: receiving from the worker does not wait.
+    /// Points the connection at this worker. `at_once`: receiving from the worker does not block.
     pub fn point_at(&mut self, rank: Rank, at_once: bool) {
         self.rank = Some(rank);
         self.at_once = at_once;
     }
 }
 
-/// Takes the byte that has been written to the other end. Whether that has worked. R's end is blocking, and stays so:
-/// the flag is R's.
+/// Reads the byte that was written to the other end, without blocking. Returns whether that succeeded. R's end stays in
+/// blocking mode, because R relies on the flag.
 fn recv_now(socket: &TcpStream) -> bool {
     let mut byte = [0];
     let result = fd::recv(socket.as_raw_fd(), &mut byte, &mut Vec::new(), false);
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn untrusted_peers_are_closed_and_r_is_found_behind_them() {
+    fn untrusted_peers_are_closed_and_r_is_found_after_them() {
         let listener = ReadinessListener::bind().unwrap();
         let mut silent = connect(&listener, &[]);
         let mut wrong = connect(&listener, &[0; TOKEN_LEN]);
@@ -181,14 +181,14 @@ mod tests {
     }
 
     #[test]
-    fn without_r_there_is_no_connection() {
+    fn without_r_accept_fails() {
         let listener = ReadinessListener::bind().unwrap();
         let _untrusted_peer = connect(&listener, b"no");
         assert!(listener.accept().is_err());
     }
 
     #[test]
-    fn there_is_one_byte_while_the_task_has_ended() {
+    fn one_byte_is_readable_while_the_next_task_has_ended() {
         let listener = ReadinessListener::bind().unwrap();
         let token = listener.token().to_vec();
         let r = connect(&listener, &token);
@@ -213,7 +213,7 @@ mod tests {
         ends(&mut tasks, 1);
         assert!(there(&mut readiness, &tasks));
         tasks.remove(1);
-        // The one after it is there, too.
+        // The task after it has ended, too.
         assert!(there(&mut readiness, &tasks));
         tasks.remove(3);
         assert!(!there(&mut readiness, &tasks));

@@ -1,5 +1,5 @@
-//! What the scheduler has reported, for the log and for bug reports: who and why, and nothing that tasks or
-//! their workers said.
+//! Recent events of the scheduler, for the log and for bug reports. Events contain workers and reasons, but no output
+//! of tasks or workers.
 
 use crate::head::scheduler::events::{Note, Outcome, Termination};
 use crate::protocol::ids::{Rank, TaskId};
@@ -7,23 +7,23 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
-/// Events that are remembered.
+/// Maximum number of recorded events.
 const MAX_EVENTS: usize = 200;
 
-/// Something that is not part of a task's usual life.
+/// An event that is not part of the normal life cycle of a task.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RecentEvent {
-    /// When, since the cluster began.
+    /// When the event happened, since the start of the cluster.
     pub at: Duration,
     /// What happened.
     pub what: &'static str,
-    /// The host's index among all, if the event is one of a host.
+    /// The index of the host, if the event concerns a host.
     pub agent: Option<usize>,
-    /// The worker, if the event is one of a worker.
+    /// The worker, if the event concerns a worker.
     pub rank: Option<Rank>,
-    /// The task, if the event is one of a task.
+    /// The task, if the event concerns a task.
     pub task: Option<TaskId>,
-    /// How it came to that; empty if there is no more to say.
+    /// The reason; empty if there is none.
     pub why: String,
 }
 
@@ -32,9 +32,9 @@ pub struct RecentEvent {
 pub struct Recent(VecDeque<RecentEvent>);
 
 impl Recent {
-    /// Logs a note, and remembers it if it is unusual. `began`: when the cluster did.
+    /// Logs a note, and records it if it is unusual. `began`: when the cluster started.
     pub fn note(&mut self, note: &Note, began: Instant) {
-        // What is part of every start, task or interrupt is only logged, and costs nothing if it is not.
+        // Notes of every start, task or interrupt are only logged, and cost nothing if logging is off.
         match note {
             Note::Up { rank, pid } => return info!(rank = rank + 1, pid, "worker up"),
             Note::Done {
@@ -58,7 +58,7 @@ impl Recent {
         let RecentEvent {
             what, task, why, ..
         } = &event;
-        // As R counts.
+        // R counts hosts and workers from 1.
         let (agent, rank) = (
             event.agent.map(|at| at + 1),
             event.rank.map(|rank| rank + 1),
@@ -79,7 +79,7 @@ impl Recent {
         self.0.push_back(event);
     }
 
-    /// The events that are remembered, oldest first.
+    /// The recorded events, oldest first.
     pub fn events(&self) -> impl Iterator<Item = &RecentEvent> {
         self.0.iter()
     }
@@ -93,7 +93,7 @@ fn why(termination: &Termination) -> String {
     }
 }
 
-/// What is to be said of a note; `None` of what is usual, or belongs to tasks.
+/// The event to record for a note; `None` if the note is usual or contains output of tasks.
 fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
     let of = |what, agent, rank, why| RecentEvent {
         at: began.elapsed(),
@@ -122,10 +122,10 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             timed_out: true,
         } => worker("worker killed, slow to stop", rank, String::new()),
         Note::LeftOut { agent, reason } => host("host left out", agent, reason.clone()),
-        // The reason may name packages and paths, which the user asked for; R has it.
+        // The reason is left out, because it may name the user's packages and paths; R reports it.
         Note::StartFailed { agent, .. } => host("host not started", agent, String::new()),
         Note::Failed { agent, reason } => host("agent failed", agent, reason.clone()),
-        // The command line is the user's.
+        // The command line is left out, because it is the user's.
         Note::LeftBehind {
             agent, rank, pid, ..
         } => of(
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_bounded_and_unusual() {
+    fn only_unusual_events_are_recorded_up_to_a_maximum() {
         let (mut recent, began) = (Recent::default(), Instant::now());
         let answered = Note::Done {
             rank: 0,
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn what_workers_and_processes_said_is_left_out() {
+    fn output_and_command_lines_are_not_recorded() {
         let (mut recent, began) = (Recent::default(), Instant::now());
         let notes = [
             Note::Lost {
@@ -215,11 +215,11 @@ mod tests {
         for note in &notes {
             recent.note(note, began);
         }
-        let told: Vec<_> = recent.events().map(|event| format!("{event:?}")).collect();
-        assert_eq!(told.len(), 2);
+        let events: Vec<_> = recent.events().map(|event| format!("{event:?}")).collect();
+        assert_eq!(events.len(), 2);
         assert!(
-            told.iter().all(|event| !event.contains("secret")),
-            "{told:?}"
+            events.iter().all(|event| !event.contains("secret")),
+            "{events:?}"
         );
     }
 }

@@ -236,7 +236,7 @@ async fn talk(
             Some(received) => received,
             None => return Ok(()),
         },
-        // No agent has been told to stop yet: the end of the stream stops it.
+        // No stop request has been sent yet: the end of the stream stops the agent.
         () = stop.notified() => return Ok(()),
         error = late() => return Err(error),
     };
@@ -263,7 +263,7 @@ async fn talk(
         let stop_timeout = {
             let core = shared_core.core();
             match core.scheduler.is_starting(agent) {
-                // It has no idle workers that need time to end.
+                // The agent has no idle workers that need time to end.
                 true => Duration::ZERO,
                 false => core.conns[agent].stop_timeout,
             }

@@ -251,8 +251,8 @@ impl Hub {
         core.pump();
     }
 
-    /// Appends to the blob or message that is being written. Returns whether so many bytes wait to
-    /// be sent that the caller should call [`Hub::wait_to_send`] until that returns false.
+    /// Appends to the blob or message that is being written. If it returns true, too many bytes wait to be sent: the
+    /// caller should then call [`Hub::wait_to_send`] until that returns false.
     pub fn write(&mut self, mut bytes: &[u8]) -> bool {
         let full = if self.has_chunk_cache {
             CUT_AFTER

@@ -9,7 +9,7 @@ use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use bytes::Bytes;
 
-/// A job that no verb of parallel stands behind: see [`Hub::begin`].
+/// A job that no verb of parallel stands behind: see [`Hub::begin`](super::Hub::begin).
 pub const NO_JOB: JobId = 0;
 
 /// The position of a task in its worker's queue.
@@ -32,7 +32,7 @@ pub struct StartedTask {
     /// The worker that gets the task.
     pub assigned: Rank,
     /// Whether the message begins with the blob. If not, the worker's host does not have the blob:
-    /// either [`Hub::begin_blob_again`] follows, or the whole message must be written.
+    /// either [`begin_blob_again()`](super::Hub::begin_blob_again) follows, or the whole message must be written.
     pub has_blob: bool,
     /// The worker runs a call, which it completes first.
     pub behind_call: bool,

@@ -19,39 +19,39 @@ fn crash() -> Arc<Termination> {
     }))
 }
 
-/// What a worker does with the message that it is at.
+/// What a worker does with its current message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Answered,
     Unreadable,
     TimedOut,
-    /// It dies, and a fresh one takes its place.
+    /// The worker dies and is replaced.
     Crashes,
-    /// It dies with its host.
+    /// The worker dies with its host.
     HostLost,
-    /// It is stopped.
+    /// The worker is stopped.
     Stopped,
 }
 
-/// What a hub knows.
+/// The state of a simulated hub.
 #[derive(Default)]
 struct State {
     now: Duration,
     termination: Vec<Option<Arc<Termination>>>,
     queues: Vec<VecDeque<TaskId>>,
-    /// Each message that was ever begun: its tasks.
+    /// The tasks of each message that was ever started.
     messages: Vec<Vec<usize>>,
     writing: Option<(Rank, Turn)>,
-    /// Told until they are forgotten.
+    /// Losses, which are returned until they are forgotten.
     lost: VecDeque<(Rank, TaskId, Arc<Termination>)>,
     revoked: VecDeque<(Rank, TaskId)>,
-    /// Losses that the codec was told of: the tasks, and those that are retried.
-    told: Vec<(Vec<usize>, Vec<usize>)>,
+    /// Losses that were reported to the codec: the tasks, and those that are retried.
+    reported: Vec<(Vec<usize>, Vec<usize>)>,
     answered: Vec<usize>,
     unreadable: bool,
 }
 
-/// Workers that do with each message what `fate` says.
+/// Simulated workers, which handle each message as `fate` decides.
 struct Fake<F> {
     origin: Instant,
     state: RefCell<State>,
@@ -112,7 +112,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Fake<F> {
                     ended.extend(one);
                 }
                 Err(Halt::Failed(failed)) => {
-                    // Until then it is said again, and the job is not over.
+                    // Until then, the halt is repeated and the job does not end.
                     let again = self.step(job);
                     assert!(matches!(again, Err(Halt::Failed(said)) if said == failed));
                     ended.extend(failed.tasks());
@@ -186,7 +186,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         if let Some((rank, task)) = state.revoked.pop_front() {
             return Answer::Revoked { rank, task };
         }
-        // The one that has been busy with the oldest message.
+        // The worker that has been busy with the oldest message.
         let mut busy = state.queues.iter().enumerate();
         let first = busy
             .by_ref()
@@ -256,7 +256,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
 struct Tasks<'a, F>(&'a Fake<F>);
 
 impl<F> Codec for Tasks<'_, F> {
-    /// An answer that cannot be read.
+    /// The message whose answer cannot be read.
     type Stop = TaskId;
 
     fn takes_batches(&self, _: Rank) -> bool {
@@ -276,7 +276,7 @@ impl<F> Codec for Tasks<'_, F> {
     }
 
     fn resend_blob(&mut self, _: BlobId, _: Rank) -> Result<(), TaskId> {
-        panic!("the payload is everywhere");
+        panic!("the blob is everywhere");
     }
 
     fn is_plain(&self, _: &Body) -> bool {
@@ -301,7 +301,7 @@ impl<F> Codec for Tasks<'_, F> {
     fn lost(&mut self, failure: &BatchLoss, again: &[usize]) {
         let state = &mut *self.0.state.borrow_mut();
         assert!(is_reported(&failure.termination, failure.now.is_none()) || failure.now.is_some());
-        state.told.push((failure.tasks.clone(), again.to_vec()));
+        state.reported.push((failure.tasks.clone(), again.to_vec()));
     }
 }
 
@@ -341,8 +341,8 @@ fn a_task_that_kills_its_worker_is_retried_alone_and_fails_alone() {
             "{failures:?}"
         );
         assert_eq!(failures[1..], [[700], [700]]);
-        // The others of its batch are retried once, each alone.
-        let (batch, again) = &state.told[0];
+        // The other tasks of its batch are retried once, each alone.
+        let (batch, again) = &state.reported[0];
         assert_eq!((batch, &batch[..]), (again, failures[0]));
         for &other in batch.iter().filter(|&&task| task != 700) {
             let messages = state.messages.iter().filter(|tasks| tasks.contains(&other));
@@ -350,16 +350,16 @@ fn a_task_that_kills_its_worker_is_retried_alone_and_fails_alone() {
             assert_eq!(messages, [&[other]]);
             assert_eq!(job.failures(other).len(), 1);
         }
-        assert_eq!(state.told[1], (vec![700], vec![700]));
-        assert_eq!(state.told[2], (vec![700], vec![]));
-        assert_eq!(state.told.len(), 3);
-        // Nothing is kept of tasks that were never lost.
+        assert_eq!(state.reported[1], (vec![700], vec![700]));
+        assert_eq!(state.reported[2], (vec![700], vec![]));
+        assert_eq!(state.reported.len(), 3);
+        // Tasks that were never lost have no recorded attempts.
         assert_eq!(job.attempts.len(), batch.len());
     }
 }
 
 #[test]
-fn without_retries_the_tasks_that_were_lost_fail_and_no_others() {
+fn without_retries_only_the_lost_tasks_fail() {
     let hub = Fake::new(1, |_, tasks: &[usize]| match tasks.contains(&70) {
         true => Fate::Crashes,
         false => Fate::Answered,
@@ -367,7 +367,7 @@ fn without_retries_the_tasks_that_were_lost_fail_and_no_others() {
     let mut job = hub.job(100, Assignment::Free, RESULTS);
     let failed = hub.run(&mut job).unwrap();
     let state = hub.state.borrow();
-    assert_eq!(state.told, [(failed.clone(), vec![])]);
+    assert_eq!(state.reported, [(failed.clone(), vec![])]);
     assert!(failed.contains(&70));
     let sent = state.messages.iter().filter(|tasks| tasks.contains(&70));
     assert_eq!(sent.count(), 1);
@@ -375,7 +375,7 @@ fn without_retries_the_tasks_that_were_lost_fail_and_no_others() {
 }
 
 #[test]
-fn a_loss_that_ends_the_job_is_said_again_and_nothing_is_retried() {
+fn a_loss_that_ends_the_job_is_returned_again_and_nothing_is_retried() {
     let crashes = (Fate::Crashes, Policy::new(0));
     let stopped = (Fate::Stopped, Policy::new(1000));
     for (fate, policy) in [crashes, stopped, (Fate::Stopped, RESULTS)] {
@@ -396,12 +396,12 @@ fn a_loss_that_ends_the_job_is_said_again_and_nothing_is_retried() {
         }
         let state = hub.state.borrow();
         assert_eq!(state.messages.len(), sent);
-        assert!(state.told.is_empty() && job.attempts.is_empty());
+        assert!(state.reported.is_empty() && job.attempts.is_empty());
     }
 }
 
 #[test]
-fn what_took_too_long_is_not_retried() {
+fn a_task_that_timed_out_is_not_retried() {
     let hub = Fake::new(2, |_, tasks: &[usize]| match tasks.contains(&50) {
         true => Fate::TimedOut,
         false => Fate::Answered,
@@ -411,11 +411,11 @@ fn what_took_too_long_is_not_retried() {
     assert!(failed.contains(&50));
     let state = hub.state.borrow();
     assert_eq!(sorted(state.answered.clone()), all_but(0..100, &failed));
-    assert!(state.told.is_empty());
+    assert!(state.reported.is_empty());
 }
 
 #[test]
-fn an_answer_that_cannot_be_read_costs_one_task() {
+fn an_unreadable_answer_fails_only_its_task() {
     let hub = Fake::new(2, |_, tasks: &[usize]| match tasks.contains(&50) {
         true => Fate::Unreadable,
         false => Fate::Answered,
@@ -428,7 +428,7 @@ fn an_answer_that_cannot_be_read_costs_one_task() {
 
 proptest! {
     #[test]
-    fn each_task_ends_once_and_is_retried_as_often_as_it_may_be(
+    fn each_task_ends_once_and_is_retried_up_to_the_maximum(
         workers in 1_usize..5,
         tasks in 1_usize..300,
         round: bool,
@@ -441,7 +441,7 @@ proptest! {
             let fate = fates[at.get() % fates.len()];
             at.set(at.get() + 1);
             match fate {
-                // Not for ever.
+                // Bounds the loop.
                 _ if at.get() > 2000 => Fate::Answered,
                 0 => Fate::HostLost,
                 1 => Fate::TimedOut,
@@ -472,19 +472,19 @@ proptest! {
         prop_assert_eq!(sorted(ends), (0..tasks).collect::<Vec<_>>());
         for task in 0..tasks {
             let failures = job.failures(task);
-            let told = state.told.iter().filter(|(lost, _)| lost.contains(&task));
-            let told: Vec<bool> = told.map(|(_, again)| again.contains(&task)).collect();
-            // The losses are those that were told of, and each but the last that it may have is retried.
-            prop_assert_eq!(told.len(), failures.len());
+            let reported = state.reported.iter().filter(|(lost, _)| lost.contains(&task));
+            let reported: Vec<bool> = reported.map(|(_, again)| again.contains(&task)).collect();
+            // The recorded losses are those that were reported, and each except the last permitted one is retried.
+            prop_assert_eq!(reported.len(), failures.len());
             prop_assert!(failures.len() <= retries + 1);
-            for (number, again) in told.into_iter().enumerate() {
+            for (number, again) in reported.into_iter().enumerate() {
                 prop_assert_eq!(again, number < retries);
             }
             prop_assert!(failures.len() <= retries || failed.contains(&task));
-            // Once it was lost it is sent alone.
+            // A task that was lost is sent alone.
             prop_assert!(failures.iter().skip(1).all(|failure| failure.tasks == [task]));
         }
-        let lost: BTreeSet<usize> = state.told.iter().flat_map(|told| told.0.clone()).collect();
+        let lost: BTreeSet<usize> = state.reported.iter().flat_map(|reported| reported.0.clone()).collect();
         prop_assert_eq!(job.attempts.len(), lost.len());
     }
 }

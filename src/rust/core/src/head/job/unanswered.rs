@@ -1,5 +1,5 @@
-//! The tasks of a job that end without an answer: lost with their worker, too long at work, or with an answer that
-//! cannot be read.
+//! Handles messages of a job that end without a readable answer: lost with their worker, timed out, or with an answer
+//! that cannot be read.
 
 use super::{Codec, Dispatch, Halt, Job, SentBatch, Stepped};
 use crate::head::batching::Assignment;
@@ -13,11 +13,11 @@ use std::time::Duration;
 /// The loss of a message with its worker.
 #[derive(Clone, Debug)]
 pub struct BatchLoss {
-    /// The worker that had it.
+    /// The worker that the message was assigned to.
     pub assigned: Rank,
-    /// How that worker ended.
+    /// How that worker terminated.
     pub termination: Arc<Termination>,
-    /// How the place of that worker is since then: `None` if a fresh worker has it.
+    /// The permanent termination of the worker: `None` if the worker was replaced.
     pub now: Option<Arc<Termination>>,
     /// The message.
     pub task: TaskId,
@@ -28,9 +28,9 @@ pub struct BatchLoss {
 /// Tasks that have failed without an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failed {
-    /// A message has taken too long.
+    /// A message exceeded its time limit.
     TimedOut {
-        /// The worker that it was given to.
+        /// The worker that the message was sent to.
         rank: Rank,
         /// Its tasks, from 0.
         tasks: Vec<usize>,
@@ -40,7 +40,7 @@ pub enum Failed {
 }
 
 impl Failed {
-    /// These tasks, from 0.
+    /// The numbers of the failed tasks, from 0.
     pub fn tasks(&self) -> &[usize] {
         match self {
             Failed::TimedOut { tasks, .. } => tasks,
@@ -50,12 +50,12 @@ impl Failed {
 }
 
 impl Job {
-    /// The losses of a task, the first one first.
+    /// The losses of a task, the oldest first.
     pub fn failures(&self, index: usize) -> &[Arc<BatchLoss>] {
         self.attempts.get(&index).map_or(&[], Attempts::failures)
     }
 
-    /// The end of a step after tasks may have failed.
+    /// Ends a step in which tasks may have failed.
     pub(super) fn failed<S>(&self) -> Result<bool, Halt<S>> {
         match self.failed.front() {
             Some(failed) => Err(Halt::Failed(failed.clone())),
@@ -63,14 +63,14 @@ impl Job {
         }
     }
 
-    /// The results that [`Halt::Failed`] has asked for have been made. Returns whose.
+    /// Records that the caller has made the results that [`Halt::Failed`] requested. Returns their tasks.
     pub fn made(&mut self) -> Option<Failed> {
         let failed = self.failed.pop_front()?;
         self.done += failed.tasks().len();
         Some(failed)
     }
 
-    /// A message was lost: retries those of its tasks that may be retried, and notes those that have failed.
+    /// Handles the loss of a message: retries those of its tasks that may be retried, and records the others as failed.
     pub(super) fn lost<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -117,11 +117,11 @@ impl Job {
         Ok(())
     }
 
-    /// The answer to a message cannot be read. Which of its tasks is the cause is not known: each of several is tried
-    /// again alone. Returns the task if it was one: that has ended.
+    /// Handles an answer that cannot be read. If the message had several tasks, each is retried alone, because it is
+    /// not known which of them is the cause. If it had one task, that task ends and is returned.
     ///
     /// # Errors
-    /// When one of them cannot be sent.
+    /// When a task cannot be sent again.
     pub fn unreadable<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -140,8 +140,8 @@ impl Job {
         Ok(None)
     }
 
-    /// A message has ended without an answer that could be read. `again`: those of its tasks that are to be
-    /// given out again, one by one.
+    /// Updates the planner after a message has ended without a readable answer. `again`: those of its tasks that are
+    /// sent again, one by one.
     pub(super) fn give_out<C: Codec>(
         &mut self,
         hub: &impl Dispatch,
@@ -153,7 +153,8 @@ impl Job {
         self.planner.dropped(slot, false);
         let replaced = hub.termination(self.ranks[slot]).is_none();
         if self.assignment == Assignment::Round && replaced {
-            // Before what follows them: they go on with the random numbers that those before have left.
+            // Send them before the tasks that follow, because each task continues the random numbers of the previous
+            // one.
             for &position in again.iter().rev() {
                 self.send(hub, codec, slot, &[position], Duration::ZERO, Turn::First)?;
                 self.planner.given_first(slot);
@@ -161,7 +162,7 @@ impl Job {
         } else {
             self.planner.lost(slot, again);
         }
-        // All that was with a worker which is gone is told as lost, and in its order.
+        // The slot of a terminated worker gets nothing: all its messages are reported as lost, in order.
         if replaced || self.assignment == Assignment::Free {
             self.ready.push_back(slot);
         }

@@ -197,7 +197,7 @@ impl Scheduler {
                 self.revoked(rank, &next.task);
             }
             Some(next) if !next.cancelled => worker.queue.push_front(next.unsent()),
-            // The agent has been told.
+            // The agent has been notified.
             _ => {}
         }
     }

@@ -26,14 +26,14 @@ fn bytes(task: &Task) -> usize {
 }
 
 impl Scheduler {
-    /// What is known of the cluster as a whole.
+    /// Adds the facts about the cluster as a whole.
     pub fn facts(&self, facts: &mut Facts) {
         self.flow.facts(facts);
         facts.add("untold_notes", self.notes.len());
         self.calls.facts(facts);
     }
 
-    /// What is known of a host's agent.
+    /// Adds the facts about a host's agent.
     pub fn agent_facts(&self, at: usize, facts: &mut Facts) {
         if let Some(agent) = self.agents.get(at) {
             agent.out.facts(facts);
@@ -42,7 +42,7 @@ impl Scheduler {
         }
     }
 
-    /// What is known of a worker.
+    /// Adds the facts about a worker.
     pub fn worker_facts(&self, rank: Rank, facts: &mut Facts) {
         let Some(worker) = self.workers.get(rank as usize) else {
             return;

@@ -175,13 +175,13 @@ pub enum Note {
         /// Whether the answer is complete with these workers.
         last: bool,
     },
-    /// What an agent says of itself and its workers.
+    /// An agent's report about itself and its workers.
     Dump {
         /// The host's index among all.
         agent: usize,
         /// The number of the question.
         question: u64,
-        /// What is known of the agent, or of the worker with this rank.
+        /// The facts about the agent, or about the worker with this rank.
         of: Vec<(Option<Rank>, Facts)>,
         /// Whether the answer is complete with these.
         last: bool,

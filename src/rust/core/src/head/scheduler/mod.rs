@@ -10,15 +10,15 @@
 //! # Invariants
 //!
 //! 1. Every submitted task gets exactly one [`Note::Done`].
-//! 2. The tasks of one worker start one at a time, in the order of submission. A task that failed
-//!    with its worker and is submitted again starts before the tasks that follow it.
+//! 2. The tasks of one worker start one at a time and in the order of submission, except that a task
+//!    that was lost with its worker and is submitted again starts before the tasks that followed it.
 //! 3. A prefetched task (see [`Order::prefetch`]) that has not started is not lost with a worker
 //!    that is replaced.
 //! 4. The bytes of one worker never delay another worker's by more than one chunk.
-//! 5. The results that the head buffers stay below the limit plus one
-//!    [`GRANT`](crate::protocol::limits::GRANT). A result in shared memory counts as a whole
-//!    against the limit. Two results may exceed the limit: the one that R waits for by rank, and
-//!    one that completes because no other result can.
+//! 5. The results that the head buffers, of which a result in shared memory counts as a whole, stay
+//!    below the limit plus one [`GRANT`](crate::protocol::limits::GRANT).
+//! 6. Only two results may exceed that limit: the one that R waits for by rank, and one that
+//!    completes because no other result can.
 
 use crate::head::activity::{Measure, Moment, WorkerStats};
 use crate::protocol::body::Memory;

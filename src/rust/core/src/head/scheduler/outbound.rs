@@ -1,4 +1,4 @@
-//! What is sent next over the stream to an agent.
+//! The outbound queue of an agent's stream, which decides what is sent next.
 //!
 //! Control messages go first, then blobs in turn with the messages of workers. Workers with
 //! something to send wait in a queue, each once, and send one chunk at each turn. The bytes of one
@@ -53,7 +53,7 @@ impl Outbound {
         }
     }
 
-    /// What is known of it, for a bug report.
+    /// Adds the state of the queue to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("lost", self.closed);
         facts.add("control_frames", self.control.len() + self.together.len());
@@ -79,7 +79,7 @@ impl Outbound {
         &self.blobs
     }
 
-    /// The blobs of this agent, mutably.
+    /// Mutable access to the blobs of this agent.
     pub(super) fn blobs_mut(&mut self) -> &mut HostBlobs {
         &mut self.blobs
     }
@@ -133,7 +133,7 @@ impl Outbound {
         !waits && worker.can_send()
     }
 
-    /// The next frame of those that go before all others, if there is one.
+    /// The next frame that goes before all others, if there is one.
     pub(super) fn next_queued(&mut self) -> Option<Frame> {
         let queued = self.together.pop_front();
         queued.or_else(|| self.control.pop_front())
@@ -146,10 +146,10 @@ impl Outbound {
         needed: impl Fn(BlobId) -> bool,
     ) -> (Option<Frame>, usize) {
         let mut released = 0;
-        while let Some((told, bytes)) = self.blobs.forget(&needed) {
+        while let Some((frame, bytes)) = self.blobs.forget(&needed) {
             released += bytes;
-            if told.is_some() {
-                return (told, released);
+            if frame.is_some() {
+                return (frame, released);
             }
         }
         let next = self.blobs.next(self.line.len(), self.cache_index.as_mut());
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn what_belongs_to_a_message_goes_before_its_first_chunk_alone() {
+    fn accompanying_frames_go_only_before_the_first_chunk() {
         let mut out = Outbound::new(1);
         let mut workers = [worker(0, 1, 2)];
         task_of(&mut workers[0]).limit = Some(Duration::from_secs(1));
@@ -374,7 +374,7 @@ mod tests {
         assert!(out.blobs_mut().begin(7));
         out.line_up(&workers[0]);
         assert_eq!(out.next_in_line(), None);
-        let chunk = Chunk::from(Bytes::from_static(b"payload"));
+        let chunk = Chunk::from(Bytes::from_static(b"content"));
         out.blobs_mut().append(7, &chunk, &Arc::new(7), true);
         let (frame, released) = out.next_of_blobs(|_| true);
         assert!(frame.as_ref().is_some_and(ends_blob));
@@ -387,19 +387,19 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_sent_to_a_host_that_is_lost_until_it_is_back() {
+    fn nothing_is_sent_to_a_lost_host_until_it_reconnects() {
         let mut out = Outbound::new(1);
         let mut workers = [worker(0, 1, 1)];
         out.line_up(&workers[0]);
         out.push_control(stop());
         assert!(out.blobs_mut().begin(7));
-        let chunk = Chunk::from(Bytes::from_static(b"payload"));
+        let chunk = Chunk::from(Bytes::from_static(b"content"));
         out.blobs_mut().append(7, &chunk, &Arc::new(7), true);
         assert_eq!(out.close(), 7);
         out.push_control(stop());
         assert!(out.is_closed());
         assert_eq!(sent(&mut out, &mut workers), []);
-        // But for what ends one that is left out.
+        // Only the last frame for an agent that is left out is sent.
         out.push_last(Some(stop()));
         assert_eq!(sent(&mut out, &mut workers).len(), 1);
         out.reopen();

@@ -42,7 +42,7 @@ pub(super) struct CallQueue {
 }
 
 impl CallQueue {
-    /// What is known of all calls, for a bug report.
+    /// Adds the facts about all calls to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("calls_waiting", self.waiting.len());
         facts.add("calls_wanted", self.demanded.len());
@@ -59,6 +59,18 @@ impl CallQueue {
             let is_demanded = self.demanded.contains(&current.task.id);
             current.task.job == CALLS && (is_demanded || waiting.any(behind))
         })
+    }
+}
+
+impl CallQueue {
+    /// Whether the call that R waits for has to wait until this worker is free.
+    pub(super) fn awaits_worker(&self, rank: Rank) -> bool {
+        let Some(awaited) = self.awaited else {
+            return false;
+        };
+        let mut waiting = self.waiting.iter();
+        let call = waiting.find(|call| call.task.id == awaited);
+        call.is_some_and(|call| call.any_of.binary_search(&rank).is_ok())
     }
 }
 
@@ -151,6 +163,7 @@ impl Scheduler {
         if self.calls.awaited != id {
             self.calls.awaited = id;
             self.hand_out();
+            self.grant();
         }
     }
 
@@ -184,10 +197,11 @@ impl Scheduler {
     /// Takes the next call for this worker, which is up and idle.
     pub(super) fn call_for(&mut self, rank: Rank) -> Option<Task> {
         let worker = &self.workers[rank as usize];
-        if worker.away || worker.awaiting_retry.is_some() || self.calls.waiting.is_empty() {
+        if worker.away || self.calls.waiting.is_empty() {
             return None;
         }
-        let reserved = self.calls.reserved.contains(&rank);
+        // R decides on a retry only when it waits for that task. If R waits for a call, the call has to go first.
+        let reserved = self.calls.reserved.contains(&rank) || worker.awaiting_retry.is_some();
         let awaited = self.calls.awaited;
         let may = |call: &Waiting| {
             let its_turn = !reserved || awaited == Some(call.task.id);
@@ -204,7 +218,8 @@ impl Scheduler {
             let mut idle = vec![Vec::new(); self.agents.len()];
             for (rank, worker) in self.workers.iter().enumerate() {
                 let up = matches!(worker.state, WorkerState::Up);
-                if up && worker.current.is_none() && worker.queue.is_empty() {
+                let waits = worker.queue.is_empty() || worker.awaiting_retry.is_some();
+                if up && worker.current.is_none() && waits {
                     idle[worker.agent].push(rank as Rank);
                 }
             }

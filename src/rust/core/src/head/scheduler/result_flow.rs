@@ -107,7 +107,7 @@ impl ResultFlow {
         }
     }
 
-    /// What is known of all results, for a bug report.
+    /// Adds the facts about all results to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add_debug("wants", &self.demand);
         facts.add("results_bytes", self.buffered);
@@ -118,7 +118,7 @@ impl ResultFlow {
         facts.add("unlimited", self.unlimited);
     }
 
-    /// What is known of the result that a worker has to give.
+    /// Adds the facts about the result of a worker's task to a bug report.
     pub(super) fn result_facts(&self, rank: Rank, facts: &mut Facts) {
         if let Some(incoming) = self.of(rank) {
             facts.add("result_bytes", incoming.received);
@@ -128,7 +128,7 @@ impl ResultFlow {
         }
     }
 
-    /// What is known of the results of a host.
+    /// Adds the facts about the results of a host to a bug report.
     pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
         facts.add_some("large_results_begun", self.beyond_window.get(host));
     }
@@ -354,8 +354,10 @@ impl ResultFlow {
             return first;
         }
         match &self.demand {
-            // A single result completes beyond the limit: R takes it as soon as it is complete.
-            Demand::AnyOf(_) if self.streaming == 0 => {
+            Demand::Rank(rank) => self.blocked.iter().position(|blocked| blocked == rank),
+            // A single result completes beyond the limit: R takes it as soon as it is complete, or it frees a worker for
+            // the call that R waits for.
+            _ if self.streaming == 0 => {
                 let same = |&rank: &Rank| Some(rank) == self.over_limit && is_awaited(rank);
                 let same = self.blocked.iter().position(same);
                 let any = || self.blocked.iter().position(|&rank| is_awaited(rank));
@@ -363,7 +365,6 @@ impl ResultFlow {
                 self.over_limit = self.blocked.get(at).copied();
                 Some(at)
             }
-            Demand::Rank(rank) => self.blocked.iter().position(|blocked| blocked == rank),
             _ => None,
         }
     }
@@ -440,7 +441,9 @@ mod tests {
 
     /// Workers that are granted more now.
     fn grants(flow: &mut ResultFlow) -> Vec<Rank> {
-        let grants = std::iter::from_fn(|| flow.next_grant(|_| false, |_| true));
+        let awaited = flow.awaited();
+        let is_awaited = |rank| awaited.contains(rank);
+        let grants = std::iter::from_fn(|| flow.next_grant(|_| false, is_awaited));
         grants.map(|(rank, _)| rank).collect()
     }
 
@@ -463,20 +466,20 @@ mod tests {
         assert!(!flow.is_blocked_on_credit());
         flow.receive(0, 0, chunk(1), None).unwrap();
         assert_eq!(
-            flow.next_grant(|_| false, |_| true),
+            flow.next_grant(|_| false, |_| false),
             Some((0, GRANT as u32))
         );
-        assert_eq!(flow.next_grant(|_| false, |_| true), None);
+        assert_eq!(flow.next_grant(|_| false, |_| false), None);
         let rest = W / 2 - 1 + GRANT;
         flow.receive(0, 0, chunk(rest), None).unwrap();
         assert!(flow.receive(0, LAST, chunk(1), None).is_err());
     }
 
     #[test]
-    fn nothing_is_granted_beyond_the_limit_until_r_has_taken_what_is_held() {
+    fn nothing_is_granted_beyond_the_limit_until_r_takes_buffered_results() {
         let mut flow = flow(2, 2 * W);
         first(&mut flow, 0);
-        // What has been granted counts as well.
+        // Granted bytes count as well.
         assert_eq!(grants(&mut flow), [0]);
         first(&mut flow, 1);
         assert_eq!(grants(&mut flow), []);
@@ -505,17 +508,37 @@ mod tests {
     }
 
     #[test]
-    fn what_r_waits_for_is_granted_beyond_the_limit_and_nothing_else() {
+    fn beyond_the_limit_a_result_frees_a_worker_for_the_call_that_r_waits_for() {
+        let mut flow = flow(3, 0);
+        first(&mut flow, 0);
+        first(&mut flow, 1);
+        first(&mut flow, 2);
+        assert_eq!(grants(&mut flow), []);
+        let may_run_the_call = |rank| rank > 0;
+        assert_eq!(
+            flow.next_grant(|_| false, may_run_the_call),
+            Some((1, GRANT as u32))
+        );
+        assert_eq!(flow.next_grant(|_| false, may_run_the_call), None);
+        flow.receive(1, 0, chunk(GRANT), None).unwrap();
+        assert_eq!(
+            flow.next_grant(|_| false, may_run_the_call),
+            Some((1, GRANT as u32))
+        );
+    }
+
+    #[test]
+    fn only_a_result_that_r_waits_for_is_granted_beyond_the_limit() {
         let mut flow = flow(3, 0);
         (0..3).for_each(|rank| first(&mut flow, rank));
         flow.demand(Demand::Rank(1));
         assert_eq!(grants(&mut flow), [1]);
         flow.demand(Demand::Nothing);
         assert_eq!(
-            flow.next_grant(|rank| rank == 2, |_| true),
+            flow.next_grant(|rank| rank == 2, |_| false),
             Some((2, GRANT as u32))
         );
-        assert_eq!(flow.next_grant(|rank| rank == 2, |_| true), None);
+        assert_eq!(flow.next_grant(|rank| rank == 2, |_| false), None);
         flow.set_unlimited(true);
         assert_eq!(grants(&mut flow), [0]);
     }
@@ -547,7 +570,7 @@ mod tests {
         flow.drop_result(0);
         assert_eq!(flow.buffered(), W);
         assert_eq!(grants(&mut flow), [1]);
-        // What was granted may still come, and no more.
+        // Granted bytes may still arrive, but no more.
         assert!(flow.receive(0, 0, chunk(1), None).is_err());
         flow.end(0);
         flow.begin(0, true);
@@ -577,7 +600,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_ends_while_it_waits_is_granted_nothing() {
+    fn a_result_that_ends_while_it_is_blocked_is_granted_nothing() {
         let mut flow = flow(1, 0);
         first(&mut flow, 0);
         assert!(flow.is_blocked_on_credit());

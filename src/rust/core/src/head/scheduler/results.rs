@@ -197,7 +197,9 @@ impl Scheduler {
         loop {
             let (workers, calls) = (&self.workers, &self.calls);
             let is_demanded = |rank: Rank| calls.is_demanded(&workers[rank as usize]);
-            let is_awaited = |rank: Rank| workers[rank as usize].has_task_of(rank, &awaited);
+            let is_awaited = |rank: Rank| {
+                workers[rank as usize].has_task_of(rank, &awaited) || calls.awaits_worker(rank)
+            };
             let Some((rank, more)) = self.flow.next_grant(is_demanded, is_awaited) else {
                 return;
             };

@@ -55,7 +55,7 @@ pub(super) struct Task {
     pub(super) setup_call: Option<u64>,
     pub(super) on_behalf_of: Option<Rank>,
     pub(super) prefetch: bool,
-    /// The blob that the message begins with, until the agent has been told of it.
+    /// The blob that the message begins with, until the reference to it has been sent.
     pub(super) blob: Option<BlobId>,
     /// The time limit of the task.
     pub(super) limit: Option<Duration>,

@@ -230,7 +230,7 @@ fn a_lost_task_that_is_submitted_again_goes_before_those_that_follow() {
 }
 
 #[test]
-fn what_follows_a_lost_task_goes_on_when_that_is_let_go_or_cancelled() {
+fn tasks_after_a_lost_one_continue_when_that_is_abandoned_or_cancelled() {
     type End = fn(&mut Scheduler);
     let ends: [End; 3] = [
         |scheduler| scheduler.abandon_task(0, 1),
@@ -252,13 +252,13 @@ fn what_follows_a_lost_task_goes_on_when_that_is_let_go_or_cancelled() {
         scheduler.take_notes();
         end(&mut scheduler);
         assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
-        // It had ended before, as lost.
+        // The first task had already ended as lost.
         assert_eq!(scheduler.take_notes(), []);
     }
 }
 
 #[test]
-fn what_was_another_workers_does_not_wait_for_a_lost_task_to_be_decided_on() {
+fn reassigned_tasks_do_not_wait_for_the_retry_decision_on_a_lost_task() {
     let mut scheduler = up(2);
     submit(&mut scheduler, order(0, 1));
     submit(&mut scheduler, order(0, 2));
@@ -266,7 +266,7 @@ fn what_was_another_workers_does_not_wait_for_a_lost_task_to_be_decided_on() {
     replace(&mut scheduler, 0);
     submit(&mut scheduler, reassigned(0, 3, 1));
     assert_eq!(tasks_sent(&mut scheduler, 0), [3]);
-    // Nor does its own loss, or that it is submitted again, end the wait of others.
+    // Neither its own loss nor its resubmission ends the wait of other tasks.
     replace(&mut scheduler, 0);
     assert_eq!(tasks_sent(&mut scheduler, 0), []);
     let third = Order {
@@ -282,7 +282,7 @@ fn what_was_another_workers_does_not_wait_for_a_lost_task_to_be_decided_on() {
 }
 
 #[test]
-fn who_stands_in_uses_the_random_numbers_of_the_other_or_new_ones() {
+fn a_reassigned_task_uses_the_seed_of_its_owner_or_a_new_one() {
     for (left, found) in [(Some(&b"left"[..]), &b"left"[..]), (None, b"")] {
         let mut scheduler = up(2);
         submit(&mut scheduler, order(0, 1));
@@ -313,7 +313,7 @@ fn a_fresh_worker_has_a_whole_window() {
     let mut scheduler = up(1);
     let whole = fill(&mut scheduler, order(0, 1));
     assert!(whole > SEND_WINDOW - HEADER_LEN - MAX_BODY && whole <= SEND_WINDOW);
-    // It is lost with what it had not read.
+    // The worker is lost with the frames that it had not read.
     replace(&mut scheduler, 0);
     assert_eq!(fill(&mut scheduler, again(0, 1)), whole);
     // It has all of a message, of which its agent has not given back the bytes, and is killed.
@@ -422,7 +422,7 @@ fn a_task_has_the_shorter_of_its_own_time_limit_and_that_of_all() {
 }
 
 #[test]
-fn what_restores_a_worker_has_no_time_limit() {
+fn restoring_calls_have_no_time_limit() {
     let mut s = up(1);
     s.limit_time(Some(Duration::from_millis(1)));
     let chunk = Bytes::from_static(b"export").into();
@@ -447,7 +447,7 @@ fn a_task_that_is_sent_again_has_its_time_limit_again() {
 }
 
 #[test]
-fn what_waits_on_a_host_that_is_left_out_is_lost_once() {
+fn queued_tasks_of_a_host_that_is_left_out_are_lost_once() {
     let mut scheduler = up(2);
     submit(&mut scheduler, order(0, 1));
     submit(&mut scheduler, order(0, 2));
@@ -526,7 +526,7 @@ fn a_host_that_was_lost_while_its_stream_was_full_is_sent_to_again() {
 }
 
 #[test]
-fn what_restores_a_worker_does_not_change_which_random_numbers_it_goes_on_with() {
+fn restoring_calls_do_not_change_the_seed_of_a_worker() {
     let mut s = up(1);
     submit(&mut s, order(0, 1));
     tasks_sent(&mut s, 0);
@@ -690,12 +690,12 @@ fn ends(scheduler: &mut Scheduler) -> Vec<(TaskId, &'static str)> {
         Outcome::Lost(_) => "lost",
         Outcome::TimedOut => "timed out",
         Outcome::Cancelled => "cancelled",
-        Outcome::Revoked => "recalled",
+        Outcome::Revoked => "revoked",
     };
     ends.map(|(task, outcome)| (task, name(outcome))).collect()
 }
 
-/// What an agent is told besides tasks.
+/// The control messages to the first agent.
 fn control_messages(scheduler: &mut Scheduler) -> Vec<ToAgent> {
     let frames = std::iter::from_fn(|| scheduler.next_frame(0));
     let control = frames.filter(|frame| frame.header.kind == Kind::Control);
@@ -725,7 +725,7 @@ fn one_task_is_prefetched_and_then_the_next() {
 }
 
 #[test]
-fn what_is_not_meant_to_be_is_not_prefetched() {
+fn only_tasks_marked_for_prefetching_are_prefetched() {
     let setup_messages = Order {
         setup_call: Some(0),
         ..prefetch(0, 2)
@@ -785,13 +785,13 @@ fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_in_flight_is_not_m
 }
 
 #[test]
-fn a_cancel_of_both_frees_the_worker_when_the_agent_has_said_so_of_each() {
+fn cancelling_both_tasks_frees_the_worker_once_the_agent_has_confirmed_each() {
     for crossed in [false, true] {
         let mut s = one_prefetched();
         s.cancel_job(1);
         let all = [1, 2, 3].map(|task| (task, "cancelled"));
         assert_eq!(ends(&mut s), all);
-        // What has not started first.
+        // The task that has not started is cancelled first.
         let cancels = [2, 1].map(|task| ToAgent::Cancel { worker: 0, task });
         assert_eq!(control_messages(&mut s), cancels);
         submit(&mut s, prefetch(0, 4));
@@ -821,8 +821,8 @@ fn a_task_is_revoked_unless_it_has_started() {
     );
     assert_eq!(ends(&mut s), []);
     assert_eq!(dropped(&mut s, 2), Ok(()));
-    assert_eq!(ends(&mut s), [(2, "recalled")]);
-    // In its place.
+    assert_eq!(ends(&mut s), [(2, "revoked")]);
+    // The next task is prefetched instead.
     assert_eq!(tasks_sent(&mut s, 0), [3]);
     s.revoke(0, 3);
     answer(&mut s, 0, 1, None);
@@ -836,7 +836,7 @@ fn a_task_is_revoked_unless_it_has_started() {
     assert_eq!(tasks_sent(&mut s, 0), [4, 5]);
     s.revoke(0, 6);
     s.revoke(0, 5);
-    assert_eq!(ends(&mut s), [(6, "recalled"), (5, "recalled")]);
+    assert_eq!(ends(&mut s), [(6, "revoked"), (5, "revoked")]);
     let abort = Frame::new(Kind::Data, LAST | ABORT, 0, 5, Bytes::new());
     assert_eq!(s.next_frame(0), Some(abort));
     // The worker is lost before the agent could answer.
@@ -844,11 +844,11 @@ fn a_task_is_revoked_unless_it_has_started() {
     assert_eq!(tasks_sent(&mut s, 0), [7]);
     s.revoke(0, 7);
     replace(&mut s, 0);
-    assert_eq!(ends(&mut s), [(4, "lost"), (7, "recalled")]);
+    assert_eq!(ends(&mut s), [(4, "lost"), (7, "revoked")]);
 }
 
 #[test]
-fn an_agent_that_drops_what_it_was_not_told_to_is_none_of_ours() {
+fn an_agent_that_drops_a_task_without_a_request_is_an_error() {
     assert!(dropped(&mut one_prefetched(), 2).is_err());
     let mut s = one_prefetched();
     s.revoke(0, 2);
@@ -931,6 +931,28 @@ fn a_verbs_workers_are_given_no_calls_but_one_that_is_waited_for() {
 }
 
 #[test]
+fn a_call_that_r_waits_for_passes_tasks_that_wait_for_a_retry_decision() {
+    let mut scheduler = up(1);
+    submit(&mut scheduler, order(0, 1));
+    submit(&mut scheduler, order(0, 2));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    replace(&mut scheduler, 0);
+    assert_eq!(ends(&mut scheduler), [(1, "lost")]);
+    call(&mut scheduler, 3, &[0], false);
+    call(&mut scheduler, 4, &[0], false);
+    assert_eq!(tasks_sent(&mut scheduler, 0), []);
+    scheduler.await_call(Some(4));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [4]);
+    scheduler.await_call(None);
+    answer(&mut scheduler, 0, 4, None);
+    assert_eq!(tasks_sent(&mut scheduler, 0), []);
+    submit(&mut scheduler, again(0, 1));
+    assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
+    answer(&mut scheduler, 0, 1, None);
+    assert_eq!(tasks_sent(&mut scheduler, 0), [2]);
+}
+
+#[test]
 fn a_lost_call_holds_up_nobody_and_goes_first_when_it_is_tried_again() {
     let mut scheduler = up(1);
     for task in 1..=3 {
@@ -943,7 +965,7 @@ fn a_lost_call_holds_up_nobody_and_goes_first_when_it_is_tried_again() {
     call(&mut scheduler, 1, &[0], true);
     answer(&mut scheduler, 0, 2, None);
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
-    // With the last of its workers all end.
+    // All tasks end with the last worker of the host.
     ends(&mut scheduler);
     lose(&mut scheduler, 0, false);
     assert_eq!(ends(&mut scheduler), [(1, "lost"), (3, "lost")]);

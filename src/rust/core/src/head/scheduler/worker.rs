@@ -1,4 +1,4 @@
-//! What the scheduler knows of one worker.
+//! The state of one worker in the scheduler.
 
 use super::events::{RankSet, Termination};
 use super::task::{Current, Phase, PrefetchedTask, Task};
@@ -56,8 +56,8 @@ impl Worker {
         }
     }
 
-    /// Whether the worker, whose rank is `rank`, has a task of one of these: its own, or one that it does in
-    /// place of another worker. All tasks before that one have to end first.
+    /// Whether the worker with this `rank` has a task of one of these owners: its own task, or one that it runs on
+    /// behalf of another worker. All tasks before that one have to end first.
     pub(super) fn has_task_of(&self, rank: Rank, owners: &RankSet) -> bool {
         let current = self.current.as_ref().map(|current| &current.task);
         let next = self.next.as_ref().map(|next| &next.task);

@@ -1,19 +1,19 @@
-//! Messages that R sends node by node: `sendCall()` in a loop, snow's verbs, verbs over nodes of several
-//! clusters. From the second time on, a large message is a blob, which each host gets once and whose
-//! large vectors its workers map.
+//! The serialization cache, for messages that R sends node by node: `sendCall()` in a loop, snow's verbs, and
+//! verbs on nodes of several clusters. From the second time on, a large message is a blob, which each host gets
+//! once, and whose large vectors the workers map.
 //!
-//! Its bytes decide whether a message is the same as the last one: C code changes values in place,
-//! environments change, and code that R runs while it serializes may do either. That function and arguments
-//! are the same objects is only a reason to look at the bytes, because making a blob of every large
-//! message, or comparing it, would cost those who send each message once.
+//! The bytes of a message decide whether it equals the last one: C code changes values in place, environments
+//! change, and code that R runs during serialization may do either. If function and arguments are the same
+//! objects, the bytes are compared. Other messages are neither compared nor made a blob, so that a message that
+//! is sent once has no additional cost.
 //!
 //! 1. The first message is sent as it is, and held.
-//! 2. A second one that may be the same becomes a blob, whether it is the same or not: the blob is
-//!    that message. The fingerprint of its bytes is kept.
-//! 3. Any further one is serialized for its fingerprint alone. If that is the blob's, the message is,
-//!    too; a host that does not have the blob gets it. If not, it is a first message.
+//! 2. A second message that may equal the first becomes a blob, whether it does or not: the blob is that
+//!    message. The fingerprint of its bytes is kept.
+//! 3. Each further message is serialized only for its fingerprint. If the fingerprints are equal, the message
+//!    is the blob, and a host that lacks the blob gets it. If not, the message is treated as a first one.
 //!
-//! One message is held, and its blob, for as long as a task that was sent it has not been answered.
+//! The cache holds one message and its blobs, until all tasks that were sent the message have been answered.
 
 use crate::codec::plain::{self, rustcluster_attributes, rustcluster_names};
 use crate::codec::stream::Format;
@@ -23,7 +23,7 @@ use rustcluster_core::protocol::ids::{BlobId, JobId};
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
 
-/// Bytes from which on a message is worth it: a shorter blob is sent to each worker as it is.
+/// Minimum size of a cached message, in bytes. A shorter blob would be sent to each worker as it is.
 pub const LARGE: usize = 64 * 1024;
 
 unsafe extern "C" {
@@ -31,18 +31,18 @@ unsafe extern "C" {
 }
 
 /// A large message that was sent, and may be sent again.
-pub struct Repeated {
+pub struct CachedMessage {
     pub(super) job: JobId,
     pub(super) setup_call: Option<u64>,
-    /// Held, so that the same address means the same object.
+    /// The message is held, so that an equal address means the same object.
     message: Robj,
-    /// What it has been made, in each format.
+    /// The blobs of the message, in each format.
     pub(super) blobs: Vec<MadeBlob>,
-    /// So many others hold this as tasks have the message that have not been answered.
+    /// The reference count of this value is the number of outstanding tasks that have the message, plus one.
     users: User,
 }
 
-/// A task's share in a [`Repeated`] message.
+/// Held by an outstanding task that has a [`CachedMessage`] message.
 pub type User = Rc<()>;
 
 /// A blob, and the fingerprint of its bytes.
@@ -52,10 +52,10 @@ pub(super) struct MadeBlob {
     pub(super) print: (u128, u64),
 }
 
-impl Repeated {
-    /// A message that was sent once.
-    pub fn new(job: JobId, setup_call: Option<u64>, message: &Robj) -> Repeated {
-        Repeated {
+impl CachedMessage {
+    /// Creates the value for a message that was sent once.
+    pub fn new(job: JobId, setup_call: Option<u64>, message: &Robj) -> CachedMessage {
+        CachedMessage {
             job,
             setup_call,
             message: message.clone(),
@@ -64,36 +64,36 @@ impl Repeated {
         }
     }
 
-    /// Whether this message may be the same.
+    /// Returns whether this message may be the same.
     pub fn may_be(&self, job: JobId, setup_call: Option<u64>, message: &Robj) -> bool {
-        // SAFETY: on R's thread; both are alive.
+        // SAFETY: this runs on R's thread; both values are alive.
         let alike = || unsafe { alike_messages(self.message.get(), message.get()) };
         self.job == job && self.setup_call == setup_call && alike()
     }
 
-    /// To be held for as long as a task that was sent the message has not been answered.
+    /// Returns a value that a task has to hold until the message has been answered.
     pub fn user(&self) -> User {
         self.users.clone()
     }
 
-    /// Whether there is such a task.
+    /// Returns whether an outstanding task has the message.
     pub fn is_used(&self) -> bool {
         Rc::strong_count(&self.users) > 1
     }
 
-    /// Its blobs.
+    /// Returns the blobs of the message.
     pub fn blobs(&self) -> impl Iterator<Item = BlobId> + '_ {
         self.blobs.iter().map(|made| made.id)
     }
 }
 
-/// Whether two messages may be the same. Of those of parallel's that ask for a task, the lists are made
-/// anew for each.
+/// Returns whether two messages may be the same. The lists in parallel's messages for tasks are new objects in
+/// each message.
 ///
 /// # Safety
-/// On R's thread, with live values. R does not jump.
+/// Must be called on R's thread, with live values. R does not jump.
 unsafe fn alike_messages(a: SEXP, b: SEXP) -> bool {
-    // SAFETY: the caller's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if a == b {
             return true;
@@ -108,20 +108,20 @@ unsafe fn alike_messages(a: SEXP, b: SEXP) -> bool {
 }
 
 /// # Safety
-/// As for [`alike_messages`].
+/// The same as for [`alike_messages`].
 unsafe fn alike(a: SEXP, b: SEXP) -> bool {
-    // SAFETY: the caller's; types are looked at first.
+    // SAFETY: guaranteed by the caller; types are checked first.
     unsafe {
         let closure = |value: SEXP| TYPEOF(value) == SEXPTYPE::CLOSXP;
-        // A function that a loop makes anew for each node.
+        // A loop may create an equal function for each node.
         a == b || (closure(a) && closure(b) && rustcluster_same_closure(a.cast(), b.cast()) != 0)
     }
 }
 
 /// # Safety
-/// As for [`alike_messages`].
+/// The same as for [`alike_messages`].
 unsafe fn alike_lists(a: SEXP, b: SEXP) -> bool {
-    // SAFETY: the caller's; lengths and types are looked at first.
+    // SAFETY: guaranteed by the caller; lengths and types are checked first.
     unsafe {
         let list = |list: SEXP| TYPEOF(list) == SEXPTYPE::VECSXP;
         if a == b {
@@ -131,7 +131,7 @@ unsafe fn alike_lists(a: SEXP, b: SEXP) -> bool {
             return false;
         }
         let attributes = rustcluster_attributes(a);
-        // None, or names alone.
+        // The lists may have no attributes but names.
         if attributes > 1 || attributes != rustcluster_attributes(b) {
             return false;
         }
