@@ -1,4 +1,5 @@
-//! Applies the retry policy after worker failures: see [`rustcluster_core::head::retry`]. R is notified of each
+//! Applies the retry policy to single tasks and calls after worker failures: see [`rustcluster_core::head::retry`].
+//! For jobs, [`rustcluster_core::head::job`] does so. R is notified of each
 //! worker failure that was handled, and decides nothing.
 
 use super::handle::{Cluster, may_send, with_cluster};

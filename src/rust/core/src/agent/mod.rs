@@ -17,7 +17,6 @@ mod dump;
 mod fork;
 mod guard;
 mod head_io;
-mod memory_report;
 mod orphans;
 pub mod prefetch;
 mod process;
@@ -25,6 +24,7 @@ pub mod router;
 pub mod setup_log;
 pub mod startup;
 mod supervisor;
+mod usage;
 mod worker_io;
 pub mod worker_table;
 
@@ -39,7 +39,6 @@ use action::Act;
 use blob_memory::{BlobMemory, Memories};
 use bytes::BytesMut;
 pub use guard::Guard;
-use memory_report::MemorySurvey;
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -57,6 +56,7 @@ use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{debug, error, info, trace, warn};
+use usage::UsageSurvey;
 use worker_table::REPLAY;
 
 const HEAD_IN: Token = Token(0);
@@ -147,7 +147,7 @@ pub struct Agent {
     unremoved: Vec<String>,
     orphans: Orphans,
     /// The memory survey that the head has asked for.
-    memory_survey: Option<MemorySurvey>,
+    usage_survey: Option<UsageSurvey>,
     memory: OutOfMemory,
     epoch: Instant,
     /// The average time that the agent has lately waited for events.
@@ -241,7 +241,7 @@ impl Agent {
             guard: greeted.guard,
             unremoved: Vec::new(),
             orphans: Orphans::adopt(),
-            memory_survey: None,
+            usage_survey: None,
             memory: OutOfMemory::start_counting(),
             epoch: Instant::now(),
             usual_wait: Duration::ZERO,
@@ -329,7 +329,7 @@ impl Agent {
             }
             let can_read =
                 self.head_unread || !self.unread.is_empty() && self.to_head.len() < HEAD_BACKLOG;
-            let timeout = if self.to_make.is_empty() && !can_read && self.memory_survey.is_none() {
+            let timeout = if self.to_make.is_empty() && !can_read && self.usage_survey.is_none() {
                 let heartbeat = self.heartbeat.as_ref().filter(|_| !self.disconnected);
                 let shutdown_drain = self.orphans.deadline();
                 let deadline = if self.to_head.len() < HEAD_BACKLOG {
@@ -463,17 +463,17 @@ impl Agent {
     /// work goes on in between.
     fn count_memory(&mut self) {
         if self.ending {
-            self.memory_survey = None;
+            self.usage_survey = None;
         }
         let workers = &self.workers;
         let pid = |worker: u32| Some(workers.get(worker as usize)?.as_ref()?.pid);
         let due = self
-            .memory_survey
+            .usage_survey
             .as_mut()
-            .and_then(|memory_survey| memory_survey.next(pid));
+            .and_then(|usage_survey| usage_survey.next(pid));
         if let Some(message) = due {
             if let ToHead::Usage { last: true, .. } = &message {
-                self.memory_survey = None;
+                self.usage_survey = None;
             }
             self.report(&message);
         }
@@ -564,8 +564,7 @@ impl Agent {
                     }
                 }
                 Act::Usage { question } => {
-                    self.memory_survey =
-                        Some(MemorySurvey::new(question, self.workers.len() as u32));
+                    self.usage_survey = Some(UsageSurvey::new(question, self.workers.len() as u32));
                 }
                 Act::Dump { question } => self.dump(question),
                 Act::End => self.stop(),

@@ -8,5 +8,5 @@ pub mod job;
 pub mod launch;
 pub mod retry;
 pub mod scheduler;
-mod setup_log;
+mod setup_log_file;
 pub mod task_table;

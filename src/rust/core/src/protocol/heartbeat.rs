@@ -1,4 +1,4 @@
-//! Heartbeats: whether the other side is still connected. Each side sends a heartbeat four times
+//! Heartbeats between machines: whether the other side is still connected. Each side sends a heartbeat four times
 //! within the heartbeat timeout and treats the other's silence for that long as disconnection. Any
 //! message counts as a sign of life. TCP itself notices after about a quarter of an hour that a
 //! host was switched off.

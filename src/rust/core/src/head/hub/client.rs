@@ -10,7 +10,7 @@ use super::writing::{BlobWriting, MessageWriting, NO_JOB};
 use crate::head::launch::Launch;
 use crate::head::scheduler::events::{Demand, Outcome, RankSet, Termination};
 use crate::head::scheduler::pool::CallLocation;
-use crate::head::setup_log::SetupLogFile;
+use crate::head::setup_log_file::SetupLogFile;
 use crate::head::task_table::End;
 use crate::platform::signals;
 use crate::protocol::body::Body;

@@ -8,14 +8,14 @@
 //! while a thread sleeps.
 
 use super::connection::Conn;
-use super::host_restore::HostRestore;
 use super::inbox::Inbox;
 use super::readiness::Readiness;
 use super::recent::Recent;
+use super::restore_queue::RestoreQueue;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
-use crate::head::setup_log::SetupLogFile;
+use crate::head::setup_log_file::SetupLogFile;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
 use crate::protocol::control::{Facts, ToAgent};
@@ -86,7 +86,7 @@ pub struct Core {
     pub inbox: Inbox,
     /// The head's set-up log, if lost hosts are reconnected.
     pub setup_log: Option<SetupLogFile>,
-    pub restoring: HostRestore,
+    pub restoring: RestoreQueue,
     /// The recent events, for bug reports.
     pub recent: Recent,
     /// How long a reconnected host may take to start.
@@ -147,7 +147,7 @@ impl SharedCore {
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
                 setup_log: None,
-                restoring: HostRestore::default(),
+                restoring: RestoreQueue::default(),
                 recent: Recent::default(),
                 start_timeout: Duration::MAX,
                 queued: 0,

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 
 /// See the module's documentation.
 #[derive(Default)]
-pub struct HostRestore {
+pub struct RestoreQueue {
     pub(super) waiting: VecDeque<Rank>,
     pub(super) active: HashMap<Rank, Active>,
     pub(super) next: TaskId,

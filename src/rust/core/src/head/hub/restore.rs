@@ -1,9 +1,9 @@
 //! Restoring the workers of a reconnected host.
 
 use super::core::Core;
-use super::host_restore::Active;
+use super::restore_queue::Active;
 use crate::head::scheduler::events::Outcome;
-use crate::head::setup_log::SetupMessage;
+use crate::head::setup_log_file::SetupMessage;
 use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{RESTORE, Rank, TaskId};

@@ -9,17 +9,17 @@ const MAX_WORKERS: usize = 1000;
 
 /// A survey in progress, which reads the memory use of one worker after the other.
 #[derive(Debug)]
-pub struct MemorySurvey {
+pub struct UsageSurvey {
     question: u64,
     next: u32,
     end: u32,
     found: Vec<(u32, Usage)>,
 }
 
-impl MemorySurvey {
+impl UsageSurvey {
     /// Starts a survey of `end` workers.
-    pub fn new(question: u64, end: u32) -> MemorySurvey {
-        MemorySurvey {
+    pub fn new(question: u64, end: u32) -> UsageSurvey {
+        UsageSurvey {
             question,
             next: 0,
             end,
@@ -78,12 +78,12 @@ mod tests {
 
     #[test]
     fn all_workers_are_reported_in_several_messages_of_which_the_last_is_marked() {
-        let mut memory_survey = MemorySurvey::new(7, 2_500);
+        let mut usage_survey = UsageSurvey::new(7, 2_500);
         let mut reported = Vec::new();
         loop {
             let this = std::process::id();
             // Every fifth worker does not exist.
-            let message = memory_survey.next(|worker| (worker % 5 > 0).then_some(this));
+            let message = usage_survey.next(|worker| (worker % 5 > 0).then_some(this));
             let Some(ToHead::Usage {
                 workers,
                 last,
@@ -100,7 +100,7 @@ mod tests {
         }
         let existing: Vec<u32> = (0..2_500).filter(|worker| worker % 5 > 0).collect();
         assert!(reported == existing || reported.is_empty());
-        let none = MemorySurvey::new(7, 0).next(|_| None);
+        let none = UsageSurvey::new(7, 0).next(|_| None);
         assert!(matches!(none, Some(ToHead::Usage { last: true, .. })));
     }
 }
