@@ -26,8 +26,10 @@ isText <- function(x) !is.na(x) & Encoding(x) != "bytes" & validEnc(x)
 count <- function(value, argument, max) {
   value <- plain(value)
   if (!is.numeric(value) || length(value) != 1L || is.na(value) || value < 1) {
-    what <- switch(argument, spec = , ncore = "a number of workers", threads = "a number of threads", port = "a port")
-    badArgument(argument, "must be ", what, ", at least 1")
+    # `argument` may be a setting of a host, as in `spec[[1]]$threads`.
+    what <- switch(sub(".*[$]", "", argument), threads = "a number of threads", port = "a port", "a number of workers")
+    text <- if (is.character(value) && length(value) == 1L && isText(value)) paste0(", not ", dQuote(value, FALSE))
+    badArgument(argument, "must be ", what, ", at least 1", text)
   }
   if (value > max) badArgument(argument, "must be at most ", shownNumber(max))
   as.integer(value)
@@ -91,6 +93,28 @@ meaningful <- c("outfile", "rscript", "rscript_args", "homogeneous", "methods", 
 meaningless <- c("port", "master", "useXDR", "setup_strategy", "type", "rprog", "rhome",
                  "scriptdir", "snowlib", "useRscript", "host")
 
+# Arguments that other functions have for what is an argument of makeRustCluster().
+argumentsElsewhere <- c(
+  workers = "spec", nodes = "spec", hosts = "spec", cores = "spec", n = "spec", ncores = "spec", nworkers = "spec",
+  retry = "retries", env = "rscript_envs", envs = "rscript_envs"
+)
+
+# Returns the end of an error message about unknown names: the known names that they probably stand for. `synonyms`:
+# known names, named by other words for them. A name that is not similar to any other gets no hint.
+didYouMean <- function(unknown, known, synonyms = NULL) {
+  meant <- lapply(tolower(unknown), function(name) {
+    if (name %in% names(synonyms)) return(synonyms[[name]])
+    candidates <- unique(known)
+    distance <- drop(utils::adist(name, candidates, ignore.case = TRUE))
+    # Two changes are one transposition, as in `packagse`. A short name is similar to too many others.
+    near <- distance <= min(2, (nchar(name) - 1) %/% 3)
+    begins <- nchar(name) >= 4L & startsWith(tolower(candidates), name)
+    if (any(near)) candidates[near][[which.min(distance[near])]] else if (sum(begins) == 1L) candidates[begins]
+  })
+  meant <- unique(unlist(meant))
+  if (length(meant)) paste0("; did you mean ", paste0("`", meant, "`", collapse = ", "), "?")
+}
+
 clusterOptions <- function(given) {
   names <- names(given)
   if (length(given) && (is.null(names) || !all(nzchar(names)))) {
@@ -98,9 +122,11 @@ clusterOptions <- function(given) {
   }
   unknown <- setdiff(names, c(meaningful, meaningless))
   if (length(unknown)) {
+    known <- c(setdiff(names(formals(makeRustCluster)), "..."), meaningful)
     abort(
-      "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", ": ",
-      paste0("`", unknown, "`", collapse = ", "), fields = list(argument = unknown)
+      "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", " ",
+      paste0("`", unknown, "`", collapse = ", "), didYouMean(unknown, known, argumentsElsewhere),
+      fields = list(argument = unknown)
     )
   }
   # The defaults that setDefaultClusterOptions() has set.

@@ -238,7 +238,7 @@ awaitCall <- function(record) {
     waited <- call_wait(handle$pointer, record$task)
     if (isFailure(waited)) handleFailed(waited, handle)
     showEvents(handle)
-    Sys.sleep(0)
+    raiseInterrupt()
   }
 }
 

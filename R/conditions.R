@@ -149,7 +149,7 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
           if (!field("again")) " not", " retried"
         )
       },
-      tailText("the end of its output", field("stderr"))
+      tailText("last output of the worker", field("stderr"))
     ),
     host_failed = paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
@@ -163,20 +163,24 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     timeout = paste0(
       tasks, " exceeded ", if (several) "their" else "its", " time limit of ",
-      limitText(field("limit"), handle$timeout), " on ", node, " and ", if (several) "were" else "was", " ended"
+      limitText(field("limit"), handle$timeout), " on ", node, " and ", if (several) "were" else "was", " ended",
+      # With a time limit, tasks are sent one by one: these elements are one task.
+      if (several) {
+        "; the time limit applies to the whole chunk of elements, and clusterLapply(.timeout = ) limits each element"
+      }
     ),
     worker_replaced = paste0(
       node, " (pid ", field("pid"), ") was restarted: ", reason, ", and the worker ended or did not respond to the ",
-      "interrupt (C code and system() do not respond); its exports and RNG state were restored"
+      "interrupt (C code and system() do not respond); its state was restored"
     ),
     left_behind = paste0(
       "process ", field("pid"), " (", field("command"), "), started by ",
       if (is.null(rank)) "a worker" else paste("worker", rank), " on host ", sQuote(host),
       ", detached and is still running; stop it with `kill ", field("pid"), "` on that host"
     ),
-    worker_back = paste0(node, " is back; its exports and RNG state were restored\n"),
+    worker_back = paste0(node, " is back; its state was restored\n"),
     host_back = paste0(
-      "host ", sQuote(host), " is back; its exports and L'Ecuyer-CMRG RNG state were restored\n"
+      "host ", sQuote(host), " is back; the state of its workers was restored\n"
     ),
     state_not_kept = if (is.null(owner)) paste0(
       "exports and set-up calls exceed `setup_log_limit` (", format(handle$headLogLimit / 1e6, digits = 3L),

@@ -14,7 +14,8 @@
 #'
 #' The elements of its tables are named as in the code, and change with it.
 #'
-#' @inheritParams clusterStatus
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: then `workers` and `agent_workers` have these
+#'   workers only. The other tables are always of the whole cluster.
 #' @param timeout (number) Seconds to wait for the answers of agents, at least 0; default 2.
 #' @return A list of class `"rustcluster_dump"`:
 #'   \describe{
@@ -50,19 +51,19 @@ clusterDump <- function(cl, timeout = 2) {
         rustcluster = packageVersionText(), R = rVersionText(), platform = R.version$platform,
         system = paste(Sys.info()[c("sysname", "release")], collapse = " ")
       ),
-      clusters = Map(dumpOf, lapply(parts, `[[`, "handle"), questions, deadline)
+      clusters = Map(dumpOf, parts, questions, deadline)
     ),
     class = "rustcluster_dump"
   )
 }
 
-dumpOf <- function(handle, question, deadline) {
+dumpOf <- function(part, question, deadline) {
+  handle <- part$handle
   repeat {
     left <- deadline - proc.time()[["elapsed"]]
     dump <- checked(hub_dump(handle$pointer, question, max(left, 0), left <= 0), handle)
     if (!is.null(dump)) break
-    # Let R handle interrupts.
-    Sys.sleep(0)
+    raiseInterrupt()
   }
   own <- list(
     workers = length(handle$hosts), stopped = handle$stopped, retries = handle$retries, timeout = handle$timeout,
@@ -81,15 +82,21 @@ dumpOf <- function(handle, question, deadline) {
   hosts <- data.frame(host = hostNames, answered = lengths(dump$agents) > 0L, stringsAsFactors = FALSE)
   workers <- factsTable(dump$workers)
   workers$host <- hostNames[workers$host]
+  workers <- cbind(rank = seq_along(dump$workers), workers)
+  of_part <- function(rows) {
+    rows <- rows[rows$rank %in% part$ranks, ]
+    rownames(rows) <- NULL
+    rows
+  }
   events <- as.data.frame(dump$events, stringsAsFactors = FALSE)
   events$at <- round(events$at, 6L)
   events$host <- hostNames[ifelse(is.na(events$host), handle$owner[events$rank], events$host)]
   list(
     cluster = c(own, as.list(factsTable(list(dump$cluster)))),
     hosts = cbind(hosts, factsTable(dump$hosts)),
-    workers = cbind(rank = seq_along(dump$workers), workers),
+    workers = of_part(workers),
     agents = agents[names(agents) != "rank"],
-    agent_workers = ofAgents(function(rank) rank != "0"),
+    agent_workers = of_part(ofAgents(function(rank) rank != "0")),
     events = events
   )
 }

@@ -13,9 +13,9 @@
 #' its future has ended, also before the value is read. A plan may be set by the environment variable `R_FUTURE_PLAN`,
 #' replaced and restored, nested and tweaked. Futures leave the same state on their workers as calls of
 #' [clusterSubmit()]; variables that `clusterExport()` has assigned stay. A future that is garbage-collected runs to its
-#' end. Nested futures are sequential, unless the plan says otherwise. A future is retried after a worker failure, as
-#' often as `retries` of the cluster says. If its worker died on all attempts, the future has a `FutureError` with all
-#' reasons.
+#' end, and so may the running futures of an interrupted `future_lapply()`, whose workers are busy until then. Nested
+#' futures are sequential, unless the plan says otherwise. A future is retried after a worker failure, as often as
+#' `retries` of the cluster says. If its worker died on all attempts, the future has a `FutureError` with all reasons.
 #' \pkg{future.apply}, \pkg{furrr} and \pkg{doFuture} (`%dopar%` and `%dofuture%`) work with this backend.
 #'
 #' `plan(cluster, workers = cl)` with a cluster made by [makeRustCluster()] works, too. That backend does not
@@ -167,7 +167,7 @@ awaitFree <- function(cl, limit) {
     }
     checked(call_wait(handle$pointer, futuresOf(cl)[[1L]]$record$task), handle)
     showEvents(handle)
-    Sys.sleep(0)
+    raiseInterrupt()
   }
 }
 

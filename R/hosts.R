@@ -33,7 +33,7 @@ maxWorkers <- 100000
 specEntries <- function(spec) {
   spec <- plain(spec)
   if (is.numeric(spec) && length(spec) && !is.null(names(spec))) {
-    return(Map(function(host, workers) namedEntry(host, count(workers, "spec", maxWorkers)),
+    return(Map(function(host, workers) namedEntry(host, count(workers, ofHost(host), maxWorkers)),
                names(spec), spec, USE.NAMES = FALSE))
   }
   # makePSOCKcluster() uses the first of several numbers.
@@ -42,6 +42,14 @@ specEntries <- function(spec) {
     return(list(namedEntry("localhost", workers)))
   }
   if (is.character(spec) && length(spec)) {
+    # A number beside a text becomes a text: only the text is wrong.
+    numbers <- isText(spec)
+    numbers[numbers] <- grepl("^[0-9.]+$", spec[numbers])
+    wrong <- if (!is.null(names(spec)) && any(numbers)) which(!numbers)
+    if (length(wrong)) {
+      host <- names(spec)[[wrong[[1L]]]]
+      namedEntry(host, count(spec[[wrong[[1L]]]], ofHost(host), maxWorkers))
+    }
     if (any(grepl("^[0-9]+$", spec[isText(spec)]))) {
       badArgument("spec", "contains a number in quotes, which would be the name of a host; remove the quotes")
     }
@@ -64,6 +72,9 @@ specEntries <- function(spec) {
     "or a list of hosts"
   )
 }
+
+# Returns what error messages call the number of workers of a host.
+ofHost <- function(host) paste0("spec[", dQuote(host, FALSE), "]")
 
 namedEntry <- function(text, workers) {
   list(settings = hostAddress(text, "spec"), workers = workers)

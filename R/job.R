@@ -67,7 +67,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
         results <- job_results(handle$pointer)
         if (length(results[[3L]]) && isFALSE(onResults(results[[3L]], results[[1L]], results[[2L]]))) break
       }
-      Sys.sleep(0)
+      raiseInterrupt()
     })
     if (!inherits(unread, "rustcluster_unread")) break
     batchUnread(unread, handle)
@@ -224,7 +224,10 @@ checkedResults <- function(job, chunks = NULL) {
   val <- job$values
   if (!length(job$failed)) return(val)
   first <- val[[job$failed[[1L]]]]
-  if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, val)
+  if (inherits(first, "rustcluster_failure")) {
+    # `chunks` is for a job whose tasks are elements.
+    raiseTaskFailure(first, val, byChunk = is.null(chunks) && !is.null(partOfChunks(sys.nframe())))
+  }
   failed <- job$failed
   if (!is.null(chunks)) failed <- failed[!duplicated(chunks[failed])]
   val <- val[failed]

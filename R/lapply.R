@@ -112,7 +112,10 @@ refuseUnknown <- function(verb, name, given, fun) {
   # A `FUN` with `...` passes on arguments of any other name.
   open <- "..." %in% known
   if (open) unknown <- unknown[tolower(unknown) %in% tolower(names(formals(clusterLapply)))]
-  if (length(unknown)) badArgument(unknown[[1L]], "is neither an argument of ", name, "() nor of `FUN`")
+  if (length(unknown)) {
+    hint <- didYouMean(unknown[[1L]], setdiff(names(formals(verb)), "..."))
+    badArgument(unknown[[1L]], "is neither an argument of ", name, "() nor of `FUN`", hint)
+  }
   if (open || is.null(fun)) return(invisible())
   dotted <- grep("^[.][^.]", names(formals(verb)), value = TRUE)
   for (forgotten in given[tolower(paste0(".", given)) %in% tolower(dotted)]) {

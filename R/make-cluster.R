@@ -75,7 +75,8 @@
 #'   `rustcluster_timeout` replaces its result. A worker that does not respond to the interrupt within 2 s is killed and
 #'   replaced: C code and `system()` do not respond. `timeout` of `makePSOCKcluster()` limits something else: how long
 #'   R waits for a connection.
-#'   A task of `parLapply()` and the functions that use it is a chunk of elements: the limit is that of a chunk.
+#'   A task of `parLapply()` and the functions that use it is a chunk of elements: the limit is that of the whole
+#'   chunk. `.timeout` of [clusterLapply()] limits each element.
 #' @param reconnect (logical) Whether to reconnect lost hosts. The session tries again after 1 s, 2 s, 4 s and so on, up
 #'   to every 30 s, until `stopCluster()`. When the host is back, the state of its workers is restored (the state of
 #'   their random numbers, if those are L'Ecuyer-CMRG streams), and its nodes are usable again; a message says so. A

@@ -46,9 +46,7 @@ clustersOf <- function(cl, argument = "cl") {
   if (!inherits(cl, "cluster") || !is.list(cl)) {
     badArgument(argument, "must be a cluster made by makeRustCluster()", notThis(cl))
   }
-  if (!length(cl)) {
-    badArgument(argument, "has no nodes; create a new cluster with makeRustCluster()")
-  }
+  refuseEmpty(cl, argument)
   ours <- areOurs(cl)
   if (!any(ours)) badArgument(argument, "must be a cluster made by makeRustCluster()", notThis(cl))
   if (!all(ours)) {
@@ -57,6 +55,10 @@ clustersOf <- function(cl, argument = "cl") {
     )
   }
   clustersAmong(cl)
+}
+
+refuseEmpty <- function(cl, argument = "cl") {
+  if (!length(cl)) badArgument(argument, "has no nodes; create a new cluster with makeRustCluster()")
 }
 
 # Returns the handle of the cluster. Nodes of several clusters are an error.
@@ -268,6 +270,7 @@ print.RustCluster <- function(x, ...) {
 
 #' @export
 format.RustCluster <- function(x, ...) {
+  if (!length(x)) return("socket cluster without nodes")
   hosts <- unique(vapply(x, `[[`, "", "host"))
   text <- sprintf(
     ngettext(
@@ -283,9 +286,32 @@ format.RustCluster <- function(x, ...) {
     if (length(stopped) == length(x)) fate <- fate(list(stopped = TRUE))
     if (nzchar(fate) && length(part$indices) == length(x)) return(fate)
     if (nzchar(fate)) return(paste0(", ", spanText(part$indices, "node"), " of a cluster", fate))
-    if (length(stopped)) paste0(", ", spanText(stopped, "node"), " stopped") else ""
+    paste0(
+      if (length(stopped)) paste0(", ", spanText(stopped, "node"), " stopped"), lostNodes(part, stopped)
+    )
   }, "")
   paste(c(text, of), collapse = "")
+}
+
+# Returns which nodes are lost, apart from those that were stopped, as part of a sentence; "" for none.
+lostNodes <- function(part, stopped) {
+  handle <- part$handle
+  pids <- if (!handle$stopped) hub_pids(handle$pointer)
+  if (!is.integer(pids)) return("")
+  lost <- is.na(pids[part$ranks]) & !part$indices %in% stopped
+  if (!any(lost)) return("")
+  owner <- handle$owner[part$ranks]
+  hosts <- which(!is.na(checked(hub_hosts(handle$pointer))$reason))
+  texts <- vapply(intersect(owner[lost], hosts), function(host) {
+    indices <- part$indices[lost & owner == host]
+    paste0(spanText(indices, "node"), " lost with host ", sQuote(handle$agents[[host]]$host))
+  }, "")
+  dead <- part$indices[lost & !owner %in% hosts]
+  if (length(dead)) {
+    whose <- if (length(dead) > 1L) "whose workers have died" else "whose worker has died"
+    texts <- c(texts, paste(spanText(dead, "node"), whose))
+  }
+  paste0(", ", texts, collapse = "")
 }
 
 #' @export

@@ -109,15 +109,22 @@ chunksOfJob <- function() {
   # The tasks of another verb in an argument or in a handler are no chunks: these call lapply() or apply().
   if (!identical(job$fun, lapply) && !identical(job$fun, apply)) return(NULL)
   chunks <- job$elements
+  part <- partOfChunks(depth - 1L)
+  if (is.null(part)) return(NULL)
+  size <- switch(part, row = nrow, column = ncol, length)
+  list(what = part, sizes = vapply(chunks, size, 0L, USE.NAMES = FALSE))
+}
+
+# Returns what a part of a chunk is called, if one of the frames up to this number is of a verb whose tasks are chunks.
+partOfChunks <- function(depth) {
   part <- c(parLapply = "element", parLapplyLB = "element", parRapply = "row", parCapply = "column")
-  for (above in rev(seq_len(depth - 1L))) {
+  for (above in rev(seq_len(depth))) {
     fun <- sys.function(above)
     for (verb in names(part)) {
       # Also our copy of the function.
       theirs <- get(verb, parallels$namespace)
       if (!identical(formals(fun), formals(theirs)) || !identical(body(fun), body(theirs))) next
-      size <- switch(part[[verb]], row = nrow, column = ncol, length)
-      return(list(what = part[[verb]], sizes = vapply(chunks, size, 0L, USE.NAMES = FALSE)))
+      return(part[[verb]])
     }
   }
 }
@@ -229,6 +236,7 @@ findVerbs <- function(namespace = topenv()) {
   below$staticClusterApply <- handsOut("staticClusterApply", round = TRUE)
   below$dynamicClusterApply <- handsOut("dynamicClusterApply", round = FALSE)
   below$gets <- parallels$gets
+  below$defaultCluster <- usableCluster
   below$splitIndices <- cutIndices
   below$splitList <- rebound("splitList", below)
   names <- c("clusterApply", "clusterApplyLB", "clusterEvalQ", "clusterExport", "clusterMap", "parLapply",

@@ -147,8 +147,11 @@ recvData.RustNode <- function(node) {
 }
 
 # Raises a pending interrupt. R itself does so only at times, and an interrupt that is raised right after an answer was
-# taken would lose the answer.
-raiseInterrupt <- function() Sys.sleep(0)
+# taken would lose the answer. Also raises the error of a time limit (setTimeLimit()), without its call, Sys.sleep(0),
+# which is not the user's.
+raiseInterrupt <- function() {
+  withCallingHandlers(Sys.sleep(0), error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
+}
 
 #' @exportS3Method parallel::recvOneData
 #' @exportS3Method snow::recvOneData
@@ -260,7 +263,7 @@ receiveByConnection <- function(connections, indices, timeout) {
   list(node = indices[[n]], value = unserialize(connections[[n]]))
 }
 
-# Handles a result that is no answer. Rust waits in slices. In between, Sys.sleep(0) lets R handle interrupts, time
+# Handles a result that is no answer. Rust waits in slices. In between, raiseInterrupt() lets R handle interrupts, time
 # limits and events of its front end. Returns an answer if R has to read or make it.
 noAnswer <- function(result, handle, read = readAnswer) {
   if (typeof(result) == "logical") return(read(handle))
@@ -271,7 +274,7 @@ noAnswer <- function(result, handle, read = readAnswer) {
     unwound(result)
   }
   showEvents(handle)
-  if (is.null(answer)) Sys.sleep(0)
+  if (is.null(answer)) raiseInterrupt()
   answer
 }
 
@@ -376,11 +379,11 @@ endNodes <- function(handle, ranks) {
 # Returns when the processes of these nodes have ended. The agents limit the time for that.
 awaitEnd <- function(handle, ranks) {
   if (isTRUE(handle$ending)) {
-    while (!checked(hub_closed(handle$pointer))) Sys.sleep(0)
+    while (!checked(hub_closed(handle$pointer))) raiseInterrupt()
     handle$ending <- NULL
     checkCalls(handle)
   } else if (!isTRUE(handle$stopped)) {
-    while (!checked(hub_ended(handle$pointer, ranks))) Sys.sleep(0)
+    while (!checked(hub_ended(handle$pointer, ranks))) raiseInterrupt()
   }
   showEvents(handle)
 }

@@ -112,16 +112,32 @@ commandRemedy <- function(host, reason, stderr, stdout, status) {
       "library by `rlibs`"
     ))
   }
-  # R writes the code to a temporary file first, and does not notice if nothing was written.
-  nothing <- status %in% 0L && !nzchar(paste0(stderr, stdout))
-  if (nothing || grepl("^Fatal error: (creating temporary file|cannot create 'R_TempDir')", paste0(stderr, stdout))) {
+  if (grepl("^Fatal error: (creating temporary file|cannot create 'R_TempDir')", paste0(stderr, stdout))) {
     return(paste0(
       "R ended before it ran any code: the disk of its temporary directory (TMPDIR, or /tmp) is full or not ",
-      "writable",
-      if (nothing && !is.null(host[["rscript"]])) paste0("; or ", rscript, " is not R's Rscript")
+      "writable"
     ))
   }
-  NULL
+  if (status %in% 0L) endedEarly(host, rscript, !nzchar(paste0(stderr, stdout)))
+}
+
+# Returns what to say of a command that has ended without an error and without an agent. `silent`: it printed nothing.
+endedEarly <- function(host, rscript, silent) {
+  command <- if (is.null(host[["rshcmd"]])) rscript else paste(host[["rshcmd"]], collapse = " ")
+  paste0(
+    "the command ", sQuote(command), " ended without starting an agent", if (silent) " and printed nothing",
+    if (!is.null(host[["rshcmd"]])) {
+      ": check `rshcmd`"
+    } else if (silent) {
+      # R writes the code to a temporary file first, and does not notice if nothing was written.
+      paste0(
+        "; perhaps the disk of its temporary directory (TMPDIR, or /tmp) is full or not writable, or it is not R's ",
+        "Rscript"
+      )
+    } else {
+      ": check `rscript`"
+    }
+  )
 }
 
 addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@"), host$host)

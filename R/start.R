@@ -51,7 +51,7 @@ forgetCluster <- function(handle) {
 # Stops all processes of a cluster whose start has failed.
 abandon <- function(handle) {
   hub_stop(handle$pointer)
-  while (identical(hub_closed(handle$pointer), FALSE)) Sys.sleep(0)
+  while (identical(hub_closed(handle$pointer), FALSE)) raiseInterrupt()
 }
 
 # Waits for the greetings of the agents and fills in the report. Returns the deadline for the start of the workers.
@@ -68,7 +68,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
       shown <- known
     }
     if (done || late) break
-    Sys.sleep(0)
+    raiseInterrupt()
   }
   report$problem[!known] <- paste0(
     "no response within ", timeout, " s; check the host or increase `setup_timeout`"
@@ -181,7 +181,7 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
       # Leave out workers that have not started; the others stay.
       if (tolerant) checked(hub_leave_out(handle$pointer, 0L, late)) else startedLate(handle, up, timeout)
     }
-    Sys.sleep(0)
+    raiseInterrupt()
   }
   before <- handle$report
   report <- hostReport(handle, before$workers)
@@ -218,7 +218,7 @@ workersProblem <- function(terminations, ranks, late) {
   why <- switch(failure[["kind"]],
     worker_lost = paste0(
       failure[["reason"]], if (!is.null(failure[["signal"]])) signalName(failure[["signal"]]),
-      " before it was ready", tailText("the end of its output", failure[["stderr"]])
+      " before it was ready", tailText("last output of the worker", failure[["stderr"]])
     ),
     stopped = paste("was", late),
     failure[["reason"]]

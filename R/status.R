@@ -84,8 +84,7 @@ workersMemory <- function(handle, question, deadline) {
     left <- deadline - proc.time()[["elapsed"]]
     usage <- checked(hub_usage(handle$pointer, question, max(left, 0), left <= 0), handle)
     if (!is.null(usage)) return(usage)
-    # Let R handle interrupts.
-    Sys.sleep(0)
+    raiseInterrupt()
   }
 }
 
@@ -112,7 +111,7 @@ summary.RustCluster <- function(object, ...) {
   rows <- data.frame(
     host = hosts, workers = as.integer(table(of)), busy = as.integer(total(status$state == "busy")),
     done = total(status$done), seconds = total(status$seconds),
-    memory = ifelse(total(!is.na(status$memory)) > 0, total(known), NA),
+    memory = ifelse(total(!is.na(status$memory)) > 0, total(known), NA_real_),
     bytes_in = byHost(traffic$bytes_in), bytes_out = byHost(traffic$bytes_out),
     losses = as.integer(total(status$losses)), stringsAsFactors = FALSE
   )

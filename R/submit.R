@@ -90,7 +90,10 @@ clusterSubmit <- function(cl = NULL, expr, ..., .packages = NULL, .envir = paren
   if (!is.environment(.envir)) badArgument(".envir", "must be an environment")
   cl <- theCluster(cl)
   unused <- setdiff(grep("^[.]", names(given), value = TRUE), all.names(expr))
-  if (length(unused)) badArgument(unused[[1L]], "is neither an argument of clusterSubmit() nor a name in `expr`")
+  if (length(unused)) {
+    hint <- didYouMean(unused[[1L]], c(".packages", ".envir"))
+    badArgument(unused[[1L]], "is neither an argument of clusterSubmit() nor a name in `expr`", hint)
+  }
   used <- variablesOf(expr, .envir, names(given))
   args <- list(
     expr = expr, variables = c(given, used$variables), globals = used$globals,

@@ -103,11 +103,12 @@ noTime <- structure(
 as.character.rustcluster_failure <- function(x, ...) {
   # A user's value may have this class, too.
   results <- if (inherits(attr(x, "condition"), "rustcluster_error")) resultsChecked()
-  if (!is.null(results)) raiseTaskFailure(x, results)
+  if (!is.null(results)) raiseTaskFailure(x, results, byChunk = !is.null(partOfChunks(sys.nframe())))
   as.vector(unclass(x))
 }
 
-raiseTaskFailure <- function(first, values) {
+# `byChunk`: whether a value is that of a chunk of elements.
+raiseTaskFailure <- function(first, values, byChunk = FALSE) {
   ours <- vapply(values, inherits, NA, "rustcluster_failure")
   # Other failed tasks have an error of their own, which is their result.
   failed <- vapply(values, inherits, NA, "snow-try-error")
@@ -119,14 +120,14 @@ raiseTaskFailure <- function(first, values) {
   condition$message <- paste0(
     condition$message,
     if (others) paste0("\n(and ", others, ngettext(others, " other", " others"), " failed)"),
-    if (!all(failed)) whereResults(class(condition)[[1L]])
+    if (!all(failed)) whereResults(class(condition)[[1L]], byChunk)
   )
   stop(condition)
 }
 
-whereResults <- function(class) {
+whereResults <- function(class, byChunk = FALSE) {
   paste0(
-    "\nThe results of the others are in the condition, as `results`: tryCatch(..., ", class,
-    " = function(e) e$results)"
+    "\nThe results of the others are in the condition, as `results`", if (byChunk) ", by chunk", ": tryCatch(..., ",
+    class, " = function(e) e$results)"
   )
 }

@@ -59,7 +59,7 @@
 #' (`rustcluster_worker_replaced`) names the worker and the reason.
 #'
 #' A task of [parallel::parLapply()] and the functions that use it is a chunk of elements. The limit is
-#' that of the chunk, and the error names its elements.
+#' that of the whole chunk, and the error names its elements. `.timeout` of [clusterLapply()] limits each element.
 #'
 #' @section Lost hosts and reconnection:
 #' A host is lost when its agent or its link fails, or when the host is silent for `heartbeat_timeout` seconds.

@@ -17,7 +17,8 @@
 #' `parRapply()` and `parCapply()`, which node runs which task, and therefore the random numbers. Other functions do not
 #' assign tasks to nodes in advance: `clusterApplyLB()`, `parLapplyLB()`, `parSapplyLB()`,
 #' `clusterMap(.scheduling = "dynamic")`. They send short tasks in batches sized so that messaging costs little; batches
-#' shrink towards the end, and on slow links the next batch is prefetched. If there are no more tasks than nodes, the
+#' shrink towards the end, and on slow links the next batch is prefetched. Short tasks that only compute use no more
+#' workers of a host than it has cores. If there are no more tasks than nodes, the
 #' first task goes to the first node, and so on. `parLapplyLB()` and `parSapplyLB()` without a `chunk.size` send batches
 #' of elements.
 #'
@@ -43,12 +44,13 @@
 #' @param chunk.size (integer) The number of elements in a chunk.
 #' @return The value of the function of \pkg{parallel}: see [parallel::clusterApply()].
 #' @section Errors:
+#' `rustcluster_bad_argument` for a cluster of [makeRustCluster()] without nodes, which [clusterAlive()] may return.
 #' The errors of the function of \pkg{parallel}, and those of clusters made by [makeRustCluster()]: see there.
 #' @section Progress:
 #' With `options(rustcluster.progress = TRUE)`, functions that run several tasks show a bar with the number of finished
 #' tasks, their rate, the remaining time and the number of busy workers. `parLapply()`, `parSapply()` and `par*apply()`
-#' send one task to each worker, so that the bar moves late. It moves sooner with a `chunk.size`, and with
-#' `parLapplyLB()` and `parSapplyLB()`.
+#' send one task to each worker: the bar counts chunks of elements, and moves late. It moves sooner with a
+#' `chunk.size`, and with `parLapplyLB()` and `parSapplyLB()`, for which it counts elements unless `chunk.size` is set.
 #' @seealso [clusterLapply()] for seeds, timeouts and streaming results.
 #' @examples
 #' cl <- makeRustCluster(2)
@@ -125,9 +127,18 @@ cutIndices <- function(nx, ncl) {
   lapply(seq_along(breaks)[-1L], function(k) breaks[[k - 1L]] + seq_len(breaks[[k]] - breaks[[k - 1L]]))
 }
 
+# Works as parallel's defaultCluster(), and refuses a cluster without nodes, for which parallel's functions return
+# nothing or raise an error about something else.
+usableCluster <- function(cl = NULL) {
+  defaultCluster <- parallels$defaultCluster
+  cl <- defaultCluster(cl)
+  if (inherits(cl, "RustCluster")) refuseEmpty(cl)
+  cl
+}
+
 # Replaces parLapplyLB(), with its arguments.
 freeElements <- function(cl, X, fun, ..., chunk.size) {
-  defaultCluster <- parallels$defaultCluster
+  defaultCluster <- usableCluster
   chunked <- parallels$chunked
   cl <- defaultCluster(cl)
   ranks <- if (is.null(chunk.size)) nativeRanks(cl)
@@ -175,7 +186,7 @@ handsOut <- function(name, round) {
   force(round)
   theirs <- parallels[[name]]
   function(cl = NULL, fun, n, argfun) {
-    defaultCluster <- parallels$defaultCluster
+    defaultCluster <- usableCluster
     cl <- defaultCluster(cl)
     ranks <- nativeRanks(cl)
     if (is.null(ranks)) return(theirs(receivable(cl), fun, n, argfun))
@@ -213,7 +224,7 @@ receivable <- function(cl) {
 
 # Replaces clusterCall(): runs the same call on all nodes.
 callNodes <- function(cl = NULL, fun, ...) {
-  defaultCluster <- parallels$defaultCluster
+  defaultCluster <- usableCluster
   cl <- defaultCluster(cl)
   message <- list(type = "EXEC", data = list(fun = fun, args = list(...), return = TRUE, tag = NULL), tag = NULL)
   values <- callAll(cl, message)

@@ -49,6 +49,41 @@ test_that("an unknown argument is an error that names it", {
   })
 })
 
+test_that("an unknown argument that is a typing error of a known one gets a hint", {
+  hint <- function(...) {
+    text <- conditionMessage(caught(makeRustCluster(...)))
+    if (grepl("did you mean", text)) sub(".*did you mean (.*)[?]$", "\\1", text) else ""
+  }
+  expect_identical(hint(2, packagse = "stats"), "`packages`")
+  expect_identical(hint(2, package = "stats"), "`packages`")
+  expect_identical(hint(workers = 2), "`spec`")
+  expect_identical(hint(2, retry = 1), "`retries`")
+  expect_identical(hint(2, Timeout = 1), "`timeout`")
+  expect_identical(hint(2, outfiel = ""), "`outfile`")
+  expect_identical(hint(2, memory = 1e9), "`memory_limit`")
+  expect_identical(hint(2, reconnekt = TRUE, nothing = 1), "`reconnect`")
+  for (name in c("first", "nothing", "x", "log", "seed", "set", "globals", "rest", "spread", "debug", "verbose")) {
+    expect_identical(do.call(hint, structure(list(2, 1), names = c("", name))), "", info = name)
+  }
+  expect_snapshot({
+    show_error(makeRustCluster(2, packagse = "stats"))
+    show_error(makeRustCluster(2, packagse = "stats", retry = 1))
+  })
+})
+
+test_that("an invalid number of workers is named by its host", {
+  expect_snapshot({
+    show_error(makeRustCluster(c(node1 = 64, node2 = "a")))
+    show_error(makeRustCluster(c(node1 = 64, node2 = NA)))
+    show_error(makeRustCluster(c(node1 = 0)))
+    show_error(makeRustCluster(c(node1 = 1, "b")))
+    show_error(makeRustCluster(c(node1 = "64")))
+    show_error(makeRustCluster("64"))
+    show_error(makeRustCluster(list(list(host = "node1", ncore = "many"))))
+    show_error(makeRustCluster(list(list(host = "node1", threads = 0))))
+  })
+})
+
 test_that("an invalid argument is an error that names it", {
   expect_bad_argument(makeRustCluster(2, start_method = "thread"), "start_method")
   expect_bad_argument(makeRustCluster(2, start_method = NA), "start_method")

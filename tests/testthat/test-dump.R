@@ -111,6 +111,19 @@ test_that("lost hosts and stopped clusters are told as such", {
   expect_error(clusterDump(saved), class = "rustcluster_restored")
 })
 
+test_that("a dump of a part of a cluster has the workers of this part only", {
+  cl <- local_cluster(3)
+  parts <- one(cl[3:2])
+  expect_identical(parts$workers$rank, 2:3)
+  expect_identical(parts$agent_workers$rank, 2:3)
+  expect_identical(parts$agent_workers$pid, as.integer(clusterPids(cl[2:3])))
+  expect_identical(parts$agents$workers, 3L)
+  printed <- capture.output(print(clusterDump(cl[3])))
+  expect_identical(grep("worker [12]: ", printed), integer())
+  stopCluster(cl)
+  expect_identical(one(cl[2])$workers$rank, 2L)
+})
+
 test_that("joined clusters are dumped one after the other", {
   cl <- c(local_cluster(1), local_cluster(2))
   dump <- clusterDump(cl)

@@ -62,14 +62,18 @@ test_that("answers of an interrupted call are not used by the next call", {
 
 test_that("setTimeLimit() ends a call, and the next call works", {
   cl <- local_cluster(2)
-  expect_error(
-    {
-      setTimeLimit(elapsed = 0.5, transient = TRUE)
-      clusterCall(cl, Sys.sleep, 60)
-    },
-    "time limit"
-  )
-  setTimeLimit()
+  for (call in list(
+    quote(clusterCall(cl, Sys.sleep, 60)), quote(parLapply(cl, 1:2, function(i) Sys.sleep(60))),
+    quote(clusterApplyLB(cl, c(60, 60), Sys.sleep)), quote(clusterLapply(cl, c(60, 60), Sys.sleep)),
+    quote(parallel::clusterApply(cl[c(1, 1)], c(60, 60), Sys.sleep)), quote(clusterSubmit(cl, Sys.sleep(60))$value())
+  )) {
+    setTimeLimit(elapsed = 0.5, transient = TRUE)
+    error <- caught(eval(call))
+    setTimeLimit()
+    expect_match(conditionMessage(error), "time limit", info = deparse(call))
+    # Nor is it that of a function inside.
+    expect_null(conditionCall(error), info = deparse(call))
+  }
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
 

@@ -182,6 +182,14 @@ test_that("errors about a chunk name its elements", {
       error <- caught(eval(chunks[[i]], verbs))
       expect_rust_error(error, "timeout")
       expect_match(conditionMessage(error), paste0("^", names(chunks)[[i]]), label = paste(package, deparse(chunks[[i]])))
+      # What the limit and the results are of.
+      several <- grepl("^(elements|rows)", names(chunks)[[i]])
+      expect_identical(grepl("the time limit applies to the whole chunk", conditionMessage(error)), several)
+      by_chunk <- !startsWith(names(chunks)[[i]], "task") && length(error$results) < 10L
+      expect_identical(
+        grepl("as `results`, by chunk: ", conditionMessage(error), fixed = TRUE), by_chunk,
+        label = paste(package, deparse(chunks[[i]]))
+      )
     }
   }
   # A verb in an argument of another one.
@@ -562,7 +570,7 @@ test_that("functions by name, primitive and generic ones", {
       quote(f(cl)), quote(f(cl, 1:3)), quote(f(cl, 1:3, "noSuchFunction")), quote(f(cl, 1:3, 5)),
       quote(f(cl, 1:3, NULL)), quote(f(cl, 1:3, sum, stop("an argument"))), quote(f(cl, 1:3, sum, , 2)),
       quote(f(cl, quote(a + b), class)), quote(f(cl, sum, sum)), quote(f(cl, as.name("x"), sum)),
-      quote(f(cl[0], 1:3, sum)), quote(f(5, 1:3, sum)), quote(f(cl[c(1, 1)], 1:6, sqrt)),
+      quote(f(5, 1:3, sum)), quote(f(cl[c(1, 1)], 1:6, sqrt)),
       quote(f(cl[3:2], 1:6, sqrt)), quote(f(rev(cl), 1:6, sqrt)), quote(f(cl, 1:3, sum, na.rm = TRUE, 7)),
       quote(f(cl, numeric(), sum)), quote(f(cl, NULL, sum)), quote(f(cl, c(a = 1, b = 2), sum))
     )) {

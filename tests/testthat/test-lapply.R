@@ -232,6 +232,7 @@ test_that("an argument of the verb without its dot is an error that names the ri
     meant <- if (name == "onresult") "onResult" else name
     expect_match(conditionMessage(error), paste0("did you mean `.", meant, "`"), fixed = TRUE)
   }
+  expect_match(conditionMessage(caught(clusterLapply(cl, 1:2, square, .timeoutt = 1))), "did you mean `.timeout`?", fixed = TRUE)
   error <- caught(clusterLapplyAsync(cl, 1:2, square, seed = 1))
   expect_match(conditionMessage(error), "did you mean `.seed`, the argument of clusterLapplyAsync()", fixed = TRUE)
   # A function that takes it, by its name, the beginning of its name or in dots, gets it.

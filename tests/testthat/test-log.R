@@ -86,6 +86,10 @@ test_that("settings that are no good are errors that name the variable, and noth
   error <- expect_error(makeRustCluster(1), "RUSTCLUSTER_LOG.*verbose", class = "rustcluster_bad_argument")
   expect_identical(error$argument, "RUSTCLUSTER_LOG")
   expect_false(dir.exists(dir))
+  for (number in c("0", "1", "2", "10", "rustcluster::head=3")) {
+    local_log(number, dir)
+    expect_error(makeRustCluster(1), "number for a level; use a level (error", fixed = TRUE, class = "rustcluster_bad_argument")
+  }
   local_log("rustcluster::haed=debug", dir)
   expect_error(makeRustCluster(1), "RUSTCLUSTER_LOG.*haed", class = "rustcluster_bad_argument")
   local_log("debug", "~/logs")

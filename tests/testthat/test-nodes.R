@@ -72,6 +72,34 @@ test_that("clusterPids() returns the pids of the workers, for any part of a clus
   expect_equal(as.integer(clusterPids(cl[2])), as.integer(pids[2]))
 })
 
+test_that("print() tells lost hosts and dead workers from stopped ones", {
+  skip_unless_proc()
+  cl <- local_cluster(list(list(host = "localhost", ncore = 2), list(host = "localhost", ncore = 2, renice = 1)))
+  shown <- function(cl) sub(".* on host 'localhost'", "", format(cl))
+  withr::local_options(useFancyQuotes = FALSE)
+  expect_identical(shown(cl), "")
+  stopCluster(cl[1])
+  tools::pskill(agentPids(cl)[[2L]], tools::SIGKILL)
+  expect_true(wait_until(function() {
+    try(suppressWarnings(clusterCall(cl[3], identity, 1)), silent = TRUE)
+    all(is.na(clusterPids(cl[3:4])))
+  }))
+  expect_identical(shown(cl), ", node 1 stopped, nodes 3 to 4 lost with host 'localhost'")
+  expect_identical(shown(cl[c(4, 2)]), ", node 1 lost with host 'localhost'")
+  expect_identical(shown(cl[2]), "")
+  # A worker that cannot be restored.
+  other <- local_cluster(2)
+  file <- tempfile()
+  clusterCall(other, function(file) if (file.exists(file)) quit(status = 3), file)
+  file.create(file)
+  tools::pskill(clusterPids(other)[[2L]], tools::SIGKILL)
+  expect_true(wait_until(function() {
+    try(suppressWarnings(clusterCall(other[1], identity, 1)), silent = TRUE)
+    is.na(clusterPids(other)[[2L]])
+  }))
+  expect_identical(shown(other), ", node 2 whose worker has died")
+})
+
 test_that("one agent for the host, none of the workers", {
   skip_unless_proc()
   cl <- cluster_pair()$rust
@@ -209,8 +237,9 @@ test_that("recvOneResult() returns the first answer, with the index of its node"
 test_that("recvOneResult starves no node", {
   cl <- cluster_pair()$rust
   # All nodes always have an answer waiting; each gets a turn.
+  before <- clusterStatus(cl)$done
   for (k in 1:20) for (i in 1:4) parallel:::sendCall(cl[[i]], identity, list(k))
-  expect_true(wait_until(function() all(clusterStatus(cl)$done == 20L)))
+  expect_true(wait_until(function() all(clusterStatus(cl)$done == before + 20L)))
   nodes <- integer()
   for (k in 1:80) {
     got <- parallel:::recvOneResult(cl)
@@ -292,7 +321,22 @@ test_that("clusterAlive() is the part whose workers are alive", {
   expect_s3_class(none, c("RustCluster", "cluster"), exact = TRUE)
   expect_length(none, 0L)
   expect_identical(clusterAlive(none), none)
-  expect_match(conditionMessage(caught(clusterLapply(none, 1, identity))), "`cl` has no nodes", fixed = TRUE)
+  refused <- "`cl` has no nodes; create a new cluster with makeRustCluster()"
+  for (call in list(
+    quote(clusterLapply(none, 1, identity)), quote(parLapply(none, 1, identity)), quote(clusterApply(none, 1, identity)),
+    quote(parLapplyLB(none, 1, identity)), quote(parSapply(none, 1, identity)), quote(clusterMap(none, identity, 1)),
+    quote(clusterApplyLB(none, 1, identity)), quote(parRapply(none, diag(2), sum)), quote(clusterEvalQ(none, 1)),
+    quote(parApply(none, diag(2), 1, sum)), quote(clusterCall(none, identity, 1)),
+    quote(parCapply(none, diag(2), sum)),
+    quote(clusterExport(none, "refused", environment())), quote(parSapplyLB(none, 1, identity))
+  )) {
+    # testthat may have attached parallel after this package.
+    call[[1L]] <- call("::", quote(rustcluster), call[[1L]])
+    error <- caught(eval(call))
+    expect_rust_error(error, "bad_argument")
+    expect_identical(conditionMessage(error), refused, info = deparse(call[[1L]]))
+  }
+  expect_output(print(none), "^socket cluster without nodes$")
   stopCluster(cl)
   expect_length(clusterAlive(cl), 0L)
 })

@@ -248,6 +248,52 @@ test_that("workers on other hosts", {
   expect_identical(lost(), lost())
 })
 
+test_that("columns have the documented types in all states of a cluster", {
+  types <- function(x) vapply(as.data.frame(x), typeof, "")
+  of_all <- function(cl) {
+    timeline <- clusterTimeline(cl)
+    dump <- clusterDump(cl, timeout = 30)$clusters[[1L]]
+    list(
+      types(clusterStatus(cl, timeout = 30)), types(clusterStatus(cl, memory = FALSE)), types(summary(cl)),
+      types(clusterHosts(cl)), types(timeline), types(attr(timeline, "workers")), types(dump$events),
+      types(dump$hosts[c("host", "answered")]), types(dump$workers[c("host", "rank", "state")])
+    )
+  }
+  cl <- local_cluster(c("localhost", "localhost"))
+  expected <- of_all(cl)
+  number <- "double"
+  expect_identical(unname(expected[[1L]]), c(
+    "character", "integer", "integer", "character", "integer", "integer", number, number, number, number, number,
+    number, "integer", "character"
+  ))
+  expect_identical(unname(expected[[3L]]), c(
+    "character", "integer", "integer", number, number, number, number, number, "integer"
+  ))
+  expect_identical(unname(expected[[4L]]), c(
+    "character", "character", "integer", "integer", "character", "character", "integer", number, number, number,
+    "character"
+  ))
+  expect_identical(unname(expected[[5L]]), c("character", "integer", number, number, "character", number, number))
+  expect_same_types <- function(cl) {
+    expect_identical(of_all(cl), expected)
+    # The methods of the package print, and not that of data frames.
+    expect_match(capture.output(print(summary(cl))), "worked", all = FALSE, fixed = TRUE)
+    expect_match(capture.output(print(clusterStatus(cl))), "of work", all = FALSE, fixed = TRUE)
+  }
+  tools::pskill(agentPids(cl), tools::SIGKILL)
+  try(suppressWarnings(clusterCall(cl, identity, 1)), silent = TRUE)
+  expect_true(wait_until(function() all(clusterStatus(cl, memory = FALSE)$state == "lost")))
+  expect_same_types(cl)
+  expect_identical(summary(cl)$memory, NA_real_)
+  stopCluster(cl)
+  expect_same_types(cl)
+  expect_warning(
+    left <- local_cluster(c("localhost", "no-such-host.invalid"), on_failure = "warn"),
+    class = "rustcluster_host_left_out"
+  )
+  expect_same_types(left)
+})
+
 test_that("invalid arguments of clusterStatus() and clusterTimeline() are errors", {
   cl <- local_cluster(1)
   bad <- function(argument, call) {

@@ -940,7 +940,7 @@ test_that("the error of a crash contains the R calls", {
     Sys.sleep(60)
   }
   text <- conditionMessage(caught(clusterLapply(cl, 1, crash)))
-  expect_match(text, "it is being replaced, and element 1 is not retried\nthe end of its output:\n   *** caught segfault ***", fixed = TRUE)
+  expect_match(text, "it is being replaced, and element 1 is not retried\nlast output of the worker:\n   *** caught segfault ***", fixed = TRUE)
   expect_match(text, "inner()", fixed = TRUE)
   expect_no_match(text, "worker_serve|tryCatch")
 })

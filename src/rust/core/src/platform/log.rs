@@ -158,6 +158,14 @@ pub fn path() -> Option<&'static Path> {
 fn parse(directives: &str) -> Result<Targets, String> {
     let usage = "use a level (error, warn, info, debug, trace), or parts with levels, as in \
                  \"info,rustcluster::head=trace\"";
+    // The parser reads 1 to 5 as levels: whoever sets 1 to switch the log on would get errors only.
+    let number = |directive: &&str| {
+        let level = directive.rsplit('=').next().unwrap_or_default().trim();
+        level.parse::<f64>().is_ok()
+    };
+    if let Some(directive) = directives.split(',').find(number) {
+        return Err(format!("'{directive}' has a number for a level; {usage}"));
+    }
     let filter: Targets = directives
         .parse()
         .map_err(|_| format!("'{directives}' is no list of directives; {usage}"))?;
@@ -365,6 +373,10 @@ mod tests {
             "rustclusters=info",
             "rustcluster::heads=info",
             "info,,x",
+            "1",
+            " 2",
+            "-1",
+            "info,rustcluster::head=5",
             "a=b=c",
         ] {
             let reason = parse(bad).unwrap_err();
