@@ -1,82 +1,4 @@
-# clusterHosts(): how the start went on each host. Error messages and remedies for hosts that failed.
-
-#' Hosts of a cluster
-#'
-#' Returns how the start of the cluster went on each host, and how many workers of the host run.
-#'
-#' @param cl A cluster made by [makeRustCluster()].
-#' @return A data frame of class `"rustcluster_hosts"`, with a row for each host, or for each group of
-#'   equal entries of `spec`:
-#'   \describe{
-#'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
-#'     \item{workers}{(integer) workers that `spec` asked for.}
-#'     \item{up}{(integer) workers that run now.}
-#'     \item{r_version, platform}{(character) of R on the host.}
-#'     \item{cores}{(integer) usable cores of the host.}
-#'     \item{memory, available}{(numeric) bytes of memory: in all, and available when the agent started.}
-#'     \item{seconds}{(numeric) from the call of `makeRustCluster()` until the last worker was ready.}
-#'     \item{problem}{(character) why the host or some of its workers failed, or `NA`.}
-#'   }
-#' @section Errors:
-#' `rustcluster_bad_argument`, `rustcluster_forked`, `rustcluster_restored`.
-#' @examples
-#' cl <- makeRustCluster(2)
-#' clusterHosts(cl)
-#' parallel::stopCluster(cl)
-#' @export
-clusterHosts <- function(cl) {
-  reports <- lapply(clustersOf(cl), function(part) hostsOf(part$handle))
-  rows <- do.call(rbind, reports)
-  structure(rows, class = c("rustcluster_hosts", "data.frame"))
-}
-
-#' @rdname clusterHosts
-#' @param x A data frame that `clusterHosts()` has returned, or some of its rows or columns. `print()` prints the
-#'   columns `memory` and `available` with units, such as "7.6 GB"; in `x` they are numbers of bytes.
-#' @param ... Passed on to `print()` for data frames.
-#' @export
-print.rustcluster_hosts <- function(x, ...) {
-  shown <- as.data.frame(x)
-  for (name in intersect(c("memory", "available"), names(shown))) {
-    bytes <- shown[[name]]
-    if (is.numeric(bytes)) shown[[name]] <- ifelse(is.na(bytes), "?", formatBytes(bytes))
-  }
-  print(shown, ...)
-  invisible(x)
-}
-
-hostsOf <- function(handle) {
-  report <- handle$report
-  pids <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)
-  up <- handle$owner[!is.na(pids)]
-  report$up <- if (handle$stopped) 0L else tabulate(up, nrow(report))
-  if (!handle$stopped) {
-    lost <- checked(hub_hosts(handle$pointer))$reason
-    report$problem <- ifelse(is.na(report$problem), lost, report$problem)
-  }
-  report
-}
-
-hostReport <- function(handle, asked) {
-  known <- checked(hub_hosts(handle$pointer))
-  agents <- handle$agents
-  text <- function(name) vapply(agents, function(agent) as.character(c(agent[[name]], NA)[[1L]]), "")
-  for (name in c("stderr", "stdout")) known[[name]][is.na(known[[name]])] <- ""
-  problems <- rep(NA_character_, length(agents))
-  for (i in which(!is.na(known$reason))) {
-    problems[[i]] <- hostProblem(
-      agents[[i]], known$reason[[i]], known$stderr[[i]], known$stdout[[i]], known$status[[i]],
-      !is.na(known$r_version[[i]])
-    )
-  }
-  data.frame(
-    host = text("host"), user = text("user"), workers = as.integer(asked), up = 0L,
-    r_version = known$r_version, platform = known$platform, cores = as.integer(known$cores),
-    memory = known$memory, available = known$available,
-    seconds = ifelse(is.na(known$up), known$greeted, known$up), problem = problems,
-    stringsAsFactors = FALSE
-  )
-}
+# Why a host could not be started or was lost, and the remedy.
 
 # Returns the problem of a host: what to do, if that is known, the reason, and the end of the output. `status`: the exit
 # status of the agent's command, or NA. `up`: whether the agent has greeted, so that the command has worked.
@@ -121,25 +43,6 @@ commandRemedy <- function(host, reason, stderr, stdout, status) {
   if (status %in% 0L) endedEarly(host, rscript, !nzchar(paste0(stderr, stdout)))
 }
 
-# Returns what to say of a command that has ended without an error and without an agent. `silent`: it printed nothing.
-endedEarly <- function(host, rscript, silent) {
-  command <- if (is.null(host[["rshcmd"]])) rscript else paste(host[["rshcmd"]], collapse = " ")
-  paste0(
-    "the command ", sQuote(command), " ended without starting an agent", if (silent) " and printed nothing",
-    if (!is.null(host[["rshcmd"]])) {
-      ": check `rshcmd`"
-    } else if (silent) {
-      # R writes the code to a temporary file first, and does not notice if nothing was written.
-      paste0(
-        "; perhaps the disk of its temporary directory (TMPDIR, or /tmp) is full or not writable, or it is not R's ",
-        "Rscript"
-      )
-    } else {
-      ": check `rscript`"
-    }
-  )
-}
-
 addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@"), host$host)
 
 # On this machine an agent loads the installed version, and this session the version that was installed when it began.
@@ -176,22 +79,6 @@ sshRemedy <- function(host, stderr) {
   NULL
 }
 
-# Prints a line for a host when it has started or failed.
-showHost <- function(report, i) {
-  row <- report[i, ]
-  if (is.na(row$problem)) {
-    showDone(sprintf("%s: R %s, %d cores, %.1f s", row$host, row$r_version, row$cores, row$seconds))
-  } else {
-    showProblem(row)
-  }
-}
-
-# cli evaluates text in braces: the text of a host must be a value.
-showDone <- function(text) {
-  text <- printable(text)
-  cli::cli_alert_success("{text}")
-}
-
 showProblem <- function(row) {
   # cli finds this variable by its name.
   text <- printable(paste0(row$host, ": ", sub("\n.*", "", row$problem))) # nolint: object_usage_linter.
@@ -202,5 +89,24 @@ failedHosts <- function(report, failed) {
   lines <- sprintf("host %s: %s", sQuote(report$host[failed]), report$problem[failed])
   paste0(
     if (length(lines) > 1L) paste0(length(lines), " hosts failed\n"), paste(lines, collapse = "\n")
+  )
+}
+
+# Returns what to say of a command that has ended without an error and without an agent. `silent`: it printed nothing.
+endedEarly <- function(host, rscript, silent) {
+  command <- if (is.null(host[["rshcmd"]])) rscript else paste(host[["rshcmd"]], collapse = " ")
+  paste0(
+    "the command ", sQuote(command), " ended without starting an agent", if (silent) " and printed nothing",
+    if (!is.null(host[["rshcmd"]])) {
+      ": check `rshcmd`"
+    } else if (silent) {
+      # R writes the code to a temporary file first, and does not notice if nothing was written.
+      paste0(
+        "; perhaps the disk of its temporary directory (TMPDIR, or /tmp) is full or not writable, or it is not R's ",
+        "Rscript"
+      )
+    } else {
+      ": check `rscript`"
+    }
   )
 }
