@@ -281,7 +281,7 @@ pub struct Job {
     began: Instant,
     timeout: Option<Duration>,
     policy: Policy,
-    /// The attempts at each task that was lost.
+    /// The attempts at each task that was lost or was in a message that could not be read. Such a task is sent alone.
     attempts: HashMap<usize, Attempts<Arc<BatchLoss>>>,
     /// Failed tasks whose results the caller has not made yet.
     failed: VecDeque<Failed>,
@@ -490,7 +490,7 @@ impl Job {
                 Answer::Revoked { task, .. } => {
                     if let Some(sent) = self.remove(task) {
                         self.planner.dropped(sent.slot, true);
-                        self.planner.returned(sent.slot, &sent.tasks);
+                        self.give_back(sent.slot, &sent.tasks);
                         self.wake();
                     }
                 }
@@ -540,7 +540,7 @@ impl Job {
                 Err(_) => 0,
             };
             if count < batch.tasks.len() {
-                self.planner.returned(slot, &batch.tasks[count..]);
+                self.give_back(slot, &batch.tasks[count..]);
             }
             if count == 0 {
                 self.planner.dropped(slot, true);
@@ -671,9 +671,7 @@ impl Job {
         let at = self.since_began(hub);
         self.planner.ended(sent.slot, ended, at);
         let rest = sent.tasks.get(taken.tasks..).unwrap_or_default();
-        if !rest.is_empty() {
-            self.planner.returned(sent.slot, rest);
-        }
+        self.give_back(sent.slot, rest);
         self.done += taken.tasks;
         if !rest.is_empty() || self.planner.may_resume(at) {
             self.wake();

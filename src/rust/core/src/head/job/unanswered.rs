@@ -136,8 +136,24 @@ impl Job {
             self.done += 1;
             return Ok(Some(self.task(position)));
         }
+        for &position in &sent.tasks {
+            let index = self.task(position);
+            self.attempts.entry(index).or_default();
+        }
         self.give_out(hub, codec, &sent, &sent.tasks)?;
         Ok(None)
+    }
+
+    /// Gives tasks back to the planner that were not sent, not started or not answered. Tasks that were lost or could not
+    /// be read are sent alone again: they may end every worker that has them.
+    pub(super) fn give_back(&mut self, slot: usize, positions: &[usize]) {
+        let is_suspect = |position: &usize| self.attempts.contains_key(&self.task(*position));
+        let (suspects, others): (Vec<usize>, Vec<usize>) =
+            positions.iter().partition(|&p| is_suspect(p));
+        if !suspects.is_empty() {
+            self.planner.lost(slot, &suspects);
+        }
+        self.planner.returned(slot, &others);
     }
 
     /// Updates the planner after a message has ended without a readable answer. `again`: those of its tasks that are
