@@ -10,6 +10,7 @@ use extendr_api::prelude::*;
 use rustcluster_core::head::hub::Hub;
 use rustcluster_core::head::job;
 use rustcluster_core::head::retry::Attempts;
+use rustcluster_core::head::scheduler::events::RankSet;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::cell::{Cell, RefCell};
@@ -42,7 +43,7 @@ pub struct Cluster {
     /// The last list of nodes for which a result was requested, with the index of each rank in the list. The
     /// list is kept alive, so that an equal address means the same list. A verb asks for the same list once for
     /// each task: such a request does not depend on the length of the list.
-    pub(super) nodes: Cell<Option<(Robj, Vec<u32>)>>,
+    pub(super) nodes: Cell<Option<(Robj, Vec<u32>, RankSet)>>,
     /// The buffer for messages of [`plain`](crate::codec::plain).
     pub(super) plain: Cell<Vec<u8>>,
     /// The last large message that R has sent to a node.

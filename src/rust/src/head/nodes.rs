@@ -135,12 +135,13 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj
             next: ().into(),
         };
         let mut missing = owners.len();
+        let workers = owners.iter().copied().collect();
         let unreported = || cluster.failures.borrow().any_unreported();
         // Stop for R, which handles interrupts and acknowledges worker failures.
         while missing > 0 && called.next.is_null() && !unreported() && began.elapsed() < SLICE {
             let answer = {
                 let mut hub = cluster.hub.borrow_mut();
-                hub.receive_any(&present(&node_indices), SLICE)
+                hub.receive_any(&workers, SLICE)
             };
             match answered(cluster, answer, |rank| {
                 node_indices[rank as usize] as i32 + 1
@@ -450,10 +451,16 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             return Ok(().into());
         }
         let size = cluster.hub.borrow().size();
-        let node_indices = match cluster.nodes.take() {
+        let (node_indices, workers) = match cluster.nodes.take() {
             // SAFETY: the addresses are compared, and not used.
-            Some((known, node_indices)) if unsafe { known.get() == nodes.get() } => node_indices,
-            _ => node_indices_of(&nodes, size)?,
+            Some((known, node_indices, workers)) if unsafe { known.get() == nodes.get() } => {
+                (node_indices, workers)
+            }
+            _ => {
+                let node_indices = node_indices_of(&nodes, size)?;
+                let workers = present(&node_indices);
+                (node_indices, workers)
+            }
         };
         let node_index = |rank: Rank| node_indices.get(rank as usize).copied().unwrap_or(ABSENT);
         let known = |rank| Some(node_index(rank)).filter(|&at| at != ABSENT);
@@ -461,11 +468,11 @@ fn hub_receive_any(handle: Robj, nodes: Robj) -> Robj {
             Ok(true.into())
         } else {
             let mut hub = cluster.hub.borrow_mut();
-            let answer = hub.receive_any(&present(&node_indices), SLICE);
+            let answer = hub.receive_any(&workers, SLICE);
             drop(hub);
             answered(cluster, answer, |rank| node_index(rank) as i32)
         };
-        cluster.nodes.set(Some((nodes, node_indices)));
+        cluster.nodes.set(Some((nodes, node_indices, workers)));
         result
     })
 }
