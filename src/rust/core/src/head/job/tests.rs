@@ -485,6 +485,8 @@ proptest! {
             prop_assert!(failures.iter().skip(1).all(|failure| failure.tasks == [task]));
         }
         let lost: BTreeSet<usize> = state.reported.iter().flat_map(|reported| reported.0.clone()).collect();
-        prop_assert_eq!(job.attempts.len(), lost.len());
+        // The others were in messages that could not be read.
+        let recorded = job.attempts.values().filter(|attempts| !attempts.failures().is_empty());
+        prop_assert_eq!(recorded.count(), lost.len());
     }
 }
