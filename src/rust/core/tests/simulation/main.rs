@@ -31,6 +31,7 @@ use rustcluster_core::head::hub::Hub;
 use rustcluster_core::head::job::Job;
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::body::Memory;
+use rustcluster_core::protocol::control::{self, ToAgent};
 use rustcluster_core::protocol::frame::{
     self, ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY, REASSIGNED,
 };
@@ -245,11 +246,22 @@ impl Sim {
     /// What the head may send: one task after the other, and one further ahead.
     fn leaves(&mut self, at: usize, frame: &Frame) {
         let header = &frame.header;
+        if header.kind == Kind::Control {
+            let message = control::decode(&frame.body).expect("a message");
+            if let ToAgent::LossAck { worker } = message {
+                let rank = self.hosts[at].ranks[worker as usize];
+                self.facts.places[rank as usize].unacknowledged -= 1;
+            }
+            return;
+        }
         if header.kind != Kind::Data {
             return;
         }
         let rank = self.hosts[at].ranks[header.worker as usize];
         let place = &mut self.facts.places[rank as usize];
+        if place.unacknowledged > 0 {
+            return;
+        }
         let id = header.task;
         if header.flags & ABORT != 0 {
             if place.next == Some(id) {

@@ -325,6 +325,9 @@ pub struct Place {
     pub next: Option<TaskId>,
     /// The same when the last worker was lost.
     pub next_when_lost: Option<TaskId>,
+    /// Number of losses whose acknowledgements the head has not sent yet. The agent drops all tasks that
+    /// it receives before the acknowledgement.
+    pub unacknowledged: usize,
 }
 
 impl Place {
@@ -343,6 +346,7 @@ impl Place {
             current: None,
             next: None,
             next_when_lost: None,
+            unacknowledged: 0,
         }
     }
 }

@@ -578,6 +578,7 @@ impl Sim {
                     // its agent, which was to make it again after a pause, is lost or does not do so.
                     let again = std::mem::replace(&mut place.termination, true);
                     let waited = std::mem::replace(&mut place.waits, termination.is_tried_again());
+                    place.unacknowledged += usize::from(place.waits);
                     let ends_waiting = waited && matches!(*termination, Termination::Host(_));
                     assert!(!again || matches!(*termination, Termination::Stopped) || ends_waiting);
                     (place.current, place.next) = (None, None);
@@ -589,6 +590,7 @@ impl Sim {
                     assert_eq!(lost, None, "the loss of a task is not told");
                     lost = task.then_some(rank);
                     place.current = None;
+                    place.unacknowledged += 1;
                     place.next_when_lost = place.next.take();
                     self.facts.seen.put_back += usize::from(place.next_when_lost.is_some());
                     self.arriving.remove(&rank);
@@ -600,6 +602,7 @@ impl Sim {
                     assert!(killed.is_some() || place.current.is_none());
                     place.current = None;
                     let next = place.next.take();
+                    place.unacknowledged += usize::from(killed.is_some());
                     self.facts.seen.put_back += usize::from(next.is_some());
                     self.facts.seen.killed += usize::from(killed.is_some());
                     self.facts.seen.replaced += usize::from(killed.is_none());
