@@ -344,13 +344,13 @@ test_that("invalid bytes instead of a message are an error", {
   damaged <- eval(quote(function(bytes) {
     tryCatch(unserialize(bytes), error = conditionMessage)
   }), globalenv())
-  # What a stand-in looks like: its class, an offset and a length.
+  # What a placeholder looks like: its class, an offset and a length.
   info <- as.pairlist(list(as.name("mapped_real"), as.name("rustcluster"), 14L))
   head <- serialize(NULL, NULL, xdr = FALSE)
   head <- head[seq_len(length(head) - 4L)]
   n <- length(head)
   part <- function(value) serialize(value, NULL, xdr = FALSE)[-seq_len(n)]
   bytes <- c(head, as.raw(c(238, 0, 0, 0)), part(info), part(c(0, 20000)), part(NULL))
-  expect_identical(clusterCall(cl, damaged, bytes), list("a vector that is nowhere"))
+  expect_identical(clusterCall(cl, damaged, bytes), list("a vector without its message"))
   expect_identical(clusterCall(cl, sum, 1), list(1))
 })

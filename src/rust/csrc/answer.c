@@ -1,13 +1,15 @@
-/* An answer to a task as parallel's recvData() gives it. */
+/* Messages to and from tasks in the form that parallel uses. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
 
 SEXP rustcluster_arguments(void *common, void *element, int spread);
 
-enum { TYPE, NAMES, TIME_NAMES, TIME_CLASS, PLACED_NAMES, KEPT };
-static SEXP kept = NULL;
+/* Elements of `constants`, a preserved list of vectors that all answers share. */
+enum { TYPE, NAMES, TIME_NAMES, TIME_CLASS, INDEXED_NAMES, CONSTANTS };
+static SEXP constants = NULL;
 
+/* Returns a character vector, which is not protected. R copies it before it is modified. */
 static SEXP strings(int n, const char *const *values)
 {
     SEXP all = PROTECT(Rf_allocVector(STRSXP, n));
@@ -19,7 +21,7 @@ static SEXP strings(int n, const char *const *values)
     return all;
 }
 
-static void prepare(void)
+static void make_constants(void)
 {
     static const char *const type[] = {"VALUE"};
     static const char *const names[] = {"type", "value", "success", "time", "tag"};
@@ -27,57 +29,58 @@ static void prepare(void)
         "user.self", "sys.self", "elapsed", "user.child", "sys.child",
     };
     static const char *const time_class[] = {"proc_time"};
-    static const char *const placed[] = {"node", "value"};
+    static const char *const indexed[] = {"node", "value"};
 
-    if (kept)
+    if (constants)
         return;
-    SEXP list = PROTECT(Rf_allocVector(VECSXP, KEPT));
+    SEXP list = PROTECT(Rf_allocVector(VECSXP, CONSTANTS));
     SET_VECTOR_ELT(list, TYPE, strings(1, type));
     SET_VECTOR_ELT(list, NAMES, strings(5, names));
     SET_VECTOR_ELT(list, TIME_NAMES, strings(5, times));
     SET_VECTOR_ELT(list, TIME_CLASS, strings(1, time_class));
-    SET_VECTOR_ELT(list, PLACED_NAMES, strings(2, placed));
+    SET_VECTOR_ELT(list, INDEXED_NAMES, strings(2, indexed));
     R_PreserveObject(list);
-    kept = list;
+    constants = list;
     UNPROTECT(1);
 }
 
-/* `value` and `tag` must be protected; the answer is not. */
+/* Returns the answer to a task, as parallel's recvData() does. `value` and `tag` must be protected. The result is not
+ * protected. R may jump. */
 SEXP rustcluster_answer(void *value, int success, const double time[5], void *tag)
 {
-    prepare();
+    make_constants();
     SEXP answer = PROTECT(Rf_allocVector(VECSXP, 5));
     SEXP times = Rf_allocVector(REALSXP, 5);
 
     SET_VECTOR_ELT(answer, 3, times);
     for (int i = 0; i < 5; i++)
         REAL(times)[i] = time[i];
-    Rf_setAttrib(times, R_NamesSymbol, VECTOR_ELT(kept, TIME_NAMES));
-    Rf_setAttrib(times, R_ClassSymbol, VECTOR_ELT(kept, TIME_CLASS));
-    SET_VECTOR_ELT(answer, 0, VECTOR_ELT(kept, TYPE));
+    Rf_setAttrib(times, R_NamesSymbol, VECTOR_ELT(constants, TIME_NAMES));
+    Rf_setAttrib(times, R_ClassSymbol, VECTOR_ELT(constants, TIME_CLASS));
+    SET_VECTOR_ELT(answer, 0, VECTOR_ELT(constants, TYPE));
     SET_VECTOR_ELT(answer, 1, (SEXP) value);
     SET_VECTOR_ELT(answer, 2, Rf_ScalarLogical(success));
     SET_VECTOR_ELT(answer, 4, (SEXP) tag);
-    Rf_setAttrib(answer, R_NamesSymbol, VECTOR_ELT(kept, NAMES));
+    Rf_setAttrib(answer, R_NamesSymbol, VECTOR_ELT(constants, NAMES));
     UNPROTECT(1);
     return answer;
 }
 
-/* An answer with its node's place, as parallel's recvOneData() gives it. `answer` must be
- * protected; the result is not. */
-SEXP rustcluster_placed(int node, void *answer)
+/* Returns an answer with the index of its node, as parallel's recvOneData() does. `answer` must be protected. The
+ * result is not protected. R may jump. */
+SEXP rustcluster_indexed_answer(int node, void *answer)
 {
-    prepare();
-    SEXP placed = PROTECT(Rf_allocVector(VECSXP, 2));
+    make_constants();
+    SEXP indexed = PROTECT(Rf_allocVector(VECSXP, 2));
 
-    SET_VECTOR_ELT(placed, 0, Rf_ScalarInteger(node));
-    SET_VECTOR_ELT(placed, 1, (SEXP) answer);
-    Rf_setAttrib(placed, R_NamesSymbol, VECTOR_ELT(kept, PLACED_NAMES));
+    SET_VECTOR_ELT(indexed, 0, Rf_ScalarInteger(node));
+    SET_VECTOR_ELT(indexed, 1, (SEXP) answer);
+    Rf_setAttrib(indexed, R_NamesSymbol, VECTOR_ELT(constants, INDEXED_NAMES));
     UNPROTECT(1);
-    return placed;
+    return indexed;
 }
 
-/* The value of such an answer. */
+/* Returns the value of an answer, or R_NilValue if `answer` is another object. */
 SEXP rustcluster_answer_value(void *answer)
 {
     SEXP all = (SEXP) answer;
@@ -85,7 +88,7 @@ SEXP rustcluster_answer_value(void *answer)
     return TYPEOF(all) == VECSXP && Rf_xlength(all) == 5 ? VECTOR_ELT(all, 1) : R_NilValue;
 }
 
-/* Whether such an answer says that its task failed. */
+/* Returns whether `answer` is the answer to a task that failed. */
 int rustcluster_answer_failed(void *answer)
 {
     SEXP all = (SEXP) answer;
@@ -93,7 +96,8 @@ int rustcluster_answer_failed(void *answer)
     return TYPEOF(all) == VECSXP && Rf_xlength(all) == 5 && Rf_asLogical(VECTOR_ELT(all, 2)) == 0;
 }
 
-static SEXP named(int n, const char *const *names)
+/* Returns a list of `n` NULLs with names. It is not protected. */
+static SEXP list_with_names(int n, const char *const *names)
 {
     SEXP list = PROTECT(Rf_allocVector(VECSXP, n));
 
@@ -102,15 +106,14 @@ static SEXP named(int n, const char *const *names)
     return list;
 }
 
-/* parallel's message for one of the tasks that have `common`, a list of a function and of arguments;
- * `element`: its first argument, or, to be `spread`, a list of arguments. The result is not
- * protected. */
+/* Returns parallel's message for a task. The parameters are those of rustcluster_arguments(). The result is not
+ * protected. R may jump. */
 SEXP rustcluster_message(void *common, void *element, int spread)
 {
     static const char *const of_message[] = {"type", "data", "tag"};
     static const char *const of_data[] = {"fun", "args", "return", "tag"};
     SEXP args = PROTECT(rustcluster_arguments(common, element, spread));
-    SEXP message = PROTECT(named(3, of_message)), data = named(4, of_data);
+    SEXP message = PROTECT(list_with_names(3, of_message)), data = list_with_names(4, of_data);
 
     SET_VECTOR_ELT(message, 1, data);
     SET_VECTOR_ELT(message, 0, Rf_mkString("EXEC"));

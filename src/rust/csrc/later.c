@@ -1,4 +1,4 @@
-/* Waking R's event loop, as package 'later' has it, from the hub's thread. */
+/* Schedules R code in an event loop of the package 'later' from the hub's thread. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
@@ -7,13 +7,15 @@
 
 typedef void (*later_function)(void (*)(void *), void *, double, int);
 
-/* The function of later's that any thread may call. R jumps if later has none. */
+/* Returns the scheduling function of the package 'later' that any thread may call. R jumps if the package does not
+ * export it. */
 void *rustcluster_later(void)
 {
     return (void *) R_GetCCallable("later", "execLaterNative2");
 }
 
-static void look(void *data)
+/* Calls callsWoken() with the number of a cluster. */
+static void process_calls(void *data)
 {
     SEXP name = PROTECT(Rf_mkString("rustcluster")), namespace = PROTECT(R_FindNamespace(name));
     SEXP number = PROTECT(Rf_ScalarReal((double) (uintptr_t) data));
@@ -23,14 +25,15 @@ static void look(void *data)
     UNPROTECT(4);
 }
 
-/* Called by later, on R's thread, through code that R must not jump over. */
-static void woken(void *data)
+/* The callback. later runs it on R's thread. R must not jump out of it, over the C++ frames of later. */
+static void on_wake(void *data)
 {
-    R_ToplevelExec(look, data);
+    R_ToplevelExec(process_calls, data);
 }
 
-/* Has R look at the calls of the cluster of this number, from this loop of later's. From any thread. */
+/* Schedules callsWoken() for a cluster in the event loop `loop`. `later`: the result of rustcluster_later(). Any
+ * thread may call this function. */
 void rustcluster_wake(void *later, uintptr_t number, int loop)
 {
-    ((later_function) later)(woken, (void *) number, 0, loop);
+    ((later_function) later)(on_wake, (void *) number, 0, loop);
 }

@@ -1,11 +1,12 @@
-/* Large vectors of numbers and of logical values as they are in a payload's memory: a worker maps
- * them where it would otherwise have a copy of its own, as does the head those of an answer from a
- * worker on its machine.
+/* ALTREP classes for large atomic vectors whose data is mapped from shared memory. Workers map the vectors of a
+ * blob, and the head maps the vectors of a result from a worker on the same host. Neither copies them.
  *
- * In the stream of R's serialization such a vector is an ALTREP object of one of these classes, whose
- * state is an offset and a length (codec/mapped.rs writes it so). The mapping is private and writable, and
- * each reading of a message makes its own: vectors are written to in place, by R and by C code, which
- * neither another worker nor the next task that reads the same message may see. */
+ * In a serialized message, a mapped vector is an ALTREP object of one of these classes. Its serialized state is
+ * an offset into the message and a length (see codec/mapped.rs, the writer).
+ *
+ * A mapping is private and writable, because R and C code may modify vectors in place. Each unserialization of a
+ * message makes a mapping of its own: other workers, and later tasks that read the same message, never see the
+ * modifications. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
@@ -21,11 +22,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Bytes of a vector from which on it is worth it. */
+/* Minimum size of a vector that is mapped, in bytes. codec/mapped.rs has the same constant. */
 #define LARGE 65536
-/* Where a vector may begin. */
+/* Alignment of the data of a vector in bytes. codec/mapped.rs has the same constant. */
 #define ALIGNED 64
-/* Lists in lists, at most. */
+/* Maximum depth of nested lists that are searched for large vectors. */
 #define DEPTH 64
 
 #ifndef MAP_NORESERVE
@@ -35,7 +36,7 @@
 enum { LOGICALS, INTEGERS, REALS, COMPLEXES, RAWS, KINDS };
 static R_altrep_class_t classes[KINDS];
 
-/* KINDS if it is none of these. */
+/* Returns the kind of a vector, or KINDS if there is no class for its type. */
 static int kind_of(SEXP value)
 {
     switch (TYPEOF(value)) {
@@ -54,6 +55,7 @@ static int kind_of(SEXP value)
     }
 }
 
+/* Returns the size of an element in bytes. */
 static size_t size_of(int kind)
 {
     static const size_t sizes[KINDS] = {
@@ -63,8 +65,8 @@ static size_t size_of(int kind)
     return sizes[kind];
 }
 
-/* Of a vector that is none of ours. */
-static void *room_of(SEXP value)
+/* Returns the data of a vector that is not of one of these classes. */
+static void *plain_data(SEXP value)
 {
     switch (TYPEOF(value)) {
     case LGLSXP:
@@ -82,7 +84,7 @@ static void *room_of(SEXP value)
 
 /* The writer ------------------------------------------------------------------------------------*/
 
-/* About how many bytes the large vectors of a value have. R does not jump. */
+/* Returns the approximate size of the large vectors of a value, in bytes. R does not jump. */
 double rustcluster_large_bytes(void *value, int depth)
 {
     SEXP x = (SEXP) value;
@@ -100,17 +102,17 @@ double rustcluster_large_bytes(void *value, int depth)
     return bytes;
 }
 
-/* A list of an empty vector of each class, and of the value. R's serialization of it begins with the
- * classes, so that whoever writes the stream can refer to them later: see codec/mapped.rs. The result is not
- * protected. */
+/* Returns a list of an empty vector of each class, followed by the value. The serialized list begins with the
+ * names of the classes, so that the writer in codec/mapped.rs can refer to them further on in the stream. The
+ * result is not protected. */
 SEXP rustcluster_with_classes(void *value)
 {
     SEXP list = PROTECT(Rf_allocVector(VECSXP, KINDS + 1));
 
     for (int kind = 0; kind < KINDS; kind++) {
-        SEXP where = PROTECT(Rf_allocVector(REALSXP, 2));
-        REAL(where)[0] = REAL(where)[1] = 0;
-        SET_VECTOR_ELT(list, kind, R_new_altrep(classes[kind], R_NilValue, where));
+        SEXP state = PROTECT(Rf_allocVector(REALSXP, 2));
+        REAL(state)[0] = REAL(state)[1] = 0;
+        SET_VECTOR_ELT(list, kind, R_new_altrep(classes[kind], R_NilValue, state));
         UNPROTECT(1);
     }
     SET_VECTOR_ELT(list, KINDS, (SEXP) value);
@@ -118,89 +120,97 @@ SEXP rustcluster_with_classes(void *value)
     return list;
 }
 
-/* The value of such a list. R jumps if it is none. */
+/* Returns the value of a list that rustcluster_with_classes() has returned. R jumps if it is another object. */
 SEXP rustcluster_without_classes(void *list)
 {
     SEXP all = (SEXP) list;
 
     if (TYPEOF(all) != VECSXP || XLENGTH(all) != KINDS + 1)
-        Rf_error("a message that is damaged");
+        Rf_error("damaged message");
     return VECTOR_ELT(all, KINDS);
 }
 
 /* The reader ------------------------------------------------------------------------------------*/
 
-/* A message whose vectors are being read. Its data is mapped when the first vector asks for it.
- * src/mapped.rs has this struct, too. */
+/* A message that is being unserialized. It is mapped when its first vector is read. codec/mapped.rs declares the
+ * same struct as MappedMessage. */
 struct message {
-    /* All of it; NULL if it is in the file alone. */
+    /* The whole message, or NULL if only the file has it. */
     const char *bytes;
-    /* Bytes; 0 if there is no message. */
+    /* Length in bytes, or 0 if no message is being unserialized. */
     size_t length;
-    /* Its mapping, preserved: see below. NULL: there is none. */
+    /* The holder of its mapping (see struct mapping), preserved; NULL if it is not mapped yet. */
     SEXP mapping;
-    /* The file that it is in, or -1 if nothing is to be mapped. */
+    /* The descriptor of its file, or -1 if its vectors are to be copied. */
     int file;
-    /* It could not be mapped. */
+    /* Whether an attempt to map it has failed. */
     int unmappable;
 };
 
-static struct message now = {NULL, 0, NULL, -1, 0};
+static struct message current = {NULL, 0, NULL, -1, 0};
 
-/* What is read from here on has its vectors in this message, until the end of that. R code may run in
- * between, a finalizer, and read another message: `before` is to be handed to the end. */
+/* Makes `message` the current one, to which the offsets of unserialized vectors refer, until
+ * rustcluster_end_mapped(). Calls nest, because a finalizer that runs in between may unserialize another message:
+ * pass `before`, in which this function stores the previous message, to rustcluster_end_mapped(). */
 void rustcluster_begin_mapped(struct message *message, struct message *before)
 {
-    *before = now;
-    now = *message;
+    *before = current;
+    current = *message;
 }
 
+/* Releases the current message and restores the previous one. */
 void rustcluster_end_mapped(struct message *before)
 {
-    if (now.mapping)
-        R_ReleaseObject(now.mapping);
-    now = *before;
+    if (current.mapping)
+        R_ReleaseObject(current.mapping);
+    current = *before;
 }
 
-/* A mapping has a holder, an R object by which its vectors hold it. It must end no sooner than any R code can
- * reach one of them, but R runs the finalizers of all that it has found unreachable one after the other, and a
- * later one may still read a vector, or keep it. See new_holder(). */
+/* A mapping of a message. Its holder is an R object that all vectors in the mapping reference, and that keeps the
+ * mapping alive.
+ *
+ * The mapping must outlive its last vector. One finalizer of the holder cannot ensure this: when a garbage
+ * collection finds the holder unreachable, R runs the finalizers of all unreachable objects one after the other,
+ * and a finalizer that runs after the holder's may still read a vector or make it reachable again. new_holder()
+ * shows how this is solved. */
 struct mapping {
     void *at;
     size_t length;
-    /* What it counts in `mapped`. */
+    /* Its share of `mapped_bytes`. */
     double cost;
-    /* No vector has been read since its holder's finalizer was run. */
+    /* Whether no vector has been read since the last finalizer of its holder or of a sentinel ran. Used from
+     * R 4.6 on. */
     int unused;
 };
 
-/* Bytes of memory that mappings keep. R does not count them, and so would not look for what is not used
- * any more: that is looked for whenever they pass this bound. To look takes a worker tens of
- * milliseconds, so that the bound leaves room for some messages. */
-static double mapped = 0, bound = 536870912;
-/* By how much they may grow at least until then. */
-static const double room = 536870912;
+/* Memory that mappings occupy, in bytes. R does not count it, and therefore does not start a garbage collection
+ * when unused mappings occupy much memory. This code starts one when `mapped_bytes` exceeds `gc_threshold`. A
+ * collection takes tens of milliseconds, so the threshold leaves room for several messages. */
+static double mapped_bytes = 0, gc_threshold = 536870912;
+/* Minimum growth of `mapped_bytes`, or of modified pages, between two garbage collections. */
+static const double min_growth = 536870912;
 
-/* The file that was mapped last. Each task maps the same one: that keeps no more memory than one mapping
- * does, but for page tables and for what is written to. */
+/* The inode of the file that was mapped last. Successive tasks map the same blob. Their mappings share its pages,
+ * so that a further mapping costs only page tables and the pages that are modified: `repeat_cost` of its size. */
 static ino_t last_file = 0;
-static const double again = 1.0 / 64;
-/* Bytes that have been mapped since it was last looked how much has been written to, and how much memory of
- * its own this process had when R last collected garbage. */
-static double unwatched = 0, own_then = 0;
+static const double repeat_cost = 1.0 / 64;
+/* Bytes mapped since the last check for modified pages, and the private memory of this process after the last
+ * garbage collection that this code started. */
+static double mapped_since_check = 0, own_at_gc = 0;
 
-static double cost_of_now(void)
+/* Returns how much a mapping of the current message adds to `mapped_bytes`. */
+static double cost_of_current(void)
 {
-    struct stat of;
+    struct stat info;
 
-    if (fstat(now.file, &of))
-        return (double) now.length;
-    int same = of.st_ino == last_file;
-    last_file = of.st_ino;
-    return same ? again * (double) now.length : (double) now.length;
+    if (fstat(current.file, &info))
+        return (double) current.length;
+    int same = info.st_ino == last_file;
+    last_file = info.st_ino;
+    return same ? repeat_cost * (double) current.length : (double) current.length;
 }
 
-/* Bytes of this process's own memory, heap and pages that were written to; 0 if it is not known. */
+/* Returns the private memory of this process (heap and modified pages) in bytes, or 0 if it is unknown. */
 static double own_memory(void)
 {
     double all = 0, shared = 0;
@@ -214,45 +224,45 @@ static double own_memory(void)
     return (all - shared) * (double) sysconf(_SC_PAGESIZE);
 }
 
-/* Mappings, and the most that there may be: the system allows a process so many (vm.max_map_count), and
- * when there are no more, nothing can be allocated. */
-static double mappings = 0, most_mappings = 0;
-/* It was looked for mappings that are not used any more when there were too many. */
-static int looked = 0;
+/* Number of mappings, and its maximum. The kernel limits the mappings of a process (vm.max_map_count). A process
+ * that has reached the limit cannot allocate memory. */
+static double mappings = 0, max_mappings = 0;
+/* Whether a garbage collection has been started because the maximum was reached. */
+static int collected_at_max = 0;
 
-/* Three quarters are left to R and to user code. */
-static double read_most_mappings(void)
+/* Returns a quarter of the kernel's limit: the rest is left to R and to user code. */
+static double read_max_mappings(void)
 {
-    /* Where the system does not tell, its default. */
-    double most = 65530;
+    /* The default of Linux, used if the limit cannot be read. */
+    double limit = 65530;
     FILE *file = fopen("/proc/sys/vm/max_map_count", "r");
 
     if (file) {
-        if (fscanf(file, "%lf", &most) != 1)
-            most = 65530;
+        if (fscanf(file, "%lf", &limit) != 1)
+            limit = 65530;
         fclose(file);
     }
-    return most / 4;
+    return limit / 4;
 }
 
 static void end_mapping(struct mapping *mapping)
 {
     if (mapping->at) {
         munmap(mapping->at, mapping->length);
-        mapped -= mapping->cost;
+        mapped_bytes -= mapping->cost;
         mappings--;
-        if (mappings < most_mappings / 2)
-            looked = 0;
+        if (mappings < max_mappings / 2)
+            collected_at_max = 0;
     }
     free(mapping);
 }
 
 #if R_VERSION < R_Version(4, 6, 0)
 
-/* The holder is a vector without a use. R frees it with the memory function here, and so only when no R code
- * can reach it any more. */
+/* The holder is a raw vector with a custom allocator. R calls its free function after all finalizers, when no R
+ * code can reach the vectors any more. */
 
-static void *take_holder(R_allocator_t *allocator, size_t size)
+static void *allocate_holder(R_allocator_t *allocator, size_t size)
 {
     void *memory = malloc(size);
     allocator->data = memory ? calloc(1, sizeof(struct mapping)) : NULL;
@@ -270,9 +280,10 @@ static void free_holder(R_allocator_t *allocator, void *memory)
     free(memory);
 }
 
+/* Returns a new holder, which is not protected. Its mapping is zeroed. R may jump. */
 static SEXP new_holder(void)
 {
-    R_allocator_t allocator = {take_holder, free_holder, NULL, NULL};
+    R_allocator_t allocator = {allocate_holder, free_holder, NULL, NULL};
     SEXP holder = Rf_allocVector3(RAWSXP, sizeof(struct mapping *), &allocator);
 
     *(struct mapping **) RAW(holder) = allocator.data;
@@ -291,110 +302,125 @@ static void collect(void)
 
 #else
 
-/* This API has no such vectors any more. The holder is an external pointer that protects a second one, that
- * a third one, and so on: its heirs, which are kept in a list. The finalizer of each takes the next off that
- * list, so that the next one's is run by a later collection: no finalizer may be registered while others are
- * run, since R may forget it. The mapping ends with the first heir since whose predecessor's end no vector has
- * been read, which those finalizers may have done that were run with it, or with the last heir. */
-#define HEIRS 4
+/* From R 4.6 on, the API has no custom allocators. The holder is an external pointer that protects the first of a
+ * chain of external pointers, the sentinels: holder -> sentinel 1 -> ... -> sentinel 4 -> mapping. All of them have
+ * finalizers.
+ *
+ * `sentinels` keeps each sentinel alive until the finalizer of its predecessor has removed it from that list. The
+ * finalizers of the chain therefore run in successive garbage collections, one in each. A sentinel is unreachable
+ * only if the holder is (each object of the chain protects the next), so its finalizer does not run while R code
+ * can reach a vector.
+ *
+ * A sentinel's finalizer unmaps the memory if no vector has been read since its predecessor's finalizer ran. If a
+ * vector has been read, by another finalizer of the same collection, the next sentinel decides. The last sentinel
+ * unmaps in any case.
+ *
+ * All finalizers are registered when the chain is made: R may lose a finalizer that is registered while
+ * finalizers run. */
+#define SENTINELS 4
 
-/* Of the heirs that are kept: a pairlist whose cells have the cell before them for a value and the heir for a
- * tag. An heir has its cell for a tag. */
-static SEXP heirs = NULL;
+/* A doubly linked list of the sentinels that are kept alive: a preserved pairlist with an empty first cell. The CAR
+ * of a cell is the previous cell, and its TAG is the sentinel. The tag of a sentinel is its cell. */
+static SEXP sentinels = NULL;
 
-static void keep_heir(SEXP heir)
+/* Adds a sentinel to `sentinels`. R may jump. */
+static void preserve_sentinel(SEXP sentinel)
 {
-    if (!heirs) {
+    if (!sentinels) {
         SEXP first = PROTECT(Rf_cons(R_NilValue, R_NilValue));
         R_PreserveObject(first);
-        heirs = first;
+        sentinels = first;
         UNPROTECT(1);
     }
-    SEXP cell = PROTECT(Rf_cons(heirs, CDR(heirs)));
-    SET_TAG(cell, heir);
-    if (CDR(heirs) != R_NilValue)
-        SETCAR(CDR(heirs), cell);
-    SETCDR(heirs, cell);
-    R_SetExternalPtrTag(heir, cell);
+    SEXP cell = PROTECT(Rf_cons(sentinels, CDR(sentinels)));
+    SET_TAG(cell, sentinel);
+    if (CDR(sentinels) != R_NilValue)
+        SETCAR(CDR(sentinels), cell);
+    SETCDR(sentinels, cell);
+    R_SetExternalPtrTag(sentinel, cell);
     UNPROTECT(1);
 }
 
-static void let_go_of_heir(SEXP heir)
+/* Removes a sentinel from `sentinels`, if it is there. Does nothing for R_NilValue, the end of a chain. */
+static void release_sentinel(SEXP sentinel)
 {
-    SEXP cell = heir == R_NilValue ? R_NilValue : R_ExternalPtrTag(heir);
+    SEXP cell = sentinel == R_NilValue ? R_NilValue : R_ExternalPtrTag(sentinel);
 
     if (cell == R_NilValue)
         return;
     SETCDR(CAR(cell), CDR(cell));
     if (CDR(cell) != R_NilValue)
         SETCAR(CDR(cell), CAR(cell));
-    R_SetExternalPtrTag(heir, R_NilValue);
+    R_SetExternalPtrTag(sentinel, R_NilValue);
 }
 
-/* The last heir, whose address is that of the mapping. */
-static SEXP last_heir(SEXP of)
+/* Returns the last sentinel of a chain. Its address is the mapping. */
+static SEXP last_sentinel(SEXP of)
 {
     while (R_ExternalPtrProtected(of) != R_NilValue)
         of = R_ExternalPtrProtected(of);
     return of;
 }
 
-/* The holder's own finalizer. */
 static void finalize_holder(SEXP holder)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(last_heir(holder));
+    struct mapping *mapping = R_ExternalPtrAddr(last_sentinel(holder));
 
     if (mapping)
         mapping->unused = 1;
-    let_go_of_heir(R_ExternalPtrProtected(holder));
+    release_sentinel(R_ExternalPtrProtected(holder));
 }
 
-static void finalize_heir(SEXP heir)
+static void finalize_sentinel(SEXP sentinel)
 {
-    SEXP last = last_heir(heir);
+    SEXP last = last_sentinel(sentinel);
     struct mapping *mapping = R_ExternalPtrAddr(last);
 
-    if (mapping && mapping->at && !mapping->unused && heir != last) {
+    if (mapping && mapping->at && !mapping->unused && sentinel != last) {
         mapping->unused = 1;
     } else if (mapping) {
         R_ClearExternalPtr(last);
         end_mapping(mapping);
     }
-    let_go_of_heir(R_ExternalPtrProtected(heir));
+    release_sentinel(R_ExternalPtrProtected(sentinel));
 }
 
+/* Returns a new holder, which is not protected. Its mapping is zeroed. R may jump. */
 static SEXP new_holder(void)
 {
-    SEXP heir = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
+    SEXP sentinel = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, R_NilValue));
 
-    R_RegisterCFinalizerEx(heir, finalize_heir, FALSE);
-    R_SetExternalPtrAddr(heir, calloc(1, sizeof(struct mapping)));
-    if (!R_ExternalPtrAddr(heir))
+    R_RegisterCFinalizerEx(sentinel, finalize_sentinel, FALSE);
+    R_SetExternalPtrAddr(sentinel, calloc(1, sizeof(struct mapping)));
+    if (!R_ExternalPtrAddr(sentinel))
         Rf_error("cannot allocate memory");
-    for (int i = 1; i < HEIRS; i++) {
-        SEXP before = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, heir));
-        R_RegisterCFinalizerEx(before, finalize_heir, FALSE);
-        keep_heir(heir);
+    for (int i = 1; i < SENTINELS; i++) {
+        SEXP before = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, sentinel));
+        R_RegisterCFinalizerEx(before, finalize_sentinel, FALSE);
+        preserve_sentinel(sentinel);
         UNPROTECT(2);
-        heir = PROTECT(before);
+        sentinel = PROTECT(before);
     }
-    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, heir));
-    keep_heir(heir);
+    SEXP holder = PROTECT(R_MakeExternalPtr(NULL, R_NilValue, sentinel));
+    preserve_sentinel(sentinel);
     R_RegisterCFinalizerEx(holder, finalize_holder, FALSE);
     UNPROTECT(2);
     return holder;
 }
 
+/* Returns the mapping of a holder, and marks it as used. R jumps if it has been unmapped. */
 static struct mapping *mapping_in(SEXP holder)
 {
-    struct mapping *mapping = R_ExternalPtrAddr(last_heir(holder));
+    struct mapping *mapping = R_ExternalPtrAddr(last_sentinel(holder));
 
     if (!mapping)
-        Rf_error("a vector that is no more");
+        Rf_error("the memory of this vector has been unmapped");
     mapping->unused = 0;
     return mapping;
 }
 
+/* Collects garbage twice: the first collection runs the finalizers of unused holders, the second those of their
+ * first sentinels. */
 static void collect(void)
 {
     R_gc();
@@ -403,141 +429,143 @@ static void collect(void)
 
 #endif
 
-/* Collects garbage if mappings that are not used any more may keep much memory. R may jump. */
-static void make_room(double cost)
+/* Collects garbage if unused mappings may occupy much memory. `cost`: of the mapping to be made. R may jump. */
+static void collect_if_worthwhile(double cost)
 {
-    int much = mapped + cost > bound;
+    int worthwhile = mapped_bytes + cost > gc_threshold;
 
-    unwatched += (double) now.length;
-    if (!much && unwatched > room) {
-        unwatched = 0;
-        much = own_memory() > own_then + room;
+    mapped_since_check += (double) current.length;
+    if (!worthwhile && mapped_since_check > min_growth) {
+        mapped_since_check = 0;
+        worthwhile = own_memory() > own_at_gc + min_growth;
     }
-    if (!much)
+    if (!worthwhile)
         return;
     collect();
-    double used = mapped + cost;
-    bound = used + (used > room ? used : room);
-    own_then = own_memory();
+    double used = mapped_bytes + cost;
+    gc_threshold = used + (used > min_growth ? used : min_growth);
+    own_at_gc = own_memory();
 }
 
-static void *map(void)
+static void *map_file(void)
 {
-    return mmap(NULL, now.length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, now.file, 0);
+    return mmap(NULL, current.length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, current.file, 0);
 }
 
-/* Whether there may be one more mapping. R may jump. */
-static int has_room(void)
+/* Returns whether another mapping may be made. R may jump. */
+static int can_map_more(void)
 {
-    if (most_mappings == 0)
-        most_mappings = read_most_mappings();
-    if (mappings >= most_mappings && !looked) {
-        looked = 1;
+    if (max_mappings == 0)
+        max_mappings = read_max_mappings();
+    if (mappings >= max_mappings && !collected_at_max) {
+        collected_at_max = 1;
         collect();
     }
-    return mappings < most_mappings;
+    return mappings < max_mappings;
 }
 
-/* Copies data of the message that is being read. R may jump. */
+/* Copies data from the current message. R may jump. */
 static void copy_data(char *to, size_t begin, size_t bytes)
 {
-    if (now.bytes) {
-        memcpy(to, now.bytes + begin, bytes);
+    if (current.bytes) {
+        memcpy(to, current.bytes + begin, bytes);
         return;
     }
     while (bytes > 0) {
-        ssize_t n = pread(now.file, to, bytes, (off_t) begin);
+        ssize_t n = pread(current.file, to, bytes, (off_t) begin);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
-            Rf_error("a vector that could not be read");
+            Rf_error("cannot read the data of a vector");
         to += n;
         begin += (size_t) n;
         bytes -= (size_t) n;
     }
 }
 
-/* Where the message that is being read is mapped; its mapping is then in `now`. NULL: its vectors are to be
- * copied. R may jump. */
-static char *mapping_of_now(void)
+/* Maps the current message, unless that has been done. Returns the address of the mapping, or NULL if the vectors
+ * of the message are to be copied. R may jump. */
+static char *map_current(void)
 {
-    if (now.mapping)
-        return mapping_in(now.mapping)->at;
-    if (now.file < 0 || now.unmappable || !has_room())
+    if (current.mapping)
+        return mapping_in(current.mapping)->at;
+    if (current.file < 0 || current.unmappable || !can_map_more())
         return NULL;
-    double cost = cost_of_now();
-    make_room(cost);
+    double cost = cost_of_current();
+    collect_if_worthwhile(cost);
     SEXP holder = PROTECT(new_holder());
     struct mapping *mapping = mapping_in(holder);
     R_PreserveObject(holder);
     UNPROTECT(1);
-    void *at = map();
+    void *at = map_file();
     if (at == MAP_FAILED) {
-        /* What is not used any more may be in the way. */
+        /* Unused mappings may occupy the address space. */
         collect();
-        at = map();
+        at = map_file();
     }
     if (at == MAP_FAILED) {
         R_ReleaseObject(holder);
-        now.unmappable = 1;
+        current.unmappable = 1;
         return NULL;
     }
     mapping->at = at;
-    mapping->length = now.length;
+    mapping->length = current.length;
     mapping->cost = cost;
-    mapped += cost;
+    mapped_bytes += cost;
     mappings++;
-    now.mapping = holder;
+    current.mapping = holder;
     return at;
 }
 
+/* Makes a vector from its serialized state: mapped if possible, otherwise a copy. */
 static SEXP unserialize(int kind, SEXP state)
 {
     static const SEXPTYPE types[KINDS] = {LGLSXP, INTSXP, REALSXP, CPLXSXP, RAWSXP};
 
-    if (!now.length || TYPEOF(state) != REALSXP || XLENGTH(state) != 2)
-        Rf_error("a vector that is nowhere");
+    if (!current.length || TYPEOF(state) != REALSXP || XLENGTH(state) != 2)
+        Rf_error("a vector without its message");
     double offset = REAL(state)[0], n = REAL(state)[1], bytes = n * (double) size_of(kind);
-    if (!(offset >= 0 && n >= 0 && offset + bytes <= (double) now.length) ||
+    if (!(offset >= 0 && n >= 0 && offset + bytes <= (double) current.length) ||
         offset != (double) (size_t) offset || n != (double) (R_xlen_t) n ||
         (size_t) offset % ALIGNED)
         Rf_error("a vector beyond the end of its message");
     size_t begin = (size_t) offset;
     if (n == 0)
         return Rf_allocVector(types[kind], 0);
-    char *at = mapping_of_now();
+    char *at = map_current();
     if (!at) {
-        if (!now.bytes && now.file < 0)
-            Rf_error("a vector that is nowhere");
+        if (!current.bytes && current.file < 0)
+            Rf_error("a vector without its message");
         SEXP copy = PROTECT(Rf_allocVector(types[kind], (R_xlen_t) n));
-        copy_data(room_of(copy), begin, (size_t) bytes);
+        copy_data(plain_data(copy), begin, (size_t) bytes);
         UNPROTECT(1);
         return copy;
     }
-    SEXP data = PROTECT(R_MakeExternalPtr(at + begin, R_NilValue, now.mapping));
+    SEXP data = PROTECT(R_MakeExternalPtr(at + begin, R_NilValue, current.mapping));
     SEXP length = PROTECT(Rf_ScalarReal(n));
     SEXP made = R_new_altrep(classes[kind], data, length);
     UNPROTECT(2);
     return made;
 }
 
-static int is_stand_in(SEXP x)
+/* Returns whether a vector is one of rustcluster_with_classes(), without data. */
+static int is_placeholder(SEXP x)
 {
     return R_altrep_data1(x) == R_NilValue;
 }
 
 static SEXP state_of(SEXP x)
 {
-    /* Elsewhere, a vector that is mapped is one like any other. */
-    return is_stand_in(x) ? R_altrep_data2(x) : NULL;
+    /* NULL: R serializes a mapped vector as an ordinary one. */
+    return is_placeholder(x) ? R_altrep_data2(x) : NULL;
 }
 
 static R_xlen_t length(SEXP x)
 {
-    return (R_xlen_t) REAL_ELT(R_altrep_data2(x), is_stand_in(x) ? 1 : 0);
+    return (R_xlen_t) REAL_ELT(R_altrep_data2(x), is_placeholder(x) ? 1 : 0);
 }
 
-static void *at_data(SEXP x)
+static void *mapped_data(SEXP x)
 {
     SEXP data = R_altrep_data1(x);
 
@@ -548,14 +576,14 @@ static void *at_data(SEXP x)
 static void *data_of(SEXP x, Rboolean writable)
 {
     (void) writable;
-    if (is_stand_in(x))
+    if (is_placeholder(x))
         Rf_error("a vector without data");
-    return at_data(x);
+    return mapped_data(x);
 }
 
 static const void *data_or_null(SEXP x)
 {
-    return is_stand_in(x) ? NULL : at_data(x);
+    return is_placeholder(x) ? NULL : mapped_data(x);
 }
 
 static Rboolean inspect(SEXP x, int pre, int deep, int pvec, void (*subtree)(SEXP, int, int, int))
@@ -564,29 +592,29 @@ static Rboolean inspect(SEXP x, int pre, int deep, int pvec, void (*subtree)(SEX
     (void) deep;
     (void) pvec;
     (void) subtree;
-    Rprintf(is_stand_in(x) ? " stand-in\n" : " mapped\n");
+    Rprintf(is_placeholder(x) ? " placeholder\n" : " mapped\n");
     return TRUE;
 }
 
-/* Elements by their numbers, counted from 1: R would ask for one after the other. */
+/* Extract_subset methods, for indices from 1. R's default calls the Elt method for each element. */
 #define SUBSET(name, type, ctype, na)                                                              \
     static SEXP name(SEXP x, SEXP index, SEXP call)                                                \
     {                                                                                              \
         (void) call;                                                                               \
-        if (is_stand_in(x) || (TYPEOF(index) != INTSXP && TYPEOF(index) != REALSXP))               \
+        if (is_placeholder(x) || (TYPEOF(index) != INTSXP && TYPEOF(index) != REALSXP))            \
             return NULL;                                                                           \
-        R_xlen_t count = XLENGTH(index), most = length(x);                                         \
+        R_xlen_t count = XLENGTH(index), n = length(x);                                            \
         SEXP made = PROTECT(Rf_allocVector(type, count));                                          \
-        ctype *to = room_of(made);                                                       \
-        const ctype *from = at_data(x);                                                            \
+        ctype *to = plain_data(made);                                                              \
+        const ctype *from = mapped_data(x);                                                        \
         if (TYPEOF(index) == INTSXP) {                                                             \
             const int *at = INTEGER(index);                                                        \
             for (R_xlen_t i = 0; i < count; i++)                                                   \
-                to[i] = at[i] > 0 && at[i] <= most ? from[at[i] - 1] : na;                         \
+                to[i] = at[i] > 0 && at[i] <= n ? from[at[i] - 1] : na;                            \
         } else {                                                                                   \
             const double *at = REAL(index);                                                        \
             for (R_xlen_t i = 0; i < count; i++)                                                   \
-                to[i] = at[i] >= 1 && at[i] < (double) most + 1 ? from[(R_xlen_t) at[i] - 1] : na; \
+                to[i] = at[i] >= 1 && at[i] < (double) n + 1 ? from[(R_xlen_t) at[i] - 1] : na;    \
         }                                                                                          \
         UNPROTECT(1);                                                                              \
         return made;                                                                               \
@@ -605,7 +633,7 @@ SUBSET(real_subset, REALSXP, double, NA_REAL)
 SUBSET(complex_subset, CPLXSXP, Rcomplex, na_complex())
 SUBSET(raw_subset, RAWSXP, Rbyte, 0)
 
-/* There is no element of what has no data. */
+/* Elt methods. R jumps if the vector has no data. */
 #define ELEMENT(name, ctype)                                                                       \
     static ctype name(SEXP x, R_xlen_t i)                                                          \
     {                                                                                              \
@@ -630,7 +658,7 @@ UNSERIALIZE(unserialize_real, REALS)
 UNSERIALIZE(unserialize_complex, COMPLEXES)
 UNSERIALIZE(unserialize_raw, RAWS)
 
-/* Makes the classes known to R. Once, when the package is loaded. */
+/* Registers the classes. R calls this once, when the package is loaded. */
 void rustcluster_register_mapped(DllInfo *dll)
 {
     static const char package[] = "rustcluster";

@@ -1,24 +1,26 @@
-/* The state of R's random number generator, as R keeps it in the global environment. */
+/* The state of R's random number generator (RNG): the variable .Random.seed in the global environment. "No state"
+ * means that the variable does not exist. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
 #include <Rversion.h>
 #include <string.h>
 
-/* That which was last looked at. Kept, so that the same address means the same value: R makes a new
- * vector whenever it notes a state. */
-static SEXP seen = NULL;
+/* A preserved list whose element is the state that was last read or set. R makes a new vector whenever it stores a
+ * state. As this list keeps the last one alive, an equal address means an equal state. */
+static SEXP last_seen = NULL;
 
-static void note(SEXP seed)
+static void remember(SEXP seed)
 {
-    if (!seen) {
-        seen = Rf_list1(R_NilValue);
-        R_PreserveObject(seen);
+    if (!last_seen) {
+        last_seen = Rf_list1(R_NilValue);
+        R_PreserveObject(last_seen);
     }
-    SETCAR(seen, seed);
+    SETCAR(last_seen, seed);
 }
 
-static SEXP current(void)
+/* Returns the RNG state, or R_NilValue if there is none. The result is not protected. */
+static SEXP current_state(void)
 {
 #if R_VERSION >= R_Version(4, 5, 0)
     SEXP seed = R_getVarEx(R_SeedsSymbol, R_GlobalEnv, FALSE, R_NilValue);
@@ -29,35 +31,38 @@ static SEXP current(void)
     return TYPEOF(seed) == INTSXP ? seed : R_NilValue;
 }
 
-/* Whether the state is another than when it was last looked at or put in place; then its integers,
- * which stay where they are until then again, and their number. */
+/* Returns whether the state has changed since it was last read or set. If so, stores its integers and their number
+ * in `values` and `count`. The integers are valid until this function or rustcluster_set_seed() is called again.
+ * R may jump. */
 int rustcluster_seed_changed(const int **values, int *count)
 {
-    SEXP seed = current();
+    SEXP seed = current_state();
 
-    if (seen ? seed == CAR(seen) : seed == R_NilValue)
+    if (last_seen ? seed == CAR(last_seen) : seed == R_NilValue)
         return 0;
-    note(seed);
+    remember(seed);
     *count = seed == R_NilValue ? 0 : (int) XLENGTH(seed);
     *values = seed == R_NilValue ? NULL : INTEGER(seed);
     return 1;
 }
 
-static void put(SEXP seed)
+/* Sets the state. `seed` must be protected. R may jump. */
+static void set_state(SEXP seed)
 {
     if (seed == R_NilValue)
         R_removeVarFromFrame(R_SeedsSymbol, R_GlobalEnv);
     else
         Rf_defineVar(R_SeedsSymbol, seed, R_GlobalEnv);
-    note(seed);
+    remember(seed);
 }
 
-/* This process's own state while that of another is in place; itself NULL if it is not. */
+/* A preserved list of this worker's own state while it runs a reassigned task, which uses the state of another
+ * worker; NULL at other times. */
 static SEXP own = NULL;
 
-/* Puts a state of so many integers in place; none at all means that there is none. `guest`: until
- * rustcluster_own_seed() is called. */
-void rustcluster_set_seed(const void *values, int count, int guest)
+/* Sets the state to `count` integers, or to no state if `count` is 0. `reassigned`: whether the state is that of
+ * another worker, for a reassigned task; rustcluster_own_seed() then restores this worker's own. R may jump. */
+void rustcluster_set_seed(const void *values, int count, int reassigned)
 {
     SEXP seed = R_NilValue;
 
@@ -66,27 +71,27 @@ void rustcluster_set_seed(const void *values, int count, int guest)
         memcpy(INTEGER(seed), values, sizeof(int) * (size_t) count);
     }
     PROTECT(seed);
-    if (guest && !own) {
-        SEXP held = Rf_list1(current());
-        R_PreserveObject(held);
-        own = held;
+    if (reassigned && !own) {
+        SEXP saved = Rf_list1(current_state());
+        R_PreserveObject(saved);
+        own = saved;
     }
-    put(seed);
+    set_state(seed);
     UNPROTECT(1);
 }
 
-/* Whether the state of another is in place. */
+/* Returns whether the state is that of another worker. */
 int rustcluster_is_reassigned(void)
 {
     return own != NULL;
 }
 
-/* Puts this process's own state back in place. */
+/* Restores this worker's own state, if the current one is that of another worker. R may jump. */
 void rustcluster_own_seed(void)
 {
     if (!own)
         return;
-    put(CAR(own));
+    set_state(CAR(own));
     R_ReleaseObject(own);
     own = NULL;
 }

@@ -1,5 +1,5 @@
-/* A worker's task, from its message to its answer: what parallel's workCommand() does between
- * recvData() and sendData(). In C, because R may jump out of all of it. */
+/* Runs a task on a worker: what parallel's workCommand() does between recvData() and sendData(). This is C code
+ * because R may jump out of all of it, which Rust frames do not allow. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
@@ -8,31 +8,31 @@
 #include <sys/resource.h>
 #include <time.h>
 
-/* What is made once or must live as long as a task does: the elements of one preserved list. */
-enum { THE_FUN, THE_ARGS, THE_TAG, QUOTE, CALLER, KEPT };
-static SEXP kept = NULL;
+/* Elements of `objects`, a preserved list: the current task, and objects that are made once. */
+enum { TASK_FUN, TASK_ARGS, TASK_TAG, QUOTE, CALLER, OBJECTS };
+static SEXP objects = NULL;
 
-static void keep(int what, SEXP value)
+static void store(int what, SEXP value)
 {
-    SET_VECTOR_ELT(kept, what, value);
+    SET_VECTOR_ELT(objects, what, value);
 }
 
-static void prepare(void)
+static void make_objects(void)
 {
-    if (kept)
+    if (objects)
         return;
-    SEXP list = PROTECT(Rf_allocVector(VECSXP, KEPT));
-    /* quote or base::quote, as this R's do.call() has it. */
+    SEXP list = PROTECT(Rf_allocVector(VECSXP, OBJECTS));
+    /* The symbol quote or the call base::quote, whichever the do.call() of this R version uses. */
     SEXP enquote = PROTECT(Rf_lang2(Rf_install("enquote"), R_NilValue));
     SET_VECTOR_ELT(list, QUOTE, CAR(Rf_eval(enquote, R_BaseEnv)));
     SEXP name = PROTECT(Rf_mkString("parallel"));
     SET_VECTOR_ELT(list, CALLER, R_FindNamespace(name));
     R_PreserveObject(list);
-    kept = list;
+    objects = list;
     UNPROTECT(3);
 }
 
-/* An element of a list by its name, or NULL. */
+/* Returns an element of a list by its name, or R_NilValue. */
 static SEXP field(SEXP list, const char *name)
 {
     SEXP names = TYPEOF(list) == VECSXP ? Rf_getAttrib(list, R_NamesSymbol) : R_NilValue;
@@ -44,13 +44,14 @@ static SEXP field(SEXP list, const char *name)
     return R_NilValue;
 }
 
+/* Returns a call of quote() with a value. It is not protected. */
 static SEXP quoted(SEXP value)
 {
-    return Rf_lang2(VECTOR_ELT(kept, QUOTE), value);
+    return Rf_lang2(VECTOR_ELT(objects, QUOTE), value);
 }
 
-/* The call that do.call(fun, args, quote = TRUE) makes; that of do.call itself where there is more
- * to it than that. */
+/* Returns the call that do.call(fun, args, quote = TRUE) evaluates. If `fun` is not a function or `args` is not a
+ * list, returns a call of do.call() itself, which handles them. The result is not protected. */
 static SEXP call_of(SEXP fun, SEXP args)
 {
     if (!Rf_isFunction(fun) || TYPEOF(args) != VECSXP) {
@@ -76,9 +77,9 @@ static SEXP call_of(SEXP fun, SEXP args)
     return call;
 }
 
-/* As proc.time() has it: user, system, elapsed, and the first two of children, in seconds, cut or
- * rounded to milliseconds. */
-static void now(double time[5])
+/* Stores the elements of proc.time(), in seconds: user, system and elapsed time, and user and system time of child
+ * processes. Like proc.time(), truncates CPU times to milliseconds and rounds the elapsed time. */
+static void proc_time(double time[5])
 {
     static time_t start = 0;
     struct rusage self, children;
@@ -96,37 +97,38 @@ static void now(double time[5])
     time[4] = children.ru_stime.tv_sec + 1e-3 * (children.ru_stime.tv_usec / 1000);
 }
 
-static double began[5];
-static int timed = 0;
+static double start_time[5];
+static int is_timed = 0;
 
-/* What a message holds; 0 if that is that there will be no more. */
+/* Stores the task of one of parallel's messages. Returns 0 if the message ends the worker (type "DONE"), otherwise 1.
+ * R may jump. */
 int rustcluster_take_message(void *message)
 {
     SEXP type = field((SEXP) message, "type"), data = field((SEXP) message, "data");
 
-    prepare();
-    timed = 0;
+    make_objects();
+    is_timed = 0;
     if (TYPEOF(type) != STRSXP || LENGTH(type) != 1)
         Rf_error("a message without a type");
     if (!strcmp(CHAR(STRING_ELT(type, 0)), "DONE"))
         return 0;
-    keep(THE_FUN, field(data, "fun"));
-    keep(THE_ARGS, field(data, "args"));
-    keep(THE_TAG, field(data, "tag"));
+    store(TASK_FUN, field(data, "fun"));
+    store(TASK_ARGS, field(data, "args"));
+    store(TASK_TAG, field(data, "tag"));
     return 1;
 }
 
-/* The same of one that came in parts. */
+/* Stores a task whose function, arguments and tag are separate objects. R may jump. */
 void rustcluster_take_call(void *fun, void *args, void *tag)
 {
-    prepare();
-    timed = 0;
-    keep(THE_FUN, (SEXP) fun);
-    keep(THE_ARGS, (SEXP) args);
-    keep(THE_TAG, (SEXP) tag);
+    make_objects();
+    is_timed = 0;
+    store(TASK_FUN, (SEXP) fun);
+    store(TASK_ARGS, (SEXP) args);
+    store(TASK_TAG, (SEXP) tag);
 }
 
-/* The names of a list, or NULL. */
+/* Returns the names of a list, or NULL. */
 static SEXP names_of(SEXP list)
 {
     SEXP names = Rf_getAttrib(list, R_NamesSymbol);
@@ -134,9 +136,9 @@ static SEXP names_of(SEXP list)
     return TYPEOF(names) == STRSXP ? names : NULL;
 }
 
-/* The arguments of one of many tasks that have `common`, a list of a function and of arguments.
- * `element`: its first argument, or, to be `spread`, a list of arguments. The result is not
- * protected. */
+/* Returns the arguments of a task of a job. `common`: a list of the function and of the list of arguments that all
+ * tasks of the job have. `element`: the first argument of this task, or, if `spread`, a list of its first arguments.
+ * The result is not protected. R may jump. */
 SEXP rustcluster_arguments(void *common, void *element, int spread)
 {
     SEXP rest = VECTOR_ELT((SEXP) common, 1);
@@ -161,46 +163,47 @@ SEXP rustcluster_arguments(void *common, void *element, int spread)
     return args;
 }
 
-/* Takes one of many tasks. */
+/* Stores a task of a job. The parameters are those of rustcluster_arguments(). R may jump. */
 void rustcluster_take_element(void *common, void *element, int spread)
 {
-    prepare();
-    timed = 0;
+    make_objects();
+    is_timed = 0;
     SEXP args = rustcluster_arguments(common, element, spread);
-    keep(THE_ARGS, args);
-    keep(THE_FUN, VECTOR_ELT((SEXP) common, 0));
-    keep(THE_TAG, R_NilValue);
+    store(TASK_ARGS, args);
+    store(TASK_FUN, VECTOR_ELT((SEXP) common, 0));
+    store(TASK_TAG, R_NilValue);
 }
 
-/* The value of the task that was taken; `with_time`: for rustcluster_end_task(). */
+/* Runs the stored task and returns its value, which is not protected. `with_time`: whether to measure its time, for
+ * rustcluster_end_task(). R may jump. */
 SEXP rustcluster_run_task(int with_time)
 {
-    SEXP call = PROTECT(call_of(VECTOR_ELT(kept, THE_FUN), VECTOR_ELT(kept, THE_ARGS)));
-    /* A frame of its own for each task, where workCommand() has its own: what a task assigns in
-     * its caller's frame is gone after it. */
-    SEXP caller = PROTECT(R_NewEnv(VECTOR_ELT(kept, CALLER), FALSE, 0));
+    SEXP call = PROTECT(call_of(VECTOR_ELT(objects, TASK_FUN), VECTOR_ELT(objects, TASK_ARGS)));
+    /* The caller of the task, in place of the frame of workCommand(). Each task has a new one, so that its
+     * assignments in the caller's frame do not outlive it. */
+    SEXP caller = PROTECT(R_NewEnv(VECTOR_ELT(objects, CALLER), FALSE, 0));
 
     if (with_time) {
-        now(began);
-        timed = 1;
+        proc_time(start_time);
+        is_timed = 1;
     }
     SEXP value = Rf_eval(call, caller);
     UNPROTECT(2);
     return value;
 }
 
-/* Ends the task: its tag, and in `time` the difference of two proc.time()s. The tag is not
- * protected. */
+/* Ends the stored task and releases its objects. Stores its times in `time`, in the order of proc.time(), or zeros if
+ * they were not measured. Returns its tag, which is not protected. R may jump. */
 SEXP rustcluster_end_task(double time[5])
 {
-    prepare();
-    now(time);
+    make_objects();
+    proc_time(time);
     for (int i = 0; i < 5; i++)
-        time[i] = timed ? time[i] - began[i] : 0;
-    SEXP tag = VECTOR_ELT(kept, THE_TAG);
-    timed = 0;
-    keep(THE_FUN, R_NilValue);
-    keep(THE_ARGS, R_NilValue);
-    keep(THE_TAG, R_NilValue);
+        time[i] = is_timed ? time[i] - start_time[i] : 0;
+    SEXP tag = VECTOR_ELT(objects, TASK_TAG);
+    is_timed = 0;
+    store(TASK_FUN, R_NilValue);
+    store(TASK_ARGS, R_NilValue);
+    store(TASK_TAG, R_NilValue);
     return tag;
 }

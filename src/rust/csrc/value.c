@@ -1,12 +1,11 @@
-/* What is looked at in R's objects through macros or functions that extendr does not have. None of
- * these jumps. */
+/* Accessors of R objects for which extendr has no binding. R does not jump unless a comment says so. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
 #include <Rversion.h>
 #include <limits.h>
 
-/* Of a vector. 0: no attributes; 1: names only; 2: others. */
+/* Returns which attributes an object has: 0 for none, 1 for names only, 2 for others. */
 int rustcluster_attributes(void *value)
 {
     SEXP of = (SEXP) value;
@@ -24,12 +23,13 @@ int rustcluster_attributes(void *value)
     return named ? 1 : 2;
 }
 
-/* Of a vector that has no attributes but names. */
+/* Returns the names of a vector whose only attribute they are. */
 SEXP rustcluster_names(void *value)
 {
     return Rf_getAttrib((SEXP) value, R_NamesSymbol);
 }
 
+/* Returns the environment of a closure. */
 SEXP rustcluster_closure_env(void *function)
 {
 #if R_VERSION >= R_Version(4, 5, 0)
@@ -39,7 +39,7 @@ SEXP rustcluster_closure_env(void *function)
 #endif
 }
 
-/* Whether two closures are of the same code, in the same environment. */
+/* Returns whether two closures have identical (not only equal) formals, bodies and environments. */
 int rustcluster_same_closure(void *a, void *b)
 {
     SEXP x = (SEXP) a, y = (SEXP) b;
@@ -52,13 +52,13 @@ int rustcluster_same_closure(void *a, void *b)
     return same && rustcluster_closure_env(x) == rustcluster_closure_env(y);
 }
 
-/* Whether it is where the source of functions is kept. */
+/* Returns whether an object is a srcfile: the environment that has the source of functions. */
 int rustcluster_is_source(void *value)
 {
     return Rf_inherits((SEXP) value, "srcfile");
 }
 
-/* Where the data of such an environment's parse tree is, or NULL. */
+/* Returns the address of the parse data of a srcfile, or NULL if it has none. */
 const void *rustcluster_parse_data(void *value)
 {
 #if R_VERSION >= R_Version(4, 5, 0)
@@ -70,7 +70,7 @@ const void *rustcluster_parse_data(void *value)
     return TYPEOF(data) == INTSXP ? DATAPTR_OR_NULL(data) : NULL;
 }
 
-/* An element of a list or of a plain vector of strings, numbers or logical values, from 0; not
+/* Returns element `at`, from 0, of a list or of a vector of strings, numbers or logical values. The result is not
  * protected. R may jump. */
 SEXP rustcluster_element(void *vector, R_xlen_t at)
 {
@@ -88,11 +88,11 @@ SEXP rustcluster_element(void *vector, R_xlen_t at)
     case REALSXP:
         return Rf_ScalarReal(REAL_ELT(from, at));
     default:
-        Rf_error("not a vector of elements");
+        Rf_error("neither a list nor a vector of strings, numbers or logical values");
     }
 }
 
-/* The value of a function of a number, not protected. R may jump. */
+/* Calls an R function with a number. The result is not protected. R may jump. */
 SEXP rustcluster_call_with(void *function, double number)
 {
     SEXP call = PROTECT(Rf_lang2((SEXP) function, R_NilValue));
@@ -103,7 +103,7 @@ SEXP rustcluster_call_with(void *function, double number)
     return value;
 }
 
-/* Whether it is what parallel takes for an error. */
+/* Returns whether parallel treats an object as an error. */
 int rustcluster_is_error(void *value)
 {
     return Rf_isObject((SEXP) value) && Rf_inherits((SEXP) value, "try-error");

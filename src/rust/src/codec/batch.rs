@@ -231,7 +231,7 @@ pub unsafe fn read_seed(body: &mut Body) -> [c_int; SEED] {
 /// # Safety
 /// The same as for [`read_bytes`]; R also jumps if the bytes are no value.
 pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
-    const DAMAGED_BATCH: *const c_char = c"a message that is damaged".as_ptr();
+    const DAMAGED_BATCH: *const c_char = c"damaged message".as_ptr();
     // SAFETY: guaranteed by the caller. No frame here owns anything that needs to be dropped when R jumps.
     unsafe {
         let mut kind = [0];

@@ -356,7 +356,7 @@ struct PlainReader<'a> {
 
 impl PlainReader<'_> {
     unsafe fn bad(&self) -> ! {
-        const DAMAGED: *const c_char = c"a message that is damaged or cut short".as_ptr();
+        const DAMAGED: *const c_char = c"damaged or truncated message".as_ptr();
         // SAFETY: this jumps; the message has no format directive.
         unsafe { Rf_error(DAMAGED) }
     }

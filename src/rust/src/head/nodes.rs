@@ -285,9 +285,9 @@ pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj,
                 return answer;
             }
             let answer = Rf_protect(answer);
-            let placed = rustcluster_placed((*reading).node_index, answer.cast());
+            let indexed = rustcluster_indexed_answer((*reading).node_index, answer.cast());
             Rf_unprotect(1);
-            placed
+            indexed
         }
     }
     plain::join(&mut body);
@@ -306,7 +306,7 @@ pub fn read_answer(mut body: Body, node_index: i32) -> std::result::Result<Robj,
     reason = "SEXP points to a type that is opaque on this side"
 )]
 unsafe extern "C" {
-    fn rustcluster_placed(node_index: c_int, answer: *mut c_void) -> SEXP;
+    fn rustcluster_indexed_answer(node_index: c_int, answer: *mut c_void) -> SEXP;
 }
 
 /// Returns the answer of a node to the oldest outstanding message. Returns `TRUE` if the answer has arrived and
