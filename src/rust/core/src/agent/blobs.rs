@@ -68,11 +68,11 @@ impl BlobStore {
             return self.forget(id, acts);
         }
         if flags & FIRST != 0 && self.blobs.insert(id, StoredBlob::default()).is_some() {
-            return Err(ProtocolError(format!("payload {id} comes again")));
+            return Err(ProtocolError(format!("blob {id} is sent twice")));
         }
         let blob = self.blobs.get_mut(&id).filter(|p| !p.complete);
         let Some(blob) = blob.filter(|_| flags & !(FIRST | LAST) == 0) else {
-            return Err(ProtocolError(format!("a bad chunk of payload {id}")));
+            return Err(ProtocolError(format!("unexpected chunk of blob {id}")));
         };
         blob.complete = flags & LAST != 0;
         let was_small = blob.len <= MAX_BODY;
@@ -107,7 +107,7 @@ impl BlobStore {
     pub fn len(&self, id: BlobId) -> Result<usize, ProtocolError> {
         let usable = |p: &&StoredBlob| p.complete && !p.forgotten;
         let blob = self.blobs.get(&id).filter(usable);
-        let unknown = || ProtocolError(format!("a message begins with unknown payload {id}"));
+        let unknown = || ProtocolError(format!("a message refers to unknown blob {id}"));
         blob.map(|blob| blob.len).ok_or_else(unknown)
     }
 
@@ -161,7 +161,9 @@ impl BlobStore {
     fn forget(&mut self, id: BlobId, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
         let blob = self.blobs.get_mut(&id).filter(|p| !p.forgotten);
         let Some(blob) = blob else {
-            return Err(ProtocolError(format!("unknown payload {id} is forgotten")));
+            return Err(ProtocolError(format!(
+                "request to forget unknown blob {id}"
+            )));
         };
         blob.forgotten = true;
         for worker in 0..self.given.len() as u32 {
