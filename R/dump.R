@@ -135,7 +135,7 @@ print.rustcluster_dump <- function(x, n = 24L, ...) {
   invisible(x)
 }
 
-busyFirst <- function(workers) workers[order(workers$state %in% c("idle", "gone"), workers$rank), ]
+busyFirst <- function(workers) workers[order(workers$state %in% c("idle", "terminated"), workers$rank), ]
 
 # Prints a paragraph for each row. Values that are unknown, FALSE or empty are left out.
 showRows <- function(heading, rows, key, n) {

@@ -1,4 +1,4 @@
-/* Makes R load the routines of the Rust library, and takes up the jumps that it had to let lie. */
+/* Registers the routines of the Rust library, and continues the R jumps that Rust code has stopped. */
 #define R_NO_REMAP
 #include <R.h>
 #include <Rinternals.h>
@@ -7,8 +7,8 @@
 void R_init_rustcluster_extendr(DllInfo *dll);
 void rustcluster_register_mapped(DllInfo *dll);
 
-/* The jump that a call of ours returned as a token: R's own code is all that lies between here
- * and its target, so nothing of Rust's is skipped. */
+/* Continues a jump. `token`: what a routine of the Rust library has returned instead of jumping. The jump skips
+ * only frames of R from here on, and no Rust frames. */
 SEXP rustcluster_continue_unwind(SEXP token)
 {
     R_ContinueUnwind(token);
@@ -19,7 +19,7 @@ void R_init_rustcluster(DllInfo *dll)
 {
     R_init_rustcluster_extendr(dll);
     rustcluster_register_mapped(dll);
-    /* extendr registers its own routines only; the one above is found by name. */
+    /* extendr registers only the routines of the Rust library. R finds the one above by its name. */
     R_useDynamicSymbols(dll, TRUE);
     R_forceSymbols(dll, FALSE);
 }

@@ -30,17 +30,17 @@ impl Agent {
     fn facts(&self) -> Facts {
         let mut facts = Facts::default();
         facts.add("agent_pid", std::process::id());
-        facts.add_seconds("up_for", self.now());
-        facts.add_debug("mode", self.start.mode);
+        facts.add_seconds("uptime", self.now());
+        facts.add_debug("start_method", self.start.mode);
         facts.add("workers", self.start.workers);
         facts.add("ending", self.ending);
-        facts.add("workers_to_make", self.to_make.len());
+        facts.add("workers_to_start", self.to_make.len());
         facts.add("bytes_to_head", self.to_head.len());
         facts.add("head_blocked", self.head_blocked);
         facts.add("bytes_from_head", self.received.len());
         facts.add("shared_memory", self.router.worker_table.shared_answers);
         self.router.facts(&mut facts);
-        facts.add_seconds("usual_wait", self.usual_wait);
+        facts.add_seconds("average_wait", self.average_wait);
         if let Some((total, available)) = memory::host_memory() {
             facts.add("memory_total", total);
             facts.add("memory_available", available);
@@ -74,7 +74,7 @@ mod tests {
         // A busy worker has no more facts, and none with longer names or values.
         let mut facts = Facts::default();
         for _ in 0..32 {
-            facts.add("unacknowledged_losses_of_it", u64::MAX);
+            facts.add("unacknowledged_failures_of_it", u64::MAX);
         }
         let of = (0..MAX_WORKERS as u32).map(|worker| (Some(worker), facts.clone()));
         let message = ToHead::Dump {

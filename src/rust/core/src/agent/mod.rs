@@ -151,7 +151,7 @@ pub struct Agent {
     memory: OutOfMemory,
     epoch: Instant,
     /// The average time that the agent has lately waited for events.
-    usual_wait: Duration,
+    average_wait: Duration,
     scratch: Vec<u8>,
 }
 
@@ -244,7 +244,7 @@ impl Agent {
             usage_survey: None,
             memory: OutOfMemory::start_counting(),
             epoch: Instant::now(),
-            usual_wait: Duration::ZERO,
+            average_wait: Duration::ZERO,
             scratch: vec![0; AGENT_READ],
         })
     }
@@ -297,7 +297,7 @@ impl Agent {
         }
         let began = Instant::now();
         let max_spin = timeout.map_or(AGENT_SPIN_TIME, |timeout| timeout.min(AGENT_SPIN_TIME));
-        if self.usual_wait <= max_spin && self.router.worker_table.at_most_one_is_busy() {
+        if self.average_wait <= max_spin && self.router.worker_table.at_most_one_is_busy() {
             while began.elapsed() < max_spin {
                 self.poll.poll(events, Some(Duration::ZERO))?;
                 if !events.is_empty() {
@@ -311,7 +311,8 @@ impl Agent {
         }
         // The average is bounded, so that after a pause a few short waits are enough to return to
         // polling.
-        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * AGENT_SPIN_TIME);
+        self.average_wait =
+            ((3 * self.average_wait + began.elapsed()) / 4).min(4 * AGENT_SPIN_TIME);
         Ok(())
     }
 
@@ -552,7 +553,7 @@ impl Agent {
                 }
                 Act::ReadAgain(worker) => self.read_again(worker),
                 Act::Close(worker) => {
-                    debug!(rank = self.number(worker), "worker told to end");
+                    debug!(rank = self.number(worker), "worker asked to stop");
                     self.close(worker);
                 }
                 Act::TempDir(worker, tempdir) => {

@@ -234,7 +234,7 @@ impl WorkerTable {
             WorkerPhase::Starting => facts.add("state", "starting"),
             WorkerPhase::Restoring { left } => {
                 facts.add("state", "restoring");
-                facts.add("restore_calls_left", left);
+                facts.add("setup_calls_to_replay", left);
             }
             WorkerPhase::Idle => facts.add("state", "idle"),
             WorkerPhase::Busy {
@@ -249,22 +249,22 @@ impl WorkerTable {
                 facts.add("message_complete", entry.complete);
                 facts.add("credit", entry.credit);
                 let left = |at: Now| format!("{:.3}", at.saturating_sub(now).as_secs_f64());
-                facts.add_some("killed_in", cancelled.map(left));
+                facts.add_some("kill_in", cancelled.map(left));
                 facts.add_some("timeout_in", deadline.map(left));
                 if let Some(offer) = entry.offered {
-                    facts.add_debug("shared_result", offer);
+                    facts.add_debug("shared_memory_result", offer);
                 }
             }
-            WorkerPhase::Terminated => facts.add("state", "gone"),
+            WorkerPhase::Terminated => facts.add("state", "terminated"),
         }
         facts.add("stopping", entry.stopping.is_some());
         facts.add("hung_up", entry.hung_up.is_some());
-        facts.add("came_up", entry.came_up);
-        facts.add("unacknowledged_losses", entry.unacknowledged);
+        facts.add("was_ready", entry.came_up);
+        facts.add("unacknowledged_failures", entry.unacknowledged);
         facts.add("setbacks", entry.setbacks);
-        facts.add("bytes_to_report", entry.passed);
-        facts.add("bytes_of_agent", entry.given);
-        facts.add("waits_for_restart", entry.restart_at.is_some());
+        facts.add("credit_to_report", entry.passed);
+        facts.add("bytes_from_agent", entry.given);
+        facts.add("awaiting_restart", entry.restart_at.is_some());
     }
 
     /// A worker is being started.

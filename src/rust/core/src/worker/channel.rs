@@ -108,7 +108,7 @@ pub struct Channel {
     /// The seed after the task, to be sent with its answer.
     seed_after: Option<Seed>,
     /// How long the worker has recently waited for the agent, on average.
-    usual_wait: Duration,
+    average_wait: Duration,
     /// The id of the process that serves tasks.
     owner: u32,
 }
@@ -117,7 +117,7 @@ pub struct Channel {
 fn map(file: &File, len: u64) -> io::Result<Bytes> {
     // Reading beyond the end of the file would kill the process.
     if file.metadata()?.len() != len {
-        return Err(io::Error::other("a payload of another length"));
+        return Err(io::Error::other("a blob of unexpected length"));
     }
     // SAFETY: the file has no name, and the agent has sealed it, so nobody writes to it or truncates it.
     // The mapping is private and read-only.
@@ -144,7 +144,7 @@ impl Channel {
             outgoing: Vec::new(),
             seeds_before: Vec::new(),
             seed_after: None,
-            usual_wait: Duration::ZERO,
+            average_wait: Duration::ZERO,
             owner: std::process::id(),
         }
     }
@@ -220,7 +220,7 @@ impl Channel {
                     if header.flags & BY_REFERENCE != 0 {
                         let named = |blob: &&Blob| Some(blob.id) == frame.number();
                         let blob = self.blob.as_ref().filter(named);
-                        let missing = || io::Error::other("a payload that has not been given");
+                        let missing = || io::Error::other("a message refers to an unknown blob");
                         next.blob = Some(blob.ok_or_else(missing)?.clone());
                     } else {
                         next.body.len += frame.body.len();
@@ -288,7 +288,7 @@ impl Channel {
         }
         let descriptor = self.descriptors.pop_front();
         let (Some(descriptor), Some(len)) = (descriptor, frame.number()) else {
-            return Err(io::Error::other("a payload without its memory"));
+            return Err(io::Error::other("a blob without its shared memory"));
         };
         let memory = File::from(descriptor);
         let bytes = map(&memory, len)?;
@@ -355,7 +355,7 @@ impl Channel {
     fn fill(&mut self) -> io::Result<usize> {
         let mut buffer = [0u8; 16 * 1024];
         let began = Instant::now();
-        let poll = *MAY_POLL && self.usual_wait <= MAX_POLL;
+        let poll = *MAY_POLL && self.average_wait <= MAX_POLL;
         let n = loop {
             let again = poll && began.elapsed() < MAX_POLL;
             match self.recv(&mut buffer, !again) {
@@ -369,7 +369,7 @@ impl Channel {
             }
         };
         // The bound lets a few short waits after a long pause suffice to resume polling.
-        self.usual_wait = ((3 * self.usual_wait + began.elapsed()) / 4).min(4 * MAX_POLL);
+        self.average_wait = ((3 * self.average_wait + began.elapsed()) / 4).min(4 * MAX_POLL);
         self.received.extend_from_slice(&buffer[..n]);
         Ok(n)
     }

@@ -111,7 +111,7 @@ pub struct Core {
     /// Counts the changes of the inbox and of `queued`.
     changes: u64,
     /// The average time that R has lately waited for answers.
-    usual_wait: Duration,
+    average_wait: Duration,
     /// The start of the cluster, from which times are counted.
     pub began: Instant,
     pub measure: Measure,
@@ -159,7 +159,7 @@ impl SharedCore {
                 ticking: false,
                 asleep: false,
                 changes: 0,
-                usual_wait: Duration::ZERO,
+                average_wait: Duration::ZERO,
                 began: Instant::now(),
                 measure: |_| None,
                 time_limit: None,
@@ -206,7 +206,7 @@ impl SharedCore {
         let began = Instant::now();
         let mut seen = core.changes;
         core.begin_reading(began, &self.taken_over);
-        let is_usual = core.usual_wait <= spin;
+        let is_usual = core.average_wait <= spin;
         let mut waited = Duration::ZERO;
         let mut interrupted = false;
         loop {
@@ -232,7 +232,7 @@ impl SharedCore {
             core.read_all();
             waited = began.elapsed();
         }
-        core.usual_wait = (3 * core.usual_wait + waited) / 4;
+        core.average_wait = (3 * core.average_wait + waited) / 4;
         core.end_reading(began + waited);
         found
     }
@@ -320,9 +320,9 @@ impl Core {
     pub fn facts(&self, facts: &mut Facts) {
         facts.add("stopping", self.stopping);
         facts.add_debug("reader", self.reader);
-        facts.add("r_waits", self.waiting);
+        facts.add("r_is_waiting", self.waiting);
         facts.add("queued_bytes", self.queued);
-        facts.add_seconds("usual_wait", self.usual_wait);
+        facts.add_seconds("average_wait", self.average_wait);
     }
 
     /// The number of changes of the inbox and of `queued`.

@@ -52,7 +52,7 @@ impl Hub {
         let answered = self.shared_core().wait(max, |core| {
             let mut hosts = core.inbox.hosts.iter().zip(&core.conns);
             let done = hosts.all(|(host, conn)| {
-                host.dump_asked != question || host.dump_told >= question || conn.end.is_some()
+                host.dump_asked != question || host.dump_answered >= question || conn.end.is_some()
             });
             done.then(|| dump_of(core, question))
         });
@@ -62,7 +62,7 @@ impl Hub {
 
 fn dump_of(core: &Core, question: u64) -> Dump {
     let mut cluster = Facts::default();
-    cluster.add_seconds("up_for", core.began.elapsed());
+    cluster.add_seconds("uptime", core.began.elapsed());
     core.facts(&mut cluster);
     core.scheduler.facts(&mut cluster);
     if let Some(setup_log) = &core.setup_log {
@@ -87,7 +87,7 @@ fn dump_of(core: &Core, question: u64) -> Dump {
         .inbox
         .hosts
         .iter()
-        .map(|host| match host.dump_told == question {
+        .map(|host| match host.dump_answered == question {
             true => host.dump.clone(),
             false => Vec::new(),
         });

@@ -150,7 +150,7 @@ pub struct HostView {
     /// The last question after its state that was asked.
     pub dump_asked: u64,
     /// The last question after its state that was answered.
-    pub dump_told: u64,
+    pub dump_answered: u64,
     /// The answer to the last question after its state: of the agent, and of its workers by rank.
     pub dump: Vec<(Option<Rank>, Facts)>,
     /// Whether the loss of the host, and an incomplete set-up log, have been reported to R or will be.
@@ -324,7 +324,7 @@ impl Inbox {
                 if question == host.dump_asked && host.dump.len() + of.len() <= max {
                     host.dump.extend(of);
                     if last {
-                        host.dump_told = question;
+                        host.dump_answered = question;
                     }
                 }
             }

@@ -114,9 +114,11 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             };
             worker("worker replaced", rank, format!("pid {pid}{killed}"))
         }
-        Note::Back { rank, pid } => worker("worker back", rank, format!("pid {pid}")),
+        Note::Back { rank, pid } => worker("worker restarted", rank, format!("pid {pid}")),
         Note::StateNotLogged { rank } => worker("set-up log full", rank, String::new()),
-        Note::Terminated { rank, termination } => worker("worker gone", rank, why(termination)),
+        Note::Terminated { rank, termination } => {
+            worker("worker terminated", rank, why(termination))
+        }
         Note::Ended {
             rank,
             timed_out: true,
@@ -129,7 +131,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
         Note::LeftBehind {
             agent, rank, pid, ..
         } => of(
-            "process left behind",
+            "process detached",
             Some(*agent),
             *rank,
             format!("pid {pid}"),

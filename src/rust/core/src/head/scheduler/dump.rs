@@ -29,7 +29,7 @@ impl Scheduler {
     /// Adds the facts about the cluster as a whole.
     pub fn facts(&self, facts: &mut Facts) {
         self.flow.facts(facts);
-        facts.add("untold_notes", self.notes.len());
+        facts.add("undelivered_notes", self.notes.len());
         self.calls.facts(facts);
     }
 
@@ -37,7 +37,7 @@ impl Scheduler {
     pub fn agent_facts(&self, at: usize, facts: &mut Facts) {
         if let Some(agent) = self.agents.get(at) {
             agent.out.facts(facts);
-            facts.add("losses_in_a_row", agent.failures);
+            facts.add("consecutive_worker_failures", agent.failures);
             self.flow.host_facts(at, facts);
         }
     }
@@ -51,8 +51,10 @@ impl Scheduler {
             WorkerState::Starting => "starting",
             WorkerState::Up if worker.current.is_some() => "busy",
             WorkerState::Up => "idle",
-            WorkerState::Terminated(termination) if termination.is_tried_again() => "gone, retried",
-            WorkerState::Terminated(_) => "gone",
+            WorkerState::Terminated(termination) if termination.is_tried_again() => {
+                "awaiting restart"
+            }
+            WorkerState::Terminated(_) => "terminated",
         };
         facts.add("state", state);
         facts.add("queue", worker.queue.len());
@@ -62,20 +64,20 @@ impl Scheduler {
             self.flow.result_facts(rank, facts);
         }
         if let Some(next) = &worker.next {
-            facts.add("next_task", next.task.id);
-            facts.add("next_message", phase(&next.phase));
-            facts.add("next_cancelled", next.cancelled);
-            facts.add("next_revoked", next.revoked);
+            facts.add("prefetched_task", next.task.id);
+            facts.add("prefetched_message", phase(&next.phase));
+            facts.add("prefetched_cancelled", next.cancelled);
+            facts.add("prefetched_revoked", next.revoked);
         }
         facts.add_some(
-            "awaits_retry_of",
+            "awaiting_retry_decision",
             worker.awaiting_retry.map(|(task, _)| task),
         );
-        facts.add("window", worker.window);
-        facts.add("away", worker.away);
+        facts.add("send_window", worker.window);
+        facts.add("awaiting_restore", worker.away);
         let stats = &worker.stats;
-        facts.add("done", stats.tasks);
-        facts.add("losses", stats.failures);
+        facts.add("tasks_done", stats.tasks);
+        facts.add("worker_failures", stats.failures);
         facts.add("bytes_in", stats.bytes_in);
         facts.add("bytes_out", stats.bytes_out);
     }
@@ -84,7 +86,7 @@ impl Scheduler {
         facts.add("task", current.task.id);
         facts.add("job", job(current.task.job));
         facts.add("message", phase(&current.phase));
-        facts.add("message_bytes_left", bytes(&current.task));
+        facts.add("message_bytes_to_send", bytes(&current.task));
         facts.add("cancelled", current.cancelled);
         facts.add_seconds("task_for", self.now.saturating_sub(current.times.assigned));
     }

@@ -45,9 +45,9 @@ impl CallQueue {
     /// Adds the facts about all calls to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("calls_waiting", self.waiting.len());
-        facts.add("calls_wanted", self.demanded.len());
+        facts.add("calls_demanded", self.demanded.len());
         facts.add_some("call_awaited", self.awaited);
-        facts.add("workers_kept_for_verb", self.reserved.len());
+        facts.add("workers_reserved", self.reserved.len());
     }
 
     /// Whether the result of this worker's task must arrive whatever the limit: R demands it, or a

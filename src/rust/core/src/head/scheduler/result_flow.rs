@@ -109,12 +109,12 @@ impl ResultFlow {
 
     /// Adds the facts about all results to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
-        facts.add_debug("wants", &self.demand);
-        facts.add("results_bytes", self.buffered);
-        facts.add("results_granted_bytes", self.reserved);
-        facts.add("results_limit", self.limit);
-        facts.add("blocked_on_credit", self.blocked.len());
-        facts.add("streaming", self.streaming);
+        facts.add_debug("demand", &self.demand);
+        facts.add("results_buffered", self.buffered);
+        facts.add("results_granted", self.reserved);
+        facts.add("buffer_limit", self.limit);
+        facts.add("results_blocked_on_credit", self.blocked.len());
+        facts.add("results_streaming", self.streaming);
         facts.add("unlimited", self.unlimited);
     }
 
@@ -124,13 +124,13 @@ impl ResultFlow {
             facts.add("result_bytes", incoming.received);
             facts.add("result_granted", incoming.granted);
             facts.add("blocked_on_credit", incoming.blocked);
-            facts.add_some("shared_result", incoming.announced);
+            facts.add_some("shared_memory_result", incoming.announced);
         }
     }
 
     /// Adds the facts about the results of a host to a bug report.
     pub(super) fn host_facts(&self, host: usize, facts: &mut Facts) {
-        facts.add_some("large_results_begun", self.beyond_window.get(host));
+        facts.add_some("large_results_started", self.beyond_window.get(host));
     }
 
     /// A worker has a task, whose result may arrive from now on. `dropped`: the result is not
