@@ -531,7 +531,8 @@ fn nonsense_after_the_greeting_costs_its_host_and_no_other() {
         send(&mut hub, rank, b"a task");
         let sent = bytes.clone();
         let sender = thread::spawn(move || {
-            // What is not an error by itself ends with the stream. It may be gone before the end.
+            // Bytes that are not an error by themselves end with the stream. The stream may close before all
+            // are written.
             let _ = mouth.write_all(&sent);
         });
         let reason = expect_lost(&mut hub, rank);
@@ -596,7 +597,7 @@ fn a_host_that_never_stops_sending_holds_up_no_other() {
     assert!(other.failure.unwrap().reason.contains("status 0"));
     expect_answers(&mut hub, 1);
     let flooder = hub.hosts()[0].pid.unwrap();
-    // The head has not waited for it: it has not been told of its end.
+    // The head has not waited for the flooder to end, and has not been notified of its end.
     signals::kill(-(flooder as i32), libc::SIGKILL).unwrap();
     failure(&hub, 0);
     flood.join().unwrap();
@@ -652,7 +653,7 @@ fn what_an_untrusted_peer_prints_without_end_is_bounded() {
     let path = scratch.file("hello", &greeting(hello()));
     let piece = wire(&Frame::new(Kind::Output, 0, 0, 0, vec![b'x'; 999].into()));
     scratch.file("output", &piece.repeat(2_000));
-    // When the head is told to go on there are 40 MB of it.
+    // There are 40 MB of output when the head goes on.
     let script = "cat \"$1\"; cd \"${1%/*}\"; while [ ! -e go ]; do sleep 0.01; done
         for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do cat output; done";
     let mut hub = Hub::start(vec![shell(script, &path)], hello(), LIMIT).unwrap();
@@ -744,7 +745,7 @@ fn blobs_reach_all_workers_of_all_hosts_and_nothing_is_left_of_them() {
     receive(&mut hub, 3);
     expect_shared(&mut hub, 4, id, &bytes, b"rest");
     hub.drop_blob(id);
-    // Each has done something since it was told to let go of it.
+    // Each worker answers a task after the request to unmap the blob.
     (0..5).for_each(|rank| expect_answers(&mut hub, rank));
     let of_agents = hub.hosts().into_iter().filter_map(|host| host.pid);
     let of_workers = (0..5).filter_map(|rank| hub.worker(rank).pid);
@@ -1153,7 +1154,7 @@ fn kill(pid: u32) {
     let _ = signals::kill(pid as i32, libc::SIGKILL);
 }
 
-/// Kills a worker and waits for the one that takes its place.
+/// Kills a worker and waits for its replacement.
 fn expect_replaced(hub: &Hub, rank: Rank) {
     let pid = hub.worker(rank).pid.unwrap();
     kill(pid);
@@ -1224,8 +1225,8 @@ fn a_restore_that_does_not_end_is_given_up_and_tried_again() {
     assert_eq!(failure.exit, Exit::Signal(9));
     assert!(failure.setback.restoring && failure.setback.pause == 1_000);
     assert!(failure.setback.stalled >= 300);
-    let tells = |event: &Event| matches!(event, Event::Lost { rank: 0, replaced: false, failure: told } if *told == failure);
-    assert!(hub.take_events().iter().any(tells));
+    let reports = |event: &Event| matches!(event, Event::Lost { rank: 0, replaced: false, failure: other } if *other == failure);
+    assert!(hub.take_events().iter().any(reports));
     assert!(hub.begin(0, 1, None, Turn::Last, |_| None).is_err());
     expect_answers(&mut hub, 1);
     // What was wrong there is over.

@@ -640,7 +640,7 @@ fn hub_close_job(handle: Robj, job: f64) -> Robj {
             return Ok(().into());
         }
         close_job(cluster, job);
-        // An interrupt kept R from taking these.
+        // An interrupt has prevented R from taking these.
         cluster.unread.set(None);
         cluster.called.set(None);
         Ok(events::events(cluster))

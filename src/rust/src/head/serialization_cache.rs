@@ -7,13 +7,13 @@
 //! objects, the bytes are compared. Other messages are neither compared nor made a blob, so that a message that
 //! is sent once has no additional cost.
 //!
-//! 1. The first message is sent as it is, and held.
+//! 1. The first message is sent as it is, and cached.
 //! 2. A second message that may equal the first becomes a blob, whether it does or not: the blob is that
-//!    message. The fingerprint of its bytes is kept.
+//!    message. The fingerprint of its bytes is stored.
 //! 3. Each further message is serialized only for its fingerprint. If the fingerprints are equal, the message
 //!    is the blob, and a host that lacks the blob gets it. If not, the message is treated as a first one.
 //!
-//! The cache holds one message and its blobs, until all tasks that were sent the message have been answered.
+//! The cache contains one message and its blobs, until all tasks that were sent the message have been answered.
 
 use crate::codec::plain::{self, rustcluster_attributes, rustcluster_names};
 use crate::codec::stream::Format;
@@ -34,7 +34,7 @@ unsafe extern "C" {
 pub struct CachedMessage {
     pub(super) job: JobId,
     pub(super) setup_call: Option<u64>,
-    /// The message is held, so that an equal address means the same object.
+    /// The message is kept alive, so that an equal address means the same object.
     message: Robj,
     /// The blobs of the message, in each format.
     pub(super) blobs: Vec<MadeBlob>,
@@ -42,7 +42,7 @@ pub struct CachedMessage {
     users: User,
 }
 
-/// Held by an outstanding task that has a [`CachedMessage`] message.
+/// A reference of an outstanding task to its [`CachedMessage`].
 pub type User = Rc<()>;
 
 /// A blob, and the fingerprint of its bytes.

@@ -140,8 +140,8 @@ impl SetupLog {
     }
 
     /// Records that a message to this worker begins with a blob of `len` bytes; `last`: the blob is the
-    /// whole message. Returns whether the blob must be kept from now on, until [`SetupLog::take_freed`]
-    /// returns it.
+    /// whole message. Returns whether the blob must be retained from now on, until
+    /// [`SetupLog::take_freed`] returns it.
     pub fn blob(&mut self, worker: u32, id: BlobId, len: usize, last: bool) -> bool {
         let memory = self.workers.get_mut(worker as usize);
         let open = memory.and_then(|memory| memory.open.as_mut());

@@ -121,7 +121,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
 fn read_some(reader: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match reader.read(buffer) {
-            Ok(0) => return Err(io::Error::other("the head is gone")),
+            Ok(0) => return Err(io::Error::other("the head has closed the connection")),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => return other,
         }

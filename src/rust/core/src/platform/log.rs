@@ -63,11 +63,11 @@ struct Settings {
     name: String,
 }
 
-/// The settings in force; null before the first. Those of before are never freed: another thread may be
-/// reading them.
+/// The current settings; null before they are set for the first time. Earlier settings are never freed, because
+/// another thread may be reading them.
 static SETTINGS: AtomicPtr<Settings> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Its descriptor stays the same when another file takes the place of the first.
+/// The log file. When another file replaces it, the descriptor stays the same.
 static FILE: OnceLock<File> = OnceLock::new();
 
 fn settings() -> Option<&'static Settings> {
@@ -77,7 +77,7 @@ fn settings() -> Option<&'static Settings> {
 
 fn put(settings: Settings) {
     SETTINGS.store(Box::leak(Box::new(settings)), Ordering::Release);
-    // Fails from the second time on, when it is in place already.
+    // Fails from the second call on, when the subscriber is installed already.
     let _ = tracing::subscriber::set_global_default(Log);
     tracing::callsite::rebuild_interest_cache();
 }
@@ -268,7 +268,7 @@ impl Subscriber for Log {
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let line = line(now.unwrap_or_default(), &settings.name, event);
-        // One write, so that lines stay whole. Nobody could be told of a full disk.
+        // One write, so that lines are not mixed. A failure, such as a full disk, cannot be reported anywhere.
         let _ = without_file_size_signal(|| file.write_all(line.as_bytes()));
     }
 

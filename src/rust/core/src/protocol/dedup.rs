@@ -248,7 +248,7 @@ pub struct ChunkCache {
 }
 
 impl ChunkCache {
-    /// Bytes that are kept.
+    /// The size of the cached chunks, in bytes.
     pub fn bytes(&self) -> usize {
         self.chunks.bytes
     }
@@ -270,7 +270,7 @@ impl ChunkCache {
         let flags = frame.header.flags;
         if flags & SAME != 0 {
             let bytes = self.look_up(&frame.body).ok_or_else(|| {
-                ProtocolError("a frame refers to chunks that are not kept".into())
+                ProtocolError("a frame refers to chunks that are not in the cache".into())
             })?;
             frame.header.len = bytes.len() as u32;
             frame.body = bytes;

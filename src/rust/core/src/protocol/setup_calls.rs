@@ -129,8 +129,8 @@ mod tests {
             let all = names.iter().copied().enumerate().map(|(value, name)| (name, value));
             prop_assert_eq!(run(calls.iter().map(|(name, &value)| (name, value))), run(all));
             // Each variable is set at most once between two calls of name 0.
-            let kept: Vec<u64> = calls.iter().map(|(name, _)| name).collect();
-            for part in kept.split(|&name| name == 0) {
+            let recorded: Vec<u64> = calls.iter().map(|(name, _)| name).collect();
+            for part in recorded.split(|&name| name == 0) {
                 let mut once = part.to_vec();
                 once.sort_unstable();
                 once.dedup();

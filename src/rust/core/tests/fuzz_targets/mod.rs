@@ -1,6 +1,6 @@
-//! What untrusted peers send: one function for each place where bytes from outside come in. Each
-//! takes any bytes, and panics if they do more than they may. `core/fuzz` looks for such bytes, and
-//! `fuzz_corpus.rs` replays what it has found.
+//! Fuzz targets: one function for each entry point of bytes from untrusted peers. Each takes any
+//! bytes, and panics if their effect is not permitted. `core/fuzz` searches for such bytes, and
+//! `fuzz_corpus.rs` replays its findings.
 
 use bytes::{Buf, Bytes, BytesMut};
 use rustcluster_core::agent::action::Act;
@@ -220,22 +220,22 @@ impl<'a> Script<'a> {
         taken
     }
 
-    /// A frame that may well be one of ours, as bytes: a few bytes of the script make many. Two of
-    /// the sizes stand for what has to do with blobs.
+    /// The bytes of a frame that may be valid: a few bytes of the script make many. Some sizes stand
+    /// for frames about blobs and time limits.
     fn frame(&mut self, kinds: [Kind; 4]) -> Vec<u8> {
         let what = self.byte();
         let mut kind = kinds[usize::from(what >> 6)];
         let flags = what & 31;
-        let (place, size) = (self.byte(), self.byte());
+        let (target, size) = (self.byte(), self.byte());
         if size == 252 {
-            let (worker, task) = (u32::from(place >> 5), u64::from(place & 31));
+            let (worker, task) = (u32::from(target >> 5), u64::from(target & 31));
             let last = flags & LAST != 0;
             let mut shared = Frame::blob_reference(worker, task, task % 4, last);
             shared.header.flags |= flags & !FIRST;
             return wire(&shared);
         }
         if size == 251 {
-            let (worker, task) = (u32::from(place >> 5), u64::from(place & 31));
+            let (worker, task) = (u32::from(target >> 5), u64::from(target & 31));
             return wire(&Frame::limit(
                 worker,
                 task,
@@ -255,8 +255,8 @@ impl<'a> Script<'a> {
         let header = Header {
             kind,
             flags,
-            worker: u32::from(place >> 5),
-            task: u64::from(place & 31),
+            worker: u32::from(target >> 5),
+            task: u64::from(target & 31),
             len,
         };
         let mut wire = header.to_bytes().to_vec();

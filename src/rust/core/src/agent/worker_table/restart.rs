@@ -1,11 +1,11 @@
-//! What the end of a worker means, and when another is started in its place.
+//! What the end of a worker means, and when a replacement is started.
 
 use super::{Ending, Now, WorkerPhase, WorkerTable};
 use crate::protocol::control::Setback;
 use std::time::Duration;
 
 /// After this many consecutive workers that ended before they were restored, the agent pauses
-/// before it starts the next one and tells the head.
+/// before it starts the next one, and reports this to the head.
 pub const SETBACKS: u32 = 3;
 
 /// The first of these pauses. Each is twice as long as the one before.

@@ -260,8 +260,8 @@ impl Hub {
         self.core().time_limit = limit;
     }
 
-    /// Tells each agent that has greeted what to start, or, without a plan, to end. The plans have
-    /// all ranks from 0.
+    /// Sends each agent that has greeted its plan, or, without a plan, the request to end. The plans
+    /// contain all ranks from 0.
     ///
     /// # Errors
     /// When a plan does not fit into one message.

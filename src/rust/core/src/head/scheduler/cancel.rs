@@ -105,16 +105,16 @@ impl Scheduler {
             self.drop_answer(rank);
         }
         let worker = &mut self.workers[rank as usize];
-        let mut kept = VecDeque::with_capacity(worker.queue.len());
+        let mut remaining = VecDeque::with_capacity(worker.queue.len());
         for task in mem::take(&mut worker.queue) {
             if matches(task.id, task.job) {
                 cancelled.push((task.id, task.job));
                 self.released += task.queued_bytes();
             } else {
-                kept.push_back(task);
+                remaining.push_back(task);
             }
         }
-        worker.queue = kept;
+        worker.queue = remaining;
         for (task, job) in cancelled {
             let outcome = Outcome::Cancelled;
             self.notes.push(Note::Done {

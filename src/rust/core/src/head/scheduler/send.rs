@@ -164,8 +164,8 @@ impl Scheduler {
             if let Some(next) = worker.next.take() {
                 // The agent has started the task, so that its chunks are not needed here any more.
                 let mut current = Current::new(next.task, None, self.now);
-                let kept = next.all_chunks.iter().map(|chunk| chunk.bytes.len());
-                self.released += kept.sum::<usize>() - current.task.queued_bytes();
+                let sizes = next.all_chunks.iter().map(|chunk| chunk.bytes.len());
+                self.released += sizes.sum::<usize>() - current.task.queued_bytes();
                 current.phase = next.phase;
                 if let Phase::Running = current.phase {
                     current.times.sent = Some(self.now);

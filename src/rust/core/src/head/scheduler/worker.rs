@@ -117,8 +117,8 @@ impl Worker {
             })
     }
 
-    /// Takes back the message that was being sent. The agent has a part of it, unless nothing was
-    /// sent yet. Returns the frame that tells the agent.
+    /// Aborts the message that was being sent. Returns the frame that makes the agent discard its
+    /// part of the message, or `None` if nothing was sent yet (`first`).
     pub(super) fn abort(&mut self, id: TaskId, first: bool) -> Option<Frame> {
         if first {
             return None;
