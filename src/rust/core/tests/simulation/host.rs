@@ -1,4 +1,4 @@
-//! Simulated hosts: the agent, as in `agent/`, without its system calls.
+//! Simulated hosts: the agent's decisions (`agent/`) without system calls.
 
 use crate::parts::{Facts, Pipe};
 use crate::worker::Process;
@@ -14,19 +14,19 @@ use rustcluster_core::protocol::ids::{BlobId, Rank};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::{HashMap, VecDeque};
 
-/// As the agent reads at a time.
+/// Maximum number of bytes that the agent reads at a time.
 pub const READ: usize = 256 * 1024;
-/// Agents stop reading from workers when so much waits for the head. Less than in reality, so
-/// that it happens.
+/// An agent stops reading from its workers when this many bytes wait to be sent to the head. Lower
+/// than in production, so that the simulation reaches it.
 pub const BACKLOG: usize = 512 * 1024;
 
-/// What ails a host.
+/// A persistent fault of a host.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Fault {
     None,
-    /// Workers end when they start a task.
+    /// Its workers crash when they start a task.
     Tasks,
-    /// They end before they can be given one.
+    /// Its workers crash before they are ready.
     Starts,
 }
 
@@ -39,19 +39,23 @@ pub struct Host {
     pub received: BytesMut,
     pub router: Router,
     acts: Vec<Act>,
-    /// Blobs in memory that is shared, with those that are complete.
+    /// Blobs in shared memory, and whether they are complete.
     pub stored: HashMap<BlobId, (BytesMut, bool)>,
     pub processes: Vec<Option<Process>>,
-    pub to_make: VecDeque<(u32, bool)>,
+    pub to_start: VecDeque<(u32, bool)>,
     pub to_head: OutBuf,
     pub up: Pipe,
     pub head_received: BytesMut,
 }
 
 impl Host {
-    pub fn new(ranks: &[Rank], stream: usize, (keep, state): (usize, usize)) -> Host {
+    pub fn new(
+        ranks: &[Rank],
+        stream: usize,
+        (chunk_cache, setup_log_limit): (usize, usize),
+    ) -> Host {
         let workers = ranks.len() as u32;
-        let mut router = Router::new(ranks.len(), keep, state);
+        let mut router = Router::new(ranks.len(), chunk_cache, setup_log_limit);
         router.worker_table.shared_answers = true;
         Host {
             lost: false,
@@ -64,15 +68,15 @@ impl Host {
             acts: Vec::new(),
             stored: HashMap::new(),
             processes: ranks.iter().map(|_| None).collect(),
-            to_make: (0..workers).map(|worker| (worker, false)).collect(),
+            to_start: (0..workers).map(|worker| (worker, false)).collect(),
             to_head: OutBuf::default(),
             up: Pipe::new(stream),
             head_received: BytesMut::new(),
         }
     }
 
-    pub fn read_head(&mut self, most: usize, now: Now, facts: &mut Facts) -> u64 {
-        let moved = self.down.read(&mut self.received, most);
+    pub fn read_head(&mut self, max: usize, now: Now, facts: &mut Facts) -> u64 {
+        let moved = self.down.read(&mut self.received, max);
         let result = self
             .router
             .from_head(&mut self.received, now, &mut self.acts);
@@ -83,7 +87,7 @@ impl Host {
         moved as u64
     }
 
-    /// Does what was decided.
+    /// Carries out the decisions of the router.
     fn act(&mut self, now: Now, facts: &mut Facts) {
         for act in std::mem::take(&mut self.acts) {
             match act {
@@ -95,7 +99,7 @@ impl Host {
                     self.check(&frame, facts);
                     self.to_head.push(&frame);
                 }
-                // There is none but in thought.
+                // There is no descriptor to close in the simulation.
                 Act::LetGo(worker) => assert!((worker as usize) < self.ranks.len()),
                 Act::Report(message) => {
                     match message {
@@ -104,8 +108,8 @@ impl Host {
                         }
                         ToHead::StateNotLogged { worker } => {
                             let rank = self.ranks[worker as usize];
-                            assert!(facts.places[rank as usize].kept, "said twice");
-                            facts.places[rank as usize].kept = false;
+                            assert!(facts.workers[rank as usize].is_logged, "reported twice");
+                            facts.workers[rank as usize].is_logged = false;
                         }
                         _ => {}
                     }
@@ -114,7 +118,10 @@ impl Host {
                 Act::ToWorker(frame) => self.send_worker(&frame, now),
                 Act::Store { blob, bytes, last } => {
                     let (stored, complete) = self.stored.entry(blob).or_default();
-                    assert!(!std::mem::replace(complete, last), "payload {blob}");
+                    assert!(
+                        !std::mem::replace(complete, last),
+                        "blob {blob} is already complete"
+                    );
                     stored.extend_from_slice(&bytes);
                 }
                 Act::Hand { frame } => {
@@ -122,7 +129,7 @@ impl Host {
                     assert!(*complete && frame.number() == Some(bytes.len() as u64));
                     let worker = frame.header.worker as usize;
                     if let Some(process) = &mut self.processes[worker] {
-                        process.along.push_back(bytes.clone().freeze());
+                        process.shared_memory.push_back(bytes.clone().freeze());
                     }
                     self.send_worker(&frame, now);
                 }
@@ -134,7 +141,7 @@ impl Host {
                     let frame = Frame::new(Kind::Cancel, 0, worker, task, Bytes::new());
                     self.send_worker(&frame, now);
                 }
-                // All that can be read is read at every step.
+                // Each step reads all that can be read.
                 Act::ReadAgain(_) => {}
                 Act::Close(worker) => {
                     if let Some(process) = &mut self.processes[worker as usize] {
@@ -143,17 +150,17 @@ impl Host {
                 }
                 Act::TempDir(worker, _) => {
                     let rank = self.ranks[worker as usize];
-                    facts.places[rank as usize].came_up = true;
+                    facts.workers[rank as usize].was_ready = true;
                 }
-                // It is not asked.
+                // The simulated head does not request these.
                 Act::Usage { .. } | Act::Dump { .. } => {}
                 Act::End => self.lost = true,
             }
         }
     }
 
-    /// What lasts on a worker, and how it leaves its random numbers, is what is known when its agent
-    /// has passed on the end of an answer.
+    /// Records the effects and the RNG state of a worker. They count from when its agent has forwarded the
+    /// end of the answer.
     fn check(&mut self, frame: &Frame, facts: &mut Facts) {
         let header = &frame.header;
         let worker = header.worker as usize;
@@ -162,7 +169,7 @@ impl Host {
             return;
         }
         if process.complete.is_none_or(|(task, _)| task != header.task) {
-            // It waited here, and has been dropped.
+            // The agent has dropped the prefetched task.
             assert_eq!(header.flags, LAST | ABORT);
             assert!(!facts.tasks[header.task as usize].started);
             return;
@@ -173,20 +180,20 @@ impl Host {
         }
         process.complete = None;
         process.answering = false;
-        let place = &mut facts.places[self.ranks[worker] as usize];
-        place.seed = process.worker.seed.clone();
+        let known = &mut facts.workers[self.ranks[worker] as usize];
+        known.seed = process.worker.seed.clone();
         let effect = facts.tasks[header.task as usize].effect;
         if header.flags & ABORT == 0 {
-            place.effects.extend(effect);
+            known.effects.extend(effect);
         } else {
-            // What an interrupted or late task may have done does not count.
+            // The effect of an interrupted or late task does not count.
             let effects = &mut process.worker.effects;
             effects.retain(|effect| effect.task != header.task);
         }
     }
 
-    /// A task may take so long from when its worker has all of it, and is not out of time once it
-    /// has begun to answer.
+    /// Checks that a task timed out rightly. Its time limit is measured from when its worker has the
+    /// complete message, and no longer applies once it has started to answer.
     fn check_time(&self, worker: u32, task: u64, now: Now, facts: &Facts) {
         let process = self.processes[worker as usize].as_ref();
         let process = process.expect("a process");
@@ -202,7 +209,7 @@ impl Host {
         if let Some(process) = &mut self.processes[header.worker as usize] {
             process.outgoing.push(frame);
             if header.kind != Kind::Data || header.task & REPLAY != 0 {
-                process.given += frame.wire_len();
+                process.bytes_from_agent += frame.wire_len();
             } else if header.flags & LAST != 0 {
                 process.complete = (header.flags & ABORT == 0).then_some((header.task, now));
             }
@@ -216,9 +223,9 @@ impl Host {
 
     fn report_up(&mut self, worker: u32, replaces: bool, facts: &mut Facts) {
         let rank = self.ranks[worker as usize];
-        let place = &mut facts.places[rank as usize];
-        place.setbacks = 0;
-        facts.seen.restored += usize::from(replaces && !place.effects.is_empty());
+        let known = &mut facts.workers[rank as usize];
+        known.setbacks = 0;
+        facts.seen.restored += usize::from(replaces && !known.effects.is_empty());
         let process = self.processes[worker as usize].as_mut();
         process.expect("a process").is_up = true;
         let pid = worker + 1000;
@@ -229,7 +236,7 @@ impl Host {
         });
     }
 
-    /// Time has passed.
+    /// Acts on deadlines that have passed.
     pub fn tick(&mut self, now: Now, facts: &mut Facts) -> u64 {
         let mut moved = 0;
         self.router.out_of_time(now, &mut self.acts);
@@ -244,54 +251,54 @@ impl Host {
         moved
     }
 
-    pub fn read_worker(&mut self, worker: u32, most: usize, now: Now, facts: &mut Facts) -> u64 {
+    pub fn read_worker(&mut self, worker: u32, max: usize, now: Now, facts: &mut Facts) -> u64 {
         if self.to_head.len() >= BACKLOG {
             return 0;
         }
         let mut moved = self.pass_on(worker, now, facts);
         if let Some(process) = &mut self.processes[worker as usize] {
-            if process.held.len() < HEADER_LEN + MAX_BODY {
-                moved += process.up.read(&mut process.held, most.min(READ)) as u64;
+            if process.unrouted.len() < HEADER_LEN + MAX_BODY {
+                moved += process.up.read(&mut process.unrouted, max.min(READ)) as u64;
                 moved += self.pass_on(worker, now, facts);
             }
         }
         moved
     }
 
-    /// Passes on the whole frames that are held, up to one that must wait.
+    /// Routes the complete frames that have been read from a worker, up to one that must wait.
     fn pass_on(&mut self, worker: u32, now: Now, facts: &mut Facts) -> u64 {
         let Some(process) = &mut self.processes[worker as usize] else {
             return 0;
         };
-        let mut held = std::mem::take(&mut process.held);
-        let before = held.len();
+        let mut unrouted = std::mem::take(&mut process.unrouted);
+        let before = unrouted.len();
         let result = self
             .router
-            .from_worker(worker, &mut held, now, &mut self.acts);
+            .from_worker(worker, &mut unrouted, now, &mut self.acts);
         result.expect("what a worker may send");
-        let moved = before - held.len();
+        let moved = before - unrouted.len();
         if let Some(process) = &mut self.processes[worker as usize] {
-            process.held = held;
+            process.unrouted = unrouted;
         }
         self.act(now, facts);
         moved as u64
     }
 
     pub fn on_exit(&mut self, worker: u32, now: Now, facts: &mut Facts) {
-        // An answer that was whole before the end still counts, if there is room for it.
+        // An answer that was complete before the exit still counts, if the backlog has room for it.
         while self.read_worker(worker, READ, now, facts) > 0 {}
         let process = self.processes[worker as usize].take().expect("a process");
         let rank = self.ranks[worker as usize];
-        let place = &mut facts.places[rank as usize];
-        place.setbacks += u32::from(!process.is_up);
-        let may_be_replaced = place.kept && place.came_up && place.setbacks < SETBACKS;
+        let known = &mut facts.workers[rank as usize];
+        known.setbacks += u32::from(!process.is_up);
+        let may_be_replaced = known.is_logged && known.was_ready && known.setbacks < SETBACKS;
         match self.router.exited(worker, true, now) {
             Ending::Stopped { timed_out } => {
                 self.report(&ToHead::WorkerStopped { worker, timed_out });
             }
             Ending::Replace => {
                 assert!(may_be_replaced);
-                self.to_make.push_back((worker, true));
+                self.to_start.push_back((worker, true));
             }
             Ending::Waits => assert!(!may_be_replaced),
             Ending::Lost { replaced, setback } => {
@@ -309,7 +316,7 @@ impl Host {
                     replaced,
                 });
                 if replaced {
-                    self.to_make.push_back((worker, true));
+                    self.to_start.push_back((worker, true));
                 }
             }
         }

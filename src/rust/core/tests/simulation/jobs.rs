@@ -1,8 +1,8 @@
-//! Jobs: the job engine and its planner, as they are, on the simulated cluster. Messages are made-up bytes here,
-//! answers a number of elements.
+//! Runs the real job engine, with its planner, on the simulated cluster. Messages and answers are synthetic bytes;
+//! the codec decides how many elements an answer contains.
 
 use crate::Sim;
-use crate::parts::{Draws, End, Manners, Task, part};
+use crate::parts::{End, OnInterrupt, RngUse, Task, part};
 use crate::r::{Ready, check_answer};
 use rand::Rng;
 use rustcluster_core::head::batching::Assignment;
@@ -19,51 +19,51 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// R looks for interrupts so often.
+/// The interval at which R checks for interrupts.
 const SLICE: Duration = Duration::from_millis(100);
 
-/// An element of the job that is open.
+/// The facts about an element of the open job.
 #[derive(Default)]
 struct Element {
-    /// The message that it is in.
+    /// The outstanding message that contains it.
     out: Option<TaskId>,
     /// It has a result.
     ended: bool,
     failures: usize,
-    /// It has failed, and its result is to be made.
+    /// It has failed without an answer, and R has not made its result yet.
     failed: bool,
-    /// Kills whoever starts it.
+    /// It kills each worker that starts it.
     poison: bool,
-    /// Never answers.
+    /// It never answers.
     stuck: bool,
 }
 
-/// The job that is open, besides its engine.
-pub struct Open {
+/// The facts about the open job.
+pub struct OpenJob {
     id: JobId,
     blob: BlobId,
-    /// Bytes of the blob, and the task whose message begins with them.
+    /// Length of the blob, and the task of whose message it is the beginning.
     len: usize,
     like: TaskId,
     elements: Vec<Element>,
-    /// Seconds of a task, about.
+    /// Approximate time that an element takes, in seconds.
     seconds: f64,
-    /// Results since somebody asked last.
-    began_with: usize,
-    /// What [`Codec::gather`] has put together last.
+    /// Number of results of earlier jobs.
+    results_before: usize,
+    /// The elements and the time budget of the last call of [`Codec::gather`].
     gathered: (Vec<usize>, Duration),
     /// The message that is being written.
     writing: Option<TaskId>,
-    /// The turn of the message that is being given out again.
+    /// The `order` of the lost message whose elements are being sent again.
     again: Option<Option<TaskId>>,
-    /// Nothing goes wrong any more.
+    /// No faults and no interrupts happen.
     calm: bool,
     policy: Policy,
-    /// Messages that the engine was told are lost and that it is to forget.
+    /// Lost messages that have been reported to the engine and that it has not forgotten yet.
     awaiting_retry: Vec<TaskId>,
 }
 
-/// Why the codec has stopped.
+/// Why the codec stops.
 #[derive(Debug)]
 pub enum Stop {
     /// R was interrupted.
@@ -72,19 +72,20 @@ pub enum Stop {
     Unread(TaskId),
 }
 
-/// The job engine's view of the simulation.
+/// The simulation as the job engine's [`Dispatch`].
 struct View<'a>(RefCell<&'a mut Sim>);
 
+/// The simulation as the job engine's [`Codec`].
 struct Elements<'a, 'b>(&'a View<'b>);
 
 impl Sim {
-    fn open(&mut self) -> &mut Open {
-        self.open.as_mut().expect("a job")
+    fn open_job(&mut self) -> &mut OpenJob {
+        self.open_job.as_mut().expect("a job")
     }
 
-    /// Begins a job on some of the workers, with nothing else for R to do meanwhile.
+    /// Begins a job on some of the workers. R does nothing else until it ends. `harmless`: without faults.
     pub fn begin_job(&mut self, harmless: bool) {
-        assert!(self.waiting.is_none() && self.writing.is_none() && self.open.is_none());
+        assert!(self.waiting.is_none() && self.writing.is_none() && self.open_job.is_none());
         self.resume = None;
         self.job += 1;
         let all = self.rng.random();
@@ -130,19 +131,19 @@ impl Sim {
         };
         let of_blob = match self.rng.random() {
             true => ranks.clone(),
-            // Others do not have it yet.
+            // Not all workers of the job have it yet.
             false => self.some_ranks(ranks[0]),
         };
         let blob = self.hub.begin_blob(&of_blob, false);
         self.hub.write(&part(like, false, 0, len));
         self.hub.finish_blob();
         self.notes();
-        // Without retries failures may be results.
+        // Without retries, worker failures may be raised as errors.
         let policy = Policy {
             retries: self.facts.retries,
             raises: self.facts.retries == 0 && self.rng.random(),
         };
-        let place = |&rank: &Rank| JobWorker {
+        let slot = |&rank: &Rank| JobWorker {
             rank,
             host: self.at[rank as usize].0,
             cores: self.rng.random_range(0..5),
@@ -154,7 +155,7 @@ impl Sim {
         };
         let setup = Setup {
             id: self.job,
-            slots: ranks.iter().map(place).collect(),
+            slots: ranks.iter().map(slot).collect(),
             tasks: count,
             assignment,
             order,
@@ -168,14 +169,14 @@ impl Sim {
                 .then(|| self.rng.random_range(0..1 << 20)),
         };
         let magnitude = self.rng.random_range(-6..0);
-        self.open = Some(Open {
+        self.open_job = Some(OpenJob {
             id: self.job,
             blob,
             len,
             like,
             elements,
             seconds: 10f64.powi(magnitude),
-            began_with: self.facts.seen.elements,
+            results_before: self.facts.seen.elements,
             gathered: (Vec::new(), Duration::ZERO),
             writing: None,
             again: None,
@@ -187,7 +188,7 @@ impl Sim {
         self.facts.seen.jobs += 1;
     }
 
-    /// R works at the job that is open, for a while, until that is over. Returns whether it is.
+    /// R runs the open job for a while. Returns whether the job has ended.
     pub fn step_job(&mut self) -> bool {
         let Some(mut engine) = self.engine.take() else {
             return true;
@@ -202,7 +203,7 @@ impl Sim {
         self.moved += 1;
         if !over {
             let (tasks, done, _) = engine.progress();
-            let open = self.open();
+            let open = self.open_job();
             let ended = open.elements.iter().filter(|element| element.ended).count();
             assert_eq!((tasks, done), (open.elements.len(), ended));
             self.engine = Some(engine);
@@ -214,43 +215,43 @@ impl Sim {
         true
     }
 
-    /// The job that is open is over.
+    /// Closes the open job. `complete`: whether all elements must have a result.
     pub fn close_job(&mut self, complete: bool) {
         self.engine = None;
-        let Some(open) = self.open.take() else {
+        let Some(open) = self.open_job.take() else {
             return;
         };
         if complete {
             assert!(open.elements.iter().all(|e| e.ended && e.out.is_none()));
-            self.facts.seen.done += 1;
+            self.facts.seen.jobs_done += 1;
         }
         let ended = open.elements.iter().filter(|element| element.ended).count();
-        assert_eq!(self.facts.seen.elements - open.began_with, ended);
+        assert_eq!(self.facts.seen.elements - open.results_before, ended);
         self.cancel_job(open.id);
         self.hub.drop_blob(open.blob);
         self.notes();
     }
 
-    /// A message has ended, or is not wanted any more: its elements are in none.
-    fn ends(&mut self, id: TaskId) -> Vec<usize> {
+    /// A message has ended or was withdrawn: it no longer contains its elements. Returns them.
+    fn return_elements(&mut self, id: TaskId) -> Vec<usize> {
         let elements = std::mem::take(&mut self.facts.tasks[id as usize].elements);
         for &at in &elements {
-            let out = self.open().elements[at].out.take();
-            assert_eq!(out, Some(id), "element {at} was elsewhere");
+            let out = self.open_job().elements[at].out.take();
+            assert_eq!(out, Some(id), "element {at} is in another message");
         }
         self.facts.tasks[id as usize].elements.clone_from(&elements);
         elements
     }
 
-    /// An element has failed without an answer.
-    fn fails(&mut self, at: usize) {
-        let element = &mut self.open().elements[at];
+    /// Records that an element has failed without an answer.
+    fn fail_element(&mut self, at: usize) {
+        let element = &mut self.open_job().elements[at];
         assert!(!element.ended && !std::mem::replace(&mut element.failed, true));
     }
 
-    /// An element has a result.
-    fn result(&mut self, at: usize) {
-        let element = &mut self.open().elements[at];
+    /// Records that an element has a result.
+    fn finish_element(&mut self, at: usize) {
+        let element = &mut self.open_job().elements[at];
         assert!(
             !std::mem::replace(&mut element.ended, true),
             "element {at} ends again"
@@ -258,9 +259,9 @@ impl Sim {
         self.facts.seen.elements += 1;
     }
 
-    /// What happens while R waits.
-    fn happens(&mut self, left: Duration) {
-        if self.open().calm {
+    /// Simulates what happens while R waits for at most `left`.
+    fn pass_time(&mut self, left: Duration) {
+        if self.open_job().calm {
             let before = self.moved;
             self.sweep();
             if self.moved == before {
@@ -324,48 +325,48 @@ impl Dispatch for View<'_> {
         let started = started.inspect_err(|_| assert!(sim.is_terminated(rank)))?;
         let id = sim.facts.tasks.len() as TaskId;
         assert_eq!(started.task, id);
-        sim.check_place(rank, started, false);
-        let place = &mut sim.facts.places[started.assigned as usize];
-        place.is_substitute |= started.assigned != rank;
+        sim.check_assigned(rank, started, false);
+        let known = &mut sim.facts.workers[started.assigned as usize];
+        known.had_reassigned |= started.assigned != rank;
         if turn == Turn::Prefetch {
-            sim.facts.seen.prefetched += 1;
+            sim.facts.seen.prefetched_messages += 1;
         }
         let answer_len = match sim.rng.random_range(0..30) {
             0 => sim.size(true).min(100_000),
             _ => sim.rng.random_range(0..300),
         };
-        let again = sim.open().again.filter(|_| turn == Turn::First);
+        let again = sim.open_job().again.filter(|_| turn == Turn::First);
         sim.facts.tasks.push(Task {
             owner: rank,
-            place: started.assigned,
+            assigned: started.assigned,
             job,
             answer_len,
-            manners: match sim.rng.random_range(0..3) {
-                0 => Manners::Stop,
-                1 => Manners::Restart,
-                _ => Manners::Ignore,
+            on_interrupt: match sim.rng.random_range(0..3) {
+                0 => OnInterrupt::Stop,
+                1 => OnInterrupt::Restart,
+                _ => OnInterrupt::Ignore,
             },
-            draws: match sim.rng.random_range(0..3) {
-                0 => Draws::from_number(sim.rng.random()),
-                _ => Draws::Nothing,
+            rng_use: match sim.rng.random_range(0..3) {
+                0 => RngUse::from_number(sim.rng.random()),
+                _ => RngUse::Nothing,
             },
             prefetch: turn == Turn::Prefetch,
             own_limit: limit,
             limit: limit.into_iter().chain(sim.setup.timeout).min(),
-            since: sim.facts.places[rank as usize].reported_seeds.len() - 1,
-            turn: again.unwrap_or(Some(id)),
+            seeds_at_submission: sim.facts.workers[rank as usize].reported_seeds.len() - 1,
+            order: again.unwrap_or(Some(id)),
             ..Task::new(id)
         });
-        sim.open().writing = Some(id);
+        sim.open_job().writing = Some(id);
         Ok(started)
     }
 
     fn finish(&self) {
         let sim = &mut **self.0.borrow_mut();
-        let id = sim.open().writing.take().expect("a message");
+        let id = sim.open_job().writing.take().expect("a message");
         let task = &mut sim.facts.tasks[id as usize];
         task.complete = true;
-        task.open = true;
+        task.scheduled = true;
         sim.outstanding[task.owner as usize].push_back(id);
         sim.hub.finish();
         sim.notes();
@@ -373,20 +374,20 @@ impl Dispatch for View<'_> {
 
     fn abandon(&self) {
         let sim = &mut **self.0.borrow_mut();
-        let id = sim.open().writing.take().expect("a message");
+        let id = sim.open_job().writing.take().expect("a message");
         sim.withdraw(id);
-        sim.ends(id);
+        sim.return_elements(id);
         sim.hub.abandon();
         sim.notes();
         assert!(
-            !sim.facts.tasks[id as usize].open,
-            "abandoned task {id} lives"
+            !sim.facts.tasks[id as usize].scheduled,
+            "abandoned task {id} is still scheduled"
         );
     }
 
-    fn receive_any(&self, workers: &RankSet, most: Duration) -> Answer {
+    fn receive_any(&self, workers: &RankSet, max: Duration) -> Answer {
         let sim = &mut **self.0.borrow_mut();
-        let until = sim.now + most;
+        let until = sim.now + max;
         let answer = loop {
             let tasks = &sim.facts.tasks;
             let of_job = |id: TaskId| workers.contains(tasks[id as usize].owner);
@@ -399,13 +400,13 @@ impl Dispatch for View<'_> {
                 break answer;
             }
             let left = until.saturating_sub(sim.now);
-            let interrupted = !sim.open().calm && sim.rng.random_ratio(1, 200);
+            let interrupted = !sim.open_job().calm && sim.rng.random_ratio(1, 200);
             if left.is_zero() || interrupted || matches!(answer, Answer::NothingSent) {
                 return answer;
             }
             sim.hub
                 .with_scheduler(|scheduler| scheduler.demand(Demand::AnyOf(workers.clone())));
-            sim.happens(left);
+            sim.pass_time(left);
             sim.notes();
             sim.hub
                 .with_scheduler(|scheduler| scheduler.demand(Demand::Nothing));
@@ -415,25 +416,25 @@ impl Dispatch for View<'_> {
             Answer::Ready { task, .. } => sim.end(*task, End::Answer),
             Answer::TimedOut { task, .. } => {
                 sim.end(*task, End::TimedOut);
-                for at in sim.ends(*task) {
-                    sim.fails(at);
+                for at in sim.return_elements(*task) {
+                    sim.fail_element(at);
                 }
             }
             Answer::Revoked { task, .. } => {
                 sim.end(*task, End::Revoked);
-                sim.ends(*task);
+                sim.return_elements(*task);
             }
             Answer::Lost { task, .. } => {
                 let lost = &mut sim.facts.tasks[*task as usize];
-                lost.told += 1;
-                assert_eq!(lost.told, lost.failures);
-                // What follows waits for what becomes of these.
-                let turn = lost.turn;
-                sim.open().again = Some(turn);
-                sim.open().awaiting_retry.push(*task);
-                sim.ends(*task);
+                lost.reported_failures += 1;
+                assert_eq!(lost.reported_failures, lost.failures);
+                // Later tasks wait until the engine has decided about these elements.
+                let order = lost.order;
+                sim.open_job().again = Some(order);
+                sim.open_job().awaiting_retry.push(*task);
+                sim.return_elements(*task);
             }
-            // The job gives up none.
+            // The engine abandons no task, so this one is of another job.
             Answer::GivenUp { task, .. } => {
                 assert!(sim.facts.tasks[*task as usize].job != sim.job);
                 sim.end(*task, End::GivenUp);
@@ -446,18 +447,18 @@ impl Dispatch for View<'_> {
 
     fn revoke(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
-        sim.facts.tasks[task as usize].asked_back = true;
+        sim.facts.tasks[task as usize].revoke_requested = true;
         sim.hub.revoke(task);
         sim.notes();
     }
 
     fn forget(&self, task: TaskId) {
         let sim = &mut **self.0.borrow_mut();
-        let awaiting_retry = &mut sim.open().awaiting_retry;
+        let awaiting_retry = &mut sim.open_job().awaiting_retry;
         let at = awaiting_retry.iter().position(|&other| other == task);
-        awaiting_retry.remove(at.expect("a message that was lost"));
-        sim.open().again = None;
-        sim.end(task, End::Settled);
+        awaiting_retry.remove(at.expect("a lost message"));
+        sim.open_job().again = None;
+        sim.end(task, End::Forgotten);
         sim.hub.forget(task);
         sim.notes();
     }
@@ -467,14 +468,14 @@ impl Codec for Elements<'_, '_> {
     type Stop = Stop;
 
     fn takes_batches(&self, rank: Rank) -> bool {
-        // Those of the other kind of R are as many as they were.
+        // Some workers have an R version that does not take batches.
         rank % 7 != 3
     }
 
-    fn gather(&mut self, tasks: &[usize], most: Duration) -> Result<(usize, Form), Stop> {
+    fn gather(&mut self, tasks: &[usize], max: Duration) -> Result<(usize, Form), Stop> {
         let sim = &mut **self.0.0.borrow_mut();
         assert!(!tasks.is_empty());
-        if !sim.open().calm && sim.rng.random_ratio(1, 300) {
+        if !sim.open_job().calm && sim.rng.random_ratio(1, 300) {
             return Err(Stop::Interrupted);
         }
         let (count, form) = match sim.rng.random_range(0..12) {
@@ -483,38 +484,35 @@ impl Codec for Elements<'_, '_> {
             2 => (sim.rng.random_range(1..=tasks.len()), Form::Batch),
             _ => (tasks.len(), Form::Batch),
         };
-        sim.open().gathered = (tasks[..count].to_vec(), most);
+        sim.open_job().gathered = (tasks[..count].to_vec(), max);
         Ok((count, form))
     }
 
-    fn write(&mut self, place: Rank, first: usize, form: Form) -> Result<(), Stop> {
+    fn write(&mut self, rank: Rank, first: usize, form: Form) -> Result<(), Stop> {
         let sim = &mut **self.0.0.borrow_mut();
-        let (gathered, most) = std::mem::take(&mut sim.open().gathered);
+        let (gathered, max) = std::mem::take(&mut sim.open_job().gathered);
         let elements = match form {
             Form::Batch => gathered,
             Form::Long | Form::Single => vec![first],
         };
         assert_eq!(elements.first(), Some(&first));
-        let open = sim.open.as_mut().expect("a job");
+        let open = sim.open_job.as_mut().expect("a job");
         let id = open.writing.expect("a message");
         for &at in &elements {
             let element = &mut open.elements[at];
-            assert!(
-                !element.ended && !element.failed,
-                "element {at} is not to be done"
-            );
+            assert!(!element.ended && !element.failed, "element {at} has ended");
             assert_eq!(
                 element.out.replace(id),
                 None,
-                "element {at} is given out twice"
+                "element {at} is in two messages"
             );
         }
-        sim.facts.seen.together += usize::from(elements.len() > 1);
+        sim.facts.seen.batches += usize::from(elements.len() > 1);
         let (poison, stuck) = (
             elements.iter().any(|&at| open.elements[at].poison),
             elements.iter().any(|&at| open.elements[at].stuck),
         );
-        let begins = match form {
+        let prefix = match form {
             Form::Batch | Form::Long => (open.like, open.len),
             Form::Single => (id, 0),
         };
@@ -523,25 +521,25 @@ impl Codec for Elements<'_, '_> {
             _ => sim.rng.random_range(0..2_000),
         };
         let task = &mut sim.facts.tasks[id as usize];
-        assert_eq!(task.place, place);
-        task.begins = begins;
-        task.len = begins.1 + rest;
+        assert_eq!(task.assigned, rank);
+        task.prefix = prefix;
+        task.len = prefix.1 + rest;
         task.elements = elements;
-        task.most = if form == Form::Batch {
-            most
+        task.time_budget = if form == Form::Batch {
+            max
         } else {
             Duration::ZERO
         };
         task.poison = poison;
         task.stuck = stuck;
-        let message = part(id, false, begins.1, rest);
+        let message = part(id, false, prefix.1, rest);
         let cut = sim.rng.random_range(0..=rest);
         sim.hub.write(&message[..cut]);
-        let stops = !sim.open().calm && sim.rng.random_ratio(1, 300);
+        let stops = !sim.open_job().calm && sim.rng.random_ratio(1, 300);
         if !stops {
             sim.hub.write(&message[cut..]);
         }
-        sim.facts.tasks[id as usize].open = sim.hub.expects(id);
+        sim.facts.tasks[id as usize].scheduled = sim.hub.expects(id);
         sim.notes();
         if stops {
             return Err(Stop::Interrupted);
@@ -549,13 +547,13 @@ impl Codec for Elements<'_, '_> {
         Ok(())
     }
 
-    fn resend_blob(&mut self, blob: BlobId, place: Rank) -> Result<(), Stop> {
+    fn resend_blob(&mut self, blob: BlobId, rank: Rank) -> Result<(), Stop> {
         let sim = &mut **self.0.0.borrow_mut();
-        let (like, len) = (sim.open().like, sim.open().len);
-        assert_eq!(blob, sim.open().blob);
-        assert!(!sim.hub.has_blob(place, blob));
-        sim.facts.seen.blobs_again += 1;
-        sim.hub.begin_blob_again(blob, place);
+        let (like, len) = (sim.open_job().like, sim.open_job().len);
+        assert_eq!(blob, sim.open_job().blob);
+        assert!(!sim.hub.has_blob(rank, blob));
+        sim.facts.seen.blobs_resent += 1;
+        sim.hub.begin_blob_again(blob, rank);
         sim.hub.write(&part(like, false, 0, len));
         sim.hub.finish_blob();
         sim.notes();
@@ -569,24 +567,24 @@ impl Codec for Elements<'_, '_> {
     fn take(&mut self, on: Rank, task: TaskId, tasks: &[usize], body: Body) -> Result<Taken, Stop> {
         let sim = &mut **self.0.0.borrow_mut();
         let known = &sim.facts.tasks[task as usize];
-        assert_eq!(known.place, on);
-        assert_eq!(known.elements, tasks, "the answer is one to other elements");
+        assert_eq!(known.assigned, on);
+        assert_eq!(known.elements, tasks, "the answer is for other elements");
         assert_eq!(known.end, Some(End::Answer));
-        let comes_back = !known.most.is_zero() && sim.rng.random_ratio(1, 10);
+        let returns_part = !known.time_budget.is_zero() && sim.rng.random_ratio(1, 10);
         check_answer(task, known.answer_len, &body);
-        if !sim.open().calm && sim.rng.random_ratio(1, 60) {
+        if !sim.open_job().calm && sim.rng.random_ratio(1, 60) {
             return Err(Stop::Unread(task));
         }
-        let count = match comes_back {
+        let count = match returns_part {
             true => sim.rng.random_range(1..=tasks.len()),
             false => tasks.len(),
         };
-        sim.facts.seen.come_back += usize::from(count < tasks.len());
-        sim.ends(task);
+        sim.facts.seen.partly_returned += usize::from(count < tasks.len());
+        sim.return_elements(task);
         for &at in &tasks[..count] {
-            sim.result(at);
+            sim.finish_element(at);
         }
-        let seconds = sim.open().seconds * count as f64 * sim.rng.random_range(0.1..10.0);
+        let seconds = sim.open_job().seconds * count as f64 * sim.rng.random_range(0.1..10.0);
         let busy = Duration::from_secs_f64(seconds);
         Ok(Taken {
             tasks: count,
@@ -600,16 +598,16 @@ impl Codec for Elements<'_, '_> {
         let sim = &mut **self.0.0.borrow_mut();
         let lost = &sim.facts.tasks[failure.task as usize];
         assert_eq!(
-            (lost.place, lost.end),
-            (failure.assigned, Some(End::Settled))
+            (lost.assigned, lost.end),
+            (failure.assigned, Some(End::Forgotten))
         );
         assert_eq!(lost.elements, failure.tasks);
         assert_eq!(failure.now.is_some(), sim.is_terminated(failure.assigned));
         assert_ne!(*failure.termination, Termination::Stopped);
-        let Policy { retries, raises } = sim.open().policy;
+        let Policy { retries, raises } = sim.open_job().policy;
         assert!(!raises);
         for &at in &failure.tasks {
-            let element = &mut sim.open().elements[at];
+            let element = &mut sim.open_job().elements[at];
             element.failures += 1;
             let retried = element.failures <= retries;
             assert_eq!(
@@ -619,41 +617,44 @@ impl Codec for Elements<'_, '_> {
                 element.failures
             );
             if !retried {
-                sim.fails(at);
+                sim.fail_element(at);
             }
         }
-        sim.facts.seen.settled += 1;
+        sim.facts.seen.failed_messages += 1;
     }
 }
 
 impl View<'_> {
-    /// What R does when the engine needs it. Returns whether the job goes on.
+    /// Does what R does when the engine stops. Returns whether the job continues.
     fn go_on(&self, engine: &mut Job, halt: Halt<Stop>) -> bool {
         match halt {
             Halt::Codec(Stop::Unread(task)) => self.unread(engine, task),
             Halt::Failed(failed) => {
                 let sim = &mut **self.0.borrow_mut();
-                // R may be interrupted before it has made the results.
+                // R may be interrupted before it makes the results.
                 if sim.rng.random() {
                     return true;
                 }
-                sim.facts.seen.settled += usize::from(matches!(failed, Failed::TimedOut { .. }));
+                sim.facts.seen.failed_messages +=
+                    usize::from(matches!(failed, Failed::TimedOut { .. }));
                 for &at in failed.tasks() {
                     let failures = engine.failures(at);
-                    let element = &sim.open().elements[at];
+                    let element = &sim.open_job().elements[at];
                     assert!(element.failed);
                     assert_eq!(failures.len(), element.failures);
                     assert!(failures.iter().all(|failure| failure.tasks.contains(&at)));
-                    // Each retry is one of this element alone.
+                    // Each retry is a message with this element alone.
                     assert!(failures.iter().skip(1).all(|failure| failure.tasks == [at]));
-                    sim.result(at);
+                    sim.finish_element(at);
                 }
                 assert_eq!(engine.made(), Some(failed));
                 true
             }
             Halt::Lost(failure) => {
                 let sim = &mut **self.0.borrow_mut();
-                assert!(sim.open().policy.raises || *failure.termination == Termination::Stopped);
+                assert!(
+                    sim.open_job().policy.raises || *failure.termination == Termination::Stopped
+                );
                 false
             }
             Halt::Codec(Stop::Interrupted) => false,
@@ -661,27 +662,27 @@ impl View<'_> {
                 assert!(self.0.borrow().is_terminated(rank));
                 false
             }
-            Halt::Stuck => panic!("tasks are left and nothing is out"),
+            Halt::Stuck => panic!("tasks remain and no message is outstanding"),
         }
     }
 
-    /// The answer to this message cannot be read. Returns whether the job goes on.
+    /// The answer to this message cannot be read. Returns whether the job continues.
     fn unread(&self, engine: &mut Job, task: TaskId) -> bool {
         let elements = {
             let sim = &mut **self.0.borrow_mut();
-            sim.facts.seen.settled += 1;
-            // Nothing waits for what becomes of it.
-            sim.open().again = Some(None);
-            sim.ends(task)
+            sim.facts.seen.failed_messages += 1;
+            // No other task waits for a decision about it.
+            sim.open_job().again = Some(None);
+            sim.return_elements(task)
         };
         assert_eq!(*engine.tasks_of(task), elements);
         let ended = engine.unreadable(self, &mut Elements(self), task);
         let sim = &mut **self.0.borrow_mut();
-        sim.open().again = None;
+        sim.open_job().again = None;
         match (ended, &elements[..]) {
             (Ok(Some(ended)), &[at]) => {
                 assert_eq!(ended, at);
-                sim.result(at);
+                sim.finish_element(at);
                 true
             }
             (Ok(None), &[_, _, ..]) => true,

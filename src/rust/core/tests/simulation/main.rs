@@ -1,9 +1,12 @@
-//! Seeded simulation of a whole cluster: the head's scheduler, the agents' decisions and made-up
-//! workers, joined by byte streams that hold little and deliver in slices of any size.
+//! Seeded simulation of a whole cluster: the real hub, scheduler and job engine of the head, the real
+//! decisions of the agents, and simulated workers. They are connected by byte streams with small
+//! capacities, which deliver slices of any size.
 //!
-//! There is no process, socket or clock here, so one seed is one history, for ever. A seed that
-//! fails is printed; `RUSTCLUSTER_SEED=<n>` replays it alone, `RUSTCLUSTER_LONG_TESTS=1` runs
-//! 10,000 of them.
+//! The simulation has no processes, sockets or clocks, so that a seed always produces the same sequence
+//! of events. A seed that fails is printed. `RUSTCLUSTER_SEED=<n>` replays one seed;
+//! `RUSTCLUSTER_LONG_TESTS=1` runs 10,000 seeds.
+//!
+//! [`Facts`] records what the checks need to know about each task and each worker.
 
 #![allow(
     clippy::expect_used,
@@ -20,8 +23,8 @@ mod worker;
 
 use bytes::Bytes;
 use host::{BACKLOG, Fault, Host, READ};
-use jobs::Open;
-use parts::{End, Facts, LARGEST, Place, Seen, Task, slice};
+use jobs::OpenJob;
+use parts::{End, Facts, LARGEST, Seen, Task, WorkerFacts, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -41,10 +44,10 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use worker::Process;
 
-/// As the hub puts together for one write.
+/// Maximum number of bytes that the hub collects for one write.
 const WRITE: usize = 256 * 1024;
 
-/// How R takes answers.
+/// The order in which R takes answers.
 #[derive(Clone, Copy, PartialEq)]
 enum TakeOrder {
     ByRank,
@@ -52,41 +55,46 @@ enum TakeOrder {
     Mixed,
 }
 
+/// The parameters of a simulation.
 struct Setup {
     workers: usize,
     hosts: usize,
+    /// `buffer_limit` of the head, in bytes.
     limit: usize,
-    /// Bytes that a stream between head and agent holds.
+    /// Capacity of a stream between head and agent, in bytes.
     stream: usize,
-    /// Bytes that a worker's channel holds.
+    /// Capacity of a worker's channel, in bytes.
     channel: usize,
     /// 0: small messages and answers, 1: some large, 2: large answers.
     sizes: u32,
-    /// Chunks as our own workers and R's side cut them, or of any size.
+    /// Whether chunks have their maximum size, as in production, or any size.
     whole_chunks: bool,
     order: TakeOrder,
-    /// One in so many actions is a fault; 0: none.
+    /// One in this many chances for a fault is taken; 0: none.
     faults: u32,
-    /// One in so many tasks does what lasts.
-    setup_messages: u32,
-    /// How often a lost task is tried again.
+    /// One in this many tasks is a set-up call.
+    setup_calls: u32,
+    /// How often a task is retried after worker failures.
     retries: usize,
-    /// How long any task may take.
+    /// The time limit of all tasks.
     timeout: Option<Duration>,
-    /// Some tasks have time limits of their own.
+    /// Whether some tasks have time limits of their own.
     limits: bool,
-    /// One in so many tasks may be prefetched; 0: none.
+    /// One in this many tasks may be prefetched; 0: none.
     prefetch: u32,
-    /// One in so many chances to begin a job is taken.
+    /// One in this many chances to begin a job is taken.
     jobs: u32,
-    /// Bytes of chunks that agents keep, if they do.
-    keep: Option<usize>,
-    /// Bytes of what lasts that agents hold.
-    state: usize,
-    /// R may be blocked in sending, so that the limit does not hold.
+    /// Size of the chunk caches of agents in bytes, if they have one.
+    chunk_cache: Option<usize>,
+    /// Maximum size of the set-up log of an agent, in bytes.
+    setup_log_limit: usize,
+    /// Whether R may be blocked in sending, which suspends the buffer limit.
     blocking: bool,
+    /// Whether some workers read slowly.
     slow: bool,
+    /// Number of random actions.
     actions: usize,
+    /// Maximum size of a message or an answer, in bytes.
     largest: usize,
 }
 
@@ -98,7 +106,7 @@ impl Setup {
             _ => rng.random_range(1..=40),
         };
         let sizes = rng.random_range(0..3);
-        // Much data through narrow streams would only take long.
+        // Much data through narrow streams would only take a long time.
         let workers = if sizes == 2 { workers.min(8) } else { workers };
         let narrow = if sizes == 0 { 0 } else { 1 };
         let timeout = [0, 0, 100, 2_000, 20_000][rng.random_range(0..5)];
@@ -116,14 +124,14 @@ impl Setup {
                 _ => TakeOrder::Mixed,
             },
             faults: [0, 60, 10, 2][rng.random_range(0..4)],
-            setup_messages: [2, 6, 30][rng.random_range(0..3)],
+            setup_calls: [2, 6, 30][rng.random_range(0..3)],
             retries: rng.random_range(0..4),
             prefetch: [0, 1, 1, 2][rng.random_range(0..4)],
             jobs: [4, 12, 100][rng.random_range(0..3)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
             limits: rng.random_ratio(1, 3),
-            keep: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
-            state: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
+            chunk_cache: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
+            setup_log_limit: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
             blocking: rng.random_ratio(1, 6),
             slow: rng.random(),
             actions: 800 + 60 * workers,
@@ -138,36 +146,36 @@ struct Sim {
     now: Now,
     hub: Hub,
     hosts: Vec<Host>,
-    /// Where each worker is.
+    /// The host of each worker, and its index there.
     at: Vec<(usize, u32)>,
     facts: Facts,
     job: JobId,
-    /// Tasks sent and not received, by the worker that R gave them to, as the hub should know them.
+    /// Tasks whose answers R has not taken, by owner, as the hub must know them.
     outstanding: Vec<VecDeque<TaskId>>,
-    /// What R has not taken, in order, with the bytes it holds, as the hub should have it.
+    /// What the hub must have ready for R, in order, with its size in bytes.
     ready: VecDeque<(TaskId, usize, Ready)>,
-    /// Bytes the head should hold of answers that are not whole.
+    /// The incomplete answer of each worker: its task, and the bytes that the head must have of it.
     arriving: HashMap<Rank, (TaskId, usize)>,
     writing: Option<Message>,
-    /// Blobs that R has not dropped.
+    /// The blobs that R has not dropped.
     made: Vec<Made>,
     waiting: Option<Waiting>,
-    /// What R goes on waiting for when it has decided on a lost task.
+    /// What R continues to wait for after its decision about a lost task.
     resume: Option<Waiting>,
-    /// Anything that moved, ever.
+    /// Counts all progress: bytes that moved, and events.
     moved: u64,
-    /// The job engine's job that R works at, and what is known of it here.
+    /// The job engine of the open job, and the facts about that job.
     engine: Option<Job>,
-    open: Option<Open>,
-    /// How long the round trip to workers has taken in earlier jobs.
+    open_job: Option<OpenJob>,
+    /// The round-trip times to workers in earlier jobs, in seconds.
     rtts: HashMap<Rank, f64>,
-    /// The beginning of all times.
+    /// The instant at which the simulated time is 0.
     origin: Instant,
 }
 
 impl Sim {
     fn new(setup: Setup, mut rng: StdRng) -> Sim {
-        // Ranks are dealt at random, as they are when hosts are named in turn.
+        // Ranks are distributed at random: hosts may be listed in any order, several times.
         let mut ranks: Vec<Vec<Rank>> = vec![Vec::new(); setup.hosts];
         for rank in 0..setup.workers {
             let host = if rank < setup.hosts {
@@ -183,22 +191,23 @@ impl Sim {
                 at[rank as usize] = (host, index as u32);
             }
         }
-        let bounds = (setup.keep.unwrap_or(0), setup.state);
+        let bounds = (setup.chunk_cache.unwrap_or(0), setup.setup_log_limit);
         let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds);
         let hosts: Vec<Host> = ranks.iter().map(host).collect();
-        let hub = Hub::by_hand(ranks, setup.limit, setup.keep, setup.timeout).expect("descriptors");
+        let hub = Hub::by_hand(ranks, setup.limit, setup.chunk_cache, setup.timeout)
+            .expect("descriptors");
         Sim {
             hosts,
             hub,
             now: Duration::ZERO,
             at,
             facts: Facts {
-                // Their numbers begin with 1.
+                // The ids of tasks begin with 1.
                 tasks: vec![Task {
                     end: Some(End::Cancelled),
                     ..Task::new(0)
                 }],
-                places: (0..setup.workers).map(|_| Place::new()).collect(),
+                workers: (0..setup.workers).map(|_| WorkerFacts::new()).collect(),
                 retries: setup.retries,
                 seen: Seen::default(),
             },
@@ -212,7 +221,7 @@ impl Sim {
             resume: None,
             moved: 0,
             engine: None,
-            open: None,
+            open_job: None,
             rtts: HashMap::new(),
             origin: Instant::now(),
             setup,
@@ -221,12 +230,13 @@ impl Sim {
     }
 
     fn is_terminated(&self, rank: Rank) -> bool {
-        self.facts.places[rank as usize].termination
+        self.facts.workers[rank as usize].is_terminated
     }
 
     // ---- head and agents ----
 
-    fn flush(&mut self, at: usize, most: usize) {
+    /// The head writes to an agent.
+    fn flush(&mut self, at: usize, max: usize) {
         if self.hosts[at].lost {
             return;
         }
@@ -235,22 +245,22 @@ impl Sim {
                 break;
             };
             assert!(frame.body.len() <= MAX_BODY);
-            self.leaves(at, &frame);
+            self.check_sent(at, &frame);
             self.hosts[at].out.push(&frame);
         }
         let host = &mut self.hosts[at];
-        self.moved += host.down.pour(&mut host.out, most) as u64;
+        self.moved += host.down.pour(&mut host.out, max) as u64;
         self.notes();
     }
 
-    /// What the head may send: one task after the other, and one further ahead.
-    fn leaves(&mut self, at: usize, frame: &Frame) {
+    /// Checks that the head sends one task after the other to each worker, and prefetches at most one.
+    fn check_sent(&mut self, at: usize, frame: &Frame) {
         let header = &frame.header;
         if header.kind == Kind::Control {
             let message = control::decode(&frame.body).expect("a message");
             if let ToAgent::LossAck { worker } = message {
                 let rank = self.hosts[at].ranks[worker as usize];
-                self.facts.places[rank as usize].unacknowledged -= 1;
+                self.facts.workers[rank as usize].unacknowledged -= 1;
             }
             return;
         }
@@ -258,49 +268,50 @@ impl Sim {
             return;
         }
         let rank = self.hosts[at].ranks[header.worker as usize];
-        let place = &mut self.facts.places[rank as usize];
-        if place.unacknowledged > 0 {
+        let known = &mut self.facts.workers[rank as usize];
+        if known.unacknowledged > 0 {
             return;
         }
         let id = header.task;
         if header.flags & ABORT != 0 {
-            if place.next == Some(id) {
-                place.next = None;
+            if known.prefetched == Some(id) {
+                known.prefetched = None;
                 self.facts.seen.dropped += 1;
-            } else if place.current == Some(id) {
-                assert_eq!(place.next, None);
-                place.current = None;
+            } else if known.current == Some(id) {
+                assert_eq!(known.prefetched, None);
+                known.current = None;
             }
             return;
         }
         if header.flags & FIRST == 0 {
-            assert!(place.current == Some(id) || place.next == Some(id));
+            assert!(known.current == Some(id) || known.prefetched == Some(id));
             return;
         }
-        if place.current.is_none() {
-            place.current = Some(id);
+        if known.current.is_none() {
+            known.current = Some(id);
             return;
         }
         let task = &self.facts.tasks[id as usize];
         assert!(task.prefetch && task.effect.is_none() && !task.is_reassigned());
-        assert_eq!(place.next, None, "two tasks ahead");
-        place.next = Some(id);
-        self.facts.seen.prefetch += 1;
+        assert_eq!(known.prefetched, None, "two prefetched tasks");
+        known.prefetched = Some(id);
+        self.facts.seen.prefetched_tasks += 1;
     }
 
-    fn head_read(&mut self, at: usize, most: usize) {
+    /// The head reads from an agent.
+    fn head_read(&mut self, at: usize, max: usize) {
         let host = &mut self.hosts[at];
         if host.lost {
             return;
         }
-        self.moved += host.up.read(&mut host.head_received, most) as u64;
+        self.moved += host.up.read(&mut host.head_received, max) as u64;
         while let Some(frame) = frame::decode(&mut self.hosts[at].head_received).expect("a frame") {
-            self.arrives(at, &frame);
+            self.record_received(at, &frame);
             let header = frame.header;
             self.hub.set_clock(self.now);
             let brings = header.kind == Kind::Data && header.flags == LAST | BY_REFERENCE;
             let memory = brings.then(|| {
-                self.facts.seen.in_memory += 1;
+                self.facts.seen.in_shared_memory += 1;
                 Memory::new(frame.number().expect("a length") as usize, None)
             });
             if let Err(error) = self.hub.on_frame(at, frame, memory) {
@@ -310,8 +321,8 @@ impl Sim {
         }
     }
 
-    /// What the head should make of a frame.
-    fn arrives(&mut self, at: usize, frame: &Frame) {
+    /// Records what the head must do with a frame.
+    fn record_received(&mut self, at: usize, frame: &Frame) {
         let header = &frame.header;
         if !matches!(header.kind, Kind::Data | Kind::Seed) {
             return;
@@ -321,31 +332,31 @@ impl Sim {
         if self.is_terminated(rank) {
             return;
         }
-        let place = &mut self.facts.places[rank as usize];
+        let known = &mut self.facts.workers[rank as usize];
         if header.kind == Kind::Data && header.flags & LAST != 0 {
-            if place.next == Some(header.task) {
-                // It has been dropped before it started.
+            if known.prefetched == Some(header.task) {
+                // The agent has dropped the prefetched task.
                 assert!(header.flags & ABORT != 0 && !task.started);
-                place.next = None;
+                known.prefetched = None;
                 self.facts.seen.dropped += 1;
                 return;
             }
-            assert_eq!(place.current, Some(header.task));
-            place.current = place.next.take();
+            assert_eq!(known.current, Some(header.task));
+            known.current = known.prefetched.take();
         }
         if header.kind == Kind::Seed {
             assert_eq!(header.flags & REASSIGNED != 0, task.is_reassigned());
             return;
         }
-        if let (true, Some(seed)) = (header.flags & LAST != 0, &task.left) {
-            // Those of a moved task are its owner's.
-            let seeds = &mut self.facts.places[task.owner as usize].reported_seeds;
+        if let (true, Some(seed)) = (header.flags & LAST != 0, &task.seed_after) {
+            // The RNG state after a reassigned task is its owner's.
+            let seeds = &mut self.facts.workers[task.owner as usize].reported_seeds;
             seeds.push(match seed.len() {
                 0..=64 => seed.clone(),
                 _ => Bytes::new(),
             });
         }
-        if !task.open {
+        if !task.scheduled {
             return;
         }
         let entry = self.arriving.entry(rank).or_insert((header.task, 0));
@@ -360,26 +371,27 @@ impl Sim {
         };
     }
 
-    fn agent_read(&mut self, at: usize, most: usize) {
+    fn agent_read(&mut self, at: usize, max: usize) {
         let host = &mut self.hosts[at];
         if !host.lost {
-            self.moved += host.read_head(most, self.now, &mut self.facts);
+            self.moved += host.read_head(max, self.now, &mut self.facts);
         }
     }
 
-    fn agent_write(&mut self, at: usize, most: usize) {
+    fn agent_write(&mut self, at: usize, max: usize) {
         let host = &mut self.hosts[at];
         if !host.lost {
-            self.moved += host.up.pour(&mut host.to_head, most) as u64;
+            self.moved += host.up.pour(&mut host.to_head, max) as u64;
         }
     }
 
-    fn make(&mut self, at: usize) {
+    /// An agent starts the next worker that it has to start.
+    fn start_worker(&mut self, at: usize) {
         let host = &mut self.hosts[at];
         if host.lost {
             return;
         }
-        let Some((worker, replaces)) = host.to_make.pop_front() else {
+        let Some((worker, replaces)) = host.to_start.pop_front() else {
             return;
         };
         self.moved += 1;
@@ -400,8 +412,9 @@ impl Sim {
         }
     }
 
-    /// One step of a worker's process and of its agent's with it. `at_most` bytes to and fro.
-    fn step_worker(&mut self, at: usize, worker: u32, most: usize, calm: bool) {
+    /// One step of a worker's process, and of its agent with that worker. Transfers at most `max` bytes in
+    /// each direction. `calm`: without delays.
+    fn step_worker(&mut self, at: usize, worker: u32, max: usize, calm: bool) {
         let host = &mut self.hosts[at];
         if host.lost {
             return;
@@ -418,20 +431,20 @@ impl Sim {
         let passed = if process.dead {
             0
         } else {
-            process.down.pour(&mut process.outgoing, most)
+            process.down.pour(&mut process.outgoing, max)
         };
-        let held = host.router.prefetched(worker);
-        // One window, whatever was withdrawn, and what is not counted.
-        let bound = SEND_WINDOW + HEADER_LEN * 64 + process.given;
+        let prefetched = host.router.prefetched(worker);
+        // The send window also covers withdrawn tasks. Frames of the agent are not counted.
+        let bound = SEND_WINDOW + HEADER_LEN * 64 + process.bytes_from_agent;
         assert!(
-            process.outgoing.len() + held <= bound,
-            "{} bytes wait for one worker, {held} of them ahead",
-            process.outgoing.len() + held
+            process.outgoing.len() + prefetched <= bound,
+            "{} bytes wait for one worker, {prefetched} of them prefetched",
+            process.outgoing.len() + prefetched
         );
         if process.outgoing.is_empty() {
-            process.given = 0;
+            process.bytes_from_agent = 0;
         }
-        assert!(process.held.len() <= HEADER_LEN + MAX_BODY + READ);
+        assert!(process.unrouted.len() <= HEADER_LEN + MAX_BODY + READ);
         if process.outgoing.is_empty() && std::mem::take(&mut process.closing) {
             process.closed = true;
         }
@@ -443,13 +456,13 @@ impl Sim {
             return;
         };
         if !process.dead {
-            let manner = (most, calm, self.setup.whole_chunks);
+            let pace = (max, calm, self.setup.whole_chunks);
             let rank = host.ranks[worker as usize];
             let faulty = host.fault == Fault::Tasks;
-            self.moved += process.run(&mut self.rng, &mut self.facts, rank, manner, faulty);
+            self.moved += process.run(&mut self.rng, &mut self.facts, rank, pace, faulty);
         }
-        self.moved += host.read_worker(worker, most, self.now, &mut self.facts);
-        // An exit is noticed a while later.
+        self.moved += host.read_worker(worker, max, self.now, &mut self.facts);
+        // The agent notices an exit after some time.
         let Some(process) = &host.processes[worker as usize] else {
             return;
         };
@@ -464,8 +477,9 @@ impl Sim {
         );
     }
 
-    // ---- the history ----
+    // ---- the sequence of events ----
 
+    /// Random actions and faults.
     fn chaos(&mut self) {
         for _ in 0..self.setup.actions {
             match self.rng.random_range(0..20) {
@@ -509,15 +523,15 @@ impl Sim {
         }
     }
 
-    /// R is not in the middle of anything.
+    /// Whether R neither waits nor writes.
     fn is_free(&self) -> bool {
         self.waiting.is_none() && self.writing.is_none() && self.resume.is_none()
     }
 
     fn run_job(&mut self) {
         self.begin_job(false);
-        let heartbeat_timeout = self.rng.random_range(1..300);
-        let over = (0..heartbeat_timeout).any(|_| self.step_job());
+        let max_steps = self.rng.random_range(1..300);
+        let over = (0..max_steps).any(|_| self.step_job());
         if !over {
             // Ctrl-C.
             self.close_job(false);
@@ -537,14 +551,14 @@ impl Sim {
             return;
         }
         let rank = self.rng.random_range(0..self.setup.workers);
-        // Also to workers that are gone: R may not have heard of it yet.
+        // Also to terminated workers: R may not know yet that they have terminated.
         if self.outstanding[rank].len() < 3 {
             self.begin_task(rank as Rank, false);
             self.write_chunk();
         }
     }
 
-    /// Ctrl-C while R waits: the job it waits for is given up.
+    /// Ctrl-C while R waits: R cancels the job that it waits for.
     fn interrupt(&mut self) {
         let job = match self.waiting {
             Some(Waiting::For(rank)) => {
@@ -563,8 +577,8 @@ impl Sim {
         let rank = self.rng.random_range(0..self.setup.workers) as Rank;
         let (at, worker) = self.at[rank as usize];
         match self.rng.random_range(0..20) {
-            // R is at one job.
-            0..5 if self.open.is_some() => {}
+            // R runs a job of the job engine, which closes it.
+            0..5 if self.open_job.is_some() => {}
             0..2 => {
                 let job = self.rng.random_range(0..=self.job);
                 self.cancel_job(job);
@@ -574,7 +588,7 @@ impl Sim {
                 self.cancel_job(job);
             }
             5..12 => {
-                // Whoever it hits, or who has most to read.
+                // Any worker, or the one that has most to read.
                 let waiting = |process: &&mut Process| process.outgoing.len();
                 let processes = &mut self.hosts[at].processes;
                 let process = match self.rng.random() {
@@ -592,7 +606,7 @@ impl Sim {
                 assert!(self.is_terminated(rank));
             }
             14 | 15 => {
-                // Its end of the channel closes, and the process lives on.
+                // The worker closes its channel, but its process continues to run.
                 if self.hosts[at].processes[worker as usize].is_some() {
                     let now = self.now;
                     self.hosts[at].router.worker_table.hung_up(worker, now);
@@ -622,6 +636,7 @@ impl Sim {
         }
     }
 
+    /// A random step of a host or of the head.
     fn pump(&mut self, at: usize) {
         let n = slice(&mut self.rng);
         match self.rng.random_range(0..10) {
@@ -629,7 +644,7 @@ impl Sim {
             1 => self.agent_read(at, n),
             2 => self.agent_write(at, n),
             3 => self.head_read(at, n),
-            4 => self.make(at),
+            4 => self.start_worker(at),
             _ => {
                 let count = self.hosts[at].ranks.len();
                 for _ in 0..count.min(8) {
@@ -641,14 +656,14 @@ impl Sim {
         }
     }
 
-    /// One look at everything, as fast as the streams allow.
+    /// One step of everything, as fast as the streams allow.
     fn sweep(&mut self) {
         const MAX_STEP: usize = usize::MAX;
         for at in 0..self.hosts.len() {
             self.flush(at, MAX_STEP);
             self.agent_read(at, MAX_STEP);
             for worker in 0..self.hosts[at].ranks.len() as u32 {
-                self.make(at);
+                self.start_worker(at);
                 self.step_worker(at, worker, MAX_STEP, true);
             }
             self.agent_write(at, MAX_STEP);
@@ -662,7 +677,7 @@ impl Sim {
         }
     }
 
-    /// R takes what is there, and then waits for something that is not.
+    /// R takes all that is ready, and then waits for the next answer.
     fn take_all(&mut self) {
         while self.waiting.is_none() && !self.outstanding.iter().all(VecDeque::is_empty) {
             self.wait();
@@ -670,12 +685,13 @@ impl Sim {
         }
     }
 
-    /// No more faults, but for those of faulty hosts: everything must end by itself.
+    /// Runs without further faults, except those of faulty hosts, until all tasks have ended. Panics if
+    /// there is a deadlock.
     fn drain(&mut self) {
         self.write_all();
         self.hub
             .with_scheduler(|scheduler| scheduler.set_unlimited(false));
-        // R would wait for these for ever, and so would their users.
+        // These would never end.
         let tasks = self.facts.tasks.iter();
         let stuck = tasks.filter(|task| task.stuck && task.limit.is_none() && task.end.is_none());
         let jobs: Vec<JobId> = stuck.map(|task| task.job).collect();
@@ -696,8 +712,7 @@ impl Sim {
                 continue;
             }
             idle += 1;
-            // Only time can help now: tasks that are out of time, and workers that were to end and
-            // do not.
+            // Only deadlines can cause progress now: of tasks, and of workers that were asked to end.
             let living = self.hosts.iter().filter(|host| !host.lost);
             let next = living.filter_map(|host| host.router.worker_table.next_deadline());
             if let Some(next) = next.min() {
@@ -706,17 +721,17 @@ impl Sim {
             } else if self.outstanding.iter().all(VecDeque::is_empty) {
                 break;
             }
-            // R waits in slices, and says anew in each what it waits for.
+            // R waits in slices, and reports its demand in each of them.
             self.wait_for(self.waiting);
             assert!(idle < 10, "deadlock: {}", self.describe());
         }
     }
 
-    /// A job in which nothing goes wrong, but for those that other tasks have brought about.
+    /// Runs a job without further faults.
     fn run_calm_job(&mut self) {
         assert!(self.outstanding.iter().all(VecDeque::is_empty));
         self.wait_for(None);
-        let done = self.facts.seen.done;
+        let done = self.facts.seen.jobs_done;
         self.begin_job(true);
         let expected = done + usize::from(self.engine.is_some());
         let mut steps = 0;
@@ -724,17 +739,17 @@ impl Sim {
             steps += 1;
             assert!(steps < 100_000, "no end in sight: {}", self.describe());
         }
-        assert_eq!(self.facts.seen.done, expected);
+        assert_eq!(self.facts.seen.jobs_done, expected);
     }
 
     fn describe(&self) -> String {
         let tasks = self.facts.tasks.iter().enumerate();
         let open = tasks.filter(|(_, task)| task.end.is_none());
-        let open = open.map(|(id, task)| (id, task.owner, task.place, task.open));
+        let open = open.map(|(id, task)| (id, task.owner, task.assigned, task.scheduled));
         let open: Vec<_> = open.take(10).collect();
         format!(
-            "R waits for {:?}; open (task, owner, place, with the scheduler): {open:?}; held {}; \
-             arriving {:?}; starving {}; ready {:?}",
+            "R waits for {:?}; open (task, owner, assigned worker, scheduled): {open:?}; buffered {}; \
+             arriving {:?}; blocked on credit {}; ready {:?}",
             self.waiting,
             self.hub.with_scheduler(|scheduler| scheduler.buffered()),
             self.arriving,
@@ -744,7 +759,7 @@ impl Sim {
         )
     }
 
-    /// R needs no blob any more: agents hold those by which they restore workers.
+    /// R drops all blobs. Agents may retain only the blobs in their set-up logs.
     fn drop_blobs(&mut self) {
         for made in std::mem::take(&mut self.made) {
             self.hub.drop_blob(made.id);
@@ -755,13 +770,16 @@ impl Sim {
         }
         for host in self.hosts.iter().filter(|host| !host.lost) {
             let bytes: usize = host.stored.values().map(|stored| stored.0.len()).sum();
-            assert!(bytes <= self.setup.state, "{bytes} bytes are left");
+            assert!(
+                bytes <= self.setup.setup_log_limit,
+                "{bytes} bytes of blobs remain"
+            );
         }
     }
 
-    /// What is told of what workers have been at.
+    /// Checks the statistics of the workers.
     fn check_stats(&self) {
-        let stats = (0..self.facts.places.len()).map(|rank| {
+        let stats = (0..self.facts.workers.len()).map(|rank| {
             let rank = rank as Rank;
             let stats = self
                 .hub
@@ -782,9 +800,9 @@ impl Sim {
             );
             assert_eq!(intervals.iter().map(|i| i.busy).sum::<Now>(), stats.busy);
             let state = self.hub.with_scheduler(|scheduler| scheduler.state(rank));
-            let termination = matches!(state, State::Lost | State::Stopped);
+            let terminated = matches!(state, State::Lost | State::Stopped);
             assert_eq!(
-                termination,
+                terminated,
                 self.is_terminated(rank),
                 "worker {rank} is {state:?}"
             );
@@ -792,10 +810,14 @@ impl Sim {
         assert_eq!(answers, self.facts.seen.answers);
     }
 
-    /// After all has ended.
+    /// Checks that nothing remains after all tasks have ended.
     fn check_rest(&mut self) {
         let tasks = &self.facts.tasks;
-        assert!(tasks.iter().all(|task| task.end.is_some() && !task.open));
+        assert!(
+            tasks
+                .iter()
+                .all(|task| task.end.is_some() && !task.scheduled)
+        );
         assert!(self.ready.is_empty() && self.arriving.is_empty());
         self.hub.with_scheduler(|scheduler| {
             assert_eq!(scheduler.buffered(), 0);
@@ -814,26 +836,30 @@ impl Sim {
                 let process = host.processes[index].is_some();
                 assert_eq!(process, !self.is_terminated(rank), "worker {rank}");
                 if process {
-                    // All room is given back, or about to be.
+                    // The whole send window has been returned, or is about to be.
                     assert_eq!(host.router.prefetched(index as u32), 0);
                     let reported = self.hub.with_scheduler(|scheduler| scheduler.window(rank));
-                    let room = reported + host.router.worker_table.unreported(index as u32);
-                    assert!(room >= SEND_WINDOW, "worker {rank} has room for {room}");
+                    let window = reported + host.router.worker_table.unreported(index as u32);
+                    assert!(
+                        window >= SEND_WINDOW,
+                        "worker {rank} has a window of {window}"
+                    );
                 }
             }
         }
-        let mut places = self.facts.places.iter();
-        let any_left = places.any(|place| !place.termination || place.waits);
+        let mut workers = self.facts.workers.iter();
+        let any_left = workers.any(|known| !known.is_terminated || known.awaits_restart);
         let left = self.hub.with_scheduler(|scheduler| scheduler.any_left());
         assert_eq!(left, any_left);
     }
 
+    /// Runs the whole simulation.
     fn run(&mut self) {
         self.chaos();
         self.drain();
         self.drop_blobs();
         self.check_rest();
-        // Whoever is left must be as good as new.
+        // The remaining workers must still work.
         for host in &mut self.hosts {
             host.fault = Fault::None;
         }
@@ -857,7 +883,7 @@ impl Sim {
     }
 }
 
-/// Says which seed it was when a test fails.
+/// Prints the seed if a test fails.
 struct Named(u64);
 
 impl Drop for Named {
@@ -869,6 +895,7 @@ impl Drop for Named {
     }
 }
 
+/// The seed that the environment sets.
 fn chosen() -> Option<u64> {
     let seed = std::env::var("RUSTCLUSTER_SEED").ok()?;
     Some(seed.parse().expect("RUSTCLUSTER_SEED is a number"))
@@ -895,7 +922,7 @@ fn every_task_ends_exactly_once_whatever_happens() {
         seen.add(&sim.facts.seen);
     }
     eprintln!("{seen:?}");
-    // A simulation in which nothing happens would find nothing.
+    // Each kind of event must happen, or the simulation would not test it.
     let few = seen.counts().iter().any(|&count| count < 5);
     assert!(!few || chosen().is_some(), "{seen:?}");
 }
@@ -915,14 +942,14 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         whole_chunks: false,
         order: TakeOrder::Mixed,
         faults: 5,
-        setup_messages: 4,
+        setup_calls: 4,
         retries: 2,
         timeout: Some(Duration::from_secs(60)),
         limits: true,
         prefetch: 2,
         jobs: 50,
-        keep: Some(1_000_000),
-        state: 10_000_000,
+        chunk_cache: Some(1_000_000),
+        setup_log_limit: 10_000_000,
         blocking: false,
         slow: true,
         actions: if is_long() { 1_000_000 } else { 15_000 },

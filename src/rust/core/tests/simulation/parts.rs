@@ -1,5 +1,5 @@
-//! What the parts of the simulation have in common: bytes, streams, and what is known of each task
-//! and each worker by those who look on.
+//! What the modules of the simulation share: bytes, streams, and the facts about each task and each
+//! worker, with which the checks compare what the real code does.
 
 use bytes::{Buf, Bytes, BytesMut};
 use rand::rngs::StdRng;
@@ -13,10 +13,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
-/// The largest message or answer of a simulated task: several windows and grants.
+/// Maximum size of a message or an answer of a simulated task: several windows and grants.
 pub const LARGEST: usize = 3_300_000;
 
-/// Bytes that messages and answers are cut from, so that they cost nothing to make or compare.
+/// The bytes of which all messages and answers are slices, so that they are cheap to make and to
+/// compare.
 fn pattern() -> &'static Bytes {
     static PATTERN: OnceLock<Bytes> = OnceLock::new();
     PATTERN.get_or_init(|| {
@@ -26,24 +27,25 @@ fn pattern() -> &'static Bytes {
     })
 }
 
-/// Where in the pattern a task's message (or answer) begins. Messages of four tasks in a row are
-/// the same, as far as they go.
+/// The offset in the pattern at which a task's message (or answer) begins. The messages of four
+/// consecutive tasks begin at the same offset: the shorter ones are prefixes of the longer ones.
 pub fn origin(task: TaskId, answer: bool) -> usize {
     let number = if answer { task } else { group(task) * 4 };
     (number as usize % 1_000_003 * 2 + usize::from(answer)) * 7_919 % 1_000_003
 }
 
-/// The blob with which the messages of these four tasks in a row may begin.
+/// The number of the group of four consecutive tasks whose messages may begin with the same blob.
 pub fn group(task: TaskId) -> TaskId {
     task / 4
 }
 
+/// Returns `len` bytes of a task's message (or answer), from the offset `from`.
 pub fn part(task: TaskId, answer: bool, from: usize, len: usize) -> Bytes {
     let start = origin(task, answer) + from;
     pattern().slice(start..start + len)
 }
 
-/// A byte stream that holds a limited amount.
+/// A byte stream with a limited capacity.
 pub struct Pipe {
     pub bytes: BytesMut,
     capacity: usize,
@@ -55,12 +57,12 @@ impl Pipe {
         Pipe { bytes, capacity }
     }
 
-    /// Takes at most `most` bytes off `out`.
-    pub fn pour(&mut self, out: &mut OutBuf, most: usize) -> usize {
+    /// Moves at most `max` bytes from `out` into the stream. Returns their number.
+    pub fn pour(&mut self, out: &mut OutBuf, max: usize) -> usize {
         if out.is_empty() {
             return 0;
         }
-        let mut room = most.min(self.capacity - self.bytes.len());
+        let mut room = max.min(self.capacity - self.bytes.len());
         let poured = out.write_with(|slices| {
             let mut written = 0;
             for slice in slices {
@@ -74,58 +76,59 @@ impl Pipe {
         poured.unwrap_or_else(|never| match never {})
     }
 
-    pub fn read(&mut self, into: &mut BytesMut, most: usize) -> usize {
-        let n = most.min(self.bytes.len());
+    /// Moves at most `max` bytes from the stream to `into`. Returns their number.
+    pub fn read(&mut self, into: &mut BytesMut, max: usize) -> usize {
+        let n = max.min(self.bytes.len());
         into.extend_from_slice(&self.bytes[..n]);
         self.bytes.advance(n);
         n
     }
 }
 
-/// What a worker does when it is interrupted.
+/// What a task does when it is interrupted.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Manners {
-    /// Ends its answer where it is.
+pub enum OnInterrupt {
+    /// It ends its answer at once.
     Stop,
-    /// Begins its answer anew: R's condition.
+    /// It discards its answer and begins another: an R condition.
     Restart,
-    /// Answers as if nothing had happened.
+    /// It ignores the interrupt.
     Ignore,
 }
 
-/// What a task does to the random number generator.
+/// How a task uses the random number generator (RNG).
 #[derive(Clone, Copy, PartialEq)]
-pub enum Draws {
+pub enum RngUse {
     Nothing,
-    /// Numbers of a generator whose state the head may know.
+    /// It uses a generator whose state is short enough to be reported to the head.
     Short,
-    /// Numbers of one whose state it may not.
+    /// It uses a generator whose state is too long to be reported.
     Long,
-    /// It removes the state.
+    /// It removes the RNG state.
     Remove,
 }
 
-impl Draws {
+impl RngUse {
     pub fn is_nothing(self) -> bool {
-        self == Draws::Nothing
+        self == RngUse::Nothing
     }
 
-    pub fn from_number(number: u64) -> Draws {
+    pub fn from_number(number: u64) -> RngUse {
         match number % 5 {
-            0 => Draws::Long,
-            1 | 2 => Draws::Short,
-            3 => Draws::Remove,
-            _ => Draws::Nothing,
+            0 => RngUse::Long,
+            1 | 2 => RngUse::Short,
+            3 => RngUse::Remove,
+            _ => RngUse::Nothing,
         }
     }
 
-    /// The state after it. Empty: none. `fresh`: what a process without one comes up with.
+    /// The RNG state after the task; empty: no state. `fresh`: the seed of a process that has no state.
     pub fn after(self, seed: &Bytes, task: TaskId, fresh: u64) -> Bytes {
         let len = match self {
-            Draws::Nothing => return seed.clone(),
-            Draws::Remove => return Bytes::new(),
-            Draws::Short => 8,
-            Draws::Long => 96,
+            RngUse::Nothing => return seed.clone(),
+            RngUse::Remove => return Bytes::new(),
+            RngUse::Short => 8,
+            RngUse::Long => 96,
         };
         let before = if seed.is_empty() {
             fresh
@@ -137,7 +140,7 @@ impl Draws {
     }
 }
 
-/// What a message does to a worker. It is all in the bytes of the message.
+/// The effect of a set-up call on a worker. The bytes of its message determine it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Effect {
     pub task: TaskId,
@@ -150,24 +153,24 @@ impl Effect {
         Effect { task, hash }
     }
 
-    /// Of a whole message.
+    /// The effect of a whole message.
     pub fn of_task(task: TaskId, len: usize) -> Effect {
         let mut hasher = Xxh3::new();
         hasher.update(&part(task, false, 0, len));
         Effect::of(task, &hasher)
     }
 
-    /// What it sets; 0: it looks at all that is set.
+    /// The variable that the call sets; 0: the call reads all variables.
     pub fn name(&self) -> u64 {
         self.hash % 4
     }
 
-    pub fn draws(&self) -> Draws {
-        Draws::from_number(self.hash >> 8)
+    pub fn rng_use(&self) -> RngUse {
+        RngUse::from_number(self.hash >> 8)
     }
 }
 
-/// The state of a worker on which all this lasted, in this order.
+/// The state of a worker on which set-up calls had these effects, in this order.
 pub fn digest(effects: &[Effect]) -> (u64, BTreeMap<u64, u64>) {
     let mut set = BTreeMap::new();
     let mut seen = 0;
@@ -192,225 +195,230 @@ pub fn digest(effects: &[Effect]) -> (u64, BTreeMap<u64, u64>) {
 pub enum End {
     Answer,
     TimedOut,
-    /// It was lost too often.
+    /// Its worker failed on all attempts.
     GivenUp,
-    /// It was lost and nobody could take it.
+    /// Its worker failed, and no other worker could run it.
     Error,
-    /// R did not want it any more.
+    /// R cancelled it.
     Cancelled,
-    /// R took it back before it had started.
+    /// R revoked it before it started.
     Revoked,
-    /// It was lost, and the job engine gives its elements out again.
-    Settled,
+    /// Its worker failed. The job engine has forgotten it and sends its elements in other messages.
+    Forgotten,
 }
 
-/// A task as those who look on know it.
+/// The facts about a task.
 pub struct Task {
-    /// The worker that R gave it to, and the one that has it.
+    /// The worker to which R gave it, and the worker to which it is assigned.
     pub owner: Rank,
-    pub place: Rank,
+    pub assigned: Rank,
     pub job: JobId,
     pub len: usize,
     pub answer_len: usize,
-    /// Never answers.
+    /// It never answers.
     pub stuck: bool,
-    /// Kills whoever starts it.
+    /// It kills each worker that starts it.
     pub poison: bool,
-    pub manners: Manners,
-    pub draws: Draws,
-    /// What it does lasts.
+    pub on_interrupt: OnInterrupt,
+    pub rng_use: RngUse,
+    /// Its effect, if it is a set-up call.
     pub effect: Option<Effect>,
-    /// It may be sent while another runs.
+    /// It may be prefetched.
     pub prefetch: bool,
-    /// How long it may take by its own limit, and in all.
+    /// Its own time limit, and the lower one of this and the limit of the cluster.
     pub own_limit: Option<Duration>,
     pub limit: Option<Duration>,
-    /// R has asked to have it back, and got it.
-    pub asked_back: bool,
+    /// R has requested to revoke it, and it has been revoked.
+    pub revoke_requested: bool,
     pub revoked: bool,
-    /// All of it was submitted.
+    /// Its whole message was submitted.
     pub complete: bool,
-    /// The scheduler has it and has not said how it ended.
-    pub open: bool,
+    /// The scheduler has it and has not reported its end.
+    pub scheduled: bool,
+    /// How often it has started.
     pub starts: usize,
-    /// This try has started.
+    /// The current attempt has started.
     pub started: bool,
-    /// How often the scheduler said that it was lost, and how often R was told.
+    /// How many worker failures of it the scheduler has reported to the hub, and the hub to R.
     pub failures: usize,
-    pub told: usize,
+    pub reported_failures: usize,
     pub attempts: Attempts<()>,
-    /// The random number generator's state at its first start, and how many of them the head had
-    /// been told for its owner by then.
-    pub began_with: Option<(Bytes, usize)>,
-    /// How this try has left the random number generator, if it has used it.
-    pub left: Option<Bytes>,
-    /// How many the head had been told when it was first submitted.
-    pub since: usize,
+    /// The RNG state at its first start, and the number of RNG states of its owner that had been
+    /// reported to the head by then.
+    pub first_seed: Option<(Bytes, usize)>,
+    /// The RNG state after the current attempt, if that has changed it.
+    pub seed_after: Option<Bytes>,
+    /// The index of the last RNG state of its owner that had been reported to the head when it was first
+    /// submitted.
+    pub seeds_at_submission: usize,
     pub end: Option<End>,
-    /// Its message begins as that of another does, for so many bytes.
-    pub begins: (TaskId, usize),
-    /// It starts after those with lower numbers that R gave to the same worker; `None`: at any time.
-    pub turn: Option<TaskId>,
-    /// The job's elements that it stands for, if it is one of the job engine's.
+    /// Another task and a number of bytes: its message has these first bytes of the message of that one.
+    pub prefix: (TaskId, usize),
+    /// It starts after tasks of the same owner with lower numbers; `None`: at any time.
+    pub order: Option<TaskId>,
+    /// The elements of the job that its message contains, if the job engine has sent it.
     pub elements: Vec<usize>,
-    /// How long its worker may be at it before what it has not begun comes back.
-    pub most: Duration,
+    /// How long the worker may run it before it returns the elements that it has not started.
+    pub time_budget: Duration,
 }
 
 impl Task {
-    /// One that does nothing.
+    /// A task without any effect.
     pub fn new(id: TaskId) -> Task {
         Task {
             owner: 0,
-            place: 0,
+            assigned: 0,
             job: 0,
             len: 0,
             answer_len: 0,
             stuck: false,
             poison: false,
-            manners: Manners::Stop,
-            draws: Draws::Nothing,
+            on_interrupt: OnInterrupt::Stop,
+            rng_use: RngUse::Nothing,
             effect: None,
             prefetch: false,
             own_limit: None,
             limit: None,
-            asked_back: false,
+            revoke_requested: false,
             revoked: false,
             complete: false,
-            open: false,
+            scheduled: false,
             starts: 0,
             started: false,
             failures: 0,
-            told: 0,
+            reported_failures: 0,
             attempts: Attempts::default(),
-            began_with: None,
-            left: None,
-            since: 0,
+            first_seed: None,
+            seed_after: None,
+            seeds_at_submission: 0,
             end: None,
-            begins: (id, 0),
-            turn: Some(id),
+            prefix: (id, 0),
+            order: Some(id),
             elements: Vec::new(),
-            most: Duration::ZERO,
+            time_budget: Duration::ZERO,
         }
     }
 
     pub fn is_reassigned(&self) -> bool {
-        self.owner != self.place
+        self.owner != self.assigned
     }
 }
 
-/// A worker's place: what a worker there would be if none had ever been lost.
-pub struct Place {
-    /// What lasted.
+/// The facts about a worker of some rank, as if no worker of that rank had ever failed.
+pub struct WorkerFacts {
+    /// The effects of its set-up calls.
     pub effects: Vec<Effect>,
+    /// Its RNG state.
     pub seed: Bytes,
-    /// What the head has been told of its random number generator.
+    /// Its RNG states that have been reported to the head.
     pub reported_seeds: Vec<Bytes>,
-    /// Tasks that R gave to it start in order.
+    /// The highest `order` of the tasks that have started: its own tasks start in order.
     pub last_started: TaskId,
-    /// R knows that there will be no more workers.
-    pub termination: bool,
-    /// Its agent is to make one again after a pause.
-    pub waits: bool,
-    /// Some worker was ready, and how many in a row have ended since before they could do tasks.
-    pub came_up: bool,
+    /// R knows that it has terminated and is not replaced.
+    pub is_terminated: bool,
+    /// Its agent restarts it after a pause.
+    pub awaits_restart: bool,
+    /// It, or a predecessor, was ready; and how many consecutive workers have ended since then before they
+    /// were ready.
+    pub was_ready: bool,
     pub setbacks: u32,
-    /// Tasks of others have been given to it.
-    pub is_substitute: bool,
-    /// Its state is held.
-    pub kept: bool,
-    /// The task that the head has sent there and that has not ended for the head, and the one that it
-    /// has sent besides.
+    /// Reassigned tasks have been assigned to it.
+    pub had_reassigned: bool,
+    /// Its set-up log is complete.
+    pub is_logged: bool,
+    /// The task that the head has sent and that has not ended for the head, and the prefetched one.
     pub current: Option<TaskId>,
-    pub next: Option<TaskId>,
-    /// The same when the last worker was lost.
-    pub next_when_lost: Option<TaskId>,
-    /// Number of losses whose acknowledgements the head has not sent yet. The agent drops all tasks that
+    pub prefetched: Option<TaskId>,
+    /// The prefetched task at the last worker failure.
+    pub prefetched_at_failure: Option<TaskId>,
+    /// Number of worker failures that the head has not acknowledged yet. The agent drops all tasks that
     /// it receives before the acknowledgement.
     pub unacknowledged: usize,
 }
 
-impl Place {
-    pub fn new() -> Place {
-        Place {
+impl WorkerFacts {
+    pub fn new() -> WorkerFacts {
+        WorkerFacts {
             effects: Vec::new(),
             seed: Bytes::new(),
             reported_seeds: vec![Bytes::new()],
             last_started: 0,
-            termination: false,
-            waits: false,
-            came_up: false,
+            is_terminated: false,
+            awaits_restart: false,
+            was_ready: false,
             setbacks: 0,
-            is_substitute: false,
-            kept: true,
+            had_reassigned: false,
+            is_logged: true,
             current: None,
-            next: None,
-            next_when_lost: None,
+            prefetched: None,
+            prefetched_at_failure: None,
             unacknowledged: 0,
         }
     }
 }
 
-/// All that those who look on know.
+/// The facts about the whole cluster.
 pub struct Facts {
     pub tasks: Vec<Task>,
-    pub places: Vec<Place>,
+    pub workers: Vec<WorkerFacts>,
     pub retries: usize,
     pub seen: Seen,
 }
 
-/// What has happened.
+/// How often each kind of event has happened.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub answers: usize,
     pub cancelled: usize,
     pub timed_out: usize,
-    /// Tasks that were lost, and of those ones that were submitted again, to the same place and to
-    /// another.
+    /// Tasks whose worker failed, and of those the ones that were retried on a worker of the same
+    /// rank and of another rank.
     pub lost: usize,
-    pub again: usize,
-    pub moved: usize,
-    /// And those that ended so.
+    pub retried: usize,
+    pub moved_by_retry: usize,
+    /// Tasks that ended with `End::GivenUp` and with `End::Error`.
     pub given_up: usize,
     pub errors: usize,
-    /// Workers: lost and replaced, killed for not heeding an interrupt, brought to the state of one
-    /// before.
+    /// Workers that failed and were replaced, that were killed because they ignored an interrupt, and that
+    /// were restored; and workers whose set-up log became incomplete.
     pub replaced: usize,
     pub killed: usize,
     pub restored: usize,
     pub not_logged: usize,
-    /// Answered tasks that began with another worker's random numbers.
+    /// Reassigned tasks that were answered and used the RNG of their owner.
     pub reassigned: usize,
-    pub left_out: usize,
+    /// Hosts that were left out.
+    pub hosts_left_out: usize,
     /// Answers that came in shared memory.
-    pub in_memory: usize,
-    /// Times that a result waited on its host.
+    pub in_shared_memory: usize,
+    /// Steps after which a result was blocked on credit.
     pub blocked: usize,
-    /// Tasks that were prefetched; of those, ones that were sent again since their worker was lost,
-    /// and ones that were dropped before they started.
-    pub prefetch: usize,
-    pub put_back: usize,
+    /// Tasks that were prefetched; of those, the ones that were queued again after a worker
+    /// failure, and the ones that were dropped before they started.
+    pub prefetched_tasks: usize,
+    pub requeued: usize,
     pub dropped: usize,
-    /// Tasks that R got back, and ones that it asked for in vain.
+    /// Tasks that were revoked, and tasks that were answered despite a revoke request.
     pub revoked: usize,
-    pub in_vain: usize,
-    /// Messages that began with a blob, and of those ones that restored a worker; blobs that
-    /// were not completed.
-    pub shared: usize,
-    pub shared_again: usize,
-    pub aborted: usize,
-    /// Jobs of the job engine, those that were done, and elements that got a result.
+    pub revoked_too_late: usize,
+    /// Messages of tasks and of replayed set-up calls that began with a blob; blobs that were not
+    /// completed.
+    pub with_blob: usize,
+    pub replayed_with_blob: usize,
+    pub aborted_blobs: usize,
+    /// Jobs of the job engine, complete jobs, and elements with a result.
     pub jobs: usize,
-    pub done: usize,
+    pub jobs_done: usize,
     pub elements: usize,
-    /// Messages with several elements, ones that were prefetched, and ones of which a part came back.
-    pub together: usize,
-    pub prefetched: usize,
-    pub come_back: usize,
-    /// Messages that were lost, took too long or could not be read.
-    pub settled: usize,
-    /// Blobs that were sent once more.
-    pub blobs_again: usize,
+    /// Messages with several elements, prefetched messages, and messages of which the worker returned
+    /// a part.
+    pub batches: usize,
+    pub prefetched_messages: usize,
+    pub partly_returned: usize,
+    /// Messages whose worker failed, that timed out, or whose answer could not be read.
+    pub failed_messages: usize,
+    /// Blobs that were sent again.
+    pub blobs_resent: usize,
 }
 
 impl Seen {
@@ -420,8 +428,8 @@ impl Seen {
             self.cancelled,
             self.timed_out,
             self.lost,
-            self.again,
-            self.moved,
+            self.retried,
+            self.moved_by_retry,
             self.given_up,
             self.errors,
             self.replaced,
@@ -429,25 +437,25 @@ impl Seen {
             self.restored,
             self.not_logged,
             self.reassigned,
-            self.left_out,
-            self.in_memory,
+            self.hosts_left_out,
+            self.in_shared_memory,
             self.blocked,
-            self.prefetch,
-            self.put_back,
+            self.prefetched_tasks,
+            self.requeued,
             self.dropped,
             self.revoked,
-            self.in_vain,
-            self.shared,
-            self.shared_again,
-            self.aborted,
+            self.revoked_too_late,
+            self.with_blob,
+            self.replayed_with_blob,
+            self.aborted_blobs,
             self.jobs,
-            self.done,
+            self.jobs_done,
             self.elements,
-            self.together,
-            self.prefetched,
-            self.come_back,
-            self.settled,
-            self.blobs_again,
+            self.batches,
+            self.prefetched_messages,
+            self.partly_returned,
+            self.failed_messages,
+            self.blobs_resent,
         ]
     }
 
@@ -458,8 +466,8 @@ impl Seen {
             &mut self.cancelled,
             &mut self.timed_out,
             &mut self.lost,
-            &mut self.again,
-            &mut self.moved,
+            &mut self.retried,
+            &mut self.moved_by_retry,
             &mut self.given_up,
             &mut self.errors,
             &mut self.replaced,
@@ -467,25 +475,25 @@ impl Seen {
             &mut self.restored,
             &mut self.not_logged,
             &mut self.reassigned,
-            &mut self.left_out,
-            &mut self.in_memory,
+            &mut self.hosts_left_out,
+            &mut self.in_shared_memory,
             &mut self.blocked,
-            &mut self.prefetch,
-            &mut self.put_back,
+            &mut self.prefetched_tasks,
+            &mut self.requeued,
             &mut self.dropped,
             &mut self.revoked,
-            &mut self.in_vain,
-            &mut self.shared,
-            &mut self.shared_again,
-            &mut self.aborted,
+            &mut self.revoked_too_late,
+            &mut self.with_blob,
+            &mut self.replayed_with_blob,
+            &mut self.aborted_blobs,
             &mut self.jobs,
-            &mut self.done,
+            &mut self.jobs_done,
             &mut self.elements,
-            &mut self.together,
-            &mut self.prefetched,
-            &mut self.come_back,
-            &mut self.settled,
-            &mut self.blobs_again,
+            &mut self.batches,
+            &mut self.prefetched_messages,
+            &mut self.partly_returned,
+            &mut self.failed_messages,
+            &mut self.blobs_resent,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;
@@ -493,7 +501,7 @@ impl Seen {
     }
 }
 
-/// Any order of magnitude.
+/// A random number of bytes, of any order of magnitude.
 pub fn slice(rng: &mut StdRng) -> usize {
     let magnitude = rng.random_range(2..20);
     rng.random_range(1..=1usize << magnitude)

@@ -1,7 +1,7 @@
-//! R's thread, as `R/task-failures.R` has it: it sends tasks through the hub's handle, waits for their answers,
-//! and carries out what the policy says of those that were lost. What the hub should answer is known here, too.
+//! Simulates R's thread, like `R/task-failures.R`: sends tasks through the hub's handle, waits for their answers,
+//! and applies the retry policy after worker failures. Also computes the answers that the hub must return.
 
-use crate::parts::{Draws, Effect, End, LARGEST, Manners, Task, group, origin, part};
+use crate::parts::{Effect, End, LARGEST, OnInterrupt, RngUse, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
 use rustcluster_core::head::hub::{Answer, StartedTask, Turn};
@@ -14,28 +14,28 @@ use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
 use std::time::Duration;
 
-/// Messages that last are shorter.
+/// Maximum size of the message of a set-up call.
 const LARGEST_SETUP_CALL: usize = 300_000;
 
 /// The message of a task that is being written.
 pub struct Message {
     pub task: TaskId,
     sent: usize,
-    /// The head has not heard of it.
+    /// No chunk of it has been submitted yet.
     pub first: bool,
-    /// It has been outstanding before.
+    /// The task is retried.
     again: bool,
 }
 
-/// A blob that R has made.
+/// A blob that R has sent.
 pub struct Made {
     pub id: BlobId,
-    /// The tasks whose messages may begin with it.
+    /// The group of tasks whose messages may begin with it.
     group: TaskId,
     len: usize,
 }
 
-/// What there is for R.
+/// What the hub reports to R about a task.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Ready {
     Answer,
@@ -46,7 +46,7 @@ pub enum Ready {
 }
 
 impl Ready {
-    /// What the hub has told, of which task.
+    /// The task of an answer of the hub, and what the answer reports.
     pub fn of(answer: &Answer) -> Option<(TaskId, Ready)> {
         Some(match answer {
             Answer::Ready { task, .. } => (*task, Ready::Answer),
@@ -60,6 +60,7 @@ impl Ready {
 }
 
 impl Sim {
+    /// A random size of a message or an answer.
     pub fn size(&mut self, answer: bool) -> usize {
         let rng = &mut self.rng;
         let size = match (self.setup.sizes, rng.random_range(0..40)) {
@@ -69,7 +70,7 @@ impl Sim {
             (_, 35..38) => rng.random_range(0..600_000),
             _ => rng.random_range(0..LARGEST),
         };
-        // Boundaries are where mistakes are.
+        // Sizes at limits are the most likely to fail.
         let size = match rng.random_range(0..60) {
             0 => 0,
             1 => MAX_BODY,
@@ -82,12 +83,12 @@ impl Sim {
         size.min(self.setup.largest)
     }
 
-    /// Begins a task; [`Sim::write_chunk`] does the rest.
+    /// Begins a task; [`Sim::write_chunk`] writes its message.
     pub fn begin_task(&mut self, owner: Rank, harmless: bool) {
         if self.rng.random_ratio(1, 60) {
             self.job += 1;
         }
-        // Mostly the current job, as verbs do; sometimes an older one, or none.
+        // Mostly of the current job, like tasks of verbs; sometimes of an older job, or of none.
         let job = if self.rng.random_ratio(1, 30) {
             self.rng.random_range(0..=self.job)
         } else {
@@ -97,22 +98,22 @@ impl Sim {
         let faults = self.setup.faults > 0 && !harmless;
         let mut len = self.size(false);
         let answer_len = self.size(true);
-        let mut draws = match self.rng.random_range(0..3) {
-            0 => Draws::from_number(self.rng.random()),
-            _ => Draws::Nothing,
+        let mut rng_use = match self.rng.random_range(0..3) {
+            0 => RngUse::from_number(self.rng.random()),
+            _ => RngUse::Nothing,
         };
         let limits = [None, None, Some(50), Some(500), Some(60_000)];
         let own = limits[self.rng.random_range(0..limits.len())].map(Duration::from_millis);
         let own = own.filter(|_| faults && self.setup.limits);
         let mut effect = None;
-        if self.rng.random_ratio(1, self.setup.setup_messages) {
+        if self.rng.random_ratio(1, self.setup.setup_calls) {
             len = len.clamp(1, LARGEST_SETUP_CALL);
-            let setup_messages = Effect::of_task(id, len);
-            draws = setup_messages.draws();
-            effect = Some(setup_messages);
+            let of_message = Effect::of_task(id, len);
+            rng_use = of_message.rng_use();
+            effect = Some(of_message);
         }
         let prefetch = self.setup.prefetch > 0 && self.rng.random_ratio(1, self.setup.prefetch);
-        let made = self.share(id, owner, len);
+        let made = self.blob_for(id, owner, len);
         let turn = if prefetch { Turn::Prefetch } else { Turn::Last };
         let setup_call = effect.map(|effect| effect.name());
         let blob = made.map(|made| made.0);
@@ -122,27 +123,30 @@ impl Sim {
         }
         self.notes();
         let Ok(started) = started else {
-            // R says so to whoever wanted it.
-            assert!(self.is_terminated(owner), "nobody is gone");
+            // R raises an error.
+            assert!(
+                self.is_terminated(owner),
+                "worker {owner} has not terminated"
+            );
             return;
         };
         assert_eq!(started.task, id);
         self.hub.limit_time(own);
-        self.check_place(owner, started, effect.is_some());
+        self.check_assigned(owner, started, effect.is_some());
         self.facts.tasks.push(Task {
             owner,
-            place: started.assigned,
+            assigned: started.assigned,
             job,
             len,
             answer_len,
             stuck: faults && self.rng.random_ratio(1, 12),
             poison: faults && self.rng.random_ratio(1, 30),
-            manners: match self.rng.random_range(0..3) {
-                0 => Manners::Stop,
-                1 => Manners::Restart,
-                _ => Manners::Ignore,
+            on_interrupt: match self.rng.random_range(0..3) {
+                0 => OnInterrupt::Stop,
+                1 => OnInterrupt::Restart,
+                _ => OnInterrupt::Ignore,
             },
-            draws,
+            rng_use,
             effect,
             prefetch,
             own_limit: own,
@@ -152,27 +156,31 @@ impl Sim {
         self.write(id, started, made, false);
     }
 
-    /// Only if R knows that a worker is gone, or another is at its tasks, another gets a task.
-    pub fn check_place(&self, owner: Rank, started: StartedTask, setup_call: bool) {
-        let place = &self.facts.places[started.assigned as usize];
+    /// Checks that a task is reassigned only if its owner has terminated, or if another worker has earlier
+    /// tasks of the same owner.
+    pub fn check_assigned(&self, owner: Rank, started: StartedTask, setup_call: bool) {
+        let known = &self.facts.workers[started.assigned as usize];
         assert!(
-            !place.termination,
-            "given to worker {}, which is gone",
+            !known.is_terminated,
+            "assigned to worker {}, which has terminated",
             started.assigned
         );
         if started.assigned == owner {
             return;
         }
-        assert!(!setup_call, "what lasts is given to another");
-        let is_guest = |&&id: &&TaskId| self.facts.tasks[id as usize].place == started.assigned;
-        let reassigned = self.outstanding[owner as usize].iter().find(is_guest);
+        assert!(!setup_call, "a set-up call is reassigned");
+        let is_on_same_worker =
+            |&&id: &&TaskId| self.facts.tasks[id as usize].assigned == started.assigned;
+        let reassigned = self.outstanding[owner as usize]
+            .iter()
+            .find(is_on_same_worker);
         assert!(
             self.is_terminated(owner) || reassigned.is_some(),
-            "worker {owner} lives"
+            "worker {owner} has not terminated"
         );
     }
 
-    /// A verb that finds tasks of others on its worker cancels them.
+    /// A verb cancels the tasks of other jobs that it finds on its worker.
     pub fn withdraw_stale(&mut self, owner: Rank, job: JobId) {
         if job == 0 {
             return;
@@ -184,34 +192,35 @@ impl Sim {
         }
     }
 
-    /// Begins to write a message. `before`: it has been outstanding before.
+    /// Begins to write a message. `retried`: the task has been outstanding before.
     fn write(
         &mut self,
         id: TaskId,
         started: StartedTask,
         made: Option<(BlobId, usize)>,
-        before: bool,
+        retried: bool,
     ) {
         let task = &mut self.facts.tasks[id as usize];
-        task.place = started.assigned;
+        task.assigned = started.assigned;
         task.complete = false;
         task.started = false;
-        task.left = None;
-        if !before {
-            task.since = self.facts.places[task.owner as usize].reported_seeds.len() - 1;
+        task.seed_after = None;
+        if !retried {
+            task.seeds_at_submission =
+                self.facts.workers[task.owner as usize].reported_seeds.len() - 1;
         }
-        self.facts.places[task.place as usize].is_substitute |= task.is_reassigned();
+        self.facts.workers[task.assigned as usize].had_reassigned |= task.is_reassigned();
         let sent = made.filter(|_| started.has_blob).map_or(0, |made| made.1);
         self.writing = Some(Message {
             task: id,
             sent,
             first: true,
-            again: before,
+            again: retried,
         });
     }
 
-    /// What a message may begin with: a blob's number and its length.
-    fn share(&mut self, task: TaskId, place: Rank, len: usize) -> Option<(BlobId, usize)> {
+    /// The blob that a message may begin with, and its length. May create or drop blobs.
+    fn blob_for(&mut self, task: TaskId, rank: Rank, len: usize) -> Option<(BlobId, usize)> {
         if self.rng.random_ratio(1, 30) && !self.made.is_empty() {
             let at = self.rng.random_range(0..self.made.len());
             let made = self.made.swap_remove(at);
@@ -223,27 +232,27 @@ impl Sim {
         }
         let group = group(task);
         let fits = |made: &&Made| made.group == group && made.len <= len;
-        let usable = |made: &&Made| self.hub.has_blob(place, made.id);
+        let usable = |made: &&Made| self.hub.has_blob(rank, made.id);
         let made = self.made.iter().filter(fits).find(usable);
         if let Some(made) = made {
             return Some((made.id, made.len));
         }
-        let ranks = self.some_ranks(place);
-        let most = match self.rng.random_range(0..3) {
+        let ranks = self.some_ranks(rank);
+        let max = match self.rng.random_range(0..3) {
             0 => len,
             _ => self.rng.random_range(0..=len),
         };
         let id = self.hub.begin_blob(&ranks, false);
-        let gives_up = self.rng.random_ratio(1, 10);
+        let abandons = self.rng.random_ratio(1, 10);
         let mut at = 0;
         loop {
-            let n = self.rng.random_range(1..=MAX_BODY).min(most - at);
-            let last = at + n == most;
-            if last && gives_up {
+            let n = self.rng.random_range(1..=MAX_BODY).min(max - at);
+            let last = at + n == max;
+            if last && abandons {
                 self.hub.abandon();
-                self.facts.seen.aborted += 1;
+                self.facts.seen.aborted_blobs += 1;
                 self.notes();
-                assert!(!self.hub.has_blob(place, id));
+                assert!(!self.hub.has_blob(rank, id));
                 return None;
             }
             self.hub.write_chunk(self.chunk(task, at, n), last);
@@ -252,22 +261,22 @@ impl Sim {
                 break;
             }
             if self.rng.random_ratio(1, 5) {
-                let host = self.at[place as usize].0;
+                let host = self.at[rank as usize].0;
                 self.flush(host, 100_000);
             }
         }
-        let has = self.hub.has_blob(place, id);
+        let has = self.hub.has_blob(rank, id);
         self.made.push(Made {
             id,
             group,
-            len: most,
+            len: max,
         });
-        has.then_some((id, most))
+        has.then_some((id, max))
     }
 
-    /// This worker and others, which may be gone.
-    pub fn some_ranks(&mut self, place: Rank) -> Vec<Rank> {
-        let mut ranks = vec![place];
+    /// This worker and others, which may have terminated.
+    pub fn some_ranks(&mut self, rank: Rank) -> Vec<Rank> {
+        let mut ranks = vec![rank];
         for _ in 0..self.rng.random_range(0..self.setup.workers.min(20)) {
             ranks.push(self.rng.random_range(0..self.setup.workers) as Rank);
         }
@@ -278,7 +287,7 @@ impl Sim {
         let number = (origin(task, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
         Chunk {
             bytes: part(task, false, at, n),
-            key: self.setup.keep.map(|_| number),
+            key: self.setup.chunk_cache.map(|_| number),
         }
     }
 
@@ -300,8 +309,8 @@ impl Sim {
         let (at, again) = (writing.sent, writing.again);
         writing.sent += n;
         if std::mem::replace(&mut writing.first, false) {
-            assert!(task.end.is_none() && !task.open);
-            task.open = true;
+            assert!(task.end.is_none() && !task.scheduled);
+            task.scheduled = true;
         }
         if last {
             task.complete = true;
@@ -314,7 +323,7 @@ impl Sim {
         self.notes();
     }
 
-    /// R could not finish the message.
+    /// R fails to finish the message.
     pub fn abandon(&mut self) {
         let Some(writing) = self.writing.take() else {
             return;
@@ -323,10 +332,11 @@ impl Sim {
         self.withdraw(writing.task);
         self.hub.abandon();
         self.notes();
-        let open = self.facts.tasks[writing.task as usize].open;
-        assert!(!open, "abandoned task {} lives", writing.task);
+        let open = self.facts.tasks[writing.task as usize].scheduled;
+        assert!(!open, "abandoned task {} is still scheduled", writing.task);
     }
 
+    /// Records the end of a task for R.
     pub fn end(&mut self, id: TaskId, end: End) {
         let task = &mut self.facts.tasks[id as usize];
         assert_eq!(task.end, None, "task {id} ends for R again: {end:?}");
@@ -335,19 +345,20 @@ impl Sim {
         self.outstanding[owner as usize].retain(|&other| other != id);
     }
 
-    /// R does not want this task any more. What there is of its answer is dropped.
+    /// R cancels a task. The received part of its answer is discarded.
     pub fn withdraw(&mut self, id: TaskId) {
         self.end(id, End::Cancelled);
         self.ready.retain(|&(other, ..)| other != id);
-        let place = self.facts.tasks[id as usize].place;
-        if self.arriving.get(&place).is_some_and(|&(at, _)| at == id) {
-            self.arriving.remove(&place);
+        let rank = self.facts.tasks[id as usize].assigned;
+        if self.arriving.get(&rank).is_some_and(|&(at, _)| at == id) {
+            self.arriving.remove(&rank);
         }
     }
 
+    /// R cancels all tasks of a job.
     pub fn cancel_job(&mut self, job: JobId) {
         let is_of_job = |writing: &Message| self.facts.tasks[writing.task as usize].job == job;
-        // Sometimes with another's message still being written.
+        // Sometimes while the message of another job is being written.
         if self.writing.as_ref().is_some_and(is_of_job) || self.rng.random() {
             self.abandon();
         }
@@ -360,12 +371,12 @@ impl Sim {
         self.hub.cancel_job(job);
         self.notes();
         for task in matching {
-            let open = self.facts.tasks[task as usize].open;
+            let open = self.facts.tasks[task as usize].scheduled;
             assert!(!open, "task {task} outlives its job");
         }
     }
 
-    /// R wants to give one of its tasks to another worker, if it has not started.
+    /// R requests to revoke a task.
     pub fn revoke(&mut self) {
         let owner = self.rng.random_range(0..self.setup.workers);
         let tasks = &self.outstanding[owner];
@@ -377,12 +388,12 @@ impl Sim {
             return;
         }
         let task = &mut self.facts.tasks[id as usize];
-        task.asked_back = true;
+        task.revoke_requested = true;
         self.hub.revoke(id);
         self.notes();
     }
 
-    /// Which of what has ended R gets next if it waits so.
+    /// The index in `ready` of what R must get next if it waits for `waiting`.
     fn next_ready(&self, waiting: Waiting) -> Option<usize> {
         let Waiting::For(owner) = waiting else {
             return (!self.ready.is_empty()).then_some(0);
@@ -398,7 +409,7 @@ impl Sim {
         })
     }
 
-    /// Takes what R waits for if it is there, or the loss of another task of the same job.
+    /// Takes what R waits for, if it is ready, or the loss of another task of the same job.
     fn take(&mut self) {
         let Some(waiting) = self.waiting else {
             return;
@@ -409,13 +420,13 @@ impl Sim {
             return;
         }
         let at = self.next_ready(waiting);
-        // Now and then R asks in vain.
+        // Sometimes R asks although nothing is ready.
         if at.is_none() && !self.rng.random_ratio(1, 50) {
             return;
         }
         let answer = match waiting {
             Waiting::Any => {
-                let all = (0..self.facts.places.len() as Rank).collect();
+                let all = (0..self.facts.workers.len() as Rank).collect();
                 self.hub.receive_any(&all, Duration::ZERO)
             }
             Waiting::For(owner) => self.hub.receive(owner, Duration::ZERO),
@@ -446,19 +457,19 @@ impl Sim {
                     panic!("{answer:?}");
                 };
                 self.resume = Some(waiting);
-                self.decide(id, termination);
+                self.decide_retry(id, termination);
             }
         }
         self.notes();
     }
 
-    /// What becomes of a task that was lost.
-    fn decide(&mut self, id: TaskId, termination: &Termination) {
-        // A message that was being written is finished before R waits.
+    /// Applies the retry policy to a task whose worker failed.
+    fn decide_retry(&mut self, id: TaskId, termination: &Termination) {
+        // R finishes the message that it writes before it waits.
         assert!(self.writing.is_none());
         let task = &mut self.facts.tasks[id as usize];
-        task.told += 1;
-        assert_eq!(task.told, task.failures);
+        task.reported_failures += 1;
+        assert_eq!(task.reported_failures, task.failures);
         let policy = Policy::new(self.facts.retries);
         let verdict = task.attempts.verdict(policy, termination);
         if verdict == Verdict::Raise {
@@ -466,19 +477,19 @@ impl Sim {
             return;
         }
         task.attempts.record(());
-        let (owner, before, len, own) = (task.owner, task.place, task.len, task.own_limit);
+        let (owner, before, len, own) = (task.owner, task.assigned, task.len, task.own_limit);
         let setup_call = task.effect.map(|effect| effect.name());
         if verdict == Verdict::GiveUp {
             self.ready.push_back((id, 0, Ready::GivenUp));
             self.hub.give_up(id);
             return;
         }
-        let made = self.share(id, before, len);
+        let made = self.blob_for(id, before, len);
         let blob = made.map(|made| made.0);
         let started = match self.hub.try_again(owner, id, setup_call, |_| blob) {
             Ok(started) => started,
-            Err((place, _)) => {
-                assert!(place == before && self.is_terminated(before));
+            Err((rank, _)) => {
+                assert!(rank == before && self.is_terminated(before));
                 self.fail(id);
                 return;
             }
@@ -486,15 +497,15 @@ impl Sim {
         assert_eq!(started.task, id);
         self.hub.limit_time(own);
         if started.assigned == before {
-            self.facts.seen.again += 1;
+            self.facts.seen.retried += 1;
         } else {
-            self.check_place(before, started, setup_call.is_some());
-            self.facts.seen.moved += 1;
+            self.check_assigned(before, started, setup_call.is_some());
+            self.facts.seen.moved_by_retry += 1;
         }
         self.write(id, started, made, true);
     }
 
-    /// Nobody can take a lost task: its verb ends with an error.
+    /// No worker can run a lost task: its verb ends with an error.
     fn fail(&mut self, id: TaskId) {
         self.resume = None;
         self.end(id, End::Error);
@@ -506,22 +517,23 @@ impl Sim {
         }
     }
 
+    /// Sets what R waits for, and reports the demand to the scheduler.
     pub fn wait_for(&mut self, waiting: Option<Waiting>) {
         self.waiting = waiting;
         let demand = match waiting {
             None => Demand::Nothing,
-            Some(Waiting::Any) => Demand::AnyOf((0..self.facts.places.len() as Rank).collect()),
+            Some(Waiting::Any) => Demand::AnyOf((0..self.facts.workers.len() as Rank).collect()),
             Some(Waiting::For(owner)) => {
                 let front = self.outstanding[owner as usize].front();
-                let place = front.map(|&task| self.facts.tasks[task as usize].place);
-                Demand::Rank(place.unwrap_or(owner))
+                let rank = front.map(|&task| self.facts.tasks[task as usize].assigned);
+                Demand::Rank(rank.unwrap_or(owner))
             }
         };
         self.hub
             .with_scheduler(|scheduler| scheduler.demand(demand));
     }
 
-    /// R comes to wait for an answer.
+    /// R starts to wait for an answer.
     pub fn wait(&mut self) {
         if self.waiting.is_some() || self.writing.is_some() {
             return;
@@ -543,7 +555,7 @@ impl Sim {
         let fronts = || self.outstanding.iter().enumerate();
         let mut busy = fronts().filter_map(|(rank, tasks)| Some((*tasks.front()?, rank as Rank)));
         let waiting = if by_rank {
-            // The oldest, or any: R's code may take them in any order.
+            // The oldest task or any other: R code may take answers in any order.
             let skip = self.rng.random_range(0..3) * self.rng.random_range(0..=self.setup.workers);
             let first = busy.next();
             let chosen = busy.nth(skip).or(first);
@@ -557,7 +569,7 @@ impl Sim {
         }
     }
 
-    /// What the scheduler noted, and all that can be checked after any step.
+    /// Processes the notes of the scheduler, and checks what must be true after each step.
     pub fn notes(&mut self) {
         let mut lost = None;
         for note in self.hub.take_notes() {
@@ -573,52 +585,54 @@ impl Sim {
                     self.done(rank, task, job, outcome, just_lost);
                 }
                 Note::Terminated { rank, termination } => {
-                    let place = &mut self.facts.places[rank as usize];
-                    // Once; or it is stopped when its host is lost, and does not come back with that; or
-                    // its agent, which was to make it again after a pause, is lost or does not do so.
-                    let again = std::mem::replace(&mut place.termination, true);
-                    let waited = std::mem::replace(&mut place.waits, termination.is_tried_again());
-                    place.unacknowledged += usize::from(place.waits);
+                    let known = &mut self.facts.workers[rank as usize];
+                    // A worker terminates once, with two exceptions: a worker of a lost host is stopped, and
+                    // a worker that awaits its restart loses its host.
+                    let again = std::mem::replace(&mut known.is_terminated, true);
+                    let waited =
+                        std::mem::replace(&mut known.awaits_restart, termination.is_tried_again());
+                    known.unacknowledged += usize::from(known.awaits_restart);
                     let ends_waiting = waited && matches!(*termination, Termination::Host(_));
                     assert!(!again || matches!(*termination, Termination::Stopped) || ends_waiting);
-                    (place.current, place.next) = (None, None);
+                    (known.current, known.prefetched) = (None, None);
                     self.arriving.remove(&rank);
                 }
                 Note::Lost { rank, task, .. } => {
-                    let place = &mut self.facts.places[rank as usize];
-                    assert!(!place.termination);
-                    assert_eq!(lost, None, "the loss of a task is not told");
+                    let known = &mut self.facts.workers[rank as usize];
+                    assert!(!known.is_terminated);
+                    assert_eq!(lost, None, "the loss of a task is not reported");
                     lost = task.then_some(rank);
-                    place.current = None;
-                    place.unacknowledged += 1;
-                    place.next_when_lost = place.next.take();
-                    self.facts.seen.put_back += usize::from(place.next_when_lost.is_some());
+                    known.current = None;
+                    known.unacknowledged += 1;
+                    known.prefetched_at_failure = known.prefetched.take();
+                    self.facts.seen.requeued += usize::from(known.prefetched_at_failure.is_some());
                     self.arriving.remove(&rank);
                 }
-                Note::Up { rank, .. } => assert!(!self.facts.places[rank as usize].termination),
+                Note::Up { rank, .. } => assert!(!self.facts.workers[rank as usize].is_terminated),
                 Note::Replaced { rank, killed, .. } => {
-                    let place = &mut self.facts.places[rank as usize];
-                    assert!(!place.termination);
-                    assert!(killed.is_some() || place.current.is_none());
-                    place.current = None;
-                    let next = place.next.take();
-                    place.unacknowledged += usize::from(killed.is_some());
-                    self.facts.seen.put_back += usize::from(next.is_some());
+                    let known = &mut self.facts.workers[rank as usize];
+                    assert!(!known.is_terminated);
+                    assert!(killed.is_some() || known.current.is_none());
+                    known.current = None;
+                    let next = known.prefetched.take();
+                    known.unacknowledged += usize::from(killed.is_some());
+                    self.facts.seen.requeued += usize::from(next.is_some());
                     self.facts.seen.killed += usize::from(killed.is_some());
                     self.facts.seen.replaced += usize::from(killed.is_none());
                 }
                 Note::StateNotLogged { rank } => {
-                    assert!(!self.facts.places[rank as usize].kept);
+                    assert!(!self.facts.workers[rank as usize].is_logged);
                     self.facts.seen.not_logged += 1;
                 }
                 Note::LeftOut { agent, .. } => {
                     let ranks = &self.hosts[agent].ranks;
-                    let termination = |&rank: &Rank| self.facts.places[rank as usize].termination;
-                    assert!(ranks.iter().all(termination));
-                    self.facts.seen.left_out += 1;
+                    let is_terminated =
+                        |&rank: &Rank| self.facts.workers[rank as usize].is_terminated;
+                    assert!(ranks.iter().all(is_terminated));
+                    self.facts.seen.hosts_left_out += 1;
                 }
                 Note::Ended { .. } => {}
-                // Agents make no worker again after a pause here.
+                // The simulated agents restart no worker after a pause.
                 Note::Back { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
@@ -631,7 +645,7 @@ impl Sim {
                 }
             }
         }
-        assert_eq!(lost, None, "the loss of a task is not told");
+        assert_eq!(lost, None, "the loss of a task is not reported");
         self.take();
         self.check_buffered();
         let blocked = self
@@ -640,40 +654,51 @@ impl Sim {
         self.facts.seen.blocked += usize::from(blocked);
     }
 
+    /// Checks the end of a task that the scheduler reports. `just_lost`: its worker has just failed.
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
         let task = &mut self.facts.tasks[id as usize];
-        let place = &mut self.facts.places[rank as usize];
-        assert!(task.open, "task {id} ended twice: {outcome:?}");
-        task.open = false;
-        assert_eq!((task.place, task.job), (rank, job));
+        let known = &mut self.facts.workers[rank as usize];
+        assert!(task.scheduled, "task {id} ended twice: {outcome:?}");
+        task.scheduled = false;
+        assert_eq!((task.assigned, task.job), (rank, job));
         let wanted = task.end.is_none();
-        let setup_call = place.effects.iter().any(|effect| effect.task == id);
-        let (ready, held) = match outcome {
+        let setup_call = known.effects.iter().any(|effect| effect.task == id);
+        let (ready, bytes) = match outcome {
             Outcome::Answer(body) => {
                 assert!(wanted, "an answer to withdrawn task {id}");
                 assert!(task.complete && !task.stuck && !task.poison);
                 assert!(task.started);
-                assert_eq!(setup_call, task.effect.is_some(), "task {id} does not last");
+                assert_eq!(
+                    setup_call,
+                    task.effect.is_some(),
+                    "the effect of task {id} is missing or unexpected"
+                );
                 assert_eq!(self.arriving.remove(&rank), Some((id, body.len)));
                 check_answer(id, task.answer_len, &body);
                 self.facts.seen.answers += 1;
-                self.facts.seen.in_vain += usize::from(task.asked_back);
+                self.facts.seen.revoked_too_late += usize::from(task.revoke_requested);
                 self.facts.seen.reassigned +=
-                    usize::from(task.is_reassigned() && !task.draws.is_nothing());
+                    usize::from(task.is_reassigned() && !task.rng_use.is_nothing());
                 (Ready::Answer, body.len)
             }
             Outcome::Lost(termination) => {
                 assert!(wanted);
-                assert!(place.termination || just_lost, "lost to a living worker");
+                assert!(
+                    known.is_terminated || just_lost,
+                    "lost, but its worker has not failed"
+                );
                 assert!(
                     !matches!(*termination, Termination::Worker(ref failure) if failure.tail != "killed")
                 );
                 assert!(
-                    place.termination || place.next_when_lost != Some(id),
-                    "task {id} is lost before its turn"
+                    known.is_terminated || known.prefetched_at_failure != Some(id),
+                    "task {id} is lost although it was only prefetched"
                 );
-                // With a host the last answers may be lost on their way.
-                assert!(!setup_call || place.termination, "lost task {id} lasts");
+                // If the host is lost, the last answers may be lost with it.
+                assert!(
+                    !setup_call || known.is_terminated,
+                    "lost task {id} has had an effect"
+                );
                 task.failures += 1;
                 self.facts.seen.lost += 1;
                 (Ready::Lost, 0)
@@ -686,63 +711,68 @@ impl Sim {
                 (Ready::TimedOut, 0)
             }
             Outcome::Revoked => {
-                assert!(wanted && task.asked_back);
-                assert!(!task.started, "task {id} is recalled and has started");
+                assert!(wanted && task.revoke_requested);
+                assert!(!task.started, "task {id} is revoked and has started");
                 task.revoked = true;
                 self.facts.seen.revoked += 1;
                 (Ready::Revoked, 0)
             }
             Outcome::Cancelled => {
-                assert_eq!(task.end, Some(End::Cancelled), "cancelled by nobody");
+                assert_eq!(
+                    task.end,
+                    Some(End::Cancelled),
+                    "cancelled without a request"
+                );
                 self.facts.seen.cancelled += 1;
                 return;
             }
         };
-        self.ready.push_back((id, held, ready));
+        self.ready.push_back((id, bytes, ready));
     }
 
-    /// What the head holds: exactly what R has not taken, and within its bound.
+    /// Checks that the head buffers exactly what R has not taken, and no more than its bound.
     ///
-    /// The bound, of the bytes beyond each result's first [`RESULT_WINDOW`] (which comes unasked):
-    /// leave is given only while less than the limit is held or on its way, so at most `limit +
-    /// GRANT`; beyond that, one result alone is completed for [`Want::AnyOf`], and for [`Want::Rank`]
-    /// one, and, where tasks of several wait for one worker, those which that has to do first, each of
-    /// which may be asked for by up to a [`GRANT`] more than it has.
+    /// The bound is for the bytes of large results beyond the first [`RESULT_WINDOW`] of each, which
+    /// arrives without credit. Credit is granted only while buffered and granted bytes are below the limit,
+    /// so that they are at most `limit + GRANT`. Some results are completed regardless of the limit: one
+    /// for [`Demand::AnyOf`]; for [`Demand::Rank`] one, and, if reassigned tasks wait for the same worker,
+    /// those that it runs first. Each of these may be granted up to a [`GRANT`] more than its size.
     fn check_buffered(&mut self) {
         let arriving = self.arriving.values().copied();
-        let held = arriving.chain(self.ready.iter().map(|&(task, len, _)| (task, len)));
+        let results = arriving.chain(self.ready.iter().map(|&(task, len, _)| (task, len)));
         let (mut all, mut large, mut others) = (0, 0, 0);
-        for (task, len) in held {
+        for (task, len) in results {
             all += len;
             if len > RESULT_WINDOW {
                 large += len - RESULT_WINDOW;
-                let place = self.facts.tasks[task as usize].place;
-                others += usize::from(self.facts.places[place as usize].is_substitute);
+                let rank = self.facts.tasks[task as usize].assigned;
+                others += usize::from(self.facts.workers[rank as usize].had_reassigned);
             }
         }
         let buffered = self.hub.with_scheduler(|scheduler| scheduler.buffered());
         assert_eq!(buffered, all);
-        let rtts = match self.setup.order {
+        let demanded = match self.setup.order {
             TakeOrder::Mixed => 2,
-            // Jobs take them as they come.
+            // Jobs take results in any order.
             TakeOrder::ByRank if self.facts.seen.jobs > 0 => 2,
             _ => 1,
         };
-        let most = self.setup.limit + GRANT + (rtts + others) * (LARGEST + GRANT);
+        let max = self.setup.limit + GRANT + (demanded + others) * (LARGEST + GRANT);
         if !self.setup.blocking {
-            assert!(large <= most, "{large} bytes of large results, most {most}");
+            assert!(large <= max, "{large} bytes of large results, max {max}");
         }
     }
 }
 
-/// Whose answer R waits for.
+/// Which answer R waits for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Waiting {
     Any,
-    /// The oldest of those given to this worker.
+    /// That of the oldest task of this owner.
     For(Rank),
 }
 
+/// Checks that an answer is complete and has the bytes of this task.
 pub fn check_answer(task: TaskId, len: usize, body: &Body) {
     assert_eq!(body.len, len, "task {task}");
     if let Some(memory) = &body.memory {

@@ -1,6 +1,6 @@
-//! Simulated workers: what `worker/channel.rs` and R do, in steps.
+//! Simulated workers: do in steps what `worker/channel.rs` and R do.
 
-use crate::parts::{Draws, Effect, Facts, Manners, Pipe, digest, part};
+use crate::parts::{Effect, Facts, OnInterrupt, Pipe, RngUse, digest, part};
 use bytes::{Bytes, BytesMut};
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -18,25 +18,25 @@ use xxhash_rust::xxh3::Xxh3;
 struct Incoming {
     task: TaskId,
     at: usize,
-    /// Of a message that lasts.
+    /// Hashes the message, if it is a set-up call.
     hasher: Option<Box<Xxh3>>,
 }
 
-/// A task that a simulated worker is at.
+/// The task that a simulated worker runs.
 struct Running {
     task: TaskId,
     sent: usize,
     len: usize,
     started: bool,
-    /// Nothing of it has been done yet.
+    /// The task has not started to answer: an interrupt may still prevent it.
     fresh: bool,
     /// Steps before the next chunk.
     pause: u32,
-    /// Where the answer is to begin anew, once.
+    /// After how many bytes the answer starts again from the beginning, once.
     restart_at: Option<usize>,
     stuck: bool,
-    manners: Manners,
-    draws: Draws,
+    on_interrupt: OnInterrupt,
+    rng_use: RngUse,
     effect: Option<Effect>,
 }
 
@@ -44,38 +44,40 @@ pub struct Worker {
     received: BytesMut,
     pub out: OutBuf,
     incoming: Option<Incoming>,
-    /// The last blob that it was given.
+    /// The last blob that it received.
     blob: Option<(BlobId, Bytes)>,
     running: Option<Running>,
-    /// What lasts on it.
+    /// The effects of its set-up calls.
     pub effects: Vec<Effect>,
-    /// The state of its random number generator; empty: it has none.
+    /// Its RNG state; empty: no state.
     pub seed: Bytes,
-    /// Its own while that of another is in place.
+    /// Its own RNG state while it runs a reassigned task, which uses the state of that task's owner.
     own: Option<Bytes>,
-    /// To be put in place before the next task.
+    /// RNG states to set before the next task, and whether they are for a reassigned task.
     seeds_before: Vec<(Bytes, bool)>,
-    /// Reads a few bytes at a time for so many steps.
+    /// For this many steps, it reads only a few bytes at a time.
     slow: u32,
 }
 
-/// A worker's process with its agent's end of the channel.
+/// A worker's process, with the agent's end of its channel.
 pub struct Process {
     pub outgoing: OutBuf,
-    /// Memory that goes along with frames.
-    pub along: VecDeque<Bytes>,
+    /// Shared memory that is sent with frames, in order.
+    pub shared_memory: VecDeque<Bytes>,
     pub down: Pipe,
     pub up: Pipe,
-    pub held: BytesMut,
+    /// Bytes from the worker that the agent has read and not routed yet.
+    pub unrouted: BytesMut,
     pub worker: Worker,
     pub closing: bool,
     pub closed: bool,
     pub dead: bool,
-    /// The head may send it tasks.
+    /// The worker is ready for tasks of the head.
     pub is_up: bool,
-    /// Bytes that its agent gave it of its own accord.
-    pub given: usize,
-    /// When all of a task's message had come, and whether the agent has seen some of the answer.
+    /// Bytes in `outgoing` that the agent has added and that do not count for the send window.
+    pub bytes_from_agent: usize,
+    /// The task whose complete message has been sent to the worker, and since when; and whether the agent
+    /// has received a part of its answer.
     pub complete: Option<(TaskId, Now)>,
     pub answering: bool,
 }
@@ -95,10 +97,10 @@ impl Process {
         out.push(&ready);
         Process {
             outgoing: OutBuf::default(),
-            along: VecDeque::new(),
+            shared_memory: VecDeque::new(),
             down: Pipe::new(channel),
             up: Pipe::new(channel),
-            held: BytesMut::new(),
+            unrouted: BytesMut::new(),
             worker: Worker {
                 received: BytesMut::new(),
                 out,
@@ -115,49 +117,49 @@ impl Process {
             closed: false,
             dead: false,
             is_up: false,
-            given: 0,
+            bytes_from_agent: 0,
             complete: None,
             answering: false,
         }
     }
 
-    /// Whether a step would change nothing.
+    /// Whether a step would have no effect.
     pub fn is_idle(&self) -> bool {
         let worker = &self.worker;
         let streams = self.down.bytes.is_empty() && self.up.bytes.is_empty();
-        let buffers = self.outgoing.is_empty() && self.held.is_empty() && worker.out.is_empty();
+        let buffers = self.outgoing.is_empty() && self.unrouted.is_empty() && worker.out.is_empty();
         let at_rest = worker.running.is_none() && !self.dead && !self.closing && !self.closed;
         streams && buffers && at_rest
     }
 
-    /// One step of the simulated worker. Returns whether anything moved. `faulty`: it ends when it
+    /// One step of the simulated worker. Returns how much has moved. `faulty`: the worker crashes when it
     /// starts a task.
     pub fn run(
         &mut self,
         rng: &mut StdRng,
         facts: &mut Facts,
         rank: Rank,
-        (most, calm, whole): (usize, bool, bool),
+        (max, calm, whole): (usize, bool, bool),
         faulty: bool,
     ) -> u64 {
         let worker = &mut self.worker;
-        let most = if worker.slow > 0 && !calm {
+        let max = if worker.slow > 0 && !calm {
             worker.slow -= 1;
-            // A few bytes, or none at all.
-            most.min(rng.random_range(0..40))
+            // A few bytes, or none.
+            max.min(rng.random_range(0..40))
         } else {
-            most
+            max
         };
-        let mut moved = self.down.read(&mut worker.received, most) as u64;
+        let mut moved = self.down.read(&mut worker.received, max) as u64;
         while let Some(frame) = frame::decode(&mut worker.received).expect("a frame") {
-            let lethal = worker.on_frame(frame, &mut self.along, rng, facts, rank);
+            let lethal = worker.on_frame(frame, &mut self.shared_memory, rng, facts, rank);
             if lethal || faulty && worker.is_at_a_task() {
                 self.dead = true;
                 return moved + 1;
             }
         }
         moved += worker.answer(rng, facts, rank, (calm, whole));
-        moved += self.up.pour(&mut worker.out, most) as u64;
+        moved += self.up.pour(&mut worker.out, max) as u64;
         let idle = worker.running.is_none() && worker.out.is_empty() && self.down.bytes.is_empty();
         if self.closed && idle {
             self.dead = true;
@@ -173,11 +175,11 @@ impl Worker {
         running.is_some_and(|running| running.task & REPLAY == 0)
     }
 
-    /// Returns whether this was its end.
+    /// Returns whether the frame kills the worker.
     fn on_frame(
         &mut self,
         frame: Frame,
-        along: &mut VecDeque<Bytes>,
+        shared_memory: &mut VecDeque<Bytes>,
         rng: &mut StdRng,
         facts: &mut Facts,
         rank: Rank,
@@ -190,12 +192,12 @@ impl Worker {
                 self.seeds_before.retain(|seed| !seed.1);
             }
             Kind::Data => {
-                // What it does again comes all at once.
+                // Replayed set-up calls arrive without waiting for answers.
                 let again = task & REPLAY != 0;
                 assert!(self.running.is_none() || again, "two tasks at once");
                 if let (true, Some(running)) = (again, &self.running) {
                     assert!(running.task & REPLAY != 0);
-                    // Done before the next is looked at.
+                    // The running call ends before the next one is read.
                     while self.running.is_some() {
                         self.answer(rng, facts, rank, (true, true));
                     }
@@ -203,10 +205,10 @@ impl Worker {
                 let body = match flags & BY_REFERENCE {
                     0 => frame.body,
                     _ => {
-                        let (id, bytes) = self.blob.as_ref().expect("a payload");
+                        let (id, bytes) = self.blob.as_ref().expect("a blob");
                         assert_eq!(Some(*id), frame.number());
-                        facts.seen.shared += usize::from(!again);
-                        facts.seen.shared_again += usize::from(again);
+                        facts.seen.with_blob += usize::from(!again);
+                        facts.seen.replayed_with_blob += usize::from(again);
                         bytes.clone()
                     }
                 };
@@ -219,7 +221,7 @@ impl Worker {
                 self.blob = None;
                 let bytes = match flags & BY_REFERENCE {
                     0 => frame.body,
-                    _ => along.pop_front().expect("memory"),
+                    _ => shared_memory.pop_front().expect("memory"),
                 };
                 if flags & ABORT == 0 {
                     self.blob = Some((task, bytes));
@@ -248,12 +250,15 @@ impl Worker {
         let incoming = self.incoming.as_mut().expect("a chunk of no task");
         assert_eq!(incoming.task, task);
         if !again {
-            let (like, most) = facts.tasks[task as usize].begins;
-            let n = body.len().min(most.saturating_sub(incoming.at));
+            let (like, max) = facts.tasks[task as usize].prefix;
+            let n = body.len().min(max.saturating_sub(incoming.at));
             let begin = part(like, false, incoming.at, n);
             let rest = part(task, false, incoming.at + n, body.len() - n);
-            assert!(body[..n] == begin, "task {task} begins otherwise");
-            assert!(body[n..] == rest, "task {task} arrives changed");
+            assert!(body[..n] == begin, "task {task} has another blob");
+            assert!(
+                body[n..] == rest,
+                "task {task} arrives with another message"
+            );
         }
         incoming.at += body.len();
         if let Some(hasher) = &mut incoming.hasher {
@@ -261,7 +266,7 @@ impl Worker {
         }
     }
 
-    /// All of a message is there. Returns whether this was its end.
+    /// Starts the task whose message is complete. Returns whether the task kills the worker.
     fn start(&mut self, rng: &mut StdRng, facts: &mut Facts, rank: Rank) -> bool {
         let Incoming { task, at, hasher } = self.incoming.take().expect("a message");
         let effect = hasher.map(|hasher| Effect::of(task, &hasher));
@@ -280,13 +285,13 @@ impl Worker {
             pause: rng.random_range(0..4),
             restart_at: None,
             stuck: false,
-            manners: Manners::Stop,
-            draws: Draws::Nothing,
+            on_interrupt: OnInterrupt::Stop,
+            rng_use: RngUse::Nothing,
             effect,
         };
         if let (true, Some(effect)) = (task & REPLAY != 0, effect) {
             running.len = effect.hash as usize % 3_000;
-            running.draws = effect.draws();
+            running.rng_use = effect.rng_use();
             self.running = Some(running);
             return false;
         }
@@ -295,28 +300,29 @@ impl Worker {
         assert_eq!(at, state.len);
         assert_eq!(effect, state.effect);
         running.len = state.answer_len;
-        running.draws = state.draws;
+        running.rng_use = state.rng_use;
         running.stuck = state.stuck;
-        running.manners = state.manners;
+        running.on_interrupt = state.on_interrupt;
         let restart = running.len > 0 && rng.random_ratio(1, 10);
         running.restart_at = restart.then(|| rng.random_range(0..running.len));
         self.running = Some(running);
         state.poison
     }
 
-    /// Whether this worker is what the task must find.
+    /// Checks that the worker has the state in which the task must start.
     fn check_start(&self, id: TaskId, facts: &mut Facts, rank: Rank) {
-        if facts.places[rank as usize].termination {
-            // It was stopped or given up, and has not heard of that. The task may be elsewhere by now.
+        if facts.workers[rank as usize].is_terminated {
+            // The head has stopped or abandoned this worker, which has not been notified. The task may be
+            // assigned to another one by now.
             return;
         }
         let owner = facts.tasks[id as usize].owner;
-        let reported_seeds = facts.places[owner as usize].reported_seeds.clone();
-        let place = &mut facts.places[rank as usize];
+        let reported_seeds = facts.workers[owner as usize].reported_seeds.clone();
+        let known = &mut facts.workers[rank as usize];
         let task = &mut facts.tasks[id as usize];
-        assert_eq!(task.place, rank);
+        assert_eq!(task.assigned, rank);
         assert!(task.complete);
-        assert!(!task.revoked, "recalled task {id} starts");
+        assert!(!task.revoked, "revoked task {id} starts");
         assert!(
             task.starts <= task.failures,
             "task {id} starts once too often"
@@ -329,40 +335,40 @@ impl Worker {
         assert!(!std::mem::replace(&mut task.started, true), "started twice");
         assert_eq!(
             digest(&self.effects),
-            digest(&place.effects),
-            "worker {rank} is not what it was before task {id}: {:?} {:?}",
+            digest(&known.effects),
+            "worker {rank} has another state than expected before task {id}: {:?} {:?}",
             self.effects,
-            place.effects
+            known.effects
         );
         assert_eq!(
             self.own.as_ref().unwrap_or(&self.seed),
-            &place.seed,
+            &known.seed,
             "worker {rank}'s random numbers at task {id}"
         );
         if task.is_reassigned() {
             assert!(
                 self.own.is_some(),
-                "moved task {id} uses its worker's random numbers"
+                "reassigned task {id} uses its worker's random numbers"
             );
-            let known = &reported_seeds[task.since..];
-            assert!(known.contains(&self.seed), "moved task {id}");
+            let usable = &reported_seeds[task.seeds_at_submission..];
+            assert!(usable.contains(&self.seed), "reassigned task {id}");
         } else {
             assert!(self.own.is_none());
-            let turn = task.turn.unwrap_or(place.last_started);
-            assert!(turn >= place.last_started, "tasks start out of order");
-            place.last_started = turn;
+            let order = task.order.unwrap_or(known.last_started);
+            assert!(order >= known.last_started, "tasks start out of order");
+            known.last_started = order;
         }
-        match &task.began_with {
-            Some((seed, told)) if !task.is_reassigned() || *told == reported_seeds.len() => {
-                // The first try may have been where it was not a reassigned task.
-                let known = !task.is_reassigned() || reported_seeds.last() == Some(seed);
+        match &task.first_seed {
+            Some((seed, count)) if !task.is_reassigned() || *count == reported_seeds.len() => {
+                // In its first attempt it may not have been a reassigned task.
+                let is_known = !task.is_reassigned() || reported_seeds.last() == Some(seed);
                 assert!(
-                    !known || *seed == self.seed,
+                    !is_known || *seed == self.seed,
                     "task {id} begins with other random numbers than at first"
                 );
             }
             Some(_) => {}
-            None => task.began_with = Some((self.seed.clone(), reported_seeds.len())),
+            None => task.first_seed = Some((self.seed.clone(), reported_seeds.len())),
         }
     }
 
@@ -370,28 +376,28 @@ impl Worker {
         match &mut self.running {
             Some(running) if running.task == task => {
                 if running.fresh && rng.random() {
-                    // It is seen before the task starts.
+                    // The worker reads the frame before it starts the task.
                     running.stuck = false;
                     running.len = 0;
-                    running.draws = Draws::Nothing;
+                    running.rng_use = RngUse::Nothing;
                     running.effect = None;
                     running.restart_at = None;
                     return;
                 }
-                match running.manners {
-                    Manners::Stop => {
+                match running.on_interrupt {
+                    OnInterrupt::Stop => {
                         running.len = running.sent;
                         running.stuck = false;
                     }
-                    Manners::Restart => {
+                    OnInterrupt::Restart => {
                         running.sent = 0;
                         running.started = false;
                         running.stuck = false;
                     }
-                    Manners::Ignore => {}
+                    OnInterrupt::Ignore => {}
                 }
             }
-            // It has ended.
+            // The task has ended.
             _ => {}
         }
     }
@@ -420,7 +426,7 @@ impl Worker {
             running.sent = 0;
             running.started = false;
         }
-        // Some of the large ones go through memory that is shared with the head.
+        // Some large answers are sent in memory that is shared with the head.
         let shared = !again && !running.started && running.len > MAX_BODY && rng.random_ratio(1, 3);
         let left = running.len - running.sent;
         let n = if whole {
@@ -441,10 +447,10 @@ impl Worker {
         running.sent += n;
         running.pause = rng.random_range(0..3);
         if last {
-            let after = running.draws.after(&self.seed, task, rng.random());
+            let after = running.rng_use.after(&self.seed, task, rng.random());
             if after != self.seed {
-                if !again && !facts.places[rank as usize].termination {
-                    facts.tasks[task as usize].left = Some(after.clone());
+                if !again && !facts.workers[rank as usize].is_terminated {
+                    facts.tasks[task as usize].seed_after = Some(after.clone());
                 }
                 let flags = if self.own.is_some() { REASSIGNED } else { 0 };
                 self.out
@@ -454,7 +460,7 @@ impl Worker {
             self.effects.extend(running.effect);
             self.running = None;
         }
-        // The agent knows whose channel this is.
+        // The agent replaces the worker index 0 by that of the channel.
         self.out.push(&Frame::new(Kind::Data, flags, 0, task, body));
         1
     }
