@@ -8,12 +8,12 @@ agent_of <- function(cl) proc_parent(clusterPids(cl)[[1L]])
 
 # In the global environment of each worker, and of no test.
 digest_of <- eval(quote(function() list(sum(big), length(big), big[c(1, 77, length(big))])), globalenv())
-# With the source of this file it would be large itself, and held.
+# With the source of this file, the function itself would be large, and a blob.
 digest_of <- utils::removeSource(digest_of)
 
 digest_here <- function(big) list(sum(big), length(big), big[c(1, 77, length(big))])
 
-# Whether the agent holds so many payloads. The head tells it after the call which it may let go of.
+# Checks that the agent has `n` blobs. After the call, the head reports to it which blobs it may release.
 expect_held <- function(agent, n) {
   expect_true(wait_until(function() shared_memory(agent)[["open", 1]] == n, 5), info = paste(n, "held"))
 }

@@ -193,7 +193,7 @@ test_that("a task whose worker is killed is retried with its own message", {
     c(sum(x), x[[77L]])
   })
   of <- global(function(x) c(sum(x), x[[77L]]))
-  # While the payload is there, and when another has taken its place.
+  # While the agent has the blob, and after another one has replaced it.
   for (others in list(list(), list(y, y, y))) {
     go <- tempfile()
     traps <- trap(2)
@@ -318,7 +318,7 @@ test_that("code that R runs during serialization may change values and fail, but
     right <- function(got, given) identical(got, c(got[[1L]], got[[1L]], 20000)) && got[[1L]] %in% given
     expect_true(all(mapply(right, got, given)))
   }
-  # At any of the six times: for the first node, for the payload, to compare it for each of three nodes, and for
+  # At any of the six times: for the first node, for the blob, to compare it for each of three nodes, and for
   # the other host.
   for (at in 1:6) {
     count <- 0

@@ -1,8 +1,8 @@
-//! Whoever is at the other end of a stream and whatever comes from there: a host, an agent or a
-//! worker that is none is named as such and ends, and nothing else is the worse for it.
+//! Untrusted peers: a process that is not an agent or a worker of this cluster, or that sends invalid
+//! bytes, is reported as such and ended, without consequences for the other peers.
 //!
-//! The peers are shells and `cat`s. Where a real agent is needed, it is this test's own
-//! executable, whose workers answer with what they were asked.
+//! The peers are shells and `cat`. Tests that need a real agent start this test's own executable, whose
+//! workers return the messages that they receive.
 
 #![allow(
     clippy::exit,
@@ -302,7 +302,7 @@ fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Whether a process has ended. One that nobody has waited for has.
+/// Whether a process has ended. Zombies have ended.
 fn is_terminated(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat
@@ -673,7 +673,7 @@ fn what_an_untrusted_peer_prints_without_end_is_bounded() {
     close(hub);
 }
 
-/// A blob for the hosts of these workers. Nobody has to wait for it to be sent.
+/// A blob for the hosts of these workers. No caller has to wait until it has been sent.
 fn share(hub: &mut Hub, ranks: &[Rank], bytes: &[u8], setup_call: bool) -> u64 {
     let id = hub.begin_blob(ranks, setup_call);
     for bytes in bytes.chunks(99_999) {
@@ -815,7 +815,7 @@ impl Seen {
     }
 
     fn say(&mut self, bytes: &[u8]) {
-        // It may have heard enough.
+        // The peer may have closed the stream.
         let _ = self.launched.stream.write_all(bytes);
     }
 

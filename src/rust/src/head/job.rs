@@ -193,7 +193,7 @@ fn job_step(handle: Robj) -> Robj {
     })
 }
 
-/// Runs `body` with the open job. Nobody else can get the job meanwhile: R code that runs during `body` finds
+/// Runs `body` with the open job. No other code can get the job meanwhile: R code that runs during `body` finds
 /// that the cluster is busy.
 fn with_job(
     handle: &Robj,

@@ -505,7 +505,7 @@ unsafe fn report_seed(values: *const c_int, count: c_int, reassigned: bool) {
         .iter()
         .flat_map(|value| value.to_le_bytes())
         .collect();
-    // Without a channel nobody needs the state.
+    // Without a channel the state is not needed.
     let _ = with_channel(|channel| {
         channel.leave_seed(Seed { bytes, reassigned });
         Ok(())

@@ -20,7 +20,9 @@ impl Agent {
         };
         if heartbeat.is_silent(now) {
             error!("head silent for too long");
-            eprintln!("rustcluster agent: nothing was heard from the head for too long");
+            eprintln!(
+                "rustcluster agent: received nothing from the head within `heartbeat_timeout`"
+            );
             self.end();
         } else if heartbeat.send_due(now) && self.to_head.is_empty() {
             // Bytes that wait to be sent are a sign of life themselves.

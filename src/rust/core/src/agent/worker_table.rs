@@ -129,11 +129,11 @@ pub enum Route {
     Forward,
     /// Leave it where it is until the head asks for more.
     Hold,
-    /// Leave the frame where it is, and tell the head that it is there.
+    /// Leave the frame where it is, and announce it to the head.
     Announce,
-    /// Discard the frame: nobody waits for it.
+    /// Discard the frame: it is not needed.
     Drop,
-    /// Drop the frame and tell the head that the cancelled task has ended.
+    /// Discard the frame, and report to the head that the cancelled task has ended.
     Ended,
     /// Drop the frame: the worker has been restored.
     Restored,
@@ -461,7 +461,7 @@ impl WorkerTable {
     pub fn from_worker(&mut self, header: &Header, now: Now) -> Result<Route, ProtocolError> {
         let shared = header.flags & BY_REFERENCE != 0;
         if shared && (!self.shared_answers || header.flags != FIRST | LAST | BY_REFERENCE) {
-            return Err(ProtocolError("memory that nobody asked for".into()));
+            return Err(ProtocolError("unexpected shared memory".into()));
         }
         let restore_timeout = self.restore_timeout;
         let entry = self.entry(header.worker)?;

@@ -357,7 +357,7 @@ impl Planner {
         let max_time = match self.assignment {
             Assignment::Free if tasks.len() > 1 => {
                 let expected = OVERTIME_FACTOR * task.unwrap_or(0.0) * tasks.len() as f64;
-                // Whoever gets the returned tasks must read the blob again.
+                // The worker that gets the returned tasks must read the blob again.
                 let min_time = MIN_OVERTIME
                     .max(READ_FACTOR * self.reading)
                     .min(MAX_BATCH_SECONDS);

@@ -140,8 +140,8 @@ fn end() {
     }
 }
 
-/// As [`start`], for a process that has nobody to tell but its standard error, and goes on without a log: a forked
-/// worker must not write to the file of its agent.
+/// Like [`start`], for a process that can report a failure only on its standard error. It then runs without a log,
+/// because a forked worker must not write to the file of its agent.
 pub fn start_or_say(role: Role) {
     if let Err(problem) = start(role) {
         end();
@@ -207,8 +207,8 @@ fn file_name(role: Role, host: &str, pid: u32) -> String {
     format!("rustcluster-{host}-{role}-{pid}.log")
 }
 
-/// Opens the file for appending, and makes it and its directory if need be. In a directory that others may
-/// write to, nobody else's file is taken, and nothing that is no plain file.
+/// Opens the file for appending. Creates it and its directory if necessary. Refuses files of other users, files
+/// that are not regular, and hard links: other users may be able to write to the directory.
 fn open(directory: &Path, path: &Path) -> io::Result<()> {
     DirBuilder::new()
         .recursive(true)

@@ -347,7 +347,7 @@ impl Channel {
         self.descriptors.extend(came);
         if self.descriptors.len() > MAX_DESCRIPTORS {
             self.descriptors.clear();
-            return Err(io::Error::other("descriptors that nobody asked for"));
+            return Err(io::Error::other("unexpected descriptors"));
         }
         Ok(n)
     }

@@ -151,7 +151,7 @@ fn greet_agent(wire: &[u8]) -> io::Result<Greeted> {
         let head = scope.spawn(|| {
             let mut rest = wire;
             while !rest.is_empty() {
-                // It may have heard enough.
+                // The agent may have closed the stream.
                 let Ok(sent) = fd::send(ours.as_raw_fd(), &[IoSlice::new(rest)]) else {
                     return;
                 };
@@ -351,7 +351,10 @@ impl Head {
             if let Outcome::Answer(body) = outcome {
                 let bytes: usize = body.chunks.iter().map(Bytes::len).sum();
                 assert_eq!(bytes, body.len);
-                assert!(body.chunks.len() <= 2 + body.len / 2048, "crumbs");
+                assert!(
+                    body.chunks.len() <= 2 + body.len / 2048,
+                    "too many small chunks"
+                );
                 self.answers += body.len;
             }
         }

@@ -219,7 +219,7 @@ mod tests {
         }
         calls.notify(2);
         calls.notify(3);
-        // Nobody wants to know of this one.
+        // No notification was requested for this one.
         calls.ended(0, 1, body(b"1"));
         assert_eq!(woken.load(Ordering::Relaxed), 0);
         calls.ended(0, 2, body(b"2"));

@@ -556,7 +556,7 @@ mod tests {
         assert_eq!(grants(&mut flow), beyond_window);
         flow.receive(1, 0, chunk(GRANT), None).unwrap();
         assert_eq!(grants(&mut flow), [1]);
-        // One that nobody wants any more makes room, as one that has ended does.
+        // A dropped result makes room, like one that has ended.
         flow.drop_result(0);
         assert_eq!(grants(&mut flow), [last]);
     }

@@ -777,8 +777,8 @@ fn a_task_that_waited_is_sent_again_after_a_kill_and_what_was_in_flight_is_not_m
     s.cancel_task(0, 1);
     from_agent(&mut s, 0, &ToHead::WorkerReplaced { worker: 0, pid: 2 });
     let first: Vec<Frame> = std::iter::from_fn(|| s.next_frame(0)).collect();
-    let noted = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
-    assert_eq!(first[1], noted);
+    let ack = control::encode(&ToAgent::LossAck { worker: 0 }).unwrap();
+    assert_eq!(first[1], ack);
     let tasks = first[2..].iter().map(|frame| frame.header.task);
     assert_eq!(tasks.collect::<Vec<_>>(), [2, 3]);
     assert_eq!(ends(&mut s), [(1, "cancelled")]);
@@ -877,7 +877,7 @@ fn the_message_of_a_prefetched_task_counts_as_waiting_until_that_has_started() {
     assert_eq!(s.take_released(), message);
 }
 
-/// A call for whoever of these is free.
+/// A call for any of these workers.
 fn call(scheduler: &mut Scheduler, task: TaskId, any_of: &[Rank], again: bool) {
     scheduler.submit(Order {
         task,
@@ -890,7 +890,7 @@ fn call(scheduler: &mut Scheduler, task: TaskId, any_of: &[Rank], again: bool) {
 }
 
 #[test]
-fn calls_go_to_whoever_is_free_in_their_order() {
+fn calls_go_to_free_workers_in_their_order() {
     let mut scheduler = up(2);
     for task in 1..=4 {
         call(&mut scheduler, task, &[0, 1], false);
@@ -902,7 +902,7 @@ fn calls_go_to_whoever_is_free_in_their_order() {
     assert_eq!(first, [1, 2]);
     assert_eq!(scheduler.call_location(3), CallLocation::Waiting);
     let CallLocation::With(rank) = scheduler.call_location(1) else {
-        panic!("call 1 is with nobody");
+        panic!("no worker has call 1");
     };
     answer(&mut scheduler, rank as usize, 1, None);
     assert_eq!(tasks_sent(&mut scheduler, rank as usize), [3]);
