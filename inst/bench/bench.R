@@ -139,11 +139,11 @@ if (wanted("throughput")) {
   }
   # Start one cluster at a time, as users do: the other's workers would take memory and caches. The first run is
   # not timed, because R still compiles and the memory of the workers is new.
-  measure <- function(verb, backend, n, tasks, runs = times) {
+  measure <- function(verb, backend, n, tasks) {
     with_clusters(n, function(clusters) {
       cl <- clusters[[backend]]
       tasks_a_second(verb, cl, tasks)
-      median(replicate(runs, tasks_a_second(verb, cl, tasks)))
+      median(replicate(times, tasks_a_second(verb, cl, tasks)))
     }, backend)
   }
   native <- NULL
@@ -171,10 +171,10 @@ if (wanted("throughput")) {
     report("  of the rate of clusterApplyLB()", ours = sprintf("%.2f", part), goal = at_least(part, 0.9))
     report("clusterApplyLB(), 32 workers", rate(per$psock), rate(per$native), per$native / per$psock)
   })
-  attempt(if (affordable("1000 workers", 1000L, each[["ours"]])) {
-    # With more runs, each worker collects its whole heap and then has 26 MB of its own: too much for most machines.
-    many <- measure(rustcluster::clusterApplyLB, "ours", 1000L, 2000000L, runs = min(times, 2L))
-    report("clusterApplyLB(), 1000 workers", ours = rate(many))
+  # Workers that have run some thousands of tasks have collected garbage, and then share little memory.
+  attempt(for (n in c(320L, 1000L)) if (affordable(sprintf("%d workers", n), n, 26)) {
+    many <- measure(rustcluster::clusterApplyLB, "ours", n, 2000000L)
+    report(sprintf("clusterApplyLB(), %d workers", n), ours = rate(many))
     if ("2" %in% names(native)) {
       part <- many / native[["2"]]
       report("  of the rate with 2", ours = sprintf("%.2f", part), goal = at_least(part, 0.75))

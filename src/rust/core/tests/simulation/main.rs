@@ -260,7 +260,9 @@ impl Sim {
             let message = control::decode(&frame.body).expect("a message");
             if let ToAgent::LossAck { worker } = message {
                 let rank = self.hosts[at].ranks[worker as usize];
-                self.facts.workers[rank as usize].unacknowledged -= 1;
+                let unacknowledged = &mut self.facts.workers[rank as usize].unacknowledged;
+                // The loss of a worker that has terminated is acknowledged, but not noted again.
+                *unacknowledged = unacknowledged.saturating_sub(1);
             }
             return;
         }
