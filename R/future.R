@@ -260,7 +260,7 @@ futureBackend <- function(workers, ...) {
   loading <- ensureFutureMethods()
   workers <- workersAsked(workers)
   # Workers load future as well, where it must not start clusters.
-  cl <- if (!loading || !isCount(workers)) plannedCluster(workers)
+  cl <- if (!loading || !isWorkerCount(workers)) plannedCluster(workers)
   make <- get("MultiprocessFutureBackend", asNamespace("future"))
   backend <- make(workers = cl, reg = registryOf(cl), ...)
   # The plan creates its own cluster from this.
@@ -352,10 +352,10 @@ nbrOfFreeWorkers.RustFutureBackend <- function(evaluator, background = FALSE, ..
 # Queries of a plan do not create its cluster: workers get the plan of the session, too.
 workersOf <- function(evaluator) {
   workers <- workersAsked(eval(formals(evaluator)$workers, baseenv()))
-  if (isCount(workers) && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
+  if (isWorkerCount(workers) && !identical(planned$spec, workers)) as.integer(workers) else plannedCluster(workers)
 }
 
-isCount <- function(workers) is.numeric(workers) && length(workers) == 1L && is.null(names(workers))
+isWorkerCount <- function(workers) is.numeric(workers) && length(workers) == 1L && is.null(names(workers))
 
 nbrOfWorkers.cluster_rust <- function(evaluator) {
   workers <- workersOf(evaluator)

@@ -11,4 +11,14 @@ for (lint in found) {
   file <- sub(paste0(getwd(), "/"), "", lint$filename, fixed = TRUE)
   cat(sprintf("%s:%d:%d: %s [%s]\n", file, lint$line_number, lint$column_number, lint$message, lint$linter))
 }
-quit(status = as.integer(length(found) > 0L))
+
+# A second definition of a name replaces the first one without a word.
+assigned <- unlist(lapply(list.files("R", "[.]R$", full.names = TRUE), function(file) {
+  unlist(lapply(parse(file, keep.source = FALSE), function(expr) {
+    if (is.call(expr) && identical(expr[[1L]], quote(`<-`)) && is.symbol(expr[[2L]])) as.character(expr[[2L]])
+  }))
+}))
+twice <- unique(assigned[duplicated(assigned)])
+if (length(twice)) cat("defined more than once in R/:", twice, "\n")
+
+quit(status = as.integer(length(found) + length(twice) > 0L))
