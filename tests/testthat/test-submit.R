@@ -254,12 +254,14 @@ test_that("a call that waits, and one that runs, can be cancelled", {
 
 test_that("an interrupt in value() does not affect the call", {
   cl <- local_cluster(1)
+  go <- withr::local_tempfile()
   call <- clusterSubmit(cl, {
-    Sys.sleep(1)
+    while (!file.exists(go)) Sys.sleep(0.01)
     "there"
   })
   interrupted(call$value(), 0.2)
   expect_equal(call$status(), "running")
+  file.create(go)
   expect_equal(call$value(), "there")
   # In the middle of reading it.
   call <- clusterSubmit(cl, lapply(1:5e5, as.character))
