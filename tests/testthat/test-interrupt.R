@@ -71,8 +71,9 @@ test_that("setTimeLimit() ends a call, and the next call works", {
     error <- caught(eval(call))
     setTimeLimit()
     expect_match(conditionMessage(error), "time limit", info = deparse(call))
-    # Nor is it that of a function inside.
-    expect_null(conditionCall(error), info = deparse(call))
+    # The error is not that of a function inside. R's limit may be exceeded before the verb waits.
+    of <- conditionCall(error)
+    expect_true(is.null(of) || identical(of, call), info = deparse(call))
   }
   expect_equal(clusterCall(cl, identity, 1), list(1, 1))
 })
