@@ -147,6 +147,10 @@ impl Job {
     /// Gives tasks back to the planner that were not sent, not started or not answered. Tasks that were lost or could not
     /// be read are sent alone again: they may end every worker that has them.
     pub(super) fn give_back(&mut self, slot: usize, positions: &[usize]) {
+        // Most answers are complete.
+        if positions.is_empty() {
+            return;
+        }
         let is_suspect = |position: &usize| self.attempts.contains_key(&self.task(*position));
         let (suspects, others): (Vec<usize>, Vec<usize>) =
             positions.iter().partition(|&p| is_suspect(p));
