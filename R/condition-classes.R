@@ -58,7 +58,7 @@ conditionClasses <- list(
     host_failed = "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`.",
     state_not_kept = paste(
       "Exports and set-up calls exceed `setup_log_limit`: lost workers of a host can no longer be replaced (field",
-      "`host`), or lost hosts can no longer be reconnected."
+      "`host`), or hosts can no longer join the cluster or be reconnected."
     ),
     left_behind = "A process that a worker started detached and still runs. Fields `host`, `rank`, `pid`, `command`.",
     stop_timeout = paste(
@@ -74,6 +74,7 @@ conditionClasses <- list(
   ),
   message = c(
     host_back = "A lost host is back.",
+    host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
     worker_back = "A worker that could not be restored at first is back."
   )
 )

@@ -64,6 +64,16 @@ hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 #' @noRd
 hub_reconnect <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_reconnect, handle, path, max_bytes, start_timeout)
 
+#' Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
+#' `start_timeout`: the number of seconds that such a host may take.
+#' @noRd
+hub_keep_setup_log <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_keep_setup_log, handle, path, max_bytes, start_timeout)
+
+#' Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
+#' slice until a worker joins.
+#' @noRd
+hub_awaited <- function(handle, wait) .Call(wrap__hub_awaited, handle, wait)
+
 #' Sends each agent its plan. `plans`: for each agent `NULL`, which stops it, or a list of ranks, packages,
 #' outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds), chunk_cache_bytes, setup_log_bytes and
 #' memory_limit (in bytes; 0 for no limit), setup (the time limit of a replacement's start, in milliseconds; 0

@@ -148,6 +148,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
+            awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
             status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
@@ -181,6 +182,32 @@ fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -
         let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
         let made = hub.reconnect(Path::new(path), max_bytes as u64, start_timeout);
         made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
+/// `start_timeout`: the number of seconds that such a host may take.
+/// @noRd
+#[extendr]
+fn hub_keep_setup_log(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
+    with_hub(&handle, |hub| {
+        let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
+        let made = hub.keep_setup_log(Path::new(path), max_bytes as u64, start_timeout);
+        made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
+/// slice until a worker joins.
+/// @noRd
+#[extendr]
+fn hub_awaited(handle: Robj, wait: bool) -> Robj {
+    with_hub(&handle, |hub| {
+        if wait {
+            hub.await_arrival(hub.arrivals(), SLICE);
+        }
+        let ranks = (0..hub.size() as Rank).filter(|&rank| hub.is_awaited(rank));
+        Ok(ranks.map(|rank| rank as i32 + 1).collect::<Vec<i32>>())
     })
 }
 
@@ -425,6 +452,8 @@ extendr_module! {
     fn hub_greeted;
     fn hub_hosts;
     fn hub_reconnect;
+    fn hub_keep_setup_log;
+    fn hub_awaited;
     fn hub_go;
     fn hub_progress;
     fn hub_leave_out;

@@ -57,6 +57,7 @@ fn state_name(state: State) -> &'static str {
         State::Busy(_) => "busy",
         State::Ending(_) => "ending",
         State::Restoring => "restoring",
+        State::Waiting => "waiting",
         State::Lost => "lost",
         State::Stopped => "stopped",
     }

@@ -108,6 +108,12 @@ pub trait Dispatch {
     fn now(&self) -> Instant;
     /// The termination reason of a worker, if it has terminated permanently.
     fn termination(&self, rank: Rank) -> Option<Arc<Termination>>;
+    /// See [`Hub::is_awaited`].
+    fn is_awaited(&self, rank: Rank) -> bool;
+    /// See [`Hub::arrivals`].
+    fn arrivals(&self) -> u64;
+    /// See [`Hub::await_arrival`].
+    fn await_arrival(&self, seen: u64, max_time: Duration);
     /// Calls [`Hub::begin`] for a task that is no set-up call, and then [`Hub::limit_time`].
     ///
     /// # Errors
@@ -139,6 +145,18 @@ impl Dispatch for RefCell<Hub> {
 
     fn termination(&self, rank: Rank) -> Option<Arc<Termination>> {
         self.borrow().worker(rank).termination
+    }
+
+    fn is_awaited(&self, rank: Rank) -> bool {
+        self.borrow().is_awaited(rank)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.borrow().arrivals()
+    }
+
+    fn await_arrival(&self, seen: u64, max_time: Duration) {
+        self.borrow().await_arrival(seen, max_time);
     }
 
     fn begin(
@@ -209,6 +227,8 @@ pub struct JobWorker {
     pub rtt: Option<f64>,
     /// See [`Hub::is_detained`].
     pub detained: bool,
+    /// The worker has not joined yet. Only for a free assignment.
+    pub absent: bool,
 }
 
 /// The parameters of a job.
@@ -277,6 +297,10 @@ pub struct Job {
     /// Slots whose worker may still be running a task that timed out or was cancelled. Messages that wait for such a
     /// worker are revoked for other workers.
     detained: Vec<bool>,
+    /// Slots whose worker has not joined yet, or has terminated. They take part again once it is there.
+    absent: Vec<bool>,
+    /// [`Dispatch::arrivals`] when `absent` was last compared with the hub.
+    arrivals: u64,
     done: usize,
     began: Instant,
     timeout: Option<Duration>,
@@ -305,6 +329,9 @@ impl Job {
         for (at, slot) in setup.slots.iter().enumerate() {
             planner.expect(at, slot.rtt);
             planner.set_host(at, slot.host, slot.cores);
+            if slot.absent {
+                planner.close(at);
+            }
         }
         let ranks: Vec<Rank> = setup.slots.iter().map(|slot| slot.rank).collect();
         Job {
@@ -319,8 +346,10 @@ impl Job {
             sent: HashMap::new(),
             outstanding: vec![VecDeque::new(); count],
             at_once: MAX_STEPS,
-            ready: (0..count).collect(),
+            ready: (0..count).filter(|&at| !setup.slots[at].absent).collect(),
             detained: setup.slots.iter().map(|slot| slot.detained).collect(),
+            absent: setup.slots.iter().map(|slot| slot.absent).collect(),
+            arrivals: u64::MAX,
             done: 0,
             began: now,
             timeout: setup.timeout,
@@ -404,6 +433,7 @@ impl Job {
         if self.planner.may_resume(self.since_began(hub)) {
             self.wake();
         }
+        self.admit(hub);
         let mut answered = false;
         if let Some((assigned, task, body)) = self.unread.take() {
             self.take(hub, codec, assigned, task, body)?;
@@ -459,6 +489,10 @@ impl Job {
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
                 // The time is over, or a signal has arrived.
                 Answer::Pending => return Ok(false),
+                Answer::NothingSent if self.awaits(hub) => {
+                    hub.await_arrival(self.arrivals, left);
+                    return Ok(false);
+                }
                 Answer::NothingSent => return Err(self.none_out(hub)),
                 // The message is not one of this job: it was sent to the worker before.
                 Answer::Lost { task, .. } if !self.sent.contains_key(&task) => hub.forget(task),
@@ -499,11 +533,33 @@ impl Job {
         }
     }
 
+    /// Lets slots take part whose worker has joined, or has come back.
+    fn admit(&mut self, hub: &impl Dispatch) {
+        let arrivals = hub.arrivals();
+        if std::mem::replace(&mut self.arrivals, arrivals) == arrivals {
+            return;
+        }
+        for slot in 0..self.absent.len() {
+            if self.absent[slot] && hub.termination(self.ranks[slot]).is_none() {
+                self.absent[slot] = false;
+                self.planner.open(slot);
+                self.ready.push_back(slot);
+            }
+        }
+    }
+
+    /// Whether a worker of the job may still join.
+    fn awaits(&self, hub: &impl Dispatch) -> bool {
+        let absent = self.absent.iter().zip(&self.ranks);
+        let mut absent = absent.filter(|&(absent, _)| *absent);
+        absent.any(|(_, &rank)| hub.is_awaited(rank) || hub.termination(rank).is_none())
+    }
+
     /// Explains why no message is outstanding: the hub forgets the messages of a node that is stopped during the job.
     fn none_out<S>(&self, hub: &impl Dispatch) -> Halt<S> {
-        let ranks = self.outstanding.iter().zip(&self.ranks);
-        let ranks = ranks.filter(|(queue, _)| !queue.is_empty());
-        let ranks = ranks.map(|(_, &rank)| rank);
+        let slots = self.outstanding.iter().zip(&self.absent).zip(&self.ranks);
+        let slots = slots.filter(|((queue, absent), _)| !queue.is_empty() || **absent);
+        let ranks = slots.map(|(_, &rank)| rank);
         let mut terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
         terminated
             .next()
@@ -565,7 +621,8 @@ impl Job {
             return Ok(false);
         };
         self.planner.close(slot);
-        match self.planner.any_left() {
+        self.absent[slot] = true;
+        match self.planner.any_left() || self.awaits(hub) {
             true => Ok(true),
             false => Err(Halt::Terminated { rank, termination }),
         }

@@ -152,6 +152,7 @@ impl Sim {
                 false => None,
             },
             detained: singly && self.hub.is_detained(rank),
+            absent: false,
         };
         let setup = Setup {
             id: self.job,
@@ -306,6 +307,16 @@ impl Dispatch for View<'_> {
         assert_eq!(termination.is_some(), sim.is_terminated(rank));
         termination
     }
+
+    fn is_awaited(&self, rank: Rank) -> bool {
+        self.0.borrow().hub.is_awaited(rank)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.0.borrow().hub.arrivals()
+    }
+
+    fn await_arrival(&self, _: u64, _: Duration) {}
 
     fn begin(
         &self,

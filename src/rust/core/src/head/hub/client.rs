@@ -242,11 +242,53 @@ impl Hub {
         max_bytes: u64,
         start_timeout: Duration,
     ) -> io::Result<()> {
+        self.keep_setup_log(path, max_bytes, start_timeout)?;
+        self.core().reconnects = true;
+        Ok(())
+    }
+
+    /// Keeps the set-up log in a file of up to `max_bytes` bytes at `path`, for hosts that join
+    /// late. `start_timeout`: how long such a host may take from its greeting to its workers. To be
+    /// called before [`Hub::go`].
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn keep_setup_log(
+        &mut self,
+        path: &Path,
+        max_bytes: u64,
+        start_timeout: Duration,
+    ) -> io::Result<()> {
         let setup_log = SetupLogFile::new(path, max_bytes)?;
         let mut core = self.core();
         core.setup_log = Some(setup_log);
         core.start_timeout = start_timeout;
         Ok(())
+    }
+
+    /// Whether hosts come and go: jobs without an assignment use the workers that are there.
+    pub fn is_elastic(&self) -> bool {
+        self.core().is_elastic
+    }
+
+    /// Whether the host of this worker has not joined yet, and still may.
+    pub fn is_awaited(&self, rank: Rank) -> bool {
+        self.core().is_awaited(rank)
+    }
+
+    /// How often a worker has joined late or come back with its host.
+    pub fn arrivals(&self) -> u64 {
+        self.core().inbox.arrivals
+    }
+
+    /// Waits up to `max_wait` for more than `seen` arrivals, for a host that will not join, or for
+    /// another event that R must know.
+    pub fn await_arrival(&self, seen: u64, max_wait: Duration) {
+        let news = |core: &mut Core| {
+            let inbox = &core.inbox;
+            (inbox.arrivals != seen || inbox.has_events() || inbox.closed).then_some(())
+        };
+        self.inner.shared_core.wait(max_wait, news);
     }
 
     /// Whether a host is reconnected when it is lost.
@@ -260,7 +302,8 @@ impl Hub {
         self.core().time_limit = limit;
     }
 
-    /// Sends each agent that has greeted its plan, or, without a plan, the request to end. The plans
+    /// Sends each agent that has greeted its plan, or, without a plan, the request to end. An agent
+    /// that has not greeted yet gets its plan when it greets, if there is a set-up log. The plans
     /// contain all ranks from 0.
     ///
     /// # Errors
@@ -279,7 +322,7 @@ impl Hub {
                     let start_timeout = Duration::from_millis(plan.start.heartbeat_timeout.into());
                     core.conns[agent].heartbeat_timeout = start_timeout;
                     core.conns[agent].stop_timeout = Duration::from_millis(plan.start.stop_timeout);
-                    if core.setup_log.is_some() {
+                    if core.reconnects {
                         core.conns[agent].plan = Some(plan.start.clone());
                     }
                     if plan.start.chunk_cache_bytes > 0 {
@@ -287,6 +330,12 @@ impl Hub {
                         let max_bytes =
                             usize::try_from(plan.start.chunk_cache_bytes).unwrap_or(usize::MAX);
                         core.scheduler.set_chunk_cache(agent, max_bytes);
+                    }
+                    let host = &core.inbox.hosts[agent];
+                    let greeted = host.hello.is_some() || host.failure.is_some();
+                    if !greeted && core.setup_log.is_some() {
+                        core.await_host(agent, plan.start);
+                        continue;
                     }
                     let start = ToAgent::Start(plan.start);
                     core.scheduler.send_control(agent, &start)?;
@@ -308,6 +357,7 @@ impl Hub {
         let ended = self.inner.shared_core.wait(max_wait, |core| {
             let inbox = &core.inbox;
             if tolerant {
+                // Workers of awaited hosts are terminated until these join.
                 let known = |w: &WorkerView| w.pid.is_some() || w.termination.is_some();
                 return inbox.workers.iter().all(known).then_some(Progress::Up);
             }
@@ -327,7 +377,9 @@ impl Hub {
                     return Some(Progress::HostFailed { host, failure });
                 }
             }
-            (inbox.up == inbox.workers.len()).then_some(Progress::Up)
+            let awaited = |w: &&WorkerView| inbox.hosts[w.agent].awaited;
+            let awaited = inbox.workers.iter().filter(awaited).count();
+            (inbox.up + awaited >= inbox.workers.len()).then_some(Progress::Up)
         });
         ended.unwrap_or_else(|| Progress::Starting {
             up: self.core().inbox.up,

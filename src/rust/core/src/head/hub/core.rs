@@ -8,17 +8,17 @@
 //! while a thread sleeps.
 
 use super::connection::Conn;
-use super::inbox::Inbox;
+use super::inbox::{HostFailure, Inbox};
 use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
 use crate::head::activity::Measure;
 use crate::head::scheduler::Scheduler;
-use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
+use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet, Termination};
 use crate::head::setup_log_file::SetupLogFile;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
-use crate::protocol::control::{Facts, ToAgent};
+use crate::protocol::control::{Facts, Start, ToAgent};
 use crate::protocol::frame::{self, BY_REFERENCE, Frame, Header, Kind, LAST};
 use crate::protocol::ids::Rank;
 use crate::protocol::send_queue::OutBuf;
@@ -84,8 +84,12 @@ pub struct Core {
     pub scheduler: Scheduler,
     pub conns: Vec<Conn>,
     pub inbox: Inbox,
-    /// The head's set-up log, if lost hosts are reconnected.
+    /// The head's set-up log, if hosts may join late or be reconnected.
     pub setup_log: Option<SetupLogFile>,
+    /// Lost hosts are reconnected.
+    pub reconnects: bool,
+    /// Hosts come and go: jobs without an assignment use the workers that are there.
+    pub is_elastic: bool,
     pub restoring: RestoreQueue,
     /// The recent events, for bug reports.
     pub recent: Recent,
@@ -147,6 +151,8 @@ impl SharedCore {
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
                 setup_log: None,
+                reconnects: false,
+                is_elastic: false,
                 restoring: RestoreQueue::default(),
                 recent: Recent::default(),
                 start_timeout: Duration::MAX,
@@ -433,6 +439,7 @@ impl Core {
         conn.descriptors.clear();
         conn.last_received = None;
         conn.interest = None;
+        conn.awaited = false;
         conn.planned.notify_one();
         let back = self.scheduler.agent_back(agent, &ToAgent::Start(start));
         back.map_err(io::Error::other)
@@ -634,18 +641,57 @@ impl Core {
         let incomplete = |setup_log: &SetupLogFile| !setup_log.is_complete();
         if self.setup_log.as_ref().is_some_and(incomplete) {
             self.inbox.setup_log_incomplete();
+            for agent in 0..self.conns.len() {
+                if self.inbox.hosts[agent].awaited {
+                    let reason = "it had not joined when the set-up log reached its limit";
+                    self.leave_out(agent, reason.to_owned());
+                    self.give_up_awaited(agent, &HostFailure::new(reason.to_owned()));
+                }
+            }
         }
     }
 
-    /// Whether a host is reconnected when it is lost.
+    /// Whether a host is reconnected when it is lost, or may still join.
     pub fn takes_back(&self, agent: usize) -> bool {
         let complete = self
             .setup_log
             .as_ref()
             .is_some_and(SetupLogFile::is_complete);
         let conn = self.conns.get(agent).filter(|_| complete);
-        let wanted = conn.is_some_and(|conn| conn.plan.is_some() && !conn.permanent);
+        let wanted = conn.is_some_and(|conn| {
+            conn.plan.is_some() && !conn.permanent && (self.reconnects || conn.awaited)
+        });
         wanted && self.scheduler.has_lost(agent)
+    }
+
+    /// Whether the host of a worker has not joined yet, and still may.
+    pub fn is_awaited(&self, rank: Rank) -> bool {
+        let worker = self.inbox.workers.get(rank as usize);
+        worker.is_some_and(|worker| {
+            self.inbox.hosts[worker.agent].awaited
+                && matches!(worker.termination.as_deref(), Some(Termination::Host(_)))
+        })
+    }
+
+    /// The agent has not greeted yet: its workers are lost until it does.
+    pub fn await_host(&mut self, agent: usize, plan: Start) {
+        self.is_elastic = true;
+        self.conns[agent].awaited = true;
+        self.conns[agent].plan = Some(plan);
+        self.inbox.hosts[agent].awaited = true;
+        self.scheduler.await_agent(agent);
+        self.pump();
+    }
+
+    /// The host will not join.
+    pub fn give_up_awaited(&mut self, agent: usize, failure: &HostFailure) {
+        self.conns[agent].awaited = false;
+        if std::mem::take(&mut self.inbox.hosts[agent].awaited) {
+            if !self.stopping {
+                self.inbox.never_joined(agent, failure.clone());
+            }
+            self.scheduler.give_up_awaited(agent, &failure.reason);
+        }
     }
 
     /// Leaves out a host for this reason. It has no idle workers that need time to end.

@@ -65,6 +65,13 @@ pub enum Event {
         /// Whether the worker is replaced.
         replaced: bool,
     },
+    /// A host that was to join late has failed.
+    NeverJoined {
+        /// The host's index among all.
+        agent: usize,
+        /// Why, and what the agent's command printed.
+        failure: HostFailure,
+    },
     /// A host was lost, or is left out.
     HostLost {
         /// The host's index among all.
@@ -74,6 +81,11 @@ pub enum Event {
     },
     /// A lost host has been reconnected and its workers restored.
     HostBack {
+        /// The host's index among all.
+        agent: usize,
+    },
+    /// A host has joined late, and its workers have the cluster's state.
+    HostJoined {
         /// The host's index among all.
         agent: usize,
     },
@@ -143,6 +155,8 @@ pub struct HostView {
     pub start_failure: Option<ToHead>,
     /// Why the host was lost, if it was.
     pub failure: Option<HostFailure>,
+    /// The agent had not greeted when the others were started, and may still join.
+    pub awaited: bool,
     /// The number of the last memory question that was asked.
     pub asked: u64,
     /// The number of the last memory question that was answered.
@@ -174,6 +188,8 @@ pub struct Inbox {
     mute: bool,
     /// Workers that have come up.
     pub up: usize,
+    /// How often a worker has joined or come back.
+    pub arrivals: u64,
     /// The hub's thread has ended.
     pub closed: bool,
     reported_setup_log: bool,
@@ -192,6 +208,7 @@ impl Inbox {
             output: 0,
             mute: false,
             up: 0,
+            arrivals: 0,
             closed: false,
             reported_setup_log: false,
             calls: CallTable::default(),
@@ -388,8 +405,11 @@ impl Inbox {
 
     /// A terminated worker is back and has been restored.
     pub fn back(&mut self, rank: Rank) {
-        self.workers[rank as usize].termination = None;
-        self.workers[rank as usize].ended = false;
+        let worker = &mut self.workers[rank as usize];
+        worker.termination = None;
+        worker.ended = false;
+        self.arrivals += 1;
+        self.up += usize::from(self.hosts[worker.agent].awaited);
         self.check_whether_back(rank);
     }
 
@@ -401,10 +421,23 @@ impl Inbox {
         let lost = |w: &WorkerView| matches!(w.termination.as_deref(), Some(Termination::Host(_)));
         let waited_for = of_host().any(lost);
         let any = of_host().any(|w| w.termination.is_none());
+        if any && !waited_for && std::mem::take(&mut self.hosts[agent].awaited) {
+            self.hosts[agent].failure = None;
+            self.events.push_back(Event::HostJoined { agent });
+        }
         if any && !waited_for && self.hosts[agent].reported_lost {
             self.hosts[agent].failure = None;
             self.hosts[agent].reported_lost = false;
             self.events.push_back(Event::HostBack { agent });
+        }
+    }
+
+    /// A host that was awaited will not join.
+    pub fn never_joined(&mut self, agent: usize, failure: HostFailure) {
+        let host = &mut self.hosts[agent];
+        host.awaited = false;
+        if !std::mem::replace(&mut host.reported_lost, true) {
+            self.events.push_back(Event::NeverJoined { agent, failure });
         }
     }
 

@@ -138,6 +138,10 @@ fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
     warn_of(agent, &failure, core.stopping);
     core.update_clock();
     core.scheduler.agent_lost(agent, &failure.reason);
+    core.conns[agent].awaited &= core.reconnects;
+    if !core.takes_back(agent) {
+        core.give_up_awaited(agent, &failure);
+    }
     let permanent = core.conns[agent].permanent;
     let known = &mut core.inbox.hosts[agent].failure;
     // The reason for leaving the host out says more than how the agent then ended.
@@ -220,16 +224,19 @@ async fn talk(
         let conn = &core.conns[agent];
         (conn.stop.clone(), conn.over.clone(), core.start_timeout)
     };
-    let late = async || {
-        if !again {
-            // R limits the time of the first start.
-            std::future::pending::<()>().await;
-        }
+    let late = async |joins: bool| {
         sleep(start_timeout).await;
+        // R limits the time of the start of the cluster.
+        while !(joins || shared_core.core().conns[agent].awaited) {
+            sleep(FIRST_WAIT).await;
+        }
         let seconds = start_timeout.as_secs_f64();
-        io::Error::other(format!(
-            "it was tried again and not up within {seconds} seconds"
-        ))
+        let what = if again {
+            "it was tried again and"
+        } else {
+            "it was"
+        };
+        io::Error::other(format!("{what} not up within {seconds} seconds"))
     };
     let received = tokio::select! {
         received = greet(shared_core, agent, hello, &stream, greeting) => match received? {
@@ -238,21 +245,32 @@ async fn talk(
         },
         // No stop request has been sent yet: the end of the stream stops the agent.
         () = stop.notified() => return Ok(()),
-        error = late() => return Err(error),
+        error = late(again) => return Err(error),
     };
     let stream = stream.into_std()?;
-    {
+    let joins = {
         let mut core = shared_core.core();
-        if again {
+        let joins = again || core.conns[agent].awaited;
+        if joins {
             if core.conns[agent].permanent {
                 return Ok(());
+            }
+            let theirs = core.inbox.hosts[agent].hello.as_ref();
+            if !again && theirs.is_some_and(|theirs| theirs.big_endian != hello.big_endian) {
+                let reason =
+                    "a host that joins after the start must have the byte order of this machine";
+                return Err(io::Error::other(reason));
             }
             core.agent_back(agent)?;
         }
         core.attach(agent, stream, received);
-    }
+        joins
+    };
     let started = async {
-        let error = late().await;
+        if !joins {
+            std::future::pending::<()>().await;
+        }
+        let error = late(joins).await;
         if !shared_core.core().scheduler.is_starting(agent) {
             std::future::pending::<()>().await;
         }

@@ -38,6 +38,9 @@ enum Fate {
 struct State {
     now: Duration,
     termination: Vec<Option<Arc<Termination>>>,
+    /// Workers that join while a job waits, the last one first.
+    awaited: Vec<Rank>,
+    arrivals: u64,
     queues: Vec<VecDeque<TaskId>>,
     /// The tasks of each message that was ever started.
     messages: Vec<Vec<usize>>,
@@ -80,6 +83,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Fake<F> {
             cores: 1,
             rtt: Some(1e-4),
             detained: false,
+            absent: self.termination(rank as Rank).is_some(),
         };
         let setup = Setup {
             id: JOB,
@@ -134,6 +138,23 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         self.state.borrow().termination[rank as usize].clone()
     }
 
+    fn is_awaited(&self, rank: Rank) -> bool {
+        self.state.borrow().awaited.contains(&rank)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.state.borrow().arrivals
+    }
+
+    fn await_arrival(&self, seen: u64, _: Duration) {
+        let state = &mut *self.state.borrow_mut();
+        assert_eq!(state.arrivals, seen);
+        if let Some(rank) = state.awaited.pop() {
+            state.termination[rank as usize] = None;
+            state.arrivals += 1;
+        }
+    }
+
     fn begin(
         &self,
         rank: Rank,
@@ -153,6 +174,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
             assigned: rank,
             has_blob: true,
             behind_call: false,
+            only_logged: false,
         })
     }
 
@@ -489,4 +511,56 @@ proptest! {
         let recorded = job.attempts.values().filter(|attempts| !attempts.failures().is_empty());
         prop_assert_eq!(recorded.count(), lost.len());
     }
+}
+
+#[test]
+fn workers_that_join_during_a_free_job_take_part_and_a_job_without_workers_waits() {
+    for present in [0, 1] {
+        let fake = Fake::new(3, |_, _| Fate::Answered);
+        let away = Arc::new(Termination::Host("it has not joined".into()));
+        {
+            let state = &mut *fake.state.borrow_mut();
+            for rank in present..3 {
+                state.termination[rank] = Some(away.clone());
+            }
+            state.awaited = (present as Rank..3).collect();
+        }
+        let mut job = fake.job(200, Assignment::Free, Policy::new(2));
+        if present == 1 {
+            // One joins in the middle of the job, by itself.
+            fake.state.borrow_mut().awaited.clear();
+            let mut steps = 0;
+            loop {
+                steps += 1;
+                if steps == 2 {
+                    let state = &mut *fake.state.borrow_mut();
+                    state.termination[2] = None;
+                    state.arrivals += 1;
+                }
+                if job
+                    .step(&fake, &mut Tasks(&fake), Duration::ZERO, false)
+                    .unwrap()
+                {
+                    break;
+                }
+            }
+        } else {
+            assert_eq!(fake.run(&mut job).unwrap(), []);
+        }
+        let answered = sorted(fake.state.borrow().answered.clone());
+        assert_eq!(answered, (0..200).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_job_whose_last_worker_is_lost_fails_unless_another_may_join() {
+    let died = || Arc::new(Termination::Host("the connection was closed".into()));
+    let fake = Fake::new(2, |_, _| Fate::Answered);
+    fake.state.borrow_mut().termination = vec![Some(died()), Some(died())];
+    let mut job = fake.job(3, Assignment::Free, Policy::new(2));
+    let halt = job.step(&fake, &mut Tasks(&fake), Duration::from_secs(1), false);
+    assert!(matches!(halt, Err(Halt::Terminated { .. })), "{halt:?}");
+    fake.state.borrow_mut().awaited = vec![1];
+    let mut job = fake.job(3, Assignment::Free, Policy::new(2));
+    assert_eq!(fake.run(&mut job).unwrap(), []);
 }

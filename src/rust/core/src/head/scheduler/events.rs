@@ -202,6 +202,8 @@ pub enum State {
     Ending(TaskId),
     /// The worker is being restored to the state of its predecessor.
     Restoring,
+    /// The worker's host has not joined the cluster yet.
+    Waiting,
     /// The worker terminated, or its host was lost, and it has no replacement.
     Lost,
     /// The head stopped the worker.

@@ -21,6 +21,35 @@ impl Scheduler {
         }
     }
 
+    /// The agent has not joined yet. Its workers are lost until [`Scheduler::agent_back`].
+    pub fn await_agent(&mut self, agent: usize) {
+        self.agents[agent].awaited = true;
+        self.agents[agent].out.close();
+        let termination = Termination::Host("it has not joined the cluster yet".to_owned());
+        let termination = Arc::new(termination);
+        for rank in self.agents[agent].ranks.clone() {
+            self.workers[rank as usize].state = WorkerState::Terminated(termination.clone());
+            let termination = termination.clone();
+            self.notes.push(Note::Terminated { rank, termination });
+        }
+    }
+
+    /// The agent will not join: its workers stay lost, for this reason.
+    pub fn give_up_awaited(&mut self, agent: usize, reason: &str) {
+        self.agents[agent].awaited = false;
+        let termination = Arc::new(Termination::Host(reason.to_owned()));
+        for rank in self.agents[agent].ranks.clone() {
+            let worker = &mut self.workers[rank as usize];
+            if matches!(&worker.state, WorkerState::Terminated(t) if matches!(**t, Termination::Host(_)))
+            {
+                worker.state = WorkerState::Terminated(termination.clone());
+                let termination = termination.clone();
+                self.notes.push(Note::Terminated { rank, termination });
+            }
+        }
+        self.end_calls_of_nobody();
+    }
+
     /// A lost agent has been reconnected: a fresh process that starts its workers anew. Workers
     /// that had terminated before are stopped again; the others come up as at first.
     ///
@@ -29,6 +58,7 @@ impl Scheduler {
     pub fn agent_back(&mut self, at: usize, start: &ToAgent) -> Result<(), ProtocolError> {
         let agent = &mut self.agents[at];
         agent.failures = 0;
+        agent.awaited = false;
         agent.out.reopen();
         self.send_control(at, start)?;
         for rank in self.agents[at].ranks.clone() {

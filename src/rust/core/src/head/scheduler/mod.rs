@@ -68,6 +68,8 @@ struct AgentState {
     out: Outbound,
     /// Worker failures since a task last ended on this host.
     failures: usize,
+    /// The agent has not joined yet: its workers are terminated until it does.
+    awaited: bool,
 }
 
 /// See the module's documentation.
@@ -105,6 +107,7 @@ impl Scheduler {
                     out: Outbound::new(ranks.len()),
                     ranks,
                     failures: 0,
+                    awaited: false,
                 })
                 .collect(),
             workers: homes
@@ -150,6 +153,7 @@ impl Scheduler {
         match (&worker.state, &worker.current) {
             (WorkerState::Terminated(termination), _) => match **termination {
                 Termination::Stopped => State::Stopped,
+                Termination::Host(_) if self.is_awaited(rank) => State::Waiting,
                 _ => State::Lost,
             },
             (WorkerState::Starting, _) if worker.stats.lost_since().is_some() => State::Restoring,

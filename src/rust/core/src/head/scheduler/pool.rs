@@ -238,12 +238,20 @@ impl Scheduler {
         }
     }
 
+    /// Whether the agent of a worker has not joined yet.
+    pub fn is_awaited(&self, rank: Rank) -> bool {
+        let worker = self.workers.get(rank as usize);
+        worker.is_some_and(|worker| self.agents[worker.agent].awaited)
+    }
+
     /// Ends as lost the calls that no worker is left for.
     pub(super) fn end_calls_of_nobody(&mut self) {
         let mut lost = Vec::new();
         for call in &self.calls.waiting {
             let terminated = |&rank: &Rank| match &self.workers.get(rank as usize)?.state {
-                WorkerState::Terminated(termination) => Some((rank, termination.clone())),
+                WorkerState::Terminated(termination) if !self.is_awaited(rank) => {
+                    Some((rank, termination.clone()))
+                }
                 _ => None,
             };
             let all: Option<Vec<_>> = call.any_of.iter().map(terminated).collect();
