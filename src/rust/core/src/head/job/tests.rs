@@ -538,7 +538,7 @@ fn workers_that_join_during_a_free_job_take_part_and_a_job_without_workers_waits
                     state.arrivals += 1;
                 }
                 if job
-                    .step(&fake, &mut Tasks(&fake), Duration::ZERO, false)
+                    .step(&fake, &mut Tasks(&fake), Duration::from_micros(20), false)
                     .unwrap()
                 {
                     break;
