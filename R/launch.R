@@ -26,9 +26,14 @@ hostLaunch <- function(host, options) {
   launch <- if (local) {
     list(command = command("agentMain"), env = env)
   } else {
-    list(command = sshCommand(host, remoteScript(command("agentMain"), env)), env = character())
+    list(command = onHost(host, remoteScript(command("agentMain"), env)), env = launcherVariables(host$launcher))
   }
   c(list(host = host$host, worker = worker), launch)
+}
+
+# Returns the command that runs a script in sh on another host.
+onHost <- function(host, script) {
+  if (is.null(host$launcher)) sshCommand(host, script) else launcherCommand(host$launcher, script)
 }
 
 # Returns the script that sh runs on the host. `env`: NA removes a variable.
