@@ -97,7 +97,8 @@ launcherSettings <- function(settings) {
 # Returns a command as one could type it.
 typedCommand <- function(command) {
   plain <- grepl("^[A-Za-z0-9_./,:=@%+-]+$", command)
-  command[!plain] <- shQuote(command[!plain])
+  # shQuote() quotes all elements in the way that one of them needs.
+  command[!plain] <- vapply(command[!plain], shQuote, "")
   paste(command, collapse = " ")
 }
 

@@ -107,7 +107,9 @@ test_that("an agent in a process namespace of its own works", {
   unshare <- c("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
   skip_if_not(system2(unshare[[1L]], c(unshare[-1L], "true"), stderr = FALSE) == 0L, "namespaces are not allowed")
   before <- descendants()
-  cl <- local_cluster(by_command(unshare, workers = 2))
+  # Not local_cluster(), which notes the pids of workers: those of a namespace belong to other processes here.
+  cl <- makeRustCluster(by_command(unshare, workers = 2))
+  on.exit(stop_quietly(cl))
   expect_identical(clusterApply(cl, 1:4, function(i) i), as.list(1:4))
   # The pids are those of the namespace.
   expect_true(all(clusterPids(cl) < 1000))
@@ -174,7 +176,7 @@ test_that("a command that is killed is a lost host, and leaves nothing", {
   command <- Filter(function(pid) proc_parent(pid) == Sys.getpid() && grepl("program-", process_command(pid)), started)
   expect_length(command, 1L)
   lost <- setdiff(c(descendants(command), command, pids[2:3]), 0L)
-  tools::pskill(-proc_group(command), tools::SIGKILL)
+  system2("kill", c("-KILL", "--", -proc_group(command)))
   expect_gone(lost)
   expect_warning(r <- clusterApplyLB(cl, 1:6, function(i) i), "host .lost.", class = "rustcluster_host_failed")
   expect_identical(r, as.list(1:6))
