@@ -145,7 +145,7 @@ expandHosts <- function(text, variable) {
     expanded <- ""
     for (part in parts) {
       values <- if (startsWith(part, "[")) expandRanges(substr(part, 2L, nchar(part) - 1L), refuse) else part
-      if (length(expanded) * length(values) > maxWorkers) refuse()
+      if (!length(values) || length(expanded) * length(values) > maxWorkers) refuse()
       expanded <- paste0(rep(expanded, each = length(values)), values)
     }
     expanded

@@ -176,7 +176,7 @@ test_that("a command that is killed is a lost host, and leaves nothing", {
   command <- Filter(function(pid) proc_parent(pid) == Sys.getpid() && grepl("program-", process_command(pid)), started)
   expect_length(command, 1L)
   lost <- setdiff(c(descendants(command), command, pids[2:3]), 0L)
-  system2("kill", c("-KILL", "--", -proc_group(command)))
+  system2("kill", c("-KILL", paste0("-", proc_group(command))))
   expect_gone(lost)
   expect_warning(r <- clusterApplyLB(cl, 1:6, function(i) i), "host .lost.", class = "rustcluster_host_failed")
   expect_identical(r, as.list(1:6))
