@@ -53,7 +53,7 @@ engineReaders <- list(
     # Torque lists a node once a core, and OpenPBS once a process (mpiprocs), of which NCPUS may be more.
     each <- c(wholeNumber("PBS_NUM_PPN"), wholeNumber("NCPUS"))
     even <- length(unique(cores)) == 1L
-    if (even && any(!is.na(each))) cores <- pmax(cores, each[!is.na(each)][[1L]])
+    if (even && !all(is.na(each))) cores <- pmax(cores, each[!is.na(each)][[1L]])
     list(job = Sys.getenv("PBS_JOBID", NA), variable = "PBS_NODEFILE", nodes = levels(lines), cores = cores)
   },
   "Grid Engine" = function() {
@@ -62,9 +62,8 @@ engineReaders <- list(
       if (!nzchar(Sys.getenv("SGE_ROOT")) || !nzchar(Sys.getenv("JOB_ID"))) return(NULL)
       slots <- wholeNumber("NSLOTS")
       own <- Sys.info()[["nodename"]]
-      return(list(
-        job = Sys.getenv("JOB_ID"), variable = "HOSTNAME", nodes = own, cores = if (is.na(slots)) 1L else slots, own = own
-      ))
+      cores <- if (is.na(slots)) 1L else slots
+      return(list(job = Sys.getenv("JOB_ID"), variable = "HOSTNAME", nodes = own, cores = cores, own = own))
     }
     rows <- strsplit(trimws(listedNodes("PE_HOSTFILE")), "[[:space:]]+")
     ok <- lengths(rows) >= 2L & vapply(rows, function(row) grepl("^[1-9][0-9]{0,5}$", c(row, "", "")[[2L]]), NA)
@@ -135,7 +134,7 @@ expandHosts <- function(text, variable) {
   # Commas in brackets belong to a range.
   letters <- strsplit(text, "")[[1L]]
   depth <- cumsum(letters == "[") - cumsum(letters == "]")
-  if (any(!depth %in% 0:1) || depth[[length(depth)]] != 0L) refuse()
+  if (!all(depth %in% 0:1) || depth[[length(depth)]] != 0L) refuse()
   letters[letters == "," & depth == 0L] <- "\n"
   names <- strsplit(paste(letters, collapse = ""), "\n", fixed = TRUE)[[1L]]
   unlist(lapply(names, function(name) {

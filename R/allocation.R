@@ -141,8 +141,8 @@ launcherEntries.rustcluster_allocation <- function(launcher) {
 print.rustcluster_allocation <- function(x, ...) {
   n <- length(x$nodes)
   cat(
-    "allocation of ", x$engine, if (!is.na(x$job)) paste0(", job ", x$job), ": ", n, ngettext(n, " node", " nodes"), ", ",
-    sum(x$cores), ngettext(sum(x$cores), " core", " cores"), "\n", sep = ""
+    "allocation of ", x$engine, if (!is.na(x$job)) paste0(", job ", x$job), ": ", n, ngettext(n, " node", " nodes"),
+    ", ", sum(x$cores), ngettext(sum(x$cores), " core", " cores"), "\n", sep = ""
   )
   printCommands(x)
   invisible(x)

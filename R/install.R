@@ -57,8 +57,8 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
   hosts <- lapply(specHosts(hosts, given)$hosts, function(host) {
     if (!is.null(host$launcher)) {
       badArgument(
-        "hosts", "contains a launcher (host ", sQuote(host$host), "); install rustcluster where its command runs R, as ",
-        "in the image of a container"
+        "hosts", "contains a launcher (host ", sQuote(host$host), "); install rustcluster where its command runs R, ",
+        "as in the image of a container"
       )
     }
     host[intersect(c("host", "user", "port", "local", known), names(host))]

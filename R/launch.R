@@ -38,8 +38,8 @@ onHost <- function(host, script) {
 
 # Returns the script that sh runs on the host. `env`: NA removes a variable.
 remoteScript <- function(command, env) {
-  # ssh or the login shell may have set R_HOME to the value of another machine. QRSH_COMMAND, in which Grid Engine passes
-  # the command on, has bytes that are no text: R's Sys.getenv() fails.
+  # ssh or the login shell may have set R_HOME to the value of another machine. QRSH_COMMAND, in which Grid Engine
+  # passes the command on, has bytes that are no text: R's Sys.getenv() fails.
   unsetNames <- c("R_HOME", "QRSH_COMMAND", names(env)[is.na(env)])
   set <- env[!is.na(env)]
   paste0(
