@@ -18,9 +18,10 @@ in_job <- function(options, code, step = "", .frame = parent.frame()) {
     "#!/bin/bash", paste0("export SLURM_LABELIO=1 R_LIBS=", shQuote(libraries)),
     paste("exec", step, shQuote(file.path(R.home("bin"), "Rscript")), path("code.R"))
   ), path("job.sh"))
-  status <- system2("sbatch", c("--wait", options, "-o", path("out"), path("job.sh")), stdout = FALSE, stderr = FALSE, timeout = 120)
+  files <- c("-o", path("out"), "-e", path("err"))
+  status <- system2("sbatch", c("--wait", options, files, path("job.sh")), stdout = FALSE, stderr = FALSE, timeout = 120)
   out <- readLines(path("out"))
-  expect(identical(status, 0L), paste(c("the job failed:", out), collapse = "\n"))
+  expect(identical(status, 0L), paste(c("the job failed:", out, readLines(path("err"))), collapse = "\n"))
   out
 }
 
