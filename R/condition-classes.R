@@ -9,6 +9,10 @@ conditionClasses <- list(
     not_yet = "The feature does not exist in this version.",
     limits = "The system's limits are too low for this many workers. Fields `what`, `needed`, `available`.",
     start_failed = "The cluster could not be started. Nothing is left of it. Fields `host`, and `report` or `stderr`.",
+    no_allocation = paste(
+      "[allocation()] was called outside of a batch job, or the variables of the batch engine cannot be read. Field",
+      "`variable`, if one of them is wrong."
+    ),
     install_failed = "[installOnHosts()] failed on some hosts. Fields `host`, `report`.",
     worker_lost = paste(
       "A worker died, and its task is not retried (`retries = 0`) or no worker can replace it. Fields `host`, `rank`,",

@@ -19,6 +19,9 @@
 #'     `rscript_envs`, `threads`, `renice`, `start_method`. If no element has `ncore` and some elements are equal, each
 #'     element stands for one worker, as in \pkg{parallel}.
 #'
+#'   * (launcher) The hosts of [commandLauncher()], which any command line starts, or of [allocation()], the nodes of
+#'     the batch job that this session runs in. A list may have launchers beside other hosts.
+#'
 #'   A host may be written with a user and the port of its sshd: `"user@host"`, `"host:2222"`, `"[::1]:2222"`,
 #'   `"ssh://user@host:2222"`. An IPv6 address without a port needs no brackets.
 #'
