@@ -120,6 +120,14 @@ pub trait Dispatch {
         limit: Option<Duration>,
         blob: impl FnOnce(Rank) -> Option<BlobId>,
     ) -> Result<StartedTask, Arc<Termination>>;
+    /// [`Hub::draining`].
+    fn draining(&self, _rank: Rank) -> Option<Arc<Termination>> {
+        None
+    }
+    /// [`Hub::release`].
+    fn release(&self, _rank: Rank) {}
+    /// [`Hub::make_movable`], after [`Dispatch::begin`].
+    fn make_movable(&self) {}
     /// [`Hub::finish`].
     fn finish(&self);
     /// [`Hub::abandon`].
@@ -153,6 +161,18 @@ impl Dispatch for RefCell<Hub> {
         let started = hub.begin(rank, job, None, turn, blob)?;
         hub.limit_time(limit);
         Ok(started)
+    }
+
+    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
+        self.borrow().draining(rank)
+    }
+
+    fn release(&self, rank: Rank) {
+        self.borrow_mut().release(rank);
+    }
+
+    fn make_movable(&self) {
+        self.borrow_mut().make_movable();
     }
 
     fn finish(&self) {
@@ -504,8 +524,10 @@ impl Job {
         let ranks = self.outstanding.iter().zip(&self.ranks);
         let ranks = ranks.filter(|(queue, _)| !queue.is_empty());
         let ranks = ranks.map(|(_, &rank)| rank);
-        let mut terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        let terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        let ends = |&rank: &Rank| Some((rank, hub.termination(rank).or_else(|| hub.draining(rank))?));
         terminated
+            .chain(self.ranks.iter().filter_map(ends))
             .next()
             .map_or(Halt::Stuck, |(rank, termination)| Halt::Terminated {
                 rank,
@@ -561,14 +583,28 @@ impl Job {
             return Ok(false);
         }
         let rank = self.ranks[slot];
-        let Some(termination) = hub.termination(rank) else {
+        let ended = hub.termination(rank);
+        let Some(termination) = ended.or_else(|| hub.draining(rank)) else {
             return Ok(false);
         };
         self.planner.close(slot);
-        match self.planner.any_left() {
+        if self.outstanding[slot].is_empty() {
+            hub.release(rank);
+        }
+        match self.planner.any_left() || self.is_draining(hub) {
             true => Ok(true),
             false => Err(Halt::Terminated { rank, termination }),
         }
+    }
+
+    /// Whether a draining worker still has messages, or has answered the last task.
+    fn is_draining(&self, hub: &impl Dispatch) -> bool {
+        let mut slots = self.outstanding.iter().zip(&self.ranks);
+        let has_messages = slots.any(|(queue, &rank)| {
+            let drains = || hub.termination(rank).is_none() && hub.draining(rank).is_some();
+            !queue.is_empty() && drains()
+        });
+        has_messages || self.done == self.tasks
     }
 
     /// Sends as many of these tasks as fit into one message, and returns their number. `max_time`: see
@@ -598,6 +634,9 @@ impl Job {
         let started = hub
             .begin(rank, self.id, turn, self.timeout, blob)
             .map_err(|termination| Halt::Terminated { rank, termination })?;
+        if self.assignment == Assignment::Free {
+            hub.make_movable();
+        }
         let blob = blob(started.assigned);
         // The task may be reassigned to a worker with another number format, which takes no batches.
         let (count, form) = match blob {

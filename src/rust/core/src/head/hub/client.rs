@@ -406,7 +406,8 @@ impl Hub {
         let living = core.inbox.workers.iter().zip(&load).enumerate();
         let living =
             living.filter(|(rank, (worker, _))| worker.termination.is_none() && members[*rank]);
-        let min_loaded = living.min_by_key(|&(_, (_, load))| load)?;
+        let drains = |rank: usize| core.scheduler.draining(rank as Rank).is_some();
+        let min_loaded = living.min_by_key(|&(rank, (_, load))| (drains(rank), load))?;
         Some(min_loaded.0 as Rank)
     }
 

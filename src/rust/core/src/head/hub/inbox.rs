@@ -72,6 +72,15 @@ pub enum Event {
         /// Why the host was lost.
         reason: String,
     },
+    /// A host drains: its batch job ends.
+    HostDraining {
+        /// The host's index among all.
+        agent: usize,
+        /// Why the job ends.
+        reason: String,
+        /// Seconds until the end, if they are known.
+        seconds: Option<u32>,
+    },
     /// A lost host has been reconnected and its workers restored.
     HostBack {
         /// The host's index among all.
@@ -143,6 +152,8 @@ pub struct HostView {
     pub start_failure: Option<ToHead>,
     /// Why the host was lost, if it was.
     pub failure: Option<HostFailure>,
+    /// Why the host is draining or has been drained: its batch job ends, or the user removes it.
+    pub draining: Option<String>,
     /// The number of the last memory question that was asked.
     pub asked: u64,
     /// The number of the last memory question that was answered.
@@ -213,6 +224,7 @@ impl Inbox {
     pub fn greeted(&mut self, agent: usize, hello: Hello) {
         let host = &mut self.hosts[agent];
         host.hello = Some(hello);
+        host.draining = None;
         host.greeted = Some(self.began.elapsed());
     }
 
@@ -265,6 +277,24 @@ impl Inbox {
             Note::LeftOut { agent, reason } => {
                 let failure = &mut self.hosts[agent].failure;
                 failure.get_or_insert_with(|| HostFailure::new(reason));
+            }
+            Note::Draining {
+                agent,
+                reason,
+                seconds,
+            } => {
+                self.hosts[agent].draining = Some(reason.clone());
+                self.events.push_back(Event::HostDraining {
+                    agent,
+                    reason,
+                    seconds,
+                });
+            }
+            Note::Drained { agent, removed } => {
+                let draining = &mut self.hosts[agent].draining;
+                if removed {
+                    draining.get_or_insert_with(|| "removed".into());
+                }
             }
             Note::Terminated { rank, termination } => self.terminated(rank, termination),
             Note::Ended { rank, timed_out } => {
@@ -379,6 +409,8 @@ impl Inbox {
                 let reason = reason.clone();
                 self.events.push_back(Event::HostLost { agent, reason });
             }
+            // The drain has been reported.
+            Termination::JobEnded(_) => self.hosts[agent].reported_lost = came_up,
             _ => {}
         }
         self.workers[rank as usize].termination = Some(termination);
@@ -398,7 +430,7 @@ impl Inbox {
     fn check_whether_back(&mut self, rank: Rank) {
         let agent = self.workers[rank as usize].agent;
         let of_host = || self.workers.iter().filter(|w| w.agent == agent);
-        let lost = |w: &WorkerView| matches!(w.termination.as_deref(), Some(Termination::Host(_)));
+        let lost = |w: &WorkerView| w.termination.as_ref().is_some_and(|t| t.is_of_host());
         let waited_for = of_host().any(lost);
         let any = of_host().any(|w| w.termination.is_none());
         if any && !waited_for && self.hosts[agent].reported_lost {

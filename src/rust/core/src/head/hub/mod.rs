@@ -7,6 +7,7 @@
 mod by_hand;
 mod client;
 mod connection;
+mod drain;
 mod core;
 mod dump;
 mod futures;

@@ -29,13 +29,14 @@ impl Scheduler {
     pub fn agent_back(&mut self, at: usize, start: &ToAgent) -> Result<(), ProtocolError> {
         let agent = &mut self.agents[at];
         agent.failures = 0;
+        (agent.drain, agent.stopped) = (None, false);
         agent.out.reopen();
         self.send_control(at, start)?;
         for rank in self.agents[at].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
             match &worker.state {
                 WorkerState::Terminated(termination)
-                    if !matches!(**termination, Termination::Host(_)) =>
+                    if !termination.is_of_host() =>
                 {
                     let stop = ToAgent::StopWorker {
                         worker: worker.index,
@@ -45,6 +46,7 @@ impl Scheduler {
                 _ => {
                     worker.state = WorkerState::Starting;
                     worker.away = true;
+                    worker.draining = None;
                     worker.window = SEND_WINDOW;
                 }
             }
@@ -92,9 +94,12 @@ impl Scheduler {
         if before {
             return;
         }
-        let termination = Arc::new(Termination::Host(reason.to_owned()));
+        let drain = self.agents[agent].drain.as_ref();
+        let ended = drain.map(|drain| drain.termination.clone());
+        let termination = ended.unwrap_or_else(|| Arc::new(Termination::Host(reason.to_owned())));
         for rank in self.agents[agent].ranks.clone() {
             self.lose(rank, termination.clone());
+            self.end_removed(rank);
         }
     }
 
@@ -117,6 +122,9 @@ impl Scheduler {
             Termination::Host(reason) => worker
                 .stats
                 .lost(&format!("lost with its host: {reason}"), self.now),
+            Termination::JobEnded(reason) => worker
+                .stats
+                .lost(&format!("its job ended: {reason}"), self.now),
             Termination::Stopped => {}
         }
         self.notes.push(Note::Terminated {
@@ -172,7 +180,7 @@ impl Scheduler {
                 rank,
                 task: task.id,
                 job: task.job,
-                outcome: Outcome::Lost(Arc::new(Termination::Worker(failure))),
+                outcome: Outcome::Lost(self.termination_of(agent, failure)),
             });
         }
         self.put_back(rank);
