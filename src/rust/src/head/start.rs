@@ -148,6 +148,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
+            draining = text(&|h| h.draining.clone()),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
             status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
@@ -360,6 +361,18 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
+/// Drains these nodes: they get no new tasks, and are stopped when they have none left.
+/// @noRd
+#[extendr]
+fn hub_drain(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        hub.drain(&ranks?);
+        Ok(())
+    })
+}
+
 /// Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
 /// that.
 /// @noRd
@@ -431,6 +444,7 @@ extendr_module! {
     fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;
+    fn hub_drain;
     fn hub_ended;
     fn hub_stop;
     fn hub_closed;
