@@ -525,7 +525,8 @@ impl Job {
         let ranks = ranks.filter(|(queue, _)| !queue.is_empty());
         let ranks = ranks.map(|(_, &rank)| rank);
         let terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
-        let ends = |&rank: &Rank| Some((rank, hub.termination(rank).or_else(|| hub.draining(rank))?));
+        let ends =
+            |&rank: &Rank| Some((rank, hub.termination(rank).or_else(|| hub.draining(rank))?));
         terminated
             .chain(self.ranks.iter().filter_map(ends))
             .next()

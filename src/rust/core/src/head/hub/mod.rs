@@ -7,8 +7,8 @@
 mod by_hand;
 mod client;
 mod connection;
-mod drain;
 mod core;
+mod drain;
 mod dump;
 mod futures;
 mod inbox;

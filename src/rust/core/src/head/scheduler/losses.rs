@@ -35,9 +35,7 @@ impl Scheduler {
         for rank in self.agents[at].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
             match &worker.state {
-                WorkerState::Terminated(termination)
-                    if !termination.is_of_host() =>
-                {
+                WorkerState::Terminated(termination) if !termination.is_of_host() => {
                     let stop = ToAgent::StopWorker {
                         worker: worker.index,
                     };
