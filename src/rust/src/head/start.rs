@@ -373,6 +373,21 @@ fn hub_drain(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
+/// Removes these nodes at once. Other nodes run their tasks.
+/// @noRd
+#[extendr]
+fn hub_remove(handle: Robj, ranks: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
+        hub.remove(&ranks?);
+        drop(hub);
+        cluster.forget_messages();
+        Ok(().into())
+    })
+}
+
 /// Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
 /// that.
 /// @noRd
@@ -445,6 +460,7 @@ extendr_module! {
     fn hub_terminations;
     fn hub_stop_nodes;
     fn hub_drain;
+    fn hub_remove;
     fn hub_ended;
     fn hub_stop;
     fn hub_closed;

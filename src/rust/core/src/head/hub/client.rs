@@ -697,7 +697,11 @@ impl Hub {
                 ..
             } = &core.inbox;
             let ended = |&rank: &Rank| match workers.get(rank as usize) {
-                Some(worker) => worker.ended || hosts[worker.agent].failure.is_some(),
+                // The agent of a removed host ends, too.
+                Some(worker) => {
+                    let at = worker.agent;
+                    worker.ended && !core.conns[at].permanent || hosts[at].failure.is_some()
+                }
                 None => true,
             };
             (*closed || ranks.iter().all(ended)).then_some(())

@@ -5,6 +5,9 @@ use crate::head::scheduler::events::Termination;
 use crate::protocol::ids::Rank;
 use std::sync::Arc;
 
+/// Why a task was lost that ran on a worker which the user removed.
+const REMOVED: &str = "removed";
+
 impl Hub {
     /// Removes some workers after their tasks. Agents whose workers have all been removed end, too.
     pub fn drain(&mut self, ranks: &[Rank]) {
@@ -14,6 +17,20 @@ impl Hub {
             core.scheduler.drain_worker(rank, &termination);
         }
         core.pump();
+    }
+
+    /// Removes some workers at once. Their tasks and calls are lost as with the end of a batch job, so that other workers
+    /// run those that are not bound to them.
+    pub fn remove(&mut self, ranks: &[Rank]) {
+        let mut core = self.core();
+        let stopped = Arc::new(Termination::Stopped);
+        let removed = Arc::new(Termination::JobEnded(REMOVED.into()));
+        for &rank in ranks {
+            core.scheduler.drain_worker(rank, &stopped);
+            core.scheduler.end_worker(rank, removed.clone());
+        }
+        drop(core);
+        self.stop_workers(ranks);
     }
 
     /// The batch job of this host has ended or is about to end, as the batch engine says.

@@ -179,10 +179,10 @@ impl Scheduler {
         self.calls.reserved.insert(rank);
     }
 
-    /// The verb is over. Returns whether calls have waited for its end.
+    /// The verb is over. Returns whether calls, or the ends of draining workers, have waited for its end.
     pub fn verb_over(&mut self) -> bool {
         self.calls.reserved.clear();
-        let waiting = !self.calls.waiting.is_empty();
+        let waiting = !self.calls.waiting.is_empty() || self.any_draining;
         self.hand_out();
         waiting
     }
