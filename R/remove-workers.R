@@ -32,9 +32,11 @@ removeWorkers <- function(cl, which, drain = TRUE, timeout = Inf) {
   parts <- clustersOf(cl)
   if (missing(which)) badArgument("which", "is missing")
   indices <- nodesToRemove(cl, plain(which))
-  drain <- flag(drain, "drain")
-  timeout <- between(timeout, "timeout", "a number of seconds", 0, Inf)
-  parts <- lapply(parts, function(part) list(handle = part$handle, ranks = unique(part$ranks[part$indices %in% indices])))
+  if (!isTRUE(drain) && !isFALSE(drain)) badArgument("drain", "must be TRUE or FALSE")
+  between(timeout, "timeout", "a number of seconds", 0, Inf, infinite = TRUE)
+  parts <- lapply(parts, function(part) {
+    list(handle = part$handle, ranks = unique(part$ranks[part$indices %in% indices]))
+  })
   parts <- Filter(function(part) length(part$ranks), parts)
   removed <- rep(FALSE, length(cl))
   for (part in parts) {
@@ -86,7 +88,6 @@ endDrained <- function(handle, ranks, deadline) {
   }
   handle$alive <- setdiff(handle$alive, ranks)
   last <- !length(handle$alive)
-  if (last && is.finite(deadline)) NULL
   if (!checked(hub_ended(pointer, ranks), handle)) checked(hub_remove(pointer, ranks), handle)
   if (last) endNodes(handle, ranks)
   awaitEnd(handle, ranks)

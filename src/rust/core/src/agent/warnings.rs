@@ -20,6 +20,9 @@ const JOB_END: [&str; 2] = ["RUSTCLUSTER_JOB_END", "SLURM_JOB_END_TIME"];
 /// The signals by which batch engines announce the end of a job.
 const WARNINGS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2];
 
+/// This process catches the signals. R removes the variable [`IN_JOB`] for the workers.
+static CATCHES: AtomicBool = AtomicBool::new(false);
+
 /// The agent drains at most so long before the end of its job.
 const MAX_MARGIN: Duration = Duration::from_secs(60);
 
@@ -65,6 +68,7 @@ impl Warnings {
             };
             signal_hook::flag::register(signal, flag.clone())?;
         }
+        CATCHES.store(true, Ordering::Relaxed);
         signals::unblock(&WARNINGS);
         let seconds = JOB_END.iter().find_map(|name| std::env::var(name).ok());
         let seconds = seconds.and_then(|text| text.trim().parse::<u64>().ok());
@@ -81,7 +85,7 @@ impl Warnings {
     /// Blocks the signals if they are caught: this process is about to become another program, which gets them when it
     /// calls [`Warnings::catch`].
     pub fn block_for_next_program() {
-        if std::env::var_os(IN_JOB).is_some_and(|value| !value.is_empty()) {
+        if CATCHES.load(Ordering::Relaxed) {
             signals::block(&WARNINGS);
         }
     }

@@ -78,6 +78,10 @@ impl Scheduler {
         if worker.draining.as_deref() != Some(&Termination::Stopped) {
             worker.draining = Some(termination.clone());
         }
+        if matches!(worker.state, WorkerState::Terminated(_)) {
+            // A worker of a lost host, or one that waits for its restart, does not come back.
+            return self.end_removed(rank);
+        }
         let next = worker.next.as_ref().map(|next| &next.task);
         let waiting = next.into_iter().chain(&worker.queue);
         let movable: Vec<TaskId> = waiting.filter(|task| task.movable).map(|t| t.id).collect();
