@@ -25,7 +25,6 @@ test_that("the rest of a cluster without some nodes works as parallel's does", {
   cl <- local_cluster(4)
   psock <- parallel::makePSOCKcluster(2)
   on.exit(parallel::stopCluster(psock), add = TRUE)
-  clusterExport(cl, "slack", globalenv())
   pids <- clusterPids(cl)
   rest <- removeWorkers(cl, c(2, 4))
   expect_s3_class(rest, c("RustCluster", "cluster"), exact = TRUE)
@@ -206,7 +205,8 @@ test_that("the known end of a job makes its agent drain before", {
 
 test_that("calls that end with their job are repeated, which counts as no attempt", {
   cl <- local_cluster(in_job(), retries = 0)
-  calls <- lapply(1:4, function(i) held(cl, flag, i), flag <- tempfile())
+  flag <- tempfile()
+  calls <- lapply(1:4, function(i) held(cl, flag, i))
   for (call in calls) expect_true(running(call))
   agents <- agentPids(cl)
   pids <- clusterPids(cl)
@@ -231,7 +231,7 @@ test_that("the error names the job, the worker and the host if no worker is left
   expect_true(wait_until(function() clusterStatus(cl)$state[[1L]] == "draining"))
   tools::pskill(agent, tools::SIGKILL)
   expect_gone(agent)
-  error <- caught(suppressMessages(call$value()))
+  error <- told(caught(call$value()))$value
   expect_rust_error(error, "job_ended")
   expect_match(conditionMessage(error), "worker 1 on host .localhost.: its job ended \\(cancelled or preempted\\)")
 })

@@ -61,6 +61,8 @@ impl Warnings {
             warned: Arc::default(),
             before: signals::save(&WARNINGS),
         };
+        // signal_hook also calls the handlers that it finds: R's would end the process.
+        signals::ignore(&WARNINGS);
         for signal in WARNINGS {
             let flag = match signal {
                 libc::SIGTERM => &caught.terminated,

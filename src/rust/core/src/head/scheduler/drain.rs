@@ -10,6 +10,7 @@ use super::worker::WorkerState;
 use crate::platform::exit::Exit;
 use crate::protocol::control::{DrainCause, ToAgent, WorkerFailure};
 use crate::protocol::ids::{Rank, TaskId};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tracing::info;
 
@@ -20,6 +21,22 @@ pub(super) struct AgentDrain {
     cause: Option<DrainCause>,
     /// Why workers of the agent terminate from now on.
     pub(super) termination: Arc<Termination>,
+}
+
+/// What has to be checked after each event.
+#[derive(Debug, Default)]
+pub(super) struct Drains {
+    /// Draining workers that have not terminated.
+    workers: BTreeSet<Rank>,
+    /// Agents with workers that drain or have been drained, which have not been asked to end.
+    agents: BTreeSet<usize>,
+}
+
+impl Drains {
+    /// Whether nothing drains.
+    pub(super) fn is_empty(&self) -> bool {
+        self.workers.is_empty() && self.agents.is_empty()
+    }
 }
 
 impl Scheduler {
@@ -58,6 +75,7 @@ impl Scheduler {
             cause,
             termination: termination.clone(),
         });
+        self.drains.agents.insert(agent);
         self.notes.push(Note::Draining {
             agent,
             reason,
@@ -74,7 +92,8 @@ impl Scheduler {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
-        self.any_draining = true;
+        self.drains.workers.insert(rank);
+        self.drains.agents.insert(worker.agent);
         if worker.draining.as_deref() != Some(&Termination::Stopped) {
             worker.draining = Some(termination.clone());
         }
@@ -142,30 +161,29 @@ impl Scheduler {
 
     /// Stops the draining workers that have nothing left, and the agents whose workers have all terminated.
     pub(super) fn stop_drained(&mut self) {
-        if !self.any_draining {
+        if self.drains.is_empty() {
             return;
         }
-        self.any_draining = false;
-        for rank in 0..self.workers.len() as Rank {
+        for rank in self.drains.workers.iter().copied().collect::<Vec<_>>() {
             let worker = &self.workers[rank as usize];
-            let Some(termination) = worker.draining.clone() else {
-                continue;
-            };
             let over = match &worker.state {
                 WorkerState::Terminated(termination) => !termination.is_tried_again(),
                 _ => false,
             };
-            if over {
-                continue;
-            }
-            if self.is_drained(rank) {
-                info!(rank = rank + 1, "drained worker stops");
-                self.end_worker(rank, termination);
-            } else {
-                self.any_draining = true;
+            match worker.draining.clone() {
+                Some(termination) if !over => {
+                    if self.is_drained(rank) {
+                        info!(rank = rank + 1, "drained worker stops");
+                        self.end_worker(rank, termination);
+                        self.drains.workers.remove(&rank);
+                    }
+                }
+                _ => {
+                    self.drains.workers.remove(&rank);
+                }
             }
         }
-        for agent in 0..self.agents.len() {
+        for agent in self.drains.agents.iter().copied().collect::<Vec<_>>() {
             self.stop_drained_agent(agent);
         }
     }
@@ -184,10 +202,13 @@ impl Scheduler {
         });
         let terminated = workers.all(|worker| matches!(worker.state, WorkerState::Terminated(_)));
         let drains = agent.drain.is_some() || removed && self.any_of_agent_draining(at);
-        if agent.ranks.is_empty() || !terminated || !drains || agent.out.is_closed() {
-            return;
+        let of_agent = |&rank: &Rank| self.workers[rank as usize].agent == at;
+        if !self.drains.workers.iter().any(of_agent) {
+            self.drains.agents.remove(&at);
         }
-        if !std::mem::replace(&mut self.agents[at].stopped, true) {
+        // The agent of a closed stream has been lost or left out.
+        if drains && terminated && !agent.ranks.is_empty() && !agent.out.is_closed() {
+            self.drains.agents.remove(&at);
             info!(agent = at + 1, "drained agent stops");
             // A message without fields fits into a frame.
             let _ = self.send_control(at, &ToAgent::Stop);

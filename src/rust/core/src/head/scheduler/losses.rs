@@ -29,7 +29,7 @@ impl Scheduler {
     pub fn agent_back(&mut self, at: usize, start: &ToAgent) -> Result<(), ProtocolError> {
         let agent = &mut self.agents[at];
         agent.failures = 0;
-        (agent.drain, agent.stopped) = (None, false);
+        agent.drain = None;
         agent.out.reopen();
         self.send_control(at, start)?;
         for rank in self.agents[at].ranks.clone() {

@@ -50,7 +50,7 @@ mod send;
 pub mod task;
 mod worker;
 
-use drain::AgentDrain;
+use drain::{AgentDrain, Drains};
 use outbound::Outbound;
 use pool::CallQueue;
 use result_flow::ResultFlow;
@@ -71,8 +71,6 @@ struct AgentState {
     /// Worker failures since a task last ended on this host.
     failures: usize,
     drain: Option<AgentDrain>,
-    /// The agent was asked to end, because it has been drained.
-    stopped: bool,
 }
 
 /// See the module's documentation.
@@ -90,8 +88,7 @@ pub struct Scheduler {
     /// The time limit of all tasks.
     time_limit: Option<Duration>,
     calls: CallQueue,
-    /// Some workers or agents are draining and have not terminated.
-    any_draining: bool,
+    drains: Drains,
 }
 
 impl Scheduler {
@@ -113,7 +110,6 @@ impl Scheduler {
                     ranks,
                     failures: 0,
                     drain: None,
-                    stopped: false,
                 })
                 .collect(),
             workers: homes
@@ -127,7 +123,7 @@ impl Scheduler {
             measure: |_| None,
             time_limit: None,
             calls: CallQueue::default(),
-            any_draining: false,
+            drains: Drains::default(),
         }
     }
 

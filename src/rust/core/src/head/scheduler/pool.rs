@@ -182,7 +182,7 @@ impl Scheduler {
     /// The verb is over. Returns whether calls, or the ends of draining workers, have waited for its end.
     pub fn verb_over(&mut self) -> bool {
         self.calls.reserved.clear();
-        let waiting = !self.calls.waiting.is_empty() || self.any_draining;
+        let waiting = !self.calls.waiting.is_empty() || !self.drains.is_empty();
         self.hand_out();
         waiting
     }
