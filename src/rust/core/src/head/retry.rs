@@ -196,6 +196,32 @@ mod tests {
         assert_eq!(decided, [Verdict::Retry, Verdict::Raise]);
     }
 
+    fn job_end() -> Termination {
+        Termination::JobEnded("time limit".into())
+    }
+
+    #[test]
+    fn the_end_of_a_job_is_no_attempt_until_it_has_happened_too_often() {
+        use Verdict::{GiveUp, Raise, Retry};
+        for policy in [Policy::new(0), Policy::new(1)] {
+            let losses = vec![job_end(); MAX_JOB_ENDS + 9];
+            let (decided, attempts) = verdicts(policy, &losses);
+            let mut expected = vec![Retry; MAX_JOB_ENDS];
+            match policy.raises {
+                true => expected.push(Raise),
+                false => expected.extend([Retry, GiveUp]),
+            }
+            assert_eq!(decided, expected);
+            assert!(attempts.failures().len() >= MAX_JOB_ENDS);
+        }
+        let losses = [job_end(), crash(), job_end(), crash(), crash()];
+        assert_eq!(
+            verdicts(Policy::new(1), &losses).0,
+            [Retry, Retry, Retry, GiveUp]
+        );
+        assert!(!is_reported(&job_end(), true));
+    }
+
     #[test]
     fn the_verdict_is_the_same_until_it_has_been_carried_out() {
         let mut attempts = Attempts::default();
@@ -215,6 +241,32 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn ends_of_jobs_change_no_other_verdict(
+            retries in 0_usize..6,
+            raises: bool,
+            kinds in proptest::collection::vec(0_u8..3, 0..12),
+        ) {
+            let policy = Policy { retries, raises };
+            let losses: Vec<Termination> = kinds
+                .iter()
+                .map(|kind| match kind {
+                    0 => job_end(),
+                    1 => host(),
+                    _ => crash(),
+                })
+                .collect();
+            // Few enough ends of jobs do not count.
+            prop_assume!(losses.iter().filter(|&loss| *loss == job_end()).count() <= MAX_JOB_ENDS);
+            let others: Vec<Termination> = losses.iter().filter(|&loss| *loss != job_end()).cloned().collect();
+            let (decided, _) = verdicts(policy, &losses);
+            let pairs = decided.iter().zip(&losses);
+            let (of_jobs, rest): (Vec<_>, Vec<_>) = pairs.partition(|(_, loss)| **loss == job_end());
+            prop_assert!(of_jobs.iter().all(|(verdict, _)| **verdict == Verdict::Retry));
+            let rest: Vec<Verdict> = rest.into_iter().map(|(verdict, _)| *verdict).collect();
+            prop_assert_eq!(rest, verdicts(policy, &others).0);
+        }
+
         #[test]
         fn a_task_is_started_at_most_once_more_than_it_may_be_retried(
             retries in 0_usize..6,

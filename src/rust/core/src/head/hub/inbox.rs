@@ -410,7 +410,9 @@ impl Inbox {
                 self.events.push_back(Event::HostLost { agent, reason });
             }
             // The drain has been reported.
-            Termination::JobEnded(_) => self.hosts[agent].reported_lost = came_up,
+            Termination::JobEnded(_) if self.hosts[agent].draining.is_some() => {
+                self.hosts[agent].reported_lost |= came_up;
+            }
             _ => {}
         }
         self.workers[rank as usize].termination = Some(termination);
