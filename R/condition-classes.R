@@ -36,6 +36,10 @@ conditionClasses <- list(
     call_failed = "The value of a call of [clusterSubmit()] could not be sent, or the call was interrupted.",
     timeout = "A task exceeded `timeout`. Fields `host`, `rank`, `index`, `results`, `failures`.",
     host_failed = "The agent of a host died, or the connection to it was lost. Fields `host`, `rank`.",
+    job_ended = paste(
+      "The batch job of a worker ended while the worker had a task, and no other worker can run the task. Fields `host`,",
+      "`rank`, `reason`."
+    ),
     protocol = paste(
       "A result could not be read: it is damaged, or needs a package or memory that is missing here. Fields `parent`;",
       "from a verb also `results`, `failures`."
@@ -77,6 +81,10 @@ conditionClasses <- list(
     versions = "A host runs another version of R. Field `host`."
   ),
   message = c(
+    host_draining = paste(
+      "The batch job of a host is about to end: its workers get no new tasks. Fields `host`, `reason`, `seconds` (until",
+      "the end, if they are known)."
+    ),
     host_back = "A lost host is back.",
     host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
     worker_back = "A worker that could not be restored at first is back."

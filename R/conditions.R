@@ -106,7 +106,7 @@ raiseFailure <- function(failure, handle = NULL) {
 # The fields of failures that conditions have, too.
 conditionFields <- c(
   "reason", "stderr", "stdout", "what", "argument", "command", "rank", "pid", "signal", "status", "index", "needed",
-  "available", "memory_available", "oom", "replaced"
+  "available", "memory_available", "oom", "replaced", "seconds"
 )
 
 failureCondition <- function(failure, handle = NULL, type = "error") {
@@ -163,6 +163,12 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
         "; "
       },
       "`clusterAlive(cl)` leaves its nodes out, if others are left"
+    ),
+    job_ended = paste0(node, if (identical(reason, "removed")) " was removed" else paste0(": its job ended (", reason, ")")),
+    host_draining = paste0(
+      "host ", sQuote(host), " is draining because its job ends",
+      if (!is.null(field("seconds"))) paste0(" in ", format(field("seconds")), " s"), " (", reason, "); ",
+      "its workers get no new tasks\n"
     ),
     timeout = paste0(
       tasks, " exceeded ", if (several) "their" else "its", " time limit of ",

@@ -104,6 +104,14 @@ hub_terminations <- function(handle) .Call(wrap__hub_terminations, handle)
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
 
+#' Drains these nodes: they get no new tasks, and are stopped when they have none left.
+#' @noRd
+hub_drain <- function(handle, ranks) .Call(wrap__hub_drain, handle, ranks)
+
+#' Removes these nodes at once. Other nodes run their tasks.
+#' @noRd
+hub_remove <- function(handle, ranks) .Call(wrap__hub_remove, handle, ranks)
+
 #' Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
 #' that.
 #' @noRd

@@ -50,6 +50,19 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
         Event::HostLost { agent, reason } => Failure::new("host_failed")
             .with("agent", agent + 1)
             .with("reason", reason),
+        Event::HostDraining {
+            agent,
+            reason,
+            seconds,
+        } => {
+            let failure = Failure::new("host_draining")
+                .with("agent", agent + 1)
+                .with("reason", reason);
+            match seconds {
+                Some(seconds) => failure.with("seconds", f64::from(seconds)),
+                None => failure,
+            }
+        }
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
         Event::HostJoined { agent } => Failure::new("host_joined").with("agent", agent + 1),
         Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),

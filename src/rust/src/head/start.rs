@@ -149,6 +149,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
             awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
+            draining = text(&|h| h.draining.clone()),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
             status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
@@ -387,6 +388,33 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
     })
 }
 
+/// Drains these nodes: they get no new tasks, and are stopped when they have none left.
+/// @noRd
+#[extendr]
+fn hub_drain(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        hub.drain(&ranks?);
+        Ok(())
+    })
+}
+
+/// Removes these nodes at once. Other nodes run their tasks.
+/// @noRd
+#[extendr]
+fn hub_remove(handle: Robj, ranks: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
+        hub.remove(&ranks?);
+        drop(hub);
+        cluster.forget_messages();
+        Ok(().into())
+    })
+}
+
 /// Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
 /// that.
 /// @noRd
@@ -460,6 +488,8 @@ extendr_module! {
     fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;
+    fn hub_drain;
+    fn hub_remove;
     fn hub_ended;
     fn hub_stop;
     fn hub_closed;

@@ -126,6 +126,14 @@ pub trait Dispatch {
         limit: Option<Duration>,
         blob: impl FnOnce(Rank) -> Option<BlobId>,
     ) -> Result<StartedTask, Arc<Termination>>;
+    /// [`Hub::draining`].
+    fn draining(&self, _rank: Rank) -> Option<Arc<Termination>> {
+        None
+    }
+    /// [`Hub::release`].
+    fn release(&self, _rank: Rank) {}
+    /// [`Hub::make_movable`], after [`Dispatch::begin`].
+    fn make_movable(&self) {}
     /// [`Hub::finish`].
     fn finish(&self);
     /// [`Hub::abandon`].
@@ -171,6 +179,18 @@ impl Dispatch for RefCell<Hub> {
         let started = hub.begin(rank, job, None, turn, blob)?;
         hub.limit_time(limit);
         Ok(started)
+    }
+
+    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
+        self.borrow().draining(rank)
+    }
+
+    fn release(&self, rank: Rank) {
+        self.borrow_mut().release(rank);
+    }
+
+    fn make_movable(&self) {
+        self.borrow_mut().make_movable();
     }
 
     fn finish(&self) {
@@ -311,6 +331,11 @@ pub struct Job {
     failed: VecDeque<Failed>,
     /// An answer that a step has left for the next one, because reading it may fail.
     unread: Option<(Rank, TaskId, Body)>,
+}
+
+/// Whether a worker can be sent tasks.
+fn is_available(hub: &impl Dispatch, rank: Rank) -> bool {
+    hub.termination(rank).is_none() && hub.draining(rank).is_none()
 }
 
 type Stepped<T, C> = Result<T, Halt<<C as Codec>::Stop>>;
@@ -540,7 +565,7 @@ impl Job {
             return;
         }
         for slot in 0..self.absent.len() {
-            if self.absent[slot] && hub.termination(self.ranks[slot]).is_none() {
+            if self.absent[slot] && is_available(hub, self.ranks[slot]) {
                 self.absent[slot] = false;
                 self.planner.open(slot);
                 self.ready.push_back(slot);
@@ -552,7 +577,7 @@ impl Job {
     fn awaits(&self, hub: &impl Dispatch) -> bool {
         let absent = self.absent.iter().zip(&self.ranks);
         let mut absent = absent.filter(|&(absent, _)| *absent);
-        absent.any(|(_, &rank)| hub.is_awaited(rank) || hub.termination(rank).is_none())
+        absent.any(|(_, &rank)| hub.is_awaited(rank) || is_available(hub, rank))
     }
 
     /// Explains why no message is outstanding: the hub forgets the messages of a node that is stopped during the job.
@@ -560,8 +585,11 @@ impl Job {
         let slots = self.outstanding.iter().zip(&self.absent).zip(&self.ranks);
         let slots = slots.filter(|((queue, absent), _)| !queue.is_empty() || **absent);
         let ranks = slots.map(|(_, &rank)| rank);
-        let mut terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        let terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        let ends =
+            |&rank: &Rank| Some((rank, hub.termination(rank).or_else(|| hub.draining(rank))?));
         terminated
+            .chain(self.ranks.iter().filter_map(ends))
             .next()
             .map_or(Halt::Stuck, |(rank, termination)| Halt::Terminated {
                 rank,
@@ -617,15 +645,29 @@ impl Job {
             return Ok(false);
         }
         let rank = self.ranks[slot];
-        let Some(termination) = hub.termination(rank) else {
+        let ended = hub.termination(rank);
+        let Some(termination) = ended.or_else(|| hub.draining(rank)) else {
             return Ok(false);
         };
         self.planner.close(slot);
         self.absent[slot] = true;
-        match self.planner.any_left() || self.awaits(hub) {
+        if self.outstanding[slot].is_empty() {
+            hub.release(rank);
+        }
+        match self.planner.any_left() || self.awaits(hub) || self.is_draining(hub) {
             true => Ok(true),
             false => Err(Halt::Terminated { rank, termination }),
         }
+    }
+
+    /// Whether a draining worker still has messages, or has answered the last task.
+    fn is_draining(&self, hub: &impl Dispatch) -> bool {
+        let mut slots = self.outstanding.iter().zip(&self.ranks);
+        let has_messages = slots.any(|(queue, &rank)| {
+            let drains = || hub.termination(rank).is_none() && hub.draining(rank).is_some();
+            !queue.is_empty() && drains()
+        });
+        has_messages || self.done == self.tasks
     }
 
     /// Sends as many of these tasks as fit into one message, and returns their number. `max_time`: see
@@ -655,6 +697,9 @@ impl Job {
         let started = hub
             .begin(rank, self.id, turn, self.timeout, blob)
             .map_err(|termination| Halt::Terminated { rank, termination })?;
+        if self.assignment == Assignment::Free {
+            hub.make_movable();
+        }
         let blob = blob(started.assigned);
         // The task may be reassigned to a worker with another number format, which takes no batches.
         let (count, form) = match blob {

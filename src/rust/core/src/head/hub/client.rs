@@ -458,7 +458,8 @@ impl Hub {
         let living = core.inbox.workers.iter().zip(&load).enumerate();
         let living =
             living.filter(|(rank, (worker, _))| worker.termination.is_none() && members[*rank]);
-        let min_loaded = living.min_by_key(|&(_, (_, load))| load)?;
+        let drains = |rank: usize| core.scheduler.draining(rank as Rank).is_some();
+        let min_loaded = living.min_by_key(|&(rank, (_, load))| (drains(rank), load))?;
         Some(min_loaded.0 as Rank)
     }
 
@@ -748,7 +749,11 @@ impl Hub {
                 ..
             } = &core.inbox;
             let ended = |&rank: &Rank| match workers.get(rank as usize) {
-                Some(worker) => worker.ended || hosts[worker.agent].failure.is_some(),
+                // The agent of a removed host ends, too.
+                Some(worker) => {
+                    let at = worker.agent;
+                    worker.ended && !core.conns[at].permanent || hosts[at].failure.is_some()
+                }
                 None => true,
             };
             (*closed || ranks.iter().all(ended)).then_some(())

@@ -608,6 +608,13 @@ impl Core {
                         self.conns[*agent].permanent = true;
                         self.conns[*agent].stop.notify_one();
                     }
+                    Note::Drained {
+                        agent,
+                        removed: true,
+                    } => {
+                        self.conns[*agent].permanent = true;
+                        self.conns[*agent].stop.notify_one();
+                    }
                     Note::Failed { agent, reason } => {
                         self.end(*agent, Err(io::Error::other(reason.clone())));
                     }

@@ -79,6 +79,15 @@ pub enum Event {
         /// Why the host was lost.
         reason: String,
     },
+    /// A host drains: its batch job ends.
+    HostDraining {
+        /// The host's index among all.
+        agent: usize,
+        /// Why the job ends.
+        reason: String,
+        /// Seconds until the end, if they are known.
+        seconds: Option<u32>,
+    },
     /// A lost host has been reconnected and its workers restored.
     HostBack {
         /// The host's index among all.
@@ -157,6 +166,8 @@ pub struct HostView {
     pub failure: Option<HostFailure>,
     /// The agent had not greeted when the others were started, and may still join.
     pub awaited: bool,
+    /// Why the host is draining or has been drained: its batch job ends, or the user removes it.
+    pub draining: Option<String>,
     /// The number of the last memory question that was asked.
     pub asked: u64,
     /// The number of the last memory question that was answered.
@@ -230,6 +241,7 @@ impl Inbox {
     pub fn greeted(&mut self, agent: usize, hello: Hello) {
         let host = &mut self.hosts[agent];
         host.hello = Some(hello);
+        host.draining = None;
         host.greeted = Some(self.began.elapsed());
     }
 
@@ -282,6 +294,24 @@ impl Inbox {
             Note::LeftOut { agent, reason } => {
                 let failure = &mut self.hosts[agent].failure;
                 failure.get_or_insert_with(|| HostFailure::new(reason));
+            }
+            Note::Draining {
+                agent,
+                reason,
+                seconds,
+            } => {
+                self.hosts[agent].draining = Some(reason.clone());
+                self.events.push_back(Event::HostDraining {
+                    agent,
+                    reason,
+                    seconds,
+                });
+            }
+            Note::Drained { agent, removed } => {
+                let draining = &mut self.hosts[agent].draining;
+                if removed {
+                    draining.get_or_insert_with(|| "removed".into());
+                }
             }
             Note::Terminated { rank, termination } => self.terminated(rank, termination),
             Note::Ended { rank, timed_out } => {
@@ -396,6 +426,10 @@ impl Inbox {
                 let reason = reason.clone();
                 self.events.push_back(Event::HostLost { agent, reason });
             }
+            // The drain has been reported.
+            Termination::JobEnded(_) if self.hosts[agent].draining.is_some() => {
+                self.hosts[agent].reported_lost |= came_up;
+            }
             _ => {}
         }
         self.workers[rank as usize].termination = Some(termination);
@@ -418,7 +452,7 @@ impl Inbox {
     fn check_whether_back(&mut self, rank: Rank) {
         let agent = self.workers[rank as usize].agent;
         let of_host = || self.workers.iter().filter(|w| w.agent == agent);
-        let lost = |w: &WorkerView| matches!(w.termination.as_deref(), Some(Termination::Host(_)));
+        let lost = |w: &WorkerView| w.termination.as_ref().is_some_and(|t| t.is_of_host());
         let waited_for = of_host().any(lost);
         let any = of_host().any(|w| w.termination.is_none());
         if any && !waited_for && std::mem::take(&mut self.hosts[agent].awaited) {

@@ -8,6 +8,7 @@ mod by_hand;
 mod client;
 mod connection;
 mod core;
+mod drain;
 mod dump;
 mod futures;
 mod inbox;

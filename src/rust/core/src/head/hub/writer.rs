@@ -59,17 +59,19 @@ impl Hub {
             };
             let of_owner = core.inbox.tasks.of_owner(rank);
             let stale = of_owner.filter(|&(_, other)| job != NO_JOB && other != job);
-            (assigned, stale.collect::<Vec<_>>(), only_logged)
+            let stale = stale.collect::<Vec<_>>();
+            if job != NO_JOB && !only_logged {
+                // A draining worker must not end when its stale tasks are cancelled.
+                core.scheduler.reserve_for_verb(assigned);
+            }
+            (assigned, stale, only_logged)
         };
         self.members.1[rank as usize] = true;
         for (task, _) in stale {
             self.cancel_task(task);
         }
         let behind_call = {
-            let mut core = self.core();
-            if job != NO_JOB && !only_logged {
-                core.scheduler.reserve_for_verb(assigned);
-            }
+            let core = self.core();
             core.scheduler.is_at_call(assigned)
         };
         let task = self.next_task;

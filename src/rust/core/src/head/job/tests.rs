@@ -19,6 +19,10 @@ fn crash() -> Arc<Termination> {
     }))
 }
 
+fn job_end() -> Arc<Termination> {
+    Arc::new(Termination::JobEnded("time limit".into()))
+}
+
 /// What a worker does with its current message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
@@ -52,6 +56,9 @@ struct State {
     reported: Vec<(Vec<usize>, Vec<usize>)>,
     answered: Vec<usize>,
     unreadable: bool,
+    /// Draining workers, and those that the job has released.
+    draining: Vec<Rank>,
+    released: BTreeSet<Rank>,
 }
 
 /// Simulated workers, which handle each message as `fate` decides.
@@ -153,6 +160,15 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
             state.termination[rank as usize] = None;
             state.arrivals += 1;
         }
+    }
+
+    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
+        let drains = self.state.borrow().draining.contains(&rank);
+        drains.then(job_end)
+    }
+
+    fn release(&self, rank: Rank) {
+        self.state.borrow_mut().released.insert(rank);
     }
 
     fn begin(
@@ -563,4 +579,58 @@ fn a_job_whose_last_worker_is_lost_fails_unless_another_may_join() {
     fake.state.borrow_mut().awaited = vec![1];
     let mut job = fake.job(3, Assignment::Free, Policy::new(2));
     assert_eq!(fake.run(&mut job).unwrap(), []);
+}
+
+#[test]
+fn a_draining_worker_gets_nothing_and_the_others_complete_the_job() {
+    let fake = Fake::new(3, |rank, _| {
+        assert_ne!(rank, 1, "a draining worker has a task");
+        Fate::Answered
+    });
+    fake.state.borrow_mut().draining = vec![1];
+    let mut job = fake.job(50, Assignment::Free, Policy::new(0));
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+    let state = fake.state.borrow();
+    let answered: BTreeSet<usize> = state.answered.iter().copied().collect();
+    assert_eq!(answered, (0..50).collect());
+    assert_eq!(state.released, BTreeSet::from([1]));
+}
+
+#[test]
+fn messages_of_the_last_workers_that_drain_end_before_the_error() {
+    let fake = Fake::new(2, |_, _| Fate::Answered);
+    let mut job = fake.job(100_000, Assignment::Free, Policy::new(0));
+    // Some messages are out when both workers begin to drain.
+    let zero = Duration::ZERO;
+    assert!(!job.step(&fake, &mut Tasks(&fake), zero, false).unwrap());
+    let sent: usize = fake.state.borrow().messages.iter().map(Vec::len).sum();
+    assert!(sent > 0 && sent < 100_000);
+    fake.state.borrow_mut().draining = vec![0, 1];
+    let error = fake.run(&mut job).unwrap_err();
+    let Halt::Terminated { termination, .. } = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(termination, job_end());
+    assert!(fake.state.borrow().answered.len() >= sent);
+}
+
+#[test]
+fn a_job_whose_last_message_is_on_a_draining_worker_is_complete() {
+    let fake = Fake::new(1, |_, _| Fate::Answered);
+    let mut job = fake.job(1, Assignment::Free, Policy::new(0));
+    assert!(
+        !job.step(&fake, &mut Tasks(&fake), Duration::ZERO, false)
+            .unwrap()
+    );
+    fake.state.borrow_mut().draining = vec![0];
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+}
+
+#[test]
+fn jobs_that_are_bound_to_their_nodes_go_on_where_workers_drain() {
+    let fake = Fake::new(2, |_, _| Fate::Answered);
+    fake.state.borrow_mut().draining = vec![0, 1];
+    let mut job = fake.job(20, Assignment::Round, Policy::new(0));
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+    assert_eq!(fake.state.borrow().answered.len(), 20);
 }

@@ -59,14 +59,13 @@ impl Scheduler {
         let agent = &mut self.agents[at];
         agent.failures = 0;
         agent.awaited = false;
+        agent.drain = None;
         agent.out.reopen();
         self.send_control(at, start)?;
         for rank in self.agents[at].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
             match &worker.state {
-                WorkerState::Terminated(termination)
-                    if !matches!(**termination, Termination::Host(_)) =>
-                {
+                WorkerState::Terminated(termination) if !termination.is_of_host() => {
                     let stop = ToAgent::StopWorker {
                         worker: worker.index,
                     };
@@ -75,6 +74,7 @@ impl Scheduler {
                 _ => {
                     worker.state = WorkerState::Starting;
                     worker.away = true;
+                    worker.draining = None;
                     worker.window = SEND_WINDOW;
                 }
             }
@@ -122,9 +122,12 @@ impl Scheduler {
         if before {
             return;
         }
-        let termination = Arc::new(Termination::Host(reason.to_owned()));
+        let drain = self.agents[agent].drain.as_ref();
+        let ended = drain.map(|drain| drain.termination.clone());
+        let termination = ended.unwrap_or_else(|| Arc::new(Termination::Host(reason.to_owned())));
         for rank in self.agents[agent].ranks.clone() {
             self.lose(rank, termination.clone());
+            self.end_removed(rank);
         }
     }
 
@@ -147,6 +150,9 @@ impl Scheduler {
             Termination::Host(reason) => worker
                 .stats
                 .lost(&format!("lost with its host: {reason}"), self.now),
+            Termination::JobEnded(reason) => worker
+                .stats
+                .lost(&format!("its job ended: {reason}"), self.now),
             Termination::Stopped => {}
         }
         self.notes.push(Note::Terminated {
@@ -202,7 +208,7 @@ impl Scheduler {
                 rank,
                 task: task.id,
                 job: task.job,
-                outcome: Outcome::Lost(Arc::new(Termination::Worker(failure))),
+                outcome: Outcome::Lost(self.termination_of(agent, failure)),
             });
         }
         self.put_back(rank);
