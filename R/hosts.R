@@ -177,10 +177,7 @@ settingChecks <- list(
   ncore = function(x, f) count(x, f, maxWorkers),
   port = function(x, f) count(x, f, 65535),
   threads = function(x, f) count(x, f, 4096),
-  renice = function(x, f) {
-    if (!is.numeric(x) || length(x) != 1L || !isTRUE(abs(x) <= 40)) badArgument(f, "must be a number from -40 to 40")
-    as.integer(x)
-  },
+  renice = function(x, f) niceness(x, f),
   rscript = function(x, f) texts(x, f, 1L),
   rlibs = function(x, f) texts(x, f),
   rshcmd = function(x, f) texts(x, f),
@@ -188,6 +185,12 @@ settingChecks <- list(
   rscript_envs = function(x, f) variables(x, f),
   start_method = function(x, f) startMethod(x, f)
 )
+
+niceness <- function(value, argument) {
+  ok <- is.numeric(value) && length(value) == 1L && isTRUE(abs(value) <= 40)
+  if (!ok) badArgument(argument, "must be a number from -40 to 40")
+  as.integer(value)
+}
 
 listEntry <- function(entry, i) {
   where <- paste0("spec[[", i, "]]")

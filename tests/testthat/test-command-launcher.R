@@ -178,8 +178,10 @@ test_that("a command that is killed is a lost host, and leaves nothing", {
   lost <- setdiff(c(descendants(command), command, pids[2:3]), 0L)
   system2("kill", c("-KILL", paste0("-", proc_group(command))))
   expect_gone(lost)
-  expect_warning(r <- clusterApplyLB(cl, 1:6, function(i) i), "host .lost.", class = "rustcluster_host_failed")
-  expect_identical(r, as.list(1:6))
+  error <- caught(clusterApplyLB(cl, 1:6, function(i) i))
+  expect_rust_error(error, "host_failed")
+  expect_match(conditionMessage(error), "host .lost. of worker 2 is lost: the agent's process was killed by signal 9")
+  expect_identical(clusterApplyLB(clusterAlive(cl), 1:6, function(i) i), as.list(1:6))
   expect_identical(clusterPids(cl)[[1L]], pids[[1L]])
 })
 
