@@ -145,7 +145,9 @@ impl Relay<'_> {
             if self.end_passed && (self.end_sent || self.broken.is_some()) {
                 return self.broken.map_or(Ok(()), Err);
             }
-            let left = self.local_ended.map(|ended| LINGER.saturating_sub(ended.elapsed()));
+            let left = self
+                .local_ended
+                .map(|ended| LINGER.saturating_sub(ended.elapsed()));
             if left.is_some_and(|left| left.is_zero()) {
                 return match self.broken {
                     Some(error) => Err(error),
@@ -165,7 +167,10 @@ impl Relay<'_> {
         local.read = self.to_tcp.is_empty() && self.local_ended.is_none();
         local.write = !self.to_local.is_empty();
         tcp.read = self.to_local.is_empty() && !self.peer_ended;
-        socket::wait(&[(self.tcp.as_raw_fd(), tcp), (self.local.as_raw_fd(), local)], max)
+        socket::wait(
+            &[(self.tcp.as_raw_fd(), tcp), (self.local.as_raw_fd(), local)],
+            max,
+        )
     }
 
     /// From the local socket to the connection.
@@ -175,7 +180,10 @@ impl Relay<'_> {
                 self.to_tcp.clear();
             }
             let tcp = self.tcp;
-            match self.to_tcp.write(|bytes| fd::send(tcp.as_raw_fd(), &[io::IoSlice::new(bytes)])) {
+            match self
+                .to_tcp
+                .write(|bytes| fd::send(tcp.as_raw_fd(), &[io::IoSlice::new(bytes)]))
+            {
                 Ok(true) => {}
                 Ok(false) => return Ok(()),
                 Err(error) => {
@@ -198,7 +206,9 @@ impl Relay<'_> {
             };
             if n == 0 {
                 self.local_ended = Some(Instant::now());
-                self.transport.seal(&[], &mut self.to_tcp.bytes).map_err(io::Error::other)?;
+                self.transport
+                    .seal(&[], &mut self.to_tcp.bytes)
+                    .map_err(io::Error::other)?;
             }
             for content in self.plain[..n].chunks(MAX_CONTENT) {
                 let sealed = self.transport.seal(content, &mut self.to_tcp.bytes);

@@ -48,7 +48,11 @@ pub fn wait(sockets: &[(RawFd, Interest); 2], max: Option<Duration>) -> io::Resu
         let read = if interest.read { libc::POLLIN } else { 0 };
         let write = if interest.write { libc::POLLOUT } else { 0 };
         libc::pollfd {
-            fd: if interest.read || interest.write { fd } else { -1 },
+            fd: if interest.read || interest.write {
+                fd
+            } else {
+                -1
+            },
             events: read | write,
             revents: 0,
         }

@@ -3,6 +3,7 @@
 use super::core::{SharedCore, TICK};
 use super::inbox::HostFailure;
 use super::serve_host;
+use crate::head::dial_back;
 use crate::head::launch::Launch;
 use crate::protocol::control::Hello;
 use mio::Events;
@@ -48,12 +49,15 @@ async fn serve(
     let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };
     let watcher = tokio::task::spawn_local(serve_streams(shared_core.clone(), streams));
     let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
+    let listeners = shared_core.core().dial_back.open();
+    let listener = tokio::task::spawn_local(dial_back::serve(shared_core.clone(), listeners));
     let mut tasks = Vec::new();
     for (agent, host) in hosts.into_iter().enumerate() {
         let task = serve_host::serve(shared_core.clone(), agent, host, hello.clone());
         tasks.push(tokio::task::spawn_local(task));
     }
     shared_core.stopped.notified().await;
+    listener.abort();
     // Each connection task ends when its agent's process has been waited for.
     for task in tasks {
         let _ = task.await;

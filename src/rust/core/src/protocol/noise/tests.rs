@@ -23,7 +23,10 @@ fn connected(verdict: &Verdict) -> (Transport, Transport, Vec<Vec<u8>>) {
     assert_eq!(listener.feed(&first, &mut second), Ok(None));
     assert_eq!(dialer.feed(&second, &mut third), Ok(None));
     let dialled = listener.feed(&third, &mut Vec::new()).unwrap().unwrap();
-    assert_eq!((dialled.launcher, dialled.introduction), (2, introduction()));
+    assert_eq!(
+        (dialled.launcher, dialled.introduction),
+        (2, introduction())
+    );
     let head = listener.finish(verdict, &mut fourth).unwrap();
     let answer = dialer.feed(&fourth, &mut Vec::new()).unwrap();
     assert_eq!(answer.as_ref(), Some(verdict));
