@@ -176,13 +176,8 @@ fn hub(launchers: &[u32]) -> (Hub, u16) {
         source: Source::DialBack { launcher },
     };
     let hub = Hub::start(launchers.iter().map(launch).collect(), hello(), 1 << 20).unwrap();
-    // The hub's thread opens the channel for listeners when it starts.
-    let mut port = None;
-    eventually("the listener", || {
-        port = hub.listen(&[LOCALHOST], &(0..=0), keys()).ok();
-        port.is_some()
-    });
-    (hub, port.unwrap())
+    let port = hub.listen(&[LOCALHOST], &(0..=0), keys()).unwrap();
+    (hub, port)
 }
 
 fn go(hub: &mut Hub, hosts: u32) {

@@ -157,8 +157,9 @@ impl Hub {
         let registry = streams.registry().try_clone()?;
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
         let theirs = shared_core.clone();
+        let listeners = shared_core.core().dial_back.open();
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, streams)));
+            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, streams, listeners)));
             let mut core = theirs.core();
             core.inbox.close(match result {
                 Ok(()) => "the cluster was stopped",
