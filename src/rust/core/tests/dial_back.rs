@@ -113,7 +113,11 @@ impl Agent {
         let text = format!("address 127.0.0.1 {port}\nlauncher {launcher}\nkey {hex}\n");
         file.write_all(text.as_bytes()).unwrap();
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["is_an_agent_when_it_is_asked_to_be", "--exact", "--nocapture"])
+            .args([
+                "is_an_agent_when_it_is_asked_to_be",
+                "--exact",
+                "--nocapture",
+            ])
             .env(AS_AGENT, &path)
             .env(dial::JOB_NAME, "4711_3")
             .stdin(Stdio::null())
@@ -232,11 +236,17 @@ fn agents_of_two_launchers_get_the_slots_of_theirs_and_end_with_the_cluster() {
     let hosts = hub.hosts();
     for host in &hosts {
         assert_eq!(host.job.as_deref(), Some("4711_3"));
-        assert_eq!(host.node, host.hello.as_ref().map(|hello| hello.hostname.clone()));
+        assert_eq!(
+            host.node,
+            host.hello.as_ref().map(|hello| hello.hostname.clone())
+        );
         assert_eq!(host.peer.unwrap().ip(), LOCALHOST);
     }
     let pids: Vec<u32> = agents.iter().map(|agent| agent.child.id()).collect();
-    let greeted: Vec<u32> = hosts.iter().filter_map(|host| Some(host.hello.as_ref()?.pid)).collect();
+    let greeted: Vec<u32> = hosts
+        .iter()
+        .filter_map(|host| Some(host.hello.as_ref()?.pid))
+        .collect();
     assert_eq!(greeted, [pids[1], pids[0]]);
     for rank in 0..2 {
         for len in [1, 70_000, 5_000_000] {
@@ -262,7 +272,10 @@ fn a_killed_agent_is_lost_at_once_and_the_others_stay() {
     let mut agents = vec![Agent::start(port, 1, 1), Agent::start(port, 1, 1)];
     go(&mut hub, 2);
     let killed = hub.hosts()[0].hello.as_ref().unwrap().pid;
-    let at = agents.iter().position(|agent| agent.child.id() == killed).unwrap();
+    let at = agents
+        .iter()
+        .position(|agent| agent.child.id() == killed)
+        .unwrap();
     agents.remove(at).child.kill().unwrap();
     eventually("the loss", || hub.hosts()[0].failure.is_some());
     let reason = hub.hosts()[0].failure.clone().unwrap().reason;
@@ -282,14 +295,20 @@ fn half_handshake(port: u16, key: &Key) -> (TcpStream, Vec<u8>, Vec<u8>) {
     let n = tcp.read(&mut buffer).unwrap_or(0);
     let mut ready = Vec::new();
     if n > 0 {
-        assert_eq!(dialer.feed(&buffer[..n], &mut ready).unwrap(), None::<Verdict>);
+        assert_eq!(
+            dialer.feed(&buffer[..n], &mut ready).unwrap(),
+            None::<Verdict>
+        );
     }
     (tcp, first, ready)
 }
 
 fn rss() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -297,7 +316,9 @@ fn rss() -> u64 {
 fn strangers_have_no_effect_but_a_counter() {
     let (mut hub, port) = hub(&[1, 1]);
     let _first = Agent::start(port, 1, 1);
-    eventually("the first agent", || hub.hosts().iter().any(|host| host.hello.is_some()));
+    eventually("the first agent", || {
+        hub.hosts().iter().any(|host| host.hello.is_some())
+    });
     let before = rss();
     let connect = || TcpStream::connect((LOCALHOST, port)).unwrap();
     let idle: Vec<TcpStream> = (0..500).map(|_| connect()).collect();
@@ -328,7 +349,8 @@ fn strangers_have_no_effect_but_a_counter() {
     eventually("both are counted", || {
         fact(&hub, "strangers_not_authentic") >= before_wrong + 2
     });
-    tcp.write_all(b"not ready at all, not ready at all").unwrap();
+    tcp.write_all(b"not ready at all, not ready at all")
+        .unwrap();
     // A real agent comes through.
     let _second = Agent::start(port, 1, 1);
     go(&mut hub, 2);

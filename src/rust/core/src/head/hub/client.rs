@@ -159,7 +159,9 @@ impl Hub {
         let theirs = shared_core.clone();
         let listeners = shared_core.core().dial_back.open();
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, streams, listeners)));
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                run(hosts, hello, &theirs, streams, listeners)
+            }));
             let mut core = theirs.core();
             core.inbox.close(match result {
                 Ok(()) => "the cluster was stopped",

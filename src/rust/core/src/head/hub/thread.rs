@@ -30,7 +30,10 @@ pub(super) fn run(
     let count = hosts.len();
     let served = runtime.and_then(|runtime| {
         let local = tokio::task::LocalSet::new();
-        local.block_on(&runtime, serve(hosts, hello, shared_core.clone(), streams, listeners))
+        local.block_on(
+            &runtime,
+            serve(hosts, hello, shared_core.clone(), streams, listeners),
+        )
     });
     if let Err(error) = served {
         let reason = format!("the head's event loop failed: {error}");
