@@ -307,3 +307,130 @@ pub fn write_all(tcp: &TcpStream, bytes: &[u8]) -> io::Result<()> {
     let mut tcp = tcp;
     tcp.write_all(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::noise::{Dialer, Introduction, Key, Listener, Verdict};
+    use std::net::TcpListener;
+    use std::thread::{self, JoinHandle};
+
+    fn transports() -> (Transport, Transport) {
+        let key = Key::new([7; 32]);
+        let introduction = Introduction::new([0; 16], "", "");
+        let (mut dialer, first) = Dialer::start(&key, 0, &introduction).unwrap();
+        let mut listener = Listener::new([(0, key)].into());
+        let (mut second, mut third, mut fourth) = (Vec::new(), Vec::new(), Vec::new());
+        listener.feed(&first, &mut second).unwrap();
+        dialer.feed(&second, &mut third).unwrap();
+        listener.feed(&third, &mut Vec::new()).unwrap();
+        let head = listener.finish(&Verdict::Accepted, &mut fourth).unwrap();
+        dialer.feed(&fourth, &mut Vec::new()).unwrap();
+        (dialer.finish().unwrap().0, head)
+    }
+
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (one, listener.accept().unwrap().0)
+    }
+
+    type Running = JoinHandle<io::Result<()>>;
+
+    fn relay(tcp: TcpStream, transport: Transport) -> (UnixStream, Running) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        let running = thread::spawn(move || {
+            prepare(&tcp)?;
+            run(&tcp, &theirs, transport, &[])
+        });
+        (ours, running)
+    }
+
+    /// Two local sockets with two relays between them.
+    fn relays() -> (UnixStream, Running, UnixStream, Running) {
+        let (one, other) = transports();
+        let (near, far) = connection();
+        let (a, a_running) = relay(near, one);
+        let (b, b_running) = relay(far, other);
+        (a, a_running, b, b_running)
+    }
+
+    fn bytes(len: usize, seed: u8) -> Vec<u8> {
+        (0..len).map(|at| (at / 251 + at) as u8 ^ seed).collect()
+    }
+
+    #[test]
+    fn all_bytes_arrive_in_both_directions_before_the_ends() {
+        let (a, a_running, b, b_running) = relays();
+        for len in [0, 1, MAX_CONTENT, 20_000_000] {
+            let (to_b, to_a) = (bytes(len, 1), bytes(len, 2));
+            thread::scope(|scope| {
+                scope.spawn(|| (&a).write_all(&to_b).unwrap());
+                scope.spawn(|| (&b).write_all(&to_a).unwrap());
+                scope.spawn(|| {
+                    let mut got = vec![0; len];
+                    (&a).read_exact(&mut got).unwrap();
+                    assert!(got == to_a);
+                });
+                let mut got = vec![0; len];
+                (&b).read_exact(&mut got).unwrap();
+                assert!(got == to_b);
+            });
+        }
+        // One half ends, the other goes on.
+        (&a).write_all(b"last words").unwrap();
+        a.shutdown(Shutdown::Write).unwrap();
+        let mut got = Vec::new();
+        (&b).read_to_end(&mut got).unwrap();
+        assert_eq!(got, b"last words");
+        (&b).write_all(b"answer").unwrap();
+        drop(b);
+        got.clear();
+        (&a).read_to_end(&mut got).unwrap();
+        assert_eq!(got, b"answer");
+        a_running.join().unwrap().unwrap();
+        b_running.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_was_written_before_a_process_dies_arrives() {
+        let (a, a_running, b, b_running) = relays();
+        let last = bytes(3_000_000, 5);
+        let sent = last.clone();
+        let writer = thread::spawn(move || {
+            (&a).write_all(&sent).unwrap();
+            // Closed with all that the relay has not read yet.
+            drop(a);
+        });
+        let mut got = Vec::new();
+        (&b).read_to_end(&mut got).unwrap();
+        assert!(got == last);
+        drop(b);
+        writer.join().unwrap();
+        a_running.join().unwrap().unwrap();
+        b_running.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_connection_that_breaks_or_is_changed_ends_both_directions() {
+        for garbage in [None, Some([0xff; 70_000])] {
+            let (one, _) = transports();
+            let (near, mut far) = connection();
+            let (mut a, running) = relay(near, one);
+            a.write_all(b"hello").unwrap();
+            if let Some(garbage) = garbage {
+                // The relay may close the connection before all was written.
+                let _ = far.write_all(&garbage);
+            }
+            far.shutdown(Shutdown::Write).unwrap();
+            let mut got = Vec::new();
+            let _ = a.read_to_end(&mut got);
+            assert!(got.is_empty());
+            assert!(running.join().unwrap().is_err());
+            // Nothing is accepted any more.
+            assert!(a.write_all(b"more").is_err());
+        }
+    }
+}
