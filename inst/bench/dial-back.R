@@ -21,7 +21,6 @@ ssh <- option("ssh", NULL)
 
 here <- dirname(normalizePath(sub("^--file=", "", grep("^--file=", commandArgs(FALSE), value = TRUE)[[1L]])))
 helpers <- option("helpers", file.path(here, "..", "..", "tests", "testthat"))
-source(file.path(helpers, "helper-process.R"))
 source(file.path(helpers, "helper-dial-back.R"))
 
 seconds <- function(expr) system.time(expr)[["elapsed"]]

@@ -85,10 +85,37 @@ test_that("the death of an agent or of its relay is noticed and leaves nothing",
     expect_true(lost, label = victim)
     expect_true(wait_until(function() !alive(relays[[1L]]), timeout = 20), label = victim)
     left <- which(alive(pids))
-    expect_identical(unlist(clusterApply(cl[left], 1:2, function(i) -i)), c(-1L, -2L))
+    expect_warning(
+      expect_identical(unlist(clusterApply(cl[left], 1:2, function(i) -i)), c(-1L, -2L)),
+      "connection (was closed|ended without notice)", class = "rustcluster_host_failed"
+    )
     suppressWarnings(stopCluster(cl))
     expect_true(wait_until(function() !any(alive(c(pids, unlist(relays)))), timeout = 20), label = victim)
   }
+})
+
+test_that("nothing is left of a cluster whose head is killed", {
+  skip_on_cran()
+  dir <- tempfile("head-")
+  dir.create(dir)
+  path <- function(name) file.path(dir, name)
+  writeLines(c(
+    "library(parallel); library(rustcluster)",
+    sprintf("source(%s)", deparse(normalizePath("helper-dial-back.R"))),
+    "head <- dial_head()",
+    "agent <- dial_agent(head)",
+    "cl <- dial_cluster(head)",
+    sprintf("saveRDS(list(head = Sys.getpid(), agent = agent, pids = clusterPids(cl)), %s)", deparse(path("part"))),
+    sprintf("file.rename(%s, %s)", deparse(path("part")), deparse(path("facts"))),
+    "invisible(clusterCall(cl, Sys.sleep, 1000))"
+  ), path("head.R"))
+  system2(file.path(R.home("bin"), "Rscript"), path("head.R"), wait = FALSE, stdout = FALSE, stderr = path("log"))
+  expect_true(wait_until(function() file.exists(path("facts")), timeout = 60))
+  facts <- readRDS(path("facts"))
+  pids <- c(facts$pids, dial_relays(facts$agent), as.integer(readLines(facts$agent$pid)))
+  expect_length(pids, 4L)
+  tools::pskill(facts$head, tools::SIGKILL)
+  expect_true(wait_until(function() !any(alive(pids)), timeout = 20))
 })
 
 test_that("signals that engines send do not end the relay", {
