@@ -356,6 +356,8 @@ fn start_relay(path: &Path, local: UnixStream, report: OwnedFd) -> io::Result<()
         return Err(io::Error::last_os_error());
     }
     if pid > 0 {
+        // The relay alone keeps them, so that the agent notices its end.
+        drop((local, report));
         process::reap(pid as u32);
         return Ok(());
     }

@@ -160,7 +160,7 @@ impl Hub {
         let listeners = shared_core.core().dial_back.open();
         let body = move || {
             let result = catch_unwind(AssertUnwindSafe(|| {
-                run(hosts, hello, &theirs, streams, listeners)
+                run(hosts, hello, &theirs, streams, listeners);
             }));
             let mut core = theirs.core();
             core.inbox.close(match result {
