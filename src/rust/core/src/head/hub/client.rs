@@ -154,8 +154,11 @@ impl Hub {
         let registry = streams.registry().try_clone()?;
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
         let theirs = shared_core.clone();
+        let listeners = shared_core.core().dial_back.open();
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, streams)));
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                run(hosts, hello, &theirs, streams, listeners);
+            }));
             let mut core = theirs.core();
             core.inbox.close(match result {
                 Ok(()) => "the cluster was stopped",
@@ -264,31 +267,6 @@ impl Hub {
         core.setup_log = Some(setup_log);
         core.start_timeout = start_timeout;
         Ok(())
-    }
-
-    /// Whether hosts come and go: jobs without an assignment use the workers that are there.
-    pub fn is_elastic(&self) -> bool {
-        self.core().is_elastic
-    }
-
-    /// Whether the host of this worker has not joined yet, and still may.
-    pub fn is_awaited(&self, rank: Rank) -> bool {
-        self.core().is_awaited(rank)
-    }
-
-    /// How often a worker has joined late or come back with its host.
-    pub fn arrivals(&self) -> u64 {
-        self.core().inbox.arrivals
-    }
-
-    /// Waits up to `max_wait` for more than `seen` arrivals, for a host that will not join, or for
-    /// another event that R must know.
-    pub fn await_arrival(&self, seen: u64, max_wait: Duration) {
-        let news = |core: &mut Core| {
-            let inbox = &core.inbox;
-            (inbox.arrivals != seen || inbox.has_events() || inbox.closed).then_some(())
-        };
-        self.inner.shared_core.wait(max_wait, news);
     }
 
     /// Whether a host is reconnected when it is lost.

@@ -13,6 +13,7 @@ use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
 use crate::head::activity::Measure;
+use crate::head::dial_back::DialBack;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet, Termination};
 use crate::head::setup_log_file::SetupLogFile;
@@ -91,6 +92,8 @@ pub struct Core {
     /// Hosts come and go: jobs without an assignment use the workers that are there.
     pub is_elastic: bool,
     pub restoring: RestoreQueue,
+    /// The agents that dial back.
+    pub dial_back: DialBack,
     /// The recent events, for bug reports.
     pub recent: Recent,
     /// How long a reconnected host may take to start.
@@ -154,6 +157,7 @@ impl SharedCore {
                 reconnects: false,
                 is_elastic: false,
                 restoring: RestoreQueue::default(),
+                dial_back: DialBack::default(),
                 recent: Recent::default(),
                 start_timeout: Duration::MAX,
                 queued: 0,

@@ -12,6 +12,7 @@ mod drain;
 mod dump;
 mod futures;
 mod inbox;
+mod join;
 mod readiness;
 mod recent;
 mod restore;
@@ -24,6 +25,7 @@ mod writing;
 
 pub use client::{Answer, Hub, Progress};
 pub use connection::Plan;
+pub(super) use core::SharedCore;
 pub use dump::Dump;
 pub use futures::{CallEnd, Waker};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};
