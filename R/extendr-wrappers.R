@@ -104,6 +104,10 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
 
+#' Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+#' @noRd
+hub_give_up_host <- function(handle, agent, reason) .Call(wrap__hub_give_up_host, handle, agent, reason)
+
 #' Returns whether a host is lost and will be reconnected.
 #' @noRd
 hub_reconnects <- function(handle, agent) .Call(wrap__hub_reconnects, handle, agent)

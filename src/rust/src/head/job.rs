@@ -17,7 +17,6 @@ use rustcluster_core::head::batching::Assignment;
 use rustcluster_core::head::hub::HostView;
 use rustcluster_core::head::job::{self, Failed, Halt, JobWorker};
 use rustcluster_core::head::retry::Policy;
-use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -79,7 +78,7 @@ fn job_begin(
             let worker = hub.worker(rank);
             match worker.termination {
                 None => usable = true,
-                Some(termination) if skips && matches!(*termination, Termination::Host(_)) => {
+                Some(termination) if skips && termination.is_of_host() => {
                     usable |= hub.is_awaited(rank);
                     absent = Some((rank, termination));
                 }

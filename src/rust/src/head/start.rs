@@ -223,6 +223,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
+            jobs_lost = number(&|h| Some(h.jobs_lost.into())),
             awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
             draining = text(&|h| h.draining.clone()),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
@@ -420,6 +421,18 @@ fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
     })
 }
 
+/// Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+/// @noRd
+#[extendr]
+fn hub_give_up_host(handle: Robj, agent: i32, reason: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        if let Ok(agent) = usize::try_from(agent - 1) {
+            hub.give_up_host(agent, reason.to_owned());
+        }
+        Ok(())
+    })
+}
+
 /// Returns whether a host is lost and will be reconnected.
 /// @noRd
 #[extendr]
@@ -561,6 +574,7 @@ extendr_module! {
     fn hub_go;
     fn hub_progress;
     fn hub_leave_out;
+    fn hub_give_up_host;
     fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;

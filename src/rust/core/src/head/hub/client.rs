@@ -7,7 +7,7 @@ use super::inbox::{Event, HostFailure, HostView, Inbox, WorkerView};
 use super::readiness::ReadinessListener;
 use super::thread::run;
 use super::writing::{BlobWriting, MessageWriting, NO_JOB};
-use crate::head::launch::Launch;
+use crate::head::launch::{Launch, Source};
 use crate::head::scheduler::events::{Demand, Outcome, RankSet, Termination};
 use crate::head::scheduler::pool::CallLocation;
 use crate::head::setup_log_file::SetupLogFile;
@@ -153,6 +153,10 @@ impl Hub {
         let streams = mio::Poll::new()?;
         let registry = streams.registry().try_clone()?;
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
+        for (agent, host) in hosts.iter().enumerate() {
+            let dials = matches!(host.source, Source::DialBack { .. });
+            shared_core.core().conns[agent].dials = dials;
+        }
         let theirs = shared_core.clone();
         let listeners = shared_core.core().dial_back.open();
         let body = move || {
@@ -300,7 +304,8 @@ impl Hub {
                     let start_timeout = Duration::from_millis(plan.start.heartbeat_timeout.into());
                     core.conns[agent].heartbeat_timeout = start_timeout;
                     core.conns[agent].stop_timeout = Duration::from_millis(plan.start.stop_timeout);
-                    if core.reconnects {
+                    if core.reconnects || core.conns[agent].dials {
+                        core.is_elastic |= core.conns[agent].dials;
                         core.conns[agent].plan = Some(plan.start.clone());
                     }
                     if plan.start.chunk_cache_bytes > 0 {

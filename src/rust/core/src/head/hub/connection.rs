@@ -51,6 +51,8 @@ pub struct Conn {
     pub plan: Option<Start>,
     /// The agent's end is intended: it is not reconnected.
     pub permanent: bool,
+    /// The agent is in a batch job and dials back. If it is lost, its job may come again, or another.
+    pub dials: bool,
     /// The agent had not greeted when the others were started: it joins the cluster later.
     pub awaited: bool,
     /// Bytes that went to the host, and that came from it.

@@ -15,11 +15,11 @@ use super::restore_queue::RestoreQueue;
 use crate::head::activity::Measure;
 use crate::head::dial_back::DialBack;
 use crate::head::scheduler::Scheduler;
-use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet, Termination};
+use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
 use crate::head::setup_log_file::SetupLogFile;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
-use crate::protocol::control::{Facts, Start, ToAgent};
+use crate::protocol::control::{Facts, ToAgent};
 use crate::protocol::frame::{self, BY_REFERENCE, Frame, Header, Kind, LAST};
 use crate::protocol::ids::Rank;
 use crate::protocol::send_queue::OutBuf;
@@ -659,49 +659,6 @@ impl Core {
                     self.give_up_awaited(agent, &HostFailure::new(reason.to_owned()));
                 }
             }
-        }
-    }
-
-    /// Whether a host is reconnected when it is lost, or may still join.
-    pub fn takes_back(&self, agent: usize) -> bool {
-        let complete = self
-            .setup_log
-            .as_ref()
-            .is_some_and(SetupLogFile::is_complete);
-        let conn = self.conns.get(agent).filter(|_| complete);
-        let wanted = conn.is_some_and(|conn| {
-            conn.plan.is_some() && !conn.permanent && (self.reconnects || conn.awaited)
-        });
-        wanted && self.scheduler.has_lost(agent)
-    }
-
-    /// Whether the host of a worker has not joined yet, and still may.
-    pub fn is_awaited(&self, rank: Rank) -> bool {
-        let worker = self.inbox.workers.get(rank as usize);
-        worker.is_some_and(|worker| {
-            self.inbox.hosts[worker.agent].awaited
-                && matches!(worker.termination.as_deref(), Some(Termination::Host(_)))
-        })
-    }
-
-    /// The agent has not greeted yet: its workers are lost until it does.
-    pub fn await_host(&mut self, agent: usize, plan: Start) {
-        self.is_elastic = true;
-        self.conns[agent].awaited = true;
-        self.conns[agent].plan = Some(plan);
-        self.inbox.hosts[agent].awaited = true;
-        self.scheduler.await_agent(agent);
-        self.pump();
-    }
-
-    /// The host will not join.
-    pub fn give_up_awaited(&mut self, agent: usize, failure: &HostFailure) {
-        self.conns[agent].awaited = false;
-        if std::mem::take(&mut self.inbox.hosts[agent].awaited) {
-            if !self.stopping {
-                self.inbox.never_joined(agent, failure.clone());
-            }
-            self.scheduler.give_up_awaited(agent, &failure.reason);
         }
     }
 

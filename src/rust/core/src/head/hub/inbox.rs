@@ -170,8 +170,10 @@ pub struct HostView {
     pub start_failure: Option<ToHead>,
     /// Why the host was lost, if it was.
     pub failure: Option<HostFailure>,
-    /// The agent had not greeted when the others were started, and may still join.
+    /// The agent had not greeted when the others were started, or its batch job has ended; it may still join.
     pub awaited: bool,
+    /// How many agents of batch jobs have been lost.
+    pub jobs_lost: u32,
     /// Why the host is draining or has been drained: its batch job ends, or the user removes it.
     pub draining: Option<String>,
     /// The number of the last memory question that was asked.
@@ -463,6 +465,7 @@ impl Inbox {
         let any = of_host().any(|w| w.termination.is_none());
         if any && !waited_for && std::mem::take(&mut self.hosts[agent].awaited) {
             self.hosts[agent].failure = None;
+            self.hosts[agent].reported_lost = false;
             self.events.push_back(Event::HostJoined { agent });
         }
         if any && !waited_for && self.hosts[agent].reported_lost {
@@ -472,13 +475,26 @@ impl Inbox {
         }
     }
 
+    /// The agent of a batch job has been lost, or has ended with its job, and another is awaited.
+    pub fn job_lost(&mut self, agent: usize, reason: &str) {
+        let host = &mut self.hosts[agent];
+        // A drain has been reported.
+        let report = !host.awaited && host.draining.is_none() && !host.reported_lost;
+        host.awaited = true;
+        host.reported_lost = true;
+        host.jobs_lost += 1;
+        if report {
+            let reason = reason.to_owned();
+            self.events.push_back(Event::HostLost { agent, reason });
+        }
+    }
+
     /// A host that was awaited will not join.
     pub fn never_joined(&mut self, agent: usize, failure: HostFailure) {
         let host = &mut self.hosts[agent];
         host.awaited = false;
-        if !std::mem::replace(&mut host.reported_lost, true) {
-            self.events.push_back(Event::NeverJoined { agent, failure });
-        }
+        host.reported_lost = true;
+        self.events.push_back(Event::NeverJoined { agent, failure });
     }
 
     /// Reports once that lost hosts will not be reconnected.

@@ -44,6 +44,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
     let failure = serve_one(&shared_core, agent, &launch, &hello, false).await;
     fail(&shared_core, agent, failure);
+    let dials = matches!(launch.source, Source::DialBack { .. });
     let mut wait = FIRST_WAIT;
     loop {
         let stop = {
@@ -54,7 +55,8 @@ pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, h
             core.conns[agent].stop.clone()
         };
         tokio::select! {
-            () = sleep(wait) => {}
+            // An agent that dials back may come at any time.
+            () = sleep(if dials { Duration::ZERO } else { wait }) => {}
             () = stop.notified() => return,
         }
         let failure = serve_one(&shared_core, agent, &launch, &hello, true).await;
@@ -195,8 +197,12 @@ fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
     let mut core = shared_core.core();
     warn_of(agent, &failure, core.stopping);
     core.update_clock();
-    core.scheduler.agent_lost(agent, &failure.reason);
-    core.conns[agent].awaited &= core.reconnects;
+    if core.conns[agent].dials {
+        core.job_lost(agent, &failure.reason);
+    } else {
+        core.scheduler.agent_lost(agent, &failure.reason);
+        core.conns[agent].awaited &= core.reconnects;
+    }
     if !core.takes_back(agent) {
         core.give_up_awaited(agent, &failure);
     }

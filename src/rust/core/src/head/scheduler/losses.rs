@@ -34,14 +34,18 @@ impl Scheduler {
         }
     }
 
+    /// The agent has been lost, and may come again.
+    pub fn await_again(&mut self, agent: usize) {
+        self.agents[agent].awaited = true;
+    }
+
     /// The agent will not join: its workers stay lost, for this reason.
     pub fn give_up_awaited(&mut self, agent: usize, reason: &str) {
         self.agents[agent].awaited = false;
         let termination = Arc::new(Termination::Host(reason.to_owned()));
         for rank in self.agents[agent].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
-            if matches!(&worker.state, WorkerState::Terminated(t) if matches!(**t, Termination::Host(_)))
-            {
+            if matches!(&worker.state, WorkerState::Terminated(t) if t.is_of_host()) {
                 worker.state = WorkerState::Terminated(termination.clone());
                 let termination = termination.clone();
                 self.notes.push(Note::Terminated { rank, termination });
@@ -115,6 +119,15 @@ impl Scheduler {
 
     /// An agent or its connection has failed: all of its workers are lost.
     pub fn agent_lost(&mut self, agent: usize, reason: &str) {
+        self.lose_agent(agent, reason, Termination::Host);
+    }
+
+    /// The agent of a batch job, or the connection to it, has failed: its workers have ended with the job.
+    pub fn job_lost(&mut self, agent: usize, reason: &str) {
+        self.lose_agent(agent, reason, Termination::JobEnded);
+    }
+
+    fn lose_agent(&mut self, agent: usize, reason: &str, of: impl FnOnce(String) -> Termination) {
         let out = &mut self.agents[agent].out;
         let before = out.is_closed();
         // This includes what a host that was left out was still to be sent.
@@ -124,7 +137,7 @@ impl Scheduler {
         }
         let drain = self.agents[agent].drain.as_ref();
         let ended = drain.map(|drain| drain.termination.clone());
-        let termination = ended.unwrap_or_else(|| Arc::new(Termination::Host(reason.to_owned())));
+        let termination = ended.unwrap_or_else(|| Arc::new(of(reason.to_owned())));
         for rank in self.agents[agent].ranks.clone() {
             self.lose(rank, termination.clone());
             self.end_removed(rank);

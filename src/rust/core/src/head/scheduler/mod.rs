@@ -159,7 +159,7 @@ impl Scheduler {
         match (&worker.state, &worker.current) {
             (WorkerState::Terminated(termination), _) => match **termination {
                 Termination::Stopped => State::Stopped,
-                Termination::Host(_) if self.is_awaited(rank) => State::Waiting,
+                _ if termination.is_of_host() && self.is_awaited(rank) => State::Waiting,
                 _ => State::Lost,
             },
             (WorkerState::Starting, _) if worker.stats.lost_since().is_some() => State::Restoring,
