@@ -438,7 +438,7 @@ timeOf <- function(value) {
     if (seconds <= 0) badArgument("time", "must be above 0")
     return(list(seconds = seconds))
   }
-  if (!grepl("^[A-Za-z0-9_.:+-]+$", value)) {
+  if (!grepl("^[A-Za-z0-9_.][A-Za-z0-9_.:+-]*$", value)) {
     badArgument("time", "must be a number of minutes, or text such as \"1:30:00\" or \"1-12:00:00\"")
   }
   list(text = value)
@@ -460,7 +460,7 @@ memoryOf <- function(value) {
     bytes <- as.numeric(parts[[2L]]) * 1024^match(toupper(parts[[3L]]), c("K", "M", "G", "T"))
     return(memoryOf(bytes))
   }
-  if (!grepl("^[A-Za-z0-9_.,:=+-]+$", value)) {
+  if (!grepl("^[A-Za-z0-9_.][A-Za-z0-9_.,:=+-]*$", value)) {
     badArgument("memory", "must be a number of bytes, or text such as \"4GB\"")
   }
   list(text = value)

@@ -5,6 +5,14 @@ script_of <- function(launcher) {
   lines[seq_along(lines) > 3L]
 }
 
+jobs_of <- function(launcher) asNamespace("rustcluster")$jobScripts(launcher, "ID")
+
+script_file <- function(lines) {
+  file <- tempfile(fileext = ".sh")
+  writeLines(lines, file)
+  file
+}
+
 test_that("a script of Slurm has a directive for each argument that is given, and no other", {
   lines <- script_of(slurm(cores = 3))
   expect_true("#SBATCH --cpus-per-task=3" %in% lines)
@@ -53,8 +61,6 @@ test_that("arrays are cut at the limit of the site", {
   expect_false(any(grepl("#PBS -J", made$files[[2L]])))
   expect_identical(jobs_of(lsf(nodes = 3, cores = 1, array = FALSE))$submissions$tasks, c(1L, 1L, 1L))
 })
-
-jobs_of <- function(launcher) rustcluster:::jobScripts(launcher, "ID")
 
 test_that("memory and time are in the form of each engine", {
   forms <- function(make, pattern) grep(pattern, format(make(cores = 2, memory = "1.5GB", time = "1-01:30:00")), value = TRUE)
@@ -118,17 +124,11 @@ test_that("text that goes into a script is quoted for the shell", {
   odd <- "/opt/my R's $dir/`x`"
   launcher <- slurm(cores = 1, rscript = odd, rlibs = c(odd, "/b"))
   lines <- utils::tail(format(launcher), 3L)
-  file <- withr_file(sub("^exec ", "printf '%s\\n' ", c(lines, "printf '%s\\n' \"$R_LIBS\"")))
+  file <- script_file(sub("^exec ", "printf '%s\\n' ", c(lines, "printf '%s\\n' \"$R_LIBS\"")))
   out <- system2("sh", file, stdout = TRUE)
   expect_identical(out[[1L]], odd)
   expect_identical(utils::tail(out, 1L), paste0(odd, ":/b"))
 })
-
-withr_file <- function(lines) {
-  file <- tempfile(fileext = ".sh")
-  writeLines(lines, file)
-  file
-}
 
 test_that("templates have keys, defaults and lines that are left out", {
   text <- "#!/bin/sh\n#Q {{ queue | all }}\n#M {{ memory | }} x\n#C {{ cores }}{{mine}}\n{{ environment }}\nexec {{ command }}"
@@ -139,7 +139,7 @@ test_that("templates have keys, defaults and lines that are left out", {
   expect_identical(lines[1:3], c("#!/bin/sh", "#Q all", "#C 2!"))
   lines <- jobs_of(make(queue = "q", memory = "1GB"))$files[[1L]]
   expect_identical(lines[2:4], c("#Q q", "#M 1024M x", "#C 2!"))
-  file <- withr_file(text)
+  file <- script_file(text)
   expect_identical(jobs_of(make(file))$files, jobs_of(make())$files)
   # A value is never read as a template.
   made <- jobTemplate(text, cores = 1, submit = "s", cancel = "c", mine = "{{ nothing }}")
