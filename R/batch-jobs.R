@@ -129,12 +129,12 @@ answerTo <- function(batch, name) {
   read <- function(extension) {
     file <- paste0(path, extension)
     if (!file.exists(file)) return(character())
-    readText(file)
+    linesOf(file)
   }
   list(status = suppressWarnings(as.integer(c(read(".rc"), NA)[[1L]])), out = read(".out"), err = read(".err"))
 }
 
-readText <- function(file) {
+linesOf <- function(file) {
   lines <- tryCatch(suppressWarnings(readLines(file, warn = FALSE, skipNul = TRUE)), error = function(e) character())
   printable(lines)
 }
@@ -167,7 +167,7 @@ awaitSubmissions <- function(batch, timeout) {
       why <- if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
       submissionFailed(batch, i, answer, why)
     }
-    id <- readText(file.path(batch$directory, paste0(name, ".id")))
+    id <- linesOf(file.path(batch$directory, paste0(name, ".id")))
     if (!length(id) || !nzchar(id[[1L]])) submissionFailed(batch, i, answer, "its output contains no job id")
     jobs[[i]] <- id[[1L]]
   }
@@ -181,8 +181,8 @@ submissionFailed <- function(batch, i, answer, why) {
   output <- paste(c(answer$out, answer$err), collapse = "\n")
   script <- paste(batch$files[[submission$file]], collapse = "\n")
   abort(
-    "start_failed", engines[[batch$launcher$kind]]$title, " did not accept the jobs: `", submission$command, "` failed (",
-    why, ")", tailText("output of the command", output),
+    "start_failed", engines[[batch$launcher$kind]]$title, " did not accept the jobs: `", submission$command,
+    "` failed (", why, ")", tailText("output of the command", output),
     "\nthe script:\n", paste0("  ", strsplit(script, "\n", fixed = TRUE)[[1L]], collapse = "\n"),
     fields = list(host = NULL, command = submission$command, output = output, script = script)
   )
@@ -253,5 +253,5 @@ jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   file <- files[ofJob & ofTask & !startsWith(files, "events")]
   if (!length(file)) file <- intersect(files, "job.log")
   if (!length(file)) return("")
-  paste(utils::tail(readText(file.path(batch$directory, file[[1L]])), lines), collapse = "\n")
+  paste(utils::tail(linesOf(file.path(batch$directory, file[[1L]])), lines), collapse = "\n")
 }

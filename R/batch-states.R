@@ -132,7 +132,8 @@ parseStates <- function(kind, lines) {
 fieldsOf <- function(lines, separator, count, nothing) {
   parts <- lapply(strsplit(lines, separator, fixed = TRUE), function(part) {
     # A reason may contain the separator.
-    if (length(part) > count) part <- c(part[seq_len(count - 1L)], paste(part[count:length(part)], collapse = separator))
+    rest <- paste(part[-seq_len(count - 1L)], collapse = separator)
+    if (length(part) > count) part <- c(part[seq_len(count - 1L)], rest)
     length(part) <- count
     part
   })
@@ -157,7 +158,7 @@ parseCondor <- function(lines) {
 
 # Adds the jobs that have left the queue of HTCondor, of which its event log says how they ended.
 withEvents <- function(said, path) {
-  lines <- if (file.exists(path)) readText(path) else character()
+  lines <- if (file.exists(path)) linesOf(path) else character()
   at <- grep("^0(05|09) [(][0-9]+[.][0-9]+[.]", lines)
   if (!length(at)) return(said)
   head <- lines[at]
@@ -211,7 +212,9 @@ parsePbs <- function(lines) {
     stateRows(sub("\\[[0-9]+\\]", "[]", id), task, value("job_state"), value("comment"),
               sub("[/:+].*$", "", value("exec_host")))
   })
-  do.call(rbind, rows)
+  rows <- do.call(rbind, rows)
+  rownames(rows) <- NULL
+  rows
 }
 
 parseLsf <- function(lines) {
@@ -228,9 +231,9 @@ parseWords <- function(lines) {
   parts <- regmatches(lines, regexec("^ *([^ ]*[0-9]+[^ ]*) +([^ ]+) *(.*)$", lines))
   parts <- Filter(length, parts)
   rows <- lapply(parts, function(part) {
-    element <- regmatches(part[[2L]], regexec("^(.*[^0-9_.[])[_.[]+([0-9]+)\\]?$|^([0-9]+)[_.[]([0-9]+)\\]?$", part[[2L]]))[[1L]]
-    job <- if (length(element)) paste0(element[[2L]], element[[4L]]) else part[[2L]]
-    task <- if (length(element)) suppressWarnings(as.integer(paste0(element[[3L]], element[[5L]]))) else NA_integer_
+    element <- regmatches(part[[2L]], regexec("^([0-9]+)[_.[]([0-9]+)\\]?$", part[[2L]]))[[1L]]
+    job <- if (length(element)) element[[2L]] else part[[2L]]
+    task <- if (length(element)) suppressWarnings(as.integer(element[[3L]])) else NA_integer_
     stateRows(job, task, part[[3L]], if (nzchar(part[[4L]])) part[[4L]] else NA_character_)
   })
   if (length(rows)) do.call(rbind, rows) else emptyStates()

@@ -153,7 +153,9 @@ agentEnvironment <- function(launcher, id, env) {
   seconds <- launcher$time$seconds
   c(
     paste(c("unset R_HOME", names(env)[is.na(env)]), collapse = " "),
-    if (nzchar(engine$job)) paste0("export RUSTCLUSTER_JOB=\"", engine$job, "\" RUSTCLUSTER_TASK=\"", engine$task, "\""),
+    if (nzchar(engine$job)) {
+      paste0("export RUSTCLUSTER_JOB=\"", engine$job, "\" RUSTCLUSTER_TASK=\"", engine$task, "\"")
+    },
     if (!is.null(seconds)) {
       paste0("export RUSTCLUSTER_JOB_ENDS=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
     },

@@ -245,9 +245,7 @@ newLauncher <- function(kind, given, values) {
     badArgument("array", "must be TRUE or FALSE")
   }
   if (kind == "gridEngine") launcher$pe <- engineName(given$pe, "pe")
-  if (kind == "pbs") launcher$dialect <- tryCatch(match.arg(given$dialect, c("openpbs", "torque")), error = function(e) {
-    badArgument("dialect", "must be \"openpbs\" or \"torque\"")
-  })
+  if (kind == "pbs") launcher$dialect <- dialectOf(given$dialect)
   if (kind == "template") launcher[c("submit", "cancel", "status", "pattern")] <- list(
     commandLine(given$submit, "submit", "file"), commandLine(given$cancel, "cancel", "jobs"),
     if (!is.null(given$status)) commandLine(given$status, "status", "jobs"), regularExpression(given$pattern)
@@ -291,6 +289,12 @@ launcherTemplate <- function(launcher, template) {
     )
   }
   lines
+}
+
+dialectOf <- function(value) {
+  tryCatch(match.arg(value, c("openpbs", "torque")), error = function(e) {
+    badArgument("dialect", "must be \"openpbs\" or \"torque\"")
+  })
 }
 
 # What other packages and the engines call the arguments of launchers.
@@ -374,7 +378,7 @@ shellLines <- function(value) {
     badArgument("setup", "must not contain control characters")
   }
   # A directive among the commands would be read by the engine.
-  if (any(grepl("^#(SBATCH|PBS|BSUB|\\$)", lines))) badArgument("setup", "contains directives; they go into `extra`")
+  if (any(grepl("^#(SBATCH|PBS|BSUB|[$])", lines))) badArgument("setup", "contains directives; they go into `extra`")
   lines
 }
 
@@ -428,8 +432,8 @@ timeOf <- function(value) {
   }
   value <- refuseControls(texts(value, "time", 1L), "time")
   if (grepl("^[0-9]{1,7}$", value)) return(timeOf(as.numeric(value)))
-  parts <- regmatches(value, regexec("^(?:([0-9]{1,4})-)?([0-9]{1,4})(?::([0-5]?[0-9]))?(?::([0-5]?[0-9]))?$", value,
-                                     perl = TRUE))[[1L]]
+  pattern <- "^(?:([0-9]{1,4})-)?([0-9]{1,4})(?::([0-5]?[0-9]))?(?::([0-5]?[0-9]))?$"
+  parts <- regmatches(value, regexec(pattern, value, perl = TRUE))[[1L]]
   # Without days, two numbers may be hours and minutes or minutes and seconds: the engine decides.
   if (length(parts) && (nzchar(parts[[2L]]) || nzchar(parts[[5L]]))) {
     numbers <- suppressWarnings(as.numeric(parts[-1L]))

@@ -63,7 +63,9 @@ test_that("arrays are cut at the limit of the site", {
 })
 
 test_that("memory and time are in the form of each engine", {
-  forms <- function(make, pattern) grep(pattern, format(make(cores = 2, memory = "1.5GB", time = "1-01:30:00")), value = TRUE)
+  forms <- function(make, pattern) {
+    grep(pattern, format(make(cores = 2, memory = "1.5GB", time = "1-01:30:00")), value = TRUE)
+  }
   expect_identical(forms(slurm, "--mem=|--time="), c("#SBATCH --mem=1536M", "#SBATCH --time=1-01:30:00"))
   expect_identical(forms(gridEngine, "-l "), c("#$ -l mem_free=1536M", "#$ -l h_rt=25:30:00"))
   expect_identical(forms(pbs, "-l "), c("#PBS -l select=1:ncpus=2:mem=1536mb", "#PBS -l walltime=25:30:00"))
@@ -124,14 +126,18 @@ test_that("text that goes into a script is quoted for the shell", {
   odd <- "/opt/my R's $dir/`x`"
   launcher <- slurm(cores = 1, rscript = odd, rlibs = c(odd, "/b"))
   lines <- utils::tail(format(launcher), 3L)
-  file <- script_file(sub("^exec ", "printf '%s\\n' ", c(lines, "printf '%s\\n' \"$R_LIBS\"")))
+  shown <- c(lines, "printf '%s\\n' \"$R_LIBS\"")
+  file <- script_file(sub("^exec ", "printf '%s\\\\n' ", shown))
   out <- system2("sh", file, stdout = TRUE)
   expect_identical(out[[1L]], odd)
   expect_identical(utils::tail(out, 1L), paste0(odd, ":/b"))
 })
 
 test_that("templates have keys, defaults and lines that are left out", {
-  text <- "#!/bin/sh\n#Q {{ queue | all }}\n#M {{ memory | }} x\n#C {{ cores }}{{mine}}\n{{ environment }}\nexec {{ command }}"
+  text <- paste(
+    "#!/bin/sh", "#Q {{ queue | all }}", "#M {{ memory | }} x", "#C {{ cores }}{{mine}}", "{{ environment }}",
+    "exec {{ command }}", sep = "\n"
+  )
   make <- function(template = text, ..., nodes = 1) {
     jobTemplate(template, cores = 2, submit = "sub", cancel = "del", nodes = nodes, mine = "!", ...)
   }
