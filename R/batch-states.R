@@ -222,7 +222,7 @@ parseLsf <- function(lines) {
   reason <- ifelse(is.na(fields[, 5L]), fields[, 6L], fields[, 5L])
   task <- suppressWarnings(as.integer(fields[, 2L]))
   task[task %in% 0L] <- NA_integer_
-  stateRows(fields[, 1L], task, fields[, 3L], reason, sub("^[0-9]+[*]|:.*$", "", fields[, 4L]))
+  stateRows(fields[, 1L], task, fields[, 3L], reason, sub(":.*$", "", sub("^[0-9]+[*]", "", fields[, 4L])))
 }
 
 # The output of a `status` command: an id, a state and perhaps a reason. An element of an array is ID_TASK, ID.TASK or

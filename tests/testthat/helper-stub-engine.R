@@ -53,7 +53,8 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
     # Ends a job as the engine does it, with a state of the engine.
     end = function(id, state, signal = tools::SIGKILL) {
       dir <- file.path(home, "jobs", id)
-      writeLines(state, file.path(dir, "state"))
+      writeLines(state, file.path(dir, "state.new"))
+      file.rename(file.path(dir, "state.new"), file.path(dir, "state"))
       tools::pskill(-as.integer(readLines(file.path(dir, "pid"))), signal)
     }
   )
@@ -62,6 +63,8 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
 # Each element of an array is a directory JOB_TASK with the files state, name, task, reason and pid.
 stub_library <- c(
   "echo \"$command $*\" >>\"$home/log\"",
+  # Replaces the state of the element in $job: a reader sees the old one or the new one.
+  "put() { echo \"$1\" >\"$job/state.$$\"; mv -f \"$job/state.$$\" \"$job/state\"; }",
   "switch() { cat \"$home/switch/$1\" 2>/dev/null; }",
   "is_set() { [ -e \"$home/switch/$1\" ]; }",
   "is_set hang && sleep \"$(switch hang)\"",
@@ -72,15 +75,15 @@ stub_library <- c(
   "  rmdir \"$home/lock\"",
   "}",
   "refuse() { if is_set refuse; then switch refuse >&2; exit 1; fi; }",
-  # start SCRIPT NAME LOG FIRST LAST: with LAST = 0 for a job that is no array. `environment` is a function that sets the
-  # variables of a task.
+  # start SCRIPT NAME LOG FIRST LAST: LAST is "none" for a job that is no array. `environment` is a function that sets
+  # the variables of a task.
   "start() {",
   "  next_id",
   "  if [ \"$5\" = none ]; then tasks=none; else tasks=$(seq \"$4\" \"$5\"); fi",
   "  for task in $tasks; do",
   "    job=$home/jobs/${id}_$task; mkdir \"$job\"",
   "    echo \"$2\" >\"$job/name\"; cp \"$1\" \"$job/script\"; chmod +x \"$job/script\"",
-  "    switch pending >\"$job/reason\"; echo PENDING >\"$job/state\"",
+  "    switch pending >\"$job/reason\"; put PENDING",
   "    is_set pending && continue",
   "    is_set only_log && continue",
   "    environment",
@@ -89,11 +92,12 @@ stub_library <- c(
   "      [ \"$(cat \"$job/state\")\" = PENDING ] || exit 0",
   "      log=$(echo \"$3\" | sed \"s/%A/$id/; s/%j/$id/; s/%J/$id/; s/%[aI]/$task/\" |",
   "        sed \"s/[$]JOB_ID/$id/; s/[$]TASK_ID/$task/; s/[$](Cluster)/$id/; s/[$](Process)/$task/\")",
-  "      echo RUNNING >\"$job/state\"",
-  "      setsid sh -c 'echo $$ >\"$1/pid\"; shift; exec \"$@\"' sh \"$job\" \"$job/script\" $script_args >>\"${log:-/dev/null}\" 2>&1",
+  "      put RUNNING",
+  "      setsid sh -c 'echo $$ >\"$1/pid\"; grep -q RUNNING \"$1/state\" || exit 0; shift; exec \"$@\"' sh \"$job\" \"$job/script\" $script_args \\",
+  "        >>\"${log:-/dev/null}\" 2>&1",
   "      rc=$?",
   "      [ \"$(cat \"$job/state\")\" = RUNNING ] || exit 0",
-  "      if [ $rc = 0 ]; then echo COMPLETED; else echo FAILED; fi >\"$job/state\"",
+  "      if [ $rc = 0 ]; then put COMPLETED; else put FAILED; fi",
   "    ) </dev/null >/dev/null 2>&1 &",
   "  done",
   "}",
@@ -105,7 +109,7 @@ stub_library <- c(
   "  for job in \"$@\"; do",
   "    [ -d \"$job\" ] || continue",
   "    case $(cat \"$job/state\") in PENDING | RUNNING) ;; *) continue ;; esac",
-  "    echo CANCELLED >\"$job/state\"",
+  "    put CANCELLED",
   "    [ -s \"$job/pid\" ] && kill -TERM \"$(cat \"$job/pid\")\" 2>/dev/null",
   "  done",
   "}",
@@ -125,13 +129,15 @@ stub_commands <- list(
       "  [ \"$task\" = none ] || export SLURM_ARRAY_JOB_ID=$id SLURM_ARRAY_TASK_ID=$task",
       "}",
       "range=$(value \"$script\" '#SBATCH --array='); last=${range#*-}",
-      "start \"$script\" \"$(value \"$script\" '#SBATCH --job-name=')\" \"$(value \"$script\" '#SBATCH --output=')\" 1 \"${last:-none}\"",
+      "name=$(value \"$script\" '#SBATCH --job-name='); log=$(value \"$script\" '#SBATCH --output=')",
+      "start \"$script\" \"$name\" \"$log\" 1 \"${last:-none}\"",
       "echo \"$id\""
     ),
     squeue = c(
       "fail_query; name=; all=; format=",
       "while [ $# -gt 0 ]; do",
-      "  case $1 in --name=*) name=${1#--name=} ;; -t) all=1; shift ;; -u) shift ;; -o) format=$2; shift ;; esac; shift",
+      "  case $1 in --name=*) name=${1#--name=} ;; -t) all=1; shift ;; -u) shift ;; -o) format=$2; shift ;; esac",
+      "  shift",
       "done",
       "for job in $(of_name \"$name\"); do",
       "  state=$(cat \"$job/state\"); id=${job##*/}; task=${id#*_}; [ \"$task\" = none ] && task=N/A",
@@ -161,7 +167,9 @@ stub_commands <- list(
       "fail_query; name=$(echo \"$2\" | sed 's/.*\"\\(.*\\)\"/\\1/')",
       "for job in $(of_name \"$name\"); do",
       "  id=${job##*/}; reason=$(cat \"$job/reason\")",
-      "  case $(cat \"$job/state\") in PENDING) n=1; host=undefined ;; RUNNING) n=2; host=slot1@stub ;; *) continue ;; esac",
+      "  case $(cat \"$job/state\") in",
+      "    PENDING) n=1; host=undefined ;; RUNNING) n=2; host=slot1@stub ;; *) continue ;;",
+      "  esac",
       "  if [ \"$3\" = -af ]; then echo \"${id%_*} $n\"; continue; fi",
       "  printf '%s\\t%s\\t%s\\t%s\\tundefined\\t%s\\n' \"${id%_*}\" \"${id#*_}\" $n $host \"${reason:-undefined}\"",
       "done"
@@ -248,7 +256,9 @@ stub_commands <- list(
       "  esac",
       "  case $s in PEND | RUN) ;; *) [ -n \"$all\" ] || continue ;; esac",
       "  found=1",
-      "  case $format in *delimiter*) echo \"${id%_*}|$task|$s|$host|-|${reason:--}\" ;; *) echo \"${id%_*} $s\" ;; esac",
+      "  case $format in",
+      "    *delimiter*) echo \"${id%_*}|$task|$s|$host|-|${reason:--}\" ;; *) echo \"${id%_*} $s\" ;;",
+      "  esac",
       "done",
       "[ -n \"$found\" ] || { echo \"Job <$name> is not found\" >&2; exit 255; }"
     ),
