@@ -378,6 +378,26 @@ hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
+#' Starts a guard in a session of its own. It ends the jobs when it is released, or when this process ends.
+#' @noRd
+guard_start <- function(command) .Call(wrap__guard_start, command)
+
+#' Returns the process id of a guard.
+#' @noRd
+guard_pid <- function(guard) .Call(wrap__guard_pid, guard)
+
+#' Sends a line to a guard. Returns whether the guard is there to read it.
+#' @noRd
+guard_send <- function(guard, line) .Call(wrap__guard_send, guard, line)
+
+#' Tells a guard to end the jobs.
+#' @noRd
+guard_release <- function(guard) .Call(wrap__guard_release, guard)
+
+#' Returns whether a guard has ended; waits up to `max` seconds for that, and not longer than one slice.
+#' @noRd
+guard_ended <- function(guard, max) .Call(wrap__guard_ended, guard, max)
+
 #' In a separate process, takes the channel from stdin and returns the packages to attach.
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)

@@ -5,6 +5,7 @@ mod call;
 mod dump;
 mod elements;
 mod events;
+mod guard_process;
 pub mod handle;
 mod job;
 mod losses;
@@ -30,4 +31,5 @@ extendr_module! {
     use job;
     use status;
     use dump;
+    use guard_process;
 }
