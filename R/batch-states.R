@@ -12,6 +12,7 @@ queryJobs <- function(batch, force = FALSE, every = 5) {
     answer <- answerTo(batch, batch$query)
     if (!is.null(answer)) {
       batch$problem <- takeAnswer(batch, answer)
+      if (is.null(batch$problem)) batch$answered <- batch$queried
       endQuery(batch)
     } else if (now - batch$queried > 60) {
       # The guard was killed with its query.

@@ -11,6 +11,8 @@
 #'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
 #'     \item{state}{(character) `"up"`; `"waiting"`: has not joined yet (see `wait` of [makeRustCluster()]); `"lost"`;
 #'       `"failed"`: was left out at the start; `"stopped"`.}
+#'     \item{job, job_state}{(character) the job of a batch engine, and its state in the engine's words, such as
+#'       `"PENDING (Resources)"`; `NA` for other hosts. The state is that of the last query, a few seconds ago.}
 #'     \item{workers}{(integer) workers that `spec` asked for.}
 #'     \item{up}{(integer) workers that run now.}
 #'     \item{r_version, platform}{(character) of R on the host.}
@@ -49,6 +51,7 @@ print.rustcluster_hosts <- function(x, ...) {
 
 hostsOf <- function(handle) {
   report <- handle$report
+  report$job <- report$job_state <- NA_character_
   report$state <- ifelse(is.na(report$problem), "up", "failed")
   if (handle$stopped) report$state[] <- "stopped"
   pids <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)
@@ -60,7 +63,13 @@ hostsOf <- function(handle) {
     report$state[known$awaited == 1] <- "waiting"
     report$problem <- ifelse(is.na(report$problem), known$reason, report$problem)
     # What hosts have said that have joined since the start.
+    nameNodes(handle)
+    report$host <- handle$report$host
+    jobs <- jobsOfHosts(handle, known)
+    report$job <- jobs$job
+    report$job_state <- jobs$state
     joined <- is.na(report$r_version)
+    report$state[!is.na(known$draining) & known$awaited != 1 & report$state == "up"] <- "draining"
     for (name in c("r_version", "platform", "memory", "available")) report[[name]][joined] <- known[[name]][joined]
     report$cores[joined] <- as.integer(known$cores[joined])
     report$seconds[joined] <- known$up[joined]

@@ -86,6 +86,7 @@ conditionClasses <- list(
       "the end, if they are known)."
     ),
     host_back = "A lost host is back.",
+    job_renewed = "The job of a host has ended, and another has been submitted. Field `host`.",
     host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
     worker_back = "A worker that could not be restored at first is back."
   )

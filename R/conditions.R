@@ -153,7 +153,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     ),
     host_failed = if (isTRUE(field("never_joined"))) paste0(
       "host ", sQuote(host), " could not join the cluster, which goes on without it: ",
-      hostProblem(settings, reason, field("stderr"), field("stdout"), c(field("status"), NA)[[1L]])
+      if (!is.null(settings$dial)) reason else {
+        hostProblem(settings, reason, field("stderr"), field("stdout"), c(field("status"), NA)[[1L]])
+      }
     ) else paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,

@@ -4,6 +4,7 @@
 # error, and that is not raised again.
 showEvents <- function(handle, except = NULL) {
   acknowledgeLosses(handle)
+  if (length(handle$batches)) tendBatches(handle)
   # The hub reports each event once.
   suspendInterrupts(show(hub_events(handle$pointer), handle, except))
   raisePending(handle)

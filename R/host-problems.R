@@ -3,7 +3,7 @@
 # Returns the problem of a host: what to do, if that is known, the reason, and the end of the output. `status`: the exit
 # status of the agent's command, or NA. `up`: whether the agent has greeted, so that the command has worked.
 hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
-  remedy <- if (up) NULL else commandRemedy(host, reason, stderr, stdout, status)
+  remedy <- if (up || !is.null(host$dial)) NULL else commandRemedy(host, reason, stderr, stdout, status)
   if (grepl("cannot talk to rustcluster|bad control message", reason)) remedy <- versionRemedy(host)
   paste0(
     if (is.null(remedy)) reason else paste0(remedy, " (", reason, ")"),

@@ -4,10 +4,12 @@ hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd",
                   "rscript_envs", "threads", "renice", "start_method")
 
 # Returns a list of `hosts`, each a list of settings with an agent of its own, and, in the order of `spec`, `owner` (the
-# index of the host of an entry) and `workers` (NA for all usable cores). The setting `local` is TRUE for a host that
+# index of the host of an entry) and `workers` (NA for all usable cores). `launchers`: those of batch engines. The setting `local` is TRUE for a host that
 # needs no ssh: it is this machine, and `spec` sets neither another user nor a port or an ssh command.
 specHosts <- function(spec, defaults = list()) {
   entries <- specEntries(spec)
+  launchers <- batchLaunchers(entries)
+  entries <- numberLaunchers(entries, launchers)
   workers <- vapply(entries, `[[`, 0L, "workers")
   if (sum(workers, na.rm = TRUE) > maxWorkers) {
     badArgument("spec", "must ask for at most ", format(maxWorkers, scientific = FALSE), " workers")
@@ -16,7 +18,7 @@ specHosts <- function(spec, defaults = list()) {
   hosts <- lapply(entries, function(entry) {
     settings <- entry$settings
     connection <- settings[intersect(names(settings), c("port", "rshcmd", "rshopts"))]
-    launched <- !is.null(settings$launcher)
+    launched <- !is.null(settings$launcher) || !is.null(settings$dial)
     other <- setdiff(names(defaults), c(names(settings), if (launched) c("user", "rshcmd", "rshopts")))
     settings <- c(settings, defaults[other])
     if (launched) return(c(settings, local = FALSE))
@@ -29,7 +31,9 @@ specHosts <- function(spec, defaults = list()) {
   keys <- vapply(hosts, function(host) {
     paste(deparse(host[order(names(host))]), collapse = "")
   }, "")
-  list(hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers)
+  list(
+    hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers, launchers = launchers
+  )
 }
 
 # The maximum number of workers. A larger number is a mistake.

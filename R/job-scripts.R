@@ -138,8 +138,8 @@ agentCommand <- function(launcher, size, one, arguments) {
 
 ownRscript <- function() file.path(R.home("bin"), "Rscript")
 
-# Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB and RUSTCLUSTER_TASK tell the agent which
-# job of the engine it is, and RUSTCLUSTER_JOB_ENDS when its time limit ends it (seconds since 1970).
+# Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB tells the agent which job of the engine it
+# is and which element of an array, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970).
 agentEnvironment <- function(launcher, id, env) {
   engine <- engines[[launcher$kind]]
   # The library of this session comes first on nodes that have it.
@@ -153,11 +153,9 @@ agentEnvironment <- function(launcher, id, env) {
   seconds <- launcher$time$seconds
   c(
     paste(c("unset R_HOME", names(env)[is.na(env)]), collapse = " "),
-    if (nzchar(engine$job)) {
-      paste0("export RUSTCLUSTER_JOB=\"", engine$job, "\" RUSTCLUSTER_TASK=\"", engine$task, "\"")
-    },
+    paste0("export RUSTCLUSTER_JOB=\"", engine$job, "/", engine$task, "\""),
     if (!is.null(seconds)) {
-      paste0("export RUSTCLUSTER_JOB_ENDS=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
+      paste0("export RUSTCLUSTER_JOB_END=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
     },
     paste0("export ", names(set), "=", shQuote(set))
   )

@@ -2,10 +2,12 @@
 
 hostLaunch <- function(host, options) {
   arguments <- rscriptArguments(options)
-  env <- c(
-    if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),
-    threadVariables(host$threads), logVariables(), host$rscript_envs
-  )
+  # The agent of a batch job dials back, with the environment that its script has set.
+  if (!is.null(host$dial)) {
+    rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
+    return(list(host = host$host, worker = c(rscript, arguments, "-e", startExpression("workerMain")), dial = host$dial))
+  }
+  env <- c(if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host))
   local <- host$local
   # On this machine an agent loads the package from the library of this session, on other hosts from its own.
   library <- if (local) dirname(getNamespaceInfo("rustcluster", "path"))
@@ -22,6 +24,9 @@ hostLaunch <- function(host, options) {
   }
   c(list(host = host$host, worker = worker), launch)
 }
+
+# Returns the variables of the environment of an agent, besides those that find it.
+agentVariables <- function(host) c(threadVariables(host$threads), logVariables(), host$rscript_envs)
 
 # Returns the command that runs a script in sh on another host.
 onHost <- function(host, script) {

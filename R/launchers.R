@@ -247,8 +247,8 @@ newLauncher <- function(kind, given, values) {
   if (kind == "gridEngine") launcher$pe <- engineName(given$pe, "pe")
   if (kind == "pbs") launcher$dialect <- dialectOf(given$dialect)
   if (kind == "template") launcher[c("submit", "cancel", "status", "pattern")] <- list(
-    commandLine(given$submit, "submit", "file"), commandLine(given$cancel, "cancel", "jobs"),
-    if (!is.null(given$status)) commandLine(given$status, "status", "jobs"), regularExpression(given$pattern)
+    engineCommand(given$submit, "submit", "file"), engineCommand(given$cancel, "cancel", "jobs"),
+    if (!is.null(given$status)) engineCommand(given$status, "status", "jobs"), regularExpression(given$pattern)
   )
   named <- names(values)
   if (length(values) && (is.null(named) || !all(nzchar(named)))) {
@@ -401,7 +401,7 @@ loginHost <- function(value) {
   hostAddress(value, "login")
 }
 
-commandLine <- function(value, argument, key) {
+engineCommand <- function(value, argument, key) {
   value <- refuseControls(texts(value, argument, 1L), argument)
   keys <- templateKeys(value)
   wrong <- setdiff(keys, key)

@@ -212,12 +212,13 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
   on.exit(if (!started) abandon(handle))
-  if (reconnect || is.finite(needed)) {
+  if (reconnect || is.finite(needed) || length(asked$launchers)) {
     limit <- if (is.null(setup_log_limit)) 2^30 else setup_log_limit
     keep <- if (reconnect) hub_reconnect else hub_keep_setup_log
     checked(keep(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
     handle$headLogLimit <- limit
   }
+  startBatches(handle, asked, options)
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, heartbeat_timeout = heartbeat_timeout,

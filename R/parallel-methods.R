@@ -394,6 +394,8 @@ endNodes <- function(handle, ranks) {
 # Returns when the processes of these nodes have ended. The agents limit the time for that.
 awaitEnd <- function(handle, ranks) {
   if (isTRUE(handle$ending)) {
+    # The engine need not cancel jobs whose agents end by themselves, so that most jobs end well.
+    on.exit(stopBatches(handle))
     while (!checked(hub_closed(handle$pointer))) raiseInterrupt()
     handle$ending <- NULL
     checkCalls(handle)

@@ -12,6 +12,16 @@ newHandle <- function(pointer, agents) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
+  # Jobs of batch engines (batch-start.R): those of each submission (`batches`); keys, ports and launchers (`dial`); when
+  # they were last tended; for each host, since when it waits for a job, the number of new jobs in a row, the tasks that
+  # it had done then, and the id of the batch that is being submitted for it.
+  handle$batches <- list()
+  handle$dial <- NULL
+  handle$tended <- -Inf
+  handle$waitsSince <- numeric()
+  handle$renewals <- integer()
+  handle$tasksDone <- numeric()
+  handle$renewing <- character()
   # Whether hosts may still join.
   handle$awaits <- FALSE
   # The open job; the numbers of the frames that send its tasks (`frames`) and of its verb (`depth`); the key of the
@@ -55,6 +65,7 @@ forgetCluster <- function(handle) {
 
 # Stops all processes of a cluster whose start has failed.
 abandon <- function(handle) {
+  on.exit(stopBatches(handle))
   hub_stop(handle$pointer)
   while (identical(hub_closed(handle$pointer), FALSE)) raiseInterrupt()
 }
@@ -66,6 +77,10 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
   shown <- logical(length(workers))
   repeat {
     done <- checked(hub_greeted(handle$pointer))
+    if (length(handle$batches)) {
+      nameNodes(handle)
+      leaveOutEnded(handle, checked(hub_hosts(handle$pointer)))
+    }
     late <- proc.time()[["elapsed"]] > deadline
     if (progress || done || late || is.finite(needed)) {
       report <- hostReport(handle, workers)
@@ -77,11 +92,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
     if (is.finite(needed) && sum(workers[known & is.na(report$problem)]) >= needed) break
     raiseInterrupt()
   }
-  if (late) {
-    report$problem[!known] <- paste0(
-      "no response within ", timeout, " s; check the host or increase `setup_timeout`"
-    )
-  }
+  if (late) for (i in which(!known)) report$problem[[i]] <- waitProblem(handle, i, timeout)
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
   report$problem <- ifelse(
@@ -200,7 +211,8 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   terminations <- checked(hub_terminations(handle$pointer), handle)
   # These have not failed.
   terminations[awaited] <- list(NULL)
-  handle$awaits <- length(awaited) > 0L
+  # Jobs of batch engines may end, and come again.
+  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
   for (i in which(is.na(report$problem))) {
     report$problem[[i]] <- workersProblem(terminations, which(handle$owner == i), late)
   }
@@ -243,7 +255,7 @@ awaitWorkers <- function(handle, needed, deadline, timeout) {
 # Waits for up to one slice until a host joins. Returns the ranks of the workers whose hosts have not joined yet.
 awaitArrival <- function(handle) {
   awaited <- checked(hub_awaited(handle$pointer, TRUE), handle)
-  handle$awaits <- length(awaited) > 0L
+  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
   showEvents(handle)
   raiseInterrupt()
   awaited
@@ -254,7 +266,7 @@ awaitNodes <- function(handle, ranks) {
   if (!handle$awaits) return(invisible())
   awaited <- checked(hub_awaited(handle$pointer, FALSE), handle)
   while (any(ranks %in% awaited)) awaited <- awaitArrival(handle)
-  handle$awaits <- length(awaited) > 0L
+  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
 }
 
 startedLate <- function(handle, up, timeout) {

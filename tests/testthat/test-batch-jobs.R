@@ -16,7 +16,7 @@ stub_kinds <- c("slurm", "htcondor", "gridEngine", "pbs", "lsf", "template")
 # Returns a launcher whose jobs sleep, and the directory for its files.
 sleeping <- function(kind, stub, nodes = 3L, ...) {
   agent <- file.path(stub$home, "agent")
-  writeLines(c("#!/bin/sh", "echo \"agent of $RUSTCLUSTER_JOB/$RUSTCLUSTER_TASK\"", "exec sleep 600"), agent)
+  writeLines(c("#!/bin/sh", "echo \"agent of $RUSTCLUSTER_JOB\"", "exec sleep 600"), agent)
   Sys.chmod(agent, "0755")
   given <- list(nodes = nodes, cores = 2, rscript = agent, dir = file.path(stub$home, "shared"), ...)
   if (kind == "template") {

@@ -1,0 +1,304 @@
+# Batch launchers as part of a cluster: the hosts that a launcher stands for, the start of its jobs, and what becomes of
+# hosts whose jobs end. The jobs themselves: batch-jobs.R.
+
+#' @export
+launcherEntries.rustcluster_launcher <- function(launcher) {
+  title <- sub("template", "job", launcher$kind, fixed = TRUE)
+  lapply(seq_len(launcher$nodes), function(slot) {
+    settings <- list(host = paste0(title, "-", slot), batch = launcher, slot = slot)
+    if (!is.null(launcher$rscript)) settings$rscript <- launcher$rscript
+    if (!is.null(launcher$rlibs)) settings$rlibs <- launcher$rlibs
+    list(settings = settings, workers = launcher$cores)
+  })
+}
+
+# Returns the launchers of batch engines among the entries of `spec`, in their order: each has a slot 1.
+batchLaunchers <- function(entries) {
+  firsts <- Filter(function(entry) identical(entry$settings$slot, 1L), entries)
+  lapply(firsts, function(entry) entry$settings$batch)
+}
+
+# Replaces the launcher in entries by its number, `dial`, which tells two equal launchers apart.
+numberLaunchers <- function(entries, launchers) {
+  number <- 0L
+  lapply(entries, function(entry) {
+    if (is.null(entry$settings$batch)) return(entry)
+    if (entry$settings$slot == 1L) number <<- number + 1L
+    entry$settings$batch <- NULL
+    entry$settings$dial <- number
+    # Hosts of several launchers would have the same names.
+    if (length(launchers) > 1L) entry$settings$host <- paste0(entry$settings$host, "-", letterOf(number))
+    entry
+  })
+}
+
+letterOf <- function(number) if (number <= 26L) letters[[number]] else as.character(number)
+
+# Listens for the agents of all launchers and submits their jobs. Fills in `handle$batches`.
+startBatches <- function(handle, asked, options) {
+  launchers <- asked$launchers
+  if (!length(launchers)) return(invisible())
+  keys <- vapply(launchers, function(launcher) newKey(), "")
+  handle$dial <- list(keys = keys, ports = listenFor(handle, launchers, keys), launchers = launchers)
+  handle$dial$scripts <- lapply(seq_along(launchers), function(number) {
+    host <- Find(function(host) identical(host$dial, number), asked$hosts)
+    list(env = agentVariables(host), arguments = rscriptArguments(options))
+  })
+  for (number in seq_along(launchers)) addBatch(handle, number, launchers[[number]])
+  for (batch in handle$batches) awaitSubmissions(batch, 70)
+  for (number in seq_along(handle$batches)) handle$batches[[number]]$submitting <- FALSE
+}
+
+# Returns the ports on which the head listens for the agents of each launcher. Launchers with the same `port` and
+# addresses share one.
+listenFor <- function(handle, launchers, keys) {
+  at <- lapply(launchers, function(launcher) {
+    own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
+    list(addresses = if (own) launcher$address else "0.0.0.0", port = launcher$port)
+  })
+  ports <- integer(length(at))
+  for (number in seq_along(at)) {
+    same <- Position(function(other) identical(other, at[[number]]), at)
+    ports[[number]] <- if (same < number) {
+      ports[[same]]
+    } else {
+      port <- at[[number]]$port
+      checked(hub_listen(handle$pointer, at[[number]]$addresses, port[[1L]], port[[2L]], keys), handle)$port
+    }
+  }
+  ports
+}
+
+# Returns 32 random bytes as hexadecimal digits.
+newKey <- function() {
+  source <- file("/dev/urandom", "rb", raw = TRUE)
+  on.exit(close(source))
+  paste(as.character(readBin(source, "raw", 32L)), collapse = "")
+}
+
+# Submits jobs of a launcher, and does not wait for the engine. `nodes`: their number, if not all.
+addBatch <- function(handle, number, launcher) {
+  dial <- handle$dial
+  key <- c(
+    sprintf("address %s %d", headAddresses(launcher), dial$ports[[number]]), paste("key", dial$keys[[number]]),
+    paste("launcher", number)
+  )
+  batch <- prepareJobs(launcher, newJobsId(), dial$scripts[[number]]$env, dial$scripts[[number]]$arguments)
+  batch$number <- number
+  batch$submitting <- TRUE
+  # From here on abandon() and stopCluster() end it.
+  handle$batches <- c(handle$batches, list(batch))
+  writeKey(batch, key)
+  startGuard(batch)
+  sendSubmissions(batch)
+  batch
+}
+
+# Returns the addresses that agents try, in turn.
+headAddresses <- function(launcher) {
+  if (length(launcher$address)) return(launcher$address)
+  unique(c(own_addresses(), "127.0.0.1"))
+}
+
+# Ends the jobs of a cluster. An engine that does not answer keeps nobody waiting for long: the guards go on.
+stopBatches <- function(handle) {
+  batches <- handle$batches
+  handle$batches <- list()
+  # All guards begin before the first is waited for.
+  for (batch in batches) if (!is.null(batch$guard)) guard_release(batch$guard)
+  for (batch in batches) if (is.null(batch$guard)) unlink(batch$directory, recursive = TRUE) else stopJobs(batch)
+}
+
+# Gives hosts the names of their nodes, once their agents have joined.
+nameNodes <- function(handle) {
+  if (!length(handle$batches)) return(invisible())
+  nodes <- checked(hub_hosts(handle$pointer))$node
+  for (i in which(!is.na(nodes))) {
+    if (is.null(handle$agents[[i]]$dial) || identical(handle$agents[[i]]$host, nodes[[i]])) next
+    handle$agents[[i]]$host <- nodes[[i]]
+    if (!is.null(handle$report)) handle$report$host[[i]] <- nodes[[i]]
+    handle$hosts[handle$owner == i] <- nodes[[i]]
+  }
+}
+
+# Returns what the engine says of the job of each host, a data frame with `job` and `state`, with a row for each host of
+# the cluster: NA for other hosts; `over`: no job will come for a host that waits, as the engine said at `answered`. A host
+# that waits is shown with a job that has not started.
+jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
+  count <- length(handle$agents)
+  shown <- data.frame(job = rep(NA_character_, count), state = rep(NA_character_, count), stringsAsFactors = FALSE)
+  shown$over <- FALSE
+  shown$answered <- Inf
+  dials <- vapply(handle$agents, function(agent) c(agent$dial, NA)[[1L]], 0L)
+  for (number in unique(dials[!is.na(dials)])) {
+    jobs <- jobsOfLauncher(handle, number)
+    if (!nrow(jobs)) next
+    hosts <- which(dials == number)
+    joined <- hosts[known$awaited[hosts] != 1 & !is.na(known$job[hosts])]
+    at <- match(known$job[joined], jobs$name)
+    shown[joined, c("job", "state")] <- jobs[at, c("id", "text")]
+    rest <- jobs[!jobs$name %in% known$job[joined], ]
+    # Jobs that may still come go to the hosts that wait.
+    rest <- rest[order(rest$over), ]
+    waiting <- setdiff(hosts, joined)
+    n <- min(length(waiting), nrow(rest))
+    shown[utils::head(waiting, n), c("job", "state", "over")] <- utils::head(rest[c("id", "text", "over")], n)
+    # Without a job that may come, a host waits in vain, unless a job is being submitted.
+    submitting <- any(vapply(handle$batches, function(batch) batch$number == number && isTRUE(batch$submitting), NA))
+    shown$over[utils::tail(waiting, length(waiting) - n)] <- !submitting
+    shown$answered[waiting] <- min(jobs$answered)
+  }
+  shown
+}
+
+# Returns all jobs of a launcher, with a row for each node: `name` as agents say it, `id` in the engine's form, `text` of
+# the state, `over`: whether it has ended, `answered`: when the query was made that the engine answered last.
+jobsOfLauncher <- function(handle, number) {
+  batches <- Filter(function(batch) batch$number == number && !isTRUE(batch$submitting), handle$batches)
+  rows <- lapply(batches, function(batch) {
+    states <- queryJobs(batch)
+    if (is.null(batch$jobs) || !nrow(states)) return(NULL)
+    kind <- batch$launcher$kind
+    # A job of several nodes has a row for each.
+    tasks <- batch$jobs$tasks[match(states$job, batch$jobs$job)]
+    array <- batch$jobs$array[match(states$job, batch$jobs$job)]
+    states <- states[rep(seq_len(nrow(states)), ifelse(array %in% TRUE, 1L, tasks)), ]
+    data.frame(
+      name = paste0(states$job, "/", ifelse(is.na(states$task), "", states$task)),
+      id = taskId(kind, states$job, states$task), text = stateText(states$state, states$reason),
+      over = isFinalState(kind, states$state), answered = c(batch$answered, -Inf)[[1L]],
+      stringsAsFactors = FALSE
+    )
+  })
+  rows <- do.call(rbind, rows)
+  if (is.null(rows)) data.frame(name = character()) else rows
+}
+
+# Called while R waits: asks the engines for the states of jobs, and gives up hosts whose jobs have ended before their
+# agents joined. Does nothing most of the time.
+tendBatches <- function(handle) {
+  if (!length(handle$batches) || isTRUE(handle$stopped)) return(invisible())
+  now <- proc.time()[["elapsed"]]
+  if (now - handle$tended < 0.5) return(invisible())
+  handle$tended <- now
+  nameNodes(handle)
+  known <- checked(hub_hosts(handle$pointer))
+  handle$waitsSince[known$awaited != 1] <- NA
+  if (!any(known$awaited == 1)) return(invisible())
+  takeSubmissions(handle)
+  shown <- jobsOfHosts(handle, known)
+  dials <- !vapply(handle$agents, function(agent) is.null(agent$dial), NA)
+  for (i in which(shown$over & dials & known$awaited == 1)) {
+    if (isOver(handle, i, shown)) endHost(handle, i, shown, known)
+  }
+}
+
+# Takes the ids of jobs whose submission has ended. A submission that failed is a warning.
+takeSubmissions <- function(handle) {
+  for (batch in handle$batches) {
+    if (!isTRUE(batch$submitting)) next
+    names <- paste0("submit-", seq_len(nrow(batch$submissions)))
+    failed <- FALSE
+    for (name in names) {
+      answer <- answerTo(batch, name)
+      if (is.null(answer)) break
+      failed <- failed || !isTRUE(answer$status == 0L)
+      if (failed) break
+    }
+    if (is.null(answer) && !isTRUE(guard_ended(batch$guard, 0))) next
+    batch$submitting <- FALSE
+    tryCatch(awaitSubmissions(batch, 1), rustcluster_start_failed = function(e) {
+      handle$renewals[handle$renewing %in% batch$id] <- maxRenewals
+      warning(rustclusterCondition("host_failed", conditionMessage(e), host = NULL, type = "warning"))
+    })
+    handle$renewing[handle$renewing %in% batch$id] <- NA
+  }
+}
+
+# The number of new jobs in a row for a host, without a task that has ended in between.
+maxRenewals <- 3L
+
+# Returns whether the engine has said, after host `i` began to wait, that no job will come for it.
+isOver <- function(handle, i, shown) {
+  since <- handle$waitsSince[i]
+  if (is.null(since) || is.na(since)) {
+    handle$waitsSince[i] <- since <- proc.time()[["elapsed"]]
+  }
+  # The engine may list a job that comes again under its number as ended for a moment.
+  shown$answered[[i]] > since + 1
+}
+
+# Ends the waiting of a host whose job has ended: with a new job, if the old one had not been cancelled and there is
+# work, and otherwise for good.
+endHost <- function(handle, i, shown, known) {
+  job <- paste0("its job ", shown$job[[i]], " ")
+  state <- if (is.na(shown$state[[i]])) "" else paste0(" (", shown$state[[i]], ")")
+  dial <- handle$agents[[i]]$dial
+  if (known$jobs_lost[[i]] == 0) {
+    log <- logOfHost(handle, dial, shown$job[[i]])
+    reason <- paste0(job, "ended before its agent had connected", state, tailText("end of its log", log))
+    return(giveUpHost(handle, i, reason))
+  }
+  planned <- !is.na(known$draining[[i]]) ||
+    grepl("^(TIMEOUT|PREEMPTED|NODE_FAIL|BOOT_FAIL|DEADLINE)", shown$state[[i]])
+  done <- tasksOf(handle, i)
+  if (!identical(done, handle$tasksDone[i])) handle$renewals[i] <- 0L
+  if (!planned || isTRUE(handle$renewals[i] >= maxRenewals)) {
+    return(giveUpHost(handle, i, paste0(job, "has ended", state)))
+  }
+  if (handle$job == noJob && !length(recordsOf(handle))) return(invisible())
+  handle$tasksDone[i] <- done
+  handle$renewals[i] <- c(handle$renewals[i], 0L)[[1L]] + 1L
+  launcher <- handle$dial$launchers[[dial]]
+  launcher$nodes <- 1L
+  batch <- tryCatch(addBatch(handle, dial, launcher), rustcluster_error = function(e) e)
+  if (inherits(batch, "error")) return(giveUpHost(handle, i, conditionMessage(batch)))
+  handle$renewing[i] <- batch$id
+  message(rustclusterCondition(
+    "job_renewed", paste0("host ", sQuote(handle$agents[[i]]$host), ": ", job, "has ended", state,
+                          "; another has been submitted\n"),
+    host = handle$agents[[i]]$host, type = "message"
+  ))
+}
+
+giveUpHost <- function(handle, i, reason) checked(hub_give_up_host(handle$pointer, i, reason), handle)
+
+logOfHost <- function(handle, number, job) {
+  for (batch in handle$batches) {
+    if (batch$number != number || is.null(batch$states)) next
+    at <- match(job, taskId(batch$launcher$kind, batch$states$job, batch$states$task))
+    if (!is.na(at)) return(jobLog(batch, batch$states$job[[at]], batch$states$task[[at]]))
+  }
+  ""
+}
+
+# Stops the start of hosts whose jobs have ended before their agents connected.
+leaveOutEnded <- function(handle, known) {
+  takeSubmissions(handle)
+  waits <- is.na(known$r_version) & is.na(known$reason)
+  shown <- jobsOfHosts(handle, known)
+  for (i in which(waits & shown$over)) {
+    if (!isOver(handle, i, shown)) next
+    log <- logOfHost(handle, handle$agents[[i]]$dial, shown$job[[i]])
+    state <- if (is.na(shown$state[[i]])) "" else paste0(" (", shown$state[[i]], ")")
+    checked(hub_leave_out(handle$pointer, i, paste0(
+      "its job ", shown$job[[i]], " ended before its agent had connected", state, tailText("end of its log", log)
+    )))
+  }
+}
+
+# Returns why a host has not joined yet.
+waitProblem <- function(handle, i, timeout) {
+  if (is.null(handle$agents[[i]]$dial)) {
+    return(paste0("no response within ", timeout, " s; check the host or increase `setup_timeout`"))
+  }
+  shown <- jobsOfHosts(handle)[i, ]
+  paste0(
+    "no agent has connected within ", timeout, " s: ",
+    if (is.na(shown$job)) "the engine has not accepted its job yet" else paste0(
+      "its job ", shown$job, " is ", if (is.na(shown$state)) "in an unknown state" else shown$state
+    ),
+    "; use `wait` to begin with the nodes that are there, or increase `setup_timeout`",
+    tailText("end of its log", if (is.na(shown$job)) "" else logOfHost(handle, handle$agents[[i]]$dial, shown$job))
+  )
+}
