@@ -302,3 +302,6 @@ waitProblem <- function(handle, i, timeout) {
     tailText("end of its log", if (is.na(shown$job)) "" else logOfHost(handle, handle$agents[[i]]$dial, shown$job))
   )
 }
+
+# Returns the number of tasks that the workers of a host have finished.
+tasksOf <- function(handle, i) sum(checked(hub_status(handle$pointer))$done[handle$owner == i])

@@ -39,10 +39,19 @@ fn is_own_address(text: &str) -> bool {
     rustcluster_core::head::launch::is_own_address(text)
 }
 
+/// Returns the addresses by which other machines may reach this one.
+/// @noRd
+#[extendr]
+fn own_addresses() -> Vec<String> {
+    let addresses = rustcluster_core::platform::socket::own_addresses();
+    addresses.iter().map(ToString::to_string).collect()
+}
+
 extendr_module! {
     mod rustcluster;
     fn usable_cores;
     fn is_own_address;
+    fn own_addresses;
     use agent;
     use head;
     use worker;

@@ -1,7 +1,9 @@
-//! Options of sockets, and waiting for two of them. System calls that std does not provide.
+//! Options of sockets, waiting for two of them, and the addresses of this machine. System calls that std does not provide.
 
 use super::fd::check;
+use std::ffi::CStr;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::RawFd;
 use std::time::Duration;
 
@@ -66,4 +68,51 @@ pub fn wait(sockets: &[(RawFd, Interest); 2], max: Option<Duration>) -> io::Resu
         Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
         _ => Ok(()),
     }
+}
+
+/// Interfaces of this machine alone: of containers and virtual machines.
+const VIRTUAL: [&str; 4] = ["docker", "virbr", "veth", "br-"];
+
+/// The addresses by which other machines may reach this one, in the order of its interfaces; IPv4 first.
+pub fn own_addresses() -> Vec<IpAddr> {
+    let mut list: *mut libc::ifaddrs = std::ptr::null_mut();
+    // SAFETY: on success, `list` is a list that freeifaddrs() frees below.
+    if unsafe { libc::getifaddrs(&raw mut list) } != 0 {
+        return Vec::new();
+    }
+    let mut found: Vec<IpAddr> = Vec::new();
+    let mut next = list;
+    while !next.is_null() {
+        // SAFETY: an element of the list, which lives until freeifaddrs(). Its name is a C string.
+        let (interface, name) = unsafe { (&*next, CStr::from_ptr((*next).ifa_name)) };
+        next = interface.ifa_next;
+        let name = name.to_string_lossy();
+        let up = interface.ifa_flags & libc::IFF_UP as libc::c_uint != 0;
+        if interface.ifa_addr.is_null() || !up || VIRTUAL.iter().any(|v| name.starts_with(v)) {
+            continue;
+        }
+        // SAFETY: the family says which type of address follows.
+        let address = unsafe {
+            match i32::from((*interface.ifa_addr).sa_family) {
+                libc::AF_INET => {
+                    let address = *interface.ifa_addr.cast::<libc::sockaddr_in>();
+                    IpAddr::V4(Ipv4Addr::from(u32::from_be(address.sin_addr.s_addr)))
+                }
+                libc::AF_INET6 => {
+                    let address = *interface.ifa_addr.cast::<libc::sockaddr_in6>();
+                    IpAddr::V6(Ipv6Addr::from(address.sin6_addr.s6_addr))
+                }
+                _ => continue,
+            }
+        };
+        // An address of a link needs the name of an interface of the other machine.
+        let of_link = matches!(address, IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80);
+        if !address.is_loopback() && !of_link {
+            found.push(address);
+        }
+    }
+    // SAFETY: the list of getifaddrs(), which is not used any more.
+    unsafe { libc::freeifaddrs(list) };
+    found.sort_by_key(IpAddr::is_ipv6);
+    found
 }

@@ -117,7 +117,8 @@ impl Core {
         self.scheduler.job_lost(agent, reason);
         let conn = &self.conns[agent];
         // Without a plan, the cluster has not been started yet.
-        if self.stopping || conn.permanent || conn.plan.is_none() || !self.scheduler.has_lost(agent) {
+        if self.stopping || conn.permanent || conn.plan.is_none() || !self.scheduler.has_lost(agent)
+        {
             return;
         }
         self.conns[agent].awaited = true;
