@@ -166,7 +166,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       "`clusterAlive(cl)` leaves its nodes out, if others are left"
     ),
-    job_ended = paste0(node, if (identical(reason, "removed")) " was removed" else paste0(": its job ended (", reason, ")")),
+    job_ended = paste0(
+      node, if (identical(reason, "removed")) " was removed" else paste0(": its job ended (", reason, ")")
+    ),
     host_draining = paste0(
       "host ", sQuote(host), " is draining because its job ends",
       if (!is.null(field("seconds"))) paste0(" in ", format(field("seconds")), " s"), " (", reason, "); ",

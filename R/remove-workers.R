@@ -2,8 +2,8 @@
 
 #' Remove workers from a cluster
 #'
-#' Stops some workers after their tasks, or at once. The other workers go on undisturbed. The agent of a host ends with the
-#' host's last worker.
+#' Stops some workers after their tasks, or at once. The other workers go on undisturbed. The agent of a host ends with
+#' the host's last worker.
 #'
 #' Workers that are removed get no new tasks. Calls of [clusterSubmit()] that no other worker may run are run before the
 #' end.
@@ -11,8 +11,8 @@
 #' @param cl A cluster made by [makeRustCluster()], or a part of one.
 #' @param which The nodes to remove: numbers of nodes of `cl`, or (character) names of hosts, as [clusterHosts()] has
 #'   them: all nodes of `cl` on these hosts.
-#' @param drain (logical) Whether the workers complete their tasks first. `FALSE`: stop the workers at once, whatever they
-#'   do; calls of [clusterSubmit()] that run there are repeated on other workers, which does not count as a retry.
+#' @param drain (logical) Whether the workers complete their tasks first. `FALSE`: stop the workers at once, whatever
+#'   they do; calls of [clusterSubmit()] that run there are repeated on other workers, which does not count as a retry.
 #' @param timeout (numeric) Maximum number of seconds to wait for the tasks. Then the workers are stopped as with
 #'   `drain = FALSE`.
 #' @return The cluster without these nodes, invisibly, once their processes have ended. Its length is 0 if no node is
@@ -63,8 +63,8 @@ nodesToRemove <- function(cl, which) {
     unknown <- setdiff(which, hosts)
     if (anyNA(which) || length(unknown)) {
       badArgument(
-        "which", "contains ", paste(sQuote(unknown), collapse = ", "), ", which is no host of the cluster; its hosts are ",
-        paste(sQuote(unique(hosts)), collapse = ", ")
+        "which", "contains ", paste(sQuote(unknown), collapse = ", "), ", which is no host of the cluster; ",
+        "its hosts are ", paste(sQuote(unique(hosts)), collapse = ", ")
       )
     }
     return(base::which(hosts %in% which))
