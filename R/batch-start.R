@@ -135,11 +135,13 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
     if (!nrow(jobs)) next
     hosts <- which(dials == number)
     joined <- hosts[known$awaited[hosts] != 1 & !is.na(known$job[hosts])]
-    at <- match(known$job[joined], jobs$name)
+    at <- match(jobNumber(known$job[joined]), jobs$name)
     shown[joined, c("job", "state")] <- jobs[at, c("id", "text")]
-    rest <- jobs[!jobs$name %in% known$job[joined], ]
+    rest <- jobs[!seq_len(nrow(jobs)) %in% at, ]
     # Jobs that may still come go to the hosts that wait.
     rest <- rest[order(rest$over), ]
+    # The engine of a template does not tell agents which jobs they are.
+    rest <- rest[seq_len(nrow(rest)) > sum(is.na(at)), ]
     waiting <- setdiff(hosts, joined)
     n <- min(length(waiting), nrow(rest))
     shown[utils::head(waiting, n), c("job", "state", "over")] <- utils::head(rest[c("id", "text", "over")], n)
@@ -164,7 +166,7 @@ jobsOfLauncher <- function(handle, number) {
     array <- batch$jobs$array[match(states$job, batch$jobs$job)]
     states <- states[rep(seq_len(nrow(states)), ifelse(array %in% TRUE, 1L, tasks)), ]
     data.frame(
-      name = paste0(states$job, "/", ifelse(is.na(states$task), "", states$task)),
+      name = jobNumber(paste0(states$job, "/", ifelse(is.na(states$task), "", states$task))),
       id = taskId(kind, states$job, states$task), text = stateText(states$state, states$reason),
       over = isFinalState(kind, states$state), answered = c(batch$answered, -Inf)[[1L]],
       stringsAsFactors = FALSE
@@ -172,6 +174,12 @@ jobsOfLauncher <- function(handle, number) {
   })
   rows <- do.call(rbind, rows)
   if (is.null(rows)) data.frame(name = character()) else rows
+}
+
+# Returns the name of a job as its number and its index in an array: engines write the number in several ways.
+jobNumber <- function(name) {
+  task <- sub("^.*/", "", name)
+  paste0(sub("^([0-9]*).*$", "\\1", name), "/", ifelse(grepl("^[0-9]+$", task), task, ""))
 }
 
 # Called while R waits: asks the engines for the states of jobs, and gives up hosts whose jobs have ended before their

@@ -31,7 +31,8 @@
 clusterHosts <- function(cl) {
   reports <- lapply(clustersOf(cl), function(part) hostsOf(part$handle))
   rows <- do.call(rbind, reports)
-  structure(rows, class = c("rustcluster_hosts", "data.frame"))
+  first <- c("host", "user", "state", "job", "job_state")
+  structure(rows[c(first, setdiff(names(rows), first))], class = c("rustcluster_hosts", "data.frame"))
 }
 
 #' @rdname clusterHosts

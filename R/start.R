@@ -152,7 +152,8 @@ hostPlans <- function(handle, asked, launches, settings) {
   kept <- usable[asked$owner]
   owner <- rep(asked$owner[kept], workers[kept])
   handle$owner <- owner
-  handle$hosts <- vapply(asked$hosts, `[[`, "", "host")[owner]
+  # Agents of batch engines have named their nodes.
+  handle$hosts <- vapply(handle$agents, `[[`, "", "host")[owner]
   handle$setupLogLimits <- vapply(report$available, setupLogBytes, 0, settings$setup_log_limit)
   xdr <- otherByteOrder(handle)
   lapply(seq_along(launches), function(i) {

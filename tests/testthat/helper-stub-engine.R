@@ -50,6 +50,18 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
       ids <- ids[file.exists(file.path(home, "jobs", ids, "state"))]
       ids[vapply(ids, state, "") %in% c("PENDING", "RUNNING")]
     },
+    # Kills a job and starts it again under its number, as engines do.
+    requeue = function(id) {
+      dir <- file.path(home, "jobs", id)
+      writeLines("PENDING", file.path(dir, "state.new"))
+      file.rename(file.path(dir, "state.new"), file.path(dir, "state"))
+      tools::pskill(-as.integer(readLines(file.path(dir, "pid"))), tools::SIGKILL)
+      code <- sprintf(
+        "sleep 0.5; cd '%s'; echo RUNNING >state; export SLURM_JOB_ID=%s; exec setsid sh -c 'echo $$ >pid; exec ./script'",
+        dir, sub("_.*$", "", id)
+      )
+      system2("sh", c("-c", shQuote(code)), stdout = FALSE, stderr = FALSE, wait = FALSE)
+    },
     # Ends a job as the engine does it, with a state of the engine.
     end = function(id, state, signal = tools::SIGKILL) {
       dir <- file.path(home, "jobs", id)

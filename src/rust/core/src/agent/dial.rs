@@ -267,7 +267,7 @@ fn child(path: &Path, local: &UnixStream, report: File) -> u8 {
         }
     };
     let job = std::env::var(JOB_NAME).unwrap_or_default();
-    let introduction = Introduction::new(incarnation, &process::hostname(), &job);
+    let introduction = Introduction::new(incarnation, &node_name(), &job);
     let connected = connect(&target, &introduction);
     drop(target);
     let Connected {
@@ -373,6 +373,12 @@ fn start_relay(path: &Path, local: UnixStream, report: OwnedFd) -> io::Result<()
         child(path, &local, File::from(report))
     }));
     exit_now(status.unwrap_or(FAILED));
+}
+
+/// The node's name in the batch engine's own words, which may differ from that of the machine.
+fn node_name() -> String {
+    let name = std::env::var("SLURMD_NODENAME");
+    name.unwrap_or_else(|_| process::hostname())
 }
 
 #[cfg(test)]
