@@ -141,8 +141,7 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
     # Jobs that may still come go to the hosts that wait.
     rest <- rest[order(rest$over), ]
     # The engine of a template does not tell agents which jobs they are.
-    rest <- rest[seq_len(nrow(rest)) > sum(is.na(at)), ]
-    waiting <- setdiff(hosts, joined)
+    waiting <- c(joined[is.na(at)], setdiff(hosts, joined))
     n <- min(length(waiting), nrow(rest))
     shown[utils::head(waiting, n), c("job", "state", "over")] <- utils::head(rest[c("id", "text", "over")], n)
     # Without a job that may come, a host waits in vain, unless a job is being submitted.
@@ -178,6 +177,7 @@ jobsOfLauncher <- function(handle, number) {
 
 # Returns the name of a job as its number and its index in an array: engines write the number in several ways.
 jobNumber <- function(name) {
+  if (!length(name)) return(character())
   task <- sub("^.*/", "", name)
   paste0(sub("^([0-9]*).*$", "\\1", name), "/", ifelse(grepl("^[0-9]+$", task), task, ""))
 }
@@ -249,7 +249,7 @@ endHost <- function(handle, i, shown, known) {
   }
   planned <- !is.na(known$draining[[i]]) ||
     grepl("^(TIMEOUT|PREEMPTED|NODE_FAIL|BOOT_FAIL|DEADLINE)", shown$state[[i]])
-  done <- tasksOf(handle, i)
+  done <- finishedTasks(handle, i)
   if (!identical(done, handle$tasksDone[i])) handle$renewals[i] <- 0L
   if (!planned || isTRUE(handle$renewals[i] >= maxRenewals)) {
     return(giveUpHost(handle, i, paste0(job, "has ended", state)))
@@ -312,4 +312,4 @@ waitProblem <- function(handle, i, timeout) {
 }
 
 # Returns the number of tasks that the workers of a host have finished.
-tasksOf <- function(handle, i) sum(checked(hub_status(handle$pointer))$done[handle$owner == i])
+finishedTasks <- function(handle, i) sum(checked(hub_status(handle$pointer))$done[handle$owner == i])

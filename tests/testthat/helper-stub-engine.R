@@ -32,7 +32,7 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
   }
   do.call("on.exit", list(bquote({
     Sys.setenv(PATH = .(old))
-    for (pid in .(pids)()) tools::pskill(-pid, tools::SIGKILL)
+    kill_groups(.(pids)())
     unlink(.(home), recursive = TRUE)
   }), add = TRUE, after = TRUE), envir = .frame)
   list(
@@ -55,7 +55,7 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
       dir <- file.path(home, "jobs", id)
       writeLines("PENDING", file.path(dir, "state.new"))
       file.rename(file.path(dir, "state.new"), file.path(dir, "state"))
-      tools::pskill(-as.integer(readLines(file.path(dir, "pid"))), tools::SIGKILL)
+      kill_groups(as.integer(readLines(file.path(dir, "pid"))))
       code <- sprintf(
         "sleep 0.5; cd '%s'; echo RUNNING >state; export SLURM_JOB_ID=%s; exec setsid sh -c 'echo $$ >pid; exec ./script'",
         dir, sub("_.*$", "", id)
@@ -63,13 +63,18 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
       system2("sh", c("-c", shQuote(code)), stdout = FALSE, stderr = FALSE, wait = FALSE)
     },
     # Ends a job as the engine does it, with a state of the engine.
-    end = function(id, state, signal = tools::SIGKILL) {
+    end = function(id, state, signal = "KILL") {
       dir <- file.path(home, "jobs", id)
       writeLines(state, file.path(dir, "state.new"))
       file.rename(file.path(dir, "state.new"), file.path(dir, "state"))
-      tools::pskill(-as.integer(readLines(file.path(dir, "pid"))), signal)
+      kill_groups(as.integer(readLines(file.path(dir, "pid"))), signal)
     }
   )
+}
+
+# Signals process groups, which tools::pskill() does not.
+kill_groups <- function(pids, signal = "KILL") {
+  if (length(pids)) suppressWarnings(system2("kill", c("-s", signal, "--", paste0("-", pids)), stderr = FALSE))
 }
 
 # Each element of an array is a directory JOB_TASK with the files state, name, task, reason and pid.
