@@ -2,12 +2,12 @@
 # process beside this session that outlives it: R never waits for the engine in a call that cannot be interrupted, and
 # no death of this session leaves an unknown job. Commands and answers are files in the directory of the jobs.
 
-# Returns an id for the jobs of a launcher.
-newJobsId <- function() {
+# Returns random bytes in hexadecimal.
+randomText <- function(count) {
   bytes <- tryCatch({
     source <- file("/dev/urandom", "rb", raw = TRUE)
     on.exit(close(source))
-    readBin(source, "raw", 6L)
+    readBin(source, "raw", count)
   }, error = function(e) abort("start_failed", "no random numbers: ", conditionMessage(e)))
   paste(as.character(bytes), collapse = "")
 }
@@ -251,7 +251,7 @@ jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   ofJob <- vapply(parts, function(part) any(part == number), NA)
   ofTask <- vapply(parts, function(part) is.na(task) || any(part[-1L] == task), NA)
   file <- files[ofJob & ofTask & !startsWith(files, "events")]
-  if (!length(file)) file <- intersect(files, "job.log")
+  if (!length(file)) file <- intersect(c("job.log", "pbs.out"), list.files(batch$directory))
   if (!length(file)) return("")
   paste(utils::tail(linesOf(file.path(batch$directory, file[[1L]])), lines), collapse = "\n")
 }

@@ -2,11 +2,11 @@
 # hosts whose jobs end. The jobs themselves: batch-jobs.R.
 
 #' @export
-launcherEntries.rustcluster_launcher <- function(launcher) {
+launcherEntries.rustcluster_batch <- function(launcher) {
   title <- sub("template", "job", launcher$kind, fixed = TRUE)
   lapply(seq_len(launcher$nodes), function(slot) {
     settings <- list(host = paste0(title, "-", slot), batch = launcher, slot = slot)
-    if (!is.null(launcher$rscript)) settings$rscript <- launcher$rscript
+    settings$rscript <- rscriptOf(launcher)
     if (!is.null(launcher$rlibs)) settings$rlibs <- launcher$rlibs
     list(settings = settings, workers = launcher$cores)
   })
@@ -38,7 +38,7 @@ letterOf <- function(number) if (number <= 26L) letters[[number]] else as.charac
 startBatches <- function(handle, asked, options) {
   launchers <- asked$launchers
   if (!length(launchers)) return(invisible())
-  keys <- vapply(launchers, function(launcher) newKey(), "")
+  keys <- vapply(launchers, function(launcher) randomText(32L), "")
   handle$dial <- list(keys = keys, ports = listenFor(handle, launchers, keys), launchers = launchers)
   handle$dial$scripts <- lapply(seq_along(launchers), function(number) {
     host <- Find(function(host) identical(host$dial, number), asked$hosts)
@@ -69,13 +69,6 @@ listenFor <- function(handle, launchers, keys) {
   ports
 }
 
-# Returns 32 random bytes as hexadecimal digits.
-newKey <- function() {
-  source <- file("/dev/urandom", "rb", raw = TRUE)
-  on.exit(close(source))
-  paste(as.character(readBin(source, "raw", 32L)), collapse = "")
-}
-
 # Submits jobs of a launcher, and does not wait for the engine. `nodes`: their number, if not all.
 addBatch <- function(handle, number, launcher) {
   dial <- handle$dial
@@ -83,7 +76,7 @@ addBatch <- function(handle, number, launcher) {
     sprintf("address %s %d", headAddresses(launcher), dial$ports[[number]]), paste("key", dial$keys[[number]]),
     paste("launcher", number)
   )
-  batch <- prepareJobs(launcher, newJobsId(), dial$scripts[[number]]$env, dial$scripts[[number]]$arguments)
+  batch <- prepareJobs(launcher, randomText(6L), dial$scripts[[number]]$env, dial$scripts[[number]]$arguments)
   batch$number <- number
   batch$submitting <- TRUE
   # From here on abandon() and stopCluster() end it.

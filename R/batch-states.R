@@ -84,6 +84,8 @@ takeAnswer <- function(batch, answer) {
   states <- batch$states
   number <- function(job) sub("^([0-9]+).*$", "\\1", job)
   at <- match(paste(number(states$job), states$task), paste(number(said$job), said$task))
+  # Some engines list an array as one job.
+  at <- ifelse(is.na(at), match(paste(number(states$job), NA), paste(number(said$job), said$task)), at)
   found <- !is.na(at)
   for (column in c("state", "reason", "node")) states[[column]][found] <- said[[column]][at[found]]
   over <- !found & !is.na(states$state) & !isFinalState(kind, states$state)
@@ -200,11 +202,11 @@ parsePbs <- function(lines) {
   if (!length(starts)) return(emptyStates())
   blocks <- split(lines[starts[[1L]]:length(lines)], findInterval(starts[[1L]]:length(lines), starts))
   rows <- lapply(blocks, function(block) {
-    # A long value goes on in lines that begin with a tab.
-    text <- gsub("\n\t", "", paste(block, collapse = "\n"), fixed = TRUE)
+    # A long value goes on in lines that begin with a tab. Some versions indent all lines by tabs.
+    text <- gsub("\n\t(?![A-Za-z_.]+ = )", "", paste(block, collapse = "\n"), perl = TRUE)
     block <- strsplit(text, "\n", fixed = TRUE)[[1L]]
     value <- function(name) {
-      found <- grep(paste0("^ *", name, " = "), block, value = TRUE)
+      found <- grep(paste0("^[ \t]*", name, " = "), block, value = TRUE)
       if (length(found)) sub("^[^=]*= ", "", found[[1L]]) else NA_character_
     }
     id <- trimws(sub("^Job Id:", "", block[[1L]]))

@@ -125,15 +125,18 @@ pbsChunk <- function(launcher, memory) {
 # Returns the command that is the agent: a script has to `exec` it, since engines send their signals to the process of
 # the script alone.
 agentCommand <- function(launcher, size, one, arguments) {
-  here <- is.null(launcher$login) && is.null(launcher$setup)
-  rscript <- if (!is.null(launcher$rscript)) launcher$rscript else if (here) ownRscript() else "Rscript"
-  command <- paste(shQuote(c(rscript, arguments, "-e", startExpression("dialMain"))), collapse = " ")
+  command <- paste(shQuote(c(rscriptOf(launcher), arguments, "-e", startExpression("dialMain"))), collapse = " ")
   if (!one) return(command)
   # One agent on each node. Without these options the end of one agent would end the others.
   paste(
     paste0("srun --nodes=", size), paste0("--ntasks=", size), "--ntasks-per-node=1",
     paste0("--cpus-per-task=", launcher$cores), "--no-kill --kill-on-bad-exit=0 --wait=0", command
   )
+}
+
+rscriptOf <- function(launcher) {
+  here <- is.null(launcher$login) && is.null(launcher$setup)
+  if (!is.null(launcher$rscript)) launcher$rscript else if (here) ownRscript() else "Rscript"
 }
 
 ownRscript <- function() file.path(R.home("bin"), "Rscript")
@@ -152,7 +155,8 @@ agentEnvironment <- function(launcher, id, env) {
   set <- env[!is.na(env)]
   seconds <- launcher$time$seconds
   c(
-    paste(c("unset R_HOME", names(env)[is.na(env)]), collapse = " "),
+    # Grid Engine passes commands on in QRSH_COMMAND, with bytes that are no text.
+    paste(c("unset R_HOME QRSH_COMMAND", names(env)[is.na(env)]), collapse = " "),
     paste0("export RUSTCLUSTER_JOB=\"", engine$job, "/", engine$task, "\""),
     if (!is.null(seconds)) {
       paste0("export RUSTCLUSTER_JOB_END=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
@@ -169,7 +173,7 @@ submitCommand <- function(launcher, file, directory) {
     htcondor = paste("condor_submit -terse", file),
     gridEngine = paste("qsub -terse", file),
     # The commands of Slurm for users of PBS ignore -o in a script.
-    pbs = paste("qsub -j oe -o", paste0(shellWord(directory), "/"), file),
+    pbs = paste("qsub -j oe -o", shellWord(paste0(directory, "/pbs.out")), file),
     lsf = paste("bsub <", file),
     template = gsub(keyPattern, file, launcher$submit, perl = TRUE)
   )
@@ -181,13 +185,13 @@ shellWord <- function(text) ifelse(grepl("^[A-Za-z0-9_./+@=,:-]+$", text), text,
 #' @rdname launchers
 #' @param x A launcher.
 #' @export
-print.rustcluster_launcher <- function(x, ...) {
+print.rustcluster_batch <- function(x, ...) {
   cat(format(x, ...), sep = "\n")
   invisible(x)
 }
 
 #' @export
-format.rustcluster_launcher <- function(x, ...) {
+format.rustcluster_batch <- function(x, ...) {
   # The number of the cluster is not known yet.
   made <- jobScripts(x, "ID")
   submissions <- made$submissions

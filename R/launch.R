@@ -4,8 +4,8 @@ hostLaunch <- function(host, options) {
   arguments <- rscriptArguments(options)
   # The agent of a batch job dials back, with the environment that its script has set.
   if (!is.null(host$dial)) {
-    rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
-    worker <- c(rscript, arguments, "-e", startExpression("workerMain"))
+    library <- dirname(getNamespaceInfo("rustcluster", "path"))
+    worker <- c("env", paste0("RUSTCLUSTER_LIB=", library), host[["rscript"]], arguments, "-e", startExpression("workerMain"))
     return(list(host = host$host, worker = worker, dial = host$dial))
   }
   env <- c(if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host))

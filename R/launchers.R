@@ -217,17 +217,17 @@ newLauncher <- function(kind, given, values) {
   ))
   launcher <- list(
     kind = kind,
-    nodes = wholeNumber(given$nodes, "nodes", "a number of nodes", 1, maxWorkers),
-    cores = wholeNumber(given$cores, "cores", "a number of cores of each node", 1, 4096),
+    nodes = wholeCount(given$nodes, "nodes", "a number of nodes", 1, maxWorkers),
+    cores = wholeCount(given$cores, "cores", "a number of cores of each node", 1, 4096),
     memory = memoryOf(given$memory), time = timeOf(given$time),
     queue = engineName(if (kind == "slurm") given$partition else given$queue,
                        if (kind == "slurm") "partition" else "queue"),
     account = engineName(given$account, "account"),
-    gpus = if (!isUnset(given$gpus)) wholeNumber(given$gpus, "gpus", "a number of GPUs of each node", 0, 4096),
+    gpus = if (!isUnset(given$gpus)) wholeCount(given$gpus, "gpus", "a number of GPUs of each node", 0, 4096),
     constraint = constraintOf(given$constraint, kind), extra = extraLines(given$extra, engine$prefix),
     setup = shellLines(given$setup), array = given$array,
     max_array = if (!is.null(given$max_array)) {
-      wholeNumber(given$max_array, "max_array", "a number of elements of an array", 1, 1e6)
+      wholeCount(given$max_array, "max_array", "a number of elements of an array", 1, 1e6)
     },
     name = jobName(given$name), dir = jobDirectory(given$dir),
     rscript = if (!isUnset(given$rscript)) texts(given$rscript, "rscript", 1L),
@@ -255,7 +255,7 @@ newLauncher <- function(kind, given, values) {
     badArgument("...", "all further arguments must be named")
   }
   launcher$lines <- launcherTemplate(launcher, given$template)
-  launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_launcher"))
+  launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_batch", "rustcluster_launcher"))
   # A key without a value is an error now, and not when a job is submitted.
   jobScripts(launcher, "id")
   launcher
@@ -303,7 +303,7 @@ argumentsOfEngines <- c(
   hosts = "nodes", project = "account", host = "address", ports = "port", modules = "setup", options = "extra"
 )
 
-wholeNumber <- function(value, argument, what, min, max) {
+wholeCount <- function(value, argument, what, min, max) {
   if (!is.numeric(value) || length(value) != 1L || !isTRUE(value >= min) || !isTRUE(value == round(value))) {
     badArgument(argument, "must be ", what, ", a whole number of at least ", min)
   }

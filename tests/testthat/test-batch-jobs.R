@@ -373,6 +373,8 @@ test_that("states of real engines are read", {
           "\tresource", "Job Id: 13.srv", "    job_state = R", "    exec_host = n1/0*2+n2/0"),
     rbind(row("12[].srv", 3, "Q", "Not Running: Insufficient amount ofresource"), row("13.srv", NA, "R", NA, "n1"))
   )
+  expect_identical(parse("pbs", "Job Id:\t2", "\tJob_Name = x", "\tjob_state = C", "\texec_host = n1/2"),
+                   row("2", NA, "C", NA_character_, "n1"))
   expect_identical(parse("lsf", "12|3|PEND|-|-|New job is waiting", "12|0|EXIT|2*n1:n2|TERM_RUNLIMIT|-"),
                    rbind(row("12", 3, "PEND", "New job is waiting"), row("12", NA, "EXIT", "TERM_RUNLIMIT", "n1")))
   expect_identical(parse("template", "12_3 R", " 13[4] PD no nodes", "x14 X"),
