@@ -2,10 +2,11 @@
 
 hostLaunch <- function(host, options) {
   arguments <- rscriptArguments(options)
-  # The agent of a batch job dials back, with the environment that its script has set.
+  # The agent of a batch job dials back. Its script has set its environment.
   if (!is.null(host$dial)) {
     library <- dirname(getNamespaceInfo("rustcluster", "path"))
-    worker <- c("env", paste0("RUSTCLUSTER_LIB=", library), host[["rscript"]], arguments, "-e", startExpression("workerMain"))
+    command <- c(host[["rscript"]], arguments, "-e", startExpression("workerMain"))
+    worker <- c("env", paste0("RUSTCLUSTER_LIB=", library), command)
     return(list(host = host$host, worker = worker, dial = host$dial))
   }
   env <- c(if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host))
