@@ -9,8 +9,8 @@ startExpression <- function(role) {
   )
 }
 
-# The main function of an agent that is started by a batch engine: it connects to the head as the file says whose path is
-# in RUSTCLUSTER_DIAL. An agent that has restarted itself is connected already.
+# The main function of an agent that is started by a batch engine: it connects to the head as the file says whose path
+# is in RUSTCLUSTER_DIAL. An agent that has restarted itself is connected already.
 dialMain <- function() {
   if (!nzchar(Sys.getenv("RUSTCLUSTER_HANDOVER"))) {
     status <- agent_dial(Sys.getenv("RUSTCLUSTER_DIAL"))

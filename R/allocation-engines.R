@@ -34,12 +34,12 @@ engineReaders <- list(
     if (length(cores) != length(nodes)) {
       unreadable(counted, "has ", length(cores), " counts for the ", length(nodes), " nodes in ", variable)
     }
-    each <- wholeNumber("SLURM_CPUS_PER_TASK")
+    each <- countVariable("SLURM_CPUS_PER_TASK")
     if (counted == "SLURM_TASKS_PER_NODE" && !is.na(each)) cores <- cores * each
     own <- Sys.getenv("SLURMD_NODENAME")
     # A job step may have fewer cores than the job. The script of a job is no step.
     step <- Sys.getenv("SLURM_STEP_ID", Sys.getenv("SLURM_STEPID"))
-    narrow <- nzchar(step) && !isTRUE(wholeNumber("SLURM_CPUS_ON_NODE") >= cores[match(own, nodes)])
+    narrow <- nzchar(step) && !isTRUE(countVariable("SLURM_CPUS_ON_NODE") >= cores[match(own, nodes)])
     list(
       job = Sys.getenv(firstSet(c("SLURM_JOB_ID", "SLURM_JOBID"))), variable = variable, nodes = nodes, cores = cores,
       own = if (narrow) "" else own
@@ -51,7 +51,7 @@ engineReaders <- list(
     lines <- factor(lines, unique(lines))
     cores <- tabulate(lines)
     # Torque lists a node once a core, and OpenPBS once a process (mpiprocs), of which NCPUS may be more.
-    each <- c(wholeNumber("PBS_NUM_PPN"), wholeNumber("NCPUS"))
+    each <- c(countVariable("PBS_NUM_PPN"), countVariable("NCPUS"))
     even <- length(unique(cores)) == 1L
     if (even && !all(is.na(each))) cores <- pmax(cores, each[!is.na(each)][[1L]])
     list(job = Sys.getenv("PBS_JOBID", NA), variable = "PBS_NODEFILE", nodes = levels(lines), cores = cores)
@@ -60,7 +60,7 @@ engineReaders <- list(
     if (!nzchar(Sys.getenv("PE_HOSTFILE"))) {
       # A job without a parallel environment has one node.
       if (!nzchar(Sys.getenv("SGE_ROOT")) || !nzchar(Sys.getenv("JOB_ID"))) return(NULL)
-      slots <- wholeNumber("NSLOTS")
+      slots <- countVariable("NSLOTS")
       own <- Sys.info()[["nodename"]]
       cores <- if (is.na(slots)) 1L else slots
       return(list(job = Sys.getenv("JOB_ID"), variable = "HOSTNAME", nodes = own, cores = cores, own = own))
@@ -106,7 +106,7 @@ unreadable <- function(variable, ...) {
 }
 
 # Returns the value of a variable that is a whole number above 0, or NA.
-wholeNumber <- function(variable) {
+countVariable <- function(variable) {
   text <- trimws(Sys.getenv(variable))
   if (grepl("^[1-9][0-9]{0,5}$", text)) as.integer(text) else NA_integer_
 }

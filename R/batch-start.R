@@ -122,8 +122,8 @@ nameNodes <- function(handle) {
 }
 
 # Returns what the engine says of the job of each host, a data frame with `job` and `state`, with a row for each host of
-# the cluster: NA for other hosts; `over`: no job will come for a host that waits, as the engine said at `answered`. A host
-# that waits is shown with a job that has not started.
+# the cluster: NA for other hosts; `over`: no job will come for a host that waits, as the engine said at `answered`. A
+# host that waits is shown with a job that has not started.
 jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
   count <- length(handle$agents)
   shown <- data.frame(job = rep(NA_character_, count), state = rep(NA_character_, count), stringsAsFactors = FALSE)
@@ -152,8 +152,8 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
   shown
 }
 
-# Returns all jobs of a launcher, with a row for each node: `name` as agents say it, `id` in the engine's form, `text` of
-# the state, `over`: whether it has ended, `answered`: when the query was made that the engine answered last.
+# Returns all jobs of a launcher, with a row for each node: `name` as agents say it, `id` in the engine's form, `text`
+# of the state, `over`: whether it has ended, `answered`: when the query was made that the engine answered last.
 jobsOfLauncher <- function(handle, number) {
   batches <- Filter(function(batch) batch$number == number && !isTRUE(batch$submitting), handle$batches)
   rows <- lapply(batches, function(batch) {

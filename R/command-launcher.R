@@ -7,8 +7,8 @@
 #' and no ssh is needed.
 #'
 #' The command must pass stdin and stdout on unchanged: `docker run`, `podman run` and `kubectl exec` need `-i`, and
-#' none may allocate a terminal (`-t`). R and the same version of \pkg{rustcluster} must be installed where the command runs
-#' them. `kubectl exec` needs `--` before the command.
+#' none may allocate a terminal (`-t`). R and the same version of \pkg{rustcluster} must be installed where the command
+#' runs them. `kubectl exec` needs `--` before the command.
 #'
 #' The agent ends when its stdin ends. If the command has not ended by then, it is killed with its process group.
 #'

@@ -37,7 +37,8 @@ conditionClasses <- list(
     timeout = "A task exceeded `timeout`. Fields `host`, `rank`, `index`, `results`, `failures`.",
     host_failed = "The agent of a host died, or the connection to it was lost. Fields `host`, `rank`.",
     job_ended = paste(
-      "The batch job of a worker ended while the worker had a task, and no other worker can run the task. Fields `host`,",
+      "The batch job of a worker ended while the worker had a task, and no other worker can run the task. Fields",
+      "`host`,",
       "`rank`, `reason`."
     ),
     protocol = paste(
@@ -82,7 +83,8 @@ conditionClasses <- list(
   ),
   message = c(
     host_draining = paste(
-      "The batch job of a host is about to end: its workers get no new tasks. Fields `host`, `reason`, `seconds` (until",
+      "The batch job of a host is about to end: its workers get no new tasks. Fields `host`, `reason`,",
+      "`seconds` (until",
       "the end, if they are known)."
     ),
     host_back = "A lost host is back.",

@@ -56,8 +56,9 @@ limits_check <- function(workers) .Call(wrap__limits_check, workers)
 log_start <- function() .Call(wrap__log_start)
 
 #' Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
-#' command and env (a named vector; NA removes a variable). `buffer_limit`: the bytes of results that the head
-#' buffers; further results stay on their hosts.
+#' command and env (a named vector; NA removes a variable), or of host and dial, the number of the launcher whose
+#' agent dials back. `buffer_limit`: the bytes of results that the head buffers; further results stay on their
+#' hosts.
 #' @noRd
 hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
 
@@ -154,7 +155,8 @@ hub_pids <- function(handle) .Call(wrap__hub_pids, handle)
 hub_agent_pids <- function(handle) .Call(wrap__hub_agent_pids, handle)
 
 #' Sends a message to a node. `setup_call`: the name of the variable that a set-up call sets (`""`: no
-#' particular variable), or `NULL` for any other call.
+#' particular variable), or `NULL` for any other call. Returns `NULL`, or `TRUE` if the node has not joined yet
+#' and the set-up call was only logged.
 #' @noRd
 hub_send <- function(handle, rank, job, message, setup_call) .Call(wrap__hub_send, handle, rank, job, message, setup_call)
 

@@ -138,8 +138,8 @@ agentCommand <- function(launcher, size, one, arguments) {
 
 ownRscript <- function() file.path(R.home("bin"), "Rscript")
 
-# Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB tells the agent which job of the engine it
-# is and which element of an array, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970).
+# Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB tells the agent which job of the engine
+# it is and which element of an array, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970).
 agentEnvironment <- function(launcher, id, env) {
   engine <- engines[[launcher$kind]]
   # The library of this session comes first on nodes that have it.

@@ -5,7 +5,8 @@ hostLaunch <- function(host, options) {
   # The agent of a batch job dials back, with the environment that its script has set.
   if (!is.null(host$dial)) {
     rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
-    return(list(host = host$host, worker = c(rscript, arguments, "-e", startExpression("workerMain")), dial = host$dial))
+    worker <- c(rscript, arguments, "-e", startExpression("workerMain"))
+    return(list(host = host$host, worker = worker, dial = host$dial))
   }
   env <- c(if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host))
   local <- host$local

@@ -384,7 +384,9 @@ shellLines <- function(value) {
 
 addressNames <- function(value) vapply(texts(value, "address"), function(text) {
   text <- hostName(text, "address")
-  if (grepl("[]['`\"$\\\\;&<>|(){}/,#?@]", text)) badArgument("address", "contains an invalid character, ", sQuote(text))
+  if (grepl("[]['`\"$\\\\;&<>|(){}/,#?@]", text)) {
+    badArgument("address", "contains an invalid character, ", sQuote(text))
+  }
   text
 }, "", USE.NAMES = FALSE)
 

@@ -12,9 +12,9 @@ newHandle <- function(pointer, agents) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
-  # Jobs of batch engines (batch-start.R): those of each submission (`batches`); keys, ports and launchers (`dial`); when
-  # they were last tended; for each host, since when it waits for a job, the number of new jobs in a row, the tasks that
-  # it had done then, and the id of the batch that is being submitted for it.
+  # Jobs of batch engines (batch-start.R): those of each submission (`batches`); keys, ports and launchers (`dial`);
+  # when they were last tended; for each host, since when it waits for a job, the number of new jobs in a row, the tasks
+  # that it had done then, and the id of the batch that is being submitted for it.
   handle$batches <- list()
   handle$dial <- NULL
   handle$tended <- -Inf
