@@ -3,6 +3,9 @@
 
 #' @export
 launcherEntries.rustcluster_batch <- function(launcher) {
+  if (!is.null(launcher$login)) {
+    abort("not_yet", "`login` is not supported yet; start this session on the login node")
+  }
   title <- sub("template", "job", launcher$kind, fixed = TRUE)
   lapply(seq_len(launcher$nodes), function(slot) {
     settings <- list(host = paste0(title, "-", slot), batch = launcher, slot = slot)
@@ -54,7 +57,8 @@ startBatches <- function(handle, asked, options) {
 listenFor <- function(handle, launchers, keys) {
   at <- lapply(launchers, function(launcher) {
     own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
-    list(addresses = if (own) launcher$address else "0.0.0.0", port = launcher$port)
+    any <- if (listensAtVersion6()) "::" else "0.0.0.0"
+    list(addresses = if (own) launcher$address else any, port = launcher$port)
   })
   ports <- integer(length(at))
   for (number in seq_along(at)) {
@@ -90,7 +94,15 @@ addBatch <- function(handle, number, launcher) {
 # Returns the addresses that agents try, in turn.
 headAddresses <- function(launcher) {
   if (length(launcher$address)) return(launcher$address)
-  unique(c(own_addresses(), "127.0.0.1"))
+  addresses <- own_addresses()
+  version6 <- grepl(":", addresses, fixed = TRUE)
+  if (listensAtVersion6()) unique(c(addresses, "::1")) else unique(c(addresses[!version6], "127.0.0.1"))
+}
+
+# Returns whether the head listens for IPv6, because this machine has no other address.
+listensAtVersion6 <- function() {
+  addresses <- own_addresses()
+  length(addresses) > 0L && all(grepl(":", addresses, fixed = TRUE))
 }
 
 # Ends the jobs of a cluster. An engine that does not answer keeps nobody waiting for long: the guards go on.
@@ -240,7 +252,8 @@ endHost <- function(handle, i, shown, known) {
     reason <- paste0(job, "ended before its agent had connected", state, tailText("end of its log", log))
     return(giveUpHost(handle, i, reason))
   }
-  planned <- !is.na(known$draining[[i]]) ||
+  # A job that was cancelled by hand is told to end, too.
+  planned <- grepl("^(time limit|warning)", known$draining[[i]]) ||
     grepl("^(TIMEOUT|PREEMPTED|NODE_FAIL|BOOT_FAIL|DEADLINE)", shown$state[[i]])
   done <- finishedTasks(handle, i)
   if (!identical(done, handle$tasksDone[i])) handle$renewals[i] <- 0L

@@ -41,7 +41,7 @@
 #'   session; with `setup` or `login`, the `Rscript` in the PATH of the job.
 #' @param rlibs (character) Library paths of the agent and its workers (`R_LIBS`). Default: the paths of the node.
 #' @param address (character) Names or addresses of this machine that nodes connect to, tried in turn. Default: the
-#'   address of the route to the nodes.
+#'   addresses of this machine, in the order of its network interfaces.
 #' @param port (integer) The TCP port that the nodes connect to: a number, a range `c(from, to)`, or `0`, the default,
 #'   for any free port.
 #' @param login (character) `"user@host"`: the login node of a cluster whose nodes cannot connect to this machine.

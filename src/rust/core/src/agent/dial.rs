@@ -400,7 +400,7 @@ mod tests {
             ("launcher 3\n", ""),
             ("00ff", "0g"),
             ("00ff", ""),
-            ("address", "adress"),
+            ("address", "addresses"),
             ("key ", "# "),
         ] {
             assert!(
