@@ -322,8 +322,10 @@ asParallels <- function(answer) {
 answersRead <- function(handle, expr) {
   tryCatch(
     withCallingHandlers(expr, error = function(e) {
+      # R may notice that a time limit is exceeded in any function of this package: see raiseInterrupt().
+      if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE)
       reading <- hub_reading(handle$pointer)
-      if (is.double(reading) && !isTimeLimit(e)) signalUnread(e, task = reading[[1L]], nodeIndex = reading[[2L]])
+      if (is.double(reading)) signalUnread(e, task = reading[[1L]], nodeIndex = reading[[2L]])
     }),
     rustcluster_unread = identity
   )
