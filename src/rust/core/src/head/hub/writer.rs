@@ -273,7 +273,9 @@ impl Hub {
             self.submit(false);
             sent = true;
         }
-        let waits = self.writing.as_ref().is_none_or(|w| !w.is_call());
+        // A retried task goes before the tasks that wait behind it: they are not sent until it has been written.
+        let writing = self.writing.as_ref();
+        let waits = writing.is_none_or(|writing| !writing.is_call() && !writing.again);
         sent && waits && self.core().queued > SEND_LIMIT
     }
 
