@@ -344,6 +344,37 @@ hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
+#' Starts a process in the background and returns its handle, or a text that says why it cannot be started.
+#' `env`: a named vector; NA removes a variable. `input`: raw bytes for its stdin, which stays open if
+#' `open_input`. `heartbeat`: seconds between empty lines on its stdin, or 0. `max_silence`: seconds without
+#' output after which it is killed, or 0. `kill_on_drop`: whether it is killed when the handle is collected;
+#' otherwise its stdin ends.
+#' @noRd
+background_start <- function(command, env, input, open_input, heartbeat, max_silence, kill_on_drop) .Call(wrap__background_start, command, env, input, open_input, heartbeat, max_silence, kill_on_drop)
+
+#' Waits for the end of a background process, or with `or_output` for more on its stdout, at most `wait` seconds
+#' or one slice. Returns whether it has ended.
+#' @noRd
+background_wait <- function(handle, wait, or_output) .Call(wrap__background_wait, handle, wait, or_output)
+
+#' Returns what is known of a background process: pid, status (`NULL` while it runs, `NA` after a signal), signal,
+#' stdout and stderr (raw), truncated, silent.
+#' @noRd
+background_report <- function(handle) .Call(wrap__background_report, handle)
+
+#' Ends the stdin of a background process.
+#' @noRd
+background_end_input <- function(handle) .Call(wrap__background_end_input, handle)
+
+#' Kills a background process and its process group.
+#' @noRd
+background_kill <- function(handle) .Call(wrap__background_kill, handle)
+
+#' Ends the stdin of `other`, or with `kill` kills it, once the process behind `handle` has ended. If that was
+#' killed for its silence, `other` is killed.
+#' @noRd
+background_on_end <- function(handle, other, kill) .Call(wrap__background_on_end, handle, other, kill)
+
 #' In a separate process, takes the channel from stdin and returns the packages to attach.
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)
@@ -371,3 +402,8 @@ worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 
+
+#' Serves as a gateway until the head has closed stdin or is silent. Returns why it has ended. `cancel`: the path
+#' of a script, or "". `address`: an IP address. `ports`: the first and the last port of a range.
+#' @noRd
+gateway_run <- function(socket, address, ports, heartbeat_timeout, max_connections, cancel, directory) .Call(wrap__gateway_run, socket, address, ports, heartbeat_timeout, max_connections, cancel, directory)

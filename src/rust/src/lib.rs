@@ -13,6 +13,7 @@
 
 mod agent;
 mod codec;
+mod gateway;
 mod head;
 mod r;
 mod worker;
@@ -46,4 +47,5 @@ extendr_module! {
     use agent;
     use head;
     use worker;
+    use gateway;
 }
