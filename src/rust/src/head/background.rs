@@ -27,7 +27,7 @@ fn seconds(number: f64) -> Option<Duration> {
 /// Starts a process in the background and returns its handle, or a text that says why it cannot be started.
 /// `env`: a named vector; NA removes a variable. `input`: raw bytes for its stdin, which stays open if
 /// `open_input`. `heartbeat`: seconds between empty lines on its stdin, or 0. `max_silence`: seconds without
-/// output after which it is killed, or 0. `kill_on_drop`: whether it is killed when the handle is collected;
+/// output, after its first, after which it is killed, or 0. `kill_on_drop`: whether it is killed when the handle is collected;
 /// otherwise its stdin ends.
 /// @noRd
 #[extendr]

@@ -29,7 +29,7 @@ pub struct Options {
     pub open_input: bool,
     /// How often an empty line is written to stdin as a heartbeat.
     pub heartbeat: Option<Duration>,
-    /// The process is killed if it prints nothing for this time.
+    /// The process is killed if it prints nothing for this time after its first output.
     pub max_silence: Option<Duration>,
     /// Whether the process is killed when its value is dropped. Otherwise its stdin ends.
     pub kill_on_drop: bool,
@@ -301,7 +301,7 @@ struct Served {
     options: Options,
     written: usize,
     last_heartbeat: Instant,
-    last_output: Instant,
+    last_output: Option<Instant>,
 }
 
 impl Served {
@@ -320,7 +320,7 @@ impl Served {
             options,
             written: 0,
             last_heartbeat: Instant::now(),
-            last_output: Instant::now(),
+            last_output: None,
         };
         let ends = [
             served.stdin.as_ref().map(AsRawFd::as_raw_fd),
@@ -376,9 +376,7 @@ impl Served {
         let heartbeat = self.options.heartbeat.filter(|_| self.stdin.is_some());
         let times = [
             heartbeat.map(|interval| self.last_heartbeat + interval),
-            self.options
-                .max_silence
-                .map(|limit| self.last_output + limit),
+            self.silence_limit(),
         ];
         let wait = times.into_iter().flatten().min().map_or(-1, |next| {
             let left = next.saturating_duration_since(Instant::now());
@@ -387,6 +385,11 @@ impl Served {
         });
         // SAFETY: the array is valid for its length. An error means only that all ends are tried.
         unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, wait) };
+    }
+
+    /// When the process will have been silent for too long.
+    fn silence_limit(&self) -> Option<Instant> {
+        self.last_output?.checked_add(self.options.max_silence?)
     }
 
     fn clear_wake(&mut self) {
@@ -458,7 +461,7 @@ impl Served {
             }
         }
         if came {
-            self.last_output = Instant::now();
+            self.last_output = Some(Instant::now());
             self.shared.changed.notify_all();
         }
     }
@@ -467,9 +470,8 @@ impl Served {
     /// process may itself have been stopped.
     fn check_silence(&mut self) {
         let late = self
-            .options
-            .max_silence
-            .is_some_and(|limit| self.last_output.elapsed() > limit);
+            .silence_limit()
+            .is_some_and(|limit| Instant::now() > limit);
         if late {
             self.options.max_silence = None;
             self.shared.lock().report.silent = true;
