@@ -240,6 +240,7 @@ privateDir <- function() {
 
 # Returns a name that nobody can guess.
 randomName <- function() {
-  bytes <- readBin("/dev/urandom", "raw", 8L)
-  paste(format(bytes), collapse = "")
+  source <- file("/dev/urandom", "rb", raw = TRUE)
+  on.exit(close(source))
+  paste(format(readBin(source, "raw", 8L)), collapse = "")
 }
