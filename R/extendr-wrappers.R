@@ -348,7 +348,7 @@ hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle
 #' `env`: a named vector; NA removes a variable. `input`: raw bytes for its stdin, which stays open if
 #' `open_input`. `heartbeat`: seconds between empty lines on its stdin, or 0. `max_silence`: seconds without
 #' output, after its first, after which it is killed, or 0. `kill_on_drop`: whether it is killed when the handle is collected;
-#' otherwise its stdin ends.
+#' otherwise its stdin ends, and it gets SIGTERM when this process ends.
 #' @noRd
 background_start <- function(command, env, input, open_input, heartbeat, max_silence, kill_on_drop) .Call(wrap__background_start, command, env, input, open_input, heartbeat, max_silence, kill_on_drop)
 
@@ -361,6 +361,10 @@ background_wait <- function(handle, wait, or_output) .Call(wrap__background_wait
 #' stdout and stderr (raw), truncated, silent.
 #' @noRd
 background_report <- function(handle) .Call(wrap__background_report, handle)
+
+#' Sends a line to a background process whose stdin is open. Returns whether it can still read it.
+#' @noRd
+background_send <- function(handle, line) .Call(wrap__background_send, handle, line)
 
 #' Ends the stdin of a background process.
 #' @noRd

@@ -22,8 +22,12 @@ openLink <- function(login, rshcmd = NULL, rshopts = NULL, env = character(), ti
   link$remote <- paste0("/tmp/rustcluster-", randomName())
   opened <- FALSE
   on.exit(if (!opened) endLink(link, 0))
-  # The shell removes the local directory when ssh has ended, also after this session.
-  wrapper <- "\"$@\"; status=$?; rm -rf -- \"$RUSTCLUSTER_LINK\"; exit $status"
+  # The shell removes the local directory when ssh has ended, also after this session. It gets SIGTERM when this session
+  # ends, since forks of the session keep stdin open.
+  wrapper <- paste0(
+    "exec 3<&0; \"$@\" <&3 3<&- & ssh=$!; trap 'kill $ssh' TERM; wait $ssh; status=$?; wait $ssh 2> /dev/null; ",
+    "rm -rf -- \"$RUSTCLUSTER_LINK\"; exit $status"
+  )
   command <- c("sh", "-c", wrapper, "sh", sshWith(host, c(
     "-M", "-S", link$control, "-o", "ControlPersist=no", "-o", "ExitOnForwardFailure=no"
   )), loginShellCommand(masterScript(link$remote)))

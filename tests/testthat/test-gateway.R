@@ -38,10 +38,10 @@ pids_with <- function(text) {
 link_traces <- function(link) c(link$local, link$remote)
 
 expect_link_gone <- function(traces, within = 10) {
+  # The test's own head has the path of its socket among its arguments.
   left <- function() {
-    c(traces[file.exists(traces)], unlist(lapply(traces, function(text) {
-      vapply(pids_with(text), process_command, "")
-    })))
+    commands <- unlist(lapply(traces, function(text) vapply(pids_with(text), process_command, "")))
+    c(traces[file.exists(traces)], grep("^[^ ]*python3 -c", commands, value = TRUE, invert = TRUE))
   }
   wait_until(function() length(left()) == 0L, within + slack())
   remains <- left()
@@ -117,7 +117,11 @@ expect_jobs_gone <- function(at, within = 10) {
   expect_true(wait_until(function() !file.exists(at$dir), within + slack()))
 }
 
-pid_of <- function(process) internal("background_report")(process)$pid
+# Returns the pid of the ssh that holds the connection, without the shell that waits for it.
+master_ssh <- function(at) {
+  pids <- pids_with(paste("-M -S", at$link$control))
+  pids[vapply(pids, function(pid) startsWith(process_command(pid), "ssh"), NA)]
+}
 
 on_both <- function(test) {
   test(engineHost())
@@ -229,25 +233,30 @@ test_that("nothing is left when the head is killed", {
     guard <- get("engineGuard")(host, jobs$guard)
     port <- get("startGateway")(host, jobs$cancel, address = "127.0.0.1", rscript = rscript, rlibs = .libPaths())
     say("traces", host$link$local, host$link$remote)
+    # A fork of the head keeps descriptors of the head open.
+    fork <- parallel::mcparallel(Sys.sleep(600))
+    say("fork", fork$pid)
     say("gateway", readLines(file.path(host$link$remote, "gateway")))
     Sys.sleep(600)
   }, values = list(rshcmd = ssh$rshcmd, jobs = jobs, rscript = file.path(R.home("bin"), "Rscript")))
   gateway <- as.integer(child_wait_for(child, "gateway"))
   traces <- strsplit(child_said(child, "traces"), " ")[[1L]]
+  fork <- note_pids(child_pids(child, "fork"))
+  on.exit(tools::pskill(fork, tools::SIGKILL))
   expect_true(all(file.exists(traces)))
   expect_alive(c(gateway, jobs$job))
   child_signal(child, tools::SIGKILL)
   expect_jobs_gone(jobs)
   expect_gone(gateway, 5)
   expect_link_gone(traces)
+  expect_alive(fork)
 })
 
 test_that("nothing is left when the ssh connection is killed, and the reason is known", {
   skip_without_sshd()
   ssh <- local_sshd()
   at <- local_gateway(ssh)
-  master <- pids_with(paste("-M -S", at$link$control))
-  tools::pskill(master, tools::SIGKILL)
+  tools::pskill(master_ssh(at), tools::SIGKILL)
   expect_jobs_gone(at)
   expect_gone(at$gateway, 5)
   expect_link_gone(link_traces(at$link))
@@ -285,10 +294,7 @@ test_that("nothing is left when the link freezes", {
   skip_without_sshd()
   ssh <- local_sshd()
   at <- local_gateway(ssh, heartbeat_timeout = 2)
-  master <- pids_with(paste("-M -S", at$link$control))
-  # The shell that waits for ssh is not the link.
-  frozen <- master[vapply(master, function(pid) startsWith(process_command(pid), "ssh"), NA)]
-  tools::pskill(frozen, tools::SIGSTOP)
+  tools::pskill(master_ssh(at), tools::SIGSTOP)
   expect_jobs_gone(at, 12)
   expect_gone(at$gateway, 12)
   expect_true(wait_until(function() !is.null(linkProblem(at$link)), 12))

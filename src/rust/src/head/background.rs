@@ -28,7 +28,7 @@ fn seconds(number: f64) -> Option<Duration> {
 /// `env`: a named vector; NA removes a variable. `input`: raw bytes for its stdin, which stays open if
 /// `open_input`. `heartbeat`: seconds between empty lines on its stdin, or 0. `max_silence`: seconds without
 /// output, after its first, after which it is killed, or 0. `kill_on_drop`: whether it is killed when the handle is collected;
-/// otherwise its stdin ends.
+/// otherwise its stdin ends, and it gets SIGTERM when this process ends.
 /// @noRd
 #[extendr]
 fn background_start(
@@ -54,6 +54,7 @@ fn background_start(
         heartbeat: seconds(heartbeat),
         max_silence: seconds(max_silence),
         kill_on_drop,
+        end_with_parent: !kill_on_drop,
         ..Options::default()
     };
     match Background::start(options) {
@@ -99,6 +100,15 @@ fn background_report(handle: Robj) -> Robj {
     })
 }
 
+/// Sends a line to a background process whose stdin is open. Returns whether it can still read it.
+/// @noRd
+#[extendr]
+fn background_send(handle: Robj, line: &str) -> Robj {
+    with_background(&handle, |background| {
+        background.send(format!("{line}\n").as_bytes()).into()
+    })
+}
+
 /// Ends the stdin of a background process.
 /// @noRd
 #[extendr]
@@ -138,6 +148,7 @@ extendr_module! {
     fn background_start;
     fn background_wait;
     fn background_report;
+    fn background_send;
     fn background_end_input;
     fn background_kill;
     fn background_on_end;

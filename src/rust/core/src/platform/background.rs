@@ -33,6 +33,9 @@ pub struct Options {
     pub max_silence: Option<Duration>,
     /// Whether the process is killed when its value is dropped. Otherwise its stdin ends.
     pub kill_on_drop: bool,
+    /// Whether the process gets SIGTERM when the thread that started it ends. Its stdin stays open if a fork of
+    /// this process outlives it.
+    pub end_with_parent: bool,
     /// The first bytes of stdout that are kept.
     pub max_stdout: usize,
 }
@@ -47,6 +50,7 @@ impl Default for Options {
             heartbeat: None,
             max_silence: None,
             kill_on_drop: true,
+            end_with_parent: false,
             max_stdout: 16 << 20,
         }
     }
@@ -85,6 +89,8 @@ struct State {
     /// The process has been reaped, and its output may not have been read to its end.
     reaped: Option<Exit>,
     end_input: bool,
+    /// Bytes for stdin that the thread has not taken yet.
+    more_input: Vec<u8>,
     links: Vec<(Arc<Shared>, OnEnd)>,
 }
 
@@ -159,11 +165,15 @@ impl Background {
                 None => command.env_remove(name),
             };
         }
-        // SAFETY: setsid, pthread_sigmask and signal are async-signal-safe. setsid cannot fail in a fresh fork.
+        let end_with_parent = options.end_with_parent;
+        // SAFETY: setsid, prctl, pthread_sigmask and signal are async-signal-safe. setsid cannot fail in a fresh fork.
         unsafe {
-            command.pre_exec(|| {
+            command.pre_exec(move || {
                 libc::setsid();
                 signals::reset();
+                if end_with_parent {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM as libc::c_ulong);
+                }
                 Ok(())
             });
         }
@@ -221,6 +231,20 @@ impl Background {
             let waited = self.shared.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Appends to the input of the process. Returns whether the process can still read it.
+    pub fn send(&self, bytes: &[u8]) -> bool {
+        let open = {
+            let mut state = self.shared.lock();
+            let open = state.running && !state.end_input;
+            if open {
+                state.more_input.extend_from_slice(bytes);
+            }
+            open
+        };
+        self.shared.wake();
+        open
     }
 
     /// Ends the stdin of the process once its input has been written.
@@ -401,6 +425,7 @@ impl Served {
     fn write(&mut self) {
         let Some(stdin) = &mut self.stdin else { return };
         let input = &mut self.options.input;
+        input.append(&mut self.shared.lock().more_input);
         let heartbeat = self.options.heartbeat;
         if heartbeat.is_some_and(|interval| self.last_heartbeat.elapsed() >= interval) {
             self.last_heartbeat = Instant::now();
@@ -427,7 +452,8 @@ impl Served {
             *input = Vec::new();
             self.written = 0;
         }
-        if self.shared.lock().end_input {
+        let state = self.shared.lock();
+        if state.end_input && state.more_input.is_empty() {
             self.stdin = None;
         }
     }
@@ -648,6 +674,28 @@ mod tests {
         );
         one.on_end(&late, OnEnd::Kill);
         assert!(late.wait(LONG, false));
+    }
+
+    #[test]
+    fn lines_are_sent_in_order_until_the_input_ends() {
+        let cat = sh(
+            "cat",
+            Options {
+                open_input: true,
+                ..Options::default()
+            },
+        );
+        let mut expected = Vec::new();
+        for i in 0..20_000 {
+            let line = format!("order {i}\n");
+            assert!(cat.send(line.as_bytes()));
+            expected.extend_from_slice(line.as_bytes());
+        }
+        cat.end_input();
+        assert!(!cat.send(b"late\n"));
+        assert!(cat.wait(LONG, false));
+        assert!(cat.report().stdout == expected);
+        assert!(!cat.send(b"late\n"));
     }
 
     #[test]
