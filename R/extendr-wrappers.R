@@ -14,6 +14,12 @@ is_own_address <- function(text) .Call(wrap__is_own_address, text)
 #' @noRd
 agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
+#' Connects this process to the head, as the file at `path` says, and makes that connection its stdin and stdout.
+#' Returns `NULL`, or the status with which the process has to end; the reason has been written to stderr. To be
+#' called before this process has a second thread.
+#' @noRd
+agent_dial <- function(path) .Call(wrap__agent_dial, path)
+
 #' Makes this process execute `command` when it ends. The caller then ends R. The new program continues with
 #' the same head, and leaves the packages `after` to the workers.
 #' @noRd
@@ -50,6 +56,12 @@ log_start <- function() .Call(wrap__log_start)
 #' buffers; further results stay on their hosts.
 #' @noRd
 hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
+
+#' Listens for agents that dial back, on one port between `port_from` and `port_to` (0 for any) at all
+#' `addresses`. `keys`: the key of each launcher, in hexadecimal, by the number of the launcher. A later call
+#' without addresses only sets the keys. Returns a list with the port.
+#' @noRd
+hub_listen <- function(handle, addresses, port_from, port_to, keys) .Call(wrap__hub_listen, handle, addresses, port_from, port_to, keys)
 
 #' Returns whether all agents have greeted or failed; waits up to one slice for that.
 #' @noRd

@@ -3,6 +3,7 @@
 use crate::r::failure::Failure;
 use crate::worker::serve;
 use extendr_api::prelude::*;
+use rustcluster_core::agent::dial;
 use rustcluster_core::agent::startup::{self, Greeted};
 use rustcluster_core::agent::{Guard, Role};
 use rustcluster_core::platform::{elf, fd, limits, log};
@@ -13,7 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
@@ -53,6 +54,18 @@ fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) ->
             list!(packages = packages, after = after, forks = forks).into()
         }
         Err(error) => failed(&error),
+    }
+}
+
+/// Connects this process to the head, as the file at `path` says, and makes that connection its stdin and stdout.
+/// Returns `NULL`, or the status with which the process has to end; the reason has been written to stderr. To be
+/// called before this process has a second thread.
+/// @noRd
+#[extendr]
+fn agent_dial(path: &str) -> Robj {
+    match dial::dial(Path::new(path)) {
+        Ok(()) => ().into(),
+        Err(status) => i32::from(status).into(),
     }
 }
 
@@ -226,6 +239,7 @@ fn agent_run() -> Robj {
 extendr_module! {
     mod agent;
     fn agent_greet;
+    fn agent_dial;
     fn agent_restart;
     fn agent_spawn;
     fn code_reads_sources;

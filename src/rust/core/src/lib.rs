@@ -17,4 +17,5 @@ pub mod gateway;
 pub mod head;
 pub mod platform;
 pub mod protocol;
+pub mod relay;
 pub mod worker;

@@ -5,15 +5,16 @@ use crate::codec::batch;
 use crate::codec::stream::Format;
 use crate::r::failure::Failure;
 use extendr_api::prelude::*;
-use rustcluster_core::agent::startup;
+use rustcluster_core::agent::{dial, startup};
 use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
-use rustcluster_core::head::launch::Launch;
+use rustcluster_core::head::launch::{Launch, Source};
 use rustcluster_core::head::scheduler::MAX_SHARED_RESULTS;
 use rustcluster_core::platform::{limits, log};
 use rustcluster_core::protocol::control::{Outfile, Start, StartMode, ToHead};
 use rustcluster_core::protocol::ids::Rank;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -46,8 +47,9 @@ fn log_start() -> Robj {
 }
 
 /// Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
-/// command and env (a named vector; NA removes a variable). `buffer_limit`: the bytes of results that the head
-/// buffers; further results stay on their hosts.
+/// command and env (a named vector; NA removes a variable), or of host and dial, the number of the launcher whose
+/// agent dials back. `buffer_limit`: the bytes of results that the head buffers; further results stay on their
+/// hosts.
 /// @noRd
 #[extendr]
 fn hub_start(
@@ -93,6 +95,68 @@ fn hub_start(
     }
 }
 
+/// Listens for agents that dial back, on one port between `port_from` and `port_to` (0 for any) at all
+/// `addresses`. `keys`: the key of each launcher, in hexadecimal, by the number of the launcher. A later call
+/// without addresses only sets the keys. Returns a list with the port.
+/// @noRd
+#[extendr]
+fn hub_listen(
+    handle: Robj,
+    addresses: Vec<String>,
+    port_from: i32,
+    port_to: i32,
+    keys: Vec<String>,
+) -> Robj {
+    let bad = |argument: &str, reason: String| {
+        Failure::new("bad_argument")
+            .with("argument", argument)
+            .with("reason", reason)
+    };
+    with_hub(&handle, |hub| {
+        let parsed: std::result::Result<Vec<IpAddr>, String> = addresses
+            .iter()
+            .map(|text| text.parse().map_err(|_| format!("{text} is no IP address")))
+            .collect();
+        let parsed = parsed.map_err(|reason| bad("address", reason))?;
+        let port = |port: i32| {
+            let parsed = u16::try_from(port);
+            parsed.map_err(|_| bad("port", format!("{port} is no port number")))
+        };
+        let ports = port(port_from)?..=port(port_to)?;
+        let parsed_keys = (1u32..).zip(&keys).map(|(launcher, key)| {
+            let key = dial::key_of(key).ok_or_else(|| bad("keys", "not a key".into()))?;
+            Ok((launcher, key))
+        });
+        let parsed_keys: std::result::Result<Vec<_>, Failure> = parsed_keys.collect();
+        match hub.listen(&parsed, &ports, parsed_keys?) {
+            Ok(port) => Ok(Listening(port)),
+            Err(error) => {
+                let ports = match (ports.start(), ports.end()) {
+                    (0, _) => "any port".to_owned(),
+                    (from, to) if from == to => format!("port {from}"),
+                    (from, to) => format!("a port from {from} to {to}"),
+                };
+                Err(Failure::new("start_failed").with(
+                    "reason",
+                    format!(
+                        "cannot listen at {} on {ports}: {error}",
+                        addresses.join(", ")
+                    ),
+                ))
+            }
+        }
+    })
+}
+
+/// The result of `hub_listen()`.
+struct Listening(u16);
+
+impl From<Listening> for Robj {
+    fn from(listening: Listening) -> Robj {
+        list!(port = i32::from(listening.0)).into()
+    }
+}
+
 fn not_a_description(argument: &str) -> Robj {
     Failure::new("bad_argument")
         .with("argument", argument)
@@ -102,6 +166,12 @@ fn not_a_description(argument: &str) -> Robj {
 
 fn launch_of(host: &Robj) -> Option<Launch> {
     let fields: HashMap<&str, Robj> = host.as_list()?.iter().collect();
+    let name = fields.get("host")?.as_str()?.to_owned();
+    if let Some(dial) = fields.get("dial").filter(|dial| !dial.is_null()) {
+        let launcher = u32::try_from(dial.as_integer()?).ok()?;
+        let source = Source::DialBack { launcher };
+        return Some(Launch { host: name, source });
+    }
     let env = fields.get("env")?;
     let names = env.names().into_iter().flatten().map(str::to_owned);
     let values = env.as_str_vector().unwrap_or_default();
@@ -111,9 +181,11 @@ fn launch_of(host: &Robj) -> Option<Launch> {
     });
     let command = strings(fields.get("command")?);
     Some(Launch {
-        host: fields.get("host")?.as_str()?.to_owned(),
-        command: command.into_iter().map(Into::into).collect(),
-        env: env.collect(),
+        host: name,
+        source: Source::Command {
+            command: command.into_iter().map(Into::into).collect(),
+            env: env.collect(),
+        },
     })
 }
 
@@ -139,6 +211,9 @@ fn hub_hosts(handle: Robj) -> Robj {
         };
         let refusal = |host: &HostView| host.start_failure.as_ref().map(refusal);
         Ok(list!(
+            node = text(&|h| h.node.clone()),
+            peer = text(&|h| Some(h.peer?.ip().to_string())),
+            job = text(&|h| h.job.clone()),
             hostname = text(&|h| Some(h.hello.as_ref()?.hostname.clone())),
             r_version = text(&|h| Some(h.hello.as_ref()?.r_version.clone())),
             platform = text(&|h| Some(h.hello.as_ref()?.platform.clone())),
@@ -422,6 +497,7 @@ extendr_module! {
     fn limits_check;
     fn log_start;
     fn hub_start;
+    fn hub_listen;
     fn hub_greeted;
     fn hub_hosts;
     fn hub_reconnect;

@@ -13,6 +13,7 @@
 pub mod action;
 mod blob_memory;
 pub mod blobs;
+pub mod dial;
 mod dump;
 mod fork;
 mod guard;

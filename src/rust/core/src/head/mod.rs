@@ -3,6 +3,7 @@
 pub mod activity;
 pub mod batching;
 pub mod blobs;
+pub mod dial_back;
 pub mod hub;
 pub mod job;
 pub mod launch;

@@ -17,8 +17,11 @@ use crate::protocol::body::Body;
 use crate::protocol::control::{Hello, ToAgent, ToHead, WorkerFailure};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::ids::{BlobId, JobId, Rank, TaskId};
+use crate::protocol::noise::Key;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, MutexGuard};
@@ -154,8 +157,11 @@ impl Hub {
         let registry = streams.registry().try_clone()?;
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
         let theirs = shared_core.clone();
+        let listeners = shared_core.core().dial_back.open();
         let body = move || {
-            let result = catch_unwind(AssertUnwindSafe(|| run(hosts, hello, &theirs, streams)));
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                run(hosts, hello, &theirs, streams, listeners);
+            }));
             let mut core = theirs.core();
             core.inbox.close(match result {
                 Ok(()) => "the cluster was stopped",
@@ -247,6 +253,21 @@ impl Hub {
         core.setup_log = Some(setup_log);
         core.start_timeout = start_timeout;
         Ok(())
+    }
+
+    /// Listens for agents that dial back, on one port of this range at all these addresses; port 0 means any.
+    /// `keys`: the number and the key of each launcher, of which a later call names all. A later call without
+    /// addresses only sets the keys. Returns the port. The listener ends with the cluster.
+    ///
+    /// # Errors
+    /// When no port of the range is free, or an address is not of this machine.
+    pub fn listen(
+        &self,
+        addresses: &[IpAddr],
+        ports: &RangeInclusive<u16>,
+        keys: Vec<(u32, Key)>,
+    ) -> io::Result<u16> {
+        self.core().dial_back.listen(addresses, ports, keys)
     }
 
     /// Whether a host is reconnected when it is lost.

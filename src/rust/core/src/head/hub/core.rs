@@ -13,6 +13,7 @@ use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
 use crate::head::activity::Measure;
+use crate::head::dial_back::DialBack;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
 use crate::head::setup_log_file::SetupLogFile;
@@ -87,6 +88,8 @@ pub struct Core {
     /// The head's set-up log, if lost hosts are reconnected.
     pub setup_log: Option<SetupLogFile>,
     pub restoring: RestoreQueue,
+    /// The agents that dial back.
+    pub dial_back: DialBack,
     /// The recent events, for bug reports.
     pub recent: Recent,
     /// How long a reconnected host may take to start.
@@ -148,6 +151,7 @@ impl SharedCore {
                 inbox: Inbox::new(hosts),
                 setup_log: None,
                 restoring: RestoreQueue::default(),
+                dial_back: DialBack::default(),
                 recent: Recent::default(),
                 start_timeout: Duration::MAX,
                 queued: 0,

@@ -131,6 +131,12 @@ pub struct WorkerView {
 /// A host as R's thread sees it.
 #[derive(Clone, Debug, Default)]
 pub struct HostView {
+    /// The machine of an agent that has dialled back, as it names itself.
+    pub node: Option<String>,
+    /// The address from which the agent has dialled back.
+    pub peer: Option<std::net::SocketAddr>,
+    /// The batch engine's name for the job of an agent that has dialled back, if the agent knows it.
+    pub job: Option<String>,
     /// The process that was launched: on this machine the agent itself.
     pub pid: Option<u32>,
     /// The agent's greeting, once it has come.

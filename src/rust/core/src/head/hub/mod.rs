@@ -23,6 +23,7 @@ mod writing;
 
 pub use client::{Answer, Hub, Progress};
 pub use connection::Plan;
+pub(super) use core::SharedCore;
 pub use dump::Dump;
 pub use futures::{CallEnd, Waker};
 pub use inbox::{Event, HostFailure, HostView, WorkerView};

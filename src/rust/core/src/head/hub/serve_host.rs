@@ -2,7 +2,7 @@
 
 use super::core::SharedCore;
 use super::inbox::HostFailure;
-use crate::head::launch::{self, AgentProcess, Launch, Launched};
+use crate::head::launch::{self, AgentProcess, Launch, Launched, Source};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{self, Hello, ToAgent};
 use crate::protocol::handshake::{Greeting, MAGIC};
@@ -77,14 +77,20 @@ async fn serve_one(
     hello: &Hello,
     again: bool,
 ) -> HostFailure {
+    let (command, env) = match &launch.source {
+        Source::Command { command, env } => (command, env),
+        Source::DialBack { launcher } => {
+            return serve_dialled(shared_core, agent, *launcher, hello, again).await;
+        }
+    };
     let (exit_tx, exit) = oneshot::channel();
-    let launched = launch::start(launch, move |status| {
+    let launched = launch::start(command, env, move |status| {
         let _ = exit_tx.send(status);
     });
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
-            let program = launch.command.first();
+            let program = command.first();
             let program = program.map(|p| p.to_string_lossy().into_owned());
             let program = program.unwrap_or_default();
             let reason = format!("the agent could not be started: {program}: {error}");
@@ -130,6 +136,58 @@ async fn serve_one(
         stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
         stdout: greeting.noise(),
         status: status.and_then(|status| status.code()),
+    }
+}
+
+/// Waits for an agent that dials back, serves it, and returns why it ended.
+async fn serve_dialled(
+    shared_core: &SharedCore,
+    agent: usize,
+    launcher: u32,
+    hello: &Hello,
+    again: bool,
+) -> HostFailure {
+    let (dialled, stop) = {
+        let mut core = shared_core.core();
+        let stop = core.conns[agent].stop.clone();
+        (core.dial_back.wait(launcher, agent), stop)
+    };
+    let connection = tokio::select! {
+        connection = dialled => connection,
+        () = stop.notified() => {
+            return HostFailure::new("no agent had dialled back when the host was stopped".into());
+        }
+    };
+    let Ok(connection) = connection else {
+        return HostFailure::new("the head listens no more".into());
+    };
+    {
+        let mut core = shared_core.core();
+        let host = &mut core.inbox.hosts[agent];
+        let introduction = &connection.introduction;
+        host.node = Some(introduction.hostname.clone());
+        host.peer = Some(connection.peer);
+        host.job = Some(introduction.job.clone()).filter(|job| !job.is_empty());
+        core.changed();
+    }
+    let (stream, relay) = match connection.start() {
+        Ok(started) => started,
+        Err(error) => {
+            return HostFailure::new(format!("the agent's connection was refused: {error}"));
+        }
+    };
+    let mut greeting = Greeting::default();
+    let ended = talk(shared_core, agent, hello, stream, &mut greeting, again).await;
+    // From here on the stream is closed on the head's side, which asks the agent to end.
+    let ended = ended.and(shared_core.core().detach(agent));
+    let closed = relay.finish(EXIT_TIMEOUT).await;
+    HostFailure {
+        reason: match ended {
+            Ok(()) => format!("the agent's connection {closed}"),
+            Err(error) => format!("{error} (the agent's connection {closed})"),
+        },
+        stdout: greeting.noise(),
+        ..HostFailure::default()
     }
 }
 
