@@ -63,6 +63,10 @@ hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(w
 #' @noRd
 hub_listen <- function(handle, addresses, port_from, port_to, keys) .Call(wrap__hub_listen, handle, addresses, port_from, port_to, keys)
 
+#' Listens for agents whose connections a gateway passes on to a Unix socket at `path`. hub_listen() sets the keys.
+#' @noRd
+hub_listen_unix <- function(handle, path) .Call(wrap__hub_listen_unix, handle, path)
+
 #' Returns whether all agents have greeted or failed; waits up to one slice for that.
 #' @noRd
 hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)

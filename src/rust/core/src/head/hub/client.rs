@@ -270,6 +270,15 @@ impl Hub {
         self.core().dial_back.listen(addresses, ports, keys)
     }
 
+    /// Listens for agents whose connections a gateway passes on to a Unix socket at this path. [`Hub::listen`] sets
+    /// the keys.
+    ///
+    /// # Errors
+    /// When the socket cannot be made there.
+    pub fn listen_unix(&self, path: &std::path::Path) -> io::Result<()> {
+        self.core().dial_back.listen_unix(path)
+    }
+
     /// Whether a host is reconnected when it is lost.
     pub fn takes_back(&self, agent: usize) -> bool {
         self.core().takes_back(agent)
