@@ -106,6 +106,8 @@ endLink <- function(link, timeout) {
   for (process in processes) background_end_input(process)
   on.exit({
     for (process in processes) background_kill(process)
+    # unlink() does not remove sockets.
+    file.remove(list.files(link$local, all.files = TRUE, no.. = TRUE, full.names = TRUE))
     unlink(link$local, recursive = TRUE)
   })
   deadline <- proc.time()[["elapsed"]] + timeout
