@@ -129,8 +129,8 @@ engineRemoveDir <- function(host, path) {
   invisible()
 }
 
-# Starts the guard of a cluster's jobs: sh runs the script at the path `script`, whose stdin ends when this session ends,
-# when the connection is lost, or by engineGuardRelease().
+# Starts the guard of a cluster's jobs: sh runs the script at the path `script`, which may have arguments. Its stdin ends
+# when this session ends, when the connection is lost, or by engineGuardRelease().
 engineGuard <- function(host, script) {
   link <- host$link
   if (is.null(link)) {
@@ -138,7 +138,7 @@ engineGuard <- function(host, script) {
   } else {
     # The gateway ends the guard by its pid if the link is dead. Its command names the directory of the gateway.
     command <- sessionCommand(link, paste0(
-      exportEnv(host$env), "echo $$ >> ", link$remote, "/pids; exec sh ", shQuote(script), " ", link$remote
+      exportEnv(host$env), "echo $$ >> ", link$remote, "/pids; exec sh ", paste(shQuote(script), collapse = " "), " ", link$remote
     ))
   }
   env <- if (is.null(link)) host$env else character()

@@ -395,6 +395,26 @@ background_kill <- function(handle) .Call(wrap__background_kill, handle)
 #' @noRd
 background_on_end <- function(handle, other, kill) .Call(wrap__background_on_end, handle, other, kill)
 
+#' Starts a guard in a session of its own. It ends the jobs when it is released, or when this process ends.
+#' @noRd
+guard_start <- function(command) .Call(wrap__guard_start, command)
+
+#' Returns the process id of a guard.
+#' @noRd
+guard_pid <- function(guard) .Call(wrap__guard_pid, guard)
+
+#' Sends a line to a guard. Returns whether the guard is there to read it.
+#' @noRd
+guard_send <- function(guard, line) .Call(wrap__guard_send, guard, line)
+
+#' Tells a guard to end the jobs.
+#' @noRd
+guard_release <- function(guard) .Call(wrap__guard_release, guard)
+
+#' Returns whether a guard has ended; waits up to `max` seconds for that, and not longer than one slice.
+#' @noRd
+guard_ended <- function(guard, max) .Call(wrap__guard_ended, guard, max)
+
 #' In a separate process, takes the channel from stdin and returns the packages to attach.
 #' @noRd
 worker_connect <- function() .Call(wrap__worker_connect)

@@ -7,10 +7,10 @@
 #   guards    the sessions of the guards of jobs (engineGuard()).
 # If this session ends, so does the stdin of all of them. If the gateway ends, the stdin of the others ends.
 
-# Connects to a login node, `"user@host"`. Returns the engine host there; see endLink() for its end. `rshcmd` and
+# Connects to a login node, `"user@host"` or a host as of hostAddress(). Returns the engine host there; see endLink() for its end. `rshcmd` and
 # `rshopts` as in makeRustCluster(); `env`: variables for commands there.
 openLink <- function(login, rshcmd = NULL, rshopts = NULL, env = character(), timeout = 60, heartbeat_timeout = 20) {
-  host <- c(hostAddress(login, "login"), list(rshcmd = rshcmd, rshopts = rshopts))
+  host <- c(if (is.list(login)) login else hostAddress(login, "login"), list(rshcmd = rshcmd, rshopts = rshopts))
   host <- host[lengths(host) > 0L]
   link <- new.env(parent = emptyenv())
   link$host <- host
@@ -80,20 +80,6 @@ startGateway <- function(host, cancel = "", address = "0.0.0.0", ports = 0L, rsc
   for (other in c(link$guards, list(link$master))) background_on_end(link$gateway, other, FALSE)
   link$port <- as.integer(sub("port ", "", line))
   link$port
-}
-
-# Connects to a login node and starts a gateway there for one launcher. Returns the engine host there; its `link` has
-# the `port`. `listen`: called with the path of the socket on which the head has to listen.
-openGateway <- function(login, launcher, listen, ..., cancel = "", timeout = 60) {
-  host <- openLink(login, ..., timeout = timeout)
-  opened <- FALSE
-  on.exit(if (!opened) closeGateway(host, 0))
-  listen(host$link$socket)
-  startGateway(
-    host, cancel, ports = launcher$port, rscript = launcher$rscript, rlibs = launcher$rlibs, timeout = timeout
-  )
-  opened <- TRUE
-  host
 }
 
 # Ends the gateway, which cancels the jobs, the guards, and the connection. Waits at most `timeout` seconds, and then

@@ -1,15 +1,7 @@
 # Returns the command that starts the agent of a host, and the variables that are added to its environment.
 
 hostLaunch <- function(host, options) {
-  arguments <- c(
-    # R grows its heap by this much at the start before it collects garbage. A full collection in a worker writes to its
-    # whole heap, whose pages are then no longer shared. Two thirds of the default keep the heap small: a worker takes
-    # 28 MB instead of 42.
-    "--min-nsize=200k",
-    # These are the default packages of a PSOCK worker.
-    if (options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats,methods",
-    options$rscript_args
-  )
+  arguments <- rscriptArguments(options)
   env <- c(
     if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),
     threadVariables(host$threads), logVariables(), host$rscript_envs
@@ -29,6 +21,19 @@ hostLaunch <- function(host, options) {
     list(command = sshCommand(host, remoteScript(command("agentMain"), env)), env = character())
   }
   c(list(host = host$host, worker = worker), launch)
+}
+
+# Returns the arguments of Rscript for an agent or a separate worker.
+rscriptArguments <- function(options) {
+  c(
+    # R grows its heap by this much at the start before it collects garbage. A full collection in a worker writes to its
+    # whole heap, whose pages are then no longer shared. Two thirds of the default keep the heap small: a worker takes
+    # 28 MB instead of 42.
+    "--min-nsize=200k",
+    # These are the default packages of a PSOCK worker.
+    if (options$methods) "--default-packages=datasets,utils,grDevices,graphics,stats,methods",
+    options$rscript_args
+  )
 }
 
 # Returns the script that sh runs on the host. `env`: NA removes a variable.

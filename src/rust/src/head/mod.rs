@@ -6,6 +6,7 @@ mod call;
 mod dump;
 mod elements;
 mod events;
+mod guard_process;
 pub mod handle;
 mod job;
 mod losses;
@@ -32,4 +33,5 @@ extendr_module! {
     use status;
     use dump;
     use background;
+    use guard_process;
 }

@@ -1,0 +1,398 @@
+# Jobs of batch engines: submitted, queried, cancelled, and never left behind. The engines are stubs, whose jobs are
+# real processes; in place of an agent each runs a script that says who it is and sleeps.
+
+watch_processes()
+
+internal <- function(name) get(name, asNamespace("rustcluster"))
+submitJobs <- function(...) internal("submitJobs")(...)
+stopJobs <- function(...) internal("stopJobs")(...)
+queryJobs <- function(...) internal("queryJobs")(...)
+awaitStates <- function(...) internal("awaitStates")(...)
+cancelJobs <- function(...) internal("cancelJobs")(...)
+jobLog <- function(...) internal("jobLog")(...)
+
+stub_kinds <- c("slurm", "htcondor", "gridEngine", "pbs", "lsf", "template")
+
+# Returns a launcher whose jobs sleep, and the directory for its files.
+sleeping <- function(kind, stub, nodes = 3L, ...) {
+  agent <- file.path(stub$home, "agent")
+  writeLines(c("#!/bin/sh", "echo \"agent of $RUSTCLUSTER_JOB/$RUSTCLUSTER_TASK\"", "exec sleep 600"), agent)
+  Sys.chmod(agent, "0755")
+  given <- list(nodes = nodes, cores = 2, rscript = agent, dir = file.path(stub$home, "shared"), ...)
+  if (kind == "template") {
+    given <- c(given, list(
+      template = paste(
+        "#!/bin/sh", "#SBATCH --job-name={{ job_name }}", "#SBATCH --array={{ tasks }}",
+        "#SBATCH --output={{ log_file }}", "{{ environment }}", "exec {{ command }}", sep = "\n"
+      ),
+      submit = "mysub", cancel = "mydel {{ jobs }}", status = "mystat {{ jobs }}"
+    ))
+  }
+  do.call(if (kind == "template") "jobTemplate" else kind, given)
+}
+
+running <- c(
+  slurm = "RUNNING", htcondor = "RUNNING", gridEngine = "r", pbs = "R", lsf = "RUN", template = "RUNNING"
+)
+
+# Waits until the engine says that all jobs of a batch are in this state.
+expect_states <- function(batch, state) {
+  reached <- function() {
+    states <- awaitStates(batch)$state
+    !anyNA(states) && all(states == state)
+  }
+  wait_until(reached)
+  expect_identical(unique(batch$states$state), state)
+}
+
+expect_ended <- function(stub, batch) {
+  expect_identical(stub$jobs(), character())
+  expect_false(file.exists(batch$directory))
+  wait_until(function() !any(alive(stub$pids())))
+  expect_false(any(alive(stub$pids())))
+}
+
+for (kind in stub_kinds) {
+  test_that(paste("jobs of", kind, "start, are seen, and end"), {
+    stub <- local_stub_engine(kind)
+    batch <- submitJobs(sleeping(kind, stub), "id1")
+    on.exit(stopJobs(batch))
+    expect_match(batch$jobs$job, "^90000010")
+    expect_identical(batch$jobs$tasks, 3L)
+    expect_identical(length(stub$jobs()), 3L)
+    expect_states(batch, running[[kind]])
+    first <- if (kind == "htcondor") 0L else 1L
+    expect_identical(batch$states$task, first + 0:2)
+    # The job becomes the agent itself, and knows who it is.
+    wait_until(function() length(stub$pids()) == 3L && all(grepl("sleep", vapply(stub$pids(), process_command, ""))))
+    expect_true(all(startsWith(vapply(stub$pids(), process_command, ""), "sleep 600")))
+    if (kind != "template") {
+      seen <- function() jobLog(batch, batch$jobs$job, first + 1L)
+      if (kind == "pbs") seen <- function() jobLog(batch, batch$jobs$job)
+      wait_until(function() nzchar(seen()))
+      expect_match(seen(), "^agent of 900000100.*/[0-9]")
+    }
+    # One element ends, and the others stay.
+    if (kind != "template") {
+      expect_true(cancelJobs(batch, batch$jobs$job, first + 1L))
+      wait_until(function() length(stub$jobs()) == 2L)
+      expect_identical(stub$jobs(), paste0("900000100_", first + c(0L, 2L)))
+      awaitStates(batch)
+      expect_true(internal("isFinalState")(kind, batch$states$state[[2L]]))
+      expect_identical(batch$states$state[c(1L, 3L)], rep(running[[kind]], 2L))
+    }
+    expect_true(stopJobs(batch))
+    expect_ended(stub, batch)
+  })
+
+  test_that(paste("a single job of", kind, "has no array"), {
+    skip_if(kind == "template")
+    stub <- local_stub_engine(kind)
+    batch <- submitJobs(sleeping(kind, stub, nodes = 1L), "id1")
+    on.exit(stopJobs(batch))
+    expect_states(batch, running[[kind]])
+    expect_identical(batch$states$task, if (kind == "htcondor") 0L else NA_integer_)
+    expect_true(stopJobs(batch))
+    expect_ended(stub, batch)
+  })
+
+  test_that(paste("a refusal of", kind, "is an error with the command, its output and the script"), {
+    stub <- local_stub_engine(kind)
+    stub$set("refuse", "error: invalid partition specified: nowhere")
+    error <- tryCatch(submitJobs(sleeping(kind, stub), "id1"), error = identity)
+    expect_s3_class(error, "rustcluster_start_failed")
+    expect_match(conditionMessage(error), "invalid partition specified: nowhere", fixed = TRUE)
+    expect_match(conditionMessage(error), "exit status 1", fixed = TRUE)
+    expect_match(error$command, "sub|sbatch")
+    expect_match(conditionMessage(error), if (kind == "htcondor") "request_cpus = 2" else "exec ", fixed = TRUE)
+    expect_identical(list.files(file.path(stub$home, "shared")), character())
+    expect_identical(stub$jobs(), character())
+  })
+
+  test_that(paste("a job of", kind, "that never starts has a state and a reason, and is cancelled"), {
+    stub <- local_stub_engine(kind)
+    stub$set("pending", "Resources")
+    batch <- submitJobs(sleeping(kind, stub), "id1")
+    on.exit(stopJobs(batch))
+    waiting <- c(slurm = "PENDING", htcondor = "IDLE", gridEngine = "qw", pbs = "Q", lsf = "PEND", template = "PENDING")
+    expect_states(batch, waiting[[kind]])
+    if (kind != "gridEngine") {
+      expect_identical(batch$states$reason, rep("Resources", 3L))
+      expect_identical(internal("stateText")(batch$states$state, batch$states$reason)[[1L]],
+                       paste0(waiting[[kind]], " (Resources)"))
+    }
+    expect_true(stopJobs(batch))
+    expect_ended(stub, batch)
+  })
+}
+
+test_that("only the user can read the files of the jobs, and the key is in no script", {
+  stub <- local_stub_engine("slurm")
+  key <- c("address localhost 1234", "key 00ff00ff", "launcher 1")
+  batch <- submitJobs(sleeping("slurm", stub), "id1", key = key)
+  on.exit(stopJobs(batch))
+  path <- file.path(batch$directory, "key")
+  expect_identical(readLines(path), key)
+  expect_identical(format(file.mode(path)), "600")
+  expect_identical(format(file.mode(batch$directory)), "700")
+  others <- setdiff(list.files(batch$directory, full.names = TRUE), path)
+  expect_false(any(grepl("00ff00ff", unlist(lapply(others, readLines)))))
+  expect_false(any(grepl("00ff00ff", stub$log())))
+  # A directory that is there may be another user's, or another cluster's.
+  expect_error(submitJobs(batch$launcher, "id1"), "already exists", class = "rustcluster_start_failed")
+  expect_true(dir.exists(batch$directory))
+})
+
+test_that("a command that prints no id is an error, and its jobs are cancelled by name", {
+  stub <- local_stub_engine("slurm")
+  sbatch <- file.path(stub$home, "bin", "sbatch")
+  writeLines(sub("^echo \"[$]id\"$", "echo Submitted", readLines(sbatch)), sbatch)
+  error <- tryCatch(submitJobs(sleeping("slurm", stub), "id1"), error = identity)
+  expect_s3_class(error, "rustcluster_start_failed")
+  expect_match(conditionMessage(error), "contains no job id.*Submitted")
+  expect_gt(length(stub$log()), 1L)
+  expect_identical(stub$jobs(), character())
+})
+
+test_that("several arrays are submitted one after the other, and each is known", {
+  stub <- local_stub_engine("slurm")
+  batch <- submitJobs(sleeping("slurm", stub, nodes = 5L, max_array = 2L), "id1")
+  on.exit(stopJobs(batch))
+  expect_identical(batch$jobs$job, c("900000100", "900000101", "900000102"))
+  expect_identical(batch$jobs$array, c(TRUE, TRUE, FALSE))
+  expect_states(batch, "RUNNING")
+  expect_identical(nrow(batch$states), 5L)
+  expect_true(stopJobs(batch))
+  expect_ended(stub, batch)
+})
+
+test_that("a query never makes R wait, and a failed query ends no job", {
+  stub <- local_stub_engine("slurm")
+  batch <- submitJobs(sleeping("slurm", stub), "id1")
+  on.exit(stopJobs(batch))
+  expect_states(batch, "RUNNING")
+  stub$set("no_query", "yes")
+  awaitStates(batch)
+  expect_identical(unique(batch$states$state), "RUNNING")
+  expect_match(batch$problem, "Unable to contact the controller")
+  stub$set("no_query", NULL)
+  stub$set("hang", 3)
+  queries <- function() sum(startsWith(stub$log(), "squeue"))
+  before <- queries()
+  seconds <- system.time(for (i in 1:20) queryJobs(batch, force = TRUE))[["elapsed"]]
+  expect_lt(seconds, 2)
+  stub$set("hang", NULL)
+  # One query is under way at a time.
+  wait_until(function() queries() > before)
+  expect_identical(queries(), before + 1L)
+  awaitStates(batch)
+  expect_null(batch$problem)
+  # Nor are there many in a short time.
+  before <- queries()
+  for (i in 1:20) queryJobs(batch)
+  expect_lte(queries(), before + 1L)
+})
+
+test_that("a job that the engine ended keeps the engine's last words", {
+  stub <- local_stub_engine("slurm")
+  batch <- submitJobs(sleeping("slurm", stub), "id1")
+  on.exit(stopJobs(batch))
+  expect_states(batch, "RUNNING")
+  stub$end("900000100_2", "NODE_FAIL")
+  awaitStates(batch)
+  expect_identical(batch$states$state, c("RUNNING", "NODE_FAIL", "RUNNING"))
+  # The engine forgets it after a while.
+  unlink(file.path(stub$home, "jobs", "900000100_2"), recursive = TRUE)
+  unlink(file.path(stub$home, "jobs", "900000100_3"), recursive = TRUE)
+  awaitStates(batch)
+  expect_identical(batch$states$state, c("RUNNING", "NODE_FAIL", "ENDED"))
+})
+
+test_that("cancelling is repeated until the engine confirms it", {
+  for (kind in c("slurm", "template")) {
+    stub <- local_stub_engine(kind)
+    batch <- submitJobs(sleeping(kind, stub), "id1")
+    stub$set("no_cancel", 3)
+    expect_true(stopJobs(batch, limit = 60))
+    expect_ended(stub, batch)
+    stub$set("no_cancel", NULL)
+  }
+})
+
+# ---- when the session ends ----------------------------------------------------
+
+# Starts an R session that submits jobs, says "submitted", may fork a child that outlives it, and sleeps.
+head_session <- function(stub, kind, forks = FALSE, .frame = parent.frame()) {
+  file <- file.path(stub$home, "launcher.rds")
+  saveRDS(sleeping(kind, stub), file)
+  child <- start_child({
+    batch <- rustcluster:::submitJobs(readRDS(file), "id1")
+    if (forks) {
+      forked <- parallel::mcparallel(Sys.sleep(600))
+      say("forked", forked$pid)
+    }
+    say("submitted")
+    Sys.sleep(600)
+  }, values = list(file = file, forks = forks), .frame = .frame)
+  note_pids(child$pid)
+  child
+}
+
+shared <- function(stub) list.files(file.path(stub$home, "shared"))
+
+expect_all_gone <- function(stub) {
+  wait_until(function() !length(stub$jobs()) && !length(shared(stub)))
+  expect_identical(stub$jobs(), character())
+  expect_identical(shared(stub), character())
+  wait_until(function() !any(alive(stub$pids())))
+  expect_false(any(alive(stub$pids())))
+}
+
+for (kind in stub_kinds) {
+  test_that(paste("no job of", kind, "is left when the session is killed"), {
+    stub <- local_stub_engine(kind)
+    head <- head_session(stub, kind)
+    child_wait_for(head, "submitted")
+    wait_until(function() length(stub$pids()) == 3L)
+    expect_identical(length(stub$jobs()), 3L)
+    child_signal(head, tools::SIGKILL)
+    expect_all_gone(stub)
+  })
+}
+
+test_that("no job is left when the session is killed while a submission is under way", {
+  stub <- local_stub_engine("slurm")
+  stub$set("hang", 2)
+  head <- head_session(stub, "slurm")
+  wait_until(function() any(startsWith(stub$log(), "sbatch")))
+  expect_identical(stub$jobs(), character())
+  child_signal(head, tools::SIGKILL)
+  # The command goes on, the job is submitted, and is cancelled then.
+  wait_until(function() any(startsWith(stub$log(), "scancel")))
+  stub$set("hang", NULL)
+  expect_all_gone(stub)
+  expect_true(dir.exists(file.path(stub$home, "jobs", "900000100_1")))
+})
+
+test_that("an interrupt while a submission is under way leaves nothing", {
+  stub <- local_stub_engine("slurm")
+  stub$set("hang", 1)
+  head <- head_session(stub, "slurm")
+  wait_until(function() any(startsWith(stub$log(), "sbatch")))
+  child_signal(head, tools::SIGINT)
+  wait_until(function() any(startsWith(stub$log(), "scancel")))
+  expect_all_gone(stub)
+  child_wait_end(head)
+  expect_null(child_said(head, "submitted"))
+})
+
+test_that("a process that was forked from the session and outlives it keeps no job alive", {
+  stub <- local_stub_engine("slurm")
+  head <- head_session(stub, "slurm", forks = TRUE)
+  child_wait_for(head, "submitted")
+  child <- note_pids(child_pids(head, "forked"))
+  on.exit(tools::pskill(child, tools::SIGKILL))
+  child_signal(head, tools::SIGKILL)
+  expect_all_gone(stub)
+  expect_true(alive(child))
+  tools::pskill(child, tools::SIGKILL)
+})
+
+test_that("a guard that was killed is replaced when the cluster stops", {
+  stub <- local_stub_engine("slurm")
+  batch <- submitJobs(sleeping("slurm", stub), "id1")
+  expect_states(batch, "RUNNING")
+  guard <- internal("guard_pid")(batch$guard)
+  tools::pskill(guard, tools::SIGKILL)
+  wait_until(function() internal("guard_ended")(batch$guard, 0))
+  # Queries go on, too.
+  expect_identical(unique(awaitStates(batch)$state), "RUNNING")
+  expect_false(internal("guard_pid")(batch$guard) == guard)
+  tools::pskill(internal("guard_pid")(batch$guard), tools::SIGKILL)
+  wait_until(function() internal("guard_ended")(batch$guard, 0))
+  expect_true(stopJobs(batch))
+  expect_ended(stub, batch)
+})
+
+test_that("a guard removes nothing but a directory that was made for its jobs", {
+  skip_on_cran()
+  guard <- system.file("guard.sh", package = "rustcluster")
+  home <- tempfile("odd-")
+  dir.create(file.path(home, "id1"), recursive = TRUE)
+  file <- file.path(home, "id1", "precious")
+  writeLines("x", file)
+  run <- function(dir, name = "rustcluster-id1") {
+    suppressWarnings(system2("sh", c(guard, shQuote(dir), "slurm", name), stdin = "/dev/null", stdout = FALSE,
+                             stderr = FALSE))
+  }
+  # It is not marked.
+  expect_identical(run(file.path(home, "id1")), 2L)
+  writeLines("rustcluster-other", file.path(home, "id1", "jobs-of"))
+  expect_identical(run(file.path(home, "id1")), 2L)
+  writeLines("rustcluster-id1", file.path(home, "id1", "jobs-of"))
+  for (dir in c("/", "", "id1", ".", file.path(home, "id1", ""), file.path(home, "x", "..", "id1"),
+                paste0(home, "/id1 "), paste0(home, "//id1"), home, "/tmp/$HOME")) {
+    expect_identical(run(dir), 2L)
+  }
+  expect_identical(run(file.path(home, "id1"), "rustcluster-id2"), 2L)
+  file.symlink(file.path(home, "id1"), file.path(home, "id3"))
+  expect_identical(run(file.path(home, "id3"), "rustcluster-id3"), 2L)
+  expect_true(file.exists(file))
+  expect_identical(run(file.path(home, "id1")), 0L)
+  expect_false(file.exists(file.path(home, "id1")))
+  expect_true(file.exists(home))
+})
+
+# ---- what engines print -------------------------------------------------------
+
+test_that("states of real engines are read", {
+  parse <- function(kind, ...) internal("parseStates")(kind, c(...))
+  row <- function(job, task, state, reason = NA_character_, node = NA_character_) {
+    data.frame(job = job, task = as.integer(task), state = state, reason = reason, node = node)
+  }
+  expect_identical(parse("slurm", "12|3|PENDING|Resources|", "12|N/A|RUNNING|None|n[1-4]"),
+                   rbind(row("12", 3, "PENDING", "Resources"), row("12", NA, "RUNNING", NA, "n[1-4]")))
+  expect_identical(
+    parse("htcondor", "14\t0\t2\tslot1@n1\tundefined\tundefined", "14\t1\t5\tundefined\tno | disk\tundefined"),
+    rbind(row("14", 0, "RUNNING", NA, "n1"), row("14", 1, "HELD", "no | disk"))
+  )
+  expect_identical(
+    parse(
+      "gridEngine",
+      "job-ID  prior   name       user         state submit/start at     queue                slots ja-task-ID",
+      "---------------------------------------------------------------------------------------------------------",
+      "      7 0.55500 rustcluste engtest      r     11/29/2026 10:00:00 all.q@n1.local           1 1",
+      "      7 0.55500 rustcluste engtest      Eqw   11/29/2026 10:00:00                          1 2",
+      "      8 0.00000 rustcluste engtest      qw    11/29/2026 10:00:00                          4",
+      "error 7 2 can't create directory"
+    ),
+    rbind(row("7", 1, "r", NA, "n1.local"), row("7", 2, "Eqw", "can't create directory"), row("8", NA, "qw"))
+  )
+  expect_identical(
+    parse("pbs", "Job Id: 12[3].srv", "    job_state = Q", "    comment = Not Running: Insufficient amount of",
+          "\tresource", "Job Id: 13.srv", "    job_state = R", "    exec_host = n1/0*2+n2/0"),
+    rbind(row("12[].srv", 3, "Q", "Not Running: Insufficient amount ofresource"), row("13.srv", NA, "R", NA, "n1"))
+  )
+  expect_identical(parse("lsf", "12|3|PEND|-|-|New job is waiting", "12|0|EXIT|2*n1:n2|TERM_RUNLIMIT|-"),
+                   rbind(row("12", 3, "PEND", "New job is waiting"), row("12", NA, "EXIT", "TERM_RUNLIMIT", "n1")))
+  expect_identical(parse("template", "12_3 R", " 13[4] PD no nodes", "x14 X"),
+                   rbind(row("12", 3, "R"), row("13", 4, "PD", "no nodes"), row("x14", NA, "X")))
+  for (kind in stub_kinds) expect_identical(nrow(parse(kind, "", " ")), 0L)
+})
+
+test_that("the end of a job is read from HTCondor's event log", {
+  path <- tempfile()
+  writeLines(c(
+    "000 (014.000.000) 2026-11-29 10:00:00 Job submitted from host: <1>", "...",
+    "005 (014.000.000) 2026-11-29 10:00:05 Job terminated.", "\t(1) Normal termination (return value 3)", "...",
+    "009 (014.001.000) 2026-11-29 10:00:06 Job was aborted.", "\tvia condor_rm (by user me)", "..."
+  ), path)
+  said <- internal("withEvents")(internal("parseStates")("htcondor", "14\t2\t2\tn1\tundefined\tundefined"), path)
+  expect_identical(said$task, c(2L, 0L, 1L))
+  expect_identical(said$state, c("RUNNING", "COMPLETED", "REMOVED"))
+  expect_identical(said$reason, c(NA, "Normal termination (return value 3)", "via condor_rm (by user me)"))
+})
+
+test_that("no process is left", {
+  expect_no_leftovers()
+})
