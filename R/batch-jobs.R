@@ -39,6 +39,8 @@ prepareJobs <- function(launcher, id, env, arguments, host) {
   batch$host <- host
   # The answers that are being read on a login node, by their names.
   batch$reading <- list()
+  # The files that have yet to be written there, by their paths.
+  batch$unwritten <- list()
   batch$id <- id
   batch$directory <- jobDirectoryOf(launcher, id)
   batch$files <- made$files
@@ -106,6 +108,7 @@ writeKey <- function(batch, lines) {
 
 startGuard <- function(batch) {
   if (isThere(batch)) {
+    writeFilesThere(batch)
     batch$guard <- engineGuard(batch$host, guardArguments(batch)[-1L])
   } else {
     batch$guard <- checked(guard_start(guardArguments(batch)))

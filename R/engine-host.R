@@ -102,6 +102,26 @@ engineWriteFile <- function(host, path, text, mode = "0600") {
   invisible(path)
 }
 
+# Writes several text files in one session. `texts`: by their paths. `modes`: of each.
+engineWriteFiles <- function(host, texts, modes) {
+  mark <- paste0("end-", randomName())
+  parts <- Map(function(path, text, mode) {
+    text <- paste0(enc2utf8(text), collapse = "\n")
+    path <- shQuote(path)
+    c(
+      paste0("cat > ", path, ".new << '", mark, "' && chmod ", mode, " ", path, ".new && mv -f ", path, ".new ", path,
+             " || exit 1"),
+      sub("\n$", "", text), mark
+    )
+  }, names(texts), texts, modes)
+  # sh runs what it has read: only the last line shows that it has read everything.
+  script <- c("umask 077", unlist(parts), paste("echo", mark))
+  result <- engineRun(host, "sh", paste0(script, "\n", collapse = ""))
+  if (result$status %in% 0L && !grepl(mark, result$stdout, fixed = TRUE)) result$status <- 1L
+  engineChecked(host, result, paste("write files in", dirname(names(texts)[[1L]])))
+  invisible()
+}
+
 # Creates a directory `name` within `dir`, which is created if it does not exist, for the user alone. Returns its path,
 # from the root. A leading "~" stands for the home directory there.
 engineMakeDir <- function(host, dir, name) {

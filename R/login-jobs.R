@@ -35,9 +35,19 @@ jobsDirThere <- function(launcher, host) {
   sub("^~", sub("\n$", "", home$stdout), launcher$dir)
 }
 
+# Writes a file of a batch; on a login node with the others, when the guard starts.
 writeJobFile <- function(batch, path, lines, mode = "0600") {
   if (!isThere(batch)) return(writePrivate(path, lines, mode))
-  engineWriteFile(batch$host, path, paste0(lines, "\n", collapse = ""), mode)
+  batch$unwritten[[path]] <- list(text = paste0(lines, "\n", collapse = ""), mode = mode)
+  invisible()
+}
+
+writeFilesThere <- function(batch) {
+  files <- batch$unwritten
+  if (!length(files)) return(invisible())
+  engineWriteFiles(batch$host, lapply(files, `[[`, "text"), vapply(files, `[[`, "", "mode"))
+  batch$unwritten <- list()
+  invisible()
 }
 
 # Writes the guard's script there, and the script by which the gateway cancels the jobs.

@@ -10,6 +10,7 @@ engineRunAside <- internal("engineRunAside")
 engineAsideResult <- internal("engineAsideResult")
 engineAsideEnd <- internal("engineAsideEnd")
 engineWriteFile <- internal("engineWriteFile")
+engineWriteFiles <- internal("engineWriteFiles")
 engineMakeDir <- internal("engineMakeDir")
 engineReadTail <- internal("engineReadTail")
 engineRemoveDir <- internal("engineRemoveDir")
@@ -96,8 +97,14 @@ local_echo <- function(path, .frame = parent.frame()) {
 ping <- function(port, text) {
   socket <- socketConnection(port = port, open = "r+b", blocking = TRUE, timeout = 30)
   on.exit(close(socket))
-  writeBin(charToRaw(text), socket)
-  rawToChar(readBin(socket, "raw", nchar(text)))
+  # The echo of a large text needs room: read a part before the next one is written.
+  starts <- seq(1, nchar(text), 3e5)
+  parts <- lapply(starts, function(start) {
+    part <- charToRaw(substr(text, start, start + 3e5 - 1))
+    writeBin(part, socket)
+    readBin(socket, "raw", length(part))
+  })
+  rawToChar(do.call(c, parts))
 }
 
 # Returns a login node with jobs, a guard and a gateway.
@@ -123,12 +130,12 @@ master_ssh <- function(at) {
   pids[vapply(pids, function(pid) startsWith(process_command(pid), "ssh"), NA)]
 }
 
-on_both <- function(test) {
+# Runs a test here and on a login node.
+on_both <- function(test, .frame = parent.frame()) {
+  force(.frame)
   test(engineHost())
-  if (nzchar(sshd_path())) {
-    ssh <- local_sshd()
-    test(local_link(ssh))
-  }
+  host <- local_link(local_sshd(.frame), .frame = .frame)
+  test(host)
 }
 
 test_that("commands give status, output and errors, here and on a login node", {
@@ -187,6 +194,14 @@ test_that("files arrive whole and for the user alone, and directories are remove
     expect_identical(engineReadTail(host, file.path(dir, "none")), "")
     expect_error(engineWriteFile(host, file.path(dir, "none", "x"), "x"), "could not write",
                  class = "rustcluster_start_failed")
+    texts <- list(c("it's $HOME `x`", "end"), "#!/bin/sh\nexit 3\n")
+    names(texts) <- file.path(dir, c("a file", "script"))
+    engineWriteFiles(host, texts, c("0600", "0700"))
+    expect_identical(readLines(names(texts)[[1L]]), texts[[1L]])
+    expect_identical(system(shQuote(names(texts)[[2L]])), 3L)
+    expect_identical(format(file.mode(names(texts))), c("600", "700"))
+    names(texts)[[2L]] <- file.path(dir, "none", "script")
+    expect_error(engineWriteFiles(host, texts, c("0600", "0700")), class = "rustcluster_start_failed")
     engineRemoveDir(host, dir)
     expect_false(file.exists(dir))
   })
@@ -301,6 +316,16 @@ test_that("nothing is left when the link freezes", {
   expect_match(linkProblem(at$link), "silent for 2 s")
   endLink(at$link, 5)
   expect_link_gone(link_traces(at$link))
+})
+
+test_that("a link is kept while this session is busy, and while large streams fill it", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  at <- local_gateway(ssh, heartbeat_timeout = 2)
+  Sys.sleep(5)
+  expect_null(linkProblem(at$link))
+  for (i in 1:5) expect_identical(nchar(ping(at$port, strrep("x", 2e6))), 2000000L)
+  expect_alive(c(at$gateway, at$job))
 })
 
 test_that("a gateway that is stopped is killed in the end", {
