@@ -139,7 +139,7 @@ agentCommand <- function(launcher, size, one, arguments) {
 ownRscript <- function() file.path(R.home("bin"), "Rscript")
 
 # Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB and RUSTCLUSTER_TASK tell the agent which
-# job of the engine it is, and RUSTCLUSTER_JOB_ENDS when its time limit ends it (seconds since 1970).
+# job of the engine it is, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970).
 agentEnvironment <- function(launcher, id, env) {
   engine <- engines[[launcher$kind]]
   # The library of this session comes first on nodes that have it.
@@ -152,12 +152,11 @@ agentEnvironment <- function(launcher, id, env) {
   set <- env[!is.na(env)]
   seconds <- launcher$time$seconds
   c(
-    paste(c("unset R_HOME", names(env)[is.na(env)]), collapse = " "),
-    if (nzchar(engine$job)) {
-      paste0("export RUSTCLUSTER_JOB=\"", engine$job, "\" RUSTCLUSTER_TASK=\"", engine$task, "\"")
-    },
+    # Grid Engine passes commands on in QRSH_COMMAND, with bytes that are no text.
+    paste(c("unset R_HOME QRSH_COMMAND", names(env)[is.na(env)]), collapse = " "),
+    paste0("export RUSTCLUSTER_JOB=\"", engine$job, "\" RUSTCLUSTER_TASK=\"", engine$task, "\""),
     if (!is.null(seconds)) {
-      paste0("export RUSTCLUSTER_JOB_ENDS=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
+      paste0("export RUSTCLUSTER_JOB_END=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
     },
     paste0("export ", names(set), "=", shQuote(set))
   )
@@ -183,13 +182,13 @@ shellWord <- function(text) ifelse(grepl("^[A-Za-z0-9_./+@=,:-]+$", text), text,
 #' @rdname launchers
 #' @param x A launcher.
 #' @export
-print.rustcluster_launcher <- function(x, ...) {
+print.rustcluster_batch <- function(x, ...) {
   cat(format(x, ...), sep = "\n")
   invisible(x)
 }
 
 #' @export
-format.rustcluster_launcher <- function(x, ...) {
+format.rustcluster_batch <- function(x, ...) {
   # The number of the cluster is not known yet.
   made <- jobScripts(x, "ID")
   submissions <- made$submissions

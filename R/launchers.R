@@ -194,7 +194,7 @@ engines <- list(
   template = list(
     title = "template", prefix = NULL, template = NULL,
     time = function(seconds) clock(seconds), memory = function(mib) paste0(mib, "M"),
-    job = "", task = "", log = rep("job.log", 2L)
+    job = "$$", task = "", log = rep("job.log", 2L)
   )
 )
 
@@ -247,15 +247,15 @@ newLauncher <- function(kind, given, values) {
   if (kind == "gridEngine") launcher$pe <- engineName(given$pe, "pe")
   if (kind == "pbs") launcher$dialect <- dialectOf(given$dialect)
   if (kind == "template") launcher[c("submit", "cancel", "status", "pattern")] <- list(
-    commandLine(given$submit, "submit", "file"), commandLine(given$cancel, "cancel", "jobs"),
-    if (!is.null(given$status)) commandLine(given$status, "status", "jobs"), regularExpression(given$pattern)
+    engineCommand(given$submit, "submit", "file"), engineCommand(given$cancel, "cancel", "jobs"),
+    if (!is.null(given$status)) engineCommand(given$status, "status", "jobs"), regularExpression(given$pattern)
   )
   named <- names(values)
   if (length(values) && (is.null(named) || !all(nzchar(named)))) {
     badArgument("...", "all further arguments must be named")
   }
   launcher$lines <- launcherTemplate(launcher, given$template)
-  launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_launcher"))
+  launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_batch", "rustcluster_launcher"))
   # A key without a value is an error now, and not when a job is submitted.
   jobScripts(launcher, "id")
   launcher
@@ -401,7 +401,7 @@ loginHost <- function(value) {
   hostAddress(value, "login")
 }
 
-commandLine <- function(value, argument, key) {
+engineCommand <- function(value, argument, key) {
   value <- refuseControls(texts(value, argument, 1L), argument)
   keys <- templateKeys(value)
   wrong <- setdiff(keys, key)
