@@ -9,10 +9,23 @@ startExpression <- function(role) {
   )
 }
 
+# The main function of an agent that is started by a batch engine: it connects to the head as the file says whose path is
+# in RUSTCLUSTER_DIAL. An agent that has restarted itself is connected already.
+dialMain <- function() {
+  if (!nzchar(Sys.getenv("RUSTCLUSTER_HANDOVER"))) {
+    status <- agent_dial(Sys.getenv("RUSTCLUSTER_DIAL"))
+    if (!is.null(status)) quit(save = "no", status = status, runLast = FALSE)
+  }
+  Sys.unsetenv("RUSTCLUSTER_DIAL")
+  agentMain()
+}
+
 agentMain <- function() {
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
   # These variables are for the agent, and not for processes that its workers start.
-  Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER"))
+  Sys.unsetenv(c(
+    "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_JOB", "RUSTCLUSTER_JOB_END"
+  ))
   after <- union(config$after, intersect(perProcess, config$packages))
   if (config$forks && startedUnsafe()) {
     agent_spawn()

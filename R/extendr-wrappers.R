@@ -14,6 +14,12 @@ is_own_address <- function(text) .Call(wrap__is_own_address, text)
 #' @noRd
 agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
+#' Connects this process to the head, as the file at `path` says, and makes that connection its stdin and stdout.
+#' Returns `NULL`, or the status with which the process has to end; the reason has been written to stderr. To be
+#' called before this process has a second thread.
+#' @noRd
+agent_dial <- function(path) .Call(wrap__agent_dial, path)
+
 #' Makes this process execute `command` when it ends. The caller then ends R. The new program continues with
 #' the same head, and leaves the packages `after` to the workers.
 #' @noRd
@@ -51,6 +57,12 @@ log_start <- function() .Call(wrap__log_start)
 #' @noRd
 hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(wrap__hub_start, hosts, package, r_version, platform, buffer_limit)
 
+#' Listens for agents that dial back, on one port between `port_from` and `port_to` (0 for any) at all
+#' `addresses`. `keys`: the key of each launcher, in hexadecimal, by the number of the launcher. A later call
+#' without addresses only sets the keys. Returns a list with the port.
+#' @noRd
+hub_listen <- function(handle, addresses, port_from, port_to, keys) .Call(wrap__hub_listen, handle, addresses, port_from, port_to, keys)
+
 #' Returns whether all agents have greeted or failed; waits up to one slice for that.
 #' @noRd
 hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
@@ -63,6 +75,16 @@ hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 #' `max_bytes` bytes. `start_timeout`: the number of seconds that the start of a reconnected host may take.
 #' @noRd
 hub_reconnect <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_reconnect, handle, path, max_bytes, start_timeout)
+
+#' Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
+#' `start_timeout`: the number of seconds that such a host may take.
+#' @noRd
+hub_keep_setup_log <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_keep_setup_log, handle, path, max_bytes, start_timeout)
+
+#' Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
+#' slice until a worker joins.
+#' @noRd
+hub_awaited <- function(handle, wait) .Call(wrap__hub_awaited, handle, wait)
 
 #' Sends each agent its plan. `plans`: for each agent `NULL`, which stops it, or a list of ranks, packages,
 #' outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds), chunk_cache_bytes, setup_log_bytes and
@@ -82,6 +104,10 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
 
+#' Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+#' @noRd
+hub_give_up_host <- function(handle, agent, reason) .Call(wrap__hub_give_up_host, handle, agent, reason)
+
 #' Returns whether a host is lost and will be reconnected.
 #' @noRd
 hub_reconnects <- function(handle, agent) .Call(wrap__hub_reconnects, handle, agent)
@@ -93,6 +119,14 @@ hub_terminations <- function(handle) .Call(wrap__hub_terminations, handle)
 #' Stops these nodes. The cluster is stopped with its last node.
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
+
+#' Drains these nodes: they get no new tasks, and are stopped when they have none left.
+#' @noRd
+hub_drain <- function(handle, ranks) .Call(wrap__hub_drain, handle, ranks)
+
+#' Removes these nodes at once. Other nodes run their tasks.
+#' @noRd
+hub_remove <- function(handle, ranks) .Call(wrap__hub_remove, handle, ranks)
 
 #' Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
 #' that.

@@ -3,7 +3,9 @@
 use crate::r::failure::Failure;
 use crate::worker::serve;
 use extendr_api::prelude::*;
+use rustcluster_core::agent::dial;
 use rustcluster_core::agent::startup::{self, Greeted};
+use rustcluster_core::agent::warnings::Warnings;
 use rustcluster_core::agent::{Guard, Role};
 use rustcluster_core::platform::{elf, fd, limits, log};
 use rustcluster_core::protocol::control::{Start, StartMode};
@@ -13,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
@@ -38,12 +40,18 @@ const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
     ORIGIN.set(Origin::current());
     log::start_or_say(log::Role::Agent);
+    // A job may end before the head greets.
+    let warnings = match Warnings::catch() {
+        Ok(warnings) => warnings,
+        Err(error) => return failed(&error),
+    };
     let greeted = match std::env::var(HANDOVER) {
         Ok(text) => Greeted::resume(&text),
         Err(_) => startup::greet(&startup::hello(package, r_version, platform)),
     };
     match greeted {
         Ok(mut greeted) => {
+            greeted.warnings = warnings;
             greeted.watch_tempdir(tempdir);
             greeted.end_with_head();
             let packages = greeted.start.packages.clone();
@@ -53,6 +61,18 @@ fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) ->
             list!(packages = packages, after = after, forks = forks).into()
         }
         Err(error) => failed(&error),
+    }
+}
+
+/// Connects this process to the head, as the file at `path` says, and makes that connection its stdin and stdout.
+/// Returns `NULL`, or the status with which the process has to end; the reason has been written to stderr. To be
+/// called before this process has a second thread.
+/// @noRd
+#[extendr]
+fn agent_dial(path: &str) -> Robj {
+    match dial::dial(Path::new(path)) {
+        Ok(()) => ().into(),
+        Err(status) => i32::from(status).into(),
     }
 }
 
@@ -97,6 +117,7 @@ extern "C" fn become_next() {
         return;
     };
     fd::flush_stdio();
+    Warnings::block_for_next_program();
     // Close all files of packages: the next program must not inherit them.
     fd::close_others_on_exec();
     let stdin = fd::redirect(next.stdin.as_raw_fd(), 0);
@@ -226,6 +247,7 @@ fn agent_run() -> Robj {
 extendr_module! {
     mod agent;
     fn agent_greet;
+    fn agent_dial;
     fn agent_restart;
     fn agent_spawn;
     fn code_reads_sources;

@@ -16,4 +16,5 @@ pub mod agent;
 pub mod head;
 pub mod platform;
 pub mod protocol;
+pub mod relay;
 pub mod worker;

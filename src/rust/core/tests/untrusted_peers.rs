@@ -17,7 +17,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use rustcluster_core::agent::{Role, startup};
 use rustcluster_core::head::hub::{Answer, Event, HostView, Hub, Plan, Progress, Turn};
-use rustcluster_core::head::launch::{self, Launch, Launched};
+use rustcluster_core::head::launch::{self, Launch, Launched, Source};
 use rustcluster_core::head::scheduler::events::Termination;
 use rustcluster_core::platform::exit::Exit;
 use rustcluster_core::platform::memfd;
@@ -169,28 +169,35 @@ fn shell(script: &str, path: &Path) -> Launch {
     let command = ["sh", "-c", script, "sh"].map(OsString::from);
     Launch {
         host: "stranger".into(),
-        command: command
-            .into_iter()
-            .chain([path.as_os_str().to_owned()])
-            .collect(),
-        env: Vec::new(),
+        source: Source::Command {
+            command: command
+                .into_iter()
+                .chain([path.as_os_str().to_owned()])
+                .collect(),
+            env: Vec::new(),
+        },
     }
 }
 
 const AS_AGENT: &str = "RUSTCLUSTER_TEST_AS_AGENT";
 
-fn real_agent() -> Launch {
+/// The command of a real agent, and its environment.
+fn agent_command() -> (Vec<OsString>, Vec<(OsString, Option<OsString>)>) {
     let name = "is_an_agent_when_it_is_asked_to_be";
+    let command = [
+        std::env::current_exe().unwrap().into_os_string(),
+        name.into(),
+        "--exact".into(),
+        "--nocapture".into(),
+    ];
+    (command.into(), vec![(AS_AGENT.into(), Some("1".into()))])
+}
+
+fn real_agent() -> Launch {
+    let (command, env) = agent_command();
     Launch {
         host: "real".into(),
-        command: [
-            std::env::current_exe().unwrap().into_os_string(),
-            name.into(),
-            "--exact".into(),
-            "--nocapture".into(),
-        ]
-        .into(),
-        env: vec![(AS_AGENT.into(), Some("1".into()))],
+        source: Source::Command { command, env },
     }
 }
 
@@ -765,13 +772,17 @@ fn a_host_without_room_for_shared_memory_is_sent_as_much_without() {
     let real = real_agent();
     // Files may not be longer than that; those in memory are files.
     let script = "ulimit -f 200; exec \"$@\"";
+    let (command, env) = agent_command();
     let limited = Launch {
-        command: ["sh", "-c", script, "sh"]
-            .map(OsString::from)
-            .into_iter()
-            .chain(real.command.clone())
-            .collect(),
-        ..real.clone()
+        host: "limited".into(),
+        source: Source::Command {
+            command: ["sh", "-c", script, "sh"]
+                .map(OsString::from)
+                .into_iter()
+                .chain(command)
+                .collect(),
+            env,
+        },
     };
     let mut hub = Hub::start(vec![limited, real], hello(), LIMIT).unwrap();
     greeted(&hub);
@@ -805,7 +816,8 @@ struct Seen {
 impl Seen {
     fn new() -> Seen {
         let (report, exit) = mpsc::channel();
-        let launched = launch::start(&real_agent(), move |status| {
+        let (command, env) = agent_command();
+        let launched = launch::start(&command, &env, move |status| {
             let _ = report.send(status.unwrap().code());
         });
         Seen {

@@ -5,15 +5,16 @@ use crate::codec::batch;
 use crate::codec::stream::Format;
 use crate::r::failure::Failure;
 use extendr_api::prelude::*;
-use rustcluster_core::agent::startup;
+use rustcluster_core::agent::{dial, startup};
 use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
-use rustcluster_core::head::launch::Launch;
+use rustcluster_core::head::launch::{Launch, Source};
 use rustcluster_core::head::scheduler::MAX_SHARED_RESULTS;
 use rustcluster_core::platform::{limits, log};
 use rustcluster_core::protocol::control::{Outfile, Start, StartMode, ToHead};
 use rustcluster_core::protocol::ids::Rank;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -46,8 +47,9 @@ fn log_start() -> Robj {
 }
 
 /// Starts the agents of a cluster and returns its handle at once. `hosts`: for each host a list of host,
-/// command and env (a named vector; NA removes a variable). `buffer_limit`: the bytes of results that the head
-/// buffers; further results stay on their hosts.
+/// command and env (a named vector; NA removes a variable), or of host and dial, the number of the launcher whose
+/// agent dials back. `buffer_limit`: the bytes of results that the head buffers; further results stay on their
+/// hosts.
 /// @noRd
 #[extendr]
 fn hub_start(
@@ -93,6 +95,68 @@ fn hub_start(
     }
 }
 
+/// Listens for agents that dial back, on one port between `port_from` and `port_to` (0 for any) at all
+/// `addresses`. `keys`: the key of each launcher, in hexadecimal, by the number of the launcher. A later call
+/// without addresses only sets the keys. Returns a list with the port.
+/// @noRd
+#[extendr]
+fn hub_listen(
+    handle: Robj,
+    addresses: Vec<String>,
+    port_from: i32,
+    port_to: i32,
+    keys: Vec<String>,
+) -> Robj {
+    let bad = |argument: &str, reason: String| {
+        Failure::new("bad_argument")
+            .with("argument", argument)
+            .with("reason", reason)
+    };
+    with_hub(&handle, |hub| {
+        let parsed: std::result::Result<Vec<IpAddr>, String> = addresses
+            .iter()
+            .map(|text| text.parse().map_err(|_| format!("{text} is no IP address")))
+            .collect();
+        let parsed = parsed.map_err(|reason| bad("address", reason))?;
+        let port = |port: i32| {
+            let parsed = u16::try_from(port);
+            parsed.map_err(|_| bad("port", format!("{port} is no port number")))
+        };
+        let ports = port(port_from)?..=port(port_to)?;
+        let parsed_keys = (1u32..).zip(&keys).map(|(launcher, key)| {
+            let key = dial::key_of(key).ok_or_else(|| bad("keys", "not a key".into()))?;
+            Ok((launcher, key))
+        });
+        let parsed_keys: std::result::Result<Vec<_>, Failure> = parsed_keys.collect();
+        match hub.listen(&parsed, &ports, parsed_keys?) {
+            Ok(port) => Ok(Listening(port)),
+            Err(error) => {
+                let ports = match (ports.start(), ports.end()) {
+                    (0, _) => "any port".to_owned(),
+                    (from, to) if from == to => format!("port {from}"),
+                    (from, to) => format!("a port from {from} to {to}"),
+                };
+                Err(Failure::new("start_failed").with(
+                    "reason",
+                    format!(
+                        "cannot listen at {} on {ports}: {error}",
+                        addresses.join(", ")
+                    ),
+                ))
+            }
+        }
+    })
+}
+
+/// The result of `hub_listen()`.
+struct Listening(u16);
+
+impl From<Listening> for Robj {
+    fn from(listening: Listening) -> Robj {
+        list!(port = i32::from(listening.0)).into()
+    }
+}
+
 fn not_a_description(argument: &str) -> Robj {
     Failure::new("bad_argument")
         .with("argument", argument)
@@ -102,6 +166,12 @@ fn not_a_description(argument: &str) -> Robj {
 
 fn launch_of(host: &Robj) -> Option<Launch> {
     let fields: HashMap<&str, Robj> = host.as_list()?.iter().collect();
+    let name = fields.get("host")?.as_str()?.to_owned();
+    if let Some(dial) = fields.get("dial").filter(|dial| !dial.is_null()) {
+        let launcher = u32::try_from(dial.as_integer()?).ok()?;
+        let source = Source::DialBack { launcher };
+        return Some(Launch { host: name, source });
+    }
     let env = fields.get("env")?;
     let names = env.names().into_iter().flatten().map(str::to_owned);
     let values = env.as_str_vector().unwrap_or_default();
@@ -111,9 +181,11 @@ fn launch_of(host: &Robj) -> Option<Launch> {
     });
     let command = strings(fields.get("command")?);
     Some(Launch {
-        host: fields.get("host")?.as_str()?.to_owned(),
-        command: command.into_iter().map(Into::into).collect(),
-        env: env.collect(),
+        host: name,
+        source: Source::Command {
+            command: command.into_iter().map(Into::into).collect(),
+            env: env.collect(),
+        },
     })
 }
 
@@ -139,6 +211,9 @@ fn hub_hosts(handle: Robj) -> Robj {
         };
         let refusal = |host: &HostView| host.start_failure.as_ref().map(refusal);
         Ok(list!(
+            node = text(&|h| h.node.clone()),
+            peer = text(&|h| Some(h.peer?.ip().to_string())),
+            job = text(&|h| h.job.clone()),
             hostname = text(&|h| Some(h.hello.as_ref()?.hostname.clone())),
             r_version = text(&|h| Some(h.hello.as_ref()?.r_version.clone())),
             platform = text(&|h| Some(h.hello.as_ref()?.platform.clone())),
@@ -148,6 +223,9 @@ fn hub_hosts(handle: Robj) -> Robj {
             available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
+            jobs_lost = number(&|h| Some(h.jobs_lost.into())),
+            awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
+            draining = text(&|h| h.draining.clone()),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
             status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
@@ -181,6 +259,32 @@ fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -
         let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
         let made = hub.reconnect(Path::new(path), max_bytes as u64, start_timeout);
         made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
+/// `start_timeout`: the number of seconds that such a host may take.
+/// @noRd
+#[extendr]
+fn hub_keep_setup_log(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
+    with_hub(&handle, |hub| {
+        let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
+        let made = hub.keep_setup_log(Path::new(path), max_bytes as u64, start_timeout);
+        made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
+/// slice until a worker joins.
+/// @noRd
+#[extendr]
+fn hub_awaited(handle: Robj, wait: bool) -> Robj {
+    with_hub(&handle, |hub| {
+        if wait {
+            hub.await_arrival(hub.arrivals(), SLICE);
+        }
+        let ranks = (0..hub.size() as Rank).filter(|&rank| hub.is_awaited(rank));
+        Ok(ranks.map(|rank| rank as i32 + 1).collect::<Vec<i32>>())
     })
 }
 
@@ -317,6 +421,18 @@ fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
     })
 }
 
+/// Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+/// @noRd
+#[extendr]
+fn hub_give_up_host(handle: Robj, agent: i32, reason: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        if let Ok(agent) = usize::try_from(agent - 1) {
+            hub.give_up_host(agent, reason.to_owned());
+        }
+        Ok(())
+    })
+}
+
 /// Returns whether a host is lost and will be reconnected.
 /// @noRd
 #[extendr]
@@ -354,6 +470,33 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
         let ranks: std::result::Result<Vec<Rank>, Failure> =
             ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
         hub.stop_workers(&ranks?);
+        drop(hub);
+        cluster.forget_messages();
+        Ok(().into())
+    })
+}
+
+/// Drains these nodes: they get no new tasks, and are stopped when they have none left.
+/// @noRd
+#[extendr]
+fn hub_drain(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        hub.drain(&ranks?);
+        Ok(())
+    })
+}
+
+/// Removes these nodes at once. Other nodes run their tasks.
+/// @noRd
+#[extendr]
+fn hub_remove(handle: Robj, ranks: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
+        hub.remove(&ranks?);
         drop(hub);
         cluster.forget_messages();
         Ok(().into())
@@ -422,15 +565,21 @@ extendr_module! {
     fn limits_check;
     fn log_start;
     fn hub_start;
+    fn hub_listen;
     fn hub_greeted;
     fn hub_hosts;
     fn hub_reconnect;
+    fn hub_keep_setup_log;
+    fn hub_awaited;
     fn hub_go;
     fn hub_progress;
     fn hub_leave_out;
+    fn hub_give_up_host;
     fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;
+    fn hub_drain;
+    fn hub_remove;
     fn hub_ended;
     fn hub_stop;
     fn hub_closed;

@@ -17,10 +17,25 @@ use std::thread;
 pub struct Launch {
     /// The name of the agent's host in messages.
     pub host: String,
-    /// The program and its arguments. No shell is involved.
-    pub command: Vec<OsString>,
-    /// Variables to set in the environment, or to remove if the value is `None`.
-    pub env: Vec<(OsString, Option<OsString>)>,
+    /// Where the agent comes from.
+    pub source: Source,
+}
+
+/// Where an agent comes from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// The head starts a process whose stdin and stdout are the stream.
+    Command {
+        /// The program and its arguments. No shell is involved.
+        command: Vec<OsString>,
+        /// Variables to set in the environment, or to remove if the value is `None`.
+        env: Vec<(OsString, Option<OsString>)>,
+    },
+    /// An agent of this launcher dials back: see [`dial_back`](crate::head::dial_back).
+    DialBack {
+        /// The number of the launcher.
+        launcher: u32,
+    },
 }
 
 /// A started agent.
@@ -76,11 +91,11 @@ impl AgentProcess {
 /// # Errors
 /// When the command cannot be run.
 pub fn start(
-    launch: &Launch,
+    command: &[OsString],
+    env: &[(OsString, Option<OsString>)],
     on_exit: impl FnOnce(io::Result<ExitStatus>) + Send + 'static,
 ) -> io::Result<Launched> {
-    let (program, arguments) = launch
-        .command
+    let (program, arguments) = command
         .split_first()
         .ok_or_else(|| io::Error::other("no command to start the agent"))?;
     let (ours, theirs) = UnixStream::pair()?;
@@ -92,7 +107,7 @@ pub fn start(
         .stdout(Stdio::from(theirs))
         .stderr(Stdio::piped())
         .env(ENDS_WITH_HEAD, std::process::id().to_string());
-    for (name, value) in &launch.env {
+    for (name, value) in env {
         match value {
             Some(value) => command.env(name, value),
             None => command.env_remove(name),

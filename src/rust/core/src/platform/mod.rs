@@ -15,3 +15,4 @@ pub mod page_pool;
 pub mod process;
 pub mod reserve;
 pub mod signals;
+pub mod socket;

@@ -66,6 +66,14 @@ pub fn own_process_group() {
     unsafe { libc::setpgid(0, 0) };
 }
 
+/// Sets the name of this process in lists of processes. The system keeps 15 bytes.
+pub fn set_name(name: &std::ffi::CStr) {
+    // SAFETY: prctl reads a string that ends with a zero.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+    }
+}
+
 /// Adds to this process's niceness.
 pub fn renice(increment: i32) {
     // SAFETY: no memory effects. A failure leaves the priority as it was.

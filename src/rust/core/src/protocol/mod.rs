@@ -10,5 +10,6 @@ pub mod handshake;
 pub mod heartbeat;
 pub mod ids;
 pub mod limits;
+pub mod noise;
 pub mod send_queue;
 pub mod setup_calls;

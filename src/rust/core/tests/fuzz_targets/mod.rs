@@ -22,6 +22,9 @@ use rustcluster_core::protocol::frame::{
 use rustcluster_core::protocol::handshake::{Greeting, MAGIC, MAX_NOISE};
 use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
+use rustcluster_core::protocol::noise::{
+    Dialer, Introduction, Key, Listener, MAX_UNAUTHENTICATED, OPENING, Verdict,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashMap;
@@ -37,10 +40,11 @@ use std::time::Duration;
 type Target = fn(&[u8]);
 
 /// All targets, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("frames", frames),
     ("messages", messages),
     ("greetings", greetings),
+    ("handshake", handshake),
     ("to_head", to_head),
     ("to_agent", to_agent),
 ];
@@ -130,6 +134,43 @@ pub fn messages(data: &[u8]) {
         2 => message_of::<WorkerReady>(body),
         _ => message_of::<WorkerConfig>(body),
     }
+}
+
+/// Nobody without the key is authenticated: neither a dialer by the head, which keeps no more than it may of
+/// what a stranger sends, nor a head by a dialer. The first byte says whether the opening comes first.
+pub fn handshake(data: &[u8]) {
+    let key = Key::new([7; 32]);
+    let keys = [(0, key.clone()), (1, Key::new([8; 32]))].into();
+    let introduction = Introduction::new([0; 16], "host", "job");
+    let Some((&first, data)) = data.split_first() else {
+        return;
+    };
+    let opening = match first % 2 {
+        0 => Vec::new(),
+        _ => [OPENING, &[0; 4]].concat(),
+    };
+    let mut listener = Listener::new(keys);
+    let mut out = Vec::new();
+    let mut count = 0;
+    for piece in [&opening[..]].into_iter().chain(slices(data)) {
+        count += piece.len();
+        match listener.feed(piece, &mut out) {
+            Ok(dialled) => assert_eq!(dialled, None),
+            Err(_) => break,
+        }
+        assert!(count <= MAX_UNAUTHENTICATED && out.is_empty());
+    }
+    assert!(listener.finish(&Verdict::Accepted, &mut out).is_err());
+
+    let (mut dialer, _) = Dialer::start(&key, 0, &introduction).expect("random numbers");
+    for piece in slices(data) {
+        match dialer.feed(piece, &mut out) {
+            Ok(verdict) => assert_eq!(verdict, None),
+            Err(_) => break,
+        }
+    }
+    assert!(out.is_empty());
+    assert!(dialer.finish().is_err());
 }
 
 /// A hello of the version that the targets are.

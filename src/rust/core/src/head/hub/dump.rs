@@ -65,6 +65,7 @@ fn dump_of(core: &Core, question: u64) -> Dump {
     cluster.add_seconds("uptime", core.began.elapsed());
     core.facts(&mut cluster);
     core.scheduler.facts(&mut cluster);
+    core.dial_back.facts(&mut cluster);
     if let Some(setup_log) = &core.setup_log {
         setup_log.facts(&mut cluster);
     }
@@ -109,6 +110,9 @@ fn host_facts(core: &Core, agent: usize, facts: &mut Facts) {
     };
     facts.add("connection", state);
     facts.add_some("launched_pid", host.pid);
+    facts.add_some("node", host.node.as_ref());
+    facts.add_some("peer", host.peer);
+    facts.add_some("job", host.job.as_ref());
     if let Some(hello) = &host.hello {
         facts.add("agent_pid", hello.pid);
         facts.add("r_version", &hello.r_version);

@@ -2,7 +2,7 @@
 
 use super::core::SharedCore;
 use super::inbox::HostFailure;
-use crate::head::launch::{self, AgentProcess, Launch, Launched};
+use crate::head::launch::{self, AgentProcess, Launch, Launched, Source};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{self, Hello, ToAgent};
 use crate::protocol::handshake::{Greeting, MAGIC};
@@ -44,6 +44,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
     let failure = serve_one(&shared_core, agent, &launch, &hello, false).await;
     fail(&shared_core, agent, failure);
+    let dials = matches!(launch.source, Source::DialBack { .. });
     let mut wait = FIRST_WAIT;
     loop {
         let stop = {
@@ -54,7 +55,8 @@ pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, h
             core.conns[agent].stop.clone()
         };
         tokio::select! {
-            () = sleep(wait) => {}
+            // An agent that dials back may come at any time.
+            () = sleep(if dials { Duration::ZERO } else { wait }) => {}
             () = stop.notified() => return,
         }
         let failure = serve_one(&shared_core, agent, &launch, &hello, true).await;
@@ -77,14 +79,20 @@ async fn serve_one(
     hello: &Hello,
     again: bool,
 ) -> HostFailure {
+    let (command, env) = match &launch.source {
+        Source::Command { command, env } => (command, env),
+        Source::DialBack { launcher } => {
+            return serve_dialled(shared_core, agent, *launcher, hello, again).await;
+        }
+    };
     let (exit_tx, exit) = oneshot::channel();
-    let launched = launch::start(launch, move |status| {
+    let launched = launch::start(command, env, move |status| {
         let _ = exit_tx.send(status);
     });
     let launched = match launched {
         Ok(launched) => launched,
         Err(error) => {
-            let program = launch.command.first();
+            let program = command.first();
             let program = program.map(|p| p.to_string_lossy().into_owned());
             let program = program.unwrap_or_default();
             let reason = format!("the agent could not be started: {program}: {error}");
@@ -133,11 +141,71 @@ async fn serve_one(
     }
 }
 
+/// Waits for an agent that dials back, serves it, and returns why it ended.
+async fn serve_dialled(
+    shared_core: &SharedCore,
+    agent: usize,
+    launcher: u32,
+    hello: &Hello,
+    again: bool,
+) -> HostFailure {
+    let (dialled, stop) = {
+        let mut core = shared_core.core();
+        let stop = core.conns[agent].stop.clone();
+        (core.dial_back.wait(launcher, agent), stop)
+    };
+    let connection = tokio::select! {
+        connection = dialled => connection,
+        () = stop.notified() => {
+            return HostFailure::new("no agent had dialled back when the host was stopped".into());
+        }
+    };
+    let Ok(connection) = connection else {
+        return HostFailure::new("the head listens no more".into());
+    };
+    {
+        let mut core = shared_core.core();
+        let host = &mut core.inbox.hosts[agent];
+        let introduction = &connection.introduction;
+        host.node = Some(introduction.hostname.clone());
+        host.peer = Some(connection.peer);
+        host.job = Some(introduction.job.clone()).filter(|job| !job.is_empty());
+        core.changed();
+    }
+    let (stream, relay) = match connection.start() {
+        Ok(started) => started,
+        Err(error) => {
+            return HostFailure::new(format!("the agent's connection was refused: {error}"));
+        }
+    };
+    let mut greeting = Greeting::default();
+    let ended = talk(shared_core, agent, hello, stream, &mut greeting, again).await;
+    // From here on the stream is closed on the head's side, which asks the agent to end.
+    let ended = ended.and(shared_core.core().detach(agent));
+    let closed = relay.finish(EXIT_TIMEOUT).await;
+    HostFailure {
+        reason: match ended {
+            Ok(()) => format!("the agent's connection {closed}"),
+            Err(error) => format!("{error} (the agent's connection {closed})"),
+        },
+        stdout: greeting.noise(),
+        ..HostFailure::default()
+    }
+}
+
 fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
     let mut core = shared_core.core();
     warn_of(agent, &failure, core.stopping);
     core.update_clock();
-    core.scheduler.agent_lost(agent, &failure.reason);
+    if core.conns[agent].dials {
+        core.job_lost(agent, &failure.reason);
+    } else {
+        core.scheduler.agent_lost(agent, &failure.reason);
+        core.conns[agent].awaited &= core.reconnects;
+    }
+    if !core.takes_back(agent) {
+        core.give_up_awaited(agent, &failure);
+    }
     let permanent = core.conns[agent].permanent;
     let known = &mut core.inbox.hosts[agent].failure;
     // The reason for leaving the host out says more than how the agent then ended.
@@ -220,16 +288,19 @@ async fn talk(
         let conn = &core.conns[agent];
         (conn.stop.clone(), conn.over.clone(), core.start_timeout)
     };
-    let late = async || {
-        if !again {
-            // R limits the time of the first start.
-            std::future::pending::<()>().await;
-        }
+    let late = async |joins: bool| {
         sleep(start_timeout).await;
+        // R limits the time of the start of the cluster.
+        while !(joins || shared_core.core().conns[agent].awaited) {
+            sleep(FIRST_WAIT).await;
+        }
         let seconds = start_timeout.as_secs_f64();
-        io::Error::other(format!(
-            "it was tried again and not up within {seconds} seconds"
-        ))
+        let what = if again {
+            "it was tried again and"
+        } else {
+            "it was"
+        };
+        io::Error::other(format!("{what} not up within {seconds} seconds"))
     };
     let received = tokio::select! {
         received = greet(shared_core, agent, hello, &stream, greeting) => match received? {
@@ -238,21 +309,32 @@ async fn talk(
         },
         // No stop request has been sent yet: the end of the stream stops the agent.
         () = stop.notified() => return Ok(()),
-        error = late() => return Err(error),
+        error = late(again) => return Err(error),
     };
     let stream = stream.into_std()?;
-    {
+    let joins = {
         let mut core = shared_core.core();
-        if again {
+        let joins = again || core.conns[agent].awaited;
+        if joins {
             if core.conns[agent].permanent {
                 return Ok(());
+            }
+            let theirs = core.inbox.hosts[agent].hello.as_ref();
+            if !again && theirs.is_some_and(|theirs| theirs.big_endian != hello.big_endian) {
+                let reason =
+                    "a host that joins after the start must have the byte order of this machine";
+                return Err(io::Error::other(reason));
             }
             core.agent_back(agent)?;
         }
         core.attach(agent, stream, received);
-    }
+        joins
+    };
     let started = async {
-        let error = late().await;
+        if !joins {
+            std::future::pending::<()>().await;
+        }
+        let error = late(joins).await;
         if !shared_core.core().scheduler.is_starting(agent) {
             std::future::pending::<()>().await;
         }

@@ -3,14 +3,17 @@
 use super::core::{SharedCore, TICK};
 use super::inbox::HostFailure;
 use super::serve_host;
+use crate::head::dial_back;
 use crate::head::launch::Launch;
 use crate::protocol::control::Hello;
 use mio::Events;
 use std::io;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc::UnboundedReceiver;
 
 /// The hub's thread.
 pub(super) fn run(
@@ -18,6 +21,7 @@ pub(super) fn run(
     hello: Hello,
     shared_core: &Arc<SharedCore>,
     streams: mio::Poll,
+    listeners: UnboundedReceiver<Vec<TcpListener>>,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -26,7 +30,10 @@ pub(super) fn run(
     let count = hosts.len();
     let served = runtime.and_then(|runtime| {
         let local = tokio::task::LocalSet::new();
-        local.block_on(&runtime, serve(hosts, hello, shared_core.clone(), streams))
+        local.block_on(
+            &runtime,
+            serve(hosts, hello, shared_core.clone(), streams, listeners),
+        )
     });
     if let Err(error) = served {
         let reason = format!("the head's event loop failed: {error}");
@@ -43,17 +50,20 @@ async fn serve(
     hello: Hello,
     shared_core: Arc<SharedCore>,
     streams: mio::Poll,
+    listeners: UnboundedReceiver<Vec<TcpListener>>,
 ) -> io::Result<()> {
     // SAFETY: a mio::Poll owns its descriptor and keeps the same one for as long as it lives.
     let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };
     let watcher = tokio::task::spawn_local(serve_streams(shared_core.clone(), streams));
     let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
+    let listener = tokio::task::spawn_local(dial_back::serve(shared_core.clone(), listeners));
     let mut tasks = Vec::new();
     for (agent, host) in hosts.into_iter().enumerate() {
         let task = serve_host::serve(shared_core.clone(), agent, host, hello.clone());
         tasks.push(tokio::task::spawn_local(task));
     }
     shared_core.stopped.notified().await;
+    listener.abort();
     // Each connection task ends when its agent's process has been waited for.
     for task in tasks {
         let _ = task.await;
