@@ -70,6 +70,7 @@ hostsOf <- function(handle) {
 
 hostReport <- function(handle, asked) {
   known <- checked(hub_hosts(handle$pointer))
+  nameBatchHosts(handle, known$node)
   agents <- handle$agents
   text <- function(name) vapply(agents, function(agent) as.character(c(agent[[name]], NA)[[1L]]), "")
   for (name in c("stderr", "stdout")) known[[name]][is.na(known[[name]])] <- ""

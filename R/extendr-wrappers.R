@@ -8,6 +8,10 @@ usable_cores <- function() .Call(wrap__usable_cores)
 #' @noRd
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
+#' Returns the addresses at which other machines can reach this one, best first.
+#' @noRd
+own_addresses <- function() .Call(wrap__own_addresses)
+
 #' Takes over stdin and stdout, and receives from the head what to start. Returns a list of the packages to
 #' attach, of the packages that are left to the workers, and of whether workers are forked. `tempdir`: the
 #' temporary directory of this process.

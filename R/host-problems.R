@@ -54,6 +54,7 @@ versionRemedy <- function(host) {
   if (isTRUE(host$local)) {
     return("another version of rustcluster has been installed on this machine: restart this R session")
   }
+  if (isBatch(host)) return("install the same version of rustcluster on the nodes of the batch engine")
   if (!is.null(host$launcher)) {
     return(paste0("install the same version of rustcluster where ", launcherProgram(host$launcher), " runs R"))
   }

@@ -7,7 +7,7 @@ hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd",
 # index of the host of an entry) and `workers` (NA for all usable cores). The setting `local` is TRUE for a host that
 # needs no ssh: it is this machine, and `spec` sets neither another user nor a port or an ssh command.
 specHosts <- function(spec, defaults = list()) {
-  entries <- specEntries(spec)
+  entries <- numberBatchHosts(specEntries(spec))
   workers <- vapply(entries, `[[`, 0L, "workers")
   if (sum(workers, na.rm = TRUE) > maxWorkers) {
     badArgument("spec", "must ask for at most ", format(maxWorkers, scientific = FALSE), " workers")
@@ -27,6 +27,8 @@ specHosts <- function(spec, defaults = list()) {
     c(settings, local = own && !length(connection) && local[[settings$host]])
   })
   keys <- vapply(hosts, function(host) {
+    # Each node of a job is a host of its own.
+    if (isBatch(host)) return(host$host)
     paste(deparse(host[order(names(host))]), collapse = "")
   }, "")
   list(hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers)

@@ -1,6 +1,7 @@
 # Returns the command that starts the agent of a host, and the variables that are added to its environment.
 
 hostLaunch <- function(host, options) {
+  if (isBatch(host)) return(batchLaunch(host, options))
   arguments <- rscriptArguments(options)
   env <- c(
     if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),

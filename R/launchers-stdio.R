@@ -54,6 +54,7 @@ launcherProgram <- function(launcher) sQuote(basename(launcher$command[[1L]]))
 
 # Returns what to do if the command of a launcher has ended before its agent greeted, or NULL: see commandRemedy().
 launcherRemedy <- function(host, reason, stderr, stdout, status) {
+  if (isBatch(host)) return(NULL)
   program <- launcherProgram(host$launcher)
   rscript <- host[["rscript"]]
   if (is.null(rscript)) rscript <- "Rscript"

@@ -172,12 +172,12 @@ engines <- list(
   htcondor = list(
     title = "HTCondor", prefix = NULL, template = "htcondor",
     time = function(seconds) format(seconds, scientific = FALSE), memory = function(mib) paste0(mib, "MB"),
-    job = "$1", task = "$2", log = rep("$(Cluster)_$(Process).log", 2L)
+    job = "${1}", task = "$2", log = rep("$(Cluster)_$(Process).log", 2L)
   ),
   gridEngine = list(
     title = "Grid Engine", prefix = "#$", template = "grid-engine",
     time = function(seconds) clock(seconds), memory = function(mib) paste0(mib, "M"),
-    job = "$JOB_ID", task = "$SGE_TASK_ID", log = c("$JOB_ID.log", "$JOB_ID.$TASK_ID.log")
+    job = "${JOB_ID}", task = "$SGE_TASK_ID", log = c("$JOB_ID.log", "$JOB_ID.$TASK_ID.log")
   ),
   pbs = list(
     title = "PBS", prefix = "#PBS", template = "pbs",
@@ -189,7 +189,7 @@ engines <- list(
   lsf = list(
     title = "LSF", prefix = "#BSUB", template = "lsf",
     time = function(seconds) as.character(ceiling(seconds / 60)), memory = function(mib) paste0(mib, "MB"),
-    job = "$LSB_JOBID", task = "$LSB_JOBINDEX", log = c("%J.log", "%J_%I.log")
+    job = "${LSB_JOBID}", task = "$LSB_JOBINDEX", log = c("%J.log", "%J_%I.log")
   ),
   template = list(
     title = "template", prefix = NULL, template = NULL,

@@ -396,6 +396,7 @@ awaitEnd <- function(handle, ranks) {
   if (isTRUE(handle$ending)) {
     while (!checked(hub_closed(handle$pointer))) raiseInterrupt()
     handle$ending <- NULL
+    endBatchJobs(handle)
     checkCalls(handle)
   } else if (!isTRUE(handle$stopped)) {
     while (!checked(hub_ended(handle$pointer, ranks))) raiseInterrupt()

@@ -12,6 +12,8 @@ newHandle <- function(pointer, agents) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
+  # The jobs of launchers (batch-jobs.R).
+  handle$batches <- list()
   # Whether hosts may still join.
   handle$awaits <- FALSE
   # The open job; the numbers of the frames that send its tasks (`frames`) and of its verb (`depth`); the key of the
@@ -57,6 +59,7 @@ forgetCluster <- function(handle) {
 abandon <- function(handle) {
   hub_stop(handle$pointer)
   while (identical(hub_closed(handle$pointer), FALSE)) raiseInterrupt()
+  endBatchJobs(handle)
 }
 
 # Waits for the greetings of the agents and fills in the report: until as many workers as are `needed` can start.
@@ -66,6 +69,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
   shown <- logical(length(workers))
   repeat {
     done <- checked(hub_greeted(handle$pointer))
+    checkBatchJobs(handle)
     late <- proc.time()[["elapsed"]] > deadline
     if (progress || done || late || is.finite(needed)) {
       report <- hostReport(handle, workers)
@@ -81,6 +85,8 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
     report$problem[!known] <- paste0(
       "no response within ", timeout, " s; check the host or increase `setup_timeout`"
     )
+    waiting <- waitingProblems(handle, timeout)
+    report$problem <- ifelse(is.na(waiting) | known, report$problem, waiting)
   }
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
