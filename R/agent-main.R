@@ -23,7 +23,9 @@ dialMain <- function() {
 agentMain <- function() {
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
   # These variables are for the agent, and not for processes that its workers start.
-  Sys.unsetenv(c("RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER"))
+  Sys.unsetenv(c(
+    "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_JOB", "RUSTCLUSTER_JOB_END"
+  ))
   after <- union(config$after, intersect(perProcess, config$packages))
   if (config$forks && startedUnsafe()) {
     agent_spawn()

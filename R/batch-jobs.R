@@ -2,12 +2,12 @@
 # process beside this session that outlives it: R never waits for the engine in a call that cannot be interrupted, and
 # no death of this session leaves an unknown job. Commands and answers are files in the directory of the jobs.
 
-# Returns an id for the jobs of a launcher.
-newJobsId <- function() {
+# Returns random bytes in hexadecimal.
+randomText <- function(count) {
   bytes <- tryCatch({
     source <- file("/dev/urandom", "rb", raw = TRUE)
     on.exit(close(source))
-    readBin(source, "raw", 6L)
+    readBin(source, "raw", count)
   }, error = function(e) abort("start_failed", "no random numbers: ", conditionMessage(e)))
   paste(as.character(bytes), collapse = "")
 }

@@ -9,6 +9,8 @@
 #'   equal entries of `spec`:
 #'   \describe{
 #'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
+#'     \item{state}{(character) `"up"`; `"waiting"`: has not joined yet (see `wait` of [makeRustCluster()]); `"lost"`;
+#'       `"failed"`: was left out at the start; `"stopped"`.}
 #'     \item{workers}{(integer) workers that `spec` asked for.}
 #'     \item{up}{(integer) workers that run now.}
 #'     \item{r_version, platform}{(character) of R on the host.}
@@ -47,18 +49,28 @@ print.rustcluster_hosts <- function(x, ...) {
 
 hostsOf <- function(handle) {
   report <- handle$report
+  report$state <- ifelse(is.na(report$problem), "up", "failed")
+  if (handle$stopped) report$state[] <- "stopped"
   pids <- if (handle$stopped) NA else checked(hub_pids(handle$pointer), handle)
   up <- handle$owner[!is.na(pids)]
   report$up <- if (handle$stopped) 0L else tabulate(up, nrow(report))
   if (!handle$stopped) {
-    lost <- checked(hub_hosts(handle$pointer))$reason
-    report$problem <- ifelse(is.na(report$problem), lost, report$problem)
+    known <- checked(hub_hosts(handle$pointer))
+    report$state[is.na(report$problem) & !is.na(known$reason)] <- "lost"
+    report$state[known$awaited == 1] <- "waiting"
+    report$problem <- ifelse(is.na(report$problem), known$reason, report$problem)
+    # What hosts have said that have joined since the start.
+    joined <- is.na(report$r_version)
+    for (name in c("r_version", "platform", "memory", "available")) report[[name]][joined] <- known[[name]][joined]
+    report$cores[joined] <- as.integer(known$cores[joined])
+    report$seconds[joined] <- known$up[joined]
   }
   report
 }
 
 hostReport <- function(handle, asked) {
   known <- checked(hub_hosts(handle$pointer))
+  nameBatchHosts(handle, known$node)
   agents <- handle$agents
   text <- function(name) vapply(agents, function(agent) as.character(c(agent[[name]], NA)[[1L]]), "")
   for (name in c("stderr", "stdout")) known[[name]][is.na(known[[name]])] <- ""
@@ -70,7 +82,7 @@ hostReport <- function(handle, asked) {
     )
   }
   data.frame(
-    host = text("host"), user = text("user"), workers = as.integer(asked), up = 0L,
+    host = text("host"), user = text("user"), state = NA_character_, workers = as.integer(asked), up = 0L,
     r_version = known$r_version, platform = known$platform, cores = as.integer(known$cores),
     memory = known$memory, available = known$available,
     seconds = ifelse(is.na(known$up), known$greeted, known$up), problem = problems,

@@ -9,6 +9,10 @@ conditionClasses <- list(
     not_yet = "The feature does not exist in this version.",
     limits = "The system's limits are too low for this many workers. Fields `what`, `needed`, `available`.",
     start_failed = "The cluster could not be started. Nothing is left of it. Fields `host`, and `report` or `stderr`.",
+    no_allocation = paste(
+      "[allocation()] was called outside of a batch job, or the variables of the batch engine cannot be read. Field",
+      "`variable`, if one of them is wrong."
+    ),
     install_failed = "[installOnHosts()] failed on some hosts. Fields `host`, `report`.",
     worker_lost = paste(
       "A worker died, and its task is not retried (`retries = 0`) or no worker can replace it. Fields `host`, `rank`,",
@@ -32,6 +36,10 @@ conditionClasses <- list(
     call_failed = "The value of a call of [clusterSubmit()] could not be sent, or the call was interrupted.",
     timeout = "A task exceeded `timeout`. Fields `host`, `rank`, `index`, `results`, `failures`.",
     host_failed = "The agent of a host died, or the connection to it was lost. Fields `host`, `rank`.",
+    job_ended = paste(
+      "The batch job of a worker ended while the worker had a task, and no other worker can run the task. Fields `host`,",
+      "`rank`, `reason`."
+    ),
     protocol = paste(
       "A result could not be read: it is damaged, or needs a package or memory that is missing here. Fields `parent`;",
       "from a verb also `results`, `failures`."
@@ -58,7 +66,7 @@ conditionClasses <- list(
     host_failed = "A host was lost, or is left out because its workers died again and again. Fields `host`, `reason`.",
     state_not_kept = paste(
       "Exports and set-up calls exceed `setup_log_limit`: lost workers of a host can no longer be replaced (field",
-      "`host`), or lost hosts can no longer be reconnected."
+      "`host`), or hosts can no longer join the cluster or be reconnected."
     ),
     left_behind = "A process that a worker started detached and still runs. Fields `host`, `rank`, `pid`, `command`.",
     stop_timeout = paste(
@@ -73,7 +81,12 @@ conditionClasses <- list(
     versions = "A host runs another version of R. Field `host`."
   ),
   message = c(
+    host_draining = paste(
+      "The batch job of a host is about to end: its workers get no new tasks. Fields `host`, `reason`, `seconds` (until",
+      "the end, if they are known)."
+    ),
     host_back = "A lost host is back.",
+    host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
     worker_back = "A worker that could not be restored at first is back."
   )
 )

@@ -106,7 +106,7 @@ raiseFailure <- function(failure, handle = NULL) {
 # The fields of failures that conditions have, too.
 conditionFields <- c(
   "reason", "stderr", "stdout", "what", "argument", "command", "rank", "pid", "signal", "status", "index", "needed",
-  "available", "memory_available", "oom", "replaced"
+  "available", "memory_available", "oom", "replaced", "seconds"
 )
 
 failureCondition <- function(failure, handle = NULL, type = "error") {
@@ -151,7 +151,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       tailText("last output of the worker", field("stderr"))
     ),
-    host_failed = paste0(
+    host_failed = if (isTRUE(field("never_joined"))) paste0(
+      "host ", sQuote(host), " could not join the cluster, which goes on without it: ",
+      hostProblem(settings, reason, field("stderr"), field("stdout"), c(field("status"), NA)[[1L]])
+    ) else paste0(
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
       if (isTRUE(hub_reconnects(handle$pointer, owner))) {
@@ -160,6 +163,12 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
         "; "
       },
       "`clusterAlive(cl)` leaves its nodes out, if others are left"
+    ),
+    job_ended = paste0(node, if (identical(reason, "removed")) " was removed" else paste0(": its job ended (", reason, ")")),
+    host_draining = paste0(
+      "host ", sQuote(host), " is draining because its job ends",
+      if (!is.null(field("seconds"))) paste0(" in ", format(field("seconds")), " s"), " (", reason, "); ",
+      "its workers get no new tasks\n"
     ),
     timeout = paste0(
       tasks, " exceeded ", if (several) "their" else "its", " time limit of ",
@@ -182,9 +191,12 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
     host_back = paste0(
       "host ", sQuote(host), " is back; the state of its workers was restored\n"
     ),
+    host_joined = paste0(
+      "host ", sQuote(host), " has joined the cluster (", sum(handle$owner == owner), " workers)\n"
+    ),
     state_not_kept = if (is.null(owner)) paste0(
       "exports and set-up calls exceed `setup_log_limit` (", format(handle$headLogLimit / 1e6, digits = 3L),
-      " MB), or the disk of tempdir() is full; lost hosts can no longer be reconnected"
+      " MB), or the disk of tempdir() is full; hosts can no longer join the cluster or be reconnected"
     ) else paste0(
       "exports and set-up calls on host ", sQuote(host), " exceed `setup_log_limit` (",
       format(handle$setupLogLimits[[owner]] / 1e6, digits = 3L), " MB, or 100,000 calls on a worker); ",

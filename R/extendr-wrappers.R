@@ -8,6 +8,10 @@ usable_cores <- function() .Call(wrap__usable_cores)
 #' @noRd
 is_own_address <- function(text) .Call(wrap__is_own_address, text)
 
+#' Returns the addresses at which other machines can reach this one, best first.
+#' @noRd
+own_addresses <- function() .Call(wrap__own_addresses)
+
 #' Takes over stdin and stdout, and receives from the head what to start. Returns a list of the packages to
 #' attach, of the packages that are left to the workers, and of whether workers are forked. `tempdir`: the
 #' temporary directory of this process.
@@ -80,6 +84,16 @@ hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 #' @noRd
 hub_reconnect <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_reconnect, handle, path, max_bytes, start_timeout)
 
+#' Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
+#' `start_timeout`: the number of seconds that such a host may take.
+#' @noRd
+hub_keep_setup_log <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_keep_setup_log, handle, path, max_bytes, start_timeout)
+
+#' Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
+#' slice until a worker joins.
+#' @noRd
+hub_awaited <- function(handle, wait) .Call(wrap__hub_awaited, handle, wait)
+
 #' Sends each agent its plan. `plans`: for each agent `NULL`, which stops it, or a list of ranks, packages,
 #' outfile, renice, mode, spawn, heartbeat_timeout (in milliseconds), chunk_cache_bytes, setup_log_bytes and
 #' memory_limit (in bytes; 0 for no limit), setup (the time limit of a replacement's start, in milliseconds; 0
@@ -98,6 +112,10 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
 
+#' Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+#' @noRd
+hub_give_up_host <- function(handle, agent, reason) .Call(wrap__hub_give_up_host, handle, agent, reason)
+
 #' Returns whether a host is lost and will be reconnected.
 #' @noRd
 hub_reconnects <- function(handle, agent) .Call(wrap__hub_reconnects, handle, agent)
@@ -109,6 +127,14 @@ hub_terminations <- function(handle) .Call(wrap__hub_terminations, handle)
 #' Stops these nodes. The cluster is stopped with its last node.
 #' @noRd
 hub_stop_nodes <- function(handle, ranks) .Call(wrap__hub_stop_nodes, handle, ranks)
+
+#' Drains these nodes: they get no new tasks, and are stopped when they have none left.
+#' @noRd
+hub_drain <- function(handle, ranks) .Call(wrap__hub_drain, handle, ranks)
+
+#' Removes these nodes at once. Other nodes run their tasks.
+#' @noRd
+hub_remove <- function(handle, ranks) .Call(wrap__hub_remove, handle, ranks)
 
 #' Returns whether the processes of these nodes, which have been stopped, have ended; waits up to one slice for
 #' that.

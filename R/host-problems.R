@@ -14,7 +14,11 @@ hostProblem <- function(host, reason, stderr, stdout, status = NA, up = FALSE) {
 # Returns what to do if the command of a host has ended before its agent greeted, or NULL. The exit status tells which
 # program failed. Its messages are searched only then, because any program may print "Permission denied".
 commandRemedy <- function(host, reason, stderr, stdout, status) {
-  ssh <- !isTRUE(host$local)
+  if (!is.null(host$launcher)) {
+    remedy <- launcherRemedy(host, reason, stderr, stdout, status)
+    if (!is.null(remedy)) return(remedy)
+  }
+  ssh <- !isTRUE(host$local) && is.null(host$launcher)
   if (startsWith(reason, "the agent could not be started: ")) {
     if (!ssh) return("Rscript cannot be run on this machine: check `rscript`")
     return("the command that connects to the host cannot be run on this machine: install ssh, or check `rshcmd`")
@@ -49,6 +53,10 @@ addressOf <- function(host) paste0(if (!is.null(host$user)) paste0(host$user, "@
 versionRemedy <- function(host) {
   if (isTRUE(host$local)) {
     return("another version of rustcluster has been installed on this machine: restart this R session")
+  }
+  if (isBatch(host)) return("install the same version of rustcluster on the nodes of the batch engine")
+  if (!is.null(host$launcher)) {
+    return(paste0("install the same version of rustcluster where ", launcherProgram(host$launcher), " runs R"))
   }
   paste0("install the same version of rustcluster on the host, with `installOnHosts(\"", writtenHost(host), "\")`")
 }

@@ -7,7 +7,7 @@ hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd",
 # index of the host of an entry) and `workers` (NA for all usable cores). The setting `local` is TRUE for a host that
 # needs no ssh: it is this machine, and `spec` sets neither another user nor a port or an ssh command.
 specHosts <- function(spec, defaults = list()) {
-  entries <- specEntries(spec)
+  entries <- numberBatchHosts(specEntries(spec))
   workers <- vapply(entries, `[[`, 0L, "workers")
   if (sum(workers, na.rm = TRUE) > maxWorkers) {
     badArgument("spec", "must ask for at most ", format(maxWorkers, scientific = FALSE), " workers")
@@ -16,12 +16,19 @@ specHosts <- function(spec, defaults = list()) {
   hosts <- lapply(entries, function(entry) {
     settings <- entry$settings
     connection <- settings[intersect(names(settings), c("port", "rshcmd", "rshopts"))]
-    settings <- c(settings, defaults[setdiff(names(defaults), names(settings))])
+    launched <- !is.null(settings$launcher)
+    other <- setdiff(names(defaults), c(names(settings), if (launched) c("user", "rshcmd", "rshopts")))
+    settings <- c(settings, defaults[other])
+    if (launched) return(c(settings, local = FALSE))
+    # A launcher knows that this machine is a node of its allocation, under whatever name.
+    if (isTRUE(settings$local)) return(settings)
     if (is.null(local[[settings$host]])) local[[settings$host]] <<- isLocal(settings$host)
     own <- is.null(settings$user) || settings$user == Sys.info()[["user"]]
     c(settings, local = own && !length(connection) && local[[settings$host]])
   })
   keys <- vapply(hosts, function(host) {
+    # Each node of a job is a host of its own.
+    if (isBatch(host)) return(host$host)
     paste(deparse(host[order(names(host))]), collapse = "")
   }, "")
   list(hosts = hosts[!duplicated(keys)], owner = match(keys, unique(keys)), workers = workers)
@@ -31,6 +38,7 @@ specHosts <- function(spec, defaults = list()) {
 maxWorkers <- 100000
 
 specEntries <- function(spec) {
+  if (isLauncher(spec)) return(launcherEntries(spec))
   spec <- plain(spec)
   if (is.numeric(spec) && length(spec) && !is.null(names(spec))) {
     return(Map(function(host, workers) namedEntry(host, count(workers, ofHost(host), maxWorkers)),
@@ -57,19 +65,22 @@ specEntries <- function(spec) {
   }
   if (is.list(spec) && length(spec)) {
     if ("host" %in% names(spec)) spec <- list(spec)
-    entries <- lapply(seq_along(spec), function(i) listEntry(spec[[i]], i))
-    counted <- vapply(entries, function(entry) "ncore" %in% names(entry), NA)
+    launched <- vapply(spec, isLauncher, NA)
+    entries <- lapply(seq_along(spec), function(i) if (launched[[i]]) spec[[i]] else listEntry(spec[[i]], i))
+    hosts <- entries[!launched]
+    counted <- vapply(hosts, function(entry) "ncore" %in% names(entry), NA)
     # In parallel, each entry is a worker.
-    flat <- !any(counted) && anyDuplicated(entries) > 0L
-    return(lapply(entries, function(entry) {
+    flat <- !any(counted) && anyDuplicated(hosts) > 0L
+    return(do.call(c, lapply(unname(entries), function(entry) {
+      if (isLauncher(entry)) return(launcherEntries(entry))
       workers <- if (flat) 1L else if (is.null(entry$ncore)) NA_integer_ else entry$ncore
       entry$ncore <- NULL
-      list(settings = entry, workers = workers)
-    }))
+      list(list(settings = entry, workers = workers))
+    })))
   }
   badArgument(
     "spec", "must be a number of workers, host names, numbers of workers named by their hosts, ",
-    "or a list of hosts"
+    "a list of hosts, or a launcher"
   )
 }
 
@@ -161,6 +172,28 @@ hostName <- function(text, argument) {
   text
 }
 
+# The checks of settings of a host, by name. Each takes the value and the argument that error messages name, and returns
+# the value.
+settingChecks <- list(
+  user = function(x, f) hostName(x, f),
+  ncore = function(x, f) count(x, f, maxWorkers),
+  port = function(x, f) count(x, f, 65535),
+  threads = function(x, f) count(x, f, 4096),
+  renice = function(x, f) niceness(x, f),
+  rscript = function(x, f) texts(x, f, 1L),
+  rlibs = function(x, f) texts(x, f),
+  rshcmd = function(x, f) texts(x, f),
+  rshopts = function(x, f) texts(x, f),
+  rscript_envs = function(x, f) variables(x, f),
+  start_method = function(x, f) startMethod(x, f)
+)
+
+niceness <- function(value, argument) {
+  ok <- is.numeric(value) && length(value) == 1L && isTRUE(abs(value) <= 40)
+  if (!ok) badArgument(argument, "must be a number from -40 to 40")
+  as.integer(value)
+}
+
 listEntry <- function(entry, i) {
   where <- paste0("spec[[", i, "]]")
   entry <- plain(entry)
@@ -188,21 +221,8 @@ listEntry <- function(entry, i) {
   # NULL and NA mean that a setting is not set; for ncore they mean all cores.
   asked <- "ncore" %in% names(entry)
   entry <- entry[!vapply(entry, isUnset, NA)]
-  checked <- list(
-    user = function(x, f) hostName(x, f),
-    ncore = function(x, f) count(x, f, maxWorkers),
-    port = function(x, f) count(x, f, 65535),
-    threads = function(x, f) count(x, f, 4096),
-    renice = function(x, f) {
-      if (!is.numeric(x) || length(x) != 1L || !isTRUE(abs(x) <= 40)) badArgument(f, "must be a number from -40 to 40")
-      as.integer(x)
-    },
-    rscript = function(x, f) texts(x, f, 1L), rlibs = texts, rshcmd = texts, rshopts = texts,
-    rscript_envs = function(x, f) variables(x, f),
-    start_method = function(x, f) startMethod(x, f)
-  )
-  for (name in intersect(names(checked), names(entry))) {
-    entry[[name]] <- checked[[name]](entry[[name]], field(name))
+  for (name in intersect(names(settingChecks), names(entry))) {
+    entry[[name]] <- settingChecks[[name]](entry[[name]], field(name))
   }
   if (asked && is.null(entry$ncore)) entry$ncore <- NA_integer_
   entry

@@ -55,6 +55,12 @@ installOnHosts <- function(hosts, ..., timeout = 3600, progress = interactive())
   }
   # Ignore the settings of workers: entries that differ in them alone are the same host.
   hosts <- lapply(specHosts(hosts, given)$hosts, function(host) {
+    if (!is.null(host$launcher)) {
+      badArgument(
+        "hosts", "contains a launcher (host ", sQuote(host$host), "); install rustcluster where its command runs R, ",
+        "as in the image of a container"
+      )
+    }
     host[intersect(c("host", "user", "port", "local", known), names(host))]
   })
   hosts <- unique(hosts)

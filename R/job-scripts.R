@@ -125,9 +125,7 @@ pbsChunk <- function(launcher, memory) {
 # Returns the command that is the agent: a script has to `exec` it, since engines send their signals to the process of
 # the script alone.
 agentCommand <- function(launcher, size, one, arguments) {
-  here <- is.null(launcher$login) && is.null(launcher$setup)
-  rscript <- if (!is.null(launcher$rscript)) launcher$rscript else if (here) ownRscript() else "Rscript"
-  command <- paste(shQuote(c(rscript, arguments, "-e", startExpression("dialMain"))), collapse = " ")
+  command <- paste(shQuote(c(rscriptOf(launcher), arguments, "-e", startExpression("dialMain"))), collapse = " ")
   if (!one) return(command)
   # One agent on each node. Without these options the end of one agent would end the others.
   paste(
@@ -136,10 +134,15 @@ agentCommand <- function(launcher, size, one, arguments) {
   )
 }
 
+rscriptOf <- function(launcher) {
+  here <- is.null(launcher$login) && is.null(launcher$setup)
+  if (!is.null(launcher$rscript)) launcher$rscript else if (here) ownRscript() else "Rscript"
+}
+
 ownRscript <- function() file.path(R.home("bin"), "Rscript")
 
-# Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB and RUSTCLUSTER_TASK tell the agent which
-# job of the engine it is, and RUSTCLUSTER_JOB_ENDS when its time limit ends it (seconds since 1970).
+# Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB tells the agent which job of the engine it
+# is, and element of which array, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970).
 agentEnvironment <- function(launcher, id, env) {
   engine <- engines[[launcher$kind]]
   # The library of this session comes first on nodes that have it.
@@ -152,12 +155,11 @@ agentEnvironment <- function(launcher, id, env) {
   set <- env[!is.na(env)]
   seconds <- launcher$time$seconds
   c(
-    paste(c("unset R_HOME", names(env)[is.na(env)]), collapse = " "),
-    if (nzchar(engine$job)) {
-      paste0("export RUSTCLUSTER_JOB=\"", engine$job, "\" RUSTCLUSTER_TASK=\"", engine$task, "\"")
-    },
+    # Grid Engine passes commands on in QRSH_COMMAND, with bytes that are no text.
+    paste(c("unset R_HOME QRSH_COMMAND", names(env)[is.na(env)]), collapse = " "),
+    paste0("export RUSTCLUSTER_JOB=\"", engine$job, "_", engine$task, "\""),
     if (!is.null(seconds)) {
-      paste0("export RUSTCLUSTER_JOB_ENDS=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
+      paste0("export RUSTCLUSTER_JOB_END=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
     },
     paste0("export ", names(set), "=", shQuote(set))
   )
@@ -183,13 +185,13 @@ shellWord <- function(text) ifelse(grepl("^[A-Za-z0-9_./+@=,:-]+$", text), text,
 #' @rdname launchers
 #' @param x A launcher.
 #' @export
-print.rustcluster_launcher <- function(x, ...) {
+print.rustcluster_batch <- function(x, ...) {
   cat(format(x, ...), sep = "\n")
   invisible(x)
 }
 
 #' @export
-format.rustcluster_launcher <- function(x, ...) {
+format.rustcluster_batch <- function(x, ...) {
   # The number of the cluster is not known yet.
   made <- jobScripts(x, "ID")
   submissions <- made$submissions

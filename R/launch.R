@@ -1,6 +1,7 @@
 # Returns the command that starts the agent of a host, and the variables that are added to its environment.
 
 hostLaunch <- function(host, options) {
+  if (isBatch(host)) return(batchLaunch(host, options))
   arguments <- rscriptArguments(options)
   env <- c(
     if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")),
@@ -18,9 +19,14 @@ hostLaunch <- function(host, options) {
   launch <- if (local) {
     list(command = command("agentMain"), env = env)
   } else {
-    list(command = sshCommand(host, remoteScript(command("agentMain"), env)), env = character())
+    list(command = onHost(host, remoteScript(command("agentMain"), env)), env = launcherVariables(host$launcher))
   }
   c(list(host = host$host, worker = worker), launch)
+}
+
+# Returns the command that runs a script in sh on another host.
+onHost <- function(host, script) {
+  if (is.null(host$launcher)) sshCommand(host, script) else launcherCommand(host$launcher, script)
 }
 
 # Returns the arguments of Rscript for an agent or a separate worker.
@@ -38,8 +44,9 @@ rscriptArguments <- function(options) {
 
 # Returns the script that sh runs on the host. `env`: NA removes a variable.
 remoteScript <- function(command, env) {
-  # ssh or the login shell may have set R_HOME to the value of another machine.
-  unsetNames <- c("R_HOME", names(env)[is.na(env)])
+  # ssh or the login shell may have set R_HOME to the value of another machine. QRSH_COMMAND, in which Grid Engine
+  # passes the command on, has bytes that are no text: R's Sys.getenv() fails.
+  unsetNames <- c("R_HOME", "QRSH_COMMAND", names(env)[is.na(env)])
   set <- env[!is.na(env)]
   paste0(
     "unset ", paste(unsetNames, collapse = " "), "; exec ",

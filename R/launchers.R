@@ -172,12 +172,12 @@ engines <- list(
   htcondor = list(
     title = "HTCondor", prefix = NULL, template = "htcondor",
     time = function(seconds) format(seconds, scientific = FALSE), memory = function(mib) paste0(mib, "MB"),
-    job = "$1", task = "$2", log = rep("$(Cluster)_$(Process).log", 2L)
+    job = "${1}", task = "$2", log = rep("$(Cluster)_$(Process).log", 2L)
   ),
   gridEngine = list(
     title = "Grid Engine", prefix = "#$", template = "grid-engine",
     time = function(seconds) clock(seconds), memory = function(mib) paste0(mib, "M"),
-    job = "$JOB_ID", task = "$SGE_TASK_ID", log = c("$JOB_ID.log", "$JOB_ID.$TASK_ID.log")
+    job = "${JOB_ID}", task = "$SGE_TASK_ID", log = c("$JOB_ID.log", "$JOB_ID.$TASK_ID.log")
   ),
   pbs = list(
     title = "PBS", prefix = "#PBS", template = "pbs",
@@ -189,12 +189,12 @@ engines <- list(
   lsf = list(
     title = "LSF", prefix = "#BSUB", template = "lsf",
     time = function(seconds) as.character(ceiling(seconds / 60)), memory = function(mib) paste0(mib, "MB"),
-    job = "$LSB_JOBID", task = "$LSB_JOBINDEX", log = c("%J.log", "%J_%I.log")
+    job = "${LSB_JOBID}", task = "$LSB_JOBINDEX", log = c("%J.log", "%J_%I.log")
   ),
   template = list(
     title = "template", prefix = NULL, template = NULL,
     time = function(seconds) clock(seconds), memory = function(mib) paste0(mib, "M"),
-    job = "", task = "", log = rep("job.log", 2L)
+    job = "$$", task = "", log = rep("job.log", 2L)
   )
 )
 
@@ -247,15 +247,15 @@ newLauncher <- function(kind, given, values) {
   if (kind == "gridEngine") launcher$pe <- engineName(given$pe, "pe")
   if (kind == "pbs") launcher$dialect <- dialectOf(given$dialect)
   if (kind == "template") launcher[c("submit", "cancel", "status", "pattern")] <- list(
-    commandLine(given$submit, "submit", "file"), commandLine(given$cancel, "cancel", "jobs"),
-    if (!is.null(given$status)) commandLine(given$status, "status", "jobs"), regularExpression(given$pattern)
+    engineCommand(given$submit, "submit", "file"), engineCommand(given$cancel, "cancel", "jobs"),
+    if (!is.null(given$status)) engineCommand(given$status, "status", "jobs"), regularExpression(given$pattern)
   )
   named <- names(values)
   if (length(values) && (is.null(named) || !all(nzchar(named)))) {
     badArgument("...", "all further arguments must be named")
   }
   launcher$lines <- launcherTemplate(launcher, given$template)
-  launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_launcher"))
+  launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_batch", "rustcluster_launcher"))
   # A key without a value is an error now, and not when a job is submitted.
   jobScripts(launcher, "id")
   launcher
@@ -403,7 +403,7 @@ loginHost <- function(value) {
   hostAddress(value, "login")
 }
 
-commandLine <- function(value, argument, key) {
+engineCommand <- function(value, argument, key) {
   value <- refuseControls(texts(value, argument, 1L), argument)
   keys <- templateKeys(value)
   wrong <- setdiff(keys, key)

@@ -19,6 +19,9 @@
 #'     `rscript_envs`, `threads`, `renice`, `start_method`. If no element has `ncore` and some elements are equal, each
 #'     element stands for one worker, as in \pkg{parallel}.
 #'
+#'   * (launcher) The hosts of [commandLauncher()], which any command line starts, or of [allocation()], the nodes of
+#'     the batch job that this session runs in. A list may have launchers beside other hosts.
+#'
 #'   A host may be written with a user and the port of its sshd: `"user@host"`, `"host:2222"`, `"[::1]:2222"`,
 #'   `"ssh://user@host:2222"`. An IPv6 address without a port needs no brackets.
 #'
@@ -90,11 +93,29 @@
 #' @param stop_timeout (number) Seconds that `stopCluster()` waits for an idle worker to end, at least 0; default 5. In
 #'   that time the worker runs its exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`). A worker that takes longer
 #'   is killed, and a warning of class `rustcluster_stop_timeout` names it.
+#' @param wait How long to wait for hosts: `"all"`, the default, until all workers are ready; `"first"`, until the first
+#'   is; or a number of workers; `0` does not wait. Hosts that have not started by then join the cluster later, and a
+#'   message says so. `setup_timeout` limits the wait. With a `wait` other than `"all"`, the number of workers of each
+#'   host must be known (`ncore`). See section Hosts that join later.
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of class `"RustNode"`. Each node is a list
 #'   with `host` (character), `rank` (integer, from 1) and a handle, and stands for one worker. Subsets such as
 #'   `cl[1:2]` are clusters, too.
+#'
+#' @section Hosts that join later:
+#' With `wait = "first"`, a number, or `0`, `length(cl)` counts all workers that `spec` asks for. Functions that give a
+#' task to any idle worker, such as `parLapplyLB()`, `clusterApplyLB()`, [clusterLapply()], foreach, futures and
+#' [clusterSubmit()], begin with the workers that are ready. Workers that join take part in the call that is running.
+#' `clusterExport()` and `clusterSetRNGStream()` do not wait either: a worker that joins gets the cluster's exports, the
+#' effects of its set-up calls and its own stream of random numbers before its first task. Functions that give each node
+#' its own task, such as `clusterCall()`, `clusterEvalQ()`, `clusterApply()` and `parLapply()`, wait for all nodes of
+#' the cluster that they are called with; `packages` attaches packages without waiting, and a part of the cluster can be
+#' used at once: `cl[clusterAlive(cl)]`.
+#'
+#' [clusterStatus()] and [clusterHosts()] show workers and hosts that have not joined yet as `"waiting"`. A host that
+#' fails to start, or to join within `setup_timeout`, is reported by a warning of class `rustcluster_host_failed`, and
+#' the cluster goes on without it.
 #'
 #' @section Several clusters:
 #' `c(cl1, cl2)` is a cluster with the nodes of both, in that order. All functions work on it, and those of
@@ -132,7 +153,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             rscript_envs = NULL, start_method = c("fork", "spawn"), threads = 1L,
                             memory_limit = Inf, on_failure = c("error", "warn"), heartbeat_timeout = 20,
                             retries = 2, timeout = Inf, reconnect = FALSE,
-                            buffer_limit = 512 * 2^20, setup_log_limit = NULL, stop_timeout = 5,
+                            buffer_limit = 512 * 2^20, setup_log_limit = NULL, stop_timeout = 5, wait = "all",
                             progress = interactive()) {
   own <- setdiff(names(formals()), c("spec", "type", "..."))
   given <- useNewNames(list(...), names(match.call(expand.dots = FALSE)))
@@ -175,6 +196,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   short <- limits_check(sum(asked$workers[local[asked$owner]], na.rm = TRUE))
   if (!is.null(short)) raiseFailure(short)
 
+  needed <- neededWorkers(wait, asked$workers)
+
   launches <- lapply(asked$hosts, hostLaunch, options)
   pointer <- checked(hub_start(
     launches, packageVersionText(), rVersionText(), R.version$platform, buffer_limit
@@ -189,12 +212,14 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
   on.exit(if (!started) abandon(handle))
-  if (reconnect) {
+  if (reconnect || is.finite(needed)) {
     limit <- if (is.null(setup_log_limit)) 2^30 else setup_log_limit
-    checked(hub_reconnect(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
+    keep <- if (reconnect) hub_reconnect else hub_keep_setup_log
+    checked(keep(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
     handle$headLogLimit <- limit
   }
-  deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress)
+  startBatchJobs(handle, asked$hosts, options)
+  deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, heartbeat_timeout = heartbeat_timeout,
     setup = options$setup_timeout, setup_log_limit = setup_log_limit, memory = memory,
@@ -202,6 +227,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   ))
   checked(hub_go(handle$pointer, plans, timeout))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
+  awaitWorkers(handle, min(needed, length(handle$alive)), deadline, options$setup_timeout)
   started <- TRUE
   newCluster(handle, handle$alive)
 }

@@ -159,7 +159,7 @@ killNode.RustNode <- function(x, signal = tools::SIGTERM, ...) {
   if (is.na(pid)) return(FALSE)
   host <- nodeHost(x)
   if (isTRUE(host$local)) return(tools::pskill(pid, signal))
-  command <- sshCommand(host, paste0("kill -", as.integer(signal), " ", pid))
+  command <- onHost(host, paste0("kill -", as.integer(signal), " ", pid))
   status <- system2(command[[1L]], shQuote(command[-1L]), stdout = FALSE, stderr = FALSE, timeout = 30)
   identical(as.integer(status), 0L)
 }

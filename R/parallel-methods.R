@@ -35,8 +35,14 @@ sendData.RustNode <- function(node, data) {
 }
 
 sendTask <- function(handle, rank, message) {
+  # The seed of a worker that has not joined yet is logged.
+  if (handle$awaits && !identical(handle$setupKey, ".Random.seed")) awaitNodes(handle, rank)
   result <- hub_send(handle$pointer, rank, handle$job, message, handle$setupKey)
   if (is.null(result)) return(invisible())
+  if (isTRUE(result)) {
+    handle$onlyLogged <- c(handle$onlyLogged, rank)
+    return(invisible())
+  }
   if (isFromStale(result, handle)) return(sendTask(handle, rank, message))
   if (isFailure(result)) handleFailed(result, handle)
   unwound(result)
@@ -107,6 +113,7 @@ closeJob <- function(handle, job) {
     if (handle$job == job) {
       handle$job <- noJob
       handle$setupKey <- NULL
+      handle$onlyLogged <- NULL
       openFrames[[handle$id]] <- NULL
     }
     if (!is.null(events)) show(events, handle)
@@ -124,6 +131,10 @@ setupKeyOf <- function(verb, call) {
   )
 }
 
+# Returns whether a call sets up a worker and has no value that anybody needs, so that the call is only logged for a
+# worker that has not joined yet: it is made by clusterExport(), or by foreach.
+isOnlyLogged <- function(call) isGets(call$fun) || identical(call$fun, beginLoop)
+
 handleFailed <- function(failure, handle) {
   if (handle$stopped) failure <- rustFailure("stopped")
   condition <- failureCondition(failure, handle)
@@ -137,6 +148,10 @@ handleFailed <- function(failure, handle) {
 recvData.RustNode <- function(node) {
   handle <- .subset2(node, "handle")
   rank <- .subset2(node, "rank")
+  if (rank %in% handle$onlyLogged) {
+    handle$onlyLogged <- setdiff(handle$onlyLogged, rank)
+    return(list(type = "VALUE", value = NULL, success = TRUE, time = 0, tag = NULL))
+  }
   repeat {
     raiseInterrupt()
     result <- hub_receive(handle$pointer, rank)
@@ -381,6 +396,7 @@ awaitEnd <- function(handle, ranks) {
   if (isTRUE(handle$ending)) {
     while (!checked(hub_closed(handle$pointer))) raiseInterrupt()
     handle$ending <- NULL
+    endBatchJobs(handle)
     checkCalls(handle)
   } else if (!isTRUE(handle$stopped)) {
     while (!checked(hub_ended(handle$pointer, ranks))) raiseInterrupt()

@@ -12,6 +12,12 @@ newHandle <- function(pointer, agents) {
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
+  # The jobs of launchers (batch-jobs.R).
+  handle$batches <- list()
+  # The engine hosts on login nodes (login-jobs.R).
+  handle$logins <- list()
+  # Whether hosts may still join.
+  handle$awaits <- FALSE
   # The open job; the numbers of the frames that send its tasks (`frames`) and of its verb (`depth`); the key of the
   # cluster in tables outside of the handle (`id`); the number of the last job (`jobs`). See parallel-methods.R.
   handle$job <- noJob
@@ -22,6 +28,9 @@ newHandle <- function(pointer, agents) {
   handle$incompleteOutput <- list()
   # The key of the set-up calls of the open job, or NULL for other calls (parallel-methods.R).
   handle$setupKey <- NULL
+  # The nodes whose set-up call of the open job was only logged, because they have not joined yet, and whose answers
+  # have not been received.
+  handle$onlyLogged <- NULL
   # The limit of the set-up log of each agent, in bytes.
   handle$setupLogLimits <- numeric()
   # The limit of the set-up log of the head, in bytes. Lost hosts are restored from that log.
@@ -52,27 +61,35 @@ forgetCluster <- function(handle) {
 abandon <- function(handle) {
   hub_stop(handle$pointer)
   while (identical(hub_closed(handle$pointer), FALSE)) raiseInterrupt()
+  endBatchJobs(handle)
 }
 
-# Waits for the greetings of the agents and fills in the report. Returns the deadline for the start of the workers.
-greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
+# Waits for the greetings of the agents and fills in the report: until as many workers as are `needed` can start.
+# Returns the deadline for the start of the workers.
+greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, needed) {
   workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
   shown <- logical(length(workers))
   repeat {
     done <- checked(hub_greeted(handle$pointer))
+    checkBatchJobs(handle)
     late <- proc.time()[["elapsed"]] > deadline
-    if (progress || done || late) {
+    if (progress || done || late || is.finite(needed)) {
       report <- hostReport(handle, workers)
       known <- !is.na(report$r_version) | !is.na(report$problem)
       if (progress) for (i in which(known & !shown)) showHost(report, i)
       shown <- known
     }
     if (done || late) break
+    if (is.finite(needed) && sum(workers[known & is.na(report$problem)]) >= needed) break
     raiseInterrupt()
   }
-  report$problem[!known] <- paste0(
-    "no response within ", timeout, " s; check the host or increase `setup_timeout`"
-  )
+  if (late) {
+    report$problem[!known] <- paste0(
+      "no response within ", timeout, " s; check the host or increase `setup_timeout`"
+    )
+    waiting <- waitingProblems(handle, timeout)
+    report$problem <- ifelse(is.na(waiting) | known, report$problem, waiting)
+  }
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
   report$problem <- ifelse(
@@ -81,7 +98,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress) {
   handle$report <- report
   failed <- which(!is.na(report$problem))
   if (length(failed)) hostsFailed(handle, failed, tolerant, anyNA(report$problem))
-  other <- is.na(report$problem) & !report$r_version %in% rVersionText()
+  other <- is.na(report$problem) & known & !report$r_version %in% rVersionText()
   if (any(other)) {
     warning(rustclusterCondition(
       "versions", paste0(
@@ -161,7 +178,8 @@ milliseconds <- function(seconds) if (is.finite(seconds)) ceiling(1000 * seconds
 # Returns for each host whether its byte order differs from that of this session, so that both use XDR.
 otherByteOrder <- function(handle) {
   bigEndian <- checked(hub_hosts(handle$pointer))$big_endian == 1
-  bigEndian != (.Platform$endian == "big")
+  # A host that joins later must have the byte order of this session.
+  !is.na(bigEndian) & bigEndian != (.Platform$endian == "big")
 }
 
 # Returns the limit of the set-up log of an agent and of its cache of chunks, in bytes.
@@ -176,7 +194,8 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   late <- paste0("not ready within ", timeout, " s; check the host or increase `setup_timeout`")
   repeat {
     up <- checked(hub_progress(handle$pointer, tolerant), handle)
-    if (up == length(handle$hosts)) break
+    awaited <- checked(hub_awaited(handle$pointer, FALSE), handle)
+    if (up >= length(handle$hosts) - length(awaited)) break
     if (proc.time()[["elapsed"]] > deadline) {
       # Leave out workers that have not started; the others stay.
       if (tolerant) checked(hub_leave_out(handle$pointer, 0L, late)) else startedLate(handle, up, timeout)
@@ -187,6 +206,9 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   report <- hostReport(handle, before$workers)
   report$problem <- ifelse(is.na(before$problem), report$problem, before$problem)
   terminations <- checked(hub_terminations(handle$pointer), handle)
+  # These have not failed.
+  terminations[awaited] <- list(NULL)
+  handle$awaits <- length(awaited) > 0L
   for (i in which(is.na(report$problem))) {
     report$problem[[i]] <- workersProblem(terminations, which(handle$owner == i), late)
   }
@@ -197,6 +219,50 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   for (i in setdiff(failed, handle$owner[ranks])) checked(hub_leave_out(handle$pointer, i, report$problem[[i]]))
   if (length(failed)) hostsFailed(handle, failed, tolerant, length(ranks) > 0L)
   ranks
+}
+
+# Returns the number of workers that makeRustCluster() waits for: Inf for all.
+neededWorkers <- function(wait, workers) {
+  wait <- plain(wait)
+  if (identical(wait, "all")) return(Inf)
+  needed <- if (identical(wait, "first")) 1 else wait
+  if (!isCount(needed) || needed < 0) {
+    badArgument("wait", "must be \"all\", \"first\", or a number of workers, at least 0")
+  }
+  if (anyNA(workers)) {
+    badArgument("wait", "needs the number of workers of each host: set `ncore` in `spec`, or use wait = \"all\"")
+  }
+  if (needed > sum(workers)) {
+    badArgument("wait", "must be at most ", sum(workers), ", the number of workers of `spec`")
+  }
+  as.double(needed)
+}
+
+# Waits until this many workers are ready, while hosts may still join.
+awaitWorkers <- function(handle, needed, deadline, timeout) {
+  repeat {
+    up <- sum(!is.na(checked(hub_pids(handle$pointer), handle)))
+    if (up >= needed || !handle$awaits) break
+    if (proc.time()[["elapsed"]] > deadline) startedLate(handle, up, timeout)
+    awaitArrival(handle)
+  }
+}
+
+# Waits for up to one slice until a host joins. Returns the ranks of the workers whose hosts have not joined yet.
+awaitArrival <- function(handle) {
+  awaited <- checked(hub_awaited(handle$pointer, TRUE), handle)
+  handle$awaits <- length(awaited) > 0L
+  showEvents(handle)
+  raiseInterrupt()
+  awaited
+}
+
+# Waits until the hosts of these workers have joined, or will not join.
+awaitNodes <- function(handle, ranks) {
+  if (!handle$awaits) return(invisible())
+  awaited <- checked(hub_awaited(handle$pointer, FALSE), handle)
+  while (any(ranks %in% awaited)) awaited <- awaitArrival(handle)
+  handle$awaits <- length(awaited) > 0L
 }
 
 startedLate <- function(handle, up, timeout) {

@@ -15,7 +15,8 @@
 #'     \item{host, rank, pid}{(character, integer, integer) the worker; `pid` is `NA` if the worker has died or was
 #'       stopped.}
 #'     \item{state}{(character) `"idle"`; `"busy"`: has a task, or a task is being sent to it; `"ending"`: still runs a
-#'       task that was cancelled or timed out; `"restoring"`: replaces a failed worker and is not ready yet; `"lost"`;
+#'       task that was cancelled or timed out; `"draining"`: gets no new tasks and then ends; `"restoring"`: replaces a
+#'       failed worker and is not ready yet; `"waiting"`: its host has not joined yet; `"lost"`;
 #'       `"stopped"`; `"starting"`.}
 #'     \item{task, batch}{(integer) the index, in its job, of the current task, and the number of tasks in its batch;
 #'       for a batch of several tasks, `task` is the first. `NA` for a call of [clusterSubmit()].}

@@ -238,6 +238,7 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
   handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
   refuseIfBusy(handle, sys.nframe())
+  if (handle$awaits && !isOnlyLogged(message$data)) awaitNodes(handle, cluster_ranks(cl))
   job <- handle$jobs <- handle$jobs + 1
   force(setupKey)
   done <- FALSE

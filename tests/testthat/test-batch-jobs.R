@@ -16,7 +16,7 @@ stub_kinds <- c("slurm", "htcondor", "gridEngine", "pbs", "lsf", "template")
 # Returns a launcher whose jobs sleep, and the directory for its files.
 sleeping <- function(kind, stub, nodes = 3L, ...) {
   agent <- file.path(stub$home, "agent")
-  writeLines(c("#!/bin/sh", "echo \"agent of $RUSTCLUSTER_JOB/$RUSTCLUSTER_TASK\"", "exec sleep 600"), agent)
+  writeLines(c("#!/bin/sh", "echo \"agent of $RUSTCLUSTER_JOB\"", "exec sleep 600"), agent)
   Sys.chmod(agent, "0755")
   given <- list(nodes = nodes, cores = 2, rscript = agent, dir = file.path(stub$home, "shared"), ...)
   if (kind == "template") {
@@ -70,7 +70,7 @@ for (kind in stub_kinds) {
       seen <- function() jobLog(batch, batch$jobs$job, first + 1L)
       if (kind == "pbs") seen <- function() jobLog(batch, batch$jobs$job)
       wait_until(function() nzchar(seen()))
-      expect_match(seen(), "^agent of 900000100.*/[0-9]")
+      expect_match(seen(), "^agent of 900000100.*_[0-9]")
     }
     # One element ends, and the others stay.
     if (kind != "template") {

@@ -74,7 +74,7 @@ test_that("memory and time are in the form of each engine", {
   expect_identical(condor[[1L]], "request_memory = 1536MB")
   expect_match(condor[[2L]], "> 91800)", fixed = TRUE)
   # The agent learns its time limit from its script, since most engines do not tell it.
-  expect_true(any(grepl("RUSTCLUSTER_JOB_ENDS=.*91800", format(htcondor(cores = 1, time = "1-01:30:00")))))
+  expect_true(any(grepl("RUSTCLUSTER_JOB_END=.*91800", format(htcondor(cores = 1, time = "1-01:30:00")))))
   expect_true("#SBATCH --time=01:30:00" %in% format(slurm(cores = 1, time = 90)))
   expect_true("#SBATCH --time=01:30:00" %in% format(slurm(cores = 1, time = as.difftime(1.5, units = "hours"))))
   # What this package does not know is the engine's.

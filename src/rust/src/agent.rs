@@ -5,6 +5,7 @@ use crate::worker::serve;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::dial;
 use rustcluster_core::agent::startup::{self, Greeted};
+use rustcluster_core::agent::warnings::Warnings;
 use rustcluster_core::agent::{Guard, Role};
 use rustcluster_core::platform::{elf, fd, limits, log};
 use rustcluster_core::protocol::control::{Start, StartMode};
@@ -39,12 +40,18 @@ const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
     ORIGIN.set(Origin::current());
     log::start_or_say(log::Role::Agent);
+    // A job may end before the head greets.
+    let warnings = match Warnings::catch() {
+        Ok(warnings) => warnings,
+        Err(error) => return failed(&error),
+    };
     let greeted = match std::env::var(HANDOVER) {
         Ok(text) => Greeted::resume(&text),
         Err(_) => startup::greet(&startup::hello(package, r_version, platform)),
     };
     match greeted {
         Ok(mut greeted) => {
+            greeted.warnings = warnings;
             greeted.watch_tempdir(tempdir);
             greeted.end_with_head();
             let packages = greeted.start.packages.clone();
@@ -110,6 +117,7 @@ extern "C" fn become_next() {
         return;
     };
     fd::flush_stdio();
+    Warnings::block_for_next_program();
     // Close all files of packages: the next program must not inherit them.
     fd::close_others_on_exec();
     let stdin = fd::redirect(next.stdin.as_raw_fd(), 0);

@@ -40,10 +40,19 @@ fn is_own_address(text: &str) -> bool {
     rustcluster_core::head::launch::is_own_address(text)
 }
 
+/// Returns the addresses at which other machines can reach this one, best first.
+/// @noRd
+#[extendr]
+fn own_addresses() -> Vec<String> {
+    let all = rustcluster_core::platform::addresses::own_addresses();
+    all.iter().map(ToString::to_string).collect()
+}
+
 extendr_module! {
     mod rustcluster;
     fn usable_cores;
     fn is_own_address;
+    fn own_addresses;
     use agent;
     use head;
     use worker;

@@ -11,21 +11,28 @@ use extendr_api::prelude::*;
 use rustcluster_core::protocol::dedup::{self, Fingerprint};
 use rustcluster_core::protocol::ids::{BlobId, JobId, Rank};
 
+/// Sends a message to these nodes. Returns for each whether it will answer: a set-up call for a node that has
+/// not joined yet is only logged.
 pub(super) fn broadcast(
     cluster: &Cluster,
     owners: &[Rank],
     job: JobId,
     message: &Robj,
     setup_call: Option<u64>,
-) -> std::result::Result<(), Unsent> {
+) -> std::result::Result<Vec<bool>, Unsent> {
     let mut blobs = MessageBlobs::default();
     if owners.len() > 1 {
         blobs = send_blobs(cluster, owners, job, message, setup_call.is_some())?;
     }
+    let mut sent = Vec::with_capacity(owners.len());
     for &owner in owners {
-        send(cluster, owner, job, message, setup_call, blobs)?;
+        sent.push(
+            send(cluster, owner, job, message, setup_call, blobs)?
+                .0
+                .is_some(),
+        );
     }
-    Ok(())
+    Ok(sent)
 }
 
 /// Sends a message that is not plain to the hosts of these workers, as one blob for each format.

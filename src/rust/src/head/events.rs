@@ -40,10 +40,31 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
             failure,
             replaced,
         } => Failure::lost(rank, &failure, failure.setback).with("replaced", replaced),
+        Event::NeverJoined { agent, failure } => Failure::new("host_failed")
+            .with("agent", agent + 1)
+            .with("never_joined", true)
+            .with("reason", failure.reason)
+            .with("status", failure.status)
+            .with("stderr", failure.stderr)
+            .with("stdout", failure.stdout),
         Event::HostLost { agent, reason } => Failure::new("host_failed")
             .with("agent", agent + 1)
             .with("reason", reason),
+        Event::HostDraining {
+            agent,
+            reason,
+            seconds,
+        } => {
+            let failure = Failure::new("host_draining")
+                .with("agent", agent + 1)
+                .with("reason", reason);
+            match seconds {
+                Some(seconds) => failure.with("seconds", f64::from(seconds)),
+                None => failure,
+            }
+        }
         Event::HostBack { agent } => Failure::new("host_back").with("agent", agent + 1),
+        Event::HostJoined { agent } => Failure::new("host_joined").with("agent", agent + 1),
         Event::StopTimedOut { rank } => Failure::new("stop_timeout").with("rank", rank + 1),
         Event::SetupLogIncomplete => Failure::new("state_not_kept"),
         Event::StateNotLogged { agent } => Failure::new("state_not_kept").with("agent", agent + 1),

@@ -59,21 +59,6 @@ fn job_begin(
         if let Some(stale) = stale {
             nodes::close_job(cluster, stale);
         }
-        let hub = cluster.hub.borrow();
-        let ranks: std::result::Result<Vec<Rank>, Failure> =
-            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
-        let ranks = ranks?;
-        let mut agents = Vec::with_capacity(ranks.len());
-        for &rank in &ranks {
-            let worker = hub.worker(rank);
-            if let Some(termination) = worker.termination {
-                return Err(Failure::termination(rank, &termination));
-            }
-            agents.push(worker.agent);
-        }
-        let cores = |host: &HostView| host.hello.as_ref().map_or(0, |hello| hello.cores as usize);
-        let cores: Vec<usize> = hub.hosts().iter().map(cores).collect();
-        drop(hub);
         let count = count as usize;
         let settings: HashMap<&str, Robj> = settings.iter().collect();
         let flag = |name| settings.get(name).and_then(Robj::as_bool).unwrap_or(false);
@@ -81,6 +66,32 @@ fn job_begin(
             true => Assignment::Round,
             false => Assignment::Free,
         };
+        let hub = cluster.hub.borrow();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
+        let ranks = ranks?;
+        // Where hosts come and go, a job without an assignment uses the workers that are there.
+        let skips = assignment == Assignment::Free && hub.is_elastic();
+        let (mut usable, mut absent) = (false, None);
+        let mut agents = Vec::with_capacity(ranks.len());
+        for &rank in &ranks {
+            let worker = hub.worker(rank);
+            match worker.termination {
+                None => usable = true,
+                Some(termination) if skips && termination.is_of_host() => {
+                    usable |= hub.is_awaited(rank);
+                    absent = Some((rank, termination));
+                }
+                Some(termination) => return Err(Failure::termination(rank, &termination)),
+            }
+            agents.push(worker.agent);
+        }
+        if let Some((rank, termination)) = absent.filter(|_| !usable) {
+            return Err(Failure::termination(rank, &termination));
+        }
+        let cores = |host: &HostView| host.hello.as_ref().map_or(0, |hello| hello.cores as usize);
+        let cores: Vec<usize> = hub.hosts().iter().map(cores).collect();
+        drop(hub);
         let order = settings.get("order").and_then(|order| {
             let order = order.as_integer_slice()?;
             Some(order.iter().map(|&at| at as usize - 1).collect())
@@ -128,6 +139,7 @@ fn job_begin(
             rtt: rtts.get(&rank).copied(),
             // Without `singly`, a task that is revoked may be sent in another batch next time.
             detained: flag("singly") && cluster.hub.borrow().is_detained(rank),
+            absent: cluster.hub.borrow().worker(rank).termination.is_some(),
         };
         let slots: Vec<JobWorker> = ranks.iter().zip(agents).map(slot).collect();
         drop(rtts);

@@ -43,7 +43,8 @@ pub fn drop_call(handle: &Robj, task: TaskId) -> Robj {
 }
 
 /// Sends a message to a node. `setup_call`: the name of the variable that a set-up call sets (`""`: no
-/// particular variable), or `NULL` for any other call.
+/// particular variable), or `NULL` for any other call. Returns `NULL`, or `TRUE` if the node has not joined yet
+/// and the set-up call was only logged.
 /// @noRd
 #[extendr]
 fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, setup_call: Robj) -> Robj {
@@ -53,18 +54,22 @@ fn hub_send(handle: Robj, rank: i32, job: f64, message: Robj, setup_call: Robj) 
         let job = job as JobId;
         let setup_call = setup_call.as_str().map(name_of);
         let sent = send_to_node(cluster, owner, job, &message, setup_call);
-        Ok(sent.map_or_else(Robj::from, |()| ().into()))
+        Ok(match sent {
+            Ok(true) => ().into(),
+            Ok(false) => true.into(),
+            Err(unsent) => unsent.into(),
+        })
     })
 }
 
-/// Sends a message to a node, as a blob if it equals the last one.
+/// Sends a message to a node, as a blob if it equals the last one. Returns whether the node will answer.
 fn send_to_node(
     cluster: &Cluster,
     owner: Rank,
     job: JobId,
     message: &Robj,
     setup_call: Option<u64>,
-) -> std::result::Result<(), Unsent> {
+) -> std::result::Result<bool, Unsent> {
     let mut last = cluster.take_last(job, setup_call, message);
     let blobs = match &mut last {
         Some(same) => broadcast::send_as_blob(same, cluster, owner, message).map_err(Unsent::from),
@@ -89,9 +94,11 @@ fn send_to_node(
         if last.is_none() && bytes >= LARGE {
             last = Some(CachedMessage::new(job, setup_call, message));
         }
-        if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
+        let mut messages = cluster.messages.borrow_mut();
+        if let Some(message) = task.and_then(|task| messages.get_mut(&task)) {
             message.user = last.as_ref().map(CachedMessage::user);
         }
+        task.is_some()
     });
     if let Some(last) = last {
         cluster.keep_last(last);
@@ -125,16 +132,17 @@ fn hub_call(handle: Robj, nodes: Robj, job: f64, message: Robj, setup_call: Robj
         let job = job as JobId;
         let setup_call = setup_call.as_str().map(name_of);
         cluster.open_job.set(Some(job));
-        if let Err(unsent) = broadcast::broadcast(cluster, &owners, job, &message, setup_call) {
-            return Ok(unsent.into());
-        }
+        let sent = match broadcast::broadcast(cluster, &owners, job, &message, setup_call) {
+            Ok(sent) => sent,
+            Err(unsent) => return Ok(unsent.into()),
+        };
         let began = Instant::now();
         let mut called = Called {
             values: List::new(owners.len()).into(),
-            there: vec![false; owners.len()],
+            there: sent.iter().map(|sent| !sent).collect(),
             next: ().into(),
         };
-        let mut missing = owners.len();
+        let mut missing = sent.iter().filter(|sent| **sent).count();
         let workers = owners.iter().copied().collect();
         let unreported = || cluster.failures.borrow().any_unreported();
         // Stop for R, which handles interrupts and acknowledges worker failures.

@@ -69,7 +69,7 @@ pub(super) fn task_lost(
     let record = |lost: Lost, again: bool| {
         let failure = lost.dealt_with(cluster, job, again);
         if let Some(message) = cluster.messages.borrow_mut().get_mut(&task) {
-            message.attempts.record(failure);
+            message.attempts.record(failure, termination);
         }
     };
     match verdict {
@@ -149,7 +149,7 @@ pub(super) fn call_lost(
         Verdict::Raise => Err(lost.failure),
         Verdict::GiveUp => {
             let mut attempts = attempts;
-            attempts.record(lost.failure);
+            attempts.record(lost.failure, termination);
             Err(given_up(&attempts).with("task", task))
         }
         Verdict::Retry => {
@@ -167,7 +167,7 @@ pub(super) fn call_lost(
             };
             let failure = lost.dealt_with(cluster, CALLS, true);
             match cluster.calls.borrow_mut().get_mut(&task) {
-                Some(call) => call.attempts.record(failure),
+                Some(call) => call.attempts.record(failure, termination),
                 // The call was dropped while it was being sent.
                 None => cluster.hub.borrow_mut().forget_call(task),
             }

@@ -11,8 +11,9 @@ use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
 use std::sync::Arc;
 
-/// Sends a message to a node, as a blob if the host has the blob. Returns the task, and the number of bytes
-/// that R has serialized for it alone.
+/// Sends a message to a node, as a blob if the host has the blob. Returns the task, or `None` for a set-up call
+/// of a node that has not joined yet, which is only logged; and the number of bytes that R has serialized for
+/// the message alone.
 pub(super) fn send(
     cluster: &Cluster,
     owner: Rank,
@@ -20,7 +21,7 @@ pub(super) fn send(
     message: &Robj,
     setup_call: Option<u64>,
     blobs: MessageBlobs,
-) -> std::result::Result<(TaskId, usize), Unsent> {
+) -> std::result::Result<(Option<TaskId>, usize), Unsent> {
     let blob = |rank| blobs.of(cluster.format(rank));
     let started = cluster
         .hub
@@ -28,6 +29,9 @@ pub(super) fn send(
         .begin(owner, job, setup_call, Turn::Last, blob);
     let started = started.map_err(|termination| Failure::termination(owner, &termination))?;
     let bytes = write(cluster, &started, message)?;
+    if started.only_logged {
+        return Ok((None, bytes));
+    }
     let message = SentMessage {
         message: message.clone(),
         job,
@@ -38,7 +42,7 @@ pub(super) fn send(
         attempts: Attempts::default(),
     };
     cluster.sent(started.task, message);
-    Ok((started.task, bytes))
+    Ok((Some(started.task), bytes))
 }
 
 /// Writes a call to the hub. `again`: whether this is a retry after a worker failure.

@@ -235,6 +235,9 @@ fn hub_hosts(handle: Robj) -> Robj {
             available = number(&|h| Some(h.hello.as_ref()?.memory_available as f64)),
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
+            jobs_lost = number(&|h| Some(h.jobs_lost.into())),
+            awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
+            draining = text(&|h| h.draining.clone()),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
             status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
             stderr = text(&|h| Some(h.failure.as_ref()?.stderr.clone())),
@@ -268,6 +271,32 @@ fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -
         let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
         let made = hub.reconnect(Path::new(path), max_bytes as u64, start_timeout);
         made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
+/// `start_timeout`: the number of seconds that such a host may take.
+/// @noRd
+#[extendr]
+fn hub_keep_setup_log(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
+    with_hub(&handle, |hub| {
+        let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
+        let made = hub.keep_setup_log(Path::new(path), max_bytes as u64, start_timeout);
+        made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
+/// slice until a worker joins.
+/// @noRd
+#[extendr]
+fn hub_awaited(handle: Robj, wait: bool) -> Robj {
+    with_hub(&handle, |hub| {
+        if wait {
+            hub.await_arrival(hub.arrivals(), SLICE);
+        }
+        let ranks = (0..hub.size() as Rank).filter(|&rank| hub.is_awaited(rank));
+        Ok(ranks.map(|rank| rank as i32 + 1).collect::<Vec<i32>>())
     })
 }
 
@@ -404,6 +433,18 @@ fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
     })
 }
 
+/// Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+/// @noRd
+#[extendr]
+fn hub_give_up_host(handle: Robj, agent: i32, reason: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        if let Ok(agent) = usize::try_from(agent - 1) {
+            hub.give_up_host(agent, reason.to_owned());
+        }
+        Ok(())
+    })
+}
+
 /// Returns whether a host is lost and will be reconnected.
 /// @noRd
 #[extendr]
@@ -441,6 +482,33 @@ fn hub_stop_nodes(handle: Robj, ranks: &[i32]) -> Robj {
         let ranks: std::result::Result<Vec<Rank>, Failure> =
             ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
         hub.stop_workers(&ranks?);
+        drop(hub);
+        cluster.forget_messages();
+        Ok(().into())
+    })
+}
+
+/// Drains these nodes: they get no new tasks, and are stopped when they have none left.
+/// @noRd
+#[extendr]
+fn hub_drain(handle: Robj, ranks: &[i32]) -> Robj {
+    with_hub(&handle, |hub| {
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(hub, rank)).collect();
+        hub.drain(&ranks?);
+        Ok(())
+    })
+}
+
+/// Removes these nodes at once. Other nodes run their tasks.
+/// @noRd
+#[extendr]
+fn hub_remove(handle: Robj, ranks: &[i32]) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        let ranks: std::result::Result<Vec<Rank>, Failure> =
+            ranks.iter().map(|&rank| rank_of(&hub, rank)).collect();
+        hub.remove(&ranks?);
         drop(hub);
         cluster.forget_messages();
         Ok(().into())
@@ -514,12 +582,17 @@ extendr_module! {
     fn hub_greeted;
     fn hub_hosts;
     fn hub_reconnect;
+    fn hub_keep_setup_log;
+    fn hub_awaited;
     fn hub_go;
     fn hub_progress;
     fn hub_leave_out;
+    fn hub_give_up_host;
     fn hub_reconnects;
     fn hub_terminations;
     fn hub_stop_nodes;
+    fn hub_drain;
+    fn hub_remove;
     fn hub_ended;
     fn hub_stop;
     fn hub_closed;

@@ -56,7 +56,9 @@ fn state_name(state: State) -> &'static str {
         State::Idle => "idle",
         State::Busy(_) => "busy",
         State::Ending(_) => "ending",
+        State::Draining(_) => "draining",
         State::Restoring => "restoring",
+        State::Waiting => "waiting",
         State::Lost => "lost",
         State::Stopped => "stopped",
     }
@@ -91,7 +93,9 @@ fn hub_status(handle: Robj) -> Robj {
         let positions: Vec<_> = workers
             .iter()
             .map(|worker| match worker.state {
-                State::Busy(task) | State::Ending(task) => position_in_batch(cluster, task),
+                State::Busy(task) | State::Ending(task) | State::Draining(Some(task)) => {
+                    position_in_batch(cluster, task)
+                }
                 _ => None,
             })
             .collect();

@@ -157,6 +157,9 @@ impl Failure {
                 .with("rank", rank + 1)
                 .with("reason", reason),
             Termination::Stopped => Failure::new("stopped").with("rank", rank + 1),
+            Termination::JobEnded(reason) => Failure::new("job_ended")
+                .with("rank", rank + 1)
+                .with("reason", reason),
         }
     }
 

@@ -26,6 +26,7 @@ pub mod setup_log;
 pub mod startup;
 mod supervisor;
 mod usage;
+pub mod warnings;
 mod worker_io;
 pub mod worker_table;
 
@@ -55,9 +56,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tracing::{debug, error, info, trace, warn};
 use usage::UsageSurvey;
+use warnings::Warnings;
 use worker_table::REPLAY;
 
 const HEAD_IN: Token = Token(0);
@@ -82,6 +84,8 @@ const WAIT: Duration = Duration::from_millis(10);
 /// How often the agent checks whether its parent, the head, is alive, where the system cannot
 /// report it.
 const PARENT_CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the agent sleeps at most before it compares the end of its job with the system's clock, which may be set.
+const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 /// How long the agent polls for events before it sleeps: about as long as a short task and its
 /// messages take.
 const AGENT_SPIN_TIME: Duration = Duration::from_micros(100);
@@ -149,6 +153,7 @@ pub struct Agent {
     orphans: Orphans,
     /// The memory survey that the head has asked for.
     usage_survey: Option<UsageSurvey>,
+    warnings: Warnings,
     memory: OutOfMemory,
     epoch: Instant,
     /// The average time that the agent has lately waited for events.
@@ -177,13 +182,19 @@ impl Agent {
         let (signals_in, signals_out) = UnixStream::pair()?;
         signals_in.set_nonblocking(true)?;
         let asked_to_end = Arc::new(AtomicBool::new(false));
-        for signal in [libc::SIGTERM, libc::SIGHUP] {
+        let ends: &[libc::c_int] = match greeted.warnings.are_caught() {
+            // The head ends an agent whose job is about to end, once its tasks have ended.
+            true => &[libc::SIGHUP],
+            false => &[libc::SIGTERM, libc::SIGHUP],
+        };
+        for &signal in ends {
             signal_hook::flag::register(signal, asked_to_end.clone())?;
         }
         // After the flags: who is woken by the pipe finds them set.
-        for signal in [libc::SIGCHLD, libc::SIGTERM, libc::SIGHUP] {
+        for &signal in ends.iter().chain(&[libc::SIGCHLD]) {
             signal_hook::low_level::pipe::register(signal, signals_out.try_clone()?)?;
         }
+        greeted.warnings.wake_by(&signals_out)?;
         // Beyond the limit of file sizes, a write fails and the agent does something else.
         signals::ignore(&[libc::SIGPIPE, libc::SIGINT, libc::SIGXFSZ]);
         let fd = signals_in.as_raw_fd();
@@ -243,6 +254,7 @@ impl Agent {
             unremoved: Vec::new(),
             orphans: Orphans::adopt(),
             usage_survey: None,
+            warnings: greeted.warnings,
             memory: OutOfMemory::start_counting(),
             epoch: Instant::now(),
             average_wait: Duration::ZERO,
@@ -325,6 +337,8 @@ impl Agent {
         let mut events = Events::with_capacity(1024);
         // Bytes that came together with the greeting.
         self.on_head_bytes();
+        // The signal may have arrived before the agent could see it.
+        self.check_warnings();
         loop {
             if let Some(channel) = self.make_some()? {
                 return Ok(Role::Worker(Box::new(channel)));
@@ -347,7 +361,9 @@ impl Agent {
                     .worker_table
                     .next_restart()
                     .filter(|_| !self.ending);
+                let warning = self.warnings.due_in(SystemTime::now());
                 let deadlines = [
+                    warning.map(|left| self.now() + left.min(LONGEST_SLEEP)),
                     deadline,
                     heartbeat.map(Heartbeat::next),
                     shutdown_drain,
@@ -419,6 +435,7 @@ impl Agent {
                 let limits = limits::memory_limits();
                 self.fail(&format!("the agent has no memory left{limits}"));
             }
+            self.check_warnings();
             self.check_heartbeat();
             // While the head does not read, a task may have been answered in time and its answer
             // not have been processed.

@@ -2,6 +2,7 @@
 //! the R process that becomes the agent.
 
 use super::guard::Guard;
+use super::warnings::Warnings;
 use super::{Agent, process};
 use crate::platform::{self, cores, fd, limits, signals};
 use crate::protocol::control::{self, Handover, Hello, Outfile, Start, ToAgent, ToHead};
@@ -28,6 +29,8 @@ pub struct Greeted {
     /// The head and the agent have the same byte order.
     same_order: bool,
     pub(super) guard: Guard,
+    /// The batch engine's warnings, if this process runs in a job.
+    pub warnings: Warnings,
     /// Packages that the program before the handover has determined.
     pub after: Vec<String>,
 }
@@ -108,6 +111,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                         head_pid,
                         same_order,
                         after: Vec::new(),
+                        warnings: Warnings::default(),
                     });
                 }
                 _ => return Err(io::Error::other("the head gave up")),
@@ -188,6 +192,7 @@ impl Greeted {
             head_pid: handover.head_pid,
             same_order: handover.same_order,
             after: handover.after,
+            warnings: Warnings::default(),
         })
     }
 

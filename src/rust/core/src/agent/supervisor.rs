@@ -75,6 +75,7 @@ impl Agent {
         let made = fork::fork(worker, self.router.worker_table.shared_answers)?;
         if let NewProcess::Child(_) = made {
             self.saved.restore();
+            self.warnings.restore();
             log::start_or_say(log::Role::Worker(self.start.rank(worker)));
             // The reserve would count towards the worker's memory limit.
             reserve::release();

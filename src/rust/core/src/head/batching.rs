@@ -565,6 +565,14 @@ impl Planner {
         }
     }
 
+    /// Gives a closed slot batches again.
+    pub fn open(&mut self, slot: usize) {
+        let at = &mut self.slots[slot];
+        if std::mem::replace(&mut at.close, false) {
+            self.hosts[at.host].living += 1;
+        }
+    }
+
     /// Whether any slot is open.
     pub fn any_left(&self) -> bool {
         self.living() > 0

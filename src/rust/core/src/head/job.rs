@@ -108,6 +108,12 @@ pub trait Dispatch {
     fn now(&self) -> Instant;
     /// The termination reason of a worker, if it has terminated permanently.
     fn termination(&self, rank: Rank) -> Option<Arc<Termination>>;
+    /// See [`Hub::is_awaited`].
+    fn is_awaited(&self, rank: Rank) -> bool;
+    /// See [`Hub::arrivals`].
+    fn arrivals(&self) -> u64;
+    /// See [`Hub::await_arrival`].
+    fn await_arrival(&self, seen: u64, max_time: Duration);
     /// Calls [`Hub::begin`] for a task that is no set-up call, and then [`Hub::limit_time`].
     ///
     /// # Errors
@@ -120,6 +126,14 @@ pub trait Dispatch {
         limit: Option<Duration>,
         blob: impl FnOnce(Rank) -> Option<BlobId>,
     ) -> Result<StartedTask, Arc<Termination>>;
+    /// [`Hub::draining`].
+    fn draining(&self, _rank: Rank) -> Option<Arc<Termination>> {
+        None
+    }
+    /// [`Hub::release`].
+    fn release(&self, _rank: Rank) {}
+    /// [`Hub::make_movable`], after [`Dispatch::begin`].
+    fn make_movable(&self) {}
     /// [`Hub::finish`].
     fn finish(&self);
     /// [`Hub::abandon`].
@@ -141,6 +155,18 @@ impl Dispatch for RefCell<Hub> {
         self.borrow().worker(rank).termination
     }
 
+    fn is_awaited(&self, rank: Rank) -> bool {
+        self.borrow().is_awaited(rank)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.borrow().arrivals()
+    }
+
+    fn await_arrival(&self, seen: u64, max_time: Duration) {
+        self.borrow().await_arrival(seen, max_time);
+    }
+
     fn begin(
         &self,
         rank: Rank,
@@ -153,6 +179,18 @@ impl Dispatch for RefCell<Hub> {
         let started = hub.begin(rank, job, None, turn, blob)?;
         hub.limit_time(limit);
         Ok(started)
+    }
+
+    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
+        self.borrow().draining(rank)
+    }
+
+    fn release(&self, rank: Rank) {
+        self.borrow_mut().release(rank);
+    }
+
+    fn make_movable(&self) {
+        self.borrow_mut().make_movable();
     }
 
     fn finish(&self) {
@@ -209,6 +247,8 @@ pub struct JobWorker {
     pub rtt: Option<f64>,
     /// See [`Hub::is_detained`].
     pub detained: bool,
+    /// The worker has not joined yet. Only for a free assignment.
+    pub absent: bool,
 }
 
 /// The parameters of a job.
@@ -277,6 +317,10 @@ pub struct Job {
     /// Slots whose worker may still be running a task that timed out or was cancelled. Messages that wait for such a
     /// worker are revoked for other workers.
     detained: Vec<bool>,
+    /// Slots whose worker has not joined yet, or has terminated. They take part again once it is there.
+    absent: Vec<bool>,
+    /// [`Dispatch::arrivals`] when `absent` was last compared with the hub.
+    arrivals: u64,
     done: usize,
     began: Instant,
     timeout: Option<Duration>,
@@ -287,6 +331,11 @@ pub struct Job {
     failed: VecDeque<Failed>,
     /// An answer that a step has left for the next one, because reading it may fail.
     unread: Option<(Rank, TaskId, Body)>,
+}
+
+/// Whether a worker can be sent tasks.
+fn is_available(hub: &impl Dispatch, rank: Rank) -> bool {
+    hub.termination(rank).is_none() && hub.draining(rank).is_none()
 }
 
 type Stepped<T, C> = Result<T, Halt<<C as Codec>::Stop>>;
@@ -305,6 +354,9 @@ impl Job {
         for (at, slot) in setup.slots.iter().enumerate() {
             planner.expect(at, slot.rtt);
             planner.set_host(at, slot.host, slot.cores);
+            if slot.absent {
+                planner.close(at);
+            }
         }
         let ranks: Vec<Rank> = setup.slots.iter().map(|slot| slot.rank).collect();
         Job {
@@ -319,8 +371,10 @@ impl Job {
             sent: HashMap::new(),
             outstanding: vec![VecDeque::new(); count],
             at_once: MAX_STEPS,
-            ready: (0..count).collect(),
+            ready: (0..count).filter(|&at| !setup.slots[at].absent).collect(),
             detained: setup.slots.iter().map(|slot| slot.detained).collect(),
+            absent: setup.slots.iter().map(|slot| slot.absent).collect(),
+            arrivals: u64::MAX,
             done: 0,
             began: now,
             timeout: setup.timeout,
@@ -404,6 +458,7 @@ impl Job {
         if self.planner.may_resume(self.since_began(hub)) {
             self.wake();
         }
+        self.admit(hub);
         let mut answered = false;
         if let Some((assigned, task, body)) = self.unread.take() {
             self.take(hub, codec, assigned, task, body)?;
@@ -459,6 +514,10 @@ impl Job {
                 Answer::Pending | Answer::NothingSent if !self.ready.is_empty() => {}
                 // The time is over, or a signal has arrived.
                 Answer::Pending => return Ok(false),
+                Answer::NothingSent if self.awaits(hub) => {
+                    hub.await_arrival(self.arrivals, left);
+                    return Ok(false);
+                }
                 Answer::NothingSent => return Err(self.none_out(hub)),
                 // The message is not one of this job: it was sent to the worker before.
                 Answer::Lost { task, .. } if !self.sent.contains_key(&task) => hub.forget(task),
@@ -499,13 +558,38 @@ impl Job {
         }
     }
 
+    /// Lets slots take part whose worker has joined, or has come back.
+    fn admit(&mut self, hub: &impl Dispatch) {
+        let arrivals = hub.arrivals();
+        if std::mem::replace(&mut self.arrivals, arrivals) == arrivals {
+            return;
+        }
+        for slot in 0..self.absent.len() {
+            if self.absent[slot] && is_available(hub, self.ranks[slot]) {
+                self.absent[slot] = false;
+                self.planner.open(slot);
+                self.ready.push_back(slot);
+            }
+        }
+    }
+
+    /// Whether a worker of the job may still join.
+    fn awaits(&self, hub: &impl Dispatch) -> bool {
+        let absent = self.absent.iter().zip(&self.ranks);
+        let mut absent = absent.filter(|&(absent, _)| *absent);
+        absent.any(|(_, &rank)| hub.is_awaited(rank) || is_available(hub, rank))
+    }
+
     /// Explains why no message is outstanding: the hub forgets the messages of a node that is stopped during the job.
     fn none_out<S>(&self, hub: &impl Dispatch) -> Halt<S> {
-        let ranks = self.outstanding.iter().zip(&self.ranks);
-        let ranks = ranks.filter(|(queue, _)| !queue.is_empty());
-        let ranks = ranks.map(|(_, &rank)| rank);
-        let mut terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        let slots = self.outstanding.iter().zip(&self.absent).zip(&self.ranks);
+        let slots = slots.filter(|((queue, absent), _)| !queue.is_empty() || **absent);
+        let ranks = slots.map(|(_, &rank)| rank);
+        let terminated = ranks.filter_map(|rank| Some((rank, hub.termination(rank)?)));
+        let ends =
+            |&rank: &Rank| Some((rank, hub.termination(rank).or_else(|| hub.draining(rank))?));
         terminated
+            .chain(self.ranks.iter().filter_map(ends))
             .next()
             .map_or(Halt::Stuck, |(rank, termination)| Halt::Terminated {
                 rank,
@@ -561,14 +645,29 @@ impl Job {
             return Ok(false);
         }
         let rank = self.ranks[slot];
-        let Some(termination) = hub.termination(rank) else {
+        let ended = hub.termination(rank);
+        let Some(termination) = ended.or_else(|| hub.draining(rank)) else {
             return Ok(false);
         };
         self.planner.close(slot);
-        match self.planner.any_left() {
+        self.absent[slot] = true;
+        if self.outstanding[slot].is_empty() {
+            hub.release(rank);
+        }
+        match self.planner.any_left() || self.awaits(hub) || self.is_draining(hub) {
             true => Ok(true),
             false => Err(Halt::Terminated { rank, termination }),
         }
+    }
+
+    /// Whether a draining worker still has messages, or has answered the last task.
+    fn is_draining(&self, hub: &impl Dispatch) -> bool {
+        let mut slots = self.outstanding.iter().zip(&self.ranks);
+        let has_messages = slots.any(|(queue, &rank)| {
+            let drains = || hub.termination(rank).is_none() && hub.draining(rank).is_some();
+            !queue.is_empty() && drains()
+        });
+        has_messages || self.done == self.tasks
     }
 
     /// Sends as many of these tasks as fit into one message, and returns their number. `max_time`: see
@@ -598,6 +697,9 @@ impl Job {
         let started = hub
             .begin(rank, self.id, turn, self.timeout, blob)
             .map_err(|termination| Halt::Terminated { rank, termination })?;
+        if self.assignment == Assignment::Free {
+            hub.make_movable();
+        }
         let blob = blob(started.assigned);
         // The task may be reassigned to a worker with another number format, which takes no batches.
         let (count, form) = match blob {

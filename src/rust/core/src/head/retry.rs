@@ -7,12 +7,18 @@
 //! 2. A lost task is retried `retries` times. With the next loss the task fails, and other tasks continue.
 //! 3. With a policy that raises, the first loss ends the verb or the call with that loss as its error.
 //! 4. A task of a stopped worker ends its verb or call whatever the policy, because the worker will not be replaced.
-//! 5. A loss causes a warning only if the worker is replaced. The permanent loss of a host or worker is an event, which
+//! 5. A task that was lost because its worker's batch job ended is sent again, and the loss does not count as an attempt.
+//!    After [`MAX_JOB_ENDS`] such losses, further ones count.
+//! 6. A loss causes a warning only if the worker is replaced. The permanent loss of a host or worker is an event, which
 //!    is reported once and not for each of its tasks.
 
 use super::scheduler::events::Termination;
 use crate::protocol::ids::{Rank, TaskId};
 use tracing::info;
+
+/// Maximum number of losses of a task by the end of a batch job that do not count as attempts: a task that takes longer
+/// than each job must fail at last.
+pub const MAX_JOB_ENDS: usize = 5;
 
 /// How often a lost task is retried. All tasks of a verb, a job or a call have the same policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +60,15 @@ pub enum Verdict {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attempts<L> {
     failures: Vec<L>,
+    /// Recorded losses that do not count as attempts.
+    uncounted: usize,
 }
 
 impl<L> Default for Attempts<L> {
     fn default() -> Attempts<L> {
         Attempts {
             failures: Vec::new(),
+            uncounted: 0,
         }
     }
 }
@@ -68,17 +77,27 @@ impl<L> Attempts<L> {
     /// Decides what happens to the task if it is lost for this reason. Changes nothing: the caller may be interrupted
     /// while it carries out the verdict, and then asks again.
     pub fn verdict(&self, policy: Policy, termination: &Termination) -> Verdict {
-        if policy.raises || matches!(termination, Termination::Stopped) {
+        if matches!(termination, Termination::Stopped) {
             Verdict::Raise
-        } else if self.failures.len() < policy.retries {
+        } else if self.is_uncounted(termination) {
+            Verdict::Retry
+        } else if policy.raises {
+            Verdict::Raise
+        } else if self.failures.len() - self.uncounted < policy.retries {
             Verdict::Retry
         } else {
             Verdict::GiveUp
         }
     }
 
-    /// Records a loss whose verdict has been carried out.
-    pub fn record(&mut self, failure: L) {
+    /// Whether a loss for this reason does not count as an attempt.
+    fn is_uncounted(&self, termination: &Termination) -> bool {
+        matches!(termination, Termination::JobEnded(_)) && self.uncounted < MAX_JOB_ENDS
+    }
+
+    /// Records a loss for this reason, whose verdict has been carried out.
+    pub fn record(&mut self, failure: L, termination: &Termination) {
+        self.uncounted += usize::from(self.is_uncounted(termination));
         self.failures.push(failure);
     }
 
@@ -131,7 +150,7 @@ mod tests {
             if verdict == Verdict::Raise {
                 break;
             }
-            attempts.record(number);
+            attempts.record(number, termination);
             if verdict == Verdict::GiveUp {
                 break;
             }
@@ -177,13 +196,39 @@ mod tests {
         assert_eq!(decided, [Verdict::Retry, Verdict::Raise]);
     }
 
+    fn job_end() -> Termination {
+        Termination::JobEnded("time limit".into())
+    }
+
+    #[test]
+    fn the_end_of_a_job_is_no_attempt_until_it_has_happened_too_often() {
+        use Verdict::{GiveUp, Raise, Retry};
+        for policy in [Policy::new(0), Policy::new(1)] {
+            let losses = vec![job_end(); MAX_JOB_ENDS + 9];
+            let (decided, attempts) = verdicts(policy, &losses);
+            let mut expected = vec![Retry; MAX_JOB_ENDS];
+            match policy.raises {
+                true => expected.push(Raise),
+                false => expected.extend([Retry, GiveUp]),
+            }
+            assert_eq!(decided, expected);
+            assert!(attempts.failures().len() >= MAX_JOB_ENDS);
+        }
+        let losses = [job_end(), crash(), job_end(), crash(), crash()];
+        assert_eq!(
+            verdicts(Policy::new(1), &losses).0,
+            [Retry, Retry, Retry, GiveUp]
+        );
+        assert!(!is_reported(&job_end(), true));
+    }
+
     #[test]
     fn the_verdict_is_the_same_until_it_has_been_carried_out() {
         let mut attempts = Attempts::default();
         for _ in 0..3 {
             assert_eq!(attempts.verdict(Policy::new(1), &crash()), Verdict::Retry);
         }
-        attempts.record(());
+        attempts.record((), &crash());
         assert_eq!(attempts.verdict(Policy::new(1), &crash()), Verdict::GiveUp);
     }
 
@@ -196,6 +241,32 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn ends_of_jobs_change_no_other_verdict(
+            retries in 0_usize..6,
+            raises: bool,
+            kinds in proptest::collection::vec(0_u8..3, 0..12),
+        ) {
+            let policy = Policy { retries, raises };
+            let losses: Vec<Termination> = kinds
+                .iter()
+                .map(|kind| match kind {
+                    0 => job_end(),
+                    1 => host(),
+                    _ => crash(),
+                })
+                .collect();
+            // Few enough ends of jobs do not count.
+            prop_assume!(losses.iter().filter(|&loss| *loss == job_end()).count() <= MAX_JOB_ENDS);
+            let others: Vec<Termination> = losses.iter().filter(|&loss| *loss != job_end()).cloned().collect();
+            let (decided, _) = verdicts(policy, &losses);
+            let pairs = decided.iter().zip(&losses);
+            let (of_jobs, rest): (Vec<_>, Vec<_>) = pairs.partition(|(_, loss)| **loss == job_end());
+            prop_assert!(of_jobs.iter().all(|(verdict, _)| **verdict == Verdict::Retry));
+            let rest: Vec<Verdict> = rest.into_iter().map(|(verdict, _)| *verdict).collect();
+            prop_assert_eq!(rest, verdicts(policy, &others).0);
+        }
+
         #[test]
         fn a_task_is_started_at_most_once_more_than_it_may_be_retried(
             retries in 0_usize..6,

@@ -107,6 +107,16 @@ pub fn outlive(stream: RawFd) {
     STREAM.store(-1, Ordering::Relaxed);
 }
 
+/// Blocks these signals, which stay pending.
+pub fn block(signals: &[libc::c_int]) {
+    mask(libc::SIG_BLOCK, &set_of(signals));
+}
+
+/// Unblocks these signals. Pending ones are delivered at once.
+pub fn unblock(signals: &[libc::c_int]) {
+    mask(libc::SIG_UNBLOCK, &set_of(signals));
+}
+
 /// Keeps SIGINT pending instead of letting R handle it.
 pub fn block_interrupt() {
     mask(libc::SIG_BLOCK, &set_of(&[libc::SIGINT]));

@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Version of the wire protocol. Head and agent must have the same.
-pub const PROTOCOL: u32 = 9;
+pub const PROTOCOL: u32 = 10;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -260,6 +260,27 @@ impl Facts {
     }
 }
 
+/// Why an agent drains: its batch job is about to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum DrainCause {
+    /// The time limit of the job is near.
+    TimeLimit,
+    /// The batch engine has sent a warning: SIGUSR1 or SIGUSR2.
+    Warned,
+    /// The batch engine has sent SIGTERM: the job was cancelled or preempted.
+    Terminated,
+}
+
+impl fmt::Display for DrainCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DrainCause::TimeLimit => "time limit",
+            DrainCause::Warned => "warning of the batch system",
+            DrainCause::Terminated => "cancelled or preempted",
+        })
+    }
+}
+
 /// Agent to head.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToHead {
@@ -327,6 +348,13 @@ pub enum ToHead {
     },
     /// A heartbeat of the agent.
     Alive,
+    /// The job of the agent is about to end: the agent and its workers must be drained.
+    Draining {
+        /// Seconds until the end, if they are known.
+        seconds: Option<u32>,
+        /// Why the job ends.
+        cause: DrainCause,
+    },
     /// A process that a worker started is still running after the worker's end.
     LeftBehind {
         /// The index of the worker that started the process, if it is known.

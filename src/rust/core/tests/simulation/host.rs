@@ -216,7 +216,7 @@ impl Host {
         }
     }
 
-    fn report(&mut self, message: &ToHead) {
+    pub fn report(&mut self, message: &ToHead) {
         self.to_head
             .push(&control::encode(message).expect("a frame"));
     }

@@ -2,7 +2,7 @@
 //! the codec decides how many elements an answer contains.
 
 use crate::Sim;
-use crate::parts::{End, OnInterrupt, RngUse, Task, part};
+use crate::parts::{End, OnInterrupt, RngUse, Task, WorkerFacts, part};
 use crate::r::{Ready, check_answer};
 use rand::Rng;
 use rustcluster_core::head::batching::Assignment;
@@ -10,7 +10,7 @@ use rustcluster_core::head::hub::{Answer, StartedTask, Turn};
 use rustcluster_core::head::job::{
     BatchLoss, Codec, Dispatch, Failed, Form, Halt, Job, JobWorker, Setup, Taken,
 };
-use rustcluster_core::head::retry::Policy;
+use rustcluster_core::head::retry::{MAX_JOB_ENDS, Policy};
 use rustcluster_core::head::scheduler::events::{Demand, RankSet, Termination};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::frame::MAX_BODY;
@@ -30,6 +30,8 @@ struct Element {
     /// It has a result.
     ended: bool,
     failures: usize,
+    /// How many of these do not count as attempts.
+    job_ends: usize,
     /// It has failed without an answer, and R has not made its result yet.
     failed: bool,
     /// It kills each worker that starts it.
@@ -90,7 +92,12 @@ impl Sim {
         self.job += 1;
         let all = self.rng.random();
         let mut ranks: Vec<Rank> = (0..self.setup.workers as Rank).collect();
-        ranks.retain(|&rank| !self.is_terminated(rank) && (all || self.rng.random()));
+        // Without other workers, a job whose workers drain ends with an error.
+        let drains = |known: &WorkerFacts| harmless && known.draining;
+        ranks.retain(|&rank| {
+            let known = &self.facts.workers[rank as usize];
+            !known.is_terminated && !drains(known) && (all || self.rng.random())
+        });
         if ranks.is_empty() {
             return;
         }
@@ -152,6 +159,7 @@ impl Sim {
                 false => None,
             },
             detained: singly && self.hub.is_detained(rank),
+            absent: false,
         };
         let setup = Setup {
             id: self.job,
@@ -307,6 +315,16 @@ impl Dispatch for View<'_> {
         termination
     }
 
+    fn is_awaited(&self, rank: Rank) -> bool {
+        self.0.borrow().hub.is_awaited(rank)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.0.borrow().hub.arrivals()
+    }
+
+    fn await_arrival(&self, _: u64, _: Duration) {}
+
     fn begin(
         &self,
         rank: Rank,
@@ -359,6 +377,24 @@ impl Dispatch for View<'_> {
         });
         sim.open_job().writing = Some(id);
         Ok(started)
+    }
+
+    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
+        self.0.borrow().hub.draining(rank)
+    }
+
+    fn release(&self, rank: Rank) {
+        let sim = &mut **self.0.borrow_mut();
+        sim.hub.release(rank);
+        sim.notes();
+    }
+
+    fn make_movable(&self) {
+        let sim = &mut **self.0.borrow_mut();
+        let id = sim.open_job().writing.expect("a message");
+        let task = &mut sim.facts.tasks[id as usize];
+        task.movable = !task.is_reassigned();
+        sim.hub.make_movable();
     }
 
     fn finish(&self) {
@@ -605,11 +641,14 @@ impl Codec for Elements<'_, '_> {
         assert_eq!(failure.now.is_some(), sim.is_terminated(failure.assigned));
         assert_ne!(*failure.termination, Termination::Stopped);
         let Policy { retries, raises } = sim.open_job().policy;
-        assert!(!raises);
+        let job_ended = matches!(*failure.termination, Termination::JobEnded(_));
+        assert!(!raises || job_ended);
         for &at in &failure.tasks {
             let element = &mut sim.open_job().elements[at];
             element.failures += 1;
-            let retried = element.failures <= retries;
+            let uncounted = job_ended && element.job_ends < MAX_JOB_ENDS;
+            element.job_ends += usize::from(uncounted);
+            let retried = uncounted || element.failures - element.job_ends <= retries;
             assert_eq!(
                 again.contains(&at),
                 retried,
@@ -659,7 +698,8 @@ impl View<'_> {
             }
             Halt::Codec(Stop::Interrupted) => false,
             Halt::Terminated { rank, .. } => {
-                assert!(self.0.borrow().is_terminated(rank));
+                let sim = self.0.borrow();
+                assert!(sim.is_terminated(rank) || sim.facts.workers[rank as usize].draining);
                 false
             }
             Halt::Stuck => panic!("tasks remain and no message is outstanding"),

@@ -15,6 +15,7 @@
     reason = "a panic fails the test"
 )]
 
+mod drain;
 mod host;
 mod jobs;
 mod parts;
@@ -270,11 +271,14 @@ impl Sim {
             return;
         }
         let rank = self.hosts[at].ranks[header.worker as usize];
+        let id = header.task;
+        if header.flags & FIRST != 0 && header.flags & ABORT == 0 {
+            self.check_draining(rank, id);
+        }
         let known = &mut self.facts.workers[rank as usize];
         if known.unacknowledged > 0 {
             return;
         }
-        let id = header.task;
         if header.flags & ABORT != 0 {
             if known.prefetched == Some(id) {
                 known.prefetched = None;
@@ -375,8 +379,15 @@ impl Sim {
 
     fn agent_read(&mut self, at: usize, max: usize) {
         let host = &mut self.hosts[at];
-        if !host.lost {
-            self.moved += host.read_head(max, self.now, &mut self.facts);
+        if host.lost {
+            return;
+        }
+        self.moved += host.read_head(max, self.now, &mut self.facts);
+        if self.hosts[at].lost {
+            // The agent was asked to end.
+            self.hub
+                .with_scheduler(|scheduler| scheduler.agent_lost(at, "ended"));
+            self.notes();
         }
     }
 
@@ -578,7 +589,8 @@ impl Sim {
     fn fault(&mut self) {
         let rank = self.rng.random_range(0..self.setup.workers) as Rank;
         let (at, worker) = self.at[rank as usize];
-        match self.rng.random_range(0..20) {
+        match self.rng.random_range(0..22) {
+            20 | 21 => self.drain_something(rank),
             // R runs a job of the job engine, which closes it.
             0..5 if self.open_job.is_some() => {}
             0..2 => {

@@ -225,6 +225,8 @@ pub struct Task {
     pub effect: Option<Effect>,
     /// It may be prefetched.
     pub prefetch: bool,
+    /// Any worker of its job may run it.
+    pub movable: bool,
     /// Its own time limit, and the lower one of this and the limit of the cluster.
     pub own_limit: Option<Duration>,
     pub limit: Option<Duration>,
@@ -243,6 +245,8 @@ pub struct Task {
     pub failures: usize,
     pub reported_failures: usize,
     pub attempts: Attempts<()>,
+    /// How often it was lost because the job of its worker ended.
+    pub job_ends: usize,
     /// The RNG state at its first start, and the number of RNG states of its owner that had been
     /// reported to the head by then.
     pub first_seed: Option<(Bytes, usize)>,
@@ -277,6 +281,7 @@ impl Task {
             rng_use: RngUse::Nothing,
             effect: None,
             prefetch: false,
+            movable: false,
             own_limit: None,
             limit: None,
             revoke_requested: false,
@@ -288,6 +293,7 @@ impl Task {
             failures: 0,
             reported_failures: 0,
             attempts: Attempts::default(),
+            job_ends: 0,
             first_seed: None,
             seed_after: None,
             seeds_at_submission: 0,
@@ -334,6 +340,9 @@ pub struct WorkerFacts {
     /// Number of worker failures that the head has not acknowledged yet. The agent drops all tasks that
     /// it receives before the acknowledgement.
     pub unacknowledged: usize,
+    /// It is draining, and the task that it had when the drain began.
+    pub draining: bool,
+    pub task_at_drain: Option<TaskId>,
 }
 
 impl WorkerFacts {
@@ -353,6 +362,8 @@ impl WorkerFacts {
             prefetched: None,
             prefetched_at_failure: None,
             unacknowledged: 0,
+            draining: false,
+            task_at_drain: None,
         }
     }
 }
@@ -419,10 +430,19 @@ pub struct Seen {
     pub failed_messages: usize,
     /// Blobs that were sent again.
     pub blobs_resent: usize,
+    /// Workers that the user removed, agents that announced the end of their job, those of them that ended after
+    /// their tasks, and jobs that were killed.
+    pub removed: usize,
+    pub announced: usize,
+    pub drained: usize,
+    pub jobs_killed: usize,
+    /// Tasks that were revoked because of a drain, and losses that did not count as attempts.
+    pub revoked_by_drain: usize,
+    pub uncounted: usize,
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 32] {
+    pub fn counts(&self) -> [usize; 38] {
         [
             self.answers,
             self.cancelled,
@@ -456,6 +476,12 @@ impl Seen {
             self.partly_returned,
             self.failed_messages,
             self.blobs_resent,
+            self.removed,
+            self.announced,
+            self.drained,
+            self.jobs_killed,
+            self.revoked_by_drain,
+            self.uncounted,
         ]
     }
 
@@ -494,6 +520,12 @@ impl Seen {
             &mut self.partly_returned,
             &mut self.failed_messages,
             &mut self.blobs_resent,
+            &mut self.removed,
+            &mut self.announced,
+            &mut self.drained,
+            &mut self.jobs_killed,
+            &mut self.revoked_by_drain,
+            &mut self.uncounted,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

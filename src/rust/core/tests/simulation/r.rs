@@ -5,7 +5,7 @@ use crate::parts::{Effect, End, LARGEST, OnInterrupt, RngUse, Task, group, origi
 use crate::{Sim, TakeOrder};
 use rand::Rng;
 use rustcluster_core::head::hub::{Answer, StartedTask, Turn};
-use rustcluster_core::head::retry::{Policy, Verdict};
+use rustcluster_core::head::retry::{MAX_JOB_ENDS, Policy, Verdict};
 use rustcluster_core::head::scheduler::events::{Demand, Note, Outcome, Termination};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
@@ -472,11 +472,20 @@ impl Sim {
         assert_eq!(task.reported_failures, task.failures);
         let policy = Policy::new(self.facts.retries);
         let verdict = task.attempts.verdict(policy, termination);
+        if matches!(termination, Termination::JobEnded(_)) {
+            let uncounted = task.job_ends < MAX_JOB_ENDS;
+            assert!(!uncounted || verdict == Verdict::Retry);
+            task.job_ends += 1;
+            self.facts.seen.uncounted += usize::from(uncounted);
+        } else if verdict == Verdict::Retry {
+            let counted = task.failures - task.job_ends.min(MAX_JOB_ENDS);
+            assert!(counted <= self.facts.retries);
+        }
         if verdict == Verdict::Raise {
             self.fail(id);
             return;
         }
-        task.attempts.record(());
+        task.attempts.record((), termination);
         let (owner, before, len, own) = (task.owner, task.assigned, task.len, task.own_limit);
         let setup_call = task.effect.map(|effect| effect.name());
         if verdict == Verdict::GiveUp {
@@ -592,7 +601,7 @@ impl Sim {
                     let waited =
                         std::mem::replace(&mut known.awaits_restart, termination.is_tried_again());
                     known.unacknowledged += usize::from(known.awaits_restart);
-                    let ends_waiting = waited && matches!(*termination, Termination::Host(_));
+                    let ends_waiting = waited && termination.is_of_host();
                     assert!(!again || matches!(*termination, Termination::Stopped) || ends_waiting);
                     (known.current, known.prefetched) = (None, None);
                     self.arriving.remove(&rank);
@@ -632,6 +641,17 @@ impl Sim {
                     self.facts.seen.hosts_left_out += 1;
                 }
                 Note::Ended { .. } => {}
+                Note::Draining { agent, .. } => {
+                    for rank in self.hosts[agent].ranks.clone() {
+                        self.begins_to_drain(rank);
+                    }
+                    self.facts.seen.announced += 1;
+                }
+                Note::Drained { agent, .. } => {
+                    let mut ranks = self.hosts[agent].ranks.iter();
+                    assert!(ranks.all(|&rank| self.is_terminated(rank)));
+                    self.facts.seen.drained += 1;
+                }
                 // The simulated agents restart no worker after a pause.
                 Note::Back { .. }
                 | Note::Output { .. }
@@ -711,7 +731,8 @@ impl Sim {
                 (Ready::TimedOut, 0)
             }
             Outcome::Revoked => {
-                assert!(wanted && task.revoke_requested);
+                assert!(wanted && (task.revoke_requested || task.movable && known.draining));
+                self.facts.seen.revoked_by_drain += usize::from(!task.revoke_requested);
                 assert!(!task.started, "task {id} is revoked and has started");
                 task.revoked = true;
                 self.facts.seen.revoked += 1;

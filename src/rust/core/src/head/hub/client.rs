@@ -7,7 +7,7 @@ use super::inbox::{Event, HostFailure, HostView, Inbox, WorkerView};
 use super::readiness::ReadinessListener;
 use super::thread::run;
 use super::writing::{BlobWriting, MessageWriting, NO_JOB};
-use crate::head::launch::Launch;
+use crate::head::launch::{Launch, Source};
 use crate::head::scheduler::events::{Demand, Outcome, RankSet, Termination};
 use crate::head::scheduler::pool::CallLocation;
 use crate::head::setup_log_file::SetupLogFile;
@@ -17,11 +17,8 @@ use crate::protocol::body::Body;
 use crate::protocol::control::{Hello, ToAgent, ToHead, WorkerFailure};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::ids::{BlobId, JobId, Rank, TaskId};
-use crate::protocol::noise::Key;
 use std::io;
 use std::mem::ManuallyDrop;
-use std::net::IpAddr;
-use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, MutexGuard};
@@ -156,6 +153,10 @@ impl Hub {
         let streams = mio::Poll::new()?;
         let registry = streams.registry().try_clone()?;
         let shared_core = Arc::new(SharedCore::new(hosts.len(), result_limit, registry)?);
+        for (agent, host) in hosts.iter().enumerate() {
+            let dials = matches!(host.source, Source::DialBack { .. });
+            shared_core.core().conns[agent].dials = dials;
+        }
         let theirs = shared_core.clone();
         let listeners = shared_core.core().dial_back.open();
         let body = move || {
@@ -248,35 +249,28 @@ impl Hub {
         max_bytes: u64,
         start_timeout: Duration,
     ) -> io::Result<()> {
+        self.keep_setup_log(path, max_bytes, start_timeout)?;
+        self.core().reconnects = true;
+        Ok(())
+    }
+
+    /// Keeps the set-up log in a file of up to `max_bytes` bytes at `path`, for hosts that join
+    /// late. `start_timeout`: how long such a host may take from its greeting to its workers. To be
+    /// called before [`Hub::go`].
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn keep_setup_log(
+        &mut self,
+        path: &Path,
+        max_bytes: u64,
+        start_timeout: Duration,
+    ) -> io::Result<()> {
         let setup_log = SetupLogFile::new(path, max_bytes)?;
         let mut core = self.core();
         core.setup_log = Some(setup_log);
         core.start_timeout = start_timeout;
         Ok(())
-    }
-
-    /// Listens for agents that dial back, on one port of this range at all these addresses; port 0 means any.
-    /// `keys`: the number and the key of each launcher, of which a later call names all. A later call without
-    /// addresses only sets the keys. Returns the port. The listener ends with the cluster.
-    ///
-    /// # Errors
-    /// When no port of the range is free, or an address is not of this machine.
-    pub fn listen(
-        &self,
-        addresses: &[IpAddr],
-        ports: &RangeInclusive<u16>,
-        keys: Vec<(u32, Key)>,
-    ) -> io::Result<u16> {
-        self.core().dial_back.listen(addresses, ports, keys)
-    }
-
-    /// Listens for agents whose connections a gateway passes on to a Unix socket at this path. [`Hub::listen`] sets
-    /// the keys.
-    ///
-    /// # Errors
-    /// When the socket cannot be made there.
-    pub fn listen_unix(&self, path: &std::path::Path) -> io::Result<()> {
-        self.core().dial_back.listen_unix(path)
     }
 
     /// Whether a host is reconnected when it is lost.
@@ -290,7 +284,8 @@ impl Hub {
         self.core().time_limit = limit;
     }
 
-    /// Sends each agent that has greeted its plan, or, without a plan, the request to end. The plans
+    /// Sends each agent that has greeted its plan, or, without a plan, the request to end. An agent
+    /// that has not greeted yet gets its plan when it greets, if there is a set-up log. The plans
     /// contain all ranks from 0.
     ///
     /// # Errors
@@ -309,7 +304,8 @@ impl Hub {
                     let start_timeout = Duration::from_millis(plan.start.heartbeat_timeout.into());
                     core.conns[agent].heartbeat_timeout = start_timeout;
                     core.conns[agent].stop_timeout = Duration::from_millis(plan.start.stop_timeout);
-                    if core.setup_log.is_some() {
+                    if core.reconnects || core.conns[agent].dials {
+                        core.is_elastic |= core.conns[agent].dials;
                         core.conns[agent].plan = Some(plan.start.clone());
                     }
                     if plan.start.chunk_cache_bytes > 0 {
@@ -317,6 +313,12 @@ impl Hub {
                         let max_bytes =
                             usize::try_from(plan.start.chunk_cache_bytes).unwrap_or(usize::MAX);
                         core.scheduler.set_chunk_cache(agent, max_bytes);
+                    }
+                    let host = &core.inbox.hosts[agent];
+                    let greeted = host.hello.is_some() || host.failure.is_some();
+                    if !greeted && core.setup_log.is_some() {
+                        core.await_host(agent, plan.start);
+                        continue;
                     }
                     let start = ToAgent::Start(plan.start);
                     core.scheduler.send_control(agent, &start)?;
@@ -338,6 +340,7 @@ impl Hub {
         let ended = self.inner.shared_core.wait(max_wait, |core| {
             let inbox = &core.inbox;
             if tolerant {
+                // Workers of awaited hosts are terminated until these join.
                 let known = |w: &WorkerView| w.pid.is_some() || w.termination.is_some();
                 return inbox.workers.iter().all(known).then_some(Progress::Up);
             }
@@ -357,7 +360,9 @@ impl Hub {
                     return Some(Progress::HostFailed { host, failure });
                 }
             }
-            (inbox.up == inbox.workers.len()).then_some(Progress::Up)
+            let awaited = |w: &&WorkerView| inbox.hosts[w.agent].awaited;
+            let awaited = inbox.workers.iter().filter(awaited).count();
+            (inbox.up + awaited >= inbox.workers.len()).then_some(Progress::Up)
         });
         ended.unwrap_or_else(|| Progress::Starting {
             up: self.core().inbox.up,
@@ -436,7 +441,8 @@ impl Hub {
         let living = core.inbox.workers.iter().zip(&load).enumerate();
         let living =
             living.filter(|(rank, (worker, _))| worker.termination.is_none() && members[*rank]);
-        let min_loaded = living.min_by_key(|&(_, (_, load))| load)?;
+        let drains = |rank: usize| core.scheduler.draining(rank as Rank).is_some();
+        let min_loaded = living.min_by_key(|&(rank, (_, load))| (drains(rank), load))?;
         Some(min_loaded.0 as Rank)
     }
 
@@ -726,7 +732,11 @@ impl Hub {
                 ..
             } = &core.inbox;
             let ended = |&rank: &Rank| match workers.get(rank as usize) {
-                Some(worker) => worker.ended || hosts[worker.agent].failure.is_some(),
+                // The agent of a removed host ends, too.
+                Some(worker) => {
+                    let at = worker.agent;
+                    worker.ended && !core.conns[at].permanent || hosts[at].failure.is_some()
+                }
                 None => true,
             };
             (*closed || ranks.iter().all(ended)).then_some(())

@@ -47,10 +47,14 @@ pub struct Conn {
     pub planned: Arc<Notify>,
     /// When the agent last sent something, once it serves.
     pub last_received: Option<Instant>,
-    /// The start request that was sent to the agent, if a lost host is reconnected.
+    /// The start request of the agent, if its host may join late or be reconnected.
     pub plan: Option<Start>,
     /// The agent's end is intended: it is not reconnected.
     pub permanent: bool,
+    /// The agent is in a batch job and dials back. If it is lost, its job may come again, or another.
+    pub dials: bool,
+    /// The agent had not greeted when the others were started: it joins the cluster later.
+    pub awaited: bool,
     /// Bytes that went to the host, and that came from it.
     pub bytes_in: u64,
     pub bytes_out: u64,

@@ -8,7 +8,7 @@
 //! while a thread sleeps.
 
 use super::connection::Conn;
-use super::inbox::Inbox;
+use super::inbox::{HostFailure, Inbox};
 use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
@@ -85,8 +85,12 @@ pub struct Core {
     pub scheduler: Scheduler,
     pub conns: Vec<Conn>,
     pub inbox: Inbox,
-    /// The head's set-up log, if lost hosts are reconnected.
+    /// The head's set-up log, if hosts may join late or be reconnected.
     pub setup_log: Option<SetupLogFile>,
+    /// Lost hosts are reconnected.
+    pub reconnects: bool,
+    /// Hosts come and go: jobs without an assignment use the workers that are there.
+    pub is_elastic: bool,
     pub restoring: RestoreQueue,
     /// The agents that dial back.
     pub dial_back: DialBack,
@@ -150,6 +154,8 @@ impl SharedCore {
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
                 setup_log: None,
+                reconnects: false,
+                is_elastic: false,
                 restoring: RestoreQueue::default(),
                 dial_back: DialBack::default(),
                 recent: Recent::default(),
@@ -437,6 +443,7 @@ impl Core {
         conn.descriptors.clear();
         conn.last_received = None;
         conn.interest = None;
+        conn.awaited = false;
         conn.planned.notify_one();
         let back = self.scheduler.agent_back(agent, &ToAgent::Start(start));
         back.map_err(io::Error::other)
@@ -605,6 +612,13 @@ impl Core {
                         self.conns[*agent].permanent = true;
                         self.conns[*agent].stop.notify_one();
                     }
+                    Note::Drained {
+                        agent,
+                        removed: true,
+                    } => {
+                        self.conns[*agent].permanent = true;
+                        self.conns[*agent].stop.notify_one();
+                    }
                     Note::Failed { agent, reason } => {
                         self.end(*agent, Err(io::Error::other(reason.clone())));
                     }
@@ -638,18 +652,14 @@ impl Core {
         let incomplete = |setup_log: &SetupLogFile| !setup_log.is_complete();
         if self.setup_log.as_ref().is_some_and(incomplete) {
             self.inbox.setup_log_incomplete();
+            for agent in 0..self.conns.len() {
+                if self.inbox.hosts[agent].awaited {
+                    let reason = "it had not joined when the set-up log reached its limit";
+                    self.leave_out(agent, reason.to_owned());
+                    self.give_up_awaited(agent, &HostFailure::new(reason.to_owned()));
+                }
+            }
         }
-    }
-
-    /// Whether a host is reconnected when it is lost.
-    pub fn takes_back(&self, agent: usize) -> bool {
-        let complete = self
-            .setup_log
-            .as_ref()
-            .is_some_and(SetupLogFile::is_complete);
-        let conn = self.conns.get(agent).filter(|_| complete);
-        let wanted = conn.is_some_and(|conn| conn.plan.is_some() && !conn.permanent);
-        wanted && self.scheduler.has_lost(agent)
     }
 
     /// Leaves out a host for this reason. It has no idle workers that need time to end.

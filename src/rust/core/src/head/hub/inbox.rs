@@ -65,6 +65,13 @@ pub enum Event {
         /// Whether the worker is replaced.
         replaced: bool,
     },
+    /// A host that was to join late has failed.
+    NeverJoined {
+        /// The host's index among all.
+        agent: usize,
+        /// Why, and what the agent's command printed.
+        failure: HostFailure,
+    },
     /// A host was lost, or is left out.
     HostLost {
         /// The host's index among all.
@@ -72,8 +79,22 @@ pub enum Event {
         /// Why the host was lost.
         reason: String,
     },
+    /// A host drains: its batch job ends.
+    HostDraining {
+        /// The host's index among all.
+        agent: usize,
+        /// Why the job ends.
+        reason: String,
+        /// Seconds until the end, if they are known.
+        seconds: Option<u32>,
+    },
     /// A lost host has been reconnected and its workers restored.
     HostBack {
+        /// The host's index among all.
+        agent: usize,
+    },
+    /// A host has joined late, and its workers have the cluster's state.
+    HostJoined {
         /// The host's index among all.
         agent: usize,
     },
@@ -149,6 +170,12 @@ pub struct HostView {
     pub start_failure: Option<ToHead>,
     /// Why the host was lost, if it was.
     pub failure: Option<HostFailure>,
+    /// The agent had not greeted when the others were started, or its batch job has ended; it may still join.
+    pub awaited: bool,
+    /// How many agents of batch jobs have been lost.
+    pub jobs_lost: u32,
+    /// Why the host is draining or has been drained: its batch job ends, or the user removes it.
+    pub draining: Option<String>,
     /// The number of the last memory question that was asked.
     pub asked: u64,
     /// The number of the last memory question that was answered.
@@ -180,6 +207,8 @@ pub struct Inbox {
     mute: bool,
     /// Workers that have come up.
     pub up: usize,
+    /// How often a worker has joined or come back.
+    pub arrivals: u64,
     /// The hub's thread has ended.
     pub closed: bool,
     reported_setup_log: bool,
@@ -198,6 +227,7 @@ impl Inbox {
             output: 0,
             mute: false,
             up: 0,
+            arrivals: 0,
             closed: false,
             reported_setup_log: false,
             calls: CallTable::default(),
@@ -219,6 +249,7 @@ impl Inbox {
     pub fn greeted(&mut self, agent: usize, hello: Hello) {
         let host = &mut self.hosts[agent];
         host.hello = Some(hello);
+        host.draining = None;
         host.greeted = Some(self.began.elapsed());
     }
 
@@ -271,6 +302,24 @@ impl Inbox {
             Note::LeftOut { agent, reason } => {
                 let failure = &mut self.hosts[agent].failure;
                 failure.get_or_insert_with(|| HostFailure::new(reason));
+            }
+            Note::Draining {
+                agent,
+                reason,
+                seconds,
+            } => {
+                self.hosts[agent].draining = Some(reason.clone());
+                self.events.push_back(Event::HostDraining {
+                    agent,
+                    reason,
+                    seconds,
+                });
+            }
+            Note::Drained { agent, removed } => {
+                let draining = &mut self.hosts[agent].draining;
+                if removed {
+                    draining.get_or_insert_with(|| "removed".into());
+                }
             }
             Note::Terminated { rank, termination } => self.terminated(rank, termination),
             Note::Ended { rank, timed_out } => {
@@ -385,6 +434,10 @@ impl Inbox {
                 let reason = reason.clone();
                 self.events.push_back(Event::HostLost { agent, reason });
             }
+            // The drain has been reported.
+            Termination::JobEnded(_) if self.hosts[agent].draining.is_some() => {
+                self.hosts[agent].reported_lost |= came_up;
+            }
             _ => {}
         }
         self.workers[rank as usize].termination = Some(termination);
@@ -394,8 +447,11 @@ impl Inbox {
 
     /// A terminated worker is back and has been restored.
     pub fn back(&mut self, rank: Rank) {
-        self.workers[rank as usize].termination = None;
-        self.workers[rank as usize].ended = false;
+        let worker = &mut self.workers[rank as usize];
+        worker.termination = None;
+        worker.ended = false;
+        self.arrivals += 1;
+        self.up += usize::from(self.hosts[worker.agent].awaited);
         self.check_whether_back(rank);
     }
 
@@ -404,14 +460,41 @@ impl Inbox {
     fn check_whether_back(&mut self, rank: Rank) {
         let agent = self.workers[rank as usize].agent;
         let of_host = || self.workers.iter().filter(|w| w.agent == agent);
-        let lost = |w: &WorkerView| matches!(w.termination.as_deref(), Some(Termination::Host(_)));
+        let lost = |w: &WorkerView| w.termination.as_ref().is_some_and(|t| t.is_of_host());
         let waited_for = of_host().any(lost);
         let any = of_host().any(|w| w.termination.is_none());
+        if any && !waited_for && std::mem::take(&mut self.hosts[agent].awaited) {
+            self.hosts[agent].failure = None;
+            self.hosts[agent].reported_lost = false;
+            self.events.push_back(Event::HostJoined { agent });
+        }
         if any && !waited_for && self.hosts[agent].reported_lost {
             self.hosts[agent].failure = None;
             self.hosts[agent].reported_lost = false;
             self.events.push_back(Event::HostBack { agent });
         }
+    }
+
+    /// The agent of a batch job has been lost, or has ended with its job, and another is awaited.
+    pub fn job_lost(&mut self, agent: usize, reason: &str) {
+        let host = &mut self.hosts[agent];
+        // A drain has been reported.
+        let report = !host.awaited && host.draining.is_none() && !host.reported_lost;
+        host.awaited = true;
+        host.reported_lost = true;
+        host.jobs_lost += 1;
+        if report {
+            let reason = reason.to_owned();
+            self.events.push_back(Event::HostLost { agent, reason });
+        }
+    }
+
+    /// A host that was awaited will not join.
+    pub fn never_joined(&mut self, agent: usize, failure: HostFailure) {
+        let host = &mut self.hosts[agent];
+        host.awaited = false;
+        host.reported_lost = true;
+        self.events.push_back(Event::NeverJoined { agent, failure });
     }
 
     /// Reports once that lost hosts will not be reconnected.

@@ -90,6 +90,7 @@ fn why(termination: &Termination) -> String {
         Termination::Worker(failure) => failure.to_string(),
         Termination::Host(reason) => reason.clone(),
         Termination::Stopped => "stopped".into(),
+        Termination::JobEnded(reason) => format!("its job ended: {reason}"),
     }
 }
 
@@ -123,6 +124,8 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             rank,
             timed_out: true,
         } => worker("worker killed, slow to stop", rank, String::new()),
+        Note::Draining { agent, reason, .. } => host("host draining", agent, reason.clone()),
+        Note::Drained { agent, .. } => host("host drained", agent, String::new()),
         Note::LeftOut { agent, reason } => host("host left out", agent, reason.clone()),
         // The reason is left out, because it may name the user's packages and paths; R reports it.
         Note::StartFailed { agent, .. } => host("host not started", agent, String::new()),

@@ -45,6 +45,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
     let failure = serve_one(&shared_core, agent, &launch, &hello, false).await;
     fail(&shared_core, agent, failure);
+    let dials = matches!(launch.source, Source::DialBack { .. });
     let mut wait = FIRST_WAIT;
     loop {
         let stop = {
@@ -55,7 +56,8 @@ pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, h
             core.conns[agent].stop.clone()
         };
         tokio::select! {
-            () = sleep(wait) => {}
+            // An agent that dials back may come at any time.
+            () = sleep(if dials { Duration::ZERO } else { wait }) => {}
             () = stop.notified() => return,
         }
         let failure = serve_one(&shared_core, agent, &launch, &hello, true).await;
@@ -196,7 +198,15 @@ fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
     let mut core = shared_core.core();
     warn_of(agent, &failure, core.stopping);
     core.update_clock();
-    core.scheduler.agent_lost(agent, &failure.reason);
+    if core.conns[agent].dials {
+        core.job_lost(agent, &failure.reason);
+    } else {
+        core.scheduler.agent_lost(agent, &failure.reason);
+        core.conns[agent].awaited &= core.reconnects;
+    }
+    if !core.takes_back(agent) {
+        core.give_up_awaited(agent, &failure);
+    }
     let permanent = core.conns[agent].permanent;
     let known = &mut core.inbox.hosts[agent].failure;
     // The reason for leaving the host out says more than how the agent then ended.
@@ -279,16 +289,19 @@ async fn talk(
         let conn = &core.conns[agent];
         (conn.stop.clone(), conn.over.clone(), core.start_timeout)
     };
-    let late = async || {
-        if !again {
-            // R limits the time of the first start.
-            std::future::pending::<()>().await;
-        }
+    let late = async |joins: bool| {
         sleep(start_timeout).await;
+        // R limits the time of the start of the cluster.
+        while !(joins || shared_core.core().conns[agent].awaited) {
+            sleep(FIRST_WAIT).await;
+        }
         let seconds = start_timeout.as_secs_f64();
-        io::Error::other(format!(
-            "it was tried again and not up within {seconds} seconds"
-        ))
+        let what = if again {
+            "it was tried again and"
+        } else {
+            "it was"
+        };
+        io::Error::other(format!("{what} not up within {seconds} seconds"))
     };
     let received = tokio::select! {
         received = greet(shared_core, agent, hello, &stream, greeting) => match received? {
@@ -297,21 +310,32 @@ async fn talk(
         },
         // No stop request has been sent yet: the end of the stream stops the agent.
         () = stop.notified() => return Ok(()),
-        error = late() => return Err(error),
+        error = late(again) => return Err(error),
     };
     let stream = stream.into_std()?;
-    {
+    let joins = {
         let mut core = shared_core.core();
-        if again {
+        let joins = again || core.conns[agent].awaited;
+        if joins {
             if core.conns[agent].permanent {
                 return Ok(());
+            }
+            let theirs = core.inbox.hosts[agent].hello.as_ref();
+            if !again && theirs.is_some_and(|theirs| theirs.big_endian != hello.big_endian) {
+                let reason =
+                    "a host that joins after the start must have the byte order of this machine";
+                return Err(io::Error::other(reason));
             }
             core.agent_back(agent)?;
         }
         core.attach(agent, stream, received);
-    }
+        joins
+    };
     let started = async {
-        let error = late().await;
+        if !joins {
+            std::future::pending::<()>().await;
+        }
+        let error = late(joins).await;
         if !shared_core.core().scheduler.is_starting(agent) {
             std::future::pending::<()>().await;
         }

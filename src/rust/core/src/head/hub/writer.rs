@@ -40,12 +40,14 @@ impl Hub {
         if self.members.0 != job || self.members.1.is_empty() {
             self.members = (job, vec![false; self.size]);
         }
-        let (assigned, stale) = {
+        let (assigned, stale, only_logged) = {
             let mut core = self.core();
             core.inbox.job = job;
+            let only_logged = setup_call.is_some() && core.is_awaited(rank);
             let workers = &core.inbox.workers;
             let worker = workers.get(rank as usize).cloned().unwrap_or_default();
             let assigned = match worker.termination {
+                Some(_) if only_logged => rank,
                 // If the worker is back while others still run its tasks, they go on with them, in
                 // order.
                 None => substitute(&core, rank, job).unwrap_or(rank),
@@ -57,17 +59,19 @@ impl Hub {
             };
             let of_owner = core.inbox.tasks.of_owner(rank);
             let stale = of_owner.filter(|&(_, other)| job != NO_JOB && other != job);
-            (assigned, stale.collect::<Vec<_>>())
+            let stale = stale.collect::<Vec<_>>();
+            if job != NO_JOB && !only_logged {
+                // A draining worker must not end when its stale tasks are cancelled.
+                core.scheduler.reserve_for_verb(assigned);
+            }
+            (assigned, stale, only_logged)
         };
         self.members.1[rank as usize] = true;
         for (task, _) in stale {
             self.cancel_task(task);
         }
         let behind_call = {
-            let mut core = self.core();
-            if job != NO_JOB {
-                core.scheduler.reserve_for_verb(assigned);
-            }
+            let core = self.core();
             core.scheduler.is_at_call(assigned)
         };
         let task = self.next_task;
@@ -81,12 +85,15 @@ impl Hub {
             again: turn == Turn::First,
             ..Order::default()
         };
-        let has_blob = self.write_order(order, rank, false, blob(assigned));
+        let mut writing = MessageWriting::new(order, rank, false);
+        writing.only_logged = only_logged;
+        let has_blob = self.write_order(writing, blob(assigned));
         Ok(StartedTask {
             task,
             assigned,
             has_blob,
             behind_call,
+            only_logged,
         })
     }
 
@@ -135,28 +142,22 @@ impl Hub {
             setup_call,
             ..Order::default()
         };
-        let has_blob = self.write_order(order, rank, true, blob(assigned));
+        let writing = MessageWriting::new(order, rank, true);
+        let has_blob = self.write_order(writing, blob(assigned));
         Ok(StartedTask {
             task,
             assigned,
             has_blob,
             behind_call: false,
+            only_logged: false,
         })
     }
 
-    /// Starts the message of a task that R gave to `owner`. `again`: it is a retry. Returns whether
-    /// the message begins with the blob.
-    fn write_order(
-        &mut self,
-        mut order: Order,
-        owner: Rank,
-        again: bool,
-        blob: Option<BlobId>,
-    ) -> bool {
-        if order.rank != owner {
-            order.on_behalf_of = Some(owner);
+    /// Starts a message. Returns whether the message begins with the blob.
+    fn write_order(&mut self, mut writing: MessageWriting, blob: Option<BlobId>) -> bool {
+        if writing.order.rank != writing.owner {
+            writing.order.on_behalf_of = Some(writing.owner);
         }
-        let mut writing = MessageWriting::new(order, owner, again);
         writing.wanted = blob;
         let has_blob = writing.attach_blob(&self.core());
         self.writing = Some(writing);
@@ -330,12 +331,15 @@ impl Hub {
         let chunks = rest(&mut writing);
         let mut core = self.core();
         submit(&mut core, &mut writing, chunks, true);
-        if !writing.again && !writing.is_call() {
-            let order = &writing.order;
+        let order = &writing.order;
+        if !writing.again && !writing.is_call() && !writing.only_logged {
             core.inbox.tasks.finish(order.task, order.job);
         }
         if let Some(setup_log) = &mut core.setup_log {
             setup_log.finish();
+            if writing.only_logged {
+                setup_log.ended(order.task, order.rank, true);
+            }
         }
         core.check_setup_log();
     }

@@ -36,6 +36,8 @@ pub struct StartedTask {
     pub has_blob: bool,
     /// The worker runs a call, which it completes first.
     pub behind_call: bool,
+    /// The worker has not joined yet: its set-up call is only logged, and there is no answer.
+    pub only_logged: bool,
 }
 
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub(super) struct MessageWriting {
     pub(super) owner: Rank,
     /// The task is a retry.
     pub(super) again: bool,
+    /// The worker has not joined yet: the set-up call is only logged.
+    pub(super) only_logged: bool,
     /// The blob that the message begins with, if the host gets it.
     pub(super) wanted: Option<BlobId>,
     pub(super) buffer: Vec<u8>,
@@ -68,6 +72,7 @@ impl MessageWriting {
             order,
             owner,
             again,
+            only_logged: false,
             wanted: None,
             buffer: Vec::new(),
             first: true,
@@ -90,7 +95,8 @@ impl MessageWriting {
                 .as_ref()
                 .filter(|_| order.setup_call.is_some());
             let logged = |id| setup_log.is_none_or(|s| !s.is_complete() || s.has_blob(id));
-            let has = |&id: &BlobId| core.scheduler.has_blob(order.rank, id) && logged(id);
+            let sent = |id| self.only_logged || core.scheduler.has_blob(order.rank, id);
+            let has = |&id: &BlobId| sent(id) && logged(id);
             self.order.blob = self.wanted.filter(has);
         }
         self.order.blob.is_some()
@@ -141,20 +147,28 @@ pub(super) fn submit(
     if writing.is_call() {
         return submit_call(core, writing, chunks, last);
     }
-    if std::mem::replace(&mut writing.first, false) {
+    let first = std::mem::replace(&mut writing.first, false);
+    if first {
         let order = &writing.order;
-        core.inbox
-            .tasks
-            .begin(order.task, writing.owner, order.rank);
+        if !writing.only_logged {
+            core.inbox
+                .tasks
+                .begin(order.task, writing.owner, order.rank);
+        }
         if let (Some(setup_log), Some(name)) = (&mut core.setup_log, writing.order.setup_call) {
             let order = &writing.order;
             setup_log.begin(order.task, order.rank, name, order.blob);
         }
-        core.scheduler.submit(writing.order.clone());
+        if !writing.only_logged {
+            core.scheduler.submit(writing.order.clone());
+        }
     }
     let &Order { rank, task, .. } = &writing.order;
     if let Some(setup_log) = &mut core.setup_log {
         setup_log.write(&chunks);
+    }
+    if writing.only_logged {
+        return;
     }
     let count = chunks.len();
     for (at, chunk) in chunks.into_iter().enumerate() {

@@ -19,6 +19,10 @@ fn crash() -> Arc<Termination> {
     }))
 }
 
+fn job_end() -> Arc<Termination> {
+    Arc::new(Termination::JobEnded("time limit".into()))
+}
+
 /// What a worker does with its current message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
@@ -38,6 +42,9 @@ enum Fate {
 struct State {
     now: Duration,
     termination: Vec<Option<Arc<Termination>>>,
+    /// Workers that join while a job waits, the last one first.
+    awaited: Vec<Rank>,
+    arrivals: u64,
     queues: Vec<VecDeque<TaskId>>,
     /// The tasks of each message that was ever started.
     messages: Vec<Vec<usize>>,
@@ -49,6 +56,9 @@ struct State {
     reported: Vec<(Vec<usize>, Vec<usize>)>,
     answered: Vec<usize>,
     unreadable: bool,
+    /// Draining workers, and those that the job has released.
+    draining: Vec<Rank>,
+    released: BTreeSet<Rank>,
 }
 
 /// Simulated workers, which handle each message as `fate` decides.
@@ -80,6 +90,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Fake<F> {
             cores: 1,
             rtt: Some(1e-4),
             detained: false,
+            absent: self.termination(rank as Rank).is_some(),
         };
         let setup = Setup {
             id: JOB,
@@ -134,6 +145,32 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
         self.state.borrow().termination[rank as usize].clone()
     }
 
+    fn is_awaited(&self, rank: Rank) -> bool {
+        self.state.borrow().awaited.contains(&rank)
+    }
+
+    fn arrivals(&self) -> u64 {
+        self.state.borrow().arrivals
+    }
+
+    fn await_arrival(&self, seen: u64, _: Duration) {
+        let state = &mut *self.state.borrow_mut();
+        assert_eq!(state.arrivals, seen);
+        if let Some(rank) = state.awaited.pop() {
+            state.termination[rank as usize] = None;
+            state.arrivals += 1;
+        }
+    }
+
+    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
+        let drains = self.state.borrow().draining.contains(&rank);
+        drains.then(job_end)
+    }
+
+    fn release(&self, rank: Rank) {
+        self.state.borrow_mut().released.insert(rank);
+    }
+
     fn begin(
         &self,
         rank: Rank,
@@ -153,6 +190,7 @@ impl<F: Fn(Rank, &[usize]) -> Fate> Dispatch for Fake<F> {
             assigned: rank,
             has_blob: true,
             behind_call: false,
+            only_logged: false,
         })
     }
 
@@ -489,4 +527,110 @@ proptest! {
         let recorded = job.attempts.values().filter(|attempts| !attempts.failures().is_empty());
         prop_assert_eq!(recorded.count(), lost.len());
     }
+}
+
+#[test]
+fn workers_that_join_during_a_free_job_take_part_and_a_job_without_workers_waits() {
+    for present in [0, 1] {
+        let fake = Fake::new(3, |_, _| Fate::Answered);
+        let away = Arc::new(Termination::Host("it has not joined".into()));
+        {
+            let state = &mut *fake.state.borrow_mut();
+            for rank in present..3 {
+                state.termination[rank] = Some(away.clone());
+            }
+            state.awaited = (present as Rank..3).collect();
+        }
+        let mut job = fake.job(200, Assignment::Free, Policy::new(2));
+        if present == 1 {
+            // One joins in the middle of the job, by itself.
+            fake.state.borrow_mut().awaited.clear();
+            let mut steps = 0;
+            loop {
+                steps += 1;
+                if steps == 2 {
+                    let state = &mut *fake.state.borrow_mut();
+                    state.termination[2] = None;
+                    state.arrivals += 1;
+                }
+                if job
+                    .step(&fake, &mut Tasks(&fake), Duration::from_micros(20), false)
+                    .unwrap()
+                {
+                    break;
+                }
+            }
+        } else {
+            assert_eq!(fake.run(&mut job).unwrap(), []);
+        }
+        let answered = sorted(fake.state.borrow().answered.clone());
+        assert_eq!(answered, (0..200).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_job_whose_last_worker_is_lost_fails_unless_another_may_join() {
+    let died = || Arc::new(Termination::Host("the connection was closed".into()));
+    let fake = Fake::new(2, |_, _| Fate::Answered);
+    fake.state.borrow_mut().termination = vec![Some(died()), Some(died())];
+    let mut job = fake.job(3, Assignment::Free, Policy::new(2));
+    let halt = job.step(&fake, &mut Tasks(&fake), Duration::from_secs(1), false);
+    assert!(matches!(halt, Err(Halt::Terminated { .. })), "{halt:?}");
+    fake.state.borrow_mut().awaited = vec![1];
+    let mut job = fake.job(3, Assignment::Free, Policy::new(2));
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+}
+
+#[test]
+fn a_draining_worker_gets_nothing_and_the_others_complete_the_job() {
+    let fake = Fake::new(3, |rank, _| {
+        assert_ne!(rank, 1, "a draining worker has a task");
+        Fate::Answered
+    });
+    fake.state.borrow_mut().draining = vec![1];
+    let mut job = fake.job(50, Assignment::Free, Policy::new(0));
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+    let state = fake.state.borrow();
+    let answered: BTreeSet<usize> = state.answered.iter().copied().collect();
+    assert_eq!(answered, (0..50).collect());
+    assert_eq!(state.released, BTreeSet::from([1]));
+}
+
+#[test]
+fn messages_of_the_last_workers_that_drain_end_before_the_error() {
+    let fake = Fake::new(2, |_, _| Fate::Answered);
+    let mut job = fake.job(100_000, Assignment::Free, Policy::new(0));
+    // Some messages are out when both workers begin to drain.
+    let zero = Duration::ZERO;
+    assert!(!job.step(&fake, &mut Tasks(&fake), zero, false).unwrap());
+    let sent: usize = fake.state.borrow().messages.iter().map(Vec::len).sum();
+    assert!(sent > 0 && sent < 100_000);
+    fake.state.borrow_mut().draining = vec![0, 1];
+    let error = fake.run(&mut job).unwrap_err();
+    let Halt::Terminated { termination, .. } = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(termination, job_end());
+    assert!(fake.state.borrow().answered.len() >= sent);
+}
+
+#[test]
+fn a_job_whose_last_message_is_on_a_draining_worker_is_complete() {
+    let fake = Fake::new(1, |_, _| Fate::Answered);
+    let mut job = fake.job(1, Assignment::Free, Policy::new(0));
+    assert!(
+        !job.step(&fake, &mut Tasks(&fake), Duration::ZERO, false)
+            .unwrap()
+    );
+    fake.state.borrow_mut().draining = vec![0];
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+}
+
+#[test]
+fn jobs_that_are_bound_to_their_nodes_go_on_where_workers_drain() {
+    let fake = Fake::new(2, |_, _| Fate::Answered);
+    fake.state.borrow_mut().draining = vec![0, 1];
+    let mut job = fake.job(20, Assignment::Round, Policy::new(0));
+    assert_eq!(fake.run(&mut job).unwrap(), []);
+    assert_eq!(fake.state.borrow().answered.len(), 20);
 }

@@ -109,7 +109,7 @@ impl Job {
             self.attempts
                 .entry(index)
                 .or_default()
-                .record(failure.clone());
+                .record(failure.clone(), &failure.termination);
             if verdict == Verdict::GiveUp {
                 self.failed.push_back(Failed::GivenUp(index));
             }

@@ -217,7 +217,7 @@ impl Scheduler {
             // Nobody waits for the worker any more.
             worker.stats.back(self.now);
             let tried_again = before.is_tried_again();
-            if tried_again || matches!(**before, Termination::Host(_)) {
+            if tried_again || before.is_of_host() {
                 worker.state = WorkerState::Terminated(termination.clone());
                 self.notes.push(Note::Terminated { rank, termination });
             }

@@ -38,6 +38,7 @@ impl Scheduler {
         if let Some(agent) = self.agents.get(at) {
             agent.out.facts(facts);
             facts.add("consecutive_worker_failures", agent.failures);
+            facts.add("draining", agent.drain.is_some());
             self.flow.host_facts(at, facts);
         }
     }
@@ -75,6 +76,7 @@ impl Scheduler {
         );
         facts.add("send_window", worker.window);
         facts.add("awaiting_restore", worker.away);
+        facts.add("draining", worker.draining.is_some());
         let stats = &worker.stats;
         facts.add("tasks_done", stats.tasks);
         facts.add("worker_failures", stats.failures);

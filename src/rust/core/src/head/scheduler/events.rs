@@ -15,12 +15,20 @@ pub enum Termination {
     Host(String),
     /// The worker was stopped on request.
     Stopped,
+    /// The batch job that the worker belonged to ended, for this reason. Tasks that are lost with the worker do not
+    /// count as attempts: see [`Attempts`](crate::head::retry::Attempts).
+    JobEnded(String),
 }
 
 impl Termination {
     /// Whether the worker's agent starts a replacement after a pause.
     pub fn is_tried_again(&self) -> bool {
         matches!(self, Termination::Worker(failure) if failure.setback.pause > 0)
+    }
+
+    /// Whether the worker terminated together with its agent, and comes back if the host is reconnected.
+    pub fn is_of_host(&self) -> bool {
+        matches!(self, Termination::Host(_) | Termination::JobEnded(_))
     }
 }
 
@@ -36,7 +44,8 @@ pub enum Outcome {
     TimedOut,
     /// The head no longer wants the answer.
     Cancelled,
-    /// The task was revoked before it started: see [`Scheduler::revoke`](super::Scheduler::revoke).
+    /// The task was revoked before it started: see [`Scheduler::revoke`](super::Scheduler::revoke) and
+    /// [`Order::movable`](super::task::Order::movable).
     Revoked,
 }
 
@@ -96,6 +105,22 @@ pub enum Note {
         agent: usize,
         /// Why, for the user.
         reason: String,
+    },
+    /// An agent drains: its batch job is about to end.
+    Draining {
+        /// The host's index among all.
+        agent: usize,
+        /// Why the job ends.
+        reason: String,
+        /// Seconds until the end, if they are known.
+        seconds: Option<u32>,
+    },
+    /// All workers of a draining agent have terminated, and the agent was asked to end.
+    Drained {
+        /// The host's index among all.
+        agent: usize,
+        /// The user has removed all workers of the host.
+        removed: bool,
     },
     /// A worker has terminated.
     Terminated {
@@ -200,8 +225,12 @@ pub enum State {
     Busy(TaskId),
     /// The worker still has this task, which was cancelled or exceeded its time limit.
     Ending(TaskId),
+    /// The worker is draining: it gets no new tasks. It still has this task, if any.
+    Draining(Option<TaskId>),
     /// The worker is being restored to the state of its predecessor.
     Restoring,
+    /// The worker's host has not joined the cluster yet.
+    Waiting,
     /// The worker terminated, or its host was lost, and it has no replacement.
     Lost,
     /// The head stopped the worker.

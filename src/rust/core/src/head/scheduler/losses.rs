@@ -21,6 +21,39 @@ impl Scheduler {
         }
     }
 
+    /// The agent has not joined yet. Its workers are lost until [`Scheduler::agent_back`].
+    pub fn await_agent(&mut self, agent: usize) {
+        self.agents[agent].awaited = true;
+        self.agents[agent].out.close();
+        let termination = Termination::Host("it has not joined the cluster yet".to_owned());
+        let termination = Arc::new(termination);
+        for rank in self.agents[agent].ranks.clone() {
+            self.workers[rank as usize].state = WorkerState::Terminated(termination.clone());
+            let termination = termination.clone();
+            self.notes.push(Note::Terminated { rank, termination });
+        }
+    }
+
+    /// The agent has been lost, and may come again.
+    pub fn await_again(&mut self, agent: usize) {
+        self.agents[agent].awaited = true;
+    }
+
+    /// The agent will not join: its workers stay lost, for this reason.
+    pub fn give_up_awaited(&mut self, agent: usize, reason: &str) {
+        self.agents[agent].awaited = false;
+        let termination = Arc::new(Termination::Host(reason.to_owned()));
+        for rank in self.agents[agent].ranks.clone() {
+            let worker = &mut self.workers[rank as usize];
+            if matches!(&worker.state, WorkerState::Terminated(t) if t.is_of_host()) {
+                worker.state = WorkerState::Terminated(termination.clone());
+                let termination = termination.clone();
+                self.notes.push(Note::Terminated { rank, termination });
+            }
+        }
+        self.end_calls_of_nobody();
+    }
+
     /// A lost agent has been reconnected: a fresh process that starts its workers anew. Workers
     /// that had terminated before are stopped again; the others come up as at first.
     ///
@@ -29,14 +62,14 @@ impl Scheduler {
     pub fn agent_back(&mut self, at: usize, start: &ToAgent) -> Result<(), ProtocolError> {
         let agent = &mut self.agents[at];
         agent.failures = 0;
+        agent.awaited = false;
+        agent.drain = None;
         agent.out.reopen();
         self.send_control(at, start)?;
         for rank in self.agents[at].ranks.clone() {
             let worker = &mut self.workers[rank as usize];
             match &worker.state {
-                WorkerState::Terminated(termination)
-                    if !matches!(**termination, Termination::Host(_)) =>
-                {
+                WorkerState::Terminated(termination) if !termination.is_of_host() => {
                     let stop = ToAgent::StopWorker {
                         worker: worker.index,
                     };
@@ -45,6 +78,7 @@ impl Scheduler {
                 _ => {
                     worker.state = WorkerState::Starting;
                     worker.away = true;
+                    worker.draining = None;
                     worker.window = SEND_WINDOW;
                 }
             }
@@ -85,6 +119,15 @@ impl Scheduler {
 
     /// An agent or its connection has failed: all of its workers are lost.
     pub fn agent_lost(&mut self, agent: usize, reason: &str) {
+        self.lose_agent(agent, reason, Termination::Host);
+    }
+
+    /// The agent of a batch job, or the connection to it, has failed: its workers have ended with the job.
+    pub fn job_lost(&mut self, agent: usize, reason: &str) {
+        self.lose_agent(agent, reason, Termination::JobEnded);
+    }
+
+    fn lose_agent(&mut self, agent: usize, reason: &str, of: impl FnOnce(String) -> Termination) {
         let out = &mut self.agents[agent].out;
         let before = out.is_closed();
         // This includes what a host that was left out was still to be sent.
@@ -92,9 +135,12 @@ impl Scheduler {
         if before {
             return;
         }
-        let termination = Arc::new(Termination::Host(reason.to_owned()));
+        let drain = self.agents[agent].drain.as_ref();
+        let ended = drain.map(|drain| drain.termination.clone());
+        let termination = ended.unwrap_or_else(|| Arc::new(of(reason.to_owned())));
         for rank in self.agents[agent].ranks.clone() {
             self.lose(rank, termination.clone());
+            self.end_removed(rank);
         }
     }
 
@@ -117,6 +163,9 @@ impl Scheduler {
             Termination::Host(reason) => worker
                 .stats
                 .lost(&format!("lost with its host: {reason}"), self.now),
+            Termination::JobEnded(reason) => worker
+                .stats
+                .lost(&format!("its job ended: {reason}"), self.now),
             Termination::Stopped => {}
         }
         self.notes.push(Note::Terminated {
@@ -172,7 +221,7 @@ impl Scheduler {
                 rank,
                 task: task.id,
                 job: task.job,
-                outcome: Outcome::Lost(Arc::new(Termination::Worker(failure))),
+                outcome: Outcome::Lost(self.termination_of(agent, failure)),
             });
         }
         self.put_back(rank);

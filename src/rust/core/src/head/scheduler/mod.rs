@@ -38,6 +38,7 @@ use tracing::{debug, trace};
 use worker::{Worker, WorkerState, current_of};
 
 mod cancel;
+mod drain;
 mod dump;
 pub mod events;
 mod losses;
@@ -49,6 +50,7 @@ mod send;
 pub mod task;
 mod worker;
 
+use drain::{AgentDrain, Drains};
 use outbound::Outbound;
 use pool::CallQueue;
 use result_flow::ResultFlow;
@@ -68,6 +70,9 @@ struct AgentState {
     out: Outbound,
     /// Worker failures since a task last ended on this host.
     failures: usize,
+    /// The agent has not joined yet: its workers are terminated until it does.
+    awaited: bool,
+    drain: Option<AgentDrain>,
 }
 
 /// See the module's documentation.
@@ -85,6 +90,7 @@ pub struct Scheduler {
     /// The time limit of all tasks.
     time_limit: Option<Duration>,
     calls: CallQueue,
+    drains: Drains,
 }
 
 impl Scheduler {
@@ -105,6 +111,8 @@ impl Scheduler {
                     out: Outbound::new(ranks.len()),
                     ranks,
                     failures: 0,
+                    awaited: false,
+                    drain: None,
                 })
                 .collect(),
             workers: homes
@@ -118,6 +126,7 @@ impl Scheduler {
             measure: |_| None,
             time_limit: None,
             calls: CallQueue::default(),
+            drains: Drains::default(),
         }
     }
 
@@ -150,14 +159,17 @@ impl Scheduler {
         match (&worker.state, &worker.current) {
             (WorkerState::Terminated(termination), _) => match **termination {
                 Termination::Stopped => State::Stopped,
+                _ if termination.is_of_host() && self.is_awaited(rank) => State::Waiting,
                 _ => State::Lost,
             },
             (WorkerState::Starting, _) if worker.stats.lost_since().is_some() => State::Restoring,
             (WorkerState::Starting, _) => State::Starting,
+            (WorkerState::Up, None) if worker.draining.is_some() => State::Draining(None),
             (WorkerState::Up, None) => State::Idle,
             (WorkerState::Up, Some(current)) => match current.task.id {
                 task if task & RESTORE != 0 => State::Restoring,
                 task if current.cancelled => State::Ending(task),
+                task if worker.draining.is_some() => State::Draining(Some(task)),
                 task => State::Busy(task),
             },
         }
@@ -180,6 +192,7 @@ impl Scheduler {
 
     /// The notes since the last call.
     pub fn take_notes(&mut self) -> Vec<Note> {
+        self.stop_drained();
         mem::take(&mut self.notes)
     }
 
@@ -214,6 +227,15 @@ impl Scheduler {
             });
             return;
         }
+        if order.movable && worker.draining.is_some() {
+            self.notes.push(Note::Done {
+                rank: order.rank,
+                task: order.task,
+                job: order.job,
+                outcome: Outcome::Revoked,
+            });
+            return;
+        }
         let task = Task {
             id: order.task,
             job: order.job,
@@ -222,6 +244,7 @@ impl Scheduler {
             setup_call: order.setup_call,
             on_behalf_of: order.on_behalf_of,
             prefetch: order.prefetch,
+            movable: order.movable,
             blob: order.blob,
             limit,
             leaves_seed: false,
@@ -257,7 +280,7 @@ impl Scheduler {
     /// Whether an agent had workers that were lost with it and have not been stopped since.
     pub fn has_lost(&self, agent: usize) -> bool {
         let lost = |worker: &Worker| match &worker.state {
-            WorkerState::Terminated(termination) => matches!(**termination, Termination::Host(_)),
+            WorkerState::Terminated(termination) => termination.is_of_host(),
             _ => false,
         };
         let mut workers = self.workers.iter();
@@ -419,11 +442,11 @@ impl Scheduler {
                 if replaced {
                     self.replace(rank, failure);
                 } else {
-                    let termination = Termination::Worker(failure);
+                    let termination = self.termination_of(agent, failure);
                     if termination.is_tried_again() {
                         self.send_control(agent, &ToAgent::LossAck { worker })?;
                     }
-                    self.lose(rank, Arc::new(termination));
+                    self.lose(rank, termination);
                     self.count_failure(agent, false);
                     let timed_out = false;
                     self.notes.push(Note::Ended { rank, timed_out });
@@ -471,6 +494,7 @@ impl Scheduler {
             }
             // A heartbeat: receiving it is enough.
             ToHead::Alive => {}
+            ToHead::Draining { seconds, cause } => self.drain_agent(agent, cause, seconds),
             ToHead::Failed { reason } => self.notes.push(Note::Failed { agent, reason }),
             ToHead::WorkerStopped { worker, timed_out } => {
                 let rank = self.rank(agent, worker)?;

@@ -91,6 +91,7 @@ impl Scheduler {
             setup_call: None,
             on_behalf_of: None,
             prefetch: false,
+            movable: false,
             blob: None,
             limit,
             leaves_seed: false,
@@ -178,10 +179,10 @@ impl Scheduler {
         self.calls.reserved.insert(rank);
     }
 
-    /// The verb is over. Returns whether calls have waited for its end.
+    /// The verb is over. Returns whether calls, or the ends of draining workers, have waited for its end.
     pub fn verb_over(&mut self) -> bool {
         self.calls.reserved.clear();
-        let waiting = !self.calls.waiting.is_empty();
+        let waiting = !self.calls.waiting.is_empty() || !self.drains.is_empty();
         self.hand_out();
         waiting
     }
@@ -203,9 +204,11 @@ impl Scheduler {
         // R decides on a retry only when it waits for that task. If R waits for a call, the call has to go first.
         let reserved = self.calls.reserved.contains(&rank) || worker.awaiting_retry.is_some();
         let awaited = self.calls.awaited;
+        let drains = worker.draining.is_some();
         let may = |call: &Waiting| {
             let its_turn = !reserved || awaited == Some(call.task.id);
-            its_turn && call.task.complete && call.any_of.binary_search(&rank).is_ok()
+            let here = call.any_of.binary_search(&rank).is_ok();
+            its_turn && call.task.complete && here && !(drains && self.any_available(&call.any_of))
         };
         let at = self.calls.waiting.iter().position(may)?;
         let call = self.calls.waiting.remove(at)?;
@@ -238,12 +241,38 @@ impl Scheduler {
         }
     }
 
+    /// Whether the agent of a worker has not joined yet.
+    pub fn is_awaited(&self, rank: Rank) -> bool {
+        let worker = self.workers.get(rank as usize);
+        worker.is_some_and(|worker| self.agents[worker.agent].awaited)
+    }
+
+    /// Ends the reservation of a worker: the current verb has no more tasks for it.
+    pub fn release_from_verb(&mut self, rank: Rank) {
+        self.calls.reserved.remove(&rank);
+    }
+
+    /// Whether the current verb has reserved this worker.
+    pub(super) fn is_reserved(&self, rank: Rank) -> bool {
+        self.calls.reserved.contains(&rank)
+    }
+
+    /// Whether a call waits that this worker may run, and that no available worker may run.
+    pub(super) fn has_bound_call(&self, rank: Rank) -> bool {
+        let mut waiting = self.calls.waiting.iter();
+        waiting.any(|call| {
+            call.any_of.binary_search(&rank).is_ok() && !self.any_available(&call.any_of)
+        })
+    }
+
     /// Ends as lost the calls that no worker is left for.
     pub(super) fn end_calls_of_nobody(&mut self) {
         let mut lost = Vec::new();
         for call in &self.calls.waiting {
             let terminated = |&rank: &Rank| match &self.workers.get(rank as usize)?.state {
-                WorkerState::Terminated(termination) => Some((rank, termination.clone())),
+                WorkerState::Terminated(termination) if !self.is_awaited(rank) => {
+                    Some((rank, termination.clone()))
+                }
                 _ => None,
             };
             let all: Option<Vec<_>> = call.any_of.iter().map(terminated).collect();

@@ -31,6 +31,9 @@ pub struct Order {
     /// The task may be prefetched: sent to the agent while the worker still runs the one before.
     /// Reassigned tasks and set-up calls are never prefetched.
     pub prefetch: bool,
+    /// Any worker of the job may run the task. If the worker is draining, the task ends as
+    /// [`Outcome::Revoked`](super::events::Outcome::Revoked) unless it has started.
+    pub movable: bool,
     /// The message of the task begins with this blob, which the worker's agent has.
     pub blob: Option<BlobId>,
     /// The time limit of the task, from when its worker has the whole message. The worker's agent
@@ -55,6 +58,8 @@ pub(super) struct Task {
     pub(super) setup_call: Option<u64>,
     pub(super) on_behalf_of: Option<Rank>,
     pub(super) prefetch: bool,
+    /// See [`Order::movable`].
+    pub(super) movable: bool,
     /// The blob that the message begins with, until the reference to it has been sent.
     pub(super) blob: Option<BlobId>,
     /// The time limit of the task.
@@ -74,6 +79,7 @@ impl Task {
             setup_call: Some(name),
             on_behalf_of: None,
             prefetch: false,
+            movable: false,
             blob: None,
             limit: None,
             leaves_seed: last,

@@ -11,6 +11,8 @@ use crate::protocol::ids::{CALLS, RESTORE, Rank, TaskId};
 use crate::protocol::limits::SEND_WINDOW;
 use bytes::Bytes;
 
+mod drain;
+
 /// Workers that are up, one on each host.
 fn up(workers: u32) -> Scheduler {
     let hosts = (0..workers).map(|rank| vec![rank]).collect();

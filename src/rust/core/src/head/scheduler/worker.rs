@@ -36,6 +36,8 @@ pub(super) struct Worker {
     pub(super) stats: WorkerStats,
     /// The worker's host was lost and reconnected, and the worker has not been restored yet.
     pub(super) away: bool,
+    /// The worker is draining: why it terminates when it has no more tasks.
+    pub(super) draining: Option<Arc<Termination>>,
 }
 
 impl Worker {
@@ -53,6 +55,7 @@ impl Worker {
             window: SEND_WINDOW,
             stats: WorkerStats::default(),
             away: false,
+            draining: None,
         }
     }
 

@@ -45,7 +45,7 @@ fn holders_of_a_key_connect_and_exchange_bytes_both_ways() {
         let (mut agent, mut head, _) = connected(&verdict);
         for content in [&b"x"[..], &[5; MAX_CONTENT]] {
             for (from, to) in [(0, 1), (1, 0)] {
-                let mut sides = [&mut agent, &mut head];
+                let sides = [&mut agent, &mut head];
                 let (mut wire, mut out) = (Vec::new(), Vec::new());
                 sides[from].seal(content, &mut wire).unwrap();
                 assert_eq!(wire.len(), content.len() + LENGTH + TAG);
