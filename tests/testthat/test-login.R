@@ -56,6 +56,32 @@ test_that("a cluster works behind a login node, and nothing is left when it is s
   expect_login_gone(at)
 })
 
+test_that("makeRustCluster() drives a cluster behind a login node and leaves nothing there", {
+  skip_without_sshd()
+  stub <- local_stub_engine("slurm")
+  # The commands of the engine are in the PATH of the login node.
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  launcher <- slurm(
+    nodes = 2, cores = 2, login = "127.0.0.2", dir = file.path(stub$home, "shared"), address = "127.0.0.1",
+    rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths()
+  )
+  cl <- local_cluster(launcher, rshcmd = ssh$rshcmd)
+  expect_length(cl, 4L)
+  expect_identical(parSapply(cl, 1:50, function(x) x * 2), 1:50 * 2)
+  link <- cl[[1L]]$handle$logins[[1L]]$link
+  traces <- c(link$local, link$remote, cl[[1L]]$handle$batches[[1L]]$directory)
+  expect_true(all(file.exists(traces)))
+  stopCluster(cl)
+  expect_identical(stub$jobs(), character())
+  expect_identical(traces[file.exists(traces)], character())
+  # A start that fails leaves nothing, either.
+  stub$set("refuse", "invalid partition specified")
+  expect_error(makeRustCluster(launcher, rshcmd = ssh$rshcmd), "invalid partition", class = "rustcluster_start_failed")
+  expect_error(makeRustCluster(launcher, rshcmd = ssh$rshcmd, rshopts = c("-o", "Port=1")), "127.0.0.2.*no sshd",
+               class = "rustcluster_start_failed")
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
 test_that("all hosts are lost with the gateway, and no job is left", {
   skip_without_sshd()
   at <- local_login()
