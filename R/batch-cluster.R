@@ -43,7 +43,7 @@ batchRscript <- function(host) {
 }
 
 # Listens for agents, and submits the jobs of all launchers of a cluster.
-startBatchJobs <- function(handle, hosts, options) {
+startBatchJobs <- function(handle, hosts, options, heartbeat_timeout) {
   groups <- vapply(hosts, function(host) if (isBatch(host)) host$group else 0L, 0L)
   count <- max(groups, 0L)
   if (!count) return(invisible())
@@ -65,7 +65,7 @@ startBatchJobs <- function(handle, hosts, options) {
     if (there[[group]]) {
       engine <- openLogin(
         launcher, own, function(path) checked(hub_listen_unix(handle$pointer, path)),
-        host$rshcmd, host$rshopts
+        options$rshcmd, options$rshopts, timeout = options$setup_timeout, heartbeat_timeout = heartbeat_timeout
       )
       handle$logins <- c(handle$logins, list(engine))
       addresses <- paste(engine$link$addresses, engine$link$port)
