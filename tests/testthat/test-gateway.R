@@ -367,14 +367,14 @@ test_that("problems of a login node name the host and the remedy", {
 
 test_that("an sshd that forwards no sockets is reported", {
   skip_without_sshd()
-  ssh <- local_sshd(config = c("AllowStreamLocalForwarding no"))
+  ssh <- local_sshd(config = "AllowStreamLocalForwarding no")
   host <- local_link(ssh)
   expect_error(startGateway(host), "AllowStreamLocalForwarding", class = "rustcluster_start_failed")
 })
 
 test_that("an sshd that allows too few sessions is reported", {
   skip_without_sshd()
-  ssh <- local_sshd(config = c("MaxSessions 1"))
+  ssh <- local_sshd(config = "MaxSessions 1")
   host <- local_link(ssh)
   expect_error(engineMakeDir(host, tempdir(), "x"), "MaxSessions", class = "rustcluster_start_failed")
 })
