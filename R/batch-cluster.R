@@ -54,8 +54,10 @@ startBatchJobs <- function(handle, hosts, options) {
   launchers <- lapply(first, `[[`, "launcher")
   keys <- vapply(launchers, function(launcher) randomText(32L), "")
   ports <- portsOf(launchers)
-  addresses <- lapply(launchers, function(launcher) if (is.null(launcher$address)) own_addresses() else launcher$address)
-  port <- checked(hub_listen(handle$pointer, listenAt(launchers), ports[[1L]], ports[[2L]], keys))$port
+  addresses <- lapply(launchers, function(launcher) {
+    if (is.null(launcher$address)) own_addresses() else launcher$address
+  })
+  port <- checked(hub_listen(handle$pointer, listenAt(addresses), ports[[1L]], ports[[2L]], keys))$port
   id <- randomText(6L)
   for (group in seq_len(count)) {
     host <- first[[group]]
@@ -80,14 +82,12 @@ portsOf <- function(launchers) {
   if (length(ports)) ports[[1L]] else c(0L, 0L)
 }
 
-# Returns the addresses to listen at: those that were given, if all are of this machine, and otherwise all.
-listenAt <- function(launchers) {
-  given <- unique(unlist(lapply(launchers, function(launcher) {
-    if (is.null(launcher$address)) NA_character_ else launcher$address
-  })))
-  own <- !anyNA(given) && all(vapply(given, is_own_address, NA))
-  if (own) return(given)
-  if (any(grepl(":", own_addresses(), fixed = TRUE))) c("0.0.0.0", "::") else "0.0.0.0"
+# Returns the addresses to listen at: those that agents are told, if all are of this machine, and otherwise all.
+listenAt <- function(addresses) {
+  told <- unique(unlist(addresses))
+  if (all(vapply(told, is_own_address, NA))) return(told)
+  # A socket of IPv6 accepts IPv4, too.
+  if (any(grepl(":", own_addresses(), fixed = TRUE))) "::" else "0.0.0.0"
 }
 
 # Looks at the jobs of a cluster that is starting: gives up hosts whose jobs have ended before their agents greeted.
