@@ -90,27 +90,32 @@ listenAt <- function(addresses) {
   if (any(grepl(":", own_addresses(), fixed = TRUE))) "::" else "0.0.0.0"
 }
 
-# Looks at the jobs of a cluster that is starting: gives up hosts whose jobs have ended before their agents greeted.
-# The engine is asked now and then, and never waited for.
-checkBatchJobs <- function(handle) {
+# Looks at the jobs of a cluster: gives up hosts whose jobs have ended before their agents greeted. `giveUp`: called with
+# the index of a host and the reason. The engine is asked now and then, and never waited for.
+checkBatchJobs <- function(handle, giveUp) {
   for (batch in handle$batches) {
-    states <- queryJobs(batch)
     waiting <- waitingHosts(handle, batch)
+    if (!length(waiting)) next
+    states <- queryJobs(batch)
     free <- unmatchedJobs(handle, batch, states)
     ended <- free[isFinalState(batch$launcher$kind, states$state[free])]
-    # An agent may have greeted while the engine was asked: there are as many ended jobs as hosts without an agent only
-    # if none of the other jobs has a host to become.
-    for (i in utils::head(ended, max(0L, length(waiting) - (length(free) - length(ended))))) {
-      host <- waiting[[1L]]
-      waiting <- waiting[-1L]
-      checked(hub_give_up_host(handle$pointer, host, jobProblem(batch, states, i)), handle)
-    }
+    # Each job that has not ended may still become one of the hosts.
+    count <- min(length(ended), max(0L, length(waiting) - (length(free) - length(ended))))
+    for (k in seq_len(count)) giveUp(waiting[[k]], jobProblem(batch, states, ended[[k]]))
   }
 }
 
+# Before the start of workers, the problem of a host is noted for its report.
+noteJobProblem <- function(handle) function(host, reason) handle$jobProblems[as.character(host)] <- reason
+
+# Afterwards, the cluster goes on without the host.
+giveUpHost <- function(handle) function(host, reason) checked(hub_give_up_host(handle$pointer, host, reason), handle)
+
+# Returns the hosts of a batch whose agents have not greeted, and which are not given up.
 waitingHosts <- function(handle, batch) {
   known <- checked(hub_hosts(handle$pointer), handle)
-  batch$hosts[is.na(known$r_version[batch$hosts]) & is.na(known$reason[batch$hosts])]
+  hosts <- batch$hosts[is.na(known$r_version[batch$hosts]) & is.na(known$reason[batch$hosts])]
+  setdiff(hosts, as.integer(names(handle$jobProblems)))
 }
 
 # Returns the rows of `states` whose agents are not known to have greeted.
