@@ -53,7 +53,10 @@ startBatchJobs <- function(handle, hosts, options, heartbeat_timeout) {
   # Agents of a launcher with a login node come through its gateway: nothing listens here for them.
   there <- vapply(launchers, function(launcher) !is.null(launcher$login), NA)
   ports <- if (all(there)) c(0L, 0L) else portsOf(launchers[!there])
-  at <- if (all(there)) character() else listenAt(launchers[!there])
+  own <- lapply(launchers[!there], function(launcher) {
+    if (is.null(launcher$address)) own_addresses() else launcher$address
+  })
+  at <- if (all(there)) character() else listenAt(own)
   port <- checked(hub_listen(handle$pointer, at, ports[[1L]], ports[[2L]], keys))$port
   id <- randomText(6L)
   for (group in seq_len(count)) {
@@ -61,10 +64,10 @@ startBatchJobs <- function(handle, hosts, options, heartbeat_timeout) {
     launcher <- launchers[[group]]
     launcher$rscript <- host[["rscript"]]
     launcher$rlibs <- host$rlibs
-    own <- paste0(id, if (count > 1L) paste0("-", group))
+    batchId <- paste0(id, if (count > 1L) paste0("-", group))
     if (there[[group]]) {
       engine <- openLogin(
-        launcher, own, function(path) checked(hub_listen_unix(handle$pointer, path)),
+        launcher, batchId, function(path) checked(hub_listen_unix(handle$pointer, path)),
         options$rshcmd, options$rshopts, timeout = options$setup_timeout, heartbeat_timeout = heartbeat_timeout
       )
       handle$logins <- c(handle$logins, list(engine))
@@ -75,7 +78,7 @@ startBatchJobs <- function(handle, hosts, options, heartbeat_timeout) {
     }
     key <- c(paste("address", addresses), paste("key", keys[[group]]), paste("launcher", group))
     batch <- submitJobs(
-      launcher, own, key = key,
+      launcher, batchId, key = key,
       env = c(threadVariables(host$threads), logVariables(), host$rscript_envs), arguments = rscriptArguments(options),
       host = engine
     )
@@ -92,37 +95,40 @@ portsOf <- function(launchers) {
   if (length(ports)) ports[[1L]] else c(0L, 0L)
 }
 
-# Returns the addresses to listen at: those that were given, if all are of this machine, and otherwise all.
-listenAt <- function(launchers) {
-  given <- unique(unlist(lapply(launchers, function(launcher) {
-    if (is.null(launcher$address)) NA_character_ else launcher$address
-  })))
-  own <- !anyNA(given) && all(vapply(given, is_own_address, NA))
-  if (own) return(given)
-  if (any(grepl(":", own_addresses(), fixed = TRUE))) c("0.0.0.0", "::") else "0.0.0.0"
+# Returns the addresses to listen at: those that agents are told, if all are of this machine, and otherwise all.
+listenAt <- function(addresses) {
+  told <- unique(unlist(addresses))
+  if (all(vapply(told, is_own_address, NA))) return(told)
+  # A socket of IPv6 accepts IPv4, too.
+  if (any(grepl(":", own_addresses(), fixed = TRUE))) "::" else "0.0.0.0"
 }
 
-# Looks at the jobs of a cluster that is starting: gives up hosts whose jobs have ended before their agents greeted.
-# The engine is asked now and then, and never waited for.
-checkBatchJobs <- function(handle) {
+# Looks at the jobs of a cluster: gives up hosts whose jobs have ended before their agents greeted. `giveUp`: called with
+# the index of a host and the reason. The engine is asked now and then, and never waited for.
+checkBatchJobs <- function(handle, giveUp) {
   for (batch in handle$batches) {
-    states <- queryJobs(batch)
     waiting <- waitingHosts(handle, batch)
+    if (!length(waiting)) next
+    states <- queryJobs(batch)
     free <- unmatchedJobs(handle, batch, states)
     ended <- free[isFinalState(batch$launcher$kind, states$state[free])]
-    # An agent may have greeted while the engine was asked: there are as many ended jobs as hosts without an agent only
-    # if none of the other jobs has a host to become.
-    for (i in utils::head(ended, max(0L, length(waiting) - (length(free) - length(ended))))) {
-      host <- waiting[[1L]]
-      waiting <- waiting[-1L]
-      checked(hub_give_up_host(handle$pointer, host, jobProblem(batch, states, i)), handle)
-    }
+    # Each job that has not ended may still become one of the hosts.
+    count <- min(length(ended), max(0L, length(waiting) - (length(free) - length(ended))))
+    for (k in seq_len(count)) giveUp(waiting[[k]], jobProblem(batch, states, ended[[k]]))
   }
 }
 
+# Before the start of workers, the problem of a host is noted for its report.
+noteJobProblem <- function(handle) function(host, reason) handle$jobProblems[as.character(host)] <- reason
+
+# Afterwards, the cluster goes on without the host.
+giveUpHost <- function(handle) function(host, reason) checked(hub_give_up_host(handle$pointer, host, reason), handle)
+
+# Returns the hosts of a batch whose agents have not greeted, and which are not given up.
 waitingHosts <- function(handle, batch) {
   known <- checked(hub_hosts(handle$pointer), handle)
-  batch$hosts[is.na(known$r_version[batch$hosts]) & is.na(known$reason[batch$hosts])]
+  hosts <- batch$hosts[is.na(known$r_version[batch$hosts]) & is.na(known$reason[batch$hosts])]
+  setdiff(hosts, as.integer(names(handle$jobProblems)))
 }
 
 # Returns the rows of `states` whose agents are not known to have greeted.

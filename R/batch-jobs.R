@@ -278,7 +278,7 @@ jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   ofJob <- vapply(parts, function(part) any(part == number), NA)
   ofTask <- vapply(parts, function(part) is.na(task) || any(part[-1L] == task), NA)
   file <- files[ofJob & ofTask & !startsWith(files, "events")]
-  if (!length(file)) file <- intersect(files, "job.log")
+  if (!length(file)) file <- intersect(c("job.log", "pbs.out"), list.files(batch$directory))
   if (!length(file)) return("")
   path <- file.path(batch$directory, file[[1L]])
   text <- if (isThere(batch)) textLines(engineReadTail(batch$host, path, 200 * lines)) else linesOf(path)

@@ -83,6 +83,8 @@ takeAnswer <- function(batch, answer) {
   states <- batch$states
   number <- function(job) sub("^([0-9]+).*$", "\\1", job)
   at <- match(paste(number(states$job), states$task), paste(number(said$job), said$task))
+  # Some engines list an array as one job.
+  at <- ifelse(is.na(at), match(paste(number(states$job), NA), paste(number(said$job), said$task)), at)
   found <- !is.na(at)
   for (column in c("state", "reason", "node")) states[[column]][found] <- said[[column]][at[found]]
   over <- !found & !is.na(states$state) & !isFinalState(kind, states$state)

@@ -56,6 +56,8 @@ hostsOf <- function(handle) {
   report$up <- if (handle$stopped) 0L else tabulate(up, nrow(report))
   if (!handle$stopped) {
     known <- checked(hub_hosts(handle$pointer))
+    nameBatchHosts(handle, known$node)
+    report$host <- vapply(handle$agents, `[[`, "", "host")
     report$state[is.na(report$problem) & !is.na(known$reason)] <- "lost"
     report$state[known$awaited == 1] <- "waiting"
     report$problem <- ifelse(is.na(report$problem), known$reason, report$problem)

@@ -173,7 +173,7 @@ submitCommand <- function(launcher, file, directory) {
     htcondor = paste("condor_submit -terse", file),
     gridEngine = paste("qsub -terse", file),
     # The commands of Slurm for users of PBS ignore -o in a script.
-    pbs = paste("qsub -j oe -o", paste0(shellWord(directory), "/"), file),
+    pbs = paste("qsub -j oe -o", shellWord(paste0(directory, "/pbs.out")), file),
     lsf = paste("bsub <", file),
     template = gsub(keyPattern, file, launcher$submit, perl = TRUE)
   )

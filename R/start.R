@@ -16,6 +16,8 @@ newHandle <- function(pointer, agents) {
   handle$batches <- list()
   # The engine hosts on login nodes (login-jobs.R).
   handle$logins <- list()
+  # Why the jobs of hosts have ended before the start of workers, by the indices of the hosts.
+  handle$jobProblems <- character()
   # Whether hosts may still join.
   handle$awaits <- FALSE
   # The open job; the numbers of the frames that send its tasks (`frames`) and of its verb (`depth`); the key of the
@@ -71,15 +73,16 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
   shown <- logical(length(workers))
   repeat {
     done <- checked(hub_greeted(handle$pointer))
-    checkBatchJobs(handle)
+    checkBatchJobs(handle, noteJobProblem(handle))
     late <- proc.time()[["elapsed"]] > deadline
-    if (progress || done || late || is.finite(needed)) {
+    if (progress || done || late || is.finite(needed) || length(handle$jobProblems)) {
       report <- hostReport(handle, workers)
+      report$problem[as.integer(names(handle$jobProblems))] <- handle$jobProblems
       known <- !is.na(report$r_version) | !is.na(report$problem)
       if (progress) for (i in which(known & !shown)) showHost(report, i)
       shown <- known
     }
-    if (done || late) break
+    if (done || late || length(handle$jobProblems) && all(known)) break
     if (is.finite(needed) && sum(workers[known & is.na(report$problem)]) >= needed) break
     raiseInterrupt()
   }
@@ -251,6 +254,7 @@ awaitWorkers <- function(handle, needed, deadline, timeout) {
 # Waits for up to one slice until a host joins. Returns the ranks of the workers whose hosts have not joined yet.
 awaitArrival <- function(handle) {
   awaited <- checked(hub_awaited(handle$pointer, TRUE), handle)
+  checkBatchJobs(handle, giveUpHost(handle))
   handle$awaits <- length(awaited) > 0L
   showEvents(handle)
   raiseInterrupt()
