@@ -229,7 +229,7 @@ newLauncher <- function(kind, given, values) {
     max_array = if (!is.null(given$max_array)) {
       wholeCount(given$max_array, "max_array", "a number of elements of an array", 1, 1e6)
     },
-    name = jobName(given$name), dir = jobDirectory(given$dir),
+    name = jobName(given$name), dir = jobDirectory(given$dir, !isUnset(given$login)),
     rscript = if (!isUnset(given$rscript)) texts(given$rscript, "rscript", 1L),
     rlibs = if (!isUnset(given$rlibs)) texts(given$rlibs, "rlibs"),
     address = if (!isUnset(given$address)) addressNames(given$address), port = portRange(given$port),
@@ -335,15 +335,17 @@ jobName <- function(value) {
 }
 
 # The path goes into directives, in which some engines know no quotes and others expand some characters.
-jobDirectory <- function(value) {
-  value <- path.expand(texts(value, "dir", 1L))
+jobDirectory <- function(value, there) {
+  given <- texts(value, "dir", 1L)
+  value <- path.expand(given)
   if (!startsWith(value, "/")) value <- file.path(getwd(), value)
   value <- sub("(.)/+$", "\\1", value)
   if (!grepl("^/[A-Za-z0-9_./+@=,-]*[A-Za-z0-9_+@=,-]$", value) || grepl("(^|/)[.][.]?(/|$)", value)) {
     badArgument("dir", "must be a directory whose path has only letters, digits and _./+@=,-, without . and .. (",
                 sQuote(value), "); choose another on a file system that the nodes share")
   }
-  value
+  # The home directory of the login node is known once it is reached.
+  if (there && startsWith(given, "~/")) sub("/+$", "", given) else value
 }
 
 constraintOf <- function(value, kind) {
