@@ -44,8 +44,10 @@
 #'   addresses of this machine, in the order of its network interfaces.
 #' @param port (integer) The TCP port that the nodes connect to: a number, a range `c(from, to)`, or `0`, the default,
 #'   for any free port.
-#' @param login (character) `"user@host"`: the login node of a cluster whose nodes cannot connect to this machine.
-#'   Default: this machine submits the jobs itself.
+#' @param login (character) `"user@host"`: the login node of a cluster whose nodes cannot connect to this machine. The
+#'   jobs are submitted there, over one ssh connection with `rshcmd` and `rshopts` of [makeRustCluster()]. The nodes
+#'   connect to a gateway that runs there: `dir`, `address` and `port` are then those of the login node, which needs
+#'   this version of the package. Default: this machine submits the jobs itself.
 #' @param template (character) A file, or the text of a script with keys `{{ key }}`, instead of the built-in template
 #'   of the engine: see section Templates.
 #' @param ... Values for further keys of `template`, by name.

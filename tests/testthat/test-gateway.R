@@ -355,9 +355,12 @@ test_that("problems of a login node name the host and the remedy", {
   expect_match(conditionMessage(failure(openLink("127.0.0.2", rshcmd = tempfile()))), "127.0.0.2.*check `rshcmd`")
   host <- local_link(ssh)
   rscript <- file.path(R.home("bin"), "Rscript")
-  # An empty library, and no other.
-  e <- failure(startGateway(host, rscript = c("env", paste0("R_LIBS_SITE=", tempdir()), rscript), rlibs = tempdir()))
-  if (inherits(e, "error")) expect_match(conditionMessage(e), "127.0.0.2.*rustcluster is not installed")
+  # An empty library, and no other: not even that of R itself.
+  profile <- tempfile("profile-")
+  writeLines(paste0("assign(\".lib.loc\", \"", tempdir(), "\", envir = environment(.libPaths))"), profile)
+  e <- failure(startGateway(host, rscript = c("env", paste0("R_PROFILE_USER=", profile), rscript)))
+  expect_s3_class(e, "rustcluster_start_failed")
+  expect_match(conditionMessage(e), "127.0.0.2.*rustcluster is not installed")
   expect_match(conditionMessage(failure(startGateway(local_link(ssh), rscript = "/does/not/exist"))),
                "Rscript was not found")
   expect_match(conditionMessage(failure(startGateway(

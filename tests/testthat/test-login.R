@@ -5,14 +5,18 @@ watch_processes()
 
 internal <- function(name) get(name, asNamespace("rustcluster"))
 
+login_launcher <- function(stub, kind = "slurm", nodes = 2, cores = 2, ...) {
+  get(kind)(
+    nodes = nodes, cores = cores, login = "127.0.0.2", dir = file.path(stub$home, "shared"), address = "127.0.0.1",
+    rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths(), ...
+  )
+}
+
 # Returns a launcher of two nodes behind a login node, the engine host there, the batch of jobs and the head.
 local_login <- function(kind = "slurm", heartbeat_timeout = 20, .frame = parent.frame()) {
   stub <- local_stub_engine(kind, .frame)
   ssh <- local_sshd(.frame)
-  launcher <- get(kind)(
-    nodes = 2, cores = 2, login = "127.0.0.2", dir = file.path(stub$home, "shared"), address = "127.0.0.1",
-    rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths()
-  )
+  launcher <- login_launcher(stub, kind)
   head <- dial_head(hosts = 2L)
   host <- internal("openLogin")(
     launcher, function(path) internal("checked")(internal("hub_listen_unix")(head$handle$pointer, path)),
@@ -61,10 +65,7 @@ test_that("makeRustCluster() drives a cluster behind a login node and leaves not
   stub <- local_stub_engine("slurm")
   # The commands of the engine are in the PATH of the login node.
   ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
-  launcher <- slurm(
-    nodes = 2, cores = 2, login = "127.0.0.2", dir = file.path(stub$home, "shared"), address = "127.0.0.1",
-    rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths()
-  )
+  launcher <- login_launcher(stub)
   cl <- local_cluster(launcher, rshcmd = ssh$rshcmd)
   expect_length(cl, 4L)
   expect_identical(parSapply(cl, 1:50, function(x) x * 2), 1:50 * 2)
@@ -90,8 +91,62 @@ test_that("all hosts are lost with the gateway, and no job is left", {
   expect_length(clusterCall(cl, Sys.getpid), 4L)
   tools::pskill(at$gateway, tools::SIGKILL)
   suppressWarnings(expect_error(clusterCall(cl, Sys.getpid), class = "rustcluster_error"))
+  # The streams of agents may end before the session of the gateway does.
+  wait_until(function() !is.null(internal("linkProblem")(at$host$link)))
   expect_match(internal("linkProblem")(at$host$link), "127.0.0.2")
   expect_login_gone(at)
+})
+
+test_that("the hosts of a lost login node say why, and the cluster can be stopped", {
+  skip_without_sshd()
+  stub <- local_stub_engine("slurm")
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  cl <- local_cluster(list(list(host = "localhost", ncore = 1), login_launcher(stub)), rshcmd = ssh$rshcmd)
+  expect_length(clusterCall(cl, Sys.getpid), 5L)
+  link <- cl[[1L]]$handle$logins[[1L]]$link
+  tools::pskill(as.integer(readLines(file.path(link$remote, "gateway"))), tools::SIGKILL)
+  lost <- function() {
+    suppressWarnings(suppressMessages(rustcluster:::showEvents(cl[[1L]]$handle)))
+    sum(clusterHosts(cl)$state == "lost") == 2L
+  }
+  expect_true(wait_until(lost))
+  expect_match(clusterHosts(cl)$problem[2:3], "login node .*127.0.0.2")
+  # Nothing is left of the jobs there, and the other host works.
+  wait_until(function() !length(stub$jobs()))
+  expect_identical(stub$jobs(), character())
+  expect_identical(suppressWarnings(clusterLapply(cl, 1:4, identity)), as.list(1:4))
+  suppressWarnings(stopCluster(cl))
+  expect_false(any(file.exists(c(link$local, link$remote))))
+})
+
+test_that("a job that follows another goes through the same login node, and is cancelled with it", {
+  skip_without_sshd()
+  stub <- local_stub_engine("slurm")
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  cl <- local_cluster(login_launcher(stub, nodes = 1, cores = 1), rshcmd = ssh$rshcmd, retries = 0)
+  ended <- FALSE
+  end <- function(i, value) {
+    if (ended) return()
+    ended <<- TRUE
+    stub$end("900000100_none", "TIMEOUT")
+  }
+  values <- suppressMessages(suppressWarnings(clusterLapply(cl, 1:20, function(i) {
+    Sys.sleep(0.05)
+    i
+  }, .onResult = end)))
+  expect_identical(values, as.list(1:20))
+  expect_identical(stub$jobs(), "900000101_none")
+  # Without a guard, the gateway cancels it.
+  handle <- cl[[1L]]$handle
+  expect_length(handle$batches, 2L)
+  for (batch in handle$batches) internal("background_kill")(batch$guard)
+  link <- handle$logins[[1L]]$link
+  internal("background_kill")(link$master)
+  wait_until(function() !length(stub$jobs()))
+  expect_identical(stub$jobs(), character())
+  suppressWarnings(stopCluster(cl))
+  wait_until(function() !any(file.exists(c(link$local, link$remote))))
+  expect_false(any(file.exists(c(link$local, link$remote))))
 })
 
 test_that("a refused submission says why, and leaves nothing on the login node", {
