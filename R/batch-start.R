@@ -225,6 +225,8 @@ tendBatches <- function(handle) {
   shown <- jobsOfHosts(handle, known)
   dials <- !vapply(handle$agents, function(agent) is.null(agent$dial), NA)
   for (i in which(shown$over & dials & known$awaited == 1 & is.na(lost))) {
+    # A new job is being submitted for it, which may take a while.
+    if (!is.na(handle$renewing[i])) next
     if (isOver(handle, i, shown)) endHost(handle, i, shown, known)
   }
 }

@@ -149,8 +149,8 @@ engineRemoveDir <- function(host, path) {
   invisible()
 }
 
-# Starts the guard of a cluster's jobs: sh runs the script at the path `script`, which may have arguments. Its stdin ends
-# when this session ends, when the connection is lost, or by engineGuardRelease().
+# Starts the guard of a cluster's jobs: sh runs the script at the path `script`, which may have arguments. Its stdin
+# ends when this session ends, when the connection is lost, or by engineGuardRelease().
 engineGuard <- function(host, script) {
   link <- host$link
   if (is.null(link)) {

@@ -7,8 +7,8 @@
 #   guards    the sessions of the guards of jobs (engineGuard()).
 # If this session ends, so does the stdin of all of them. If the gateway ends, the stdin of the others ends.
 
-# Connects to a login node, `"user@host"` or a host as of hostAddress(). Returns the engine host there; see endLink() for
-# its end. `rshcmd` and `rshopts` as in makeRustCluster(); `env`: variables for commands there.
+# Connects to a login node, `"user@host"` or a host as of hostAddress(). Returns the engine host there; endLink() ends
+# it. `rshcmd` and `rshopts` as in makeRustCluster(); `env`: variables for commands there.
 openLink <- function(login, rshcmd = NULL, rshopts = NULL, env = character(), timeout = 60, heartbeat_timeout = 20) {
   host <- c(if (is.list(login)) login else hostAddress(login, "login"), list(rshcmd = rshcmd, rshopts = rshopts))
   host <- host[lengths(host) > 0L]
