@@ -9,8 +9,8 @@ engineHost <- function(env = character(), link = NULL) {
 # Seconds that a command may take, if nothing else is said.
 engineTimeout <- 60
 
-# Runs a command (a program and its arguments) and waits for its end. `input`: text or raw bytes for its stdin. Returns a
-# list of status (NA after a signal), stdout, stderr and timed_out. A command that cannot be run has the status 127.
+# Runs a command (a program and its arguments) and waits for its end. `input`: text or raw bytes for its stdin. Returns
+# a list of status (NA after a signal), stdout, stderr and timed_out. A command that cannot be run has the status 127.
 engineRun <- function(host, command, input = NULL, timeout = engineTimeout) {
   aside <- engineRunAside(host, command, input, timeout)
   # An interrupt ends the command.
