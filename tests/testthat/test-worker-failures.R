@@ -337,6 +337,21 @@ test_that("sendCall() and recvResult(): each node answers in order, also after a
   note_processes(cl)
 })
 
+test_that("a session that sends many large tasks goes on when a worker is killed", {
+  cl <- local_cluster(2)
+  bytes <- as.raw(rep(1:8, 4e5))
+  traps <- trap(4)
+  for (k in 1:4) for (i in 1:2) {
+    sendCall(cl[[i]], function(k, bytes, spring, trap) {
+      if (k == 1) spring(trap)
+      length(bytes) + k
+    }, list(k, bytes, spring, traps[[i]]))
+  }
+  got <- with_losses(lapply(1:4, function(k) lapply(cl, recvResult)))
+  expect_identical(got$value, lapply(1:4, function(k) rep(list(length(bytes) + k), 2)))
+  expect_length(got$losses, 2)
+})
+
 test_that("a replacement that is killed while it is restored is replaced", {
   cl <- local_cluster(2)
   x <- 5

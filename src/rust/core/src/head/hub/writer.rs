@@ -309,7 +309,11 @@ impl Hub {
         core.scheduler.set_unlimited(true);
         core.pump();
         drop(core);
-        let room = |core: &mut Core| (core.queued <= SEND_LIMIT || core.inbox.closed).then_some(());
+        // While a task awaits R's decision on a retry, the tasks behind it are not sent: R must go on.
+        let room = |core: &mut Core| {
+            let goes_on = core.inbox.closed || core.scheduler.awaits_decision();
+            (core.queued <= SEND_LIMIT || goes_on).then_some(())
+        };
         let wait = self.inner.shared_core.wait(max_wait, room).is_none();
         if !wait {
             self.core().scheduler.set_unlimited(false);

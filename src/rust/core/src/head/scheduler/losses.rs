@@ -14,6 +14,12 @@ use std::mem;
 use std::sync::Arc;
 
 impl Scheduler {
+    /// Whether a lost task awaits a retry decision, for which the tasks behind it wait.
+    pub fn awaits_decision(&self) -> bool {
+        let mut workers = self.workers.iter();
+        workers.any(|worker| worker.awaiting_retry.is_some())
+    }
+
     /// Records an error of a task of this worker.
     pub fn failed(&mut self, rank: Rank, why: &str) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
