@@ -15,10 +15,11 @@ randomText <- function(count) {
 # Submits the jobs of a launcher and waits until the engine has taken them. Returns an environment, a batch: its
 # `directory`, `guard`, and `jobs`, a data frame with a row for each submission (`job`, an id in the engine's form;
 # `tasks`, the number of its nodes; `array`, logical). `key`: the lines of the file that only agents read. `env`,
-# `arguments`: as for jobScripts(). A failure is an error, and leaves no job and no file.
+# `arguments`: as for jobScripts(). `host`: where the engine's commands run (engine-host.R). A failure is an error, and
+# leaves no job and no file.
 submitJobs <- function(launcher, id, key = character(), env = character(),
-                       arguments = rscriptArguments(list(methods = TRUE)), timeout = 70) {
-  batch <- prepareJobs(launcher, id, env, arguments)
+                       arguments = rscriptArguments(list(methods = TRUE)), timeout = 70, host = engineHost()) {
+  batch <- prepareJobs(launcher, id, env, arguments, host)
   started <- FALSE
   on.exit(if (!started) discardJobs(batch))
   writeKey(batch, key)
@@ -30,10 +31,16 @@ submitJobs <- function(launcher, id, key = character(), env = character(),
 }
 
 # Makes the directory of the jobs, with their scripts.
-prepareJobs <- function(launcher, id, env, arguments) {
+prepareJobs <- function(launcher, id, env, arguments, host) {
+  launcher$dir <- jobsDirThere(launcher, host)
   made <- jobScripts(launcher, id, env, arguments)
   batch <- new.env(parent = emptyenv())
   batch$launcher <- launcher
+  batch$host <- host
+  # The answers that are being read on a login node, by their names.
+  batch$reading <- list()
+  # The files that have yet to be written there, by their paths.
+  batch$unwritten <- list()
   batch$id <- id
   batch$directory <- jobDirectoryOf(launcher, id)
   batch$files <- made$files
@@ -46,18 +53,20 @@ prepareJobs <- function(launcher, id, env, arguments) {
   batch$queried <- -Inf
   makeDirectory(batch)
   written <- FALSE
-  on.exit(if (!written) unlink(batch$directory, recursive = TRUE))
-  for (path in names(made$files)) writePrivate(path, made$files[[path]], "0700")
+  on.exit(if (!written) removeJobsDir(batch))
+  for (path in names(made$files)) writeJobFile(batch, path, made$files[[path]], "0700")
   for (i in seq_len(nrow(made$submissions))) {
-    writePrivate(file.path(batch$directory, paste0("submit-", i)), made$submissions$command[[i]])
+    writeJobFile(batch, file.path(batch$directory, paste0("submit-", i)), made$submissions$command[[i]])
   }
   # The guard removes only a directory with this file.
-  writePrivate(file.path(batch$directory, "jobs-of"), jobNameOf(launcher, id))
+  writeJobFile(batch, file.path(batch$directory, "jobs-of"), jobNameOf(launcher, id))
+  if (isThere(batch)) writeGuardThere(batch)
   written <- TRUE
   batch
 }
 
 makeDirectory <- function(batch) {
+  if (isThere(batch)) return(engineMakeDir(batch$host, batch$launcher$dir, batch$id))
   parent <- batch$launcher$dir
   failed <- function(path, why) {
     abort("start_failed", "the directory ", sQuote(path), " for scripts, keys and logs of jobs ", why,
@@ -91,29 +100,45 @@ cannotWrite <- function(path, condition) {
 # Writes the file with the key, which agents find by RUSTCLUSTER_DIAL. The file is complete when it appears.
 writeKey <- function(batch, lines) {
   path <- keyFileOf(batch$launcher, batch$id)
+  if (isThere(batch)) return(writeJobFile(batch, path, lines))
   temporary <- paste0(path, ".tmp")
   writePrivate(temporary, lines)
   if (!file.rename(temporary, path)) cannotWrite(path, simpleCondition("it could not be renamed"))
 }
 
 startGuard <- function(batch) {
+  if (isThere(batch)) {
+    writeFilesThere(batch)
+    batch$guard <- engineGuard(batch$host, guardArguments(batch)[-1L])
+  } else {
+    batch$guard <- checked(guard_start(guardArguments(batch)))
+  }
+}
+
+# Returns the command of the guard.
+guardArguments <- function(batch) {
   launcher <- batch$launcher
   ids <- function(command) if (is.null(command)) "" else gsub(keyPattern, "\"$@\"", command, perl = TRUE)
-  batch$guard <- checked(guard_start(c(
-    "sh", system.file("guard.sh", package = "rustcluster"), batch$directory, launcher$kind,
+  script <- if (isThere(batch)) {
+    file.path(batch$directory, "guard.sh")
+  } else {
+    system.file("guard.sh", package = "rustcluster")
+  }
+  c(
+    "sh", script, batch$directory, launcher$kind,
     jobNameOf(launcher, batch$id), c(launcher$pattern, "")[[1L]], ids(launcher$cancel), ids(launcher$status)
-  )))
+  )
 }
 
 # Sends an order to the guard, and starts another guard if it was killed. Returns whether the order was sent.
 tellGuard <- function(batch, ...) {
   text <- paste(...)
   if (is.null(batch$guard)) return(FALSE)
-  if (isTRUE(guard_send(batch$guard, text))) return(TRUE)
+  if (isTRUE(sendGuard(batch, text))) return(TRUE)
   # The new guard learns the ids from the files.
-  if (!isTRUE(guard_ended(batch$guard, 0)) || !dir.exists(batch$directory)) return(FALSE)
+  if (!isTRUE(guardEnded(batch, 0)) || !jobsDirExists(batch)) return(FALSE)
   startGuard(batch)
-  isTRUE(guard_send(batch$guard, text))
+  isTRUE(sendGuard(batch, text))
 }
 
 sendSubmissions <- function(batch) {
@@ -124,6 +149,7 @@ sendSubmissions <- function(batch) {
 
 # Returns the answer to an order, a list of `status`, `out` and `err`, or NULL if it is not there yet.
 answerTo <- function(batch, name) {
+  if (isThere(batch)) return(answerThere(batch, name))
   path <- file.path(batch$directory, name)
   if (!file.exists(paste0(path, ".rc"))) return(NULL)
   read <- function(extension) {
@@ -140,6 +166,7 @@ linesOf <- function(file) {
 }
 
 forgetAnswer <- function(batch, name) {
+  if (isThere(batch)) return(forgetThere(batch, name))
   unlink(file.path(batch$directory, paste0(name, c(".rc", ".out", ".err", ".id"))))
 }
 
@@ -151,7 +178,7 @@ awaitSubmissions <- function(batch, timeout) {
     name <- paste0("submit-", i)
     deadline <- proc.time()[["elapsed"]] + timeout
     while (is.null(answer <- answerTo(batch, name))) {
-      if (isTRUE(guard_ended(batch$guard, 0.02))) {
+      if (isTRUE(guardEnded(batch, 0.02))) {
         # It may have answered just before.
         answer <- answerTo(batch, name)
         if (is.null(answer)) submissionFailed(batch, i, NULL, "the process that runs it has ended")
@@ -167,7 +194,7 @@ awaitSubmissions <- function(batch, timeout) {
       why <- if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
       submissionFailed(batch, i, answer, why)
     }
-    id <- linesOf(file.path(batch$directory, paste0(name, ".id")))
+    id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
     if (!length(id) || !nzchar(id[[1L]])) submissionFailed(batch, i, answer, "its output contains no job id")
     jobs[[i]] <- id[[1L]]
   }
@@ -223,13 +250,13 @@ stopJobs <- function(batch, limit = 15) {
   guard <- batch$guard
   if (is.null(guard)) return(TRUE)
   # A guard that was killed is replaced, since nothing else ends the jobs.
-  if (isTRUE(guard_ended(guard, 0)) && dir.exists(batch$directory)) {
+  if (isTRUE(guardEnded(batch, 0)) && jobsDirExists(batch)) {
     startGuard(batch)
     guard <- batch$guard
   }
-  checked(guard_release(guard))
+  releaseGuard(batch)
   deadline <- proc.time()[["elapsed"]] + limit
-  while (!isTRUE(guard_ended(guard, 0.1))) {
+  while (!isTRUE(guardEnded(batch, 0.1))) {
     if (proc.time()[["elapsed"]] > deadline) return(FALSE)
     raiseInterrupt()
   }
@@ -239,19 +266,22 @@ stopJobs <- function(batch, limit = 15) {
 
 # Stops jobs whose start has failed. An interrupt leaves the rest to the guard.
 discardJobs <- function(batch) {
-  if (is.null(batch$guard)) unlink(batch$directory, recursive = TRUE) else stopJobs(batch)
+  if (is.null(batch$guard)) removeJobsDir(batch) else stopJobs(batch)
 }
 
 # Returns the end of the log of a job, or "" without one. `task`: the index in its array, or NA.
 jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   if (is.na(job)) return("")
   number <- sub("^([0-9]+).*$", "\\1", job)
-  files <- list.files(batch$directory, pattern = "[.]log$")
+  all <- if (isThere(batch)) filesThere(batch) else list.files(batch$directory)
+  files <- grep("[.]log$", all, value = TRUE)
   parts <- regmatches(files, gregexpr("[0-9]+", files))
   ofJob <- vapply(parts, function(part) any(part == number), NA)
   ofTask <- vapply(parts, function(part) is.na(task) || any(part[-1L] == task), NA)
   file <- files[ofJob & ofTask & !startsWith(files, "events")]
-  if (!length(file)) file <- intersect(c("job.log", "pbs.out"), list.files(batch$directory))
+  if (!length(file)) file <- intersect(c("job.log", "pbs.out"), all)
   if (!length(file)) return("")
-  paste(utils::tail(linesOf(file.path(batch$directory, file[[1L]])), lines), collapse = "\n")
+  path <- file.path(batch$directory, file[[1L]])
+  text <- if (isThere(batch)) textLines(engineReadTail(batch$host, path, 200 * lines)) else linesOf(path)
+  paste(utils::tail(text, lines), collapse = "\n")
 }

@@ -3,9 +3,6 @@
 
 #' @export
 launcherEntries.rustcluster_batch <- function(launcher) {
-  if (!is.null(launcher$login)) {
-    abort("not_yet", "`login` is not supported yet; start this session on the login node")
-  }
   title <- sub("template", "job", launcher$kind, fixed = TRUE)
   lapply(seq_len(launcher$nodes), function(slot) {
     settings <- list(host = paste0(title, "-", slot), batch = launcher, slot = slot)
@@ -38,11 +35,22 @@ numberLaunchers <- function(entries, launchers) {
 letterOf <- function(number) if (number <= 26L) letters[[number]] else as.character(number)
 
 # Listens for the agents of all launchers and submits their jobs. Fills in `handle$batches`.
-startBatches <- function(handle, asked, options) {
+startBatches <- function(handle, asked, options, heartbeat_timeout) {
   launchers <- asked$launchers
   if (!length(launchers)) return(invisible())
   keys <- vapply(launchers, function(launcher) randomText(32L), "")
-  handle$dial <- list(keys = keys, ports = listenFor(handle, launchers, keys), launchers = launchers)
+  ports <- listenFor(handle, launchers, keys)
+  handle$logins <- rep(list(engineHost()), length(launchers))
+  for (number in which(areThere(launchers))) {
+    # From here on stopBatches() closes it.
+    handle$logins[[number]] <- openLogin(
+      launchers[[number]], function(path) checked(hub_listen_unix(handle$pointer, path), handle),
+      options$rshcmd, options$rshopts, timeout = options$setup_timeout, heartbeat_timeout = heartbeat_timeout
+    )
+    launchers[[number]]$dir <- handle$logins[[number]]$link$dir
+    ports[[number]] <- handle$logins[[number]]$link$port
+  }
+  handle$dial <- list(keys = keys, ports = ports, launchers = launchers)
   handle$dial$scripts <- lapply(seq_along(launchers), function(number) {
     host <- Find(function(host) identical(host$dial, number), asked$hosts)
     list(env = agentVariables(host), arguments = rscriptArguments(options))
@@ -52,16 +60,23 @@ startBatches <- function(handle, asked, options) {
   for (number in seq_along(handle$batches)) handle$batches[[number]]$submitting <- FALSE
 }
 
-# Returns the ports on which the head listens for the agents of each launcher. Launchers with the same `port` and
-# addresses share one.
+# Returns whether the jobs of launchers are submitted on login nodes.
+areThere <- function(launchers) vapply(launchers, function(launcher) !is.null(launcher$login), NA)
+
+# Returns the ports on which the head listens for the agents of each launcher: 0 for those with a login node, whose
+# agents come through a gateway. Launchers with the same `port` and addresses share one.
 listenFor <- function(handle, launchers, keys) {
+  there <- areThere(launchers)
+  # Without addresses the hub only learns the keys.
+  if (all(there)) checked(hub_listen(handle$pointer, character(), 0L, 0L, keys), handle)
   at <- lapply(launchers, function(launcher) {
+    if (!is.null(launcher$login)) return(NULL)
     own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
     any <- if (listensAtVersion6()) "::" else "0.0.0.0"
     list(addresses = if (own) launcher$address else any, port = launcher$port)
   })
   ports <- integer(length(at))
-  for (number in seq_along(at)) {
+  for (number in which(!there)) {
     same <- Position(function(other) identical(other, at[[number]]), at)
     ports[[number]] <- if (same < number) {
       ports[[same]]
@@ -76,11 +91,13 @@ listenFor <- function(handle, launchers, keys) {
 # Submits jobs of a launcher, and does not wait for the engine. `nodes`: their number, if not all.
 addBatch <- function(handle, number, launcher) {
   dial <- handle$dial
+  host <- handle$logins[[number]]
+  addresses <- if (is.null(host$link)) headAddresses(launcher) else host$link$addresses
   key <- c(
-    sprintf("address %s %d", headAddresses(launcher), dial$ports[[number]]), paste("key", dial$keys[[number]]),
+    sprintf("address %s %d", addresses, dial$ports[[number]]), paste("key", dial$keys[[number]]),
     paste("launcher", number)
   )
-  batch <- prepareJobs(launcher, randomText(6L), dial$scripts[[number]]$env, dial$scripts[[number]]$arguments)
+  batch <- prepareJobs(launcher, randomText(6L), dial$scripts[[number]]$env, dial$scripts[[number]]$arguments, host)
   batch$number <- number
   batch$submitting <- TRUE
   # From here on abandon() and stopCluster() end it.
@@ -105,13 +122,17 @@ listensAtVersion6 <- function() {
   length(addresses) > 0L && all(grepl(":", addresses, fixed = TRUE))
 }
 
-# Ends the jobs of a cluster. An engine that does not answer keeps nobody waiting for long: the guards go on.
+# Ends the jobs of a cluster, and then the connections to login nodes. An engine that does not answer keeps nobody
+# waiting for long: the guards go on.
 stopBatches <- function(handle) {
   batches <- handle$batches
   handle$batches <- list()
+  logins <- Filter(function(host) !is.null(host$link), handle$logins)
+  handle$logins <- list()
+  on.exit(for (host in logins) closeGateway(host, 15))
   # All guards begin before the first is waited for.
-  for (batch in batches) if (!is.null(batch$guard)) guard_release(batch$guard)
-  for (batch in batches) if (is.null(batch$guard)) unlink(batch$directory, recursive = TRUE) else stopJobs(batch)
+  for (batch in batches) if (!is.null(batch$guard)) releaseGuard(batch)
+  for (batch in batches) discardJobs(batch)
 }
 
 # Gives hosts the names of their nodes, once their agents have joined.
@@ -198,10 +219,14 @@ tendBatches <- function(handle) {
   known <- checked(hub_hosts(handle$pointer))
   handle$waitsSince[known$awaited != 1] <- NA
   if (!any(known$awaited == 1)) return(invisible())
+  lost <- loginProblems(handle)
+  for (i in which(known$awaited == 1 & !is.na(lost))) giveUpHost(handle, i, lost[[i]])
   takeSubmissions(handle)
   shown <- jobsOfHosts(handle, known)
   dials <- !vapply(handle$agents, function(agent) is.null(agent$dial), NA)
-  for (i in which(shown$over & dials & known$awaited == 1)) {
+  for (i in which(shown$over & dials & known$awaited == 1 & is.na(lost))) {
+    # A new job is being submitted for it, which may take a while.
+    if (!is.na(handle$renewing[i])) next
     if (isOver(handle, i, shown)) endHost(handle, i, shown, known)
   }
 }
@@ -218,7 +243,7 @@ takeSubmissions <- function(handle) {
       failed <- failed || !isTRUE(answer$status == 0L)
       if (failed) break
     }
-    if (is.null(answer) && !isTRUE(guard_ended(batch$guard, 0))) next
+    if (is.null(answer) && !isTRUE(guardEnded(batch, 0))) next
     batch$submitting <- FALSE
     tryCatch(awaitSubmissions(batch, 1), rustcluster_start_failed = function(e) {
       handle$renewals[handle$renewing %in% batch$id] <- maxRenewals
@@ -275,6 +300,14 @@ endHost <- function(handle, i, shown, known) {
   ))
 }
 
+# Returns for each host why its login node can no longer be used, or NA.
+loginProblems <- function(handle) {
+  problems <- vapply(handle$logins, function(host) {
+    c(if (!is.null(host$link)) linkProblem(host$link), NA_character_)[[1L]]
+  }, "")
+  vapply(handle$agents, function(agent) if (is.null(agent$dial)) NA_character_ else problems[[agent$dial]], "")
+}
+
 giveUpHost <- function(handle, i, reason) checked(hub_give_up_host(handle$pointer, i, reason), handle)
 
 logOfHost <- function(handle, number, job) {
@@ -290,6 +323,9 @@ logOfHost <- function(handle, number, job) {
 leaveOutEnded <- function(handle, known) {
   takeSubmissions(handle)
   waits <- is.na(known$r_version) & is.na(known$reason)
+  lost <- loginProblems(handle)
+  for (i in which(waits & !is.na(lost))) checked(hub_leave_out(handle$pointer, i, lost[[i]]))
+  waits <- waits & is.na(lost)
   shown <- jobsOfHosts(handle, known)
   for (i in which(waits & shown$over)) {
     if (!isOver(handle, i, shown)) next

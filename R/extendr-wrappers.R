@@ -68,6 +68,10 @@ hub_start <- function(hosts, package, r_version, platform, buffer_limit) .Call(w
 #' @noRd
 hub_listen <- function(handle, addresses, port_from, port_to, keys) .Call(wrap__hub_listen, handle, addresses, port_from, port_to, keys)
 
+#' Listens for agents whose connections a gateway passes on to a Unix socket at `path`. hub_listen() sets the keys.
+#' @noRd
+hub_listen_unix <- function(handle, path) .Call(wrap__hub_listen_unix, handle, path)
+
 #' Returns whether all agents have greeted or failed; waits up to one slice for that.
 #' @noRd
 hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
@@ -384,6 +388,41 @@ hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
 
+#' Starts a process in the background and returns its handle, or a text that says why it cannot be started.
+#' `env`: a named vector; NA removes a variable. `input`: raw bytes for its stdin, which stays open if
+#' `open_input`. `heartbeat`: seconds between empty lines on its stdin, or 0. `max_silence`: seconds without
+#' output, after its first, after which it is killed, or 0. `kill_on_drop`: whether it is killed when the handle is collected;
+#' otherwise its stdin ends, and it gets SIGTERM when this process ends.
+#' @noRd
+background_start <- function(command, env, input, open_input, heartbeat, max_silence, kill_on_drop) .Call(wrap__background_start, command, env, input, open_input, heartbeat, max_silence, kill_on_drop)
+
+#' Waits for the end of a background process, or with `or_output` for more on its stdout, at most `wait` seconds
+#' or one slice. Returns whether it has ended.
+#' @noRd
+background_wait <- function(handle, wait, or_output) .Call(wrap__background_wait, handle, wait, or_output)
+
+#' Returns what is known of a background process: pid, status (`NULL` while it runs, `NA` after a signal), signal,
+#' stdout and stderr (raw), truncated, silent.
+#' @noRd
+background_report <- function(handle) .Call(wrap__background_report, handle)
+
+#' Sends a line to a background process whose stdin is open. Returns whether it can still read it.
+#' @noRd
+background_send <- function(handle, line) .Call(wrap__background_send, handle, line)
+
+#' Ends the stdin of a background process.
+#' @noRd
+background_end_input <- function(handle) .Call(wrap__background_end_input, handle)
+
+#' Kills a background process and its process group.
+#' @noRd
+background_kill <- function(handle) .Call(wrap__background_kill, handle)
+
+#' Ends the stdin of `other`, or with `kill` kills it, once the process behind `handle` has ended. If that was
+#' killed for its silence, `other` is killed.
+#' @noRd
+background_on_end <- function(handle, other, kill) .Call(wrap__background_on_end, handle, other, kill)
+
 #' Starts a guard in a session of its own. It ends the jobs when it is released, or when this process ends.
 #' @noRd
 guard_start <- function(command) .Call(wrap__guard_start, command)
@@ -431,3 +470,8 @@ worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 
+
+#' Serves as a gateway until the head has closed stdin or is silent. Returns why it has ended. `cancel`: the path
+#' of a script, or "". `address`: an IP address. `ports`: the first and the last port of a range.
+#' @noRd
+gateway_run <- function(socket, address, ports, heartbeat_timeout, max_connections, cancel, directory) .Call(wrap__gateway_run, socket, address, ports, heartbeat_timeout, max_connections, cancel, directory)

@@ -44,8 +44,10 @@
 #'   addresses of this machine, in the order of its network interfaces.
 #' @param port (integer) The TCP port that the nodes connect to: a number, a range `c(from, to)`, or `0`, the default,
 #'   for any free port.
-#' @param login (character) `"user@host"`: the login node of a cluster whose nodes cannot connect to this machine.
-#'   Default: this machine submits the jobs itself.
+#' @param login (character) `"user@host"`: the login node of a cluster whose nodes cannot connect to this machine. The
+#'   jobs are submitted there, over one ssh connection with `rshcmd` and `rshopts` of [makeRustCluster()]. The nodes
+#'   connect to a gateway that runs there: `dir`, `address` and `port` are then those of the login node, which needs
+#'   this version of the package. Default: this machine submits the jobs itself.
 #' @param template (character) A file, or the text of a script with keys `{{ key }}`, instead of the built-in template
 #'   of the engine: see section Templates.
 #' @param ... Values for further keys of `template`, by name.
@@ -229,7 +231,7 @@ newLauncher <- function(kind, given, values) {
     max_array = if (!is.null(given$max_array)) {
       wholeCount(given$max_array, "max_array", "a number of elements of an array", 1, 1e6)
     },
-    name = jobName(given$name), dir = jobDirectory(given$dir),
+    name = jobName(given$name), dir = jobDirectory(given$dir, !isUnset(given$login)),
     rscript = if (!isUnset(given$rscript)) texts(given$rscript, "rscript", 1L),
     rlibs = if (!isUnset(given$rlibs)) texts(given$rlibs, "rlibs"),
     address = if (!isUnset(given$address)) addressNames(given$address), port = portRange(given$port),
@@ -335,15 +337,17 @@ jobName <- function(value) {
 }
 
 # The path goes into directives, in which some engines know no quotes and others expand some characters.
-jobDirectory <- function(value) {
-  value <- path.expand(texts(value, "dir", 1L))
+jobDirectory <- function(value, there) {
+  given <- texts(value, "dir", 1L)
+  value <- path.expand(given)
   if (!startsWith(value, "/")) value <- file.path(getwd(), value)
   value <- sub("(.)/+$", "\\1", value)
   if (!grepl("^/[A-Za-z0-9_./+@=,-]*[A-Za-z0-9_+@=,-]$", value) || grepl("(^|/)[.][.]?(/|$)", value)) {
     badArgument("dir", "must be a directory whose path has only letters, digits and _./+@=,-, without . and .. (",
                 sQuote(value), "); choose another on a file system that the nodes share")
   }
-  value
+  # The home directory of the login node is known once it is reached.
+  if (there && startsWith(given, "~/")) sub("/+$", "", given) else value
 }
 
 constraintOf <- function(value, kind) {

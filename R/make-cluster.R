@@ -218,7 +218,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     checked(keep(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
     handle$headLogLimit <- limit
   }
-  startBatches(handle, asked, options)
+  startBatches(handle, asked, options, heartbeat_timeout)
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)
   plans <- hostPlans(handle, asked, launches, list(
     packages = as.character(packages), outfile = options$outfile, heartbeat_timeout = heartbeat_timeout,

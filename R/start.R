@@ -17,6 +17,8 @@ newHandle <- function(pointer, agents) {
   # that it had done then, and the id of the batch that is being submitted for it.
   handle$batches <- list()
   handle$dial <- NULL
+  # For each launcher, where the commands of its engine run (engine-host.R).
+  handle$logins <- list()
   handle$tended <- -Inf
   handle$waitsSince <- numeric()
   handle$renewals <- integer()

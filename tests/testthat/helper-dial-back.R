@@ -38,7 +38,7 @@ dial_head <- function(hosts = 1L, workers = 2L, key = dial_key) {
 dial_cluster <- function(head, packages = character()) {
   package <- asNamespace("rustcluster")
   deadline <- proc.time()[["elapsed"]] + 60
-  deadline <- package$greetHosts(head$handle, head$asked, deadline, 60, FALSE, FALSE)
+  deadline <- package$greetHosts(head$handle, head$asked, deadline, 60, FALSE, FALSE, Inf)
   plans <- package$hostPlans(head$handle, head$asked, head$launches, list(
     packages = packages, outfile = "/dev/null", heartbeat_timeout = 20, setup = 60, setup_log_limit = NULL,
     memory = 0, stop_timeout = 5

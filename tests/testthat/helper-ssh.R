@@ -23,8 +23,8 @@ free_port <- function() {
   stop("no free port found")
 }
 
-# Returns `rshcmd` and the folder. The sshd ends with the calling frame.
-local_sshd <- function(.frame = parent.frame()) {
+# Returns `rshcmd` and the folder. The sshd ends with the calling frame. `config`: further lines of its configuration.
+local_sshd <- function(.frame = parent.frame(), config = character()) {
   dir <- tempfile("sshd-")
   dir.create(dir, mode = "0700")
   path <- function(name) file.path(dir, name)
@@ -36,7 +36,7 @@ local_sshd <- function(.frame = parent.frame()) {
   writeLines(c(
     paste("Port", port), "ListenAddress 0.0.0.0", paste("HostKey", path("host_key")),
     paste("AuthorizedKeysFile", path("authorized_keys")), paste("PidFile", path("pid")),
-    "StrictModes no", "UsePAM no", "PermitRootLogin yes", "PasswordAuthentication no"
+    "StrictModes no", "UsePAM no", "PermitRootLogin yes", "PasswordAuthentication no", config
   ), path("sshd_config"))
   writeLines(c(
     "Host *", paste(" Port", port), paste(" IdentityFile", path("key")), " IdentitiesOnly yes",

@@ -13,6 +13,7 @@
 
 mod agent;
 mod codec;
+mod gateway;
 mod head;
 mod r;
 mod worker;
@@ -55,4 +56,5 @@ extendr_module! {
     use agent;
     use head;
     use worker;
+    use gateway;
 }

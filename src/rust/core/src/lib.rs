@@ -13,6 +13,7 @@
 compile_error!("rustcluster runs on Linux");
 
 pub mod agent;
+pub mod gateway;
 pub mod head;
 pub mod platform;
 pub mod protocol;

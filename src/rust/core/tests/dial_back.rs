@@ -13,6 +13,7 @@
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 use rustcluster_core::agent::{Role, dial, startup};
+use rustcluster_core::gateway;
 use rustcluster_core::head::hub::{Answer, Hub, Plan, Turn};
 use rustcluster_core::head::launch::{Launch, Source};
 use rustcluster_core::protocol::control::{Hello, Outfile, Start, StartMode};
@@ -20,9 +21,10 @@ use rustcluster_core::protocol::ids::Rank;
 use rustcluster_core::protocol::noise::{Dialer, Introduction, Key, OPENING, Verdict};
 use rustcluster_core::worker::channel::Channel;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -281,6 +283,81 @@ fn a_killed_agent_is_lost_at_once_and_the_others_stay() {
     let reason = hub.hosts()[0].failure.clone().unwrap().reason;
     assert!(reason.contains("connection was closed"), "{reason}");
     expect_answers(&mut hub, 1, b"still there");
+    close(hub);
+}
+
+/// A gateway that passes connections on to a socket in its directory.
+struct Gateway {
+    port: u16,
+    /// The gateway ends with it.
+    input: UnixStream,
+    thread: thread::JoinHandle<std::io::Result<gateway::End>>,
+}
+
+impl Gateway {
+    fn start(directory: PathBuf) -> Gateway {
+        let settings = gateway::Settings {
+            socket: directory.join("head"),
+            address: LOCALHOST,
+            ports: (0, 0),
+            heartbeat_timeout: PATIENCE,
+            max_connections: 8,
+            cancel: None,
+            directory,
+        };
+        let (input, theirs) = UnixStream::pair().unwrap();
+        let (output, their_output) = UnixStream::pair().unwrap();
+        let thread = thread::spawn(move || gateway::run(&settings, theirs, their_output));
+        let mut line = String::new();
+        BufReader::new(output).read_line(&mut line).unwrap();
+        let port = line.trim().strip_prefix("port ").unwrap().parse().unwrap();
+        Gateway {
+            port,
+            input,
+            thread,
+        }
+    }
+}
+
+#[test]
+fn agents_reach_a_hub_through_a_gateway_and_are_lost_with_it() {
+    let name = format!("rustcluster-behind-{}", std::process::id());
+    let directory = std::env::temp_dir().join(name);
+    fs::create_dir(&directory).unwrap();
+    let launch = || Launch {
+        host: "slot".to_owned(),
+        source: Source::DialBack { launcher: 1 },
+    };
+    let mut hub = Hub::start(vec![launch(), launch()], hello(), 1 << 20).unwrap();
+    hub.listen(&[], &(0..=0), keys()).unwrap();
+    hub.listen_unix(&directory.join("head")).unwrap();
+    assert!(hub.listen_unix(&directory.join("head")).is_err());
+    let gateway = Gateway::start(directory.clone());
+    let agents = [1, 1].map(|key| Agent::start(gateway.port, 1, key));
+    // A stranger is refused through the gateway, too.
+    let mut stranger = TcpStream::connect((LOCALHOST, gateway.port)).unwrap();
+    stranger.set_read_timeout(Some(PATIENCE)).unwrap();
+    stranger.write_all(&random(600)).unwrap();
+    assert!(matches!(stranger.read(&mut [0]), Ok(0) | Err(_)));
+    go(&mut hub, 2);
+    assert!(hub.hosts().iter().all(|host| host.peer.is_none()));
+    for rank in 0..2 {
+        for len in [1, 70_000, 5_000_000] {
+            expect_answers(&mut hub, rank, &random(len));
+        }
+    }
+    assert_eq!(fact(&hub, "strangers_not_authentic"), 1);
+    assert_eq!(fact(&hub, "sockets_of_gateways"), 1);
+    drop(gateway.input);
+    let end = gateway.thread.join().unwrap();
+    assert_eq!(end.unwrap(), gateway::End::Closed);
+    assert!(!directory.exists());
+    eventually("the loss", || {
+        hub.hosts().iter().all(|host| host.failure.is_some())
+    });
+    for agent in agents {
+        agent.end();
+    }
     close(hub);
 }
 

@@ -1,5 +1,6 @@
 //! The functions of the head, for R.
 
+mod background;
 mod broadcast;
 mod call;
 mod dump;
@@ -31,5 +32,6 @@ extendr_module! {
     use job;
     use status;
     use dump;
+    use background;
     use guard_process;
 }

@@ -148,6 +148,18 @@ fn hub_listen(
     })
 }
 
+/// Listens for agents whose connections a gateway passes on to a Unix socket at `path`. hub_listen() sets the keys.
+/// @noRd
+#[extendr]
+fn hub_listen_unix(handle: Robj, path: &str) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.listen_unix(Path::new(path)).map_err(|error| {
+            let reason = format!("cannot listen on the socket {path}: {error}");
+            Failure::new("start_failed").with("reason", reason)
+        })
+    })
+}
+
 /// The result of `hub_listen()`.
 struct Listening(u16);
 
@@ -566,6 +578,7 @@ extendr_module! {
     fn log_start;
     fn hub_start;
     fn hub_listen;
+    fn hub_listen_unix;
     fn hub_greeted;
     fn hub_hosts;
     fn hub_reconnect;

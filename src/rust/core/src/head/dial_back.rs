@@ -15,10 +15,11 @@ use crate::relay;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::ops::RangeInclusive;
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread;
@@ -39,11 +40,52 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How often a free port is looked for that all addresses have.
 const PORT_ATTEMPTS: usize = 20;
 
+/// Stands for the address of an agent whose connection a gateway has passed on to a Unix socket.
+pub const NO_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0);
+
+/// A bound socket on which agents are accepted.
+#[derive(Debug)]
+pub enum Bound {
+    /// For agents that reach this machine.
+    Tcp(TcpListener),
+    /// For agents whose connections a gateway passes on.
+    Unix(UnixListener),
+}
+
+/// A bound socket in the hub's event loop.
+enum Accepting {
+    Tcp(tokio::net::TcpListener),
+    Unix(tokio::net::UnixListener),
+}
+
+impl Accepting {
+    fn new(bound: Bound) -> io::Result<Accepting> {
+        Ok(match bound {
+            Bound::Tcp(listener) => Accepting::Tcp(tokio::net::TcpListener::from_std(listener)?),
+            Bound::Unix(listener) => Accepting::Unix(tokio::net::UnixListener::from_std(listener)?),
+        })
+    }
+
+    /// Accepts a connection. A Unix socket is served as a TCP socket without an address: it is read, written and shut
+    /// down in the same way.
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        match self {
+            Accepting::Tcp(listener) => listener.accept().await,
+            Accepting::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                let descriptor = OwnedFd::from(stream.into_std()?);
+                let stream = TcpStream::from_std(std::net::TcpStream::from(descriptor))?;
+                Ok((stream, NO_ADDRESS))
+            }
+        }
+    }
+}
+
 /// A dialled agent that was given a slot.
 pub struct Connection {
     tcp: std::net::TcpStream,
     transport: Transport,
-    /// The address of the other side.
+    /// The address of the other side; [`NO_ADDRESS`] if the connection came through a gateway.
     pub peer: SocketAddr,
     /// What the agent said of itself.
     pub introduction: Introduction,
@@ -79,7 +121,9 @@ pub struct DialBack {
     keys: Arc<[(u32, Key)]>,
     /// The bound addresses.
     addresses: Vec<SocketAddr>,
-    to_thread: Option<mpsc::UnboundedSender<Vec<TcpListener>>>,
+    /// The number of Unix sockets for gateways.
+    sockets: usize,
+    to_thread: Option<mpsc::UnboundedSender<Vec<Bound>>>,
     /// See [`Counts`].
     pub counts: Counts,
 }
@@ -105,7 +149,7 @@ impl DialBack {
     }
 
     /// The end of the channel by which the hub's thread receives listeners.
-    pub fn open(&mut self) -> mpsc::UnboundedReceiver<Vec<TcpListener>> {
+    pub fn open(&mut self) -> mpsc::UnboundedReceiver<Vec<Bound>> {
         let (to_thread, listeners) = mpsc::unbounded_channel();
         self.to_thread = Some(to_thread);
         listeners
@@ -131,18 +175,38 @@ impl DialBack {
             .filter_map(|listener| listener.local_addr().ok());
         self.addresses.extend(bound);
         info!(port, ?addresses, "listening for agents");
-        let sent = self.to_thread.as_ref().map(|to| to.send(listeners));
-        match sent {
-            Some(Ok(())) => Ok(port),
+        self.hand_over(listeners.into_iter().map(Bound::Tcp).collect())?;
+        Ok(port)
+    }
+
+    /// Listens on a Unix socket at `path`, too, for the connections that a gateway passes on. The directory of the
+    /// path decides who can connect.
+    ///
+    /// # Errors
+    /// When the socket cannot be made there.
+    pub fn listen_unix(&mut self, path: &Path) -> io::Result<()> {
+        let listener = UnixListener::bind(path)?;
+        listener.set_nonblocking(true)?;
+        self.hand_over(vec![Bound::Unix(listener)])?;
+        self.sockets += 1;
+        info!("listening for agents behind a gateway");
+        Ok(())
+    }
+
+    /// Gives listeners to the hub's thread.
+    fn hand_over(&self, listeners: Vec<Bound>) -> io::Result<()> {
+        match self.to_thread.as_ref().map(|to| to.send(listeners)) {
+            Some(Ok(())) => Ok(()),
             _ => Err(io::Error::other("the cluster has been stopped")),
         }
     }
 
     /// Adds the facts to a bug report.
     pub fn facts(&self, facts: &mut Facts) {
-        if self.addresses.is_empty() {
+        if self.addresses.is_empty() && self.sockets == 0 {
             return;
         }
+        facts.add("sockets_of_gateways", self.sockets);
         let addresses: Vec<String> = self.addresses.iter().map(SocketAddr::to_string).collect();
         facts.add("listens_on", addresses.join(" "));
         facts.add("waiting_for_agents", self.waiting.len());
@@ -196,13 +260,13 @@ struct Strangers {
 /// Serves the listeners that arrive on the channel until it is dropped.
 pub async fn serve(
     shared_core: Arc<SharedCore>,
-    mut listeners: mpsc::UnboundedReceiver<Vec<TcpListener>>,
+    mut listeners: mpsc::UnboundedReceiver<Vec<Bound>>,
 ) {
     let strangers = Rc::new(RefCell::new(Strangers::default()));
     let mut tasks = tokio::task::JoinSet::new();
     while let Some(new) = listeners.recv().await {
         for listener in new {
-            match tokio::net::TcpListener::from_std(listener) {
+            match Accepting::new(listener) {
                 Ok(listener) => {
                     let accepting = accept_all(shared_core.clone(), listener, strangers.clone());
                     tasks.spawn_local(accepting);
@@ -215,7 +279,7 @@ pub async fn serve(
 
 async fn accept_all(
     shared_core: Arc<SharedCore>,
-    listener: tokio::net::TcpListener,
+    listener: Accepting,
     strangers: Rc<RefCell<Strangers>>,
 ) {
     // Dropped with this task: the connections end with the listener.
@@ -372,8 +436,10 @@ async fn admit(
         let written = timeout(STRANGER_TIMEOUT, write_all(&tcp, &out)).await;
         written.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
         let tcp = tcp.into_std()?;
-        tcp.set_nodelay(true)?;
-        socket::keep_alive(tcp.as_raw_fd())?;
+        if peer != NO_ADDRESS {
+            tcp.set_nodelay(true)?;
+            socket::keep_alive(tcp.as_raw_fd())?;
+        }
         Ok::<_, io::Error>((transport, tcp))
     };
     let given = given.await;

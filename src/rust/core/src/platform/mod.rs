@@ -1,6 +1,7 @@
 //! Interfaces to the operating system: processes, descriptors, memory, signals, limits. No module here
 //! depends on the rest of this crate.
 
+pub mod background;
 pub(crate) mod cgroup;
 pub mod clock;
 pub mod cores;

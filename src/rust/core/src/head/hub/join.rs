@@ -66,6 +66,15 @@ impl Hub {
     ) -> io::Result<u16> {
         self.core().dial_back.listen(addresses, ports, keys)
     }
+
+    /// Listens for agents whose connections a gateway passes on to a Unix socket at this path. [`Hub::listen`] sets
+    /// the keys.
+    ///
+    /// # Errors
+    /// When the socket cannot be made there.
+    pub fn listen_unix(&self, path: &std::path::Path) -> io::Result<()> {
+        self.core().dial_back.listen_unix(path)
+    }
 }
 
 impl Core {

@@ -2,6 +2,7 @@
 
 use super::core::SharedCore;
 use super::inbox::HostFailure;
+use crate::head::dial_back::NO_ADDRESS;
 use crate::head::launch::{self, AgentProcess, Launch, Launched, Source};
 use crate::platform::exit::Exit;
 use crate::protocol::control::{self, Hello, ToAgent};
@@ -168,7 +169,7 @@ async fn serve_dialled(
         let host = &mut core.inbox.hosts[agent];
         let introduction = &connection.introduction;
         host.node = Some(introduction.hostname.clone());
-        host.peer = Some(connection.peer);
+        host.peer = Some(connection.peer).filter(|&peer| peer != NO_ADDRESS);
         host.job = Some(introduction.job.clone()).filter(|job| !job.is_empty());
         core.changed();
     }

@@ -4,11 +4,11 @@ use super::core::{SharedCore, TICK};
 use super::inbox::HostFailure;
 use super::serve_host;
 use crate::head::dial_back;
+use crate::head::dial_back::Bound;
 use crate::head::launch::Launch;
 use crate::protocol::control::Hello;
 use mio::Events;
 use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::Interest;
@@ -21,7 +21,7 @@ pub(super) fn run(
     hello: Hello,
     shared_core: &Arc<SharedCore>,
     streams: mio::Poll,
-    listeners: UnboundedReceiver<Vec<TcpListener>>,
+    listeners: UnboundedReceiver<Vec<Bound>>,
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -50,7 +50,7 @@ async fn serve(
     hello: Hello,
     shared_core: Arc<SharedCore>,
     streams: mio::Poll,
-    listeners: UnboundedReceiver<Vec<TcpListener>>,
+    listeners: UnboundedReceiver<Vec<Bound>>,
 ) -> io::Result<()> {
     // SAFETY: a mio::Poll owns its descriptor and keeps the same one for as long as it lives.
     let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };

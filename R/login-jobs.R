@@ -1,0 +1,139 @@
+# Jobs of a launcher with `login`: their files and their guard are on the login node. Files are written and read in ssh
+# sessions over the connection of the gateway.
+
+isThere <- function(batch) !is.null(batch$host$link)
+
+# Connects to the login node of a launcher and starts the gateway there. `listen`: a function that makes the hub listen
+# on the socket at a path. Returns the engine host there; its `link` has `addresses` and `port` for agents, and the
+# launcher's `dir` as a path from the root.
+openLogin <- function(launcher, listen, rshcmd = NULL, rshopts = NULL, env = character(), timeout = 60,
+                      heartbeat_timeout = 20) {
+  host <- openLink(launcher$login, rshcmd, rshopts, env, timeout, heartbeat_timeout)
+  opened <- FALSE
+  on.exit(if (!opened) closeGateway(host, 0))
+  host$link$dir <- jobsDirThere(launcher, host)
+  listen(host$link$socket)
+  startGateway(host, cancelThere(host$link), ports = launcher$port, rscript = launcher$rscript, rlibs = launcher$rlibs,
+               timeout = timeout)
+  host$link$addresses <- if (is.null(launcher$address)) addressesThere(host) else launcher$address
+  opened <- TRUE
+  host
+}
+
+# Returns the path of the script by which the gateway cancels the jobs of all batches.
+cancelThere <- function(link) file.path(link$remote, "cancel.sh")
+
+# Returns the names and addresses of the login node, as nodes of the cluster may know them.
+addressesThere <- function(host) {
+  script <- "hostname -f 2> /dev/null; hostname; hostname -I 2> /dev/null | tr ' ' '\\n'"
+  found <- textLines(engineRun(host, c("sh", "-c", script), timeout = 20)$stdout)
+  unique(found[grepl("^[A-Za-z0-9.:_-]+$", found) & found != "localhost"])
+}
+
+# Returns the directory of a launcher as a path from the root.
+jobsDirThere <- function(launcher, host) {
+  if (is.null(host$link) || !startsWith(launcher$dir, "~")) return(launcher$dir)
+  home <- engineRun(host, c("sh", "-c", "cd && pwd -P"), timeout = 20)
+  engineChecked(host, home, "find the home directory")
+  sub("^~", sub("\n$", "", home$stdout), launcher$dir)
+}
+
+# Writes a file of a batch; on a login node with the others, when the guard starts.
+writeJobFile <- function(batch, path, lines, mode = "0600") {
+  if (!isThere(batch)) return(writePrivate(path, lines, mode))
+  batch$unwritten[[path]] <- list(text = paste0(lines, "\n", collapse = ""), mode = mode)
+  invisible()
+}
+
+writeFilesThere <- function(batch) {
+  files <- batch$unwritten
+  if (!length(files)) return(invisible())
+  engineWriteFiles(batch$host, lapply(files, `[[`, "text"), vapply(files, `[[`, "", "mode"))
+  batch$unwritten <- list()
+  invisible()
+}
+
+# Writes the guard's script there, and the scripts by which the gateway cancels the jobs: one for each batch, and one
+# that runs those of all batches at once.
+writeGuardThere <- function(batch) {
+  lines <- readLines(system.file("guard.sh", package = "rustcluster"))
+  writeJobFile(batch, file.path(batch$directory, "guard.sh"), lines)
+  # Without orders, a guard ends the jobs at once.
+  cancel <- paste("exec", paste(shQuote(guardArguments(batch)), collapse = " "), "< /dev/null")
+  env <- exportEnv(batch$host$env)
+  writeJobFile(batch, file.path(batch$directory, "cancel.sh"), c(if (nzchar(env)) env, cancel))
+  link <- batch$host$link
+  writeJobFile(batch, file.path(link$remote, paste0("batch-", batch$id)), batch$directory)
+  writeJobFile(batch, cancelThere(link), c(
+    paste0("for file in ", link$remote, "/batch-*; do"), "  d=`cat \"$file\"`",
+    "  if [ -e \"$d/cancel.sh\" ]; then sh \"$d/cancel.sh\" & fi", "done", "wait"
+  ))
+}
+
+removeJobsDir <- function(batch) {
+  if (!isThere(batch)) return(unlink(batch$directory, recursive = TRUE))
+  # The connection may be what has failed: then the master's session and the gateway have cleaned up.
+  engineRun(batch$host, c("rm", "-rf", "--", batch$directory), timeout = 20)
+  invisible()
+}
+
+# On a login node, a directory is taken to be there as long as the connection is.
+jobsDirExists <- function(batch) {
+  if (isThere(batch)) is.null(linkProblem(batch$host$link)) else dir.exists(batch$directory)
+}
+
+sendGuard <- function(batch, text) {
+  if (isThere(batch)) background_send(batch$guard, text) else guard_send(batch$guard, text)
+}
+
+guardEnded <- function(batch, max) {
+  if (isThere(batch)) background_wait(batch$guard, max, FALSE) else guard_ended(batch$guard, max)
+}
+
+releaseGuard <- function(batch) {
+  if (isThere(batch)) background_end_input(batch$guard) else checked(guard_release(batch$guard))
+}
+
+# Waits there, aside, until the answer to an order is complete, and returns it, or NULL if it is not there yet.
+answerThere <- function(batch, name) {
+  if (is.null(batch$reading[[name]])) {
+    script <- paste0(
+      "cd \"$1\" || exit 1; i=0; while [ ! -e \"$2.rc\" ] && [ $i -lt 700 ]; do sleep 0.1; i=$((i+1)); done; ",
+      "for e in rc out err id; do echo \"part $e `cat \"$2.$e\" 2> /dev/null | wc -l`\"; ",
+      "cat \"$2.$e\" 2> /dev/null | sed '$a\\'; done"
+    )
+    batch$reading[[name]] <- engineRunAside(
+      batch$host, c("sh", "-c", script, "sh", batch$directory, name), timeout = 80
+    )
+  }
+  result <- engineAsideResult(batch$reading[[name]])
+  if (is.null(result)) return(NULL)
+  lines <- textLines(result$stdout)
+  start <- match(paste("part", c("rc", "out", "err", "id")), sub(" [0-9]+$", "", lines))
+  part <- function(i) {
+    if (anyNA(start)) return(character())
+    end <- c(start, length(lines) + 1L)[[i + 1L]]
+    lines[seq_len(end - start[[i]] - 1L) + start[[i]]]
+  }
+  status <- suppressWarnings(as.integer(c(part(1L), NA)[[1L]]))
+  # The session itself has failed: nothing is known.
+  if (is.na(status) && !result$status %in% 0L) batch$reading[[name]] <- NULL
+  if (is.na(status) && result$status %in% 255L) status <- 255L
+  if (is.na(status)) return(NULL)
+  list(status = status, out = part(2L), err = if (status == 255L) textLines(result$stderr) else part(3L), id = part(4L))
+}
+
+forgetThere <- function(batch, name) {
+  if (!is.null(batch$reading[[name]])) engineAsideEnd(batch$reading[[name]])
+  batch$reading[[name]] <- NULL
+  # Nobody waits for this.
+  files <- paste0(batch$directory, "/", name, c(".rc", ".out", ".err", ".id"))
+  batch$forgetting <- engineRunAside(batch$host, c("rm", "-f", files), timeout = 20)
+  invisible()
+}
+
+filesThere <- function(batch) textLines(engineRun(batch$host, c("ls", batch$directory), timeout = 20)$stdout)
+
+textLines <- function(text) {
+  printable(strsplit(text, "\n", fixed = TRUE)[[1L]])
+}
