@@ -90,10 +90,12 @@ wait_for_states <- function(cl, states, timeout = 60) {
   }, timeout, 0.2)))
 }
 
-slow_square <- global(function(i, seconds = 0.2) {
+# Not sent with the frame of a test.
+slow_square <- function(i, seconds = 0.2) {
   Sys.sleep(seconds)
   i^2
-})
+}
+environment(slow_square) <- globalenv()
 
 # What all engines must do. `...`: arguments of the launcher.
 test_engine <- function(kind, running, ...) {

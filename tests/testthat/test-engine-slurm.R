@@ -45,28 +45,6 @@ test_that("a requeued job of Slurm takes its place again", {
   expect_engine_clean(engine)
 })
 
-test_that("jobs of Slurm with a time limit are followed by others, and no task is lost", {
-  engine <- local_engine("slurm")
-  cl <- local_cluster(engine$launcher(time = 1), setup_timeout = 60, retries = 0)
-  kinds <- character()
-  values <- withCallingHandlers(
-    clusterLapply(cl, 1:360, slow_square, seconds = 2),
-    message = function(m) {
-      kinds <<- c(kinds, class(m)[[1L]])
-      invokeRestart("muffleMessage")
-    },
-    warning = function(w) {
-      kinds <<- c(kinds, class(w)[[1L]])
-      invokeRestart("muffleWarning")
-    }
-  )
-  expect_identical(values, lapply(1:360, function(i) i^2))
-  expect_true(all(c("rustcluster_host_draining", "rustcluster_job_renewed") %in% kinds))
-  expect_false("rustcluster_worker_lost" %in% kinds)
-  stopCluster(cl)
-  expect_engine_clean(engine)
-})
-
 # RUSTCLUSTER_SLURM_SCRIPT: a command that ends a node and all its processes by `node-crash NODE`, and takes it up again
 # by `node-up NODE`.
 test_that("tasks of a node of Slurm that crashes run elsewhere", {
