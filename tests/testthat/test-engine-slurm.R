@@ -51,9 +51,10 @@ test_that("tasks of a node of Slurm that crashes run elsewhere", {
   engine <- local_engine("slurm")
   script <- Sys.getenv("RUSTCLUSTER_SLURM_SCRIPT")
   skip_if_not(nzchar(script), "set RUSTCLUSTER_SLURM_SCRIPT")
-  cl <- local_cluster(engine$launcher(), setup_timeout = 60, retries = 0)
+  cl <- local_cluster(engine$launcher(extra = "--exclusive"), setup_timeout = 60, retries = 0)
   node <- vapply(cl, `[[`, "", "host")[[1L]]
-  on.exit(system2(script, c("node-up", node), stdout = FALSE, stderr = FALSE), add = TRUE)
+  up <- function() system2(script, c("node-up", node), stdout = FALSE, stderr = FALSE)
+  on.exit(suppressWarnings(up()), add = TRUE)
   crashed <- FALSE
   values <- suppressWarnings(suppressMessages(clusterLapply(cl, 1:90, slow_square, .onResult = function(i, value) {
     if (!crashed) system2(script, c("node-crash", node), stdout = FALSE, stderr = FALSE)
@@ -61,7 +62,7 @@ test_that("tasks of a node of Slurm that crashes run elsewhere", {
   })))
   expect_identical(values, lapply(1:90, function(i) i^2))
   stopCluster(cl)
-  system2(script, c("node-up", node), stdout = FALSE, stderr = FALSE)
+  suppressWarnings(up())
   expect_engine_clean(engine, within = 60)
 })
 
