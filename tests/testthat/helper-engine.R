@@ -82,6 +82,14 @@ expect_engine_clean <- function(engine, within = 30) {
   expect(!length(pids), paste(c("left:", vapply(pids, process_command, "")), collapse = "\n"))
 }
 
+# As local_cluster(), which records pids: those of other nodes are pids of unrelated processes here, and must never be
+# looked up or ended.
+local_engine_cluster <- function(..., .frame = parent.frame()) {
+  cl <- makeRustCluster(...)
+  do.call("on.exit", list(bquote(.(stop_quietly)(.(cl))), add = TRUE, after = FALSE), envir = .frame)
+  cl
+}
+
 # Waits until the hosts of a cluster have these states, while the events of the cluster are shown.
 wait_for_states <- function(cl, states, timeout = 60) {
   suppressWarnings(suppressMessages(wait_until(function() {
@@ -104,7 +112,7 @@ test_engine <- function(kind, running, ...) {
 
   test_that(paste("a cluster runs over", kind, "and leaves nothing"), {
     engine <- local_engine(kind)
-    cl <- local_cluster(launch(engine), setup_timeout = 120)
+    cl <- local_engine_cluster(launch(engine), setup_timeout = 120)
     expect_length(cl, 6L)
     expect_identical(parLapply(cl, 1:100, function(i) i^2), lapply(1:100, function(i) i^2))
     expect_identical(parLapplyLB(cl, 1:100, sqrt), lapply(1:100, sqrt))
@@ -122,7 +130,7 @@ test_engine <- function(kind, running, ...) {
 
   test_that(paste("the tasks of a cancelled job of", kind, "run elsewhere"), {
     engine <- local_engine(kind)
-    cl <- local_cluster(launch(engine), setup_timeout = 120, retries = 0)
+    cl <- local_engine_cluster(launch(engine), setup_timeout = 120, retries = 0)
     wait_until(function() !anyNA(clusterHosts(cl)$job))
     jobs <- clusterHosts(cl)$job
     cancelled <- FALSE

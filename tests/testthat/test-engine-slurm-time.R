@@ -4,7 +4,7 @@ watch_processes()
 
 test_that("jobs of Slurm with a time limit are followed by others, and no task is lost", {
   engine <- local_engine("slurm")
-  cl <- local_cluster(engine$launcher(time = 1), setup_timeout = 60, retries = 0)
+  cl <- local_engine_cluster(engine$launcher(time = 1), setup_timeout = 60, retries = 0)
   kinds <- character()
   values <- withCallingHandlers(
     clusterLapply(cl, 1:360, slow_square, seconds = 2),
