@@ -33,7 +33,7 @@ test_that("a requeued job of Slurm takes its place again", {
   job <- clusterHosts(cl)$job[[1L]]
   first <- agentPids(cl)
   expect_identical(attr(engine_lines("scontrol", c("requeue", job)), "status"), 0L)
-  wait_until(function() any(grepl(paste0("^", job, " .*PENDING"), engine$jobs())), 30, 0.2)
+  expect_true(wait_until(function() any(grepl(paste0("^", job, " .*PENDING"), engine$jobs())), 30, 0.2))
   expect_identical(attr(engine_lines("scontrol", c("update", paste0("jobid=", job), "StartTime=now")), "status"), 0L)
   expect_true(wait_for_states(cl, rep("up", 3)))
   expect_true(wait_until(function() length(setdiff(agentPids(cl), first)) == 1L, 30))
