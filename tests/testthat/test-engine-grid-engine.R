@@ -4,4 +4,6 @@ watch_processes()
 
 test_engine("gridEngine", "^r|running", pe = Sys.getenv("RUSTCLUSTER_TEST_PE", "smp"))
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})

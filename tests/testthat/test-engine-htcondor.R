@@ -5,4 +5,6 @@ watch_processes()
 
 test_engine("htcondor", "running|^2|RUNNING|Running")
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})

@@ -24,4 +24,6 @@ test_that("jobs of Slurm with a time limit are followed by others, and no task i
   expect_engine_clean(engine)
 })
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})

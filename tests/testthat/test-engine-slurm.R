@@ -65,4 +65,6 @@ test_that("tasks of a node of Slurm that crashes run elsewhere", {
   expect_engine_clean(engine, within = 60)
 })
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})
