@@ -221,9 +221,8 @@ taskId <- function(kind, job, task) {
   element <- switch(kind,
     slurm = paste0(job, "_", task),
     htcondor = , gridEngine = paste0(job, ".", task),
-    pbs = if (any(grepl("[]", job, fixed = TRUE))) {
-      mapply(function(job, task) sub("[]", paste0("[", task, "]"), job, fixed = TRUE), job, task, USE.NAMES = FALSE)
-    } else if (length(job)) sub("^([0-9]+)", paste0("\\1[", task, "]"), job),
+    # A bare number, if the server's name and the brackets are missing.
+    pbs = paste0(sub("^([0-9]+).*$", "\\1", job), "[", task, "]", sub("^[0-9]+(\\[\\])?", "", job), recycle0 = TRUE),
     lsf = paste0(job, "[", task, "]"),
     job
   )

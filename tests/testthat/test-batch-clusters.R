@@ -161,6 +161,32 @@ test_that("a job that its time limit has ended is followed by another while ther
   expect_nothing_left(stub)
 })
 
+test_that("a call goes on with further jobs when all jobs drain at once", {
+  stub <- local_stub_engine("slurm")
+  cl <- local_cluster(batch_launcher("slurm", stub, nodes = 2L, cores = 1L), retries = 0)
+  agents <- agentPids(cl)
+  warned <- FALSE
+  warn <- function(i, value) {
+    if (!warned) tools::pskill(agents, tools::SIGUSR1)
+    warned <<- TRUE
+  }
+  classes <- character()
+  values <- withCallingHandlers(
+    clusterLapply(cl, 1:20, function(i) {
+      Sys.sleep(0.05)
+      i
+    }, .onResult = warn),
+    message = function(m) {
+      classes <<- c(classes, class(m)[[1L]])
+      invokeRestart("muffleMessage")
+    }
+  )
+  expect_identical(values, as.list(1:20))
+  expect_true(all(c("rustcluster_host_draining", "rustcluster_job_renewed") %in% classes))
+  stopCluster(cl)
+  expect_nothing_left(stub)
+})
+
 test_that("nothing is left of a killed session, an interrupted start, or a killed guard", {
   stub <- local_stub_engine("slurm")
   child <- start_child({

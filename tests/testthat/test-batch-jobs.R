@@ -398,3 +398,9 @@ test_that("the end of a job is read from HTCondor's event log", {
 test_that("no process is left", {
   expect_no_leftovers()
 })
+
+test_that("elements of arrays of PBS have ids of their own", {
+  id <- rustcluster:::taskId
+  expect_identical(id("pbs", c("1", "1"), 1:2), c("1[1]", "1[2]"))
+  expect_identical(id("pbs", c("1[].server", "12[]", "3.server"), c(1L, 2L, NA)), c("1[1].server", "12[2]", "3.server"))
+})

@@ -91,11 +91,15 @@ impl Core {
         wanted && self.scheduler.has_lost(agent)
     }
 
-    /// Whether the host of a worker has not joined yet, and still may.
+    /// Whether the host of a worker has not joined yet, and still may. A batch job that drains may be followed by
+    /// another.
     pub fn is_awaited(&self, rank: Rank) -> bool {
         let worker = self.inbox.workers.get(rank as usize);
         worker.is_some_and(|worker| {
-            self.inbox.hosts[worker.agent].awaited
+            let host = &self.inbox.hosts[worker.agent];
+            let conn = &self.conns[worker.agent];
+            let may_follow = conn.dials && !conn.permanent && host.draining.is_some();
+            (host.awaited || may_follow)
                 && worker.termination.as_ref().is_some_and(|t| t.is_of_host())
         })
     }

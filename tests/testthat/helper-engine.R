@@ -1,0 +1,168 @@
+# Tests over real batch engines: the engine that the environment names, with at least three idle nodes of two cores.
+# RUSTCLUSTER_ENGINE_DIR: a directory that the nodes share with this session; default: this session's.
+
+engine_user <- function() Sys.info()[["effective_user"]]
+
+engine_lines <- function(command, args = character()) {
+  out <- suppressWarnings(system2(command, shQuote(args), stdout = TRUE, stderr = FALSE, timeout = 60))
+  structure(as.character(out), status = c(attr(out, "status"), 0L)[[1L]])
+}
+
+# Returns, for each engine, the commands it must have, a query that its controller answers, and the lines of the jobs
+# of this user that have not ended.
+real_engines <- list(
+  slurm = list(
+    needs = c("sbatch", "squeue", "scancel"), probe = list("sinfo", "-h"), cancel = "scancel",
+    jobs = function() engine_lines("squeue", c("-h", "-u", engine_user(), "-t", "PD,R,S,CF", "-o", "%i %j %T"))
+  ),
+  htcondor = list(
+    needs = c("condor_submit", "condor_q", "condor_rm"), probe = list("condor_q", "-totals"), cancel = "condor_rm",
+    jobs = function() {
+      constraint <- sprintf("Owner == \"%s\" && JobStatus != 3 && JobStatus != 4", engine_user())
+      engine_lines("condor_q", c("-constraint", constraint, "-af", "ClusterId", "JobBatchName", "JobStatus"))
+    }
+  ),
+  gridEngine = list(
+    needs = c("qsub", "qstat", "qdel", "qconf"), probe = list("qconf", "-sh"), cancel = "qdel",
+    jobs = function() engine_lines("qstat", c("-u", engine_user()))
+  ),
+  pbs = list(
+    needs = c("qsub", "qstat", "qdel", "pbsnodes"), probe = list("pbsnodes", "-a"), cancel = "qdel",
+    jobs = function() grep(" [CE] ", engine_lines("qstat"), value = TRUE, invert = TRUE)
+  )
+)
+
+skip_without_engine <- function(kind) {
+  skip_unless_long()
+  skip_unless_proc()
+  engine <- real_engines[[kind]]
+  skip_if_not(all(nzchar(Sys.which(engine$needs))), paste("no commands of", kind))
+  # HTCondor accepts no jobs of root.
+  skip_if(kind == "htcondor" && engine_user() == "root", "root cannot submit jobs to HTCondor")
+  answer <- engine_lines(engine$probe[[1L]], engine$probe[[2L]])
+  skip_if_not(attr(answer, "status") == 0L, paste("the controller of", kind, "does not answer"))
+}
+
+# Returns functions for a directory of its own, which is empty in the end: `launcher()`, the unended `jobs()`, the
+# processes of agents, workers and guards.
+local_engine <- function(kind, .frame = parent.frame()) {
+  skip_without_engine(kind)
+  name <- paste0("t", paste(sample(c(letters, 0:9), 5, replace = TRUE), collapse = ""))
+  dir <- file.path(Sys.getenv("RUSTCLUSTER_ENGINE_DIR", tempdir()), name)
+  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE), envir = .frame)
+  given <- list(name = name, dir = dir, rlibs = .libPaths())
+  list(
+    kind = kind, given = given, dir = dir,
+    launcher = function(nodes = 3L, cores = 2L, ...) {
+      do.call(kind, utils::modifyList(c(given, list(nodes = nodes, cores = cores)), list(...)))
+    },
+    jobs = function() as.character(grep(name, real_engines[[kind]]$jobs(), value = TRUE, fixed = TRUE)),
+    # Jobs of Grid Engine have pids of their own in some nodes: a process is known by its environment or command.
+    pids = function() {
+      pids <- setdiff(all_pids(), Sys.getpid())
+      of_test <- vapply(pids, function(pid) any(grepl(paste0("/", name, "/"), fixed = TRUE, c(
+        process_environ(pid), process_command(pid)
+      ))), NA)
+      pids[of_test & alive(pids)]
+    },
+    cancel = function(job) system2(real_engines[[kind]]$cancel, shQuote(job), stdout = FALSE, stderr = FALSE)
+  )
+}
+
+process_environ <- function(pid) {
+  bytes <- tryCatch(suppressWarnings(readBin(sprintf("/proc/%d/environ", pid), "raw", 65536L)), error = function(e) raw())
+  rawToChar(bytes[bytes != as.raw(0L)])
+}
+
+expect_engine_clean <- function(engine, within = 30) {
+  wait_until(function() !length(engine$jobs()) && !length(engine$pids()) && !length(list.files(engine$dir)), within, 0.2)
+  expect_identical(engine$jobs(), character())
+  expect_identical(list.files(engine$dir, all.files = TRUE, no.. = TRUE), character())
+  pids <- engine$pids()
+  expect(!length(pids), paste(c("left:", vapply(pids, process_command, "")), collapse = "\n"))
+}
+
+# As local_cluster(), which records pids: those of other nodes are pids of unrelated processes here, and must never be
+# looked up or ended.
+local_engine_cluster <- function(..., .frame = parent.frame()) {
+  cl <- makeRustCluster(...)
+  do.call("on.exit", list(bquote(.(stop_quietly)(.(cl))), add = TRUE, after = FALSE), envir = .frame)
+  cl
+}
+
+# Waits until the hosts of a cluster have these states, while the events of the cluster are shown.
+wait_for_states <- function(cl, states, timeout = 60) {
+  suppressWarnings(suppressMessages(wait_until(function() {
+    rustcluster:::showEvents(cl[[1L]]$handle)
+    identical(sort(clusterHosts(cl)$state), sort(states))
+  }, timeout, 0.2)))
+}
+
+# Not sent with the frame of a test.
+slow_square <- function(i, seconds = 0.2) {
+  Sys.sleep(seconds)
+  i^2
+}
+environment(slow_square) <- globalenv()
+
+# What all engines must do. `...`: arguments of the launcher.
+test_engine <- function(kind, running, ...) {
+  args <- list(...)
+  launch <- function(engine, ...) do.call(engine$launcher, utils::modifyList(args, list(...)))
+
+  test_that(paste("a cluster runs over", kind, "and leaves nothing"), {
+    engine <- local_engine(kind)
+    cl <- local_engine_cluster(launch(engine), setup_timeout = 120)
+    expect_length(cl, 6L)
+    expect_identical(parLapply(cl, 1:100, function(i) i^2), lapply(1:100, function(i) i^2))
+    expect_identical(parLapplyLB(cl, 1:100, sqrt), lapply(1:100, sqrt))
+    expect_identical(clusterApplyLB(cl, 1:50, sqrt), lapply(1:50, sqrt))
+    wait_until(function() all(grepl(running, clusterHosts(cl)$job_state)))
+    hosts <- clusterHosts(cl)
+    expect_equal(hosts$state, rep("up", 3))
+    expect_match(hosts$job, "^[0-9]+")
+    expect_length(unique(hosts$job), 3L)
+    expect_match(hosts$job_state, running)
+    expect_true(length(engine$jobs()) > 0L && length(engine$pids()) > 6L)
+    stopCluster(cl)
+    expect_engine_clean(engine)
+  })
+
+  test_that(paste("the tasks of a cancelled job of", kind, "run elsewhere"), {
+    engine <- local_engine(kind)
+    cl <- local_engine_cluster(launch(engine), setup_timeout = 120, retries = 0)
+    wait_until(function() !anyNA(clusterHosts(cl)$job))
+    jobs <- clusterHosts(cl)$job
+    cancelled <- FALSE
+    values <- suppressWarnings(suppressMessages(clusterLapply(cl, 1:90, slow_square, .onResult = function(i, value) {
+      if (!cancelled) engine$cancel(jobs[[1L]])
+      cancelled <<- TRUE
+    })))
+    expect_true(cancelled)
+    expect_identical(values, lapply(1:90, function(i) i^2))
+    expect_true(wait_for_states(cl, c("lost", "up", "up")))
+    # parLapply() sends a chunk to each worker, and needs nodes that are there.
+    alive <- clusterAlive(cl)
+    expect_length(alive, 4L)
+    system(sprintf("(sleep 1; exec %s %s) >/dev/null 2>&1", real_engines[[kind]]$cancel, shQuote(jobs[[2L]])), wait = FALSE)
+    values <- suppressWarnings(suppressMessages(parLapply(alive, 1:60, slow_square)))
+    expect_identical(values, lapply(1:60, function(i) i^2))
+    expect_true(wait_for_states(cl, c("lost", "lost", "up")))
+    expect_identical(clusterLapply(cl, 1:6, identity), as.list(1:6))
+    stopCluster(cl)
+    expect_engine_clean(engine)
+  })
+
+  test_that(paste("nothing of", kind, "is left of a killed session"), {
+    engine <- local_engine(kind)
+    child <- start_child({
+      cl <- makeRustCluster(do.call(kind, given), setup_timeout = 120)
+      say("up", length(cl))
+      clusterApply(cl, 1:6, function(i) Sys.sleep(600))
+    }, values = list(kind = kind, given = utils::modifyList(c(engine$given, list(nodes = 3, cores = 2)), args)))
+    expect_identical(child_wait_for(child, "up", 120), "6")
+    expect_true(length(engine$jobs()) > 0L)
+    child_signal(child, tools::SIGKILL)
+    expect_engine_clean(engine)
+  })
+}
