@@ -470,8 +470,8 @@ worker_report <- function(bytes) .Call(wrap__worker_report, bytes)
 #' @noRd
 worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 
-
 #' Serves as a gateway until the head has closed stdin or is silent. Returns why it has ended. `cancel`: the path
 #' of a script, or "". `address`: an IP address. `ports`: the first and the last port of a range.
 #' @noRd
 gateway_run <- function(socket, address, ports, heartbeat_timeout, max_connections, cancel, directory) .Call(wrap__gateway_run, socket, address, ports, heartbeat_timeout, max_connections, cancel, directory)
+
