@@ -34,30 +34,37 @@ numberLaunchers <- function(entries, launchers) {
 
 letterOf <- function(number) if (number <= 26L) letters[[number]] else as.character(number)
 
-# Listens for the agents of all launchers and submits their jobs. Fills in `handle$batches`.
+# Listens for the agents of all launchers and submits their jobs. Adds to `handle$batches` and `handle$dial`.
 startBatches <- function(handle, asked, options) {
   launchers <- asked$launchers
   if (!length(launchers)) return(invisible())
-  keys <- vapply(launchers, function(launcher) newKey(), "")
-  handle$dial <- list(keys = keys, ports = listenFor(handle, launchers, keys), launchers = launchers)
-  handle$dial$scripts <- lapply(seq_along(launchers), function(number) {
+  dial <- handle$dial
+  numbers <- length(dial$launchers) + seq_along(launchers)
+  dial$keys <- c(dial$keys, vapply(launchers, function(launcher) newKey(), ""))
+  dial$launchers <- c(dial$launchers, launchers)
+  dial$ports <- listenFor(handle, dial$launchers, dial$keys, dial$ports)
+  dial$scripts <- c(dial$scripts, lapply(numbers, function(number) {
     host <- Find(function(host) identical(host$dial, number), asked$hosts)
     list(env = agentVariables(host), arguments = rscriptArguments(options))
-  })
-  for (number in seq_along(launchers)) addBatch(handle, number, launchers[[number]])
-  for (batch in handle$batches) awaitSubmissions(batch, 70)
-  for (number in seq_along(handle$batches)) handle$batches[[number]]$submitting <- FALSE
+  }))
+  handle$dial <- dial
+  first <- length(handle$batches) + 1L
+  for (number in numbers) addBatch(handle, number, dial$launchers[[number]])
+  new <- setdiff(seq_along(handle$batches), seq_len(first - 1L))
+  for (batch in handle$batches[new]) awaitSubmissions(batch, 70)
+  for (i in new) handle$batches[[i]]$submitting <- FALSE
 }
 
 # Returns the ports on which the head listens for the agents of each launcher. Launchers with the same `port` and
-# addresses share one.
-listenFor <- function(handle, launchers, keys) {
+# addresses share one. `ports`: those of the first launchers, which are known.
+listenFor <- function(handle, launchers, keys, ports = integer()) {
   at <- lapply(launchers, function(launcher) {
     own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
     list(addresses = if (own) launcher$address else "0.0.0.0", port = launcher$port)
   })
-  ports <- integer(length(at))
-  for (number in seq_along(at)) {
+  # The keys of launchers that share a known port.
+  if (length(ports)) checked(hub_listen(handle$pointer, character(), 0L, 0L, keys), handle)
+  for (number in setdiff(seq_along(at), seq_along(ports))) {
     same <- Position(function(other) identical(other, at[[number]]), at)
     ports[[number]] <- if (same < number) {
       ports[[same]]
@@ -101,9 +108,8 @@ headAddresses <- function(launcher) {
 }
 
 # Ends the jobs of a cluster. An engine that does not answer keeps nobody waiting for long: the guards go on.
-stopBatches <- function(handle) {
-  batches <- handle$batches
-  handle$batches <- list()
+stopBatches <- function(handle, batches = handle$batches) {
+  handle$batches <- Filter(function(batch) !batch$id %in% vapply(batches, `[[`, "", "id"), handle$batches)
   # All guards begin before the first is waited for.
   for (batch in batches) if (!is.null(batch$guard)) guard_release(batch$guard)
   for (batch in batches) if (is.null(batch$guard)) unlink(batch$directory, recursive = TRUE) else stopJobs(batch)
@@ -285,7 +291,7 @@ leaveOutEnded <- function(handle, known) {
   takeSubmissions(handle)
   waits <- is.na(known$r_version) & is.na(known$reason)
   shown <- jobsOfHosts(handle, known)
-  for (i in which(waits & shown$over)) {
+  for (i in setdiff(which(waits & shown$over), seq_len(handle$base$hosts))) {
     if (!isOver(handle, i, shown)) next
     log <- logOfHost(handle, handle$agents[[i]]$dial, shown$job[[i]])
     state <- if (is.na(shown$state[[i]])) "" else paste0(" (", shown$state[[i]], ")")
