@@ -141,12 +141,12 @@ continueStreams <- function(handle, ranks) {
 # stopCluster() stops all workers, or a part.
 appended <- function(cl, nodes, handle) {
   result <- c(cl, nodes)
-  attr(result, "added") <- !isFALSE(attr(cl, "added")) && isWhole(cl, handle)
+  attr(result, "added") <- !isFALSE(attr(cl, "added")) && hasAllMade(cl, handle)
   result
 }
 
 # Whether nodes contain all workers of the cluster that makeRustCluster() has made and that have not been stopped.
-isWhole <- function(cl, handle) {
+hasAllMade <- function(cl, handle) {
   ranks <- vapply(unclass(cl), function(node) as.integer(.subset2(node, "rank")), 0L)
   length(ranks) > 0L && all(intersect(handle$made, handle$alive) %in% ranks) && any(ranks %in% handle$made)
 }
@@ -156,7 +156,7 @@ withAdded <- function(cl) {
   if (isFALSE(attr(cl, "added")) || !length(cl) || !all(areOurs(cl))) return(cl)
   handles <- unique(lapply(unclass(cl), `[[`, "handle"))
   handle <- handles[[1L]]
-  if (length(handles) > 1L || isTRUE(handle$stopped) || !isWhole(cl, handle)) return(cl)
+  if (length(handles) > 1L || isTRUE(handle$stopped) || !hasAllMade(cl, handle)) return(cl)
   rest <- setdiff(handle$alive, vapply(unclass(cl), function(node) as.integer(.subset2(node, "rank")), 0L))
   if (length(rest)) c(cl, newCluster(handle, rest)) else cl
 }

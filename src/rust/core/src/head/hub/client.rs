@@ -370,8 +370,16 @@ impl Hub {
             let awaited = inbox.workers.iter().filter(awaited).count();
             (inbox.up + awaited >= inbox.workers.len()).then_some(Progress::Up)
         });
-        ended.unwrap_or_else(|| Progress::Starting {
-            up: self.core().inbox.up,
+        ended.unwrap_or_else(|| {
+            let core = self.core();
+            let up = |w: &&WorkerView| w.pid.is_some() && w.termination.is_none();
+            let of_added = core.inbox.workers.iter().filter(|w| w.agent >= self.newest);
+            Progress::Starting {
+                up: match self.newest {
+                    0 => core.inbox.up,
+                    _ => of_added.filter(up).count(),
+                },
+            }
         })
     }
 
