@@ -417,6 +417,25 @@ impl SetupLogFile {
         }
     }
 
+    /// Frees the disk space of an incomplete log. No worker must be in the middle of being restored.
+    pub fn discard(&mut self) {
+        if self.incomplete && self.end > 0 {
+            // Messages that have been cut off end beyond the last complete one. Only whole pages are freed.
+            let page = 1 << 21;
+            punch_hole(
+                &self.file,
+                0,
+                (self.end + self.max_bytes).next_multiple_of(page) + page,
+            );
+            self.messages.clear();
+            self.workers.clear();
+            self.tasks.clear();
+            self.blobs.clear();
+            self.common = SetupCalls::default();
+            (self.end, self.stored_bytes) = (0, 0);
+        }
+    }
+
     /// Whether the log contains all set-up calls.
     pub fn is_complete(&self) -> bool {
         !self.incomplete
@@ -480,6 +499,7 @@ fn punch_hole(file: &File, from: u64, len: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     fn setup_log(max_bytes: u64) -> SetupLogFile {
         use std::sync::atomic::{AtomicU32, Ordering};
@@ -563,6 +583,14 @@ mod tests {
         send(&mut setup_log, 1, 1, 0, &[1; 20]);
         assert!(setup_log.is_complete());
         send(&mut setup_log, 2, 0, 0, &[2; 20]);
+        assert!(!setup_log.is_complete());
+        let blocks = |setup_log: &SetupLogFile| setup_log.file.metadata().unwrap().blocks();
+        assert!(blocks(&setup_log) > 0);
+        setup_log.discard();
+        assert_eq!(blocks(&setup_log), 0);
+        send(&mut setup_log, 3, 0, 0, &[3; 10]);
+        setup_log.ended(0, 0, true);
+        assert_eq!(blocks(&setup_log), 0);
         assert!(!setup_log.is_complete());
     }
 

@@ -673,6 +673,9 @@ impl Core {
         if self.setup_log.as_ref().is_some_and(incomplete) {
             if self.reconnects || self.is_elastic {
                 self.inbox.setup_log_incomplete();
+            } else if let Some(setup_log) = &mut self.setup_log {
+                // No worker is being restored. Only hosts that are added would need the log.
+                setup_log.discard();
             }
             for agent in 0..self.conns.len() {
                 if self.inbox.hosts[agent].awaited {
