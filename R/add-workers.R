@@ -44,14 +44,10 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   handle <- parts[[1L]]$handle
   if (isTRUE(handle$stopped)) raiseFailure(list(kind = "stopped"), handle)
   refuseIfBusy(handle, sys.nframe())
-  # An interrupted clusterStatus() or an event may have something to say first.
+  # What has happened before is reported before.
   showEvents(handle)
   settings <- handle$settings
-  asked <- specHosts(spec, settings$defaults)
-  asked$hosts <- lapply(asked$hosts, function(host) {
-    if (!is.null(host$dial)) host$dial <- host$dial + length(handle$dial$launchers)
-    host
-  })
+  asked <- specHosts(spec, settings$defaults, length(handle$dial$launchers))
   local <- vapply(asked$hosts, `[[`, NA, "local")
   short <- limits_check(sum(asked$workers[local[asked$owner]], na.rm = TRUE))
   if (!is.null(short)) raiseFailure(short)
@@ -91,7 +87,7 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
 # Ends what has been started of hosts that could not be added. `batches`: the ids of the batches that there were.
 removeAdded <- function(handle, batches) {
   new <- setdiff(seq_along(handle$agents), seq_len(handle$base$hosts))
-  # Nothing has been started: the first step has failed.
+  # The first step has failed.
   if (!length(new) || all(new %in% handle$hidden)) return(invisible())
   for (i in new) checked(hub_leave_out(handle$pointer, i, "addWorkers() has failed"))
   on.exit(stopBatches(handle, Filter(function(batch) !batch$id %in% batches, handle$batches)))

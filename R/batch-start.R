@@ -19,15 +19,15 @@ batchLaunchers <- function(entries) {
 }
 
 # Replaces the launcher in entries by its number, `dial`, which tells two equal launchers apart.
-numberLaunchers <- function(entries, launchers) {
-  number <- 0L
+numberLaunchers <- function(entries, launchers, before = 0L) {
+  number <- before
   lapply(entries, function(entry) {
     if (is.null(entry$settings$batch)) return(entry)
     if (entry$settings$slot == 1L) number <<- number + 1L
     entry$settings$batch <- NULL
     entry$settings$dial <- number
     # Hosts of several launchers would have the same names.
-    if (length(launchers) > 1L) entry$settings$host <- paste0(entry$settings$host, "-", letterOf(number))
+    if (before + length(launchers) > 1L) entry$settings$host <- paste0(entry$settings$host, "-", letterOf(number))
     entry
   })
 }

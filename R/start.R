@@ -154,7 +154,9 @@ hostsFailed <- function(handle, failed, tolerant, left) {
   }
   warning(do.call(rustclusterCondition, c(
     list("host_left_out", paste0(
-      if (handle$base$hosts) "not all workers were added: " else "the cluster was created without some hosts or workers: ",
+      if (handle$base$hosts) "not all workers were added: " else {
+        "the cluster was created without some hosts or workers: "
+      },
       message
     )),
     fields, type = "warning"
