@@ -56,12 +56,12 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   launches <- lapply(asked$hosts, hostLaunch, settings$options)
   deadline <- proc.time()[["elapsed"]] + setup_timeout
   base <- list(hosts = length(handle$agents), workers = length(handle$hosts))
+  handle$base <- base
   batches <- vapply(handle$batches, `[[`, "", "id")
   started <- FALSE
   on.exit(if (!started) removeAdded(handle, batches))
   suspendInterrupts({
     checked(hub_add_hosts(handle$pointer, launches), handle)
-    handle$base <- base
     handle$agents <- c(handle$agents, asked$hosts)
     workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
     setReport(handle, hostReport(handle, workers, base$hosts + seq_along(workers)))

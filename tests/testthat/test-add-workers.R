@@ -306,6 +306,8 @@ test_that("bad arguments are refused", {
   other <- local_cluster(1)
   bad(addWorkers(c(cl, other), 1), "one cluster")
   small <- local_cluster(1, setup_log_limit = 1000)
+  small <- addWorkers(small, 1)
   suppressWarnings(clusterCall(small, function(x) NULL, numeric(1e4)))
   expect_error(addWorkers(small, 1), "setup_log_limit", class = "rustcluster_start_failed")
+  expect_equal(suppressWarnings(clusterCall(small, function() 1)), list(1, 1))
 })
