@@ -19,64 +19,71 @@ batchLaunchers <- function(entries) {
 }
 
 # Replaces the launcher in entries by its number, `dial`, which tells two equal launchers apart.
-numberLaunchers <- function(entries, launchers) {
-  number <- 0L
+numberLaunchers <- function(entries, launchers, before = 0L) {
+  number <- before
   lapply(entries, function(entry) {
     if (is.null(entry$settings$batch)) return(entry)
     if (entry$settings$slot == 1L) number <<- number + 1L
     entry$settings$batch <- NULL
     entry$settings$dial <- number
     # Hosts of several launchers would have the same names.
-    if (length(launchers) > 1L) entry$settings$host <- paste0(entry$settings$host, "-", letterOf(number))
+    if (before + length(launchers) > 1L) entry$settings$host <- paste0(entry$settings$host, "-", letterOf(number))
     entry
   })
 }
 
 letterOf <- function(number) if (number <= 26L) letters[[number]] else as.character(number)
 
-# Listens for the agents of all launchers and submits their jobs. Fills in `handle$batches`.
+# Listens for the agents of all launchers and submits their jobs. Adds to `handle$batches`, `handle$logins` and
+# `handle$dial`.
 startBatches <- function(handle, asked, options, heartbeat_timeout) {
-  launchers <- asked$launchers
-  if (!length(launchers)) return(invisible())
-  keys <- vapply(launchers, function(launcher) randomText(32L), "")
-  ports <- listenFor(handle, launchers, keys)
-  handle$logins <- rep(list(engineHost()), length(launchers))
-  for (number in which(areThere(launchers))) {
+  if (!length(asked$launchers)) return(invisible())
+  dial <- handle$dial
+  numbers <- length(dial$launchers) + seq_along(asked$launchers)
+  dial$keys <- c(dial$keys, vapply(asked$launchers, function(launcher) randomText(32L), ""))
+  dial$launchers <- c(dial$launchers, asked$launchers)
+  dial$ports <- listenFor(handle, dial$launchers, dial$keys, dial$ports)
+  handle$logins[numbers] <- list(engineHost())
+  for (number in numbers[areThere(dial$launchers[numbers])]) {
     # From here on stopBatches() closes it.
     handle$logins[[number]] <- openLogin(
-      launchers[[number]], function(path) checked(hub_listen_unix(handle$pointer, path), handle),
+      dial$launchers[[number]], function(path) checked(hub_listen_unix(handle$pointer, path), handle),
       options$rshcmd, options$rshopts, timeout = options$setup_timeout, heartbeat_timeout = heartbeat_timeout
     )
-    launchers[[number]]$dir <- handle$logins[[number]]$link$dir
-    ports[[number]] <- handle$logins[[number]]$link$port
+    dial$launchers[[number]]$dir <- handle$logins[[number]]$link$dir
+    dial$ports[[number]] <- handle$logins[[number]]$link$port
   }
-  handle$dial <- list(keys = keys, ports = ports, launchers = launchers)
-  handle$dial$scripts <- lapply(seq_along(launchers), function(number) {
+  dial$scripts <- c(dial$scripts, lapply(numbers, function(number) {
     host <- Find(function(host) identical(host$dial, number), asked$hosts)
     list(env = agentVariables(host), arguments = rscriptArguments(options))
-  })
-  for (number in seq_along(launchers)) addBatch(handle, number, launchers[[number]])
-  for (batch in handle$batches) awaitSubmissions(batch, 70)
-  for (number in seq_along(handle$batches)) handle$batches[[number]]$submitting <- FALSE
+  }))
+  handle$dial <- dial
+  first <- length(handle$batches) + 1L
+  for (number in numbers) addBatch(handle, number, dial$launchers[[number]])
+  new <- setdiff(seq_along(handle$batches), seq_len(first - 1L))
+  for (batch in handle$batches[new]) awaitSubmissions(batch, 70)
+  for (i in new) handle$batches[[i]]$submitting <- FALSE
 }
 
 # Returns whether the jobs of launchers are submitted on login nodes.
 areThere <- function(launchers) vapply(launchers, function(launcher) !is.null(launcher$login), NA)
 
 # Returns the ports on which the head listens for the agents of each launcher: 0 for those with a login node, whose
-# agents come through a gateway. Launchers with the same `port` and addresses share one.
-listenFor <- function(handle, launchers, keys) {
+# agents come through a gateway. Launchers with the same `port` and addresses share one. `ports`: those of the first
+# launchers, which are known.
+listenFor <- function(handle, launchers, keys, ports = integer()) {
   there <- areThere(launchers)
   # Without addresses the hub only learns the keys.
-  if (all(there)) checked(hub_listen(handle$pointer, character(), 0L, 0L, keys), handle)
+  if (length(ports) || all(there)) checked(hub_listen(handle$pointer, character(), 0L, 0L, keys), handle)
   at <- lapply(launchers, function(launcher) {
     if (!is.null(launcher$login)) return(NULL)
     own <- length(launcher$address) && all(vapply(launcher$address, is_own_address, NA))
     any <- if (listensAtVersion6()) "::" else "0.0.0.0"
     list(addresses = if (own) launcher$address else any, port = launcher$port)
   })
-  ports <- integer(length(at))
-  for (number in which(!there)) {
+  new <- setdiff(seq_along(at), seq_along(ports))
+  ports[new] <- 0L
+  for (number in setdiff(new, which(there))) {
     same <- Position(function(other) identical(other, at[[number]]), at)
     ports[[number]] <- if (same < number) {
       ports[[same]]
@@ -122,14 +129,16 @@ listensAtVersion6 <- function() {
   length(addresses) > 0L && all(grepl(":", addresses, fixed = TRUE))
 }
 
-# Ends the jobs of a cluster, and then the connections to login nodes. An engine that does not answer keeps nobody
-# waiting for long: the guards go on.
-stopBatches <- function(handle) {
-  batches <- handle$batches
-  handle$batches <- list()
-  logins <- Filter(function(host) !is.null(host$link), handle$logins)
-  handle$logins <- list()
-  on.exit(for (host in logins) closeGateway(host, 15))
+# Ends jobs of a cluster and, with the last of them, the connections to login nodes. An engine that does not answer keeps
+# nobody waiting for long: the guards go on.
+stopBatches <- function(handle, batches = handle$batches) {
+  ended <- vapply(batches, `[[`, "", "id")
+  handle$batches <- Filter(function(batch) !batch$id %in% ended, handle$batches)
+  if (!length(handle$batches)) {
+    logins <- Filter(function(host) !is.null(host$link), handle$logins)
+    handle$logins <- lapply(handle$logins, function(host) engineHost())
+    on.exit(for (host in logins) closeGateway(host, 15))
+  }
   # All guards begin before the first is waited for.
   for (batch in batches) if (!is.null(batch$guard)) releaseGuard(batch)
   for (batch in batches) discardJobs(batch)
@@ -327,7 +336,7 @@ leaveOutEnded <- function(handle, known) {
   for (i in which(waits & !is.na(lost))) checked(hub_leave_out(handle$pointer, i, lost[[i]]))
   waits <- waits & is.na(lost)
   shown <- jobsOfHosts(handle, known)
-  for (i in which(waits & shown$over)) {
+  for (i in setdiff(which(waits & shown$over), seq_len(handle$base$hosts))) {
     if (!isOver(handle, i, shown)) next
     log <- logOfHost(handle, handle$agents[[i]]$dial, shown$job[[i]])
     state <- if (is.na(shown$state[[i]])) "" else paste0(" (", shown$state[[i]], ")")

@@ -75,12 +75,15 @@ hostsOf <- function(handle) {
     report$cores[joined] <- as.integer(known$cores[joined])
     report$seconds[joined] <- known$up[joined]
   }
+  if (length(handle$hidden)) report <- report[-handle$hidden, ]
+  rownames(report) <- NULL
   report
 }
 
-hostReport <- function(handle, asked) {
-  known <- checked(hub_hosts(handle$pointer))
-  agents <- handle$agents
+# Returns what is known of these hosts. `asked`: the numbers of workers of each.
+hostReport <- function(handle, asked, hosts = seq_along(handle$agents)) {
+  known <- lapply(checked(hub_hosts(handle$pointer)), `[`, hosts)
+  agents <- handle$agents[hosts]
   text <- function(name) vapply(agents, function(agent) as.character(c(agent[[name]], NA)[[1L]]), "")
   for (name in c("stderr", "stdout")) known[[name]][is.na(known[[name]])] <- ""
   problems <- rep(NA_character_, length(agents))

@@ -103,6 +103,24 @@ hub_awaited <- function(handle, wait) .Call(wrap__hub_awaited, handle, wait)
 #' @noRd
 hub_go <- function(handle, plans, timeout) .Call(wrap__hub_go, handle, plans, timeout)
 
+#' Launches the agents of further hosts. `hosts`: as for hub_start(). From now on hub_greeted(), hub_progress() and
+#' hub_leave_out() with agent 0 are about these hosts.
+#' @noRd
+hub_add_hosts <- function(handle, hosts) .Call(wrap__hub_add_hosts, handle, hosts)
+
+#' Sends each agent of the hosts that were added its plan, as hub_go() does. The ranks of the workers follow those of
+#' the cluster.
+#' @noRd
+hub_go_more <- function(handle, plans) .Call(wrap__hub_go_more, handle, plans)
+
+#' The hosts that were added are part of the cluster: what happens to them from now on is reported.
+#' @noRd
+hub_added <- function(handle) .Call(wrap__hub_added, handle)
+
+#' Returns whether the agents of all hosts after the first `count` have ended; waits up to one slice for that.
+#' @noRd
+hub_are_over <- function(handle, count) .Call(wrap__hub_are_over, handle, count)
+
 #' Returns the number of workers that are ready; waits up to one slice for more. `tolerant`: whether failed
 #' hosts and workers count as done, instead of being an error.
 #' @noRd

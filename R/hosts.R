@@ -6,11 +6,11 @@ hostSettings <- c("host", "user", "ncore", "port", "rscript", "rlibs", "rshcmd",
 # Returns a list of `hosts`, each a list of settings with an agent of its own, and, in the order of `spec`, `owner` (the
 # index of the host of an entry) and `workers` (NA for all usable cores). `launchers`: those of batch engines. The
 # setting `local` is TRUE for a host that needs no ssh: it is this machine, and `spec` sets neither another user nor a
-# port or an ssh command.
-specHosts <- function(spec, defaults = list()) {
+# port or an ssh command. `before`: the number of launchers that the cluster has already.
+specHosts <- function(spec, defaults = list(), before = 0L) {
   entries <- specEntries(spec)
   launchers <- batchLaunchers(entries)
-  entries <- numberLaunchers(entries, launchers)
+  entries <- numberLaunchers(entries, launchers, before)
   workers <- vapply(entries, `[[`, 0L, "workers")
   if (sum(workers, na.rm = TRUE) > maxWorkers) {
     badArgument("spec", "must ask for at most ", format(maxWorkers, scientific = FALSE), " workers")

@@ -87,7 +87,9 @@
 #' @param buffer_limit (number) Memory (bytes) for results in this session. Beyond the limit, large results stay on
 #'   their hosts until they are needed. At least 1 MiB; default 512 MiB.
 #' @param setup_log_limit (number) Memory (bytes) that each agent may use for the set-up log, from which replaced
-#'   workers are restored. Agents on other hosts may use as much again to cache data that several workers need.
+#'   workers are restored. This session keeps a log of its own for hosts that join or return and for workers that
+#'   [addWorkers()] adds: a file without a name in the temporary directory, which contains the messages of
+#'   `clusterExport()`, `clusterEvalQ()` and `clusterCall()` once each, up to the same limit or 1 GiB. Agents on other hosts may use as much again to cache data that several workers need.
 #'   Default: an eighth of the memory that is available on the host, at least 16 MiB and at most 1 GiB. See
 #'   [rustcluster_faults].
 #' @param stop_timeout (number) Seconds that `stopCluster()` waits for an idle worker to end, at least 0; default 5. In
@@ -212,22 +214,23 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   deadline <- proc.time()[["elapsed"]] + options$setup_timeout
   started <- FALSE
   on.exit(if (!started) abandon(handle))
-  if (reconnect || is.finite(needed) || length(asked$launchers)) {
-    limit <- if (is.null(setup_log_limit)) 2^30 else setup_log_limit
-    keep <- if (reconnect) hub_reconnect else hub_keep_setup_log
-    checked(keep(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
-    handle$headLogLimit <- limit
-  }
+  # Workers that are added later need the set-up log, too.
+  limit <- if (is.null(setup_log_limit)) 2^30 else setup_log_limit
+  keep <- if (reconnect) hub_reconnect else hub_keep_setup_log
+  checked(keep(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
+  handle$headLogLimit <- limit
+  handle$settings <- list(
+    options = options, defaults = defaults, tolerant = tolerant, progress = progress, packages = as.character(packages),
+    outfile = options$outfile, heartbeat_timeout = heartbeat_timeout, setup = options$setup_timeout,
+    setup_log_limit = setup_log_limit, memory = memory, stop_timeout = stop_timeout
+  )
   startBatches(handle, asked, options, heartbeat_timeout)
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)
-  plans <- hostPlans(handle, asked, launches, list(
-    packages = as.character(packages), outfile = options$outfile, heartbeat_timeout = heartbeat_timeout,
-    setup = options$setup_timeout, setup_log_limit = setup_log_limit, memory = memory,
-    stop_timeout = stop_timeout
-  ))
+  plans <- hostPlans(handle, asked, launches, handle$settings)
   checked(hub_go(handle$pointer, plans, timeout))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   awaitWorkers(handle, min(needed, length(handle$alive)), deadline, options$setup_timeout)
   started <- TRUE
+  handle$made <- handle$alive
   newCluster(handle, handle$alive)
 }

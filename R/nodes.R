@@ -326,6 +326,8 @@ lostNodes <- function(part, stopped) {
     badArgument("cl", "has ", length(x), ngettext(length(x), " node", " nodes"), "; an index is out of range")
   }
   class(part) <- oldClass(x)
+  # stopCluster() of a cluster stops the workers that were added to it, too, but not of a part: see withAdded().
+  if (!is.null(attr(x, "added")) && length(part) < length(x)) attr(part, "added") <- FALSE
   part
 }
 

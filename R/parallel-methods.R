@@ -35,6 +35,7 @@ sendData.RustNode <- function(node, data) {
 }
 
 sendTask <- function(handle, rank, message) {
+  if (identical(handle$setupKey, ".Random.seed")) noteStreams(handle)
   # The seed of a worker that has not joined yet is logged.
   if (handle$awaits && !identical(handle$setupKey, ".Random.seed")) awaitNodes(handle, rank)
   result <- hub_send(handle$pointer, rank, handle$job, message, handle$setupKey)
@@ -362,7 +363,7 @@ closeNode.RustNode <- function(node) {
 #' @exportS3Method parallel::stopCluster
 #' @exportS3Method snow::stopCluster
 stopCluster.RustCluster <- function(cl) {
-  stopNodes(cl)
+  stopNodes(withAdded(cl))
 }
 
 # Stops all nodes, and then raises the first error.

@@ -9,6 +9,15 @@ newHandle <- function(pointer, agents) {
   handle$hosts <- character()
   handle$owner <- integer()
   handle$report <- NULL
+  # The numbers of hosts and workers before the last start: of the cluster, or of workers that are added to it. Hosts
+  # that could not be added are never shown (`hidden`).
+  handle$base <- list(hosts = 0L, workers = 0L)
+  handle$hidden <- integer()
+  # The ranks of the cluster that makeRustCluster() has returned, and its settings; the last stream of random numbers
+  # that clusterSetRNGStream() has given to a worker. See add-workers.R.
+  handle$made <- integer()
+  handle$settings <- NULL
+  handle$lastStream <- NULL
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
@@ -77,6 +86,7 @@ abandon <- function(handle) {
 greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, needed) {
   workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
   shown <- logical(length(workers))
+  new <- handle$base$hosts + seq_along(workers)
   repeat {
     done <- checked(hub_greeted(handle$pointer))
     if (length(handle$batches)) {
@@ -85,7 +95,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
     }
     late <- proc.time()[["elapsed"]] > deadline
     if (progress || done || late || is.finite(needed)) {
-      report <- hostReport(handle, workers)
+      report <- hostReport(handle, workers, new)
       known <- !is.na(report$r_version) | !is.na(report$problem)
       if (progress) for (i in which(known & !shown)) showHost(report, i)
       shown <- known
@@ -94,14 +104,14 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
     if (is.finite(needed) && sum(workers[known & is.na(report$problem)]) >= needed) break
     raiseInterrupt()
   }
-  if (late) for (i in which(!known)) report$problem[[i]] <- waitProblem(handle, i, timeout)
+  if (late) for (i in which(!known)) report$problem[[i]] <- waitProblem(handle, new[[i]], timeout)
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
   report$problem <- ifelse(
-    is.na(report$problem), tooLittleMemory(handle$agents, report), report$problem
+    is.na(report$problem), tooLittleMemory(handle$agents[new], report), report$problem
   )
-  handle$report <- report
-  failed <- which(!is.na(report$problem))
+  setReport(handle, report)
+  failed <- new[!is.na(report$problem)]
   if (length(failed)) hostsFailed(handle, failed, tolerant, anyNA(report$problem))
   other <- is.na(report$problem) & known & !report$r_version %in% rVersionText()
   if (any(other)) {
@@ -116,6 +126,11 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
   }
   # A late host does not shorten the time of the others.
   if (late && !done) deadline + timeout else deadline
+}
+
+# Sets the report of the hosts that are being started.
+setReport <- function(handle, report) {
+  handle$report <- rbind(handle$report[seq_len(handle$base$hosts), ], report)
 }
 
 # The minimum memory (bytes) of a worker, by start method, as measured by inst/bench.
@@ -136,39 +151,48 @@ hostsFailed <- function(handle, failed, tolerant, left) {
   message <- failedHosts(report, failed)
   fields <- list(host = report$host[failed], report = report)
   if (!left || !tolerant) {
-    abort("start_failed", "the cluster could not be started: ", message, fields = fields)
+    what <- if (handle$base$hosts) "the workers could not be added: " else "the cluster could not be started: "
+    abort("start_failed", what, message, fields = fields)
   }
   warning(do.call(rustclusterCondition, c(
-    list("host_left_out", paste0("the cluster was created without some hosts or workers: ", message)),
+    list("host_left_out", paste0(
+      if (handle$base$hosts) "not all workers were added: " else {
+        "the cluster was created without some hosts or workers: "
+      },
+      message
+    )),
     fields, type = "warning"
   )))
 }
 
 # Returns the plan of each agent: what it starts. NULL for an agent that is not used.
 hostPlans <- function(handle, asked, launches, settings) {
-  report <- handle$report
+  base <- handle$base
+  new <- base$hosts + seq_along(launches)
+  report <- handle$report[new, ]
   usable <- is.na(report$problem)
   workers <- asked$workers
   all <- is.na(workers)
   workers[all] <- report$cores[asked$owner[all]]
   kept <- usable[asked$owner]
   owner <- rep(asked$owner[kept], workers[kept])
-  handle$owner <- owner
+  handle$owner <- c(handle$owner, base$hosts + owner)
   # Agents of batch engines have named their nodes.
-  handle$hosts <- vapply(handle$agents, `[[`, "", "host")[owner]
-  handle$setupLogLimits <- vapply(report$available, setupLogBytes, 0, settings$setup_log_limit)
-  xdr <- otherByteOrder(handle)
+  handle$hosts <- c(handle$hosts, vapply(handle$agents[new], `[[`, "", "host")[owner])
+  limits <- vapply(report$available, setupLogBytes, 0, settings$setup_log_limit)
+  handle$setupLogLimits[new] <- limits
+  xdr <- otherByteOrder(handle)[new]
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
     list(
-      ranks = which(owner == i), packages = settings$packages, outfile = settings$outfile,
+      ranks = base$workers + which(owner == i), packages = settings$packages, outfile = settings$outfile,
       renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start_method,
       spawn = launches[[i]]$worker,
       # On this machine the end of the stream is detected at once, without heartbeats.
       heartbeat_timeout = if (asked$hosts[[i]]$local) 0L else as.integer(1000 * settings$heartbeat_timeout),
       # A cache of chunks saves no network traffic on this machine.
-      chunk_cache_bytes = if (asked$hosts[[i]]$local) 0 else handle$setupLogLimits[[i]],
-      setup_log_bytes = handle$setupLogLimits[[i]],
+      chunk_cache_bytes = if (asked$hosts[[i]]$local) 0 else limits[[i]],
+      setup_log_bytes = limits[[i]],
       setup = milliseconds(settings$setup),
       memory_limit = settings$memory,
       stop_timeout = ceiling(1000 * settings$stop_timeout),
@@ -195,21 +219,24 @@ setupLogBytes <- function(available, asked) {
   min(max(available / 8, 16 * 2^20), 2^30)
 }
 
-# Waits for the workers. Returns the ranks of those that have started.
+# Waits for the workers of the cluster, or for those that are added to it. Returns the ranks of those that have started.
 awaitStart <- function(handle, deadline, timeout, tolerant) {
   late <- paste0("not ready within ", timeout, " s; check the host or increase `setup_timeout`")
+  base <- handle$base
   repeat {
     up <- checked(hub_progress(handle$pointer, tolerant), handle)
     awaited <- checked(hub_awaited(handle$pointer, FALSE), handle)
-    if (up >= length(handle$hosts) - length(awaited)) break
+    # Workers that are added have not joined before they have the set-up log.
+    if (up >= length(handle$hosts) - if (base$workers) 0L else length(awaited)) break
     if (proc.time()[["elapsed"]] > deadline) {
       # Leave out workers that have not started; the others stay.
       if (tolerant) checked(hub_leave_out(handle$pointer, 0L, late)) else startedLate(handle, up, timeout)
     }
     raiseInterrupt()
   }
-  before <- handle$report
-  report <- hostReport(handle, before$workers)
+  new <- setdiff(seq_along(handle$agents), seq_len(base$hosts))
+  before <- handle$report[new, ]
+  report <- hostReport(handle, before$workers, new)
   report$problem <- ifelse(is.na(before$problem), report$problem, before$problem)
   terminations <- checked(hub_terminations(handle$pointer), handle)
   # These have not failed.
@@ -217,13 +244,15 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   # Jobs of batch engines may end, and come again.
   handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
   for (i in which(is.na(report$problem))) {
-    report$problem[[i]] <- workersProblem(terminations, which(handle$owner == i), late)
+    report$problem[[i]] <- workersProblem(terminations, which(handle$owner == new[[i]]), late)
   }
-  handle$report <- report
-  failed <- which(!is.na(report$problem) & is.na(before$problem))
-  ranks <- which(lengths(terminations) == 0L)
+  setReport(handle, report)
+  failed <- new[!is.na(report$problem) & is.na(before$problem)]
+  ranks <- setdiff(which(lengths(terminations) == 0L), seq_len(base$workers))
   # An agent without workers is stopped now and is not reconnected.
-  for (i in setdiff(failed, handle$owner[ranks])) checked(hub_leave_out(handle$pointer, i, report$problem[[i]]))
+  for (i in setdiff(failed, handle$owner[ranks])) {
+    checked(hub_leave_out(handle$pointer, i, handle$report$problem[[i]]))
+  }
   if (length(failed)) hostsFailed(handle, failed, tolerant, length(ranks) > 0L)
   ranks
 }
@@ -248,7 +277,7 @@ neededWorkers <- function(wait, workers) {
 # Waits until this many workers are ready, while hosts may still join.
 awaitWorkers <- function(handle, needed, deadline, timeout) {
   repeat {
-    up <- sum(!is.na(checked(hub_pids(handle$pointer), handle)))
+    up <- sum(!is.na(newPids(handle)))
     if (up >= needed || !handle$awaits) break
     if (proc.time()[["elapsed"]] > deadline) startedLate(handle, up, timeout)
     awaitArrival(handle)
@@ -272,10 +301,17 @@ awaitNodes <- function(handle, ranks) {
   handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
 }
 
+# Returns the pids of the workers that are being started, or NA.
+newPids <- function(handle) {
+  pids <- checked(hub_pids(handle$pointer), handle)
+  pids[seq_along(pids) > handle$base$workers]
+}
+
 startedLate <- function(handle, up, timeout) {
-  late <- unique(handle$hosts[is.na(checked(hub_pids(handle$pointer), handle))])
+  new <- seq_along(handle$hosts) > handle$base$workers
+  late <- unique(handle$hosts[new][is.na(newPids(handle))])
   abort(
-    "start_failed", "only ", up, " of ", length(handle$hosts), " workers were ready after ", timeout,
+    "start_failed", "only ", up, " of ", sum(new), " workers were ready after ", timeout,
     " s; some workers are missing on host", if (length(late) > 1L) "s", " ", paste(sQuote(late), collapse = ", "),
     ": increase `setup_timeout`, check the hosts, or ask for fewer workers",
     fields = list(host = late)

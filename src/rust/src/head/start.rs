@@ -308,6 +308,25 @@ fn hub_awaited(handle: Robj, wait: bool) -> Robj {
 /// @noRd
 #[extendr]
 fn hub_go(handle: Robj, plans: List, timeout: f64) -> Robj {
+    let Some((plans, formats)) = plans_of(&plans) else {
+        return not_a_description("plans");
+    };
+    with_cluster(&handle, |cluster| {
+        let mut known = Vec::new();
+        set_formats(&mut known, &formats);
+        cluster.formats.replace(known);
+        let mut hub = cluster.hub.borrow_mut();
+        hub.limit_all(Duration::try_from_secs_f64(timeout).ok());
+        hub.go(plans)
+            .map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
+        Ok(().into())
+    })
+}
+
+type Plans = (Vec<Option<Plan>>, Vec<(Rank, Format)>);
+
+/// Returns the plans of agents, and the format of each of their workers.
+fn plans_of(plans: &List) -> Option<Plans> {
     let parsed: Option<Vec<Option<(Plan, Format)>>> = plans
         .values()
         .map(|plan| match plan.is_null() {
@@ -315,24 +334,83 @@ fn hub_go(handle: Robj, plans: List, timeout: f64) -> Robj {
             false => plan_of(&plan).map(Some),
         })
         .collect();
-    let Some(plans) = parsed else {
+    let parsed = parsed?;
+    let of = |(plan, format): &(Plan, Format)| {
+        let format = *format;
+        plan.ranks
+            .iter()
+            .map(move |&rank| (rank, format))
+            .collect::<Vec<_>>()
+    };
+    let formats = parsed.iter().flatten().flat_map(of).collect();
+    let plans = parsed.into_iter().map(|plan| Some(plan?.0)).collect();
+    Some((plans, formats))
+}
+
+fn set_formats(known: &mut Vec<Format>, formats: &[(Rank, Format)]) {
+    for &(rank, format) in formats {
+        known.resize(known.len().max(rank as usize + 1), Format::Native);
+        known[rank as usize] = format;
+    }
+}
+
+/// Launches the agents of further hosts. `hosts`: as for hub_start(). From now on hub_greeted(), hub_progress() and
+/// hub_leave_out() with agent 0 are about these hosts.
+/// @noRd
+#[extendr]
+fn hub_add_hosts(handle: Robj, hosts: List) -> Robj {
+    let parsed: Option<Vec<Launch>> = hosts.values().map(|host| launch_of(&host)).collect();
+    let Some(hosts) = parsed else {
+        return not_a_description("hosts");
+    };
+    with_hub(&handle, |hub| {
+        if !hub.has_setup_log() {
+            return Err(Failure::new("start_failed").with(
+                "reason",
+                "the set-up log of the cluster is incomplete: increase `setup_log_limit`",
+            ));
+        }
+        hub.add_hosts(hosts)
+            .map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
+    })
+}
+
+/// Sends each agent of the hosts that were added its plan, as hub_go() does. The ranks of the workers follow those of
+/// the cluster.
+/// @noRd
+#[extendr]
+fn hub_go_more(handle: Robj, plans: List) -> Robj {
+    let Some((plans, formats)) = plans_of(&plans) else {
         return not_a_description("plans");
     };
-    let mut formats = Vec::new();
-    for (plan, format) in plans.iter().flatten() {
-        for &rank in &plan.ranks {
-            formats.resize(formats.len().max(rank as usize + 1), Format::Native);
-            formats[rank as usize] = *format;
-        }
-    }
-    let plans = plans.into_iter().map(|plan| Some(plan?.0)).collect();
     with_cluster(&handle, |cluster| {
-        cluster.formats.replace(formats);
         let mut hub = cluster.hub.borrow_mut();
-        hub.limit_all(Duration::try_from_secs_f64(timeout).ok());
-        hub.go(plans)
-            .map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
+        // The messages to workers with another byte order are others.
+        let like = |rank: Rank| cluster.format(rank) == Format::Native;
+        let gone = hub.go_more(plans, like);
+        gone.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))?;
+        set_formats(&mut cluster.formats.borrow_mut(), &formats);
+        cluster.nodes.set(None);
         Ok(().into())
+    })
+}
+
+/// The hosts that were added are part of the cluster: what happens to them from now on is reported.
+/// @noRd
+#[extendr]
+fn hub_added(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.added();
+        Ok(())
+    })
+}
+
+/// Returns whether the agents of all hosts after the first `count` have ended; waits up to one slice for that.
+/// @noRd
+#[extendr]
+fn hub_are_over(handle: Robj, count: i32) -> Robj {
+    with_hub(&handle, |hub| {
+        Ok(hub.are_over(usize::try_from(count).unwrap_or(0), SLICE))
     })
 }
 
@@ -585,6 +663,10 @@ extendr_module! {
     fn hub_keep_setup_log;
     fn hub_awaited;
     fn hub_go;
+    fn hub_add_hosts;
+    fn hub_go_more;
+    fn hub_added;
+    fn hub_are_over;
     fn hub_progress;
     fn hub_leave_out;
     fn hub_give_up_host;

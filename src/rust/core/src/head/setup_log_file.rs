@@ -28,10 +28,37 @@ struct StoredCall {
     from: u64,
     len: u64,
     digest: u128,
-    /// Number of workers whose set-up calls contain this call.
+    /// Number of workers whose set-up calls contain this call, and one more if the common calls do.
     users: usize,
     /// Workers that have been sent the call and have not answered yet.
     pending: BTreeSet<Rank>,
+    /// Workers that have completed the call.
+    done: Ranks,
+}
+
+/// A set of ranks, as bits.
+#[derive(Debug, Default)]
+struct Ranks(Vec<u64>);
+
+impl Ranks {
+    fn insert(&mut self, rank: Rank) {
+        let at = rank as usize / 64;
+        self.0.resize(self.0.len().max(at + 1), 0);
+        self.0[at] |= 1 << (rank % 64);
+    }
+
+    fn contains_all(&self, others: &Ranks) -> bool {
+        let mut words = others.0.iter().enumerate();
+        words.all(|(at, word)| word & !self.0.get(at).copied().unwrap_or(0) == 0)
+    }
+}
+
+impl FromIterator<Rank> for Ranks {
+    fn from_iter<I: IntoIterator<Item = Rank>>(ranks: I) -> Ranks {
+        let mut set = Ranks::default();
+        ranks.into_iter().for_each(|rank| set.insert(rank));
+        set
+    }
 }
 
 /// A set-up call to be sent again: its name, and its bytes in parts.
@@ -70,6 +97,10 @@ pub struct SetupLogFile {
     next: u64,
     /// The numbers of the calls that restore each worker.
     workers: HashMap<Rank, SetupCalls<u64>>,
+    /// The workers of the cluster.
+    members: Ranks,
+    /// The numbers of the calls that all workers have completed, which a new worker gets.
+    common: SetupCalls<u64>,
     /// The number of the call of each task that is not answered.
     tasks: HashMap<TaskId, u64>,
     open: Option<OpenStoredCall>,
@@ -99,6 +130,8 @@ impl SetupLogFile {
             messages: BTreeMap::new(),
             next: 0,
             workers: HashMap::new(),
+            members: Ranks::default(),
+            common: SetupCalls::default(),
             tasks: HashMap::new(),
             open: None,
             blobs: HashMap::new(),
@@ -268,6 +301,7 @@ impl SetupLogFile {
                 digest,
                 users: 0,
                 pending: [open.rank].into(),
+                done: Ranks::default(),
             };
             self.messages.insert(self.next, message);
             self.tasks.insert(open.task, self.next);
@@ -295,12 +329,73 @@ impl SetupLogFile {
             return self.clear(number);
         }
         message.users += 1;
+        message.done.insert(rank);
         let calls = self.workers.entry(rank).or_default();
-        if let Some(superseded) = calls.record(message.name, number) {
-            if let Some(message) = self.messages.get_mut(&superseded) {
-                message.users -= 1;
+        let superseded = calls.record(message.name, number);
+        let mut in_common = None;
+        if message.done.contains_all(&self.members) && !is_in(&self.common, number) {
+            message.users += 1;
+            in_common = self.common.record(message.name, number);
+        }
+        for superseded in superseded.into_iter().chain(in_common) {
+            self.release(superseded);
+        }
+    }
+
+    /// One user less has this call.
+    fn release(&mut self, number: u64) {
+        if let Some(message) = self.messages.get_mut(&number) {
+            message.users = message.users.saturating_sub(1);
+        }
+        self.clear(number);
+    }
+
+    /// Sets the workers of the cluster.
+    pub fn set_members(&mut self, ranks: impl IntoIterator<Item = Rank>) {
+        self.members = ranks.into_iter().collect();
+    }
+
+    /// Adds a worker to a cluster with these `members`: the calls that all of them have completed are its set-up calls,
+    /// as if it had completed them, too.
+    pub fn begin_worker(&mut self, rank: Rank, members: impl IntoIterator<Item = Rank>) {
+        self.set_members(members);
+        self.update_common();
+        let common: Vec<(u64, u64)> = self.common.iter().map(|(name, &n)| (name, n)).collect();
+        let before = self.workers.remove(&rank);
+        let mut calls = SetupCalls::default();
+        for (name, number) in common {
+            calls.record(name, number);
+            if let Some(message) = self.messages.get_mut(&number) {
+                message.users += 1;
+                message.done.insert(rank);
             }
-            self.clear(superseded);
+        }
+        self.workers.insert(rank, calls);
+        for number in before
+            .into_iter()
+            .flat_map(|mut before| before.take().collect::<Vec<_>>())
+        {
+            self.release(number);
+        }
+        self.members.insert(rank);
+    }
+
+    /// Adds the calls that all workers have completed that are left: others have terminated since.
+    fn update_common(&mut self) {
+        let known: BTreeSet<u64> = self.common.iter().map(|(_, &number)| number).collect();
+        let members = &self.members;
+        let all = self.messages.iter_mut().filter(|(number, message)| {
+            known.contains(number) || message.done.contains_all(members)
+        });
+        let mut common = SetupCalls::default();
+        let mut superseded = Vec::new();
+        for (&number, message) in all {
+            message.users += usize::from(!known.contains(&number));
+            superseded.extend(common.record(message.name, number));
+        }
+        self.common = common;
+        for number in superseded {
+            self.release(number);
         }
     }
 
@@ -319,6 +414,25 @@ impl SetupLogFile {
                     self.clear_blob(id);
                 }
             }
+        }
+    }
+
+    /// Frees the disk space of an incomplete log. No worker must be in the middle of being restored.
+    pub fn discard(&mut self) {
+        if self.incomplete && self.end > 0 {
+            // Messages that have been cut off end beyond the last complete one. Only whole pages are freed.
+            let page = 1 << 21;
+            punch_hole(
+                &self.file,
+                0,
+                (self.end + self.max_bytes).next_multiple_of(page) + page,
+            );
+            self.messages.clear();
+            self.workers.clear();
+            self.tasks.clear();
+            self.blobs.clear();
+            self.common = SetupCalls::default();
+            (self.end, self.stored_bytes) = (0, 0);
         }
     }
 
@@ -361,6 +475,15 @@ impl SetupLogFile {
     }
 }
 
+/// Whether the last calls contain this one.
+fn is_in(calls: &SetupCalls<u64>, number: u64) -> bool {
+    let mut newer = calls
+        .iter()
+        .rev()
+        .take_while(|&(_, &other)| other >= number);
+    newer.any(|(_, &other)| other == number)
+}
+
 /// Frees the disk space of a part of the file. Returns whether that succeeded.
 fn punch_hole(file: &File, from: u64, len: u64) -> bool {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
@@ -376,6 +499,7 @@ fn punch_hole(file: &File, from: u64, len: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
 
     fn setup_log(max_bytes: u64) -> SetupLogFile {
         use std::sync::atomic::{AtomicU32, Ordering};
@@ -460,6 +584,14 @@ mod tests {
         assert!(setup_log.is_complete());
         send(&mut setup_log, 2, 0, 0, &[2; 20]);
         assert!(!setup_log.is_complete());
+        let blocks = |setup_log: &SetupLogFile| setup_log.file.metadata().unwrap().blocks();
+        assert!(blocks(&setup_log) > 0);
+        setup_log.discard();
+        assert_eq!(blocks(&setup_log), 0);
+        send(&mut setup_log, 3, 0, 0, &[3; 10]);
+        setup_log.ended(0, 0, true);
+        assert_eq!(blocks(&setup_log), 0);
+        assert!(!setup_log.is_complete());
     }
 
     #[test]
@@ -533,5 +665,91 @@ mod tests {
         assert!(setup_log.is_complete());
         assert_eq!(restored(&setup_log, 0), [999u64.to_le_bytes().repeat(3)]);
         assert_eq!((setup_log.messages.len(), setup_log.tasks.len()), (1, 0));
+    }
+
+    fn complete(setup_log: &mut SetupLogFile, task: TaskId, ranks: &[Rank], name: u64, text: &str) {
+        for (&rank, task) in ranks.iter().zip(task..) {
+            send(setup_log, task, rank, name, text.as_bytes());
+        }
+        for (&rank, task) in ranks.iter().zip(task..) {
+            setup_log.ended(task, rank, true);
+        }
+    }
+
+    #[test]
+    fn a_new_worker_gets_the_calls_that_all_workers_have_completed() {
+        let mut setup_log = setup_log(1 << 20);
+        setup_log.set_members(0..3);
+        complete(&mut setup_log, 10, &[0, 1, 2], 7, "value");
+        complete(&mut setup_log, 20, &[0, 1], 0, "for a part");
+        complete(&mut setup_log, 30, &[0, 1, 2], 0, "uses");
+        complete(&mut setup_log, 40, &[2], 8, "for one");
+        // Two workers have not completed it.
+        send(&mut setup_log, 50, 0, 0, b"interrupted");
+        send(&mut setup_log, 51, 1, 0, b"interrupted");
+        setup_log.ended(50, 0, true);
+        setup_log.ended(51, 1, false);
+        setup_log.begin_worker(3, 0..3);
+        assert_eq!(restored(&setup_log, 3), [&b"value"[..], b"uses"]);
+        // From now on it counts, too.
+        complete(&mut setup_log, 60, &[0, 1, 2], 0, "without the new one");
+        complete(&mut setup_log, 70, &[0, 1, 2, 3], 0, "with it");
+        setup_log.begin_worker(4, 0..4);
+        assert_eq!(
+            restored(&setup_log, 4),
+            [&b"value"[..], b"uses", b"with it"]
+        );
+        assert_eq!(
+            restored(&setup_log, 3),
+            [&b"value"[..], b"uses", b"with it"]
+        );
+    }
+
+    #[test]
+    fn parts_do_not_supersede_the_values_of_all() {
+        let mut setup_log = setup_log(1 << 20);
+        setup_log.set_members(0..2);
+        complete(&mut setup_log, 10, &[0, 1], 7, "all");
+        complete(&mut setup_log, 20, &[0], 7, "first");
+        complete(&mut setup_log, 30, &[1], 7, "second");
+        assert_eq!(restored(&setup_log, 0), [b"first"]);
+        setup_log.begin_worker(2, 0..2);
+        assert_eq!(restored(&setup_log, 2), [b"all"]);
+        // The last value of all is the one that counts.
+        complete(&mut setup_log, 40, &[0, 1, 2], 7, "again");
+        setup_log.begin_worker(3, 0..3);
+        assert_eq!(restored(&setup_log, 3), [b"again"]);
+        assert_eq!(setup_log.messages.len(), 1);
+        assert_eq!(setup_log.stored_bytes, 5);
+    }
+
+    #[test]
+    fn workers_that_are_gone_do_not_count() {
+        let mut setup_log = setup_log(1 << 20);
+        setup_log.set_members(0..3);
+        complete(&mut setup_log, 10, &[0, 1], 7, "old");
+        complete(&mut setup_log, 20, &[0, 1, 2], 0, "all");
+        complete(&mut setup_log, 30, &[0, 1], 7, "new");
+        setup_log.begin_worker(3, [0, 1]);
+        assert_eq!(restored(&setup_log, 3), [&b"old"[..], b"all", b"new"]);
+        assert_eq!(restored(&setup_log, 0), restored(&setup_log, 3));
+    }
+
+    #[test]
+    fn a_new_worker_of_an_unused_cluster_gets_nothing() {
+        let mut setup_log = setup_log(1 << 20);
+        setup_log.set_members(0..70);
+        setup_log.begin_worker(70, 0..70);
+        assert_eq!(restored(&setup_log, 70), Vec::<Vec<u8>>::new());
+        complete(&mut setup_log, 10, &(0..71).collect::<Vec<_>>(), 0, "all");
+        complete(
+            &mut setup_log,
+            100,
+            &(0..70).collect::<Vec<_>>(),
+            0,
+            "not the last",
+        );
+        setup_log.begin_worker(71, 0..71);
+        assert_eq!(restored(&setup_log, 71), [b"all"]);
     }
 }

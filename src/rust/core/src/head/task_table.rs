@@ -57,6 +57,12 @@ impl TaskTable {
         self.queues = vec![VecDeque::new(); count];
     }
 
+    /// Adds workers to the cluster.
+    pub fn add_workers(&mut self, count: usize) {
+        self.queues
+            .resize(self.queues.len() + count, VecDeque::new());
+    }
+
     /// Adds a task whose message is being sent to the worker `assigned`, or reassigns a known task.
     pub fn begin(&mut self, task: TaskId, owner: Rank, assigned: Rank) {
         let end = None;

@@ -3,6 +3,7 @@
 use super::connection::Plan;
 use super::core::{Core, SPIN_TIME, SPIN_TIME_SINGLE, SharedCore};
 use super::futures::{CallEnd, Waker};
+use super::grow::progress_of_added;
 use super::inbox::{Event, HostFailure, HostView, Inbox, WorkerView};
 use super::readiness::ReadinessListener;
 use super::thread::run;
@@ -24,6 +25,7 @@ use std::path::Path;
 use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use tokio::sync::mpsc;
 
 /// The answer that R receives to a task.
 #[derive(Debug)]
@@ -123,8 +125,10 @@ pub struct Hub {
     pub(super) inner: ManuallyDrop<Inner>,
     /// The process that may use it.
     owner: u32,
-    /// Number of workers that the cluster was made with.
+    /// Number of workers that the cluster has had.
     pub(super) size: usize,
+    /// The first of the hosts that were added last.
+    pub(super) newest: usize,
     /// The count of changes at the last [`Hub::receive_any`].
     seen: (u64, RankSet),
     /// The workers that have had tasks of the last job. Other workers may not have what its tasks
@@ -158,10 +162,15 @@ impl Hub {
             shared_core.core().conns[agent].dials = dials;
         }
         let theirs = shared_core.clone();
+        let (launches, to_launch) = mpsc::unbounded_channel();
+        for launch in hosts.into_iter().enumerate() {
+            let _ = launches.send(launch);
+        }
+        shared_core.core().launches = Some(launches);
         let listeners = shared_core.core().dial_back.open();
         let body = move || {
             let result = catch_unwind(AssertUnwindSafe(|| {
-                run(hosts, hello, &theirs, streams, listeners);
+                run(to_launch, hello, &theirs, streams, listeners);
             }));
             let mut core = theirs.core();
             core.inbox.close(match result {
@@ -187,6 +196,7 @@ impl Hub {
             inner: ManuallyDrop::new(inner),
             owner: std::process::id(),
             size: 0,
+            newest: 0,
             seen: (0, RankSet::default()),
             members: (NO_JOB, Vec::new()),
             next_task: 1,
@@ -214,7 +224,7 @@ impl Hub {
         self.owner != std::process::id()
     }
 
-    /// Workers that the cluster was made with.
+    /// Number of workers that the cluster has had.
     pub fn size(&self) -> usize {
         self.size
     }
@@ -227,10 +237,10 @@ impl Hub {
         &self.inner.shared_core
     }
 
-    /// Whether all agents have greeted or failed; waits up to `max_wait` for that.
+    /// Whether all agents, or those that were added last, have greeted or failed; waits up to `max_wait` for that.
     pub fn greeted(&self, max_wait: Duration) -> bool {
         let greeted = |core: &mut Core| {
-            let mut hosts = core.inbox.hosts.iter();
+            let mut hosts = core.inbox.hosts.iter().skip(self.newest);
             let known = hosts.all(|host| host.hello.is_some() || host.failure.is_some());
             known.then_some(())
         };
@@ -297,23 +307,16 @@ impl Hub {
         let shared_core = self.inner.shared_core.clone();
         let mut core = shared_core.core();
         core.set_ranks(ranks);
+        let members = 0..self.size as Rank;
+        if let Some(setup_log) = &mut core.setup_log {
+            setup_log.set_members(members);
+        }
         self.has_chunk_cache = false;
         for (agent, plan) in plans.into_iter().enumerate() {
             match plan {
                 Some(plan) => {
-                    let start_timeout = Duration::from_millis(plan.start.heartbeat_timeout.into());
-                    core.conns[agent].heartbeat_timeout = start_timeout;
-                    core.conns[agent].stop_timeout = Duration::from_millis(plan.start.stop_timeout);
-                    if core.reconnects || core.conns[agent].dials {
-                        core.is_elastic |= core.conns[agent].dials;
-                        core.conns[agent].plan = Some(plan.start.clone());
-                    }
-                    if plan.start.chunk_cache_bytes > 0 {
-                        self.has_chunk_cache = true;
-                        let max_bytes =
-                            usize::try_from(plan.start.chunk_cache_bytes).unwrap_or(usize::MAX);
-                        core.scheduler.set_chunk_cache(agent, max_bytes);
-                    }
+                    self.has_chunk_cache |= plan.start.chunk_cache_bytes > 0;
+                    core.set_plan(agent, &plan.start);
                     let host = &core.inbox.hosts[agent];
                     let greeted = host.hello.is_some() || host.failure.is_some();
                     if !greeted && core.setup_log.is_some() {
@@ -334,10 +337,13 @@ impl Hub {
         Ok(())
     }
 
-    /// The progress of the start; waits up to `max_wait` for its end. `tolerant`: failures do not
+    /// The progress of the start, or of the hosts that were added last; waits up to `max_wait` for its end. `tolerant`: failures do not
     /// end the start, and are found in [`Hub::hosts`] and [`Hub::worker`].
     pub fn progress(&self, tolerant: bool, max_wait: Duration) -> Progress {
         let ended = self.inner.shared_core.wait(max_wait, |core| {
+            if self.newest > 0 {
+                return progress_of_added(core, self.newest, tolerant);
+            }
             let inbox = &core.inbox;
             if tolerant {
                 // Workers of awaited hosts are terminated until these join.
@@ -364,8 +370,16 @@ impl Hub {
             let awaited = inbox.workers.iter().filter(awaited).count();
             (inbox.up + awaited >= inbox.workers.len()).then_some(Progress::Up)
         });
-        ended.unwrap_or_else(|| Progress::Starting {
-            up: self.core().inbox.up,
+        ended.unwrap_or_else(|| {
+            let core = self.core();
+            let up = |w: &&WorkerView| w.pid.is_some() && w.termination.is_none();
+            let of_added = core.inbox.workers.iter().filter(|w| w.agent >= self.newest);
+            Progress::Starting {
+                up: match self.newest {
+                    0 => core.inbox.up,
+                    _ => of_added.filter(up).count(),
+                },
+            }
         })
     }
 
@@ -380,7 +394,7 @@ impl Hub {
     /// are not up.
     pub fn leave_out_late(&mut self, reason: &str) {
         let mut core = self.core();
-        for agent in 0..core.inbox.hosts.len() {
+        for agent in self.newest..core.inbox.hosts.len() {
             let workers = core.inbox.workers.iter().enumerate();
             let of_host =
                 workers.filter(|(_, worker)| worker.agent == agent && worker.termination.is_none());

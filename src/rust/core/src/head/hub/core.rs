@@ -14,12 +14,13 @@ use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
 use crate::head::activity::Measure;
 use crate::head::dial_back::DialBack;
+use crate::head::launch::Launch;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::{Demand, Note, Outcome, RankSet};
 use crate::head::setup_log_file::SetupLogFile;
 use crate::platform::{fd, limits, memfd, reserve};
 use crate::protocol::body::Memory;
-use crate::protocol::control::{Facts, ToAgent};
+use crate::protocol::control::{Facts, Start, ToAgent};
 use crate::protocol::frame::{self, BY_REFERENCE, Frame, Header, Kind, LAST};
 use crate::protocol::ids::Rank;
 use crate::protocol::send_queue::OutBuf;
@@ -33,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+use tokio::sync::mpsc::UnboundedSender;
 use tracing::{debug, trace};
 
 /// Bytes put together for one write.
@@ -92,6 +94,8 @@ pub struct Core {
     /// Hosts come and go: jobs without an assignment use the workers that are there.
     pub is_elastic: bool,
     pub restoring: RestoreQueue,
+    /// Sends the hosts that are added to the hub's thread.
+    pub launches: Option<UnboundedSender<(usize, Launch)>>,
     /// The agents that dial back.
     pub dial_back: DialBack,
     /// The recent events, for bug reports.
@@ -157,6 +161,7 @@ impl SharedCore {
                 reconnects: false,
                 is_elastic: false,
                 restoring: RestoreQueue::default(),
+                launches: None,
                 dial_back: DialBack::default(),
                 recent: Recent::default(),
                 start_timeout: Duration::MAX,
@@ -410,6 +415,21 @@ impl Core {
         }
     }
 
+    /// Sets what follows for a connection from the plan of its agent.
+    pub fn set_plan(&mut self, agent: usize, start: &Start) {
+        let conn = &mut self.conns[agent];
+        conn.heartbeat_timeout = Duration::from_millis(start.heartbeat_timeout.into());
+        conn.stop_timeout = Duration::from_millis(start.stop_timeout);
+        if self.reconnects || conn.dials {
+            self.is_elastic |= conn.dials;
+            conn.plan = Some(start.clone());
+        }
+        if start.chunk_cache_bytes > 0 {
+            let max_bytes = usize::try_from(start.chunk_cache_bytes).unwrap_or(usize::MAX);
+            self.scheduler.set_chunk_cache(agent, max_bytes);
+        }
+    }
+
     /// Sets the time of events to now.
     pub fn update_clock(&mut self) {
         let now = self.hand.as_ref().map(|hand| hand.now);
@@ -651,7 +671,12 @@ impl Core {
     pub fn check_setup_log(&mut self) {
         let incomplete = |setup_log: &SetupLogFile| !setup_log.is_complete();
         if self.setup_log.as_ref().is_some_and(incomplete) {
-            self.inbox.setup_log_incomplete();
+            if self.reconnects || self.is_elastic {
+                self.inbox.setup_log_incomplete();
+            } else if let Some(setup_log) = &mut self.setup_log {
+                // No worker is being restored. Only hosts that are added would need the log.
+                setup_log.discard();
+            }
             for agent in 0..self.conns.len() {
                 if self.inbox.hosts[agent].awaited {
                     let reason = "it had not joined when the set-up log reached its limit";

@@ -186,6 +186,10 @@ pub struct HostView {
     pub dump_answered: u64,
     /// The answer to the last question after its state: of the agent, and of its workers by rank.
     pub dump: Vec<(Option<Rank>, Facts)>,
+    /// The host is being added to the cluster: nothing is reported.
+    pub adding: bool,
+    /// The agent has ended for good.
+    pub over: bool,
     /// Whether the loss of the host, and an incomplete set-up log, have been reported to R or will be.
     reported_lost: bool,
     reported_state: bool,
@@ -243,6 +247,24 @@ impl Inbox {
                 self.workers[rank as usize].agent = agent;
             }
         }
+    }
+
+    /// Adds a host to the cluster.
+    pub fn add_host(&mut self) {
+        self.hosts.push(HostView {
+            adding: true,
+            ..HostView::default()
+        });
+    }
+
+    /// Adds workers of this host.
+    pub fn add_workers(&mut self, agent: usize, count: usize) {
+        let worker = WorkerView {
+            agent,
+            ..WorkerView::default()
+        };
+        self.workers.resize(self.workers.len() + count, worker);
+        self.tasks.add_workers(count);
     }
 
     /// An agent has greeted.
@@ -419,9 +441,9 @@ impl Inbox {
 
     fn terminated(&mut self, rank: Rank, termination: Arc<Termination>) {
         let worker = &mut self.workers[rank as usize];
-        let came_up = worker.came_up;
-        worker.terminated_in = self.job;
         let agent = worker.agent;
+        let came_up = worker.came_up && !self.hosts[agent].adding;
+        worker.terminated_in = self.job;
         match &*termination {
             Termination::Worker(failure) if came_up => self.events.push_back(Event::Lost {
                 rank,
@@ -466,7 +488,9 @@ impl Inbox {
         if any && !waited_for && std::mem::take(&mut self.hosts[agent].awaited) {
             self.hosts[agent].failure = None;
             self.hosts[agent].reported_lost = false;
-            self.events.push_back(Event::HostJoined { agent });
+            if !self.hosts[agent].adding {
+                self.events.push_back(Event::HostJoined { agent });
+            }
         }
         if any && !waited_for && self.hosts[agent].reported_lost {
             self.hosts[agent].failure = None;
@@ -479,7 +503,8 @@ impl Inbox {
     pub fn job_lost(&mut self, agent: usize, reason: &str) {
         let host = &mut self.hosts[agent];
         // A drain has been reported.
-        let report = !host.awaited && host.draining.is_none() && !host.reported_lost;
+        let report =
+            !host.adding && !host.awaited && host.draining.is_none() && !host.reported_lost;
         host.awaited = true;
         host.reported_lost = true;
         host.jobs_lost += 1;
@@ -494,7 +519,9 @@ impl Inbox {
         let host = &mut self.hosts[agent];
         host.awaited = false;
         host.reported_lost = true;
-        self.events.push_back(Event::NeverJoined { agent, failure });
+        if !host.adding {
+            self.events.push_back(Event::NeverJoined { agent, failure });
+        }
     }
 
     /// Reports once that lost hosts will not be reconnected.

@@ -11,6 +11,7 @@ mod core;
 mod drain;
 mod dump;
 mod futures;
+mod grow;
 mod inbox;
 mod join;
 mod readiness;

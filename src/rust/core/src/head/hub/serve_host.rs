@@ -43,8 +43,15 @@ const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// Serves one host: its agent from launch to end, and the agents that replace it if the host is
 /// reconnected.
 pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
-    let failure = serve_one(&shared_core, agent, &launch, &hello, false).await;
-    fail(&shared_core, agent, failure);
+    serve_agents(&shared_core, agent, launch, hello).await;
+    let mut core = shared_core.core();
+    core.inbox.hosts[agent].over = true;
+    core.changed();
+}
+
+async fn serve_agents(shared_core: &Arc<SharedCore>, agent: usize, launch: Launch, hello: Hello) {
+    let failure = serve_one(shared_core, agent, &launch, &hello, false).await;
+    fail(shared_core, agent, failure);
     let dials = matches!(launch.source, Source::DialBack { .. });
     let mut wait = FIRST_WAIT;
     loop {
@@ -60,14 +67,14 @@ pub async fn serve(shared_core: Arc<SharedCore>, agent: usize, launch: Launch, h
             () = sleep(if dials { Duration::ZERO } else { wait }) => {}
             () = stop.notified() => return,
         }
-        let failure = serve_one(&shared_core, agent, &launch, &hello, true).await;
+        let failure = serve_one(shared_core, agent, &launch, &hello, true).await;
         let was_back = shared_core.core().inbox.hosts[agent].failure.is_none();
         wait = if was_back {
             FIRST_WAIT
         } else {
             (2 * wait).min(LONGEST_WAIT)
         };
-        fail(&shared_core, agent, failure);
+        fail(shared_core, agent, failure);
     }
 }
 

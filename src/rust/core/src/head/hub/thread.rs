@@ -17,7 +17,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 /// The hub's thread.
 pub(super) fn run(
-    hosts: Vec<Launch>,
+    launches: UnboundedReceiver<(usize, Launch)>,
     hello: Hello,
     shared_core: &Arc<SharedCore>,
     streams: mio::Poll,
@@ -27,26 +27,25 @@ pub(super) fn run(
         .enable_io()
         .enable_time()
         .build();
-    let count = hosts.len();
     let served = runtime.and_then(|runtime| {
         let local = tokio::task::LocalSet::new();
         local.block_on(
             &runtime,
-            serve(hosts, hello, shared_core.clone(), streams, listeners),
+            serve(launches, hello, shared_core.clone(), streams, listeners),
         )
     });
     if let Err(error) = served {
         let reason = format!("the head's event loop failed: {error}");
         let mut core = shared_core.core();
-        for agent in 0..count {
-            core.inbox.hosts[agent].failure = Some(HostFailure::new(reason.clone()));
+        for host in &mut core.inbox.hosts {
+            host.failure = Some(HostFailure::new(reason.clone()));
         }
         core.changed();
     }
 }
 
 async fn serve(
-    hosts: Vec<Launch>,
+    mut launches: UnboundedReceiver<(usize, Launch)>,
     hello: Hello,
     shared_core: Arc<SharedCore>,
     streams: mio::Poll,
@@ -58,11 +57,17 @@ async fn serve(
     let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
     let listener = tokio::task::spawn_local(dial_back::serve(shared_core.clone(), listeners));
     let mut tasks = Vec::new();
-    for (agent, host) in hosts.into_iter().enumerate() {
-        let task = serve_host::serve(shared_core.clone(), agent, host, hello.clone());
-        tasks.push(tokio::task::spawn_local(task));
+    loop {
+        tokio::select! {
+            // The first hosts are launched in any case: each of them is stopped in its turn.
+            biased;
+            Some((agent, host)) = launches.recv() => {
+                let task = serve_host::serve(shared_core.clone(), agent, host, hello.clone());
+                tasks.push(tokio::task::spawn_local(task));
+            }
+            () = shared_core.stopped.notified() => break,
+        }
     }
-    shared_core.stopped.notified().await;
     listener.abort();
     // Each connection task ends when its agent's process has been waited for.
     for task in tasks {

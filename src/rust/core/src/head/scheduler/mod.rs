@@ -41,6 +41,7 @@ mod cancel;
 mod drain;
 mod dump;
 pub mod events;
+mod grow;
 mod losses;
 mod outbound;
 pub mod pool;
@@ -105,16 +106,7 @@ impl Scheduler {
         }
         let flow = ResultFlow::new(homes.iter().map(|&(agent, _)| agent).collect(), limit);
         Scheduler {
-            agents: hosts
-                .into_iter()
-                .map(|ranks| AgentState {
-                    out: Outbound::new(ranks.len()),
-                    ranks,
-                    failures: 0,
-                    awaited: false,
-                    drain: None,
-                })
-                .collect(),
+            agents: hosts.into_iter().map(AgentState::new).collect(),
             workers: homes
                 .into_iter()
                 .map(|(agent, index)| Worker::new(agent, index))

@@ -53,6 +53,11 @@ impl Outbound {
         }
     }
 
+    /// Sets the number of workers of the agent, to which nothing has been sent.
+    pub(super) fn set_workers(&mut self, workers: usize) {
+        self.in_line = vec![false; workers];
+    }
+
     /// Adds the state of the queue to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add("lost", self.closed);

@@ -107,6 +107,19 @@ impl ResultFlow {
         }
     }
 
+    /// Adds a host.
+    pub(super) fn add_host(&mut self) {
+        self.beyond_window.push(0);
+    }
+
+    /// Adds a worker of this host, with the next rank.
+    pub(super) fn add_worker(&mut self, host: usize) {
+        self.incoming.push(None);
+        self.hosts.push(host);
+        self.beyond_window
+            .resize(self.beyond_window.len().max(host + 1), 0);
+    }
+
     /// Adds the facts about all results to a bug report.
     pub(super) fn facts(&self, facts: &mut Facts) {
         facts.add_debug("demand", &self.demand);

@@ -1001,3 +1001,41 @@ fn a_worker_that_is_back_takes_no_calls_before_it_is_what_it_was() {
     scheduler.restored(0);
     assert_eq!(tasks_sent(&mut scheduler, 0), [1]);
 }
+
+#[test]
+fn workers_that_are_added_get_the_next_ranks_and_tasks_once_they_have_joined() {
+    let mut s = up(2);
+    submit(&mut s, order(0, 1));
+    s.add_agent();
+    assert_eq!(s.add_workers(2, 2), [2, 3]);
+    s.await_agent(2);
+    assert_eq!((s.state(2), s.state(3)), (State::Waiting, State::Waiting));
+    s.take_notes();
+    s.agent_back(2, &ToAgent::Alive).unwrap();
+    for worker in 0..2 {
+        from_agent(&mut s, 2, &ToHead::WorkerUp { worker, pid: 7 });
+    }
+    let up = |note: &Note| matches!(note, Note::Up { rank: 2 | 3, .. });
+    assert_eq!(s.take_notes().iter().filter(|note| up(note)).count(), 2);
+    s.restore(2, vec![]);
+    s.restored(2);
+    // The others have what they had.
+    assert_eq!((s.state(0), s.state(2)), (State::Busy(1), State::Idle));
+    submit(&mut s, order(2, 2));
+    assert_eq!(tasks_sent(&mut s, 2), [2]);
+    answer(&mut s, 2, 2, None);
+    let done = |note: &Note| {
+        matches!(
+            note,
+            Note::Done {
+                rank: 2,
+                task: 2,
+                ..
+            }
+        )
+    };
+    assert!(s.take_notes().iter().any(done));
+    // A frame of a worker that the agent does not have.
+    let frame = control::encode(&ToHead::WorkerUp { worker: 2, pid: 7 }).unwrap();
+    assert!(s.on_frame(2, frame).is_err());
+}
