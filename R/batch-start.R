@@ -129,8 +129,8 @@ listensAtVersion6 <- function() {
   length(addresses) > 0L && all(grepl(":", addresses, fixed = TRUE))
 }
 
-# Ends jobs of a cluster and, with the last of them, the connections to login nodes. An engine that does not answer keeps
-# nobody waiting for long: the guards go on.
+# Ends jobs of a cluster and, with the last of them, the connections to login nodes. An engine that does not answer
+# keeps nobody waiting for long: the guards go on.
 stopBatches <- function(handle, batches = handle$batches) {
   ended <- vapply(batches, `[[`, "", "id")
   handle$batches <- Filter(function(batch) !batch$id %in% ended, handle$batches)

@@ -89,9 +89,9 @@
 #' @param setup_log_limit (number) Memory (bytes) that each agent may use for the set-up log, from which replaced
 #'   workers are restored. This session keeps a log of its own for hosts that join or return and for workers that
 #'   [addWorkers()] adds: a file without a name in the temporary directory, which contains the messages of
-#'   `clusterExport()`, `clusterEvalQ()` and `clusterCall()` once each, up to the same limit or 1 GiB. Agents on other hosts may use as much again to cache data that several workers need.
-#'   Default: an eighth of the memory that is available on the host, at least 16 MiB and at most 1 GiB. See
-#'   [rustcluster_faults].
+#'   `clusterExport()`, `clusterEvalQ()` and `clusterCall()` once each, up to the same limit or 1 GiB. Agents on other
+#'   hosts may use as much again to cache data that several workers need. Default: an eighth of the memory that is
+#'   available on the host, at least 16 MiB and at most 1 GiB. See [rustcluster_faults].
 #' @param stop_timeout (number) Seconds that `stopCluster()` waits for an idle worker to end, at least 0; default 5. In
 #'   that time the worker runs its exit handlers (`.Last()`, `reg.finalizer(onexit = TRUE)`). A worker that takes longer
 #'   is killed, and a warning of class `rustcluster_stop_timeout` names it.
