@@ -72,6 +72,21 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
   )
 }
 
+# Returns a launcher for a stub engine.
+batch_launcher <- function(kind, stub, nodes = 2L, cores = 2L, ...) {
+  given <- list(nodes = nodes, cores = cores, dir = file.path(stub$home, "shared"), ...)
+  if (kind == "template") {
+    given <- c(given, list(
+      template = paste(
+        "#!/bin/sh", "#SBATCH --job-name={{ job_name }}", "#SBATCH --array={{ tasks }}",
+        "#SBATCH --output={{ log_file }}", "{{ environment }}", "exec {{ command }}", sep = "\n"
+      ),
+      submit = "mysub", cancel = "mydel {{ jobs }}", status = "mystat {{ jobs }}"
+    ))
+  }
+  do.call(if (kind == "template") "jobTemplate" else kind, given)
+}
+
 # Signals process groups, which tools::pskill() does not.
 kill_groups <- function(pids, signal = "KILL") {
   if (length(pids)) suppressWarnings(system2("kill", c("-s", signal, "--", paste0("-", pids)), stderr = FALSE))

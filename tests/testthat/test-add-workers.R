@@ -2,23 +2,6 @@
 
 watch_processes()
 
-# A stand-in for ssh that starts the agent of a host once the file of its name is there.
-added_gates <- function(.frame = parent.frame()) {
-  dir <- tempfile("gates-")
-  dir.create(dir)
-  ssh <- file.path(dir, "ssh")
-  writeLines(c(
-    "#!/bin/bash", "host=${@: -2:1} command=${@: -1}",
-    sprintf("while [ ! -e '%s'/\"$host\" ]; do [ -e '%s/ssh' ] || exit 1; sleep 0.02; done", dir, dir),
-    sprintf("[ -s '%s'/\"$host\" ] && { cat '%s'/\"$host\" >&2; exit 255; }", dir, dir),
-    "exec sh -c \"$command\""
-  ), ssh)
-  Sys.chmod(ssh, "755")
-  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE), envir = .frame)
-  list(ssh = ssh, open = function(...) for (host in c(...)) file.create(file.path(dir, host)),
-       fail = function(host, text) writeLines(text, file.path(dir, host)))
-}
-
 alive <- function(cl) which(!is.na(clusterPids(cl)))
 
 pids_of <- function(cl) c(clusterPids(cl), agentPids(cl))
@@ -149,7 +132,7 @@ test_that("new workers have the settings of the cluster", {
 
 test_that("new hosts may join late", {
   skip_on_cran()
-  gate <- added_gates()
+  gate <- gates()
   cl <- local_cluster(1, rshcmd = gate$ssh, rlibs = .libPaths())
   clusterEvalQ(cl, late_value <- 3)
   clusterSetRNGStream(cl, 11)
@@ -200,7 +183,7 @@ test_that("a batch job is added to a cluster", {
 
 test_that("a host that cannot be added is named, and the cluster is as before", {
   skip_on_cran()
-  gate <- added_gates()
+  gate <- gates()
   cl <- local_cluster(2, rshcmd = gate$ssh, rlibs = .libPaths())
   before <- pids_of(cl)
   gate$open("good")
@@ -235,7 +218,7 @@ test_that("workers that fail at their start are not added", {
 
 test_that("with on_failure = \"warn\" the other hosts are added", {
   skip_on_cran()
-  gate <- added_gates()
+  gate <- gates()
   cl <- local_cluster(1, rshcmd = gate$ssh, rlibs = .libPaths(), on_failure = "warn")
   gate$open("good")
   gate$fail("bad", "no such machine")
@@ -246,7 +229,7 @@ test_that("with on_failure = \"warn\" the other hosts are added", {
 
 test_that("an interrupt ends what was started", {
   skip_on_cran()
-  gate <- added_gates()
+  gate <- gates()
   cl <- local_cluster(1, rshcmd = gate$ssh, rlibs = .libPaths())
   before <- pids_of(cl)
   gate$open("early")

@@ -2,20 +2,6 @@
 
 watch_processes()
 
-batch_launcher <- function(kind, stub, nodes = 2L, cores = 2L, ...) {
-  given <- list(nodes = nodes, cores = cores, dir = file.path(stub$home, "shared"), ...)
-  if (kind == "template") {
-    given <- c(given, list(
-      template = paste(
-        "#!/bin/sh", "#SBATCH --job-name={{ job_name }}", "#SBATCH --array={{ tasks }}",
-        "#SBATCH --output={{ log_file }}", "{{ environment }}", "exec {{ command }}", sep = "\n"
-      ),
-      submit = "mysub", cancel = "mydel {{ jobs }}", status = "mystat {{ jobs }}"
-    ))
-  }
-  do.call(if (kind == "template") "jobTemplate" else kind, given)
-}
-
 expect_nothing_left <- function(stub) {
   expect_identical(stub$jobs(), character())
   expect_identical(list.files(file.path(stub$home, "shared")), character())

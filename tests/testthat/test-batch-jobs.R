@@ -18,17 +18,7 @@ sleeping <- function(kind, stub, nodes = 3L, ...) {
   agent <- file.path(stub$home, "agent")
   writeLines(c("#!/bin/sh", "echo \"agent of $RUSTCLUSTER_JOB\"", "exec sleep 600"), agent)
   Sys.chmod(agent, "0755")
-  given <- list(nodes = nodes, cores = 2, rscript = agent, dir = file.path(stub$home, "shared"), ...)
-  if (kind == "template") {
-    given <- c(given, list(
-      template = paste(
-        "#!/bin/sh", "#SBATCH --job-name={{ job_name }}", "#SBATCH --array={{ tasks }}",
-        "#SBATCH --output={{ log_file }}", "{{ environment }}", "exec {{ command }}", sep = "\n"
-      ),
-      submit = "mysub", cancel = "mydel {{ jobs }}", status = "mystat {{ jobs }}"
-    ))
-  }
-  do.call(if (kind == "template") "jobTemplate" else kind, given)
+  batch_launcher(kind, stub, nodes, rscript = agent, ...)
 }
 
 running <- c(

@@ -1,22 +1,4 @@
-# Hosts that join after makeRustCluster() has returned (`wait`). A stand-in for ssh starts the agent of a host once the
-# file of its name is there, so that a test decides when a host joins.
-
-gates <- function(.frame = parent.frame()) {
-  dir <- tempfile("gates-")
-  dir.create(dir)
-  # ssh's arguments are options, the host, and the command.
-  ssh <- file.path(dir, "ssh")
-  writeLines(c(
-    "#!/bin/bash", "host=${@: -2:1} command=${@: -1}",
-    sprintf("while [ ! -e '%s'/\"$host\" ]; do [ -e '%s/ssh' ] || exit 1; sleep 0.02; done", dir, dir),
-    sprintf("[ -s '%s'/\"$host\" ] && { cat '%s'/\"$host\" >&2; exit 255; }", dir, dir),
-    "exec sh -c \"$command\""
-  ), ssh)
-  Sys.chmod(ssh, "755")
-  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE), envir = .frame)
-  list(ssh = ssh, open = function(...) for (host in c(...)) file.create(file.path(dir, host)),
-       fail = function(host, text) writeLines(text, file.path(dir, host)))
-}
+# Hosts that join after makeRustCluster() has returned (`wait`).
 
 late_cluster <- function(gate, spec, ..., .frame = parent.frame()) {
   local_cluster(spec, rshcmd = gate$ssh, rlibs = .libPaths(), ..., .frame = .frame)
