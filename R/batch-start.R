@@ -95,7 +95,7 @@ listenFor <- function(handle, launchers, keys, ports = integer()) {
   ports
 }
 
-# Submits jobs of a launcher, and does not wait for the engine. `nodes`: their number, if not all.
+# Submits jobs of a launcher, and does not wait for the engine.
 addBatch <- function(handle, number, launcher) {
   dial <- handle$dial
   host <- handle$logins[[number]]
@@ -268,7 +268,7 @@ maxRenewals <- 3L
 # Returns whether the engine has said, after host `i` began to wait, that no job will come for it.
 isOver <- function(handle, i, shown) {
   since <- handle$waitsSince[i]
-  if (is.null(since) || is.na(since)) {
+  if (is.na(since)) {
     handle$waitsSince[i] <- since <- proc.time()[["elapsed"]]
   }
   # The engine may list a job that comes again under its number as ended for a moment.
@@ -279,13 +279,9 @@ isOver <- function(handle, i, shown) {
 # work, and otherwise for good.
 endHost <- function(handle, i, shown, known) {
   job <- paste0("its job ", shown$job[[i]], " ")
-  state <- if (is.na(shown$state[[i]])) "" else paste0(" (", shown$state[[i]], ")")
+  state <- stateInBrackets(shown$state[[i]])
   dial <- handle$agents[[i]]$dial
-  if (known$jobs_lost[[i]] == 0) {
-    log <- logOfHost(handle, dial, shown$job[[i]])
-    reason <- paste0(job, "ended before its agent had connected", state, tailText("end of its log", log))
-    return(giveUpHost(handle, i, reason))
-  }
+  if (known$jobs_lost[[i]] == 0) return(giveUpHost(handle, i, neverConnected(handle, i, shown)))
   # A job that was cancelled by hand is told to end, too.
   planned <- grepl("^(time limit|warning)", known$draining[[i]]) ||
     grepl("^(TIMEOUT|PREEMPTED|NODE_FAIL|BOOT_FAIL|DEADLINE)", shown$state[[i]])
@@ -317,6 +313,17 @@ loginProblems <- function(handle) {
   vapply(handle$agents, function(agent) if (is.null(agent$dial)) NA_character_ else problems[[agent$dial]], "")
 }
 
+# Returns the reason for a host whose job has ended before its agent connected.
+neverConnected <- function(handle, i, shown) {
+  log <- logOfHost(handle, handle$agents[[i]]$dial, shown$job[[i]])
+  paste0(
+    "its job ", shown$job[[i]], " ended before its agent had connected", stateInBrackets(shown$state[[i]]),
+    tailText("end of its log", log)
+  )
+}
+
+stateInBrackets <- function(state) if (is.na(state)) "" else paste0(" (", state, ")")
+
 giveUpHost <- function(handle, i, reason) checked(hub_give_up_host(handle$pointer, i, reason), handle)
 
 logOfHost <- function(handle, number, job) {
@@ -338,11 +345,7 @@ leaveOutEnded <- function(handle, known) {
   shown <- jobsOfHosts(handle, known)
   for (i in setdiff(which(waits & shown$over), seq_len(handle$base$hosts))) {
     if (!isOver(handle, i, shown)) next
-    log <- logOfHost(handle, handle$agents[[i]]$dial, shown$job[[i]])
-    state <- if (is.na(shown$state[[i]])) "" else paste0(" (", shown$state[[i]], ")")
-    checked(hub_leave_out(handle$pointer, i, paste0(
-      "its job ", shown$job[[i]], " ended before its agent had connected", state, tailText("end of its log", log)
-    )))
+    checked(hub_leave_out(handle$pointer, i, neverConnected(handle, i, shown)))
   }
 }
 

@@ -241,8 +241,7 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   terminations <- checked(hub_terminations(handle$pointer), handle)
   # These have not failed.
   terminations[awaited] <- list(NULL)
-  # Jobs of batch engines may end, and come again.
-  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
+  noteAwaited(handle, awaited)
   for (i in which(is.na(report$problem))) {
     report$problem[[i]] <- workersProblem(terminations, which(handle$owner == new[[i]]), late)
   }
@@ -255,6 +254,12 @@ awaitStart <- function(handle, deadline, timeout, tolerant) {
   }
   if (length(failed)) hostsFailed(handle, failed, tolerant, length(ranks) > 0L)
   ranks
+}
+
+# Records whether hosts may still join. `awaited`: the ranks of workers whose hosts have not joined yet.
+noteAwaited <- function(handle, awaited) {
+  # Jobs of batch engines may end, and come again.
+  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
 }
 
 # Returns the number of workers that makeRustCluster() waits for: Inf for all.
@@ -287,7 +292,7 @@ awaitWorkers <- function(handle, needed, deadline, timeout) {
 # Waits for up to one slice until a host joins. Returns the ranks of the workers whose hosts have not joined yet.
 awaitArrival <- function(handle) {
   awaited <- checked(hub_awaited(handle$pointer, TRUE), handle)
-  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
+  noteAwaited(handle, awaited)
   showEvents(handle)
   raiseInterrupt()
   awaited
@@ -298,7 +303,7 @@ awaitNodes <- function(handle, ranks) {
   if (!handle$awaits) return(invisible())
   awaited <- checked(hub_awaited(handle$pointer, FALSE), handle)
   while (any(ranks %in% awaited)) awaited <- awaitArrival(handle)
-  handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
+  noteAwaited(handle, awaited)
 }
 
 # Returns the pids of the workers that are being started, or NA.
