@@ -145,9 +145,9 @@ stopBatches <- function(handle, batches = handle$batches) {
 }
 
 # Gives hosts the names of their nodes, once their agents have joined.
-nameNodes <- function(handle) {
-  if (!length(handle$batches)) return(invisible())
-  nodes <- checked(hub_hosts(handle$pointer))$node
+# `known`: what the hub knows of the hosts.
+nameNodes <- function(handle, known) {
+  nodes <- known$node
   for (i in which(!is.na(nodes))) {
     if (is.null(handle$agents[[i]]$dial) || identical(handle$agents[[i]]$host, nodes[[i]])) next
     handle$agents[[i]]$host <- nodes[[i]]
@@ -224,8 +224,8 @@ tendBatches <- function(handle) {
   now <- proc.time()[["elapsed"]]
   if (now - handle$tended < 0.5) return(invisible())
   handle$tended <- now
-  nameNodes(handle)
   known <- checked(hub_hosts(handle$pointer))
+  nameNodes(handle, known)
   handle$waitsSince[known$awaited != 1] <- NA
   if (!any(known$awaited == 1)) return(invisible())
   lost <- loginProblems(handle)

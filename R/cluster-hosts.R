@@ -64,7 +64,7 @@ hostsOf <- function(handle) {
     report$state[known$awaited == 1] <- "waiting"
     report$problem <- ifelse(is.na(report$problem), known$reason, report$problem)
     # What hosts have said that have joined since the start.
-    nameNodes(handle)
+    nameNodes(handle, known)
     report$host <- handle$report$host
     jobs <- jobsOfHosts(handle, known)
     report$job <- jobs$job

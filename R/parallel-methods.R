@@ -35,9 +35,12 @@ sendData.RustNode <- function(node, data) {
 }
 
 sendTask <- function(handle, rank, message) {
-  if (identical(handle$setupKey, ".Random.seed")) noteStreams(handle)
-  # The seed of a worker that has not joined yet is logged.
-  if (handle$awaits && !identical(handle$setupKey, ".Random.seed")) awaitNodes(handle, rank)
+  if (identical(handle$setupKey, ".Random.seed")) {
+    # The seed of a worker that has not joined yet is logged.
+    noteStreams(handle)
+  } else if (handle$awaits) {
+    awaitNodes(handle, rank)
+  }
   result <- hub_send(handle$pointer, rank, handle$job, message, handle$setupKey)
   if (is.null(result)) return(invisible())
   if (isTRUE(result)) {

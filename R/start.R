@@ -90,8 +90,9 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
   repeat {
     done <- checked(hub_greeted(handle$pointer))
     if (length(handle$batches)) {
-      nameNodes(handle)
-      leaveOutEnded(handle, checked(hub_hosts(handle$pointer)))
+      hosts <- checked(hub_hosts(handle$pointer))
+      nameNodes(handle, hosts)
+      leaveOutEnded(handle, hosts)
     }
     late <- proc.time()[["elapsed"]] > deadline
     if (progress || done || late || is.finite(needed)) {
