@@ -80,15 +80,11 @@ hub_greeted <- function(handle) .Call(wrap__hub_greeted, handle)
 #' @noRd
 hub_hosts <- function(handle) .Call(wrap__hub_hosts, handle)
 
-#' Makes lost hosts reconnect. The set-up calls of their workers are held in a file at `path`, up to
-#' `max_bytes` bytes. `start_timeout`: the number of seconds that the start of a reconnected host may take.
-#' @noRd
-hub_reconnect <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_reconnect, handle, path, max_bytes, start_timeout)
-
 #' Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
-#' `start_timeout`: the number of seconds that such a host may take.
+#' `start_timeout`: the number of seconds that such a host may take. `reconnects`: whether lost hosts are
+#' reconnected, too.
 #' @noRd
-hub_keep_setup_log <- function(handle, path, max_bytes, start_timeout) .Call(wrap__hub_keep_setup_log, handle, path, max_bytes, start_timeout)
+hub_keep_setup_log <- function(handle, path, max_bytes, start_timeout, reconnects) .Call(wrap__hub_keep_setup_log, handle, path, max_bytes, start_timeout, reconnects)
 
 #' Returns the ranks of the workers whose hosts have not joined yet, and still may. With `wait`, waits up to one
 #' slice until a worker joins.

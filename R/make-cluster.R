@@ -216,8 +216,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   on.exit(if (!started) abandon(handle))
   # Workers that are added later need the set-up log, too.
   limit <- if (is.null(setup_log_limit)) 2^30 else setup_log_limit
-  keep <- if (reconnect) hub_reconnect else hub_keep_setup_log
-  checked(keep(pointer, tempfile("rustcluster-"), limit, options$setup_timeout))
+  checked(hub_keep_setup_log(pointer, tempfile("rustcluster-"), limit, options$setup_timeout, reconnect))
   handle$headLogLimit <- limit
   handle$settings <- list(
     options = options, defaults = defaults, tolerant = tolerant, progress = progress, packages = as.character(packages),

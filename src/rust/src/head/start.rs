@@ -262,26 +262,25 @@ fn refusal(reason: &ToHead) -> String {
     }
 }
 
-/// Makes lost hosts reconnect. The set-up calls of their workers are held in a file at `path`, up to
-/// `max_bytes` bytes. `start_timeout`: the number of seconds that the start of a reconnected host may take.
-/// @noRd
-#[extendr]
-fn hub_reconnect(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
-    with_hub(&handle, |hub| {
-        let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
-        let made = hub.reconnect(Path::new(path), max_bytes as u64, start_timeout);
-        made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
-    })
-}
-
 /// Keeps the set-up log in a file at `path`, up to `max_bytes` bytes, so that hosts can join after the start.
-/// `start_timeout`: the number of seconds that such a host may take.
+/// `start_timeout`: the number of seconds that such a host may take. `reconnects`: whether lost hosts are
+/// reconnected, too.
 /// @noRd
 #[extendr]
-fn hub_keep_setup_log(handle: Robj, path: &str, max_bytes: f64, start_timeout: f64) -> Robj {
+fn hub_keep_setup_log(
+    handle: Robj,
+    path: &str,
+    max_bytes: f64,
+    start_timeout: f64,
+    reconnects: bool,
+) -> Robj {
     with_hub(&handle, |hub| {
         let start_timeout = Duration::try_from_secs_f64(start_timeout).unwrap_or(Duration::MAX);
-        let made = hub.keep_setup_log(Path::new(path), max_bytes as u64, start_timeout);
+        let (path, max_bytes) = (Path::new(path), max_bytes as u64);
+        let made = match reconnects {
+            true => hub.reconnect(path, max_bytes, start_timeout),
+            false => hub.keep_setup_log(path, max_bytes, start_timeout),
+        };
         made.map_err(|error| Failure::new("start_failed").with("reason", error.to_string()))
     })
 }
@@ -659,7 +658,6 @@ extendr_module! {
     fn hub_listen_unix;
     fn hub_greeted;
     fn hub_hosts;
-    fn hub_reconnect;
     fn hub_keep_setup_log;
     fn hub_awaited;
     fn hub_go;
