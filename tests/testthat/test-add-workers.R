@@ -74,7 +74,7 @@ test_that("workers that are gone do not keep set-up calls from new ones", {
 test_that("new workers continue the streams of random numbers, as in a PSOCK cluster of the final size", {
   skip_on_cran()
   psock <- parallel::makeCluster(6)
-  on.exit(parallel::stopCluster(psock))
+  on.exit(parallel::stopCluster(psock), add = TRUE)
   parallel::clusterSetRNGStream(psock, 7)
   cl <- local_cluster(2)
   clusterSetRNGStream(cl, 7)
@@ -93,7 +93,7 @@ test_that("futures and submitted calls use the new workers", {
   skip_on_cran()
   cl <- local_cluster(1)
   file <- tempfile()
-  on.exit(unlink(file))
+  on.exit(unlink(file), add = TRUE)
   busy <- clusterSubmit(cl, {
     while (!file.exists(file)) Sys.sleep(0.02)
     Sys.getpid()
@@ -117,7 +117,7 @@ test_that("futures and submitted calls use the new workers", {
 test_that("new workers have the settings of the cluster", {
   skip_on_cran()
   out <- tempfile()
-  on.exit(unlink(out))
+  on.exit(unlink(out), add = TRUE)
   cl <- local_cluster(1, outfile = out, rscript_envs = c(ADDED_VARIABLE = "yes"), threads = 3, timeout = 1, retries = 0)
   cl <- addWorkers(cl, list(list(host = "localhost", ncore = 1), list(host = "localhost", ncore = 1, threads = 2)))
   settings <- function() {

@@ -9,7 +9,7 @@ suppressPackageStartupMessages(library(foreach))
 
 with_backend <- function(register, code) {
   register()
-  on.exit(registerDoSEQ())
+  on.exit(registerDoSEQ(), add = TRUE)
   code
 }
 

@@ -16,7 +16,7 @@ expect_same_future <- function(fun) {
   on.exit({
     future::plan(future::sequential)
     stop_quietly(cl)
-  })
+  }, add = TRUE)
   future::plan(cluster_rust, workers = cl)
   got <- outcome(quote(fun()), NULL, list(fun = fun))
   expect_identical(got, want)
@@ -106,7 +106,7 @@ test_that("conditions are recorded and muffled on the worker as by future's clus
     },
     off = function() {
       old <- options(future.psock.relay.immediate = FALSE)
-      on.exit(options(old))
+      on.exit(options(old), add = TRUE)
       future::value(future::future({
         signal(noted("now", "immediateCondition"))
         4
@@ -127,7 +127,7 @@ test_that("conditions are recorded and muffled on the worker as by future's clus
     seen$result$call <- NULL
     seen
   })
-  on.exit(future::plan(future::sequential))
+  on.exit(future::plan(future::sequential), add = TRUE)
   future::plan(future::cluster, workers = 2)
   want <- all()
   future::plan(cluster_rust, workers = local_cluster(2))
@@ -322,7 +322,7 @@ test_that("a plan may create its own cluster", {
 })
 
 test_that("a plan that created its own cluster can be restored", {
-  on.exit(future::plan(future::sequential))
+  on.exit(future::plan(future::sequential), add = TRUE)
   answer <- function() future::value(future::future(42))
   future::plan(cluster_rust, workers = 2)
   old <- future::plan(future::sequential)
@@ -367,7 +367,7 @@ test_that("a plan that created its own cluster can be restored", {
 
 test_that("plans may be temporary", {
   skip_if_not(any(startsWith(utils::methods(class = "FutureStrategyList"), "with.")), "future has no with() for plans")
-  on.exit(future::plan(future::sequential))
+  on.exit(future::plan(future::sequential), add = TRUE)
   answer <- function() c(future::nbrOfWorkers(), future::value(future::future(42)))
   future::plan(cluster_rust, workers = 2)
   expect_equal(with(future::plan(future::sequential), answer()), c(1, 42))
@@ -383,7 +383,7 @@ test_that("plans may be temporary", {
 })
 
 test_that("plans may be nested, tweaked and named", {
-  on.exit(future::plan(future::sequential))
+  on.exit(future::plan(future::sequential), add = TRUE)
   two <- future::tweak(cluster_rust, workers = 2)
   future::plan(list(two, two))
   nested <- future::future({
@@ -411,7 +411,7 @@ test_that("plans may be nested, tweaked and named", {
 })
 
 test_that("an invalid `workers` is an error of the plan", {
-  on.exit(future::plan(future::sequential))
+  on.exit(future::plan(future::sequential), add = TRUE)
   wrong <- list(structure(list(), class = c("SOCKcluster", "cluster")), "a b", -1, list(1), c(1, 2), numeric(), NA, TRUE,
     structure(list(), class = c("RustCluster", "cluster")))
   for (workers in wrong) {
@@ -446,7 +446,7 @@ test_that("loops of doFuture return the same as with multisession, also after a 
   `%:%` <- foreach::`%:%`
   # Called by its name, it would have to be in Suggests, and Debian does not have it.
   getExportedValue("doFuture", "registerDoFuture")()
-  on.exit(foreach::registerDoSEQ())
+  on.exit(foreach::registerDoSEQ(), add = TRUE)
   y <- 5
   expect_same_future(function() {
     add <- function(x) x + y

@@ -96,7 +96,7 @@ local_echo <- function(path, .frame = parent.frame()) {
 
 ping <- function(port, text) {
   socket <- socketConnection(port = port, open = "r+b", blocking = TRUE, timeout = 30)
-  on.exit(close(socket))
+  on.exit(close(socket), add = TRUE)
   # The echo of a large text needs room: read a part before the next one is written.
   starts <- seq(1, nchar(text), 3e5)
   parts <- lapply(starts, function(start) {
@@ -178,7 +178,7 @@ test_that("files arrive whole and for the user alone, and directories are remove
   skip_without_sshd()
   on_both(function(host) {
     base <- tempfile("engine-")
-    on.exit(unlink(base, recursive = TRUE))
+    on.exit(unlink(base, recursive = TRUE), add = TRUE)
     dir <- engineMakeDir(host, base, "one")
     expect_identical(dir, normalizePath(file.path(base, "one")))
     expect_identical(format(file.mode(dir)), "700")
@@ -257,7 +257,7 @@ test_that("nothing is left when the head is killed", {
   gateway <- as.integer(child_wait_for(child, "gateway"))
   traces <- strsplit(child_said(child, "traces"), " ")[[1L]]
   fork <- note_pids(child_pids(child, "fork"))
-  on.exit(tools::pskill(fork, tools::SIGKILL))
+  on.exit(tools::pskill(fork, tools::SIGKILL), add = TRUE)
   expect_true(all(file.exists(traces)))
   expect_alive(c(gateway, jobs$job))
   child_signal(child, tools::SIGKILL)

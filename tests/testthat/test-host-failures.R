@@ -332,7 +332,7 @@ test_that("a full temporary directory is reported as such", {
   on.exit({
     system2("umount", c("-l", dir))
     unlink(dir, recursive = TRUE)
-  })
+  }, add = TRUE)
   expect_full <- function() {
     spec <- list(host = "localhost", ncore = 1, rscript_envs = c(TMPDIR = dir))
     error <- caught(makeRustCluster(list(spec)))

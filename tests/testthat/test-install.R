@@ -17,7 +17,7 @@ edited_source <- function(file, edit) {
   on.exit({
     setwd(here)
     unlink(dir, recursive = TRUE)
-  })
+  }, add = TRUE)
   utils::tar(made, list.files(recursive = TRUE), compression = "gzip", tar = "internal")
   made
 }

@@ -375,7 +375,7 @@ test_that("plot() of a cluster is an error with a remedy", {
 test_that("plots are drawn for any number of workers", {
   file <- tempfile(fileext = ".pdf")
   grDevices::pdf(file, 9, 6)
-  on.exit(unlink(file))
+  on.exit(unlink(file), add = TRUE)
   before <- graphics::par("mar")
   for (hosts in list(c(a = 1), c(a = 3, b = 5), c(pi = 2, a = 64, b = 64, c = 64, d = 126))) {
     timeline <- simulated_timeline(hosts)

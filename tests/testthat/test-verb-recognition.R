@@ -70,7 +70,7 @@ ways <- alist(
   },
   "1" = {
     on_exit <- function() {
-      on.exit(value <<- clusterApply(cl, 1:9, sqrt))
+      on.exit(value <<- clusterApply(cl, 1:9, sqrt), add = TRUE)
       NULL
     }
     value <- NULL
@@ -152,7 +152,7 @@ test_that("parallel's own names run whole jobs, from wherever they are called", 
 
 test_that("it does not matter whether code is compiled", {
   old <- compiler::enableJIT(0)
-  on.exit(compiler::enableJIT(old))
+  on.exit(compiler::enableJIT(old), add = TRUE)
   cl <- cluster_pair()$rust
   plain <- function(cl, n) {
     values <- list()
@@ -298,7 +298,7 @@ test_that("warnings, errors and jumps out of a verb leave the cluster as it was"
     expect_identical(parallel::clusterCall(cl, identity, i), rep(list(i), 4))
   }
   old <- options(warn = 2)
-  on.exit(options(old))
+  on.exit(options(old), add = TRUE)
   expect_identical(parallel::clusterApply(cl, 1:2, function(i) as.integer("a")), list(NA_integer_, NA_integer_))
   setTimeLimit(elapsed = 1, transient = TRUE)
   expect_error(parallel::clusterApplyLB(cl, rep(0.2, 200), Sys.sleep), "time limit")
@@ -381,7 +381,7 @@ test_that("worker failures are retried and reported as with the verbs of this pa
 test_that("progress is shown", {
   cl <- cluster_pair()$rust
   old <- options(rustcluster.progress = TRUE)
-  on.exit(options(old))
+  on.exit(options(old), add = TRUE)
   shown <- 0L
   local_function("showProgress", function(counts, total, what) function() shown <<- shown + 1L)
   parallel::clusterApplyLB(cl, 1:9, identity)
@@ -476,7 +476,7 @@ test_that("random calls return the same as with PSOCK", {
   n <- if (long_tests()) 600 else 60
   seed <- as.integer(Sys.getenv("RUSTCLUSTER_SEED", "1"))
   kind <- RNGkind()
-  on.exit(do.call(RNGkind, as.list(kind)))
+  on.exit(do.call(RNGkind, as.list(kind)), add = TRUE)
   for (i in seq_len(n)) {
     set.seed(seed * 1e4 + i, "Mersenne-Twister", "Inversion", "Rejection")
     call <- random_call()
