@@ -112,25 +112,34 @@ refuseByteOrder <- function(handle) {
   )
 }
 
-# Records the streams that clusterSetRNGStream() gives to the workers. `seeds` is a variable of its frame.
+# Records the streams that clusterSetRNGStream() gives to the workers. `seeds` is a variable of its frame. Clusters that
+# are joined with c() share `last`, so that the new workers of each get other streams.
 noteStreams <- function(handle) {
-  seeds <- openFrames[[handle$id]]$seeds
-  if (is.list(seeds) && length(seeds)) handle$lastStream <- seeds[[length(seeds)]]
+  frame <- openFrames[[handle$id]]
+  if (!is.list(frame$seeds) || !length(frame$seeds)) return(invisible())
+  if (is.null(frame$rustclusterStreams)) {
+    frame$rustclusterStreams <- new.env(parent = emptyenv())
+    frame$rustclusterStreams$last <- frame$seeds[[length(frame$seeds)]]
+  }
+  handle$streams <- frame$rustclusterStreams
 }
 
 # Gives new workers the streams of random numbers that follow the last one.
 continueStreams <- function(handle, ranks) {
-  if (is.null(handle$lastStream) || !length(ranks)) return(invisible())
-  # noteStreams() finds these.
-  seeds <- Reduce(function(seed, rank) parallel::nextRNGStream(seed), ranks, handle$lastStream, accumulate = TRUE)[-1L]
+  streams <- handle$streams
+  if (is.null(streams) || !length(ranks)) return(invisible())
+  seeds <- Reduce(function(seed, rank) parallel::nextRNGStream(seed), ranks, streams$last, accumulate = TRUE)[-1L]
   job <- openJob(handle, sys.nframe(), 0L, ".Random.seed")
   on.exit(closeJob(handle, job))
+  # noteStreams() finds it here, beside `seeds`.
+  rustclusterStreams <- streams # nolint: object_usage_linter.
   for (i in seq_along(ranks)) {
     call <- substitute(assign(".Random.seed", seed, envir = .GlobalEnv), list(seed = seeds[[i]]))
     data <- list(fun = eval, args = list(call), return = TRUE, tag = NULL)
     sendTask(handle, ranks[[i]], list(type = "EXEC", data = data, tag = NULL))
   }
   for (node in unclass(newCluster(handle, ranks))) recvData.RustNode(node)
+  streams$last <- seeds[[length(seeds)]]
 }
 
 # Returns the cluster with further nodes. Its attribute `added`: whether it is the whole cluster, with which

@@ -13,11 +13,11 @@ newHandle <- function(pointer, agents) {
   # that could not be added are never shown (`hidden`).
   handle$base <- list(hosts = 0L, workers = 0L)
   handle$hidden <- integer()
-  # The ranks of the cluster that makeRustCluster() has returned, and its settings; the last stream of random numbers
-  # that clusterSetRNGStream() has given to a worker. See add-workers.R.
+  # The ranks of the cluster that makeRustCluster() has returned, and its settings; an environment with the last stream
+  # of random numbers (`last`) that clusterSetRNGStream() has given to a worker. See add-workers.R.
   handle$made <- integer()
   handle$settings <- NULL
-  handle$lastStream <- NULL
+  handle$streams <- NULL
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE

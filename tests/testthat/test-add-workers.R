@@ -89,6 +89,27 @@ test_that("new workers continue the streams of random numbers, as in a PSOCK clu
   expect_identical(parLapply(cl, 1:13, function(i) runif(1)), parallel::parLapply(psock, 1:13, function(i) runif(1)))
 })
 
+test_that("new workers of joined clusters have streams of their own", {
+  skip_on_cran()
+  psock <- parallel::makeCluster(5)
+  on.exit(parallel::stopCluster(psock), add = TRUE)
+  parallel::clusterSetRNGStream(psock, 7)
+  one <- local_cluster(1)
+  other <- local_cluster(1)
+  clusterSetRNGStream(c(one, other), 7)
+  one <- addWorkers(one, 1)
+  other <- addWorkers(other, 1)
+  one <- addWorkers(one, 1)
+  expected <- parallel::clusterCall(psock, runif, 2)
+  # In the order in which they were added.
+  expect_identical(clusterCall(c(one[1], other[1], one[2], other[2], one[3]), runif, 2), expected)
+  clusterSetRNGStream(one, 7)
+  expect_identical(clusterCall(addWorkers(one, 1), runif, 2), {
+    parallel::clusterSetRNGStream(psock, 7)
+    parallel::clusterCall(psock[1:4], runif, 2)
+  })
+})
+
 test_that("futures and submitted calls use the new workers", {
   skip_on_cran()
   cl <- local_cluster(1)
