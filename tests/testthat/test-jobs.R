@@ -346,7 +346,7 @@ test_that("elements are extracted once, and an error in that ends the call", {
     if (identical(value, "bad")) stop("element ", i)
     value
   }, environment())
-  for (kind in list(1, "a", numeric(3e4), new.env())) {
+  for (kind in list(1, "a", numeric(3e4), new.env(parent = globalenv()))) {
     x <- structure(rep(list(1, kind), 15), class = "asked")
     asked <- 0
     got <- rustcluster::clusterApplyLB(cl, x, function(x) length(x))
