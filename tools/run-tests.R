@@ -19,7 +19,9 @@ run_file <- function(name, results) {
     library(testthat)
     library(rustcluster)
   })
-  options(testthat.summary.max_reports = Inf)
+  # testthat keeps the source of tests, and R the parse data with it: a function of a test is sent to workers with its
+  # environment, and all of that, which would be most of the work of many tests.
+  options(testthat.summary.max_reports = Inf, keep.parse.data = FALSE)
   began <- proc.time()[["elapsed"]]
   found <- as.data.frame(test_file(
     file.path("tests", "testthat", paste0("test-", name, ".R")), reporter = "summary", stop_on_failure = FALSE,
