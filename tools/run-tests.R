@@ -60,8 +60,9 @@ run_all <- function(names, summary) {
   ended <- lengths(results) > 0L
   lost <- sprintf("%s: its session ended, 0 passed, 1 failed, 0 skipped", names[!ended])
   found <- do.call(rbind, lapply(results, `[[`, "found"))
-  found <- rbind(found, data.frame(test = lost, passed = rep(0L, length(lost)), failed = 1L, error = FALSE,
-                                   skipped = FALSE)[seq_along(lost), ])
+  if (length(lost)) {
+    found <- rbind(found, data.frame(test = lost, passed = 0L, failed = 1L, error = FALSE, skipped = FALSE))
+  }
   writeLines(c(vapply(results[ended], `[[`, "", "line"), lost, counts(found)), summary)
   any(found$failed > 0, found$error) || sum(found$passed) == 0
 }
