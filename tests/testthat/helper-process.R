@@ -131,7 +131,7 @@ expect_gone <- function(pids, within = 1) {
   gone <- wait_until(function() !any(alive(pids)), timeout = within + slack())
   left <- pids[alive(pids)]
   what <- vapply(left, function(p) {
-    paste0(p, " (", gsub("\\s+", " ", process_command(p)), ")")
+    paste0(p, " (", gsub("\\s+", " ", process_command(p)), "), state ", proc_state(p))
   }, "")
   expect(gone, paste("still there:", paste(what, collapse = ", ")))
   # Leftovers would disturb the tests that follow.
