@@ -47,8 +47,9 @@ run_all <- function(names, summary) {
     rscript <- file.path(R.home("bin"), "Rscript")
     # Each takes time from the other.
     slack <- if (jobs != "1" && !nzchar(Sys.getenv("RUSTCLUSTER_TEST_SLACK"))) "RUSTCLUSTER_TEST_SLACK=8"
-    system2("xargs", c("-P", jobs, "-n", "1", "sh", "-c", shQuote(script), shQuote(rscript), shQuote(dir)),
-            input = names, env = as.character(slack))
+    command <- c("-P", jobs, "-n", "1", "sh", "-c", shQuote(script), shQuote(rscript), shQuote(dir))
+    status <- system2("xargs", command, input = names, env = as.character(slack))
+    if (status != 0L) stop("xargs ended with status ", status)
   }
   # Large files take long: they begin first.
   names <- names[order(-file.size(file.path("tests", "testthat", paste0("test-", names, ".R"))))]
