@@ -60,7 +60,7 @@ began=$SECONDS
 copy_checkout "$root/srv/rustcluster"
 cp "$into/$package" "$root/srv/"
 # The time limits of tests are too short for an emulator.
-inside "$root" env RUSTCLUSTER_TEST_SLACK=60 bash -euc '
+inside "$root" env RUSTCLUSTER_TEST_SLACK=60 RUSTCLUSTER_TEST_JOBS=1 bash -euc '
   mkdir /tmp/library
   R CMD INSTALL --library=/tmp/library "/srv/$1" >/tmp/install.log 2>&1 || { cat /tmp/install.log; exit 1; }
   shift

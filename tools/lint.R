@@ -2,11 +2,15 @@
 # Usage is checked in R/ only: lintr does not know the definitions of other files (the helpers of tests and
 # benches).
 folders <- c("R", "tests", "tools", "inst/bench")
-lint <- function(folder) {
-  found <- lintr::lint_dir(folder, relative_path = FALSE)
-  Filter(function(lint) folder == "R" || lint$linter != "object_usage_linter", found)
+files <- list.files(folders, "[.][Rr]$", recursive = TRUE, full.names = TRUE)
+lint <- function(file) {
+  found <- lintr::lint(file)
+  Filter(function(lint) startsWith(file, "R/") || lint$linter != "object_usage_linter", found)
 }
-found <- unlist(lapply(folders, lint), recursive = FALSE)
+found <- parallel::mclapply(files, lint, mc.cores = parallel::detectCores())
+# The error of a file would be lost.
+for (error in Filter(function(found) inherits(found, "try-error"), found)) stop(error)
+found <- unlist(found, recursive = FALSE)
 for (lint in found) {
   file <- sub(paste0(getwd(), "/"), "", lint$filename, fixed = TRUE)
   cat(sprintf("%s:%d:%d: %s [%s]\n", file, lint$line_number, lint$column_number, lint$message, lint$linter))

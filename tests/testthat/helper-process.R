@@ -131,7 +131,7 @@ expect_gone <- function(pids, within = 1) {
   gone <- wait_until(function() !any(alive(pids)), timeout = within + slack())
   left <- pids[alive(pids)]
   what <- vapply(left, function(p) {
-    paste0(p, " (", gsub("\\s+", " ", process_command(p)), ")")
+    paste0(p, " (", gsub("\\s+", " ", process_command(p)), "), state ", proc_state(p))
   }, "")
   expect(gone, paste("still there:", paste(what, collapse = ", ")))
   # Leftovers would disturb the tests that follow.
@@ -410,7 +410,8 @@ until_interrupted <- function(expr, after) {
   )
 }
 
-# C code that is compiled and loaded here; returns its file.
+# C code that is loaded here until the calling frame ends; returns its file. It is compiled once in a session: a copy is
+# as good as new.
 # `stop_button`: after so many microseconds, sets the flag that R checks, as the stop button of a front end
 # does, from another thread and without a signal.
 # `deaf`: does not respond to interrupts.
@@ -422,6 +423,21 @@ until_interrupted <- function(expr, after) {
 # value of the function, if the reader has loaded this code.
 compiled <- function(.frame = parent.frame()) {
   skip_on_cran()
+  if (is.null(helpers$library)) helpers$library <- compile_helpers()
+  if (is.na(helpers$library)) skip("there is no compiler")
+  dir <- tempfile("c-")
+  dir.create(dir)
+  library <- file.path(dir, "helpers.so")
+  file.copy(helpers$library, library)
+  dyn.load(library)
+  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE), envir = .frame)
+  library
+}
+
+helpers <- new.env(parent = emptyenv())
+
+# Returns the file of the compiled code, or NA.
+compile_helpers <- function() {
   dir <- tempfile("c-")
   dir.create(dir)
   source <- file.path(dir, "helpers.c")
@@ -486,11 +502,7 @@ compiled <- function(.frame = parent.frame()) {
     file.path(R.home("bin"), "R"), c("CMD", "SHLIB", "-o", shQuote(file.path(dir, "helpers.so")), shQuote(source)),
     stdout = FALSE, stderr = FALSE
   ))
-  if (status != 0L) skip("there is no compiler")
-  library <- file.path(dir, "helpers.so")
-  dyn.load(library)
-  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE), envir = .frame)
-  library
+  if (status == 0L) file.path(dir, "helpers.so") else NA_character_
 }
 
 # ---- faults --------------------------------------------------------------------

@@ -12,8 +12,14 @@ skip_without_sshd <- function() {
   if (Sys.info()[["sysname"]] != "Linux") skip("only Linux has all of 127.0.0.0/8")
 }
 
+# Sessions of tests that run at the same time look in other places, whatever their seeds are.
+ports <- new.env(parent = emptyenv())
+ports$last <- Sys.getpid() * 97L
+
 free_port <- function() {
-  for (port in sample(20000:32000, 50)) {
+  for (i in 1:50) {
+    ports$last <- ports$last + 1L
+    port <- 20000L + as.integer(ports$last %% 12000L)
     socket <- tryCatch(serverSocket(port), error = function(e) NULL)
     if (!is.null(socket)) {
       close(socket)

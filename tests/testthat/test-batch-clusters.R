@@ -61,6 +61,7 @@ test_that("a cluster begins with the jobs that run, and takes on the others", {
 
 test_that("the error of a start says what the engine says", {
   stub <- local_stub_engine("slurm")
+  local_fast_queries()
   stub$set("refuse", "sbatch: error: invalid partition specified: nowhere")
   failed <- caught(makeRustCluster(batch_launcher("slurm", stub)))
   expect_s3_class(failed, "rustcluster_start_failed")
@@ -84,6 +85,7 @@ test_that("the error of a start says what the engine says", {
 
 test_that("tasks of a job that is cancelled run elsewhere, and it is no attempt of theirs", {
   stub <- local_stub_engine("slurm")
+  local_fast_queries()
   cl <- local_cluster(batch_launcher("slurm", stub), retries = 0)
   cancelled <- FALSE
   cancel <- function(i, value) {
@@ -122,6 +124,7 @@ test_that("a job that the engine starts again takes its place", {
 
 test_that("a job that its time limit has ended is followed by another while there is work", {
   stub <- local_stub_engine("slurm")
+  local_fast_queries()
   cl <- local_cluster(batch_launcher("slurm", stub, nodes = 1L, cores = 1L), retries = 0)
   ended <- FALSE
   end <- function(i, value) {
@@ -149,6 +152,7 @@ test_that("a job that its time limit has ended is followed by another while ther
 
 test_that("a call goes on with further jobs when all jobs drain at once", {
   stub <- local_stub_engine("slurm")
+  local_fast_queries()
   cl <- local_cluster(batch_launcher("slurm", stub, nodes = 2L, cores = 1L), retries = 0)
   agents <- agentPids(cl)
   warned <- FALSE

@@ -346,10 +346,10 @@ test_that("elements are extracted once, and an error in that ends the call", {
     if (identical(value, "bad")) stop("element ", i)
     value
   }, environment())
-  for (kind in list(1, "a", numeric(3e4), new.env())) {
+  for (kind in list(1, "a", numeric(3e4), new.env(parent = globalenv()))) {
     x <- structure(rep(list(1, kind), 15), class = "asked")
     asked <- 0
-    got <- rustcluster::clusterApplyLB(cl, x, function(x) length(x))
+    got <- rustcluster::clusterApplyLB(cl, x, length)
     expect_identical(got, rep(list(1L, length(kind)), 15))
     expect_identical(asked, 30)
     asked <- 0
@@ -368,10 +368,11 @@ test_that("elements are extracted once, and an error in that ends the call", {
   expect_length(got$losses, 1)
   expect_identical(asked, 30)
   note_processes(cl)
+  stale <- global(function(i) "stale")
   for (at in c(1, 7, 400)) {
     x <- structure(replace(as.list(1:500), at, "bad"), class = "asked")
     for (name in c("clusterApply", "clusterApplyLB")) {
-      expect_error(ours(name)(cl, x, function(i) "stale"), paste0("^element ", at, "$"))
+      expect_error(ours(name)(cl, x, stale), paste0("^element ", at, "$"))
       expect_right(cl)
     }
   }

@@ -123,9 +123,9 @@ test_that("a host that is slower than setup_timeout is given up", {
   skip_on_cran()
   gate <- gates()
   gate$open("early")
-  cl <- late_cluster(gate, c(early = 1, late = 1), wait = "first", setup_timeout = 2)
+  cl <- late_cluster(gate, c(early = 1, late = 1), wait = "first", setup_timeout = 5)
   pid <- rustcluster:::hub_agent_pids(cl[[1L]]$handle$pointer)
-  expect_warning(failed <- caught(clusterCall(cl, Sys.getpid)), "within 2 seconds", class = "rustcluster_host_failed")
+  expect_warning(failed <- caught(clusterCall(cl, Sys.getpid)), "within 5 seconds", class = "rustcluster_host_failed")
   expect_s3_class(failed, "rustcluster_host_failed")
 })
 

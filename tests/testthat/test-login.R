@@ -122,6 +122,7 @@ test_that("the hosts of a lost login node say why, and the cluster can be stoppe
 test_that("a job that follows another goes through the same login node, and is cancelled with it", {
   skip_without_sshd()
   stub <- local_stub_engine("slurm")
+  local_fast_queries()
   ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
   cl <- local_cluster(login_launcher(stub, nodes = 1, cores = 1), rshcmd = ssh$rshcmd, retries = 0)
   ended <- FALSE
