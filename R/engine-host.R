@@ -50,7 +50,9 @@ engineRunAside <- function(host, command, input = NULL, timeout = engineTimeout)
 engineAsideResult <- function(aside) {
   if (!is.null(aside$result)) return(aside$result)
   ended <- background_wait(aside$process, 0, FALSE)
-  problem <- if (!ended && !is.null(aside$link)) linkProblem(aside$link)
+  report <- if (ended) background_report(aside$process)
+  # ssh's own status is 255.
+  problem <- if (!is.null(aside$link) && (!ended || report$status %in% 255L)) linkProblem(aside$link)
   if (!is.null(problem)) {
     engineAsideEnd(aside)
     aside$result <- engineResult(255L, stderr = problem)
