@@ -279,6 +279,6 @@ jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   if (!length(file)) file <- intersect(c("job.log", "pbs.out"), all)
   if (!length(file)) return("")
   path <- file.path(batch$directory, file[[1L]])
-  text <- if (isThere(batch)) textLines(engineReadTail(batch$host, path, 200 * lines)) else linesOf(path)
+  text <- if (isThere(batch)) textLines(engineReadTail(batch$host, path, 200 * lines, 20)) else linesOf(path)
   paste(utils::tail(text, lines), collapse = "\n")
 }

@@ -141,9 +141,9 @@ engineMakeDir <- function(host, dir, name) {
 }
 
 # Returns the last bytes of a file as text; "" if there is no such file.
-engineReadTail <- function(host, path, bytes = 10000) {
+engineReadTail <- function(host, path, bytes = 10000, timeout = engineTimeout) {
   command <- c("tail", "-c", format(bytes, scientific = FALSE), "--", path)
-  result <- engineRun(host, command)
+  result <- engineRun(host, command, timeout = timeout)
   if (result$status %in% 0L) result$stdout else ""
 }
 

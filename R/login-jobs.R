@@ -78,6 +78,7 @@ checkLinkThere <- function(batch, what) {
 
 # Raises an error if the session of a guard has ended before the guard began.
 checkGuardThere <- function(batch) {
+  checkLinkThere(batch, "submit the jobs")
   report <- background_report(batch$guard)
   # These are the guard's own.
   if (!report$status %in% c(0L, 2L)) {
@@ -135,7 +136,8 @@ answerThere <- function(batch, name) {
   if (is.null(batch$reading[[name]])) {
     script <- paste0(
       "d=; i=0; while [ ! -e \"$1/$2.rc\" ] && [ $i -lt 700 ]; do ",
-      "if [ -d \"$1\" ]; then d=1; elif [ \"$d\" ]; then exit 1; fi; sleep 0.1; i=$((i+1)); done; cd \"$1\" || exit 1; ",
+      "if [ -d \"$1\" ]; then d=1; elif [ \"$d\" ]; then exit 1; fi; sleep 0.1; i=$((i+1)); done; ",
+      "cd \"$1\" || exit 1; ",
       "for e in rc out err id; do echo \"part $e `cat \"$2.$e\" 2> /dev/null | wc -l`\"; ",
       "cat \"$2.$e\" 2> /dev/null | sed '$a\\'; done"
     )

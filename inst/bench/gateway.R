@@ -138,6 +138,6 @@ main <- function() {
   ))
   # On busy cores the work of dial-back and that of ssh follow each other.
   both <- 1 / (1 / rates[, "direct"] + 1 / rates[, "ssh"])
-  cat(sprintf("gateway / (dial-back and plain ssh, one after the other) %.2f (1: it costs nothing itself)\n", ratio(both)))
+  cat(sprintf("gateway / (dial-back and plain ssh, one after the other) %.2f (1: it costs nothing)\n", ratio(both)))
 }
 main()
