@@ -9,8 +9,8 @@
 #'
 #' The directory `dir` must be on a file system that this session and the nodes share. Each cluster has a directory of
 #' its own in it, with the scripts, the logs of the jobs, the key of the cluster and the variables of `rscript_envs`.
-#' The directory is readable by the user alone and is removed when the cluster stops. Scripts contain no secrets, since
-#' engines show them to administrators.
+#' The directory is readable by the user alone and is removed when the cluster stops. The package puts no secrets into
+#' scripts, since engines show these to administrators.
 #'
 #' @param nodes (integer) The number of nodes; default 1.
 #' @param cores (integer) The number of cores that each node gives, and of workers on each node. Required.
