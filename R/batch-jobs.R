@@ -14,9 +14,9 @@ randomText <- function(count) {
 
 # Submits the jobs of a launcher and waits until the engine has taken them. Returns an environment, a batch: its
 # `directory`, `guard`, and `jobs`, a data frame with a row for each submission (`job`, an id in the engine's form;
-# `tasks`, the number of its nodes; `array`, logical). `key`: the lines of the file that only agents read. `env`,
-# `arguments`: as for jobScripts(). `host`: where the engine's commands run (engine-host.R). A failure is an error, and
-# leaves no job and no file.
+# `tasks`, the number of its nodes; `array`, logical). `key`: the lines of the file that only agents read. `env`:
+# variables of the agents; NA removes one. `arguments`: as for jobScripts(). `host`: where the engine's commands run
+# (engine-host.R). A failure is an error, and leaves no job and no file.
 submitJobs <- function(launcher, id, key = character(), env = character(),
                        arguments = rscriptArguments(list(methods = TRUE)), timeout = 70, host = engineHost()) {
   batch <- prepareJobs(launcher, id, env, arguments, host)
@@ -33,7 +33,8 @@ submitJobs <- function(launcher, id, key = character(), env = character(),
 # Makes the directory of the jobs, with their scripts.
 prepareJobs <- function(launcher, id, env, arguments, host) {
   launcher$dir <- jobsDirThere(launcher, host)
-  made <- jobScripts(launcher, id, env, arguments)
+  variables <- variablesLines(env)
+  made <- jobScripts(launcher, id, arguments)
   batch <- new.env(parent = emptyenv())
   batch$launcher <- launcher
   batch$host <- host
@@ -51,13 +52,14 @@ prepareJobs <- function(launcher, id, env, arguments, host) {
   batch$query <- NULL
   batch$states <- NULL
   batch$queried <- -Inf
-  makeDirectory(batch)
+  if (!isThere(batch)) makeDirectory(batch)
   written <- FALSE
   on.exit(if (!written) removeJobsDir(batch))
   for (path in names(made$files)) writeJobFile(batch, path, made$files[[path]], "0700")
   for (i in seq_len(nrow(made$submissions))) {
     writeJobFile(batch, file.path(batch$directory, paste0("submit-", i)), made$submissions$command[[i]])
   }
+  writeJobFile(batch, variablesFileOf(launcher, id), variables)
   # The guard removes only a directory with this file.
   writeJobFile(batch, file.path(batch$directory, "jobs-of"), jobNameOf(launcher, id))
   if (isThere(batch)) writeGuardThere(batch)
@@ -66,7 +68,6 @@ prepareJobs <- function(launcher, id, env, arguments, host) {
 }
 
 makeDirectory <- function(batch) {
-  if (isThere(batch)) return(engineMakeDir(batch$host, batch$launcher$dir, batch$id))
   parent <- batch$launcher$dir
   failed <- function(path, why) {
     abort("start_failed", "the directory ", sQuote(path), " for scripts, keys and logs of jobs ", why,
@@ -107,12 +108,7 @@ writeKey <- function(batch, lines) {
 }
 
 startGuard <- function(batch) {
-  if (isThere(batch)) {
-    writeFilesThere(batch)
-    batch$guard <- engineGuard(batch$host, guardArguments(batch)[-1L])
-  } else {
-    batch$guard <- checked(guard_start(guardArguments(batch)))
-  }
+  if (isThere(batch)) startGuardThere(batch) else batch$guard <- checked(guard_start(guardArguments(batch)))
 }
 
 # Returns the command of the guard.
@@ -181,6 +177,7 @@ awaitSubmissions <- function(batch, timeout) {
       if (isTRUE(guardEnded(batch, 0.02))) {
         # It may have answered just before.
         answer <- answerTo(batch, name)
+        if (is.null(answer) && isThere(batch)) checkGuardThere(batch)
         if (is.null(answer)) submissionFailed(batch, i, NULL, "the process that runs it has ended")
         break
       }
@@ -190,6 +187,7 @@ awaitSubmissions <- function(batch, timeout) {
       raiseInterrupt()
     }
     if (!isTRUE(answer$status == 0L)) {
+      if (isThere(batch)) checkLinkThere(batch, "submit the jobs")
       # timeout(1) exits with 124, or 137 after SIGKILL.
       why <- if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
       submissionFailed(batch, i, answer, why)
@@ -281,6 +279,6 @@ jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   if (!length(file)) file <- intersect(c("job.log", "pbs.out"), all)
   if (!length(file)) return("")
   path <- file.path(batch$directory, file[[1L]])
-  text <- if (isThere(batch)) textLines(engineReadTail(batch$host, path, 200 * lines)) else linesOf(path)
+  text <- if (isThere(batch)) textLines(engineReadTail(batch$host, path, 200 * lines, 20)) else linesOf(path)
   paste(utils::tail(text, lines), collapse = "\n")
 }

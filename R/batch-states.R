@@ -80,7 +80,6 @@ takeAnswer <- function(batch, answer) {
   }
   said <- tryCatch(parseStates(kind, answer$out), error = function(e) e)
   if (inherits(said, "error")) return(conditionMessage(said))
-  if (kind == "htcondor") said <- withEvents(said, file.path(batch$directory, "events.log"))
   states <- batch$states
   number <- function(job) sub("^([0-9]+).*$", "\\1", job)
   at <- match(paste(number(states$job), states$task), paste(number(said$job), said$task))
@@ -153,15 +152,18 @@ parseSlurm <- function(lines) {
 condorStates <- c("IDLE", "RUNNING", "REMOVED", "COMPLETED", "HELD", "TRANSFERRING_OUTPUT", "SUSPENDED")
 
 parseCondor <- function(lines) {
-  fields <- fieldsOf(lines, "\t", 6L, "undefined")
+  events <- grepl("^event ", lines)
+  fields <- fieldsOf(lines[!events], "\t", 6L, "undefined")
   state <- condorStates[suppressWarnings(as.integer(fields[, 3L]))]
   reason <- ifelse(state %in% "HELD", fields[, 5L], ifelse(state %in% "IDLE", fields[, 6L], NA_character_))
-  stateRows(fields[, 1L], suppressWarnings(as.integer(fields[, 2L])), state, reason, sub("^.*@", "", fields[, 4L]))
+  said <- stateRows(
+    fields[, 1L], suppressWarnings(as.integer(fields[, 2L])), state, reason, sub("^.*@", "", fields[, 4L])
+  )
+  withEvents(said, sub("^event ", "", lines[events]))
 }
 
-# Adds the jobs that have left the queue of HTCondor, of which its event log says how they ended.
-withEvents <- function(said, path) {
-  lines <- if (file.exists(path)) linesOf(path) else character()
+# Adds the jobs that have left the queue of HTCondor. `lines`: what its event log says of their ends.
+withEvents <- function(said, lines) {
   at <- grep("^0(05|09) [(][0-9]+[.][0-9]+[.]", lines)
   if (!length(at)) return(said)
   head <- lines[at]

@@ -30,6 +30,7 @@ engineRunAside <- function(host, command, input = NULL, timeout = engineTimeout)
   # On a login node, coreutils' timeout ends the command at its limit, and this session the ssh that waits for it later.
   aside$timeout <- timeout + if (is.null(host$link)) 0 else 10
   aside$limit <- timeout
+  aside$link <- host$link
   aside$result <- NULL
   if (!is.null(host$link) && !is.null(problem <- linkProblem(host$link))) {
     aside$result <- engineResult(255L, stderr = problem)
@@ -44,10 +45,19 @@ engineRunAside <- function(host, command, input = NULL, timeout = engineTimeout)
   aside
 }
 
-# Returns the result of a command that was started aside, or NULL while it runs.
+# Returns the result of a command that was started aside, or NULL while it runs. A command ends with the connection to
+# its login node, which heartbeats notice long before the time limit of the command.
 engineAsideResult <- function(aside) {
   if (!is.null(aside$result)) return(aside$result)
   ended <- background_wait(aside$process, 0, FALSE)
+  report <- if (ended) background_report(aside$process)
+  # ssh's own status is 255.
+  problem <- if (!is.null(aside$link) && (!ended || report$status %in% 255L)) linkProblem(aside$link)
+  if (!is.null(problem)) {
+    engineAsideEnd(aside)
+    aside$result <- engineResult(255L, stderr = problem)
+    return(aside$result)
+  }
   late <- proc.time()[["elapsed"]] - aside$began > aside$timeout
   if (!ended && !late) return(NULL)
   if (!ended) background_kill(aside$process)
@@ -102,8 +112,9 @@ engineWriteFile <- function(host, path, text, mode = "0600") {
   invisible(path)
 }
 
-# Writes several text files in one session. `texts`: by their paths. `modes`: of each.
-engineWriteFiles <- function(host, texts, modes) {
+# Returns lines of sh that write text files: `texts` by their paths, with `modes`. Each appears with its whole content.
+# The lines exit with status 1 if a file cannot be written.
+writeFilesScript <- function(texts, modes) {
   mark <- paste0("end-", randomText(8L))
   parts <- Map(function(path, text, mode) {
     text <- paste0(enc2utf8(text), collapse = "\n")
@@ -114,12 +125,7 @@ engineWriteFiles <- function(host, texts, modes) {
       sub("\n$", "", text), mark
     )
   }, names(texts), texts, modes)
-  # sh runs what it has read: only the last line shows that it has read everything.
-  script <- c("umask 077", unlist(parts), paste("echo", mark))
-  result <- engineRun(host, "sh", paste0(script, "\n", collapse = ""))
-  if (result$status %in% 0L && !grepl(mark, result$stdout, fixed = TRUE)) result$status <- 1L
-  engineChecked(host, result, paste("write files in", dirname(names(texts)[[1L]])))
-  invisible()
+  c("umask 077", unlist(parts, use.names = FALSE))
 }
 
 # Creates a directory `name` within `dir`, which is created if it does not exist, for the user alone. Returns its path,
@@ -135,9 +141,9 @@ engineMakeDir <- function(host, dir, name) {
 }
 
 # Returns the last bytes of a file as text; "" if there is no such file.
-engineReadTail <- function(host, path, bytes = 10000) {
+engineReadTail <- function(host, path, bytes = 10000, timeout = engineTimeout) {
   command <- c("tail", "-c", format(bytes, scientific = FALSE), "--", path)
-  result <- engineRun(host, command)
+  result <- engineRun(host, command, timeout = timeout)
   if (result$status %in% 0L) result$stdout else ""
 }
 
@@ -150,20 +156,29 @@ engineRemoveDir <- function(host, path) {
 }
 
 # Starts the guard of a cluster's jobs: sh runs the script at the path `script`, which may have arguments. Its stdin
-# ends when this session ends, when the connection is lost, or by engineGuardRelease().
-engineGuard <- function(host, script) {
+# ends when this session ends, when the connection is lost, or by engineGuardRelease(). `before`: lines of sh that run
+# first, on a login node; they may exit. `programs`: the commands that the guard runs. Waits for nothing.
+engineGuard <- function(host, script, before = character(), programs = character()) {
   link <- host$link
+  input <- raw()
   if (is.null(link)) {
     command <- c("sh", script)
   } else {
     # The gateway ends the guard by its pid if the link is dead. Its command names the directory of the gateway.
+    mark <- paste0("end-", randomText(8L))
+    # Nobody sees what is read from stdin. The lines run only if all have arrived; `read` takes no byte of what follows.
+    read <- paste0(
+      "s=; while IFS= read -r l && [ \"$l\" != ", mark, " ]; do s=\"$s$l\n\"; done; ",
+      "[ \"$l\" = ", mark, " ] || exit 1; eval \"$s\"; "
+    )
     command <- sessionCommand(link, paste0(
-      exportEnv(host$env), "echo $$ >> ", link$remote, "/pids; exec sh ", paste(shQuote(script), collapse = " "), " ",
-      link$remote
+      "echo $$ >> ", link$remote, "/pids; ", exportEnv(host$env), loginPath(programs), if (length(before)) read,
+      "exec sh ", paste(shQuote(script), collapse = " "), " ", link$remote
     ))
+    if (length(before)) input <- engineInput(c(before, mark, ""))
   }
   env <- if (is.null(link)) host$env else character()
-  guard <- background_start(command, env, raw(), TRUE, 0, 0, FALSE)
+  guard <- background_start(command, env, input, TRUE, 0, 0, FALSE)
   if (is.character(guard)) abort("start_failed", "the guard of the jobs cannot be started: ", guard)
   if (!is.null(link)) {
     link$guards <- c(link$guards, list(guard))
@@ -220,16 +235,21 @@ exportEnv <- function(env) {
   ), collapse = "")
 }
 
-# Returns a script that runs a command on the login node. The shell of a session is no login shell: a program that is
-# not in its PATH may be in that of the user's profile.
-remoteCommand <- function(command, env, timeout) {
-  program <- command[[1L]]
+# Returns a line of sh for a login node that makes programs known. The shell of a session is no login shell: a program
+# that is not in its PATH may be in that of the user's profile.
+loginPath <- function(programs) {
+  programs <- programs[nzchar(programs) & !grepl("/", programs, fixed = TRUE)]
+  if (!length(programs)) return("")
   paste0(
-    exportEnv(env),
-    if (!grepl("/", program, fixed = TRUE)) paste0(
-      "command -v ", shQuote(program), " > /dev/null 2>&1 || ",
-      "{ p=`bash -lc 'echo \"$PATH\"' 2> /dev/null < /dev/null | tail -n 1`; PATH=$PATH${p:+:$p}; }; "
-    ),
+    "{ ", paste("command -v", shQuote(programs), "> /dev/null 2>&1", collapse = " && "), "; } || ",
+    "{ p=`bash -lc 'echo \"$PATH\"' 2> /dev/null < /dev/null | tail -n 1`; PATH=$PATH${p:+:$p}; export PATH; }; "
+  )
+}
+
+# Returns a script that runs a command on the login node.
+remoteCommand <- function(command, env, timeout) {
+  paste0(
+    exportEnv(env), loginPath(command[[1L]]),
     "if command -v timeout > /dev/null 2>&1; then exec timeout -k 5 ", format(timeout, scientific = FALSE), " ",
     paste(shQuote(command), collapse = " "), "; else exec ", paste(shQuote(command), collapse = " "), "; fi"
   )

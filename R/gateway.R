@@ -29,7 +29,9 @@ openLink <- function(login, rshcmd = NULL, rshopts = NULL, env = character(), ti
     "rm -rf -- \"$RUSTCLUSTER_LINK\"; exit $status"
   )
   command <- c("sh", "-c", wrapper, "sh", sshWith(host, c(
-    "-M", "-S", link$control, "-o", "ControlPersist=no", "-o", "ExitOnForwardFailure=no"
+    "-M", "-S", link$control, "-o", "ControlPersist=no", "-o", "ExitOnForwardFailure=no",
+    # What agents send was encrypted, and does not get smaller.
+    "-o", "Compression=no"
   )), loginShellCommand(masterScript(link$remote)))
   link$master <- background_start(command, c(RUSTCLUSTER_LINK = link$local), raw(), TRUE, 0, 0, FALSE)
   if (is.character(link$master)) loginFailed(link, paste0("ssh cannot be run: ", link$master))

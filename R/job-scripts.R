@@ -21,12 +21,12 @@ jobMode <- function(launcher) {
 jobDirectoryOf <- function(launcher, id) paste0(launcher$dir, "/", id)
 jobNameOf <- function(launcher, id) paste0(launcher$name, "-", id)
 keyFileOf <- function(launcher, id) paste0(jobDirectoryOf(launcher, id), "/key")
+variablesFileOf <- function(launcher, id) paste0(jobDirectoryOf(launcher, id), "/variables")
 
 # Returns a list of `files`, named by their paths, each a character vector of lines, and of `submissions`, a data frame
 # with a row for each submit command: `command` (a line of shell), `file`, `tasks` (the number of nodes), `array`
-# (logical). `id`: the number of the jobs' cluster. `env`: variables of the agent; NA removes one. `arguments`: of
-# Rscript.
-jobScripts <- function(launcher, id, env = character(), arguments = rscriptArguments(list(methods = TRUE))) {
+# (logical). `id`: the number of the jobs' cluster. `arguments`: of Rscript.
+jobScripts <- function(launcher, id, arguments = rscriptArguments(list(methods = TRUE))) {
   mode <- jobMode(launcher)
   if (mode == "array" && launcher$nodes > 1L && !any(c("tasks", "nodes") %in% templateKeys(launcher$lines))) {
     badArgument("template", "must have the key `tasks`, the range of the array, or `array` must be FALSE")
@@ -37,11 +37,11 @@ jobScripts <- function(launcher, id, env = character(), arguments = rscriptArgum
   kinds <- unique(sizes)
   paths <- paste0(directory, "/job", c("", if (length(kinds) > 1L) paste0("-", seq_along(kinds)[-1L])), suffix)
   texts <- lapply(kinds, function(size) {
-    fillTemplate(launcher$lines, jobValues(launcher, id, size, mode, env, arguments))
+    fillTemplate(launcher$lines, jobValues(launcher, id, size, mode, arguments))
   })
   files <- structure(texts, names = paths)
   if ("script" %in% templateKeys(launcher$lines)) {
-    values <- jobValues(launcher, id, sizes[[1L]], mode, env, arguments)
+    values <- jobValues(launcher, id, sizes[[1L]], mode, arguments)
     lines <- c(
       "#!{{ shell }}", if (launcher$kind == "htcondor") condorPrologue(),
       "{{ setup | }}", "{{ environment }}", "exec {{ command }}"
@@ -71,7 +71,7 @@ condorPrologue <- function() {
 }
 
 # Returns the values of the keys of a template for a job of `size` nodes, or for an array of as many jobs.
-jobValues <- function(launcher, id, size, mode, env, arguments) {
+jobValues <- function(launcher, id, size, mode, arguments) {
   engine <- engines[[launcher$kind]]
   directory <- jobDirectoryOf(launcher, id)
   name <- jobNameOf(launcher, id)
@@ -91,7 +91,7 @@ jobValues <- function(launcher, id, size, mode, env, arguments) {
     queue = launcher$queue, account = launcher$account, gpus = launcher$gpus, constraint = launcher$constraint,
     extra = c(if (one) "#SBATCH --no-kill", launcher$extra), setup = launcher$setup,
     command = agentCommand(launcher, size, one, arguments),
-    environment = agentEnvironment(launcher, id, env),
+    environment = agentEnvironment(launcher, id),
     script = paste0(directory, "/agent.sh"), job_name = name,
     tasks = if (isArray) paste0("1-", size), directory = directory,
     log_file = paste0(directory, "/", log),
@@ -142,26 +142,43 @@ rscriptOf <- function(launcher) {
 ownRscript <- function() file.path(R.home("bin"), "Rscript")
 
 # Returns lines of shell that set the environment of an agent. RUSTCLUSTER_JOB tells the agent which job of the engine
-# it is and which element of an array, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970).
-agentEnvironment <- function(launcher, id, env) {
+# it is and which element of an array, and RUSTCLUSTER_JOB_END when its time limit ends it (seconds since 1970). The
+# variables of the user may be secrets, and engines show job scripts: those are in a file that the user alone can read.
+# The shell reads the file, since R needs some of them when it starts.
+agentEnvironment <- function(launcher, id) {
   engine <- engines[[launcher$kind]]
   # The library of this session comes first on nodes that have it.
   library <- if (is.null(launcher$login)) dirname(getNamespaceInfo("rustcluster", "path"))
   env <- c(
     RUSTCLUSTER_DIAL = keyFileOf(launcher, id), if (!is.null(library)) c(RUSTCLUSTER_LIB = library),
-    if (length(launcher$rlibs)) c(R_LIBS = paste(launcher$rlibs, collapse = ":")), env
+    if (length(launcher$rlibs)) c(R_LIBS = paste(launcher$rlibs, collapse = ":"))
   )
-  env <- env[!duplicated(names(env), fromLast = TRUE)]
-  set <- env[!is.na(env)]
   seconds <- launcher$time$seconds
   c(
     # Grid Engine passes commands on in QRSH_COMMAND, with bytes that are no text.
-    paste(c("unset R_HOME QRSH_COMMAND", names(env)[is.na(env)]), collapse = " "),
+    "unset R_HOME QRSH_COMMAND",
     paste0("export RUSTCLUSTER_JOB=\"", engine$job, "/", engine$task, "\""),
     if (!is.null(seconds)) {
       paste0("export RUSTCLUSTER_JOB_END=\"$(($(date +%s) + ", format(seconds, scientific = FALSE), "))\"")
     },
-    paste0("export ", names(set), "=", shQuote(set))
+    paste0("export ", names(env), "=", shQuote(env)), paste(".", shellWord(variablesFileOf(launcher, id)))
+  )
+}
+
+# Returns the lines of the file with the variables of agents. NA removes a variable.
+variablesLines <- function(env) {
+  env <- env[!duplicated(names(env), fromLast = TRUE)]
+  wrong <- grep("^[A-Za-z_][A-Za-z0-9_]*$", names(env), value = TRUE, invert = TRUE)
+  if (length(wrong)) {
+    badArgument("rscript_envs", "contains ", sQuote(wrong[[1L]]), ", a name that the shell of a job cannot set; use ",
+                "letters, digits and _")
+  }
+  set <- env[!is.na(env)]
+  c(
+    sprintf("unset %s", names(env)[is.na(env)]),
+    sprintf("export %s=%s", names(set), shQuote(set)),
+    # The status of the last command.
+    ":"
   )
 }
 

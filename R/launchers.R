@@ -8,8 +8,9 @@
 #' the exact script and the submit command, and submits nothing.
 #'
 #' The directory `dir` must be on a file system that this session and the nodes share. Each cluster has a directory of
-#' its own in it, with the scripts, the logs of the jobs and the key of the cluster. The directory is readable by the
-#' user alone and is removed when the cluster stops.
+#' its own in it, with the scripts, the logs of the jobs, the key of the cluster and the variables of `rscript_envs`.
+#' The directory is readable by the user alone and is removed when the cluster stops. The package puts no secrets into
+#' scripts, since engines show these to administrators.
 #'
 #' @param nodes (integer) The number of nodes; default 1.
 #' @param cores (integer) The number of cores that each node gives, and of workers on each node. Required.
@@ -70,7 +71,7 @@
 #' `constraint`, `extra`, `setup`. Further keys:
 #' \describe{
 #'   \item{`command`}{the command that becomes the agent. Run it with `exec`, so that signals of the engine reach R.}
-#'   \item{`environment`}{lines of shell that set the environment of the agent. They must run before `command`.}
+#'   \item{`environment`}{lines of sh that set the environment of the agent. They must run before `command`.}
 #'   \item{`script`}{the path of a shell script with `setup`, `environment` and `command`, for engines whose job
 #'     description is no shell script.}
 #'   \item{`job_name`}{the name of the jobs.}

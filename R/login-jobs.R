@@ -38,19 +38,53 @@ jobsDirThere <- function(launcher, host) {
   sub("^~", sub("\n$", "", home$stdout), launcher$dir)
 }
 
-# Writes a file of a batch; on a login node with the others, when the guard starts.
+# Writes a file of a batch; on a login node, the guard does it when it starts.
 writeJobFile <- function(batch, path, lines, mode = "0600") {
   if (!isThere(batch)) return(writePrivate(path, lines, mode))
   batch$unwritten[[path]] <- list(text = paste0(lines, "\n", collapse = ""), mode = mode)
   invisible()
 }
 
-writeFilesThere <- function(batch) {
+# Starts the guard of a batch there. The session of the first guard makes the directory and writes the files before: a
+# link that is stuck keeps nobody waiting here. It leaves nothing if that fails.
+startGuardThere <- function(batch) {
   files <- batch$unwritten
-  if (!length(files)) return(invisible())
-  engineWriteFiles(batch$host, lapply(files, `[[`, "text"), vapply(files, `[[`, "", "mode"))
+  dir <- shQuote(batch$directory)
+  before <- if (length(files)) c(
+    paste("umask 077; mkdir -p", shQuote(dirname(batch$directory)), "&& mkdir", dir, "|| exit 1"),
+    paste0("remove() { rm -rf ", dir, "; }"), "trap remove EXIT", "trap 'remove; exit 1' TERM HUP INT",
+    writeFilesScript(lapply(files, `[[`, "text"), vapply(files, `[[`, "", "mode")),
+    "trap - EXIT"
+  )
+  batch$guard <- engineGuard(batch$host, guardArguments(batch)[-1L], before, enginePrograms(batch$launcher))
   batch$unwritten <- list()
   invisible()
+}
+
+# Returns the programs of an engine that a guard needs in its PATH.
+enginePrograms <- function(launcher) {
+  switch(launcher$kind,
+    slurm = "sbatch", htcondor = "condor_submit", lsf = "bsub", gridEngine = , pbs = "qsub",
+    # The first word of a command line may be a variable or an assignment: then the shell knows best.
+    grep("^[A-Za-z0-9_.+-]+$", sub("^ *([^ ]*).*$", "\\1", c(launcher$submit, launcher$cancel, launcher$status)),
+         value = TRUE)
+  )
+}
+
+checkLinkThere <- function(batch, what) {
+  problem <- linkProblem(batch$host$link)
+  if (!is.null(problem)) engineChecked(batch$host, engineResult(255L, stderr = problem), what)
+}
+
+# Raises an error if the session of a guard has ended before the guard began.
+checkGuardThere <- function(batch) {
+  checkLinkThere(batch, "submit the jobs")
+  report <- background_report(batch$guard)
+  # These are the guard's own.
+  if (!report$status %in% c(0L, 2L)) {
+    engineChecked(batch$host, engineResult(report$status, stderr = bytesText(report$stderr)),
+                  paste("prepare the jobs in", batch$directory))
+  }
 }
 
 # Writes the guard's script there, and the scripts by which the gateway cancels the jobs: one for each batch, and one
@@ -60,7 +94,7 @@ writeGuardThere <- function(batch) {
   writeJobFile(batch, file.path(batch$directory, "guard.sh"), lines)
   # Without orders, a guard ends the jobs at once.
   cancel <- paste("exec", paste(shQuote(guardArguments(batch)), collapse = " "), "< /dev/null")
-  env <- exportEnv(batch$host$env)
+  env <- paste0(exportEnv(batch$host$env), loginPath(enginePrograms(batch$launcher)))
   writeJobFile(batch, file.path(batch$directory, "cancel.sh"), c(if (nzchar(env)) env, cancel))
   link <- batch$host$link
   writeJobFile(batch, file.path(link$remote, paste0("batch-", batch$id)), batch$directory)
@@ -72,6 +106,8 @@ writeGuardThere <- function(batch) {
 
 removeJobsDir <- function(batch) {
   if (!isThere(batch)) return(unlink(batch$directory, recursive = TRUE))
+  # Without a guard there has been no directory.
+  if (length(batch$unwritten)) return(invisible())
   # The connection may be what has failed: then the master's session and the gateway have cleaned up.
   engineRun(batch$host, c("rm", "-rf", "--", batch$directory), timeout = 20)
   invisible()
@@ -94,11 +130,14 @@ releaseGuard <- function(batch) {
   if (isThere(batch)) background_end_input(batch$guard) else checked(guard_release(batch$guard))
 }
 
-# Waits there, aside, until the answer to an order is complete, and returns it, or NULL if it is not there yet.
+# Waits there, aside, until the answer to an order is complete, and returns it, or NULL if it is not there yet. The
+# directory may not be there yet, and no answer comes once it has been removed.
 answerThere <- function(batch, name) {
   if (is.null(batch$reading[[name]])) {
     script <- paste0(
-      "cd \"$1\" || exit 1; i=0; while [ ! -e \"$2.rc\" ] && [ $i -lt 700 ]; do sleep 0.1; i=$((i+1)); done; ",
+      "d=; i=0; while [ ! -e \"$1/$2.rc\" ] && [ $i -lt 700 ]; do ",
+      "if [ -d \"$1\" ]; then d=1; elif [ \"$d\" ]; then exit 1; fi; sleep 0.1; i=$((i+1)); done; ",
+      "cd \"$1\" || exit 1; ",
       "for e in rc out err id; do echo \"part $e `cat \"$2.$e\" 2> /dev/null | wc -l`\"; ",
       "cat \"$2.$e\" 2> /dev/null | sed '$a\\'; done"
     )

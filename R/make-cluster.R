@@ -51,7 +51,8 @@
 #'   workers, which takes less time and memory than loading them in each worker. A package that creates state of its
 #'   process at load is loaded by each worker: see section Packages of [rustcluster_lifetime].
 #' @param rscript_envs (character) Environment variables of the workers. A named vector holds values, where `NA` removes
-#'   a variable. A vector without names lists variables of this session to copy.
+#'   a variable. A vector without names lists variables of this session to copy. Jobs of batch engines read them from a
+#'   file that the user alone can read, before R starts; names there may have letters, digits and `_` only.
 #' @param start_method (character) `"fork"`: the agent forks each worker, which takes milliseconds. `"spawn"`: the
 #'   agent starts each worker as a separate R process, as for a PSOCK cluster.
 #' @param threads (integer) The number of threads that BLAS, OpenMP and `mc.cores` may use in each worker; default 1.

@@ -59,7 +59,10 @@ states() {
     slurm) limited 20 squeue -h -r -t all -u "$user" --name="$name" -o '%F|%K|%T|%r|%N' ;;
     htcondor)
       limited 20 condor_q -constraint "JobBatchName == \"$name\"" \
-        -af:t ClusterId ProcId JobStatus RemoteHost HoldReason LastRejMatchReason
+        -af:t ClusterId ProcId JobStatus RemoteHost HoldReason LastRejMatchReason || return
+      # How jobs ended that have left the queue, in two lines each: 005 is the end of a job, 009 that it was removed.
+      [ ! -e "$dir/events.log" ] || limited 20 awk \
+        '/^0(05|09) \(/ { print "event " $0; if ((getline line) > 0) print "event " line }' "$dir/events.log"
       ;;
     gridEngine)
       limited 20 qstat -u "$user" -g d || return

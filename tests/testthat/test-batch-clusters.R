@@ -32,6 +32,24 @@ for (kind in c("slurm", "htcondor", "gridEngine", "pbs", "lsf", "template")) {
   })
 }
 
+test_that("workers of jobs have the variables of the cluster, which are set before R starts", {
+  stub <- local_stub_engine("slurm")
+  profile <- tempfile("profile-")
+  writeLines("options(rc.profile = Sys.getenv('RC_ODD'))", profile)
+  on.exit(unlink(profile), add = TRUE)
+  odd <- "it's \"q\" $HOME\n\u00e4"
+  cl <- local_cluster(batch_launcher("slurm", stub, 1L), rscript_envs = c(
+    RC_ODD = odd, R_PROFILE_USER = profile, RC_GONE = NA
+  ))
+  found <- clusterCall(cl, function() list(Sys.getenv("RC_ODD"), getOption("rc.profile"), Sys.getenv("RC_GONE", NA)))
+  expect_identical(found, rep(list(list(odd, odd, NA_character_)), 2L))
+  stopCluster(cl)
+  expect_nothing_left(stub)
+  expect_error(makeRustCluster(batch_launcher("slurm", stub), rscript_envs = c(a.b = "1")), "a.b",
+               class = "rustcluster_bad_argument")
+  expect_nothing_left(stub)
+})
+
 test_that("launchers and other hosts make one cluster, and equal launchers are two", {
   stub <- local_stub_engine("slurm")
   launcher <- batch_launcher("slurm", stub, nodes = 1L, cores = 1L)

@@ -373,16 +373,54 @@ test_that("states of real engines are read", {
 })
 
 test_that("the end of a job is read from HTCondor's event log", {
-  path <- tempfile()
+  stub <- local_stub_engine("htcondor")
+  batch <- submitJobs(sleeping("htcondor", stub), "id1")
+  on.exit(stopJobs(batch))
+  expect_states(batch, "RUNNING")
+  number <- as.integer(batch$jobs$job)
   writeLines(c(
-    "000 (014.000.000) 2026-11-29 10:00:00 Job submitted from host: <1>", "...",
-    "005 (014.000.000) 2026-11-29 10:00:05 Job terminated.", "\t(1) Normal termination (return value 3)", "...",
-    "009 (014.001.000) 2026-11-29 10:00:06 Job was aborted.", "\tvia condor_rm (by user me)", "..."
-  ), path)
-  said <- internal("withEvents")(internal("parseStates")("htcondor", "14\t2\t2\tn1\tundefined\tundefined"), path)
-  expect_identical(said$task, c(2L, 0L, 1L))
-  expect_identical(said$state, c("RUNNING", "COMPLETED", "REMOVED"))
-  expect_identical(said$reason, c(NA, "Normal termination (return value 3)", "via condor_rm (by user me)"))
+    sprintf("000 (%d.000.000) 2026-11-29 10:00:00 Job submitted from host: <1>", number), "...",
+    sprintf("005 (%d.000.000) 2026-11-29 10:00:05 Job terminated.", number),
+    "\t(1) Normal termination (return value 3)", "...",
+    sprintf("009 (%d.001.000) 2026-11-29 10:00:06 Job was aborted.", number), "\tvia condor_rm (by user me)", "...",
+    # The engine is right if it still lists the job.
+    sprintf("005 (%d.002.000) 2026-11-29 10:00:07 Job terminated.", number)
+  ), file.path(batch$directory, "events.log"))
+  stub$end(paste0(number, "_0"), "COMPLETED")
+  stub$end(paste0(number, "_1"), "CANCELLED")
+  states <- awaitStates(batch)
+  expect_identical(states$state, c("COMPLETED", "REMOVED", "RUNNING"))
+  expect_identical(states$reason, c("Normal termination (return value 3)", "via condor_rm (by user me)", NA))
+})
+
+test_that("variables are set for the jobs, and are in a file that the user alone can read", {
+  odd <- c(RC_ODD = "it's \"q\" $HOME `x` \\n %s\n\nend-\u00e4 ", RC_EMPTY = "", RC_LATIN = "\xe4", RC_GONE = NA)
+  Encoding(odd[["RC_LATIN"]]) <- "latin1"
+  for (kind in c("slurm", "htcondor")) {
+    stub <- local_stub_engine(kind)
+    agent <- file.path(stub$home, "agent")
+    writeLines(c(
+      "#!/bin/sh", paste0("printf '%s|%s|%s|%s' \"$RC_ODD\" \"${RC_EMPTY-no}\" \"$RC_LATIN\" \"${RC_GONE-gone}\" > ",
+                          stub$home, "/new; mv ", stub$home, "/new ", stub$home, "/said"), "exec sleep 600"
+    ), agent)
+    Sys.chmod(agent, "0755")
+    env <- c(odd, RC_SECRET = "top-secret")
+    batch <- submitJobs(batch_launcher(kind, stub, 1L, rscript = agent), "id1", key = "key 00", env = env)
+    wait_until(function() file.exists(file.path(stub$home, "said")))
+    said <- file.path(stub$home, "said")
+    expect_identical(readChar(said, file.size(said), useBytes = TRUE) == enc2utf8(
+      paste0(odd[["RC_ODD"]], "||\u00e4|gone")
+    ), TRUE)
+    holds <- function(path) any(grepl("top-secret", readLines(path, warn = FALSE), useBytes = TRUE))
+    files <- list.files(batch$directory, full.names = TRUE)
+    expect_identical(basename(files[vapply(files, holds, NA)]), "variables")
+    expect_identical(format(file.mode(file.path(batch$directory, "variables"))), "600")
+    expect_false(any(grepl("top-secret", stub$log())))
+    expect_true(stopJobs(batch))
+    expect_ended(stub, batch)
+  }
+  expect_error(submitJobs(batch$launcher, "id2", env = c(a.b = "x")), "a.b", class = "rustcluster_bad_argument")
+  expect_false(file.exists(file.path(stub$home, "shared", "id2")))
 })
 
 test_that("no process is left", {

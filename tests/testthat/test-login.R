@@ -150,6 +150,117 @@ test_that("a job that follows another goes through the same login node, and is c
   expect_false(any(file.exists(c(link$local, link$remote))))
 })
 
+# Stops the ssh that holds the connection of a link, as a link that is stuck does.
+stop_link <- function(link) {
+  pids <- Filter(function(pid) {
+    command <- process_command(pid)
+    startsWith(command, "ssh") && grepl(paste("-M -S", link$control), command, fixed = TRUE)
+  }, all_pids())
+  stopifnot(length(pids) == 1L)
+  tools::pskill(pids, tools::SIGSTOP)
+}
+
+test_that("a job is submitted over a stuck link without waiting, and heartbeats end the link", {
+  skip_without_sshd()
+  stub <- local_stub_engine("slurm")
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  cl <- local_cluster(
+    list(list(host = "localhost", ncore = 1), login_launcher(stub, nodes = 1, cores = 1)), rshcmd = ssh$rshcmd,
+    heartbeat_timeout = 8
+  )
+  handle <- cl[[1L]]$handle
+  link <- handle$logins[[1L]]$link
+  stop_link(link)
+  batch <- internal("addBatch")(handle, 1L, handle$dial$launchers[[1L]])
+  # The link is not lost yet.
+  expect_null(internal("linkProblem")(link))
+  internal("takeSubmissions")(handle)
+  internal("queryJobs")(batch)
+  expect_true(batch$submitting)
+  # A command that waits is told.
+  result <- internal("engineRun")(handle$logins[[1L]], "true")
+  expect_identical(result$status, 255L)
+  expect_match(result$stderr, "was silent for 8 s")
+  warned <- tryCatch(internal("awaitSubmissions")(batch, 60), rustcluster_start_failed = function(e) e)
+  expect_match(conditionMessage(warned), "was silent for 8 s")
+  expect_identical(suppressWarnings(clusterLapply(cl, 1:4, identity)), as.list(1:4))
+  suppressWarnings(stopCluster(cl))
+  wait_until(function() !length(stub$jobs()) && !any(file.exists(c(link$local, link$remote))))
+  expect_identical(stub$jobs(), character())
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+  expect_false(any(file.exists(c(link$local, link$remote))))
+})
+
+test_that("the commands of the engine may be in the PATH of login shells only", {
+  skip_without_sshd()
+  skip_if(!nzchar(Sys.which("bash")), "needs bash")
+  # These commands are nowhere else.
+  stub <- local_stub_engine("template")
+  home <- file.path(stub$home, "login")
+  dir.create(home)
+  # Words of a profile, and what it reads, are no orders.
+  writeLines(c("echo hello", "read -r x", paste0("PATH=$PATH:", stub$home, "/bin")), file.path(home, ".bash_profile"))
+  ssh <- local_sshd(config = paste0("SetEnv PATH=/usr/bin:/bin HOME=", home))
+  launcher <- batch_launcher(
+    "template", stub, 1L, 1L, login = "127.0.0.2", address = "127.0.0.1", rlibs = .libPaths(),
+    rscript = file.path(R.home("bin"), "Rscript")
+  )
+  cl <- local_cluster(launcher, rshcmd = ssh$rshcmd)
+  expect_identical(clusterCall(cl, function() 1), list(1))
+  expect_match(clusterHosts(cl)$job, "900000100")
+  # The guard cancels, and without it the gateway.
+  handle <- cl[[1L]]$handle
+  guards <- Filter(function(pid) {
+    grepl(file.path(handle$batches[[1L]]$directory, "guard.sh"), process_command(pid), fixed = TRUE)
+  }, all_pids())
+  expect_true(length(guards) > 0L)
+  for (pid in guards) tools::pskill(pid, tools::SIGKILL)
+  link <- handle$logins[[1L]]$link
+  internal("background_kill")(link$master)
+  wait_until(function() !length(stub$jobs()))
+  expect_identical(stub$jobs(), character())
+  suppressWarnings(stopCluster(cl))
+  wait_until(function() !any(file.exists(c(link$local, link$remote))))
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
+test_that("a directory that cannot be made is an error that names the login node, and leaves nothing", {
+  skip_without_sshd()
+  stub <- local_stub_engine("slurm")
+  writeLines("no directory", file.path(stub$home, "shared"))
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  expect_error(makeRustCluster(login_launcher(stub), rshcmd = ssh$rshcmd), "127.0.0.2.*could not prepare the jobs",
+               class = "rustcluster_start_failed")
+  unlink(file.path(stub$home, "shared"))
+  # A file that cannot be written, after the directory was made.
+  host <- internal("openLink")("127.0.0.2", rshcmd = ssh$rshcmd)
+  on.exit(internal("closeGateway")(host, 10))
+  launcher <- login_launcher(stub)
+  local_function("writeGuardThere", function(batch) {
+    internal("writeJobFile")(batch, file.path(batch$directory, "none", "file"), "text")
+  })
+  expect_error(internal("submitJobs")(launcher, "id1", host = host), "could not prepare the jobs",
+               class = "rustcluster_start_failed")
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
+test_that("how jobs of HTCondor ended is read on the login node", {
+  skip_without_sshd()
+  at <- local_login("htcondor")
+  states <- internal("awaitStates")(at$batch)
+  wait_until(function() identical(unique(internal("awaitStates")(at$batch)$state), "RUNNING"))
+  number <- as.integer(at$batch$jobs$job)
+  writeLines(c(
+    sprintf("005 (%d.000.000) 2026-11-29 10:00:05 Job terminated.", number),
+    "\t(1) Normal termination (return value 3)", "..."
+  ), file.path(at$batch$directory, "events.log"))
+  at$stub$end(paste0(number, "_0"), "COMPLETED")
+  states <- internal("awaitStates")(at$batch)
+  expect_identical(states$state, c("COMPLETED", "RUNNING"))
+  expect_identical(states$reason[[1L]], "Normal termination (return value 3)")
+  expect_true(internal("stopJobs")(at$batch))
+})
+
 test_that("a refused submission says why, and leaves nothing on the login node", {
   skip_without_sshd()
   stub <- local_stub_engine("slurm")
