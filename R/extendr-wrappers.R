@@ -129,7 +129,7 @@ hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, hand
 
 #' Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
 #' @noRd
-hub_give_up_host <- function(handle, agent, reason) .Call(wrap__hub_give_up_host, handle, agent, reason)
+hub_give_up_host <- function(handle, agent, reason, quiet) .Call(wrap__hub_give_up_host, handle, agent, reason, quiet)
 
 #' Returns whether a host is lost and will be reconnected.
 #' @noRd
@@ -489,3 +489,9 @@ worker_memory_limit <- function() .Call(wrap__worker_memory_limit)
 #' @noRd
 gateway_run <- function(socket, address, ports, heartbeat_timeout, max_connections, cancel, directory) .Call(wrap__gateway_run, socket, address, ports, heartbeat_timeout, max_connections, cancel, directory)
 
+
+hub_adapt <- function(handle, agents, min, idle) .Call(wrap__hub_adapt, handle, agents, min, idle)
+hub_prefer <- function(handle, agents) .Call(wrap__hub_prefer, handle, agents)
+hub_hold <- function(handle, ranks) .Call(wrap__hub_hold, handle, ranks)
+hub_demand <- function(handle, agents) .Call(wrap__hub_demand, handle, agents)
+hub_job_arrivals <- function(handle) .Call(wrap__hub_job_arrivals, handle)

@@ -75,6 +75,7 @@ local_stub_engine <- function(kind, .frame = parent.frame()) {
 # Returns a launcher for a stub engine.
 batch_launcher <- function(kind, stub, nodes = 2L, cores = 2L, ...) {
   given <- list(nodes = nodes, cores = cores, dir = file.path(stub$home, "shared"), ...)
+  if (!is.null(given$max)) given$nodes <- NULL
   if (kind == "template") {
     given <- c(given, list(
       template = paste(
