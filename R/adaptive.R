@@ -12,6 +12,9 @@
 failureWeights <- c(failed = 3L, cancelled = 1L)
 maxFailures <- 9L
 
+# The number of ids of jobs that have ended, and are kept for engines that do not say which have.
+keptIds <- 100L
+
 # Seconds after which a job is taken to be over that the engine has never listed, although it was asked.
 unlistedLimit <- 30
 
@@ -166,7 +169,7 @@ takeArrivals <- function(handle) {
     state <- adaptiveStateOf(handle, arrivals$agent[[at]])
     if (is.null(state)) next
     name <- arrivals$job[[at]]
-    row <- if (is.na(name)) which(!state$jobs$arrived)[1L] else match(jobNumber(name), state$jobs$name)
+    row <- if (!isJobName(name)) which(!state$jobs$arrived)[1L] else match(jobNumber(name), state$jobs$name)
     # The engine may have started the job before its submit command has ended.
     if (is.na(row)) row <- which(!state$jobs$arrived & is.na(state$jobs$name))[1L]
     if (!is.na(row)) state$jobs$arrived[[row]] <- TRUE
@@ -174,18 +177,22 @@ takeArrivals <- function(handle) {
   }
 }
 
+# Returns whether an agent knows its job: engines number them.
+isJobName <- function(name) grepl("[0-9]", name)
+
 # Forgets the jobs that are over, and counts those that have ended before a worker came up.
 forgetEnded <- function(handle, state, known) {
   batch <- state$batch
   jobs <- state$jobs
   up <- state$hosts[known$linked[state$hosts] == 1]
-  named <- !is.na(known$job[up])
+  named <- isJobName(known$job[up])
   names <- jobNumber(known$job[up][named])
   # As long as all jobs are there, the engine need not be asked.
   there <- jobs$name %in% names
   asked <- !is.na(jobs$job) & !there
   anonymous <- sum(!named)
   if (!any(asked) || sum(asked & jobs$arrived) <= anonymous && all(jobs$arrived[asked])) return(invisible())
+  template <- batch$launcher$kind == "template"
   states <- queryJobs(batch)
   # A job may have arrived before the engine was asked.
   takeArrivals(handle)
@@ -193,14 +200,16 @@ forgetEnded <- function(handle, state, known) {
   at <- match(jobs$job, states$job)
   text <- states$state[at]
   over <- !is.na(at) & isFinalState(batch$launcher$kind, text)
-  unlisted <- !is.na(at) & is.na(text) & !there & c(batch$answered, -Inf)[[1L]] > jobs$accepted + unlistedLimit
+  listed <- !template || !is.null(batch$launcher$status)
+  unlisted <- listed & !is.na(at) & is.na(text) & !there & c(batch$answered, -Inf)[[1L]] > jobs$accepted + unlistedLimit
   over <- over | unlisted
-  if (is.null(batch$launcher$status) && batch$launcher$kind == "template") {
-    # Only the connections say how many jobs there are.
-    gone <- sum(jobs$arrived) - length(up)
-    over <- jobs$arrived & cumsum(jobs$arrived) <= gone
-  } else if (anonymous) {
-    # Jobs that are over and those that are there cannot be told apart.
+  if (template) {
+    up <- state$hosts[checked(hub_hosts(handle$pointer))$linked[state$hosts] == 1]
+    # Without words for the end of a job, only the connections say how many are over. Some ids are kept for the end of
+    # the cluster: it is not known which ones these are.
+    gone <- sum(jobs$arrived) - length(up) - keptIds
+    over <- over | (jobs$arrived & cumsum(jobs$arrived) <= gone)
+    # Jobs that are over and those that are there cannot be told apart by name.
     wrong <- which(over & !jobs$arrived)
     right <- which(!over & jobs$arrived)
     n <- min(length(wrong), max(0L, length(right) - length(up)))

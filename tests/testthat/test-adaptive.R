@@ -295,4 +295,6 @@ test_that("arguments of adaptive launchers are checked, and printed", {
   )
 })
 
-test_that("nothing is left", expect_no_leftovers())
+test_that("nothing is left", {
+  expect_no_leftovers()
+})

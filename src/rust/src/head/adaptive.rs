@@ -3,6 +3,7 @@
 use super::handle::{rank_of, with_cluster, with_hub};
 use crate::r::failure::Failure;
 use extendr_api::prelude::*;
+use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::head::scheduler::give_back::GiveBack;
 use rustcluster_core::protocol::ids::Rank;
 use std::time::Duration;
@@ -56,18 +57,35 @@ fn hub_hold(handle: Robj, ranks: &[i32]) -> Robj {
 }
 
 /// Returns what waits for workers of the hosts `agents`: a list of `tasks`, the number of waiting tasks and calls that
-/// may run on some of them, and `hosts`, whether any of these may run on each.
+/// may run on some of them, without those for which workers are there or are starting, and `hosts`, whether any of these
+/// may run on each.
 /// @noRd
 #[extendr]
 fn hub_demand(handle: Robj, agents: &[i32]) -> Robj {
     with_cluster(&handle, |cluster| {
         let agents = agents_of(agents);
         let hub = cluster.hub.borrow();
+        let (workers, known) = (hub.status(false).0, hub.hosts());
+        // A worker that has come up gets its first task when R sends it one.
+        let is_free = |rank: Rank, idle: bool| {
+            let worker = workers.get(rank as usize).map(|worker| worker.state);
+            let linked = known
+                .get(hub.worker(rank).agent)
+                .is_some_and(|host| host.linked);
+            let starts = matches!(worker, Some(State::Starting | State::Restoring));
+            linked && (starts || idle && matches!(worker, Some(State::Idle)))
+        };
         let mut tasks = hub.calls_waiting_for(&agents);
         let mut hosts = match tasks {
             0 => vec![false; agents.len()],
             _ => hub.calls_may_run_on(&agents),
         };
+        let for_calls = (0..workers.len() as Rank).filter(|&rank| {
+            let agent = hub.worker(rank).agent;
+            let mut may = agents.iter().zip(&hosts);
+            may.any(|(&at, &may)| at == agent && may) && is_free(rank, false)
+        });
+        tasks = tasks.saturating_sub(for_calls.count());
         if let Ok(job) = cluster.job.try_borrow()
             && let Some(job) = job.as_ref().map(|job| &job.engine)
             && job.is_free()
@@ -76,7 +94,8 @@ fn hub_demand(handle: Robj, agents: &[i32]) -> Robj {
             let of_job: Vec<usize> = job.ranks().iter().map(|&r| hub.worker(r).agent).collect();
             let has = |agent: &usize| of_job.contains(agent);
             if agents.iter().any(has) {
-                tasks += job.left();
+                let free = job.ranks().iter().filter(|&&rank| is_free(rank, true));
+                tasks += job.left().saturating_sub(free.count());
             }
             for (may, agent) in hosts.iter_mut().zip(&agents) {
                 *may |= has(agent);

@@ -11,7 +11,7 @@ fn second(s: u64) -> Moment {
 
 /// Agents with a worker each, which have been up since the beginning.
 fn adaptive(hosts: usize, min: usize) -> Scheduler {
-    let mut s = up(hosts);
+    let mut s = up(hosts as u32);
     s.give_back_when(GiveBack {
         agents: (0..hosts).collect(),
         min,
@@ -91,7 +91,7 @@ fn a_worker_of_a_verb_rests_only_if_any_other_may_run_its_tasks_and_none_waits()
     );
     for (agent, task) in [(0, 1), (1, 2)] {
         sent(&mut s, agent);
-        answer(&mut s, agent as Rank, task, None);
+        answer(&mut s, agent, task, None);
     }
     s.set_tasks_wait(true);
     assert_eq!(given_back(&mut s, 100), [0; 0]);
