@@ -1,6 +1,6 @@
 # Adaptive launchers (`max`): jobs of one node are submitted while tasks wait, and end when their hosts rest.
 #
-# All `max` hosts are slots of the cluster from the start. A slot without a job waits, as a host that has not joined yet.
+# All `max` hosts are slots of the cluster from the start. A slot without a job waits, as a host that has not joined.
 # The hub's thread gives back hosts that rest (scheduler/give_back.rs), whatever R does. R submits jobs: when a call is
 # made, and while it waits for the cluster. A job is not made for a certain slot: its agent gets one that waits.
 #

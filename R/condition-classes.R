@@ -75,8 +75,8 @@ conditionClasses <- list(
       "(integer, of all of them), `host`."
     ),
     growth_stopped = paste(
-      "No more jobs of an adaptive launcher are submitted, because several in a row have failed. Fields `launcher` (its",
-      "number), `reason`."
+      "No more jobs of an adaptive launcher are submitted, because several in a row have failed. Fields `launcher`",
+      "(its number), `reason`."
     ),
     host_left_out = "A host could not be started, and `on_failure = \"warn\"`. Fields `host`, `report`.",
     deprecated = paste(

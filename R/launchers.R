@@ -78,19 +78,19 @@
 #' `length(cl)` counts the workers of all of them. Each job has one node.
 #'
 #' Jobs are submitted while this session waits for the cluster and when a call is made by [clusterSubmit()] or as a
-#' future: as many as the waiting tasks need, one worker for each task, within `max` and `backlog`. Functions that give a
-#' task to any idle worker (`parLapplyLB()`, [clusterLapply()], foreach, futures) begin with the first worker that
+#' future: as many as the waiting tasks need, one worker for each task, within `max` and `backlog`. Functions that give
+#' a task to any idle worker (`parLapplyLB()`, [clusterLapply()], foreach, futures) begin with the first worker that
 #' starts. Functions that give each node its own task (`clusterCall()`, `clusterEvalQ()`, `clusterApply()`,
 #' `parLapply()`) submit jobs for all nodes that they are called with, and wait for these. `clusterExport()` and
-#' `clusterSetRNGStream()` neither wait nor submit: a new worker gets exports, set-up calls and random numbers before its
-#' first task.
+#' `clusterSetRNGStream()` neither wait nor submit: a new worker gets exports, set-up calls and random numbers before
+#' its first task.
 #'
 #' A node is given back after `idle` seconds without work, also while this session is at the prompt or busy with other
-#' things: its workers and its agent end, and the job with them. A job that has ended, or was cancelled, is replaced while
-#' tasks wait. Tasks that were cut off by the end of their job run again, which does not count as a retry.
+#' things: its workers and its agent end, and the job with them. A job that has ended, or was cancelled, is replaced
+#' while tasks wait. Tasks that were cut off by the end of their job run again, which does not count as a retry.
 #'
-#' `makeRustCluster()` waits for the first `min` nodes of an adaptive launcher, and for all other hosts. If three jobs in
-#' a row fail to be submitted, or end before their workers have started, no more jobs are submitted: a warning
+#' `makeRustCluster()` waits for the first `min` nodes of an adaptive launcher, and for all other hosts. If three jobs
+#' in a row fail to be submitted, or end before their workers have started, no more jobs are submitted: a warning
 #' (`rustcluster_growth_stopped`) says why, and calls that no worker can run any more fail. A waiting job that was
 #' cancelled counts a third of a failure.
 #'
@@ -143,8 +143,8 @@ slurm <- function(nodes = 1L, cores, memory = NULL, time = NULL, partition = NUL
 #' @export
 htcondor <- function(nodes = 1L, cores, memory = NULL, time = NULL, account = NULL, gpus = NULL, constraint = NULL,
                      extra = NULL, setup = NULL, name = "rustcluster", dir = "~/.rustcluster", rscript = NULL,
-                     rlibs = NULL, address = NULL, port = 0L, login = NULL, template = NULL, max = NULL, min = 0L, idle = 60,
-                     backlog = 5L, ...) {
+                     rlibs = NULL, address = NULL, port = 0L, login = NULL, template = NULL, max = NULL, min = 0L,
+                     idle = 60, backlog = 5L, ...) {
   newLauncher("htcondor", given(), list(...))
 }
 
@@ -162,7 +162,8 @@ gridEngine <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NU
 pbs <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, account = NULL, gpus = NULL,
                 constraint = NULL, extra = NULL, setup = NULL, dialect = c("openpbs", "torque"), array = TRUE,
                 max_array = 1000L, name = "rustcluster", dir = "~/.rustcluster", rscript = NULL, rlibs = NULL,
-                address = NULL, port = 0L, login = NULL, template = NULL, max = NULL, min = 0L, idle = 60, backlog = 5L, ...) {
+                address = NULL, port = 0L, login = NULL, template = NULL, max = NULL, min = 0L, idle = 60,
+                backlog = 5L, ...) {
   newLauncher("pbs", given(), list(...))
 }
 
@@ -180,8 +181,8 @@ lsf <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, acc
 jobTemplate <- function(template, submit, cancel, status = NULL, nodes = 1L, cores, memory = NULL, time = NULL,
                         queue = NULL, account = NULL, gpus = NULL, constraint = NULL, extra = NULL, setup = NULL,
                         pattern = "[0-9]+", max_array = 1000L, name = "rustcluster", dir = "~/.rustcluster",
-                        rscript = NULL, rlibs = NULL, address = NULL, port = 0L, login = NULL, max = NULL, min = 0L, idle = 60,
-                        backlog = 5L, ...) {
+                        rscript = NULL, rlibs = NULL, address = NULL, port = 0L, login = NULL, max = NULL, min = 0L,
+                        idle = 60, backlog = 5L, ...) {
   newLauncher("template", given(), list(...))
 }
 
@@ -277,7 +278,8 @@ newLauncher <- function(kind, given, values) {
   if (length(launcher$rscript)) refuseControls(launcher$rscript, "rscript")
   for (path in launcher$rlibs) refuseControls(path, "rlibs")
   if (launcher$nodes * launcher$cores > maxWorkers) {
-    badArgument(if (is.null(adaptive)) "nodes" else "max", "times `cores` must be at most ", format(maxWorkers, scientific = FALSE), " workers")
+    badArgument(if (is.null(adaptive)) "nodes" else "max", "times `cores` must be at most ",
+                format(maxWorkers, scientific = FALSE), " workers")
   }
   if (isTRUE(launcher$gpus == 0L)) launcher["gpus"] <- list(NULL)
   if (!is.null(given$array) && !isTRUE(given$array) && !isFALSE(given$array)) {

@@ -267,21 +267,22 @@ noteAwaited <- function(handle, awaited) {
   handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
 }
 
-# Returns the number of workers that makeRustCluster() waits for: Inf for all. `spare`: which of the entries of `spec` are
-# nodes that adaptive launchers do not submit at the start.
+# Returns the number of workers that makeRustCluster() waits for: Inf for all. `spare`: which of the entries of `spec`
+# are nodes that adaptive launchers do not submit at the start.
 neededWorkers <- function(wait, workers, spare) {
   wait <- plain(wait)
   all <- identical(wait, "all")
   if (all && !any(spare)) return(Inf)
-  most <- sum(workers[!spare])
-  needed <- if (all) most else if (identical(wait, "first")) min(1, most) else wait
-  if (!all && (!isCount(needed) || needed < 0)) {
+  first <- identical(wait, "first")
+  if (!all && !first && (!isCount(wait) || wait < 0)) {
     badArgument("wait", "must be \"all\", \"first\", or a number of workers, at least 0")
   }
   if (anyNA(workers)) {
     if (all) badArgument("spec", "needs the number of workers of each host (`ncore`) beside an adaptive launcher")
     badArgument("wait", "needs the number of workers of each host: set `ncore` in `spec`, or use wait = \"all\"")
   }
+  most <- sum(workers[!spare])
+  needed <- if (all) most else if (first) min(1, most) else wait
   if (needed > most) {
     what <- if (any(spare)) "without the nodes that are submitted only when tasks wait" else "of `spec`"
     badArgument("wait", "must be at most ", most, ", the number of workers ", what)

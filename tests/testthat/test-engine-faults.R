@@ -60,14 +60,15 @@ test_that("no result is wrong or missing under random faults of Slurm, and nothi
       commands <- vapply(all, command_of, "")
       ids <- jobs("%A")
       mine <- vapply(commands, function(text) {
-        grepl("^slurmstepd: ", text) && any(vapply(ids, function(id) grepl(paste0("[", id, "."), text, fixed = TRUE), NA))
+        startsWith(text, "slurmstepd: ") &&
+          any(vapply(ids, function(id) grepl(paste0("[", id, "."), text, fixed = TRUE), NA))
       }, NA)
       all[mine]
     }
     agents <- function() {
       all <- pids()
       parents <- vapply(all, parent_of, "")
-      of_step <- all[vapply(parents, function(pid) !is.na(pid) && grepl("^slurmstepd: ", command_of(pid)), NA)]
+      of_step <- all[vapply(parents, function(pid) !is.na(pid) && startsWith(command_of(pid), "slurmstepd: "), NA)]
       of_step[vapply(of_step, function(pid) grepl(paste0("/", name, "/"), environ_of(pid), fixed = TRUE), NA)]
     }
     kill <- function(pid) if (!is.null(pid)) tools::pskill(as.integer(pid), tools::SIGKILL)
