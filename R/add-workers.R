@@ -51,7 +51,8 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
   local <- vapply(asked$hosts, `[[`, NA, "local")
   short <- limits_check(sum(asked$workers[local[asked$owner]], na.rm = TRUE))
   if (!is.null(short)) raiseFailure(short)
-  needed <- neededWorkers(wait, asked$workers)
+  spare <- isSpare(asked$hosts, asked$launchers, length(handle$dial$launchers))[asked$owner]
+  needed <- neededWorkers(wait, asked$workers, spare)
 
   launches <- lapply(asked$hosts, hostLaunch, settings$options)
   deadline <- proc.time()[["elapsed"]] + setup_timeout

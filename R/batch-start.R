@@ -59,10 +59,15 @@ startBatches <- function(handle, asked, options, heartbeat_timeout) {
   }))
   handle$dial <- dial
   first <- length(handle$batches) + 1L
-  for (number in numbers) addBatch(handle, number, dial$launchers[[number]])
+  fixed <- vapply(dial$launchers[numbers], function(launcher) is.null(launcher$adaptive), NA)
+  for (number in numbers[fixed]) addBatch(handle, number, dial$launchers[[number]])
   new <- setdiff(seq_along(handle$batches), seq_len(first - 1L))
   for (batch in handle$batches[new]) awaitSubmissions(batch, 70)
   for (i in new) handle$batches[[i]]$submitting <- FALSE
+  of <- vapply(asked$hosts, function(host) c(host$dial, NA)[[1L]], 0L)
+  for (number in numbers[!fixed]) {
+    startAdaptive(handle, number, dial$launchers[[number]], handle$base$hosts + which(of == number))
+  }
 }
 
 # Returns whether the jobs of launchers are submitted on login nodes.
@@ -95,8 +100,8 @@ listenFor <- function(handle, launchers, keys, ports = integer()) {
   ports
 }
 
-# Submits jobs of a launcher, and does not wait for the engine.
-addBatch <- function(handle, number, launcher) {
+# Submits jobs of a launcher, and does not wait for the engine. Without `submit`, only makes everything ready.
+addBatch <- function(handle, number, launcher, submit = TRUE) {
   dial <- handle$dial
   host <- handle$logins[[number]]
   addresses <- if (is.null(host$link)) headAddresses(launcher) else host$link$addresses
@@ -111,7 +116,7 @@ addBatch <- function(handle, number, launcher) {
   handle$batches <- c(handle$batches, list(batch))
   writeKey(batch, key)
   startGuard(batch)
-  sendSubmissions(batch)
+  if (submit) sendSubmissions(batch)
   batch
 }
 
@@ -134,6 +139,7 @@ listensAtVersion6 <- function() {
 stopBatches <- function(handle, batches = handle$batches) {
   ended <- vapply(batches, `[[`, "", "id")
   handle$batches <- Filter(function(batch) !batch$id %in% ended, handle$batches)
+  handle$adaptive <- Filter(function(state) !state$batch$id %in% ended, handle$adaptive)
   if (!length(handle$batches)) {
     logins <- Filter(function(host) !is.null(host$link), handle$logins)
     handle$logins <- lapply(handle$logins, function(host) engineHost())
@@ -184,6 +190,8 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
     shown$over[utils::tail(waiting, length(waiting) - n)] <- !submitting
     shown$answered[waiting] <- min(jobs$answered)
   }
+  # Hosts of adaptive launchers may always get another job.
+  shown$over[areAdaptive(handle)] <- FALSE
   shown
 }
 
@@ -218,22 +226,26 @@ jobNumber <- function(name) {
 }
 
 # Called while R waits: asks the engines for the states of jobs, and gives up hosts whose jobs have ended before their
-# agents joined. Does nothing most of the time.
-tendBatches <- function(handle) {
+# agents joined, and submits the jobs that adaptive launchers need. Does nothing most of the time. `bound`: the ranks
+# that a verb waits for. `now`: do it in any case.
+tendBatches <- function(handle, bound = handle$bound, now = FALSE) {
   if (!length(handle$batches) || isTRUE(handle$stopped)) return(invisible())
-  now <- proc.time()[["elapsed"]]
-  if (now - handle$tended < 0.5) return(invisible())
-  handle$tended <- now
+  time <- proc.time()[["elapsed"]]
+  if (!now && time - handle$tended < if (length(handle$adaptive)) 0.1 else 0.5) return(invisible())
+  handle$tended <- time
   known <- checked(hub_hosts(handle$pointer))
   nameNodes(handle, known)
   handle$waitsSince[known$awaited != 1] <- NA
   if (!any(known$awaited == 1)) return(invisible())
   lost <- loginProblems(handle)
   for (i in which(known$awaited == 1 & !is.na(lost))) giveUpHost(handle, i, lost[[i]])
+  tendAdaptive(handle, known, bound)
   takeSubmissions(handle)
+  waits <- known$awaited == 1 & !areAdaptive(handle)
+  if (!any(waits)) return(invisible())
   shown <- jobsOfHosts(handle, known)
   dials <- !vapply(handle$agents, function(agent) is.null(agent$dial), NA)
-  for (i in which(shown$over & dials & known$awaited == 1 & is.na(lost))) {
+  for (i in which(shown$over & dials & waits & is.na(lost))) {
     # A new job is being submitted for it, which may take a while.
     if (!is.na(handle$renewing[i])) next
     if (isOver(handle, i, shown)) endHost(handle, i, shown, known)
@@ -324,7 +336,9 @@ neverConnected <- function(handle, i, shown) {
 
 stateInBrackets <- function(state) if (is.na(state)) "" else paste0(" (", state, ")")
 
-giveUpHost <- function(handle, i, reason) checked(hub_give_up_host(handle$pointer, i, reason), handle)
+giveUpHost <- function(handle, i, reason, quiet = FALSE) {
+  checked(hub_give_up_host(handle$pointer, i, reason, quiet), handle)
+}
 
 logOfHost <- function(handle, number, job) {
   for (batch in handle$batches) {
@@ -342,6 +356,12 @@ leaveOutEnded <- function(handle, known) {
   lost <- loginProblems(handle)
   for (i in which(waits & !is.na(lost))) checked(hub_leave_out(handle$pointer, i, lost[[i]]))
   waits <- waits & is.na(lost)
+  tendAdaptive(handle, known)
+  for (state in handle$adaptive) {
+    failed <- utils::head(setdiff(state$hosts[waits[state$hosts]], seq_len(handle$base$hosts)), length(state$problems))
+    for (at in seq_along(failed)) checked(hub_leave_out(handle$pointer, failed[[at]], state$problems[[at]]))
+    state$problems <- character()
+  }
   shown <- jobsOfHosts(handle, known)
   for (i in setdiff(which(waits & shown$over), seq_len(handle$base$hosts))) {
     if (!isOver(handle, i, shown)) next

@@ -72,6 +72,7 @@ sendCall <- function(record) {
   sent <- TRUE
   # Rust has it, for as long as the call may have to be sent again.
   record$message <- NULL
+  callMade(handle)
   record
 }
 
@@ -186,6 +187,7 @@ checkCalls <- function(handle) {
     if (is.null(record)) call_forget(handle$pointer, task) else checkCall(record)
   }
   complete <- TRUE
+  if (length(handle$adaptive)) tendBatches(handle)
   raisePending(handle)
   invisible()
 }
@@ -210,6 +212,7 @@ callStatus <- function(record) {
   if (record$state != "open") return(record$state)
   checkCalls(record$handle)
   checkCall(record)
+  if (length(record$handle$adaptive)) tendBatches(record$handle)
   raisePending(record$handle)
   if (record$state != "open") return(record$state)
   rank <- checked(call_location(record$handle$pointer, record$task), record$handle)

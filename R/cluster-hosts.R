@@ -9,7 +9,8 @@
 #'   equal entries of `spec`:
 #'   \describe{
 #'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
-#'     \item{state}{(character) `"up"`; `"waiting"`: has not joined yet (see `wait` of [makeRustCluster()]); `"lost"`;
+#'     \item{state}{(character) `"up"`; `"waiting"`: has not joined yet (see `wait` of [makeRustCluster()]), or has no
+#'       job because no task needs it (see `max` of [slurm()]); `"lost"`;
 #'       `"failed"`: was left out at the start; `"stopped"`.}
 #'     \item{job, job_state}{(character) the job of a batch engine, and its state in the engine's words, such as
 #'       `"PENDING (Resources)"`; `NA` for other hosts. The state is that of the last query, a few seconds ago.}
@@ -62,7 +63,9 @@ hostsOf <- function(handle) {
     known <- checked(hub_hosts(handle$pointer))
     report$state[is.na(report$problem) & !is.na(known$reason)] <- "lost"
     report$state[known$awaited == 1] <- "waiting"
-    report$problem <- ifelse(is.na(report$problem), known$reason, report$problem)
+    # A host that was given back has not failed.
+    given <- areAdaptive(handle) & known$awaited == 1
+    report$problem <- ifelse(is.na(report$problem) & !given, known$reason, report$problem)
     # What hosts have said that have joined since the start.
     nameNodes(handle, known)
     report$host <- handle$report$host

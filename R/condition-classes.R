@@ -74,6 +74,10 @@ conditionClasses <- list(
       "Idle workers did not end within `stop_timeout` seconds of `stopCluster()` and were killed. Fields `rank`",
       "(integer, of all of them), `host`."
     ),
+    growth_stopped = paste(
+      "No more jobs of an adaptive launcher are submitted, because several in a row have failed. Fields `launcher`",
+      "(its number), `reason`."
+    ),
     host_left_out = "A host could not be started, and `on_failure = \"warn\"`. Fields `host`, `report`.",
     deprecated = paste(
       "An argument was given by its old name. It is raised once a session for each argument, and inherits from",

@@ -128,8 +128,9 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 hub_leave_out <- function(handle, agent, reason) .Call(wrap__hub_leave_out, handle, agent, reason)
 
 #' Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+#' `quiet`: whether the caller reports it.
 #' @noRd
-hub_give_up_host <- function(handle, agent, reason) .Call(wrap__hub_give_up_host, handle, agent, reason)
+hub_give_up_host <- function(handle, agent, reason, quiet) .Call(wrap__hub_give_up_host, handle, agent, reason, quiet)
 
 #' Returns whether a host is lost and will be reconnected.
 #' @noRd
@@ -401,6 +402,31 @@ hub_ask_dump <- function(handle) .Call(wrap__hub_ask_dump, handle)
 #' agent itself), and the last events (a list of vectors).
 #' @noRd
 hub_dump <- function(handle, question, max, anyway) .Call(wrap__hub_dump, handle, question, max, anyway)
+
+#' Gives back the hosts `agents` of a launcher, all but `min` of them, after `idle` seconds in which their workers have
+#' nothing to do; `Inf`: never.
+#' @noRd
+hub_adapt <- function(handle, agents, min, idle) .Call(wrap__hub_adapt, handle, agents, min, idle)
+
+#' Gives agents that connect from now on to these hosts first.
+#' @noRd
+hub_prefer <- function(handle, agents) .Call(wrap__hub_prefer, handle, agents)
+
+#' Keeps these nodes, although they have nothing to do, for a verb that is about to send them tasks, until
+#' hub_close_job(). Without ranks, ends that.
+#' @noRd
+hub_hold <- function(handle, ranks) .Call(wrap__hub_hold, handle, ranks)
+
+#' Returns what waits for workers of the hosts `agents`: a list of `tasks`, the number of waiting tasks and calls that
+#' may run on some of them, without those for which workers are there or are starting, and `hosts`, whether any of these
+#' may run on each.
+#' @noRd
+hub_demand <- function(handle, agents) .Call(wrap__hub_demand, handle, agents)
+
+#' Returns the jobs of adaptive launchers of which a worker has come up since the last call: a list of `agent` and
+#' `job`, the engine's name for it or NA.
+#' @noRd
+hub_job_arrivals <- function(handle) .Call(wrap__hub_job_arrivals, handle)
 
 #' Starts a process in the background and returns its handle, or a text that says why it cannot be started.
 #' `env`: a named vector; NA removes a variable. `input`: raw bytes for its stdin, which stays open if

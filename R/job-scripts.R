@@ -11,9 +11,13 @@ templateValueNames <- c(
 jobMode <- function(launcher) {
   keys <- templateKeys(launcher$lines)
   switch(launcher$kind,
-    slurm = if (launcher$array) "array" else "one",
+    slurm = if (launcher$array) "array" else if (is.null(launcher$adaptive)) "one" else "each",
     htcondor = "array",
-    template = if ("tasks" %in% keys) "array" else if ("nodes" %in% keys) "one" else "each",
+    template = if ("tasks" %in% keys) "array" else if ("nodes" %in% keys && is.null(launcher$adaptive)) {
+      "one"
+    } else {
+      "each"
+    },
     if (launcher$array) "array" else "each"
   )
 }
@@ -210,14 +214,29 @@ print.rustcluster_batch <- function(x, ...) {
 #' @export
 format.rustcluster_batch <- function(x, ...) {
   # The number of the cluster is not known yet.
+  adaptive <- x$adaptive
+  if (!is.null(adaptive)) x <- singleJob(x)
   made <- jobScripts(x, "ID")
   submissions <- made$submissions
   commands <- unique(submissions$command)
   times <- tabulate(match(submissions$command, commands))
   printable(c(
-    paste0("<", engines[[x$kind]]$title, ": ", x$nodes, " node", if (x$nodes > 1L) "s", " with ", x$cores,
-           " worker", if (x$cores > 1L) "s", if (x$nodes > 1L) " each", ">"),
+    paste0("<", engines[[x$kind]]$title, ": ", nodesText(x, adaptive), " with ", x$cores, " worker",
+           if (x$cores > 1L) "s", if (x$nodes > 1L || !is.null(adaptive)) " each", adaptiveText(adaptive), ">"),
     paste0("$ ", commands, ifelse(times > 1L, paste0("    # ", times, " times"), "")),
     unlist(lapply(names(made$files), function(path) c("", paste0("-- ", path, " --"), made$files[[path]])))
   ))
+}
+
+nodesText <- function(launcher, adaptive) {
+  if (!is.null(adaptive)) return(paste0(adaptive$min, " to ", adaptive$max, " nodes"))
+  paste0(launcher$nodes, " node", if (launcher$nodes > 1L) "s")
+}
+
+adaptiveText <- function(adaptive) {
+  if (is.null(adaptive)) return(NULL)
+  paste0(
+    "; given back ", if (is.finite(adaptive$idle)) paste("after", format(adaptive$idle), "s without work") else "never",
+    "; at most ", adaptive$backlog, " waiting job", if (adaptive$backlog > 1L) "s"
+  )
 }

@@ -51,6 +51,16 @@
 #'   this version of the package. Default: this machine submits the jobs itself.
 #' @param template (character) A file, or the text of a script with keys `{{ key }}`, instead of the built-in template
 #'   of the engine: see section Templates.
+#' @param max (integer) The maximum number of nodes of an adaptive cluster, instead of `nodes`: jobs are submitted while
+#'   tasks wait, and end when their workers have nothing to do. See section Adaptive clusters. Default: the number of
+#'   nodes is fixed.
+#' @param min (integer) The number of nodes of an adaptive cluster that are submitted at the start and never given back;
+#'   default 0.
+#' @param idle (number of seconds) A node of an adaptive cluster is given back when its workers have had nothing to do
+#'   for this time; at least 0.01; default 60. `Inf`: never.
+#' @param backlog (integer) The maximum number of jobs of this launcher that wait in the queue of the engine, or whose
+#'   workers have not started yet; default 5. An adaptive cluster submits further jobs only when some of these have
+#'   started.
 #' @param ... Values for further keys of `template`, by name.
 #' @param pe (character) The parallel environment of Grid Engine that gives several cores of one host; default `"smp"`.
 #'   It is used if `cores` is above 1.
@@ -63,6 +73,27 @@
 #'   reason. `{{ jobs }}` as for `cancel`. Default: states are not shown.
 #' @param pattern (character) A regular expression for the id of the job in the output of `submit`; default: the first
 #'   number.
+#'
+#' @section Adaptive clusters:
+#' With `max`, the cluster has `max` nodes, of which those without a job are `"waiting"` in [clusterHosts()].
+#' `length(cl)` counts the workers of all of them. Each job has one node.
+#'
+#' Jobs are submitted while this session waits for the cluster and when a call is made by [clusterSubmit()] or as a
+#' future: as many as the waiting tasks need, one worker for each task, within `max` and `backlog`. Functions that give
+#' a task to any idle worker (`parLapplyLB()`, [clusterLapply()], foreach, futures) begin with the first worker that
+#' starts. Functions that give each node its own task (`clusterCall()`, `clusterEvalQ()`, `clusterApply()`,
+#' `parLapply()`) submit jobs for all nodes that they are called with, and wait for these. `clusterExport()` and
+#' `clusterSetRNGStream()` neither wait nor submit: a new worker gets exports, set-up calls and random numbers before
+#' its first task.
+#'
+#' A node is given back after `idle` seconds without work, also while this session is at the prompt or busy with other
+#' things: its workers and its agent end, and the job with them. A job that has ended, or was cancelled, is replaced
+#' while tasks wait. Tasks that were cut off by the end of their job run again, which does not count as a retry.
+#'
+#' `makeRustCluster()` waits for the first `min` nodes of an adaptive launcher, and for all other hosts. If three jobs
+#' in a row fail to be submitted, or end before their workers have started, no more jobs are submitted: a warning
+#' (`rustcluster_growth_stopped`) says why, and calls that no worker can run any more fail. A waiting job that was
+#' cancelled counts a third of a failure.
 #'
 #' @section Templates:
 #' The keys of a template have the form that \pkg{clustermq} uses: `{{ key }}` must have a value, and
@@ -105,7 +136,7 @@ NULL
 slurm <- function(nodes = 1L, cores, memory = NULL, time = NULL, partition = NULL, account = NULL, gpus = NULL,
                   constraint = NULL, extra = NULL, setup = NULL, array = TRUE, max_array = 1000L,
                   name = "rustcluster", dir = "~/.rustcluster", rscript = NULL, rlibs = NULL, address = NULL, port = 0L,
-                  login = NULL, template = NULL, ...) {
+                  login = NULL, template = NULL, max = NULL, min = 0L, idle = 60, backlog = 5L, ...) {
   newLauncher("slurm", given(), list(...))
 }
 
@@ -113,7 +144,8 @@ slurm <- function(nodes = 1L, cores, memory = NULL, time = NULL, partition = NUL
 #' @export
 htcondor <- function(nodes = 1L, cores, memory = NULL, time = NULL, account = NULL, gpus = NULL, constraint = NULL,
                      extra = NULL, setup = NULL, name = "rustcluster", dir = "~/.rustcluster", rscript = NULL,
-                     rlibs = NULL, address = NULL, port = 0L, login = NULL, template = NULL, ...) {
+                     rlibs = NULL, address = NULL, port = 0L, login = NULL, template = NULL, max = NULL, min = 0L,
+                     idle = 60, backlog = 5L, ...) {
   newLauncher("htcondor", given(), list(...))
 }
 
@@ -122,7 +154,7 @@ htcondor <- function(nodes = 1L, cores, memory = NULL, time = NULL, account = NU
 gridEngine <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, account = NULL, gpus = NULL,
                        constraint = NULL, extra = NULL, setup = NULL, pe = "smp", array = TRUE, max_array = 1000L,
                        name = "rustcluster", dir = "~/.rustcluster", rscript = NULL, rlibs = NULL, address = NULL,
-                       port = 0L, login = NULL, template = NULL, ...) {
+                       port = 0L, login = NULL, template = NULL, max = NULL, min = 0L, idle = 60, backlog = 5L, ...) {
   newLauncher("gridEngine", given(), list(...))
 }
 
@@ -131,7 +163,8 @@ gridEngine <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NU
 pbs <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, account = NULL, gpus = NULL,
                 constraint = NULL, extra = NULL, setup = NULL, dialect = c("openpbs", "torque"), array = TRUE,
                 max_array = 1000L, name = "rustcluster", dir = "~/.rustcluster", rscript = NULL, rlibs = NULL,
-                address = NULL, port = 0L, login = NULL, template = NULL, ...) {
+                address = NULL, port = 0L, login = NULL, template = NULL, max = NULL, min = 0L, idle = 60,
+                backlog = 5L, ...) {
   newLauncher("pbs", given(), list(...))
 }
 
@@ -140,7 +173,7 @@ pbs <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, acc
 lsf <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, account = NULL, gpus = NULL,
                 constraint = NULL, extra = NULL, setup = NULL, array = TRUE, max_array = 1000L, name = "rustcluster",
                 dir = "~/.rustcluster", rscript = NULL, rlibs = NULL, address = NULL, port = 0L, login = NULL,
-                template = NULL, ...) {
+                template = NULL, max = NULL, min = 0L, idle = 60, backlog = 5L, ...) {
   newLauncher("lsf", given(), list(...))
 }
 
@@ -149,18 +182,20 @@ lsf <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, acc
 jobTemplate <- function(template, submit, cancel, status = NULL, nodes = 1L, cores, memory = NULL, time = NULL,
                         queue = NULL, account = NULL, gpus = NULL, constraint = NULL, extra = NULL, setup = NULL,
                         pattern = "[0-9]+", max_array = 1000L, name = "rustcluster", dir = "~/.rustcluster",
-                        rscript = NULL, rlibs = NULL, address = NULL, port = 0L, login = NULL, ...) {
+                        rscript = NULL, rlibs = NULL, address = NULL, port = 0L, login = NULL, max = NULL, min = 0L,
+                        idle = 60, backlog = 5L, ...) {
   newLauncher("template", given(), list(...))
 }
 
-# Returns the arguments of the calling function but `...`, as a list. A missing argument is left out.
+# Returns the arguments of the calling function but `...`, as a list. A missing argument without a default is left out.
+# The attribute `absent` has the names of all missing arguments.
 given <- function() {
   frame <- parent.frame()
   defaults <- formals(sys.function(sys.parent()))
   names <- setdiff(names(defaults), "...")
   required <- vapply(defaults[names], identical, NA, quote(expr = ))
   absent <- vapply(names, function(name) eval(call("missing", as.name(name)), frame), NA)
-  mget(names[!(required & absent)], envir = frame)
+  structure(mget(names[!(required & absent)], envir = frame), absent = names[absent])
 }
 
 # What differs between engines. `prefix`: of directives. `template`: the built-in one. `time`, `memory`: the forms of
@@ -211,6 +246,7 @@ clock <- function(seconds, days = FALSE) {
 
 newLauncher <- function(kind, given, values) {
   engine <- engines[[kind]]
+  missing <- attr(given, "absent")
   given <- lapply(given, plain)
   absent <- setdiff(c("cores", if (kind == "template") c("template", "submit", "cancel")), names(given))
   if (length(absent)) badArgument(absent[[1L]], "is missing; ", switch(absent[[1L]],
@@ -218,8 +254,10 @@ newLauncher <- function(kind, given, values) {
     template = "give the text or the file of a job script",
     "give a command line of the engine"
   ))
+  adaptive <- adaptiveOf(given, missing)
+  if (!is.null(adaptive)) given$nodes <- adaptive$max
   launcher <- list(
-    kind = kind,
+    kind = kind, adaptive = adaptive,
     nodes = wholeCount(given$nodes, "nodes", "a number of nodes", 1, maxWorkers),
     cores = wholeCount(given$cores, "cores", "a number of cores of each node", 1, 4096),
     memory = memoryOf(given$memory), time = timeOf(given$time),
@@ -241,7 +279,8 @@ newLauncher <- function(kind, given, values) {
   if (length(launcher$rscript)) refuseControls(launcher$rscript, "rscript")
   for (path in launcher$rlibs) refuseControls(path, "rlibs")
   if (launcher$nodes * launcher$cores > maxWorkers) {
-    badArgument("nodes", "times `cores` must be at most ", format(maxWorkers, scientific = FALSE), " workers")
+    badArgument(if (is.null(adaptive)) "nodes" else "max", "times `cores` must be at most ",
+                format(maxWorkers, scientific = FALSE), " workers")
   }
   if (isTRUE(launcher$gpus == 0L)) launcher["gpus"] <- list(NULL)
   if (!is.null(given$array) && !isTRUE(given$array) && !isFALSE(given$array)) {
@@ -260,7 +299,7 @@ newLauncher <- function(kind, given, values) {
   launcher$lines <- launcherTemplate(launcher, given$template)
   launcher <- structure(launcher, class = c(paste0("rustcluster_", kind), "rustcluster_batch", "rustcluster_launcher"))
   # A key without a value is an error now, and not when a job is submitted.
-  jobScripts(launcher, "id")
+  jobScripts(if (is.null(adaptive)) launcher else singleJob(launcher), "id")
   launcher
 }
 

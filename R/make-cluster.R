@@ -99,7 +99,8 @@
 #' @param wait How long to wait for hosts: `"all"`, the default, until all workers are ready; `"first"`, until the first
 #'   is; or a number of workers; `0` does not wait. Hosts that have not started by then join the cluster later, and a
 #'   message says so. `setup_timeout` limits the wait. With a `wait` other than `"all"`, the number of workers of each
-#'   host must be known (`ncore`). See section Hosts that join later.
+#'   host must be known (`ncore`). See section Hosts that join later. Of a launcher with `max` ([slurm()]), only the
+#'   first `min` nodes are waited for.
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of class `"RustNode"`. Each node is a list
@@ -199,7 +200,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   short <- limits_check(sum(asked$workers[local[asked$owner]], na.rm = TRUE))
   if (!is.null(short)) raiseFailure(short)
 
-  needed <- neededWorkers(wait, asked$workers)
+  needed <- neededWorkers(wait, asked$workers, isSpare(asked$hosts, asked$launchers)[asked$owner])
 
   launches <- lapply(asked$hosts, hostLaunch, options)
   pointer <- checked(hub_start(

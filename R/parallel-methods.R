@@ -42,6 +42,7 @@ sendTask <- function(handle, rank, message) {
     awaitNodes(handle, rank)
   }
   result <- hub_send(handle$pointer, rank, handle$job, message, handle$setupKey)
+  if (handle$job == noJob) releaseNodes(handle)
   if (is.null(result)) return(invisible())
   if (isTRUE(result)) {
     handle$onlyLogged <- c(handle$onlyLogged, rank)

@@ -33,6 +33,9 @@ newHandle <- function(pointer, agents) {
   handle$renewals <- integer()
   handle$tasksDone <- numeric()
   handle$renewing <- character()
+  # The states of adaptive launchers (adaptive.R), and the ranks that a verb waits for.
+  handle$adaptive <- list()
+  handle$bound <- integer()
   # Whether hosts may still join.
   handle$awaits <- FALSE
   # The open job; the numbers of the frames that send its tasks (`frames`) and of its verb (`depth`); the key of the
@@ -87,6 +90,7 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
   workers <- vapply(seq_along(asked$hosts), function(i) sum(asked$workers[asked$owner == i]), 0L)
   shown <- logical(length(workers))
   new <- handle$base$hosts + seq_along(workers)
+  spare <- isSpare(asked$hosts, asked$launchers, length(handle$dial$launchers) - length(asked$launchers))
   repeat {
     done <- checked(hub_greeted(handle$pointer))
     if (length(handle$batches)) {
@@ -101,11 +105,11 @@ greetHosts <- function(handle, asked, deadline, timeout, tolerant, progress, nee
       if (progress) for (i in which(known & !shown)) showHost(report, i)
       shown <- known
     }
-    if (done || late) break
+    if (done || late || (any(spare) && all(known[!spare]))) break
     if (is.finite(needed) && sum(workers[known & is.na(report$problem)]) >= needed) break
     raiseInterrupt()
   }
-  if (late) for (i in which(!known)) report$problem[[i]] <- waitProblem(handle, new[[i]], timeout)
+  if (late) for (i in which(!known & !spare)) report$problem[[i]] <- waitProblem(handle, new[[i]], timeout)
   all <- is.na(report$workers)
   report$workers[all] <- report$cores[all]
   report$problem <- ifelse(
@@ -263,19 +267,25 @@ noteAwaited <- function(handle, awaited) {
   handle$awaits <- length(awaited) > 0L || length(handle$batches) > 0L
 }
 
-# Returns the number of workers that makeRustCluster() waits for: Inf for all.
-neededWorkers <- function(wait, workers) {
+# Returns the number of workers that makeRustCluster() waits for: Inf for all. `spare`: which of the entries of `spec`
+# are nodes that adaptive launchers do not submit at the start.
+neededWorkers <- function(wait, workers, spare) {
   wait <- plain(wait)
-  if (identical(wait, "all")) return(Inf)
-  needed <- if (identical(wait, "first")) 1 else wait
-  if (!isCount(needed) || needed < 0) {
+  all <- identical(wait, "all")
+  if (all && !any(spare)) return(Inf)
+  first <- identical(wait, "first")
+  if (!all && !first && (!isCount(wait) || wait < 0)) {
     badArgument("wait", "must be \"all\", \"first\", or a number of workers, at least 0")
   }
   if (anyNA(workers)) {
+    if (all) badArgument("spec", "needs the number of workers of each host (`ncore`) beside an adaptive launcher")
     badArgument("wait", "needs the number of workers of each host: set `ncore` in `spec`, or use wait = \"all\"")
   }
-  if (needed > sum(workers)) {
-    badArgument("wait", "must be at most ", sum(workers), ", the number of workers of `spec`")
+  most <- sum(workers[!spare])
+  needed <- if (all) most else if (first) min(1, most) else wait
+  if (needed > most) {
+    what <- if (any(spare)) "without the nodes that are submitted only when tasks wait" else "of `spec`"
+    badArgument("wait", "must be at most ", most, ", the number of workers ", what)
   }
   as.double(needed)
 }
@@ -302,9 +312,19 @@ awaitArrival <- function(handle) {
 # Waits until the hosts of these workers have joined, or will not join.
 awaitNodes <- function(handle, ranks) {
   if (!handle$awaits) return(invisible())
+  # From here on these nodes are not given back.
+  holdNodes(handle, ranks)
+  handle$bound <- ranks
+  there <- FALSE
+  on.exit({
+    handle$bound <- integer()
+    if (!there && handle$job == noJob) releaseNodes(handle)
+  })
   awaited <- checked(hub_awaited(handle$pointer, FALSE), handle)
+  if (length(handle$adaptive) && any(ranks %in% awaited)) tendBatches(handle, now = TRUE)
   while (any(ranks %in% awaited)) awaited <- awaitArrival(handle)
   noteAwaited(handle, awaited)
+  there <- TRUE
 }
 
 # Returns the pids of the workers that are being started, or NA.

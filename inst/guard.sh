@@ -43,7 +43,10 @@ job_id() {
 submit() {
   n=$1
   while [ "$n" -le "$2" ]; do
-    limited 60 sh "$dir/submit-$n" >"$dir/submit-$n.out" 2>"$dir/submit-$n.err"
+    file=$dir/submit-$n
+    # All jobs of an adaptive launcher have the same command.
+    [ -e "$file" ] || file=$dir/submit-1
+    limited 60 sh "$file" >"$dir/submit-$n.out" 2>"$dir/submit-$n.err"
     rc=$?
     job_id <"$dir/submit-$n.out" >"$dir/submit-$n.id"
     finished "submit-$n" "$rc"

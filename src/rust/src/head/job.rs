@@ -243,9 +243,13 @@ impl Job {
             job: self.engine.id(),
             values: &mut self.values,
         };
-        self.engine
-            .step(&cluster.hub, &mut codec, SLICE, plain_only)
-            .map_err(|halt| self.unsent(halt))
+        let stepped = self
+            .engine
+            .step(&cluster.hub, &mut codec, SLICE, plain_only);
+        // Between two steps R may be busy with other things.
+        let waits = self.engine.is_free() && self.engine.left() > 0;
+        cluster.hub.borrow_mut().set_tasks_wait(waits);
+        stepped.map_err(|halt| self.unsent(halt))
     }
 
     /// Returns the failure for which R has to act.

@@ -1,5 +1,6 @@
 //! The functions of the head, for R.
 
+mod adaptive;
 mod background;
 mod broadcast;
 mod call;
@@ -32,6 +33,7 @@ extendr_module! {
     use job;
     use status;
     use dump;
+    use adaptive;
     use background;
     use guard_process;
 }

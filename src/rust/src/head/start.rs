@@ -237,6 +237,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             up = number(&|h| Some(h.up?.as_secs_f64())),
             jobs_lost = number(&|h| Some(h.jobs_lost.into())),
             awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
+            linked = number(&|h| Some(f64::from(u8::from(h.linked)))),
             draining = text(&|h| h.draining.clone()),
             reason = text(&|h| refusal(h).or(Some(h.failure.as_ref()?.reason.clone()))),
             status = number(&|h| Some(h.failure.as_ref()?.status?.into())),
@@ -511,12 +512,13 @@ fn hub_leave_out(handle: Robj, agent: i32, reason: &str) -> Robj {
 }
 
 /// Gives up a host that waits for a batch job, for this reason. Nothing happens if its agent has joined meanwhile.
+/// `quiet`: whether the caller reports it.
 /// @noRd
 #[extendr]
-fn hub_give_up_host(handle: Robj, agent: i32, reason: &str) -> Robj {
+fn hub_give_up_host(handle: Robj, agent: i32, reason: &str, quiet: bool) -> Robj {
     with_hub(&handle, |hub| {
         if let Ok(agent) = usize::try_from(agent - 1) {
-            hub.give_up_host(agent, reason.to_owned());
+            hub.give_up_host(agent, reason.to_owned(), quiet);
         }
         Ok(())
     })

@@ -118,6 +118,8 @@ pub struct Counts {
 #[derive(Default)]
 pub struct DialBack {
     waiting: VecDeque<Waiting>,
+    /// The hosts that are given an agent first.
+    preferred: Vec<usize>,
     keys: Arc<[(u32, Key)]>,
     /// The bound addresses.
     addresses: Vec<SocketAddr>,
@@ -141,10 +143,17 @@ impl DialBack {
         connection
     }
 
+    /// Agents are given to these hosts before others.
+    pub fn prefer(&mut self, agents: &[usize]) {
+        self.preferred = agents.to_vec();
+    }
+
     fn take(&mut self, launcher: u32) -> Option<Waiting> {
         self.waiting.retain(|waiting| !waiting.slot.is_closed());
-        let mut waiting = self.waiting.iter();
-        let at = waiting.position(|waiting| waiting.launcher == launcher)?;
+        let of = |waiting: &Waiting| waiting.launcher == launcher;
+        let preferred = |w: &Waiting| of(w) && self.preferred.contains(&w.agent);
+        let at = self.waiting.iter().position(preferred);
+        let at = at.or_else(|| self.waiting.iter().position(of))?;
         self.waiting.remove(at)
     }
 

@@ -420,6 +420,21 @@ impl Job {
         (self.tasks, self.done, busy)
     }
 
+    /// Number of tasks that have not been assigned to a worker.
+    pub fn left(&self) -> usize {
+        self.planner.left()
+    }
+
+    /// The workers of the job.
+    pub fn ranks(&self) -> &[Rank] {
+        &self.ranks
+    }
+
+    /// Whether any worker may run any of the tasks.
+    pub fn is_free(&self) -> bool {
+        self.assignment == Assignment::Free
+    }
+
     fn task(&self, position: usize) -> usize {
         self.order
             .as_ref()

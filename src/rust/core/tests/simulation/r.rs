@@ -652,8 +652,9 @@ impl Sim {
                     assert!(ranks.all(|&rank| self.is_terminated(rank)));
                     self.facts.seen.drained += 1;
                 }
-                // The simulated agents restart no worker after a pause.
+                // The simulated agents restart no worker after a pause, and no host is given back.
                 Note::Back { .. }
+                | Note::GivenBack { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Dump { .. }

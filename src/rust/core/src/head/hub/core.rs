@@ -144,6 +144,8 @@ pub struct SharedCore {
     pub taken_over: Notify,
     /// `stopping` was set.
     pub stopped: Notify,
+    /// The rules have changed by which hosts are given back.
+    pub adapts: Notify,
 }
 
 impl SharedCore {
@@ -186,6 +188,7 @@ impl SharedCore {
             woken,
             taken_over: Notify::new(),
             stopped: Notify::new(),
+            adapts: Notify::new(),
         })
     }
 
@@ -404,7 +407,11 @@ impl Core {
     /// Sets the workers of each agent. Nothing has been sent to any.
     pub fn set_ranks(&mut self, ranks: Vec<Vec<Rank>>) {
         self.inbox.set_workers(&ranks);
+        let rules = self.scheduler.rules().to_vec();
         self.scheduler = Scheduler::new(ranks, self.limit);
+        for rule in rules {
+            self.scheduler.give_back_when(rule);
+        }
         self.scheduler.measure_with(self.measure);
         self.scheduler.limit_time(self.time_limit);
         self.update_clock();
@@ -442,6 +449,7 @@ impl Core {
         let conn = &mut self.conns[agent];
         conn.stream = Some(Arc::new(stream));
         conn.received = received;
+        self.inbox.hosts[agent].linked = true;
         self.update_interest(agent);
         self.on_bytes(agent);
         self.pump();
@@ -478,6 +486,7 @@ impl Core {
         conn.out = OutBuf::default();
         conn.descriptors.clear();
         self.update_interest(agent);
+        self.inbox.hosts[agent].linked = false;
         if let Some(stream) = self.conns[agent].stream.take() {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
@@ -631,6 +640,16 @@ impl Core {
                         // An agent that does not end on request is killed.
                         self.conns[*agent].permanent = true;
                         self.conns[*agent].stop.notify_one();
+                    }
+                    // Another job may take its place. Until the agent has ended, calls wait for that.
+                    Note::Drained {
+                        agent,
+                        removed: false,
+                    } => {
+                        let conn = &self.conns[*agent];
+                        if conn.dials && !conn.permanent && conn.plan.is_some() {
+                            self.scheduler.await_again(*agent);
+                        }
                     }
                     Note::Drained {
                         agent,

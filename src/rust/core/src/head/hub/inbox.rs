@@ -1,5 +1,6 @@
 //! The inbox: what the hub knows and has not reported to R yet.
 
+use super::adaptive::Arrival;
 use super::futures::CallTable;
 use crate::head::scheduler::events::{Interruption, Note, Outcome, Termination};
 use crate::head::task_table::TaskTable;
@@ -186,6 +187,12 @@ pub struct HostView {
     pub dump_answered: u64,
     /// The answer to the last question after its state: of the agent, and of its workers by rank.
     pub dump: Vec<(Option<Rank>, Facts)>,
+    /// The stream of an agent is attached.
+    pub linked: bool,
+    /// Jobs of the host come and go with the work: it is no event that it joins.
+    pub adaptive: bool,
+    /// A worker of the present agent has come up.
+    job_arrived: bool,
     /// The host is being added to the cluster: nothing is reported.
     pub adding: bool,
     /// The agent has ended for good.
@@ -216,6 +223,8 @@ pub struct Inbox {
     /// The hub's thread has ended.
     pub closed: bool,
     reported_setup_log: bool,
+    /// Jobs of adaptive launchers of which a worker has come up, until R takes them.
+    pub job_arrivals: Vec<Arrival>,
     pub calls: CallTable,
 }
 
@@ -234,6 +243,7 @@ impl Inbox {
             arrivals: 0,
             closed: false,
             reported_setup_log: false,
+            job_arrivals: Vec::new(),
             calls: CallTable::default(),
         }
     }
@@ -272,6 +282,7 @@ impl Inbox {
         let host = &mut self.hosts[agent];
         host.hello = Some(hello);
         host.draining = None;
+        host.job_arrived = false;
         host.greeted = Some(self.began.elapsed());
     }
 
@@ -284,7 +295,13 @@ impl Inbox {
                 self.up += usize::from(worker.termination.is_none());
                 worker.pid = Some(pid);
                 worker.came_up = true;
-                self.hosts[worker.agent].up = Some(self.began.elapsed());
+                let agent = worker.agent;
+                let host = &mut self.hosts[agent];
+                host.up = Some(self.began.elapsed());
+                if host.adaptive && !std::mem::replace(&mut host.job_arrived, true) {
+                    let job = host.job.clone();
+                    self.job_arrivals.push(Arrival { agent, job });
+                }
             }
             Note::Replaced { rank, pid, killed } => {
                 let before = self.workers[rank as usize].pid.replace(pid);
@@ -336,6 +353,9 @@ impl Inbox {
                     reason,
                     seconds,
                 });
+            }
+            Note::GivenBack { agent } => {
+                self.hosts[agent].draining = Some("nothing to do".into());
             }
             Note::Drained { agent, removed } => {
                 let draining = &mut self.hosts[agent].draining;
@@ -488,7 +508,7 @@ impl Inbox {
         if any && !waited_for && std::mem::take(&mut self.hosts[agent].awaited) {
             self.hosts[agent].failure = None;
             self.hosts[agent].reported_lost = false;
-            if !self.hosts[agent].adding {
+            if !self.hosts[agent].adding && !self.hosts[agent].adaptive {
                 self.events.push_back(Event::HostJoined { agent });
             }
         }

@@ -29,14 +29,16 @@ impl Hub {
     }
 
     /// The batch job for which this host waits will not run, or not again: the cluster goes on without the host.
-    /// Nothing happens if an agent has joined in the meantime.
-    pub fn give_up_host(&mut self, agent: usize, reason: String) {
+    /// Nothing happens if an agent has joined in the meantime. `quiet`: it is no event.
+    pub fn give_up_host(&mut self, agent: usize, reason: String, quiet: bool) {
         let mut core = self.core();
         if core.conns.get(agent).is_some_and(|conn| conn.awaited) {
             core.conns[agent].permanent = true;
             core.conns[agent].stop.notify_one();
+            core.inbox.hosts[agent].adding |= quiet;
             core.give_up_awaited(agent, &HostFailure::new(reason.clone()));
             core.inbox.hosts[agent].failure = Some(HostFailure::new(reason));
+            core.inbox.hosts[agent].adding &= !quiet;
             core.pump();
             core.changed();
         }

@@ -4,6 +4,7 @@
 //! Both threads share the state in [`core`], under one lock. It contains only bytes and plain
 //! values; nothing here ever calls R.
 
+mod adaptive;
 mod by_hand;
 mod client;
 mod connection;
@@ -24,6 +25,7 @@ mod thread;
 mod writer;
 mod writing;
 
+pub use adaptive::Arrival;
 pub use client::{Answer, Hub, Progress};
 pub use connection::Plan;
 pub(super) use core::SharedCore;

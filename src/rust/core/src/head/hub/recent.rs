@@ -125,6 +125,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             timed_out: true,
         } => worker("worker killed, slow to stop", rank, String::new()),
         Note::Draining { agent, reason, .. } => host("host draining", agent, reason.clone()),
+        Note::GivenBack { agent } => host("host given back", agent, String::new()),
         Note::Drained { agent, .. } => host("host drained", agent, String::new()),
         Note::LeftOut { agent, reason } => host("host left out", agent, reason.clone()),
         // The reason is left out, because it may name the user's packages and paths; R reports it.

@@ -1,5 +1,6 @@
 //! The hub's thread: it starts the agents and serves their streams while R's thread does not.
 
+use super::adaptive;
 use super::core::{SharedCore, TICK};
 use super::inbox::HostFailure;
 use super::serve_host;
@@ -55,6 +56,7 @@ async fn serve(
     let streams = unsafe { AsyncFd::register_with_interest(streams, Interest::READABLE)? };
     let watcher = tokio::task::spawn_local(serve_streams(shared_core.clone(), streams));
     let ticker = tokio::task::spawn_local(tick(shared_core.clone()));
+    let giver = tokio::task::spawn_local(adaptive::give_back(shared_core.clone()));
     let listener = tokio::task::spawn_local(dial_back::serve(shared_core.clone(), listeners));
     let mut tasks = Vec::new();
     loop {
@@ -75,6 +77,7 @@ async fn serve(
     }
     watcher.abort();
     ticker.abort();
+    giver.abort();
     Ok(())
 }
 

@@ -18,9 +18,11 @@ use tracing::info;
 #[derive(Debug)]
 pub(super) struct AgentDrain {
     /// Why the job ends, as far as the agent has announced it.
-    cause: Option<DrainCause>,
+    pub(super) cause: Option<DrainCause>,
     /// Why workers of the agent terminate from now on.
     pub(super) termination: Arc<Termination>,
+    /// The host had nothing to do: see [`super::give_back`].
+    pub(super) given_back: bool,
 }
 
 /// What has to be checked after each event.
@@ -29,7 +31,7 @@ pub(super) struct Drains {
     /// Draining workers that have not terminated.
     workers: BTreeSet<Rank>,
     /// Agents with workers that drain or have been drained, which have not been asked to end.
-    agents: BTreeSet<usize>,
+    pub(super) agents: BTreeSet<usize>,
 }
 
 impl Drains {
@@ -47,7 +49,8 @@ impl Scheduler {
             return;
         };
         let before = known.drain.as_ref();
-        if known.out.is_closed() || before.is_some_and(|drain| drain.cause >= Some(cause)) {
+        let known_before = |drain: &AgentDrain| drain.given_back || drain.cause >= Some(cause);
+        if known.out.is_closed() || before.is_some_and(known_before) {
             return;
         }
         self.begin_drain(agent, Some(cause), cause.to_string(), seconds);
@@ -74,6 +77,7 @@ impl Scheduler {
         self.agents[agent].drain = Some(AgentDrain {
             cause,
             termination: termination.clone(),
+            given_back: false,
         });
         self.drains.agents.insert(agent);
         self.notes.push(Note::Draining {

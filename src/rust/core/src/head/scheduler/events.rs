@@ -115,6 +115,11 @@ pub enum Note {
         /// Seconds until the end, if they are known.
         seconds: Option<u32>,
     },
+    /// A host has nothing to do and is given back: its agent ends, and its batch job with it.
+    GivenBack {
+        /// The host's index among all.
+        agent: usize,
+    },
     /// All workers of a draining agent have terminated, and the agent was asked to end.
     Drained {
         /// The host's index among all.

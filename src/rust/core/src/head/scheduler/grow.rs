@@ -2,6 +2,7 @@
 
 use super::worker::Worker;
 use super::{AgentState, Outbound, Scheduler};
+use crate::head::activity::Moment;
 use crate::protocol::ids::Rank;
 
 impl AgentState {
@@ -13,6 +14,7 @@ impl AgentState {
             failures: 0,
             awaited: false,
             drain: None,
+            active: Moment::ZERO,
         }
     }
 }

@@ -162,7 +162,10 @@ impl Scheduler {
             return;
         }
         worker.state = WorkerState::Terminated(termination.clone());
+        let drain = self.agents[worker.agent].drain.as_ref();
         match &*termination {
+            // The host was given back, which is no failure.
+            Termination::JobEnded(_) if drain.is_some_and(|drain| drain.given_back) => {}
             Termination::Worker(failure) => {
                 worker.stats.lost(&format!("lost: {failure}"), self.now);
             }

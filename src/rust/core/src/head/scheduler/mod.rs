@@ -41,6 +41,7 @@ mod cancel;
 mod drain;
 mod dump;
 pub mod events;
+pub mod give_back;
 mod grow;
 mod losses;
 mod outbound;
@@ -52,6 +53,7 @@ pub mod task;
 mod worker;
 
 use drain::{AgentDrain, Drains};
+use give_back::GiveBack;
 use outbound::Outbound;
 use pool::CallQueue;
 use result_flow::ResultFlow;
@@ -74,6 +76,8 @@ struct AgentState {
     /// The agent has not joined yet: its workers are terminated until it does.
     awaited: bool,
     drain: Option<AgentDrain>,
+    /// When a worker last began or ended a task, or came up.
+    active: Moment,
 }
 
 /// See the module's documentation.
@@ -92,6 +96,9 @@ pub struct Scheduler {
     time_limit: Option<Duration>,
     calls: CallQueue,
     drains: Drains,
+    give_back: Vec<GiveBack>,
+    /// See [`Scheduler::set_tasks_wait`].
+    tasks_wait: bool,
 }
 
 impl Scheduler {
@@ -119,6 +126,8 @@ impl Scheduler {
             time_limit: None,
             calls: CallQueue::default(),
             drains: Drains::default(),
+            give_back: Vec::new(),
+            tasks_wait: false,
         }
     }
 
@@ -197,6 +206,7 @@ impl Scheduler {
         let Some(worker) = self.workers.get_mut(order.rank as usize) else {
             return;
         };
+        worker.movable = order.movable;
         if let WorkerState::Terminated(termination) = &worker.state {
             self.notes.push(Note::Done {
                 rank: order.rank,
@@ -416,6 +426,7 @@ impl Scheduler {
                 if matches!(worker.state, WorkerState::Starting) {
                     worker.state = WorkerState::Up;
                     worker.stats.back(self.now);
+                    self.agents[agent].active = self.now;
                     self.notes.push(Note::Up { rank, pid });
                     self.dispatch(rank);
                 }

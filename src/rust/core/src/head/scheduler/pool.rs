@@ -2,6 +2,7 @@
 //! worker, until a worker has nothing else to do. From then on it is a task like others, except
 //! that no other task waits for the retry decision on it.
 
+use super::events::RankSet;
 use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
@@ -130,6 +131,12 @@ impl Scheduler {
         }
     }
 
+    /// Number of waiting calls that one of these workers may run.
+    pub fn calls_waiting_for(&self, ranks: &RankSet) -> usize {
+        let may = |call: &&Waiting| call.any_of.iter().any(|&rank| ranks.contains(rank));
+        self.calls.waiting.iter().filter(may).count()
+    }
+
     /// Where a call is.
     pub fn call_location(&self, id: TaskId) -> CallLocation {
         if self.calls.waiting.iter().any(|call| call.task.id == id) {
@@ -177,11 +184,15 @@ impl Scheduler {
     /// [`Scheduler::verb_over`], so that the verb's measurements of its tasks are undisturbed.
     pub fn reserve_for_verb(&mut self, rank: Rank) {
         self.calls.reserved.insert(rank);
+        if let Some(worker) = self.workers.get_mut(rank as usize) {
+            worker.movable = false;
+        }
     }
 
     /// The verb is over. Returns whether calls, or the ends of draining workers, have waited for its end.
     pub fn verb_over(&mut self) -> bool {
         self.calls.reserved.clear();
+        self.tasks_wait = false;
         let waiting = !self.calls.waiting.is_empty() || !self.drains.is_empty();
         self.hand_out();
         waiting
@@ -191,6 +202,7 @@ impl Scheduler {
     pub fn restored(&mut self, rank: Rank) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
             worker.away = false;
+            self.agents[worker.agent].active = self.now;
             self.dispatch(rank);
         }
     }

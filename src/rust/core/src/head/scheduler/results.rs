@@ -27,7 +27,9 @@ impl Scheduler {
     /// Makes this the current task of a worker.
     pub(super) fn occupy(&mut self, rank: Rank, current: Current) {
         self.flow.begin(rank, current.cancelled);
-        self.workers[rank as usize].current = Some(current);
+        let worker = &mut self.workers[rank as usize];
+        worker.current = Some(current);
+        self.agents[worker.agent].active = self.now;
     }
 
     /// Drops the answer of a worker's current task. The rest of it is discarded on arrival, so that
@@ -181,7 +183,9 @@ impl Scheduler {
                 .stats
                 .ended(times, if answered { tasks } else { 0 }, self.now);
         }
-        let current = self.workers[rank as usize].current.take()?;
+        let worker = &mut self.workers[rank as usize];
+        let current = worker.current.take()?;
+        self.agents[worker.agent].active = self.now;
         self.released += current.task.queued_bytes();
         self.flow.end(rank);
         self.call_ended(current.task.id);

@@ -12,6 +12,7 @@ use crate::protocol::limits::SEND_WINDOW;
 use bytes::Bytes;
 
 mod drain;
+mod give_back;
 
 /// Workers that are up, one on each host.
 fn up(workers: u32) -> Scheduler {

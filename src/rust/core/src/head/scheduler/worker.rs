@@ -38,6 +38,8 @@ pub(super) struct Worker {
     pub(super) away: bool,
     /// The worker is draining: why it terminates when it has no more tasks.
     pub(super) draining: Option<Arc<Termination>>,
+    /// Any worker of the job could have run the last task: see [`Order::movable`](super::task::Order::movable).
+    pub(super) movable: bool,
 }
 
 impl Worker {
@@ -56,6 +58,7 @@ impl Worker {
             stats: WorkerStats::default(),
             away: false,
             draining: None,
+            movable: false,
         }
     }
 

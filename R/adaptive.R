@@ -1,0 +1,322 @@
+# Adaptive launchers (`max`): jobs of one node are submitted while tasks wait, and end when their hosts rest.
+#
+# All `max` hosts are slots of the cluster from the start. A slot without a job waits, as a host that has not joined.
+# The hub's thread gives back hosts that rest (scheduler/give_back.rs), whatever R does. R submits jobs: when a call is
+# made, and while it waits for the cluster. A job is not made for a certain slot: its agent gets one that waits.
+#
+# All jobs of a launcher are submissions of one batch, with one directory, key and guard (batch-jobs.R): the guard runs
+# the same submit command each time. What is known of a job is forgotten when the job is over.
+
+# Three failures in a row end the growth. A job that was cancelled before it ran counts a third, since somebody may have
+# done that on purpose.
+failureWeights <- c(failed = 3L, cancelled = 1L)
+maxFailures <- 9L
+
+# The number of ids of jobs that have ended, and are kept for engines that do not say which have.
+keptIds <- 100L
+
+# Seconds after which a job is taken to be over that the engine has never listed, although it was asked.
+unlistedLimit <- 30
+
+# The arguments of launchers about adaptive clusters, or NULL for a launcher with a fixed number of nodes. `absent`: the
+# names of the arguments that the user has not given.
+adaptiveOf <- function(given, absent) {
+  if (isUnset(given$max)) {
+    for (name in setdiff(c("min", "idle", "backlog"), absent)) {
+      badArgument(name, "needs `max`, the maximum number of nodes")
+    }
+    return(NULL)
+  }
+  if (!"nodes" %in% absent && !isUnset(given$nodes)) {
+    badArgument("nodes", "cannot be given with `max`; `min` is the number of nodes at the start")
+  }
+  max <- wholeCount(given$max, "max", "a number of nodes", 1, maxWorkers)
+  min <- wholeCount(given$min, "min", "a number of nodes", 0, maxWorkers)
+  if (min > max) badArgument("min", "must be at most `max`, ", max)
+  between(given$idle, "idle", "a number of seconds", 0.01, 1e9, infinite = TRUE)
+  list(
+    min = min, max = max, idle = as.double(given$idle),
+    backlog = wholeCount(given$backlog, "backlog", "a number of jobs", 1, maxWorkers)
+  )
+}
+
+# Returns the launcher of single jobs of an adaptive launcher.
+singleJob <- function(launcher) {
+  launcher$nodes <- 1L
+  launcher
+}
+
+# Returns whether each of these hosts is a slot of an adaptive launcher that has no job at the start. `launchers`: those
+# of the hosts. `before`: the number of launchers of the cluster before these.
+isSpare <- function(hosts, launchers, before = 0L) {
+  vapply(hosts, function(host) {
+    if (is.null(host$dial)) return(FALSE)
+    adaptive <- launchers[[host$dial - before]]$adaptive
+    !is.null(adaptive) && host$slot > adaptive$min
+  }, NA)
+}
+
+# Begins with a launcher: makes its batch, and submits the first jobs. `hosts`: the indices of its hosts.
+startAdaptive <- function(handle, number, launcher, hosts) {
+  adaptive <- launcher$adaptive
+  state <- new.env(parent = emptyenv())
+  state$number <- number
+  state$hosts <- hosts
+  state$cores <- launcher$cores
+  state$settings <- adaptive
+  # A row for each job that may not be over: the number of its submission, its id once the engine has accepted it, its
+  # name in the form of jobNumber(), when it was accepted, and whether a worker of it has come up.
+  state$jobs <- data.frame(
+    submission = integer(), job = character(), name = character(), accepted = numeric(), arrived = logical(),
+    stringsAsFactors = FALSE
+  )
+  state$submitted <- 0L
+  state$failures <- 0L
+  # Why no more jobs are submitted, or NULL.
+  state$stopped <- NULL
+  # The failures while the cluster starts: see leaveOutEnded().
+  state$problems <- character()
+  # With this number of open calls, the need for jobs has to be looked at again.
+  state$reconsider <- 1
+  state$batch <- addBatch(handle, number, singleJob(launcher), submit = FALSE)
+  state$batch$submitting <- FALSE
+  handle$adaptive <- c(handle$adaptive, list(state))
+  checked(hub_adapt(handle$pointer, hosts, adaptive$min, adaptive$idle))
+  submitMore(state, min(adaptive$min, adaptive$backlog))
+}
+
+# Returns the state of the launcher of a host, or NULL for a host of no adaptive launcher.
+adaptiveStateOf <- function(handle, i) {
+  for (state in handle$adaptive) if (i %in% state$hosts) return(state)
+  NULL
+}
+
+# Whether each host of the cluster has an adaptive launcher.
+areAdaptive <- function(handle) {
+  seq_along(handle$agents) %in% unlist(lapply(handle$adaptive, function(state) state$hosts))
+}
+
+# Orders the submission of further jobs, and does not wait for the engine.
+submitMore <- function(state, count) {
+  if (count < 1L) return(invisible())
+  new <- state$submitted + seq_len(count)
+  batch <- state$batch
+  state$jobs <- rbind(state$jobs, data.frame(
+    submission = new, job = NA_character_, name = NA_character_, accepted = NA_real_, arrived = FALSE,
+    stringsAsFactors = FALSE
+  ))
+  state$submitted <- state$submitted + count
+  if (!tellGuard(batch, "submit", new[[1L]], new[[count]])) {
+    state$jobs <- state$jobs[!state$jobs$submission %in% new, ]
+    adaptiveFailed(state, "the guard of the jobs could not be started")
+  }
+  invisible()
+}
+
+# Counts a failure.
+adaptiveFailed <- function(state, problem, cancelled = FALSE) {
+  state$failures <- state$failures + failureWeights[[if (cancelled) "cancelled" else "failed"]]
+  state$problems <- utils::tail(c(state$problems, problem), maxFailures)
+  if (state$failures >= maxFailures && is.null(state$stopped)) state$stopped <- problem
+}
+
+# Reads the answers to submissions.
+takeAccepted <- function(state) {
+  batch <- state$batch
+  for (submission in state$jobs$submission[is.na(state$jobs$job)]) {
+    name <- paste0("submit-", submission)
+    # It may answer just before it ends.
+    over <- isTRUE(guardEnded(batch, 0))
+    answer <- answerTo(batch, name)
+    if (is.null(answer) && !over) next
+    row <- match(submission, state$jobs$submission)
+    id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
+    problem <- if (is.null(answer)) {
+      "the process that submits jobs has ended"
+    } else if (!isTRUE(answer$status == 0L)) {
+      # timeout(1) exits with 124, or 137 after SIGKILL.
+      if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
+    } else if (!length(id) || !nzchar(id[[1L]])) {
+      "its output contains no job id"
+    }
+    if (!is.null(problem)) {
+      output <- paste(c(answer$out, answer$err), collapse = "\n")
+      text <- paste0(
+        engines[[batch$launcher$kind]]$title, " did not accept a job: `", batch$submissions$command[[1L]], "` failed (",
+        problem, ")", tailText("output of the command", output)
+      )
+      state$jobs <- state$jobs[-row, ]
+      forgetAnswer(batch, name)
+      adaptiveFailed(state, text)
+      next
+    }
+    array <- batch$submissions$array[[1L]]
+    job <- data.frame(job = id[[1L]], tasks = 1L, array = array, stringsAsFactors = FALSE)
+    expected <- expectedStates(list(jobs = job, launcher = batch$launcher))
+    task <- expected$task[[1L]]
+    state$jobs$job[[row]] <- id[[1L]]
+    state$jobs$name[[row]] <- jobNumber(paste0(id[[1L]], "/", if (is.na(task)) "" else task))
+    state$jobs$accepted[[row]] <- proc.time()[["elapsed"]]
+    batch$jobs <- rbind(batch$jobs, job)
+    batch$states <- rbind(batch$states, expected)
+  }
+}
+
+# Marks the jobs of which a worker has come up. A template does not tell agents which jobs they are.
+takeArrivals <- function(handle) {
+  arrivals <- checked(hub_job_arrivals(handle$pointer))
+  for (at in seq_along(arrivals$agent)) {
+    state <- adaptiveStateOf(handle, arrivals$agent[[at]])
+    if (is.null(state)) next
+    name <- arrivals$job[[at]]
+    row <- if (!isJobName(name)) which(!state$jobs$arrived)[1L] else match(jobNumber(name), state$jobs$name)
+    # The engine may have started the job before its submit command has ended.
+    if (is.na(row)) row <- which(!state$jobs$arrived & is.na(state$jobs$name))[1L]
+    if (!is.na(row)) state$jobs$arrived[[row]] <- TRUE
+    state$failures <- 0L
+  }
+}
+
+# Returns whether an agent knows its job: engines number them.
+isJobName <- function(name) grepl("[0-9]", name)
+
+# Forgets the jobs that are over, and counts those that have ended before a worker came up.
+forgetEnded <- function(handle, state, known) {
+  batch <- state$batch
+  jobs <- state$jobs
+  up <- state$hosts[known$linked[state$hosts] == 1]
+  named <- isJobName(known$job[up])
+  names <- jobNumber(known$job[up][named])
+  # As long as all jobs are there, the engine need not be asked.
+  there <- jobs$name %in% names
+  asked <- !is.na(jobs$job) & !there
+  anonymous <- sum(!named)
+  if (!any(asked) || sum(asked & jobs$arrived) <= anonymous && all(jobs$arrived[asked])) return(invisible())
+  template <- batch$launcher$kind == "template"
+  states <- queryJobs(batch)
+  # A job may have arrived before the engine was asked.
+  takeArrivals(handle)
+  jobs <- state$jobs
+  at <- match(jobs$job, states$job)
+  text <- states$state[at]
+  over <- !is.na(at) & isFinalState(batch$launcher$kind, text)
+  listed <- !template || !is.null(batch$launcher$status)
+  unlisted <- listed & !is.na(at) & is.na(text) & !there & c(batch$answered, -Inf)[[1L]] > jobs$accepted + unlistedLimit
+  over <- over | unlisted
+  if (template) {
+    up <- state$hosts[checked(hub_hosts(handle$pointer))$linked[state$hosts] == 1]
+    # Without words for the end of a job, only the connections say how many are over. Some ids are kept for the end of
+    # the cluster: it is not known which ones these are.
+    gone <- sum(jobs$arrived) - length(up) - keptIds
+    over <- over | (jobs$arrived & cumsum(jobs$arrived) <= gone)
+    # Jobs that are over and those that are there cannot be told apart by name.
+    wrong <- which(over & !jobs$arrived)
+    right <- which(!over & jobs$arrived)
+    n <- min(length(wrong), max(0L, length(right) - length(up)))
+    jobs$arrived[c(utils::head(wrong, n), utils::head(right, n))] <- rep(c(TRUE, FALSE), each = n)
+    state$jobs <- jobs
+  }
+  # The engine is late, or an agent outlives its job.
+  over <- over & !there & !is.na(jobs$job)
+  for (row in which(over & !jobs$arrived)) {
+    shown <- if (!is.na(text[[row]])) paste0(" (", stateText(text[[row]], states$reason[[at[[row]]]]), ")")
+    task <- states$task[[at[[row]]]]
+    adaptiveFailed(state, paste0(
+      "job ", jobs$job[[row]], " ended before its agent had connected and its workers had started", shown,
+      tailText("end of its log", jobLog(batch, jobs$job[[row]], task))
+    ), cancelled = grepl("^(CANCELLED|REMOVED)", text[[row]]))
+  }
+  for (row in which(over)) forgetJob(batch, jobs$job[[row]], jobs$submission[[row]])
+  state$jobs <- jobs[!over, ]
+}
+
+forgetJob <- function(batch, job, submission) {
+  batch$jobs <- batch$jobs[batch$jobs$job != job, ]
+  batch$states <- batch$states[batch$states$job != job, ]
+  forgetAnswer(batch, paste0("submit-", submission))
+  if (isThere(batch)) return(invisible())
+  number <- sub("^([0-9]+).*$", "\\1", job)
+  logs <- list.files(batch$directory, "[.]log$")
+  parts <- regmatches(logs, gregexpr("[0-9]+", logs))
+  own <- vapply(parts, function(part) number %in% part, NA)
+  unlink(file.path(batch$directory, logs[own]))
+}
+
+# Submits the jobs that are needed. `bound`: the ranks that a verb waits for.
+tendAdaptive <- function(handle, known, bound = integer()) {
+  if (!length(handle$adaptive)) return(invisible())
+  for (state in handle$adaptive) takeAccepted(state)
+  takeArrivals(handle)
+  preferred <- integer()
+  covered <- 0
+  for (state in handle$adaptive) {
+    forgetEnded(handle, state, known)
+    hosts <- state$hosts
+    # A slot is gone if all of its workers have been removed, or if it has been given up. While the cluster starts,
+    # slots have no workers.
+    starts <- !hosts %in% handle$owner
+    usable <- if (all(starts)) is.na(known$reason[hosts]) else known$awaited[hosts] == 1
+    usable <- usable & (starts | hosts %in% handle$owner[handle$alive])
+    free <- hosts[usable & known$linked[hosts] == 0]
+    joining <- sum(known$awaited[hosts] == 1 & known$linked[hosts] == 1)
+    up <- sum(known$awaited[hosts] == 0 & known$linked[hosts] == 1)
+    coming <- sum(!state$jobs$arrived)
+    if (!is.null(state$stopped)) {
+      stopGrowth(handle, state, if (coming == 0L) free else integer())
+      next
+    }
+    demand <- checked(hub_demand(handle$pointer, hosts), handle)
+    # The jobs of one launcher suffice for tasks that those of another could run, too.
+    tasks <- max(0, demand$tasks - covered)
+    needed <- intersect(free, handle$owner[bound])
+    preferred <- c(preferred, needed)
+    wanted <- max(
+      min(ceiling(tasks / state$cores), sum(demand$hosts & hosts %in% free)),
+      length(needed), state$settings$min - up - joining
+    )
+    room <- length(free) - max(0L, coming - joining)
+    count <- min(wanted - coming, room, state$settings$backlog - coming)
+    submitMore(state, count)
+    coming <- coming + max(count, 0)
+    covered <- covered + coming * state$cores
+    spare <- coming * state$cores - tasks
+    full <- coming >= state$settings$backlog || room <= count
+    state$reconsider <- if (full) Inf else length(recordsOf(handle)) + max(1, spare + 1)
+  }
+  checked(hub_prefer(handle$pointer, preferred))
+}
+
+# No more jobs are submitted: says so once, and gives up the slots that will have no job.
+stopGrowth <- function(handle, state, free) {
+  if (!identical(state$settings$idle, Inf)) {
+    state$settings$idle <- Inf
+    # What is given back could not come again.
+    checked(hub_adapt(handle$pointer, state$hosts, state$settings$min, Inf))
+    title <- engines[[state$batch$launcher$kind]]$title
+    handle$pending <- c(handle$pending, list(rustclusterCondition(
+      "growth_stopped", paste0(
+        "no more jobs are submitted to ", title, ", because several in a row have failed; the last failure: ",
+        state$stopped
+      ),
+      launcher = state$number, reason = state$stopped, type = "warning"
+    )))
+  }
+  reason <- paste0("no more jobs are submitted for it: ", state$stopped)
+  for (i in free) giveUpHost(handle, i, reason, quiet = TRUE)
+}
+
+# Called when a call has been made: submits jobs if those that are coming do not suffice.
+callMade <- function(handle) {
+  if (!length(handle$adaptive)) return(invisible())
+  open <- length(recordsOf(handle))
+  if (any(vapply(handle$adaptive, function(state) open >= state$reconsider, NA))) tendBatches(handle, now = TRUE)
+}
+
+# Keeps nodes for a verb that waits for them. The end of its job ends that, and releaseNodes().
+holdNodes <- function(handle, ranks) {
+  if (length(handle$adaptive)) checked(hub_hold(handle$pointer, ranks), handle)
+}
+
+releaseNodes <- function(handle) {
+  if (length(handle$adaptive)) checked(hub_hold(handle$pointer, integer()))
+}
