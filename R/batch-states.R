@@ -152,7 +152,7 @@ parseSlurm <- function(lines) {
 condorStates <- c("IDLE", "RUNNING", "REMOVED", "COMPLETED", "HELD", "TRANSFERRING_OUTPUT", "SUSPENDED")
 
 parseCondor <- function(lines) {
-  events <- grepl("^event ", lines)
+  events <- startsWith(lines, "event ")
   fields <- fieldsOf(lines[!events], "\t", 6L, "undefined")
   state <- condorStates[suppressWarnings(as.integer(fields[, 3L]))]
   reason <- ifelse(state %in% "HELD", fields[, 5L], ifelse(state %in% "IDLE", fields[, 6L], NA_character_))

@@ -179,8 +179,9 @@ variablesLines <- function(env) {
   }
   set <- env[!is.na(env)]
   c(
-    sprintf("unset %s", names(env)[is.na(env)]),
-    sprintf("export %s=%s", names(set), shQuote(set)),
+    paste0("unset ", names(env)[is.na(env)], recycle0 = TRUE),
+    # sprintf() limits the length of text.
+    paste0("export ", names(set), "=", shQuote(set), recycle0 = TRUE),
     # The status of the last command.
     ":"
   )

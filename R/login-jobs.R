@@ -71,6 +71,7 @@ enginePrograms <- function(launcher) {
   )
 }
 
+# Raises an error if the connection to the login node of a batch is lost.
 checkLinkThere <- function(batch, what) {
   problem <- linkProblem(batch$host$link)
   if (!is.null(problem)) engineChecked(batch$host, engineResult(255L, stderr = problem), what)

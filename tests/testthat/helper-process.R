@@ -194,6 +194,8 @@ note_pids <- function(pids) {
 
 # Called as the last test of a file, when its clusters have been stopped.
 expect_no_leftovers <- function() {
+  # Clusters that no test holds any more end when they are garbage-collected, which may be late in a short session.
+  gc()
   expect_gone(leftovers$pids)
   wait_until(
     function() length(setdiff(descendants(), leftovers$before)) == 0L,

@@ -134,6 +134,8 @@ test_that("an interrupted start and a stopped cluster leave nothing of late host
   gate <- gates()
   gate$open("early")
   cl <- makeRustCluster(c(early = 1, late = 2), rshcmd = gate$ssh, rlibs = .libPaths(), wait = "first")
+  # Clusters of other tests, too, which end when they are garbage-collected.
+  gc()
   before <- descendants()
   expect_true(length(before) > 2L)
   stopCluster(cl)
