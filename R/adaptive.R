@@ -244,7 +244,11 @@ forgetJob <- function(batch, job, submission) {
 
 # Submits the jobs that are needed. `bound`: the ranks that a verb waits for.
 tendAdaptive <- function(handle, known, bound = integer()) {
-  if (!length(handle$adaptive)) return(invisible())
+  # With an interrupt in between, a job could be taken to be coming that was never submitted.
+  if (length(handle$adaptive)) suspendInterrupts(tendLaunchers(handle, known, bound))
+}
+
+tendLaunchers <- function(handle, known, bound) {
   for (state in handle$adaptive) takeAccepted(state)
   takeArrivals(handle)
   preferred <- integer()

@@ -179,6 +179,10 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
     at <- match(jobNumber(known$job[joined]), jobs$name)
     shown[joined, c("job", "state")] <- jobs[at, c("id", "text")]
     rest <- jobs[!seq_len(nrow(jobs)) %in% at, ]
+    # The jobs of hosts that were given back are about to end.
+    for (state in handle$adaptive) {
+      if (state$number == number) rest <- rest[rest$name %in% state$jobs$name[!state$jobs$arrived], ]
+    }
     # Jobs that may still come go to the hosts that wait.
     rest <- rest[order(rest$over), ]
     # The engine of a template does not tell agents which jobs they are.

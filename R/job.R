@@ -27,7 +27,11 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
                    onResults = NULL, progress = wantsProgress(), what = "task") {
   handle <- cl[[1L]][["handle"]]
   refuseIfBusy(handle, sys.nframe())
-  if (round) awaitNodes(handle, ranks)
+  if (round) {
+    # The other nodes get no task.
+    if (n < length(ranks)) ranks <- ranks[seq_len(n)]
+    awaitNodes(handle, ranks)
+  }
   job <- handle$jobs <- handle$jobs + 1
   done <- FALSE
   on.exit(if (!done) closeJob(handle, job))

@@ -120,12 +120,17 @@ test_that("functions that need their nodes wait for jobs, and exports do not", {
   global(exported <- 3)
   clusterExport(cl, "exported", globalenv())
   expect_identical(stub$jobs(), character())
+  # Two tasks need two nodes.
+  before <- submitted(stub)
+  expect_identical(parallel::clusterApply(cl, 1:2, function(i) i), list(1L, 2L))
+  expect_identical(submitted(stub), before + 2L)
+  expect_true(rests(cl, stub))
   # One node of three needs one job.
   before <- submitted(stub)
   expect_identical(clusterCall(cl[3], function() exported), list(3))
   expect_identical(submitted(stub), before + 1L)
   psock <- parallel::makeCluster(3)
-  on.exit(parallel::stopCluster(psock))
+  on.exit(parallel::stopCluster(psock), add = TRUE)
   clusterSetRNGStream(psock, 5)
   expect_equal(clusterCall(cl, rnorm, 3), clusterCall(psock, rnorm, 3))
 })
@@ -149,7 +154,7 @@ test_that("futures and foreach run on adaptive clusters", {
   stub <- local_stub_engine("slurm")
   cl <- adaptive_cluster(stub, 2, idle = 0.2)
   old <- future::plan(cluster_rust, workers = cl)
-  on.exit(future::plan(old))
+  on.exit(future::plan(old), add = TRUE, after = FALSE)
   futures <- lapply(1:4, function(i) future::future(i * 2))
   expect_equal(lapply(futures, future::value), list(2, 4, 6, 8))
   expect_true(rests(cl, stub))
@@ -266,6 +271,31 @@ test_that("adaptive launchers join other hosts, and clusters that grow", {
   expect_length(unique(clusterCall(cl, Sys.getpid)), 3L)
   stopCluster(cl)
   expect_nothing_left(stub)
+})
+
+test_that("adaptive launchers work behind a login node", {
+  skip_without_sshd()
+  stub <- local_stub_engine("slurm")
+  # The commands of the engine are in the PATH of the login node.
+  ssh <- local_sshd(config = paste0("SetEnv PATH=", Sys.getenv("PATH")))
+  launcher <- slurm(
+    max = 2, cores = 1, idle = 0.3, login = "127.0.0.2", dir = file.path(stub$home, "shared"), address = "127.0.0.1",
+    rscript = file.path(R.home("bin"), "Rscript"), rlibs = .libPaths()
+  )
+  cl <- local_cluster(launcher, rshcmd = ssh$rshcmd)
+  for (round in 1:2) {
+    expect_identical(clusterLapply(cl, 1:9, sqrt), lapply(1:9, sqrt))
+    expect_true(rests(cl, stub))
+  }
+  # The engine refuses jobs there.
+  stub$set("refuse", "sbatch: error: no partition")
+  failed <- suppressWarnings(caught(clusterLapply(cl, 1:9, sqrt)))
+  expect_s3_class(failed, "rustcluster_host_failed")
+  expect_match(conditionMessage(failed), "no partition")
+  link <- cl[[1L]]$handle$logins[[1L]]$link
+  stopCluster(cl)
+  expect_nothing_left(stub)
+  expect_false(any(file.exists(c(link$local, link$remote))))
 })
 
 test_that("arguments of adaptive launchers are checked, and printed", {

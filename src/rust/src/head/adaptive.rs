@@ -6,6 +6,7 @@ use extendr_api::prelude::*;
 use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::head::scheduler::give_back::GiveBack;
 use rustcluster_core::protocol::ids::Rank;
+use std::collections::HashSet;
 use std::time::Duration;
 
 /// Converts indices of hosts of R, from 1.
@@ -66,24 +67,20 @@ fn hub_demand(handle: Robj, agents: &[i32]) -> Robj {
         let agents = agents_of(agents);
         let hub = cluster.hub.borrow();
         let (workers, known) = (hub.status(false).0, hub.hosts());
+        let ranks = 0..workers.len() as Rank;
+        let owners: Vec<usize> = ranks.clone().map(|rank| hub.worker(rank).agent).collect();
         // A worker that has come up gets its first task when R sends it one.
         let is_free = |rank: Rank, idle: bool| {
-            let worker = workers.get(rank as usize).map(|worker| worker.state);
-            let linked = known
-                .get(hub.worker(rank).agent)
-                .is_some_and(|host| host.linked);
-            let starts = matches!(worker, Some(State::Starting | State::Restoring));
-            linked && (starts || idle && matches!(worker, Some(State::Idle)))
+            let state = workers.get(rank as usize).map(|worker| worker.state);
+            let host = owners.get(rank as usize).and_then(|&at| known.get(at));
+            let starts = matches!(state, Some(State::Starting | State::Restoring));
+            let free = starts || idle && matches!(state, Some(State::Idle));
+            free && host.is_some_and(|host| host.linked)
         };
-        let mut tasks = hub.calls_waiting_for(&agents);
-        let mut hosts = match tasks {
-            0 => vec![false; agents.len()],
-            _ => hub.calls_may_run_on(&agents),
-        };
-        let for_calls = (0..workers.len() as Rank).filter(|&rank| {
-            let agent = hub.worker(rank).agent;
+        let (mut tasks, mut hosts) = hub.calls_waiting_for(&agents);
+        let for_calls = ranks.filter(|&rank| {
             let mut may = agents.iter().zip(&hosts);
-            may.any(|(&at, &may)| at == agent && may) && is_free(rank, false)
+            may.any(|(&at, &may)| at == owners[rank as usize] && may) && is_free(rank, false)
         });
         tasks = tasks.saturating_sub(for_calls.count());
         if let Ok(job) = cluster.job.try_borrow()
@@ -91,7 +88,8 @@ fn hub_demand(handle: Robj, agents: &[i32]) -> Robj {
             && job.is_free()
             && job.left() > 0
         {
-            let of_job: Vec<usize> = job.ranks().iter().map(|&r| hub.worker(r).agent).collect();
+            let owner = |&rank: &Rank| owners.get(rank as usize).copied();
+            let of_job: HashSet<usize> = job.ranks().iter().filter_map(owner).collect();
             let has = |agent: &usize| of_job.contains(agent);
             if agents.iter().any(has) {
                 let free = job.ranks().iter().filter(|&&rank| is_free(rank, true));

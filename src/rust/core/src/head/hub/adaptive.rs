@@ -2,7 +2,6 @@
 
 use super::client::Hub;
 use super::core::{Core, SharedCore};
-use crate::head::scheduler::events::RankSet;
 use crate::head::scheduler::give_back::GiveBack;
 use crate::head::setup_log_file::SetupLogFile;
 use crate::protocol::ids::Rank;
@@ -64,19 +63,9 @@ impl Hub {
         self.core().scheduler.set_tasks_wait(wait);
     }
 
-    /// Number of waiting calls that workers of these hosts may run.
-    pub fn calls_waiting_for(&self, agents: &[usize]) -> usize {
-        let core = self.core();
-        let workers = core.inbox.workers.iter().enumerate();
-        let of = workers.filter(|(_, worker)| agents.contains(&worker.agent));
-        let ranks: RankSet = of.map(|(rank, _)| rank as Rank).collect();
-        core.scheduler.calls_waiting_for(&ranks)
-    }
-
-    /// Whether waiting calls may run on a host, for each of these hosts.
-    pub fn calls_may_run_on(&self, agents: &[usize]) -> Vec<bool> {
-        let waits = |agent: &usize| self.calls_waiting_for(&[*agent]) > 0;
-        agents.iter().map(waits).collect()
+    /// Number of waiting calls that workers of these hosts may run, and whether those of each host may run any.
+    pub fn calls_waiting_for(&self, agents: &[usize]) -> (usize, Vec<bool>) {
+        self.core().scheduler.calls_waiting_for(agents)
     }
 
     /// The jobs of adaptive launchers of which a worker has come up since the last call.

@@ -2,7 +2,6 @@
 //! worker, until a worker has nothing else to do. From then on it is a task like others, except
 //! that no other task waits for the retry decision on it.
 
-use super::events::RankSet;
 use super::{
     Arc, Chunk, HashSet, Note, Order, Outcome, Scheduler, Task, VecDeque, Worker, WorkerState,
 };
@@ -131,10 +130,30 @@ impl Scheduler {
         }
     }
 
-    /// Number of waiting calls that one of these workers may run.
-    pub fn calls_waiting_for(&self, ranks: &RankSet) -> usize {
-        let may = |call: &&Waiting| call.any_of.iter().any(|&rank| ranks.contains(rank));
-        self.calls.waiting.iter().filter(may).count()
+    /// Number of waiting calls that workers of these agents may run, and whether those of each agent may run any.
+    pub fn calls_waiting_for(&self, agents: &[usize]) -> (usize, Vec<bool>) {
+        let (mut count, mut each) = (0, vec![false; agents.len()]);
+        // Most calls may run on the same workers.
+        let mut last: Option<(&[Rank], bool)> = None;
+        for call in &self.calls.waiting {
+            let any_of = &call.any_of[..];
+            let may = match last {
+                Some((before, may)) if before == any_of => may,
+                _ => {
+                    let mut may = false;
+                    for worker in any_of.iter().filter_map(|&r| self.workers.get(r as usize)) {
+                        if let Some(at) = agents.iter().position(|&agent| agent == worker.agent) {
+                            each[at] = true;
+                            may = true;
+                        }
+                    }
+                    may
+                }
+            };
+            last = Some((any_of, may));
+            count += usize::from(may);
+        }
+        (count, each)
     }
 
     /// Where a call is.

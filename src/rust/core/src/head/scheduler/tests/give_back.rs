@@ -67,8 +67,8 @@ fn a_task_begins_the_rest_anew_and_calls_wait_for_a_host_that_was_given_back() {
     s.append_call(2, Bytes::from_static(b"call").into(), true);
     let is_end = |note: &Note| matches!(note, Note::Done { .. });
     assert!(!s.take_notes().iter().any(is_end));
-    assert_eq!(s.calls_waiting_for(&[0].into_iter().collect()), 1);
-    assert_eq!(s.calls_waiting_for(&[1].into_iter().collect()), 0);
+    assert_eq!(s.calls_waiting_for(&[1, 0]), (1, vec![false, true]));
+    assert_eq!(s.calls_waiting_for(&[1]), (0, vec![false]));
     // Its agent ends, and another comes.
     s.job_lost(0, "ended");
     s.agent_back(0, &ToAgent::Stop).unwrap();
