@@ -21,7 +21,7 @@ unlistedLimit <- 30
 # The arguments of launchers about adaptive clusters, or NULL for a launcher with a fixed number of nodes. `absent`: the
 # names of the arguments that the user has not given.
 adaptiveOf <- function(given, absent) {
-  if (isUnset(given$max)) {
+  if (isUnset(given[["max"]])) {
     for (name in setdiff(c("min", "idle", "backlog"), absent)) {
       badArgument(name, "needs `max`, the maximum number of nodes")
     }

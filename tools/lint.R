@@ -25,13 +25,14 @@ assigned <- unlist(lapply(list.files("R", "[.]R$", full.names = TRUE), function(
 twice <- unique(assigned[duplicated(assigned)])
 if (length(twice)) cat("defined more than once in R/:", twice, "\n")
 
-# on.exit() without `add` cancels what local_cluster() and other helpers have registered in the frame of the test.
+# on.exit() without `add` cancels what local_cluster() and other helpers have registered in the frame of the test, and
+# without `after = FALSE` an engine or a host would end before the clusters that use it.
 replacing <- unlist(lapply(list.files("tests/testthat", "[.]R$", full.names = TRUE), function(file) {
   parts <- utils::getParseData(parse(file, keep.source = TRUE))
   calls <- parts$parent[parts$token == "SYMBOL_FUNCTION_CALL" & parts$text == "on.exit"]
   calls <- parts[parts$id %in% parts$parent[parts$id %in% calls], ]
-  adds <- parts$parent[parts$token == "SYMBOL_SUB" & parts$text == "add"]
-  sprintf("%s:%d: on.exit() without `add = TRUE`\n", file, calls$line1[!calls$id %in% adds])
+  last <- parts$parent[parts$token == "SYMBOL_SUB" & parts$text == "after"]
+  sprintf("%s:%d: on.exit() without `add = TRUE, after = FALSE`\n", file, calls$line1[!calls$id %in% last])
 }))
 cat(replacing, sep = "")
 

@@ -49,7 +49,7 @@ local_engine <- function(kind, .frame = parent.frame()) {
   skip_without_engine(kind)
   name <- paste0("t", paste(sample(c(letters, 0:9), 5, replace = TRUE), collapse = ""))
   dir <- file.path(Sys.getenv("RUSTCLUSTER_ENGINE_DIR", tempdir()), name)
-  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE, after = FALSE), envir = .frame)
   given <- list(name = name, dir = dir, rlibs = .libPaths())
   list(
     kind = kind, given = given, dir = dir,

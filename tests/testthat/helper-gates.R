@@ -12,7 +12,7 @@ gates <- function(.frame = parent.frame()) {
     "exec sh -c \"$command\""
   ), ssh)
   Sys.chmod(ssh, "755")
-  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(unlink(.(dir), recursive = TRUE)), add = TRUE, after = FALSE), envir = .frame)
   list(ssh = ssh, open = function(...) for (host in c(...)) file.create(file.path(dir, host)),
        fail = function(host, text) writeLines(text, file.path(dir, host)))
 }

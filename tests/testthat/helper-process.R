@@ -163,7 +163,7 @@ local_function <- function(name, fun, .frame = parent.frame()) {
     assign(name, fun, namespace)
     lockBinding(name, namespace)
   }
-  do.call("on.exit", list(bquote(.(put)(.(get(name, namespace)))), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(.(put)(.(get(name, namespace)))), add = TRUE, after = FALSE), envir = .frame)
   put(fun)
 }
 
@@ -392,7 +392,7 @@ interrupted <- function(expr, after) {
 # In the global environment, so that functions of a test are not sent with the variable.
 local_big <- function(n, .frame = parent.frame()) {
   assign("big", numeric(n), globalenv())
-  do.call("on.exit", list(quote(rm("big", envir = globalenv())), add = TRUE), envir = .frame)
+  do.call("on.exit", list(quote(rm("big", envir = globalenv())), add = TRUE, after = FALSE), envir = .frame)
 }
 
 # Repeats an expression until the interrupt that is sent after some time is raised. Returns FALSE if it is not
@@ -432,7 +432,7 @@ compiled <- function(.frame = parent.frame()) {
   library <- file.path(dir, "helpers.so")
   file.copy(helpers$library, library)
   dyn.load(library)
-  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(dyn.unload(.(library))), add = TRUE, after = FALSE), envir = .frame)
   library
 }
 

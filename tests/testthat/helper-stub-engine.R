@@ -83,7 +83,7 @@ local_fast_queries <- function(.frame = parent.frame()) {
 # Returns a launcher for a stub engine.
 batch_launcher <- function(kind, stub, nodes = 2L, cores = 2L, ...) {
   given <- list(nodes = nodes, cores = cores, dir = file.path(stub$home, "shared"), ...)
-  if (!is.null(given$max)) given$nodes <- NULL
+  if (!is.null(given[["max"]])) given$nodes <- NULL
   if (kind == "template") {
     given <- c(given, list(
       template = paste(

@@ -130,7 +130,7 @@ test_that("functions that need their nodes wait for jobs, and exports do not", {
   expect_identical(clusterCall(cl[3], function() exported), list(3))
   expect_identical(submitted(stub), before + 1L)
   psock <- parallel::makeCluster(3)
-  on.exit(parallel::stopCluster(psock), add = TRUE)
+  on.exit(parallel::stopCluster(psock), add = TRUE, after = FALSE)
   clusterSetRNGStream(psock, 5)
   expect_equal(clusterCall(cl, rnorm, 3), clusterCall(psock, rnorm, 3))
 })
@@ -161,7 +161,7 @@ test_that("futures and foreach run on adaptive clusters", {
   expect_equal(future::value(future::future(7)), 7)
   skip_if_not_installed("foreach")
   registerDoRustCluster(cl)
-  on.exit(foreach::registerDoSEQ(), add = TRUE)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
   `%dopar%` <- foreach::`%dopar%`
   expect_true(rests(cl, stub))
   expect_equal(foreach::foreach(i = 1:6) %dopar% sqrt(i), lapply(1:6, sqrt))

@@ -74,7 +74,7 @@ test_that("workers that are gone do not keep set-up calls from new ones", {
 test_that("new workers continue the streams of random numbers, as in a PSOCK cluster of the final size", {
   skip_on_cran()
   psock <- parallel::makeCluster(6)
-  on.exit(parallel::stopCluster(psock), add = TRUE)
+  on.exit(parallel::stopCluster(psock), add = TRUE, after = FALSE)
   parallel::clusterSetRNGStream(psock, 7)
   cl <- local_cluster(2)
   clusterSetRNGStream(cl, 7)
@@ -92,7 +92,7 @@ test_that("new workers continue the streams of random numbers, as in a PSOCK clu
 test_that("new workers of joined clusters have streams of their own", {
   skip_on_cran()
   psock <- parallel::makeCluster(5)
-  on.exit(parallel::stopCluster(psock), add = TRUE)
+  on.exit(parallel::stopCluster(psock), add = TRUE, after = FALSE)
   parallel::clusterSetRNGStream(psock, 7)
   one <- local_cluster(1)
   other <- local_cluster(1)
@@ -114,7 +114,7 @@ test_that("futures and submitted calls use the new workers", {
   skip_on_cran()
   cl <- local_cluster(1)
   file <- tempfile()
-  on.exit(unlink(file), add = TRUE)
+  on.exit(unlink(file), add = TRUE, after = FALSE)
   busy <- clusterSubmit(cl, {
     while (!file.exists(file)) Sys.sleep(0.02)
     Sys.getpid()
@@ -126,7 +126,7 @@ test_that("futures and submitted calls use the new workers", {
   expect_equal(busy$value(), clusterPids(cl))
   skip_if_not_installed("future")
   oplan <- future::plan(cluster_rust, workers = grown)
-  on.exit(future::plan(oplan), add = TRUE)
+  on.exit(future::plan(oplan), add = TRUE, after = FALSE)
   expect_equal(future::nbrOfWorkers(), 2L)
   futures <- lapply(1:2, function(i) future::future({
     Sys.sleep(0.5)
@@ -138,7 +138,7 @@ test_that("futures and submitted calls use the new workers", {
 test_that("new workers have the settings of the cluster", {
   skip_on_cran()
   out <- tempfile()
-  on.exit(unlink(out), add = TRUE)
+  on.exit(unlink(out), add = TRUE, after = FALSE)
   cl <- local_cluster(1, outfile = out, rscript_envs = c(ADDED_VARIABLE = "yes"), threads = 3, timeout = 1, retries = 0)
   cl <- addWorkers(cl, list(list(host = "localhost", ncore = 1), list(host = "localhost", ncore = 1, threads = 2)))
   settings <- function() {
@@ -170,7 +170,7 @@ test_that("new hosts may join late", {
   )
   expect_equal(values, rep(list(c(3, 3)), 4))
   psock <- parallel::makeCluster(4)
-  on.exit(parallel::stopCluster(psock), add = TRUE)
+  on.exit(parallel::stopCluster(psock), add = TRUE, after = FALSE)
   parallel::clusterSetRNGStream(psock, 11)
   expect_identical(clusterCall(cl, runif, 2), parallel::clusterCall(psock, runif, 2))
 })

@@ -234,7 +234,7 @@ test_that("arguments after spec and type are named in full, by their new and by 
 test_that("where warnings are errors, a deprecated argument is an error in each call, and nothing is started", {
   forget_deprecations()
   old <- options(warn = 2)
-  on.exit(options(old), add = TRUE)
+  on.exit(options(old), add = TRUE, after = FALSE)
   before <- if (dir.exists("/proc")) descendants() else integer()
   for (call in 1:2) expect_error(makeRustCluster(2, patience = 10), "`patience` is deprecated", fixed = TRUE)
   if (dir.exists("/proc")) expect_identical(setdiff(descendants(), before), integer())

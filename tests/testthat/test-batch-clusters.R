@@ -36,7 +36,7 @@ test_that("workers of jobs have the variables of the cluster, which are set befo
   stub <- local_stub_engine("slurm")
   profile <- tempfile("profile-")
   writeLines("options(rc.profile = Sys.getenv('RC_ODD'))", profile)
-  on.exit(unlink(profile), add = TRUE)
+  on.exit(unlink(profile), add = TRUE, after = FALSE)
   odd <- "it's \"q\" $HOME\n\u00e4"
   cl <- local_cluster(batch_launcher("slurm", stub, 1L), rscript_envs = c(
     RC_ODD = odd, R_PROFILE_USER = profile, RC_GONE = NA

@@ -226,7 +226,7 @@ test_that("a stopped node is an error and leaves no shared memory", {
 look_at <- eval(quote(function() {
   path <- tempfile()
   saveRDS(x, path)
-  on.exit(unlink(path), add = TRUE)
+  on.exit(unlink(path), add = TRUE, after = FALSE)
   list(x, readRDS(path), identical(readRDS(path), x), identical(unserialize(serialize(x, NULL)), x))
 }), globalenv())
 

@@ -110,7 +110,7 @@ local_tmpdir <- function(.frame = parent.frame()) {
     if (is.na(before)) Sys.unsetenv("TMPDIR") else Sys.setenv(TMPDIR = before)
     unlink(dir, recursive = TRUE)
   }
-  do.call("on.exit", list(bquote(.(restore)()), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(.(restore)()), add = TRUE, after = FALSE), envir = .frame)
   Sys.setenv(TMPDIR = dir)
   dir
 }

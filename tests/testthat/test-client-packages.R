@@ -19,7 +19,7 @@ expect_same_client <- function(run) {
 test_that("pbapply", {
   skip_if_not_installed("pbapply")
   before <- pbapply::pboptions(type = "none")
-  on.exit(pbapply::pboptions(before), add = TRUE)
+  on.exit(pbapply::pboptions(before), add = TRUE, after = FALSE)
   expect_same_client(function(cl) list(
     pbapply::pblapply(1:10, function(i) i^2, cl = cl),
     pbapply::pbsapply(c(a = 1, b = 2, c = 3), function(i) stats::rnorm(1, i), cl = cl),
@@ -76,7 +76,7 @@ test_that("pbkrtest", {
 test_that("caret, with doParallel and with registerDoRustCluster()", {
   skip_unless_long()
   for (package in c("caret", "doParallel")) skip_if_not_installed(package)
-  on.exit(foreach::registerDoSEQ(), add = TRUE)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
   # Its models are found where it is attached.
   suppressPackageStartupMessages(library(caret))
   pair <- cluster_pair(2L)
@@ -146,7 +146,7 @@ test_that("DEoptim, with a cluster and with foreach", {
   want <- expect_same_client(function(cl) minimum(cluster = cl))
   skip_if_not_installed("foreach")
   registerDoRustCluster(cluster_pair(2L)$ours)
-  on.exit(foreach::registerDoSEQ(), add = TRUE)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
   expect_equal(minimum(parallelType = "foreach"), want)
 })
 

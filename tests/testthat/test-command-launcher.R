@@ -109,7 +109,7 @@ test_that("an agent in a process namespace of its own works", {
   before <- descendants()
   # Not local_cluster(), which notes the pids of workers: those of a namespace belong to other processes here.
   cl <- makeRustCluster(by_command(unshare, workers = 2))
-  on.exit(stop_quietly(cl), add = TRUE)
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
   expect_identical(clusterApply(cl, 1:4, function(i) i), as.list(1:4))
   # The pids are those of the namespace.
   expect_true(all(clusterPids(cl) < 1000))

@@ -6,7 +6,7 @@ test_that("a cluster of agents that dial back gives the values of lapply() and l
   agents <- list(dial_agent(head), dial_agent(head))
   cl <- dial_cluster(head)
   stopped <- FALSE
-  on.exit(if (!stopped) stopCluster(cl), add = TRUE)
+  on.exit(if (!stopped) stopCluster(cl), add = TRUE, after = FALSE)
   expect_length(cl, 4L)
   expect_identical(parLapply(cl, 1:100, function(i) i^2), lapply(1:100, function(i) i^2))
   # Several messages of the connection, and more than its buffers hold.
@@ -31,7 +31,7 @@ test_that("packages with state of their own restart an agent over the same conne
   head <- dial_head()
   agent <- dial_agent(head)
   cl <- dial_cluster(head, packages = "RcppParallel")
-  on.exit(stopCluster(cl), add = TRUE)
+  on.exit(stopCluster(cl), add = TRUE, after = FALSE)
   expect_identical(unlist(clusterApply(cl, 1:4, function(i) -i)), -(1:4))
 })
 
@@ -40,7 +40,7 @@ test_that("an agent that is not needed ends with status 0 and says why", {
   head <- dial_head()
   dial_agent(head)
   cl <- dial_cluster(head)
-  on.exit(stopCluster(cl), add = TRUE)
+  on.exit(stopCluster(cl), add = TRUE, after = FALSE)
   end <- dial_ended(dial_agent(head))
   expect_identical(end$status, 0L)
   expect_match(end$log, "no free slot")
@@ -50,7 +50,7 @@ test_that("an agent without a connection says what was tried, and the remedy", {
   skip_on_cran()
   skip_unless_long()
   head <- dial_head()
-  on.exit(rustcluster:::abandon(head$handle), add = TRUE)
+  on.exit(rustcluster:::abandon(head$handle), add = TRUE, after = FALSE)
   agents <- list(dial_agent(head, port = 1L), dial_agent(head, key = strrep("ab", 32)))
   ends <- lapply(agents, dial_ended, timeout = 120)
   for (end in ends) {
@@ -64,7 +64,7 @@ test_that("an agent without a connection says what was tried, and the remedy", {
 test_that("a file that others may read is refused", {
   skip_on_cran()
   head <- dial_head()
-  on.exit(rustcluster:::abandon(head$handle), add = TRUE)
+  on.exit(rustcluster:::abandon(head$handle), add = TRUE, after = FALSE)
   end <- dial_ended(dial_agent(head, mode = "0644"))
   expect_identical(end$status, 1L)
   expect_match(end$log, "mode 644")
@@ -128,7 +128,7 @@ test_that("signals that engines send do not end the relay", {
   head <- dial_head()
   agent <- dial_agent(head)
   cl <- dial_cluster(head)
-  on.exit(stopCluster(cl), add = TRUE)
+  on.exit(stopCluster(cl), add = TRUE, after = FALSE)
   for (signal in c(tools::SIGTERM, tools::SIGUSR1, tools::SIGUSR2, tools::SIGINT, tools::SIGHUP)) {
     tools::pskill(dial_relays(agent), signal)
   }

@@ -51,7 +51,7 @@ test_that("head and agent say who has which task, in the middle of a call", {
 test_that("failures are among the events, and nothing that tasks hold or print is in it", {
   cl <- local_cluster(2, outfile = "")
   Sys.setenv(RUSTCLUSTER_TEST_SECRET = "marzipan")
-  on.exit(Sys.unsetenv("RUSTCLUSTER_TEST_SECRET"), add = TRUE)
+  on.exit(Sys.unsetenv("RUSTCLUSTER_TEST_SECRET"), add = TRUE, after = FALSE)
   secret <- "marzipan"
   clusterExport(cl, "secret", environment())
   suppressWarnings(try(capture.output(clusterApply(cl, 1:2, function(i) {

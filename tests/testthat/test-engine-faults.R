@@ -24,7 +24,7 @@ test_that("no result is wrong or missing under random faults of Slurm, and nothi
   nodes <- unique(engine_lines("sinfo", c("-h", "-N", "-o", "%N")))
   skip_if_not(length(nodes) >= 6L, "needs six nodes")
   on.exit(
-    for (node in nodes) engine_lines("scontrol", c("update", paste0("nodename=", node), "state=resume")), add = TRUE
+    for (node in nodes) engine_lines("scontrol", c("update", paste0("nodename=", node), "state=resume")), add = TRUE, after = FALSE
   )
   seed <- setting("RUSTCLUSTER_FAULT_SEED", 1)
   log <- fault_log()

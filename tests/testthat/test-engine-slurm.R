@@ -53,7 +53,7 @@ test_that("tasks of a node of Slurm that crashes run elsewhere", {
   cl <- local_engine_cluster(engine$launcher(extra = "--exclusive"), setup_timeout = 60, retries = 0)
   node <- vapply(cl, `[[`, "", "host")[[1L]]
   up <- function() system2(script, c("node-up", node), stdout = FALSE, stderr = FALSE)
-  on.exit(suppressWarnings(up()), add = TRUE)
+  on.exit(suppressWarnings(up()), add = TRUE, after = FALSE)
   crashed <- FALSE
   values <- suppressWarnings(suppressMessages(clusterLapply(cl, 1:90, slow_square, .onResult = function(i, value) {
     if (!crashed) system2(script, c("node-crash", node), stdout = FALSE, stderr = FALSE)

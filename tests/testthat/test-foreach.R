@@ -9,7 +9,7 @@ suppressPackageStartupMessages(library(foreach))
 
 with_backend <- function(register, code) {
   register()
-  on.exit(registerDoSEQ(), add = TRUE)
+  on.exit(registerDoSEQ(), add = TRUE, after = FALSE)
   code
 }
 
@@ -247,7 +247,7 @@ test_that("doRNG draws the same random numbers", {
 
 test_that("getDoParName() and getDoParWorkers() after registration", {
   cl <- local_cluster(3)
-  on.exit(registerDoSEQ(), add = TRUE)
+  on.exit(registerDoSEQ(), add = TRUE, after = FALSE)
   expect_invisible(registerDoRustCluster(cl))
   expect_true(getDoParRegistered())
   expect_identical(getDoParName(), "doRustCluster")
@@ -334,7 +334,7 @@ test_that("a timeout is an error of the iteration", {
 test_that("a progress bar", {
   cl <- local_cluster(2)
   before <- options(rustcluster.progress = TRUE, cli.progress_show_after = 0, cli.dynamic = FALSE)
-  on.exit(options(before), add = TRUE)
+  on.exit(options(before), add = TRUE, after = FALSE)
   with_backend(function() registerDoRustCluster(cl), {
     shown <- utils::capture.output(
       got <- foreach(i = 1:4, .combine = c) %dopar% {

@@ -16,7 +16,7 @@ expect_same_future <- function(fun) {
   on.exit({
     future::plan(future::sequential)
     stop_quietly(cl)
-  }, add = TRUE)
+  }, add = TRUE, after = FALSE)
   future::plan(cluster_rust, workers = cl)
   got <- outcome(quote(fun()), NULL, list(fun = fun))
   expect_identical(got, want)
@@ -106,7 +106,7 @@ test_that("conditions are recorded and muffled on the worker as by future's clus
     },
     off = function() {
       old <- options(future.psock.relay.immediate = FALSE)
-      on.exit(options(old), add = TRUE)
+      on.exit(options(old), add = TRUE, after = FALSE)
       future::value(future::future({
         signal(noted("now", "immediateCondition"))
         4
@@ -127,7 +127,7 @@ test_that("conditions are recorded and muffled on the worker as by future's clus
     seen$result$call <- NULL
     seen
   })
-  on.exit(future::plan(future::sequential), add = TRUE)
+  on.exit(future::plan(future::sequential), add = TRUE, after = FALSE)
   future::plan(future::cluster, workers = 2)
   want <- all()
   future::plan(cluster_rust, workers = local_cluster(2))
@@ -210,7 +210,7 @@ test_that("resolved() starts a lazy future when a worker is free, and never wait
 test_that("option future.wait.timeout limits the waiting for a worker", {
   cl <- local_cluster(1)
   old <- options(future.wait.timeout = 0.2)
-  on.exit(options(old), add = TRUE)
+  on.exit(options(old), add = TRUE, after = FALSE)
   local_plan(cluster_rust, workers = cl)
   flag <- tempfile()
   busy <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
@@ -227,7 +227,7 @@ test_that("only the session that made a future may read its value", {
   flag <- tempfile()
   f <- future::future(while (!file.exists(flag)) Sys.sleep(0.01))
   file <- tempfile()
-  on.exit(unlink(file), add = TRUE)
+  on.exit(unlink(file), add = TRUE, after = FALSE)
   saveRDS(f, file)
   child <- start_child({
     f <- readRDS(file)
@@ -322,7 +322,7 @@ test_that("a plan may create its own cluster", {
 })
 
 test_that("a plan that created its own cluster can be restored", {
-  on.exit(future::plan(future::sequential), add = TRUE)
+  on.exit(future::plan(future::sequential), add = TRUE, after = FALSE)
   answer <- function() future::value(future::future(42))
   future::plan(cluster_rust, workers = 2)
   old <- future::plan(future::sequential)
@@ -367,7 +367,7 @@ test_that("a plan that created its own cluster can be restored", {
 
 test_that("plans may be temporary", {
   skip_if_not(any(startsWith(utils::methods(class = "FutureStrategyList"), "with.")), "future has no with() for plans")
-  on.exit(future::plan(future::sequential), add = TRUE)
+  on.exit(future::plan(future::sequential), add = TRUE, after = FALSE)
   answer <- function() c(future::nbrOfWorkers(), future::value(future::future(42)))
   future::plan(cluster_rust, workers = 2)
   expect_equal(with(future::plan(future::sequential), answer()), c(1, 42))
@@ -383,7 +383,7 @@ test_that("plans may be temporary", {
 })
 
 test_that("plans may be nested, tweaked and named", {
-  on.exit(future::plan(future::sequential), add = TRUE)
+  on.exit(future::plan(future::sequential), add = TRUE, after = FALSE)
   two <- future::tweak(cluster_rust, workers = 2)
   future::plan(list(two, two))
   nested <- future::future({
@@ -411,7 +411,7 @@ test_that("plans may be nested, tweaked and named", {
 })
 
 test_that("an invalid `workers` is an error of the plan", {
-  on.exit(future::plan(future::sequential), add = TRUE)
+  on.exit(future::plan(future::sequential), add = TRUE, after = FALSE)
   wrong <- list(structure(list(), class = c("SOCKcluster", "cluster")), "a b", -1, list(1), c(1, 2), numeric(), NA, TRUE,
     structure(list(), class = c("RustCluster", "cluster")))
   for (workers in wrong) {
@@ -446,7 +446,7 @@ test_that("loops of doFuture return the same as with multisession, also after a 
   `%:%` <- foreach::`%:%`
   # Called by its name, it would have to be in Suggests, and Debian does not have it.
   getExportedValue("doFuture", "registerDoFuture")()
-  on.exit(foreach::registerDoSEQ(), add = TRUE)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
   y <- 5
   expect_same_future(function() {
     add <- function(x) x + y
@@ -507,7 +507,7 @@ test_that("resolved() of future's own cluster plan neither waits nor warns", {
   before <- nrow(showConnections())
   local_plan(future::cluster, workers = cl)
   marks <- tempfile("mark")
-  on.exit(unlink(marks), add = TRUE)
+  on.exit(unlink(marks), add = TRUE, after = FALSE)
   wait <- function() while (!file.exists(marks)) Sys.sleep(0.01)
   held <- future::future(wait())
   other <- future::future("there")
@@ -567,7 +567,7 @@ test_that("an interrupt at the end of a future leaves resolved() of future's own
   }
   # A lost future is retried without making resolved() wait for it.
   marks <- tempfile("mark")
-  on.exit(unlink(marks), add = TRUE)
+  on.exit(unlink(marks), add = TRUE, after = FALSE)
   f <- future::future({
     while (!file.exists(marks)) Sys.sleep(0.01)
     7
@@ -601,7 +601,7 @@ test_that("resolved() of future's own cluster plan waits without a free connecti
   cl <- local_cluster(1)
   local_plan(future::cluster, workers = cl)
   open <- list()
-  on.exit(for (connection in open) close(connection), add = TRUE)
+  on.exit(for (connection in open) close(connection), add = TRUE, after = FALSE)
   repeat {
     connection <- tryCatch(textConnection("x"), error = function(e) NULL)
     if (is.null(connection)) break

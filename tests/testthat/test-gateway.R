@@ -65,7 +65,7 @@ local_jobs <- function(host, .frame = parent.frame()) {
   engineWriteFile(host, file.path(dir, "jobs"), paste0(job, "\n"))
   engineWriteFile(host, file.path(dir, "cancel.sh"), cancel_script(dir))
   engineWriteFile(host, file.path(dir, "guard.sh"), c("while read -r x; do :; done", cancel_script(dir)))
-  do.call("on.exit", list(bquote(unlink(.(base), recursive = TRUE)), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(unlink(.(base), recursive = TRUE)), add = TRUE, after = FALSE), envir = .frame)
   list(dir = dir, job = job, guard = file.path(dir, "guard.sh"), cancel = file.path(dir, "cancel.sh"))
 }
 
@@ -88,14 +88,14 @@ local_echo <- function(path, .frame = parent.frame()) {
     "python3 -c", shQuote(code), shQuote(path), "> /dev/null 2>&1 & echo $!"
   ), intern = TRUE))
   note_pids(pid)
-  do.call("on.exit", list(bquote(tools::pskill(.(pid), tools::SIGKILL)), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(tools::pskill(.(pid), tools::SIGKILL)), add = TRUE, after = FALSE), envir = .frame)
   if (!wait_until(function() file.exists(path))) stop("no socket")
   pid
 }
 
 ping <- function(port, text) {
   socket <- socketConnection(port = port, open = "r+b", blocking = TRUE, timeout = 30)
-  on.exit(close(socket), add = TRUE)
+  on.exit(close(socket), add = TRUE, after = FALSE)
   # The echo of a large text needs room: read a part before the next one is written.
   starts <- seq(1, nchar(text), 3e5)
   parts <- lapply(starts, function(start) {
@@ -177,7 +177,7 @@ test_that("files arrive whole and for the user alone, and directories are remove
   skip_without_sshd()
   on_both(function(host) {
     base <- tempfile("engine-")
-    on.exit(unlink(base, recursive = TRUE), add = TRUE)
+    on.exit(unlink(base, recursive = TRUE), add = TRUE, after = FALSE)
     dir <- engineMakeDir(host, base, "one")
     expect_identical(dir, normalizePath(file.path(base, "one")))
     expect_identical(format(file.mode(dir)), "700")
@@ -260,7 +260,7 @@ test_that("nothing is left when the head is killed", {
   gateway <- as.integer(child_wait_for(child, "gateway"))
   traces <- strsplit(child_said(child, "traces"), " ")[[1L]]
   fork <- note_pids(child_pids(child, "fork"))
-  on.exit(tools::pskill(fork, tools::SIGKILL), add = TRUE)
+  on.exit(tools::pskill(fork, tools::SIGKILL), add = TRUE, after = FALSE)
   expect_true(all(file.exists(traces)))
   expect_alive(c(gateway, jobs$job))
   child_signal(child, tools::SIGKILL)

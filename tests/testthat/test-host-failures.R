@@ -170,7 +170,7 @@ test_that("a host that exceeds setup_timeout is an error that names it, and no p
 test_that("a host that cannot restore its workers does not affect others", {
   cl <- local_cluster(list(list(host = "localhost", ncore = 1), list(host = "127.0.0.1", ncore = 2)))
   flag <- tempfile()
-  on.exit(unlink(flag), add = TRUE)
+  on.exit(unlink(flag), add = TRUE, after = FALSE)
   x <- 1
   clusterExport(cl, c("flag", "x"), environment())
   clusterEvalQ(cl, if (file.exists(flag)) quit("no", 3))
@@ -332,7 +332,7 @@ test_that("a full temporary directory is reported as such", {
   on.exit({
     system2("umount", c("-l", dir))
     unlink(dir, recursive = TRUE)
-  }, add = TRUE)
+  }, add = TRUE, after = FALSE)
   expect_full <- function() {
     spec <- list(host = "localhost", ncore = 1, rscript_envs = c(TMPDIR = dir))
     error <- caught(makeRustCluster(list(spec)))

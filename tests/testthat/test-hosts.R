@@ -412,7 +412,7 @@ test_that("output of workers on other hosts is printed, or appended to a file th
   stopCluster(cl)
 
   file <- tempfile("it's 100% ", fileext = ".log")
-  on.exit(unlink(file), add = TRUE)
+  on.exit(unlink(file), add = TRUE, after = FALSE)
   writeLines("before", file)
   cl <- over_ssh(ssh, c("127.0.0.2" = 1), outfile = file)
   clusterCall(cl, say)

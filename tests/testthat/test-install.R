@@ -17,7 +17,7 @@ edited_source <- function(file, edit) {
   on.exit({
     setwd(here)
     unlink(dir, recursive = TRUE)
-  }, add = TRUE)
+  }, add = TRUE, after = FALSE)
   utils::tar(made, list.files(recursive = TRUE), compression = "gzip", tar = "internal")
   made
 }
@@ -66,7 +66,7 @@ test_that("a missing or old toolchain is an error with a remedy", {
   ssh <- local_sshd()
   source <- edited_source("DESCRIPTION", function(lines) sub("rustc \\(>= [0-9.]+", "rustc (>= 99.0", lines))
   library <- tempfile("it's a library-")
-  on.exit(unlink(c(library, source), recursive = TRUE), add = TRUE)
+  on.exit(unlink(c(library, source), recursive = TRUE), add = TRUE, after = FALSE)
   report <- rustcluster:::sendSource(
     hosts_of(ssh, c("127.0.0.2", "127.0.0.3"), rlibs = library), source, 600, FALSE
   )
@@ -80,7 +80,7 @@ test_that("the error of a failed installation contains the end of its output", {
   ssh <- local_sshd()
   source <- edited_source("configure", function(lines) c("#!/bin/sh", "echo this is 100% wrong", "exit 3"))
   library <- tempfile("library-")
-  on.exit(unlink(c(library, source), recursive = TRUE), add = TRUE)
+  on.exit(unlink(c(library, source), recursive = TRUE), add = TRUE, after = FALSE)
   expect_message(
     report <- rustcluster:::sendSource(hosts_of(ssh, "127.0.0.2", rlibs = library), source, 600, TRUE),
     "R CMD INSTALL ended with status 1"
@@ -104,7 +104,7 @@ test_that("a host on which it was installed can be used", {
   skip_without_sshd()
   ssh <- local_sshd()
   library <- tempfile("library-")
-  on.exit(unlink(library, recursive = TRUE), add = TRUE)
+  on.exit(unlink(library, recursive = TRUE), add = TRUE, after = FALSE)
   report <- installOnHosts("127.0.0.2", rshcmd = ssh$rshcmd, rlibs = library)
   expect_identical(report$problem, NA_character_)
   expect_identical(report$library, normalizePath(library))

@@ -168,7 +168,7 @@ test_that("setTimeLimit() ends each kind of call at any point", {
   local_big(2e7)
   # As R.utils::withTimeout() does it.
   limited <- function(expr, seconds) {
-    on.exit(setTimeLimit(), add = TRUE)
+    on.exit(setTimeLimit(), add = TRUE, after = FALSE)
     tryCatch(
       {
         setTimeLimit(elapsed = seconds, transient = TRUE)

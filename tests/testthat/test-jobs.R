@@ -295,7 +295,7 @@ test_that("interrupts at random moments, with large and small elements", {
 test_that("setTimeLimit() ends each verb", {
   cl <- local_cluster(3)
   limited <- function(expr) {
-    on.exit(setTimeLimit(), add = TRUE)
+    on.exit(setTimeLimit(), add = TRUE, after = FALSE)
     tryCatch(
       {
         setTimeLimit(elapsed = 0.3, transient = TRUE)
@@ -471,7 +471,7 @@ test_that("elements and results of all kinds", {
   bytes <- "\xff\xfe"
   Encoding(bytes) <- "bytes"
   methods::setClass("JobsTestS4", slots = c(a = "numeric"), where = globalenv())
-  on.exit(methods::removeClass("JobsTestS4", where = globalenv()), add = TRUE)
+  on.exit(methods::removeClass("JobsTestS4", where = globalenv()), add = TRUE, after = FALSE)
   elements <- list(
     NULL, NA, list(a = 1, b = list("x", NULL)), c(a = 1, b = 2), factor(c("u", "v")), as.Date("2026-01-01"),
     as.POSIXct(0, origin = "1970-01-01", tz = "UTC"), mtcars, sum, `if`, function(x) x + 1, globalenv(),

@@ -171,7 +171,7 @@ test_that("the verbs of this package take nodes of several clusters", {
 
 test_that("a loop of foreach runs on nodes of several clusters", {
   skip_if_not_installed("foreach")
-  on.exit(foreach::registerDoSEQ(), add = TRUE)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
   `%dopar%` <- foreach::`%dopar%`
   y <- 3
   registerDoRustCluster(two_clusters())
@@ -244,7 +244,7 @@ test_that("after an interrupt, or a warning that jumps, all clusters are usable"
   }
   expect_identical(wrong, 0L)
   old <- options(warn = 2)
-  on.exit(options(old), add = TRUE)
+  on.exit(options(old), add = TRUE, after = FALSE)
   kill <- function(i) if (i == 3) tools::pskill(Sys.getpid(), 9) else i
   for (verb in list(clusterApply, clusterApplyLB, parallel::clusterApplyLB, clusterLapply)) {
     expect_match(conditionMessage(caught(verb(two, 1:9, kill))), "converted from warning")
@@ -312,7 +312,7 @@ test_that("functions that report on a cluster accept nodes of several clusters",
   expect_equal(sum(timeline$tasks), sum(status$done))
   expect_true(all(timeline$end <= attr(timeline, "now") + 1e-6 & timeline$start >= 0))
   grDevices::pdf(NULL)
-  on.exit(grDevices::dev.off(), add = TRUE)
+  on.exit(grDevices::dev.off(), add = TRUE, after = FALSE)
   expect_s3_class(plot(timeline), "rustcluster_timeline")
   expect_identical(utils::capture.output(print(two)), utils::capture.output(print(oracle())))
 })
@@ -433,7 +433,7 @@ test_that("parallelly's functions work on nodes of this package", {
 test_that("futures run on nodes of several clusters, or are refused", {
   skip_if_not_installed("future")
   old <- future::plan(future::cluster, workers = c(several$a, several$b[1]))
-  on.exit(future::plan(old), add = TRUE)
+  on.exit(future::plan(old), add = TRUE, after = FALSE)
   expect_identical(future::nbrOfWorkers(), 3L)
   # Before 1.40 a warning says that resolved() waits.
   got <- suppressWarnings(future::value(lapply(1:5, function(i) future::future(i^2))))

@@ -57,7 +57,7 @@ draws <- global(function(i, ...) c(stats::rnorm(1), sample.int(1000L, 1L), stats
 
 test_that(".seed: random numbers do not depend on workers, order and worker failures", {
   kind <- RNGkind()
-  on.exit(RNGkind(kind[[1L]], kind[[2L]], kind[[3L]]), add = TRUE)
+  on.exit(RNGkind(kind[[1L]], kind[[2L]], kind[[3L]]), add = TRUE, after = FALSE)
   # By nextRNGStream(), here.
   set.seed(42, "L'Ecuyer-CMRG", "Inversion", "Rejection")
   want <- list()

@@ -41,7 +41,7 @@ test_that("exports and seeds do not wait, and reach workers that join", {
   expect_equal(clusterHosts(cl)$state, c("up", "up"))
   expect_false(anyNA(clusterHosts(cl)$r_version))
   psock <- parallel::makeCluster(3)
-  on.exit(parallel::stopCluster(psock), add = TRUE)
+  on.exit(parallel::stopCluster(psock), add = TRUE, after = FALSE)
   clusterSetRNGStream(psock, 5)
   expect_equal(clusterCall(cl, rnorm, 3), clusterCall(psock, rnorm, 3))
   expect_equal(parLapply(cl, 1:7, function(i) runif(1)), parLapply(psock, 1:7, function(i) runif(1)))

@@ -44,7 +44,7 @@ end_slowly <- function(cl, seconds, dir, prefix = "") {
 test_that("idle workers finish their exit handlers, as those of a PSOCK cluster do", {
   dir <- tempfile("ends-")
   dir.create(dir)
-  on.exit(unlink(dir, recursive = TRUE), add = TRUE)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
   psock <- parallel::makePSOCKcluster(2)
   end_slowly(psock, c(0.8, 1), dir, "PSOCK-")
   stopCluster(psock)
@@ -65,7 +65,7 @@ test_that("idle workers finish their exit handlers, as those of a PSOCK cluster 
 test_that("a warning names workers whose exit handlers exceed `stop_timeout`, and other workers are not affected", {
   dir <- tempfile("ends-")
   dir.create(dir)
-  on.exit(unlink(dir, recursive = TRUE), add = TRUE)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
   cl <- makeRustCluster(4, stop_timeout = 1.5)
   end_slowly(cl[c(1, 2, 4)], c(0.1, 60, 61), dir)
   pids <- cluster_processes(cl)
@@ -89,7 +89,7 @@ test_that("a warning names workers whose exit handlers exceed `stop_timeout`, an
 test_that("stopCluster() of a part waits for exit handlers, and returns when these workers have ended", {
   dir <- tempfile("ends-")
   dir.create(dir)
-  on.exit(unlink(dir, recursive = TRUE), add = TRUE)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
   cl <- local_cluster(3, stop_timeout = 2)
   end_slowly(cl, c(0.7, 60, 0), dir)
   pids <- clusterPids(cl)
@@ -165,7 +165,7 @@ test_that("a finalizer may read large results while another result is read", {
     NULL
   }
   often()
-  on.exit(gctorture2(0), add = TRUE)
+  on.exit(gctorture2(0), add = TRUE, after = FALSE)
   gctorture2(300)
   got <- clusterCall(cl, function() lapply(1:40, function(i) rep(as.numeric(i), 1e4)))[[1L]]
   gctorture2(0)

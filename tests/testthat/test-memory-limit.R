@@ -94,7 +94,7 @@ memory_group <- function(bytes, .frame = parent.frame()) {
     return(NULL)
   }
   remove <- function() wait_until(function() system(paste("rmdir", group, "2>/dev/null")) == 0L, 10)
-  do.call("on.exit", list(bquote(.(remove)()), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(.(remove)()), add = TRUE, after = FALSE), envir = .frame)
   writeLines(format(bytes, scientific = FALSE), file.path(group, limit))
   # Swap would only put it off.
   swap <- file.path(group, c("memory.memsw.limit_in_bytes", "memory.swap.max"))

@@ -206,7 +206,7 @@ shell_user <- function(shell, dir, .frame = parent.frame()) {
   run("useradd -m -d", home, "-s", shell, user)
   do.call("on.exit", list(bquote(
     system(paste("userdel -r -f", .(user), "2>/dev/null"))
-  ), add = TRUE), envir = .frame)
+  ), add = TRUE, after = FALSE), envir = .frame)
   run("usermod -p '*'", user)
   noise <- c("echo 'Welcome, 100% of you!'", "echo oops 1>&2")
   rc <- c(".bashrc", ".bash_profile", ".profile", ".zshenv", ".zshrc", ".tcshrc", ".cshrc")

@@ -6,7 +6,7 @@ watch_processes()
 quoted <- function(code) {
   # The quotes of sQuote() are an option, which testthat turns off.
   old <- options(useFancyQuotes = TRUE)
-  on.exit(options(old), add = TRUE)
+  on.exit(options(old), add = TRUE, after = FALSE)
   utils::capture.output(code)
 }
 
@@ -254,7 +254,7 @@ test_that("fast nodes do most of the work of clusterApplyLB", {
   cl <- cluster_pair()$rust
   dir <- tempfile("tasks-")
   dir.create(dir)
-  on.exit(unlink(dir, recursive = TRUE), add = TRUE)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
   # The first ends when all others have, whatever that takes.
   who <- unlist(clusterApplyLB(cl, 1:40, function(i, dir) {
     if (i == 1L) {
@@ -398,7 +398,7 @@ test_that("makeCluster() passes spec and arguments on", {
 test_that("makeCluster() may make it by default", {
   skip_without_types()
   old <- get("defaultClusterOptions", asNamespace("parallel"))$type
-  on.exit(parallel:::setDefaultClusterOptions(type = old), add = TRUE)
+  on.exit(parallel:::setDefaultClusterOptions(type = old), add = TRUE, after = FALSE)
   # By name: R before 4.5 has no such function, and looks for it when this is checked.
   register <- get("registerClusterType", asNamespace("parallel"))
   register("RUSTDEFAULT", makeRustCluster, make.default = TRUE)

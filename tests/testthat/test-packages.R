@@ -91,7 +91,7 @@ with_packages <- function(packages, ..., envs = NULL, .frame = parent.frame()) {
 
 psock_with_packages <- function(packages, .frame = parent.frame()) {
   cl <- parallel::makePSOCKcluster(2)
-  do.call("on.exit", list(bquote(parallel::stopCluster(.(cl))), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(parallel::stopCluster(.(cl))), add = TRUE, after = FALSE), envir = .frame)
   parallel::clusterCall(cl, global(function(packages, library) {
     .libPaths(c(library, .libPaths()))
     for (package in packages) suppressPackageStartupMessages(library(package, character.only = TRUE))
@@ -154,7 +154,7 @@ test_that("packages without process state are loaded once, and all are attached 
   expect_length(readLines(loads), 1L)
   expect_identical(ids(plain, "pkplain"), c("plain", "plain"))
   Sys.setenv(PK_LOADS = loads)
-  on.exit(Sys.unsetenv("PK_LOADS"), add = TRUE)
+  on.exit(Sys.unsetenv("PK_LOADS"), add = TRUE, after = FALSE)
   psock <- psock_with_packages(packages)
   expect_identical(clusterCall(cl, search), clusterCall(psock, search))
   seeded <- global(function() exists(".Random.seed", globalenv(), inherits = FALSE))
@@ -212,7 +212,7 @@ test_that("clusters that workers make use different ports", {
   expect_length(unique(unlist(ports)), 3L)
   inner <- global(function(i) {
     cl <- parallel::makePSOCKcluster(1)
-    on.exit(parallel::stopCluster(cl), add = TRUE)
+    on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
     unlist(parallel::clusterApply(cl, i, sqrt))
   })
   expect_identical(unlist(clusterApply(cl, c(1, 4, 9), inner)), c(1, 2, 3))

@@ -105,9 +105,9 @@ test_that("other objects that are looked up in parallel's namespace exist", {
 
 test_that("return() called in a frame returns from its function, whatever is on the way", {
   outer <- function(x) {
-    on.exit(left <<- c(left, "outer"), add = TRUE)
+    on.exit(left <<- c(left, "outer"), add = TRUE, after = FALSE)
     inner <- function() {
-      on.exit(left <<- c(left, "inner"), add = TRUE)
+      on.exit(left <<- c(left, "inner"), add = TRUE, after = FALSE)
       tryCatch(rustcluster:::returnFrom(frame, list(1, quote(a + b))), error = identity, finally = left <<- c(left, "finally"))
       "not reached"
     }

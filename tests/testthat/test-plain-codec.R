@@ -73,7 +73,7 @@ test_that("values arrive while memory is collected at every allocation", {
   expect_identical(
     clusterCall(cl[1], function(x) {
       gctorture(TRUE)
-      on.exit(gctorture(FALSE), add = TRUE)
+      on.exit(gctorture(FALSE), add = TRUE, after = FALSE)
       x
     }, value)[[1]],
     value

@@ -290,7 +290,7 @@ test_that("a Shiny app responds in browsers while calls run", {
   note_pids(child_pids(child, "pids"))
   home <- tempfile("browsers-")
   dir.create(home)
-  on.exit(unlink(home, recursive = TRUE), add = TRUE)
+  on.exit(unlink(home, recursive = TRUE), add = TRUE, after = FALSE)
   ran <- run_python(env = c(paste0(c("HOME=", "TMPDIR="), home), "no_proxy=localhost,127.0.0.1"), lines = c(
     sprintf("%s = '%s'", c("url", "dir", "home", "chromium", "chromedriver"), c(url, child$dir, home, programs)),
     "from selenium import webdriver",

@@ -55,7 +55,7 @@ run_model <- function(kills, agents, start, seed) {
     setTimeLimit()
     rm(list = intersect(c(model_names, ".Random.seed"), ls(globalenv(), all.names = TRUE)), envir = globalenv())
     if (!is.null(old)) assign(".Random.seed", old, globalenv())
-  }, add = TRUE)
+  }, add = TRUE, after = FALSE)
   # Neither the model's generator nor those of the tests.
   set.seed(seed, kind = "Mersenne-Twister")
   choices <- get(".Random.seed", globalenv())
@@ -87,7 +87,7 @@ run_one_model <- function(kills, agents, start, chosen) {
   # With a limit of memory, answers go through the agent instead of shared memory.
   limit <- chosen(if (runif(1) < 0.3) 4e9 else Inf)
   cl <- makeRustCluster(hosts, retries = 100, memory_limit = limit)
-  on.exit(stop_quietly(cl), add = TRUE)
+  on.exit(stop_quietly(cl), add = TRUE, after = FALSE)
   n <- length(cl)
   clusterEvalQ(cl, count <- 0)
   clusterSetRNGStream(cl, 1)
@@ -104,7 +104,7 @@ run_one_model <- function(kills, agents, start, chosen) {
   call <- function(expr) {
     # A call that hangs is an error, too.
     setTimeLimit(elapsed = 120, transient = TRUE)
-    on.exit(setTimeLimit(), add = TRUE)
+    on.exit(setTimeLimit(), add = TRUE, after = FALSE)
     with_losses(expr)$value
   }
   failure <- tryCatch({

@@ -24,7 +24,7 @@ running <- function(call) wait_until(function() call$status() == "running")
 test_that("the rest of a cluster without some nodes works as parallel's does", {
   cl <- local_cluster(4)
   psock <- parallel::makePSOCKcluster(2)
-  on.exit(parallel::stopCluster(psock), add = TRUE)
+  on.exit(parallel::stopCluster(psock), add = TRUE, after = FALSE)
   pids <- clusterPids(cl)
   rest <- removeWorkers(cl, c(2, 4))
   expect_s3_class(rest, c("RustCluster", "cluster"), exact = TRUE)

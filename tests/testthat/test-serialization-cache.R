@@ -101,7 +101,7 @@ test_that("nodes of several clusters and duplicate nodes get a repeated message 
 test_that("each node gets the value at the time of sending", {
   library <- compiled()
   pair <- list(rust = local_cluster(3), psock = parallel::makePSOCKcluster(3))
-  on.exit(parallel::stopCluster(pair$psock), add = TRUE)
+  on.exit(parallel::stopCluster(pair$psock), add = TRUE, after = FALSE)
   bump <- function(x) .Call("bump", x, PACKAGE = "helpers")
   first <- global(function(x) c(x[[1L]], length(x), x[[length(x)]]))
   of_env <- global(function(e) c(e$x[[1L]], length(e$x), e$y))
@@ -146,7 +146,7 @@ test_that("each node gets the value at the time of sending", {
 
 test_that("messages that differ in anything are not deduplicated", {
   pair <- list(rust = local_cluster(2), psock = parallel::makePSOCKcluster(2))
-  on.exit(parallel::stopCluster(pair$psock), add = TRUE)
+  on.exit(parallel::stopCluster(pair$psock), add = TRUE, after = FALSE)
   x <- 1:20000 + 0
   y <- x
   y[[7L]] <- 0

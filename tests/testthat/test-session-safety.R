@@ -30,7 +30,7 @@ test_that("a value or an argument that cannot be serialized is an error, and the
 test_that("a call survives gctorture", {
   cl <- local_cluster(1)
   gctorture(TRUE)
-  on.exit(gctorture(FALSE), add = TRUE)
+  on.exit(gctorture(FALSE), add = TRUE, after = FALSE)
   got <- clusterCall(cl, identity, list(1, "a"))
   error <- tryCatch(clusterCall(cl, stop, "x"), error = conditionMessage)
   gctorture(FALSE)

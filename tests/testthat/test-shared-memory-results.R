@@ -62,7 +62,7 @@ test_that("results in shared memory can be changed, saved and sent like any vect
   expect_identical(got[[2L]], rep(1.5, 1e6))
   expect_identical(got[[1L]][1:4], c(1.5, 1.5, -1, 1.5))
   file <- tempfile()
-  on.exit(unlink(file), add = TRUE)
+  on.exit(unlink(file), add = TRUE, after = FALSE)
   saveRDS(got, file)
   again <- readRDS(file)
   expect_identical(again, got)
@@ -129,7 +129,7 @@ test_that("workers that are killed with a large result are replaced, and its sha
   files <- c(open_fds(), open_fds(agent_pid(cl)))
   marks <- tempfile()
   dir.create(marks)
-  on.exit(unlink(marks, recursive = TRUE), add = TRUE)
+  on.exit(unlink(marks, recursive = TRUE), add = TRUE, after = FALSE)
   # Something else ends the worker at about the time at which it answers: which of its tasks that meets
   # is left to chance.
   late <- eval(quote(function(i, marks) {

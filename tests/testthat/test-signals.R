@@ -143,7 +143,7 @@ test_that("a full disk on a host: its tasks fail, and the cluster goes on", {
   dir.create(disk)
   mounted <- system(sprintf("mount -t tmpfs -o size=256k tmpfs %s 2>/dev/null", disk))
   if (mounted != 0L) skip("nothing can be mounted")
-  on.exit(system(sprintf("umount -l %s", disk)), add = TRUE)
+  on.exit(system(sprintf("umount -l %s", disk)), add = TRUE, after = FALSE)
   out <- file.path(disk, "out")
   cl <- local_cluster(2, outfile = out, rscript_envs = c(TMPDIR = disk))
   fill <- function(i) {

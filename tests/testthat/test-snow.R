@@ -91,7 +91,7 @@ test_that("after an interrupt of a function of snow the next call works", {
 
 test_that("loops of doSNOW show their progress", {
   skip_if_not_installed("doSNOW")
-  on.exit(foreach::registerDoSEQ(), add = TRUE)
+  on.exit(foreach::registerDoSEQ(), add = TRUE, after = FALSE)
   `%dopar%` <- foreach::`%dopar%`
   loops <- function(cl) {
     y <- 2

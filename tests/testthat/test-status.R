@@ -74,7 +74,7 @@ test_that("columns `bytes_in` and `bytes_out` grow with data that is sent and re
   cl <- local_cluster(2)
   before <- clusterStatus(cl, memory = FALSE)
   assign("status_data", rnorm(1e5), globalenv())
-  on.exit(rm("status_data", envir = globalenv()), add = TRUE)
+  on.exit(rm("status_data", envir = globalenv()), add = TRUE, after = FALSE)
   clusterExport(cl[1], "status_data")
   after <- clusterStatus(cl, memory = FALSE)
   grown <- after$bytes_in - before$bytes_in
@@ -311,7 +311,7 @@ test_that("invalid arguments of clusterStatus() and clusterTimeline() are errors
   bad("n", print(clusterTimeline(cl), n = NA))
   timeline <- simulated_timeline(c(a = 2))
   grDevices::pdf(NULL)
-  on.exit(grDevices::dev.off(), add = TRUE)
+  on.exit(grDevices::dev.off(), add = TRUE, after = FALSE)
   for (xlim in list(1, c(2, 1), c(NA, 1), "a", c(1, 1))) bad("xlim", plot(timeline, xlim = xlim))
   bad("legend", plot(timeline, legend = NA))
   bad("col", plot(timeline, col = "red"))
@@ -375,7 +375,7 @@ test_that("plot() of a cluster is an error with a remedy", {
 test_that("plots are drawn for any number of workers", {
   file <- tempfile(fileext = ".pdf")
   grDevices::pdf(file, 9, 6)
-  on.exit(unlink(file), add = TRUE)
+  on.exit(unlink(file), add = TRUE, after = FALSE)
   before <- graphics::par("mar")
   for (hosts in list(c(a = 1), c(a = 3, b = 5), c(pi = 2, a = 64, b = 64, c = 64, d = 126))) {
     timeline <- simulated_timeline(hosts)

@@ -104,7 +104,7 @@ test_that("variables are sent, of the function, of the global environment and of
     calls_offset <- 100
     calls_add <- function(x) x + calls_offset
   })
-  on.exit(rm(list = c("calls_offset", "calls_add"), envir = globalenv()), add = TRUE)
+  on.exit(rm(list = c("calls_offset", "calls_add"), envir = globalenv()), add = TRUE, after = FALSE)
   local <- 5
   twice <- function(x) 2 * calls_add(x)
   unused <- function() stop("not to be looked at")
@@ -137,7 +137,7 @@ test_that("packages that are attached here, or named, are attached there", {
   cl2 <- local_cluster(1)
   attached <- "package:tools" %in% search()
   library(tools)
-  if (!attached) on.exit(detach("package:tools"), add = TRUE)
+  if (!attached) on.exit(detach("package:tools"), add = TRUE, after = FALSE)
   expect_equal(clusterSubmit(cl2, toTitleCase("an example"))$value(), "An Example")
   failed <- caught(clusterSubmit(cl, 1, .packages = "no.such.package")$value())
   expect_match(conditionMessage(failed), "no.such.package")
@@ -186,7 +186,7 @@ test_that("bad arguments are refused", {
   expect_match(conditionMessage(error), "neither an argument of clusterLapplyAsync()", fixed = TRUE)
   expect_match(conditionMessage(caught(clusterSubmit(cl[0], 1))), "`cl` has no nodes", fixed = TRUE)
   parallel::setDefaultCluster(cl)
-  on.exit(parallel::setDefaultCluster(NULL), add = TRUE)
+  on.exit(parallel::setDefaultCluster(NULL), add = TRUE, after = FALSE)
   expect_equal(clusterSubmit(expr = 5)$value(), 5)
 })
 
@@ -196,7 +196,7 @@ test_that("verbs and calls do not affect each other", {
     Sys.sleep(s)
     x
   })
-  on.exit(rm("calls_slow", envir = globalenv()), add = TRUE)
+  on.exit(rm("calls_slow", envir = globalenv()), add = TRUE, after = FALSE)
   calls <- lapply(1:8, function(i) clusterSubmit(cl, calls_slow(0.05, i)))
   # Verbs of ours and of parallel's, static and dynamic, while calls run and wait.
   expect_equal(parSapply(cl, 1:10, function(i) i), 1:10)

@@ -56,7 +56,7 @@ test_that("too few processes", {
   # Where this package is, another user may not be let in.
   library <- tempfile("library-", tmpdir = "/tmp")
   dir.create(library)
-  on.exit(unlink(library, recursive = TRUE), add = TRUE)
+  on.exit(unlink(library, recursive = TRUE), add = TRUE, after = FALSE)
   file.copy(system.file(package = "rustcluster"), library, recursive = TRUE)
   child <- start_child({
     error <- tryCatch(makeRustCluster(1000), error = identity)
@@ -258,7 +258,7 @@ environment(keep_vectors) <- globalenv()
 test_that("mapped vectors use at most a quarter of the allowed mappings, and others are copied", {
   limit <- tempfile("max-map-count-")
   writeLines("80", limit)
-  on.exit(unlink(limit), add = TRUE)
+  on.exit(unlink(limit), add = TRUE, after = FALSE)
   child <- start_child(
     keep_vectors(say, 50), values = list(keep_vectors = keep_vectors),
     prefix = in_namespace(paste("mount --bind", limit, "/proc/sys/vm/max_map_count"))

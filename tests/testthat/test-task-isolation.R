@@ -116,7 +116,7 @@ test_that("S4 objects without a class arrive as such", {
 install_version <- function(library, value) {
   source <- file.path(tempfile("source-"), "changing")
   dir.create(file.path(source, "R"), recursive = TRUE)
-  on.exit(unlink(dirname(source), recursive = TRUE), add = TRUE)
+  on.exit(unlink(dirname(source), recursive = TRUE), add = TRUE, after = FALSE)
   writeLines(c("Package: changing", "Version: 1.0", "Title: T", "Description: D.", "License: GPL-2"),
              file.path(source, "DESCRIPTION"))
   writeLines("export(f)", file.path(source, "NAMESPACE"))
@@ -134,7 +134,7 @@ test_that("the next task uses a package that was reloaded", {
   on.exit({
     .libPaths(paths)
     unlink(dir, recursive = TRUE)
-  }, add = TRUE)
+  }, add = TRUE, after = FALSE)
   here_and_there <- function(fun, ...) {
     fun(...)
     for (cl in pair) parallel::clusterCall(cl, fun, ...)

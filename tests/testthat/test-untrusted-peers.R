@@ -110,7 +110,7 @@ test_that("files of a cluster are accessible to their user only", {
   skip_unless_proc()
   # Whatever the session's umask is.
   old <- Sys.umask("0")
-  on.exit(Sys.umask(old), add = TRUE)
+  on.exit(Sys.umask(old), add = TRUE, after = FALSE)
   for (start in c("fork", "spawn")) {
     before <- list.files(dirname(tempdir()), full.names = TRUE)
     cl <- local_cluster(2, start_method = start)

@@ -70,7 +70,7 @@ ways <- alist(
   },
   "1" = {
     on_exit <- function() {
-      on.exit(value <<- clusterApply(cl, 1:9, sqrt), add = TRUE)
+      on.exit(value <<- clusterApply(cl, 1:9, sqrt), add = TRUE, after = FALSE)
       NULL
     }
     value <- NULL
@@ -134,7 +134,7 @@ local_callers <- function(.frame = parent.frame()) {
   do.call("on.exit", list(quote({
     methods::removeGeneric("namesS4", where = globalenv())
     methods::removeClass("NamesRC", where = globalenv())
-  }), add = TRUE), envir = .frame)
+  }), add = TRUE, after = FALSE), envir = .frame)
 }
 
 test_that("parallel's own names run whole jobs, from wherever they are called", {
@@ -152,7 +152,7 @@ test_that("parallel's own names run whole jobs, from wherever they are called", 
 
 test_that("it does not matter whether code is compiled", {
   old <- compiler::enableJIT(0)
-  on.exit(compiler::enableJIT(old), add = TRUE)
+  on.exit(compiler::enableJIT(old), add = TRUE, after = FALSE)
   cl <- cluster_pair()$rust
   plain <- function(cl, n) {
     values <- list()
@@ -202,7 +202,7 @@ local_elements <- function(.frame = parent.frame()) {
     `[[.NamesBad` = function(x, i) if (i == 1) stop("no first") else unclass(x)[[i]]
   )
   for (name in names(methods)) assign(name, methods[[name]], globalenv())
-  do.call("on.exit", list(bquote(rm(list = .(names(methods)), envir = globalenv())), add = TRUE), envir = .frame)
+  do.call("on.exit", list(bquote(rm(list = .(names(methods)), envir = globalenv())), add = TRUE, after = FALSE), envir = .frame)
 }
 
 # As in a package, whose functions carry no source along.
@@ -298,7 +298,7 @@ test_that("warnings, errors and jumps out of a verb leave the cluster as it was"
     expect_identical(parallel::clusterCall(cl, identity, i), rep(list(i), 4))
   }
   old <- options(warn = 2)
-  on.exit(options(old), add = TRUE)
+  on.exit(options(old), add = TRUE, after = FALSE)
   expect_identical(parallel::clusterApply(cl, 1:2, function(i) as.integer("a")), list(NA_integer_, NA_integer_))
   setTimeLimit(elapsed = 1, transient = TRUE)
   expect_error(parallel::clusterApplyLB(cl, rep(0.2, 200), Sys.sleep), "time limit")
@@ -317,7 +317,7 @@ test_that("a finalizer that runs in the middle of a verb takes none of its answe
     })
     NULL
   }
-  on.exit(gctorture2(0), add = TRUE)
+  on.exit(gctorture2(0), add = TRUE, after = FALSE)
   outer <- list(
     function() identical(clusterCall(cl, identity, c(1, 5)), rep(list(c(1, 5)), 3L)),
     function() identical(clusterCall(cl, identity, factor("a")), rep(list(factor("a")), 3L)),
@@ -381,7 +381,7 @@ test_that("worker failures are retried and reported as with the verbs of this pa
 test_that("progress is shown", {
   cl <- cluster_pair()$rust
   old <- options(rustcluster.progress = TRUE)
-  on.exit(options(old), add = TRUE)
+  on.exit(options(old), add = TRUE, after = FALSE)
   shown <- 0L
   local_function("showProgress", function(counts, total, what) function() shown <<- shown + 1L)
   parallel::clusterApplyLB(cl, 1:9, identity)
@@ -476,7 +476,7 @@ test_that("random calls return the same as with PSOCK", {
   n <- if (long_tests()) 600 else 60
   seed <- as.integer(Sys.getenv("RUSTCLUSTER_SEED", "1"))
   kind <- RNGkind()
-  on.exit(do.call(RNGkind, as.list(kind)), add = TRUE)
+  on.exit(do.call(RNGkind, as.list(kind)), add = TRUE, after = FALSE)
   for (i in seq_len(n)) {
     set.seed(seed * 1e4 + i, "Mersenne-Twister", "Inversion", "Rejection")
     call <- random_call()

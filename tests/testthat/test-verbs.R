@@ -105,7 +105,7 @@ test_that("clusterExport", {
   expect_same_value(clusterCall(cl, function() "next"))
   # The default is the global environment.
   assign("exportedFromGlobal", 7, envir = globalenv())
-  on.exit(rm("exportedFromGlobal", envir = globalenv()), add = TRUE)
+  on.exit(rm("exportedFromGlobal", envir = globalenv()), add = TRUE, after = FALSE)
   expect_same_value({
     clusterExport(cl, "exportedFromGlobal")
     clusterEvalQ(cl, list(exportedFromGlobal, rm(exportedFromGlobal)))
@@ -121,7 +121,7 @@ test_that("clusterSplit", {
 
 test_that("random numbers after clusterSetRNGStream are those of PSOCK", {
   kind <- RNGkind()
-  on.exit(RNGkind(kind[[1L]], kind[[2L]], kind[[3L]]), add = TRUE)
+  on.exit(RNGkind(kind[[1L]], kind[[2L]], kind[[3L]]), add = TRUE, after = FALSE)
   expect_same_value({
     clusterSetRNGStream(cl, 123)
     clusterEvalQ(cl, rnorm(3))
@@ -202,7 +202,7 @@ test_that("parApply, parRapply and parCapply", {
 })
 
 test_that("setDefaultCluster makes cl = NULL work", {
-  on.exit(setDefaultCluster(NULL), add = TRUE)
+  on.exit(setDefaultCluster(NULL), add = TRUE, after = FALSE)
   expect_same_value({
     setDefaultCluster(cl)
     list(
@@ -261,7 +261,7 @@ test_that("functions, environments, S4 objects and external pointers", {
   })
   # S4: the class is known to the workers only through the object.
   methods::setClass("OracleTestS4", slots = c(a = "numeric"), where = globalenv())
-  on.exit(methods::removeClass("OracleTestS4", where = globalenv()), add = TRUE)
+  on.exit(methods::removeClass("OracleTestS4", where = globalenv()), add = TRUE, after = FALSE)
   s4 <- methods::new("OracleTestS4", a = 1)
   got <- expect_same_value(clusterCall(cl, identity, x), x = s4)
   expect_true(isVirtualClass("OracleTestS4") || isS4(got[[1L]]))
@@ -339,7 +339,7 @@ test_that("warnings and output of a worker do not reach the head", {
   # Turned into errors on the worker, they are errors.
   expect_same_error(clusterCall(cl, function() {
     old <- options(warn = 2)
-    on.exit(options(old), add = TRUE)
+    on.exit(options(old), add = TRUE, after = FALSE)
     warning("now an error")
   }))
 })
@@ -418,7 +418,7 @@ test_that("snow's timing hooks get rank and times", {
   }
   cl <- cluster_pair()$rust
   set(hooks)
-  on.exit(set(old), add = TRUE)
+  on.exit(set(old), add = TRUE, after = FALSE)
   parallel::clusterCall(cl, Sys.sleep, 0.05)
   set(old)
   expect_equal(seen$send, 1:4)

@@ -104,7 +104,7 @@ test_that("all ways to end a task", {
   expect_same_error(clusterCall(cl, function() {
     f <- function(n) f(n + 1)
     options(expressions = 200)
-    on.exit(options(expressions = 5000), add = TRUE)
+    on.exit(options(expressions = 5000), add = TRUE, after = FALSE)
     f(1)
   }))
   # An error of this package's in a task is the task's and not the worker's.
@@ -140,7 +140,7 @@ test_that("environment variables", {
 
 test_that("a variable set in the head before the start is there, one set after is not", {
   Sys.setenv(RC_TEST_BEFORE = "a b'c\"d")
-  on.exit(Sys.unsetenv(c("RC_TEST_BEFORE", "RC_TEST_AFTER")), add = TRUE)
+  on.exit(Sys.unsetenv(c("RC_TEST_BEFORE", "RC_TEST_AFTER")), add = TRUE, after = FALSE)
   cl <- local_cluster(2)
   Sys.setenv(RC_TEST_AFTER = "1")
   expect_equal(clusterCall(cl, Sys.getenv, "RC_TEST_BEFORE"), rep(list("a b'c\"d"), 2))
@@ -164,7 +164,7 @@ test_that("no R connection is used, on head or workers", {
 test_that("a worker can use connections, sinks, subprocesses and graphics as any R", {
   expect_same_value(clusterCall(cl, function() {
     con <- textConnection("a\nb")
-    on.exit(close(con), add = TRUE)
+    on.exit(close(con), add = TRUE, after = FALSE)
     readLines(con)
   }))
   expect_same_value(clusterCall(cl, function() utils::capture.output(print(1:3))))
@@ -262,7 +262,7 @@ test_that("threads: one a worker unless asked", {
 
 test_that("rscript_envs: set, unset, and kept as they are", {
   Sys.setenv(RC_TEST_KEPT = "kept", RC_TEST_GONE = "x")
-  on.exit(Sys.unsetenv(c("RC_TEST_KEPT", "RC_TEST_GONE")), add = TRUE)
+  on.exit(Sys.unsetenv(c("RC_TEST_KEPT", "RC_TEST_GONE")), add = TRUE, after = FALSE)
   cl <- local_cluster(2, rscript_envs = c(RC_TEST_SET = "it's \"quoted\" $HOME %d", RC_TEST_GONE = NA))
   got <- clusterCall(cl, function() {
     unname(Sys.getenv(c("RC_TEST_SET", "RC_TEST_KEPT", "RC_TEST_GONE"), unset = "unset"))
@@ -288,7 +288,7 @@ test_that("`packages` are attached in every worker before the first task", {
 test_that("methods = FALSE", {
   cl <- local_cluster(1, methods = FALSE)
   psock <- parallel::makePSOCKcluster(1, methods = FALSE)
-  on.exit(stopCluster(psock), add = TRUE)
+  on.exit(stopCluster(psock), add = TRUE, after = FALSE)
   expect_identical(clusterEvalQ(cl, search()), clusterEvalQ(psock, search()))
 })
 
@@ -303,7 +303,7 @@ test_that("renice", {
 test_that("rscript_args reach R", {
   cl <- local_cluster(1, rscript_args = "--max-ppsize=60000")
   psock <- parallel::makePSOCKcluster(1, rscript_args = "--max-ppsize=60000")
-  on.exit(stopCluster(psock), add = TRUE)
+  on.exit(stopCluster(psock), add = TRUE, after = FALSE)
   has <- function(cl) clusterEvalQ(cl, any(commandArgs() == "--max-ppsize=60000"))
   expect_equal(has(cl), has(psock))
 })
@@ -407,7 +407,7 @@ test_that("start_method = \"spawn\": separate R processes, the same answers", {
   expect_equal(parLapply(cl, 1:5, function(i) i^2), lapply(1:5, function(i) i^2))
   expect_equal(unlist(clusterApplyLB(cl, 1:50, identity)), 1:50)
   psock <- parallel::makePSOCKcluster(2)
-  on.exit(stopCluster(psock), add = TRUE)
+  on.exit(stopCluster(psock), add = TRUE, after = FALSE)
   both <- function(expr) {
     expr <- strip_srcref(substitute(expr))
     expect_identical(eval(expr, list(cl = cl)), eval(expr, list(cl = psock)))

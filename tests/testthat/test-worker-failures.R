@@ -187,7 +187,7 @@ test_that("each replacement has the state of its own worker, set through any par
 
 # In place of R.utils::withTimeout().
 setting_time_limit <- function(expr, seconds = 0.3) {
-  on.exit(setTimeLimit(), add = TRUE)
+  on.exit(setTimeLimit(), add = TRUE, after = FALSE)
   setTimeLimit(elapsed = seconds, transient = TRUE)
   expr
 }
