@@ -229,7 +229,6 @@ impl Host {
             return;
         }
         let task = &facts.tasks[header.task as usize];
-        known.is_seed_open &= task.seed_after.is_none();
         let effect = task.effect;
         if header.flags & ABORT == 0 {
             known.effects.extend(effect);

@@ -209,15 +209,36 @@ impl Sim {
                 .reported_seeds
                 .last()
                 .filter(|_| known.reported_seeds.len() > 1);
-            match last {
-                Some(seed) => known.seed = seed.clone(),
-                None => known.is_seed_open = true,
+            if let Some(seed) = last.filter(|_| !known.is_late) {
+                known.seed = seed.clone();
             }
+            self.catch_up(rank);
             for task in &mut self.facts.tasks {
                 if task.end.is_none() && (task.owner == rank || task.assigned == rank) {
                     task.first_seed = None;
                 }
             }
+        }
+    }
+
+    /// A worker has run all calls that were logged for it. The head knows the RNG state that they have left.
+    pub fn catch_up(&mut self, rank: Rank) {
+        let known = &mut self.facts.workers[rank as usize];
+        if !std::mem::take(&mut known.is_late) {
+            return;
+        }
+        let seed = self.hub.with_scheduler(|scheduler| scheduler.seed(rank));
+        if let Some(seed) = seed.filter(|seed| known.reported_seeds.last() != Some(seed)) {
+            let reported = if known.seed.len() > 64 {
+                &[]
+            } else {
+                &known.seed[..]
+            };
+            assert_eq!(
+                seed, reported,
+                "the head does not know the random numbers of worker {rank}"
+            );
+            known.reported_seeds.push(seed);
         }
     }
 
@@ -312,15 +333,9 @@ impl Sim {
                 plans.push(None);
                 continue;
             }
-            for (index, &rank) in ranks.iter().enumerate() {
+            for index in 0..ranks.len() {
                 self.at.push((at, index as u32));
-                self.facts.workers.push(WorkerFacts {
-                    is_away: !self.hosts[at].lost,
-                    ..WorkerFacts::new()
-                });
-                if !self.hosts[at].lost {
-                    self.away.insert(rank);
-                }
+                self.facts.workers.push(WorkerFacts::new());
                 self.outstanding.push(Default::default());
             }
             self.setup.workers += ranks.len();
@@ -339,6 +354,12 @@ impl Sim {
         }
         self.notes();
         assert!(new.iter().all(|&rank| self.is_terminated(rank)));
+        let there = |&&rank: &&Rank| !self.hosts[self.at[rank as usize].0].lost;
+        let there: Vec<Rank> = new.iter().filter(there).copied().collect();
+        for &rank in &there {
+            self.facts.workers[rank as usize].is_away = true;
+        }
+        self.away.extend(there);
         let tolerant = self.rng.random();
         let max_steps = self.rng.random_range(1..400);
         for _ in 0..max_steps {

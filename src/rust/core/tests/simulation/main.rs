@@ -289,7 +289,6 @@ impl Sim {
         let rank = self.hosts[at].ranks[header.worker as usize];
         let id = header.task;
         if id & RESTORE != 0 {
-            assert!(self.facts.workers[rank as usize].is_away);
             return;
         }
         if header.flags & FIRST != 0 && header.flags & ABORT == 0 {

@@ -350,8 +350,8 @@ pub struct WorkerFacts {
     pub is_away: bool,
     /// It terminated with its host.
     pub is_of_host: bool,
-    /// Its RNG state is not known, because the calls that restored it have set it.
-    pub is_seed_open: bool,
+    /// Set-up calls were logged for it that it has not run.
+    pub is_late: bool,
     /// States that reassigned tasks have left since it is back, and that it may have been sent.
     pub other_seeds: Vec<Bytes>,
     /// It is draining, and the task that it had when the drain began.
@@ -379,7 +379,7 @@ impl WorkerFacts {
             logged: Vec::new(),
             is_away: false,
             is_of_host: false,
-            is_seed_open: false,
+            is_late: false,
             other_seeds: Vec::new(),
             draining: false,
             task_at_drain: None,

@@ -336,6 +336,7 @@ impl Sim {
                 self.facts.seen.only_logged += 1;
                 let known = &mut self.facts.workers[task.owner as usize];
                 known.logged.extend(task.effect);
+                known.is_late = true;
             } else if !again {
                 self.outstanding[task.owner as usize].push_back(id);
             }
@@ -709,6 +710,9 @@ impl Sim {
     /// Checks the end of a task that the scheduler reports. `just_lost`: its worker has just failed.
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
         if id & RESTORE != 0 {
+            if matches!(outcome, Outcome::Answer(_)) && !self.is_terminated(rank) {
+                self.catch_up(rank);
+            }
             return;
         }
         let task = &mut self.facts.tasks[id as usize];

@@ -347,7 +347,7 @@ impl Worker {
             known.effects
         );
         let seed = self.own.as_ref().unwrap_or(&self.seed);
-        if known.is_seed_open || known.other_seeds.contains(seed) {
+        if known.other_seeds.contains(seed) {
             known.seed = seed.clone();
         }
         known.other_seeds.clear();
