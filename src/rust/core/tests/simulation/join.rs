@@ -236,7 +236,8 @@ impl Sim {
             };
             assert_eq!(
                 seed, reported,
-                "the head does not know the random numbers of worker {rank}"
+                "the head does not know the random numbers of worker {rank}: {:?} {:?} {:?}",
+                known.reported_seeds, known.logged, known.effects
             );
             known.reported_seeds.push(seed);
         }

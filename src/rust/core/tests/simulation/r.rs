@@ -170,8 +170,10 @@ impl Sim {
         let known = &self.facts.workers[started.assigned as usize];
         assert!(
             !known.is_terminated,
-            "assigned to worker {}, which has terminated",
-            started.assigned
+            "assigned to worker {}, which has terminated: {started:?} {owner} {:?} {:?}",
+            started.assigned,
+            self.away,
+            self.hub.worker(started.assigned)
         );
         if started.assigned == owner {
             return;

@@ -207,3 +207,6 @@ fn pieces(mut message: Bytes) -> Vec<Chunk> {
     }
     pieces
 }
+
+#[cfg(test)]
+mod tests;
