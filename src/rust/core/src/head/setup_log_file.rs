@@ -353,10 +353,15 @@ impl SetupLogFile {
 
     /// Records that a set-up call was not sent to its worker, which gets the call when it joins.
     pub fn logged(&mut self, task: TaskId, rank: Rank) {
-        if let Some(&number) = self.tasks.get(&task) {
-            self.only_logged.entry(rank).or_insert(number);
-        }
+        // Without a number, the call is missing from the file.
+        let number = self.tasks.get(&task).copied().unwrap_or(u64::MAX);
+        self.only_logged.entry(rank).or_insert(number);
         self.ended(task, rank, true);
+    }
+
+    /// Whether calls were logged for this worker that it has not completed.
+    pub fn is_behind(&self, rank: Rank) -> bool {
+        self.only_logged.contains_key(&rank)
     }
 
     /// Records that a worker has completed all of its calls.

@@ -116,9 +116,10 @@ impl Sim {
             rng_use = of_message.rng_use();
             effect = Some(of_message);
         }
-        let may_log = effect.is_some() && self.hub.is_awaited(owner);
         let prefetch = self.setup.prefetch > 0 && self.rng.random_ratio(1, self.setup.prefetch);
         let made = self.blob_for(id, owner, len);
+        self.notes();
+        let may_log = effect.is_some() && self.hub.is_awaited(owner);
         let turn = if prefetch { Turn::Prefetch } else { Turn::Last };
         let setup_call = effect.map(|effect| effect.name());
         let blob = made.map(|made| made.0);
@@ -170,10 +171,8 @@ impl Sim {
         let known = &self.facts.workers[started.assigned as usize];
         assert!(
             !known.is_terminated,
-            "assigned to worker {}, which has terminated: {started:?} {owner} {:?} {:?}",
-            started.assigned,
-            self.away,
-            self.hub.worker(started.assigned)
+            "assigned to worker {}, which has terminated",
+            started.assigned
         );
         if started.assigned == owner {
             return;

@@ -439,7 +439,7 @@ impl Worker {
         // Some large answers are sent in memory that is shared with the head.
         let shared = !again && !running.started && running.len > MAX_BODY && rng.random_ratio(1, 3);
         let left = running.len - running.sent;
-        let n = if whole {
+        let n = if whole || again {
             left.min(MAX_BODY)
         } else {
             rng.random_range(1..=MAX_BODY).min(left)

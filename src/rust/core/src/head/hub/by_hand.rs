@@ -96,6 +96,13 @@ impl Hub {
         self.core().conns[agent].permanent
     }
 
+    /// Whether set-up calls were logged for this worker that it has not completed.
+    pub fn is_behind(&self, rank: Rank) -> bool {
+        let core = self.core();
+        let setup_log = core.setup_log.as_ref();
+        setup_log.is_some_and(|setup_log| setup_log.is_behind(rank))
+    }
+
     /// The messages of the set-up calls with which a worker would be restored now, in order.
     ///
     /// # Errors

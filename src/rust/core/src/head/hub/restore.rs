@@ -84,13 +84,10 @@ impl Core {
             .get(&rank)
             .and_then(|active| active.calls.last());
         let after = after.map(|&(_, number)| number);
-        let more = match self
-            .setup_log
-            .as_ref()
-            .is_some_and(SetupLogFile::is_complete)
-        {
+        let setup_log = self.setup_log.as_ref();
+        let is_behind = setup_log.is_some_and(|setup_log| setup_log.is_behind(rank));
+        let more = match is_behind {
             true => self.setup_calls(|setup_log| setup_log.later_calls(rank, after)),
-            // The hosts that calls may have been logged for are left out.
             false => Some(Vec::new()),
         };
         match more {
