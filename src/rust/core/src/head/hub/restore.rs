@@ -64,7 +64,9 @@ impl Core {
     /// gets the call now. A worker that is being restored gets the call before it joins.
     pub fn catch_up(&mut self, rank: Rank) {
         let is_back = self.inbox.workers[rank as usize].termination.is_none();
-        if !is_back || self.restoring.active.contains_key(&rank) {
+        // A worker that has terminated since gets the call when it joins again.
+        let is_there = is_back && !self.scheduler.is_terminated(rank);
+        if !is_there || self.restoring.active.contains_key(&rank) {
             return;
         }
         let is_back = true;
@@ -78,6 +80,11 @@ impl Core {
 
     /// The worker has completed the set-up calls that it was sent. Others may have been logged since.
     fn all_sent(&mut self, rank: Rank) {
+        if self.scheduler.is_terminated(rank) {
+            // It was draining. If another takes its place, that one is restored anew.
+            self.end_restore(rank);
+            return;
+        }
         let after = self
             .restoring
             .active

@@ -1,6 +1,6 @@
 use super::super::{Hub, Plan, Turn};
 use super::*;
-use crate::protocol::control::{self, Hello, Outfile, Start, StartMode, ToHead};
+use crate::protocol::control::{self, DrainCause, Hello, Outfile, Start, StartMode, ToHead};
 use crate::protocol::frame::{FIRST, Frame, Kind, LAST};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -171,5 +171,22 @@ fn a_call_that_was_only_logged_sets_the_random_numbers_after_those_of_the_worker
         bodies(sent(&mut hub, Some(b"old"))),
         [&b"stream"[..], b"new stream"]
     );
+    assert!(is_back(&hub));
+}
+
+#[test]
+fn a_draining_worker_that_ends_while_it_is_restored_leaves_nothing_for_the_next_one() {
+    let mut hub = late();
+    assert!(set_up(&mut hub, 0, b"first"));
+    join(&mut hub, false);
+    assert!(set_up(&mut hub, 0, b"second"));
+    let (seconds, cause) = (None, DrainCause::TimeLimit);
+    from_agent(&mut hub, &ToHead::Draining { seconds, cause });
+    assert_eq!(bodies(sent(&mut hub, None)), [b"first"]);
+    assert!(hub.agent_ended(0, "the job has ended"));
+    join(&mut hub, true);
+    assert!(!is_back(&hub));
+    assert_eq!(bodies(sent(&mut hub, None)), [b"first"]);
+    assert_eq!(bodies(sent(&mut hub, None)), [b"second"]);
     assert!(is_back(&hub));
 }
