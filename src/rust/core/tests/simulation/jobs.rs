@@ -332,7 +332,7 @@ impl Dispatch for View<'_> {
         let sim = &mut **self.0.borrow_mut();
         let until = sim.now + max;
         while sim.hub.arrivals() == seen && sim.now < until {
-            sim.pass_time(until - sim.now);
+            sim.pass_time(until.saturating_sub(sim.now));
             sim.notes();
         }
     }

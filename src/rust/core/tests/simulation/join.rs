@@ -9,7 +9,7 @@ use rustcluster_core::head::hub::{Plan, Progress, Turn};
 use rustcluster_core::head::launch::{Launch, Source};
 use rustcluster_core::protocol::control::{Hello, Outfile, Start, StartMode};
 use rustcluster_core::protocol::ids::{Rank, TaskId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -341,7 +341,7 @@ impl Sim {
             for index in 0..ranks.len() {
                 self.at.push((at, index as u32));
                 self.facts.workers.push(WorkerFacts::new());
-                self.outstanding.push(Default::default());
+                self.outstanding.push(VecDeque::new());
             }
             self.setup.workers += ranks.len();
             self.hosts[at].ranks.clone_from(&ranks);
