@@ -662,13 +662,9 @@ impl Sim {
                 };
             }
             _ => {
-                if self
-                    .rng
-                    .random_ratio(1, 3 + self.setup.workers as u32 / 100)
-                {
-                    if !self.hosts[at].lost {
-                        self.lose_host(at, "lost");
-                    }
+                let one_in = 3 + self.setup.workers as u32 / 100;
+                if self.rng.random_ratio(1, one_in) && !self.hosts[at].lost {
+                    self.lose_host(at, "lost");
                 }
             }
         }

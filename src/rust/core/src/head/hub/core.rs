@@ -654,7 +654,8 @@ impl Core {
                     Note::Failed { agent, reason } => {
                         self.end(*agent, Err(io::Error::other(reason.clone())));
                     }
-                    Note::Up { rank, .. } => self.worker_up(*rank),
+                    // A worker may fail while it waits to be restored.
+                    Note::Up { rank, .. } | Note::Replaced { rank, .. } => self.worker_up(*rank),
                     Note::Done {
                         rank,
                         task,

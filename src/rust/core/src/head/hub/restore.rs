@@ -23,7 +23,9 @@ impl Core {
     pub fn worker_up(&mut self, rank: Rank) {
         let terminated = self.inbox.workers[rank as usize].termination.is_some();
         // The worker may be queued since its host was reconnected before.
-        if terminated && !self.restoring.waiting.contains(&rank) {
+        let is_known =
+            self.restoring.waiting.contains(&rank) || self.restoring.active.contains_key(&rank);
+        if terminated && !is_known {
             self.restoring.waiting.push_back(rank);
         }
         self.restore_next();
@@ -41,7 +43,7 @@ impl Core {
                 return;
             };
             if !self.scheduler.is_up(rank) {
-                // Its host was lost again.
+                // Its host was lost again, or the worker is being replaced.
                 continue;
             }
             let Some(calls) = self.setup_calls(|setup_log| setup_log.completed_calls(rank)) else {

@@ -1,6 +1,8 @@
 use super::super::{Hub, Plan, Turn};
 use super::*;
-use crate::protocol::control::{self, DrainCause, Hello, Outfile, Start, StartMode, ToHead};
+use crate::protocol::control::{
+    self, DrainCause, Hello, Outfile, Start, StartMode, ToHead, WorkerFailure,
+};
 use crate::protocol::frame::{FIRST, Frame, Kind, LAST};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -20,10 +22,10 @@ fn hello() -> Hello {
     }
 }
 
-fn plan() -> Plan {
+fn plan(workers: u32) -> Plan {
     let start = Start {
-        workers: 1,
-        ranks: vec![0],
+        workers,
+        ranks: (0..workers).collect(),
         mode: StartMode::Fork,
         packages: Vec::new(),
         outfile: Outfile::Discard,
@@ -37,21 +39,24 @@ fn plan() -> Plan {
         stop_timeout: 0,
         local: false,
     };
-    Plan {
-        start,
-        ranks: vec![0],
-    }
+    let ranks = (0..workers).collect();
+    Plan { start, ranks }
 }
 
 /// A cluster of one worker, whose host has not joined.
 fn late() -> Hub {
+    late_host(1)
+}
+
+/// A cluster of one host, which has not joined.
+fn late_host(workers: u32) -> Hub {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let path = std::env::temp_dir().join(format!("restore-{}-{}", name.0, name.1));
     let mut hub = Hub::by_hand(1, 1 << 20).unwrap();
     hub.set_dials(0);
     hub.keep_setup_log(&path, 1 << 20, Duration::MAX).unwrap();
-    hub.go(vec![Some(plan())]).unwrap();
+    hub.go(vec![Some(plan(workers))]).unwrap();
     hub
 }
 
@@ -189,4 +194,57 @@ fn a_draining_worker_that_ends_while_it_is_restored_leaves_nothing_for_the_next_
     assert_eq!(bodies(sent(&mut hub, None)), [b"first"]);
     assert_eq!(bodies(sent(&mut hub, None)), [b"second"]);
     assert!(is_back(&hub));
+}
+
+#[test]
+fn a_worker_that_is_replaced_while_it_waits_to_be_restored_joins() {
+    let workers = RESTORES_AT_ONCE as u32 + 1;
+    let mut hub = late_host(workers);
+    assert!(set_up(&mut hub, 0, b"call"));
+    assert!(hub.greet(0, hello(), false).unwrap());
+    for rank in 1..workers {
+        let started = hub.begin(rank, 1, Some(0), Turn::Last, |_| None);
+        assert!(started.unwrap().only_logged);
+        hub.write(b"call");
+        hub.finish();
+    }
+    for worker in 0..workers {
+        from_agent(&mut hub, &ToHead::WorkerUp { worker, pid: 7 });
+    }
+    let worker = workers - 1;
+    let failure = WorkerFailure::default();
+    let replaced = true;
+    from_agent(
+        &mut hub,
+        &ToHead::WorkerFailed {
+            worker,
+            failure,
+            replaced,
+        },
+    );
+    // Those before it are restored while it is being replaced.
+    while let Some(frame) = hub.next_frame(0) {
+        let Frame { header, .. } = frame;
+        if header.kind == Kind::Data {
+            let answer = Frame::new(
+                Kind::Data,
+                FIRST | LAST,
+                header.worker,
+                header.task,
+                Bytes::new(),
+            );
+            hub.on_frame(0, answer, None).unwrap();
+        }
+    }
+    assert!(hub.worker(0).termination.is_none());
+    from_agent(&mut hub, &ToHead::WorkerReplaced { worker, pid: 8 });
+    while let Some(frame) = hub.next_frame(0) {
+        let Frame { header, .. } = frame;
+        if header.kind == Kind::Data {
+            assert_eq!(header.worker, worker);
+            let answer = Frame::new(Kind::Data, FIRST | LAST, worker, header.task, Bytes::new());
+            hub.on_frame(0, answer, None).unwrap();
+        }
+    }
+    assert!(hub.worker(worker).termination.is_none());
 }
