@@ -37,6 +37,8 @@ pub struct Router {
     prefetched: PrefetchQueue,
     /// Whether the worker is a replacement.
     replaces: Vec<bool>,
+    /// Whether the head has set the random number state that follows the worker's current restoring call.
+    is_seed_set: Vec<bool>,
 }
 
 fn text(error: impl std::fmt::Display) -> ProtocolError {
@@ -85,6 +87,7 @@ impl Router {
             setup_log: SetupLog::new(workers, state),
             prefetched: PrefetchQueue::new(workers),
             replaces: vec![false; workers],
+            is_seed_set: vec![false; workers],
         }
     }
 
@@ -92,6 +95,7 @@ impl Router {
     pub fn made(&mut self, worker: u32, replaces: bool, now: Now) {
         self.worker_table.made(worker, now);
         self.replaces[worker as usize] = replaces;
+        self.is_seed_set[worker as usize] = false;
         self.blobs.made(worker);
     }
 
@@ -245,6 +249,9 @@ impl Router {
                 if self.worker_table.is_meant(worker)? {
                     if header.flags & REASSIGNED == 0 {
                         self.setup_log.set_seed(worker, frame.body.clone());
+                        let task = self.worker_table.task(worker);
+                        self.is_seed_set[worker as usize] =
+                            task.is_some_and(|task| task & RESTORE != 0);
                     }
                     acts.push(Act::ToWorker(frame));
                 }
@@ -410,6 +417,7 @@ impl Router {
     fn on_answer(&mut self, header: &Header, route: Route, body: BytesMut, acts: &mut Vec<Act>) {
         let (worker, task) = (header.worker, header.task);
         if header.flags & LAST != 0 && task & REPLAY == 0 {
+            self.is_seed_set[worker as usize] = false;
             let setup_call = route == Route::Forward;
             if self
                 .setup_log
@@ -450,8 +458,7 @@ impl Router {
         if self.worker_table.task(worker).is_none() {
             return;
         }
-        // The seed after a restoring call of the head is not recorded: the head then sets the worker's own seed.
-        if header.task & RESTORE != 0 {
+        if self.is_seed_set[worker as usize] {
             return;
         }
         if header.flags & REASSIGNED == 0 {

@@ -228,6 +228,7 @@ impl SetupLog {
     pub fn set_seed(&mut self, worker: u32, seed: Bytes) {
         if let Some(memory) = self.workers.get_mut(worker as usize) {
             memory.seed = Some(seed);
+            memory.next_seed = None;
         }
     }
 

@@ -11,19 +11,22 @@
 //! codec: each method of [`Dispatch`] releases its borrow when it returns.
 
 use super::batching::{Assignment, Ended, Planner};
-use super::hub::{Answer, Hub, StartedTask, Turn};
+use super::hub::{Answer, Turn};
 use super::retry::{Attempts, Policy};
 use super::scheduler::events::{RankSet, Termination};
 use crate::protocol::body::Body;
 use crate::protocol::ids::{BlobId, JobId, Rank, TaskId};
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+mod codec;
+mod dispatch;
 mod unanswered;
 
+pub use codec::{Codec, Form, Taken};
+pub use dispatch::Dispatch;
 pub use unanswered::{BatchLoss, Failed};
 
 /// Number of slots that are sent a batch before the engine first checks for answers. The number grows until tasks have
@@ -31,188 +34,6 @@ pub use unanswered::{BatchLoss, Failed};
 const MAX_STEPS: usize = 8;
 /// How long the engine then waits for an answer.
 const FIRST_ANSWER_WAIT: Duration = Duration::from_micros(500);
-
-/// How a message contains its tasks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
-    /// Several tasks, combined by [`Codec::gather`].
-    Batch,
-    /// One task, encoded while it is sent.
-    Long,
-    /// One task in a self-contained message, which does not begin with the blob.
-    Single,
-}
-
-/// How many of the message's tasks an answer contains, and the measurements of the worker.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Taken {
-    /// Number of completed tasks, counted from the first: no more than the message had.
-    pub tasks: usize,
-    /// How long the worker was busy with the tasks.
-    pub busy: Duration,
-    /// The CPU time of the tasks, if the worker has not waited for anything.
-    pub computed: Option<Duration>,
-    /// How long the worker has read the blob before it ran the tasks.
-    pub reading: Duration,
-}
-
-/// Encodes tasks and stores their answers. Tasks are identified by their numbers, from 0.
-pub trait Codec {
-    /// The reason why a method failed, for example a jump of R.
-    type Stop;
-
-    /// Whether this worker can be sent other forms than [`Form::Single`].
-    fn takes_batches(&self, rank: Rank) -> bool;
-
-    /// Combines as many of these tasks, from the first on, as fit into one message, which [`Codec::write`] then
-    /// writes. Returns the number of tasks and the form of the message. `max_time`: see [`super::batching::Batch`].
-    ///
-    /// # Errors
-    /// When a task cannot be encoded.
-    fn gather(&mut self, tasks: &[usize], max_time: Duration) -> Result<(usize, Form), Self::Stop>;
-
-    /// Writes the started message, for this worker. `task`: its first task.
-    ///
-    /// # Errors
-    /// When the message is incomplete.
-    fn write(&mut self, assigned: Rank, task: usize, form: Form) -> Result<(), Self::Stop>;
-
-    /// Sends the blob again, to the host of this worker, which does not have the blob.
-    ///
-    /// # Errors
-    /// When the blob is incomplete.
-    fn resend_blob(&mut self, blob: BlobId, assigned: Rank) -> Result<(), Self::Stop>;
-
-    /// Whether reading this answer cannot fail.
-    fn is_plain(&self, body: &Body) -> bool;
-
-    /// Stores this worker's answer to a message with these tasks.
-    ///
-    /// # Errors
-    /// When the answer cannot be read. Then none of its tasks counts as answered.
-    fn take(
-        &mut self,
-        on: Rank,
-        task: TaskId,
-        tasks: &[usize],
-        body: Body,
-    ) -> Result<Taken, Self::Stop>;
-
-    /// Reports that a message was lost. `again`: those of its tasks that are retried. The other tasks fail.
-    fn lost(&mut self, failure: &BatchLoss, again: &[usize]);
-}
-
-/// The methods of the hub that a job uses: see [`Hub`] for their documentation.
-pub trait Dispatch {
-    /// The current time.
-    fn now(&self) -> Instant;
-    /// The termination reason of a worker, if it has terminated permanently.
-    fn termination(&self, rank: Rank) -> Option<Arc<Termination>>;
-    /// See [`Hub::is_awaited`].
-    fn is_awaited(&self, rank: Rank) -> bool;
-    /// See [`Hub::arrivals`].
-    fn arrivals(&self) -> u64;
-    /// See [`Hub::await_arrival`].
-    fn await_arrival(&self, seen: u64, max_time: Duration);
-    /// Calls [`Hub::begin`] for a task that is no set-up call, and then [`Hub::limit_time`].
-    ///
-    /// # Errors
-    /// When the worker has terminated.
-    fn begin(
-        &self,
-        rank: Rank,
-        job: JobId,
-        turn: Turn,
-        limit: Option<Duration>,
-        blob: impl FnOnce(Rank) -> Option<BlobId>,
-    ) -> Result<StartedTask, Arc<Termination>>;
-    /// [`Hub::draining`].
-    fn draining(&self, _rank: Rank) -> Option<Arc<Termination>> {
-        None
-    }
-    /// [`Hub::release`].
-    fn release(&self, _rank: Rank) {}
-    /// [`Hub::make_movable`], after [`Dispatch::begin`].
-    fn make_movable(&self) {}
-    /// [`Hub::finish`].
-    fn finish(&self);
-    /// [`Hub::abandon`].
-    fn abandon(&self);
-    /// [`Hub::receive_any`].
-    fn receive_any(&self, workers: &RankSet, max_time: Duration) -> Answer;
-    /// [`Hub::revoke`].
-    fn revoke(&self, task: TaskId);
-    /// [`Hub::forget`].
-    fn forget(&self, task: TaskId);
-}
-
-impl Dispatch for RefCell<Hub> {
-    fn now(&self) -> Instant {
-        Instant::now()
-    }
-
-    fn termination(&self, rank: Rank) -> Option<Arc<Termination>> {
-        self.borrow().worker(rank).termination
-    }
-
-    fn is_awaited(&self, rank: Rank) -> bool {
-        self.borrow().is_awaited(rank)
-    }
-
-    fn arrivals(&self) -> u64 {
-        self.borrow().arrivals()
-    }
-
-    fn await_arrival(&self, seen: u64, max_time: Duration) {
-        self.borrow().await_arrival(seen, max_time);
-    }
-
-    fn begin(
-        &self,
-        rank: Rank,
-        job: JobId,
-        turn: Turn,
-        limit: Option<Duration>,
-        blob: impl FnOnce(Rank) -> Option<BlobId>,
-    ) -> Result<StartedTask, Arc<Termination>> {
-        let mut hub = self.borrow_mut();
-        let started = hub.begin(rank, job, None, turn, blob)?;
-        hub.limit_time(limit);
-        Ok(started)
-    }
-
-    fn draining(&self, rank: Rank) -> Option<Arc<Termination>> {
-        self.borrow().draining(rank)
-    }
-
-    fn release(&self, rank: Rank) {
-        self.borrow_mut().release(rank);
-    }
-
-    fn make_movable(&self) {
-        self.borrow_mut().make_movable();
-    }
-
-    fn finish(&self) {
-        self.borrow_mut().finish();
-    }
-
-    fn abandon(&self) {
-        self.borrow_mut().abandon();
-    }
-
-    fn receive_any(&self, workers: &RankSet, max_time: Duration) -> Answer {
-        self.borrow_mut().receive_any(workers, max_time)
-    }
-
-    fn revoke(&self, task: TaskId) {
-        self.borrow_mut().revoke(task);
-    }
-
-    fn forget(&self, task: TaskId) {
-        self.borrow_mut().forget(task);
-    }
-}
 
 /// Why [`Job::step`] has stopped and needs the caller. `S`: [`Codec::Stop`].
 #[derive(Debug)]
@@ -245,7 +66,7 @@ pub struct JobWorker {
     pub cores: usize,
     /// The round-trip time to the worker in seconds, if known.
     pub rtt: Option<f64>,
-    /// See [`Hub::is_detained`].
+    /// See [`Hub::is_detained`](super::hub::Hub::is_detained).
     pub detained: bool,
     /// The worker has not joined yet. Only for a free assignment.
     pub absent: bool,

@@ -30,7 +30,7 @@ struct StoredCall {
     digest: u128,
     /// Number of workers whose set-up calls contain this call, and one more if the common calls do.
     users: usize,
-    /// Workers that have been sent the call and have not answered yet.
+    /// Workers that have been sent the call and have not answered yet, at first or while they are restored.
     pending: BTreeSet<Rank>,
     /// Workers that have completed the call.
     done: Ranks,
@@ -63,6 +63,9 @@ impl FromIterator<Rank> for Ranks {
 
 /// A set-up call to be sent again: its name, and its bytes in parts.
 pub type SetupMessage = (u64, Vec<Bytes>);
+
+/// A set-up call to be sent again, with its number in the log.
+pub type NumberedCall = (u64, SetupMessage);
 
 /// A blob in the file.
 struct Stored {
@@ -103,6 +106,10 @@ pub struct SetupLogFile {
     common: SetupCalls<u64>,
     /// The number of the call of each task that is not answered.
     tasks: HashMap<TaskId, u64>,
+    /// The first call of each worker that was only logged, because the worker was not there.
+    only_logged: HashMap<Rank, u64>,
+    /// The calls with which workers are being restored, which remain in the file.
+    pinned: HashMap<Rank, Vec<u64>>,
     open: Option<OpenStoredCall>,
     blobs: HashMap<BlobId, Stored>,
     /// The blob that is being written, and its length so far.
@@ -133,6 +140,8 @@ impl SetupLogFile {
             members: Ranks::default(),
             common: SetupCalls::default(),
             tasks: HashMap::new(),
+            only_logged: HashMap::new(),
+            pinned: HashMap::new(),
             open: None,
             blobs: HashMap::new(),
             open_blob: None,
@@ -342,6 +351,24 @@ impl SetupLogFile {
         }
     }
 
+    /// Records that a set-up call was not sent to its worker, which gets the call when it joins.
+    pub fn logged(&mut self, task: TaskId, rank: Rank) {
+        // Without a number, the call is missing from the file.
+        let number = self.tasks.get(&task).copied().unwrap_or(u64::MAX);
+        self.only_logged.entry(rank).or_insert(number);
+        self.ended(task, rank, true);
+    }
+
+    /// Whether calls were logged for this worker that it has not completed.
+    pub fn is_behind(&self, rank: Rank) -> bool {
+        self.only_logged.contains_key(&rank)
+    }
+
+    /// Records that a worker has completed all of its calls.
+    pub fn caught_up(&mut self, rank: Rank) {
+        self.only_logged.remove(&rank);
+    }
+
     /// One user less has this call.
     fn release(&mut self, number: u64) {
         if let Some(message) = self.messages.get_mut(&number) {
@@ -446,19 +473,100 @@ impl SetupLogFile {
     /// # Errors
     /// When the file cannot be mapped.
     pub fn restore(&self, rank: Rank) -> io::Result<Vec<SetupMessage>> {
-        if self.end == 0 {
+        let numbers = self.numbers(rank, |_| true);
+        let map = self.map()?;
+        let messages = numbers.iter().map(|&number| self.message(&map, number));
+        messages.collect()
+    }
+
+    /// The calls that this worker has completed itself, in order. [`SetupLogFile::later_calls`] follow.
+    /// [`SetupLogFile::unpin`] follows when the worker does not need them any more.
+    ///
+    /// # Errors
+    /// When the file cannot be mapped.
+    pub fn completed_calls(&mut self, rank: Rank) -> io::Result<Vec<NumberedCall>> {
+        let end = self.only_logged.get(&rank).copied().unwrap_or(u64::MAX);
+        self.pin(rank, |number| number < end)
+    }
+
+    /// The calls of this worker after the one with the number `after`: those that were only logged.
+    /// [`SetupLogFile::unpin`] follows when the worker does not need them any more.
+    ///
+    /// # Errors
+    /// When the file cannot be mapped.
+    pub fn later_calls(&mut self, rank: Rank, after: Option<u64>) -> io::Result<Vec<NumberedCall>> {
+        let Some(&first) = self.only_logged.get(&rank) else {
             return Ok(Vec::new());
+        };
+        self.pin(rank, |number| {
+            number >= first && after.is_none_or(|after| number > after)
+        })
+    }
+
+    /// The call with this number, which is pinned.
+    ///
+    /// # Errors
+    /// When the file cannot be mapped.
+    pub fn call(&self, number: u64) -> io::Result<SetupMessage> {
+        self.message(&self.map()?, number)
+    }
+
+    /// The worker is not being restored any more.
+    pub fn unpin(&mut self, rank: Rank) {
+        for number in self.pinned.remove(&rank).into_iter().flatten() {
+            if let Some(message) = self.messages.get_mut(&number) {
+                message.pending.remove(&rank);
+            }
+            self.clear(number);
+        }
+    }
+
+    fn pin(&mut self, rank: Rank, which: impl Fn(u64) -> bool) -> io::Result<Vec<NumberedCall>> {
+        let numbers = self.numbers(rank, which);
+        if numbers.is_empty() {
+            return Ok(Vec::new());
+        }
+        let map = self.map()?;
+        let mut calls = Vec::with_capacity(numbers.len());
+        for &number in &numbers {
+            calls.push((number, self.message(&map, number)?));
+        }
+        for number in &numbers {
+            if let Some(message) = self.messages.get_mut(number) {
+                message.pending.insert(rank);
+            }
+        }
+        self.pinned.entry(rank).or_default().extend(numbers);
+        Ok(calls)
+    }
+
+    fn numbers(&self, rank: Rank, which: impl Fn(u64) -> bool) -> Vec<u64> {
+        let calls = self.workers.get(&rank);
+        let numbers = calls
+            .into_iter()
+            .flat_map(SetupCalls::iter)
+            .map(|(_, &number)| number);
+        numbers.filter(|&number| which(number)).collect()
+    }
+
+    fn map(&self) -> io::Result<Bytes> {
+        if self.end == 0 {
+            // An empty file cannot be mapped.
+            return Ok(Bytes::new());
         }
         // SAFETY: the file has no name. It only grows, and only unused parts are freed, so no part is changed while a
         // message in it may be in use.
-        let map = Bytes::from_owner(unsafe { Mmap::map(&self.file)? });
+        Ok(Bytes::from_owner(unsafe { Mmap::map(&self.file)? }))
+    }
+
+    fn message(&self, map: &Bytes, number: u64) -> io::Result<SetupMessage> {
         let part = |from: u64, len: u64| {
             let from = usize::try_from(from).ok()?;
             let to = from.checked_add(usize::try_from(len).ok()?)?;
             (to <= map.len()).then(|| map.slice(from..to))
         };
-        let stored = |number: &u64| {
-            let message = self.messages.get(number)?;
+        let stored = || {
+            let message = self.messages.get(&number)?;
             let blob = match message.blob {
                 Some(id) => Some(self.blobs.get(&id)?),
                 None => None,
@@ -468,10 +576,7 @@ impl SetupLogFile {
             let parts: Option<Vec<Bytes>> = parts.map(|(from, len)| part(from, len)).collect();
             Some((message.name, parts?))
         };
-        let calls = self.workers.get(&rank);
-        let calls = calls.into_iter().flat_map(SetupCalls::iter);
-        let messages: Option<Vec<SetupMessage>> = calls.map(|(_, number)| stored(number)).collect();
-        messages.ok_or_else(|| io::Error::other("the file is too short"))
+        stored().ok_or_else(|| io::Error::other("the file is too short"))
     }
 }
 

@@ -2,10 +2,9 @@
 
 use crate::Sim;
 use rand::Rng;
-use rustcluster_core::head::scheduler::events::{State, Termination};
+use rustcluster_core::head::scheduler::events::State;
 use rustcluster_core::protocol::control::{DrainCause, ToHead};
 use rustcluster_core::protocol::ids::{Rank, TaskId};
-use std::sync::Arc;
 
 impl Sim {
     /// A random drain: the user removes a worker, an agent announces the end of its job, or a job is killed.
@@ -13,12 +12,8 @@ impl Sim {
         let (at, _) = self.at[rank as usize];
         match self.rng.random_range(0..6) {
             0..2 => {
-                if !self.is_terminated(rank) {
-                    let termination = Arc::new(Termination::Stopped);
-                    self.hub
-                        .with_scheduler(|scheduler| scheduler.drain_worker(rank, &termination));
-                    self.begins_to_drain(rank);
-                    self.facts.seen.removed += 1;
+                if !self.is_terminated(rank) || self.rng.random_ratio(1, 4) {
+                    self.remove_workers(rank);
                 }
             }
             2..5 => {
@@ -39,11 +34,9 @@ impl Sim {
                 if self.hosts[at].lost || !self.rng.random_ratio(1, 3) {
                     return;
                 }
-                self.hosts[at].lost = true;
-                self.hub.with_scheduler(|scheduler| {
-                    scheduler.job_ended(at, "killed".into());
-                    scheduler.agent_lost(at, "the stream ended");
-                });
+                self.hub.job_ended(at, "killed".into());
+                self.notes();
+                self.lose_host(at, "the stream ended");
                 self.facts.seen.jobs_killed += 1;
             }
         }

@@ -8,9 +8,9 @@ use rustcluster_core::agent::router::Router;
 use rustcluster_core::agent::worker_table::restart::SETBACKS;
 use rustcluster_core::agent::worker_table::{Ending, Now, REPLAY};
 use rustcluster_core::platform::exit::Exit;
-use rustcluster_core::protocol::control::{self, ToHead, WorkerFailure};
-use rustcluster_core::protocol::frame::{ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
-use rustcluster_core::protocol::ids::{BlobId, Rank};
+use rustcluster_core::protocol::control::{self, ToAgent, ToHead, WorkerFailure};
+use rustcluster_core::protocol::frame::{self, ABORT, Frame, HEADER_LEN, Kind, LAST, MAX_BODY};
+use rustcluster_core::protocol::ids::{BlobId, RESTORE, Rank};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::{HashMap, VecDeque};
 
@@ -31,7 +31,14 @@ pub enum Fault {
 }
 
 pub struct Host {
+    /// No agent is connected.
     pub lost: bool,
+    /// No agent connects any more.
+    pub over: bool,
+    /// An agent has ended, or none has come.
+    pub served: bool,
+    /// The agent has got its start request.
+    started: bool,
     pub fault: Fault,
     pub ranks: Vec<Rank>,
     pub out: OutBuf,
@@ -49,34 +56,68 @@ pub struct Host {
 }
 
 impl Host {
-    pub fn new(
-        ranks: &[Rank],
-        stream: usize,
-        (chunk_cache, setup_log_limit): (usize, usize),
-    ) -> Host {
-        let workers = ranks.len() as u32;
-        let mut router = Router::new(ranks.len(), chunk_cache, setup_log_limit);
-        router.worker_table.shared_answers = true;
+    /// A host without an agent.
+    pub fn new(ranks: &[Rank], stream: usize) -> Host {
         Host {
-            lost: false,
+            lost: true,
+            over: false,
+            served: false,
+            started: false,
             fault: Fault::None,
             ranks: ranks.to_vec(),
             out: OutBuf::default(),
             down: Pipe::new(stream),
             received: BytesMut::new(),
-            router,
+            router: Router::new(ranks.len(), 0, 0),
             acts: Vec::new(),
             stored: HashMap::new(),
             processes: ranks.iter().map(|_| None).collect(),
-            to_start: (0..workers).map(|worker| (worker, false)).collect(),
+            to_start: VecDeque::new(),
             to_head: OutBuf::default(),
             up: Pipe::new(stream),
             head_received: BytesMut::new(),
         }
     }
 
+    /// A fresh agent connects.
+    pub fn connect(&mut self, stream: usize) {
+        assert!(self.lost && !self.over);
+        *self = Host {
+            lost: false,
+            served: self.served,
+            fault: self.fault,
+            ..Host::new(&self.ranks, stream)
+        };
+    }
+
+    /// The agent waits for its start request. Returns whether it has one.
+    fn start(&mut self) -> bool {
+        if self.started {
+            return true;
+        }
+        let Some(frame) = frame::decode(&mut self.received).expect("a frame") else {
+            return false;
+        };
+        match control::decode(&frame.body).expect("a message") {
+            ToAgent::Start(start) => {
+                assert_eq!(start.ranks, self.ranks);
+                let bounds = (start.chunk_cache_bytes as usize, start.state as usize);
+                self.router = Router::new(self.ranks.len(), bounds.0, bounds.1);
+                self.router.worker_table.shared_answers = start.local;
+                self.to_start = (0..start.workers).map(|worker| (worker, false)).collect();
+                self.started = true;
+            }
+            ToAgent::Stop => self.lost = true,
+            message => panic!("{message:?} before the start"),
+        }
+        self.started
+    }
+
     pub fn read_head(&mut self, max: usize, now: Now, facts: &mut Facts) -> u64 {
         let moved = self.down.read(&mut self.received, max);
+        if !self.start() {
+            return moved as u64;
+        }
         let result = self
             .router
             .from_head(&mut self.received, now, &mut self.acts);
@@ -182,7 +223,13 @@ impl Host {
         process.answering = false;
         let known = &mut facts.workers[self.ranks[worker] as usize];
         known.seed = process.worker.seed.clone();
-        let effect = facts.tasks[header.task as usize].effect;
+        if header.task & RESTORE != 0 {
+            assert_eq!(header.flags & ABORT, 0);
+            known.effects.extend(process.worker.effects.last());
+            return;
+        }
+        let task = &facts.tasks[header.task as usize];
+        let effect = task.effect;
         if header.flags & ABORT == 0 {
             known.effects.extend(effect);
         } else {

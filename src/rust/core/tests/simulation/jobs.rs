@@ -91,16 +91,25 @@ impl Sim {
         self.resume = None;
         self.job += 1;
         let all = self.rng.random();
+        let assignment = match self.rng.random_range(0..3) {
+            0 => Assignment::Round,
+            _ => Assignment::Free,
+        };
+        let takes_absent = assignment == Assignment::Free && self.hub.is_elastic();
         let mut ranks: Vec<Rank> = (0..self.setup.workers as Rank).collect();
         // Without other workers, a job whose workers drain ends with an error.
         let drains = |known: &WorkerFacts| harmless && known.draining;
         ranks.retain(|&rank| {
             let known = &self.facts.workers[rank as usize];
-            !known.is_terminated && !drains(known) && (all || self.rng.random())
+            let absent = takes_absent && known.is_terminated && known.is_of_host;
+            (!known.is_terminated || absent) && !drains(known) && (all || self.rng.random())
         });
-        if ranks.is_empty() {
+        let usable = |&rank: &Rank| !self.is_terminated(rank) || self.hub.is_awaited(rank);
+        if !ranks.iter().any(usable) {
             return;
         }
+        let absent = ranks.iter().any(|&rank| self.is_terminated(rank));
+        self.facts.seen.jobs_with_absent += usize::from(absent);
         let timeout = (!harmless && self.rng.random_ratio(1, 5))
             .then(|| Duration::from_millis(self.rng.random_range(50..5_000)));
         let singly =
@@ -110,10 +119,6 @@ impl Sim {
             1 => self.rng.random_range(1..40),
             _ if singly => self.rng.random_range(1..100),
             _ => self.rng.random_range(1..2_000),
-        };
-        let assignment = match self.rng.random_range(0..3) {
-            0 => Assignment::Round,
-            _ => Assignment::Free,
         };
         let order = self.rng.random_ratio(1, 4).then(|| {
             let mut order: Vec<usize> = (0..count).collect();
@@ -159,7 +164,7 @@ impl Sim {
                 false => None,
             },
             detained: singly && self.hub.is_detained(rank),
-            absent: false,
+            absent: self.facts.workers[rank as usize].is_terminated,
         };
         let setup = Setup {
             id: self.job,
@@ -323,7 +328,14 @@ impl Dispatch for View<'_> {
         self.0.borrow().hub.arrivals()
     }
 
-    fn await_arrival(&self, _: u64, _: Duration) {}
+    fn await_arrival(&self, seen: u64, max: Duration) {
+        let sim = &mut **self.0.borrow_mut();
+        let until = sim.now + max;
+        while sim.hub.arrivals() == seen && sim.now < until {
+            sim.pass_time(until.saturating_sub(sim.now));
+            sim.notes();
+        }
+    }
 
     fn begin(
         &self,

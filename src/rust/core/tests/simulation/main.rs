@@ -18,6 +18,7 @@
 mod drain;
 mod host;
 mod jobs;
+mod join;
 mod parts;
 mod r;
 mod worker;
@@ -25,6 +26,7 @@ mod worker;
 use bytes::Bytes;
 use host::{BACKLOG, Fault, Host, READ};
 use jobs::OpenJob;
+use join::Keeps;
 use parts::{End, Facts, LARGEST, Seen, Task, WorkerFacts, slice};
 use r::{Made, Message, Ready, Waiting};
 use rand::rngs::StdRng;
@@ -39,9 +41,9 @@ use rustcluster_core::protocol::control::{self, ToAgent};
 use rustcluster_core::protocol::frame::{
     self, ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Kind, LAST, MAX_BODY, REASSIGNED,
 };
-use rustcluster_core::protocol::ids::{JobId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{JobId, RESTORE, Rank, TaskId};
 use rustcluster_core::protocol::limits::SEND_WINDOW;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use worker::Process;
 
@@ -89,6 +91,9 @@ struct Setup {
     chunk_cache: Option<usize>,
     /// Maximum size of the set-up log of an agent, in bytes.
     setup_log_limit: usize,
+    /// Whether the head keeps a set-up log, and its maximum size in bytes.
+    keeps: Keeps,
+    head_log_limit: u64,
     /// Whether R may be blocked in sending, which suspends the buffer limit.
     blocking: bool,
     /// Whether some workers read slowly.
@@ -131,8 +136,14 @@ impl Setup {
             jobs: [4, 12, 100][rng.random_range(0..3)],
             timeout: (timeout > 0).then_some(Duration::from_millis(timeout)),
             limits: rng.random_ratio(1, 3),
-            chunk_cache: [None, Some(0), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
+            chunk_cache: [None, Some(1), Some(150_000), Some(10_000_000)][rng.random_range(0..4)],
             setup_log_limit: [0, 10_000, 300_000, 1 << 30, 1 << 30][rng.random_range(0..5)],
+            keeps: match rng.random_range(0..4) {
+                0 => Keeps::Nothing,
+                1 | 2 => Keeps::ForLate,
+                _ => Keeps::ForAll,
+            },
+            head_log_limit: [200_000, 1 << 30, 1 << 30, 1 << 30][rng.random_range(0..4)],
             blocking: rng.random_ratio(1, 6),
             slow: rng.random(),
             actions: 800 + 60 * workers,
@@ -172,6 +183,9 @@ struct Sim {
     rtts: HashMap<Rank, f64>,
     /// The instant at which the simulated time is 0.
     origin: Instant,
+    /// The workers that are started by an agent and not restored yet, and how often workers have joined.
+    away: BTreeSet<Rank>,
+    arrivals: u64,
 }
 
 impl Sim {
@@ -192,12 +206,10 @@ impl Sim {
                 at[rank as usize] = (host, index as u32);
             }
         }
-        let bounds = (setup.chunk_cache.unwrap_or(0), setup.setup_log_limit);
-        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream, bounds);
+        let host = |ranks: &Vec<Rank>| Host::new(ranks, setup.stream);
         let hosts: Vec<Host> = ranks.iter().map(host).collect();
-        let hub = Hub::by_hand(ranks, setup.limit, setup.chunk_cache, setup.timeout)
-            .expect("descriptors");
-        Sim {
+        let hub = Hub::by_hand(setup.hosts, setup.limit).expect("descriptors");
+        let mut sim = Sim {
             hosts,
             hub,
             now: Duration::ZERO,
@@ -225,9 +237,13 @@ impl Sim {
             open_job: None,
             rtts: HashMap::new(),
             origin: Instant::now(),
+            away: BTreeSet::new(),
+            arrivals: 0,
             setup,
             rng,
-        }
+        };
+        sim.go();
+        sim
     }
 
     fn is_terminated(&self, rank: Rank) -> bool {
@@ -272,6 +288,9 @@ impl Sim {
         }
         let rank = self.hosts[at].ranks[header.worker as usize];
         let id = header.task;
+        if id & RESTORE != 0 {
+            return;
+        }
         if header.flags & FIRST != 0 && header.flags & ABORT == 0 {
             self.check_draining(rank, id);
         }
@@ -334,10 +353,10 @@ impl Sim {
             return;
         }
         let rank = self.hosts[at].ranks[header.worker as usize];
-        let task = &self.facts.tasks[header.task as usize];
-        if self.is_terminated(rank) {
+        if header.task & RESTORE != 0 || self.is_terminated(rank) {
             return;
         }
+        let task = &self.facts.tasks[header.task as usize];
         let known = &mut self.facts.workers[rank as usize];
         if header.kind == Kind::Data && header.flags & LAST != 0 {
             if known.prefetched == Some(header.task) {
@@ -356,11 +375,15 @@ impl Sim {
         }
         if let (true, Some(seed)) = (header.flags & LAST != 0, &task.seed_after) {
             // The RNG state after a reassigned task is its owner's.
-            let seeds = &mut self.facts.workers[task.owner as usize].reported_seeds;
-            seeds.push(match seed.len() {
+            let owner = &mut self.facts.workers[task.owner as usize];
+            let reported = match seed.len() {
                 0..=64 => seed.clone(),
                 _ => Bytes::new(),
-            });
+            };
+            if task.owner != rank && !owner.is_terminated {
+                owner.other_seeds.push(reported.clone());
+            }
+            owner.reported_seeds.push(reported);
         }
         if !task.scheduled {
             return;
@@ -385,9 +408,7 @@ impl Sim {
         self.moved += host.read_head(max, self.now, &mut self.facts);
         if self.hosts[at].lost {
             // The agent was asked to end.
-            self.hub
-                .with_scheduler(|scheduler| scheduler.agent_lost(at, "ended"));
-            self.notes();
+            self.lose_host(at, "ended");
         }
     }
 
@@ -497,6 +518,12 @@ impl Sim {
         for _ in 0..self.setup.actions {
             match self.rng.random_range(0..20) {
                 10 if self.is_free() && self.rng.random_ratio(1, self.setup.jobs) => self.run_job(),
+                11 if self.is_free() && self.rng.random_ratio(1, 40) => {
+                    match self.rng.random_range(0..3) {
+                        0 => self.add_workers(),
+                        _ => self.set_up_all(),
+                    }
+                }
                 0..4 if self.waiting.is_none() => {
                     for _ in 0..=self.setup.workers / 1_000 {
                         self.send_something();
@@ -635,16 +662,9 @@ impl Sim {
                 };
             }
             _ => {
-                if self
-                    .rng
-                    .random_ratio(1, 3 + self.setup.workers as u32 / 100)
-                {
-                    self.hosts[at].lost = true;
-                    self.hub
-                        .with_scheduler(|scheduler| scheduler.agent_lost(at, "lost"));
-                    self.notes();
-                    let ranks = &self.hosts[at].ranks;
-                    assert!(ranks.iter().all(|&rank| self.is_terminated(rank)));
+                let one_in = 3 + self.setup.workers as u32 / 100;
+                if self.rng.random_ratio(1, one_in) && !self.hosts[at].lost {
+                    self.lose_host(at, "lost");
                 }
             }
         }
@@ -652,6 +672,9 @@ impl Sim {
 
     /// A random step of a host or of the head.
     fn pump(&mut self, at: usize) {
+        if self.hosts[at].lost {
+            return self.step_absent(at);
+        }
         let n = slice(&mut self.rng);
         match self.rng.random_range(0..10) {
             0 => self.flush(at, n),
@@ -674,6 +697,7 @@ impl Sim {
     fn sweep(&mut self) {
         const MAX_STEP: usize = usize::MAX;
         for at in 0..self.hosts.len() {
+            self.connect(at);
             self.flush(at, MAX_STEP);
             self.agent_read(at, MAX_STEP);
             for worker in 0..self.hosts[at].ranks.len() as u32 {
@@ -814,7 +838,7 @@ impl Sim {
             );
             assert_eq!(intervals.iter().map(|i| i.busy).sum::<Now>(), stats.busy);
             let state = self.hub.with_scheduler(|scheduler| scheduler.state(rank));
-            let terminated = matches!(state, State::Lost | State::Stopped);
+            let terminated = matches!(state, State::Lost | State::Stopped | State::Waiting);
             assert_eq!(
                 terminated,
                 self.is_terminated(rank),
@@ -840,11 +864,11 @@ impl Sim {
         assert_eq!(self.hub.queued(), 0);
         self.check_stats();
         for at in 0..self.hosts.len() {
-            assert_eq!(self.hub.next_frame(at), None);
-            let host = &self.hosts[at];
-            if host.lost {
+            if self.hosts[at].lost {
                 continue;
             }
+            assert_eq!(self.hub.next_frame(at), None);
+            let host = &self.hosts[at];
             for (index, &rank) in host.ranks.iter().enumerate() {
                 assert_eq!(host.router.worker_table.task(index as u32), None);
                 let process = host.processes[index].is_some();
@@ -964,6 +988,8 @@ fn ten_thousand_workers_on_a_hundred_hosts() {
         jobs: 50,
         chunk_cache: Some(1_000_000),
         setup_log_limit: 10_000_000,
+        keeps: Keeps::ForAll,
+        head_log_limit: 1 << 30,
         blocking: false,
         slow: true,
         actions: if is_long() { 1_000_000 } else { 15_000 },

@@ -205,6 +205,10 @@ pub enum End {
     Revoked,
     /// Its worker failed. The job engine has forgotten it and sends its elements in other messages.
     Forgotten,
+    /// R removed the worker to which it had given it.
+    Removed,
+    /// A set-up call of a worker that had not joined: it was logged.
+    Logged,
 }
 
 /// The facts about a task.
@@ -340,6 +344,16 @@ pub struct WorkerFacts {
     /// Number of worker failures that the head has not acknowledged yet. The agent drops all tasks that
     /// it receives before the acknowledgement.
     pub unacknowledged: usize,
+    /// The effects of its set-up calls that the head knows: those with which it is restored.
+    pub logged: Vec<Effect>,
+    /// Its agent starts it, and the head has not restored it yet.
+    pub is_away: bool,
+    /// It terminated with its host.
+    pub is_of_host: bool,
+    /// Set-up calls were logged for it that it has not run.
+    pub is_late: bool,
+    /// States that reassigned tasks have left since it is back, and that it may have been sent.
+    pub other_seeds: Vec<Bytes>,
     /// It is draining, and the task that it had when the drain began.
     pub draining: bool,
     pub task_at_drain: Option<TaskId>,
@@ -362,9 +376,29 @@ impl WorkerFacts {
             prefetched: None,
             prefetched_at_failure: None,
             unacknowledged: 0,
+            logged: Vec::new(),
+            is_away: false,
+            is_of_host: false,
+            is_late: false,
+            other_seeds: Vec::new(),
             draining: false,
             task_at_drain: None,
         }
+    }
+
+    /// Another agent starts it anew.
+    pub fn begin_again(&mut self) {
+        self.effects.clear();
+        self.seed = Bytes::new();
+        self.awaits_restart = false;
+        self.was_ready = false;
+        self.setbacks = 0;
+        self.is_logged = true;
+        (self.current, self.prefetched) = (None, None);
+        self.prefetched_at_failure = None;
+        self.unacknowledged = 0;
+        self.draining = false;
+        self.task_at_drain = None;
     }
 }
 
@@ -439,10 +473,23 @@ pub struct Seen {
     /// Tasks that were revoked because of a drain, and losses that did not count as attempts.
     pub revoked_by_drain: usize,
     pub uncounted: usize,
+    /// Workers that joined late or came back, those of them that had set-up calls, and agents that took the place of
+    /// others.
+    pub joined: usize,
+    pub joined_with_calls: usize,
+    pub came_again: usize,
+    /// Set-up calls to all workers, and set-up calls that were only logged.
+    pub common_calls: usize,
+    pub only_logged: usize,
+    /// Additions of hosts, and those that failed.
+    pub added: usize,
+    pub not_added: usize,
+    /// Jobs with workers that had not joined.
+    pub jobs_with_absent: usize,
 }
 
 impl Seen {
-    pub fn counts(&self) -> [usize; 38] {
+    pub fn counts(&self) -> [usize; 46] {
         [
             self.answers,
             self.cancelled,
@@ -482,6 +529,14 @@ impl Seen {
             self.jobs_killed,
             self.revoked_by_drain,
             self.uncounted,
+            self.joined,
+            self.joined_with_calls,
+            self.came_again,
+            self.common_calls,
+            self.only_logged,
+            self.added,
+            self.not_added,
+            self.jobs_with_absent,
         ]
     }
 
@@ -526,6 +581,14 @@ impl Seen {
             &mut self.jobs_killed,
             &mut self.revoked_by_drain,
             &mut self.uncounted,
+            &mut self.joined,
+            &mut self.joined_with_calls,
+            &mut self.came_again,
+            &mut self.common_calls,
+            &mut self.only_logged,
+            &mut self.added,
+            &mut self.not_added,
+            &mut self.jobs_with_absent,
         ];
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             *ours += theirs;

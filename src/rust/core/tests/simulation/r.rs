@@ -1,6 +1,7 @@
 //! Simulates R's thread, like `R/task-failures.R`: sends tasks through the hub's handle, waits for their answers,
 //! and applies the retry policy after worker failures. Also computes the answers that the hub must return.
 
+use crate::join::Keeps;
 use crate::parts::{Effect, End, LARGEST, OnInterrupt, RngUse, Task, group, origin, part};
 use crate::{Sim, TakeOrder};
 use rand::Rng;
@@ -10,7 +11,7 @@ use rustcluster_core::head::scheduler::events::{Demand, Note, Outcome, Terminati
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::dedup::Chunk;
 use rustcluster_core::protocol::frame::MAX_BODY;
-use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, JobId, RESTORE, Rank, TaskId};
 use rustcluster_core::protocol::limits::{GRANT, RESULT_WINDOW, SEND_WINDOW};
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ pub struct Message {
     pub first: bool,
     /// The task is retried.
     again: bool,
+    /// It is a set-up call for a worker that has not joined.
+    only_logged: bool,
 }
 
 /// A blob that R has sent.
@@ -107,13 +110,16 @@ impl Sim {
         let own = own.filter(|_| faults && self.setup.limits);
         let mut effect = None;
         if self.rng.random_ratio(1, self.setup.setup_calls) {
-            len = len.clamp(1, LARGEST_SETUP_CALL);
+            // The messages of set-up calls to all workers have odd lengths.
+            len = len.clamp(2, LARGEST_SETUP_CALL) & !1;
             let of_message = Effect::of_task(id, len);
             rng_use = of_message.rng_use();
             effect = Some(of_message);
         }
         let prefetch = self.setup.prefetch > 0 && self.rng.random_ratio(1, self.setup.prefetch);
         let made = self.blob_for(id, owner, len);
+        self.notes();
+        let may_log = effect.is_some() && self.hub.is_awaited(owner);
         let turn = if prefetch { Turn::Prefetch } else { Turn::Last };
         let setup_call = effect.map(|effect| effect.name());
         let blob = made.map(|made| made.0);
@@ -131,8 +137,11 @@ impl Sim {
             return;
         };
         assert_eq!(started.task, id);
+        assert_eq!(started.only_logged, may_log);
         self.hub.limit_time(own);
-        self.check_assigned(owner, started, effect.is_some());
+        if !may_log {
+            self.check_assigned(owner, started, effect.is_some());
+        }
         self.facts.tasks.push(Task {
             owner,
             assigned: started.assigned,
@@ -193,7 +202,7 @@ impl Sim {
     }
 
     /// Begins to write a message. `retried`: the task has been outstanding before.
-    fn write(
+    pub fn write(
         &mut self,
         id: TaskId,
         started: StartedTask,
@@ -216,6 +225,7 @@ impl Sim {
             sent,
             first: true,
             again: retried,
+            only_logged: started.only_logged,
         });
     }
 
@@ -232,7 +242,8 @@ impl Sim {
         }
         let group = group(task);
         let fits = |made: &&Made| made.group == group && made.len <= len;
-        let usable = |made: &&Made| self.hub.has_blob(rank, made.id);
+        let awaited = self.hub.is_awaited(rank);
+        let usable = |made: &&Made| awaited || self.hub.has_blob(rank, made.id);
         let made = self.made.iter().filter(fits).find(usable);
         if let Some(made) = made {
             return Some((made.id, made.len));
@@ -242,7 +253,8 @@ impl Sim {
             0 => len,
             _ => self.rng.random_range(0..=len),
         };
-        let id = self.hub.begin_blob(&ranks, false);
+        let logged = self.setup.keeps != Keeps::Nothing && self.rng.random();
+        let id = self.hub.begin_blob(&ranks, logged);
         let abandons = self.rng.random_ratio(1, 10);
         let mut at = 0;
         loop {
@@ -265,7 +277,7 @@ impl Sim {
                 self.flush(host, 100_000);
             }
         }
-        let has = self.hub.has_blob(rank, id);
+        let has = awaited || self.hub.has_blob(rank, id);
         self.made.push(Made {
             id,
             group,
@@ -284,9 +296,14 @@ impl Sim {
     }
 
     fn chunk(&self, task: TaskId, at: usize, n: usize) -> Chunk {
-        let number = (origin(task, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
+        // All of the message is like that of another task, or only its blob, which is sent in other ways.
+        let like = match self.facts.tasks.get(task as usize) {
+            Some(known) if known.prefix.1 == known.len => known.prefix.0,
+            _ => task,
+        };
+        let number = (origin(like, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
         Chunk {
-            bytes: part(task, false, at, n),
+            bytes: part(like, false, at, n),
             key: self.setup.chunk_cache.map(|_| number),
         }
     }
@@ -306,16 +323,22 @@ impl Sim {
         };
         // The last chunk may be empty, and may follow later.
         let last = n == left && (self.setup.whole_chunks || self.rng.random());
-        let (at, again) = (writing.sent, writing.again);
+        let (at, again, only_logged) = (writing.sent, writing.again, writing.only_logged);
         writing.sent += n;
-        if std::mem::replace(&mut writing.first, false) {
+        if std::mem::replace(&mut writing.first, false) && !only_logged {
             assert!(task.end.is_none() && !task.scheduled);
             task.scheduled = true;
         }
         if last {
             task.complete = true;
             self.writing = None;
-            if !again {
+            if only_logged {
+                task.end = Some(End::Logged);
+                self.facts.seen.only_logged += 1;
+                let known = &mut self.facts.workers[task.owner as usize];
+                known.logged.extend(task.effect);
+                known.is_late = true;
+            } else if !again {
                 self.outstanding[task.owner as usize].push_back(id);
             }
         }
@@ -598,17 +621,24 @@ impl Sim {
                     // A worker terminates once, with two exceptions: a worker of a lost host is stopped, and
                     // a worker that awaits its restart loses its host.
                     let again = std::mem::replace(&mut known.is_terminated, true);
+                    let was_away = std::mem::take(&mut known.is_away);
+                    let of_host = termination.is_of_host();
+                    let was_of_host = std::mem::replace(&mut known.is_of_host, of_host);
+                    self.away.remove(&rank);
                     let waited =
                         std::mem::replace(&mut known.awaits_restart, termination.is_tried_again());
                     known.unacknowledged += usize::from(known.awaits_restart);
                     let ends_waiting = waited && termination.is_of_host();
-                    assert!(!again || matches!(*termination, Termination::Stopped) || ends_waiting);
+                    // Or its host comes again, or does not.
+                    let of_host = was_away || was_of_host && of_host;
+                    let stopped = matches!(*termination, Termination::Stopped);
+                    assert!(!again || stopped || ends_waiting || of_host);
                     (known.current, known.prefetched) = (None, None);
                     self.arriving.remove(&rank);
                 }
                 Note::Lost { rank, task, .. } => {
                     let known = &mut self.facts.workers[rank as usize];
-                    assert!(!known.is_terminated);
+                    assert!(!known.is_terminated || known.is_away);
                     assert_eq!(lost, None, "the loss of a task is not reported");
                     lost = task.then_some(rank);
                     known.current = None;
@@ -617,10 +647,13 @@ impl Sim {
                     self.facts.seen.requeued += usize::from(known.prefetched_at_failure.is_some());
                     self.arriving.remove(&rank);
                 }
-                Note::Up { rank, .. } => assert!(!self.facts.workers[rank as usize].is_terminated),
+                Note::Up { rank, .. } => {
+                    let known = &self.facts.workers[rank as usize];
+                    assert!(!known.is_terminated || known.is_away);
+                }
                 Note::Replaced { rank, killed, .. } => {
                     let known = &mut self.facts.workers[rank as usize];
-                    assert!(!known.is_terminated);
+                    assert!(!known.is_terminated || known.is_away);
                     assert!(killed.is_some() || known.current.is_none());
                     known.current = None;
                     let next = known.prefetched.take();
@@ -667,6 +700,7 @@ impl Sim {
             }
         }
         assert_eq!(lost, None, "the loss of a task is not reported");
+        self.check_arrivals();
         self.take();
         self.check_buffered();
         let blocked = self
@@ -677,6 +711,12 @@ impl Sim {
 
     /// Checks the end of a task that the scheduler reports. `just_lost`: its worker has just failed.
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
+        if id & RESTORE != 0 {
+            if matches!(outcome, Outcome::Answer(_)) && !self.is_terminated(rank) {
+                self.catch_up(rank);
+            }
+            return;
+        }
         let task = &mut self.facts.tasks[id as usize];
         let known = &mut self.facts.workers[rank as usize];
         assert!(task.scheduled, "task {id} ended twice: {outcome:?}");
@@ -696,12 +736,14 @@ impl Sim {
                 );
                 assert_eq!(self.arriving.remove(&rank), Some((id, body.len)));
                 check_answer(id, task.answer_len, &body);
+                known.logged.extend(task.effect);
                 self.facts.seen.answers += 1;
                 self.facts.seen.revoked_too_late += usize::from(task.revoke_requested);
                 self.facts.seen.reassigned +=
                     usize::from(task.is_reassigned() && !task.rng_use.is_nothing());
                 (Ready::Answer, body.len)
             }
+            Outcome::Lost(_) if task.end == Some(End::Removed) => return,
             Outcome::Lost(termination) => {
                 assert!(wanted);
                 assert!(
@@ -740,11 +782,8 @@ impl Sim {
                 (Ready::Revoked, 0)
             }
             Outcome::Cancelled => {
-                assert_eq!(
-                    task.end,
-                    Some(End::Cancelled),
-                    "cancelled without a request"
-                );
+                let requested = matches!(task.end, Some(End::Cancelled | End::Removed));
+                assert!(requested, "cancelled without a request");
                 self.facts.seen.cancelled += 1;
                 return;
             }

@@ -10,10 +10,15 @@ use rustcluster_core::protocol::control::{self, WorkerReady};
 use rustcluster_core::protocol::frame::{
     self, ABORT, BY_REFERENCE, FIRST, Frame, Header, Kind, LAST, MAX_BODY, REASSIGNED,
 };
-use rustcluster_core::protocol::ids::{BlobId, Rank, TaskId};
+use rustcluster_core::protocol::ids::{BlobId, RESTORE, Rank, TaskId};
 use rustcluster_core::protocol::send_queue::OutBuf;
 use std::collections::VecDeque;
 use xxhash_rust::xxh3::Xxh3;
+
+/// Whether a message repeats a set-up call, to restore a worker: from the log of its agent, or that of the head.
+fn is_repeated(task: TaskId) -> bool {
+    task & (REPLAY | RESTORE) != 0
+}
 
 /// A message that is being received.
 struct Incoming {
@@ -193,7 +198,7 @@ impl Worker {
                 self.seeds_before.retain(|seed| !seed.1);
             }
             Kind::Data => {
-                // Replayed set-up calls arrive without waiting for answers.
+                // Replayed set-up calls of the agent arrive without waiting for answers.
                 let again = task & REPLAY != 0;
                 assert!(self.running.is_none() || again, "two tasks at once");
                 if let (true, Some(running)) = (again, &self.running) {
@@ -208,8 +213,8 @@ impl Worker {
                     _ => {
                         let (id, bytes) = self.blob.as_ref().expect("a blob");
                         assert_eq!(Some(*id), frame.number());
-                        facts.seen.with_blob += usize::from(!again);
-                        facts.seen.replayed_with_blob += usize::from(again);
+                        facts.seen.with_blob += usize::from(!is_repeated(task));
+                        facts.seen.replayed_with_blob += usize::from(is_repeated(task));
                         bytes.clone()
                     }
                 };
@@ -238,7 +243,7 @@ impl Worker {
     }
 
     fn on_data(&mut self, task: TaskId, flags: u8, body: &Bytes, facts: &Facts) {
-        let again = task & REPLAY != 0;
+        let again = is_repeated(task);
         if flags & FIRST != 0 {
             assert!(self.incoming.is_none(), "a message within a message");
             let setup_call = again || facts.tasks[task as usize].effect.is_some();
@@ -290,7 +295,7 @@ impl Worker {
             rng_use: RngUse::Nothing,
             effect,
         };
-        if let (true, Some(effect)) = (task & REPLAY != 0, effect) {
+        if let (true, Some(effect)) = (is_repeated(task), effect) {
             running.len = effect.hash as usize % 3_000;
             running.rng_use = effect.rng_use();
             self.running = Some(running);
@@ -341,9 +346,13 @@ impl Worker {
             self.effects,
             known.effects
         );
+        let seed = self.own.as_ref().unwrap_or(&self.seed);
+        if known.other_seeds.contains(seed) {
+            known.seed = seed.clone();
+        }
+        known.other_seeds.clear();
         assert_eq!(
-            self.own.as_ref().unwrap_or(&self.seed),
-            &known.seed,
+            seed, &known.seed,
             "worker {rank}'s random numbers at task {id}"
         );
         if task.is_reassigned() {
@@ -413,8 +422,8 @@ impl Worker {
         let Some(running) = &mut self.running else {
             return 0;
         };
-        let again = running.task & REPLAY != 0;
-        if running.stuck || self.out.len() > MAX_BODY && !again {
+        let again = is_repeated(running.task);
+        if running.stuck || self.out.len() > MAX_BODY && running.task & REPLAY == 0 {
             return 0;
         }
         running.fresh = false;
@@ -430,7 +439,7 @@ impl Worker {
         // Some large answers are sent in memory that is shared with the head.
         let shared = !again && !running.started && running.len > MAX_BODY && rng.random_ratio(1, 3);
         let left = running.len - running.sent;
-        let n = if whole {
+        let n = if whole || again {
             left.min(MAX_BODY)
         } else {
             rng.random_range(1..=MAX_BODY).min(left)

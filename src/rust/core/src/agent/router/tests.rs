@@ -90,6 +90,32 @@ fn a_seed_that_is_too_long_for_the_head_is_reported_as_none() {
 }
 
 #[test]
+fn the_seed_after_a_restoring_call_is_kept_unless_the_head_sets_another() {
+    let mut router = up();
+    from_head(&mut router, data(RESTORE, b"first"));
+    let acts = from_worker(
+        &mut router,
+        &[seed(0, RESTORE, b"left"), data(RESTORE, b"done")],
+    );
+    assert_eq!(*to_head(&acts)[0], seed(0, RESTORE, b"left"));
+    assert_eq!(router.setup_log.restore(0).seed.unwrap(), "left");
+    // The head sets it before the worker has ended the call.
+    let next = RESTORE | 1;
+    from_head(&mut router, data(next, b"second"));
+    from_head(&mut router, seed(0, 0, b"set"));
+    let acts = from_worker(&mut router, &[seed(0, next, b"left"), data(next, b"done")]);
+    assert_eq!(to_head(&acts), [&data(next, b"done")]);
+    assert_eq!(router.setup_log.restore(0).seed.unwrap(), "set");
+    // Or in between.
+    let last = RESTORE | 2;
+    from_head(&mut router, data(last, b"third"));
+    from_worker(&mut router, &[seed(0, last, b"left")]);
+    from_head(&mut router, seed(0, 0, b"set again"));
+    from_worker(&mut router, &[data(last, b"done")]);
+    assert_eq!(router.setup_log.restore(0).seed.unwrap(), "set again");
+}
+
+#[test]
 fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     let mut router = up();
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());

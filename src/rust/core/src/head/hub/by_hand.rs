@@ -5,44 +5,120 @@
 
 use super::client::Hub;
 use super::core::Hand;
+use super::inbox::HostFailure;
+use super::serve_host;
 use crate::head::scheduler::Scheduler;
 use crate::head::scheduler::events::Note;
 use crate::protocol::body::Memory;
+use crate::protocol::control::Hello;
 use crate::protocol::dedup::Chunk;
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::Frame;
 use crate::protocol::ids::Rank;
+use bytes::Bytes;
 use std::io;
 use std::time::Duration;
+use tokio::sync::mpsc;
 
 impl Hub {
-    /// Creates a hub whose hosts, with workers of these ranks, are all connected. `result_limit`: bytes of results to
-    /// buffer. `chunk_cache_bytes`: size of each agent's chunk cache, if agents have one.
-    /// `time_limit`: see [`Hub::limit_all`].
+    /// Creates a hub with this many hosts, of which none has greeted. [`Hub::greet`] and [`Hub::go`] follow.
+    /// `result_limit`: bytes of results to buffer.
     ///
     /// # Errors
     /// When the system has no descriptor left.
-    pub fn by_hand(
-        ranks: Vec<Vec<Rank>>,
-        result_limit: usize,
-        chunk_cache_bytes: Option<usize>,
-        time_limit: Option<Duration>,
-    ) -> io::Result<Hub> {
-        let hosts = ranks.len();
-        let mut hub = Hub::without_thread(hosts, result_limit)?;
-        hub.size = ranks.iter().map(Vec::len).sum();
-        hub.has_chunk_cache = chunk_cache_bytes.is_some();
+    pub fn by_hand(hosts: usize, result_limit: usize) -> io::Result<Hub> {
+        let hub = Hub::without_thread(hosts, result_limit)?;
+        let (launches, launched) = mpsc::unbounded_channel();
         let mut core = hub.core();
-        core.hand = Some(Hand::default());
-        core.time_limit = time_limit;
-        core.set_ranks(ranks);
-        if let Some(max_bytes) = chunk_cache_bytes {
-            for agent in 0..hosts {
-                core.scheduler.set_chunk_cache(agent, max_bytes);
-            }
-        }
+        core.launches = Some(launches);
+        core.hand = Some(Hand {
+            attached: vec![false; hosts],
+            _launched: Some(launched),
+            ..Hand::default()
+        });
         drop(core);
         Ok(hub)
+    }
+
+    /// The agent of this host is in a batch job and dials back: see [`Source::DialBack`].
+    ///
+    /// [`Source::DialBack`]: crate::head::launch::Source::DialBack
+    pub fn set_dials(&mut self, agent: usize) {
+        self.core().conns[agent].dials = true;
+    }
+
+    /// An agent has greeted. `again`: it takes the place of an agent that has ended. Returns whether the agent may
+    /// serve; if not, its stream is closed and [`Hub::agent_ended`] follows.
+    ///
+    /// # Errors
+    /// When the head does not know what the agent is to start.
+    pub fn greet(&mut self, agent: usize, hello: Hello, again: bool) -> io::Result<bool> {
+        let mut core = self.core();
+        core.update_clock();
+        core.inbox.greeted(agent, hello);
+        if again || core.conns[agent].awaited {
+            if core.conns[agent].permanent {
+                return Ok(false);
+            }
+            core.agent_back(agent)?;
+        }
+        if let Some(hand) = &mut core.hand {
+            hand.attached
+                .resize(hand.attached.len().max(agent + 1), false);
+            hand.attached[agent] = true;
+        }
+        core.pump();
+        core.changed();
+        Ok(true)
+    }
+
+    /// The agent or the stream to it has ended, or no agent will come. Returns whether another agent may take its
+    /// place.
+    pub fn agent_ended(&mut self, agent: usize, reason: &str) -> bool {
+        let shared_core = self.inner.shared_core.clone();
+        if let Some(attached) = shared_core
+            .core()
+            .hand
+            .as_mut()
+            .and_then(|hand| hand.attached.get_mut(agent))
+        {
+            *attached = false;
+        }
+        serve_host::fail(&shared_core, agent, HostFailure::new(reason.to_owned()));
+        let mut core = shared_core.core();
+        let takes_back = core.takes_back(agent);
+        core.inbox.hosts[agent].over = !takes_back;
+        takes_back
+    }
+
+    /// Whether no agent of this host may join or come back any more.
+    pub fn is_permanent(&self, agent: usize) -> bool {
+        self.core().conns[agent].permanent
+    }
+
+    /// Whether set-up calls were logged for this worker that it has not completed.
+    pub fn is_behind(&self, rank: Rank) -> bool {
+        let core = self.core();
+        let setup_log = core.setup_log.as_ref();
+        setup_log.is_some_and(|setup_log| setup_log.is_behind(rank))
+    }
+
+    /// The messages of the set-up calls with which a worker would be restored now, in order.
+    ///
+    /// # Errors
+    /// When the file of the set-up log cannot be mapped.
+    pub fn logged_setup_calls(&self, rank: Rank) -> io::Result<Vec<Vec<Bytes>>> {
+        let core = self.core();
+        let calls = core
+            .setup_log
+            .as_ref()
+            .map(|setup_log| setup_log.restore(rank))
+            .transpose()?;
+        Ok(calls
+            .into_iter()
+            .flatten()
+            .map(|(_, parts)| parts)
+            .collect())
     }
 
     /// Sets the time.

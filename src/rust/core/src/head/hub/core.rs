@@ -34,7 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tracing::{debug, trace};
 
 /// Bytes put together for one write.
@@ -80,6 +80,10 @@ pub struct Hand {
     pub now: Duration,
     /// The notes of the scheduler, for the creator to inspect.
     pub notes: Vec<Note>,
+    /// Which agents have greeted and not ended.
+    pub attached: Vec<bool>,
+    /// Receives the hosts that are added.
+    pub _launched: Option<UnboundedReceiver<(usize, Launch)>>,
 }
 
 /// See the module's documentation.
@@ -457,6 +461,14 @@ impl Core {
         self.changed();
     }
 
+    /// Whether an agent has greeted and its stream has not ended.
+    pub fn is_attached(&self, agent: usize) -> bool {
+        match &self.hand {
+            Some(hand) => hand.attached.get(agent) == Some(&true),
+            None => self.conns[agent].stream.is_some(),
+        }
+    }
+
     /// A lost host has been reconnected: its new agent has greeted.
     ///
     /// # Errors
@@ -661,7 +673,8 @@ impl Core {
                     Note::Failed { agent, reason } => {
                         self.end(*agent, Err(io::Error::other(reason.clone())));
                     }
-                    Note::Up { rank, .. } => self.worker_up(*rank),
+                    // A worker may fail while it waits to be restored.
+                    Note::Up { rank, .. } | Note::Replaced { rank, .. } => self.worker_up(*rank),
                     Note::Done {
                         rank,
                         task,

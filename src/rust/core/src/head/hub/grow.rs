@@ -94,7 +94,7 @@ impl Hub {
             let host = &core.inbox.hosts[agent];
             if let Some(failure) = host.failure.clone() {
                 core.give_up_awaited(agent, &failure);
-            } else if core.conns[agent].stream.is_some() {
+            } else if core.is_attached(agent) {
                 core.agent_joins(agent)?;
             }
         }

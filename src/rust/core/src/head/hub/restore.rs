@@ -3,11 +3,13 @@
 use super::core::Core;
 use super::restore_queue::Active;
 use crate::head::scheduler::events::Outcome;
-use crate::head::setup_log_file::SetupMessage;
+use crate::head::scheduler::task::RestoreMessage;
+use crate::head::setup_log_file::{NumberedCall, SetupLogFile};
 use crate::protocol::dedup::{self, Chunk};
 use crate::protocol::frame::MAX_BODY;
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
 use bytes::Bytes;
+use std::io;
 
 /// Maximum number of workers that are restored at the same time: the set-up calls that are being
 /// sent have their chunks in memory, if not their bytes.
@@ -21,7 +23,9 @@ impl Core {
     pub fn worker_up(&mut self, rank: Rank) {
         let terminated = self.inbox.workers[rank as usize].termination.is_some();
         // The worker may be queued since its host was reconnected before.
-        if terminated && !self.restoring.waiting.contains(&rank) {
+        let is_known =
+            self.restoring.waiting.contains(&rank) || self.restoring.active.contains_key(&rank);
+        if terminated && !is_known {
             self.restoring.waiting.push_back(rank);
         }
         self.restore_next();
@@ -39,44 +43,115 @@ impl Core {
                 return;
             };
             if !self.scheduler.is_up(rank) {
-                // Its host was lost again.
+                // Its host was lost again, or the worker is being replaced.
                 continue;
             }
-            let Some(messages) = self.messages(rank) else {
+            let Some(calls) = self.setup_calls(|setup_log| setup_log.completed_calls(rank)) else {
                 // Half a state would silently give wrong results.
                 self.scheduler.stop_worker(rank);
                 continue;
             };
-            let first = RESTORE | self.restoring.next;
-            let tasks: Vec<_> = (first..)
-                .zip(messages)
-                .map(|(task, (name, parts))| (task, name, self.chunks(rank, parts)))
-                .collect();
-            self.restoring.next += tasks.len() as TaskId;
-            let last = tasks.last().map(|task| task.0);
-            self.scheduler.restore(rank, tasks);
-            match last {
-                Some(last) => {
-                    let failures = 0;
-                    let active = Active {
-                        first,
-                        last,
-                        failures,
-                    };
-                    self.restoring.active.insert(rank, active);
-                }
-                None => self.back(rank),
+            let messages = self.number(rank, calls);
+            let active = self.restoring.active.entry(rank).or_default();
+            active.leaves_seed = active.calls.last().map(|&(task, _)| task);
+            let none = messages.is_empty();
+            self.scheduler.restore(rank, messages);
+            if none {
+                self.all_sent(rank);
             }
         }
     }
 
-    /// The set-up calls that restore a worker, if the log is complete.
-    fn messages(&self, rank: Rank) -> Option<Vec<SetupMessage>> {
+    /// A set-up call was logged for a worker that had not joined. If the worker has joined since the call was begun, it
+    /// gets the call now. A worker that is being restored gets the call before it joins.
+    pub fn catch_up(&mut self, rank: Rank) {
+        let is_back = self.inbox.workers[rank as usize].termination.is_none();
+        // A worker that has terminated since gets the call when it joins again.
+        let is_there = is_back && !self.scheduler.is_terminated(rank);
+        if !is_there || self.restoring.active.contains_key(&rank) {
+            return;
+        }
+        let is_back = true;
+        let active = Active {
+            is_back,
+            ..Active::default()
+        };
+        self.restoring.active.insert(rank, active);
+        self.all_sent(rank);
+    }
+
+    /// The worker has completed the set-up calls that it was sent. Others may have been logged since.
+    fn all_sent(&mut self, rank: Rank) {
+        if self.scheduler.is_terminated(rank) {
+            // It was draining. If another takes its place, that one is restored anew.
+            self.end_restore(rank);
+            return;
+        }
+        let after = self
+            .restoring
+            .active
+            .get(&rank)
+            .and_then(|active| active.calls.last());
+        let after = after.map(|&(_, number)| number);
+        let setup_log = self.setup_log.as_ref();
+        let is_behind = setup_log.is_some_and(|setup_log| setup_log.is_behind(rank));
+        let more = match is_behind {
+            true => self.setup_calls(|setup_log| setup_log.later_calls(rank, after)),
+            false => Some(Vec::new()),
+        };
+        match more {
+            Some(calls) if calls.is_empty() => {
+                let was_back = self.end_restore(rank);
+                if let Some(setup_log) = &mut self.setup_log {
+                    setup_log.caught_up(rank);
+                }
+                if !was_back {
+                    self.back(rank);
+                }
+            }
+            Some(calls) => {
+                let messages = self.number(rank, calls);
+                self.scheduler.restore_more(rank, messages);
+            }
+            None => {
+                self.end_restore(rank);
+                self.scheduler.stop_worker(rank);
+            }
+        }
+    }
+
+    /// The worker is not being restored any more. Returns whether it was back before.
+    fn end_restore(&mut self, rank: Rank) -> bool {
+        if let Some(setup_log) = &mut self.setup_log {
+            setup_log.unpin(rank);
+        }
+        let active = self.restoring.active.remove(&rank);
+        active.is_some_and(|active| active.is_back)
+    }
+
+    /// Set-up calls of the log, if the log is complete.
+    fn setup_calls<T>(
+        &mut self,
+        calls: impl FnOnce(&mut SetupLogFile) -> io::Result<T>,
+    ) -> Option<T> {
         let setup_log = self
             .setup_log
-            .as_ref()
+            .as_mut()
             .filter(|setup_log| setup_log.is_complete());
-        setup_log.and_then(|setup_log| setup_log.restore(rank).ok())
+        setup_log.and_then(|setup_log| calls(setup_log).ok())
+    }
+
+    /// Gives set-up calls the numbers of tasks.
+    fn number(&mut self, rank: Rank, calls: Vec<NumberedCall>) -> Vec<RestoreMessage> {
+        let mut messages = Vec::with_capacity(calls.len());
+        for (number, (name, parts)) in calls {
+            let task = RESTORE | self.restoring.next;
+            self.restoring.next += 1;
+            let active = self.restoring.active.entry(rank).or_default();
+            active.calls.push((task, number));
+            messages.push((task, name, self.chunks(rank, parts)));
+        }
+        messages
     }
 
     fn chunks(&self, rank: Rank, parts: Vec<Bytes>) -> Vec<Chunk> {
@@ -93,37 +168,37 @@ impl Core {
         let Some(active) = self.restoring.active.get_mut(&rank) else {
             return;
         };
-        if !(active.first..=active.last).contains(&task) {
+        let Some(at) = active.calls.iter().position(|&(known, _)| known == task) else {
             return;
-        }
+        };
         match outcome {
-            Outcome::Answer(_) if task < active.last => return,
-            Outcome::Answer(_) => {
-                self.restoring.active.remove(&rank);
-                self.back(rank);
-            }
+            Outcome::Answer(_) if at + 1 < active.calls.len() => return,
+            Outcome::Answer(_) => self.all_sent(rank),
             Outcome::Lost(termination) if !self.scheduler.is_terminated(rank) => {
                 active.failures += 1;
-                let (first, last, failures) = (active.first, active.last, active.failures);
+                let (number, failures) = (active.calls[at].1, active.failures);
+                let last = active.leaves_seed == Some(task);
+                let sets_seed = active.leaves_seed.is_none_or(|last| task > last);
                 // The worker's agent restores the replacement as far as this worker was.
-                let messages = self
-                    .messages(rank)
-                    .filter(|_| failures < MAX_RESTORE_FAILURES);
-                let message = messages.and_then(|m| m.into_iter().nth((task - first) as usize));
-                if let Some((name, parts)) = message {
+                let call = self.setup_calls(|setup_log| setup_log.call(number));
+                if let Some((name, parts)) = call.filter(|_| failures < MAX_RESTORE_FAILURES) {
                     let chunks = self.chunks(rank, parts);
                     let order = (task, name, chunks);
-                    return self.scheduler.restore_again(rank, order, task == last);
+                    return self.scheduler.restore_again(rank, order, last, sets_seed);
                 }
-                self.restoring.active.remove(&rank);
+                self.end_restore(rank);
                 self.scheduler.end_worker(rank, termination.clone());
             }
             // The worker was lost with its host, which may be reconnected, or permanently.
-            Outcome::Lost(_) => {
-                self.restoring.active.remove(&rank);
+            Outcome::Lost(termination) => {
+                let was_back = self.end_restore(rank);
+                if was_back && termination.is_tried_again() {
+                    // Its agent does not know the call.
+                    self.scheduler.stop_worker(rank);
+                }
             }
             _ => {
-                self.restoring.active.remove(&rank);
+                self.end_restore(rank);
                 self.scheduler.stop_worker(rank);
             }
         }
@@ -138,3 +213,6 @@ fn pieces(mut message: Bytes) -> Vec<Chunk> {
     }
     pieces
 }
+
+#[cfg(test)]
+mod tests;

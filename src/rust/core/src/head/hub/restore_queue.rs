@@ -12,9 +12,13 @@ pub struct RestoreQueue {
 }
 
 /// A worker that is being restored.
+#[derive(Default)]
 pub(super) struct Active {
-    /// The number of its first set-up call.
-    pub(super) first: TaskId,
-    pub(super) last: TaskId,
+    /// The tasks that repeat its set-up calls, in order, and the numbers of these calls in the log.
+    pub(super) calls: Vec<(TaskId, u64)>,
+    /// The last task before which the worker had terminated: its known random number state follows.
+    pub(super) leaves_seed: Option<TaskId>,
     pub(super) failures: u32,
+    /// The worker was back before: it gets a call that was logged while it came back.
+    pub(super) is_back: bool,
 }

@@ -201,7 +201,8 @@ async fn serve_dialled(
     }
 }
 
-fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
+/// The agent has ended, or will not come.
+pub(super) fn fail(shared_core: &SharedCore, agent: usize, failure: HostFailure) {
     let mut core = shared_core.core();
     warn_of(agent, &failure, core.stopping);
     core.update_clock();

@@ -344,7 +344,9 @@ impl Hub {
         if let Some(setup_log) = &mut core.setup_log {
             setup_log.finish();
             if writing.only_logged {
-                setup_log.ended(order.task, order.rank, true);
+                setup_log.logged(order.task, order.rank);
+                core.catch_up(writing.order.rank);
+                core.pump();
             }
         }
         core.check_setup_log();

@@ -1,8 +1,10 @@
 use super::*;
+use crate::head::hub::StartedTask;
 use crate::head::retry::is_reported;
 use crate::platform::exit::Exit;
 use crate::protocol::control::{Setback, WorkerFailure};
 use proptest::prelude::*;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::ops::Range;
 

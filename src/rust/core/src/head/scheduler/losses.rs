@@ -20,6 +20,11 @@ impl Scheduler {
         workers.any(|worker| worker.awaiting_retry.is_some())
     }
 
+    /// The random number state of a worker, if it is known here.
+    pub fn seed(&self, rank: Rank) -> Option<Bytes> {
+        self.workers.get(rank as usize)?.seed.clone()
+    }
+
     /// Records an error of a task of this worker.
     pub fn failed(&mut self, rank: Rank, why: &str) {
         if let Some(worker) = self.workers.get_mut(rank as usize) {
@@ -112,14 +117,38 @@ impl Scheduler {
         self.dispatch(rank);
     }
 
+    /// Sends a worker set-up calls that were logged after it had terminated. They follow those of
+    /// [`Scheduler::restore`], and the random numbers that they set are those of the worker.
+    pub fn restore_more(&mut self, rank: Rank, messages: Vec<RestoreMessage>) {
+        let Some(worker) = self.workers.get_mut(rank as usize) else {
+            return;
+        };
+        for message in messages {
+            let task = Task::restoring(message, false);
+            worker.queue.push_back(Task {
+                sets_seed: true,
+                ..task
+            });
+        }
+        self.dispatch(rank);
+    }
+
     /// Sends a set-up call of [`Scheduler::restore`] again, because its worker failed and was
     /// replaced. `last`: no other follows.
-    pub fn restore_again(&mut self, rank: Rank, message: RestoreMessage, last: bool) {
+    /// `sets_seed`: it is one of [`Scheduler::restore_more`].
+    pub fn restore_again(
+        &mut self,
+        rank: Rank,
+        message: RestoreMessage,
+        last: bool,
+        sets_seed: bool,
+    ) {
         let Some(worker) = self.workers.get_mut(rank as usize) else {
             return;
         };
         worker.retry_decided(message.0);
-        worker.queue.push_front(Task::restoring(message, last));
+        let task = Task::restoring(message, last);
+        worker.queue.push_front(Task { sets_seed, ..task });
         self.dispatch(rank);
     }
 

@@ -250,6 +250,7 @@ impl Scheduler {
             blob: order.blob,
             limit,
             leaves_seed: false,
+            sets_seed: false,
         };
         let Order {
             task: id,

@@ -95,6 +95,7 @@ impl Scheduler {
             blob: None,
             limit,
             leaves_seed: false,
+            sets_seed: false,
         };
         debug!(task = id, again, workers = any_of.len(), "call submitted");
         let call = Waiting { task, any_of };

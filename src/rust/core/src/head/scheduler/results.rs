@@ -103,8 +103,9 @@ impl Scheduler {
         self.flow.receive(rank, flags, chunk, memory)?;
         if flags & LAST != 0 {
             self.agents[worker.agent].failures = 0;
-            // A set-up call that restores a worker leaves no new random number state.
-            let after = current.after.take().filter(|_| task & RESTORE == 0);
+            // A set-up call that the worker had completed before leaves no new random number state.
+            let sets_seed = task & RESTORE == 0 || current.task.sets_seed;
+            let after = current.after.take().filter(|_| sets_seed);
             if let Some((whose, seed)) = after {
                 self.workers[whose as usize].seed = Some(seed.clone());
                 if whose != rank {

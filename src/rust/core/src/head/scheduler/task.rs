@@ -66,6 +66,8 @@ pub(super) struct Task {
     pub(super) limit: Option<Duration>,
     /// After this task, the worker is sent its known random number state.
     pub(super) leaves_seed: bool,
+    /// The task restores the worker, and the random number state that it leaves is that of the worker.
+    pub(super) sets_seed: bool,
 }
 
 impl Task {
@@ -83,6 +85,7 @@ impl Task {
             blob: None,
             limit: None,
             leaves_seed: last,
+            sets_seed: false,
         }
     }
 
