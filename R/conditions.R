@@ -151,8 +151,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       },
       tailText("last output of the worker", field("stderr"))
     ),
-    host_failed = if (isTRUE(field("never_joined"))) paste0(
-      "host ", sQuote(host), " could not join the cluster, which goes on without it: ",
+    host_failed = if (isTRUE(field("given_up"))) paste0(
+      "host ", sQuote(host), if (isTRUE(field("joined"))) " will not come back to" else " could not join",
+      " the cluster, which goes on without it: ",
       if (!is.null(settings$dial)) reason else {
         hostProblem(settings, reason, field("stderr"), field("stdout"), c(field("status"), NA)[[1L]])
       }

@@ -93,6 +93,7 @@ test_that("the death of an agent or of its relay is noticed and leaves nothing",
     })
     expect_identical(unlist(values), c(-1L, -2L))
     expect_match(warnings[[1L]], "is lost")
+    expect_false(any(grepl("could not join", warnings)))
     expect_match(warnings, "connection (was closed|ended without notice)")
     suppressWarnings(stopCluster(cl))
     expect_true(wait_until(function() !any(alive(c(pids, unlist(relays)))), timeout = 20), label = victim)

@@ -40,9 +40,14 @@ pub(super) fn events(cluster: &Cluster) -> Robj {
             failure,
             replaced,
         } => Failure::lost(rank, &failure, failure.setback).with("replaced", replaced),
-        Event::NeverJoined { agent, failure } => Failure::new("host_failed")
+        Event::HostGivenUp {
+            agent,
+            joined,
+            failure,
+        } => Failure::new("host_failed")
             .with("agent", agent + 1)
-            .with("never_joined", true)
+            .with("given_up", true)
+            .with("joined", joined)
             .with("reason", failure.reason)
             .with("status", failure.status)
             .with("stderr", failure.stderr)

@@ -66,10 +66,12 @@ pub enum Event {
         /// Whether the worker is replaced.
         replaced: bool,
     },
-    /// A host that was to join late has failed.
-    NeverJoined {
+    /// A host that was to join, or to come back with another batch job, will not.
+    HostGivenUp {
         /// The host's index among all.
         agent: usize,
+        /// Whether the host was a part of the cluster before.
+        joined: bool,
         /// Why, and what the agent's command printed.
         failure: HostFailure,
     },
@@ -535,12 +537,17 @@ impl Inbox {
     }
 
     /// A host that was awaited will not join.
-    pub fn never_joined(&mut self, agent: usize, failure: HostFailure) {
+    pub fn give_up(&mut self, agent: usize, failure: HostFailure) {
         let host = &mut self.hosts[agent];
         host.awaited = false;
         host.reported_lost = true;
         if !host.adding {
-            self.events.push_back(Event::NeverJoined { agent, failure });
+            let joined = host.jobs_lost > 0;
+            self.events.push_back(Event::HostGivenUp {
+                agent,
+                joined,
+                failure,
+            });
         }
     }
 

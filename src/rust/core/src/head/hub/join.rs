@@ -121,7 +121,7 @@ impl Core {
         self.conns[agent].awaited = false;
         if std::mem::take(&mut self.inbox.hosts[agent].awaited) {
             if !self.stopping {
-                self.inbox.never_joined(agent, failure.clone());
+                self.inbox.give_up(agent, failure.clone());
             }
             self.scheduler.give_up_awaited(agent, &failure.reason);
         }
