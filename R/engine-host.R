@@ -99,19 +99,6 @@ bytesText <- function(bytes) {
   text
 }
 
-# Writes a file that the user alone can read, or with another `mode`. The file appears with its whole content.
-engineWriteFile <- function(host, path, text, mode = "0600") {
-  content <- engineInput(text)
-  # A connection that is lost half-way ends the input early.
-  script <- paste0(
-    "umask 077; cat > \"$1.new\" && [ `wc -c < \"$1.new\"` -eq $2 ] && chmod $3 \"$1.new\" && mv -f \"$1.new\" \"$1\" ",
-    "|| { rm -f \"$1.new\"; exit 1; }"
-  )
-  command <- c("sh", "-c", script, "sh", path, format(length(content), scientific = FALSE), mode)
-  engineChecked(host, engineRun(host, command, content), paste("write", path))
-  invisible(path)
-}
-
 # Returns lines of sh that write text files: `texts` by their paths, with `modes`. Each appears with its whole content.
 # The lines exit with status 1 if a file cannot be written.
 writeFilesScript <- function(texts, modes) {
@@ -128,31 +115,11 @@ writeFilesScript <- function(texts, modes) {
   c("umask 077", unlist(parts, use.names = FALSE))
 }
 
-# Creates a directory `name` within `dir`, which is created if it does not exist, for the user alone. Returns its path,
-# from the root. A leading "~" stands for the home directory there.
-engineMakeDir <- function(host, dir, name) {
-  script <- paste0(
-    "umask 077; case $1 in '~') set -- \"$HOME\" \"$2\";; '~/'*) set -- \"$HOME/${1#'~/'}\" \"$2\";; esac; ",
-    "mkdir -p \"$1\" && cd \"$1\" && mkdir \"$2\" && cd \"$2\" && pwd -P"
-  )
-  result <- engineRun(host, c("sh", "-c", script, "sh", dir, name))
-  engineChecked(host, result, paste0("create a directory in ", dir))
-  sub("\n$", "", result$stdout)
-}
-
 # Returns the last bytes of a file as text; "" if there is no such file.
 engineReadTail <- function(host, path, bytes = 10000, timeout = engineTimeout) {
   command <- c("tail", "-c", format(bytes, scientific = FALSE), "--", path)
   result <- engineRun(host, command, timeout = timeout)
   if (result$status %in% 0L) result$stdout else ""
-}
-
-# Removes a directory of this package with all its files.
-engineRemoveDir <- function(host, path) {
-  stopifnot(grepl("^/.*[^/.]", path))
-  result <- engineRun(host, c("rm", "-rf", "--", path))
-  engineChecked(host, result, paste("remove", path))
-  invisible()
 }
 
 # Starts the guard of a cluster's jobs: sh runs the script at the path `script`, which may have arguments. Its stdin

@@ -375,7 +375,7 @@ test_that("states of real engines are read", {
 test_that("the end of a job is read from HTCondor's event log", {
   stub <- local_stub_engine("htcondor")
   batch <- submitJobs(sleeping("htcondor", stub), "id1")
-  on.exit(stopJobs(batch))
+  on.exit(stopJobs(batch), add = TRUE, after = FALSE)
   expect_states(batch, "RUNNING")
   number <- as.integer(batch$jobs$job)
   writeLines(c(

@@ -9,10 +9,7 @@ engineRun <- internal("engineRun")
 engineRunAside <- internal("engineRunAside")
 engineAsideResult <- internal("engineAsideResult")
 engineAsideEnd <- internal("engineAsideEnd")
-engineWriteFile <- internal("engineWriteFile")
-engineMakeDir <- internal("engineMakeDir")
 engineReadTail <- internal("engineReadTail")
-engineRemoveDir <- internal("engineRemoveDir")
 engineGuard <- internal("engineGuard")
 engineGuardRelease <- internal("engineGuardRelease")
 engineGuardAlive <- internal("engineGuardAlive")
@@ -56,15 +53,23 @@ cancel_script <- function(dir) {
   )
 }
 
+# Writes files on a host, and returns the status.
+write_files <- function(host, texts, modes = rep("0600", length(texts))) {
+  engineRun(host, "sh", paste0(internal("writeFilesScript")(texts, modes), "\n", collapse = ""))$status
+}
+
 # Returns a directory with a job, a guard script and a cancel script.
 local_jobs <- function(host, .frame = parent.frame()) {
   base <- tempfile("engine-")
-  dir <- engineMakeDir(host, base, "run1")
+  dir <- file.path(base, "run1")
+  dir.create(dir, recursive = TRUE, mode = "0700")
   job <- as.integer(system("sleep 600 > /dev/null 2>&1 & echo $!", intern = TRUE))
   note_pids(job)
-  engineWriteFile(host, file.path(dir, "jobs"), paste0(job, "\n"))
-  engineWriteFile(host, file.path(dir, "cancel.sh"), cancel_script(dir))
-  engineWriteFile(host, file.path(dir, "guard.sh"), c("while read -r x; do :; done", cancel_script(dir)))
+  texts <- list(
+    paste0(job, "\n"), cancel_script(dir), c("while read -r x; do :; done", cancel_script(dir))
+  )
+  names(texts) <- file.path(dir, c("jobs", "cancel.sh", "guard.sh"))
+  stopifnot(write_files(host, texts) == 0L)
   do.call("on.exit", list(bquote(unlink(.(base), recursive = TRUE)), add = TRUE, after = FALSE), envir = .frame)
   list(dir = dir, job = job, guard = file.path(dir, "guard.sh"), cancel = file.path(dir, "cancel.sh"))
 }
@@ -173,41 +178,47 @@ test_that("commands end at their time limit and when they are interrupted", {
   expect_true(wait_until(function() !length(pids_with(paste0("sleep ", mark)))))
 })
 
-test_that("files arrive whole and for the user alone, and directories are removed", {
+test_that("files arrive whole and for the user alone", {
   skip_without_sshd()
   on_both(function(host) {
-    base <- tempfile("engine-")
-    on.exit(unlink(base, recursive = TRUE), add = TRUE, after = FALSE)
-    dir <- engineMakeDir(host, base, "one")
-    expect_identical(dir, normalizePath(file.path(base, "one")))
-    expect_identical(format(file.mode(dir)), "700")
-    expect_error(engineMakeDir(host, base, "one"), class = "rustcluster_start_failed")
-    path <- file.path(dir, "a key's file")
-    engineWriteFile(host, path, c("first", "second", ""))
-    expect_identical(readLines(path), c("first", "second"))
-    expect_identical(format(file.mode(path)), "600")
-    engineWriteFile(host, path, "#!/bin/sh\n", mode = "0700")
-    expect_identical(format(file.mode(path)), "700")
-    expect_identical(list.files(dir), basename(path))
-    expect_identical(engineReadTail(host, path, 3), "sh\n")
-    expect_identical(engineReadTail(host, file.path(dir, "none")), "")
-    expect_error(engineWriteFile(host, file.path(dir, "none", "x"), "x"), "could not write",
-                 class = "rustcluster_start_failed")
-    texts <- list(c("it's $HOME `x`", "end"), "#!/bin/sh\nexit 3\n")
-    names(texts) <- file.path(dir, c("a file", "script"))
-    write <- function(texts) {
-      script <- internal("writeFilesScript")(texts, c("0600", "0700"))
-      engineRun(host, "sh", paste0(script, "\n", collapse = ""))$status
-    }
-    expect_identical(write(texts), 0L)
+    dir <- tempfile("engine-")
+    dir.create(dir)
+    on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
+    texts <- list(c("it's $HOME `x` \\n", "end"), "#!/bin/sh\nexit 3\n")
+    names(texts) <- file.path(dir, c("a key's file", "script"))
+    expect_identical(write_files(host, texts, c("0600", "0700")), 0L)
     expect_identical(readLines(names(texts)[[1L]]), texts[[1L]])
     expect_identical(system(shQuote(names(texts)[[2L]])), 3L)
     expect_identical(format(file.mode(names(texts))), c("600", "700"))
+    expect_setequal(list.files(dir), basename(names(texts)))
+    expect_identical(engineReadTail(host, names(texts)[[2L]], 3), " 3\n")
+    expect_identical(engineReadTail(host, file.path(dir, "none")), "")
     names(texts)[[2L]] <- file.path(dir, "none", "script")
-    expect_identical(write(texts), 1L)
-    engineRemoveDir(host, dir)
-    expect_false(file.exists(dir))
+    expect_identical(write_files(host, texts, c("0600", "0700")), 1L)
   })
+})
+
+test_that("the session of a guard writes its files first, and only if all lines have arrived", {
+  skip_without_sshd()
+  host <- local_link(local_sshd())
+  dir <- tempfile("engine-")
+  dir.create(dir)
+  on.exit(unlink(dir, recursive = TRUE), add = TRUE, after = FALSE)
+  path <- function(name) file.path(dir, name)
+  texts <- list(c("while read -r x; do", paste0("  printf '%s\\n' \"$x\" >> ", path("said")), "done"))
+  names(texts) <- path("guard.sh")
+  before <- internal("writeFilesScript")(texts, "0600")
+  guard <- engineGuard(host, path("guard.sh"), before)
+  # What follows at once is for the guard.
+  expect_true(internal("background_send")(guard, "an order \\n\n  another"))
+  expect_true(engineGuardRelease(guard, 20))
+  expect_identical(readLines(path("said")), c("an order \\n", "another"))
+  unlink(c(path("said"), path("guard.sh")))
+  # The last line is missing.
+  local_function("engineInput", function(input) charToRaw(paste0(utils::head(input, -2L), "\n", collapse = "")))
+  guard <- engineGuard(host, path("guard.sh"), before)
+  expect_true(engineGuardRelease(guard, 20))
+  expect_identical(list.files(dir), character())
 })
 
 test_that("the guard cancels when it is released, here and on a login node", {
@@ -382,7 +393,8 @@ test_that("an sshd that allows too few sessions is reported", {
   skip_without_sshd()
   ssh <- local_sshd(config = "MaxSessions 1")
   host <- local_link(ssh)
-  expect_error(engineMakeDir(host, tempdir(), "x"), "MaxSessions", class = "rustcluster_start_failed")
+  expect_error(internal("jobsDirThere")(slurm(cores = 1, login = "127.0.0.2"), host), "MaxSessions",
+               class = "rustcluster_start_failed")
 })
 
 test_that("nothing is left", {

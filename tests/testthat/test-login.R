@@ -234,7 +234,7 @@ test_that("a directory that cannot be made is an error that names the login node
   unlink(file.path(stub$home, "shared"))
   # A file that cannot be written, after the directory was made.
   host <- internal("openLink")("127.0.0.2", rshcmd = ssh$rshcmd)
-  on.exit(internal("closeGateway")(host, 10))
+  on.exit(internal("closeGateway")(host, 10), add = TRUE, after = FALSE)
   launcher <- login_launcher(stub)
   local_function("writeGuardThere", function(batch) {
     internal("writeJobFile")(batch, file.path(batch$directory, "none", "file"), "text")
