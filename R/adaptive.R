@@ -64,10 +64,11 @@ startAdaptive <- function(handle, number, launcher, hosts) {
   state$hosts <- hosts
   state$cores <- launcher$cores
   state$settings <- adaptive
-  # A row for each job that may not be over: the number of its submission, its id once the engine has accepted it, its
-  # name in the form of jobNumber(), when it was accepted, and whether a worker of it has come up.
+  # A row for each job that may not be over: the number of its submission, the last number of the order to the guard, its
+  # id once the engine has accepted it, its name in the form of jobNumber(), when it was accepted, and whether a worker
+  # of it has come up.
   state$jobs <- data.frame(
-    submission = integer(), job = character(), name = character(), accepted = numeric(), arrived = logical(),
+    submission = integer(), last = integer(), job = character(), name = character(), accepted = numeric(), arrived = logical(),
     stringsAsFactors = FALSE
   )
   state$submitted <- 0L
@@ -102,7 +103,7 @@ submitMore <- function(state, count) {
   new <- state$submitted + seq_len(count)
   batch <- state$batch
   state$jobs <- rbind(state$jobs, data.frame(
-    submission = new, job = NA_character_, name = NA_character_, accepted = NA_real_, arrived = FALSE,
+    submission = new, last = new[[count]], job = NA_character_, name = NA_character_, accepted = NA_real_, arrived = FALSE,
     stringsAsFactors = FALSE
   ))
   state$submitted <- state$submitted + count
@@ -130,6 +131,7 @@ takeAccepted <- function(state) {
     answer <- answerTo(batch, name)
     if (is.null(answer) && !over) next
     row <- match(submission, state$jobs$submission)
+    if (is.na(row)) next
     id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
     problem <- if (is.null(answer)) {
       "the process that submits jobs has ended"
@@ -145,8 +147,10 @@ takeAccepted <- function(state) {
         engines[[batch$launcher$kind]]$title, " did not accept a job: `", batch$submissions$command[[1L]], "` failed (",
         problem, ")", tailText("output of the command", output)
       )
-      state$jobs <- state$jobs[-row, ]
-      forgetAnswer(batch, name)
+      # The guard has not gone on with the rest of its order, which would fail for the same reason.
+      dropped <- is.na(state$jobs$job) & state$jobs$submission >= submission & state$jobs$last == state$jobs$last[[row]]
+      for (n in state$jobs$submission[dropped]) forgetAnswer(batch, paste0("submit-", n))
+      state$jobs <- state$jobs[!dropped, ]
       adaptiveFailed(state, text)
       next
     }
