@@ -15,6 +15,9 @@ maxFailures <- 9L
 # The number of ids of jobs that have ended, and are kept for engines that do not say which have.
 keptIds <- 100L
 
+# How often the answer to a submission is read again if the session of ssh has failed.
+maxUnread <- 5L
+
 # Seconds after which a job is taken to be over that the engine has never listed, although it was asked.
 unlistedLimit <- 30
 
@@ -64,12 +67,16 @@ startAdaptive <- function(handle, number, launcher, hosts) {
   state$hosts <- hosts
   state$cores <- launcher$cores
   state$settings <- adaptive
-  # A row for each job that may not be over: the number of its submission, its id once the engine has accepted it, its
-  # name in the form of jobNumber(), when it was accepted, and whether a worker of it has come up.
+  # A row for each job that may not be over: the number of its submission, the last number of the order to the guard,
+  # its id once the engine has accepted it, its name in the form of jobNumber(), when it was accepted, and whether a
+  # worker of it has come up.
   state$jobs <- data.frame(
-    submission = integer(), job = character(), name = character(), accepted = numeric(), arrived = logical(),
-    stringsAsFactors = FALSE
+    submission = integer(), last = integer(), job = character(), name = character(), accepted = numeric(),
+    arrived = logical(), stringsAsFactors = FALSE
   )
+  # How often in a row an answer could not be read on a login node, and when to try again.
+  state$unread <- 0L
+  state$readAgain <- -Inf
   state$submitted <- 0L
   state$failures <- 0L
   # Why no more jobs are submitted, or NULL.
@@ -102,8 +109,8 @@ submitMore <- function(state, count) {
   new <- state$submitted + seq_len(count)
   batch <- state$batch
   state$jobs <- rbind(state$jobs, data.frame(
-    submission = new, job = NA_character_, name = NA_character_, accepted = NA_real_, arrived = FALSE,
-    stringsAsFactors = FALSE
+    submission = new, last = new[[count]], job = NA_character_, name = NA_character_, accepted = NA_real_,
+    arrived = FALSE, stringsAsFactors = FALSE
   ))
   state$submitted <- state$submitted + count
   if (!tellGuard(batch, "submit", new[[1L]], new[[count]])) {
@@ -123,13 +130,28 @@ adaptiveFailed <- function(state, problem, cancelled = FALSE) {
 # Reads the answers to submissions.
 takeAccepted <- function(state) {
   batch <- state$batch
-  for (submission in state$jobs$submission[is.na(state$jobs$job)]) {
+  waiting <- state$jobs[is.na(state$jobs$job), ]
+  if (isThere(batch)) {
+    # Each answer takes a session of ssh, of which there are not many. The guard submits one after the other.
+    waiting <- waiting[!duplicated(waiting$last), ]
+    if (proc.time()[["elapsed"]] < state$readAgain) return(invisible())
+  }
+  for (submission in waiting$submission) {
     name <- paste0("submit-", submission)
     # It may answer just before it ends.
     over <- isTRUE(guardEnded(batch, 0))
     answer <- answerTo(batch, name)
     if (is.null(answer) && !over) next
+    if (isThere(batch) && isTRUE(answer$status == 255L) && state$unread < maxUnread) {
+      # The session of ssh has failed, and the job may have been accepted.
+      batch$reading[[name]] <- NULL
+      state$unread <- state$unread + 1L
+      state$readAgain <- proc.time()[["elapsed"]] + 1
+      return(invisible())
+    }
+    state$unread <- 0L
     row <- match(submission, state$jobs$submission)
+    if (is.na(row)) next
     id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
     problem <- if (is.null(answer)) {
       "the process that submits jobs has ended"
@@ -145,8 +167,10 @@ takeAccepted <- function(state) {
         engines[[batch$launcher$kind]]$title, " did not accept a job: `", batch$submissions$command[[1L]], "` failed (",
         problem, ")", tailText("output of the command", output)
       )
-      state$jobs <- state$jobs[-row, ]
-      forgetAnswer(batch, name)
+      # The guard has not gone on with the rest of its order, which would fail for the same reason.
+      dropped <- is.na(state$jobs$job) & state$jobs$submission >= submission & state$jobs$last == state$jobs$last[[row]]
+      for (n in state$jobs$submission[dropped]) forgetAnswer(batch, paste0("submit-", n))
+      state$jobs <- state$jobs[!dropped, ]
       adaptiveFailed(state, text)
       next
     }

@@ -169,7 +169,7 @@ test_that("futures and foreach run on adaptive clusters", {
 
 test_that("three failures stop the growth, and nothing hangs", {
   stub <- local_stub_engine("slurm")
-  cl <- adaptive_cluster(stub, 3, idle = 60, backlog = 1)
+  cl <- adaptive_cluster(stub, 3, idle = 60)
   stub$set("refuse", "sbatch: error: Batch job submission failed: no partition")
   warned <- list()
   failed <- withCallingHandlers(caught(clusterLapply(cl, 1:5, identity)), warning = function(w) {
