@@ -178,8 +178,8 @@ impl Sim {
             // The agent ends before it has greeted.
             8 => self.lose_host(at, "not up"),
             9 if self.rng.random_ratio(1, 10) => {
-                self.hub
-                    .give_up_host(at, "the job has been removed".into(), false);
+                let reason = "the job has been removed".into();
+                self.hub.give_up_host(at, reason, false);
                 self.notes();
             }
             _ => {}
