@@ -1,5 +1,5 @@
-# Times the start of a cluster over Slurm beside what Slurm and R take themselves, and counts the transfers of an export.
-# PSOCK cannot start workers in jobs.
+# Times the start of a cluster over Slurm beside what Slurm and R take themselves, and counts the transfers of an
+# export. PSOCK cannot start workers in jobs.
 #
 #   Rscript slurm.R [nodes=4] [cores=16] [dir=~/.rustcluster] [rounds=3] [megabytes=50]
 #
@@ -54,7 +54,8 @@ for (round in seq_len(as.integer(option("rounds", "3")))) {
   r <- start_of_r()
   cluster <- start_of_cluster()
   cat(sprintf(
-    "%d x %d workers: %.2f s; Slurm itself %.2f s, R %.2f s: %.2f s more (goal: at most 1 s); an export: %.2f transfers\n",
-    nodes, cores, cluster[["cluster"]], own, r, cluster[["cluster"]] - own - r, cluster[["transfers"]]
+    "%d x %d workers: %.2f s; Slurm itself %.2f s, R %.2f s: %.2f s more (goal: at most 1 s)\n",
+    nodes, cores, cluster[["cluster"]], own, r, cluster[["cluster"]] - own - r
   ))
+  cat(sprintf("an export to them: %.2f transfers\n", cluster[["transfers"]]))
 }
