@@ -150,6 +150,12 @@ stopBatches <- function(handle, batches = handle$batches) {
   for (batch in batches) discardJobs(batch)
 }
 
+# Gives hosts of batch jobs the names of their nodes, if the cluster can be used.
+nameStarted <- function(handle) {
+  known <- if (length(handle$batches) && !isTRUE(handle$stopped)) hub_hosts(handle$pointer)
+  if (!is.null(known) && !isFailure(known)) nameNodes(handle, known)
+}
+
 # Gives hosts the names of their nodes, once their agents have joined.
 # `known`: what the hub knows of the hosts.
 nameNodes <- function(handle, known) {
@@ -183,8 +189,9 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
     for (state in handle$adaptive) {
       if (state$number == number) rest <- rest[rest$name %in% state$jobs$name[!state$jobs$arrived], ]
     }
-    # Jobs that may still come go to the hosts that wait.
-    rest <- rest[order(rest$over), ]
+    # Jobs that may still come go to the hosts that wait, and after them those that ended last.
+    turn <- seq_len(nrow(rest))
+    rest <- rest[order(rest$over, ifelse(rest$over, -turn, turn)), ]
     # The engine of a template does not tell agents which jobs they are.
     waiting <- c(joined[is.na(at)], setdiff(hosts, joined))
     n <- min(length(waiting), nrow(rest))
@@ -197,6 +204,27 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
   # Hosts of adaptive launchers may always get another job.
   shown$over[areAdaptive(handle)] <- FALSE
   shown
+}
+
+# Returns the jobs that have not started and are not needed without these workers: a list of `batch`, `job` and `task`, as
+# for cancelJobs(). A job of several nodes is needed for the others, and an adaptive launcher keeps its jobs.
+waitingJobs <- function(handle, ranks) {
+  if (!length(handle$batches)) return(list())
+  known <- checked(hub_hosts(handle$pointer))
+  hosts <- setdiff(handle$owner[ranks], handle$owner[setdiff(handle$alive, ranks)])
+  hosts <- hosts[known$awaited[hosts] == 1 & !areAdaptive(handle)[hosts]]
+  if (!length(hosts)) return(list())
+  ids <- jobsOfHosts(handle, known)[hosts, ]
+  ids <- ids$job[!ids$over]
+  found <- lapply(handle$batches, function(batch) {
+    states <- batch$states
+    if (is.null(states)) return(NULL)
+    single <- batch$jobs$array | batch$jobs$tasks == 1L
+    at <- which(taskId(batch$launcher$kind, states$job, states$task) %in% ids &
+                  states$job %in% batch$jobs$job[single])
+    if (length(at)) list(batch = batch, job = states$job[at], task = states$task[at])
+  })
+  Filter(length, found)
 }
 
 # Returns all jobs of a launcher, with a row for each node: `name` as agents say it, `id` in the engine's form, `text`

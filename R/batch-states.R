@@ -45,6 +45,24 @@ awaitStates <- function(batch, limit = 25) {
   batch$states
 }
 
+# Asks the engines, and waits up to a second for their answers. The last answers do not do if other hosts have `joined` by
+# now: their jobs would be shown as waiting.
+askEngines <- function(batches, joined) {
+  batches <- Filter(function(batch) !isTRUE(batch$submitting), batches)
+  for (batch in batches) {
+    orders <- batch$orders
+    queryJobs(batch, force = !identical(batch$joined, joined))
+    if (batch$orders > orders) batch$joined <- joined
+  }
+  deadline <- proc.time()[["elapsed"]] + 1
+  for (batch in batches) {
+    while (!is.null(batch$query) && proc.time()[["elapsed"]] < deadline) {
+      Sys.sleep(0.01)
+      queryJobs(batch, every = Inf)
+    }
+  }
+}
+
 endQuery <- function(batch) {
   forgetAnswer(batch, batch$query)
   batch$query <- NULL

@@ -11,7 +11,7 @@
 #'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
 #'     \item{state}{(character) `"up"`; `"waiting"`: has not joined yet (see `wait` of [makeRustCluster()]), or has no
 #'       job because no task needs it (see `max` of [slurm()]); `"lost"`;
-#'       `"failed"`: was left out at the start; `"stopped"`.}
+#'       `"failed"`: was left out at the start; `"stopped"`: all of its workers have been stopped or removed.}
 #'     \item{job, job_state}{(character) the job of a batch engine, and its state in the engine's words, such as
 #'       `"PENDING (Resources)"`; `NA` for other hosts. The state is that of the last query, a few seconds ago.}
 #'     \item{workers}{(integer) workers that `spec` asked for.}
@@ -63,12 +63,16 @@ hostsOf <- function(handle) {
     known <- checked(hub_hosts(handle$pointer))
     report$state[is.na(report$problem) & !is.na(known$reason)] <- "lost"
     report$state[known$awaited == 1] <- "waiting"
+    # All workers of the host have been stopped or removed.
+    removed <- !seq_along(handle$agents) %in% handle$owner[handle$alive] & is.na(report$problem)
+    report$state[removed] <- "stopped"
     # A host that was given back has not failed.
     given <- areAdaptive(handle) & known$awaited == 1
-    report$problem <- ifelse(is.na(report$problem) & !given, known$reason, report$problem)
+    report$problem <- ifelse(is.na(report$problem) & !given & !removed, known$reason, report$problem)
     # What hosts have said that have joined since the start.
     nameNodes(handle, known)
     report$host <- handle$report$host
+    askEngines(handle$batches, which(known$awaited != 1))
     jobs <- jobsOfHosts(handle, known)
     report$job <- jobs$job
     report$job_state <- jobs$state

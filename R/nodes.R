@@ -271,6 +271,7 @@ print.RustCluster <- function(x, ...) {
 #' @export
 format.RustCluster <- function(x, ...) {
   if (!length(x)) return("socket cluster without nodes")
+  for (part in clustersAmong(x, which(areOurs(x)))) nameStarted(part$handle)
   hosts <- unique(vapply(x, `[[`, "", "host"))
   text <- sprintf(
     ngettext(
@@ -293,7 +294,8 @@ format.RustCluster <- function(x, ...) {
   paste(c(text, of), collapse = "")
 }
 
-# Returns which nodes are lost, apart from those that were stopped, as part of a sentence; "" for none.
+# Returns which nodes wait for their hosts and which are lost, apart from those that were stopped, as part of a sentence;
+# "" for none.
 lostNodes <- function(part, stopped) {
   handle <- part$handle
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
@@ -301,11 +303,15 @@ lostNodes <- function(part, stopped) {
   lost <- is.na(pids[part$ranks]) & !part$indices %in% stopped
   if (!any(lost)) return("")
   owner <- handle$owner[part$ranks]
-  hosts <- which(!is.na(checked(hub_hosts(handle$pointer))$reason))
-  texts <- vapply(intersect(owner[lost], hosts), function(host) {
+  known <- checked(hub_hosts(handle$pointer))
+  waits <- lost & known$awaited[owner] == 1
+  lost <- lost & !waits
+  hosts <- which(!is.na(known$reason))
+  texts <- if (any(waits)) paste(spanText(part$indices[waits], "node"), "waiting")
+  texts <- c(texts, vapply(intersect(owner[lost], hosts), function(host) {
     indices <- part$indices[lost & owner == host]
     paste0(spanText(indices, "node"), " lost with host ", sQuote(handle$agents[[host]]$host))
-  }, "")
+  }, ""))
   dead <- part$indices[lost & !owner %in% hosts]
   if (length(dead)) {
     whose <- if (length(dead) > 1L) "whose workers have died" else "whose worker has died"

@@ -47,7 +47,9 @@ removeWorkers <- function(cl, which, drain = TRUE, timeout = Inf) {
     }, NA)
   }
   for (part in parts) {
+    waiting <- waitingJobs(part$handle, part$ranks)
     if (drain) checked(hub_drain(part$handle$pointer, part$ranks), part$handle)
+    for (job in waiting) cancelJobs(job$batch, job$job, job$task)
   }
   deadline <- proc.time()[["elapsed"]] + timeout
   for (part in parts) endDrained(part$handle, part$ranks, if (drain) deadline else -Inf)

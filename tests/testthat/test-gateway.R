@@ -70,7 +70,7 @@ local_jobs <- function(host, .frame = parent.frame()) {
   )
   names(texts) <- file.path(dir, c("jobs", "cancel.sh", "guard.sh"))
   stopifnot(write_files(host, texts) == 0L)
-  do.call("on.exit", list(bquote(unlink(.(base), recursive = TRUE)), add = TRUE, after = FALSE), envir = .frame)
+  do.call("on.exit", list(bquote(unlink(.(base), recursive = TRUE)), add = TRUE, after = TRUE), envir = .frame)
   list(dir = dir, job = job, guard = file.path(dir, "guard.sh"), cancel = file.path(dir, "cancel.sh"))
 }
 

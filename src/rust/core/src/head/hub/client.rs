@@ -731,6 +731,7 @@ impl Hub {
             core.scheduler.stop_worker(rank);
         }
         core.pump();
+        core.leave_absent(ranks);
         if !core.any_left() {
             core.stop(&shared_core.stopped);
         }
@@ -749,7 +750,13 @@ impl Hub {
                 // The agent of a removed host ends, too.
                 Some(worker) => {
                     let at = worker.agent;
-                    worker.ended && !core.conns[at].permanent || hosts[at].failure.is_some()
+                    // A worker of a host that waits for its agent has no process.
+                    let absent = core.conns[at].awaited
+                        && !core.is_attached(at)
+                        && worker.termination.as_ref().is_some_and(|t| !t.is_of_host());
+                    absent
+                        || worker.ended && !core.conns[at].permanent
+                        || hosts[at].failure.is_some()
                 }
                 None => true,
             };

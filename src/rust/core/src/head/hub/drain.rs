@@ -17,6 +17,7 @@ impl Hub {
             core.scheduler.drain_worker(rank, &termination);
         }
         core.pump();
+        core.leave_absent(ranks);
     }
 
     /// Removes some workers at once. Their tasks and calls are lost as with the end of a batch job, so that other workers

@@ -31,17 +31,7 @@ impl Hub {
     /// The batch job for which this host waits will not run, or not again: the cluster goes on without the host.
     /// Nothing happens if an agent has joined in the meantime. `quiet`: it is no event.
     pub fn give_up_host(&mut self, agent: usize, reason: String, quiet: bool) {
-        let mut core = self.core();
-        if core.conns.get(agent).is_some_and(|conn| conn.awaited) {
-            core.conns[agent].permanent = true;
-            core.conns[agent].stop.notify_one();
-            core.inbox.hosts[agent].adding |= quiet;
-            core.give_up_awaited(agent, &HostFailure::new(reason.clone()));
-            core.inbox.hosts[agent].failure = Some(HostFailure::new(reason));
-            core.inbox.hosts[agent].adding &= !quiet;
-            core.pump();
-            core.changed();
-        }
+        self.core().give_up_host(agent, reason, quiet);
     }
 
     /// Waits up to `max_wait` for more than `seen` arrivals, for a host that will not join, or for
@@ -80,6 +70,33 @@ impl Hub {
 }
 
 impl Core {
+    /// See [`Hub::give_up_host`].
+    fn give_up_host(&mut self, agent: usize, reason: String, quiet: bool) {
+        if self.conns.get(agent).is_some_and(|conn| conn.awaited) {
+            self.conns[agent].permanent = true;
+            self.conns[agent].stop.notify_one();
+            self.inbox.hosts[agent].adding |= quiet;
+            self.give_up_awaited(agent, &HostFailure::new(reason.clone()));
+            self.inbox.hosts[agent].failure = Some(HostFailure::new(reason));
+            self.inbox.hosts[agent].adding &= !quiet;
+            self.pump();
+            self.changed();
+        }
+    }
+
+    /// These workers have been stopped or removed: a host that waits for a job or for its agent, and has no other
+    /// workers, need not join.
+    pub fn leave_absent(&mut self, ranks: &[Rank]) {
+        for &rank in ranks {
+            let Some(agent) = self.inbox.workers.get(rank as usize).map(|w| w.agent) else {
+                continue;
+            };
+            if !self.is_attached(agent) && !self.scheduler.has_lost(agent) {
+                self.give_up_host(agent, "its workers have been stopped".into(), true);
+            }
+        }
+    }
+
     /// Whether a host is reconnected when it is lost, or may still join.
     pub fn takes_back(&self, agent: usize) -> bool {
         let complete = self
