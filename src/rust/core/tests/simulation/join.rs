@@ -75,6 +75,11 @@ fn plan(ranks: &[Rank], (chunk_cache, setup_log_limit): (usize, usize)) -> Plan 
     }
 }
 
+/// What an agent reports of an RNG state.
+fn reported(seed: &[u8]) -> &[u8] {
+    if seed.len() > 64 { &[] } else { seed }
+}
+
 /// The effect of a set-up call with this message.
 fn effect_of(task: TaskId, parts: &[bytes::Bytes]) -> Effect {
     let mut hasher = Xxh3::new();
@@ -234,17 +239,29 @@ impl Sim {
             return;
         }
         let seed = self.hub.with_scheduler(|scheduler| scheduler.seed(rank));
-        if let Some(seed) = seed.filter(|seed| known.reported_seeds.last() != Some(seed)) {
-            let reported = if known.seed.len() > 64 {
-                &[]
-            } else {
-                &known.seed[..]
-            };
-            assert_eq!(
-                seed, reported,
+        if let Some(seed) = seed {
+            let last = known.reported_seeds.last();
+            assert!(
+                last == Some(&seed) || seed == reported(&known.seed),
                 "the head does not know the random numbers of worker {rank}"
             );
-            known.reported_seeds.push(seed);
+            known.report_seed(seed);
+        }
+    }
+
+    /// The head has the answer to a call that restores a worker. It knows the RNG state that the call has left, if the
+    /// worker had not run the call before.
+    pub fn restoring_call_ended(&mut self, rank: Rank, id: TaskId) {
+        let seed = self.hub.with_scheduler(|scheduler| scheduler.seed(rank));
+        let known = &mut self.facts.workers[rank as usize];
+        let left = known.restored_seeds.remove(&id).expect("an answer");
+        if let Some(seed) = seed {
+            let last = known.reported_seeds.last();
+            assert!(
+                last == Some(&seed) || seed == reported(&left),
+                "the head has another RNG state of worker {rank} than call {id} has left"
+            );
+            known.report_seed(seed);
         }
     }
 

@@ -712,8 +712,11 @@ impl Sim {
     /// Checks the end of a task that the scheduler reports. `just_lost`: its worker has just failed.
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
         if id & RESTORE != 0 {
-            if matches!(outcome, Outcome::Answer(_)) && !self.is_terminated(rank) {
-                self.catch_up(rank);
+            if matches!(outcome, Outcome::Answer(_)) {
+                self.restoring_call_ended(rank, id);
+                if !self.is_terminated(rank) {
+                    self.catch_up(rank);
+                }
             }
             return;
         }

@@ -290,11 +290,10 @@ impl Scheduler {
         self.leave_out(at, reason);
     }
 
-    /// Stops an agent and leaves its host out permanently.
+    /// Stops an agent and leaves its host out permanently. If that was done before, the stop message remains.
     pub fn leave_out(&mut self, at: usize, reason: String) {
-        let before = self.agents[at].out.is_closed();
-        self.agent_lost(at, &reason);
-        if !before {
+        if !self.agents[at].out.is_closed() {
+            self.agent_lost(at, &reason);
             // The stop message is the last one.
             let stop = control::encode(&ToAgent::Stop).ok();
             self.agents[at].out.push_last(stop);

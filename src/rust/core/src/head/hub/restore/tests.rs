@@ -180,6 +180,42 @@ fn a_call_that_was_only_logged_sets_the_random_numbers_after_those_of_the_worker
 }
 
 #[test]
+fn a_call_that_a_worker_has_completed_before_it_was_lost_sets_the_random_numbers_once() {
+    let mut hub = late();
+    assert!(set_up(&mut hub, 0, b"stream"));
+    join(&mut hub, false);
+    assert!(set_up(&mut hub, 0, b"second"));
+    assert_eq!(bodies(sent(&mut hub, Some(b"new stream"))), [b"stream"]);
+    assert!(hub.agent_ended(0, "the job has ended"));
+    // Another worker may have continued the stream on its behalf, which must not begin again.
+    join(&mut hub, true);
+    assert_eq!(
+        bodies(sent(&mut hub, Some(b"new stream"))),
+        [&b"stream"[..], b"new stream"]
+    );
+    assert_eq!(bodies(sent(&mut hub, Some(b"next"))), [b"second"]);
+    assert!(is_back(&hub));
+}
+
+#[test]
+fn the_random_numbers_of_a_worker_that_drains_while_it_is_restored_do_not_begin_again() {
+    let mut hub = late();
+    assert!(set_up(&mut hub, 0, b"stream"));
+    join(&mut hub, false);
+    let (seconds, cause) = (None, DrainCause::TimeLimit);
+    from_agent(&mut hub, &ToHead::Draining { seconds, cause });
+    assert_eq!(bodies(sent(&mut hub, Some(b"new stream"))), [b"stream"]);
+    assert!(!is_back(&hub));
+    assert!(hub.agent_ended(0, "the job has ended"));
+    join(&mut hub, true);
+    assert_eq!(
+        bodies(sent(&mut hub, Some(b"old"))),
+        [&b"stream"[..], b"new stream"]
+    );
+    assert!(is_back(&hub));
+}
+
+#[test]
 fn a_draining_worker_that_ends_while_it_is_restored_leaves_nothing_for_the_next_one() {
     let mut hub = late();
     assert!(set_up(&mut hub, 0, b"first"));
