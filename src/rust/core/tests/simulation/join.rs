@@ -134,6 +134,7 @@ impl Sim {
             }
             let known = &mut self.facts.workers[rank as usize];
             known.is_away = known.is_terminated;
+            known.other_seeds.clear();
             if known.is_away {
                 self.away.insert(rank);
                 known.begin_again();
@@ -215,13 +216,12 @@ impl Sim {
                 known.logged
             );
             self.facts.seen.joined_with_calls += usize::from(!known.logged.is_empty());
-            known.other_seeds.clear();
-            let last = known
-                .reported_seeds
-                .last()
-                .filter(|_| known.reported_seeds.len() > 1);
-            if let Some(seed) = last.filter(|_| !known.is_late) {
-                known.seed = seed.clone();
+            if !known.is_late {
+                known.other_seeds.clear();
+                let last = known.reported_seeds.last();
+                if let Some(seed) = last.filter(|_| known.reported_seeds.len() > 1) {
+                    known.seed = seed.clone();
+                }
             }
             self.catch_up(rank);
             for task in &mut self.facts.tasks {

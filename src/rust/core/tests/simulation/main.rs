@@ -380,7 +380,7 @@ impl Sim {
                 0..=64 => seed.clone(),
                 _ => Bytes::new(),
             };
-            if task.owner != rank && !owner.is_terminated {
+            if task.owner != rank && (!owner.is_terminated || owner.is_away) {
                 owner.other_seeds.push(reported.clone());
             }
             owner.reported_seeds.push(reported);

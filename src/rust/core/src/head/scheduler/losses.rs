@@ -1,7 +1,7 @@
 //! Failures of workers and hosts, and how both come back.
 
 use super::events::{Note, Outcome, Termination};
-use super::task::{Phase, RestoreMessage, Task};
+use super::task::{Current, Phase, RestoreMessage, Task};
 use super::worker::{Worker, WorkerState};
 use super::{MAX_FAILURES_IN_A_ROW, Scheduler};
 use crate::protocol::control::{self, ToAgent, WorkerFailure};
@@ -89,6 +89,7 @@ impl Scheduler {
                 _ => {
                     worker.state = WorkerState::Starting;
                     worker.away = true;
+                    worker.seed_waits = false;
                     worker.draining = None;
                     worker.window = SEND_WINDOW;
                 }
@@ -320,7 +321,13 @@ impl Scheduler {
     /// Records the random number state that a reassigned task left. If the worker on whose behalf
     /// it ran is back, the worker continues from that state.
     pub(super) fn put_seed(&mut self, rank: Rank, seed: Bytes) {
-        let worker = &self.workers[rank as usize];
+        let worker = &mut self.workers[rank as usize];
+        let is_late_call = |current: &Current| current.task.sets_seed;
+        if worker.current.as_ref().is_some_and(is_late_call) {
+            // The call was made after the reassigned task.
+            worker.seed_waits = true;
+            return;
+        }
         // A worker that is being restored gets the state at the end.
         let at_rest = worker.current.as_ref().is_none_or(|current| {
             current.task.id & RESTORE != 0 && matches!(current.phase, Phase::Running)
