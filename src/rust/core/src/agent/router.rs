@@ -254,6 +254,12 @@ impl Router {
                             task.is_some_and(|task| task & RESTORE != 0);
                     }
                     acts.push(Act::ToWorker(frame));
+                } else if header.flags & REASSIGNED == 0 && header.task == 0 {
+                    // The worker has failed, which the head did not know: the state is that of its replacement.
+                    self.setup_log.set_seed(worker, frame.body.clone());
+                    if self.worker_table.was_restored(worker) {
+                        acts.push(Act::ToWorker(frame));
+                    }
                 }
             }
             Kind::State => {

@@ -337,6 +337,18 @@ impl WorkerTable {
         Ok(there && entry.unacknowledged == 0)
     }
 
+    /// Whether a worker is ready, and has been sent its set-up log if it is a replacement.
+    pub fn was_restored(&self, worker: u32) -> bool {
+        let entry = self.workers.get(worker as usize);
+        entry.is_some_and(|entry| {
+            let is_ready = matches!(
+                entry.phase,
+                WorkerPhase::Restoring { .. } | WorkerPhase::Idle
+            );
+            is_ready && entry.stopping.is_none()
+        })
+    }
+
     /// Sets the time limit of the task whose message comes next.
     ///
     /// # Errors

@@ -364,6 +364,21 @@ impl SetupLogFile {
         self.only_logged.contains_key(&rank)
     }
 
+    /// Records that a worker has completed one of the calls that were only logged for it, and all before that one. If
+    /// the worker is lost now, the random number state that the call has left is that of its successor.
+    pub fn caught_up_to(&mut self, rank: Rank, number: u64) {
+        let Some(&first) = self.only_logged.get(&rank) else {
+            return;
+        };
+        if number < first {
+            return;
+        }
+        match self.numbers(rank, |other| other > number).into_iter().min() {
+            Some(next) => self.only_logged.insert(rank, next),
+            None => self.only_logged.remove(&rank),
+        };
+    }
+
     /// Records that a worker has completed all of its calls.
     pub fn caught_up(&mut self, rank: Rank) {
         self.only_logged.remove(&rank);

@@ -225,6 +225,8 @@ impl Host {
         known.seed = process.worker.seed.clone();
         if header.task & RESTORE != 0 {
             assert_eq!(header.flags & ABORT, 0);
+            let seed = known.seed.clone();
+            known.restored_seeds.insert(header.task, seed);
             known.effects.extend(process.worker.effects.last());
             return;
         }

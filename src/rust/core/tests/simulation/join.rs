@@ -75,6 +75,11 @@ fn plan(ranks: &[Rank], (chunk_cache, setup_log_limit): (usize, usize)) -> Plan 
     }
 }
 
+/// What an agent reports of an RNG state.
+fn reported(seed: &[u8]) -> &[u8] {
+    if seed.len() > 64 { &[] } else { seed }
+}
+
 /// The effect of a set-up call with this message.
 fn effect_of(task: TaskId, parts: &[bytes::Bytes]) -> Effect {
     let mut hasher = Xxh3::new();
@@ -129,6 +134,7 @@ impl Sim {
             }
             let known = &mut self.facts.workers[rank as usize];
             known.is_away = known.is_terminated;
+            known.other_seeds.clear();
             if known.is_away {
                 self.away.insert(rank);
                 known.begin_again();
@@ -210,13 +216,12 @@ impl Sim {
                 known.logged
             );
             self.facts.seen.joined_with_calls += usize::from(!known.logged.is_empty());
-            known.other_seeds.clear();
-            let last = known
-                .reported_seeds
-                .last()
-                .filter(|_| known.reported_seeds.len() > 1);
-            if let Some(seed) = last.filter(|_| !known.is_late) {
-                known.seed = seed.clone();
+            if !known.is_late {
+                known.other_seeds.clear();
+                let last = known.reported_seeds.last();
+                if let Some(seed) = last.filter(|_| known.reported_seeds.len() > 1) {
+                    known.seed = seed.clone();
+                }
             }
             self.catch_up(rank);
             for task in &mut self.facts.tasks {
@@ -234,17 +239,29 @@ impl Sim {
             return;
         }
         let seed = self.hub.with_scheduler(|scheduler| scheduler.seed(rank));
-        if let Some(seed) = seed.filter(|seed| known.reported_seeds.last() != Some(seed)) {
-            let reported = if known.seed.len() > 64 {
-                &[]
-            } else {
-                &known.seed[..]
-            };
-            assert_eq!(
-                seed, reported,
+        if let Some(seed) = seed {
+            let last = known.reported_seeds.last();
+            assert!(
+                last == Some(&seed) || seed == reported(&known.seed),
                 "the head does not know the random numbers of worker {rank}"
             );
-            known.reported_seeds.push(seed);
+            known.report_seed(seed);
+        }
+    }
+
+    /// The head has the answer to a call that restores a worker. It knows the RNG state that the call has left, if the
+    /// worker had not run the call before.
+    pub fn restoring_call_ended(&mut self, rank: Rank, id: TaskId) {
+        let seed = self.hub.with_scheduler(|scheduler| scheduler.seed(rank));
+        let known = &mut self.facts.workers[rank as usize];
+        let left = known.restored_seeds.remove(&id).expect("an answer");
+        if let Some(seed) = seed {
+            let last = known.reported_seeds.last();
+            assert!(
+                last == Some(&seed) || seed == reported(&left),
+                "the head has another RNG state of worker {rank} than call {id} has left"
+            );
+            known.report_seed(seed);
         }
     }
 

@@ -380,7 +380,7 @@ impl Sim {
                 0..=64 => seed.clone(),
                 _ => Bytes::new(),
             };
-            if task.owner != rank && !owner.is_terminated {
+            if task.owner != rank && (!owner.is_terminated || owner.is_away) {
                 owner.other_seeds.push(reported.clone());
             }
             owner.reported_seeds.push(reported);
@@ -751,9 +751,7 @@ impl Sim {
             }
             idle += 1;
             // Only deadlines can cause progress now: of tasks, and of workers that were asked to end.
-            let living = self.hosts.iter().filter(|host| !host.lost);
-            let next = living.filter_map(|host| host.router.worker_table.next_deadline());
-            if let Some(next) = next.min() {
+            if let Some(next) = self.next_deadline() {
                 self.now = self.now.max(next);
                 self.tick();
             } else if self.outstanding.iter().all(VecDeque::is_empty) {
@@ -763,6 +761,13 @@ impl Sim {
             self.wait_for(self.waiting);
             assert!(idle < 10, "deadlock: {}", self.describe());
         }
+    }
+
+    /// When the next task or the next worker of an agent must have ended.
+    fn next_deadline(&self) -> Option<Now> {
+        let living = self.hosts.iter().filter(|host| !host.lost);
+        let next = living.filter_map(|host| host.router.worker_table.next_deadline());
+        next.min()
     }
 
     /// Runs a job without further faults.
@@ -803,8 +808,17 @@ impl Sim {
             self.hub.drop_blob(made.id);
         }
         let mut before = u64::MAX;
-        while std::mem::replace(&mut before, self.moved) != self.moved {
-            self.sweep();
+        loop {
+            while std::mem::replace(&mut before, self.moved) != self.moved {
+                self.sweep();
+            }
+            // Workers that were stopped may have to be killed.
+            let Some(next) = self.next_deadline() else {
+                break;
+            };
+            self.now = self.now.max(next);
+            self.tick();
+            before = u64::MAX;
         }
         for host in self.hosts.iter().filter(|host| !host.lost) {
             let bytes: usize = host.stored.values().map(|stored| stored.0.len()).sum();

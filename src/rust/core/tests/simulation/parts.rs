@@ -352,6 +352,8 @@ pub struct WorkerFacts {
     pub is_of_host: bool,
     /// Set-up calls were logged for it that it has not run.
     pub is_late: bool,
+    /// The states that its calls have left with which the head restores it.
+    pub restored_seeds: BTreeMap<TaskId, Bytes>,
     /// States that reassigned tasks have left since it is back, and that it may have been sent.
     pub other_seeds: Vec<Bytes>,
     /// It is draining, and the task that it had when the drain began.
@@ -380,9 +382,18 @@ impl WorkerFacts {
             is_away: false,
             is_of_host: false,
             is_late: false,
+            restored_seeds: BTreeMap::new(),
             other_seeds: Vec::new(),
             draining: false,
             task_at_drain: None,
+        }
+    }
+
+    /// The head has learned its RNG state from a call with which it was restored.
+    pub fn report_seed(&mut self, seed: Bytes) {
+        // At first, no state is known, and the head restores none.
+        if self.reported_seeds.len() == 1 || self.reported_seeds.last() != Some(&seed) {
+            self.reported_seeds.push(seed);
         }
     }
 

@@ -240,7 +240,7 @@ impl Sim {
         if self.rng.random_ratio(1, 3) {
             return None;
         }
-        let group = group(task);
+        let group = group(self.begins_like(task));
         let fits = |made: &&Made| made.group == group && made.len <= len;
         let awaited = self.hub.is_awaited(rank);
         let usable = |made: &&Made| awaited || self.hub.has_blob(rank, made.id);
@@ -295,12 +295,17 @@ impl Sim {
         ranks
     }
 
-    fn chunk(&self, task: TaskId, at: usize, n: usize) -> Chunk {
-        // All of the message is like that of another task, or only its blob, which is sent in other ways.
-        let like = match self.facts.tasks.get(task as usize) {
+    /// The task whose message this one is like. All of the message is like that of another task, or only its blob, which
+    /// is sent in other ways.
+    fn begins_like(&self, task: TaskId) -> TaskId {
+        match self.facts.tasks.get(task as usize) {
             Some(known) if known.prefix.1 == known.len => known.prefix.0,
             _ => task,
-        };
+        }
+    }
+
+    fn chunk(&self, task: TaskId, at: usize, n: usize) -> Chunk {
+        let like = self.begins_like(task);
         let number = (origin(like, false) + at) as u128 * MAX_BODY as u128 * 2 + n as u128;
         Chunk {
             bytes: part(like, false, at, n),
@@ -712,8 +717,11 @@ impl Sim {
     /// Checks the end of a task that the scheduler reports. `just_lost`: its worker has just failed.
     fn done(&mut self, rank: Rank, id: TaskId, job: JobId, outcome: Outcome, just_lost: bool) {
         if id & RESTORE != 0 {
-            if matches!(outcome, Outcome::Answer(_)) && !self.is_terminated(rank) {
-                self.catch_up(rank);
+            if matches!(outcome, Outcome::Answer(_)) {
+                self.restoring_call_ended(rank, id);
+                if !self.is_terminated(rank) {
+                    self.catch_up(rank);
+                }
             }
             return;
         }
@@ -743,7 +751,7 @@ impl Sim {
                     usize::from(task.is_reassigned() && !task.rng_use.is_nothing());
                 (Ready::Answer, body.len)
             }
-            Outcome::Lost(_) if task.end == Some(End::Removed) => return,
+            Outcome::Lost(_) | Outcome::Revoked if task.end == Some(End::Removed) => return,
             Outcome::Lost(termination) => {
                 assert!(wanted);
                 assert!(

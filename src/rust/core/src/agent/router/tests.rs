@@ -116,6 +116,27 @@ fn the_seed_after_a_restoring_call_is_kept_unless_the_head_sets_another() {
 }
 
 #[test]
+fn a_seed_that_crosses_the_failure_of_its_worker_is_that_of_the_replacement() {
+    for is_ready in [false, true] {
+        let mut router = up();
+        router.exited(0, true, Duration::ZERO);
+        router.made(0, true, Duration::ZERO);
+        if is_ready {
+            from_worker(&mut router, &[ready()]);
+            let acts = from_head(&mut router, seed(0, 0, b"seed"));
+            assert_eq!(to_worker(&acts), [&seed(0, 0, b"seed")]);
+        } else {
+            assert!(from_head(&mut router, seed(0, 0, b"seed")).is_empty());
+            let acts = from_worker(&mut router, &[ready()]);
+            assert_eq!(to_worker(&acts), [&seed(0, 0, b"seed")]);
+        }
+        // The state of a reassigned task goes down with that task.
+        assert!(from_head(&mut router, seed(REASSIGNED, 2, b"other")).is_empty());
+        assert_eq!(router.setup_log.restore(0).seed.unwrap(), "seed");
+    }
+}
+
+#[test]
 fn a_fresh_worker_is_restored_before_the_head_hears_of_it() {
     let mut router = up();
     let name = Bytes::copy_from_slice(&3u64.to_le_bytes());

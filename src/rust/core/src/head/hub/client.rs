@@ -453,8 +453,9 @@ impl Hub {
         }
         let load = core.inbox.tasks.loads();
         let living = core.inbox.workers.iter().zip(&load).enumerate();
-        let living =
-            living.filter(|(rank, (worker, _))| worker.termination.is_none() && members[*rank]);
+        let living = living.filter(|(rank, (worker, _))| {
+            worker.termination.is_none() && members.get(*rank) == Some(&true)
+        });
         let drains = |rank: usize| core.scheduler.draining(rank as Rank).is_some();
         let min_loaded = living.min_by_key(|&(rank, (_, load))| (drains(rank), load))?;
         Some(min_loaded.0 as Rank)

@@ -20,8 +20,9 @@ impl Hub {
         core.leave_absent(ranks);
     }
 
-    /// Removes some workers at once. Their tasks and calls are lost as with the end of a batch job, so that other workers
-    /// run those that are not bound to them.
+    /// Removes some workers at once. Their tasks are forgotten: R gets no answers to them, and no other worker runs
+    /// them. Their calls are lost as with the end of a batch job, so that other workers run those that are not bound to
+    /// them.
     pub fn remove(&mut self, ranks: &[Rank]) {
         let mut core = self.core();
         let stopped = Arc::new(Termination::Stopped);

@@ -79,7 +79,7 @@ impl Hub {
             let ranks = core.scheduler.add_workers(agent, plan.ranks.len());
             core.inbox.add_workers(agent, ranks.len());
             self.size += ranks.len();
-            self.members.1.clear();
+            self.members.1.resize(self.size, false);
             if ranks != plan.ranks {
                 return Err(io::Error::other("these ranks are not the next ones"));
             }

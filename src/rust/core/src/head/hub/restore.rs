@@ -171,6 +171,9 @@ impl Core {
         let Some(at) = active.calls.iter().position(|&(known, _)| known == task) else {
             return;
         };
+        if let (Outcome::Answer(_), Some(setup_log)) = (outcome, &mut self.setup_log) {
+            setup_log.caught_up_to(rank, active.calls[at].1);
+        }
         match outcome {
             Outcome::Answer(_) if at + 1 < active.calls.len() => return,
             Outcome::Answer(_) => self.all_sent(rank),

@@ -48,6 +48,8 @@ impl Hub {
             let worker = workers.get(rank as usize).cloned().unwrap_or_default();
             let assigned = match worker.termination {
                 Some(_) if only_logged => rank,
+                // The call sets up this worker, whatever others still run on its behalf.
+                None if setup_call.is_some() => rank,
                 // If the worker is back while others still run its tasks, they go on with them, in
                 // order.
                 None => substitute(&core, rank, job).unwrap_or(rank),

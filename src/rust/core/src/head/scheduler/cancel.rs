@@ -28,10 +28,10 @@ impl Scheduler {
         self.cancel_matching(rank, |task, _| task == id);
     }
 
-    /// Cancels all tasks of `job` that have not ended.
+    /// Cancels all tasks of `job` that have not ended. Calls that restore a worker belong to no job of R.
     pub fn cancel_job(&mut self, job: JobId) {
         for rank in 0..self.workers.len() as Rank {
-            self.cancel_matching(rank, |_, other| other == job);
+            self.cancel_matching(rank, |task, other| other == job && task & RESTORE == 0);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Failures of workers and hosts, and how both come back.
 
 use super::events::{Note, Outcome, Termination};
-use super::task::{Phase, RestoreMessage, Task};
+use super::task::{Current, Phase, RestoreMessage, Task};
 use super::worker::{Worker, WorkerState};
 use super::{MAX_FAILURES_IN_A_ROW, Scheduler};
 use crate::protocol::control::{self, ToAgent, WorkerFailure};
@@ -89,6 +89,7 @@ impl Scheduler {
                 _ => {
                     worker.state = WorkerState::Starting;
                     worker.away = true;
+                    worker.seed_waits = false;
                     worker.draining = None;
                     worker.window = SEND_WINDOW;
                 }
@@ -290,11 +291,10 @@ impl Scheduler {
         self.leave_out(at, reason);
     }
 
-    /// Stops an agent and leaves its host out permanently.
+    /// Stops an agent and leaves its host out permanently. If that was done before, the stop message remains.
     pub fn leave_out(&mut self, at: usize, reason: String) {
-        let before = self.agents[at].out.is_closed();
-        self.agent_lost(at, &reason);
-        if !before {
+        if !self.agents[at].out.is_closed() {
+            self.agent_lost(at, &reason);
             // The stop message is the last one.
             let stop = control::encode(&ToAgent::Stop).ok();
             self.agents[at].out.push_last(stop);
@@ -321,7 +321,13 @@ impl Scheduler {
     /// Records the random number state that a reassigned task left. If the worker on whose behalf
     /// it ran is back, the worker continues from that state.
     pub(super) fn put_seed(&mut self, rank: Rank, seed: Bytes) {
-        let worker = &self.workers[rank as usize];
+        let worker = &mut self.workers[rank as usize];
+        let is_late_call = |current: &Current| current.task.sets_seed;
+        if worker.current.as_ref().is_some_and(is_late_call) {
+            // The call was made after the reassigned task.
+            worker.seed_waits = true;
+            return;
+        }
         // A worker that is being restored gets the state at the end.
         let at_rest = worker.current.as_ref().is_none_or(|current| {
             current.task.id & RESTORE != 0 && matches!(current.phase, Phase::Running)

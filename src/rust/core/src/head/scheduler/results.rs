@@ -7,7 +7,7 @@ use super::task::{Current, Phase, PrefetchedTask, Task};
 use super::worker::{WorkerState, current_of};
 use crate::protocol::body::Memory;
 use crate::protocol::error::ProtocolError;
-use crate::protocol::frame::{ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Header, LAST};
+use crate::protocol::frame::{ABORT, BY_REFERENCE, FIRST, Frame, HEADER_LEN, Header, Kind, LAST};
 use crate::protocol::ids::{RESTORE, Rank, TaskId};
 use crate::protocol::limits::MAX_RESULT_MEMORY;
 use bytes::Bytes;
@@ -106,6 +106,13 @@ impl Scheduler {
             // A set-up call that the worker had completed before leaves no new random number state.
             let sets_seed = task & RESTORE == 0 || current.task.sets_seed;
             let after = current.after.take().filter(|_| sets_seed);
+            let is_late_call = current.task.sets_seed;
+            if is_late_call && std::mem::take(&mut worker.seed_waits) && after.is_none() {
+                let (agent, index) = (worker.agent, worker.index);
+                if let Some(seed) = worker.seed.clone() {
+                    self.push_control(agent, Frame::new(Kind::Seed, 0, index, 0, seed));
+                }
+            }
             if let Some((whose, seed)) = after {
                 self.workers[whose as usize].seed = Some(seed.clone());
                 if whose != rank {

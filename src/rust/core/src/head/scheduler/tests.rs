@@ -1040,3 +1040,54 @@ fn workers_that_are_added_get_the_next_ranks_and_tasks_once_they_have_joined() {
     let frame = control::encode(&ToHead::WorkerUp { worker: 2, pid: 7 }).unwrap();
     assert!(s.on_frame(2, frame).is_err());
 }
+
+#[test]
+fn a_host_that_is_left_out_twice_is_still_told_to_stop() {
+    let mut s = up(2);
+    s.leave_out(0, "first".into());
+    s.leave_out(0, "second".into());
+    let stop = control::encode(&ToAgent::Stop).unwrap();
+    assert_eq!(s.next_frame(0), Some(stop));
+    assert_eq!(s.next_frame(0), None);
+}
+
+#[test]
+fn the_end_of_no_job_does_not_end_the_calls_that_restore_a_worker() {
+    let mut s = up(1);
+    s.restore(0, vec![(RESTORE, 0, Vec::new())]);
+    sent(&mut s, 0);
+    s.take_notes();
+    s.cancel_job(0);
+    assert!(s.take_notes().is_empty());
+    answer(&mut s, 0, RESTORE, None);
+    assert!(matches!(
+        s.take_notes()[..],
+        [Note::Done {
+            outcome: Outcome::Answer(_),
+            ..
+        }]
+    ));
+}
+
+#[test]
+fn a_late_setup_call_leaves_the_random_numbers_of_a_reassigned_task_or_its_own() {
+    for left in [None, Some(&b"of the call"[..])] {
+        let mut s = up(2);
+        submit(&mut s, reassigned(1, 1, 0));
+        sent(&mut s, 1);
+        s.restore_more(0, vec![(RESTORE, 0, Vec::new())]);
+        sent(&mut s, 0);
+        let seed = Frame::new(Kind::Seed, REASSIGNED, 0, 1, Bytes::from_static(b"moved"));
+        s.on_frame(1, seed).unwrap();
+        answer(&mut s, 1, 1, None);
+        assert_eq!(sent(&mut s, 0), []);
+        answer(&mut s, 0, RESTORE, left);
+        let expected = left.unwrap_or(b"moved");
+        assert_eq!(s.seed(0).unwrap(), expected);
+        let moved = (Kind::Seed, 0, Bytes::from_static(b"moved"));
+        assert_eq!(
+            sent(&mut s, 0),
+            if left.is_none() { vec![moved] } else { vec![] }
+        );
+    }
+}

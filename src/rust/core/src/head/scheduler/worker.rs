@@ -31,6 +31,9 @@ pub(super) struct Worker {
     pub(super) awaiting_retry: Option<(TaskId, JobId)>,
     /// The worker's random number state, if it is known here.
     pub(super) seed: Option<Bytes>,
+    /// A reassigned task has left that state while a late set-up call ran. The worker is sent the state after the call,
+    /// unless the call leaves another.
+    pub(super) seed_waits: bool,
     /// Bytes that may be sent to the worker: see [`SEND_WINDOW`].
     pub(super) window: usize,
     pub(super) stats: WorkerStats,
@@ -54,6 +57,7 @@ impl Worker {
             next: None,
             awaiting_retry: None,
             seed: None,
+            seed_waits: false,
             window: SEND_WINDOW,
             stats: WorkerStats::default(),
             away: false,

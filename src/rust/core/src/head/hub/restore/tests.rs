@@ -1,9 +1,11 @@
 use super::super::{Hub, Plan, Turn};
 use super::*;
+use crate::head::launch::{Launch, Source};
 use crate::protocol::control::{
     self, DrainCause, Hello, Outfile, Start, StartMode, ToHead, WorkerFailure,
 };
 use crate::protocol::frame::{FIRST, Frame, Kind, LAST};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -43,6 +45,13 @@ fn plan(workers: u32) -> Plan {
     Plan { start, ranks }
 }
 
+/// A path for the file of a set-up log, which is unlinked at once.
+fn log_path() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    std::env::temp_dir().join(format!("restore-{}-{}", name.0, name.1))
+}
+
 /// A cluster of one worker, whose host has not joined.
 fn late() -> Hub {
     late_host(1)
@@ -50,14 +59,43 @@ fn late() -> Hub {
 
 /// A cluster of one host, which has not joined.
 fn late_host(workers: u32) -> Hub {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let path = std::env::temp_dir().join(format!("restore-{}-{}", name.0, name.1));
     let mut hub = Hub::by_hand(1, 1 << 20).unwrap();
     hub.set_dials(0);
-    hub.keep_setup_log(&path, 1 << 20, Duration::MAX).unwrap();
+    hub.keep_setup_log(&log_path(), 1 << 20, Duration::MAX)
+        .unwrap();
     hub.go(vec![Some(plan(workers))]).unwrap();
     hub
+}
+
+/// A cluster of two hosts, with a worker each, of which both have a task of job 1.
+fn two_hosts() -> Hub {
+    let mut hub = Hub::by_hand(2, 1 << 20).unwrap();
+    hub.keep_setup_log(&log_path(), 1 << 20, Duration::MAX)
+        .unwrap();
+    hub.set_dials(0);
+    let mut plans = Vec::new();
+    for rank in 0..2 {
+        assert!(hub.greet(rank, hello(), false).unwrap());
+        let mut plan = plan(1);
+        plan.ranks = vec![rank as Rank];
+        plan.start.ranks.clone_from(&plan.ranks);
+        plans.push(Some(plan));
+    }
+    hub.go(plans).unwrap();
+    for rank in 0..2 {
+        let up = control::encode(&ToHead::WorkerUp { worker: 0, pid: 7 }).unwrap();
+        hub.on_frame(rank, up, None).unwrap();
+        assert_eq!(task(&mut hub, rank as Rank, None), rank as Rank);
+    }
+    hub
+}
+
+/// Submits a task of job 1. Returns the worker to which it is assigned.
+fn task(hub: &mut Hub, rank: Rank, setup_call: Option<u64>) -> Rank {
+    let started = hub.begin(rank, 1, setup_call, Turn::Last, |_| None);
+    hub.write(b"task");
+    hub.finish();
+    started.unwrap().assigned
 }
 
 /// The agent of a job greets, and its worker is up.
@@ -180,6 +218,42 @@ fn a_call_that_was_only_logged_sets_the_random_numbers_after_those_of_the_worker
 }
 
 #[test]
+fn a_call_that_a_worker_has_completed_before_it_was_lost_sets_the_random_numbers_once() {
+    let mut hub = late();
+    assert!(set_up(&mut hub, 0, b"stream"));
+    join(&mut hub, false);
+    assert!(set_up(&mut hub, 0, b"second"));
+    assert_eq!(bodies(sent(&mut hub, Some(b"new stream"))), [b"stream"]);
+    assert!(hub.agent_ended(0, "the job has ended"));
+    // Another worker may have continued the stream on its behalf, which must not begin again.
+    join(&mut hub, true);
+    assert_eq!(
+        bodies(sent(&mut hub, Some(b"new stream"))),
+        [&b"stream"[..], b"new stream"]
+    );
+    assert_eq!(bodies(sent(&mut hub, Some(b"next"))), [b"second"]);
+    assert!(is_back(&hub));
+}
+
+#[test]
+fn the_random_numbers_of_a_worker_that_drains_while_it_is_restored_do_not_begin_again() {
+    let mut hub = late();
+    assert!(set_up(&mut hub, 0, b"stream"));
+    join(&mut hub, false);
+    let (seconds, cause) = (None, DrainCause::TimeLimit);
+    from_agent(&mut hub, &ToHead::Draining { seconds, cause });
+    assert_eq!(bodies(sent(&mut hub, Some(b"new stream"))), [b"stream"]);
+    assert!(!is_back(&hub));
+    assert!(hub.agent_ended(0, "the job has ended"));
+    join(&mut hub, true);
+    assert_eq!(
+        bodies(sent(&mut hub, Some(b"old"))),
+        [&b"stream"[..], b"new stream"]
+    );
+    assert!(is_back(&hub));
+}
+
+#[test]
 fn a_draining_worker_that_ends_while_it_is_restored_leaves_nothing_for_the_next_one() {
     let mut hub = late();
     assert!(set_up(&mut hub, 0, b"first"));
@@ -247,4 +321,35 @@ fn a_worker_that_is_replaced_while_it_waits_to_be_restored_joins() {
         }
     }
     assert!(hub.worker(worker).termination.is_none());
+}
+
+#[test]
+fn a_setup_call_is_that_of_a_worker_which_is_back_while_others_run_its_tasks() {
+    let mut hub = two_hosts();
+    assert!(hub.agent_ended(0, "the job has ended"));
+    assert_eq!(task(&mut hub, 0, None), 1);
+    join(&mut hub, true);
+    assert!(is_back(&hub));
+    // Tasks go on in order.
+    assert_eq!(task(&mut hub, 0, None), 1);
+    assert_eq!(task(&mut hub, 0, Some(0)), 0);
+}
+
+#[test]
+fn a_task_is_retried_on_another_worker_after_hosts_were_added() {
+    let mut hub = two_hosts();
+    let command = Source::Command {
+        command: Vec::new(),
+        env: Vec::new(),
+    };
+    let host = String::new();
+    let source = command;
+    hub.add_hosts(vec![Launch { host, source }]).unwrap();
+    let mut added = plan(1);
+    added.ranks = vec![2];
+    added.start.ranks = vec![2];
+    hub.go_more(vec![Some(added)], |_| true).unwrap();
+    assert!(hub.agent_ended(0, "the job has ended"));
+    let started = hub.try_again(0, 1, None, |_| None).unwrap();
+    assert_eq!(started.assigned, 1);
 }
