@@ -265,6 +265,56 @@ test_that("workers of an agent in a job have the usual signal handlers, and the 
   expect_identical(caught_signals(agentPids(cl)[[1L]]), c(TRUE, TRUE, TRUE))
 })
 
+test_that("workers that have not joined are removed at once", {
+  skip_on_cran()
+  for (drain in c(TRUE, FALSE)) {
+    gate <- gates()
+    gate$open("early")
+    cl <- local_cluster(c(early = 2, late = 2, later = 2), rshcmd = gate$ssh, rlibs = .libPaths(), wait = "first")
+    expect_match(format(cl), "nodes 3 to 6 waiting$")
+    # One worker of a host, and all of another one.
+    rest <- removeWorkers(cl, c(4, 5, 6), drain = drain)
+    expect_length(rest, 3L)
+    expect_identical(clusterHosts(cl)$state, c("up", "waiting", "stopped"))
+    expect_identical(clusterLapply(rest, 1:5, identity), as.list(1:5))
+    gate$open("late", "later")
+    suppressMessages(expect_length(unique(clusterCall(rest, Sys.getpid)), 3L))
+    expect_identical(clusterStatus(rest)$host, c("early", "early", "late"))
+    parallel::stopCluster(cl[3])
+    expect_identical(clusterHosts(cl)$state, c("up", "stopped", "stopped"))
+    stopCluster(cl)
+  }
+})
+
+test_that("workers that have not joined are stopped at once, and the last of them end the cluster", {
+  skip_on_cran()
+  gate <- gates()
+  gate$open("early")
+  cl <- local_cluster(c(early = 1, late = 2), rshcmd = gate$ssh, rlibs = .libPaths(), wait = "first")
+  parallel::stopCluster(cl[2])
+  parallel::stopCluster(cl[3])
+  expect_identical(clusterHosts(cl)$state, c("up", "stopped"))
+  parallel::stopCluster(cl[1])
+  expect_rust_error(caught(clusterCall(cl, Sys.getpid)), "stopped")
+})
+
+test_that("jobs that only removed workers wait for are cancelled", {
+  skip_on_cran()
+  stub <- local_stub_engine("slurm")
+  stub$set("delay", 600)
+  cl <- local_cluster(list(list(host = "localhost", ncore = 1), batch_launcher("slurm", stub, nodes = 3L)), wait = 1)
+  expect_length(stub$jobs(), 3L)
+  rest <- removeWorkers(cl, 2:3)
+  expect_true(wait_until(function() length(stub$jobs()) == 2L))
+  # A host that keeps a worker keeps its job.
+  rest <- removeWorkers(rest, 2)
+  expect_identical(clusterHosts(cl)$state, c("up", "stopped", "waiting", "waiting"))
+  expect_identical(clusterLapply(rest, 1:3, identity), as.list(1:3))
+  expect_length(stub$jobs(), 2L)
+  stopCluster(cl)
+  expect_true(wait_until(function() !length(stub$jobs())))
+})
+
 test_that("no process is left", {
   expect_no_leftovers()
 })
