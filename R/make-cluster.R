@@ -115,7 +115,7 @@
 #' effects of its set-up calls and its own stream of random numbers before its first task. Functions that give each node
 #' its own task, such as `clusterCall()`, `clusterEvalQ()`, `clusterApply()` and `parLapply()`, wait for all nodes of
 #' the cluster that they are called with; `packages` attaches packages without waiting, and a part of the cluster can be
-#' used at once: `cl[clusterAlive(cl)]`.
+#' used at once: `clusterAlive(cl)`.
 #'
 #' [clusterStatus()] and [clusterHosts()] show workers and hosts that have not joined yet as `"waiting"`. A host that
 #' fails to start, or to join within `setup_timeout`, is reported by a warning of class `rustcluster_host_failed`, and
