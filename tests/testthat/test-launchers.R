@@ -50,6 +50,11 @@ test_that("one job of several nodes goes on without a node that failed", {
   expect_false(any(grepl("--array", lines)))
 })
 
+test_that("Slurm warns a short job when a quarter of its time is left", {
+  expect_true("#SBATCH --signal=B:USR1@15" %in% script_of(slurm(cores = 1, time = 1)))
+  expect_true("#SBATCH --signal=B:USR1@60" %in% script_of(slurm(cores = 1, time = 5)))
+})
+
 test_that("arrays are cut at the limit of the site", {
   made <- jobs_of(slurm(nodes = 25, cores = 1, max_array = 10))$submissions
   expect_identical(made$tasks, c(10L, 10L, 5L))
