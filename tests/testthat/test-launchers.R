@@ -55,6 +55,11 @@ test_that("Slurm warns a short job when a quarter of its time is left", {
   expect_true("#SBATCH --signal=B:USR1@60" %in% script_of(slurm(cores = 1, time = 5)))
 })
 
+test_that("a launcher beside a single host is an error that shows the list of a host", {
+  expect_error(makeRustCluster(list(slurm(cores = 2), host = "x")), "launcher beside `host`.*list\\(host = \"x\"\\)",
+               class = "rustcluster_bad_argument")
+})
+
 test_that("arrays are cut at the limit of the site", {
   made <- jobs_of(slurm(nodes = 25, cores = 1, max_array = 10))$submissions
   expect_identical(made$tasks, c(10L, 10L, 5L))
