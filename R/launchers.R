@@ -347,7 +347,8 @@ dialectOf <- function(value) {
 # What other packages and the engines call the arguments of launchers.
 argumentsOfEngines <- c(
   walltime = "time", mem = "memory", ncore = "cores", ncores = "cores", cpus = "cores", workers = "cores",
-  n = "nodes", hosts = "nodes", project = "account", host = "address", ports = "port", modules = "setup", options = "extra"
+  n = "nodes", hosts = "nodes", project = "account", host = "address", ports = "port", modules = "setup",
+  options = "extra"
 )
 
 wholeCount <- function(value, argument, what, min, max) {
