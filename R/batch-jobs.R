@@ -194,6 +194,7 @@ awaitSubmissions <- function(batch, timeout) {
     }
     id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
     if (!length(id) || !nzchar(id[[1L]])) submissionFailed(batch, i, answer, "its output contains no job id")
+    if (id[[1L]] %in% jobs) submissionFailed(batch, i, answer, "its output has the same job id as before")
     jobs[[i]] <- id[[1L]]
   }
   batch$jobs <- data.frame(
@@ -205,11 +206,28 @@ submissionFailed <- function(batch, i, answer, why) {
   submission <- batch$submissions[i, ]
   output <- paste(c(answer$out, answer$err), collapse = "\n")
   script <- paste(batch$files[[submission$file]], collapse = "\n")
+  kind <- batch$launcher$kind
+  # The shell has not found the command.
+  absent <- isTRUE(answer$status == 127L)
   abort(
-    "start_failed", engines[[batch$launcher$kind]]$title, " did not accept the jobs: `", submission$command,
-    "` failed (", why, ")", tailText("output of the command", output),
+    "start_failed",
+    if (absent) notFoundText(submission$command, isThere(batch)),
+    if (kind == "template" || absent) {
+      paste0("`", submission$command, "` did not submit the jobs (")
+    } else paste0(engines[[kind]]$title, " did not accept the jobs: `", submission$command, "` failed ("),
+    why, ")", tailText("output of the command", output),
     "\nthe script:\n", paste0("  ", strsplit(script, "\n", fixed = TRUE)[[1L]], collapse = "\n"),
     fields = list(host = NULL, command = submission$command, output = output, script = script)
+  )
+}
+
+# Returns what to do if the shell has not found a submit command. `there`: on a login node.
+notFoundText <- function(command, there) {
+  paste0(
+    "the command `", sub("[[:space:]].*$", "", trimws(command)), "` was not found",
+    if (there) {
+      " on the login node: check the PATH of commands that ssh runs there\n"
+    } else ": is this a machine where jobs are submitted? `login` submits them on another\n"
   )
 }
 

@@ -406,14 +406,26 @@ waitProblem <- function(handle, i, timeout) {
   if (is.null(handle$agents[[i]]$dial)) {
     return(paste0("no response within ", timeout, " s; check the host or increase `setup_timeout`"))
   }
-  shown <- jobsOfHosts(handle)[i, ]
+  dial <- handle$agents[[i]]$dial
+  launcher <- handle$dial$launchers[[dial]]
+  all <- jobsOfHosts(handle)
+  shown <- all[i, ]
+  state <- sub(" .*$", "", shown$state)
+  # More time does not help a job that has ended.
+  if (!is.na(shown$job) && (shown$over || isFinalState(launcher$kind, state))) return(neverConnected(handle, i, all))
+  log <- if (is.na(shown$job)) "" else logOfHost(handle, dial, shown$job)
   paste0(
     "no agent has connected within ", timeout, " s: ",
     if (is.na(shown$job)) "the engine has not accepted its job yet" else paste0(
       "its job ", shown$job, " is ", if (is.na(shown$state)) "in an unknown state" else shown$state
     ),
-    "; use `wait` to begin with the nodes that are there, or increase `setup_timeout`",
-    tailText("end of its log", if (is.na(shown$job)) "" else logOfHost(handle, handle$agents[[i]]$dial, shown$job))
+    if (isRunningState(state)) {
+      paste0(
+        "; check that the node can connect to ", if (is.null(launcher$login)) "this machine" else "the login node",
+        " (`address`, `port`)", if (nzchar(log)) " and the end of its log" else "; its log is empty"
+      )
+    } else "; use `wait` to begin with the nodes that are there, or increase `setup_timeout`",
+    tailText("end of its log", log)
   )
 }
 

@@ -134,6 +134,9 @@ isFinalState <- function(kind, state) {
   state %in% c(final, "ENDED")
 }
 
+# Returns whether a state is, in the words of any engine, that of a job that runs.
+isRunningState <- function(state) state %in% c("RUNNING", "RUN", "R", "r", "hr")
+
 # Returns the words of an engine as they are shown: "PENDING (Resources)".
 stateText <- function(state, reason = NA_character_) {
   ifelse(is.na(state), NA_character_, ifelse(is.na(reason), state, paste0(state, " (", reason, ")")))

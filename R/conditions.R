@@ -73,6 +73,9 @@ outOfMemory <- function(left) {
   )
 }
 
+# Returns what separates a hint from the reason before it: a reason with the output of a command has several lines.
+ownLine <- function(reason) if (isTRUE(grepl("\n", reason, fixed = TRUE))) "\n" else "; "
+
 # Returns a time limit and the argument that set it: `timeout` of the cluster or, if that is longer, `.timeout`.
 limitText <- function(limit, timeout) {
   own <- !is.null(limit) && limit < timeout
@@ -136,10 +139,10 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       if (isFALSE(field("replaced"))) paste0(
         if (field("retry") > 0) {
           paste0(
-            "; the restart is retried in ", field("retry"), " s, and then at growing intervals; ",
+            ownLine(reason), "the restart is retried in ", field("retry"), " s, and then at growing intervals; ",
             "until the worker is back, "
           )
-        } else "; it is not replaced: ",
+        } else paste0(ownLine(reason), "it is not replaced: "),
         "`clusterAlive(cl)` leaves it out, if others are left"
       ),
       if (isTRUE(field("replaced")) && (is.null(field("task")) || !is.null(field("again")))) "; it is being replaced",
@@ -161,9 +164,9 @@ failureCondition <- function(failure, handle = NULL, type = "error") {
       "host ", sQuote(host), if (is.null(rank)) " is lost: " else paste0(" of worker ", rank, " is lost: "),
       reason,
       if (isTRUE(hub_reconnects(handle$pointer, owner))) {
-        "; it will be reconnected when it is back; until then "
+        paste0(ownLine(reason), "it will be reconnected when it is back; until then ")
       } else {
-        "; "
+        ownLine(reason)
       },
       "`clusterAlive(cl)` leaves its nodes out, if others are left"
     ),

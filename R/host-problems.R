@@ -94,10 +94,32 @@ showProblem <- function(row) {
 }
 
 failedHosts <- function(report, failed) {
-  lines <- sprintf("host %s: %s", sQuote(report$host[failed]), report$problem[failed])
+  problems <- report$problem[failed]
+  # Elements of an array have the same problem, each with its job.
+  job <- "\\bits job ([^ ]+) (is|ended before its agent)\\b"
+  same <- sub(job, "\\2", problems, perl = TRUE)
+  groups <- split(seq_along(failed), factor(same, unique(same)))
+  lines <- vapply(groups, function(group) {
+    hosts <- sQuote(report$host[failed[group]])
+    problem <- problems[[group[[1L]]]]
+    others <- length(group) - 1L
+    if (!others) return(paste0("host ", hosts, ": ", problem))
+    jobs <- paste0("its job \\1 (and ", others, " other", if (others > 1L) "s", ") \\2")
+    problem <- sub(job, jobs, problem, perl = TRUE)
+    paste0("hosts ", someOf(hosts), ": ", problem)
+  }, "")
   paste0(
-    if (length(lines) > 1L) paste0(length(lines), " hosts failed\n"), paste(lines, collapse = "\n")
+    if (length(failed) > 1L) paste0(length(failed), " hosts failed\n"), paste(lines, collapse = "\n")
   )
+}
+
+# Returns names as text: all of them, or the first two and the number of the others.
+someOf <- function(names) {
+  count <- length(names)
+  if (count < 2L) return(names)
+  shown <- if (count > 3L) c(names[1:2], paste(count - 2L, "others")) else names
+  last <- length(shown)
+  paste(paste(shown[-last], collapse = ", "), "and", shown[[last]])
 }
 
 # Returns what to say of a command that has ended without an error and without an agent. `silent`: it printed nothing.

@@ -67,7 +67,13 @@ specEntries <- function(spec) {
     return(lapply(unname(spec), namedEntry, workers = 1L))
   }
   if (is.list(spec) && length(spec)) {
-    if ("host" %in% names(spec)) spec <- list(spec)
+    if ("host" %in% names(spec)) {
+      if (any(vapply(spec, isLauncher, NA))) {
+        badArgument("spec", "has a launcher beside `host`; a list with launchers has a list for each host, such as ",
+                    "list(slurm(cores = 2), list(host = \"x\"))")
+      }
+      spec <- list(spec)
+    }
     launched <- vapply(spec, isLauncher, NA)
     entries <- lapply(seq_along(spec), function(i) if (launched[[i]]) spec[[i]] else listEntry(spec[[i]], i))
     hosts <- entries[!launched]

@@ -102,7 +102,7 @@ jobValues <- function(launcher, id, size, mode, arguments) {
     shell = if (login) "/bin/bash -l" else "/bin/sh", shell_path = if (login) "/bin/bash" else "/bin/sh",
     # The batch shell of a job of one node has become the agent; with srun the steps are the agents.
     signal = if (!is.null(launcher$time)) {
-      before <- if (is.null(seconds)) 60 else min(60, seconds %/% 2)
+      before <- if (is.null(seconds)) 60 else max(1, min(60, seconds %/% 4))
       paste0(if (!one) "B:", "USR1@", before)
     },
     pe = if (launcher$cores > 1L) launcher$pe,

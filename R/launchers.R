@@ -249,6 +249,9 @@ newLauncher <- function(kind, given, values) {
   missing <- attr(given, "absent")
   given <- lapply(given, plain)
   absent <- setdiff(c("cores", if (kind == "template") c("template", "submit", "cancel")), names(given))
+  # The value of the missing argument may have been given by another name.
+  meant <- names(values)[argumentsOfEngines[names(values)] %in% absent]
+  if (length(meant)) unknownArguments(kind, meant)
   if (length(absent)) badArgument(absent[[1L]], "is missing; ", switch(absent[[1L]],
     cores = "give the number of cores, and of workers, of each node",
     template = "give the text or the file of a job script",
@@ -264,7 +267,7 @@ newLauncher <- function(kind, given, values) {
     queue = engineName(if (kind == "slurm") given$partition else given$queue,
                        if (kind == "slurm") "partition" else "queue"),
     account = engineName(given$account, "account"),
-    gpus = if (!isUnset(given$gpus)) wholeCount(given$gpus, "gpus", "a number of GPUs of each node", 0, 4096),
+    gpus = gpuCount(given$gpus),
     constraint = constraintOf(given$constraint, kind), extra = extraLines(given$extra, engine$prefix),
     setup = shellLines(given$setup), array = given$array,
     max_array = if (!is.null(given$max_array)) {
@@ -322,15 +325,17 @@ launcherTemplate <- function(launcher, template) {
     checkTemplate(lines, known)
   }
   unknown <- setdiff(further, templateKeys(lines))
-  if (length(unknown)) {
-    arguments <- names(formals(get(if (launcher$kind == "template") "jobTemplate" else launcher$kind)))
-    abort(
-      "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", " ",
-      paste0("`", unknown, "`", collapse = ", "), didYouMean(unknown, setdiff(arguments, "..."), argumentsOfEngines),
-      fields = list(argument = unknown)
-    )
-  }
+  if (length(unknown)) unknownArguments(launcher$kind, unknown)
   lines
+}
+
+unknownArguments <- function(kind, unknown) {
+  arguments <- names(formals(get(if (kind == "template") "jobTemplate" else kind)))
+  abort(
+    "bad_argument", "unknown argument", if (length(unknown) > 1L) "s", " ",
+    paste0("`", unknown, "`", collapse = ", "), didYouMean(unknown, setdiff(arguments, "..."), argumentsOfEngines),
+    fields = list(argument = unknown)
+  )
 }
 
 dialectOf <- function(value) {
@@ -341,8 +346,9 @@ dialectOf <- function(value) {
 
 # What other packages and the engines call the arguments of launchers.
 argumentsOfEngines <- c(
-  walltime = "time", mem = "memory", ncores = "cores", cpus = "cores", workers = "cores", n = "nodes",
-  hosts = "nodes", project = "account", host = "address", ports = "port", modules = "setup", options = "extra"
+  walltime = "time", mem = "memory", ncore = "cores", ncores = "cores", cpus = "cores", workers = "cores",
+  n = "nodes", hosts = "nodes", project = "account", host = "address", ports = "port", modules = "setup",
+  options = "extra"
 )
 
 wholeCount <- function(value, argument, what, min, max) {
@@ -351,6 +357,15 @@ wholeCount <- function(value, argument, what, min, max) {
   }
   if (value > max) badArgument(argument, "must be at most ", shownNumber(max))
   as.integer(value)
+}
+
+gpuCount <- function(value) {
+  if (isUnset(value)) return(NULL)
+  if (is.character(value)) {
+    badArgument("gpus", "must be a number of GPUs of each node; a type of GPU goes into `extra`, as a directive of ",
+                "the engine")
+  }
+  wholeCount(value, "gpus", "a number of GPUs of each node", 0, 4096)
 }
 
 refuseControls <- function(value, argument) {

@@ -19,8 +19,10 @@
 #'     `rscript_envs`, `threads`, `renice`, `start_method`. If no element has `ncore` and some elements are equal, each
 #'     element stands for one worker, as in \pkg{parallel}.
 #'
-#'   * (launcher) The hosts of [commandLauncher()], which any command line starts, or of [allocation()], the nodes of
-#'     the batch job that this session runs in. A list may have launchers beside other hosts.
+#'   * (launcher) The nodes of jobs of a batch engine: [slurm()], [htcondor()], [gridEngine()], [pbs()], [lsf()], or
+#'     [jobTemplate()] for any other engine. Or the hosts of [commandLauncher()], which any command line starts, or of
+#'     [allocation()], the nodes of the batch job that this session runs in. A list may have launchers beside other
+#'     hosts, each of them a list with `host`.
 #'
 #'   A host may be written with a user and the port of its sshd: `"user@host"`, `"host:2222"`, `"[::1]:2222"`,
 #'   `"ssh://user@host:2222"`. An IPv6 address without a port needs no brackets.
@@ -115,7 +117,7 @@
 #' effects of its set-up calls and its own stream of random numbers before its first task. Functions that give each node
 #' its own task, such as `clusterCall()`, `clusterEvalQ()`, `clusterApply()` and `parLapply()`, wait for all nodes of
 #' the cluster that they are called with; `packages` attaches packages without waiting, and a part of the cluster can be
-#' used at once: `cl[clusterAlive(cl)]`.
+#' used at once: `clusterAlive(cl)`.
 #'
 #' [clusterStatus()] and [clusterHosts()] show workers and hosts that have not joined yet as `"waiting"`. A host that
 #' fails to start, or to join within `setup_timeout`, is reported by a warning of class `rustcluster_host_failed`, and

@@ -37,7 +37,7 @@ checkTemplate <- function(lines, known, argument = "template") {
   list <- function(names) paste0("`", names, "`", collapse = ", ")
   if (length(unknown)) {
     badArgument(argument, "has unknown keys: ", list(unknown), didYouMean(unknown, known, keysElsewhere),
-                "; the known keys are ", list(sort(known)))
+                "; the known keys are ", list(sort(known)), "; an argument with the name of a key defines that key")
   }
   rest <- gsub(keyPattern, "", lines, perl = TRUE)
   broken <- grep("{{", rest, fixed = TRUE)

@@ -99,6 +99,15 @@ test_that("the error of a start says what the engine says", {
   expect_s3_class(failed, "rustcluster_start_failed")
   expect_match(conditionMessage(failed), "ended before its agent had connected \\(FAILED.*no such module")
   expect_nothing_left(stub)
+  # A job that runs, and does not reach this machine.
+  failed <- caught(makeRustCluster(
+    batch_launcher("slurm", stub, setup = "echo begun; exec sleep 600"), setup_timeout = 3
+  ))
+  expect_match(
+    conditionMessage(failed),
+    "is RUNNING; check that the node can connect to this machine \\(`address`, `port`\\).*\n  begun"
+  )
+  expect_nothing_left(stub)
 })
 
 test_that("tasks of a job that is cancelled run elsewhere, and it is no attempt of theirs", {

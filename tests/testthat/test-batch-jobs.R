@@ -144,6 +144,31 @@ test_that("a command that prints no id is an error, and its jobs are cancelled b
   expect_identical(stub$jobs(), character())
 })
 
+test_that("two submissions with the same id are an error", {
+  stub <- local_stub_engine("template")
+  launcher <- jobTemplate(
+    "{{ environment }}\nexec {{ command }}", nodes = 2, cores = 1, dir = file.path(stub$home, "shared"),
+    submit = "echo job 900000001 of", cancel = "true"
+  )
+  error <- tryCatch(submitJobs(launcher, "id1"), error = identity)
+  expect_s3_class(error, "rustcluster_start_failed")
+  expect_match(conditionMessage(error), "`echo job .*did not submit the jobs .*the same job id as before")
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
+test_that("the error of a submit command that is missing says what to do", {
+  stub <- local_stub_engine("template")
+  launcher <- jobTemplate(
+    "{{ environment }}\nexec {{ command }}", cores = 1, dir = file.path(stub$home, "shared"),
+    submit = "no-such-submit {{ file }}", cancel = "true"
+  )
+  error <- tryCatch(submitJobs(launcher, "id1"), error = identity)
+  expect_s3_class(error, "rustcluster_start_failed")
+  expect_match(conditionMessage(error), "^the command `no-such-submit` was not found: is this a machine.*`login`")
+  expect_match(conditionMessage(error), "exit status 127", fixed = TRUE)
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
 test_that("several arrays are submitted one after the other, and each is known", {
   stub <- local_stub_engine("slurm")
   batch <- submitJobs(sleeping("slurm", stub, nodes = 5L, max_array = 2L), "id1")

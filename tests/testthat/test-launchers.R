@@ -50,6 +50,26 @@ test_that("one job of several nodes goes on without a node that failed", {
   expect_false(any(grepl("--array", lines)))
 })
 
+test_that("Slurm warns a short job when a quarter of its time is left", {
+  expect_true("#SBATCH --signal=B:USR1@15" %in% script_of(slurm(cores = 1, time = 1)))
+  expect_true("#SBATCH --signal=B:USR1@60" %in% script_of(slurm(cores = 1, time = 5)))
+})
+
+test_that("errors of arguments name the argument that was meant", {
+  expect_error(slurm(ncore = 2, cores = 1), "`ncore`; did you mean `cores`", class = "rustcluster_bad_argument")
+  expect_error(slurm(ncore = 2), "`ncore`; did you mean `cores`", class = "rustcluster_bad_argument")
+  expect_error(slurm(cores = 1, gpus = "a100:2"), "`gpus`.*`extra`", class = "rustcluster_bad_argument")
+  expect_error(
+    slurm(cores = 1, template = "{{ qos }}\n{{ command }}"), "unknown keys: `qos`.*defines that key",
+    class = "rustcluster_bad_argument"
+  )
+})
+
+test_that("a launcher beside a single host is an error that shows the list of a host", {
+  expect_error(makeRustCluster(list(slurm(cores = 2), host = "x")), "launcher beside `host`.*list\\(host = \"x\"\\)",
+               class = "rustcluster_bad_argument")
+})
+
 test_that("arrays are cut at the limit of the site", {
   made <- jobs_of(slurm(nodes = 25, cores = 1, max_array = 10))$submissions
   expect_identical(made$tasks, c(10L, 10L, 5L))

@@ -36,6 +36,31 @@ test_that("errors about arguments", {
   expect_snapshot(cat(sort(unique(unname(found)), method = "radix"), sep = "\n"))
 })
 
+test_that("hosts with equal problems are one line of an error", {
+  report <- data.frame(host = paste0("slurm-", 1:6), problem = c(
+    paste0("no agent has connected within 8 s: its job 17_", 1:4, " is PENDING (Resources)"), "other", "other"
+  ))
+  text <- gsub("[\u2018\u2019]", "'", rustcluster:::failedHosts(report, 1:6))
+  expect_identical(strsplit(text, "\n")[[1L]], c(
+    "6 hosts failed",
+    paste0("hosts 'slurm-1', 'slurm-2' and 2 others: no agent has connected within 8 s: its job 17_1 (and 3 others) ",
+           "is PENDING (Resources)"),
+    "hosts 'slurm-5' and 'slurm-6': other"
+  ))
+})
+
+test_that("a hint after several lines of output is a line of its own", {
+  handle <- list(agents = list(list(host = "n1", dial = 1L)), owner = 1L)
+  lost <- function(reason) {
+    conditionMessage(rustcluster:::failureCondition(list(
+      kind = "worker_lost", rank = 1L, pid = 0L, reason = reason, replaced = FALSE, retry = 0, setbacks = 0L,
+      restoring = FALSE, stalled = 0, index = 1L
+    ), handle))
+  }
+  expect_match(lost("failed"), "failed; it is not replaced: ", fixed = TRUE)
+  expect_match(lost("failed:\n  output"), "output\nit is not replaced: ", fixed = TRUE)
+})
+
 test_that("what to do about a host that failed", {
   problem <- function(stderr = "", status = NA, reason = "the agent's process ended", ..., stdout = "") {
     host <- list(host = "h1", user = "u", local = FALSE, ...)
