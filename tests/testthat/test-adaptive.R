@@ -39,6 +39,12 @@ for (kind in c("slurm", "htcondor", "gridEngine", "pbs", "lsf", "template")) {
     }
     stopCluster(cl)
     expect_nothing_left(stub)
+    # With `backlog = 1`, the next job is submitted only if the one before is known to have arrived.
+    cl <- adaptive_cluster(stub, 3, idle = 60, backlog = 1, kind = kind)
+    expect_length(unique(clusterCall(cl[1], Sys.getpid)), 1L)
+    expect_length(unique(clusterCall(cl, Sys.getpid)), 3L)
+    stopCluster(cl)
+    expect_nothing_left(stub)
   })
 }
 
