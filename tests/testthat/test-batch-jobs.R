@@ -304,6 +304,22 @@ test_that("a guard that was killed is replaced when the cluster stops", {
   expect_ended(stub, batch)
 })
 
+test_that("jobs whose directory was removed are cancelled by their name", {
+  for (kind in setdiff(stub_kinds, "template")) {
+    stub <- local_stub_engine(kind)
+    stub$set("pending", "Resources")
+    batch <- submitJobs(sleeping(kind, stub), "id1")
+    expect_length(stub$jobs(), 3L)
+    unlink(batch$directory, recursive = TRUE)
+    # An order whose files cannot be written leaves the guard alive.
+    expect_true(internal("tellGuard")(batch, "submit", 1L, 1L))
+    expect_true(internal("tellGuard")(batch, "query", 1L))
+    expect_false(internal("guardEnded")(batch, 0.3))
+    expect_true(stopJobs(batch))
+    expect_ended(stub, batch)
+  }
+})
+
 test_that("a guard removes nothing but a directory that was made for its jobs", {
   skip_on_cran()
   guard <- system.file("guard.sh", package = "rustcluster")
