@@ -183,6 +183,29 @@ test_that("a query never makes R wait, and a failed query ends no job", {
   expect_lte(queries(), before + 1L)
 })
 
+test_that("output that is no text, or cannot be read, ends no query", {
+  stub <- local_stub_engine("slurm")
+  squeue <- file.path(stub$home, "bin", "squeue")
+  well <- readLines(squeue)
+  batch <- submitJobs(sleeping("slurm", stub, nodes = 1L), "id1")
+  on.exit(stopJobs(batch), add = TRUE, after = FALSE)
+  writeLines(c("#!/bin/sh", "printf '900000100|N/A|RUNNING|\\367\\211\\273\\202|n\\n'"), squeue)
+  states <- awaitStates(batch)
+  expect_identical(states$reason, "<f7><89><bb><82>")
+  expect_null(batch$query)
+  answer <- internal("answerTo")
+  local({
+    local_function("answerTo", function(batch, name) if (!is.null(answer(batch, name))) stop("not readable"))
+    expect_identical(awaitStates(batch)$state, "RUNNING")
+    expect_match(batch$problem, "not readable")
+    expect_null(batch$query)
+  })
+  writeLines(well, squeue)
+  stub$end("900000100_none", "NODE_FAIL")
+  expect_states(batch, "NODE_FAIL")
+  expect_null(batch$problem)
+})
+
 test_that("a job that the engine ended keeps the engine's last words", {
   stub <- local_stub_engine("slurm")
   batch <- submitJobs(sleeping("slurm", stub), "id1")
@@ -374,6 +397,9 @@ test_that("states of real engines are read", {
     ),
     rbind(row("7", 1, "r", NA, "n1.local"), row("7", 2, "Eqw", "can't create directory"), row("8", NA, "qw"))
   )
+  expect_no_warning(parse(
+    "gridEngine", "7 0.5 rustcluste me Eqw 11/29/2026 10:00:00 1 1", "error 7 99999999999 too large for an integer"
+  ))
   expect_identical(
     parse("pbs", "Job Id: 12[3].srv", "    job_state = Q", "    comment = Not Running: Insufficient amount of",
           "\tresource", "Job Id: 13.srv", "    job_state = R", "    exec_host = n1/0*2+n2/0"),
