@@ -27,7 +27,7 @@ answerLimit <- 70
 # The arguments of launchers about adaptive clusters, or NULL for a launcher with a fixed number of nodes. `absent`: the
 # names of the arguments that the user has not given.
 adaptiveOf <- function(given, absent) {
-  if (isUnset(given[["max"]])) {
+  if (is.null(given[["max"]])) {
     for (name in setdiff(c("min", "idle", "backlog"), absent)) {
       badArgument(name, "needs `max`, the maximum number of nodes")
     }

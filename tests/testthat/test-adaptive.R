@@ -385,6 +385,8 @@ test_that("arguments of adaptive launchers are checked, and printed", {
   bad(max = 0)
   bad(max = 1.5)
   bad(max = "many")
+  bad(max = NA)
+  bad(max = NaN)
   bad(max = 2, nodes = 2)
   bad(max = 2, min = 3)
   bad(max = 2, min = -1)
