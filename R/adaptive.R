@@ -24,6 +24,9 @@ unlistedLimit <- 30
 # Seconds after which a submission is taken to be lost that has no answer: its command has a limit of 60 s.
 answerLimit <- 70
 
+# Seconds for which a job that has been ordered keeps other launchers from submitting jobs for the same tasks.
+coverLimit <- 30
+
 # The arguments of launchers about adaptive clusters, or NULL for a launcher with a fixed number of nodes. `absent`: the
 # names of the arguments that the user has not given.
 adaptiveOf <- function(given, absent) {
@@ -336,7 +339,7 @@ tendLaunchers <- function(handle, known, bound) {
       next
     }
     demand <- checked(hub_demand(handle$pointer, hosts), handle)
-    # The jobs of one launcher suffice for tasks that those of another could run, too.
+    # New jobs of one launcher suffice for tasks that those of another could run, too. Old ones may wait for ever.
     tasks <- max(0, demand$tasks - covered)
     needed <- intersect(free, handle$owner[bound])
     preferred <- c(preferred, needed)
@@ -348,7 +351,8 @@ tendLaunchers <- function(handle, known, bound) {
     count <- min(wanted - coming, room, state$settings$backlog - coming)
     submitMore(state, count)
     coming <- coming + max(count, 0)
-    covered <- covered + coming * state$cores
+    young <- sum(!state$jobs$arrived & proc.time()[["elapsed"]] < state$jobs$ordered + coverLimit)
+    covered <- covered + min(coming, young) * state$cores
     spare <- coming * state$cores - tasks
     full <- coming >= state$settings$backlog || room <= count
     state$reconsider <- if (full) Inf else length(recordsOf(handle)) + max(1, spare + 1)

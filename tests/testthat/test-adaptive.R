@@ -355,6 +355,32 @@ test_that("adaptive launchers join other hosts, and clusters that grow", {
   expect_nothing_left(stub)
 })
 
+test_that("jobs of one launcher that do not start leave the tasks to another", {
+  local_function("coverLimit", 1)
+  busy <- local_stub_engine("slurm")
+  free <- local_stub_engine("lsf")
+  busy$set("pending", "Resources")
+  cl <- local_cluster(list(
+    batch_launcher("slurm", busy, cores = 1, max = 2), batch_launcher("lsf", free, cores = 1, max = 2)
+  ))
+  values <- function() clusterLapply(cl, 1:2, sqrt, .timeout = 60)
+  expect_identical(values(), lapply(1:2, sqrt))
+  expect_identical(submitted(busy), 2L)
+  expect_length(free$pids(), 2L)
+  # Jobs that have just been ordered suffice.
+  busy$set("pending", NULL)
+  stopCluster(cl)
+  expect_nothing_left(busy)
+  expect_nothing_left(free)
+  local_function("coverLimit", 60)
+  before <- length(free$log())
+  cl <- local_cluster(list(
+    batch_launcher("slurm", busy, cores = 1, max = 2), batch_launcher("lsf", free, cores = 1, max = 2)
+  ))
+  expect_identical(values(), lapply(1:2, sqrt))
+  expect_identical(sum(startsWith(free$log()[-seq_len(before)], "bsub")), 0L)
+})
+
 test_that("adaptive launchers work behind a login node", {
   skip_without_sshd()
   stub <- local_stub_engine("slurm")
