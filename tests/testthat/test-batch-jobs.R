@@ -133,6 +133,37 @@ test_that("only the user can read the files of the jobs, and the key is in no sc
   expect_true(dir.exists(batch$directory))
 })
 
+test_that("secrets are written when the guard is there to remove them", {
+  stub <- local_stub_engine("slurm")
+  start <- internal("startGuard")
+  seen <- NULL
+  local_function("startGuard", function(batch) {
+    seen <<- list.files(batch$directory)
+    start(batch)
+  })
+  batch <- submitJobs(sleeping("slurm", stub), "id1", key = "key 00", env = c(RC_SECRET = "top-secret"))
+  expect_true("jobs-of" %in% seen)
+  expect_identical(intersect(seen, c("key", "key.tmp", "variables")), character())
+  expect_true(all(c("key", "variables") %in% list.files(batch$directory)))
+  expect_true(stopJobs(batch))
+  # A session that is killed then leaves nothing.
+  file <- file.path(stub$home, "launcher.rds")
+  saveRDS(batch$launcher, file)
+  head <- start_child({
+    write <- rustcluster:::writeKey
+    namespace <- asNamespace("rustcluster")
+    unlockBinding("writeKey", namespace)
+    assign("writeKey", function(...) {
+      write(...)
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+    }, namespace)
+    rustcluster:::submitJobs(readRDS(file), "id2", key = "key 00")
+  }, values = list(file = file))
+  child_wait_end(head)
+  wait_until(function() !length(list.files(file.path(stub$home, "shared"))))
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
 test_that("a command that prints no id is an error, and its jobs are cancelled by name", {
   stub <- local_stub_engine("slurm")
   sbatch <- file.path(stub$home, "bin", "sbatch")
