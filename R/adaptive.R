@@ -21,10 +21,16 @@ maxUnread <- 5L
 # Seconds after which a job is taken to be over that the engine has never listed, although it was asked.
 unlistedLimit <- 30
 
+# Seconds after which a submission is taken to be lost that has no answer: its command has a limit of 60 s.
+answerLimit <- 70
+
+# Seconds for which a job that has been ordered keeps other launchers from submitting jobs for the same tasks.
+coverLimit <- 30
+
 # The arguments of launchers about adaptive clusters, or NULL for a launcher with a fixed number of nodes. `absent`: the
 # names of the arguments that the user has not given.
 adaptiveOf <- function(given, absent) {
-  if (isUnset(given[["max"]])) {
+  if (is.null(given[["max"]])) {
     for (name in setdiff(c("min", "idle", "backlog"), absent)) {
       badArgument(name, "needs `max`, the maximum number of nodes")
     }
@@ -68,12 +74,14 @@ startAdaptive <- function(handle, number, launcher, hosts) {
   state$cores <- launcher$cores
   state$settings <- adaptive
   # A row for each job that may not be over: the number of its submission, the last number of the order to the guard,
-  # its id once the engine has accepted it, its name in the form of jobNumber(), when it was accepted, and whether a
-  # worker of it has come up.
+  # its id once the engine has accepted it, its name in the form of jobNumber(), when it was ordered and accepted, when
+  # its answer must be there, since when a session of ssh has read that, and whether a worker of it has come up.
   state$jobs <- data.frame(
-    submission = integer(), last = integer(), job = character(), name = character(), accepted = numeric(),
-    arrived = logical(), stringsAsFactors = FALSE
+    submission = integer(), last = integer(), job = character(), name = character(), ordered = numeric(),
+    due = numeric(), read = numeric(), accepted = numeric(), arrived = logical(), stringsAsFactors = FALSE
   )
+  # The names of jobs that have arrived before the answers to their submissions.
+  state$early <- character()
   # How often in a row an answer could not be read on a login node, and when to try again.
   state$unread <- 0L
   state$readAgain <- -Inf
@@ -108,9 +116,12 @@ submitMore <- function(state, count) {
   if (count < 1L) return(invisible())
   new <- state$submitted + seq_len(count)
   batch <- state$batch
+  now <- proc.time()[["elapsed"]]
+  # The guard submits the jobs of an order one after the other.
   state$jobs <- rbind(state$jobs, data.frame(
-    submission = new, last = new[[count]], job = NA_character_, name = NA_character_, accepted = NA_real_,
-    arrived = FALSE, stringsAsFactors = FALSE
+    submission = new, last = new[[count]], job = NA_character_, name = NA_character_, ordered = now,
+    due = now + answerLimit * seq_len(count), read = NA_real_, accepted = NA_real_, arrived = FALSE,
+    stringsAsFactors = FALSE
   ))
   state$submitted <- state$submitted + count
   if (!tellGuard(batch, "submit", new[[1L]], new[[count]])) {
@@ -141,7 +152,8 @@ takeAccepted <- function(state) {
     # It may answer just before it ends.
     over <- isTRUE(guardEnded(batch, 0))
     answer <- answerTo(batch, name)
-    if (is.null(answer) && !over) next
+    lost <- is.null(answer) && !over && isAnswerLost(state, submission)
+    if (is.null(answer) && !over && !lost) next
     if (isThere(batch) && isTRUE(answer$status == 255L) && state$unread < maxUnread) {
       # The session of ssh has failed, and the job may have been accepted.
       batch$reading[[name]] <- NULL
@@ -153,7 +165,9 @@ takeAccepted <- function(state) {
     row <- match(submission, state$jobs$submission)
     if (is.na(row)) next
     id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
-    problem <- if (is.null(answer)) {
+    problem <- if (lost) {
+      "its answer is missing"
+    } else if (is.null(answer)) {
       "the process that submits jobs has ended"
     } else if (!isTRUE(answer$status == 0L)) {
       # timeout(1) exits with 124, or 137 after SIGKILL.
@@ -169,9 +183,13 @@ takeAccepted <- function(state) {
       )
       # The guard has not gone on with the rest of its order, which would fail for the same reason.
       dropped <- is.na(state$jobs$job) & state$jobs$submission >= submission & state$jobs$last == state$jobs$last[[row]]
+      # It may have gone on after an answer that it could not write. A job without an answer may be there.
+      if (lost) dropped <- state$jobs$submission == submission
+      came <- lost && (state$jobs$arrived[[row]] || length(state$early))
+      if (came && !state$jobs$arrived[[row]]) state$early <- state$early[-1L]
       for (n in state$jobs$submission[dropped]) forgetAnswer(batch, paste0("submit-", n))
       state$jobs <- state$jobs[!dropped, ]
-      adaptiveFailed(state, text)
+      if (!came) adaptiveFailed(state, text)
       next
     }
     array <- batch$submissions$array[[1L]]
@@ -181,9 +199,29 @@ takeAccepted <- function(state) {
     state$jobs$job[[row]] <- id[[1L]]
     state$jobs$name[[row]] <- jobNumber(paste0(id[[1L]], "/", if (is.na(task)) "" else task))
     state$jobs$accepted[[row]] <- proc.time()[["elapsed"]]
+    if (state$jobs$name[[row]] %in% state$early) state$jobs$arrived[[row]] <- TRUE
     batch$jobs <- rbind(batch$jobs, job)
     batch$states <- rbind(batch$states, expected)
   }
+  # Without unanswered submissions, these are names of jobs that were forgotten.
+  state$early <- if (anyNA(state$jobs$name)) setdiff(state$early, state$jobs$name) else character()
+}
+
+# Returns whether a submission without an answer will have none: the disk may have been full, or its process was killed.
+isAnswerLost <- function(state, submission) {
+  row <- match(submission, state$jobs$submission)
+  now <- proc.time()[["elapsed"]]
+  if (is.na(row) || now < state$jobs$due[[row]]) return(FALSE)
+  if (!isThere(state$batch)) return(TRUE)
+  # R may not have waited for the cluster meanwhile: the session of ssh that reads the answer needs its time.
+  if (is.na(state$jobs$read[[row]])) state$jobs$read[[row]] <- now
+  now >= state$jobs$read[[row]] + answerLimit
+}
+
+# Returns the number of jobs that have been ordered and have not arrived.
+comingJobs <- function(state) {
+  waits <- !state$jobs$arrived
+  sum(waits) - min(length(state$early), sum(waits & is.na(state$jobs$name)))
 }
 
 # Marks the jobs of which a worker has come up. A template does not tell agents which jobs they are.
@@ -194,9 +232,12 @@ takeArrivals <- function(handle) {
     if (is.null(state)) next
     name <- arrivals$job[[at]]
     row <- if (!isJobName(name)) which(!state$jobs$arrived)[1L] else match(jobNumber(name), state$jobs$name)
-    # The engine may have started the job before its submit command has ended.
-    if (is.na(row)) row <- which(!state$jobs$arrived & is.na(state$jobs$name))[1L]
-    if (!is.na(row)) state$jobs$arrived[[row]] <- TRUE
+    if (!is.na(row)) {
+      state$jobs$arrived[[row]] <- TRUE
+    } else if (isJobName(name) && anyNA(state$jobs$name)) {
+      # The engine may have started the job before its submit command has ended.
+      state$early <- union(state$early, jobNumber(name))
+    }
     state$failures <- 0L
   }
 }
@@ -213,6 +254,10 @@ forgetEnded <- function(handle, state, known) {
   names <- jobNumber(known$job[up][named])
   # As long as all jobs are there, the engine need not be asked.
   there <- jobs$name %in% names
+  # The name of a lost answer may have stood for another job.
+  working <- up[named][known$awaited[up[named]] == 0]
+  jobs$arrived[jobs$name %in% jobNumber(known$job[working])] <- TRUE
+  state$jobs <- jobs
   asked <- !is.na(jobs$job) & !there
   anonymous <- sum(!named)
   if (!any(asked) || sum(asked & jobs$arrived) <= anonymous && all(jobs$arrived[asked])) return(invisible())
@@ -288,13 +333,13 @@ tendLaunchers <- function(handle, known, bound) {
     free <- hosts[usable & known$linked[hosts] == 0]
     joining <- sum(known$awaited[hosts] == 1 & known$linked[hosts] == 1)
     up <- sum(known$awaited[hosts] == 0 & known$linked[hosts] == 1)
-    coming <- sum(!state$jobs$arrived)
+    coming <- comingJobs(state)
     if (!is.null(state$stopped)) {
       stopGrowth(handle, state, if (coming == 0L) free else integer())
       next
     }
     demand <- checked(hub_demand(handle$pointer, hosts), handle)
-    # The jobs of one launcher suffice for tasks that those of another could run, too.
+    # New jobs of one launcher suffice for tasks that those of another could run, too. Old ones may wait for ever.
     tasks <- max(0, demand$tasks - covered)
     needed <- intersect(free, handle$owner[bound])
     preferred <- c(preferred, needed)
@@ -306,7 +351,8 @@ tendLaunchers <- function(handle, known, bound) {
     count <- min(wanted - coming, room, state$settings$backlog - coming)
     submitMore(state, count)
     coming <- coming + max(count, 0)
-    covered <- covered + coming * state$cores
+    young <- sum(!state$jobs$arrived & proc.time()[["elapsed"]] < state$jobs$ordered + coverLimit)
+    covered <- covered + min(coming, young) * state$cores
     spare <- coming * state$cores - tasks
     full <- coming >= state$settings$backlog || room <= count
     state$reconsider <- if (full) Inf else length(recordsOf(handle)) + max(1, spare + 1)

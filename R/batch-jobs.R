@@ -22,15 +22,14 @@ submitJobs <- function(launcher, id, key = character(), env = character(),
   batch <- prepareJobs(launcher, id, env, arguments, host)
   started <- FALSE
   on.exit(if (!started) discardJobs(batch))
-  writeKey(batch, key)
-  startGuard(batch)
+  startWithKey(batch, key)
   sendSubmissions(batch)
   awaitSubmissions(batch, timeout)
   started <- TRUE
   batch
 }
 
-# Makes the directory of the jobs, with their scripts.
+# Makes the directory of the jobs, with their scripts but without secrets: see startWithKey().
 prepareJobs <- function(launcher, id, env, arguments, host) {
   launcher$dir <- jobsDirThere(launcher, host)
   variables <- variablesLines(env)
@@ -45,6 +44,7 @@ prepareJobs <- function(launcher, id, env, arguments, host) {
   batch$id <- id
   batch$directory <- jobDirectoryOf(launcher, id)
   batch$files <- made$files
+  batch$variables <- variables
   batch$submissions <- made$submissions
   batch$jobs <- NULL
   batch$guard <- NULL
@@ -55,13 +55,12 @@ prepareJobs <- function(launcher, id, env, arguments, host) {
   if (!isThere(batch)) makeDirectory(batch)
   written <- FALSE
   on.exit(if (!written) removeJobsDir(batch))
+  # The guard removes only a directory with this file.
+  writeJobFile(batch, file.path(batch$directory, "jobs-of"), jobNameOf(launcher, id))
   for (path in names(made$files)) writeJobFile(batch, path, made$files[[path]], "0700")
   for (i in seq_len(nrow(made$submissions))) {
     writeJobFile(batch, file.path(batch$directory, paste0("submit-", i)), made$submissions$command[[i]])
   }
-  writeJobFile(batch, variablesFileOf(launcher, id), variables)
-  # The guard removes only a directory with this file.
-  writeJobFile(batch, file.path(batch$directory, "jobs-of"), jobNameOf(launcher, id))
   if (isThere(batch)) writeGuardThere(batch)
   written <- TRUE
   batch
@@ -105,6 +104,15 @@ writeKey <- function(batch, lines) {
   temporary <- paste0(path, ".tmp")
   writePrivate(temporary, lines)
   if (!file.rename(temporary, path)) cannotWrite(path, simpleCondition("it could not be renamed"))
+}
+
+# Starts the first guard of the jobs, and writes the key and the variables of the user, which are secrets: if this session
+# is killed, the guard removes them. On a login node, the session of the guard writes all files.
+startWithKey <- function(batch, key) {
+  if (!isThere(batch)) startGuard(batch)
+  writeJobFile(batch, variablesFileOf(batch$launcher, batch$id), batch$variables)
+  writeKey(batch, key)
+  if (isThere(batch)) startGuard(batch)
 }
 
 startGuard <- function(batch) {

@@ -114,8 +114,7 @@ addBatch <- function(handle, number, launcher, submit = TRUE) {
   batch$submitting <- TRUE
   # From here on abandon() and stopCluster() end it.
   handle$batches <- c(handle$batches, list(batch))
-  writeKey(batch, key)
-  startGuard(batch)
+  startWithKey(batch, key)
   if (submit) sendSubmissions(batch)
   batch
 }

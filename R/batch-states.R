@@ -9,7 +9,10 @@ queryJobs <- function(batch, force = FALSE, every = 5) {
   if (is.null(batch$states)) batch$states <- expectedStates(batch)
   now <- proc.time()[["elapsed"]]
   if (!is.null(batch$query)) {
-    answer <- answerTo(batch, batch$query)
+    # A query without an end would be the last one.
+    answer <- tryCatch(answerTo(batch, batch$query), error = function(e) {
+      list(status = NA_integer_, err = conditionMessage(e))
+    })
     if (!is.null(answer)) {
       batch$problem <- takeAnswer(batch, answer)
       if (is.null(batch$problem)) batch$answered <- batch$queried
@@ -192,7 +195,8 @@ withEvents <- function(said, lines) {
   aborted <- startsWith(head, "009")
   ended <- stateRows(
     as.character(as.numeric(sub("^[0-9]+ [(]([0-9]+)[.].*$", "\\1", head))),
-    as.integer(sub("^[0-9]+ [(][0-9]+[.]([0-9]+)[.].*$", "\\1", head)), ifelse(aborted, "REMOVED", "COMPLETED"),
+    suppressWarnings(as.integer(sub("^[0-9]+ [(][0-9]+[.]([0-9]+)[.].*$", "\\1", head))),
+    ifelse(aborted, "REMOVED", "COMPLETED"),
     ifelse(nzchar(nextLine), sub("^[(][01][)] ", "", nextLine), NA_character_)
   )
   ended <- ended[!duplicated(ended[c("job", "task")], fromLast = TRUE), ]
@@ -211,7 +215,7 @@ parseGridEngine <- function(lines) {
     reason <- NA_character_
     if (grepl("E", row[[5L]], fixed = TRUE)) {
       mine <- Filter(function(error) error[[2L]] == row[[1L]], errors)
-      ofTask <- Filter(function(error) identical(as.integer(error[[3L]]), task), mine)
+      ofTask <- Filter(function(error) identical(suppressWarnings(as.integer(error[[3L]])), task), mine)
       mine <- c(ofTask, mine)
       if (length(mine)) reason <- mine[[1L]][[4L]]
     }

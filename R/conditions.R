@@ -14,6 +14,9 @@ printable <- function(text) {
   bytes <- Encoding(text) == "bytes" | !validUTF8(text)
   text <- enc2utf8(text)
   text[bytes] <- iconv(text[bytes], "UTF-8", "UTF-8", sub = "byte")
+  # iconv() takes code points above U+10FFFF, which no other function does.
+  beyond <- !validUTF8(text)
+  text[beyond] <- iconv(text[beyond], "ASCII", "ASCII", sub = "byte")
   text <- gsub("\r\n", "\n", text, fixed = TRUE)
   # This includes characters that change the direction of text, and line ends of other systems.
   controls <- "[\\x01-\\x08\\x0b-\\x1f\\x7f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"

@@ -227,7 +227,8 @@ engines <- list(
   lsf = list(
     title = "LSF", prefix = "#BSUB", template = "lsf",
     time = function(seconds) as.character(ceiling(seconds / 60)), memory = function(mib) paste0(mib, "MB"),
-    job = "$LSB_JOBID", task = "$LSB_JOBINDEX", log = c("%J.log", "%J_%I.log")
+    # The index is 0 in a job that is no array.
+    job = "$LSB_JOBID", task = "${LSB_JOBINDEX#0}", log = c("%J.log", "%J_%I.log")
   ),
   template = list(
     title = "template", prefix = NULL, template = NULL,

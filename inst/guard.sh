@@ -171,7 +171,8 @@ end_jobs() {
   trap '' TERM HUP INT
   # Until a submit command has ended, its job is unknown.
   for pid in $submissions; do wait "$pid"; done
-  if [ -e "$dir/submitted" ]; then
+  # The directory may have been removed, or this guard may have replaced another.
+  if [ -n "$submitted" ] || [ -e "$dir/submitted" ]; then
     limit=$(($(date +%s) + 60))
     pause=0.1
     while :; do
@@ -221,11 +222,14 @@ main() {
   umask 077
   cd / || exit 2
   submissions=
+  submitted=
   trap end_jobs TERM HUP INT
   while read -r order n rest; do
     case $order in
       submit)
-        : >"$dir/submitted"
+        submitted=1
+        # In a subshell, since a redirection that fails would end this one.
+        (: >"$dir/submitted") 2>/dev/null
         submit "$n" "$rest" &
         submissions="$submissions $!"
         ;;

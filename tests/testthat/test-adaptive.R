@@ -39,6 +39,12 @@ for (kind in c("slurm", "htcondor", "gridEngine", "pbs", "lsf", "template")) {
     }
     stopCluster(cl)
     expect_nothing_left(stub)
+    # With `backlog = 1`, the next job is submitted only if the one before is known to have arrived.
+    cl <- adaptive_cluster(stub, 3, idle = 60, backlog = 1, kind = kind)
+    expect_length(unique(clusterCall(cl[1], Sys.getpid)), 1L)
+    expect_length(unique(clusterCall(cl, Sys.getpid)), 3L)
+    stopCluster(cl)
+    expect_nothing_left(stub)
   })
 }
 
@@ -208,6 +214,79 @@ test_that("three failures stop the growth, and nothing hangs", {
   expect_identical(clusterLapply(cl, 1:3, identity), as.list(1:3))
 })
 
+# Has the guard fail to write the answers to submissions.
+lose_answers <- function(state, submissions) {
+  for (i in submissions) dir.create(file.path(state$batch$directory, paste0("submit-", i, ".tmp")))
+}
+
+test_that("a submission whose answer is never written is a failure, and blocks nothing", {
+  local_function("answerLimit", 0.5)
+  stub <- local_stub_engine("slurm")
+  cl <- adaptive_cluster(stub, 2, idle = 60, backlog = 1)
+  state <- cl[[1L]]$handle$adaptive[[1L]]
+  lose_answers(state, 1L)
+  stub$set("refuse", "sbatch: error: Batch job submission failed: no partition")
+  call <- clusterSubmit(cl, 7)
+  expect_true(wait_until(function() submitted(stub) == 1L))
+  stub$set("refuse", NULL)
+  expect_identical(call$value(), 7)
+  expect_identical(submitted(stub), 2L)
+  expect_length(unique(clusterCall(cl, Sys.getpid)), 2L)
+  expect_equal(state$jobs$submission, 2:3)
+  stopCluster(cl)
+  expect_nothing_left(stub)
+  # All answers are lost.
+  stub$set("refuse", "sbatch: error: Batch job submission failed: no partition")
+  cl <- adaptive_cluster(stub, 2, idle = 60)
+  lose_answers(cl[[1L]]$handle$adaptive[[1L]], 1:10)
+  before <- submitted(stub)
+  failed <- suppressWarnings(caught(clusterLapply(cl, 1:2, identity)))
+  expect_s3_class(failed, "rustcluster_host_failed")
+  expect_match(conditionMessage(failed), "its answer is missing")
+  expect_lte(submitted(stub) - before, 4L)
+  stopCluster(cl)
+  expect_nothing_left(stub)
+})
+
+test_that("a job that arrives and whose submission has no answer is no failure", {
+  local_function("answerLimit", 3)
+  stub <- local_stub_engine("slurm")
+  cl <- adaptive_cluster(stub, 3, idle = 60, backlog = 1)
+  state <- cl[[1L]]$handle$adaptive[[1L]]
+  lose_answers(state, 1L)
+  expect_length(unique(clusterCall(cl, Sys.getpid)), 3L)
+  expect_identical(submitted(stub), 3L)
+  forgotten <- function() {
+    rustcluster:::tendBatches(cl[[1L]]$handle, now = TRUE)
+    rustcluster:::takeAccepted(state)
+    identical(as.integer(state$jobs$submission), 2:3)
+  }
+  expect_true(wait_until(forgotten))
+  expect_identical(state$failures, 0L)
+  expect_identical(state$early, character())
+  expect_length(unique(clusterCall(cl, Sys.getpid)), 3L)
+  expect_identical(submitted(stub), 3L)
+})
+
+test_that("jobs that arrive before the answers to their submissions are told apart", {
+  stub <- local_stub_engine("slurm")
+  sbatch <- file.path(stub$home, "bin", "sbatch")
+  # The first job arrives long before its command ends, the others after that.
+  writeLines(c(readLines(sbatch), "[ \"$id\" != 900000100 ] || sleep 3"), sbatch)
+  cl <- adaptive_cluster(stub, 3, idle = 60, backlog = 1)
+  expect_length(unique(clusterCall(cl, Sys.getpid)), 3L)
+  expect_identical(submitted(stub), 3L)
+  state <- cl[[1L]]$handle$adaptive[[1L]]
+  known <- function() {
+    rustcluster:::takeAccepted(state)
+    rustcluster:::takeArrivals(cl[[1L]]$handle)
+    !anyNA(state$jobs$name)
+  }
+  expect_true(wait_until(known))
+  expect_identical(state$jobs$name, paste0(900000100:900000102, "/"))
+  expect_identical(state$jobs$arrived, rep(TRUE, 3))
+})
+
 test_that("a start whose first jobs fail is an error, and leaves nothing", {
   stub <- local_stub_engine("slurm")
   launcher <- batch_launcher("slurm", stub, max = 3, min = 2, setup = "exit 3")
@@ -276,6 +355,32 @@ test_that("adaptive launchers join other hosts, and clusters that grow", {
   expect_nothing_left(stub)
 })
 
+test_that("jobs of one launcher that do not start leave the tasks to another", {
+  local_function("coverLimit", 1)
+  busy <- local_stub_engine("slurm")
+  free <- local_stub_engine("lsf")
+  busy$set("pending", "Resources")
+  cl <- local_cluster(list(
+    batch_launcher("slurm", busy, cores = 1, max = 2), batch_launcher("lsf", free, cores = 1, max = 2)
+  ))
+  values <- function() clusterLapply(cl, 1:2, sqrt, .timeout = 60)
+  expect_identical(values(), lapply(1:2, sqrt))
+  expect_identical(submitted(busy), 2L)
+  expect_length(free$pids(), 2L)
+  # Jobs that have just been ordered suffice.
+  busy$set("pending", NULL)
+  stopCluster(cl)
+  expect_nothing_left(busy)
+  expect_nothing_left(free)
+  local_function("coverLimit", 60)
+  before <- length(free$log())
+  cl <- local_cluster(list(
+    batch_launcher("slurm", busy, cores = 1, max = 2), batch_launcher("lsf", free, cores = 1, max = 2)
+  ))
+  expect_identical(values(), lapply(1:2, sqrt))
+  expect_identical(sum(startsWith(free$log()[-seq_len(before)], "bsub")), 0L)
+})
+
 test_that("adaptive launchers work behind a login node", {
   skip_without_sshd()
   stub <- local_stub_engine("slurm")
@@ -306,6 +411,8 @@ test_that("arguments of adaptive launchers are checked, and printed", {
   bad(max = 0)
   bad(max = 1.5)
   bad(max = "many")
+  bad(max = NA)
+  bad(max = NaN)
   bad(max = 2, nodes = 2)
   bad(max = 2, min = 3)
   bad(max = 2, min = -1)

@@ -133,6 +133,37 @@ test_that("only the user can read the files of the jobs, and the key is in no sc
   expect_true(dir.exists(batch$directory))
 })
 
+test_that("secrets are written when the guard is there to remove them", {
+  stub <- local_stub_engine("slurm")
+  start <- internal("startGuard")
+  seen <- NULL
+  local_function("startGuard", function(batch) {
+    seen <<- list.files(batch$directory)
+    start(batch)
+  })
+  batch <- submitJobs(sleeping("slurm", stub), "id1", key = "key 00", env = c(RC_SECRET = "top-secret"))
+  expect_true("jobs-of" %in% seen)
+  expect_identical(intersect(seen, c("key", "key.tmp", "variables")), character())
+  expect_true(all(c("key", "variables") %in% list.files(batch$directory)))
+  expect_true(stopJobs(batch))
+  # A session that is killed then leaves nothing.
+  file <- file.path(stub$home, "launcher.rds")
+  saveRDS(batch$launcher, file)
+  head <- start_child({
+    write <- rustcluster:::writeKey
+    namespace <- asNamespace("rustcluster")
+    unlockBinding("writeKey", namespace)
+    assign("writeKey", function(...) {
+      write(...)
+      tools::pskill(Sys.getpid(), tools::SIGKILL)
+    }, namespace)
+    rustcluster:::submitJobs(readRDS(file), "id2", key = "key 00")
+  }, values = list(file = file))
+  child_wait_end(head)
+  wait_until(function() !length(list.files(file.path(stub$home, "shared"))))
+  expect_identical(list.files(file.path(stub$home, "shared")), character())
+})
+
 test_that("a command that prints no id is an error, and its jobs are cancelled by name", {
   stub <- local_stub_engine("slurm")
   sbatch <- file.path(stub$home, "bin", "sbatch")
@@ -206,6 +237,29 @@ test_that("a query never makes R wait, and a failed query ends no job", {
   before <- queries()
   for (i in 1:20) queryJobs(batch)
   expect_lte(queries(), before + 1L)
+})
+
+test_that("output that is no text, or cannot be read, ends no query", {
+  stub <- local_stub_engine("slurm")
+  squeue <- file.path(stub$home, "bin", "squeue")
+  well <- readLines(squeue)
+  batch <- submitJobs(sleeping("slurm", stub, nodes = 1L), "id1")
+  on.exit(stopJobs(batch), add = TRUE, after = FALSE)
+  writeLines(c("#!/bin/sh", "printf '900000100|N/A|RUNNING|\\367\\211\\273\\202|n\\n'"), squeue)
+  states <- awaitStates(batch)
+  expect_identical(states$reason, "<f7><89><bb><82>")
+  expect_null(batch$query)
+  answer <- internal("answerTo")
+  local({
+    local_function("answerTo", function(batch, name) if (!is.null(answer(batch, name))) stop("not readable"))
+    expect_identical(awaitStates(batch)$state, "RUNNING")
+    expect_match(batch$problem, "not readable")
+    expect_null(batch$query)
+  })
+  writeLines(well, squeue)
+  stub$end("900000100_none", "NODE_FAIL")
+  expect_states(batch, "NODE_FAIL")
+  expect_null(batch$problem)
 })
 
 test_that("a job that the engine ended keeps the engine's last words", {
@@ -329,6 +383,22 @@ test_that("a guard that was killed is replaced when the cluster stops", {
   expect_ended(stub, batch)
 })
 
+test_that("jobs whose directory was removed are cancelled by their name", {
+  for (kind in setdiff(stub_kinds, "template")) {
+    stub <- local_stub_engine(kind)
+    stub$set("pending", "Resources")
+    batch <- submitJobs(sleeping(kind, stub), "id1")
+    expect_length(stub$jobs(), 3L)
+    unlink(batch$directory, recursive = TRUE)
+    # An order whose files cannot be written leaves the guard alive.
+    expect_true(internal("tellGuard")(batch, "submit", 1L, 1L))
+    expect_true(internal("tellGuard")(batch, "query", 1L))
+    expect_false(internal("guardEnded")(batch, 0.3))
+    expect_true(stopJobs(batch))
+    expect_ended(stub, batch)
+  }
+})
+
 test_that("a guard removes nothing but a directory that was made for its jobs", {
   skip_on_cran()
   guard <- system.file("guard.sh", package = "rustcluster")
@@ -383,6 +453,9 @@ test_that("states of real engines are read", {
     ),
     rbind(row("7", 1, "r", NA, "n1.local"), row("7", 2, "Eqw", "can't create directory"), row("8", NA, "qw"))
   )
+  expect_no_warning(parse(
+    "gridEngine", "7 0.5 rustcluste me Eqw 11/29/2026 10:00:00 1 1", "error 7 99999999999 too large for an integer"
+  ))
   expect_identical(
     parse("pbs", "Job Id: 12[3].srv", "    job_state = Q", "    comment = Not Running: Insufficient amount of",
           "\tresource", "Job Id: 13.srv", "    job_state = R", "    exec_host = n1/0*2+n2/0"),

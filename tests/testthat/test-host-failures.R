@@ -385,6 +385,9 @@ test_that("control characters in text of hosts and workers are escaped", {
   expect_identical(printable(c("a\033]0;t\007b\r\nc\td\re", NA, "")), c("a\\x1b]0;t\\x07b\nc\td\\x0de", NA, ""))
   expect_identical(printable("\u00fc\u202ex\u009b"), "\u00fc\\u202ex\\x9b")
   expect_identical(printable("bad\xff"), "bad<ff>")
+  # A code point above U+10FFFF.
+  expect_identical(printable(c("\u00fc", "a\xf7\x89\xbb\x82\033")), c("\u00fc", "a<f7><89><bb><82>\\x1b"))
+  expect_identical(printable("\xf4\x90\x80\x80"), "<f4><90><80><80>")
   expect_identical(printable(character()), character())
   error <- caught(makeRustCluster(list(list(
     host = "localhost", ncore = 1, rscript = command("printf '\\033[2Jhello\\a\\n' >&2; exit 7")
