@@ -8,7 +8,8 @@
 #' @return A data frame of class `"rustcluster_hosts"`, with a row for each host, or for each group of
 #'   equal entries of `spec`:
 #'   \describe{
-#'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user.}
+#'     \item{host, user}{(character) as in `spec`; `user` is `NA` without a user. For a job of a batch engine, `host` is
+#'       the name of the node once the agent has joined. Two jobs on one node have the same name.}
 #'     \item{state}{(character) `"up"`; `"waiting"`: has not joined yet (see `wait` of [makeRustCluster()]), or has no
 #'       job because no task needs it (see `max` of [slurm()]); `"lost"`;
 #'       `"failed"`: was left out at the start; `"stopped"`: all of its workers have been stopped or removed.}

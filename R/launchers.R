@@ -71,8 +71,8 @@
 #'   spaces, which are appended if the key is missing.
 #' @param status (character) The command line that prints a line for each job: the id, its state, and optionally a
 #'   reason. `{{ jobs }}` as for `cancel`. Default: states are not shown.
-#' @param pattern (character) A regular expression for the id of the job in the output of `submit`; default: the first
-#'   number.
+#' @param pattern (character) A regular expression for the id of the job in the output of `submit`. Default: the first
+#'   number that is not next to a letter, a digit, `/`, `_` or `-`.
 #'
 #' @section Adaptive clusters:
 #' With `max`, the cluster has `max` nodes, of which those without a job are `"waiting"` in [clusterHosts()].
@@ -181,7 +181,7 @@ lsf <- function(nodes = 1L, cores, memory = NULL, time = NULL, queue = NULL, acc
 #' @export
 jobTemplate <- function(template, submit, cancel, status = NULL, nodes = 1L, cores, memory = NULL, time = NULL,
                         queue = NULL, account = NULL, gpus = NULL, constraint = NULL, extra = NULL, setup = NULL,
-                        pattern = "[0-9]+", max_array = 1000L, name = "rustcluster", dir = "~/.rustcluster",
+                        pattern = NULL, max_array = 1000L, name = "rustcluster", dir = "~/.rustcluster",
                         rscript = NULL, rlibs = NULL, address = NULL, port = 0L, login = NULL, max = NULL, min = 0L,
                         idle = 60, backlog = 5L, ...) {
   newLauncher("template", given(), list(...))
@@ -294,7 +294,8 @@ newLauncher <- function(kind, given, values) {
   if (kind == "pbs") launcher$dialect <- dialectOf(given$dialect)
   if (kind == "template") launcher[c("submit", "cancel", "status", "pattern")] <- list(
     engineCommand(given$submit, "submit", "file"), engineCommand(given$cancel, "cancel", "jobs"),
-    if (!is.null(given$status)) engineCommand(given$status, "status", "jobs"), regularExpression(given$pattern)
+    if (!is.null(given$status)) engineCommand(given$status, "status", "jobs"),
+    if (!is.null(given$pattern)) regularExpression(given$pattern)
   )
   named <- names(values)
   if (length(values) && (is.null(named) || !all(nzchar(named)))) {

@@ -10,7 +10,7 @@
 #'
 #' @param cl A cluster made by [makeRustCluster()], or a part of one.
 #' @param which The nodes to remove: numbers of nodes of `cl`, or (character) names of hosts, as [clusterHosts()] has
-#'   them: all nodes of `cl` on these hosts.
+#'   them: all nodes of `cl` on these hosts. The workers of two jobs of a batch engine on one host are all removed.
 #' @param drain (logical) Whether the workers complete their tasks first. `FALSE`: stop the workers at once, whatever
 #'   they do; calls of [clusterSubmit()] that run there are repeated on other workers, which does not count as a retry.
 #' @param timeout (numeric) Maximum number of seconds to wait for the tasks. Then the workers are stopped as with

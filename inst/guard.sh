@@ -4,8 +4,8 @@
 # sh guard.sh DIRECTORY KIND NAME USER-COMMANDS...
 #   KIND: slurm, htcondor, gridEngine, pbs, lsf or template
 #   NAME: the name of the jobs
-#   for template: PATTERN (a regular expression for the id in the output of a submit command), CANCEL and STATUS
-#   (commands, in which "$@" stands for ids)
+#   for template: PATTERN (a regular expression for the id in the output of a submit command; empty for the first number
+#   that stands alone), CANCEL and STATUS (commands, in which "$@" stands for ids)
 #
 # It reads lines from stdin: "submit FROM TO" runs the files submit-FROM to submit-TO in the directory, "query N" asks
 # for the states of all jobs, "cancel N ID..." cancels some. Each writes files with the extensions .out and .err, and at
@@ -36,7 +36,14 @@ job_id() {
     gridEngine) sed -n 's/^\([0-9][0-9]*\)$/\1/p; s/^\([0-9][0-9]*\)\.[0-9].*$/\1/p' ;;
     pbs) sed -n 's/^\([0-9][0-9]*\(\[\]\)\{0,1\}\(\.[A-Za-z0-9._-]*\)\{0,1\}\)$/\1/p' ;;
     lsf) sed -n 's/^Job <\([0-9][0-9]*\)> .*$/\1/p' ;;
-    template) grep -oE -e "$pattern" ;;
+    template)
+      if [ -n "$pattern" ]; then
+        grep -oE -e "$pattern"
+      else
+        # Digits within a path or a name are no id.
+        grep -oE '(^|[^[:alnum:]/_-])[0-9]+($|[^[:alnum:]/_-])' | grep -oE '[0-9]+'
+      fi
+      ;;
   esac | head -n 1
 }
 
@@ -110,7 +117,7 @@ cancel_name() {
     htcondor) limited 20 condor_rm -constraint "JobBatchName == \"$name\"" ;;
     gridEngine) limited 20 qdel "$name" ;;
     pbs)
-      command -v qselect >/dev/null 2>&1 || return 0
+      command -v qselect >/dev/null 2>&1 || return 127
       for id in $(limited 20 qselect -N "$name"); do limited 20 qdel "$id"; done
       ;;
     lsf) limited 20 bkill -J "$name" 0 ;;
@@ -166,6 +173,14 @@ ids() {
   cat "$dir"/submit-*.id 2>/dev/null
 }
 
+# Whether the shell has found none of the submit commands.
+none_submitted() {
+  for out in "$dir"/submit-*.out; do
+    [ "$(cat "${out%.out}.rc" 2>/dev/null)" = 127 ] || return 1
+  done
+  [ -z "$(ids)" ]
+}
+
 # Ends all jobs and removes the directory, and nothing else.
 end_jobs() {
   trap '' TERM HUP INT
@@ -180,6 +195,8 @@ end_jobs() {
       cancel_ids $(ids) >/dev/null 2>&1
       done=$?
       cancel_name >/dev/null 2>&1
+      # The commands of the engine are not on this machine.
+      [ "$?" = 127 ] && none_submitted && break
       # shellcheck disable=SC2046
       if rest=$(left $(ids) 2>/dev/null) && [ -z "$rest" ]; then
         # Of a template, only the exit status of its cancel command is known.

@@ -175,6 +175,22 @@ test_that("a command that prints no id is an error, and its jobs are cancelled b
   expect_identical(stub$jobs(), character())
 })
 
+test_that("the id of a job is a number that stands alone", {
+  stub <- local_stub_engine("template")
+  outputs <- c(
+    "123", "Job <123>", "123.server", "id=123", "job 123.", "/tmp/4ab/job.sh 123", "/tmp/4/5 a-6 b_7 123", "4ab 123 8"
+  )
+  for (output in outputs) {
+    launcher <- jobTemplate(
+      "{{ environment }}\nexec {{ command }}", cores = 1, dir = file.path(stub$home, "shared"),
+      submit = paste0("echo \"", output, "\" #"), cancel = "true"
+    )
+    batch <- submitJobs(launcher, "id1")
+    expect_identical(batch$jobs$job, "123", info = output)
+    expect_true(stopJobs(batch))
+  }
+})
+
 test_that("two submissions with the same id are an error", {
   stub <- local_stub_engine("template")
   launcher <- jobTemplate(
