@@ -301,7 +301,7 @@ test_that("workers that have not joined are stopped at once, and the last of the
 test_that("jobs that only removed workers wait for are cancelled", {
   skip_on_cran()
   stub <- local_stub_engine("slurm")
-  stub$set("delay", 600)
+  stub$set("pending", "Resources")
   cl <- local_cluster(list(list(host = "localhost", ncore = 1), batch_launcher("slurm", stub, nodes = 3L)), wait = 1)
   expect_length(stub$jobs(), 3L)
   rest <- removeWorkers(cl, 2:3)
