@@ -106,8 +106,8 @@ writeKey <- function(batch, lines) {
   if (!file.rename(temporary, path)) cannotWrite(path, simpleCondition("it could not be renamed"))
 }
 
-# Starts the first guard of the jobs, and writes the key and the variables of the user, which are secrets: if this session
-# is killed, the guard removes them. On a login node, the session of the guard writes all files.
+# Starts the first guard of the jobs, and writes the key and the variables of the user, which are secrets: if this
+# session is killed, the guard removes them. On a login node, the session of the guard writes all files.
 startWithKey <- function(batch, key) {
   if (!isThere(batch)) startGuard(batch)
   writeJobFile(batch, variablesFileOf(batch$launcher, batch$id), batch$variables)

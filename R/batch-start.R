@@ -205,8 +205,8 @@ jobsOfHosts <- function(handle, known = checked(hub_hosts(handle$pointer))) {
   shown
 }
 
-# Returns the jobs that have not started and are not needed without these workers: a list of `batch`, `job` and `task`, as
-# for cancelJobs(). A job of several nodes is needed for the others, and an adaptive launcher keeps its jobs.
+# Returns the jobs that have not started and are not needed without these workers: a list of `batch`, `job` and `task`,
+# as for cancelJobs(). A job of several nodes is needed for the others, and an adaptive launcher keeps its jobs.
 waitingJobs <- function(handle, ranks) {
   if (!length(handle$batches)) return(list())
   known <- checked(hub_hosts(handle$pointer))

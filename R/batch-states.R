@@ -48,8 +48,8 @@ awaitStates <- function(batch, limit = 25) {
   batch$states
 }
 
-# Asks the engines, and waits up to a second for their answers. The last answers do not do if other hosts have `joined` by
-# now: their jobs would be shown as waiting.
+# Asks the engines, and waits up to a second for their answers. The last answers do not do if other hosts have `joined`
+# by now: their jobs would be shown as waiting.
 askEngines <- function(batches, joined) {
   batches <- Filter(function(batch) !isTRUE(batch$submitting), batches)
   for (batch in batches) {

@@ -294,8 +294,8 @@ format.RustCluster <- function(x, ...) {
   paste(c(text, of), collapse = "")
 }
 
-# Returns which nodes wait for their hosts and which are lost, apart from those that were stopped, as part of a sentence;
-# "" for none.
+# Returns which nodes wait for their hosts and which are lost, apart from those that were stopped, as part of a
+# sentence; "" for none.
 lostNodes <- function(part, stopped) {
   handle <- part$handle
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
