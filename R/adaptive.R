@@ -164,16 +164,13 @@ takeAccepted <- function(state) {
     state$unread <- 0L
     row <- match(submission, state$jobs$submission)
     if (is.na(row)) next
-    id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
+    id <- submittedId(batch, name, answer)
     problem <- if (lost) {
       "its answer is missing"
     } else if (is.null(answer)) {
       "the process that submits jobs has ended"
-    } else if (!isTRUE(answer$status == 0L)) {
-      # timeout(1) exits with 124, or 137 after SIGKILL.
-      if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
-    } else if (!length(id) || !nzchar(id[[1L]])) {
-      "its output contains no job id"
+    } else {
+      submissionProblem(answer, id)
     }
     if (!is.null(problem)) {
       output <- paste(c(answer$out, answer$err), collapse = "\n")
@@ -193,11 +190,11 @@ takeAccepted <- function(state) {
       next
     }
     array <- batch$submissions$array[[1L]]
-    job <- data.frame(job = id[[1L]], tasks = 1L, array = array, stringsAsFactors = FALSE)
+    job <- data.frame(job = id, tasks = 1L, array = array, stringsAsFactors = FALSE)
     expected <- expectedStates(list(jobs = job, launcher = batch$launcher))
     task <- expected$task[[1L]]
-    state$jobs$job[[row]] <- id[[1L]]
-    state$jobs$name[[row]] <- jobNumber(paste0(id[[1L]], "/", if (is.na(task)) "" else task))
+    state$jobs$job[[row]] <- id
+    state$jobs$name[[row]] <- jobNumber(paste0(id, "/", if (is.na(task)) "" else task))
     state$jobs$accepted[[row]] <- proc.time()[["elapsed"]]
     if (state$jobs$name[[row]] %in% state$early) state$jobs$arrived[[row]] <- TRUE
     batch$jobs <- rbind(batch$jobs, job)
@@ -304,11 +301,7 @@ forgetJob <- function(batch, job, submission) {
   batch$states <- batch$states[batch$states$job != job, ]
   forgetAnswer(batch, paste0("submit-", submission))
   if (isThere(batch)) return(invisible())
-  number <- sub("^([0-9]+).*$", "\\1", job)
-  logs <- list.files(batch$directory, "[.]log$")
-  parts <- regmatches(logs, gregexpr("[0-9]+", logs))
-  own <- vapply(parts, function(part) number %in% part, NA)
-  unlink(file.path(batch$directory, logs[own]))
+  unlink(file.path(batch$directory, logsOf(list.files(batch$directory), job)))
 }
 
 # Submits the jobs that are needed. `bound`: the ranks that a verb waits for.

@@ -194,20 +194,32 @@ awaitSubmissions <- function(batch, timeout) {
       }
       raiseInterrupt()
     }
-    if (!isTRUE(answer$status == 0L)) {
-      if (isThere(batch)) checkLinkThere(batch, "submit the jobs")
-      # timeout(1) exits with 124, or 137 after SIGKILL.
-      why <- if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
-      submissionFailed(batch, i, answer, why)
-    }
-    id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
-    if (!length(id) || !nzchar(id[[1L]])) submissionFailed(batch, i, answer, "its output contains no job id")
-    if (id[[1L]] %in% jobs) submissionFailed(batch, i, answer, "its output has the same job id as before")
-    jobs[[i]] <- id[[1L]]
+    if (!isTRUE(answer$status == 0L) && isThere(batch)) checkLinkThere(batch, "submit the jobs")
+    id <- submittedId(batch, name, answer)
+    why <- submissionProblem(answer, id)
+    if (!is.null(why)) submissionFailed(batch, i, answer, why)
+    if (id %in% jobs) submissionFailed(batch, i, answer, "its output has the same job id as before")
+    jobs[[i]] <- id
   }
   batch$jobs <- data.frame(
     job = jobs, tasks = batch$submissions$tasks, array = batch$submissions$array, stringsAsFactors = FALSE
   )
+}
+
+# Returns the id in the answer to a submission, or "".
+submittedId <- function(batch, name, answer) {
+  id <- if (isThere(batch)) answer$id else linesOf(file.path(batch$directory, paste0(name, ".id")))
+  c(id, "")[[1L]]
+}
+
+# Returns why an answer is that of a submission that has failed, or NULL.
+submissionProblem <- function(answer, id) {
+  if (!isTRUE(answer$status == 0L)) {
+    # timeout(1) exits with 124, or 137 after SIGKILL.
+    if (answer$status %in% c(124L, 137L)) "no answer within 60 s" else paste("exit status", answer$status)
+  } else if (!nzchar(id)) {
+    "its output contains no job id"
+  }
 }
 
 submissionFailed <- function(batch, i, answer, why) {
@@ -292,16 +304,21 @@ discardJobs <- function(batch) {
   if (is.null(batch$guard)) removeJobsDir(batch) else stopJobs(batch)
 }
 
+# Returns which files are the logs of a job. `task`: as for jobLog().
+logsOf <- function(files, job, task = NA_integer_) {
+  number <- sub("^([0-9]+).*$", "\\1", job)
+  logs <- grep("[.]log$", files, value = TRUE)
+  parts <- regmatches(logs, gregexpr("[0-9]+", logs))
+  ofJob <- vapply(parts, function(part) any(part == number), NA)
+  ofTask <- vapply(parts, function(part) is.na(task) || any(part[-1L] == task), NA)
+  logs[ofJob & ofTask & !startsWith(logs, "events")]
+}
+
 # Returns the end of the log of a job, or "" without one. `task`: the index in its array, or NA.
 jobLog <- function(batch, job, task = NA_integer_, lines = 30L) {
   if (is.na(job)) return("")
-  number <- sub("^([0-9]+).*$", "\\1", job)
   all <- if (isThere(batch)) filesThere(batch) else list.files(batch$directory)
-  files <- grep("[.]log$", all, value = TRUE)
-  parts <- regmatches(files, gregexpr("[0-9]+", files))
-  ofJob <- vapply(parts, function(part) any(part == number), NA)
-  ofTask <- vapply(parts, function(part) is.na(task) || any(part[-1L] == task), NA)
-  file <- files[ofJob & ofTask & !startsWith(files, "events")]
+  file <- logsOf(all, job, task)
   if (!length(file)) file <- intersect(c("job.log", "pbs.out"), all)
   if (!length(file)) return("")
   path <- file.path(batch$directory, file[[1L]])

@@ -36,16 +36,18 @@ queryJobs <- function(batch, force = FALSE, every = 5) {
 awaitStates <- function(batch, limit = 25) {
   deadline <- proc.time()[["elapsed"]] + limit
   # A query that is under way may have been asked before.
-  while (!is.null(batch$query) && proc.time()[["elapsed"]] < deadline) {
-    queryJobs(batch, every = Inf)
-    Sys.sleep(0.01)
-  }
+  awaitQuery(batch, deadline)
   queryJobs(batch, force = TRUE)
+  awaitQuery(batch, deadline)
+  batch$states
+}
+
+# Waits until the query that is under way is answered.
+awaitQuery <- function(batch, deadline) {
   while (!is.null(batch$query) && proc.time()[["elapsed"]] < deadline) {
     queryJobs(batch, every = Inf)
     Sys.sleep(0.01)
   }
-  batch$states
 }
 
 # Asks the engines, and waits up to a second for their answers. The last answers do not do if other hosts have `joined`
@@ -58,12 +60,7 @@ askEngines <- function(batches, joined) {
     if (batch$orders > orders) batch$joined <- joined
   }
   deadline <- proc.time()[["elapsed"]] + 1
-  for (batch in batches) {
-    while (!is.null(batch$query) && proc.time()[["elapsed"]] < deadline) {
-      Sys.sleep(0.01)
-      queryJobs(batch, every = Inf)
-    }
-  }
+  for (batch in batches) awaitQuery(batch, deadline)
 }
 
 endQuery <- function(batch) {
