@@ -50,6 +50,14 @@ conditionClasses <- list(
     stopped = "The cluster, or this node, has been stopped.",
     forked = "The cluster belongs to the process that this one was forked from.",
     restored = "The cluster was saved and loaded. It belongs to another session.",
+    run_differs = paste(
+      "The directory of `.store` has the results of another call. Fields `dir`, `differs` (character; what differs)."
+    ),
+    run_locked = "Another process computes the run. Fields `dir`, `pid`, `host`.",
+    run_write_failed = "Results cannot be written, for example because the disk is full. Fields `dir`, `reason`.",
+    run_unreadable = "A directory has no run, or one that this version cannot read. Field `dir`.",
+    run_damaged = "A saved result is damaged. Fields `dir`, `file`.",
+    not_computed = "An element of a run has no result yet. Fields `dir`, `index`.",
     agent_failed = paste(
       "An agent cannot go on. It is raised in the agent's own R process; the head reports `rustcluster_host_failed` or",
       "`rustcluster_start_failed`."
@@ -78,6 +86,7 @@ conditionClasses <- list(
       "No more jobs of an adaptive launcher are submitted, because several in a row have failed. Fields `launcher`",
       "(its number), `reason`."
     ),
+    run_damaged = "Saved results are damaged and are computed again. Fields `dir`, `indices`.",
     host_left_out = "A host could not be started, and `on_failure = \"warn\"`. Fields `host`, `report`.",
     deprecated = paste(
       "An argument was given by its old name. It is raised once a session for each argument, and inherits from",

@@ -334,6 +334,8 @@ hub_losses_acknowledge <- function(handle, count) .Call(wrap__hub_losses_acknowl
 #' * `timeout`: the time limit of a task in seconds.
 #' * `retries`, `raises`: see [`Policy`].
 #' * `noun`: the name of a task in warnings.
+#' * `store`, `ids`, `keep`: see storing() of store.rs.
+#' * `total`: the number of results, if it is not that of the tasks; `order` then has the index of each task.
 #' * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.
 #'
 #' Returns the value of job_results() if that step has ended the job, which is then closed, and otherwise
@@ -390,6 +392,66 @@ hub_usage <- function(handle, question, max_wait, anyway) .Call(wrap__hub_usage,
 #' Returns the timeline of some workers: a list of vectors with an element for each interval, and `now`.
 #' @noRd
 hub_timeline <- function(handle, ranks) .Call(wrap__hub_timeline, handle, ranks)
+
+#' Opens the run with this id. `elements`: the number of its elements. `owner`: the text of the lock, or `""` to
+#' read only. Returns an external pointer.
+#' @noRd
+store_open <- function(dir, run, elements, owner) .Call(wrap__store_open, dir, run, elements, owner)
+
+#' Returns the process that writes to the run: a list of `pid` and `host`, or `NULL`.
+#' @noRd
+store_owner <- function(dir) .Call(wrap__store_owner, dir)
+
+#' Reads what has been written since. `elements`: the number of elements.
+#' @noRd
+store_refresh <- function(store, elements) .Call(wrap__store_refresh, store, elements)
+
+#' Returns the state of each element: 0 without a result, 1 with a result, 2 with an error.
+#' @noRd
+store_states <- function(store) .Call(wrap__store_states, store)
+
+#' Returns the numbers of elements with a result and with an error.
+#' @noRd
+store_counts <- function(store) .Call(wrap__store_counts, store)
+
+#' Returns a list of the result of an element and of whether it is an error, or `NULL` without a result.
+#' @noRd
+store_read <- function(store, element) .Call(wrap__store_read, store, element)
+
+#' Returns a list of the list of the results of these elements, `NULL` where there is none, and of the indices of
+#' results that are damaged, which the run then forgets. `elements`: integers from 1, or `NULL` for all.
+#' @noRd
+store_values <- function(store, elements) .Call(wrap__store_values, store, elements)
+
+#' Starts to write results. `interval`: the least time in seconds between two calls of `fdatasync()`. `waits`: whether
+#' to try again while results cannot be written.
+#' @noRd
+store_write <- function(store, r_version, interval, waits) .Call(wrap__store_write, store, r_version, interval, waits)
+
+#' Stores the result of an element. `failed`: whether it is an error.
+#' @noRd
+store_put <- function(store, element, value, failed) .Call(wrap__store_put, store, element, value, failed)
+
+#' Waits for up to one slice until all results are durable. Returns whether they are.
+#' @noRd
+store_flush <- function(store) .Call(wrap__store_flush, store)
+
+#' Returns why results cannot be written at present, or `""`.
+#' @noRd
+store_trouble <- function(store) .Call(wrap__store_trouble, store)
+
+#' Ends writing, once all results are durable or cannot be written, and releases the lock.
+#' @noRd
+store_close <- function(store) .Call(wrap__store_close, store)
+
+#' Renames a file durably.
+#' @noRd
+replace_durably <- function(from, to) .Call(wrap__replace_durably, from, to)
+
+#' Returns hashes of 16 bytes each (XXH3, 128 bits), as one raw vector: of each element of a vector without a class, or
+#' of the value if `whole` is `TRUE`. Equal values have equal hashes, also in other versions of R.
+#' @noRd
+content_hashes <- function(values, whole) .Call(wrap__content_hashes, values, whole)
 
 #' Requests the state of all agents. Returns the number of the request.
 #' @noRd

@@ -22,9 +22,10 @@ nativeRanks <- function(cl) {
 #   onResults: a function of the indices of newly finished tasks, of all results so far and of the indices of those
 #     that are errors. It ends the job by returning FALSE.
 #   what: what error messages call a task.
+#   store: where results are stored, or NULL (run-store.R). Only the tasks in `order` are run then.
 runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "nothing", spread = FALSE,
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, raises = retries == 0,
-                   onResults = NULL, progress = wantsProgress(), what = "task") {
+                   onResults = NULL, progress = wantsProgress(), what = "task", store = NULL) {
   handle <- cl[[1L]][["handle"]]
   refuseIfBusy(handle, sys.nframe())
   if (round) {
@@ -42,8 +43,14 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     seeded = if (!is.null(seed)) list(runSeeded, list()),
     order = order, singly = singly, timeout = timeout, retries = as.double(retries), raises = raises,
     noun = what,
-    at_once = !singly && is.null(onResults) && !progress
+    at_once = !singly && is.null(onResults) && !progress && is.null(store)
   )
+  if (!is.null(store)) {
+    settings <- c(settings, list(
+      store = store$pointer, ids = store$info$ids, keep = store$keep, total = as.double(n)
+    ))
+    n <- length(order)
+  }
   repeat {
     begun <- job_begin(handle$pointer, job, ranks, n, list(fun, common), elements, settings)
     if (!isFromStale(begun, handle)) break
@@ -61,6 +68,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
       step <- job_step(handle$pointer)
       if (isTRUE(step)) break
       if (isFailure(step)) {
+        if (step[["kind"]] == "run_write_failed") checkedStore(step, store$dir)
         if (is.null(step[["elements"]])) handleFailed(step, handle)
         tasksFailed(step, handle, timeout, what)
       } else if (!is.null(step)) {
@@ -90,21 +98,22 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
 #   retries: NULL for the retries of the cluster.
 #   returns: whether a worker failure never ends the job.
 runFree <- function(cl, n, fun, common, elements, reuse = "nothing", seed = NULL, order = NULL, retries = NULL,
-                    timeout = Inf, returns = FALSE, onResults = NULL, progress = wantsProgress(), what = "task") {
+                    timeout = Inf, returns = FALSE, onResults = NULL, progress = wantsProgress(), what = "task",
+                    store = NULL) {
   parts <- clustersOf(cl)
   if (length(parts) > 1L) {
-    return(runOver(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what))
+    return(runOver(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what, store))
   }
   if (is.null(retries)) retries <- parts[[1L]]$handle$retries
   runJob(
     cl, unique(parts[[1L]]$ranks), n, fun, common, elements, reuse = reuse, seed = seed, order = order,
     retries = retries, timeout = timeout, raises = retries == 0 && !returns, onResults = onResults, progress = progress,
-    what = what
+    what = what, store = store
   )
 }
 
 # Runs tasks on nodes of several clusters: one message for each task, and a job of its own in each cluster.
-runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what) {
+runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns, onResults, progress, what, store) {
   cl <- distinctNodes(cl)
   # Nodes that get no task may have tasks of others, whose answers are not of this job.
   cl <- cl[seq_len(max(1L, min(n, length(cl))))]
@@ -119,6 +128,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
   }
   values <- vector("list", n)
   failed <- logical(n)
+  if (!is.null(store)) n <- length(order)
   sent <- done <- 0L
   send <- function(index) {
     sent <<- sent + 1L
@@ -140,7 +150,12 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     failed[[i]] <- isFALSE(answer$success)
     values[i] <- list(if (failed[[i]]) ofElement(answer$value, what) else answer$value)
     if (!is.null(shown)) shown()
+    if (!is.null(store)) {
+      checkedStore(store_put(store$pointer, storeId(store, i), values[[i]], failed[[i]]), store$dir)
+      if (!is.null(onResults) || done == n) flushStore(store)
+    }
     if (!is.null(onResults) && isFALSE(onResults(i, values, which(failed)))) break
+    if (!is.null(store) && store$keep != "always") values[i] <- list(NULL)
   }
   list(values = values, failed = which(failed))
 }

@@ -38,8 +38,37 @@
 #'   the error as the result of the element. Such a result has class `"try-error"` and contains the text of the error;
 #'   its attribute `"condition"` is the condition. The condition is the one that `FUN` raised, or only its text if it
 #'   takes 100 kB or more. After a worker failure or a timeout it is a condition of this package.
-#' @return A list with the results, named as `X`.
+#' @param .store (character) A directory that keeps the results, or `NULL`, the default. It is created if it does not
+#'   exist. Each result is durable there, with a checksum, before `.onResult` gets it. A later call with the same `X`,
+#'   `FUN`, arguments and `.seed` computes only what is missing: see section Stored results.
+#' @param .collect (logical) Whether to return a list of all results. `FALSE`, with `.store` only: return a view, which
+#'   reads results from the directory when they are used (class `rustcluster_results`; see [rustcluster_results]).
+#' @param .reuse (character) Which results in `.store` count. `"all"`, the default: those of a call with the same `X`;
+#'   another `X` is an error. `"same"`: those of the elements with the same content, so that `X` may grow or change.
+#'   With `.seed`, only elements at the same index are the same, because their random numbers depend on it.
+#' @param .retry_errors (logical) Whether to compute elements again whose result in `.store` is an error. Default:
+#'   `TRUE`.
+#' @param .sync (number) The least time (seconds) between two calls of `fdatasync()`, which make all results durable
+#'   that have come meanwhile. Default: 0.1. Use a longer time for many short elements on a slow disk.
+#' @return A list with the results, named as `X`. With `.collect = FALSE`, a view of them.
+#' @section Stored results:
+#' With `.store`, results survive this session, its machine and the workers. One process at a time writes to a
+#' directory (`rustcluster_run_locked`); any number of sessions may read it. An element that failed, timed out, or was
+#' lost with its worker is stored with its error. Results that arrive while the disk is slow wait on the workers.
+#'
+#' The arguments that decide what is computed must be the same in each call: `X` (see `.reuse`), `FUN`, `...` and
+#' `.seed`. Otherwise the error `rustcluster_run_differs` names what differs, and nothing changes. `FUN` is the same if
+#' its code is the same, and the values of the variables that the code uses: those of the functions in which `FUN` was
+#' made, and those of the global environment of this session. Functions of packages, and variables that exist on the
+#' workers only, are not compared. `.seed = TRUE` continues with the stored seed. A resumed call with `.seed` gives what
+#' an undisturbed one gives.
+#'
+#' The vignette "Long runs" describes the files, which base R can read.
 #' @section Errors:
+#' `rustcluster_run_differs`, `rustcluster_run_locked`, `rustcluster_run_write_failed`, `rustcluster_run_unreadable`: the
+#' directory of `.store` belongs to another call, is in use, or cannot be written or read. Results that were saved
+#' before stay.
+#'
 #' `rustcluster_element_failed`: `FUN` raised an error. The fields are `index` (of the first failed element), `indices`
 #' (of all failed elements), `results` (a list; `NULL` for failed elements) and `parent` (the first error itself).
 #' `rustcluster_task_failed`, `rustcluster_worker_lost` (with `.retries = 0`), `rustcluster_timeout`,
@@ -55,7 +84,8 @@
 #' @export
 clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
-                          .onResult = NULL, .errors = c("finish", "stop", "return")) {
+                          .onResult = NULL, .errors = c("finish", "stop", "return"), .store = NULL, .collect = TRUE,
+                          .reuse = c("all", "same"), .retry_errors = TRUE, .sync = 0.1) {
   cl <- theCluster(cl)
   parts <- clustersOf(cl)
   FUN <- theFunction(FUN)
@@ -82,7 +112,17 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     if (!whole) badArgument(".order", "must contain each number from 1 to ", n, " once")
     .order <- as.integer(.order)
   }
-  if (!n) return(structure(list(), names = names(X)))
+  checkStoring(.store, .collect, .retry_errors, .sync)
+  .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
+  if (!n && is.null(.store)) return(structure(list(), names = names(X)))
+  store <- NULL
+  if (!is.null(.store)) {
+    store <- beginStore(.store, X, FUN, list(...), checkSeed(.seed), .reuse, .retry_errors, .sync)
+    on.exit(closeStore(store), add = TRUE)
+    .seed <- if (is.null(store$info$seed)) FALSE else store$info$seed
+    saved <- if (.collect) savedResults(store)
+    store$keep <- if (.collect) "always" else if (is.null(.onResult) && .errors != "stop") "never" else "until_reported"
+  }
   seed <- streamsOf(.seed, n)
   onResults <- if (!is.null(.onResult) || .errors == "stop") {
     function(finished, values, failures) {
@@ -93,13 +133,60 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
       }
     }
   }
-  job <- runFree(
-    cl, n, FUN, list(...), X, reuse = "function", seed = seed, order = .order, retries = .retries,
-    timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = .progress, what = "element"
+  job <- if (is.null(store) || length(store$todo)) runFree(
+    cl, n, FUN, list(...), X, reuse = "function", seed = seed, order = orderOf(.order, store), retries = .retries,
+    timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = .progress, what = "element",
+    store = store
   )
+  if (!is.null(store)) return(storedResults(store, job, if (.collect) saved, names(X), .errors))
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values
   names(values) <- names(X)
+  values
+}
+
+checkStoring <- function(store, collect, retryErrors, sync) {
+  flag <- function(value, argument) {
+    if (!isTRUE(value) && !isFALSE(value)) badArgument(argument, "must be TRUE or FALSE")
+  }
+  flag(collect, ".collect")
+  flag(retryErrors, ".retry_errors")
+  between(sync, ".sync", "a number of seconds", 0, 3600)
+  if (is.null(store) && !collect) badArgument(".collect", "can be FALSE only with `.store`")
+}
+
+# Returns the order in which the missing elements of a store are computed.
+orderOf <- function(order, store) {
+  if (is.null(store)) return(order)
+  if (is.null(order)) store$todo else order[order %in% store$todo]
+}
+
+# Returns the results that the store has already. Damaged ones are computed again.
+savedResults <- function(store) {
+  values <- storeValues(store)
+  states <- storeStates(store)
+  store$todo <- union(store$todo, which(states == 0L))
+  store$kept <- setdiff(seq_along(values), store$todo)
+  values
+}
+
+# Returns what clusterLapply() returns with a store, or raises its error. `saved`: the results that the store had
+# before, or NULL to return a view.
+storedResults <- function(store, job, saved, names, errors) {
+  closeStore(store)
+  refreshStore(store)
+  failed <- storeFailed(store)
+  if (is.null(saved)) {
+    if (errors != "return" && length(failed)) {
+      results <- resultsView(store)
+      raiseElementFailed(storeValue(store, failed[[1L]]), failed, results)
+    }
+    return(resultsView(store))
+  }
+  values <- if (is.null(job)) saved else job$values
+  values[store$kept] <- saved[store$kept]
+  if (errors != "return" && length(failed)) raiseFailed(list(values = values, failed = failed))
+  names(values) <- names
   values
 }
 
@@ -130,7 +217,12 @@ raiseFailed <- function(job) {
   first <- job$values[[job$failed[[1L]]]]
   if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, job$values)
   job$values[job$failed] <- list(NULL)
-  stop(elementFailed(first, job$failed, job$values, parent = attr(first, "condition")))
+  raiseElementFailed(first, job$failed, job$values)
+}
+
+# `first`: the error of the first of these elements.
+raiseElementFailed <- function(first, failed, results) {
+  stop(elementFailed(first, failed, results, parent = attr(first, "condition")))
 }
 
 # Returns the error of failed elements. `text`: the error of the first of them. `indices`: their indices.
@@ -147,15 +239,21 @@ elementFailed <- function(text, indices, results, ...) {
   )
 }
 
-# Returns a function that returns the seed of an element by its index, or NULL without seeds.
-streamsOf <- function(seed, n) {
-  if (isFALSE(seed) || is.null(seed)) return(NULL)
-  if (isTRUE(seed)) {
-    seed <- sample.int(.Machine$integer.max, 1L)
-  } else if (!is.numeric(seed) || length(seed) != 1L || is.na(seed) || abs(seed) > .Machine$integer.max ||
-               seed != trunc(seed)) {
+# Returns FALSE, TRUE or a number.
+checkSeed <- function(seed) {
+  if (is.null(seed) || isFALSE(seed)) return(FALSE)
+  if (!isTRUE(seed) && (!is.numeric(seed) || length(seed) != 1L || is.na(seed) || abs(seed) > .Machine$integer.max ||
+                          seed != trunc(seed))) {
     badArgument(".seed", "must be TRUE, FALSE or one whole number")
   }
+  seed
+}
+
+# Returns a function that returns the seed of an element by its index, or NULL without seeds.
+streamsOf <- function(seed, n) {
+  seed <- checkSeed(seed)
+  if (isFALSE(seed)) return(NULL)
+  if (isTRUE(seed)) seed <- sample.int(.Machine$integer.max, 1L)
   # Restore the generator of the session at the end.
   kind <- RNGkind()
   before <- get0(".Random.seed", globalenv(), inherits = FALSE)

@@ -18,4 +18,5 @@ pub mod head;
 pub mod platform;
 pub mod protocol;
 pub mod relay;
+pub mod store;
 pub mod worker;

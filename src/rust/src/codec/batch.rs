@@ -28,15 +28,20 @@ pub const CHUNK: u8 = 4;
 /// The tasks share the function, which is read once. Each task gets arguments of its own, if these can be
 /// copied without the function.
 pub const FUNCTION: u8 = 8;
+/// The results are stored: none of them is in the form of [`crate::codec::mapped`], and each but the last has a length,
+/// so that they can be stored without being read. See [`crate::codec::stored`].
+pub const STORED: u8 = 16;
 
 /// The first byte of a result: a value, or the value of an error, follows.
 pub const VALUE: u8 = 1;
 pub const ERROR: u8 = 2;
 
-const PLAIN: u8 = 1;
-const SERIALIZED: u8 = 2;
+pub(super) const PLAIN: u8 = 1;
+pub(super) const SERIALIZED: u8 = 2;
 /// The value is serialized as in [`crate::codec::mapped`].
 const GAPPED: u8 = 3;
+/// The length of the value, 8 bytes, precedes its serialization.
+pub(super) const SIZED: u8 = 4;
 
 /// The number of integers in a state of L'Ecuyer's generator, including its kind.
 pub const SEED: usize = 7;
@@ -189,6 +194,19 @@ pub unsafe fn write_serialized(value: SEXP, sink: &mut dyn Sink) {
     unsafe { stream::write(value, Format::Native, sink) };
 }
 
+/// Appends a value that is not plain after its length.
+///
+/// # Safety
+/// The same as for [`write_serialized`].
+pub unsafe fn append_sized(value: SEXP, out: &mut Vec<u8>) {
+    out.extend_from_slice(&[SIZED, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let from = out.len();
+    // SAFETY: guaranteed by the caller.
+    unsafe { stream::write(value, Format::Native, out) };
+    let length = (out.len() - from) as u64;
+    out[from - 8..from].copy_from_slice(&length.to_ne_bytes());
+}
+
 /// Writes the object that [`mapped::share`] has returned in place of a value.
 ///
 /// # Safety
@@ -238,6 +256,10 @@ pub unsafe fn read_value(body: &mut Body, scratch: &mut Vec<u8>) -> SEXP {
         read_bytes(body, &mut kind);
         match kind[0] {
             SERIALIZED => stream::read(body),
+            SIZED => {
+                read_bytes(body, &mut [0; 8]);
+                stream::read(body)
+            }
             GAPPED => mapped::unwrap(stream::read(body)),
             PLAIN => {
                 let mut length = [0; 4];

@@ -3,4 +3,5 @@
 pub mod batch;
 pub mod mapped;
 pub mod plain;
+pub mod stored;
 pub mod stream;

@@ -217,7 +217,13 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
     unsafe {
         let writer = data.cast::<StreamWriter<'_>>();
         let writer = &mut *writer;
-        write_with(writer.object, writer.format, writer.sink, writer.hook);
+        write_with(
+            writer.object,
+            writer.format,
+            writer.sink,
+            writer.hook,
+            VERSION,
+        );
         R_NilValue
     }
 }
@@ -228,7 +234,16 @@ unsafe extern "C" fn write_protected(data: *mut c_void) -> SEXP {
 /// R may jump out of this function; `object` must be protected.
 pub unsafe fn write(object: SEXP, format: Format, sink: &mut dyn Sink) {
     // SAFETY: guaranteed by the caller.
-    unsafe { write_with(object, format, sink, None) }
+    unsafe { write_with(object, format, sink, None, VERSION) }
+}
+
+/// Does the same as [`write()`] in the native format and in version 2, in which equal vectors have equal bytes.
+///
+/// # Safety
+/// The same as for [`write()`].
+pub unsafe fn write_in_version_2(object: SEXP, sink: &mut dyn Sink) {
+    // SAFETY: guaranteed by the caller.
+    unsafe { write_with(object, Format::Native, sink, None, 2) }
 }
 
 /// Does the same as [`write()`], and returns whether nothing in the object can change.
@@ -239,11 +254,19 @@ pub unsafe fn write_fixed(object: SEXP, sink: &mut dyn Sink) -> bool {
     CHANGEABLE.set(false);
     PARSE_DATA.set(std::ptr::null());
     // SAFETY: guaranteed by the caller.
-    unsafe { write_with(object, Format::Native, sink, Some(note_changeable)) };
+    unsafe {
+        write_with(object, Format::Native, sink, Some(note_changeable), VERSION);
+    }
     !CHANGEABLE.get()
 }
 
-unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Hook) {
+unsafe fn write_with(
+    object: SEXP,
+    format: Format,
+    sink: &mut dyn Sink,
+    hook: Hook,
+    version: c_int,
+) {
     // SAFETY: guaranteed by the caller. This frame and those of the callbacks own nothing that needs to be
     // dropped when R jumps.
     unsafe {
@@ -254,7 +277,7 @@ unsafe fn write_with(object: SEXP, format: Format, sink: &mut dyn Sink, hook: Ho
                 Format::Native => R_pstream_format_t::R_pstream_binary_format,
                 Format::Xdr => R_pstream_format_t::R_pstream_xdr_format,
             },
-            version: VERSION,
+            version,
             OutChar: Some(out_char),
             OutBytes: Some(out_bytes),
             OutPersistHookFunc: hook,

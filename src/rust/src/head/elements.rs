@@ -4,14 +4,15 @@
 use super::handle::{Cluster, SLICE, ToHub};
 use super::values::Values;
 use super::{broadcast, nodes, status};
+use crate::codec::stored::{self, Stored};
 use crate::codec::stream::{self, BoundedSink, Format, Sink};
 use crate::codec::{batch, mapped, plain};
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
-    SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
+    INTEGER_ELT, R_NilValue, Rf_allocVector, Rf_error, Rf_protect, Rf_unprotect, SET_VECTOR_ELT,
+    SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::head::job::{BatchLoss, Codec, Form, Taken};
 use rustcluster_core::head::retry::is_reported;
@@ -164,6 +165,71 @@ struct Taking<'a> {
     /// The head of the answer, if it is the answer to a batch.
     head: Option<batch::AnswerHead>,
     count: usize,
+    /// The results to be stored, by their tasks, each with whether it is an error.
+    stored: Vec<(usize, Stored, bool)>,
+    /// The bytes of a result while R reads or writes it.
+    being_read: Body,
+    being_written: Vec<u8>,
+    /// Whether the answer, which is not the answer to a batch, is an error.
+    single_failed: bool,
+    cluster: &'a Cluster,
+    on: Rank,
+}
+
+/// Takes the answer to a batch whose results are stored.
+///
+/// # Safety
+/// Must be called under [`unwind::run`]: R may jump. This frame then owns nothing that needs to be dropped.
+unsafe fn take_stored(taking: &mut Taking<'_>) {
+    const DAMAGED: *const std::ffi::c_char = c"damaged message".as_ptr();
+    let count = taking.head.map_or(0, |head| head.count as usize);
+    // SAFETY: guaranteed by the caller.
+    unsafe {
+        while taking.count < taking.indices.len().min(count) {
+            let index = taking.indices[taking.count];
+            if !take_one_stored(taking, index) {
+                Rf_error(DAMAGED);
+            }
+            let (reads, failed) = match taking.stored.last() {
+                Some((_, _, failed)) => (taking.values.reads() || *failed, *failed),
+                None => (false, false),
+            };
+            if reads {
+                let value = match taking.stored.last() {
+                    Some((_, Stored::Plain(_), _)) => plain::read_value(&taking.values.scratch),
+                    _ => stream::read(&mut taking.being_read),
+                };
+                let value = Rf_protect(value);
+                taking.values.put(index, value, failed);
+                if failed && !taking.values.reads() {
+                    status::note_error(taking.cluster, taking.on, value);
+                }
+                Rf_unprotect(1);
+            }
+            taking.count += 1;
+        }
+    }
+}
+
+/// Takes the next result. Returns `false` if the answer is damaged.
+fn take_one_stored(taking: &mut Taking<'_>, index: usize) -> bool {
+    let Some((stored, failed)) = stored::take_result(&mut taking.body) else {
+        return false;
+    };
+    if taking.values.reads() || failed {
+        match &stored {
+            Stored::Plain(body) => {
+                let scratch = &mut taking.values.scratch;
+                scratch.clear();
+                body.chunks
+                    .iter()
+                    .for_each(|chunk| scratch.extend_from_slice(chunk));
+            }
+            Stored::Serialized(body) => taking.being_read = body.clone(),
+        }
+    }
+    taking.stored.push((index, stored, failed));
+    true
 }
 
 unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
@@ -178,11 +244,22 @@ unsafe extern "C" fn take_protected(data: *mut c_void) -> SEXP {
             let value = rustcluster_answer_value(answer.cast());
             let failed = rustcluster_answer_failed(answer.cast()) != 0;
             values.put(taking.indices[0], value, failed);
+            if values.storing.is_some() {
+                stream::write(value, Format::Native, &mut taking.being_written);
+            }
             Rf_unprotect(1);
+            if failed && !values.reads() {
+                status::note_error(taking.cluster, taking.on, value);
+            }
+            taking.single_failed = failed;
             taking.count = 1;
             return R_NilValue;
         };
         taking.head = Some(head);
+        if values.storing.is_some() {
+            take_stored(taking);
+            return R_NilValue;
+        }
         while taking.count < taking.indices.len().min(head.count as usize) {
             let mut kind = [0];
             batch::read_bytes(&mut taking.body, &mut kind);
@@ -289,12 +366,24 @@ impl Codec for Encoder<'_> {
             body,
             head: None,
             count: 0,
+            stored: Vec::new(),
+            being_read: Body::default(),
+            being_written: Vec::new(),
+            single_failed: false,
+            cluster: self.cluster,
+            on,
         };
         self.cluster.reading.set(Some((task, 0)));
         let reading = mapped::MappedReading::of(memory.as_ref());
         let taken = unwind::run(take_protected, &mut taking);
         drop(reading);
         let (head, count) = (taking.head.unwrap_or_default(), taking.count);
+        let mut stored = std::mem::take(&mut taking.stored);
+        let single = std::mem::take(&mut taking.being_written);
+        if !single.is_empty() {
+            let single = Stored::Serialized(Body::from_bytes(single));
+            stored.push((tasks[0], single, taking.single_failed));
+        }
         drop(taking);
         let values = &mut *self.values;
         if let Err(jump) = taken {
@@ -304,7 +393,12 @@ impl Codec for Encoder<'_> {
             return Err(jump);
         }
         self.cluster.reading.set(None);
-        if let Some(last) = values.failed[failed..].last() {
+        if let Some(storing) = &values.storing {
+            storing.store(stored);
+            // Results arrive only as fast as they can be written.
+            storing.writer.wait_for_room(SLICE);
+        }
+        if let Some(last) = values.failed[failed..].last().filter(|_| values.reads()) {
             // SAFETY: this runs on R's thread; the list keeps the value alive, and has as many elements.
             unsafe {
                 let value = VECTOR_ELT(values.results.get(), *last as isize - 1);

@@ -8,7 +8,7 @@
 use super::elements::{Encoder, loss_of_batch, numbers};
 use super::handle::{Cluster, Job, SLICE, Unsent, may_begin, rank_of, with_cluster};
 use super::values::{Elements, Values};
-use super::{broadcast, nodes};
+use super::{broadcast, nodes, store};
 use crate::codec::batch;
 use crate::r::failure::Failure;
 use crate::r::unwind::Jump;
@@ -37,6 +37,8 @@ use std::time::{Duration, Instant};
 /// * `timeout`: the time limit of a task in seconds.
 /// * `retries`, `raises`: see [`Policy`].
 /// * `noun`: the name of a task in warnings.
+/// * `store`, `ids`, `keep`: see storing() of store.rs.
+/// * `total`: the number of results, if it is not that of the tasks; `order` then has the index of each task.
 /// * `at_once`: whether to run the first step at once, if there are no more tasks than nodes.
 ///
 /// Returns the value of job_results() if that step has ended the job, which is then closed, and otherwise
@@ -110,6 +112,10 @@ fn job_begin(
             };
         let setting = |name| settings.get(name).cloned().unwrap_or_default();
         let reuse = settings.get("reuse").and_then(Robj::as_str);
+        let storing = store::storing(&setting)?;
+        let total = setting("total")
+            .as_real()
+            .map_or(count, |total| total as usize);
         let flags = [
             (reuse == Some("all"), batch::CHUNK),
             (
@@ -121,6 +127,7 @@ fn job_begin(
                 settings.get("seed").is_some_and(|seed| !seed.is_null()),
                 batch::SEEDED,
             ),
+            (storing.is_some(), batch::STORED),
         ];
         let flags: u8 = flags
             .iter()
@@ -162,12 +169,13 @@ fn job_begin(
         let mut new = Box::new(Job {
             engine: job::Job::new(setup, Instant::now()),
             values: Values::new(
-                count,
+                total,
                 elements,
                 common,
                 flags,
                 as_written.fixed,
                 reuse == Some("nothing"),
+                storing,
                 setting,
             ),
             pending: None,
@@ -243,9 +251,32 @@ impl Job {
             job: self.engine.id(),
             values: &mut self.values,
         };
+        if let Some(storing) = &codec.values.storing {
+            let is_full = storing.writer.wait_for_room(SLICE);
+            if let Some(reason) = storing.writer.error() {
+                return Err(Failure::new("run_write_failed")
+                    .with("reason", reason)
+                    .into());
+            }
+            if is_full {
+                return Ok(false);
+            }
+        }
         let stepped = self
             .engine
             .step(&cluster.hub, &mut codec, SLICE, plain_only);
+        let stepped = match (&self.values.storing, stepped) {
+            (Some(storing), Ok(true)) => match storing.writer.wait_for_all(SLICE) {
+                Ok(durable) => Ok(durable),
+                Err(reason) => {
+                    return Err(Failure::new("run_write_failed")
+                        .with("reason", reason)
+                        .into());
+                }
+            },
+            (_, stepped) => stepped,
+        };
+        self.values.note_durable();
         // Between two steps R may be busy with other things.
         let waits = self.engine.is_free() && self.engine.left() > 0;
         cluster.hub.borrow_mut().set_tasks_wait(waits);
@@ -291,7 +322,7 @@ impl Job {
 fn job_set_result(handle: Robj, value: Robj) -> Robj {
     with_job(&handle, |_, job| {
         for &index in job.engine.made().iter().flat_map(Failed::tasks) {
-            job.values.fail(index, &value);
+            job.values.fail(index, &value)?;
         }
         Ok(().into())
     })
@@ -321,7 +352,7 @@ fn job_unreadable(handle: Robj, task: f64, value: Robj) -> Robj {
             .engine
             .unreadable(&cluster.hub, &mut codec, task as TaskId);
         if let Some(index) = ended.map_err(|halt| job.unsent(halt))? {
-            job.values.fail(index, &value);
+            job.values.fail(index, &value)?;
         }
         Ok(().into())
     })

@@ -18,6 +18,7 @@ mod send;
 mod serialization_cache;
 mod start;
 mod status;
+mod store;
 mod values;
 
 use extendr_api::prelude::*;
@@ -32,6 +33,7 @@ extendr_module! {
     use retry;
     use job;
     use status;
+    use store;
     use dump;
     use adaptive;
     use background;

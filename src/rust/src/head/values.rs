@@ -1,9 +1,15 @@
 //! The R values of a job: its elements, and the results that have arrived.
 
+use crate::codec::stored::{self, Stored};
+use crate::codec::stream::{self, Format};
+use crate::r::unwind::Jump;
 use extendr_api::prelude::*;
-use extendr_ffi::{Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP};
+use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP};
+use rustcluster_core::protocol::body::Body;
+use rustcluster_core::store::Writer;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
+use std::sync::Arc;
 
 pub(super) enum Elements {
     /// A plain vector.
@@ -31,6 +37,92 @@ impl Elements {
             }
         }
     }
+}
+
+/// How long the list of results of a stored job keeps a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// Until the end of the job.
+    Always,
+    /// Until R has asked for newer results.
+    UntilReported,
+    /// Results are not read.
+    Never,
+}
+
+/// Where the results of a stored job go.
+pub(super) struct Storing {
+    pub(super) writer: Arc<Writer>,
+    /// The number of each task's element in the run, from 1, if it is not that of the task.
+    elements: Option<Vec<u32>>,
+    /// The task of each element, from 0, if `elements` is set.
+    tasks: HashMap<u32, usize>,
+    pub(super) keep: Keep,
+    /// The results that R has got with [`Keep::UntilReported`], from 1.
+    reported: Vec<i32>,
+}
+
+impl Storing {
+    pub(super) fn new(writer: Arc<Writer>, elements: Option<Vec<u32>>, keep: Keep) -> Storing {
+        let tasks = elements.iter().flatten().enumerate();
+        let tasks = tasks.map(|(task, &element)| (element, task)).collect();
+        let reported = Vec::new();
+        Storing {
+            writer,
+            elements,
+            tasks,
+            keep,
+            reported,
+        }
+    }
+
+    fn element(&self, task: usize) -> u32 {
+        let elements = self.elements.as_ref();
+        elements
+            .and_then(|all| all.get(task).copied())
+            .unwrap_or(task as u32 + 1)
+    }
+
+    fn task(&self, element: u32) -> Option<usize> {
+        match self.elements {
+            Some(_) => self.tasks.get(&element).copied(),
+            None => (element as usize).checked_sub(1),
+        }
+    }
+
+    /// Stores the results of these tasks, each with whether it is an error.
+    pub(super) fn store(&self, results: Vec<(usize, Stored, bool)>) {
+        let mut others = Vec::new();
+        self.writer.add_short(|list| {
+            for (task, stored, failed) in results {
+                match stored {
+                    Stored::Plain(mut body) if !failed => {
+                        body.join();
+                        let bytes = body.whole().unwrap_or_default();
+                        if stored::append_plain(bytes, list).is_some() {
+                            list.elements.push(self.element(task));
+                        }
+                    }
+                    Stored::Plain(body) | Stored::Serialized(body) => {
+                        others.push((self.element(task), failed, body));
+                    }
+                }
+            }
+        });
+        for (element, failed, body) in others {
+            self.writer.add(element, failed, body);
+        }
+    }
+}
+
+/// Returns R's serialization of a value.
+///
+/// # Errors
+/// If R jumped.
+pub(super) fn serialized(value: &Robj) -> std::result::Result<Body, Jump> {
+    let mut bytes = Vec::new();
+    stream::serialize(value, Format::Native, &mut bytes)?;
+    Ok(Body::from_bytes(bytes))
 }
 
 /// The R objects of a job: its tasks and its results.
@@ -64,6 +156,7 @@ pub struct Values {
     pub(super) fresh: Vec<i32>,
     pub(super) scratch: Vec<u8>,
     pub(super) message: Vec<u8>,
+    pub(super) storing: Option<Storing>,
 }
 
 impl Values {
@@ -75,6 +168,7 @@ impl Values {
         flags: u8,
         fixed: bool,
         by_class: bool,
+        storing: Option<Storing>,
         setting: impl Fn(&'static str) -> Robj,
     ) -> Values {
         Values {
@@ -84,7 +178,11 @@ impl Values {
             elements,
             seed: setting("seed"),
             seeded: setting("seeded"),
-            results: List::new(count).into(),
+            results: List::new(match &storing {
+                Some(storing) if storing.keep == Keep::Never => 0,
+                _ => count,
+            })
+            .into(),
             unanswered: HashMap::new(),
             failed: Vec::new(),
             by_class,
@@ -92,7 +190,24 @@ impl Values {
             fresh: Vec::new(),
             scratch: Vec::new(),
             message: Vec::new(),
+            storing,
         }
+    }
+
+    /// Records the results that have become durable as new ones.
+    pub(super) fn note_durable(&mut self) {
+        if let Some(storing) = &self.storing {
+            let tasks = storing.writer.take_durable().into_iter();
+            let tasks = tasks.filter_map(|element| storing.task(element));
+            self.fresh.extend(tasks.map(|task| task as i32 + 1));
+        }
+    }
+
+    /// Whether the values of results are read.
+    pub(super) fn reads(&self) -> bool {
+        self.storing
+            .as_ref()
+            .is_none_or(|storing| storing.keep != Keep::Never)
     }
 
     /// Returns a list of the results, of the indices of those that are errors, and of the indices of those that
@@ -101,14 +216,34 @@ impl Values {
         let mut failed = self.failed.clone();
         failed.sort_unstable();
         let fresh = std::mem::take(&mut self.fresh);
+        if let Some(storing) = &mut self.storing {
+            if storing.keep == Keep::UntilReported {
+                for &index in &storing.reported {
+                    // SAFETY: this runs on R's thread; the list has an element for each task.
+                    unsafe {
+                        let results = self.results.get_mut();
+                        SET_VECTOR_ELT(results, index as isize - 1, R_NilValue);
+                    }
+                }
+                storing.reported.clone_from(&fresh);
+            }
+        }
         list!(self.results.clone(), failed, fresh).into()
     }
 
     /// Sets the result of a task that has ended without an answer.
-    pub(super) fn fail(&mut self, index: usize, value: &Robj) {
+    ///
+    /// # Errors
+    /// If R jumped.
+    pub(super) fn fail(&mut self, index: usize, value: &Robj) -> std::result::Result<(), Jump> {
+        if let Some(storing) = &self.storing {
+            let body = serialized(value)?;
+            storing.store(vec![(index, Stored::Serialized(body), true)]);
+        }
         // SAFETY: the Robj keeps the value alive.
         unsafe { self.put(index, value.get(), true) };
         self.unanswered.remove(&index);
+        Ok(())
     }
 
     /// Returns an element, which is not protected.
@@ -140,12 +275,17 @@ impl Values {
         // SAFETY: guaranteed by the caller; the list has an element for each task; none of these functions
         // jumps or allocates.
         unsafe {
-            SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
+            if self.reads() {
+                SET_VECTOR_ELT(self.results.get_mut(), index as isize, value);
+            }
             if failed || self.by_class && rustcluster_is_error(value.cast()) != 0 {
                 self.failed.push(index as i32 + 1);
             }
         }
-        self.fresh.push(index as i32 + 1);
+        // Stored results are reported once they are durable.
+        if self.storing.is_none() {
+            self.fresh.push(index as i32 + 1);
+        }
     }
 }
 

@@ -153,6 +153,21 @@ impl ReceivedBatch {
         }
     }
 
+    /// Appends a value that is not plain to the results.
+    ///
+    /// # Safety
+    /// Must be called under [`crate::r::unwind::run`], with a protected value: R may jump.
+    pub(super) unsafe fn append_result(&mut self, value: SEXP) {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            if self.is(batch::STORED) {
+                batch::append_sized(value, &mut self.results);
+            } else {
+                batch::write_serialized(value, &mut self.results);
+            }
+        }
+    }
+
     /// Returns whether there are more tasks that this worker has to run.
     pub(super) fn goes_on(&self) -> bool {
         let is_over = || self.until.is_some_and(|until| clock::coarse_now() > until);

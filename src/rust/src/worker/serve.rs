@@ -414,7 +414,7 @@ unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
             }
             batch.results.push(batch::VALUE);
             if !batch::append_plain(value, &mut batch.results) {
-                batch::write_serialized(value, &mut batch.results);
+                batch.append_result(value);
             }
             batch.whole = batch.results.len();
             Rf_unprotect(3);
@@ -440,7 +440,7 @@ unsafe fn end_batch(batch: &mut ReceivedBatch, sink: &mut AnswerSink, last: Opti
         }
         batch.scratch.clear();
         let plain = last.is_some_and(|value| batch::append_plain(value, &mut batch.scratch));
-        if let Some(value) = last.filter(|_| !plain) {
+        if let Some(value) = last.filter(|_| !plain && !batch.is(batch::STORED)) {
             if let Some(instead) = sink.share(value) {
                 Rf_protect(instead);
                 write_results(batch, sink);
@@ -598,7 +598,7 @@ unsafe extern "C" fn failed_protected(data: *mut c_void) -> SEXP {
         if let Some(batch) = &mut failed.batch {
             batch.results.truncate(batch.whole);
             batch.results.push(batch::ERROR);
-            batch::write_serialized(failed.value, &mut batch.results);
+            batch.append_result(failed.value);
             batch.whole = batch.results.len();
             failed.goes_on = batch.goes_on() && !batch.reading && !failed.interrupted;
             if !failed.goes_on {

@@ -56,6 +56,15 @@ pub struct Body {
 }
 
 impl Body {
+    /// A body with these bytes.
+    pub fn from_bytes(bytes: Vec<u8>) -> Body {
+        Body {
+            len: bytes.len(),
+            chunks: [bytes.into()].into(),
+            memory: None,
+        }
+    }
+
     /// The whole body, if it came in one chunk.
     pub fn whole(&self) -> Option<&[u8]> {
         let [chunk] = self.chunks.as_slices().0 else {
@@ -82,6 +91,24 @@ impl Body {
             count -= chunk.len();
             self.chunks.pop_front();
         }
+    }
+
+    /// Takes this many bytes off the front. Returns `None`, and takes nothing, if there are fewer.
+    pub fn split_front(&mut self, count: usize) -> Option<Body> {
+        let mut front = Body::default();
+        if self.memory.is_some() || count > self.len {
+            return None;
+        }
+        while front.len < count {
+            let mut chunk = self.chunks.pop_front()?;
+            if front.len + chunk.len() > count {
+                self.chunks.push_front(chunk.split_off(count - front.len));
+            }
+            front.len += chunk.len();
+            front.chunks.push_back(chunk);
+        }
+        self.len -= count;
+        Some(front)
     }
 
     /// Adds a chunk that has arrived.

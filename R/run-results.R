@@ -1,0 +1,92 @@
+# The view of the results of a run, which reads them when they are used.
+
+#' Results in a directory
+#'
+#' [clusterLapply()] with `.store` and `.collect = FALSE` returns a view of the results in the directory. A result is
+#' read when it is used, and only the results of one file record are kept in memory. A view can be saved and loaded; it
+#' then reads the same directory.
+#'
+#' `length()` and `names()` are those of `X`. `view[[i]]` reads a result, by its index or its name. An element that
+#' failed has the value that `.errors = "return"` gives it. `view[i]` and `as.list()` return lists, with `NULL` for
+#' elements without a result.
+#' @param x A view.
+#' @param i The index of an element, or its name. For `[`: any index of a vector.
+#' @param ... Ignored.
+#' @return `[[`: the result of an element. `[` and `as.list()`: a list, named as `X`.
+#' @section Errors:
+#' `rustcluster_not_computed`, `rustcluster_run_damaged`, `rustcluster_run_unreadable`, `rustcluster_bad_argument`.
+#' @examples
+#' cl <- makeRustCluster(2)
+#' dir <- tempfile("run")
+#' roots <- clusterLapply(cl, c(a = 1, b = 4, c = 9), sqrt, .store = dir, .collect = FALSE)
+#' roots
+#' roots[["b"]]
+#' for (i in seq_along(roots)) print(roots[[i]])
+#' parallel::stopCluster(cl)
+#' @name rustcluster_results
+#' @seealso [clusterLapply()]
+NULL
+
+resultsView <- function(store) structure(list(store = store), class = "rustcluster_results")
+
+storeOfView <- function(x) unclass(x)$store
+
+#' @export
+length.rustcluster_results <- function(x) as.integer(storeOfView(x)$info$n)
+
+#' @export
+names.rustcluster_results <- function(x) storeOfView(x)$info$names
+
+#' @rdname rustcluster_results
+#' @export
+`[[.rustcluster_results` <- function(x, i, ...) {
+  if (length(i) != 1L || !(is.numeric(i) || is.character(i)) || is.na(i)) {
+    badArgument("i", "must be the index or the name of one element")
+  }
+  at <- if (is.character(i)) match(i, names(x)) else if (i >= 1 && i < length(x) + 1) as.integer(i) else NA_integer_
+  if (is.na(at)) badArgument("i", "is not an element: ", format(i, scientific = FALSE))
+  storeValue(storeOfView(x), at)
+}
+
+#' @export
+`$.rustcluster_results` <- function(x, name) if (name %in% names(x)) x[[name]]
+
+#' @rdname rustcluster_results
+#' @export
+`[.rustcluster_results` <- function(x, i, ...) {
+  at <- stats::setNames(seq_along(x), names(x))
+  at <- if (missing(i)) at else at[i]
+  store <- storeOfView(x)
+  ids <- store$info$ids
+  known <- which(!is.na(at))
+  wanted <- if (is.null(ids)) unname(at[known]) else ids[at[known]]
+  values <- vector("list", length(at))
+  different <- unique(wanted)
+  if (length(wanted)) values[known] <- storeValues(store, as.integer(different))[match(wanted, different)]
+  stats::setNames(values, names(at))
+}
+
+#' @rdname rustcluster_results
+#' @export
+as.list.rustcluster_results <- function(x, ...) {
+  values <- storeValues(storeOfView(x))
+  names(values) <- names(x)
+  values
+}
+
+#' @export
+print.rustcluster_results <- function(x, ...) {
+  store <- storeOfView(x)
+  counts <- storeCounts(store)
+  cat(
+    "<results of ", counts[["n"]], " elements in ", store$dir, ">\n",
+    if (counts[["failed"]]) paste0("errors: ", counts[["failed"]], "\n"),
+    if (missing <- counts[["n"]] - counts[["done"]] - counts[["failed"]]) paste0("missing: ", missing, "\n"),
+    sep = ""
+  )
+  invisible(x)
+}
+
+#' @importFrom utils str
+#' @export
+str.rustcluster_results <- function(object, ...) print(object)

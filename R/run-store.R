@@ -1,0 +1,336 @@
+# The store of a run: a directory with the results of clusterLapply(). The format is described in the vignette "Long
+# runs" and in src/rust/core/src/store.
+
+runFormat <- 1L
+
+# Files that a directory may have before it has a run.
+ownFiles <- c("lock", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log")
+
+runPath <- function(dir, ...) file.path(dir, ...)
+
+# Checks the path of a run. Returns it as an absolute path.
+checkDir <- function(dir, argument) {
+  if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
+    badArgument(argument, "must be the path of a directory")
+  }
+  if (file.exists(dir) && !dir.exists(dir)) badArgument(argument, "is a file, not a directory: ", dir)
+  # The directory may not exist yet.
+  file.path(normalizePath(dirname(dir), mustWork = FALSE), basename(dir))
+}
+
+# Saves an object durably: the file has either its old content or all of the new one.
+saveDurably <- function(object, path, compress = TRUE) {
+  new <- paste0(path, ".new")
+  tryCatch(
+    saveRDS(object, new, compress = compress),
+    error = function(e) abort("run_write_failed", "cannot write ", new, ": ", conditionMessage(e)),
+    warning = function(w) abort("run_write_failed", "cannot write ", new, ": ", conditionMessage(w))
+  )
+  checkedStore(replace_durably(new, path), dirname(path))
+}
+
+# Returns what a run is: the list in `run.rds`, or NULL if the directory has no run.
+readRunInfo <- function(dir) {
+  path <- runPath(dir, "run.rds")
+  if (!file.exists(path)) return(NULL)
+  info <- tryCatch(readRDS(path), error = function(e) {
+    abort("run_unreadable", path, " cannot be read: ", conditionMessage(e), fields = list(dir = dir))
+  })
+  if (!is.list(info) || !is.numeric(info$format)) {
+    abort("run_unreadable", path, " is not the description of a run", fields = list(dir = dir))
+  }
+  if (info$format > runFormat) {
+    abort(
+      "run_unreadable", "the run in ", dir, " was made by version ", info$package, " of rustcluster, whose format this ",
+      "version cannot read; update the package", fields = list(dir = dir)
+    )
+  }
+  if (!identical(info$endian, .Platform$endian)) {
+    abort("run_unreadable", "the run in ", dir, " was made on a machine with another byte order",
+          fields = list(dir = dir))
+  }
+  info
+}
+
+# As checked(), for functions of a store.
+checkedStore <- function(result, dir) {
+  if (isFailure(result)) {
+    result <- unclass(result)
+    reason <- result$reason
+    switch(result$kind,
+      run_locked = abort(
+        "run_locked", "the run in ", dir, " is being computed by another process",
+        if (!is.null(result$pid) && !is.na(result$pid)) paste0(
+          " (pid ", result$pid, if (!is.null(result$host)) paste(" on", result$host), ")"
+        ), "; wait for its end, or open it with openRun()",
+        fields = list(dir = dir, pid = result$pid, host = result$host)
+      ),
+      run_damaged = abort(
+        "run_damaged", "a result in ", if (is.null(result$file)) dir else result$file, " is damaged: ", reason,
+        "; call clusterLapply() with the same `.store` again to compute it again",
+        fields = list(dir = dir, file = result$file)
+      ),
+      run_write_failed = abort(
+        "run_write_failed", "results cannot be written to ", dir, ": ", reason,
+        "; all that were reported before are saved", fields = list(dir = dir, reason = reason)
+      ),
+      abort("run_unreadable", "the run in ", dir, " cannot be read: ", reason, fields = list(dir = dir))
+    )
+  }
+  checked(result)
+}
+
+lockText <- function() paste0(Sys.getpid(), " ", Sys.info()[["nodename"]], "\n")
+
+# Opens a store: an environment with `dir`, `info` and the pointer to the index. `write`: whether to take the lock.
+openStore <- function(dir, write = FALSE, info = readRunInfo(dir)) {
+  if (is.null(info)) {
+    abort("run_unreadable", "there is no run in ", dir, fields = list(dir = dir))
+  }
+  store <- new.env(parent = emptyenv())
+  store$dir <- dir
+  store$info <- info
+  store$pointer <- checkedStore(
+    store_open(dir, info$id, as.double(info$elements), if (write) lockText() else ""), dir
+  )
+  store$session <- tempdir()
+  class(store) <- "rustcluster_store"
+  store
+}
+
+# Returns the pointer of a store. A store that was saved and loaded is opened again.
+storePointer <- function(store) {
+  if (!identical(store$session, tempdir())) {
+    store$pointer <- openStore(store$dir)$pointer
+    store$session <- tempdir()
+  }
+  store$pointer
+}
+
+# Reads what has been written since.
+refreshStore <- function(store) {
+  store$info <- readRunInfo(store$dir)
+  checkedStore(store_refresh(storePointer(store), as.double(store$info$elements)), store$dir)
+  invisible(store)
+}
+
+# Returns the state of each element of `X`: 0 without a result, 1 with a result, 2 with an error.
+storeStates <- function(store) {
+  states <- checkedStore(store_states(storePointer(store)), store$dir)
+  ids <- store$info$ids
+  if (is.null(ids)) states[seq_len(store$info$n)] else states[ids]
+}
+
+# Returns the numbers of elements, of results and of errors.
+storeCounts <- function(store) {
+  states <- storeStates(store)
+  c(n = length(states), done = sum(states == 1L), failed = sum(states == 2L))
+}
+
+storeFailed <- function(store) which(storeStates(store) == 2L)
+
+# Returns the number of an element in the run.
+storeId <- function(store, i) if (is.null(store$info$ids)) i else store$info$ids[[i]]
+
+# Returns the result of an element, or its error as clusterLapply(.errors = "return") returns it.
+storeValue <- function(store, i) {
+  found <- checkedStore(store_read(storePointer(store), as.double(storeId(store, i))), store$dir)
+  if (is.null(found)) {
+    abort("not_computed", "element ", i, " has no result yet", fields = list(dir = store$dir, index = i))
+  }
+  found[[1L]]
+}
+
+# Returns the list of all results; NULL for elements without a result. Forgets damaged results with a warning.
+storeValues <- function(store, ids = store$info$ids) {
+  read <- checkedStore(store_values(storePointer(store), ids), store$dir)
+  if (length(read[[2L]])) {
+    warning(rustclusterCondition(
+      "run_damaged", paste0(
+        "the saved result of ", spanText(sort(read[[2L]]), "element"), " in ", store$dir,
+        " is damaged and does not count"
+      ),
+      type = "warning", dir = store$dir, indices = sort(read[[2L]])
+    ))
+  }
+  values <- read[[1L]]
+  if (is.null(ids)) values[seq_len(store$info$n)] else values
+}
+
+# Returns the process that computes the run, or NULL.
+storeLocked <- function(dir) checkedStore(store_owner(dir), dir)
+
+# Ends writing and releases the lock.
+closeStore <- function(store) {
+  store_close(store$pointer)
+  invisible()
+}
+
+# Waits until all results are durable.
+flushStore <- function(store) {
+  while (!checkedStore(store_flush(store$pointer), store$dir)) raiseInterrupt()
+}
+
+# Opens the store of a call of clusterLapply() for writing, or makes it. Refuses a run of something else. `store$todo`
+# has the indices of the elements to compute.
+beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync) {
+  dir <- checkDir(dir, ".store")
+  made <- !dir.exists(dir)
+  if (made && !dir.create(dir, showWarnings = FALSE, recursive = TRUE) && !dir.exists(dir)) {
+    abort("run_write_failed", "cannot create the directory ", dir, fields = list(dir = dir))
+  }
+  repeat {
+    info <- readRunInfo(dir)
+    new <- is.null(info)
+    if (new) {
+      others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
+      if (length(others) || length(list.files(runPath(dir, "results")))) {
+        badArgument(".store", "is a directory with other files than those of a run: ", dir)
+      }
+      info <- newRunInfo(X)
+    }
+    store <- openStore(dir, write = TRUE, info = info)
+    # Another process may have made the run in the meantime.
+    if (identical(readRunInfo(dir), if (!new) info)) break
+    closeStore(store)
+  }
+  opened <- FALSE
+  on.exit(if (!opened) closeStore(store))
+  now <- list(
+    hashes = elementHashes(X), names = names(X), functions = functionHashes(FUN), arguments = argumentHashes(common),
+    seed = seed
+  )
+  if (new) {
+    store$info <- c(info, now[c("names", "functions", "arguments")], list(
+      seed = drawnSeed(seed), fun = paste(deparse(FUN), collapse = "\n")
+    ))
+    saveDurably(storedElements(X, now$hashes), runPath(dir, "elements.rds"), compress = FALSE)
+    saveDurably(store$info, runPath(dir, "run.rds"))
+  } else {
+    compareRun(store, now, X, reuse)
+  }
+  states <- storeStates(store)
+  store$todo <- which(states == 0L | (retryErrors & states == 2L))
+  checkedStore(store_write(store$pointer, rVersionNumber(), sync, FALSE), dir)
+  opened <- TRUE
+  store
+}
+
+rVersionNumber <- function() {
+  parts <- as.integer(unlist(strsplit(as.character(getRversion()), ".", fixed = TRUE)))
+  sum(parts * c(65536L, 256L, 1L))
+}
+
+newRunInfo <- function(X) {
+  list(
+    format = runFormat, id = paste(as.character(randomBytes(8L)), collapse = ""), package = packageVersionText(),
+    r_version = rVersionText(), endian = .Platform$endian, created = Sys.time(), n = length(X), elements = length(X),
+    ids = NULL
+  )
+}
+
+# Returns bytes that do not depend on, and do not change, the random numbers of the session.
+randomBytes <- function(n) {
+  source <- file("/dev/urandom", "rb", raw = TRUE)
+  on.exit(close(source))
+  readBin(source, "raw", n)
+}
+
+# What `elements.rds` has: short vectors of numbers themselves, otherwise hashes of the elements.
+storedElements <- function(X, hashes) {
+  if (typeof(X) %in% c("logical", "integer", "double")) unname(X) else hashes
+}
+
+storedHashes <- function(store) {
+  elements <- readRDS(runPath(store$dir, "elements.rds"))
+  if (is.raw(elements)) elements else elementHashes(elements)
+}
+
+# Returns the seed to be stored. With TRUE the session's generator draws it.
+drawnSeed <- function(seed) {
+  if (isTRUE(seed)) sample.int(.Machine$integer.max, 1L) else if (isFALSE(seed)) NULL else seed
+}
+
+# Compares the call with the run. An error names what differs. With `reuse = "same"`, the elements may differ: those
+# that the run has keep their results.
+compareRun <- function(store, now, X, reuse) {
+  info <- store$info
+  differs <- c(
+    changedParts(info$functions, now$functions, "`FUN`"),
+    changedParts(info$arguments, now$arguments, "the arguments of `FUN`")
+  )
+  if (!isTRUE(now$seed)) {
+    seed <- if (isFALSE(now$seed)) NULL else now$seed
+    if (!identical(as.double(seed), as.double(info$seed))) {
+      shown <- function(seed) if (is.null(seed)) "FALSE" else format(seed, scientific = FALSE)
+      differs <- c(differs, paste0("`.seed` was ", shown(info$seed), " and is ", shown(seed)))
+    }
+  } else if (is.null(info$seed)) {
+    differs <- c(differs, "`.seed` was FALSE and is TRUE")
+  }
+  before <- storedHashes(store)
+  ids <- if (is.null(info$ids)) seq_len(info$n) else info$ids
+  same <- identical(pickHashes(before, ids), now$hashes)
+  if (!same && reuse == "all") differs <- c(differs, changedElements(pickHashes(before, ids), now$hashes))
+  if (length(differs)) {
+    abort(
+      "run_differs", "the run in ", store$dir, " was made by another call: ", paste(differs, collapse = "; "),
+      "; use another directory",
+      if (reuse == "all" && !same) ", or .reuse = \"same\" to keep the results of the elements that are the same",
+      fields = list(dir = store$dir, differs = differs)
+    )
+  }
+  if (!same) regroup(store, before, now, X)
+  if (!same || !identical(info$names, now$names)) {
+    store$info["names"] <- list(now$names)
+    saveDurably(store$info, runPath(store$dir, "run.rds"))
+  }
+  if (!same) checkedStore(store_refresh(store$pointer, as.double(store$info$elements)), store$dir)
+}
+
+pickHashes <- function(hashes, ids) {
+  if (identical(ids, seq_len(length(hashes) %/% 16L))) return(hashes)
+  as.vector(matrix(hashes, 16L)[, ids])
+}
+
+# Returns which parts of a function or of its arguments have changed.
+changedParts <- function(before, now, what) {
+  both <- intersect(names(before), names(now))
+  changed <- both[before[both] != now[both]]
+  c(
+    if (length(changed)) paste(changed, "changed"),
+    if (length(gone <- setdiff(names(before), both))) paste(gone, "is missing"),
+    if (length(new <- setdiff(names(now), both))) paste(new, "is new")
+  )
+}
+
+changedElements <- function(before, now) {
+  n <- c(length(before), length(now)) %/% 16L
+  if (n[[1L]] != n[[2L]]) return(sprintf("`X` had %d elements and has %d", n[[1L]], n[[2L]]))
+  changed <- which(colSums(matrix(before, 16L) != matrix(now, 16L)) > 0)
+  paste(spanText(changed, "element"), "of `X` changed")
+}
+
+# Gives each element of `X` its number in the run: that of an element with the same content, or a new one. The random
+# numbers of an element depend on its index, so that with a seed only elements at the same index are the same.
+regroup <- function(store, before, now, X) {
+  info <- store$info
+  old <- hexOf(before)
+  new <- hexOf(now$hashes)
+  # Equal elements are taken one after the other.
+  numbered <- function(hashes) paste(hashes, stats::ave(seq_along(hashes), hashes, FUN = seq_along))
+  if (is.null(info$seed)) {
+    ids <- match(numbered(new), numbered(old))
+  } else {
+    at <- if (is.null(info$ids)) seq_len(info$n) else info$ids
+    at <- at[seq_along(new)]
+    ids <- ifelse(!is.na(at) & old[at] == new, at, NA_integer_)
+  }
+  fresh <- which(is.na(ids))
+  ids[fresh] <- length(old) + seq_along(fresh)
+  store$info$ids <- as.integer(ids)
+  store$info$n <- length(new)
+  store$info$elements <- length(old) + length(fresh)
+  hashes <- c(before, pickHashes(now$hashes, fresh))
+  saveDurably(hashes, runPath(store$dir, "elements.rds"), compress = FALSE)
+}
