@@ -65,8 +65,8 @@
 #'
 #' The vignette "Long runs" describes the files, which base R can read.
 #' @section Errors:
-#' `rustcluster_run_differs`, `rustcluster_run_locked`, `rustcluster_run_write_failed`, `rustcluster_run_unreadable`: the
-#' directory of `.store` belongs to another call, is in use, or cannot be written or read. Results that were saved
+#' `rustcluster_run_differs`, `rustcluster_run_locked`, `rustcluster_run_write_failed`, `rustcluster_run_unreadable`:
+#' the directory of `.store` belongs to another call, is in use, or cannot be written or read. Results that were saved
 #' before stay.
 #'
 #' `rustcluster_element_failed`: `FUN` raised an error. The fields are `index` (of the first failed element), `indices`

@@ -138,6 +138,7 @@ functionHashes <- function(fun) {
 argumentHashes <- function(common) {
   names <- names(common)
   if (is.null(names)) names <- rep("", length(common))
-  labels <- ifelse(nzchar(names), sprintf("the argument `%s`", names), sprintf("argument %d in `...`", seq_along(common)))
+  places <- sprintf("argument %d in `...`", seq_along(common))
+  labels <- ifelse(nzchar(names), sprintf("the argument `%s`", names), places)
   vapply(stats::setNames(common, labels), hashOf, "")
 }

@@ -41,8 +41,8 @@ readRunInfo <- function(dir) {
   }
   if (info$format > runFormat) {
     abort(
-      "run_unreadable", "the run in ", dir, " was made by version ", info$package, " of rustcluster, whose format this ",
-      "version cannot read; update the package", fields = list(dir = dir)
+      "run_unreadable", "the run in ", dir, " was made by version ", info$package, " of rustcluster, whose format ",
+      "this version cannot read; update the package", fields = list(dir = dir)
     )
   }
   if (!identical(info$endian, .Platform$endian)) {

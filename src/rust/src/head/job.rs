@@ -169,15 +169,14 @@ fn job_begin(
         let mut new = Box::new(Job {
             engine: job::Job::new(setup, Instant::now()),
             values: Values::new(
-                total,
                 elements,
                 common,
                 flags,
                 as_written.fixed,
                 reuse == Some("nothing"),
-                storing,
                 setting,
-            ),
+            )
+            .with_results(total, storing),
             pending: None,
         });
         let mut done = false;

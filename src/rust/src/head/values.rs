@@ -160,15 +160,13 @@ pub struct Values {
 }
 
 impl Values {
-    /// Creates the values of a job with this number of tasks, none of which has been answered.
+    /// Creates the values of a job, none of whose tasks has been answered.
     pub(super) fn new(
-        count: usize,
         elements: Elements,
         common: Robj,
         flags: u8,
         fixed: bool,
         by_class: bool,
-        storing: Option<Storing>,
         setting: impl Fn(&'static str) -> Robj,
     ) -> Values {
         Values {
@@ -178,11 +176,7 @@ impl Values {
             elements,
             seed: setting("seed"),
             seeded: setting("seeded"),
-            results: List::new(match &storing {
-                Some(storing) if storing.keep == Keep::Never => 0,
-                _ => count,
-            })
-            .into(),
+            results: ().into(),
             unanswered: HashMap::new(),
             failed: Vec::new(),
             by_class,
@@ -190,7 +184,19 @@ impl Values {
             fresh: Vec::new(),
             scratch: Vec::new(),
             message: Vec::new(),
+            storing: None,
+        }
+    }
+
+    /// Makes room for this number of results, which `storing` stores.
+    pub(super) fn with_results(self, count: usize, storing: Option<Storing>) -> Values {
+        let reads = storing
+            .as_ref()
+            .is_none_or(|storing| storing.keep != Keep::Never);
+        Values {
+            results: List::new(if reads { count } else { 0 }).into(),
             storing,
+            ..self
         }
     }
 

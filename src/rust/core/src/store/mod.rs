@@ -27,3 +27,6 @@ pub const EXTENSION: &str = "rcr";
 
 /// Bytes of a file of records from which on the next record goes to another file.
 pub const MAX_FILE: u64 = 1 << 30;
+
+#[cfg(test)]
+mod tests;

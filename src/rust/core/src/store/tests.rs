@@ -1,0 +1,265 @@
+use super::record::{FILE_HEAD, RECORD_HEAD, RunId, file_head};
+use super::{Index, RESULTS, State, Writer, WriterSettings};
+use crate::protocol::body::Body;
+use proptest::prelude::*;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+const RUN: RunId = *b"0123456789abcdef";
+
+fn settings() -> WriterSettings {
+    WriterSettings {
+        run: RUN,
+        r_version: 4 << 16,
+        interval: Duration::ZERO,
+        waits: false,
+    }
+}
+
+/// A directory that is removed at the end.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new() -> Dir {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("rustcluster-store-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        fs::create_dir_all(&path).unwrap();
+        Dir(path)
+    }
+
+    fn index(&self, elements: usize) -> Index {
+        Index::open(&self.0, RUN, elements).unwrap()
+    }
+
+    fn file(&self, number: u32) -> PathBuf {
+        self.0.join(RESULTS).join(format!("{number:06}.rcr"))
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn finish(writer: &Writer) {
+    while !writer.wait_for_all(Duration::from_secs(10)).unwrap() {}
+}
+
+/// The payload of an element: its number, many times.
+fn payload(element: u32) -> Vec<u8> {
+    element.to_le_bytes().repeat(1 + element as usize % 50)
+}
+
+/// Writes a file in groups: the results of each group become durable together.
+fn write(dir: &Path, groups: &[Vec<u32>]) {
+    let writer = Writer::start(dir, settings()).unwrap();
+    for group in groups {
+        for &element in group {
+            if element % 3 == 0 {
+                writer.add_short(|list| {
+                    list.items.extend_from_slice(&payload(element));
+                    list.elements.push(element);
+                });
+            } else {
+                writer.add(
+                    element,
+                    element % 5 == 0,
+                    Body::from_bytes(payload(element)),
+                );
+            }
+        }
+        finish(&writer);
+    }
+}
+
+/// Checks that a result is that of its element.
+fn check(index: &Index, element: u32) {
+    let number = index.record_of(element as usize).unwrap();
+    let (head, elements, bytes) = index.read(number).unwrap();
+    assert!(elements.contains(&element));
+    if elements.len() == 1 && element % 3 != 0 {
+        assert_eq!(bytes, payload(element));
+        assert_eq!(head.failed, element % 5 == 0);
+    } else {
+        let items: Vec<u8> = elements.iter().flat_map(|&one| payload(one)).collect();
+        assert!(bytes.ends_with(&items));
+    }
+}
+
+#[test]
+fn results_are_found_again() {
+    let dir = Dir::new();
+    write(&dir.0, &[(1..=50).collect(), (51..=60).collect()]);
+    let index = dir.index(61);
+    for element in 1..=60 {
+        check(&index, element);
+    }
+    assert_eq!(index.state(61), State::Missing);
+    assert_eq!(index.state(5), State::Failed);
+    assert_eq!(index.state(6), State::Done);
+}
+
+#[test]
+fn a_result_replaces_an_error_and_not_the_reverse() {
+    let dir = Dir::new();
+    let write = |failed, bytes: &[u8]| {
+        let writer = Writer::start(&dir.0, settings()).unwrap();
+        writer.add(1, failed, Body::from_bytes(bytes.to_vec()));
+        finish(&writer);
+    };
+    write(true, b"error");
+    assert_eq!(dir.index(1).state(1), State::Failed);
+    write(false, b"value");
+    write(true, b"later error");
+    let index = dir.index(1);
+    assert_eq!(index.state(1), State::Done);
+    assert_eq!(index.read(index.record_of(1).unwrap()).unwrap().2, b"value");
+    assert!(dir.file(3).exists());
+}
+
+#[test]
+fn a_reader_sees_what_is_added() {
+    let dir = Dir::new();
+    let mut index = dir.index(10);
+    let writer = Writer::start(&dir.0, settings()).unwrap();
+    for element in (1..=10).filter(|element| element % 3 != 0) {
+        let failed = element % 5 == 0;
+        writer.add(element, failed, Body::from_bytes(payload(element)));
+        finish(&writer);
+        assert_eq!(writer.take_durable(), [element]);
+        index.refresh().unwrap();
+        check(&index, element);
+    }
+    drop(writer);
+}
+
+#[test]
+fn files_of_other_runs_do_not_count() {
+    let dir = Dir::new();
+    write(&dir.0, &[vec![1]]);
+    let other = Index::open(&dir.0, *b"another run here", 1).unwrap();
+    assert_eq!(other.state(1), State::Missing);
+    fs::write(
+        dir.file(2),
+        b"no file of records, but long enough to have a head",
+    )
+    .unwrap();
+    fs::write(dir.file(3), b"short").unwrap();
+    assert_eq!(dir.index(1).state(1), State::Done);
+}
+
+#[test]
+fn an_error_of_writing_is_reported_and_what_was_written_stays() {
+    let dir = Dir::new();
+    let writer = Writer::start(&dir.0, settings()).unwrap();
+    writer.add(1, false, Body::from_bytes(payload(1)));
+    finish(&writer);
+    fs::rename(dir.0.join(RESULTS), dir.0.join("moved")).unwrap();
+    // The open file still takes results; the next file cannot be made.
+    writer.add(2, false, Body::from_bytes(payload(2)));
+    finish(&writer);
+    drop(writer);
+    fs::write(dir.0.join(RESULTS), b"a file").unwrap();
+    assert!(Writer::start(&dir.0, settings()).is_err());
+    fs::remove_file(dir.0.join(RESULTS)).unwrap();
+    fs::rename(dir.0.join("moved"), dir.0.join(RESULTS)).unwrap();
+    check(&dir.index(2), 2);
+}
+
+#[test]
+fn damage_of_durable_results_is_noticed_when_they_are_read() {
+    let dir = Dir::new();
+    write(&dir.0, &[vec![1], vec![2], vec![4]]);
+    let mut bytes = fs::read(dir.file(1)).unwrap();
+    bytes[FILE_HEAD + RECORD_HEAD + 4] ^= 1;
+    fs::write(dir.file(1), bytes).unwrap();
+    let mut index = dir.index(4);
+    let number = index.record_of(1).unwrap();
+    assert!(index.read(number).is_err());
+    index.drop_record(number);
+    assert_eq!(index.state(1), State::Missing);
+    check(&index, 2);
+    check(&index, 4);
+}
+
+fn durable_ends(bytes: &[u8], groups: usize) -> Vec<usize> {
+    // The offset of the first record of each group, and the end of the file.
+    let mut ends = Vec::new();
+    let mut at = FILE_HEAD;
+    let mut last = 0.0;
+    while at < bytes.len() {
+        let double = |from: usize| f64::from_ne_bytes(bytes[from..from + 8].try_into().unwrap());
+        let int = |from: usize| u32::from_ne_bytes(bytes[from..from + 4].try_into().unwrap());
+        if double(at + 24) > last {
+            last = double(at + 24);
+            ends.push(last as usize);
+        }
+        at += RECORD_HEAD + 4 * int(at + 8) as usize + double(at + 16) as usize;
+    }
+    ends.push(bytes.len());
+    assert_eq!(ends.len(), groups);
+    ends
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Whatever a crash leaves behind the durable bytes, durable results are there, and no result is wrong.
+    #[test]
+    fn no_cut_loses_or_changes_a_durable_result(
+        sizes in prop::collection::vec(1..6_u32, 1..5),
+        keep in 0.0..1.0_f64,
+        junk in prop::collection::vec((0.0..1.0_f64, any::<u8>()), 0..20),
+        zeros in any::<bool>(),
+    ) {
+        let dir = Dir::new();
+        let mut next = 1;
+        let groups: Vec<Vec<u32>> = sizes.iter().map(|&size| {
+            let group = (next..next + size).collect();
+            next += size;
+            group
+        }).collect();
+        write(&dir.0, &groups);
+        let mut bytes = fs::read(dir.file(1)).unwrap();
+        let ends = durable_ends(&bytes, groups.len());
+        // The system dies while the last group is being written.
+        let durable = if ends.len() > 1 { ends[ends.len() - 2] } else { FILE_HEAD };
+        let cut = durable + ((bytes.len() - durable) as f64 * keep) as usize;
+        if zeros {
+            bytes[cut..].fill(0);
+        } else {
+            bytes.truncate(cut);
+        }
+        for (at, byte) in junk {
+            let at = durable + ((bytes.len() - durable) as f64 * at) as usize;
+            if let Some(place) = bytes.get_mut(at) {
+                *place = byte;
+            }
+        }
+        fs::write(dir.file(1), &bytes).unwrap();
+        let index = dir.index(next as usize - 1);
+        let last = groups.len() - 1;
+        for (number, group) in groups.iter().enumerate() {
+            for &element in group {
+                if number < last || index.state(element as usize) != State::Missing {
+                    check(&index, element);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_of_any_kind_are_no_results(bytes in prop::collection::vec(any::<u8>(), 0..500)) {
+        let dir = Dir::new();
+        fs::create_dir_all(dir.0.join(RESULTS)).unwrap();
+        let mut file = file_head(RUN).to_vec();
+        file.extend_from_slice(&bytes);
+        fs::write(dir.file(1), file).unwrap();
+        prop_assert_eq!(dir.index(5).records(), 0);
+    }
+}
