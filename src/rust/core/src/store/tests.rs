@@ -187,23 +187,20 @@ fn damage_of_durable_results_is_noticed_when_they_are_read() {
     check(&index, 4);
 }
 
-fn durable_ends(bytes: &[u8], groups: usize) -> Vec<usize> {
-    // The offset of the first record of each group, and the end of the file.
-    let mut ends = Vec::new();
+/// The records of a file: for each, its elements, its end, and the bytes that were durable before it was written.
+fn records(bytes: &[u8]) -> Vec<(Vec<u32>, usize, usize)> {
+    let mut found = Vec::new();
     let mut at = FILE_HEAD;
-    let mut last = 0.0;
     while at < bytes.len() {
         let double = |from: usize| f64::from_ne_bytes(bytes[from..from + 8].try_into().unwrap());
         let int = |from: usize| u32::from_ne_bytes(bytes[from..from + 4].try_into().unwrap());
-        if double(at + 24) > last {
-            last = double(at + 24);
-            ends.push(last as usize);
-        }
-        at += RECORD_HEAD + 4 * int(at + 8) as usize + double(at + 16) as usize;
+        let count = int(at + 8) as usize;
+        let elements = (0..count).map(|i| int(at + RECORD_HEAD + 4 * i));
+        let end = at + RECORD_HEAD + 4 * count + double(at + 16) as usize;
+        found.push((elements.collect(), end, double(at + 24) as usize));
+        at = end;
     }
-    ends.push(bytes.len());
-    assert_eq!(ends.len(), groups);
-    ends
+    found
 }
 
 proptest! {
@@ -226,9 +223,9 @@ proptest! {
         }).collect();
         write(&dir.0, &groups);
         let mut bytes = fs::read(dir.file(1)).unwrap();
-        let ends = durable_ends(&bytes, groups.len());
-        // The system dies while the last group is being written.
-        let durable = if ends.len() > 1 { ends[ends.len() - 2] } else { FILE_HEAD };
+        let records = records(&bytes);
+        // The system dies while the last records are being written.
+        let durable = records.last().unwrap().2;
         let cut = durable + ((bytes.len() - durable) as f64 * keep) as usize;
         if zeros {
             bytes[cut..].fill(0);
@@ -243,10 +240,9 @@ proptest! {
         }
         fs::write(dir.file(1), &bytes).unwrap();
         let index = dir.index(next as usize - 1);
-        let last = groups.len() - 1;
-        for (number, group) in groups.iter().enumerate() {
-            for &element in group {
-                if number < last || index.state(element as usize) != State::Missing {
+        for (elements, end, _) in records {
+            for element in elements {
+                if end <= durable || index.state(element as usize) != State::Missing {
                     check(&index, element);
                 }
             }
