@@ -87,6 +87,9 @@ conditionClasses <- list(
       "(its number), `reason`."
     ),
     run_damaged = "Saved results are damaged and are computed again. Fields `dir`, `indices`.",
+    not_saved = paste(
+      "A host could not save results (`.save = \"hosts\"`): its workers send them without. Fields `host`, `reason`."
+    ),
     host_left_out = "A host could not be started, and `on_failure = \"warn\"`. Fields `host`, `report`.",
     deprecated = paste(
       "An argument was given by its old name. It is raised once a session for each argument, and inherits from",
@@ -101,6 +104,7 @@ conditionClasses <- list(
       "the end, if they are known)."
     ),
     host_back = "A lost host is back.",
+    run_waiting = "Results cannot be written at present, and wait on the hosts. Fields `dir`, `reason`.",
     job_renewed = "The job of a host has ended, and another has been submitted. Field `host`.",
     host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
     worker_back = "A worker that could not be restored at first is back."

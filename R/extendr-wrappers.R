@@ -367,6 +367,10 @@ job_unreadable <- function(handle, task, value) .Call(wrap__job_unreadable, hand
 #' @noRd
 job_results <- function(handle) .Call(wrap__job_results, handle)
 
+#' Returns a list of the hosts, from 1, that could not save results, and of the reasons.
+#' @noRd
+job_unsaved <- function(handle) .Call(wrap__job_unsaved, handle)
+
 #' Returns the progress of the job: the numbers of tasks, of finished tasks, and of busy workers.
 #' @noRd
 job_progress <- function(handle) .Call(wrap__job_progress, handle)
@@ -402,9 +406,10 @@ store_open <- function(dir, run, elements, owner) .Call(wrap__store_open, dir, r
 #' @noRd
 store_owner <- function(dir) .Call(wrap__store_owner, dir)
 
-#' Reads what has been written since. `elements`: the number of elements.
+#' Reads what has been written since. `elements`: the number of elements. `checks`: whether to check results that may
+#' not be durable.
 #' @noRd
-store_refresh <- function(store, elements) .Call(wrap__store_refresh, store, elements)
+store_refresh <- function(store, elements, checks) .Call(wrap__store_refresh, store, elements, checks)
 
 #' Returns the state of each element: 0 without a result, 1 with a result, 2 with an error.
 #' @noRd
@@ -447,6 +452,14 @@ store_close <- function(store) .Call(wrap__store_close, store)
 #' Renames a file durably.
 #' @noRd
 replace_durably <- function(from, to) .Call(wrap__replace_durably, from, to)
+
+#' Returns the folder of this host with saved results of a run.
+#' @noRd
+saved_folder <- function(host_dir, run) .Call(wrap__saved_folder, host_dir, run)
+
+#' Returns the numbers of the elements in a file of records; none if it is no file of this run.
+#' @noRd
+file_elements <- function(path, run) .Call(wrap__file_elements, path, run)
 
 #' Returns hashes of 16 bytes each (XXH3, 128 bits), as one raw vector: of each element of a vector without a class, or
 #' of the value if `whole` is `TRUE`. Equal values have equal hashes, also in other versions of R.

@@ -47,7 +47,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
   )
   if (!is.null(store)) {
     settings <- c(settings, list(
-      store = store$pointer, ids = store$info$ids, keep = store$keep, total = as.double(n)
+      store = store$pointer, ids = store$info$ids, keep = store$keep, total = as.double(n), save = store$save
     ))
     n <- length(order)
   }
@@ -76,6 +76,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
       }
       showEvents(handle)
       if (!is.null(shown)) shown()
+      if (!is.null(store$save)) showTrouble(store)
       if (!is.null(onResults)) {
         results <- job_results(handle$pointer)
         if (length(results[[3L]]) && isFALSE(onResults(results[[3L]], results[[1L]], results[[2L]]))) break
@@ -85,6 +86,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     if (!inherits(unread, "rustcluster_unread")) break
     batchUnread(unread, handle)
   }
+  if (!is.null(store$save)) showUnsaved(job_unsaved(handle$pointer), handle)
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
   if (!is.null(onResults) && isTRUE(step) && length(results[[3L]])) {

@@ -50,6 +50,10 @@
 #'   `TRUE`.
 #' @param .sync (number) The least time (seconds) between two calls of `fdatasync()`, which make all results durable
 #'   that have come meanwhile. Default: 0.1. Use a longer time for many short elements on a slow disk.
+#' @param .save (character) Where a result is saved first. `"head"`, the default: in `.store`, by this session.
+#'   `"hosts"`: on the host of the worker, before the worker reports it: see section Stored results.
+#' @param .save_dir (character) With `.save = "hosts"`: the directory on the hosts. Default: `rustcluster/results` in the
+#'   user's cache, `~/.cache` or `XDG_CACHE_HOME`.
 #' @return A list with the results, named as `X`. With `.collect = FALSE`, a view of them.
 #' @section Stored results:
 #' With `.store`, results survive this session, its machine and the workers. One process at a time writes to a
@@ -62,6 +66,12 @@
 #' made, and those of the global environment of this session. Functions of packages, and variables that exist on the
 #' workers only, are not compared. `.seed = TRUE` continues with the stored seed. A resumed call with `.seed` gives what
 #' an undisturbed one gives.
+#'
+#' With `.save = "hosts"`, a result survives the loss of this session, of its machine and of the connection as soon as a
+#' worker has computed it. A worker that sees the directory of `.store` writes its results there, and sends long ones only
+#' if `.onResult` needs them. Any other worker saves its results in `.save_dir`; they are fetched, checked and removed
+#' there. If this session cannot write results, for example because its disk is full, it tries again and results wait on
+#' the hosts. A later call first fetches what the hosts have; [collectRun()] does only that.
 #'
 #' The vignette "Long runs" describes the files, which base R can read.
 #' @section Errors:
@@ -85,7 +95,8 @@
 clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
                           .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL,
                           .onResult = NULL, .errors = c("finish", "stop", "return"), .store = NULL, .collect = TRUE,
-                          .reuse = c("all", "same"), .retry_errors = TRUE, .sync = 0.1) {
+                          .reuse = c("all", "same"), .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"),
+                          .save_dir = NULL) {
   cl <- theCluster(cl)
   parts <- clustersOf(cl)
   FUN <- theFunction(FUN)
@@ -114,12 +125,15 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   }
   checkStoring(.store, .collect, .retry_errors, .sync)
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
+  .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
+  checkSaving(.save, .save_dir, .store)
   if (!n && is.null(.store)) return(structure(list(), names = names(X)))
   store <- NULL
   if (!is.null(.store)) {
-    store <- beginStore(.store, X, FUN, list(...), checkSeed(.seed), .reuse, .retry_errors, .sync)
+    store <- beginStore(.store, X, FUN, list(...), checkSeed(.seed), .reuse, .retry_errors, .sync, .save == "hosts")
     on.exit(closeStore(store), add = TRUE)
     .seed <- if (is.null(store$info$seed)) FALSE else store$info$seed
+    if (.save == "hosts") beginSaving(store, cl, .save_dir, values = !is.null(.onResult))
     saved <- if (.collect) savedResults(store)
     store$keep <- if (.collect) "always" else if (is.null(.onResult) && .errors != "stop") "never" else "until_reported"
   }
@@ -138,7 +152,10 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = .progress, what = "element",
     store = store
   )
-  if (!is.null(store)) return(storedResults(store, job, if (.collect) saved, names(X), .errors))
+  if (!is.null(store)) {
+    if (.save == "hosts") endSaving(store, cl)
+    return(storedResults(store, job, if (.collect) saved, names(X), .errors))
+  }
   if (.errors != "return" && length(job$failed)) raiseFailed(job)
   values <- job$values
   names(values) <- names(X)
@@ -185,6 +202,12 @@ storedResults <- function(store, job, saved, names, errors) {
   }
   values <- if (is.null(job)) saved else job$values
   values[store$kept] <- saved[store$kept]
+  if (!is.null(store$save)) {
+    # Workers that have saved a large result in the directory did not send it.
+    absent <- setdiff(which(vapply(values, is.null, NA)), store$kept)
+    ids <- if (is.null(store$info$ids)) absent else store$info$ids[absent]
+    if (length(absent)) values[absent] <- storeValues(store, as.integer(ids))
+  }
   if (errors != "return" && length(failed)) raiseFailed(list(values = values, failed = failed))
   names(values) <- names
   values

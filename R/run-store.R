@@ -4,7 +4,7 @@
 runFormat <- 1L
 
 # Files that a directory may have before it has a run.
-ownFiles <- c("lock", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log")
+ownFiles <- c("lock", "probe", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log")
 
 runPath <- function(dir, ...) file.path(dir, ...)
 
@@ -110,7 +110,7 @@ storePointer <- function(store) {
 # Reads what has been written since.
 refreshStore <- function(store) {
   store$info <- readRunInfo(store$dir)
-  checkedStore(store_refresh(storePointer(store), as.double(store$info$elements)), store$dir)
+  checkedStore(store_refresh(storePointer(store), as.double(store$info$elements), FALSE), store$dir)
   invisible(store)
 }
 
@@ -173,7 +173,7 @@ flushStore <- function(store) {
 
 # Opens the store of a call of clusterLapply() for writing, or makes it. Refuses a run of something else. `store$todo`
 # has the indices of the elements to compute.
-beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync) {
+beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, waits) {
   dir <- checkDir(dir, ".store")
   made <- !dir.exists(dir)
   if (made && !dir.create(dir, showWarnings = FALSE, recursive = TRUE) && !dir.exists(dir)) {
@@ -209,11 +209,17 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync) {
   } else {
     compareRun(store, now, X, reuse)
   }
-  states <- storeStates(store)
-  store$todo <- which(states == 0L | (retryErrors & states == 2L))
-  checkedStore(store_write(store$pointer, rVersionNumber(), sync, FALSE), dir)
+  store$retryErrors <- retryErrors
+  findMissing(store)
+  checkedStore(store_write(store$pointer, rVersionNumber(), sync, waits), dir)
   opened <- TRUE
   store
+}
+
+# Sets the indices of the elements to compute.
+findMissing <- function(store) {
+  states <- storeStates(store)
+  store$todo <- which(states == 0L | (store$retryErrors & states == 2L))
 }
 
 rVersionNumber <- function() {
@@ -285,7 +291,7 @@ compareRun <- function(store, now, X, reuse) {
     store$info["names"] <- list(now$names)
     saveDurably(store$info, runPath(store$dir, "run.rds"))
   }
-  if (!same) checkedStore(store_refresh(store$pointer, as.double(store$info$elements)), store$dir)
+  if (!same) checkedStore(store_refresh(store$pointer, as.double(store$info$elements), FALSE), store$dir)
 }
 
 pickHashes <- function(hashes, ids) {

@@ -11,6 +11,7 @@ use extendr_ffi::{Rf_error, SEXP};
 use rustcluster_core::head::activity::Measured;
 use rustcluster_core::platform::clock;
 use rustcluster_core::protocol::body::Body;
+use rustcluster_core::store::save::Saved;
 use std::ffi::{c_char, c_int};
 use std::time::Duration;
 
@@ -32,6 +33,10 @@ pub const FUNCTION: u8 = 8;
 /// so that they can be stored without being read. See [`crate::codec::stored`].
 pub const STORED: u8 = 16;
 
+/// The results are saved by the worker. A request ([`rustcluster_core::store::save`]) follows the head of the batch, after its length, and the number
+/// of its element in the run precedes each element. A [`Saved`] follows the head of the answer.
+pub const SAVED: u8 = 32;
+
 /// The first byte of a result: a value, or the value of an error, follows.
 pub const VALUE: u8 = 1;
 pub const ERROR: u8 = 2;
@@ -42,6 +47,8 @@ pub(super) const SERIALIZED: u8 = 2;
 const GAPPED: u8 = 3;
 /// The length of the value, 8 bytes, precedes its serialization.
 pub(super) const SIZED: u8 = 4;
+/// The value is only in the directory of the run, where the worker has saved it.
+pub(super) const IN_RUN: u8 = 5;
 
 /// The number of integers in a state of L'Ecuyer's generator, including its kind.
 pub const SEED: usize = 7;
@@ -55,7 +62,8 @@ pub struct Head {
     pub max_micros: u32,
 }
 
-const HEAD: usize = 10;
+/// The size of the head of a batch, in bytes.
+pub const HEAD: usize = 10;
 
 impl Head {
     pub fn write(self, out: &mut Vec<u8>) {
@@ -227,6 +235,43 @@ pub unsafe fn read_bytes(body: &mut Body, out: &mut [u8]) {
         // SAFETY: this jumps; the message has no format directive.
         unsafe { Rf_error(CUT_BATCH) };
     }
+}
+
+/// Takes bytes off the front of a body, after their length.
+pub fn take_sized(body: &mut Body) -> Option<Vec<u8>> {
+    let mut length = [0; 4];
+    if !body.fill(&mut length) {
+        return None;
+    }
+    let length = u32::from_ne_bytes(length) as usize;
+    if length > body.len {
+        return None;
+    }
+    let mut bytes = vec![0; length];
+    body.fill(&mut bytes).then_some(bytes)
+}
+
+/// Appends bytes after their length.
+pub fn put_sized(bytes: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(&(bytes.len() as u32).to_ne_bytes());
+    out.extend_from_slice(bytes);
+}
+
+/// Appends where results were saved.
+pub fn put_saved(saved: &Saved, out: &mut Vec<u8>) {
+    let (kind, text) = saved.encode();
+    out.push(kind);
+    put_sized(text.as_bytes(), out);
+}
+
+/// The reverse of [`put_saved`].
+pub fn take_saved(body: &mut Body) -> Option<Saved> {
+    let mut kind = [0];
+    if !body.fill(&mut kind) {
+        return None;
+    }
+    let text = String::from_utf8(take_sized(body)?).ok()?;
+    Saved::decode(kind[0], text)
 }
 
 /// Takes a state of the random number generator off the front of a body.

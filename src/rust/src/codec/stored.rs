@@ -4,7 +4,7 @@ use super::batch;
 use super::stream::Source;
 use extendr_ffi::SEXPTYPE;
 use rustcluster_core::protocol::body::Body;
-use rustcluster_core::store::ListPayload;
+use rustcluster_core::store::{Item, ListPayload};
 
 /// Words of R's serialization format (serialize.c): types of items, flags, and the bits of a string's encoding.
 mod word {
@@ -29,6 +29,8 @@ pub enum Stored {
     Plain(Body),
     /// A value in R's serialization.
     Serialized(Body),
+    /// The worker has saved the value in the directory of the run.
+    InRun,
 }
 
 /// Takes the next result off the front of an answer to a batch with [`batch::STORED`]. Returns also whether it is an
@@ -46,6 +48,7 @@ pub fn take_result(body: &mut Body) -> Option<(Stored, bool)> {
         }
         // The last result extends to the end of the answer.
         batch::SERIALIZED => Stored::Serialized(std::mem::take(body)),
+        batch::IN_RUN => Stored::InRun,
         _ => return None,
     };
     Some((stored, outcome == batch::ERROR))
@@ -54,6 +57,54 @@ pub fn take_result(body: &mut Body) -> Option<(Stored, bool)> {
 fn front<const N: usize>(body: &mut Body) -> Option<[u8; N]> {
     let mut bytes = [0; N];
     body.fill(&mut bytes).then_some(bytes)
+}
+
+/// Returns the records of the results of a batch, each with its element, or `None` if they are damaged.
+pub fn items_of(results: &[u8], elements: &[u32]) -> Option<Vec<Item>> {
+    let mut body = Body::from_bytes(results.to_vec());
+    let mut list = ListPayload::default();
+    let mut items = Vec::new();
+    for &element in elements {
+        let (stored, failed) = take_result(&mut body)?;
+        match stored {
+            Stored::Plain(mut plain) => {
+                plain.join();
+                append_plain(plain.whole().unwrap_or_default(), &mut list)?;
+                list.elements.push(element);
+            }
+            Stored::Serialized(body) => items.push(Item::Value {
+                element,
+                failed,
+                body,
+            }),
+            Stored::InRun => return None,
+        }
+    }
+    if !list.elements.is_empty() {
+        items.push(Item::List(list));
+    }
+    Some(items)
+}
+
+/// Returns the results of a batch without the values, which are in the directory of the run. Errors stay.
+pub fn without_values(results: &[u8], count: usize) -> Option<Vec<u8>> {
+    let mut body = Body::from_bytes(results.to_vec());
+    let mut out = Vec::new();
+    for _ in 0..count {
+        let before = body.clone();
+        let (_, failed) = take_result(&mut body)?;
+        if failed {
+            let mut result = before;
+            let result = result.split_front(result.len - body.len)?;
+            result
+                .chunks
+                .iter()
+                .for_each(|chunk| out.extend_from_slice(chunk));
+        } else {
+            out.extend_from_slice(&[batch::VALUE, batch::IN_RUN]);
+        }
+    }
+    Some(out)
 }
 
 /// Appends a plain value to a list. Returns `None` if the bytes are damaged; the list is then unchanged.

@@ -2,7 +2,7 @@
 //! engine is [`rustcluster_core::head::job`].
 
 use super::handle::{Cluster, SLICE, ToHub};
-use super::values::Values;
+use super::values::{Storing, Values};
 use super::{broadcast, nodes, status};
 use crate::codec::stored::{self, Stored};
 use crate::codec::stream::{self, BoundedSink, Format, Sink};
@@ -18,6 +18,7 @@ use rustcluster_core::head::job::{BatchLoss, Codec, Form, Taken};
 use rustcluster_core::head::retry::is_reported;
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::protocol::ids::{BlobId, JobId, Rank, TaskId};
+use rustcluster_core::store::save::Saved;
 use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
@@ -51,6 +52,7 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
         while gathering.count < gathering.indices.len() && values.message.len() < FULL {
             let index = gathering.indices[gathering.count];
             let before = values.message.len();
+            add_number(values.storing.as_ref(), index, &mut values.message);
             add_seed(&values.seed, index, &mut values.message);
             let element = Rf_protect(values.element(index));
             if !batch::append_plain(element, &mut values.message) {
@@ -75,6 +77,13 @@ unsafe extern "C" fn gather_protected(data: *mut c_void) -> SEXP {
             gathering.count += 1;
         }
         R_NilValue
+    }
+}
+
+/// Adds the number of a task's element in the run, if workers save their results.
+fn add_number(storing: Option<&Storing>, index: usize, out: &mut Vec<u8>) {
+    if let Some(storing) = storing.filter(|storing| storing.saving.is_some()) {
+        out.extend_from_slice(&storing.element(index).to_ne_bytes());
     }
 }
 
@@ -113,6 +122,8 @@ struct WritingElements<'a> {
     format: Format,
     sink: &'a mut dyn Sink,
     prefix: Vec<u8>,
+    /// The request to save the result.
+    save: Vec<u8>,
 }
 
 unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
@@ -147,6 +158,8 @@ unsafe extern "C" fn write_alone(data: *mut c_void) -> SEXP {
                 max_micros: 0,
             }
             .write(prefix);
+            prefix.append(&mut writing.save);
+            add_number(values.storing.as_ref(), writing.index, prefix);
             add_seed(&values.seed, writing.index, prefix);
             writing.sink.write(prefix);
             batch::write_serialized(element, writing.sink);
@@ -170,6 +183,8 @@ struct Taking<'a> {
     /// The bytes of a result while R reads or writes it.
     being_read: Body,
     being_written: Vec<u8>,
+    /// Where the worker has saved the results.
+    saved: Option<Saved>,
     /// Whether the answer, which is not the answer to a batch, is an error.
     single_failed: bool,
     cluster: &'a Cluster,
@@ -183,14 +198,23 @@ struct Taking<'a> {
 unsafe fn take_stored(taking: &mut Taking<'_>) {
     const DAMAGED: *const std::ffi::c_char = c"damaged message".as_ptr();
     let count = taking.head.map_or(0, |head| head.count as usize);
+    let storing = taking.values.storing.as_ref();
+    let is_saved = storing.is_some_and(|storing| storing.saving.is_some());
     // SAFETY: guaranteed by the caller.
     unsafe {
+        if is_saved {
+            taking.saved = batch::take_saved(&mut taking.body);
+            if taking.saved.is_none() {
+                Rf_error(DAMAGED);
+            }
+        }
         while taking.count < taking.indices.len().min(count) {
             let index = taking.indices[taking.count];
             if !take_one_stored(taking, index) {
                 Rf_error(DAMAGED);
             }
             let (reads, failed) = match taking.stored.last() {
+                Some((_, Stored::InRun, _)) => (false, false),
                 Some((_, _, failed)) => (taking.values.reads() || *failed, *failed),
                 None => (false, false),
             };
@@ -226,6 +250,7 @@ fn take_one_stored(taking: &mut Taking<'_>, index: usize) -> bool {
                     .for_each(|chunk| scratch.extend_from_slice(chunk));
             }
             Stored::Serialized(body) => taking.being_read = body.clone(),
+            Stored::InRun => {}
         }
     }
     taking.stored.push((index, stored, failed));
@@ -317,9 +342,19 @@ impl Codec for Encoder<'_> {
 
     fn write(&mut self, assigned: Rank, task: usize, form: Form) -> std::result::Result<(), Jump> {
         let hub = &self.cluster.hub;
+        let host = hub.borrow().worker(assigned).agent as u32;
+        let storing = self.values.storing.as_mut();
+        let saving = storing.and_then(|storing| storing.saving.as_mut());
+        let save = saving.map_or_else(Vec::new, |saving| saving.prefix(host));
         match form {
             Form::Batch => {
-                if hub.borrow_mut().write(&self.values.message) {
+                let message = &self.values.message;
+                let (head, elements) = message.split_at(batch::HEAD.min(message.len()));
+                hub.borrow_mut().write(head);
+                if !save.is_empty() {
+                    hub.borrow_mut().write(&save);
+                }
+                if hub.borrow_mut().write(elements) {
                     // Little data is in flight for messages this short.
                     while hub.borrow_mut().wait_to_send(SLICE) {
                         unwind::run(check, &mut ())?;
@@ -335,6 +370,7 @@ impl Codec for Encoder<'_> {
                     format: self.cluster.format(assigned),
                     sink: &mut ToHub(self.cluster),
                     prefix: Vec::new(),
+                    save,
                 };
                 unwind::run(write_alone, &mut writing).map(drop)
             }
@@ -369,6 +405,7 @@ impl Codec for Encoder<'_> {
             stored: Vec::new(),
             being_read: Body::default(),
             being_written: Vec::new(),
+            saved: None,
             single_failed: false,
             cluster: self.cluster,
             on,
@@ -384,6 +421,7 @@ impl Codec for Encoder<'_> {
             let single = Stored::Serialized(Body::from_bytes(single));
             stored.push((tasks[0], single, taking.single_failed));
         }
+        let saved = taking.saved.take();
         drop(taking);
         let values = &mut *self.values;
         if let Err(jump) = taken {
@@ -393,8 +431,9 @@ impl Codec for Encoder<'_> {
             return Err(jump);
         }
         self.cluster.reading.set(None);
-        if let Some(storing) = &values.storing {
-            storing.store(stored);
+        if let Some(storing) = &mut values.storing {
+            let host = self.cluster.hub.borrow().worker(on).agent as u32;
+            storing.take(host, saved, stored);
             // Results arrive only as fast as they can be written.
             storing.writer.wait_for_room(SLICE);
         }

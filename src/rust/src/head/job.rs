@@ -128,6 +128,12 @@ fn job_begin(
                 batch::SEEDED,
             ),
             (storing.is_some(), batch::STORED),
+            (
+                storing
+                    .as_ref()
+                    .is_some_and(|storing| storing.saving.is_some()),
+                batch::SAVED,
+            ),
         ];
         let flags: u8 = flags
             .iter()
@@ -365,6 +371,24 @@ fn job_results(handle: Robj) -> Robj {
     with_job(&handle, |_, job| Ok(job.values.results()))
 }
 
+/// Returns a list of the hosts, from 1, that could not save results, and of the reasons.
+/// @noRd
+#[extendr]
+fn job_unsaved(handle: Robj) -> Robj {
+    with_job(&handle, |_, job| {
+        let storing = job.values.storing.as_ref();
+        let saving = storing.and_then(|storing| storing.saving.as_ref());
+        let mut unsaved: Vec<(i32, String)> = saving
+            .iter()
+            .flat_map(|saving| &saving.unsaved)
+            .map(|(&host, reason)| (host as i32 + 1, reason.clone()))
+            .collect();
+        unsaved.sort();
+        let (hosts, reasons): (Vec<i32>, Vec<String>) = unsaved.into_iter().unzip();
+        Ok(list!(hosts, reasons).into())
+    })
+}
+
 /// Returns the progress of the job: the numbers of tasks, of finished tasks, and of busy workers.
 /// @noRd
 #[extendr]
@@ -383,5 +407,6 @@ extendr_module! {
     fn job_tasks;
     fn job_unreadable;
     fn job_results;
+    fn job_unsaved;
     fn job_progress;
 }

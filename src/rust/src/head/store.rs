@@ -1,7 +1,7 @@
 //! The results of a run on disk, for R: see [`rustcluster_core::store`].
 
 use super::handle::SLICE;
-use super::values::{Keep, Storing, serialized};
+use super::values::{Keep, Saving, Storing, serialized};
 use crate::codec::stored::Stored;
 use crate::codec::stream::{self, Sink};
 use crate::r::failure::Failure;
@@ -13,7 +13,8 @@ use extendr_ffi::{
 };
 use rustcluster_core::store::lock::{Lock, Owner};
 use rustcluster_core::store::record::{Kind, RunId};
-use rustcluster_core::store::{Index, State, Writer, WriterSettings};
+use rustcluster_core::store::save::{self, SaveRequest};
+use rustcluster_core::store::{Index, State, Writer, WriterSettings, elements_of_file};
 use std::cell::RefCell;
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
@@ -118,14 +119,15 @@ fn store_owner(dir: &str) -> Robj {
     }
 }
 
-/// Reads what has been written since. `elements`: the number of elements.
+/// Reads what has been written since. `elements`: the number of elements. `checks`: whether to check results that may
+/// not be durable.
 /// @noRd
 #[extendr]
-fn store_refresh(store: Robj, elements: f64) -> Robj {
+fn store_refresh(store: Robj, elements: f64, checks: bool) -> Robj {
     with_store(&store, |store| {
         let mut index = store.index.borrow_mut();
         index.grow(elements as usize);
-        index.refresh().map_err(|error| unreadable(&error))?;
+        index.refresh(checks).map_err(|error| unreadable(&error))?;
         Ok(().into())
     })
 }
@@ -232,6 +234,22 @@ fn store_read(store: Robj, element: f64) -> Robj {
         let value = at.and_then(|at| value_at(values, at)).unwrap_or_default();
         Ok(list!(value, state == State::Failed).into())
     })
+}
+
+/// Returns the numbers of the elements in a file of records; none if it is no file of this run.
+/// @noRd
+#[extendr]
+fn file_elements(path: &str, run: &str) -> Robj {
+    let elements = run
+        .as_bytes()
+        .try_into()
+        .ok()
+        .map(|run| elements_of_file(Path::new(path), run).unwrap_or_default());
+    let elements = elements.unwrap_or_default().into_iter();
+    elements
+        .map(|element| element as i32)
+        .collect::<Vec<i32>>()
+        .into()
 }
 
 struct Filling<'a> {
@@ -431,7 +449,7 @@ fn store_close(store: Robj) -> Robj {
 
 /// Returns where the results of a job are stored, by its settings: `store`, the run, or `NULL`; `ids`, the number of
 /// each task's element in the run, or `NULL` if these are the numbers of the tasks; `keep`: `"always"`,
-/// `"until_reported"` or `"never"`, see [`Keep`].
+/// `"until_reported"` or `"never"`, see [`Keep`]; `save`, see [`save_request`].
 pub(super) fn storing(
     setting: &impl Fn(&'static str) -> Robj,
 ) -> std::result::Result<Option<Storing>, Failure> {
@@ -451,7 +469,51 @@ pub(super) fn storing(
         Some("never") => Keep::Never,
         _ => Keep::Always,
     };
-    Ok(Some(Storing::new(writer, ids, keep)))
+    let mut storing = Storing::new(writer, ids, keep);
+    storing.saving = save_request(&setting("save"))?.map(Saving::new);
+    Ok(Some(storing))
+}
+
+/// Returns how workers save their results. `save`: `NULL`, or a list of the strings `run`, `host_dir`, `run_dir` and
+/// `nonce`, the integer `r_version`, and the flags `durable` and `values`: see [`SaveRequest`].
+fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure> {
+    if save.is_null() {
+        return Ok(None);
+    }
+    let bad = || Failure::new("run_write_failed").with("reason", "the settings are damaged");
+    let all = save.as_list().ok_or_else(bad)?;
+    let all: std::collections::HashMap<&str, Robj> = all.iter().collect();
+    let text = |name: &str| {
+        let value = all.get(name).and_then(|value| value.as_str());
+        value.map(str::to_owned).ok_or_else(bad)
+    };
+    let flag = |name: &str| all.get(name).and_then(Robj::as_bool).unwrap_or(false);
+    Ok(Some(SaveRequest {
+        run: text("run")?.as_bytes().try_into().map_err(|_| bad())?,
+        host_dir: text("host_dir")?,
+        run_dir: text("run_dir")?,
+        nonce: text("nonce")?,
+        r_version: all
+            .get("r_version")
+            .and_then(Robj::as_integer)
+            .map_or(0, |version| version as u32),
+        durable: flag("durable"),
+        values: flag("values"),
+        remove: Vec::new(),
+    }))
+}
+
+/// Returns the folder of this host with saved results of a run.
+/// @noRd
+#[extendr]
+fn saved_folder(host_dir: &str, run: &str) -> Robj {
+    match run.as_bytes().try_into() {
+        Ok(run) => save::folder(host_dir, run)
+            .to_string_lossy()
+            .into_owned()
+            .into(),
+        Err(_) => ().into(),
+    }
 }
 
 /// Hashes R's serialization of a value, without its first bytes, which contain the version of R.
@@ -570,5 +632,7 @@ extendr_module! {
     fn store_trouble;
     fn store_close;
     fn replace_durably;
+    fn saved_folder;
+    fn file_elements;
     fn content_hashes;
 }

@@ -1,5 +1,6 @@
 //! The R values of a job: its elements, and the results that have arrived.
 
+use crate::codec::batch;
 use crate::codec::stored::{self, Stored};
 use crate::codec::stream::{self, Format};
 use crate::r::unwind::Jump;
@@ -7,6 +8,7 @@ use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP};
 use rustcluster_core::protocol::body::Body;
 use rustcluster_core::store::Writer;
+use rustcluster_core::store::save::{SaveRequest, Saved};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -60,6 +62,64 @@ pub(super) struct Storing {
     pub(super) keep: Keep,
     /// The results that R has got with [`Keep::UntilReported`], from 1.
     reported: Vec<i32>,
+    pub(super) saving: Option<Saving>,
+}
+
+/// What the workers of a job save.
+pub(super) struct Saving {
+    /// The request, without files to be removed.
+    request: SaveRequest,
+    /// The files that hosts no longer need, by host.
+    removable: HashMap<u32, Vec<String>>,
+    /// The files with results that are not durable here: their hosts, their names, and the number of these results.
+    files: Vec<(u32, String, usize)>,
+    /// The file of each such result, by its element.
+    file_of: HashMap<u32, usize>,
+    /// The tasks whose results a worker has saved in the directory of the run, and which R does not know of.
+    in_run: Vec<usize>,
+    /// Why results were not saved, by host.
+    pub(super) unsaved: HashMap<u32, String>,
+}
+
+/// Files that are removed with one message.
+const MAX_REMOVED: usize = 100;
+
+impl Saving {
+    pub(super) fn new(request: SaveRequest) -> Saving {
+        Saving {
+            request,
+            removable: HashMap::new(),
+            files: Vec::new(),
+            file_of: HashMap::new(),
+            in_run: Vec::new(),
+            unsaved: HashMap::new(),
+        }
+    }
+
+    /// Returns what precedes the elements in a message to this host.
+    pub(super) fn prefix(&mut self, host: u32) -> Vec<u8> {
+        let mut request = self.request.clone();
+        if let Some(names) = self.removable.get_mut(&host) {
+            let rest = names.split_off(names.len().min(MAX_REMOVED));
+            request.remove = std::mem::replace(names, rest);
+        }
+        let mut out = Vec::new();
+        batch::put_sized(&request.encode(), &mut out);
+        out
+    }
+
+    fn note_durable(&mut self, element: u32) {
+        let Some(file) = self.file_of.remove(&element) else {
+            return;
+        };
+        if let Some((host, name, left)) = self.files.get_mut(file) {
+            *left -= 1;
+            if *left == 0 {
+                let name = std::mem::take(name);
+                self.removable.entry(*host).or_default().push(name);
+            }
+        }
+    }
 }
 
 impl Storing {
@@ -73,10 +133,11 @@ impl Storing {
             tasks,
             keep,
             reported,
+            saving: None,
         }
     }
 
-    fn element(&self, task: usize) -> u32 {
+    pub(super) fn element(&self, task: usize) -> u32 {
         let elements = self.elements.as_ref();
         elements
             .and_then(|all| all.get(task).copied())
@@ -88,6 +149,34 @@ impl Storing {
             Some(_) => self.tasks.get(&element).copied(),
             None => (element as usize).checked_sub(1),
         }
+    }
+
+    /// Takes the results of a worker of this host, which were saved there.
+    pub(super) fn take(
+        &mut self,
+        host: u32,
+        saved: Option<Saved>,
+        results: Vec<(usize, Stored, bool)>,
+    ) {
+        let elements: Vec<u32> = results.iter().map(|one| self.element(one.0)).collect();
+        if let (Some(saving), Some(saved)) = (&mut self.saving, saved) {
+            match saved {
+                Saved::InRun => {
+                    return saving.in_run.extend(results.iter().map(|one| one.0));
+                }
+                Saved::OnHost(name) => {
+                    let file = saving.files.len();
+                    saving
+                        .file_of
+                        .extend(elements.iter().map(|&one| (one, file)));
+                    saving.files.push((host, name, elements.len()));
+                }
+                Saved::Nowhere(reason) => {
+                    saving.unsaved.entry(host).or_insert(reason);
+                }
+            }
+        }
+        self.store(results);
     }
 
     /// Stores the results of these tasks, each with whether it is an error.
@@ -106,6 +195,8 @@ impl Storing {
                     Stored::Plain(body) | Stored::Serialized(body) => {
                         others.push((self.element(task), failed, body));
                     }
+                    // The worker has stored it.
+                    Stored::InRun => {}
                 }
             }
         });
@@ -202,10 +293,18 @@ impl Values {
 
     /// Records the results that have become durable as new ones.
     pub(super) fn note_durable(&mut self) {
-        if let Some(storing) = &self.storing {
-            let tasks = storing.writer.take_durable().into_iter();
-            let tasks = tasks.filter_map(|element| storing.task(element));
-            self.fresh.extend(tasks.map(|task| task as i32 + 1));
+        let Some(storing) = &mut self.storing else {
+            return;
+        };
+        let durable = storing.writer.take_durable();
+        let tasks = durable.iter().filter_map(|&element| storing.task(element));
+        self.fresh.extend(tasks.map(|task| task as i32 + 1));
+        if let Some(saving) = &mut storing.saving {
+            let in_run = saving.in_run.drain(..);
+            self.fresh.extend(in_run.map(|task| task as i32 + 1));
+            for element in durable {
+                saving.note_durable(element);
+            }
         }
     }
 

@@ -2,15 +2,17 @@
 
 use super::memory_limit::may_map;
 use crate::codec::batch::{self, AnswerHead};
-use crate::codec::mapped;
 use crate::codec::stream::{self, BoundedSink};
+use crate::codec::{mapped, stored};
 use extendr_ffi::{
     R_NilValue, R_PreserveObject, R_ReleaseObject, Rf_allocVector, Rf_protect, Rf_unprotect,
     SET_VECTOR_ELT, SEXP, SEXPTYPE, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::platform::clock::{self, CpuUsage};
 use rustcluster_core::protocol::body::Body;
+use rustcluster_core::store::save::{SaveRequest, Saved, Saver};
 use rustcluster_core::worker::channel::Blob;
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 /// A value that R's garbage collector keeps while this lives. For R's thread only.
@@ -36,6 +38,20 @@ impl Drop for Preserved {
 /// Maximum size of arguments that are copied for each task, in bytes. Larger arguments are read together with
 /// the function, because their vectors may be mapped.
 pub(super) const COPIED: usize = 64 * 1024;
+
+/// Results of fewer bytes are part of the answer also if the worker has saved them in the directory of the run.
+const SHORT: usize = 64 * 1024;
+
+thread_local! {
+    static SAVER: RefCell<Option<Saver>> = const { RefCell::new(None) };
+}
+
+fn with_saver<T>(request: &SaveRequest, body: impl FnOnce(&mut Saver) -> T) -> T {
+    SAVER.with_borrow_mut(|saver| {
+        let mut current = saver.take().filter(|saver| saver.serves(request));
+        body(saver.insert(current.take().unwrap_or_else(|| Saver::new(request))))
+    })
+}
 
 /// A batch, and how far its tasks have been run.
 pub(super) struct ReceivedBatch {
@@ -63,11 +79,19 @@ pub(super) struct ReceivedBatch {
     /// The number of bytes of the complete results.
     pub(super) whole: usize,
     pub(super) scratch: Vec<u8>,
+    /// Where the results are saved.
+    pub(super) save: Option<SaveRequest>,
+    /// The numbers of the elements in the run, if the results are saved.
+    pub(super) elements: Vec<u32>,
 }
 
 impl ReceivedBatch {
-    pub(super) fn new(head: batch::Head, common: Blob, body: Body) -> ReceivedBatch {
+    pub(super) fn new(head: batch::Head, common: Blob, mut body: Body) -> ReceivedBatch {
+        let saves = head.flags & batch::SAVED != 0;
+        let save = saves.then(|| batch::take_sized(&mut body)).flatten();
         ReceivedBatch {
+            save: save.and_then(|bytes| SaveRequest::decode(&bytes)),
+            elements: Vec::new(),
             head,
             common,
             reused_list: None,
@@ -153,6 +177,38 @@ impl ReceivedBatch {
         }
     }
 
+    /// Saves the complete results. Returns the head of the answer, and its results. The time that saving takes counts as
+    /// that of reading: batches are so long that both take a small part of the time.
+    pub(super) fn save(&mut self) -> (Vec<u8>, Vec<u8>) {
+        let (seconds, computed) = self.took();
+        let began = Instant::now();
+        let (prefix, results) = self.saved();
+        let reading = self.reading_took + began.elapsed();
+        let mut head = self.head_of_answer(seconds, computed, reading);
+        head.extend_from_slice(&prefix);
+        (head, results)
+    }
+
+    fn saved(&mut self) -> (Vec<u8>, Vec<u8>) {
+        let mut results = std::mem::take(&mut self.results);
+        let mut prefix = Vec::new();
+        let Some(request) = &self.save else {
+            return (prefix, results);
+        };
+        Saver::remove(request);
+        let saved = match stored::items_of(&results, &self.elements) {
+            Some(items) => with_saver(request, |saver| saver.save(&items)),
+            None => Saved::Nowhere("the results cannot be stored".into()),
+        };
+        let is_needed = request.values || results.len() < SHORT;
+        if saved == Saved::InRun && !is_needed {
+            let count = self.elements.len();
+            results = stored::without_values(&results, count).unwrap_or(results);
+        }
+        batch::put_saved(&saved, &mut prefix);
+        (prefix, results)
+    }
+
     /// Appends a value that is not plain to the results.
     ///
     /// # Safety
@@ -174,13 +230,24 @@ impl ReceivedBatch {
         self.started < self.head.count && !is_over()
     }
 
+    /// Returns the duration of the tasks so far, and their CPU time.
+    fn took(&self) -> (f64, Option<f64>) {
+        let computed = self.usage.computed().map(|time| time.as_secs_f64());
+        (self.began.elapsed().as_secs_f64(), computed)
+    }
+
     /// Returns the head of the answer, which precedes the results.
     pub(super) fn answer_head(&self) -> Vec<u8> {
+        let (seconds, computed) = self.took();
+        self.head_of_answer(seconds, computed, self.reading_took)
+    }
+
+    fn head_of_answer(&self, seconds: f64, computed: Option<f64>, reading: Duration) -> Vec<u8> {
         let mut out = Vec::with_capacity(batch::ANSWER_HEAD);
         AnswerHead {
-            seconds: self.began.elapsed().as_secs_f64(),
-            computed: self.usage.computed().map(|time| time.as_secs_f64()),
-            reading: self.reading_took.as_secs_f64(),
+            seconds,
+            computed,
+            reading: reading.as_secs_f64(),
             count: self.started,
         }
         .write(&mut out);

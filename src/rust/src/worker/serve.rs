@@ -397,6 +397,11 @@ unsafe extern "C" fn batch_protected(data: *mut c_void) -> SEXP {
         loop {
             batch.started += 1;
             batch.reading = true;
+            if batch.is(batch::SAVED) {
+                let mut element = [0; 4];
+                batch::read_bytes(&mut batch.body, &mut element);
+                batch.elements.push(u32::from_ne_bytes(element));
+            }
             if batch.is(batch::SEEDED) {
                 let seed = batch::read_seed(&mut batch.body);
                 rustcluster_set_seed(seed.as_ptr().cast(), batch::SEED as c_int, 1);
@@ -437,6 +442,18 @@ unsafe fn end_batch(batch: &mut ReceivedBatch, sink: &mut AnswerSink, last: Opti
             rustcluster_own_seed();
         } else {
             leave_seed();
+        }
+        if batch.is(batch::SAVED) {
+            if let Some(value) = last {
+                batch.results.push(batch::VALUE);
+                if !batch::append_plain(value, &mut batch.results) {
+                    batch.append_result(value);
+                }
+            }
+            let (head, results) = batch.save();
+            sink.write(&head);
+            sink.write(&results);
+            return;
         }
         batch.scratch.clear();
         let plain = last.is_some_and(|value| batch::append_plain(value, &mut batch.scratch));

@@ -103,24 +103,28 @@ impl Index {
     /// # Errors
     /// If a file cannot be read.
     pub fn open(dir: &Path, run: RunId, elements: usize) -> io::Result<Index> {
-        let mut index = Index {
+        let mut index = Index::new(dir, run, elements);
+        index.scan(true)?;
+        Ok(index)
+    }
+
+    fn new(dir: &Path, run: RunId, elements: usize) -> Index {
+        Index {
             dir: dir.to_owned(),
             run,
             files: Vec::new(),
             foreign: Vec::new(),
             records: Vec::new(),
             elements: vec![0; elements],
-        };
-        index.scan(true)?;
-        Ok(index)
+        }
     }
 
-    /// Reads what has been added since.
+    /// Reads what has been added since. `checks`: whether to check payloads that may not be durable.
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn refresh(&mut self) -> io::Result<()> {
-        self.scan(false)
+    pub fn refresh(&mut self, checks: bool) -> io::Result<()> {
+        self.scan(checks)
     }
 
     /// Makes room for more elements.
@@ -308,6 +312,31 @@ impl Index {
         }
         Ok((place.head, elements_of(&bytes), payload))
     }
+}
+
+/// Returns the elements of the whole records in a file of the run.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn elements_of_file(path: &Path, run: RunId) -> io::Result<Vec<u32>> {
+    let mut index = Index::new(Path::new(""), run, 0);
+    let mut elements = Vec::new();
+    if let Some(at) = index.add(path.to_owned())? {
+        let entry = &index.files[at];
+        let len = entry.file.metadata()?.len();
+        let mut window = Window {
+            file: &entry.file,
+            len,
+            start: 0,
+            bytes: Vec::new(),
+        };
+        let mut offset = entry.end;
+        while let Some((head, of_record)) = read_head(&mut window, offset)? {
+            offset += head.size();
+            elements.extend(of_record);
+        }
+    }
+    Ok(elements)
 }
 
 fn elements_of(numbers: &[u8]) -> Vec<u32> {

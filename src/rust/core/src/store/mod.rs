@@ -10,13 +10,16 @@
 
 pub mod lock;
 pub mod record;
+pub mod save;
 
 mod index;
 mod list;
+mod output;
 mod writer;
 
-pub use index::{Index, Place, State};
+pub use index::{Index, Place, State, elements_of_file};
 pub use list::ListPayload;
+pub use output::{Item, Output, Series};
 pub use writer::{Writer, WriterSettings};
 
 /// The folder with the files of records.

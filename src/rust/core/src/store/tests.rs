@@ -132,7 +132,7 @@ fn a_reader_sees_what_is_added() {
         writer.add(element, failed, Body::from_bytes(payload(element)));
         finish(&writer);
         assert_eq!(writer.take_durable(), [element]);
-        index.refresh().unwrap();
+        index.refresh(false).unwrap();
         check(&index, element);
     }
     drop(writer);

@@ -4,25 +4,22 @@
 //! `fdatasync()` once for all of them. [`WriterSettings::interval`] is the least time between two of these calls. Only
 //! then are the results reported as durable ([`Writer::take_durable`]).
 
-use super::record::{self, Kind, RECORD_HEAD, RecordHead, RunId};
-use super::{EXTENSION, ListPayload, MAX_FILE, RESULTS};
-use crate::platform::signals::{self, without_file_size_signal};
+use super::output::{Item, Output, Series};
+use super::record::RunId;
+use super::{ListPayload, RESULTS};
+use crate::platform::signals;
 use crate::protocol::body::Body;
-use bytes::Bytes;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime};
-use xxhash_rust::xxh3::Xxh3;
+use std::time::{Duration, Instant};
 
 /// Bytes of a list of short results from which on the list is not extended.
 const MAX_LIST: usize = 1 << 20;
 /// Bytes of results that may wait to be written. The producer waits beyond that.
 const MAX_QUEUE: usize = 64 << 20;
-/// Results up to this size are copied into one buffer with other records.
-const BUFFER: usize = 256 * 1024;
 /// Pause before a failed write is tried again, if failures are waited out.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -37,25 +34,6 @@ pub struct WriterSettings {
     pub interval: Duration,
     /// Whether to try again while results cannot be written, instead of reporting an error.
     pub waits: bool,
-}
-
-#[derive(Debug)]
-enum Item {
-    List(ListPayload),
-    Value {
-        element: u32,
-        failed: bool,
-        body: Body,
-    },
-}
-
-impl Item {
-    fn elements(&self) -> &[u32] {
-        match self {
-            Item::List(list) => &list.elements,
-            Item::Value { element, .. } => std::slice::from_ref(element),
-        }
-    }
 }
 
 #[derive(Debug, Default)]
@@ -104,21 +82,21 @@ impl Writer {
     pub fn start(dir: &Path, settings: WriterSettings) -> io::Result<Writer> {
         let folder = dir.join(RESULTS);
         fs::create_dir_all(&folder)?;
-        let mut output = Output {
+        let series = Series {
             folder,
-            settings,
-            file: None,
-            offset: 0,
-            durable: 0,
+            run: settings.run,
+            r_version: settings.r_version,
+            name: None,
+            durable: true,
         };
-        output.next_file()?;
+        let output = Output::start(series)?;
         let shared = Arc::new(Shared::default());
         let of_thread = shared.clone();
         // Signals are for R's thread.
         let thread = signals::with_all_blocked(|| {
             std::thread::Builder::new()
                 .name("rustcluster-run".into())
-                .spawn(move || run(&of_thread, output))
+                .spawn(move || run(&of_thread, output, settings))
         })?;
         Ok(Writer {
             shared,
@@ -214,12 +192,13 @@ impl Drop for Writer {
     }
 }
 
-fn run(shared: &Shared, mut output: Output) {
+fn run(shared: &Shared, mut output: Output, settings: WriterSettings) {
     let mut synced = Instant::now();
     loop {
         let mut queue = shared.queue();
         while queue.items.is_empty() && queue.list.elements.is_empty() {
             if queue.closing {
+                output.remove_if_empty();
                 return;
             }
             queue = shared
@@ -229,7 +208,7 @@ fn run(shared: &Shared, mut output: Output) {
         }
         // Results that come until the next call of fdatasync() are written together.
         loop {
-            let left = output.settings.interval.saturating_sub(synced.elapsed());
+            let left = settings.interval.saturating_sub(synced.elapsed());
             if left.is_zero() || queue.closing || queue.bytes > MAX_QUEUE / 2 {
                 break;
             }
@@ -246,7 +225,7 @@ fn run(shared: &Shared, mut output: Output) {
         while let Err(error) = output.write(&items) {
             output.drop_file();
             let mut queue = shared.queue();
-            if !output.settings.waits || queue.closing {
+            if !settings.waits || queue.closing {
                 queue.error = Some(error.to_string());
                 shared.written.notify_all();
                 return;
@@ -264,137 +243,5 @@ fn run(shared: &Shared, mut output: Output) {
             queue.durable.extend_from_slice(elements);
         }
         shared.written.notify_all();
-    }
-}
-
-/// The file to which records are appended.
-struct Output {
-    folder: PathBuf,
-    settings: WriterSettings,
-    file: Option<(PathBuf, File)>,
-    offset: u64,
-    durable: u64,
-}
-
-impl Output {
-    /// Makes the next file. Its number follows those of all others.
-    fn next_file(&mut self) -> io::Result<()> {
-        let number = |path: &Path| path.file_stem()?.to_str()?.parse().ok();
-        let mut next = 1 + fs::read_dir(&self.folder)?
-            .filter_map(|entry| number(&entry.ok()?.path()))
-            .max()
-            .unwrap_or(0_u32);
-        let (path, file) = loop {
-            let path = self.folder.join(format!("{next:06}.{EXTENSION}"));
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => next += 1,
-                opened => break (path, opened?),
-            }
-        };
-        self.file = Some((path, file));
-        self.durable = 0;
-        let head = record::file_head(self.settings.run);
-        self.offset = head.len() as u64;
-        self.put(&head)?;
-        // The name of the file must be durable, too.
-        File::open(&self.folder)?.sync_all()
-    }
-
-    /// Leaves the file, whose end may be incomplete: the next records go to another one.
-    fn drop_file(&mut self) {
-        let Some((path, file)) = self.file.take() else {
-            return;
-        };
-        // Frees what a full disk needs. Readers do not depend on it.
-        let _ = match self.durable > record::FILE_HEAD as u64 {
-            true => file.set_len(self.durable),
-            false => fs::remove_file(path),
-        };
-    }
-
-    /// Writes records and makes them durable.
-    fn write(&mut self, items: &[Item]) -> io::Result<()> {
-        let mut buffer = Vec::new();
-        for item in items {
-            if self.file.is_none() || self.offset >= MAX_FILE {
-                self.flush(&mut buffer)?;
-                self.sync()?;
-                self.next_file()?;
-            }
-            self.append(item, &mut buffer)?;
-        }
-        self.flush(&mut buffer)?;
-        self.sync()
-    }
-
-    fn append(&mut self, item: &Item, buffer: &mut Vec<u8>) -> io::Result<()> {
-        let numbers = record::numbers(item.elements());
-        let (kind, failed, head);
-        let chunks: Vec<&[u8]> = match item {
-            Item::List(list) => {
-                (kind, failed) = (Kind::List, false);
-                head = list.head(self.settings.r_version);
-                vec![&head, &list.items]
-            }
-            Item::Value {
-                failed: is, body, ..
-            } => {
-                (kind, failed) = (Kind::Value, *is);
-                body.chunks.iter().map(Bytes::as_ref).collect()
-            }
-        };
-        let mut hash = Xxh3::new();
-        for chunk in &chunks {
-            hash.update(chunk);
-        }
-        let length: usize = chunks.iter().map(|chunk| chunk.len()).sum();
-        let head = RecordHead {
-            kind,
-            count: item.elements().len() as u32,
-            failed,
-            length: length as u64,
-            durable: self.durable,
-            at: SystemTime::now()
-                .duration_since(SystemTime::UNIX_EPOCH)
-                .map_or(0.0, |at| at.as_secs_f64()),
-            digest: hash.digest128(),
-        };
-        self.offset += head.size();
-        buffer.extend_from_slice(&head.encode(&numbers));
-        buffer.extend_from_slice(&numbers);
-        for chunk in chunks {
-            if buffer.len() + chunk.len() > BUFFER + RECORD_HEAD {
-                self.flush(buffer)?;
-            }
-            if chunk.len() > BUFFER {
-                self.put(chunk)?;
-            } else {
-                buffer.extend_from_slice(chunk);
-            }
-        }
-        Ok(())
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let Some((_, file)) = &mut self.file else {
-            return Err(io::Error::other("no file is open"));
-        };
-        without_file_size_signal(|| file.write_all(bytes))
-    }
-
-    fn flush(&mut self, buffer: &mut Vec<u8>) -> io::Result<()> {
-        if !buffer.is_empty() {
-            self.put(buffer)?;
-            buffer.clear();
-        }
-        Ok(())
-    }
-
-    fn sync(&mut self) -> io::Result<()> {
-        if let Some((_, file)) = &self.file {
-            file.sync_data()?;
-            self.durable = self.offset;
-        }
-        Ok(())
     }
 }

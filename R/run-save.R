@@ -1,0 +1,214 @@
+# Results that are saved on the hosts before they are reported (`.save = "hosts"`): how workers are asked for that, and
+# how the head fetches what hosts have. The workers' part is src/rust/core/src/store/save.rs.
+
+# Bytes of a file that are fetched with one message.
+savedPiece <- 2^25
+
+checkSaving <- function(save, dir, store) {
+  if (is.null(store) && save != "head") badArgument(".save", "needs `.store`")
+  if (is.null(dir)) return(invisible())
+  if (save != "hosts") badArgument(".save_dir", "needs .save = \"hosts\"")
+  checkSaveDir(dir, ".save_dir")
+}
+
+checkSaveDir <- function(dir, argument) {
+  valid <- is.character(dir) && length(dir) == 1L && isText(dir) && grepl("^(/|~/).", dir)
+  if (!valid) badArgument(argument, "must be an absolute path, or one that starts with \"~/\"")
+}
+
+# Fetches what the hosts have, and asks the workers to save. `values`: whether this session needs all results as they
+# arrive.
+beginSaving <- function(store, cl, dir, values) {
+  dir <- if (is.null(dir)) "" else dir
+  fetched <- fetchSaved(store, cl, dir)
+  if (fetched) findMissing(store)
+  nonce <- paste(as.character(randomBytes(16L)), collapse = "")
+  probe <- runPath(store$dir, "probe")
+  written <- tryCatch({
+    # No line end: workers compare the whole file.
+    cat(nonce, file = probe)
+    TRUE
+  }, error = function(e) FALSE, warning = function(w) FALSE)
+  if (!written) abort("run_write_failed", "cannot write ", probe, fields = list(dir = store$dir))
+  store$trouble <- ""
+  store$save <- list(
+    run = store$info$id, host_dir = dir, run_dir = normalizePath(store$dir), nonce = nonce,
+    r_version = rVersionNumber(), durable = TRUE, values = values
+  )
+}
+
+# All results are durable here: removes what the hosts have.
+endSaving <- function(store, cl) {
+  flushStore(store)
+  unlink(runPath(store$dir, "probe"))
+  tryCatch(
+    onHosts(cl, removeSaved, store$save$host_dir, store$info$id),
+    rustcluster_host_failed = identity, rustcluster_worker_lost = identity
+  )
+  invisible()
+}
+
+# Returns the values of a function on one worker of each host that is up, in the order of the hosts.
+onHosts <- function(cl, fun, ...) {
+  nodes <- hostNodes(cl)
+  if (length(nodes)) onNodes(nodes, fun, ...)
+}
+
+# Calls a function once on each node. Unlike a call of clusterCall(), it is not repeated when a worker is replaced.
+onNodes <- function(nodes, fun, ...) {
+  parallel::clusterApply(nodes, seq_along(nodes), callWith, fun, ...)
+}
+
+# Returns one node of each host that is up.
+hostNodes <- function(cl) {
+  up <- clusterAlive(cl)
+  up[!duplicated(vapply(up, function(node) paste(node$handle$id, node$handle$owner[[node$rank]]), ""))]
+}
+
+# Fetches the files of a run from the hosts, and removes them there. Files with elements that the run has are not
+# fetched. Returns the number of fetched files.
+fetchSaved <- function(store, cl, dir) {
+  run <- store$info$id
+  count <- 0L
+  dir.create(runPath(store$dir, "results"), showWarnings = FALSE)
+  states <- checkedStore(store_states(storePointer(store)), store$dir)
+  fetch <- function(node) {
+    for (file in onNodes(node, listSaved, dir, run)[[1L]]) {
+      to <- runPath(store$dir, "results", file$name)
+      if (!file.exists(to) && any(states[file$elements] != 1L, na.rm = TRUE)) {
+        fetchFile(store, node, dir, file$name, file$size, to)
+        count <<- count + 1L
+      }
+      onNodes(node, removeSaved, dir, run, file$name)
+    }
+  }
+  # A host that is lost now keeps its files.
+  nodes <- hostNodes(cl)
+  for (i in seq_along(nodes)) {
+    tryCatch(fetch(nodes[i]), rustcluster_host_failed = identity, rustcluster_worker_lost = identity)
+  }
+  if (count) {
+    checkedStore(store_refresh(store$pointer, as.double(store$info$elements), TRUE), store$dir)
+  }
+  count
+}
+
+fetchFile <- function(store, node, dir, name, size, to) {
+  part <- paste0(to, ".part")
+  complain <- function(e) {
+    abort("run_write_failed", "cannot write ", part, ": ", conditionMessage(e), fields = list(dir = store$dir))
+  }
+  tryCatch({
+    out <- file(part, "wb")
+    on.exit(close(out))
+  }, error = complain, warning = complain)
+  from <- 0
+  while (from < size) {
+    bytes <- onNodes(node, readSaved, dir, store$info$id, name, from, min(savedPiece, size - from))[[1L]]
+    if (!length(bytes)) break
+    tryCatch(writeBin(bytes, out), error = complain, warning = complain)
+    from <- from + length(bytes)
+  }
+  tryCatch(flush(out), error = complain, warning = complain)
+  on.exit()
+  tryCatch(close(out), error = complain, warning = complain)
+  checkedStore(replace_durably(part, to), store$dir)
+}
+
+# Says once why results cannot be written, and again when they can.
+showTrouble <- function(store) {
+  trouble <- store_trouble(store$pointer)
+  if (identical(trouble, store$trouble)) return(invisible())
+  store$trouble <- trouble
+  message(rustclusterCondition(
+    "run_waiting",
+    if (nzchar(trouble)) {
+      paste0("results cannot be written to ", store$dir, " (", trouble, "); they wait on the hosts\n")
+    } else {
+      paste0("results are written to ", store$dir, " again\n")
+    },
+    type = "message", dir = store$dir, reason = trouble
+  ))
+}
+
+showUnsaved <- function(unsaved, handle) {
+  for (i in seq_along(unsaved[[1L]])) {
+    host <- handle$agents[[unsaved[[1L]][[i]]]]$host
+    reason <- unsaved[[2L]][[i]]
+    warning(rustclusterCondition(
+      "not_saved", paste0("host ", sQuote(host), " could not save results: ", reason), type = "warning",
+      host = host, reason = reason
+    ))
+  }
+}
+
+#' Fetch results of a run from its hosts
+#'
+#' Fetches the results that the hosts of a run have saved ([clusterLapply()] with `.save = "hosts"`), after the session
+#' that computed the run, or its connection, was lost. Nothing is computed. Each file is checked, and removed on the host
+#' once it is durable in the directory of the run. A later call of `clusterLapply()` does the same before it computes
+#' what is missing.
+#' @param dir (character) The directory of the run.
+#' @param from The hosts: a cluster made by [makeRustCluster()], or a `spec` for it, of which one worker of each host is
+#'   started.
+#' @param save_dir (character) The directory on the hosts: `.save_dir` of the call. Default: the user's cache.
+#' @return A named integer vector, invisibly: `files`, the number of files that were fetched, and `results`, the number of
+#'   elements that have a result now and had none before.
+#' @section Errors:
+#' `rustcluster_run_unreadable`, `rustcluster_run_locked`, `rustcluster_run_write_failed`, `rustcluster_bad_argument`, and
+#' the errors of [makeRustCluster()].
+#' @examples
+#' cl <- makeRustCluster(2)
+#' dir <- tempfile("run")
+#' squares <- clusterLapply(cl, 1:4, function(i) i^2, .store = dir, .save = "hosts")
+#' print(collectRun(dir, cl))
+#' parallel::stopCluster(cl)
+#' @export
+collectRun <- function(dir, from, save_dir = NULL) {
+  dir <- checkDir(dir, "dir")
+  if (!is.null(save_dir)) checkSaveDir(save_dir, "save_dir")
+  if (missing(from)) badArgument("from", "is missing")
+  store <- openStore(dir, write = TRUE)
+  on.exit(closeStore(store))
+  if (!inherits(from, "cluster")) {
+    cl <- makeRustCluster(from)
+    on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
+  } else {
+    cl <- from
+    clustersOf(cl)
+  }
+  before <- storeStates(store)
+  files <- fetchSaved(store, cl, if (is.null(save_dir)) "" else save_dir)
+  invisible(c(files = files, results = sum(before != 1L & storeStates(store) == 1L)))
+}
+
+# In a worker ------------------------------------------------------------------------------------
+
+callWith <- function(i, fun, ...) fun(...)
+
+listSaved <- function(dir, run) {
+  folder <- saved_folder(dir, run)
+  lapply(list.files(folder, "[.]rcr$"), function(name) {
+    path <- file.path(folder, name)
+    list(name = name, size = file.size(path), elements = file_elements(path, run))
+  })
+}
+
+readSaved <- function(dir, run, name, from, count) {
+  file <- file(file.path(saved_folder(dir, run), name), "rb")
+  on.exit(close(file))
+  seek(file, from)
+  readBin(file, "raw", count)
+}
+
+# Removes these files, and the folder if nothing is left in it.
+removeSaved <- function(dir, run, names = NULL) {
+  folder <- saved_folder(dir, run)
+  if (is.null(names)) {
+    unlink(folder, recursive = TRUE)
+  } else {
+    unlink(file.path(folder, names))
+    if (!length(list.files(folder))) unlink(folder, recursive = TRUE)
+  }
+  NULL
+}

@@ -1,0 +1,249 @@
+//! Results that a worker saves before it reports them.
+//!
+//! A worker that sees the directory of the run appends its results to a file of its own there; the head then need not
+//! write them. Any other worker writes the results of each answer to a file in a directory of its host. The head
+//! removes such a file, through the next message to that host, when it has stored the results. What is left after a
+//! failure of the head or of its connection is fetched later.
+
+use super::output::{Item, Output, Series};
+use super::record::RunId;
+use super::{EXTENSION, RESULTS};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// The file in the directory of a run by which a worker finds that it sees the directory: it has the nonce of the job.
+pub const PROBE: &str = "probe";
+
+/// Where a worker saves its results. Part of each message.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SaveRequest {
+    /// The run.
+    pub run: RunId,
+    /// The directory of the host, which gets a folder for the run: see [`folder`].
+    pub host_dir: String,
+    /// The directory of the run, as the head names it.
+    pub run_dir: String,
+    /// The content of [`PROBE`].
+    pub nonce: String,
+    /// The version of R, as `R_VERSION` of its C API.
+    pub r_version: u32,
+    /// Whether results have to survive a crash of the host.
+    pub durable: bool,
+    /// Whether the head needs all results in the answers.
+    pub values: bool,
+    /// Files of the host that are no longer needed.
+    pub remove: Vec<String>,
+}
+
+const SEPARATOR: char = '\0';
+
+impl SaveRequest {
+    /// Returns the request as bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let run = String::from_utf8_lossy(&self.run);
+        let version = self.r_version.to_string();
+        let flag = |is: bool| if is { "1" } else { "0" };
+        let mut fields = vec![
+            &*run,
+            &self.host_dir,
+            &self.run_dir,
+            &self.nonce,
+            &version,
+            flag(self.durable),
+            flag(self.values),
+        ];
+        fields.extend(self.remove.iter().map(String::as_str));
+        fields.join("\0").into_bytes()
+    }
+
+    /// Parses a request.
+    pub fn decode(bytes: &[u8]) -> Option<SaveRequest> {
+        let text = std::str::from_utf8(bytes).ok()?;
+        let mut fields = text.split(SEPARATOR);
+        Some(SaveRequest {
+            run: fields.next()?.as_bytes().try_into().ok()?,
+            host_dir: fields.next()?.to_owned(),
+            run_dir: fields.next()?.to_owned(),
+            nonce: fields.next()?.to_owned(),
+            r_version: fields.next()?.parse().ok()?,
+            durable: fields.next()? == "1",
+            values: fields.next()? == "1",
+            remove: fields.map(str::to_owned).collect(),
+        })
+    }
+
+    /// Whether a saver for the other request may serve this one.
+    fn is_like(&self, other: &SaveRequest) -> bool {
+        let other = SaveRequest {
+            remove: self.remove.clone(),
+            ..other.clone()
+        };
+        *self == other
+    }
+}
+
+/// Where the results of an answer were saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Saved {
+    /// Nowhere, for this reason.
+    Nowhere(String),
+    /// In the directory of the run.
+    InRun,
+    /// In this file of the host.
+    OnHost(String),
+}
+
+impl Saved {
+    /// Returns a number and a text, for a message.
+    pub fn encode(&self) -> (u8, &str) {
+        match self {
+            Saved::Nowhere(reason) => (0, reason),
+            Saved::InRun => (1, ""),
+            Saved::OnHost(name) => (2, name),
+        }
+    }
+
+    /// The reverse of [`Saved::encode`].
+    pub fn decode(kind: u8, text: String) -> Option<Saved> {
+        match kind {
+            0 => Some(Saved::Nowhere(text)),
+            1 => Some(Saved::InRun),
+            2 => Some(Saved::OnHost(text)),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Place {
+    InRun(Series, Option<Output>),
+    OnHost { series: Series, count: u64 },
+}
+
+/// Saves the results of a worker.
+#[derive(Debug)]
+pub struct Saver {
+    request: SaveRequest,
+    pid: u32,
+    place: Place,
+}
+
+impl Saver {
+    /// Creates a saver for this request.
+    pub fn new(request: &SaveRequest) -> Saver {
+        let probe = Path::new(&request.run_dir).join(PROBE);
+        let sees_run = fs::read_to_string(probe).is_ok_and(|found| found == request.nonce);
+        // Pids repeat, on other hosts and after a while.
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let nanos = since.map_or(0, |since| since.as_nanos());
+        let pid = std::process::id();
+        let series = Series {
+            folder: match sees_run {
+                true => Path::new(&request.run_dir).join(RESULTS),
+                false => folder_of(request),
+            },
+            run: request.run,
+            r_version: request.r_version,
+            name: Some(format!("w{pid}-{nanos:x}-")),
+            durable: request.durable,
+        };
+        Saver {
+            request: request.clone(),
+            pid,
+            place: match sees_run {
+                true => Place::InRun(series, None),
+                false => Place::OnHost { series, count: 0 },
+            },
+        }
+    }
+
+    /// Whether this saver may serve the request.
+    pub fn serves(&self, request: &SaveRequest) -> bool {
+        // A forked worker has the saver of the process that it was forked from.
+        self.pid == std::process::id() && request.is_like(&self.request)
+    }
+
+    /// Saves results.
+    pub fn save(&mut self, items: &[Item]) -> Saved {
+        let saved = match &mut self.place {
+            Place::InRun(series, output) => append(series, output, items).map(|()| Saved::InRun),
+            Place::OnHost { series, count } => {
+                *count += 1;
+                write_alone(series, *count, items).map(Saved::OnHost)
+            }
+        };
+        saved.unwrap_or_else(|error| Saved::Nowhere(error.to_string()))
+    }
+
+    /// Removes files that are no longer needed.
+    pub fn remove(request: &SaveRequest) {
+        let folder = folder_of(request);
+        for name in &request.remove {
+            // A name with a separator is none of ours.
+            if !name.contains('/') && name.ends_with(EXTENSION) {
+                let _ = fs::remove_file(folder.join(name));
+            }
+        }
+    }
+}
+
+/// Returns the folder of a host for the files of a run. `host_dir`: a path, which may start with `~/`, or `""` for the
+/// user's cache.
+pub fn folder(host_dir: &str, run: RunId) -> PathBuf {
+    let variable = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let home = || variable("HOME").unwrap_or_else(std::env::temp_dir);
+    let dir = match (host_dir, host_dir.strip_prefix("~/")) {
+        ("", _) => {
+            let cache = variable("XDG_CACHE_HOME").unwrap_or_else(|| home().join(".cache"));
+            cache.join("rustcluster").join("results")
+        }
+        (_, Some(rest)) => home().join(rest),
+        (path, None) => PathBuf::from(path),
+    };
+    dir.join(&*String::from_utf8_lossy(&run))
+}
+
+fn folder_of(request: &SaveRequest) -> PathBuf {
+    folder(&request.host_dir, request.run)
+}
+
+fn append(series: &Series, output: &mut Option<Output>, items: &[Item]) -> io::Result<()> {
+    let mut current = match output.take() {
+        Some(current) => current,
+        None => Output::start(series.clone())?,
+    };
+    let written = current.write(items);
+    if written.is_err() {
+        current.drop_file();
+    } else {
+        *output = Some(current);
+    }
+    written
+}
+
+fn write_alone(series: &Series, count: u64, items: &[Item]) -> io::Result<String> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&series.folder)?;
+    let name = series.name.as_deref().unwrap_or_default();
+    let series = Series {
+        name: Some(format!("{name}{count}-")),
+        ..series.clone()
+    };
+    let mut output = Output::start(series)?;
+    if let Err(error) = output.write(items) {
+        output.drop_file();
+        return Err(error);
+    }
+    let name = output.path().and_then(Path::file_name);
+    let name = name.map(|name| name.to_string_lossy().into_owned());
+    name.ok_or_else(|| io::Error::other("no file was made"))
+}
