@@ -86,7 +86,10 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
     if (!inherits(unread, "rustcluster_unread")) break
     batchUnread(unread, handle)
   }
-  if (!is.null(store$save)) showUnsaved(job_unsaved(handle$pointer), handle)
+  if (!is.null(store$save)) {
+    showTrouble(store)
+    showUnsaved(job_unsaved(handle$pointer), handle)
+  }
   results <- job_results(handle$pointer)
   if (!is.null(shown)) shown()
   if (!is.null(onResults) && isTRUE(step) && length(results[[3L]])) {

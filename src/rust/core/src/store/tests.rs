@@ -259,3 +259,93 @@ proptest! {
         prop_assert_eq!(dir.index(5).records(), 0);
     }
 }
+
+mod saving {
+    use super::super::save::{PROBE, SaveRequest, Saved, Saver};
+    use super::super::{Item, elements_of_file};
+    use super::*;
+
+    fn request(dir: &Dir, nonce: &str) -> SaveRequest {
+        SaveRequest {
+            run: RUN,
+            host_dir: dir.0.join("host").to_string_lossy().into_owned(),
+            run_dir: dir.0.to_string_lossy().into_owned(),
+            nonce: nonce.into(),
+            r_version: 4 << 16,
+            durable: true,
+            values: false,
+            remove: vec!["a.rcr".into(), "b.rcr".into()],
+        }
+    }
+
+    fn item(element: u32) -> Item {
+        Item::Value {
+            element,
+            failed: element % 5 == 0,
+            body: Body::from_bytes(payload(element)),
+        }
+    }
+
+    #[test]
+    fn a_request_crosses_a_message() {
+        let dir = Dir::new();
+        let mut request = request(&dir, "nonce");
+        assert_eq!(
+            SaveRequest::decode(&request.encode()).as_ref(),
+            Some(&request)
+        );
+        request.remove.clear();
+        assert_eq!(SaveRequest::decode(&request.encode()), Some(request));
+        for bytes in [&b""[..], b"\xff", b"short\0a\0b\0c\00\01\01"] {
+            assert_eq!(SaveRequest::decode(bytes), None);
+        }
+        for saved in [
+            Saved::Nowhere("full".into()),
+            Saved::InRun,
+            Saved::OnHost("a.rcr".into()),
+        ] {
+            let (kind, text) = saved.encode();
+            assert_eq!(Saved::decode(kind, text.into()), Some(saved.clone()));
+        }
+    }
+
+    #[test]
+    fn a_worker_that_sees_the_run_appends_to_it() {
+        let dir = Dir::new();
+        fs::create_dir_all(dir.0.join(RESULTS)).unwrap();
+        fs::write(dir.0.join(PROBE), "nonce").unwrap();
+        let mut saver = Saver::new(&request(&dir, "nonce"));
+        assert!(saver.serves(&request(&dir, "nonce")) && !saver.serves(&request(&dir, "other")));
+        for element in [1, 2, 5] {
+            assert_eq!(saver.save(&[item(element)]), Saved::InRun);
+        }
+        let index = dir.index(5);
+        [1, 2, 5].iter().for_each(|&element| check(&index, element));
+        assert_eq!(fs::read_dir(dir.0.join(RESULTS)).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn any_other_worker_writes_files_that_the_head_removes() {
+        let dir = Dir::new();
+        // Another directory with the same path has another probe.
+        fs::write(dir.0.join(PROBE), "other").unwrap();
+        let mut request = request(&dir, "nonce");
+        let mut saver = Saver::new(&request);
+        let folder = dir.0.join("host").join("0123456789abcdef");
+        let names: Vec<String> = [1, 2]
+            .map(|element| match saver.save(&[item(element)]) {
+                Saved::OnHost(name) => name,
+                other => panic!("{other:?}"),
+            })
+            .into();
+        assert_eq!(elements_of_file(&folder.join(&names[1]), RUN).unwrap(), [2]);
+        fs::write(dir.0.join("host").join("kept.rcr"), "kept").unwrap();
+        request.remove = vec![names[0].clone(), "../kept.rcr".into(), "absent.rcr".into()];
+        Saver::remove(&request);
+        assert!(!folder.join(&names[0]).exists() && folder.join(&names[1]).exists());
+        assert!(dir.0.join("host").join("kept.rcr").exists());
+        fs::remove_dir_all(dir.0.join("host")).unwrap();
+        fs::write(dir.0.join("host"), "a file").unwrap();
+        assert!(matches!(saver.save(&[item(1)]), Saved::Nowhere(_)));
+    }
+}
