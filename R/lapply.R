@@ -52,8 +52,8 @@
 #'   that have come meanwhile. Default: 0.1. Use a longer time for many short elements on a slow disk.
 #' @param .save (character) Where a result is saved first. `"head"`, the default: in `.store`, by this session.
 #'   `"hosts"`: on the host of the worker, before the worker reports it: see section Stored results.
-#' @param .save_dir (character) With `.save = "hosts"`: the directory on the hosts. Default: `rustcluster/results` in the
-#'   user's cache, `~/.cache` or `XDG_CACHE_HOME`.
+#' @param .save_dir (character) With `.save = "hosts"`: the directory on the hosts. Default: `rustcluster/results` in
+#'   the user's cache, `~/.cache` or `XDG_CACHE_HOME`.
 #' @return A list with the results, named as `X`. With `.collect = FALSE`, a view of them.
 #' @section Stored results:
 #' With `.store`, results survive this session, its machine and the workers. One process at a time writes to a
@@ -68,8 +68,8 @@
 #' an undisturbed one gives.
 #'
 #' With `.save = "hosts"`, a result survives the loss of this session, of its machine and of the connection as soon as a
-#' worker has computed it. A worker that sees the directory of `.store` writes its results there, and sends long ones only
-#' if `.onResult` needs them. Any other worker saves its results in `.save_dir`; they are fetched, checked and removed
+#' worker has computed it. A worker that sees the directory of `.store` writes its results there, and sends long ones
+#' only if `.onResult` needs them. Any other worker saves its results in `.save_dir`; they are fetched, checked and removed
 #' there. If this session cannot write results, for example because its disk is full, it tries again and results wait on
 #' the hosts. A later call first fetches what the hosts have; [collectRun()] does only that.
 #'

@@ -145,18 +145,18 @@ showUnsaved <- function(unsaved, handle) {
 #' Fetch results of a run from its hosts
 #'
 #' Fetches the results that the hosts of a run have saved ([clusterLapply()] with `.save = "hosts"`), after the session
-#' that computed the run, or its connection, was lost. Nothing is computed. Each file is checked, and removed on the host
-#' once it is durable in the directory of the run. A later call of `clusterLapply()` does the same before it computes
+#' that computed the run, or its connection, was lost. Nothing is computed. Each file is checked, and removed on the
+#' host once it is durable in the directory of the run. A later call of `clusterLapply()` does the same before it computes
 #' what is missing.
 #' @param dir (character) The directory of the run.
 #' @param from The hosts: a cluster made by [makeRustCluster()], or a `spec` for it, of which one worker of each host is
 #'   started.
 #' @param save_dir (character) The directory on the hosts: `.save_dir` of the call. Default: the user's cache.
-#' @return A named integer vector, invisibly: `files`, the number of files that were fetched, and `results`, the number of
-#'   elements that have a result now and had none before.
+#' @return A named integer vector, invisibly: `files`, the number of files that were fetched, and `results`, the number
+#'   of elements that have a result now and had none before.
 #' @section Errors:
-#' `rustcluster_run_unreadable`, `rustcluster_run_locked`, `rustcluster_run_write_failed`, `rustcluster_bad_argument`, and
-#' the errors of [makeRustCluster()].
+#' `rustcluster_run_unreadable`, `rustcluster_run_locked`, `rustcluster_run_write_failed`, `rustcluster_bad_argument`,
+#' and the errors of [makeRustCluster()].
 #' @examples
 #' cl <- makeRustCluster(2)
 #' dir <- tempfile("run")

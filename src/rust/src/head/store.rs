@@ -484,7 +484,7 @@ fn save_request(save: &Robj) -> std::result::Result<Option<SaveRequest>, Failure
     let all = save.as_list().ok_or_else(bad)?;
     let all: std::collections::HashMap<&str, Robj> = all.iter().collect();
     let text = |name: &str| {
-        let value = all.get(name).and_then(|value| value.as_str());
+        let value = all.get(name).and_then(Robj::as_str);
         value.map(str::to_owned).ok_or_else(bad)
     };
     let flag = |name: &str| all.get(name).and_then(Robj::as_bool).unwrap_or(false);

@@ -296,7 +296,7 @@ mod saving {
         );
         request.remove.clear();
         assert_eq!(SaveRequest::decode(&request.encode()), Some(request));
-        for bytes in [&b""[..], b"\xff", b"short\0a\0b\0c\00\01\01"] {
+        for bytes in [&b""[..], b"\xff", b"short\0a\0b\0c\0x\0y"] {
             assert_eq!(SaveRequest::decode(bytes), None);
         }
         for saved in [
