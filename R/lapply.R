@@ -69,9 +69,9 @@
 #'
 #' With `.save = "hosts"`, a result survives the loss of this session, of its machine and of the connection as soon as a
 #' worker has computed it. A worker that sees the directory of `.store` writes its results there, and sends long ones
-#' only if `.onResult` needs them. Any other worker saves its results in `.save_dir`; they are fetched, checked and removed
-#' there. If this session cannot write results, for example because its disk is full, it tries again and results wait on
-#' the hosts. A later call first fetches what the hosts have; [collectRun()] does only that.
+#' only if `.onResult` needs them. Any other worker saves its results in `.save_dir`; they are fetched, checked and
+#' removed there. If this session cannot write results, for example because its disk is full, it tries again and results
+#' wait on the hosts. A later call first fetches what the hosts have; [collectRun()] does only that.
 #'
 #' The vignette "Long runs" describes the files, which base R can read.
 #' @section Errors:

@@ -146,8 +146,8 @@ showUnsaved <- function(unsaved, handle) {
 #'
 #' Fetches the results that the hosts of a run have saved ([clusterLapply()] with `.save = "hosts"`), after the session
 #' that computed the run, or its connection, was lost. Nothing is computed. Each file is checked, and removed on the
-#' host once it is durable in the directory of the run. A later call of `clusterLapply()` does the same before it computes
-#' what is missing.
+#' host once it is durable in the directory of the run. A later call of `clusterLapply()` does the same before it
+#' computes what is missing.
 #' @param dir (character) The directory of the run.
 #' @param from The hosts: a cluster made by [makeRustCluster()], or a `spec` for it, of which one worker of each host is
 #'   started.
