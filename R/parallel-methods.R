@@ -391,8 +391,10 @@ endNodes <- function(handle, ranks) {
   if (isTRUE(handle$stopped)) return()
   checked(hub_stop_nodes(handle$pointer, ranks))
   handle$alive <- setdiff(handle$alive, ranks)
+  if (length(handle$alive)) recordChange(handle)
   if (!length(handle$alive)) {
     handle$stopped <- TRUE
+    removeRecord(handle)
     closeReadiness(handle)
     handle$ending <- TRUE
   }

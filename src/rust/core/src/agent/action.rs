@@ -12,6 +12,8 @@ pub enum Act {
     ToHead(Frame),
     /// Sends a frame to the head, with the shared memory that came from the worker in its header.
     Along(Frame),
+    /// Keeps a part of the answer to a task of a head that has disconnected.
+    Keep(Frame),
     /// Drops the shared memory that came from this worker.
     LetGo(u32),
     /// Sends a control message to the head.

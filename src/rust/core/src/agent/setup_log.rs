@@ -232,6 +232,11 @@ impl SetupLog {
         }
     }
 
+    /// The random number state of this worker after its last task, if it is known.
+    pub fn current_seed(&self, worker: u32) -> Option<Bytes> {
+        self.workers.get(worker as usize)?.seed.clone()
+    }
+
     /// Records that the worker has ended its task after `duration`; `setup_call`: a set-up call completed.
     /// Returns whether this made the log of the worker incomplete, so that it cannot be restored.
     pub fn done(&mut self, worker: u32, setup_call: bool, duration: Duration) -> bool {

@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Version of the wire protocol. Head and agent must have the same.
-pub const PROTOCOL: u32 = 10;
+pub const PROTOCOL: u32 = 11;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -86,6 +86,28 @@ pub enum Outfile {
     File(String),
 }
 
+/// How an agent waits for its head.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Linger {
+    /// How many milliseconds the agent waits for a head before it ends.
+    pub milliseconds: u64,
+    /// The name of the directory on the agent's host that contains its socket: see
+    /// [`linger`](crate::agent::linger).
+    pub name: String,
+    /// The key of the cluster, which a head must prove to have.
+    pub key: Secret,
+}
+
+/// A key, which is never shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret(pub [u8; 32]);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(...)")
+    }
+}
+
 /// A start request to an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
@@ -119,6 +141,8 @@ pub struct Start {
     pub stop_timeout: u64,
     /// The head is on this machine: large answers may use shared memory.
     pub local: bool,
+    /// Whether the agent waits for another head when its head disconnects, and how. Otherwise the agent ends.
+    pub linger: Option<Linger>,
 }
 
 impl Start {
@@ -304,6 +328,13 @@ pub enum ToHead {
     },
     /// A worker has started and is ready for tasks.
     WorkerUp {
+        /// The worker's index on its host.
+        worker: u32,
+        /// The worker's process number.
+        pid: u32,
+    },
+    /// A worker has not ended the task that it began for the head before. [`ToHead::WorkerUp`] follows when it has.
+    WorkerKept {
         /// The worker's index on its host.
         worker: u32,
         /// The worker's process number.

@@ -112,6 +112,8 @@ pub struct Core {
     pub queued: usize,
     /// The cluster is being stopped.
     pub stopping: bool,
+    /// The agents wait for another head when this one ends.
+    pub lingers: bool,
     /// Registers the streams that the hub's thread serves.
     registry: Registry,
     reader: StreamReader,
@@ -173,6 +175,7 @@ impl SharedCore {
                 start_timeout: Duration::MAX,
                 queued: 0,
                 stopping: false,
+                lingers: false,
                 registry,
                 reader: StreamReader::Hub,
                 waiting: false,
@@ -435,6 +438,7 @@ impl Core {
             self.is_elastic |= conn.dials;
             conn.plan = Some(start.clone());
         }
+        self.lingers |= start.linger.is_some();
         if start.chunk_cache_bytes > 0 {
             let max_bytes = usize::try_from(start.chunk_cache_bytes).unwrap_or(usize::MAX);
             self.scheduler.set_chunk_cache(agent, max_bytes);
@@ -796,6 +800,20 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// Disconnects from the agents, which wait for another head.
+    pub fn leave(&mut self, stopped: &Notify) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
+        }
+        debug!("head leaves the cluster");
+        for agent in 0..self.conns.len() {
+            self.conns[agent].permanent = true;
+            self.conns[agent].stop.notify_one();
+            self.end(agent, Ok(()));
+        }
+        stopped.notify_one();
     }
 
     /// Stops the cluster.

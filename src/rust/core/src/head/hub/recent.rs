@@ -157,6 +157,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             }
         }
         Note::Up { .. }
+        | Note::Kept { .. }
         | Note::Ended { .. }
         | Note::Output { .. }
         | Note::ProgressEvent { .. }

@@ -68,6 +68,13 @@ pub enum Note {
         /// The worker's process number.
         pid: u32,
     },
+    /// A worker that comes up when it has ended the task that it began for the head before.
+    Kept {
+        /// The worker's rank.
+        rank: Rank,
+        /// The worker's process number.
+        pid: u32,
+    },
     /// A worker failed, and its agent is starting a replacement.
     Lost {
         /// The worker's rank.

@@ -387,7 +387,10 @@ impl Scheduler {
             Kind::Seed => {
                 let rank = self.rank(agent, header.worker)?;
                 let worker = &mut self.workers[rank as usize];
-                if let Some(current) = &mut worker.current {
+                if header.task == 0 {
+                    // The state that the worker had when the head before disconnected.
+                    worker.seed = Some(frame.body);
+                } else if let Some(current) = &mut worker.current {
                     if current.task.id == header.task {
                         let other = current
                             .task
@@ -430,6 +433,12 @@ impl Scheduler {
                     self.agents[agent].active = self.now;
                     self.notes.push(Note::Up { rank, pid });
                     self.dispatch(rank);
+                }
+            }
+            ToHead::WorkerKept { worker, pid } => {
+                let rank = self.rank(agent, worker)?;
+                if matches!(self.workers[rank as usize].state, WorkerState::Starting) {
+                    self.notes.push(Note::Kept { rank, pid });
                 }
             }
             ToHead::WorkerFailed {
