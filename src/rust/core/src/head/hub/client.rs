@@ -854,7 +854,8 @@ impl Drop for Hub {
         if self.is_forked() {
             return;
         }
-        match self.core().lingers {
+        let lingers = self.core().lingers;
+        match lingers {
             true => self.leave(),
             false => self.stop(),
         }
