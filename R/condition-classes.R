@@ -99,6 +99,7 @@ conditionClasses <- list(
     host_back = "A lost host is back.",
     job_renewed = "The job of a host has ended, and another has been submitted. Field `host`.",
     host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
+    reattached = "A cluster of a saved session was connected to this session at its first use. Field `id`.",
     worker_back = "A worker that could not be restored at first is back."
   )
 )

@@ -1,10 +1,16 @@
 # Clusters that wait for their head. The head records such a cluster in a file that only its user can read, with the key
 # that a head must prove to have. A later session finds the cluster by that record, and connects to its agents.
 
-# Names and other texts of a cluster that lingers: its `id`, `key`, `seconds`, the number of heads that it has had before
+# The keys of clusters that linger, by id. A handle does not have its key: it may be saved in any file, or be sent to
+# workers.
+lingerKeys <- new.env(parent = emptyenv())
+
+# Returns what a handle knows of a cluster that lingers: its `id`, `seconds`, the number of heads that it has had before
 # (`generation`), and the time when it was `created`.
 newLinger <- function(seconds) {
-  list(id = randomText(8L), key = randomText(32L), seconds = seconds, generation = 0L, created = Sys.time())
+  id <- randomText(8L)
+  assign(id, randomText(32L), lingerKeys)
+  list(id = id, seconds = seconds, generation = 0L, created = Sys.time())
 }
 
 # Refuses what cannot linger yet.
@@ -21,7 +27,7 @@ checkLinger <- function(hosts) {
 # Returns how an agent waits for its head. `i`: its index among the hosts of the cluster.
 agentLinger <- function(linger, i) {
   if (is.null(linger)) return(NULL)
-  list(seconds = linger$seconds, name = socketName(linger, i), key = linger$key)
+  list(seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]])
 }
 
 # The name of the directory of an agent's socket.
@@ -80,8 +86,8 @@ saveRecord <- function(handle) {
   if (is.null(handle$linger)) return(invisible())
   makeRecordDirectory()
   writePrivate(list(
-    format = recordFormat, package = packageVersionText(), linger = handle$linger, head = thisProcess(),
-    seen = NULL, streams = handle$streams$last, handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
+    format = recordFormat, package = packageVersionText(), linger = handle$linger,
+    key = lingerKeys[[handle$linger$id]], head = thisProcess(), seen = NULL, streams = handle$streams$last, handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
   ), recordPath(handle$linger$id))
 }
 
@@ -95,7 +101,9 @@ recordChange <- function(handle) {
 }
 
 removeRecord <- function(handle) {
-  if (!is.null(handle$linger)) unlink(recordPath(handle$linger$id))
+  if (is.null(handle$linger)) return(invisible())
+  unlink(recordPath(handle$linger$id))
+  suppressWarnings(rm(list = handle$linger$id, envir = lingerKeys))
 }
 
 # Returns what identifies a process: its pid may be used again.
@@ -247,7 +255,7 @@ noCluster <- function(id, ...) {
 waitingLaunch <- function(host, settings, linger, i) {
   launch <- hostLaunch(host, settings$options)
   relay <- relayLaunch(host, settings$options, socketName(linger, i))
-  launch$waiting <- c(list(name = socketName(linger, i), key = linger$key), relay)
+  launch$waiting <- c(list(name = socketName(linger, i), key = lingerKeys[[linger$id]]), relay)
   launch$local <- host$local
   launch
 }
@@ -282,6 +290,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
       "version ", packageVersionText(), "; connect to it with the same version"
     )
   }
+  assign(linger$id, record$key, lingerKeys)
   launches <- lapply(seq_along(fields$agents), function(i) waitingLaunch(fields$agents[[i]], settings, linger, i))
   pointer <- checked(hub_start(
     launches, packageVersionText(), rVersionText(), R.version$platform, fields$bufferLimit
@@ -341,6 +350,27 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
     handle$pending <- c(handle$pending, list(failureCondition(failure, handle, "warning")))
   }
   handle
+}
+
+# The name of this session, which a restored handle does not have.
+session <- new.env(parent = emptyenv())
+
+# Connects a restored cluster to this session, if its agents wait for one. Otherwise the cluster cannot be used.
+revive <- function(handle) {
+  if (is.null(handle$linger) || identical(handle$session, session$name) || isTRUE(handle$stopped)) return(invisible())
+  pids <- hub_pids(handle$pointer)
+  if (!isFailure(pids) || !identical(pids[["kind"]], "restored")) return(invisible())
+  record <- allRecords()[[handle$linger$id]]
+  if (is.null(record)) return(invisible())
+  takeUp(record, handle)
+  message(rustclusterCondition(
+    "reattached", paste0(
+      "cluster ", handle$linger$id, " of the saved session was connected again, with ", length(handle$alive),
+      ngettext(length(handle$alive), " worker\n", " workers\n")
+    ),
+    id = handle$linger$id, type = "message"
+  ))
+  raisePending(handle)
 }
 
 # Returns the ranks that have not been stopped.

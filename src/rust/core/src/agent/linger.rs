@@ -11,7 +11,7 @@
 
 use super::process::Outgoing;
 use super::{Agent, HEAD_IN, HEAD_OUT, LISTENER};
-use crate::platform::process;
+use crate::platform::{fd, process};
 use crate::protocol::control::{self, Linger, Start, ToAgent, ToHead, WorkerFailure};
 use crate::protocol::frame::{self, BY_REFERENCE, Frame, Kind};
 use crate::protocol::handshake::{MAGIC, Preamble, PreambleState};
@@ -409,6 +409,10 @@ impl Agent {
                 self.reader = null;
                 self.writer = other;
             }
+        }
+        // An ssh connection lasts as long as somebody has its streams open.
+        for target in [1, 2] {
+            let _ = fd::redirect(self.reader.as_raw_fd(), target);
         }
         self.head_blocked = false;
         self.head_waits = false;
