@@ -137,6 +137,11 @@ hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tol
 #' @noRd
 hub_follow <- function(handle, generation) .Call(wrap__hub_follow, handle, generation)
 
+#' Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
+#' to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
+#' @noRd
+hub_take_over <- function(handle, begin, end) .Call(wrap__hub_take_over, handle, begin, end)
+
 #' Disconnects from the agents, which wait for another head.
 #' @noRd
 hub_leave <- function(handle) .Call(wrap__hub_leave, handle)

@@ -300,6 +300,7 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
   linger$generation <- linger$generation + 1L
   checked(hub_follow(pointer, linger$generation))
   checked(hub_policy(pointer, noJob, fields$retries, fields$retries == 0))
+  checked(hub_keep_setup_log(pointer, tempfile("rustcluster-"), fields$headLogLimit, settings$setup, fields$reconnect))
   deadline <- proc.time()[["elapsed"]] + settings$setup
   while (!checked(hub_greeted(pointer)) && proc.time()[["elapsed"]] < deadline) raiseInterrupt()
   hosts <- checked(hub_hosts(pointer))
@@ -332,13 +333,19 @@ takeUp <- function(record, handle = NULL, progress = FALSE) {
     handle$streams <- new.env(parent = emptyenv())
     handle$streams$last <- record$streams
   }
-  checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
-  # From here on the cluster belongs to this session.
+  # Before the agents belong to this session: if it ends here, the next one does not use its numbers again.
   saveRecord(handle)
+  checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
   attached <- TRUE
   repeat {
     up <- checked(hub_progress(pointer, TRUE), handle)
     if (up >= length(handle$hosts) || proc.time()[["elapsed"]] > deadline) break
+    raiseInterrupt()
+  }
+  # Workers that are added later, and those of lost hosts, need the set-up calls of the sessions before.
+  begin <- TRUE
+  while (!checked(hub_take_over(pointer, begin, proc.time()[["elapsed"]] > deadline), handle)) {
+    begin <- FALSE
     raiseInterrupt()
   }
   if (progress) for (i in which(used & there)) showDone(paste0(fields$report$host[[i]], ": connected"))

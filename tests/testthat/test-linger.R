@@ -267,6 +267,74 @@ test_that("a host that is gone is a lost host of the reattached cluster", {
   expect_gone(pids)
 })
 
+test_that("a reattached cluster can grow and get lost hosts back, with the set-up calls of the session before", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(
+      c("127.0.0.2" = 2, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, reconnect = TRUE
+    )
+    clusterSetRNGStream(cl, 11)
+    small <- 3
+    large <- as.numeric(seq_len(3e5))
+    clusterExport(cl, c("small", "large"))
+    invisible(clusterEvalQ(cl, small <- small + 1))
+    invisible(clusterEvalQ(cl[1], only <- "first"))
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  cl <- reattachCluster(child_said(first, "id"))
+  grown <- addWorkers(cl, list(host = "127.0.0.4", ncore = 1))
+  note_processes(grown)
+  seen <- function() c(small, sum(large), length(large))
+  expect_identical(clusterCall(grown, seen), rep(list(c(4, sum(as.numeric(1:3e5)), 3e5)), 4))
+  expect_identical(unlist(clusterCall(grown, function() exists("only"))), c(TRUE, FALSE, FALSE, FALSE))
+  # The fourth stream, and the states of the others.
+  oracle <- psock_draws(4, 11, 1)[[1L]]
+  expect_identical(unlist(clusterCall(grown, function() stats::rnorm(1))), oracle)
+  # A host that is lost comes back with its state.
+  tools::pskill(child_pids(first, "agents")[[1L]], tools::SIGKILL)
+  expect_true(wait_until(function() {
+    suppressMessages(suppressWarnings(tryCatch(clusterCall(grown[1:2], seen), error = function(e) NULL)))
+    pids <- clusterPids(grown)[1:2]
+    !anyNA(pids) && !any(pids %in% child_pids(first, "workers"))
+  }, 30))
+  note_processes(grown)
+  expect_identical(clusterCall(grown, seen), rep(list(c(4, sum(as.numeric(1:3e5)), 3e5)), 4))
+  expect_identical(unlist(clusterCall(grown, function() exists("only"))), c(TRUE, FALSE, FALSE, FALSE))
+  parallel::stopCluster(grown)
+  expect_gone(c(pids, leftovers$pids))
+})
+
+test_that("a host that is gone when the cluster is reattached is reconnected with the state of the others", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(
+      c("127.0.0.2" = 1, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, reconnect = TRUE
+    )
+    value <- 5
+    clusterExport(cl, "value")
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  tools::pskill(child_pids(first, "agents")[[2L]], tools::SIGKILL)
+  expect_gone(child_pids(first, "workers")[[2L]])
+  expect_warning(cl <- reattachCluster(child_said(first, "id")), class = "rustcluster_host_failed")
+  expect_true(wait_until(function() !anyNA(clusterPids(cl)), 30))
+  note_processes(cl)
+  got <- suppressMessages(suppressWarnings(clusterCall(cl, function() value)))
+  expect_identical(got, list(5, 5))
+  parallel::stopCluster(cl)
+  expect_gone(c(pids, leftovers$pids))
+})
+
 test_that("a peer without the key is not heard, and a head that has lost its cluster knows", {
   cl <- makeRustCluster(1, linger = 60)
   note_processes(cl)

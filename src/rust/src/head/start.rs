@@ -492,6 +492,22 @@ fn hub_follow(handle: Robj, generation: i32) -> Robj {
     })
 }
 
+/// Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
+/// to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
+/// @noRd
+#[extendr]
+fn hub_take_over(handle: Robj, begin: bool, end: bool) -> Robj {
+    with_hub(&handle, |hub| {
+        if begin {
+            hub.take_over();
+        }
+        if end {
+            hub.end_take_over();
+        }
+        Ok(hub.has_taken_over(SLICE))
+    })
+}
+
 /// Disconnects from the agents, which wait for another head.
 /// @noRd
 #[extendr]
@@ -718,6 +734,7 @@ extendr_module! {
     fn hub_are_over;
     fn hub_progress;
     fn hub_follow;
+    fn hub_take_over;
     fn hub_leave;
     fn hub_leave_out;
     fn hub_give_up_host;

@@ -173,6 +173,13 @@ impl BlobStore {
         }
     }
 
+    /// The bytes of a complete blob that fits into a frame.
+    pub fn small(&self, id: BlobId) -> Option<Bytes> {
+        let blob = self.blobs.get(&id);
+        let blob = blob.filter(|blob| blob.complete && blob.len <= MAX_BODY);
+        blob.map(|blob| blob.whole.clone())
+    }
+
     fn forget(&mut self, id: BlobId, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
         let blob = self.blobs.get_mut(&id).filter(|p| !p.forgotten);
         let Some(blob) = blob else {

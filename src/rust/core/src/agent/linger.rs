@@ -10,13 +10,15 @@
 //! agent. The agent, which has workers, answers with their state instead of starting any.
 
 use super::process::Outgoing;
+use super::setup_log::ReplayedCall;
 use super::{Agent, HEAD_IN, HEAD_OUT, LISTENER};
 use crate::platform::{fd, process};
 use crate::protocol::control::{self, Linger, Start, ToAgent, ToHead, WorkerFailure};
-use crate::protocol::frame::{self, BY_REFERENCE, Frame, Kind};
+use crate::protocol::frame::{self, ABORT, BY_REFERENCE, FIRST, Frame, Kind, LAST};
 use crate::protocol::handshake::{MAGIC, Preamble, PreambleState};
 use crate::protocol::heartbeat::Heartbeat;
 use crate::protocol::noise::{self, Introduction, Key, Verdict};
+use bytes::Bytes;
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use std::fs::{self, DirBuilder, File};
@@ -597,6 +599,34 @@ impl Agent {
         let seed = self.router.seed(worker);
         if let Some(seed) = seed.filter(|_| self.is_linked() && !self.ending) {
             let frame = Frame::new(Kind::Seed, 0, worker, 0, seed);
+            self.to_head.push(&frame, None);
+        }
+    }
+
+    /// Sends the message of a set-up call to the head, or that it is not there.
+    pub(super) fn send_call(&mut self, request: u64, call: Option<ReplayedCall>) {
+        let parts = call.and_then(|call| {
+            let blob = call.blob.map(|id| match self.router.small_blob(id) {
+                Some(bytes) => Some(vec![bytes]),
+                None => self.memories.chunks(id),
+            });
+            match blob {
+                Some(blob) => Some([blob?, call.pieces].concat()),
+                None => Some(call.pieces),
+            }
+        });
+        if !self.is_linked() || self.ending {
+            return;
+        }
+        let Some(parts) = parts.filter(|parts| !parts.is_empty()) else {
+            let frame = Frame::new(Kind::Blob, LAST | ABORT, 0, request, Bytes::new());
+            return self.to_head.push(&frame, None);
+        };
+        let count = parts.len();
+        for (at, part) in parts.into_iter().enumerate() {
+            let first = if at == 0 { FIRST } else { 0 };
+            let last = if at + 1 == count { LAST } else { 0 };
+            let frame = Frame::new(Kind::Blob, first | last, 0, request, part);
             self.to_head.push(&frame, None);
         }
     }

@@ -627,6 +627,7 @@ impl Agent {
                     self.usage_survey = Some(UsageSurvey::new(question, self.workers.len() as u32));
                 }
                 Act::Dump { question } => self.dump(question),
+                Act::SendCall { request, call } => self.send_call(request, call),
                 Act::End => self.stop(),
             }
         }

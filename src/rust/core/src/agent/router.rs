@@ -17,7 +17,7 @@ use crate::protocol::frame::{
     self, ABORT, BY_REFERENCE, CACHE, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, REASSIGNED,
     SAME,
 };
-use crate::protocol::ids::RESTORE;
+use crate::protocol::ids::{BlobId, RESTORE};
 use crate::protocol::limits::MAX_RESULT_MEMORY;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
@@ -26,6 +26,9 @@ use std::time::Duration;
 /// which `clusterSetRNGStream()` makes its streams, have 28 bytes. Longer states are no streams that a task
 /// could continue on another worker.
 const SEED_TO_HEAD: usize = 64;
+
+/// Maximum number of set-up calls in one message.
+const MAX_LISTED: usize = 1000;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -345,6 +348,15 @@ impl Router {
             ToAgent::Stop => acts.push(Act::End),
             ToAgent::Usage { question } => acts.push(Act::Usage { question }),
             ToAgent::Dump { question } => acts.push(Act::Dump { question }),
+            ToAgent::SetupLog => self.list_setup_calls(acts),
+            ToAgent::SetupCall {
+                worker,
+                digest,
+                request,
+            } => acts.push(Act::SendCall {
+                request,
+                call: self.setup_log.find(worker, digest),
+            }),
             // A heartbeat: receiving it is enough.
             ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {
@@ -352,6 +364,34 @@ impl Router {
             }
         }
         Ok(())
+    }
+
+    /// Reports which set-up calls the workers have completed.
+    fn list_setup_calls(&self, acts: &mut Vec<Act>) {
+        for worker in 0..self.left.len() as u32 {
+            let complete = self.setup_log.is_complete(worker);
+            let calls = self.setup_log.list(worker);
+            let mut parts = calls.chunks(MAX_LISTED).peekable();
+            let mut part: &[_] = parts.next().unwrap_or_default();
+            loop {
+                let next = parts.next();
+                acts.push(Act::Report(ToHead::SetupCalls {
+                    worker,
+                    complete,
+                    calls: part.to_vec(),
+                    last: next.is_none(),
+                }));
+                match next {
+                    Some(next) => part = next,
+                    None => break,
+                }
+            }
+        }
+    }
+
+    /// The bytes of a blob that fits into a frame.
+    pub fn small_blob(&self, blob: BlobId) -> Option<Bytes> {
+        self.blobs.small(blob)
     }
 
     /// Stops a worker, whatever it does.

@@ -245,6 +245,18 @@ pub enum ToAgent {
         /// A number that the answer repeats.
         question: u64,
     },
+    /// Asks which set-up calls the workers have completed: [`ToHead::SetupCalls`].
+    SetupLog,
+    /// Asks for the message of a set-up call, which the agent sends in frames of kind
+    /// [`Blob`](crate::protocol::frame::Kind::Blob).
+    SetupCall {
+        /// The index on its host of a worker that has completed the call.
+        worker: u32,
+        /// The digest of the call.
+        digest: u128,
+        /// A number that the frames repeat.
+        request: u64,
+    },
 }
 
 /// Memory use of a process in bytes; unknown values are 0.
@@ -399,6 +411,17 @@ pub enum ToHead {
     Failed {
         /// Why, for the user.
         reason: String,
+    },
+    /// The set-up calls that restore a worker, in order.
+    SetupCalls {
+        /// The worker's index on its host.
+        worker: u32,
+        /// Whether the log of the worker is complete.
+        complete: bool,
+        /// The number of the variable that each call sets, and its digest.
+        calls: Vec<(u64, u128)>,
+        /// Whether the answer for this worker is complete with these calls.
+        last: bool,
     },
     /// The memory use of some workers.
     Usage {

@@ -21,13 +21,12 @@ pub fn start() -> io::Result<u32> {
     let shim = std::process::id();
     let null = File::open("/dev/null")?;
     // SAFETY: this process has one thread, so the child is a complete copy of it.
-    let forked = signals::with_all_blocked(|| match u32::try_from(unsafe { libc::fork() }) {
+    signals::with_all_blocked(|| match u32::try_from(unsafe { libc::fork() }) {
         Err(_) => Err(io::Error::last_os_error()),
         Ok(0) => Ok(shim),
         // The shim handles no signal: the handlers are those of R.
         Ok(agent) => watch(agent, &null),
-    });
-    forked
+    })
 }
 
 /// Waits for the agent, and ends as it did.

@@ -12,6 +12,7 @@ use super::inbox::{HostFailure, Inbox};
 use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
+use super::take_over::TakeOver;
 use crate::head::activity::Measure;
 use crate::head::dial_back::DialBack;
 use crate::head::launch::Launch;
@@ -93,6 +94,8 @@ pub struct Core {
     pub inbox: Inbox,
     /// The head's set-up log, if hosts may join late or be reconnected.
     pub setup_log: Option<SetupLogFile>,
+    /// The set-up log is being filled from the logs of agents that have had another head.
+    pub take_over: Option<TakeOver>,
     /// Lost hosts are reconnected.
     pub reconnects: bool,
     /// Hosts come and go: jobs without an assignment use the workers that are there.
@@ -166,6 +169,7 @@ impl SharedCore {
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
                 setup_log: None,
+                take_over: None,
                 reconnects: false,
                 is_elastic: false,
                 restoring: RestoreQueue::default(),
@@ -679,6 +683,17 @@ impl Core {
                     }
                     // A worker may fail while it waits to be restored.
                     Note::Up { rank, .. } | Note::Replaced { rank, .. } => self.worker_up(*rank),
+                    Note::SetupCalls {
+                        rank,
+                        complete,
+                        calls,
+                        last,
+                    } => self.on_setup_calls(*rank, *complete, calls, *last),
+                    Note::SetupCall {
+                        request,
+                        flags,
+                        bytes,
+                    } => self.on_setup_call(*request, *flags, bytes),
                     Note::Done {
                         rank,
                         task,

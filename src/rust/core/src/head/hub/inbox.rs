@@ -307,6 +307,8 @@ impl Inbox {
                     self.job_arrivals.push(Arrival { agent, job });
                 }
             }
+            // The core has processed these.
+            Note::SetupCalls { .. } | Note::SetupCall { .. } => {}
             Note::Kept { rank, pid } => self.workers[rank as usize].pid = Some(pid),
             Note::Replaced { rank, pid, killed } => {
                 let before = self.workers[rank as usize].pid.replace(pid);

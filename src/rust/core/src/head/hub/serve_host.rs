@@ -38,6 +38,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an agent's stderr that error messages show.
 const AGENT_STDERR_TAIL: usize = 8 * 1024;
 
+/// How often it is checked whether the set-up log has been taken over.
+const TAKE_OVER_CHECK: Duration = Duration::from_millis(50);
+
 /// The first and the longest pause before a lost host is reconnected.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -55,6 +58,9 @@ async fn serve_agents(shared_core: &Arc<SharedCore>, agent: usize, launch: Launc
     let failure = serve_one(shared_core, agent, &launch, &hello, false).await;
     fail(shared_core, agent, failure);
     let dials = matches!(launch.source, Source::DialBack { .. });
+    if matches!(launch.source, Source::Waiting { .. }) {
+        await_take_over(shared_core, agent).await;
+    }
     let mut wait = FIRST_WAIT;
     loop {
         let stop = {
@@ -77,6 +83,35 @@ async fn serve_agents(shared_core: &Arc<SharedCore>, agent: usize, launch: Launc
             (2 * wait).min(LONGEST_WAIT)
         };
         fail(shared_core, agent, failure);
+    }
+}
+
+/// Waits until this head knows the workers of a cluster that it takes over, and their set-up calls, or is stopped: a lost
+/// host cannot be reconnected before.
+async fn await_take_over(shared_core: &SharedCore, agent: usize) {
+    let (stop, planned) = {
+        let core = shared_core.core();
+        let conn = &core.conns[agent];
+        (conn.stop.clone(), conn.planned.clone())
+    };
+    let ready = async {
+        // An agent that has greeted has taken the notification.
+        while shared_core.core().conns[agent].plan.is_none() {
+            tokio::select! {
+                () = planned.notified() => {}
+                () = sleep(FIRST_WAIT) => {}
+            }
+        }
+        while shared_core.core().take_over.is_some() {
+            sleep(TAKE_OVER_CHECK).await;
+        }
+    };
+    let reconnects = shared_core.core().reconnects;
+    if reconnects {
+        tokio::select! {
+            () = ready => {}
+            () = stop.notified() => {}
+        }
     }
 }
 

@@ -302,6 +302,12 @@ impl Scheduler {
         any && starting
     }
 
+    /// The index of a worker on its host.
+    pub fn index(&self, rank: Rank) -> u32 {
+        let worker = self.workers.get(rank as usize);
+        worker.map_or(0, |worker| worker.index)
+    }
+
     /// Whether a worker can be sent tasks.
     pub fn is_up(&self, rank: Rank) -> bool {
         let worker = self.workers.get(rank as usize);
@@ -401,7 +407,15 @@ impl Scheduler {
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State | Kind::Limit | Kind::Blob => {
+            Kind::Blob => {
+                self.notes.push(Note::SetupCall {
+                    request: header.task,
+                    flags: header.flags,
+                    bytes: frame.body,
+                });
+                Ok(())
+            }
+            Kind::Cancel | Kind::State | Kind::Limit => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }
@@ -513,6 +527,20 @@ impl Scheduler {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Termination::Stopped));
                 self.notes.push(Note::Ended { rank, timed_out });
+            }
+            ToHead::SetupCalls {
+                worker,
+                complete,
+                calls,
+                last,
+            } => {
+                let rank = self.rank(agent, worker)?;
+                self.notes.push(Note::SetupCalls {
+                    rank,
+                    complete,
+                    calls,
+                    last,
+                });
             }
             ToHead::Usage {
                 question,
