@@ -28,7 +28,8 @@ agentMain <- function() {
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
   # These variables are for the agent, and not for processes that its workers start.
   Sys.unsetenv(c(
-    "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_LINGER", "RUSTCLUSTER_JOB", "RUSTCLUSTER_JOB_END"
+    "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_LINGER", "RUSTCLUSTER_JOB",
+    "RUSTCLUSTER_JOB_END"
   ))
   after <- union(config$after, intersect(perProcess, config$packages))
   if (config$forks && startedUnsafe()) {

@@ -64,7 +64,7 @@ makeRecordDirectory <- function() {
 }
 
 # Writes a file that only the user can read, as a whole.
-writePrivate <- function(value, path) {
+writeRecord <- function(value, path) {
   part <- tempfile(paste0(basename(path), "-"), dirname(path), fileext = ".part")
   umask <- Sys.umask("077")
   on.exit({
@@ -85,9 +85,10 @@ writePrivate <- function(value, path) {
 saveRecord <- function(handle) {
   if (is.null(handle$linger)) return(invisible())
   makeRecordDirectory()
-  writePrivate(list(
+  writeRecord(list(
     format = recordFormat, package = packageVersionText(), linger = handle$linger,
-    key = lingerKeys[[handle$linger$id]], head = thisProcess(), seen = NULL, streams = handle$streams$last, handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
+    key = lingerKeys[[handle$linger$id]], head = thisProcess(), seen = NULL, streams = handle$streams$last,
+    handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
   ), recordPath(handle$linger$id))
 }
 
@@ -140,7 +141,7 @@ allRecords <- function() {
     if (is.null(record$seen)) {
       # The head has ended at this time or before.
       record$seen <- Sys.time()
-      tryCatch(writePrivate(record, path), error = identity)
+      tryCatch(writeRecord(record, path), error = identity)
     }
     if (timeLeft(record) > 0) return(record)
     unlink(path)
@@ -174,9 +175,8 @@ timeLeft <- function(record) {
 #'   (`"in use"` if the session that uses the cluster runs, else `"lingering"`), `left` (seconds until the agents end,
 #'   at most; `NA` while a session uses the cluster).
 #'
-#'   `reattachCluster()`: the cluster, with all its nodes, in the order in which they were made. The workers are the same
-#'   processes, with their variables, attached packages and random numbers. Nodes whose workers or hosts were lost in the
-#'   meantime are reported by warnings, as in a running cluster.
+#'   `reattachCluster()`: the cluster, with all its nodes, in the order in which they were made. The workers are the
+#'   same processes, with their variables, attached packages and random numbers. Nodes that were lost in the meantime are reported by warnings, as in a running cluster.
 #'
 #'   `killCluster()`: `NULL`, invisibly, once the cluster has ended.
 #' @section Errors:

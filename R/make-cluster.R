@@ -104,7 +104,8 @@
 #'   host must be known (`ncore`). See section Hosts that join later. Of a launcher with `max` ([slurm()]), only the
 #'   first `min` nodes are waited for.
 #' @param linger (number) Seconds for which the cluster waits for another session if this session ends without
-#'   `stopCluster()`, or the connection to its hosts is lost; at most 1e7. Default: 0, the cluster ends with its session.
+#'   `stopCluster()`, or the connection to its hosts is lost; at most 1e7. Default: 0, the cluster ends with its
+#'   session.
 #'   See [reattachCluster()], and section Clusters that wait of [rustcluster_lifetime].
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'

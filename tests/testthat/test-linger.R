@@ -20,7 +20,7 @@ socket_directories <- function(id) Sys.glob(file.path("/tmp", paste0("rustcluste
 # The random numbers that each of `n` PSOCK workers draws, `times` times in a row.
 psock_draws <- function(n, seed, times) {
   cl <- parallel::makePSOCKcluster(n)
-  on.exit(parallel::stopCluster(cl))
+  on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
   parallel::clusterSetRNGStream(cl, seed)
   lapply(seq_len(times), function(i) unlist(parallel::clusterCall(cl, stats::rnorm, 1)))
 }

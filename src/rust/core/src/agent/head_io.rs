@@ -41,9 +41,7 @@ impl Agent {
 
     /// Reports to the head something that it must know even while the agent ends.
     pub(super) fn report_last(&mut self, message: &ToHead) {
-        if let Ok(frame) = control::encode(message)
-            && self.is_linked()
-        {
+        if let Some(frame) = control::encode(message).ok().filter(|_| self.is_linked()) {
             self.to_head.push(&frame, None);
             self.orphans.final_output |= self.ending;
         }

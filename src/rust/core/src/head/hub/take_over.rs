@@ -55,10 +55,8 @@ fn group(mut lists: BTreeMap<Rank, VecDeque<(u64, u128)>>) -> VecDeque<Group> {
         };
         let mut ranks = Vec::new();
         for (&rank, list) in &mut lists {
-            if list
-                .pop_front_if(|&mut call| call == (name, digest))
-                .is_some()
-            {
+            if list.front() == Some(&(name, digest)) {
+                list.pop_front();
                 ranks.push(rank);
             }
         }
