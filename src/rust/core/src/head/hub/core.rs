@@ -96,6 +96,8 @@ pub struct Core {
     pub setup_log: Option<SetupLogFile>,
     /// The set-up log is being filled from the logs of agents that have had another head.
     pub take_over: Option<TakeOver>,
+    /// Agents have been asked for set-up calls, which may be on their way.
+    pub took_over: bool,
     /// Lost hosts are reconnected.
     pub reconnects: bool,
     /// Hosts come and go: jobs without an assignment use the workers that are there.
@@ -170,6 +172,7 @@ impl SharedCore {
                 inbox: Inbox::new(hosts),
                 setup_log: None,
                 take_over: None,
+                took_over: false,
                 reconnects: false,
                 is_elastic: false,
                 restoring: RestoreQueue::default(),
@@ -614,6 +617,9 @@ impl Core {
 
     fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), String> {
         let Header { kind, flags, .. } = frame.header;
+        if kind == Kind::Blob && !self.took_over {
+            return Err("a frame that is not for the head".into());
+        }
         let mut memory = None;
         if kind == Kind::Data && flags == LAST | BY_REFERENCE {
             let Some(descriptor) = self.conns[agent].descriptors.pop_front() else {

@@ -112,6 +112,7 @@ impl Core {
             }
         }
         self.take_over = Some(take_over);
+        self.took_over = true;
         self.pump();
     }
 
