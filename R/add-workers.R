@@ -81,6 +81,7 @@ addWorkers <- function(cl, spec, wait = "all", setup_timeout = 120) {
     checked(hub_added(handle$pointer), handle)
     handle$alive <- c(handle$alive, ranks)
     started <- TRUE
+    recordChange(handle)
   })
   invisible(appended(cl, newCluster(handle, ranks), handle))
 }
@@ -122,7 +123,9 @@ noteStreams <- function(handle) {
     frame$rustclusterStreams <- new.env(parent = emptyenv())
     frame$rustclusterStreams$last <- frame$seeds[[length(frame$seeds)]]
   }
+  if (identical(handle$streams, frame$rustclusterStreams)) return(invisible())
   handle$streams <- frame$rustclusterStreams
+  recordChange(handle)
 }
 
 # Gives new workers the streams of random numbers that follow the last one.

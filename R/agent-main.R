@@ -21,10 +21,15 @@ dialMain <- function() {
 }
 
 agentMain <- function() {
+  # An agent that may outlive its head goes on in a child of this process. One that has restarted itself has done so.
+  if (nzchar(Sys.getenv("RUSTCLUSTER_LINGER")) && !nzchar(Sys.getenv("RUSTCLUSTER_HANDOVER"))) {
+    Sys.setenv(RUSTCLUSTER_LINGER = checked(agent_split()))
+  }
   config <- checked(agent_greet(packageVersionText(), rVersionText(), R.version$platform, tempdir()))
   # These variables are for the agent, and not for processes that its workers start.
   Sys.unsetenv(c(
-    "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_JOB", "RUSTCLUSTER_JOB_END"
+    "RUSTCLUSTER_LIB", "RUSTCLUSTER_ENDS_WITH_HEAD", "RUSTCLUSTER_HANDOVER", "RUSTCLUSTER_LINGER", "RUSTCLUSTER_JOB",
+    "RUSTCLUSTER_JOB_END"
   ))
   after <- union(config$after, intersect(perProcess, config$packages))
   if (config$forks && startedUnsafe()) {

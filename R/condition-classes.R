@@ -49,6 +49,8 @@ conditionClasses <- list(
     busy = "The cluster is busy with another call from this session.",
     stopped = "The cluster, or this node, has been stopped.",
     forked = "The cluster belongs to the process that this one was forked from.",
+    no_cluster = "There is no cluster of this id that waits for a session. Field `id`.",
+    in_use = "Another session is connected to the cluster that was to be reattached. Field `id`.",
     restored = "The cluster was saved and loaded. It belongs to another session.",
     run_differs = paste(
       "The directory of `.store` has the results of another call. Fields `dir`, `differs` (character; what differs)."
@@ -76,6 +78,9 @@ conditionClasses <- list(
     state_not_kept = paste(
       "Exports and set-up calls exceed `setup_log_limit`: lost workers of a host can no longer be replaced (field",
       "`host`), or hosts can no longer join the cluster or be reconnected."
+    ),
+    not_recorded = paste(
+      "A change of a cluster with `linger` could not be recorded: [reattachCluster()] does not know of it."
     ),
     left_behind = "A process that a worker started detached and still runs. Fields `host`, `rank`, `pid`, `command`.",
     stop_timeout = paste(
@@ -107,6 +112,7 @@ conditionClasses <- list(
     run_waiting = "Results cannot be written at present, and wait on the hosts. Fields `dir`, `reason`.",
     job_renewed = "The job of a host has ended, and another has been submitted. Field `host`.",
     host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
+    reattached = "A cluster of a saved session was connected to this session at its first use. Field `id`.",
     worker_back = "A worker that could not be restored at first is back."
   )
 )

@@ -18,6 +18,16 @@ own_addresses <- function() .Call(wrap__own_addresses)
 #' @noRd
 agent_greet <- function(package, r_version, platform, tempdir) .Call(wrap__agent_greet, package, r_version, platform, tempdir)
 
+#' Goes on in a child of this process, which ends when the head does, so that the child can outlive the head. To be
+#' called before this process has a second thread. Returns the pid of the first process.
+#' @noRd
+agent_split <- function() .Call(wrap__agent_split)
+
+#' Connects stdin and stdout of this process to the agent that waits on this host in the directory of this name, until
+#' either side ends. Returns `NULL`, or the reason why there is no connection.
+#' @noRd
+agent_relay <- function(name) .Call(wrap__agent_relay, name)
+
 #' Connects this process to the head, as the file at `path` says, and makes that connection its stdin and stdout.
 #' Returns `NULL`, or the status with which the process has to end; the reason has been written to stderr. To be
 #' called before this process has a second thread.
@@ -121,6 +131,20 @@ hub_are_over <- function(handle, count) .Call(wrap__hub_are_over, handle, count)
 #' hosts and workers count as done, instead of being an error.
 #' @noRd
 hub_progress <- function(handle, tolerant) .Call(wrap__hub_progress, handle, tolerant)
+
+#' Makes the numbers of tasks of this head differ from those of the heads that the cluster has had, of which there are
+#' `generation`. To be called before hub_go().
+#' @noRd
+hub_follow <- function(handle, generation) .Call(wrap__hub_follow, handle, generation)
+
+#' Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
+#' to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
+#' @noRd
+hub_take_over <- function(handle, begin, end) .Call(wrap__hub_take_over, handle, begin, end)
+
+#' Disconnects from the agents, which wait for another head.
+#' @noRd
+hub_leave <- function(handle) .Call(wrap__hub_leave, handle)
 
 #' Leaves out a host, for this reason. With agent 0, leaves out all hosts without a ready worker and, on the
 #' other hosts, the workers that are not ready.

@@ -27,6 +27,7 @@ runJob <- function(cl, ranks, n, fun, common, elements, round = FALSE, reuse = "
                    seed = NULL, order = NULL, retries = handle$retries, timeout = Inf, raises = retries == 0,
                    onResults = NULL, progress = wantsProgress(), what = "task", store = NULL) {
   handle <- cl[[1L]][["handle"]]
+  if (!is.null(handle$linger)) revive(handle)
   refuseIfBusy(handle, sys.nframe())
   if (round) {
     # The other nodes get no task.

@@ -9,7 +9,10 @@ hostLaunch <- function(host, options) {
     worker <- c("env", paste0("RUSTCLUSTER_LIB=", library), command)
     return(list(host = host$host, worker = worker, dial = host$dial))
   }
-  env <- c(if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host))
+  env <- c(
+    if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host),
+    if (isTRUE(options$linger)) c(RUSTCLUSTER_LINGER = "1")
+  )
   local <- host$local
   # On this machine an agent loads the package from the library of this session, on other hosts from its own.
   library <- if (local) dirname(getNamespaceInfo("rustcluster", "path"))

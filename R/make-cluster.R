@@ -103,6 +103,10 @@
 #'   message says so. `setup_timeout` limits the wait. With a `wait` other than `"all"`, the number of workers of each
 #'   host must be known (`ncore`). See section Hosts that join later. Of a launcher with `max` ([slurm()]), only the
 #'   first `min` nodes are waited for.
+#' @param linger (number) Seconds for which the cluster waits for another session if this session ends without
+#'   `stopCluster()`, or the connection to its hosts is lost; at most 1e7. Default: 0, the cluster ends with its
+#'   session.
+#'   See [reattachCluster()], and section Clusters that wait of [rustcluster_lifetime].
 #' @param progress (logical) Whether to print a line for each host when it has started.
 #'
 #' @return An object of class `c("RustCluster", "cluster")`: a list of nodes of class `"RustNode"`. Each node is a list
@@ -160,7 +164,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
                             memory_limit = Inf, on_failure = c("error", "warn"), heartbeat_timeout = 20,
                             retries = 2, timeout = Inf, reconnect = FALSE,
                             buffer_limit = 512 * 2^20, setup_log_limit = NULL, stop_timeout = 5, wait = "all",
-                            progress = interactive()) {
+                            linger = 0, progress = interactive()) {
   own <- setdiff(names(formals()), c("spec", "type", "..."))
   given <- useNewNames(list(...), names(match.call(expand.dots = FALSE)))
   for (name in intersect(own, names(given))) {
@@ -185,6 +189,7 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   between(buffer_limit, "buffer_limit", "a number of bytes", 2^20, 1e15)
   if (!is.null(setup_log_limit)) between(setup_log_limit, "setup_log_limit", "a number of bytes", 0, 1e15)
   between(stop_timeout, "stop_timeout", "a number of seconds", 0, 1e6)
+  between(linger, "linger", "a number of seconds", 0, 1e7)
   for (name in c("progress", "reconnect")) {
     if (!isTRUE(get(name)) && !isFALSE(get(name))) badArgument(name, "must be TRUE or FALSE")
   }
@@ -202,6 +207,11 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   short <- limits_check(sum(asked$workers[local[asked$owner]], na.rm = TRUE))
   if (!is.null(short)) raiseFailure(short)
 
+  if (linger > 0) {
+    checkLinger(asked$hosts)
+    makeRecordDirectory()
+    options$linger <- TRUE
+  }
   needed <- neededWorkers(wait, asked$workers, isSpare(asked$hosts, asked$launchers)[asked$owner])
 
   launches <- lapply(asked$hosts, hostLaunch, options)
@@ -209,6 +219,8 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
     launches, packageVersionText(), rVersionText(), R.version$platform, buffer_limit
   ))
   handle <- newHandle(pointer, asked$hosts)
+  if (linger > 0) handle$linger <- newLinger(linger)
+  handle$bufferLimit <- buffer_limit
   handle$retries <- retries
   checked(hub_policy(pointer, noJob, retries, retries == 0))
   handle$reconnect <- reconnect
@@ -230,10 +242,12 @@ makeRustCluster <- function(spec = usableCores(), type = "RUST", ..., packages =
   startBatches(handle, asked, options, heartbeat_timeout)
   deadline <- greetHosts(handle, asked, deadline, options$setup_timeout, tolerant, progress, needed)
   plans <- hostPlans(handle, asked, launches, handle$settings)
+  saveRecord(handle)
   checked(hub_go(handle$pointer, plans, timeout))
   handle$alive <- awaitStart(handle, deadline, options$setup_timeout, tolerant)
   awaitWorkers(handle, min(needed, length(handle$alive)), deadline, options$setup_timeout)
   started <- TRUE
   handle$made <- handle$alive
+  saveRecord(handle)
   newCluster(handle, handle$alive)
 }

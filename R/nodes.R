@@ -39,6 +39,7 @@ clustersOf <- function(cl, argument = "cl") {
       handle <- cl[[1L]][["handle"]]
       known <- range(ranks)
       if (known[[1L]] >= 1L && known[[2L]] <= length(handle$hosts)) {
+        if (!is.null(handle$linger)) revive(handle)
         return(list(list(handle = handle, indices = seq_along(ranks), ranks = ranks)))
       }
     }
@@ -54,7 +55,9 @@ clustersOf <- function(cl, argument = "cl") {
       argument, "contains nodes that were not made by makeRustCluster(): ", spanText(which(!ours), "node")
     )
   }
-  clustersAmong(cl)
+  parts <- clustersAmong(cl)
+  for (part in parts) revive(part$handle)
+  parts
 }
 
 refuseEmpty <- function(cl, argument = "cl") {
@@ -247,6 +250,9 @@ clusterAlive <- function(cl) {
 # Returns why a cluster cannot be used, as part of a sentence; "" for a usable one.
 fate <- function(handle) {
   pids <- if (!handle$stopped) hub_pids(handle$pointer)
+  if (isFailure(pids) && identical(pids[["kind"]], "restored") && !is.null(handle$linger)) {
+    if (handle$linger$id %in% names(allRecords())) return(" that waits for its session: its first use connects it")
+  }
   kind <- if (handle$stopped) "stopped" else if (isFailure(pids)) pids[["kind"]] else ""
   switch(kind,
     stopped = " that has been stopped",
@@ -263,7 +269,9 @@ fate <- function(handle) {
 print.RustCluster <- function(x, ...) {
   cat(format(x), "\n", sep = "")
   handles <- lapply(clustersAmong(x, which(areOurs(x))), `[[`, "handle")
-  unusable <- vapply(handles, function(handle) !handle$stopped && nzchar(fate(handle)), NA)
+  unusable <- vapply(handles, function(handle) {
+    !handle$stopped && nzchar(fate(handle)) && !grepl("waits for its session", fate(handle), fixed = TRUE)
+  }, NA)
   if (any(unusable)) cat("Create a new one with makeRustCluster()\n")
   invisible(x)
 }

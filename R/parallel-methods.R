@@ -17,6 +17,7 @@ sendData.RustNode <- function(node, data) {
   data <- serialize(data, node$con)
   # stopNode() sends this. It is no error to stop a stopped node again.
   if (typeof(data) == "list" && identical(data$type, "DONE")) return(stopNodes(list(node)))
+  if (!is.null(handle$linger)) revive(handle)
   frames <- sys.nframe()
   if (handle$job != noJob) closeStale(handle, frames)
   if (handle$job == noJob) {
@@ -377,6 +378,7 @@ stopNodes <- function(nodes) {
   failures <- list()
   trying <- function(expr) tryCatch(expr, error = function(e) failures <<- c(failures, list(e)))
   parts <- clustersAmong(nodes, which(ours))
+  for (part in parts) trying(revive(part$handle))
   for (part in parts) trying(endNodes(part$handle, part$ranks))
   for (node in nodes[!ours]) {
     changed <- inherits(node, "RustNode")
@@ -391,8 +393,10 @@ endNodes <- function(handle, ranks) {
   if (isTRUE(handle$stopped)) return()
   checked(hub_stop_nodes(handle$pointer, ranks))
   handle$alive <- setdiff(handle$alive, ranks)
+  if (length(handle$alive)) recordChange(handle)
   if (!length(handle$alive)) {
     handle$stopped <- TRUE
+    removeRecord(handle)
     closeReadiness(handle)
     handle$ending <- TRUE
   }

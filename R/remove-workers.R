@@ -90,6 +90,7 @@ endDrained <- function(handle, ranks, deadline) {
   }
   handle$alive <- setdiff(handle$alive, ranks)
   last <- !length(handle$alive)
+  if (!last) recordChange(handle)
   if (!checked(hub_ended(pointer, ranks), handle)) checked(hub_remove(pointer, ranks), handle)
   if (last) endNodes(handle, ranks)
   awaitEnd(handle, ranks)

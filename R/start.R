@@ -1,7 +1,8 @@
 # The start of a cluster: launched agents greet, get a plan of their workers, and start them.
 
-newHandle <- function(pointer, agents) {
-  handle <- new.env(parent = emptyenv())
+# `handle`: one that is used again.
+newHandle <- function(pointer, agents, handle = new.env(parent = emptyenv())) {
+  if (is.null(handle)) handle <- new.env(parent = emptyenv())
   handle$pointer <- pointer
   # The settings of the host of each agent (`agents`); for each rank, the name of its host (`hosts`) and the index of
   # its agent (`owner`).
@@ -18,6 +19,10 @@ newHandle <- function(pointer, agents) {
   handle$made <- integer()
   handle$settings <- NULL
   handle$streams <- NULL
+  # How the cluster waits for its head, if it does (linger.R).
+  handle$linger <- NULL
+  handle$session <- session$name
+  handle$bufferLimit <- 0
   # Ranks that have not been stopped.
   handle$alive <- integer()
   handle$stopped <- FALSE
@@ -79,7 +84,10 @@ forgetCluster <- function(handle) {
 
 # Stops all processes of a cluster whose start has failed.
 abandon <- function(handle) {
-  on.exit(stopBatches(handle))
+  on.exit({
+    removeRecord(handle)
+    stopBatches(handle)
+  })
   hub_stop(handle$pointer)
   while (identical(hub_closed(handle$pointer), FALSE)) raiseInterrupt()
 }
@@ -189,22 +197,30 @@ hostPlans <- function(handle, asked, launches, settings) {
   xdr <- otherByteOrder(handle)[new]
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
-    list(
-      ranks = base$workers + which(owner == i), packages = settings$packages, outfile = settings$outfile,
-      renice = asked$hosts[[i]]$renice, mode = asked$hosts[[i]]$start_method,
-      spawn = launches[[i]]$worker,
-      # On this machine the end of the stream is detected at once, without heartbeats.
-      heartbeat_timeout = if (asked$hosts[[i]]$local) 0L else as.integer(1000 * settings$heartbeat_timeout),
-      # A cache of chunks saves no network traffic on this machine.
-      chunk_cache_bytes = if (asked$hosts[[i]]$local) 0 else limits[[i]],
-      setup_log_bytes = limits[[i]],
-      setup = milliseconds(settings$setup),
-      memory_limit = settings$memory,
-      stop_timeout = ceiling(1000 * settings$stop_timeout),
-      local = asked$hosts[[i]]$local,
-      xdr = xdr[[i]]
-    )
+    agentPlan(handle, new[[i]], base$workers + which(owner == i), launches[[i]]$worker, xdr[[i]])
   })
+}
+
+# Returns the plan of the agent with this index. `spawn`: the command that starts a separate worker. `xdr`: whether the
+# host has another byte order.
+agentPlan <- function(handle, i, ranks, spawn, xdr) {
+  settings <- handle$settings
+  host <- handle$agents[[i]]
+  list(
+    ranks = ranks, packages = settings$packages, outfile = settings$outfile, renice = host$renice,
+    mode = host$start_method, spawn = spawn,
+    # On this machine the end of the stream is detected at once, without heartbeats.
+    heartbeat_timeout = if (host$local) 0L else as.integer(1000 * settings$heartbeat_timeout),
+    # A cache of chunks saves no network traffic on this machine.
+    chunk_cache_bytes = if (host$local) 0 else handle$setupLogLimits[[i]],
+    setup_log_bytes = handle$setupLogLimits[[i]],
+    setup = milliseconds(settings$setup),
+    memory_limit = settings$memory,
+    stop_timeout = ceiling(1000 * settings$stop_timeout),
+    local = host$local,
+    xdr = xdr,
+    linger = agentLinger(handle$linger, i)
+  )
 }
 
 # Returns 0 for no limit.

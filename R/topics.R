@@ -124,7 +124,7 @@ NULL
 #' | `stopCluster(cl[1:2])` | the same for these workers; the others stay |
 #' | the last handle is garbage-collected | as `stopCluster()`, without waiting |
 #' | `stopCluster()` in a fork of this session | `rustcluster_forked`; nothing ends |
-#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second: exit handlers of workers have 0.6 s |
+#' | this session ends: `q()`, an error of a script, SIGTERM, SIGHUP, its terminal closed, SIGKILL | agents and workers end within a second: exit handlers of workers have 0.6 s; with `linger` they wait, see below |
 #' | Ctrl-C, a time limit, an error in a handler, in a call | the tasks of the call are interrupted, and the next call works; a worker that does not respond to the interrupt within 2 s is killed and replaced, with a warning |
 #' | a worker ends (`quit()`, a signal, out of memory) | the worker is replaced and its task retried: see [rustcluster_faults] |
 #' | a worker ignores SIGTERM, or has closed its descriptors | the worker is killed; one that has closed its descriptors counts as failed, as above |
@@ -132,6 +132,29 @@ NULL
 #' | the link breaks, or the host is switched off | each side notices within `heartbeat_timeout` seconds; as above |
 #' | a disk is full on the host | tasks that write to the disk fail with an error; `outfile` misses lines |
 # nolint end
+#'
+#' @section Clusters that wait:
+#' A cluster that was made with `linger = seconds` does not end with its session. If the session ends without
+#' `stopCluster()` in any way (`q()`, the end of a script, a crash, SIGKILL, a session that RStudio Server suspends, a
+#' restart of its machine), or if a link breaks, the agents wait for that many seconds. This also holds if the last
+#' handle is garbage-collected. Meanwhile:
+#'
+#' * Workers keep their variables, attached packages and random numbers. Tasks that had begun are completed. Tasks that
+#'   had been sent ahead and had not begun are dropped.
+#' * [listClusters()] shows the cluster to new sessions of the same user on the same machine, and [reattachCluster()]
+#'   connects a session to it. A cluster in a saved workspace reattaches at its first use, with a message.
+#'   `killCluster()` ends the cluster.
+#' * Only one session at a time has the cluster. While a session is connected, no other session is accepted.
+#' * An agent ends when nobody has come in time, and at once when it gets SIGTERM. Nothing is left then.
+#'
+#' The session records the cluster in a file that only the user can read, in
+#' `tools::R_user_dir("rustcluster", "cache")`. The file contains the key that a session must prove to have before an agent reads anything else from it.
+#' `stopCluster()` removes the file. Agents listen on Unix sockets in directories in `/tmp` that only the user can
+#' enter.
+#'
+#' Hosts that are lost in the meantime are lost hosts of the reattached cluster: see [rustcluster_faults]. A host that
+#' is lost while its session goes on may still have an agent that waits. With `reconnect = TRUE` the session starts a new
+#' agent there, which ends the old one. Launchers, such as [slurm()], do not support `linger`.
 #'
 #' @section Detached processes:
 #' Child processes of a worker (started by `system()`, `mclapply()` and similar functions) are killed with

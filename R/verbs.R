@@ -237,6 +237,7 @@ callAll <- function(cl, message, setupKey = setupKeyOf("clusterCall", message$da
   # `.subset2()` is faster than `[[`, which looks for methods.
   handle <- if (length(cl)) .subset2(.subset2(cl, 1L), "handle")
   if (is.null(handle)) return(NULL)
+  if (!is.null(handle$linger)) revive(handle)
   refuseIfBusy(handle, sys.nframe())
   if (handle$awaits && !isOnlyLogged(message$data)) awaitNodes(handle, cluster_ranks(cl))
   job <- handle$jobs <- handle$jobs + 1

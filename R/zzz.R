@@ -1,4 +1,5 @@
 .onLoad <- function(libname, pkgname) {
+  session$name <- basename(tempfile("session"))
   findParallels()
   findVerbs()
   registerType()

@@ -4,6 +4,7 @@ use crate::r::failure::Failure;
 use crate::worker::serve;
 use extendr_api::prelude::*;
 use rustcluster_core::agent::dial;
+use rustcluster_core::agent::linger::{relay, shim};
 use rustcluster_core::agent::startup::{self, Greeted};
 use rustcluster_core::agent::warnings::Warnings;
 use rustcluster_core::agent::{Guard, Role};
@@ -39,18 +40,21 @@ const HANDOVER: &str = "RUSTCLUSTER_HANDOVER";
 #[extendr]
 fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) -> Robj {
     ORIGIN.set(Origin::current());
+    shim::remember();
     log::start_or_say(log::Role::Agent);
     // A job may end before the head greets.
     let warnings = match Warnings::catch() {
         Ok(warnings) => warnings,
         Err(error) => return failed(&error),
     };
+    let hello = startup::hello(package, r_version, platform);
     let greeted = match std::env::var(HANDOVER) {
         Ok(text) => Greeted::resume(&text),
-        Err(_) => startup::greet(&startup::hello(package, r_version, platform)),
+        Err(_) => startup::greet(&hello),
     };
     match greeted {
         Ok(mut greeted) => {
+            greeted.hello = hello;
             greeted.warnings = warnings;
             greeted.watch_tempdir(tempdir);
             greeted.end_with_head();
@@ -61,6 +65,28 @@ fn agent_greet(package: &str, r_version: &str, platform: &str, tempdir: &str) ->
             list!(packages = packages, after = after, forks = forks).into()
         }
         Err(error) => failed(&error),
+    }
+}
+
+/// Goes on in a child of this process, which ends when the head does, so that the child can outlive the head. To be
+/// called before this process has a second thread. Returns the pid of the first process.
+/// @noRd
+#[extendr]
+fn agent_split() -> Robj {
+    match shim::start() {
+        Ok(shim) => (shim as i32).into(),
+        Err(error) => failed(&error),
+    }
+}
+
+/// Connects stdin and stdout of this process to the agent that waits on this host in the directory of this name, until
+/// either side ends. Returns `NULL`, or the reason why there is no connection.
+/// @noRd
+#[extendr]
+fn agent_relay(name: &str) -> Robj {
+    match relay::run(name) {
+        Ok(()) => ().into(),
+        Err(error) => error.to_string().into(),
     }
 }
 
@@ -247,6 +273,8 @@ fn agent_run() -> Robj {
 extendr_module! {
     mod agent;
     fn agent_greet;
+    fn agent_split;
+    fn agent_relay;
     fn agent_dial;
     fn agent_restart;
     fn agent_spawn;

@@ -170,6 +170,7 @@ fn plan(rank: Rank) -> Option<Plan> {
         memory_limit: 0,
         stop_timeout: 600,
         local: false,
+        linger: None,
     };
     let ranks = vec![rank];
     Some(Plan { start, ranks })

@@ -289,6 +289,7 @@ fn start(workers: u32) -> Start {
         memory_limit: 0,
         stop_timeout: 600,
         local: false,
+        linger: None,
     }
 }
 
@@ -1190,6 +1191,7 @@ fn answers_with_descriptors_among_others_are_all_read() {
     let mut hub = Hub::start(vec![real_agent()], hello(), LIMIT).unwrap();
     let local = Start {
         local: true,
+        linger: None,
         ..start(3)
     };
     bring_up(&mut hub, local);

@@ -10,7 +10,7 @@ use rustcluster_core::head::hub::{HostView, Hub, NO_JOB, Plan, Progress};
 use rustcluster_core::head::launch::{Launch, Source};
 use rustcluster_core::head::scheduler::MAX_SHARED_RESULTS;
 use rustcluster_core::platform::{limits, log};
-use rustcluster_core::protocol::control::{Outfile, Start, StartMode, ToHead};
+use rustcluster_core::protocol::control::{Linger, Outfile, Secret, Start, StartMode, ToHead};
 use rustcluster_core::protocol::ids::Rank;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -184,6 +184,23 @@ fn launch_of(host: &Robj) -> Option<Launch> {
         let source = Source::DialBack { launcher };
         return Some(Launch { host: name, source });
     }
+    let source = command_of(&fields)?;
+    let Some(waiting) = fields.get("waiting").filter(|waiting| !waiting.is_null()) else {
+        return Some(Launch { host: name, source });
+    };
+    let waiting: HashMap<&str, Robj> = waiting.as_list()?.iter().collect();
+    let own = fields.get("local")?.as_bool()?;
+    let directory = waiting.get("name")?.as_str()?.to_owned();
+    let source = Source::Waiting {
+        name: own.then_some(directory),
+        key: Secret(*dial::key_of(waiting.get("key")?.as_str()?)?),
+        relay: Box::new(command_of(&waiting)?),
+        next: Box::new(source),
+    };
+    Some(Launch { host: name, source })
+}
+
+fn command_of(fields: &HashMap<&str, Robj>) -> Option<Source> {
     let env = fields.get("env")?;
     let names = env.names().into_iter().flatten().map(str::to_owned);
     let values = env.as_str_vector().unwrap_or_default();
@@ -192,12 +209,9 @@ fn launch_of(host: &Robj) -> Option<Launch> {
         (name.into(), value)
     });
     let command = strings(fields.get("command")?);
-    Some(Launch {
-        host: name,
-        source: Source::Command {
-            command: command.into_iter().map(Into::into).collect(),
-            env: env.collect(),
-        },
+    Some(Source::Command {
+        command: command.into_iter().map(Into::into).collect(),
+        env: env.collect(),
     })
 }
 
@@ -236,6 +250,7 @@ fn hub_hosts(handle: Robj) -> Robj {
             greeted = number(&|h| Some(h.greeted?.as_secs_f64())),
             up = number(&|h| Some(h.up?.as_secs_f64())),
             jobs_lost = number(&|h| Some(h.jobs_lost.into())),
+            in_use = number(&|h| Some(f64::from(u8::from(h.failure.as_ref()?.in_use)))),
             awaited = number(&|h| Some(f64::from(u8::from(h.awaited)))),
             linked = number(&|h| Some(f64::from(u8::from(h.linked)))),
             draining = text(&|h| h.draining.clone()),
@@ -445,12 +460,62 @@ fn plan_of(plan: &Robj) -> Option<(Plan, Format)> {
         memory_limit: fields.get("memory_limit")?.as_real()? as u64,
         stop_timeout: fields.get("stop_timeout")?.as_real()? as u64,
         local: fields.get("local")?.as_bool()? && has_files(),
+        linger: match fields.get("linger").filter(|linger| !linger.is_null()) {
+            Some(linger) => Some(linger_of(linger)?),
+            None => None,
+        },
     };
     let format = match fields.get("xdr")?.as_bool()? {
         true => Format::Xdr,
         false => Format::Native,
     };
     Some((Plan { start, ranks }, format))
+}
+
+fn linger_of(linger: &Robj) -> Option<Linger> {
+    let fields: HashMap<&str, Robj> = linger.as_list()?.iter().collect();
+    Some(Linger {
+        milliseconds: (1000.0 * fields.get("seconds")?.as_real()?).ceil() as u64,
+        name: fields.get("name")?.as_str()?.to_owned(),
+        key: Secret(*dial::key_of(fields.get("key")?.as_str()?)?),
+    })
+}
+
+/// Makes the numbers of tasks of this head differ from those of the heads that the cluster has had, of which there are
+/// `generation`. To be called before hub_go().
+/// @noRd
+#[extendr]
+fn hub_follow(handle: Robj, generation: i32) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.follow(u32::try_from(generation).unwrap_or(0));
+        Ok(())
+    })
+}
+
+/// Fills the set-up log from the logs of the agents, which have had another head. Returns whether that is done; waits up
+/// to one slice for it. `begin`: whether to begin it. `end`: whether to give it up.
+/// @noRd
+#[extendr]
+fn hub_take_over(handle: Robj, begin: bool, end: bool) -> Robj {
+    with_hub(&handle, |hub| {
+        if begin {
+            hub.take_over();
+        }
+        if end {
+            hub.end_take_over();
+        }
+        Ok(hub.has_taken_over(SLICE))
+    })
+}
+
+/// Disconnects from the agents, which wait for another head.
+/// @noRd
+#[extendr]
+fn hub_leave(handle: Robj) -> Robj {
+    with_hub(&handle, |hub| {
+        hub.leave();
+        Ok(())
+    })
 }
 
 /// Returns the number of workers that are ready; waits up to one slice for more. `tolerant`: whether failed
@@ -668,6 +733,9 @@ extendr_module! {
     fn hub_added;
     fn hub_are_over;
     fn hub_progress;
+    fn hub_follow;
+    fn hub_take_over;
+    fn hub_leave;
     fn hub_leave_out;
     fn hub_give_up_host;
     fn hub_reconnects;

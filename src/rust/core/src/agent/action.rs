@@ -1,5 +1,6 @@
 //! The router's decisions, which the agent's loop executes.
 
+use super::setup_log::ReplayedCall;
 use crate::protocol::control::ToHead;
 use crate::protocol::frame::Frame;
 use crate::protocol::ids::BlobId;
@@ -12,6 +13,8 @@ pub enum Act {
     ToHead(Frame),
     /// Sends a frame to the head, with the shared memory that came from the worker in its header.
     Along(Frame),
+    /// Keeps a part of the answer to a task of a head that has disconnected.
+    Keep(Frame),
     /// Drops the shared memory that came from this worker.
     LetGo(u32),
     /// Sends a control message to the head.
@@ -58,6 +61,13 @@ pub enum Act {
     Usage {
         /// The number of the head's question.
         question: u64,
+    },
+    /// Sends the message of a set-up call to the head.
+    SendCall {
+        /// The number of the head's request.
+        request: u64,
+        /// The call; `None` if the worker's log does not contain it any more.
+        call: Option<ReplayedCall>,
     },
     /// The head wants to know the state of the agent.
     Dump {

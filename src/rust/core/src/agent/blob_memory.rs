@@ -65,6 +65,18 @@ impl Memories {
         self.0.get(&blob)
     }
 
+    /// The bytes of a blob, in chunks that each fit into a frame. `None` if there is no such blob, or no memory for its
+    /// bytes.
+    pub fn chunks(&self, blob: BlobId) -> Option<Vec<Bytes>> {
+        match self.get(blob)? {
+            BlobMemory::Shared(file) => {
+                let len = file.metadata().ok()?.len();
+                read_back(file, len).ok()
+            }
+            BlobMemory::Private(chunks) => Some(chunks.clone()),
+        }
+    }
+
     /// Frees a blob. The system reclaims its memory once no worker maps it any more.
     pub fn discard(&mut self, blob: BlobId) {
         self.0.remove(&blob);

@@ -158,6 +158,28 @@ impl BlobStore {
         }
     }
 
+    /// The head has disconnected: it forgets all of its blobs. The numbers of another head's blobs differ from those
+    /// that are [retained](BlobStore::retain).
+    pub fn detach(&mut self, acts: &mut Vec<Act>) {
+        for blob in self.blobs.values_mut() {
+            blob.forgotten = true;
+        }
+        for worker in 0..self.given.len() as u32 {
+            self.take_back(worker, acts);
+        }
+        let ids: Vec<BlobId> = self.blobs.keys().copied().collect();
+        for id in ids {
+            self.drop_unused(id, acts);
+        }
+    }
+
+    /// The bytes of a complete blob that fits into a frame.
+    pub fn small(&self, id: BlobId) -> Option<Bytes> {
+        let blob = self.blobs.get(&id);
+        let blob = blob.filter(|blob| blob.complete && blob.len <= MAX_BODY);
+        blob.map(|blob| blob.whole.clone())
+    }
+
     fn forget(&mut self, id: BlobId, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
         let blob = self.blobs.get_mut(&id).filter(|p| !p.forgotten);
         let Some(blob) = blob else {

@@ -73,6 +73,11 @@ impl Guard {
         self.report(AGENT, 0, tempdir);
     }
 
+    /// Lists the directory of the socket on which the agent waits for another head.
+    pub fn watch_socket(&mut self, directory: &str) {
+        self.report(SOCKET, 0, directory);
+    }
+
     /// Lists a worker, which has been created.
     pub fn made(&mut self, worker: u32, pid: u32) {
         self.listed += 1;
@@ -218,8 +223,8 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
         libc::prctl(libc::PR_SET_NAME, c"rc-guard".as_ptr());
     }
     unneeded.unmap();
-    // The slot of the agent follows those of the workers.
-    let Some(slots) = table::<GuardedProcess>(workers.saturating_add(1)) else {
+    // The slots of the agent follow those of the workers.
+    let Some(slots) = table::<GuardedProcess>(workers.saturating_add(2)) else {
         exit();
     };
     let mut buffer = [0u8; 16 * MESSAGE];
@@ -245,6 +250,7 @@ fn watch(reader: &OwnedFd, null: &File, others: &[RawFd], workers: usize, unneed
             };
             let slot = match number(0) {
                 AGENT => workers,
+                SOCKET => workers.saturating_add(1),
                 slot => slot as usize,
             };
             if let Some(slot) = slots.get_mut(slot) {
@@ -308,6 +314,8 @@ fn exit() -> ! {
 
 /// The slot of the agent in messages.
 const AGENT: u32 = u32::MAX;
+/// The slot of the directory of its socket.
+const SOCKET: u32 = u32::MAX - 1;
 
 /// A process that is listed at the guard.
 #[repr(C)]

@@ -1,11 +1,10 @@
 //! The agent's stream to and from its head.
 
+use super::linger::Link;
 use super::process::Outgoing;
-use super::{AGENT_READS, Agent, HEAD_OUT, is_out_of_resources};
+use super::{AGENT_READS, Agent, is_out_of_resources};
 use crate::platform::fd;
 use crate::protocol::control::{self, ToHead};
-use mio::Interest;
-use mio::unix::SourceFd;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use tracing::{error, info, trace};
@@ -23,7 +22,7 @@ impl Agent {
             eprintln!(
                 "rustcluster agent: received nothing from the head within `heartbeat_timeout`"
             );
-            self.end();
+            self.disconnect();
         } else if heartbeat.send_due(now) && self.to_head.is_empty() {
             // Bytes that wait to be sent are a sign of life themselves.
             self.report(&ToHead::Alive);
@@ -33,7 +32,7 @@ impl Agent {
     pub(super) fn report(&mut self, message: &ToHead) {
         // Every field is bounded, so this cannot fail; were it to, the head would rather miss a
         // message than its agent.
-        let wanted = !self.ending || *message == ToHead::Alive;
+        let wanted = (!self.ending || *message == ToHead::Alive) && self.is_linked();
         match control::encode(message) {
             Ok(frame) if wanted => self.to_head.push(&frame, None),
             _ => {}
@@ -42,7 +41,7 @@ impl Agent {
 
     /// Reports to the head something that it must know even while the agent ends.
     pub(super) fn report_last(&mut self, message: &ToHead) {
-        if let Ok(frame) = control::encode(message) {
+        if let Some(frame) = control::encode(message).ok().filter(|_| self.is_linked()) {
             self.to_head.push(&frame, None);
             self.orphans.final_output |= self.ending;
         }
@@ -53,7 +52,7 @@ impl Agent {
             match self.reader.read(&mut self.scratch) {
                 Ok(0) => {
                     info!("head closed its stream");
-                    return self.end();
+                    return self.disconnect();
                 }
                 Ok(n) => {
                     trace!(bytes = n, "read from head");
@@ -63,26 +62,33 @@ impl Agent {
                     }
                     self.received.extend_from_slice(&self.scratch[..n]);
                     self.on_head_bytes();
-                    if self.disconnected {
+                    if self.disconnected || matches!(self.link, Link::Down { .. }) {
                         return;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => return self.end(),
+                Err(_) => return self.disconnect(),
             }
         }
         self.head_unread = true;
     }
 
     pub(super) fn on_head_bytes(&mut self) {
+        if !self.is_linked() {
+            if let Err(error) = self.read_greeting() {
+                error!(%error, "the head was not accepted");
+                self.disconnect();
+            }
+            return;
+        }
         let (now, received) = (self.epoch.elapsed(), &mut self.received);
         let result = self.router.from_head(received, now, &mut self.acts);
         self.act();
         if let Err(error) = result {
             error!(%error, "the head broke the protocol");
             eprintln!("rustcluster agent: {error}");
-            self.end();
+            self.disconnect();
         }
     }
 
@@ -97,16 +103,7 @@ impl Agent {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.head_blocked = true;
-                    let fd = self.writer.as_raw_fd();
-                    let writable = Interest::WRITABLE;
-                    let registry = self.poll.registry();
-                    if registry
-                        .register(&mut SourceFd(&fd), HEAD_OUT, writable)
-                        .is_err()
-                    {
-                        self.end();
-                    }
+                    self.await_writable();
                 }
                 // Descriptors in flight are counted for all processes of a user.
                 Err(error) if is_out_of_resources(&error) => {
@@ -115,7 +112,7 @@ impl Agent {
                 }
                 Err(_) => {
                     self.to_head = Outgoing::default();
-                    self.end();
+                    self.disconnect();
                 }
             }
         }

@@ -18,6 +18,7 @@ mod dump;
 mod fork;
 mod guard;
 mod head_io;
+pub mod linger;
 mod orphans;
 pub mod prefetch;
 mod process;
@@ -32,7 +33,7 @@ pub mod worker_table;
 
 use crate::platform::memory::OutOfMemory;
 use crate::platform::{self, fd, limits, reserve, signals};
-use crate::protocol::control::{Outfile, Start, ToHead};
+use crate::protocol::control::{Hello, Outfile, Start, ToHead};
 use crate::protocol::frame::{FIRST, Header, Kind, LAST};
 use crate::protocol::heartbeat::Heartbeat;
 use crate::protocol::limits::SEND_WINDOW;
@@ -41,6 +42,7 @@ use action::Act;
 use blob_memory::{BlobMemory, Memories};
 use bytes::BytesMut;
 pub use guard::Guard;
+use linger::{FIRST_DIALER, Lingering, Link};
 use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
@@ -66,7 +68,8 @@ const HEAD_IN: Token = Token(0);
 const HEAD_OUT: Token = Token(1);
 const SIGNALS: Token = Token(2);
 const PARENT: Token = Token(3);
-const FIRST_WORKER: usize = 4;
+const LISTENER: Token = Token(4);
+const FIRST_WORKER: usize = 5;
 
 /// While this many bytes wait for the head, the agent reads nothing more from workers.
 const HEAD_BACKLOG: usize = 4 * 1024 * 1024;
@@ -143,10 +146,16 @@ pub struct Agent {
     asked_to_end: Arc<AtomicBool>,
     /// The heartbeat of a head on another machine.
     heartbeat: Option<Heartbeat>,
-    _parent: Option<OwnedFd>,
+    /// Becomes readable when the process of a head on this machine ends.
+    parent: Option<OwnedFd>,
     /// The pid of the head, if it is this process's parent and has to be checked periodically.
     looked_for: Option<u32>,
     saved: signals::Saved,
+    link: Link,
+    /// How the agent waits for another head, if it does.
+    lingering: Option<Lingering>,
+    hello: Hello,
+    head_pid: u32,
     guard: Guard,
     /// Temporary directories of ended workers that could not be removed.
     unremoved: Vec<String>,
@@ -182,11 +191,17 @@ impl Agent {
         let (signals_in, signals_out) = UnixStream::pair()?;
         signals_in.set_nonblocking(true)?;
         let asked_to_end = Arc::new(AtomicBool::new(false));
-        let ends: &[libc::c_int] = match greeted.warnings.are_caught() {
+        let lingers = greeted.start.linger.is_some();
+        let ends: &[libc::c_int] = match (greeted.warnings.are_caught(), lingers) {
             // The head ends an agent whose job is about to end, once its tasks have ended.
-            true => &[libc::SIGHUP],
-            false => &[libc::SIGTERM, libc::SIGHUP],
+            (true, _) => &[libc::SIGHUP],
+            (false, false) => &[libc::SIGTERM, libc::SIGHUP],
+            (false, true) => &[libc::SIGTERM],
         };
+        if lingers {
+            // The session that the agent was started from may end.
+            signals::ignore(&[libc::SIGHUP]);
+        }
         for &signal in ends {
             signal_hook::flag::register(signal, asked_to_end.clone())?;
         }
@@ -222,7 +237,15 @@ impl Agent {
         router.worker_table.shared_answers = shared_answers;
         router.worker_table.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
         router.worker_table.restore_timeout = (!setup.is_zero()).then_some(setup);
-        Ok(Agent {
+        let mut guard = greeted.guard;
+        let linger = greeted.start.linger.as_ref();
+        let lingering = linger
+            .map(|linger| Lingering::start(linger, poll.registry()))
+            .transpose()?;
+        if let Some(lingering) = &lingering {
+            guard.watch_socket(&lingering.directory().to_string_lossy());
+        }
+        let mut agent = Agent {
             heartbeat: (!heartbeat_timeout.is_zero())
                 .then(|| Heartbeat::new(heartbeat_timeout, Duration::ZERO)),
             poll,
@@ -247,10 +270,14 @@ impl Agent {
             is_unread: vec![false; count as usize],
             signals: signals_in,
             asked_to_end,
-            _parent: parent,
+            parent,
             looked_for: unwatched.then_some(greeted.head_pid),
             saved,
-            guard: greeted.guard,
+            guard,
+            link: Link::Up,
+            lingering,
+            hello: greeted.hello,
+            head_pid: greeted.head_pid,
             unremoved: Vec::new(),
             orphans: Orphans::adopt(),
             usage_survey: None,
@@ -259,7 +286,12 @@ impl Agent {
             epoch: Instant::now(),
             average_wait: Duration::ZERO,
             scratch: vec![0; AGENT_READ],
-        })
+        };
+        // The parent of an agent that may outlive its head is its shim.
+        if agent.lingering.is_some() && agent.start.local {
+            agent.watch_head();
+        }
+        Ok(agent)
     }
 
     /// The rank of a worker as R counts it.
@@ -363,6 +395,7 @@ impl Agent {
                     .filter(|_| !self.ending);
                 let warning = self.warnings.due_in(SystemTime::now());
                 let deadlines = [
+                    self.next_link_check(),
                     warning.map(|left| self.now() + left.min(LONGEST_SLEEP)),
                     deadline,
                     heartbeat.map(Heartbeat::next),
@@ -383,7 +416,8 @@ impl Agent {
             // Output goes first: what a worker printed before its answer belongs to the answered
             // task.
             for Token(token) in events.iter().map(Event::token) {
-                if token >= FIRST_WORKER && (token - FIRST_WORKER) % 2 == 1 {
+                if (FIRST_WORKER..FIRST_DIALER).contains(&token) && (token - FIRST_WORKER) % 2 == 1
+                {
                     self.read_output(((token - FIRST_WORKER) / 2) as u32);
                 }
             }
@@ -391,13 +425,18 @@ impl Agent {
             for event in &events {
                 match event.token() {
                     HEAD_IN => self.head_unread = true,
-                    HEAD_OUT => {
-                        self.head_blocked = false;
-                        let fd = self.writer.as_raw_fd();
-                        self.poll.registry().deregister(&mut SourceFd(&fd))?;
-                    }
+                    HEAD_OUT => self.head_is_writable()?,
                     SIGNALS => ended = true,
-                    PARENT => self.end(),
+                    PARENT => self.disconnect(),
+                    LISTENER => {
+                        let now = self.now();
+                        if let Some(lingering) = &mut self.lingering {
+                            lingering.accept(self.poll.registry(), now);
+                        }
+                    }
+                    Token(token) if token >= FIRST_DIALER => {
+                        self.read_dialer(token - FIRST_DIALER);
+                    }
                     Token(token) => {
                         let worker = ((token - FIRST_WORKER) / 2) as u32;
                         if (token - FIRST_WORKER) % 2 == 1 {
@@ -429,7 +468,7 @@ impl Agent {
                 .looked_for
                 .is_some_and(|parent| !platform::process::is_parent(parent))
             {
-                self.end();
+                self.disconnect();
             }
             if reserve::was_used() {
                 let limits = limits::memory_limits();
@@ -437,6 +476,7 @@ impl Agent {
             }
             self.check_warnings();
             self.check_heartbeat();
+            self.check_link();
             // While the head does not read, a task may have been answered in time and its answer
             // not have been processed.
             let now = self.now();
@@ -503,11 +543,12 @@ impl Agent {
         let mut acts = std::mem::take(&mut self.acts);
         for act in acts.drain(..) {
             match act {
-                Act::ToHead(frame) if !self.ending => {
+                Act::ToHead(frame) if !self.ending && self.is_linked() => {
                     self.log_frame("to head", &frame.header);
                     self.to_head.push(&frame, None);
                 }
                 Act::ToHead(_) => {}
+                Act::Keep(frame) => self.keep(&frame),
                 Act::Along(frame) => self.pass_memory(&frame),
                 Act::LetGo(worker) => {
                     if let Some(process) = &mut self.workers[worker as usize] {
@@ -586,6 +627,7 @@ impl Agent {
                     self.usage_survey = Some(UsageSurvey::new(question, self.workers.len() as u32));
                 }
                 Act::Dump { question } => self.dump(question),
+                Act::SendCall { request, call } => self.send_call(request, call),
                 Act::End => self.stop(),
             }
         }

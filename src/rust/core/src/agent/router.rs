@@ -6,6 +6,7 @@
 
 use super::action::Act;
 use super::blobs::BlobStore;
+use super::linger::Kept;
 use super::prefetch::PrefetchQueue;
 use super::setup_log::{Restore, SetupLog};
 use super::worker_table::{Ending, Now, REPLAY, Ready, Route, WorkerTable};
@@ -16,7 +17,7 @@ use crate::protocol::frame::{
     self, ABORT, BY_REFERENCE, CACHE, FIRST, Frame, HEADER_LEN, Header, Kind, LAST, REASSIGNED,
     SAME,
 };
-use crate::protocol::ids::RESTORE;
+use crate::protocol::ids::{BlobId, RESTORE};
 use crate::protocol::limits::MAX_RESULT_MEMORY;
 use bytes::{Buf, Bytes, BytesMut};
 use std::time::Duration;
@@ -25,6 +26,9 @@ use std::time::Duration;
 /// which `clusterSetRNGStream()` makes its streams, have 28 bytes. Longer states are no streams that a task
 /// could continue on another worker.
 const SEED_TO_HEAD: usize = 64;
+
+/// Maximum number of set-up calls in one message.
+const MAX_LISTED: usize = 1000;
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -39,6 +43,10 @@ pub struct Router {
     replaces: Vec<bool>,
     /// Whether the head has set the random number state that follows the worker's current restoring call.
     is_seed_set: Vec<bool>,
+    /// For each worker, its task of a head that has disconnected.
+    left: Vec<Option<u64>>,
+    /// Workers that the head does not know to be up.
+    unknown: Vec<bool>,
 }
 
 fn text(error: impl std::fmt::Display) -> ProtocolError {
@@ -88,6 +96,8 @@ impl Router {
             prefetched: PrefetchQueue::new(workers),
             replaces: vec![false; workers],
             is_seed_set: vec![false; workers],
+            left: vec![None; workers],
+            unknown: vec![false; workers],
         }
     }
 
@@ -338,6 +348,15 @@ impl Router {
             ToAgent::Stop => acts.push(Act::End),
             ToAgent::Usage { question } => acts.push(Act::Usage { question }),
             ToAgent::Dump { question } => acts.push(Act::Dump { question }),
+            ToAgent::SetupLog => self.list_setup_calls(acts),
+            ToAgent::SetupCall {
+                worker,
+                digest,
+                request,
+            } => acts.push(Act::SendCall {
+                request,
+                call: self.setup_log.find(worker, digest),
+            }),
             // A heartbeat: receiving it is enough.
             ToAgent::Alive => {}
             ToAgent::Hello(_) | ToAgent::Start(_) => {
@@ -345,6 +364,34 @@ impl Router {
             }
         }
         Ok(())
+    }
+
+    /// Reports which set-up calls the workers have completed.
+    fn list_setup_calls(&self, acts: &mut Vec<Act>) {
+        for worker in 0..self.left.len() as u32 {
+            let complete = self.setup_log.is_complete(worker);
+            let calls = self.setup_log.list(worker);
+            let mut parts = calls.chunks(MAX_LISTED).peekable();
+            let mut part: &[_] = parts.next().unwrap_or_default();
+            loop {
+                let next = parts.next();
+                acts.push(Act::Report(ToHead::SetupCalls {
+                    worker,
+                    complete,
+                    calls: part.to_vec(),
+                    last: next.is_none(),
+                }));
+                match next {
+                    Some(next) => part = next,
+                    None => break,
+                }
+            }
+        }
+    }
+
+    /// The bytes of a blob that fits into a frame.
+    pub fn small_blob(&self, blob: BlobId) -> Option<Bytes> {
+        self.blobs.small(blob)
     }
 
     /// Stops a worker, whatever it does.
@@ -439,6 +486,15 @@ impl Router {
         }
         match route {
             Route::Restored => self.up(worker, acts),
+            // The head that has sent the task is gone.
+            Route::Forward if self.left[worker as usize] == Some(task) => {
+                acts.push(Act::Keep(Frame {
+                    header: *header,
+                    body: body.freeze(),
+                }));
+                self.end_left(header, acts);
+            }
+            Route::Ended if self.left[worker as usize] == Some(task) => self.end_left(header, acts),
             Route::Forward if shared => acts.push(Act::Along(Frame {
                 header: Header {
                     flags: LAST | BY_REFERENCE,
@@ -455,6 +511,17 @@ impl Router {
                 acts.push(Act::ToHead(ended));
             }
             Route::Drop | Route::Hold | Route::Announce => {}
+        }
+    }
+
+    /// A worker may have ended the task of a head that has disconnected.
+    fn end_left(&mut self, header: &Header, acts: &mut Vec<Act>) {
+        let worker = header.worker;
+        if header.flags & LAST != 0 {
+            self.left[worker as usize] = None;
+            if self.unknown[worker as usize] {
+                self.up(worker, acts);
+            }
         }
     }
 
@@ -538,6 +605,64 @@ impl Router {
         acts.push(Act::Up { worker, replaces });
     }
 
+    /// The head has disconnected. Workers end the tasks that they have begun; all others are dropped.
+    ///
+    /// # Errors
+    /// When the tasks of the head broke the protocol.
+    pub fn detach(&mut self, now: Now, acts: &mut Vec<Act>) -> Result<(), ProtocolError> {
+        for worker in 0..self.left.len() as u32 {
+            self.prefetched.take(worker);
+            let Some(task) = self.worker_table.task(worker) else {
+                continue;
+            };
+            if self.worker_table.is_complete(worker) {
+                self.left[worker as usize] = Some(task);
+                self.worker_table.leave(worker);
+                acts.push(Act::ReadAgain(worker));
+            } else {
+                let abort = Frame::new(Kind::Data, LAST | ABORT, worker, task, Bytes::new());
+                self.pass(abort, now, acts)?;
+            }
+        }
+        self.blobs.detach(acts);
+        self.release_blobs(acts);
+        Ok(())
+    }
+
+    /// Another head takes over. Returns the state of each worker. `pending`: the bytes that each worker has not read.
+    pub fn attach(&mut self, chunk_cache_bytes: usize, pending: &[usize]) -> Vec<Kept> {
+        self.chunk_cache = ChunkCache::new(chunk_cache_bytes);
+        let workers = (0..).zip(pending);
+        let kept: Vec<Kept> = workers
+            .map(|(worker, &pending)| self.worker_table.attach(worker, pending))
+            .collect();
+        for (unknown, kept) in self.unknown.iter_mut().zip(&kept) {
+            *unknown = matches!(kept, Kept::Busy | Kept::Starting);
+        }
+        kept
+    }
+
+    /// Whether the head does not know that this worker is up.
+    pub fn is_unknown_to_head(&self, worker: u32) -> bool {
+        self.unknown.get(worker as usize) == Some(&true)
+    }
+
+    /// The head is told that a worker is up. Returns whether it did not know the worker before.
+    pub fn introduce(&mut self, worker: u32) -> bool {
+        let unknown = self.unknown.get_mut(worker as usize);
+        let unknown = unknown.is_some_and(std::mem::take);
+        if unknown {
+            self.worker_table.forget_losses(worker);
+        }
+        unknown
+    }
+
+    /// The random number state of a worker, if the head can set it.
+    pub fn seed(&self, worker: u32) -> Option<Bytes> {
+        let seed = self.setup_log.current_seed(worker)?;
+        Some(seed).filter(|seed| seed.len() <= SEED_TO_HEAD)
+    }
+
     /// Ends tasks that have exceeded their time limits.
     pub fn out_of_time(&mut self, now: Now, acts: &mut Vec<Act>) {
         for (worker, task) in self.worker_table.out_of_time(now) {
@@ -553,6 +678,7 @@ impl Router {
         self.setup_log.lost(worker);
         // The head sends the prefetched task again, to the replacement.
         self.prefetched.take(worker);
+        self.left[worker as usize] = None;
         let restorable = may_replace && self.setup_log.is_complete(worker);
         self.worker_table.exited(worker, restorable, now)
     }

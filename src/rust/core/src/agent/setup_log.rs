@@ -62,6 +62,15 @@ struct WorkerLog {
     incomplete: bool,
 }
 
+/// The digest of a call. The number of a blob names the same bytes on all hosts.
+fn digest(call: &LoggedCall) -> u128 {
+    let mut bytes = call.blob.unwrap_or(0).to_le_bytes().to_vec();
+    for key in &call.blocks {
+        bytes.extend(key.to_le_bytes());
+    }
+    xxh3_128(&bytes)
+}
+
 /// A set-up call to be repeated on a replacement.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct ReplayedCall {
@@ -232,6 +241,11 @@ impl SetupLog {
         }
     }
 
+    /// The random number state of this worker after its last task, if it is known.
+    pub fn current_seed(&self, worker: u32) -> Option<Bytes> {
+        self.workers.get(worker as usize)?.seed.clone()
+    }
+
     /// Records that the worker has ended its task after `duration`; `setup_call`: a set-up call completed.
     /// Returns whether this made the log of the worker incomplete, so that it cannot be restored.
     pub fn done(&mut self, worker: u32, setup_call: bool, duration: Duration) -> bool {
@@ -316,22 +330,47 @@ impl SetupLog {
         memory.is_some_and(|memory| !memory.incomplete)
     }
 
+    /// The calls that restore this worker, in order: their names and digests. The call that the worker is running is
+    /// the last one. Equal calls have equal digests, on all hosts.
+    pub fn list(&self, worker: u32) -> Vec<(u64, u128)> {
+        let calls = self.logged(worker);
+        calls.map(|(name, call)| (name, digest(call))).collect()
+    }
+
+    /// The call of this worker with this digest.
+    pub fn find(&self, worker: u32, wanted: u128) -> Option<ReplayedCall> {
+        let mut calls = self.logged(worker);
+        let (_, call) = calls.find(|(_, call)| digest(call) == wanted)?;
+        Some(self.again(call))
+    }
+
+    fn logged(&self, worker: u32) -> impl Iterator<Item = (u64, &LoggedCall)> {
+        let memory = self.workers.get(worker as usize);
+        let done = memory.into_iter().flat_map(|memory| memory.calls.iter());
+        let open = memory.and_then(|memory| memory.open.as_ref());
+        let open = open.filter(|open| !open.over_limit && open.rest.is_empty());
+        done.chain(open.map(|open| (open.message.name, &open.message)))
+    }
+
+    fn again(&self, message: &LoggedCall) -> ReplayedCall {
+        let block = |key: &Key| Some(self.blocks.get(key)?.0.clone());
+        ReplayedCall {
+            blob: message.blob,
+            pieces: message.blocks.iter().filter_map(block).collect(),
+            duration: message.duration,
+        }
+    }
+
     /// The state from which a replacement of this worker is restored.
     pub fn restore(&self, worker: u32) -> Restore {
         let Some(memory) = self.workers.get(worker as usize) else {
             return Restore::default();
         };
-        let block = |key: &Key| Some(self.blocks.get(key)?.0.clone());
-        let again = |message: &LoggedCall| ReplayedCall {
-            blob: message.blob,
-            pieces: message.blocks.iter().filter_map(block).collect(),
-            duration: message.duration,
-        };
         Restore {
             messages: memory
                 .calls
                 .iter()
-                .map(|(_, message)| again(message))
+                .map(|(_, message)| self.again(message))
                 .collect(),
             seed: memory.seed.clone(),
         }

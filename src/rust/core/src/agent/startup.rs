@@ -33,6 +33,8 @@ pub struct Greeted {
     pub warnings: Warnings,
     /// Packages that the program before the handover has determined.
     pub after: Vec<String>,
+    /// How this process introduces itself to a head.
+    pub hello: Hello,
 }
 
 /// Builds the hello, which describes this process to the other side.
@@ -111,6 +113,7 @@ pub fn greet_over(mut reader: File, mut writer: File, hello: &Hello) -> io::Resu
                         head_pid,
                         same_order,
                         after: Vec::new(),
+                        hello: hello.clone(),
                         warnings: Warnings::default(),
                     });
                 }
@@ -192,6 +195,7 @@ impl Greeted {
             head_pid: handover.head_pid,
             same_order: handover.same_order,
             after: handover.after,
+            hello: Hello::default(),
             warnings: Warnings::default(),
         })
     }

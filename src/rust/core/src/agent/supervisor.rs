@@ -91,6 +91,11 @@ impl Agent {
         };
         let pid = process.pid;
         debug!(rank = self.number(worker), pid, replaces, "worker up");
+        if self.router.is_unknown_to_head(worker) {
+            self.report_seed(worker);
+        }
+        // A head that has not known the worker before does not know of the worker that it replaces.
+        let replaces = replaces && !self.router.introduce(worker);
         let message = if replaces {
             ToHead::WorkerReplaced { worker, pid }
         } else {

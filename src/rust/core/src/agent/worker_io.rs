@@ -28,6 +28,7 @@ impl Agent {
     /// Passes on an answer in shared memory. If the memory is missing, has another length or is not sealed,
     /// the worker is killed and its task is lost, because a worker runs user code and cannot be trusted.
     pub(super) fn pass_memory(&mut self, frame: &Frame) {
+        let linked = self.is_linked();
         let Some(process) = &mut self.workers[frame.header.worker as usize] else {
             return;
         };
@@ -35,7 +36,9 @@ impl Agent {
         let len = |file: &File| file.metadata().ok().map(|data| data.len());
         let is_right = |file: &File| len(file) == frame.number() && memfd::is_sealed(file);
         match file.filter(is_right) {
-            Some(file) if !self.ending => self.to_head.push(frame, Some(Arc::new(file))),
+            Some(file) if !self.ending && linked => {
+                self.to_head.push(frame, Some(Arc::new(file)));
+            }
             Some(_) => {}
             None => process.kill(),
         }
@@ -140,7 +143,7 @@ impl Agent {
             }
         }
         match self.router.worker_table.passed(worker, passed) {
-            Some((task, bytes)) if !self.ending => {
+            Some((task, bytes)) if !self.ending && self.is_linked() => {
                 self.to_head.push(&Frame::credit(worker, task, bytes), None);
             }
             _ => {}
@@ -221,6 +224,7 @@ impl Agent {
     }
 
     pub(super) fn read_output(&mut self, worker: u32) {
+        let linked = self.is_linked();
         let Some(process) = &mut self.workers[worker as usize] else {
             return;
         };
@@ -238,7 +242,7 @@ impl Agent {
                         // A full disk must not end the computation.
                         let _ = process.lines.push(bytes, file);
                     }
-                    if self.start.outfile == Outfile::Console && !self.disconnected {
+                    if self.start.outfile == Outfile::Console && !self.disconnected && linked {
                         // The shutdown also waits for the output of exit handlers.
                         self.orphans.final_output |= self.ending;
                         for chunk in bytes.chunks(MAX_BODY) {

@@ -3,6 +3,7 @@
 //! A pure state machine, like the head's scheduler. Frames, exits and the time go in; decisions
 //! come out. Processes, sockets and the clock are in [`super`].
 
+use super::linger::Kept;
 use crate::protocol::control::{Facts, Setback};
 use crate::protocol::error::ProtocolError;
 use crate::protocol::frame::{ABORT, BY_REFERENCE, FIRST, Header, LAST};
@@ -652,6 +653,47 @@ impl WorkerTable {
         self.workers
             .iter()
             .all(|entry| entry.phase == WorkerPhase::Terminated)
+    }
+
+    /// Whether a worker has the whole message of its task.
+    pub fn is_complete(&self, worker: u32) -> bool {
+        let entry = self.workers.get(worker as usize);
+        entry.is_some_and(|entry| entry.complete)
+    }
+
+    /// The head of a worker's task has disconnected. The worker may answer without credit.
+    pub fn leave(&mut self, worker: u32) {
+        if let Some(entry) = self.workers.get_mut(worker as usize) {
+            entry.credit = usize::MAX;
+            entry.offered = Some(Offer::Asked);
+        }
+    }
+
+    /// Another head takes over this worker. `pending`: the bytes that the worker has not read, which do not count for
+    /// the window of that head.
+    pub fn attach(&mut self, worker: u32, pending: usize) -> Kept {
+        let Some(entry) = self.workers.get_mut(worker as usize) else {
+            return Kept::Terminated;
+        };
+        entry.unacknowledged = 0;
+        entry.limit = None;
+        entry.passed = 0;
+        entry.given = pending;
+        match entry.phase {
+            _ if entry.stopping.is_some() => Kept::Stopped,
+            WorkerPhase::Idle => Kept::Idle,
+            WorkerPhase::Busy { .. } => Kept::Busy,
+            WorkerPhase::Starting | WorkerPhase::Restoring { .. } => Kept::Starting,
+            WorkerPhase::Terminated if entry.restart_at.is_some() => Kept::Starting,
+            WorkerPhase::Terminated => Kept::Terminated,
+        }
+    }
+
+    /// The head does not know of the failures of this worker and its predecessors, and has sent them nothing.
+    pub fn forget_losses(&mut self, worker: u32) {
+        if let Some(entry) = self.workers.get_mut(worker as usize) {
+            entry.unacknowledged = 0;
+        }
     }
 
     /// When the worker is to be killed.

@@ -1,6 +1,7 @@
 //! Starts an agent by a command whose stdin and stdout are the stream to the agent.
 
 use crate::platform::signals;
+use crate::protocol::control::Secret;
 use crate::protocol::handshake::ENDS_WITH_HEAD;
 use std::ffi::OsString;
 use std::io;
@@ -35,6 +36,17 @@ pub enum Source {
     DialBack {
         /// The number of the launcher.
         launcher: u32,
+    },
+    /// The agent waits for its head: see [`linger`](crate::agent::linger).
+    Waiting {
+        /// The name of the agent's directory, if the agent is on this machine.
+        name: Option<String>,
+        /// The key of the cluster.
+        key: Secret,
+        /// The command that connects to the agent, if the agent is on another machine.
+        relay: Box<Source>,
+        /// Where another agent comes from, once this one is lost.
+        next: Box<Source>,
     },
 }
 

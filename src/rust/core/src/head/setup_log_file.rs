@@ -351,6 +351,29 @@ impl SetupLogFile {
         }
     }
 
+    /// Completes a message of [`SetupLogFile::begin`] with this task, which is of a head before: all of these workers
+    /// have completed the call.
+    pub fn finish_for(&mut self, task: TaskId, ranks: &[Rank]) {
+        self.finish();
+        let Some(number) = self.tasks.remove(&task) else {
+            return;
+        };
+        for &rank in ranks {
+            if let Some(message) = self.messages.get_mut(&number) {
+                message.pending.insert(rank);
+            }
+        }
+        for &rank in ranks {
+            self.tasks.insert(task, number);
+            self.ended(task, rank, true);
+        }
+    }
+
+    /// Records that a set-up call is missing.
+    pub fn miss(&mut self) {
+        self.incomplete = true;
+    }
+
     /// Records that a set-up call was not sent to its worker, which gets the call when it joins.
     pub fn logged(&mut self, task: TaskId, rank: Rank) {
         // Without a number, the call is missing from the file.

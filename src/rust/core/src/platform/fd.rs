@@ -28,6 +28,20 @@ pub fn close_others_on_exec() {
     }
 }
 
+/// Closes all descriptors except 0, 1 and 2, in a forked process that uses none of them any more.
+pub fn close_others() {
+    let open: Vec<RawFd> = match std::fs::read_dir("/dev/fd") {
+        Ok(entries) => entries
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .collect(),
+        Err(_) => (3..1024).collect(),
+    };
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // SAFETY: the caller uses and drops none of the descriptors any more.
+        unsafe { libc::close(fd) };
+    }
+}
+
 /// Makes `target` a duplicate of `fd`.
 pub fn redirect(fd: RawFd, target: RawFd) -> io::Result<()> {
     // SAFETY: dup2 checks its arguments.

@@ -40,6 +40,16 @@ pub fn watch_parent(parent: u32) -> Option<OwnedFd> {
     is_parent(parent).then_some(fd)
 }
 
+/// A descriptor that becomes readable when a process ends. `None` if there is no such process, or the system does not
+/// support pidfds.
+pub fn watch(pid: u32) -> Option<OwnedFd> {
+    // SAFETY: pidfd_open has no memory effects; nobody else owns the descriptor.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0) as libc::c_int;
+        Some(OwnedFd::from_raw_fd(check(fd).ok()?))
+    }
+}
+
 /// Makes the kernel kill this process when its parent ends. Ends this process at once if the parent is no
 /// longer `parent`.
 pub fn die_with_parent(parent: u32) {

@@ -15,7 +15,7 @@ use std::fmt;
 use std::time::Duration;
 
 /// Version of the wire protocol. Head and agent must have the same.
-pub const PROTOCOL: u32 = 10;
+pub const PROTOCOL: u32 = 11;
 
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<MAX_BODY>> = bincode::config::standard()
     .with_little_endian()
@@ -86,6 +86,28 @@ pub enum Outfile {
     File(String),
 }
 
+/// How an agent waits for its head.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Linger {
+    /// How many milliseconds the agent waits for a head before it ends.
+    pub milliseconds: u64,
+    /// The name of the directory on the agent's host that contains its socket: see
+    /// [`linger`](crate::agent::linger).
+    pub name: String,
+    /// The key of the cluster, which a head must prove to have.
+    pub key: Secret,
+}
+
+/// A key, which is never shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret(pub [u8; 32]);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(...)")
+    }
+}
+
 /// A start request to an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
@@ -119,6 +141,8 @@ pub struct Start {
     pub stop_timeout: u64,
     /// The head is on this machine: large answers may use shared memory.
     pub local: bool,
+    /// Whether the agent waits for another head when its head disconnects, and how. Otherwise the agent ends.
+    pub linger: Option<Linger>,
 }
 
 impl Start {
@@ -221,6 +245,18 @@ pub enum ToAgent {
         /// A number that the answer repeats.
         question: u64,
     },
+    /// Asks which set-up calls the workers have completed: [`ToHead::SetupCalls`].
+    SetupLog,
+    /// Asks for the message of a set-up call, which the agent sends in frames of kind
+    /// [`Blob`](crate::protocol::frame::Kind::Blob).
+    SetupCall {
+        /// The index on its host of a worker that has completed the call.
+        worker: u32,
+        /// The digest of the call.
+        digest: u128,
+        /// A number that the frames repeat.
+        request: u64,
+    },
 }
 
 /// Memory use of a process in bytes; unknown values are 0.
@@ -309,6 +345,13 @@ pub enum ToHead {
         /// The worker's process number.
         pid: u32,
     },
+    /// A worker has not ended the task that it began for the head before. [`ToHead::WorkerUp`] follows when it has.
+    WorkerKept {
+        /// The worker's index on its host.
+        worker: u32,
+        /// The worker's process number.
+        pid: u32,
+    },
     /// A worker ended without being asked to.
     WorkerFailed {
         /// The worker's index on its host.
@@ -368,6 +411,17 @@ pub enum ToHead {
     Failed {
         /// Why, for the user.
         reason: String,
+    },
+    /// The set-up calls that restore a worker, in order.
+    SetupCalls {
+        /// The worker's index on its host.
+        worker: u32,
+        /// Whether the log of the worker is complete.
+        complete: bool,
+        /// The number of the variable that each call sets, and its digest.
+        calls: Vec<(u64, u128)>,
+        /// Whether the answer for this worker is complete with these calls.
+        last: bool,
     },
     /// The memory use of some workers.
     Usage {

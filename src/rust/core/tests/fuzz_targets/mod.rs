@@ -558,6 +558,11 @@ impl Host {
                     assert!((worker as usize) < WORKERS);
                 }
                 Act::Report(message) => assert!(control::encode(&message).is_ok()),
+                Act::SendCall { call, .. } => {
+                    let pieces = call.into_iter().flat_map(|call| call.pieces);
+                    assert!(pieces.map(|piece| piece.len()).all(|len| len <= MAX_BODY));
+                }
+                Act::Keep(frame) => assert!((frame.header.worker as usize) < WORKERS),
                 Act::Usage { .. } | Act::Dump { .. } | Act::End => {}
             }
         }

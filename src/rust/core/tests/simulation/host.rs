@@ -194,7 +194,8 @@ impl Host {
                     facts.workers[rank as usize].was_ready = true;
                 }
                 // The simulated head does not request these.
-                Act::Usage { .. } | Act::Dump { .. } => {}
+                Act::Usage { .. } | Act::Dump { .. } | Act::SendCall { .. } => {}
+                Act::Keep(frame) => panic!("{frame:?} of a head that is there"),
                 Act::End => self.lost = true,
             }
         }

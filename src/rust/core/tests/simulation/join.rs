@@ -70,6 +70,7 @@ fn plan(ranks: &[Rank], (chunk_cache, setup_log_limit): (usize, usize)) -> Plan 
             memory_limit: 0,
             stop_timeout: 0,
             local: true,
+            linger: None,
         },
         ranks: ranks.to_vec(),
     }

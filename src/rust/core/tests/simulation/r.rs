@@ -693,6 +693,9 @@ impl Sim {
                 // The simulated agents restart no worker after a pause, and no host is given back.
                 Note::Back { .. }
                 | Note::GivenBack { .. }
+                | Note::Kept { .. }
+                | Note::SetupCalls { .. }
+                | Note::SetupCall { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Dump { .. }

@@ -113,6 +113,9 @@ pub enum Progress {
     },
 }
 
+/// Bits of the numbers of tasks and blobs that one head may use. R reads the numbers as doubles.
+const GENERATION_BITS: u32 = 36;
+
 pub(super) struct Inner {
     pub(super) shared_core: Arc<SharedCore>,
     thread: Option<JoinHandle<()>>,
@@ -771,6 +774,18 @@ impl Hub {
         self.core().stop(&self.inner.shared_core.stopped);
     }
 
+    /// Disconnects from the agents, which wait for another head.
+    pub fn leave(&self) {
+        self.core().leave(&self.inner.shared_core.stopped);
+    }
+
+    /// Makes the numbers of tasks and blobs differ from those of the heads before. `generation`: the number of heads
+    /// that the cluster has had. To be called before [`Hub::go`].
+    pub fn follow(&mut self, generation: u32) {
+        self.next_task = (TaskId::from(generation) << GENERATION_BITS) + 1;
+        self.next_blob = (BlobId::from(generation) << GENERATION_BITS) + 1;
+    }
+
     /// Whether the cluster has ended and nothing of it is left; waits up to `max_wait` for that.
     pub fn is_closed(&mut self, max_wait: Duration) -> bool {
         let closed = |core: &mut Core| core.inbox.closed.then_some(());
@@ -839,7 +854,11 @@ impl Drop for Hub {
         if self.is_forked() {
             return;
         }
-        self.stop();
+        let lingers = self.core().lingers;
+        match lingers {
+            true => self.leave(),
+            false => self.stop(),
+        }
         // SAFETY: dropped once, here, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.inner) };
     }

@@ -12,6 +12,7 @@ use super::inbox::{HostFailure, Inbox};
 use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
+use super::take_over::TakeOver;
 use crate::head::activity::Measure;
 use crate::head::dial_back::DialBack;
 use crate::head::launch::Launch;
@@ -93,6 +94,10 @@ pub struct Core {
     pub inbox: Inbox,
     /// The head's set-up log, if hosts may join late or be reconnected.
     pub setup_log: Option<SetupLogFile>,
+    /// The set-up log is being filled from the logs of agents that have had another head.
+    pub take_over: Option<TakeOver>,
+    /// Agents have been asked for set-up calls, which may be on their way.
+    pub took_over: bool,
     /// Lost hosts are reconnected.
     pub reconnects: bool,
     /// Hosts come and go: jobs without an assignment use the workers that are there.
@@ -112,6 +117,8 @@ pub struct Core {
     pub queued: usize,
     /// The cluster is being stopped.
     pub stopping: bool,
+    /// The agents wait for another head when this one ends.
+    pub lingers: bool,
     /// Registers the streams that the hub's thread serves.
     registry: Registry,
     reader: StreamReader,
@@ -164,6 +171,8 @@ impl SharedCore {
                 conns: (0..hosts).map(|_| Conn::default()).collect(),
                 inbox: Inbox::new(hosts),
                 setup_log: None,
+                take_over: None,
+                took_over: false,
                 reconnects: false,
                 is_elastic: false,
                 restoring: RestoreQueue::default(),
@@ -173,6 +182,7 @@ impl SharedCore {
                 start_timeout: Duration::MAX,
                 queued: 0,
                 stopping: false,
+                lingers: false,
                 registry,
                 reader: StreamReader::Hub,
                 waiting: false,
@@ -435,6 +445,7 @@ impl Core {
             self.is_elastic |= conn.dials;
             conn.plan = Some(start.clone());
         }
+        self.lingers |= start.linger.is_some();
         if start.chunk_cache_bytes > 0 {
             let max_bytes = usize::try_from(start.chunk_cache_bytes).unwrap_or(usize::MAX);
             self.scheduler.set_chunk_cache(agent, max_bytes);
@@ -606,6 +617,9 @@ impl Core {
 
     fn on_frame(&mut self, agent: usize, frame: Frame) -> Result<(), String> {
         let Header { kind, flags, .. } = frame.header;
+        if kind == Kind::Blob && !self.took_over {
+            return Err("a frame that is not for the head".into());
+        }
         let mut memory = None;
         if kind == Kind::Data && flags == LAST | BY_REFERENCE {
             let Some(descriptor) = self.conns[agent].descriptors.pop_front() else {
@@ -675,6 +689,17 @@ impl Core {
                     }
                     // A worker may fail while it waits to be restored.
                     Note::Up { rank, .. } | Note::Replaced { rank, .. } => self.worker_up(*rank),
+                    Note::SetupCalls {
+                        rank,
+                        complete,
+                        calls,
+                        last,
+                    } => self.on_setup_calls(*rank, *complete, calls, *last),
+                    Note::SetupCall {
+                        request,
+                        flags,
+                        bytes,
+                    } => self.on_setup_call(*request, *flags, bytes),
                     Note::Done {
                         rank,
                         task,
@@ -796,6 +821,20 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// Disconnects from the agents, which wait for another head.
+    pub fn leave(&mut self, stopped: &Notify) {
+        if std::mem::replace(&mut self.stopping, true) {
+            return;
+        }
+        debug!("head leaves the cluster");
+        for agent in 0..self.conns.len() {
+            self.conns[agent].permanent = true;
+            self.conns[agent].stop.notify_one();
+            self.end(agent, Ok(()));
+        }
+        stopped.notify_one();
     }
 
     /// Stops the cluster.

@@ -28,6 +28,8 @@ pub struct HostFailure {
     pub stdout: String,
     /// The exit status of the agent's command, if it exited.
     pub status: Option<i32>,
+    /// The agent has refused this head, because it has another.
+    pub in_use: bool,
 }
 
 impl HostFailure {
@@ -305,6 +307,9 @@ impl Inbox {
                     self.job_arrivals.push(Arrival { agent, job });
                 }
             }
+            // The core has processed these.
+            Note::SetupCalls { .. } | Note::SetupCall { .. } => {}
+            Note::Kept { rank, pid } => self.workers[rank as usize].pid = Some(pid),
             Note::Replaced { rank, pid, killed } => {
                 let before = self.workers[rank as usize].pid.replace(pid);
                 if let Some(interruption) = killed {

@@ -21,6 +21,7 @@ mod restore;
 mod restore_queue;
 mod serve_host;
 mod status;
+mod take_over;
 mod thread;
 mod writer;
 mod writing;

@@ -157,6 +157,9 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
             }
         }
         Note::Up { .. }
+        | Note::Kept { .. }
+        | Note::SetupCalls { .. }
+        | Note::SetupCall { .. }
         | Note::Ended { .. }
         | Note::Output { .. }
         | Note::ProgressEvent { .. }

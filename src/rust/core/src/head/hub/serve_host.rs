@@ -2,12 +2,14 @@
 
 use super::core::SharedCore;
 use super::inbox::HostFailure;
+use crate::agent::linger;
 use crate::head::dial_back::NO_ADDRESS;
 use crate::head::launch::{self, AgentProcess, Launch, Launched, Source};
 use crate::platform::exit::Exit;
-use crate::protocol::control::{self, Hello, ToAgent};
-use crate::protocol::handshake::{Greeting, MAGIC};
+use crate::protocol::control::{self, Hello, Secret, ToAgent};
+use crate::protocol::handshake::{Greeting, MAGIC, Preamble, PreambleState};
 use crate::protocol::heartbeat::Heartbeat;
+use crate::protocol::noise::{self, Introduction, Verdict};
 use crate::protocol::send_queue::OutBuf;
 use bytes::BytesMut;
 use std::cell::RefCell;
@@ -36,6 +38,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an agent's stderr that error messages show.
 const AGENT_STDERR_TAIL: usize = 8 * 1024;
 
+/// How often it is checked whether the set-up log has been taken over.
+const TAKE_OVER_CHECK: Duration = Duration::from_millis(50);
+
 /// The first and the longest pause before a lost host is reconnected.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
@@ -53,6 +58,9 @@ async fn serve_agents(shared_core: &Arc<SharedCore>, agent: usize, launch: Launc
     let failure = serve_one(shared_core, agent, &launch, &hello, false).await;
     fail(shared_core, agent, failure);
     let dials = matches!(launch.source, Source::DialBack { .. });
+    if matches!(launch.source, Source::Waiting { .. }) {
+        await_take_over(shared_core, agent).await;
+    }
     let mut wait = FIRST_WAIT;
     loop {
         let stop = {
@@ -78,6 +86,35 @@ async fn serve_agents(shared_core: &Arc<SharedCore>, agent: usize, launch: Launc
     }
 }
 
+/// Waits until this head knows the workers of a cluster that it takes over, and their set-up calls, or is stopped: a lost
+/// host cannot be reconnected before.
+async fn await_take_over(shared_core: &SharedCore, agent: usize) {
+    let (stop, planned) = {
+        let core = shared_core.core();
+        let conn = &core.conns[agent];
+        (conn.stop.clone(), conn.planned.clone())
+    };
+    let ready = async {
+        // An agent that has greeted has taken the notification.
+        while shared_core.core().conns[agent].plan.is_none() {
+            tokio::select! {
+                () = planned.notified() => {}
+                () = sleep(FIRST_WAIT) => {}
+            }
+        }
+        while shared_core.core().take_over.is_some() {
+            sleep(TAKE_OVER_CHECK).await;
+        }
+    };
+    let reconnects = shared_core.core().reconnects;
+    if reconnects {
+        tokio::select! {
+            () = ready => {}
+            () = stop.notified() => {}
+        }
+    }
+}
+
 /// Serves one agent from launch to end, and returns why it ended. `again`: it reconnects a lost
 /// host.
 async fn serve_one(
@@ -87,11 +124,25 @@ async fn serve_one(
     hello: &Hello,
     again: bool,
 ) -> HostFailure {
-    let (command, env) = match &launch.source {
+    let source = match &launch.source {
+        Source::Waiting { next, .. } if again => next,
+        source => source,
+    };
+    let (source, key) = match source {
+        Source::Waiting {
+            name: Some(name),
+            key,
+            ..
+        } => return serve_waiting(shared_core, agent, name, key, hello).await,
+        Source::Waiting { relay, key, .. } => (&**relay, Some(key)),
+        source => (source, None),
+    };
+    let (command, env) = match source {
         Source::Command { command, env } => (command, env),
         Source::DialBack { launcher } => {
             return serve_dialled(shared_core, agent, *launcher, hello, again).await;
         }
+        Source::Waiting { .. } => return HostFailure::new("it cannot be reached".into()),
     };
     let (exit_tx, exit) = oneshot::channel();
     let launched = launch::start(command, env, move |status| {
@@ -124,7 +175,14 @@ async fn serve_one(
         tokio::task::spawn_local(keep_tail(stderr, tail.clone()));
     }
     let mut greeting = Greeting::default();
-    let ended = talk(shared_core, agent, hello, stream, &mut greeting, again).await;
+    let proof = key.map(|key| Proof { key, relayed: true });
+    let peer = Peer {
+        stream,
+        proof,
+        again,
+    };
+    let ended = talk(shared_core, agent, hello, peer, &mut greeting).await;
+    let in_use = is_in_use(&ended);
     // From here on the stream is closed on the head's side, which asks the agent to end if it is
     // still running.
     let ended = ended.and(shared_core.core().detach(agent));
@@ -146,6 +204,7 @@ async fn serve_one(
         stderr: String::from_utf8_lossy(&tail.borrow()).into_owned(),
         stdout: greeting.noise(),
         status: status.and_then(|status| status.code()),
+        in_use,
     }
 }
 
@@ -187,7 +246,12 @@ async fn serve_dialled(
         }
     };
     let mut greeting = Greeting::default();
-    let ended = talk(shared_core, agent, hello, stream, &mut greeting, again).await;
+    let peer = Peer {
+        stream,
+        proof: None,
+        again,
+    };
+    let ended = talk(shared_core, agent, hello, peer, &mut greeting).await;
     // From here on the stream is closed on the head's side, which asks the agent to end.
     let ended = ended.and(shared_core.core().detach(agent));
     let closed = relay.finish(EXIT_TIMEOUT).await;
@@ -199,6 +263,51 @@ async fn serve_dialled(
         stdout: greeting.noise(),
         ..HostFailure::default()
     }
+}
+
+/// Serves an agent on this machine that has waited for its head, and returns why it ended.
+async fn serve_waiting(
+    shared_core: &SharedCore,
+    agent: usize,
+    name: &str,
+    key: &Secret,
+    hello: &Hello,
+) -> HostFailure {
+    let stream = linger::directory(name)
+        .and_then(|directory| std::os::unix::net::UnixStream::connect(linger::socket(&directory)));
+    let stream = match stream {
+        Ok(stream) => stream,
+        Err(error) => {
+            let reason = format!("no agent of the cluster waits on this machine: {error}");
+            return HostFailure::new(reason);
+        }
+    };
+    let proof = Some(Proof {
+        key,
+        relayed: false,
+    });
+    let peer = Peer {
+        stream,
+        proof,
+        again: false,
+    };
+    let mut greeting = Greeting::default();
+    let ended = talk(shared_core, agent, hello, peer, &mut greeting).await;
+    let in_use = is_in_use(&ended);
+    let ended = ended.and(shared_core.core().detach(agent));
+    HostFailure {
+        reason: match ended {
+            Ok(()) => "the agent has ended".into(),
+            Err(error) => error.to_string(),
+        },
+        in_use,
+        ..HostFailure::default()
+    }
+}
+
+fn is_in_use(ended: &io::Result<()>) -> bool {
+    let busy = |error: &io::Error| error.kind() == io::ErrorKind::ResourceBusy;
+    ended.as_ref().is_err_and(busy)
 }
 
 /// The agent has ended, or will not come.
@@ -281,15 +390,35 @@ async fn keep_tail(stderr: pipe::Receiver, tail: Rc<RefCell<Vec<u8>>>) {
     }
 }
 
+/// What a head proves to an agent that has waited for it.
+struct Proof<'a> {
+    /// The key of the cluster.
+    key: &'a Secret,
+    /// A relay connects both, and prints the magic line once it has.
+    relayed: bool,
+}
+
+/// The other end of the stream to an agent.
+struct Peer<'a> {
+    stream: std::os::unix::net::UnixStream,
+    proof: Option<Proof<'a>>,
+    /// The agent reconnects a lost host.
+    again: bool,
+}
+
 /// Greets the agent, and waits for the end of its stream. An error says why the head ended it.
 async fn talk(
     shared_core: &SharedCore,
     agent: usize,
     hello: &Hello,
-    stream: std::os::unix::net::UnixStream,
+    peer: Peer<'_>,
     greeting: &mut Greeting,
-    again: bool,
 ) -> io::Result<()> {
+    let Peer {
+        stream,
+        proof,
+        again,
+    } = peer;
     stream.set_nonblocking(true)?;
     let stream = UnixStream::from_std(stream)?;
     let (stop, over, start_timeout) = {
@@ -312,7 +441,7 @@ async fn talk(
         io::Error::other(format!("{what} not up within {seconds} seconds"))
     };
     let received = tokio::select! {
-        received = greet(shared_core, agent, hello, &stream, greeting) => match received? {
+        received = greet(shared_core, agent, hello, &stream, proof, greeting) => match received? {
             Some(received) => received,
             None => return Ok(()),
         },
@@ -416,6 +545,60 @@ fn read(stream: &UnixStream, received: &mut BytesMut) -> io::Result<Option<usize
     }
 }
 
+/// Proves to an agent that has waited for its head that this head has the key of the cluster. Returns what the agent
+/// has sent after its verdict. `None`: it ended first.
+async fn prove(
+    proof: &Proof<'_>,
+    stream: &UnixStream,
+    hello: &Hello,
+) -> io::Result<Option<BytesMut>> {
+    let mut preamble = proof.relayed.then(Preamble::default);
+    let introduction = Introduction::new(noise::random()?, &hello.hostname, "");
+    let key = noise::Key::new(proof.key.0);
+    let (mut dialer, mut out) =
+        noise::Dialer::start(&key, linger::CLUSTER, &introduction).map_err(io::Error::other)?;
+    loop {
+        while !out.is_empty() {
+            stream.writable().await?;
+            match stream.try_write(&out) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => out.clear(),
+                Ok(n) => drop(out.drain(..n)),
+            }
+        }
+        stream.readable().await?;
+        let mut fresh = BytesMut::new();
+        match read(stream, &mut fresh)? {
+            None => continue,
+            Some(0) => return Ok(None),
+            Some(_) => {}
+        }
+        if let Some(open) = &mut preamble {
+            match open.feed(&fresh) {
+                PreambleState::Incomplete => continue,
+                PreambleState::NotOurs => {
+                    return Err(io::Error::other("what was started prints without end"));
+                }
+                PreambleState::Open(rest) => {
+                    fresh = BytesMut::from(&rest[..]);
+                    preamble = None;
+                }
+            }
+        }
+        match dialer.feed(&fresh, &mut out).map_err(io::Error::other)? {
+            None => {}
+            Some(Verdict::Accepted) => break,
+            Some(Verdict::NotNeeded(reason)) => {
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, reason));
+            }
+            Some(Verdict::Refused(reason)) => return Err(io::Error::other(reason)),
+        }
+    }
+    // The stream goes on without encryption: see `agent::linger`.
+    let (_, received) = dialer.finish().map_err(io::Error::other)?;
+    Ok(Some(BytesMut::from(&received[..])))
+}
+
 /// Sends magic and hello, skips what a shell printed, and checks the agent's hello.
 /// `None`: it ended first.
 async fn greet(
@@ -423,8 +606,16 @@ async fn greet(
     agent: usize,
     hello: &Hello,
     stream: &UnixStream,
+    proof: Option<Proof<'_>>,
     greeting: &mut Greeting,
 ) -> io::Result<Option<BytesMut>> {
+    let mut fresh = BytesMut::new();
+    if let Some(proof) = &proof {
+        match prove(proof, stream, hello).await? {
+            Some(received) => fresh = received,
+            None => return Ok(None),
+        }
+    }
     let ours = control::encode(&ToAgent::Hello(hello.clone())).map_err(io::Error::other)?;
     let mut out = OutBuf::default();
     out.push_bytes(MAGIC);
@@ -439,14 +630,15 @@ async fn greet(
         }
     }
     loop {
-        stream.readable().await?;
-        let mut fresh = BytesMut::new();
-        match read(stream, &mut fresh)? {
-            None => continue,
-            Some(0) => return Ok(None),
-            Some(_) => {}
+        if fresh.is_empty() {
+            stream.readable().await?;
+            match read(stream, &mut fresh)? {
+                None => continue,
+                Some(0) => return Ok(None),
+                Some(_) => {}
+            }
         }
-        if let Some(theirs) = greeting.feed(&fresh).map_err(io::Error::other)? {
+        if let Some(theirs) = greeting.feed(&fresh.split()).map_err(io::Error::other)? {
             hello.check(&theirs).map_err(io::Error::other)?;
             info!(
                 agent = agent + 1,

@@ -68,6 +68,33 @@ pub enum Note {
         /// The worker's process number.
         pid: u32,
     },
+    /// A worker that comes up when it has ended the task that it began for the head before.
+    Kept {
+        /// The worker's rank.
+        rank: Rank,
+        /// The worker's process number.
+        pid: u32,
+    },
+    /// The set-up calls that restore a worker, or some of them.
+    SetupCalls {
+        /// The worker's rank.
+        rank: Rank,
+        /// Whether the agent's log of the worker is complete.
+        complete: bool,
+        /// The number of the variable that each call sets, and its digest.
+        calls: Vec<(u64, u128)>,
+        /// Whether these are the last ones.
+        last: bool,
+    },
+    /// A part of the message of a set-up call that the head has asked for.
+    SetupCall {
+        /// The number of the request.
+        request: u64,
+        /// The flags of the frame.
+        flags: u8,
+        /// The bytes.
+        bytes: Bytes,
+    },
     /// A worker failed, and its agent is starting a replacement.
     Lost {
         /// The worker's rank.

@@ -302,6 +302,12 @@ impl Scheduler {
         any && starting
     }
 
+    /// The index of a worker on its host.
+    pub fn index(&self, rank: Rank) -> u32 {
+        let worker = self.workers.get(rank as usize);
+        worker.map_or(0, |worker| worker.index)
+    }
+
     /// Whether a worker can be sent tasks.
     pub fn is_up(&self, rank: Rank) -> bool {
         let worker = self.workers.get(rank as usize);
@@ -387,7 +393,10 @@ impl Scheduler {
             Kind::Seed => {
                 let rank = self.rank(agent, header.worker)?;
                 let worker = &mut self.workers[rank as usize];
-                if let Some(current) = &mut worker.current {
+                if header.task == 0 {
+                    // The state that the worker had when the head before disconnected.
+                    worker.seed = Some(frame.body);
+                } else if let Some(current) = &mut worker.current {
                     if current.task.id == header.task {
                         let other = current
                             .task
@@ -398,7 +407,15 @@ impl Scheduler {
                 }
                 Ok(())
             }
-            Kind::Cancel | Kind::State | Kind::Limit | Kind::Blob => {
+            Kind::Blob => {
+                self.notes.push(Note::SetupCall {
+                    request: header.task,
+                    flags: header.flags,
+                    bytes: frame.body,
+                });
+                Ok(())
+            }
+            Kind::Cancel | Kind::State | Kind::Limit => {
                 Err(ProtocolError("a frame that is not for the head".into()))
             }
         }
@@ -430,6 +447,12 @@ impl Scheduler {
                     self.agents[agent].active = self.now;
                     self.notes.push(Note::Up { rank, pid });
                     self.dispatch(rank);
+                }
+            }
+            ToHead::WorkerKept { worker, pid } => {
+                let rank = self.rank(agent, worker)?;
+                if matches!(self.workers[rank as usize].state, WorkerState::Starting) {
+                    self.notes.push(Note::Kept { rank, pid });
                 }
             }
             ToHead::WorkerFailed {
@@ -504,6 +527,20 @@ impl Scheduler {
                 let rank = self.rank(agent, worker)?;
                 self.lose(rank, Arc::new(Termination::Stopped));
                 self.notes.push(Note::Ended { rank, timed_out });
+            }
+            ToHead::SetupCalls {
+                worker,
+                complete,
+                calls,
+                last,
+            } => {
+                let rank = self.rank(agent, worker)?;
+                self.notes.push(Note::SetupCalls {
+                    rank,
+                    complete,
+                    calls,
+                    last,
+                });
             }
             ToHead::Usage {
                 question,

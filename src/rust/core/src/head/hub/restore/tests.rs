@@ -40,6 +40,7 @@ fn plan(workers: u32) -> Plan {
         memory_limit: 0,
         stop_timeout: 0,
         local: false,
+        linger: None,
     };
     let ranks = (0..workers).collect();
     Plan { start, ranks }

@@ -1,0 +1,402 @@
+# Clusters that wait for their head. The head records such a cluster in a file that only its user can read, with the key
+# that a head must prove to have. A later session finds the cluster by that record, and connects to its agents.
+
+# The keys of clusters that linger, by id. A handle does not have its key: it may be saved in any file, or be sent to
+# workers.
+lingerKeys <- new.env(parent = emptyenv())
+
+# Returns what a handle knows of a cluster that lingers: its `id`, `seconds`, the number of heads that it has had before
+# (`generation`), and the time when it was `created`.
+newLinger <- function(seconds) {
+  id <- randomText(8L)
+  assign(id, randomText(32L), lingerKeys)
+  list(id = id, seconds = seconds, generation = 0L, created = Sys.time())
+}
+
+# Refuses what cannot linger yet.
+checkLinger <- function(hosts) {
+  launched <- vapply(hosts, function(host) !is.null(host$launcher) || !is.null(host$dial), NA)
+  if (any(launched)) {
+    abort(
+      "not_yet", "`linger` is not supported for hosts of launchers yet, such as ", sQuote(hosts[launched][[1L]]$host),
+      fields = list(argument = "linger")
+    )
+  }
+}
+
+# Returns how an agent waits for its head. `i`: its index among the hosts of the cluster.
+agentLinger <- function(linger, i) {
+  if (is.null(linger)) return(NULL)
+  list(seconds = linger$seconds, name = socketName(linger, i), key = lingerKeys[[linger$id]])
+}
+
+# The name of the directory of an agent's socket.
+socketName <- function(linger, i) paste0("rustcluster-", linger$id, "-", i)
+
+# Records ------------------------------------------------------------------------------------------
+
+recordFormat <- 1L
+
+# The fields of a handle that its record has.
+recordedFields <- c(
+  "agents", "hosts", "owner", "report", "made", "alive", "hidden", "settings", "retries", "reconnect", "memoryLimit",
+  "timeout", "stopTimeout", "setupLogLimits", "headLogLimit", "bufferLimit"
+)
+
+recordDirectory <- function() file.path(tools::R_user_dir("rustcluster", "cache"), "clusters")
+
+recordPath <- function(id) file.path(recordDirectory(), paste0(id, ".rds"))
+
+# Makes the directory of the records, or checks that nobody else can enter it.
+makeRecordDirectory <- function() {
+  directory <- recordDirectory()
+  dir.create(dirname(directory), showWarnings = FALSE, recursive = TRUE)
+  dir.create(directory, showWarnings = FALSE, mode = "0700")
+  info <- file.info(directory)
+  refuse <- function(...) {
+    abort("start_failed", "the directory ", sQuote(directory), " of the records of clusters ", ...)
+  }
+  if (!isTRUE(info$isdir)) refuse("cannot be made; `R_USER_CACHE_DIR` sets another place")
+  if (bitwAnd(as.integer(info$mode), 63L) > 0L) {
+    if (!isTRUE(suppressWarnings(Sys.chmod(directory, "0700", use_umask = FALSE)))) refuse("is open to other users")
+  }
+  directory
+}
+
+# Writes a file that only the user can read, as a whole.
+writeRecord <- function(value, path) {
+  part <- tempfile(paste0(basename(path), "-"), dirname(path), fileext = ".part")
+  umask <- Sys.umask("077")
+  on.exit({
+    Sys.umask(umask)
+    unlink(part)
+  })
+  written <- tryCatch({
+    saveRDS(value, part)
+    file.rename(part, path)
+  }, error = identity, warning = identity)
+  if (!isTRUE(written)) {
+    why <- if (inherits(written, "condition")) conditionMessage(written) else "the file cannot be renamed"
+    abort("start_failed", "the record of the cluster cannot be written to ", sQuote(path), ": ", why)
+  }
+}
+
+# Records the cluster as it is now.
+saveRecord <- function(handle) {
+  if (is.null(handle$linger)) return(invisible())
+  makeRecordDirectory()
+  writeRecord(list(
+    format = recordFormat, package = packageVersionText(), linger = handle$linger,
+    key = lingerKeys[[handle$linger$id]], head = thisProcess(), seen = NULL, streams = handle$streams$last,
+    handle = mget(recordedFields, envir = handle, ifnotfound = list(NULL))
+  ), recordPath(handle$linger$id))
+}
+
+# Records a change of the cluster. A failure is a warning: the cluster itself can be used.
+recordChange <- function(handle) {
+  tryCatch(saveRecord(handle), error = function(e) {
+    condition <- rustclusterCondition("not_recorded", conditionMessage(e), type = "warning")
+    handle$pending <- c(handle$pending, list(condition))
+  })
+  invisible()
+}
+
+removeRecord <- function(handle) {
+  if (is.null(handle$linger)) return(invisible())
+  unlink(recordPath(handle$linger$id))
+  suppressWarnings(rm(list = handle$linger$id, envir = lingerKeys))
+}
+
+# Returns what identifies a process: its pid may be used again.
+thisProcess <- function(pid = Sys.getpid()) {
+  list(pid = pid, machine = Sys.info()[["nodename"]], started = startOfProcess(pid))
+}
+
+startOfProcess <- function(pid) {
+  line <- tryCatch(
+    suppressWarnings(readLines(sprintf("/proc/%d/stat", as.integer(pid)), 1L)), error = function(e) character()
+  )
+  if (!length(line)) return(NA_character_)
+  # The name of the process may contain blanks and parentheses.
+  strsplit(sub("^.*[)] ", "", line), " ", fixed = TRUE)[[1L]][[20L]]
+}
+
+isRunning <- function(process) {
+  identical(process$machine, Sys.info()[["nodename"]]) && isTRUE(tools::pskill(process$pid, 0L)) &&
+    identical(startOfProcess(process$pid), process$started)
+}
+
+# Returns a record, or NULL if there is none that this version can read.
+readRecord <- function(path) {
+  record <- tryCatch(suppressWarnings(readRDS(path)), error = function(e) NULL)
+  if (is.list(record) && identical(record$format, recordFormat)) record
+}
+
+# Returns the records, by id. Removes those of clusters that are over.
+allRecords <- function() {
+  paths <- list.files(recordDirectory(), "^[0-9a-f]{16}[.]rds$", full.names = TRUE)
+  records <- lapply(paths, function(path) {
+    record <- readRecord(path)
+    if (is.null(record) || isRunning(record$head)) return(record)
+    if (is.null(record$seen)) {
+      # The head has ended at this time or before.
+      record$seen <- Sys.time()
+      tryCatch(writeRecord(record, path), error = identity)
+    }
+    if (timeLeft(record) > 0) return(record)
+    unlink(path)
+    NULL
+  })
+  records <- Filter(Negate(is.null), records)
+  names(records) <- vapply(records, function(record) record$linger$id, "")
+  records
+}
+
+# Returns for how long the agents wait for a head at most, in seconds.
+timeLeft <- function(record) {
+  if (is.null(record$seen)) return(NA_real_)
+  record$linger$seconds - as.double(difftime(Sys.time(), record$seen, units = "secs"))
+}
+
+# Functions for users ------------------------------------------------------------------------------
+
+#' Clusters that wait for their session
+#'
+#' A cluster that was made with `linger` survives the end of its session: see section Clusters that wait of
+#' [rustcluster_lifetime]. `reattachCluster()` connects a new session of the same user to it.
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one.
+#' @param id (character) The id of a cluster, as `clusterId()` and `listClusters()` return it.
+#' @param progress (logical) Whether to print a line for each host that has been connected.
+#' @return `clusterId()`: (character) the id of the cluster; `NA` for a cluster without `linger`.
+#'
+#'   `listClusters()`: a data frame with a row for each cluster of this user that was started on this machine with
+#'   `linger` and may still exist: `id`, `created`, `hosts` (number of hosts), `workers` (number of workers), `state`
+#'   (`"in use"` if the session that uses the cluster runs, else `"lingering"`), `left` (seconds until the agents end,
+#'   at most; `NA` while a session uses the cluster).
+#'
+#'   `reattachCluster()`: the cluster, with all its nodes, in the order in which they were made. The workers are the
+#'   same processes, with their variables, attached packages and random numbers. Nodes that were lost in the meantime are reported by warnings, as in a running cluster.
+#'
+#'   `killCluster()`: `NULL`, invisibly, once the cluster has ended.
+#' @section Errors:
+#' `rustcluster_bad_argument`; `rustcluster_no_cluster` if there is no such cluster any more; `rustcluster_in_use` if
+#' another session is connected to the cluster.
+#' @seealso [makeRustCluster()]
+#' @examples
+#' cl <- makeRustCluster(1, linger = 60)
+#' clusterId(cl)
+#' listClusters()
+#' parallel::stopCluster(cl)
+#' @export
+clusterId <- function(cl) {
+  handle <- clusterHandle(cl)
+  if (is.null(handle$linger)) NA_character_ else handle$linger$id
+}
+
+#' @rdname clusterId
+#' @export
+listClusters <- function() {
+  records <- allRecords()
+  value <- function(of, type) vapply(unname(records), of, type)
+  rows <- data.frame(
+    id = as.character(names(records)),
+    created = as.POSIXct(value(function(record) as.double(record$linger$created), 0), origin = "1970-01-01"),
+    hosts = value(function(record) length(unique(record$handle$owner[record$handle$alive])), 0L),
+    workers = value(function(record) length(record$handle$alive), 0L),
+    state = value(function(record) if (isRunning(record$head)) "in use" else "lingering", ""),
+    left = value(timeLeft, 0), stringsAsFactors = FALSE
+  )
+  rows[order(rows$created), ]
+}
+
+#' @rdname clusterId
+#' @export
+reattachCluster <- function(id, progress = interactive()) {
+  if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
+  handle <- takeUp(theRecord(id), progress = progress)
+  cl <- newCluster(handle, handle$alive)
+  raisePending(handle)
+  cl
+}
+
+#' @rdname clusterId
+#' @export
+killCluster <- function(id) {
+  record <- theRecord(id)
+  handle <- suppressWarnings(takeUp(record, progress = FALSE))
+  handle$pending <- list()
+  stopCluster.RustCluster(newCluster(handle, handle$alive))
+  invisible()
+}
+
+# Returns the record of a cluster that a user has named.
+theRecord <- function(id) {
+  if (missing(id)) badArgument("id", "is missing; listClusters() shows the clusters that wait")
+  id <- plain(id)
+  if (!is.character(id) || length(id) != 1L || !isTRUE(grepl("^[0-9a-f]{16}$", id))) {
+    badArgument("id", "must be the id of one cluster, as listClusters() has it")
+  }
+  record <- allRecords()[[id]]
+  if (is.null(record)) noCluster(id)
+  record
+}
+
+noCluster <- function(id, ...) {
+  abort(
+    "no_cluster", "there is no cluster ", id, " that waits for a session", ...,
+    "; listClusters() shows those that do", fields = list(id = id)
+  )
+}
+
+# Reattaching --------------------------------------------------------------------------------------
+
+# Returns how to reach an agent that waits, as hub_start() needs it, and how to start another.
+waitingLaunch <- function(host, settings, linger, i) {
+  launch <- hostLaunch(host, settings$options)
+  relay <- relayLaunch(host, settings$options, socketName(linger, i))
+  launch$waiting <- c(list(name = socketName(linger, i), key = lingerKeys[[linger$id]]), relay)
+  launch$local <- host$local
+  launch
+}
+
+# Returns the command that connects to an agent on another host.
+relayLaunch <- function(host, options, name) {
+  if (host$local) return(list(command = character(), env = character()))
+  env <- c(if (length(host$rlibs)) c(R_LIBS = paste(host$rlibs, collapse = ":")), agentVariables(host),
+           RUSTCLUSTER_RELAY = name)
+  env <- env[!duplicated(names(env), fromLast = TRUE)]
+  rscript <- if (is.null(host[["rscript"]])) "Rscript" else host[["rscript"]]
+  script <- remoteScript(c(rscript, rscriptArguments(options), "-e", startExpression("relayMain")), env)
+  list(command = onHost(host, script), env = character())
+}
+
+# The main function of a relay.
+relayMain <- function() {
+  problem <- agent_relay(Sys.getenv("RUSTCLUSTER_RELAY"))
+  if (is.character(problem)) message("rustcluster: ", problem)
+  quit(save = "no", status = if (is.character(problem)) 1L else 0L, runLast = FALSE)
+}
+
+# Connects this session to the agents of a recorded cluster, and returns the handle. `handle`: that of a restored
+# cluster, which is used again.
+takeUp <- function(record, handle = NULL, progress = FALSE) {
+  linger <- record$linger
+  fields <- record$handle
+  settings <- fields$settings
+  if (!identical(record$package, packageVersionText())) {
+    abort(
+      "start_failed", "cluster ", linger$id, " was made by version ", record$package, " of rustcluster, and this is ",
+      "version ", packageVersionText(), "; connect to it with the same version"
+    )
+  }
+  assign(linger$id, record$key, lingerKeys)
+  launches <- lapply(seq_along(fields$agents), function(i) waitingLaunch(fields$agents[[i]], settings, linger, i))
+  pointer <- checked(hub_start(
+    launches, packageVersionText(), rVersionText(), R.version$platform, fields$bufferLimit
+  ))
+  attached <- FALSE
+  on.exit(if (!attached) leaveHub(pointer))
+  linger$generation <- linger$generation + 1L
+  checked(hub_follow(pointer, linger$generation))
+  checked(hub_policy(pointer, noJob, fields$retries, fields$retries == 0))
+  checked(hub_keep_setup_log(pointer, tempfile("rustcluster-"), fields$headLogLimit, settings$setup, fields$reconnect))
+  deadline <- proc.time()[["elapsed"]] + settings$setup
+  while (!checked(hub_greeted(pointer)) && proc.time()[["elapsed"]] < deadline) raiseInterrupt()
+  hosts <- checked(hub_hosts(pointer))
+  there <- is.na(hosts$reason) & !is.na(hosts$r_version)
+  if (any(hosts$in_use %in% 1)) {
+    abort(
+      "in_use", "cluster ", linger$id, " is connected to another session",
+      ownLine("the cluster"), "it can be taken over when that session has ended",
+      fields = list(id = linger$id)
+    )
+  }
+  used <- seq_along(launches) %in% fields$owner[alive(fields)]
+  if (!any(there & used)) {
+    # A host that cannot be reached now may be reached later.
+    if (all(fields$agents[used] %in% Filter(function(host) host$local, fields$agents))) {
+      unlink(recordPath(linger$id))
+    }
+    why <- paste0("\n", fields$report$host[used], ": ", hosts$reason[used], ifelse(
+      is.na(hosts$stderr[used]) | !nzchar(hosts$stderr[used]), "", paste0(": ", hosts$stderr[used])
+    ))
+    noCluster(linger$id, ":", paste(why, collapse = ""), "\n")
+  }
+
+  handle <- newHandle(pointer, fields$agents, handle)
+  for (name in recordedFields) assign(name, fields[[name]], handle)
+  handle$linger <- linger
+  handle$alive <- alive(fields)
+  handle$made <- if (length(fields$made)) fields$made else handle$alive
+  if (!is.null(record$streams)) {
+    handle$streams <- new.env(parent = emptyenv())
+    handle$streams$last <- record$streams
+  }
+  # Before the agents belong to this session: if it ends here, the next one does not use its numbers again.
+  saveRecord(handle)
+  checked(hub_go(pointer, waitingPlans(handle), handle$timeout))
+  attached <- TRUE
+  repeat {
+    up <- checked(hub_progress(pointer, TRUE), handle)
+    if (up >= length(handle$hosts) || proc.time()[["elapsed"]] > deadline) break
+    raiseInterrupt()
+  }
+  # Workers that are added later, and those of lost hosts, need the set-up calls of the sessions before.
+  begin <- TRUE
+  while (!checked(hub_take_over(pointer, begin, proc.time()[["elapsed"]] > deadline), handle)) {
+    begin <- FALSE
+    raiseInterrupt()
+  }
+  if (progress) for (i in which(used & there)) showDone(paste0(fields$report$host[[i]], ": connected"))
+  for (i in which(used & !there)) {
+    failure <- list(
+      kind = "host_failed", agent = i,
+      reason = if (is.na(hosts$reason[[i]])) "no response from its agent" else hosts$reason[[i]]
+    )
+    handle$pending <- c(handle$pending, list(failureCondition(failure, handle, "warning")))
+  }
+  handle
+}
+
+# The name of this session, which a restored handle does not have.
+session <- new.env(parent = emptyenv())
+
+# Connects a restored cluster to this session, if its agents wait for one. Otherwise the cluster cannot be used.
+revive <- function(handle) {
+  if (is.null(handle$linger) || identical(handle$session, session$name) || isTRUE(handle$stopped)) return(invisible())
+  pids <- hub_pids(handle$pointer)
+  if (!isFailure(pids) || !identical(pids[["kind"]], "restored")) return(invisible())
+  record <- allRecords()[[handle$linger$id]]
+  if (is.null(record)) return(invisible())
+  takeUp(record, handle)
+  message(rustclusterCondition(
+    "reattached", paste0(
+      "cluster ", handle$linger$id, " of the saved session was connected again, with ", length(handle$alive),
+      ngettext(length(handle$alive), " worker\n", " workers\n")
+    ),
+    id = handle$linger$id, type = "message"
+  ))
+  raisePending(handle)
+}
+
+# Returns the ranks that have not been stopped.
+alive <- function(fields) if (length(fields$alive)) fields$alive else seq_along(fields$hosts)
+
+# Disconnects from the agents, without waiting for anything.
+leaveHub <- function(pointer) {
+  hub_leave(pointer)
+  while (identical(hub_closed(pointer), FALSE)) raiseInterrupt()
+}
+
+# Returns the plans of agents that have workers: what hub_go() needs to know of them.
+waitingPlans <- function(handle) {
+  settings <- handle$settings
+  xdr <- otherByteOrder(handle)
+  lapply(seq_along(handle$agents), function(i) {
+    host <- handle$agents[[i]]
+    ranks <- which(handle$owner == i)
+    if (!length(ranks)) return(NULL)
+    agentPlan(handle, i, ranks, hostLaunch(host, settings$options)$worker, xdr[[i]])
+  })
+}

@@ -1,0 +1,370 @@
+# Clusters that wait for another session (`linger`), with real sessions, processes and an sshd. Which processes are
+# left is checked by pid. A PSOCK cluster says which random numbers come next.
+
+skip_on_cran()
+skip_unless_proc()
+watch_processes()
+
+# The records of the clusters of these tests, in a directory that no other session uses.
+records <- tempfile("records-")
+dir.create(records)
+old_records <- Sys.getenv("R_USER_CACHE_DIR", NA)
+Sys.setenv(R_USER_CACHE_DIR = records)
+record_env <- paste0("R_USER_CACHE_DIR=", shQuote(records))
+
+# Returns the pids that the child has said as "workers" and "agents".
+lingering_pids <- function(child) note_pids(c(child_pids(child, "workers"), child_pids(child, "agents")))
+
+socket_directories <- function(id) Sys.glob(file.path("/tmp", paste0("rustcluster-", id, "-*")))
+
+# The random numbers that each of `n` PSOCK workers draws, `times` times in a row.
+psock_draws <- function(n, seed, times) {
+  cl <- parallel::makePSOCKcluster(n)
+  on.exit(parallel::stopCluster(cl), add = TRUE, after = FALSE)
+  parallel::clusterSetRNGStream(cl, seed)
+  lapply(seq_len(times), function(i) unlist(parallel::clusterCall(cl, stats::rnorm, 1)))
+}
+
+test_that("a session that is killed leaves its cluster to the next one", {
+  first <- start_child({
+    cl <- makeRustCluster(3, linger = 60)
+    clusterSetRNGStream(cl, 42)
+    shared <- 17
+    clusterExport(cl, "shared")
+    invisible(clusterEvalQ(cl, library(stats4)))
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("draws", paste(unlist(clusterCall(cl, rnorm, 1)), collapse = " "))
+    say("id", clusterId(cl))
+    say("ready")
+    Sys.sleep(100)
+  }, env = record_env)
+  child_wait_for(first, "ready")
+  pids <- lingering_pids(first)
+  workers <- child_pids(first, "workers")
+  id <- child_said(first, "id")
+  # Another session cannot have the cluster meanwhile.
+  expect_identical(listClusters()$state, "in use")
+  expect_error(reattachCluster(id), class = "rustcluster_in_use")
+  child_signal(first, tools::SIGKILL)
+  child_wait_end(first)
+  expect_alive(pids)
+  listed <- listClusters()
+  expect_identical(listed$id, id)
+  expect_identical(listed$state, "lingering")
+  expect_identical(listed$workers, 3L)
+
+  cl <- reattachCluster(id)
+  expect_identical(clusterPids(cl), workers)
+  expect_length(cl, 3L)
+  expect_identical(clusterId(cl), id)
+  oracle <- psock_draws(3, 42, 2)
+  expect_equal(as.numeric(strsplit(child_said(first, "draws"), " ")[[1L]]), oracle[[1L]], tolerance = 1e-5)
+  expect_identical(unlist(parallel::clusterCall(cl, stats::rnorm, 1)), oracle[[2L]])
+  expect_identical(unlist(clusterCall(cl, function() shared)), rep(17, 3))
+  expect_true("stats4" %in% clusterCall(cl, function() .packages())[[2L]])
+  expect_identical(parallel::parSapply(cl, 1:9, function(i) i^2), (1:9)^2)
+  big <- clusterCall(cl[1], function() runif(2e6))[[1L]]
+  expect_length(big, 2e6)
+  # A worker that dies is restored as before.
+  tools::pskill(clusterPids(cl)[[2L]], tools::SIGKILL)
+  wait_until(function() !identical(clusterPids(cl)[[2L]], workers[[2L]]))
+  expect_identical(suppressWarnings(unlist(clusterCall(cl, function() shared))), rep(17, 3))
+  note_processes(cl)
+  parallel::stopCluster(cl)
+  expect_gone(pids)
+  expect_identical(nrow(listClusters()), 0L)
+  expect_length(socket_directories(id), 0L)
+  expect_error(reattachCluster(id), class = "rustcluster_no_cluster")
+})
+
+test_that("nothing is left when nobody comes back", {
+  first <- start_child({
+    cl <- makeRustCluster(2, linger = 2)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+    # The end of a script without stopCluster().
+  }, env = record_env)
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  expect_alive(pids)
+  expect_gone(pids, within = 3)
+  id <- child_said(first, "id")
+  expect_true(wait_until(function() !length(socket_directories(id)), 5))
+  expect_true(wait_until(function() nrow(listClusters()) == 0L, 10))
+  expect_error(reattachCluster(id), class = "rustcluster_no_cluster")
+})
+
+test_that("SIGTERM ends an agent that waits, and an agent that is killed leaves nothing", {
+  for (signal in c(tools::SIGTERM, tools::SIGKILL)) {
+    first <- start_child({
+      cl <- makeRustCluster(2, linger = 60)
+      say("workers", paste(clusterPids(cl), collapse = " "))
+      say("agents", paste(agentPids(cl), collapse = " "))
+      say("id", clusterId(cl))
+    }, env = record_env)
+    expect_child_ends_well(first)
+    pids <- lingering_pids(first)
+    id <- child_said(first, "id")
+    expect_alive(pids)
+    tools::pskill(child_pids(first, "agents"), signal)
+    expect_gone(pids)
+    expect_true(wait_until(function() !length(socket_directories(id)), 5))
+    expect_error(reattachCluster(id), class = "rustcluster_no_cluster")
+    expect_identical(nrow(listClusters()), 0L)
+  }
+})
+
+test_that("tasks that had begun are ended, and the next head waits for them", {
+  file <- tempfile()
+  first <- start_child({
+    cl <- makeRustCluster(2, linger = 60)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+    code <- function(file) {
+      cat("begun\n", file = file, append = TRUE)
+      Sys.sleep(2)
+      cat("ended\n", file = file, append = TRUE)
+      assign("left", 5, envir = globalenv())
+    }
+    for (i in 1:4) clusterSubmit(cl[1], code(file))
+    while (!file.exists(file)) Sys.sleep(0.02)
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+  }, env = record_env, values = list(file = file))
+  child_wait_end(first)
+  lingering_pids(first)
+  cl <- reattachCluster(child_said(first, "id"))
+  expect_identical(clusterPids(cl), child_pids(first, "workers"))
+  expect_identical(clusterCall(cl, function() exists("left", globalenv())), list(TRUE, FALSE))
+  # The calls that had not begun were dropped.
+  expect_identical(readLines(file), c("begun", "ended"))
+  parallel::stopCluster(cl)
+  expect_gone(child_pids(first, "workers"))
+})
+
+test_that("killCluster() ends a cluster that waits", {
+  first <- start_child({
+    cl <- makeRustCluster(2, linger = 60)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+  }, env = record_env)
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  killCluster(child_said(first, "id"))
+  expect_gone(pids)
+  expect_identical(nrow(listClusters()), 0L)
+  expect_error(killCluster("0123456789abcdef"), class = "rustcluster_no_cluster")
+  expect_error(killCluster(3), class = "rustcluster_bad_argument")
+})
+
+test_that("a saved cluster reattaches at its first use", {
+  workspace <- tempfile(fileext = ".RData")
+  first <- start_child({
+    cl <- makeRustCluster(2, linger = 60)
+    half <- cl[2]
+    clusterExport(cl, "half", envir = list2env(list(half = 3)))
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    save(cl, half, file = workspace)
+  }, env = record_env, values = list(workspace = workspace))
+  expect_child_ends_well(first)
+  lingering_pids(first)
+  restored <- new.env()
+  load(workspace, restored)
+  expect_output(print(restored$cl), "waits for its session")
+  expect_message(got <- clusterCall(restored$half, function() half), class = "rustcluster_reattached")
+  expect_identical(got, list(3))
+  expect_identical(clusterPids(restored$cl), child_pids(first, "workers"))
+  expect_identical(parallel::parSapply(restored$cl, 1:4, sqrt), sqrt(1:4))
+  parallel::stopCluster(restored$cl)
+  expect_gone(child_pids(first, "workers"))
+  # The same workspace, later.
+  again <- new.env()
+  load(workspace, again)
+  expect_error(clusterCall(again$cl, Sys.getpid), class = "rustcluster_restored")
+})
+
+test_that("the functions of parallel reattach a saved cluster, too, and stopCluster() stops it", {
+  workspace <- tempfile(fileext = ".RData")
+  for (use in list(
+    function(cl) parallel::clusterApply(cl, 1:2, identity), function(cl) parallel::stopCluster(cl)
+  )) {
+    first <- start_child({
+      cl <- makeRustCluster(2, linger = 60)
+      say("workers", paste(clusterPids(cl), collapse = " "))
+      say("agents", paste(agentPids(cl), collapse = " "))
+      save(cl, file = workspace)
+    }, env = record_env, values = list(workspace = workspace))
+    expect_child_ends_well(first)
+    lingering_pids(first)
+    load(workspace)
+    expect_message(use(cl), class = "rustcluster_reattached")
+    parallel::stopCluster(cl)
+    expect_gone(lingering_pids(first))
+  }
+})
+
+test_that("a cluster over ssh lingers when its session or its ssh is killed", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  for (kill_ssh in c(FALSE, TRUE)) {
+    first <- start_child({
+      cl <- makeRustCluster(c("127.0.0.2" = 2, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60)
+      clusterSetRNGStream(cl, 7)
+      clusterExport(cl, "rshcmd")
+      say("workers", paste(clusterPids(cl), collapse = " "))
+      say("agents", paste(agentPids(cl), collapse = " "))
+      say("id", clusterId(cl))
+      say("draws", paste(unlist(clusterCall(cl, rnorm, 1)), collapse = " "))
+      say("ready")
+      Sys.sleep(100)
+    }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+    child_wait_for(first, "ready")
+    pids <- lingering_pids(first)
+    clients <- descendants(first$pid)
+    clients <- clients[basename(vapply(clients, function(p) strsplit(process_command(p), " ")[[1L]][[1L]], "")) == "ssh"]
+    expect_length(clients, 2L)
+    note_pids(clients)
+    if (kill_ssh) for (p in clients) tools::pskill(p, tools::SIGKILL)
+    child_signal(first, tools::SIGKILL)
+    child_wait_end(first)
+    # The connections end, although the agents go on.
+    expect_gone(clients)
+    expect_alive(pids)
+    cl <- reattachCluster(child_said(first, "id"))
+    expect_identical(clusterPids(cl), child_pids(first, "workers"))
+    expect_identical(vapply(unclass(cl), `[[`, "", "host"), c("127.0.0.2", "127.0.0.2", "127.0.0.3"))
+    expect_identical(unlist(parallel::clusterCall(cl, stats::rnorm, 1)), psock_draws(3, 7, 2)[[2L]])
+    expect_identical(clusterCall(cl, function() rshcmd)[[3L]], ssh$rshcmd)
+    big <- clusterCall(cl[3], function() rep(1.5, 3e6))[[1L]]
+    expect_identical(sum(big), 4.5e6)
+    parallel::stopCluster(cl)
+    expect_gone(pids)
+  }
+})
+
+test_that("a host that is gone is a lost host of the reattached cluster", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(c("127.0.0.2" = 1, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  tools::pskill(child_pids(first, "agents")[[1L]], tools::SIGKILL)
+  expect_gone(child_pids(first, "workers")[[1L]])
+  expect_warning(cl <- reattachCluster(child_said(first, "id")), class = "rustcluster_host_failed")
+  expect_length(cl, 2L)
+  expect_identical(is.na(clusterPids(cl)), c(TRUE, FALSE))
+  expect_identical(parallel::parSapply(clusterAlive(cl), 1:3, sqrt), sqrt(1:3))
+  suppressWarnings(parallel::stopCluster(cl))
+  expect_gone(pids)
+})
+
+test_that("a reattached cluster can grow and get lost hosts back, with the set-up calls of the session before", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(
+      c("127.0.0.2" = 2, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, reconnect = TRUE
+    )
+    clusterSetRNGStream(cl, 11)
+    small <- 3
+    large <- as.numeric(seq_len(3e5))
+    clusterExport(cl, c("small", "large"))
+    invisible(clusterEvalQ(cl, small <- small + 1))
+    invisible(clusterEvalQ(cl[1], only <- "first"))
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  cl <- reattachCluster(child_said(first, "id"))
+  grown <- addWorkers(cl, list(host = "127.0.0.4", ncore = 1))
+  note_processes(grown)
+  seen <- function() c(small, sum(large), length(large))
+  expect_identical(clusterCall(grown, seen), rep(list(c(4, sum(as.numeric(1:3e5)), 3e5)), 4))
+  expect_identical(unlist(clusterCall(grown, function() exists("only"))), c(TRUE, FALSE, FALSE, FALSE))
+  # The fourth stream, and the states of the others.
+  oracle <- psock_draws(4, 11, 1)[[1L]]
+  expect_identical(unlist(clusterCall(grown, function() stats::rnorm(1))), oracle)
+  # A host that is lost comes back with its state.
+  tools::pskill(child_pids(first, "agents")[[1L]], tools::SIGKILL)
+  expect_true(wait_until(function() {
+    suppressMessages(suppressWarnings(tryCatch(clusterCall(grown[1:2], seen), error = function(e) NULL)))
+    pids <- clusterPids(grown)[1:2]
+    !anyNA(pids) && !any(pids %in% child_pids(first, "workers"))
+  }, 30))
+  note_processes(grown)
+  expect_identical(clusterCall(grown, seen), rep(list(c(4, sum(as.numeric(1:3e5)), 3e5)), 4))
+  expect_identical(unlist(clusterCall(grown, function() exists("only"))), c(TRUE, FALSE, FALSE, FALSE))
+  parallel::stopCluster(grown)
+  expect_gone(c(pids, leftovers$pids))
+})
+
+test_that("a host that is gone when the cluster is reattached is reconnected with the state of the others", {
+  skip_without_sshd()
+  ssh <- local_sshd()
+  first <- start_child({
+    cl <- makeRustCluster(
+      c("127.0.0.2" = 1, "127.0.0.3" = 1), rshcmd = rshcmd, rlibs = .libPaths(), linger = 60, reconnect = TRUE
+    )
+    value <- 5
+    clusterExport(cl, "value")
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+  }, env = record_env, values = list(rshcmd = ssh$rshcmd))
+  expect_child_ends_well(first)
+  pids <- lingering_pids(first)
+  tools::pskill(child_pids(first, "agents")[[2L]], tools::SIGKILL)
+  expect_gone(child_pids(first, "workers")[[2L]])
+  expect_warning(cl <- reattachCluster(child_said(first, "id")), class = "rustcluster_host_failed")
+  expect_true(wait_until(function() !anyNA(clusterPids(cl)), 30))
+  note_processes(cl)
+  got <- suppressMessages(suppressWarnings(clusterCall(cl, function() value)))
+  expect_identical(got, list(5, 5))
+  parallel::stopCluster(cl)
+  expect_gone(c(pids, leftovers$pids))
+})
+
+test_that("a peer without the key is not heard, and a head that has lost its cluster knows", {
+  cl <- makeRustCluster(1, linger = 60)
+  note_processes(cl)
+  record <- readRDS(list.files(records, "[.]rds$", recursive = TRUE, full.names = TRUE))
+  expect_identical(as.integer(file.info(list.files(
+    records, "[.]rds$", recursive = TRUE, full.names = TRUE
+  ))$mode), strtoi("600", 8L))
+  handle <- cl[[1L]]$handle
+  expect_false(grepl(record$key, paste(deparse(as.list(handle)), collapse = ""), fixed = TRUE))
+  # The key is in no command line.
+  expect_false(any(grepl(record$key, vapply(all_pids(), process_command, ""), fixed = TRUE)))
+  record$key <- paste(rep("ab", 32L), collapse = "")
+  key <- get(record$linger$id, rustcluster:::lingerKeys)
+  expect_error(rustcluster:::takeUp(record), class = "rustcluster_no_cluster")
+  assign(record$linger$id, key, rustcluster:::lingerKeys)
+  expect_identical(clusterCall(cl, function() 1), list(1))
+  parallel::stopCluster(cl)
+})
+
+test_that("invalid values of `linger` are errors", {
+  expect_error(makeRustCluster(1, linger = -1), class = "rustcluster_bad_argument")
+  expect_error(makeRustCluster(1, linger = "a"), class = "rustcluster_bad_argument")
+  expect_error(makeRustCluster(commandLauncher("sh", hosts = "a"), linger = 1), "linger|hosts")
+  cl <- local_cluster(1)
+  expect_identical(clusterId(cl), NA_character_)
+})
+
+test_that("no process is left", {
+  expect_no_leftovers()
+  expect_length(list.files(records, "[.]rds$", recursive = TRUE), 0L)
+  if (is.na(old_records)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = old_records)
+  unlink(records, recursive = TRUE)
+})
