@@ -86,7 +86,8 @@ updateState <- function(...) {
   new <- runnerFile(runner$dir, "state.new")
   tryCatch(
     {
-      saveState(runner$state, new)
+      # Not durable: after a crash of the machine there is no runner.
+      saveRDS(runner$state, new, compress = FALSE)
       file.rename(new, runnerFile(runner$dir, "state.rds"))
     },
     error = function(e) say("the state could not be saved: ", conditionMessage(e)),
@@ -98,7 +99,7 @@ updateState <- function(...) {
 # Saves the error without what may be large, such as the results of other elements.
 saveError <- function(error, dir) {
   error[c("results", "failures", "trace")] <- NULL
-  tryCatch(saveDurably(error, runnerFile(dir, "error.rds")), error = function(e) {
+  tryCatch(saveRDS(error, runnerFile(dir, "error.rds")), error = function(e) {
     say("the error could not be saved: ", conditionMessage(e))
   })
 }

@@ -80,10 +80,9 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
     )
   )
   makeRunDirectory(dir)
-  saveDurably(task, file.path(dir, "task.rds"))
+  if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
   noteRun(dir)
   run <- newRun(dir)
-  if (!startRunner(dir, settings, length(X))) runLocked(dir)
   awaitRunner(run, .wait)
   run
 }
@@ -145,7 +144,7 @@ names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 makeRunDirectory <- function(dir) {
   if (file.exists(dir) && !dir.exists(dir)) badArgument("dir", "is a file, and must be a directory")
   if (isRun(dir)) {
-    if (isLocked(dir)) runLocked(dir)
+    if (!runnerState(dir)$state %in% finalStates) runLocked(dir)
     exists <- function(...) {
       abort("run_exists", sQuote(dir), " holds another run", ..., fields = list(dir = dir))
     }
@@ -190,7 +189,7 @@ isLocked <- function(dir) {
 }
 
 runLocked <- function(dir) {
-  state <- readState(dir)
+  state <- runnerState(dir)
   abort(
     "run_locked", sQuote(dir), " is being computed", whereText(state), "; see openRun(dir)",
     fields = list(pid = state$pid, host = state$host, dir = dir)
@@ -203,27 +202,26 @@ whereText <- function(state) {
   paste0(" by process ", state$pid, " on ", state$host)
 }
 
-# Saves a value so that a crash of the machine leaves the old or the new file. Both can be read by the user alone.
-saveDurably <- function(value, path) {
+# Saves a value in a new file, which a crash of the machine does not damage and the user alone can read. Returns its path.
+saveNew <- function(value, path) {
   new <- paste0(path, ".", Sys.getpid(), ".new")
-  on.exit(unlink(new))
   mask <- Sys.umask("077")
-  on.exit(Sys.umask(mask), add = TRUE)
+  on.exit(Sys.umask(mask))
   problem <- tryCatch(
     {
       # The data is read about as often as it is written.
       saveRDS(value, new, compress = FALSE)
-      file_publish(new, path)
+      file_sync(new)
     },
     error = conditionMessage, warning = conditionMessage
   )
-  if (is.null(problem)) return(invisible())
+  if (is.null(problem)) return(new)
+  unlink(new)
   abort("run_write_failed", "cannot write ", sQuote(path), ": ", problem, fields = list(dir = dirname(path)))
 }
 
-# Starts a runner. Returns FALSE if there is one already. `n`: the number of elements.
-startRunner <- function(dir, settings, n) {
-  saveDurably(settings, runnerFile(dir, "settings.rds"))
+# Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
+startRunner <- function(dir, settings, n, task = NULL) {
   unlink(runnerFile(dir, c("cancel", "error.rds")))
   directory <- settings$directory
   if (!dir.exists(directory)) directory <- dir
@@ -233,9 +231,12 @@ startRunner <- function(dir, settings, n) {
     ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
     attempt = if (is.null(before)) 1L else before$attempt + 1L
   )
-  new <- runnerFile(dir, paste0("state.", Sys.getpid(), ".new"))
+  new <- character()
   on.exit(unlink(new))
-  saveState(state, new)
+  # The process renames these when it has the lock: of two sessions that start a runner, only one changes anything.
+  if (!is.null(task)) new <- c(new, saveNew(task, file.path(dir, "task.rds")))
+  new <- c(new, saveNew(settings, runnerFile(dir, "settings.rds")))
+  new <- c(new, saveNew(state, runnerFile(dir, "state.rds")))
   env <- c(
     RUSTCLUSTER_LIB = dirname(getNamespaceInfo("rustcluster", "path")),
     R_LIBS = paste(settings$libraries, collapse = ":"),
@@ -244,12 +245,14 @@ startRunner <- function(dir, settings, n) {
   )
   pid <- detached_start(
     c(file.path(R.home("bin"), "Rscript"), "-e", startExpression("runnerMain"), dir), env, directory,
-    runnerFile(dir, "lock"), file.path(dir, "log"), new, runnerFile(dir, "state.rds")
+    runnerFile(dir, "lock"), file.path(dir, "log"), new, sub("[.][0-9]+[.]new$", "", new)
   )
   if (is.character(pid)) {
     abort("run_failed", "the runner of ", sQuote(dir), " could not be started: ", pid, fields = list(dir = dir))
   }
-  !is.null(pid)
+  if (is.null(pid)) return(FALSE)
+  for (directory in c(dir, runnerFile(dir, ""))) file_sync(directory)
+  TRUE
 }
 
 thisHost <- function() Sys.info()[["nodename"]]
@@ -276,9 +279,6 @@ awaitRunner <- function(run, seconds) {
     )
   }
 }
-
-# Writes the state of a runner into a file, which is not durable: after a crash of the machine there is no runner.
-saveState <- function(state, file) saveRDS(state, file, compress = FALSE)
 
 # Returns what a runner last said of itself, or NULL if there never was one.
 readState <- function(dir) {

@@ -4,7 +4,7 @@ use super::handle::strings;
 use extendr_api::prelude::*;
 use rustcluster_core::platform::detached::{self, Detached};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Returns the value, or a text that says what went wrong.
 fn value_or_text(result: io::Result<Robj>) -> Robj {
@@ -12,7 +12,7 @@ fn value_or_text(result: io::Result<Robj>) -> Robj {
 }
 
 /// Starts a process that outlives this session, in a session of its own. It locks the file `lock` until it ends,
-/// appends its output to the file `log`, and renames the file `from` to `to` once it has the lock. Returns its pid,
+/// appends its output to the file `log`, and renames the files `from` to `to` once it has the lock. Returns its pid,
 /// `NULL` if another process has the lock, or a text that says why the process cannot be started. `env`: a named
 /// vector; NA removes a variable.
 /// @noRd
@@ -23,8 +23,8 @@ fn detached_start(
     directory: &str,
     lock: &str,
     log: &str,
-    from: &str,
-    to: &str,
+    from: Robj,
+    to: Robj,
 ) -> Robj {
     let command: Vec<_> = strings(&command).into_iter().map(Into::into).collect();
     let names = env.names().into_iter().flatten().map(str::to_owned);
@@ -36,13 +36,15 @@ fn detached_start(
             (name.into(), value)
         })
         .collect();
+    let paths = |paths: &Robj| strings(paths).into_iter().map(PathBuf::from);
+    let renames: Vec<_> = paths(&from).zip(paths(&to)).collect();
     let process = Detached {
         command: &command,
         env: &env,
         directory: Path::new(directory),
         lock: Path::new(lock),
         log: Path::new(log),
-        rename: (Path::new(from), Path::new(to)),
+        renames: &renames,
     };
     value_or_text(process.start().map(|pid| match pid {
         Some(pid) => i32::try_from(pid).unwrap_or(0).into(),
@@ -69,11 +71,12 @@ fn detached_is_locked(lock: &str) -> Robj {
     value_or_text(detached::is_locked(Path::new(lock)).map(Into::into))
 }
 
-/// Renames a file durably. Returns `NULL`, or a text that says why that failed.
+/// Waits until the content of a file, or the entries of a directory, would survive a crash of the machine. Returns
+/// `NULL`, or a text that says why that failed.
 /// @noRd
 #[extendr]
-fn file_publish(from: &str, to: &str) -> Robj {
-    value_or_text(detached::publish(Path::new(from), Path::new(to)).map(|()| ().into()))
+fn file_sync(path: &str) -> Robj {
+    value_or_text(detached::sync(Path::new(path)).map(|()| ().into()))
 }
 
 extendr_module! {
@@ -81,5 +84,5 @@ extendr_module! {
     fn detached_start;
     fn detached_keep_lock;
     fn detached_is_locked;
-    fn file_publish;
+    fn file_sync;
 }

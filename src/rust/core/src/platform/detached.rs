@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -37,8 +37,8 @@ pub struct Detached<'a> {
     pub lock: &'a Path,
     /// The file to which the process appends stdout and stderr. It is created if it is missing.
     pub log: &'a Path,
-    /// A file to rename as soon as the process has the lock: its old and its new path.
-    pub rename: (&'a Path, &'a Path),
+    /// Files to rename as soon as the process has the lock: their old and their new paths.
+    pub renames: &'a [(PathBuf, PathBuf)],
 }
 
 impl Detached<'_> {
@@ -59,8 +59,11 @@ impl Detached<'_> {
             .open(self.log)?;
         let lock = open_lock(self.lock)?;
         let lock_fd = lock.as_raw_fd();
-        let from = CString::new(self.rename.0.as_os_str().as_bytes())?;
-        let to = CString::new(self.rename.1.as_os_str().as_bytes())?;
+        let renames = self
+            .renames
+            .iter()
+            .map(|(from, to)| Ok((c_path(from)?, c_path(to)?)))
+            .collect::<io::Result<Vec<_>>>()?;
         let (reader, writer) = fd::pipe()?;
         let writer_fd = writer.as_raw_fd();
         let request = WRITE_REQUEST;
@@ -92,7 +95,9 @@ impl Detached<'_> {
                 libc::signal(libc::SIGHUP, libc::SIG_IGN);
                 fd::check(libc::fcntl(lock_fd, libc::F_SETLK, &raw const request))?;
                 fd::check(libc::fcntl(lock_fd, libc::F_SETFD, 0))?;
-                fd::check(libc::rename(from.as_ptr(), to.as_ptr()))?;
+                for (from, to) in &renames {
+                    fd::check(libc::rename(from.as_ptr(), to.as_ptr()))?;
+                }
                 let pid = libc::getpid().to_ne_bytes();
                 libc::write(writer_fd, pid.as_ptr().cast(), pid.len());
                 Ok(())
@@ -193,24 +198,22 @@ fn is_kept(device: u64, inode: u64) -> bool {
     }
 }
 
-/// Renames a file durably: whatever happens to the machine, there is the old or the new file, and it is complete.
+/// Waits until the content of a file, or the entries of a directory, would survive a crash of the machine.
 ///
 /// # Errors
-/// When the file cannot be written or renamed.
-pub fn publish(from: &Path, to: &Path) -> io::Result<()> {
-    File::open(from)?.sync_all()?;
-    std::fs::rename(from, to)?;
-    match to.parent() {
-        Some(directory) => File::open(directory)?.sync_all(),
-        None => Ok(()),
-    }
+/// When the file cannot be written.
+pub fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
-    use std::path::PathBuf;
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -234,7 +237,7 @@ mod tests {
                 directory: &self.0,
                 lock: &self.0.join("lock"),
                 log: &self.0.join("log"),
-                rename: (&self.0.join("new"), &self.0.join("state")),
+                renames: &[(self.0.join("new"), self.0.join("state"))],
             }
             .start()
         }
@@ -310,13 +313,11 @@ mod tests {
     }
 
     #[test]
-    fn a_published_file_replaces_the_old_one() {
-        let directory = Directory::new("publish");
-        let (new, state) = (directory.0.join("new"), directory.0.join("state"));
-        fs::write(&state, "before").unwrap();
-        publish(&new, &state).unwrap();
-        assert_eq!(fs::read(&state).unwrap(), b"state");
-        assert!(publish(&new, &state).is_err());
+    fn files_and_directories_can_be_synced() {
+        let directory = Directory::new("sync");
+        sync(&directory.0.join("new")).unwrap();
+        sync(&directory.0).unwrap();
+        assert!(sync(&directory.0.join("missing")).is_err());
         assert!(!is_locked(&directory.0.join("missing")).unwrap());
     }
 }
