@@ -46,13 +46,10 @@ conditionClasses <- list(
       "from a verb also `results`, `failures`."
     ),
     run_exists = "The directory of [startRun()] holds another run. Field `dir`.",
-    run_not_found = "The directory holds no run, or none that [openRun()] can resume. Field `dir`.",
     run_incomplete = paste(
       "Results were requested of a run of which elements are missing. Fields `dir`, `state`, `missing` (their",
       "number)."
     ),
-    run_locked = "Another process computes the run. Fields `pid`, `host`, `dir`.",
-    run_write_failed = "A file of a run cannot be written, as on a full disk. Field `dir`.",
     run_failed = paste(
       "The runner of a run could not be started, or failed at its start. Fields `dir`, `parent` (the runner's error,",
       "if it is known)."

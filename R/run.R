@@ -50,7 +50,7 @@
 #'   }
 #'
 #' @section Errors:
-#' `rustcluster_run_not_found`: the directory holds no run. `rustcluster_run_incomplete`: `results()` of a run with
+#' `rustcluster_run_unreadable`: the directory holds no run. `rustcluster_run_incomplete`: `results()` of a run with
 #' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
 #' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
 #' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
@@ -72,7 +72,7 @@ openRun <- function(dir) {
     badArgument("dir", "must be the path of a directory")
   }
   if (!isRun(path.expand(dir))) {
-    abort("run_not_found", sQuote(dir), " holds no run", if (!dir.exists(dir)) ": there is no such directory",
+    abort("run_unreadable", sQuote(dir), " holds no run", if (!dir.exists(dir)) ": there is no such directory",
           fields = list(dir = dir))
   }
   newRun(normalizePath(dir))
@@ -97,17 +97,12 @@ newRun <- function(dir) {
   structure(run, class = "rustcluster_run")
 }
 
-# Marks this session: a run that was saved and loaded has another mark.
-thisSession <- new.env(parent = emptyenv())
-
 # Returns the store of a run as it is now, or NULL if there is none yet. `opened` keeps it open.
 storeOf <- function(dir, opened) {
-  if (!identical(opened$session, thisSession) || is.null(opened$store)) {
-    if (!file.exists(file.path(dir, "run.rds"))) return(NULL)
-    opened$store <- openStore(dir)
-    opened$session <- thisSession
-  } else {
+  if (!is.null(opened$store)) {
     refreshStore(opened$store)
+  } else if (file.exists(file.path(dir, "run.rds"))) {
+    opened$store <- openStore(dir)
   }
   opened$store
 }
@@ -271,7 +266,7 @@ runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
   between(wait, ".wait", "a number of seconds", 0, 1e6)
   if (!file.exists(file.path(dir, "task.rds"))) {
     abort(
-      "run_not_found", sQuote(dir), " does not say how to compute its elements: it was made by ",
+      "run_failed", sQuote(dir), " does not say how to compute its elements: it was made by ",
       "clusterLapply(.store = ); call that again, with the same X and FUN, to continue",
       fields = list(dir = dir)
     )

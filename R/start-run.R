@@ -68,15 +68,14 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   if (!isTRUE(.retry_errors) && !isFALSE(.retry_errors)) badArgument(".retry_errors", "must be TRUE or FALSE")
   between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   between(.wait, ".wait", "a number of seconds", 0, 1e6)
-  streamsOf(.seed, 1L)
-  if (isTRUE(.seed)) .seed <- sample.int(.Machine$integer.max, 1L)
+  .seed <- drawnSeed(checkSeed(.seed))
   settings <- runnerSettings(spec, packages, cluster)
   dir <- runDirectory(dir)
   task <- list(
     format = 1L, id = randomText(16L), X = X, fun = FUN, arguments = list(...),
     export = variablesToExport(export, parent.frame()),
     options = list(
-      .seed = .seed, .timeout = .timeout, .retries = .retries, .order = .order, .retry_errors = .retry_errors
+      .seed = if (is.null(.seed)) FALSE else .seed, .timeout = .timeout, .retries = .retries, .order = .order, .retry_errors = .retry_errors
     )
   )
   makeRunDirectory(dir)
