@@ -45,7 +45,6 @@ conditionClasses <- list(
       "A result could not be read: it is damaged, or needs a package or memory that is missing here. Fields `parent`;",
       "from a verb also `results`, `failures`."
     ),
-    run_exists = "The directory of [startRun()] holds another run. Field `dir`.",
     run_incomplete = paste(
       "Results were requested of a run of which elements are missing. Fields `dir`, `state`, `missing` (their",
       "number)."

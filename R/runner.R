@@ -67,7 +67,8 @@ computeRun <- function(dir) {
     clusterLapply(
       cl = cl, X = task$X, FUN = task$fun, ..., .progress = FALSE, .seed = task$options$.seed,
       .timeout = task$options$.timeout, .retries = task$options$.retries, .order = task$options$.order,
-      .errors = "return", .store = dir, .collect = FALSE, .retry_errors = task$options$.retry_errors
+      .errors = "return", .store = dir, .collect = FALSE, .reuse = task$options$.reuse,
+      .retry_errors = task$options$.retry_errors
     )
   }
   do.call(compute, task$arguments, quote = TRUE)

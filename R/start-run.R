@@ -18,6 +18,9 @@
 #' closed, or when RStudio Server suspends the session. Results are in the directory as soon as they are computed. If
 #' the runner or its machine dies, `resume()` computes what is missing.
 #'
+#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or is done,
+#' and continues it otherwise. A call with another `X` or `FUN` is an error.
+#'
 #' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone.
 #' @param X,FUN,... As in [clusterLapply()].
 #' @param spec The workers, as in [makeRustCluster()]: a number, hosts, or launchers such as [slurm()]. Default: the
@@ -28,6 +31,7 @@
 #' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`.
 #' @param .seed,.timeout,.retries,.order As in [clusterLapply()]. `.seed = TRUE` draws the seed now: a resumed run has
 #'   the same random numbers.
+#' @param .reuse As in [clusterLapply()]: with `"same"`, `X` of a run that continues may have other elements.
 #' @param .retry_errors (logical) Whether elements whose last result is an error are computed again when the run is
 #'   resumed.
 #' @param .wait (number) Seconds to wait for the runner to begin to compute, at most. If the runner fails in this time,
@@ -44,9 +48,9 @@
 #' `@@reboot Rscript -e 'rustcluster::runs()' resume DIR` in the crontab continues the run ([runs()]).
 #'
 #' @section Errors:
-#' `rustcluster_run_exists`: the directory holds another run. A run of which nothing has been computed is replaced.
-#' `rustcluster_run_locked`: the runner of such a run is still there. `rustcluster_run_failed`: the runner could not be
-#' started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
+#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has been
+#' computed is replaced. `rustcluster_run_locked`: such a run is being computed. `rustcluster_run_failed`: the runner could
+#' not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
 #' `rustcluster_bad_argument`.
 #' @seealso [openRun()], [listRuns()], [runs()]
 #' @examples
@@ -59,31 +63,80 @@
 #' unlink(dir, recursive = TRUE)
 #' @export
 startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NULL, cluster = list(),
-                     .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL, .retry_errors = TRUE, .wait = 10) {
+                     .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL, .reuse = c("all", "same"),
+                     .retry_errors = TRUE, .wait = 10) {
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
   refuseUnknown(startRun, "startRun", ...names(), args(FUN))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
-  for (name in c(".seed", ".timeout", ".retries", ".order", ".retry_errors", ".wait")) assign(name, plain(get(name)))
+  for (name in c(".seed", ".timeout", ".retries", ".order", ".reuse", ".retry_errors", ".wait")) {
+    assign(name, plain(get(name)))
+  }
   if (!isTRUE(.retry_errors) && !isFALSE(.retry_errors)) badArgument(".retry_errors", "must be TRUE or FALSE")
+  .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
   between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   between(.wait, ".wait", "a number of seconds", 0, 1e6)
-  .seed <- drawnSeed(checkSeed(.seed))
+  .seed <- checkSeed(.seed)
   settings <- runnerSettings(spec, packages, cluster)
+  export <- variablesToExport(export, parent.frame())
+  code <- codeHashes(FUN, export)
   dir <- runDirectory(dir)
+  run <- newRun(dir)
+  if (isRun(dir)) {
+    status <- runStatus(dir, new.env())
+    computing <- !status$state %in% finalStates
+    if (isTRUE(status$done + status$failed > 0) || (computing && file.exists(file.path(dir, "run.rds")))) {
+      grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
+      if (computing && grows) runLocked(dir)
+      if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
+      .seed <- readRunInfo(dir)$seed
+    } else {
+      if (computing) runLocked(dir)
+      removeRun(dir)
+    }
+  }
+  makeRunDirectory(dir)
+  seed <- drawnSeed(.seed)
   task <- list(
-    format = 1L, id = randomText(16L), X = X, fun = FUN, arguments = list(...),
-    export = variablesToExport(export, parent.frame()),
+    format = 1L, X = X, fun = FUN, arguments = list(...), export = export, code = code,
     options = list(
-      .seed = if (is.null(.seed)) FALSE else .seed, .timeout = .timeout, .retries = .retries, .order = .order, .retry_errors = .retry_errors
+      .seed = if (is.null(seed)) FALSE else seed, .timeout = .timeout, .retries = .retries, .order = .order,
+      .reuse = .reuse, .retry_errors = .retry_errors
     )
   )
-  makeRunDirectory(dir)
   if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
   noteRun(dir)
-  run <- newRun(dir)
   awaitRunner(run, .wait)
   run
+}
+
+# Refuses a call that differs from that of the run. Returns whether its elements differ, as `.reuse = "same"` allows.
+# `code`: what codeHashes() returns for the call.
+compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
+  store <- openStore(dir)
+  before <- pickHashes(storedHashes(store), if (is.null(store$info$ids)) seq_len(store$info$n) else store$info$ids)
+  hashes <- elementHashes(X)
+  task <- file.path(dir, "task.rds")
+  # The variables of the runner are not those of this session: compare with the session that has started the run.
+  if (file.exists(task)) store$info$functions <- readRDS(task)$code
+  now <- list(
+    # Without differences in elements and names, compareRun() changes nothing.
+    hashes = if (reuse == "all") hashes else before, names = store$info$names, functions = code,
+    arguments = argumentHashes(arguments), seed = seed
+  )
+  compareRun(store, now, X, "all")
+  !identical(before, hashes)
+}
+
+# Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
+# the workers.
+codeHashes <- function(FUN, export) {
+  hashes <- functionHashes(FUN)
+  globals <- sprintf("`%s`, which `FUN` uses", ls(globalenv(), all.names = TRUE))
+  c(
+    hashes[!names(hashes) %in% globals],
+    stats::setNames(vapply(export, hashOf, "", USE.NAMES = FALSE), sprintf("`%s`, which is exported", names(export)))
+  )
 }
 
 # Returns the absolute path of the directory of a run.
@@ -139,30 +192,18 @@ runnerSettings <- function(spec, packages, cluster) {
 
 names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
-# Creates the directory of a new run, or empties that of a run of which nothing has been computed.
+# Removes the files of a run of which nothing has been computed. The lock of the runner stays.
+removeRun <- function(dir) {
+  unlink(file.path(dir, c("run.rds", "elements.rds", "results", "task.rds", "log", "lock")), recursive = TRUE)
+  unlink(setdiff(list.files(runnerFile(dir, ""), full.names = TRUE), runnerFile(dir, "lock")))
+}
+
+# Creates the directory of a run, if it does not exist.
 makeRunDirectory <- function(dir) {
   if (file.exists(dir) && !dir.exists(dir)) badArgument("dir", "is a file, and must be a directory")
-  if (isRun(dir)) {
-    if (!runnerState(dir)$state %in% finalStates) runLocked(dir)
-    exists <- function(...) {
-      abort("run_exists", sQuote(dir), " holds another run", ..., fields = list(dir = dir))
-    }
-    if (!file.exists(file.path(dir, "task.rds"))) {
-      exists(", made by clusterLapply(.store = ); call that again to continue it, or use another directory")
-    }
-    counts <- runCounts(newRun(dir))
-    if (counts[["done"]] + counts[["failed"]] > 0) {
-      exists(
-        ", of which ", counts[["done"]] + counts[["failed"]], " elements are computed; continue it with ",
-        "openRun(dir)$resume(), or use another directory"
-      )
-    }
-    unlink(file.path(dir, c("run.rds", "results", "task.rds", "log", "lock")), recursive = TRUE)
-    unlink(setdiff(list.files(file.path(dir, "runner"), full.names = TRUE), runnerFile(dir, "lock")))
-  }
-  taken <- intersect(c("results", "log", "lock"), list.files(dir))
-  if (length(taken)) {
-    badArgument("dir", "contains a file ", sQuote(taken[[1L]]), " that belongs to no run; use another directory")
+  others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
+  if (!isRun(dir) && length(others)) {
+    badArgument("dir", "is a directory with other files than those of a run: ", sQuote(dir))
   }
   # The files may contain secrets, such as `rscript_envs` of `cluster`.
   dir.create(dir, showWarnings = FALSE, mode = "0700")
