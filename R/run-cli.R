@@ -18,8 +18,8 @@
 #' }
 #'
 #' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error. With
-#' the line `@@reboot Rscript -e 'rustcluster::runs()' resume /data/sweep` in the crontab, a run continues after a restart
-#' of the machine.
+#' the line `@@reboot Rscript -e 'rustcluster::runs()' resume /data/sweep` in the crontab, a run continues after a
+#' restart of the machine.
 #'
 #' @param args (character) The command and its arguments. Default: those of the command line.
 #' @return The list of runs, invisibly, in an interactive session. Any other session ends.

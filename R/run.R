@@ -101,7 +101,7 @@ newRun <- function(dir) {
 storeOf <- function(dir, opened) {
   if (!is.null(opened$store)) {
     refreshStore(opened$store)
-  } else if (file.exists(file.path(dir, "run.rds"))) {
+  } else if (hasStore(dir)) {
     opened$store <- openStore(dir)
   }
   opened$store

@@ -63,12 +63,13 @@ computeRun <- function(dir) {
   before <- counts[["done"]] + if (task$options$.retry_errors) 0 else counts[["failed"]]
   say("computing ", counted(length(task$X) - before, "element"), if (before) paste0(", ", before, " are there already"))
   updateState(state = "running", workers = length(cl), before = before, began = Sys.time())
+  options <- task$options
   compute <- function(...) {
     clusterLapply(
-      cl = cl, X = task$X, FUN = task$fun, ..., .progress = FALSE, .seed = task$options$.seed,
-      .timeout = task$options$.timeout, .retries = task$options$.retries, .order = task$options$.order,
-      .errors = "return", .store = dir, .collect = FALSE, .reuse = task$options$.reuse,
-      .retry_errors = task$options$.retry_errors
+      cl = cl, X = task$X, FUN = task$fun, ..., .progress = FALSE, .seed = options$.seed, .timeout = options$.timeout,
+      .retries = options$.retries, .order = options$.order, .errors = "return", .store = dir, .collect = FALSE,
+      .reuse = options$.reuse, .retry_errors = options$.retry_errors, .sync = options$.sync, .save = options$.save,
+      .save_dir = options$.save_dir
     )
   }
   do.call(compute, task$arguments, quote = TRUE)

@@ -29,8 +29,8 @@
 #' @param export (character) Names of variables to export to the workers, as by [parallel::clusterExport()]. They are
 #'   looked up where `startRun()` is called, and saved with the run.
 #' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`.
-#' @param .seed,.timeout,.retries,.order As in [clusterLapply()]. `.seed = TRUE` draws the seed now: a resumed run has
-#'   the same random numbers.
+#' @param .seed,.timeout,.retries,.order,.sync,.save,.save_dir As in [clusterLapply()]. `.seed = TRUE` draws the seed
+#'   now: a resumed run has the same random numbers.
 #' @param .reuse As in [clusterLapply()]: with `"same"`, `X` of a run that continues may have other elements.
 #' @param .retry_errors (logical) Whether elements whose last result is an error are computed again when the run is
 #'   resumed.
@@ -48,9 +48,9 @@
 #' `@@reboot Rscript -e 'rustcluster::runs()' resume DIR` in the crontab continues the run ([runs()]).
 #'
 #' @section Errors:
-#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has been
-#' computed is replaced. `rustcluster_run_locked`: such a run is being computed. `rustcluster_run_failed`: the runner could
-#' not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
+#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has
+#' been computed is replaced. `rustcluster_run_locked`: such a run is being computed. `rustcluster_run_failed`: the
+#' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
 #' `rustcluster_bad_argument`.
 #' @seealso [openRun()], [listRuns()], [runs()]
 #' @examples
@@ -64,16 +64,16 @@
 #' @export
 startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NULL, cluster = list(),
                      .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL, .reuse = c("all", "same"),
-                     .retry_errors = TRUE, .wait = 10) {
+                     .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"), .save_dir = NULL, .wait = 10) {
   FUN <- theFunction(FUN)
   if (missing(X)) badArgument("X", "is missing")
   refuseUnknown(startRun, "startRun", ...names(), args(FUN))
   if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
-  for (name in c(".seed", ".timeout", ".retries", ".order", ".reuse", ".retry_errors", ".wait")) {
-    assign(name, plain(get(name)))
-  }
+  plainly <- c(".seed", ".timeout", ".retries", ".order", ".reuse", ".retry_errors", ".sync", ".save", ".wait")
+  for (name in plainly) assign(name, plain(get(name)))
   if (!isTRUE(.retry_errors) && !isFALSE(.retry_errors)) badArgument(".retry_errors", "must be TRUE or FALSE")
   .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
+  .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
   between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
   between(.wait, ".wait", "a number of seconds", 0, 1e6)
   .seed <- checkSeed(.seed)
@@ -85,7 +85,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
   if (isRun(dir)) {
     status <- runStatus(dir, new.env())
     computing <- !status$state %in% finalStates
-    if (isTRUE(status$done + status$failed > 0) || (computing && file.exists(file.path(dir, "run.rds")))) {
+    if (isTRUE(status$done + status$failed > 0) || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
       grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
       if (computing && grows) runLocked(dir)
       if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
@@ -101,7 +101,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
     format = 1L, X = X, fun = FUN, arguments = list(...), export = export, code = code,
     options = list(
       .seed = if (is.null(seed)) FALSE else seed, .timeout = .timeout, .retries = .retries, .order = .order,
-      .reuse = .reuse, .retry_errors = .retry_errors
+      .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
     )
   )
   if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
@@ -126,6 +126,14 @@ compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
   )
   compareRun(store, now, X, "all")
   !identical(before, hashes)
+}
+
+hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
+
+# Returns whether hosts may have results of a run that the store does not have yet.
+savesOnHosts <- function(dir) {
+  task <- file.path(dir, "task.rds")
+  !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
 }
 
 # Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
@@ -194,7 +202,7 @@ names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
 
 # Removes the files of a run of which nothing has been computed. The lock of the runner stays.
 removeRun <- function(dir) {
-  unlink(file.path(dir, c("run.rds", "elements.rds", "results", "task.rds", "log", "lock")), recursive = TRUE)
+  unlink(file.path(dir, c("run.rds", "elements.rds", "results", "task.rds", "log", "lock", "probe")), recursive = TRUE)
   unlink(setdiff(list.files(runnerFile(dir, ""), full.names = TRUE), runnerFile(dir, "lock")))
 }
 
@@ -242,7 +250,7 @@ whereText <- function(state) {
   paste0(" by process ", state$pid, " on ", state$host)
 }
 
-# Saves a value in a new file, which a crash of the machine does not damage and the user alone can read. Returns its path.
+# Saves a value durably in a new file, which the user alone can read. Returns its path.
 saveNew <- function(value, path) {
   new <- paste0(path, ".", Sys.getpid(), ".new")
   mask <- Sys.umask("077")
