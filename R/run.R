@@ -200,9 +200,15 @@ runErrors <- function(dir, opened) {
   })
   data.frame(
     index = as.integer(failed), name = if (is.null(names)) rep(NA_character_, length(failed)) else names[failed],
-    message = vapply(conditions, conditionMessage, ""),
+    message = vapply(conditions, messageOf, ""),
     class = vapply(conditions, function(condition) class(condition)[[1L]], ""), stringsAsFactors = FALSE
   )
+}
+
+# Returns the message of a condition, which code of users may have made.
+messageOf <- function(condition) {
+  text <- tryCatch(paste(conditionMessage(condition), collapse = "\n"), error = function(e) "")
+  if (nzchar(text)) text else class(condition)[[1L]]
 }
 
 runWait <- function(dir, opened, timeout, progress) {
