@@ -309,6 +309,8 @@ runTimeline <- function(dir) {
     abort("run_incomplete", "the run in ", sQuote(dir), " has no timeline yet: its runner saves one after some seconds",
           fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_))
   }
+  # For the label of the time axis.
+  attr(timeline, "since") <- "the run was started"
   timeline
 }
 

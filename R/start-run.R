@@ -143,7 +143,7 @@ codeHashes <- function(FUN, export) {
   globals <- sprintf("`%s`, which `FUN` uses", ls(globalenv(), all.names = TRUE))
   c(
     hashes[!names(hashes) %in% globals],
-    stats::setNames(vapply(export, hashOf, "", USE.NAMES = FALSE), sprintf("`%s`, which is exported", names(export)))
+    stats::setNames(vapply(export, hashOf, "", USE.NAMES = FALSE), sprintf("the exported `%s`", names(export)))
   )
 }
 

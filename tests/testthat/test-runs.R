@@ -306,7 +306,7 @@ test_that("the same call again attaches to a run, continues it, or names what di
   differs <- caught(startRun(dir, 1:4, gated(gate, said, 4), export = "scale"))
   expect_s3_class(differs, "rustcluster_run_differs")
   scale <- 3
-  expect_error(startRun(dir, 1:4, fun, export = "scale"), "`scale`, which is exported", class = "rustcluster_run_differs")
+  expect_error(startRun(dir, 1:4, fun, export = "scale"), "the exported `scale` changed", class = "rustcluster_run_differs")
   expect_error(startRun(dir, 1:5, fun), class = "rustcluster_run_differs")
   scale <- 2
   expect_error(startRun(dir, 1:5, fun, export = "scale", .reuse = "same"), class = "rustcluster_run_locked")
