@@ -45,6 +45,14 @@ conditionClasses <- list(
       "A result could not be read: it is damaged, or needs a package or memory that is missing here. Fields `parent`;",
       "from a verb also `results`, `failures`."
     ),
+    run_incomplete = paste(
+      "Results were requested of a run of which elements are missing. Fields `dir`, `state`, `missing` (their",
+      "number)."
+    ),
+    run_failed = paste(
+      "The runner of a run could not be started, or failed at its start. Fields `dir`, `parent` (the runner's error,",
+      "if it is known)."
+    ),
     no_task = "A result was to be received, but no task is outstanding.",
     busy = "The cluster is busy with another call from this session.",
     stopped = "The cluster, or this node, has been stopped.",
@@ -113,6 +121,7 @@ conditionClasses <- list(
     job_renewed = "The job of a host has ended, and another has been submitted. Field `host`.",
     host_joined = "A host that had not started when `makeRustCluster()` returned has joined (`wait`). Field `host`.",
     reattached = "A cluster of a saved session was connected to this session at its first use. Field `id`.",
+    run_not_listed = "[listRuns()] will not show a run: its list cannot be written. Field `dir`.",
     worker_back = "A worker that could not be restored at first is back."
   )
 )

@@ -562,6 +562,27 @@ background_kill <- function(handle) .Call(wrap__background_kill, handle)
 #' @noRd
 background_on_end <- function(handle, other, kill) .Call(wrap__background_on_end, handle, other, kill)
 
+#' Starts a process that outlives this session, in a session of its own. It locks the file `lock` until it ends,
+#' appends its output to the file `log`, and renames the files `from` to `to` once it has the lock. Returns its pid,
+#' `NULL` if another process has the lock, or a text that says why the process cannot be started. `env`: a named
+#' vector; NA removes a variable.
+#' @noRd
+detached_start <- function(command, env, directory, lock, log, from, to) .Call(wrap__detached_start, command, env, directory, lock, log, from, to)
+
+#' Keeps the lock with which this detached process was started. Returns `NULL`, or a text that says why there is no
+#' lock.
+#' @noRd
+detached_keep_lock <- function() .Call(wrap__detached_keep_lock)
+
+#' Returns whether any process has this lock, or a text that says why that is unknown.
+#' @noRd
+detached_is_locked <- function(lock) .Call(wrap__detached_is_locked, lock)
+
+#' Waits until the content of a file, or the entries of a directory, would survive a crash of the machine. Returns
+#' `NULL`, or a text that says why that failed.
+#' @noRd
+file_sync <- function(path) .Call(wrap__file_sync, path)
+
 #' Starts a guard in a session of its own. It ends the jobs when it is released, or when this process ends.
 #' @noRd
 guard_start <- function(command) .Call(wrap__guard_start, command)

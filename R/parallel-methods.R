@@ -172,6 +172,7 @@ recvData.RustNode <- function(node) {
 # which is not the user's.
 raiseInterrupt <- function() {
   withCallingHandlers(Sys.sleep(0), error = function(e) if (isTimeLimit(e)) stop(conditionMessage(e), call. = FALSE))
+  if (!is.null(runner$tick)) runner$tick()
 }
 
 #' @exportS3Method parallel::recvOneData

@@ -4,7 +4,9 @@
 runFormat <- 1L
 
 # Files that a directory may have before it has a run.
-ownFiles <- c("lock", "probe", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log")
+ownFiles <- c(
+  "lock", "probe", "results", "run.rds.new", "elements.rds", "elements.rds.new", "task.rds", "log", "runner"
+)
 
 runPath <- function(dir, ...) file.path(dir, ...)
 

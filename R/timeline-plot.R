@@ -64,7 +64,7 @@ plot.rustcluster_timeline <- function(x, xlim = NULL, main = NULL, xlab = NULL,
                  tcl = -0.3, lwd = 0, lwd.ticks = 1)
   drawLabels(rows, sides, xlim)
   if (is.null(main)) main <- timelineTitle(x, rows, xlim)
-  if (is.null(xlab)) xlab <- paste(unit$name, "since the cluster was made")
+  if (is.null(xlab)) xlab <- paste(unit$name, "since", c(attr(x, "since"), "the cluster was made")[[1L]])
   graphics::title(main = main, xlab = xlab, adj = 0, ...)
   if (legend) {
     graphics::legend(

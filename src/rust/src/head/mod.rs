@@ -4,6 +4,7 @@ mod adaptive;
 mod background;
 mod broadcast;
 mod call;
+mod detached;
 mod dump;
 mod elements;
 mod events;
@@ -37,5 +38,6 @@ extendr_module! {
     use dump;
     use adaptive;
     use background;
+    use detached;
     use guard_process;
 }

@@ -5,6 +5,7 @@ pub mod background;
 pub(crate) mod cgroup;
 pub mod clock;
 pub mod cores;
+pub mod detached;
 pub mod elf;
 pub mod exit;
 pub mod fd;

@@ -1,0 +1,109 @@
+# runs(): runs at the command line.
+
+#' Runs at the command line
+#'
+#' For cron, ssh and shells: `Rscript -e 'rustcluster::runs()' COMMAND DIR`.
+#'
+#' \describe{
+#'   \item{`list`}{Print the runs that [listRuns()] returns. This is the default.}
+#'   \item{`status DIR`}{Print the run. The exit status is 1 if the run failed, was cancelled or is interrupted, or if
+#'     elements failed.}
+#'   \item{`wait DIR [SECONDS]`}{Wait until nobody computes the run, at most this long, and print it. The exit status is
+#'     1 unless all elements have a value.}
+#'   \item{`cancel DIR`}{End the runner, on whatever machine it is.}
+#'   \item{`resume [--cancelled] DIR`}{Start a runner for what is missing or failed. Does nothing if the run is being
+#'     computed or is done, so that cron can call it at any time. Continues a cancelled run only with `--cancelled`.}
+#'   \item{`errors DIR`}{Print the errors of failed elements. The exit status is 1 if there are any.}
+#'   \item{`log DIR [LINES]`}{Print the end of the log, by default 20 lines.}
+#' }
+#'
+#' The exit status is 2 after a wrong command, and 1 after any error, whose message is printed on standard error. With
+#' the line `@@reboot Rscript -e 'rustcluster::runs()' resume /data/sweep` in the crontab, a run continues after a
+#' restart of the machine.
+#'
+#' @param args (character) The command and its arguments. Default: those of the command line.
+#' @return The list of runs, invisibly, in an interactive session. Any other session ends.
+#' @seealso [startRun()], [openRun()]
+#' @examples
+#' if (interactive()) runs()
+#' @export
+runs <- function(args = commandArgs(trailingOnly = TRUE)) {
+  if (interactive() && missing(args)) {
+    list <- listRuns()
+    print(list)
+    return(invisible(list))
+  }
+  status <- tryCatch(runCommand(args), error = function(e) {
+    cat("error: ", conditionMessage(e), "\n", sep = "", file = stderr())
+    1L
+  })
+  if (interactive()) return(invisible(status))
+  quit(save = "no", status = status, runLast = FALSE)
+}
+
+# Runs a command. Returns the exit status.
+runCommand <- function(args) {
+  cancelled <- "--cancelled" %in% args
+  args <- setdiff(args, "--cancelled")
+  command <- if (length(args)) args[[1L]] else "list"
+  if (command == "list" && length(args) <= 1L) {
+    print(listRuns())
+    return(0L)
+  }
+  optional <- command %in% c("wait", "log") && length(args) == 3L
+  number <- if (optional) suppressWarnings(as.numeric(args[[3L]]))
+  known <- c("status", "wait", "cancel", "resume", "errors", "log")
+  if (!command %in% known || !(length(args) == 2L || optional) || isTRUE(is.na(number)) ||
+        (cancelled && command != "resume")) {
+    cat(
+      "usage: Rscript -e 'rustcluster::runs()' list | status DIR | wait DIR [SECONDS] | cancel DIR |",
+      "       resume [--cancelled] DIR | errors DIR | log DIR [LINES]", sep = "\n", file = stderr()
+    )
+    return(2L)
+  }
+  run <- openRun(args[[2L]])
+  switch(command,
+    status = {
+      print(run)
+      exitStatus(run, running = TRUE)
+    },
+    wait = {
+      run$wait(if (is.null(number)) Inf else number, progress = FALSE)
+      print(run)
+      exitStatus(run, running = FALSE)
+    },
+    cancel = {
+      ended <- run$cancel()
+      print(run)
+      as.integer(!ended)
+    },
+    resume = {
+      if (run$status()$state == "cancelled" && !cancelled) {
+        cat("the run was cancelled: `resume --cancelled` continues it\n")
+        return(0L)
+      }
+      run$resume()
+      print(run)
+      0L
+    },
+    errors = {
+      errors <- run$errors()
+      if (nrow(errors)) {
+        errors$message <- oneLine(printable(errors$message), 100L)
+        print(errors, row.names = FALSE)
+      }
+      as.integer(nrow(errors) > 0L)
+    },
+    log = {
+      writeLines(run$log(if (is.null(number)) 20 else number))
+      0L
+    }
+  )
+}
+
+# Returns 0 if all elements have a value, or may still get one. `running`: whether a run that is being computed is well.
+exitStatus <- function(run, running) {
+  status <- run$status()
+  well <- status$state == "done" || (running && !status$state %in% finalStates)
+  as.integer(!well || status$failed > 0)
+}

@@ -1,0 +1,440 @@
+# openRun(): runs as objects. Everything that is known of a run is in its directory (start-run.R), so that any session
+# on any machine that sees the directory can use it.
+
+#' Open a run
+#'
+#' Opens a run that [startRun()], or [clusterLapply()] with `.store`, has made: from any session, on any machine that
+#' sees the directory. Printing a run shows how it goes.
+#'
+#' @param dir (character) The directory of the run.
+#' @return An object of class `"rustcluster_run"`: a list with `dir`, the absolute path, and functions.
+#'   \describe{
+#'     \item{status()}{Returns a list: see section Status.}
+#'     \item{results(partial = FALSE)}{Returns the results as [clusterLapply()] with `.collect = FALSE` does: an object
+#'       that reads an element when it is used. `as.list()` reads all. It is an error if elements are missing or failed.
+#'       With `partial = TRUE` it is not: failed elements are of class `"try-error"`, as with `.errors = "return"`.}
+#'     \item{errors()}{Returns a data frame with a row for each failed element: `index`, `name` (`NA` without names),
+#'       `message`, `class` (the first class of the condition).}
+#'     \item{wait(timeout = Inf, progress = interactive())}{Waits until nobody computes the run any more, with a
+#'       progress bar. Returns the state, invisibly: `"running"` or `"starting"` after `timeout` seconds.}
+#'     \item{cancel(timeout = 30)}{Ends the runner, on whatever machine it is. Results are kept, and `resume()`
+#'       continues. Waits until the runner has ended, at most `timeout` seconds. Returns whether it has, invisibly. An
+#'       interrupted run becomes a cancelled one.}
+#'     \item{resume(spec, packages, cluster, .wait = 10)}{Starts a runner, on this machine, for what is missing or
+#'       failed. Does nothing if the run is being computed or has nothing left to compute. The arguments are those of
+#'       [startRun()]; they replace the former ones from now on. Returns whether a runner was started, invisibly.}
+#'     \item{timeline()}{Returns when the workers were busy, as [clusterTimeline()] does, from the first runner on.
+#'       `plot(run)` plots it.}
+#'     \item{log(n = 20)}{Returns the last lines of the log.}
+#'   }
+#'   [promises::as.promise()] works on the object: the promise is fulfilled with the results, or rejected if the run
+#'   ends without all of them.
+#'
+#'   Functions of the object, instead of generics such as `cancel()` and `results()`, mask none of the functions with
+#'   these names that other packages have (future, mirai, DESeq2 and others).
+#'
+#' @section Status:
+#' `status()` returns a list.
+#'   \describe{
+#'     \item{state}{`"starting"`: the runner makes its cluster. `"running"`. `"done"`: all elements have been computed,
+#'       some of which may have failed. `"failed"`: the runner has ended with an error. `"cancelled"`.
+#'       `"interrupted"`: the runner was killed, or its machine died. This is seen at once: the runner holds a lock.}
+#'     \item{done, failed, total}{(numeric) the numbers of elements with a value, with an error, and of all.}
+#'     \item{busy, workers}{(integer) busy workers, and workers that can be used, at `updated`.}
+#'     \item{rate}{(numeric) elements a second of the current runner. `NA` if unknown.}
+#'     \item{started, ended, updated}{(POSIXct) when the last runner started and ended, and when it last wrote its
+#'       state: every second at first, then more rarely, up to every 30 s. `NA` if unknown.}
+#'     \item{host, pid}{(character, integer) where the last runner runs or ran.}
+#'     \item{attempt}{(integer) the number of runners so far.}
+#'     \item{message}{(character) the error of a failed run; `NA` if there is nothing to say.}
+#'   }
+#'
+#' @section Errors:
+#' `rustcluster_run_unreadable`: the directory holds no run. `rustcluster_run_incomplete`: `results()` of a run with
+#' missing elements; fields `dir`, `state`, `missing` (their number). `rustcluster_element_failed`: `results()` of a run
+#' with failed elements; fields as in [clusterLapply()]. `rustcluster_run_failed`: the runner of `resume()` could not be
+#' started. `rustcluster_run_locked`: `cancel()` of a run that a call of [clusterLapply()] computes.
+#' `rustcluster_bad_argument`.
+#' @seealso [startRun()], [listRuns()], [runs()]
+#' @examples
+#' dir <- tempfile("run")
+#' startRun(dir, 1:10, function(i) if (i == 7) stop("no") else i^2, spec = 2)
+#' run <- openRun(dir)
+#' run$wait()
+#' run$status()$state
+#' run$errors()
+#' run$results(partial = TRUE)[[3]]
+#' unlink(dir, recursive = TRUE)
+#' @export
+openRun <- function(dir) {
+  dir <- plain(dir)
+  if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
+    badArgument("dir", "must be the path of a directory")
+  }
+  if (!isRun(path.expand(dir))) {
+    abort("run_unreadable", sQuote(dir), " holds no run", if (!dir.exists(dir)) ": there is no such directory",
+          fields = list(dir = dir))
+  }
+  newRun(normalizePath(dir))
+}
+
+newRun <- function(dir) {
+  force(dir)
+  opened <- new.env(parent = emptyenv())
+  run <- list(
+    dir = dir,
+    status = function() runStatus(dir, opened),
+    results = function(partial = FALSE) runResults(dir, opened, partial),
+    errors = function() runErrors(dir, opened),
+    wait = function(timeout = Inf, progress = interactive()) runWait(dir, opened, timeout, progress),
+    cancel = function(timeout = 30) runCancel(dir, opened, timeout),
+    resume = function(spec = NULL, packages = NULL, cluster = NULL, .wait = 10) {
+      invisible(runResume(dir, opened, spec, packages, cluster, .wait, !missing(spec)))
+    },
+    timeline = function() runTimeline(dir),
+    log = function(n = 20) runLog(dir, n)
+  )
+  structure(run, class = "rustcluster_run")
+}
+
+# Returns the store of a run as it is now, or NULL if there is none yet. `opened` keeps it open.
+storeOf <- function(dir, opened) {
+  if (!is.null(opened$store)) {
+    refreshStore(opened$store)
+  } else if (hasStore(dir)) {
+    opened$store <- openStore(dir)
+  }
+  opened$store
+}
+
+# Returns the numbers of elements: all (`n`), with a value (`done`), and with an error (`failed`).
+runCounts <- function(run, opened = new.env(parent = emptyenv())) {
+  dir <- if (is.character(run)) run else run$dir
+  store <- storeOf(dir, opened)
+  if (!is.null(store)) return(storeCounts(store))
+  state <- readState(dir)
+  c(n = if (is.null(state)) NA_real_ else as.numeric(state$n), done = 0, failed = 0)
+}
+
+# The states in which nobody computes a run.
+finalStates <- c("done", "failed", "cancelled", "interrupted")
+
+# Returns the state of a run without looking at its results: a list of at least `state`, `pid` and `host`.
+runnerState <- function(dir) {
+  # Look at the lock first: a runner writes its final state before it loses the lock.
+  locked <- isLocked(dir)
+  state <- readState(dir)
+  if (locked && !is.null(state)) return(state)
+  writer <- storeLocked(dir)
+  if (!is.null(writer)) {
+    # A call of clusterLapply() in a session.
+    return(list(
+      state = "running", pid = writer$pid, host = writer$host, attempt = state$attempt,
+      message = "a call of clusterLapply() computes it"
+    ))
+  }
+  if (is.null(state)) return(list(state = "interrupted", pid = NA_integer_, host = NA_character_))
+  if (!state$state %in% finalStates) {
+    state$state <- if (file.exists(runnerFile(dir, "cancel"))) "cancelled" else "interrupted"
+  }
+  state
+}
+
+runStatus <- function(dir, opened) {
+  state <- runnerState(dir)
+  counts <- runCounts(dir, opened)
+  of <- function(name, missing) if (is.null(state[[name]])) missing else state[[name]]
+  never <- as.POSIXct(NA)
+  # The runner, or the call of clusterLapply(), ended after its last result.
+  complete <- isTRUE(counts[["done"]] + counts[["failed"]] >= counts[["n"]])
+  if (complete && state$state == "interrupted") state$state <- "done"
+  began <- of("began", never)
+  until <- if (state$state == "running") Sys.time() else of("ended", never)
+  seconds <- as.numeric(difftime(until, began, units = "secs"))
+  new <- counts[["done"]] + counts[["failed"]] - of("before", 0)
+  list(
+    state = state$state, done = counts[["done"]], failed = counts[["failed"]], total = counts[["n"]],
+    busy = of("busy", NA_integer_), workers = of("workers", NA_integer_),
+    rate = if (isTRUE(seconds > 0) && new > 0) new / seconds else NA_real_,
+    started = of("started", never), ended = of("ended", never), updated = of("updated", never),
+    host = of("host", NA_character_), pid = as.integer(of("pid", NA_integer_)), attempt = of("attempt", 0L),
+    message = of("message", NA_character_)
+  )
+}
+
+runResults <- function(dir, opened, partial) {
+  partial <- plain(partial)
+  if (!isTRUE(partial) && !isFALSE(partial)) badArgument("partial", "must be TRUE or FALSE")
+  store <- storeOf(dir, opened)
+  counts <- runCounts(dir, opened)
+  missing <- counts[["n"]] - counts[["done"]] - counts[["failed"]]
+  if (is.null(store) || (!partial && !isTRUE(missing == 0))) {
+    state <- runnerState(dir)$state
+    abort(
+      "run_incomplete", "the run in ", sQuote(dir), " is ", state, ": ", if (is.na(missing)) "its" else missing, " of ",
+      counts[["n"]], " elements have no result yet",
+      if (is.null(store)) "" else "; results(partial = TRUE) returns those that are there",
+      fields = list(dir = dir, state = state, missing = missing)
+    )
+  }
+  view <- resultsView(store)
+  failed <- if (!partial) storeFailed(store)
+  if (length(failed)) {
+    first <- storeValue(store, failed[[1L]])
+    error <- elementFailed(trimws(first), failed, view, parent = attr(first, "condition"))
+    error$message <- sub("\n?[^\n]*rustcluster_element_failed[^\n]*$", "", error$message)
+    error$message <- paste0(error$message, "\nerrors() lists all of them; results(partial = TRUE) returns the others")
+    stop(error)
+  }
+  view
+}
+
+runErrors <- function(dir, opened) {
+  store <- storeOf(dir, opened)
+  failed <- if (is.null(store)) integer() else storeFailed(store)
+  names <- if (length(failed)) names(resultsView(store))
+  conditions <- lapply(failed, function(i) {
+    value <- storeValue(store, i)
+    condition <- attr(value, "condition")
+    if (is.null(condition)) simpleError(trimws(as.character(value)[[1L]])) else condition
+  })
+  data.frame(
+    index = as.integer(failed), name = if (is.null(names)) rep(NA_character_, length(failed)) else names[failed],
+    message = vapply(conditions, messageOf, ""),
+    class = vapply(conditions, function(condition) class(condition)[[1L]], ""), stringsAsFactors = FALSE
+  )
+}
+
+# Returns the message of a condition, which code of users may have made.
+messageOf <- function(condition) {
+  text <- tryCatch(paste(conditionMessage(condition), collapse = "\n"), error = function(e) "")
+  if (nzchar(text)) text else class(condition)[[1L]]
+}
+
+runWait <- function(dir, opened, timeout, progress) {
+  timeout <- plain(timeout)
+  between(timeout, "timeout", "a number of seconds", 0, 1e9, infinite = TRUE)
+  if (!isTRUE(progress) && !isFALSE(progress)) badArgument("progress", "must be TRUE or FALSE")
+  status <- runStatus(dir, opened)
+  deadline <- proc.time()[["elapsed"]] + timeout
+  shown <- if (progress && !status$state %in% finalStates && isTRUE(status$total > 0)) {
+    showProgress(function() c(status$done + status$failed, c(status$busy[!is.na(status$busy)], 0)[[1L]]), status$total,
+                 "element")
+  }
+  pause <- 0.05
+  while (!status$state %in% finalStates) {
+    left <- deadline - proc.time()[["elapsed"]]
+    if (left <= 0) break
+    Sys.sleep(min(pause, left))
+    # A short run is seen to end at once, and a long one costs little.
+    pause <- min(pause * 1.2, 1)
+    status <- if (is.null(shown)) runnerState(dir) else runStatus(dir, opened)
+    if (!is.null(shown)) shown()
+  }
+  invisible(runStatus(dir, opened)$state)
+}
+
+runCancel <- function(dir, opened, timeout) {
+  timeout <- plain(timeout)
+  between(timeout, "timeout", "a number of seconds", 0, 1e6, infinite = TRUE)
+  status <- runStatus(dir, opened)
+  if (status$state %in% c("done", "failed", "cancelled")) return(invisible(TRUE))
+  if (status$state == "running" && !isLocked(dir)) {
+    abort(
+      "run_locked", "a call of clusterLapply() computes the run", whereText(status), "; interrupt it there",
+      fields = list(pid = status$pid, host = status$host, dir = dir)
+    )
+  }
+  asked <- dir.exists(runnerFile(dir, "")) && suppressWarnings(file.create(runnerFile(dir, "cancel")))
+  if (status$state == "interrupted") {
+    if (!asked) {
+      abort("run_write_failed", "cannot write ", sQuote(runnerFile(dir, "cancel")), fields = list(dir = dir))
+    }
+    return(invisible(TRUE))
+  }
+  began <- proc.time()[["elapsed"]]
+  signalled <- FALSE
+  repeat {
+    state <- runnerState(dir)
+    if (state$state %in% finalStates && !isLocked(dir)) return(invisible(TRUE))
+    elapsed <- proc.time()[["elapsed"]] - began
+    if (elapsed >= timeout) return(invisible(FALSE))
+    # The runner may be in code that looks at no file, or the disk may be full.
+    if (!signalled && (!asked || elapsed > 5) && identical(state$host, thisHost()) && !is.na(state$pid)) {
+      signalled <- tools::pskill(state$pid, tools::SIGINT)
+    }
+    Sys.sleep(0.05)
+  }
+}
+
+runResume <- function(dir, opened, spec, packages, cluster, wait, has_spec) {
+  wait <- plain(wait)
+  between(wait, ".wait", "a number of seconds", 0, 1e6)
+  if (!file.exists(file.path(dir, "task.rds"))) {
+    abort(
+      "run_failed", sQuote(dir), " does not say how to compute its elements: it was made by ",
+      "clusterLapply(.store = ); call that again, with the same X and FUN, to continue",
+      fields = list(dir = dir)
+    )
+  }
+  status <- runStatus(dir, opened)
+  if (!status$state %in% finalStates) return(FALSE)
+  if (status$state == "done" && (!status$failed || !retriesErrors(dir))) return(FALSE)
+  settings <- tryCatch(readRDS(runnerFile(dir, "settings.rds")), error = function(e) NULL, warning = function(w) NULL)
+  # A crash of the machine at the start of the run has left none.
+  if (is.null(settings)) settings <- runnerSettings(NULL, NULL, list())
+  if (has_spec) settings["spec"] <- list(spec)
+  checked <- runnerSettings(spec, packages, if (is.null(cluster)) list() else cluster)
+  if (!is.null(packages)) settings$packages <- checked$packages
+  if (!is.null(cluster)) settings$cluster <- checked$cluster
+  awaitUnlocked(dir)
+  # Another session may have started a runner in the meantime.
+  if (!startRunner(dir, settings, status$total)) return(FALSE)
+  awaitRunner(newRun(dir), wait)
+  TRUE
+}
+
+# Returns whether elements that have failed are computed again by a resumed run.
+retriesErrors <- function(dir) !isFALSE(readRDS(file.path(dir, "task.rds"))$options$.retry_errors)
+
+# Waits for a runner that has said its last word to end.
+awaitUnlocked <- function(dir) {
+  deadline <- proc.time()[["elapsed"]] + 30
+  while (isLocked(dir) && readState(dir)$state %in% finalStates && proc.time()[["elapsed"]] < deadline) Sys.sleep(0.02)
+}
+
+runTimeline <- function(dir) {
+  timeline <- readTimeline(dir)
+  if (is.null(timeline)) {
+    abort("run_incomplete", "the run in ", sQuote(dir), " has no timeline yet: its runner saves one after some seconds",
+          fields = list(dir = dir, state = runnerState(dir)$state, missing = NA_real_))
+  }
+  # For the label of the time axis.
+  attr(timeline, "since") <- "the run was started"
+  timeline
+}
+
+# Returns the last lines of the log.
+runLog <- function(dir, n) {
+  n <- plain(n)
+  between(n, "n", "a number of lines", 0, Inf)
+  file <- file.path(dir, "log")
+  if (!file.exists(file)) return(character())
+  size <- file.size(file)
+  connection <- file(file, "rb")
+  on.exit(close(connection))
+  # A log may be long, and its end is what is needed.
+  from <- if (is.finite(n)) max(0, size - 500 * n - 1000) else 0
+  seek(connection, from)
+  lines <- readLines(connection, warn = FALSE, skipNul = TRUE)
+  if (from > 0) lines <- lines[-1L]
+  printable(utils::tail(lines, if (is.finite(n)) n else length(lines)))
+}
+
+# Printing -------------------------------------------------------------------------------------
+
+#' @rdname openRun
+#' @param x A run.
+#' @param ... Not used. For `plot()`: further arguments of the plot of [clusterTimeline()].
+#' @export
+print.rustcluster_run <- function(x, ...) {
+  cat(format(x, ...), sep = "\n")
+  invisible(x)
+}
+
+#' @export
+format.rustcluster_run <- function(x, ...) {
+  if (!isRun(x$dir)) return(paste0("<run ", x$dir, ": not there>"))
+  status <- tryCatch(x$status(), rustcluster_error = identity)
+  if (inherits(status, "condition")) return(c(paste0("<run ", x$dir, ">"), conditionMessage(status)))
+  printable(c(
+    paste0("<run ", x$dir, ": ", status$state, runStateText(status), ">"), elementsText(status), workText(status),
+    endText(x, status)
+  ))
+}
+
+# Returns where and since when a run is in its state.
+runPlace <- function(status) {
+  if (is.na(status$host)) return("")
+  paste0(" on ", status$host, if (!is.na(status$pid)) paste0(" (pid ", status$pid, ")"))
+}
+
+runStateText <- function(status) {
+  time <- function(time) format(time, "%Y-%m-%d %H:%M:%S")
+  if (!status$state %in% finalStates) {
+    return(paste0(runPlace(status), if (!is.na(status$started)) paste0(" since ", time(status$started))))
+  }
+  if (!is.na(status$ended)) paste0(" at ", time(status$ended))
+}
+
+elementsText <- function(status) {
+  if (is.na(status$total)) return(NULL)
+  paste0(
+    formatCount(status$done), " of ", counted(status$total, "element"), " done",
+    if (status$total > 0) sprintf(" (%.0f %%)", floor(100 * status$done / status$total)),
+    if (status$failed) paste0(", ", formatCount(status$failed), " failed: see errors()"),
+    if (status$attempt > 1L) paste0("; runner ", status$attempt)
+  )
+}
+
+workText <- function(status) {
+  if (status$state != "running") return(NULL)
+  left <- status$total - status$done - status$failed
+  text <- c(
+    if (!is.na(status$busy)) paste0(status$busy, " of ", counted(status$workers, "worker"), " busy"),
+    if (!is.na(status$rate)) {
+      c(paste(format(signif(status$rate, 3)), "elements a second"),
+        if (left > 0) paste("about", formatSeconds(left / status$rate), "left"))
+    }
+  )
+  if (length(text)) paste(text, collapse = "; ")
+}
+
+# Returns what to know and to do about a run that has not ended well.
+endText <- function(run, status) {
+  log <- function() sub("^\n", "", tailText("end of its log", paste(run$log(10L), collapse = "\n")))
+  switch(status$state,
+    failed = c(paste("error:", status$message), log(), "resume() continues the run"),
+    cancelled = "resume() continues the run",
+    interrupted = if (status$attempt) c(
+      paste0(
+        "the runner", runPlace(status), " was killed, or its machine was restarted, after ",
+        format(status$updated, "%Y-%m-%d %H:%M:%S")
+      ),
+      "resume() continues the run"
+    ) else "call clusterLapply(.store = ) again, with the same X and FUN, to continue the run"
+  )
+}
+
+#' @rdname openRun
+#' @export
+plot.rustcluster_run <- function(x, ...) {
+  plot(x$timeline(), ...)
+  invisible(x)
+}
+
+# Promises -------------------------------------------------------------------------------------
+
+#' @rdname promises
+#' @exportS3Method promises::as.promise
+as.promise.rustcluster_run <- function(x) {
+  promiseOf(function(ended) {
+    pause <- 0.1
+    look <- function() {
+      state <- tryCatch(x$status()$state, error = identity)
+      if (inherits(state, "error")) return(ended("failed", state))
+      if (!state %in% finalStates) {
+        # The runner is another process, maybe on another machine, and cannot wake this session.
+        pause <<- min(pause * 1.5, 2)
+        return(later::later(look, pause))
+      }
+      result <- tryCatch(x$results(), error = identity)
+      ended(if (inherits(result, "error")) "failed" else "done", result)
+    }
+    look()
+  })
+}
+
+#' @rdname promises
+#' @exportS3Method promises::is.promising
+is.promising.rustcluster_run <- function(x) TRUE

@@ -1,0 +1,177 @@
+# The runner: the detached process that computes a run. It is the head of a cluster of its own.
+
+# The runner of this process. `tick`: the function that raiseInterrupt() calls while R waits; NULL in other processes.
+runner <- new.env(parent = emptyenv())
+runner$tick <- NULL
+
+# The main function. startExpression() calls it, with the directory of the run as the argument of the script.
+runnerMain <- function() {
+  dir <- commandArgs(trailingOnly = TRUE)[[1L]]
+  problem <- detached_keep_lock()
+  if (!is.null(problem)) stop(problem)
+  Sys.unsetenv(c("RUSTCLUSTER_RUN_LOCK", "RUSTCLUSTER_LIB"))
+  options(warn = 1L, rustcluster.progress = FALSE)
+  runner$dir <- dir
+  runner$state <- readState(dir)
+  runner$cancelled <- FALSE
+  updateState(pid = Sys.getpid(), started = Sys.time())
+  say("runner started: process ", Sys.getpid(), " on ", thisHost(), ", ", R.version.string, ", rustcluster ",
+      packageVersionText())
+  end <- tryCatch(
+    computeRun(dir),
+    interrupt = function(i) list(state = "cancelled"),
+    error = function(e) {
+      saveError(e, dir)
+      list(state = "failed", message = conditionMessage(e))
+    }
+  )
+  runner$tick <- NULL
+  say(end$state, if (!is.null(end$message)) ": ", end$message)
+  updateState(state = end$state, message = end$message, ended = Sys.time(), busy = 0L)
+  quit(save = "no", status = as.integer(end$state != "done"), runLast = FALSE)
+}
+
+# Writes a line into the log.
+say <- function(...) {
+  cat(format(Sys.time(), "%Y-%m-%d %H:%M:%S "), printable(paste0(...)), "\n", sep = "", file = stderr())
+}
+
+# Computes what is missing of the run. Returns the final state and its message.
+computeRun <- function(dir) {
+  settings <- readRDS(runnerFile(dir, "settings.rds"))
+  task <- readRDS(file.path(dir, "task.rds"))
+  options(settings$options)
+  options(rustcluster.progress = FALSE)
+  list2env(task$export, globalenv())
+  startTicking()
+  arguments <- list(packages = settings$packages, progress = FALSE)
+  arguments[names(settings$cluster)] <- settings$cluster
+  spec <- if (is.null(settings$spec)) usableCores() else settings$spec
+  cl <- do.call(makeRustCluster, c(list(spec), arguments), quote = TRUE)
+  on.exit({
+    # The tasks of a run that is cancelled are cancelled by this.
+    runner$tick <- NULL
+    tryCatch(saveTimeline(), error = function(e) say("the timeline could not be saved: ", conditionMessage(e)))
+    runner$cluster <- NULL
+    parallel::stopCluster(cl)
+  })
+  runner$cluster <- cl
+  runner$timeline <- readTimeline(dir)
+  say("cluster of ", counted(length(cl), "worker"))
+  if (length(task$export)) parallel::clusterExport(cl, names(task$export), globalenv())
+  counts <- runCounts(newRun(dir))
+  before <- counts[["done"]] + if (task$options$.retry_errors) 0 else counts[["failed"]]
+  say("computing ", counted(length(task$X) - before, "element"), if (before) paste0(", ", before, " are there already"))
+  updateState(state = "running", workers = length(cl), before = before, began = Sys.time())
+  options <- task$options
+  compute <- function(...) {
+    clusterLapply(
+      cl = cl, X = task$X, FUN = task$fun, ..., .progress = FALSE, .seed = options$.seed, .timeout = options$.timeout,
+      .retries = options$.retries, .order = options$.order, .errors = "return", .store = dir, .collect = FALSE,
+      .reuse = options$.reuse, .retry_errors = options$.retry_errors, .sync = options$.sync, .save = options$.save,
+      .save_dir = options$.save_dir
+    )
+  }
+  do.call(compute, task$arguments, quote = TRUE)
+  counts <- runCounts(newRun(dir))
+  list(
+    state = "done",
+    message = if (counts[["failed"]]) paste0(counted(counts[["failed"]], "element"), " failed; see errors()")
+  )
+}
+
+# Changes fields of the state and saves it. A disk that is full must not end the run: its results say more.
+updateState <- function(...) {
+  changes <- list(...)
+  for (name in names(changes)) runner$state[[name]] <- changes[[name]]
+  runner$state$updated <- Sys.time()
+  new <- runnerFile(runner$dir, "state.new")
+  tryCatch(
+    {
+      # Not durable: after a crash of the machine there is no runner.
+      saveRDS(runner$state, new, compress = FALSE)
+      file.rename(new, runnerFile(runner$dir, "state.rds"))
+    },
+    error = function(e) say("the state could not be saved: ", conditionMessage(e)),
+    warning = function(w) say("the state could not be saved: ", conditionMessage(w))
+  )
+  invisible()
+}
+
+# Saves the error without what may be large, such as the results of other elements.
+saveError <- function(error, dir) {
+  error[c("results", "failures", "trace")] <- NULL
+  tryCatch(saveRDS(error, runnerFile(dir, "error.rds")), error = function(e) {
+    say("the error could not be saved: ", conditionMessage(e))
+  })
+}
+
+# Makes raiseInterrupt() call runnerTick().
+startTicking <- function() {
+  now <- proc.time()[["elapsed"]]
+  runner$began <- now
+  runner$stateDue <- runner$timelineDue <- now + 1
+  runner$cancelDue <- now
+  runner$tick <- runnerTick
+}
+
+# Called whenever R has waited for a moment: sees whether the run is to be cancelled, and says how it goes.
+runnerTick <- function() {
+  now <- proc.time()[["elapsed"]]
+  if (now < runner$cancelDue) return(invisible())
+  runner$cancelDue <- now + 0.2
+  if (file.exists(runnerFile(runner$dir, "cancel"))) {
+    runner$tick <- NULL
+    # As Ctrl-C in a session: the cluster cancels its tasks.
+    signalCondition(structure(class = c("interrupt", "condition"), list(message = "cancelled", call = NULL)))
+  }
+  cl <- runner$cluster
+  if (is.null(cl)) return(invisible())
+  # The state and the timeline cost a file each. They are saved more rarely the longer the run takes.
+  age <- now - runner$began
+  tick <- runner$tick
+  runner$tick <- NULL
+  on.exit(runner$tick <- tick)
+  if (now >= runner$stateDue) {
+    runner$stateDue <- now + min(30, max(1, age / 50))
+    states <- clusterStatus(cl, memory = FALSE)$state
+    updateState(busy = sum(states == "busy"), workers = sum(states %in% c("busy", "idle")))
+  }
+  if (now >= runner$timelineDue) {
+    runner$timelineDue <- now + min(300, max(2, age / 20))
+    tryCatch(saveTimeline(), error = function(e) say("the timeline could not be saved: ", conditionMessage(e)))
+  }
+}
+
+# Saves the timeline of this runner after those of earlier ones.
+saveTimeline <- function() {
+  timeline <- joinTimelines(runner$timeline, clusterTimeline(runner$cluster))
+  new <- runnerFile(runner$dir, "timeline.new")
+  saveRDS(timeline, new)
+  file.rename(new, runnerFile(runner$dir, "timeline.rds"))
+}
+
+readTimeline <- function(dir) {
+  file <- runnerFile(dir, "timeline.rds")
+  # A crash of the machine may have left an incomplete file.
+  if (file.exists(file)) tryCatch(readRDS(file), error = function(e) NULL)
+}
+
+# Returns one timeline of two clusters of the same run, of which the second was made later. Its seconds count from the
+# start of the first. Workers with the same host and rank share a line.
+joinTimelines <- function(first, second) {
+  if (is.null(first)) return(second)
+  later <- as.numeric(difftime(attr(second, "origin"), attr(first, "origin"), units = "secs"))
+  moved <- as.data.frame(second)
+  moved$start <- moved$start + later
+  moved$end <- moved$end + later
+  intervals <- rbind(as.data.frame(first), moved)
+  workers <- unique(rbind(attr(first, "workers"), attr(second, "workers")))
+  key <- match(paste(intervals$host, intervals$rank), paste(workers$host, workers$rank))
+  intervals <- intervals[order(key, intervals$start), ]
+  rownames(intervals) <- rownames(workers) <- NULL
+  structure(
+    intervals, class = c("rustcluster_timeline", "data.frame"), origin = attr(first, "origin"),
+    now = attr(second, "now") + later, workers = workers
+  )
+}

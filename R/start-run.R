@@ -1,0 +1,342 @@
+# startRun(): saves a run in its directory and starts its runner, a detached process. The process itself: runner.R. What
+# others see of the run: run.R.
+#
+# The files of a run, beside those of the store:
+#   task.rds             X, FUN and its arguments, exports, and the arguments of clusterLapply()
+#   log                  the output of all runners
+#   runner/settings.rds  how to start a runner: spec, packages, libraries, working directory
+#   runner/lock          locked by the runner while it lives
+#   runner/state.rds     what the runner last said of itself
+#   runner/cancel        asks the runner to end
+#   runner/error.rds     the error with which the last runner ended
+#   runner/timeline.rds  when the workers of all runners were busy
+
+#' Start a run in the background that outlives this session
+#'
+#' A run applies a function to each element of a list, as [clusterLapply()] with `.store`, in a process of its own. The
+#' process, the runner, makes its own cluster. It goes on when this session ends in whatever way, when a terminal is
+#' closed, or when RStudio Server suspends the session. Results are in the directory as soon as they are computed. If
+#' the runner or its machine dies, `resume()` computes what is missing.
+#'
+#' A script with `startRun()` can simply be run again. The call returns at once if the run is being computed or is done,
+#' and continues it otherwise. A call with another `X` or `FUN` is an error.
+#'
+#' @param dir (character) The directory of the run. It is created if it is missing, readable by the user alone.
+#' @param X,FUN,... As in [clusterLapply()].
+#' @param spec The workers, as in [makeRustCluster()]: a number, hosts, or launchers such as [slurm()]. Default: the
+#'   usable cores of the machine of the runner.
+#' @param packages (character) Packages to attach in all workers.
+#' @param export (character) Names of variables to export to the workers, as by [parallel::clusterExport()]. They are
+#'   looked up where `startRun()` is called, and saved with the run.
+#' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`.
+#' @param .seed,.timeout,.retries,.order,.sync,.save,.save_dir As in [clusterLapply()]. `.seed = TRUE` draws the seed
+#'   now: a resumed run has the same random numbers.
+#' @param .reuse As in [clusterLapply()]: with `"same"`, `X` of a run that continues may have other elements.
+#' @param .retry_errors (logical) Whether elements whose last result is an error are computed again when the run is
+#'   resumed.
+#' @param .wait (number) Seconds to wait for the runner to begin to compute, at most. If the runner fails in this time,
+#'   its error is raised here. Later errors are in the status of the run.
+#' @return The run, as [openRun()] returns it.
+#'
+#' @section The runner:
+#' The runner starts in the working directory of this session and with its library paths, its environment variables and
+#' its options `mc.cores` and `rustcluster.*`. It has no terminal and ignores SIGHUP. Its output is in the file `log` of
+#' the directory. Workers find in their global environment what `export` names, and nothing else of this session.
+#'
+#' A machine may end the processes of a user when the user logs out (systemd, with `KillUserProcesses=yes`): `loginctl
+#' enable-linger` keeps them. A restart of the machine ends them in any case. The line
+#' `@@reboot Rscript -e 'rustcluster::runs()' resume DIR` in the crontab continues the run ([runs()]).
+#'
+#' @section Errors:
+#' `rustcluster_run_differs`: the directory holds the run of another call; field `differs`. A run of which nothing has
+#' been computed is replaced. `rustcluster_run_locked`: such a run is being computed. `rustcluster_run_failed`: the
+#' runner could not be started, or has failed while `startRun()` waited; field `parent` is its error, if it is known.
+#' `rustcluster_bad_argument`.
+#' @seealso [openRun()], [listRuns()], [runs()]
+#' @examples
+#' dir <- tempfile("sweep")
+#' scale <- 10
+#' run <- startRun(dir, 1:20, function(i) scale * sqrt(i), spec = 2, export = "scale")
+#' run$wait()
+#' run
+#' head(unlist(as.list(run$results())))
+#' unlink(dir, recursive = TRUE)
+#' @export
+startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NULL, cluster = list(),
+                     .seed = FALSE, .timeout = Inf, .retries = NULL, .order = NULL, .reuse = c("all", "same"),
+                     .retry_errors = TRUE, .sync = 0.1, .save = c("head", "hosts"), .save_dir = NULL, .wait = 10) {
+  FUN <- theFunction(FUN)
+  if (missing(X)) badArgument("X", "is missing")
+  refuseUnknown(startRun, "startRun", ...names(), args(FUN))
+  if (!is.vector(X) || is.object(X) || !isPlain(X)) X <- as.list(X)
+  plainly <- c(".seed", ".timeout", ".retries", ".order", ".reuse", ".retry_errors", ".sync", ".save", ".wait")
+  for (name in plainly) assign(name, plain(get(name)))
+  if (!isTRUE(.retry_errors) && !isFALSE(.retry_errors)) badArgument(".retry_errors", "must be TRUE or FALSE")
+  .reuse <- tryCatch(match.arg(.reuse), error = function(e) badArgument(".reuse", "must be \"all\" or \"same\""))
+  .save <- tryCatch(match.arg(.save), error = function(e) badArgument(".save", "must be \"head\" or \"hosts\""))
+  between(.timeout, ".timeout", "a number of seconds", 0.001, 1e9, infinite = TRUE)
+  between(.wait, ".wait", "a number of seconds", 0, 1e6)
+  .seed <- checkSeed(.seed)
+  settings <- runnerSettings(spec, packages, cluster)
+  export <- variablesToExport(export, parent.frame())
+  code <- codeHashes(FUN, export)
+  dir <- runDirectory(dir)
+  run <- newRun(dir)
+  if (isRun(dir)) {
+    status <- runStatus(dir, new.env())
+    computing <- !status$state %in% finalStates
+    if (isTRUE(status$done + status$failed > 0) || (hasStore(dir) && (computing || savesOnHosts(dir)))) {
+      grows <- compareWithRun(dir, X, code, list(...), .seed, .reuse)
+      if (computing && grows) runLocked(dir)
+      if (computing || (status$state == "done" && !grows && !(status$failed && .retry_errors))) return(run)
+      .seed <- readRunInfo(dir)$seed
+    } else {
+      if (computing) runLocked(dir)
+      removeRun(dir)
+    }
+  }
+  makeRunDirectory(dir)
+  seed <- drawnSeed(.seed)
+  task <- list(
+    format = 1L, X = X, fun = FUN, arguments = list(...), export = export, code = code,
+    options = list(
+      .seed = if (is.null(seed)) FALSE else seed, .timeout = .timeout, .retries = .retries, .order = .order,
+      .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
+    )
+  )
+  if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
+  noteRun(dir)
+  awaitRunner(run, .wait)
+  run
+}
+
+# Refuses a call that differs from that of the run. Returns whether its elements differ, as `.reuse = "same"` allows.
+# `code`: what codeHashes() returns for the call.
+compareWithRun <- function(dir, X, code, arguments, seed, reuse) {
+  store <- openStore(dir)
+  before <- pickHashes(storedHashes(store), if (is.null(store$info$ids)) seq_len(store$info$n) else store$info$ids)
+  hashes <- elementHashes(X)
+  task <- file.path(dir, "task.rds")
+  # The variables of the runner are not those of this session: compare with the session that has started the run.
+  if (file.exists(task)) store$info$functions <- readRDS(task)$code
+  now <- list(
+    # Without differences in elements and names, compareRun() changes nothing.
+    hashes = if (reuse == "all") hashes else before, names = store$info$names, functions = code,
+    arguments = argumentHashes(arguments), seed = seed
+  )
+  compareRun(store, now, X, "all")
+  !identical(before, hashes)
+}
+
+hasStore <- function(dir) file.exists(file.path(dir, "run.rds"))
+
+# Returns whether hosts may have results of a run that the store does not have yet.
+savesOnHosts <- function(dir) {
+  task <- file.path(dir, "task.rds")
+  !file.exists(task) || identical(readRDS(task)$options$.save, "hosts")
+}
+
+# Returns the hashes of the parts of a function and of the exported variables. Other global variables do not exist in
+# the workers.
+codeHashes <- function(FUN, export) {
+  hashes <- functionHashes(FUN)
+  globals <- sprintf("`%s`, which `FUN` uses", ls(globalenv(), all.names = TRUE))
+  c(
+    hashes[!names(hashes) %in% globals],
+    stats::setNames(vapply(export, hashOf, "", USE.NAMES = FALSE), sprintf("the exported `%s`", names(export)))
+  )
+}
+
+# Returns the absolute path of the directory of a run.
+runDirectory <- function(dir) {
+  dir <- plain(dir)
+  if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
+    badArgument("dir", "must be the path of a directory")
+  }
+  path <- path.expand(dir)
+  if (file.exists(path)) return(normalizePath(path))
+  # The directory of a new run does not exist yet.
+  parent <- dirname(path)
+  if (!dir.exists(parent)) badArgument("dir", "cannot be created, because ", sQuote(parent), " does not exist")
+  file.path(normalizePath(parent), basename(path))
+}
+
+# Returns the variables by name.
+variablesToExport <- function(export, envir) {
+  export <- plain(export)
+  if (!length(export)) return(list())
+  if (!is.character(export) || !all(isText(export)) || !all(nzchar(export))) {
+    badArgument("export", "must be a character vector of names of variables")
+  }
+  missing <- export[!vapply(export, exists, NA, envir = envir)]
+  if (length(missing)) badArgument("export", "names a variable that does not exist: ", sQuote(missing[[1L]]))
+  mget(export, envir, inherits = TRUE)
+}
+
+# Returns how to start the runner from any session. `spec`: NULL for the usable cores of the machine of the runner.
+runnerSettings <- function(spec, packages, cluster) {
+  if (!is.list(cluster) || is.object(cluster) || (length(cluster) && !all(nzchar(names2(cluster))))) {
+    badArgument("cluster", "must be a list of arguments of makeRustCluster(), by name")
+  }
+  given <- intersect(names(cluster), c("spec", "packages"))
+  if (length(given)) badArgument("cluster", "contains `", given[[1L]], "`, which is an argument of its own")
+  # Argument `names` of makePSOCKcluster() is another name for `spec`. The runner prints no hosts.
+  known <- setdiff(c(names(formals(makeRustCluster)), meaningful), "...")
+  unknown <- setdiff(names(cluster), c(known, meaningless, names(renamedArguments)))
+  if (length(unknown)) {
+    hint <- didYouMean(unknown[[1L]], known)
+    badArgument("cluster", "contains `", unknown[[1L]], "`, which is no argument of makeRustCluster()", hint)
+  }
+  packages <- plain(packages)
+  if (!is.null(packages) && !(is.character(packages) && all(isText(packages)) && all(nzchar(packages)))) {
+    badArgument("packages", "must be a character vector of package names")
+  }
+  own <- grep("^(rustcluster[.]|mc[.]cores$)", names(options()), value = TRUE)
+  list(
+    spec = spec, packages = packages, cluster = cluster, directory = getwd(), libraries = .libPaths(),
+    options = options()[own]
+  )
+}
+
+names2 <- function(x) if (is.null(names(x))) rep("", length(x)) else names(x)
+
+# Removes the files of a run of which nothing has been computed. The lock of the runner stays.
+removeRun <- function(dir) {
+  unlink(file.path(dir, c("run.rds", "elements.rds", "results", "task.rds", "log", "lock", "probe")), recursive = TRUE)
+  unlink(setdiff(list.files(runnerFile(dir, ""), full.names = TRUE), runnerFile(dir, "lock")))
+}
+
+# Creates the directory of a run, if it does not exist.
+makeRunDirectory <- function(dir) {
+  if (file.exists(dir) && !dir.exists(dir)) badArgument("dir", "is a file, and must be a directory")
+  others <- setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), ownFiles)
+  if (!isRun(dir) && length(others)) {
+    badArgument("dir", "is a directory with other files than those of a run: ", sQuote(dir))
+  }
+  # The files may contain secrets, such as `rscript_envs` of `cluster`.
+  dir.create(dir, showWarnings = FALSE, mode = "0700")
+  dir.create(file.path(dir, "runner"), showWarnings = FALSE, mode = "0700")
+  if (!dir.exists(file.path(dir, "runner")) || file.access(file.path(dir, "runner"), 2L) != 0L) {
+    badArgument("dir", "cannot be written: ", sQuote(dir))
+  }
+}
+
+# Returns whether a directory holds a run.
+isRun <- function(dir) any(file.exists(file.path(dir, c("run.rds", "task.rds"))))
+
+runnerFile <- function(dir, name) file.path(dir, "runner", name)
+
+# Returns whether a runner lives, on any machine that sees the directory.
+isLocked <- function(dir) {
+  locked <- detached_is_locked(runnerFile(dir, "lock"))
+  if (is.character(locked)) {
+    abort("run_failed", "the lock of the runner of ", sQuote(dir), " cannot be read: ", locked,
+          fields = list(dir = dir))
+  }
+  locked
+}
+
+runLocked <- function(dir) {
+  state <- runnerState(dir)
+  abort(
+    "run_locked", sQuote(dir), " is being computed", whereText(state), "; see openRun(dir)",
+    fields = list(pid = state$pid, host = state$host, dir = dir)
+  )
+}
+
+# Returns where a runner runs, as part of a message.
+whereText <- function(state) {
+  if (is.null(state$pid) || is.na(state$pid)) return("")
+  paste0(" by process ", state$pid, " on ", state$host)
+}
+
+# Saves a value durably in a new file, which the user alone can read. Returns its path.
+saveNew <- function(value, path) {
+  new <- paste0(path, ".", Sys.getpid(), ".new")
+  mask <- Sys.umask("077")
+  on.exit(Sys.umask(mask))
+  problem <- tryCatch(
+    {
+      # The data is read about as often as it is written.
+      saveRDS(value, new, compress = FALSE)
+      file_sync(new)
+    },
+    error = conditionMessage, warning = conditionMessage
+  )
+  if (is.null(problem)) return(new)
+  unlink(new)
+  abort("run_write_failed", "cannot write ", sQuote(path), ": ", problem, fields = list(dir = dirname(path)))
+}
+
+# Starts a runner. Returns FALSE if there is one already. `n`: the number of elements. `task`: that of a new run.
+startRunner <- function(dir, settings, n, task = NULL) {
+  unlink(runnerFile(dir, c("cancel", "error.rds")))
+  directory <- settings$directory
+  if (!dir.exists(directory)) directory <- dir
+  before <- readState(dir)
+  state <- list(
+    state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
+    ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
+    attempt = if (is.null(before)) 1L else before$attempt + 1L
+  )
+  new <- character()
+  on.exit(unlink(new))
+  # The process renames these when it has the lock: of two sessions that start a runner, only one changes anything.
+  if (!is.null(task)) new <- c(new, saveNew(task, file.path(dir, "task.rds")))
+  new <- c(new, saveNew(settings, runnerFile(dir, "settings.rds")))
+  new <- c(new, saveNew(state, runnerFile(dir, "state.rds")))
+  env <- c(
+    RUSTCLUSTER_LIB = dirname(getNamespaceInfo("rustcluster", "path")),
+    R_LIBS = paste(settings$libraries, collapse = ":"),
+    # Code may take the runner for a session of RStudio, or for the session of a package's tests.
+    RSTUDIO = NA, R_TESTS = NA, R_SESSION_TMPDIR = NA
+  )
+  pid <- detached_start(
+    c(file.path(R.home("bin"), "Rscript"), "-e", startExpression("runnerMain"), dir), env, directory,
+    runnerFile(dir, "lock"), file.path(dir, "log"), new, sub("[.][0-9]+[.]new$", "", new)
+  )
+  if (is.character(pid)) {
+    abort("run_failed", "the runner of ", sQuote(dir), " could not be started: ", pid, fields = list(dir = dir))
+  }
+  if (is.null(pid)) return(FALSE)
+  for (directory in c(dir, runnerFile(dir, ""))) file_sync(directory)
+  TRUE
+}
+
+thisHost <- function() Sys.info()[["nodename"]]
+
+# Waits until the runner has begun to compute, at most `seconds`. If it fails in this time, raises its error.
+awaitRunner <- function(run, seconds) {
+  deadline <- proc.time()[["elapsed"]] + seconds
+  repeat {
+    status <- runnerState(run$dir)
+    if (status$state != "starting" || proc.time()[["elapsed"]] >= deadline) break
+    Sys.sleep(0.02)
+  }
+  if (status$state == "failed") {
+    error <- tryCatch(readRDS(runnerFile(run$dir, "error.rds")), error = function(e) NULL, warning = function(w) NULL)
+    abort(
+      "run_failed", "the runner of ", sQuote(run$dir), " failed: ", status$message,
+      fields = list(dir = run$dir, parent = error)
+    )
+  }
+  if (status$state == "interrupted") {
+    abort(
+      "run_failed", "the runner of ", sQuote(run$dir), " ended before it began to compute",
+      tailText("end of its log", paste(runLog(run$dir, 20L), collapse = "\n")), fields = list(dir = run$dir)
+    )
+  }
+}
+
+# Returns what a runner last said of itself, or NULL if there never was one.
+readState <- function(dir) {
+  file <- runnerFile(dir, "state.rds")
+  if (!file.exists(file)) return(NULL)
+  tryCatch(readRDS(file), error = function(e) {
+    # A crash of the machine may have left an incomplete file.
+    list(
+      state = "running", pid = NA_integer_, host = NA_character_, started = file.mtime(file),
+      updated = file.mtime(file), n = NA_real_, before = 0, workers = NA_integer_, busy = NA_integer_, attempt = 1L
+    )
+  })
+}

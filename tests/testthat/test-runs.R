@@ -1,0 +1,503 @@
+# Runs: a detached process computes them. What happens when the runner, its session, or both are killed.
+
+watch_processes()
+skip_unless_proc()
+
+lists <- tempfile("lists-")
+Sys.setenv(R_USER_DATA_DIR = lists)
+
+# Returns the directory of a run. When the test ends, its runner is killed, if it is still there.
+local_run_dir <- function(.frame = parent.frame()) {
+  dir <- tempfile("run-")
+  do.call("on.exit", list(bquote(.(end_run)(.(dir))), add = TRUE, after = FALSE), envir = .frame)
+  dir
+}
+
+end_run <- function(dir) {
+  pid <- tryCatch(openRun(dir)$status()$pid, error = function(e) NA)
+  if (!is.na(pid) && alive(pid) && any(grepl(dir, process_command(pid), fixed = TRUE))) {
+    pids <- c(pid, descendants(pid))
+    for (p in pids) tools::pskill(p, tools::SIGKILL)
+    expect_gone(pids)
+  }
+  unlink(dir, recursive = TRUE)
+}
+
+# A function whose elements leave a line in `said` when they begin and wait for `gate` from element `n` on. A batch is
+# answered as a whole; with a time limit, elements are sent one by one.
+gated <- function(gate, said, n) {
+  function(i) {
+    cat(i, Sys.getpid(), "\n", file = said, append = TRUE)
+    if (i >= n) while (!file.exists(gate)) Sys.sleep(0.02)
+    i^2
+  }
+}
+
+# The elements that have begun, in order.
+begun <- function(said) if (file.exists(said)) utils::read.table(said)[[1L]] else integer()
+
+processes_of <- function(run) {
+  pid <- run$status()$pid
+  c(pid, descendants(pid))
+}
+
+expect_state <- function(run, state, within = 30) {
+  expect_true(wait_until(function() run$status()$state == state, within))
+  expect_identical(run$status()$state, state)
+}
+
+test_that("a run returns what lapply() returns", {
+  dir <- local_run_dir()
+  scale <- 10
+  X <- stats::setNames(as.list(1:30), paste0("e", 1:30))
+  fun <- function(x, offset) x * scale + offset
+  # The function of a script: it finds in the workers what has been exported.
+  environment(fun) <- globalenv()
+  run <- startRun(dir, X, fun, offset = 0.5, spec = 2, export = "scale")
+  expect_s3_class(run, "rustcluster_run")
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(X, function(x) x * scale + 0.5))
+  expect_identical(run$results()[["e3"]], 30.5)
+  status <- run$status()
+  expect_identical(c(status$done, status$failed, status$total), c(30L, 0L, 30L))
+  expect_identical(c(status$workers, status$busy, status$attempt), c(2L, 0L, 1L))
+  expect_s3_class(status$ended, "POSIXct")
+  expect_gone(status$pid)
+  expect_match(format(run)[[1L]], "done at")
+  expect_match(format(run)[[2L]], "30 of 30 elements done (100 %)", fixed = TRUE)
+  expect_identical(nrow(run$errors()), 0L)
+  expect_match(tail(run$log(), 1L), "done")
+  # There is nothing to resume or to cancel.
+  expect_false(run$resume())
+  expect_true(run$cancel())
+  expect_identical(run$status()$state, "done")
+})
+
+test_that("packages are attached, and random numbers are those of clusterLapply()", {
+  dir <- local_run_dir()
+  run <- startRun(dir, 1:6, function(i) c(rnorm(1), "package:tools" %in% search()), spec = 2, packages = "tools",
+                  .seed = 7, cluster = list(threads = 2))
+  run$wait(60)
+  cl <- local_cluster(2)
+  expect_identical(as.list(run$results()), clusterLapply(cl, 1:6, function(i) c(rnorm(1), 1), .seed = 7))
+})
+
+test_that("a runner is detached, and outlives the end and the death of its session", {
+  for (end in c("q", "kill")) {
+    dir <- local_run_dir()
+    gate <- tempfile("gate-")
+    said <- tempfile("said-")
+    child <- start_child({
+      run <- startRun(run_dir, 1:8, gated(gate, said, 3), spec = 2, .timeout = 1e5)
+      say("started", run$status()$pid)
+      if (end == "q") q()
+      Sys.sleep(600)
+    }, values = list(run_dir = dir, gate = gate, said = said, end = end, gated = gated))
+    pid <- as.integer(child_wait_for(child, "started"))
+    expect_false(pid %in% descendants(child$pid))
+    if (end == "kill") child_signal(child, tools::SIGKILL)
+    child_wait_end(child)
+    run <- openRun(dir)
+    # It leads a session of its own without a terminal, and ignores the end of one.
+    expect_identical(c(proc_group(pid), proc_session(pid)), c(pid, pid))
+    expect_identical(proc_stat(pid)[[5L]], "0")
+    tools::pskill(pid, tools::SIGHUP)
+    expect_true(wait_until(function() run$status()$done == 2L))
+    expect_identical(run$status()$state, "running")
+    expect_identical(run$status()$pid, pid)
+    pids <- processes_of(run)
+    expect_gt(length(pids), 3L)
+    file.create(gate)
+    expect_identical(run$wait(60), "done")
+    expect_identical(as.list(run$results()), lapply(1:8, function(i) i^2))
+    expect_gone(pids)
+    expect_identical(sort(begun(said)), 1:8)
+    unlink(c(gate, said))
+  }
+})
+
+test_that("a killed runner is seen at once, leaves nothing, and the run resumes where it was", {
+  for (group in c(FALSE, TRUE)) {
+    dir <- local_run_dir()
+    gate <- tempfile("gate-")
+    said <- tempfile("said-")
+    run <- startRun(dir, 1:12, gated(gate, said, 7), spec = 2, .timeout = 1e5)
+    expect_true(wait_until(function() run$status()$done == 6L && length(begun(said)) == 8L))
+    pids <- processes_of(run)
+    if (group) {
+      system2("bash", c("-c", shQuote(paste0("kill -9 -- -", pids[[1L]]))))
+    } else {
+      tools::pskill(pids[[1L]], tools::SIGKILL)
+    }
+    expect_state(run, "interrupted")
+    expect_gone(pids)
+    expect_match(paste(format(run), collapse = "\n"), "was killed")
+    incomplete <- caught(run$results())
+    expect_s3_class(incomplete, "rustcluster_run_incomplete")
+    expect_identical(incomplete$missing, 6L)
+    expect_identical(run$results(partial = TRUE)[1:7], c(lapply(1:6, function(i) i^2), list(NULL)))
+    file.create(gate)
+    expect_true(run$resume())
+    expect_identical(run$wait(60), "done")
+    expect_identical(run$status()$attempt, 2L)
+    expect_identical(as.list(run$results()), lapply(1:12, function(i) i^2))
+    # Only what had begun was computed twice.
+    expect_identical(as.vector(table(begun(said))), rep(c(1L, 2L, 1L), c(6L, 2L, 4L)))
+    unlink(c(gate, said))
+  }
+})
+
+test_that("everything is killed, and another session resumes", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  child <- start_child({
+    run <- startRun(run_dir, 1:10, gated(gate, said, 5), spec = 2, .timeout = 1e5, .seed = TRUE)
+    say("started", run$status()$pid)
+    Sys.sleep(600)
+  }, values = list(run_dir = dir, gate = gate, said = said, gated = gated))
+  child_wait_for(child, "started")
+  run <- openRun(dir)
+  expect_true(wait_until(function() run$status()$done == 4L))
+  pids <- c(processes_of(run), child$pid)
+  for (pid in pids) tools::pskill(pid, tools::SIGKILL)
+  expect_state(run, "interrupted")
+  expect_gone(pids)
+  file.create(gate)
+  # Of two sessions that resume, one starts a runner.
+  resume <- function() {
+    start_child({
+      run <- openRun(run_dir)
+      say("resumed", run$resume())
+      run$wait(60)
+    }, values = list(run_dir = dir), .frame = parent.frame(2L))
+  }
+  children <- list(resume(), resume(), resume())
+  for (child in children) expect_child_ends_well(child)
+  resumed <- vapply(children, child_said, "", "resumed")
+  expect_identical(sum(resumed == "TRUE"), 1L)
+  expect_identical(run$status()$state, "done")
+  expect_identical(run$status()$attempt, 2L)
+  expect_identical(as.list(run$results()), lapply(1:10, function(i) i^2))
+  unlink(c(gate, said))
+})
+
+test_that("a run is cancelled from another session, and resumed", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  run <- startRun(dir, 1:6, gated(gate, said, 3), spec = 2, .timeout = 1e5)
+  expect_true(wait_until(function() run$status()$done == 2L && length(begun(said)) == 4L))
+  pids <- processes_of(run)
+  child <- start_child(say("cancelled", openRun(run_dir)$cancel()), values = list(run_dir = dir))
+  expect_child_ends_well(child)
+  expect_identical(child_said(child, "cancelled"), "TRUE")
+  expect_gone(pids)
+  expect_identical(run$status()$state, "cancelled")
+  expect_identical(run$status()$done, 2L)
+  expect_identical(run$wait(60), "cancelled")
+  expect_match(tail(run$log(), 1L), "cancelled")
+  file.create(gate)
+  expect_true(run$resume())
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:6, function(i) i^2))
+  unlink(c(gate, said))
+})
+
+test_that("a runner that makes its cluster is cancelled, and an interrupted run is", {
+  dir <- local_run_dir()
+  hosts <- gates()
+  run <- startRun(dir, 1:3, sqrt, spec = list(list(host = "h1", ncore = 1)), cluster = list(rshcmd = hosts$ssh),
+                  .wait = 0)
+  expect_identical(run$status()$state, "starting")
+  expect_true(wait_until(function() length(descendants(run$status()$pid)) > 0L))
+  pids <- processes_of(run)
+  expect_identical(run$status()$total, 3)
+  expect_error(startRun(dir, 1:3, sqrt), class = "rustcluster_run_locked")
+  expect_true(run$cancel())
+  expect_identical(run$status()$state, "cancelled")
+  expect_gone(pids)
+  # Other workers from now on.
+  expect_true(run$resume(spec = 1, cluster = list()))
+  run$wait(60)
+  expect_identical(as.list(run$results()), lapply(1:3, sqrt))
+
+  other <- local_run_dir()
+  gate <- tempfile("gate-")
+  run <- startRun(other, 1:3, gated(gate, tempfile("said-"), 2), spec = 1, .timeout = 1e5)
+  pids <- processes_of(run)
+  tools::pskill(pids[[1L]], tools::SIGKILL)
+  expect_state(run, "interrupted")
+  run$cancel()
+  expect_identical(run$status()$state, "cancelled")
+  expect_gone(pids)
+})
+
+test_that("failed elements are listed, and computed again when the run resumes", {
+  dir <- local_run_dir()
+  marker <- tempfile("marker-")
+  fun <- function(i) {
+    if (i == 2) stop("no two")
+    if (i == 4 && !file.exists(marker)) stop(structure(class = c("special", "error", "condition"),
+                                                       list(message = "no four", call = NULL)))
+    i
+  }
+  run <- startRun(dir, c(a = 1, b = 2, c = 3, d = 4), fun, spec = 2)
+  expect_identical(run$wait(60), "done")
+  errors <- run$errors()
+  expect_identical(errors$index, c(2L, 4L))
+  expect_identical(errors$name, c("b", "d"))
+  expect_identical(errors$message, c("no two", "no four"))
+  expect_identical(errors$class, c("simpleError", "special"))
+  failed <- caught(run$results())
+  expect_s3_class(failed, "rustcluster_element_failed")
+  expect_identical(failed$indices, c(2L, 4L))
+  expect_match(conditionMessage(failed), "element 2 failed: no two")
+  expect_s3_class(run$results(partial = TRUE)[["d"]], "try-error")
+  file.create(marker)
+  expect_true(run$resume())
+  run$wait(60)
+  expect_identical(run$errors()$name, "b")
+  expect_identical(run$results(partial = TRUE)[["d"]], 4)
+  unlink(marker)
+})
+
+test_that("errors at the start are raised, and the directory can be used again", {
+  dir <- local_run_dir()
+  failed <- caught(startRun(dir, 1:3, sqrt, spec = list(list(host = "h1", ncore = 1)),
+                            cluster = list(rshcmd = "/bin/false"), .wait = 60))
+  expect_s3_class(failed, "rustcluster_run_failed")
+  expect_s3_class(failed$parent, "rustcluster_start_failed")
+  expect_match(conditionMessage(failed), "host.*h1")
+  run <- openRun(dir)
+  expect_identical(run$status()$state, "failed")
+  expect_match(run$status()$message, "h1")
+  expect_match(paste(format(run), collapse = "\n"), "end of its log")
+  expect_gone(run$status()$pid)
+  run <- startRun(dir, 1:4, sqrt, spec = 1)
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:4, sqrt))
+  expect_identical(run$status()$attempt, 1L)
+
+  other <- local_run_dir()
+  expect_error(startRun(other, 1:3, sqrt, .retires = 2), class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, cluster = list(thread = 2)), "threads", class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, cluster = list(spec = 2)), class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, export = "unheard_of"), class = "rustcluster_bad_argument")
+  expect_error(startRun(file.path(other, "b", "c"), 1:3, sqrt), class = "rustcluster_bad_argument")
+  expect_error(startRun(other, 1:3, sqrt, .seed = "a"), class = "rustcluster_bad_argument")
+  expect_false(file.exists(other))
+  expect_error(openRun(other), class = "rustcluster_run_unreadable")
+  dir.create(other)
+  writeLines("mine", file.path(other, "notes.txt"))
+  expect_error(startRun(other, 1:3, sqrt), "other files", class = "rustcluster_bad_argument")
+})
+
+test_that("the same call again attaches to a run, continues it, or names what differs", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  scale <- 2
+  fun <- gated(gate, said, 3)
+  run <- startRun(dir, 1:4, fun, spec = 2, .timeout = 1e5, export = "scale")
+  expect_true(wait_until(function() run$status()$done == 2L))
+  pid <- run$status()$pid
+  expect_identical(startRun(dir, 1:4, gated(gate, said, 3), export = "scale")$status()$pid, pid)
+  differs <- caught(startRun(dir, 1:4, gated(gate, said, 4), export = "scale"))
+  expect_s3_class(differs, "rustcluster_run_differs")
+  scale <- 3
+  expect_error(startRun(dir, 1:4, fun, export = "scale"), "the exported `scale` changed", class = "rustcluster_run_differs")
+  expect_error(startRun(dir, 1:5, fun), class = "rustcluster_run_differs")
+  scale <- 2
+  expect_error(startRun(dir, 1:5, fun, export = "scale", .reuse = "same"), class = "rustcluster_run_locked")
+  tools::pskill(pid, tools::SIGKILL)
+  expect_state(run, "interrupted")
+  file.create(gate)
+  again <- startRun(dir, 1:4, fun, spec = 1, export = "scale")
+  expect_identical(again$wait(60), "done")
+  expect_identical(run$status()$attempt, 2L)
+  # It is done: nothing is started.
+  expect_identical(startRun(dir, 1:4, fun, export = "scale")$status()$attempt, 2L)
+  more <- startRun(dir, 1:6, fun, spec = 1, export = "scale", .reuse = "same")
+  expect_identical(more$wait(60), "done")
+  expect_identical(as.list(more$results()), lapply(1:6, function(i) i^2))
+  expect_identical(sum(begun(said) <= 2), 2L)
+  unlink(c(gate, said))
+})
+
+test_that("listRuns() lists the runs that are still there", {
+  unlink(lists, recursive = TRUE)
+  expect_identical(nrow(listRuns()), 0L)
+  expect_output(print(listRuns()), "no runs")
+  first <- local_run_dir()
+  second <- local_run_dir()
+  startRun(first, 1:3, sqrt, spec = 1)$wait(60)
+  startRun(second, 1:2, function(i) stop("no"), spec = 1)$wait(60)
+  list <- listRuns()
+  expect_s3_class(list, "rustcluster_runs")
+  expect_setequal(basename(list$dir), basename(c(first, second)))
+  expect_identical(list$state, c("done", "done"))
+  expect_identical(list$failed[match(basename(second), basename(list$dir))], 2L)
+  expect_output(print(list), "3/3")
+  unlink(first, recursive = TRUE)
+  expect_identical(basename(listRuns()$dir), basename(second))
+  expect_length(list.files(file.path(lists, "R"), recursive = TRUE), 1L)
+})
+
+# Runs a command at the command line. Returns its output, with the exit status as an attribute.
+command <- function(...) {
+  output <- tempfile("output-")
+  on.exit(unlink(output), add = TRUE, after = FALSE)
+  status <- system2(
+    file.path(R.home("bin"), "Rscript"), c("-e", shQuote("rustcluster::runs()"), shQuote(c(...))),
+    stdout = output, stderr = output, env = c(paste0("R_LIBS=", paste(.libPaths(), collapse = ":")), "R_TESTS=")
+  )
+  structure(paste(readLines(output), collapse = "\n"), status = status)
+}
+
+expect_command <- function(args, status, text) {
+  got <- do.call(command, as.list(args))
+  expect_identical(attr(got, "status"), as.integer(status), label = paste(c(args, ":", got), collapse = " "))
+  expect_match(got, text)
+}
+
+test_that("runs at the command line", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  run <- startRun(dir, 1:4, gated(gate, tempfile("said-"), 2), spec = 1, .timeout = 1e5)
+  pids <- processes_of(run)
+  expect_command(character(), 0, basename(dir))
+  expect_command(c("status", dir), 0, "running on")
+  expect_command(c("resume", dir), 0, "running on")
+  expect_identical(run$status()$attempt, 1L)
+  expect_command(c("wait", dir, "0.1"), 1, "running on")
+  expect_command(c("cancel", dir), 0, "cancelled")
+  expect_gone(pids)
+  expect_command(c("status", dir), 1, "cancelled")
+  # As at a restart of the machine, by cron.
+  expect_command(c("resume", dir), 0, "was cancelled")
+  expect_identical(run$status()$state, "cancelled")
+  expect_command(c("resume", "--cancelled", dir), 0, "running on")
+  pids <- processes_of(run)
+  tools::pskill(pids[[1L]], tools::SIGKILL)
+  expect_gone(pids)
+  expect_command(c("status", dir), 1, "interrupted")
+  file.create(gate)
+  expect_command(c("resume", dir), 0, "run")
+  expect_command(c("wait", dir), 0, "4 of 4 elements done")
+  expect_command(c("resume", dir), 0, "done")
+  expect_identical(run$status()$attempt, 3L)
+  expect_command(c("errors", dir), 0, "^$")
+  expect_command(c("log", dir, "1"), 0, "done")
+  expect_command(c("status", tempfile()), 1, "holds no run")
+  expect_command(c("unheard", dir), 2, "usage")
+  expect_command("wait", 2, "usage")
+  unlink(gate)
+
+  failing <- local_run_dir()
+  startRun(failing, 1:2, function(i) if (i == 2) stop("no two") else i, spec = 1)
+  expect_command(c("wait", failing), 1, "1 failed")
+  expect_command(c("errors", failing), 1, "no two")
+})
+
+test_that("a promise of a run is fulfilled or rejected", {
+  skip_if_not_installed("promises")
+  skip_if_not_installed("later")
+  seen <- new.env()
+  note <- function(run, name) {
+    promises::then(
+      promises::as.promise(run), function(value) seen[[name]] <- value, function(error) seen[[name]] <- error
+    )
+  }
+  good <- local_run_dir()
+  bad <- local_run_dir()
+  note(startRun(good, 1:3, sqrt, spec = 1), "good")
+  note(startRun(bad, 1:3, function(i) stop("no"), spec = 1), "bad")
+  deadline <- proc.time()[[3L]] + 60
+  while (length(ls(seen)) < 2L && proc.time()[[3L]] < deadline) later::run_now(1)
+  expect_identical(as.list(seen$good), lapply(1:3, sqrt))
+  expect_s3_class(seen$bad, "rustcluster_element_failed")
+})
+
+test_that("a run of clusterLapply() can be opened", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  child <- start_child({
+    cl <- makeRustCluster(2)
+    say("pids", paste(c(Sys.getpid(), clusterPids(cl)), collapse = " "))
+    clusterLapply(cl, 1:6, gated(gate, said, 3), .store = run_dir, .timeout = 1e5)
+  }, values = list(run_dir = dir, gate = gate, said = said, gated = gated))
+  child_wait_for(child, "pids")
+  pids <- child_pids(child, "pids")
+  expect_true(wait_until(function() file.exists(file.path(dir, "run.rds"))))
+  run <- openRun(dir)
+  expect_true(wait_until(function() run$status()$done == 2L))
+  expect_identical(run$status()$state, "running")
+  expect_identical(run$status()$pid, pids[[1L]])
+  locked <- caught(run$cancel())
+  expect_s3_class(locked, "rustcluster_run_locked")
+  expect_identical(locked$pid, pids[[1L]])
+  child_signal(child, tools::SIGKILL)
+  expect_state(run, "interrupted")
+  expect_gone(pids)
+  expect_error(run$resume(), "clusterLapply", class = "rustcluster_run_failed")
+  expect_identical(run$results(partial = TRUE)[[2L]], 4)
+  # startRun() continues it.
+  file.create(gate)
+  expect_identical(startRun(dir, 1:6, gated(gate, said, 3), spec = 1, .timeout = 1e5)$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:6, function(i) i^2))
+  unlink(c(gate, said))
+})
+
+test_that("the timeline of a run goes over all its runners", {
+  first <- structure(
+    data.frame(host = "a", rank = 1L, start = 0, end = 5, kind = "busy", busy = 5, tasks = 2),
+    class = c("rustcluster_timeline", "data.frame"), origin = as.POSIXct(1000, origin = "1970-01-01"), now = 6,
+    workers = data.frame(host = c("a", "a"), rank = 1:2)
+  )
+  second <- first
+  attr(second, "origin") <- attr(first, "origin") + 60
+  attr(second, "workers") <- data.frame(host = c("a", "b"), rank = c(1L, 1L))
+  joined <- rustcluster:::joinTimelines(first, second)
+  expect_identical(joined$start, c(0, 60))
+  expect_identical(joined$end, c(5, 65))
+  expect_identical(attr(joined, "now"), 66)
+  expect_identical(attr(joined, "workers"), data.frame(host = c("a", "a", "b"), rank = c(1L, 2L, 1L)))
+
+  dir <- local_run_dir()
+  run <- startRun(dir, 1:4, function(i) Sys.sleep(0.05), spec = 2)
+  run$wait(60)
+  timeline <- run$timeline()
+  expect_s3_class(timeline, "rustcluster_timeline")
+  expect_identical(sum(timeline$tasks), 4)
+  file <- tempfile(fileext = ".pdf")
+  grDevices::pdf(file)
+  plot(run)
+  grDevices::dev.off()
+  expect_gt(file.size(file), 1000)
+  unlink(file)
+})
+
+test_that("a saved run object works in another session", {
+  dir <- local_run_dir()
+  run <- startRun(dir, 1:3, sqrt, spec = 1)
+  run$wait(60)
+  file <- tempfile(fileext = ".rds")
+  saveRDS(run, file)
+  child <- start_child({
+    run <- readRDS(file)
+    say("sum", sum(unlist(as.list(run$results()))))
+    say("state", run$status()$state)
+  }, values = list(file = file))
+  expect_child_ends_well(child)
+  expect_equal(as.numeric(child_said(child, "sum")), sum(sqrt(1:3)))
+  expect_identical(child_said(child, "state"), "done")
+  unlink(file)
+})
+
+test_that("nothing is left", {
+  unlink(lists, recursive = TRUE)
+  Sys.unsetenv("R_USER_DATA_DIR")
+  expect_no_leftovers()
+})
