@@ -11,11 +11,14 @@ use extendr_ffi::{
     INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::store::lock::{Lock, Owner};
 use rustcluster_core::store::record::{Kind, RunId};
 use rustcluster_core::store::{Index, State, Writer, WriterSettings};
 use std::cell::RefCell;
 use std::ffi::c_void;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -376,6 +379,23 @@ fn store_put(store: Robj, element: i32, value: Robj, failed: bool) -> Robj {
     })
 }
 
+/// Waits for up to one slice until more results may be stored. Returns whether they may.
+/// @noRd
+#[extendr]
+fn store_room(store: Robj) -> Robj {
+    with_store(&store, |store| {
+        let writer = store.writer.borrow().clone();
+        let Some(writer) = writer else {
+            return Err(Failure::new("run_write_failed").with("reason", "the run was closed"));
+        };
+        let is_full = writer.wait_for_room(SLICE);
+        match writer.error() {
+            Some(reason) => Err(Failure::new("run_write_failed").with("reason", reason)),
+            None => Ok((!is_full).into()),
+        }
+    })
+}
+
 /// Waits for up to one slice until all results are durable. Returns whether they are.
 /// @noRd
 #[extendr]
@@ -400,22 +420,47 @@ fn store_trouble(store: Robj) -> Robj {
     })
 }
 
-/// Renames a file durably.
+/// Writes a file durably: it has either its old content or these bytes.
 /// @noRd
 #[extendr]
-fn replace_durably(from: &str, to: &str) -> Robj {
-    let replace = || -> std::io::Result<()> {
-        std::fs::File::open(from)?.sync_all()?;
-        std::fs::rename(from, to)?;
-        let dir = Path::new(to).parent().unwrap_or(Path::new("."));
-        std::fs::File::open(dir)?.sync_all()
+fn write_durably(bytes: Robj, path: &str) -> Robj {
+    let bytes = bytes.as_raw_slice().unwrap_or_default();
+    let path = Path::new(path);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let new = path.with_file_name(name);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&new)?;
+        without_file_size_signal(|| file.write_all(bytes))?;
+        file.sync_all()?;
+        std::fs::rename(&new, path)?;
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
     };
-    match replace() {
+    match write() {
         Ok(()) => ().into(),
-        Err(error) => Failure::new("run_write_failed")
-            .with("reason", error.to_string())
-            .into(),
+        Err(error) => {
+            // A file that was not written completely takes space that a full disk needs.
+            let _ = std::fs::remove_file(&new);
+            Failure::new("run_write_failed")
+                .with("reason", error.to_string())
+                .into()
+        }
     }
+}
+
+/// Returns whether this is the pointer of a store that is open in this session.
+/// @noRd
+#[extendr]
+fn store_is_open(store: Robj) -> bool {
+    store_of(&store).is_ok()
+}
+
+/// Returns the address of an object.
+/// @noRd
+#[extendr]
+fn object_address(object: Robj) -> String {
+    // SAFETY: the address is not used to reach the object.
+    format!("{:p}", unsafe { object.get() })
 }
 
 /// Ends writing, once all results are durable or cannot be written, and releases the lock.
@@ -569,6 +614,9 @@ extendr_module! {
     fn store_flush;
     fn store_trouble;
     fn store_close;
-    fn replace_durably;
+    fn write_durably;
+    fn store_is_open;
+    fn store_room;
+    fn object_address;
     fn content_hashes;
 }
