@@ -1,11 +1,9 @@
 # What a run is: hashes of its function, of its arguments and of its elements. They are equal in another session for the
 # same code and data, in spite of compilation, source references and addresses.
 
-# Functions whose arguments may name variables that the code does not show.
-dynamicLookups <- c(
-  "get", "get0", "mget", "exists", "eval", "eval.parent", "parse", "str2lang", "str2expression", "environment",
-  "parent.frame", "sys.function", "as.list.environment", "list2env", "source"
-)
+# Functions whose arguments may name variables that the code does not show, and the number of arguments from which on
+# they look elsewhere.
+dynamicLookups <- c(get = 2L, get0 = 2L, mget = 2L, exists = 2L, eval = 2L, environment = 1L)
 
 # `dir`: the directory of the run whose hashes are being computed. A variable with its path is not a difference.
 hashing <- new.env(parent = emptyenv())
@@ -119,7 +117,8 @@ codeOf <- function(fun) list(withoutSource(formals(fun)), withoutSource(body(fun
 variablesUsed <- function(fun) {
   used <- freeNames(call("function", formals(fun), body(fun)))
   strings <- stringsIn(list(formals(fun), body(fun)))
-  dynamic <- any(dynamicLookups %in% used$functions)
+  dynamic <- length(used$dynamic) > 0L
+  looksUp <- any(names(dynamicLookups) %in% c(used$functions, used$variables))
   envir <- environment(fun)
   found <- list()
   # Attached packages are below the global environment.
@@ -130,7 +129,7 @@ variablesUsed <- function(fun) {
     } else {
       there <- function(names, mode) names[vapply(names, exists, NA, envir = envir, mode = mode, inherits = FALSE)]
       here <- variablesIn(envir, c(
-        there(c(used$variables, if (dynamic) strings), "any"), there(c(used$functions, strings), "function")
+        there(c(used$variables, if (looksUp) strings), "any"), there(c(used$functions, strings), "function")
       ))
     }
     found <- c(found, here[!names(here) %in% names(found)])
@@ -141,9 +140,9 @@ variablesUsed <- function(fun) {
 }
 
 # Returns the names that code looks up outside of itself, as `variables` and as `functions`, which are only called.
-# A name that the code has assigned before is not one of them.
+# A name that the code has assigned before is not one of them. `dynamic`: functions that look up other names.
 freeNames <- function(code) {
-  found <- list(variables = new.env(parent = emptyenv()), functions = new.env(parent = emptyenv()))
+  found <- lapply(list(variables = 0, functions = 0, dynamic = 0), function(i) new.env(parent = emptyenv()))
   walkCode(code, character(), found)
   lapply(found, ls, all.names = TRUE)
 }
@@ -153,6 +152,7 @@ walkCode <- function(code, bound, found) {
   if (is.symbol(code)) {
     name <- as.character(code)
     if (nzchar(name) && !name %in% bound) assign(name, TRUE, found$variables)
+    if (name %in% setdiff(names(dynamicLookups), "environment")) assign(name, TRUE, found$dynamic)
     return(bound)
   }
   if (!is.call(code)) {
@@ -166,8 +166,14 @@ walkCode <- function(code, bound, found) {
     return(bound)
   }
   name <- as.character(head)
-  if (name %in% c("::", ":::", "quote")) return(bound)
+  if (name %in% c("::", ":::")) return(bound)
+  # Quoted code may be evaluated.
+  if (name == "quote") {
+    if (length(code) > 1L) walkCode(code[[2L]], bound, found)
+    return(bound)
+  }
   if (!name %in% bound) assign(name, TRUE, found$functions)
+  if (looksElsewhere(code, name)) assign(name, TRUE, found$dynamic)
   arguments <- function(from = 2L) {
     for (i in seq_along(code)[-seq_len(from - 1L)]) walkCode(code[[i]], bound, found)
     bound
@@ -206,6 +212,14 @@ walkCode <- function(code, bound, found) {
     return(bound)
   }
   arguments()
+}
+
+# Returns whether a call looks up names, in its own environment, that it computes.
+looksElsewhere <- function(code, name) {
+  if (!name %in% names(dynamicLookups)) return(FALSE)
+  given <- length(code) - 1L
+  if (given >= dynamicLookups[[name]]) return(FALSE)
+  given == 0L || !is.character(code[[2L]]) && !(is.call(code[[2L]]) && identical(code[[2L]][[1L]], quote(quote)))
 }
 
 # Returns the strings in code, which may name functions, as in sapply(x, "f").

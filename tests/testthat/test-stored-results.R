@@ -16,7 +16,7 @@ counted <- function(fun, .frame = parent.frame()) {
   do.call("on.exit", list(bquote(unlink(.(file))), add = TRUE, after = FALSE), envir = .frame)
   list(
     fun = eval(bquote(function(x) {
-      cat(format(x), "\n", sep = "", file = .(file), append = TRUE)
+      cat(paste0(format(x), "\n"), file = .(file), append = TRUE)
       (.(fun))(x)
     }), globalenv()),
     computed = function() {
@@ -328,7 +328,7 @@ test_that("a second writer gets an error, and a killed one leaves no lock", {
     clusterLapply(cl, 1:3, function(x) {
       if (x == 3) Sys.sleep(600)
       x
-    }, .store = run, .sync = 0, .onResult = function(i, value) if (i == 2) say("two"))
+    }, .store = run, .sync = 0, .timeout = 1e5, .onResult = function(i, value) if (i == 2) say("two"))
   }, values = list(run = dir))
   child_wait_for(child, "two")
   fun <- global(function(x) {
@@ -346,11 +346,544 @@ test_that("a second writer gets an error, and a killed one leaves no lock", {
   results <- clusterLapply(cl, 1:3, fun, .store = dir, .timeout = 0.5, .errors = "return")
   expect_identical(results[1:2], list(1L, 2L))
   expect_s3_class(attr(results[[3]], "condition"), "rustcluster_timeout")
-  # In one session.
-  expect_error(
-    clusterLapply(cl, 1:3, fun, .store = dir, .timeout = 0.5, .errors = "return", .onResult = function(i, value) {
-      clusterLapply(NULL, 1:3, fun, .store = dir)
-    }),
-    "."
+  # In one session, too.
+  other <- local_cluster(1)
+  error <- NULL
+  clusterLapply(cl, 1:2, fun, .store = local_run(), .onResult = function(i, value) {
+    same <- list.files(dirname(dir), "^run-", full.names = TRUE)
+    error <<- tryCatch(clusterLapply(other, 1:2, fun, .store = same[[which.max(file.mtime(same))]]), error = identity)
+  })
+  expect_s3_class(error, "rustcluster_run_locked")
+  expect_identical(error$pid, Sys.getpid())
+})
+
+# What is the same call, and what is another one -----------------------------------------------------------------------
+
+# Returns the fields `differs` of the error of another call, or NULL.
+differs <- function(...) {
+  tryCatch(
+    {
+      clusterLapply(cl, ...)
+      NULL
+    },
+    rustcluster_run_differs = function(e) e$differs
   )
+}
+
+test_that("what differs is named, and nothing is changed by that", {
+  dir <- local_run()
+  helper <- function(x) x + offset
+  offset <- 1
+  f <- function(x, by = 1) helper(x) * by * scale
+  scale <- 2
+  assign("stored_global", 5, globalenv())
+  on.exit(rm("stored_global", envir = globalenv()), add = TRUE)
+  g <- eval(quote(function(x) x + stored_global), globalenv())
+  clusterExport(cl, "stored_global", globalenv())
+  expected <- clusterLapply(cl, 1:5, f, by = 3, .store = dir)
+  expect_null(differs(1:5, f, by = 3, .store = dir))
+  before <- tools::md5sum(list.files(dir, full.names = TRUE, recursive = TRUE))
+  expect_identical(differs(1:5, f, by = 4, .store = dir), "the argument `by` changed")
+  expect_identical(differs(1:5, f, .store = dir), "the argument `by` is missing")
+  expect_identical(differs(1:5, f, 3, .store = dir), c("the argument `by` is missing", "argument 1 in `...` is new"))
+  expect_identical(differs(1:6, f, by = 3, .store = dir), "`X` had 5 elements and has 6")
+  expect_identical(differs(1:4, f, by = 3, .store = dir), "`X` had 5 elements and has 4")
+  expect_identical(differs(c(1L, 2L, 9L, 8L, 5L), f, by = 3, .store = dir), "elements 3 to 4 of `X` changed")
+  expect_identical(differs(as.double(1:5), f, by = 3, .store = dir), "elements 1 to 5 of `X` changed")
+  scale <- 3
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "`scale`, which `FUN` uses changed")
+  scale <- 2
+  offset <- 2
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "`helper`, which `FUN` uses changed")
+  offset <- 1
+  helper <- function(x) x + offset + 0
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "`helper`, which `FUN` uses changed")
+  helper <- function(x) x + offset
+  f <- function(x, by = 1) helper(x) * by * scale + 0
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "the body of `FUN` changed")
+  f <- function(x, by = 2) helper(x) * by * scale
+  expect_identical(differs(1:5, f, by = 3, .store = dir), "the arguments of `FUN` changed")
+  f <- function(x, by = 1) helper(x) * by * scale
+  expect_identical(tools::md5sum(list.files(dir, full.names = TRUE, recursive = TRUE)), before)
+  expect_identical(clusterLapply(cl, 1:5, f, by = 3, .store = dir), expected)
+  # Variables of the global environment.
+  dir <- local_run()
+  clusterLapply(cl, 1:3, g, .store = dir)
+  expect_null(differs(1:3, g, .store = dir))
+  assign("stored_global", 6, globalenv())
+  expect_identical(differs(1:3, g, .store = dir), "`stored_global`, which `FUN` uses changed")
+  # Names that the code does not show.
+  dir <- local_run()
+  hidden <- 1
+  h <- function(x) get(paste0("hid", "den")) + x
+  clusterLapply(cl, 1:3, h, .store = dir)
+  hidden <- 2
+  expect_identical(differs(1:3, h, .store = dir), "`hidden`, which `FUN` uses changed")
+})
+
+test_that("state in environments counts, also of objects like those of R6", {
+  dir <- local_run()
+  new_counter <- function(n) {
+    self <- new.env()
+    self$n <- n
+    self$add <- function(k) self$n + k
+    self$self <- self
+    class(self) <- "Counter"
+    self
+  }
+  counter <- new_counter(1)
+  f <- function(x) counter$add(x)
+  expected <- clusterLapply(cl, 1:3, f, .store = dir)
+  counter <- new_counter(1)
+  expect_identical(clusterLapply(cl, 1:3, f, .store = dir), expected)
+  counter$n <- 2
+  expect_identical(differs(1:3, f, .store = dir), "`counter`, which `FUN` uses changed")
+  counter$n <- 1
+  class(counter) <- "Other"
+  expect_identical(differs(1:3, f, .store = dir), "`counter`, which `FUN` uses changed")
+  skip_if_not_installed("R6")
+  class <- R6::R6Class("Adder", public = list(k = 1, initialize = function(k) self$k <- k, add = function(x) self$k + x))
+  dir <- local_run()
+  adder <- class$new(4)
+  f <- function(x) adder$add(x)
+  expected <- clusterLapply(cl, 1:3, f, .store = dir)
+  adder <- class$new(4)
+  expect_identical(clusterLapply(cl, 1:3, f, .store = dir), expected)
+  adder$k <- 5
+  expect_identical(differs(1:3, f, .store = dir), "`adder`, which `FUN` uses changed")
+  # S4 slots.
+  methods::setClass("StoredSlot", representation(x = "numeric"), where = globalenv())
+  on.exit(methods::removeClass("StoredSlot", where = globalenv()), add = TRUE)
+  dir <- local_run()
+  point <- methods::new("StoredSlot", x = 1)
+  f <- function(x) attr(point, "x") + x
+  expected <- clusterLapply(cl, 1:3, f, .store = dir)
+  point@x <- 2
+  expect_identical(differs(1:3, f, .store = dir), "`point`, which `FUN` uses changed")
+  # Elements with functions and environments.
+  dir <- local_run()
+  elements <- list(function(x) x, new_counter(1), quote(a + b))
+  clusterLapply(cl, elements, typeof, .store = dir)
+  elements <- list(function(x) x, new_counter(1), quote(a + b))
+  expect_null(differs(elements, typeof, .store = dir))
+  elements[[2]]$n <- 3
+  expect_identical(differs(elements, typeof, .store = dir), "element 2 of `X` changed")
+  expect_identical(
+    differs(list(function(x) -x, new_counter(1), quote(a + b)), typeof, .store = dir), "element 1 of `X` changed"
+  )
+})
+
+test_that("functions that call each other, and themselves, are compared", {
+  dir <- local_run()
+  even <- function(n) if (n == 0) TRUE else odd(n - 1)
+  odd <- function(n) if (n == 0) FALSE else even(n - 1)
+  expected <- clusterLapply(cl, 0:5, even, .store = dir)
+  expect_identical(expected, as.list(0:5 %% 2 == 0))
+  expect_null(differs(0:5, even, .store = dir))
+  odd <- function(n) if (n == 0) NA else even(n - 1)
+  expect_identical(differs(0:5, even, .store = dir), "`odd`, which `FUN` uses changed")
+  dir <- local_run()
+  factorial <- function(n) if (n < 2) 1 else n * factorial(n - 1)
+  clusterLapply(cl, 1:5, factorial, .store = dir)
+  expect_null(differs(1:5, factorial, .store = dir))
+  # Many functions, each of which uses those before it.
+  dir <- local_run()
+  chain <- new.env(parent = globalenv())
+  chain$f0 <- function(x) x
+  for (i in 1:40) {
+    body <- as.call(c(as.name("+"), lapply(paste0("f", pmax(0, i - 1:2)), function(f) call(f, quote(x)))))
+    chain[[paste0("f", i)]] <- eval(call("function", as.pairlist(alist(x = )), body))
+    environment(chain[[paste0("f", i)]]) <- chain
+  }
+  short <- chain$f3
+  clusterLapply(cl, 1:2, short, .store = dir)
+  expect_null(differs(1:2, short, .store = dir))
+  expect_length(rustcluster:::functionHashes(chain$f40), 4L)
+})
+
+test_that("what makes no difference to the results is not a difference", {
+  dir <- local_run()
+  # As a script that is run again: all in one function, with the cluster, the directory and other variables in its frame.
+  script <- function(run, cl, unused, kept = TRUE) {
+    started <- Sys.time()
+    t <- i <- x <- tmp <- runif(1)
+    c <- 3
+    force(unused)
+    lookup <- list(a = 1)
+    old <- options(keep.source = kept)
+    on.exit(options(old))
+    f <- eval(parse(text = "function(x, ...) {
+      # A comment.
+      tmp <- x + 1
+      for (i in 1:2) tmp <- tmp + i
+      if (length(n <- c(1, 2)) == 2) tmp[1] <- tmp[1] + lookup$a
+      g <- function(t) t * 2
+      with(list(q = 1), local(g(tmp)))
+    }", keep.source = kept))
+    clusterLapply(cl, 1:4, f, .store = run)
+  }
+  expected <- script(dir, cl, 1)
+  files <- result_files(dir)
+  expect_identical(script(dir, cl, 2), expected)
+  expect_identical(script(dir, cl, 3, kept = FALSE), expected)
+  compiler::enableJIT(0) -> level
+  expect_identical(script(dir, cl, 4), expected)
+  compiler::enableJIT(level)
+  f <- function(x) x * k
+  k <- 2
+  e <- environment()
+  dir <- local_run()
+  clusterLapply(cl, 1:4, f, .store = dir)
+  expect_null(differs(1:4, compiler::cmpfun(f), .store = dir))
+  for (i in 1:5) f(i)
+  expect_null(differs(1:4, f, .store = dir))
+  bare <- utils::removeSource(f)
+  expect_null(differs(1:4, bare, .store = dir))
+  # ALTREP, or made otherwise.
+  dir <- local_run()
+  table <- 1:100
+  f <- function(x) table[[x]]
+  clusterLapply(cl, 1:4, f, .store = dir)
+  table <- c(1L, 2:100)
+  expect_null(differs(c(1L, 2L, 3L, 4L), f, .store = dir))
+  table <- integer()
+  for (i in 1:100) table[[i]] <- i
+  expect_null(differs(1:4, f, .store = dir))
+  table <- rev(rev(table))
+  expect_null(differs(1:4, f, .store = dir))
+  dir <- local_run()
+  words <- as.character(1:50)
+  f <- function(x) words[[x]]
+  clusterLapply(cl, as.list(words), nchar, .store = dir)
+  grown <- list()
+  for (i in 1:50) grown[[i]] <- paste0("", i)
+  expect_null(differs(grown, nchar, .store = dir))
+  # The frame itself, of a function that looks up variables by name.
+  dir <- local_run()
+  look <- function(run, cl) {
+    value <- 3
+    f <- function(x) get("value") + eval(parse(text = "value"))
+    clusterLapply(cl, 1:3, f, .store = run)
+  }
+  environment(look) <- globalenv()
+  expected <- look(dir, cl)
+  other <- local_cluster(1)
+  old <- setwd(dirname(dir))
+  on.exit(setwd(old), add = TRUE)
+  expect_identical(look(basename(dir), other), expected)
+  expect_identical(look(paste0(dir, "/"), cl), expected)
+})
+
+test_that("another session makes the same call", {
+  dir <- local_run()
+  file <- tempfile("computed-")
+  on.exit(unlink(file), add = TRUE)
+  for (i in 1:2) {
+    child <- start_child({
+      cl <- makeRustCluster(2)
+      offset <- list(a = 1:3, f = function(x) x + 1)
+      helper <- function(x) offset$f(x) + sum(offset$a)
+      work <- function(x) {
+        cat(paste0(x, "\n"), file = file, append = TRUE)
+        helper(x)
+      }
+      clusterExport(cl, c("offset", "helper", "file"))
+      saveRDS(clusterLapply(cl, 1:20, work, .store = run), file.path(dir, "results.rds"))
+      stopCluster(cl)
+    }, values = list(run = dir, file = file), args = if (i == 2L) "--vanilla")
+    expect_child_ends_well(child)
+    expect_equal(readRDS(file.path(child$dir, "results.rds")), as.list(1:20 + 7))
+    expect_identical(sort(as.numeric(readLines(file))), as.numeric(1:20))
+  }
+})
+
+# `.reuse = "same"` ----------------------------------------------------------------------------------------------------
+
+test_that("elements with the same content keep their results", {
+  f <- counted(quote(function(x) x * 10))
+  call <- function(X, ...) {
+    got <- clusterLapply(cl, X, f$fun, .store = dir, .reuse = "same", ...)
+    expect_identical(got, lapply(X, function(x) x * 10))
+    view <- clusterLapply(cl, X, f$fun, .store = dir, .collect = FALSE)
+    expect_identical(as.list(view), got)
+    expect_identical(unname(got), read_run(dir))
+    expect_identical(view[rev(seq_along(X))], rev(got))
+    f$computed()
+  }
+  dir <- local_run()
+  expect_identical(call(c(1, 2, 3)), c(1, 2, 3))
+  expect_identical(call(c(1, 2, 3, 4)), 4)
+  expect_identical(call(c(1, 9, 2, 3, 4)), 9)
+  expect_identical(call(c(4, 3)), numeric())
+  expect_identical(call(c(1, 2, 2, 3, 2)), c(2, 2))
+  expect_identical(call(c(2, 2, 2, 1)), numeric())
+  expect_identical(call(c(a = 2, b = 1, c = 7)), 7)
+  expect_identical(call(numeric()), numeric())
+  expect_identical(call(c(1, 2, 3, 4, 9, 7)), numeric())
+  expect_identical(differs(c(1, 2), f$fun, .store = dir), "`X` had 6 elements and has 2")
+  # Lists, and text.
+  dir <- local_run()
+  words <- counted(quote(function(x) toupper(x)))
+  expect_identical(clusterLapply(cl, c("a", "b"), words$fun, .store = dir, .reuse = "same"), list("A", "B"))
+  expect_identical(clusterLapply(cl, list("b", "c", "a"), words$fun, .store = dir, .reuse = "same"), list("B", "C", "A"))
+})
+
+test_that("with a seed, elements keep their results at the same index", {
+  dir <- local_run()
+  f <- counted(quote(function(x) c(x, rnorm(1))))
+  call <- function(X) {
+    expected <- clusterLapply(cl, X, f$fun, .seed = 11)
+    f$computed()
+    expect_identical(clusterLapply(cl, X, f$fun, .seed = 11, .store = dir, .reuse = "same"), expected)
+    f$computed()
+  }
+  expect_identical(call(c(1, 2, 3)), c(1, 2, 3))
+  expect_identical(call(c(1, 2, 3, 4)), 4)
+  expect_identical(call(c(1, 9, 2, 3, 4)), c(2, 3, 4, 9))
+  expect_identical(call(c(1, 9, 2)), numeric())
+})
+
+# Disks and directories ------------------------------------------------------------------------------------------------
+
+test_that("a full disk is an error, and the run goes on when there is room", {
+  skip_if(Sys.which("unshare") == "" || suppressWarnings(system("unshare -rm true 2>/dev/null")) != 0L, "needs unshare")
+  mount <- tempfile("full-")
+  dir.create(mount)
+  on.exit(unlink(mount, recursive = TRUE), add = TRUE)
+  for (collect in c(TRUE, FALSE)) {
+    child <- start_child({
+      system2("mount", c("-t", "tmpfs", "-o", "size=2m", "tmpfs", mount))
+      run <- file.path(mount, "run")
+      cl <- makeRustCluster(2)
+      make <- function(i) {
+        set.seed(i)
+        as.raw(sample.int(256L, 5e4, TRUE) - 1L)
+      }
+      reported <- integer()
+      note <- function(i, value) reported <<- c(reported, i)
+      error <- tryCatch(
+        clusterLapply(cl, 1:100, make, .store = run, .sync = 0, .onResult = note, .collect = collect), error = identity
+      )
+      say("class", class(error)[[1L]])
+      say("text", conditionMessage(error))
+      say("reported", length(reported))
+      # Full from the start.
+      fill <- file.path(mount, "fill")
+      suppressWarnings(system2("dd", c("if=/dev/zero", paste0("of=", fill), "bs=1024"), stderr = FALSE))
+      error <- tryCatch(clusterLapply(cl, 1:3, make, .store = file.path(mount, "other")), error = identity)
+      say("other", class(error)[[1L]])
+      error <- tryCatch(clusterLapply(cl, 1:100, make, .store = run), error = identity)
+      say("again", class(error)[[1L]])
+      unlink(fill)
+      system2("mount", c("-o", "remount,size=20m", "tmpfs", mount))
+      computed <- integer()
+      got <- clusterLapply(cl, 1:100, make, .store = run, .onResult = function(i, value) computed <<- c(computed, i))
+      say("right", identical(got, lapply(1:100, make)))
+      say("twice", length(intersect(computed, reported)))
+      stopCluster(cl)
+    }, values = list(mount = mount, collect = collect), prefix = "exec unshare -rm")
+    expect_child_ends_well(child)
+    expect_identical(child_said(child, "class"), "rustcluster_run_write_failed")
+    expect_match(child_said(child, "text"), "No space left on device")
+    expect_gt(as.integer(child_said(child, "reported")), 0L)
+    expect_identical(child_said(child, "other"), "rustcluster_run_write_failed")
+    expect_identical(child_said(child, "again"), "rustcluster_run_write_failed")
+    expect_identical(child_said(child, "right"), "TRUE")
+    expect_identical(child_said(child, "twice"), "0")
+  }
+})
+
+test_that("a limit of the size of files is an error of writing", {
+  dir <- local_run()
+  child <- start_child({
+    cl <- makeRustCluster(2)
+    error <- tryCatch(clusterLapply(cl, 1:100, function(i) rep(as.raw(i), 5e4), .store = run), error = identity)
+    say("class", class(error)[[1L]])
+    say("text", conditionMessage(error))
+    stopCluster(cl)
+  }, values = list(run = dir), prelude = "ulimit -f 1024")
+  expect_child_ends_well(child)
+  expect_identical(child_said(child, "class"), "rustcluster_run_write_failed")
+  expect_match(child_said(child, "text"), "File too large")
+  got <- clusterLapply(cl, 1:100, global(function(i) rep(as.raw(i), 5e4)), .store = dir)
+  expect_identical(got, lapply(1:100, function(i) rep(as.raw(i), 5e4)))
+})
+
+test_that("directories that cannot be used are errors that say why", {
+  f <- global(function(x) x)
+  file <- tempfile()
+  on.exit(unlink(file), add = TRUE)
+  writeLines("x", file)
+  for (bad in list(1, c("a", "b"), NA_character_, "", character())) {
+    expect_error(clusterLapply(cl, 1, f, .store = bad), class = "rustcluster_bad_argument")
+  }
+  expect_error(clusterLapply(cl, 1, f, .store = file), "is a file", class = "rustcluster_bad_argument")
+  dir <- local_run()
+  dir.create(dir)
+  writeLines("x", file.path(dir, "mine.txt"))
+  expect_error(clusterLapply(cl, 1, f, .store = dir), "other files", class = "rustcluster_bad_argument")
+  expect_identical(setdiff(list.files(dir, all.files = TRUE, no.. = TRUE), "lock"), "mine.txt")
+  # An empty directory will do, and one whose run was never begun.
+  dir <- local_run()
+  dir.create(file.path(dir, "results"), recursive = TRUE)
+  writeLines("1 host", file.path(dir, "lock"))
+  expect_identical(clusterLapply(cl, 1, f, .store = dir), list(1))
+  # Files of others beside the run do no harm.
+  writeLines("x", file.path(dir, "notes.txt"))
+  writeBin(as.raw(1:100), file.path(dir, "results", "000099.rcr"))
+  file.create(file.path(dir, "results", "readme.txt"))
+  expect_identical(clusterLapply(cl, 1, f, .store = dir), list(1))
+  # A newer format, and files that are none.
+  info <- readRDS(file.path(dir, "run.rds"))
+  info$format <- 99L
+  info$package <- "9.9.9"
+  saveRDS(info, file.path(dir, "run.rds"))
+  expect_error(clusterLapply(cl, 1, f, .store = dir), "9.9.9", class = "rustcluster_run_unreadable")
+  writeLines("no", file.path(dir, "run.rds"))
+  expect_error(clusterLapply(cl, 1, f, .store = dir), "run.rds", class = "rustcluster_run_unreadable")
+  saveRDS(3, file.path(dir, "run.rds"))
+  expect_error(clusterLapply(cl, 1, f, .store = dir), "run.rds", class = "rustcluster_run_unreadable")
+  expect_error(clusterLapply(cl, 1, f, .store = "/proc/no/run"), class = "rustcluster_run_write_failed")
+  expect_error(clusterLapply(cl, 1, f, .collect = FALSE), class = "rustcluster_bad_argument")
+  expect_error(clusterLapply(cl, 1, f, .store = dir, .reuse = "some"), class = "rustcluster_bad_argument")
+  expect_error(clusterLapply(cl, 1, f, .store = dir, .sync = -1), class = "rustcluster_bad_argument")
+  expect_error(clusterLapply(cl, 1, f, .store = dir, .retry_errors = NA), class = "rustcluster_bad_argument")
+})
+
+test_that("a directory that cannot be written is an error, and can be read", {
+  skip_if(Sys.which("unshare") == "" || suppressWarnings(system("unshare -rm true 2>/dev/null")) != 0L, "needs unshare")
+  dir <- local_run()
+  view <- clusterLapply(cl, 1:3, sqrt, .store = dir, .collect = FALSE)
+  saved <- tempfile(fileext = ".rds")
+  on.exit(unlink(saved), add = TRUE)
+  saveRDS(view, saved)
+  child <- start_child({
+    system2("mount", c("--bind", run, run))
+    system2("mount", c("-o", "remount,ro,bind", run, run))
+    cl <- makeRustCluster(1)
+    error <- tryCatch(clusterLapply(cl, 1:3, sqrt, .store = run), error = identity)
+    say("class", class(error)[[1L]])
+    say("text", conditionMessage(error))
+    view <- readRDS(saved)
+    say("read", identical(as.list(view), lapply(1:3, sqrt)), length(view), view[[3]])
+    stopCluster(cl)
+  }, values = list(run = dir, saved = saved), prefix = "exec unshare -rm")
+  expect_child_ends_well(child)
+  expect_identical(child_said(child, "class"), "rustcluster_run_write_failed")
+  expect_match(child_said(child, "text"), "Read-only file system")
+  expect_identical(child_said(child, "read"), paste("TRUE 3", sqrt(3)))
+})
+
+test_that("all names of a directory are one", {
+  dir <- local_run()
+  f <- counted(quote(function(x) -x))
+  old <- setwd(dirname(dir))
+  on.exit(setwd(old), add = TRUE)
+  name <- basename(dir)
+  expect_identical(clusterLapply(cl, 1:3, f$fun, .store = name), list(-1L, -2L, -3L))
+  link <- tempfile("link-")
+  file.symlink(dir, link)
+  on.exit(unlink(link), add = TRUE)
+  home <- Sys.getenv("HOME")
+  Sys.setenv(HOME = dirname(dir))
+  on.exit(Sys.setenv(HOME = home), add = TRUE)
+  f$computed()
+  names <- c(name, paste0(name, "/"), paste0(name, "//"), file.path(".", name), file.path(dir, "."), link, paste0(link, "/"))
+  if (path.expand("~") == dirname(dir)) names <- c(names, file.path("~", name))
+  for (path in names) {
+    expect_identical(clusterLapply(cl, 1:3, f$fun, .store = path), list(-1L, -2L, -3L), info = path)
+  }
+  view <- clusterLapply(cl, 1:3, f$fun, .store = name, .collect = FALSE)
+  nested <- clusterLapply(cl, 1:3, f$fun, .store = file.path(name, "sub", "run"), .collect = FALSE)
+  expect_identical(f$computed(), as.numeric(1:3))
+  setwd("/")
+  expect_identical(view[[2]], -2L)
+  expect_identical(unserialize(serialize(view, NULL))[[2]], -2L)
+  expect_identical(unserialize(serialize(nested, NULL))[[3]], -3L)
+})
+
+test_that("a damaged result is noticed, and computed again", {
+  dir <- local_run()
+  f <- counted(quote(function(x) rep(x, 1000)))
+  expected <- lapply(1:20, function(x) rep(x, 1000))
+  expect_identical(clusterLapply(cl, 1:20, f$fun, .store = dir, .sync = 0, .timeout = 60), expected)
+  f$computed()
+  # Only bytes that the file says are durable are not checked when the run is opened.
+  file <- result_files(dir)
+  bytes <- readBin(file, "raw", file.size(file))
+  heads <- grepRaw("RCR1", bytes, fixed = TRUE, all = TRUE)
+  expect_gt(length(heads), 2L)
+  elements <- readBin(bytes[heads[[1]] + 63 + 1:4], "integer")
+  bytes[heads[[1]] + 64 + 2000] <- xor(bytes[heads[[1]] + 64 + 2000], as.raw(4))
+  writeBin(bytes, file)
+  view <- clusterLapply(cl, 1:20, f$fun, .store = dir, .collect = FALSE)
+  error <- expect_error(view[[elements]], class = "rustcluster_run_damaged")
+  expect_identical(error$file, normalizePath(file))
+  warning <- expect_warning(all <- as.list(view), class = "rustcluster_run_damaged")
+  expect_true(elements %in% warning$indices)
+  expect_identical(all[-warning$indices], expected[-warning$indices])
+  expect_warning(
+    got <- clusterLapply(cl, 1:20, f$fun, .store = dir), class = "rustcluster_run_damaged"
+  )
+  expect_identical(got, expected)
+  expect_identical(f$computed(), as.numeric(warning$indices))
+  expect_identical(clusterLapply(cl, 1:20, f$fun, .store = dir), expected)
+  expect_identical(f$computed(), numeric())
+  view <- clusterLapply(cl, 1:20, f$fun, .store = dir, .collect = FALSE)
+  expect_identical(as.list(view), expected)
+})
+
+test_that("a saved view reads the same run in another session, and no other run", {
+  dir <- local_run()
+  view <- clusterLapply(cl, c(a = 1, b = 4), sqrt, .store = dir, .collect = FALSE)
+  saved <- tempfile(fileext = ".rds")
+  on.exit(unlink(saved), add = TRUE)
+  saveRDS(view, saved)
+  child <- start_child({
+    view <- readRDS(saved)
+    say("got", view[["b"]], view$a, length(view), names(view))
+    say("all", identical(as.list(view), list(a = 1, b = 2)))
+  }, values = list(saved = saved))
+  expect_child_ends_well(child)
+  expect_identical(child_said(child, "got"), "2 1 2 a b")
+  expect_identical(child_said(child, "all"), "TRUE")
+  unlink(dir, recursive = TRUE)
+  expect_error(readRDS(saved)[[1]], class = "rustcluster_run_unreadable")
+  clusterLapply(cl, c(a = 1, b = 9), sqrt, .store = dir)
+  expect_error(readRDS(saved)[[1]], "another", class = "rustcluster_run_unreadable")
+})
+
+test_that("a view tells what is missing", {
+  dir <- local_run()
+  f <- global(function(x) if (x == 2) stop("two") else x)
+  expect_error(
+    clusterLapply(cl, 1:3, f, .store = dir, .errors = "stop", .timeout = 60, .order = c(2, 1, 3)),
+    class = "rustcluster_element_failed"
+  )
+  view <- rustcluster:::resultsView(rustcluster:::openStore(dir))
+  counts <- rustcluster:::storeCounts(rustcluster:::openStore(dir))
+  expect_identical(counts[["failed"]], 1L)
+  missing <- which(rustcluster:::storeStates(rustcluster:::openStore(dir)) == 0L)
+  for (i in missing) {
+    error <- expect_error(view[[i]], class = "rustcluster_not_computed")
+    expect_identical(error$index, i)
+  }
+  expect_output(print(view), "errors: 1")
+})
+
+test_that("large results are stored, as they are", {
+  dir <- local_run()
+  make <- global(function(i) {
+    set.seed(i)
+    if (i %% 2) stats::runif(2e6) else as.list(stats::runif(1e5))
+  })
+  expected <- lapply(1:6, make)
+  view <- clusterLapply(cl, 1:6, make, .store = dir, .collect = FALSE)
+  for (i in 1:6) expect_identical(view[[i]], expected[[i]])
+  expect_identical(clusterLapply(cl, 1:6, make, .store = dir), expected)
+})
+
+test_that("nothing is left", {
+  stop_quietly(cl)
+  expect_no_leftovers()
 })

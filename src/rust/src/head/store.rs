@@ -8,7 +8,7 @@ use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
+    INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_duplicate, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::platform::signals::without_file_size_signal;
@@ -503,6 +503,19 @@ pub(super) fn storing(
 struct HashSink {
     hash: Xxh3,
     skip: usize,
+    /// Whether a vector may have been written whose flags say that it was extended in place.
+    may_be_grown: bool,
+}
+
+/// Whether these bytes may be the flags of a vector that R has extended in place (`GROWABLE_MASK`). A copy of the
+/// vector does not have that flag.
+fn may_be_grown(bytes: &[u8]) -> bool {
+    const GROWN: u32 = 1 << (12 + 5);
+    let Ok(word) = bytes.try_into().map(u32::from_ne_bytes) else {
+        return false;
+    };
+    let is_vector = matches!(word & 0xff, 10 | 13..=16 | 19 | 20 | 24);
+    is_vector && word & GROWN != 0 && word >> 28 == 0
 }
 
 /// Bytes of the head of R's serialization, version 2.
@@ -513,6 +526,7 @@ impl Sink for HashSink {
         let skipped = self.skip.min(bytes.len());
         self.skip -= skipped;
         self.hash.update(&bytes[skipped..]);
+        self.may_be_grown |= may_be_grown(bytes);
         false
     }
 }
@@ -560,6 +574,13 @@ unsafe extern "C" fn hash_protected(data: *mut c_void) -> SEXP {
                         false => rustcluster_element(hashing.values.cast(), at),
                     };
                     stream::write_in_version_2(Rf_protect(value), sink);
+                    if std::mem::take(&mut sink.may_be_grown) {
+                        sink.hash.reset();
+                        sink.skip = SERIALIZATION_HEAD;
+                        stream::write_in_version_2(Rf_protect(Rf_duplicate(value)), sink);
+                        sink.may_be_grown = false;
+                        Rf_unprotect(1);
+                    }
                     Rf_unprotect(1);
                 }
             }
@@ -583,6 +604,7 @@ fn content_hashes(values: Robj, whole: bool) -> Robj {
         sink: HashSink {
             hash: Xxh3::new(),
             skip: 0,
+            may_be_grown: false,
         },
         out: &mut out,
     };
