@@ -473,9 +473,21 @@ store_trouble <- function(store) .Call(wrap__store_trouble, store)
 #' @noRd
 store_close <- function(store) .Call(wrap__store_close, store)
 
-#' Renames a file durably.
+#' Writes a file durably: it has either its old content or these bytes.
 #' @noRd
-replace_durably <- function(from, to) .Call(wrap__replace_durably, from, to)
+write_durably <- function(bytes, path) .Call(wrap__write_durably, bytes, path)
+
+#' Returns whether this is the pointer of a store that is open in this session.
+#' @noRd
+store_is_open <- function(store) .Call(wrap__store_is_open, store)
+
+#' Waits for up to one slice until more results may be stored. Returns whether they may.
+#' @noRd
+store_room <- function(store) .Call(wrap__store_room, store)
+
+#' Returns the address of an object.
+#' @noRd
+object_address <- function(object) .Call(wrap__object_address, object)
 
 #' Returns the folder of this host with saved results of a run.
 #' @noRd

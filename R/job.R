@@ -158,6 +158,7 @@ runOver <- function(cl, n, fun, common, elements, seed, order, retries, returns,
     if (!is.null(shown)) shown()
     if (!is.null(store)) {
       checkedStore(store_put(store$pointer, storeId(store, i), values[[i]], failed[[i]]), store$dir)
+      while (!checkedStore(store_room(store$pointer), store$dir)) raiseInterrupt()
       if (!is.null(onResults) || done == n) flushStore(store)
     }
     if (!is.null(onResults) && isFALSE(onResults(i, values, which(failed)))) break

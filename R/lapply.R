@@ -32,7 +32,8 @@
 #'   order of `X`. Start the longest elements first to finish all workers at about the same time. Results are in the
 #'   order of `X` in any case.
 #' @param .onResult (function) A function of the index and the result of an element, called in this session as soon as
-#'   the result arrives. It is called for failed elements only if `.errors` is `"return"`.
+#'   the result arrives. It is called for failed elements only if `.errors` is `"return"`, and not for results that
+#'   `.store` has from an earlier call.
 #' @param .errors (character) What to do if an element fails. `"finish"`: raise its error when all other elements have
 #'   finished, as in \pkg{parallel}. `"stop"`: raise its error at once and cancel all other elements. `"return"`: return
 #'   the error as the result of the element. Such a result has class `"try-error"` and contains the text of the error;
@@ -147,7 +148,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
       }
     }
   }
-  job <- if (is.null(store) || length(store$todo)) runFree(
+  job <- if (is.null(store) || length(store$todo) && !endsAtOnce(store, .errors)) runFree(
     cl, n, FUN, list(...), X, reuse = "function", seed = seed, order = orderOf(.order, store), retries = .retries,
     timeout = .timeout, returns = .errors == "return", onResults = onResults, progress = .progress, what = "element",
     store = store
@@ -187,18 +188,21 @@ savedResults <- function(store) {
   values
 }
 
-# Returns what clusterLapply() returns with a store, or raises its error. `saved`: the results that the store had
-# before, or NULL to return a view.
+# Returns what clusterLapply() returns with a store, or raises its error. `job`: what was computed, or NULL. `saved`: the
+# results that the store had before, or NULL to return a view.
 storedResults <- function(store, job, saved, names, errors) {
   closeStore(store)
   refreshStore(store)
-  failed <- storeFailed(store)
+  # With "stop", elements that failed in an earlier call may not have been tried again.
+  failed <- if (errors == "stop" && length(job$failed)) sort(job$failed) else storeFailed(store)
   if (is.null(saved)) {
+    results <- resultsView(store)
     if (errors != "return" && length(failed)) {
-      results <- resultsView(store)
-      raiseElementFailed(storeValue(store, failed[[1L]]), failed, results)
+      first <- storeValue(store, failed[[1L]])
+      if (inherits(first, "rustcluster_failure")) raiseTaskFailure(first, results)
+      raiseElementFailed(first, failed, results)
     }
-    return(resultsView(store))
+    return(results)
   }
   values <- if (is.null(job)) saved else job$values
   values[store$kept] <- saved[store$kept]
@@ -212,6 +216,9 @@ storedResults <- function(store, job, saved, names, errors) {
   names(values) <- names
   values
 }
+
+# Returns whether a result that the store keeps is an error that ends the call.
+endsAtOnce <- function(store, errors) errors == "stop" && length(setdiff(storeFailed(store), store$todo)) > 0L
 
 # Refuses arguments whose names start with a dot and are arguments neither of the verb nor of `FUN`, and arguments of
 # the verb without their dot: they are typing errors. `name`: the name of the verb. `fun`: a function with the arguments

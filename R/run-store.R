@@ -10,7 +10,7 @@ ownFiles <- c(
 
 runPath <- function(dir, ...) file.path(dir, ...)
 
-# Checks the path of a run. Returns it as an absolute path.
+# Checks the path of a run. Returns it as an absolute path, if its parent exists.
 checkDir <- function(dir, argument) {
   if (!is.character(dir) || length(dir) != 1L || !isText(dir) || !nzchar(dir)) {
     badArgument(argument, "must be the path of a directory")
@@ -21,14 +21,8 @@ checkDir <- function(dir, argument) {
 }
 
 # Saves an object durably: the file has either its old content or all of the new one.
-saveDurably <- function(object, path, compress = TRUE) {
-  new <- paste0(path, ".new")
-  tryCatch(
-    saveRDS(object, new, compress = compress),
-    error = function(e) abort("run_write_failed", "cannot write ", new, ": ", conditionMessage(e)),
-    warning = function(w) abort("run_write_failed", "cannot write ", new, ": ", conditionMessage(w))
-  )
-  checkedStore(replace_durably(new, path), dirname(path))
+saveDurably <- function(object, path) {
+  checkedStore(write_durably(serialize(object, NULL, xdr = FALSE), path), dirname(path))
 }
 
 # Returns what a run is: the list in `run.rds`, or NULL if the directory has no run.
@@ -95,16 +89,18 @@ openStore <- function(dir, write = FALSE, info = readRunInfo(dir)) {
   store$pointer <- checkedStore(
     store_open(dir, info$id, as.double(info$elements), if (write) lockText() else ""), dir
   )
-  store$session <- tempdir()
   class(store) <- "rustcluster_store"
   store
 }
 
 # Returns the pointer of a store. A store that was saved and loaded is opened again.
 storePointer <- function(store) {
-  if (!identical(store$session, tempdir())) {
-    store$pointer <- openStore(store$dir)$pointer
-    store$session <- tempdir()
+  if (!store_is_open(store$pointer)) {
+    opened <- openStore(store$dir)
+    if (opened$info$id != store$info$id) {
+      abort("run_unreadable", "the run in ", store$dir, " was replaced by another one", fields = list(dir = store$dir))
+    }
+    store$pointer <- opened$pointer
   }
   store$pointer
 }
@@ -176,11 +172,16 @@ flushStore <- function(store) {
 # Opens the store of a call of clusterLapply() for writing, or makes it. Refuses a run of something else. `store$todo`
 # has the indices of the elements to compute.
 beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, waits) {
+  given <- dir
   dir <- checkDir(dir, ".store")
-  made <- !dir.exists(dir)
-  if (made && !dir.create(dir, showWarnings = FALSE, recursive = TRUE) && !dir.exists(dir)) {
-    abort("run_write_failed", "cannot create the directory ", dir, fields = list(dir = dir))
+  if (!dir.exists(dir) && !dir.create(dir, showWarnings = FALSE, recursive = TRUE) && !dir.exists(dir)) {
+    abort(
+      "run_write_failed", "cannot create the directory ", dir, fields = list(dir = dir, reason = "cannot be created")
+    )
   }
+  hashing$dir <- given
+  on.exit(hashing$dir <- NULL)
+  dir <- normalizePath(dir)
   repeat {
     info <- readRunInfo(dir)
     new <- is.null(info)
@@ -197,7 +198,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     closeStore(store)
   }
   opened <- FALSE
-  on.exit(if (!opened) closeStore(store))
+  on.exit(if (!opened) closeStore(store), add = TRUE)
   now <- list(
     hashes = elementHashes(X), names = names(X), functions = functionHashes(FUN), arguments = argumentHashes(common),
     seed = seed
@@ -206,7 +207,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
     store$info <- c(info, now[c("names", "functions", "arguments")], list(
       seed = drawnSeed(seed), fun = paste(deparse(FUN), collapse = "\n")
     ))
-    saveDurably(storedElements(X, now$hashes), runPath(dir, "elements.rds"), compress = FALSE)
+    saveDurably(storedElements(X, now$hashes), runPath(dir, "elements.rds"))
     saveDurably(store$info, runPath(dir, "run.rds"))
   } else {
     compareRun(store, now, X, reuse)
@@ -340,5 +341,5 @@ regroup <- function(store, before, now, X) {
   store$info$n <- length(new)
   store$info$elements <- length(old) + length(fresh)
   hashes <- c(before, pickHashes(now$hashes, fresh))
-  saveDurably(hashes, runPath(store$dir, "elements.rds"), compress = FALSE)
+  saveDurably(hashes, runPath(store$dir, "elements.rds"))
 }

@@ -109,6 +109,11 @@ as.character.rustcluster_failure <- function(x, ...) {
 
 # `byChunk`: whether a value is that of a chunk of elements.
 raiseTaskFailure <- function(first, values, byChunk = FALSE) {
+  if (inherits(values, "rustcluster_results")) {
+    condition <- attr(first, "condition")
+    condition["results"] <- list(values)
+    stop(condition)
+  }
   ours <- vapply(values, inherits, NA, "rustcluster_failure")
   # Other failed tasks have an error of their own, which is their result.
   failed <- vapply(values, inherits, NA, "snow-try-error")

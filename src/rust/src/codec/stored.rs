@@ -190,8 +190,8 @@ fn append_string(bytes: &mut &[u8], list: &mut ListPayload) -> Option<()> {
     // R's `cetype_t`, as in `plain`.
     let levels = match encoding {
         1 => word::UTF8,
-        2 => word::BYTES | ascii,
-        4 => word::LATIN1,
+        2 => word::LATIN1,
+        3 => word::BYTES | ascii,
         _ => ascii,
     };
     list.word(word::STRING | levels << word::LEVELS);

@@ -8,15 +8,18 @@ use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
+    INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_duplicate, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
     SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
+use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::store::lock::{Lock, Owner};
 use rustcluster_core::store::record::{Kind, RunId};
 use rustcluster_core::store::save::{self, SaveRequest};
 use rustcluster_core::store::{Index, State, Writer, WriterSettings, elements_of_file};
 use std::cell::RefCell;
 use std::ffi::c_void;
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -394,6 +397,23 @@ fn store_put(store: Robj, element: i32, value: Robj, failed: bool) -> Robj {
     })
 }
 
+/// Waits for up to one slice until more results may be stored. Returns whether they may.
+/// @noRd
+#[extendr]
+fn store_room(store: Robj) -> Robj {
+    with_store(&store, |store| {
+        let writer = store.writer.borrow().clone();
+        let Some(writer) = writer else {
+            return Err(Failure::new("run_write_failed").with("reason", "the run was closed"));
+        };
+        let is_full = writer.wait_for_room(SLICE);
+        match writer.error() {
+            Some(reason) => Err(Failure::new("run_write_failed").with("reason", reason)),
+            None => Ok((!is_full).into()),
+        }
+    })
+}
+
 /// Waits for up to one slice until all results are durable. Returns whether they are.
 /// @noRd
 #[extendr]
@@ -418,15 +438,42 @@ fn store_trouble(store: Robj) -> Robj {
     })
 }
 
+/// Writes a file durably: it has either its old content or these bytes.
+/// @noRd
+#[extendr]
+fn write_durably(bytes: Robj, path: &str) -> Robj {
+    let bytes = bytes.as_raw_slice().unwrap_or_default();
+    let path = Path::new(path);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let new = path.with_file_name(name);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&new)?;
+        without_file_size_signal(|| file.write_all(bytes))?;
+        file.sync_all()?;
+        std::fs::rename(&new, path)?;
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    match write() {
+        Ok(()) => ().into(),
+        Err(error) => {
+            // A file that was not written completely takes space that a full disk needs.
+            let _ = std::fs::remove_file(&new);
+            Failure::new("run_write_failed")
+                .with("reason", error.to_string())
+                .into()
+        }
+    }
+}
+
 /// Renames a file durably.
 /// @noRd
 #[extendr]
 fn replace_durably(from: &str, to: &str) -> Robj {
     let replace = || -> std::io::Result<()> {
-        std::fs::File::open(from)?.sync_all()?;
+        File::open(from)?.sync_all()?;
         std::fs::rename(from, to)?;
-        let dir = Path::new(to).parent().unwrap_or(Path::new("."));
-        std::fs::File::open(dir)?.sync_all()
+        File::open(Path::new(to).parent().unwrap_or(Path::new(".")))?.sync_all()
     };
     match replace() {
         Ok(()) => ().into(),
@@ -434,6 +481,21 @@ fn replace_durably(from: &str, to: &str) -> Robj {
             .with("reason", error.to_string())
             .into(),
     }
+}
+
+/// Returns whether this is the pointer of a store that is open in this session.
+/// @noRd
+#[extendr]
+fn store_is_open(store: Robj) -> bool {
+    store_of(&store).is_ok()
+}
+
+/// Returns the address of an object.
+/// @noRd
+#[extendr]
+fn object_address(object: Robj) -> String {
+    // SAFETY: the address is not used to reach the object.
+    format!("{:p}", unsafe { object.get() })
 }
 
 /// Ends writing, once all results are durable or cannot be written, and releases the lock.
@@ -520,6 +582,19 @@ fn saved_folder(host_dir: &str, run: &str) -> Robj {
 struct HashSink {
     hash: Xxh3,
     skip: usize,
+    /// Whether a vector may have been written whose flags say that it was extended in place.
+    may_be_grown: bool,
+}
+
+/// Whether these bytes may be the flags of a vector that R has extended in place (`GROWABLE_MASK`). A copy of the
+/// vector does not have that flag.
+fn may_be_grown(bytes: &[u8]) -> bool {
+    const GROWN: u32 = 1 << (12 + 5);
+    let Ok(word) = bytes.try_into().map(u32::from_ne_bytes) else {
+        return false;
+    };
+    let is_vector = matches!(word & 0xff, 10 | 13..=16 | 19 | 20 | 24);
+    is_vector && word & GROWN != 0 && word >> 28 == 0
 }
 
 /// Bytes of the head of R's serialization, version 2.
@@ -530,6 +605,7 @@ impl Sink for HashSink {
         let skipped = self.skip.min(bytes.len());
         self.skip -= skipped;
         self.hash.update(&bytes[skipped..]);
+        self.may_be_grown |= may_be_grown(bytes);
         false
     }
 }
@@ -577,6 +653,13 @@ unsafe extern "C" fn hash_protected(data: *mut c_void) -> SEXP {
                         false => rustcluster_element(hashing.values.cast(), at),
                     };
                     stream::write_in_version_2(Rf_protect(value), sink);
+                    if std::mem::take(&mut sink.may_be_grown) {
+                        sink.hash.reset();
+                        sink.skip = SERIALIZATION_HEAD;
+                        stream::write_in_version_2(Rf_protect(Rf_duplicate(value)), sink);
+                        sink.may_be_grown = false;
+                        Rf_unprotect(1);
+                    }
                     Rf_unprotect(1);
                 }
             }
@@ -600,6 +683,7 @@ fn content_hashes(values: Robj, whole: bool) -> Robj {
         sink: HashSink {
             hash: Xxh3::new(),
             skip: 0,
+            may_be_grown: false,
         },
         out: &mut out,
     };
@@ -634,5 +718,9 @@ extendr_module! {
     fn replace_durably;
     fn saved_folder;
     fn file_elements;
+    fn write_durably;
+    fn store_is_open;
+    fn store_room;
+    fn object_address;
     fn content_hashes;
 }
