@@ -473,6 +473,18 @@ store_trouble <- function(store) .Call(wrap__store_trouble, store)
 #' @noRd
 store_close <- function(store) .Call(wrap__store_close, store)
 
+#' Renames a file durably.
+#' @noRd
+replace_durably <- function(from, to) .Call(wrap__replace_durably, from, to)
+
+#' Returns the folder of this host with saved results of a run.
+#' @noRd
+saved_folder <- function(host_dir, run) .Call(wrap__saved_folder, host_dir, run)
+
+#' Returns the numbers of the elements in a file of records; none if it is no file of this run.
+#' @noRd
+file_elements <- function(path, run) .Call(wrap__file_elements, path, run)
+
 #' Writes a file durably: it has either its old content or these bytes.
 #' @noRd
 write_durably <- function(bytes, path) .Call(wrap__write_durably, bytes, path)
@@ -488,14 +500,6 @@ store_room <- function(store) .Call(wrap__store_room, store)
 #' Returns the address of an object.
 #' @noRd
 object_address <- function(object) .Call(wrap__object_address, object)
-
-#' Returns the folder of this host with saved results of a run.
-#' @noRd
-saved_folder <- function(host_dir, run) .Call(wrap__saved_folder, host_dir, run)
-
-#' Returns the numbers of the elements in a file of records; none if it is no file of this run.
-#' @noRd
-file_elements <- function(path, run) .Call(wrap__file_elements, path, run)
 
 #' Returns hashes of 16 bytes each (XXH3, 128 bits), as one raw vector: of each element of a vector without a class, or
 #' of the value if `whole` is `TRUE`. Equal values have equal hashes, also in other versions of R.
