@@ -72,7 +72,9 @@
 #' worker has computed it. A worker that sees the directory of `.store` writes its results there, and sends long ones
 #' only if `.onResult` needs them. Any other worker saves its results in `.save_dir`; they are fetched, checked and
 #' removed there. If this session cannot write results, for example because its disk is full, it tries again and results
-#' wait on the hosts. A later call first fetches what the hosts have; [collectRun()] does only that.
+#' wait on the hosts. A later call first fetches what the hosts have; [collectRun()] does only that. Workers of a
+#' cluster with `linger` save their results in any case, but not durably, so that a call on the reattached cluster
+#' ([reattachCluster()]) does not compute them again.
 #'
 #' The vignette "Long runs" describes the files, which base R can read.
 #' @section Errors:
@@ -134,7 +136,10 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     store <- beginStore(.store, X, FUN, list(...), checkSeed(.seed), .reuse, .retry_errors, .sync, .save == "hosts")
     on.exit(closeStore(store), add = TRUE)
     .seed <- if (is.null(store$info$seed)) FALSE else store$info$seed
-    if (.save == "hosts") beginSaving(store, cl, .save_dir, values = !is.null(.onResult))
+    lingers <- any(vapply(parts, function(part) !is.null(part$handle$linger), NA))
+    if (.save == "hosts" || lingers) {
+      beginSaving(store, cl, .save_dir, values = !is.null(.onResult), durable = .save == "hosts")
+    }
     saved <- if (.collect) savedResults(store)
     store$keep <- if (.collect) "always" else if (is.null(.onResult) && .errors != "stop") "never" else "until_reported"
   }
@@ -154,7 +159,7 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
     store = store
   )
   if (!is.null(store)) {
-    if (.save == "hosts") endSaving(store, cl)
+    if (!is.null(store$save)) endSaving(store, cl)
     return(storedResults(store, job, if (.collect) saved, names(X), .errors))
   }
   if (.errors != "return" && length(job$failed)) raiseFailed(job)

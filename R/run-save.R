@@ -17,8 +17,8 @@ checkSaveDir <- function(dir, argument) {
 }
 
 # Fetches what the hosts have, and asks the workers to save. `values`: whether this session needs all results as they
-# arrive.
-beginSaving <- function(store, cl, dir, values) {
+# arrive. `durable`: whether results have to survive a crash of the host.
+beginSaving <- function(store, cl, dir, values, durable) {
   dir <- if (is.null(dir)) "" else dir
   fetched <- fetchSaved(store, cl, dir)
   if (fetched) findMissing(store)
@@ -33,7 +33,7 @@ beginSaving <- function(store, cl, dir, values) {
   store$trouble <- ""
   store$save <- list(
     run = store$info$id, host_dir = dir, run_dir = normalizePath(store$dir), nonce = nonce,
-    r_version = rVersionNumber(), durable = TRUE, values = values
+    r_version = rVersionNumber(), durable = durable, values = values
   )
 }
 
@@ -59,9 +59,11 @@ onNodes <- function(nodes, fun, ...) {
   parallel::clusterApply(nodes, seq_along(nodes), callWith, fun, ...)
 }
 
-# Returns one node of each host that is up.
+# Returns one node of each host that is up: an idle one, if there is any.
 hostNodes <- function(cl) {
   up <- clusterAlive(cl)
+  if (!length(up)) return(up)
+  up <- up[order(clusterStatus(up, memory = FALSE)$state != "idle")]
   up[!duplicated(vapply(up, function(node) paste(node$handle$id, node$handle$owner[[node$rank]]), ""))]
 }
 

@@ -362,6 +362,51 @@ test_that("invalid values of `linger` are errors", {
   expect_identical(clusterId(cl), NA_character_)
 })
 
+test_that("a run on a cluster that waits computes nothing again", {
+  slow <- strip_srcref(function(i, log) {
+    Sys.sleep(0.3)
+    cat(paste0(i, "\n"), file = log, append = TRUE)
+    list(i, letters)
+  })
+  environment(slow) <- globalenv()
+  # Workers that see the directory of the run write there. The others, here by another probe, save on their host.
+  for (seen in c(TRUE, FALSE)) {
+    base <- tempfile("linger-run-")
+    dir.create(base)
+    on.exit(unlink(base, recursive = TRUE), add = TRUE, after = FALSE)
+    log <- file.path(base, "log")
+    run <- file.path(base, "run")
+    first <- start_child({
+      if (!seen) {
+        namespace <- asNamespace("rustcluster")
+        trace("beginSaving", where = namespace, exit = quote(store$save$nonce <- "another"), print = FALSE)
+      }
+      cl <- makeRustCluster(2, linger = 60)
+      say("workers", paste(clusterPids(cl), collapse = " "))
+      say("agents", paste(agentPids(cl), collapse = " "))
+      say("id", clusterId(cl))
+      clusterLapply(cl, 1:16, slow, log = log, .store = run)
+    }, values = list(seen = seen, log = log, run = run, slow = slow), env = c(
+      record_env, paste0("XDG_CACHE_HOME=", shQuote(base))
+    ))
+    child_wait_for(first, "id")
+    pids <- lingering_pids(first)
+    expect_true(wait_until(function() file.exists(log) && length(readLines(log)) >= 3L, 30))
+    child_signal(first, tools::SIGKILL)
+    child_wait_end(first)
+    before <- length(readLines(log))
+    # Both workers end the tasks that they have begun.
+    expect_true(wait_until(function() length(readLines(log)) >= before + 1L, 30))
+    cl <- note_processes(reattachCluster(child_said(first, "id")))
+    values <- clusterLapply(cl, 1:16, slow, log = log, .store = run)
+    expect_identical(values, lapply(1:16, function(i) list(i, letters)))
+    expect_identical(sort(as.integer(readLines(log))), 1:16)
+    stop_quietly(cl)
+    expect_gone(pids)
+    expect_length(list.files(file.path(base, "rustcluster", "results"), recursive = TRUE), 0L)
+  }
+})
+
 test_that("no process is left", {
   expect_no_leftovers()
   expect_length(list.files(records, "[.]rds$", recursive = TRUE), 0L)
