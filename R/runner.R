@@ -44,10 +44,8 @@ computeRun <- function(dir) {
   options(rustcluster.progress = FALSE)
   list2env(task$export, globalenv())
   startTicking()
-  arguments <- list(packages = settings$packages, progress = FALSE)
-  arguments[names(settings$cluster)] <- settings$cluster
-  spec <- if (is.null(settings$spec)) usableCores() else settings$spec
-  cl <- do.call(makeRustCluster, c(list(spec), arguments), quote = TRUE)
+  cl <- waitingCluster(runner$state$cluster)
+  if (is.null(cl)) cl <- clusterOfRun(settings)
   on.exit({
     # The tasks of a run that is cancelled are cancelled by this.
     runner$tick <- NULL
@@ -77,6 +75,32 @@ computeRun <- function(dir) {
   list(
     state = "done",
     message = if (counts[["failed"]]) paste0(counted(counts[["failed"]], "element"), " failed; see errors()")
+  )
+}
+
+# Makes the cluster of a run.
+clusterOfRun <- function(settings) {
+  arguments <- list(packages = settings$packages, progress = FALSE)
+  arguments[names(settings$cluster)] <- settings$cluster
+  spec <- if (is.null(settings$spec)) usableCores() else settings$spec
+  cl <- do.call(makeRustCluster, c(list(spec), arguments), quote = TRUE)
+  if (isTRUE(settings$cluster$linger > 0)) updateState(cluster = clusterId(cl))
+  cl
+}
+
+# Returns the cluster that the last runner has left, if it waits for its head, or NULL.
+waitingCluster <- function(id) {
+  if (is.null(id)) return(NULL)
+  tryCatch(
+    {
+      cl <- reattachCluster(id)
+      say("reattached the cluster ", id)
+      cl
+    },
+    rustcluster_error = function(e) {
+      say("the cluster ", id, " of the last runner cannot be used: ", conditionMessage(e))
+      NULL
+    }
   )
 }
 

@@ -28,7 +28,8 @@
 #' @param packages (character) Packages to attach in all workers.
 #' @param export (character) Names of variables to export to the workers, as by [parallel::clusterExport()]. They are
 #'   looked up where `startRun()` is called, and saved with the run.
-#' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`.
+#' @param cluster (list) Further arguments of [makeRustCluster()], by name, such as `list(threads = 4)`. With
+#'   `list(linger = 3600)`, the workers wait for the next runner if a runner dies: `resume()` reattaches them.
 #' @param .seed,.timeout,.retries,.order,.sync,.save,.save_dir As in [clusterLapply()]. `.seed = TRUE` draws the seed
 #'   now: a resumed run has the same random numbers.
 #' @param .reuse As in [clusterLapply()]: with `"same"`, `X` of a run that continues may have other elements.
@@ -277,7 +278,7 @@ startRunner <- function(dir, settings, n, task = NULL) {
   state <- list(
     state = "starting", pid = NA_integer_, host = thisHost(), started = Sys.time(), updated = Sys.time(),
     ended = NULL, n = n, before = 0, workers = NA_integer_, busy = NA_integer_, message = NULL,
-    attempt = if (is.null(before)) 1L else before$attempt + 1L
+    attempt = if (is.null(before)) 1L else before$attempt + 1L, cluster = before$cluster
   )
   new <- character()
   on.exit(unlink(new))

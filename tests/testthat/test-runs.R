@@ -147,6 +147,36 @@ test_that("a killed runner is seen at once, leaves nothing, and the run resumes 
   }
 })
 
+test_that("the workers of a run that is killed wait for its next runner", {
+  cache <- tempfile("cache-")
+  dir.create(cache)
+  before <- Sys.getenv("R_USER_CACHE_DIR", NA)
+  Sys.setenv(R_USER_CACHE_DIR = cache)
+  on.exit({
+    if (is.na(before)) Sys.unsetenv("R_USER_CACHE_DIR") else Sys.setenv(R_USER_CACHE_DIR = before)
+    unlink(cache, recursive = TRUE)
+  }, add = TRUE, after = FALSE)
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  run <- startRun(dir, 1:12, gated(gate, said, 7), spec = 2, .timeout = 1e5, cluster = list(linger = 60))
+  expect_true(wait_until(function() run$status()$done == 6L && length(begun(said)) == 8L))
+  pids <- processes_of(run)
+  tools::pskill(pids[[1L]], tools::SIGKILL)
+  expect_state(run, "interrupted")
+  expect_gone(pids[[1L]])
+  expect_alive(unique(utils::read.table(said)[[2L]]))
+  # The two workers end what they have begun.
+  file.create(gate)
+  expect_true(run$resume())
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:12, function(i) i^2))
+  expect_identical(sort(begun(said)), 1:12)
+  expect_match(paste(readLines(file.path(dir, "log")), collapse = "\n"), "reattached the cluster")
+  expect_gone(pids, within = 5)
+  unlink(c(gate, said))
+})
+
 test_that("everything is killed, and another session resumes", {
   dir <- local_run_dir()
   gate <- tempfile("gate-")
