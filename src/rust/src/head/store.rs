@@ -8,8 +8,8 @@ use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{
-    INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_duplicate, Rf_protect, Rf_unprotect, SET_VECTOR_ELT, SEXP,
-    SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
+    INTEGER_ELT, LOGICAL_ELT, R_NilValue, REAL_ELT, Rf_duplicate, Rf_protect, Rf_unprotect,
+    SET_VECTOR_ELT, SEXP, SEXPTYPE, TYPEOF, VECTOR_ELT, XLENGTH,
 };
 use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::store::lock::{Lock, Owner};
