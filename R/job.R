@@ -217,8 +217,11 @@ batchUnread <- function(unread, handle) {
 # Runs a task with a seed in a worker, because messages of parallel cannot contain a seed.
 runSeeded <- function(fun, args, seed) {
   before <- get0(".Random.seed", globalenv(), inherits = FALSE)
+  kind <- if (is.null(before)) RNGkind()
   on.exit(
     if (is.null(before)) {
+      # Without a state, R keeps the kind of the generator elsewhere.
+      suppressWarnings(RNGkind(kind[[1L]], kind[[2L]], kind[[3L]]))
       rm(list = intersect(".Random.seed", ls(globalenv(), all.names = TRUE)), envir = globalenv())
     } else {
       assign(".Random.seed", before, globalenv())

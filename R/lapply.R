@@ -193,8 +193,8 @@ savedResults <- function(store) {
   values
 }
 
-# Returns what clusterLapply() returns with a store, or raises its error. `job`: what was computed, or NULL. `saved`: the
-# results that the store had before, or NULL to return a view.
+# Returns what clusterLapply() returns with a store, or raises its error. `job`: what was computed, or NULL. `saved`:
+# the results that the store had before, or NULL to return a view.
 storedResults <- function(store, job, saved, names, errors) {
   closeStore(store)
   refreshStore(store)

@@ -17,6 +17,7 @@ checkDir <- function(dir, argument) {
   }
   if (file.exists(dir) && !dir.exists(dir)) badArgument(argument, "is a file, not a directory: ", dir)
   # The directory may not exist yet.
+  dir <- sub("(.)/+$", "\\1", dir)
   file.path(normalizePath(dirname(dir), mustWork = FALSE), basename(dir))
 }
 
