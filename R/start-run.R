@@ -105,6 +105,7 @@ startRun <- function(dir, X, FUN, ..., spec = NULL, packages = NULL, export = NU
       .reuse = .reuse, .retry_errors = .retry_errors, .sync = .sync, .save = .save, .save_dir = .save_dir
     )
   )
+  awaitUnlocked(dir)
   if (!startRunner(dir, settings, length(X), task)) runLocked(dir)
   noteRun(dir)
   awaitRunner(run, .wait)

@@ -27,14 +27,15 @@ end_run <- function(dir) {
 # answered as a whole; with a time limit, elements are sent one by one.
 gated <- function(gate, said, n) {
   function(i) {
-    cat(i, Sys.getpid(), "\n", file = said, append = TRUE)
+    # One write for each line: the workers share the file.
+    cat(paste0(i, "\n"), file = said, append = TRUE)
     if (i >= n) while (!file.exists(gate)) Sys.sleep(0.02)
     i^2
   }
 }
 
 # The elements that have begun, in order.
-begun <- function(said) if (file.exists(said)) utils::read.table(said)[[1L]] else integer()
+begun <- function(said) if (file.exists(said)) as.integer(readLines(said)) else integer()
 
 processes_of <- function(run) {
   pid <- run$status()$pid
@@ -261,6 +262,46 @@ test_that("a runner that makes its cluster is cancelled, and an interrupted run 
   run$cancel()
   expect_identical(run$status()$state, "cancelled")
   expect_gone(pids)
+})
+
+test_that("batch jobs of a runner are cancelled when it is killed, and submitted again when the run resumes", {
+  stub <- local_stub_engine("slurm")
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  run <- startRun(dir, 1:6, gated(gate, said, 3), spec = batch_launcher("slurm", stub), .timeout = 1e5, .wait = 60)
+  expect_true(wait_until(function() run$status()$done == 2L))
+  pids <- c(processes_of(run), stub$pids())
+  expect_length(stub$pids(), 2L)
+  tools::pskill(pids[[1L]], tools::SIGKILL)
+  expect_state(run, "interrupted")
+  expect_true(wait_until(function() !length(stub$jobs())))
+  expect_gone(pids, 5)
+  file.create(gate)
+  expect_true(run$resume())
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:6, function(i) i^2))
+  expect_true(wait_until(function() !length(stub$jobs())))
+  expect_gone(c(run$status()$pid, stub$pids()))
+  unlink(c(gate, said))
+})
+
+test_that("results that workers saved survive their runner", {
+  dir <- local_run_dir()
+  gate <- tempfile("gate-")
+  said <- tempfile("said-")
+  run <- startRun(dir, 1:8, gated(gate, said, 5), spec = 2, .timeout = 1e5, .save = "hosts")
+  expect_true(wait_until(function() run$status()$done == 4L && length(begun(said)) == 6L))
+  pids <- processes_of(run)
+  tools::pskill(pids[[1L]], tools::SIGKILL)
+  expect_state(run, "interrupted")
+  expect_gone(pids)
+  file.create(gate)
+  expect_true(run$resume())
+  expect_identical(run$wait(60), "done")
+  expect_identical(as.list(run$results()), lapply(1:8, function(i) i^2))
+  expect_identical(as.vector(table(begun(said))), rep(c(1L, 2L, 1L), c(4L, 2L, 2L)))
+  unlink(c(gate, said))
 })
 
 test_that("failed elements are listed, and computed again when the run resumes", {
