@@ -444,9 +444,9 @@ store_trouble <- function(store) .Call(wrap__store_trouble, store)
 #' @noRd
 store_close <- function(store) .Call(wrap__store_close, store)
 
-#' Writes a file durably: it has either its old content or these bytes.
+#' Writes a file: it has either its old content or these bytes. `durable`: whether also after a crash of the machine.
 #' @noRd
-write_durably <- function(bytes, path) .Call(wrap__write_durably, bytes, path)
+write_durably <- function(bytes, path, durable) .Call(wrap__write_durably, bytes, path, durable)
 
 #' Returns whether this is the pointer of a store that is open in this session.
 #' @noRd
