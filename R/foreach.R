@@ -14,6 +14,13 @@
 #'   the error is raised with its condition class.
 #' * `options(rustcluster.progress = TRUE)` shows a progress bar.
 #'
+#' `.options.rustcluster = list(store = "dir")` keeps the results of the iterations in a directory. The same loop, run
+#' again, computes only what is missing, and combines all: see section Stored results of [clusterLapply()]. The elements
+#' are the values of the loop's variables. The function is the expression of the loop, with the variables that it uses.
+#' The options `reuse`, `retry_errors` and `sync` are the arguments `.reuse`, `.retry_errors` and `.sync` of
+#' [clusterLapply()]. An iteration that raised an error counts as failed, with any `.errorhandling`. With `%dorng%`, give
+#' the same seed again (`.options.RNG`, or `registerDoRNG()`): the random streams are a part of the elements.
+#'
 #' `.options.snow` supports the options `attachExportEnv` and `preschedule` of doParallel. `preschedule` has no effect,
 #' because iterations are always sent in batches. Other options are ignored with a warning, as in doParallel.
 #'
@@ -25,7 +32,7 @@
 #' @return `NULL`, invisibly. Afterwards `foreach::getDoParName()` is `"doRustCluster"`, and
 #'   `foreach::getDoParWorkers()` the number of nodes of `cl`.
 #' @section Errors:
-#' `rustcluster_bad_argument`, `rustcluster_stopped`, `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises
+#' `rustcluster_bad_argument` (also for an unknown option in `.options.rustcluster`), `rustcluster_stopped`, `rustcluster_restored`, `rustcluster_forked`. `%dopar%` raises
 #' these errors, `rustcluster_task_failed`, `rustcluster_timeout`, and the other errors of the cluster: see
 #' [rustcluster_conditions].
 #' @examplesIf requireNamespace("foreach", quietly = TRUE)
@@ -54,6 +61,7 @@ foreachInfo <- function(data, item) {
 doRustCluster <- function(obj, expr, envir, data) {
   if (!inherits(obj, "foreach")) stop("obj must be a foreach object")
   iterator <- iterators::iter(obj)
+  options <- foreachOptions(obj$options$rustcluster)
   say <- if (obj$verbose) function(...) cat(sprintf(...)) else function(...) NULL
   attached <- attachAsked(obj$options$snow, length(data), say)
   exports <- foreachExports(obj, expr, envir, say)
@@ -66,9 +74,13 @@ doRustCluster <- function(obj, expr, envir, data) {
   }
   iterations <- as.list(iterator)
   n <- length(iterations)
+  in_order <- !isFALSE(obj$combineInfo$in.order)
   values <- list()
-  if (n) {
-    onResults <- foreachCombiner(iterator, n, !isFALSE(obj$combineInfo$in.order))
+  if (!is.null(options$store)) {
+    fun <- loopFunction(expr, exports, obj$argnames)
+    values <- runStored(data, iterator, iterations, fun, in_order, options)
+  } else if (n) {
+    onResults <- foreachCombiner(iterator, n, in_order)
     values <- runFree(data, n, runIteration, list(), iterations, onResults = onResults)$values
   }
   # Detach the exports: an empty loop attaches nothing.
@@ -80,6 +92,58 @@ doRustCluster <- function(obj, expr, envir, data) {
   if (!is.null(lost)) raiseTaskFailure(lost, values)
   text <- sprintf("task %d failed - \"%s\"", foreach::getErrorIndex(iterator), conditionMessage(failure))
   stop(simpleError(text, expr))
+}
+
+# Checks the options of `.options.rustcluster`. Returns all of them, with their defaults.
+foreachOptions <- function(options) {
+  refuse <- function(...) badArgument(".options.rustcluster", ...)
+  known <- list(store = NULL, reuse = "all", retry_errors = TRUE, sync = 0.1)
+  if (is.null(options)) return(known)
+  names <- names(options)
+  if (!is.list(options) || length(options) && (is.null(names) || !all(nzchar(names)))) {
+    refuse("must be a list with names")
+  }
+  unknown <- setdiff(names, names(known))
+  if (length(unknown)) {
+    refuse("contains the unknown option `", unknown[[1L]], "`", didYouMean(unknown[[1L]], names(known)))
+  }
+  known[names] <- options
+  if (!is.character(known$reuse) || length(known$reuse) != 1L || !known$reuse %in% c("all", "same")) {
+    refuse("`reuse` must be \"all\" or \"same\"")
+  }
+  checkStoring(known$store, TRUE, known$retry_errors, known$sync, c("retry_errors", "sync"))
+  known
+}
+
+# Returns the loop as a function of its variables, for the hashes of a run.
+loopFunction <- function(expr, exports, variables) {
+  fun <- function() NULL
+  formals(fun) <- stats::setNames(rep(alist(x = ), length(variables)), variables)
+  body(fun) <- expr
+  environment(fun) <- list2env(as.list(exports, all.names = TRUE), parent = globalenv())
+  fun
+}
+
+# Runs a loop whose results are stored. Returns the list of results.
+runStored <- function(cl, iterator, iterations, fun, in_order, options) {
+  store <- beginStore(
+    options$store, iterations, fun, list(), FALSE, options$reuse, options$retry_errors, options$sync, "the loop"
+  )
+  on.exit(closeStore(store))
+  saved <- savedResults(store)
+  store$keep <- "always"
+  n <- length(iterations)
+  if (!n) return(list())
+  keptFailed <- intersect(storeFailed(store), store$kept)
+  onResults <- foreachCombiner(iterator, n, in_order, saved, store$kept, keptFailed)
+  onResults(store$kept, saved, keptFailed)
+  if (!length(store$todo)) return(saved)
+  values <- runFree(
+    cl, n, runStoredIteration, list(), iterations, order = store$todo, returns = TRUE, onResults = onResults,
+    store = store
+  )$values
+  values[store$kept] <- saved[store$kept]
+  values
 }
 
 # Returns whether the options ask for the exports to be attached on the workers, as in doParallel.
@@ -153,11 +217,14 @@ dotsOf <- function(envir) {
 
 # Returns `onResults` for runJob(): passes the results to foreach, in the order of the iterations or of their arrival.
 # If `.combine` fails, the results that were combined before are the result of the loop.
-foreachCombiner <- function(iterator, n, in_order) {
+# `kept`: the indices of the results that a store had before, which are in `saved`; `keptFailed`: those that are errors.
+foreachCombiner <- function(iterator, n, in_order, saved = NULL, kept = integer(), keptFailed = integer()) {
   accumulate <- foreach::makeAccum(iterator)
   arrived <- logical(n)
   done <- 0L
   broken <- FALSE
+  isKept <- logical(n)
+  isKept[kept] <- TRUE
   take <- function(i, value, failed) {
     if (failed) value <- foreachError(value)
     accumulate(list(value), i)
@@ -171,7 +238,9 @@ foreachCombiner <- function(iterator, n, in_order) {
     }
     if (broken) return()
     tryCatch(
-      for (i in finished) take(i, values[[i]], i %in% failures),
+      for (i in finished) {
+        if (isKept[[i]]) take(i, saved[[i]], i %in% keptFailed) else take(i, values[[i]], i %in% failures)
+      },
       error = function(e) {
         broken <<- TRUE
         cat("error calling combine function:\n")
@@ -183,7 +252,8 @@ foreachCombiner <- function(iterator, n, in_order) {
 
 # Returns the error of an iteration without a result: its worker failed, it timed out, or its value could not be sent.
 foreachError <- function(value) {
-  if (inherits(value, "rustcluster_failure")) attr(value, "condition") else simpleError(as.vector(unclass(value)))
+  condition <- attr(value, "condition")
+  if (is.null(condition)) simpleError(as.vector(unclass(value))) else condition
 }
 
 # In a worker ------------------------------------------------------------------------------------
@@ -212,6 +282,12 @@ beginLoop <- function(expr, exports, packages, caller, attached) {
 runIteration <- function(args) {
   for (name in names(args)) assign(name, args[[name]], loop$variables)
   tryCatch(eval(loop$expr, loop$variables), error = identity)
+}
+
+# As runIteration(), but an error is that of the task, so that the store knows it.
+runStoredIteration <- function(args) {
+  for (name in names(args)) assign(name, args[[name]], loop$variables)
+  eval(loop$expr, loop$variables)
 }
 
 # Returns the key of a set-up call in the set-up log, for beginLoop() and the functions of other backends that do the

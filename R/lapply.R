@@ -168,13 +168,13 @@ clusterLapply <- function(cl = NULL, X, FUN, ..., .progress = wantsProgress(),
   values
 }
 
-checkStoring <- function(store, collect, retryErrors, sync) {
+checkStoring <- function(store, collect, retryErrors, sync, names = c(".retry_errors", ".sync")) {
   flag <- function(value, argument) {
     if (!isTRUE(value) && !isFALSE(value)) badArgument(argument, "must be TRUE or FALSE")
   }
   flag(collect, ".collect")
-  flag(retryErrors, ".retry_errors")
-  between(sync, ".sync", "a number of seconds", 0, 3600)
+  flag(retryErrors, names[[1L]])
+  between(sync, names[[2L]], "a number of seconds", 0, 3600)
   if (is.null(store) && !collect) badArgument(".collect", "can be FALSE only with `.store`")
 }
 

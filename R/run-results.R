@@ -90,3 +90,55 @@ print.rustcluster_results <- function(x, ...) {
 #' @importFrom utils str
 #' @export
 str.rustcluster_results <- function(object, ...) print(object)
+
+#' Export the results of a run to files
+#'
+#' Writes each result in a directory of [clusterLapply()] (`.store`) to an `.rds` file of its own, which [readRDS()]
+#' reads on any machine. Elements without a result are left out.
+#'
+#' @param dir (character) The directory of the run. It may be in use.
+#' @param to (character) The directory for the files. It is created if it does not exist. Files with the same names are
+#'   replaced.
+#' @return The paths of the files, by element, invisibly; `NA` for elements without a result. An element is named by its
+#'   index, with leading zeros, or by its name, if all elements have names that are different and can be names of files.
+#'   An element that failed has the value that `.errors = "return"` of [clusterLapply()] gives it.
+#' @section Errors:
+#' `rustcluster_run_unreadable`: `dir` has no run. `rustcluster_run_damaged`: a result is damaged.
+#' `rustcluster_run_write_failed`: a file cannot be written; files that were written before stay.
+#' `rustcluster_bad_argument`.
+#' @examples
+#' cl <- makeRustCluster(2)
+#' dir <- tempfile("run")
+#' roots <- clusterLapply(cl, c(a = 1, b = 4, c = 9), sqrt, .store = dir)
+#' files <- exportRun(dir, tempfile("roots"))
+#' readRDS(files[["b"]])
+#' parallel::stopCluster(cl)
+#' @seealso [clusterLapply()], [rustcluster_results]
+#' @export
+exportRun <- function(dir, to) {
+  dir <- checkDir(dir, "dir")
+  to <- checkDir(to, "to")
+  store <- openStore(dir)
+  if (!dir.exists(to) && !dir.create(to, showWarnings = FALSE, recursive = TRUE) && !dir.exists(to)) {
+    abort(
+      "run_write_failed", "cannot create the directory ", to, fields = list(dir = to, reason = "cannot be created")
+    )
+  }
+  to <- normalizePath(to)
+  paths <- rep(NA_character_, store$info$n)
+  names <- fileNames(store$info$names, store$info$n)
+  for (i in which(storeStates(store) != 0L)) {
+    paths[[i]] <- file.path(to, paste0(names[[i]], ".rds"))
+    saveDurably(storeValue(store, i), paths[[i]], durable = FALSE)
+    raiseInterrupt()
+  }
+  invisible(stats::setNames(paths, store$info$names))
+}
+
+# Returns the names of the files of elements, without their extension.
+fileNames <- function(names, n) {
+  good <- !is.null(names) && !anyNA(names) && !anyDuplicated(tolower(names)) && all(
+    nzchar(names) & !startsWith(names, ".") & !grepl("[/\\\\[:cntrl:]]", names) & nchar(names, "bytes") <= 200L
+  )
+  if (good) names else sprintf("%0*d", nchar(format(n, scientific = FALSE)), seq_len(n))
+}

@@ -21,9 +21,10 @@ checkDir <- function(dir, argument) {
   file.path(normalizePath(dirname(dir), mustWork = FALSE), basename(dir))
 }
 
-# Saves an object durably: the file has either its old content or all of the new one.
-saveDurably <- function(object, path) {
-  checkedStore(write_durably(serialize(object, NULL, xdr = FALSE), path), dirname(path))
+# Saves an object: the file has either its old content or all of the new one. `durable`: whether it survives a crash of
+# the machine.
+saveDurably <- function(object, path, durable = TRUE) {
+  checkedStore(write_durably(serialize(object, NULL, xdr = FALSE), path, durable), dirname(path))
 }
 
 # Returns what a run is: the list in `run.rds`, or NULL if the directory has no run.
@@ -171,8 +172,9 @@ flushStore <- function(store) {
 }
 
 # Opens the store of a call of clusterLapply() for writing, or makes it. Refuses a run of something else. `store$todo`
-# has the indices of the elements to compute.
-beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, waits) {
+# has the indices of the elements to compute. `waits`: whether to wait while results cannot be written. `what`: what
+# messages call the function.
+beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, waits = FALSE, what = "`FUN`") {
   given <- dir
   dir <- checkDir(dir, ".store")
   if (!dir.exists(dir) && !dir.create(dir, showWarnings = FALSE, recursive = TRUE) && !dir.exists(dir)) {
@@ -201,7 +203,7 @@ beginStore <- function(dir, X, FUN, common, seed, reuse, retryErrors, sync, wait
   opened <- FALSE
   on.exit(if (!opened) closeStore(store), add = TRUE)
   now <- list(
-    hashes = elementHashes(X), names = names(X), functions = functionHashes(FUN), arguments = argumentHashes(common),
+    hashes = elementHashes(X), names = names(X), functions = functionHashes(FUN, what), arguments = argumentHashes(common),
     seed = seed
   )
   if (new) {
@@ -266,8 +268,8 @@ drawnSeed <- function(seed) {
 compareRun <- function(store, now, X, reuse) {
   info <- store$info
   differs <- c(
-    changedParts(info$functions, now$functions, "`FUN`"),
-    changedParts(info$arguments, now$arguments, "the arguments of `FUN`")
+    changedParts(info$functions, now$functions),
+    changedParts(info$arguments, now$arguments)
   )
   if (!isTRUE(now$seed)) {
     seed <- if (isFALSE(now$seed)) NULL else now$seed
@@ -304,7 +306,7 @@ pickHashes <- function(hashes, ids) {
 }
 
 # Returns which parts of a function or of its arguments have changed.
-changedParts <- function(before, now, what) {
+changedParts <- function(before, now) {
   both <- intersect(names(before), names(now))
   changed <- both[before[both] != now[both]]
   c(

@@ -324,7 +324,7 @@ test_that("a second writer gets an error, and a killed one leaves no lock", {
   dir <- local_run()
   child <- start_child({
     cl <- makeRustCluster(1)
-    say("pids", clusterPids(cl), agentPids(cl))
+    say("pids", paste(c(clusterPids(cl), agentPids(cl)), collapse = " "))
     clusterLapply(cl, 1:3, function(x) {
       if (x == 3) Sys.sleep(600)
       x

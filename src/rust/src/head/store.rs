@@ -438,10 +438,10 @@ fn store_trouble(store: Robj) -> Robj {
     })
 }
 
-/// Writes a file durably: it has either its old content or these bytes.
+/// Writes a file: it has either its old content or these bytes. `durable`: whether also after a crash of the machine.
 /// @noRd
 #[extendr]
-fn write_durably(bytes: Robj, path: &str) -> Robj {
+fn write_durably(bytes: Robj, path: &str, durable: bool) -> Robj {
     let bytes = bytes.as_raw_slice().unwrap_or_default();
     let path = Path::new(path);
     let mut name = path.file_name().unwrap_or_default().to_owned();
@@ -450,6 +450,9 @@ fn write_durably(bytes: Robj, path: &str) -> Robj {
     let write = || -> std::io::Result<()> {
         let mut file = File::create(&new)?;
         without_file_size_signal(|| file.write_all(bytes))?;
+        if !durable {
+            return std::fs::rename(&new, path);
+        }
         file.sync_all()?;
         std::fs::rename(&new, path)?;
         File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
