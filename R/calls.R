@@ -50,12 +50,14 @@ newRecord <- function(cl, fun, args, label, what = "the call", reportsProgress =
   record$label <- label
   record$what <- what
   record$began <- proc.time()[["elapsed"]]
-  data <- list(fun = fun, args = args, return = TRUE, tag = NULL)
+  # If this session ends before the call, the agent keeps the answer, which repeats the tag: see keptResults().
+  keep <- !is.null(handle$linger) && identical(fun, evaluateCall)
+  data <- list(fun = fun, args = args, return = TRUE, tag = if (keep) label)
   record$message <- list(type = "EXEC", data = data, tag = NULL)
   record$state <- "open"
   record$waiters <- list()
   record$reportsProgress <- reportsProgress
-  task <- call_number(handle$pointer)
+  task <- call_number(handle$pointer, keep)
   if (isFailure(task)) handleFailed(task, handle)
   record$task <- task
   record

@@ -255,9 +255,10 @@ hub_readiness_point <- function(handle, rank) .Call(wrap__hub_readiness_point, h
 #' @noRd
 hub_events <- function(handle) .Call(wrap__hub_events, handle)
 
-#' Returns the number of a call that has not been sent yet.
+#' Returns the number of a call that has not been sent yet. `keep`: whether agents keep its answer for the next head if
+#' this one disconnects.
 #' @noRd
-call_number <- function(handle) .Call(wrap__call_number, handle)
+call_number <- function(handle, keep) .Call(wrap__call_number, handle, keep)
 
 #' Sends the call with this number to the first of these workers that is idle. `what`: the name of the call in
 #' warnings.
@@ -268,6 +269,21 @@ call_submit <- function(handle, ranks, task, what, message) .Call(wrap__call_sub
 #' The same answer is returned until the call is forgotten.
 #' @noRd
 call_take <- function(handle, task) .Call(wrap__call_take, handle, task)
+
+#' Returns the answers that agents have kept while they had no head, in the order in which they ended: a list of the
+#' agents, the numbers of the answers, and the times (seconds since 1970). `NULL`: the agents have not all responded yet;
+#' waits up to one slice for that. `ask`: whether to ask them.
+#' @noRd
+kept_list <- function(handle, ask) .Call(wrap__kept_list, handle, ask)
+
+#' Returns an answer of kept_list(), `FALSE` if it is not there any more, or `NULL` if it has not arrived yet; waits up to
+#' one slice for that. `ask`: whether to ask for it.
+#' @noRd
+kept_read <- function(handle, agent, number, ask) .Call(wrap__kept_read, handle, agent, number, ask)
+
+#' Drops an answer of kept_list(), which has been read.
+#' @noRd
+kept_drop <- function(handle, agent, number) .Call(wrap__kept_drop, handle, agent, number)
 
 #' Returns the progress events of a call that have arrived since this function was last called, as a list of
 #' raw vectors.

@@ -176,7 +176,8 @@ timeLeft <- function(record) {
 #'   at most; `NA` while a session uses the cluster).
 #'
 #'   `reattachCluster()`: the cluster, with all its nodes, in the order in which they were made. The workers are the
-#'   same processes, with their variables, attached packages and random numbers. Nodes that were lost in the meantime are reported by warnings, as in a running cluster.
+#'   same processes, with their variables, attached packages and random numbers. Nodes that were lost in the meantime
+#'   are reported by warnings, as in a running cluster.
 #'
 #'   `killCluster()`: `NULL`, invisibly, once the cluster has ended.
 #' @section Errors:
@@ -228,6 +229,67 @@ killCluster <- function(id) {
   handle$pending <- list()
   stopCluster.RustCluster(newCluster(handle, handle$alive))
   invisible()
+}
+
+#' Results of calls that a session has not waited for
+#'
+#' A cluster that was made with `linger` completes the tasks that it has begun when its session ends, and keeps the
+#' results of calls of [clusterSubmit()]. `keptResults()` takes them after [reattachCluster()]. Calls that had not begun
+#' are lost, and so are those whose results the session had received or was receiving when it ended.
+#'
+#' An agent keeps results in memory up to `setup_log_limit` of [makeRustCluster()], and beyond that in its private
+#' directory in `/tmp`. They are dropped when they have been taken, or when the cluster ends.
+#'
+#' @param cl A cluster made by [makeRustCluster()], or a part of one: the results of all of its workers are returned.
+#' @return A list with an element for each call that has ended, in the order in which they ended by the clocks of
+#'   their hosts. Each is a list of `label` (character; the beginning of the expression), `ended` (POSIXct), and either `value`
+#'   or `error` (a condition). Calls that have not ended yet are in a later result of `keptResults()`.
+#' @section Errors:
+#' `rustcluster_bad_argument`, `rustcluster_busy`, `rustcluster_stopped`, `rustcluster_forked`, `rustcluster_restored`.
+#' @seealso [reattachCluster()], [clusterSubmit()]
+#' @examples
+#' cl <- makeRustCluster(1, linger = 60)
+#' # In a session that has reattached the cluster:
+#' keptResults(cl)
+#' parallel::stopCluster(cl)
+#' @export
+keptResults <- function(cl) {
+  handle <- clusterHandle(cl)
+  if (isTRUE(handle$stopped)) raiseFailure(rustFailure("stopped"), handle)
+  refuseIfBusy(handle, sys.nframe())
+  listed <- checked(kept_list(handle$pointer, TRUE), handle)
+  while (is.null(listed)) {
+    raiseInterrupt()
+    listed <- checked(kept_list(handle$pointer, FALSE), handle)
+  }
+  results <- lapply(seq_along(listed$number), function(i) keptResult(handle, listed, i))
+  Filter(Negate(is.null), results)
+}
+
+# Takes a result from its agent. NULL: it is not there any more.
+keptResult <- function(handle, listed, i) {
+  agent <- listed$agent[[i]]
+  number <- listed$number[[i]]
+  answer <- kept_read(handle$pointer, agent, number, TRUE)
+  while (is.null(answer)) {
+    raiseInterrupt()
+    answer <- kept_read(handle$pointer, agent, number, FALSE)
+  }
+  if (isFALSE(answer)) return(NULL)
+  # The value may need a package that is missing here.
+  if (typeof(answer) == "pairlist") {
+    answer <- tryCatch(unwound(answer), error = function(e) {
+      list(value = structure(list(error = e), class = "rustcluster_raised"))
+    })
+  }
+  checked(answer, handle)
+  checked(kept_drop(handle$pointer, agent, number), handle)
+  value <- answer$value
+  label <- if (is.null(answer$tag)) NA_character_ else answer$tag
+  result <- list(label = label, ended = as.POSIXct(listed$ended[[i]], origin = "1970-01-01"))
+  if (inherits(value, "rustcluster_raised")) return(c(result, list(error = value$error)))
+  if (isTRUE(answer$success)) return(c(result, list(value = value$value)))
+  c(result, list(error = rustclusterCondition("call_failed", as.character(unclass(value)))))
 }
 
 # Returns the record of a cluster that a user has named.
@@ -397,6 +459,6 @@ waitingPlans <- function(handle) {
     host <- handle$agents[[i]]
     ranks <- which(handle$owner == i)
     if (!length(ranks)) return(NULL)
-    agentPlan(handle, i, ranks, hostLaunch(host, settings$options)$worker, xdr[[i]])
+    agentPlan(handle, settings, i, ranks, hostLaunch(host, settings$options)$worker, xdr[[i]])
   })
 }

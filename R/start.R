@@ -197,14 +197,13 @@ hostPlans <- function(handle, asked, launches, settings) {
   xdr <- otherByteOrder(handle)[new]
   lapply(seq_along(launches), function(i) {
     if (!usable[[i]]) return(NULL)
-    agentPlan(handle, new[[i]], base$workers + which(owner == i), launches[[i]]$worker, xdr[[i]])
+    agentPlan(handle, settings, new[[i]], base$workers + which(owner == i), launches[[i]]$worker, xdr[[i]])
   })
 }
 
 # Returns the plan of the agent with this index. `spawn`: the command that starts a separate worker. `xdr`: whether the
 # host has another byte order.
-agentPlan <- function(handle, i, ranks, spawn, xdr) {
-  settings <- handle$settings
+agentPlan <- function(handle, settings, i, ranks, spawn, xdr) {
   host <- handle$agents[[i]]
   list(
     ranks = ranks, packages = settings$packages, outfile = settings$outfile, renice = host$renice,

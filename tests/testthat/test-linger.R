@@ -144,6 +144,47 @@ test_that("tasks that had begun are ended, and the next head waits for them", {
   expect_gone(child_pids(first, "workers"))
 })
 
+test_that("the results of calls that nobody waited for are kept", {
+  first <- start_child({
+    cl <- makeRustCluster(4, linger = 60, setup_log_limit = 2^20)
+    say("workers", paste(clusterPids(cl), collapse = " "))
+    say("agents", paste(agentPids(cl), collapse = " "))
+    say("id", clusterId(cl))
+    calls <- list(
+      clusterSubmit(cl, { Sys.sleep(1.5); seq_len(1e6) + 0 }),
+      clusterSubmit(cl, { Sys.sleep(0.9); "short" }),
+      clusterSubmit(cl, { Sys.sleep(1.2); stop("failed there") }),
+      clusterSubmit(cl, { Sys.sleep(6); "late" })
+    )
+    while (!all(vapply(calls, function(call) call$status(), "") == "running")) Sys.sleep(0.02)
+    tools::pskill(Sys.getpid(), tools::SIGKILL)
+  }, env = record_env)
+  child_wait_end(first)
+  lingering_pids(first)
+  directory <- socket_directories(child_said(first, "id"))
+  # The large result is beyond the limit of the memory.
+  expect_true(wait_until(function() any(startsWith(list.files(directory), "answer-")), 20))
+  cl <- reattachCluster(child_said(first, "id"))
+  kept <- keptResults(cl)
+  expect_length(kept, 3L)
+  expect_identical(kept[[1L]]$value, "short")
+  expect_match(kept[[1L]]$label, "Sys.sleep(0.9)", fixed = TRUE)
+  expect_identical(conditionMessage(kept[[2L]]$error), "failed there")
+  expect_identical(kept[[3L]]$value, seq_len(1e6) + 0)
+  expect_s3_class(kept[[3L]]$ended, "POSIXct")
+  # A later call gets what ends later, and each result once.
+  expect_identical(suppressWarnings(clusterCall(cl, function() 1)), rep(list(1), 4))
+  late <- keptResults(cl)
+  expect_identical(lapply(late, `[[`, "value"), list("late"))
+  expect_identical(keptResults(cl), list())
+  expect_identical(list.files(directory), "socket")
+  # Calls of this session are as always.
+  expect_identical(clusterSubmit(cl, 1 + 1)$value(), 2)
+  parallel::stopCluster(cl)
+  expect_gone(child_pids(first, "workers"))
+  expect_error(keptResults(cl), class = "rustcluster_stopped")
+})
+
 test_that("killCluster() ends a cluster that waits", {
   first <- start_child({
     cl <- makeRustCluster(2, linger = 60)

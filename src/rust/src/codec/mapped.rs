@@ -16,7 +16,7 @@ use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, Rf_protect, Rf_unprotect, SEXP};
 use rustcluster_core::platform::signals::without_file_size_signal;
 use rustcluster_core::platform::{limits, memfd, memory};
-use rustcluster_core::protocol::body::Body;
+use rustcluster_core::protocol::body::{Body, Memory};
 use rustcluster_core::worker::channel::Blob;
 use std::ffi::{c_int, c_void};
 use std::fs::File;
@@ -511,6 +511,28 @@ fn list_begin(len: usize, last: [u8; NUMBER]) -> Option<usize> {
     let count = usize::try_from(u64::from_ne_bytes(last)).ok()?;
     let list = count.checked_mul(GAP)?.checked_add(NUMBER)?;
     len.checked_sub(list).filter(|&begin| begin >= 1)
+}
+
+/// Puts an answer of this form, whose bytes have been copied, into shared memory again. Other answers are returned as they
+/// are.
+///
+/// # Errors
+/// When the system has no memory.
+pub fn in_memory(body: Body) -> io::Result<Body> {
+    let is_mapped = |bytes: &[u8]| bytes.first() == Some(&MAPPED);
+    if body.memory.is_some() || !body.chunks.front().is_some_and(|chunk| is_mapped(chunk)) {
+        return Ok(body);
+    }
+    let mut file = memfd::memory_file()?;
+    for chunk in &body.chunks {
+        file.write_all(chunk)?;
+    }
+    memfd::seal(&file)?;
+    Ok(Body {
+        chunks: [].into(),
+        len: body.len,
+        memory: Some(Memory::new(body.len, Some(Arc::new(file)))),
+    })
 }
 
 /// Returns the memory of an answer, if the answer is in shared memory. `body` gets the stream of the answer,

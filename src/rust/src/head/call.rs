@@ -4,23 +4,26 @@
 use super::handle::{DroppableCall, SLICE, may_send, rank_of, with_cluster};
 use super::send::send_call;
 use super::{nodes, retry};
+use crate::codec::mapped;
 use crate::r::failure::Failure;
 use crate::r::unwind::{self, Jump};
 use extendr_api::prelude::*;
 use extendr_ffi::{R_NilValue, SEXP};
+use rustcluster_core::head::hub::Kept;
 use rustcluster_core::head::retry::Attempts;
 use rustcluster_core::head::scheduler::events::Outcome;
 use rustcluster_core::head::scheduler::pool::CallLocation;
-use rustcluster_core::protocol::ids::{Rank, TaskId};
+use rustcluster_core::protocol::ids::{KEEP, Rank, TaskId};
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
 
-/// Returns the number of a call that has not been sent yet.
+/// Returns the number of a call that has not been sent yet. `keep`: whether agents keep its answer for the next head if
+/// this one disconnects.
 /// @noRd
 #[extendr]
-fn call_number(handle: Robj) -> Robj {
+fn call_number(handle: Robj, keep: bool) -> Robj {
     with_cluster(&handle, |cluster| {
-        let task = cluster.hub.borrow_mut().number_call();
+        let task = cluster.hub.borrow_mut().number_call() | if keep { KEEP } else { 0 };
         Ok((task as f64).into())
     })
 }
@@ -77,6 +80,68 @@ fn call_take(handle: Robj, task: f64) -> Robj {
             Outcome::TimedOut => ended(Failure::new("timeout").with("rank", end.rank + 1)),
             Outcome::Cancelled | Outcome::Revoked => ended(Failure::new("cancelled")),
         }
+    })
+}
+
+/// Returns the answers that agents have kept while they had no head, in the order in which they ended: a list of the
+/// agents, the numbers of the answers, and the times (seconds since 1970). `NULL`: the agents have not all responded yet;
+/// waits up to one slice for that. `ask`: whether to ask them.
+/// @noRd
+#[extendr]
+fn kept_list(handle: Robj, ask: bool) -> Robj {
+    with_cluster(&handle, |cluster| {
+        if ask {
+            cluster.hub.borrow_mut().ask_kept();
+        }
+        let kept = cluster.hub.borrow().kept(SLICE);
+        let Some(kept) = kept else {
+            return Ok(().into());
+        };
+        let numbers = |of: &dyn Fn(&Kept) -> f64| kept.iter().map(of).collect::<Vec<f64>>();
+        Ok(list!(
+            agent = numbers(&|kept| (kept.agent + 1) as f64),
+            number = numbers(&|kept| kept.number as f64),
+            ended = numbers(&|kept| kept.ended as f64 / 1000.0)
+        )
+        .into())
+    })
+}
+
+/// Returns an answer of kept_list(), `FALSE` if it is not there any more, or `NULL` if it has not arrived yet; waits up to
+/// one slice for that. `ask`: whether to ask for it.
+/// @noRd
+#[extendr]
+fn kept_read(handle: Robj, agent: f64, number: f64, ask: bool) -> Robj {
+    with_cluster(&handle, |cluster| {
+        if ask {
+            let mut hub = cluster.hub.borrow_mut();
+            hub.ask_answer((agent as usize).saturating_sub(1), number as u64);
+        }
+        let answer = cluster.hub.borrow().answer(SLICE);
+        match answer {
+            None => Ok(().into()),
+            Some(None) => Ok(false.into()),
+            Some(Some(body)) => {
+                let body = mapped::in_memory(body).map_err(|error| {
+                    Failure::new("call_failed").with("reason", error.to_string())
+                })?;
+                match nodes::read_answer(body, 0) {
+                    Ok(answer) => Ok(answer),
+                    Err(Jump(token)) => Ok(token),
+                }
+            }
+        }
+    })
+}
+
+/// Drops an answer of kept_list(), which has been read.
+/// @noRd
+#[extendr]
+fn kept_drop(handle: Robj, agent: f64, number: f64) -> Robj {
+    with_cluster(&handle, |cluster| {
+        let mut hub = cluster.hub.borrow_mut();
+        hub.drop_answer((agent as usize).saturating_sub(1), number as u64);
+        Ok(().into())
     })
 }
 
@@ -216,6 +281,9 @@ extendr_module! {
     fn call_number;
     fn call_submit;
     fn call_take;
+    fn kept_list;
+    fn kept_read;
+    fn kept_drop;
     fn call_progress_events;
     fn call_location;
     fn call_forget;

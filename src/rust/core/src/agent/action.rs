@@ -69,6 +69,17 @@ pub enum Act {
         /// The call; `None` if the worker's log does not contain it any more.
         call: Option<ReplayedCall>,
     },
+    /// Lists the kept answers for the head.
+    ListKept,
+    /// Sends a kept answer to the head.
+    SendKept {
+        /// The number of the answer.
+        number: u64,
+        /// The number of the head's request.
+        request: u64,
+    },
+    /// Drops a kept answer.
+    DropKept(u64),
     /// The head wants to know the state of the agent.
     Dump {
         /// The number of the head's question.

@@ -69,10 +69,7 @@ impl Memories {
     /// bytes.
     pub fn chunks(&self, blob: BlobId) -> Option<Vec<Bytes>> {
         match self.get(blob)? {
-            BlobMemory::Shared(file) => {
-                let len = file.metadata().ok()?.len();
-                read_back(file, len).ok()
-            }
+            BlobMemory::Shared(file) => read_all(file).ok(),
             BlobMemory::Private(chunks) => Some(chunks.clone()),
         }
     }
@@ -92,6 +89,11 @@ fn new() -> io::Result<File> {
         }
         made => made,
     }
+}
+
+/// The bytes of a file, in chunks that each fit into a frame.
+pub(super) fn read_all(file: &File) -> io::Result<Vec<Bytes>> {
+    read_back(file, file.metadata()?.len())
 }
 
 /// The first `len` bytes of a file, in chunks.

@@ -11,12 +11,13 @@
 
 use super::process::Outgoing;
 use super::setup_log::ReplayedCall;
-use super::{Agent, HEAD_IN, HEAD_OUT, LISTENER};
-use crate::platform::{fd, process};
+use super::{Agent, HEAD_IN, HEAD_OUT, LISTENER, blob_memory};
+use crate::platform::{fd, memfd, process};
 use crate::protocol::control::{self, Linger, Start, ToAgent, ToHead, WorkerFailure};
-use crate::protocol::frame::{self, ABORT, BY_REFERENCE, FIRST, Frame, Kind, LAST};
+use crate::protocol::frame::{self, ABORT, BY_REFERENCE, FIRST, Frame, Header, Kind, LAST};
 use crate::protocol::handshake::{MAGIC, Preamble, PreambleState};
 use crate::protocol::heartbeat::Heartbeat;
+use crate::protocol::ids::{KEEP, TaskId};
 use crate::protocol::noise::{self, Introduction, Key, Verdict};
 use bytes::Bytes;
 use mio::unix::SourceFd;
@@ -32,6 +33,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tracing::{debug, error, info, warn};
 
+pub mod kept;
 pub mod relay;
 pub mod shim;
 
@@ -43,6 +45,8 @@ pub const IN_USE: &str = "the cluster is connected to another session";
 
 /// The longest path of a Unix socket.
 const MAX_PATH: usize = 107;
+/// Answers in one message.
+const MAX_LISTED: usize = 1000;
 /// Connections that have not proved themselves.
 const MAX_DIALERS: usize = 8;
 /// How long a connection may take to prove itself.
@@ -615,6 +619,11 @@ impl Agent {
                 None => Some(call.pieces),
             }
         });
+        self.send_parts(request, parts);
+    }
+
+    /// Sends to the head what it has asked for, or that it is not there.
+    pub(super) fn send_parts(&mut self, request: u64, parts: Option<Vec<Bytes>>) {
         if !self.is_linked() || self.ending {
             return;
         }
@@ -631,13 +640,70 @@ impl Agent {
         }
     }
 
-    /// Keeps a part of the answer to a task of a head that has disconnected.
-    pub(super) fn keep(&mut self, frame: &Frame) {
-        let worker = frame.header.worker;
-        if frame.header.flags & BY_REFERENCE != 0 {
-            if let Some(process) = &mut self.workers[worker as usize] {
-                process.descriptors.pop_front();
-            }
+    /// Takes a part of the answer to a task of a head that has disconnected.
+    pub(super) fn keep(&mut self, frame: Frame) {
+        let Header {
+            worker,
+            flags,
+            task,
+            ..
+        } = frame.header;
+        let parts = if flags & BY_REFERENCE == 0 {
+            vec![frame.body]
+        } else {
+            let process = self.workers[worker as usize].as_mut();
+            let file = process.and_then(|process| process.descriptors.pop_front());
+            let memory = file.map(File::from).filter(memfd::is_sealed);
+            let Some(parts) = memory.and_then(|memory| blob_memory::read_all(&memory).ok()) else {
+                warn!(task, "an answer in shared memory cannot be read");
+                return;
+            };
+            parts
+        };
+        let arriving = &mut self.arriving[worker as usize];
+        if flags & FIRST != 0 {
+            *arriving = Some(Vec::new());
+        }
+        // The first part of the answer may have been sent to the head.
+        let Some(body) = arriving else {
+            return;
+        };
+        body.extend(parts);
+        if flags & LAST != 0 {
+            let body = arriving.take().unwrap_or_default();
+            self.keep_answer(task, body);
+        }
+    }
+
+    /// Keeps the whole answer to a task of a head that has disconnected, if the next head may ask for it. The number of
+    /// the task tells what the answer belongs to; the answer itself repeats the tag of the task's message.
+    fn keep_answer(&mut self, task: TaskId, body: Vec<Bytes>) {
+        let Some(lingering) = self.lingering.as_ref().filter(|_| task & KEEP != 0) else {
+            return;
+        };
+        let kept = self.kept.keep(task, body, lingering.directory());
+        if let Err(error) = kept {
+            error!(task, %error, "an answer could not be kept");
+        }
+    }
+
+    /// Lists the kept answers for the head.
+    pub(super) fn list_kept(&mut self) {
+        let answers = self.kept.list();
+        let mut parts = answers.chunks(MAX_LISTED).peekable();
+        if parts.peek().is_none() {
+            let message = ToHead::KeptAnswers {
+                answers: Vec::new(),
+                last: true,
+            };
+            return self.report(&message);
+        }
+        while let Some(part) = parts.next() {
+            let last = parts.peek().is_none();
+            self.report(&ToHead::KeptAnswers {
+                answers: part.to_vec(),
+                last,
+            });
         }
     }
 

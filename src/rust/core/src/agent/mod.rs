@@ -40,8 +40,9 @@ use crate::protocol::limits::SEND_WINDOW;
 use crate::worker::channel::Channel;
 use action::Act;
 use blob_memory::{BlobMemory, Memories};
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 pub use guard::Guard;
+use linger::kept::KeptAnswers;
 use linger::{FIRST_DIALER, Lingering, Link};
 use mio::event::Event;
 use mio::unix::SourceFd;
@@ -154,6 +155,9 @@ pub struct Agent {
     link: Link,
     /// How the agent waits for another head, if it does.
     lingering: Option<Lingering>,
+    /// The answers to tasks of heads that have disconnected, and those that are arriving, by worker.
+    kept: KeptAnswers,
+    arriving: Vec<Option<Vec<Bytes>>>,
     hello: Hello,
     head_pid: u32,
     guard: Guard,
@@ -237,6 +241,7 @@ impl Agent {
         router.worker_table.shared_answers = shared_answers;
         router.worker_table.stop_timeout = Duration::from_millis(greeted.start.stop_timeout);
         router.worker_table.restore_timeout = (!setup.is_zero()).then_some(setup);
+        let kept = KeptAnswers::new(bytes(greeted.start.state));
         let mut guard = greeted.guard;
         let linger = greeted.start.linger.as_ref();
         let lingering = linger
@@ -276,6 +281,8 @@ impl Agent {
             guard,
             link: Link::Up,
             lingering,
+            kept,
+            arriving: vec![None; count as usize],
             hello: greeted.hello,
             head_pid: greeted.head_pid,
             unremoved: Vec::new(),
@@ -548,7 +555,7 @@ impl Agent {
                     self.to_head.push(&frame, None);
                 }
                 Act::ToHead(_) => {}
-                Act::Keep(frame) => self.keep(&frame),
+                Act::Keep(frame) => self.keep(frame),
                 Act::Along(frame) => self.pass_memory(&frame),
                 Act::LetGo(worker) => {
                     if let Some(process) = &mut self.workers[worker as usize] {
@@ -628,6 +635,12 @@ impl Agent {
                 }
                 Act::Dump { question } => self.dump(question),
                 Act::SendCall { request, call } => self.send_call(request, call),
+                Act::ListKept => self.list_kept(),
+                Act::SendKept { number, request } => {
+                    let answer = self.kept.read(number);
+                    self.send_parts(request, answer);
+                }
+                Act::DropKept(number) => self.kept.drop_answer(number),
                 Act::End => self.stop(),
             }
         }

@@ -349,6 +349,11 @@ impl Router {
             ToAgent::Usage { question } => acts.push(Act::Usage { question }),
             ToAgent::Dump { question } => acts.push(Act::Dump { question }),
             ToAgent::SetupLog => self.list_setup_calls(acts),
+            ToAgent::KeptAnswers => acts.push(Act::ListKept),
+            ToAgent::KeptAnswer { number, request } => {
+                acts.push(Act::SendKept { number, request });
+            }
+            ToAgent::DropAnswer { number } => acts.push(Act::DropKept(number)),
             ToAgent::SetupCall {
                 worker,
                 digest,

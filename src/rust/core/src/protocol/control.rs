@@ -257,6 +257,20 @@ pub enum ToAgent {
         /// A number that the frames repeat.
         request: u64,
     },
+    /// Asks which answers the agent has kept while it had no head: [`ToHead::KeptAnswers`].
+    KeptAnswers,
+    /// Asks for an answer that the agent has kept, which the agent sends like [`ToAgent::SetupCall`].
+    KeptAnswer {
+        /// The number of the answer.
+        number: u64,
+        /// A number that the frames repeat.
+        request: u64,
+    },
+    /// The head has this answer: the agent drops it.
+    DropAnswer {
+        /// The number of the answer.
+        number: u64,
+    },
 }
 
 /// Memory use of a process in bytes; unknown values are 0.
@@ -421,6 +435,13 @@ pub enum ToHead {
         /// The number of the variable that each call sets, and its digest.
         calls: Vec<(u64, u128)>,
         /// Whether the answer for this worker is complete with these calls.
+        last: bool,
+    },
+    /// The answers that the agent has kept while it had no head.
+    KeptAnswers {
+        /// The number and the task of each answer, and when the task ended, in milliseconds of the host's clock.
+        answers: Vec<(u64, u64, u64)>,
+        /// Whether the list is complete with these answers.
         last: bool,
     },
     /// The memory use of some workers.

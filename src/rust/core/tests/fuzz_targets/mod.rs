@@ -563,6 +563,7 @@ impl Host {
                     assert!(pieces.map(|piece| piece.len()).all(|len| len <= MAX_BODY));
                 }
                 Act::Keep(frame) => assert!((frame.header.worker as usize) < WORKERS),
+                Act::ListKept | Act::SendKept { .. } | Act::DropKept(_) => {}
                 Act::Usage { .. } | Act::Dump { .. } | Act::End => {}
             }
         }

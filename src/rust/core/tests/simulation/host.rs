@@ -194,7 +194,12 @@ impl Host {
                     facts.workers[rank as usize].was_ready = true;
                 }
                 // The simulated head does not request these.
-                Act::Usage { .. } | Act::Dump { .. } | Act::SendCall { .. } => {}
+                Act::Usage { .. }
+                | Act::Dump { .. }
+                | Act::SendCall { .. }
+                | Act::ListKept
+                | Act::SendKept { .. }
+                | Act::DropKept(_) => {}
                 Act::Keep(frame) => panic!("{frame:?} of a head that is there"),
                 Act::End => self.lost = true,
             }

@@ -696,6 +696,7 @@ impl Sim {
                 | Note::Kept { .. }
                 | Note::SetupCalls { .. }
                 | Note::SetupCall { .. }
+                | Note::KeptAnswers { .. }
                 | Note::Output { .. }
                 | Note::Usage { .. }
                 | Note::Dump { .. }

@@ -9,6 +9,7 @@
 
 use super::connection::Conn;
 use super::inbox::{HostFailure, Inbox};
+use super::kept::{FIRST_KEPT, KeptQuestion};
 use super::readiness::Readiness;
 use super::recent::Recent;
 use super::restore_queue::RestoreQueue;
@@ -96,6 +97,8 @@ pub struct Core {
     pub setup_log: Option<SetupLogFile>,
     /// The set-up log is being filled from the logs of agents that have had another head.
     pub take_over: Option<TakeOver>,
+    /// The question for answers that agents have kept.
+    pub kept: KeptQuestion,
     /// Agents have been asked for set-up calls, which may be on their way.
     pub took_over: bool,
     /// Lost hosts are reconnected.
@@ -172,6 +175,7 @@ impl SharedCore {
                 inbox: Inbox::new(hosts),
                 setup_log: None,
                 take_over: None,
+                kept: KeptQuestion::default(),
                 took_over: false,
                 reconnects: false,
                 is_elastic: false,
@@ -699,7 +703,17 @@ impl Core {
                         request,
                         flags,
                         bytes,
-                    } => self.on_setup_call(*request, *flags, bytes),
+                    } if *request < FIRST_KEPT => self.on_setup_call(*request, *flags, bytes),
+                    Note::SetupCall {
+                        request,
+                        flags,
+                        bytes,
+                    } => self.kept.receive(*request, *flags, bytes),
+                    Note::KeptAnswers {
+                        agent,
+                        answers,
+                        last,
+                    } => self.kept.list(*agent, answers, *last),
                     Note::Done {
                         rank,
                         task,

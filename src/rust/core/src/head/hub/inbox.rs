@@ -308,7 +308,7 @@ impl Inbox {
                 }
             }
             // The core has processed these.
-            Note::SetupCalls { .. } | Note::SetupCall { .. } => {}
+            Note::SetupCalls { .. } | Note::SetupCall { .. } | Note::KeptAnswers { .. } => {}
             Note::Kept { rank, pid } => self.workers[rank as usize].pid = Some(pid),
             Note::Replaced { rank, pid, killed } => {
                 let before = self.workers[rank as usize].pid.replace(pid);

@@ -160,6 +160,7 @@ fn event(note: &Note, began: Instant) -> Option<RecentEvent> {
         | Note::Kept { .. }
         | Note::SetupCalls { .. }
         | Note::SetupCall { .. }
+        | Note::KeptAnswers { .. }
         | Note::Ended { .. }
         | Note::Output { .. }
         | Note::ProgressEvent { .. }

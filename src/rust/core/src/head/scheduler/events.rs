@@ -95,6 +95,15 @@ pub enum Note {
         /// The bytes.
         bytes: Bytes,
     },
+    /// Answers that an agent has kept while it had no head.
+    KeptAnswers {
+        /// The host's index among all.
+        agent: usize,
+        /// The number and the task of each answer, and when the task ended, in milliseconds of the host's clock.
+        answers: Vec<(u64, TaskId, u64)>,
+        /// Whether these are the last ones.
+        last: bool,
+    },
     /// A worker failed, and its agent is starting a replacement.
     Lost {
         /// The worker's rank.

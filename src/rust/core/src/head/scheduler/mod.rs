@@ -542,6 +542,11 @@ impl Scheduler {
                     last,
                 });
             }
+            ToHead::KeptAnswers { answers, last } => self.notes.push(Note::KeptAnswers {
+                agent,
+                answers,
+                last,
+            }),
             ToHead::Usage {
                 question,
                 workers,
